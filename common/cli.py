@@ -1,0 +1,88 @@
+"""What the command lines share: flags that mean the same in every script, and how a script ends."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from common.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that takes no abbreviations, shows each default, and reports a mistake as a UserError."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
+
+    def error(self, message: str):
+        raise UserError(f"{message} (--help lists the flags)")
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of a script's docstring and adds the defaults to the flags."""
+
+
+def positive_int(text: str) -> int:
+    """Parse a whole number above 0."""
+    return _number(text, int, lambda value: value >= 1, "a whole number above 0")
+
+
+def positive_float(text: str) -> float:
+    """Parse a finite number above 0."""
+    return _number(text, float, lambda value: 0 < value < float("inf"), "a number above 0")
+
+
+def non_negative_float(text: str) -> float:
+    """Parse a finite number of at least 0."""
+    return _number(text, float, lambda value: 0 <= value < float("inf"), "a number of at least 0")
+
+
+def non_negative_int(text: str) -> int:
+    """Parse a whole number of at least 0 that a random seed can take."""
+    return _number(text, int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2**32 - 1")
+
+
+def fraction(text: str) -> float:
+    """Parse a number from 0 up to, not including, 1."""
+    return _number(text, float, lambda value: 0 <= value < 1, "a number from 0 up to, not including, 1")
+
+
+def _number(text: str, convert: Callable, accept: Callable, wanted: str):
+    try:
+        value = convert(text)
+    except ValueError:
+        value = None
+    if value is None or not accept(value):  # NaN fails every comparison, so it is refused here too
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+    return value
+
+
+def add_shared_flags(parser: argparse.ArgumentParser, *, model: str):
+    """Add the flags that every script has; `model` is the script's default model."""
+    group = parser.add_argument_group("model and machine")
+    group.add_argument("--model", default=model, help="a bundled name, a local folder or a Hub id")
+    group.add_argument("--cache-dir", help="where downloads and tokenised texts are kept (default: the Hugging Face cache)")
+    group.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: cuda, else mps, else cpu")
+    group.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto",
+                       help="auto: bf16 where the processor has it, fp16 on older GPUs, else fp32")
+    group.add_argument("--seed", type=non_negative_int, default=0, help="for every random choice of the run")
+
+
+def run(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], None], argv: Sequence[str] | None = None):
+    """Parse `argv` (the process's own when None) and call `main`; a UserError ends in one line on stderr and exit code 2."""
+    try:
+        main(parser.parse_args(argv))
+        sys.stdout.flush()
+    except UserError as error:
+        _end(f"{parser.prog}: error: {error}", 2)
+    except KeyboardInterrupt:
+        _end(f"{parser.prog}: interrupted", 130)
+    except BrokenPipeError:  # the reader of our stdout left, as in `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+def _end(message: str, code: int):
+    sys.stdout.flush()
+    print(message, file=sys.stderr, flush=True)
+    sys.exit(code)

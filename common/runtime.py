@@ -1,0 +1,137 @@
+"""The machine a script runs on: device, precision, threads, seeds, and its place among the processes of torchrun."""
+
+import ctypes
+import os
+import random
+import resource
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed
+
+from common.errors import UserError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where this process computes, in what precision, and which of how many processes it is."""
+
+    device: torch.device
+    precision: str
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """True in the one process that prints and writes."""
+        return self.rank == 0
+
+    def say(self, *parts):
+        """Print on the main process only."""
+        if self.is_main:
+            print(*parts, flush=True)
+
+    def autocast(self):
+        """Return the autocast context of this device and precision; it does nothing in fp32."""
+        return torch.autocast(self.device.type, dtype=DTYPES[self.precision], enabled=self.precision != "fp32")
+
+    def all_reduce_sum(self, value: torch.Tensor) -> torch.Tensor:
+        """Return the sum of a tensor over all processes; the tensor itself when there is one."""
+        if self.world_size > 1:
+            torch.distributed.all_reduce(value)
+        return value
+
+    def agree(self, number: int) -> int:
+        """Return the main process's number on every process."""
+        return int(self.all_reduce_sum(torch.tensor(number if self.is_main else 0, device=self.device)).item())
+
+    def barrier(self):
+        """Wait until every process is here."""
+        if self.world_size > 1:
+            torch.distributed.barrier()
+
+    def describe(self) -> str:
+        """Return one line for a person: device, threads or processes, precision."""
+        where = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"{self.device.type}, {torch.get_num_threads()} threads"
+        many = f", {self.world_size} processes" if self.world_size > 1 else ""
+        return f"{where}{many}, {self.precision}" + (" autocast" if self.precision != "fp32" else "")
+
+
+def start(device: str, precision: str, seed: int) -> Runtime:
+    """Choose device and precision, join torchrun's processes if there are any, seed every generator.
+
+    Raises UserError for a device or a precision that this machine does not have.
+    """
+    local_rank, world_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    chosen = choose_device(device, local_rank)
+    runtime = Runtime(chosen, choose_precision(precision, chosen), rank=int(os.environ.get("RANK", 0)), world_size=world_size)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if world_size > 1:
+        torch.distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    keep_large_blocks()
+    seed_everything(seed)
+    return runtime
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """Return the torch device for `auto`, `cpu`, `cuda` or `mps`. Raises UserError when this machine has none."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(candidate for candidate, there in available.items() if there)
+    if not available[name]:
+        raise UserError(f"--device {name}: PyTorch finds none on this machine; use --device auto")
+    return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """Return `fp32`, `bf16` or `fp16`. `auto` takes bf16 where the processor computes in it, fp16 on other GPUs, else fp32.
+
+    On a CPU without bf16 instructions bf16 is emulated and slower than fp32, hence not chosen. Raises UserError for fp16 without CUDA:
+    CPUs have no fast fp16, and its small range needs the loss scaling that is meant for GPUs.
+    """
+    if name == "fp16" and device.type != "cuda":
+        raise UserError(f"--precision fp16: only on CUDA, not on {device.type}; use bf16 or fp32")
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16") else "fp32"
+
+
+def seed_everything(seed: int):
+    """Seed the generators of Python, NumPy and torch (all devices)."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def keep_large_blocks(threshold: int = 1 << 30):
+    """Keep glibc from returning freed blocks of up to `threshold` bytes to the system.
+
+    Every step allocates and frees the same large activations; giving them back costs a page fault per 4 KiB on the next
+    step (on CPU up to half of the time). Other C libraries have no such knob, and there this does nothing.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # the numbers of glibc's malloc.h
+        mallopt(M_MMAP_THRESHOLD, threshold)
+        mallopt(M_TRIM_THRESHOLD, threshold)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the most memory that was in use so far: of the GPU on CUDA, else of this process (resident)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def stop():
+    """Leave torchrun's process group, if this process is in one."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

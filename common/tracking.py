@@ -1,0 +1,104 @@
+"""What a run leaves while it goes: the run folder, config.json, metrics.jsonl, TensorBoard events, progress bars."""
+
+import datetime
+import importlib.metadata
+import json
+import platform
+import shutil
+import sys
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from common import figures
+from common.errors import UserError
+
+REPORTED_PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "evaluate", "scikit-learn")
+
+
+def run_folder(output_dir: str | None, *, name: str, moment: int) -> Path:
+    """Return the folder for a new run: `output_dir`, else runs/<name>-<time>, with `moment` in seconds since 1970. Nothing is made yet.
+
+    Raises UserError when it is a file or holds anything.
+    """
+    folder = Path(output_dir or f"runs/{name}-{datetime.datetime.fromtimestamp(moment):%Y%m%d-%H%M%S}")
+    if folder.is_file():
+        raise UserError(f"--output-dir {folder}: it is a file; name a folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"--output-dir {folder}: it holds another run or other files; name a new folder or remove it first")
+    return folder
+
+
+def open_run(folder: Path, settings: dict, *, needed_bytes: int) -> "RunLog":
+    """Make the run folder and open its log. Raises UserError when it can't be made or the disk has fewer than `needed_bytes` free."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise UserError(f"--output-dir {folder}: can't be made: {error.strerror}") from error
+    if free < needed_bytes:
+        folder.rmdir()
+        raise UserError(f"--output-dir {folder}: the run needs {needed_bytes / 1e6:,.0f} MB, the disk has {free / 1e6:,.0f} MB free; "
+                        "free some or name a folder on another disk")
+    return RunLog(folder, settings)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in REPORTED_PACKAGES}}
+
+
+class RunLog:
+    """Writes a run's numbers, texts and pictures to metrics.jsonl and TensorBoard as they come."""
+
+    def __init__(self, folder: Path, settings: dict):
+        (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        self.folder, self.settings = folder, settings
+        self.lines = open(folder / "metrics.jsonl", "a", encoding="utf-8")
+        self.writer = SummaryWriter(str(folder))
+
+    def numbers(self, step: int, values: dict[str, float]):
+        """Add one line to metrics.jsonl and a point at `step` to each TensorBoard curve."""
+        print(json.dumps({"step": step, **values}), file=self.lines, flush=True)
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def confusion(self, step: int, tag: str, counts: list[list[int]], names: list[str]):
+        """Add a confusion matrix as a picture."""
+        self.writer.add_figure(tag, figures.confusion_matrix(counts, names, title=tag), step)
+
+    def text(self, step: int, tag: str, markdown: str):
+        """Add a text panel."""
+        self.writer.add_text(tag, markdown, step)
+
+    def finish(self, results: dict[str, float]):
+        """Write metrics.json and, for TensorBoard's HParams, the settings with the results."""
+        (self.folder / "metrics.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        settings = {name: value for name, value in self.settings.items() if isinstance(value, (bool, int, float, str))}
+        scores = {f"hparams/{name}": value for name, value in results.items() if isinstance(value, (int, float))}
+        self.writer.add_hparams(settings, scores, run_name=".")
+
+    def close(self):
+        """Write out what is still in buffers."""
+        self.writer.close()
+        self.lines.close()
+
+
+class NullLog:
+    """Takes what RunLog takes and writes nothing: for every process but the first."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def numbers(self, step, values): pass
+    def confusion(self, step, tag, counts, names): pass
+    def text(self, step, tag, markdown): pass
+    def finish(self, results): pass
+    def close(self): pass
+
+
+def progress(batches, *, label: str, shown: bool = True) -> tqdm:
+    """Return a progress bar around sized batches; it is drawn only on a terminal and vanishes when it is done."""
+    return tqdm(batches, desc=label, unit="batch", leave=False, file=sys.stderr, dynamic_ncols=True,
+                disable=None if shown else True)  # None: off unless stderr is a terminal
