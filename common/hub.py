@@ -1,9 +1,9 @@
 """The Hugging Face Hub: is it there, and what to tell the user when it is not."""
 
 import datasets
+import httpx2
 import huggingface_hub
 import huggingface_hub.constants
-import httpx2
 
 CONNECT_SECONDS = 5.0
 
