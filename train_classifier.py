@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase, get_linear_schedule_with_warmu
 from common import cli, data, runtime, tracking
 from common.errors import UserError
 from common.metrics import classification_scores
-from common.training import batching, inspection, report
+from common.training import batching, inspection, labelling, report
 from common.training import model as models
 from common.training.evaluation import predict_logits, predict_texts
 from common.training.steps import LossMeter, accumulation_windows, count_examples, decay_groups, mark_last, sync_gradients
@@ -87,19 +87,19 @@ class Training:
     step: int = 0
 
 
-def load_splits(args, machine) -> data.datasets.DatasetDict:
+def load_splits(args, machine):
     """Return the three labelled splits that the flags ask for, and say how they came about."""
     found = data.read(args.dataset, config=args.dataset_config, cache_dir=args.cache_dir)
-    splits = data.choose_splits(found, {"train": args.train_split, "validation": args.validation_split, "test": args.test_split})
-    splits = data.validate(splits, text_column=args.text_column, label_column=args.label_column)
-    splits, cut = data.cut_missing_splits(splits, seed=args.seed)
+    splits = labelling.choose_splits(found, {"train": args.train_split, "validation": args.validation_split, "test": args.test_split})
+    splits = labelling.validate(splits, text_column=args.text_column, label_column=args.label_column)
+    splits, cut = labelling.cut_missing_splits(splits, seed=args.seed)
     for split, size in (("train", args.max_train_samples), ("validation", args.max_eval_samples), ("test", args.max_eval_samples)):
-        splits[split] = data.limit(splits[split], size, seed=args.seed)
+        splits[split] = labelling.limit(splits[split], size, seed=args.seed)
     classes = splits["train"].features["label"].num_classes
     machine.say(f"data     {args.dataset}: " + ", ".join(f"{len(rows):,} {split}" for split, rows in splits.items()) + f" texts, {classes} classes")
     if cut:
         machine.say(f"         {' and '.join(cut)} cut from train: 10 % each, stratified, by seed {args.seed}")
-    for split, count in data.count_shared_texts(splits).items():
+    for split, count in labelling.count_shared_texts(splits).items():
         if count:
             machine.say(f"         {count:,} of the {split} texts stand in train too: their scores say little about new texts")
     return splits
@@ -268,15 +268,15 @@ def load_test_split(model, args, machine):
     """Return the rows to score a saved model on, with the model's own classes; refuses rows that the model was trained on."""
     trained = models.saved_settings(args.model)
     found = data.read(args.dataset, config=args.dataset_config, cache_dir=args.cache_dir)
-    splits = data.choose_splits(found, {"train": args.train_split, "validation": args.validation_split, "test": args.test_split})
+    splits = labelling.choose_splits(found, {"train": args.train_split, "validation": args.validation_split, "test": args.test_split})
     names = [model.config.id2label[number] for number in range(model.config.num_labels)]
-    splits = data.validate(splits, text_column=args.text_column, label_column=args.label_column, names=names)
+    splits = labelling.validate(splits, text_column=args.text_column, label_column=args.label_column, names=names)
     if "test" not in splits and trained.get("dataset") == args.dataset:
         if trained["seed"] != args.seed:
             raise UserError(f"--seed {args.seed}: the model was trained with --seed {trained['seed']}, which cuts another test split; use that seed")
-        splits, _ = data.cut_missing_splits(splits, seed=args.seed)
+        splits, _ = labelling.cut_missing_splits(splits, seed=args.seed)
     split = "test" if "test" in splits else "train"
-    rows = data.limit(splits[split], args.max_eval_samples, seed=args.seed)
+    rows = labelling.limit(splits[split], args.max_eval_samples, seed=args.seed)
     machine.say(f"data     {args.dataset}: {len(rows):,} texts of its {split} split")
     return rows
 
