@@ -1,6 +1,7 @@
 """Texts -> batches: tokenise once, a deterministic batch order, collation by DataCollatorWithPadding."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import datasets
@@ -34,8 +35,13 @@ def tokenize(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, *, max_
 
 
 def tokenizer_json(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return all that a tokenizer does as one string; its hash is the tokenizer's fingerprint."""
-    return tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr((type(tokenizer), sorted(tokenizer.get_vocab().items())))
+    """Return all that a tokenizer does as one string; its hash is the tokenizer's fingerprint.
+
+    Truncation and padding are left out: every call sets them anew, so they say what the last call was, not what the tokenizer is.
+    """
+    if not tokenizer.is_fast:
+        return repr((type(tokenizer), sorted(tokenizer.get_vocab().items())))
+    return json.dumps({**json.loads(tokenizer.backend_tokenizer.to_str()), "truncation": None, "padding": None})
 
 
 def batch_order(lengths, *, batch_size: int, seed: int, epoch: int, buckets: bool) -> list[np.ndarray]:

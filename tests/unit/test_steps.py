@@ -1,0 +1,131 @@
+"""The one-line calls of the loop: the divisor against one full-batch gradient, decay groups, the loss meter."""
+
+import json
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForSequenceClassification, BatchEncoding
+
+import train_classifier
+from common.errors import UserError
+from common.runtime import Runtime
+from common.tracking import NullLog, progress
+from common.training.steps import LossMeter, accumulation_windows, count_examples, decay_groups, mark_last, sync_gradients
+
+MACHINE = Runtime(torch.device("cpu"), "fp32")
+
+
+def make_batches(sizes, seed=0):
+    """Return batches of random tokens of the given sizes, each with its own length, so that padding differs too."""
+    generator = torch.Generator().manual_seed(seed)
+    batches, row = [], 0
+    for size in sizes:
+        length = int(torch.randint(4, 20, (), generator=generator))
+        ids = torch.randint(5, 100, (size, length), generator=generator)
+        batches.append(BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.randint(0, 2, (size,), generator=generator),
+                                      "row": torch.arange(row + 1, row + size + 1)}))
+        row += size
+    return batches
+
+
+def gradients_of_the_loop(model, batches, grad_accum):
+    """Run the product's loop at learning rate 0 and return the gradient that each optimizer step saw."""
+    gradients = []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer.register_step_pre_hook(lambda *_: gradients.append([parameter.grad.clone() for parameter in model.parameters()]))
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1)
+    training = train_classifier.Training(model, None, model, optimizer, scheduler, torch.amp.GradScaler("cpu", enabled=False))
+    args = train_classifier.make_parser().parse_args(["--grad-accum", str(grad_accum), "--max-grad-norm", "1e9"])
+    train_classifier.train_epoch(training, batches, LossMeter(MACHINE, NullLog(None), progress([], label=""), 100), args, MACHINE)
+    return gradients
+
+
+@pytest.mark.parametrize("sizes, grad_accum", [([4, 4, 4], 3), ([8, 1, 3, 5], 2), ([2, 2, 2, 2, 1], 3), ([7], 4)])
+def test_each_step_has_the_gradient_of_the_mean_loss_over_all_its_examples(tiny_model, sizes, grad_accum):
+    """Also with batches of unequal size and a short last window, where averaging batch means is wrong (transformers #34242)."""
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_model).double()
+    got = gradients_of_the_loop(model, make_batches(sizes), grad_accum)
+    windows = list(accumulation_windows(make_batches(sizes), grad_accum))
+    assert len(got) == len(windows) == -(-len(sizes) // grad_accum)
+    for window, gradients in zip(windows, got):
+        losses = [cross_entropy(model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits, batch["labels"], reduction="none")
+                  for batch in window]
+        oracle = torch.autograd.grad(torch.cat(losses).mean(), list(model.parameters()))
+        for gradient, expected in zip(gradients, oracle):
+            torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-7)  # the loop takes the logits to fp32
+
+
+def test_windows_mark_their_last_batch():
+    windows = list(accumulation_windows(iter(range(5)), 2))
+    assert windows == [[0, 1], [2, 3], [4]]
+    assert [last for window in windows for last, _ in mark_last(window)] == [False, True, False, True, True]
+
+
+def test_examples_are_counted_without_filler_rows():
+    window = [{"labels": torch.tensor([0, 1, -100])}, {"labels": torch.tensor([-100])}]
+    assert count_examples(window, MACHINE).item() == 2
+
+
+def test_gradients_are_exchanged_only_when_asked():
+    class Parallel(torch.nn.Module):
+        def no_sync(self):
+            return "no_sync"
+    assert sync_gradients(Parallel(), when=False) == "no_sync"
+    assert sync_gradients(Parallel(), when=True) != "no_sync"
+    with sync_gradients(torch.nn.Linear(1, 1), when=False):
+        pass
+
+
+def test_matrices_decay_and_biases_norms_and_frozen_weights_do_not(tiny_model):
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_model)
+    model.bert.embeddings.requires_grad_(False)
+    decayed, free = decay_groups(model, 0.01)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert decayed["weight_decay"] == 0.01 and free["weight_decay"] == 0.0
+    assert all("LayerNorm" not in names[id(parameter)] and names[id(parameter)].endswith("weight") for parameter in decayed["params"])
+    assert all("LayerNorm" in names[id(parameter)] or names[id(parameter)].endswith("bias") for parameter in free["params"])
+    assert len(decayed["params"]) + len(free["params"]) == sum(parameter.requires_grad for parameter in model.parameters())
+
+
+class RecordNumbers:
+    """Stands in for the run's log and keeps what it is given."""
+
+    def __init__(self):
+        self.lines = []
+
+    def numbers(self, step, values):
+        self.lines.append((step, values))
+
+
+def feed(meter, losses):
+    """Give the meter one step a loss, of two examples each."""
+    training = train_classifier.Training(None, None, None, None, torch.optim.lr_scheduler.ConstantLR(torch.optim.SGD([torch.zeros(1)], lr=0.5), factor=1), None)
+    for number, loss in enumerate(losses):
+        meter.add(torch.tensor(loss * 2), torch.tensor([2 * number + 1, 2 * number + 2]))
+        training.step += 1
+        meter.end_step(training, torch.tensor(2.0), torch.tensor(1.5))
+
+
+def test_the_meter_reports_means_over_examples():
+    log = RecordNumbers()
+    meter = LossMeter(MACHINE, log, progress([], label=""), 2)
+    feed(meter, [1.0, 3.0, 5.0])
+    (step, values), = log.lines
+    assert step == 2 and values["train/loss"] == 2.0 and values["train/grad_norm"] == 1.5 and values["train/learning_rate"] == 0.5
+    assert meter.end_epoch()["train_loss"] == 3.0
+    json.dumps(values)  # plain numbers, no tensors
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(bad):
+    meter = LossMeter(MACHINE, RecordNumbers(), progress([], label=""), 2)
+    with pytest.raises(UserError, match="rows 3, 4 of the data"):
+        feed(meter, [1.0, bad, 1.0])
+
+
+def test_a_bad_loss_after_the_last_report_is_found_at_the_end_of_the_epoch():
+    meter = LossMeter(MACHINE, RecordNumbers(), progress([], label=""), 10)
+    feed(meter, [1.0, float("nan")])
+    with pytest.raises(UserError, match="rows 3, 4"):
+        meter.end_epoch()
