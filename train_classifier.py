@@ -40,7 +40,7 @@ RUN_SIZE_IN_MODELS = 3  # a run folder holds the best model, for a moment twice,
 def make_parser() -> cli.Parser:
     parser = cli.Parser(prog="train_classifier.py", description=__doc__)
     cli.add_shared_flags(parser, model="bundled/all-MiniLM-L6-v2")
-    parser.add_argument("--output-dir", help="the run's folder (default: runs/<data set>-<model>-<time>)")
+    parser.add_argument("--output-dir", type=cli.folder, help="the run's folder (default: runs/<data set>-<model>-<time>)")
 
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", default="bundled/bbc-news", help="a bundled name, a CSV/TSV/JSON/JSONL/Parquet file, a folder of class folders, or a Hub id")
@@ -93,8 +93,9 @@ def load_splits(args, machine):
     splits = labelling.choose_splits(found, {"train": args.train_split, "validation": args.validation_split, "test": args.test_split})
     splits = labelling.validate(splits, text_column=args.text_column, label_column=args.label_column)
     splits, cut = labelling.cut_missing_splits(splits, seed=args.seed)
-    for split, size in (("train", args.max_train_samples), ("validation", args.max_eval_samples), ("test", args.max_eval_samples)):
-        splits[split] = labelling.limit(splits[split], size, seed=args.seed)
+    splits["train"] = labelling.limit(splits["train"], args.max_train_samples, seed=args.seed, flag="--max-train-samples")
+    for split in ("validation", "test"):
+        splits[split] = labelling.limit(splits[split], args.max_eval_samples, seed=args.seed, flag="--max-eval-samples")
     classes = splits["train"].features["label"].num_classes
     machine.say(f"data     {args.dataset}: " + ", ".join(f"{len(rows):,} {split}" for split, rows in splits.items()) + f" texts, {classes} classes")
     if cut:
@@ -165,8 +166,11 @@ def train(training: Training, rows, validation, run, args, machine) -> tuple[lis
         with tracking.progress(batching.loader(rows, share, training.tokenizer), label=f"epoch {epoch}/{args.epochs}", shown=machine.is_main) as bar:
             meter = LossMeter(machine, run, bar, args.log_every)
             train_epoch(training, bar, meter, args, machine)
+        losses = meter.end_epoch()  # before scoring, whose time is not training's
         scores, _ = score(training.model, validation, training.tokenizer, args, machine)
-        epochs.append({"epoch": epoch, **meter.end_epoch(), **scores})
+        if not math.isfinite(scores["loss"]):  # the last steps of an epoch can ruin the weights after its losses were read
+            raise UserError(f"epoch {epoch}: the validation loss is {scores['loss']}; lower --lr or raise --warmup-ratio")
+        epochs.append({"epoch": epoch, **losses, **scores})
         log_scores(run, training.step, "validation", scores, names)
         improved = is_better(epochs[-1], best, args.best_metric)
         if improved:
@@ -199,7 +203,8 @@ def is_better(epoch: dict, best: dict | None, metric: str) -> bool:
 
 def training_settings(args) -> dict:
     """Return what a saved model must remember to be used and scored rightly."""
-    return {name: getattr(args, name) for name in ("dataset", "dataset_config", "seed", "max_length", "text_column", "label_column")}
+    settings = {name: getattr(args, name) for name in ("dataset_config", "seed", "max_length", "text_column", "label_column")}
+    return {"dataset": data.full_name(args.dataset), **settings}
 
 
 def load_for_training(splits, args, machine):
@@ -268,15 +273,16 @@ def load_test_split(model, args, machine):
     """Return the rows to score a saved model on, with the model's own classes; refuses rows that the model was trained on."""
     trained = models.saved_settings(args.model)
     found = data.read(args.dataset, config=args.dataset_config, cache_dir=args.cache_dir)
-    splits = labelling.choose_splits(found, {"train": args.train_split, "validation": args.validation_split, "test": args.test_split})
+    splits = labelling.choose_splits(found, {"test": args.test_split})
+    splits = splits or labelling.choose_splits(found, {"train": args.train_split, "validation": args.validation_split})
     names = [model.config.id2label[number] for number in range(model.config.num_labels)]
     splits = labelling.validate(splits, text_column=args.text_column, label_column=args.label_column, names=names)
-    if "test" not in splits and trained.get("dataset") == args.dataset:
+    if "test" not in splits and trained.get("dataset") == data.full_name(args.dataset):
         if trained["seed"] != args.seed:
             raise UserError(f"--seed {args.seed}: the model was trained with --seed {trained['seed']}, which cuts another test split; use that seed")
         splits, _ = labelling.cut_missing_splits(splits, seed=args.seed)
     split = "test" if "test" in splits else "train"
-    rows = labelling.limit(splits[split], args.max_eval_samples, seed=args.seed)
+    rows = labelling.limit(splits[split], args.max_eval_samples, seed=args.seed, flag="--max-eval-samples")
     machine.say(f"data     {args.dataset}: {len(rows):,} texts of its {split} split")
     return rows
 
@@ -302,7 +308,7 @@ def main(args):
     machine = runtime.start(args.device, args.precision, args.seed)
     if args.inspect:
         inspect(args, machine)
-    elif args.predict:
+    elif args.predict is not None:  # an empty name is a mistake, not a wish to train
         predict(args, machine)
     elif args.evaluate_only:
         evaluate_only(args, machine)

@@ -1,9 +1,11 @@
 """What the command lines share: flags that mean the same in every script, and how a script ends."""
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from common.errors import UserError
 
@@ -47,6 +49,16 @@ def fraction(text: str) -> float:
     return _number(text, float, lambda value: 0 <= value < 1, "a number from 0 up to, not including, 1")
 
 
+def folder(text: str) -> str:
+    """Take the path of a folder that is there or can be made."""
+    there = next(path for path in (Path(text), *Path(text).absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: {there} is a file; name a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise argparse.ArgumentTypeError(f"{text}: no right to write in {there}; name another folder")
+    return text
+
+
 def _number(text: str, convert: Callable, accept: Callable, wanted: str):
     try:
         value = convert(text)
@@ -61,7 +73,7 @@ def add_shared_flags(parser: argparse.ArgumentParser, *, model: str):
     """Add the flags that every script has; `model` is the script's default model."""
     group = parser.add_argument_group("model and machine")
     group.add_argument("--model", default=model, help="a bundled name, a local folder or a Hub id")
-    group.add_argument("--cache-dir", help="where downloads and tokenised texts are kept (default: the Hugging Face cache)")
+    group.add_argument("--cache-dir", type=folder, help="where downloads and tokenised texts are kept (default: the Hugging Face cache)")
     group.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: cuda, else mps, else cpu")
     group.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto",
                        help="auto: bf16 where the processor has it, fp16 on older GPUs, else fp32")
@@ -74,12 +86,17 @@ def run(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], No
         main(parser.parse_args(argv))
         sys.stdout.flush()
     except UserError as error:
-        _end(f"{parser.prog}: error: {error}", 2)
+        _end(f"{parser.prog}: error: {' '.join(str(error).splitlines())}", 2)
     except KeyboardInterrupt:
         _end(f"{parser.prog}: interrupted", 130)
     except BrokenPipeError:  # the reader of our stdout left, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _end(f"{parser.prog}: error: no space is left on the disk{f' of {error.filename}' if error.filename else ''}; "
+             "free some, or name other folders with --output-dir and --cache-dir", 2)
 
 
 def _end(message: str, code: int):

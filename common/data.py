@@ -1,11 +1,15 @@
 """Texts from a bundled set, a file, a folder or the Hub, as they are; and the check that each is a text with something in it."""
 
+import glob
+import os
+import re
 import sys
 from pathlib import Path
 
 import datasets
 import httpx2
 import huggingface_hub.errors
+import pyarrow
 import pyarrow.compute
 
 from common import assets, hub
@@ -21,7 +25,10 @@ FILE_READERS = {
     ".parquet": ("parquet", {}),
 }
 
+SHARD = r"-\d{5}-of-\d{5}$"  # as in train-00000-of-00002.parquet
+
 datasets.disable_progress_bars()  # reading is quick or shows the Hub's own bar; the scripts show theirs
+datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs of a broken file is in the exception that it raises
 
 
 def read(name: str, *, config: str | None = None, cache_dir: str | None = None) -> datasets.DatasetDict:
@@ -41,38 +48,65 @@ def read(name: str, *, config: str | None = None, cache_dir: str | None = None) 
     if path.is_dir():
         return _read_folder(path, cache_dir)
     if path.suffix in FILE_READERS or path.is_absolute() or name.startswith(".") or name.count("/") > 1:
-        raise UserError(f"--dataset {name}: no such file or folder")
+        raise UserError(f"--dataset {name}: no such file or folder; check the path")
     return _read_hub(name, config, cache_dir)
+
+
+def full_name(name: str) -> str:
+    """Return the name under which a data set is the same from any folder: of a local one the whole path, of others the name."""
+    return str(Path(name).resolve()) if Path(name).exists() else name
 
 
 def read_file(path: Path, *, cache_dir: str | None = None) -> datasets.Dataset:
     """Read one data file by its ending, all columns. Raises UserError for an unknown ending, an empty or a broken file."""
     if path.suffix.lower() not in FILE_READERS:
-        raise UserError(f"{path}: the ending {path.suffix!r} is not one of {', '.join(FILE_READERS)}")
+        raise UserError(f"{path}: the ending {path.suffix!r} is not one of {', '.join(FILE_READERS)}; save it as one of these")
+    if not os.access(path, os.R_OK):
+        raise UserError(f"{path}: no right to read it; ask for it with chmod or name another file")
     if path.stat().st_size == 0:
-        raise UserError(f"{path}: the file is empty")
+        raise UserError(f"{path}: the file is empty; name one that has rows")
     builder, options = FILE_READERS[path.suffix.lower()]
+    if builder != "parquet":
+        _check_utf8(path)
     try:
-        rows = datasets.load_dataset(builder, data_files=str(path), split="train", cache_dir=cache_dir, **options)
-    except datasets.exceptions.DatasetGenerationError as error:
-        raise UserError(f"{path}: not readable as {builder}: {one_line(error.__cause__ or error)}") from error
+        rows = datasets.load_dataset(builder, data_files=glob.escape(str(path)), split="train", cache_dir=cache_dir, **options)
+    except (datasets.exceptions.DatasetGenerationError, pyarrow.ArrowInvalid) as error:
+        if isinstance(error.__cause__, OSError):  # the cache can't be written: not the file's fault
+            raise error.__cause__ from None
+        raise UserError(f"{path}: not readable as {builder}: {one_line(error.__cause__ or error).rstrip('.')}; correct the file") from error
+    except ValueError as error:
+        if "no data" not in str(error):  # what the library says of a header without rows
+            raise
+        rows = []
     if len(rows) == 0:
-        raise UserError(f"{path}: the file has no rows")
+        raise UserError(f"{path}: the file has no rows; name one that has rows")
     return rows
 
 
 def read_lines(name: str) -> list[str]:
     """Return the lines of a UTF-8 text file, or of standard input for "-". Raises UserError with the file and the line."""
+    place = {"-": "standard input", "": "the empty name"}.get(name, name)
     try:
         content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-        lines = content.decode("utf-8").splitlines()
-    except FileNotFoundError as error:
-        raise UserError(f"{name}: no such file") from error
+    except OSError as error:
+        raise UserError(f"{place}: can't be read: {error.strerror}; name a text file, or - for standard input") from error
+    if not content:
+        raise UserError(f"{place}: it is empty; write one text on each line")
+    lines = content.removesuffix(b"\n").split(b"\n")  # str.splitlines would also part a text at a form feed or U+2028
+    return [_decode(line, f"{place}, line {number}").removesuffix("\r") for number, line in enumerate(lines, start=1)]
+
+
+def _decode(content: bytes, place: str) -> str:
+    try:
+        return content.decode("utf-8-sig")  # some programs write a byte order mark: it is no part of the text
     except UnicodeDecodeError as error:
-        raise UserError(f"{name}, line {content[: error.start].count(10) + 1}: not UTF-8 (byte {content[error.start]:#04x})") from error
-    if not lines:
-        raise UserError(f"{'standard input' if name == '-' else name}: no texts in it")
-    return lines
+        raise UserError(f"{place}: not UTF-8 (byte {error.object[error.start]:#04x} at {error.start + 1}); convert the file to UTF-8 first") from error
+
+
+def _check_utf8(path: Path):
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            _decode(line, f"{path}, line {number}")
 
 
 def read_texts(name: str, *, column: str, cache_dir: str | None) -> list[str]:
@@ -82,7 +116,7 @@ def read_texts(name: str, *, column: str, cache_dir: str | None) -> list[str]:
     """
     if Path(name).suffix.lower() in FILE_READERS:
         if not Path(name).is_file():
-            raise UserError(f"{name}: no such file")
+            raise UserError(f"{name}: no such file; check the path")
         rows = read_file(Path(name), cache_dir=cache_dir)
         if column not in rows.features:
             raise UserError(f"{name}: no column {column!r}; there is {', '.join(rows.column_names)}; name the right one with --text-column")
@@ -101,31 +135,34 @@ def _read_folder(root: Path, cache_dir: str | None) -> datasets.DatasetDict:
     splits = [path for path in sorted(root.iterdir()) if any(path.glob("*/*.txt"))]
     if splits:  # as in the IMDb archive: train/pos, train/neg, test/pos, test/neg
         return datasets.DatasetDict({path.name: _read_class_folders(path) for path in splits})
-    try:
-        return datasets.load_dataset(str(root), cache_dir=cache_dir)
-    except (datasets.exceptions.DatasetGenerationError, datasets.exceptions.DataFilesNotFoundError, ValueError) as error:
-        raise UserError(f"--dataset {root}: neither class folders of .txt files nor data files in it: {one_line(error.__cause__ or error)}") from error
+    parts: dict[str, list] = {}
+    for file in sorted(path for path in root.iterdir() if path.suffix.lower() in FILE_READERS and not path.name.startswith(".")):
+        parts.setdefault(re.sub(SHARD, "", file.stem), []).append(read_file(file, cache_dir=cache_dir))
+    if not parts:
+        raise UserError(f"--dataset {root}: neither class folders of .txt files nor data files ({', '.join(FILE_READERS)}) in it; name a folder that has them")
+    return datasets.DatasetDict({split: datasets.concatenate_datasets(files) for split, files in parts.items()})
 
 
 def _read_class_folders(root: Path) -> datasets.Dataset:
-    files = sorted(path for path in root.glob("*/*.txt") if not path.parent.name.startswith("."))
+    files = sorted(path for path in root.glob("*/*.txt") if not path.name.startswith(".") and not path.parent.name.startswith("."))
     texts = []
     for file in files:
-        try:
-            texts.append(file.read_text("utf-8"))
-        except UnicodeDecodeError as error:
-            raise UserError(f"{file}: not UTF-8 (byte {error.object[error.start]:#04x} at {error.start}); convert it first") from error
+        texts.append(_decode(file.read_bytes(), str(file)))
         if not texts[-1].strip():
-            raise UserError(f"{file}: the text is empty")
+            raise UserError(f"{file}: the text is empty; remove the file")
     return datasets.Dataset.from_dict({"text": texts, "label": [file.parent.name for file in files]})
 
 
 def _read_hub(name: str, config: str | None, cache_dir: str | None) -> datasets.DatasetDict:
-    hub.is_reachable()  # if not, what is cached is still used, and what is not fails at once
+    reachable = hub.is_reachable()  # if not, what is cached is still used, and what is not fails at once
     try:
-        found = datasets.load_dataset(name, config, cache_dir=cache_dir)
+        with hub.downloads_in(cache_dir):
+            found = datasets.load_dataset(name, config, cache_dir=cache_dir)
     except (datasets.exceptions.DatasetNotFoundError, huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.HFValidationError) as error:
-        raise UserError(f"--dataset {name}: neither a local file or folder nor a data set on the Hub: {one_line(error)}") from error
+        raise UserError(f"--dataset {name}: neither a local file or folder nor a data set on the Hub: {one_line(error).rstrip('.')}; "
+                        f"check the name (a private one needs `hf auth login`), or use {', '.join(assets.DATASETS)}") from error
+    except (datasets.data_files.EmptyDatasetError, datasets.exceptions.DataFilesNotFoundError, datasets.exceptions.DatasetGenerationError) as error:
+        raise UserError(f"--dataset {name}: the Hub has it, but no data files that can be read: {one_line(error.__cause__ or error)}") from error
     except (ConnectionError, httpx2.TransportError) as error:
         raise UserError(f"--dataset {name}: no such local file or folder, and the Hub can't be reached: {one_line(error)}; "
                         f"without a network use a local file or {', '.join(assets.DATASETS)}") from error
@@ -137,19 +174,27 @@ def _read_hub(name: str, config: str | None, cache_dir: str | None) -> datasets.
         if "script" not in str(error).lower():
             raise
         raise UserError(f"--dataset {name}: it needs remote code, which is never run here; use a Parquet version of it") from error
+    if not reachable:
+        hub.say_cached(f"--dataset {name}")
     return found
 
 
 def check_texts(rows: datasets.Dataset, column: str, *, place: str):
     """Raise UserError, naming `place` and the row, unless each value of a column is a text with something in it."""
-    if rows.features[column].dtype not in ("string", "large_string"):
-        raise UserError(f"{place}: column {column!r} holds {rows.features[column].dtype}, not texts; name the right one with --text-column")
+    if kind(rows, column) not in ("string", "large_string"):
+        raise UserError(f"{place}: column {column!r} holds {kind(rows, column)}, not texts; name the right one with --text-column")
     for start, block in _blocks(rows, column):
         blank = pyarrow.compute.equal(pyarrow.compute.utf8_trim_whitespace(block), "").fill_null(True)
         row = pyarrow.compute.index(blank, True).as_py()
         if row >= 0:
-            kind = "missing" if not block[row].is_valid else "empty"
-            raise UserError(f"{place}, row {start + row + 1}: the text in column {column!r} is {kind}; remove the row or fill it in")
+            state = "missing" if not block[row].is_valid else "empty"
+            raise UserError(f"{place}, row {start + row + 1}: the text in column {column!r} is {state}; remove the row or fill it in")
+
+
+def kind(rows: datasets.Dataset, column: str) -> str:
+    """Return in one word what a column holds, such as string, int64 or List."""
+    feature = rows.features[column]
+    return getattr(feature, "dtype", type(feature).__name__)
 
 
 def _blocks(rows: datasets.Dataset, column: str):

@@ -20,27 +20,25 @@ REPORTED_PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "evaluat
 def run_folder(output_dir: str | None, *, name: str, moment: int) -> Path:
     """Return the folder for a new run: `output_dir`, else runs/<name>-<time>, with `moment` in seconds since 1970. Nothing is made yet.
 
-    Raises UserError when it is a file or holds anything.
+    Raises UserError when it holds anything.
     """
     folder = Path(output_dir or f"runs/{name}-{datetime.datetime.fromtimestamp(moment):%Y%m%d-%H%M%S}")
-    if folder.is_file():
-        raise UserError(f"--output-dir {folder}: it is a file; name a folder")
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"--output-dir {folder}: it holds another run or other files; name a new folder or remove it first")
     return folder
 
 
 def open_run(folder: Path, settings: dict, *, needed_bytes: int) -> "RunLog":
-    """Make the run folder and open its log. Raises UserError when it can't be made or the disk has fewer than `needed_bytes` free."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder).free
-    except OSError as error:
-        raise UserError(f"--output-dir {folder}: can't be made: {error.strerror}") from error
+    """Make the run folder and open its log. Raises UserError, and makes nothing, when the disk has fewer than `needed_bytes` free."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
     if free < needed_bytes:
-        folder.rmdir()
         raise UserError(f"--output-dir {folder}: the run needs {needed_bytes / 1e6:,.0f} MB, the disk has {free / 1e6:,.0f} MB free; "
                         "free some or name a folder on another disk")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output-dir {folder}: can't be made: {error.strerror}; name another folder") from error
     return RunLog(folder, settings)
 
 

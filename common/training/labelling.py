@@ -5,12 +5,14 @@ names for all splits) and `row` (the row's number in its source, counted from 1,
 traced back).
 """
 
+import re
+
 import datasets
 import numpy as np
 from sklearn.model_selection import train_test_split
 
-from common.data import check_texts
-from common.errors import UserError, one_line
+from common.data import check_texts, kind
+from common.errors import UserError
 
 SPLIT_SYNONYMS = {  # the names that public data sets use, in the order in which they are looked for
     "train": ["train", "training"],
@@ -32,7 +34,7 @@ def choose_splits(found: datasets.DatasetDict, wanted: dict[str, str | None]) ->
         if present:
             chosen[split] = found[present]
         elif name or split == "train":
-            raise UserError(f"--{split}-split {candidates[0]}: no such split; there is {', '.join(map(str, found))}")
+            raise UserError(f"--{split}-split {candidates[0]}: no such split; there is {', '.join(map(str, found))}; name one of these")
     return datasets.DatasetDict(chosen)
 
 
@@ -40,8 +42,9 @@ def validate(splits: datasets.DatasetDict, *, text_column: str, label_column: st
     """Return the splits with the columns `text`, `label` and `row`, after checking every row.
 
     Labels may be strings, whole numbers, booleans or ClassLabel. The class names are `names` (those of a trained model), else
-    those of the training split, sorted; those of ClassLabel keep their order. Raises UserError, naming split and row, for a missing column, a null or blank text, a missing label, a
-    label that the training split lacks, or a training split with one class only.
+    those of the training split, sorted, numbers by value; those of ClassLabel keep their order. Raises UserError, naming split and
+    row, for a missing column, a null or blank text, a missing label, a label that the training split lacks, or a training split
+    with one class only.
     """
     for split, rows in splits.items():
         _check_columns(split, rows, [text_column, label_column])
@@ -53,7 +56,8 @@ def validate(splits: datasets.DatasetDict, *, text_column: str, label_column: st
         feature, seen, lack = splits["train"].features[label_column], set(labels["train"]), "does not occur in the training split"
         names = feature.names if isinstance(feature, datasets.ClassLabel) else sorted(seen, key=_natural_order)
         if len(seen) < 2:
-            raise UserError(f"split train: every row has the label {labels['train'][0]!r}; a classifier needs at least two classes")
+            raise UserError(f"split train: every row has the label {labels['train'][0]!r}; a classifier needs at least two classes; "
+                            "add rows of another, or name the right column with --label-column")
     for split, values in labels.items():
         unseen = next((row for row, label in enumerate(values) if label not in seen), None)
         if unseen is not None:
@@ -67,7 +71,7 @@ def _check_columns(split: str, rows: datasets.Dataset, columns: list[str]):
         if column not in rows.features:
             raise UserError(f"split {split}: no column {column!r}; there is {', '.join(rows.column_names)}; name the right one with {flags[column]}")
     if len(rows) == 0:
-        raise UserError(f"split {split}: it has no rows")
+        raise UserError(f"split {split}: it has no rows; choose another with --{split}-split")
 
 
 def _label_names(split: str, rows: datasets.Dataset, column: str) -> list[str]:
@@ -78,11 +82,12 @@ def _label_names(split: str, rows: datasets.Dataset, column: str) -> list[str]:
             raise UserError(f"split {split}, row {outside[0] + 1}: the label {values[outside[0]]} is not one of the {len(feature.names)} classes; "
                             f"if this split has no labels, choose another with --{split}-split")
         return [feature.names[value] for value in values]
-    if not (feature.dtype in ("string", "large_string", "bool") or "int" in feature.dtype):
-        raise UserError(f"split {split}: column {column!r} holds {feature.dtype}; labels are strings or whole numbers")
-    missing = [row for row, value in enumerate(values) if value is None or value == ""]
+    if not re.fullmatch(r"(large_)?string|bool|u?int\d+", kind(rows, column)):
+        raise UserError(f"split {split}: column {column!r} holds {kind(rows, column)}, but labels are strings or whole numbers; "
+                        "name the right one with --label-column")
+    missing = [row for row, value in enumerate(values) if value is None or not str(value).strip()]
     if missing:
-        raise UserError(f"split {split}, row {missing[0] + 1}: the label in column {column!r} is missing")
+        raise UserError(f"split {split}, row {missing[0] + 1}: the label in column {column!r} is missing; remove the row or fill it in")
     return [str(value) for value in values]
 
 
@@ -100,7 +105,7 @@ def _with_labels(rows: datasets.Dataset, labels: list[str], names: list[str], te
 
 
 def _natural_order(name: str):
-    return (0, int(name), name) if name.lstrip("-").isdigit() else (1, 0, name)
+    return (0, int(name), name) if re.fullmatch(r"-?\d{1,20}", name) else (1, 0, name)
 
 
 def cut_missing_splits(splits: datasets.DatasetDict, *, seed: int) -> tuple[datasets.DatasetDict, list[str]]:
@@ -121,19 +126,28 @@ def stratified_cut(rows: datasets.Dataset, size: int, *, seed: int, purpose: str
     labels = np.asarray(rows["label"][:])
     try:
         rest, part = train_test_split(np.arange(len(rows)), test_size=size, stratify=labels, random_state=seed)
-    except ValueError as error:
-        counts = np.bincount(labels, minlength=rows.features["label"].num_classes)
-        name = rows.features["label"].names[int(np.argmin(np.where(counts > 0, counts, len(rows) + 1)))]
-        raise UserError(f"can't cut {purpose} of {size} rows from {len(rows)}: class {name!r} has {counts[counts > 0].min()} rows ({one_line(error)}); "
-                        "add rows, or give the split yourself") from error
+    except ValueError as error:  # a class with one row, or fewer rows left than classes
+        present, counts = np.unique(labels, return_counts=True)
+        name = rows.features["label"].names[present[counts.argmin()]]
+        raise UserError(f"can't cut {purpose} of {size} rows from {len(rows)} with each class in both parts: class {name!r} has {counts.min()}; "
+                        "add rows of it, or give the split yourself, such as a folder with train.csv, validation.csv and test.csv") from error
     return rows.select(np.sort(rest)), rows.select(np.sort(part))
 
 
-def limit(rows: datasets.Dataset, size: int | None, *, seed: int) -> datasets.Dataset:
-    """Return a stratified sample of at most `size` rows, in the source's order; all rows when `size` is None."""
+def limit(rows: datasets.Dataset, size: int | None, *, seed: int, flag: str) -> datasets.Dataset:
+    """Return a stratified sample of at most `size` rows, in the source's order; all rows when `size` is None.
+
+    Raises UserError, naming the `flag` that asked for it, for fewer rows than classes.
+    """
     if size is None or size >= len(rows):
         return rows
-    return stratified_cut(rows, size, seed=seed, purpose="a sample")[1]
+    labels = np.asarray(rows["label"][:])
+    num_classes = len(np.unique(labels))
+    if size < num_classes:
+        raise UserError(f"{flag} {size}: the rows are of {num_classes} classes; use at least {num_classes}")
+    shuffled = np.random.default_rng(seed).permutation(len(rows))
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    return rows.select(np.sort(by_class[np.arange(size) * len(rows) // size]))  # evenly spaced: each class's share, within one row
 
 
 def count_shared_texts(splits: datasets.DatasetDict) -> dict[str, int]:
