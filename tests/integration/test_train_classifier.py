@@ -1,0 +1,207 @@
+"""train_classifier.py as a user calls it, on a small model: what a run leaves, repeats, and is read by."""
+
+import csv
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+import termios
+import threading
+import urllib.request
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard import program
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+
+from conftest import ROOT, make_sentences
+
+FLAGS = ["--epochs", 2, "--max-length", 24, "--batch-size", 8, "--lr", "3e-3", "--log-every", 3]
+
+
+@pytest.fixture(scope="module")
+def flags(tiny_model, sentences_csv, cache_dir):
+    return ["--model", tiny_model, "--dataset", sentences_csv, "--cache-dir", cache_dir, *FLAGS]
+
+
+@pytest.fixture(scope="module")
+def finished(run_script, flags, tmp_path_factory):
+    """A finished run: its folder and what the process printed."""
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    return folder, run_script("train_classifier.py", *flags, "--output-dir", folder)
+
+
+def test_the_screen_shows_epochs_and_examples_and_stderr_stays_quiet(finished):
+    folder, process = finished
+    assert process.stderr == ""
+    assert "validation and test cut from train: 10 % each, stratified" in process.stdout
+    assert re.search(r"96 train, 12 validation, 12 test texts, 2 classes", process.stdout)
+    table = process.stdout[process.stdout.index("  epoch    training loss    validation loss    accuracy    macro-F1    examples/s"):]
+    assert re.search(r"\n +1 +\d\.\d+ .*\n +2 +\d\.\d+ ", table)
+    assert "five right ones" in table and "predicted class    true class" in table and "confidence" in table
+    assert "five wrong ones" in table
+
+
+def test_the_run_folder_holds_results_that_agree_with_each_other(finished):
+    folder, process = finished
+    results = json.loads((folder / "metrics.json").read_text())
+    assert {"test_accuracy", "test_macro_f1", "best_epoch", "train_examples_per_second"} <= results.keys()
+    assert results["test_accuracy"] > 0.8, "the sentences are easy: the loop must learn them"
+    with open(folder / "predictions.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 12
+    assert sum(row["true"] == row["predicted"] for row in rows) / 12 == pytest.approx(results["test_accuracy"])
+    sources = make_sentences(120)
+    for row in rows:
+        assert (row["text"], row["true"]) == sources[int(row["row"]) - 1], "a row number leads back to the source"
+        scores = {name: float(row[f"score {name}"]) for name in ("neg", "pos")}
+        assert max(scores, key=scores.get) == row["predicted"] and float(row["confidence"]) == pytest.approx(max(scores.values()), abs=1e-5)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    validation = [line for line in lines if "validation/accuracy" in line]
+    assert [line["step"] for line in validation] == [12, 24]
+    assert [line["step"] for line in lines if "train/loss" in line] == list(range(3, 25, 3))
+    accuracies = [line["validation/accuracy"] for line in validation]
+    assert results["best_epoch"] == accuracies.index(max(accuracies)) + 1, "the earliest of the best"
+    config = json.loads((folder / "config.json").read_text())
+    assert config["lr"] == 3e-3 and config["seed"] == 0 and config["versions"]["torch"] == torch.__version__
+
+
+def test_the_learning_rate_rises_then_falls_to_zero(finished):
+    lines = [json.loads(line) for line in (finished[0] / "metrics.jsonl").read_text().splitlines()]
+    rates = {line["step"]: line["train/learning_rate"] for line in lines if "train/loss" in line}
+    warmup, total, peak = 2, 24, 3e-3  # 10 % of 24 steps, rounded
+    assert rates == pytest.approx({step: peak * min(step / warmup, (total - step) / (total - warmup)) for step in rates})
+
+
+def test_the_report_holds_what_the_screen_shows_with_pictures(finished):
+    folder, process = finished
+    report = (folder / "report.md").read_text()
+    for heading in ("## Epochs", "## Classes of the test split", "## Five right", "## Five wrong", "## Settings"):
+        assert heading in report
+    for picture in re.findall(r"\]\((\S+\.png)\)", report):
+        pixels = matplotlib.image.imread(folder / picture)
+        assert min(pixels.shape[:2]) > 200 and pixels.std() > 0.05, "not a blank picture"
+    assert report.count(".png") == 2
+    assert f"| torch           | {torch.__version__}" in re.sub(r"torch +\|", "torch           |", report)
+    assert "`seed`" in report
+
+
+def test_pipeline_and_from_pretrained_load_best_and_agree_with_predict(finished, run_script, tmp_path):
+    folder, _ = finished
+    texts = ["a good film with lovely actors", "the story was awful and grim", "so it was 🙂 " * 40]
+    done = run_script("train_classifier.py", "--model", folder / "best", "--predict", "-", "--precision", "fp32", stdin="\n".join(texts) + "\n")
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.stderr == "" and [answer["row"] for answer in answers] == [1, 2, 3]
+    classify = pipeline("text-classification", model=str(folder / "best"), device="cpu", top_k=None)
+    for text, answer in zip(texts, answers):
+        expected = {score["label"]: score["score"] for score in classify([text], truncation=True)[0]}
+        assert answer["scores"] == pytest.approx(expected, abs=1e-5)
+        assert answer["label"] == max(expected, key=expected.get) and answer["confidence"] == answer["scores"][answer["label"]]
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "best")
+    assert model.config.id2label == {0: "neg", 1: "pos"} and model.config.label2id == {"neg": 0, "pos": 1}
+    assert AutoTokenizer.from_pretrained(folder / "best").model_max_length == 24
+
+
+def test_evaluate_only_gives_the_score_of_the_run(finished, run_script, sentences_csv):
+    folder, _ = finished
+    before = sorted(path for path in folder.rglob("*"))
+    done = run_script("train_classifier.py", "--model", folder / "best", "--dataset", sentences_csv, "--evaluate-only")
+    results = json.loads((folder / "metrics.json").read_text())
+    assert f"accuracy {results['test_accuracy']:.4f}, macro-F1 {results['test_macro_f1']:.4f}, loss {results['test_loss']:.4f} on 12 texts" in done.stdout
+    assert sorted(path for path in folder.rglob("*")) == before
+
+
+def test_the_same_seed_repeats_a_run_bit_for_bit_and_a_terminal_gets_a_bar(finished, flags, tmp_path):
+    """The second run has a terminal as stderr, which must change nothing but the screen."""
+    folder, _ = finished
+    terminal, stderr = pty.openpty()
+    termios.tcsetwinsize(stderr, (24, 120))  # a new one has 0 columns, too narrow for a bar
+    seen = []
+    reader = threading.Thread(target=_read_all, args=(terminal, seen))
+    reader.start()
+    command = [sys.executable, "train_classifier.py", *map(str, flags), "--output-dir", str(tmp_path / "again")]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=stderr, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    os.close(stderr)
+    reader.join()
+    screen = b"".join(seen).decode()
+    assert re.search(r"epoch 2/2:.*loss \d\.\d+, \d+\.\d examples/s", screen)
+    first, second = (load_file(path / "best" / "model.safetensors") for path in (folder, tmp_path / "again"))
+    assert all(torch.equal(first[name], second[name]) for name in first | second)
+    assert (folder / "predictions.csv").read_bytes() == (tmp_path / "again" / "predictions.csv").read_bytes()
+
+
+def _read_all(terminal: int, seen: list[bytes]):
+    try:
+        while chunk := os.read(terminal, 65536):
+            seen.append(chunk)
+    except OSError:  # a pseudo-terminal ends with EIO when its other side closes
+        pass
+
+
+def test_tensorboard_shows_curves_pictures_texts_and_settings(finished):
+    """A real TensorBoard server reads the run, and is asked over HTTP as its page does."""
+    folder, _ = finished
+    server = program.TensorBoard()
+    server.configure(argv=[None, "--logdir", str(folder.parent), "--host", "127.0.0.1", "--port", "0", "--load_fast", "false", "--reload_interval", "0"])
+    url = server.launch()
+
+    def get(path, data=None):
+        return json.load(urllib.request.urlopen(urllib.request.Request(url.rstrip("/") + "/data/plugin/" + path, data=data, headers={"Content-Type": "application/json"}), timeout=30))
+    scalars = get("scalars/tags")["first"]
+    assert {"train/loss", "train/learning_rate", "train/grad_norm", "train/examples_per_second", "validation/loss", "validation/accuracy",
+            "validation/macro_f1", "test/accuracy"} <= scalars.keys()
+    points = get("scalars/scalars?run=first&tag=validation%2Faccuracy")
+    assert [point[1] for point in points] == [12, 24]
+    assert {"validation/confusion", "test/confusion"} <= get("images/tags")["first"].keys()
+    assert "test/mistakes/text_summary" in get("text/tags")["first"]
+    experiment = get("hparams/experiment", data=json.dumps({"experimentName": ""}).encode())
+    assert {"lr", "batch_size", "model"} <= {info["name"] for info in experiment["hparamInfos"]}
+    assert "hparams/test_accuracy" in {info["name"]["tag"] for info in experiment["metricInfos"]}
+
+
+def test_inspect_shows_data_tokens_and_a_batch_and_trains_nothing(run_script, flags, sentences_csv, tmp_path):
+    done = run_script("train_classifier.py", *flags, "--inspect", "--output-dir", tmp_path / "none")
+    out = done.stdout
+    assert done.stderr == "" and not (tmp_path / "none").exists()
+    assert re.search(r"neg +48 +6 +6\n *pos +48 +6 +6\n *all +96 +12 +12", out)
+    assert re.search(r"texts over 24", out) and "'[PAD]' = id 0" in out and "they belong together" in out
+    tokens, ids = (re.search(rf"^{name} +(\S.*)$", out[out.index("ONE TEXT"):], re.M).group(1).split() for name in ("tokens", "ids"))
+    assert tokens[0] == "[CLS]" and ids[0] == "2" and len(tokens) == len(ids)
+    assert re.search(r"input_ids +\(4, \d+\) int64", out) and "[PAD]" in out[out.index("ONE PADDED BATCH"):]
+
+
+@pytest.mark.parametrize("extra", [["--grad-accum", 2]])
+def test_two_processes_at_batch_4_equal_one_at_batch_8(extra, run_script, flags, tmp_path):
+    """The global batch decides the order, and gradients are sums over the true count: only rounding differs."""
+    short = [*flags, "--precision", "fp32", "--epochs", 1, "--max-train-samples", 41, *extra]  # 41: a last batch of one row, which only one process gets
+    run_script("train_classifier.py", *short, "--output-dir", tmp_path / "one")
+    done = run_script("torchrun", "--nproc-per-node", 2, "train_classifier.py", *short, "--batch-size", 4, "--output-dir", tmp_path / "two", OMP_NUM_THREADS="1")
+    assert done.stdout.count("epoch 1/1") == 1, "only the main process prints"
+    one, two = (load_file(tmp_path / name / "best" / "model.safetensors") for name in ("one", "two"))
+    for name in one | two:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-5, msg=name)
+    results = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two")]
+    assert results[0]["test_loss"] == pytest.approx(results[1]["test_loss"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_the_main_command_reaches_98_percent_in_12_minutes(run_script, tmp_path):
+    """The median of seeds 0, 1 and 2 on the bundled news, with the defaults of the command line."""
+    accuracies = []
+    for seed in (0, 1, 2):
+        run_script("train_classifier.py", "--epochs", 3, "--seed", seed, "--output-dir", tmp_path / str(seed), timeout=720)
+        accuracies.append(json.loads((Path(tmp_path) / str(seed) / "metrics.json").read_text())["test_accuracy"])
+    assert sorted(accuracies)[1] >= 0.98, accuracies
+
+
+def test_the_main_command_learns_on_a_sample_of_the_bundled_news(run_script, tmp_path, cache_dir):
+    """The real encoder on real texts, few of them, so that every test run covers the defaults."""
+    done = run_script("train_classifier.py", "--epochs", 2, "--max-train-samples", 160, "--max-eval-samples", 60, "--max-length", 64, "--lr", "3e-4",
+                      "--cache-dir", cache_dir, "--output-dir", tmp_path / "news")
+    results = json.loads((tmp_path / "news" / "metrics.json").read_text())
+    assert done.stderr == "" and results["test_accuracy"] > 0.8, results
