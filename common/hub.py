@@ -1,4 +1,9 @@
-"""The Hugging Face Hub: is it there, and what to tell the user when it is not."""
+"""The Hugging Face Hub: is it there, where its files go, and what to tell the user when it is not there."""
+
+import contextlib
+import functools
+import os
+import sys
 
 import datasets
 import httpx2
@@ -6,6 +11,10 @@ import huggingface_hub
 import huggingface_hub.constants
 
 CONNECT_SECONDS = 5.0
+
+# Where a model has no safetensors, transformers would send its name and the user's token to a converter on the Hub and wait for it.
+os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
+huggingface_hub.utils.logging.set_verbosity_error()  # that a data set's card is missing, or what it retries, is no matter of the user
 
 
 def is_reachable() -> bool:
@@ -22,3 +31,21 @@ def is_reachable() -> bool:
         huggingface_hub.constants.HF_HUB_OFFLINE = True
         datasets.config.HF_HUB_OFFLINE = True
         return False
+
+
+@functools.cache  # once for each name: a model is read in several parts
+def say_cached(name: str):
+    """Say on stderr, for stdout may be another program's input, that a model or data set comes from the cache without a look at the Hub."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{name}: a copy in the cache; the Hub is off (HF_HUB_OFFLINE) or can't be reached", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def downloads_in(cache_dir: str | None):
+    """Let the Hub's files go to `cache_dir`: `datasets` puts only what it makes of them there, and them in the user's cache."""
+    usual = huggingface_hub.constants.HF_HUB_CACHE
+    huggingface_hub.constants.HF_HUB_CACHE = cache_dir or usual
+    try:
+        yield
+    finally:
+        huggingface_hub.constants.HF_HUB_CACHE = usual

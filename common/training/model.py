@@ -40,12 +40,27 @@ def load_pretrained(auto_class, name: str, **options):
     location = locate(name)
     reachable = Path(location).is_dir() or hub.is_reachable()
     try:
-        return auto_class.from_pretrained(location, **options)
+        loaded = auto_class.from_pretrained(location, **options)
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError, safetensors.SafetensorError) as error:
         if isinstance(error, ValueError) and "trust_remote_code" not in str(error) and "model_type" not in str(error):
             raise
-        why = "" if reachable else "the Hub can't be reached; use a local folder or a bundled model: "
-        raise UserError(f"--model {name}: {why}{one_line(error)}") from error
+        raise UserError(f"--model {name}: {explain(error, reachable)}") from error
+    if not reachable:
+        hub.say_cached(f"--model {name}")
+    return loaded
+
+
+def explain(error: Exception, reachable: bool) -> str:
+    """Return in one line why a model can't be loaded, and the way out."""
+    if not reachable:
+        return f"the Hub can't be reached; use a local folder or a bundled model: {one_line(error)}"
+    if isinstance(error.__cause__, huggingface_hub.errors.RepositoryNotFoundError):
+        return ("neither a local folder nor a model on the Hub that you may read; check the name (a private one needs `hf auth login`), "
+                f"or use {', '.join(assets.MODELS)}")
+    if "file named model.safetensors" in str(error):
+        return ("it has no model.safetensors, and pickled weights (pytorch_model.bin) are never read, for they can run code; "
+                "use a version of it with safetensors, or convert it first")
+    return one_line(error)
 
 
 def load_tokenizer(name: str, *, cache_dir: str | None):
