@@ -53,7 +53,7 @@ class RunLog:
     def __init__(self, folder: Path, settings: dict):
         (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         self.folder, self.settings = folder, settings
-        self.lines = open(folder / "metrics.jsonl", "a", encoding="utf-8")
+        self.lines = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115  (open as long as the run)
         self.writer = SummaryWriter(str(folder))
 
     def numbers(self, step: int, values: dict[str, float]):
