@@ -100,7 +100,8 @@ def _decode(content: bytes, place: str) -> str:
     try:
         return content.decode("utf-8-sig")  # some programs write a byte order mark: it is no part of the text
     except UnicodeDecodeError as error:
-        raise UserError(f"{place}: not UTF-8 (byte {error.object[error.start]:#04x} at {error.start + 1}); convert the file to UTF-8 first") from error
+        byte = error.object[error.start]
+        raise UserError(f"{place}: not UTF-8 (byte {byte:#04x} at {error.start + 1}); convert the file to UTF-8 first") from error
 
 
 def _check_utf8(path: Path):
@@ -139,7 +140,8 @@ def _read_folder(root: Path, cache_dir: str | None) -> datasets.DatasetDict:
     for file in sorted(path for path in root.iterdir() if path.suffix.lower() in FILE_READERS and not path.name.startswith(".")):
         parts.setdefault(re.sub(SHARD, "", file.stem), []).append(read_file(file, cache_dir=cache_dir))
     if not parts:
-        raise UserError(f"--dataset {root}: neither class folders of .txt files nor data files ({', '.join(FILE_READERS)}) in it; name a folder that has them")
+        raise UserError(f"--dataset {root}: neither class folders of .txt files nor data files ({', '.join(FILE_READERS)}) in it; "
+                        "name a folder that has them")
     return datasets.DatasetDict({split: datasets.concatenate_datasets(files) for split, files in parts.items()})
 
 

@@ -18,7 +18,8 @@ from common import data
 from common.errors import UserError
 
 KINDS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
-TEXTS = ["plain", "a, comma", 'a "quoted" word', "two\nlines", "a\ttab", "emoji 🎉 ünï £5", "NA", "None", "null", "nan", " spaces around ", "1e5", "\u2028 separator"]
+TEXTS = ["plain", "a, comma", 'a "quoted" word', "two\nlines", "a\ttab", "emoji 🎉 ünï £5",
+         "NA", "None", "null", "nan", " spaces around ", "1e5", "\u2028 separator"]
 LABELS = ["pos", "neg", "NA"] * 4 + ["pos"]
 
 
@@ -181,7 +182,9 @@ def test_the_first_bad_row_is_named_after_a_selection_of_rows():
         data.check_texts(rows, "text", place="here")
 
 
-@pytest.mark.parametrize("values, kind", [([1, 2], "int64"), ([1.5], "float64"), ([["a"]], "List"), ([{"a": 1}], "dict"), ([None], "null"), ([True], "bool")])
+@pytest.mark.parametrize("values, kind", [
+    ([1, 2], "int64"), ([1.5], "float64"), ([["a"]], "List"), ([{"a": 1}], "dict"), ([None], "null"), ([True], "bool"),
+])
 def test_a_column_that_holds_no_texts_is_refused_with_what_it_holds(values, kind):
     with pytest.raises(UserError, match=f"here: column 'text' holds {kind}, not texts; .*--text-column"):
         data.check_texts(datasets.Dataset.from_dict({"text": values}), "text", place="here")

@@ -1,0 +1,243 @@
+"""Labelled splits: which are chosen, what is refused, class names, stratified cuts and samples."""
+
+import random
+from collections import Counter
+
+import datasets
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import train_classifier
+from common.errors import UserError
+from common.runtime import Runtime
+from common.training import labelling
+from common.training import model as models
+
+COLUMNS = {"text_column": "text", "label_column": "label"}
+PER_CLASS = st.lists(st.integers(3, 40), min_size=2, max_size=5)
+
+
+def make(labels: list, **features) -> datasets.Dataset:
+    """Return rows with the given labels and texts that are all different."""
+    columns = {"text": [f"text {number}" for number in range(len(labels))], "label": labels}
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(text=datasets.Value("string"), **features) if features else None)
+
+
+def labelled(per_class: list[int]) -> datasets.Dataset:
+    """Return validated rows, shuffled, with so many rows of each class."""
+    labels = [f"class {number}" for number, count in enumerate(per_class) for _ in range(count)]
+    random.Random(0).shuffle(labels)
+    return labelling.validate(datasets.DatasetDict(train=make(labels)), **COLUMNS)["train"]
+
+
+def assert_stratified(part: datasets.Dataset, whole: datasets.Dataset):
+    counts, totals = Counter(part["label"][:]), Counter(whole["label"][:])
+    for label, total in totals.items():
+        assert abs(counts[label] - total * len(part) / len(whole)) < 1
+
+
+@given(per_class=PER_CLASS, share=st.floats(0.05, 0.9), seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=25, deadline=None)
+def test_a_cut_is_stratified_disjoint_and_complete(per_class, share, seed):
+    rows = labelled(per_class)
+    size = min(max(round(share * len(rows)), len(per_class)), len(rows) - len(per_class))
+    rest, part = labelling.stratified_cut(rows, size, seed=seed, purpose="a test split")
+    assert len(part) == size
+    assert sorted(rest["row"][:] + part["row"][:]) == rows["row"][:]
+    assert rest["row"][:] == sorted(rest["row"][:]) and part["row"][:] == sorted(part["row"][:])
+    assert_stratified(part, rows)
+    by_row = dict(zip(rows["row"], zip(rows["text"], rows["label"])))
+    for piece in (rest, part):  # each row keeps its text and its label
+        assert [by_row[row] for row in piece["row"]] == list(zip(piece["text"], piece["label"]))
+
+
+@given(per_class=PER_CLASS, share=st.floats(0, 1), seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=25, deadline=None)
+def test_a_sample_is_stratified_and_has_the_size_that_was_asked_for(per_class, share, seed):
+    rows = labelled(per_class)
+    size = max(len(per_class), round(share * (len(rows) + 5)))
+    sample = labelling.limit(rows, size, seed=seed, flag="--max-eval-samples")
+    assert len(sample) == min(size, len(rows))
+    assert sample["row"][:] == sorted(set(sample["row"]) & set(rows["row"]))
+    assert_stratified(sample, rows)
+
+
+def test_a_sample_may_leave_fewer_rows_than_classes():
+    """scikit-learn's train_test_split refuses it, since nothing would be left to test on."""
+    rows = labelled([10, 10, 1])
+    assert len(labelling.limit(rows, 20, seed=0, flag="")) == 20
+    assert labelling.limit(rows, None, seed=0, flag="") is rows
+
+
+def test_a_sample_smaller_than_the_number_of_classes_is_refused():
+    with pytest.raises(UserError, match="^--max-train-samples 2: .*use at least 3"):
+        labelling.limit(labelled([5, 5, 5]), 2, seed=0, flag="--max-train-samples")
+
+
+@pytest.mark.parametrize("pick", [lambda rows, seed: labelling.stratified_cut(rows, 30, seed=seed, purpose="")[1]["row"][:],
+                                  lambda rows, seed: labelling.limit(rows, 30, seed=seed, flag="")["row"][:]], ids=["cut", "limit"])
+def test_the_seed_alone_decides(pick):
+    rows = labelled([40, 60, 20])
+    first = pick(rows, 7)
+    random.seed(123)  # the state of the global generators has no part in it
+    assert pick(rows, 7) == first
+    assert len({tuple(pick(rows, seed)) for seed in range(10)}) == 10
+
+
+def test_missing_splits_are_cut_from_train():
+    rows = labelled([100, 60, 40])
+    splits, cut = labelling.cut_missing_splits(datasets.DatasetDict(train=rows), seed=0)
+    assert list(splits) == ["train", "validation", "test"] and cut == ["validation", "test"]
+    assert {split: len(part) for split, part in splits.items()} == {"train": 160, "validation": 20, "test": 20}
+    assert sorted(row for part in splits.values() for row in part["row"]) == rows["row"][:]
+    for part in splits.values():
+        assert Counter(part["label"][:]) == {0: len(part) // 2, 1: len(part) * 3 // 10, 2: len(part) // 5}
+
+
+def test_a_given_split_stays_as_it_is():
+    rows, test = labelled([50, 50]), labelled([3, 3])
+    splits, cut = labelling.cut_missing_splits(datasets.DatasetDict(train=rows, test=test), seed=0)
+    assert cut == ["validation"] and splits["test"] is test
+    assert (len(splits["train"]), len(splits["validation"])) == (90, 10)
+
+
+def test_a_small_data_set_gets_a_row_of_each_class_in_every_split():
+    splits, _ = labelling.cut_missing_splits(datasets.DatasetDict(train=labelled([3, 3, 3, 3])), seed=0)
+    assert all(set(part["label"]) == {0, 1, 2, 3} for part in splits.values())
+
+
+@pytest.mark.parametrize("labels", [["a"] * 20 + ["rare"], ["a"] * 3 + ["rare"] * 2, ["a", "rare", "a"]])
+def test_a_class_with_too_few_rows_to_cut_is_named(labels):
+    rows = labelling.validate(datasets.DatasetDict(train=make(labels)), **COLUMNS)
+    with pytest.raises(UserError, match="can't cut a (validation|test) split .* class 'rare' has 1; add rows of it, or give the split yourself"):
+        labelling.cut_missing_splits(rows, seed=0)
+
+
+@pytest.mark.parametrize("values, names", [
+    (["b", "a", "B"], ["B", "a", "b"]),
+    ([10, 9, -1, 100, 0], ["-1", "0", "9", "10", "100"]),
+    (["10", "9", "ten", "-1", "²", "--5"], ["-1", "9", "10", "--5", "ten", "²"]),  # what only looks like a number is a name
+    ([True, False], ["False", "True"]),
+])
+def test_class_names_are_sorted_and_numbers_by_value(values, names):
+    random.Random(1).shuffle(values)
+    rows = labelling.validate(datasets.DatasetDict(train=make(values)), **COLUMNS)["train"]
+    assert rows.features["label"] == datasets.ClassLabel(names=names)
+    assert [names[label] for label in rows["label"]] == [str(value) for value in values]
+
+
+@given(values=st.lists(st.integers(-2**63, 2**63 - 1), min_size=2, max_size=30).filter(lambda values: len(set(values)) > 1))
+@settings(max_examples=25, deadline=None)
+def test_whole_numbers_are_classes_in_their_order(values):
+    rows = labelling.validate(datasets.DatasetDict(train=make(values)), **COLUMNS)["train"]
+    assert rows.features["label"].names == [str(value) for value in sorted(set(values))]
+    assert [int(rows.features["label"].int2str(label)) for label in rows["label"]] == values
+
+
+def test_class_label_keeps_its_order_and_its_empty_classes():
+    feature = datasets.ClassLabel(names=["zebra", "ant", "unused"])
+    rows = labelling.validate(datasets.DatasetDict(train=make([0, 1, 0], label=feature)), **COLUMNS)["train"]
+    assert rows.features["label"].names == ["zebra", "ant", "unused"] and rows["label"][:] == [0, 1, 0]
+
+
+def test_labels_of_every_split_get_the_numbers_of_the_training_split():
+    splits = datasets.DatasetDict(train=make(["x", "y", "z"]), validation=make(["z", "y"]), test=make(["z"]))
+    splits = labelling.validate(splits, **COLUMNS)
+    assert {split: rows["label"][:] for split, rows in splits.items()} == {"train": [0, 1, 2], "validation": [2, 1], "test": [2]}
+    assert all(rows.features["label"].names == ["x", "y", "z"] for rows in splits.values())
+
+
+def test_labels_may_be_numbers_in_one_split_and_strings_in_another():
+    splits = labelling.validate(datasets.DatasetDict(train=make([9, 10]), test=make(["10", "9"])), **COLUMNS)
+    assert splits["test"]["label"][:] == [1, 0]
+
+
+def test_the_classes_of_a_trained_model_give_the_numbers():
+    splits = labelling.validate(datasets.DatasetDict(test=make(["a", "c", "a"])), **COLUMNS, names=["c", "b", "a"])
+    assert splits["test"]["label"][:] == [2, 0, 2] and splits["test"].features["label"].names == ["c", "b", "a"]
+    with pytest.raises(UserError, match="split test, row 2: the label 'd' is not one of the model's classes .a, b, c.; correct"):
+        labelling.validate(datasets.DatasetDict(test=make(["a", "d"])), **COLUMNS, names=["c", "b", "a"])
+
+
+def test_the_columns_are_text_label_and_row():
+    rows = datasets.Dataset.from_dict({"row": ["x", "y"], "stars": [5, 1], "review": ["good", "bad"], "text": [1, 2], "label": [None, None]})
+    rows = labelling.validate(datasets.DatasetDict(train=rows), text_column="review", label_column="stars")["train"]
+    assert rows[:] == {"text": ["good", "bad"], "label": [1, 0], "row": [1, 2]}
+
+
+@pytest.mark.parametrize("rows, message", [
+    (make(["a", None]), "split train, row 2: the label in column 'label' is missing; "),
+    (make(["a", ""]), "split train, row 2: the label in column 'label' is missing; "),
+    (make(["a", "b", " "]), "split train, row 3: the label in column 'label' is missing; "),
+    (make([1, None]), "split train, row 2: the label in column 'label' is missing; "),
+    (make([1.0, 2.0]), "split train: column 'label' holds float64, but labels are strings or whole numbers; .*--label-column"),
+    (make([["a"], ["b"]]), "split train: column 'label' holds List, but labels are "),
+    (make([None, None]), "split train: column 'label' holds null, but labels are "),
+    (make(["a", "a"]), "split train: every row has the label 'a'; a classifier needs at least two classes; .*--label-column"),
+    (make(["a", "b"]).rename_column("label", "stars"), "split train: no column 'label'; there is text, stars; .*--label-column"),
+    (make(["a", "b"]).rename_column("text", "review"), "split train: no column 'text'; there is review, label; .*--text-column"),
+    (make(["a", "b"]).select([]), "split train: it has no rows; .*--train-split"),
+    (make([0, -1], label=datasets.ClassLabel(names=["a", "b"])), "split train, row 2: the label -1 is not one of the 2 classes; .*--train-split"),
+    (make([0, None], label=datasets.ClassLabel(names=["a", "b"])), "split train, row 2: the label None is not one of the 2 classes"),
+])
+def test_what_is_wrong_with_labels_is_said_with_its_place(rows, message):
+    with pytest.raises(UserError, match=f"^{message}"):
+        labelling.validate(datasets.DatasetDict(train=rows), **COLUMNS)
+
+
+def test_a_label_that_train_lacks_is_named_with_the_labels_that_it_has():
+    splits = datasets.DatasetDict(train=make([str(number) for number in range(12)]), validation=make(["3", "12"]))
+    with pytest.raises(UserError, match=r"split validation, row 2: the label '12' does not occur in the training split "
+                                        r"\(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, \.\.\.\); correct or remove the row"):
+        labelling.validate(splits, **COLUMNS)
+
+
+@pytest.mark.parametrize("present, wanted, chosen", [
+    (["train", "validation", "test"], {}, {"train": "train", "validation": "validation", "test": "test"}),
+    (["training", "dev"], {}, {"train": "training", "validation": "dev"}),
+    (["train", "valid", "val"], {}, {"train": "train", "validation": "valid"}),
+    (["train", "test", "extra"], {"test": "extra"}, {"train": "train", "test": "extra"}),
+    (["all"], {"train": "all"}, {"train": "all"}),
+])
+def test_splits_are_found_by_their_usual_names_or_the_given_ones(present, wanted, chosen):
+    found = datasets.DatasetDict({name: make([name]) for name in present})
+    splits = labelling.choose_splits(found, {split: wanted.get(split) for split in ("train", "validation", "test")})
+    assert {split: rows["label"][0] for split, rows in splits.items()} == chosen
+
+
+@pytest.mark.parametrize("wanted, message", [
+    ({"train": None}, "--train-split train: no such split; there is all, some"),
+    ({"test": "tset"}, "--test-split tset: no such split; there is all, some"),
+])
+def test_a_split_that_is_not_there_is_refused_with_those_that_are(wanted, message):
+    with pytest.raises(UserError, match=message):
+        labelling.choose_splits(datasets.DatasetDict(all=make(["a"]), some=make(["a"])), wanted)
+
+
+def test_texts_that_train_has_too_are_counted():
+    def texts(*values):
+        return datasets.Dataset.from_dict({"text": values})
+    splits = {"train": texts("a", "b", "b"), "validation": texts("b", "c", "b"), "test": texts("A", "c")}
+    assert labelling.count_shared_texts(splits) == {"validation": 2, "test": 0}
+
+
+def test_the_screen_says_which_splits_were_cut_and_how_many_texts_are_shared(tmp_path, cache_dir, capsys):
+    for name, count in (("train", 40), ("test", 10)):
+        (tmp_path / f"{name}.csv").write_text("text,label\n" + "".join(f"text {number},{number % 2}\n" for number in range(count)))
+    flags = ["--dataset", str(tmp_path), "--cache-dir", str(cache_dir), "--seed", "3", "--max-eval-samples", "4"]
+    args = train_classifier.make_parser().parse_args(flags)
+    splits = train_classifier.load_splits(args, Runtime(torch.device("cpu"), "fp32"))
+    shown = capsys.readouterr().out
+    shared = len(set(splits["train"]["text"]) & set(splits["test"]["text"]))
+    assert shared > 0
+    assert "36 train, 4 validation, 4 test texts, 2 classes" in shown
+    assert "validation cut from train: 10 % each, stratified, by seed 3" in shown
+    assert f"{shared} of the test texts stand in train too" in shown
+
+
+def test_class_names_go_into_the_models_config(tiny_model):
+    model = models.load_classifier(str(tiny_model), names=["sport", "arts", "9"], attention_dropout=0.0, pad_token_id=0, cache_dir=None)
+    assert model.config.id2label == {0: "sport", 1: "arts", 2: "9"} and model.config.label2id == {"sport": 0, "arts": 1, "9": 2}
+    assert model.config.num_labels == model.classifier.out_features == 3
