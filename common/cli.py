@@ -92,11 +92,21 @@ def run(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], No
     except BrokenPipeError:  # the reader of our stdout left, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        full = _full_disk(error)
+        if full is None:
             raise
-        _end(f"{parser.prog}: error: no space is left on the disk{f' of {error.filename}' if error.filename else ''}; "
-             "free some, or name other folders with --output-dir and --cache-dir", 2)
+        _end(f"{parser.prog}: error: {full}; free some space, or name folders on another disk with --output-dir and --cache-dir", 2)
+
+
+def _full_disk(error: BaseException | None) -> str | None:
+    """Return the system's words for a full disk or quota if an exception came of one; libraries wrap it, and Rust's has no errno."""
+    while error is not None:
+        for number in (errno.ENOSPC, errno.EDQUOT):
+            if os.strerror(number) in str(error):
+                return os.strerror(number)
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _end(message: str, code: int):

@@ -28,7 +28,7 @@ def locate(name: str) -> str:
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise UserError(f"--model {name}: the folder has no config.json; a saved model is in runs/<name>/best")
     if not Path(name).exists() and (name.startswith((".", "/")) or name.count("/") > 1):
-        raise UserError(f"--model {name}: no such folder")
+        raise UserError(f"--model {name}: no such folder; check the path")
     return name
 
 
@@ -42,7 +42,7 @@ def load_pretrained(auto_class, name: str, **options):
     try:
         loaded = auto_class.from_pretrained(location, **options)
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError, safetensors.SafetensorError) as error:
-        if isinstance(error, ValueError) and "trust_remote_code" not in str(error) and "model_type" not in str(error):
+        if isinstance(error, ValueError) and not any(known in str(error) for known in ("trust_remote_code", "model_type", "backend tokenizer")):
             raise
         raise UserError(f"--model {name}: {explain(error, reachable)}") from error
     if not reachable:
@@ -60,7 +60,7 @@ def explain(error: Exception, reachable: bool) -> str:
     if "file named model.safetensors" in str(error):
         return ("it has no model.safetensors, and pickled weights (pytorch_model.bin) are never read, for they can run code; "
                 "use a version of it with safetensors, or convert it first")
-    return one_line(error)
+    return f"{one_line(error).rstrip('.')}; mend its files or name another model"
 
 
 def load_tokenizer(name: str, *, cache_dir: str | None):
@@ -70,6 +70,8 @@ def load_tokenizer(name: str, *, cache_dir: str | None):
     Raises UserError when there is no tokenizer, or neither a padding nor an end token.
     """
     tokenizer = load_pretrained(AutoTokenizer, name, cache_dir=cache_dir)
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # what transformers makes up when the files are not there
+        raise UserError(f"--model {name}: it has no tokenizer, or one without words; copy the files of its tokenizer into the folder")
     if tokenizer.is_fast:
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
