@@ -239,7 +239,7 @@ def test_a_model_folder_without_a_tokenizer(kind, refused, sentences_csv, tmp_pa
 def test_a_damaged_model_folder(file, content, parts, refused, tiny_model, sentences_csv, tmp_path):
     shutil.copytree(tiny_model, tmp_path / "model")
     (tmp_path / "model" / file).write_text(content)
-    refused("--dataset", sentences_csv, "--model", tmp_path / "model", parts=(f"--model {tmp_path / 'model'}", *parts, "mend its files or name another"))
+    refused("--dataset", sentences_csv, "--model", tmp_path / "model", parts=("--model", *parts, "mend its files or name another"))
 
 
 @pytest.fixture(scope="session")
