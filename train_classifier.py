@@ -26,13 +26,12 @@ from transformers import PreTrainedTokenizerBase, get_linear_schedule_with_warmu
 
 from common import cli, data, runtime, tracking
 from common.errors import UserError
-from common.metrics import classification_scores
 from common.training import batching, inspection, labelling, report
 from common.training import model as models
-from common.training.evaluation import predict_logits, predict_texts
+from common.training.evaluation import is_better, predict_texts, score
 from common.training.steps import LossMeter, accumulation_windows, count_examples, decay_groups, mark_last, sync_gradients
 
-DEFAULT_MAX_LENGTH = 256
+DEFAULT_MAX_LENGTH, DEFAULT_EVAL_MAX_LENGTH = 256, 512  # training costs three times what scoring does: scoring can read more of a text
 MISTAKES_IN_TENSORBOARD = 50
 RUN_SIZE_IN_MODELS = 3  # a run folder holds the best model, for a moment twice, and small files
 
@@ -51,14 +50,16 @@ def make_parser() -> cli.Parser:
         group.add_argument(f"--{split}-split", help="its name in the data set" + ("" if split == "train" else "; cut from train when there is none"))
     group.add_argument("--max-train-samples", type=cli.positive_int, help="train on a stratified sample of at most this many")
     group.add_argument("--max-eval-samples", type=cli.positive_int, help="the same for validation and test")
-    group.add_argument("--max-length", type=cli.positive_int, help=f"tokens a text is cut to (default: {DEFAULT_MAX_LENGTH}, or what a trained model was trained with)")
+    group.add_argument("--max-length", type=cli.positive_int, help=f"tokens a text is cut to in training (default: {DEFAULT_MAX_LENGTH})")
+    group.add_argument("--eval-max-length", type=cli.positive_int, help="the same in evaluation and prediction (default: --max-length where it is given, "
+                       f"else {DEFAULT_EVAL_MAX_LENGTH}; what a saved model was scored with)")
 
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=cli.positive_int, default=3, help="passes over the training split")
     group.add_argument("--batch-size", type=cli.positive_int, default=16, help="texts a process and a backward pass")
     group.add_argument("--eval-batch-size", type=cli.positive_int, default=32, help="texts a process in evaluation")
     group.add_argument("--grad-accum", type=cli.positive_int, default=1, help="batches an optimizer step")
-    group.add_argument("--lr", type=cli.positive_float, default=1e-4, help="the highest learning rate")
+    group.add_argument("--lr", type=cli.positive_float, default=5e-5, help="the highest learning rate")
     group.add_argument("--warmup-ratio", type=cli.fraction, default=0.1, help="share of the steps in which the rate rises from 0")
     group.add_argument("--weight-decay", type=cli.non_negative_float, default=0.01, help="of matrices; biases and norms have none")
     group.add_argument("--max-grad-norm", type=cli.positive_float, default=1.0, help="clip the gradient to this norm")
@@ -108,10 +109,11 @@ def load_splits(args, machine):
 
 def tokenize(splits, tokenizer, args, machine):
     """Return the tokenised splits, and say what truncation cuts."""
-    tokenized = {split: batching.tokenize(rows, tokenizer, max_length=args.max_length, cache_dir=args.cache_dir) for split, rows in splits.items()}
-    counts = [count for rows in tokenized.values() for count in rows["num_tokens"]]
-    cut = sum(count > args.max_length for count in counts) / len(counts)
-    machine.say(f"tokens   at most {args.max_length} a text; {cut:.1%} of the texts are longer and lose their end")
+    lengths = {split: args.max_length if split == "train" else args.eval_max_length for split in splits}
+    tokenized = {split: batching.tokenize(rows, tokenizer, max_length=lengths[split], cache_dir=args.cache_dir) for split, rows in splits.items()}
+    for use, split in (("training", "train"), ("scoring", "test")):
+        cut = sum(count > lengths[split] for count in tokenized[split]["num_tokens"]) / len(tokenized[split])
+        machine.say(f"{'tokens  ' if split == 'train' else '        '} at most {lengths[split]} a text in {use}: {cut:.1%} of the texts are longer and lose their end")
     return tokenized
 
 
@@ -123,6 +125,7 @@ def prepare(model, tokenizer, num_rows: int, args, machine) -> Training:
     scheduler = get_linear_schedule_with_warmup(optimizer, round(args.warmup_ratio * num_steps), num_steps)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.precision == "fp16")
     parallel = DistributedDataParallel(model) if machine.world_size > 1 else model
+    torch.manual_seed(args.seed + machine.rank)  # each process draws its own dropout masks
     return Training(model, tokenizer, parallel, optimizer, scheduler, scaler)
 
 
@@ -167,11 +170,11 @@ def train(training: Training, rows, validation, run, args, machine) -> tuple[lis
             meter = LossMeter(machine, run, bar, args.log_every)
             train_epoch(training, bar, meter, args, machine)
         losses = meter.end_epoch()  # before scoring, whose time is not training's
-        scores, _ = score(training.model, validation, training.tokenizer, args, machine)
+        scores, _ = score(training.model, validation, training.tokenizer, machine, batch_size=args.eval_batch_size)
         if not math.isfinite(scores["loss"]):  # the last steps of an epoch can ruin the weights after its losses were read
             raise UserError(f"epoch {epoch}: the validation loss is {scores['loss']}; lower --lr or raise --warmup-ratio")
-        epochs.append({"epoch": epoch, **losses, **scores})
-        log_scores(run, training.step, "validation", scores, names)
+        epochs.append({"epoch": epoch, "step": training.step, **losses, **scores})
+        report.log_scores(run, training.step, "validation", scores, names)
         improved = is_better(epochs[-1], best, args.best_metric)
         if improved:
             best = epochs[-1]
@@ -181,38 +184,19 @@ def train(training: Training, rows, validation, run, args, machine) -> tuple[lis
     return epochs, best
 
 
-def score(model, rows, tokenizer, args, machine) -> tuple[dict, torch.Tensor]:
-    """Return a model's classification scores on a tokenised split, and its logits (N, C)."""
-    logits = predict_logits(model, rows, tokenizer, machine, batch_size=args.eval_batch_size)
-    return classification_scores(logits, torch.tensor(rows["label"][:])), logits
-
-
-def log_scores(run, step: int, split: str, scores: dict, names: list[str]):
-    """Write a split's scores as curves, the confusion matrix as a picture."""
-    per_class = {f"{split}_{measure}/{name}": value for measure in ("precision", "recall")
-                 for name, value in zip(names, scores["per_class"][measure])}
-    run.numbers(step, {**{f"{split}/{name}": scores[name] for name in ("loss", "accuracy", "macro_f1")}, **per_class})
-    run.confusion(step, f"{split}/confusion", scores["confusion"], names)
-
-
-def is_better(epoch: dict, best: dict | None, metric: str) -> bool:
-    """Tell whether an epoch beats the best so far; on a tie the earlier one stays, and a NaN never wins."""
-    sign = -1 if metric == "loss" else 1
-    return not math.isnan(epoch[metric]) and (best is None or sign * epoch[metric] > sign * best[metric])
-
-
 def training_settings(args) -> dict:
     """Return what a saved model must remember to be used and scored rightly."""
-    settings = {name: getattr(args, name) for name in ("dataset_config", "seed", "max_length", "text_column", "label_column")}
+    settings = {name: getattr(args, name) for name in ("dataset_config", "seed", "max_length", "eval_max_length", "text_column", "label_column")}
     return {"dataset": data.full_name(args.dataset), **settings}
 
 
 def load_for_training(splits, args, machine):
-    """Return tokenizer, model and tokenised splits; sets args.max_length to the length in use."""
+    """Return tokenizer, model and tokenised splits; sets args.max_length and args.eval_max_length to what is in use."""
     tokenizer, note = models.load_tokenizer(args.model, cache_dir=args.cache_dir)
     model = models.load_classifier(args.model, names=splits["train"].features["label"].names, attention_dropout=args.attention_dropout,
                                    pad_token_id=tokenizer.pad_token_id, cache_dir=args.cache_dir)
-    args.max_length = models.choose_max_length(args.max_length, DEFAULT_MAX_LENGTH, model, tokenizer)
+    args.eval_max_length = models.choose_max_length(args.eval_max_length, args.max_length or DEFAULT_EVAL_MAX_LENGTH, model, tokenizer, flag="--eval-max-length")
+    args.max_length = models.choose_max_length(args.max_length, DEFAULT_MAX_LENGTH, model, tokenizer, flag="--max-length")
     size = sum(parameter.numel() for parameter in model.parameters())
     machine.say(f"model    {args.model}: {type(model).__name__}, {size / 1e6:.1f} million parameters, with a new head")
     if note:
@@ -240,16 +224,15 @@ def fit(args, machine):
 def finish(rows, tokenized, epochs, best, run, args, machine):
     """Reload the best epoch, score it once on the test split, show and write what the run came to."""
     machine.barrier()  # the main process has written it
-    model = models.load_saved(str(run.folder / "best"), cache_dir=args.cache_dir).to(machine.device)
-    tokenizer, _ = models.load_tokenizer(str(run.folder / "best"), cache_dir=args.cache_dir)
-    scores, logits = score(model, tokenized, tokenizer, args, machine)
+    model, tokenizer = load_saved(str(run.folder / "best"), args, machine)
+    scores, logits = score(model, tokenized, tokenizer, machine, batch_size=args.eval_batch_size)
     predictions = report.Predictions(rows, logits)
     results = {**{f"test_{name}": scores[name] for name in ("accuracy", "macro_f1", "loss")}, "best_epoch": best["epoch"],
                **{f"best_validation_{name}": best[name] for name in ("accuracy", "macro_f1", "loss")},
                "train_examples_per_second": len(epochs) / sum(1 / epoch["examples_per_second"] for epoch in epochs),
                "peak_memory_bytes": runtime.peak_memory_bytes(machine.device)}
-    log_scores(run, len(epochs), "test", scores, predictions.names)
-    run.text(len(epochs), "test/mistakes", predictions.examples(right=False, most=MISTAKES_IN_TENSORBOARD, style="github"))
+    report.log_scores(run, best["step"], "test", scores, predictions.names)
+    run.text(best["step"], "test/mistakes", predictions.examples(right=False, most=MISTAKES_IN_TENSORBOARD, style="github"))
     run.finish(results)
     machine.say(f"\n{report.epoch_table(epochs)}\n\nbest epoch {best['epoch']}, reloaded and scored on the test split:")
     report.show(scores, predictions, machine.say)
@@ -258,14 +241,20 @@ def finish(rows, tokenized, epochs, best, run, args, machine):
     machine.say(f"\nreport: {run.folder}/report.md   model: {run.folder}/best   every test row: {run.folder}/predictions.csv")
 
 
+def load_saved(name: str, args, machine):
+    """Return a saved model on its device and its tokenizer; sets args.eval_max_length to what is in use."""
+    model = models.load_saved(name, cache_dir=args.cache_dir).to(machine.device)
+    tokenizer, _ = models.load_tokenizer(name, cache_dir=args.cache_dir)
+    args.eval_max_length = models.choose_max_length(args.eval_max_length, tokenizer.model_max_length, model, tokenizer, flag="--eval-max-length")
+    return model, tokenizer
+
+
 def evaluate_only(args, machine):
     """Score a saved model on the test split; on every row of a data set without one that it was not trained on."""
-    model = models.load_saved(args.model, cache_dir=args.cache_dir).to(machine.device)
-    tokenizer, _ = models.load_tokenizer(args.model, cache_dir=args.cache_dir)
-    args.max_length = models.choose_max_length(args.max_length, tokenizer.model_max_length, model, tokenizer)
+    model, tokenizer = load_saved(args.model, args, machine)
     rows = load_test_split(model, args, machine)
-    tokenized = batching.tokenize(rows, tokenizer, max_length=args.max_length, cache_dir=args.cache_dir)
-    scores, logits = score(model, tokenized, tokenizer, args, machine)
+    tokenized = batching.tokenize(rows, tokenizer, max_length=args.eval_max_length, cache_dir=args.cache_dir)
+    scores, logits = score(model, tokenized, tokenizer, machine, batch_size=args.eval_batch_size)
     report.show(scores, report.Predictions(rows, logits), machine.say)
 
 
@@ -289,11 +278,9 @@ def load_test_split(model, args, machine):
 
 def predict(args, machine):
     """Print one JSON line a text: row, label, confidence and the score of every class."""
-    model = models.load_saved(args.model, cache_dir=args.cache_dir).to(machine.device)
-    tokenizer, _ = models.load_tokenizer(args.model, cache_dir=args.cache_dir)
-    args.max_length = models.choose_max_length(args.max_length, tokenizer.model_max_length, model, tokenizer)
+    model, tokenizer = load_saved(args.model, args, machine)
     texts = data.read_texts(args.predict, column=args.text_column, cache_dir=args.cache_dir)
-    for answer in predict_texts(model, tokenizer, texts, machine, max_length=args.max_length, batch_size=args.eval_batch_size):
+    for answer in predict_texts(model, tokenizer, texts, machine, max_length=args.eval_max_length, batch_size=args.eval_batch_size):
         print(json.dumps(answer, ensure_ascii=False))
 
 
@@ -301,7 +288,7 @@ def inspect(args, machine):
     """Show the data, the tokenizer and a batch; train nothing."""
     splits = load_splits(args, machine)
     tokenizer, model, tokenized = load_for_training(splits, args, machine)
-    inspection.show(splits, tokenized, model, tokenizer, max_length=args.max_length, batch_size=args.batch_size)
+    inspection.show(splits, tokenized, model, tokenizer, max_lengths=(args.max_length, args.eval_max_length), batch_size=args.batch_size)
 
 
 def main(args):

@@ -100,11 +100,11 @@ def run(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], No
 
 
 def _full_disk(error: BaseException | None) -> str | None:
-    """Return the system's words for a full disk or quota if an exception came of one; libraries wrap it, and Rust's has no errno."""
+    """Return the words of an exception for a full disk or quota if it came of one: libraries wrap it, Rust's and `datasets`' have no errno."""
     while error is not None:
-        for number in (errno.ENOSPC, errno.EDQUOT):
-            if os.strerror(number) in str(error):
-                return os.strerror(number)
+        for words in (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "Not enough disk space"):
+            if words in str(error):
+                return words
         error = error.__cause__ or error.__context__
     return None
 

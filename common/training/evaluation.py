@@ -1,10 +1,12 @@
-"""A model over a split: logits in the rows' order, on any number of processes."""
+"""A model over a split: logits in the rows' order, on any number of processes; its scores, and which epoch's are the best."""
 
+import math
 from collections.abc import Iterator
 
 import datasets
 import torch
 
+from common.metrics import classification_scores
 from common.runtime import Runtime
 from common.tracking import progress
 from common.training import batching
@@ -34,6 +36,18 @@ def predict_logits(model, rows: datasets.Dataset, tokenizer, machine: Runtime, *
     logits, seen = machine.all_reduce_sum(logits), machine.all_reduce_sum(seen)
     assert bool((seen == 1).all()), "each row must be scored exactly once"
     return logits.cpu()
+
+
+def score(model, rows: datasets.Dataset, tokenizer, machine: Runtime, *, batch_size: int) -> tuple[dict, torch.Tensor]:
+    """Return a model's classification scores on a tokenised split, and its logits (N, C)."""
+    logits = predict_logits(model, rows, tokenizer, machine, batch_size=batch_size)
+    return classification_scores(logits, torch.tensor(rows["label"][:])), logits
+
+
+def is_better(epoch: dict, best: dict | None, metric: str) -> bool:
+    """Tell whether an epoch's scores beat the best so far; on a tie the earlier epoch stays, and a NaN never wins."""
+    sign = -1 if metric == "loss" else 1
+    return not math.isnan(epoch[metric]) and (best is None or sign * epoch[metric] > sign * best[metric])
 
 
 @torch.inference_mode()

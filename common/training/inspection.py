@@ -19,22 +19,23 @@ def split_table(splits) -> str:
     return tabulate([*lines, ["all", *(len(rows) for rows in splits.values())]], ["class", *counts])
 
 
-def length_table(tokenized, max_length: int) -> str:
+def length_table(tokenized) -> str:
     """Return the percentiles of the texts' lengths in tokens, and the share that truncation cuts, for each split."""
     lines = []
     for split, rows in tokenized.items():
-        lengths = np.asarray(rows["num_tokens"][:])
-        lines.append([split, *np.percentile(lengths, PERCENTILES).astype(int).tolist(), f"{(lengths > max_length).mean():.1%}",
-                      f"{np.maximum(lengths - max_length, 0).sum() / lengths.sum():.1%}"])
-    return tabulate(lines, ["tokens", "min", *(f"{p} %" for p in PERCENTILES[1:-1]), "max", f"texts over {max_length}", "tokens cut"],
+        lengths, kept = np.asarray(rows["num_tokens"][:]), np.asarray(rows["length"][:])
+        lines.append([split, *np.percentile(lengths, PERCENTILES).astype(int).tolist(), f"{(lengths > kept).mean():.1%}",
+                      f"{1 - kept.sum() / lengths.sum():.1%}"])
+    return tabulate(lines, ["tokens", "min", *(f"{p} %" for p in PERCENTILES[1:-1]), "max", "texts cut", "tokens cut"],
                     stralign="right")
 
 
-def show(splits, tokenized, model, tokenizer, *, max_length: int, batch_size: int):
+def show(splits, tokenized, model, tokenizer, *, max_lengths: tuple[int, int], batch_size: int):
     """Print everything that --inspect promises, on standard output."""
     print("\nSPLITS\n" + split_table(splits))
-    print(f"\nLENGTHS in tokens, special tokens included; --max-length is {max_length}, the model holds {max_positions(model) or 'any number'}")
-    print(length_table(tokenized, max_length))
+    print(f"\nLENGTHS in tokens, special tokens included; a text is cut to {max_lengths[0]} in training and {max_lengths[1]} in scoring, "
+          f"the model holds {max_positions(model) or 'any number'}")
+    print(length_table(tokenized))
     _show_tokenizer(tokenizer)
     _show_text(splits["train"][0], tokenized["train"][0], tokenizer)
     _show_batch(tokenized["train"], tokenizer, batch_size)

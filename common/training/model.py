@@ -126,16 +126,16 @@ def max_positions(model: torch.nn.Module) -> int | None:
     return None
 
 
-def choose_max_length(wanted: int | None, default: int, model, tokenizer) -> int:
+def choose_max_length(wanted: int | None, default: int, model, tokenizer, *, flag: str) -> int:
     """Return the number of tokens to truncate at: what the user wants, else `default` or what the model holds if that is less.
 
     Raises UserError when more is wanted than the model holds.
     """
     holds = max_positions(model) or UNLIMITED
     if wanted is not None and wanted > holds:
-        raise UserError(f"--max-length {wanted}: the model holds {holds} tokens; use at most that")
+        raise UserError(f"{flag} {wanted}: the model holds {holds} tokens; use at most that")
     if wanted is not None and wanted <= tokenizer.num_special_tokens_to_add():
-        raise UserError(f"--max-length {wanted}: the special tokens alone take {tokenizer.num_special_tokens_to_add()}; use more")
+        raise UserError(f"{flag} {wanted}: the special tokens alone take {tokenizer.num_special_tokens_to_add()}; use more")
     return wanted or min(default, holds, tokenizer.model_max_length)
 
 
@@ -156,12 +156,12 @@ def mismatches(model, tokenizer) -> list[str]:
 def save(model, tokenizer, folder: Path, *, settings: dict):
     """Write model, tokenizer and `training.json` as a plain Hugging Face folder; an older one is replaced only by a complete one.
 
-    The tokenizer remembers settings["max_length"] as its limit, so that `pipeline(..., truncation=True)` cuts where training did.
+    The tokenizer remembers settings["eval_max_length"] as its limit, so that `pipeline(..., truncation=True)` cuts where the scores were taken.
     """
     fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    tokenizer.model_max_length = settings["max_length"]
+    tokenizer.model_max_length = settings["eval_max_length"]
     model.save_pretrained(fresh)
     tokenizer.save_pretrained(fresh)
     (fresh / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -120,3 +120,11 @@ def show(scores: dict, predictions: Predictions, say):
     say(class_table(scores["per_class"], predictions.names))
     for right in (True, False):
         say(f"\nfive {'right' if right else 'wrong'} ones, spread over the split:\n{predictions.examples(right=right)}")
+
+
+def log_scores(run, step: int, split: str, scores: dict, names: list[str]):
+    """Give a split's scores to the run's log as curves, and its confusion matrix as a picture."""
+    per_class = {f"{split}_{measure}/{name}": value for measure in ("precision", "recall")
+                 for name, value in zip(names, scores["per_class"][measure])}
+    run.numbers(step, {**{f"{split}/{name}": scores[name] for name in ("loss", "accuracy", "macro_f1")}, **per_class})
+    run.confusion(step, f"{split}/confusion", scores["confusion"], names)
