@@ -21,7 +21,10 @@ class Parser(argparse.ArgumentParser):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of a script's docstring and adds the defaults to the flags."""
+    """Keeps the line breaks of a script's docstring and adds the defaults that say something to the flags."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
 def positive_int(text: str) -> int:

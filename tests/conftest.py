@@ -13,7 +13,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertTokenize
 
 ROOT = Path(__file__).resolve().parent.parent
 POSITIVE, NEGATIVE = ["good", "fine", "great", "lovely"], ["bad", "awful", "poor", "grim"]
-COMMON = "the film was and it so very what a story with actors that I saw on monday".split()
+COMMON = ["the", "film", "was", "and", "it", "so", "very", "what", "a", "story", "with", "actors", "that", "I", "saw", "on", "monday"]
 
 
 def make_sentences(count: int, seed: int = 0) -> list[tuple[str, str]]:

@@ -15,11 +15,10 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 import torch
+from conftest import ROOT, make_sentences
 from safetensors.torch import load_file
 from tensorboard import program
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
-
-from conftest import ROOT, make_sentences
 
 FLAGS = ["--epochs", 2, "--max-length", 24, "--batch-size", 8, "--lr", "3e-3", "--log-every", 3]
 
@@ -169,7 +168,7 @@ def test_inspect_shows_data_tokens_and_a_batch_and_trains_nothing(run_script, fl
     out = done.stdout
     assert done.stderr == "" and not (tmp_path / "none").exists()
     assert re.search(r"neg +48 +6 +6\n *pos +48 +6 +6\n *all +96 +12 +12", out)
-    assert re.search(r"texts over 24", out) and "'[PAD]' = id 0" in out and "they belong together" in out
+    assert "cut to 24 in training and 24 in scoring, the model holds 64" in out and "'[PAD]' = id 0" in out and "they belong together" in out
     tokens, ids = (re.search(rf"^{name} +(\S.*)$", out[out.index("ONE TEXT"):], re.M).group(1).split() for name in ("tokens", "ids"))
     assert tokens[0] == "[CLS]" and ids[0] == "2" and len(tokens) == len(ids)
     assert re.search(r"input_ids +\(4, \d+\) int64", out) and "[PAD]" in out[out.index("ONE PADDED BATCH"):]

@@ -47,3 +47,12 @@ def test_a_bug_keeps_its_traceback():
         raise ZeroDivisionError
     with pytest.raises(ZeroDivisionError):
         cli.run(cli.Parser(prog="script"), main, [])
+
+
+def test_help_shows_defaults_that_say_something(capsys):
+    parser = cli.Parser(prog="script")
+    cli.add_shared_flags(parser, model="the-model")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())  # argparse breaks lines to the terminal
+    assert "(default: the-model)" in shown and "None" not in shown
