@@ -65,7 +65,7 @@ def make_parser() -> cli.Parser:
     group.add_argument("--max-grad-norm", type=cli.positive_float, default=1.0, help="clip the gradient to this norm")
     group.add_argument("--attention-dropout", type=cli.fraction, default=0.0, help="above 0 it keeps PyTorch from its fused attention: slower on CPU")
     group.add_argument("--batching", choices=["buckets", "random"], default="buckets", help="buckets: texts of similar length share a batch")
-    group.add_argument("--best-metric", choices=["accuracy", "macro_f1", "loss"], default="accuracy", help="which epoch is kept, by validation; the earliest on ties")
+    group.add_argument("--best-metric", choices=["loss", "accuracy", "macro_f1"], default="loss", help="which epoch is kept, by validation; the earliest on ties")
     group.add_argument("--log-every", type=cli.positive_int, default=10, help="optimizer steps between two points of a curve")
 
     group = parser.add_argument_group("instead of training").add_mutually_exclusive_group()

@@ -13,9 +13,10 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from transformers import DistilBertConfig, DistilBertForMaskedLM
+
 from conftest import COMMON, train_wordpiece
 from hub_server import HubServer
-from transformers import DistilBertConfig, DistilBertForMaskedLM
 
 RECIPE = shlex.split("--model distilbert/distilbert-base-uncased --dataset ccdv/patent-classification --max-train-samples 5000 --max-eval-samples 500 "
                      "--batch-size 8 --lr 2e-5 --weight-decay 0.01 --epochs 3")

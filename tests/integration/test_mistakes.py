@@ -15,13 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT, make_sentences, train_wordpiece
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForSequenceClassification, GPT2Config, GPT2ForSequenceClassification, PreTrainedTokenizerFast
 
 import train_classifier
 from common import cli
+from conftest import ROOT, make_sentences, train_wordpiece
 
 GOOD = "text,label\n" + "".join(f"{text},{label}\n" for text, label in make_sentences(120))
 BUNDLED = "bundled/all-MiniLM-L6-v2"

@@ -1,0 +1,51 @@
+"""Scoring a split against one text at a time, and the choice of the best epoch."""
+
+import datasets
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from common.runtime import Runtime
+from common.training import batching
+from common.training.evaluation import is_better, predict_logits, predict_texts
+from conftest import make_sentences
+
+MACHINE = Runtime(torch.device("cpu"), "fp32")
+
+
+@pytest.fixture(scope="module")
+def scored(tiny_model, tmp_path_factory):
+    """The model, its tokenizer, 37 tokenised texts, and the logits of each text alone."""
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(tiny_model).eval(), AutoTokenizer.from_pretrained(tiny_model)
+    pairs = make_sentences(37)
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"]), "row": datasets.Value("int64")})
+    rows = datasets.Dataset.from_dict({"text": [text for text, _ in pairs], "label": [label for _, label in pairs], "row": list(range(37))}, features=features)
+    tokenized = batching.tokenize(rows, tokenizer, max_length=20, cache_dir=str(tmp_path_factory.mktemp("cache")))
+    with torch.inference_mode():
+        alone = torch.cat([model(**tokenizer(text, truncation=True, max_length=20, return_tensors="pt")).logits for text in rows["text"]])
+    return model, tokenizer, tokenized, alone
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 64])
+def test_logits_are_those_of_each_text_alone_in_the_rows_order(scored, batch_size):
+    model, tokenizer, tokenized, alone = scored
+    torch.testing.assert_close(predict_logits(model, tokenized, tokenizer, MACHINE, batch_size=batch_size), alone, rtol=1e-4, atol=1e-6)
+
+
+def test_predictions_come_in_the_order_of_the_texts(scored, monkeypatch):
+    model, tokenizer, tokenized, alone = scored
+    monkeypatch.setattr("common.training.evaluation.PREDICT_BLOCK", 10)  # so that 37 texts take several blocks
+    model.config.id2label = {0: "neg", 1: "pos"}
+    answers = list(predict_texts(model, tokenizer, tokenized["text"][:], MACHINE, max_length=20, batch_size=4))
+    assert [answer["row"] for answer in answers] == list(range(1, 38))
+    for answer, probabilities in zip(answers, alone.softmax(-1).tolist()):
+        assert list(answer["scores"].values()) == pytest.approx(probabilities, abs=1e-5)
+        assert answer["scores"][answer["label"]] == answer["confidence"] == max(answer["scores"].values())
+
+
+@pytest.mark.parametrize("metric, value, best, better", [
+    ("accuracy", 0.9, None, True), ("accuracy", 0.9, 0.9, False), ("accuracy", 0.91, 0.9, True), ("accuracy", float("nan"), None, False),
+    ("loss", 0.2, 0.3, True), ("loss", 0.3, 0.3, False), ("loss", float("nan"), 0.3, False), ("loss", 0.4, 0.3, False),
+])
+def test_the_best_epoch_is_the_earliest_of_the_best_and_never_a_nan(metric, value, best, better):
+    assert is_better({metric: value}, None if best is None else {metric: best}, metric) is better
