@@ -9,6 +9,7 @@ from pathlib import Path
 import datasets
 import httpx2
 import huggingface_hub.errors
+import huggingface_hub.utils
 import pyarrow
 import pyarrow.compute
 
@@ -27,7 +28,9 @@ FILE_READERS = {
 
 SHARD = r"-\d{5}-of-\d{5}$"  # as in train-00000-of-00002.parquet
 
-datasets.disable_progress_bars()  # reading is quick or shows the Hub's own bar; the scripts show theirs
+if not sys.stderr.isatty():  # the libraries' bars for downloads and tokenisation are for a person who waits
+    datasets.disable_progress_bars()
+    huggingface_hub.utils.disable_progress_bars()
 datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs of a broken file is in the exception that it raises
 
 

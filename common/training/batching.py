@@ -31,7 +31,7 @@ def tokenize(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, *, max_
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "tokenized"
     folder.mkdir(parents=True, exist_ok=True)
     key = digest.hexdigest()
-    return rows.map(encode, batched=True, cache_file_name=str(folder / f"{key}.arrow"), new_fingerprint=key[:16])
+    return rows.map(encode, batched=True, desc="tokenising", cache_file_name=str(folder / f"{key}.arrow"), new_fingerprint=key[:16])
 
 
 def tokenizer_json(tokenizer: PreTrainedTokenizerBase) -> str:

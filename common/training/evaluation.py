@@ -67,4 +67,5 @@ def predict_texts(model, tokenizer, texts: list[str], machine: Runtime, *, max_l
             scores[numbers] = logits.float().softmax(-1).cpu()
         for row, values in enumerate(scores.tolist(), start=start + 1):
             best = max(range(len(names)), key=values.__getitem__)
-            yield {"row": row, "label": names[best], "confidence": values[best], "scores": dict(zip(names, values))}
+            rounded = [round(value, 6) for value in values]
+            yield {"row": row, "label": names[best], "confidence": rounded[best], "scores": dict(zip(names, rounded))}
