@@ -211,7 +211,8 @@ def fit(args, machine):
     tokenizer, model, tokenized = load_for_training(splits, args, machine)
     if problems := models.mismatches(model, tokenizer):
         raise UserError(f"--model {args.model}: {problems[0]}; --inspect shows more")
-    settings = {**vars(args), "output_dir": str(folder), "precision": machine.precision, "device": machine.describe(), "versions": tracking.versions()}
+    flags = {name: value for name, value in vars(args).items() if name not in ("inspect", "evaluate_only", "predict")}  # not the modes
+    settings = {**flags, "output_dir": str(folder), "precision": machine.precision, "device": machine.describe(), "versions": tracking.versions()}
     model_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
     run = tracking.open_run(folder, settings, needed_bytes=RUN_SIZE_IN_MODELS * model_bytes) if machine.is_main else tracking.NullLog(folder)
     training = prepare(model, tokenizer, len(splits["train"]), args, machine)
@@ -233,7 +234,7 @@ def finish(rows, tokenized, epochs, best, run, args, machine):
                "peak_memory_bytes": runtime.peak_memory_bytes(machine.device)}
     report.log_scores(run, best["step"], "test", scores, predictions.names)
     run.text(best["step"], "test/mistakes", predictions.examples(right=False, most=MISTAKES_IN_TENSORBOARD, style="github"))
-    run.finish(results)
+    run.finish(results, curves=["test/accuracy", "test/macro_f1", "test/loss", "train/examples_per_second"])
     machine.say(f"\n{report.epoch_table(epochs)}\n\nbest epoch {best['epoch']}, reloaded and scored on the test split:")
     report.show(scores, predictions, machine.say)
     if machine.is_main:

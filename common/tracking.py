@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from common import figures
@@ -70,12 +71,15 @@ class RunLog:
         """Add a text panel."""
         self.writer.add_text(tag, markdown, step)
 
-    def finish(self, results: dict[str, float]):
-        """Write metrics.json and, for TensorBoard's HParams, the settings with the results."""
+    def finish(self, results: dict[str, float], *, curves: list[str]):
+        """Write metrics.json and, for TensorBoard's HParams, the settings beside the last points of the named curves.
+
+        SummaryWriter.add_hparams would write each result once more, as a curve of one point.
+        """
         (self.folder / "metrics.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         settings = {name: value for name, value in self.settings.items() if isinstance(value, (bool, int, float, str))}
-        scores = {f"hparams/{name}": value for name, value in results.items() if isinstance(value, (int, float))}
-        self.writer.add_hparams(settings, scores, run_name=".")
+        for summary in hparams(settings, dict.fromkeys(curves, 0.0)):
+            self.writer.file_writer.add_summary(summary)
 
     def close(self):
         """Write out what is still in buffers."""
@@ -92,7 +96,7 @@ class NullLog:
     def numbers(self, step, values): pass
     def confusion(self, step, tag, counts, names): pass
     def text(self, step, tag, markdown): pass
-    def finish(self, results): pass
+    def finish(self, results, *, curves): pass
     def close(self): pass
 
 

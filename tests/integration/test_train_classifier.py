@@ -161,7 +161,11 @@ def test_tensorboard_shows_curves_pictures_texts_and_settings(finished):
     assert "test/mistakes/text_summary" in get("text/tags")["first"]
     experiment = get("hparams/experiment", data=json.dumps({"experimentName": ""}).encode())
     assert {"lr", "batch_size", "model"} <= {info["name"] for info in experiment["hparamInfos"]}
-    assert "hparams/test_accuracy" in {info["name"]["tag"] for info in experiment["metricInfos"]}
+    assert {"test/accuracy", "test/loss"} <= {info["name"]["tag"] for info in experiment["metricInfos"]} <= scalars.keys()
+    asked = {"experimentName": "", "allowedStatuses": ["STATUS_SUCCESS"], "colParams": [{"metric": {"tag": "test/accuracy"}}], "sliceSize": 10}
+    (group,) = get("hparams/session_groups", data=json.dumps(asked).encode())["sessionGroups"]
+    values = {value["name"]["tag"]: value["value"] for value in group["metricValues"]}
+    assert values["test/accuracy"] == pytest.approx(json.loads((folder / "metrics.json").read_text())["test_accuracy"])
 
 
 def test_inspect_shows_data_tokens_and_a_batch_and_trains_nothing(run_script, flags, sentences_csv, tmp_path):
