@@ -59,7 +59,7 @@ def make_parser() -> cli.Parser:
     group.add_argument("--batch-size", type=cli.positive_int, default=16, help="texts a process and a backward pass")
     group.add_argument("--eval-batch-size", type=cli.positive_int, default=32, help="texts a process in evaluation")
     group.add_argument("--grad-accum", type=cli.positive_int, default=1, help="batches an optimizer step")
-    group.add_argument("--lr", type=cli.positive_float, default=5e-5, help="the highest learning rate")
+    group.add_argument("--lr", type=cli.positive_float, default=1e-4, help="the highest learning rate")
     group.add_argument("--warmup-ratio", type=cli.fraction, default=0.1, help="share of the steps in which the rate rises from 0")
     group.add_argument("--weight-decay", type=cli.non_negative_float, default=0.01, help="of matrices; biases and norms have none")
     group.add_argument("--max-grad-norm", type=cli.positive_float, default=1.0, help="clip the gradient to this norm")

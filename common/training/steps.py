@@ -80,7 +80,7 @@ class LossMeter:
             rows = self.waiting[finite.index(False)][1].tolist()
             raise UserError(f"the training loss is not finite any more, first in the batch with the rows {', '.join(map(str, rows))} of the data; "
                             "lower --lr, raise --warmup-ratio, or look at these texts")
-        total = self.machine.all_reduce_sum(losses.sum(dtype=torch.float64)).item()
+        total = self.machine.all_reduce_sum(losses.sum()).item()  # fp32: MPS has no float64
         examples = torch.stack(self.waiting_examples).sum().item()
         seconds = time.perf_counter() - self.started
         self.waiting, self.waiting_examples, self.started = [], [], time.perf_counter()
