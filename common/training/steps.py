@@ -65,7 +65,7 @@ class LossMeter:
             values = {"train/loss": values["loss"], "train/examples_per_second": values["examples_per_second"],
                       "train/learning_rate": training.scheduler.get_last_lr()[0], "train/grad_norm": grad_norm.item()}
             self.run.numbers(training.step, values)
-            self.bar.set_postfix_str(f"loss {values['train/loss']:.4f}, {values['train/examples_per_second']:.1f} examples/s", refresh=False)
+            self.bar.set_postfix_str(f"loss {values['train/loss']:.4f}, {values['train/examples_per_second']:.1f} examples/s")
 
     def end_epoch(self) -> dict[str, float]:
         """Return `train_loss` (mean) and `examples_per_second` of the epoch."""
