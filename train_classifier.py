@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Fine-tune a pretrained encoder to classify texts, in an explicit PyTorch loop; evaluate it; predict with it.
 
-The loop is in train(): AdamW with decay groups, a linear schedule with warm-up, automatic mixed precision, gradient
+The loop is in train_steps(): AdamW with decay groups, a linear schedule with warm-up, automatic mixed precision, gradient
 accumulation, clipping, DistributedDataParallel. Left out on purpose: Trainer, callbacks, multi-label and regression heads.
 
   python train_classifier.py --epochs 3                                  # BBC News with all-MiniLM-L6-v2, both bundled
@@ -9,6 +9,7 @@ accumulation, clipping, DistributedDataParallel. Left out on purpose: Trainer, c
   python train_classifier.py --dataset reviews.csv --inspect             # look at data, tokens and a batch; train nothing
   python train_classifier.py --model runs/reviews/best --predict new.txt # one JSON line a text
   python train_classifier.py --model runs/reviews/best --dataset reviews.csv --evaluate-only
+  python train_classifier.py --epochs 3 --resume runs/news               # go on where it was stopped
   torchrun --nproc-per-node 2 train_classifier.py --epochs 3             # one process a GPU (or CPU share)
 """
 
@@ -16,24 +17,28 @@ import contextlib
 import json
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedTokenizerBase, get_linear_schedule_with_warmup
 
 from common import cli, data, runtime, tracking
-from common.errors import UserError
-from common.training import batching, inspection, labelling, report
+from common.errors import Interrupted, UserError
+from common.training import adaptation, batching, checkpoint, inspection, memory, report, splits
 from common.training import model as models
 from common.training.evaluation import is_better, predict_texts, score
-from common.training.steps import LossMeter, accumulation_windows, count_examples, decay_groups, mark_last, sync_gradients
+from common.training.interruption import Interruption
+from common.training.steps import LossMeter, accumulation_windows, balanced_weights, count_examples, decay_groups, mark_last, sync_gradients
+from common.training.windows import TRUNCATIONS
 
+DEFAULT_TRUNCATION = "head"
 DEFAULT_MAX_LENGTH, DEFAULT_EVAL_MAX_LENGTH = 256, 512  # training costs three times what scoring does: scoring can read more of a text
 MISTAKES_IN_TENSORBOARD = 50
-RUN_SIZE_IN_MODELS = 3  # a run folder holds the best model, for a moment twice, and small files
+BEST_SIZE_IN_MODELS, CHECKPOINT_SIZE_IN_MODELS = 2, 3  # the best model, for a moment twice; weights and AdamW's two averages
 
 
 def make_parser() -> cli.Parser:
@@ -53,6 +58,9 @@ def make_parser() -> cli.Parser:
     group.add_argument("--max-length", type=cli.positive_int, help=f"tokens a text is cut to in training (default: {DEFAULT_MAX_LENGTH})")
     group.add_argument("--eval-max-length", type=cli.positive_int, help="the same in evaluation and prediction (default: --max-length where it is given, "
                        f"else {DEFAULT_EVAL_MAX_LENGTH}; what a saved model was scored with)")
+    group.add_argument("--truncation", choices=TRUNCATIONS, help="what is read of a longer text: its beginning, its end, a quarter and three quarters from "
+                       "both, or all in overlapping windows whose logits are averaged (default: head; what a saved model was scored with)")
+    group.add_argument("--max-windows", type=cli.positive_int, default=1, help="with chunks: windows of a text in a training step, drawn anew each epoch; scoring reads all")
 
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=cli.positive_int, default=3, help="passes over the training split")
@@ -63,10 +71,27 @@ def make_parser() -> cli.Parser:
     group.add_argument("--warmup-ratio", type=cli.fraction, default=0.1, help="share of the steps in which the rate rises from 0")
     group.add_argument("--weight-decay", type=cli.non_negative_float, default=0.01, help="of matrices; biases and norms have none")
     group.add_argument("--max-grad-norm", type=cli.positive_float, default=1.0, help="clip the gradient to this norm")
-    group.add_argument("--attention-dropout", type=cli.fraction, default=0.0, help="above 0 it keeps PyTorch from its fused attention: slower on CPU")
+    group.add_argument("--dropout", type=cli.fraction, help="of every kind in the model (default: as it was pretrained, attention's 0)")
+    group.add_argument("--attention-dropout", type=cli.fraction, help="above 0 it keeps PyTorch from its fused attention: slower on CPU (default: --dropout if given, else 0)")
+    group.add_argument("--label-smoothing", type=cli.fraction, default=0.0, help="share of each label that is spread over all classes")
+    group.add_argument("--class-weights", choices=["none", "balanced"], default="none", help="balanced: every class counts the same, however few its texts")
     group.add_argument("--batching", choices=["buckets", "random"], default="buckets", help="buckets: texts of similar length share a batch")
-    group.add_argument("--best-metric", choices=["loss", "accuracy", "macro_f1"], default="loss", help="which epoch is kept, by validation; the earliest on ties")
+    group.add_argument("--best-metric", choices=["loss", "accuracy", "macro_f1"], default="loss", help="which weights are kept, by validation; the earliest on ties")
+    group.add_argument("--eval-every", type=cli.positive_int, help="evaluate after every so many optimizer steps too, not just after each epoch")
+    group.add_argument("--early-stopping-patience", type=cli.positive_int, metavar="N", help="stop when N evaluations in a row were no better")
+    group.add_argument("--freeze-layers", type=cli.non_negative_int, default=0, metavar="N", help="leave the embeddings and the N lowest layers as they are (0: learn all)")
+    group.add_argument("--lora-rank", type=cli.positive_int, metavar="R", help="learn low-rank adapters and the head only; best/ has them merged")
+    group.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
+    group.add_argument("--auto-batch-size", action="store_true", help="if a batch doesn't fit into memory, halve it and accumulate: the same steps")
+    group.add_argument("--compile", action="store_true", help="torch.compile; minutes at first, faster steps on GPUs")
+    group.add_argument("--num-workers", type=cli.non_negative_int, default=0, help="processes that make batches; the texts are tokenised before, so few gain")
     group.add_argument("--log-every", type=cli.positive_int, default=10, help="optimizer steps between two points of a curve")
+
+    group = parser.add_argument_group("stopping and going on")
+    group.add_argument("--save-every", type=cli.positive_int, metavar="STEPS", help="write a checkpoint after every so many optimizer steps, not just after each epoch")
+    group.add_argument("--keep", type=cli.positive_int, default=2, help="checkpoints to keep: with two, damage of the newest loses little")
+    group.add_argument("--resume", nargs="?", const=checkpoint.NEWEST, metavar="RUN", help="go on with the run in this folder (or in --output-dir) from its newest whole "
+                       "checkpoint, or from a given one, runs/<name>/checkpoints/step-<number>; the other flags as at first")
 
     group = parser.add_argument_group("instead of training").add_mutually_exclusive_group()
     group.add_argument("--inspect", action="store_true", help="show data, tokenizer and a batch")
@@ -77,73 +102,82 @@ def make_parser() -> cli.Parser:
 
 @dataclass
 class Training:
-    """What a step changes: the model and everything that goes with it."""
+    """What a step changes: the model and everything that goes with it, and how far it has come."""
 
     model: torch.nn.Module
     tokenizer: PreTrainedTokenizerBase
-    parallel: torch.nn.Module  # the model itself, or DDP around it
+    parallel: torch.nn.Module  # the model itself, or DDP or a compiled module around it
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler
+    class_weights: torch.Tensor | None = None  # (C)
+    micro_batch: int = 0  # windows in a backward pass
+    epoch: int = 1
+    step_of_epoch: int = 0
+    steps_of_epoch: int = 0
     step: int = 0
+    history: list[dict] = field(default_factory=list)  # an entry for each evaluation
+    best: dict | None = None
+
+    def position(self) -> dict:
+        """Return how far it has come, for a checkpoint."""
+        return {name: getattr(self, name) for name in ("micro_batch", "epoch", "step_of_epoch", "step", "history", "best")}
+
+    def restore_position(self, position: dict):
+        """Go to where `position` was taken."""
+        for name, value in position.items():
+            setattr(self, name, value)
 
 
-def load_splits(args, machine):
-    """Return the three labelled splits that the flags ask for, and say how they came about."""
-    found = data.read(args.dataset, config=args.dataset_config, cache_dir=args.cache_dir)
-    splits = labelling.choose_splits(found, {"train": args.train_split, "validation": args.validation_split, "test": args.test_split})
-    splits = labelling.validate(splits, text_column=args.text_column, label_column=args.label_column)
-    splits, cut = labelling.cut_missing_splits(splits, seed=args.seed)
-    splits["train"] = labelling.limit(splits["train"], args.max_train_samples, seed=args.seed, flag="--max-train-samples")
-    for split in ("validation", "test"):
-        splits[split] = labelling.limit(splits[split], args.max_eval_samples, seed=args.seed, flag="--max-eval-samples")
-    classes = splits["train"].features["label"].num_classes
-    machine.say(f"data     {args.dataset}: " + ", ".join(f"{len(rows):,} {split}" for split, rows in splits.items()) + f" texts, {classes} classes")
-    if cut:
-        machine.say(f"         {' and '.join(cut)} cut from train: 10 % each, stratified, by seed {args.seed}")
-    for split, count in labelling.count_shared_texts(splits).items():
-        if count:
-            machine.say(f"         {count:,} of the {split} texts stand in train too: their scores say little about new texts")
-    return splits
+@dataclass
+class Watch:
+    """What goes along with a training: its validation rows, its log, its checkpoints, and the signals that stop it."""
+
+    validation: Dataset
+    log: tracking.RunLog | tracking.NullLog
+    checkpoints: checkpoint.Checkpoints
+    interruption: Interruption
 
 
-def tokenize(splits, tokenizer, args, machine):
-    """Return the tokenised splits, and say what truncation cuts."""
-    lengths = {split: args.max_length if split == "train" else args.eval_max_length for split in splits}
-    tokenized = {split: batching.tokenize(rows, tokenizer, max_length=lengths[split], cache_dir=args.cache_dir) for split, rows in splits.items()}
-    for use, split in (("training", "train"), ("scoring", "test")):
-        cut = sum(count > lengths[split] for count in tokenized[split]["num_tokens"]) / len(tokenized[split])
-        machine.say(f"{'tokens  ' if split == 'train' else '        '} at most {lengths[split]} a text in {use}: {cut:.1%} of the texts are longer and lose their end")
-    return tokenized
-
-
-def prepare(model, tokenizer, num_rows: int, args, machine) -> Training:
-    """Put the model on its device, and make the optimizer, the schedule and the loss scaler for epochs of `num_rows` texts."""
-    model.to(machine.device)
+def prepare(model, tokenizer, rows, args, machine) -> Training:
+    """Put the model on its device, and make the optimizer, the schedule and the loss scaler for epochs of `rows`."""
+    model = adapt(model, args).to(machine.device)
+    micro_batch = memory.largest_batch(model, rows, tokenizer, args, machine) if args.auto_batch_size else args.batch_size
     optimizer = torch.optim.AdamW(decay_groups(model, args.weight_decay), lr=args.lr, fused=True)
-    num_steps = math.ceil(math.ceil(num_rows / (args.batch_size * machine.world_size)) / args.grad_accum) * args.epochs
+    num_steps = math.ceil(math.ceil(len(rows) / (args.batch_size * machine.world_size)) / args.grad_accum) * args.epochs
     scheduler = get_linear_schedule_with_warmup(optimizer, round(args.warmup_ratio * num_steps), num_steps)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.precision == "fp16")
     parallel = DistributedDataParallel(model) if machine.world_size > 1 else model
+    if args.compile:
+        parallel = torch.compile(parallel, dynamic=True)  # batches differ in length
+    class_weights = balanced_weights(rows["label"][:], model.config.num_labels).to(machine.device) if args.class_weights == "balanced" else None
     torch.manual_seed(args.seed + machine.rank)  # each process draws its own dropout masks
-    return Training(model, tokenizer, parallel, optimizer, scheduler, scaler)
+    return Training(model, tokenizer, parallel, optimizer, scheduler, scaler, class_weights, micro_batch)
 
 
-def train_epoch(training: Training, batches, meter: LossMeter, args, machine):
-    """Run the training loop over the batches of one epoch."""
+def adapt(model, args):
+    """Return the model as the flags want it: frozen layers, adapters, recomputed activations."""
+    adaptation.freeze_layers(model, args.freeze_layers)
+    if args.gradient_checkpointing:
+        adaptation.recompute_activations(model)
+    return adaptation.add_adapters(model, args.lora_rank) if args.lora_rank else model
+
+
+def train_steps(training: Training, batches, sizes: list[int], meter: LossMeter, args, machine):
+    """Run the training loop over batches, `sizes` of them an optimizer step; yields after each step."""
     model, optimizer, scaler = training.parallel, training.optimizer, training.scaler
-    model.train()
-    for window in accumulation_windows(batches, args.grad_accum):  # a window is one optimizer step
-        examples = count_examples(window, machine)  # the true divisor, also for a short last window
+    for window in accumulation_windows(batches, sizes):  # a window is one optimizer step
+        model.train()
+        examples, weight = count_examples(window, training.class_weights, machine)  # the true divisor, also for a short last window
         for last, batch in mark_last(window):
             batch = batch.to(machine.device, non_blocking=True)
-            labels, rows = batch.pop("labels"), batch.pop("row")  # (B), (B)
+            labels, rows, document = batch.pop("labels"), batch.pop("row"), batch.pop("document")  # (B), (B), (W)
             with sync_gradients(model, when=last):
                 with machine.autocast():
-                    logits = model(**batch).logits  # (B, C)
-                summed_loss = cross_entropy(logits.float(), labels, reduction="sum")
-                loss = summed_loss / examples * machine.world_size  # DDP averages over processes: world_size undoes it
-                scaler.scale(loss).backward()
+                    logits = model(**batch).logits  # (W, C)
+                logits = batching.pool_windows(logits.float(), document, len(labels))  # (B, C)
+                summed_loss = cross_entropy(logits, labels, weight=training.class_weights, reduction="sum", label_smoothing=args.label_smoothing)
+                scaler.scale(summed_loss / weight * machine.world_size).backward()  # DDP averages over processes: world_size undoes it
             meter.add(summed_loss, rows)
         scaler.unscale_(optimizer)  # before clipping, so that the norm is the true gradient's
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
@@ -153,143 +187,189 @@ def train_epoch(training: Training, batches, meter: LossMeter, args, machine):
         if scaler.get_scale() >= scale:  # fp16 skips a step whose gradients overflow: then the schedule waits too (pytorch #55585)
             training.scheduler.step()
         optimizer.zero_grad()
-        training.step += 1
-        meter.end_step(training, examples, grad_norm)
+        training.step, training.step_of_epoch = training.step + 1, training.step_of_epoch + 1
+        meter.end_step(training, examples, weight, grad_norm)
+        yield
 
 
-def train(training: Training, rows, validation, run, args, machine) -> tuple[list[dict], dict]:
-    """Train on `rows`, score each epoch on `validation`, save the best one to run.folder/best.
+def train(training: Training, rows, meter_state, watch: Watch, args, machine):
+    """Train on `rows`, evaluate, keep the best weights in best/; goes on from where `training` is, with the loss meter's state from there."""
+    while training.epoch <= args.epochs and not out_of_patience(training, args):
+        plan = batching.plan_epoch(rows, training.epoch, training.micro_batch, args, machine)
+        training.steps_of_epoch, rest = len(plan), plan[training.step_of_epoch :]  # what a resumed epoch has done is skipped, not read
+        batches = batching.loader(rows, [batch for step in rest for batch in step], training.tokenizer, num_workers=args.num_workers)
+        with tracking.progress(batches, label=f"epoch {training.epoch}/{args.epochs}", shown=machine.is_main) as bar:
+            meter = LossMeter(machine, watch.log, bar, args.log_every)
+            if meter_state is not None:
+                meter.restore(*meter_state)
+                meter_state = None
+            evaluate_if_due(training, meter, watch, args, machine)  # it may have been stopped in an evaluation
+            for _ in train_steps(training, bar, [len(step) for step in rest], meter, args, machine):
+                evaluate_if_due(training, meter, watch, args, machine)
+                save_if_due(training, meter, watch, args)
+                if out_of_patience(training, args):
+                    break
+        training.epoch, training.step_of_epoch = training.epoch + 1, 0
 
-    Returns each epoch's losses and scores, and the best of them.
-    """
-    epochs, best, names, global_batch = [], None, rows.features["label"].names, args.batch_size * machine.world_size
-    for epoch in range(1, args.epochs + 1):
-        order = batching.batch_order(rows["length"][:], batch_size=global_batch, seed=args.seed, epoch=epoch, buckets=args.batching == "buckets")
-        share = batching.share_of_rank(order, machine.rank, machine.world_size)
-        with tracking.progress(batching.loader(rows, share, training.tokenizer), label=f"epoch {epoch}/{args.epochs}", shown=machine.is_main) as bar:
-            meter = LossMeter(machine, run, bar, args.log_every)
-            train_epoch(training, bar, meter, args, machine)
-        losses = meter.end_epoch()  # before scoring, whose time is not training's
-        scores, _ = score(training.model, validation, training.tokenizer, machine, batch_size=args.eval_batch_size)
-        if not math.isfinite(scores["loss"]):  # the last steps of an epoch can ruin the weights after its losses were read
-            raise UserError(f"epoch {epoch}: the validation loss is {scores['loss']}; lower --lr or raise --warmup-ratio")
-        epochs.append({"epoch": epoch, "step": training.step, **losses, **scores})
-        report.log_scores(run, training.step, "validation", scores, names)
-        improved = is_better(epochs[-1], best, args.best_metric)
+
+def evaluate_if_due(training: Training, meter: LossMeter, watch: Watch, args, machine):
+    """Evaluate after an epoch's last step and after every `--eval-every` steps, once; save the model if it is the best so far."""
+    whole = training.step_of_epoch == training.steps_of_epoch
+    done = bool(training.history) and training.history[-1]["step"] == training.step
+    if done or training.step == 0 or not (whole or (args.eval_every and training.step % args.eval_every == 0)):
+        return
+    with meter.paused():
+        losses = meter.so_far()
+        try:
+            with watch.interruption.at_once():
+                scores, _ = score(training.model, watch.validation, training.tokenizer, machine, batch_size=args.eval_batch_size)
+        except Interrupted:
+            watch.checkpoints.save(training, meter, watch.log)  # as it was before the evaluation, which a resumed run makes again
+            raise
+        if not math.isfinite(scores["loss"]):  # the last steps can ruin the weights after their losses were read
+            raise UserError(f"epoch {training.epoch}, step {training.step}: the validation loss is {scores['loss']}; lower --lr or raise --warmup-ratio")
+        epoch = training.epoch if whole else round(training.epoch - 1 + training.step_of_epoch / training.steps_of_epoch, 2)
+        training.history.append({"epoch": epoch, "step": training.step, **losses, **scores})
+        report.log_scores(watch.log, training.step, "validation", scores, watch.validation.features["label"].names)
+        improved = is_better(training.history[-1], training.best, args.best_metric)
         if improved:
-            best = epochs[-1]
+            training.best = training.history[-1]
             if machine.is_main:
-                models.save(training.model, training.tokenizer, run.folder / "best", settings=training_settings(args))
-        machine.say(report.epoch_line(epochs[-1], args.epochs) + (", the best so far" if improved else ""))
-    return epochs, best
+                models.save(adaptation.merged(training.model), training.tokenizer, watch.log.folder / "best", settings=training_settings(args))
+        machine.say(report.epoch_line(training.history[-1], args.epochs) + (", the best so far" if improved else ""))
+
+
+def save_if_due(training: Training, meter: LossMeter, watch: Watch, args):
+    """Write a checkpoint after an epoch's last step, after every `--save-every` steps, and when a signal asks to stop; then stop."""
+    stop = watch.interruption.requested()
+    if stop or training.step_of_epoch == training.steps_of_epoch or (args.save_every and training.step % args.save_every == 0):
+        with meter.paused():
+            watch.checkpoints.save(training, meter, watch.log)
+    if stop:
+        watch.interruption.end()
+
+
+def out_of_patience(training: Training, args) -> bool:
+    """Tell whether the last evaluations, as many as --early-stopping-patience, were no better than the best."""
+    if args.early_stopping_patience is None or training.best is None:
+        return False
+    return len(training.history) - 1 - training.history.index(training.best) >= args.early_stopping_patience
 
 
 def training_settings(args) -> dict:
     """Return what a saved model must remember to be used and scored rightly."""
-    settings = {name: getattr(args, name) for name in ("dataset_config", "seed", "max_length", "eval_max_length", "text_column", "label_column")}
-    return {"dataset": data.full_name(args.dataset), **settings}
+    names = ("dataset_config", "seed", "max_length", "eval_max_length", "truncation", "text_column", "label_column")
+    return {"dataset": data.full_name(args.dataset), **{name: getattr(args, name) for name in names}}
 
 
-def load_for_training(splits, args, machine):
-    """Return tokenizer, model and tokenised splits; sets args.max_length and args.eval_max_length to what is in use."""
+def load_for_training(rows, args, machine):
+    """Return tokenizer, model and tokenised splits; sets the flags for lengths and truncation to what is in use."""
     tokenizer, note = models.load_tokenizer(args.model, cache_dir=args.cache_dir)
-    model = models.load_classifier(args.model, names=splits["train"].features["label"].names, attention_dropout=args.attention_dropout,
+    dropout = adaptation.dropout_options(models.load_config(args.model, cache_dir=args.cache_dir), dropout=args.dropout,
+                                         attention_dropout=args.attention_dropout, name=args.model)
+    model = models.load_classifier(args.model, names=rows["train"].features["label"].names, dropout=dropout,
                                    pad_token_id=tokenizer.pad_token_id, cache_dir=args.cache_dir)
     args.eval_max_length = models.choose_max_length(args.eval_max_length, args.max_length or DEFAULT_EVAL_MAX_LENGTH, model, tokenizer, flag="--eval-max-length")
     args.max_length = models.choose_max_length(args.max_length, DEFAULT_MAX_LENGTH, model, tokenizer, flag="--max-length")
+    args.truncation = args.truncation or DEFAULT_TRUNCATION
     size = sum(parameter.numel() for parameter in model.parameters())
     machine.say(f"model    {args.model}: {type(model).__name__}, {size / 1e6:.1f} million parameters, with a new head")
     if note:
         machine.say(f"         {note}")
-    return tokenizer, model, tokenize(splits, tokenizer, args, machine)
+    return tokenizer, model, splits.tokenize(rows, tokenizer, args, machine)
 
 
 def fit(args, machine):
-    """Train, keep the best epoch, score it on the test split, and leave report, predictions and curves in the run folder."""
-    folder = tracking.run_folder(args.output_dir, name=f"{Path(args.dataset).stem}-{Path(args.model).name}", moment=machine.agree(int(time.time())))
-    splits = load_splits(args, machine)
-    tokenizer, model, tokenized = load_for_training(splits, args, machine)
+    """Train, keep the best weights, score them on the test split, and leave report, predictions and curves in the run folder."""
+    folder, wanted = checkpoint.run_to_resume(args)
+    resumed = folder is not None
+    folder = folder or tracking.run_folder(args.output_dir, name=f"{Path(args.dataset).stem}-{Path(args.model).name}", moment=machine.agree(int(time.time())))
+    rows = splits.load(args, machine)
+    tokenizer, model, tokenized = load_for_training(rows, args, machine)
     if problems := models.mismatches(model, tokenizer):
         raise UserError(f"--model {args.model}: {problems[0]}; --inspect shows more")
-    flags = {name: value for name, value in vars(args).items() if name not in ("inspect", "evaluate_only", "predict")}  # not the modes
-    settings = {**flags, "output_dir": str(folder), "precision": machine.precision, "device": machine.describe(), "versions": tracking.versions()}
+    settings = {**run_flags(args), "output_dir": str(folder), "precision": machine.precision, "device": machine.describe(), "versions": tracking.versions()}
+    checkpoints = checkpoint.Checkpoints(folder, checkpoint.identity(run_flags(args), model, tokenized, machine), keep=args.keep, machine=machine)
+    found = checkpoints.choose(wanted) if resumed else None
+    training = prepare(model, tokenizer, tokenized["train"], args, machine)
     model_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
-    run = tracking.open_run(folder, settings, needed_bytes=RUN_SIZE_IN_MODELS * model_bytes) if machine.is_main else tracking.NullLog(folder)
-    training = prepare(model, tokenizer, len(splits["train"]), args, machine)
-    machine.say(f"machine  {machine.describe()}\nrun      {folder}; curves: tensorboard --logdir {folder.parent}\n")
-    with contextlib.closing(run):
-        epochs, best = train(training, tokenized["train"], tokenized["validation"], run, args, machine)
-        finish(splits["test"], tokenized["test"], epochs, best, run, args, machine)
+    needed = (BEST_SIZE_IN_MODELS + CHECKPOINT_SIZE_IN_MODELS * (args.keep + 1)) * model_bytes
+    log = tracking.NullLog(folder)
+    if machine.is_main:
+        log = tracking.open_run(folder, settings, needed_bytes=needed, go_on=checkpoint.place_in_log(found) if resumed else None)
+    meter_state = checkpoints.restore(found, training) if found else None
+    machine.say(f"machine  {machine.describe()}\nrun      {folder}; curves: tensorboard --logdir {folder.parent}")
+    if resumed:
+        machine.say(f"resume   {found}: after step {training.step}" if found else "resume   no checkpoint yet: from the beginning")
+    machine.say("")
+    interruption = Interruption(machine, f"go on with the same command and --resume {folder}")
+    with contextlib.closing(log), interruption:
+        train(training, tokenized["train"], meter_state, Watch(tokenized["validation"], log, checkpoints, interruption), args, machine)
+        with interruption.at_once():
+            finish(rows["test"], tokenized["test"], training, log, args, machine)
 
 
-def finish(rows, tokenized, epochs, best, run, args, machine):
-    """Reload the best epoch, score it once on the test split, show and write what the run came to."""
-    machine.barrier()  # the main process has written it
-    model, tokenizer = load_saved(str(run.folder / "best"), args, machine)
+def run_flags(args) -> dict:
+    """Return the flags of a run, without those that choose what else to do."""
+    return {name: value for name, value in vars(args).items() if name not in ("inspect", "evaluate_only", "predict", "resume")}
+
+
+def finish(rows, tokenized, training: Training, log, args, machine):
+    """Reload the best weights, score them once on the test split, show and write what the run came to."""
+    machine.barrier()  # the main process has written them
+    history, best = training.history, training.best
+    model, tokenizer = load_saved(str(log.folder / "best"), args, machine)
     scores, logits = score(model, tokenized, tokenizer, machine, batch_size=args.eval_batch_size)
-    predictions = report.Predictions(rows, logits)
+    predictions = report.Predictions(tokenized, logits)
+    epochs = [evaluation for evaluation in history if isinstance(evaluation["epoch"], int)] or history
     results = {**{f"test_{name}": scores[name] for name in ("accuracy", "macro_f1", "loss")}, "best_epoch": best["epoch"],
                **{f"best_validation_{name}": best[name] for name in ("accuracy", "macro_f1", "loss")},
                "train_examples_per_second": len(epochs) / sum(1 / epoch["examples_per_second"] for epoch in epochs),
                "peak_memory_bytes": runtime.peak_memory_bytes(machine.device)}
-    report.log_scores(run, best["step"], "test", scores, predictions.names)
-    run.text(best["step"], "test/mistakes", predictions.examples(right=False, most=MISTAKES_IN_TENSORBOARD, style="github"))
-    run.finish(results, curves=["test/accuracy", "test/macro_f1", "test/loss", "train/examples_per_second"])
-    machine.say(f"\n{report.epoch_table(epochs)}\n\nbest epoch {best['epoch']}, reloaded and scored on the test split:")
-    report.show(scores, predictions, machine.say)
+    report.log_scores(log, best["step"], "test", scores, predictions.names)
+    log.text(best["step"], "test/mistakes", predictions.examples(right=False, most=MISTAKES_IN_TENSORBOARD, style="github"))
+    log.finish(results, curves=["test/accuracy", "test/macro_f1", "test/loss", "train/examples_per_second"])
+    machine.say(f"\n{report.epoch_table(history)}\n\nbest epoch {best['epoch']}, reloaded and scored on the test split:")
+    report.show(scores, predictions, args.eval_max_length, machine.say)
     if machine.is_main:
-        report.write_report(run.folder, settings=run.settings, results=results, epochs=epochs, scores=scores, predictions=predictions)
-    machine.say(f"\nreport: {run.folder}/report.md   model: {run.folder}/best   every test row: {run.folder}/predictions.csv")
+        report.write_report(log.folder, settings=log.settings, results=results, epochs=history, scores=scores, predictions=predictions)
+        report.write_card(log.folder / "best", settings=log.settings, results=results, scores=scores, predictions=predictions)
+    machine.say(f"\nreport: {log.folder}/report.md   model: {log.folder}/best   every test row: {log.folder}/predictions.csv")
 
 
 def load_saved(name: str, args, machine):
-    """Return a saved model on its device and its tokenizer; sets args.eval_max_length to what is in use."""
+    """Return a saved model on its device and its tokenizer; sets the flags for length and truncation to what it was scored with, if not given."""
     model = models.load_saved(name, cache_dir=args.cache_dir).to(machine.device)
     tokenizer, _ = models.load_tokenizer(name, cache_dir=args.cache_dir)
     args.eval_max_length = models.choose_max_length(args.eval_max_length, tokenizer.model_max_length, model, tokenizer, flag="--eval-max-length")
+    args.truncation = args.truncation or models.saved_settings(name).get("truncation", DEFAULT_TRUNCATION)
     return model, tokenizer
 
 
 def evaluate_only(args, machine):
     """Score a saved model on the test split; on every row of a data set without one that it was not trained on."""
     model, tokenizer = load_saved(args.model, args, machine)
-    rows = load_test_split(model, args, machine)
-    tokenized = batching.tokenize(rows, tokenizer, max_length=args.eval_max_length, cache_dir=args.cache_dir)
-    scores, logits = score(model, tokenized, tokenizer, machine, batch_size=args.eval_batch_size)
-    report.show(scores, report.Predictions(rows, logits), machine.say)
-
-
-def load_test_split(model, args, machine):
-    """Return the rows to score a saved model on, with the model's own classes; refuses rows that the model was trained on."""
-    trained = models.saved_settings(args.model)
-    found = data.read(args.dataset, config=args.dataset_config, cache_dir=args.cache_dir)
-    splits = labelling.choose_splits(found, {"test": args.test_split})
-    splits = splits or labelling.choose_splits(found, {"train": args.train_split, "validation": args.validation_split})
     names = [model.config.id2label[number] for number in range(model.config.num_labels)]
-    splits = labelling.validate(splits, text_column=args.text_column, label_column=args.label_column, names=names)
-    if "test" not in splits and trained.get("dataset") == data.full_name(args.dataset):
-        if trained["seed"] != args.seed:
-            raise UserError(f"--seed {args.seed}: the model was trained with --seed {trained['seed']}, which cuts another test split; use that seed")
-        splits, _ = labelling.cut_missing_splits(splits, seed=args.seed)
-    split = "test" if "test" in splits else "train"
-    rows = labelling.limit(splits[split], args.max_eval_samples, seed=args.seed, flag="--max-eval-samples")
-    machine.say(f"data     {args.dataset}: {len(rows):,} texts of its {split} split")
-    return rows
+    rows = splits.load_for_scoring(names, models.saved_settings(args.model), args, machine)
+    with machine.main_first():
+        tokenized = batching.tokenize(rows, tokenizer, max_length=args.eval_max_length, truncation=args.truncation, cache_dir=args.cache_dir)
+    scores, logits = score(model, tokenized, tokenizer, machine, batch_size=args.eval_batch_size)
+    report.show(scores, report.Predictions(tokenized, logits), args.eval_max_length, machine.say)
 
 
 def predict(args, machine):
     """Print one JSON line a text: row, label, confidence and the score of every class."""
     model, tokenizer = load_saved(args.model, args, machine)
     texts = data.read_texts(args.predict, column=args.text_column, cache_dir=args.cache_dir)
-    for answer in predict_texts(model, tokenizer, texts, machine, max_length=args.eval_max_length, batch_size=args.eval_batch_size):
-        print(json.dumps(answer, ensure_ascii=False))
+    for answer in predict_texts(model, tokenizer, texts, machine, batch_size=args.eval_batch_size, max_length=args.eval_max_length, truncation=args.truncation):
+        machine.say(json.dumps(answer, ensure_ascii=False))
 
 
 def inspect(args, machine):
     """Show the data, the tokenizer and a batch; train nothing."""
-    splits = load_splits(args, machine)
-    tokenizer, model, tokenized = load_for_training(splits, args, machine)
-    inspection.show(splits, tokenized, model, tokenizer, max_lengths=(args.max_length, args.eval_max_length), batch_size=args.batch_size)
+    rows = splits.load(args, machine)
+    tokenizer, model, tokenized = load_for_training(rows, args, machine)
+    inspection.show(rows, tokenized, model, tokenizer, max_lengths=(args.max_length, args.eval_max_length), batch_size=args.batch_size)
 
 
 def main(args):

@@ -4,10 +4,14 @@ import argparse
 import errno
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from common.errors import UserError
+from common.errors import Interrupted, UserError
+
+SECONDS_FOR_RANK_0 = 2.0  # what every process finds wrong is said once: when rank 0 has ended, torchrun ends the others, before they speak
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL communicator was aborted")  # of gloo and NCCL
 
 
 class Parser(argparse.ArgumentParser):
@@ -89,13 +93,19 @@ def run(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], No
         main(parser.parse_args(argv))
         sys.stdout.flush()
     except UserError as error:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(SECONDS_FOR_RANK_0)
         _end(f"{parser.prog}: error: {' '.join(str(error).splitlines())}", 2)
+    except Interrupted as interrupted:
+        _end(f"{parser.prog}: {interrupted}" if os.environ.get("RANK", "0") == "0" else "", interrupted.code)
     except KeyboardInterrupt:
         _end(f"{parser.prog}: interrupted", 130)
     except BrokenPipeError:  # the reader of our stdout left, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except Exception as error:
+        if any(words in str(error) for words in LOST_PEER):
+            _end(f"{parser.prog}: error: process {os.environ['RANK']} lost another process of the job, whose own message says why", 1)
         full = _full_disk(error)
         if full is None:
             raise
@@ -114,5 +124,6 @@ def _full_disk(error: BaseException | None) -> str | None:
 
 def _end(message: str, code: int):
     sys.stdout.flush()
-    print(message, file=sys.stderr, flush=True)
+    if message:
+        print(message, file=sys.stderr, flush=True)
     sys.exit(code)

@@ -1,4 +1,4 @@
-"""The one exception that stands for a mistake which the user can mend."""
+"""The exceptions that end a script with one line: a mistake which the user can mend, and a run that was stopped."""
 
 
 class UserError(Exception):
@@ -6,6 +6,14 @@ class UserError(Exception):
 
     `common.cli.run` prints it without a traceback and exits with code 2. Anything else that is raised is a bug.
     """
+
+
+class Interrupted(Exception):
+    """The end of a run by a signal, after what it had done was saved; `common.cli.run` prints the message and exits with `code`."""
+
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
+        self.code = code
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:

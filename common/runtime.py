@@ -1,5 +1,6 @@
 """The machine a script runs on: device, precision, threads, seeds, and its place among the processes of torchrun."""
 
+import contextlib
 import ctypes
 import os
 import random
@@ -47,12 +48,33 @@ class Runtime:
 
     def agree(self, number: int) -> int:
         """Return the main process's number on every process."""
-        return int(self.all_reduce_sum(torch.tensor(number if self.is_main else 0, device=self.device)).item())
+        return int(self.all_reduce_sum(torch.tensor(number if self.is_main else 0)).item())
+
+    def agree_on_highest(self, number: int) -> int:
+        """Return the highest of the processes' numbers on every process."""
+        value = torch.tensor(number)
+        if self.world_size > 1:
+            torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX)
+        return int(value.item())
 
     def barrier(self):
         """Wait until every process is here."""
         if self.world_size > 1:
             torch.distributed.barrier()
+
+    @contextlib.contextmanager
+    def main_first(self):
+        """Let the main process do it before the others, which then find what it left in the cache."""
+        if not self.is_main:
+            self.barrier()
+        yield
+        if self.is_main:
+            self.barrier()
+
+    def synchronize(self):
+        """Wait until a GPU has done what it was given; on a CPU nothing is left open."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def describe(self) -> str:
         """Return one line for a person: device, threads or processes, precision."""
@@ -72,7 +94,7 @@ def start(device: str, precision: str, seed: int) -> Runtime:
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if world_size > 1:
-        torch.distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")  # counts stay on the CPU: no sync with the GPU
     keep_large_blocks()
     seed_everything(seed)
     return runtime

@@ -3,6 +3,7 @@
 import datetime
 import importlib.metadata
 import json
+import os
 import platform
 import shutil
 import sys
@@ -29,8 +30,8 @@ def run_folder(output_dir: str | None, *, name: str, moment: int) -> Path:
     return folder
 
 
-def open_run(folder: Path, settings: dict, *, needed_bytes: int) -> "RunLog":
-    """Make the run folder and open its log. Raises UserError, and makes nothing, when the disk has fewer than `needed_bytes` free."""
+def open_run(folder: Path, settings: dict, *, needed_bytes: int, go_on: dict | None = None) -> "RunLog":
+    """Make the run folder and open its log, at the place `go_on` of an earlier one if given. Raises UserError, and makes nothing, when the disk has fewer than `needed_bytes` free."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(there).free
     if free < needed_bytes:
@@ -40,7 +41,7 @@ def open_run(folder: Path, settings: dict, *, needed_bytes: int) -> "RunLog":
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output-dir {folder}: can't be made: {error.strerror}; name another folder") from error
-    return RunLog(folder, settings)
+    return RunLog(folder, settings, go_on)
 
 
 def versions() -> dict[str, str]:
@@ -51,17 +52,26 @@ def versions() -> dict[str, str]:
 class RunLog:
     """Writes a run's numbers, texts and pictures to metrics.jsonl and TensorBoard as they come."""
 
-    def __init__(self, folder: Path, settings: dict):
+    def __init__(self, folder: Path, settings: dict, go_on: dict | None = None):
+        """`go_on`: {"bytes": length of metrics.jsonl, "step": the last step} of a checkpoint; what was written after it is dropped."""
         (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         self.folder, self.settings = folder, settings
         self.lines = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115  (open as long as the run)
-        self.writer = SummaryWriter(str(folder))
+        if go_on is not None:
+            self.lines.truncate(go_on["bytes"])
+        self.writer = SummaryWriter(str(folder), purge_step=None if go_on is None else go_on["step"] + 1)
 
     def numbers(self, step: int, values: dict[str, float]):
         """Add one line to metrics.jsonl and a point at `step` to each TensorBoard curve."""
         print(json.dumps({"step": step, **values}), file=self.lines, flush=True)
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
+
+    def position(self) -> int:
+        """Return the length in bytes of metrics.jsonl, once the disk has it."""
+        self.lines.flush()
+        os.fsync(self.lines.fileno())
+        return self.lines.tell()
 
     def confusion(self, step: int, tag: str, counts: list[list[int]], names: list[str]):
         """Add a confusion matrix as a picture."""

@@ -1,37 +1,39 @@
-"""Texts -> batches: tokenise once, a deterministic batch order, collation by DataCollatorWithPadding."""
+"""Texts -> batches: tokenise once, a deterministic order of the texts and their windows, collation by DataCollatorWithPadding."""
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import datasets
 import numpy as np
 import torch
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+from transformers import BatchEncoding, DataCollatorWithPadding, PreTrainedTokenizerBase
+
+from common.runtime import Runtime
+from common.training import windows
 
 IGNORED_LABEL = -100  # cross_entropy's default ignore_index
 POOL_BATCHES = 50  # texts are sorted by length only within pools of this many batches, so that an epoch stays shuffled
+MODEL_INPUTS_NOT = ("text", "label", "row", "window_lengths", "num_tokens", "num_read")
+
+Pick = tuple[int, tuple[int, ...]]  # a row of the data and which of its windows; a negative number is ~row, a filler that counts nowhere
 
 
-def tokenize(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int, cache_dir: str | None) -> datasets.Dataset:
-    """Return the rows with `input_ids` (at most `max_length`, special tokens included), their `length`, and `num_tokens` before truncation.
+def tokenize(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int, truncation: str, cache_dir: str | None) -> datasets.Dataset:
+    """Return the rows with the columns of `windows.encode`.
 
-    The result is kept as an Arrow file whose name is the SHA-256 of texts, tokenizer and length; it is memory-mapped and reused.
+    The result is kept as an Arrow file whose name is the SHA-256 of texts, labels, tokenizer, length and truncation; it is memory-mapped and reused.
     """
-    def encode(batch):
-        encoded = tokenizer(batch["text"], truncation=True, max_length=max_length, padding=False)
-        whole = tokenizer(batch["text"], truncation=False, padding=False, verbose=False)["input_ids"]
-        names = [name for name in encoded if name != "attention_mask"]  # the collator makes it
-        return {**{name: encoded[name] for name in names}, "length": [len(ids) for ids in encoded["input_ids"]], "num_tokens": [len(ids) for ids in whole]}
-
-    digest = hashlib.sha256(f"{tokenizer_json(tokenizer)} {max_length} {datasets.__version__}".encode())
+    digest = hashlib.sha256(f"{tokenizer_json(tokenizer)} {max_length} {truncation} {windows.HEAD_SHARE} {windows.OVERLAP} {datasets.__version__}".encode())
     for name in rows.column_names:  # labels and row numbers are in the file as well
         for value in rows[name][:]:
             digest.update(f"{value}\0".encode())
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "tokenized"
     folder.mkdir(parents=True, exist_ok=True)
     key = digest.hexdigest()
-    return rows.map(encode, batched=True, desc="tokenising", cache_file_name=str(folder / f"{key}.arrow"), new_fingerprint=key[:16])
+    return rows.map(lambda batch: windows.encode(batch["text"], tokenizer, max_length=max_length, truncation=truncation), batched=True,
+                    desc="tokenising", cache_file_name=str(folder / f"{key}.arrow"), new_fingerprint=key[:16])
 
 
 def tokenizer_json(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -42,6 +44,11 @@ def tokenizer_json(tokenizer: PreTrainedTokenizerBase) -> str:
     if not tokenizer.is_fast:
         return repr((type(tokenizer), sorted(tokenizer.get_vocab().items())))
     return json.dumps({**json.loads(tokenizer.backend_tokenizer.to_str()), "truncation": None, "padding": None})
+
+
+def longest_windows(rows: datasets.Dataset) -> np.ndarray:
+    """Return the length of the longest window of each row (N)."""
+    return np.array([max(lengths) for lengths in rows["window_lengths"][:]])
 
 
 def batch_order(lengths, *, batch_size: int, seed: int, epoch: int, buckets: bool) -> list[np.ndarray]:
@@ -64,10 +71,10 @@ def batch_order(lengths, *, batch_size: int, seed: int, epoch: int, buckets: boo
     return batches
 
 
-def evaluation_order(lengths, *, batch_size: int) -> list[np.ndarray]:
-    """Return batches of row numbers from the longest text to the shortest: least padding, and too little memory shows at once."""
-    order = np.argsort(-np.asarray(lengths), kind="stable")
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+def draw_windows(num_windows, *, most: int, seed: int, epoch: int) -> list[tuple[int, ...]]:
+    """Return for each row which of its windows an epoch reads: all, or `most` of them drawn at random; a pure function of the arguments."""
+    generator = np.random.default_rng([seed, epoch, 1])  # 1: another stream than the order's
+    return [tuple(sorted(generator.permutation(count)[:most].tolist())) for count in num_windows]
 
 
 def padding_share(lengths, batches: list[np.ndarray]) -> float:
@@ -77,33 +84,95 @@ def padding_share(lengths, batches: list[np.ndarray]) -> float:
     return float(1 - used / sum(lengths[batch].max() * len(batch) for batch in batches))
 
 
-def share_of_rank(batches: list[np.ndarray], rank: int, world_size: int) -> list[list[int]]:
-    """Return this process's part of each global batch: every `world_size`-th row.
+def share_of_rank(batch: np.ndarray, rank: int, world_size: int) -> list[int]:
+    """Return this process's part of a global batch: every `world_size`-th row.
 
     A process whose part of a short batch is empty gets the batch's first row as ~row (a negative number), which `Examples` gives
     out with a label that counts nowhere: under DDP every process must run every step.
     """
-    return [batch[rank::world_size].tolist() or [~int(batch[0])] for batch in batches]
+    return batch[rank::world_size].tolist() or [~int(batch[0])]
+
+
+def cut_by_windows(picks: list[Pick], most: int) -> list[list[Pick]]:
+    """Return the picks as consecutive batches of at most `most` windows; only a single pick may have more."""
+    batches, count = [], most
+    for pick in picks:
+        count += len(pick[1])
+        if count > most:
+            batches.append([])
+            count = len(pick[1])
+        batches[-1].append(pick)
+    return batches
+
+
+def evaluation_batches(window_lengths: list[list[int]], *, batch_size: int) -> list[list[Pick]]:
+    """Return batches of at most `batch_size` windows, each window once, from the longest texts to the shortest.
+
+    That is the least padding, and too little memory shows at once. A text of more windows is parted: their logits are summed anyway.
+    """
+    order = np.argsort([-max(lengths) for lengths in window_lengths], kind="stable")
+    picks = [(int(row), tuple(range(start, min(start + batch_size, len(window_lengths[row])))))
+             for row in order for start in range(0, len(window_lengths[row]), batch_size)]
+    return cut_by_windows(picks, batch_size)
 
 
 class Examples(torch.utils.data.Dataset):
-    """The rows of a tokenised data set, with the columns that a model and the loop need."""
+    """The rows of a tokenised data set: a pick of a row and windows of it -> the windows' tokens, the row's label and number."""
 
     def __init__(self, rows: datasets.Dataset):
-        self.rows = rows.remove_columns([name for name in ("text", "length", "num_tokens") if name in rows.column_names])
+        self.rows = rows
+        self.inputs = [name for name in rows.column_names if name not in MODEL_INPUTS_NOT]
 
     def __len__(self):
         return len(self.rows)
 
-    def __getitems__(self, numbers: list[int]) -> list[dict]:
-        examples = self.rows.__getitems__([number if number >= 0 else ~number for number in numbers])
-        for number, example in zip(numbers, examples):
-            if number < 0:
-                example["label"] = IGNORED_LABEL
-        return examples
+    def __getitems__(self, picks: list[Pick]) -> list[dict]:
+        examples = self.rows.__getitems__([row if row >= 0 else ~row for row, _ in picks])
+        return [{"windows": [{name: example[name][window] for name in self.inputs} for window in chosen],
+                 "label": example.get("label", IGNORED_LABEL) if row >= 0 else IGNORED_LABEL, "row": example.get("row", row)}
+                for example, (row, chosen) in zip(examples, picks)]
 
 
-def loader(rows: datasets.Dataset, batches: list[list[int]], tokenizer: PreTrainedTokenizerBase, *, pin_memory: bool = False):
-    """Return a DataLoader over the given batches: input_ids and attention_mask (B, T) padded to the batch's longest, labels (B), row (B)."""
-    return torch.utils.data.DataLoader(
-        Examples(rows), batch_sampler=batches, collate_fn=DataCollatorWithPadding(tokenizer), pin_memory=pin_memory)
+class Collator:
+    """Makes of examples what a model takes, and beside it what the loop needs: labels (B), row (B) and document (W), the text of each window."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.pad = DataCollatorWithPadding(tokenizer)
+
+    def __call__(self, examples: list[dict]) -> BatchEncoding:
+        batch = self.pad([window for example in examples for window in example["windows"]])  # input_ids, attention_mask (W, T)
+        batch["labels"] = torch.tensor([example["label"] for example in examples])
+        batch["row"] = torch.tensor([example["row"] for example in examples])
+        batch["document"] = torch.repeat_interleave(torch.arange(len(examples)), torch.tensor([len(example["windows"]) for example in examples]))
+        return batch
+
+
+def loader(rows: datasets.Dataset, batches: list[list[Pick]], tokenizer, *, num_workers: int = 0, pin_memory: bool = False):
+    """Return a DataLoader over the given batches of picks. It draws no random number of torch's: making one changes no run."""
+    if num_workers:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # set at all, it keeps tokenizers from a warning at the fork (transformers #5486)
+    return torch.utils.data.DataLoader(Examples(rows), batch_sampler=batches, collate_fn=Collator(tokenizer), pin_memory=pin_memory,
+                                       num_workers=num_workers, generator=torch.Generator())
+
+
+def pool_windows(logits: torch.Tensor, document: torch.Tensor, num_documents: int) -> torch.Tensor:
+    """Return the mean of the logits (W, C) of each document's windows, (B, C); `document` (W) tells whose each window is."""
+    sums = logits.new_zeros(num_documents, logits.shape[1]).index_add(0, document, logits)
+    return sums / torch.bincount(document, minlength=num_documents).unsqueeze(1)
+
+
+def plan_epoch(rows: datasets.Dataset, epoch: int, micro_batch: int, args, machine: Runtime) -> list[list[list[Pick]]]:
+    """Return this process's batches of an epoch: a list of optimizer steps, each a list of batches of at most `micro_batch` windows.
+
+    Which texts a step sees is a pure function of seed, epoch and the global batch (`args.batch_size` times the processes).
+    """
+    lengths = rows["window_lengths"][:]
+    order = batch_order([max(windows) for windows in lengths], batch_size=args.batch_size * machine.world_size, seed=args.seed, epoch=epoch,
+                        buckets=args.batching == "buckets")
+    drawn = draw_windows([len(windows) for windows in lengths], most=args.max_windows, seed=args.seed, epoch=epoch)
+    steps = []
+    for start in range(0, len(order), args.grad_accum):
+        shares = [share_of_rank(batch, machine.rank, machine.world_size) for batch in order[start : start + args.grad_accum]]
+        picks = [[(row, drawn[row if row >= 0 else ~row]) for row in share] for share in shares]
+        steps.append([batch for share in picks for batch in cut_by_windows(share, micro_batch)])
+    return steps

@@ -1,4 +1,4 @@
-"""A model over a split: logits in the rows' order, on any number of processes; its scores, and which epoch's are the best."""
+"""A model over a split: logits in the rows' order, on any number of processes; its scores, and which evaluation's are the best."""
 
 import math
 from collections.abc import Iterator
@@ -9,33 +9,36 @@ import torch
 from common.metrics import classification_scores
 from common.runtime import Runtime
 from common.tracking import progress
-from common.training import batching
+from common.training import batching, windows
 
 PREDICT_BLOCK = 2048  # texts held at a time: enough to sort by length, little memory, early first answers
 
 
 @torch.inference_mode()
 def predict_logits(model, rows: datasets.Dataset, tokenizer, machine: Runtime, *, batch_size: int) -> torch.Tensor:
-    """Return the logits (N, C), fp32 on the CPU, of tokenised rows in their order.
+    """Return the logits (N, C), fp32 on the CPU, of tokenised rows in their order: the mean over a row's windows.
 
-    Batches go from long to short. Each process takes every `world_size`-th row of a batch, none twice and without padding rows
-    (a padded DistributedSampler counts some twice, pytorch #25162), and the processes' parts are added up. `model` is the bare one, not DDP's.
+    Batches of at most `batch_size` windows go from long to short. Each process takes every `world_size`-th batch, none twice and without
+    padding rows (a padded DistributedSampler counts some twice, pytorch #25162), and the processes' parts are added up. `model` is the
+    bare one, not DDP's.
     """
     model.eval()
-    batches = batching.evaluation_order(rows["length"][:], batch_size=batch_size)
-    shares = [share for batch in batches if (share := batch[machine.rank :: machine.world_size].tolist())]
-    logits = torch.zeros(len(rows), model.config.num_labels, device=machine.device)
+    lengths = rows["window_lengths"][:]
+    batches = batching.evaluation_batches(lengths, batch_size=batch_size)[machine.rank :: machine.world_size]
+    sums = torch.zeros(len(rows), model.config.num_labels, device=machine.device)
     seen = torch.zeros(len(rows), dtype=torch.int64, device=machine.device)
-    batch_loader = batching.loader(rows, shares, tokenizer, pin_memory=machine.device.type == "cuda")
-    for share, batch in zip(shares, progress(batch_loader, label="evaluating", shown=machine.is_main)):
+    batch_loader = batching.loader(rows, batches, tokenizer, pin_memory=machine.device.type == "cuda")
+    for picks, batch in zip(batches, progress(batch_loader, label="evaluating", shown=machine.is_main)):
         batch = batch.to(machine.device, non_blocking=True)
+        row_of_window = torch.tensor([row for row, _ in picks], device=machine.device)[batch.pop("document")]  # (W)
         del batch["labels"], batch["row"]
         with machine.autocast():
-            logits[share] = model(**batch).logits.float()
-        seen[share] += 1
-    logits, seen = machine.all_reduce_sum(logits), machine.all_reduce_sum(seen)
-    assert bool((seen == 1).all()), "each row must be scored exactly once"
-    return logits.cpu()
+            logits = model(**batch).logits  # (W, C)
+        sums.index_add_(0, row_of_window, logits.float())
+        seen.index_add_(0, row_of_window, torch.ones_like(row_of_window))
+    sums, seen = machine.all_reduce_sum(sums), machine.all_reduce_sum(seen)
+    assert seen.tolist() == list(map(len, lengths)), "each window must be scored exactly once"
+    return (sums / seen.unsqueeze(1)).cpu()
 
 
 def score(model, rows: datasets.Dataset, tokenizer, machine: Runtime, *, batch_size: int) -> tuple[dict, torch.Tensor]:
@@ -44,28 +47,19 @@ def score(model, rows: datasets.Dataset, tokenizer, machine: Runtime, *, batch_s
     return classification_scores(logits, torch.tensor(rows["label"][:])), logits
 
 
-def is_better(epoch: dict, best: dict | None, metric: str) -> bool:
-    """Tell whether an epoch's scores beat the best so far; on a tie the earlier epoch stays, and a NaN never wins."""
+def is_better(evaluation: dict, best: dict | None, metric: str) -> bool:
+    """Tell whether an evaluation's scores beat the best so far; on a tie the earlier one stays, and a NaN never wins."""
     sign = -1 if metric == "loss" else 1
-    return not math.isnan(epoch[metric]) and (best is None or sign * epoch[metric] > sign * best[metric])
+    return not math.isnan(evaluation[metric]) and (best is None or sign * evaluation[metric] > sign * best[metric])
 
 
-@torch.inference_mode()
-def predict_texts(model, tokenizer, texts: list[str], machine: Runtime, *, max_length: int, batch_size: int) -> Iterator[dict]:
+def predict_texts(model, tokenizer, texts: list[str], machine: Runtime, *, batch_size: int, max_length: int, truncation: str) -> Iterator[dict]:
     """Yield, in the order of the texts, a dict with `row` (from 1), `label`, `confidence` and `scores` (class name -> probability)."""
-    model.eval()
     names = [model.config.id2label[number] for number in range(model.config.num_labels)]
     for start in range(0, len(texts), PREDICT_BLOCK):
-        encoded = tokenizer(texts[start : start + PREDICT_BLOCK], truncation=True, max_length=max_length, padding=False)
-        lengths = [len(ids) for ids in encoded["input_ids"]]
-        scores = torch.empty(len(lengths), len(names))
-        for numbers in batching.evaluation_order(lengths, batch_size=batch_size):
-            rows = {name: [values[number] for number in numbers] for name, values in encoded.items()}
-            batch = tokenizer.pad(rows, return_tensors="pt").to(machine.device)
-            with machine.autocast():
-                logits = model(**batch).logits
-            scores[numbers] = logits.float().softmax(-1).cpu()
-        for row, values in enumerate(scores.tolist(), start=start + 1):
+        columns = windows.encode(texts[start : start + PREDICT_BLOCK], tokenizer, max_length=max_length, truncation=truncation)
+        logits = predict_logits(model, datasets.Dataset.from_dict(columns), tokenizer, machine, batch_size=batch_size)
+        for row, values in enumerate(logits.softmax(-1).tolist(), start=start + 1):
             best = max(range(len(names)), key=values.__getitem__)
             rounded = [round(value, 6) for value in values]
             yield {"row": row, "label": names[best], "confidence": rounded[best], "scores": dict(zip(names, rounded))}

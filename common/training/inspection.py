@@ -23,7 +23,7 @@ def length_table(tokenized) -> str:
     """Return the percentiles of the texts' lengths in tokens, and the share that truncation cuts, for each split."""
     lines = []
     for split, rows in tokenized.items():
-        lengths, kept = np.asarray(rows["num_tokens"][:]), np.asarray(rows["length"][:])
+        lengths, kept = np.asarray(rows["num_tokens"][:]), np.asarray(rows["num_read"][:])
         lines.append([split, *np.percentile(lengths, PERCENTILES).astype(int).tolist(), f"{(lengths > kept).mean():.1%}",
                       f"{1 - kept.sum() / lengths.sum():.1%}"])
     return tabulate(lines, ["tokens", "min", *(f"{p} %" for p in PERCENTILES[1:-1]), "max", "texts cut", "tokens cut"],
@@ -52,8 +52,8 @@ def _show_tokenizer(tokenizer):
 
 
 def _show_text(row: dict, tokenized: dict, tokenizer):
-    ids = tokenized["input_ids"]
-    print(f"\nONE TEXT (row {row['row']}, {tokenized['num_tokens']} tokens, of which the model sees {len(ids)}; the first {min(SHOWN_TOKENS, len(ids))} shown)")
+    ids = tokenized["input_ids"][0]
+    print(f"\nONE TEXT (row {row['row']}, {tokenized['num_tokens']} tokens, of which the model sees {tokenized['num_read']}; the first {min(SHOWN_TOKENS, len(ids))} shown)")
     print("text     " + repr(row["text"][:120]))
     print("tokens   " + " ".join(tokenizer.convert_ids_to_tokens(ids[:SHOWN_TOKENS])))
     print("ids      " + " ".join(map(str, ids[:SHOWN_TOKENS])))
@@ -62,7 +62,7 @@ def _show_text(row: dict, tokenized: dict, tokenizer):
 
 def _show_batch(rows, tokenizer, batch_size: int):
     numbers = list(range(min(batch_size, len(rows), 4)))  # four rows show what padding does
-    batch = next(iter(batching.loader(rows, [numbers], tokenizer)))
+    batch = next(iter(batching.loader(rows, [[(number, (0,)) for number in numbers]], tokenizer)))
     print(f"\nONE PADDED BATCH of {len(numbers)} (training uses {batch_size}), as the model gets it")
     for name, value in batch.items():
         print(f"{name:<15} {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}")

@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from common import assets, hub
 from common.errors import UserError, one_line
+from common.training.durable import replace_folder
 
-ATTENTION_DROPOUT_NAMES = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")  # BERT, DistilBERT, GPT-2
 UNLIMITED = 1_000_000  # tokenizers without a limit say 1e30
 SETTINGS_FILE = "training.json"  # beside the saved model: what it was trained on
 
@@ -83,29 +83,31 @@ def load_tokenizer(name: str, *, cache_dir: str | None):
     return tokenizer, f"the tokenizer has no padding token: padding with its end token {tokenizer.eos_token!r}"
 
 
-def load_classifier(name: str, *, names: list[str], attention_dropout: float, pad_token_id: int, cache_dir: str | None):
+def load_classifier(name: str, *, names: list[str], dropout: dict[str, float], pad_token_id: int, cache_dir: str | None):
     """Return a model with a new head for the classes `names`, in fp32, with `id2label` and `label2id` in its config.
 
-    Raises UserError when the model can't be loaded, or has no attention dropout to set.
+    `dropout` gives values of the config's options for dropout. Raises UserError when the model can't be loaded.
     """
-    config = load_pretrained(AutoConfig, name, cache_dir=cache_dir, num_labels=len(names),
-                             id2label=dict(enumerate(names)), label2id={label: number for number, label in enumerate(names)})
+    config = load_config(name, cache_dir=cache_dir, num_labels=len(names),
+                         id2label=dict(enumerate(names)), label2id={label: number for number, label in enumerate(names)})
     if getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = pad_token_id  # decoders look for the last token that is not padding
     config.problem_type = "single_label_classification"
-    present = [option for option in ATTENTION_DROPOUT_NAMES if hasattr(config, option)]
-    if attention_dropout > 0 and not present:
-        raise UserError(f"--attention-dropout {attention_dropout}: {name} has none; leave the flag out")
-    for option in present:
-        setattr(config, option, attention_dropout)
+    for option, value in dropout.items():
+        setattr(config, option, value)
     return load_pretrained(AutoModelForSequenceClassification, name, cache_dir=cache_dir, config=config, dtype=torch.float32,
-                           use_safetensors=True, ignore_mismatched_sizes=True)
+                           use_safetensors=True, ignore_mismatched_sizes=True, adapter_kwargs={"cache_dir": cache_dir})  # else the look for adapters leaves files elsewhere
+
+
+def load_config(name: str, *, cache_dir: str | None, **options):
+    """Return a model's config. Raises UserError when it can't be found, reached or read."""
+    return load_pretrained(AutoConfig, name, cache_dir=cache_dir, **options)
 
 
 def load_saved(folder: str, *, cache_dir: str | None):
     """Return a classifier with the head that it was saved with, in fp32. Raises UserError when it has none."""
     model, report = load_pretrained(AutoModelForSequenceClassification, folder, cache_dir=cache_dir, dtype=torch.float32,
-                                    use_safetensors=True, output_loading_info=True)
+                                    use_safetensors=True, output_loading_info=True, adapter_kwargs={"cache_dir": cache_dir})
     if report["missing_keys"]:
         raise UserError(f"--model {folder}: it was never trained to classify (no weights for {', '.join(sorted(report['missing_keys']))}); "
                         "give the folder runs/<name>/best of a finished run")
@@ -158,17 +160,13 @@ def save(model, tokenizer, folder: Path, *, settings: dict):
 
     The tokenizer remembers settings["eval_max_length"] as its limit, so that `pipeline(..., truncation=True)` cuts where the scores were taken.
     """
-    fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-    for leftover in (fresh, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    fresh = folder.with_name(folder.name + ".new")
+    shutil.rmtree(fresh, ignore_errors=True)
     tokenizer.model_max_length = settings["eval_max_length"]
     model.save_pretrained(fresh)
     tokenizer.save_pretrained(fresh)
     (fresh / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    if folder.exists():
-        folder.rename(old)
-    fresh.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    replace_folder(fresh, folder)
 
 
 def saved_settings(name: str) -> dict:

@@ -11,7 +11,9 @@ from common import figures
 
 EPOCH_COLUMNS = {"epoch": "epoch", "train_loss": "training loss", "loss": "validation loss", "accuracy": "accuracy",
                  "macro_f1": "macro-F1", "examples_per_second": "examples/s"}
-EPOCH_FORMATS = ("d", ".4f", ".4f", ".4f", ".4f", ".1f")
+EPOCH_FORMATS = ("g", ".4f", ".4f", ".4f", ".4f", ".1f")
+CARD_SETTINGS = ("seed", "epochs", "batch_size", "grad_accum", "lr", "warmup_ratio", "weight_decay", "dropout", "attention_dropout", "label_smoothing",
+                 "class_weights", "lora_rank", "freeze_layers", "max_length", "eval_max_length", "truncation", "precision", "device", "versions")
 SHOWN_CHARACTERS = 60
 NUM_SHOWN = 5
 
@@ -28,11 +30,12 @@ def class_table(per_class: dict[str, list], names: list[str], style: str = "simp
 
 
 class Predictions:
-    """A split with the model's answer to each row: `predicted` (N) and `confidence` (N) from `logits` (N, C)."""
+    """A tokenised split with the model's answer to each row: `predicted` (N) and `confidence` (N) from `logits` (N, C)."""
 
     def __init__(self, rows: datasets.Dataset, logits: torch.Tensor):
         self.rows, self.names = rows, rows.features["label"].names
         self.labels = torch.tensor(rows["label"][:])
+        self.num_tokens, self.num_read = (torch.tensor(rows[name][:]) for name in ("num_tokens", "num_read"))
         self.scores = logits.softmax(-1)
         self.confidence, self.predicted = self.scores.max(-1)
 
@@ -43,6 +46,16 @@ class Predictions:
         rows = [[_shorten(self.rows[number]["text"]), self.names[self.predicted[number]], self.names[self.labels[number]],
                  self.confidence[number].item()] for number in chosen]
         return tabulate(rows, ["text", "predicted class", "true class", "confidence"], tablefmt=style, floatfmt=".3f") if rows else "none"
+
+    def length_table(self, max_length: int, style: str = "simple") -> str:
+        """Return, for texts up to `max_length` tokens, twice, four times that and longer ones, how many, what share of their tokens is not read, accuracy."""
+        right, rows = (self.predicted == self.labels).double(), []
+        for low, high in zip((0, max_length, 2 * max_length, 4 * max_length), (max_length, 2 * max_length, 4 * max_length, None)):
+            chosen = (self.num_tokens > low) & (self.num_tokens <= (high or self.num_tokens.max()))
+            if chosen.any():
+                dropped = 1 - self.num_read[chosen].sum() / self.num_tokens[chosen].sum()
+                rows.append([f"{low + 1}-{high}" if high else f"over {low}", int(chosen.sum()), f"{dropped:.1%}", right[chosen].mean().item()])
+        return tabulate(rows, ["tokens", "texts", "not read", "accuracy"], tablefmt=style, floatfmt=".4f", colalign=("left", "right", "right", "right"))
 
     def write_csv(self, path: Path):
         """Write one line a row: its number in the source, the classes, the confidence, the score of each class, the text."""
@@ -71,7 +84,7 @@ def write_report(folder: Path, *, settings: dict, results: dict, epochs: list[di
     (folder / "report.md").write_text(f"""# {settings["model"]} on {settings["dataset"]}
 
 Test accuracy **{results["test_accuracy"]:.4f}**, macro-F1 **{results["test_macro_f1"]:.4f}** ({len(predictions.labels)} texts), with the weights of
-epoch {results["best_epoch"]}, the best by validation {settings["best_metric"]}. Seed {settings["seed"]}.
+epoch {results["best_epoch"]:g}, the best by validation {settings["best_metric"]}. Seed {settings["seed"]}.
 {results["train_examples_per_second"]:.1f} training examples a second.
 
 ## Epochs
@@ -85,6 +98,12 @@ epoch {results["best_epoch"]}, the best by validation {settings["best_metric"]}.
 {class_table(scores["per_class"], names, "github")}
 
 ![Confusion matrix of the test split](confusion_matrix.png)
+
+## By length
+
+A text is read to {settings["eval_max_length"]} tokens; of a longer one, `--truncation {settings["truncation"]}`.
+
+{predictions.length_table(settings["eval_max_length"], "github")}
 
 ## Five right
 
@@ -108,16 +127,60 @@ def _cell(value) -> str:
     return "" if value is None else " ".join(str(value).split())
 
 
+def write_card(folder: Path, *, settings: dict, results: dict, scores: dict, predictions: Predictions):
+    """Write the model card, README.md, into the folder of a saved model: what it is, how to use it, data, settings, results, limits."""
+    names, counts = predictions.names, scores["per_class"]
+    shown = tabulate([[f"`{key}`", _cell(settings[key])] for key in CARD_SETTINGS], ["setting", "value"], tablefmt="github")
+    (folder / "README.md").write_text(f"""---
+library_name: transformers
+pipeline_tag: text-classification
+metrics: [accuracy, f1]
+---
+
+# A classifier of texts into {len(names)} classes
+
+`{settings["model"]}`, fine-tuned on `{settings["dataset"]}` to tell {", ".join(f"`{name}`" for name in names)}.
+
+```python
+from transformers import pipeline
+
+classify = pipeline("text-classification", model="this folder or its name on the Hub")
+print(classify("a text", truncation=True))
+```
+
+## Results
+
+On {len(predictions.labels):,} texts of the test split, which were used neither for training nor for choosing the weights: accuracy
+{results["test_accuracy"]:.4f}, macro-F1 {results["test_macro_f1"]:.4f}, loss {results["test_loss"]:.4f}. The weights are those after epoch {results["best_epoch"]:g},
+the best by validation {settings["best_metric"]}.
+
+{class_table(counts, names, "github")}
+
+{predictions.length_table(settings["eval_max_length"], "github")}
+
+## Training
+
+{shown}
+
+## Limits
+
+The scores hold for texts like those of the data set. A text beyond {settings["eval_max_length"]} tokens was read in scoring by `--truncation {settings["truncation"]}`;
+the pipeline above reads its beginning only. Biases of the pretrained model and of the labels were not examined. Licence: that of the pretrained
+model and the data allow; see both before passing this on.
+""", encoding="utf-8")
+
+
 def epoch_line(epoch: dict, num_epochs: int) -> str:
     """Return one line on an epoch that just ended."""
-    return (f"epoch {epoch['epoch']}/{num_epochs}  training loss {epoch['train_loss']:.4f}, validation loss {epoch['loss']:.4f}, "
+    return (f"epoch {epoch['epoch']:g}/{num_epochs}  training loss {epoch['train_loss']:.4f}, validation loss {epoch['loss']:.4f}, "
             f"accuracy {epoch['accuracy']:.4f}, macro-F1 {epoch['macro_f1']:.4f}, {epoch['examples_per_second']:.1f} examples/s")
 
 
-def show(scores: dict, predictions: Predictions, say):
-    """Say scores, the table of classes, and five right and five wrong texts."""
+def show(scores: dict, predictions: Predictions, max_length: int, say):
+    """Say scores, the tables of classes and lengths, and five right and five wrong texts."""
     say(f"accuracy {scores['accuracy']:.4f}, macro-F1 {scores['macro_f1']:.4f}, loss {scores['loss']:.4f} on {len(predictions.labels):,} texts\n")
     say(class_table(scores["per_class"], predictions.names))
+    say(f"\nby length of the text, which is read to {max_length} tokens:\n{predictions.length_table(max_length)}")
     for right in (True, False):
         say(f"\nfive {'right' if right else 'wrong'} ones, spread over the split:\n{predictions.examples(right=right)}")
 

@@ -5,7 +5,9 @@ import itertools
 import time
 from collections.abc import Iterable, Iterator
 
+import numpy as np
 import torch
+from sklearn.utils.class_weight import compute_class_weight
 
 from common.errors import UserError
 from common.runtime import Runtime
@@ -19,11 +21,19 @@ def decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
             {"params": [parameter for parameter in trained if parameter.ndim < 2], "weight_decay": 0.0}]
 
 
-def accumulation_windows(batches: Iterable, size: int) -> Iterator[list]:
-    """Yield lists of `size` batches, the last one possibly shorter: one list is one optimizer step."""
+def balanced_weights(labels: list[int], num_classes: int) -> torch.Tensor:
+    """Return a weight for each class (C), fp32, as scikit-learn's "balanced": the fewer its rows, the higher; 0 for a class without rows."""
+    present = np.unique(labels)
+    weights = torch.zeros(num_classes)
+    weights[torch.from_numpy(present)] = torch.from_numpy(compute_class_weight("balanced", classes=present, y=labels)).float()
+    return weights
+
+
+def accumulation_windows(batches: Iterable, sizes: list[int]) -> Iterator[list]:
+    """Yield the batches in lists of the given sizes: one list is one optimizer step."""
     batches = iter(batches)
-    while window := list(itertools.islice(batches, size)):
-        yield window
+    for size in sizes:
+        yield list(itertools.islice(batches, size))
 
 
 def mark_last(window: list) -> Iterator[tuple[bool, object]]:
@@ -37,10 +47,16 @@ def sync_gradients(model: torch.nn.Module, *, when: bool):
     return model.no_sync() if hasattr(model, "no_sync") and not when else contextlib.nullcontext()
 
 
-def count_examples(window: list, runtime: Runtime) -> torch.Tensor:
-    """Return the number of examples of a window over all processes: the divisor of its summed loss (transformers #34242)."""
-    count = sum(int((batch["labels"] != IGNORED_LABEL).sum()) for batch in window)  # labels are still on the CPU: no sync
-    return runtime.all_reduce_sum(torch.tensor(float(count), device=runtime.device))
+def count_examples(window: list, class_weights: torch.Tensor | None, machine: Runtime) -> tuple[int, float]:
+    """Return the number of examples of a window over all processes and the divisor of its summed loss (transformers #34242).
+
+    The divisor is the number itself, or the sum of the weights of the examples' classes.
+    """
+    labels = torch.cat([batch["labels"] for batch in window])  # still on the CPU: no sync with a GPU
+    labels = labels[labels != IGNORED_LABEL]
+    weight = float(len(labels)) if class_weights is None else class_weights.cpu()[labels].sum(dtype=torch.float64).item()
+    examples, weight = machine.all_reduce_sum(torch.tensor([len(labels), weight], dtype=torch.float64)).tolist()
+    return int(examples), weight
 
 
 class LossMeter:
@@ -49,17 +65,18 @@ class LossMeter:
     def __init__(self, machine: Runtime, run, bar, log_every: int):
         self.machine, self.run, self.bar, self.log_every = machine, run, bar, log_every
         self.waiting: list[tuple[torch.Tensor, torch.Tensor]] = []  # (summed loss, row numbers) of each batch since the last report
-        self.waiting_examples: list[torch.Tensor] = []
-        self.loss_sum = self.examples = self.seconds = 0.0
+        self.sums = dict.fromkeys(("loss", "weight", "examples", "seconds"), 0.0)
+        self.waiting_sums = dict.fromkeys(("weight", "examples", "seconds"), 0.0)
         self.started = time.perf_counter()
 
     def add(self, summed_loss: torch.Tensor, rows: torch.Tensor):
         """Take the summed loss of one batch and the row numbers of its texts."""
         self.waiting.append((summed_loss.detach(), rows))
 
-    def end_step(self, training, examples: torch.Tensor, grad_norm: torch.Tensor):
-        """Take the number of examples of the step that just ended; report if a report is due."""
-        self.waiting_examples.append(examples)
+    def end_step(self, training, examples: int, weight: float, grad_norm: torch.Tensor):
+        """Take the examples of the step that just ended and the divisor of its loss; report if a report is due."""
+        self.waiting_sums["examples"] += examples
+        self.waiting_sums["weight"] += weight
         if training.step % self.log_every == 0:
             values = self._read()
             values = {"train/loss": values["loss"], "train/examples_per_second": values["examples_per_second"],
@@ -67,11 +84,33 @@ class LossMeter:
             self.run.numbers(training.step, values)
             self.bar.set_postfix_str(f"loss {values['train/loss']:.4f}, {values['train/examples_per_second']:.1f} examples/s")
 
-    def end_epoch(self) -> dict[str, float]:
-        """Return `train_loss` (mean) and `examples_per_second` of the epoch."""
+    def so_far(self) -> dict[str, float]:
+        """Return `train_loss` (mean) and `examples_per_second` of the epoch so far."""
         if self.waiting:
             self._read()
-        return {"train_loss": self.loss_sum / self.examples, "examples_per_second": self.examples / self.seconds}
+        return {"train_loss": self.sums["loss"] / self.sums["weight"], "examples_per_second": self.sums["examples"] / self.sums["seconds"]}
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Leave out of the training's time what happens within: evaluation, saving."""
+        self.machine.synchronize()
+        self.waiting_sums["seconds"] += time.perf_counter() - self.started
+        yield
+        self.started = time.perf_counter()
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, float]]]:
+        """Return what has been taken in, as tensors and numbers: a meter that continues from it reports what this one would."""
+        losses = [loss.cpu() for loss, _ in self.waiting]
+        tensors = {"losses": torch.stack(losses), "rows": torch.cat([rows.cpu() for _, rows in self.waiting]),
+                   "rows_of_loss": torch.tensor([len(rows) for _, rows in self.waiting])} if losses else {}
+        return tensors, {"read": self.sums, "waiting": self.waiting_sums}
+
+    def restore(self, tensors: dict[str, torch.Tensor], sums: dict[str, dict[str, float]]):
+        """Continue from what `state` returned."""
+        if tensors:
+            rows = tensors["rows"].split(tensors["rows_of_loss"].tolist())
+            self.waiting = list(zip(tensors["losses"].to(self.machine.device), rows))
+        self.sums, self.waiting_sums = dict(sums["read"]), dict(sums["waiting"])
 
     def _read(self) -> dict[str, float]:
         losses = torch.stack([loss for loss, _ in self.waiting])
@@ -80,9 +119,8 @@ class LossMeter:
             rows = self.waiting[finite.index(False)][1].tolist()
             raise UserError(f"the training loss is not finite any more, first in the batch with the rows {', '.join(map(str, rows))} of the data; "
                             "lower --lr, raise --warmup-ratio, or look at these texts")
-        total = self.machine.all_reduce_sum(losses.sum()).item()  # fp32: MPS has no float64
-        examples = torch.stack(self.waiting_examples).sum().item()
-        seconds = time.perf_counter() - self.started
-        self.waiting, self.waiting_examples, self.started = [], [], time.perf_counter()
-        self.loss_sum, self.examples, self.seconds = self.loss_sum + total, self.examples + examples, self.seconds + seconds
-        return {"loss": total / examples, "examples_per_second": examples / seconds}
+        new = {"loss": self.machine.all_reduce_sum(losses.cpu().double().sum()).item(), **self.waiting_sums}
+        new["seconds"] += time.perf_counter() - self.started
+        self.sums = {name: value + new[name] for name, value in self.sums.items()}
+        self.waiting, self.waiting_sums, self.started = [], dict.fromkeys(self.waiting_sums, 0.0), time.perf_counter()
+        return {"loss": new["loss"] / new["weight"], "examples_per_second": new["examples"] / new["seconds"]}

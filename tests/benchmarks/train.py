@@ -30,7 +30,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, DataCol
 import train_classifier
 from common import cli, runtime, tracking
 from common.errors import UserError
-from common.training import batching
+from common.training import batching, splits
 from common.training import model as models
 from common.training.steps import LossMeter
 
@@ -95,13 +95,21 @@ def load(contender: str, flags) -> Setup:
         device = runtime.choose_device(args.device)
         machine = runtime.Runtime(device, runtime.choose_precision(args.precision, device))
         runtime.seed_everything(args.seed)
-    splits = train_classifier.load_splits(args, machine)
-    tokenizer, model, tokenized = train_classifier.load_for_training(splits, args, machine)
+    loaded = splits.load(args, machine)
+    tokenizer, model, tokenized = train_classifier.load_for_training(loaded, args, machine)
     if contender == "trainer":  # the model as the tutorial loads it
         runtime.seed_everything(args.seed)
         model = AutoModelForSequenceClassification.from_pretrained(
-            models.locate(args.model), num_labels=splits["train"].features["label"].num_classes, dtype=torch.float32, cache_dir=args.cache_dir)
+            models.locate(args.model), num_labels=loaded["train"].features["label"].num_classes, dtype=torch.float32, cache_dir=args.cache_dir)
+    if not contender.startswith("ours"):
+        tokenized = {split: rows.map(first_window, load_from_cache_file=False) for split, rows in tokenized.items()}
     return Setup(contender, args, machine, tokenizer, model, tokenized)
+
+
+def first_window(row: dict) -> dict:
+    """Return a tokenised row as Trainer takes it: one window, and the length by which it groups."""
+    inputs = {name: windows[0] for name, windows in row.items() if name not in batching.MODEL_INPUTS_NOT}
+    return {**inputs, "length": len(inputs["input_ids"])}
 
 
 def trainer_options(setup: Setup, folder: str, *, seed: int, **more) -> dict:
@@ -164,16 +172,18 @@ def time_trainer(setup: Setup, lengths: np.ndarray, flags, folder: str) -> dict:
 
 
 def time_ours(setup: Setup, lengths: np.ndarray, flags, folder: str) -> dict:
-    """Return the figures of train_classifier.train_epoch on a sample of its epoch, with the run's log written as in any run."""
+    """Return the figures of train_classifier.train_steps on a sample of its epoch, with the run's log written as in any run."""
     args, machine, rows = setup.args, setup.machine, setup.tokenized["train"]
-    training = train_classifier.prepare(setup.model, setup.tokenizer, len(rows), args, machine)
+    training = train_classifier.prepare(setup.model, setup.tokenizer, rows, args, machine)
     run = tracking.open_run(Path(folder), {}, needed_bytes=0)
     order = batching.batch_order(lengths, batch_size=args.batch_size, seed=args.seed, epoch=flags.round + 1, buckets=args.batching == "buckets")
     warmup, timed = choose_batches(order, lengths, flags)
     for batches in (warmup, timed):
         started = environment.moment(machine.device)
-        with tracking.progress(batching.loader(rows, [batch.tolist() for batch in batches], setup.tokenizer), label="sample", shown=False) as bar:
-            train_classifier.train_epoch(training, bar, LossMeter(machine, run, bar, args.log_every), args, machine)
+        picks = [[(row, (0,)) for row in batch.tolist()] for batch in batches]
+        with tracking.progress(batching.loader(rows, picks, setup.tokenizer), label="sample", shown=False) as bar:
+            for _ in train_classifier.train_steps(training, bar, [1] * len(picks), LossMeter(machine, run, bar, args.log_every), args, machine):
+                pass
         elapsed = environment.moment(machine.device) - started
     run.close()
     return figures(elapsed, timed, order, lengths, setup)
@@ -223,7 +233,7 @@ def child(flags) -> dict:
         if flags.accuracy:
             return train_fully(flags.child, flags, folder)
         setup = load(flags.child, flags)
-        lengths = np.asarray(setup.tokenized["train"]["length"][:])
+        lengths = batching.longest_windows(setup.tokenized["train"])
         return (time_ours if flags.child.startswith("ours") else time_trainer)(setup, lengths, flags, folder)
 
 

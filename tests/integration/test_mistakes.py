@@ -309,7 +309,7 @@ def test_scoring_needs_no_more_than_a_test_split(script, trained, tmp_path):
 @pytest.mark.parametrize("batch_size, parts", [
     (8, ("the training loss is not finite any more", "rows", "lower --lr")),  # seen at the tenth step
     (16, ("the training loss is not finite any more", "rows", "lower --lr")),  # an epoch of 6 steps: seen at its end
-    (96, ("epoch 1: the validation loss is nan", "lower --lr")),  # the only step's loss was still finite
+    (96, ("epoch 1, step 1: the validation loss is nan", "lower --lr")),  # the only step's loss was still finite
 ])
 def test_a_loss_that_is_not_a_number_stops_the_run(batch_size, parts, refused, sentences_csv, tmp_path):
     flags = ["--lr", "1e30", "--warmup-ratio", 0, "--batch-size", batch_size]

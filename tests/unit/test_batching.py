@@ -1,12 +1,16 @@
 """The batch order, its shares, and tokenisation, against their definitions."""
 
+import argparse
+
 import datasets
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from common.runtime import Runtime
 from common.training import batching
 
 LENGTHS = st.lists(st.integers(1, 512), min_size=1, max_size=400)
@@ -48,17 +52,57 @@ def test_padding_share_counts_positions():
 @given(count=st.integers(1, 60), batch_size=st.integers(1, 20), world_size=st.integers(1, 4))
 def test_the_processes_share_each_global_batch_and_all_run_each_step(count, batch_size, world_size):
     batches = batching.batch_order([1] * count, batch_size=batch_size, seed=0, epoch=1, buckets=False)
-    shares = [batching.share_of_rank(batches, rank, world_size) for rank in range(world_size)]
-    for step, batch in enumerate(batches):
-        parts = [share[step] for share in shares]
+    for batch in batches:
+        parts = [batching.share_of_rank(batch, rank, world_size) for rank in range(world_size)]
         assert all(parts), "a process without a row would leave the others waiting"
         assert sorted(number for part in parts for number in part if number >= 0) == sorted(batch.tolist())
 
 
-def test_evaluation_goes_from_long_to_short_through_each_row():
-    lengths = [3, 9, 1, 9, 5]
-    order = np.concatenate(batching.evaluation_order(lengths, batch_size=2))
-    assert order.tolist() == [1, 3, 4, 0, 2]
+@settings(deadline=None, max_examples=60)
+@given(counts=st.lists(st.integers(1, 9), min_size=1, max_size=40), batch_size=st.integers(1, 12))
+def test_evaluation_goes_from_long_to_short_through_each_window_once_in_bounded_batches(counts, batch_size):
+    lengths = [[5 + number % 7] * count for number, count in enumerate(counts)]
+    batches = batching.evaluation_batches(lengths, batch_size=batch_size)
+    seen = [(row, window) for batch in batches for row, windows in batch for window in windows]
+    assert sorted(seen) == [(row, window) for row, count in enumerate(counts) for window in range(count)]
+    assert all(sum(len(windows) for _, windows in batch) <= batch_size for batch in batches)
+    longest = [lengths[row][0] for row, _ in seen]
+    assert longest == sorted(longest, reverse=True)
+
+
+@settings(deadline=None, max_examples=60)
+@given(counts=st.lists(st.integers(1, 9), min_size=1, max_size=40), most=st.integers(1, 12))
+def test_a_cut_keeps_the_picks_in_order_and_the_memory_bounded(counts, most):
+    picks = [(row, tuple(range(count))) for row, count in enumerate(counts)]
+    batches = batching.cut_by_windows(picks, most)
+    assert [pick for batch in batches for pick in batch] == picks and all(batches)
+    assert all(len(batch) == 1 or sum(len(windows) for _, windows in batch) <= most for batch in batches)
+    for batch, following in zip(batches, batches[1:]):  # and no batch is cut without need
+        assert sum(len(windows) for _, windows in batch) + len(following[0][1]) > most
+
+
+def test_drawn_windows_are_a_function_of_seed_and_epoch_and_reach_every_window():
+    counts = [1, 2, 7] * 20
+    drawn = batching.draw_windows(counts, most=2, seed=3, epoch=1)
+    assert drawn == batching.draw_windows(counts, most=2, seed=3, epoch=1) != batching.draw_windows(counts, most=2, seed=3, epoch=2)
+    assert all(len(set(windows)) == len(windows) == min(count, 2) and max(windows) < count for windows, count in zip(drawn, counts))
+    reached = {windows for epoch in range(1, 40) for windows in batching.draw_windows([7], most=1, seed=3, epoch=epoch)}
+    assert reached == {(window,) for window in range(7)}
+
+
+@settings(deadline=None, max_examples=40)
+@given(count=st.integers(1, 50), batch_size=st.integers(1, 6), world_size=st.integers(1, 3), grad_accum=st.integers(1, 4), micro_batch=st.integers(1, 6))
+def test_the_steps_of_all_processes_hold_each_text_once_whatever_the_size_of_their_batches(count, batch_size, world_size, grad_accum, micro_batch):
+    """The same global batch means the same texts in each step, on any number of processes and with any bound on memory."""
+    rows = {"window_lengths": [[3 + number % 5] * (1 + number % 3) for number in range(count)]}
+    flags = argparse.Namespace(batch_size=batch_size, seed=1, batching="buckets", max_windows=2, grad_accum=grad_accum)
+    plans = [batching.plan_epoch(rows, 1, micro_batch, flags, Runtime(torch.device("cpu"), "fp32", rank, world_size)) for rank in range(world_size)]
+    alone = batching.plan_epoch(rows, 1, 10**6, argparse.Namespace(**{**vars(flags), "batch_size": batch_size * world_size}), Runtime(torch.device("cpu"), "fp32"))
+    assert len({len(plan) for plan in plans}) == 1 and len(plans[0]) == len(alone)
+    for step, expected in enumerate(alone):
+        together = [pick for plan in plans for batch in plan[step] for pick in batch if pick[0] >= 0]
+        assert sorted(together) == sorted(pick for batch in expected for pick in batch)
+    assert all(step and all(step) for plan in plans for step in plan), "every process has something to do in every step"
 
 
 @pytest.fixture
@@ -70,32 +114,51 @@ def rows():
 
 def test_tokenize_truncates_counts_and_equals_the_tokenizer(rows, tiny_model, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    tokenized = batching.tokenize(rows, tokenizer, max_length=12, cache_dir=str(tmp_path))
+    tokenized = batching.tokenize(rows, tokenizer, max_length=12, truncation="head", cache_dir=str(tmp_path))
     for row, text in zip(tokenized, rows["text"]):
         whole = tokenizer(text)["input_ids"]
-        assert row["input_ids"] == tokenizer(text, truncation=True, max_length=12)["input_ids"]
-        assert row["num_tokens"] == len(whole) and row["length"] == len(row["input_ids"]) == min(len(whole), 12)
+        assert row["input_ids"] == [tokenizer(text, truncation=True, max_length=12)["input_ids"]]
+        assert row["num_tokens"] == len(whole) and row["window_lengths"] == [row["num_read"]] == [min(len(whole), 12)]
 
 
-def test_tokenize_reuses_its_file_until_texts_length_or_tokenizer_change(rows, tiny_model, tmp_path, monkeypatch):
+def test_tokenize_reuses_its_file_until_texts_length_truncation_or_tokenizer_change(rows, tiny_model, tmp_path, monkeypatch):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    first = batching.tokenize(rows, tokenizer, max_length=12, cache_dir=str(tmp_path))
+    first = batching.tokenize(rows, tokenizer, max_length=12, truncation="head", cache_dir=str(tmp_path))
     tokenizer("a call with other settings", padding="max_length", max_length=20, truncation=True)
-    batching.tokenize(rows, tokenizer, max_length=12, cache_dir=str(tmp_path))
+    batching.tokenize(rows, tokenizer, max_length=12, truncation="head", cache_dir=str(tmp_path))
     assert len(list(tmp_path.rglob("*.arrow"))) == 1, "a call in between changes the tokenizer's state, not what it does"
-    batching.tokenize(rows, tokenizer, max_length=13, cache_dir=str(tmp_path))
-    batching.tokenize(rows.map(lambda row: {"text": row["text"] + "!"}, load_from_cache_file=False), tokenizer, max_length=12, cache_dir=str(tmp_path))
+    batching.tokenize(rows, tokenizer, max_length=13, truncation="head", cache_dir=str(tmp_path))
+    batching.tokenize(rows.map(lambda row: {"text": row["text"] + "!"}, load_from_cache_file=False), tokenizer, max_length=12, truncation="head", cache_dir=str(tmp_path))
+    batching.tokenize(rows, tokenizer, max_length=12, truncation="tail", cache_dir=str(tmp_path))
     tokenizer.add_tokens(["monday"])
-    batching.tokenize(rows, tokenizer, max_length=12, cache_dir=str(tmp_path))
-    assert len(list(tmp_path.rglob("*.arrow"))) == 4
+    batching.tokenize(rows, tokenizer, max_length=12, truncation="head", cache_dir=str(tmp_path))
+    assert len(list(tmp_path.rglob("*.arrow"))) == 5
     assert first.cache_files[0]["filename"].startswith(str(tmp_path))
 
 
-def test_a_filler_row_counts_nowhere(rows, tiny_model, tmp_path):
+def test_a_batch_holds_the_chosen_windows_and_a_filler_row_counts_nowhere(rows, tiny_model, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    tokenized = batching.tokenize(rows, tokenizer, max_length=12, cache_dir=str(tmp_path))
-    batch = next(iter(batching.loader(tokenized, [[1, 2, ~0]], tokenizer)))
+    tokenized = batching.tokenize(rows, tokenizer, max_length=12, truncation="chunks", cache_dir=str(tmp_path))
+    assert len(tokenized["window_lengths"][1]) >= 4
+    batch = next(iter(batching.loader(tokenized, [[(1, (0, 3)), (2, (0,)), (~0, (0,))]], tokenizer)))
     assert batch["labels"].tolist() == [0, 0, batching.IGNORED_LABEL]
-    assert batch["row"].tolist() == [2, 3, 1]
-    assert batch["attention_mask"].sum(1).tolist() == tokenized[[1, 2, 0]]["length"]
+    assert batch["row"].tolist() == [2, 3, 1] and batch["document"].tolist() == [0, 0, 1, 2]
+    expected = [*(tokenized[1]["input_ids"][window] for window in (0, 3)), tokenized[2]["input_ids"][0], tokenized[0]["input_ids"][0]]
+    assert [ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"])] == expected
     assert (batch["input_ids"][batch["attention_mask"] == 0] == tokenizer.pad_token_id).all()
+
+
+def test_a_loader_takes_no_random_number_from_the_run(rows, tiny_model, tmp_path):
+    """With one, a resumed run would draw other dropout masks: PyTorch's own loader draws a seed for its workers."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenized = batching.tokenize(rows, tokenizer, max_length=12, truncation="head", cache_dir=str(tmp_path))
+    state = torch.get_rng_state()
+    list(batching.loader(tokenized, [[(0, (0,))]], tokenizer))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_pooled_logits_are_the_mean_of_each_document():
+    logits = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    pooled = batching.pool_windows(logits, torch.tensor([0, 0, 1, 2, 2]), 3)
+    torch.testing.assert_close(pooled, torch.stack([logits[:2].mean(0), logits[2], logits[3:].mean(0)]))
+    assert torch.equal(batching.pool_windows(logits, torch.arange(5), 5), logits), "one window a text changes nothing, to the bit"

@@ -20,7 +20,7 @@ def scored(tiny_model, tmp_path_factory):
     pairs = make_sentences(37)
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"]), "row": datasets.Value("int64")})
     rows = datasets.Dataset.from_dict({"text": [text for text, _ in pairs], "label": [label for _, label in pairs], "row": list(range(37))}, features=features)
-    tokenized = batching.tokenize(rows, tokenizer, max_length=20, cache_dir=str(tmp_path_factory.mktemp("cache")))
+    tokenized = batching.tokenize(rows, tokenizer, max_length=20, truncation="head", cache_dir=str(tmp_path_factory.mktemp("cache")))
     with torch.inference_mode():
         alone = torch.cat([model(**tokenizer(text, truncation=True, max_length=20, return_tensors="pt")).logits for text in rows["text"]])
     return model, tokenizer, tokenized, alone
@@ -36,11 +36,22 @@ def test_predictions_come_in_the_order_of_the_texts(scored, monkeypatch):
     model, tokenizer, tokenized, alone = scored
     monkeypatch.setattr("common.training.evaluation.PREDICT_BLOCK", 10)  # so that 37 texts take several blocks
     model.config.id2label = {0: "neg", 1: "pos"}
-    answers = list(predict_texts(model, tokenizer, tokenized["text"][:], MACHINE, max_length=20, batch_size=4))
+    answers = list(predict_texts(model, tokenizer, tokenized["text"][:], MACHINE, batch_size=4, max_length=20, truncation="head"))
     assert [answer["row"] for answer in answers] == list(range(1, 38))
     for answer, probabilities in zip(answers, alone.softmax(-1).tolist()):
         assert list(answer["scores"].values()) == pytest.approx(probabilities, abs=1e-5)
         assert answer["scores"][answer["label"]] == answer["confidence"] == max(answer["scores"].values())
+
+
+@pytest.mark.parametrize("batch_size", [2, 64])
+def test_chunks_give_the_mean_of_the_windows_logits_also_when_a_batch_parts_a_text(scored, tmp_path, batch_size):
+    model, tokenizer, tokenized, _ = scored
+    rows = tokenized.select_columns(["text", "label", "row"])
+    chunked = batching.tokenize(rows, tokenizer, max_length=9, truncation="chunks", cache_dir=str(tmp_path))
+    assert max(map(len, chunked["input_ids"])) >= 4
+    with torch.inference_mode():
+        expected = torch.stack([torch.cat([model(input_ids=torch.tensor([window])).logits for window in found]).mean(0) for found in chunked["input_ids"]])
+    torch.testing.assert_close(predict_logits(model, chunked, tokenizer, MACHINE, batch_size=batch_size), expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("metric, value, best, better", [

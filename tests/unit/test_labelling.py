@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import train_classifier
 from common.errors import UserError
 from common.runtime import Runtime
-from common.training import labelling
+from common.training import labelling, splits
 from common.training import model as models
 
 COLUMNS = {"text_column": "text", "label_column": "label"}
@@ -229,9 +229,9 @@ def test_the_screen_says_which_splits_were_cut_and_how_many_texts_are_shared(tmp
         (tmp_path / f"{name}.csv").write_text("text,label\n" + "".join(f"text {number},{number % 2}\n" for number in range(count)))
     flags = ["--dataset", str(tmp_path), "--cache-dir", str(cache_dir), "--seed", "3", "--max-eval-samples", "4"]
     args = train_classifier.make_parser().parse_args(flags)
-    splits = train_classifier.load_splits(args, Runtime(torch.device("cpu"), "fp32"))
+    loaded = splits.load(args, Runtime(torch.device("cpu"), "fp32"))
     shown = capsys.readouterr().out
-    shared = len(set(splits["train"]["text"]) & set(splits["test"]["text"]))
+    shared = len(set(loaded["train"]["text"]) & set(loaded["test"]["text"]))
     assert shared > 0
     assert "36 train, 4 validation, 4 test texts, 2 classes" in shown
     assert "validation cut from train: 10 % each, stratified, by seed 3" in shown
@@ -239,6 +239,6 @@ def test_the_screen_says_which_splits_were_cut_and_how_many_texts_are_shared(tmp
 
 
 def test_class_names_go_into_the_models_config(tiny_model):
-    model = models.load_classifier(str(tiny_model), names=["sport", "arts", "9"], attention_dropout=0.0, pad_token_id=0, cache_dir=None)
+    model = models.load_classifier(str(tiny_model), names=["sport", "arts", "9"], dropout={}, pad_token_id=0, cache_dir=None)
     assert model.config.id2label == {0: "sport", 1: "arts", 2: "9"} and model.config.label2id == {"sport": 0, "arts": 1, "9": 2}
     assert model.config.num_labels == model.classifier.out_features == 3

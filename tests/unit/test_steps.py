@@ -11,7 +11,7 @@ import train_classifier
 from common.errors import UserError
 from common.runtime import Runtime
 from common.tracking import NullLog, progress
-from common.training.steps import LossMeter, accumulation_windows, count_examples, decay_groups, mark_last, sync_gradients
+from common.training.steps import LossMeter, accumulation_windows, balanced_weights, count_examples, decay_groups, mark_last, sync_gradients
 
 MACHINE = Runtime(torch.device("cpu"), "fp32")
 
@@ -24,47 +24,59 @@ def make_batches(sizes, seed=0):
         length = int(torch.randint(4, 20, (), generator=generator))
         ids = torch.randint(5, 100, (size, length), generator=generator)
         batches.append(BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.randint(0, 2, (size,), generator=generator),
-                                      "row": torch.arange(row + 1, row + size + 1)}))
+                                      "row": torch.arange(row + 1, row + size + 1), "document": torch.arange(size)}))
         row += size
     return batches
 
 
-def gradients_of_the_loop(model, batches, grad_accum):
+def gradients_of_the_loop(model, batches, grad_accum, class_weights=None, *flags):
     """Run the product's loop at learning rate 0 and return the gradient that each optimizer step saw."""
     gradients = []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     optimizer.register_step_pre_hook(lambda *_: gradients.append([parameter.grad.clone() for parameter in model.parameters()]))
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1)
-    training = train_classifier.Training(model, None, model, optimizer, scheduler, torch.amp.GradScaler("cpu", enabled=False))
-    args = train_classifier.make_parser().parse_args(["--grad-accum", str(grad_accum), "--max-grad-norm", "1e9"])
-    train_classifier.train_epoch(training, batches, LossMeter(MACHINE, NullLog(None), progress([], label=""), 100), args, MACHINE)
+    training = train_classifier.Training(model, None, model, optimizer, scheduler, torch.amp.GradScaler("cpu", enabled=False), class_weights)
+    args = train_classifier.make_parser().parse_args(["--max-grad-norm", "1e9", *flags])
+    sizes = [len(batches[start : start + grad_accum]) for start in range(0, len(batches), grad_accum)]
+    for _ in train_classifier.train_steps(training, batches, sizes, LossMeter(MACHINE, NullLog(None), progress([], label=""), 100), args, MACHINE):
+        pass
     return gradients
 
 
+@pytest.mark.parametrize("class_weights", [None, torch.tensor([0.3, 2.5])])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("sizes, grad_accum", [([4, 4, 4], 3), ([8, 1, 3, 5], 2), ([2, 2, 2, 2, 1], 3), ([7], 4)])
-def test_each_step_has_the_gradient_of_the_mean_loss_over_all_its_examples(tiny_model, sizes, grad_accum):
-    """Also with batches of unequal size and a short last window, where averaging batch means is wrong (transformers #34242)."""
+def test_each_step_has_the_gradient_of_one_batch_of_all_its_examples(tiny_model, sizes, grad_accum, smoothing, class_weights):
+    """Also with batches of unequal size, class weights and a short last window, where averaging batch means is wrong (transformers #34242)."""
     model = AutoModelForSequenceClassification.from_pretrained(tiny_model).double()
-    got = gradients_of_the_loop(model, make_batches(sizes), grad_accum)
-    windows = list(accumulation_windows(make_batches(sizes), grad_accum))
-    assert len(got) == len(windows) == -(-len(sizes) // grad_accum)
-    for window, gradients in zip(windows, got):
-        losses = [cross_entropy(model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits, batch["labels"], reduction="none")
-                  for batch in window]
-        oracle = torch.autograd.grad(torch.cat(losses).mean(), list(model.parameters()))
+    got = gradients_of_the_loop(model, make_batches(sizes), grad_accum, class_weights, "--label-smoothing", str(smoothing))
+    batches = make_batches(sizes)
+    assert len(got) == -(-len(sizes) // grad_accum)
+    for number, gradients in enumerate(got):
+        window = batches[number * grad_accum : (number + 1) * grad_accum]
+        logits = torch.cat([model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits for batch in window])
+        weights = class_weights if class_weights is None else class_weights.double()
+        loss = cross_entropy(logits, torch.cat([batch["labels"] for batch in window]), weight=weights, label_smoothing=smoothing)  # PyTorch's own mean
+        oracle = torch.autograd.grad(loss, list(model.parameters()))
         for gradient, expected in zip(gradients, oracle):
             torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-7)  # the loop takes the logits to fp32
 
 
 def test_windows_mark_their_last_batch():
-    windows = list(accumulation_windows(iter(range(5)), 2))
+    windows = list(accumulation_windows(iter(range(5)), [2, 2, 1]))
     assert windows == [[0, 1], [2, 3], [4]]
     assert [last for window in windows for last, _ in mark_last(window)] == [False, True, False, True, True]
 
 
-def test_examples_are_counted_without_filler_rows():
-    window = [{"labels": torch.tensor([0, 1, -100])}, {"labels": torch.tensor([-100])}]
-    assert count_examples(window, MACHINE).item() == 2
+def test_examples_and_their_weights_are_counted_without_filler_rows():
+    window = [{"labels": torch.tensor([0, 1, -100])}, {"labels": torch.tensor([-100, 1])}]
+    assert count_examples(window, None, MACHINE) == (3, 3.0)
+    assert count_examples(window, torch.tensor([0.5, 2.0]), MACHINE) == (3, 4.5)
+
+
+def test_balanced_weights_are_scikit_learns_and_0_for_a_class_without_rows():
+    labels = [0, 0, 0, 2]
+    assert balanced_weights(labels, 3).tolist() == pytest.approx([4 / (2 * 3), 0.0, 4 / (2 * 1)])
 
 
 def test_gradients_are_exchanged_only_when_asked():
@@ -98,13 +110,14 @@ class RecordNumbers:
         self.lines.append((step, values))
 
 
-def feed(meter, losses):
-    """Give the meter one step a loss, of two examples each."""
+def feed(meter, losses, already=0):
+    """Give the meter one step a loss, of two examples each, after `already` steps."""
     training = train_classifier.Training(None, None, None, None, torch.optim.lr_scheduler.ConstantLR(torch.optim.SGD([torch.zeros(1)], lr=0.5), factor=1), None)
+    training.step = already
     for number, loss in enumerate(losses):
         meter.add(torch.tensor(loss * 2), torch.tensor([2 * number + 1, 2 * number + 2]))
         training.step += 1
-        meter.end_step(training, torch.tensor(2.0), torch.tensor(1.5))
+        meter.end_step(training, 2, 2.0, torch.tensor(1.5))
 
 
 def test_the_meter_reports_means_over_examples():
@@ -113,7 +126,7 @@ def test_the_meter_reports_means_over_examples():
     feed(meter, [1.0, 3.0, 5.0])
     (step, values), = log.lines
     assert step == 2 and values["train/loss"] == 2.0 and values["train/grad_norm"] == 1.5 and values["train/learning_rate"] == 0.5
-    assert meter.end_epoch()["train_loss"] == 3.0
+    assert meter.so_far()["train_loss"] == 3.0
     json.dumps(values)  # plain numbers, no tensors
 
 
@@ -128,4 +141,19 @@ def test_a_bad_loss_after_the_last_report_is_found_at_the_end_of_the_epoch():
     meter = LossMeter(MACHINE, RecordNumbers(), progress([], label=""), 10)
     feed(meter, [1.0, float("nan")])
     with pytest.raises(UserError, match="rows 3, 4"):
-        meter.end_epoch()
+        meter.so_far()
+
+
+def test_a_restored_meter_reports_what_the_first_one_would():
+    """Also when it is saved between two reports, whose losses are then read together."""
+    logs = [RecordNumbers(), RecordNumbers()]
+    whole = LossMeter(MACHINE, logs[0], progress([], label=""), 2)
+    feed(whole, [0.1, 0.7, 0.3, 0.9, 0.5])
+    first = LossMeter(MACHINE, logs[1], progress([], label=""), 2)
+    feed(first, [0.1, 0.7, 0.3])
+    tensors, sums = first.state()
+    second = LossMeter(MACHINE, logs[1], progress([], label=""), 2)
+    second.restore({name: tensor.clone() for name, tensor in tensors.items()}, json.loads(json.dumps(sums)))
+    feed(second, [0.9, 0.5], already=3)
+    assert [(step, values["train/loss"]) for step, values in logs[1].lines] == [(step, values["train/loss"]) for step, values in logs[0].lines]
+    assert second.so_far()["train_loss"] == whole.so_far()["train_loss"]

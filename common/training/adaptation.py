@@ -1,0 +1,74 @@
+"""What a run changes about a pretrained model: its dropouts, which layers learn, low-rank adapters, recomputed activations."""
+
+import copy
+
+import torch
+
+from common.errors import UserError
+
+ATTENTION_DROPOUT_NAMES = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")  # BERT, DistilBERT, GPT-2
+LORA_ALPHA = 2  # times the rank: the scale that the update is multiplied by, as is usual
+LORA_DROPOUT = 0.0  # a dropout of its own would be one more place of randomness; --dropout holds for the model's
+
+
+def dropout_options(config, *, dropout: float | None, attention_dropout: float | None, name: str) -> dict[str, float]:
+    """Return the values for a config's dropout options: `dropout` for all of them where given, `attention_dropout` (default 0) for attention's.
+
+    Attention dropout above 0 keeps PyTorch from its fused attention on CPUs. Raises UserError when the model has no option that is asked for.
+    """
+    found = [option for option in config.to_dict() if "drop" in option and "layerdrop" not in option]
+    attention = [option for option in ATTENTION_DROPOUT_NAMES if hasattr(config, option)]
+    if attention_dropout and not attention:
+        raise UserError(f"--attention-dropout {attention_dropout}: {name} has none; leave the flag out")
+    if dropout and not found:
+        raise UserError(f"--dropout {dropout}: {name} has none; leave the flag out")
+    values = {} if dropout is None else dict.fromkeys(found, dropout)
+    if attention_dropout is not None or dropout is None:
+        values.update(dict.fromkeys(attention, attention_dropout or 0.0))
+    return values
+
+
+def freeze_layers(model: torch.nn.Module, number: int):
+    """Keep the embeddings and the `number` lowest layers of a model as they are. Raises UserError when it has fewer layers, or not all can be found."""
+    if number == 0:
+        return
+    layers = encoder_layers(model)
+    if number > len(layers):
+        raise UserError(f"--freeze-layers {number}: the model has {len(layers)}; give at most that")
+    embeddings = getattr(model.base_model, "embeddings", None) or model.get_input_embeddings()
+    for module in (embeddings, *layers[:number]):
+        module.requires_grad_(False)
+
+
+def encoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
+    """Return a model's stack of layers: its first list of as many modules as its config has layers."""
+    for module in model.base_model.modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == model.config.num_hidden_layers:
+            return module
+    raise UserError(f"--freeze-layers: {type(model).__name__} has no list of layers to count; leave the flag out")
+
+
+def recompute_activations(model: torch.nn.Module):
+    """Let each layer's activations be computed again in the backward pass: less memory, a third more time. Raises UserError when the model can't."""
+    if not model.supports_gradient_checkpointing:
+        raise UserError(f"--gradient-checkpointing: {type(model).__name__} has none; leave the flag out")
+    model.gradient_checkpointing_enable({"use_reentrant": False})  # the reentrant kind gives no gradient under frozen embeddings, and none to DDP
+
+
+def add_adapters(model: torch.nn.Module, rank: int):
+    """Return the model with low-rank adapters (LoRA, Hu et al. 2021) at all linear layers but the head; only they and the head learn."""
+    import peft  # seconds to import, and only this needs it
+
+    return peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS", r=rank, lora_alpha=LORA_ALPHA * rank, lora_dropout=LORA_DROPOUT,
+                                                      target_modules="all-linear"))
+
+
+def merged(model: torch.nn.Module) -> torch.nn.Module:
+    """Return a plain model: a copy with its adapters added into its weights, or the model itself when it has none."""
+    return copy.deepcopy(model).merge_and_unload() if hasattr(model, "merge_and_unload") else model
+
+
+def trained_share(model: torch.nn.Module) -> tuple[int, int]:
+    """Return the number of parameters that learn, and of all."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(size for size, learns in sizes if learns), sum(size for size, _ in sizes)

@@ -1,0 +1,207 @@
+"""Everything that the next step depends on, on disk: saved atomically, verified before it is used, pruned (design: "State that must survive").
+
+A checkpoint is a folder `step-<number>` of safetensors and JSON, no pickle: model.safetensors, optimizer.safetensors, state.json, for
+each process rank-<number>.safetensors and .json, the best model so far under best/, and manifest.json with size and SHA-256 of each of
+them. It is written under the name `tmp-<number>` and renamed when it is whole, so that a kill at any moment leaves the earlier ones.
+"""
+
+import hashlib
+import os
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+
+from common.errors import UserError
+from common.runtime import Runtime
+from common.training.durable import fault, link_folder, read_json, replace_folder, sync_file, sync_folder, write_json, write_manifest, write_tensors
+
+PREFIX, UNFINISHED = "step-", "tmp-"
+FREE_FLAGS = {  # may differ when a run goes on: names of data and model, for their contents are compared, and what changes no number
+    "model", "dataset", "dataset_config", "text_column", "label_column", "train_split", "validation_split", "test_split", "max_train_samples",
+    "max_eval_samples", "cache_dir", "output_dir", "device", "precision", "num_workers", "save_every", "keep", "auto_batch_size"}
+NEWEST = ""  # what --resume without a value stands for
+
+
+class Checkpoints:
+    """The checkpoints of one run; `identity` is what must be the same for a run to go on from one of them."""
+
+    def __init__(self, run_folder: Path, identity: dict, *, keep: int, machine: Runtime):
+        self.folder, self.best = run_folder / "checkpoints", run_folder / "best"
+        self.identity, self.keep, self.machine = identity, keep, machine
+
+    def save(self, training, meter, run):
+        """Write a checkpoint of the training as it is, with every process's part; then remove those over the number to keep.
+
+        On an error, as when the disk is full, what was written of it is removed, and the earlier ones stay.
+        """
+        target, fresh = self.folder / f"{PREFIX}{training.step:08}", self.folder / f"{UNFINISHED}{training.step:08}"
+        if self.machine.is_main:
+            for leftover in self.folder.glob(f"{UNFINISHED}*"):
+                shutil.rmtree(leftover)
+            fresh.mkdir(parents=True)
+        self.machine.barrier()
+        try:
+            self._write_part(fresh, meter)
+            if self.machine.is_main:
+                self._write_shared(fresh, training, run)
+            self.machine.barrier()  # every process's part is on the disk
+            if self.machine.is_main:
+                write_manifest(fresh)
+                shutil.rmtree(target, ignore_errors=True)  # one of the same step, from before a resume at an earlier one
+                fresh.rename(target)
+                sync_folder(self.folder)
+        except BaseException:
+            if self.machine.is_main:
+                shutil.rmtree(fresh, ignore_errors=True)
+            raise
+        if self.machine.is_main and fault(target) is None:
+            for old in self._all()[self.keep :]:
+                shutil.rmtree(old)
+        self.machine.barrier()
+
+    def _write_part(self, folder: Path, meter):
+        tensors, sums = meter.state()
+        tensors = {f"meter.{name}": tensor for name, tensor in tensors.items()}
+        tensors["torch"] = torch.get_rng_state()
+        if self.machine.device.type == "cuda":
+            tensors["cuda"] = torch.cuda.get_rng_state(self.machine.device)
+        name, keys, *rest = np.random.get_state(legacy=True)
+        others = {"python": random.getstate(), "numpy": [name, keys.tolist(), *rest]}
+        path = folder / f"rank-{self.machine.rank}"
+        write_tensors(path.with_suffix(".safetensors"), tensors)
+        write_json(path.with_suffix(".json"), {"random": others, "meter": sums})
+
+    def _write_shared(self, folder: Path, training, run):
+        safetensors.torch.save_model(training.model, str(folder / "model.safetensors"))  # it knows weights that share memory
+        sync_file(folder / "model.safetensors")
+        optimizer = training.optimizer.state_dict()
+        tensors = {f"{number}.{name}": value for number, values in optimizer["state"].items() for name, value in values.items()}
+        write_tensors(folder / "optimizer.safetensors", tensors)
+        write_json(folder / "state.json", {
+            "identity": self.identity, "world_size": self.machine.world_size, "position": training.position(), "param_groups": optimizer["param_groups"],
+            "scheduler": training.scheduler.state_dict(), "scaler": training.scaler.state_dict(), "log_bytes": run.position()})
+        if training.best is not None:
+            link_folder(self.best, folder / "best")
+
+    def _all(self) -> list[Path]:
+        return sorted(self.folder.glob(f"{PREFIX}*"), reverse=True)
+
+    def choose(self, wanted: Path | None) -> Path | None:
+        """Return the checkpoint to go on from: `wanted`, else the newest whole one, saying which were passed over; None when there is none at all.
+
+        Raises UserError when none of those there is whole, and when the run differs from the one that was saved, naming what differs.
+        """
+        found = [wanted] if wanted is not None else self._all()
+        faults = {}
+        for path in found:
+            faults[path] = fault(path)
+            if faults[path] is None:
+                break
+            if len(faults) < len(found):
+                self.machine.say(f"resume   {path} is damaged ({faults[path]}); taking the one before")
+        else:
+            if not found:
+                return None
+            listed = "; ".join(f"{path.name}: {reason}" for path, reason in faults.items())
+            raise UserError(f"--resume: no whole checkpoint in {found[0].parent} ({listed}); start anew with another --output-dir")
+        self._compare(path, read_json(path / "state.json"))
+        return path
+
+    def _compare(self, path: Path, state: dict):
+        before, now = {**state["identity"], "number of processes": state["world_size"]}, {**self.identity, "number of processes": self.machine.world_size}
+        changed = [f"{name} was {before.get(name)}, is {now.get(name)}" for name in {**before, **now} if before.get(name) != now.get(name)]
+        if changed:
+            raise UserError(f"--resume: {path} was written by another run: {'; '.join(changed)}; give the same again, or start anew with another --output-dir")
+
+    def restore(self, path: Path, training) -> tuple[dict, dict]:
+        """Put the training into the state of a checkpoint, best/ and this process's random state with it; return the state of its loss meter."""
+        state = read_json(path / "state.json")
+        safetensors.torch.load_model(training.model, str(path / "model.safetensors"), device=str(training.model.device))
+        slots: dict[int, dict] = {}
+        for name, tensor in safetensors.torch.load_file(path / "optimizer.safetensors").items():
+            number, slot = name.split(".", 1)
+            slots.setdefault(int(number), {})[slot] = tensor
+        training.optimizer.load_state_dict({"state": slots, "param_groups": state["param_groups"]})
+        training.scheduler.load_state_dict(state["scheduler"])
+        training.scaler.load_state_dict(state["scaler"])
+        training.restore_position(state["position"])
+        if self.machine.is_main and training.best is not None:
+            fresh = self.best.with_name("best.new")
+            shutil.rmtree(fresh, ignore_errors=True)
+            link_folder(path / "best", fresh)
+            replace_folder(fresh, self.best)
+        self.machine.barrier()
+        return restore_part(path / f"rank-{self.machine.rank}", self.machine)
+
+
+def restore_part(path: Path, machine: Runtime) -> tuple[dict, dict]:
+    """Set this process's random states from its part of a checkpoint; return its loss meter's tensors and sums."""
+    tensors, others = safetensors.torch.load_file(path.with_suffix(".safetensors")), read_json(path.with_suffix(".json"))
+    restore_random_states(tensors, others["random"], machine)
+    return {name.removeprefix("meter."): tensor for name, tensor in tensors.items() if name.startswith("meter.")}, others["meter"]
+
+
+def restore_random_states(tensors: dict, others: dict, machine: Runtime):
+    """Set the generators of torch, CUDA, Python and NumPy."""
+    torch.set_rng_state(tensors["torch"])
+    if machine.device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["cuda"], machine.device)
+    version, internal, gauss = others["python"]
+    random.setstate((version, tuple(internal), gauss))
+    np.random.set_state(tuple(others["numpy"]))
+
+
+def place_in_log(path: Path | None) -> dict:
+    """Return how far a run's log had come at a checkpoint, as `tracking.open_run` takes it; its beginning for None."""
+    if path is None:
+        return {"bytes": 0, "step": -1}
+    state = read_json(path / "state.json")
+    return {"bytes": state["log_bytes"], "step": state["position"]["step"]}
+
+
+def run_to_resume(args) -> tuple[Path | None, Path | None]:
+    """Return the folder of the run that the flags ask to go on with, None for a new one, and the checkpoint if they name it.
+
+    After a failure torchrun starts every process again with the same flags: then the run goes on by itself. Raises UserError when the
+    flags don't tell which run, or there is none.
+    """
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0 and not args.output_dir:
+        raise UserError("--output-dir: torchrun with --max-restarts needs it, for a restarted process must find its run; name a folder")
+    if args.resume is None and not restarted:
+        return None, None
+    if not args.resume:
+        if not args.output_dir:
+            raise UserError("--resume: which run? name its folder, as in --resume runs/news")
+        folder, wanted = Path(args.output_dir), None
+    else:
+        named = Path(args.resume)
+        folder, wanted = (named.parent.parent, named) if named.name.startswith(PREFIX) else (named, None)
+        if args.output_dir and Path(args.output_dir).resolve() != folder.resolve():
+            raise UserError(f"--output-dir {args.output_dir}: --resume {args.resume} goes on in {folder}; leave one of them out")
+    if not (folder / "config.json").is_file():
+        if restarted:  # the failure came before the run had begun
+            return None, None
+        raise UserError(f"--resume: {folder} holds no run; check the name, or leave --resume out to start one")
+    if wanted is not None and not wanted.is_dir():
+        raise UserError(f"--resume {args.resume}: no such checkpoint; --resume {folder} takes the newest")
+    return folder, wanted
+
+
+def identity(flags: dict, model: torch.nn.Module, tokenized: dict, machine: Runtime) -> dict:
+    """Return what must be the same for a run to go on: flags that change its outcome, precision, and fingerprints of data and model as loaded."""
+    kept = {f"--{name.replace('_', '-')}": value for name, value in sorted(flags.items()) if name not in FREE_FLAGS}
+    return {**kept, "--precision": machine.precision, "the data": {split: rows._fingerprint for split, rows in tokenized.items()}, "the model": fingerprint(model)}
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """Return a SHA-256 of a model's class, the names and values of its weights, in hexadecimal."""
+    digest = hashlib.sha256(type(model).__name__.encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
