@@ -1,0 +1,89 @@
+"""Runs train_classifier.py in forked children of one process, which has paid for the imports, and kills them on order.
+
+A child counts its events: each optimizer step, and each file or folder of its run that it opens, renames, links, makes or removes. It
+can be told to send itself a signal at a given event, so that a kill falls into the middle of a save as easily as between two steps.
+Python's audit hooks see these events; the script itself runs unchanged.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+import train_classifier
+from common import cli
+from common.training import checkpoint
+
+FILE_EVENTS = ("open", "os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
+
+
+def count_events(job: dict):
+    """Count this process's events, and send it the job's signal at the job's event."""
+    count = 0
+
+    def happened(*_):
+        nonlocal count
+        count += 1
+        if count == job.get("event"):
+            os.kill(os.getpid(), signal.Signals[job.get("signal", "SIGKILL")])
+
+    def audit(event: str, arguments: tuple):
+        if event in FILE_EVENTS and isinstance(arguments[0], (str, os.PathLike)) and os.fspath(arguments[0]).startswith(job["run"]):
+            happened()
+
+    sys.addaudithook(audit)
+    register_optimizer_step_post_hook(happened)
+    return lambda: count
+
+
+def child(job: dict, rank: int):
+    """Be one process of a job: run the script and end with its exit code, without the seconds that Python takes to tidy up."""
+    for descriptor, stream in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(f"{job['log']}.{rank}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    if job["world"] > 1:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["world"]), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(job["port"]))
+    os.environ.update(job.get("environment", {}))
+    counted = count_events(job if rank == job.get("rank", 0) else {**job, "event": None})
+    if job.get("forget_random_state"):  # the control: a comparison that does not see this sees nothing
+        checkpoint.restore_random_states = lambda *_: None
+    code = 0
+    try:
+        cli.run(train_classifier.make_parser(), train_classifier.main, job["flags"])
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    Path(f"{job['log']}.{rank}.events").write_text(str(counted()))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def run(job: dict) -> list[int]:
+    """Run a job's processes and return their exit codes; when one dies by a signal, the others are killed as well."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        job["port"] = free.getsockname()[1]
+    running, codes = {}, [0] * job["world"]
+    for rank in range(job["world"]):
+        running[os.fork() or child(job, rank)] = rank
+    while running:
+        process, status = os.wait()
+        codes[running.pop(process)] = os.waitstatus_to_exitcode(status)
+        if min(codes) < 0:
+            for other in running:
+                os.kill(other, signal.SIGKILL)
+        time.sleep(0)
+    return codes
+
+
+if __name__ == "__main__":
+    for line in sys.stdin:
+        print(json.dumps(run(json.loads(line))), flush=True)

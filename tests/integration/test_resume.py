@@ -1,0 +1,257 @@
+"""A run that is killed anywhere and started again ends as one that was never stopped, to the bit."""
+
+import contextlib
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from common.training.durable import fault
+from conftest import ROOT
+
+# 85 texts: 11 batches of 8, the last of 5; windows of 3 batches, the last of 2. Evaluations and checkpoints fall between the ends of epochs too.
+FLAGS = ["--max-train-samples", 85, "--grad-accum", 3, "--epochs", 2, "--max-length", 20, "--lr", "3e-3", "--dropout", 0.1, "--log-every", 3,
+         "--save-every", 2, "--eval-every", 3, "--batching", "buckets"]
+KINDS = {"one process": (1, 0), "one process, two loader workers": (1, 2), "two processes": (2, 0), "two processes, two loader workers each": (2, 2)}
+TIMES = re.compile(r'"(train/)?examples_per_second": [^,}]+|"seconds": [^,}]+|"log_bytes": \d+')  # and the length of the text that holds them
+
+
+class Forked:
+    """A process of tests/forked.py, and jobs for it."""
+
+    def __init__(self, shared_flags: list):
+        self.shared_flags = [str(flag) for flag in shared_flags]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        self.process = subprocess.Popen([sys.executable, ROOT / "tests" / "forked.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+
+    def run(self, folder: Path, *flags, kind: str = "one process", **job) -> list[int]:
+        """Run the script into `folder` and return the exit codes of its processes."""
+        world, workers = KINDS[kind]
+        given = [*self.shared_flags, *map(str, FLAGS), "--batch-size", str(8 // world), "--num-workers", str(workers), "--output-dir", str(folder), *map(str, flags)]
+        self.log = folder.with_name(folder.name + ".log")
+        self.process.stdin.write(json.dumps({"flags": given, "run": str(folder), "world": world, "log": str(self.log), **job}) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def said(self, stream: str = "stderr", rank: int = 0) -> str:
+        """Return what a process of the last job printed."""
+        return Path(f"{self.log}.{rank}.{stream}").read_text()
+
+
+@pytest.fixture(scope="module")
+def forked(tiny_model, sentences_csv, cache_dir):
+    server = Forked(["--model", tiny_model, "--dataset", sentences_csv, "--cache-dir", cache_dir])
+    yield server
+    server.process.stdin.close()
+    server.process.wait()
+
+
+@pytest.fixture(scope="module")
+def whole(forked, tmp_path_factory):
+    """Return a function that gives the folder of an uninterrupted run of a kind, and its number of events."""
+    made = {}
+
+    def get(kind):
+        if kind not in made:
+            folder = tmp_path_factory.mktemp("whole") / "run"
+            assert set(forked.run(folder, kind=kind)) == {0}, forked.said()
+            made[kind] = folder, int(Path(f"{forked.log}.0.events").read_text())
+        return made[kind]
+    return get
+
+
+def outcome(folder: Path) -> dict:
+    """Return all that a run came to: every tensor of its last checkpoint and best model, and every text without the times it took."""
+    last = max((folder / "checkpoints").iterdir())
+    tensors = {f"{path.relative_to(folder)} {name}": tensor for path in [*last.glob("*.safetensors"), folder / "best" / "model.safetensors"]
+               for name, tensor in load_file(path).items()}
+    texts = [last / "state.json", *last.glob("rank-*.json"), folder / "metrics.jsonl", folder / "predictions.csv", *(folder / "best").glob("*.json")]
+    return {**tensors, **{str(path.relative_to(folder)): TIMES.sub("", path.read_text()) for path in texts}}
+
+
+def differing(folder: Path, other: Path) -> list[str]:
+    """Return what differs between the outcomes of two runs."""
+    first, second = outcome(folder), outcome(other)
+    assert len(first) > 60
+    return [name for name in first.keys() | second.keys() if name not in first or name not in second or type(first[name]) is not type(second[name])
+            or not (torch.equal(first[name], second[name]) if isinstance(first[name], torch.Tensor) else first[name] == second[name])]
+
+
+def kill_until_done(forked, folder: Path, events: list[int], kind: str, generator: random.Random) -> int:
+    """Kill a run at each of the given events, starting it again each time, then let it end; return how often it was killed."""
+    world, killed = KINDS[kind][0], 0
+    for event in [*events, None]:
+        going_on = ["--resume"] if (folder / "config.json").exists() else []
+        codes = forked.run(folder, *going_on, kind=kind, event=event, rank=generator.randrange(world))
+        assert set(codes) <= {0, -9}, forked.said()
+        killed += -9 in codes
+        if set(codes) == {0}:
+            break
+    return killed
+
+
+@pytest.mark.parametrize("kind, seed", [("one process", 0), ("one process", 1), ("one process, two loader workers", 2), ("two processes", 3)])
+def test_a_killed_run_ends_as_one_that_was_never_stopped(kind, seed, forked, whole, tmp_path):
+    folder, events = whole(kind)
+    generator = random.Random(seed)
+    assert kill_until_done(forked, tmp_path / "run", [generator.randrange(1, events)], kind, generator) == 1
+    assert differing(tmp_path / "run", folder) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_runs_killed_many_times_end_as_one_that_was_never_stopped(kind, forked, whole, tmp_path):
+    """Eight kills and more for each kind of run: two to a run, the second wherever it falls after the first."""
+    folder, events = whole(kind)
+    generator, killed = random.Random(kind), 0
+    for number in range(8):
+        run = tmp_path / str(number)
+        killed += kill_until_done(forked, run, [generator.randrange(1, events), generator.randrange(1, events)], kind, generator)
+        assert differing(run, folder) == []
+    assert killed >= 8
+
+
+def test_the_comparison_sees_a_random_state_that_is_not_restored(forked, whole, tmp_path):
+    """The control of the proofs above."""
+    folder, events = whole("one process")
+    assert forked.run(tmp_path / "run", event=events // 2) == [-9]
+    assert forked.run(tmp_path / "run", "--resume", forget_random_state=True) == [0]
+    assert any("model.safetensors" in name for name in differing(tmp_path / "run", folder))
+
+
+@pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGINT", 130)])
+@pytest.mark.parametrize("share", [0.3, 0.5])
+def test_a_signal_saves_and_says_how_to_go_on(name, code, share, forked, whole, tmp_path):
+    folder, events = whole("one process")
+    assert forked.run(tmp_path / "run", event=int(events * share), signal=name) == [code]
+    last = forked.said().splitlines()[-1]
+    assert last == f"train_classifier.py: stopped by {name}; go on with the same command and --resume {tmp_path / 'run'}"
+    assert forked.run(tmp_path / "run", "--resume", tmp_path / "run") == [0], forked.said()
+    assert differing(tmp_path / "run", folder) == []
+
+
+def test_resuming_a_finished_run_changes_nothing(forked, whole, tmp_path):
+    folder, _ = whole("one process")
+    shutil.copytree(folder, tmp_path / "run")
+    assert forked.run(tmp_path / "run", "--resume") == [0]
+    assert differing(tmp_path / "run", folder) == []
+
+
+def damages(folder: Path):
+    """Yield a name and a function that damages one file of a checkpoint, for each file and kind of damage."""
+    for file in sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file()):
+        yield f"{file} deleted", lambda checkpoint, file=file: (checkpoint / file).unlink()
+        yield f"{file} truncated", lambda checkpoint, file=file: os.truncate(checkpoint / file, (checkpoint / file).stat().st_size // 2)
+        yield f"{file} with one bit flipped", lambda checkpoint, file=file: flip(checkpoint / file)
+
+
+def flip(path: Path):
+    """Flip one bit in the middle of a file, not in other files that are the same one by a hard link."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.unlink()
+    path.write_bytes(content)
+
+
+def test_every_damage_of_a_checkpoint_is_found(whole, tmp_path):
+    folder, _ = whole("one process")
+    last = max((folder / "checkpoints").iterdir())
+    assert fault(last) is None
+    names = []
+    for name, damage in damages(last):
+        shutil.copytree(last, tmp_path / "copy")
+        damage(tmp_path / "copy")
+        found = fault(tmp_path / "copy")
+        assert found and name.split()[0] in found, (name, found)
+        shutil.rmtree(tmp_path / "copy")
+        names.append(name)
+    assert len(names) > 30
+
+
+def test_resume_passes_over_a_damaged_checkpoint_and_ends_when_none_is_whole(forked, whole, tmp_path):
+    folder, _ = whole("one process")
+    shutil.copytree(folder, tmp_path / "run")
+    older, newest = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    flip(newest / "optimizer.safetensors")
+    assert forked.run(tmp_path / "run", "--resume") == [0], forked.said()
+    assert f"{newest} is damaged (optimizer.safetensors is changed); taking the one before" in forked.said("stdout")
+    assert f"resume   {older}: after step" in forked.said("stdout")
+    assert differing(tmp_path / "run", folder) == []
+    for path in (tmp_path / "run" / "checkpoints").iterdir():
+        (path / "model.safetensors").unlink()
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    assert forked.run(tmp_path / "run", "--resume") == [2]
+    assert re.fullmatch(r"train_classifier\.py: error: --resume: no whole checkpoint in [^\n]+model\.safetensors is missing[^\n]+\n", forked.said())
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("flags, named", [
+    (["--lr", "2e-3"], "--lr was 0.003, is 0.002"), (["--seed", 1], "--seed was 0, is 1"), (["--max-eval-samples", 7], "the data was"),
+])
+def test_a_changed_run_is_refused_naming_what_differs(flags, named, forked, whole, tmp_path):
+    folder, _ = whole("one process")
+    shutil.copytree(folder, tmp_path / "run")
+    assert forked.run(tmp_path / "run", "--resume", *flags) == [2]
+    assert named in forked.said() and len(forked.said().splitlines()) == 1
+
+
+def test_another_number_of_processes_or_another_model_is_refused(forked, whole, tmp_path, tiny_model):
+    folder, _ = whole("one process")
+    shutil.copytree(folder, tmp_path / "run")
+    assert set(forked.run(tmp_path / "run", "--resume", "--batch-size", 8, kind="two processes")) != {0}
+    assert "number of processes was 1, is 2" in forked.said()
+    shutil.copytree(tiny_model, tmp_path / "model")
+    flip(tmp_path / "model" / "model.safetensors")
+    assert forked.run(tmp_path / "run", "--resume", "--model", tmp_path / "model") == [2]
+    assert "the model was" in forked.said()
+
+
+def test_keep_prunes_older_checkpoints(forked, tmp_path):
+    assert forked.run(tmp_path / "run", "--keep", 3) == [0]
+    assert [path.name for path in sorted((tmp_path / "run" / "checkpoints").iterdir())] == ["step-00000004", "step-00000006", "step-00000008"]
+
+
+def test_a_folder_without_a_run_can_not_be_resumed(forked, tmp_path):
+    assert forked.run(tmp_path / "none", "--resume") == [2]
+    assert forked.said() == f"train_classifier.py: error: --resume: {tmp_path / 'none'} holds no run; check the name, or leave --resume out to start one\n"
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 3 MB: room for a run of the small model."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", place], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a file system")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def test_a_disk_that_fills_up_during_a_save_leaves_the_earlier_checkpoints_whole(forked, small_disk):
+    """Another program takes what is left of the disk after the first checkpoint."""
+    run = small_disk / "run"
+
+    def fill():
+        while not list(run.glob("checkpoints/step-*")):
+            time.sleep(0.001)
+        with open(small_disk / "filler", "wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+    other = threading.Thread(target=fill)
+    other.start()
+    assert forked.run(run) == [2]
+    other.join()
+    assert re.fullmatch(r"train_classifier\.py: error: No space left on device; free some space[^\n]+\n", forked.said())
+    left = sorted((run / "checkpoints").iterdir())
+    assert left and all(path.name.startswith("step-") and fault(path) is None for path in left)
