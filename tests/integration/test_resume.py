@@ -29,7 +29,8 @@ TIMES = re.compile(r'"(train/)?examples_per_second": [^,}]+|"seconds": [^,}]+|"l
 class Forked:
     """A process of tests/forked.py, and jobs for it."""
 
-    def __init__(self, shared_flags: list):
+    def __init__(self, shared_flags: list, log: Path):
+        self.log = log
         self.shared_flags = [str(flag) for flag in shared_flags]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         self.process = subprocess.Popen([sys.executable, ROOT / "tests" / "forked.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
@@ -38,7 +39,6 @@ class Forked:
         """Run the script into `folder` and return the exit codes of its processes."""
         world, workers = KINDS[kind]
         given = [*self.shared_flags, *map(str, FLAGS), "--batch-size", str(8 // world), "--num-workers", str(workers), "--output-dir", str(folder), *map(str, flags)]
-        self.log = folder.with_name(folder.name + ".log")
         self.process.stdin.write(json.dumps({"flags": given, "run": str(folder), "world": world, "log": str(self.log), **job}) + "\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
@@ -49,8 +49,8 @@ class Forked:
 
 
 @pytest.fixture(scope="module")
-def forked(tiny_model, sentences_csv, cache_dir):
-    server = Forked(["--model", tiny_model, "--dataset", sentences_csv, "--cache-dir", cache_dir])
+def forked(tiny_model, sentences_csv, cache_dir, tmp_path_factory):
+    server = Forked(["--model", tiny_model, "--dataset", sentences_csv, "--cache-dir", cache_dir], tmp_path_factory.mktemp("printed") / "job")
     yield server
     server.process.stdin.close()
     server.process.wait()
@@ -250,7 +250,7 @@ def test_a_disk_that_fills_up_during_a_save_leaves_the_earlier_checkpoints_whole
                 file.write(bytes(4096))
     other = threading.Thread(target=fill)
     other.start()
-    assert forked.run(run) == [2]
+    assert forked.run(run) == [2], forked.said()
     other.join()
     assert re.fullmatch(r"train_classifier\.py: error: No space left on device; free some space[^\n]+\n", forked.said())
     left = sorted((run / "checkpoints").iterdir())
