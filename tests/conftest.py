@@ -1,5 +1,6 @@
 """What the tests share: small real models with trained tokenizers, a small labelled file, and the scripts as a user calls them."""
 
+import json
 import os
 import random
 import subprocess
@@ -76,3 +77,40 @@ def run_script():
         assert not check or done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
     return run
+
+
+KINDS = {"one process": (1, 0), "one process, two loader workers": (1, 2), "two processes": (2, 0), "two processes, two loader workers each": (2, 2)}
+
+
+class ForkedRuns:
+    """A process of tests/forked.py, and jobs for it: train_classifier.py without the seconds of its imports."""
+
+    def __init__(self, shared_flags: list, log: Path):
+        self.shared_flags, self.log, self.flags = shared_flags, log, []
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        self.process = subprocess.Popen([sys.executable, ROOT / "tests" / "forked.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+
+    def run(self, folder: Path, *flags, kind: str = "one process", **job) -> list[int]:
+        """Run the script into `folder`, a global batch being 8, and return the exit codes of its processes."""
+        world, workers = KINDS[kind]
+        given = [*self.shared_flags, *self.flags, "--batch-size", 8 // world, "--num-workers", workers, "--output-dir", folder, *flags]
+        self.process.stdin.write(json.dumps({"flags": list(map(str, given)), "run": str(folder), "world": world, "log": str(self.log), **job}) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def said(self, stream: str = "stderr", rank: int = 0) -> str:
+        """Return what a process of the last job printed."""
+        return Path(f"{self.log}.{rank}.{stream}").read_text()
+
+    def num_events(self) -> int:
+        """Return the events that the first process of the last job counted."""
+        return int(Path(f"{self.log}.0.events").read_text())
+
+
+@pytest.fixture(scope="module")
+def forked_runs(tiny_model, sentences_csv, cache_dir, tmp_path_factory):
+    """Jobs of train_classifier.py on the small model and data; a module may set more flags for all of its jobs."""
+    runs = ForkedRuns(["--model", tiny_model, "--dataset", sentences_csv, "--cache-dir", cache_dir], tmp_path_factory.mktemp("printed") / "job")
+    yield runs
+    runs.process.stdin.close()
+    runs.process.wait()

@@ -1,13 +1,11 @@
 """A run that is killed anywhere and started again ends as one that was never stopped, to the bit."""
 
 import contextlib
-import json
 import os
 import random
 import re
 import shutil
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -17,43 +15,19 @@ import torch
 from safetensors.torch import load_file
 
 from common.training.durable import fault
-from conftest import ROOT
+from conftest import KINDS
 
 # 85 texts: 11 batches of 8, the last of 5; windows of 3 batches, the last of 2. Evaluations and checkpoints fall between the ends of epochs too.
 FLAGS = ["--max-train-samples", 85, "--grad-accum", 3, "--epochs", 2, "--max-length", 20, "--lr", "3e-3", "--dropout", 0.1, "--log-every", 3,
          "--save-every", 2, "--eval-every", 3, "--batching", "buckets"]
-KINDS = {"one process": (1, 0), "one process, two loader workers": (1, 2), "two processes": (2, 0), "two processes, two loader workers each": (2, 2)}
 TIMES = re.compile(r'"(train/)?examples_per_second": [^,}]+|"seconds": [^,}]+|"log_bytes": \d+')  # and the length of the text that holds them
 
 
-class Forked:
-    """A process of tests/forked.py, and jobs for it."""
-
-    def __init__(self, shared_flags: list, log: Path):
-        self.log = log
-        self.shared_flags = [str(flag) for flag in shared_flags]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        self.process = subprocess.Popen([sys.executable, ROOT / "tests" / "forked.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-
-    def run(self, folder: Path, *flags, kind: str = "one process", **job) -> list[int]:
-        """Run the script into `folder` and return the exit codes of its processes."""
-        world, workers = KINDS[kind]
-        given = [*self.shared_flags, *map(str, FLAGS), "--batch-size", str(8 // world), "--num-workers", str(workers), "--output-dir", str(folder), *map(str, flags)]
-        self.process.stdin.write(json.dumps({"flags": given, "run": str(folder), "world": world, "log": str(self.log), **job}) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
-
-    def said(self, stream: str = "stderr", rank: int = 0) -> str:
-        """Return what a process of the last job printed."""
-        return Path(f"{self.log}.{rank}.{stream}").read_text()
-
-
 @pytest.fixture(scope="module")
-def forked(tiny_model, sentences_csv, cache_dir, tmp_path_factory):
-    server = Forked(["--model", tiny_model, "--dataset", sentences_csv, "--cache-dir", cache_dir], tmp_path_factory.mktemp("printed") / "job")
-    yield server
-    server.process.stdin.close()
-    server.process.wait()
+def forked(forked_runs):
+    """The runs of this module: all with the flags above."""
+    forked_runs.flags = FLAGS
+    return forked_runs
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +39,7 @@ def whole(forked, tmp_path_factory):
         if kind not in made:
             folder = tmp_path_factory.mktemp("whole") / "run"
             assert set(forked.run(folder, kind=kind)) == {0}, forked.said()
-            made[kind] = folder, int(Path(f"{forked.log}.0.events").read_text())
+            made[kind] = folder, forked.num_events()
         return made[kind]
     return get
 

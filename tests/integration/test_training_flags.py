@@ -1,0 +1,205 @@
+"""Each flag of a training through the command line, against what it must come to."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
+
+from conftest import make_sentences
+
+FLAGS = ["--max-train-samples", 84, "--epochs", 1, "--max-length", 20, "--lr", "3e-3", "--precision", "fp32"]
+
+
+@pytest.fixture(scope="module")
+def forked(forked_runs):
+    """The runs of this module: all with the flags above."""
+    forked_runs.flags = FLAGS
+    return forked_runs
+
+
+@pytest.fixture(scope="module")
+def plain(forked, tmp_path_factory):
+    """A run without any flag of the tests below."""
+    folder = tmp_path_factory.mktemp("plain") / "run"
+    assert forked.run(folder) == [0], forked.said()
+    return folder
+
+
+def weights(folder) -> dict:
+    return load_file(folder / "best" / "model.safetensors")
+
+
+def close(folder, other, **tolerance) -> bool:
+    first, second = weights(folder), weights(other)
+    assert first.keys() == second.keys()
+    return all(torch.allclose(first[name], second[name], **tolerance) for name in first)
+
+
+def evaluations(folder) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "validation/loss" in line]
+
+
+@pytest.mark.parametrize("flags", [["--class-weights", "balanced"], ["--label-smoothing", 0.1], ["--truncation", "chunks", "--max-windows", 3], []])
+def test_accumulation_equals_a_batch_as_large(flags, forked, tmp_path):
+    """84 texts in batches of 8 are 10 and a half: with windows of two the last step has one short batch."""
+    assert forked.run(tmp_path / "one", "--batching", "random", *flags) == [0], forked.said()
+    assert forked.run(tmp_path / "many", "--batching", "random", "--batch-size", 4, "--grad-accum", 2, *flags) == [0]
+    assert close(tmp_path / "one", tmp_path / "many", rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("flags", [["--class-weights", "balanced", "--grad-accum", 2], ["--truncation", "chunks", "--max-windows", 3]])
+def test_two_processes_equal_one(flags, forked, tmp_path):
+    """Over a whole run, evaluation and its remainder with it; dropout is 0 in the small model."""
+    assert forked.run(tmp_path / "one", "--epochs", 2, *flags) == [0]
+    assert forked.run(tmp_path / "two", "--epochs", 2, *flags, kind="two processes") == [0, 0], forked.said() + forked.said(rank=1)
+    assert forked.said("stdout", rank=1) == ""
+    assert close(tmp_path / "one", tmp_path / "two", rtol=1e-3, atol=1e-4)
+    for one, two in zip(evaluations(tmp_path / "one"), evaluations(tmp_path / "two"), strict=True):
+        assert two["validation/loss"] == pytest.approx(one["validation/loss"], rel=1e-4)
+    first, second = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
+    assert second["test_loss"] == pytest.approx(first["test_loss"], rel=1e-4) and second["test_accuracy"] == first["test_accuracy"]
+
+
+def test_early_stopping_stops_after_so_many_evaluations_that_were_no_better(forked, tmp_path):
+    assert forked.run(tmp_path / "run", "--epochs", 30, "--lr", "2e-2", "--early-stopping-patience", 3, "--eval-every", 4) == [0], forked.said()
+    losses = [line["validation/loss"] for line in evaluations(tmp_path / "run")]
+    best = losses.index(min(losses))
+    assert len(losses) == best + 4 < 90, "three evaluations after the best, then no more"
+
+
+def test_eval_every_evaluates_between_the_ends_of_epochs_too(forked, tmp_path):
+    assert forked.run(tmp_path / "run", "--eval-every", 4) == [0]
+    assert [line["step"] for line in evaluations(tmp_path / "run")] == [4, 8, 11]
+    assert re.search(r"\n +0\.36 .*\n +0\.73 .*\n +1 ", forked.said("stdout"))
+
+
+def test_dropout_is_set_everywhere_and_attentions_apart(forked, plain, tmp_path):
+    assert forked.run(tmp_path / "run", "--dropout", 0.3, "--attention-dropout", 0.1) == [0]
+    config = json.loads((tmp_path / "run" / "best" / "config.json").read_text())
+    assert config["hidden_dropout_prob"] == config["classifier_dropout"] == 0.3 and config["attention_probs_dropout_prob"] == 0.1
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "best")
+    rates = {name: module.p for name, module in model.named_modules() if isinstance(module, torch.nn.Dropout)}
+    assert rates and all(rate == (0.1 if "attention.self" in name else 0.3) for name, rate in rates.items())
+    assert not close(tmp_path / "run", plain, atol=1e-3)
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_frozen_layers_stay_as_they_were(number, forked, tiny_model, tmp_path):
+    assert forked.run(tmp_path / "run", "--freeze-layers", number) == [0]
+    before, after = load_file(tiny_model / "model.safetensors"), weights(tmp_path / "run")
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    frozen = {name for name in before if number and (".embeddings." in name or any(f".layer.{layer}." in name for layer in range(number)))}
+    assert frozen <= same and not {name for name in same - frozen if "weight" in name and "position_embeddings" not in name}
+
+
+def test_low_rank_adapters_are_merged_into_a_plain_model(forked, tiny_model, tmp_path):
+    assert forked.run(tmp_path / "run", "--lora-rank", 2, "--lr", "2e-2", "--epochs", 3) == [0], forked.said()
+    before, after = load_file(tiny_model / "model.safetensors"), weights(tmp_path / "run")
+    assert before.keys() == after.keys(), "no name of an adapter is left"
+    for name, tensor in before.items():
+        if "classifier" in name:
+            continue
+        linear = tensor.ndim == 2 and "embeddings" not in name
+        change = after[name] - tensor
+        assert (torch.linalg.matrix_rank(change, atol=1e-5) == 2) if linear else torch.equal(after[name], tensor), name
+    results = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    losses = [line["validation/loss"] for line in evaluations(tmp_path / "run")]
+    assert results["best_validation_loss"] == min(losses)
+    assert forked.run(tmp_path / "scored", "--model", tmp_path / "run" / "best", "--evaluate-only") == [0]
+    assert f"loss {results['test_loss']:.4f}" in forked.said("stdout")
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(forked, plain, tmp_path):
+    assert forked.run(tmp_path / "run", "--gradient-checkpointing") == [0], forked.said()
+    assert close(tmp_path / "run", plain, rtol=1e-5, atol=1e-6)
+
+
+def test_a_compiled_model_learns_the_same_and_is_saved_plain(forked, plain, tmp_path):
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        pytest.skip("torch.compile needs a C++ compiler")
+    assert forked.run(tmp_path / "run", "--compile") == [0], forked.said()
+    assert close(tmp_path / "run", plain, rtol=1e-3, atol=1e-4)
+
+
+LIMITED = """
+import resource, sys, runpy, torch, train_classifier
+used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()
+limit = used + int(sys.argv.pop(1)) * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+from common import cli
+cli.run(train_classifier.make_parser(), train_classifier.main)
+"""
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_the_steps_stay_the_same(run_script, tmp_path):
+    """Under a limit on the process's memory: 512 texts of 64 tokens through layers of 2,048 need more than it."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    from conftest import train_wordpiece
+
+    tokenizer = train_wordpiece([text for text, _ in make_sentences(200)])
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8192, max_position_embeddings=64,
+                        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [(" ".join([text] * 12), label) for text, label in make_sentences(320)]
+    (tmp_path / "long.csv").write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in rows))
+    flags = ["--model", tmp_path / "model", "--dataset", tmp_path / "long.csv", "--cache-dir", tmp_path / "cache", "--max-length", 64, "--batch-size", 256,
+             "--eval-batch-size", 16, "--epochs", 1, "--precision", "fp32", "--warmup-ratio", 0, "--lr", "1e-3"]
+    refused = run_script("-c", LIMITED, 1500, *flags, "--output-dir", tmp_path / "refused", check=False, OMP_NUM_THREADS="1")
+    assert refused.returncode != 0, "the test is worth nothing if the batch fits"
+    done = run_script("-c", LIMITED, 1500, *flags, "--auto-batch-size", "--output-dir", tmp_path / "halved", OMP_NUM_THREADS="1")
+    size = int(re.search(r"memory   256 windows at once don't fit: (\d+) at a time, accumulated to the same step", done.stdout).group(1))
+    assert size in (128, 64, 32, 16)
+    run_script("train_classifier.py", *flags, "--output-dir", tmp_path / "whole")
+    assert close(tmp_path / "halved", tmp_path / "whole", rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("truncation, reads_all", [("head", False), ("tail", False), ("head-tail", False), ("chunks", True)])
+def test_each_truncation_trains_scores_reports_and_predicts(truncation, reads_all, forked, tmp_path):
+    assert forked.run(tmp_path / "run", "--truncation", truncation, "--max-length", 12) == [0], forked.said()
+    said, report = forked.said("stdout"), (tmp_path / "run" / "report.md").read_text()
+    assert "by length of the text, which is read to 12 tokens" in said and "## By length" in report
+    rows = re.findall(r"^(1-12|13-24|25-48) +(\d+) +([\d.]+)% +([\d.]+)$", said, re.M)
+    assert sum(int(texts) for _, texts, _, _ in rows) == 12
+    results = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert sum(int(texts) * float(accuracy) for _, texts, _, accuracy in rows) / 12 == pytest.approx(results["test_accuracy"], abs=1e-3)
+    longest = next(float(dropped) for tokens, _, dropped, _ in rows if tokens == "25-48")
+    assert longest == 0 if reads_all else longest > 40
+    assert ("of all tokens" in said) is not reads_all
+    assert forked.run(tmp_path / "scored", "--model", tmp_path / "run" / "best", "--evaluate-only", "--max-length", 12) == [0]
+    assert f"loss {results['test_loss']:.4f}" in forked.said("stdout"), "best/ remembers how its texts are read"
+
+
+def test_buckets_pad_less_than_random_batches_and_the_screen_says_so(forked, tmp_path):
+    shares = {}
+    for batching in ("buckets", "random"):
+        assert forked.run(tmp_path / batching, "--batching", batching, "--max-length", 60) == [0]
+        shares[batching] = float(re.search(rf"([\d.]+)% of a training batch is padding \(--batching {batching}\)", forked.said("stdout")).group(1))
+    assert shares["buckets"] < shares["random"] / 2
+
+
+def test_the_model_card_tells_data_settings_and_results(plain, sentences_csv):
+    card = (plain / "best" / "README.md").read_text()
+    results = json.loads((plain / "metrics.json").read_text())
+    assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: text-classification\n")
+    assert f"accuracy\n{results['test_accuracy']:.4f}, macro-F1 {results['test_macro_f1']:.4f}" in card
+    assert str(sentences_csv) in card and re.search(r"\| `lr` +\| 0\.003 +\|", card) and "`neg`, `pos`" in card
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--freeze-layers", 3], "--freeze-layers 3: the model has 2; give at most that"),
+    (["--dropout", 1], "argument --dropout: '1' is not a number from 0 up to, not including, 1"),
+    (["--truncation", "middle"], "argument --truncation: invalid choice: 'middle'"),
+    (["--early-stopping-patience", 0], "argument --early-stopping-patience: '0' is not a whole number above 0"),
+    (["--label-smoothing", -0.1], "argument --label-smoothing: '-0.1' is not"),
+])
+def test_a_flag_out_of_range_is_one_line(flags, said, forked, tmp_path):
+    assert forked.run(tmp_path / "run", *flags) == [2]
+    assert said in forked.said() and len(forked.said().splitlines()) == 1 and not (tmp_path / "run").exists()
