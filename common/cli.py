@@ -10,7 +10,7 @@ from pathlib import Path
 
 from common.errors import Interrupted, UserError
 
-SECONDS_FOR_RANK_0 = 2.0  # what every process finds wrong is said once: when rank 0 has ended, torchrun ends the others, before they speak
+SECONDS_FOR_RANK_0 = 5.0  # what every process finds wrong is said once: when rank 0 has ended, torchrun ends the others, before they speak
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL communicator was aborted")  # of gloo and NCCL
 
 
@@ -126,4 +126,6 @@ def _end(message: str, code: int):
     sys.stdout.flush()
     if message:
         print(message, file=sys.stderr, flush=True)
+    if "RANK" in os.environ:  # the others wait for this process's end, and Python takes seconds to take its modules apart
+        os._exit(code)
     sys.exit(code)

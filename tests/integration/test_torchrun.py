@@ -1,0 +1,110 @@
+"""Under torchrun: a killed worker's job goes on by itself, and a failing process ends the others with its own message."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import ROOT
+
+FLAGS = ["--max-train-samples", 85, "--grad-accum", 3, "--epochs", 4, "--max-length", 20, "--lr", "3e-3", "--dropout", 0.1, "--save-every", 1, "--batch-size", 4]
+
+
+@pytest.fixture(scope="module")
+def flags(tiny_model, sentences_csv, cache_dir):
+    return ["--model", tiny_model, "--dataset", sentences_csv, "--cache-dir", cache_dir, *FLAGS]
+
+
+def start(folder: Path, flags: list, *options) -> subprocess.Popen:
+    """Start two processes under torchrun."""
+    command = [Path(sys.executable).with_name("torchrun"), "--nproc-per-node", "2", *options, "train_classifier.py", *flags, "--output-dir", folder]
+    return subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
+
+
+def wait_for_checkpoint(folder: Path, job: subprocess.Popen):
+    while not list(folder.glob("checkpoints/step-*")):
+        assert job.poll() is None, job.communicate()
+        time.sleep(0.002)
+
+
+def workers(job: subprocess.Popen) -> list[int]:
+    """Return the processes that torchrun started."""
+    return [int(child) for child in Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()]
+
+
+def same_end(folder: Path, other: Path) -> bool:
+    first, second = (load_file(max((path / "checkpoints").iterdir()) / "model.safetensors") for path in (folder, other))
+    scores = [{name: value for name, value in json.loads((path / "metrics.json").read_text()).items() if "second" not in name and "bytes" not in name}
+              for path in (folder, other)]
+    return all(torch.equal(first[name], second[name]) for name in first | second) and scores[0] == scores[1]
+
+
+@pytest.fixture(scope="module")
+def whole(flags, tmp_path_factory):
+    """An uninterrupted run of two processes."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    job = start(folder, flags)
+    _, stderr = job.communicate(timeout=200)
+    assert job.returncode == 0, stderr
+    return folder
+
+
+def test_a_job_whose_worker_is_killed_goes_on_from_the_last_checkpoint_by_itself(flags, whole, tmp_path):
+    job = start(tmp_path / "run", flags, "--max-restarts", 1)
+    wait_for_checkpoint(tmp_path / "run", job)
+    os.kill(workers(job)[1], signal.SIGKILL)
+    stdout, stderr = job.communicate(timeout=200)
+    assert job.returncode == 0, stderr
+    assert stdout.count("resume   ") == 1 and "/checkpoints/step-" in stdout
+    assert same_end(tmp_path / "run", whole)
+
+
+def test_sigterm_to_torchrun_saves_and_the_run_can_be_resumed(flags, whole, tmp_path):
+    job = start(tmp_path / "run", flags)
+    wait_for_checkpoint(tmp_path / "run", job)
+    job.terminate()
+    _, stderr = job.communicate(timeout=200)
+    assert job.returncode != 0
+    assert stderr.count(f"stopped by SIGTERM; go on with the same command and --resume {tmp_path / 'run'}") == 1, stderr
+    job = start(tmp_path / "run", [*flags, "--resume"])
+    _, stderr = job.communicate(timeout=200)
+    assert job.returncode == 0 and same_end(tmp_path / "run", whole), stderr
+
+
+def test_a_mistake_is_said_once_and_restarts_want_a_folder_to_find_their_run_in(flags, run_script, tmp_path):
+    done = run_script("torchrun", "--nproc-per-node", 2, "train_classifier.py", *flags, "--text-column", "txt", check=False)
+    assert done.returncode != 0 and done.stderr.count("train_classifier.py: error: split train: no column 'txt'") == 1, done.stderr
+    done = run_script("torchrun", "--nproc-per-node", 1, "--max-restarts", 1, "train_classifier.py", *flags, check=False)
+    assert done.returncode != 0 and "error: --output-dir: torchrun with --max-restarts needs it" in done.stderr
+
+
+ONE_FAILS = """
+import os, train_classifier
+from common import cli
+from common.errors import UserError
+
+def fail(*_):
+    raise UserError("this process alone has found a mistake")
+
+if os.environ["RANK"] == "1":
+    train_classifier.count_examples = fail
+cli.run(train_classifier.make_parser(), train_classifier.main)
+"""
+
+
+def test_a_failing_process_ends_the_others_with_its_own_message(flags, run_script, tmp_path):
+    (tmp_path / "one_fails.py").write_text(ONE_FAILS)
+    started = time.monotonic()
+    done = run_script("torchrun", "--nproc-per-node", 2, tmp_path / "one_fails.py", *flags, "--output-dir", tmp_path / "run", check=False, PYTHONPATH=str(ROOT))
+    assert done.returncode != 0 and time.monotonic() - started < 60
+    assert done.stderr.count("train_classifier.py: error: this process alone has found a mistake\n") == 1, done.stderr
+    ours = done.stderr.partition("torch/distributed/elastic")[0]  # what follows is torchrun's own
+    assert "Traceback" not in ours, ours
