@@ -17,26 +17,24 @@ import contextlib
 import json
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from datasets import Dataset
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedTokenizerBase, get_linear_schedule_with_warmup
+from transformers import get_linear_schedule_with_warmup
 
 from common import cli, data, runtime, tracking
 from common.errors import Interrupted, UserError
-from common.training import adaptation, batching, checkpoint, inspection, memory, report, splits
+from common.training import adaptation, batching, checkpoint, inspection, loading, memory, report
 from common.training import model as models
 from common.training.evaluation import is_better, predict_texts, score
 from common.training.interruption import Interruption
-from common.training.steps import LossMeter, accumulation_windows, balanced_weights, count_examples, decay_groups, mark_last, sync_gradients
+from common.training.steps import LossMeter, Training, accumulation_windows, balanced_weights, count_examples, decay_groups, mark_last, sync_gradients
 from common.training.windows import TRUNCATIONS
 
-DEFAULT_TRUNCATION = "head"
-DEFAULT_MAX_LENGTH, DEFAULT_EVAL_MAX_LENGTH = 256, 512  # training costs three times what scoring does: scoring can read more of a text
 MISTAKES_IN_TENSORBOARD = 50
 BEST_SIZE_IN_MODELS, CHECKPOINT_SIZE_IN_MODELS = 2, 3  # the best model, for a moment twice; weights and AdamW's two averages
 
@@ -55,11 +53,10 @@ def make_parser() -> cli.Parser:
         group.add_argument(f"--{split}-split", help="its name in the data set" + ("" if split == "train" else "; cut from train when there is none"))
     group.add_argument("--max-train-samples", type=cli.positive_int, help="train on a stratified sample of at most this many")
     group.add_argument("--max-eval-samples", type=cli.positive_int, help="the same for validation and test")
-    group.add_argument("--max-length", type=cli.positive_int, help=f"tokens a text is cut to in training (default: {DEFAULT_MAX_LENGTH})")
-    group.add_argument("--eval-max-length", type=cli.positive_int, help="the same in evaluation and prediction (default: --max-length where it is given, "
-                       f"else {DEFAULT_EVAL_MAX_LENGTH}; what a saved model was scored with)")
+    group.add_argument("--max-length", type=cli.positive_int, help=f"tokens that the model reads at once, in training (default: {loading.DEFAULT_MAX_LENGTH})")
+    group.add_argument("--eval-max-length", type=cli.positive_int, help="the same in evaluation and prediction (default: as in training)")
     group.add_argument("--truncation", choices=TRUNCATIONS, help="what is read of a longer text: its beginning, its end, a quarter and three quarters from "
-                       "both, or all in overlapping windows whose logits are averaged (default: head; what a saved model was scored with)")
+                       f"both, or all in overlapping windows whose logits are averaged (default: {loading.DEFAULT_TRUNCATION}; as a saved model was scored)")
     group.add_argument("--max-windows", type=cli.positive_int, default=1, help="with chunks: windows of a text in a training step, drawn anew each epoch; scoring reads all")
 
     group = parser.add_argument_group("training")
@@ -101,35 +98,6 @@ def make_parser() -> cli.Parser:
 
 
 @dataclass
-class Training:
-    """What a step changes: the model and everything that goes with it, and how far it has come."""
-
-    model: torch.nn.Module
-    tokenizer: PreTrainedTokenizerBase
-    parallel: torch.nn.Module  # the model itself, or DDP or a compiled module around it
-    optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
-    scaler: torch.amp.GradScaler
-    class_weights: torch.Tensor | None = None  # (C)
-    micro_batch: int = 0  # windows in a backward pass
-    epoch: int = 1
-    step_of_epoch: int = 0
-    steps_of_epoch: int = 0
-    step: int = 0
-    history: list[dict] = field(default_factory=list)  # an entry for each evaluation
-    best: dict | None = None
-
-    def position(self) -> dict:
-        """Return how far it has come, for a checkpoint."""
-        return {name: getattr(self, name) for name in ("micro_batch", "epoch", "step_of_epoch", "step", "history", "best")}
-
-    def restore_position(self, position: dict):
-        """Go to where `position` was taken."""
-        for name, value in position.items():
-            setattr(self, name, value)
-
-
-@dataclass
 class Watch:
     """What goes along with a training: its validation rows, its log, its checkpoints, and the signals that stop it."""
 
@@ -141,7 +109,9 @@ class Watch:
 
 def prepare(model, tokenizer, rows, args, machine) -> Training:
     """Put the model on its device, and make the optimizer, the schedule and the loss scaler for epochs of `rows`."""
-    model = adapt(model, args).to(machine.device)
+    model = adaptation.adapt(model, args).to(machine.device)
+    if args.freeze_layers or args.lora_rank:
+        machine.say(f"learns   {sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad):,} parameters")
     micro_batch = memory.largest_batch(model, rows, tokenizer, args, machine) if args.auto_batch_size else args.batch_size
     optimizer = torch.optim.AdamW(decay_groups(model, args.weight_decay), lr=args.lr, fused=True)
     num_steps = math.ceil(math.ceil(len(rows) / (args.batch_size * machine.world_size)) / args.grad_accum) * args.epochs
@@ -153,14 +123,6 @@ def prepare(model, tokenizer, rows, args, machine) -> Training:
     class_weights = balanced_weights(rows["label"][:], model.config.num_labels).to(machine.device) if args.class_weights == "balanced" else None
     torch.manual_seed(args.seed + machine.rank)  # each process draws its own dropout masks
     return Training(model, tokenizer, parallel, optimizer, scheduler, scaler, class_weights, micro_batch)
-
-
-def adapt(model, args):
-    """Return the model as the flags want it: frozen layers, adapters, recomputed activations."""
-    adaptation.freeze_layers(model, args.freeze_layers)
-    if args.gradient_checkpointing:
-        adaptation.recompute_activations(model)
-    return adaptation.add_adapters(model, args.lora_rank) if args.lora_rank else model
 
 
 def train_steps(training: Training, batches, sizes: list[int], meter: LossMeter, args, machine):
@@ -262,30 +224,13 @@ def training_settings(args) -> dict:
     return {"dataset": data.full_name(args.dataset), **{name: getattr(args, name) for name in names}}
 
 
-def load_for_training(rows, args, machine):
-    """Return tokenizer, model and tokenised splits; sets the flags for lengths and truncation to what is in use."""
-    tokenizer, note = models.load_tokenizer(args.model, cache_dir=args.cache_dir)
-    dropout = adaptation.dropout_options(models.load_config(args.model, cache_dir=args.cache_dir), dropout=args.dropout,
-                                         attention_dropout=args.attention_dropout, name=args.model)
-    model = models.load_classifier(args.model, names=rows["train"].features["label"].names, dropout=dropout,
-                                   pad_token_id=tokenizer.pad_token_id, cache_dir=args.cache_dir)
-    args.eval_max_length = models.choose_max_length(args.eval_max_length, args.max_length or DEFAULT_EVAL_MAX_LENGTH, model, tokenizer, flag="--eval-max-length")
-    args.max_length = models.choose_max_length(args.max_length, DEFAULT_MAX_LENGTH, model, tokenizer, flag="--max-length")
-    args.truncation = args.truncation or DEFAULT_TRUNCATION
-    size = sum(parameter.numel() for parameter in model.parameters())
-    machine.say(f"model    {args.model}: {type(model).__name__}, {size / 1e6:.1f} million parameters, with a new head")
-    if note:
-        machine.say(f"         {note}")
-    return tokenizer, model, splits.tokenize(rows, tokenizer, args, machine)
-
-
 def fit(args, machine):
     """Train, keep the best weights, score them on the test split, and leave report, predictions and curves in the run folder."""
     folder, wanted = checkpoint.run_to_resume(args)
     resumed = folder is not None
     folder = folder or tracking.run_folder(args.output_dir, name=f"{Path(args.dataset).stem}-{Path(args.model).name}", moment=machine.agree(int(time.time())))
-    rows = splits.load(args, machine)
-    tokenizer, model, tokenized = load_for_training(rows, args, machine)
+    rows = loading.load_splits(args, machine)
+    tokenizer, model, tokenized = loading.load_for_training(rows, args, machine)
     if problems := models.mismatches(model, tokenizer):
         raise UserError(f"--model {args.model}: {problems[0]}; --inspect shows more")
     settings = {**run_flags(args), "output_dir": str(folder), "precision": machine.precision, "device": machine.describe(), "versions": tracking.versions()}
@@ -318,7 +263,7 @@ def finish(rows, tokenized, training: Training, log, args, machine):
     """Reload the best weights, score them once on the test split, show and write what the run came to."""
     machine.barrier()  # the main process has written them
     history, best = training.history, training.best
-    model, tokenizer = load_saved(str(log.folder / "best"), args, machine)
+    model, tokenizer = loading.load_saved(str(log.folder / "best"), args, machine)
     scores, logits = score(model, tokenized, tokenizer, machine, batch_size=args.eval_batch_size)
     predictions = report.Predictions(tokenized, logits)
     epochs = [evaluation for evaluation in history if isinstance(evaluation["epoch"], int)] or history
@@ -337,20 +282,11 @@ def finish(rows, tokenized, training: Training, log, args, machine):
     machine.say(f"\nreport: {log.folder}/report.md   model: {log.folder}/best   every test row: {log.folder}/predictions.csv")
 
 
-def load_saved(name: str, args, machine):
-    """Return a saved model on its device and its tokenizer; sets the flags for length and truncation to what it was scored with, if not given."""
-    model = models.load_saved(name, cache_dir=args.cache_dir).to(machine.device)
-    tokenizer, _ = models.load_tokenizer(name, cache_dir=args.cache_dir)
-    args.eval_max_length = models.choose_max_length(args.eval_max_length, tokenizer.model_max_length, model, tokenizer, flag="--eval-max-length")
-    args.truncation = args.truncation or models.saved_settings(name).get("truncation", DEFAULT_TRUNCATION)
-    return model, tokenizer
-
-
 def evaluate_only(args, machine):
     """Score a saved model on the test split; on every row of a data set without one that it was not trained on."""
-    model, tokenizer = load_saved(args.model, args, machine)
+    model, tokenizer = loading.load_saved(args.model, args, machine)
     names = [model.config.id2label[number] for number in range(model.config.num_labels)]
-    rows = splits.load_for_scoring(names, models.saved_settings(args.model), args, machine)
+    rows = loading.load_rows_for_scoring(names, models.saved_settings(args.model), args, machine)
     with machine.main_first():
         tokenized = batching.tokenize(rows, tokenizer, max_length=args.eval_max_length, truncation=args.truncation, cache_dir=args.cache_dir)
     scores, logits = score(model, tokenized, tokenizer, machine, batch_size=args.eval_batch_size)
@@ -359,7 +295,7 @@ def evaluate_only(args, machine):
 
 def predict(args, machine):
     """Print one JSON line a text: row, label, confidence and the score of every class."""
-    model, tokenizer = load_saved(args.model, args, machine)
+    model, tokenizer = loading.load_saved(args.model, args, machine)
     texts = data.read_texts(args.predict, column=args.text_column, cache_dir=args.cache_dir)
     for answer in predict_texts(model, tokenizer, texts, machine, batch_size=args.eval_batch_size, max_length=args.eval_max_length, truncation=args.truncation):
         machine.say(json.dumps(answer, ensure_ascii=False))
@@ -367,8 +303,8 @@ def predict(args, machine):
 
 def inspect(args, machine):
     """Show the data, the tokenizer and a batch; train nothing."""
-    rows = splits.load(args, machine)
-    tokenizer, model, tokenized = load_for_training(rows, args, machine)
+    rows = loading.load_splits(args, machine)
+    tokenizer, model, tokenized = loading.load_for_training(rows, args, machine)
     inspection.show(rows, tokenized, model, tokenizer, max_lengths=(args.max_length, args.eval_max_length), batch_size=args.batch_size)
 
 

@@ -28,6 +28,14 @@ def dropout_options(config, *, dropout: float | None, attention_dropout: float |
     return values
 
 
+def adapt(model: torch.nn.Module, args) -> torch.nn.Module:
+    """Return the model as the flags want it: frozen layers, recomputed activations, adapters."""
+    freeze_layers(model, args.freeze_layers)
+    if args.gradient_checkpointing:
+        recompute_activations(model)
+    return add_adapters(model, args.lora_rank) if args.lora_rank else model
+
+
 def freeze_layers(model: torch.nn.Module, number: int):
     """Keep the embeddings and the `number` lowest layers of a model as they are. Raises UserError when it has fewer layers, or not all can be found."""
     if number == 0:
@@ -66,9 +74,3 @@ def add_adapters(model: torch.nn.Module, rank: int):
 def merged(model: torch.nn.Module) -> torch.nn.Module:
     """Return a plain model: a copy with its adapters added into its weights, or the model itself when it has none."""
     return copy.deepcopy(model).merge_and_unload() if hasattr(model, "merge_and_unload") else model
-
-
-def trained_share(model: torch.nn.Module) -> tuple[int, int]:
-    """Return the number of parameters that learn, and of all."""
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-    return sum(size for size, learns in sizes if learns), sum(size for size, _ in sizes)

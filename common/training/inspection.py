@@ -33,7 +33,7 @@ def length_table(tokenized) -> str:
 def show(splits, tokenized, model, tokenizer, *, max_lengths: tuple[int, int], batch_size: int):
     """Print everything that --inspect promises, on standard output."""
     print("\nSPLITS\n" + split_table(splits))
-    print(f"\nLENGTHS in tokens, special tokens included; a text is cut to {max_lengths[0]} in training and {max_lengths[1]} in scoring, "
+    print(f"\nLENGTHS in tokens, special tokens included; the model reads {max_lengths[0]} at once in training and {max_lengths[1]} in scoring, "
           f"the model holds {max_positions(model) or 'any number'}")
     print(length_table(tokenized))
     _show_tokenizer(tokenizer)

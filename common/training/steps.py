@@ -1,17 +1,48 @@
-"""What stands behind the one-line calls of the training loop: decay groups, accumulation windows, the loss meter."""
+"""What a training step changes, and what stands behind the one-line calls of the loop: decay groups, accumulation windows, the loss meter."""
 
 import contextlib
 import itertools
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from sklearn.utils.class_weight import compute_class_weight
+from transformers import PreTrainedTokenizerBase
 
 from common.errors import UserError
 from common.runtime import Runtime
 from common.training.batching import IGNORED_LABEL
+
+
+@dataclass
+class Training:
+    """What a step changes: the model and everything that goes with it, and how far it has come."""
+
+    model: torch.nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    parallel: torch.nn.Module  # the model itself, or DDP or a compiled module around it
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    scaler: torch.amp.GradScaler
+    class_weights: torch.Tensor | None = None  # (C)
+    micro_batch: int = 0  # windows in a backward pass
+    epoch: int = 1
+    step_of_epoch: int = 0
+    steps_of_epoch: int = 0
+    step: int = 0
+    history: list[dict] = field(default_factory=list)  # an entry for each evaluation
+    best: dict | None = None
+
+    def position(self) -> dict:
+        """Return how far it has come, for a checkpoint."""
+        return {name: getattr(self, name) for name in ("micro_batch", "epoch", "step_of_epoch", "step", "history", "best")}
+
+    def restore_position(self, position: dict):
+        """Go to where `position` was taken."""
+        for name, value in position.items():
+            setattr(self, name, value)
 
 
 def decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:

@@ -30,7 +30,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, DataCol
 import train_classifier
 from common import cli, runtime, tracking
 from common.errors import UserError
-from common.training import batching, splits
+from common.training import adaptation, batching, loading
 from common.training import model as models
 from common.training.steps import LossMeter
 
@@ -78,10 +78,10 @@ class Setup:
 def classifier_flags(contender: str, flags, **more):
     """Return the flags of train_classifier.py for a contender; what is not given here keeps its default."""
     names = ("model", "cache_dir", "device", "precision", "seed", *SPEED, "max_train_samples", "max_eval_samples")
-    given = {**{name: getattr(flags, name) for name in names if name != "contenders"}, "weight_decay": WEIGHT_DECAY, **more}
+    given = {**{name: getattr(flags, name) for name in names if name != "contenders"}, "weight_decay": WEIGHT_DECAY, "truncation": "head", **more}
     if contender == "ours_with_attention_dropout":
         config = models.load_pretrained(AutoConfig, flags.model, cache_dir=flags.cache_dir)
-        given["attention_dropout"] = next(getattr(config, name) for name in models.ATTENTION_DROPOUT_NAMES if hasattr(config, name))
+        given["attention_dropout"] = next(getattr(config, name) for name in adaptation.ATTENTION_DROPOUT_NAMES if hasattr(config, name))
     arguments = [text for name, value in given.items() if value is not None for text in (f"--{name.replace('_', '-')}", str(value))]
     return train_classifier.make_parser().parse_args(arguments)
 
@@ -95,8 +95,8 @@ def load(contender: str, flags) -> Setup:
         device = runtime.choose_device(args.device)
         machine = runtime.Runtime(device, runtime.choose_precision(args.precision, device))
         runtime.seed_everything(args.seed)
-    loaded = splits.load(args, machine)
-    tokenizer, model, tokenized = train_classifier.load_for_training(loaded, args, machine)
+    loaded = loading.load_splits(args, machine)
+    tokenizer, model, tokenized = loading.load_for_training(loaded, args, machine)
     if contender == "trainer":  # the model as the tutorial loads it
         runtime.seed_everything(args.seed)
         model = AutoModelForSequenceClassification.from_pretrained(

@@ -19,7 +19,7 @@ from conftest import COMMON, train_wordpiece
 from hub_server import HubServer
 
 RECIPE = shlex.split("--model distilbert/distilbert-base-uncased --dataset ccdv/patent-classification --max-train-samples 5000 --max-eval-samples 500 "
-                     "--batch-size 8 --lr 2e-5 --weight-decay 0.01 --epochs 3")
+                     "--batch-size 8 --lr 2e-5 --weight-decay 0.01 --epochs 3 --truncation head")
 PATENT_CLASSES = ["Human Necessities", "Performing Operations; Transporting", "Chemistry; Metallurgy", "Textiles; Paper", "Fixed Constructions",
                   "Mechanical Engineering; Lightning; Heating; Weapons; Blasting", "Physics", "Electricity",
                   "General tagging of new or cross-sectional technology"]

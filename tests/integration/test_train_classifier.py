@@ -94,7 +94,7 @@ def test_the_report_holds_what_the_screen_shows_with_pictures(finished):
 def test_pipeline_and_from_pretrained_load_best_and_agree_with_predict(finished, run_script, tmp_path):
     folder, _ = finished
     texts = ["a good film with lovely actors", "the story was awful and grim", "so it was 🙂 " * 40]
-    done = run_script("train_classifier.py", "--model", folder / "best", "--predict", "-", "--precision", "fp32", stdin="\n".join(texts) + "\n")
+    done = run_script("train_classifier.py", "--model", folder / "best", "--predict", "-", "--precision", "fp32", "--truncation", "head", stdin="\n".join(texts) + "\n")
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.stderr == "" and [answer["row"] for answer in answers] == [1, 2, 3]
     classify = pipeline("text-classification", model=str(folder / "best"), device="cpu", top_k=None)
@@ -173,7 +173,7 @@ def test_inspect_shows_data_tokens_and_a_batch_and_trains_nothing(run_script, fl
     out = done.stdout
     assert done.stderr == "" and not (tmp_path / "none").exists()
     assert re.search(r"neg +48 +6 +6\n *pos +48 +6 +6\n *all +96 +12 +12", out)
-    assert "cut to 24 in training and 24 in scoring, the model holds 64" in out and "'[PAD]' = id 0" in out and "they belong together" in out
+    assert "reads 24 at once in training and 24 in scoring, the model holds 64" in out and "'[PAD]' = id 0" in out and "they belong together" in out
     tokens, ids = (re.search(rf"^{name} +(\S.*)$", out[out.index("ONE TEXT"):], re.M).group(1).split() for name in ("tokens", "ids"))
     assert tokens[0] == "[CLS]" and ids[0] == "2" and len(tokens) == len(ids)
     assert re.search(r"input_ids +\(4, \d+\) int64", out) and "[PAD]" in out[out.index("ONE PADDED BATCH"):]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import train_classifier
 from common.errors import UserError
 from common.runtime import Runtime
-from common.training import labelling, splits
+from common.training import labelling, loading
 from common.training import model as models
 
 COLUMNS = {"text_column": "text", "label_column": "label"}
@@ -229,7 +229,7 @@ def test_the_screen_says_which_splits_were_cut_and_how_many_texts_are_shared(tmp
         (tmp_path / f"{name}.csv").write_text("text,label\n" + "".join(f"text {number},{number % 2}\n" for number in range(count)))
     flags = ["--dataset", str(tmp_path), "--cache-dir", str(cache_dir), "--seed", "3", "--max-eval-samples", "4"]
     args = train_classifier.make_parser().parse_args(flags)
-    loaded = splits.load(args, Runtime(torch.device("cpu"), "fp32"))
+    loaded = loading.load_splits(args, Runtime(torch.device("cpu"), "fp32"))
     shown = capsys.readouterr().out
     shared = len(set(loaded["train"]["text"]) & set(loaded["test"]["text"]))
     assert shared > 0

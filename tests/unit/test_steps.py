@@ -11,6 +11,7 @@ import train_classifier
 from common.errors import UserError
 from common.runtime import Runtime
 from common.tracking import NullLog, progress
+from common.training import steps
 from common.training.steps import LossMeter, accumulation_windows, balanced_weights, count_examples, decay_groups, mark_last, sync_gradients
 
 MACHINE = Runtime(torch.device("cpu"), "fp32")
@@ -35,7 +36,7 @@ def gradients_of_the_loop(model, batches, grad_accum, class_weights=None, *flags
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     optimizer.register_step_pre_hook(lambda *_: gradients.append([parameter.grad.clone() for parameter in model.parameters()]))
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1)
-    training = train_classifier.Training(model, None, model, optimizer, scheduler, torch.amp.GradScaler("cpu", enabled=False), class_weights)
+    training = steps.Training(model, None, model, optimizer, scheduler, torch.amp.GradScaler("cpu", enabled=False), class_weights)
     args = train_classifier.make_parser().parse_args(["--max-grad-norm", "1e9", *flags])
     sizes = [len(batches[start : start + grad_accum]) for start in range(0, len(batches), grad_accum)]
     for _ in train_classifier.train_steps(training, batches, sizes, LossMeter(MACHINE, NullLog(None), progress([], label=""), 100), args, MACHINE):
@@ -112,7 +113,7 @@ class RecordNumbers:
 
 def feed(meter, losses, already=0):
     """Give the meter one step a loss, of two examples each, after `already` steps."""
-    training = train_classifier.Training(None, None, None, None, torch.optim.lr_scheduler.ConstantLR(torch.optim.SGD([torch.zeros(1)], lr=0.5), factor=1), None)
+    training = steps.Training(None, None, None, None, torch.optim.lr_scheduler.ConstantLR(torch.optim.SGD([torch.zeros(1)], lr=0.5), factor=1), None)
     training.step = already
     for number, loss in enumerate(losses):
         meter.add(torch.tensor(loss * 2), torch.tensor([2 * number + 1, 2 * number + 2]))

@@ -1,4 +1,4 @@
-"""The labelled splits that the command line asks for, and what is said of them on the screen."""
+"""What the command line names -> labelled splits, tokenizer, model; and what is said of them on the screen."""
 
 import datasets
 import numpy as np
@@ -6,12 +6,14 @@ import numpy as np
 from common import data
 from common.errors import UserError
 from common.runtime import Runtime
-from common.training import batching, labelling
+from common.training import adaptation, batching, labelling
+from common.training import model as models
 
-LOSS = {"head": "lose their end", "tail": "lose their beginning", "head-tail": "lose their middle", "chunks": "are read in several windows"}
+DEFAULT_MAX_LENGTH, DEFAULT_TRUNCATION = 256, "chunks"  # on the bundled news more accurate than the beginning alone, at the same cost (README)
+LOSS = {"head": "lose their end", "tail": "lose their beginning", "head-tail": "lose their middle"}
 
 
-def load(args, machine: Runtime) -> datasets.DatasetDict:
+def load_splits(args, machine: Runtime) -> datasets.DatasetDict:
     """Return the three labelled splits that the flags ask for, and say how they came about."""
     found = data.read(args.dataset, config=args.dataset_config, cache_dir=args.cache_dir)
     splits = labelling.choose_splits(found, {"train": args.train_split, "validation": args.validation_split, "test": args.test_split})
@@ -30,7 +32,7 @@ def load(args, machine: Runtime) -> datasets.DatasetDict:
     return splits
 
 
-def load_for_scoring(names: list[str], trained: dict, args, machine: Runtime) -> datasets.Dataset:
+def load_rows_for_scoring(names: list[str], trained: dict, args, machine: Runtime) -> datasets.Dataset:
     """Return the rows to score a saved model of the classes `names` on; refuses rows that it was trained on, by its settings `trained`."""
     found = data.read(args.dataset, config=args.dataset_config, cache_dir=args.cache_dir)
     splits = labelling.choose_splits(found, {"test": args.test_split})
@@ -55,9 +57,36 @@ def tokenize(splits: datasets.DatasetDict, tokenizer, args, machine: Runtime) ->
     for use, split in (("training", "train"), ("scoring", "test")):
         num_tokens, num_read = (np.asarray(tokenized[split][name][:]) for name in ("num_tokens", "num_read"))
         longer, dropped = (num_tokens > lengths[split]).mean(), 1 - num_read.sum() / num_tokens.sum()
-        machine.say(f"{'tokens  ' if split == 'train' else '        '} at most {lengths[split]} in {use}: {longer:.1%} of the texts are longer and "
-                    f"{LOSS[args.truncation]}" + (f", {dropped:.1%} of all tokens" if args.truncation != "chunks" else ""))
+        windows = {"train": f"a step reads {args.max_windows} of their windows, drawn anew each epoch", "test": "all of their windows are read"}[split]
+        machine.say(f"{'tokens  ' if split == 'train' else '        '} at most {lengths[split]} in {use}: {longer:.1%} of the texts are longer"
+                    + (f"; {windows}" if args.truncation == "chunks" else f" and {LOSS[args.truncation]}, {dropped:.1%} of all tokens"))
     longest = batching.longest_windows(tokenized["train"])
     order = batching.batch_order(longest, batch_size=args.batch_size * machine.world_size, seed=args.seed, epoch=1, buckets=args.batching == "buckets")
     machine.say(f"         {batching.padding_share(longest, order):.1%} of a training batch is padding (--batching {args.batching})")
     return tokenized
+
+
+def load_for_training(rows, args, machine):
+    """Return tokenizer, model and tokenised splits; sets the flags for lengths and truncation to what is in use."""
+    tokenizer, note = models.load_tokenizer(args.model, cache_dir=args.cache_dir)
+    dropout = adaptation.dropout_options(models.load_config(args.model, cache_dir=args.cache_dir), dropout=args.dropout,
+                                         attention_dropout=args.attention_dropout, name=args.model)
+    model = models.load_classifier(args.model, names=rows["train"].features["label"].names, dropout=dropout,
+                                   pad_token_id=tokenizer.pad_token_id, cache_dir=args.cache_dir)
+    args.max_length = models.choose_max_length(args.max_length, DEFAULT_MAX_LENGTH, model, tokenizer, flag="--max-length")
+    args.eval_max_length = models.choose_max_length(args.eval_max_length, args.max_length, model, tokenizer, flag="--eval-max-length")
+    args.truncation = args.truncation or DEFAULT_TRUNCATION
+    size = sum(parameter.numel() for parameter in model.parameters())
+    machine.say(f"model    {args.model}: {type(model).__name__}, {size / 1e6:.1f} million parameters, with a new head")
+    if note:
+        machine.say(f"         {note}")
+    return tokenizer, model, tokenize(rows, tokenizer, args, machine)
+
+
+def load_saved(name: str, args, machine):
+    """Return a saved model on its device and its tokenizer; sets the flags for length and truncation to what it was scored with, if not given."""
+    model = models.load_saved(name, cache_dir=args.cache_dir).to(machine.device)
+    tokenizer, _ = models.load_tokenizer(name, cache_dir=args.cache_dir)
+    args.eval_max_length = models.choose_max_length(args.eval_max_length, tokenizer.model_max_length, model, tokenizer, flag="--eval-max-length")
+    args.truncation = args.truncation or models.saved_settings(name).get("truncation", DEFAULT_TRUNCATION)
+    return model, tokenizer
