@@ -1,0 +1,212 @@
+"""From logits to the next token: pure tensor functions, in the order in which `model.generate` applies them.
+
+Shapes: logits (B, V) in fp32, ids (B, T), the tokens so far. B rows are independent texts, V is the vocabulary. A filter returns new logits
+with -inf where a token is out. Two samplers follow from them: the exact one draws `generate`'s own random numbers, so that its tokens are
+`generate`'s; the fast one looks only at the tokens that can be drawn and takes one number a row, from a generator of that row.
+
+The order is: repetition penalty, no repeated n-grams, no end before min_new_tokens; and when sampling: temperature, top-k, top-p, min-p, typical.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+CANDIDATES = 1024  # how many of the likeliest tokens the fast sampler looks at first where no top-k says it
+TIES = 64  # bf16 logits tie at the k-th place in three of four rows, and top-k keeps all that tie
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How tokens are chosen; each neutral value leaves its filter out."""
+
+    max_new_tokens: int = 200
+    min_new_tokens: int = 0
+    sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    end_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Filter:
+    """One named stage between the model's logits and the draw: `apply(logits, ids)` returns new logits."""
+
+    name: str
+    apply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def scale_by_temperature(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Return logits / temperature: below 1 sharpens, above 1 flattens. 0 is not a scale; it means greedy, before this function."""
+    return logits / temperature
+
+
+def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
+    """Keep the k likeliest tokens and all that tie with the last of them (Fan et al. 2018); all where k is above V."""
+    kth = logits.topk(min(k, logits.shape[-1])).values[..., -1, None]  # (B, 1)
+    return logits.masked_fill(logits < kth, -torch.inf)
+
+
+def keep_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
+    """Keep the smallest set of likeliest tokens whose probabilities reach p, one at least (Holtzman et al. 2020).
+
+    It sums from the unlikely end and sorts the whole vocabulary, as `generate` does: among tied tokens the sort decides which is in,
+    so only the same sort gives the same tokens.
+    """
+    ascending, order = logits.sort(descending=False)
+    out = ascending.softmax(-1).cumsum(-1) <= 1 - p  # (B, V), in sorted order
+    out[..., -1] = False
+    return logits.masked_fill(out.scatter(-1, order, out), -torch.inf)
+
+
+def keep_min_p(logits: torch.Tensor, share: float) -> torch.Tensor:
+    """Keep tokens at least `share` times as likely as the likeliest (Nguyen et al. 2024)."""
+    probabilities = logits.softmax(-1)
+    likeliest = probabilities.amax(-1, keepdim=True)
+    out = probabilities < share * likeliest
+    out.scatter_(-1, probabilities.topk(1).indices, False)
+    return logits.masked_fill(out, -torch.inf)
+
+
+def keep_typical(logits: torch.Tensor, mass: float) -> torch.Tensor:
+    """Keep the tokens whose surprise is nearest to the expected one until their probabilities reach `mass` (Meister et al. 2023)."""
+    log_probabilities = logits.log_softmax(-1)
+    entropy = -(log_probabilities * log_probabilities.exp()).nansum(-1, keepdim=True)  # nansum: 0 times -inf counts as 0
+    distance, order = (-log_probabilities - entropy).abs().sort(descending=False)
+    reached = (logits.gather(-1, order).softmax(-1).cumsum(-1) < mass).sum(-1, keepdim=True)  # (B, 1)
+    out = distance > distance.gather(-1, reached.clamp(max=logits.shape[-1] - 1))
+    out[..., 0] = False
+    return logits.masked_fill(out.scatter(-1, order, out), -torch.inf)
+
+
+def penalize_repetition(logits: torch.Tensor, ids: torch.Tensor, penalty: float, starts: torch.Tensor | None = None) -> torch.Tensor:
+    """Make each token that occurs in ids less likely, once however often it occurs (Keskar et al. 2019).
+
+    Positive logits are divided by the penalty, negative ones multiplied. `starts` (B): where each row's text begins; padding before it is no text.
+    """
+    if starts is not None:
+        padded = torch.arange(ids.shape[-1], device=ids.device) < starts[:, None]
+        ids = torch.where(padded, ids.gather(-1, starts[:, None]), ids)  # the row's first token occurs anyway
+    seen = logits.gather(-1, ids)
+    return logits.scatter(-1, ids, torch.where(seen < 0, seen * penalty, seen / penalty))
+
+
+def forbid_repeated_ngrams(logits: torch.Tensor, ids: torch.Tensor, size: int, starts: torch.Tensor | None = None) -> torch.Tensor:
+    """Forbid each token that would complete an n-gram of `size` that occurs in ids; `starts` as above, None counts padding as text."""
+    length, vocabulary = ids.shape[-1], logits.shape[-1]
+    if length < size:
+        return logits
+    windows = ids.unfold(-1, size, 1)  # (B, length - size + 1, size)
+    matches = (windows[..., :-1] == ids[:, None, length + 1 - size :]).all(-1)
+    if starts is not None:
+        matches &= torch.arange(windows.shape[1], device=ids.device) >= starts[:, None]
+    out = logits.new_zeros((logits.shape[0], vocabulary + 1), dtype=torch.bool)  # the last column takes what does not match
+    out.scatter_(-1, torch.where(matches, windows[..., -1], vocabulary), True)
+    return logits.masked_fill(out[:, :vocabulary], -torch.inf)
+
+
+def forbid(logits: torch.Tensor, ids: tuple[int, ...]) -> torch.Tensor:
+    """Forbid some tokens: the end ids, while a text is shorter than its minimum."""
+    return logits.index_fill(-1, torch.tensor(ids, dtype=torch.long, device=logits.device), -torch.inf)
+
+
+def history_filters(settings: Settings, *, prompt_length: int, starts: torch.Tensor | None, padding_is_text: bool) -> list[Filter]:
+    """Return the filters that look at the tokens so far; `padding_is_text` lets n-grams reach into padding, as `generate` does."""
+    found, size = [], settings.no_repeat_ngram_size
+    if settings.repetition_penalty != 1.0:
+        found.append(Filter(f"repetition penalty {settings.repetition_penalty:g}",
+                            lambda logits, ids: penalize_repetition(logits, ids, settings.repetition_penalty, starts)))
+    if size > 0:
+        counted = None if padding_is_text else starts
+        found.append(Filter(f"no repeated {size}-gram", lambda logits, ids: forbid_repeated_ngrams(logits, ids, size, counted)))
+    if settings.min_new_tokens > 0 and settings.end_ids:
+        found.append(Filter(f"min {settings.min_new_tokens} new tokens", lambda logits, ids:
+                            forbid(logits, settings.end_ids) if ids.shape[-1] - prompt_length < settings.min_new_tokens else logits))
+    return found
+
+
+def distribution_filters(settings: Settings) -> list[Filter]:
+    """Return the filters that shape the distribution to draw from; none when greedy."""
+    known = (
+        ("temperature", scale_by_temperature, settings.temperature, settings.temperature != 1.0),
+        ("top-k", keep_top_k, settings.top_k, settings.top_k > 0),
+        ("top-p", keep_top_p, settings.top_p, settings.top_p < 1.0),
+        ("min-p", keep_min_p, settings.min_p, settings.min_p > 0),
+        ("typical", keep_typical, settings.typical_p, settings.typical_p < 1.0),
+    )
+    return [Filter(f"{name} {value:g}", lambda logits, ids, apply=apply, value=value: apply(logits, value))
+            for name, apply, value, wanted in known if wanted and settings.sample]
+
+
+def draw_exactly(logits: torch.Tensor, settings: Settings, generator: torch.Generator) -> torch.Tensor:
+    """Return the tokens (B) that `generate` draws from the same state of its generator: V random numbers a row, finished rows too."""
+    for stage in distribution_filters(settings):
+        logits = stage.apply(logits, logits)
+    return torch.multinomial(logits.softmax(-1), num_samples=1, generator=generator).squeeze(-1)
+
+
+def draw_fast(logits: torch.Tensor, settings: Settings, uniforms: torch.Tensor) -> torch.Tensor:
+    """Return tokens (B) drawn from the distribution of the same filters, by one uniform number (B) in [0, 1) a row, in fp64."""
+    probabilities, ids = candidate_distribution(logits, settings)
+    cumulative = probabilities.double().cumsum(-1)  # (B, C)
+    total = cumulative[:, -1:]
+    place = (cumulative <= uniforms[:, None] * total).sum(-1, keepdim=True)
+    last = (cumulative < total).sum(-1, keepdim=True)  # rounding can lift the threshold to the total itself
+    place = torch.minimum(place, last)
+    return (place if ids is None else ids.gather(-1, place)).squeeze(-1)
+
+
+def candidate_distribution(logits: torch.Tensor, settings: Settings) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the probabilities (B, C) of the tokens that can be drawn, likeliest first, and their ids (B, C); ids None: C is V, in its order.
+
+    A full sort of 50,000 logits takes 4 ms on a core, the 1,024 likeliest 0.1 ms. Where they turn out too few, all are taken.
+    """
+    scaled = scale_by_temperature(logits, settings.temperature) if settings.temperature != 1.0 else logits
+    rest = replace(settings, temperature=1.0)  # the filters that are still to come
+    if settings.top_k > 0:
+        values, ids, complete = _likeliest_k(scaled, settings.top_k)
+    elif settings.top_p < 1.0:
+        values, ids, complete = _likeliest_p(scaled, settings.top_p)
+        rest = replace(rest, top_p=1.0) if complete else rest
+    elif settings.min_p > 0:
+        values, ids = scaled.topk(min(CANDIDATES, scaled.shape[-1]))
+        complete = bool((values[:, -1] < values[:, 0] + math.log(settings.min_p)).all())
+    else:
+        complete = False
+    if not complete:
+        values, ids = scaled, None
+    for stage in distribution_filters(rest):
+        values = stage.apply(values, values)
+    return values.softmax(-1), ids
+
+
+def _likeliest_k(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    wanted = min(k + TIES, logits.shape[-1])
+    values, ids = logits.topk(wanted)
+    kth = values[:, min(k, wanted) - 1, None]
+    return values, ids, wanted == logits.shape[-1] or bool((values[:, -1:] < kth).all())
+
+
+def _likeliest_p(logits: torch.Tensor, p: float) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """Return candidates with -inf where top-p drops them, their ids, and whether they hold all that it keeps."""
+    values, ids = logits.topk(min(CANDIDATES, logits.shape[-1]))
+    probabilities = (values - logits.logsumexp(-1, keepdim=True)).exp()
+    before = probabilities.cumsum(-1) - probabilities  # what the likelier ones hold together
+    return values.masked_fill(before >= p, -torch.inf), ids, bool((probabilities.sum(-1) > p).all())
+
+
+def row_uniforms(seed: int, rows: list[tuple[int, int]], count: int) -> torch.Tensor:
+    """Return uniform numbers (rows, count) in fp64 for texts named by (prompt, sample): each row from its own generator, whatever stands beside it."""
+    found = []
+    for prompt, sample in rows:
+        digest = hashlib.sha256(f"{seed}/{prompt}/{sample}".encode()).digest()
+        own = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
+        found.append(torch.rand(count, generator=own, dtype=torch.float64))
+    return torch.stack(found)
