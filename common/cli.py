@@ -56,6 +56,11 @@ def fraction(text: str) -> float:
     return _number(text, float, lambda value: 0 <= value < 1, "a number from 0 up to, not including, 1")
 
 
+def probability(text: str) -> float:
+    """Parse a number above 0 up to 1."""
+    return _number(text, float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
+
+
 def folder(text: str) -> str:
     """Take the path of a folder that is there or can be made."""
     there = next(path for path in (Path(text), *Path(text).absolute().parents) if path.exists())

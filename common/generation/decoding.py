@@ -104,7 +104,7 @@ def exact_sampler(settings: Settings, batch: Batch, seed: int) -> Choose:
     filters = sampling.history_filters(settings, prompt_length=batch.length, starts=batch.starts, padding_is_text=True)
 
     def choose(logits: torch.Tensor, batch: Batch, made: int) -> torch.Tensor:
-        logits = apply(filters, logits, batch)
+        logits = apply(filters, logits, batch.tokens)
         return sampling.draw_exactly(logits, settings, generator) if settings.sample else logits.argmax(-1)
     return choose
 
@@ -115,15 +115,15 @@ def fast_sampler(settings: Settings, batch: Batch, seed: int, rows: list[tuple[i
     filters = sampling.history_filters(settings, prompt_length=batch.length, starts=batch.starts, padding_is_text=False)
 
     def choose(logits: torch.Tensor, batch: Batch, made: int) -> torch.Tensor:
-        logits = apply(filters, logits, batch)
+        logits = apply(filters, logits, batch.tokens)
         return sampling.draw_fast(logits, settings, uniforms[:, made]) if settings.sample else logits.argmax(-1)
     return choose
 
 
-def apply(filters: list[sampling.Filter], logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Return the logits after all filters."""
+def apply(filters: list[sampling.Filter], logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Return the logits (B, V) after all filters, which see the tokens (B, T) so far."""
     for stage in filters:
-        logits = stage.apply(logits, batch.tokens)
+        logits = stage.apply(logits, tokens)
     return logits
 
 

@@ -1,0 +1,318 @@
+#!/usr/bin/env python
+"""Generate text with a causal language model, through a hand-written sampler whose tokens are `model.generate`'s.
+
+From logits to text in three files: common/generation/sampling.py (filters and draws), decoding.py (prefill, step, the loop), textstream.py
+(whole characters, stop strings). Left out on purpose: beam search, encoder-decoder models, quantised weights, serving.
+
+  python generate.py --prompt "Natural Language Processing is"                          # greedy, the bundled SmolLM2-135M-Instruct
+  python generate.py --prompt "Natural Language Processing is" --top-k 50 --seed 1      # sampling; --top-p 0.92 and others alike
+  python generate.py --prompt "Natural Language Processing is" --top-k 50 --check       # token for token what model.generate gives?
+  python generate.py --chat --prompt "Why is the sky blue?" --system "Answer in one sentence."
+  python generate.py --interactive                                                      # a conversation
+  python generate.py --prompts-file prompts.txt --output texts.jsonl --batch-size 16    # go on after an interruption with --resume
+  torchrun --nproc-per-node 2 generate.py --prompts-file prompts.txt --output texts.jsonl
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import shutil
+import sys
+
+from tqdm import tqdm
+
+from common import cli, data, runtime
+from common.errors import UserError
+from common.generation import check, explain, flags, output, perplexity
+from common.generation import model as models
+from common.generation.chat import Chat
+from common.generation.completion import Generator, Prompt
+from common.generation.textstream import TextStream
+
+SHOWN_OF_A_PROMPT = 60
+
+
+def make_parser() -> cli.Parser:
+    parser = cli.Parser(prog="generate.py", description=__doc__)
+    cli.add_shared_flags(parser, model="bundled/SmolLM2-135M-Instruct")
+
+    group = parser.add_argument_group("prompts")
+    group.add_argument("--prompt", action="append", metavar="TEXT", help="a text to go on from; repeat it for more")
+    group.add_argument("--prompts-file", metavar="FILE", help="one prompt a line (- for standard input), or a data file with --text-column")
+    group.add_argument("--text-column", default="text", help="where the prompts are in a CSV/TSV/JSON/JSONL/Parquet file")
+    group.add_argument("--chat", action="store_true", help="each prompt is a question to the model, in its own chat template")
+    group.add_argument("--system", metavar="TEXT", help="what the model is told before a chat")
+
+    group = parser.add_argument_group("choice of tokens (greedy unless one of the first five is given)")
+    group.add_argument("--temperature", type=cli.non_negative_float, help="below 1 sharpens the distribution, above 1 flattens it; 0 is greedy")
+    group.add_argument("--top-k", type=cli.non_negative_int, help="draw from the k likeliest tokens; 0 is off")
+    group.add_argument("--top-p", type=cli.probability, help="draw from the likeliest tokens that hold this probability together")
+    group.add_argument("--min-p", type=cli.fraction, help="draw from tokens at least this many times as likely as the likeliest")
+    group.add_argument("--typical-p", type=cli.probability, help="draw from the tokens of the most expected surprise that hold this probability")
+    group.add_argument("--repetition-penalty", type=cli.positive_float, default=1.0, help="above 1 makes tokens that occurred less likely")
+    group.add_argument("--no-repeat-ngram-size", type=cli.non_negative_int, default=0, help="no run of so many tokens occurs twice; 0 is off")
+    group.add_argument("--sampler", choices=["exact", "fast"], default="exact",
+                       help="exact: model.generate's random numbers; fast: each text has its own, whatever stands beside it in a batch")
+    group.add_argument("--lookup", type=cli.positive_int, metavar="N", help="greedy: guess up to N tokens ahead from the text so far, and keep the right ones")
+
+    group = parser.add_argument_group("where a text ends")
+    group.add_argument("--max-new-tokens", type=cli.positive_int, default=200, help="the most tokens of a text")
+    group.add_argument("--min-new-tokens", type=cli.non_negative_int, default=0, help="no end before so many tokens")
+    group.add_argument("--stop", action="append", metavar="TEXT", help="end before this string; repeat it for more")
+    group.add_argument("--end-token", action="append", metavar="TOKEN", help="another token that ends a text, such as '<|endoftext|>'")
+
+    group = parser.add_argument_group("output")
+    group.add_argument("--num-samples", type=cli.positive_int, default=1, help="texts a prompt")
+    group.add_argument("--batch-size", type=cli.positive_int, default=8, help="prompts a pass")
+    group.add_argument("--stream", action=argparse.BooleanOptionalAction, help="show a text as it grows (default: on a terminal)")
+    group.add_argument("--output", metavar="FILE", help="write one JSON line a text instead of showing it")
+    group.add_argument("--resume", action="store_true", help="go on after the texts that the output file holds")
+    group.add_argument("--logprobs", type=cli.non_negative_int, metavar="K", help="with --output: log-probabilities of each token and of the K likeliest")
+    group.add_argument("--references", metavar="FILE", help="score the texts against these, one a line or --reference-column of a data file: ROUGE")
+    group.add_argument("--reference-column", default="text", help="where the references are in a data file")
+
+    group = parser.add_argument_group("instead of plain generation").add_mutually_exclusive_group()
+    group.add_argument("--interactive", action="store_true", help="a conversation: /reset begins a new one, Ctrl-D ends it")
+    group.add_argument("--check", action="store_true", help="compare each token with model.generate's; exit code 1 when one differs")
+    group.add_argument("--explain", action="store_true", help="show for each token what every filter does to the candidates")
+    group.add_argument("--compare", action="store_true", help="show greedy, top-k and top-p side by side")
+    group.add_argument("--perplexity", metavar="FILE", help="the model's perplexity on a text file (- for standard input)")
+    group.add_argument("--score", metavar="FILE", help="score the texts of a file against --references; no model is loaded")
+    parser.add_argument("--window", type=cli.positive_int, help=f"tokens a pass for --perplexity (default: {perplexity.DEFAULT_WINDOW} or the context)")
+    parser.add_argument("--stride", type=cli.positive_int, help="tokens from one window to the next (default: half a window)")
+    return parser
+
+
+def read_prompts(args) -> list[str]:
+    """Return the prompts of the flags and of the file. Raises UserError, naming the place, for an empty one."""
+    texts = list(args.prompt or [])
+    for number, text in enumerate(texts, start=1):
+        if not text.strip():
+            raise UserError(f"--prompt {number}: the prompt is empty; write something to go on from")
+    if args.prompts_file is not None:
+        texts += data.read_texts(args.prompts_file, column=args.text_column, cache_dir=args.cache_dir)
+    return texts
+
+
+def read_scored(name: str, column: str, args) -> list[str]:
+    """Return texts to score or to score against: a data file's column, or the lines of any other file. An empty text is one, with score 0."""
+    suffix = os.path.splitext(name)[1].lower()
+    if suffix not in data.FILE_READERS:
+        return data.read_lines(name)
+    if not os.path.isfile(name):
+        raise UserError(f"{name}: no such file; check the path")
+    rows = data.read_file(data.Path(name), cache_dir=args.cache_dir)
+    if column not in rows.features or data.kind(rows, column) not in ("string", "large_string"):
+        raise UserError(f"{name}: no column {column!r} of texts; there is {', '.join(rows.column_names)}; name the right one with --text-column or "
+                        "--reference-column")
+    return [text or "" for text in rows[column][:]]
+
+
+def read_references(args, num_texts: int) -> list[str]:
+    """Return one reference for each of `num_texts` texts. Raises UserError when there are more or fewer."""
+    references = read_scored(args.references, args.reference_column, args)
+    if len(references) != num_texts:
+        raise UserError(f"--references {args.references}: it has {len(references):,} texts for {num_texts:,} to score; give one for each")
+    return references
+
+
+def show_scores(texts: list[str], references: list[str]):
+    """Print the ROUGE scores of texts, one line each."""
+    from common.metrics import Rouge  # scikit-learn and evaluate take three seconds to import, which no other mode should wait for
+    scores = Rouge(keep_in_memory=True).compute(predictions=texts, references=references)
+    print(f"ROUGE, mean F1 over {len(texts):,} texts")
+    for name, value in scores.items():
+        print(f"{name:<9} {value:.4f}")
+
+
+def load(args, texts: list[str]):
+    """Return generator, prompts with their tokens, and the machine; every prompt is checked before the first one is generated."""
+    machine = runtime.start(args.device, args.precision, args.seed)
+    language_model = models.load(args.model, machine, cache_dir=args.cache_dir)
+    generator = Generator(language_model, flags.options(args, language_model))
+    prompts = [flags.encode(args, text, number, language_model) for number, text in enumerate(texts)]
+    return generator, prompts, machine
+
+
+def batches_of(prompts: list[Prompt], args) -> list[list[Prompt]]:
+    """Return the prompts in batches, in their order; guessing ahead takes them one by one."""
+    size = 1 if args.lookup else args.batch_size
+    return [prompts[start : start + size] for start in range(0, len(prompts), size)]
+
+
+def generate(args, texts: list[str], references: list[str] | None):
+    """Generate all texts, show them or write them, score them, and say how fast it went."""
+    if args.output:
+        output.check_new(args.output, resume=args.resume)
+    generator, prompts, machine = load(args, texts)
+    batches, settings = batches_of(prompts, args), flags.record(args, generator)
+    expected = [output.line(row, seed=args.seed, settings=settings) for row in generator.rows(prompts)]
+    done = output.finished(args.output, expected, group=len(batches[0]) * args.num_samples) if args.resume else []
+    file = output.Output(args.output, keep_lines=len(done)) if args.output and machine.is_main else None
+    if done:
+        machine.say(f"{args.output}: {len(done):,} of {len(expected):,} texts are there")
+    start = -(-len(done) // (len(batches[0]) * args.num_samples))
+    try:
+        for lines in run(generator, batches, start, settings, args, machine):
+            done += lines
+            if file:
+                file.write(lines)
+    except KeyboardInterrupt:
+        if file:
+            print(f"\n{args.output} holds {len(done):,} of {len(expected):,} texts; --resume goes on after them", file=sys.stderr)
+        raise
+    summarize(generator, args, machine)
+    if machine.is_main and references is not None:
+        show_scores([line["text"] for line in done], references)
+    runtime.stop()
+
+
+def run(generator: Generator, batches: list[list[Prompt]], start: int, settings: dict, args, machine):
+    """Yield the lines of each round of batches, one batch a process, in the order of the prompts; show texts that no file takes."""
+    rounds = range(start, len(batches), machine.world_size)
+    several = len(batches) * len(batches[0]) * args.num_samples > 1
+    streams = bool(sys.stdout.isatty() if args.stream is None else args.stream) and not args.output and machine.world_size == 1
+    for first in tqdm(rounds, unit="batch", leave=False, file=sys.stderr, disable=None if args.output and machine.is_main else True):
+        number = first + machine.rank
+        batch = batches[number] if number < len(batches) else []
+        alone = streams and len(batch) * args.num_samples == 1
+        if alone and several:
+            print(heading(batch[0].number + 1, 1, batch[0].text))
+        rows = generator.complete(batch, seed=args.seed + number, show=write_chunk if alone else None) if batch else []
+        if alone:
+            print(flush=True)
+        lines = [output.line(row, seed=args.seed, settings=settings) for row in rows]
+        lines = [line for share in machine.gather_texts(json.dumps(lines)) for line in json.loads(share)]
+        if machine.is_main and not alone and not args.output:
+            for line in lines:
+                print(heading(line["prompt_number"], line["sample"], line["prompt"]) + "\n" + line["text"] if several else line["text"], flush=True)
+        yield lines
+
+
+def heading(number: int, sample: int, prompt: str) -> str:
+    """Return the line over a text, where there are several."""
+    short = " ".join(prompt.split())
+    short = short if len(short) <= SHOWN_OF_A_PROMPT else short[: SHOWN_OF_A_PROMPT - 3] + "..."
+    return f"--- prompt {number}, sample {sample}: {short}"
+
+
+def write_chunk(chunk: str):
+    """Show a piece of text at once."""
+    print(chunk, end="", flush=True)
+
+
+def summarize(generator: Generator, args, machine):
+    """Print the summary line on stderr, dim on a terminal."""
+    if machine.is_main and generator.timing.new_tokens:
+        line = generator.timing.summary(runtime.peak_memory_bytes(machine.device)) + (" (process 0)" if machine.world_size > 1 else "")
+        print(f"\x1b[2m{line}\x1b[0m" if sys.stderr.isatty() else line, file=sys.stderr, flush=True)
+
+
+def compare_with_generate(args, texts: list[str]):
+    """Generate each batch twice, here and by model.generate; print `equal` or the first difference and end with exit code 1."""
+    generator, prompts, machine = load(args, texts)
+    language_model, options, equal = generator.language_model, generator.options, 0
+    for number, batch in enumerate(batches_of(prompts, args)):
+        rows = generator.complete(batch, seed=args.seed + number)
+        for row, theirs in zip(rows, check.generate(language_model, batch, options, seed=args.seed + number)):
+            difference = check.first_difference(row, theirs, pad_id=language_model.pad_id if options.settings.end_ids else None)
+            if difference:
+                print(check.explain(difference, language_model))
+                sys.exit(1)
+            equal += len(row.token_ids)
+    print(f"equal: {equal:,} of {equal:,} tokens")
+    summarize(generator, args, machine)
+
+
+def explain_tokens(args, texts: list[str]):
+    """Print a table for each token of one text, then the text."""
+    generator, prompts, _ = load(args, texts)
+    stream = TextStream(generator.language_model.tokenizer, generator.options.stops)
+    for token, table in explain.explain(generator.language_model, prompts[0].ids, generator.options.settings, args.seed):
+        print(table, flush=True)
+        stream.add(token)
+        if stream.stopped:
+            break
+    stream.finish()
+    print(stream.text)
+
+
+def compare_choices(args, texts: list[str]):
+    """Print one prompt's greedy, top-k and top-p texts side by side."""
+    generator, prompts, _ = load(args, texts)
+    found = {}
+    for name, settings in explain.compared_settings(generator.options.settings).items():
+        own = Generator(generator.language_model, dataclasses.replace(generator.options, settings=settings))
+        found[name] = own.complete(prompts[:1], seed=args.seed)[0]
+    print(explain.side_by_side(found, shutil.get_terminal_size((120, 24)).columns))
+
+
+def converse(args):
+    """Hold a conversation until the input ends."""
+    generator, _, machine = load(args, [])
+    chat = Chat(generator, args.system)
+    chat.check()
+    while True:
+        try:
+            text = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if text.strip() == "/reset":
+            chat.reset()
+        elif text.strip():
+            answer(chat, text, args, machine)
+
+
+def answer(chat: Chat, text: str, args, machine):
+    """Show one answer as it grows; Ctrl-C ends the answer, not the conversation, and a full context is said in one line."""
+    try:
+        chat.reply(text, write_chunk)
+        print(flush=True)
+        summarize(chat.generator, args, machine)
+    except KeyboardInterrupt:
+        print("\n(interrupted; the model has forgotten this turn)", file=sys.stderr)
+    except UserError as error:
+        print(f"generate.py: {error}", file=sys.stderr)
+
+
+def measure_perplexity(args):
+    """Print the model's perplexity on the whole of a text file."""
+    text = "\n".join(data.read_lines(args.perplexity))
+    generator, _, _ = load(args, [])
+    language_model = generator.language_model
+    window, stride = flags.window(args, language_model)
+    ids = language_model.tokenizer(text)["input_ids"]
+    if len(ids) < 2:
+        raise UserError(f"--perplexity {args.perplexity}: {len(ids)} tokens; a text needs two, for the first one is not predicted")
+    found = perplexity.likelihood(language_model, ids, window=window, stride=stride, progress=lambda items: tqdm(items, unit="window", leave=False, disable=None))
+    print(f"perplexity {found.perplexity:.4f} over {found.num_tokens:,} tokens ({window:,} a window, {stride:,} from one to the next); "
+          f"{found.total / math.log(2) / len(text.encode()):.4f} bits a byte")
+
+
+def main(args):
+    flags.check(args)
+    if args.interactive:
+        converse(args)
+    elif args.perplexity is not None:
+        measure_perplexity(args)
+    elif args.score is not None:
+        texts = read_scored(args.score, args.text_column, args)
+        show_scores(texts, read_references(args, len(texts)))
+    else:
+        texts = read_prompts(args)
+        flags.check_count(args, len(texts))
+        references = None if args.references is None else read_references(args, len(texts))
+        if args.check:
+            compare_with_generate(args, texts)
+        elif args.explain:
+            explain_tokens(args, texts)
+        elif args.compare:
+            compare_choices(args, texts)
+        else:
+            generate(args, texts, references)
+
+
+if __name__ == "__main__":
+    cli.run(make_parser(), main)
