@@ -1,0 +1,41 @@
+"""The bars and tables: what they show is what the filters do."""
+
+import re
+
+import torch
+
+from common.generation import explain, sampling
+from common.generation.sampling import Settings
+from language_models import train_byte_bpe
+
+
+def test_a_bar_is_as_long_as_its_share():
+    assert [explain.bar(share).rstrip() for share in (0, 1 / 64, 0.5, 1.0, 1.2)] == ["", "▏", "████", "████████", "████████"]
+    assert all(len(explain.bar(number / 100)) == explain.BAR for number in range(101))
+
+
+def test_stages_are_the_distribution_after_each_filter():
+    """Oracle: the last stage is what the exact sampler draws from; the first is the model's."""
+    logits, tokens = torch.randn(1, 300, generator=torch.Generator().manual_seed(0)) * 3, torch.tensor([[5, 6, 7]])
+    settings = Settings(sample=True, temperature=0.7, top_k=20, top_p=0.8, repetition_penalty=1.5)
+    found = explain.stages(logits, tokens, settings, prompt_length=3)
+    assert [name for name, _ in found] == ["model", "repetition penalty 1.5", "temperature 0.7", "top-k 20", "top-p 0.8"]
+    assert torch.equal(found[0][1], logits[0].softmax(-1))
+    expected = sampling.penalize_repetition(logits, tokens, 1.5)
+    for stage in sampling.distribution_filters(settings):
+        expected = stage.apply(expected, expected)
+    assert torch.equal(found[-1][1], expected[0].softmax(-1))
+
+
+def test_a_table_shows_the_chosen_token_and_every_share():
+    tokenizer = train_byte_bpe()
+    logits = torch.zeros(1, len(tokenizer))
+    logits[0, [40, 50, 60]] = torch.tensor([9.0, 8.0, 7.0])
+    found = explain.stages(logits, torch.tensor([[5]]), Settings(sample=True, top_k=2), prompt_length=1)
+    table = explain.show_token(3, 50, found, tokenizer)
+    lines = table.splitlines()
+    assert lines[0] == f"token 3: {tokenizer.decode([50])!r}, one of 2 kept of {len(tokenizer):,}"
+    row = next(line for line in lines if line.startswith(">"))
+    shares = [float(share) for share in re.findall(r"([\d.]+)%", row)]
+    assert shares == [round(100 * values[50].item(), 1) for _, values in found] and repr(tokenizer.decode([50])) in row
+    assert re.search(rf"{re.escape(repr(tokenizer.decode([60])))}.*%.* -", table)  # dropped by top-k

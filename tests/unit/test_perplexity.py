@@ -1,0 +1,39 @@
+"""Perplexity with strided windows against the definition, token by token."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.generation import perplexity
+from language_models import tiny_language_model
+
+
+@given(st.integers(0, 60), st.integers(2, 20), st.data())
+def test_each_token_but_the_first_is_scored_once_with_enough_before_it(length, window, data):
+    stride, scored = data.draw(st.integers(1, window - 1)), []
+    for begin, end, first in perplexity.windows(length, window=window, stride=stride):
+        assert begin < first and end - begin <= window
+        scored += range(first, end)
+        assert all(place - begin >= min(window - stride, place) for place in range(first, end))
+    assert scored == list(range(1, length))
+
+
+@pytest.mark.parametrize("window, stride", [(8, 4), (8, 7), (8, 1), (64, 32), (500, 250)])
+@pytest.mark.parametrize("chunk", [3, 256])
+def test_perplexity_is_the_definition(window, stride, chunk, monkeypatch):
+    """Oracle: one pass a token over exactly the tokens that its window shows, in fp64."""
+    monkeypatch.setattr(perplexity, "CHUNK", chunk)
+    language_model, ids = tiny_language_model("gpt2", scale=2.0), torch.randint(0, 211, (50,), generator=torch.Generator().manual_seed(0)).tolist()
+    found = perplexity.likelihood(language_model, ids, window=window, stride=stride)
+    language_model.model.double()
+    total = 0.0
+    with torch.inference_mode():
+        for begin, end, first in perplexity.windows(len(ids), window=window, stride=stride):
+            for place in range(first, end):
+                logits = language_model.model(torch.tensor([ids[begin:place]])).logits[0, -1]
+                total -= logits.log_softmax(-1)[ids[place]].item()
+    assert found.num_tokens == 49 and math.isclose(found.total, total, rel_tol=1e-5)
+    assert math.isclose(found.perplexity, math.exp(total / 49), rel_tol=1e-4)

@@ -1,0 +1,156 @@
+"""The filters against the library's own classes, bit for bit; the draws against exact probabilities."""
+
+import dataclasses
+
+import pytest
+import scipy.stats
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.generation import logits_process as library
+
+from common.generation import sampling
+from common.generation.sampling import Settings
+
+INFINITY = float("inf")
+DRAWS = 200_000
+
+
+def rows() -> dict[str, torch.Tensor]:
+    """Logits (4, V) that are hard for a filter."""
+    generator = torch.Generator().manual_seed(0)
+    smooth = torch.randn(4, 97, generator=generator) * 4
+    banned = smooth.clone()
+    banned[:, ::2] = -INFINITY
+    single = torch.full((4, 97), -INFINITY)
+    single[:, 5] = 1.0
+    return {"smooth": smooth, "bf16 with ties": smooth.bfloat16().float().round(), "all equal": torch.zeros(4, 97), "half -inf": banned, "one left": single,
+            "huge": smooth * 1e4, "two values": (smooth > 0).float()}
+
+
+FILTERS = {
+    "temperature": (sampling.scale_by_temperature, library.TemperatureLogitsWarper, (0.1, 0.7, 1.0, 3.0)),
+    "top_k": (sampling.keep_top_k, library.TopKLogitsWarper, (1, 2, 50, 96, 97, 98, 100_000)),
+    "top_p": (sampling.keep_top_p, library.TopPLogitsWarper, (0.0, 1e-9, 0.25, 0.5, 0.9, 0.999, 1.0)),
+    "min_p": (sampling.keep_min_p, library.MinPLogitsWarper, (0.0, 0.05, 0.5, 1.0)),
+    "typical_p": (sampling.keep_typical, library.TypicalLogitsWarper, (1e-6, 0.2, 0.5, 0.95, 0.999)),
+}
+
+
+@pytest.mark.parametrize("logits", rows().values(), ids=rows())
+@pytest.mark.parametrize("ours, theirs, value", [(ours, theirs, value) for ours, theirs, values in FILTERS.values() for value in values])
+def test_a_filter_equals_the_librarys(ours, theirs, value, logits):
+    before = logits.clone()
+    assert torch.equal(ours(logits, value), theirs(value)(None, logits.clone()))
+    assert torch.equal(logits, before)  # and leaves its input as it is
+
+
+NUMBERS = st.one_of(st.integers(-3, 3).map(float), st.floats(-50, 50, width=32), st.just(-INFINITY))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(NUMBERS, min_size=2, max_size=40).filter(lambda row: max(row) > -INFINITY), st.sampled_from(sorted(FILTERS)), st.floats(0.01, 0.99))
+def test_a_filter_equals_the_librarys_on_any_row(row, name, share):
+    ours, theirs, _ = FILTERS[name]
+    value = max(1, round(share * 50)) if name == "top_k" else share
+    logits = torch.tensor([row])
+    assert torch.equal(ours(logits, value), theirs(value)(None, logits.clone()))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 9), min_size=7, max_size=7), min_size=1, max_size=3), st.integers(1, 9), st.sampled_from([0.5, 1.1, 2.0]),
+       st.integers(0, 6))
+def test_history_filters_equal_the_librarys(ids, size, penalty, padding):
+    ids, starts = torch.tensor(ids), torch.tensor([padding] * len(ids))
+    logits = torch.randn(len(ids), 10, generator=torch.Generator().manual_seed(size))
+    theirs = library.RepetitionPenaltyLogitsProcessor(penalty, prompt_ignore_length=starts)(ids, logits.clone())
+    assert torch.equal(sampling.penalize_repetition(logits, ids, penalty, starts), theirs)
+    theirs = library.RepetitionPenaltyLogitsProcessor(penalty)(ids, logits.clone())
+    assert torch.equal(sampling.penalize_repetition(logits, ids, penalty), theirs)
+    theirs = library.NoRepeatNGramLogitsProcessor(size)(ids, logits.clone())
+    assert torch.equal(sampling.forbid_repeated_ngrams(logits, ids, size), theirs)
+    unpadded = library.NoRepeatNGramLogitsProcessor(size)(ids[:, padding:], logits.clone())  # padding is no text: as if it were not there
+    assert torch.equal(sampling.forbid_repeated_ngrams(logits, ids, size, starts), unpadded)
+
+
+@pytest.mark.parametrize("made", [0, 2, 3, 4])
+def test_no_end_before_the_minimum_equals_the_librarys(made):
+    options = Settings(min_new_tokens=3, end_ids=(2, 7))
+    logits, ids = torch.randn(2, 10), torch.zeros(2, 5 + made, dtype=torch.long)
+    [stage] = sampling.history_filters(options, prompt_length=5, starts=None, padding_is_text=True)
+    assert torch.equal(stage.apply(logits, ids), library.MinNewTokensLengthLogitsProcessor(5, 3, [2, 7])(ids, logits.clone()))
+
+
+def test_the_order_of_the_filters_is_the_documented_one():
+    options = Settings(sample=True, temperature=0.5, top_k=5, top_p=0.5, min_p=0.1, typical_p=0.5, repetition_penalty=2.0, no_repeat_ngram_size=2,
+                       min_new_tokens=1, end_ids=(0,))
+    names = [stage.name for stage in [*sampling.history_filters(options, prompt_length=1, starts=None, padding_is_text=True),
+                                      *sampling.distribution_filters(options)]]
+    assert names == ["repetition penalty 2", "no repeated 2-gram", "min 1 new tokens", "temperature 0.5", "top-k 5", "top-p 0.5", "min-p 0.1", "typical 0.5"]
+    assert sampling.distribution_filters(dataclasses.replace(options, sample=False)) == []
+
+
+DISTRIBUTIONS = {
+    "plain": {}, "temperature": {"temperature": 0.7}, "top-k": {"top_k": 20}, "top-k above the vocabulary": {"top_k": 5000}, "top-p": {"top_p": 0.9},
+    "top-p of nearly all": {"top_p": 0.9999}, "min-p": {"min_p": 0.05}, "tiny min-p": {"min_p": 1e-9}, "typical": {"typical_p": 0.8},
+    "all": {"temperature": 1.3, "top_k": 40, "top_p": 0.9, "min_p": 0.02, "typical_p": 0.9}, "top-p and typical": {"top_p": 0.8, "typical_p": 0.7},
+    "hot top-p": {"temperature": 2.0, "top_p": 0.95, "min_p": 0.01},
+}
+
+
+@pytest.mark.parametrize("flags", DISTRIBUTIONS.values(), ids=DISTRIBUTIONS)
+@pytest.mark.parametrize("kind", ["smooth", "flat", "ties"])
+def test_the_fast_sampler_draws_from_the_same_distribution(flags, kind):
+    """Oracle: the library's order of filters over the whole vocabulary of 3,000; its candidates are 1,024 at most."""
+    logits = torch.randn(5, 3000, generator=torch.Generator().manual_seed(1)) * (0.1 if kind == "flat" else 3)
+    logits = (logits * 2).round() / 2 if kind == "ties" else logits
+    options = Settings(sample=True, **flags)
+    exact = logits
+    for stage in sampling.distribution_filters(options):
+        exact = stage.apply(exact, exact)
+    exact = exact.softmax(-1)
+    found, ids = sampling.candidate_distribution(logits, options)
+    full = found if ids is None else torch.zeros_like(exact).scatter(-1, ids, found)
+    if kind == "ties" and ("top_p" in flags or "typical_p" in flags):  # which of the tokens that tie at the edge is in, the sort decides
+        exact, full = exact.sort(-1).values, full.sort(-1).values
+    assert torch.allclose(full, exact, atol=2e-6)
+    assert torch.allclose(full.sum(-1), torch.ones(5))
+
+
+def chi_square(drawn: torch.Tensor, probabilities: torch.Tensor) -> float:
+    """Return the p-value of draws against probabilities; cells with fewer than 10 expected are pooled."""
+    assert probabilities[drawn].min() > 0  # nothing outside the support
+    counts, expected = torch.bincount(drawn, minlength=len(probabilities)).double(), probabilities.double() / probabilities.double().sum() * len(drawn)
+    rare = expected < 10
+    counts, expected = (torch.cat([values[~rare], values[rare].sum()[None]]) for values in (counts, expected))
+    keep = expected > 0
+    return scipy.stats.chisquare(counts[keep].numpy(), (expected[keep] / expected[keep].sum() * counts[keep].sum()).numpy()).pvalue
+
+
+@pytest.mark.parametrize("sampler", ["exact", "fast"])
+@pytest.mark.parametrize("flags", [{}, {"top_k": 12}, {"top_p": 0.9}, {"temperature": 0.8, "min_p": 0.03}], ids=str)
+def test_draws_follow_the_probabilities(sampler, flags):
+    """200,000 draws by chi-square; the same draws against a temperature that is off by 5 % must fail, or the test has no power."""
+    logits = torch.randn(1, 60, generator=torch.Generator().manual_seed(2)) * 2
+    options = Settings(sample=True, **flags)
+    if sampler == "exact":
+        drawn = sampling.draw_exactly(logits.expand(DRAWS, -1), options, torch.Generator().manual_seed(3))
+    else:
+        drawn = sampling.draw_fast(logits.expand(DRAWS, -1), options, torch.rand(DRAWS, dtype=torch.float64, generator=torch.Generator().manual_seed(3)))
+    kept = logits
+    for stage in sampling.distribution_filters(options):
+        kept = stage.apply(kept, kept)
+    assert chi_square(drawn, kept[0].softmax(-1)) > 1e-3
+    assert chi_square(drawn, (kept[0] / 1.05).softmax(-1)) < 1e-6
+
+
+def test_the_fast_draw_never_leaves_the_support_at_the_edges():
+    logits = torch.tensor([[-INFINITY, 0.0, -INFINITY, 0.0, -INFINITY]]).expand(3, -1)
+    edges = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
+    assert sampling.draw_fast(logits, Settings(sample=True), edges).tolist() == [1, 3, 3]
+
+
+def test_random_numbers_of_a_row_do_not_depend_on_its_neighbours():
+    many = sampling.row_uniforms(7, [(0, 0), (0, 1), (5, 0)], 50)
+    assert torch.equal(many[2:], sampling.row_uniforms(7, [(5, 0)], 50)) and torch.equal(many[:, :20], sampling.row_uniforms(7, [(0, 0), (0, 1), (5, 0)], 20))
+    assert len({tuple(row) for row in [*many.tolist(), *sampling.row_uniforms(8, [(0, 0)], 50).tolist()]}) == 4
