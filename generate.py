@@ -206,7 +206,7 @@ def write_chunk(chunk: str):
 def summarize(generator: Generator, args, machine):
     """Print the summary line on stderr, dim on a terminal."""
     if machine.is_main and generator.timing.new_tokens:
-        line = generator.timing.summary(runtime.peak_memory_bytes(machine.device)) + (" (process 0)" if machine.world_size > 1 else "")
+        line = generator.summary(runtime.peak_memory_bytes(machine.device)) + (" (process 0)" if machine.world_size > 1 else "")
         print(f"\x1b[2m{line}\x1b[0m" if sys.stderr.isatty() else line, file=sys.stderr, flush=True)
 
 

@@ -56,16 +56,6 @@ class Timing:
         self.prefill_seconds += prefill_seconds
         self.decode_seconds += decode_seconds
 
-    def summary(self, peak_memory_bytes: int) -> str:
-        """Return one line for a person."""
-        parts = [f"prompt {self.prompt_tokens:,} tokens, {_rate(self.prompt_tokens, self.prefill_seconds)}",
-                 f"text {self.new_tokens:,} tokens, {_rate(self.decode_tokens, self.decode_seconds)}",
-                 f"first token after {self.first_token_seconds:.2f} s", f"peak memory {peak_memory_bytes / 1e6:,.0f} MB"]
-        if self.guesses.offered:
-            share = self.guesses.right / self.guesses.offered
-            parts.append(f"lookup: {self.guesses.right:,} of {self.guesses.offered:,} guessed tokens accepted ({share:.0%})")
-        return "; ".join(parts)
-
 
 @dataclass(frozen=True)
 class Options:
@@ -146,6 +136,17 @@ class Generator:
                 show(chunk)
             if stream.stopped:
                 row.finish_reason, step.ended[number] = "stop", True
+
+    def summary(self, peak_memory_bytes: int) -> str:
+        """Return one line for a person: tokens a second, time to the first token, memory, and with guesses how many were right."""
+        timing, guesses = self.timing, self.timing.guesses
+        parts = [f"prompt {timing.prompt_tokens:,} tokens, {_rate(timing.prompt_tokens, timing.prefill_seconds)}",
+                 f"text {timing.new_tokens:,} tokens, {_rate(timing.decode_tokens, timing.decode_seconds)}",
+                 f"first token after {timing.first_token_seconds:.2f} s", f"peak memory {peak_memory_bytes / 1e6:,.0f} MB"]
+        if self.options.lookup:
+            share = guesses.right / max(guesses.offered, 1)
+            parts.append(f"lookup: {guesses.right:,} of {guesses.offered:,} guessed tokens accepted ({share:.0%})")
+        return "; ".join(parts)
 
 
 def logprobs(step: decoding.Step, count: int, tokenizer) -> list[dict]:

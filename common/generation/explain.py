@@ -1,5 +1,6 @@
 """The distribution made visible: what each filter does to the likeliest tokens, and greedy, top-k and top-p side by side."""
 
+import itertools
 import textwrap
 from collections.abc import Iterator
 from dataclasses import replace
@@ -74,9 +75,10 @@ def compared_settings(settings: Settings) -> dict[str, Settings]:
 
 
 def side_by_side(texts: dict[str, Completion], width: int) -> str:
-    """Return texts as columns of a table that is `width` characters wide."""
+    """Return texts as columns, all together `width` characters wide; what can't be shown, such as a control character, becomes a space."""
     column = max(20, (width - 2 * (len(texts) - 1)) // len(texts))
-    wrapped = [[piece for paragraph in found.text.strip("\n").split("\n") for piece in textwrap.wrap(paragraph, column) or [""]] for found in texts.values()]
-    lines = [[found[number] if number < len(found) else "" for found in wrapped] for number in range(max(map(len, wrapped)))]
-    heads = [name.ljust(column) for name in texts]
-    return tabulate(lines, heads, tablefmt="simple", disable_numparse=True, colalign=["left"] * len(heads))
+    wrapped = []
+    for name, found in texts.items():
+        paragraphs = ["".join(char if char.isprintable() else " " for char in paragraph) for paragraph in found.text.strip("\n").split("\n")]
+        wrapped.append([name, "-" * column, *(piece for paragraph in paragraphs for piece in textwrap.wrap(paragraph, column) or [""])])
+    return "\n".join("  ".join(cell.ljust(column) for cell in cells).rstrip() for cells in itertools.zip_longest(*wrapped, fillvalue=""))
