@@ -57,11 +57,28 @@ def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
 def keep_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
     """Keep the smallest set of likeliest tokens whose probabilities reach p, one at least (Holtzman et al. 2020).
 
-    It sums from the unlikely end and sorts the whole vocabulary, as `generate` does: among tied tokens the sort decides which is in,
-    so only the same sort gives the same tokens.
+    It sums from the unlikely end over the whole vocabulary, as `generate` does, so that every rounding is the same. Where top-k has left few
+    tokens, the sorted row is known without a sort: -inf, and those few.
     """
+    few = int((logits > -torch.inf).sum(-1).max())
+    if few > CANDIDATES:
+        return _keep_top_p_by_sorting(logits, p)
+    ascending = torch.full_like(logits, -torch.inf)
+    ascending[..., logits.shape[-1] - few :] = logits.topk(few).values.flip(-1)
+    out = ascending.softmax(-1).cumsum(-1) <= 1 - p  # (B, V), in sorted order: a run at the beginning
+    out[..., -1] = False
+    count = out.sum(-1, keepdim=True)
+    least, below = ascending.gather(-1, count), ascending.gather(-1, (count - 1).clamp(min=0))
+    kept = logits.masked_fill(logits < least, -torch.inf)
+    tied = ((least == below) & (count > 0) & (least > -torch.inf)).squeeze(-1)  # (B): where the limit parts equal tokens,
+    if bool(tied.any()):
+        kept[tied] = _keep_top_p_by_sorting(logits[tied], p)  # only the same sort can say which of them are in
+    return kept
+
+
+def _keep_top_p_by_sorting(logits: torch.Tensor, p: float) -> torch.Tensor:
     ascending, order = logits.sort(descending=False)
-    out = ascending.softmax(-1).cumsum(-1) <= 1 - p  # (B, V), in sorted order
+    out = ascending.softmax(-1).cumsum(-1) <= 1 - p
     out[..., -1] = False
     return logits.masked_fill(out.scatter(-1, order, out), -torch.inf)
 

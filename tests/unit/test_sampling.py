@@ -24,7 +24,9 @@ def rows() -> dict[str, torch.Tensor]:
     banned[:, ::2] = -INFINITY
     single = torch.full((4, 97), -INFINITY)
     single[:, 5] = 1.0
-    return {"smooth": smooth, "bf16 with ties": smooth.bfloat16().float().round(), "all equal": torch.zeros(4, 97), "half -inf": banned, "one left": single,
+    wide = torch.randn(4, 3000, generator=generator) * 4
+    few = wide.masked_fill(wide < wide.topk(50).values[:, -1:], -INFINITY)
+    return {"wide": wide, "few left of many": few, "few left, with ties": few.round(), "smooth": smooth, "bf16 with ties": smooth.bfloat16().float().round(), "all equal": torch.zeros(4, 97), "half -inf": banned, "one left": single,
             "huge": smooth * 1e4, "two values": (smooth > 0).float()}
 
 
@@ -43,6 +45,19 @@ def test_a_filter_equals_the_librarys(ours, theirs, value, logits):
     before = logits.clone()
     assert torch.equal(ours(logits, value), theirs(value)(None, logits.clone()))
     assert torch.equal(logits, before)  # and leaves its input as it is
+
+
+@pytest.mark.parametrize("place", range(0, 60, 3))
+def test_a_filter_equals_the_librarys_where_the_mass_is_reached_exactly(place):
+    """transformers #18976, #19839: the limit is itself one of the sums that it is compared with."""
+    logits = torch.randn(1, 60, generator=torch.Generator().manual_seed(place)) * 2
+    logits = logits.round() if place % 2 else logits
+    likely = logits.sort(descending=False).values.softmax(-1).cumsum(-1)[0, place].item()
+    assert torch.equal(sampling.keep_top_p(logits, 1 - likely), library.TopPLogitsWarper(1 - likely)(None, logits))
+    surprise = -logits.log_softmax(-1)
+    order = (surprise - (surprise * (-surprise).exp()).sum(-1, keepdim=True)).abs().argsort(-1)
+    typical = min(logits.gather(-1, order).softmax(-1).cumsum(-1)[0, place].item(), 0.999)
+    assert torch.equal(sampling.keep_typical(logits, typical), library.TypicalLogitsWarper(typical)(None, logits))
 
 
 NUMBERS = st.one_of(st.integers(-3, 3).map(float), st.floats(-50, 50, width=32), st.just(-INFINITY))
@@ -99,11 +114,11 @@ DISTRIBUTIONS = {
 
 
 @pytest.mark.parametrize("flags", DISTRIBUTIONS.values(), ids=DISTRIBUTIONS)
-@pytest.mark.parametrize("kind", ["smooth", "flat", "ties"])
+@pytest.mark.parametrize("kind", ["smooth", "flat", "ties", "a hundred ties at the top"])
 def test_the_fast_sampler_draws_from_the_same_distribution(flags, kind):
     """Oracle: the library's order of filters over the whole vocabulary of 3,000; its candidates are 1,024 at most."""
     logits = torch.randn(5, 3000, generator=torch.Generator().manual_seed(1)) * (0.1 if kind == "flat" else 3)
-    logits = (logits * 2).round() / 2 if kind == "ties" else logits
+    logits = (logits * 2).round() / 2 if kind == "ties" else logits.clamp(max=5) if kind == "a hundred ties at the top" else logits
     options = Settings(sample=True, **flags)
     exact = logits
     for stage in sampling.distribution_filters(options):
@@ -111,7 +126,7 @@ def test_the_fast_sampler_draws_from_the_same_distribution(flags, kind):
     exact = exact.softmax(-1)
     found, ids = sampling.candidate_distribution(logits, options)
     full = found if ids is None else torch.zeros_like(exact).scatter(-1, ids, found)
-    if kind == "ties" and ("top_p" in flags or "typical_p" in flags):  # which of the tokens that tie at the edge is in, the sort decides
+    if "ties" in kind and ("top_p" in flags or "typical_p" in flags):  # which of the tokens that tie at the edge is in, the sort decides
         exact, full = exact.sort(-1).values, full.sort(-1).values
     assert torch.allclose(full, exact, atol=2e-6)
     assert torch.allclose(full.sum(-1), torch.ones(5))
