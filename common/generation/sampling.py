@@ -173,10 +173,7 @@ def draw_fast(logits: torch.Tensor, settings: Settings, uniforms: torch.Tensor) 
     """Return tokens (B) drawn from the distribution of the same filters, by one uniform number (B) in [0, 1) a row, in fp64."""
     probabilities, ids = candidate_distribution(logits, settings)
     cumulative = probabilities.double().cumsum(-1)  # (B, C)
-    total = cumulative[:, -1:]
-    place = (cumulative <= uniforms[:, None] * total).sum(-1, keepdim=True)
-    last = (cumulative < total).sum(-1, keepdim=True)  # rounding can lift the threshold to the total itself
-    place = torch.minimum(place, last)
+    place = (cumulative <= uniforms[:, None] * cumulative[:, -1:]).sum(-1, keepdim=True)  # at most 1 - 2**-53 times the total: below it, rounded too
     return (place if ids is None else ids.gather(-1, place)).squeeze(-1)
 
 
