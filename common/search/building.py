@@ -1,0 +1,203 @@
+"""Texts -> an index: what is new is encoded block by block, and each block is committed before the next begins."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from common.errors import UserError
+from common.search import passages
+from common.search.encoding import Encoder
+from common.search.snapshot import HASH, ID, PASSAGE, PASSAGES, START, TEXT, VECTOR, Snapshot
+from common.search.store import Store, vector_array
+from common.search.texts import Collection, ids_of
+
+NEW, SAME, CHANGED, REPEATED = range(4)  # what a row is to the index; of rows with the same text and no ids the first counts
+SCAN = 10_000  # rows looked at in one go
+CHECKED = {"fingerprint": "--model", "width": "--model", "pooling": "--model", "max_length": "--max-length", "id_column": "--id-column",
+           "chunk_overlap": "--chunk and --chunk-overlap"}  # settings of an index, and the flag that must agree with each
+
+
+@dataclass
+class Counts:
+    """What became of the texts; `encoded` counts the different ones that went through the model, `cut` those that lost their end there."""
+
+    added: int = 0
+    updated: int = 0
+    unchanged: int = 0
+    repeated: int = 0
+    bad: int = 0
+    encoded: int = 0
+    cut: int = 0
+
+
+class Lookup:
+    """Digest (16 bytes) -> row, in 24 bytes an entry: a dict of them would take ten times as much."""
+
+    def __init__(self):
+        self.keys, self.rows, self.recent = np.empty(0, "S16"), np.empty(0, np.int64), {}
+
+    def find(self, digests: list[bytes]) -> np.ndarray:
+        """Return the row of each digest, -1 for one that was never added."""
+        wanted = np.array(digests, dtype="S16")
+        places = np.minimum(np.searchsorted(self.keys, wanted), max(len(self.keys) - 1, 0))
+        found = np.where(self.keys[places] == wanted, self.rows[places], -1) if len(self.keys) else np.full(len(wanted), -1)
+        return np.array([self.recent.get(digest, row) for digest, row in zip(digests, found)], dtype=np.int64)
+
+    def add(self, digests: list[bytes], rows):
+        """Add entries; a digest that is there already gets the new row."""
+        self.recent.update(zip(digests, map(int, rows)))
+        if len(self.recent) > max(65_536, len(self.keys) // 8):
+            fresh = np.array(list(self.recent), dtype="S16")
+            kept = ~np.isin(self.keys, fresh)
+            keys = np.concatenate([self.keys[kept], fresh])
+            rows, order = np.concatenate([self.rows[kept], np.array(list(self.recent.values()))]), np.argsort(keys)
+            self.keys, self.rows, self.recent = keys[order], rows[order], {}
+
+
+def digest(text: str) -> bytes:
+    """Return the hash (16 bytes) by which texts and ids are compared."""
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def settings_of(encoder: Encoder, *, id_column: str | None, chunk_overlap: int | None) -> dict:
+    """Return what an index remembers of how it is made; `chunk_overlap` is None for whole texts."""
+    return {**encoder.identity(), "id_column": id_column, "chunk_overlap": chunk_overlap}
+
+
+def check_settings(index: str, wanted: dict, settings: dict):
+    """Raise UserError when an index was made in another way than is wanted now."""
+    for name, flag in CHECKED.items():
+        if name in wanted and wanted[name] != settings[name]:
+            was, now = ((f"{one['model']} ({one[name][:12]})" if name == "fingerprint" else one[name]) for one in (settings, wanted))
+            raise UserError(f"--index {index}: it was made with {name} {was}, not {now}: their vectors or rows can't be compared; "
+                            f"give the same {flag}, or another --index")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a block's rows are to the index: `known` is the first row of the document that is there, -1 for none."""
+
+    ids: list[str]
+    hashes: list[bytes]  # of the text (16 bytes) and of the metadata (16 bytes)
+    known: np.ndarray
+    state: np.ndarray
+
+
+class Builder:
+    """Brings a collection's texts into a store."""
+
+    def __init__(self, store: Store, encoder: Encoder, *, update: bool = False, skip_bad: bool = False):
+        self.store, self.encoder, self.update, self.skip_bad = store, encoder, update, skip_bad
+        self.id_column, self.chunk_overlap = (store.snapshot.settings[name] for name in ("id_column", "chunk_overlap"))
+        self.documents, self.passages, self.seen, self.counts = Lookup(), Lookup(), Lookup(), Counts()
+        self._scan(store.snapshot)
+
+    def check(self, collection: Collection):
+        """Raise UserError, before anything is written, when the collection has other columns than the index, or changed rows without `update`."""
+        columns = self.store.snapshot.manifest["columns"]
+        given = {field.name: str(field.type) for field in collection.rows.schema if field.name != TEXT}
+        if self.store.snapshot.num_rows and columns != given:
+            differing = sorted(dict(columns.items() ^ given.items()))[0]
+            raise UserError(f"{collection.name}: column {differing!r} is {given.get(differing, 'not there')}, in the index it is "
+                            f"{columns.get(differing, 'not there')}; bring the columns in line, or use another --index")
+        seen = Lookup()
+        for table in collection.blocks(SCAN) if not self.update and self.store.snapshot.num_rows else ():
+            plan = self._plan(table, seen)
+            for place in np.flatnonzero(plan.state == CHANGED)[:1]:
+                raise UserError(f"{collection.place(table['row'][int(place)].as_py())}: the index has id {plan.ids[place]!r} with another text or "
+                                "other columns; give --update to replace it")
+
+    def add(self, table: pa.Table, collection: Collection):
+        """Encode what is new in a block of the collection, and commit it; with `update`, what changed is replaced in the same commit."""
+        plan = self._plan(table, self.seen)
+        chosen = np.flatnonzero((plan.state == NEW) | (plan.state == CHANGED))
+        rows, chosen = self._encode(table, chosen, plan, collection)
+        changed = plan.known[chosen][plan.state[chosen] == CHANGED]
+        replaced = [row + number for row, first in zip(changed, self.store.snapshot.take(changed, [PASSAGES])) for number in range(first[PASSAGES])]
+        if rows is not None:
+            before = self.store.snapshot.num_rows
+            self.store.commit(rows, replaced)
+            places = before + np.arange(len(rows))
+            self.passages.add([digest(text) for text in rows[TEXT].to_pylist()], places)
+            self.documents.add([digest(plan.ids[place]) for place in chosen], places[rows[PASSAGE].to_numpy() == 0])
+        self._count(plan, chosen)
+
+    def _scan(self, snapshot: Snapshot):
+        """Take in the documents and passages that are there."""
+        rows = np.flatnonzero(snapshot.alive())
+        for start in range(0, len(rows), SCAN):
+            here = rows[start : start + SCAN]
+            found = snapshot.take(here, [ID, PASSAGE, TEXT])
+            self.passages.add([digest(row[TEXT]) for row in found], here)
+            firsts = [place for place, row in enumerate(found) if row[PASSAGE] == 0]
+            self.documents.add([digest(found[place][ID]) for place in firsts], here[firsts])
+
+    def _plan(self, table: pa.Table, seen: Lookup) -> Plan:
+        """Compare a block's rows with the store, and with the rows `seen` before, to which they are added."""
+        metadata = table.drop_columns(["row", TEXT]).to_pylist()
+        hashes = [digest(text) + digest(json.dumps(values, default=str, sort_keys=True)) for text, values in zip(table[TEXT].to_pylist(), metadata)]
+        ids = ids_of(table, self.id_column)
+        keys = [digest(key) for key in ids]
+        known = self.documents.find(keys)
+        state, there = np.full(len(ids), NEW), np.flatnonzero(known >= 0)
+        state[there] = [SAME if row[HASH] == hashes[place] else CHANGED for row, place in zip(self.store.snapshot.take(known[there], [HASH]), there)]
+        firsts = {key: place for place, key in reversed(list(enumerate(keys)))}
+        state[(seen.find(keys) >= 0) | np.array([firsts[key] != place for place, key in enumerate(keys)])] = REPEATED
+        seen.add(keys, range(len(keys)))
+        return Plan(ids, hashes, known, state)
+
+    def _encode(self, table: pa.Table, chosen: np.ndarray, plan: Plan, collection: Collection) -> tuple[pa.Table | None, np.ndarray]:
+        """Return the rows to store, one a passage, of the chosen texts, and which texts these are: with `skip_bad`, those that have a vector."""
+        texts = table[TEXT].take(pa.array(chosen)).to_pylist()
+        parts = [[(0, text)] for text in texts] if self.chunk_overlap is None else passages.split(texts, self.encoder, overlap=self.chunk_overlap)
+        cuts = [(owner, number, *cut) for owner, cut_texts in enumerate(parts) for number, cut in enumerate(cut_texts)]
+        owners = np.array([cut[0] for cut in cuts], dtype=np.int64)
+        vectors = self._vectors([cut[3] for cut in cuts])
+        ruined = np.unique(owners[~np.isfinite(vectors).all(1)])
+        if len(ruined) and not self.skip_bad:
+            place = collection.place(table["row"][int(chosen[ruined[0]])].as_py())
+            raise UserError(f"{place}: the model gives no direction (NaN, infinity or zeros) for this text; earlier blocks are kept; "
+                            "remove the row, pass it over with --skip-bad, or try --precision fp32")
+        kept = ~np.isin(owners, ruined)
+        if not kept.any():
+            return None, chosen[:0]
+        cuts, owners, sizes = [cut for cut, good in zip(cuts, kept) if good], owners[kept], np.bincount(owners)
+        metadata = table.drop_columns(["row", TEXT]).take(pa.array(chosen[owners]))
+        own = {ID: pa.array([plan.ids[chosen[owner]] for owner in owners]),
+               HASH: pa.array([plan.hashes[chosen[owner]] for owner in owners], pa.binary(32)),
+               PASSAGE: pa.array([cut[1] for cut in cuts], pa.int32()), PASSAGES: pa.array(sizes[owners], pa.int32()),
+               START: pa.array([cut[2] for cut in cuts], pa.int32()), TEXT: pa.array([cut[3] for cut in cuts], pa.large_string())}
+        columns = {**own, **{name: metadata[name] for name in metadata.column_names}, VECTOR: vector_array(vectors[kept])}
+        return pa.table(columns), chosen[np.unique(owners)]
+
+    def _vectors(self, texts: list[str]) -> np.ndarray:
+        """Return a unit vector (texts, width) for each text: from the store where it has the text already, else from the model."""
+        known = self.passages.find([digest(text) for text in texts])
+        vectors, fresh = np.empty((len(texts), self.encoder.width), np.float32), np.flatnonzero(known < 0)
+        vectors[known >= 0] = self.store.snapshot.vectors_of(known[known >= 0])
+        if len(fresh):
+            vectors[fresh] = self.encoder.encode_unit([texts[place] for place in fresh], role="document")
+        return vectors
+
+    def _count(self, plan: Plan, chosen: np.ndarray):
+        counts = self.counts
+        counts.added += int((plan.state[chosen] == NEW).sum())
+        counts.updated += int((plan.state[chosen] == CHANGED).sum())
+        counts.unchanged += int((plan.state == SAME).sum())
+        counts.repeated += int((plan.state == REPEATED).sum())
+        counts.bad += int(np.isin(plan.state, (NEW, CHANGED)).sum()) - len(chosen)
+        counts.encoded, counts.cut = self.encoder.num_encoded, self.encoder.num_cut
+
+
+def rows_with_ids(snapshot: Snapshot, ids: list[str]) -> tuple[np.ndarray, list[str]]:
+    """Return the live rows of some documents, and those ids that the index does not have."""
+    rows, found = [], set()
+    for start, segment in zip(snapshot.starts, snapshot.segments):
+        here = np.flatnonzero(pc.is_in(segment.table[ID], value_set=pa.array(ids)).to_numpy() & segment.alive)
+        rows.append(here + start)
+        found.update(segment.table[ID].take(pa.array(here)).to_pylist())
+    return np.concatenate([np.zeros(0, np.int64), *rows]).astype(np.int64), [key for key in ids if key not in found]

@@ -1,0 +1,94 @@
+"""Exact nearest neighbours: which rows have the highest cosine with a query, in an order that never depends on chance.
+
+The vectors stream through in blocks of fp32 matrix products. What comes within the rounding error of the k-th best is computed again in float64,
+always in the same way for a row, and ordered by that score; equal scores go to the lower row. So the answer is that of float64 brute force.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+BLOCK = 16_384  # rows a matrix product: with 64 queries its scores stay in the cache
+GROUP = 64  # rows of which only the highest score is looked at first: topk over all scores would take longer than the product
+LOWEST = torch.finfo(torch.float32).min  # below every cosine, above the -inf of rows that don't count
+
+
+def rounding_error(width: int) -> float:
+    """Return what an fp32 dot product of two unit vectors can be off by at most (Higham 2002, section 3.1), with their own rounding."""
+    return (width + 8) * 2.0**-24
+
+
+@dataclass
+class Best:
+    """The rows that may be among the k best of each query so far: (query, row, fp32 score) in pieces, and a floor under the k-th score."""
+
+    num_queries: int
+    k: int
+    margin: float
+    pieces: list = field(default_factory=list)
+
+    def __post_init__(self):
+        self.scores = torch.full((self.num_queries, self.k), -torch.inf)  # k real scores a query: the last is a bound from below
+
+    def add(self, scores: torch.Tensor, start: int):
+        """Take in the scores (queries, rows) of the rows from `start` on; -inf for rows that don't count."""
+        size = scores.shape[1]
+        group = GROUP if size % GROUP == 0 and size // GROUP >= self.k else 1
+        grouped = scores.view(self.num_queries, size // group, group)
+        peaks = grouped.amax(-1) if group > 1 else scores
+        best_here = peaks.topk(min(self.k, peaks.shape[1]), sorted=False).values
+        self.scores = torch.cat([self.scores, best_here], 1).topk(self.k).values
+        floor = (self.scores[:, -1] - self.margin).clamp_min(LOWEST)  # (queries)
+        query, place = (peaks >= floor[:, None]).nonzero(as_tuple=True)
+        if len(query) == 0:
+            return
+        members = grouped[query, place]  # (hits, group)
+        hit, member = (members >= floor[query, None]).nonzero(as_tuple=True)
+        self.pieces.append((query[hit].numpy(), (start + place[hit] * group + member).numpy(), members[hit, member].numpy()))
+
+    def candidates(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return (query, row) of all that may be among the best, by query and row."""
+        if not self.pieces:
+            return np.zeros(0, np.int64), np.zeros(0, np.int64)
+        query, row, score = (np.concatenate(parts) for parts in zip(*self.pieces))
+        possible = score >= (self.scores[:, -1].numpy() - self.margin)[query]
+        order = np.lexsort((row[possible], query[possible]))
+        return query[possible][order], row[possible][order]
+
+
+def search(blocks, queries: np.ndarray, k: int, *, vectors_of, alive: np.ndarray | None = None) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return for each query the rows of the k highest cosines, best first, and these cosines in float64; fewer where there are fewer rows.
+
+    `blocks` yields (first row, unit vectors (n, width) in fp32), `queries` (q, width) are unit vectors, `vectors_of` gives the vectors of row
+    numbers, `alive` (rows) is False for rows that don't count. Equal cosines: the lower row comes first.
+    """
+    wanted, best = torch.from_numpy(np.ascontiguousarray(queries, np.float32)), Best(len(queries), k, 2 * rounding_error(queries.shape[1]))
+    buffer = torch.empty(len(queries) * BLOCK)
+    for start, vectors in blocks:
+        here = None if alive is None else alive[start : start + len(vectors)]
+        if here is not None and not here.any():
+            continue
+        scores = buffer[: len(queries) * len(vectors)].view(len(queries), len(vectors))
+        torch.mm(wanted, torch.from_numpy(vectors).T, out=scores)
+        if here is not None and not here.all():
+            scores[:, torch.from_numpy(~here)] = -torch.inf
+        best.add(scores, start)
+    query, row = best.candidates()
+    bounds = np.searchsorted(query, np.arange(len(queries) + 1))
+    return [ranked(row[first:last], queries[number], vectors_of, k) for number, (first, last) in enumerate(zip(bounds, bounds[1:]))]
+
+
+def ranked(rows: np.ndarray, query: np.ndarray, vectors_of, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the k of `rows` with the highest float64 cosine with a query, best first, equal ones by row, and the cosines."""
+    scores = np.concatenate([np.zeros(0), *(exact_scores(vectors_of(rows[at : at + BLOCK]), query) for at in range(0, len(rows), BLOCK))])
+    order = np.lexsort((rows, -scores))[:k]
+    return rows[order], scores[order]
+
+
+def exact_scores(vectors: np.ndarray, query: np.ndarray) -> np.ndarray:
+    """Return float64 dot products (n) of vectors (n, width) with one vector, or row by row with (n, width).
+
+    A matrix product would add up a row's terms in an order that depends on its place, and so part equal rows in the last digit.
+    """
+    return (vectors.astype(np.float64) * query.astype(np.float64)).sum(-1)

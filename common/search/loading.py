@@ -1,0 +1,128 @@
+"""A sentence-transformers model or a cross-encoder: found, checked to be safe, loaded.
+
+Weights are read from safetensors only and no code comes with a model: its modules must be sentence-transformers' own.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import huggingface_hub
+import huggingface_hub.errors
+import huggingface_hub.utils
+import safetensors
+import torch
+import transformers
+from sentence_transformers import CrossEncoder, SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+from common import assets, hub
+from common.errors import UserError, one_line
+
+FILES_READ = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # of a model on the Hub; no pickles, no ONNX, no code
+FILES_LEFT = ["onnx/*", "openvino/*"]
+PICKLED = ("*.bin", "*.pt", "*.pkl")
+KNOWN_FAULTS = ("trust_remote_code", "model_type", "Sentence Transformers", "model.safetensors", "tokenizer", "Unrecognized", "size mismatch")
+
+transformers.utils.logging.set_verbosity_error()  # what matters of its warnings is checked and said here
+transformers.utils.logging.disable_progress_bar()
+
+
+def find_folder(name: str, *, flag: str, cache_dir: str | None) -> Path:
+    """Return the local folder of a bundled, local or Hub model; a Hub model's files are downloaded to `cache_dir` first.
+
+    Raises UserError, naming `flag`, when it can't be found or reached, or has weights only as pickles.
+    """
+    if assets.is_bundled(name):
+        return assets.model_folder(name)
+    folder = Path(name)
+    if not folder.is_dir():
+        if folder.exists() or name.startswith((".", "/")) or name.count("/") > 1 or not name:
+            raise UserError(f"{flag} {name}: no such folder; check the path, or use {', '.join(assets.MODELS)}")
+        folder = _download(name, flag=flag, cache_dir=cache_dir)
+    if not (folder / "config.json").is_file() and not (folder / "modules.json").is_file():
+        raise UserError(f"{flag} {name}: the folder has neither modules.json nor config.json; name the folder of a saved model")
+    _refuse_pickles(folder, f"{flag} {name}")
+    return folder
+
+
+def _download(name: str, *, flag: str, cache_dir: str | None) -> Path:
+    reachable = hub.is_reachable()
+    try:
+        found = huggingface_hub.snapshot_download(name, cache_dir=cache_dir, allow_patterns=FILES_READ, ignore_patterns=FILES_LEFT,
+                                                  local_files_only=not reachable)
+    except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.HFValidationError) as error:
+        raise UserError(f"{flag} {name}: neither a local folder nor a model on the Hub that you may read; check the name (a private one needs "
+                        f"`hf auth login`), or use {', '.join(assets.MODELS)}") from error
+    except huggingface_hub.errors.LocalEntryNotFoundError as error:
+        raise UserError(f"{flag} {name}: no such local folder, and the Hub can't be reached; use a local folder or {', '.join(assets.MODELS)}") from error
+    if not reachable:
+        hub.say_cached(f"{flag} {name}")
+    return Path(found)
+
+
+def _refuse_pickles(folder: Path, place: str):
+    """Raise UserError for a folder (or one of its modules' folders) whose weights are pickles without a safetensors file beside them."""
+    for part in (folder, *(path for path in folder.iterdir() if path.is_dir() and path.name[:1].isdigit())):
+        pickled = sorted(path.name for pattern in PICKLED for path in part.glob(pattern) if path.name != "training_args.bin")
+        if pickled and not any(part.glob("*.safetensors")):
+            raise UserError(f"{place}: {part / pickled[0]} is pickled weights, which are never read, for they can run code; "
+                            "use a version of the model with safetensors, or convert it first")
+
+
+def load_embedder(name: str, *, cache_dir: str | None) -> SentenceTransformer:
+    """Return a sentence-transformers model on the CPU in fp32; a plain encoder without modules.json gets mean pooling, as there.
+
+    Raises UserError when it can't be read, or takes something else than texts.
+    """
+    model = _load(SentenceTransformer, name, flag="--model", cache_dir=cache_dir)
+    if not isinstance(model[0], Transformer) or "text" not in model[0].modality_config:
+        raise UserError(f"--model {name}: its first module is {type(model[0]).__name__}; only transformers that read texts can be used")
+    tokenizer = model[0].tokenizer
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # what transformers makes up when the files are not there
+        raise UserError(f"--model {name}: it has no tokenizer, or one without words; copy the files of its tokenizer into the folder")
+    return model
+
+
+def load_reranker(name: str, *, cache_dir: str | None, device: torch.device) -> CrossEncoder:
+    """Return a cross-encoder with one output on its device. Raises UserError when it can't be read, or gives several scores a pair."""
+    model = _load(CrossEncoder, name, flag="--rerank", cache_dir=cache_dir).to(device)
+    if model.num_labels != 1:
+        raise UserError(f"--rerank {name}: it gives {model.num_labels} scores a pair; name a cross-encoder with one, such as cross-encoder/ms-marco-MiniLM-L6-v2")
+    return model
+
+
+def _load(model_class, name: str, *, flag: str, cache_dir: str | None):
+    folder = find_folder(name, flag=flag, cache_dir=cache_dir)
+    try:
+        return model_class(str(folder), device="cpu", local_files_only=True, trust_remote_code=False,
+                           model_kwargs={"use_safetensors": True, "dtype": torch.float32})
+    except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError, json.JSONDecodeError) as error:
+        if isinstance(error, RuntimeError | KeyError) and not any(known in str(error) for known in KNOWN_FAULTS):
+            raise
+        raise UserError(f"{flag} {name}: {one_line(error).rstrip('.')}; mend its files or name another model") from error
+
+
+def fingerprint(model: SentenceTransformer) -> str:
+    """Return the SHA-256 of all that makes a model's vectors: its weights, its tokenizer, its modules' settings and its prompts.
+
+    The length at which texts are cut, and the precision, are no part of it.
+    """
+    tokenizer = model[0].tokenizer
+    words = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
+    if tokenizer.is_fast:
+        words.update(truncation=None, padding=None)  # every call sets these anew
+    settings = [[type(module).__name__, module.get_config_dict()] for module in list(model)[1:]]
+    digest = hashlib.sha256(json.dumps([words, settings, model.prompts, model.default_prompt_name], sort_keys=True, default=str).encode())
+    for key, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}\n".encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def describe_pooling(model: SentenceTransformer) -> str:
+    """Return in a few words what follows a model's transformer, such as "mean, Normalize"."""
+    parts = []
+    for module in list(model)[1:]:
+        mode = module.pooling_mode if isinstance(module, Pooling) else type(module).__name__
+        parts.append(mode if isinstance(mode, str) else "+".join(mode))
+    return ", ".join(parts) or "none"

@@ -1,0 +1,55 @@
+"""Long texts -> overlapping passages that a model can read whole."""
+
+from common.errors import UserError
+
+BLOCK = 256  # texts tokenised at once
+
+
+def split(texts: list[str], encoder, *, overlap: int) -> list[list[tuple[int, str]]]:
+    """Return for each text its passages as (first character, passage), each of at most the encoder's max_length in tokens.
+
+    Neighbours share about `overlap` tokens; cuts fall between words where a word is no longer than a passage. A text that fits stays whole.
+    Raises UserError when the tokenizer doesn't say which characters a token stands for.
+    """
+    tokenizer = encoder.tokenizer
+    if not tokenizer.is_fast:
+        raise UserError(f"--chunk: the tokenizer of {encoder.name} doesn't say where its tokens stand in a text; leave --chunk out or use another model")
+    room = encoder.max_length - tokenizer.num_special_tokens_to_add() - len(tokenizer(encoder.prompt("document"), add_special_tokens=False)["input_ids"])
+    if not 0 <= overlap < room:
+        raise UserError(f"--chunk-overlap {overlap}: a passage holds {room} tokens; use fewer than that")
+    found = []
+    for start in range(0, len(texts), BLOCK):
+        block = texts[start : start + BLOCK]
+        tokens = tokenizer(block, add_special_tokens=False, return_offsets_mapping=True, truncation=False, padding=False, verbose=False)
+        for place, text in enumerate(block):
+            windows = token_windows(tokens.word_ids(place), room, overlap)
+            found.append(_cut(text, tokens["offset_mapping"][place], windows))
+    return found
+
+
+def token_windows(words: list, room: int, overlap: int) -> list[tuple[int, int]]:
+    """Return windows (first token, token after the last) of at most `room` tokens that cover all tokens; `words` is the word of each token.
+
+    A window ends, and starts, where a word does, unless the word is longer than half of a window.
+    """
+    def word_start(token: int, lowest: int) -> int:
+        first = token
+        while first > lowest and words[first] == words[first - 1] and words[first] is not None:
+            first -= 1
+        return first if first > lowest else token
+
+    windows, start = [], 0
+    while len(words) - start > room:
+        end = word_start(start + room, start + room // 2)
+        windows.append((start, end))
+        start = max(word_start(end - overlap, start + 1), start + 1) if overlap else end
+    return [*windows, (start, len(words))]
+
+
+def _cut(text: str, offsets: list[tuple[int, int]], windows: list[tuple[int, int]]) -> list[tuple[int, str]]:
+    cuts = []
+    for number, (first, last) in enumerate(windows):
+        start = offsets[first][0] if number else 0  # the first and the last passage reach to the text's ends
+        end = offsets[last][0] if number < len(windows) - 1 else len(text)
+        cuts.append((start, text[start:end]))
+    return cuts
