@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-BLOCK = 16_384  # rows a matrix product: with 64 queries its scores stay in the cache
+BLOCK = 16_384  # rows whose scores are looked through at once
+PRODUCT = 2_048  # rows a matrix product: of 384 dimensions they stay in a core's cache while 64 queries use them
 GROUP = 64  # rows of which only the highest score is looked at first: topk over all scores would take longer than the product
 LOWEST = torch.finfo(torch.float32).min  # below every cosine, above the -inf of rows that don't count
 
@@ -32,20 +33,26 @@ class Best:
         self.scores = torch.full((self.num_queries, self.k), -torch.inf)  # k real scores a query: the last is a bound from below
 
     def add(self, scores: torch.Tensor, start: int):
-        """Take in the scores (queries, rows) of the rows from `start` on; -inf for rows that don't count."""
-        size = scores.shape[1]
+        """Take in the scores (rows, queries) of the rows from `start` on; -inf for rows that don't count."""
+        size = scores.shape[0]
         group = GROUP if size % GROUP == 0 and size // GROUP >= self.k else 1
-        grouped = scores.view(self.num_queries, size // group, group)
-        peaks = grouped.amax(-1) if group > 1 else scores
-        best_here = peaks.topk(min(self.k, peaks.shape[1]), sorted=False).values
-        self.scores = torch.cat([self.scores, best_here], 1).topk(self.k).values
-        floor = (self.scores[:, -1] - self.margin).clamp_min(LOWEST)  # (queries)
-        query, place = (peaks >= floor[:, None]).nonzero(as_tuple=True)
+        grouped = scores.view(size // group, group, self.num_queries)
+        peaks = grouped.amax(1).T.contiguous()  # (queries, groups)
+        query, place = (peaks >= self._floor()[:, None]).nonzero(as_tuple=True)
         if len(query) == 0:
             return
-        members = grouped[query, place]  # (hits, group)
+        best_here = peaks.topk(min(self.k, peaks.shape[1]), sorted=False).values
+        self.scores = torch.cat([self.scores, best_here], 1).topk(self.k).values
+        floor = self._floor()  # higher now
+        kept = peaks[query, place] >= floor[query]
+        query, place = query[kept], place[kept]
+        members = grouped[place, :, query]  # (hits, group)
         hit, member = (members >= floor[query, None]).nonzero(as_tuple=True)
         self.pieces.append((query[hit].numpy(), (start + place[hit] * group + member).numpy(), members[hit, member].numpy()))
+
+    def _floor(self) -> torch.Tensor:
+        """Return the fp32 score (queries) below which a row can't be among the k best."""
+        return (self.scores[:, -1] - self.margin).clamp_min(LOWEST)
 
     def candidates(self) -> tuple[np.ndarray, np.ndarray]:
         """Return (query, row) of all that may be among the best, by query and row."""
@@ -60,19 +67,20 @@ class Best:
 def search(blocks, queries: np.ndarray, k: int, *, vectors_of, alive: np.ndarray | None = None) -> list[tuple[np.ndarray, np.ndarray]]:
     """Return for each query the rows of the k highest cosines, best first, and these cosines in float64; fewer where there are fewer rows.
 
-    `blocks` yields (first row, unit vectors (n, width) in fp32), `queries` (q, width) are unit vectors, `vectors_of` gives the vectors of row
+    `blocks` yields (first row, unit vectors (n, width) in fp32) of at most BLOCK rows, `queries` (q, width) are unit vectors, `vectors_of` gives the vectors of row
     numbers, `alive` (rows) is False for rows that don't count. Equal cosines: the lower row comes first.
     """
-    wanted, best = torch.from_numpy(np.ascontiguousarray(queries, np.float32)), Best(len(queries), k, 2 * rounding_error(queries.shape[1]))
-    buffer = torch.empty(len(queries) * BLOCK)
+    wanted, best = torch.from_numpy(np.ascontiguousarray(queries.T, np.float32)), Best(len(queries), k, 2 * rounding_error(queries.shape[1]))
+    buffer = torch.empty(BLOCK, len(queries))
     for start, vectors in blocks:
         here = None if alive is None else alive[start : start + len(vectors)]
         if here is not None and not here.any():
             continue
-        scores = buffer[: len(queries) * len(vectors)].view(len(queries), len(vectors))
-        torch.mm(wanted, torch.from_numpy(vectors).T, out=scores)
+        scores = buffer[: len(vectors)]
+        for at in range(0, len(vectors), PRODUCT):
+            torch.mm(torch.from_numpy(vectors[at : at + PRODUCT]), wanted, out=scores[at : at + PRODUCT])
         if here is not None and not here.all():
-            scores[:, torch.from_numpy(~here)] = -torch.inf
+            scores[torch.from_numpy(~here)] = -torch.inf
         best.add(scores, start)
     query, row = best.candidates()
     bounds = np.searchsorted(query, np.arange(len(queries) + 1))
