@@ -43,6 +43,37 @@ def learning_curve(epochs: list[dict], best_epoch: int):
     return figure
 
 
+def similarity_map(matrix, names: list[str]):
+    """Return a figure of a matrix of cosines (N x N): colour is the cosine, and its number where there is room."""
+    matrix, side = np.asarray(matrix), min(max(4.5, 0.55 * len(names) + 2), 12)
+    figure, axes = plt.subplots(figsize=(side, side * 0.88), layout="constrained")
+    image = axes.imshow(matrix, cmap="RdBu_r", vmin=-1, vmax=1)
+    axes.set(title="cosine similarity")
+    if len(names) <= 40:
+        axes.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor")
+        axes.set_yticks(range(len(names)), names)
+    if len(names) <= 12:  # beyond that the numbers would overlap
+        for (row, column), value in np.ndenumerate(matrix):
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", color="white" if abs(value) > 0.6 else "black")
+    figure.colorbar(image, label="cosine", shrink=0.8)
+    return figure
+
+
+def cluster_map(points, labels, names: list[str]):
+    """Return a figure of points (N x 2) coloured by their cluster's number (N), -1 for none; `names` are the clusters' in order."""
+    points, labels = np.asarray(points), np.asarray(labels)
+    figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
+    axes.scatter(*points[labels < 0].T, s=8, color="lightgrey")
+    colours = plt.get_cmap("tab20").colors
+    for number in np.unique(labels[labels >= 0]):
+        legend = names[number] if number < 12 else None  # a longer legend would hide the map
+        axes.scatter(*points[labels == number].T, s=12, color=colours[number % len(colours)], label=legend)
+    axes.set(xticks=[], yticks=[], title="texts by similarity, coloured by cluster")
+    if (labels >= 0).any():
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
+    return figure
+
+
 def save(figure, path):
     """Write a figure as PNG and free it."""
     figure.savefig(path, dpi=110)

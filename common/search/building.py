@@ -1,21 +1,26 @@
 """Texts -> an index: what is new is encoded block by block, and each block is committed before the next begins."""
 
+import dataclasses
 import hashlib
 import json
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from tqdm import tqdm
 
 from common.errors import UserError
 from common.search import passages
 from common.search.encoding import Encoder
 from common.search.snapshot import HASH, ID, PASSAGE, PASSAGES, START, TEXT, VECTOR, Snapshot
-from common.search.store import Store, vector_array
+from common.search.store import Store, vector_array, writing
 from common.search.texts import Collection, ids_of
 
 NEW, SAME, CHANGED, REPEATED = range(4)  # what a row is to the index; of rows with the same text and no ids the first counts
+ROW_NUMBER = "_number"  # the id of a text in a temporary index, counted from 1
 SCAN = 10_000  # rows looked at in one go
 CHECKED = {"fingerprint": "--model", "width": "--model", "pooling": "--model", "max_length": "--max-length", "id_column": "--id-column",
            "chunk_overlap": "--chunk and --chunk-overlap"}  # settings of an index, and the flag that must agree with each
@@ -201,3 +206,31 @@ def rows_with_ids(snapshot: Snapshot, ids: list[str]) -> tuple[np.ndarray, list[
         rows.append(here + start)
         found.update(segment.table[ID].take(pa.array(here)).to_pylist())
     return np.concatenate([np.zeros(0, np.int64), *rows]).astype(np.int64), [key for key in ids if key not in found]
+
+
+def whole_documents(snapshot: Snapshot, rows: np.ndarray) -> np.ndarray:
+    """Return all passages of the documents that some rows belong to."""
+    found = snapshot.take(rows, [PASSAGE, PASSAGES])
+    return np.unique([row - entry[PASSAGE] + number for row, entry in zip(rows, found) for number in range(entry[PASSAGES])]).astype(np.int64)
+
+
+def fill(builder: Builder, collection: Collection, *, block: int):
+    """Bring a collection into the builder's store, `block` texts a commit, with a bar on a terminal."""
+    builder.counts.bad = len(collection.bad)
+    builder.check(collection)
+    with tqdm(total=len(collection), unit="text", desc="encoding", leave=False, file=sys.stderr, dynamic_ncols=True, disable=None) as bar:
+        for table in collection.blocks(block):
+            builder.add(table, collection)
+            bar.update(len(table))
+
+
+def temporary(collection: Collection, encoder: Encoder, folder: str, *, block: int, by_row: bool = True) -> Builder:
+    """Make an index for the length of one command; `by_row`: equal texts stay rows of their own, else `id` is the key."""
+    if by_row:
+        numbers = pa.array(np.arange(1, len(collection.rows) + 1))
+        collection = dataclasses.replace(collection, rows=collection.rows.append_column(ROW_NUMBER, numbers))
+    settings = settings_of(encoder, id_column=ROW_NUMBER if by_row else "id", chunk_overlap=None)
+    with writing(Path(folder) / "index", settings=settings) as store:
+        builder = Builder(store, encoder)
+        fill(builder, collection, block=block)
+    return builder

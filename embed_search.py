@@ -1,0 +1,274 @@
+#!/usr/bin/env python
+"""Texts in, vectors on disk, answers out: similarity, search, pairs, duplicates, clusters over a durable index.
+
+Texts are a file with one a line, "-", a CSV/TSV/JSON/JSONL/Parquet file with --text-column, a folder of .txt files, or a bundled set. Models are
+sentence-transformers' own, local or from the Hub; --model is the index's own by default, else bundled/all-MiniLM-L6-v2. Left out on purpose: a
+server, vectors of other makers, pictures.
+
+  python embed_search.py similarity sentences.txt --query "Artificial intelligence" --figure map.png
+  python embed_search.py index bundled/bbc-news --index news
+  python embed_search.py search --index news "interest rates" --where "label = 'business'" --hybrid
+  python embed_search.py duplicates --index news --threshold 0.9
+  python embed_search.py cluster --index news --num-clusters 5 --figure clusters.png
+  python embed_search.py evaluate
+  torchrun --nproc-per-node 2 embed_search.py index texts.csv --id-column id --index texts    # one process a GPU (or CPU share)
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from common import cli, data, figures, runtime
+from common.errors import UserError
+from common.search import building, clustering, encoding, evaluation, flags, loading, mining, projector, store, texts, views
+from common.search.display import Screen
+from common.search.filters import matching
+from common.search.ranking import Searcher
+from common.search.snapshot import MANIFEST, open_snapshot, read_manifest
+
+DEFAULT_MODEL = "bundled/all-MiniLM-L6-v2"
+LARGEST_MATRIX = 5_000  # texts whose matrix of similarities is shown or written
+
+
+def make_parser() -> cli.Parser:
+    return flags.make_parser(__doc__)
+
+
+def load_encoder(args, machine, settings: dict | None = None) -> encoding.Encoder:
+    """Return the encoder that the flags ask for, by default that of an index with `settings`; refuses another one than the index's."""
+    settings = settings or {}
+    encoder = encoding.load(args.model or settings.get("model", DEFAULT_MODEL), machine, max_length=args.max_length or settings.get("max_length"),
+                            batch_tokens=args.batch_tokens, cache_dir=args.cache_dir)
+    if settings:
+        building.check_settings(args.index, encoder.identity(), settings)
+    return encoder
+
+
+def read_texts(args, id_column: str | None = None) -> texts.Collection:
+    """Return the collection that the flags name."""
+    return texts.read(args.texts, text_column=args.text_column, id_column=id_column, skip_bad=args.skip_bad, cache_dir=args.cache_dir)
+
+
+@contextlib.contextmanager
+def source(args, machine, screen):
+    """Give the live rows to look at, of the index or of an index made of the texts for this command, and a function for their encoder."""
+    if bool(args.texts) == bool(args.index):
+        raise UserError(f"{args.command}: name either texts or --index, not {'both' if args.texts else 'neither'}")
+    with tempfile.TemporaryDirectory() as folder:
+        if args.index:
+            snapshot = open_snapshot(args.index)
+            encoder = None
+        else:
+            collection, encoder = read_texts(args), load_encoder(args, machine)
+            snapshot = building.temporary(collection, encoder, folder, block=args.block).store.snapshot
+            views.say_counts(screen, collection, encoder)
+        rows = np.flatnonzero(matching(snapshot, args.where))
+        if len(rows) < 2 - (args.command == "similarity"):
+            raise UserError(f"{args.index or args.texts}: {len(rows)} texts to compare; {args.command} needs two" + (": widen --where" if args.where else ""))
+        yield mining.Live(snapshot, rows), encoder or (lambda: load_encoder(args, machine, snapshot.settings))
+
+
+def similarity(args, machine, screen):
+    """Show the matrix of cosines, the most similar pairs, and each query's similarity to all texts."""
+    for number, query in enumerate(args.query, start=1):
+        texts.check_query(query, f"--query {number}")
+    with source(args, machine, screen) as (live, encoder):
+        if len(live) > LARGEST_MATRIX:
+            raise UserError(f"similarity: {len(live):,} texts, and the matrix is made for {LARGEST_MATRIX:,} at most; use pairs, or index and search")
+        vectors = live.vectors(slice(None)).astype(np.float64)
+        matrix = vectors @ vectors.T
+        pairs = mining.best_pairs(live, args.top_k, block=args.block)
+        found = None
+        if args.query:
+            encoder = encoder if isinstance(encoder, encoding.Encoder) else encoder()
+            found = encoder.encode_unit(args.query).astype(np.float64) @ vectors.T
+        views.show_similarity(screen, live, matrix, pairs, list(zip(args.query, found)) if args.query else [])
+        if args.figure:
+            views.save_figure(figures.similarity_map(matrix, views.labels(live)), args.figure, screen)
+
+
+def index(args, machine, screen):
+    """Build or extend an index, block by block; under torchrun the main process reads and writes, all encode."""
+    settings = read_manifest(Path(args.index))["settings"] if (Path(args.index) / MANIFEST).is_file() else None
+    id_column = args.id_column or (settings and settings["id_column"])
+    collection = read_texts(args, id_column) if machine.is_main else None
+    encoder = load_encoder(args, machine, settings)
+    if not machine.is_main:
+        encoder.follow()
+        return
+    overlap = args.chunk_overlap if args.chunk_overlap is not None else flags.DEFAULT_OVERLAP if args.chunk else None
+    wanted = building.settings_of(encoder, id_column=id_column, chunk_overlap=overlap)
+    if settings and overlap is None:
+        wanted["chunk_overlap"] = settings["chunk_overlap"]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    started, builder = time.perf_counter(), None
+    try:
+        with store.writing(args.index, settings=wanted, wait=args.wait) as opened:
+            building.check_settings(args.index, wanted, opened.snapshot.settings)
+            builder = building.Builder(opened, encoder, update=args.update, skip_bad=args.skip_bad)
+            building.fill(builder, collection, block=args.block)
+            views.show_index(screen, builder, collection, seconds=time.perf_counter() - started)
+    except (KeyboardInterrupt, SystemExit):
+        done = builder.counts.added + builder.counts.updated if builder else 0
+        print(f"\n{done:,} texts of this run are in {args.index}; the same command goes on from there", file=sys.stderr)
+        raise
+    finally:
+        encoder.release()
+
+
+def delete(args, machine, screen):
+    """Delete rows by their ids or by a condition."""
+    if bool(args.ids) == bool(args.where):
+        raise UserError("delete: name either ids or --where")
+    with store.writing(args.index, wait=args.wait) as opened:
+        if args.where:
+            rows = building.whole_documents(opened.snapshot, np.flatnonzero(matching(opened.snapshot, args.where)))
+        else:
+            rows, unknown = building.rows_with_ids(opened.snapshot, args.ids)
+            if unknown and not args.skip_bad:
+                raise UserError(f"--index {args.index}: no text with id {unknown[0]!r}; nothing is deleted; leave it out, or pass it over with --skip-bad")
+        if len(rows):
+            opened.commit(None, rows)
+        views.show_state(screen, opened.snapshot, deleted=len(rows))
+
+
+def compact(args, machine, screen):
+    """Write the live rows anew."""
+    with store.writing(args.index, wait=args.wait) as opened:
+        opened.compact()
+        views.show_state(screen, opened.snapshot)
+
+
+def search(args, machine, screen):
+    """Answer queries from the command line, a file, or a prompt."""
+    if args.queries and args.queries_file:
+        raise UserError("search: name either queries or --queries FILE")
+    queries = data.read_lines(args.queries_file) if args.queries_file else args.queries
+    for number, query in enumerate(queries, start=1):
+        texts.check_query(query, f"{args.queries_file}, line {number}" if args.queries_file else f"query {number}")
+    searcher = make_searcher(args, machine, screen, open_snapshot(args.index), allowed=args.where)
+    if queries:
+        views.show_hits(screen, searcher, queries, searcher.search(queries, args.top_k))
+    else:
+        views.prompt(screen, searcher, args.top_k)
+
+
+def make_searcher(args, machine, screen, snapshot, *, encoder=None, allowed: str | None = None) -> Searcher:
+    """Return what searches a snapshot as the flags ask for."""
+    mask = matching(snapshot, allowed)
+    if not snapshot.alive().any():
+        raise UserError(f"--index {args.index}: it has no rows; add some with: embed_search.py index TEXTS --index {args.index}")
+    encoder = encoder or load_encoder(args, machine, snapshot.settings)
+    reranker = loading.load_reranker(args.rerank, cache_dir=args.cache_dir, device=machine.device) if args.rerank else None
+    return Searcher(snapshot, encoder, mask, approximate=getattr(args, "approximate", False), hybrid=getattr(args, "hybrid", False),
+                    reranker=reranker, rerank_depth=args.rerank_depth, say=screen.say)
+
+
+def pairs(args, machine, screen):
+    """Show the most similar pairs."""
+    with source(args, machine, screen) as (live, _):
+        views.show_pairs(screen, live, mining.best_pairs(live, args.top_k, block=args.block))
+
+
+def duplicates(args, machine, screen):
+    """Show groups of texts joined by pairs above the threshold."""
+    with source(args, machine, screen) as (live, _), views.open_output(args.pairs_file, "--pairs-file") as file:
+        groups, kept = views.collect_groups(live, mining.similar_pairs(live, args.threshold, block=args.block), file)
+        views.show_groups(screen, live, groups, kept, threshold=args.threshold)
+
+
+def cluster(args, machine, screen):
+    """Show clusters: sizes, marking words, the texts nearest to their centres."""
+    with source(args, machine, screen) as (live, _):
+        if args.num_clusters and args.num_clusters > len(live):
+            raise UserError(f"--num-clusters {args.num_clusters}: there are {len(live)} texts; use fewer clusters")
+        if args.num_clusters:
+            labels = clustering.k_means(live, args.num_clusters, block=args.block, seed=args.seed)
+        else:
+            labels = clustering.communities(live, args.threshold, min_size=args.min_size, block=args.block)
+        words = clustering.marking_words(live, labels, views.WORDS)
+        views.show_clusters(screen, live, labels, words)
+        if args.figure:
+            places, points = clustering.map_places(live, seed=args.seed)
+            names = [f"{number + 1}: {', '.join(own[:3])}" for number, own in enumerate(words)]
+            views.save_figure(figures.cluster_map(points, labels[places], names), args.figure, screen)
+
+
+@contextlib.contextmanager
+def retrieval_task(args, machine, screen, encoder):
+    """Give the task that the flags name, a snapshot to search, its encoder, and the seconds that encoding took."""
+    if bool(args.queries) != bool(args.qrels):
+        raise UserError("--queries and --qrels: each needs the other")
+    if args.queries and bool(args.texts) == bool(getattr(args, "index", None)):
+        raise UserError("--queries and --qrels: name the documents with --texts or --index")
+    with tempfile.TemporaryDirectory() as folder:
+        task = evaluation.read_task(args.queries, args.qrels) if args.queries else None
+        if task and not args.texts:
+            snapshot = open_snapshot(args.index)
+            yield task, snapshot, encoder or load_encoder(args, machine, snapshot.settings), None
+            return
+        if task:
+            collection = read_texts(args, args.id_column)
+        else:
+            collection, task = evaluation.bundled_task("bundled/bbc-news")
+        encoder, started = encoder or load_encoder(args, machine), time.perf_counter()
+        built = building.temporary(collection, encoder, folder, block=args.block, by_row=False)
+        views.say_counts(screen, collection, encoder)
+        yield task, built.store.snapshot, encoder, time.perf_counter() - started
+
+
+def evaluate(args, machine, screen):
+    """Score a search, or sentence pairs."""
+    if args.sts:
+        views.show_sts(screen, args.sts, evaluation.sts_score(load_encoder(args, machine), args.sts, args.columns, cache_dir=args.cache_dir))
+        return
+    with retrieval_task(args, machine, screen, None) as (task, snapshot, encoder, _):
+        searcher = make_searcher(args, machine, screen, snapshot, encoder=encoder)
+        views.show_scores(screen, task, evaluation.score_modes(dataclasses.replace(searcher, reranker=None), task, reranker=searcher.reranker))
+
+
+def compare_models(args, machine, screen):
+    """Score several models and compare their speed and size."""
+    lines = []
+    for name in args.models:
+        encoder = encoding.load(name, machine, max_length=args.max_length, batch_tokens=args.batch_tokens, cache_dir=args.cache_dir)
+        line = {"model": name, "width": encoder.width, "bytes_a_vector": 4 * encoder.width}
+        if args.sts:
+            line |= evaluation.sts_score(encoder, args.sts, args.columns, cache_dir=args.cache_dir)
+        else:
+            with retrieval_task(args, machine, screen, encoder) as (task, snapshot, _, seconds):
+                line["texts_per_second"] = snapshot.num_rows / seconds
+                line |= evaluation.score_mode(Searcher(snapshot, encoder, snapshot.alive(), say=screen.say), task, {})
+        lines.append(line)
+    views.show_models(screen, lines)
+
+
+def project(args, machine, screen):
+    """Write an index for TensorBoard's projector."""
+    snapshot = open_snapshot(args.index)
+    rows = np.flatnonzero(matching(snapshot, args.where))
+    count = projector.write(snapshot, rows, args.output_dir, most=args.max_points)
+    views.show_projection(screen, count, len(rows), args.output_dir)
+
+
+COMMANDS = {"similarity": similarity, "index": index, "delete": delete, "compact": compact, "search": search, "pairs": pairs,
+            "duplicates": duplicates, "cluster": cluster, "evaluate": evaluate, "compare-models": compare_models, "project": project}
+
+
+def main(args: argparse.Namespace):
+    machine = runtime.start(args.device, args.precision, args.seed)
+    if machine.world_size > 1 and args.command != "index":
+        raise UserError(f"torchrun: only index is split over processes; run {args.command} with python")
+    COMMANDS[args.command](args, machine, Screen(as_json=args.json, shown=machine.is_main))
+    runtime.stop()
+
+
+if __name__ == "__main__":
+    cli.run(make_parser(), main)
