@@ -1,5 +1,8 @@
 """What the tests share: small real models with trained tokenizers, a small labelled file, and the scripts as a user calls them."""
 
+import contextlib
+import hashlib
+import io
 import json
 import os
 import random
@@ -7,10 +10,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+
+import embed_search
+from common import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 POSITIVE, NEGATIVE = ["good", "fine", "great", "lovely"], ["bad", "awful", "poor", "grim"]
@@ -114,3 +123,47 @@ def forked_runs(tiny_model, sentences_csv, cache_dir, tmp_path_factory):
     yield runs
     runs.process.stdin.close()
     runs.process.wait()
+
+
+@pytest.fixture(scope="session")
+def tiny_embedder(tiny_model, tmp_path_factory) -> Path:
+    """A folder with a sentence-transformers model over the tiny BERT: mean pooling and vectors of length 1, 32 wide."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-embedder"
+    transformer = Transformer(str(tiny_model), max_seq_length=64)
+    SentenceTransformer(modules=[transformer, Pooling(32), Normalize()], device="cpu").save(str(folder))
+    return folder
+
+
+class StubEncoder:
+    """Stands for an encoder where only the store is under test: a text's vector is made of its hash, at once."""
+
+    def __init__(self, width: int = 8):
+        self.name, self.width, self.max_length, self.num_encoded, self.num_cut = "stub", width, 16, 0, 0
+
+    def identity(self) -> dict:
+        return {"model": self.name, "fingerprint": "stub", "width": self.width, "pooling": "none", "max_length": self.max_length}
+
+    def encode_unit(self, texts: list[str], *, role: str | None = None) -> np.ndarray:
+        self.num_encoded += len(set(texts))
+        numbers = [np.frombuffer(hashlib.shake_128(text.encode()).digest(2 * self.width), np.int16) for text in texts]
+        vectors = np.array(numbers, np.float32).reshape(len(texts), self.width) + 0.5  # never all zeros
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+@pytest.fixture(scope="session")
+def embed(tiny_embedder, cache_dir):
+    """Return a function that runs embed_search.py in this process, with the tiny model in fp32 on the CPU; returns code, stdout, stderr."""
+    def run(command: str, *flags) -> tuple[int, str, str]:
+        flags = [str(flag) for flag in flags]
+        defaults = {"--cache-dir": cache_dir, "--device": "cpu", "--precision": "fp32"}
+        if command == "similarity" or command == "index" or "--index" not in flags:
+            defaults |= {} if command in ("compare-models", "delete", "compact", "project") else {"--model": tiny_embedder}
+        flags += [str(part) for name, value in defaults.items() if name not in flags for part in (name, value)]
+        code, stdout, stderr = 0, io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+            try:
+                cli.run(embed_search.make_parser(), embed_search.main, [command, *flags])
+            except SystemExit as exit:
+                code = exit.code
+        return code, stdout.getvalue(), stderr.getvalue()
+    return run

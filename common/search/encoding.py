@@ -52,11 +52,9 @@ class Encoder:
 
     def prompt(self, role: str | None) -> str:
         """Return what is put before each text of a role ("query", "document", None: neither), as encode_query, encode_document and encode do."""
-        prompts, names = self.model.prompts, {"query": ("query",), "document": DOCUMENT_PROMPTS, None: ()}[role]
-        for name in (*names, self.model.default_prompt_name):
-            if prompts.get(name):
-                return prompts[name]
-        return ""
+        names = {"query": ("query",), "document": DOCUMENT_PROMPTS, None: ()}[role]
+        found = next((name for name in names if name in self.model.prompts), self.model.default_prompt_name)  # "" counts as found
+        return self.model.prompts.get(found) or ""
 
     def encode(self, texts: list[str], *, role: str | None = None) -> np.ndarray:
         """Return the vectors (texts, width) of texts in float32, as the model gives them. Under torchrun the other processes must be in follow()."""

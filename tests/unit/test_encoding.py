@@ -1,0 +1,113 @@
+"""Encoding against SentenceTransformer.encode, for every kind of pooling; what is counted, and what is computed once."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
+
+from common import assets, runtime
+from common.errors import UserError
+from common.search import encoding, loading
+from conftest import make_sentences
+
+CPU = runtime.Runtime(torch.device("cpu"), "fp32")
+TEXTS = [text for text, _ in make_sentences(60)] + ["good", "  good film  ", "film\n\nstory", "x " * 200, "good"]
+MODULES = {
+    "mean": lambda: [Pooling(32), Normalize()],
+    "cls": lambda: [Pooling(32, "cls")],
+    "max": lambda: [Pooling(32, "max"), Normalize()],
+    "weighted mean": lambda: [Pooling(32, "weightedmean")],
+    "last token": lambda: [Pooling(32, "lasttoken")],
+    "two at once": lambda: [Pooling(32, ("mean", "cls"))],
+    "dense": lambda: [Pooling(32), Dense(32, 12), Normalize()],
+}
+
+
+@pytest.fixture(params=MODULES)
+def folder(request, tiny_model, tmp_path):
+    torch.manual_seed(1)
+    SentenceTransformer(modules=[Transformer(str(tiny_model), max_seq_length=64), *MODULES[request.param]()], device="cpu").save(str(tmp_path))
+    return tmp_path
+
+
+def test_vectors_are_those_of_sentence_transformers(folder):
+    oracle = SentenceTransformer(str(folder), device="cpu").encode(TEXTS, batch_size=7)
+    encoder = encoding.load(str(folder), CPU, batch_tokens=200)
+    assert np.abs(encoder.encode(TEXTS) - oracle).max() < 1e-5
+    assert encoder.width == oracle.shape[1]
+
+
+@pytest.mark.parametrize("include", [True, False])
+def test_prompts_are_put_before_queries_and_documents(tiny_model, tmp_path, include):
+    modules = [Transformer(str(tiny_model), max_seq_length=64), Pooling(32, include_prompt=include)]
+    model = SentenceTransformer(modules=modules, device="cpu", prompts={"query": "what: ", "document": "story: "})
+    model.save(str(tmp_path))
+    encoder = encoding.load(str(tmp_path), CPU)
+    for role, oracle in (("query", model.encode_query), ("document", model.encode_document), (None, model.encode)):
+        assert np.abs(encoder.encode(TEXTS, role=role) - oracle(TEXTS)).max() < 1e-5
+
+
+def test_the_bundled_model_in_fp32_and_bf16():
+    texts = assets.bbc_news()["text"][:300:60] + ["Interest rates rise", "x"]
+    oracle = SentenceTransformer(str(assets.model_folder("bundled/all-MiniLM-L6-v2")), device="cpu").encode(texts)
+    encoder = encoding.load("bundled/all-MiniLM-L6-v2", CPU)
+    assert np.abs(encoder.encode(texts) - oracle).max() < 1e-5
+    encoder.machine = runtime.Runtime(torch.device("cpu"), "bf16")  # emulated where the processor has none: slower, but as exact
+    assert (encoder.encode_unit(texts) * oracle).sum(1).min() >= 0.9999
+
+
+def test_identical_texts_are_encoded_once_and_long_ones_counted(tiny_embedder, monkeypatch):
+    encoder, seen = encoding.load(str(tiny_embedder), CPU), []
+    forward = encoding.Encoder._forward
+    monkeypatch.setattr(encoding.Encoder, "_forward", lambda self, tokens, batch, prompt: (seen.extend(batch), forward(self, tokens, batch, prompt))[1])
+    vectors = encoder.encode(["good film", "x " * 63, "good film", "x " * 62])  # 65 and 64 tokens with the special ones
+    assert len(seen) == encoder.num_encoded == 3 and encoder.num_cut == 1
+    assert (vectors[0] == vectors[2]).all()
+
+
+def test_a_vector_without_direction_is_nan(tiny_embedder, monkeypatch):
+    encoder = encoding.load(str(tiny_embedder), CPU)
+    monkeypatch.setattr(encoding.Encoder, "encode", lambda self, texts, role=None: np.array([[3, 4], [0, 0], [np.inf, 1], [np.nan, 1]], np.float32))
+    unit = encoder.encode_unit(["a", "b", "c", "d"])
+    assert np.allclose(unit[0], [0.6, 0.8]) and np.isnan(unit[1:]).all()
+
+
+@given(st.lists(st.integers(1, 300), max_size=80), st.integers(1, 600))
+def test_batches_hold_each_text_once_within_their_tokens(lengths, most):
+    batches = encoding.token_batches(lengths, most)
+    assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) == 1 or max(lengths[row] for row in batch) * len(batch) <= most
+
+
+def test_the_fingerprint_tells_models_apart(tiny_model, tiny_embedder, tmp_path):
+    first = loading.load_embedder(str(tiny_embedder), cache_dir=None)
+    assert loading.fingerprint(first) == loading.fingerprint(loading.load_embedder(str(tiny_embedder), cache_dir=None))
+    first.encode(["good film"])  # a call sets the tokenizer's padding and truncation
+    assert loading.fingerprint(first) == loading.fingerprint(loading.load_embedder(str(tiny_embedder), cache_dir=None))
+    others = {loading.fingerprint(first)}
+    SentenceTransformer(modules=[Transformer(str(tiny_model), max_seq_length=64), Pooling(32, "cls"), Normalize()], device="cpu").save(str(tmp_path / "cls"))
+    others.add(loading.fingerprint(loading.load_embedder(str(tmp_path / "cls"), cache_dir=None)))
+    with torch.no_grad():
+        next(first.parameters())[7, 3] += 1e-3
+    others.add(loading.fingerprint(first))
+    assert len(others) == 3
+
+
+def test_pickled_weights_and_foreign_code_are_refused(tiny_embedder, tmp_path):
+    shutil.copytree(tiny_embedder, tmp_path / "pickled")
+    (tmp_path / "pickled" / "model.safetensors").rename(tmp_path / "pickled" / "pytorch_model.bin")
+    with pytest.raises(UserError, match="pickled weights"):
+        loading.load_embedder(str(tmp_path / "pickled"), cache_dir=None)
+    shutil.copytree(tiny_embedder, tmp_path / "code")
+    modules = (tmp_path / "code" / "modules.json").read_text()
+    (tmp_path / "code" / "modules.json").write_text(modules.replace("sentence_transformers.base.modules.normalize.Normalize", "evil.Code")
+                                                    .replace("sentence_transformers.models.Normalize", "evil.Code"))
+    (tmp_path / "code" / "evil.py").write_text("raise SystemExit('it ran')")
+    with pytest.raises(UserError, match="evil"):
+        loading.load_embedder(str(tmp_path / "code"), cache_dir=None)

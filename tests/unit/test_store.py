@@ -1,0 +1,263 @@
+"""The store against a dictionary, whatever is added, updated, deleted and compacted; readers during writes; damage; memory."""
+
+import contextlib
+import json
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from common.errors import UserError
+from common.search import building, store, texts
+from common.search.snapshot import ID, TEXT, open_snapshot
+from conftest import ROOT, StubEncoder
+
+
+def collection(rows: list[dict]) -> texts.Collection:
+    schema = pa.schema({"key": pa.string(), TEXT: pa.large_string(), "label": pa.int64()})
+    return texts.Collection("rows.csv", pa.Table.from_pylist(rows, schema), "row", {})
+
+
+def write(folder, rows: list[dict], *, block: int = 3, update: bool = False) -> building.Counts:
+    encoder = StubEncoder()
+    with store.writing(folder, settings=building.settings_of(encoder, id_column="key", chunk_overlap=None)) as opened:
+        builder = building.Builder(opened, encoder, update=update)
+        building.fill(builder, collection(rows), block=block)
+    return builder.counts
+
+
+def contents(snapshot) -> dict[str, tuple]:
+    """Return id -> (text, label) of the live rows, after checking that each has the vector of its text."""
+    rows = np.flatnonzero(snapshot.alive())
+    entries = snapshot.take(rows)
+    if entries:
+        assert (snapshot.vectors_of(rows) == StubEncoder().encode_unit([entry[TEXT] for entry in entries])).all()
+    assert len({entry[ID] for entry in entries}) == len(entries)
+    return {entry[ID]: (entry[TEXT], entry["label"]) for entry in entries}
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """Does to an index and to a dictionary the same."""
+
+    @initialize()
+    def start(self):
+        self.folder, self.expected = Path(tempfile.mkdtemp()) / "index", {}
+        write(self.folder, [])
+
+    def teardown(self):
+        shutil.rmtree(self.folder.parent)
+
+    rows = st.dictionaries(st.integers(0, 12).map(str), st.tuples(st.sampled_from(["a", "b", "c", "dd", "é"]), st.integers(0, 2)), max_size=8)
+
+    @rule(rows=rows, block=st.integers(1, 4), update=st.booleans())
+    def add(self, rows, block, update):
+        changed = {key for key, value in rows.items() if key in self.expected and self.expected[key] != value}
+        given = [{"key": key, TEXT: text, "label": label} for key, (text, label) in rows.items()]
+        if changed and not update:
+            with pytest.raises(UserError, match="--update"):
+                write(self.folder, given, block=block)
+            return
+        counts = write(self.folder, given, block=block, update=update)
+        assert counts.added == len(rows.keys() - self.expected.keys()) and counts.updated == len(changed)
+        assert counts.encoded <= len({text for text, _ in rows.values()} - {text for text, _ in self.expected.values()})
+        self.expected |= rows
+
+    @rule(keys=st.lists(st.integers(0, 12).map(str), unique=True, min_size=1, max_size=5))
+    def delete(self, keys):
+        with store.writing(self.folder) as opened:
+            rows, unknown = building.rows_with_ids(opened.snapshot, keys)
+            opened.commit(None, rows)
+        assert set(unknown) == set(keys) - set(self.expected)
+        self.expected = {key: value for key, value in self.expected.items() if key not in keys}
+
+    @rule()
+    def compact(self):
+        with store.writing(self.folder) as opened:
+            before = [entry[ID] for entry in opened.snapshot.take(np.flatnonzero(opened.snapshot.alive()))]
+            opened.compact()
+            assert [entry[ID] for entry in opened.snapshot.take(range(opened.snapshot.num_rows))] == before
+
+    @invariant()
+    def is_the_dictionary(self):
+        snapshot = open_snapshot(self.folder)
+        assert contents(snapshot) == self.expected
+        named = {entry["file"] for entry in snapshot.manifest["segments"]} | {entry["deleted"]["file"] for entry in snapshot.manifest["segments"] if entry["deleted"]}
+        assert {path.name for path in self.folder.iterdir()} - {"manifest.json", ".lock"} == named  # nothing is left lying about
+
+
+StoreMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=12, deadline=None)
+test_store_is_a_dictionary = StoreMachine.TestCase
+
+
+def numbered(first: int, last: int, version: int = 0) -> list[dict]:
+    return [{"key": str(number), TEXT: f"text {number} {version}", "label": version} for number in range(first, last)]
+
+
+def test_two_readers_during_a_write_see_whole_states(tmp_path):
+    """Each state has every text in one version or the next, block by block: a reader that mixed files would find another set."""
+    folder, seen, stop, faults = tmp_path / "index", [set(), set()], threading.Event(), []
+    write(folder, numbered(0, 20), block=20)
+
+    def read(versions: set):
+        with contextlib.ExitStack() as stack:
+            stack.callback(stop.set)
+            while not stop.is_set():
+                found = contents(open_snapshot(folder))
+                if set(found) != {str(number) for number in range(20)} or any(text != f"text {key} {label}" for key, (text, label) in found.items()):
+                    faults.append(found)
+                labels = tuple(found[str(number)][1] for number in range(20))
+                if len({labels[start : start + 5] for start in range(0, 20, 5)} - {(label,) * 5 for label in labels}):
+                    faults.append(labels)  # a block of five was committed in parts
+                versions.add(labels)
+
+    readers = [threading.Thread(target=read, args=(versions,)) for versions in seen]
+    for reader in readers:
+        reader.start()
+    for version in range(1, 25):
+        write(folder, numbered(0, 20, version), block=5, update=True)
+        if version % 5 == 0:
+            with store.writing(folder) as opened:
+                opened.compact()
+    stop.set()
+    for reader in readers:
+        reader.join()
+    assert not faults and all(len(versions) > 3 for versions in seen)
+
+
+def test_a_snapshot_stays_readable_after_its_files_are_gone(tmp_path):
+    write(tmp_path / "index", numbered(0, 9))
+    snapshot = open_snapshot(tmp_path / "index")
+    write(tmp_path / "index", numbered(0, 9, 1), update=True)
+    with store.writing(tmp_path / "index") as opened:
+        opened.compact()
+    assert contents(snapshot) == {str(number): (f"text {number} 0", 0) for number in range(9)}
+
+
+def test_a_second_writer_is_told_and_the_first_goes_on(tmp_path, capsys):
+    write(tmp_path / "index", numbered(0, 3))
+    with store.writing(tmp_path / "index") as opened:
+        with pytest.raises(UserError, match="another process is still writing"), store.writing(tmp_path / "index", wait=0.1):
+            pass
+        opened.commit(None, [1])
+    assert "waiting 0.1 s" in capsys.readouterr().err
+    assert set(contents(open_snapshot(tmp_path / "index"))) == {"0", "2"}
+
+
+def test_a_second_writer_waits_for_the_first(tmp_path):
+    write(tmp_path / "index", numbered(0, 3))
+    with store.writing(tmp_path / "index") as opened:
+        second = threading.Thread(target=lambda: write_waiting(tmp_path / "index"))
+        second.start()
+        opened.commit(None, [1])
+    second.join()
+    assert set(contents(open_snapshot(tmp_path / "index"))) == {"0"}
+
+
+def write_waiting(folder):
+    with store.writing(folder, wait=30) as opened:
+        rows, _ = building.rows_with_ids(opened.snapshot, ["2"])
+        opened.commit(None, rows)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_flipped_byte_anywhere_is_found(tmp_path, seed):
+    write(tmp_path / "index", numbered(0, 9))
+    with store.writing(tmp_path / "index") as opened:
+        opened.commit(None, [4])
+    generator = random.Random(seed)
+    files = sorted(path for path in (tmp_path / "index").iterdir() if path.name != ".lock")
+    path = files[seed % len(files)]
+    content = bytearray(path.read_bytes())
+    content[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"{path.name}|manifest.json"):
+        open_snapshot(tmp_path / "index")
+
+
+def test_a_missing_or_shortened_file_is_found(tmp_path):
+    write(tmp_path / "index", numbered(0, 9))
+    path = next((tmp_path / "index").glob("segment-*"))
+    content = path.read_bytes()
+    path.write_bytes(content[:-7])
+    with pytest.raises(UserError, match=path.name):
+        open_snapshot(tmp_path / "index")
+    path.unlink()
+    with pytest.raises(UserError, match=f"{path.name}: a file of the index is missing"):
+        open_snapshot(tmp_path / "index")
+
+
+def test_what_a_crash_left_is_ignored_and_removed(tmp_path):
+    write(tmp_path / "index", numbered(0, 9))
+    for name in ("segment-00000009-0000.arrow", "deleted-00000009-0000.arrow", "manifest.json.123"):
+        (tmp_path / "index" / name).write_bytes(b"half of a fi")
+    assert len(contents(open_snapshot(tmp_path / "index"))) == 9
+    write(tmp_path / "index", numbered(9, 12))
+    assert len(contents(open_snapshot(tmp_path / "index"))) == 12
+    assert not list((tmp_path / "index").glob("*00000009*")) and not list((tmp_path / "index").glob("manifest.json.*"))
+
+
+def test_an_index_that_never_got_its_first_manifest_can_be_begun_again(tmp_path):
+    (tmp_path / "index").mkdir()
+    (tmp_path / "index" / ".lock").touch()
+    (tmp_path / "index" / "manifest.json.77").write_text("{")
+    write(tmp_path / "index", numbered(0, 3))
+    assert len(contents(open_snapshot(tmp_path / "index"))) == 3
+
+
+def test_any_arrow_reader_reads_the_files(tmp_path):
+    write(tmp_path / "index", numbered(0, 4), block=4)
+    table = pa.ipc.open_file(next((tmp_path / "index").glob("segment-*"))).read_all()
+    assert table[TEXT].to_pylist() == [f"text {number} 0" for number in range(4)] and table["_vector"].type.list_size == 8
+
+
+def test_lookup_is_a_dictionary():
+    lookup, expected, generator = building.Lookup(), {}, random.Random(0)
+    for start in range(0, 300_000, 50_000):
+        digests = [building.digest(str(generator.randrange(200_000))) for _ in range(50_000)]
+        lookup.add(digests, range(start, start + 50_000))
+        expected.update(zip(digests, range(start, start + 50_000)))
+    wanted = [building.digest(str(number)) for number in range(0, 250_000, 7)] + [b"\0" * 16]
+    assert lookup.find(wanted).tolist() == [expected.get(key, -1) for key in wanted]
+    assert len(lookup.keys) > 100_000  # it was merged
+
+
+MEMORY = """
+import json, sys, threading, time
+sys.path[:0] = [sys.argv[2], sys.argv[2] + "/tests"]
+from common.search import building, store, texts
+from conftest import StubEncoder
+def private():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) * 1024
+path, count = sys.argv[1], int(sys.argv[3])
+encoder, peak, done = StubEncoder(384), [0], threading.Event()
+def watch():
+    while not done.wait(0.01): peak[0] = max(peak[0], private())
+before = private()
+threading.Thread(target=watch, daemon=True).start()
+collection = texts.read(path, text_column="text")
+with store.writing(path + ".index", settings=building.settings_of(encoder, id_column=None, chunk_overlap=None)) as opened:
+    builder = building.Builder(opened, encoder)
+    building.fill(builder, collection, block=4096)
+done.set()
+print(json.dumps({"rows": opened.snapshot.num_rows, "grown": peak[0] - before}))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory that is not a file's is read from Linux's /proc")
+def test_memory_is_bounded_for_200_000_texts(tmp_path):
+    """Their vectors take 307 MB: what the process holds of its own, without mapped files, must stay far below."""
+    (tmp_path / "texts.txt").write_text("".join(f"short text number {number}\n" for number in range(200_000)))
+    done = subprocess.run([sys.executable, "-c", MEMORY, tmp_path / "texts.txt", ROOT, "200000"], capture_output=True, text=True, timeout=300)
+    found = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else done.stderr
+    assert found["rows"] == 200_000
+    assert found["grown"] < 150e6, found
