@@ -38,9 +38,9 @@ def token_windows(words: list, room: int, overlap: int) -> list[tuple[int, int]]
             first -= 1
         return first if first > lowest else token
 
-    windows, start = [], 0
+    windows, start, end = [], 0, 0
     while len(words) - start > room:
-        end = word_start(start + room, start + room // 2)
+        end = word_start(start + room, max(start + room // 2, end))  # always beyond the last end
         windows.append((start, end))
         start = max(word_start(end - overlap, start + 1), start + 1) if overlap else end
     return [*windows, (start, len(words))]

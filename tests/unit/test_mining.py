@@ -1,0 +1,136 @@
+"""Pairs, groups and clusters against brute force over the full matrix in float64, with planted ties and every size of block."""
+
+import math
+
+import numpy as np
+import pytest
+from sklearn.cluster import KMeans
+
+from common.search import building, clustering, mining, store
+from common.search.store import vector_array
+from test_kernel import unit
+from test_store import collection, numbered
+
+
+@pytest.fixture(params=[0, 1, 2])
+def live(request, tmp_path):
+    """Rows around a few centres, some of them equal, some deleted; `exact` is their matrix of exactly rounded cosines."""
+    generator = np.random.default_rng(request.param)
+    centres = generator.standard_normal((5, 24))
+    vectors = unit(centres[generator.integers(0, 5, 160)] + 0.5 * generator.standard_normal((160, 24)))
+    vectors[[30, 77, 150]] = vectors[3]
+    vectors[[31, 78]] = vectors[4]
+
+    class Given:
+        name, width, max_length, num_encoded, num_cut, machine = "given", 24, 16, 0, 0, None
+
+        def identity(self):
+            return {"model": "given", "fingerprint": "given", "width": 24, "pooling": "none", "max_length": 16}
+
+        def encode_unit(self, texts, *, role=None):
+            return np.array([vectors[int(text.split()[1])] for text in texts])
+
+    with store.writing(tmp_path / "index", settings=building.settings_of(Given(), id_column="key", chunk_overlap=None)) as opened:
+        building.fill(building.Builder(opened, Given()), collection(numbered(0, 160)), block=37)
+        opened.commit(None, [5, 6, 100])
+        snapshot = opened.snapshot
+    rows = np.flatnonzero(snapshot.alive())
+    kept = vectors[rows].astype(np.float64)
+    found = mining.Live(snapshot, rows)
+    exact = np.array([[math.fsum((left * right).tolist()) for right in kept] for left in kept])
+    return found, exact
+
+
+@pytest.mark.parametrize("block", [7, 64, 1000])
+@pytest.mark.parametrize("k", [1, 10, 500])
+def test_the_best_pairs(live, block, k):
+    rows, exact = live
+    pairs = [(left, right) for left in range(len(rows)) for right in range(left + 1, len(rows))]
+    expected = sorted(pairs, key=lambda pair: (-exact[pair], pair))[:k]
+    assert [pair[:2] for pair in mining.best_pairs(rows, k, block=block)] == expected
+
+
+@pytest.mark.parametrize("block", [7, 64, 1000])
+@pytest.mark.parametrize("threshold", [0.6, 0.9, 1.0 - 1e-7])
+def test_pairs_above_a_threshold_and_their_groups(live, block, threshold):
+    rows, exact = live
+    expected = {(left, right) for left in range(len(rows)) for right in range(left + 1, len(rows)) if exact[left, right] >= threshold}
+    groups, found = mining.Groups(len(rows)), []
+    for left, right, scores in mining.similar_pairs(rows, threshold, block=block):
+        found += zip(left.tolist(), right.tolist())
+        assert np.allclose(scores, exact[left, right], atol=1e-12)
+        groups.join(left, right)
+    assert len(found) == len(set(found)) and set(found) == expected  # each pair once
+    assert [group.tolist() for group in groups.lists()] == components(len(rows), expected)
+
+
+def components(count: int, pairs: set) -> list[list[int]]:
+    neighbours = {place: set() for place in range(count)}
+    for left, right in pairs:
+        neighbours[left].add(right)
+        neighbours[right].add(left)
+    found, seen = [], set()
+    for place in range(count):
+        members, stack = set(), [place] if place not in seen else []
+        while stack:
+            members.add(now := stack.pop())
+            stack += neighbours[now] - members
+        seen |= members
+        found += [sorted(members)] if len(members) > 1 else []
+    return sorted(found, key=lambda group: (-len(group), group[0]))
+
+
+def test_a_border_case_is_decided_in_float64(live):
+    rows, exact = live
+    threshold = float(np.sort(exact[np.triu_indices(len(exact), 1)])[-200])  # equal to the cosine of a pair
+    count = sum(len(left) for left, _, _ in mining.similar_pairs(rows, threshold, block=50))
+    assert count == (exact[np.triu_indices(len(exact), 1)] >= threshold).sum()
+
+
+@pytest.mark.parametrize("block", [7, 1000])
+@pytest.mark.parametrize("threshold, min_size", [(0.6, 2), (0.8, 2), (0.7, 5)])
+def test_communities(live, block, threshold, min_size):
+    rows, exact = live
+    near = exact >= threshold
+    np.fill_diagonal(near, True)
+    labels, free = np.full(len(rows), -1), set(range(len(rows)))
+    found = []
+    for centre in sorted(range(len(rows)), key=lambda place: (-near[place].sum(), place)):
+        if centre in free:
+            members = [place for place in range(len(rows)) if near[centre, place] and place in free]
+            free -= set(members)
+            found += [members] if len(members) >= min_size else []
+    for number, members in enumerate(sorted(found, key=lambda group: (-len(group), group[0]))):
+        labels[members] = number
+    assert clustering.communities(rows, threshold, min_size=min_size, block=block).tolist() == labels.tolist()
+
+
+@pytest.mark.parametrize("block", [7, 1000])
+def test_k_means_is_scikit_learns_from_the_same_start(live, block):
+    rows, _ = live
+    vectors = rows.vectors(slice(None)).astype(np.float64)
+    start = vectors[[0, 9, 40, 80, 120]]
+    oracle = KMeans(5, init=start, n_init=1, algorithm="lloyd", tol=0, max_iter=300).fit(vectors)
+    labels, inertia = clustering.lloyd(rows, start, block=block)
+    assert labels.tolist() == oracle.labels_.tolist() and inertia == pytest.approx(oracle.inertia_, rel=1e-6)
+
+
+def test_k_means_is_repeatable_and_its_first_cluster_the_largest(live):
+    rows, _ = live
+    labels = clustering.k_means(rows, 4, block=50, seed=0)
+    assert (labels == clustering.k_means(rows, 4, block=50, seed=0)).all()
+    assert np.bincount(labels).tolist() == sorted(np.bincount(labels), reverse=True) and len(np.bincount(labels)) == 4
+
+
+def test_as_many_clusters_as_different_rows(live):
+    rows = mining.Live(live[0].snapshot, live[0].rows[:4])
+    assert sorted(clustering.k_means(rows, 4, block=2, seed=0).tolist()) == [0, 1, 2, 3]
+
+
+def test_the_texts_nearest_to_a_centre(live):
+    rows, _ = live
+    members = np.arange(0, len(rows), 2)
+    vectors = rows.vectors(members).astype(np.float64)
+    centre = vectors.mean(0) / np.linalg.norm(vectors.mean(0))
+    expected = sorted(range(len(members)), key=lambda place: (-(vectors[place] @ centre).round(14), place))[:3]
+    assert [place for place, _ in clustering.nearest_to_centre(rows, members, 3)] == members[expected].tolist()

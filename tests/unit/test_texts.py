@@ -1,0 +1,123 @@
+"""Collections from every kind of source: the texts as they were written, the place of each bad one, and what --skip-bad leaves."""
+
+import io
+import json
+import sys
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from common.errors import UserError
+from common.search import passages, texts
+from common.search.encoding import load
+from test_encoding import CPU
+
+
+def read(path, cache_dir, **options):
+    return texts.read(str(path), **{"text_column": "text", "cache_dir": str(cache_dir), **options})
+
+
+def rows_of(collection, size=2):
+    return [row for table in collection.blocks(size) for row in table.to_pylist()]
+
+
+ROWS = [{"text": 'a "quoted", text', "year": 2004}, {"text": "two\nlines", "year": 2005}, {"text": "naïve 中文 🎉", "year": 2006}]
+
+
+def test_data_files_give_the_same_texts(tmp_path, cache_dir):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (tmp_path / "rows.csv").write_text('text,year\n"a ""quoted"", text",2004\n"two\nlines",2005\nnaïve 中文 🎉,2006\n', encoding="utf-8")
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "rows.parquet")
+    for name in ("rows.jsonl", "rows.csv", "rows.parquet"):
+        found = rows_of(read(tmp_path / name, cache_dir))
+        assert [(row["_text"], row["year"]) for row in found] == [(row["text"], row["year"]) for row in ROWS]
+
+
+def test_lines_folders_standard_input_and_the_bundled_set(tmp_path, cache_dir, monkeypatch):
+    (tmp_path / "lines.txt").write_bytes("\ufefffirst\r\nsecond\x0cpart\nthird".encode())
+    assert [row["_text"] for row in rows_of(read(tmp_path / "lines.txt", cache_dir))] == ["first", "second\x0cpart", "third"]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"one\ntwo\n")))
+    assert [row["_text"] for row in rows_of(read("-", cache_dir))] == ["one", "two"]
+    for name, text in (("tech/b.txt", "bytes\n"), ("art/a.txt", "paint"), (".hidden/c.txt", "no")):
+        (tmp_path / "files" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "files" / name).write_text(text)
+    found = rows_of(read(tmp_path / "files", cache_dir))
+    assert [(row["file"], row["label"], row["_text"]) for row in found] == [("art/a.txt", "art", "paint"), ("tech/b.txt", "tech", "bytes\n")]
+    news = read("bundled/bbc-news", cache_dir)
+    assert len(news) == 2127 and rows_of(news)[0]["label"] == "business"
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(lines=st.lists(st.text(st.characters(exclude_characters="\n\r\ufeff", exclude_categories=["Cs"]), min_size=1).filter(str.strip), min_size=1, max_size=30))
+def test_any_lines_come_back(lines, tmp_path, cache_dir):
+    (tmp_path / "lines.txt").write_text("\n".join(lines), encoding="utf-8", newline="")
+    assert [row["_text"] for row in rows_of(read(tmp_path / "lines.txt", cache_dir), 7)] == lines
+
+
+BAD = {  # name: (file, content, the row that is refused, what the line must hold, the texts that --skip-bad leaves)
+    "blank line": ("t.txt", b"good\n  \nfine\n", ("t.txt, line 2", "empty"), ["good", "fine"]),
+    "not UTF-8 line": ("t.txt", b"good\nsch\xf6n\nfine\n", ("t.txt, line 2", "0xf6 at 4"), ["good", "fine"]),
+    "surrogate bytes": ("t.txt", b"good\n\xed\xa0\x80\n", ("t.txt, line 2", "0xed"), ["good"]),
+    "null": ("t.jsonl", b'{"text": "good"}\n{"text": null}\n', ("t.jsonl, row 2", "missing"), ["good"]),
+    "lone surrogate": ("t.jsonl", b'{"text": "good"}\n{"text": "a \\ud800 b"}\n{"text": "\\ud83c\\udf89"}\n', ("t.jsonl, line 2", "lone surrogate"), ["good", "🎉"]),
+    "not UTF-8 in CSV": ("t.csv", b"text,n\ngood,1\nsch\xf6n,2\nfine,3\n", ("t.csv, line 3", "0xf6"), ["good", "fine"]),
+    "empty in CSV": ("t.csv", b'text,n\ngood,1\n"",2\n', ("t.csv, row 2", "empty"), ["good"]),
+    "missing in CSV": ("t.csv", b"text,n\ngood,1\n,2\n", ("t.csv, row 2",), ["good"]),
+}
+
+
+@pytest.mark.parametrize("name, content, parts, left", BAD.values(), ids=BAD)
+def test_a_bad_row_is_named_or_passed_over(name, content, parts, left, tmp_path, cache_dir):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        read(tmp_path / name, cache_dir)
+    assert [part for part in (*parts, "--skip-bad") if part not in str(caught.value)] == [], caught.value
+    found = read(tmp_path / name, cache_dir, skip_bad=True)
+    assert [row["_text"] for row in rows_of(found)] == left and len(found.bad) == 1
+
+
+IDS = {
+    "twice": ('{"id": "a", "text": "x"}\n{"id": "b", "text": "y"}\n{"id": "a", "text": "z"}\n', ("row 3", "'a'", "stands above too"), ["x", "y"]),
+    "twice as numbers": ('{"id": 1, "text": "x"}\n{"id": 1, "text": "z"}\n', ("row 2", "1", "stands above too"), ["x"]),
+    "missing": ('{"id": "a", "text": "x"}\n{"id": null, "text": "y"}\n', ("row 2", "the id", "missing"), ["x"]),
+}
+
+
+@pytest.mark.parametrize("content, parts, left", IDS.values(), ids=IDS)
+def test_ids_must_be_there_once(content, parts, left, tmp_path, cache_dir):
+    (tmp_path / "t.jsonl").write_text(content)
+    with pytest.raises(UserError) as caught:
+        read(tmp_path / "t.jsonl", cache_dir, id_column="id")
+    assert [part for part in parts if part not in str(caught.value)] == [], caught.value
+    assert [row["_text"] for row in rows_of(read(tmp_path / "t.jsonl", cache_dir, id_column="id", skip_bad=True))] == left
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.data())
+def test_windows_cover_all_tokens_with_their_overlap(data):
+    count = data.draw(st.integers(0, 120))
+    steps = data.draw(st.lists(st.booleans(), min_size=count, max_size=count))
+    words = [sum(steps[: place + 1]) for place in range(count)]
+    room = data.draw(st.integers(1, 30))
+    overlap = data.draw(st.integers(0, room - 1))
+    windows = passages.token_windows(words, room, overlap)
+    assert windows[0][0] == 0 and windows[-1][1] == count
+    assert all(0 < last - first <= room or count == 0 for first, last in windows)
+    for (first, last), (next_first, next_last) in zip(windows, windows[1:]):
+        assert first < next_first <= last < next_last  # no gap, no window within another
+
+
+def test_passages_are_pieces_of_the_text_that_the_model_reads_whole(tiny_embedder):
+    encoder = load(str(tiny_embedder), CPU)
+    long = " ".join(f"the film was {word} and so very good, it was a story n{number}" for number, word in enumerate(["fine", "poor"] * 20))
+    (short,), pieces = passages.split(["good film", long], encoder, overlap=10)
+    assert short == (0, "good film")
+    assert pieces[0][0] == 0 and pieces[-1][0] + len(pieces[-1][1]) == len(long)
+    for (start, piece), (following, _) in zip(pieces, pieces[1:]):
+        assert long[start : start + len(piece)] == piece and start < following < start + len(piece)
+    assert encoder.tokenize([piece for _, piece in pieces])[1] == 0  # none is cut
+    with pytest.raises(UserError, match="--chunk-overlap 62"):
+        passages.split([long], encoder, overlap=62)
