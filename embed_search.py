@@ -27,7 +27,7 @@ import numpy as np
 
 from common import cli, data, figures, runtime
 from common.errors import UserError
-from common.search import building, clustering, encoding, evaluation, flags, loading, mining, projector, store, texts, views
+from common.search import building, clustering, encoding, evaluation, flags, loading, mining, passages, projector, store, texts, views
 from common.search.display import Screen
 from common.search.filters import matching
 from common.search.ranking import Searcher
@@ -104,6 +104,8 @@ def index(args, machine, screen):
         encoder.follow()
         return
     overlap = args.chunk_overlap if args.chunk_overlap is not None else flags.DEFAULT_OVERLAP if args.chunk else None
+    if overlap is not None:
+        passages.room(encoder, overlap)
     wanted = building.settings_of(encoder, id_column=id_column, chunk_overlap=overlap)
     if settings and overlap is None:
         wanted["chunk_overlap"] = settings["chunk_overlap"]

@@ -5,24 +5,33 @@ from common.errors import UserError
 BLOCK = 256  # texts tokenised at once
 
 
-def split(texts: list[str], encoder, *, overlap: int) -> list[list[tuple[int, str]]]:
-    """Return for each text its passages as (first character, passage), each of at most the encoder's max_length in tokens.
+def room(encoder, overlap: int) -> int:
+    """Return how many tokens of a text a passage holds.
 
-    Neighbours share about `overlap` tokens; cuts fall between words where a word is no longer than a passage. A text that fits stays whole.
-    Raises UserError when the tokenizer doesn't say which characters a token stands for.
+    Raises UserError when that is not more than `overlap`, or the tokenizer doesn't say which characters a token stands for.
     """
     tokenizer = encoder.tokenizer
     if not tokenizer.is_fast:
         raise UserError(f"--chunk: the tokenizer of {encoder.name} doesn't say where its tokens stand in a text; leave --chunk out or use another model")
-    room = encoder.max_length - tokenizer.num_special_tokens_to_add() - len(tokenizer(encoder.prompt("document"), add_special_tokens=False)["input_ids"])
-    if not 0 <= overlap < room:
-        raise UserError(f"--chunk-overlap {overlap}: a passage holds {room} tokens; use fewer than that")
+    size = encoder.max_length - tokenizer.num_special_tokens_to_add() - len(tokenizer(encoder.prompt("document"), add_special_tokens=False)["input_ids"])
+    if not 0 <= overlap < size:
+        raise UserError(f"--chunk-overlap {overlap}: a passage holds {size} tokens; use fewer than that")
+    return size
+
+
+def split(texts: list[str], encoder, *, overlap: int) -> list[list[tuple[int, str]]]:
+    """Return for each text its passages as (first character, passage), each of at most the encoder's max_length in tokens.
+
+    Neighbours share about `overlap` tokens; cuts fall between words where a word is no longer than a passage. A text that fits stays whole.
+    Raises UserError as room() does.
+    """
+    tokenizer, size = encoder.tokenizer, room(encoder, overlap)
     found = []
     for start in range(0, len(texts), BLOCK):
         block = texts[start : start + BLOCK]
         tokens = tokenizer(block, add_special_tokens=False, return_offsets_mapping=True, truncation=False, padding=False, verbose=False)
         for place, text in enumerate(block):
-            windows = token_windows(tokens.word_ids(place), room, overlap)
+            windows = token_windows(tokens.word_ids(place), size, overlap)
             found.append(_cut(text, tokens["offset_mapping"][place], windows))
     return found
 

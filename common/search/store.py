@@ -90,7 +90,7 @@ def writing(folder: str | Path, *, settings: dict | None = None, wait: float = 0
     """
     folder = Path(folder)
     others = [path.name for path in folder.iterdir() if path.name != LOCK and not path.name.startswith(f"{MANIFEST}.")] if folder.is_dir() else []
-    new = settings is not None and not others
+    new = settings is not None and not others and (folder.is_dir() or not folder.exists())
     if not new:
         _check_is_index(folder)
     try:

@@ -145,6 +145,9 @@ def _own_names(rows: datasets.Dataset, text_column: str, place: str) -> pa.Table
     for name, classes in names.items():
         column = pa.chunked_array([pa.array(classes).take(chunk) for chunk in table[name].chunks])
         table = table.set_column(table.column_names.index(name), name, column)
+    for place, field in enumerate(table.schema):  # readers differ in how they hold strings: in one index they must not
+        kind = pa.large_string() if field.name == text_column else pa.string() if pa.types.is_large_string(field.type) else field.type
+        table = table.set_column(place, field.name, table[field.name].cast(kind)) if kind != field.type else table
     return table.rename_columns([TEXT if name == text_column else name for name in table.column_names])
 
 

@@ -5,11 +5,10 @@ import math
 import numpy as np
 import pytest
 from sklearn.cluster import KMeans
-
-from common.search import building, clustering, mining, store
-from common.search.store import vector_array
 from test_kernel import unit
 from test_store import collection, numbered
+
+from common.search import building, clustering, mining, store
 
 
 @pytest.fixture(params=[0, 1, 2])

@@ -9,11 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_encoding import CPU
 
 from common.errors import UserError
 from common.search import passages, texts
 from common.search.encoding import load
-from test_encoding import CPU
 
 
 def read(path, cache_dir, **options):

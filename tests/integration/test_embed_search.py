@@ -1,0 +1,363 @@
+"""embed_search.py as a user calls it: the tutorial's figures, an index over its life, searches against brute force, kills, torchrun."""
+
+import contextlib
+import csv
+import io
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import spearmanr
+from sentence_transformers import CrossEncoder, SentenceTransformer
+from transformers import BertConfig, BertForSequenceClassification
+
+from common.search.snapshot import ID, TEXT, open_snapshot
+from conftest import ROOT, make_sentences, train_wordpiece
+from hub_server import HubServer
+
+BUNDLED = "bundled/all-MiniLM-L6-v2"
+SENTENCES = ["Natural language processing is a fascinating field of study.",
+             "NLP combines computer science and linguistics to understand human language.",
+             "Machine learning models can process and analyze text data effectively.", "The weather is sunny today.",
+             "I love eating pizza for dinner.", "Deep learning has revolutionized artificial intelligence."]
+DOCUMENTS = ["Python is a popular programming language for data science and machine learning.",
+             "The stock market experienced significant volatility this week.", "Climate change is affecting weather patterns around the world.",
+             "Deep learning models require large amounts of training data.", "The new restaurant downtown serves excellent Italian cuisine.",
+             "Artificial neural networks are inspired by biological neural networks.", "Solar energy is becoming more cost-effective than fossil fuels."]
+
+
+@pytest.fixture
+def ok(embed):
+    """Return a function that runs a subcommand, which must succeed; returns its JSON document with --json, else what it printed."""
+    def run(command: str, *flags):
+        code, stdout, stderr = embed(command, *flags)
+        assert code == 0, stdout + stderr
+        return json.loads(stdout) if "--json" in flags else stdout
+    return run
+
+
+@pytest.fixture
+def sentences(tmp_path) -> Path:
+    """A CSV of 60 texts with ids, a label and a number."""
+    path = tmp_path / "sentences.csv"
+    path.write_text("id,text,label,n\n" + "".join(f"s{n},{text},{label},{n}\n" for n, (text, label) in enumerate(make_sentences(60))))
+    return path
+
+
+def write_lines(path: Path, lines: list[str]) -> Path:
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def test_the_tutorials_similarities_to_the_printed_digit(ok, tmp_path):
+    path, query = write_lines(tmp_path / "s.txt", SENTENCES), "Artificial intelligence and machine learning are transforming technology."
+    flags = ("similarity", path, "--query", query, "--model", BUNDLED)
+    found = ok(*flags, "--json")
+    assert found["matrix"][0] == [1.0, 0.543, 0.493, -0.031, 0.139, 0.367] and found["matrix"][3][5] == -0.104
+    assert [(pair["first"]["id"], pair["second"]["id"], round(pair["similarity"], 3)) for pair in found["pairs"]] == \
+        [("1", "2", 0.543), ("2", "3", 0.493), ("1", "3", 0.493)]
+    similarities = found["queries"][0]["similarities"]
+    assert [round(entry["similarity"], 3) for entry in similarities] == [0.297, 0.381, 0.422, -0.017, 0.022, 0.618]
+    assert [entry["level"] for entry in similarities] == ["low", "low", "moderate", "low", "low", "moderate"]
+    shown = ok(*flags, "--figure", tmp_path / "map.png")
+    assert re.search(r"1 +1\.000 +0\.543 +0\.493 +-0\.031 +0\.139 +0\.367", shown) and (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_tutorials_search(ok, tmp_path):
+    ok("index", write_lines(tmp_path / "d.txt", DOCUMENTS), "--index", tmp_path / "docs", "--model", BUNDLED)
+    found = ok("search", "--index", tmp_path / "docs", "What programming languages are good for AI?", "--top-k", 3, "--json")["queries"][0]["hits"]
+    assert [(round(hit["score"], 3), hit["text"]) for hit in found] == [(0.491, DOCUMENTS[0]), (0.366, DOCUMENTS[5]), (0.214, DOCUMENTS[3])]
+
+
+def test_an_index_over_its_life(ok, embed, sentences, tmp_path):
+    index = ("--index", tmp_path / "ix")
+    first = ok("index", sentences, *index, "--id-column", "id", "--block", 16, "--json")
+    assert (first["rows"], first["counts"]["added"], first["files"]) == (60, 60, 4)
+    again = ok("index", sentences, *index, "--json")
+    assert again["counts"]["unchanged"] == 60 and again["counts"]["encoded"] == 0 and again["files"] == 4
+    changed = sentences.read_text().replace("s3,", "s3,new ").replace("s60", "s60") + "s60,good film,pos,60\n"
+    sentences.write_text(changed)
+    code, _, stderr = embed("index", sentences, *index)
+    assert code == 2 and "row 4" in stderr and "'s3'" in stderr and "--update" in stderr
+    updated = ok("index", sentences, *index, "--update", "--json")
+    assert (updated["counts"]["added"], updated["counts"]["updated"], updated["counts"]["encoded"], updated["deleted_rows"]) == (1, 1, 2, 1)
+    assert ok("delete", *index, "s5", "s6", "--json")["rows"] == 59
+    assert ok("delete", *index, "--where", "n between 10 and 19", "--json")["rows"] == 49
+    compacted = ok("compact", *index, "--json")
+    assert (compacted["rows"], compacted["deleted_rows"], compacted["files"]) == (49, 0, 1)
+    assert "s3" in {hit["id"] for hit in ok("search", *index, "new", "--top-k", 49, "--json")["queries"][0]["hits"]}
+
+
+def test_vectors_in_the_index_are_sentence_transformers(ok, sentences, tiny_embedder, tmp_path):
+    ok("index", sentences, "--index", tmp_path / "ix", "--id-column", "id")
+    snapshot = open_snapshot(tmp_path / "ix")
+    texts = [row[TEXT] for row in snapshot.take(range(60))]
+    assert np.abs(snapshot.vectors_of(range(60)) - SentenceTransformer(str(tiny_embedder), device="cpu").encode(texts)).max() < 1e-5
+
+
+def test_search_is_brute_force_with_filters(ok, sentences, tiny_embedder, tmp_path):
+    ok("index", sentences, "--index", tmp_path / "ix", "--id-column", "id", "--block", 7)
+    ok("delete", "--index", tmp_path / "ix", "s2")
+    model = SentenceTransformer(str(tiny_embedder), device="cpu")
+    rows = [row for row in csv.DictReader(io.StringIO(sentences.read_text())) if row["id"] != "s2" and row["label"] == "pos" and int(row["n"]) > 9]
+    scores = model.encode([row["text"] for row in rows]) @ model.encode("very good film")
+    expected = [rows[place]["id"] for place in np.argsort(-scores, kind="stable")]
+    flags = ("search", "--index", tmp_path / "ix", "very good film", "--where", "label = 'pos' AND n > 9", "--json", "--top-k", 100)
+    assert [hit["id"] for hit in ok(*flags)["queries"][0]["hits"]] == expected
+    assert {hit["id"] for hit in ok(*flags, "--approximate")["queries"][0]["hits"]} == set(expected)
+    hybrid = ok(*flags, "--hybrid")["queries"][0]["hits"]
+    assert {hit["id"] for hit in hybrid} == set(expected) and [hit["id"] for hit in hybrid] != expected
+
+
+def test_hybrid_is_reciprocal_rank_fusion_of_both(ok, tmp_path):
+    ok("index", write_lines(tmp_path / "d.txt", DOCUMENTS), "--index", tmp_path / "ix")
+    dense = [hit["text"] for hit in ok("search", "--index", tmp_path / "ix", "neural networks", "--top-k", 7, "--json")["queries"][0]["hits"]]
+    found = ok("search", "--index", tmp_path / "ix", "neural networks", "--hybrid", "--top-k", 7, "--json")["queries"][0]["hits"]
+    sparse = [DOCUMENTS[5]]  # the only text with one of the words
+    scores = {text: 1 / (61 + dense.index(text)) + (1 / 61 if text in sparse else 0) for text in DOCUMENTS}
+    assert [hit["text"] for hit in found] == sorted(DOCUMENTS, key=lambda text: -scores[text])
+    assert found[0]["score"] == pytest.approx(scores[found[0]["text"]])
+
+
+def test_a_stale_or_damaged_cache_is_made_anew(ok, sentences, tmp_path):
+    index = ("--index", tmp_path / "ix")
+    ok("index", sentences, *index, "--id-column", "id")
+    flags = ("search", *index, "good film", "--approximate", "--top-k", 3, "--json")
+    first = ok(*flags)
+    graph = tmp_path / "ix" / "cache-faiss" / "graph.faiss"
+    whole = graph.read_bytes()
+    graph.write_bytes(b"\0" * len(whole))
+    assert ok(*flags) == first and graph.read_bytes() == whole  # damaged
+    ok("delete", *index, first["queries"][0]["hits"][0]["id"])
+    second = ok(*flags)["queries"][0]["hits"]
+    assert [hit["id"] for hit in second][:2] == [hit["id"] for hit in first["queries"][0]["hits"]][1:]  # stale
+
+
+@pytest.fixture(scope="session")
+def tiny_reranker(tmp_path_factory) -> Path:
+    """A folder with a cross-encoder of one layer and its tokenizer."""
+    folder, tokenizer = tmp_path_factory.mktemp("models") / "tiny-reranker", train_wordpiece([text for text, _ in make_sentences(200)])
+    torch.manual_seed(5)
+    config = BertConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64,
+                        max_position_embeddings=64, num_labels=1)
+    BertForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_reranking_orders_the_best_by_the_cross_encoder(ok, sentences, tiny_reranker, tmp_path):
+    ok("index", sentences, "--index", tmp_path / "ix", "--id-column", "id")
+    flags = ("search", "--index", tmp_path / "ix", "very good film", "--json", "--top-k")
+    best = ok(*flags, 20)["queries"][0]["hits"]
+    scores = CrossEncoder(str(tiny_reranker), device="cpu").predict([("very good film", hit["text"]) for hit in best])
+    found = ok(*flags, 5, "--rerank", tiny_reranker, "--rerank-depth", 20)["queries"][0]["hits"]
+    assert [hit["id"] for hit in found] == [best[place]["id"] for place in np.argsort(-scores, kind="stable")[:5]]
+    assert np.allclose([hit["score"] for hit in found], sorted(scores, reverse=True)[:5], atol=1e-5)
+
+
+def test_chunks_are_found_with_their_document(ok, tmp_path):
+    long = " ".join(f"the film was very n{number}" for number in range(60))
+    rows = [{"id": "long", "text": f"{long} lovely great lovely great {long}"}, {"id": "short", "text": "bad awful poor"}]
+    write_lines(tmp_path / "t.jsonl", [json.dumps(row) for row in rows])
+    plain = ok("index", tmp_path / "t.jsonl", "--index", tmp_path / "plain", "--id-column", "id")
+    assert "1 are longer than 64 tokens" in plain and "--chunk" in plain
+    ok("index", tmp_path / "t.jsonl", "--index", tmp_path / "ix", "--id-column", "id", "--chunk", "--chunk-overlap", 8)
+    hits = ok("search", "--index", tmp_path / "ix", "lovely great lovely great", "--top-k", 5, "--json")["queries"][0]["hits"]
+    assert sorted(hit["id"] for hit in hits) == ["long", "short"]  # each document once, though it has many passages
+    found = next(hit for hit in hits if hit["id"] == "long")
+    snapshot = open_snapshot(tmp_path / "ix")
+    passages = [row for row in snapshot.take(range(snapshot.num_rows)) if row[ID] == "long"]
+    assert found["passage"]["of"] == len(passages) > 5
+    start = found["passage"]["first_character"]
+    assert rows[0]["text"][start : start + len(found["text"])] == found["text"]
+    assert ok("delete", "--index", tmp_path / "ix", "long", "--json")["rows"] == 1
+
+
+def test_the_prompt_answers_line_by_line(ok, sentences, tmp_path, monkeypatch):
+    ok("index", sentences, "--index", tmp_path / "ix", "--id-column", "id")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("good film\nbad film\n\n"))
+    shown = ok("search", "--index", tmp_path / "ix", "--top-k", 2)
+    assert shown.index("query: good film") < shown.index("query: bad film")
+
+
+def test_pairs_duplicates_and_clusters_through_the_command_line(ok, sentences, tmp_path):
+    sentences.write_text(sentences.read_text() + sentences.read_text().splitlines()[1].replace("s0,", "copy,") + "\n")
+    best = ok("pairs", sentences, "--top-k", 2, "--json")["pairs"]
+    assert (best[0]["first"]["id"], best[0]["second"]["id"]) == ("1", "61") and best[0]["similarity"] == pytest.approx(1)
+    ok("index", sentences, "--index", tmp_path / "ix", "--id-column", "id")
+    found = ok("duplicates", "--index", tmp_path / "ix", "--threshold", 0.9999, "--json")
+    assert [[row["id"] for row in group] for group in found["groups"]] == [["s0", "copy"]] and found["num_pairs"] == 1
+    ok("duplicates", "--index", tmp_path / "ix", "--threshold", 0.5, "--pairs-file", tmp_path / "pairs.csv")
+    pairs = [frozenset(row[:2]) for row in csv.reader(io.StringIO((tmp_path / "pairs.csv").read_text()))][1:]
+    assert len(pairs) == len(set(pairs)) == ok("duplicates", "--index", tmp_path / "ix", "--threshold", 0.5, "--json")["num_pairs"]
+    clusters = ok("cluster", "--index", tmp_path / "ix", "--num-clusters", 3, "--json")["clusters"]
+    assert sum(cluster["size"] for cluster in clusters) == 61 and all(len(cluster["nearest_to_centre"]) == 3 for cluster in clusters)
+    ok("cluster", "--index", tmp_path / "ix", "--threshold", 0.8, "--where", "label = 'pos'", "--figure", tmp_path / "map.png")
+    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_evaluate_with_judgements_of_ones_own(ok, sentences, tiny_reranker, tmp_path):
+    rows = list(csv.DictReader(io.StringIO(sentences.read_text())))[:6]
+    write_lines(tmp_path / "q.jsonl", [json.dumps({"id": f"q{row['id']}", "text": row["text"]}) for row in rows])
+    write_lines(tmp_path / "qrels", [f"q{row['id']} 0 {row['id']} 1" for row in rows[:5]] + [f"q{rows[5]['id']} 0 nowhere 1"])
+    task = ("--queries", tmp_path / "q.jsonl", "--qrels", tmp_path / "qrels", "--json")
+    found = ok("evaluate", "--texts", sentences, *task, "--rerank", tiny_reranker)["scores"]
+    assert list(found) == ["exact", "approximate", "hybrid", "reranked"]
+    for name in ("nDCG@10", "MRR@10", "recall@1", "recall@100"):  # each text finds itself first, and one is not there
+        assert found["exact"][name] == found["approximate"][name] == pytest.approx(5 / 6)
+    ok("index", sentences, "--index", tmp_path / "ix", "--id-column", "id")
+    assert ok("evaluate", "--index", tmp_path / "ix", *task)["scores"]["exact"] == found["exact"]
+
+
+def test_sts_is_spearmans_correlation(ok, tiny_embedder, tmp_path):
+    texts, generator = [text for text, _ in make_sentences(24)], random.Random(0)
+    pairs = [(generator.choice(texts), generator.choice(texts), round(generator.random() * 5, 1)) for _ in range(20)]
+    with open(tmp_path / "sts.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("a", "b", "human"), *pairs])
+    model = SentenceTransformer(str(tiny_embedder), device="cpu")
+    left, right = (model.encode([pair[side] for pair in pairs]).astype(np.float64) for side in (0, 1))
+    found = ok("evaluate", "--sts", tmp_path / "sts.csv", "--columns", "a", "b", "human", "--json")
+    assert found["spearman"] == pytest.approx(spearmanr((left * right).sum(1), [pair[2] for pair in pairs]).statistic, abs=1e-4)
+
+
+def test_compare_models_shows_quality_speed_and_size(ok, sentences, tiny_embedder, tiny_model, tmp_path):
+    rows = list(csv.DictReader(io.StringIO(sentences.read_text())))[:6]
+    write_lines(tmp_path / "q.jsonl", [json.dumps({"id": row["id"], "text": row["text"]}) for row in rows])
+    write_lines(tmp_path / "qrels", [f"{row['id']} 0 {row['id']} 1" for row in rows])
+    found = ok("compare-models", tiny_embedder, tiny_model, "--texts", sentences, "--queries", tmp_path / "q.jsonl", "--qrels", tmp_path / "qrels", "--json")
+    assert [line["bytes_a_vector"] for line in found["models"]] == [128, 128] and all(line["texts_per_second"] > 0 for line in found["models"])
+    assert found["models"][0]["nDCG@10"] == pytest.approx(1)
+
+
+def test_the_projector_reads_what_project_writes(ok, sentences, tmp_path):
+    ok("index", sentences, "--index", tmp_path / "ix", "--id-column", "id")
+    assert ok("project", "--index", tmp_path / "ix", "--output-dir", tmp_path / "board", "--max-points", 50, "--json")["texts"] == 50
+    vectors = np.loadtxt(next((tmp_path / "board").rglob("tensors.tsv")), delimiter="\t")
+    metadata = [line.split("\t") for line in next((tmp_path / "board").rglob("metadata.tsv")).read_text().splitlines()]
+    assert vectors.shape == (50, 32) and len(metadata) == 51 and metadata[0] == ["_id", "_text", "id", "label", "n"]
+    snapshot = open_snapshot(tmp_path / "ix")
+    last = next(row for row in range(60) if snapshot.take([row])[0][ID] == metadata[-1][0])
+    assert np.allclose(vectors[-1], snapshot.vectors_of([last])[0], atol=1e-6)
+
+
+def test_a_model_from_the_hub_goes_into_the_cache(tiny_embedder, sentences, tmp_path, run_script):
+    target = tmp_path / "hub" / "models" / "some" / "embedder"
+    target.parent.mkdir(parents=True)
+    target.symlink_to(tiny_embedder)
+    with HubServer(tmp_path / "hub") as server:
+        flags = ("embed_search.py", "index", sentences, "--model", "some/embedder", "--cache-dir", tmp_path / "cache", "--index", tmp_path / "ix", "--json")
+        done = run_script(*flags, HF_ENDPOINT=server.endpoint, HF_HUB_OFFLINE="0")
+    assert json.loads(done.stdout)["rows"] == 60 and list((tmp_path / "cache").rglob("model.safetensors"))
+
+
+def test_torchrun_gives_the_same_index(ok, sentences, tiny_embedder, cache_dir, run_script, tmp_path):
+    sentences.write_text(sentences.read_text() + "copy,good film,pos,1\ncopy2,good film,pos,2\n")
+    flags = ("index", sentences, "--id-column", "id", "--model", tiny_embedder, "--cache-dir", cache_dir, "--precision", "fp32", "--device", "cpu",
+             "--block", "25", "--batch-tokens", "300", "--json")
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)  # as torchrun does
+        ok(*flags, "--index", tmp_path / "one")
+    finally:
+        torch.set_num_threads(threads)
+    done = run_script("torchrun", "--nproc-per-node", "2", "embed_search.py", *flags, "--index", tmp_path / "two")
+    assert json.loads(done.stdout)["rows"] == 62
+    one, two = open_snapshot(tmp_path / "one"), open_snapshot(tmp_path / "two")
+    assert one.take(range(62)) == two.take(range(62)) and (one.vectors_of(range(62)) == two.vectors_of(range(62))).all()
+
+
+FORKING_INDEXER = """
+import json, os, sys
+import embed_search
+from common import cli
+for line in sys.stdin:  # each line is a command line; answers with the number of the process that runs it, then with how it ended
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        cli.run(embed_search.make_parser(), embed_search.main, json.loads(line))
+        os._exit(0)
+    print(child, flush=True)
+    print(os.waitpid(child, 0)[1], flush=True)
+"""
+
+
+def kill_at_random_moments(times: int, tiny_embedder, cache_dir, tmp_path, seed: int):
+    """Kill `index` `times` times, going on with the same command; after each kill all that was committed is there, and nothing wrong is."""
+    texts = [text for text, _ in make_sentences(400)]
+    write_lines(tmp_path / "texts.txt", texts)
+    command = ["index", str(tmp_path / "texts.txt"), "--model", str(tiny_embedder), "--cache-dir", str(cache_dir), "--precision", "fp32", "--device", "cpu",
+               "--block", "4"]
+    generator, kills = random.Random(seed), 0
+    with subprocess.Popen([sys.executable, "-c", FORKING_INDEXER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}) as runner:
+        def start(name: str) -> int:
+            print(json.dumps([*command, "--index", str(tmp_path / name)]), file=runner.stdin, flush=True)
+            return int(runner.stdout.readline())
+
+        for name in ("warm-up", "whole"):
+            moment = time.monotonic()
+            start(name)
+            assert runner.stdout.readline() == "0\n"
+        seconds, expected = time.monotonic() - moment, rows_by_id(tmp_path / "whole")
+        assert sorted(text for text, _ in expected.values()) == sorted(texts)
+        for run in range(10 * times):
+            name = f"killed-{run}"
+            while kills < times:
+                child = start(name)
+                time.sleep(generator.uniform(0, 0.6 * seconds))
+                before = rows_by_id(tmp_path / name) if (tmp_path / name / "manifest.json").exists() else {}
+                with contextlib.suppress(ProcessLookupError):  # it is done
+                    os.kill(child, signal.SIGKILL)
+                ended = runner.stdout.readline()
+                if ended == "0\n":  # it was done before the kill
+                    break
+                kills += 1
+                after = rows_by_id(tmp_path / name) if (tmp_path / name / "manifest.json").exists() else {}
+                assert before.items() <= after.items() and after.items() <= expected.items()
+            start(name)
+            assert runner.stdout.readline() == "0\n" and rows_by_id(tmp_path / name) == expected
+            if kills == times:
+                break
+        runner.stdin.close()
+    assert kills == times
+
+
+def rows_by_id(folder: Path) -> dict[str, tuple]:
+    """Return id -> (text, vector as bytes) of an index."""
+    snapshot = open_snapshot(folder)
+    rows = np.flatnonzero(snapshot.alive())
+    return {row[ID]: (row[TEXT], vector.tobytes()) for row, vector in zip(snapshot.take(rows), snapshot.vectors_of(rows))}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forked")
+def test_kills_lose_nothing(tiny_embedder, cache_dir, tmp_path):
+    kill_at_random_moments(4, tiny_embedder, cache_dir, tmp_path, seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forked")
+def test_thirty_kills_lose_nothing(tiny_embedder, cache_dir, tmp_path):
+    kill_at_random_moments(30, tiny_embedder, cache_dir, tmp_path, seed=1)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_index_says_how_to_go_on(number, code, tiny_embedder, cache_dir, tmp_path):
+    write_lines(tmp_path / "texts.txt", [text for text, _ in make_sentences(3000)])
+    flags = ["index", tmp_path / "texts.txt", "--model", tiny_embedder, "--cache-dir", cache_dir, "--device", "cpu", "--block", "4", "--index", tmp_path / "ix"]
+    with subprocess.Popen([sys.executable, ROOT / "embed_search.py", *flags], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                          env={**os.environ, "HF_HUB_OFFLINE": "1"}) as process:
+        while not (tmp_path / "ix" / "manifest.json").exists() or not open_snapshot(tmp_path / "ix").num_rows:
+            time.sleep(0.05)
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == code and "the same command goes on from there" in stderr and "Traceback" not in stderr
+    assert int(re.search(r"([\d,]+) texts of this run", stderr)[1].replace(",", "")) == open_snapshot(tmp_path / "ix").num_rows
