@@ -4,7 +4,6 @@ Whatever it comes from, a collection is an Arrow table over memory-mapped files:
 """
 
 import contextlib
-import hashlib
 import json
 import mmap
 import re
@@ -20,6 +19,7 @@ import pyarrow.compute as pc
 
 from common import assets, data
 from common.errors import UserError
+from common.search.lookup import Lookup, digest
 from common.search.snapshot import OWN_COLUMNS, TEXT
 
 REPLACED = "\ufffd"  # what stands for bytes that are no UTF-8 when --skip-bad goes on
@@ -86,7 +86,7 @@ def read(name: str, *, text_column: str, id_column: str | None = None, skip_bad:
 def ids_of(table: pa.Table, id_column: str | None) -> list[str]:
     """Return the key of each row: its id, else a hash of its text."""
     if id_column is None:
-        return [hashlib.blake2b(text.encode(), digest_size=16).hexdigest() for text in table[TEXT].to_pylist()]
+        return [digest(text).hex() for text in table[TEXT].to_pylist()]
     return [str(value) for value in table[id_column].to_pylist()]
 
 
@@ -102,7 +102,7 @@ def check_query(text: str, place: str):
 
 def _check(collection: Collection, id_column: str | None, skip_bad: bool):
     """Find the rows that can't be used: raise UserError for the first, or note each in collection.bad."""
-    seen: set[bytes] = set()
+    seen = Lookup()
     if id_column is not None and not _is_key(collection.rows.schema.field(id_column).type):
         raise UserError(f"{collection.name}: column {id_column!r} holds {collection.rows.schema.field(id_column).type}, not ids; "
                         "name a column of texts or whole numbers with --id-column")
@@ -113,14 +113,16 @@ def _check(collection: Collection, id_column: str | None, skip_bad: bool):
         reasons = {int(row): "the text is missing" if missing[row] else "the text is empty" for row in np.flatnonzero(blank)}
         replaced = pc.match_substring(block[TEXT], REPLACED + REPLACED).fill_null(False).to_numpy() if skip_bad else np.zeros(0, bool)
         reasons |= {int(row): "the text is not UTF-8" for row in np.flatnonzero(replaced)}
-        for row, key in enumerate(block[id_column].to_pylist() if id_column else []):
-            digest = hashlib.blake2b(str(key).encode(), digest_size=16).digest()
+        keys = block[id_column].to_pylist() if id_column else []
+        digests, here = [digest(str(key)) for key in keys], {}
+        for row, (key, before) in enumerate(zip(keys, seen.find(digests))):
             if key is None or key == "":
                 reasons.setdefault(row, f"the id in column {id_column!r} is missing")
-            elif digest in seen:
+            elif before >= 0 or digests[row] in here:
                 reasons.setdefault(row, f"the id {key!r} in column {id_column!r} stands above too")
             elif row not in reasons:
-                seen.add(digest)
+                here[digests[row]] = start + row
+        seen.add(here, here.values())
         for row, reason in sorted(reasons.items()):
             if not skip_bad:
                 raise UserError(f"{collection.place(start + row)}: {reason}; mend or remove it, or pass it over with --skip-bad")

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from common.errors import UserError
-from common.search import building, store, texts
+from common.search import building, lookup, store, texts
 from common.search.snapshot import ID, TEXT, open_snapshot
 from conftest import ROOT, StubEncoder
 
@@ -221,14 +221,14 @@ def test_any_arrow_reader_reads_the_files(tmp_path):
 
 
 def test_lookup_is_a_dictionary():
-    lookup, expected, generator = building.Lookup(), {}, random.Random(0)
+    found, expected, generator = lookup.Lookup(), {}, random.Random(0)
     for start in range(0, 300_000, 50_000):
-        digests = [building.digest(str(generator.randrange(200_000))) for _ in range(50_000)]
-        lookup.add(digests, range(start, start + 50_000))
+        digests = [lookup.digest(str(generator.randrange(200_000))) for _ in range(50_000)]
+        found.add(digests, range(start, start + 50_000))
         expected.update(zip(digests, range(start, start + 50_000)))
-    wanted = [building.digest(str(number)) for number in range(0, 250_000, 7)] + [b"\0" * 16]
-    assert lookup.find(wanted).tolist() == [expected.get(key, -1) for key in wanted]
-    assert len(lookup.keys) > 100_000  # it was merged
+    wanted = [lookup.digest(str(number)) for number in range(0, 250_000, 7)] + [b"\0" * 16]
+    assert found.find(wanted).tolist() == [expected.get(key, -1) for key in wanted]
+    assert len(found.keys) > 100_000  # it was merged
 
 
 MEMORY = """
