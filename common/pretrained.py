@@ -46,7 +46,7 @@ def _explain(error: Exception, reachable: bool) -> str:
         return f"the Hub can't be reached; use a local folder or a bundled model: {one_line(error)}"
     if isinstance(error.__cause__, huggingface_hub.errors.RepositoryNotFoundError):
         return ("neither a local folder nor a model on the Hub that you may read; check the name (a private one needs `hf auth login`), "
-                "or use a bundled model")
+                "or leave --model out for the bundled one")
     if "file named model.safetensors" in str(error):
         return ("it has no model.safetensors, and pickled weights (pytorch_model.bin) are never read, for they can run code; "
                 "use a version of it with safetensors, or convert it first")

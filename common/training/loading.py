@@ -58,8 +58,8 @@ def tokenize(splits: datasets.DatasetDict, tokenizer, args, machine: Runtime) ->
         num_tokens, num_read = (np.asarray(tokenized[split][name][:]) for name in ("num_tokens", "num_read"))
         longer, dropped = (num_tokens > lengths[split]).mean(), 1 - num_read.sum() / num_tokens.sum()
         windows = {"train": f"a step reads {args.max_windows} of their windows, drawn anew each epoch", "test": "all of their windows are read"}[split]
-        machine.say(f"{'tokens  ' if split == 'train' else '        '} at most {lengths[split]} in {use}: {longer:.1%} of the texts are longer"
-                    + (f"; {windows}" if args.truncation == "chunks" else f" and {LOSS[args.truncation]}, {dropped:.1%} of all tokens"))
+        what = "" if longer == 0 else f"; {windows}" if args.truncation == "chunks" else f" and {LOSS[args.truncation]}, {dropped:.1%} of all tokens"
+        machine.say(f"{'tokens  ' if split == 'train' else '        '} at most {lengths[split]} in {use}: {longer:.1%} of the texts are longer{what}")
     longest = batching.longest_windows(tokenized["train"])
     order = batching.batch_order(longest, batch_size=args.batch_size * machine.world_size, seed=args.seed, epoch=1, buckets=args.batching == "buckets")
     machine.say(f"         {batching.padding_share(longest, order):.1%} of a training batch is padding (--batching {args.batching})")

@@ -4,63 +4,20 @@ import json
 import shutil
 from pathlib import Path
 
-import huggingface_hub.errors
-import safetensors
 import torch
-import transformers
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from common import assets, hub
-from common.errors import UserError, one_line
+from common import assets, pretrained
+from common.errors import UserError
 from common.training.durable import replace_folder
 
 UNLIMITED = 1_000_000  # tokenizers without a limit say 1e30
 SETTINGS_FILE = "training.json"  # beside the saved model: what it was trained on
 
-transformers.utils.logging.set_verbosity_error()  # what matters of its warnings is checked and said here
-transformers.utils.logging.disable_progress_bar()
-
 
 def locate(name: str) -> str:
-    """Return what `from_pretrained` takes for a bundled name, a local folder or a Hub id. Raises UserError for a missing folder."""
-    if assets.is_bundled(name):
-        return str(assets.model_folder(name))
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise UserError(f"--model {name}: the folder has no config.json; a saved model is in runs/<name>/best")
-    if not Path(name).exists() and (name.startswith((".", "/")) or name.count("/") > 1):
-        raise UserError(f"--model {name}: no such folder; check the path")
-    return name
-
-
-def load_pretrained(auto_class, name: str, **options):
-    """Call `auto_class.from_pretrained`; weights must be safetensors, and no remote code runs.
-
-    Raises UserError when the model can't be found, reached or read.
-    """
-    location = locate(name)
-    reachable = Path(location).is_dir() or hub.is_reachable()
-    try:
-        loaded = auto_class.from_pretrained(location, **options)
-    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError, safetensors.SafetensorError) as error:
-        if isinstance(error, ValueError) and not any(known in str(error) for known in ("trust_remote_code", "model_type", "backend tokenizer")):
-            raise
-        raise UserError(f"--model {name}: {explain(error, reachable)}") from error
-    if not reachable:
-        hub.say_cached(f"--model {name}")
-    return loaded
-
-
-def explain(error: Exception, reachable: bool) -> str:
-    """Return in one line why a model can't be loaded, and the way out."""
-    if not reachable:
-        return f"the Hub can't be reached; use a local folder or a bundled model: {one_line(error)}"
-    if isinstance(error.__cause__, huggingface_hub.errors.RepositoryNotFoundError):
-        return ("neither a local folder nor a model on the Hub that you may read; check the name (a private one needs `hf auth login`), "
-                f"or use {', '.join(assets.MODELS)}")
-    if "file named model.safetensors" in str(error):
-        return ("it has no model.safetensors, and pickled weights (pytorch_model.bin) are never read, for they can run code; "
-                "use a version of it with safetensors, or convert it first")
-    return f"{one_line(error).rstrip('.')}; mend its files or name another model"
+    """Return what `from_pretrained` takes for the name of an encoder. Raises UserError for a missing folder."""
+    return pretrained.locate(name, bundled=assets.model_folder)
 
 
 def load_tokenizer(name: str, *, cache_dir: str | None):
@@ -69,7 +26,7 @@ def load_tokenizer(name: str, *, cache_dir: str | None):
     The file of all-MiniLM-L6-v2 switches on truncation and padding at 128; both are switched off here, and every call says what it wants.
     Raises UserError when there is no tokenizer, or neither a padding nor an end token.
     """
-    tokenizer = load_pretrained(AutoTokenizer, name, cache_dir=cache_dir)
+    tokenizer = pretrained.load(AutoTokenizer, name, locate(name), cache_dir=cache_dir)
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # what transformers makes up when the files are not there
         raise UserError(f"--model {name}: it has no tokenizer, or one without words; copy the files of its tokenizer into the folder")
     if tokenizer.is_fast:
@@ -95,18 +52,18 @@ def load_classifier(name: str, *, names: list[str], dropout: dict[str, float], p
     config.problem_type = "single_label_classification"
     for option, value in dropout.items():
         setattr(config, option, value)
-    return load_pretrained(AutoModelForSequenceClassification, name, cache_dir=cache_dir, config=config, dtype=torch.float32,
+    return pretrained.load(AutoModelForSequenceClassification, name, locate(name), cache_dir=cache_dir, config=config, dtype=torch.float32,
                            use_safetensors=True, ignore_mismatched_sizes=True, adapter_kwargs={"cache_dir": cache_dir})  # else the look for adapters leaves files elsewhere
 
 
 def load_config(name: str, *, cache_dir: str | None, **options):
     """Return a model's config. Raises UserError when it can't be found, reached or read."""
-    return load_pretrained(AutoConfig, name, cache_dir=cache_dir, **options)
+    return pretrained.load(AutoConfig, name, locate(name), cache_dir=cache_dir, **options)
 
 
 def load_saved(folder: str, *, cache_dir: str | None):
     """Return a classifier with the head that it was saved with, in fp32. Raises UserError when it has none."""
-    model, report = load_pretrained(AutoModelForSequenceClassification, folder, cache_dir=cache_dir, dtype=torch.float32,
+    model, report = pretrained.load(AutoModelForSequenceClassification, folder, locate(folder), cache_dir=cache_dir, dtype=torch.float32,
                                     use_safetensors=True, output_loading_info=True, adapter_kwargs={"cache_dir": cache_dir})
     if report["missing_keys"]:
         raise UserError(f"--model {folder}: it was never trained to classify (no weights for {', '.join(sorted(report['missing_keys']))}); "

@@ -25,7 +25,7 @@ import environment
 import numpy as np
 import torch
 from tabulate import tabulate
-from transformers import AutoConfig, AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
 
 import train_classifier
 from common import cli, runtime, tracking
@@ -80,7 +80,7 @@ def classifier_flags(contender: str, flags, **more):
     names = ("model", "cache_dir", "device", "precision", "seed", *SPEED, "max_train_samples", "max_eval_samples")
     given = {**{name: getattr(flags, name) for name in names if name != "contenders"}, "weight_decay": WEIGHT_DECAY, "truncation": "head", **more}
     if contender == "ours_with_attention_dropout":
-        config = models.load_pretrained(AutoConfig, flags.model, cache_dir=flags.cache_dir)
+        config = models.load_config(flags.model, cache_dir=flags.cache_dir)
         given["attention_dropout"] = next(getattr(config, name) for name in adaptation.ATTENTION_DROPOUT_NAMES if hasattr(config, name))
     arguments = [text for name, value in given.items() if value is not None for text in (f"--{name.replace('_', '-')}", str(value))]
     return train_classifier.make_parser().parse_args(arguments)
@@ -227,7 +227,7 @@ def train_fully(contender: str, flags, folder: str) -> dict:
 def child(flags) -> dict:
     """Return the figures of one contender, in this process."""
     if flags.child == "limits":
-        config = models.load_pretrained(AutoConfig, flags.model, cache_dir=flags.cache_dir)
+        config = models.load_config(flags.model, cache_dir=flags.cache_dir)
         return environment.limits(runtime.choose_device(flags.device), rows=flags.batch_size * flags.max_length, width=config.hidden_size)
     with tempfile.TemporaryDirectory() as folder:
         if flags.accuracy:

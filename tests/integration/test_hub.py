@@ -182,7 +182,7 @@ def refusals(repositories, run_script, sentences_csv, tmp_path_factory):
 
 
 @pytest.mark.parametrize("case, parts", [
-    ("unknown model", ["--model nobody/nothing", "check the name", "bundled/all-MiniLM-L6-v2"]),
+    ("unknown model", ["--model nobody/nothing", "check the name", "leave --model out for the bundled one"]),
     ("unknown data set", ["--dataset nobody/nothing", "check the name", "bundled/bbc-news"]),
     ("pickle", ["--model owner/only-pickle", "no model.safetensors", "pickled weights (pytorch_model.bin) are never read"]),
     ("script", ["--dataset owner/only-script", "remote code, which is never run", "Parquet"]),
