@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -42,6 +43,20 @@ def count_events(job: dict):
     return lambda: count
 
 
+def signal_in_evaluation(job: dict):
+    """Let the job's signal come while the given evaluation computes."""
+    score, count = train_classifier.score, 0
+
+    def scored(*arguments, **options):
+        nonlocal count
+        count += 1
+        if count == job["in_evaluation"]:
+            threading.Timer(0.0, os.kill, (os.getpid(), signal.Signals[job["signal"]])).start()
+            time.sleep(5)  # the signal's handler ends this
+        return score(*arguments, **options)
+    train_classifier.score = scored
+
+
 def child(job: dict, rank: int):
     """Be one process of a job: run the script and end with its exit code, without the seconds that Python takes to tidy up."""
     for descriptor, stream in ((1, "stdout"), (2, "stderr")):
@@ -52,6 +67,8 @@ def child(job: dict, rank: int):
     counted = count_events(job if rank == job.get("rank", 0) else {**job, "event": None})
     if job.get("forget_random_state"):  # the control: a comparison that does not see this sees nothing
         checkpoint.restore_random_states = lambda *_: None
+    if job.get("in_evaluation"):
+        signal_in_evaluation(job)
     code = 0
     try:
         cli.run(train_classifier.make_parser(), train_classifier.main, job["flags"])
@@ -80,7 +97,6 @@ def run(job: dict) -> list[int]:
         if min(codes) < 0:
             for other in running:
                 os.kill(other, signal.SIGKILL)
-        time.sleep(0)
     return codes
 
 

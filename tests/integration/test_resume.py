@@ -67,7 +67,7 @@ def kill_until_done(forked, folder: Path, events: list[int], kind: str, generato
     for event in [*events, None]:
         going_on = ["--resume"] if (folder / "config.json").exists() else []
         codes = forked.run(folder, *going_on, kind=kind, event=event, rank=generator.randrange(world))
-        assert set(codes) <= {0, -9}, forked.said()
+        assert set(codes) == {0} or -9 in codes, [forked.said(rank=rank) for rank in range(world)]
         killed += -9 in codes
         if set(codes) == {0}:
             break
@@ -112,6 +112,26 @@ def test_a_signal_saves_and_says_how_to_go_on(name, code, share, forked, whole, 
     assert last == f"train_classifier.py: stopped by {name}; go on with the same command and --resume {tmp_path / 'run'}"
     assert forked.run(tmp_path / "run", "--resume", tmp_path / "run") == [0], forked.said()
     assert differing(tmp_path / "run", folder) == []
+
+
+def test_a_signal_in_an_evaluation_does_not_wait_for_its_end(forked, whole, tmp_path):
+    folder, _ = whole("one process")
+    assert forked.run(tmp_path / "run", signal="SIGTERM", in_evaluation=2) == [143]
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert lines.count("validation/loss") == 1, "the second evaluation was left"
+    assert forked.run(tmp_path / "run", "--resume") == [0], forked.said()
+    assert differing(tmp_path / "run", folder) == []
+
+
+def test_a_named_checkpoint_is_gone_on_from(forked, whole, tmp_path):
+    folder, _ = whole("one process")
+    shutil.copytree(folder, tmp_path / "run")
+    older = min((tmp_path / "run" / "checkpoints").iterdir())
+    assert forked.run(tmp_path / "run", "--resume", older) == [0], forked.said()
+    assert f"resume   {older}: after step {int(older.name[5:])}" in forked.said("stdout")
+    assert differing(tmp_path / "run", folder) == []
+    assert forked.run(tmp_path / "run", "--resume", older.with_name("step-00000099")) == [2]
+    assert "no such checkpoint" in forked.said()
 
 
 def test_resuming_a_finished_run_changes_nothing(forked, whole, tmp_path):
