@@ -1,0 +1,82 @@
+"""What flags change about a model, seen in the model itself."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, GPT2Config, PreTrainedConfig
+
+import train_classifier
+from common.errors import UserError
+from common.runtime import Runtime
+from common.training import adaptation
+
+MACHINE = Runtime(torch.device("cpu"), "fp32")
+
+
+@pytest.fixture
+def model(tiny_model):
+    return AutoModelForSequenceClassification.from_pretrained(tiny_model)
+
+
+def flags(*given):
+    return train_classifier.make_parser().parse_args(list(map(str, given)))
+
+
+def forward_calls(model) -> int:
+    """Return how often a step calls the lowest layer."""
+    calls = []
+    adaptation.encoder_layers(model)[0].attention.register_forward_hook(lambda *_: calls.append(1))
+    ids = torch.randint(5, 100, (2, 7))
+    model.train()
+    model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.sum().backward()
+    return len(calls)
+
+
+def test_gradient_checkpointing_computes_a_layer_again_in_the_backward_pass(model, tiny_model):
+    assert forward_calls(model) == 1
+    assert forward_calls(adaptation.adapt(AutoModelForSequenceClassification.from_pretrained(tiny_model), flags("--gradient-checkpointing"))) == 2
+
+
+def test_compile_puts_a_compiled_module_around_the_model_and_leaves_the_model_plain(model, tiny_model):
+    rows = {"label": [0, 1, 1]}
+
+    class Rows(dict):
+        def __len__(self):
+            return 3
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    compiled = train_classifier.prepare(model, tokenizer, Rows(rows), flags("--compile"), MACHINE)
+    assert isinstance(compiled.parallel, torch._dynamo.OptimizedModule) and compiled.model is model
+    assert train_classifier.prepare(model, tokenizer, Rows(rows), flags(), MACHINE).parallel is model
+
+
+def test_layers_are_found_by_their_number(model):
+    assert len(adaptation.encoder_layers(model)) == model.config.num_hidden_layers == 2
+    with pytest.raises(UserError, match="--freeze-layers 3: the model has 2"):
+        adaptation.freeze_layers(model, 3)
+
+
+def test_only_adapters_and_the_head_learn(model):
+    adapted = adaptation.adapt(model, flags("--lora-rank", 4))
+    learning = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    assert learning and all("lora_" in name or "classifier" in name for name in learning)
+    assert sum("lora_A" in name for name in learning) == 2 * 6 + 1, "six matrices a layer, and the pooler"
+    plain = adaptation.merged(adapted)
+    assert not any("lora" in name for name in plain.state_dict()) and any("lora" in name for name in adapted.state_dict()), "training goes on with the adapters"
+
+
+@pytest.mark.parametrize("config, dropout, attention, expected", [
+    (AutoConfig.for_model("bert"), None, None, {"attention_probs_dropout_prob": 0.0}),
+    (AutoConfig.for_model("bert"), None, 0.1, {"attention_probs_dropout_prob": 0.1}),
+    (AutoConfig.for_model("bert"), 0.2, None, {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2, "classifier_dropout": 0.2}),
+    (AutoConfig.for_model("distilbert"), 0.2, 0.0, {"dropout": 0.2, "attention_dropout": 0.0, "seq_classif_dropout": 0.2, "qa_dropout": 0.2}),
+    (GPT2Config(), 0.3, None, {"resid_pdrop": 0.3, "embd_pdrop": 0.3, "attn_pdrop": 0.3, "summary_first_dropout": 0.3}),
+])
+def test_dropout_options_are_all_found(config, dropout, attention, expected):
+    assert adaptation.dropout_options(config, dropout=dropout, attention_dropout=attention, name="m") == expected
+
+
+def test_a_dropout_that_a_model_has_not_is_refused():
+    config = PreTrainedConfig()
+    with pytest.raises(UserError, match="--dropout 0.1: m has none"):
+        adaptation.dropout_options(config, dropout=0.1, attention_dropout=None, name="m")
+    with pytest.raises(UserError, match="--attention-dropout 0.1: m has none"):
+        adaptation.dropout_options(config, dropout=None, attention_dropout=0.1, name="m")
