@@ -105,7 +105,9 @@ class ForkedRuns:
         given = [*self.shared_flags, *self.flags, "--batch-size", 8 // world, "--num-workers", workers, "--output-dir", folder, *flags]
         self.process.stdin.write(json.dumps({"flags": list(map(str, given)), "run": str(folder), "world": world, "log": str(self.log), **job}) + "\n")
         self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
+        codes = json.loads(self.process.stdout.readline())
+        assert set(codes) != {0} or not any(self.said(rank=rank) for rank in range(world)), self.said()  # what ends well has nothing to complain about
+        return codes
 
     def said(self, stream: str = "stderr", rank: int = 0) -> str:
         """Return what a process of the last job printed."""

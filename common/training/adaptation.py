@@ -60,7 +60,7 @@ def recompute_activations(model: torch.nn.Module):
     """Let each layer's activations be computed again in the backward pass: less memory, a third more time. Raises UserError when the model can't."""
     if not model.supports_gradient_checkpointing:
         raise UserError(f"--gradient-checkpointing: {type(model).__name__} has none; leave the flag out")
-    model.gradient_checkpointing_enable({"use_reentrant": False})  # the reentrant kind gives no gradient under frozen embeddings, and none to DDP
+    model.activation_checkpointing_enable({"use_reentrant": False})  # the reentrant kind gives no gradient under frozen embeddings, and none to DDP
 
 
 def add_adapters(model: torch.nn.Module, rank: int):

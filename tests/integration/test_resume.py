@@ -78,7 +78,8 @@ def kill_until_done(forked, folder: Path, events: list[int], kind: str, generato
 def test_a_killed_run_ends_as_one_that_was_never_stopped(kind, seed, forked, whole, tmp_path):
     folder, events = whole(kind)
     generator = random.Random(seed)
-    assert kill_until_done(forked, tmp_path / "run", [generator.randrange(1, events)], kind, generator) == 1
+    assert kill_until_done(forked, tmp_path / "run", [generator.randrange(events // 3, events)], kind, generator) == 1
+    assert ": after step" in forked.said("stdout"), "it came after the first checkpoint"
     assert differing(tmp_path / "run", folder) == []
 
 
