@@ -7,6 +7,7 @@ Python's audit hooks see these events; the script itself runs unchanged.
 
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -67,6 +68,9 @@ def child(job: dict, rank: int):
     counted = count_events(job if rank == job.get("rank", 0) else {**job, "event": None})
     if job.get("forget_random_state"):  # the control: a comparison that does not see this sees nothing
         checkpoint.restore_random_states = lambda *_: None
+    if job.get("memory"):
+        limit = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + job["memory"]
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     if job.get("in_evaluation"):
         signal_in_evaluation(job)
     code = 0

@@ -1,6 +1,7 @@
 """What a run changes about a pretrained model: its dropouts, which layers learn, low-rank adapters, recomputed activations."""
 
 import copy
+import warnings
 
 import torch
 
@@ -67,8 +68,10 @@ def add_adapters(model: torch.nn.Module, rank: int):
     """Return the model with low-rank adapters (LoRA, Hu et al. 2021) at all linear layers but the head; only they and the head learn."""
     import peft  # seconds to import, and only this needs it
 
-    return peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS", r=rank, lora_alpha=LORA_ALPHA * rank, lora_dropout=LORA_DROPOUT,
-                                                      target_modules="all-linear"))
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=rank, lora_alpha=LORA_ALPHA * rank, lora_dropout=LORA_DROPOUT, target_modules="all-linear")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of what peft asks of transformers: nothing that the user can mend
+        return peft.get_peft_model(model, config)
 
 
 def merged(model: torch.nn.Module) -> torch.nn.Module:

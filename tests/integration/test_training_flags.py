@@ -7,10 +7,11 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
-from conftest import make_sentences
+from conftest import make_sentences, train_wordpiece
 
+MEMORY = 1200 * 2**20  # bytes that a process may take beyond what it has when it starts
 FLAGS = ["--max-train-samples", 84, "--epochs", 1, "--max-length", 20, "--lr", "3e-3", "--precision", "fp32"]
 
 
@@ -126,38 +127,21 @@ def test_a_compiled_model_learns_the_same_and_is_saved_plain(forked, plain, tmp_
     assert close(tmp_path / "run", plain, rtol=1e-3, atol=1e-4)
 
 
-LIMITED = """
-import resource, sys, runpy, torch, train_classifier
-used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()
-limit = used + int(sys.argv.pop(1)) * 2**20
-resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-from common import cli
-cli.run(train_classifier.make_parser(), train_classifier.main)
-"""
-
-
-def test_a_batch_that_does_not_fit_is_halved_and_the_steps_stay_the_same(run_script, tmp_path):
-    """Under a limit on the process's memory: 512 texts of 64 tokens through layers of 2,048 need more than it."""
-    from transformers import BertConfig, BertForSequenceClassification
-
-    from conftest import train_wordpiece
-
+def test_a_batch_that_does_not_fit_is_halved_and_the_steps_stay_the_same(forked, tmp_path):
+    """Under a limit on the process's memory: 84 texts of 60 tokens through layers of 16,384 need more than it."""
     tokenizer = train_wordpiece([text for text, _ in make_sentences(200)])
     torch.manual_seed(0)
-    config = BertConfig(vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8192, max_position_embeddings=64,
-                        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    config = BertConfig(vocab_size=len(tokenizer), hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16384,
+                        max_position_embeddings=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     BertForSequenceClassification(config).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    rows = [(" ".join([text] * 12), label) for text, label in make_sentences(320)]
-    (tmp_path / "long.csv").write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in rows))
-    flags = ["--model", tmp_path / "model", "--dataset", tmp_path / "long.csv", "--cache-dir", tmp_path / "cache", "--max-length", 64, "--batch-size", 256,
-             "--eval-batch-size", 16, "--epochs", 1, "--precision", "fp32", "--warmup-ratio", 0, "--lr", "1e-3"]
-    refused = run_script("-c", LIMITED, 1500, *flags, "--output-dir", tmp_path / "refused", check=False, OMP_NUM_THREADS="1")
-    assert refused.returncode != 0, "the test is worth nothing if the batch fits"
-    done = run_script("-c", LIMITED, 1500, *flags, "--auto-batch-size", "--output-dir", tmp_path / "halved", OMP_NUM_THREADS="1")
-    size = int(re.search(r"memory   256 windows at once don't fit: (\d+) at a time, accumulated to the same step", done.stdout).group(1))
-    assert size in (128, 64, 32, 16)
-    run_script("train_classifier.py", *flags, "--output-dir", tmp_path / "whole")
+    (tmp_path / "long.csv").write_text("text,label\n" + "".join(f"{text * 20},{label}\n" for text, label in make_sentences(120)))
+    flags = ["--model", tmp_path / "model", "--dataset", tmp_path / "long.csv", "--max-length", 60, "--batch-size", 84, "--eval-batch-size", 4, "--warmup-ratio", 0]
+    assert forked.run(tmp_path / "refused", *flags, memory=MEMORY) != [0], "the test is worth nothing if the batch fits"
+    assert forked.run(tmp_path / "halved", *flags, "--auto-batch-size", memory=MEMORY) == [0], forked.said()
+    size = int(re.search(r"memory   84 windows at once don't fit: (\d+) at a time, accumulated to the same step", forked.said("stdout")).group(1))
+    assert size in (42, 21, 10)
+    assert forked.run(tmp_path / "whole", *flags) == [0]
     assert close(tmp_path / "halved", tmp_path / "whole", rtol=1e-3, atol=1e-4)
 
 
