@@ -30,6 +30,15 @@ def plain(forked, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def lopsided(tmp_path_factory):
+    """A file in which one class has four times the texts of the other: the sum of a batch's class weights is not its number of texts."""
+    rows = [(text, label) for number, (text, label) in enumerate(make_sentences(200)) if label == "pos" or number % 8 == 0]
+    path = tmp_path_factory.mktemp("data") / "lopsided.csv"
+    path.write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in rows))
+    return path
+
+
 def weights(folder) -> dict:
     return load_file(folder / "best" / "model.safetensors")
 
@@ -45,17 +54,19 @@ def evaluations(folder) -> list[dict]:
     return [line for line in lines if "validation/loss" in line]
 
 
-@pytest.mark.parametrize("flags", [["--class-weights", "balanced"], ["--label-smoothing", 0.1], ["--truncation", "chunks", "--max-windows", 3], []])
-def test_accumulation_equals_a_batch_as_large(flags, forked, tmp_path):
-    """84 texts in batches of 8 are 10 and a half: with windows of two the last step has one short batch."""
+@pytest.mark.parametrize("flags", [["--class-weights", "balanced", "--max-train-samples", 92], ["--label-smoothing", 0.1], ["--truncation", "chunks", "--max-windows", 3], []])
+def test_accumulation_equals_a_batch_as_large(flags, forked, lopsided, tmp_path):
+    """84 (92) texts in batches of 8 are 10 (11) and a half: with windows of two batches of 4 the last step has one."""
+    flags = [*flags, "--dataset", lopsided]
     assert forked.run(tmp_path / "one", "--batching", "random", *flags) == [0], forked.said()
     assert forked.run(tmp_path / "many", "--batching", "random", "--batch-size", 4, "--grad-accum", 2, *flags) == [0]
     assert close(tmp_path / "one", tmp_path / "many", rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("flags", [["--class-weights", "balanced", "--grad-accum", 2], ["--truncation", "chunks", "--max-windows", 3]])
-def test_two_processes_equal_one(flags, forked, tmp_path):
+def test_two_processes_equal_one(flags, forked, lopsided, tmp_path):
     """Over a whole run, evaluation and its remainder with it; dropout is 0 in the small model."""
+    flags = [*flags, "--dataset", lopsided]
     assert forked.run(tmp_path / "one", "--epochs", 2, *flags) == [0]
     assert forked.run(tmp_path / "two", "--epochs", 2, *flags, kind="two processes") == [0, 0], forked.said() + forked.said(rank=1)
     assert forked.said("stdout", rank=1) == ""
