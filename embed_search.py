@@ -98,20 +98,21 @@ def index(args, machine, screen):
     """Build or extend an index, block by block; under torchrun the main process reads and writes, all encode."""
     settings = read_manifest(Path(args.index))["settings"] if (Path(args.index) / MANIFEST).is_file() else None
     id_column = args.id_column or (settings and settings["id_column"])
-    collection = read_texts(args, id_column) if machine.is_main else None
+    collection = read_texts(args, id_column) if machine.world_size == 1 else None  # what is wrong with the texts is said before the model loads
     encoder = load_encoder(args, machine, settings)
     if not machine.is_main:
         encoder.follow()
         return
     overlap = args.chunk_overlap if args.chunk_overlap is not None else flags.DEFAULT_OVERLAP if args.chunk else None
-    if overlap is not None:
-        passages.room(encoder, overlap)
     wanted = building.settings_of(encoder, id_column=id_column, chunk_overlap=overlap)
     if settings and overlap is None:
         wanted["chunk_overlap"] = settings["chunk_overlap"]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     started, builder = time.perf_counter(), None
     try:
+        collection = collection or read_texts(args, id_column)
+        if overlap is not None:
+            passages.room(encoder, overlap)
         with store.writing(args.index, settings=wanted, wait=args.wait) as opened:
             building.check_settings(args.index, wanted, opened.snapshot.settings)
             builder = building.Builder(opened, encoder, update=args.update, skip_bad=args.skip_bad)
@@ -158,6 +159,8 @@ def search(args, machine, screen):
     searcher = make_searcher(args, machine, screen, open_snapshot(args.index), allowed=args.where)
     if queries:
         views.show_hits(screen, searcher, queries, searcher.search(queries, args.top_k))
+        if searcher.encoder.num_cut:
+            screen.say(f"{searcher.encoder.num_cut:,} queries are longer than {searcher.encoder.max_length} tokens and were read without their end")
     else:
         views.prompt(screen, searcher, args.top_k)
 

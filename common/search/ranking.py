@@ -14,6 +14,7 @@ QUERIES = 64  # searched at once
 FUSED = 100  # the rows of each ranking that are fused
 RRF_K = 60  # Cormack, Clarke, Buettcher (SIGIR 2009)
 PASSAGES = 4  # passages looked at for each document wanted, at first
+WORDLESS = "no-words"  # a file in the cache of texts without any word that BM25 counts
 LINKS, BUILD_BREADTH, SEARCH_BREADTH = 32, 200, 200  # of FAISS's HNSW graph: 0.99 of the exact neighbours and more, see README
 
 
@@ -69,9 +70,8 @@ class Searcher:
         return [fuse([dense[0], sparse[0]]) for dense, sparse in zip(self._nearest(vectors, depth), self._keywords(queries, depth))]
 
     def _nearest(self, vectors: np.ndarray, depth: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        vectors_of = self.snapshot.vectors_of
         if not self.approximate:
-            return kernel.search(self.snapshot.vector_blocks(kernel.BLOCK), vectors, depth, vectors_of=vectors_of, alive=self.allowed)
+            return self._exact(vectors, depth)
         live = np.flatnonzero(self.snapshot.alive())
         chosen = np.flatnonzero(self.allowed[live])
         options = faiss.SearchParametersHNSW(efSearch=max(SEARCH_BREADTH, 2 * depth))
@@ -79,7 +79,14 @@ class Searcher:
             selector = faiss.IDSelectorBatch(chosen)  # kept in a name: FAISS holds no reference to it
             options.sel = selector
         _, places = self._cache("faiss", self._build_graph, _load_graph).search(vectors, min(depth, max(len(chosen), 1)), params=options)
-        return [kernel.ranked(np.sort(live[row[row >= 0]]), vector, vectors_of, depth) for row, vector in zip(places, vectors)]
+        if len(chosen) and (places < 0).any():  # few rows are allowed, and the graph's paths to them lead through others
+            self.say(f"search   --where leaves {len(chosen):,} rows, too few for the graph: searched exactly")
+            return self._exact(vectors, depth)
+        return [kernel.ranked(np.sort(live[row[row >= 0]]), vector, self.snapshot.vectors_of, depth) for row, vector in zip(places, vectors)]
+
+    def _exact(self, vectors: np.ndarray, depth: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        blocks = self.snapshot.vector_blocks(kernel.BLOCK)
+        return kernel.search(blocks, vectors, depth, vectors_of=self.snapshot.vectors_of, alive=self.allowed)
 
     def _build_graph(self, folder):
         graph = faiss.IndexHNSWFlat(self.snapshot.width, LINKS, faiss.METRIC_INNER_PRODUCT)
@@ -94,7 +101,7 @@ class Searcher:
         live = np.flatnonzero(self.snapshot.alive())
         bm25, found = self._cache("bm25", self._build_keywords, _load_keywords), []
         for words in bm25s.tokenize(queries, return_ids=False, show_progress=False):
-            known = [word for word in words if word in bm25.vocab_dict]
+            known = [word for word in words if bm25 and word in bm25.vocab_dict]
             scores = bm25.get_scores(known) if known else np.zeros(len(live))
             places = np.flatnonzero((scores > 0) & self.allowed[live])
             order = np.lexsort((places, -scores[places]))[:depth]
@@ -102,8 +109,12 @@ class Searcher:
         return found
 
     def _build_keywords(self, folder):
+        words = bm25s.tokenize(list(self.snapshot.texts()), show_progress=False)
+        if not any(words.vocab):  # stop words and signs only: bm25s can't count them
+            (folder / WORDLESS).touch()
+            return
         bm25 = bm25s.BM25()
-        bm25.index(bm25s.tokenize(list(self.snapshot.texts()), show_progress=False), show_progress=False)
+        bm25.index(words, show_progress=False)
         bm25.save(folder, show_progress=False)
 
     def _cache(self, name: str, build, load):
@@ -144,4 +155,4 @@ def _load_graph(folder):
 
 
 def _load_keywords(folder):
-    return bm25s.BM25.load(folder)
+    return None if (folder / WORDLESS).exists() else bm25s.BM25.load(folder)

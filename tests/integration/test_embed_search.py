@@ -128,6 +128,15 @@ def test_hybrid_is_reciprocal_rank_fusion_of_both(ok, tmp_path):
     assert found[0]["score"] == pytest.approx(scores[found[0]["text"]])
 
 
+def test_texts_without_words_and_filters_that_leave_few_rows(ok, sentences, tmp_path):
+    ok("index", write_lines(tmp_path / "d.txt", ["a", "the", "!!!"]), "--index", tmp_path / "words")
+    assert len(ok("search", "--index", tmp_path / "words", "the", "--hybrid", "--json")["queries"][0]["hits"]) == 3
+    ok("index", sentences, "--index", tmp_path / "ix", "--id-column", "id")
+    for number in (0, 31, 59):
+        flags = ("search", "--index", tmp_path / "ix", "bad film", "--approximate", "--where", f"n = {number}", "--json")
+        assert [hit["id"] for hit in ok(*flags)["queries"][0]["hits"]] == [f"s{number}"]
+
+
 def test_a_stale_or_damaged_cache_is_made_anew(ok, sentences, tmp_path):
     index = ("--index", tmp_path / "ix")
     ok("index", sentences, *index, "--id-column", "id")
@@ -273,6 +282,12 @@ def test_torchrun_gives_the_same_index(ok, sentences, tiny_embedder, cache_dir, 
     assert json.loads(done.stdout)["rows"] == 62
     one, two = open_snapshot(tmp_path / "one"), open_snapshot(tmp_path / "two")
     assert one.take(range(62)) == two.take(range(62)) and (one.vectors_of(range(62)) == two.vectors_of(range(62))).all()
+
+
+@pytest.mark.slow
+def test_a_mistake_under_torchrun_is_said_once(run_script, tmp_path):
+    done = run_script("torchrun", "--nproc-per-node", "2", "embed_search.py", "index", "nowhere.csv", "--index", tmp_path / "ix", check=False)
+    assert done.returncode != 0 and done.stderr.count("embed_search.py: error: nowhere.csv: no such file") == 1
 
 
 FORKING_INDEXER = """
