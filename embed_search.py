@@ -66,13 +66,22 @@ def source(args, machine, screen):
             snapshot = open_snapshot(args.index)
             encoder = None
         else:
-            collection, encoder = read_texts(args), load_encoder(args, machine)
+            collection = read_texts(args)
+            check_size(args, len(collection))
+            encoder = load_encoder(args, machine)
             snapshot = building.temporary(collection, encoder, folder, block=args.block).store.snapshot
             views.say_counts(screen, collection, encoder)
         rows = np.flatnonzero(matching(snapshot, args.where))
+        check_size(args, len(rows) if args.index else 0)
         if len(rows) < 2 - (args.command == "similarity"):
             raise UserError(f"{args.index or args.texts}: {len(rows)} texts to compare; {args.command} needs two" + (": widen --where" if args.where else ""))
         yield mining.Live(snapshot, rows), encoder or (lambda: load_encoder(args, machine, snapshot.settings))
+
+
+def check_size(args, count: int):
+    """Raise UserError when a matrix of similarities would be too large."""
+    if args.command == "similarity" and count > LARGEST_MATRIX:
+        raise UserError(f"similarity: {count:,} texts, and the matrix is made for {LARGEST_MATRIX:,} at most; use pairs, or index and search")
 
 
 def similarity(args, machine, screen):
@@ -80,16 +89,14 @@ def similarity(args, machine, screen):
     for number, query in enumerate(args.query, start=1):
         texts.check_query(query, f"--query {number}")
     with source(args, machine, screen) as (live, encoder):
-        if len(live) > LARGEST_MATRIX:
-            raise UserError(f"similarity: {len(live):,} texts, and the matrix is made for {LARGEST_MATRIX:,} at most; use pairs, or index and search")
         vectors = live.vectors(slice(None)).astype(np.float64)
         matrix = vectors @ vectors.T
         pairs = mining.best_pairs(live, args.top_k, block=args.block)
-        found = None
+        found = []
         if args.query:
             encoder = encoder if isinstance(encoder, encoding.Encoder) else encoder()
             found = encoder.encode_unit(args.query).astype(np.float64) @ vectors.T
-        views.show_similarity(screen, live, matrix, pairs, list(zip(args.query, found)) if args.query else [])
+        views.show_similarity(screen, live, matrix, pairs, list(zip(args.query, found)))
         if args.figure:
             views.save_figure(figures.similarity_map(matrix, views.labels(live)), args.figure, screen)
 
@@ -184,8 +191,8 @@ def pairs(args, machine, screen):
 
 def duplicates(args, machine, screen):
     """Show groups of texts joined by pairs above the threshold."""
-    with source(args, machine, screen) as (live, _), views.open_output(args.pairs_file, "--pairs-file") as file:
-        groups, kept = views.collect_groups(live, mining.similar_pairs(live, args.threshold, block=args.block), file)
+    with source(args, machine, screen) as (live, _), views.open_output(args.pairs_file) as file:
+        groups, kept = views.collect_groups(live, mining.similar_pairs(live, args.threshold, block=args.block), file, keep=screen.as_json)
         views.show_groups(screen, live, groups, kept, threshold=args.threshold)
 
 

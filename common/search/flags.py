@@ -1,9 +1,39 @@
 """The flags of embed_search.py: one subcommand after the other."""
 
+import argparse
+import os
+from pathlib import Path
+
 from common import cli
-from common.search.views import cosine
 
 DEFAULT_OVERLAP = 32
+PICTURES = (".png", ".pdf", ".svg", ".jpg")
+
+
+def cosine(text: str) -> float:
+    """Parse a number from -1 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not -1 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from -1 to 1")
+    return value
+
+
+def output_file(text: str) -> str:
+    """Take the path of a file in a folder that is there and can be written."""
+    folder = Path(text).absolute().parent
+    if Path(text).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise argparse.ArgumentTypeError(f"{text}: no file can be written there; name one in a folder that is there")
+    return text
+
+
+def picture_file(text: str) -> str:
+    """Take the path of a picture, by its ending."""
+    if Path(text).suffix.lower() not in PICTURES:
+        raise argparse.ArgumentTypeError(f"{text}: the ending is not one of {', '.join(PICTURES)}; name a .png file")
+    return output_file(text)
 
 
 def add_flags(command: cli.Parser):
@@ -43,7 +73,7 @@ def make_parser(description: str) -> cli.Parser:
     similarity = command("similarity", "the cosines of all texts with each other, and with a query")
     add_source(similarity)
     similarity.add_argument("--query", action="append", default=[], help="a text to compare with all; may be repeated")
-    similarity.add_argument("--figure", metavar="PNG", help="write the matrix as a heat map")
+    similarity.add_argument("--figure", metavar="PNG", type=picture_file, help="write the matrix as a heat map")
     similarity.add_argument("--top-k", type=cli.positive_int, default=3, help="the most similar pairs to show")
 
     index = command("index", "build an index, or bring it up to date")
@@ -80,7 +110,7 @@ def make_parser(description: str) -> cli.Parser:
     duplicates = command("duplicates", "groups of texts that are nearly the same")
     add_source(duplicates)
     duplicates.add_argument("--threshold", type=cosine, default=0.9, help="pairs with at least this cosine belong together")
-    duplicates.add_argument("--pairs-file", metavar="CSV", help="write every pair, each once")
+    duplicates.add_argument("--pairs-file", metavar="CSV", type=output_file, help="write every pair, each once")
 
     cluster = command("cluster", "clusters, the texts nearest to each centre and the words that mark it")
     add_source(cluster)
@@ -88,7 +118,7 @@ def make_parser(description: str) -> cli.Parser:
     how.add_argument("--num-clusters", type=cli.positive_int, help="k-means with this many clusters")
     how.add_argument("--threshold", type=cosine, help="each text with its neighbours of at least this cosine")
     cluster.add_argument("--min-size", type=cli.positive_int, default=2, help="with --threshold: smaller clusters are dropped")
-    cluster.add_argument("--figure", metavar="PNG", help="write a map of the clusters")
+    cluster.add_argument("--figure", metavar="PNG", type=picture_file, help="write a map of the clusters")
 
     evaluate = command("evaluate", "nDCG, MRR and recall of an index, or Spearman's correlation for sentence pairs; else the bundled task")
     compare = command("compare-models", "evaluate several models: quality, texts/s, bytes a vector")

@@ -1,6 +1,5 @@
 """What each subcommand of embed_search.py shows, as tables and as one JSON document."""
 
-import argparse
 import contextlib
 import csv
 import itertools
@@ -22,17 +21,6 @@ from common.search.snapshot import ID, OWN_COLUMNS, PASSAGE, PASSAGES, START, TE
 WORDS, NEAREST = 6, 3  # of a cluster: its marking words, the texts nearest to its centre
 MATRIX_COLUMNS = 20  # of a matrix that still fits a screen
 PAIRS_IN_JSON = 1_000_000
-
-
-def cosine(text: str) -> float:
-    """Parse a number from -1 to 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if not -1 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from -1 to 1")
-    return value
 
 
 def labels(live: Live) -> list[str]:
@@ -163,18 +151,13 @@ def prompt(screen: Screen, searcher: Searcher, top_k: int):
         show_hits(screen, searcher, [query.strip()], searcher.search([query.strip()], top_k))
 
 
-def open_output(path: str | None, flag: str):
-    """Open a file to write to; None stays None. Raises UserError when it can't be opened."""
-    if path is None:
-        return contextlib.nullcontext()
-    try:
-        return open(path, "w", encoding="utf-8", newline="")
-    except OSError as error:
-        raise UserError(f"{flag} {path}: can't be written: {error.strerror}; name another file") from error
+def open_output(path: str | None):
+    """Open a CSV file to write to; None stays None."""
+    return contextlib.nullcontext() if path is None else open(path, "w", encoding="utf-8", newline="")  # noqa: SIM115  (its user closes it)
 
 
-def collect_groups(live: Live, parts, file) -> tuple[Groups, list[dict]]:
-    """Join pairs into groups as they come; write each to a CSV `file`, or keep it for JSON when there is none. Returns groups and pairs."""
+def collect_groups(live: Live, parts, file, *, keep: bool) -> tuple[Groups, list[tuple]]:
+    """Join pairs into groups as they come; write each to a CSV `file`, or else keep it where that is wanted. Returns groups and kept pairs."""
     groups, names, kept = Groups(len(live)), labels(live), []
     writer = csv.writer(file) if file else None
     if writer:
@@ -184,7 +167,7 @@ def collect_groups(live: Live, parts, file) -> tuple[Groups, list[dict]]:
         pairs = [(names[first], names[second], score) for first, second, score in zip(left, right, scores.tolist())]
         if writer:
             writer.writerows(pairs)
-        elif len(kept) <= PAIRS_IN_JSON:
+        elif keep and len(kept) <= PAIRS_IN_JSON:
             kept += pairs
     return groups, kept
 
@@ -216,11 +199,8 @@ def show_clusters(screen: Screen, live: Live, numbers: np.ndarray, words: list[l
 
 
 def save_figure(figure, path: str, screen: Screen):
-    """Write a picture and say so. Raises UserError when it can't be written."""
-    try:
-        figures.save(figure, path)
-    except (OSError, ValueError) as error:  # ValueError: an ending that stands for no picture
-        raise UserError(f"--figure {path}: can't be written: {error}; name a .png file in a folder that is there") from error
+    """Write a picture and say so."""
+    figures.save(figure, path)
     screen.say(f"picture  {path}")
 
 

@@ -117,7 +117,8 @@ FLAGS = {
     "threshold 2": (["duplicates", "--index", "HOME/ix", "--threshold", "2"], ("--threshold", "'2'", "-1 to 1")),
     "threshold nan": (["duplicates", "--index", "HOME/ix", "--threshold", "nan"], ("--threshold", "'nan'")),
     "top-k 0": (["search", "--index", "HOME/ix", "x", "--top-k", "0"], ("--top-k", "'0'")),
-    "figure nowhere": (["similarity", "--index", "HOME/ix", "--figure", "HOME/no/x.png"], ("--figure", "HOME/no/x.png", "name a .png")),
+    "figure nowhere": (["similarity", "--index", "HOME/ix", "--figure", "HOME/no/x.png"], ("--figure", "HOME/no/x.png", "name one in a folder")),
+    "figure of no kind": (["similarity", "--index", "HOME/ix", "--figure", "HOME/x.txt"], ("--figure", "HOME/x.txt", "name a .png")),
     "pairs file nowhere": (["duplicates", "--index", "HOME/ix", "--pairs-file", "HOME/no/x.csv"], ("--pairs-file", "HOME/no/x.csv")),
     "overlap without room": (["index", "HOME/good.csv", "--index", "HOME/new", "--chunk-overlap", "62"], ("--chunk-overlap 62", "62 tokens")),
     "queries without judgements": (["evaluate", "--queries", "HOME/good.csv"], ("--queries and --qrels",)),
@@ -131,6 +132,12 @@ FLAGS = {
 @pytest.mark.parametrize("flags, parts", FLAGS.values(), ids=FLAGS)
 def test_flags_that_can_not_be_used(flags, parts, refused):
     refused(*flags, parts=parts)
+
+
+def test_a_matrix_that_is_too_large_is_refused_before_encoding(refused, tmp_path, monkeypatch):
+    (tmp_path / "many.txt").write_text("text\n" * 5001)
+    monkeypatch.setattr(encoding, "load", None)
+    refused("similarity", tmp_path / "many.txt", parts=("5,001 texts", "5,000", "use pairs"))
 
 
 @pytest.mark.parametrize("pattern", ["segment-*", "manifest.json"])

@@ -375,4 +375,5 @@ def test_an_interrupted_index_says_how_to_go_on(number, code, tiny_embedder, cac
         process.send_signal(number)
         _, stderr = process.communicate(timeout=60)
     assert process.returncode == code and "the same command goes on from there" in stderr and "Traceback" not in stderr
-    assert int(re.search(r"([\d,]+) texts of this run", stderr)[1].replace(",", "")) == open_snapshot(tmp_path / "ix").num_rows
+    said = int(re.search(r"([\d,]+) texts of this run", stderr)[1].replace(",", ""))
+    assert 0 <= open_snapshot(tmp_path / "ix").num_rows - said <= 4  # a block may have been committed and not yet counted
