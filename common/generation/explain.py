@@ -36,7 +36,7 @@ def show_token(place: int, token: int, found: list[tuple[str, torch.Tensor]], to
     shown = _order(final, first)[:ROWS]
     shown += [token] if token not in shown else []
     lines = [[">" if number == token else "", repr(tokenizer.decode([number])), *(_cell(values[number].item()) for _, values in found)] for number in shown]
-    rest = [max(0.0, 1 - sum(values[number].item() for number in shown)) for _, values in found]
+    rest = [values.index_fill(0, torch.tensor(shown, device=values.device), 0.0).sum().item() for _, values in found]
     lines.append(["", "all others", *(_cell(value) for value in rest)])
     head = f"token {place}: {tokenizer.decode([token])!r}, one of {kept:,} kept of {len(final):,}"
     return f"{head}\n{tabulate(lines, ['', 'candidate', *(name for name, _ in found)], disable_numparse=True, tablefmt='plain')}\n"

@@ -28,6 +28,7 @@ def ours(language_model, prompts, settings, choose_with) -> list[list[int]]:
     batch = decoding.left_pad(prompts, language_model, room=settings.max_new_tokens)
     found = [[] for _ in prompts]
     for step in decoding.decode(language_model, batch, choose_with(settings, batch), settings):
+        assert all(live or token == language_model.pad_id for live, token in zip(step.live, step.tokens))  # ended rows get padding
         for row, live, token in zip(found, step.live, step.tokens):
             row.extend([token] if live else [])
     return found
@@ -81,6 +82,15 @@ def test_a_text_does_not_depend_on_its_neighbours(kind, flags):
     for number, prompt in enumerate(PROMPTS):
         alone = ours(language_model, [prompt], settings, lambda settings, batch, row=rows[number]: decoding.fast_sampler(settings, batch, 3, [row]))
         assert alone == [together[number]]
+
+
+def test_padding_is_no_text_to_the_fast_sampler():
+    """After 0, which pads here, 4 was never written: the fast sampler may choose it, whereas generate counts the padding before the first 4."""
+    language_model = tiny_language_model("llama")
+    batch, settings = decoding.left_pad([[4, 0], [7, 8, 9, 10]], language_model, room=1), settings_of({"no_repeat_ngram_size": 2}, language_model)
+    logits = torch.zeros(2, 211).index_fill(-1, torch.tensor([4]), 9.0).index_fill(-1, torch.tensor([6]), 5.0)
+    assert decoding.fast_sampler(settings, batch, 0, [(0, 0), (1, 0)])(logits, batch, 0).tolist() == [4, 4]
+    assert decoding.exact_sampler(settings, batch, 0)(logits, batch, 0).tolist() == [6, 4]
 
 
 def test_padding_changes_no_logit():
