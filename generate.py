@@ -147,15 +147,15 @@ def generate(args, texts: list[str], references: list[str] | None):
     if args.output:
         output.check_new(args.output, resume=args.resume)
     generator, prompts, machine = load(args, texts)
-    batches, settings = batches_of(prompts, args), flags.record(args, generator)
-    expected = [output.line(row, seed=args.seed, settings=settings) for row in generator.rows(prompts)]
+    batches = batches_of(prompts, args)
+    expected = [output.line(row, seed=args.seed, settings=flags.record(args, generator)) for row in generator.rows(prompts)]
     done = output.finished(args.output, expected, group=len(batches[0]) * args.num_samples) if args.resume else []
     file = output.Output(args.output, keep_lines=len(done)) if args.output and machine.is_main else None
     if done:
         machine.say(f"{args.output}: {len(done):,} of {len(expected):,} texts are there")
     start = -(-len(done) // (len(batches[0]) * args.num_samples))
     try:
-        for lines in run(generator, batches, start, settings, args, machine):
+        for lines in run(generator, batches, start, args, machine):
             done += lines
             if file:
                 file.write(lines)
@@ -169,9 +169,9 @@ def generate(args, texts: list[str], references: list[str] | None):
     runtime.stop()
 
 
-def run(generator: Generator, batches: list[list[Prompt]], start: int, settings: dict, args, machine):
+def run(generator: Generator, batches: list[list[Prompt]], start: int, args, machine):
     """Yield the lines of each round of batches, one batch a process, in the order of the prompts; show texts that no file takes."""
-    rounds = range(start, len(batches), machine.world_size)
+    rounds, settings = range(start, len(batches), machine.world_size), flags.record(args, generator)
     several = len(batches) * len(batches[0]) * args.num_samples > 1
     streams = bool(sys.stdout.isatty() if args.stream is None else args.stream) and not args.output and machine.world_size == 1
     for first in tqdm(rounds, unit="batch", leave=False, file=sys.stderr, disable=None if args.output and machine.is_main else True):

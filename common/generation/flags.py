@@ -65,7 +65,9 @@ def check_count(args, count: int):
 
 
 def options(args, language_model: LanguageModel) -> Options:
-    """Return what the flags ask for. Raises UserError for an end token that the model does not have."""
+    """Return what the flags ask for. Raises UserError for an end token that the model does not have, and a sampler that the device can't run."""
+    if args.sampler == "fast" and language_model.device.type == "mps":
+        raise UserError("--sampler fast: it draws in fp64, which Apple's GPUs don't have; use --sampler exact or --device cpu")
     given = {name: getattr(args, name) for name in DRAWING if getattr(args, name) is not None} if draws(args) else {}
     ends = language_model.end_ids + models.end_token_ids(args.end_token or [], language_model)
     settings = Settings(max_new_tokens=args.max_new_tokens, min_new_tokens=args.min_new_tokens, sample=draws(args),

@@ -130,6 +130,16 @@ def test_the_text_is_the_librarys(script, tiny):
     assert "guessed tokens accepted" in stderr
 
 
+@pytest.mark.parametrize("terminal, flags, streams", [(True, [], True), (False, [], False), (True, ["--no-stream"], False), (False, ["--stream"], True)])
+def test_a_text_grows_on_a_terminal(terminal, flags, streams, script, monkeypatch):
+    whole, chunks = script("--prompt", PROMPTS[0], "--no-stream")[1], []
+    write = generate.write_chunk
+    monkeypatch.setattr(generate, "write_chunk", lambda chunk: (chunks.append(chunk), write(chunk)))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    assert script("--prompt", PROMPTS[0], *flags)[1] == whole
+    assert "".join(chunks) == (whole.rstrip("\n") if streams else "") and (len(chunks) > 5) == streams
+
+
 def test_stop_strings_are_no_part_of_a_text(script):
     whole = script("--prompt", PROMPTS[0])[1].rstrip("\n")
     stop = whole[5:8]
