@@ -289,6 +289,10 @@ def test_the_tutorials_command_loads_a_model_from_the_hub(run_script, tmp_path):
     with HubServer(tmp_path / "hub") as hub:
         done = run_script("generate.py", "--model", "HuggingFaceTB/SmolLM-1.7B", "--prompt", TUTORIAL, "--cache-dir", tmp_path / "cache", "--max-new-tokens", 20,
                           "--precision", "fp32", HF_HUB_OFFLINE="0", HF_ENDPOINT=hub.endpoint)
+        unknown = run_script("generate.py", "--model", "HuggingFaceTB/SmolLM-17B", "--prompt", TUTORIAL, "--cache-dir", tmp_path / "cache", check=False,
+                             HF_HUB_OFFLINE="0", HF_ENDPOINT=hub.endpoint)
+    assert unknown.returncode == 2 and unknown.stdout == ""
+    assert re.fullmatch(r"generate\.py: error: --model HuggingFaceTB/SmolLM-17B: neither a local folder nor a model on the Hub [^\n]+\n", unknown.stderr)
     local = run_script("generate.py", "--model", tmp_path / "hub" / "models" / "HuggingFaceTB" / "SmolLM-1.7B", "--prompt", TUTORIAL, "--max-new-tokens", 20,
                        "--precision", "fp32")
     assert done.stdout == local.stdout and len(done.stdout) > 20
