@@ -147,6 +147,13 @@ def test_stop_strings_are_no_part_of_a_text(script):
         assert script("--prompt", PROMPTS[0], "--stop", stop, *flags)[1] == whole[: whole.find(stop)] + "\n"
 
 
+def test_each_batch_draws_from_the_next_seed(script):
+    """So that the same prompt in two batches gives two texts, and a batch can be drawn again without those before it."""
+    both = script("--prompt", PROMPTS[0], "--prompt", PROMPTS[0], "--batch-size", 1, "--top-k", 20, "--seed", 3)[1]
+    alone = [script("--prompt", PROMPTS[0], "--top-k", 20, "--seed", seed)[1] for seed in (3, 4)]
+    assert both == "".join(f"--- prompt {number}, sample 1: {PROMPTS[0]}\n{text}" for number, text in enumerate(alone, start=1)) and alone[0] != alone[1]
+
+
 def test_prompts_come_from_flags_files_and_standard_input(script, prompts_file, tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"question": prompt}, ensure_ascii=False) + "\n" for prompt in PROMPTS), encoding="utf-8")
     from_flags = script(*prompt_flags())[1]
@@ -159,16 +166,21 @@ def test_prompts_come_from_flags_files_and_standard_input(script, prompts_file, 
 
 def test_the_output_file_holds_everything(script, tiny, tmp_path):
     """Oracles: the tokenizer's decode, and log-softmax of one pass over prompt and text."""
-    code, stdout, _ = script(*prompt_flags(3), "--output", tmp_path / "out.jsonl", "--logprobs", 4, "--top-k", 30, "--num-samples", 2, "--seed", 9, "--stop", "the")
+    code, stdout, _ = script(*prompt_flags(3), "--output", tmp_path / "out.jsonl", "--logprobs", 4, "--top-k", 30, "--num-samples", 4, "--seed", 9,
+                             "--temperature", 2, "--end-token", "e", "--end-token", "s", "--stop", "t", "--stop", "a")
     assert (code, stdout) == (0, "")
     lines = lines_of(tmp_path / "out.jsonl")
-    assert [(line["prompt_number"], line["sample"], line["prompt"]) for line in lines] == [(n + 1, s, PROMPTS[n]) for n in range(3) for s in (1, 2)]
+    assert [(line["prompt_number"], line["sample"], line["prompt"]) for line in lines] == [(n + 1, s, PROMPTS[n]) for n in range(3) for s in (1, 2, 3, 4)]
     tokenizer, model = AutoTokenizer.from_pretrained(tiny), AutoModelForCausalLM.from_pretrained(tiny)
+    assert {line["finish_reason"] for line in lines} == {"end", "stop", "length"}
     for line in lines:
         assert line["seed"] == 9 and line["settings"]["top_k"] == 30 and line["settings"]["precision"] == "float32"
-        assert line["finish_reason"] == ("end" if line["token_ids"][-1] == 2 else "length" if len(line["token_ids"]) == 16 else "stop")
-        whole = tokenizer.decode(line["token_ids"], skip_special_tokens=True)
-        assert line["text"] == whole.split("the")[0] if line["finish_reason"] == "stop" else line["text"] == whole
+        ids, ends = line["token_ids"], line["settings"]["end_ids"]
+        text, before = (tokenizer.decode([number for number in part if number not in ends], skip_special_tokens=True) for part in (ids, ids[:-1]))
+        assert line["text"] == re.split("[ta]", text)[0] and line["text"].startswith(re.split("[ta]", before)[0])
+        assert not set(ids[:-1]) & set(ends) and not re.search("[ta]", before)  # nothing follows an end
+        assert line["finish_reason"] == ("end" if ids[-1] in ends else "stop" if re.search("[ta]", text) else "length")
+        assert (len(ids) == 16) >= (line["finish_reason"] == "length")
         prompt = tokenizer(line["prompt"])["input_ids"]
         with torch.inference_mode():
             scores = model(torch.tensor([prompt + line["token_ids"]])).logits[0].log_softmax(-1)[len(prompt) - 1 : -1]
