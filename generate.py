@@ -17,9 +17,9 @@ import argparse
 import dataclasses
 import json
 import math
-import os
 import shutil
 import sys
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -98,12 +98,11 @@ def read_prompts(args) -> list[str]:
 
 def read_scored(name: str, column: str, args) -> list[str]:
     """Return texts to score or to score against: a data file's column, or the lines of any other file. An empty text is one, with score 0."""
-    suffix = os.path.splitext(name)[1].lower()
-    if suffix not in data.FILE_READERS:
+    if Path(name).suffix.lower() not in data.FILE_READERS:
         return data.read_lines(name)
-    if not os.path.isfile(name):
+    if not Path(name).is_file():
         raise UserError(f"{name}: no such file; check the path")
-    rows = data.read_file(data.Path(name), cache_dir=args.cache_dir)
+    rows = data.read_file(Path(name), cache_dir=args.cache_dir)
     if column not in rows.features or data.kind(rows, column) not in ("string", "large_string"):
         raise UserError(f"{name}: no column {column!r} of texts; there is {', '.join(rows.column_names)}; name the right one with --text-column or "
                         "--reference-column")
@@ -156,14 +155,15 @@ def generate(args, texts: list[str], references: list[str] | None):
     start = -(-len(done) // (len(batches[0]) * args.num_samples))
     try:
         for lines in run(generator, batches, start, args, machine):
-            done += lines
             if file:
                 file.write(lines)
+            done += lines
     except KeyboardInterrupt:
-        if file:
-            print(f"\n{args.output} holds {len(done):,} of {len(expected):,} texts; --resume goes on after them", file=sys.stderr)
+        if file:  # the signal can come while a batch is being written: what is there, the file knows
+            there = file.close()
+            print(f"\n{args.output} holds {there:,} of {len(expected):,} texts; --resume goes on after them", file=sys.stderr)
         raise
-    summarize(generator, args, machine)
+    summarize(generator, machine)
     if machine.is_main and references is not None:
         show_scores([line["text"] for line in done], references)
     runtime.stop()
@@ -203,7 +203,7 @@ def write_chunk(chunk: str):
     print(chunk, end="", flush=True)
 
 
-def summarize(generator: Generator, args, machine):
+def summarize(generator: Generator, machine):
     """Print the summary line on stderr, dim on a terminal."""
     if machine.is_main and generator.timing.new_tokens:
         line = generator.summary(runtime.peak_memory_bytes(machine.device)) + (" (process 0)" if machine.world_size > 1 else "")
@@ -223,7 +223,7 @@ def compare_with_generate(args, texts: list[str]):
                 sys.exit(1)
             equal += len(row.token_ids)
     print(f"equal: {equal:,} of {equal:,} tokens")
-    summarize(generator, args, machine)
+    summarize(generator, machine)
 
 
 def explain_tokens(args, texts: list[str]):
@@ -262,15 +262,15 @@ def converse(args):
         if text.strip() == "/reset":
             chat.reset()
         elif text.strip():
-            answer(chat, text, args, machine)
+            answer(chat, text, machine)
 
 
-def answer(chat: Chat, text: str, args, machine):
+def answer(chat: Chat, text: str, machine):
     """Show one answer as it grows; Ctrl-C ends the answer, not the conversation, and a full context is said in one line."""
     try:
         chat.reply(text, write_chunk)
         print(flush=True)
-        summarize(chat.generator, args, machine)
+        summarize(chat.generator, machine)
     except KeyboardInterrupt:
         print("\n(interrupted; the model has forgotten this turn)", file=sys.stderr)
     except UserError as error:
