@@ -19,13 +19,12 @@ import json
 import math
 import shutil
 import sys
-from pathlib import Path
 
 from tqdm import tqdm
 
 from common import cli, data, runtime
 from common.errors import UserError
-from common.generation import check, explain, flags, output, perplexity
+from common.generation import check, explain, flags, output, perplexity, scoring
 from common.generation import model as models
 from common.generation.chat import Chat
 from common.generation.completion import Generator, Prompt
@@ -96,36 +95,6 @@ def read_prompts(args) -> list[str]:
     return texts
 
 
-def read_scored(name: str, column: str, args) -> list[str]:
-    """Return texts to score or to score against: a data file's column, or the lines of any other file. An empty text is one, with score 0."""
-    if Path(name).suffix.lower() not in data.FILE_READERS:
-        return data.read_lines(name)
-    if not Path(name).is_file():
-        raise UserError(f"{name}: no such file; check the path")
-    rows = data.read_file(Path(name), cache_dir=args.cache_dir)
-    if column not in rows.features or data.kind(rows, column) not in ("string", "large_string"):
-        raise UserError(f"{name}: no column {column!r} of texts; there is {', '.join(rows.column_names)}; name the right one with --text-column or "
-                        "--reference-column")
-    return [text or "" for text in rows[column][:]]
-
-
-def read_references(args, num_texts: int) -> list[str]:
-    """Return one reference for each of `num_texts` texts. Raises UserError when there are more or fewer."""
-    references = read_scored(args.references, args.reference_column, args)
-    if len(references) != num_texts:
-        raise UserError(f"--references {args.references}: it has {len(references):,} texts for {num_texts:,} to score; give one for each")
-    return references
-
-
-def show_scores(texts: list[str], references: list[str]):
-    """Print the ROUGE scores of texts, one line each."""
-    from common.metrics import Rouge  # scikit-learn and evaluate take three seconds to import, which no other mode should wait for
-    scores = Rouge(keep_in_memory=True).compute(predictions=texts, references=references)
-    print(f"ROUGE, mean F1 over {len(texts):,} texts")
-    for name, value in scores.items():
-        print(f"{name:<9} {value:.4f}")
-
-
 def load(args, texts: list[str]):
     """Return generator, prompts with their tokens, and the machine; every prompt is checked before the first one is generated."""
     machine = runtime.start(args.device, args.precision, args.seed)
@@ -165,7 +134,7 @@ def generate(args, texts: list[str], references: list[str] | None):
         raise
     summarize(generator, machine)
     if machine.is_main and references is not None:
-        show_scores([line["text"] for line in done], references)
+        scoring.show([line["text"] for line in done], references)
     runtime.stop()
 
 
@@ -298,12 +267,12 @@ def main(args):
     elif args.perplexity is not None:
         measure_perplexity(args)
     elif args.score is not None:
-        texts = read_scored(args.score, args.text_column, args)
-        show_scores(texts, read_references(args, len(texts)))
+        texts = scoring.read_texts(args.score, args.text_column, args)
+        scoring.show(texts, scoring.read_references(args, len(texts)))
     else:
         texts = read_prompts(args)
         flags.check_count(args, len(texts))
-        references = None if args.references is None else read_references(args, len(texts))
+        references = None if args.references is None else scoring.read_references(args, len(texts))
         if args.check:
             compare_with_generate(args, texts)
         elif args.explain:
