@@ -21,6 +21,10 @@ from transformers import BertConfig, BertForSequenceClassification, BertTokenize
 import embed_search
 from common import cli
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # two tests run at a time: each, and every process that it starts, has one core
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
 ROOT = Path(__file__).resolve().parent.parent
 POSITIVE, NEGATIVE = ["good", "fine", "great", "lovely"], ["bad", "awful", "poor", "grim"]
 COMMON = ["the", "film", "was", "and", "it", "so", "very", "what", "a", "story", "with", "actors", "that", "I", "saw", "on", "monday"]
