@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed
+from torch.distributed.rendezvous import rendezvous
 
 from common.errors import UserError
 
@@ -105,10 +106,22 @@ def start(device: str, precision: str, seed: int) -> Runtime:
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if world_size > 1:
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")  # counts stay on the CPU: no sync with the GPU
+        join_processes("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")  # counts stay on the CPU: no sync with the GPU
     keep_large_blocks()
     seed_everything(seed)
     return runtime
+
+
+def join_processes(backend: str):
+    """Join the processes that torchrun started.
+
+    On one machine torchrun keeps its store when it starts failed workers again. A new worker could then find the address of one that is
+    dead, and wait for it for half an hour; so each attempt has its own part of the store. Over several machines torchrun makes a new one.
+    """
+    store, rank, world_size = next(rendezvous("env://"))
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):
+        store = torch.distributed.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size)
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:

@@ -6,6 +6,8 @@ import io
 import json
 import os
 import random
+import select
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -95,13 +97,17 @@ def run_script():
 KINDS = {"one process": (1, 0), "one process, two loader workers": (1, 2), "two processes": (2, 0), "two processes, two loader workers each": (2, 2)}
 
 
+SECONDS_FOR_A_JOB = 120
+
+
 class ForkedRuns:
     """A process of tests/forked.py, and jobs for it: train_classifier.py without the seconds of its imports."""
 
     def __init__(self, shared_flags: list, log: Path):
         self.shared_flags, self.log, self.flags = shared_flags, log, []
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        self.process = subprocess.Popen([sys.executable, ROOT / "tests" / "forked.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        self.process = subprocess.Popen([sys.executable, ROOT / "tests" / "forked.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+                                        start_new_session=True)
 
     def run(self, folder: Path, *flags, kind: str = "one process", **job) -> list[int]:
         """Run the script into `folder`, a global batch being 8, and return the exit codes of its processes."""
@@ -109,6 +115,9 @@ class ForkedRuns:
         given = [*self.shared_flags, *self.flags, "--batch-size", 8 // world, "--num-workers", workers, "--output-dir", folder, *flags]
         self.process.stdin.write(json.dumps({"flags": list(map(str, given)), "run": str(folder), "world": world, "log": str(self.log), **job}) + "\n")
         self.process.stdin.flush()
+        if not select.select([self.process.stdout], [], [], SECONDS_FOR_A_JOB)[0]:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            raise TimeoutError(f"a job took more than {SECONDS_FOR_A_JOB} seconds; it said: {self.said('stdout')} {self.said()}")
         codes = json.loads(self.process.stdout.readline())
         assert set(codes) != {0} or not any(self.said(rank=rank) for rank in range(world)), self.said()  # what ends well has nothing to complain about
         return codes

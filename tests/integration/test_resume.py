@@ -84,6 +84,7 @@ def test_a_killed_run_ends_as_one_that_was_never_stopped(kind, seed, forked, who
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("kind", KINDS)
 def test_runs_killed_many_times_end_as_one_that_was_never_stopped(kind, forked, whole, tmp_path):
     """Eight kills and more for each kind of run: two to a run, the second wherever it falls after the first."""

@@ -194,6 +194,7 @@ def test_two_processes_at_batch_4_equal_one_at_batch_8(extra, run_script, flags,
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_the_main_command_reaches_98_percent_in_12_minutes(run_script, tmp_path):
     """The median of seeds 0, 1 and 2 on the bundled news, with the defaults of the command line."""
     accuracies = []

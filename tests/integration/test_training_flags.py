@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertFor
 
 from conftest import make_sentences, train_wordpiece
 
-MEMORY = 1200 * 2**20  # bytes that a process may take beyond what it has when it starts
+MEMORY = 950 * 2**20  # bytes that a process may take beyond what it has when it starts: 84 texts take some 2,600 MB, 21 a quarter of that
 FLAGS = ["--max-train-samples", 84, "--epochs", 1, "--max-length", 20, "--lr", "3e-3", "--precision", "fp32"]
 
 
@@ -151,7 +151,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_steps_stay_the_same(forked,
     assert forked.run(tmp_path / "refused", *flags, memory=MEMORY) != [0], "the test is worth nothing if the batch fits"
     assert forked.run(tmp_path / "halved", *flags, "--auto-batch-size", memory=MEMORY) == [0], forked.said()
     size = int(re.search(r"memory   84 windows at once don't fit: (\d+) at a time, accumulated to the same step", forked.said("stdout")).group(1))
-    assert size in (42, 21, 10)
+    assert size in (21, 10)
     assert forked.run(tmp_path / "whole", *flags) == [0]
     assert close(tmp_path / "halved", tmp_path / "whole", rtol=1e-3, atol=1e-4)
 
