@@ -2,7 +2,7 @@
 """What each way of reading long texts buys: test accuracy of train_classifier.py on the bundled news, over window lengths and seeds.
 
   python tests/benchmarks/truncation.py                                   # 64 and 128 tokens, seeds 0, 1, 2: hours on two cores
-  python tests/benchmarks/truncation.py --max-train-samples 600           # the table in README
+  python tests/benchmarks/truncation.py --max-train-samples 400           # the table in README
 
 Runs that are already in --output-dir are read, not made again, so that it can be stopped and started.
 """
