@@ -87,14 +87,16 @@ def test_a_killed_run_ends_as_one_that_was_never_stopped(kind, seed, forked, who
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("kind", KINDS)
 def test_runs_killed_many_times_end_as_one_that_was_never_stopped(kind, forked, whole, tmp_path):
-    """Eight kills and more for each kind of run: two to a run, the second wherever it falls after the first."""
+    """Eight kills and more for each kind of run: two to a run, the second wherever it falls after the first; a process with fewer events may outlive its."""
     folder, events = whole(kind)
     generator, killed = random.Random(kind), 0
-    for number in range(8):
+    for number in range(24):
         run = tmp_path / str(number)
         killed += kill_until_done(forked, run, [generator.randrange(1, events), generator.randrange(1, events)], kind, generator)
         assert differing(run, folder) == []
-    assert killed >= 8
+        if killed >= 8:
+            return
+    raise AssertionError(f"only {killed} kills")
 
 
 def test_the_comparison_sees_a_random_state_that_is_not_restored(forked, whole, tmp_path):
