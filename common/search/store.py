@@ -15,6 +15,7 @@ import filelock
 import numpy as np
 import pyarrow as pa
 
+from common.durable import sync_folder
 from common.errors import UserError
 from common.search.snapshot import FORMAT, LOCK, MANIFEST, OWN_COLUMNS, VECTOR, Snapshot, open_snapshot, read_manifest, read_segment, seal
 
@@ -167,14 +168,6 @@ def _write_manifest(folder: Path, manifest: dict):
         json.dump(manifest, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    _sync_folder(folder)  # the files that it names stand in the folder before the manifest does
+    sync_folder(folder)  # the files that it names stand in the folder before the manifest does
     fresh.rename(folder / MANIFEST)
-    _sync_folder(folder)
-
-
-def _sync_folder(folder: Path):
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(folder)

@@ -15,9 +15,9 @@ import numpy as np
 import safetensors.torch
 import torch
 
+from common.durable import fault, link_folder, read_json, replace_folder, sync_file, sync_folder, write_json, write_manifest, write_tensors
 from common.errors import UserError
 from common.runtime import Runtime
-from common.training.durable import fault, link_folder, read_json, replace_folder, sync_file, sync_folder, write_json, write_manifest, write_tensors
 
 PREFIX, UNFINISHED = "step-", "tmp-"
 FREE_FLAGS = {  # may differ when a run goes on: names of data and model, for their contents are compared, and what changes no number

@@ -8,8 +8,8 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from common import assets, pretrained
+from common.durable import replace_folder
 from common.errors import UserError
-from common.training.durable import replace_folder
 
 UNLIMITED = 1_000_000  # tokenizers without a limit say 1e30
 SETTINGS_FILE = "training.json"  # beside the saved model: what it was trained on

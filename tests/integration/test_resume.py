@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from common.training.durable import fault
+from common.durable import fault
 from conftest import KINDS
 
 # 85 texts: 11 batches of 8, the last of 5; windows of 3 batches, the last of 2. Evaluations and checkpoints fall between the ends of epochs too.
