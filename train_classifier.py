@@ -69,7 +69,7 @@ def make_parser() -> cli.Parser:
     group.add_argument("--weight-decay", type=cli.non_negative_float, default=0.01, help="of matrices; biases and norms have none")
     group.add_argument("--max-grad-norm", type=cli.positive_float, default=1.0, help="clip the gradient to this norm")
     group.add_argument("--dropout", type=cli.fraction, help="of every kind in the model (default: as it was pretrained, attention's 0)")
-    group.add_argument("--attention-dropout", type=cli.fraction, help="above 0 it keeps PyTorch from its fused attention: slower on CPU (default: --dropout if given, else 0)")
+    group.add_argument("--attention-dropout", type=cli.fraction, help="above 0 it is slower on CPUs (default: --dropout if given, else 0)")
     group.add_argument("--label-smoothing", type=cli.fraction, default=0.0, help="share of each label that is spread over all classes")
     group.add_argument("--class-weights", choices=["none", "balanced"], default="none", help="balanced: every class counts the same, however few its texts")
     group.add_argument("--batching", choices=["buckets", "random"], default="buckets", help="buckets: texts of similar length share a batch")

@@ -14,7 +14,7 @@ import torch
 import torch.distributed
 from sentence_transformers import SentenceTransformer
 
-from common import data
+from common import attention, data
 from common.errors import UserError
 from common.runtime import Runtime
 from common.search import loading
@@ -140,6 +140,7 @@ def load(name: str, machine: Runtime, *, max_length: int | None = None, batch_to
         raise UserError(f"--max-length {max_length}: the model takes more than {special} (the special tokens) and at most {holds} tokens")
     own = min(length for length in (model.max_seq_length, holds, model[0].tokenizer.model_max_length) if length)
     fingerprint = loading.fingerprint(model)
+    attention.use_matrix_products(model[0].auto_model)
     return Encoder(data.full_name(name), model.to(machine.device).eval(), machine, max_length=max_length or own,
                    batch_tokens=batch_tokens or BATCH_TOKENS[machine.device.type], fingerprint=fingerprint)
 

@@ -16,7 +16,7 @@ import transformers
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
-from common import assets, hub
+from common import assets, attention, hub
 from common.errors import UserError, one_line
 
 FILES_READ = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # of a model on the Hub; no pickles, no ONNX, no code
@@ -89,6 +89,7 @@ def load_reranker(name: str, *, cache_dir: str | None, device: torch.device) -> 
     model = _load(CrossEncoder, name, flag="--rerank", cache_dir=cache_dir).to(device)
     if model.num_labels != 1:
         raise UserError(f"--rerank {name}: it gives {model.num_labels} scores a pair; name a cross-encoder with one, such as cross-encoder/ms-marco-MiniLM-L6-v2")
+    attention.use_matrix_products(model[0].auto_model)
     return model
 
 

@@ -1,11 +1,13 @@
-"""What a run changes about a pretrained model: its dropouts, which layers learn, low-rank adapters, recomputed activations."""
+"""What a run changes about a pretrained model: its dropouts, which layers learn, low-rank adapters, recomputed activations, faster parts."""
 
 import copy
 import warnings
 
 import torch
 
+from common import attention
 from common.errors import UserError
+from common.training.dropout import pack_dropouts
 
 ATTENTION_DROPOUT_NAMES = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")  # BERT, DistilBERT, GPT-2
 LORA_ALPHA = 2  # times the rank: the scale that the update is multiplied by, as is usual
@@ -15,7 +17,7 @@ LORA_DROPOUT = 0.0  # a dropout of its own would be one more place of randomness
 def dropout_options(config, *, dropout: float | None, attention_dropout: float | None, name: str) -> dict[str, float]:
     """Return the values for a config's dropout options: `dropout` for all of them where given, `attention_dropout` (default 0) for attention's.
 
-    Attention dropout above 0 keeps PyTorch from its fused attention on CPUs. Raises UserError when the model has no option that is asked for.
+    Attention dropout above 0 takes the slow way through attention on CPUs. Raises UserError when the model has no option that is asked for.
     """
     found = [option for option in config.to_dict() if "drop" in option and "layerdrop" not in option]
     attention = [option for option in ATTENTION_DROPOUT_NAMES if hasattr(config, option)]
@@ -30,7 +32,10 @@ def dropout_options(config, *, dropout: float | None, attention_dropout: float |
 
 
 def adapt(model: torch.nn.Module, args) -> torch.nn.Module:
-    """Return the model as the flags want it: frozen layers, recomputed activations, adapters."""
+    """Return the model as the flags want it: frozen layers, recomputed activations, adapters; with attention and dropout that cost less on CPUs."""
+    if not args.compile:  # which fuses them itself
+        attention.use_matrix_products(model)
+        pack_dropouts(model)
     freeze_layers(model, args.freeze_layers)
     if args.gradient_checkpointing:
         recompute_activations(model)

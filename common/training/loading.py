@@ -3,7 +3,7 @@
 import datasets
 import numpy as np
 
-from common import data
+from common import attention, data
 from common.errors import UserError
 from common.runtime import Runtime
 from common.training import adaptation, batching, labelling
@@ -86,6 +86,7 @@ def load_for_training(rows, args, machine):
 def load_saved(name: str, args, machine):
     """Return a saved model on its device and its tokenizer; sets the flags for length and truncation to what it was scored with, if not given."""
     model = models.load_saved(name, cache_dir=args.cache_dir).to(machine.device)
+    attention.use_matrix_products(model)
     tokenizer, _ = models.load_tokenizer(name, cache_dir=args.cache_dir)
     args.eval_max_length = models.choose_max_length(args.eval_max_length, tokenizer.model_max_length, model, tokenizer, flag="--eval-max-length")
     args.truncation = args.truncation or models.saved_settings(name).get("truncation", DEFAULT_TRUNCATION)
