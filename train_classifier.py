@@ -114,7 +114,7 @@ def prepare(model, tokenizer, rows, args, machine) -> Training:
         machine.say(f"learns   {sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad):,} parameters")
     micro_batch = memory.largest_batch(model, rows, tokenizer, args, machine) if args.auto_batch_size else args.batch_size
     optimizer = torch.optim.AdamW(decay_groups(model, args.weight_decay), lr=args.lr, fused=True)
-    num_steps = math.ceil(math.ceil(len(rows) / (args.batch_size * machine.world_size)) / args.grad_accum) * args.epochs
+    num_steps = math.ceil(len(rows) / batching.step_size(args, machine)) * args.epochs
     scheduler = get_linear_schedule_with_warmup(optimizer, round(args.warmup_ratio * num_steps), num_steps)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.precision == "fp16")
     parallel = DistributedDataParallel(model) if machine.world_size > 1 else model

@@ -14,7 +14,7 @@ from common.runtime import Runtime
 from common.training import windows
 
 IGNORED_LABEL = -100  # cross_entropy's default ignore_index
-POOL_BATCHES = 50  # texts are sorted by length only within pools of this many batches, so that an epoch stays shuffled
+POOL_BATCHES, POOLS = 50, 4  # texts are sorted by length only within pools of at most 50 batches and a quarter of the epoch, so that it stays shuffled
 MODEL_INPUTS_NOT = ("text", "label", "row", "window_lengths", "num_tokens", "num_read")
 
 Pick = tuple[int, tuple[int, ...]]  # a row of the data and which of its windows; a negative number is ~row, a filler that counts nowhere
@@ -54,14 +54,14 @@ def longest_windows(rows: datasets.Dataset) -> np.ndarray:
 def batch_order(lengths, *, batch_size: int, seed: int, epoch: int, buckets: bool) -> list[np.ndarray]:
     """Return one epoch's batches of row numbers: each row once, a pure function of the arguments.
 
-    `lengths` (N): tokens of each row. With `buckets`, rows are shuffled, sorted by length within pools of 50 batches and cut into
-    batches, and the batches are shuffled: batches hold texts of similar length, so little is padding, and an epoch is not
-    sorted. A short last batch comes last.
+    `lengths` (N): tokens of each row. With `buckets`, rows are shuffled, sorted by length within pools and cut into batches, and the batches are
+    shuffled: batches hold texts of similar length, so little is padding, an epoch is not sorted, and which texts share a batch changes from
+    epoch to epoch. A short last batch comes last.
     """
     generator = np.random.default_rng([seed, epoch])
     order = generator.permutation(len(lengths))
     if buckets:
-        pool = batch_size * POOL_BATCHES
+        pool = batch_size * max(1, min(POOL_BATCHES, len(lengths) // batch_size // POOLS))
         pools = [order[start : start + pool] for start in range(0, len(order), pool)]
         order = np.concatenate([rows[np.argsort(np.asarray(lengths)[rows], kind="stable")] for rows in pools])
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
@@ -164,15 +164,16 @@ def pool_windows(logits: torch.Tensor, document: torch.Tensor, num_documents: in
 def plan_epoch(rows: datasets.Dataset, epoch: int, micro_batch: int, args, machine: Runtime) -> list[list[list[Pick]]]:
     """Return this process's batches of an epoch: a list of optimizer steps, each a list of batches of at most `micro_batch` windows.
 
-    Which texts a step sees is a pure function of seed, epoch and the global batch (`args.batch_size` times the processes).
+    Which texts a step sees is a pure function of seed, epoch and the step's size (`args.batch_size` times accumulation times processes): it does
+    not matter which of the three makes it up.
     """
     lengths = rows["window_lengths"][:]
-    order = batch_order([max(windows) for windows in lengths], batch_size=args.batch_size * machine.world_size, seed=args.seed, epoch=epoch,
-                        buckets=args.batching == "buckets")
+    order = batch_order([max(windows) for windows in lengths], batch_size=step_size(args, machine), seed=args.seed, epoch=epoch, buckets=args.batching == "buckets")
     drawn = draw_windows([len(windows) for windows in lengths], most=args.max_windows, seed=args.seed, epoch=epoch)
-    steps = []
-    for start in range(0, len(order), args.grad_accum):
-        shares = [share_of_rank(batch, machine.rank, machine.world_size) for batch in order[start : start + args.grad_accum]]
-        picks = [[(row, drawn[row if row >= 0 else ~row]) for row in share] for share in shares]
-        steps.append([batch for share in picks for batch in cut_by_windows(share, micro_batch)])
-    return steps
+    shares = [share_of_rank(step, machine.rank, machine.world_size) for step in order]
+    return [cut_by_windows([(row, drawn[row if row >= 0 else ~row]) for row in share], micro_batch) for share in shares]
+
+
+def step_size(args, machine: Runtime) -> int:
+    """Return the number of texts of an optimizer step: of all processes and all batches that are accumulated for it."""
+    return args.batch_size * args.grad_accum * machine.world_size

@@ -61,8 +61,10 @@ def tokenize(splits: datasets.DatasetDict, tokenizer, args, machine: Runtime) ->
         what = "" if longer == 0 else f"; {windows}" if args.truncation == "chunks" else f" and {LOSS[args.truncation]}, {dropped:.1%} of all tokens"
         machine.say(f"{'tokens  ' if split == 'train' else '        '} at most {lengths[split]} in {use}: {longer:.1%} of the texts are longer{what}")
     longest = batching.longest_windows(tokenized["train"])
-    order = batching.batch_order(longest, batch_size=args.batch_size * machine.world_size, seed=args.seed, epoch=1, buckets=args.batching == "buckets")
-    machine.say(f"         {batching.padding_share(longest, order):.1%} of a training batch is padding (--batching {args.batching})")
+    steps = batching.batch_order(longest, batch_size=batching.step_size(args, machine), seed=args.seed, epoch=1, buckets=args.batching == "buckets")
+    size = args.batch_size * machine.world_size
+    batches = [step[start : start + size] for step in steps for start in range(0, len(step), size)]
+    machine.say(f"         {batching.padding_share(longest, batches):.1%} of a training batch is padding (--batching {args.batching})")
     return tokenized
 
 

@@ -58,8 +58,8 @@ def evaluations(folder) -> list[dict]:
 def test_accumulation_equals_a_batch_as_large(flags, forked, lopsided, tmp_path):
     """84 (92) texts in batches of 8 are 10 (11) and a half: with windows of two batches of 4 the last step has one."""
     flags = [*flags, "--dataset", lopsided]
-    assert forked.run(tmp_path / "one", "--batching", "random", *flags) == [0], forked.said()
-    assert forked.run(tmp_path / "many", "--batching", "random", "--batch-size", 4, "--grad-accum", 2, *flags) == [0]
+    assert forked.run(tmp_path / "one", *flags) == [0], forked.said()
+    assert forked.run(tmp_path / "many", "--batch-size", 4, "--grad-accum", 2, *flags) == [0]
     assert close(tmp_path / "one", tmp_path / "many", rtol=1e-4, atol=1e-5)
 
 

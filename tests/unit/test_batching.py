@@ -44,6 +44,14 @@ def test_buckets_pad_less_and_are_not_sorted_over_the_epoch():
     assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.3  # neither rising nor falling over the epoch
 
 
+@pytest.mark.parametrize("count", [96, 500, 2000])
+def test_buckets_put_other_texts_together_in_each_epoch(count):
+    """Also where the epoch is short and no two texts have the same length: sorted as a whole, every epoch would have the same batches."""
+    epochs = [batching.batch_order(range(1, count + 1), batch_size=16, seed=0, epoch=epoch, buckets=True) for epoch in (1, 2)]
+    first, second = ({frozenset(batch.tolist()) for batch in order} for order in epochs)
+    assert not first & second
+
+
 def test_padding_share_counts_positions():
     assert batching.padding_share([1, 3, 4, 4], [np.array([0, 1]), np.array([2, 3])]) == pytest.approx(2 / 14)
 
@@ -93,11 +101,11 @@ def test_drawn_windows_are_a_function_of_seed_and_epoch_and_reach_every_window()
 @settings(deadline=None, max_examples=40)
 @given(count=st.integers(1, 50), batch_size=st.integers(1, 6), world_size=st.integers(1, 3), grad_accum=st.integers(1, 4), micro_batch=st.integers(1, 6))
 def test_the_steps_of_all_processes_hold_each_text_once_whatever_the_size_of_their_batches(count, batch_size, world_size, grad_accum, micro_batch):
-    """The same global batch means the same texts in each step, on any number of processes and with any bound on memory."""
+    """A step of the same size has the same texts, whatever share of it processes and accumulation have, and with any bound on memory."""
     rows = {"window_lengths": [[3 + number % 5] * (1 + number % 3) for number in range(count)]}
     flags = argparse.Namespace(batch_size=batch_size, seed=1, batching="buckets", max_windows=2, grad_accum=grad_accum)
     plans = [batching.plan_epoch(rows, 1, micro_batch, flags, Runtime(torch.device("cpu"), "fp32", rank, world_size)) for rank in range(world_size)]
-    alone = batching.plan_epoch(rows, 1, 10**6, argparse.Namespace(**{**vars(flags), "batch_size": batch_size * world_size}), Runtime(torch.device("cpu"), "fp32"))
+    alone = batching.plan_epoch(rows, 1, 10**6, argparse.Namespace(**{**vars(flags), "batch_size": batch_size * world_size * grad_accum, "grad_accum": 1}), Runtime(torch.device("cpu"), "fp32"))
     assert len({len(plan) for plan in plans}) == 1 and len(plans[0]) == len(alone)
     for step, expected in enumerate(alone):
         together = [pick for plan in plans for batch in plan[step] for pick in batch if pick[0] >= 0]
