@@ -1,0 +1,53 @@
+"""The loop with a loss scaler that is switched on, as fp16 on a GPU has it; PyTorch has the same scaler for CPUs."""
+
+import pytest
+import torch
+from test_steps import MACHINE, make_batches
+from transformers import AutoModelForSequenceClassification
+
+import train_classifier
+from common.tracking import NullLog, progress
+from common.training import steps
+from common.training.steps import LossMeter
+
+
+def run(model, batches, scaler, *flags, rate=0.1):
+    """Run the product's loop with SGD, one batch a step; return after each step the weights' sum of changes, the learning rate, the scale."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1, end_factor=0.5, total_iters=100)
+    training = steps.Training(model, None, model, optimizer, scheduler, scaler)
+    args = train_classifier.make_parser().parse_args(["--max-grad-norm", "1e9", *flags])
+    before, found = [parameter.detach().clone() for parameter in model.parameters()], []
+    meter = LossMeter(MACHINE, NullLog(None), progress([], label=""), 100)
+    for _ in train_classifier.train_steps(training, batches, [1] * len(batches), meter, args, MACHINE):
+        change = sum((parameter.detach() - old).abs().sum().item() for parameter, old in zip(model.parameters(), before))
+        found.append((change, scheduler.get_last_lr()[0], scaler.get_scale()))
+    return found
+
+
+def test_a_step_that_overflows_is_skipped_and_the_schedule_waits_for_it(tiny_model):
+    """The scale falls until the gradients are finite; only then do weights and schedule move (pytorch #55585)."""
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_model)
+    with torch.no_grad():
+        model.classifier.weight *= 100  # larger gradients below it
+    found = run(model, make_batches([4] * 16), torch.amp.GradScaler("cpu", init_scale=3e38, growth_interval=1000), rate=1e-4)
+    skipped = [change == 0 for change, _, _ in found]
+    assert skipped[0] and not skipped[-1], "the first overflows, the last does not"
+    number = skipped.index(False)
+    assert skipped == [True] * number + [False] * (len(found) - number)
+    rates, scales = [rate for _, rate, _ in found], [scale for _, _, scale in found]
+    assert rates[:number] == [1e-4] * number and all(later < earlier for earlier, later in zip(rates[number - 1 :], rates[number:]))
+    assert scales[:number] == [pytest.approx(3e38 / 2 ** (step + 1)) for step in range(number)] and len(set(scales[number - 1 :])) == 1
+
+
+@pytest.mark.parametrize("flags", [[], ["--max-grad-norm", "0.01"]])
+def test_a_scale_changes_no_step(tiny_model, flags):
+    """Clipping sees the true gradient: scaled by 1024, its norm would be above any limit."""
+    def trained(scaler):
+        model = AutoModelForSequenceClassification.from_pretrained(tiny_model)
+        run(model, make_batches([4, 3]), scaler, *flags)
+        return list(model.parameters())
+
+    plain = trained(torch.amp.GradScaler("cpu", enabled=False))
+    for one, other in zip(plain, trained(torch.amp.GradScaler("cpu", init_scale=1024.0))):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
