@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Generate text with a causal language model, through a hand-written sampler whose tokens are `model.generate`'s.
 
-From logits to text in three files: common/generation/sampling.py (filters and draws), decoding.py (prefill, step, the loop), textstream.py
-(whole characters, stop strings). Left out on purpose: beam search, encoder-decoder models, quantised weights, serving.
+From logits to text in four files: common/generation/sampling.py (filters), drawing.py (the token), decoding.py (prefill, step, the loop),
+textstream.py (whole characters, stop strings). Left out on purpose: beam search, encoder-decoder models, quantised weights, serving.
 
   python generate.py --prompt "Natural Language Processing is"                          # greedy, the bundled SmolLM2-135M-Instruct
   python generate.py --prompt "Natural Language Processing is" --top-k 50 --seed 1      # sampling; --top-p 0.92 and others alike
