@@ -44,8 +44,8 @@ class Step:
     ended: list[bool] = field(default_factory=list)  # (B): shared by all steps; who reads the text may end a row by a stop string
 
 
-def left_pad(prompts: list[list[int]], language_model: LanguageModel, *, room: int) -> Batch:
-    """Return prompts as a batch with `room` more columns for new tokens, and an empty cache."""
+def left_pad(prompts: list[list[int]], language_model: LanguageModel, *, room: int, cache: DynamicCache | None = None) -> Batch:
+    """Return prompts as a batch with `room` more columns for new tokens, and an empty cache or one that holds their first columns."""
     length, device = max(map(len, prompts)), language_model.device
     ids = torch.full((len(prompts), length + room), language_model.pad_id, dtype=torch.long)
     mask = torch.ones_like(ids)
@@ -54,7 +54,7 @@ def left_pad(prompts: list[list[int]], language_model: LanguageModel, *, room: i
         mask[row, : length - len(prompt)] = 0
     starts = torch.tensor([length - len(prompt) for prompt in prompts], device=device)
     padded = any(len(prompt) < length for prompt in prompts)
-    return Batch(ids.to(device), mask.to(device) if padded else None, starts, length, new_cache(language_model))
+    return Batch(ids.to(device), mask.to(device) if padded else None, starts, length, new_cache(language_model) if cache is None else cache)
 
 
 def new_cache(language_model: LanguageModel) -> DynamicCache:

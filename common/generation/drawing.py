@@ -130,6 +130,11 @@ def likeliest_distribution(logits: torch.Tensor, settings: Settings) -> tuple[to
     return values.softmax(-1), ids, complete
 
 
+def batch_seed(seed: int, number: int) -> int:
+    """Return the seed of a run's batch: the first batch has the run's own, the others follow from it, so that runs of neighbouring seeds share none."""
+    return seed if number == 0 else int.from_bytes(hashlib.sha256(f"{seed}/batch {number}".encode()).digest()[:4])
+
+
 def row_uniforms(seed: int, rows: list[tuple[int, int]], count: int) -> torch.Tensor:
     """Return uniform numbers (rows, count) in fp64 for texts named by (prompt, sample): each row from its own generator, whatever stands beside it."""
     found = []

@@ -162,3 +162,9 @@ def test_a_row_draws_the_same_whatever_its_neighbours_keep(flags):
     uniforms, options = torch.rand(40, dtype=torch.float64, generator=torch.Generator().manual_seed(2)), Settings(sample=True, **flags)
     together = drawing.draw_fast(logits, options, uniforms)
     assert torch.equal(together, torch.cat([drawing.draw_fast(logits[row : row + 1], options, uniforms[row : row + 1]) for row in range(40)]))
+
+
+def test_runs_of_neighbouring_seeds_share_no_batch():
+    seeds = {(seed, number): drawing.batch_seed(seed, number) for seed in range(30) for number in range(30)}
+    assert all(seeds[seed, 0] == seed for seed in range(30)) and len(set(seeds.values())) == 900
+    assert all(0 <= value < 2**32 for value in seeds.values())  # --seed takes it
