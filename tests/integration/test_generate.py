@@ -253,10 +253,11 @@ def test_torchrun_goes_on_after_what_is_there(run_script, script, tiny, prompts_
     assert part.read_bytes() == whole.read_bytes() and f"{part}: 2 of 6 texts are there" in done.stdout
 
 
-def test_on_a_terminal_the_first_text_of_each_batch_grows(tiny):
+def test_on_a_terminal_the_first_text_of_each_batch_grows(script, tiny):
     """A terminal of its own: what it shows is what a pipe gets, and it comes in pieces."""
-    command = [sys.executable, "generate.py", "--model", tiny, "--device", "cpu", "--precision", "fp32", *prompt_flags(3), "--top-k", 20, "--max-new-tokens", 100]
-    piped = subprocess.run([*map(str, command), "--no-stream"], cwd=ROOT, capture_output=True, check=True).stdout
+    flags = [*prompt_flags(3), "--top-k", 20, "--max-new-tokens", 100]
+    piped = script(*flags)[1].encode()
+    command = [sys.executable, "generate.py", "--model", tiny, "--device", "cpu", "--precision", "fp32", *flags]
     ours, theirs = pty.openpty()
     tty.setraw(theirs)  # it changes no byte
     running = subprocess.Popen([*map(str, command)], cwd=ROOT, stdout=theirs, stderr=subprocess.DEVNULL)
@@ -384,6 +385,8 @@ REAL_CHECKS = {
                                  "Once upon a time, in a small village by the sea, there was", "--max-new-tokens", 12],
     "chat": ["--precision", "fp32", "--chat", "--max-new-tokens", 24, "--repetition-penalty", 1.1],
     "lookup": ["--precision", "fp32", "--lookup", 5, "--max-new-tokens", 40],
+    **{f"min-p, typical and n-grams, bf16, seed {seed}": ["--precision", "bf16", "--min-p", 0.02, "--typical-p", 0.95, "--no-repeat-ngram-size", 2, "--seed", seed,
+                                                          "--prompt", "Once upon a time", "--max-new-tokens", 12] for seed in (0, 1)},
 }
 
 
@@ -391,6 +394,13 @@ REAL_CHECKS = {
 def test_the_real_model_gives_the_tokens_of_generate(flags, real, script):
     code, stdout, stderr = script("--model", REAL, "--prompt", TUTORIAL, *flags, "--check")
     assert code == 0 and re.fullmatch(r"equal: (\d+) of \1 tokens\n", stdout), stdout + stderr
+
+
+def test_the_real_models_texts_do_not_depend_on_their_neighbours(real, script):
+    """The fast sampler in fp32, one text a batch and all three in one."""
+    flags = ["--model", REAL, "--prompt", TUTORIAL, "--prompt", "Once upon a time", "--prompt", "The", "--sampler", "fast", "--top-p", 0.98, "--temperature", 1.3]
+    alone, together = (script(*flags, "--batch-size", size, "--max-new-tokens", 12)[1] for size in (1, 3))
+    assert alone == together and alone.count("--- prompt") == 3
 
 
 def test_the_real_model_answers_sensibly_and_speaks_its_template(real, script):

@@ -68,7 +68,7 @@ def test_every_token_is_the_one_of_generate(kind, dtype):
 OWN_DEFAULTS = {  # of a model's generation config: no flag asks for any of them
     "suppress_tokens": list(range(20, 120)), "begin_suppress_tokens": list(range(20, 120)), "bad_words_ids": [[number] for number in range(20, 120)],
     "epsilon_cutoff": 0.02, "eta_cutoff": 0.05, "top_h": 0.3, "forced_eos_token_id": 3, "exponential_decay_length_penalty": (2, 9.0),
-    "return_dict_in_generate": True, "sequence_bias": [[[9], 50.0]], "guidance_scale": 2.0, "typical_p": 0.5, "min_p": 0.3,
+    "return_dict_in_generate": True, "sequence_bias": [[[9], 50.0]], "guidance_scale": 2.0,
 }
 
 
