@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Generate text with a causal language model, through a hand-written sampler whose tokens are `model.generate`'s.
 
-From logits to text in three files: common/generation/sampling.py (filters and draws), decoding.py (prefill, step, the loop), textstream.py
-(whole characters, stop strings). Left out on purpose: beam search, encoder-decoder models, quantised weights, serving.
+From logits to text in four files: common/generation/sampling.py (filters), drawing.py (the token), decoding.py (prefill, step, the loop),
+textstream.py (whole characters, stop strings). Left out on purpose: beam search, encoder-decoder models, quantised weights, serving.
 
   python generate.py --prompt "Natural Language Processing is"                          # greedy, the bundled SmolLM2-135M-Instruct
   python generate.py --prompt "Natural Language Processing is" --top-k 50 --seed 1      # sampling; --top-p 0.92 and others alike
@@ -18,19 +18,18 @@ import dataclasses
 import json
 import math
 import shutil
+import signal
 import sys
 
 from tqdm import tqdm
 
 from common import cli, data, runtime
-from common.errors import UserError
-from common.generation import check, explain, flags, output, perplexity, scoring
+from common.errors import Interrupted, UserError
+from common.generation import check, drawing, explain, flags, output, perplexity, scoring
 from common.generation import model as models
 from common.generation.chat import Chat
 from common.generation.completion import Generator, Prompt
 from common.generation.textstream import TextStream
-
-SHOWN_OF_A_PROMPT = 60
 
 
 def make_parser() -> cli.Parser:
@@ -53,19 +52,20 @@ def make_parser() -> cli.Parser:
     group.add_argument("--repetition-penalty", type=cli.positive_float, default=1.0, help="above 1 makes tokens that occurred less likely")
     group.add_argument("--no-repeat-ngram-size", type=cli.non_negative_int, default=0, help="no run of so many tokens occurs twice; 0 is off")
     group.add_argument("--sampler", choices=["exact", "fast"], default="exact",
-                       help="exact: model.generate's random numbers; fast: each text has its own, whatever stands beside it in a batch")
+                       help="exact: model.generate's random numbers, from --seed for the first batch, from others that follow from it for the next ones "
+                            "(batch_seed in the output); fast: each text has its own, whatever stands beside it in a batch")
     group.add_argument("--lookup", type=cli.positive_int, metavar="N", help="greedy: guess up to N tokens ahead from the text so far, and keep the right ones")
 
     group = parser.add_argument_group("where a text ends")
     group.add_argument("--max-new-tokens", type=cli.positive_int, default=200, help="the most tokens of a text")
-    group.add_argument("--min-new-tokens", type=cli.non_negative_int, default=0, help="no end before so many tokens")
+    group.add_argument("--min-new-tokens", type=cli.non_negative_int, default=0, help="no end token before so many tokens; a stop string still ends the text")
     group.add_argument("--stop", action="append", metavar="TEXT", help="end before this string; repeat it for more")
     group.add_argument("--end-token", action="append", metavar="TOKEN", help="another token that ends a text, such as '<|endoftext|>'")
 
     group = parser.add_argument_group("output")
     group.add_argument("--num-samples", type=cli.positive_int, default=1, help="texts a prompt")
     group.add_argument("--batch-size", type=cli.positive_int, default=8, help="prompts a pass")
-    group.add_argument("--stream", action=argparse.BooleanOptionalAction, help="show a text as it grows (default: on a terminal)")
+    group.add_argument("--stream", action=argparse.BooleanOptionalAction, help="show the first text of each batch as it grows (default: on a terminal)")
     group.add_argument("--output", metavar="FILE", help="write one JSON line a text instead of showing it")
     group.add_argument("--resume", action="store_true", help="go on after the texts that the output file holds")
     group.add_argument("--logprobs", type=cli.non_negative_int, metavar="K", help="with --output: log-probabilities of each token and of the K likeliest")
@@ -116,55 +116,54 @@ def generate(args, texts: list[str], references: list[str] | None):
         output.check_new(args.output, resume=args.resume)
     generator, prompts, machine = load(args, texts)
     batches = batches_of(prompts, args)
-    expected = [output.line(row, seed=args.seed, settings=flags.record(args, generator)) for row in generator.rows(prompts)]
-    done = output.finished(args.output, expected, group=len(batches[0]) * args.num_samples) if args.resume else []
+    group, total = len(batches[0]) * args.num_samples, len(prompts) * args.num_samples  # texts of a batch, of all
+    done = resumed(args, generator, prompts, group) if args.resume else []
     file = output.Output(args.output, keep_lines=len(done)) if args.output and machine.is_main else None
     if done:
-        machine.say(f"{args.output}: {len(done):,} of {len(expected):,} texts are there")
-    start = -(-len(done) // (len(batches[0]) * args.num_samples))
+        machine.say(f"{args.output}: {len(done):,} of {total:,} texts are there")
+    start, written = machine.agree(-(-len(done) // group)), [line["text"] for line in done]  # the file may lie on the main process's machine only
     try:
         for lines in run(generator, batches, start, args, machine):
             if file:
                 file.write(lines)
-            done += lines
-    except KeyboardInterrupt:
+            written += [line["text"] for line in lines] if references is not None else []
+    except (KeyboardInterrupt, Interrupted):
         if file:  # the signal can come while a batch is being written: what is there, the file knows
             there = file.close()
-            print(f"\n{args.output} holds {there:,} of {len(expected):,} texts; --resume goes on after them", file=sys.stderr)
+            print(f"\n{args.output} holds {there:,} of {total:,} texts; --resume goes on after them", file=sys.stderr)
         raise
     summarize(generator, machine)
     if machine.is_main and references is not None:
-        scoring.show([line["text"] for line in done], references)
+        scoring.show(written, references)
     runtime.stop()
+
+
+def resumed(args, generator: Generator, prompts: list[Prompt], group: int) -> list[dict]:
+    """Return the lines of the output file that this run goes on after."""
+    settings = flags.record(args, generator)
+    expected = [output.line(row, seed=args.seed, batch_seed=args.seed, settings=settings) for row in generator.rows(prompts)]
+    return output.finished(args.output, expected, group=group)
 
 
 def run(generator: Generator, batches: list[list[Prompt]], start: int, args, machine):
     """Yield the lines of each round of batches, one batch a process, in the order of the prompts; show texts that no file takes."""
     rounds, settings = range(start, len(batches), machine.world_size), flags.record(args, generator)
-    several = len(batches) * len(batches[0]) * args.num_samples > 1
+    several = len(batches) * len(batches[0]) * args.num_samples > 1  # so that each has a heading
     streams = bool(sys.stdout.isatty() if args.stream is None else args.stream) and not args.output and machine.world_size == 1
     for first in tqdm(rounds, unit="batch", leave=False, file=sys.stderr, disable=None if args.output and machine.is_main else True):
         number = first + machine.rank
-        batch = batches[number] if number < len(batches) else []
-        alone = streams and len(batch) * args.num_samples == 1
-        if alone and several:
-            print(heading(batch[0].number + 1, 1, batch[0].text))
-        rows = generator.complete(batch, seed=args.seed + number, show=write_chunk if alone else None) if batch else []
-        if alone:
-            print(flush=True)
-        lines = [output.line(row, seed=args.seed, settings=settings) for row in rows]
-        lines = [line for share in machine.gather_texts(json.dumps(lines)) for line in json.loads(share)]
-        if machine.is_main and not alone and not args.output:
-            for line in lines:
-                print(heading(line["prompt_number"], line["sample"], line["prompt"]) + "\n" + line["text"] if several else line["text"], flush=True)
+        batch, seed = batches[number] if number < len(batches) else [], drawing.batch_seed(args.seed, number)
+        if streams:  # the first text of a batch grows, those beside it follow when all are whole: what is drawn does not depend on the screen
+            print(output.heading(batch[0].number + 1, 1, batch[0].text) if several else "", end="", flush=True)
+        rows = generator.complete(batch, seed=seed, show=write_chunk if streams else None) if batch else []
+        lines = [output.line(row, seed=args.seed, batch_seed=seed, settings=settings) for row in rows]
+        if machine.world_size > 1:
+            lines = [line for share in machine.gather_texts(json.dumps(lines)) for line in json.loads(share)]
+        if machine.is_main and not args.output:
+            for place, line in enumerate(lines):
+                above = output.heading(line["prompt_number"], line["sample"], line["prompt"]) if several else ""
+                print("" if streams and place == 0 else above + line["text"], flush=True)
         yield lines
-
-
-def heading(number: int, sample: int, prompt: str) -> str:
-    """Return the line over a text, where there are several."""
-    short = " ".join(prompt.split())
-    short = short if len(short) <= SHOWN_OF_A_PROMPT else short[: SHOWN_OF_A_PROMPT - 3] + "..."
-    return f"--- prompt {number}, sample {sample}: {short}"
 
 
 def write_chunk(chunk: str):
@@ -184,8 +183,9 @@ def compare_with_generate(args, texts: list[str]):
     generator, prompts, machine = load(args, texts)
     language_model, options, equal = generator.language_model, generator.options, 0
     for number, batch in enumerate(batches_of(prompts, args)):
-        rows = generator.complete(batch, seed=args.seed + number)
-        for row, theirs in zip(rows, check.generate(language_model, batch, options, seed=args.seed + number)):
+        seed = drawing.batch_seed(args.seed, number)
+        rows = generator.complete(batch, seed=seed)
+        for row, theirs in zip(rows, check.generate(language_model, batch, options, seed=seed)):
             difference = check.first_difference(row, theirs, pad_id=language_model.pad_id if options.settings.end_ids else None)
             if difference:
                 print(check.explain(difference, language_model))
@@ -199,9 +199,10 @@ def explain_tokens(args, texts: list[str]):
     """Print a table for each token of one text, then the text."""
     generator, prompts, _ = load(args, texts)
     stream = TextStream(generator.language_model.tokenizer, generator.options.stops)
-    for token, table in explain.explain(generator.language_model, prompts[0].ids, generator.options.settings, args.seed):
+    for token, table in explain.explain(generator, prompts[0], args.seed):
         print(table, flush=True)
-        stream.add(token)
+        if token not in generator.options.settings.end_ids:  # an end token is no part of the text
+            stream.add(token)
         if stream.stopped:
             break
     stream.finish()
@@ -228,6 +229,9 @@ def converse(args):
             text = input("> " if sys.stdin.isatty() else "")
         except EOFError:
             return
+        except UnicodeDecodeError as error:
+            raise UserError(f"standard input: not UTF-8 (byte {error.object[error.start]:#04x}); convert it to UTF-8 first") from error
+        flags.check_encoding(text, "standard input")
         if text.strip() == "/reset":
             chat.reset()
         elif text.strip():
@@ -255,9 +259,15 @@ def measure_perplexity(args):
     ids = language_model.tokenizer(text)["input_ids"]
     if len(ids) < 2:
         raise UserError(f"--perplexity {args.perplexity}: {len(ids)} tokens; a text needs two, for the first one is not predicted")
+    scored = text.removeprefix(language_model.tokenizer.decode(ids[:1], skip_special_tokens=True))  # the first token is not; it may be a special one
     found = perplexity.likelihood(language_model, ids, window=window, stride=stride, progress=lambda items: tqdm(items, unit="window", leave=False, disable=None))
     print(f"perplexity {found.perplexity:.4f} over {found.num_tokens:,} tokens ({window:,} a window, {stride:,} from one to the next); "
-          f"{found.total / math.log(2) / len(text.encode()):.4f} bits a byte")
+          f"{found.total / math.log(2) / len(scored.encode()):.4f} bits a byte")
+
+
+def stop(number: int, _frame):
+    """End the run as Ctrl-C does, with the exit code of the signal."""
+    raise Interrupted("interrupted", 128 + number)
 
 
 def main(args):
@@ -267,7 +277,7 @@ def main(args):
     elif args.perplexity is not None:
         measure_perplexity(args)
     elif args.score is not None:
-        texts = scoring.read_texts(args.score, args.text_column, args)
+        texts = scoring.read_texts(args.score, args.text_column, "--text-column", args)
         scoring.show(texts, scoring.read_references(args, len(texts)))
     else:
         texts = read_prompts(args)
@@ -284,4 +294,5 @@ def main(args):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, stop)
     cli.run(make_parser(), main)

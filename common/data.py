@@ -113,23 +113,25 @@ def _check_utf8(path: Path):
             _decode(line, f"{path}, line {number}")
 
 
-def read_texts(name: str, *, column: str, cache_dir: str | None) -> list[str]:
+def read_texts(name: str, *, column: str, cache_dir: str | None, allow_empty: bool = False, flag: str = "--text-column") -> list[str]:
     """Return the texts of a data file's column, or the lines of any other file or of standard input ("-"), after checking each.
 
-    Raises UserError, naming the row or line, for one that is missing or empty.
+    Raises UserError, naming the row or line, for one that is missing or empty, unless `allow_empty`: a missing one is then "". `flag` names the column.
     """
     if Path(name).suffix.lower() in FILE_READERS:
         if not Path(name).is_file():
             raise UserError(f"{name}: no such file; check the path")
         rows = read_file(Path(name), cache_dir=cache_dir)
         if column not in rows.features:
-            raise UserError(f"{name}: no column {column!r}; there is {', '.join(rows.column_names)}; name the right one with --text-column")
-        check_texts(rows, column, place=name)
-        return rows[column][:]
+            raise UserError(f"{name}: no column {column!r}; there is {', '.join(rows.column_names)}; name the right one with {flag}")
+        check_kind(rows, column, place=name, flag=flag)
+        if not allow_empty:
+            check_texts(rows, column, place=name)
+        return [text or "" for text in rows[column][:]]
     lines = read_lines(name)
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            raise UserError(f"{name}, line {number}: the text is empty; remove the line")
+        if not allow_empty and not line.strip():
+            raise UserError(f"{'standard input' if name == '-' else name}, line {number}: the text is empty; remove the line")
     return lines
 
 
@@ -186,14 +188,19 @@ def _read_hub(name: str, config: str | None, cache_dir: str | None) -> datasets.
 
 def check_texts(rows: datasets.Dataset, column: str, *, place: str):
     """Raise UserError, naming `place` and the row, unless each value of a column is a text with something in it."""
-    if kind(rows, column) not in ("string", "large_string"):
-        raise UserError(f"{place}: column {column!r} holds {kind(rows, column)}, not texts; name the right one with --text-column")
+    check_kind(rows, column, place=place)
     for start, block in _blocks(rows, column):
         blank = pyarrow.compute.equal(pyarrow.compute.utf8_trim_whitespace(block), "").fill_null(True)
         row = pyarrow.compute.index(blank, True).as_py()
         if row >= 0:
             state = "missing" if not block[row].is_valid else "empty"
             raise UserError(f"{place}, row {start + row + 1}: the text in column {column!r} is {state}; remove the row or fill it in")
+
+
+def check_kind(rows: datasets.Dataset, column: str, *, place: str, flag: str = "--text-column"):
+    """Raise UserError, naming `place`, unless a column holds texts."""
+    if kind(rows, column) not in ("string", "large_string"):
+        raise UserError(f"{place}: column {column!r} holds {kind(rows, column)}, not texts; name the right one with {flag}")
 
 
 def kind(rows: datasets.Dataset, column: str) -> str:

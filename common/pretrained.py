@@ -17,9 +17,11 @@ transformers.utils.logging.disable_progress_bar()
 
 
 def locate(name: str, *, bundled: Callable[[str], Path]) -> str:
-    """Return what `from_pretrained` takes for a name; `bundled` turns a bundled one into a folder. Raises UserError for a missing folder."""
+    """Return what `from_pretrained` takes for a name; `bundled` turns a bundled one into a folder. Raises UserError for a missing folder or a file."""
     if assets.is_bundled(name):
         return str(bundled(name))
+    if Path(name).is_file():
+        raise UserError(f"--model {name}: it is a file; name the folder of a saved model")
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise UserError(f"--model {name}: the folder has no config.json; name the folder of a saved model")
     if not Path(name).exists() and (name.startswith((".", "/")) or name.count("/") > 1):

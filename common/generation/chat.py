@@ -2,10 +2,8 @@
 
 from collections.abc import Callable
 
-import torch
-
 from common.errors import UserError
-from common.generation import decoding
+from common.generation import decoding, drawing
 from common.generation.completion import Completion, Generator, Prompt, Timing
 from common.generation.model import check_length, encode_chat
 
@@ -40,7 +38,7 @@ class Chat:
         self.generator.timing = Timing()  # of this turn
         row = Completion(Prompt(self.turns, text, ids), 0)
         try:
-            self.generator.fill([row], batch, seed=self.options.seed + self.turns, show=show)
+            self.generator.fill([row], batch, seed=drawing.batch_seed(self.options.seed, self.turns), show=show)
         except BaseException:  # an interruption can come between two layers: what the cache holds is unknown then
             self.cached, self.cache = [], decoding.new_cache(self.language_model)
             raise
@@ -58,6 +56,4 @@ class Chat:
             else:
                 self.cache.crop(same - len(self.cached))
         self.cached = ids[:same]
-        room = self.options.settings.max_new_tokens
-        columns = torch.tensor([ids + [self.language_model.pad_id] * room], device=self.language_model.device)
-        return decoding.Batch(columns, None, torch.zeros(1, dtype=torch.long, device=columns.device), len(ids), self.cache)
+        return decoding.left_pad([ids], self.language_model, room=self.options.settings.max_new_tokens, cache=self.cache)

@@ -24,7 +24,7 @@ class Difference:
 
 
 def generation_config(options: Options, language_model: LanguageModel) -> GenerationConfig:
-    """Return `generate`'s own words for our options. Every value is given: what is None, it would fill in from the model's or its own defaults."""
+    """Return `generate`'s own words for our options."""
     settings = options.settings
     sampling = {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p, "min_p": settings.min_p,
                 "typical_p": settings.typical_p} if settings.sample else {}
@@ -36,12 +36,19 @@ def generation_config(options: Options, language_model: LanguageModel) -> Genera
 
 @torch.inference_mode()
 def generate(language_model: LanguageModel, prompts: list[Prompt], options: Options, *, seed: int) -> list[list[int]]:
-    """Return the new tokens of `model.generate` for a batch, (prompts x samples) rows with the padding that it puts after ended rows."""
+    """Return the new tokens of `model.generate` for a batch, (prompts x samples) rows with the padding that it puts after ended rows.
+
+    What a call leaves open, it takes from the model's own generation config: for this call that one is empty, so that the flags alone decide.
+    """
     batch = decoding.left_pad([prompt.ids for prompt in prompts], language_model, room=0)
     mask = torch.ones_like(batch.ids) if batch.mask is None else batch.mask
     torch.manual_seed(seed)
-    found = language_model.model.generate(batch.ids, attention_mask=mask, generation_config=generation_config(options, language_model),
-                                          tokenizer=language_model.tokenizer)
+    model, own = language_model.model, language_model.model.generation_config
+    try:
+        model.generation_config = GenerationConfig()
+        found = model.generate(batch.ids, attention_mask=mask, generation_config=generation_config(options, language_model), tokenizer=language_model.tokenizer)
+    finally:
+        model.generation_config = own
     return found[:, batch.length :].tolist()
 
 

@@ -13,7 +13,7 @@ import torch
 from transformers import DynamicCache
 
 from common.errors import UserError
-from common.generation import sampling
+from common.generation import drawing, sampling
 from common.generation.model import LanguageModel
 from common.generation.sampling import Settings
 
@@ -44,8 +44,8 @@ class Step:
     ended: list[bool] = field(default_factory=list)  # (B): shared by all steps; who reads the text may end a row by a stop string
 
 
-def left_pad(prompts: list[list[int]], language_model: LanguageModel, *, room: int) -> Batch:
-    """Return prompts as a batch with `room` more columns for new tokens, and an empty cache."""
+def left_pad(prompts: list[list[int]], language_model: LanguageModel, *, room: int, cache: DynamicCache | None = None) -> Batch:
+    """Return prompts as a batch with `room` more columns for new tokens, and an empty cache or one that holds their first columns."""
     length, device = max(map(len, prompts)), language_model.device
     ids = torch.full((len(prompts), length + room), language_model.pad_id, dtype=torch.long)
     mask = torch.ones_like(ids)
@@ -54,7 +54,7 @@ def left_pad(prompts: list[list[int]], language_model: LanguageModel, *, room: i
         mask[row, : length - len(prompt)] = 0
     starts = torch.tensor([length - len(prompt) for prompt in prompts], device=device)
     padded = any(len(prompt) < length for prompt in prompts)
-    return Batch(ids.to(device), mask.to(device) if padded else None, starts, length, new_cache(language_model))
+    return Batch(ids.to(device), mask.to(device) if padded else None, starts, length, new_cache(language_model) if cache is None else cache)
 
 
 def new_cache(language_model: LanguageModel) -> DynamicCache:
@@ -105,18 +105,18 @@ def exact_sampler(settings: Settings, batch: Batch, seed: int) -> Choose:
 
     def choose(logits: torch.Tensor, batch: Batch, made: int) -> torch.Tensor:
         logits = apply(filters, logits, batch.tokens)
-        return sampling.draw_exactly(logits, settings, generator) if settings.sample else logits.argmax(-1)
+        return drawing.draw_exactly(logits, settings, generator) if settings.sample else logits.argmax(-1)
     return choose
 
 
 def fast_sampler(settings: Settings, batch: Batch, seed: int, rows: list[tuple[int, int]]) -> Choose:
     """Return the chooser in which each row, named by (prompt, sample), has random numbers of its own: its text does not depend on its neighbours."""
-    uniforms = sampling.row_uniforms(seed, rows, settings.max_new_tokens).to(batch.ids.device) if settings.sample else None
+    uniforms = drawing.row_uniforms(seed, rows, settings.max_new_tokens).to(batch.ids.device) if settings.sample else None
     filters = sampling.history_filters(settings, prompt_length=batch.length, starts=batch.starts, padding_is_text=False)
 
     def choose(logits: torch.Tensor, batch: Batch, made: int) -> torch.Tensor:
         logits = apply(filters, logits, batch.tokens)
-        return sampling.draw_fast(logits, settings, uniforms[:, made]) if settings.sample else logits.argmax(-1)
+        return drawing.draw_fast(logits, settings, uniforms[:, made]) if settings.sample else logits.argmax(-1)
     return choose
 
 
@@ -136,9 +136,8 @@ def decode(language_model: LanguageModel, batch: Batch, choose: Choose, settings
     ends, ended = set(settings.end_ids), [False] * len(batch.ids)
     logits = prefill(language_model, batch)
     for made in range(settings.max_new_tokens):
-        check_numbers(logits, language_model)
         live = [not over for over in ended]
-        chosen = choose(logits, batch, made).tolist()  # a deliberate sync: the text is shown as it grows
+        chosen = fetch(choose(logits, batch, made), logits, language_model)
         tokens = [token if alive else language_model.pad_id for token, alive in zip(chosen, live)]
         for row, token in enumerate(tokens):
             ended[row] = ended[row] or token in ends
@@ -148,7 +147,10 @@ def decode(language_model: LanguageModel, batch: Batch, choose: Choose, settings
         logits = step(language_model, batch, torch.tensor(tokens, device=batch.ids.device))
 
 
-def check_numbers(logits: torch.Tensor, language_model: LanguageModel):
-    """Raise UserError when a row of logits (B, V) holds NaN: argmax would silently pick it."""
-    if bool(logits.amax(-1).isnan().any()):
-        raise UserError(f"--model {language_model.name}: its logits are not numbers (NaN); use --precision fp32, or mend the model")
+def fetch(tokens: torch.Tensor, logits: torch.Tensor, language_model: LanguageModel) -> list[int]:
+    """Return tokens (B) as Python's numbers. Raises UserError when a row of the logits (B, V) holds NaN or infinity: argmax would silently pick it."""
+    broken = ~logits.amax(-1).isfinite().all()
+    *found, wrong = torch.cat([tokens, broken[None]]).tolist()  # the one sync with a GPU for each token, and deliberate: the text is shown as it grows
+    if wrong:
+        raise UserError(f"--model {language_model.name}: its logits are not numbers (NaN or infinite); use --precision fp32, or mend the model")
+    return found

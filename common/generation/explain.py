@@ -9,8 +9,7 @@ import torch
 from tabulate import tabulate
 
 from common.generation import decoding, sampling
-from common.generation.completion import Completion
-from common.generation.model import LanguageModel
+from common.generation.completion import Completion, Generator, Prompt
 from common.generation.sampling import Settings
 
 ROWS = 8  # candidates shown for each token
@@ -58,12 +57,12 @@ def bar(share: float) -> str:
     return ("█" * (eighths // 8) + (BLOCKS[eighths % 8] if eighths % 8 else "")).ljust(BAR)
 
 
-def explain(language_model: LanguageModel, prompt_ids: list[int], settings: Settings, seed: int) -> Iterator[tuple[int, str]]:
-    """Yield each token as it is generated, and its table."""
-    batch = decoding.left_pad([prompt_ids], language_model, room=settings.max_new_tokens)
-    length = batch.length
-    for place, step in enumerate(decoding.decode(language_model, batch, decoding.exact_sampler(settings, batch, seed), settings), start=1):
-        found = stages(step.logits, batch.tokens, settings, prompt_length=length)
+def explain(generator: Generator, prompt: Prompt, seed: int) -> Iterator[tuple[int, str]]:
+    """Yield each token as it is generated, by the sampler that the generator's options name, and its table."""
+    settings, language_model = generator.options.settings, generator.language_model
+    batch = decoding.left_pad([prompt.ids], language_model, room=settings.max_new_tokens)
+    for place, step in enumerate(generator.steps(batch, [Completion(prompt, 0)], seed), start=1):
+        found = stages(step.logits, batch.tokens, settings, prompt_length=len(prompt.ids))
         yield step.tokens[0], show_token(place, step.tokens[0], found, language_model.tokenizer)
 
 

@@ -2,6 +2,7 @@
 
 import os
 
+from common import data
 from common.errors import UserError
 from common.generation import model as models
 from common.generation import perplexity
@@ -15,6 +16,9 @@ NOT_SETTINGS = ("prompt", "prompts_file", "text_column", "output", "resume", "st
                 "window", "stride", "seed", *MODES)  # what a text does not depend on, or what is recorded in another form
 
 
+LOWEST_TEMPERATURE = 1e-6  # logits divided by less can leave the range of fp32
+
+
 def draws(args) -> bool:
     """Tell whether tokens are drawn: a flag of drawing is given, and the temperature is not 0."""
     return any(getattr(args, name) is not None for name in DRAWING) and args.temperature != 0
@@ -22,6 +26,10 @@ def draws(args) -> bool:
 
 def check(args):
     """Raise UserError for flags that can't go together, before anything is loaded."""
+    for name in ("prompt", "system", "stop", "end_token"):
+        given = getattr(args, name) or []
+        for text in [given] if isinstance(given, str) else given:
+            check_encoding(text, f"--{name.replace('_', '-')}")
     mode = next((f"--{name}" for name in MODES if getattr(args, name) not in (None, False)), None)
     prompts = bool(args.prompt) or args.prompts_file is not None
     texts = mode in (None, "--check", "--explain", "--compare")
@@ -31,14 +39,19 @@ def check(args):
         (mode == "--score" and args.references is None, "--score: name the references with --references FILE"),
         (mode not in (None, "--score") and args.references is not None, f"--references: {mode} scores nothing; leave one of the two out"),
         (mode is not None and args.output is not None, f"--output: {mode} writes no texts; leave one of the two out"),
-        (mode is not None and int(os.environ.get("WORLD_SIZE", 1)) > 1, f"{mode}: it runs in one process; start it without torchrun"),
         (args.system is not None and not (args.chat or args.interactive), f"--system {args.system!r}: it needs --chat or --interactive"),
+        (mode == "--perplexity" and bool(args.stop), f"--stop {(args.stop or [''])[0]!r}: --perplexity makes no text that could stop; leave it out"),
+        (mode != "--perplexity" and args.window is not None, f"--window {args.window}: it is for --perplexity; leave it out"),
+        (mode != "--perplexity" and args.stride is not None, f"--stride {args.stride}: it is for --perplexity; leave it out"),
+        (0 < (args.temperature or 0) < LOWEST_TEMPERATURE, f"--temperature {args.temperature}: at least {LOWEST_TEMPERATURE:g}, or 0 for greedy"),
+        (bool(args.stream) and args.output is not None, "--stream: the texts go to --output FILE, not to the screen; leave one of the two out"),
+        (args.prompts_file == args.references == "-", "--references -: standard input holds the prompts already; name a file"),
         (args.resume and args.output is None, "--resume: name the file to go on with by --output FILE"),
         (args.logprobs is not None and args.output is None, f"--logprobs {args.logprobs}: they are written to a file; name it with --output FILE"),
         ("" in (args.stop or []), "--stop '': an empty string is everywhere; name one with something in it"),
         (args.min_new_tokens > args.max_new_tokens, f"--min-new-tokens {args.min_new_tokens}: at most --max-new-tokens {args.max_new_tokens} are made; "
          "lower the first or raise the second"),
-        *_conflicts_of_samples(args, mode), *_conflicts_of_samplers(args, mode))
+        *_conflicts_of_samples(args, mode), *_conflicts_of_samplers(args, mode), *_conflicts_of_processes(args, mode))
     for wrong, message in problems:
         if wrong:
             raise UserError(message)
@@ -58,6 +71,21 @@ def _conflicts_of_samplers(args, mode):
                                                                          "use --sampler exact")
 
 
+def _conflicts_of_processes(args, mode):
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    yield several and mode is not None, f"{mode}: it runs in one process; start it without torchrun"
+    yield several and bool(args.stream), "--stream: the texts of several processes can't grow on one screen; leave it out"
+    for flag, name in (("--prompts-file", args.prompts_file), ("--references", args.references)):
+        yield several and name == "-", f"{flag} -: only one of torchrun's processes could read standard input; save it as a file and name that"
+
+
+def check_encoding(text: str, place: str):
+    """Raise UserError, naming the place, for a text of the command line or a terminal with a byte that is not UTF-8: Python hides it in a surrogate."""
+    broken = next((char for char in text if "\udc80" <= char <= "\udcff"), None)
+    if broken:
+        raise UserError(f"{place}: not UTF-8 (byte {ord(broken) - 0xDC00:#04x}); set the terminal to UTF-8, or write the text into a file")
+
+
 def check_count(args, count: int):
     """Raise UserError for several prompts where a mode shows one."""
     if count > 1 and (args.explain or args.compare):
@@ -65,9 +93,13 @@ def check_count(args, count: int):
 
 
 def options(args, language_model: LanguageModel) -> Options:
-    """Return what the flags ask for. Raises UserError for an end token that the model does not have, and a sampler that the device can't run."""
+    """Return what the flags ask for.
+
+    Raises UserError for an end token that the model does not have, a stop string with a special token in it, and a sampler that the device can't run.
+    """
     if args.sampler == "fast" and language_model.device.type == "mps":
         raise UserError("--sampler fast: it draws in fp64, which Apple's GPUs don't have; use --sampler exact or --device cpu")
+    models.check_stops(args.stop or [], language_model)
     given = {name: getattr(args, name) for name in DRAWING if getattr(args, name) is not None} if draws(args) else {}
     ends = language_model.end_ids + models.end_token_ids(args.end_token or [], language_model)
     settings = Settings(max_new_tokens=args.max_new_tokens, min_new_tokens=args.min_new_tokens, sample=draws(args),
@@ -91,7 +123,7 @@ def encode(args, text: str, number: int, language_model: LanguageModel) -> Promp
 def record(args, generator: Generator) -> dict:
     """Return the settings that a text depends on, as they are written beside it."""
     found = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
-    return {"model": models.folder_of(args.model), **found, "precision": str(generator.language_model.model.dtype).removeprefix("torch."),
+    return {"model": data.full_name(args.model), **found, "device": generator.language_model.device.type, "precision": str(generator.language_model.model.dtype).removeprefix("torch."),
             "end_ids": list(generator.options.settings.end_ids)}
 
 

@@ -63,8 +63,7 @@ def decode(language_model: LanguageModel, batch: decoding.Batch, settings: Setti
         right = 0
         for place in range(len(guess) + 1):
             scores = logits[place : place + 1]
-            decoding.check_numbers(scores, language_model)
-            token = int(decoding.apply(filters, scores, batch.ids[:, : known + place]).argmax(-1))
+            [token] = decoding.fetch(decoding.apply(filters, scores, batch.ids[:, : known + place]).argmax(-1), scores, language_model)
             history.add(token)
             made += 1
             right += place < len(guess) and token == guess[place]

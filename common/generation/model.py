@@ -1,7 +1,6 @@
 """A causal language model with its tokenizer, and what decoding must know of the two: end ids, padding id, context."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import jinja2
 import torch
@@ -83,6 +82,16 @@ def end_token_ids(tokens: list[str], language_model: LanguageModel) -> tuple[int
     return tuple(vocabulary[token] for token in tokens)
 
 
+def check_stops(stops: list[str], language_model: LanguageModel):
+    """Raise UserError for a stop string with a special token in it: such a token is no part of the text that is searched."""
+    tokenizer = language_model.tokenizer
+    special = {*tokenizer.all_special_tokens, *(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)} if stops else set()
+    for stop in stops:
+        found = next((token for token in special if token in stop), None)
+        if found:
+            raise UserError(f"--stop {stop!r}: {found} is a special token, and no text shows it; use --end-token {found!r}")
+
+
 def encode_prompt(text: str, language_model: LanguageModel, *, place: str) -> list[int]:
     """Return the token ids of a raw prompt, with the special tokens that its tokenizer adds. Raises UserError for an empty one."""
     ids = language_model.tokenizer(text)["input_ids"] if text.strip() else []
@@ -116,8 +125,3 @@ def check_length(ids: list[int], new_tokens: int, language_model: LanguageModel,
         raise UserError(f"{place}: the prompt has {len(ids):,} tokens and {language_model.name} holds {context:,}; shorten it")
     raise UserError(f"--max-new-tokens {new_tokens}: {place} has {len(ids):,} tokens and {language_model.name} holds {context:,}; "
                     f"use at most {context - len(ids):,}")
-
-
-def folder_of(name: str) -> str:
-    """Return the name under which a model is the same from any folder."""
-    return str(Path(name).resolve()) if Path(name).exists() else name

@@ -1,4 +1,7 @@
-"""The output file: one JSON line a text, whole batches at a time, so that an interrupted run can go on after what is there."""
+"""How a text is headed on the screen; and the output file: one JSON line a text, whole batches at a time.
+
+So an interrupted run can go on after what is there.
+"""
 
 import json
 import os
@@ -7,23 +10,33 @@ from pathlib import Path
 from common.errors import UserError
 from common.generation.completion import Completion
 
+SHOWN_OF_A_PROMPT = 60  # characters
 COMPARED = ("prompt_number", "sample", "prompt", "seed", "settings")  # what must be the same for a run to go on after a line
 
 
-def line(row: Completion, *, seed: int, settings: dict) -> dict:
-    """Return what is written of one text."""
+def heading(number: int, sample: int, prompt: str) -> str:
+    """Return the line over a text on the screen, where there are several, with its line break."""
+    short = " ".join(prompt.split())
+    short = short if len(short) <= SHOWN_OF_A_PROMPT else short[: SHOWN_OF_A_PROMPT - 3] + "..."
+    return f"--- prompt {number}, sample {sample}: {short}\n"
+
+
+def line(row: Completion, *, seed: int, batch_seed: int, settings: dict) -> dict:
+    """Return what is written of one text; `batch_seed`: the one that its batch was drawn from, which alone draws this batch again."""
     found = {"prompt_number": row.prompt.number + 1, "sample": row.sample + 1, "prompt": row.prompt.text, "text": row.text, "token_ids": row.token_ids,
-             "finish_reason": row.finish_reason, "seed": seed, "settings": settings}
+             "finish_reason": row.finish_reason, "seed": seed, "batch_seed": batch_seed, "settings": settings}
     return {**found, "logprobs": row.logprobs} if row.logprobs else found
 
 
 def check_new(path: str, *, resume: bool):
     """Raise UserError unless `path` can be written: a new file in a folder that is there, or an older one to go on with."""
     file = Path(path)
-    if file.is_dir():
+    if file.is_dir() or path.endswith(os.sep):
         raise UserError(f"--output {path}: it is a folder; name a file in it, such as {file / 'texts.jsonl'}")
     if not file.parent.is_dir():
         raise UserError(f"--output {path}: there is no folder {file.parent}; make it first or name another")
+    if file.exists() and not file.is_file():
+        raise UserError(f"--output {path}: it is a device or a pipe, which can't be gone on with; name a file, or leave --output out and read standard output")
     if not os.access(file if file.exists() else file.parent, os.W_OK):
         raise UserError(f"--output {path}: no right to write there; name another file")
     if file.exists() and file.stat().st_size > 0 and not resume:

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
+from common.generation import decoding
 from common.generation.model import LanguageModel
 
-DEFAULT_WINDOW, DEFAULT_STRIDE = 1024, 512
+DEFAULT_WINDOW = 1024
 CHUNK = 256  # positions whose logits are turned into fp32 at once: (256, 50k) are 50 MB
 
 
@@ -42,9 +43,11 @@ def likelihood(language_model: LanguageModel, ids: list[int], *, window: int, st
     """Return the likelihood of a text's tokens; `progress` wraps the list of windows."""
     total, tokens = torch.zeros((), dtype=torch.float64), torch.tensor([ids], device=language_model.device)
     for begin, end, first in progress(list(windows(len(ids), window=window, stride=stride))):
-        logits = language_model.model(tokens[:, begin:end], use_cache=False).logits[0]  # (end - begin, V)
+        kept = end - first + 1  # columns from the one before the first scored token: the logits of the overlap are not needed
+        options = {"logits_to_keep": kept} if "logits_to_keep" in decoding.accepted_inputs(type(language_model.model)) else {}
+        logits = language_model.model(tokens[:, begin:end], use_cache=False, **options).logits[0, -kept:]  # (kept, V)
         for place in range(first, end, CHUNK):
             targets = tokens[0, place : min(place + CHUNK, end)]
-            before = logits[place - 1 - begin : place - 1 - begin + len(targets)].float()  # those of the position before predict a token
+            before = logits[place - first : place - first + len(targets)].float()  # those of the position before predict a token
             total += torch.nn.functional.cross_entropy(before, targets, reduction="sum").double().cpu()
     return Likelihood(total.item(), len(ids) - 1)

@@ -1,21 +1,15 @@
-"""From logits to the next token: pure tensor functions, in the order in which `model.generate` applies them.
+"""From the model's logits to the distribution of the next token: pure tensor functions, in the order in which `model.generate` applies them.
 
 Shapes: logits (B, V) in fp32, ids (B, T), the tokens so far. B rows are independent texts, V is the vocabulary. A filter returns new logits
-with -inf where a token is out. Two samplers follow from them: the exact one draws `generate`'s own random numbers, so that its tokens are
-`generate`'s; the fast one looks only at the tokens that can be drawn and takes one number a row, from a generator of that row.
+with -inf where a token is out. drawing.py takes the token.
 
 The order is: repetition penalty, no repeated n-grams, no end before min_new_tokens; and when sampling: temperature, top-k, top-p, min-p, typical.
 """
 
-import hashlib
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
-
-CANDIDATES = 1024  # how many of the likeliest tokens the fast sampler looks at first where no top-k says it
-TIES = 64  # bf16 logits tie at the k-th place in three of four rows, and top-k keeps all that tie
 
 
 @dataclass(frozen=True)
@@ -57,28 +51,11 @@ def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
 def keep_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
     """Keep the smallest set of likeliest tokens whose probabilities reach p, one at least (Holtzman et al. 2020).
 
-    It sums from the unlikely end over the whole vocabulary, as `generate` does, so that every rounding is the same. Where top-k has left few
-    tokens, the sorted row is known without a sort: -inf, and those few.
+    It sums from the unlikely end over the whole vocabulary, as `generate` does, so that every rounding is the same; which of several tokens that
+    tie at the limit are in, the sort decides.
     """
-    few = int((logits > -torch.inf).sum(-1).max())
-    if few > CANDIDATES:
-        return _keep_top_p_by_sorting(logits, p)
-    ascending = torch.full_like(logits, -torch.inf)
-    ascending[..., logits.shape[-1] - few :] = logits.topk(few).values.flip(-1)
-    out = ascending.softmax(-1).cumsum(-1) <= 1 - p  # (B, V), in sorted order: a run at the beginning
-    out[..., -1] = False
-    count = out.sum(-1, keepdim=True)
-    least, below = ascending.gather(-1, count), ascending.gather(-1, (count - 1).clamp(min=0))
-    kept = logits.masked_fill(logits < least, -torch.inf)
-    tied = ((least == below) & (count > 0) & (least > -torch.inf)).squeeze(-1)  # (B): where the limit parts equal tokens,
-    if bool(tied.any()):
-        kept[tied] = _keep_top_p_by_sorting(logits[tied], p)  # only the same sort can say which of them are in
-    return kept
-
-
-def _keep_top_p_by_sorting(logits: torch.Tensor, p: float) -> torch.Tensor:
     ascending, order = logits.sort(descending=False)
-    out = ascending.softmax(-1).cumsum(-1) <= 1 - p
+    out = ascending.softmax(-1).cumsum(-1) <= 1 - p  # (B, V), in sorted order: a run at the beginning
     out[..., -1] = False
     return logits.masked_fill(out.scatter(-1, order, out), -torch.inf)
 
@@ -162,65 +139,8 @@ def distribution_filters(settings: Settings) -> list[Filter]:
             for name, apply, value, wanted in known if wanted and settings.sample]
 
 
-def draw_exactly(logits: torch.Tensor, settings: Settings, generator: torch.Generator) -> torch.Tensor:
-    """Return the tokens (B) that `generate` draws from the same state of its generator: V random numbers a row, finished rows too."""
+def distribution(logits: torch.Tensor, settings: Settings) -> torch.Tensor:
+    """Return the probabilities (B, V) to draw from, after all filters of the distribution."""
     for stage in distribution_filters(settings):
         logits = stage.apply(logits, logits)
-    return torch.multinomial(logits.softmax(-1), num_samples=1, generator=generator).squeeze(-1)
-
-
-def draw_fast(logits: torch.Tensor, settings: Settings, uniforms: torch.Tensor) -> torch.Tensor:
-    """Return tokens (B) drawn from the distribution of the same filters, by one uniform number (B) in [0, 1) a row, in fp64."""
-    probabilities, ids = candidate_distribution(logits, settings)
-    cumulative = probabilities.double().cumsum(-1)  # (B, C)
-    place = (cumulative <= uniforms[:, None] * cumulative[:, -1:]).sum(-1, keepdim=True)  # at most 1 - 2**-53 times the total: below it, rounded too
-    return (place if ids is None else ids.gather(-1, place)).squeeze(-1)
-
-
-def candidate_distribution(logits: torch.Tensor, settings: Settings) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the probabilities (B, C) of the tokens that can be drawn, likeliest first, and their ids (B, C); ids None: C is V, in its order.
-
-    A full sort of 50,000 logits takes 4 ms on a core, the 1,024 likeliest 0.1 ms. Where they turn out too few, all are taken.
-    """
-    scaled = scale_by_temperature(logits, settings.temperature) if settings.temperature != 1.0 else logits
-    rest = replace(settings, temperature=1.0)  # the filters that are still to come
-    if settings.top_k > 0:
-        values, ids, complete = _likeliest_k(scaled, settings.top_k)
-    elif settings.top_p < 1.0:
-        values, ids, complete = _likeliest_p(scaled, settings.top_p)
-        rest = replace(rest, top_p=1.0) if complete else rest
-    elif settings.min_p > 0:
-        values, ids = scaled.topk(min(CANDIDATES, scaled.shape[-1]))
-        complete = bool((values[:, -1] < values[:, 0] + math.log(settings.min_p)).all())
-    else:
-        complete = False
-    if not complete:
-        values, ids = scaled, None
-    for stage in distribution_filters(rest):
-        values = stage.apply(values, values)
-    return values.softmax(-1), ids
-
-
-def _likeliest_k(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, bool]:
-    wanted = min(k + TIES, logits.shape[-1])
-    values, ids = logits.topk(wanted)
-    kth = values[:, min(k, wanted) - 1, None]
-    return values, ids, wanted == logits.shape[-1] or bool((values[:, -1:] < kth).all())
-
-
-def _likeliest_p(logits: torch.Tensor, p: float) -> tuple[torch.Tensor, torch.Tensor, bool]:
-    """Return candidates with -inf where top-p drops them, their ids, and whether they hold all that it keeps."""
-    values, ids = logits.topk(min(CANDIDATES, logits.shape[-1]))
-    probabilities = (values - logits.logsumexp(-1, keepdim=True)).exp()
-    before = probabilities.cumsum(-1) - probabilities  # what the likelier ones hold together
-    return values.masked_fill(before >= p, -torch.inf), ids, bool((probabilities.sum(-1) > p).all())
-
-
-def row_uniforms(seed: int, rows: list[tuple[int, int]], count: int) -> torch.Tensor:
-    """Return uniform numbers (rows, count) in fp64 for texts named by (prompt, sample): each row from its own generator, whatever stands beside it."""
-    found = []
-    for prompt, sample in rows:
-        digest = hashlib.sha256(f"{seed}/{prompt}/{sample}".encode()).digest()
-        own = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
-        found.append(torch.rand(count, generator=own, dtype=torch.float64))
-    return torch.stack(found)
+    return logits.softmax(-1)

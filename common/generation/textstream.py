@@ -28,8 +28,10 @@ class TextStream:
 
     def finish(self) -> str:
         """Return what was held back: the text ends here, so that it can't become a stop string or a whole character any more."""
-        chunk = "" if self.stopped else self._show(self._decode_new(whole=False)) + self._release()
-        return chunk
+        shown = self._show(self._decode_new(whole=False))
+        rest, self.held = self.held, ""
+        self.text += rest
+        return shown + rest
 
     def _decode_new(self, *, whole: bool) -> str:
         known, fresh = self._text(self.shown_from, self.read), self._text(self.shown_from, len(self.ids))
@@ -52,11 +54,6 @@ class TextStream:
         else:
             split = len(self.held) - self._possible_stop()
             shown, self.held = self.held[:split], self.held[split:]
-        self.text += shown
-        return shown
-
-    def _release(self) -> str:
-        shown, self.held = self.held, ""
         self.text += shown
         return shown
 

@@ -56,7 +56,6 @@ def load(flags, precision: str) -> models.LanguageModel:
     """Return the model in a precision, with no token that ends a text."""
     machine = runtime.Runtime(runtime.choose_device(flags.device), precision)
     language_model = models.load(flags.model, machine, cache_dir=flags.cache_dir)
-    language_model.model.generation_config.eos_token_id = None  # else generate takes it from here
     return dataclasses.replace(language_model, end_ids=())
 
 

@@ -1,12 +1,16 @@
 """generate.py through its command line: with a small model for every mode, with the bundled model for what a user gets."""
 
+import contextlib
 import json
 import math
+import os
+import pty
 import re
 import signal
 import subprocess
 import sys
 import time
+import tty
 from pathlib import Path
 
 import pytest
@@ -147,11 +151,13 @@ def test_stop_strings_are_no_part_of_a_text(script):
         assert script("--prompt", PROMPTS[0], "--stop", stop, *flags)[1] == whole[: whole.find(stop)] + "\n"
 
 
-def test_each_batch_draws_from_the_next_seed(script):
-    """So that the same prompt in two batches gives two texts, and a batch can be drawn again without those before it."""
-    both = script("--prompt", PROMPTS[0], "--prompt", PROMPTS[0], "--batch-size", 1, "--top-k", 20, "--seed", 3)[1]
-    alone = [script("--prompt", PROMPTS[0], "--top-k", 20, "--seed", seed)[1] for seed in (3, 4)]
-    assert both == "".join(f"--- prompt {number}, sample 1: {PROMPTS[0]}\n{text}" for number, text in enumerate(alone, start=1)) and alone[0] != alone[1]
+def test_each_batch_has_a_seed_that_draws_it_again(script, tmp_path):
+    """The same prompt in three batches gives three texts, and the seed in a line draws its batch without those before it."""
+    script(*["--prompt", PROMPTS[0]] * 3, "--batch-size", 1, "--top-k", 20, "--seed", 3, "--output", tmp_path / "out.jsonl")
+    lines = lines_of(tmp_path / "out.jsonl")
+    assert [line["seed"] for line in lines] == [3, 3, 3] and lines[0]["batch_seed"] == 3 and len({line["text"] for line in lines}) == 3
+    for line in lines:
+        assert script("--prompt", PROMPTS[0], "--top-k", 20, "--seed", line["batch_seed"])[1] == line["text"] + "\n"
 
 
 def test_prompts_come_from_flags_files_and_standard_input(script, prompts_file, tmp_path):
@@ -208,7 +214,8 @@ def test_an_interrupted_output_goes_on(cut, flags, script, prompts_file, tmp_pat
     assert part.read_bytes() == whole
 
 
-def test_ctrl_c_keeps_the_finished_lines_and_says_how_to_go_on(tiny, tmp_path):
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_keeps_the_finished_lines_and_says_how_to_go_on(number, code, tiny, tmp_path):
     """A process of its own, stopped while it writes; then the same command with --resume gives the file of an uninterrupted run."""
     prompts, part, whole = tmp_path / "many.txt", tmp_path / "part.jsonl", tmp_path / "whole.jsonl"
     prompts.write_text("\n".join(f"{prompt} {number}" for number in range(40) for prompt in PROMPTS) + "\n", encoding="utf-8")
@@ -216,12 +223,12 @@ def test_ctrl_c_keeps_the_finished_lines_and_says_how_to_go_on(tiny, tmp_path):
                "--max-new-tokens", 40, "--top-k", 20]
     running = subprocess.Popen([*map(str, command), "--output", str(part)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (part.exists() and part.read_bytes().count(b"\n") >= 8):
+    while running.poll() is None and time.monotonic() < deadline and not (part.exists() and part.read_bytes().count(b"\n") >= 8):
         time.sleep(0.02)
-    running.send_signal(signal.SIGINT)
+    running.send_signal(number)
     _, stderr = running.communicate(timeout=60)
     kept = lines_of(part)
-    assert running.returncode == 130 and 8 <= len(kept) < 240 and len(kept) % 4 == 0
+    assert running.returncode == code and 8 <= len(kept) < 240 and len(kept) % 4 == 0
     assert f"{part} holds {len(kept)} of 240 texts; --resume goes on after them" in stderr and stderr.endswith("generate.py: interrupted\n")
     for extra in (["--output", part, "--resume"], ["--output", whole]):
         cli.run(generate.make_parser(), generate.main, [str(word) for word in (*command[2:], *extra)])
@@ -236,11 +243,47 @@ def test_torchrun_gives_the_same_file_in_the_same_order(run_script, script, tiny
     assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
 
 
+def test_torchrun_goes_on_after_what_is_there(run_script, script, tiny, prompts_file, tmp_path):
+    """One batch of three is there: of the two processes, each has one left."""
+    flags, whole, part = ["--prompts-file", prompts_file, "--batch-size", 2, "--top-k", 20], tmp_path / "whole.jsonl", tmp_path / "part.jsonl"
+    script(*flags, "--output", whole)
+    part.write_bytes(b"".join(whole.read_bytes().splitlines(keepends=True)[:3])[:-9])
+    done = run_script("torchrun", "--nproc-per-node", 2, "generate.py", "--model", tiny, "--device", "cpu", "--precision", "fp32", "--max-new-tokens", 16, *flags,
+                      "--output", part, "--resume", OMP_NUM_THREADS="1")
+    assert part.read_bytes() == whole.read_bytes() and f"{part}: 2 of 6 texts are there" in done.stdout
+
+
+def test_on_a_terminal_the_first_text_of_each_batch_grows(script, tiny):
+    """A terminal of its own: what it shows is what a pipe gets, and it comes in pieces."""
+    flags = [*prompt_flags(3), "--top-k", 20, "--max-new-tokens", 100]
+    piped = script(*flags)[1].encode()
+    command = [sys.executable, "generate.py", "--model", tiny, "--device", "cpu", "--precision", "fp32", *flags]
+    ours, theirs = pty.openpty()
+    tty.setraw(theirs)  # it changes no byte
+    running = subprocess.Popen([*map(str, command)], cwd=ROOT, stdout=theirs, stderr=subprocess.DEVNULL)
+    os.close(theirs)
+    pieces = []
+    with contextlib.suppress(OSError):  # how Linux says that the other end is closed
+        while piece := os.read(ours, 1 << 16):
+            pieces.append(piece)
+    os.close(ours)
+    assert running.wait() == 0 and b"".join(pieces) == piped
+    assert sum(b"--- prompt 2" not in piece for piece in pieces) > 5  # prompt 1 grew
+
+
 def test_explain_shows_each_token_and_then_the_text(script):
     plain = script("--prompt", PROMPTS[0], "--top-k", 20, "--top-p", 0.9, "--seed", 3)[1]
     code, stdout, _ = script("--prompt", PROMPTS[0], "--top-k", 20, "--top-p", 0.9, "--seed", 3, "--explain")
     assert code == 0 and stdout.count("one of ") == 16 == len(re.findall(r"^>", stdout, re.MULTILINE)) and stdout.endswith("\n" + plain)
     assert re.search(r"candidate +model +top-k 20 +top-p 0.9", stdout) and "█" in stdout
+
+
+@pytest.mark.parametrize("flags", [["--end-token", "e", "--end-token", "s", "--end-token", "a"], ["--sampler", "fast"], ["--stop", "e"]], ids=" ".join)
+def test_the_text_of_an_explanation_is_the_plain_one(flags, script):
+    """Without its end token, and by the sampler that was asked for."""
+    flags = ["--prompt", PROMPTS[0], "--temperature", 1.5, "--seed", 3, *flags]
+    plain = script(*flags)[1]
+    assert script(*flags, "--explain")[1].endswith("\n\n" + plain) and len(plain) > 1
 
 
 def test_compare_shows_three_texts_side_by_side(script, monkeypatch):
@@ -288,6 +331,25 @@ def test_texts_are_scored(script, prompts_file, tmp_path):
     assert script("--score", tmp_path / "out.jsonl", "--references", references)[1] == stdout
 
 
+def test_texts_without_a_word_that_counts_are_named(script, tmp_path):
+    (tmp_path / "said.txt").write_text("the fox\n你好\n\n天气\n", encoding="utf-8")
+    (tmp_path / "right.txt").write_text("the fox\na hello\n\na dog\n", encoding="utf-8")
+    code, stdout, stderr = script("--score", tmp_path / "said.txt", "--references", tmp_path / "right.txt")
+    assert code == 0 and "rouge1    0.2500" in stdout
+    assert stderr == "2 of 4 texts score 0: ROUGE counts words of the letters a to z and of digits, and they have none\n"
+
+
+def test_bits_a_byte_are_those_of_the_scored_tokens(script, tiny, tmp_path):
+    """Oracle: the library's loss over the tokens that are scored, and their own bytes."""
+    text = "The quick brown fox jumps over the lazy dog. "
+    (tmp_path / "text.txt").write_text(text)
+    stdout = script("--perplexity", tmp_path / "text.txt")[1]
+    tokenizer, model = AutoTokenizer.from_pretrained(tiny), AutoModelForCausalLM.from_pretrained(tiny)
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    bits = model(ids, labels=ids).loss.item() * (ids.shape[1] - 1) / math.log(2) / len(tokenizer.decode(ids[0, 1:]).encode())
+    assert float(re.search(r"([\d.]+) bits a byte", stdout)[1]) == pytest.approx(bits, abs=2e-4)
+
+
 def test_perplexity_of_a_file(script, tmp_path):
     (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 20)
     code, stdout, _ = script("--perplexity", tmp_path / "text.txt", "--window", 64)
@@ -323,6 +385,8 @@ REAL_CHECKS = {
                                  "Once upon a time, in a small village by the sea, there was", "--max-new-tokens", 12],
     "chat": ["--precision", "fp32", "--chat", "--max-new-tokens", 24, "--repetition-penalty", 1.1],
     "lookup": ["--precision", "fp32", "--lookup", 5, "--max-new-tokens", 40],
+    **{f"min-p, typical and n-grams, bf16, seed {seed}": ["--precision", "bf16", "--min-p", 0.02, "--typical-p", 0.95, "--no-repeat-ngram-size", 2, "--seed", seed,
+                                                          "--prompt", "Once upon a time", "--max-new-tokens", 12] for seed in (0, 1)},
 }
 
 
@@ -330,6 +394,13 @@ REAL_CHECKS = {
 def test_the_real_model_gives_the_tokens_of_generate(flags, real, script):
     code, stdout, stderr = script("--model", REAL, "--prompt", TUTORIAL, *flags, "--check")
     assert code == 0 and re.fullmatch(r"equal: (\d+) of \1 tokens\n", stdout), stdout + stderr
+
+
+def test_the_real_models_texts_do_not_depend_on_their_neighbours(real, script):
+    """The fast sampler in fp32, one text a batch and all three in one."""
+    flags = ["--model", REAL, "--prompt", TUTORIAL, "--prompt", "Once upon a time", "--prompt", "The", "--sampler", "fast", "--top-p", 0.98, "--temperature", 1.3]
+    alone, together = (script(*flags, "--batch-size", size, "--max-new-tokens", 12)[1] for size in (1, 3))
+    assert alone == together and alone.count("--- prompt") == 3
 
 
 def test_the_real_model_answers_sensibly_and_speaks_its_template(real, script):

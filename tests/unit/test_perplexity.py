@@ -21,6 +21,13 @@ def test_each_token_but_the_first_is_scored_once_with_enough_before_it(length, w
     assert scored == list(range(1, length))
 
 
+def test_the_overlap_of_windows_costs_no_logits():
+    language_model, widths = tiny_language_model("llama"), []
+    language_model.model.lm_head.register_forward_hook(lambda module, given, logits: widths.append(logits.shape[1]))
+    perplexity.likelihood(language_model, list(range(5, 45)), window=16, stride=4)
+    assert widths == [16, 5, 5, 5, 5, 5, 5]
+
+
 @pytest.mark.parametrize("window, stride", [(8, 4), (8, 7), (8, 1), (64, 32), (500, 250)])
 @pytest.mark.parametrize("chunk", [3, 256])
 def test_perplexity_is_the_definition(window, stride, chunk, monkeypatch):

@@ -1,9 +1,8 @@
-"""The filters against the library's own classes, bit for bit; the draws against exact probabilities."""
+"""The filters against the library's own classes, bit for bit."""
 
 import dataclasses
 
 import pytest
-import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,7 +12,6 @@ from common.generation import sampling
 from common.generation.sampling import Settings
 
 INFINITY = float("inf")
-DRAWS = 200_000
 
 
 def rows() -> dict[str, torch.Tensor]:
@@ -103,69 +101,3 @@ def test_the_order_of_the_filters_is_the_documented_one():
                                       *sampling.distribution_filters(options)]]
     assert names == ["repetition penalty 2", "no repeated 2-gram", "min 1 new tokens", "temperature 0.5", "top-k 5", "top-p 0.5", "min-p 0.1", "typical 0.5"]
     assert sampling.distribution_filters(dataclasses.replace(options, sample=False)) == []
-
-
-DISTRIBUTIONS = {
-    "plain": {}, "temperature": {"temperature": 0.7}, "top-k": {"top_k": 20}, "top-k above the vocabulary": {"top_k": 5000}, "top-p": {"top_p": 0.9},
-    "top-p of nearly all": {"top_p": 0.9999}, "min-p": {"min_p": 0.05}, "tiny min-p": {"min_p": 1e-9}, "typical": {"typical_p": 0.8},
-    "all": {"temperature": 1.3, "top_k": 40, "top_p": 0.9, "min_p": 0.02, "typical_p": 0.9}, "top-p and typical": {"top_p": 0.8, "typical_p": 0.7},
-    "hot top-p": {"temperature": 2.0, "top_p": 0.95, "min_p": 0.01},
-}
-
-
-@pytest.mark.parametrize("flags", DISTRIBUTIONS.values(), ids=DISTRIBUTIONS)
-@pytest.mark.parametrize("kind", ["smooth", "flat", "ties", "a hundred ties at the top"])
-def test_the_fast_sampler_draws_from_the_same_distribution(flags, kind):
-    """Oracle: the library's order of filters over the whole vocabulary of 3,000; its candidates are 1,024 at most."""
-    logits = torch.randn(5, 3000, generator=torch.Generator().manual_seed(1)) * (0.1 if kind == "flat" else 3)
-    logits = (logits * 2).round() / 2 if kind == "ties" else logits.clamp(max=5) if kind == "a hundred ties at the top" else logits
-    options = Settings(sample=True, **flags)
-    exact = logits
-    for stage in sampling.distribution_filters(options):
-        exact = stage.apply(exact, exact)
-    exact = exact.softmax(-1)
-    found, ids = sampling.candidate_distribution(logits, options)
-    full = found if ids is None else torch.zeros_like(exact).scatter(-1, ids, found)
-    if "ties" in kind and ("top_p" in flags or "typical_p" in flags):  # which of the tokens that tie at the edge is in, the sort decides
-        exact, full = exact.sort(-1).values, full.sort(-1).values
-    assert torch.allclose(full, exact, atol=2e-6)
-    assert torch.allclose(full.sum(-1), torch.ones(5))
-
-
-def chi_square(drawn: torch.Tensor, probabilities: torch.Tensor) -> float:
-    """Return the p-value of draws against probabilities; cells with fewer than 10 expected are pooled."""
-    assert probabilities[drawn].min() > 0  # nothing outside the support
-    counts, expected = torch.bincount(drawn, minlength=len(probabilities)).double(), probabilities.double() / probabilities.double().sum() * len(drawn)
-    rare = expected < 10
-    counts, expected = (torch.cat([values[~rare], values[rare].sum()[None]]) for values in (counts, expected))
-    keep = expected > 0
-    return scipy.stats.chisquare(counts[keep].numpy(), (expected[keep] / expected[keep].sum() * counts[keep].sum()).numpy()).pvalue
-
-
-@pytest.mark.parametrize("sampler", ["exact", "fast"])
-@pytest.mark.parametrize("flags", [{}, {"top_k": 12}, {"top_p": 0.9}, {"temperature": 0.8, "min_p": 0.03}], ids=str)
-def test_draws_follow_the_probabilities(sampler, flags):
-    """200,000 draws by chi-square; the same draws against a temperature that is off by 5 % must fail, or the test has no power."""
-    logits = torch.randn(1, 60, generator=torch.Generator().manual_seed(2)) * 2
-    options = Settings(sample=True, **flags)
-    if sampler == "exact":
-        drawn = sampling.draw_exactly(logits.expand(DRAWS, -1), options, torch.Generator().manual_seed(3))
-    else:
-        drawn = sampling.draw_fast(logits.expand(DRAWS, -1), options, torch.rand(DRAWS, dtype=torch.float64, generator=torch.Generator().manual_seed(3)))
-    kept = logits
-    for stage in sampling.distribution_filters(options):
-        kept = stage.apply(kept, kept)
-    assert chi_square(drawn, kept[0].softmax(-1)) > 1e-3
-    assert chi_square(drawn, (kept[0] / 1.05).softmax(-1)) < 1e-6
-
-
-def test_the_fast_draw_never_leaves_the_support_at_the_edges():
-    logits = torch.tensor([[-INFINITY, 0.0, -INFINITY, 0.0, -INFINITY]]).expand(3, -1)
-    edges = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
-    assert sampling.draw_fast(logits, Settings(sample=True), edges).tolist() == [1, 3, 3]
-
-
-def test_random_numbers_of_a_row_do_not_depend_on_its_neighbours():
-    many = sampling.row_uniforms(7, [(0, 0), (0, 1), (5, 0)], 50)
-    assert torch.equal(many[2:], sampling.row_uniforms(7, [(5, 0)], 50)) and torch.equal(many[:, :20], sampling.row_uniforms(7, [(0, 0), (0, 1), (5, 0)], 20))
-    assert len({tuple(row) for row in [*many.tolist(), *sampling.row_uniforms(8, [(0, 0)], 50).tolist()]}) == 4
