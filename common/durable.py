@@ -65,6 +65,16 @@ def read_json(path: Path):
     return json.loads(path.read_text("utf-8"))
 
 
+def replace_file(path: Path, text: str):
+    """Put a new text file in the place of another in one step, after all that stands in its folder is on the disk; then so is it."""
+    fresh = path.with_name(f"{path.name}.{os.getpid()}")
+    fresh.write_text(text, encoding="utf-8")
+    sync_file(fresh)
+    sync_folder(path.parent)
+    fresh.rename(path)
+    sync_folder(path.parent)
+
+
 def sync_file(path: Path):
     """Wait until the disk has a file's content."""
     with open(path, "rb") as file:
