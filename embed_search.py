@@ -16,7 +16,6 @@ server, vectors of other makers, pictures.
 
 import argparse
 import contextlib
-import dataclasses
 import signal
 import sys
 import tempfile
@@ -58,24 +57,32 @@ def read_texts(args, id_column: str | None = None) -> texts.Collection:
 
 @contextlib.contextmanager
 def source(args, machine, screen):
-    """Give the live rows to look at, of the index or of an index made of the texts for this command, and a function for their encoder."""
+    """Give the live rows to look at, of the index or of an index made of the texts for this command, and a function that returns their encoder."""
     if bool(args.texts) == bool(args.index):
         raise UserError(f"{args.command}: name either texts or --index, not {'both' if args.texts else 'neither'}")
     with tempfile.TemporaryDirectory() as folder:
         if args.index:
             snapshot = open_snapshot(args.index)
-            encoder = None
+            rows = chosen_rows(snapshot, args)
+            check_size(args, len(rows))
+            yield mining.Live(snapshot, rows), lambda: load_encoder(args, machine, snapshot.settings)
         else:
             collection = read_texts(args)
             check_size(args, len(collection))
             encoder = load_encoder(args, machine)
-            snapshot = building.temporary(collection, encoder, folder, block=args.block).store.snapshot
+            snapshot = building.temporary(collection, encoder, folder, block=args.block, role=None).store.snapshot
             views.say_counts(screen, collection, encoder)
-        rows = np.flatnonzero(matching(snapshot, args.where))
-        check_size(args, len(rows) if args.index else 0)
-        if len(rows) < 2 - (args.command == "similarity"):
-            raise UserError(f"{args.index or args.texts}: {len(rows)} texts to compare; {args.command} needs two" + (": widen --where" if args.where else ""))
-        yield mining.Live(snapshot, rows), encoder or (lambda: load_encoder(args, machine, snapshot.settings))
+            yield mining.Live(snapshot, chosen_rows(snapshot, args)), lambda: encoder
+
+
+def chosen_rows(snapshot, args) -> np.ndarray:
+    """Return the live rows for which --where holds. Raises UserError when there are fewer than the command needs."""
+    rows = np.flatnonzero(matching(snapshot, args.where))
+    needed = 2 if args.command in ("pairs", "duplicates", "cluster") else 1
+    if len(rows) < needed:
+        way_out = "widen --where" if args.where else "name more texts" if needed == 2 else "add some with: embed_search.py index"
+        raise UserError(f"{args.index or args.texts}: {len(rows)} texts, and {args.command} needs {'two' if needed == 2 else 'one'}; {way_out}")
+    return rows
 
 
 def check_size(args, count: int):
@@ -92,10 +99,8 @@ def similarity(args, machine, screen):
         vectors = live.vectors(slice(None)).astype(np.float64)
         matrix = vectors @ vectors.T
         pairs = mining.best_pairs(live, args.top_k, block=args.block)
-        found = []
-        if args.query:
-            encoder = encoder if isinstance(encoder, encoding.Encoder) else encoder()
-            found = encoder.encode_unit(args.query).astype(np.float64) @ vectors.T
+        role = "document" if args.index else None  # as the texts are encoded, so that the same text has the cosine 1
+        found = encoder().encode_unit(args.query, role=role).astype(np.float64) @ vectors.T if args.query else []
         views.show_similarity(screen, live, matrix, pairs, list(zip(args.query, found)))
         if args.figure:
             views.save_figure(figures.similarity_map(matrix, views.labels(live)), args.figure, screen)
@@ -163,7 +168,7 @@ def search(args, machine, screen):
     queries = data.read_lines(args.queries_file) if args.queries_file else args.queries
     for number, query in enumerate(queries, start=1):
         texts.check_query(query, f"{args.queries_file}, line {number}" if args.queries_file else f"query {number}")
-    searcher = make_searcher(args, machine, screen, open_snapshot(args.index), allowed=args.where)
+    searcher = make_searcher(args, machine, screen, open_snapshot(args.index))
     if queries:
         views.show_hits(screen, searcher, queries, searcher.search(queries, args.top_k))
         if searcher.encoder.num_cut:
@@ -172,15 +177,18 @@ def search(args, machine, screen):
         views.prompt(screen, searcher, args.top_k)
 
 
-def make_searcher(args, machine, screen, snapshot, *, encoder=None, allowed: str | None = None) -> Searcher:
+def make_searcher(args, machine, screen, snapshot) -> Searcher:
     """Return what searches a snapshot as the flags ask for."""
-    mask = matching(snapshot, allowed)
     if not snapshot.alive().any():
         raise UserError(f"--index {args.index}: it has no rows; add some with: embed_search.py index TEXTS --index {args.index}")
-    encoder = encoder or load_encoder(args, machine, snapshot.settings)
-    reranker = loading.load_reranker(args.rerank, cache_dir=args.cache_dir, device=machine.device) if args.rerank else None
-    return Searcher(snapshot, encoder, mask, approximate=getattr(args, "approximate", False), hybrid=getattr(args, "hybrid", False),
-                    reranker=reranker, rerank_depth=args.rerank_depth, say=screen.say)
+    mask, encoder = matching(snapshot, args.where), load_encoder(args, machine, snapshot.settings)
+    return Searcher(snapshot, encoder, mask, approximate=args.approximate, hybrid=args.hybrid, reranker=load_reranker(args, machine),
+                    rerank_depth=args.rerank_depth, say=screen.say)
+
+
+def load_reranker(args, machine):
+    """Return the cross-encoder that the flags name, None without one."""
+    return loading.load_reranker(args.rerank, cache_dir=args.cache_dir, device=machine.device) if args.rerank else None
 
 
 def pairs(args, machine, screen):
@@ -213,37 +221,47 @@ def cluster(args, machine, screen):
             views.save_figure(figures.cluster_map(points, labels[places], names), args.figure, screen)
 
 
-@contextlib.contextmanager
-def retrieval_task(args, machine, screen, encoder):
-    """Give the task that the flags name, a snapshot to search, its encoder, and the seconds that encoding took."""
+def read_task(args) -> tuple[evaluation.Task, texts.Collection | None]:
+    """Return the task that the flags name and its documents, None where an index has them."""
+    index = getattr(args, "index", None)
     if bool(args.queries) != bool(args.qrels):
         raise UserError("--queries and --qrels: each needs the other")
-    if args.queries and bool(args.texts) == bool(getattr(args, "index", None)):
+    if not args.queries and (args.texts or index):
+        raise UserError(f"{'--texts' if args.texts else '--index'} {args.texts or index}: say with --queries and --qrels what is to be found there; "
+                        "the bundled task, which is scored without them, has texts of its own")
+    if not args.queries:
+        return evaluation.bundled_task("bundled/bbc-news")
+    if bool(args.texts) == bool(index):
         raise UserError("--queries and --qrels: name the documents with --texts or --index")
+    return evaluation.read_task(args.queries, args.qrels), read_texts(args, args.id_column) if args.texts else None
+
+
+@contextlib.contextmanager
+def retrieval_task(args, machine, screen, encoder=None):
+    """Give the task that the flags name, a snapshot to search, its encoder, and the seconds that encoding took."""
+    task, collection = read_task(args)
     with tempfile.TemporaryDirectory() as folder:
-        task = evaluation.read_task(args.queries, args.qrels) if args.queries else None
-        if task and not args.texts:
-            snapshot = open_snapshot(args.index)
-            yield task, snapshot, encoder or load_encoder(args, machine, snapshot.settings), None
-            return
-        if task:
-            collection = read_texts(args, args.id_column)
+        if collection is None:
+            snapshot, seconds = open_snapshot(args.index), None
         else:
-            collection, task = evaluation.bundled_task("bundled/bbc-news")
-        encoder, started = encoder or load_encoder(args, machine), time.perf_counter()
-        built = building.temporary(collection, encoder, folder, block=args.block, by_row=False)
-        views.say_counts(screen, collection, encoder)
-        yield task, built.store.snapshot, encoder, time.perf_counter() - started
+            encoder, started = encoder or load_encoder(args, machine), time.perf_counter()
+            id_column = args.id_column if args.texts else evaluation.BUNDLED_IDS
+            snapshot = building.temporary(collection, encoder, folder, block=args.block, id_column=id_column).store.snapshot
+            seconds = time.perf_counter() - started
+            views.say_counts(screen, collection, encoder)
+        evaluation.check_documents(task, snapshot, screen.say)
+        yield task, snapshot, encoder or load_encoder(args, machine, snapshot.settings), seconds
 
 
 def evaluate(args, machine, screen):
     """Score a search, or sentence pairs."""
     if args.sts:
-        views.show_sts(screen, args.sts, evaluation.sts_score(load_encoder(args, machine), args.sts, args.columns, cache_dir=args.cache_dir))
+        encoder = load_encoder(args, machine)
+        views.show_sts(screen, args.sts, evaluation.sts_score(encoder, args.sts, args.columns, block=args.block, cache_dir=args.cache_dir))
         return
-    with retrieval_task(args, machine, screen, None) as (task, snapshot, encoder, _):
-        searcher = make_searcher(args, machine, screen, snapshot, encoder=encoder)
-        views.show_scores(screen, task, evaluation.score_modes(dataclasses.replace(searcher, reranker=None), task, reranker=searcher.reranker))
+    with retrieval_task(args, machine, screen) as (task, snapshot, encoder, _):
+        searcher = Searcher(snapshot, encoder, snapshot.alive(), rerank_depth=args.rerank_depth, say=screen.say)
+        views.show_scores(screen, task, evaluation.score_modes(searcher, task, reranker=load_reranker(args, machine)))
 
 
 def compare_models(args, machine, screen):
@@ -253,7 +271,7 @@ def compare_models(args, machine, screen):
         encoder = encoding.load(name, machine, max_length=args.max_length, batch_tokens=args.batch_tokens, cache_dir=args.cache_dir)
         line = {"model": name, "width": encoder.width, "bytes_a_vector": 4 * encoder.width}
         if args.sts:
-            line |= evaluation.sts_score(encoder, args.sts, args.columns, cache_dir=args.cache_dir)
+            line |= evaluation.sts_score(encoder, args.sts, args.columns, block=args.block, cache_dir=args.cache_dir)
         else:
             with retrieval_task(args, machine, screen, encoder) as (task, snapshot, _, seconds):
                 line["texts_per_second"] = snapshot.num_rows / seconds
@@ -265,7 +283,7 @@ def compare_models(args, machine, screen):
 def project(args, machine, screen):
     """Write an index for TensorBoard's projector."""
     snapshot = open_snapshot(args.index)
-    rows = np.flatnonzero(matching(snapshot, args.where))
+    rows = chosen_rows(snapshot, args)
     count = projector.write(snapshot, rows, args.output_dir, most=args.max_points)
     views.show_projection(screen, count, len(rows), args.output_dir)
 

@@ -43,14 +43,14 @@ class Collection:
         return f"{self.name}, {self.unit} {row + 1}"
 
     def blocks(self, size: int):
-        """Yield the rows that are not bad, as tables of at most `size` rows with their numbers in column `row`."""
+        """Yield (numbers, table) of the rows that are not bad, at most `size` at a time."""
         bad = np.zeros(len(self.rows), bool)
         bad[list(self.bad)] = True
         for start in range(0, len(self.rows), size):
             numbers = np.arange(start, min(start + size, len(self.rows)))
             good = ~bad[numbers]
             if good.any():
-                yield self.rows.slice(start, size).append_column("row", pa.array(numbers)).filter(pa.array(good))
+                yield numbers[good], self.rows.slice(start, size).filter(pa.array(good))
 
     def __len__(self) -> int:
         return len(self.rows) - len(self.bad)
@@ -141,7 +141,7 @@ def _own_names(rows: datasets.Dataset, text_column: str, place: str) -> pa.Table
         raise UserError(f"{place}: no column {text_column!r}; there is {', '.join(table.column_names)}; name the right one with --text-column")
     if data.kind(rows, text_column) not in ("string", "large_string"):
         raise UserError(f"{place}: column {text_column!r} holds {data.kind(rows, text_column)}, not texts; name the right one with --text-column")
-    taken = next((name for name in table.column_names if name in (*OWN_COLUMNS, "row")), None)
+    taken = next((name for name in table.column_names if name.lower() in OWN_COLUMNS), None)
     if taken:
         raise UserError(f"{place}: a column can't be called {taken!r}, for the index has its own; rename it")
     for name, classes in names.items():

@@ -111,8 +111,8 @@ def show_state(screen: Screen, snapshot: Snapshot, **more):
 
 
 def hit_document(row: dict, hit: Hit) -> dict:
-    """Return a hit as it stands in JSON: score, id, text, metadata; of a document in passages the best one and its place."""
-    found = {"id": row[ID], "score": hit.score, "text": row[TEXT], **{name: value for name, value in row.items() if name not in OWN_COLUMNS}}
+    """Return a hit as it stands in JSON: score, id, text, and in `columns` its metadata; of a document in passages the best one and its place."""
+    found = {"id": row[ID], "score": hit.score, "text": row[TEXT], "columns": {name: value for name, value in row.items() if name not in OWN_COLUMNS}}
     if row[PASSAGES] > 1:
         found["passage"] = {"number": row[PASSAGE] + 1, "of": row[PASSAGES], "first_character": row[START]}
     return found

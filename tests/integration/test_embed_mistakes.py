@@ -122,6 +122,10 @@ FLAGS = {
     "pairs file nowhere": (["duplicates", "--index", "HOME/ix", "--pairs-file", "HOME/no/x.csv"], ("--pairs-file", "HOME/no/x.csv")),
     "overlap without room": (["index", "HOME/good.csv", "--index", "HOME/new", "--chunk-overlap", "62"], ("--chunk-overlap 62", "62 tokens")),
     "queries without judgements": (["evaluate", "--queries", "HOME/good.csv"], ("--queries and --qrels",)),
+    "evaluate an index without a task": (["evaluate", "--index", "HOME/ix"], ("--index HOME/ix", "--queries and --qrels", "bundled task")),
+    "evaluate texts without a task": (["evaluate", "--texts", "HOME/good.csv"], ("--texts HOME/good.csv", "--queries and --qrels")),
+    "project nothing": (["project", "--index", "HOME/ix", "--where", "id = 'no'", "--output-dir", "HOME/board"], ("0 texts", "needs one", "--where")),
+    "similarity of nothing": (["similarity", "--index", "HOME/ix", "--where", "id = 'no'"], ("0 texts", "similarity needs one", "--where")),
     "project over files": (["project", "--index", "HOME/ix", "--output-dir", "HOME"], ("HOME", "holds other files")),
     "no subcommand": (["look"], ("'look'", "similarity", "index")),
     "unknown flag": (["compact", "--index", "HOME/ix", "--fast"], ("--fast", "--help")),
@@ -153,7 +157,8 @@ def test_a_damaged_file_of_the_index(pattern, refused, home):
 @pytest.mark.parametrize("where, number, line, parts", [
     ("queries", 2, "not JSON", ("q.jsonl, line 2", "not a query")), ("queries", 2, '{"id": "a", "text": "x"}', ("q.jsonl, line 2", "stands above")),
     ("queries", 2, '{"id": "b", "text": ""}', ("q.jsonl, line 2", "empty")), ("qrels", 1, "a s1 1", ("qrels, line 1", "TREC")),
-    ("qrels", 1, "zz 0 s1 1", ("qrels, line 1", "'zz'"))])
+    ("qrels", 1, "zz 0 s1 1", ("qrels, line 1", "'zz'")), ("qrels", 1, "a 0 s1 --5", ("qrels, line 1", "whole number")),
+    ("qrels", 1, "a 0 s1 ²", ("qrels, line 1", "whole number")), ("qrels", 1, "a 0 nowhere 1", ("q.jsonl", "none of the 1", "'nowhere'"))])
 def test_queries_and_judgements_that_can_not_be_used(where, number, line, parts, refused, tmp_path):
     files = {"queries": ['{"id": "a", "text": "good"}', '{"id": "b", "text": "bad"}'], "qrels": ["a 0 s1 1"]}
     files[where][number - 1] = line
@@ -182,6 +187,19 @@ def test_skip_bad_goes_on_and_counts(embed, home, tmp_path):
     found = json.loads(stdout)
     assert found["rows"] == 13 and (found["counts"]["added"], found["counts"]["bad"]) == (1, 4)
     assert "4 passed over" in stderr and "row 2: the text is empty" in stderr
+
+
+def test_columns_that_differ_only_in_case(refused, home, embed, tmp_path):
+    (tmp_path / "t.csv").write_text("text,Label,label\ngood,1,2\nbad,2,1\n")
+    assert embed("index", tmp_path / "t.csv", "--index", home / "twins")[0] == 0
+    refused("delete", "--index", "HOME/twins", "--where", "label = 1", parts=("--where", "Label, label", "case"))
+    assert embed("search", "--index", home / "twins", "good", "--where", "_text = 'good'")[0] == 0
+
+
+@pytest.mark.parametrize("rows, part", [("good,fine,1 bad,film,1", "human scores"), ("good,fine,1 good,fine,2", "cosines")])
+def test_scores_without_a_correlation(rows, part, refused, tmp_path):
+    (tmp_path / "sts.csv").write_text("\n".join(["sentence1,sentence2,score", *rows.split()]) + "\n")
+    refused("evaluate", "--sts", tmp_path / "sts.csv", parts=("sts.csv", part, "all equal"))
 
 
 def test_a_name_that_the_hub_lacks(refused, tmp_path, monkeypatch):

@@ -118,6 +118,23 @@ def test_search_is_brute_force_with_filters(ok, sentences, tiny_embedder, tmp_pa
     assert {hit["id"] for hit in hybrid} == set(expected) and [hit["id"] for hit in hybrid] != expected
 
 
+def test_columns_with_the_names_of_ours_shadow_nothing(ok, tmp_path):
+    """A column called score or id was shown for the hit's own; one called _row decided which rows were deleted."""
+    names = ["id", "score", "text", "passage", "_row", "row", "_number", "similarity", "level"]
+    rows = [{**{name: 10 * number for name in names}, "text": f"the film was n{number}", "key": f"k{number}"} for number in range(6)]
+    write_lines(tmp_path / "t.jsonl", [json.dumps(row) for row in rows])
+    ok("index", tmp_path / "t.jsonl", "--index", tmp_path / "ix", "--id-column", "key", "--text-column", "text")
+    hit = ok("search", "--index", tmp_path / "ix", "the film was n3", "--top-k", 1, "--json")["queries"][0]["hits"][0]
+    assert (hit["id"], hit["text"], hit["score"]) == ("k3", "the film was n3", pytest.approx(1, abs=1e-5))
+    assert hit["columns"] == {name: value for name, value in rows[3].items() if name != "text"} and "passage" not in hit
+    for condition, left in (("_row = 20", {"k0", "k1", "k3", "k4", "k5"}), ("row = 40 OR _id = 'k0'", {"k1", "k3", "k5"})):
+        ok("delete", "--index", tmp_path / "ix", "--where", condition)
+        assert {key for key in rows_by_id(tmp_path / "ix")} == left
+    found = ok("similarity", tmp_path / "t.jsonl", "--query", "the film was n0", "--where", "_number = 20 OR level = 0", "--json")
+    assert [entry["id"] for entry in found["queries"][0]["similarities"]] == ["1", "3"]
+    assert found["queries"][0]["similarities"][0]["similarity"] == pytest.approx(1, abs=1e-5)
+
+
 def test_hybrid_is_reciprocal_rank_fusion_of_both(ok, tmp_path):
     ok("index", write_lines(tmp_path / "d.txt", DOCUMENTS), "--index", tmp_path / "ix")
     dense = [hit["text"] for hit in ok("search", "--index", tmp_path / "ix", "neural networks", "--top-k", 7, "--json")["queries"][0]["hits"]]
@@ -225,6 +242,25 @@ def test_evaluate_with_judgements_of_ones_own(ok, sentences, tiny_reranker, tmp_
         assert found["exact"][name] == found["approximate"][name] == pytest.approx(5 / 6)
     ok("index", sentences, "--index", tmp_path / "ix", "--id-column", "id")
     assert ok("evaluate", "--index", tmp_path / "ix", *task)["scores"]["exact"] == found["exact"]
+
+
+def test_evaluate_reads_ids_from_the_named_column_and_says_what_is_not_there(ok, tmp_path, embed):
+    """Graded relevance and a first hit that is not relevant, against the definitions written out."""
+    texts = ["good film", "great story", "bad film", "awful story"]
+    write_lines(tmp_path / "t.csv", ["key,text", *(f"d{number},{text}" for number, text in enumerate(texts))])
+    ok("index", tmp_path / "t.csv", "--index", tmp_path / "ix", "--id-column", "key")
+    order = [hit["id"] for hit in ok("search", "--index", tmp_path / "ix", "good film", "--json")["queries"][0]["hits"]]
+    relevance = {order[1]: 3, order[3]: 1, "elsewhere": 2, order[0]: 0}
+    write_lines(tmp_path / "q.jsonl", ['{"id": "a", "text": "good film"}'])
+    write_lines(tmp_path / "qrels", [f"a 0 {document} {grade}" for document, grade in relevance.items()])
+    task = ("--queries", tmp_path / "q.jsonl", "--qrels", tmp_path / "qrels", "--json")
+    code, stdout, stderr = embed("evaluate", "--texts", tmp_path / "t.csv", "--id-column", "key", *task)
+    assert code == 0 and "1 of 3 documents that are judged relevant are not there, such as 'elsewhere'" in stderr, stderr
+    found = json.loads(stdout)["scores"]["exact"]
+    gain = 3 / np.log2(3) + 1 / np.log2(5)
+    assert found["nDCG@10"] == pytest.approx(gain / (3 + 2 / np.log2(3) + 1 / np.log2(4)))
+    assert (found["MRR@10"], found["recall@1"], found["recall@10"]) == (0.5, 0, pytest.approx(2 / 3))
+    assert ok("evaluate", "--index", tmp_path / "ix", *task)["scores"]["exact"] == found
 
 
 def test_sts_is_spearmans_correlation(ok, tiny_embedder, tmp_path):

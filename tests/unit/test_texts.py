@@ -21,7 +21,7 @@ def read(path, cache_dir, **options):
 
 
 def rows_of(collection, size=2):
-    return [row for table in collection.blocks(size) for row in table.to_pylist()]
+    return [row for _, table in collection.blocks(size) for row in table.to_pylist()]
 
 
 ROWS = [{"text": 'a "quoted", text', "year": 2004}, {"text": "two\nlines", "year": 2005}, {"text": "naïve 中文 🎉", "year": 2006}]
