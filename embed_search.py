@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from common import cli, data, figures, runtime
-from common.errors import UserError
+from common.errors import Interrupted, UserError
 from common.search import building, clustering, encoding, evaluation, flags, loading, mining, passages, projector, store, texts, views
 from common.search.display import Screen
 from common.search.filters import matching
@@ -108,34 +108,49 @@ def similarity(args, machine, screen):
 
 def index(args, machine, screen):
     """Build or extend an index, block by block; under torchrun the main process reads and writes, all encode."""
+    store.check_place(Path(args.index), new=True)
     settings = read_manifest(Path(args.index))["settings"] if (Path(args.index) / MANIFEST).is_file() else None
     id_column = args.id_column or (settings and settings["id_column"])
     collection = read_texts(args, id_column) if machine.world_size == 1 else None  # what is wrong with the texts is said before the model loads
     encoder = load_encoder(args, machine, settings)
     if not machine.is_main:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process: this one ends when it loses the main one
         encoder.follow()
         return
-    overlap = args.chunk_overlap if args.chunk_overlap is not None else flags.DEFAULT_OVERLAP if args.chunk else None
+    overlap = args.chunk_overlap if args.chunk_overlap is not None else flags.DEFAULT_OVERLAP if args.chunk else settings and settings["chunk_overlap"]
     wanted = building.settings_of(encoder, id_column=id_column, chunk_overlap=overlap)
-    if settings and overlap is None:
-        wanted["chunk_overlap"] = settings["chunk_overlap"]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    started, builder = time.perf_counter(), None
     try:
-        collection = collection or read_texts(args, id_column)
-        if overlap is not None:
-            passages.room(encoder, overlap)
+        fill_index(args, screen, collection, encoder, wanted)
+    except UserError:
+        encoder.release()
+        raise
+    encoder.release()  # not after a signal: the other processes may be in the midst of a block, and wait for its vectors
+
+
+def fill_index(args, screen, collection, encoder, wanted: dict):
+    """Bring the texts into the index. A signal ends it at once: what is committed is there."""
+    started, builder = time.perf_counter(), None
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    try:
+        collection = collection or read_texts(args, wanted["id_column"])
+        if wanted["chunk_overlap"] is not None:
+            passages.room(encoder, wanted["chunk_overlap"])
         with store.writing(args.index, settings=wanted, wait=args.wait) as opened:
             building.check_settings(args.index, wanted, opened.snapshot.settings)
             builder = building.Builder(opened, encoder, update=args.update, skip_bad=args.skip_bad)
             building.fill(builder, collection, block=args.block)
             views.show_index(screen, builder, collection, seconds=time.perf_counter() - started)
-    except (KeyboardInterrupt, SystemExit):
-        done = builder.counts.added + builder.counts.updated if builder else 0
-        print(f"\n{done:,} texts of this run are in {args.index}; the same command goes on from there", file=sys.stderr)
-        raise
-    finally:
-        encoder.release()
+    except SystemExit as stopped:
+        done = builder.counts.committed if builder else 0
+        raise Interrupted(f"stopped; {done:,} texts of this run are in {args.index}; the same command goes on from there", stopped.code) from None
+
+
+def stop(number: int, _):
+    """End by a signal, and by one only: torchrun sends a second."""
+    for other in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(other, signal.SIG_IGN)
+    sys.exit(128 + number)
 
 
 def delete(args, machine, screen):

@@ -38,6 +38,11 @@ class Counts:
     encoded: int = 0
     cut: int = 0
 
+    @property
+    def committed(self) -> int:
+        """The texts that were written."""
+        return self.added + self.updated
+
 
 def settings_of(encoder: Encoder, *, id_column: str | None, chunk_overlap: int | None) -> dict:
     """Return what an index remembers of how it is made; `chunk_overlap` is None for whole texts."""
@@ -48,9 +53,14 @@ def check_settings(index: str, wanted: dict, settings: dict):
     """Raise UserError when an index was made in another way than is wanted now."""
     for name, flag in CHECKED.items():
         if name in wanted and wanted[name] != settings[name]:
-            was, now = ((f"{one['model']} ({one[name][:12]})" if name == "fingerprint" else one[name]) for one in (settings, wanted))
-            raise UserError(f"--index {index}: it was made with {name} {was}, not {now}: their vectors or rows can't be compared; "
-                            f"give the same {flag}, or another --index")
+            was, now = (_in_words(name, one) for one in (settings, wanted))
+            raise UserError(f"--index {index}: it was made {was}, not {now}: their vectors or rows can't be compared; give the same {flag}, or another --index")
+
+
+def _in_words(name: str, settings: dict) -> str:
+    if settings[name] is None:  # an index of whole texts, or of texts without ids
+        return f"without {CHECKED[name].split()[0]}"
+    return f"with {name} " + (f"{settings['model']} ({settings[name][:12]})" if name == "fingerprint" else str(settings[name]))
 
 
 @dataclass(frozen=True)
@@ -136,8 +146,8 @@ class Builder:
         ruined = np.unique(owners[~np.isfinite(vectors).all(1)])
         if len(ruined) and not self.skip_bad:
             place = collection.place(numbers[chosen[ruined[0]]])
-            raise UserError(f"{place}: the model gives no direction (NaN, infinity or zeros) for this text; earlier blocks are kept; "
-                            "remove the row, pass it over with --skip-bad, or try --precision fp32")
+            raise UserError(f"{place}: the model gives no direction (NaN, infinity or zeros) for this text; {self.counts.committed:,} texts of earlier "
+                            "blocks were committed; remove the row, pass it over with --skip-bad, or try --precision fp32")
         kept = ~np.isin(owners, ruined)
         if not kept.any():
             return None, chosen[:0]

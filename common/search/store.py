@@ -6,6 +6,7 @@ that order. One writer at a time holds a lock on the folder (a lock of the opera
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import sys
@@ -144,10 +145,7 @@ def writing(folder: str | Path, *, settings: dict | None = None, wait: float = 0
     Raises UserError when the folder is something else, when a file of it is damaged, or when another writer has it for longer than `wait` seconds.
     """
     folder = Path(folder)
-    others = [path.name for path in folder.iterdir() if path.name != LOCK and not path.name.startswith(f"{MANIFEST}.")] if folder.is_dir() else []
-    new = settings is not None and not others and (folder.is_dir() or not folder.exists())
-    if not new:
-        _check_is_index(folder)
+    check_place(folder, new=settings is not None)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = _lock(folder, wait)
@@ -160,11 +158,18 @@ def writing(folder: str | Path, *, settings: dict | None = None, wait: float = 0
         store = Store(folder, open_snapshot(folder))
         store.clean()
         yield store
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"--index {folder}: {error.strerror}: what was committed stays; free some space and run the same command again") from error
     finally:
         lock.release()
 
 
-def _check_is_index(folder: Path):
+def check_place(folder: Path, *, new: bool):
+    """Raise UserError unless a folder is an index, or, with `new`, can become one: because it is missing or empty."""
+    if new and (not folder.exists() or folder.is_dir() and all(path.name == LOCK or path.name.startswith(f"{MANIFEST}.") for path in folder.iterdir())):
+        return
     if folder.exists() and not (folder / MANIFEST).is_file():
         what = "is a file" if not folder.is_dir() else "holds other files and no index"
         raise UserError(f"--index {folder}: it {what}; name a new folder or one that was made by: embed_search.py index")

@@ -1,7 +1,9 @@
 """A user's mistake with embed_search.py ends in one line that names it and the way out, with exit code 2 and the index untouched."""
 
+import errno
 import hashlib
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -9,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.search import encoding
+from common.search import encoding, store
 from conftest import make_sentences
 from hub_server import HubServer
 
@@ -94,7 +96,7 @@ FLAGS = {
     "delete from no index": (["delete", "--index", "HOME/nope", "x"], ("HOME/nope", "no such folder")),
     "compact no index": (["compact", "--index", "HOME"], ("HOME", "no index")),
     "other ids": (["index", "HOME/good.csv", "--index", "HOME/ix", "--id-column", "label", "--skip-bad"], ("HOME/ix", "id_column id", "label")),
-    "chunks into whole texts": (["index", "HOME/good.csv", "--index", "HOME/ix", "--chunk"], ("HOME/ix", "chunk_overlap", "--chunk")),
+    "chunks into whole texts": (["index", "HOME/good.csv", "--index", "HOME/ix", "--chunk"], ("HOME/ix", "made without --chunk, not with chunk_overlap 32", "--chunk and")),
     "another length": (["search", "--index", "HOME/ix", "x", "--max-length", "32"], ("HOME/ix", "max_length 64, not 32")),
     "another model": (["search", "--index", "HOME/ix", "x", "--model", "bundled/all-MiniLM-L6-v2"], ("HOME/ix", "fingerprint", "tiny-embedder", "--model")),
     "no such model": (["search", "--index", "HOME/ix", "x", "--model", "./nope"], ("--model ./nope", "no such folder")),
@@ -173,10 +175,24 @@ def test_a_vector_that_is_nan_is_named_or_passed_over(embed, refused, home, tmp_
     monkeypatch.setattr(encoding.Encoder, "encode", lambda self, texts, role=None: np.where(
         np.array([["ruined" in text] for text in texts]), np.float32("nan"), encode(self, texts, role=role)))
     flags = ("index", tmp_path / "t.csv", "--index", home / "ix", "--id-column", "id")
-    refused(*flags, parts=("t.csv, row 2", "NaN", "--skip-bad"))
+    refused(*flags, parts=("t.csv, row 2", "NaN", "0 texts of earlier blocks", "--skip-bad"))
     code, stdout, stderr = embed(*flags, "--skip-bad", "--json")
     assert code == 0, stderr
     assert json.loads(stdout)["rows"] == 14 and json.loads(stdout)["counts"]["bad"] == 1
+    code, _, stderr = embed("index", *flags[1:3], home / "new", *flags[4:], "--block", 1)
+    assert code == 2 and "1 texts of earlier blocks were committed" in stderr
+
+
+def test_a_full_disk_is_said_without_flags_that_are_not_there(refused, tmp_path, monkeypatch):
+    (tmp_path / "t.csv").write_text("id,text,label\na,fine,x\n")
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(store, "_write_arrow", lambda *_: (_ for _ in ()).throw(full))
+    refused("index", tmp_path / "t.csv", "--index", "HOME/ix", "--id-column", "id", parts=("--index HOME/ix", "No space left", "same command"))
+
+
+def test_a_folder_that_is_no_index_is_refused_before_anything_is_read(refused, monkeypatch):
+    monkeypatch.setattr(encoding, "load", None)
+    refused("index", "HOME/nowhere.csv", "--index", "HOME", parts=("HOME", "holds other files"))
 
 
 def test_skip_bad_goes_on_and_counts(embed, home, tmp_path):

@@ -8,6 +8,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -325,6 +326,28 @@ def test_torchrun_gives_the_same_index(ok, sentences, tiny_embedder, cache_dir, 
 def test_a_mistake_under_torchrun_is_said_once(run_script, tmp_path):
     done = run_script("torchrun", "--nproc-per-node", "2", "embed_search.py", "index", "nowhere.csv", "--index", tmp_path / "ix", check=False)
     assert done.returncode != 0 and done.stderr.count("embed_search.py: error: nowhere.csv: no such file") == 1
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_to_one_of_two_processes_ends_both_and_leaves_the_index(number, code, tiny_embedder, cache_dir, tmp_path):
+    write_lines(tmp_path / "texts.txt", [text for text, _ in make_sentences(3000)])
+    flags = ["index", tmp_path / "texts.txt", "--model", tiny_embedder, "--cache-dir", cache_dir, "--device", "cpu", "--block", "64", "--index", tmp_path / "ix"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    main, other = (subprocess.Popen([sys.executable, ROOT / "embed_search.py", *flags], stderr=subprocess.PIPE, text=True,
+                                    env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2))
+    while not (tmp_path / "ix" / "manifest.json").exists() or not open_snapshot(tmp_path / "ix").num_rows:
+        time.sleep(0.02)
+    for process in (main, other) if number == signal.SIGINT else (main,):  # Ctrl-C reaches both, kill one
+        process.send_signal(number)
+    said, said_by_other = (process.communicate(timeout=120)[1] for process in (main, other))
+    assert (main.returncode, other.returncode) == (code, 1), said + said_by_other
+    assert "the same command goes on from there" in said and said_by_other.count("lost another process") == 1
+    assert "Traceback" not in said + said_by_other and "terminate" not in said + said_by_other
+    count = int(re.search(r"([\d,]+) texts of this run", said)[1].replace(",", ""))
+    assert 0 <= open_snapshot(tmp_path / "ix").num_rows - count <= 64
 
 
 FORKING_INDEXER = """
