@@ -223,11 +223,13 @@ def cluster(args, machine, screen):
     """Show clusters: sizes, marking words, the texts nearest to their centres."""
     with source(args, machine, screen) as (live, _):
         if args.num_clusters and args.num_clusters > len(live):
-            raise UserError(f"--num-clusters {args.num_clusters}: there are {len(live)} texts; use fewer clusters")
+            raise UserError(f"--num-clusters {args.num_clusters}: there are {len(live)} {live.unit}; use fewer clusters")
         if args.num_clusters:
             labels = clustering.k_means(live, args.num_clusters, block=args.block, seed=args.seed)
         else:
             labels = clustering.communities(live, args.threshold, min_size=args.min_size, block=args.block)
+        if labels.max(initial=-1) + 1 < (args.num_clusters or 0):
+            screen.say(f"only {labels.max() + 1} clusters, not {args.num_clusters}: the {live.unit} have no more different vectors")
         words = clustering.marking_words(live, labels, views.WORDS)
         views.show_clusters(screen, live, labels, words)
         if args.figure:

@@ -19,6 +19,7 @@ import pyarrow as pa
 from common.assets import sha256
 from common.durable import replace_file, sync_file
 from common.errors import UserError
+from common.search import sidecar
 from common.search.snapshot import (
     FORMAT,
     LOCK,
@@ -131,11 +132,12 @@ class Store:
         self.clean()
 
     def clean(self):
-        """Remove the files of older states and of crashed writers. A reader that has them open keeps them."""
+        """Remove the files and caches of older states and of crashed writers. A reader that has them open keeps them."""
         named = files(self.snapshot.manifest)
         for path in self.folder.iterdir():
             if path.name.startswith(("segment-", "deleted-", f"{MANIFEST}.")) and path.name not in named:
                 path.unlink()
+        sidecar.remove_stale(self.folder, self.snapshot.stamp)
 
 
 @contextlib.contextmanager

@@ -209,6 +209,26 @@ def test_chunks_are_found_with_their_document(ok, tmp_path):
     assert ok("delete", "--index", tmp_path / "ix", "long", "--json")["rows"] == 1
 
 
+def test_passages_of_one_document_are_no_pair_of_texts(ok, tmp_path):
+    long = " ".join(["the film was very good"] * 60)
+    rows = [{"id": "one", "text": long}, {"id": "two", "text": long + " on monday"}, {"id": "short", "text": "bad awful poor"}]
+    write_lines(tmp_path / "t.jsonl", [json.dumps(row) for row in rows])
+    ok("index", tmp_path / "t.jsonl", "--index", tmp_path / "ix", "--id-column", "id", "--chunk", "--chunk-overlap", 8)
+    pairs = ok("pairs", "--index", tmp_path / "ix", "--top-k", 50, "--json")["pairs"]
+    assert pairs and all(pair["first"]["id"] != pair["second"]["id"] for pair in pairs)
+    found = ok("duplicates", "--index", tmp_path / "ix", "--threshold", 0.9, "--json")
+    assert [[row["id"] for row in group] for group in found["groups"]] == [["one", "two"]]
+    shown = ok("duplicates", "--index", tmp_path / "ix", "--threshold", 0.9)
+    assert "1 groups of 2 texts" in shown and "pairs of passages" in shown
+    clusters = ok("cluster", "--index", tmp_path / "ix", "--num-clusters", 1, "--json")["clusters"]
+    assert sorted(clusters[0]["ids"]) == ["one", "short", "two"] and clusters[0]["size"] > 3
+
+
+def test_fewer_clusters_than_asked_for_are_said(ok, tmp_path):
+    shown = ok("cluster", write_lines(tmp_path / "t.txt", ["good film"] * 4), "--num-clusters", 3)
+    assert "only 1 clusters, not 3" in shown
+
+
 def test_the_prompt_answers_line_by_line(ok, sentences, tmp_path, monkeypatch):
     ok("index", sentences, "--index", tmp_path / "ix", "--id-column", "id")
     monkeypatch.setattr(sys, "stdin", io.StringIO("good film\nbad film\n\n"))
