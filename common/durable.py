@@ -54,6 +54,15 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]):
     sync_file(path)
 
 
+def tensors_sha256(tensors: dict[str, torch.Tensor]) -> str:
+    """Return a SHA-256 of the names, kinds, shapes and values of tensors, in their order, in hexadecimal."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def write_json(path: Path, value):
     """Write a JSON file and wait until the disk has it."""
     path.write_text(json.dumps(value) + "\n", encoding="utf-8")

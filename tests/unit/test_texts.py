@@ -1,8 +1,10 @@
 """Collections from every kind of source: the texts as they were written, the place of each bad one, and what --skip-bad leaves."""
 
+import functools
 import io
 import json
 import sys
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,6 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_encoding import CPU
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 from common.errors import UserError
 from common.search import passages, texts
@@ -108,6 +112,30 @@ def test_windows_cover_all_tokens_with_their_overlap(data):
     assert all(0 < last - first <= room or count == 0 for first, last in windows)
     for (first, last), (next_first, next_last) in zip(windows, windows[1:]):
         assert first < next_first <= last < next_last  # no gap, no window within another
+
+
+@functools.cache
+def byte_level_encoder(max_length: int):
+    """Return what passages know of an encoder: a byte-level BPE tokenizer, in which a word's token holds the space before it."""
+    texts = [f"the film was {word} and so very good, naïve 中文 🎉 n{number}" for number, word in enumerate(["fine", "poor", "grim"] * 40)]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 1), ("<s>", 0), trim_offsets=False, add_prefix_space=False)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="</s>", bos_token="<s>", eos_token="</s>")
+    return SimpleNamespace(tokenizer=fast, max_length=max_length, name="bpe", prompt=lambda role: "")
+
+
+@settings(max_examples=60, deadline=None)
+@given(words=st.lists(st.sampled_from(["the", "film", "naïve", "中文", "🎉", "x" * 70, "good,", "\n", "  ", "n17"]), min_size=30, max_size=150),
+       overlap=st.integers(0, 9))
+def test_passages_of_a_byte_level_tokenizer_lose_nothing(words, overlap):
+    """39 of 44 were longer than the model reads, and lost their ends."""
+    encoder, text = byte_level_encoder(14), " ".join(words)
+    (pieces,) = passages.split([text], encoder, overlap=overlap)
+    assert max(len(encoder.tokenizer(piece)["input_ids"]) for _, piece in pieces) <= 14
+    assert pieces[0][0] == 0 and pieces[-1][0] + len(pieces[-1][1]) == len(text) and all(text[start:].startswith(piece) for start, piece in pieces)
+    assert all(start < following <= start + len(piece) for (start, piece), (following, _) in zip(pieces, pieces[1:]))
 
 
 def test_passages_are_pieces_of_the_text_that_the_model_reads_whole(tiny_embedder):
