@@ -15,10 +15,8 @@ server, vectors of other makers, pictures.
 """
 
 import argparse
-import contextlib
 import signal
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -26,76 +24,22 @@ import numpy as np
 
 from common import cli, data, figures, runtime
 from common.errors import Interrupted, UserError
-from common.search import building, clustering, encoding, evaluation, flags, loading, mining, passages, projector, store, texts, views
+from common.search import building, clustering, encoding, evaluation, flags, inputs, mining, passages, projector, store, texts, views
 from common.search.display import Screen
 from common.search.filters import matching
 from common.search.ranking import Searcher
 from common.search.snapshot import MANIFEST, open_snapshot, read_manifest
-
-DEFAULT_MODEL = "bundled/all-MiniLM-L6-v2"
-LARGEST_MATRIX = 5_000  # texts whose matrix of similarities is shown or written
 
 
 def make_parser() -> cli.Parser:
     return flags.make_parser(__doc__)
 
 
-def load_encoder(args, machine, settings: dict | None = None) -> encoding.Encoder:
-    """Return the encoder that the flags ask for, by default that of an index with `settings`; refuses another one than the index's."""
-    settings = settings or {}
-    encoder = encoding.load(args.model or settings.get("model", DEFAULT_MODEL), machine, max_length=args.max_length or settings.get("max_length"),
-                            batch_tokens=args.batch_tokens, cache_dir=args.cache_dir)
-    if settings:
-        building.check_settings(args.index, encoder.identity(), settings)
-    return encoder
-
-
-def read_texts(args, id_column: str | None = None) -> texts.Collection:
-    """Return the collection that the flags name."""
-    return texts.read(args.texts, text_column=args.text_column, id_column=id_column, skip_bad=args.skip_bad, cache_dir=args.cache_dir)
-
-
-@contextlib.contextmanager
-def source(args, machine, screen):
-    """Give the live rows to look at, of the index or of an index made of the texts for this command, and a function that returns their encoder."""
-    if bool(args.texts) == bool(args.index):
-        raise UserError(f"{args.command}: name either texts or --index, not {'both' if args.texts else 'neither'}")
-    with tempfile.TemporaryDirectory() as folder:
-        if args.index:
-            snapshot = open_snapshot(args.index)
-            rows = chosen_rows(snapshot, args)
-            check_size(args, len(rows))
-            yield mining.Live(snapshot, rows), lambda: load_encoder(args, machine, snapshot.settings)
-        else:
-            collection = read_texts(args)
-            check_size(args, len(collection))
-            encoder = load_encoder(args, machine)
-            snapshot = building.temporary(collection, encoder, folder, block=args.block, role=None).store.snapshot
-            views.say_counts(screen, collection, encoder)
-            yield mining.Live(snapshot, chosen_rows(snapshot, args)), lambda: encoder
-
-
-def chosen_rows(snapshot, args) -> np.ndarray:
-    """Return the live rows for which --where holds. Raises UserError when there are fewer than the command needs."""
-    rows = np.flatnonzero(matching(snapshot, args.where))
-    needed = 2 if args.command in ("pairs", "duplicates", "cluster") else 1
-    if len(rows) < needed:
-        way_out = "widen --where" if args.where else "name more texts" if needed == 2 else "add some with: embed_search.py index"
-        raise UserError(f"{args.index or args.texts}: {len(rows)} texts, and {args.command} needs {'two' if needed == 2 else 'one'}; {way_out}")
-    return rows
-
-
-def check_size(args, count: int):
-    """Raise UserError when a matrix of similarities would be too large."""
-    if args.command == "similarity" and count > LARGEST_MATRIX:
-        raise UserError(f"similarity: {count:,} texts, and the matrix is made for {LARGEST_MATRIX:,} at most; use pairs, or index and search")
-
-
 def similarity(args, machine, screen):
     """Show the matrix of cosines, the most similar pairs, and each query's similarity to all texts."""
     for number, query in enumerate(args.query, start=1):
         texts.check_query(query, f"--query {number}")
-    with source(args, machine, screen) as (live, encoder):
+    with inputs.source(args, machine, screen) as (live, encoder):
         vectors = live.vectors(slice(None)).astype(np.float64)
         matrix = vectors @ vectors.T
         pairs = mining.best_pairs(live, args.top_k, block=args.block)
@@ -111,8 +55,8 @@ def index(args, machine, screen):
     store.check_place(Path(args.index), new=True)
     settings = read_manifest(Path(args.index))["settings"] if (Path(args.index) / MANIFEST).is_file() else None
     id_column = args.id_column or (settings and settings["id_column"])
-    collection = read_texts(args, id_column) if machine.world_size == 1 else None  # what is wrong with the texts is said before the model loads
-    encoder = load_encoder(args, machine, settings)
+    collection = inputs.read_texts(args, id_column) if machine.world_size == 1 else None  # what is wrong with the texts is said before the model loads
+    encoder = inputs.load_encoder(args, machine, settings)
     if not machine.is_main:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process: this one ends when it loses the main one
         encoder.follow()
@@ -133,7 +77,7 @@ def fill_index(args, screen, collection, encoder, wanted: dict):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     try:
-        collection = collection or read_texts(args, wanted["id_column"])
+        collection = collection or inputs.read_texts(args, wanted["id_column"])
         if wanted["chunk_overlap"] is not None:
             passages.room(encoder, wanted["chunk_overlap"])
         with store.writing(args.index, settings=wanted, wait=args.wait) as opened:
@@ -157,6 +101,9 @@ def delete(args, machine, screen):
     """Delete rows by their ids or by a condition."""
     if bool(args.ids) == bool(args.where):
         raise UserError("delete: name either ids or --where")
+    for number, key in enumerate(args.ids, start=1):
+        texts.check_query(key, f"id {number}")
+    unknown = []
     with store.writing(args.index, wait=args.wait) as opened:
         if args.where:
             rows = building.whole_documents(opened.snapshot, np.flatnonzero(matching(opened.snapshot, args.where)))
@@ -166,7 +113,7 @@ def delete(args, machine, screen):
                 raise UserError(f"--index {args.index}: no text with id {unknown[0]!r}; nothing is deleted; leave it out, or pass it over with --skip-bad")
         if len(rows):
             opened.commit(None, rows)
-        views.show_state(screen, opened.snapshot, deleted=len(rows))
+        views.show_state(screen, opened.snapshot, deleted=len(rows), unknown=len(unknown))
 
 
 def compact(args, machine, screen):
@@ -196,32 +143,27 @@ def make_searcher(args, machine, screen, snapshot) -> Searcher:
     """Return what searches a snapshot as the flags ask for."""
     if not snapshot.alive().any():
         raise UserError(f"--index {args.index}: it has no rows; add some with: embed_search.py index TEXTS --index {args.index}")
-    mask, encoder = matching(snapshot, args.where), load_encoder(args, machine, snapshot.settings)
-    return Searcher(snapshot, encoder, mask, approximate=args.approximate, hybrid=args.hybrid, reranker=load_reranker(args, machine),
+    mask, encoder = matching(snapshot, args.where), inputs.load_encoder(args, machine, snapshot.settings)
+    return Searcher(snapshot, encoder, mask, approximate=args.approximate, hybrid=args.hybrid, reranker=inputs.load_reranker(args, machine),
                     rerank_depth=args.rerank_depth, say=screen.say)
-
-
-def load_reranker(args, machine):
-    """Return the cross-encoder that the flags name, None without one."""
-    return loading.load_reranker(args.rerank, cache_dir=args.cache_dir, device=machine.device) if args.rerank else None
 
 
 def pairs(args, machine, screen):
     """Show the most similar pairs."""
-    with source(args, machine, screen) as (live, _):
+    with inputs.source(args, machine, screen) as (live, _):
         views.show_pairs(screen, live, mining.best_pairs(live, args.top_k, block=args.block))
 
 
 def duplicates(args, machine, screen):
     """Show groups of texts joined by pairs above the threshold."""
-    with source(args, machine, screen) as (live, _), views.open_output(args.pairs_file) as file:
+    with inputs.source(args, machine, screen) as (live, _), views.open_output(args.pairs_file) as file:
         groups, kept = views.collect_groups(live, mining.similar_pairs(live, args.threshold, block=args.block), file, keep=screen.as_json)
         views.show_groups(screen, live, groups, kept, threshold=args.threshold)
 
 
 def cluster(args, machine, screen):
     """Show clusters: sizes, marking words, the texts nearest to their centres."""
-    with source(args, machine, screen) as (live, _):
+    with inputs.source(args, machine, screen) as (live, _):
         if args.num_clusters and args.num_clusters > len(live):
             raise UserError(f"--num-clusters {args.num_clusters}: there are {len(live)} {live.unit}; use fewer clusters")
         if args.num_clusters:
@@ -238,51 +180,23 @@ def cluster(args, machine, screen):
             views.save_figure(figures.cluster_map(points, labels[places], names), args.figure, screen)
 
 
-def read_task(args) -> tuple[evaluation.Task, texts.Collection | None]:
-    """Return the task that the flags name and its documents, None where an index has them."""
-    index = getattr(args, "index", None)
-    if bool(args.queries) != bool(args.qrels):
-        raise UserError("--queries and --qrels: each needs the other")
-    if not args.queries and (args.texts or index):
-        raise UserError(f"{'--texts' if args.texts else '--index'} {args.texts or index}: say with --queries and --qrels what is to be found there; "
-                        "the bundled task, which is scored without them, has texts of its own")
-    if not args.queries:
-        return evaluation.bundled_task("bundled/bbc-news")
-    if bool(args.texts) == bool(index):
-        raise UserError("--queries and --qrels: name the documents with --texts or --index")
-    return evaluation.read_task(args.queries, args.qrels), read_texts(args, args.id_column) if args.texts else None
-
-
-@contextlib.contextmanager
-def retrieval_task(args, machine, screen, encoder=None):
-    """Give the task that the flags name, a snapshot to search, its encoder, and the seconds that encoding took."""
-    task, collection = read_task(args)
-    with tempfile.TemporaryDirectory() as folder:
-        if collection is None:
-            snapshot, seconds = open_snapshot(args.index), None
-        else:
-            encoder, started = encoder or load_encoder(args, machine), time.perf_counter()
-            id_column = args.id_column if args.texts else evaluation.BUNDLED_IDS
-            snapshot = building.temporary(collection, encoder, folder, block=args.block, id_column=id_column).store.snapshot
-            seconds = time.perf_counter() - started
-            views.say_counts(screen, collection, encoder)
-        evaluation.check_documents(task, snapshot, screen.say)
-        yield task, snapshot, encoder or load_encoder(args, machine, snapshot.settings), seconds
-
-
 def evaluate(args, machine, screen):
     """Score a search, or sentence pairs."""
+    if args.sts and (args.queries or args.qrels or args.texts or args.index or args.rerank):
+        raise UserError("--sts: it is a task of its own; leave --queries, --qrels, --texts, --index and --rerank out")
     if args.sts:
-        encoder = load_encoder(args, machine)
+        encoder = inputs.load_encoder(args, machine)
         views.show_sts(screen, args.sts, evaluation.sts_score(encoder, args.sts, args.columns, block=args.block, cache_dir=args.cache_dir))
         return
-    with retrieval_task(args, machine, screen) as (task, snapshot, encoder, _):
+    with inputs.retrieval_task(args, machine, screen) as (task, snapshot, encoder, _):
         searcher = Searcher(snapshot, encoder, snapshot.alive(), rerank_depth=args.rerank_depth, say=screen.say)
-        views.show_scores(screen, task, evaluation.score_modes(searcher, task, reranker=load_reranker(args, machine)))
+        views.show_scores(screen, task, evaluation.score_modes(searcher, task, reranker=inputs.load_reranker(args, machine)))
 
 
 def compare_models(args, machine, screen):
     """Score several models and compare their speed and size."""
+    if args.model:
+        raise UserError(f"--model {args.model}: compare-models takes its models without a flag; leave --model out")
     lines = []
     for name in args.models:
         encoder = encoding.load(name, machine, max_length=args.max_length, batch_tokens=args.batch_tokens, cache_dir=args.cache_dir)
@@ -290,7 +204,7 @@ def compare_models(args, machine, screen):
         if args.sts:
             line |= evaluation.sts_score(encoder, args.sts, args.columns, block=args.block, cache_dir=args.cache_dir)
         else:
-            with retrieval_task(args, machine, screen, encoder) as (task, snapshot, _, seconds):
+            with inputs.retrieval_task(args, machine, screen, encoder) as (task, snapshot, _, seconds):
                 line["texts_per_second"] = snapshot.num_rows / seconds
                 line |= evaluation.score_mode(Searcher(snapshot, encoder, snapshot.alive(), say=screen.say), task, {})
         lines.append(line)
@@ -300,7 +214,7 @@ def compare_models(args, machine, screen):
 def project(args, machine, screen):
     """Write an index for TensorBoard's projector."""
     snapshot = open_snapshot(args.index)
-    rows = chosen_rows(snapshot, args)
+    rows = inputs.chosen_rows(snapshot, args)
     count = projector.write(snapshot, rows, args.output_dir, most=args.max_points)
     views.show_projection(screen, count, len(rows), args.output_dir)
 

@@ -54,13 +54,14 @@ def check_settings(index: str, wanted: dict, settings: dict):
     for name, flag in CHECKED.items():
         if name in wanted and wanted[name] != settings[name]:
             was, now = (_in_words(name, one) for one in (settings, wanted))
-            raise UserError(f"--index {index}: it was made {was}, not {now}: their vectors or rows can't be compared; give the same {flag}, or another --index")
+            raise UserError(f"--index {index}: it was made {was}, not {now}: their vectors or rows can't be compared; "
+                            f"give the same {flag}, or another --index")
 
 
 def _in_words(name: str, settings: dict) -> str:
-    if settings[name] is None:  # an index of whole texts, or of texts without ids
-        return f"without {CHECKED[name].split()[0]}"
-    return f"with {name} " + (f"{settings['model']} ({settings[name][:12]})" if name == "fingerprint" else str(settings[name]))
+    """Return a setting as it stands in "it was made ..."; None is that of an index of whole texts, or of texts without ids."""
+    value = f"{settings['model']} ({settings[name][:12]})" if name == "fingerprint" else settings[name]
+    return f"without {CHECKED[name].split()[0]}" if value is None else f"with {name} {value}"
 
 
 @dataclass(frozen=True)

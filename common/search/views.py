@@ -56,7 +56,7 @@ def say_counts(screen: Screen, collection: texts.Collection, encoder):
 def say_bad(screen: Screen, collection: texts.Collection):
     """Say how many rows were passed over, and which was the first."""
     if collection.bad:
-        row, reason = next(iter(collection.bad.items()))
+        row, reason = min(collection.bad.items())
         screen.say(f"         {len(collection.bad):,} passed over; the first: {collection.place(row)}: {reason}")
 
 
@@ -111,7 +111,7 @@ def show_state(screen: Screen, snapshot: Snapshot, **more):
     """Say what is in an index."""
     live = int(snapshot.alive().sum())
     if "deleted" in more:
-        screen.say(f"deleted  {more['deleted']:,} rows")
+        screen.say(f"deleted  {more['deleted']:,} rows" + (f"; {more['unknown']:,} ids are not there" if more["unknown"] else ""))
     screen.say(f"index    {snapshot.folder}: {live:,} rows, {snapshot.num_rows - live:,} deleted ones, {len(snapshot.segments):,} files, "
                f"{snapshot.width} dimensions, {snapshot.settings['model']}")
     screen.document({"index": str(snapshot.folder), "rows": live, "deleted_rows": snapshot.num_rows - live, "files": len(snapshot.segments),

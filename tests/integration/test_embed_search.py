@@ -19,6 +19,7 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 from sentence_transformers import CrossEncoder, SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from transformers import BertConfig, BertForSequenceClassification
 
 from common.search.snapshot import ID, TEXT, open_snapshot
@@ -92,6 +93,7 @@ def test_an_index_over_its_life(ok, embed, sentences, tmp_path):
     updated = ok("index", sentences, *index, "--update", "--json")
     assert (updated["counts"]["added"], updated["counts"]["updated"], updated["counts"]["encoded"], updated["deleted_rows"]) == (1, 1, 2, 1)
     assert ok("delete", *index, "s5", "s6", "--json")["rows"] == 59
+    assert "deleted  0 rows; 2 ids are not there" in ok("delete", *index, "s5", "s6", "--skip-bad")
     assert ok("delete", *index, "--where", "n between 10 and 19", "--json")["rows"] == 49
     compacted = ok("compact", *index, "--json")
     assert (compacted["rows"], compacted["deleted_rows"], compacted["files"]) == (49, 0, 1)
@@ -222,6 +224,23 @@ def test_passages_of_one_document_are_no_pair_of_texts(ok, tmp_path):
     assert "1 groups of 2 texts" in shown and "pairs of passages" in shown
     clusters = ok("cluster", "--index", tmp_path / "ix", "--num-clusters", 1, "--json")["clusters"]
     assert sorted(clusters[0]["ids"]) == ["one", "short", "two"] and clusters[0]["size"] > 3
+
+
+def test_ids_that_look_like_formulas_are_drawn_as_they_are(ok, tmp_path):
+    write_lines(tmp_path / "t.csv", ["id,text", "$x_{$,good film", "a$\\frac$,bad film"])
+    ok("index", tmp_path / "t.csv", "--index", tmp_path / "ix", "--id-column", "id")
+    ok("similarity", "--index", tmp_path / "ix", "--figure", tmp_path / "map.png")
+    assert (tmp_path / "map.png").stat().st_size > 1000
+
+
+def test_the_same_text_has_the_cosine_1_with_itself_whatever_the_prompts(ok, tiny_model, tmp_path):
+    modules = [Transformer(str(tiny_model), max_seq_length=64), Pooling(32)]
+    SentenceTransformer(modules=modules, device="cpu", prompts={"query": "what: ", "document": "story: "}).save(str(tmp_path / "model"))
+    write_lines(tmp_path / "t.txt", ["good film", "bad story"])
+    ok("index", tmp_path / "t.txt", "--index", tmp_path / "ix", "--model", tmp_path / "model")
+    for source in ((tmp_path / "t.txt",), ("--index", tmp_path / "ix")):
+        found = ok("similarity", *source, "--model", tmp_path / "model", "--query", "good film", "--json")
+        assert found["queries"][0]["similarities"][0]["similarity"] == pytest.approx(1, abs=1e-6)
 
 
 def test_fewer_clusters_than_asked_for_are_said(ok, tmp_path):
