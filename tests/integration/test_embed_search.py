@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,7 +23,7 @@ from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from transformers import BertConfig, BertForSequenceClassification
 
-from common.search.snapshot import ID, TEXT, open_snapshot
+from common.search.snapshot import ID, TEXT, files, open_snapshot, read_manifest
 from conftest import ROOT, make_sentences, train_wordpiece
 from hub_server import HubServer
 
@@ -146,6 +147,17 @@ def test_hybrid_is_reciprocal_rank_fusion_of_both(ok, tmp_path):
     scores = {text: 1 / (61 + dense.index(text)) + (1 / 61 if text in sparse else 0) for text in DOCUMENTS}
     assert [hit["text"] for hit in found] == sorted(DOCUMENTS, key=lambda text: -scores[text])
     assert found[0]["score"] == pytest.approx(scores[found[0]["text"]])
+
+
+def test_hybrid_fuses_several_keyword_hits_by_their_ranks(ok, tmp_path):
+    """Of texts of equal length BM25 puts those first that have the word more often."""
+    texts = ["film film film the", "film film was the", "film was and the", "story was and the", "actors was and the"]
+    ok("index", write_lines(tmp_path / "t.txt", texts), "--index", tmp_path / "ix")
+    dense = [hit["text"] for hit in ok("search", "--index", tmp_path / "ix", "film", "--json")["queries"][0]["hits"]]
+    found = ok("search", "--index", tmp_path / "ix", "film", "--hybrid", "--json")["queries"][0]["hits"]
+    scores = {text: 1 / (61 + dense.index(text)) + (1 / (61 + rank) if rank < 3 else 0) for rank, text in enumerate(texts)}
+    assert [hit["text"] for hit in found] == sorted(texts, key=lambda text: (-scores[text], texts.index(text)))
+    assert [hit["score"] for hit in found] == pytest.approx(sorted(scores.values(), reverse=True))
 
 
 def test_texts_without_words_and_filters_that_leave_few_rows(ok, sentences, tmp_path):
@@ -390,14 +402,26 @@ def test_a_signal_to_one_of_two_processes_ends_both_and_leaves_the_index(number,
 
 
 FORKING_INDEXER = """
-import json, os, sys
+import json, os, signal, sys
 import embed_search
 from common import cli
-for line in sys.stdin:  # each line is a command line; answers with the number of the process that runs it, then with how it ended
+
+def kill_at(event: int, folder: str):  # the how manieth file of a folder that is opened, renamed or removed
+    left = [event]
+    def audit(name, arguments):
+        if name in ("open", "os.rename", "os.remove") and str(arguments[0]).startswith(folder):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(audit)
+
+for line in sys.stdin:  # each line is a command line and when it dies; answers with the number of the process that runs it, then with how it ended
+    job = json.loads(line)
     child = os.fork()
     if child == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        cli.run(embed_search.make_parser(), embed_search.main, json.loads(line))
+        kill_at(job.get("event", 0), job.get("folder", ""))
+        cli.run(embed_search.make_parser(), embed_search.main, job["command"])
         os._exit(0)
     print(child, flush=True)
     print(os.waitpid(child, 0)[1], flush=True)
@@ -414,7 +438,7 @@ def kill_at_random_moments(times: int, tiny_embedder, cache_dir, tmp_path, seed:
     with subprocess.Popen([sys.executable, "-c", FORKING_INDEXER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
                           env={**os.environ, "OMP_NUM_THREADS": "1"}) as runner:
         def start(name: str) -> int:
-            print(json.dumps([*command, "--index", str(tmp_path / name)]), file=runner.stdin, flush=True)
+            print(json.dumps({"command": [*command, "--index", str(tmp_path / name)]}), file=runner.stdin, flush=True)
             return int(runner.stdout.readline())
 
         for name in ("warm-up", "whole"):
@@ -464,8 +488,74 @@ def test_thirty_kills_lose_nothing(tiny_embedder, cache_dir, tmp_path):
     kill_at_random_moments(30, tiny_embedder, cache_dir, tmp_path, seed=1)
 
 
+WRITERS = {"update": ["--update", "--block", "4"], "delete": ["s1", "s2", "s9", "s17", "--skip-bad"], "compact": []}
+
+
+def kill_at_events(events, command: str, tiny_embedder, cache_dir, tmp_path):
+    """Kill a command at the given events: each row is as it was or as it is to be, and the same command ends in the same rows and files."""
+    texts = [text for text, _ in make_sentences(20)]
+    for name, mark in (("old", ""), ("new", " monday")):
+        write_lines(tmp_path / f"{name}.csv", ["id,text", *(f"s{number},{text}{mark if number % 3 == 0 else ''}" for number, text in enumerate(texts))])
+    model = ["--id-column", "id", "--model", str(tiny_embedder), "--cache-dir", str(cache_dir), "--precision", "fp32", "--device", "cpu"]
+    commands = {"update": ["index", str(tmp_path / "new.csv"), *model], "delete": ["delete"], "compact": ["compact"]}
+    with subprocess.Popen([sys.executable, "-c", FORKING_INDEXER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}) as runner:
+        def run(folder: Path, *flags: str, event: int = 0) -> int:
+            print(json.dumps({"command": [*flags, "--index", str(folder)], "event": event, "folder": str(folder)}), file=runner.stdin, flush=True)
+            runner.stdout.readline()
+            return int(runner.stdout.readline())
+
+        assert run(tmp_path / "start", "index", str(tmp_path / "old.csv"), *model, "--block", "3") == 0
+        assert run(tmp_path / "start", "delete", "s4") == 0
+        before, kills = rows_by_id(tmp_path / "start"), 0
+        shutil.copytree(tmp_path / "start", tmp_path / "whole")
+        assert run(tmp_path / "whole", *commands[command], *WRITERS[command]) == 0
+        after = rows_by_id(tmp_path / "whole")
+        for event in events:
+            folder = tmp_path / f"killed-{event}"
+            shutil.copytree(tmp_path / "start", folder)
+            if run(folder, *commands[command], *WRITERS[command], event=event) == 0:
+                break  # it has fewer events
+            kills, found = kills + 1, rows_by_id(folder)
+            if command == "update":
+                assert found.keys() - {"s4"} == before.keys() and all(row in (before.get(key), after[key]) for key, row in found.items())
+            else:
+                assert found in (before, after)
+            assert run(folder, *commands[command], *WRITERS[command]) == 0 and rows_by_id(folder) == after
+            assert {path.name for path in folder.iterdir()} == {*files(read_manifest(folder)), "manifest.json", ".lock"}
+        runner.stdin.close()
+    return kills
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forked")
+@pytest.mark.parametrize("command, events", [("update", (17, 44)), ("delete", (12, 17, 20)), ("compact", (12, 14, 17))])
+def test_kills_of_every_writer_lose_nothing(command, events, tiny_embedder, cache_dir, tmp_path):
+    assert kill_at_events(events, command, tiny_embedder, cache_dir, tmp_path) == len(events)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forked")
+@pytest.mark.parametrize("command, least", [("update", 60), ("delete", 15), ("compact", 15)])
+def test_kills_of_every_writer_at_every_event_lose_nothing(command, least, tiny_embedder, cache_dir, tmp_path):
+    assert kill_at_events(range(1, 1000), command, tiny_embedder, cache_dir, tmp_path) >= least
+
+
+def test_two_processes_make_one_index(tiny_embedder, cache_dir, tmp_path):
+    """Both find no index, both make one: the second waits and adds to what the first made."""
+    texts = [text for text, _ in make_sentences(60)]
+    flags = ["--model", tiny_embedder, "--cache-dir", cache_dir, "--device", "cpu", "--block", "4", "--index", tmp_path / "ix", "--wait", "100"]
+    for name, own in (("a", texts[:40]), ("b", texts[20:])):
+        write_lines(tmp_path / f"{name}.txt", own)
+    both = [subprocess.Popen([sys.executable, ROOT / "embed_search.py", "index", tmp_path / f"{name}.txt", *flags], stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}) for name in "ab"]
+    ends = [(process.communicate(timeout=200), process.returncode) for process in both]
+    assert [code for _, code in ends] == [0, 0], ends
+    assert sorted(text for text, _ in rows_by_id(tmp_path / "ix").values()) == sorted(texts)
+
+
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_index_says_how_to_go_on(number, code, tiny_embedder, cache_dir, tmp_path):
+def test_an_interrupted_index_says_how_to_go_on(number, code, tiny_embedder, cache_dir, embed, tmp_path):
     write_lines(tmp_path / "texts.txt", [text for text, _ in make_sentences(3000)])
     flags = ["index", tmp_path / "texts.txt", "--model", tiny_embedder, "--cache-dir", cache_dir, "--device", "cpu", "--block", "4", "--index", tmp_path / "ix"]
     with subprocess.Popen([sys.executable, ROOT / "embed_search.py", *flags], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -476,4 +566,9 @@ def test_an_interrupted_index_says_how_to_go_on(number, code, tiny_embedder, cac
         _, stderr = process.communicate(timeout=60)
     assert process.returncode == code and "the same command goes on from there" in stderr and "Traceback" not in stderr
     said = int(re.search(r"([\d,]+) texts of this run", stderr)[1].replace(",", ""))
-    assert 0 <= open_snapshot(tmp_path / "ix").num_rows - said <= 4  # a block may have been committed and not yet counted
+    committed = rows_by_id(tmp_path / "ix")
+    assert 0 <= len(committed) - said <= 4  # a block may have been committed and not yet counted
+    code, stdout, _ = embed("index", *flags[1:6], "--index", tmp_path / "ix", "--block", 1000, "--json")  # goes on from there
+    counts, whole = json.loads(stdout)["counts"], rows_by_id(tmp_path / "ix")
+    assert code == 0 and (counts["unchanged"], counts["added"], len(whole)) == (len(committed), 3000 - len(committed), 3000)
+    assert committed.items() <= whole.items()

@@ -10,6 +10,7 @@ from test_kernel import unit
 from test_store import collection, numbered
 
 from common.search import building, clustering, mining, store
+from common.search.display import level
 
 
 @pytest.fixture(params=[0, 1, 2])
@@ -78,6 +79,22 @@ def components(count: int, pairs: set) -> list[list[int]]:
         seen |= members
         found += [sorted(members)] if len(members) > 1 else []
     return sorted(found, key=lambda group: (-len(group), group[0]))
+
+
+def test_no_more_than_a_block_of_vectors_is_read_at_once(live, monkeypatch):
+    rows, _ = live
+    sizes, read = [], rows.snapshot.vectors_of
+    monkeypatch.setattr(mining, "RESCORED", 16)
+    rows.snapshot.__dict__["vectors_of"] = lambda wanted: (sizes.append(len(wanted)), read(wanted))[1]
+    mining.best_pairs(rows, 50, block=16)
+    assert sum(len(left) for left, _, _ in mining.similar_pairs(rows, 0.5, block=16)) > 500
+    clustering.num_neighbours(rows, 0.5, block=16)
+    assert max(sizes) == 16 and sum(sizes) > 10 * len(rows)
+
+
+@pytest.mark.parametrize("similarity, word", [(0.7, "moderate"), (np.nextafter(0.7, 1), "high"), (0.4, "moderate"), (np.nextafter(0.4, 0), "low"), (-1, "low")])
+def test_the_words_for_similarity_change_at_0_7_and_0_4(similarity, word):
+    assert level(similarity) == word
 
 
 @pytest.mark.parametrize("step", [0, 1])
