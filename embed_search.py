@@ -15,87 +15,36 @@ server, vectors of other makers, pictures.
 """
 
 import argparse
-import contextlib
-import dataclasses
 import signal
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 
 from common import cli, data, figures, runtime
-from common.errors import UserError
-from common.search import building, clustering, encoding, evaluation, flags, loading, mining, passages, projector, store, texts, views
+from common.errors import Interrupted, UserError
+from common.search import building, clustering, encoding, evaluation, flags, inputs, mining, passages, projector, store, texts, views
 from common.search.display import Screen
 from common.search.filters import matching
 from common.search.ranking import Searcher
 from common.search.snapshot import MANIFEST, open_snapshot, read_manifest
-
-DEFAULT_MODEL = "bundled/all-MiniLM-L6-v2"
-LARGEST_MATRIX = 5_000  # texts whose matrix of similarities is shown or written
 
 
 def make_parser() -> cli.Parser:
     return flags.make_parser(__doc__)
 
 
-def load_encoder(args, machine, settings: dict | None = None) -> encoding.Encoder:
-    """Return the encoder that the flags ask for, by default that of an index with `settings`; refuses another one than the index's."""
-    settings = settings or {}
-    encoder = encoding.load(args.model or settings.get("model", DEFAULT_MODEL), machine, max_length=args.max_length or settings.get("max_length"),
-                            batch_tokens=args.batch_tokens, cache_dir=args.cache_dir)
-    if settings:
-        building.check_settings(args.index, encoder.identity(), settings)
-    return encoder
-
-
-def read_texts(args, id_column: str | None = None) -> texts.Collection:
-    """Return the collection that the flags name."""
-    return texts.read(args.texts, text_column=args.text_column, id_column=id_column, skip_bad=args.skip_bad, cache_dir=args.cache_dir)
-
-
-@contextlib.contextmanager
-def source(args, machine, screen):
-    """Give the live rows to look at, of the index or of an index made of the texts for this command, and a function for their encoder."""
-    if bool(args.texts) == bool(args.index):
-        raise UserError(f"{args.command}: name either texts or --index, not {'both' if args.texts else 'neither'}")
-    with tempfile.TemporaryDirectory() as folder:
-        if args.index:
-            snapshot = open_snapshot(args.index)
-            encoder = None
-        else:
-            collection = read_texts(args)
-            check_size(args, len(collection))
-            encoder = load_encoder(args, machine)
-            snapshot = building.temporary(collection, encoder, folder, block=args.block).store.snapshot
-            views.say_counts(screen, collection, encoder)
-        rows = np.flatnonzero(matching(snapshot, args.where))
-        check_size(args, len(rows) if args.index else 0)
-        if len(rows) < 2 - (args.command == "similarity"):
-            raise UserError(f"{args.index or args.texts}: {len(rows)} texts to compare; {args.command} needs two" + (": widen --where" if args.where else ""))
-        yield mining.Live(snapshot, rows), encoder or (lambda: load_encoder(args, machine, snapshot.settings))
-
-
-def check_size(args, count: int):
-    """Raise UserError when a matrix of similarities would be too large."""
-    if args.command == "similarity" and count > LARGEST_MATRIX:
-        raise UserError(f"similarity: {count:,} texts, and the matrix is made for {LARGEST_MATRIX:,} at most; use pairs, or index and search")
-
-
 def similarity(args, machine, screen):
     """Show the matrix of cosines, the most similar pairs, and each query's similarity to all texts."""
     for number, query in enumerate(args.query, start=1):
         texts.check_query(query, f"--query {number}")
-    with source(args, machine, screen) as (live, encoder):
+    with inputs.source(args, machine, screen) as (live, encoder):
         vectors = live.vectors(slice(None)).astype(np.float64)
         matrix = vectors @ vectors.T
         pairs = mining.best_pairs(live, args.top_k, block=args.block)
-        found = []
-        if args.query:
-            encoder = encoder if isinstance(encoder, encoding.Encoder) else encoder()
-            found = encoder.encode_unit(args.query).astype(np.float64) @ vectors.T
+        role = "document" if args.index else None  # as the texts are encoded, so that the same text has the cosine 1
+        found = encoder().encode_unit(args.query, role=role).astype(np.float64) @ vectors.T if args.query else []
         views.show_similarity(screen, live, matrix, pairs, list(zip(args.query, found)))
         if args.figure:
             views.save_figure(figures.similarity_map(matrix, views.labels(live)), args.figure, screen)
@@ -103,40 +52,58 @@ def similarity(args, machine, screen):
 
 def index(args, machine, screen):
     """Build or extend an index, block by block; under torchrun the main process reads and writes, all encode."""
+    store.check_place(Path(args.index), new=True)
     settings = read_manifest(Path(args.index))["settings"] if (Path(args.index) / MANIFEST).is_file() else None
     id_column = args.id_column or (settings and settings["id_column"])
-    collection = read_texts(args, id_column) if machine.world_size == 1 else None  # what is wrong with the texts is said before the model loads
-    encoder = load_encoder(args, machine, settings)
+    collection = inputs.read_texts(args, id_column) if machine.world_size == 1 else None  # what is wrong with the texts is said before the model loads
+    encoder = inputs.load_encoder(args, machine, settings)
     if not machine.is_main:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process: this one ends when it loses the main one
         encoder.follow()
         return
-    overlap = args.chunk_overlap if args.chunk_overlap is not None else flags.DEFAULT_OVERLAP if args.chunk else None
+    overlap = args.chunk_overlap if args.chunk_overlap is not None else flags.DEFAULT_OVERLAP if args.chunk else settings and settings["chunk_overlap"]
     wanted = building.settings_of(encoder, id_column=id_column, chunk_overlap=overlap)
-    if settings and overlap is None:
-        wanted["chunk_overlap"] = settings["chunk_overlap"]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    started, builder = time.perf_counter(), None
     try:
-        collection = collection or read_texts(args, id_column)
-        if overlap is not None:
-            passages.room(encoder, overlap)
+        fill_index(args, screen, collection, encoder, wanted)
+    except UserError:
+        encoder.release()
+        raise
+    encoder.release()  # not after a signal: the other processes may be in the midst of a block, and wait for its vectors
+
+
+def fill_index(args, screen, collection, encoder, wanted: dict):
+    """Bring the texts into the index. A signal ends it at once: what is committed is there."""
+    started, builder = time.perf_counter(), None
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    try:
+        collection = collection or inputs.read_texts(args, wanted["id_column"])
+        if wanted["chunk_overlap"] is not None:
+            passages.room(encoder, wanted["chunk_overlap"])
         with store.writing(args.index, settings=wanted, wait=args.wait) as opened:
             building.check_settings(args.index, wanted, opened.snapshot.settings)
             builder = building.Builder(opened, encoder, update=args.update, skip_bad=args.skip_bad)
             building.fill(builder, collection, block=args.block)
             views.show_index(screen, builder, collection, seconds=time.perf_counter() - started)
-    except (KeyboardInterrupt, SystemExit):
-        done = builder.counts.added + builder.counts.updated if builder else 0
-        print(f"\n{done:,} texts of this run are in {args.index}; the same command goes on from there", file=sys.stderr)
-        raise
-    finally:
-        encoder.release()
+    except SystemExit as stopped:
+        done = builder.counts.committed if builder else 0
+        raise Interrupted(f"stopped; {done:,} texts of this run are in {args.index}; the same command goes on from there", stopped.code) from None
+
+
+def stop(number: int, _):
+    """End by a signal, and by one only: torchrun sends a second."""
+    for other in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(other, signal.SIG_IGN)
+    sys.exit(128 + number)
 
 
 def delete(args, machine, screen):
     """Delete rows by their ids or by a condition."""
     if bool(args.ids) == bool(args.where):
         raise UserError("delete: name either ids or --where")
+    for number, key in enumerate(args.ids, start=1):
+        texts.check_query(key, f"id {number}")
+    unknown = []
     with store.writing(args.index, wait=args.wait) as opened:
         if args.where:
             rows = building.whole_documents(opened.snapshot, np.flatnonzero(matching(opened.snapshot, args.where)))
@@ -146,7 +113,7 @@ def delete(args, machine, screen):
                 raise UserError(f"--index {args.index}: no text with id {unknown[0]!r}; nothing is deleted; leave it out, or pass it over with --skip-bad")
         if len(rows):
             opened.commit(None, rows)
-        views.show_state(screen, opened.snapshot, deleted=len(rows))
+        views.show_state(screen, opened.snapshot, deleted=len(rows), unknown=len(unknown))
 
 
 def compact(args, machine, screen):
@@ -163,7 +130,7 @@ def search(args, machine, screen):
     queries = data.read_lines(args.queries_file) if args.queries_file else args.queries
     for number, query in enumerate(queries, start=1):
         texts.check_query(query, f"{args.queries_file}, line {number}" if args.queries_file else f"query {number}")
-    searcher = make_searcher(args, machine, screen, open_snapshot(args.index), allowed=args.where)
+    searcher = make_searcher(args, machine, screen, open_snapshot(args.index))
     if queries:
         views.show_hits(screen, searcher, queries, searcher.search(queries, args.top_k))
         if searcher.encoder.num_cut:
@@ -172,39 +139,39 @@ def search(args, machine, screen):
         views.prompt(screen, searcher, args.top_k)
 
 
-def make_searcher(args, machine, screen, snapshot, *, encoder=None, allowed: str | None = None) -> Searcher:
+def make_searcher(args, machine, screen, snapshot) -> Searcher:
     """Return what searches a snapshot as the flags ask for."""
-    mask = matching(snapshot, allowed)
     if not snapshot.alive().any():
         raise UserError(f"--index {args.index}: it has no rows; add some with: embed_search.py index TEXTS --index {args.index}")
-    encoder = encoder or load_encoder(args, machine, snapshot.settings)
-    reranker = loading.load_reranker(args.rerank, cache_dir=args.cache_dir, device=machine.device) if args.rerank else None
-    return Searcher(snapshot, encoder, mask, approximate=getattr(args, "approximate", False), hybrid=getattr(args, "hybrid", False),
-                    reranker=reranker, rerank_depth=args.rerank_depth, say=screen.say)
+    mask, encoder = matching(snapshot, args.where), inputs.load_encoder(args, machine, snapshot.settings)
+    return Searcher(snapshot, encoder, mask, approximate=args.approximate, hybrid=args.hybrid, reranker=inputs.load_reranker(args, machine),
+                    rerank_depth=args.rerank_depth, say=screen.say)
 
 
 def pairs(args, machine, screen):
     """Show the most similar pairs."""
-    with source(args, machine, screen) as (live, _):
+    with inputs.source(args, machine, screen) as (live, _):
         views.show_pairs(screen, live, mining.best_pairs(live, args.top_k, block=args.block))
 
 
 def duplicates(args, machine, screen):
     """Show groups of texts joined by pairs above the threshold."""
-    with source(args, machine, screen) as (live, _), views.open_output(args.pairs_file) as file:
+    with inputs.source(args, machine, screen) as (live, _), views.open_output(args.pairs_file) as file:
         groups, kept = views.collect_groups(live, mining.similar_pairs(live, args.threshold, block=args.block), file, keep=screen.as_json)
         views.show_groups(screen, live, groups, kept, threshold=args.threshold)
 
 
 def cluster(args, machine, screen):
     """Show clusters: sizes, marking words, the texts nearest to their centres."""
-    with source(args, machine, screen) as (live, _):
+    with inputs.source(args, machine, screen) as (live, _):
         if args.num_clusters and args.num_clusters > len(live):
-            raise UserError(f"--num-clusters {args.num_clusters}: there are {len(live)} texts; use fewer clusters")
+            raise UserError(f"--num-clusters {args.num_clusters}: there are {len(live)} {live.unit}; use fewer clusters")
         if args.num_clusters:
             labels = clustering.k_means(live, args.num_clusters, block=args.block, seed=args.seed)
         else:
             labels = clustering.communities(live, args.threshold, min_size=args.min_size, block=args.block)
+        if labels.max(initial=-1) + 1 < (args.num_clusters or 0):
+            screen.say(f"only {labels.max() + 1} clusters, not {args.num_clusters}: the {live.unit} have no more different vectors")
         words = clustering.marking_words(live, labels, views.WORDS)
         views.show_clusters(screen, live, labels, words)
         if args.figure:
@@ -213,49 +180,31 @@ def cluster(args, machine, screen):
             views.save_figure(figures.cluster_map(points, labels[places], names), args.figure, screen)
 
 
-@contextlib.contextmanager
-def retrieval_task(args, machine, screen, encoder):
-    """Give the task that the flags name, a snapshot to search, its encoder, and the seconds that encoding took."""
-    if bool(args.queries) != bool(args.qrels):
-        raise UserError("--queries and --qrels: each needs the other")
-    if args.queries and bool(args.texts) == bool(getattr(args, "index", None)):
-        raise UserError("--queries and --qrels: name the documents with --texts or --index")
-    with tempfile.TemporaryDirectory() as folder:
-        task = evaluation.read_task(args.queries, args.qrels) if args.queries else None
-        if task and not args.texts:
-            snapshot = open_snapshot(args.index)
-            yield task, snapshot, encoder or load_encoder(args, machine, snapshot.settings), None
-            return
-        if task:
-            collection = read_texts(args, args.id_column)
-        else:
-            collection, task = evaluation.bundled_task("bundled/bbc-news")
-        encoder, started = encoder or load_encoder(args, machine), time.perf_counter()
-        built = building.temporary(collection, encoder, folder, block=args.block, by_row=False)
-        views.say_counts(screen, collection, encoder)
-        yield task, built.store.snapshot, encoder, time.perf_counter() - started
-
-
 def evaluate(args, machine, screen):
     """Score a search, or sentence pairs."""
+    if args.sts and (args.queries or args.qrels or args.texts or args.index or args.rerank):
+        raise UserError("--sts: it is a task of its own; leave --queries, --qrels, --texts, --index and --rerank out")
     if args.sts:
-        views.show_sts(screen, args.sts, evaluation.sts_score(load_encoder(args, machine), args.sts, args.columns, cache_dir=args.cache_dir))
+        encoder = inputs.load_encoder(args, machine)
+        views.show_sts(screen, args.sts, evaluation.sts_score(encoder, args.sts, args.columns, block=args.block, cache_dir=args.cache_dir))
         return
-    with retrieval_task(args, machine, screen, None) as (task, snapshot, encoder, _):
-        searcher = make_searcher(args, machine, screen, snapshot, encoder=encoder)
-        views.show_scores(screen, task, evaluation.score_modes(dataclasses.replace(searcher, reranker=None), task, reranker=searcher.reranker))
+    with inputs.retrieval_task(args, machine, screen) as (task, snapshot, encoder, _):
+        searcher = Searcher(snapshot, encoder, snapshot.alive(), rerank_depth=args.rerank_depth, say=screen.say)
+        views.show_scores(screen, task, evaluation.score_modes(searcher, task, reranker=inputs.load_reranker(args, machine)))
 
 
 def compare_models(args, machine, screen):
     """Score several models and compare their speed and size."""
+    if args.model:
+        raise UserError(f"--model {args.model}: compare-models takes its models without a flag; leave --model out")
     lines = []
     for name in args.models:
         encoder = encoding.load(name, machine, max_length=args.max_length, batch_tokens=args.batch_tokens, cache_dir=args.cache_dir)
         line = {"model": name, "width": encoder.width, "bytes_a_vector": 4 * encoder.width}
         if args.sts:
-            line |= evaluation.sts_score(encoder, args.sts, args.columns, cache_dir=args.cache_dir)
+            line |= evaluation.sts_score(encoder, args.sts, args.columns, block=args.block, cache_dir=args.cache_dir)
         else:
-            with retrieval_task(args, machine, screen, encoder) as (task, snapshot, _, seconds):
+            with inputs.retrieval_task(args, machine, screen, encoder) as (task, snapshot, _, seconds):
                 line["texts_per_second"] = snapshot.num_rows / seconds
                 line |= evaluation.score_mode(Searcher(snapshot, encoder, snapshot.alive(), say=screen.say), task, {})
         lines.append(line)
@@ -265,7 +214,7 @@ def compare_models(args, machine, screen):
 def project(args, machine, screen):
     """Write an index for TensorBoard's projector."""
     snapshot = open_snapshot(args.index)
-    rows = np.flatnonzero(matching(snapshot, args.where))
+    rows = inputs.chosen_rows(snapshot, args)
     count = projector.write(snapshot, rows, args.output_dir, most=args.max_points)
     views.show_projection(screen, count, len(rows), args.output_dir)
 

@@ -54,6 +54,15 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]):
     sync_file(path)
 
 
+def tensors_sha256(tensors: dict[str, torch.Tensor]) -> str:
+    """Return a SHA-256 of the names, kinds, shapes and values of tensors, in their order, in hexadecimal."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def write_json(path: Path, value):
     """Write a JSON file and wait until the disk has it."""
     path.write_text(json.dumps(value) + "\n", encoding="utf-8")
@@ -63,6 +72,16 @@ def write_json(path: Path, value):
 def read_json(path: Path):
     """Read a JSON file."""
     return json.loads(path.read_text("utf-8"))
+
+
+def replace_file(path: Path, text: str):
+    """Put a new text file in the place of another in one step, after all that stands in its folder is on the disk; then so is it."""
+    fresh = path.with_name(f"{path.name}.{os.getpid()}")
+    fresh.write_text(text, encoding="utf-8")
+    sync_file(fresh)
+    sync_folder(path.parent)
+    fresh.rename(path)
+    sync_folder(path.parent)
 
 
 def sync_file(path: Path):

@@ -15,8 +15,8 @@ def confusion_matrix(counts: list[list[int]], names: list[str], *, title: str):
     figure, axes = plt.subplots(figsize=(side, side * 0.88), layout="constrained")
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axes.set(title=title, xlabel="predicted class", ylabel="true class")
-    axes.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(len(names)), names)
+    axes.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor", parse_math=False)
+    axes.set_yticks(range(len(names)), names, parse_math=False)
     if len(names) <= 25:  # beyond that the numbers would overlap
         for (row, column), count in np.ndenumerate(counts):
             if count:
@@ -50,8 +50,8 @@ def similarity_map(matrix, names: list[str]):
     image = axes.imshow(matrix, cmap="RdBu_r", vmin=-1, vmax=1)
     axes.set(title="cosine similarity")
     if len(names) <= 40:
-        axes.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor")
-        axes.set_yticks(range(len(names)), names)
+        axes.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor", parse_math=False)
+        axes.set_yticks(range(len(names)), names, parse_math=False)
     if len(names) <= 12:  # beyond that the numbers would overlap
         for (row, column), value in np.ndenumerate(matrix):
             axes.text(column, row, f"{value:.2f}", ha="center", va="center", color="white" if abs(value) > 0.6 else "black")

@@ -170,7 +170,7 @@ def embed(tiny_embedder, cache_dir):
     """Return a function that runs embed_search.py in this process, with the tiny model in fp32 on the CPU; returns code, stdout, stderr."""
     def run(command: str, *flags) -> tuple[int, str, str]:
         flags = [str(flag) for flag in flags]
-        defaults = {"--cache-dir": cache_dir, "--device": "cpu", "--precision": "fp32"}
+        defaults = {} if command in ("delete", "compact", "project") else {"--cache-dir": cache_dir, "--device": "cpu", "--precision": "fp32"}
         if command == "similarity" or command == "index" or "--index" not in flags:
             defaults |= {} if command in ("compare-models", "delete", "compact", "project") else {"--model": tiny_embedder}
         flags += [str(part) for name, value in defaults.items() if name not in flags for part in (name, value)]

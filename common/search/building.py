@@ -14,13 +14,13 @@ from tqdm import tqdm
 from common.errors import UserError
 from common.search import passages
 from common.search.encoding import Encoder
+from common.search.filters import free_name
 from common.search.lookup import Lookup, digest
 from common.search.snapshot import HASH, ID, PASSAGE, PASSAGES, START, TEXT, VECTOR, Snapshot
 from common.search.store import Store, vector_array, writing
 from common.search.texts import Collection, ids_of
 
 NEW, SAME, CHANGED, REPEATED = range(4)  # what a row is to the index; of rows with the same text and no ids the first counts
-ROW_NUMBER = "_number"  # the id of a text in a temporary index, counted from 1
 SCAN = 10_000  # rows looked at in one go
 CHECKED = {"fingerprint": "--model", "width": "--model", "pooling": "--model", "max_length": "--max-length", "id_column": "--id-column",
            "chunk_overlap": "--chunk and --chunk-overlap"}  # settings of an index, and the flag that must agree with each
@@ -38,6 +38,11 @@ class Counts:
     encoded: int = 0
     cut: int = 0
 
+    @property
+    def committed(self) -> int:
+        """The texts that were written."""
+        return self.added + self.updated
+
 
 def settings_of(encoder: Encoder, *, id_column: str | None, chunk_overlap: int | None) -> dict:
     """Return what an index remembers of how it is made; `chunk_overlap` is None for whole texts."""
@@ -48,9 +53,15 @@ def check_settings(index: str, wanted: dict, settings: dict):
     """Raise UserError when an index was made in another way than is wanted now."""
     for name, flag in CHECKED.items():
         if name in wanted and wanted[name] != settings[name]:
-            was, now = ((f"{one['model']} ({one[name][:12]})" if name == "fingerprint" else one[name]) for one in (settings, wanted))
-            raise UserError(f"--index {index}: it was made with {name} {was}, not {now}: their vectors or rows can't be compared; "
+            was, now = (_in_words(name, one) for one in (settings, wanted))
+            raise UserError(f"--index {index}: it was made {was}, not {now}: their vectors or rows can't be compared; "
                             f"give the same {flag}, or another --index")
+
+
+def _in_words(name: str, settings: dict) -> str:
+    """Return a setting as it stands in "it was made ..."; None is that of an index of whole texts, or of texts without ids."""
+    value = f"{settings['model']} ({settings[name][:12]})" if name == "fingerprint" else settings[name]
+    return f"without {CHECKED[name].split()[0]}" if value is None else f"with {name} {value}"
 
 
 @dataclass(frozen=True)
@@ -66,8 +77,8 @@ class Plan:
 class Builder:
     """Brings a collection's texts into a store."""
 
-    def __init__(self, store: Store, encoder: Encoder, *, update: bool = False, skip_bad: bool = False):
-        self.store, self.encoder, self.update, self.skip_bad = store, encoder, update, skip_bad
+    def __init__(self, store: Store, encoder: Encoder, *, update: bool = False, skip_bad: bool = False, role: str | None = "document"):
+        self.store, self.encoder, self.update, self.skip_bad, self.role = store, encoder, update, skip_bad, role
         self.id_column, self.chunk_overlap = (store.snapshot.settings[name] for name in ("id_column", "chunk_overlap"))
         self.documents, self.passages, self.seen, self.counts = Lookup(), Lookup(), Lookup(), Counts()
         self._scan(store.snapshot)
@@ -81,17 +92,17 @@ class Builder:
             raise UserError(f"{collection.name}: column {differing!r} is {given.get(differing, 'not there')}, in the index it is "
                             f"{columns.get(differing, 'not there')}; bring the columns in line, or use another --index")
         seen = Lookup()
-        for table in collection.blocks(SCAN) if not self.update and self.store.snapshot.num_rows else ():
+        for numbers, table in collection.blocks(SCAN) if not self.update and self.store.snapshot.num_rows else ():
             plan = self._plan(table, seen)
             for place in np.flatnonzero(plan.state == CHANGED)[:1]:
-                raise UserError(f"{collection.place(table['row'][int(place)].as_py())}: the index has id {plan.ids[place]!r} with another text or "
+                raise UserError(f"{collection.place(numbers[place])}: the index has id {plan.ids[place]!r} with another text or "
                                 "other columns; give --update to replace it")
 
-    def add(self, table: pa.Table, collection: Collection):
-        """Encode what is new in a block of the collection, and commit it; with `update`, what changed is replaced in the same commit."""
+    def add(self, numbers: np.ndarray, table: pa.Table, collection: Collection):
+        """Encode what is new in a block of the collection, whose rows have these numbers, and commit it; what changed is replaced in the same commit."""
         plan = self._plan(table, self.seen)
         chosen = np.flatnonzero((plan.state == NEW) | (plan.state == CHANGED))
-        rows, chosen = self._encode(table, chosen, plan, collection)
+        rows, chosen = self._encode(numbers, table, chosen, plan, collection)
         changed = plan.known[chosen][plan.state[chosen] == CHANGED]
         replaced = [row + number for row, first in zip(changed, self.store.snapshot.take(changed, [PASSAGES])) for number in range(first[PASSAGES])]
         if rows is not None:
@@ -114,7 +125,7 @@ class Builder:
 
     def _plan(self, table: pa.Table, seen: Lookup) -> Plan:
         """Compare a block's rows with the store, and with the rows `seen` before, to which they are added."""
-        metadata = table.drop_columns(["row", TEXT]).to_pylist()
+        metadata = table.drop_columns([TEXT]).to_pylist()
         hashes = [digest(text) + digest(json.dumps(values, default=str, sort_keys=True)) for text, values in zip(table[TEXT].to_pylist(), metadata)]
         ids = ids_of(table, self.id_column)
         keys = [digest(key) for key in ids]
@@ -126,7 +137,7 @@ class Builder:
         seen.add(keys, range(len(keys)))
         return Plan(ids, hashes, known, state)
 
-    def _encode(self, table: pa.Table, chosen: np.ndarray, plan: Plan, collection: Collection) -> tuple[pa.Table | None, np.ndarray]:
+    def _encode(self, numbers: np.ndarray, table: pa.Table, chosen: np.ndarray, plan: Plan, collection: Collection) -> tuple[pa.Table | None, np.ndarray]:
         """Return the rows to store, one a passage, of the chosen texts, and which texts these are: with `skip_bad`, those that have a vector."""
         texts = table[TEXT].take(pa.array(chosen)).to_pylist()
         parts = [[(0, text)] for text in texts] if self.chunk_overlap is None else passages.split(texts, self.encoder, overlap=self.chunk_overlap)
@@ -135,14 +146,14 @@ class Builder:
         vectors = self._vectors([cut[3] for cut in cuts])
         ruined = np.unique(owners[~np.isfinite(vectors).all(1)])
         if len(ruined) and not self.skip_bad:
-            place = collection.place(table["row"][int(chosen[ruined[0]])].as_py())
-            raise UserError(f"{place}: the model gives no direction (NaN, infinity or zeros) for this text; earlier blocks are kept; "
-                            "remove the row, pass it over with --skip-bad, or try --precision fp32")
+            place = collection.place(numbers[chosen[ruined[0]]])
+            raise UserError(f"{place}: the model gives no direction (NaN, infinity or zeros) for this text; {self.counts.committed:,} texts of earlier "
+                            "blocks were committed; remove the row, pass it over with --skip-bad, or try --precision fp32")
         kept = ~np.isin(owners, ruined)
         if not kept.any():
             return None, chosen[:0]
         cuts, owners, sizes = [cut for cut, good in zip(cuts, kept) if good], owners[kept], np.bincount(owners)
-        metadata = table.drop_columns(["row", TEXT]).take(pa.array(chosen[owners]))
+        metadata = table.drop_columns([TEXT]).take(pa.array(chosen[owners]))
         own = {ID: pa.array([plan.ids[chosen[owner]] for owner in owners]),
                HASH: pa.array([plan.hashes[chosen[owner]] for owner in owners], pa.binary(32)),
                PASSAGE: pa.array([cut[1] for cut in cuts], pa.int32()), PASSAGES: pa.array(sizes[owners], pa.int32()),
@@ -156,7 +167,7 @@ class Builder:
         vectors, fresh = np.empty((len(texts), self.encoder.width), np.float32), np.flatnonzero(known < 0)
         vectors[known >= 0] = self.store.snapshot.vectors_of(known[known >= 0])
         if len(fresh):
-            vectors[fresh] = self.encoder.encode_unit([texts[place] for place in fresh], role="document")
+            vectors[fresh] = self.encoder.encode_unit([texts[place] for place in fresh], role=self.role)
         return vectors
 
     def _count(self, plan: Plan, chosen: np.ndarray):
@@ -190,18 +201,18 @@ def fill(builder: Builder, collection: Collection, *, block: int):
     builder.counts.bad = len(collection.bad)
     builder.check(collection)
     with tqdm(total=len(collection), unit="text", desc="encoding", leave=False, file=sys.stderr, dynamic_ncols=True, disable=None) as bar:
-        for table in collection.blocks(block):
-            builder.add(table, collection)
+        for numbers, table in collection.blocks(block):
+            builder.add(numbers, table, collection)
             bar.update(len(table))
 
 
-def temporary(collection: Collection, encoder: Encoder, folder: str, *, block: int, by_row: bool = True) -> Builder:
-    """Make an index for the length of one command; `by_row`: equal texts stay rows of their own, else `id` is the key."""
-    if by_row:
-        numbers = pa.array(np.arange(1, len(collection.rows) + 1))
-        collection = dataclasses.replace(collection, rows=collection.rows.append_column(ROW_NUMBER, numbers))
-    settings = settings_of(encoder, id_column=ROW_NUMBER if by_row else "id", chunk_overlap=None)
+def temporary(collection: Collection, encoder: Encoder, folder: str, *, block: int, id_column: str | None = None, role: str | None = "document") -> Builder:
+    """Make an index for the length of one command; without `id_column` the ids are the rows' numbers from 1, and equal texts stay rows of their own."""
+    if id_column is None:
+        id_column = free_name("_number", collection.rows.column_names)
+        collection = dataclasses.replace(collection, rows=collection.rows.append_column(id_column, pa.array(np.arange(1, len(collection.rows) + 1))))
+    settings = settings_of(encoder, id_column=id_column, chunk_overlap=None)
     with writing(Path(folder) / "index", settings=settings) as store:
-        builder = Builder(store, encoder)
+        builder = Builder(store, encoder, role=role)
         fill(builder, collection, block=block)
     return builder

@@ -1,6 +1,7 @@
 """Clusters of texts: k-means with K of them, or communities above a threshold; the texts at their centres and the words that mark them."""
 
 import numpy as np
+import scipy.sparse
 import torch
 from sklearn.cluster import kmeans_plusplus
 from sklearn.decomposition import PCA
@@ -24,7 +25,7 @@ def k_means(live: Live, num_clusters: int, *, block: int, seed: int) -> np.ndarr
 
     scikit-learn's KMeans, from the same start, gives the same clusters, but wants all vectors in memory.
     """
-    sample = live.vectors(np.unique(np.linspace(0, len(live) - 1, min(SEEDING, len(live))).astype(np.int64)))
+    sample = live.vectors(np.unique(np.linspace(0, len(live) - 1, min(max(SEEDING, num_clusters), len(live))).astype(np.int64)))
     runs = []
     for start in range(STARTS):
         centres, _ = kmeans_plusplus(sample, num_clusters, random_state=seed + start)
@@ -57,7 +58,7 @@ def communities(live: Live, threshold: float, *, min_size: int, block: int) -> n
     """Return a cluster number (n) for each row, -1 where it is in none; cluster 0 is the largest.
 
     Rows are taken by their number of neighbours (cosine of at least `threshold`), most first, equal ones by row: a row that is in no cluster yet
-    is the centre of a new one, with its neighbours that are in none. Clusters of fewer than `min_size` rows are dropped.
+    is the centre of a new one, with its neighbours that are in none. Clusters of fewer than `min_size` rows, or documents, are dropped.
     """
     order = np.lexsort((np.arange(len(live)), -num_neighbours(live, threshold, block=block)))
     labels, free = np.full(len(live), NONE), np.ones(len(live), bool)
@@ -69,14 +70,14 @@ def communities(live: Live, threshold: float, *, min_size: int, block: int) -> n
             if free[centre]:
                 members = members[free[members]]
                 free[members] = False
-                if len(members) >= min_size:
+                if len(members if live.documents is None else np.unique(live.documents[members])) >= min_size:
                     labels[members] = found
                     found += 1
     return by_size(labels)
 
 
 def num_neighbours(live: Live, threshold: float, *, block: int) -> np.ndarray:
-    """Return how many other rows (n) each row has a cosine of at least `threshold` with."""
+    """Return how many rows (n), of other documents where rows are passages, each row has a cosine of at least `threshold` with."""
     counts = np.zeros(len(live), np.int64)
     for first, second, scores in triangle(live, block):
         near = scores >= threshold - live.margin
@@ -132,11 +133,16 @@ def marking_words(live: Live, labels: np.ndarray, count: int) -> list[list[str]]
         counts = counter.fit_transform(live.snapshot.texts(live.rows[sample]))
     except ValueError:  # no words at all, as in texts of numbers
         return [[] for _ in range(num_clusters)]
-    totals = np.stack([np.asarray(counts[labels[sample] == label].sum(0)).ravel() for label in range(num_clusters)]).astype(float)  # (clusters, words)
-    shares = totals / np.maximum(totals.sum(1, keepdims=True), 1)
-    weights = np.sqrt(shares) * np.log1p(totals.sum() / num_clusters / totals.sum(0))  # the root: else "said" marks every cluster of news
-    words = counter.get_feature_names_out()
-    return [[str(words[place]) for place in np.lexsort((words, -row))[:count] if row[place] > 0] for row in weights]
+    members = scipy.sparse.csr_array((np.ones(len(sample)), (labels[sample], np.arange(len(sample)))), shape=(num_clusters, len(sample)))
+    totals, words = scipy.sparse.csr_array(members @ counts), counter.get_feature_names_out()  # (clusters, words)
+    rarity = np.log1p(totals.sum() / num_clusters / totals.sum(0))
+    found = []
+    for cluster in range(num_clusters):
+        own = slice(totals.indptr[cluster], totals.indptr[cluster + 1])
+        here, times = words[totals.indices[own]], totals.data[own]
+        weights = np.sqrt(times / max(times.sum(), 1)) * rarity[totals.indices[own]]  # the root: else "said" marks every cluster of news
+        found.append([str(here[place]) for place in np.lexsort((here, -weights))[:count]])
+    return found
 
 
 def map_places(live: Live, *, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,6 +1,7 @@
 """How good a search is: queries and relevance judgements in, nDCG, MRR and recall out; and Spearman's rank correlation for sentence pairs."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,12 +13,14 @@ from scipy.stats import spearmanr
 from common import assets, data
 from common.errors import UserError
 from common.search import texts
+from common.search.building import rows_with_ids
 from common.search.kernel import exact_scores
 from common.search.ranking import Searcher
-from common.search.snapshot import ID, TEXT
+from common.search.snapshot import ID, TEXT, Snapshot
 
 DEPTH = 100  # documents looked at for recall@100
 MEASURES = {"nDCG@10": "ndcg_cut_10", "MRR@10": "recip_rank", "recall@1": "recall_1", "recall@10": "recall_10", "recall@100": "recall_100"}
+BUNDLED_IDS = "id"  # the column of the ids of the bundled task
 MODES = {"exact": {}, "approximate": {"approximate": True}, "hybrid": {"hybrid": True}}
 
 
@@ -53,9 +56,8 @@ def score_modes(searcher: Searcher, task: Task, *, reranker=None) -> dict[str, d
 def score_mode(searcher: Searcher, task: Task, options: dict) -> dict[str, float]:
     """Return the measures of one way of searching."""
     mode = Searcher(searcher.snapshot, searcher.encoder, searcher.allowed, rerank_depth=searcher.rerank_depth, say=searcher.say, **options)
-    judged = [query for query in task.judgements if query in task.queries]
-    hits = mode.search([task.queries[query] for query in judged], DEPTH)
-    ids = {query: [row[ID] for row in searcher.snapshot.take([hit.row for hit in best], [ID])] for query, best in zip(judged, hits)}
+    hits = mode.search([task.queries[query] for query in task.judgements], DEPTH)
+    ids = {query: [row[ID] for row in searcher.snapshot.take([hit.row for hit in best], [ID])] for query, best in zip(task.judgements, hits)}
     return retrieval_scores(task.judgements, ids)
 
 
@@ -68,8 +70,8 @@ def bundled_task(name: str) -> tuple[texts.Collection, Task]:
         headline, _, article = text.partition("\n")
         if headline.strip() and article.strip():
             queries[f"q{row}"], judgements[f"q{row}"] = headline.strip(), {str(row): 1}
-            articles.append({"id": str(row), TEXT: article.strip()})
-    rows = pa.Table.from_pylist(articles, pa.schema({"id": pa.string(), TEXT: pa.large_string()}))
+            articles.append({BUNDLED_IDS: str(row), TEXT: article.strip()})
+    rows = pa.Table.from_pylist(articles, pa.schema({BUNDLED_IDS: pa.string(), TEXT: pa.large_string()}))
     return texts.Collection(name, rows, "row", {}), Task(f"{name}: headlines as queries, the articles without them as texts", queries, judgements)
 
 
@@ -93,19 +95,30 @@ def read_task(queries_file: str, judgements_file: str) -> Task:
     return Task(Path(queries_file).name, queries, _read_judgements(judgements_file, queries))
 
 
+def check_documents(task: Task, snapshot: Snapshot, say):
+    """Say how many of the documents that are judged relevant are not there to be found; raise UserError when none is."""
+    wanted = list({document for judged in task.judgements.values() for document, relevance in judged.items() if relevance > 0})
+    _, missing = rows_with_ids(snapshot, wanted)
+    if len(missing) == len(wanted):
+        raise UserError(f"{task.name}: none of the {len(wanted):,} documents that are judged relevant is there"
+                        f"{f', such as {missing[0]!r}' if missing else ''}; name their texts or index, keyed by the ids of the judgements")
+    if missing:
+        say(f"judged   {len(missing):,} of {len(wanted):,} documents that are judged relevant are not there, such as {missing[0]!r}: they count as not found")
+
+
 def _read_judgements(file: str, queries: dict[str, str]) -> dict[str, dict[str, int]]:
     judgements: dict[str, dict[str, int]] = {}
     for number, line in enumerate(data.read_lines(file), start=1):
         fields = line.split()
-        if len(fields) != 4 or not fields[3].lstrip("-").isdigit():
-            raise UserError(f"{file}, line {number}: not a TREC judgement; write: query 0 document relevance")
+        if len(fields) != 4 or not re.fullmatch("-?[0-9]{1,9}", fields[3]):
+            raise UserError(f"{file}, line {number}: not a TREC judgement; write: query 0 document relevance, the relevance a whole number")
         if fields[0] not in queries:
             raise UserError(f"{file}, line {number}: no query {fields[0]!r} in the file of queries; add it or remove the line")
         judgements.setdefault(fields[0], {})[fields[2]] = int(fields[3])
     return judgements
 
 
-def sts_score(encoder, file: str, columns: list[str], *, cache_dir: str | None) -> dict:
+def sts_score(encoder, file: str, columns: list[str], *, block: int, cache_dir: str | None) -> dict:
     """Return Spearman's correlation of the cosine of two texts with a human score; `columns` names both texts and the score in a data file."""
     rows = data.read_file(Path(file), cache_dir=cache_dir)
     for column in columns:
@@ -119,5 +132,16 @@ def sts_score(encoder, file: str, columns: list[str], *, cache_dir: str | None) 
         raise UserError(f"{file}: column {columns[2]!r} holds something else than numbers; name two texts and a score with --columns") from error
     if not np.isfinite(human).all():
         raise UserError(f"{file}, row {int(np.flatnonzero(~np.isfinite(human))[0]) + 1}: the score in column {columns[2]!r} is missing; fill it in")
-    left, right = (encoder.encode_unit(rows[column][:]) for column in columns[:2])
-    return {"pairs": len(human), "spearman": float(spearmanr(exact_scores(left, right), human).statistic)}
+    cosines = []
+    for start in range(0, len(human), block):
+        left, right = (encoder.encode_unit(rows[start : start + block][column]) for column in columns[:2])
+        cosines.append(exact_scores(left, right))
+    return {"pairs": len(human), "spearman": _spearman(np.concatenate(cosines), human, file)}
+
+
+def _spearman(cosines: np.ndarray, human: np.ndarray, file: str) -> float:
+    """Return the correlation. Raises UserError where there is none: equal numbers have no ranks."""
+    for values, what in ((human, "human scores"), (cosines, "cosines")):
+        if not np.isfinite(values).all() or np.ptp(values) == 0:
+            raise UserError(f"{file}: the {what} of its {len(values)} pairs are all equal or not numbers: they have no correlation; name pairs that differ")
+    return float(spearmanr(cosines, human).statistic)

@@ -36,15 +36,24 @@ def picture_file(text: str) -> str:
     return output_file(text)
 
 
-def add_flags(command: cli.Parser):
-    """Add the flags that every subcommand has."""
+def add_model_flags(command: cli.Parser):
+    """Add the flags of a subcommand that encodes."""
     cli.add_shared_flags(command, model=None)
-    command.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
     command.add_argument("--max-length", type=cli.positive_int, help="tokens that the model reads of a text (default: the index's, else the model's own)")
     command.add_argument("--batch-tokens", type=cli.positive_int, help="positions a batch (default: by device)")
+
+
+def add_text_flags(command: cli.Parser):
+    """Add the flags of a subcommand that reads texts."""
+    add_model_flags(command)
     command.add_argument("--block", type=cli.positive_int, default=1024, help="texts encoded and committed at once; rows compared at once")
     command.add_argument("--text-column", default="text", help="where the texts are in a data file")
-    command.add_argument("--skip-bad", action="store_true", help="pass over rows that can't be used, and count them")
+    add_skip_bad(command)
+
+
+def add_skip_bad(command: cli.Parser):
+    """Add the flag that goes on where rows or ids can't be used."""
+    command.add_argument("--skip-bad", action="store_true", help="pass over what can't be used, and count it")
 
 
 def add_source(command: cli.Parser):
@@ -67,7 +76,7 @@ def make_parser(description: str) -> cli.Parser:
 
     def command(name: str, help: str) -> cli.Parser:
         added = commands.add_parser(name, help=help, description=help)
-        add_flags(added)
+        added.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
         return added
 
     similarity = command("similarity", "the cosines of all texts with each other, and with a query")
@@ -138,4 +147,11 @@ def make_parser(description: str) -> cli.Parser:
     project.add_argument("--where", metavar="SQL", help="only rows for which this holds")
     project.add_argument("--output-dir", type=cli.folder, required=True, help="the folder for tensorboard --logdir")
     project.add_argument("--max-points", type=cli.positive_int, default=10_000, help="at most this many rows, evenly spread")
+
+    add_skip_bad(delete)
+    add_model_flags(search)
+    for reader in (similarity, index, pairs, duplicates, cluster, evaluate, compare):
+        add_text_flags(reader)
+    for other in (delete, compact, project):
+        other.set_defaults(device="cpu", precision="fp32", seed=0)  # they compute nothing
     return parser

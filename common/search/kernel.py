@@ -11,6 +11,7 @@ import torch
 
 BLOCK = 16_384  # rows whose scores are looked through at once
 PRODUCT = 2_048  # rows a matrix product: of 384 dimensions they stay in a core's cache while 64 queries use them
+HELD = 1_000_000  # candidates, of all queries together, after which they are thinned out: equal vectors without end would all be held
 GROUP = 64  # rows of which only the highest score is looked at first: topk over all scores would take longer than the product
 LOWEST = torch.finfo(torch.float32).min  # below every cosine, above the -inf of rows that don't count
 
@@ -31,6 +32,7 @@ class Best:
 
     def __post_init__(self):
         self.scores = torch.full((self.num_queries, self.k), -torch.inf)  # k real scores a query: the last is a bound from below
+        self.held = 0  # entries in the pieces
 
     def add(self, scores: torch.Tensor, start: int):
         """Take in the scores (rows, queries) of the rows from `start` on; -inf for rows that don't count."""
@@ -49,19 +51,27 @@ class Best:
         members = grouped[place, :, query]  # (hits, group)
         hit, member = (members >= floor[query, None]).nonzero(as_tuple=True)
         self.pieces.append((query[hit].numpy(), (start + place[hit] * group + member).numpy(), members[hit, member].numpy()))
+        self.held += len(hit)
 
     def _floor(self) -> torch.Tensor:
         """Return the fp32 score (queries) below which a row can't be among the k best."""
         return (self.scores[:, -1] - self.margin).clamp_min(LOWEST)
 
-    def candidates(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return (query, row) of all that may be among the best, by query and row."""
+    def candidates(self) -> list[np.ndarray]:
+        """Return for each query the rows that may be among its best, ascending."""
         if not self.pieces:
-            return np.zeros(0, np.int64), np.zeros(0, np.int64)
+            return [np.zeros(0, np.int64)] * self.num_queries
         query, row, score = (np.concatenate(parts) for parts in zip(*self.pieces))
         possible = score >= (self.scores[:, -1].numpy() - self.margin)[query]
-        order = np.lexsort((row[possible], query[possible]))
-        return query[possible][order], row[possible][order]
+        query, row = query[possible], row[possible]
+        order = np.lexsort((row, query))
+        return np.split(row[order], np.searchsorted(query[order], np.arange(1, self.num_queries)))
+
+    def keep(self, rows: list[np.ndarray]):
+        """Hold these rows of each query, the best of all so far, and no others."""
+        sizes = [len(own) for own in rows]
+        self.held = sum(sizes)
+        self.pieces = [(np.repeat(np.arange(len(rows)), sizes), np.concatenate(rows), np.full(self.held, np.inf, np.float32))]
 
 
 def search(blocks, queries: np.ndarray, k: int, *, vectors_of, alive: np.ndarray | None = None) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -82,9 +92,14 @@ def search(blocks, queries: np.ndarray, k: int, *, vectors_of, alive: np.ndarray
         if here is not None and not here.all():
             scores[torch.from_numpy(~here)] = -torch.inf
         best.add(scores, start)
-    query, row = best.candidates()
-    bounds = np.searchsorted(query, np.arange(len(queries) + 1))
-    return [ranked(row[first:last], queries[number], vectors_of, k) for number, (first, last) in enumerate(zip(bounds, bounds[1:]))]
+        if best.held > HELD + 2 * k * len(queries):
+            best.keep([rows for rows, _ in answers(best, queries, vectors_of)])
+    return answers(best, queries, vectors_of)
+
+
+def answers(best: Best, queries: np.ndarray, vectors_of) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return what search() does, of the rows looked at so far."""
+    return [ranked(rows, query, vectors_of, best.k) for rows, query in zip(best.candidates(), queries)]
 
 
 def ranked(rows: np.ndarray, query: np.ndarray, vectors_of, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -17,10 +17,12 @@ from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
 from common import assets, attention, hub
+from common.durable import tensors_sha256
 from common.errors import UserError, one_line
 
 FILES_READ = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # of a model on the Hub; no pickles, no ONNX, no code
 FILES_LEFT = ["onnx/*", "openvino/*"]
+IDLE_SETTINGS = ("_name_or_path", "transformers_version", "architectures", "id2label", "label2id", "dtype", "torch_dtype", "problem_type")
 PICKLED = ("*.bin", "*.pt", "*.pkl")
 KNOWN_FAULTS = ("trust_remote_code", "model_type", "Sentence Transformers", "model.safetensors", "tokenizer", "Unrecognized", "size mismatch")
 
@@ -78,6 +80,10 @@ def load_embedder(name: str, *, cache_dir: str | None) -> SentenceTransformer:
     model = _load(SentenceTransformer, name, flag="--model", cache_dir=cache_dir)
     if not isinstance(model[0], Transformer) or "text" not in model[0].modality_config:
         raise UserError(f"--model {name}: its first module is {type(model[0]).__name__}; only transformers that read texts can be used")
+    for setting in ("query_length", "document_length", "query_expansion"):
+        if getattr(model[0], setting, None) is not None:
+            raise UserError(f"--model {name}: its first module sets {setting}, which this script does not follow; use another model, or take the setting "
+                            "out of a copy of sentence_bert_config.json")
     tokenizer = model[0].tokenizer
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # what transformers makes up when the files are not there
         raise UserError(f"--model {name}: it has no tokenizer, or one without words; copy the files of its tokenizer into the folder")
@@ -105,19 +111,20 @@ def _load(model_class, name: str, *, flag: str, cache_dir: str | None):
 
 
 def fingerprint(model: SentenceTransformer) -> str:
-    """Return the SHA-256 of all that makes a model's vectors: its weights, its tokenizer, its modules' settings and its prompts.
+    """Return the SHA-256 of all that makes a model's vectors: weights, configuration, tokenizer, its modules' settings and its prompts.
 
-    The length at which texts are cut, and the precision, are no part of it.
+    The length at which texts are cut, the precision, and what doesn't change a vector (names, paths, versions) are no part of it.
     """
     tokenizer = model[0].tokenizer
     words = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
     if tokenizer.is_fast:
         words.update(truncation=None, padding=None)  # every call sets these anew
-    settings = [[type(module).__name__, module.get_config_dict()] for module in list(model)[1:]]
-    digest = hashlib.sha256(json.dumps([words, settings, model.prompts, model.default_prompt_name], sort_keys=True, default=str).encode())
-    for key, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}\n".encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    settings = [[type(module).__name__, {key: value for key, value in module.get_config_dict().items() if key != "max_seq_length"}] for module in model]
+    changed = model[0].auto_model.config.to_diff_dict()  # from the defaults: a later version of transformers may know more settings
+    config = {key: value for key, value in changed.items() if key not in IDLE_SETTINGS}
+    weights = tensors_sha256(dict(sorted(model.state_dict().items())))
+    parts = [words, settings, config, model.prompts, model.default_prompt_name, weights]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def describe_pooling(model: SentenceTransformer) -> str:

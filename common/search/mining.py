@@ -4,6 +4,7 @@ Of n rows and a block of b at most a few matrices of b x b are in memory. Scores
 again in float64, so that pairs and groups are those of float64 brute force.
 """
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from scipy.sparse.csgraph import connected_components
 
 from common.search.kernel import exact_scores, rounding_error
-from common.search.snapshot import Snapshot
+from common.search.snapshot import PASSAGE, Snapshot
 
 RESCORED = 4_096  # pairs computed in float64 at once
 PENDING = 1_000_000  # pairs after which groups are joined, and candidates thinned out
@@ -24,6 +25,18 @@ class Live:
 
     snapshot: Snapshot
     rows: np.ndarray
+
+    @functools.cached_property
+    def documents(self) -> np.ndarray | None:
+        """The first row (n) of the document that each row is a passage of, ascending; None in an index of whole texts."""
+        if self.snapshot.settings["chunk_overlap"] is None:
+            return None
+        return self.rows - np.concatenate([segment.table[PASSAGE].to_numpy() for segment in self.snapshot.segments])[self.rows]
+
+    @property
+    def unit(self) -> str:
+        """What a row is, for a person."""
+        return "texts" if self.documents is None else "passages"
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -44,13 +57,19 @@ class Live:
 
 
 def triangle(live: Live, block: int):
-    """Yield (first place of the rows, of the columns, fp32 scores) for all pairs of blocks, rows before columns; -inf where i >= j."""
+    """Yield (first place of the rows, of the columns, fp32 scores) for all pairs of blocks, rows before columns.
+
+    The score is -inf where i >= j, and of two passages of one document: they are alike because they overlap.
+    """
+    documents = None if live.documents is None else torch.from_numpy(live.documents)
     for first, left in live.blocks(block):
         for second in range(first, len(live), block):
             right = left if second == first else torch.from_numpy(live.vectors(slice(second, second + block)))
             scores = left @ right.T  # (b, b)
             if second == first:
                 scores.masked_fill_(torch.ones(scores.shape, dtype=torch.bool).tril(), -torch.inf)
+            if documents is not None and documents[second] <= documents[first + len(left) - 1]:
+                scores.masked_fill_(documents[first : first + len(left), None] == documents[second : second + len(right)], -torch.inf)
             yield first, second, scores
 
 

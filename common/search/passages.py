@@ -25,15 +25,27 @@ def split(texts: list[str], encoder, *, overlap: int) -> list[list[tuple[int, st
     Neighbours share about `overlap` tokens; cuts fall between words where a word is no longer than a passage. A text that fits stays whole.
     Raises UserError as room() does.
     """
-    tokenizer, size = encoder.tokenizer, room(encoder, overlap)
-    found = []
-    for start in range(0, len(texts), BLOCK):
-        block = texts[start : start + BLOCK]
-        tokens = tokenizer(block, add_special_tokens=False, return_offsets_mapping=True, truncation=False, padding=False, verbose=False)
-        for place, text in enumerate(block):
-            windows = token_windows(tokens.word_ids(place), size, overlap)
-            found.append(_cut(text, tokens["offset_mapping"][place], windows))
+    size = room(encoder, overlap)
+    return [cuts for start in range(0, len(texts), BLOCK) for cuts in _split_block(texts[start : start + BLOCK], encoder.tokenizer, size, overlap)]
+
+
+def _split_block(texts: list[str], tokenizer, size: int, overlap: int) -> list[list[tuple[int, str]]]:
+    """Return the passages of texts. A passage by itself can have more tokens than in its text, as a word's beginning may be another token there."""
+    tokens, found = _tokens(texts, tokenizer), []
+    for place, text in enumerate(texts):
+        words, offsets, fitting = tokens.word_ids(place), tokens["offset_mapping"][place], size
+        while True:
+            cuts = _cut(text, offsets, token_windows(words, fitting, min(overlap, fitting - 1)))
+            longest = max(map(len, _tokens([passage for _, passage in cuts], tokenizer)["input_ids"]))
+            if longest <= size or fitting == 1 or len(cuts) == 1:
+                break
+            fitting = max(fitting - (longest - size), 1)
+        found.append(cuts)
     return found
+
+
+def _tokens(texts: list[str], tokenizer):
+    return tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, truncation=False, padding=False, verbose=False)
 
 
 def token_windows(words: list, room: int, overlap: int) -> list[tuple[int, int]]:
@@ -56,9 +68,11 @@ def token_windows(words: list, room: int, overlap: int) -> list[tuple[int, int]]
 
 
 def _cut(text: str, offsets: list[tuple[int, int]], windows: list[tuple[int, int]]) -> list[tuple[int, str]]:
+    """Return (first character, passage) of each window of tokens; what stands between two tokens goes with the second."""
     cuts = []
     for number, (first, last) in enumerate(windows):
-        start = offsets[first][0] if number else 0  # the first and the last passage reach to the text's ends
-        end = offsets[last][0] if number < len(windows) - 1 else len(text)
-        cuts.append((start, text[start:end]))
+        start = offsets[first - 1][1] if number else 0  # the first and the last passage reach to the text's ends
+        end = offsets[last - 1][1] if number < len(windows) - 1 else len(text)
+        if end > start:  # several tokens can share a character
+            cuts.append((start, text[start:end]))
     return cuts

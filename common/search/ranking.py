@@ -1,11 +1,13 @@
 """Queries -> the best documents of an index: exact or approximate cosine, fused with BM25, reranked by a cross-encoder."""
 
+import hashlib
 from dataclasses import dataclass, field
 
 import bm25s
 import faiss
 import numpy as np
 
+from common.errors import UserError
 from common.search import kernel, sidecar
 from common.search.encoding import Encoder
 from common.search.snapshot import ID, TEXT, Snapshot
@@ -15,6 +17,7 @@ FUSED = 100  # the rows of each ranking that are fused
 RRF_K = 60  # Cormack, Clarke, Buettcher (SIGIR 2009)
 PASSAGES = 4  # passages looked at for each document wanted, at first
 WORDLESS = "no-words"  # a file in the cache of texts without any word that BM25 counts
+FEW = 0.1  # of the rows: when --where leaves fewer, the graph misses many of them, and an exact search is fast
 LINKS, BUILD_BREADTH, SEARCH_BREADTH = 32, 200, 200  # of FAISS's HNSW graph: 0.99 of the exact neighbours and more, see README
 
 
@@ -41,11 +44,18 @@ class Searcher:
     caches: dict = field(default_factory=dict)
 
     def search(self, queries: list[str], k: int) -> list[list[Hit]]:
-        """Return the k best documents for each query, best first; of equal ones that with the lower row. Fewer where there are fewer."""
+        """Return the k best documents for each query, best first; of equal ones that with the lower row. Fewer where there are fewer.
+
+        With a reranker the best `rerank_depth` come in its order and with its scores, the others behind them as they were. Raises UserError for a
+        query without a direction.
+        """
         found = []
         for start in range(0, len(queries), QUERIES):
             block = queries[start : start + QUERIES]
-            found += self._documents(block, self.encoder.encode_unit(block, role="query"), k)
+            vectors = self.encoder.encode_unit(block, role="query")
+            for place in np.flatnonzero(~np.isfinite(vectors).all(1)):
+                raise UserError(f"query {block[place]!r}: the model gives no direction (NaN, infinity or zeros) for it; word it otherwise, or try --precision fp32")
+            found += self._documents(block, vectors, k)
         return found
 
     def _documents(self, queries: list[str], vectors: np.ndarray, k: int) -> list[list[Hit]]:
@@ -59,7 +69,7 @@ class Searcher:
                 break
             depth *= PASSAGES
         if self.reranker:
-            found = [self._rerank(query, hits) for query, hits in zip(queries, found)]
+            found = [self._rerank(query, hits[: self.rerank_depth]) + hits[self.rerank_depth :] for query, hits in zip(queries, found)]
         return [hits[:k] for hits in found]
 
     def _rank(self, queries: list[str], vectors: np.ndarray, depth: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -70,31 +80,45 @@ class Searcher:
         return [fuse([dense[0], sparse[0]]) for dense, sparse in zip(self._nearest(vectors, depth), self._keywords(queries, depth))]
 
     def _nearest(self, vectors: np.ndarray, depth: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        if not self.approximate:
-            return self._exact(vectors, depth)
         live = np.flatnonzero(self.snapshot.alive())
         chosen = np.flatnonzero(self.allowed[live])
-        options = faiss.SearchParametersHNSW(efSearch=max(SEARCH_BREADTH, 2 * depth))
-        if len(chosen) < len(live):
-            selector = faiss.IDSelectorBatch(chosen)  # kept in a name: FAISS holds no reference to it
-            options.sel = selector
-        _, places = self._cache("faiss", self._build_graph, _load_graph).search(vectors, min(depth, max(len(chosen), 1)), params=options)
-        if len(chosen) and (places < 0).any():  # few rows are allowed, and the graph's paths to them lead through others
-            self.say(f"search   --where leaves {len(chosen):,} rows, too few for the graph: searched exactly")
+        if not self.approximate or len(chosen) < FEW * len(live):
             return self._exact(vectors, depth)
-        return [kernel.ranked(np.sort(live[row[row >= 0]]), vector, self.snapshot.vectors_of, depth) for row, vector in zip(places, vectors)]
+        graph, node_of = self._cache("faiss", self._build_graph, _load_graph)
+        options, wanted, num_nodes = faiss.SearchParametersHNSW(efSearch=max(SEARCH_BREADTH, 2 * depth)), depth, graph.ntotal
+        if len(chosen) < len(live):
+            allowed = np.unique(node_of[chosen])
+            wanted, num_nodes = min(depth, len(allowed)), len(allowed)
+            selector = faiss.IDSelectorBatch(allowed)  # kept in a name: FAISS holds no reference to it
+            options.sel = selector
+        _, nodes = graph.search(vectors, min(wanted, num_nodes), params=options)
+        if (nodes < 0).any():  # the graph's paths to some of the rows lead through others
+            self.say("search   the graph found fewer rows than are wanted: searched exactly")
+            return self._exact(vectors, depth)
+        found, near = [], np.zeros(graph.ntotal, bool)
+        for own, vector in zip(nodes, vectors):
+            near[:] = False
+            near[own] = True
+            found.append(kernel.ranked(live[chosen[near[node_of[chosen]]]], vector, self.snapshot.vectors_of, depth))
+        return found
 
     def _exact(self, vectors: np.ndarray, depth: int) -> list[tuple[np.ndarray, np.ndarray]]:
         blocks = self.snapshot.vector_blocks(kernel.BLOCK)
         return kernel.search(blocks, vectors, depth, vectors_of=self.snapshot.vectors_of, alive=self.allowed)
 
     def _build_graph(self, folder):
+        """Write a graph with one node for each different vector, and the node of each live row: among many equal ones FAISS finds no way on."""
         graph = faiss.IndexHNSWFlat(self.snapshot.width, LINKS, faiss.METRIC_INNER_PRODUCT)
         graph.hnsw.efConstruction = BUILD_BREADTH
-        alive = self.snapshot.alive()
+        alive, node_of, known = self.snapshot.alive(), [], {}
         for start, vectors in self.snapshot.vector_blocks(kernel.BLOCK):
-            graph.add(np.ascontiguousarray(vectors[alive[start : start + len(vectors)]]))
+            vectors, before = vectors[alive[start : start + len(vectors)]], len(known)
+            nodes = [known.setdefault(hashlib.blake2b(vector, digest_size=16).digest(), len(known)) for vector in vectors]
+            _, firsts = np.unique(nodes, return_index=True)
+            graph.add(np.ascontiguousarray(vectors[[place for place in firsts if nodes[place] >= before]]))
+            node_of += nodes
         faiss.write_index(graph, str(folder / "graph.faiss"))
+        np.save(folder / "nodes.npy", np.array(node_of, dtype=np.int64), allow_pickle=False)
 
     def _keywords(self, queries: list[str], depth: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return (rows, BM25 scores) of the rows that share a word with each query, best first, equal ones by row."""
@@ -151,7 +175,7 @@ def fuse(rankings: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _load_graph(folder):
-    return faiss.read_index(str(folder / "graph.faiss"))
+    return faiss.read_index(str(folder / "graph.faiss")), np.load(folder / "nodes.npy", allow_pickle=False)
 
 
 def _load_keywords(folder):

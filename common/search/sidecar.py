@@ -1,17 +1,19 @@
 """Caches beside an index: what takes long to make of one state of it, kept with that state's stamp, never trusted without it."""
 
 import contextlib
-import json
-import os
 import shutil
+import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
-from common.assets import sha256
+from common import durable
 from common.errors import UserError
 from common.search.snapshot import Snapshot
 
-STAMP = "stamp.json"
+PREFIX = "cache-"
+STAMP = "stamp"  # a file of a cache: the state that it was made of
+GIVEN_UP = 86_400  # seconds after which a cache that is still being made is taken for the rest of a process that was killed
 
 
 def cached(snapshot: Snapshot, name: str, *, build: Callable[[Path], None], load: Callable[[Path], object], say=lambda line: None):
@@ -19,30 +21,37 @@ def cached(snapshot: Snapshot, name: str, *, build: Callable[[Path], None], load
 
     Raises UserError when the folder can't be written.
     """
-    folder = snapshot.folder / f"cache-{name}"
-    if not is_whole(folder, snapshot.stamp):
-        say(f"cache    {folder}: made anew for this state of the index")
-        fresh = folder.with_name(f"{folder.name}.{os.getpid()}")
-        try:
-            fresh.mkdir(exist_ok=True)
-            build(fresh)
-            files = {path.name: sha256(path) for path in sorted(fresh.iterdir()) if path.name != STAMP}
-            (fresh / STAMP).write_text(json.dumps({"stamp": snapshot.stamp, "files": files}), encoding="utf-8")
-            shutil.rmtree(folder, ignore_errors=True)
-            with contextlib.suppress(OSError):  # another reader was faster
-                fresh.rename(folder)
-        except PermissionError as error:
-            raise UserError(f"{folder}: no right to write the cache; ask for it, or copy the index to a folder of your own") from error
-        if not is_whole(folder, snapshot.stamp):
-            return load(fresh)
-        shutil.rmtree(fresh, ignore_errors=True)
-    return load(folder)
-
-
-def is_whole(folder: Path, stamp: str) -> bool:
-    """Tell whether a cache is of the state `stamp`, and each of its files is as it was written."""
+    folder = snapshot.folder / f"{PREFIX}{name}"
+    if _stamp(folder) == snapshot.stamp and durable.fault(folder) is None:
+        with contextlib.suppress(OSError, RuntimeError):  # another process replaced it meanwhile; RuntimeError is FAISS's
+            return load(folder)
+    say(f"cache    {folder}: made anew for this state of the index")
     try:
-        found = json.loads((folder / STAMP).read_bytes())
-        return found["stamp"] == stamp and all(sha256(folder / name) == expected for name, expected in found["files"].items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
+        with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=snapshot.folder, ignore_cleanup_errors=True) as place:
+            fresh = Path(place) / name  # the folder around it is its maker's alone, and this one everybody's who may read the index
+            fresh.mkdir()
+            build(fresh)
+            (fresh / STAMP).write_text(snapshot.stamp, encoding="utf-8")
+            durable.write_manifest(fresh)
+            made = load(fresh)
+            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # another process was faster
+                fresh.rename(folder)
+            return made
+    except OSError as error:
+        raise UserError(f"{folder}: the cache can't be written: {error.strerror or error}; mend that, or copy the index to a folder of your own") from error
+
+
+def remove_stale(folder: Path, stamp: str):
+    """Remove the caches of other states of an index than `stamp`: they hold what was deleted."""
+    for path in folder.glob(f"{PREFIX}*"):
+        with contextlib.suppress(FileNotFoundError):  # another process removed it
+            if time.time() - path.stat().st_mtime > GIVEN_UP if "." in path.name else _stamp(path) != stamp:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _stamp(folder: Path) -> str | None:
+    try:
+        return (folder / STAMP).read_text("utf-8")
+    except (OSError, ValueError):
+        return None

@@ -8,13 +8,13 @@ opened. Any Arrow reader can read the files; common/search/store.py writes them.
 import hashlib
 import json
 import mmap
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
-from common.assets import sha256
 from common.errors import UserError
 
 FORMAT = "embed_search index 1"
@@ -22,7 +22,7 @@ MANIFEST = "manifest.json"
 LOCK = ".lock"
 ID, HASH, PASSAGE, PASSAGES, START, TEXT, VECTOR = "_id", "_hash", "_passage", "_passages", "_start", "_text", "_vector"
 OWN_COLUMNS = (ID, HASH, PASSAGE, PASSAGES, START, TEXT, VECTOR)  # those that every index has
-TRIES = 20  # times to open a snapshot while a writer removes files of older ones
+MAPPED = 65_536  # bytes from which on a file is mapped: a map holds a descriptor, of which a process may have 256 only
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,11 @@ class Segment:
     table: pa.Table
     vectors: np.ndarray
     alive: np.ndarray
+
+    @property
+    def num_bytes(self) -> int:
+        """The space that its rows take."""
+        return self.table.nbytes + self.vectors.nbytes
 
 
 class Snapshot:
@@ -109,13 +114,24 @@ class Snapshot:
 def open_snapshot(folder: str | Path) -> Snapshot:
     """Return the last committed state of an index. Raises UserError when the folder is no index, or a file of it is damaged."""
     folder = Path(folder)
-    for attempt in range(TRIES):
+    while True:
         manifest = read_manifest(folder)
-        try:
-            return Snapshot(folder, manifest, [read_segment(folder, entry) for entry in manifest["segments"]])
-        except FileNotFoundError as error:  # a writer may have replaced the state while we were at it
-            if attempt == TRIES - 1 or read_manifest(folder)["sha256"] == manifest["sha256"]:
+        try:  # all are held before any is checked, which takes long: a writer that replaces the state meanwhile doesn't take them away
+            contents = {name: map_file(folder / name) for name in files(manifest)}
+            break
+        except FileNotFoundError as error:
+            if read_manifest(folder)["sha256"] == manifest["sha256"]:  # else a writer was faster: look at its state
                 raise UserError(f"{error.filename}: a file of the index is missing; restore it from a copy, or index the texts into a new folder") from error
+    for name, expected in files(manifest).items():
+        if hashlib.sha256(contents[name]).hexdigest() != expected:
+            raise UserError(f"{folder / name}: damaged (its SHA-256 is not what {MANIFEST} says); restore it from a copy, or index the texts into a new folder")
+    return Snapshot(folder, manifest, [_segment(contents, entry, list(manifest["columns"])) for entry in manifest["segments"]])
+
+
+def files(manifest: dict) -> dict[str, str]:
+    """Return the files that a manifest names, each with its SHA-256."""
+    entries = [part for entry in manifest["segments"] for part in (entry, entry["deleted"]) if part]
+    return {entry["file"]: entry["sha256"] for entry in entries}
 
 
 def read_manifest(folder: Path) -> dict:
@@ -141,28 +157,26 @@ def seal(manifest: dict) -> str:
     return hashlib.sha256(json.dumps({**manifest, "sha256": None}, sort_keys=True).encode()).hexdigest()
 
 
-def read_segment(folder: Path, entry: dict) -> Segment:
-    """Return a segment that a manifest names. Raises UserError when a file is damaged, FileNotFoundError when it is not there."""
-    table, mapped = _map(folder, entry["file"], entry["sha256"])
-    vectors = table.column(VECTOR)
-    alive = np.ones(len(table), bool)
-    if entry["deleted"]:
-        deleted, _ = _map(folder, entry["deleted"]["file"], entry["deleted"]["sha256"])
-        alive[deleted.column("row").to_numpy()] = False
-    return Segment(table.drop_columns([VECTOR]), _view(vectors.chunk(0), mapped), alive)
-
-
-def _map(folder: Path, name: str, expected: str) -> tuple[pa.Table, mmap.mmap]:
-    path = folder / name
-    if sha256(path) != expected:
-        raise UserError(f"{path}: damaged (its SHA-256 is not what {MANIFEST} says); restore it from a copy, or index the texts into a new folder")
+def map_file(path: Path) -> mmap.mmap | bytearray:
+    """Return the content of a file: mapped, of a small one a copy."""
     with open(path, "rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # private: torch wants it writable, the file can't be changed by it
-    return pa.ipc.open_file(pa.py_buffer(mapped)).read_all(), mapped
+        if os.fstat(file.fileno()).st_size < MAPPED:
+            return bytearray(file.read())
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # private: torch wants it writable, the file can't be changed by it
 
 
-def _view(vectors: pa.FixedSizeListArray, mapped: mmap.mmap) -> np.ndarray:
-    """Return the vectors (rows, width) as an array over the mapped file: Arrow's own view is read-only, of which torch warns."""
-    values, width = vectors.values, vectors.type.list_size
-    offset = values.buffers()[1].address - pa.py_buffer(mapped).address
-    return np.frombuffer(mapped, np.float32, count=len(vectors) * width, offset=offset).reshape(len(vectors), width)
+def make_segment(content: mmap.mmap | bytearray, columns: list[str], alive: np.ndarray | None = None) -> Segment:
+    """Return the content of an Arrow file as a segment, its metadata in the order of `columns`; `alive` None: all rows."""
+    table = pa.ipc.open_file(pa.py_buffer(content)).read_all()
+    vectors = table.column(VECTOR).chunk(0)
+    offset = vectors.values.buffers()[1].address - pa.py_buffer(content).address
+    width = vectors.type.list_size  # as an array over the content itself: Arrow's own view is read-only, of which torch warns
+    array = np.frombuffer(content, np.float32, count=len(vectors) * width, offset=offset).reshape(len(vectors), width)
+    return Segment(table.select([name for name in OWN_COLUMNS if name != VECTOR] + columns), array, np.ones(len(table), bool) if alive is None else alive)
+
+
+def _segment(contents: dict, entry: dict, columns: list[str]) -> Segment:
+    segment = make_segment(contents[entry["file"]], columns)
+    if entry["deleted"]:
+        segment.alive[pa.ipc.open_file(pa.py_buffer(contents[entry["deleted"]["file"]])).read_all().column("row").to_numpy()] = False
+    return segment

@@ -38,6 +38,14 @@ def texts_of(live: Live, places) -> list[dict]:
     return [{"id": row[ID], "text": row[TEXT]} for row in live.snapshot.take(live.rows[np.asarray(places, np.int64)], [ID, TEXT])]
 
 
+def one_a_document(live: Live, places) -> list[dict]:
+    """Return id and text of some places, of passages of one document only the first."""
+    found: dict[str, dict] = {}
+    for row in texts_of(live, places):
+        found.setdefault(row["id"], row)
+    return list(found.values())
+
+
 def say_counts(screen: Screen, collection: texts.Collection, encoder):
     """Say what is in a collection, and what of it was passed over or cut."""
     screen.say(f"texts    {collection.name}: {len(collection):,}")
@@ -48,7 +56,7 @@ def say_counts(screen: Screen, collection: texts.Collection, encoder):
 def say_bad(screen: Screen, collection: texts.Collection):
     """Say how many rows were passed over, and which was the first."""
     if collection.bad:
-        row, reason = next(iter(collection.bad.items()))
+        row, reason = min(collection.bad.items())
         screen.say(f"         {len(collection.bad):,} passed over; the first: {collection.place(row)}: {reason}")
 
 
@@ -80,7 +88,7 @@ def show_pairs(screen: Screen, live: Live, pairs: list[tuple[int, int, float]], 
     firsts, seconds = (texts_of(live, [pair[side] for pair in pairs]) for side in (0, 1))
     screen.table([[number, score, f"{brief(first['id'])}: {short(first['text'])}\n{brief(second['id'])}: {short(second['text'])}"]
                   for number, (first, second, (*_, score)) in enumerate(zip(firsts, seconds, pairs), start=1)],
-                 ["", "similarity", "texts"], title="the most similar pairs")
+                 ["", "similarity", live.unit], title="the most similar pairs")
     documents = [{"similarity": score, "first": first, "second": second} for first, second, (*_, score) in zip(firsts, seconds, pairs)]
     if alone:
         screen.document({"pairs": documents})
@@ -103,7 +111,7 @@ def show_state(screen: Screen, snapshot: Snapshot, **more):
     """Say what is in an index."""
     live = int(snapshot.alive().sum())
     if "deleted" in more:
-        screen.say(f"deleted  {more['deleted']:,} rows")
+        screen.say(f"deleted  {more['deleted']:,} rows" + (f"; {more['unknown']:,} ids are not there" if more["unknown"] else ""))
     screen.say(f"index    {snapshot.folder}: {live:,} rows, {snapshot.num_rows - live:,} deleted ones, {len(snapshot.segments):,} files, "
                f"{snapshot.width} dimensions, {snapshot.settings['model']}")
     screen.document({"index": str(snapshot.folder), "rows": live, "deleted_rows": snapshot.num_rows - live, "files": len(snapshot.segments),
@@ -111,8 +119,8 @@ def show_state(screen: Screen, snapshot: Snapshot, **more):
 
 
 def hit_document(row: dict, hit: Hit) -> dict:
-    """Return a hit as it stands in JSON: score, id, text, metadata; of a document in passages the best one and its place."""
-    found = {"id": row[ID], "score": hit.score, "text": row[TEXT], **{name: value for name, value in row.items() if name not in OWN_COLUMNS}}
+    """Return a hit as it stands in JSON: score, id, text, and in `columns` its metadata; of a document in passages the best one and its place."""
+    found = {"id": row[ID], "score": hit.score, "text": row[TEXT], "columns": {name: value for name, value in row.items() if name not in OWN_COLUMNS}}
     if row[PASSAGES] > 1:
         found["passage"] = {"number": row[PASSAGE] + 1, "of": row[PASSAGES], "first_character": row[START]}
     return found
@@ -145,10 +153,9 @@ def prompt(screen: Screen, searcher: Searcher, top_k: int):
             return
         try:
             texts.check_query(query, f"query {number}")
+            show_hits(screen, searcher, [query.strip()], searcher.search([query.strip()], top_k))
         except UserError as error:  # a slip at a prompt is no reason to load everything again
             print(error, file=sys.stderr)
-            continue
-        show_hits(screen, searcher, [query.strip()], searcher.search([query.strip()], top_k))
 
 
 def open_output(path: str | None):
@@ -176,8 +183,9 @@ def show_groups(screen: Screen, live: Live, groups: Groups, kept: list, *, thres
     """Show every group with all of its texts."""
     if screen.as_json and len(kept) > PAIRS_IN_JSON:
         raise UserError(f"duplicates: more than {PAIRS_IN_JSON:,} pairs, too many for one JSON document; write them with --pairs-file, or raise --threshold")
-    lists = [texts_of(live, members) for members in groups.lists()]
-    screen.say(f"\n{len(lists):,} groups of {sum(map(len, lists)):,} texts, joined by {groups.num_pairs:,} pairs with a cosine of at least {threshold}")
+    lists = [one_a_document(live, members) for members in groups.lists()]
+    screen.say(f"\n{len(lists):,} groups of {sum(map(len, lists)):,} texts, joined by {groups.num_pairs:,} pairs "
+               f"{'of passages ' if live.unit == 'passages' else ''}with a cosine of at least {threshold}")
     lines = [[number, brief(row["id"]), short(row["text"])] for number, rows in enumerate(lists, start=1) for row in rows]
     screen.table(lines, ["group", "id", "text"])
     pairs = [{"first": first, "second": second, "similarity": score} for first, second, score in kept]
@@ -192,9 +200,10 @@ def show_clusters(screen: Screen, live: Live, numbers: np.ndarray, words: list[l
         nearest = nearest_to_centre(live, members, NEAREST)
         central = [{**row, "similarity": score} for row, (_, score) in zip(texts_of(live, [place for place, _ in nearest]), nearest)]
         lines.append([number + 1, len(members), ", ".join(own), "\n".join(f"{brief(row['id'])}: {short(row['text'], 60)}" for row in central)])
-        documents.append({"cluster": number + 1, "size": len(members), "words": own, "nearest_to_centre": central, "ids": [names[place] for place in members]})
+        documents.append({"cluster": number + 1, "size": len(members), "words": own, "nearest_to_centre": central, "ids": list(dict.fromkeys(names[place] for place in members))})
     alone = [names[place] for place in np.flatnonzero(numbers == NONE)]
-    screen.table(lines, ["cluster", "texts", "words", "nearest to its centre"], title=f"{len(words):,} clusters, {len(alone):,} texts in none")
+    screen.table(lines, ["cluster", live.unit, "words", "nearest to its centre"], title=f"{len(words):,} clusters, {len(alone):,} {live.unit} in none")
+    alone = list(dict.fromkeys(alone))
     screen.document({"clusters": documents, "in_none": alone})
 
 

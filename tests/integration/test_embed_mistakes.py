@@ -1,7 +1,9 @@
 """A user's mistake with embed_search.py ends in one line that names it and the way out, with exit code 2 and the index untouched."""
 
+import errno
 import hashlib
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -9,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.search import encoding
+from common.search import encoding, store
 from conftest import make_sentences
 from hub_server import HubServer
 
@@ -94,8 +96,8 @@ FLAGS = {
     "delete from no index": (["delete", "--index", "HOME/nope", "x"], ("HOME/nope", "no such folder")),
     "compact no index": (["compact", "--index", "HOME"], ("HOME", "no index")),
     "other ids": (["index", "HOME/good.csv", "--index", "HOME/ix", "--id-column", "label", "--skip-bad"], ("HOME/ix", "id_column id", "label")),
-    "chunks into whole texts": (["index", "HOME/good.csv", "--index", "HOME/ix", "--chunk"], ("HOME/ix", "chunk_overlap", "--chunk")),
-    "another length": (["search", "--index", "HOME/ix", "x", "--max-length", "32"], ("HOME/ix", "max_length 64, not 32")),
+    "chunks into whole texts": (["index", "HOME/good.csv", "--index", "HOME/ix", "--chunk"], ("HOME/ix", "made without --chunk, not with chunk_overlap 32", "--chunk and")),
+    "another length": (["search", "--index", "HOME/ix", "x", "--max-length", "32"], ("HOME/ix", "max_length 64, not with max_length 32")),
     "another model": (["search", "--index", "HOME/ix", "x", "--model", "bundled/all-MiniLM-L6-v2"], ("HOME/ix", "fingerprint", "tiny-embedder", "--model")),
     "no such model": (["search", "--index", "HOME/ix", "x", "--model", "./nope"], ("--model ./nope", "no such folder")),
     "max length above the model": (["index", "HOME/good.csv", "--index", "HOME/new", "--max-length", "65"], ("--max-length 65", "64")),
@@ -108,6 +110,13 @@ FLAGS = {
     "where that reads a file": (["search", "--index", "HOME/ix", "x", "--where", "(select count(*) from read_text('/etc/passwd')) > 0"], ("--where", "/etc/passwd")),
     "where that does something": (["delete", "--index", "HOME/ix", "--where", "true; drop table x"], ("--where", "drop table")),
     "unknown id": (["delete", "--index", "HOME/ix", "s1", "nope"], ("HOME/ix", "'nope'", "nothing is deleted")),
+    "delete an id that is not UTF-8": (["delete", "--index", "HOME/ix", "s1", "a\udc80"], ("id 2", "not UTF-8")),
+    "where that is not UTF-8": (["delete", "--index", "HOME/ix", "--where", "label = '\udc80'"], ("--where", "label")),
+    "a model to compact": (["compact", "--index", "HOME/ix", "--model", "x"], ("--model x", "--help")),
+    "a seed to delete": (["delete", "--index", "HOME/ix", "s1", "--seed", "1"], ("--seed 1", "--help")),
+    "a column to search": (["search", "--index", "HOME/ix", "x", "--text-column", "y"], ("--text-column y", "--help")),
+    "a model to compare by flag": (["compare-models", "x", "--model", "y"], ("--model y", "leave --model out")),
+    "pairs and judgements": (["evaluate", "--sts", "HOME/good.csv", "--index", "HOME/ix"], ("--sts", "--index", "leave")),
     "delete nothing": (["delete", "--index", "HOME/ix"], ("either ids or --where",)),
     "texts and index": (["pairs", "HOME/good.csv", "--index", "HOME/ix"], ("either texts or --index", "both")),
     "neither texts nor index": (["pairs"], ("either texts or --index", "neither")),
@@ -122,6 +131,10 @@ FLAGS = {
     "pairs file nowhere": (["duplicates", "--index", "HOME/ix", "--pairs-file", "HOME/no/x.csv"], ("--pairs-file", "HOME/no/x.csv")),
     "overlap without room": (["index", "HOME/good.csv", "--index", "HOME/new", "--chunk-overlap", "62"], ("--chunk-overlap 62", "62 tokens")),
     "queries without judgements": (["evaluate", "--queries", "HOME/good.csv"], ("--queries and --qrels",)),
+    "evaluate an index without a task": (["evaluate", "--index", "HOME/ix"], ("--index HOME/ix", "--queries and --qrels", "bundled task")),
+    "evaluate texts without a task": (["evaluate", "--texts", "HOME/good.csv"], ("--texts HOME/good.csv", "--queries and --qrels")),
+    "project nothing": (["project", "--index", "HOME/ix", "--where", "id = 'no'", "--output-dir", "HOME/board"], ("0 texts", "needs one", "--where")),
+    "similarity of nothing": (["similarity", "--index", "HOME/ix", "--where", "id = 'no'"], ("0 texts", "similarity needs one", "--where")),
     "project over files": (["project", "--index", "HOME/ix", "--output-dir", "HOME"], ("HOME", "holds other files")),
     "no subcommand": (["look"], ("'look'", "similarity", "index")),
     "unknown flag": (["compact", "--index", "HOME/ix", "--fast"], ("--fast", "--help")),
@@ -153,7 +166,8 @@ def test_a_damaged_file_of_the_index(pattern, refused, home):
 @pytest.mark.parametrize("where, number, line, parts", [
     ("queries", 2, "not JSON", ("q.jsonl, line 2", "not a query")), ("queries", 2, '{"id": "a", "text": "x"}', ("q.jsonl, line 2", "stands above")),
     ("queries", 2, '{"id": "b", "text": ""}', ("q.jsonl, line 2", "empty")), ("qrels", 1, "a s1 1", ("qrels, line 1", "TREC")),
-    ("qrels", 1, "zz 0 s1 1", ("qrels, line 1", "'zz'"))])
+    ("qrels", 1, "zz 0 s1 1", ("qrels, line 1", "'zz'")), ("qrels", 1, "a 0 s1 --5", ("qrels, line 1", "whole number")),
+    ("qrels", 1, "a 0 s1 ²", ("qrels, line 1", "whole number")), ("qrels", 1, "a 0 nowhere 1", ("q.jsonl", "none of the 1", "'nowhere'"))])
 def test_queries_and_judgements_that_can_not_be_used(where, number, line, parts, refused, tmp_path):
     files = {"queries": ['{"id": "a", "text": "good"}', '{"id": "b", "text": "bad"}'], "qrels": ["a 0 s1 1"]}
     files[where][number - 1] = line
@@ -168,10 +182,24 @@ def test_a_vector_that_is_nan_is_named_or_passed_over(embed, refused, home, tmp_
     monkeypatch.setattr(encoding.Encoder, "encode", lambda self, texts, role=None: np.where(
         np.array([["ruined" in text] for text in texts]), np.float32("nan"), encode(self, texts, role=role)))
     flags = ("index", tmp_path / "t.csv", "--index", home / "ix", "--id-column", "id")
-    refused(*flags, parts=("t.csv, row 2", "NaN", "--skip-bad"))
+    refused(*flags, parts=("t.csv, row 2", "NaN", "0 texts of earlier blocks", "--skip-bad"))
     code, stdout, stderr = embed(*flags, "--skip-bad", "--json")
     assert code == 0, stderr
     assert json.loads(stdout)["rows"] == 14 and json.loads(stdout)["counts"]["bad"] == 1
+    code, _, stderr = embed("index", *flags[1:3], home / "new", *flags[4:], "--block", 1)
+    assert code == 2 and "1 texts of earlier blocks were committed" in stderr
+
+
+def test_a_full_disk_is_said_without_flags_that_are_not_there(refused, tmp_path, monkeypatch):
+    (tmp_path / "t.csv").write_text("id,text,label\na,fine,x\n")
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(store, "_write_arrow", lambda *_: (_ for _ in ()).throw(full))
+    refused("index", tmp_path / "t.csv", "--index", "HOME/ix", "--id-column", "id", parts=("--index HOME/ix", "No space left", "same command"))
+
+
+def test_a_folder_that_is_no_index_is_refused_before_anything_is_read(refused, monkeypatch):
+    monkeypatch.setattr(encoding, "load", None)
+    refused("index", "HOME/nowhere.csv", "--index", "HOME", parts=("HOME", "holds other files"))
 
 
 def test_skip_bad_goes_on_and_counts(embed, home, tmp_path):
@@ -182,6 +210,19 @@ def test_skip_bad_goes_on_and_counts(embed, home, tmp_path):
     found = json.loads(stdout)
     assert found["rows"] == 13 and (found["counts"]["added"], found["counts"]["bad"]) == (1, 4)
     assert "4 passed over" in stderr and "row 2: the text is empty" in stderr
+
+
+def test_columns_that_differ_only_in_case(refused, home, embed, tmp_path):
+    (tmp_path / "t.csv").write_text("text,Label,label\ngood,1,2\nbad,2,1\n")
+    assert embed("index", tmp_path / "t.csv", "--index", home / "twins")[0] == 0
+    refused("delete", "--index", "HOME/twins", "--where", "label = 1", parts=("--where", "Label, label", "case"))
+    assert embed("search", "--index", home / "twins", "good", "--where", "_text = 'good'")[0] == 0
+
+
+@pytest.mark.parametrize("rows, part", [("good,fine,1 bad,film,1", "human scores"), ("good,fine,1 good,fine,2", "cosines")])
+def test_scores_without_a_correlation(rows, part, refused, tmp_path):
+    (tmp_path / "sts.csv").write_text("\n".join(["sentence1,sentence2,score", *rows.split()]) + "\n")
+    refused("evaluate", "--sts", tmp_path / "sts.csv", parts=("sts.csv", part, "all equal"))
 
 
 def test_a_name_that_the_hub_lacks(refused, tmp_path, monkeypatch):

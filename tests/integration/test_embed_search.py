@@ -7,7 +7,9 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,9 +20,10 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 from sentence_transformers import CrossEncoder, SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from transformers import BertConfig, BertForSequenceClassification
 
-from common.search.snapshot import ID, TEXT, open_snapshot
+from common.search.snapshot import ID, TEXT, files, open_snapshot, read_manifest
 from conftest import ROOT, make_sentences, train_wordpiece
 from hub_server import HubServer
 
@@ -91,6 +94,7 @@ def test_an_index_over_its_life(ok, embed, sentences, tmp_path):
     updated = ok("index", sentences, *index, "--update", "--json")
     assert (updated["counts"]["added"], updated["counts"]["updated"], updated["counts"]["encoded"], updated["deleted_rows"]) == (1, 1, 2, 1)
     assert ok("delete", *index, "s5", "s6", "--json")["rows"] == 59
+    assert "deleted  0 rows; 2 ids are not there" in ok("delete", *index, "s5", "s6", "--skip-bad")
     assert ok("delete", *index, "--where", "n between 10 and 19", "--json")["rows"] == 49
     compacted = ok("compact", *index, "--json")
     assert (compacted["rows"], compacted["deleted_rows"], compacted["files"]) == (49, 0, 1)
@@ -118,6 +122,23 @@ def test_search_is_brute_force_with_filters(ok, sentences, tiny_embedder, tmp_pa
     assert {hit["id"] for hit in hybrid} == set(expected) and [hit["id"] for hit in hybrid] != expected
 
 
+def test_columns_with_the_names_of_ours_shadow_nothing(ok, tmp_path):
+    """A column called score or id was shown for the hit's own; one called _row decided which rows were deleted."""
+    names = ["id", "score", "text", "passage", "_row", "row", "_number", "similarity", "level"]
+    rows = [{**{name: 10 * number for name in names}, "text": f"the film was n{number}", "key": f"k{number}"} for number in range(6)]
+    write_lines(tmp_path / "t.jsonl", [json.dumps(row) for row in rows])
+    ok("index", tmp_path / "t.jsonl", "--index", tmp_path / "ix", "--id-column", "key", "--text-column", "text")
+    hit = ok("search", "--index", tmp_path / "ix", "the film was n3", "--top-k", 1, "--json")["queries"][0]["hits"][0]
+    assert (hit["id"], hit["text"], hit["score"]) == ("k3", "the film was n3", pytest.approx(1, abs=1e-5))
+    assert hit["columns"] == {name: value for name, value in rows[3].items() if name != "text"} and "passage" not in hit
+    for condition, left in (("_row = 20", {"k0", "k1", "k3", "k4", "k5"}), ("row = 40 OR _id = 'k0'", {"k1", "k3", "k5"})):
+        ok("delete", "--index", tmp_path / "ix", "--where", condition)
+        assert {key for key in rows_by_id(tmp_path / "ix")} == left
+    found = ok("similarity", tmp_path / "t.jsonl", "--query", "the film was n0", "--where", "_number = 20 OR level = 0", "--json")
+    assert [entry["id"] for entry in found["queries"][0]["similarities"]] == ["1", "3"]
+    assert found["queries"][0]["similarities"][0]["similarity"] == pytest.approx(1, abs=1e-5)
+
+
 def test_hybrid_is_reciprocal_rank_fusion_of_both(ok, tmp_path):
     ok("index", write_lines(tmp_path / "d.txt", DOCUMENTS), "--index", tmp_path / "ix")
     dense = [hit["text"] for hit in ok("search", "--index", tmp_path / "ix", "neural networks", "--top-k", 7, "--json")["queries"][0]["hits"]]
@@ -126,6 +147,17 @@ def test_hybrid_is_reciprocal_rank_fusion_of_both(ok, tmp_path):
     scores = {text: 1 / (61 + dense.index(text)) + (1 / 61 if text in sparse else 0) for text in DOCUMENTS}
     assert [hit["text"] for hit in found] == sorted(DOCUMENTS, key=lambda text: -scores[text])
     assert found[0]["score"] == pytest.approx(scores[found[0]["text"]])
+
+
+def test_hybrid_fuses_several_keyword_hits_by_their_ranks(ok, tmp_path):
+    """Of texts of equal length BM25 puts those first that have the word more often."""
+    texts = ["film film film the", "film film was the", "film was and the", "story was and the", "actors was and the"]
+    ok("index", write_lines(tmp_path / "t.txt", texts), "--index", tmp_path / "ix")
+    dense = [hit["text"] for hit in ok("search", "--index", tmp_path / "ix", "film", "--json")["queries"][0]["hits"]]
+    found = ok("search", "--index", tmp_path / "ix", "film", "--hybrid", "--json")["queries"][0]["hits"]
+    scores = {text: 1 / (61 + dense.index(text)) + (1 / (61 + rank) if rank < 3 else 0) for rank, text in enumerate(texts)}
+    assert [hit["text"] for hit in found] == sorted(texts, key=lambda text: (-scores[text], texts.index(text)))
+    assert [hit["score"] for hit in found] == pytest.approx(sorted(scores.values(), reverse=True))
 
 
 def test_texts_without_words_and_filters_that_leave_few_rows(ok, sentences, tmp_path):
@@ -191,6 +223,43 @@ def test_chunks_are_found_with_their_document(ok, tmp_path):
     assert ok("delete", "--index", tmp_path / "ix", "long", "--json")["rows"] == 1
 
 
+def test_passages_of_one_document_are_no_pair_of_texts(ok, tmp_path):
+    long = " ".join(["the film was very good"] * 60)
+    rows = [{"id": "one", "text": long}, {"id": "two", "text": long + " on monday"}, {"id": "short", "text": "bad awful poor"}]
+    write_lines(tmp_path / "t.jsonl", [json.dumps(row) for row in rows])
+    ok("index", tmp_path / "t.jsonl", "--index", tmp_path / "ix", "--id-column", "id", "--chunk", "--chunk-overlap", 8)
+    pairs = ok("pairs", "--index", tmp_path / "ix", "--top-k", 50, "--json")["pairs"]
+    assert pairs and all(pair["first"]["id"] != pair["second"]["id"] for pair in pairs)
+    found = ok("duplicates", "--index", tmp_path / "ix", "--threshold", 0.9, "--json")
+    assert [[row["id"] for row in group] for group in found["groups"]] == [["one", "two"]]
+    shown = ok("duplicates", "--index", tmp_path / "ix", "--threshold", 0.9)
+    assert "1 groups of 2 texts" in shown and "pairs of passages" in shown
+    clusters = ok("cluster", "--index", tmp_path / "ix", "--num-clusters", 1, "--json")["clusters"]
+    assert sorted(clusters[0]["ids"]) == ["one", "short", "two"] and clusters[0]["size"] > 3
+
+
+def test_ids_that_look_like_formulas_are_drawn_as_they_are(ok, tmp_path):
+    write_lines(tmp_path / "t.csv", ["id,text", "$x_{$,good film", "a$\\frac$,bad film"])
+    ok("index", tmp_path / "t.csv", "--index", tmp_path / "ix", "--id-column", "id")
+    ok("similarity", "--index", tmp_path / "ix", "--figure", tmp_path / "map.png")
+    assert (tmp_path / "map.png").stat().st_size > 1000
+
+
+def test_the_same_text_has_the_cosine_1_with_itself_whatever_the_prompts(ok, tiny_model, tmp_path):
+    modules = [Transformer(str(tiny_model), max_seq_length=64), Pooling(32)]
+    SentenceTransformer(modules=modules, device="cpu", prompts={"query": "what: ", "document": "story: "}).save(str(tmp_path / "model"))
+    write_lines(tmp_path / "t.txt", ["good film", "bad story"])
+    ok("index", tmp_path / "t.txt", "--index", tmp_path / "ix", "--model", tmp_path / "model")
+    for source in ((tmp_path / "t.txt",), ("--index", tmp_path / "ix")):
+        found = ok("similarity", *source, "--model", tmp_path / "model", "--query", "good film", "--json")
+        assert found["queries"][0]["similarities"][0]["similarity"] == pytest.approx(1, abs=1e-6)
+
+
+def test_fewer_clusters_than_asked_for_are_said(ok, tmp_path):
+    shown = ok("cluster", write_lines(tmp_path / "t.txt", ["good film"] * 4), "--num-clusters", 3)
+    assert "only 1 clusters, not 3" in shown
+
+
 def test_the_prompt_answers_line_by_line(ok, sentences, tmp_path, monkeypatch):
     ok("index", sentences, "--index", tmp_path / "ix", "--id-column", "id")
     monkeypatch.setattr(sys, "stdin", io.StringIO("good film\nbad film\n\n"))
@@ -225,6 +294,25 @@ def test_evaluate_with_judgements_of_ones_own(ok, sentences, tiny_reranker, tmp_
         assert found["exact"][name] == found["approximate"][name] == pytest.approx(5 / 6)
     ok("index", sentences, "--index", tmp_path / "ix", "--id-column", "id")
     assert ok("evaluate", "--index", tmp_path / "ix", *task)["scores"]["exact"] == found["exact"]
+
+
+def test_evaluate_reads_ids_from_the_named_column_and_says_what_is_not_there(ok, tmp_path, embed):
+    """Graded relevance and a first hit that is not relevant, against the definitions written out."""
+    texts = ["good film", "great story", "bad film", "awful story"]
+    write_lines(tmp_path / "t.csv", ["key,text", *(f"d{number},{text}" for number, text in enumerate(texts))])
+    ok("index", tmp_path / "t.csv", "--index", tmp_path / "ix", "--id-column", "key")
+    order = [hit["id"] for hit in ok("search", "--index", tmp_path / "ix", "good film", "--json")["queries"][0]["hits"]]
+    relevance = {order[1]: 3, order[3]: 1, "elsewhere": 2, order[0]: 0}
+    write_lines(tmp_path / "q.jsonl", ['{"id": "a", "text": "good film"}'])
+    write_lines(tmp_path / "qrels", [f"a 0 {document} {grade}" for document, grade in relevance.items()])
+    task = ("--queries", tmp_path / "q.jsonl", "--qrels", tmp_path / "qrels", "--json")
+    code, stdout, stderr = embed("evaluate", "--texts", tmp_path / "t.csv", "--id-column", "key", *task)
+    assert code == 0 and "1 of 3 documents that are judged relevant are not there, such as 'elsewhere'" in stderr, stderr
+    found = json.loads(stdout)["scores"]["exact"]
+    gain = 3 / np.log2(3) + 1 / np.log2(5)
+    assert found["nDCG@10"] == pytest.approx(gain / (3 + 2 / np.log2(3) + 1 / np.log2(4)))
+    assert (found["MRR@10"], found["recall@1"], found["recall@10"]) == (0.5, 0, pytest.approx(2 / 3))
+    assert ok("evaluate", "--index", tmp_path / "ix", *task)["scores"]["exact"] == found
 
 
 def test_sts_is_spearmans_correlation(ok, tiny_embedder, tmp_path):
@@ -291,15 +379,49 @@ def test_a_mistake_under_torchrun_is_said_once(run_script, tmp_path):
     assert done.returncode != 0 and done.stderr.count("embed_search.py: error: nowhere.csv: no such file") == 1
 
 
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_to_one_of_two_processes_ends_both_and_leaves_the_index(number, code, tiny_embedder, cache_dir, tmp_path):
+    write_lines(tmp_path / "texts.txt", [text for text, _ in make_sentences(3000)])
+    flags = ["index", tmp_path / "texts.txt", "--model", tiny_embedder, "--cache-dir", cache_dir, "--device", "cpu", "--block", "64", "--index", tmp_path / "ix"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    main, other = (subprocess.Popen([sys.executable, ROOT / "embed_search.py", *flags], stderr=subprocess.PIPE, text=True,
+                                    env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2))
+    while not (tmp_path / "ix" / "manifest.json").exists() or not open_snapshot(tmp_path / "ix").num_rows:
+        time.sleep(0.02)
+    for process in (main, other) if number == signal.SIGINT else (main,):  # Ctrl-C reaches both, kill one
+        process.send_signal(number)
+    said, said_by_other = (process.communicate(timeout=120)[1] for process in (main, other))
+    assert (main.returncode, other.returncode) == (code, 1), said + said_by_other
+    assert "the same command goes on from there" in said and said_by_other.count("lost another process") == 1
+    assert "Traceback" not in said + said_by_other and "terminate" not in said + said_by_other
+    count = int(re.search(r"([\d,]+) texts of this run", said)[1].replace(",", ""))
+    assert 0 <= open_snapshot(tmp_path / "ix").num_rows - count <= 64
+
+
 FORKING_INDEXER = """
-import json, os, sys
+import json, os, signal, sys
 import embed_search
 from common import cli
-for line in sys.stdin:  # each line is a command line; answers with the number of the process that runs it, then with how it ended
+
+def kill_at(event: int, folder: str):  # the how manieth file of a folder that is opened, renamed or removed
+    left = [event]
+    def audit(name, arguments):
+        if name in ("open", "os.rename", "os.remove") and str(arguments[0]).startswith(folder):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(audit)
+
+for line in sys.stdin:  # each line is a command line and when it dies; answers with the number of the process that runs it, then with how it ended
+    job = json.loads(line)
     child = os.fork()
     if child == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        cli.run(embed_search.make_parser(), embed_search.main, json.loads(line))
+        kill_at(job.get("event", 0), job.get("folder", ""))
+        cli.run(embed_search.make_parser(), embed_search.main, job["command"])
         os._exit(0)
     print(child, flush=True)
     print(os.waitpid(child, 0)[1], flush=True)
@@ -316,7 +438,7 @@ def kill_at_random_moments(times: int, tiny_embedder, cache_dir, tmp_path, seed:
     with subprocess.Popen([sys.executable, "-c", FORKING_INDEXER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
                           env={**os.environ, "OMP_NUM_THREADS": "1"}) as runner:
         def start(name: str) -> int:
-            print(json.dumps([*command, "--index", str(tmp_path / name)]), file=runner.stdin, flush=True)
+            print(json.dumps({"command": [*command, "--index", str(tmp_path / name)]}), file=runner.stdin, flush=True)
             return int(runner.stdout.readline())
 
         for name in ("warm-up", "whole"):
@@ -366,8 +488,74 @@ def test_thirty_kills_lose_nothing(tiny_embedder, cache_dir, tmp_path):
     kill_at_random_moments(30, tiny_embedder, cache_dir, tmp_path, seed=1)
 
 
+WRITERS = {"update": ["--update", "--block", "4"], "delete": ["s1", "s2", "s9", "s17", "--skip-bad"], "compact": []}
+
+
+def kill_at_events(events, command: str, tiny_embedder, cache_dir, tmp_path):
+    """Kill a command at the given events: each row is as it was or as it is to be, and the same command ends in the same rows and files."""
+    texts = [text for text, _ in make_sentences(20)]
+    for name, mark in (("old", ""), ("new", " monday")):
+        write_lines(tmp_path / f"{name}.csv", ["id,text", *(f"s{number},{text}{mark if number % 3 == 0 else ''}" for number, text in enumerate(texts))])
+    model = ["--id-column", "id", "--model", str(tiny_embedder), "--cache-dir", str(cache_dir), "--precision", "fp32", "--device", "cpu"]
+    commands = {"update": ["index", str(tmp_path / "new.csv"), *model], "delete": ["delete"], "compact": ["compact"]}
+    with subprocess.Popen([sys.executable, "-c", FORKING_INDEXER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}) as runner:
+        def run(folder: Path, *flags: str, event: int = 0) -> int:
+            print(json.dumps({"command": [*flags, "--index", str(folder)], "event": event, "folder": str(folder)}), file=runner.stdin, flush=True)
+            runner.stdout.readline()
+            return int(runner.stdout.readline())
+
+        assert run(tmp_path / "start", "index", str(tmp_path / "old.csv"), *model, "--block", "3") == 0
+        assert run(tmp_path / "start", "delete", "s4") == 0
+        before, kills = rows_by_id(tmp_path / "start"), 0
+        shutil.copytree(tmp_path / "start", tmp_path / "whole")
+        assert run(tmp_path / "whole", *commands[command], *WRITERS[command]) == 0
+        after = rows_by_id(tmp_path / "whole")
+        for event in events:
+            folder = tmp_path / f"killed-{event}"
+            shutil.copytree(tmp_path / "start", folder)
+            if run(folder, *commands[command], *WRITERS[command], event=event) == 0:
+                break  # it has fewer events
+            kills, found = kills + 1, rows_by_id(folder)
+            if command == "update":
+                assert found.keys() - {"s4"} == before.keys() and all(row in (before.get(key), after[key]) for key, row in found.items())
+            else:
+                assert found in (before, after)
+            assert run(folder, *commands[command], *WRITERS[command]) == 0 and rows_by_id(folder) == after
+            assert {path.name for path in folder.iterdir()} == {*files(read_manifest(folder)), "manifest.json", ".lock"}
+        runner.stdin.close()
+    return kills
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forked")
+@pytest.mark.parametrize("command, events", [("update", (17, 44)), ("delete", (12, 17, 20)), ("compact", (12, 14, 17))])
+def test_kills_of_every_writer_lose_nothing(command, events, tiny_embedder, cache_dir, tmp_path):
+    assert kill_at_events(events, command, tiny_embedder, cache_dir, tmp_path) == len(events)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forked")
+@pytest.mark.parametrize("command, least", [("update", 60), ("delete", 15), ("compact", 15)])
+def test_kills_of_every_writer_at_every_event_lose_nothing(command, least, tiny_embedder, cache_dir, tmp_path):
+    assert kill_at_events(range(1, 1000), command, tiny_embedder, cache_dir, tmp_path) >= least
+
+
+def test_two_processes_make_one_index(tiny_embedder, cache_dir, tmp_path):
+    """Both find no index, both make one: the second waits and adds to what the first made."""
+    texts = [text for text, _ in make_sentences(60)]
+    flags = ["--model", tiny_embedder, "--cache-dir", cache_dir, "--device", "cpu", "--block", "4", "--index", tmp_path / "ix", "--wait", "100"]
+    for name, own in (("a", texts[:40]), ("b", texts[20:])):
+        write_lines(tmp_path / f"{name}.txt", own)
+    both = [subprocess.Popen([sys.executable, ROOT / "embed_search.py", "index", tmp_path / f"{name}.txt", *flags], stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}) for name in "ab"]
+    ends = [(process.communicate(timeout=200), process.returncode) for process in both]
+    assert [code for _, code in ends] == [0, 0], ends
+    assert sorted(text for text, _ in rows_by_id(tmp_path / "ix").values()) == sorted(texts)
+
+
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_index_says_how_to_go_on(number, code, tiny_embedder, cache_dir, tmp_path):
+def test_an_interrupted_index_says_how_to_go_on(number, code, tiny_embedder, cache_dir, embed, tmp_path):
     write_lines(tmp_path / "texts.txt", [text for text, _ in make_sentences(3000)])
     flags = ["index", tmp_path / "texts.txt", "--model", tiny_embedder, "--cache-dir", cache_dir, "--device", "cpu", "--block", "4", "--index", tmp_path / "ix"]
     with subprocess.Popen([sys.executable, ROOT / "embed_search.py", *flags], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -378,4 +566,9 @@ def test_an_interrupted_index_says_how_to_go_on(number, code, tiny_embedder, cac
         _, stderr = process.communicate(timeout=60)
     assert process.returncode == code and "the same command goes on from there" in stderr and "Traceback" not in stderr
     said = int(re.search(r"([\d,]+) texts of this run", stderr)[1].replace(",", ""))
-    assert 0 <= open_snapshot(tmp_path / "ix").num_rows - said <= 4  # a block may have been committed and not yet counted
+    committed = rows_by_id(tmp_path / "ix")
+    assert 0 <= len(committed) - said <= 4  # a block may have been committed and not yet counted
+    code, stdout, _ = embed("index", *flags[1:6], "--index", tmp_path / "ix", "--block", 1000, "--json")  # goes on from there
+    counts, whole = json.loads(stdout)["counts"], rows_by_id(tmp_path / "ix")
+    assert code == 0 and (counts["unchanged"], counts["added"], len(whole)) == (len(committed), 3000 - len(committed), 3000)
+    assert committed.items() <= whole.items()

@@ -1,5 +1,6 @@
 """Encoding against SentenceTransformer.encode, for every kind of pooling; what is counted, and what is computed once."""
 
+import json
 import shutil
 
 import numpy as np
@@ -97,6 +98,26 @@ def test_the_fingerprint_tells_models_apart(tiny_model, tiny_embedder, tmp_path)
         next(first.parameters())[7, 3] += 1e-3
     others.add(loading.fingerprint(first))
     assert len(others) == 3
+
+
+@pytest.mark.parametrize("file, setting, value, same", [
+    ("config.json", "num_attention_heads", 2, False), ("config.json", "hidden_act", "relu", False), ("config.json", "layer_norm_eps", 1e-3, False),
+    ("config.json", "architectures", ["Other"], True), ("config.json", "transformers_version", "4.0.0", True), ("config.json", "_name_or_path", "x", True)])
+def test_the_fingerprint_holds_the_settings_that_make_vectors(file, setting, value, same, tiny_embedder, tmp_path):
+    shutil.copytree(tiny_embedder, tmp_path / "other")
+    settings = json.loads((tmp_path / "other" / file).read_text())
+    (tmp_path / "other" / file).write_text(json.dumps({**settings, setting: value}))
+    first, second = (loading.fingerprint(loading.load_embedder(str(folder), cache_dir=None)) for folder in (tiny_embedder, tmp_path / "other"))
+    assert (first == second) is same
+
+
+@pytest.mark.parametrize("setting, value", [("query_length", 8), ("document_length", 8), ("query_expansion", {"strategy": "max_length"})])
+def test_lengths_by_role_are_refused(setting, value, tiny_embedder, tmp_path):
+    shutil.copytree(tiny_embedder, tmp_path / "other")
+    file = tmp_path / "other" / "sentence_bert_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "query_length": 8, setting: value}))
+    with pytest.raises(UserError, match="query_length|" + setting):
+        loading.load_embedder(str(tmp_path / "other"), cache_dir=None)
 
 
 def test_pickled_weights_and_foreign_code_are_refused(tiny_embedder, tmp_path):

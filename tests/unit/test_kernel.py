@@ -76,6 +76,18 @@ def test_small_collections_full_of_ties(data):
         assert rows.tolist() == brute_force(vectors, query, k)
 
 
+def test_equal_vectors_without_end_are_not_all_held(monkeypatch):
+    generator = np.random.default_rng(0)
+    vectors = np.repeat(unit(generator.standard_normal((2, 16))), 5000, axis=0)[generator.permutation(10_000)]
+    queries = unit(vectors[:3] + 0.1 * generator.standard_normal((3, 16)))
+    monkeypatch.setattr(kernel, "HELD", 500)
+    held, add = [], kernel.Best.add
+    monkeypatch.setattr(kernel.Best, "add", lambda self, scores, start: (add(self, scores, start), held.append(self.held)))
+    for query, (rows, _) in zip(queries, search(vectors, queries, 10, size=256)):
+        assert rows.tolist() == brute_force(vectors, query, 10)
+    assert max(held) <= 500 + 60 + 3 * 256  # what is allowed, and the last block
+
+
 def test_the_margin_holds_the_error_of_fp32():
     generator = np.random.default_rng(0)
     vectors = unit(np.abs(generator.standard_normal((2000, 1024))))  # no terms cancel: the worst case for rounding

@@ -3,12 +3,14 @@
 import math
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from sklearn.cluster import KMeans
 from test_kernel import unit
 from test_store import collection, numbered
 
 from common.search import building, clustering, mining, store
+from common.search.display import level
 
 
 @pytest.fixture(params=[0, 1, 2])
@@ -79,6 +81,22 @@ def components(count: int, pairs: set) -> list[list[int]]:
     return sorted(found, key=lambda group: (-len(group), group[0]))
 
 
+def test_no_more_than_a_block_of_vectors_is_read_at_once(live, monkeypatch):
+    rows, _ = live
+    sizes, read = [], rows.snapshot.vectors_of
+    monkeypatch.setattr(mining, "RESCORED", 16)
+    rows.snapshot.__dict__["vectors_of"] = lambda wanted: (sizes.append(len(wanted)), read(wanted))[1]
+    mining.best_pairs(rows, 50, block=16)
+    assert sum(len(left) for left, _, _ in mining.similar_pairs(rows, 0.5, block=16)) > 500
+    clustering.num_neighbours(rows, 0.5, block=16)
+    assert max(sizes) == 16 and sum(sizes) > 10 * len(rows)
+
+
+@pytest.mark.parametrize("similarity, word", [(0.7, "moderate"), (np.nextafter(0.7, 1), "high"), (0.4, "moderate"), (np.nextafter(0.4, 0), "low"), (-1, "low")])
+def test_the_words_for_similarity_change_at_0_7_and_0_4(similarity, word):
+    assert level(similarity) == word
+
+
 @pytest.mark.parametrize("step", [0, 1])
 def test_a_border_case_is_decided_in_float64(live, step):
     rows, exact = live
@@ -128,6 +146,56 @@ def test_k_means_is_repeatable_and_its_first_cluster_the_largest(live):
 def test_as_many_clusters_as_different_rows(live):
     rows = mining.Live(live[0].snapshot, live[0].rows[:4])
     assert sorted(clustering.k_means(rows, 4, block=2, seed=0).tolist()) == [0, 1, 2, 3]
+
+
+@pytest.fixture
+def passages_of_documents(tmp_path):
+    """Documents of one to four passages, whose vectors are those of their numbers' group; the exact cosines, and the document of each."""
+    generator = np.random.default_rng(0)
+    sizes = generator.integers(1, 5, 40)
+    documents = np.repeat(np.arange(40), sizes)
+    vectors = unit(generator.standard_normal((8, 24))[documents % 8] + 0.4 * generator.standard_normal((len(documents), 24)))
+    own = np.concatenate([np.arange(size) for size in sizes])
+    table = pa.table({"_id": [f"d{document}" for document in documents], "_hash": pa.array([b"0" * 32] * len(own), pa.binary(32)),
+                      "_passage": pa.array(own, pa.int32()), "_passages": pa.array(sizes[documents], pa.int32()), "_start": pa.array(own, pa.int32()),
+                      "_text": pa.array([f"text {row}" for row in range(len(own))], pa.large_string()), "_vector": store.vector_array(vectors)})
+    settings = {"model": "given", "fingerprint": "given", "width": 24, "pooling": "none", "max_length": 16, "id_column": None, "chunk_overlap": 1}
+    with store.writing(tmp_path / "index", settings=settings) as opened:
+        opened.commit(table)
+        opened.commit(None, np.flatnonzero(documents == 3))
+        snapshot = opened.snapshot
+    rows = np.flatnonzero(snapshot.alive())
+    kept = vectors[rows].astype(np.float64)
+    return mining.Live(snapshot, rows), kept @ kept.T, documents[rows]
+
+
+@pytest.mark.parametrize("block", [3, 17, 1000])
+def test_a_document_is_no_duplicate_of_itself(passages_of_documents, block):
+    rows, exact, documents = passages_of_documents
+    other = {(left, right) for left in range(len(rows)) for right in range(left + 1, len(rows)) if documents[left] != documents[right]}
+    found = {pair for left, right, _ in mining.similar_pairs(rows, 0.7, block=block) for pair in zip(left.tolist(), right.tolist())}
+    assert found == {pair for pair in other if exact[pair] >= 0.7} and len(found) > 50
+    best = sorted(other, key=lambda pair: -exact[pair])[:20]
+    assert [pair[:2] for pair in mining.best_pairs(rows, 20, block=block)] == best
+    labels = clustering.communities(rows, 0.8, min_size=2, block=block)
+    assert all(len(set(documents[labels == label])) >= 2 for label in range(labels.max() + 1)) and labels.max() > 3
+
+
+def test_more_clusters_than_rows_that_seed_them(live, monkeypatch):
+    monkeypatch.setattr(clustering, "SEEDING", 5)
+    assert clustering.k_means(live[0], 9, block=50, seed=0).max() == 8
+
+
+def test_marking_words_are_those_of_dense_matrices(live):
+    rows, _ = live
+    generator = np.random.default_rng(0)
+    labels, vocabulary = generator.integers(-1, 4, len(rows)), np.array(["film", "story", "rates", "goal", "vote", "screen"])
+    texts = [" ".join(generator.choice(vocabulary, 9, p=np.roll([0.4, 0.3, 0.1, 0.1, 0.05, 0.05], label))) for label in labels]
+    rows.snapshot.__dict__["texts"] = lambda wanted: (texts[place] for place in np.searchsorted(rows.rows, wanted))
+    totals = np.array([[sum(text.split().count(word) for text, own in zip(texts, labels) if own == label) for word in vocabulary] for label in range(4)])
+    weights = np.sqrt(totals / totals.sum(1, keepdims=True)) * np.log(1 + totals.sum() / 4 / totals.sum(0))
+    expected = [[vocabulary[place] for place in sorted(range(6), key=lambda place: (-row[place], vocabulary[place]))[:3]] for row in weights]
+    assert clustering.marking_words(rows, labels, 3) == expected
 
 
 def test_the_texts_nearest_to_a_centre(live):

@@ -1,6 +1,7 @@
 """The store against a dictionary, whatever is added, updated, deleted and compacted; readers during writes; damage; memory."""
 
 import contextlib
+import hashlib
 import json
 import random
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import types
 from pathlib import Path
 
 import numpy as np
@@ -22,17 +24,19 @@ from common.search import building, lookup, store, texts
 from common.search.snapshot import ID, TEXT, open_snapshot
 from conftest import ROOT, StubEncoder
 
-
-def collection(rows: list[dict]) -> texts.Collection:
-    schema = pa.schema({"key": pa.string(), TEXT: pa.large_string(), "label": pa.int64()})
-    return texts.Collection("rows.csv", pa.Table.from_pylist(rows, schema), "row", {})
+COLUMNS = ("key", TEXT, "label")
 
 
-def write(folder, rows: list[dict], *, block: int = 3, update: bool = False) -> building.Counts:
+def collection(rows: list[dict], order=COLUMNS) -> texts.Collection:
+    kinds = {"key": pa.string(), TEXT: pa.large_string(), "label": pa.int64()}
+    return texts.Collection("rows.csv", pa.Table.from_pylist(rows, pa.schema({name: kinds[name] for name in order})), "row", {})
+
+
+def write(folder, rows: list[dict], *, block: int = 3, update: bool = False, order=COLUMNS) -> building.Counts:
     encoder = StubEncoder()
     with store.writing(folder, settings=building.settings_of(encoder, id_column="key", chunk_overlap=None)) as opened:
         builder = building.Builder(opened, encoder, update=update)
-        building.fill(builder, collection(rows), block=block)
+        building.fill(builder, collection(rows, order), block=block)
     return builder.counts
 
 
@@ -59,15 +63,15 @@ class StoreMachine(RuleBasedStateMachine):
 
     rows = st.dictionaries(st.integers(0, 12).map(str), st.tuples(st.sampled_from(["a", "b", "c", "dd", "é"]), st.integers(0, 2)), max_size=8)
 
-    @rule(rows=rows, block=st.integers(1, 4), update=st.booleans())
-    def add(self, rows, block, update):
+    @rule(rows=rows, block=st.integers(1, 4), update=st.booleans(), order=st.permutations(COLUMNS))
+    def add(self, rows, block, update, order):
         changed = {key for key, value in rows.items() if key in self.expected and self.expected[key] != value}
         given = [{"key": key, TEXT: text, "label": label} for key, (text, label) in rows.items()]
         if changed and not update:
             with pytest.raises(UserError, match="--update"):
                 write(self.folder, given, block=block)
             return
-        counts = write(self.folder, given, block=block, update=update)
+        counts = write(self.folder, given, block=block, update=update, order=order)
         assert counts.added == len(rows.keys() - self.expected.keys()) and counts.updated == len(changed)
         assert counts.encoded <= len({text for text, _ in rows.values()} - {text for text, _ in self.expected.values()})
         self.expected |= rows
@@ -212,6 +216,72 @@ def test_an_index_that_never_got_its_first_manifest_can_be_begun_again(tmp_path)
     (tmp_path / "index" / "manifest.json.77").write_text("{")
     write(tmp_path / "index", numbered(0, 3))
     assert len(contents(open_snapshot(tmp_path / "index"))) == 3
+
+
+MANY_COMMITS = """
+import resource, sys
+sys.path[:0] = [sys.argv[2], sys.argv[2] + "/tests", sys.argv[2] + "/tests/unit"]
+from common.search import store
+from test_store import numbered, write
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+write(sys.argv[1], numbered(0, 300), block=1)
+write(sys.argv[1], numbered(0, 300, 1)[::3], block=1, update=True)
+with store.writing(sys.argv[1]) as opened:
+    print(len(opened.snapshot.segments), opened.snapshot.num_rows)
+"""
+
+
+def test_hundreds_of_commits_leave_few_files(tmp_path):
+    done = subprocess.run([sys.executable, "-c", MANY_COMMITS, tmp_path / "index", ROOT], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    files, rows = map(int, done.stdout.split())
+    assert files < 100 and rows == 400
+    expected = {str(number): (f"text {number} {int(number % 3 == 0)}", int(number % 3 == 0)) for number in range(300)}
+    assert contents(open_snapshot(tmp_path / "index")) == expected
+
+
+def test_joined_files_keep_their_rows_numbers_and_are_cut_by_rows_and_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "SEGMENT_ROWS", 100)
+    monkeypatch.setattr(store, "SIZES", (32, 100))
+    write(tmp_path / "index", numbered(0, 20), block=1)
+    with store.writing(tmp_path / "index") as opened:
+        opened.commit(None, [4, 11])
+        before = opened.snapshot.take(range(20))
+    write(tmp_path / "index", numbered(20, 260), block=10)
+    snapshot = open_snapshot(tmp_path / "index")
+    assert snapshot.take(range(20)) == before and np.flatnonzero(~snapshot.alive()).tolist() == [4, 11]
+    assert len(snapshot.segments) < 32 and max(len(segment.alive) for segment in snapshot.segments) == 100
+    monkeypatch.setattr(store, "SEGMENT_BYTES", 40 * snapshot.segments[0].num_bytes // len(snapshot.segments[0].alive))
+    with store.writing(tmp_path / "index") as opened:
+        opened.compact()
+        assert 35 < max(len(segment.alive) for segment in opened.snapshot.segments) < 45 and opened.snapshot.num_rows == 258
+
+
+def test_a_commit_reads_no_file_that_was_there(tmp_path, monkeypatch):
+    write(tmp_path / "index", numbered(0, 9))
+    with store.writing(tmp_path / "index") as opened:
+        monkeypatch.setattr(store, "map_file", None)
+        opened.commit(None, [4])
+        opened.commit(None, [5])
+    assert len(contents(open_snapshot(tmp_path / "index"))) == 7
+
+
+def test_a_writer_takes_no_file_from_a_reader_that_checks_them(tmp_path, monkeypatch):
+    """Checking takes long, and a writer in a tight loop was faster each time: the reader began anew, twenty times."""
+    write(tmp_path / "index", numbered(0, 4))
+    changed, sha256 = [], hashlib.sha256
+
+    def check(content):
+        if not isinstance(content, bytes) and not changed:  # a file of the index, not its manifest
+            changed.append(True)
+            write(tmp_path / "index", numbered(0, 4, 1), update=True)
+            with store.writing(tmp_path / "index") as opened:
+                opened.compact()
+        return sha256(content)
+
+    monkeypatch.setattr("common.search.snapshot.hashlib", types.SimpleNamespace(sha256=check))
+    assert contents(open_snapshot(tmp_path / "index"))["0"] == ("text 0 0", 0) and changed
+    assert contents(open_snapshot(tmp_path / "index"))["0"] == ("text 0 1", 1)
 
 
 def test_any_arrow_reader_reads_the_files(tmp_path):

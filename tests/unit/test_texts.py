@@ -1,8 +1,10 @@
 """Collections from every kind of source: the texts as they were written, the place of each bad one, and what --skip-bad leaves."""
 
+import functools
 import io
 import json
 import sys
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,6 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_encoding import CPU
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 from common.errors import UserError
 from common.search import passages, texts
@@ -21,7 +25,7 @@ def read(path, cache_dir, **options):
 
 
 def rows_of(collection, size=2):
-    return [row for table in collection.blocks(size) for row in table.to_pylist()]
+    return [row for _, table in collection.blocks(size) for row in table.to_pylist()]
 
 
 ROWS = [{"text": 'a "quoted", text', "year": 2004}, {"text": "two\nlines", "year": 2005}, {"text": "naïve 中文 🎉", "year": 2006}]
@@ -79,6 +83,40 @@ def test_a_bad_row_is_named_or_passed_over(name, content, parts, left, tmp_path,
     assert [row["_text"] for row in rows_of(found)] == left and len(found.bad) == 1
 
 
+def test_skip_bad_passes_over_what_is_bad_and_nothing_else(tmp_path, cache_dir):
+    """Two U+FFFD in a valid text were taken for a fault; a bad byte in another column went into the index as U+FFFD."""
+    (tmp_path / "t.csv").write_bytes('text,more\na \ufffd\ufffd b,x\n'.encode() + b'good,sch\xf6n\n"two\nlines\xf6",y\nfine,"a\nb"\n')
+    found = read(tmp_path / "t.csv", cache_dir, skip_bad=True)
+    assert [(row["_text"], row["more"]) for row in rows_of(found)] == [("a \ufffd\ufffd b", "x"), ("fine", "a\nb")]
+    assert found.bad == {1: "the row is not UTF-8", 2: "the row is not UTF-8"}
+    (tmp_path / "t.jsonl").write_bytes(b'{"text": "good", "more": {"a": ["\\udc00"]}}\n{"text": "\\ud800 \xf6", "more": null}\n{"text": "fine", "more": null}\n')
+    found = read(tmp_path / "t.jsonl", cache_dir, skip_bad=True)
+    assert [row["_text"] for row in rows_of(found)] == ["fine"] and len(found.bad) == 2
+
+
+def test_an_escape_is_half_a_character_only_in_json(tmp_path, cache_dir):
+    (tmp_path / "t.csv").write_text('text\n"\\ud800"\n')
+    assert [row["_text"] for row in rows_of(read(tmp_path / "t.csv", cache_dir))] == ["\\ud800"]
+
+
+def test_skip_bad_leaves_no_copy_of_the_file_in_the_cache(tmp_path):
+    (tmp_path / "t.csv").write_bytes(b"text\ngood\nsch\xf6n\n")
+    found = read(tmp_path / "t.csv", tmp_path / "cache", skip_bad=True)
+    assert [row["_text"] for row in rows_of(found)] == ["good"] and not list((tmp_path / "cache").rglob("*.arrow"))
+
+
+@pytest.mark.parametrize("column", ["text", "more", "key"])
+def test_parquet_that_is_no_utf8(column, tmp_path, cache_dir):
+    """Arrow writes and reads it unchecked."""
+    whole, broken = pa.array(["good", "schoen", "fine"]), pa.array([b"good", b"sch\xf6n", b"fine"])
+    broken = pa.Array.from_buffers(pa.string(), 3, broken.buffers())
+    pq.write_table(pa.table({name: broken if name == column else whole for name in ("text", "more", "key")}), tmp_path / "t.parquet")
+    with pytest.raises(UserError, match="t.parquet, row 2: not UTF-8.*--skip-bad"):
+        read(tmp_path / "t.parquet", cache_dir, id_column="key")
+    found = read(tmp_path / "t.parquet", cache_dir, id_column="key", skip_bad=True)
+    assert [row["_text"] for row in rows_of(found)] == ["good", "fine"] and list(found.bad) == [1]
+
+
 IDS = {
     "twice": ('{"id": "a", "text": "x"}\n{"id": "b", "text": "y"}\n{"id": "a", "text": "z"}\n', ("row 3", "'a'", "stands above too"), ["x", "y"]),
     "twice as numbers": ('{"id": 1, "text": "x"}\n{"id": 1, "text": "z"}\n', ("row 2", "1", "stands above too"), ["x"]),
@@ -108,6 +146,30 @@ def test_windows_cover_all_tokens_with_their_overlap(data):
     assert all(0 < last - first <= room or count == 0 for first, last in windows)
     for (first, last), (next_first, next_last) in zip(windows, windows[1:]):
         assert first < next_first <= last < next_last  # no gap, no window within another
+
+
+@functools.cache
+def byte_level_encoder(max_length: int):
+    """Return what passages know of an encoder: a byte-level BPE tokenizer, in which a word's token holds the space before it."""
+    texts = [f"the film was {word} and so very good, naïve 中文 🎉 n{number}" for number, word in enumerate(["fine", "poor", "grim"] * 40)]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 1), ("<s>", 0), trim_offsets=True, add_prefix_space=False)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="</s>", bos_token="<s>", eos_token="</s>")
+    return SimpleNamespace(tokenizer=fast, max_length=max_length, name="bpe", prompt=lambda role: "")
+
+
+@settings(max_examples=60, deadline=None)
+@given(words=st.lists(st.sampled_from(["the", "film", "naïve", "中文", "🎉", "x" * 70, "good,", "\n", "  ", "n17"]), min_size=30, max_size=150),
+       overlap=st.integers(0, 9))
+def test_passages_of_a_byte_level_tokenizer_lose_nothing(words, overlap):
+    """39 of 44 were longer than the model reads, and lost their ends."""
+    encoder, text = byte_level_encoder(14), " ".join(words)
+    (pieces,) = passages.split([text], encoder, overlap=overlap)
+    assert max(len(encoder.tokenizer(piece)["input_ids"]) for _, piece in pieces) <= 14
+    assert pieces[0][0] == 0 and pieces[-1][0] + len(pieces[-1][1]) == len(text) and all(text[start:].startswith(piece) for start, piece in pieces)
+    assert all(start < following <= start + len(piece) for (start, piece), (following, _) in zip(pieces, pieces[1:]))
 
 
 def test_passages_are_pieces_of_the_text_that_the_model_reads_whole(tiny_embedder):
