@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import bm25s
 import faiss
 import numpy as np
+import torch
 
 from common.errors import UserError
 from common.search import kernel, sidecar
@@ -155,13 +156,18 @@ class Searcher:
         return list(best.values())
 
     def _rerank(self, query: str, hits: list[Hit]) -> list[Hit]:
-        """Order hits by what a cross-encoder thinks of the query and their text, equal ones by row."""
+        """Order hits by what a cross-encoder thinks of the query and their text; equal ones stay in the order in which they were found.
+
+        The order is that of the logits: in 16 bits a sigmoid is 1 from 6 on, and the best documents would tie.
+        """
         if not hits:
             return hits
         texts = [entry[TEXT] for entry in self.snapshot.take([hit.row for hit in hits], [TEXT])]
         with self.encoder.machine.autocast():
-            scores = self.reranker.predict([(query, text) for text in texts], show_progress_bar=False)
-        return sorted((Hit(hit.row, float(score)) for hit, score in zip(hits, scores)), key=lambda hit: (-hit.score, hit.row))
+            logits = self.reranker.predict([(query, text) for text in texts], activation_fn=torch.nn.Identity(), convert_to_tensor=True, show_progress_bar=False)
+        logits = logits.float().cpu()
+        scores = self.reranker.activation_fn(logits).tolist()
+        return [Hit(hits[place].row, scores[place]) for place in logits.argsort(descending=True, stable=True).tolist()]
 
 
 def fuse(rankings: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

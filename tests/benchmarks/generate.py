@@ -12,6 +12,7 @@ A cell's speed is all new tokens over the time from the prompt to the last token
 """
 
 import argparse
+import copy
 import dataclasses
 import hashlib
 import importlib.util
@@ -38,7 +39,7 @@ CELLS = [(precision, batch) for precision in ("fp32", "bf16") for batch in (1, 1
 SAMPLE = {"sample": True, "top_k": 50, "top_p": 0.92}  # both filters of the tutorial
 SHORTEST, LONGEST = 48, 128  # tokens of the prompts: the first words of bundled news, so that a batch of them is padded
 WARMUP_TOKENS = 4
-PARTS = ("matrix products", "rest of the step", "sampling")
+PARTS = ("matrix products", "other kernels", "dispatch", "sampling")
 
 
 def make_parser() -> cli.Parser:
@@ -126,16 +127,22 @@ def time_llama_cpp(flags) -> dict:
 
 @torch.inference_mode()
 def time_parts(flags) -> dict:
-    """Return for each cell the milliseconds of one token's step: its matrix products alone, the rest of the step, and the exact sampler."""
+    """Return for each cell the milliseconds of one token: its matrix products alone, the other kernels, dispatch, and the exact sampler.
+
+    Dispatch is the step of a model with as many layers and heads, and next to nothing to compute in them.
+    """
     found = {}
     for precision, size in CELLS:
         language_model = load(flags, precision)
         prompts, settings = prompts_of(language_model, size), Settings(max_new_tokens=flags.new_tokens, **({} if flags.greedy else SAMPLE))
         batch = decoding.left_pad([prompt.ids for prompt in prompts], language_model, room=environment.TIMES + 4)
+        hollow = hollow_model(language_model)
+        hollow_batch = decoding.left_pad([[0] * len(prompt.ids) for prompt in prompts], hollow, room=environment.TIMES + 4)
+        decoding.prefill(hollow, hollow_batch)
         choose, logits = decoding.exact_sampler(settings, batch, flags.seed), decoding.prefill(language_model, batch)
         weights = [module.weight for module in language_model.model.modules() if isinstance(module, torch.nn.Linear)]
         inputs = [torch.randn(size, weight.shape[1], dtype=weight.dtype, device=weight.device) for weight in weights]
-        steps, samples, products = [], [], []
+        steps, samples, products, dispatches = [], [], [], []
         for _ in range(environment.TIMES):
             marks = [environment.moment(language_model.device)[0]]
             tokens = choose(logits, batch, 0)
@@ -145,11 +152,22 @@ def time_parts(flags) -> dict:
             for weight, activation in zip(weights, inputs):
                 torch.nn.functional.linear(activation, weight)
             marks.append(environment.moment(language_model.device)[0])
-            for times, begin, end in ((samples, 0, 1), (steps, 1, 2), (products, 2, 3)):
-                times.append(1000 * (marks[end] - marks[begin]))
-        product, step, sample = (statistics.median(times) for times in (products, steps, samples))
-        found[f"{precision}, {size}"] = dict(zip(PARTS, (product, step - product, sample)))
+            decoding.step(hollow, hollow_batch, torch.zeros_like(tokens))
+            marks.append(environment.moment(language_model.device)[0])
+            for number, times in enumerate((samples, steps, products, dispatches)):
+                times.append(1000 * (marks[number + 1] - marks[number]))
+        sample, step, product, dispatch = (statistics.median(times) for times in (samples, steps, products, dispatches))
+        found[f"{precision}, {size}"] = dict(zip(PARTS, (product, step - product - dispatch, dispatch, sample)))
     return found
+
+
+def hollow_model(language_model: models.LanguageModel) -> models.LanguageModel:
+    """Return a model of the same class with as many layers and heads as another, but heads of two dimensions and hardly anything else."""
+    config = copy.deepcopy(language_model.model.config)
+    config.hidden_size, config.head_dim, config.intermediate_size, config.vocab_size = 2 * config.num_attention_heads, 2, 2, 8
+    config.pad_token_id = config.bos_token_id = config.eos_token_id = 0
+    model = type(language_model.model)(config).to(language_model.device, next(language_model.model.parameters()).dtype).eval()
+    return dataclasses.replace(language_model, model=model, pad_id=0)
 
 
 def child(flags) -> dict:

@@ -7,6 +7,7 @@ import types
 
 import numpy as np
 import pytest
+import torch
 from test_kernel import unit
 from test_store import collection, numbered
 
@@ -65,8 +66,10 @@ def test_equal_vectors_hide_nothing_from_approximate_search(tmp_path):
 
 def test_reranking_stops_at_its_depth_and_the_rest_stays_behind(tmp_path):
     class Backwards:
-        def predict(self, pairs, show_progress_bar):
-            return np.array([float(text.split()[1]) for _, text in pairs])
+        activation_fn = torch.nn.Sigmoid()
+
+        def predict(self, pairs, **_):
+            return torch.tensor([100 + float(text.split()[1]) for _, text in pairs])  # a sigmoid makes 1 of all of them
 
     vectors = unit(np.stack([np.r_[1, number / 10, np.zeros(14)] for number in range(9)]))  # row 0 is the nearest, row 8 the farthest
     plain = searcher(tmp_path / "index", vectors, vectors[0])
