@@ -61,8 +61,8 @@ def score_mode(searcher: Searcher, task: Task, options: dict) -> dict[str, float
     return retrieval_scores(task.judgements, ids)
 
 
-def bundled_task(name: str) -> tuple[texts.Collection, Task]:
-    """Return the articles of a bundled set of news without their headlines, keyed by row, and the task to find each article by its headline."""
+def bundled_task(name: str) -> tuple[Task, texts.Collection]:
+    """Return the task to find each article of a bundled set of news by its headline, and the articles without their headlines, keyed by row."""
     if name not in assets.DATASETS:
         raise UserError(f"{name}: no such bundled data set; there is {', '.join(assets.DATASETS)}")
     articles, queries, judgements = [], {}, {}
@@ -72,7 +72,7 @@ def bundled_task(name: str) -> tuple[texts.Collection, Task]:
             queries[f"q{row}"], judgements[f"q{row}"] = headline.strip(), {str(row): 1}
             articles.append({BUNDLED_IDS: str(row), TEXT: article.strip()})
     rows = pa.Table.from_pylist(articles, pa.schema({BUNDLED_IDS: pa.string(), TEXT: pa.large_string()}))
-    return texts.Collection(name, rows, "row", {}), Task(f"{name}: headlines as queries, the articles without them as texts", queries, judgements)
+    return Task(f"{name}: headlines as queries, the articles without them as texts", queries, judgements), texts.Collection(name, rows, "row", {})
 
 
 def read_task(queries_file: str, judgements_file: str) -> Task:

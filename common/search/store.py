@@ -1,7 +1,8 @@
 """How an index is written: immutable files first, then one manifest that names them, renamed into place.
 
 A crash at any moment leaves the last committed manifest and all files that it names. Each file, the manifest and the folder are fsynced in
-that order. One writer at a time holds a lock on the folder (a lock of the operating system: it ends with its process); readers need none.
+that order. As an index grows, small files in a row are joined to larger ones: each takes a descriptor and a line of the manifest. One writer at a
+time holds a lock on the folder (a lock of the operating system: it ends with its process); readers need none.
 """
 
 import contextlib

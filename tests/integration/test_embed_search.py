@@ -23,6 +23,7 @@ from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from transformers import BertConfig, BertForSequenceClassification
 
+from common import assets
 from common.search.snapshot import ID, TEXT, files, open_snapshot, read_manifest
 from conftest import ROOT, make_sentences, train_wordpiece
 from hub_server import HubServer
@@ -313,6 +314,23 @@ def test_evaluate_reads_ids_from_the_named_column_and_says_what_is_not_there(ok,
     assert found["nDCG@10"] == pytest.approx(gain / (3 + 2 / np.log2(3) + 1 / np.log2(4)))
     assert (found["MRR@10"], found["recall@1"], found["recall@10"]) == (0.5, 0, pytest.approx(2 / 3))
     assert ok("evaluate", "--index", tmp_path / "ix", *task)["scores"]["exact"] == found
+
+
+def test_the_bundled_task_finds_articles_by_their_headlines(ok, tiny_embedder, monkeypatch):
+    """On its first 50 articles: with one relevant text a query, each measure is a function of its rank."""
+    news = assets.bbc_news().select(range(50))
+    monkeypatch.setitem(assets.DATASETS, "bundled/bbc-news", lambda: news)
+    found = ok("evaluate", "--json")
+    headlines, articles = zip(*(map(str.strip, text.split("\n", 1)) for text in news["text"]))
+    model = SentenceTransformer(str(tiny_embedder), device="cpu")
+    scores = model.encode(headlines, batch_size=1) @ model.encode(articles, batch_size=1).T
+    ahead = scores - scores.diagonal()[:, None]
+    ranks = 1 + ((ahead > 1e-6) | (np.abs(ahead) <= 1e-6) & np.tri(50, k=-1, dtype=bool)).sum(1)  # equal ones: the lower row first
+    expected = {"nDCG@10": np.where(ranks <= 10, 1 / np.log2(1 + ranks), 0), "MRR@10": np.where(ranks <= 10, 1 / ranks, 0),
+                "recall@1": ranks <= 1, "recall@10": ranks <= 10, "recall@100": ranks <= 100}
+    assert found["queries"] == 50 and list(found["scores"]) == ["exact", "approximate", "hybrid"]
+    assert found["scores"]["exact"] == pytest.approx({name: float(values.mean()) for name, values in expected.items()})
+    assert 0 < found["scores"]["exact"]["recall@10"] < 1
 
 
 def test_sts_is_spearmans_correlation(ok, tiny_embedder, tmp_path):
