@@ -226,26 +226,31 @@ def training_settings(args) -> dict:
 
 def fit(args, machine):
     """Train, keep the best weights, score them on the test split, and leave report, predictions and curves in the run folder."""
-    folder, wanted = checkpoint.run_to_resume(args)
+    folder, wanted = checkpoint.run_to_resume(args, machine)
     resumed = folder is not None
     folder = folder or tracking.run_folder(args.output_dir, name=f"{Path(args.dataset).stem}-{Path(args.model).name}", moment=machine.agree(int(time.time())))
     rows = loading.load_splits(args, machine)
     tokenizer, model, tokenized = loading.load_for_training(rows, args, machine)
     if problems := models.mismatches(model, tokenizer):
         raise UserError(f"--model {args.model}: {problems[0]}; --inspect shows more")
-    settings = {**run_flags(args), "output_dir": str(folder), "precision": machine.precision, "device": machine.describe(), "versions": tracking.versions()}
-    checkpoints = checkpoint.Checkpoints(folder, checkpoint.identity(run_flags(args), model, tokenized, machine), keep=args.keep, machine=machine)
+    identity = checkpoint.identity(run_flags(args), model, tokenized, machine)
+    settings = {**run_flags(args), "output_dir": str(folder), "precision": machine.precision, "device": machine.describe(), "identity": identity, "versions": tracking.versions()}
+    checkpoints = checkpoint.Checkpoints(folder, identity, keep=args.keep, machine=machine)
     found = checkpoints.choose(wanted) if resumed else None
     training = prepare(model, tokenizer, tokenized["train"], args, machine)
     model_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
     needed = (BEST_SIZE_IN_MODELS + CHECKPOINT_SIZE_IN_MODELS * (args.keep + 1)) * model_bytes
     log = tracking.NullLog(folder)
     if machine.is_main:
-        log = tracking.open_run(folder, settings, needed_bytes=needed, go_on=checkpoint.place_in_log(found) if resumed else None)
-    meter_state = checkpoints.restore(found, training) if found else None
+        tracking.make_folder(folder, needed_bytes=needed)
+        machine.note_run(folder)
+        if found:
+            checkpoints.drop_after(found[0])
+        log = tracking.RunLog(folder, settings, checkpoint.place_in_log(found) if resumed else None)
+    meter_state = checkpoints.restore(*found, training) if found else None
     machine.say(f"machine  {machine.describe()}\nrun      {folder}; curves: tensorboard --logdir {folder.parent}")
     if resumed:
-        machine.say(f"resume   {found}: after step {training.step}" if found else "resume   no checkpoint yet: from the beginning")
+        machine.say(f"resume   {found[0]}: after step {training.step}" if found else "resume   no checkpoint yet: from the beginning")
     machine.say("")
     interruption = Interruption(machine, f"go on with the same command and --resume {folder}")
     with contextlib.closing(log), interruption:

@@ -79,7 +79,7 @@ def write_report(folder: Path, *, settings: dict, results: dict, epochs: list[di
     figures.save(figures.learning_curve(epochs, results["best_epoch"]), folder / "learning_curve.png")
     figures.save(figures.confusion_matrix(scores["confusion"], names, title="test split"), folder / "confusion_matrix.png")
     predictions.write_csv(folder / "predictions.csv")
-    described = tabulate([[f"`{key}`", _cell(value)] for key, value in settings.items() if key != "versions"], ["setting", "value"], tablefmt="github")
+    described = tabulate([[f"`{key}`", _cell(value)] for key, value in settings.items() if key not in ("identity", "versions")], ["setting", "value"], tablefmt="github")
     packages = tabulate(settings["versions"].items(), ["package", "version"], tablefmt="github")
     (folder / "report.md").write_text(f"""# {settings["model"]} on {settings["dataset"]}
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from common.durable import fault
+from common.durable import fault, write_manifest
 from conftest import KINDS
 
 # 85 texts: 11 batches of 8, the last of 5; windows of 3 batches, the last of 2. Evaluations and checkpoints fall between the ends of epochs too.
@@ -194,13 +194,97 @@ def test_resume_passes_over_a_damaged_checkpoint_and_ends_when_none_is_whole(for
 
 
 @pytest.mark.parametrize("flags, named", [
-    (["--lr", "2e-3"], "--lr was 0.003, is 0.002"), (["--seed", 1], "--seed was 0, is 1"), (["--max-eval-samples", 7], "the data was"),
+    (["--lr", "2e-3"], "--lr was 0.003, is 0.002"), (["--seed", 1], "--seed was 0, is 1"),
+    (["--max-eval-samples", 7], "the texts, labels or tokens of validation and test differ"),
 ])
 def test_a_changed_run_is_refused_naming_what_differs(flags, named, forked, whole, tmp_path):
+    """In one cause: another seed cuts other splits and draws another head, which are not named beside it."""
     folder, _ = whole("one process")
     shutil.copytree(folder, tmp_path / "run")
     assert forked.run(tmp_path / "run", "--resume", *flags) == [2]
-    assert named in forked.said() and len(forked.said().splitlines()) == 1
+    assert f"was written by another run: {named}; give the same again" in forked.said() and len(forked.said().splitlines()) == 1
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("flags", [[], ["--lr", "2e-3"]])
+def test_a_finished_run_without_its_checkpoints_is_not_begun_again(flags, forked, whole, tmp_path):
+    folder, _ = whole("one process")
+    shutil.copytree(folder, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    before = files(tmp_path / "run")
+    assert forked.run(tmp_path / "run", "--resume", *flags) == [2]
+    assert forked.said().endswith(f"{tmp_path / 'run'} is a finished run whose checkpoints were removed; start anew with another --output-dir\n")
+    assert files(tmp_path / "run") == before
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again_as_it_was_only(forked, whole, tmp_path):
+    folder, events = whole("one process")
+    assert forked.run(tmp_path / "run", "--save-every", 50, event=events // 8) == [-9]
+    assert not (tmp_path / "run" / "checkpoints").exists() and (tmp_path / "run" / "config.json").exists()
+    before = files(tmp_path / "run")
+    assert forked.run(tmp_path / "run", "--resume", "--lr", "2e-3") == [2]
+    assert "--lr was 0.003, is 0.002" in forked.said() and files(tmp_path / "run") == before
+    assert forked.run(tmp_path / "run", "--resume") == [0], forked.said()
+    assert "no checkpoint yet: from the beginning" in forked.said("stdout")
+    assert differing(tmp_path / "run", folder) == []
+
+
+def test_after_damage_what_was_saved_later_goes_and_what_is_saved_next_stays(forked, whole, tmp_path):
+    """With --keep 1: a damaged newer checkpoint must not be the one that is kept."""
+    folder, _ = whole("one process")
+    shutil.copytree(folder, tmp_path / "run")
+    older, newest = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    newest.rename(newest.with_name("step-00000099"))
+    flip(newest.with_name("step-00000099") / "model.safetensors")
+    assert forked.run(tmp_path / "run", "--resume", "--keep", 1) == [0], forked.said()
+    (left,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert left.name == "step-00000008" and fault(left) is None
+    assert differing(tmp_path / "run", folder) == []
+
+
+def test_a_checkpoint_put_aside_for_one_of_the_same_step_is_found(forked, whole, tmp_path):
+    """As a kill leaves it that falls between the two renames of a save at a step that has a checkpoint already."""
+    folder, _ = whole("one process")
+    shutil.copytree(folder, tmp_path / "run")
+    older, newest = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    newest.rename(newest.with_name(newest.name.replace("step-", "tmp-")))
+    older.rename(older.with_name(older.name + ".old"))
+    assert forked.run(tmp_path / "run", "--resume") == [0], forked.said()
+    assert f"resume   {older}.old: after step" in forked.said("stdout")
+    assert differing(tmp_path / "run", folder) == []
+
+
+def test_a_damaged_checkpoint_that_is_named_is_refused_with_the_way_to_the_newest(forked, whole, tmp_path):
+    folder, _ = whole("one process")
+    shutil.copytree(folder, tmp_path / "run")
+    newest = max((tmp_path / "run" / "checkpoints").iterdir())
+    flip(newest / "model.safetensors")
+    assert forked.run(tmp_path / "run", "--resume", newest) == [2]
+    assert forked.said().endswith(f"--resume {newest}: it is damaged (model.safetensors is changed); --resume {tmp_path / 'run'} takes the newest whole one\n")
+
+
+def test_a_run_whose_folder_is_named_as_a_checkpoint_is(forked, whole, tmp_path):
+    folder, _ = whole("one process")
+    shutil.copytree(folder, tmp_path / "step-1")
+    assert forked.run(tmp_path / "step-1", "--resume", tmp_path / "step-1") == [0], forked.said()
+
+
+def test_a_checkpoint_of_another_kind_of_device_is_refused(forked, whole, tmp_path):
+    """It has the random state of one device and not of the other."""
+    folder, _ = whole("one process")
+    shutil.copytree(folder, tmp_path / "run")
+    for path in (tmp_path / "run" / "checkpoints").iterdir():
+        state = path / "state.json"
+        content = state.read_text().replace('"--device": "cpu"', '"--device": "cuda"')
+        state.unlink()
+        state.write_text(content)
+        (path / "manifest.json").unlink()
+        write_manifest(path)
+    assert forked.run(tmp_path / "run", "--resume") == [2]
+    assert "another run: --device was cuda, is cpu; give" in forked.said()
 
 
 def test_another_number_of_processes_or_another_model_is_refused(forked, whole, tmp_path, tiny_model):
@@ -211,7 +295,13 @@ def test_another_number_of_processes_or_another_model_is_refused(forked, whole, 
     shutil.copytree(tiny_model, tmp_path / "model")
     flip(tmp_path / "model" / "model.safetensors")
     assert forked.run(tmp_path / "run", "--resume", "--model", tmp_path / "model") == [2]
-    assert "the model was" in forked.said()
+    assert "another run: the model's weights differ; give the same again" in forked.said()
+
+
+def test_epochs_are_saved_beside_every_so_many_steps(forked, tmp_path):
+    """An epoch has 4 steps."""
+    assert forked.run(tmp_path / "run", "--save-every", 3, "--keep", 9) == [0]
+    assert [int(path.name[5:]) for path in sorted((tmp_path / "run" / "checkpoints").iterdir())] == [3, 4, 6, 8]
 
 
 def test_keep_prunes_older_checkpoints(forked, tmp_path):
