@@ -12,8 +12,6 @@ import resource
 import signal
 import socket
 import sys
-import threading
-import time
 import traceback
 from pathlib import Path
 
@@ -21,7 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import train_classifier
 from common import cli
-from common.training import checkpoint
+from common.training import checkpoint, milestones
 
 FILE_EVENTS = ("open", "os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
 
@@ -46,17 +44,21 @@ def count_events(job: dict):
 
 
 def signal_in_evaluation(job: dict):
-    """Let the job's signal come while the given evaluation computes."""
-    score, count = train_classifier.score, 0
+    """Let the job's signal come after the first batch of the given evaluation."""
+    score, count = milestones.score, 0
 
-    def scored(*arguments, **options):
+    def scored(*arguments, between, **options):
         nonlocal count
-        count += 1
-        if count == job["in_evaluation"]:
-            threading.Timer(0.0, os.kill, (os.getpid(), signal.Signals[job["signal"]])).start()
-            time.sleep(5)  # the signal's handler ends this
-        return score(*arguments, **options)
-    train_classifier.score = scored
+        count, batches = count + 1, 0
+
+        def then():
+            nonlocal batches
+            batches += 1
+            if count == job["in_evaluation"] and batches == 2:
+                os.kill(os.getpid(), signal.Signals[job["signal"]])
+            between()
+        return score(*arguments, between=then, **options)
+    milestones.score = scored
 
 
 def limit_memory(room: int):
@@ -96,7 +98,7 @@ def child(job: dict, rank: int):
         checkpoint.restore_random_states = lambda *_: None
     if job.get("memory"):
         limit_memory(job["memory"])
-    if job.get("in_evaluation"):
+    if job.get("in_evaluation") and rank == job.get("rank", 0):
         signal_in_evaluation(job)
     code = 0
     try:

@@ -5,7 +5,9 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -15,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from common.durable import fault, write_manifest
-from conftest import KINDS
+from conftest import KINDS, ROOT
 
 # 85 texts: 11 batches of 8, the last of 5; windows of 3 batches, the last of 2. Evaluations and checkpoints fall between the ends of epochs too.
 FLAGS = ["--max-train-samples", 85, "--grad-accum", 3, "--epochs", 2, "--max-length", 20, "--lr", "3e-3", "--dropout", 0.1, "--log-every", 3,
@@ -118,13 +120,40 @@ def test_a_signal_saves_and_says_how_to_go_on(name, code, share, forked, whole, 
     assert differing(tmp_path / "run", folder) == []
 
 
-def test_a_signal_in_an_evaluation_does_not_wait_for_its_end(forked, whole, tmp_path):
-    folder, _ = whole("one process")
-    assert forked.run(tmp_path / "run", signal="SIGTERM", in_evaluation=2) == [143]
+@pytest.mark.parametrize("kind", ["one process", "two processes"])
+def test_a_signal_in_an_evaluation_does_not_wait_for_its_end(kind, forked, whole, tmp_path):
+    """With two processes one gets it, and both leave between the same two batches: torchrun kills what takes longer than 30 seconds."""
+    folder, _ = whole(kind)
+    codes = forked.run(tmp_path / "run", "--eval-batch-size", 2, kind=kind, signal="SIGTERM", in_evaluation=2, rank=KINDS[kind][0] - 1)
+    assert set(codes) == {143}
     lines = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert lines.count("validation/loss") == 1, "the second evaluation was left"
-    assert forked.run(tmp_path / "run", "--resume") == [0], forked.said()
-    assert differing(tmp_path / "run", folder) == []
+    assert set(forked.run(tmp_path / "run", "--resume", "--eval-batch-size", 2, kind=kind)) == {0}, forked.said()
+    assert [name for name in differing(tmp_path / "run", folder) if "safetensors" in name] == []
+
+
+def test_ctrl_c_is_for_the_process_in_charge_not_for_its_loader_workers(tiny_model, sentences_csv, cache_dir, tmp_path):
+    """A terminal sends it to all of them."""
+    command = [sys.executable, "train_classifier.py", "--model", tiny_model, "--dataset", sentences_csv, "--cache-dir", cache_dir, *FLAGS, "--num-workers", 2,
+               "--epochs", 99, "--output-dir", tmp_path / "run"]
+    job = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                           env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
+    while not list(tmp_path.glob("run/checkpoints/step-*")):
+        assert job.poll() is None, job.communicate()
+        time.sleep(0.01)
+    os.killpg(job.pid, signal.SIGINT)
+    _, stderr = job.communicate(timeout=100)
+    assert job.returncode == 130
+    assert stderr == ("\nSIGINT: saving after this step; once more ends at once\n"
+                      f"train_classifier.py: stopped by SIGINT; go on with the same command and --resume {tmp_path / 'run'}\n")
+
+
+def test_a_run_that_diverges_keeps_the_checkpoints_from_before(forked, tmp_path):
+    """The loss is read before each save, not every --log-every steps only."""
+    assert forked.run(tmp_path / "run", "--lr", "1e30", "--warmup-ratio", 0, "--save-every", 1, "--log-every", 100) == [2]
+    assert "the training loss is not finite any more" in forked.said()
+    left = list((tmp_path / "run" / "checkpoints").iterdir())
+    assert left and all(tensor.isfinite().all() for path in left for tensor in load_file(path / "model.safetensors").values())
 
 
 def test_a_named_checkpoint_is_gone_on_from(forked, whole, tmp_path):
