@@ -12,6 +12,8 @@ import resource
 import signal
 import socket
 import sys
+import threading
+import time
 import traceback
 from pathlib import Path
 
@@ -114,6 +116,16 @@ def child(job: dict, rank: int):
     os._exit(code)
 
 
+def kill_in_write(job: dict, process: int):
+    """Kill a process while it writes a file of 2**25 bytes or more of a checkpoint, after the given number of whole ones."""
+    folder, found = Path(job["run"]) / "checkpoints", False
+    while not found:
+        time.sleep(0.0002)
+        with contextlib.suppress(FileNotFoundError):  # it has been renamed meanwhile
+            found = len(list(folder.glob("step-*"))) >= job["kill_in_write"] and any(path.stat().st_size > 2**25 for path in folder.glob("tmp-*/.tmp*"))
+    os.kill(process, signal.SIGKILL)
+
+
 def run(job: dict) -> list[int]:
     """Run a job's processes and return their exit codes; when one dies by a signal, the others are killed as well."""
     with socket.socket() as free:
@@ -122,6 +134,8 @@ def run(job: dict) -> list[int]:
     running, codes = {}, [0] * job["world"]
     for rank in range(job["world"]):
         running[os.fork() or child(job, rank)] = rank
+    if job.get("kill_in_write"):
+        threading.Thread(target=kill_in_write, args=(job, *running)).start()
     while running:
         process, status = os.wait()
         codes[running.pop(process)] = os.waitstatus_to_exitcode(status)

@@ -98,7 +98,7 @@ def test_a_restarted_job_goes_on_from_the_newest_checkpoint_not_from_the_one_tha
 
 
 def test_sigterm_to_torchrun_saves_and_the_run_can_be_resumed(flags, whole, tmp_path):
-    job = start(tmp_path / "run", flags)
+    job = start(tmp_path / "run", [*flags, "--num-workers", 1])  # torchrun's signal is for the group that a loader's worker would be in
     wait_for_checkpoint(tmp_path / "run", job)
     job.terminate()
     _, stderr = job.communicate(timeout=200)
