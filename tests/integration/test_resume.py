@@ -132,9 +132,9 @@ def test_a_signal_in_an_evaluation_does_not_wait_for_its_end(kind, forked, whole
 
 
 def test_ctrl_c_is_for_the_process_in_charge_not_for_its_loader_workers(tiny_model, sentences_csv, cache_dir, tmp_path):
-    """A terminal sends it to all of them."""
+    """A terminal sends it to all of them; an epoch of 29 steps has them still at work after the second."""
     command = [sys.executable, "train_classifier.py", "--model", tiny_model, "--dataset", sentences_csv, "--cache-dir", cache_dir, *FLAGS, "--num-workers", 2,
-               "--epochs", 99, "--output-dir", tmp_path / "run"]
+               "--batch-size", 1, "--epochs", 99, "--output-dir", tmp_path / "run"]
     job = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
                            env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
     while not list(tmp_path.glob("run/checkpoints/step-*")):
