@@ -15,24 +15,21 @@ accumulation, clipping, DistributedDataParallel. Left out on purpose: Trainer, c
 
 import contextlib
 import json
-import math
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from datasets import Dataset
 from torch.nn.functional import cross_entropy
-from torch.nn.parallel import DistributedDataParallel
-from transformers import get_linear_schedule_with_warmup
 
 from common import cli, data, runtime, tracking
-from common.errors import Interrupted, UserError
-from common.training import adaptation, batching, checkpoint, inspection, loading, memory, report
+from common.errors import UserError
+from common.training import batching, checkpoint, inspection, loading, memory, report
 from common.training import model as models
-from common.training.evaluation import is_better, predict_texts, score
+from common.training.evaluation import predict_texts, score
 from common.training.interruption import Interruption
-from common.training.steps import LossMeter, Training, accumulation_windows, balanced_weights, count_examples, decay_groups, mark_last, sync_gradients
+from common.training.milestones import Watch, evaluate_if_due, out_of_patience, save_if_due
+from common.training.preparing import check_flags, prepare
+from common.training.steps import LossMeter, Training, accumulation_windows, count_examples, mark_last, sync_gradients
 from common.training.windows import TRUNCATIONS
 
 MISTAKES_IN_TENSORBOARD = 50
@@ -97,34 +94,6 @@ def make_parser() -> cli.Parser:
     return parser
 
 
-@dataclass
-class Watch:
-    """What goes along with a training: its validation rows, its log, its checkpoints, and the signals that stop it."""
-
-    validation: Dataset
-    log: tracking.RunLog | tracking.NullLog
-    checkpoints: checkpoint.Checkpoints
-    interruption: Interruption
-
-
-def prepare(model, tokenizer, rows, args, machine) -> Training:
-    """Put the model on its device, and make the optimizer, the schedule and the loss scaler for epochs of `rows`."""
-    model = adaptation.adapt(model, args).to(machine.device)
-    if args.freeze_layers or args.lora_rank:
-        machine.say(f"learns   {sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad):,} parameters")
-    micro_batch = memory.largest_batch(model, rows, tokenizer, args, machine) if args.auto_batch_size else args.batch_size
-    optimizer = torch.optim.AdamW(decay_groups(model, args.weight_decay), lr=args.lr, fused=True)
-    num_steps = math.ceil(len(rows) / batching.step_size(args, machine)) * args.epochs
-    scheduler = get_linear_schedule_with_warmup(optimizer, round(args.warmup_ratio * num_steps), num_steps)
-    scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.precision == "fp16")
-    parallel = DistributedDataParallel(model) if machine.world_size > 1 else model
-    if args.compile:
-        parallel = torch.compile(parallel, dynamic=True)  # batches differ in length
-    class_weights = balanced_weights(rows["label"][:], model.config.num_labels).to(machine.device) if args.class_weights == "balanced" else None
-    torch.manual_seed(args.seed + machine.rank)  # each process draws its own dropout masks
-    return Training(model, tokenizer, parallel, optimizer, scheduler, scaler, class_weights, micro_batch)
-
-
 def train_steps(training: Training, batches, sizes: list[int], meter: LossMeter, args, machine):
     """Run the training loop over batches, `sizes` of them an optimizer step; yields after each step."""
     model, optimizer, scaler = training.parallel, training.optimizer, training.scaler
@@ -138,7 +107,7 @@ def train_steps(training: Training, batches, sizes: list[int], meter: LossMeter,
                 with machine.autocast():
                     logits = model(**batch).logits  # (W, C)
                 logits = batching.pool_windows(logits.float(), document, len(labels))  # (B, C)
-                summed_loss = cross_entropy(logits, labels, weight=training.class_weights, reduction="sum", label_smoothing=args.label_smoothing)
+                summed_loss = cross_entropy(logits, labels, weight=training.loss_weights, reduction="sum", label_smoothing=args.label_smoothing)
                 scaler.scale(summed_loss / weight * machine.world_size).backward()  # DDP averages over processes: world_size undoes it
             meter.add(summed_loss, rows)
         scaler.unscale_(optimizer)  # before clipping, so that the norm is the true gradient's
@@ -159,8 +128,9 @@ def train(training: Training, rows, meter_state, watch: Watch, args, machine):
     while training.epoch <= args.epochs and not out_of_patience(training, args):
         plan = batching.plan_epoch(rows, training.epoch, training.micro_batch, args, machine)
         training.steps_of_epoch, rest = len(plan), plan[training.step_of_epoch :]  # what a resumed epoch has done is skipped, not read
-        batches = batching.loader(rows, [batch for step in rest for batch in step], training.tokenizer, num_workers=args.num_workers)
-        with tracking.progress(batches, label=f"epoch {training.epoch}/{args.epochs}", shown=machine.is_main) as bar:
+        batches = batching.loader(rows, [batch for step in rest for batch in step], training.tokenizer, num_workers=args.num_workers,
+                                  pin_memory=machine.device.type == "cuda")
+        with tracking.progress(batches, label=f"epoch {training.epoch}/{args.epochs}", shown=machine.is_main) as bar, memory.explained(memory.way_out(args)):
             meter = LossMeter(machine, watch.log, bar, args.log_every)
             if meter_state is not None:
                 meter.restore(*meter_state)
@@ -174,84 +144,41 @@ def train(training: Training, rows, meter_state, watch: Watch, args, machine):
         training.epoch, training.step_of_epoch = training.epoch + 1, 0
 
 
-def evaluate_if_due(training: Training, meter: LossMeter, watch: Watch, args, machine):
-    """Evaluate after an epoch's last step and after every `--eval-every` steps, once; save the model if it is the best so far."""
-    whole = training.step_of_epoch == training.steps_of_epoch
-    done = bool(training.history) and training.history[-1]["step"] == training.step
-    if done or training.step == 0 or not (whole or (args.eval_every and training.step % args.eval_every == 0)):
-        return
-    with meter.paused():
-        losses = meter.so_far()
-        try:
-            with watch.interruption.at_once():
-                scores, _ = score(training.model, watch.validation, training.tokenizer, machine, batch_size=args.eval_batch_size)
-        except Interrupted:
-            watch.checkpoints.save(training, meter, watch.log)  # as it was before the evaluation, which a resumed run makes again
-            raise
-        if not math.isfinite(scores["loss"]):  # the last steps can ruin the weights after their losses were read
-            raise UserError(f"epoch {training.epoch}, step {training.step}: the validation loss is {scores['loss']}; lower --lr or raise --warmup-ratio")
-        epoch = training.epoch if whole else round(training.epoch - 1 + training.step_of_epoch / training.steps_of_epoch, 2)
-        training.history.append({"epoch": epoch, "step": training.step, **losses, **scores})
-        report.log_scores(watch.log, training.step, "validation", scores, watch.validation.features["label"].names)
-        improved = is_better(training.history[-1], training.best, args.best_metric)
-        if improved:
-            training.best = training.history[-1]
-            if machine.is_main:
-                models.save(adaptation.merged(training.model), training.tokenizer, watch.log.folder / "best", settings=training_settings(args))
-        machine.say(report.epoch_line(training.history[-1], args.epochs) + (", the best so far" if improved else ""))
-
-
-def save_if_due(training: Training, meter: LossMeter, watch: Watch, args):
-    """Write a checkpoint after an epoch's last step, after every `--save-every` steps, and when a signal asks to stop; then stop."""
-    stop = watch.interruption.requested()
-    if stop or training.step_of_epoch == training.steps_of_epoch or (args.save_every and training.step % args.save_every == 0):
-        with meter.paused():
-            watch.checkpoints.save(training, meter, watch.log)
-    if stop:
-        watch.interruption.end()
-
-
-def out_of_patience(training: Training, args) -> bool:
-    """Tell whether the last evaluations, as many as --early-stopping-patience, were no better than the best."""
-    if args.early_stopping_patience is None or training.best is None:
-        return False
-    return len(training.history) - 1 - training.history.index(training.best) >= args.early_stopping_patience
-
-
-def training_settings(args) -> dict:
-    """Return what a saved model must remember to be used and scored rightly."""
-    names = ("dataset_config", "seed", "max_length", "eval_max_length", "truncation", "text_column", "label_column")
-    return {"dataset": data.full_name(args.dataset), **{name: getattr(args, name) for name in names}}
-
-
 def fit(args, machine):
     """Train, keep the best weights, score them on the test split, and leave report, predictions and curves in the run folder."""
-    folder, wanted = checkpoint.run_to_resume(args)
+    check_flags(args)
+    folder, wanted = checkpoint.run_to_resume(args, machine)
     resumed = folder is not None
     folder = folder or tracking.run_folder(args.output_dir, name=f"{Path(args.dataset).stem}-{Path(args.model).name}", moment=machine.agree(int(time.time())))
     rows = loading.load_splits(args, machine)
     tokenizer, model, tokenized = loading.load_for_training(rows, args, machine)
     if problems := models.mismatches(model, tokenizer):
         raise UserError(f"--model {args.model}: {problems[0]}; --inspect shows more")
-    settings = {**run_flags(args), "output_dir": str(folder), "precision": machine.precision, "device": machine.describe(), "versions": tracking.versions()}
-    checkpoints = checkpoint.Checkpoints(folder, checkpoint.identity(run_flags(args), model, tokenized, machine), keep=args.keep, machine=machine)
+    identity = checkpoint.identity(run_flags(args), model, tokenized, machine)
+    settings = {**run_flags(args), "output_dir": str(folder), "precision": machine.precision, "device": machine.describe(), "processes": machine.world_size,
+                "identity": identity, "versions": tracking.versions()}
+    checkpoints = checkpoint.Checkpoints(folder, identity, keep=args.keep, machine=machine)
     found = checkpoints.choose(wanted) if resumed else None
     training = prepare(model, tokenizer, tokenized["train"], args, machine)
     model_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
     needed = (BEST_SIZE_IN_MODELS + CHECKPOINT_SIZE_IN_MODELS * (args.keep + 1)) * model_bytes
     log = tracking.NullLog(folder)
     if machine.is_main:
-        log = tracking.open_run(folder, settings, needed_bytes=needed, go_on=checkpoint.place_in_log(found) if resumed else None)
-    meter_state = checkpoints.restore(found, training) if found else None
+        tracking.make_folder(folder, needed_bytes=needed)
+        machine.note_run(folder)
+        if found:
+            checkpoints.drop_after(found[0])
+        log = tracking.RunLog(folder, settings, checkpoint.place_in_log(found) if resumed else None)
+    meter_state = checkpoints.restore(*found, training) if found else None
     machine.say(f"machine  {machine.describe()}\nrun      {folder}; curves: tensorboard --logdir {folder.parent}")
     if resumed:
-        machine.say(f"resume   {found}: after step {training.step}" if found else "resume   no checkpoint yet: from the beginning")
+        machine.say(f"resume   {found[0]}: after step {training.step}" if found else "resume   no checkpoint yet: from the beginning")
     machine.say("")
     interruption = Interruption(machine, f"go on with the same command and --resume {folder}")
+    watch = Watch(tokenized["validation"], log, checkpoints, interruption)
     with contextlib.closing(log), interruption:
-        train(training, tokenized["train"], meter_state, Watch(tokenized["validation"], log, checkpoints, interruption), args, machine)
-        with interruption.at_once():
-            finish(rows["test"], tokenized["test"], training, log, args, machine)
+        train(training, tokenized["train"], meter_state, watch, args, machine)
+        finish(rows, tokenized["test"], training, watch, args, machine)
 
 
 def run_flags(args) -> dict:
@@ -259,12 +186,12 @@ def run_flags(args) -> dict:
     return {name: value for name, value in vars(args).items() if name not in ("inspect", "evaluate_only", "predict", "resume")}
 
 
-def finish(rows, tokenized, training: Training, log, args, machine):
+def finish(rows, tokenized, training: Training, watch: Watch, args, machine):
     """Reload the best weights, score them once on the test split, show and write what the run came to."""
     machine.barrier()  # the main process has written them
-    history, best = training.history, training.best
+    history, best, log = training.history, training.best, watch.log
     model, tokenizer = loading.load_saved(str(log.folder / "best"), args, machine)
-    scores, logits = score(model, tokenized, tokenizer, machine, batch_size=args.eval_batch_size)
+    scores, logits = score(model, tokenized, tokenizer, machine, batch_size=args.eval_batch_size, between=watch.interruption.check)
     predictions = report.Predictions(tokenized, logits)
     epochs = [evaluation for evaluation in history if isinstance(evaluation["epoch"], int)] or history
     results = {**{f"test_{name}": scores[name] for name in ("accuracy", "macro_f1", "loss")}, "best_epoch": best["epoch"],
@@ -278,7 +205,7 @@ def finish(rows, tokenized, training: Training, log, args, machine):
     report.show(scores, predictions, args.eval_max_length, machine.say)
     if machine.is_main:
         report.write_report(log.folder, settings=log.settings, results=results, epochs=history, scores=scores, predictions=predictions)
-        report.write_card(log.folder / "best", settings=log.settings, results=results, scores=scores, predictions=predictions)
+        report.write_card(log.folder / "best", splits=rows, settings=log.settings, results=results, predictions=predictions, per_class=scores["per_class"])
     machine.say(f"\nreport: {log.folder}/report.md   model: {log.folder}/best   every test row: {log.folder}/predictions.csv")
 
 

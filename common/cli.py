@@ -109,7 +109,7 @@ def run(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], No
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except Exception as error:
-        if any(words in str(error) for words in LOST_PEER):
+        if "RANK" in os.environ and any(words in str(error) for words in LOST_PEER):
             _end(f"{parser.prog}: error: process {os.environ['RANK']} lost another process of the job, whose own message says why", 1)
         full = _full_disk(error)
         if full is None:

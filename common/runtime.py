@@ -2,11 +2,13 @@
 
 import contextlib
 import ctypes
+import datetime
 import os
 import random
 import resource
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from common.errors import UserError
 
+PATIENCE = datetime.timedelta(days=1)  # with a process that is at work, such as tokenising; one that dies ends the wait at once
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -26,6 +29,7 @@ class Runtime:
     precision: str
     rank: int = 0
     world_size: int = 1
+    store: torch.distributed.Store | None = None  # torchrun's: it lives as long as the job, also when its processes are started again
 
     @property
     def is_main(self) -> bool:
@@ -70,9 +74,17 @@ class Runtime:
         return [bytes(block[: int(size)].tolist()).decode("utf-8") for block, size in zip(blocks, sizes)]
 
     def barrier(self):
-        """Wait until every process is here."""
-        if self.world_size > 1:
-            torch.distributed.barrier()
+        """Wait until every process is here, on the CPU: a GPU would spin meanwhile, and NCCL gives up after minutes."""
+        self.all_reduce_sum(torch.zeros(1))
+
+    def began_run(self, folder: Path) -> bool:
+        """Tell whether this job began its run in a folder, before torchrun started its processes again."""
+        return bool(self.agree(int(self.is_main and self.store is not None and self.store.check([f"run {folder.resolve()}"]))))
+
+    def note_run(self, folder: Path):
+        """Let `began_run` know, for as long as the job lasts, that its run is in this folder."""
+        if self.store is not None:
+            self.store.set(f"run {folder.resolve()}", "begun")
 
     @contextlib.contextmanager
     def main_first(self):
@@ -102,26 +114,26 @@ def start(device: str, precision: str, seed: int) -> Runtime:
     """
     local_rank, world_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     chosen = choose_device(device, local_rank)
-    runtime = Runtime(chosen, choose_precision(precision, chosen), rank=int(os.environ.get("RANK", 0)), world_size=world_size)
+    precision, rank = choose_precision(precision, chosen), int(os.environ.get("RANK", 0))
+    store = next(rendezvous("env://"))[0] if world_size > 1 or "TORCHELASTIC_RUN_ID" in os.environ else None
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if world_size > 1:
-        join_processes("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")  # counts stay on the CPU: no sync with the GPU
+        join_processes(store, rank, world_size, "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")  # counts stay on the CPU: no sync with the GPU
     keep_large_blocks()
     seed_everything(seed)
-    return runtime
+    return Runtime(chosen, precision, rank, world_size, store)
 
 
-def join_processes(backend: str):
+def join_processes(store: torch.distributed.Store, rank: int, world_size: int, backend: str):
     """Join the processes that torchrun started.
 
     On one machine torchrun keeps its store when it starts failed workers again. A new worker could then find the address of one that is
     dead, and wait for it for half an hour; so each attempt has its own part of the store. Over several machines torchrun makes a new one.
     """
-    store, rank, world_size = next(rendezvous("env://"))
     if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):
         store = torch.distributed.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=PATIENCE)
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:

@@ -17,6 +17,7 @@ from common import figures
 from common.errors import UserError
 
 REPORTED_PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "evaluate", "scikit-learn")
+UNFINISHED_CONFIG = "config.json.new"  # all that a run leaves that is killed when it has hardly begun
 
 
 def run_folder(output_dir: str | None, *, name: str, moment: int) -> Path:
@@ -25,23 +26,30 @@ def run_folder(output_dir: str | None, *, name: str, moment: int) -> Path:
     Raises UserError when it holds anything.
     """
     folder = Path(output_dir or f"runs/{name}-{datetime.datetime.fromtimestamp(moment):%Y%m%d-%H%M%S}")
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and any(path.name != UNFINISHED_CONFIG for path in folder.iterdir()):
         raise UserError(f"--output-dir {folder}: it holds another run or other files; name a new folder or remove it first")
     return folder
 
 
-def open_run(folder: Path, settings: dict, *, needed_bytes: int, go_on: dict | None = None) -> "RunLog":
-    """Make the run folder and open its log, at the place `go_on` of an earlier one if given. Raises UserError, and makes nothing, when the disk has fewer than `needed_bytes` free."""
+def make_folder(folder: Path, *, needed_bytes: int):
+    """Make the run folder, if it is not there. Raises UserError, and makes nothing, when the disk has no room for `needed_bytes` in it, those that it holds included."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(there).free
-    if free < needed_bytes:
-        raise UserError(f"--output-dir {folder}: the run needs {needed_bytes / 1e6:,.0f} MB, the disk has {free / 1e6:,.0f} MB free; "
-                        "free some or name a folder on another disk")
+    free, needed = shutil.disk_usage(there).free, needed_bytes - _bytes_in(folder)
+    if free < needed:
+        raise UserError(f"--output-dir {folder}: the run needs {_size(needed)}, the disk has {_size(free)} free; free some or name a folder on another disk")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output-dir {folder}: can't be made: {error.strerror}; name another folder") from error
-    return RunLog(folder, settings, go_on)
+
+
+def _bytes_in(folder: Path) -> int:
+    files = {(stat.st_dev, stat.st_ino): stat.st_size for stat in (path.stat() for path in folder.rglob("*") if path.is_file())}
+    return sum(files.values())  # one with several names, as hard links are, takes its space once
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.0f} MB" if num_bytes >= 1e7 else f"{num_bytes / 1e3:,.0f} kB"
 
 
 def versions() -> dict[str, str]:
@@ -54,7 +62,9 @@ class RunLog:
 
     def __init__(self, folder: Path, settings: dict, go_on: dict | None = None):
         """`go_on`: {"bytes": length of metrics.jsonl, "step": the last step} of a checkpoint; what was written after it is dropped."""
-        (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        fresh = folder / UNFINISHED_CONFIG  # config.json is there when a run can go on, and whole
+        fresh.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        fresh.replace(folder / "config.json")
         self.folder, self.settings = folder, settings
         self.lines = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115  (open as long as the run)
         if go_on is not None:

@@ -21,7 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import train_classifier
 from common import cli
-from common.training import checkpoint
+from common.training import checkpoint, milestones
 
 FILE_EVENTS = ("open", "os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
 
@@ -46,17 +46,21 @@ def count_events(job: dict):
 
 
 def signal_in_evaluation(job: dict):
-    """Let the job's signal come while the given evaluation computes."""
-    score, count = train_classifier.score, 0
+    """Let the job's signal come after the first batch of the given evaluation."""
+    score, count = milestones.score, 0
 
-    def scored(*arguments, **options):
+    def scored(*arguments, between, **options):
         nonlocal count
-        count += 1
-        if count == job["in_evaluation"]:
-            threading.Timer(0.0, os.kill, (os.getpid(), signal.Signals[job["signal"]])).start()
-            time.sleep(5)  # the signal's handler ends this
-        return score(*arguments, **options)
-    train_classifier.score = scored
+        count, batches = count + 1, 0
+
+        def then():
+            nonlocal batches
+            batches += 1
+            if count == job["in_evaluation"] and batches == 2:
+                os.kill(os.getpid(), signal.Signals[job["signal"]])
+            between()
+        return score(*arguments, between=then, **options)
+    milestones.score = scored
 
 
 def limit_memory(room: int):
@@ -96,7 +100,7 @@ def child(job: dict, rank: int):
         checkpoint.restore_random_states = lambda *_: None
     if job.get("memory"):
         limit_memory(job["memory"])
-    if job.get("in_evaluation"):
+    if job.get("in_evaluation") and rank == job.get("rank", 0):
         signal_in_evaluation(job)
     code = 0
     try:
@@ -112,6 +116,16 @@ def child(job: dict, rank: int):
     os._exit(code)
 
 
+def kill_in_write(job: dict, process: int):
+    """Kill a process while it writes a file of 2**25 bytes or more of a checkpoint, after the given number of whole ones."""
+    folder, found = Path(job["run"]) / "checkpoints", False
+    while not found:
+        time.sleep(0.0002)
+        with contextlib.suppress(FileNotFoundError):  # it has been renamed meanwhile
+            found = len(list(folder.glob("step-*"))) >= job["kill_in_write"] and any(path.stat().st_size > 2**25 for path in folder.glob("tmp-*/.tmp*"))
+    os.kill(process, signal.SIGKILL)
+
+
 def run(job: dict) -> list[int]:
     """Run a job's processes and return their exit codes; when one dies by a signal, the others are killed as well."""
     with socket.socket() as free:
@@ -120,6 +134,8 @@ def run(job: dict) -> list[int]:
     running, codes = {}, [0] * job["world"]
     for rank in range(job["world"]):
         running[os.fork() or child(job, rank)] = rank
+    if job.get("kill_in_write"):
+        threading.Thread(target=kill_in_write, args=(job, *running)).start()
     while running:
         process, status = os.wait()
         codes[running.pop(process)] = os.waitstatus_to_exitcode(status)

@@ -4,6 +4,7 @@ import copy
 import warnings
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from common import attention
 from common.errors import UserError
@@ -36,10 +37,11 @@ def adapt(model: torch.nn.Module, args) -> torch.nn.Module:
     if not args.compile:  # which fuses them itself
         attention.use_matrix_products(model)
         pack_dropouts(model)
-    freeze_layers(model, args.freeze_layers)
     if args.gradient_checkpointing:
         recompute_activations(model)
-    return add_adapters(model, args.lora_rank) if args.lora_rank else model
+    adapted = add_adapters(model, args.lora_rank) if args.lora_rank else model
+    freeze_layers(model, args.freeze_layers)  # with the adapters in them
+    return adapted
 
 
 def freeze_layers(model: torch.nn.Module, number: int):
@@ -70,13 +72,23 @@ def recompute_activations(model: torch.nn.Module):
 
 
 def add_adapters(model: torch.nn.Module, rank: int):
-    """Return the model with low-rank adapters (LoRA, Hu et al. 2021) at all linear layers but the head; only they and the head learn."""
+    """Return the model with low-rank adapters (LoRA, Hu et al. 2021) at all linear layers but the head's; only they and the head learn.
+
+    The head is all that lies beside the pretrained model: it is new, of one linear layer or, as DistilBERT's and ModernBERT's, of several.
+    peft is not told of it, for it finds modules by the ends of their names, and takes DistilBERT's `pre_classifier` for its `classifier` too.
+    """
     import peft  # seconds to import, and only this needs it
 
-    config = peft.LoraConfig(task_type="SEQ_CLS", r=rank, lora_alpha=LORA_ALPHA * rank, lora_dropout=LORA_DROPOUT, target_modules="all-linear")
+    linear = [f"{model.base_model_prefix}.{name}" for name, module in model.base_model.named_modules() if isinstance(module, (torch.nn.Linear, Conv1D))]
+    head = [module for name, module in model.named_children() if name != model.base_model_prefix]
+    config = peft.LoraConfig(r=rank, lora_alpha=LORA_ALPHA * rank, lora_dropout=LORA_DROPOUT, target_modules=linear,
+                             fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of what peft asks of transformers: nothing that the user can mend
-        return peft.get_peft_model(model, config)
+        adapted = peft.get_peft_model(model, config)
+    for module in head:
+        module.requires_grad_(True)
+    return adapted
 
 
 def merged(model: torch.nn.Module) -> torch.nn.Module:

@@ -23,9 +23,12 @@ Pick = tuple[int, tuple[int, ...]]  # a row of the data and which of its windows
 def tokenize(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int, truncation: str, cache_dir: str | None) -> datasets.Dataset:
     """Return the rows with the columns of `windows.encode`.
 
-    The result is kept as an Arrow file whose name is the SHA-256 of texts, labels, tokenizer, length and truncation; it is memory-mapped and reused.
+    The result is kept as an Arrow file, memory-mapped and reused, under the SHA-256 of texts, labels and their classes, tokenizer, length and
+    truncation, which is its fingerprint as well. The file's name has the version of `datasets` beside it, for what it wrote may be read by no other.
     """
-    digest = hashlib.sha256(f"{tokenizer_json(tokenizer)} {max_length} {truncation} {windows.HEAD_SHARE} {windows.OVERLAP} {datasets.__version__}".encode())
+    digest = hashlib.sha256(f"{tokenizer_json(tokenizer)} {max_length} {truncation} {windows.HEAD_SHARE} {windows.OVERLAP}".encode())
+    for feature in rows.features.values():  # the values of a label are numbers: its classes are what they mean
+        digest.update(f"{getattr(feature, 'names', None)}\0".encode())
     for name in rows.column_names:  # labels and row numbers are in the file as well
         for value in rows[name][:]:
             digest.update(f"{value}\0".encode())
@@ -33,7 +36,7 @@ def tokenize(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, *, max_
     folder.mkdir(parents=True, exist_ok=True)
     key = digest.hexdigest()
     return rows.map(lambda batch: windows.encode(batch["text"], tokenizer, max_length=max_length, truncation=truncation), batched=True,
-                    desc="tokenising", cache_file_name=str(folder / f"{key}.arrow"), new_fingerprint=key[:16])
+                    desc="tokenising", cache_file_name=str(folder / f"{key}-{datasets.__version__}.arrow"), new_fingerprint=key[:16])
 
 
 def tokenizer_json(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -152,7 +155,11 @@ def loader(rows: datasets.Dataset, batches: list[list[Pick]], tokenizer, *, num_
     if num_workers:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # set at all, it keeps tokenizers from a warning at the fork (transformers #5486)
     return torch.utils.data.DataLoader(Examples(rows), batch_sampler=batches, collate_fn=Collator(tokenizer), pin_memory=pin_memory,
-                                       num_workers=num_workers, generator=torch.Generator())
+                                       num_workers=num_workers, worker_init_fn=_leave_the_group, generator=torch.Generator())
+
+
+def _leave_the_group(_worker: int):
+    os.setpgid(0, 0)  # Ctrl-C and torchrun signal a whole group of processes: only the one that is in charge is to hear it, and to save
 
 
 def pool_windows(logits: torch.Tensor, document: torch.Tensor, num_documents: int) -> torch.Tensor:

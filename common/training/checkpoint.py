@@ -19,10 +19,11 @@ from common.durable import fault, link_folder, read_json, replace_folder, sync_f
 from common.errors import UserError
 from common.runtime import Runtime
 
-PREFIX, UNFINISHED = "step-", "tmp-"
+FOLDER, PREFIX, UNFINISHED = "checkpoints", "step-", "tmp-"
 FREE_FLAGS = {  # may differ when a run goes on: names of data and model, for their contents are compared, and what changes no number
     "model", "dataset", "dataset_config", "text_column", "label_column", "train_split", "validation_split", "test_split", "max_train_samples",
     "max_eval_samples", "cache_dir", "output_dir", "device", "precision", "num_workers", "save_every", "keep", "auto_batch_size"}
+FINGERPRINTS = ("the data", "the model")
 NEWEST = ""  # what --resume without a value stands for
 
 
@@ -30,7 +31,7 @@ class Checkpoints:
     """The checkpoints of one run; `identity` is what must be the same for a run to go on from one of them."""
 
     def __init__(self, run_folder: Path, identity: dict, *, keep: int, machine: Runtime):
-        self.folder, self.best = run_folder / "checkpoints", run_folder / "best"
+        self.folder, self.best = run_folder / FOLDER, run_folder / "best"
         self.identity, self.keep, self.machine = identity, keep, machine
 
     def save(self, training, meter, run):
@@ -51,15 +52,14 @@ class Checkpoints:
             self.machine.barrier()  # every process's part is on the disk
             if self.machine.is_main:
                 write_manifest(fresh)
-                shutil.rmtree(target, ignore_errors=True)  # one of the same step, from before a resume at an earlier one
-                fresh.rename(target)
+                replace_folder(fresh, target)  # there is one of the same step when a run is resumed and stopped within an evaluation
                 sync_folder(self.folder)
         except BaseException:
             if self.machine.is_main:
                 shutil.rmtree(fresh, ignore_errors=True)
             raise
         if self.machine.is_main and fault(target) is None:
-            for old in self._all()[self.keep :]:
+            for old in [path for path in self._all() if path.name < target.name][self.keep - 1 :]:
                 shutil.rmtree(old)
         self.machine.barrier()
 
@@ -82,7 +82,7 @@ class Checkpoints:
         tensors = {f"{number}.{name}": value for number, values in optimizer["state"].items() for name, value in values.items()}
         write_tensors(folder / "optimizer.safetensors", tensors)
         write_json(folder / "state.json", {
-            "identity": self.identity, "world_size": self.machine.world_size, "position": training.position(), "param_groups": optimizer["param_groups"],
+            "identity": self.identity, "position": training.position(), "param_groups": optimizer["param_groups"],
             "scheduler": training.scheduler.state_dict(), "scaler": training.scaler.state_dict(), "log_bytes": run.position()})
         if training.best is not None:
             link_folder(self.best, folder / "best")
@@ -90,10 +90,11 @@ class Checkpoints:
     def _all(self) -> list[Path]:
         return sorted(self.folder.glob(f"{PREFIX}*"), reverse=True)
 
-    def choose(self, wanted: Path | None) -> Path | None:
-        """Return the checkpoint to go on from: `wanted`, else the newest whole one, saying which were passed over; None when there is none at all.
+    def choose(self, wanted: Path | None) -> tuple[Path, dict] | None:
+        """Return the checkpoint to go on from and its state: `wanted`, else the newest whole one, saying which were passed over; None for the beginning.
 
-        Raises UserError when none of those there is whole, and when the run differs from the one that was saved, naming what differs.
+        Raises UserError when none of those there is whole, when they were removed after the run's end, and when the run differs from the
+        one that is gone on with, naming what differs.
         """
         found = [wanted] if wanted is not None else self._all()
         faults = {}
@@ -105,21 +106,42 @@ class Checkpoints:
                 self.machine.say(f"resume   {path} is damaged ({faults[path]}); taking the one before")
         else:
             if not found:
+                self._compare_with_config()
                 return None
+            if wanted is not None:
+                raise UserError(f"--resume {wanted}: it is damaged ({faults[wanted]}); --resume {self.folder.parent} takes the newest whole one")
             listed = "; ".join(f"{path.name}: {reason}" for path, reason in faults.items())
             raise UserError(f"--resume: no whole checkpoint in {found[0].parent} ({listed}); start anew with another --output-dir")
-        self._compare(path, read_json(path / "state.json"))
-        return path
+        state = read_json(path / "state.json")
+        self._compare(path, state["identity"])
+        return path, state
 
-    def _compare(self, path: Path, state: dict):
-        before, now = {**state["identity"], "number of processes": state["world_size"]}, {**self.identity, "number of processes": self.machine.world_size}
-        changed = [f"{name} was {before.get(name)}, is {now.get(name)}" for name in {**before, **now} if before.get(name) != now.get(name)]
+    def _compare_with_config(self):
+        """Raise UserError unless a run without checkpoints can begin again: it came to no end, and it is the same run."""
+        run = self.folder.parent
+        if (run / "metrics.json").exists():
+            raise UserError(f"--resume: {run} is a finished run whose checkpoints were removed; start anew with another --output-dir")
+        self._compare(run, read_json(run / "config.json").get("identity", {}))
+
+    def _compare(self, path: Path, before: dict):
+        names = [name for name in {**before, **self.identity} if before.get(name) != self.identity.get(name)]
+        changed = [f"{name} was {before.get(name)}, is {self.identity.get(name)}" for name in names if name not in FINGERPRINTS]
+        if not changed and "the data" in names:  # a changed flag can change data and model as well: then it is the cause
+            then, now = before["the data"], self.identity["the data"]
+            changed.append(f"the texts, labels or tokens of {' and '.join(split for split in now if then.get(split) != now[split])} differ")
+        if not changed and names:
+            changed.append("the model's weights differ")
         if changed:
             raise UserError(f"--resume: {path} was written by another run: {'; '.join(changed)}; give the same again, or start anew with another --output-dir")
 
-    def restore(self, path: Path, training) -> tuple[dict, dict]:
+    def drop_after(self, path: Path):
+        """Remove what was saved after a checkpoint, damaged or of a way that the run now leaves: with it there, pruning and a later resume would count it."""
+        for later in self._all():
+            if later.name > path.name:
+                shutil.rmtree(later)
+
+    def restore(self, path: Path, state: dict, training) -> tuple[dict, dict]:
         """Put the training into the state of a checkpoint, best/ and this process's random state with it; return the state of its loss meter."""
-        state = read_json(path / "state.json")
         safetensors.torch.load_model(training.model, str(path / "model.safetensors"), device=str(training.model.device))
         slots: dict[int, dict] = {}
         for name, tensor in safetensors.torch.load_file(path / "optimizer.safetensors").items():
@@ -155,47 +177,53 @@ def restore_random_states(tensors: dict, others: dict, machine: Runtime):
     np.random.set_state(tuple(others["numpy"]))
 
 
-def place_in_log(path: Path | None) -> dict:
-    """Return how far a run's log had come at a checkpoint, as `tracking.open_run` takes it; its beginning for None."""
-    if path is None:
+def place_in_log(found: tuple[Path, dict] | None) -> dict:
+    """Return how far a run's log had come at a checkpoint with its state, as `tracking.RunLog` takes it; its beginning for None."""
+    if found is None:
         return {"bytes": 0, "step": -1}
-    state = read_json(path / "state.json")
+    _, state = found
     return {"bytes": state["log_bytes"], "step": state["position"]["step"]}
 
 
-def run_to_resume(args) -> tuple[Path | None, Path | None]:
+def run_to_resume(args, machine: Runtime) -> tuple[Path | None, Path | None]:
     """Return the folder of the run that the flags ask to go on with, None for a new one, and the checkpoint if they name it.
 
-    After a failure torchrun starts every process again with the same flags: then the run goes on by itself. Raises UserError when the
-    flags don't tell which run, or there is none.
+    After a failure torchrun starts every process again with the same flags: then the run goes on by itself, if it was this job that began
+    it. Raises UserError when the flags don't tell which run, or there is none.
     """
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0 and not args.output_dir:
+    folder, wanted = _named_run(args)
+    if folder is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
         raise UserError("--output-dir: torchrun with --max-restarts needs it, for a restarted process must find its run; name a folder")
-    if args.resume is None and not restarted:
+    if folder is not None and machine.began_run(folder) and (folder / "config.json").is_file():
+        return folder, None  # a named checkpoint was where the job began: it has come further
+    if args.resume is None:
         return None, None
-    if not args.resume:
-        if not args.output_dir:
-            raise UserError("--resume: which run? name its folder, as in --resume runs/news")
-        folder, wanted = Path(args.output_dir), None
-    else:
-        named = Path(args.resume)
-        folder, wanted = (named.parent.parent, named) if named.name.startswith(PREFIX) else (named, None)
-        if args.output_dir and Path(args.output_dir).resolve() != folder.resolve():
-            raise UserError(f"--output-dir {args.output_dir}: --resume {args.resume} goes on in {folder}; leave one of them out")
+    if folder is None:
+        raise UserError("--resume: which run? name its folder, as in --resume runs/news")
     if not (folder / "config.json").is_file():
-        if restarted:  # the failure came before the run had begun
-            return None, None
         raise UserError(f"--resume: {folder} holds no run; check the name, or leave --resume out to start one")
     if wanted is not None and not wanted.is_dir():
         raise UserError(f"--resume {args.resume}: no such checkpoint; --resume {folder} takes the newest")
     return folder, wanted
 
 
+def _named_run(args) -> tuple[Path | None, Path | None]:
+    """Return the run's folder as --output-dir or --resume gives it, and the checkpoint if that is what --resume names."""
+    own = Path(args.output_dir) if args.output_dir else None
+    if not args.resume:
+        return own, None
+    named = Path(args.resume)
+    is_checkpoint = named.name.startswith(PREFIX) and named.absolute().parent.name == FOLDER
+    folder = Path(os.path.normpath(named / ".." / "..")) if is_checkpoint else named
+    if own is not None and own.resolve() != folder.resolve():
+        raise UserError(f"--output-dir {args.output_dir}: --resume {args.resume} goes on in {folder}; leave one of them out")
+    return folder, named if is_checkpoint else None
+
+
 def identity(flags: dict, model: torch.nn.Module, tokenized: dict, machine: Runtime) -> dict:
-    """Return what must be the same for a run to go on: flags that change its outcome, precision, and fingerprints of data and model as loaded."""
+    """Return what must be the same for a run to go on: flags that change its outcome, the machine's part in it, and fingerprints of data and model as loaded."""
     kept = {f"--{name.replace('_', '-')}": value for name, value in sorted(flags.items()) if name not in FREE_FLAGS}
-    return {**kept, "--precision": machine.precision, "the data": {split: rows._fingerprint for split, rows in tokenized.items()}, "the model": fingerprint(model)}
+    return {**kept, "--precision": machine.precision, "--device": machine.device.type, "number of processes": machine.world_size, "the data": {split: rows._fingerprint for split, rows in tokenized.items()}, "the model": fingerprint(model)}
 
 
 def fingerprint(model: torch.nn.Module) -> str:

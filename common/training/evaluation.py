@@ -1,7 +1,7 @@
 """A model over a split: logits in the rows' order, on any number of processes; its scores, and which evaluation's are the best."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import datasets
 import torch
@@ -9,41 +9,46 @@ import torch
 from common.metrics import classification_scores
 from common.runtime import Runtime
 from common.tracking import progress
-from common.training import batching, windows
+from common.training import batching, memory, windows
 
 PREDICT_BLOCK = 2048  # texts held at a time: enough to sort by length, little memory, early first answers
 
 
 @torch.inference_mode()
-def predict_logits(model, rows: datasets.Dataset, tokenizer, machine: Runtime, *, batch_size: int) -> torch.Tensor:
+def predict_logits(model, rows: datasets.Dataset, tokenizer, machine: Runtime, *, batch_size: int, between: Callable[[], None] = lambda: None) -> torch.Tensor:
     """Return the logits (N, C), fp32 on the CPU, of tokenised rows in their order: the mean over a row's windows.
 
     Batches of at most `batch_size` windows go from long to short. Each process takes every `world_size`-th batch, none twice and without
     padding rows (a padded DistributedSampler counts some twice, pytorch #25162), and the processes' parts are added up. `model` is the
-    bare one, not DDP's.
+    bare one, not DDP's. `between` is called before each batch, as often on each process. Raises UserError when a batch does not fit into memory.
     """
     model.eval()
     lengths = rows["window_lengths"][:]
-    batches = batching.evaluation_batches(lengths, batch_size=batch_size)[machine.rank :: machine.world_size]
+    all_batches = batching.evaluation_batches(lengths, batch_size=batch_size)
+    batches = all_batches[machine.rank :: machine.world_size]
     sums = torch.zeros(len(rows), model.config.num_labels, device=machine.device)
     seen = torch.zeros(len(rows), dtype=torch.int64, device=machine.device)
     batch_loader = batching.loader(rows, batches, tokenizer, pin_memory=machine.device.type == "cuda")
-    for picks, batch in zip(batches, progress(batch_loader, label="evaluating", shown=machine.is_main)):
-        batch = batch.to(machine.device, non_blocking=True)
-        row_of_window = torch.tensor([row for row, _ in picks], device=machine.device)[batch.pop("document")]  # (W)
-        del batch["labels"], batch["row"]
-        with machine.autocast():
-            logits = model(**batch).logits  # (W, C)
-        sums.index_add_(0, row_of_window, logits.float())
-        seen.index_add_(0, row_of_window, torch.ones_like(row_of_window))
+    with memory.explained(f"--eval-batch-size {batch_size}: a batch does not fit into memory; use less"):
+        for picks, batch in zip(batches, progress(batch_loader, label="evaluating", shown=machine.is_main)):
+            between()
+            batch = batch.to(machine.device, non_blocking=True)
+            row_of_window = torch.tensor([row for row, _ in picks], device=machine.device)[batch.pop("document")]  # (W)
+            del batch["labels"], batch["row"]
+            with machine.autocast():
+                logits = model(**batch).logits  # (W, C)
+            sums.index_add_(0, row_of_window, logits.float())
+            seen.index_add_(0, row_of_window, torch.ones_like(row_of_window))
+    for _ in range(-(-len(all_batches) // machine.world_size) - len(batches)):  # another process has one batch more
+        between()
     sums, seen = machine.all_reduce_sum(sums), machine.all_reduce_sum(seen)
     assert seen.tolist() == list(map(len, lengths)), "each window must be scored exactly once"
     return (sums / seen.unsqueeze(1)).cpu()
 
 
-def score(model, rows: datasets.Dataset, tokenizer, machine: Runtime, *, batch_size: int) -> tuple[dict, torch.Tensor]:
-    """Return a model's classification scores on a tokenised split, and its logits (N, C)."""
-    logits = predict_logits(model, rows, tokenizer, machine, batch_size=batch_size)
+def score(model, rows: datasets.Dataset, tokenizer, machine: Runtime, **options) -> tuple[dict, torch.Tensor]:
+    """Return a model's classification scores on a tokenised split, and its logits (N, C); the options are those of `predict_logits`."""
+    logits = predict_logits(model, rows, tokenizer, machine, **options)
     return classification_scores(logits, torch.tensor(rows["label"][:])), logits
 
 

@@ -1,6 +1,5 @@
 """Ctrl-C and SIGTERM while a run goes: finish the step, save, say how to go on."""
 
-import contextlib
 import os
 import signal
 import sys
@@ -13,13 +12,13 @@ from common.runtime import Runtime
 class Interruption:
     """Notes the first SIGINT or SIGTERM instead of ending the process; used as a context.
 
-    A second Ctrl-C ends it at once, but not under torchrun, which passes on to its workers what the terminal has already sent them.
+    A second one ends it at once, but not with several processes: they leave together, after a step or a batch, for one that left alone would
+    keep the others waiting. torchrun gives them 30 seconds.
     """
 
     def __init__(self, machine: Runtime, way_on: str):
         self.machine, self.way_on = machine, way_on
         self.received: int | None = None
-        self.immediate = False
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # Python lets no other thread handle signals
@@ -34,14 +33,12 @@ class Interruption:
         repeated, self.received = self.received is not None, self.received or number
         if self.machine.world_size > 1:
             return
-        if self.immediate:
-            self.end()
         if repeated:
             raise KeyboardInterrupt
         os.write(sys.stderr.fileno(), f"\n{signal.Signals(number).name}: saving after this step; once more ends at once\n".encode())  # print is not reentrant
 
     def requested(self) -> bool:
-        """Tell whether any process was asked to stop; every process must ask after the same step."""
+        """Tell whether any process was asked to stop; every process must ask at the same place."""
         self.received = self.machine.agree_on_highest(self.received or 0) or None
         return self.received is not None
 
@@ -49,16 +46,7 @@ class Interruption:
         """Raise Interrupted, with the way to go on and the exit code of the signal."""
         raise Interrupted(f"stopped by {signal.Signals(self.received).name}; {self.way_on}", 128 + self.received)
 
-    @contextlib.contextmanager
-    def at_once(self):
-        """Within, a signal raises Interrupted at once: for evaluation, which changes nothing that a checkpoint holds.
-
-        With several processes it waits for the end: one that left would keep the others waiting for it.
-        """
-        self.immediate = True
-        try:
-            if self.received is not None and self.machine.world_size == 1:
-                self.end()
-            yield
-        finally:
-            self.immediate = False
+    def check(self):
+        """End if any process was asked to stop: between the batches of an evaluation, which changes nothing that a checkpoint holds."""
+        if self.requested():
+            self.end()

@@ -1,5 +1,7 @@
 """What the command line names -> labelled splits, tokenizer, model; and what is said of them on the screen."""
 
+import hashlib
+
 import datasets
 import numpy as np
 
@@ -38,7 +40,7 @@ def load_rows_for_scoring(names: list[str], trained: dict, args, machine: Runtim
     splits = labelling.choose_splits(found, {"test": args.test_split})
     splits = splits or labelling.choose_splits(found, {"train": args.train_split, "validation": args.validation_split})
     splits = labelling.validate(splits, text_column=args.text_column, label_column=args.label_column, names=names)
-    if "test" not in splits and trained.get("dataset") == data.full_name(args.dataset):
+    if "test" not in splits and name_digest(args.dataset) == trained.get("dataset_sha256"):
         if trained["seed"] != args.seed:
             raise UserError(f"--seed {args.seed}: the model was trained with --seed {trained['seed']}, which cuts another test split; use that seed")
         splits, _ = labelling.cut_missing_splits(splits, seed=args.seed)
@@ -46,6 +48,11 @@ def load_rows_for_scoring(names: list[str], trained: dict, args, machine: Runtim
     rows = labelling.limit(splits[split], args.max_eval_samples, seed=args.seed, flag="--max-eval-samples")
     machine.say(f"data     {args.dataset}: {len(rows):,} texts of its {split} split")
     return rows
+
+
+def name_digest(name: str) -> str:
+    """Return a SHA-256 of a data set's full name, in hexadecimal: it tells whether another name is the same, and not what it is."""
+    return hashlib.sha256(data.full_name(name).encode()).hexdigest()
 
 
 def tokenize(splits: datasets.DatasetDict, tokenizer, args, machine: Runtime) -> dict[str, datasets.Dataset]:

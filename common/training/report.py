@@ -12,8 +12,12 @@ from common import figures
 EPOCH_COLUMNS = {"epoch": "epoch", "train_loss": "training loss", "loss": "validation loss", "accuracy": "accuracy",
                  "macro_f1": "macro-F1", "examples_per_second": "examples/s"}
 EPOCH_FORMATS = ("g", ".4f", ".4f", ".4f", ".4f", ".1f")
-CARD_SETTINGS = ("seed", "epochs", "batch_size", "grad_accum", "lr", "warmup_ratio", "weight_decay", "dropout", "attention_dropout", "label_smoothing",
-                 "class_weights", "lora_rank", "freeze_layers", "max_length", "eval_max_length", "truncation", "precision", "device", "versions")
+CARD_SETTINGS = {  # each with what stands for a value that was not given
+    "text_column": "", "label_column": "", "max_train_samples": "all", "seed": "", "epochs": "", "batch_size": "", "grad_accum": "", "processes": "", "batching": "",
+    "lr": "", "warmup_ratio": "", "weight_decay": "", "max_grad_norm": "", "dropout": "as it was pretrained", "attention_dropout": "as dropout if given, else 0",
+    "label_smoothing": "", "class_weights": "", "lora_rank": "none", "freeze_layers": "", "max_length": "", "eval_max_length": "", "truncation": "", "max_windows": "",
+    "best_metric": "", "precision": "", "device": "", "versions": ""}
+HUB_NAMES = {"bundled/all-MiniLM-L6-v2": "sentence-transformers/all-MiniLM-L6-v2"}
 SHOWN_CHARACTERS = 60
 NUM_SHOWN = 5
 
@@ -79,7 +83,7 @@ def write_report(folder: Path, *, settings: dict, results: dict, epochs: list[di
     figures.save(figures.learning_curve(epochs, results["best_epoch"]), folder / "learning_curve.png")
     figures.save(figures.confusion_matrix(scores["confusion"], names, title="test split"), folder / "confusion_matrix.png")
     predictions.write_csv(folder / "predictions.csv")
-    described = tabulate([[f"`{key}`", _cell(value)] for key, value in settings.items() if key != "versions"], ["setting", "value"], tablefmt="github")
+    described = tabulate([[f"`{key}`", _cell(value)] for key, value in settings.items() if key not in ("identity", "versions")], ["setting", "value"], tablefmt="github")
     packages = tabulate(settings["versions"].items(), ["package", "version"], tablefmt="github")
     (folder / "report.md").write_text(f"""# {settings["model"]} on {settings["dataset"]}
 
@@ -127,19 +131,35 @@ def _cell(value) -> str:
     return "" if value is None else " ".join(str(value).split())
 
 
-def write_card(folder: Path, *, settings: dict, results: dict, scores: dict, predictions: Predictions):
+def _public(name: str) -> str:
+    return Path(name).resolve().name if Path(name).exists() else name  # of a local path the last part: the card may go to others
+
+
+def _base_model(name: str) -> str:
+    return "" if Path(name).exists() else f"base_model: {HUB_NAMES.get(name, name)}\n"  # the Hub takes its own names only
+
+
+def _novelty(splits: datasets.DatasetDict) -> str:
+    seen = {*splits["train"]["text"], *splits["validation"]["text"]}
+    count = sum(text in seen for text in splits["test"]["text"])
+    if count == 0:
+        return "which were used neither for training nor for choosing the weights"
+    return f"of which {count:,} stand in the training or the validation split too, so that the scores say little about new texts"
+
+
+def write_card(folder: Path, *, splits: datasets.DatasetDict, settings: dict, results: dict, predictions: Predictions, per_class: dict[str, list]):
     """Write the model card, README.md, into the folder of a saved model: what it is, how to use it, data, settings, results, limits."""
-    names, counts = predictions.names, scores["per_class"]
-    shown = tabulate([[f"`{key}`", _cell(settings[key])] for key in CARD_SETTINGS], ["setting", "value"], tablefmt="github")
+    names, values = predictions.names, {key: unset if settings[key] is None else _cell(settings[key]) for key, unset in CARD_SETTINGS.items()}
+    shown = tabulate([[f"`{key}`", value] for key, value in values.items()], ["setting", "value"], tablefmt="github")
     (folder / "README.md").write_text(f"""---
 library_name: transformers
 pipeline_tag: text-classification
-metrics: [accuracy, f1]
+{_base_model(settings["model"])}metrics: [accuracy, f1]
 ---
 
 # A classifier of texts into {len(names)} classes
 
-`{settings["model"]}`, fine-tuned on `{settings["dataset"]}` to tell {", ".join(f"`{name}`" for name in names)}.
+`{_public(settings["model"])}`, fine-tuned on `{_public(settings["dataset"])}` to tell {", ".join(f"`{name}`" for name in names)}.
 
 ```python
 from transformers import pipeline
@@ -150,15 +170,17 @@ print(classify("a text", truncation=True))
 
 ## Results
 
-On {len(predictions.labels):,} texts of the test split, which were used neither for training nor for choosing the weights: accuracy
+On {len(predictions.labels):,} texts of the test split, {_novelty(splits)}: accuracy
 {results["test_accuracy"]:.4f}, macro-F1 {results["test_macro_f1"]:.4f}, loss {results["test_loss"]:.4f}. The weights are those after epoch {results["best_epoch"]:g},
 the best by validation {settings["best_metric"]}.
 
-{class_table(counts, names, "github")}
+{class_table(per_class, names, "github")}
 
 {predictions.length_table(settings["eval_max_length"], "github")}
 
 ## Training
+
+{len(splits["train"]):,} texts for training, {len(splits["validation"]):,} for validation.
 
 {shown}
 

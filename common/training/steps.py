@@ -26,7 +26,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler
-    class_weights: torch.Tensor | None = None  # (C)
+    class_weights: torch.Tensor | None = None  # (C), on the CPU, where the examples are counted
     micro_batch: int = 0  # windows in a backward pass
     epoch: int = 1
     step_of_epoch: int = 0
@@ -34,6 +34,9 @@ class Training:
     step: int = 0
     history: list[dict] = field(default_factory=list)  # an entry for each evaluation
     best: dict | None = None
+
+    def __post_init__(self):
+        self.loss_weights = None if self.class_weights is None else self.class_weights.to(self.model.device)
 
     def position(self) -> dict:
         """Return how far it has come, for a checkpoint."""
@@ -85,7 +88,7 @@ def count_examples(window: list, class_weights: torch.Tensor | None, machine: Ru
     """
     labels = torch.cat([batch["labels"] for batch in window])  # still on the CPU: no sync with a GPU
     labels = labels[labels != IGNORED_LABEL]
-    weight = float(len(labels)) if class_weights is None else class_weights.cpu()[labels].sum(dtype=torch.float64).item()
+    weight = float(len(labels)) if class_weights is None else class_weights[labels].sum(dtype=torch.float64).item()
     examples, weight = machine.all_reduce_sum(torch.tensor([len(labels), weight], dtype=torch.float64)).tolist()
     return int(examples), weight
 
@@ -143,13 +146,17 @@ class LossMeter:
             self.waiting = list(zip(tensors["losses"].to(self.machine.device), rows))
         self.sums, self.waiting_sums = dict(sums["read"]), dict(sums["waiting"])
 
-    def _read(self) -> dict[str, float]:
-        losses = torch.stack([loss for loss, _ in self.waiting])
-        finite = torch.isfinite(losses).tolist()  # waits for the device
+    def check(self):
+        """Raise UserError, naming the rows, if a loss since the last report is not finite."""
+        finite = torch.isfinite(torch.stack([loss for loss, _ in self.waiting])).tolist() if self.waiting else []  # waits for the device
         if not all(finite):
             rows = self.waiting[finite.index(False)][1].tolist()
             raise UserError(f"the training loss is not finite any more, first in the batch with the rows {', '.join(map(str, rows))} of the data; "
                             "lower --lr, raise --warmup-ratio, or look at these texts")
+
+    def _read(self) -> dict[str, float]:
+        self.check()
+        losses = torch.stack([loss for loss, _ in self.waiting])
         new = {"loss": self.machine.all_reduce_sum(losses.cpu().double().sum()).item(), **self.waiting_sums}
         new["seconds"] += time.perf_counter() - self.started
         self.sums = {name: value + new[name] for name, value in self.sums.items()}

@@ -175,7 +175,7 @@ def time_ours(setup: Setup, lengths: np.ndarray, flags, folder: str) -> dict:
     """Return the figures of train_classifier.train_steps on a sample of its epoch, with the run's log written as in any run."""
     args, machine, rows = setup.args, setup.machine, setup.tokenized["train"]
     training = train_classifier.prepare(setup.model, setup.tokenizer, rows, args, machine)
-    run = tracking.open_run(Path(folder), {}, needed_bytes=0)
+    run = tracking.RunLog(Path(folder), {})
     order = batching.batch_order(lengths, batch_size=args.batch_size, seed=args.seed, epoch=flags.round + 1, buckets=args.batching == "buckets")
     warmup, timed = choose_batches(order, lengths, flags)
     for batches in (warmup, timed):

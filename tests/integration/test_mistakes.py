@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, GPT2Con
 
 import train_classifier
 from common import cli
-from conftest import ROOT, make_sentences, train_wordpiece
+from conftest import ROOT, make_sentences, may_mount, train_wordpiece
 
 GOOD = "text,label\n" + "".join(f"{text},{label}\n" for text, label in make_sentences(120))
 BUNDLED = "bundled/all-MiniLM-L6-v2"
@@ -185,12 +185,6 @@ def test_an_output_folder_that_is_a_file_or_below_one(below, refused, sentences_
     assert (tmp_path / "file").read_text() == "precious"
 
 
-def may_mount() -> bool:
-    """Tell whether this user may mount a small file system in a name space of its own."""
-    return sys.platform == "linux" and shutil.which("unshare") is not None and subprocess.run(
-        ["unshare", "-rm", "sh", "-c", "mount -t tmpfs -o size=64k none /mnt"], capture_output=True).returncode == 0
-
-
 @pytest.mark.skipif(not may_mount(), reason="no right to mount a small file system here")
 def test_a_disk_without_space(tiny_model, cache_dir, sentences_csv, tmp_path):
     """A 64 kB file system at /mnt, seen by one process only, holds neither a run nor what the cache needs."""
@@ -206,7 +200,7 @@ for flags in json.loads(sys.argv[1]):
     done = subprocess.run(["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=64k none /mnt && "$@"', "sh", *command], text=True,
                           capture_output=True, cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
     run_line, *cache_lines = done.stderr.splitlines()
-    assert re.match("train_classifier.py: error: --output-dir /mnt/a/run: the run needs .* MB free; free some or name .* another disk", run_line)
+    assert re.match("train_classifier.py: error: --output-dir /mnt/a/run: the run needs [0-9,]+ kB, the disk has [0-9]+ kB free; free some or name .* another disk", run_line)
     for line in cache_lines:
         assert re.match("train_classifier.py: error: (No space left on device|Not enough disk space); free some space, or name .*--cache-dir", line)
     assert re.findall("code .*", done.stdout) == ["code 2 False"] * 4 and "epoch" not in done.stdout

@@ -1,21 +1,22 @@
 """A run that is killed anywhere and started again ends as one that was never stopped, to the bit."""
 
-import contextlib
 import os
 import random
 import re
 import shutil
+import signal
 import subprocess
-import threading
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import BertConfig, BertForSequenceClassification
 
-from common.durable import fault
-from conftest import KINDS
+from common.durable import fault, write_manifest
+from conftest import KINDS, ROOT, may_mount
 
 # 85 texts: 11 batches of 8, the last of 5; windows of 3 batches, the last of 2. Evaluations and checkpoints fall between the ends of epochs too.
 FLAGS = ["--max-train-samples", 85, "--grad-accum", 3, "--epochs", 2, "--max-length", 20, "--lr", "3e-3", "--dropout", 0.1, "--log-every", 3,
@@ -118,13 +119,40 @@ def test_a_signal_saves_and_says_how_to_go_on(name, code, share, forked, whole, 
     assert differing(tmp_path / "run", folder) == []
 
 
-def test_a_signal_in_an_evaluation_does_not_wait_for_its_end(forked, whole, tmp_path):
-    folder, _ = whole("one process")
-    assert forked.run(tmp_path / "run", signal="SIGTERM", in_evaluation=2) == [143]
+@pytest.mark.parametrize("kind", ["one process", "two processes"])
+def test_a_signal_in_an_evaluation_does_not_wait_for_its_end(kind, forked, whole, tmp_path):
+    """With two processes one gets it, and both leave between the same two batches: torchrun kills what takes longer than 30 seconds."""
+    folder, _ = whole(kind)
+    codes = forked.run(tmp_path / "run", "--eval-batch-size", 2, kind=kind, signal="SIGTERM", in_evaluation=2, rank=KINDS[kind][0] - 1)
+    assert set(codes) == {143}
     lines = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert lines.count("validation/loss") == 1, "the second evaluation was left"
-    assert forked.run(tmp_path / "run", "--resume") == [0], forked.said()
-    assert differing(tmp_path / "run", folder) == []
+    assert set(forked.run(tmp_path / "run", "--resume", "--eval-batch-size", 2, kind=kind)) == {0}, forked.said()
+    assert [name for name in differing(tmp_path / "run", folder) if "safetensors" in name] == []
+
+
+def test_ctrl_c_is_for_the_process_in_charge_not_for_its_loader_workers(tiny_model, sentences_csv, cache_dir, tmp_path):
+    """A terminal sends it to all of them; an epoch of 29 steps has them still at work after the second."""
+    command = [sys.executable, "train_classifier.py", "--model", tiny_model, "--dataset", sentences_csv, "--cache-dir", cache_dir, *FLAGS, "--num-workers", 2,
+               "--batch-size", 1, "--epochs", 99, "--output-dir", tmp_path / "run"]
+    job = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                           env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
+    while not list(tmp_path.glob("run/checkpoints/step-*")):
+        assert job.poll() is None, job.communicate()
+        time.sleep(0.01)
+    os.killpg(job.pid, signal.SIGINT)
+    _, stderr = job.communicate(timeout=100)
+    assert job.returncode == 130
+    assert stderr == ("\nSIGINT: saving after this step; once more ends at once\n"
+                      f"train_classifier.py: stopped by SIGINT; go on with the same command and --resume {tmp_path / 'run'}\n")
+
+
+def test_a_run_that_diverges_keeps_the_checkpoints_from_before(forked, tmp_path):
+    """The loss is read before each save, not every --log-every steps only."""
+    assert forked.run(tmp_path / "run", "--lr", "1e30", "--warmup-ratio", 0, "--save-every", 1, "--log-every", 100) == [2]
+    assert "the training loss is not finite any more" in forked.said()
+    left = list((tmp_path / "run" / "checkpoints").iterdir())
+    assert left and all(tensor.isfinite().all() for path in left for tensor in load_file(path / "model.safetensors").values())
 
 
 def test_a_named_checkpoint_is_gone_on_from(forked, whole, tmp_path):
@@ -194,13 +222,97 @@ def test_resume_passes_over_a_damaged_checkpoint_and_ends_when_none_is_whole(for
 
 
 @pytest.mark.parametrize("flags, named", [
-    (["--lr", "2e-3"], "--lr was 0.003, is 0.002"), (["--seed", 1], "--seed was 0, is 1"), (["--max-eval-samples", 7], "the data was"),
+    (["--lr", "2e-3"], "--lr was 0.003, is 0.002"), (["--seed", 1], "--seed was 0, is 1"),
+    (["--max-eval-samples", 7], "the texts, labels or tokens of validation and test differ"),
 ])
 def test_a_changed_run_is_refused_naming_what_differs(flags, named, forked, whole, tmp_path):
+    """In one cause: another seed cuts other splits and draws another head, which are not named beside it."""
     folder, _ = whole("one process")
     shutil.copytree(folder, tmp_path / "run")
     assert forked.run(tmp_path / "run", "--resume", *flags) == [2]
-    assert named in forked.said() and len(forked.said().splitlines()) == 1
+    assert f"was written by another run: {named}; give the same again" in forked.said() and len(forked.said().splitlines()) == 1
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("flags", [[], ["--lr", "2e-3"]])
+def test_a_finished_run_without_its_checkpoints_is_not_begun_again(flags, forked, whole, tmp_path):
+    folder, _ = whole("one process")
+    shutil.copytree(folder, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    before = files(tmp_path / "run")
+    assert forked.run(tmp_path / "run", "--resume", *flags) == [2]
+    assert forked.said().endswith(f"{tmp_path / 'run'} is a finished run whose checkpoints were removed; start anew with another --output-dir\n")
+    assert files(tmp_path / "run") == before
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again_as_it_was_only(forked, whole, tmp_path):
+    folder, events = whole("one process")
+    assert forked.run(tmp_path / "run", "--save-every", 50, event=events // 8) == [-9]
+    assert not (tmp_path / "run" / "checkpoints").exists() and (tmp_path / "run" / "config.json").exists()
+    before = files(tmp_path / "run")
+    assert forked.run(tmp_path / "run", "--resume", "--lr", "2e-3") == [2]
+    assert "--lr was 0.003, is 0.002" in forked.said() and files(tmp_path / "run") == before
+    assert forked.run(tmp_path / "run", "--resume") == [0], forked.said()
+    assert "no checkpoint yet: from the beginning" in forked.said("stdout")
+    assert differing(tmp_path / "run", folder) == []
+
+
+def test_after_damage_what_was_saved_later_goes_and_what_is_saved_next_stays(forked, whole, tmp_path):
+    """With --keep 1: a damaged newer checkpoint must not be the one that is kept."""
+    folder, _ = whole("one process")
+    shutil.copytree(folder, tmp_path / "run")
+    older, newest = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    newest.rename(newest.with_name("step-00000099"))
+    flip(newest.with_name("step-00000099") / "model.safetensors")
+    assert forked.run(tmp_path / "run", "--resume", "--keep", 1) == [0], forked.said()
+    (left,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert left.name == "step-00000008" and fault(left) is None
+    assert differing(tmp_path / "run", folder) == []
+
+
+def test_a_checkpoint_put_aside_for_one_of_the_same_step_is_found(forked, whole, tmp_path):
+    """As a kill leaves it that falls between the two renames of a save at a step that has a checkpoint already."""
+    folder, _ = whole("one process")
+    shutil.copytree(folder, tmp_path / "run")
+    older, newest = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    newest.rename(newest.with_name(newest.name.replace("step-", "tmp-")))
+    older.rename(older.with_name(older.name + ".old"))
+    assert forked.run(tmp_path / "run", "--resume") == [0], forked.said()
+    assert f"resume   {older}.old: after step" in forked.said("stdout")
+    assert differing(tmp_path / "run", folder) == []
+
+
+def test_a_damaged_checkpoint_that_is_named_is_refused_with_the_way_to_the_newest(forked, whole, tmp_path):
+    folder, _ = whole("one process")
+    shutil.copytree(folder, tmp_path / "run")
+    newest = max((tmp_path / "run" / "checkpoints").iterdir())
+    flip(newest / "model.safetensors")
+    assert forked.run(tmp_path / "run", "--resume", newest) == [2]
+    assert forked.said().endswith(f"--resume {newest}: it is damaged (model.safetensors is changed); --resume {tmp_path / 'run'} takes the newest whole one\n")
+
+
+def test_a_run_whose_folder_is_named_as_a_checkpoint_is(forked, whole, tmp_path):
+    folder, _ = whole("one process")
+    shutil.copytree(folder, tmp_path / "step-1")
+    assert forked.run(tmp_path / "step-1", "--resume", tmp_path / "step-1") == [0], forked.said()
+
+
+def test_a_checkpoint_of_another_kind_of_device_is_refused(forked, whole, tmp_path):
+    """It has the random state of one device and not of the other."""
+    folder, _ = whole("one process")
+    shutil.copytree(folder, tmp_path / "run")
+    for path in (tmp_path / "run" / "checkpoints").iterdir():
+        state = path / "state.json"
+        content = state.read_text().replace('"--device": "cpu"', '"--device": "cuda"')
+        state.unlink()
+        state.write_text(content)
+        (path / "manifest.json").unlink()
+        write_manifest(path)
+    assert forked.run(tmp_path / "run", "--resume") == [2]
+    assert "another run: --device was cuda, is cpu; give" in forked.said()
 
 
 def test_another_number_of_processes_or_another_model_is_refused(forked, whole, tmp_path, tiny_model):
@@ -211,7 +323,13 @@ def test_another_number_of_processes_or_another_model_is_refused(forked, whole, 
     shutil.copytree(tiny_model, tmp_path / "model")
     flip(tmp_path / "model" / "model.safetensors")
     assert forked.run(tmp_path / "run", "--resume", "--model", tmp_path / "model") == [2]
-    assert "the model was" in forked.said()
+    assert "another run: the model's weights differ; give the same again" in forked.said()
+
+
+def test_epochs_are_saved_beside_every_so_many_steps(forked, tmp_path):
+    """An epoch has 4 steps."""
+    assert forked.run(tmp_path / "run", "--save-every", 3, "--keep", 9) == [0]
+    assert [int(path.name[5:]) for path in sorted((tmp_path / "run" / "checkpoints").iterdir())] == [3, 4, 6, 8]
 
 
 def test_keep_prunes_older_checkpoints(forked, tmp_path):
@@ -225,31 +343,59 @@ def test_a_folder_without_a_run_can_not_be_resumed(forked, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 3 MB: room for a run of the small model."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", place], capture_output=True).returncode:
-        pytest.skip("needs the right to mount a file system")
-    yield place
-    subprocess.run(["umount", place], check=True)
+def test_a_kill_within_the_write_of_a_large_file_leaves_the_checkpoint_before(forked, tmp_path, tiny_model):
+    """By what stands on the disk, not at an event: the file is being written when the process dies, under the name that safetensors gives it until it is whole."""
+    config = BertConfig(vocab_size=100_000, hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, max_position_embeddings=64)
+    torch.manual_seed(0)
+    shutil.copytree(tiny_model, tmp_path / "model")
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    flags = ["--model", tmp_path / "model", "--max-train-samples", 48]  # two steps an epoch: a checkpoint after each epoch
+    assert forked.run(tmp_path / "whole", *flags) == [0], forked.said()
+    assert forked.run(tmp_path / "run", *flags, kill_in_write=1) == [-9]
+    (before, unfinished) = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    assert unfinished.name == "tmp-00000004" and fault(before) is None
+    assert list(unfinished.glob(".tmp*")) and not list(unfinished.glob("optimizer.*"))
+    assert forked.run(tmp_path / "run", *flags, "--resume") == [0], forked.said()
+    assert f"resume   {before}: after step 2" in forked.said("stdout")
+    assert differing(tmp_path / "run", tmp_path / "whole") == []
 
 
-def test_a_disk_that_fills_up_during_a_save_leaves_the_earlier_checkpoints_whole(forked, small_disk):
-    """Another program takes what is left of the disk after the first checkpoint."""
-    run = small_disk / "run"
+FULL_DISK = """
+import contextlib, sys
+from pathlib import Path
+import train_classifier
+from common import cli
+from common.durable import fault
+from common.training.checkpoint import Checkpoints
 
-    def fill():
-        while not list(run.glob("checkpoints/step-*")):
-            time.sleep(0.001)
-        with open(small_disk / "filler", "wb", buffering=0) as file, contextlib.suppress(OSError):
+save, saves = Checkpoints.save, 0
+
+def saved(self, *arguments):
+    global saves
+    saves += 1
+    if saves == 2:  # another program takes what is left of the disk
+        with open("/mnt/filler", "wb", buffering=0) as file, contextlib.suppress(OSError):
             while True:
                 file.write(bytes(4096))
-    other = threading.Thread(target=fill)
-    other.start()
-    assert forked.run(run) == [2], forked.said()
-    other.join()
-    assert re.fullmatch(r"train_classifier\.py: error: No space left on device; free some space[^\n]+\n", forked.said())
-    left = sorted((run / "checkpoints").iterdir())
-    assert left and all(path.name.startswith("step-") and fault(path) is None for path in left)
+    try:
+        save(self, *arguments)
+    except BaseException:
+        print("save", saves, "failed")
+        raise
+
+Checkpoints.save = saved
+try:
+    cli.run(train_classifier.make_parser(), train_classifier.main, sys.argv[1:])
+except SystemExit as end:
+    print("code", end.code, [(path.name, fault(path)) for path in Path("/mnt/run/checkpoints").iterdir()])
+"""
+
+
+@pytest.mark.skipif(not may_mount(), reason="no right to mount a small file system here")
+def test_a_disk_that_fills_up_during_a_save_leaves_the_earlier_checkpoints_whole(tiny_model, sentences_csv, cache_dir):
+    """A file system of 3 MB at /mnt, seen by one process only: room for a run of the small model."""
+    command = [sys.executable, "-c", FULL_DISK, "--model", tiny_model, "--dataset", sentences_csv, "--cache-dir", cache_dir, *FLAGS, "--output-dir", "/mnt/run"]
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=3m none /mnt && "$@"', "sh", *map(str, command)], text=True,
+                          capture_output=True, cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
+    assert done.stdout.endswith("save 2 failed\ncode 2 [('step-00000002', None)]\n"), done.stdout + done.stderr
+    assert re.fullmatch(r"train_classifier\.py: error: No space left on device; free some space[^\n]+\n", done.stderr)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,9 +23,9 @@ def flags(tiny_model, sentences_csv, cache_dir):
     return ["--model", tiny_model, "--dataset", sentences_csv, "--cache-dir", cache_dir, *FLAGS]
 
 
-def start(folder: Path, flags: list, *options) -> subprocess.Popen:
+def start(folder: Path | None, flags: list, *options) -> subprocess.Popen:
     """Start two processes under torchrun."""
-    command = [Path(sys.executable).with_name("torchrun"), "--nproc-per-node", "2", *options, "train_classifier.py", *flags, "--output-dir", folder]
+    command = [Path(sys.executable).with_name("torchrun"), "--nproc-per-node", "2", *options, "train_classifier.py", *flags, *(["--output-dir", folder] if folder else [])]
     return subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
 
@@ -67,8 +68,37 @@ def test_a_job_whose_worker_is_killed_goes_on_from_the_last_checkpoint_by_itself
     assert same_end(tmp_path / "run", whole)
 
 
+def test_a_job_that_is_started_again_takes_no_run_of_another_job_as_its_own(flags, whole, tmp_path, run_script):
+    """Neither at once nor when torchrun starts its processes again."""
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    done = run_script("torchrun", "--nproc-per-node", 2, "--max-restarts", 1, "train_classifier.py", *flags, "--lr", "2e-3", "--output-dir", tmp_path / "run", check=False)
+    assert done.returncode != 0 and done.stderr.count("it holds another run or other files") == 2, done.stderr
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_restarted_job_goes_on_from_the_newest_checkpoint_not_from_the_one_that_it_began_with(flags, whole, tmp_path):
+    """--resume names the folder: --output-dir is not needed as well."""
+    shutil.copytree(whole, tmp_path / "run")
+    newest = max((tmp_path / "run" / "checkpoints").iterdir())
+    oldest = min((tmp_path / "run" / "checkpoints").iterdir())
+    job = start(None, [*flags, "--resume", oldest], "--max-restarts", 1)
+    while newest.exists():  # until the job has begun, which removes it
+        assert job.poll() is None, job.communicate()
+        time.sleep(0.002)
+    while not newest.exists():
+        assert job.poll() is None, job.communicate()
+        time.sleep(0.0005)
+    os.kill(workers(job)[1], signal.SIGKILL)
+    stdout, stderr = job.communicate(timeout=200)
+    assert job.returncode == 0, stderr
+    assert [line.split(": after")[0] for line in stdout.splitlines() if line.startswith("resume ")] == [f"resume   {oldest}", f"resume   {newest}"]
+    assert same_end(tmp_path / "run", whole)
+
+
 def test_sigterm_to_torchrun_saves_and_the_run_can_be_resumed(flags, whole, tmp_path):
-    job = start(tmp_path / "run", flags)
+    job = start(tmp_path / "run", [*flags, "--num-workers", 1])  # torchrun's signal is for the group that a loader's worker would be in
     wait_for_checkpoint(tmp_path / "run", job)
     job.terminate()
     _, stderr = job.communicate(timeout=200)

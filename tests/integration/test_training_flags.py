@@ -7,7 +7,14 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    BigBirdConfig,
+    BigBirdForSequenceClassification,
+)
 
 from conftest import make_sentences, train_wordpiece
 
@@ -54,6 +61,19 @@ def evaluations(folder) -> list[dict]:
     return [line for line in lines if "validation/loss" in line]
 
 
+def files(folder) -> list[str]:
+    """Return the names of a run's files, of the events without time and process, and the number of lines of its log."""
+    names = [re.sub(r"tfevents.*", "tfevents", str(path.relative_to(folder))) for path in folder.rglob("*") if path.is_file() and "rank-1" not in path.name]
+    return [*sorted(names), len((folder / "metrics.jsonl").read_text().splitlines())]
+
+
+@pytest.mark.parametrize("flags", [["--class-weights", "balanced"], ["--label-smoothing", 0.3]])
+def test_what_changes_the_loss_changes_what_is_learned(flags, forked, lopsided, tmp_path):
+    for name, given in (("with", flags), ("without", [])):
+        assert forked.run(tmp_path / name, "--dataset", lopsided, *given) == [0], forked.said()
+    assert not close(tmp_path / "with", tmp_path / "without", atol=1e-3)
+
+
 @pytest.mark.parametrize("flags", [["--class-weights", "balanced", "--max-train-samples", 92], ["--label-smoothing", 0.1], ["--truncation", "chunks", "--max-windows", 3], []])
 def test_accumulation_equals_a_batch_as_large(flags, forked, lopsided, tmp_path):
     """84 (92) texts in batches of 8 are 10 (11) and a half: with windows of two batches of 4 the last step has one."""
@@ -65,11 +85,12 @@ def test_accumulation_equals_a_batch_as_large(flags, forked, lopsided, tmp_path)
 
 @pytest.mark.parametrize("flags", [["--class-weights", "balanced", "--grad-accum", 2], ["--truncation", "chunks", "--max-windows", 3]])
 def test_two_processes_equal_one(flags, forked, lopsided, tmp_path):
-    """Over a whole run, evaluation and its remainder with it; dropout is 0 in the small model."""
-    flags = [*flags, "--dataset", lopsided]
+    """Over a whole run, evaluation with a remainder for rank 1 too; dropout is 0 in the small model. Only rank 0 writes."""
+    flags = [*flags, "--dataset", lopsided, "--eval-batch-size", 5]
     assert forked.run(tmp_path / "one", "--epochs", 2, *flags) == [0]
     assert forked.run(tmp_path / "two", "--epochs", 2, *flags, kind="two processes") == [0, 0], forked.said() + forked.said(rank=1)
     assert forked.said("stdout", rank=1) == ""
+    assert files(tmp_path / "one") == files(tmp_path / "two")
     assert close(tmp_path / "one", tmp_path / "two", rtol=1e-3, atol=1e-4)
     for one, two in zip(evaluations(tmp_path / "one"), evaluations(tmp_path / "two"), strict=True):
         assert two["validation/loss"] == pytest.approx(one["validation/loss"], rel=1e-4)
@@ -126,6 +147,32 @@ def test_low_rank_adapters_are_merged_into_a_plain_model(forked, tiny_model, tmp
     assert f"loss {results['test_loss']:.4f}" in forked.said("stdout")
 
 
+def test_low_rank_adapters_with_two_processes_and_after_a_stop(forked, tmp_path):
+    """The stopped run ends with the bits of the whole one; two processes with those of one, but for rounding."""
+    flags = ["--lora-rank", 2, "--lr", "2e-2", "--epochs", 2]
+    assert forked.run(tmp_path / "whole", *flags) == [0], forked.said()
+    events = forked.num_events()
+    assert forked.run(tmp_path / "two", *flags, kind="two processes") == [0, 0], forked.said() + forked.said(rank=1)
+    assert close(tmp_path / "two", tmp_path / "whole", rtol=1e-2, atol=1e-3)
+    assert forked.run(tmp_path / "stopped", *flags, event=int(events * 0.7)) == [-9]
+    assert forked.run(tmp_path / "stopped", *flags, "--resume") == [0], forked.said()
+    assert ": after step" in forked.said("stdout")
+    assert close(tmp_path / "stopped", tmp_path / "whole", rtol=0, atol=0)
+
+
+def test_two_processes_train_a_model_that_leaves_parameters_without_a_gradient(forked, tiny_model, tmp_path):
+    """BigBird has a pooler that its classifier does not use; DDP would wait for it in the second step."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    torch.manual_seed(0)
+    config = BigBirdConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, max_position_embeddings=64,
+                           hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, attention_type="original_full")
+    BigBirdForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    for name, kind in (("one", "one process"), ("two", "two processes")):
+        assert set(forked.run(tmp_path / name, "--model", tmp_path / "model", kind=kind)) == {0}, forked.said()
+    assert close(tmp_path / "one", tmp_path / "two", rtol=1e-3, atol=1e-4)
+
+
 def test_gradient_checkpointing_changes_nothing_but_memory(forked, plain, tmp_path):
     assert forked.run(tmp_path / "run", "--gradient-checkpointing") == [0], forked.said()
     assert close(tmp_path / "run", plain, rtol=1e-5, atol=1e-6)
@@ -148,7 +195,9 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_steps_stay_the_same(forked,
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "long.csv").write_text("text,label\n" + "".join(f"{text * 20},{label}\n" for text, label in make_sentences(120)))
     flags = ["--model", tmp_path / "model", "--dataset", tmp_path / "long.csv", "--max-length", 60, "--batch-size", 84, "--eval-batch-size", 4, "--warmup-ratio", 0]
-    assert forked.run(tmp_path / "refused", *flags, memory=MEMORY) != [0], "the test is worth nothing if the batch fits"
+    assert forked.run(tmp_path / "refused", *flags, memory=MEMORY) == [2], "the test is worth nothing if the batch fits"
+    assert forked.said().startswith("train_classifier.py: error: --batch-size 84: a batch of 60 tokens does not fit into memory; lower it or --max-length, or let --auto-batch-size")
+    assert len(forked.said().splitlines()) == 1
     assert forked.run(tmp_path / "halved", *flags, "--auto-batch-size", memory=MEMORY) == [0], forked.said()
     size = int(re.search(r"memory   84 windows at once don't fit: (\d+) at a time, accumulated to the same step", forked.said("stdout")).group(1))
     assert size in (21, 10)
@@ -185,7 +234,27 @@ def test_the_model_card_tells_data_settings_and_results(plain, sentences_csv):
     results = json.loads((plain / "metrics.json").read_text())
     assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: text-classification\n")
     assert f"accuracy\n{results['test_accuracy']:.4f}, macro-F1 {results['test_macro_f1']:.4f}" in card
-    assert str(sentences_csv) in card and re.search(r"\| `lr` +\| 0\.003 +\|", card) and "`neg`, `pos`" in card
+    assert re.search(r"\| `lr` +\| 0\.003 +\|", card) and "`neg`, `pos`" in card
+    assert "84 texts for training, 12 for validation." in card and "used neither for training nor for choosing the weights" in card
+    for name, value in (("text_column", "text"), ("max_train_samples", "84"), ("processes", "1"), ("batching", "buckets"), ("best_metric", "loss"),
+                        ("dropout", "as it was pretrained"), ("lora_rank", "none")):
+        assert re.search(rf"\| `{name}` +\| {value} +\|", card), name
+    assert not re.search(r"\| +\|$", card, re.M), "no empty cell"
+
+
+def test_what_is_saved_for_others_names_no_folder_of_this_machine(plain, sentences_csv, tiny_model):
+    texts = [path.read_text() for path in (plain / "best").iterdir() if path.suffix in (".json", ".md")]
+    assert len(texts) >= 5 and not [text for text in texts if str(sentences_csv.parent) in text or str(tiny_model.parent) in text]
+    assert f"`{sentences_csv.name}`" in (plain / "best" / "README.md").read_text()
+
+
+def test_the_model_card_does_not_call_texts_new_that_are_not(forked, tmp_path):
+    (tmp_path / "data").mkdir()
+    for split, start, stop in (("train", 0, 100), ("validation", 100, 120), ("test", 110, 130)):
+        (tmp_path / "data" / f"{split}.csv").write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in make_sentences(130)[start:stop]))
+    assert forked.run(tmp_path / "run", "--dataset", tmp_path / "data") == [0], forked.said()
+    card = (tmp_path / "run" / "best" / "README.md").read_text()
+    assert "20 texts of the test split, of which 10 stand in the training or the validation split too" in card and "neither" not in card
 
 
 @pytest.mark.parametrize("flags, said", [
@@ -194,6 +263,8 @@ def test_the_model_card_tells_data_settings_and_results(plain, sentences_csv):
     (["--truncation", "middle"], "argument --truncation: invalid choice: 'middle'"),
     (["--early-stopping-patience", 0], "argument --early-stopping-patience: '0' is not a whole number above 0"),
     (["--label-smoothing", -0.1], "argument --label-smoothing: '-0.1' is not"),
+    (["--max-windows", 9], "--max-windows 9: a backward pass holds at most --batch-size 8 windows, those of a text together; lower the one or raise the other"),
+    (["--max-windows", 3, "--truncation", "tail"], "--max-windows 3: --truncation tail reads one window of a text; leave one of the two out"),
 ])
 def test_a_flag_out_of_range_is_one_line(flags, said, forked, tmp_path):
     assert forked.run(tmp_path / "run", *flags) == [2]

@@ -54,13 +54,35 @@ def test_layers_are_found_by_their_number(model):
         adaptation.freeze_layers(model, 3)
 
 
-def test_only_adapters_and_the_head_learn(model):
+SMALL = {"vocab_size": 100, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 32,
+         "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "cls_token_id": 1, "sep_token_id": 1, "pooler_hidden_size": 16}
+
+
+@pytest.mark.parametrize("kind, head, num_matrices", [
+    ("bert", {"classifier"}, 2 * 6 + 1),  # six matrices a layer, and the pooler, which is pretrained
+    ("distilbert", {"pre_classifier", "classifier"}, 2 * 6),
+    ("deberta-v2", {"pooler", "classifier"}, 2 * 6),
+    ("modernbert", {"head", "classifier"}, 2 * 4),
+    ("gpt2", {"score"}, 2 * 4),
+])
+def test_only_adapters_and_the_whole_head_learn(kind, head, num_matrices):
+    model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(kind, **SMALL))
+    names = set(model.state_dict())
     adapted = adaptation.adapt(model, flags("--lora-rank", 4))
-    learning = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
-    assert learning and all("lora_" in name or "classifier" in name for name in learning)
-    assert sum("lora_A" in name for name in learning) == 2 * 6 + 1, "six matrices a layer, and the pooler"
+    learning = {name.removeprefix("base_model.model.") for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    assert {name.split(".")[0] for name in learning if "lora_" not in name} == head
+    assert {name for name in names if name.split(".")[0] in head} <= learning, "all of the head, none of it as an adapter"
+    assert sum("lora_A" in name for name in learning) == num_matrices
+    ids = torch.randint(2, 100, (3, 7))
+    adapted(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.sum().backward()
     plain = adaptation.merged(adapted)
-    assert not any("lora" in name for name in plain.state_dict()) and any("lora" in name for name in adapted.state_dict()), "training goes on with the adapters"
+    assert set(plain.state_dict()) == names and any("lora" in name for name in adapted.state_dict()), "training goes on with the adapters"
+
+
+def test_frozen_layers_stay_frozen_with_adapters(model):
+    adapted = adaptation.adapt(model, flags("--lora-rank", 4, "--freeze-layers", 1))
+    learning = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    assert any("layer.1." in name for name in learning) and not any("layer.0." in name or "embeddings" in name for name in learning)
 
 
 @pytest.mark.parametrize("config, dropout, attention, expected", [

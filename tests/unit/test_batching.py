@@ -138,10 +138,23 @@ def test_tokenize_reuses_its_file_until_texts_length_truncation_or_tokenizer_cha
     batching.tokenize(rows, tokenizer, max_length=13, truncation="head", cache_dir=str(tmp_path))
     batching.tokenize(rows.map(lambda row: {"text": row["text"] + "!"}, load_from_cache_file=False), tokenizer, max_length=12, truncation="head", cache_dir=str(tmp_path))
     batching.tokenize(rows, tokenizer, max_length=12, truncation="tail", cache_dir=str(tmp_path))
+    renamed = rows.cast_column("label", datasets.ClassLabel(names=["bad", "good"]))
+    tokenized = batching.tokenize(renamed, tokenizer, max_length=12, truncation="head", cache_dir=str(tmp_path))
+    assert tokenized.features["label"].names == ["bad", "good"], "the same numbers for other classes are other labels"
     tokenizer.add_tokens(["monday"])
     batching.tokenize(rows, tokenizer, max_length=12, truncation="head", cache_dir=str(tmp_path))
-    assert len(list(tmp_path.rglob("*.arrow"))) == 5
+    assert len(list(tmp_path.rglob("*.arrow"))) == 6
     assert first.cache_files[0]["filename"].startswith(str(tmp_path))
+
+
+def test_the_fingerprint_of_tokens_outlives_another_version_of_the_library(rows, tiny_model, tmp_path, monkeypatch):
+    """A run goes on after it; only the file is written anew."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    options = {"max_length": 12, "truncation": "head", "cache_dir": str(tmp_path)}
+    before = batching.tokenize(rows, tokenizer, **options)._fingerprint
+    monkeypatch.setattr(datasets, "__version__", "99")
+    assert batching.tokenize(rows, tokenizer, **options)._fingerprint == before
+    assert len(list(tmp_path.rglob("*.arrow"))) == 2
 
 
 def test_a_batch_holds_the_chosen_windows_and_a_filler_row_counts_nowhere(rows, tiny_model, tmp_path):

@@ -49,6 +49,15 @@ def test_a_bug_keeps_its_traceback():
         cli.run(cli.Parser(prog="script"), main, [])
 
 
+def test_a_lost_connection_of_a_process_on_its_own_is_no_lost_process(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+
+    def main(args):
+        raise ConnectionResetError(104, "Connection reset by peer")
+    with pytest.raises(ConnectionResetError):
+        cli.run(cli.Parser(prog="script"), main, [])
+
+
 def test_help_shows_defaults_that_say_something(capsys):
     parser = cli.Parser(prog="script")
     cli.add_shared_flags(parser, model="the-model")

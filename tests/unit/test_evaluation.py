@@ -1,12 +1,15 @@
 """Scoring a split against one text at a time, and the choice of the best epoch."""
 
+import argparse
+
 import datasets
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from common.errors import UserError
 from common.runtime import Runtime
-from common.training import batching
+from common.training import batching, memory
 from common.training.evaluation import is_better, predict_logits, predict_texts
 from conftest import make_sentences
 
@@ -52,6 +55,41 @@ def test_chunks_give_the_mean_of_the_windows_logits_also_when_a_batch_parts_a_te
     with torch.inference_mode():
         expected = torch.stack([torch.cat([model(input_ids=torch.tensor([window])).logits for window in found]).mean(0) for found in chunked["input_ids"]])
     torch.testing.assert_close(predict_logits(model, chunked, tokenizer, MACHINE, batch_size=batch_size), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_too_little_memory_names_the_flag_that_helps(error, scored):
+    _, tokenizer, tokenized, _ = scored
+
+    class Large(torch.nn.Module):
+        config = argparse.Namespace(num_labels=2)
+
+        def forward(self, **_):
+            raise error
+    with pytest.raises(UserError, match="--eval-batch-size 4: a batch does not fit into memory; use less"):
+        predict_logits(Large(), tokenized, tokenizer, MACHINE, batch_size=4)
+
+
+def test_another_error_of_the_model_stays_what_it_is(scored):
+    _, tokenizer, tokenized, _ = scored
+
+    class Broken(torch.nn.Module):
+        config = argparse.Namespace(num_labels=2)
+
+        def forward(self, **_):
+            raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    with pytest.raises(RuntimeError, match="mat1"):
+        predict_logits(Broken(), tokenized, tokenizer, MACHINE, batch_size=4)
+
+
+@pytest.mark.parametrize("max_windows, tried", [(1, [12, 6, 3, 1]), (5, [12, 6, 5]), (12, [12])])
+def test_a_batch_is_halved_to_the_windows_of_one_text_and_no_further(max_windows, tried, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(memory, "_fits", lambda model, rows, tokenizer, size, args, machine: sizes.append(size))
+    args = argparse.Namespace(batch_size=12, max_windows=max_windows, max_length=20)
+    with pytest.raises(UserError, match="--auto-batch-size: not even one text"):
+        memory.largest_batch(None, None, None, args, MACHINE)
+    assert sizes == tried
 
 
 @pytest.mark.parametrize("metric, value, best, better", [

@@ -1,6 +1,9 @@
 """The one-line calls of the loop: the divisor against one full-batch gradient, decay groups, the loss meter."""
 
+import argparse
 import json
+import os
+import shutil
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForSequenceClassification, BatchEncoding
 
 import train_classifier
+from common import tracking
 from common.errors import UserError
 from common.runtime import Runtime
 from common.tracking import NullLog, progress
@@ -119,6 +123,19 @@ def feed(meter, losses, already=0):
         meter.add(torch.tensor(loss * 2), torch.tensor([2 * number + 1, 2 * number + 2]))
         training.step += 1
         meter.end_step(training, 2, 2.0, torch.tensor(1.5))
+
+
+@pytest.mark.parametrize("free, refused", [(1500, True), (2500, False)])
+def test_a_run_that_goes_on_needs_no_space_for_what_it_has(free, refused, monkeypatch, tmp_path):
+    """Of 4 kB it has 2: a file of that size, under two names."""
+    (tmp_path / "weights").write_bytes(bytes(2000))
+    os.link(tmp_path / "weights", tmp_path / "again")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: argparse.Namespace(free=free))
+    if refused:
+        with pytest.raises(UserError, match="the run needs 2 kB, the disk has 2 kB free"):
+            tracking.make_folder(tmp_path, needed_bytes=4000)
+    else:
+        tracking.make_folder(tmp_path, needed_bytes=4000)
 
 
 def test_the_meter_reports_means_over_examples():
