@@ -15,7 +15,7 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from common.durable import fault, link_folder, read_json, replace_folder, sync_file, sync_folder, write_json, write_manifest, write_tensors
+from common.durable import fault, link_folder, read_json, replace_folder, sync_file, sync_folder, tensors_sha256, write_json, write_manifest, write_tensors
 from common.errors import UserError
 from common.runtime import Runtime
 
@@ -223,13 +223,10 @@ def _named_run(args) -> tuple[Path | None, Path | None]:
 def identity(flags: dict, model: torch.nn.Module, tokenized: dict, machine: Runtime) -> dict:
     """Return what must be the same for a run to go on: flags that change its outcome, the machine's part in it, and fingerprints of data and model as loaded."""
     kept = {f"--{name.replace('_', '-')}": value for name, value in sorted(flags.items()) if name not in FREE_FLAGS}
-    return {**kept, "--precision": machine.precision, "--device": machine.device.type, "number of processes": machine.world_size, "the data": {split: rows._fingerprint for split, rows in tokenized.items()}, "the model": fingerprint(model)}
+    return {**kept, "--precision": machine.precision, "--device": machine.device.type, "number of processes": machine.world_size,
+            "the data": {split: rows._fingerprint for split, rows in tokenized.items()}, "the model": fingerprint(model)}
 
 
 def fingerprint(model: torch.nn.Module) -> str:
     """Return a SHA-256 of a model's class, the names and values of its weights, in hexadecimal."""
-    digest = hashlib.sha256(type(model).__name__.encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return hashlib.sha256(f"{type(model).__name__} {tensors_sha256(model.state_dict())}".encode()).hexdigest()
