@@ -23,6 +23,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertTokenize
 
 import embed_search
 from common import cli
+from common.search.snapshot import ID, TEXT, open_snapshot
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # two tests run at a time: each, and every process that it starts, has one core
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -189,3 +190,34 @@ def embed(tiny_embedder, cache_dir):
                 code = exit.code
         return code, stdout.getvalue(), stderr.getvalue()
     return run
+
+
+@pytest.fixture
+def ok(embed):
+    """Return a function that runs a subcommand, which must succeed; returns its JSON document with --json, else what it printed."""
+    def run(command: str, *flags):
+        code, stdout, stderr = embed(command, *flags)
+        assert code == 0, stdout + stderr
+        return json.loads(stdout) if "--json" in flags else stdout
+    return run
+
+
+@pytest.fixture
+def sentences(tmp_path) -> Path:
+    """A CSV of 60 texts with ids, a label and a number."""
+    path = tmp_path / "sentences.csv"
+    path.write_text("id,text,label,n\n" + "".join(f"s{n},{text},{label},{n}\n" for n, (text, label) in enumerate(make_sentences(60))))
+    return path
+
+
+def write_lines(path: Path, lines: list[str]) -> Path:
+    """Write lines to a file and return its path."""
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def rows_by_id(folder: Path) -> dict[str, tuple]:
+    """Return id -> (text, vector as bytes) of an index."""
+    snapshot = open_snapshot(folder)
+    rows = np.flatnonzero(snapshot.alive())
+    return {row[ID]: (row[TEXT], vector.tobytes()) for row, vector in zip(snapshot.take(rows), snapshot.vectors_of(rows))}
