@@ -16,7 +16,7 @@ CARD_SETTINGS = {  # each with what stands for a value that was not given
     "text_column": "", "label_column": "", "max_train_samples": "all", "seed": "", "epochs": "", "batch_size": "", "grad_accum": "", "processes": "", "batching": "",
     "lr": "", "warmup_ratio": "", "weight_decay": "", "max_grad_norm": "", "dropout": "as it was pretrained", "attention_dropout": "as dropout if given, else 0",
     "label_smoothing": "", "class_weights": "", "lora_rank": "none", "freeze_layers": "", "max_length": "", "eval_max_length": "", "truncation": "", "max_windows": "",
-    "best_metric": "", "precision": "", "device": "", "versions": ""}
+    "best_metric": "", "precision": "", "device": ""}
 HUB_NAMES = {"bundled/all-MiniLM-L6-v2": "sentence-transformers/all-MiniLM-L6-v2"}
 SHOWN_CHARACTERS = 60
 NUM_SHOWN = 5
@@ -149,8 +149,8 @@ def _novelty(splits: datasets.DatasetDict) -> str:
 
 def write_card(folder: Path, *, splits: datasets.DatasetDict, settings: dict, results: dict, predictions: Predictions, per_class: dict[str, list]):
     """Write the model card, README.md, into the folder of a saved model: what it is, how to use it, data, settings, results, limits."""
-    names, values = predictions.names, {key: unset if settings[key] is None else _cell(settings[key]) for key, unset in CARD_SETTINGS.items()}
-    shown = tabulate([[f"`{key}`", value] for key, value in values.items()], ["setting", "value"], tablefmt="github")
+    names, values = predictions.names, {f"`{key}`": unset if settings[key] is None else _cell(settings[key]) for key, unset in CARD_SETTINGS.items()}
+    shown = tabulate([*values.items(), *settings["versions"].items()], ["setting", "value"], tablefmt="github")
     (folder / "README.md").write_text(f"""---
 library_name: transformers
 pipeline_tag: text-classification

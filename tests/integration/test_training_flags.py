@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForSequenceClassification,
@@ -239,6 +240,8 @@ def test_the_model_card_tells_data_settings_and_results(plain, sentences_csv):
     for name, value in (("text_column", "text"), ("max_train_samples", "84"), ("processes", "1"), ("batching", "buckets"), ("best_metric", "loss"),
                         ("dropout", "as it was pretrained"), ("lora_rank", "none")):
         assert re.search(rf"\| `{name}` +\| {value} +\|", card), name
+    for name, value in (("torch", re.escape(torch.__version__)), ("transformers", re.escape(transformers.__version__))):
+        assert re.search(rf"\| {name} +\| {value} +\|", card), name
     assert not re.search(r"\| +\|$", card, re.M), "no empty cell"
 
 
