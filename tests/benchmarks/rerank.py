@@ -96,7 +96,7 @@ def write_task(folder: Path, articles: dict[str, str], queries: dict[str, str], 
 def main(args: argparse.Namespace):
     machine = runtime.start(args.device, args.precision, args.seed)
     environment.show(environment.describe(machine.device))
-    collection, task = evaluation.bundled_task("bundled/bbc-news")
+    task, collection = evaluation.bundled_task("bundled/bbc-news")
     articles = {row["id"]: row[TEXT] for row in collection.rows.to_pylist()}
     names = np.random.default_rng(args.seed).permutation(list(task.queries))[: args.most].tolist()
     learned, held_out = names[: len(names) // 2], names[len(names) // 2 :]
