@@ -5,7 +5,7 @@ A query is an article's headline, its one relevant text the article without it. 
 own half only, and learns to score a headline's article above other articles that the encoder finds near the headline. The folder that is left can be
 used like any cross-encoder: embed_search.py search --rerank runs/reranker ...
 
-  python tests/benchmarks/rerank.py                      # a quarter of an hour on two cores; the figures of README
+  python tests/benchmarks/rerank.py                      # ten minutes on two cores; the figures of README
 """
 
 import argparse
@@ -25,6 +25,7 @@ from transformers import get_linear_schedule_with_warmup
 from common import assets, attention, cli, runtime, tracking
 from common.search import encoding, evaluation, kernel
 from common.search.snapshot import TEXT
+from common.training.dropout import pack_dropouts
 
 NEAR = 20  # the wrong articles nearest to a headline, from which some are drawn
 
@@ -56,9 +57,10 @@ def train(headlines: list[str], articles: list[str], machine, args) -> CrossEnco
     """Return a cross-encoder that learned to score each headline's own article above wrong ones (softmax over the articles of a headline)."""
     wrong = nearest_wrong(headlines, articles, machine, args)
     ranker = CrossEncoder(str(assets.model_folder(args.model)), num_labels=1, max_length=args.max_length, device=str(machine.device),
-                          model_kwargs={"use_safetensors": True, "dtype": torch.float32})
+                          model_kwargs={"use_safetensors": True, "dtype": torch.float32}, config_kwargs={"attention_probs_dropout_prob": 0.0})
     model, tokenizer = ranker.model, ranker.tokenizer
     attention.use_matrix_products(model)
+    pack_dropouts(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True)
     num_steps = -(-len(headlines) // args.batch_size)
     scheduler = get_linear_schedule_with_warmup(optimizer, num_steps * args.epochs // 10, num_steps * args.epochs)
