@@ -165,7 +165,8 @@ def _leave_the_group(_worker: int):
 def pool_windows(logits: torch.Tensor, document: torch.Tensor, num_documents: int) -> torch.Tensor:
     """Return the mean of the logits (W, C) of each document's windows, (B, C); `document` (W) tells whose each window is."""
     sums = logits.new_zeros(num_documents, logits.shape[1]).index_add(0, document, logits)
-    return sums / torch.bincount(document, minlength=num_documents).unsqueeze(1)
+    counts = logits.new_zeros(num_documents).index_add(0, document, torch.ones_like(logits[:, 0]))  # bincount would wait for a GPU
+    return sums / counts.unsqueeze(1)
 
 
 def plan_epoch(rows: datasets.Dataset, epoch: int, micro_batch: int, args, machine: Runtime) -> list[list[list[Pick]]]:

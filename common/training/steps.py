@@ -99,6 +99,7 @@ class LossMeter:
     def __init__(self, machine: Runtime, run, bar, log_every: int):
         self.machine, self.run, self.bar, self.log_every = machine, run, bar, log_every
         self.waiting: list[tuple[torch.Tensor, torch.Tensor]] = []  # (summed loss, row numbers) of each batch since the last report
+        self.norms: list[tuple[torch.Tensor, int]] = []  # (norm of the gradient, step) of each step since then
         self.sums = dict.fromkeys(("loss", "weight", "examples", "seconds"), 0.0)
         self.waiting_sums = dict.fromkeys(("weight", "examples", "seconds"), 0.0)
         self.started = time.perf_counter()
@@ -111,6 +112,8 @@ class LossMeter:
         """Take the examples of the step that just ended and the divisor of its loss; report if a report is due."""
         self.waiting_sums["examples"] += examples
         self.waiting_sums["weight"] += weight
+        if not training.scaler.is_enabled():  # which skips a step whose gradient is not finite
+            self.norms.append((grad_norm, training.step))
         if training.step % self.log_every == 0:
             values = self._read()
             values = {"train/loss": values["loss"], "train/examples_per_second": values["examples_per_second"],
@@ -147,12 +150,22 @@ class LossMeter:
         self.sums, self.waiting_sums = dict(sums["read"]), dict(sums["waiting"])
 
     def check(self):
-        """Raise UserError, naming the rows, if a loss since the last report is not finite."""
-        finite = torch.isfinite(torch.stack([loss for loss, _ in self.waiting])).tolist() if self.waiting else []  # waits for the device
-        if not all(finite):
-            rows = self.waiting[finite.index(False)][1].tolist()
-            raise UserError(f"the training loss is not finite any more, first in the batch with the rows {', '.join(map(str, rows))} of the data; "
-                            "lower --lr, raise --warmup-ratio, or look at these texts")
+        """Raise UserError on every process if a loss since the last report, or a gradient that weights were changed by, is not finite on one of them."""
+        for describe in (self._bad_loss, self._bad_gradient):  # the loss first: it names its texts, and makes the gradient so on all processes
+            for fault in self.machine.gather_texts(describe()):
+                if fault:
+                    raise UserError(fault)
+
+    def _bad_loss(self) -> str:
+        place = _first_not_finite([loss for loss, _ in self.waiting])
+        rows = "" if place is None else ", ".join(map(str, self.waiting[place][1].tolist()))
+        return rows and (f"the training loss is not finite any more, first in the batch with the rows {rows} of the data; lower --lr, raise --warmup-ratio, "
+                         "or look at these texts")
+
+    def _bad_gradient(self) -> str:
+        place = _first_not_finite([norm for norm, _ in self.norms])
+        return "" if place is None else (f"the gradient is not finite any more, first in step {self.norms[place][1]}, though the loss is; lower --lr or "
+                                         "raise --warmup-ratio")
 
     def _read(self) -> dict[str, float]:
         self.check()
@@ -160,5 +173,11 @@ class LossMeter:
         new = {"loss": self.machine.all_reduce_sum(losses.cpu().double().sum()).item(), **self.waiting_sums}
         new["seconds"] += time.perf_counter() - self.started
         self.sums = {name: value + new[name] for name, value in self.sums.items()}
-        self.waiting, self.waiting_sums, self.started = [], dict.fromkeys(self.waiting_sums, 0.0), time.perf_counter()
+        self.waiting, self.norms, self.waiting_sums, self.started = [], [], dict.fromkeys(self.waiting_sums, 0.0), time.perf_counter()
         return {"loss": new["loss"] / new["weight"], "examples_per_second": new["examples"] / new["seconds"]}
+
+
+def _first_not_finite(values: list[torch.Tensor]) -> int | None:
+    """Return the place of the first of some numbers that is not finite, None when all are."""
+    finite = torch.isfinite(torch.stack(values)).tolist() if values else []  # one wait for the device
+    return None if all(finite) else finite.index(False)

@@ -117,7 +117,8 @@ class RecordNumbers:
 
 def feed(meter, losses, already=0):
     """Give the meter one step a loss, of two examples each, after `already` steps."""
-    training = steps.Training(None, None, None, None, torch.optim.lr_scheduler.ConstantLR(torch.optim.SGD([torch.zeros(1)], lr=0.5), factor=1), None)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(torch.optim.SGD([torch.zeros(1)], lr=0.5), factor=1)
+    training = steps.Training(None, None, None, None, scheduler, torch.amp.GradScaler("cpu", enabled=False))
     training.step = already
     for number, loss in enumerate(losses):
         meter.add(torch.tensor(loss * 2), torch.tensor([2 * number + 1, 2 * number + 2]))
@@ -160,6 +161,30 @@ def test_a_bad_loss_after_the_last_report_is_found_at_the_end_of_the_epoch():
     feed(meter, [1.0, float("nan")])
     with pytest.raises(UserError, match="rows 3, 4"):
         meter.so_far()
+
+
+class Root(torch.nn.Module):
+    """Logits (B, 2) that are the root of a weight of 0: they are finite, their gradient is not."""
+
+    device = torch.device("cpu")
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(2))
+
+    def forward(self, input_ids, attention_mask):
+        return argparse.Namespace(logits=self.weight.sqrt().expand(len(input_ids), 2))
+
+
+def test_weights_that_a_gradient_ruined_though_the_loss_was_finite_are_found_before_they_are_saved():
+    model = Root()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    training = steps.Training(model, None, model, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1), torch.amp.GradScaler("cpu", enabled=False))
+    meter = LossMeter(MACHINE, NullLog(None), progress([], label=""), 100)
+    for _ in train_classifier.train_steps(training, make_batches([4]), [1], meter, train_classifier.make_parser().parse_args([]), MACHINE):
+        assert not model.weight.isfinite().any() and all(loss.isfinite() for loss, _ in meter.waiting)
+        with pytest.raises(UserError, match="gradient is not finite any more, first in step 1, though the loss is"):
+            meter.check()  # as before each save
 
 
 def test_a_restored_meter_reports_what_the_first_one_would():
