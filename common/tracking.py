@@ -9,15 +9,17 @@ import shutil
 import sys
 from pathlib import Path
 
+import torch
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from common import figures
+from common.durable import replace_file
 from common.errors import UserError
 
-REPORTED_PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "evaluate", "scikit-learn")
-UNFINISHED_CONFIG = "config.json.new"  # all that a run leaves that is killed when it has hardly begun
+REPORTED_PACKAGES = ("transformers", "datasets", "tokenizers", "evaluate", "scikit-learn")
+CONFIG = "config.json"  # there when a run can go on, and whole; before, one that is killed leaves only this with an ending
 
 
 def run_folder(output_dir: str | None, *, name: str, moment: int) -> Path:
@@ -26,7 +28,7 @@ def run_folder(output_dir: str | None, *, name: str, moment: int) -> Path:
     Raises UserError when it holds anything.
     """
     folder = Path(output_dir or f"runs/{name}-{datetime.datetime.fromtimestamp(moment):%Y%m%d-%H%M%S}")
-    if folder.is_dir() and any(path.name != UNFINISHED_CONFIG for path in folder.iterdir()):
+    if folder.is_dir() and any(not path.name.startswith(f"{CONFIG}.") for path in folder.iterdir()):
         raise UserError(f"--output-dir {folder}: it holds another run or other files; name a new folder or remove it first")
     return folder
 
@@ -54,7 +56,8 @@ def _size(num_bytes: int) -> str:
 
 def versions() -> dict[str, str]:
     """Return the versions that a result depends on."""
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in REPORTED_PACKAGES}}
+    return {"python": platform.python_version(), "torch": torch.__version__,  # which says for what device it was built
+            **{name: importlib.metadata.version(name) for name in REPORTED_PACKAGES}}
 
 
 class RunLog:
@@ -62,9 +65,9 @@ class RunLog:
 
     def __init__(self, folder: Path, settings: dict, go_on: dict | None = None):
         """`go_on`: {"bytes": length of metrics.jsonl, "step": the last step} of a checkpoint; what was written after it is dropped."""
-        fresh = folder / UNFINISHED_CONFIG  # config.json is there when a run can go on, and whole
-        fresh.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        fresh.replace(folder / "config.json")
+        for unfinished in folder.glob(f"{CONFIG}.*"):
+            unfinished.unlink()
+        replace_file(folder / CONFIG, json.dumps(settings, indent=2) + "\n")
         self.folder, self.settings = folder, settings
         self.lines = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115  (open as long as the run)
         if go_on is not None:
