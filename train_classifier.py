@@ -78,6 +78,7 @@ def make_parser() -> cli.Parser:
     group.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
     group.add_argument("--auto-batch-size", action="store_true", help="if a batch doesn't fit into memory, halve it and accumulate: the same steps")
     group.add_argument("--compile", action="store_true", help="torch.compile; minutes at first, faster steps on GPUs")
+    group.add_argument("--nondeterministic", action="store_true", help="on a GPU: a little faster, and two runs differ in their last digits")
     group.add_argument("--num-workers", type=cli.non_negative_int, default=0, help="processes that make batches; the texts are tokenised before, so few gain")
     group.add_argument("--log-every", type=cli.positive_int, default=10, help="optimizer steps between two points of a curve")
 
@@ -169,6 +170,7 @@ def fit(args, machine):
         if found:
             checkpoints.drop_after(found[0])
         log = tracking.RunLog(folder, settings, checkpoint.place_in_log(found) if resumed else None)
+    machine.require_shared(folder / "config.json", flag="--output-dir")
     meter_state = checkpoints.restore(*found, training) if found else None
     machine.say(f"machine  {machine.describe()}\nrun      {folder}; curves: tensorboard --logdir {folder.parent}")
     if resumed:
@@ -244,7 +246,8 @@ def main(args):
     elif args.evaluate_only:
         evaluate_only(args, machine)
     else:
-        fit(args, machine)
+        with runtime.repeatable(machine.device, wanted=not args.nondeterministic, way_out="--nondeterministic does without, or use --device cpu"):
+            fit(args, machine)
     runtime.stop()
 
 

@@ -2,11 +2,12 @@
 
 import contextlib
 import ctypes
-import datetime
+import hashlib
 import os
 import random
 import resource
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +17,9 @@ import torch.distributed
 from torch.distributed.rendezvous import rendezvous
 
 from common.errors import UserError
+from common.joining import join_processes
 
-PATIENCE = datetime.timedelta(days=1)  # with a process that is at work, such as tokenising; one that dies ends the wait at once
+SHARED_TRIES = 60  # a second each
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -86,6 +88,18 @@ class Runtime:
         if self.store is not None:
             self.store.set(f"run {folder.resolve()}", "begun")
 
+    def require_shared(self, path: Path, *, flag: str):
+        """Raise UserError on every process unless all see the same file, as processes on machines without a common file system do not."""
+        if self.world_size == 1:
+            return
+        for _ in range(SHARED_TRIES):
+            seen = self.gather_texts(hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "")
+            others = [str(rank) for rank, digest in enumerate(seen) if digest != seen[0]]
+            if not others:
+                return
+            time.sleep(1)  # a network file system can show a new file late
+        raise UserError(f"{flag} {path.parent}: process {', '.join(others)} does not see what process 0 wrote there; name a folder on a file system that all machines share")
+
     @contextlib.contextmanager
     def main_first(self):
         """Let the main process do it before the others, which then find what it left in the cache."""
@@ -125,24 +139,16 @@ def start(device: str, precision: str, seed: int) -> Runtime:
     return Runtime(chosen, precision, rank, world_size, store)
 
 
-def join_processes(store: torch.distributed.Store, rank: int, world_size: int, backend: str):
-    """Join the processes that torchrun started.
-
-    On one machine torchrun keeps its store when it starts failed workers again. A new worker could then find the address of one that is
-    dead, and wait for it for half an hour; so each attempt has its own part of the store. Over several machines torchrun makes a new one.
-    """
-    if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):
-        store = torch.distributed.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=PATIENCE)
-
-
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """Return the torch device for `auto`, `cpu`, `cuda` or `mps`. Raises UserError when this machine has none."""
+    """Return the torch device for `auto`, `cpu`, `cuda` or `mps`. Raises UserError when this machine has none, or none for this process."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(candidate for candidate, there in available.items() if there)
     if not available[name]:
         raise UserError(f"--device {name}: PyTorch finds none on this machine; use --device auto")
+    if name == "cuda" and local_rank >= torch.cuda.device_count():
+        raise UserError(f"torchrun --nproc-per-node: process {local_rank + 1} of this machine has no GPU, for there are {torch.cuda.device_count()}; start one a GPU, "
+                        "or use --device cpu")
     return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
 
 
@@ -167,6 +173,29 @@ def seed_everything(seed: int):
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def repeatable(device: torch.device, *, wanted: bool, way_out: str):
+    """Within, a GPU gives the same bits for the same inputs, as a CPU does anyway: without it atomic additions come in any order.
+
+    Raises UserError, ending with `way_out`, for an operation that PyTorch has no such implementation of (its notes on reproducibility list them).
+    """
+    if not wanted or device.type != "cuda":
+        yield
+        return
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS repeats itself only with workspaces of a fixed size
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    except RuntimeError as error:
+        found, _, _ = str(error).partition(", but you set 'torch.use_deterministic_algorithms")
+        if found == str(error):
+            raise
+        raise UserError(f"{found}, so that two runs may differ; {way_out}") from error
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def keep_large_blocks(threshold: int = 1 << 30):

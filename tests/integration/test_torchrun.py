@@ -1,4 +1,7 @@
-"""Under torchrun: a killed worker's job goes on by itself, and a failing process ends the others with its own message."""
+"""Under torchrun, on one machine and on two: a killed worker's job goes on by itself, and a failing process ends the others with its own message.
+
+The two machines are network name spaces with a cable between them: each has its own addresses and ports, and sees nothing else of the other.
+"""
 
 import json
 import os
@@ -138,3 +141,59 @@ def test_a_failing_process_ends_the_others_with_its_own_message(flags, run_scrip
     assert done.stderr.count("train_classifier.py: error: this process alone has found a mistake\n") == 1, done.stderr
     ours = done.stderr.partition("torch/distributed/elastic")[0]  # what follows is torchrun's own
     assert "Traceback" not in ours, ours
+
+
+MACHINES = ("nlp-one", "nlp-two")
+CABLE = f"""
+ip netns add {MACHINES[0]} && ip netns add {MACHINES[1]}
+ip link add nlp0 netns {MACHINES[0]} type veth peer name nlp0 netns {MACHINES[1]}
+ip -n {MACHINES[0]} addr add 192.0.2.1/24 dev nlp0 && ip -n {MACHINES[1]} addr add 192.0.2.2/24 dev nlp0
+for machine in {MACHINES[0]} {MACHINES[1]}; do ip -n $machine link set lo up && ip -n $machine link set nlp0 up; done
+"""  # 192.0.2.0/24 is for examples (RFC 5737): no network has it
+RENDEZVOUS = {"static": lambda rank: ["--node-rank", rank, "--master-addr", "192.0.2.1", "--master-port", 29500],
+              "c10d": lambda rank: ["--rdzv-backend", "c10d", "--rdzv-endpoint", "192.0.2.1:29500", "--rdzv-id", "job", "--rdzv-conf", f"is_host={1 - rank}",
+                                    "--local-addr", f"192.0.2.{rank + 1}"]}
+
+
+@pytest.fixture(scope="module")
+def machines():
+    """Return a function that starts one process under torchrun on each of two machines."""
+    if shutil.which("ip") is None or subprocess.run(["ip", "netns", "add", "nlp-probe"], capture_output=True).returncode:
+        pytest.skip("no right to make network name spaces here")
+    subprocess.run(["ip", "netns", "del", "nlp-probe"], check=True)
+    for machine in MACHINES:  # left by tests that were killed
+        subprocess.run(["ip", "netns", "del", machine], capture_output=True)
+    subprocess.run(["sh", "-ec", CABLE], check=True)
+
+    def start(folder: Path, flags: list, how: str, *within) -> list[subprocess.Popen]:
+        torchrun, environment = Path(sys.executable).with_name("torchrun"), {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "nlp0"}
+        commands = [["ip", "netns", "exec", machine, *(within if rank else ()), torchrun, "--nnodes", 2, "--nproc-per-node", 1, "--max-restarts", 1, *RENDEZVOUS[how](rank),
+                     "train_classifier.py", *flags, "--output-dir", folder] for rank, machine in enumerate(MACHINES)]
+        return [subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment})
+                for command in commands]
+    yield start
+    for machine in MACHINES:
+        subprocess.run(["ip", "netns", "del", machine], check=True)
+
+
+@pytest.mark.parametrize("how, killed", [("static", 0), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("static", 1), ("c10d", 0), ("c10d", 1)))])
+def test_a_job_on_two_machines_goes_on_when_a_worker_is_killed(how, killed, machines, flags, whole, tmp_path):
+    """Their agents start new workers at different moments: one must not wait for a worker that is dead."""
+    jobs = machines(tmp_path / "run", flags, how)
+    wait_for_checkpoint(tmp_path / "run", jobs[0])
+    os.kill(workers(jobs[killed])[0], signal.SIGKILL)
+    said = [job.communicate(timeout=120) for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0], said
+    assert said[0][0].count("resume   ") == 1 and said[1][0] == "", "the first machine's process writes, the other's is silent"
+    assert same_end(tmp_path / "run", whole)
+
+
+@pytest.mark.slow
+def test_machines_without_a_common_file_system_are_told_so(machines, flags, tmp_path):
+    """The second one has an empty folder where the first one writes."""
+    (tmp_path / "runs").mkdir()
+    within = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', tmp_path / "runs"]
+    jobs = machines(tmp_path / "runs" / "run", flags, "static", *within)
+    said = [job.communicate(timeout=250) for job in jobs]
+    assert all(job.returncode for job in jobs)
+    assert f"--output-dir {tmp_path / 'runs' / 'run'}: process 1 does not see what process 0 wrote there; name a folder on a file system" in said[0][1], said

@@ -1,0 +1,58 @@
+"""Processes that come one after the other, some of them dead, and the name that those of an attempt agree on."""
+
+import concurrent.futures
+import random
+import threading
+import time
+from datetime import timedelta
+
+import pytest
+from torch.distributed import TCPStore
+
+from common import joining
+from common.errors import UserError
+from common.joining import name_of_attempt
+
+
+@pytest.fixture
+def store():
+    """A store as torchrun keeps it, which outlives the processes that use it."""
+    return TCPStore("127.0.0.1", 0, None, True, timeout=timedelta(seconds=20))
+
+
+def arrive(store, ranks, world_size: int, *, seed: int = 0) -> list[str]:
+    """Let processes of the given ranks come one after the other, each with a connection of its own; return the names that they agree on."""
+    generator = random.Random(seed)
+
+    def come(rank: int, pause: float) -> str:
+        time.sleep(pause)
+        return name_of_attempt(TCPStore("127.0.0.1", store.port, None, False, timeout=timedelta(seconds=20)), rank, world_size)
+    with concurrent.futures.ThreadPoolExecutor(len(ranks)) as pool:
+        return list(pool.map(come, ranks, [generator.uniform(0, 0.3) for _ in ranks]))
+
+
+def test_the_processes_of_an_attempt_agree_on_a_name_that_no_other_attempt_has(store):
+    """However late each comes: it never takes the numbers of dead ones for those of its own attempt."""
+    names = [arrive(store, [2, 0, 3, 1], 4, seed=attempt) for attempt in range(6)]
+    assert all(len(set(attempt)) == 1 for attempt in names) and len({attempt[0] for attempt in names}) == 6
+
+
+def test_processes_wait_for_one_that_has_drawn_a_number_and_died(store):
+    store.set("number 1", "of one that died before it answered")
+    answers = []
+    waiting = threading.Thread(target=lambda: answers.extend(arrive(store, [0, 2], 3)))
+    waiting.start()
+    time.sleep(0.6)
+    assert not answers
+    (name,) = arrive(store, [1], 3)
+    waiting.join()
+    assert answers == [name, name]
+
+
+def test_a_process_that_has_been_replaced_answers_for_none_and_those_that_do_not_come_are_named(store, monkeypatch):
+    monkeypatch.setattr(joining, "START_PATIENCE", 0.5)
+    replaced = threading.Timer(0.1, lambda: (store.set("number 0", "of the process in its place"), store.set("number 1", "of another")))
+    replaced.start()
+    with pytest.raises(UserError, match="torchrun: process 0, 1 of 2 did not start within 0 minutes"):
+        name_of_attempt(store, 0, 2)
+    replaced.join()

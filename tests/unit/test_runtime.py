@@ -1,0 +1,44 @@
+"""What a GPU needs for the same bits each time, with an operation for CPUs that PyTorch can't repeat either."""
+
+import pytest
+import torch
+
+from common.errors import UserError
+from common.runtime import choose_device, repeatable
+
+GPU = torch.device("cuda")
+
+
+def unrepeatable():
+    torch.zeros(4).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]))  # which of the two stays is open
+
+
+def test_on_a_gpu_an_operation_that_can_not_be_repeated_is_refused_with_the_way_out():
+    refused = pytest.raises(UserError, match=r"^put_ does not have a deterministic implementation, so that two runs may differ; leave it$")
+    with refused, repeatable(GPU, wanted=True, way_out="leave it"):
+        assert torch.are_deterministic_algorithms_enabled() and not torch.utils.deterministic.fill_uninitialized_memory
+        unrepeatable()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize("device, wanted", [(GPU, False), (torch.device("cpu"), True)])
+def test_elsewhere_or_where_it_is_not_wanted_nothing_changes(device, wanted):
+    with repeatable(device, wanted=wanted, way_out=""):
+        assert not torch.are_deterministic_algorithms_enabled()
+        unrepeatable()
+
+
+def test_another_error_stays_as_it_is():
+    with pytest.raises(RuntimeError, match="shapes"), repeatable(GPU, wanted=True, way_out=""):
+        torch.zeros(2, 3) @ torch.zeros(2, 3)
+
+
+@pytest.mark.parametrize("local_rank, refused", [(1, False), (2, True)])
+def test_a_process_too_many_for_the_gpus_of_a_machine_is_refused(local_rank, refused, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    if refused:
+        with pytest.raises(UserError, match="process 3 of this machine has no GPU, for there are 2; start one a GPU, or use --device cpu"):
+            choose_device("auto", local_rank)
+    else:
+        assert choose_device("auto", local_rank) == torch.device("cuda", local_rank)
