@@ -34,6 +34,12 @@ POSITIVE, NEGATIVE = ["good", "fine", "great", "lovely"], ["bad", "awful", "poor
 COMMON = ["the", "film", "was", "and", "it", "so", "very", "what", "a", "story", "with", "actors", "that", "I", "saw", "on", "monday"]
 
 
+def pytest_configure(config):
+    """Let all tests but those of the GPU compute on the CPU, on a machine with a GPU too: there they must come to the same."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def make_sentences(count: int, seed: int = 0) -> list[tuple[str, str]]:
     """Return (text, label) pairs, half `pos` and half `neg`: easy to learn, of 4 to 30 words, all different."""
     generator = random.Random(seed)
@@ -106,6 +112,7 @@ KINDS = {"one process": (1, 0), "one process, two loader workers": (1, 2), "two 
 
 
 SECONDS_FOR_A_JOB = 120
+WITHOUT_A_GPU = "No CUDA runtime is found"  # a PyTorch for CUDA says so to --compile where CUDA's tools are installed and no GPU is
 
 
 class ForkedRuns:
@@ -127,7 +134,8 @@ class ForkedRuns:
             os.killpg(self.process.pid, signal.SIGKILL)
             raise TimeoutError(f"a job took more than {SECONDS_FOR_A_JOB} seconds; it said: {self.said('stdout')} {self.said()}")
         codes = json.loads(self.process.stdout.readline())
-        assert set(codes) != {0} or not any(self.said(rank=rank) for rank in range(world)), self.said()  # what ends well has nothing to complain about
+        complaints = [line for rank in range(world) for line in self.said(rank=rank).splitlines() if WITHOUT_A_GPU not in line]
+        assert set(codes) != {0} or not complaints, complaints  # what ends well has none
         return codes
 
     def said(self, stream: str = "stderr", rank: int = 0) -> str:
