@@ -65,12 +65,12 @@ class Runtime:
         return int(value.item())
 
     def gather_texts(self, text: str) -> list[str]:
-        """Return the texts of all processes in the order of their ranks, sent as bytes: gather_object would pickle them."""
+        """Return the texts of all processes in the order of their ranks, sent as bytes, over the CPU: gather_object would pickle them."""
         if self.world_size == 1:
             return [text]
-        own = torch.tensor(list(text.encode("utf-8")), dtype=torch.uint8, device=self.device)
-        sizes = [torch.zeros(1, dtype=torch.long, device=self.device) for _ in range(self.world_size)]
-        torch.distributed.all_gather(sizes, torch.tensor([len(own)], device=self.device))
+        own = torch.tensor(list(text.encode("utf-8")), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.long) for _ in range(self.world_size)]
+        torch.distributed.all_gather(sizes, torch.tensor([len(own)]))
         blocks = [own.new_zeros(max(map(int, sizes))) for _ in sizes]
         torch.distributed.all_gather(blocks, torch.nn.functional.pad(own, (0, len(blocks[0]) - len(own))))
         return [bytes(block[: int(size)].tolist()).decode("utf-8") for block, size in zip(blocks, sizes)]

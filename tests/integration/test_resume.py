@@ -147,6 +147,12 @@ def test_ctrl_c_is_for_the_process_in_charge_not_for_its_loader_workers(tiny_mod
                       f"train_classifier.py: stopped by SIGINT; go on with the same command and --resume {tmp_path / 'run'}\n")
 
 
+def test_a_loss_that_one_process_finds_bad_ends_all_with_the_rows_of_that_one(forked, tmp_path):
+    """The gradients of both are bad then: neither the one nor the other may speak of those."""
+    assert forked.run(tmp_path / "run", kind="two processes", bad_losses=True, rank=1) == [2, 2]
+    assert "the training loss is not finite any more, first in the batch with the rows " in forked.said() and forked.said(rank=1) == forked.said()
+
+
 def test_a_run_that_diverges_keeps_the_checkpoints_from_before(forked, tmp_path):
     """The loss is read before each save, not every --log-every steps only."""
     assert forked.run(tmp_path / "run", "--lr", "1e30", "--warmup-ratio", 0, "--save-every", 1, "--log-every", 100) == [2]

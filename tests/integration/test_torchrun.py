@@ -143,9 +143,9 @@ def test_a_failing_process_ends_the_others_with_its_own_message(flags, run_scrip
     assert "Traceback" not in ours, ours
 
 
-MACHINES = ("nlp-one", "nlp-two")
+MACHINES = (f"nlp-{os.getpid()}-one", f"nlp-{os.getpid()}-two")
 CABLE = f"""
-ip netns add {MACHINES[0]} && ip netns add {MACHINES[1]}
+ip netns add {MACHINES[1]}
 ip link add nlp0 netns {MACHINES[0]} type veth peer name nlp0 netns {MACHINES[1]}
 ip -n {MACHINES[0]} addr add 192.0.2.1/24 dev nlp0 && ip -n {MACHINES[1]} addr add 192.0.2.2/24 dev nlp0
 for machine in {MACHINES[0]} {MACHINES[1]}; do ip -n $machine link set lo up && ip -n $machine link set nlp0 up; done
@@ -158,11 +158,8 @@ RENDEZVOUS = {"static": lambda rank: ["--node-rank", rank, "--master-addr", "192
 @pytest.fixture(scope="module")
 def machines():
     """Return a function that starts one process under torchrun on each of two machines."""
-    if shutil.which("ip") is None or subprocess.run(["ip", "netns", "add", "nlp-probe"], capture_output=True).returncode:
+    if shutil.which("ip") is None or subprocess.run(["ip", "netns", "add", MACHINES[0]], capture_output=True).returncode:
         pytest.skip("no right to make network name spaces here")
-    subprocess.run(["ip", "netns", "del", "nlp-probe"], check=True)
-    for machine in MACHINES:  # left by tests that were killed
-        subprocess.run(["ip", "netns", "del", machine], capture_output=True)
     subprocess.run(["sh", "-ec", CABLE], check=True)
 
     def start(folder: Path, flags: list, how: str, *within) -> list[subprocess.Popen]:
