@@ -14,8 +14,8 @@ accumulation, clipping, DistributedDataParallel. Left out on purpose: Trainer, c
 """
 
 import contextlib
+import datetime
 import json
-import time
 from pathlib import Path
 
 import torch
@@ -148,16 +148,14 @@ def train(training: Training, rows, meter_state, watch: Watch, args, machine):
 def fit(args, machine):
     """Train, keep the best weights, score them on the test split, and leave report, predictions and curves in the run folder."""
     check_flags(args)
-    folder, wanted = checkpoint.run_to_resume(args, machine)
-    resumed = folder is not None
-    folder = folder or tracking.run_folder(args.output_dir, name=f"{Path(args.dataset).stem}-{Path(args.model).name}", moment=machine.agree(int(time.time())))
+    folder, resumed, wanted = checkpoint.locate_run(args, machine, name=f"{Path(args.dataset).stem}-{Path(args.model).name}")
     rows = loading.load_splits(args, machine)
     tokenizer, model, tokenized = loading.load_for_training(rows, args, machine)
     if problems := models.mismatches(model, tokenizer):
         raise UserError(f"--model {args.model}: {problems[0]}; --inspect shows more")
     identity = checkpoint.identity(run_flags(args), model, tokenized, machine)
     settings = {**run_flags(args), "output_dir": str(folder), "precision": machine.precision, "device": machine.describe(), "processes": machine.world_size,
-                "identity": identity, "versions": tracking.versions()}
+                "identity": identity, "versions": tracking.versions(), "started": datetime.datetime.now().isoformat()}
     checkpoints = checkpoint.Checkpoints(folder, identity, keep=args.keep, machine=machine)
     found = checkpoints.choose(wanted) if resumed else None
     training = prepare(model, tokenizer, tokenized["train"], args, machine)

@@ -5,12 +5,13 @@ import hashlib
 import time
 import uuid
 
+import torch
 import torch.distributed
 
 from common.errors import UserError
 
-PATIENCE = datetime.timedelta(days=1)  # with a process that is at work, such as tokenising; one that dies ends the wait at once
-START_PATIENCE, POLL = 1800.0, 0.02  # seconds; the first is PyTorch's own
+PATIENCE = datetime.timedelta(days=1)  # with a process that is at work, such as tokenising; one that dies ends the wait at once, for its connections close
+START_PATIENCE, POLL = 1800.0, 0.05  # seconds; the first is PyTorch's own
 
 
 def join_processes(store: torch.distributed.Store, rank: int, world_size: int, backend: str):
@@ -20,7 +21,8 @@ def join_processes(store: torch.distributed.Store, rank: int, world_size: int, b
     could find the address of one that is dead, and wait for it for half an hour.
     """
     store = torch.distributed.PrefixStore(name_of_attempt(store, rank, world_size), store)
-    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=PATIENCE)
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=datetime.timedelta(seconds=START_PATIENCE))
+    torch.distributed.group.WORLD._get_backend(torch.device("cpu")).set_timeout(PATIENCE)  # a GPU waits only for what is about to come
 
 
 def name_of_attempt(store: torch.distributed.Store, rank: int, world_size: int) -> str:
@@ -30,16 +32,18 @@ def name_of_attempt(store: torch.distributed.Store, rank: int, world_size: int) 
     process's number may still be there, but it can't have answered to a list with a new one. Raises UserError when some don't come.
     """
     own, deadline = uuid.uuid4().hex, time.monotonic() + START_PATIENCE
-    store.set(f"number {rank}", own)
+    awaited = drawn = [f"number {other}" for other in range(world_size)]
+    store.set(drawn[rank], own)
     while time.monotonic() < deadline:
-        missing = [other for other in range(world_size) if not store.check([f"number {other}"])]
-        if not missing:
-            numbers = [number.decode() for number in store.multi_get([f"number {other}" for other in range(world_size)])]
+        if store.check(drawn):
+            numbers = [number.decode() for number in store.multi_get(drawn)]
+            if numbers[rank] != own:
+                raise UserError(f"torchrun: another process was started in the place of this one, process {rank} of {world_size}")
             name = hashlib.sha256(" ".join(numbers).encode()).hexdigest()
-            if numbers[rank] == own:  # else this process has been replaced, and is about to be stopped
-                store.set(f"{name} {rank}", "here")
-            missing = [other for other in range(world_size) if not store.check([f"{name} {other}"])]
-            if not missing:
+            awaited = [f"{name} {other}" for other in range(world_size)]
+            store.set(awaited[rank], "here")
+            if store.check(awaited):
                 return name
         time.sleep(POLL)
-    raise UserError(f"torchrun: process {', '.join(map(str, missing))} of {world_size} did not start within {START_PATIENCE // 60:.0f} minutes; look at its machine")
+    missing = ", ".join(str(other) for other, key in enumerate(awaited) if not store.check([key]))
+    raise UserError(f"torchrun: process {missing} of {world_size} has not joined this attempt within {START_PATIENCE / 60:.0f} minutes; look at its machine")

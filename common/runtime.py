@@ -3,11 +3,13 @@
 import contextlib
 import ctypes
 import hashlib
+import json
 import os
 import random
 import resource
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from torch.distributed.rendezvous import rendezvous
 from common.errors import UserError
 from common.joining import join_processes
 
-SHARED_TRIES = 60  # a second each
+SHARED_TRIES = 90  # a second each; network file systems keep what they saw for up to 60
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -31,6 +33,7 @@ class Runtime:
     precision: str
     rank: int = 0
     world_size: int = 1
+    local_rank: int = 0  # among the processes of this machine
     store: torch.distributed.Store | None = None  # torchrun's: it lives as long as the job, also when its processes are started again
 
     @property
@@ -79,9 +82,25 @@ class Runtime:
         """Wait until every process is here, on the CPU: a GPU would spin meanwhile, and NCCL gives up after minutes."""
         self.all_reduce_sum(torch.zeros(1))
 
+    def decide(self, choose: Callable[[], object]):
+        """Return on every process what `choose`, asked on the main one only, returned as JSON takes it; a UserError of it is raised on all.
+
+        For what depends on files: of a network file system the processes can see different states.
+        """
+        decided = {}
+        if self.is_main:
+            try:
+                decided = {"chosen": choose()}
+            except UserError as error:
+                decided = {"error": str(error)}
+        decided = json.loads(self.gather_texts(json.dumps(decided))[0])
+        if "error" in decided:
+            raise UserError(decided["error"])
+        return decided["chosen"]
+
     def began_run(self, folder: Path) -> bool:
-        """Tell whether this job began its run in a folder, before torchrun started its processes again."""
-        return bool(self.agree(int(self.is_main and self.store is not None and self.store.check([f"run {folder.resolve()}"]))))
+        """Tell the main process whether this job began its run in a folder, before torchrun started its processes again."""
+        return self.store is not None and self.store.check([f"run {folder.resolve()}"])
 
     def note_run(self, folder: Path):
         """Let `began_run` know, for as long as the job lasts, that its run is in this folder."""
@@ -90,23 +109,22 @@ class Runtime:
 
     def require_shared(self, path: Path, *, flag: str):
         """Raise UserError on every process unless all see the same file, as processes on machines without a common file system do not."""
-        if self.world_size == 1:
-            return
-        for _ in range(SHARED_TRIES):
+        for _ in range(SHARED_TRIES if self.world_size > 1 else 0):
             seen = self.gather_texts(hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "")
             others = [str(rank) for rank, digest in enumerate(seen) if digest != seen[0]]
             if not others:
                 return
             time.sleep(1)  # a network file system can show a new file late
-        raise UserError(f"{flag} {path.parent}: process {', '.join(others)} does not see what process 0 wrote there; name a folder on a file system that all machines share")
+        if self.world_size > 1:
+            raise UserError(f"{flag}: process {', '.join(others)} does not see {path} as process 0 does; name a folder on a file system that all machines share")
 
     @contextlib.contextmanager
     def main_first(self):
-        """Let the main process do it before the others, which then find what it left in the cache."""
-        if not self.is_main:
+        """Let a process of each machine do it before the others there, which then find what it left in the cache."""
+        if self.local_rank:
             self.barrier()
         yield
-        if self.is_main:
+        if not self.local_rank:
             self.barrier()
 
     def synchronize(self):
@@ -136,7 +154,7 @@ def start(device: str, precision: str, seed: int) -> Runtime:
         join_processes(store, rank, world_size, "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")  # counts stay on the CPU: no sync with the GPU
     keep_large_blocks()
     seed_everything(seed)
-    return Runtime(chosen, precision, rank, world_size, store)
+    return Runtime(chosen, precision, rank, world_size, local_rank, store)
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
@@ -147,7 +165,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     if not available[name]:
         raise UserError(f"--device {name}: PyTorch finds none on this machine; use --device auto")
     if name == "cuda" and local_rank >= torch.cuda.device_count():
-        raise UserError(f"torchrun --nproc-per-node: process {local_rank + 1} of this machine has no GPU, for there are {torch.cuda.device_count()}; start one a GPU, "
+        raise UserError(f"torchrun --nproc-per-node: process {local_rank} of this machine has no GPU, for it has {torch.cuda.device_count()}; start one process a GPU, "
                         "or use --device cpu")
     return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
 
@@ -184,6 +202,7 @@ def repeatable(device: torch.device, *, wanted: bool, way_out: str):
     if not wanted or device.type != "cuda":
         yield
         return
+    os.environ.setdefault("NCCL_ALGO", "^NVLS")  # sums within the switch of eight GPUs come in any order (nccl #1497, pytorch #156381)
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS repeats itself only with workspaces of a fixed size
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
     torch.use_deterministic_algorithms(True)

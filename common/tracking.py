@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -19,16 +20,17 @@ from common.durable import replace_file
 from common.errors import UserError
 
 REPORTED_PACKAGES = ("transformers", "datasets", "tokenizers", "evaluate", "scikit-learn")
-CONFIG = "config.json"  # there when a run can go on, and whole; before, one that is killed leaves only this with an ending
+CONFIG = "config.json"  # there when a run can go on, and whole
+UNFINISHED_CONFIG = re.compile(r"config\.json\.\d+")  # all that a run leaves that is killed when it has hardly begun
 
 
-def run_folder(output_dir: str | None, *, name: str, moment: int) -> Path:
-    """Return the folder for a new run: `output_dir`, else runs/<name>-<time>, with `moment` in seconds since 1970. Nothing is made yet.
+def run_folder(output_dir: str | None, *, name: str) -> Path:
+    """Return the folder for a new run: `output_dir`, else runs/<name>-<time>. Nothing is made yet.
 
     Raises UserError when it holds anything.
     """
-    folder = Path(output_dir or f"runs/{name}-{datetime.datetime.fromtimestamp(moment):%Y%m%d-%H%M%S}")
-    if folder.is_dir() and any(not path.name.startswith(f"{CONFIG}.") for path in folder.iterdir()):
+    folder = Path(output_dir or f"runs/{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}")
+    if folder.is_dir() and any(not UNFINISHED_CONFIG.fullmatch(path.name) for path in folder.iterdir()):
         raise UserError(f"--output-dir {folder}: it holds another run or other files; name a new folder or remove it first")
     return folder
 
@@ -65,8 +67,9 @@ class RunLog:
 
     def __init__(self, folder: Path, settings: dict, go_on: dict | None = None):
         """`go_on`: {"bytes": length of metrics.jsonl, "step": the last step} of a checkpoint; what was written after it is dropped."""
-        for unfinished in folder.glob(f"{CONFIG}.*"):
-            unfinished.unlink()
+        for path in folder.iterdir():
+            if UNFINISHED_CONFIG.fullmatch(path.name):
+                path.unlink()
         replace_file(folder / CONFIG, json.dumps(settings, indent=2) + "\n")
         self.folder, self.settings = folder, settings
         self.lines = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115  (open as long as the run)

@@ -15,6 +15,7 @@ import numpy as np
 import safetensors.torch
 import torch
 
+from common import tracking
 from common.durable import fault, link_folder, read_json, replace_folder, sync_file, sync_folder, tensors_sha256, write_json, write_manifest, write_tensors
 from common.errors import UserError
 from common.runtime import Runtime
@@ -22,7 +23,7 @@ from common.runtime import Runtime
 FOLDER, PREFIX, UNFINISHED = "checkpoints", "step-", "tmp-"
 FREE_FLAGS = {  # may differ when a run goes on: names of data and model, for their contents are compared, and what changes no number
     "model", "dataset", "dataset_config", "text_column", "label_column", "train_split", "validation_split", "test_split", "max_train_samples",
-    "max_eval_samples", "cache_dir", "output_dir", "device", "precision", "num_workers", "save_every", "keep", "auto_batch_size"}
+    "max_eval_samples", "cache_dir", "output_dir", "device", "precision", "num_workers", "save_every", "keep", "auto_batch_size", "nondeterministic"}
 FINGERPRINTS = ("the data", "the model")
 NEWEST = ""  # what --resume without a value stands for
 
@@ -96,6 +97,13 @@ class Checkpoints:
         Raises UserError when none of those there is whole, when they were removed after the run's end, and when the run differs from the
         one that is gone on with, naming what differs.
         """
+        chosen = self.machine.decide(lambda: self._choose(wanted))
+        if chosen is None:
+            return None
+        self.machine.require_shared(Path(chosen) / "manifest.json", flag="--resume")
+        return Path(chosen), read_json(Path(chosen) / "state.json")
+
+    def _choose(self, wanted: Path | None) -> str | None:
         found = [wanted] if wanted is not None else self._all()
         faults = {}
         for path in found:
@@ -112,9 +120,8 @@ class Checkpoints:
                 raise UserError(f"--resume {wanted}: it is damaged ({faults[wanted]}); --resume {self.folder.parent} takes the newest whole one")
             listed = "; ".join(f"{path.name}: {reason}" for path, reason in faults.items())
             raise UserError(f"--resume: no whole checkpoint in {found[0].parent} ({listed}); start anew with another --output-dir")
-        state = read_json(path / "state.json")
-        self._compare(path, state["identity"])
-        return path, state
+        self._compare(path, read_json(path / "state.json")["identity"])
+        return str(path)
 
     def _compare_with_config(self):
         """Raise UserError unless a run without checkpoints can begin again: it came to no end, and it is the same run."""
@@ -185,12 +192,22 @@ def place_in_log(found: tuple[Path, dict] | None) -> dict:
     return {"bytes": state["log_bytes"], "step": state["position"]["step"]}
 
 
-def run_to_resume(args, machine: Runtime) -> tuple[Path | None, Path | None]:
-    """Return the folder of the run that the flags ask to go on with, None for a new one, and the checkpoint if they name it.
+def locate_run(args, machine: Runtime, *, name: str) -> tuple[Path, bool, Path | None]:
+    """Return the run's folder, whether there is a run in it to go on with, and the checkpoint to go on from if the flags name it.
 
-    After a failure torchrun starts every process again with the same flags: then the run goes on by itself, if it was this job that began
-    it. Raises UserError when the flags don't tell which run, or there is none.
+    A new folder is called after `name` and the time unless the flags name it. After a failure torchrun starts every process again with the same
+    flags: then the run goes on by itself, if it was this job that began it. Raises UserError when the flags don't tell which run, there is
+    none, or a new one's folder holds anything.
     """
+    def choose() -> list:
+        folder, wanted = _run_to_resume(args, machine)
+        return [str(folder or tracking.run_folder(args.output_dir, name=name)), folder is not None, wanted and str(wanted)]
+    folder, resumed, wanted = machine.decide(choose)
+    return Path(folder), resumed, wanted and Path(wanted)
+
+
+def _run_to_resume(args, machine: Runtime) -> tuple[Path | None, Path | None]:
+    """Return the folder of the run that is to go on, None for a new one, and the checkpoint if the flags name it."""
     folder, wanted = _named_run(args)
     if folder is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
         raise UserError("--output-dir: torchrun with --max-restarts needs it, for a restarted process must find its run; name a folder")

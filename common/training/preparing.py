@@ -33,23 +33,34 @@ def prepare(model, tokenizer, rows, args, machine) -> Training:
     num_steps = math.ceil(len(rows) / batching.step_size(args, machine)) * args.epochs
     scheduler = get_linear_schedule_with_warmup(optimizer, round(args.warmup_ratio * num_steps), num_steps)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.precision == "fp16")
-    parallel = model
-    if machine.world_size > 1:
-        parallel = DistributedDataParallel(model, find_unused_parameters=leaves_parameters_unused(model, rows, tokenizer, machine))
+    parallel = distribute(model, rows, tokenizer, machine) if machine.world_size > 1 else model
     if args.compile:
         parallel = torch.compile(parallel, dynamic=True)  # batches differ in length
     torch.manual_seed(args.seed + machine.rank)  # each process draws its own dropout masks
     return Training(model, tokenizer, parallel, optimizer, scheduler, scaler, class_weights, micro_batch)
 
 
-def leaves_parameters_unused(model: torch.nn.Module, rows: datasets.Dataset, tokenizer, machine: Runtime) -> bool:
-    """Tell whether a step gives some parameter no gradient, as BigBird's pooler: DDP waits for it unless it is told to look for such in every step."""
+def distribute(model: torch.nn.Module, rows: datasets.Dataset, tokenizer, machine: Runtime) -> DistributedDataParallel:
+    """Return the model in DDP, which exchanges gradients between the processes, as it is after its first pass.
+
+    A step can leave a parameter without a gradient, as BigBird's pooler: DDP waits for it unless it is told to look for such in every step. And
+    after its first backward pass DDP puts gradients together in another order, in which more than two processes add up to other last digits: a
+    resumed run must not have that pass once more.
+    """
+    backward_once(model, rows, tokenizer, machine)
+    unused = any(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    model.zero_grad()
+    parallel = DistributedDataParallel(model, find_unused_parameters=unused, forward_sync_buffers=False)  # they are constant in encoders
+    backward_once(parallel, rows, tokenizer, machine)
+    model.zero_grad()
+    return parallel
+
+
+def backward_once(model: torch.nn.Module, rows: datasets.Dataset, tokenizer, machine: Runtime):
+    """Run one text forward and backward, without dropout, which would draw random numbers."""
     (batch,) = batching.loader(rows, [[(0, (0,))]], tokenizer)
     del batch["labels"], batch["row"], batch["document"]
-    model.eval()  # draws no dropout mask
+    model.eval()
     with machine.autocast():
         logits = model(**batch.to(machine.device)).logits
     logits.float().sum().backward()
-    unused = any(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
-    model.zero_grad()
-    return unused

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -112,12 +113,14 @@ class LossMeter:
         """Take the examples of the step that just ended and the divisor of its loss; report if a report is due."""
         self.waiting_sums["examples"] += examples
         self.waiting_sums["weight"] += weight
-        if not training.scaler.is_enabled():  # which skips a step whose gradient is not finite
-            self.norms.append((grad_norm, training.step))
+        self.norms.append((grad_norm, training.step))
+        self.scaler = training.scaler
         if training.step % self.log_every == 0:
             values = self._read()
             values = {"train/loss": values["loss"], "train/examples_per_second": values["examples_per_second"],
                       "train/learning_rate": training.scheduler.get_last_lr()[0], "train/grad_norm": grad_norm.item()}
+            if not math.isfinite(values["train/grad_norm"]):  # a step that the loss scaler has skipped
+                del values["train/grad_norm"]
             self.run.numbers(training.step, values)
             self.bar.set_postfix_str(f"loss {values['train/loss']:.4f}, {values['train/examples_per_second']:.1f} examples/s")
 
@@ -151,10 +154,12 @@ class LossMeter:
 
     def check(self):
         """Raise UserError on every process if a loss since the last report, or a gradient that weights were changed by, is not finite on one of them."""
-        for describe in (self._bad_loss, self._bad_gradient):  # the loss first: it names its texts, and makes the gradient so on all processes
-            for fault in self.machine.gather_texts(describe()):
-                if fault:
-                    raise UserError(fault)
+        bad_loss, bad_gradient = self._bad_loss(), self._bad_gradient()
+        kind = 2 if bad_loss else 1 if bad_gradient else 0
+        worst = self.machine.agree_on_highest(kind)  # a bad loss, which names its texts, makes the gradient bad on all processes
+        if worst:
+            told = self.machine.gather_texts((bad_loss or bad_gradient) if kind == worst else "")
+            raise UserError(next(filter(None, told)))
 
     def _bad_loss(self) -> str:
         place = _first_not_finite([loss for loss, _ in self.waiting])
@@ -164,8 +169,10 @@ class LossMeter:
 
     def _bad_gradient(self) -> str:
         place = _first_not_finite([norm for norm, _ in self.norms])
-        return "" if place is None else (f"the gradient is not finite any more, first in step {self.norms[place][1]}, though the loss is; lower --lr or "
-                                         "raise --warmup-ratio")
+        if place is None or self.scaler.is_enabled() and self.scaler.get_scale() >= 1:  # such a step is skipped, and the next one scaled by half
+            return ""
+        way_out = "use --precision bf16 or fp32" if self.scaler.is_enabled() else "lower --lr or raise --warmup-ratio"
+        return f"the gradient is not finite any more, first in step {self.norms[place][1]}, though the loss is; {way_out}"
 
     def _read(self) -> dict[str, float]:
         self.check()

@@ -19,8 +19,8 @@ from language_models import save_tiny_model
 
 DEVICE, NUM_DEVICES = "cuda", torch.cuda.device_count()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(NUM_DEVICES == 0, reason="no GPU on this machine")]
-FLAGS = ["--max-train-samples", 85, "--epochs", 3, "--max-length", 20, "--lr", "3e-3", "--grad-accum", 3, "--batch-size", 4]
-WITH_DROPOUT = [*FLAGS, "--dropout", 0.1, "--attention-dropout", 0.1, "--save-every", 1]
+FLAGS = ["--max-train-samples", 85, "--epochs", 3, "--max-length", 20, "--lr", "3e-3", "--batch-size", 8]
+WITH_DROPOUT = [*FLAGS, "--batch-size", 4, "--grad-accum", 3, "--max-windows", 4, "--dropout", 0.1, "--attention-dropout", 0.1, "--save-every", 1]
 ROOM = 2**30  # bytes that PyTorch may take of the GPU: a batch of 84 texts through layers of 16,384 needs more, one of 21 does not
 LIMITED = """
 import sys, torch, train_classifier
@@ -68,15 +68,31 @@ def start(folder: Path, *command) -> subprocess.Popen:
     return job
 
 
-@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-4), ("bf16", 5e-2), ("fp16", 1e-2)])
-def test_a_training_follows_that_of_the_cpu(precision, tolerance, train, tmp_path):
+@pytest.fixture(scope="module")
+def of_the_cpu(train, tmp_path_factory):
+    """The losses of a training on the CPU in fp32, which learns: a model that does not would have those of any other."""
+    folder = tmp_path_factory.mktemp("cpu") / "run"
+    train(folder, *FLAGS, "--device", "cpu", "--precision", "fp32", "--max-windows", 2)
+    assert losses(folder)[-1] < 0.5 < losses(folder)[0]
+    return losses(folder)
+
+
+@pytest.mark.parametrize("precision, tolerance, flags", [
+    ("fp32", 1e-3, []), ("bf16", 2e-2, []), ("fp16", 1e-2, []), ("fp32", 1e-3, ["--compile"]), ("fp32", 1e-3, ["--gradient-checkpointing"]),
+    ("fp32", 1e-3, ["--num-workers", 2])])
+def test_a_training_follows_that_of_the_cpu(precision, tolerance, flags, train, of_the_cpu, tmp_path):
     if precision == "bf16" and DEVICE == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         pytest.skip("this GPU has no bf16")
-    train(tmp_path / "cpu", *FLAGS, "--device", "cpu", "--precision", "fp32", "--truncation", "chunks", "--max-windows", 2)
-    train(tmp_path / "gpu", *FLAGS, "--device", DEVICE, "--precision", precision, "--truncation", "chunks", "--max-windows", 2)
-    assert losses(tmp_path / "gpu") == pytest.approx(losses(tmp_path / "cpu"), rel=tolerance)
-    config = json.loads((tmp_path / "gpu" / "config.json").read_text())
+    train(tmp_path / "run", *FLAGS, "--device", DEVICE, "--precision", precision, "--max-windows", 2, *flags)
+    assert losses(tmp_path / "run") == pytest.approx(of_the_cpu, rel=tolerance)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["precision"] == precision and (DEVICE == "cpu" or torch.cuda.get_device_name() in config["device"])
+
+
+def test_adapters_learn_as_on_the_cpu(train, tmp_path):
+    for device in ("cpu", DEVICE):
+        train(tmp_path / "runs" / device, *FLAGS, "--lora-rank", 4, "--lr", "2e-2", "--device", device, "--precision", "fp32")
+    assert losses(tmp_path / "runs" / DEVICE) == pytest.approx(losses(tmp_path / "runs" / "cpu"), rel=1e-3)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "auto", "fp16"])
@@ -97,21 +113,22 @@ def test_the_comparison_sees_another_seed(train, tmp_path):
 
 
 @pytest.mark.skipif(DEVICE == "cuda" and NUM_DEVICES < 2, reason="NCCL wants a GPU for each process")
-@pytest.mark.parametrize("flags", [["--class-weights", "balanced"], ["--truncation", "chunks", "--max-windows", 2]])
+@pytest.mark.parametrize("flags", [["--class-weights", "balanced"], ["--max-windows", 2]])
 def test_two_processes_equal_one(flags, train, tmp_path):
     flags = [*FLAGS, *flags, "--device", DEVICE, "--precision", "fp32", "--eval-batch-size", 5]
     train(tmp_path / "one", *flags)
-    train(tmp_path / "two", *flags, "--batch-size", 2, torchrun=["--nproc-per-node", 2])
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    train(tmp_path / "two", *flags, "--batch-size", 4, torchrun=["--nproc-per-node", 2])
+    assert losses(tmp_path / "one")[-1] < 0.5 and losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
     one, two = (load_file(tmp_path / name / "best" / "model.safetensors") for name in ("one", "two"))
     assert all(torch.allclose(one[name], two[name], rtol=1e-3, atol=1e-4) for name in one)
 
 
 @pytest.mark.skipif(DEVICE == "cuda" and NUM_DEVICES < 2, reason="NCCL wants a GPU for each process")
 def test_a_job_whose_worker_is_killed_goes_on_by_itself(train, tmp_path, tiny_model, sentences_csv, cache_dir):
-    flags = [*WITH_DROPOUT, "--device", DEVICE, "--batch-size", 2]
-    whole = train(tmp_path / "whole", *flags, torchrun=["--nproc-per-node", 2])
-    job = start(tmp_path / "run", Path(sys.executable).with_name("torchrun"), "--nproc-per-node", 2, "--max-restarts", 1, "train_classifier.py", "--model", tiny_model,
+    """On all GPUs: more than two add up in an order that must be the same after the restart."""
+    flags, world = [*WITH_DROPOUT, "--device", DEVICE], min(NUM_DEVICES, 8)
+    whole = train(tmp_path / "whole", *flags, torchrun=["--nproc-per-node", world])
+    job = start(tmp_path / "run", Path(sys.executable).with_name("torchrun"), "--nproc-per-node", world, "--max-restarts", 1, "train_classifier.py", "--model", tiny_model,
                 "--dataset", sentences_csv, "--cache-dir", cache_dir, *flags, "--output-dir", tmp_path / "run")
     os.kill(int(Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()[1]), signal.SIGKILL)
     stdout, stderr = job.communicate(timeout=200)

@@ -75,7 +75,8 @@ def kill_until_done(forked, folder: Path, events: list[int], kind: str, generato
     return killed
 
 
-@pytest.mark.parametrize("kind, seed", [("one process", 0), ("one process", 1), ("one process, two loader workers", 2), ("two processes", 3)])
+@pytest.mark.parametrize("kind, seed", [("one process", 0), ("one process", 1), ("one process, two loader workers", 2), ("two processes", 3),
+                                        ("four processes", 18)])  # more than two add up in an order of DDP's
 def test_a_killed_run_ends_as_one_that_was_never_stopped(kind, seed, forked, whole, tmp_path):
     folder, events = whole(kind)
     generator = random.Random(seed)

@@ -49,10 +49,18 @@ def test_processes_wait_for_one_that_has_drawn_a_number_and_died(store):
     assert answers == [name, name]
 
 
-def test_a_process_that_has_been_replaced_answers_for_none_and_those_that_do_not_come_are_named(store, monkeypatch):
+def test_those_that_do_not_come_are_named(store, monkeypatch):
     monkeypatch.setattr(joining, "START_PATIENCE", 0.5)
-    replaced = threading.Timer(0.1, lambda: (store.set("number 0", "of the process in its place"), store.set("number 1", "of another")))
-    replaced.start()
-    with pytest.raises(UserError, match="torchrun: process 0, 1 of 2 did not start within 0 minutes"):
-        name_of_attempt(store, 0, 2)
-    replaced.join()
+    store.set("number 1", "of one that died before it answered")
+    with pytest.raises(UserError, match="torchrun: process 1, 3 of 4 has not joined this attempt within 0 minutes"):
+        store.set("number 3", "of another")
+        arrive(store, [0, 2], 4)
+
+
+def test_a_process_that_has_been_replaced_does_not_join_under_the_rank_of_the_other(store, monkeypatch):
+    """As one of a machine that was cut off for a while: without it the others still come together."""
+    monkeypatch.setattr(joining, "START_PATIENCE", 10.0)
+    for seconds, number in ((0.6, 0), (0.8, 1)):  # the process itself comes within 0.3
+        threading.Timer(seconds, store.set, [f"number {number}", "of the one in its place"]).start()
+    with pytest.raises(UserError, match="torchrun: another process was started in the place of this one, process 0 of 2"):
+        arrive(store, [0], 2)

@@ -38,7 +38,7 @@ def test_a_process_too_many_for_the_gpus_of_a_machine_is_refused(local_rank, ref
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     if refused:
-        with pytest.raises(UserError, match="process 3 of this machine has no GPU, for there are 2; start one a GPU, or use --device cpu"):
+        with pytest.raises(UserError, match="process 2 of this machine has no GPU, for it has 2; start one process a GPU, or use --device cpu"):
             choose_device("auto", local_rank)
     else:
         assert choose_device("auto", local_rank) == torch.device("cuda", local_rank)

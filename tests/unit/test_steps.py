@@ -176,15 +176,32 @@ class Root(torch.nn.Module):
         return argparse.Namespace(logits=self.weight.sqrt().expand(len(input_ids), 2))
 
 
-def test_weights_that_a_gradient_ruined_though_the_loss_was_finite_are_found_before_they_are_saved():
+def steps_of_root(scaler, count: int, log=None):
+    """Yield the model and the meter after each of some steps of a batch, a report after each."""
     model = Root()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    training = steps.Training(model, None, model, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1), torch.amp.GradScaler("cpu", enabled=False))
-    meter = LossMeter(MACHINE, NullLog(None), progress([], label=""), 100)
-    for _ in train_classifier.train_steps(training, make_batches([4]), [1], meter, train_classifier.make_parser().parse_args([]), MACHINE):
+    training = steps.Training(model, None, model, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1), scaler)
+    meter = LossMeter(MACHINE, log or NullLog(None), progress([], label=""), 100 if log is None else 1)
+    for _ in train_classifier.train_steps(training, make_batches([4] * count), [1] * count, meter, train_classifier.make_parser().parse_args([]), MACHINE):
+        yield model, meter
+
+
+def test_weights_that_a_gradient_ruined_though_the_loss_was_finite_are_found_before_they_are_saved():
+    for model, meter in steps_of_root(torch.amp.GradScaler("cpu", enabled=False), 1):
         assert not model.weight.isfinite().any() and all(loss.isfinite() for loss, _ in meter.waiting)
-        with pytest.raises(UserError, match="gradient is not finite any more, first in step 1, though the loss is"):
+        with pytest.raises(UserError, match="gradient is not finite any more, first in step 1, though the loss is; lower --lr"):
             meter.check()  # as before each save
+
+
+def test_a_loss_scaler_may_skip_steps_but_not_all_of_them():
+    """Else a run would end well with a model that has learned nothing. A step that is skipped has no norm: NaN is no JSON."""
+    log = RecordNumbers()
+    found = steps_of_root(torch.amp.GradScaler("cpu", init_scale=4.0), 9, log)
+    for _ in range(2):  # the scale is 2, then 1
+        model, _ = next(found)
+        assert model.weight.tolist() == [0.0, 0.0] and "train/grad_norm" not in log.lines[-1][1] and "train/loss" in log.lines[-1][1]
+    with pytest.raises(UserError, match="gradient is not finite any more, first in step 3, though the loss is; use --precision bf16 or fp32"):
+        next(found)
 
 
 def test_a_restored_meter_reports_what_the_first_one_would():
