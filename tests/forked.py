@@ -124,14 +124,15 @@ def child(job: dict, rank: int):
     os._exit(code)
 
 
-def kill_in_write(job: dict, process: int):
-    """Kill a process while it writes a file of 2**25 bytes or more of a checkpoint, after the given number of whole ones."""
+def kill_in_write(job: dict, running: dict[int, int]):
+    """Kill the processes while one writes a file of 2**25 bytes or more of a checkpoint, after the given number of whole ones, unless they end before."""
     folder, found = Path(job["run"]) / "checkpoints", False
-    while not found:
+    while running and not found:
         time.sleep(0.0002)
         with contextlib.suppress(FileNotFoundError):  # it has been renamed meanwhile
             found = len(list(folder.glob("step-*"))) >= job["kill_in_write"] and any(path.stat().st_size > 2**25 for path in folder.glob("tmp-*/.tmp*"))
-    os.kill(process, signal.SIGKILL)
+    for process in list(running):
+        os.kill(process, signal.SIGKILL)
 
 
 def run(job: dict) -> list[int]:
@@ -143,7 +144,7 @@ def run(job: dict) -> list[int]:
     for rank in range(job["world"]):
         running[os.fork() or child(job, rank)] = rank
     if job.get("kill_in_write"):
-        threading.Thread(target=kill_in_write, args=(job, *running)).start()
+        threading.Thread(target=kill_in_write, args=(job, running)).start()
     while running:
         process, status = os.wait()
         codes[running.pop(process)] = os.waitstatus_to_exitcode(status)

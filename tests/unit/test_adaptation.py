@@ -65,7 +65,7 @@ SMALL = {"vocab_size": 100, "hidden_size": 16, "num_hidden_layers": 2, "num_atte
     ("modernbert", {"head", "classifier"}, 2 * 4),
     ("gpt2", {"score"}, 2 * 4),
 ])
-def test_only_adapters_and_the_whole_head_learn(kind, head, num_matrices):
+def test_only_adapters_and_the_whole_head_learn(kind, head, num_matrices, recwarn):
     model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(kind, **SMALL))
     names = set(model.state_dict())
     adapted = adaptation.adapt(model, flags("--lora-rank", 4))
@@ -74,9 +74,17 @@ def test_only_adapters_and_the_whole_head_learn(kind, head, num_matrices):
     assert {name for name in names if name.split(".")[0] in head} <= learning, "all of the head, none of it as an adapter"
     assert sum("lora_A" in name for name in learning) == num_matrices
     ids = torch.randint(2, 100, (3, 7))
-    adapted(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.sum().backward()
-    plain = adaptation.merged(adapted)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    adapted(**inputs).logits.sum().backward()
+    begun = adapted.eval()(**inputs).logits
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:  # zeros at first: the adapters change nothing
+                parameter.normal_()
+    learned, plain = adapted(**inputs).logits, adaptation.merged(adapted).eval()
     assert set(plain.state_dict()) == names and any("lora" in name for name in adapted.state_dict()), "training goes on with the adapters"
+    assert (plain(**inputs).logits - learned).abs().max() < (learned - begun).abs().max() / 1000, "what the adapters learned is in the plain model's weights"
+    assert not [warning for warning in recwarn if issubclass(warning.category, UserWarning)], "a user would see them"
 
 
 def test_frozen_layers_stay_frozen_with_adapters(model):
