@@ -19,7 +19,7 @@ from language_models import save_tiny_model
 
 DEVICE, NUM_DEVICES = "cuda", torch.cuda.device_count()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(NUM_DEVICES == 0, reason="no GPU on this machine")]
-FLAGS = ["--max-train-samples", 85, "--epochs", 3, "--max-length", 20, "--lr", "3e-3", "--batch-size", 8]
+FLAGS = ["--epochs", 3, "--max-length", 20, "--lr", "5e-3", "--batch-size", 8]
 WITH_DROPOUT = [*FLAGS, "--batch-size", 4, "--grad-accum", 3, "--max-windows", 4, "--dropout", 0.1, "--attention-dropout", 0.1, "--save-every", 1]
 ROOM = 2**30  # bytes that PyTorch may take of the GPU: a batch of 84 texts through layers of 16,384 needs more, one of 21 does not
 LIMITED = """
@@ -73,7 +73,7 @@ def of_the_cpu(train, tmp_path_factory):
     """The losses of a training on the CPU in fp32, which learns: a model that does not would have those of any other."""
     folder = tmp_path_factory.mktemp("cpu") / "run"
     train(folder, *FLAGS, "--device", "cpu", "--precision", "fp32", "--max-windows", 2)
-    assert losses(folder)[-1] < 0.5 < losses(folder)[0]
+    assert losses(folder)[-1] < 0.3 < losses(folder)[0]
     return losses(folder)
 
 
@@ -84,7 +84,7 @@ def test_a_training_follows_that_of_the_cpu(precision, tolerance, flags, train, 
     if precision == "bf16" and DEVICE == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         pytest.skip("this GPU has no bf16")
     train(tmp_path / "run", *FLAGS, "--device", DEVICE, "--precision", precision, "--max-windows", 2, *flags)
-    assert losses(tmp_path / "run") == pytest.approx(of_the_cpu, rel=tolerance)
+    assert losses(tmp_path / "run") == pytest.approx(of_the_cpu, abs=tolerance)  # on a CPU bf16 is off by 0.002
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["precision"] == precision and (DEVICE == "cpu" or torch.cuda.get_device_name() in config["device"])
 
@@ -118,7 +118,7 @@ def test_two_processes_equal_one(flags, train, tmp_path):
     flags = [*FLAGS, *flags, "--device", DEVICE, "--precision", "fp32", "--eval-batch-size", 5]
     train(tmp_path / "one", *flags)
     train(tmp_path / "two", *flags, "--batch-size", 4, torchrun=["--nproc-per-node", 2])
-    assert losses(tmp_path / "one")[-1] < 0.5 and losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
+    assert losses(tmp_path / "one")[-1] < 0.3 and losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
     one, two = (load_file(tmp_path / name / "best" / "model.safetensors") for name in ("one", "two"))
     assert all(torch.allclose(one[name], two[name], rtol=1e-3, atol=1e-4) for name in one)
 
