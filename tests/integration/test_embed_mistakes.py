@@ -111,7 +111,7 @@ FLAGS = {
     "where that does something": (["delete", "--index", "HOME/ix", "--where", "true; drop table x"], ("--where", "drop table")),
     "unknown id": (["delete", "--index", "HOME/ix", "s1", "nope"], ("HOME/ix", "'nope'", "nothing is deleted")),
     "delete an id that is not UTF-8": (["delete", "--index", "HOME/ix", "s1", "a\udc80"], ("id 2", "not UTF-8")),
-    "where that is not UTF-8": (["delete", "--index", "HOME/ix", "--where", "label = '\udc80'"], ("--where", "label")),
+    "where that is not UTF-8": (["delete", "--index", "HOME/ix", "--where", "label = '\udc80'"], ("--where", "UTF-8", "write a condition over _id, _text")),
     "a model to compact": (["compact", "--index", "HOME/ix", "--model", "x"], ("--model x", "--help")),
     "a seed to delete": (["delete", "--index", "HOME/ix", "s1", "--seed", "1"], ("--seed 1", "--help")),
     "a column to search": (["search", "--index", "HOME/ix", "x", "--text-column", "y"], ("--text-column y", "--help")),

@@ -384,7 +384,12 @@ REAL_CHECKS = {
     "left-padded, top-p, bf16": ["--precision", "bf16", "--top-p", 0.92, "--temperature", 0.8, "--prompt", "The capital of France", "--prompt",
                                  "Once upon a time, in a small village by the sea, there was", "--max-new-tokens", 12],
     "chat": ["--precision", "fp32", "--chat", "--max-new-tokens", 24, "--repetition-penalty", 1.1],
-    "lookup": ["--precision", "fp32", "--lookup", 5, "--max-new-tokens", 40],
+    "few likely tokens, bf16": ["--precision", "bf16", "--top-k", 3, "--temperature", 2, "--seed", 2, "--max-new-tokens", 16],
+    "little probability, bf16": ["--precision", "bf16", "--top-p", 0.4, "--temperature", 1.5, "--seed", 2, "--max-new-tokens", 16],
+    "few typical tokens, bf16": ["--precision", "bf16", "--typical-p", 0.3, "--min-p", 0.01, "--temperature", 1.5, "--seed", 3, "--max-new-tokens", 16],
+    "n-grams of the prompt, fp32": ["--precision", "fp32", "--no-repeat-ngram-size", 2, "--max-new-tokens", 8, "--prompt",
+                                    "The cat sat on the mat. The cat sat on"],
+    "lookup": ["--precision", "fp32", "--lookup", 5, "--max-new-tokens", 40, "--prompt", "The cat sat on the mat. The cat sat on the rug. The cat sat on"],
     **{f"min-p, typical and n-grams, bf16, seed {seed}": ["--precision", "bf16", "--min-p", 0.02, "--typical-p", 0.95, "--no-repeat-ngram-size", 2, "--seed", seed,
                                                           "--prompt", "Once upon a time", "--max-new-tokens", 12] for seed in (0, 1)},
 }
@@ -394,19 +399,22 @@ REAL_CHECKS = {
 def test_the_real_model_gives_the_tokens_of_generate(flags, real, script):
     code, stdout, stderr = script("--model", REAL, "--prompt", TUTORIAL, *flags, "--check")
     assert code == 0 and re.fullmatch(r"equal: (\d+) of \1 tokens\n", stdout), stdout + stderr
+    guesses = re.search(r"lookup: (\d+) of (\d+) guessed tokens accepted", stderr)
+    assert bool(guesses) == ("--lookup" in flags) and (not guesses or 0 < int(guesses[1]) < int(guesses[2])), "some guesses are right and some are wrong"
 
 
 def test_the_real_models_texts_do_not_depend_on_their_neighbours(real, script):
-    """The fast sampler in fp32, one text a batch and all three in one."""
-    flags = ["--model", REAL, "--prompt", TUTORIAL, "--prompt", "Once upon a time", "--prompt", "The", "--sampler", "fast", "--top-p", 0.98, "--temperature", 1.3]
+    """The fast sampler in fp32, one text a batch and all three in one; a comma ends two of them early."""
+    flags = ["--model", REAL, "--prompt", TUTORIAL, "--prompt", "Once upon a time", "--prompt", "The", "--sampler", "fast", "--top-p", 0.98,
+             "--temperature", 1.3, "--end-token", ","]
     alone, together = (script(*flags, "--batch-size", size, "--max-new-tokens", 12)[1] for size in (1, 3))
     assert alone == together and alone.count("--- prompt") == 3
 
 
 def test_the_real_model_answers_sensibly_and_speaks_its_template(real, script):
     """Greedy in fp32: a wrong conversion, tokenizer, template or position would not know the capital of France."""
-    code, stdout, _ = script("--model", REAL, "--chat", "--prompt", "What is the capital of France?", "--max-new-tokens", 12)
-    assert code == 0 and "Paris" in stdout
+    code, stdout, _ = script("--model", REAL, "--chat", "--prompt", "What is the capital of France?", "--max-new-tokens", 24)
+    assert code == 0 and re.fullmatch(r"[^\n]*Paris[^\n]*\n", stdout), "no role above it, and nothing after its end"
 
 
 def test_the_real_model_loads_in_three_seconds(real, capsys):

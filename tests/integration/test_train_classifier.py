@@ -17,16 +17,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard import program
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from conftest import ROOT, make_sentences
 
-FLAGS = ["--epochs", 2, "--max-length", 24, "--batch-size", 8, "--lr", "3e-3", "--log-every", 3]
+FLAGS = ["--epochs", 2, "--max-length", 24, "--batch-size", 8, "--lr", "3e-3", "--log-every", 3, "--dropout", 0.1]
 
 
 @pytest.fixture(scope="module")
-def flags(tiny_model, sentences_csv, cache_dir):
-    return ["--model", tiny_model, "--dataset", sentences_csv, "--cache-dir", cache_dir, *FLAGS]
+def flags(tiny_model, sentences_csv, cache_dir, tmp_path_factory):
+    """With the small model as a pretrained encoder comes, without a head: each run draws one, and its dropout masks, from its seed."""
+    encoder = tmp_path_factory.mktemp("models") / "encoder"
+    AutoModel.from_pretrained(tiny_model).save_pretrained(encoder)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(encoder)
+    return ["--model", encoder, "--dataset", sentences_csv, "--cache-dir", cache_dir, *FLAGS]
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +38,12 @@ def finished(run_script, flags, tmp_path_factory):
     """A finished run: its folder and what the process printed."""
     folder = tmp_path_factory.mktemp("runs") / "first"
     return folder, run_script("train_classifier.py", *flags, "--output-dir", folder)
+
+
+def predictions_of(folder: Path) -> list[dict]:
+    """Return the rows of a run's predictions.csv."""
+    with open(folder / "predictions.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def test_the_screen_shows_epochs_and_examples_and_stderr_stays_quiet(finished):
@@ -52,8 +62,7 @@ def test_the_run_folder_holds_results_that_agree_with_each_other(finished):
     results = json.loads((folder / "metrics.json").read_text())
     assert {"test_accuracy", "test_macro_f1", "best_epoch", "train_examples_per_second"} <= results.keys()
     assert results["test_accuracy"] > 0.8, "the sentences are easy: the loop must learn them"
-    with open(folder / "predictions.csv", newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = predictions_of(folder)
     assert len(rows) == 12
     assert sum(row["true"] == row["predicted"] for row in rows) / 12 == pytest.approx(results["test_accuracy"])
     sources = make_sentences(120)
@@ -83,6 +92,16 @@ def test_the_report_holds_what_the_screen_shows_with_pictures(finished):
     report = (folder / "report.md").read_text()
     for heading in ("## Epochs", "## Classes of the test split", "## Five right", "## Five wrong", "## Settings"):
         assert heading in report
+    screen = [re.split(" {2,}", line.strip()) for line in process.stdout.splitlines()]
+    tables = {section.splitlines()[0]: [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line.startswith("|")][2:]
+              for section in report.split("\n## ")[1:]}  # without the head and the line below it
+    for heading in ("Epochs", "Classes of the test split", "By length", "Five right", "Five wrong"):
+        assert [row for row in screen if row in tables[heading]] == tables[heading], heading
+    assert [len(tables[heading]) for heading in ("Epochs", "Classes of the test split")] == [2, 2] and tables["By length"]
+    for heading, right in (("Five right", True), ("Five wrong", False)):
+        answers = [(row["predicted"], row["true"]) for row in predictions_of(folder) if (row["predicted"] == row["true"]) == right]
+        shown = [(predicted, true) for _, predicted, true, _ in tables[heading]]
+        assert len(shown) == min(5, len(answers)) and set(shown) <= set(answers), heading
     for picture in re.findall(r"\]\((\S+\.png)\)", report):
         pixels = matplotlib.image.imread(folder / picture)
         assert min(pixels.shape[:2]) > 200 and pixels.std() > 0.05, "not a blank picture"
@@ -157,8 +176,14 @@ def test_tensorboard_shows_curves_pictures_texts_and_settings(finished):
             "validation/macro_f1", "test/accuracy"} <= scalars.keys()
     points = get("scalars/scalars?run=first&tag=validation%2Faccuracy")
     assert [point[1] for point in points] == [12, 24]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [point[2] for point in points] == pytest.approx([line["validation/accuracy"] for line in lines if "validation/accuracy" in line])
     assert {"validation/confusion", "test/confusion"} <= get("images/tags")["first"].keys()
     assert "test/mistakes/text_summary" in get("text/tags")["first"]
+    (panel,) = get("text/text?run=first&tag=test%2Fmistakes%2Ftext_summary")
+    rows = predictions_of(folder)
+    wrong = [row["text"] for row in rows if row["predicted"] != row["true"]]
+    assert [row["text"] for row in rows if row["text"][:40] in panel["text"]] == wrong and ("none" in panel["text"]) == (wrong == [])
     experiment = get("hparams/experiment", data=json.dumps({"experimentName": ""}).encode())
     assert {"lr", "batch_size", "model"} <= {info["name"] for info in experiment["hparamInfos"]}
     assert {"test/accuracy", "test/loss"} <= {info["name"]["tag"] for info in experiment["metricInfos"]} <= scalars.keys()
@@ -168,21 +193,26 @@ def test_tensorboard_shows_curves_pictures_texts_and_settings(finished):
     assert values["test/accuracy"] == pytest.approx(json.loads((folder / "metrics.json").read_text())["test_accuracy"])
 
 
-def test_inspect_shows_data_tokens_and_a_batch_and_trains_nothing(run_script, flags, sentences_csv, tmp_path):
+def test_inspect_shows_data_tokens_and_a_batch_and_trains_nothing(run_script, flags, tiny_model, tmp_path):
     done = run_script("train_classifier.py", *flags, "--inspect", "--output-dir", tmp_path / "none")
     out = done.stdout
     assert done.stderr == "" and not (tmp_path / "none").exists()
     assert re.search(r"neg +48 +6 +6\n *pos +48 +6 +6\n *all +96 +12 +12", out)
     assert "reads 24 at once in training and 24 in scoring, the model holds 64" in out and "'[PAD]' = id 0" in out and "they belong together" in out
     tokens, ids = (re.search(rf"^{name} +(\S.*)$", out[out.index("ONE TEXT"):], re.M).group(1).split() for name in ("tokens", "ids"))
-    assert tokens[0] == "[CLS]" and ids[0] == "2" and len(tokens) == len(ids)
-    assert re.search(r"input_ids +\(4, \d+\) int64", out) and "[PAD]" in out[out.index("ONE PADDED BATCH"):]
+    assert tokens[0] == "[CLS]" and ids[0] == "2" and list(map(int, ids)) == AutoTokenizer.from_pretrained(tiny_model).convert_tokens_to_ids(tokens)
+    width = int(re.search(r"input_ids +\(4, (\d+)\) int64", out).group(1))
+    rows = re.findall(r"\((\d+) tokens \+ (\d+) padding\)", out[out.index("ONE PADDED BATCH"):])
+    assert [int(own) + int(padding) for own, padding in rows] == [width] * 4 and "[PAD]" in out[out.index("ONE PADDED BATCH"):]
 
 
 @pytest.mark.parametrize("extra", [["--grad-accum", 2]])
 def test_two_processes_at_batch_4_equal_one_at_batch_8(extra, run_script, flags, tmp_path):
-    """The global batch decides the order, and gradients are sums over the true count: only rounding differs."""
-    short = [*flags, "--precision", "fp32", "--epochs", 1, "--max-train-samples", 41, *extra]  # 41: a last batch of one row, which only one process gets
+    """The global batch decides the order, and gradients are sums over the true count: only rounding differs.
+
+    41 texts leave nine for the last step: one process has five in two batches, the other four in one.
+    """
+    short = [*flags, "--dropout", 0, "--precision", "fp32", "--epochs", 1, "--max-train-samples", 41, *extra]
     run_script("train_classifier.py", *short, "--output-dir", tmp_path / "one")
     done = run_script("torchrun", "--nproc-per-node", 2, "train_classifier.py", *short, "--batch-size", 4, "--output-dir", tmp_path / "two", OMP_NUM_THREADS="1")
     assert done.stdout.count("epoch 1/1") == 1, "only the main process prints"
