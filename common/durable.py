@@ -113,8 +113,8 @@ def link_folder(source: Path, target: Path):
 def replace_folder(fresh: Path, folder: Path):
     """Put a complete folder in the place of another, which is gone only when the new one stands there."""
     old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
+    if folder.exists():  # else a kill came between the two renames, and the old one is all that there is
+        shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     fresh.rename(folder)
     shutil.rmtree(old, ignore_errors=True)

@@ -37,7 +37,7 @@ def matching(snapshot: Snapshot, condition: str | None) -> np.ndarray:
                 here = np.zeros(len(segment.alive), bool)
                 here[np.asarray(found, np.int64)] = True
                 mask[start : start + len(here)] &= here
-    except (duckdb.Error, UnicodeEncodeError) as error:
+    except duckdb.Error as error:
         raise UserError(f"--where {condition!r}: {one_line(error)}; write a condition over {', '.join(columns)}, with texts in single quotes") from error
     return mask
 

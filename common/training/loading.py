@@ -80,13 +80,13 @@ def load_for_training(rows, args, machine):
     tokenizer, note = models.load_tokenizer(args.model, cache_dir=args.cache_dir)
     dropout = adaptation.dropout_options(models.load_config(args.model, cache_dir=args.cache_dir), dropout=args.dropout,
                                          attention_dropout=args.attention_dropout, name=args.model)
-    model = models.load_classifier(args.model, names=rows["train"].features["label"].names, dropout=dropout,
-                                   pad_token_id=tokenizer.pad_token_id, cache_dir=args.cache_dir)
+    model, is_new = models.load_classifier(args.model, names=rows["train"].features["label"].names, dropout=dropout,
+                                           pad_token_id=tokenizer.pad_token_id, cache_dir=args.cache_dir)
     args.max_length = models.choose_max_length(args.max_length, DEFAULT_MAX_LENGTH, model, tokenizer, flag="--max-length")
     args.eval_max_length = models.choose_max_length(args.eval_max_length, args.max_length, model, tokenizer, flag="--eval-max-length")
     args.truncation = args.truncation or DEFAULT_TRUNCATION
     size = sum(parameter.numel() for parameter in model.parameters())
-    machine.say(f"model    {args.model}: {type(model).__name__}, {size / 1e6:.1f} million parameters, with a new head")
+    machine.say(f"model    {args.model}: {type(model).__name__}, {size / 1e6:.1f} million parameters, with {'a new head' if is_new else 'the head that it was saved with'}")
     if note:
         machine.say(f"         {note}")
     return tokenizer, model, tokenize(rows, tokenizer, args, machine)

@@ -41,9 +41,10 @@ def load_tokenizer(name: str, *, cache_dir: str | None):
 
 
 def load_classifier(name: str, *, names: list[str], dropout: dict[str, float], pad_token_id: int, cache_dir: str | None):
-    """Return a model with a new head for the classes `names`, in fp32, with `id2label` and `label2id` in its config.
+    """Return a model for the classes `names`, in fp32, with `id2label` and `label2id` in its config, and whether its head is new.
 
-    `dropout` gives values of the config's options for dropout. Raises UserError when the model can't be loaded.
+    A head of as many classes that the model was saved with stays, as in transformers, whatever they were. `dropout` gives values of the config's
+    options for dropout. Raises UserError when the model can't be loaded.
     """
     config = load_config(name, cache_dir=cache_dir, num_labels=len(names),
                          id2label=dict(enumerate(names)), label2id={label: number for number, label in enumerate(names)})
@@ -52,8 +53,9 @@ def load_classifier(name: str, *, names: list[str], dropout: dict[str, float], p
     config.problem_type = "single_label_classification"
     for option, value in dropout.items():
         setattr(config, option, value)
-    return pretrained.load(AutoModelForSequenceClassification, name, locate(name), cache_dir=cache_dir, config=config, dtype=torch.float32,
-                           use_safetensors=True, ignore_mismatched_sizes=True, adapter_kwargs={"cache_dir": cache_dir})  # else the look for adapters leaves files elsewhere
+    model, report = pretrained.load(AutoModelForSequenceClassification, name, locate(name), cache_dir=cache_dir, config=config, dtype=torch.float32, use_safetensors=True,
+                                    ignore_mismatched_sizes=True, output_loading_info=True, adapter_kwargs={"cache_dir": cache_dir})  # else it leaves files elsewhere
+    return model, bool(report["missing_keys"] or report["mismatched_keys"])
 
 
 def load_config(name: str, *, cache_dir: str | None, **options):

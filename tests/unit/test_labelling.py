@@ -6,6 +6,7 @@ from collections import Counter
 import datasets
 import pytest
 import torch
+from safetensors.torch import load_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -239,6 +240,11 @@ def test_the_screen_says_which_splits_were_cut_and_how_many_texts_are_shared(tmp
 
 
 def test_class_names_go_into_the_models_config(tiny_model):
-    model = models.load_classifier(str(tiny_model), names=["sport", "arts", "9"], dropout={}, pad_token_id=0, cache_dir=None)
+    model, is_new = models.load_classifier(str(tiny_model), names=["sport", "arts", "9"], dropout={}, pad_token_id=0, cache_dir=None)
     assert model.config.id2label == {0: "sport", 1: "arts", 2: "9"} and model.config.label2id == {"sport": 0, "arts": 1, "9": 2}
-    assert model.config.num_labels == model.classifier.out_features == 3
+    assert is_new and model.config.num_labels == model.classifier.out_features == 3
+
+
+def test_a_head_of_as_many_classes_stays_and_is_not_called_new(tiny_model):
+    model, is_new = models.load_classifier(str(tiny_model), names=["ham", "spam"], dropout={}, pad_token_id=0, cache_dir=None)
+    assert not is_new and torch.equal(model.classifier.weight, load_file(tiny_model / "model.safetensors")["classifier.weight"])
