@@ -6,9 +6,9 @@ from collections import Counter
 import datasets
 import pytest
 import torch
-from safetensors.torch import load_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 import train_classifier
 from common.errors import UserError
