@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import hashlib
 import json
 import os
 import random
@@ -18,6 +17,7 @@ import torch
 import torch.distributed
 from torch.distributed.rendezvous import rendezvous
 
+from common.assets import sha256
 from common.errors import UserError
 from common.joining import join_processes
 
@@ -109,14 +109,15 @@ class Runtime:
 
     def require_shared(self, path: Path, *, flag: str):
         """Raise UserError on every process unless all see the same file, as processes on machines without a common file system do not."""
-        for _ in range(SHARED_TRIES if self.world_size > 1 else 0):
-            seen = self.gather_texts(hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "")
+        if self.world_size == 1:
+            return
+        for _ in range(SHARED_TRIES):
+            seen = self.gather_texts(sha256(path) if path.is_file() else "")
             others = [str(rank) for rank, digest in enumerate(seen) if digest != seen[0]]
             if not others:
                 return
             time.sleep(1)  # a network file system can show a new file late
-        if self.world_size > 1:
-            raise UserError(f"{flag}: process {', '.join(others)} does not see {path} as process 0 does; name a folder on a file system that all machines share")
+        raise UserError(f"{flag}: process {', '.join(others)} does not see {path} as process 0 does; name a folder on a file system that all machines share")
 
     @contextlib.contextmanager
     def main_first(self):

@@ -53,8 +53,9 @@ def load_classifier(name: str, *, names: list[str], dropout: dict[str, float], p
     config.problem_type = "single_label_classification"
     for option, value in dropout.items():
         setattr(config, option, value)
-    model, report = pretrained.load(AutoModelForSequenceClassification, name, locate(name), cache_dir=cache_dir, config=config, dtype=torch.float32, use_safetensors=True,
-                                    ignore_mismatched_sizes=True, output_loading_info=True, adapter_kwargs={"cache_dir": cache_dir})  # else it leaves files elsewhere
+    model, report = pretrained.load(AutoModelForSequenceClassification, name, locate(name), cache_dir=cache_dir, config=config, dtype=torch.float32,
+                                    use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True,
+                                    adapter_kwargs={"cache_dir": cache_dir})  # else the look for adapters leaves files elsewhere
     return model, bool(report["missing_keys"] or report["mismatched_keys"])
 
 
