@@ -30,10 +30,14 @@ def locate(name: str, *, bundled: Callable[[str], Path]) -> str:
 
 
 def load(auto_class, name: str, location: str, **options):
-    """Call `auto_class.from_pretrained(location)`; no remote code runs. Raises UserError, naming `name`, when it can't be found, reached or read."""
+    """Call `auto_class.from_pretrained(location)`. Raises UserError, naming `name`, when it can't be found, reached or read.
+
+    No remote code runs: without `trust_remote_code=False` transformers asks on standard input whether it may run the code that a folder names,
+    and takes the first line of a piped text for the answer.
+    """
     reachable = Path(location).is_dir() or hub.is_reachable()
     try:
-        loaded = auto_class.from_pretrained(location, **options)
+        loaded = auto_class.from_pretrained(location, trust_remote_code=False, **options)
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError, safetensors.SafetensorError) as error:
         if isinstance(error, ValueError) and not any(known in str(error) for known in USER_VALUE_ERRORS):
             raise

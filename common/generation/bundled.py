@@ -105,8 +105,8 @@ def convert(gguf: Path, folder: Path):
     """Write a GGUF model as a plain Hugging Face folder in fp32, with a manifest of size and SHA-256 of each file."""
     if sys.stderr.isatty():
         transformers.utils.logging.enable_progress_bar()  # twenty seconds are long for a person who waits
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
     transformers.utils.logging.disable_progress_bar()
     model.hf_quantizer.remove_quantization_config(model)  # the numbers are plain fp32 by now; with it save_pretrained refuses
     model.save_pretrained(folder)
