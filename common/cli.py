@@ -1,4 +1,6 @@
-"""What the command lines share: flags that mean the same in every script, and how a script ends."""
+"""What the command lines share: flags that mean the same in every script, and how a script
+ends.
+"""
 
 import argparse
 import errno
@@ -10,12 +12,23 @@ from pathlib import Path
 
 from common.errors import Interrupted, UserError
 
-SECONDS_FOR_RANK_0 = 5.0  # what every process finds wrong is said once: when rank 0 has ended, torchrun ends the others, before they speak
-LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL communicator was aborted")  # of gloo and NCCL
+# what every process finds wrong is said once: when rank 0 has ended, torchrun ends the others,
+# before they
+# speak
+SECONDS_FOR_RANK_0 = 5.0
+# of gloo and NCCL
+LOST_PEER = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "NCCL communicator was aborted",
+)
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that takes no abbreviations, shows each default, and reports a mistake as a UserError."""
+    """An ArgumentParser that takes no abbreviations, shows each default, and reports a mistake as
+    a UserError.
+    """
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
@@ -25,7 +38,9 @@ class Parser(argparse.ArgumentParser):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of a script's docstring and adds the defaults that say something to the flags."""
+    """Keeps the line breaks of a script's docstring and adds the defaults that say something to
+    the flags.
+    """
 
     def _get_help_string(self, action):
         return action.help if action.default in (None, False) else super()._get_help_string(action)
@@ -85,15 +100,34 @@ def add_shared_flags(parser: argparse.ArgumentParser, *, model: str):
     """Add the flags that every script has; `model` is the script's default model."""
     group = parser.add_argument_group("model and machine")
     group.add_argument("--model", default=model, help="a bundled name, a local folder or a Hub id")
-    group.add_argument("--cache-dir", type=folder, help="where downloads and tokenised texts are kept (default: the Hugging Face cache)")
-    group.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: cuda, else mps, else cpu")
-    group.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto",
-                       help="auto: bf16 where the processor has it, fp16 on older GPUs, else fp32")
+    group.add_argument(
+        "--cache-dir",
+        type=folder,
+        help="where downloads and tokenised texts are kept (default: the Hugging Face cache)",
+    )
+    group.add_argument(
+        "--device",
+        choices=["auto", "cpu", "cuda", "mps"],
+        default="auto",
+        help="auto: cuda, else mps, else cpu",
+    )
+    group.add_argument(
+        "--precision",
+        choices=["auto", "fp32", "bf16", "fp16"],
+        default="auto",
+        help="auto: bf16 where the processor has it, fp16 on older GPUs, else fp32",
+    )
     group.add_argument("--seed", type=non_negative_int, default=0, help="for every random choice of the run")
 
 
-def run(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], None], argv: Sequence[str] | None = None):
-    """Parse `argv` (the process's own when None) and call `main`; a UserError ends in one line on stderr and exit code 2."""
+def run(
+    parser: argparse.ArgumentParser,
+    main: Callable[[argparse.Namespace], None],
+    argv: Sequence[str] | None = None,
+):
+    """Parse `argv` (the process's own when None) and call `main`; a UserError ends in one line on
+    stderr and exit code 2.
+    """
     try:
         main(parser.parse_args(argv))
         sys.stdout.flush()
@@ -110,15 +144,25 @@ def run(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], No
         sys.exit(141)
     except Exception as error:
         if "RANK" in os.environ and any(words in str(error) for words in LOST_PEER):
-            _end(f"{parser.prog}: error: process {os.environ['RANK']} lost another process of the job, whose own message says why", 1)
+            _end(
+                f"{parser.prog}: error: process {os.environ['RANK']} lost another process of the job, whose"
+                " own message says why",
+                1,
+            )
         full = _full_disk(error)
         if full is None:
             raise
-        _end(f"{parser.prog}: error: {full}; free some space, or name folders on another disk with --output-dir and --cache-dir", 2)
+        _end(
+            f"{parser.prog}: error: {full}; free some space, or name folders on another disk with"
+            " --output-dir and --cache-dir",
+            2,
+        )
 
 
 def _full_disk(error: BaseException | None) -> str | None:
-    """Return the words of an exception for a full disk or quota if it came of one: libraries wrap it, Rust's and `datasets`' have no errno."""
+    """Return the words of an exception for a full disk or quota if it came of one: libraries wrap
+    it, Rust's and `datasets`' have no errno.
+    """
     while error is not None:
         for words in (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "Not enough disk space"):
             if words in str(error):
@@ -131,6 +175,7 @@ def _end(message: str, code: int):
     sys.stdout.flush()
     if message:
         print(message, file=sys.stderr, flush=True)
-    if "RANK" in os.environ:  # the others wait for this process's end, and Python takes seconds to take its modules apart
+    # the others wait for this process's end, and Python takes seconds to take its modules apart
+    if "RANK" in os.environ:
         os._exit(code)
     sys.exit(code)

@@ -1,4 +1,6 @@
-"""Texts from a bundled set, a file, a folder or the Hub, as they are; and the check that each is a text with something in it."""
+"""Texts from a bundled set, a file, a folder or the Hub, as they are; and the check that each is a
+text with something in it.
+"""
 
 import glob
 import os
@@ -16,7 +18,8 @@ import pyarrow.compute
 from common import assets, hub
 from common.errors import UserError, one_line
 
-# pandas would read the texts "NA", "None" and "null" as missing; only a missing cell is missing here.
+# pandas would read the texts "NA", "None" and "null" as missing; only a missing cell is missing
+# here.
 CSV_OPTIONS = {"keep_default_na": False}
 FILE_READERS = {
     ".csv": ("csv", CSV_OPTIONS),
@@ -28,23 +31,28 @@ FILE_READERS = {
 
 SHARD = r"-\d{5}-of-\d{5}$"  # as in train-00000-of-00002.parquet
 
-if not sys.stderr.isatty():  # the libraries' bars for downloads and tokenisation are for a person who waits
+# the libraries' bars for downloads and tokenisation are for a person who waits
+if not sys.stderr.isatty():
     datasets.disable_progress_bars()
     huggingface_hub.utils.disable_progress_bars()
-datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs of a broken file is in the exception that it raises
+# what it logs of a broken file is in the exception that it raises
+datasets.logging.set_verbosity(datasets.logging.CRITICAL)
 
 
 def read(name: str, *, config: str | None = None, cache_dir: str | None = None) -> datasets.DatasetDict:
     """Read a data set as it is: every split, every column.
 
-    `name`: a bundled name; a CSV, TSV, JSON, JSONL or Parquet file (one split, `train`); a folder with one folder of
-    .txt files per class, or with `train`, `validation`, `test` folders of such folders; a folder of data files named after
-    their splits; a Hub id, with `config` where it has several. Raises UserError when it can't be found, reached or read.
+    `name`: a bundled name; a CSV, TSV, JSON, JSONL or Parquet file (one split, `train`); a folder
+    with one folder of .txt files per class, or with `train`, `validation`, `test` folders of such
+    folders; a folder of data files named after their splits; a Hub id, with `config` where it has
+    several. Raises UserError when it can't be found, reached or read.
     """
     path = Path(name)
     if assets.is_bundled(name):
         if name not in assets.DATASETS:
-            raise UserError(f"--dataset {name}: no such bundled data set; there is {', '.join(assets.DATASETS)}")
+            raise UserError(
+                f"--dataset {name}: no such bundled data set; there is {', '.join(assets.DATASETS)}"
+            )
         return datasets.DatasetDict(train=assets.DATASETS[name]())
     if path.is_file():
         return datasets.DatasetDict(train=read_file(path, cache_dir=cache_dir))
@@ -56,14 +64,21 @@ def read(name: str, *, config: str | None = None, cache_dir: str | None = None) 
 
 
 def full_name(name: str) -> str:
-    """Return the name under which a data set is the same from any folder: of a local one the whole path, of others the name."""
+    """Return the name under which a data set is the same from any folder: of a local one the whole
+    path, of others the name.
+    """
     return str(Path(name).resolve()) if Path(name).exists() else name
 
 
 def read_file(path: Path, *, cache_dir: str | None = None) -> datasets.Dataset:
-    """Read one data file by its ending, all columns. Raises UserError for an unknown ending, an empty or a broken file."""
+    """Read one data file by its ending, all columns. Raises UserError for an unknown ending, an
+    empty or a broken file.
+    """
     if path.suffix.lower() not in FILE_READERS:
-        raise UserError(f"{path}: the ending {path.suffix!r} is not one of {', '.join(FILE_READERS)}; save it as one of these")
+        raise UserError(
+            f"{path}: the ending {path.suffix!r} is not one of {', '.join(FILE_READERS)}; save it as one of"
+            " these"
+        )
     if not os.access(path, os.R_OK):
         raise UserError(f"{path}: no right to read it; ask for it with chmod or name another file")
     if path.stat().st_size == 0:
@@ -72,11 +87,17 @@ def read_file(path: Path, *, cache_dir: str | None = None) -> datasets.Dataset:
     if builder != "parquet":
         _check_utf8(path)
     try:
-        rows = datasets.load_dataset(builder, data_files=glob.escape(str(path)), split="train", cache_dir=cache_dir, **options)
+        rows = datasets.load_dataset(
+            builder, data_files=glob.escape(str(path)), split="train", cache_dir=cache_dir, **options
+        )
     except (datasets.exceptions.DatasetGenerationError, pyarrow.ArrowInvalid) as error:
-        if isinstance(error.__cause__, OSError):  # the cache can't be written: not the file's fault
+        # the cache can't be written: not the file's fault
+        if isinstance(error.__cause__, OSError):
             raise error.__cause__ from None
-        raise UserError(f"{path}: not readable as {builder}: {one_line(error.__cause__ or error).rstrip('.')}; correct the file") from error
+        raise UserError(
+            f"{path}: not readable as {builder}: {one_line(error.__cause__ or error).rstrip('.')}; correct"
+            " the file"
+        ) from error
     except ValueError as error:
         if "no data" not in str(error):  # what the library says of a header without rows
             raise
@@ -87,24 +108,35 @@ def read_file(path: Path, *, cache_dir: str | None = None) -> datasets.Dataset:
 
 
 def read_lines(name: str) -> list[str]:
-    """Return the lines of a UTF-8 text file, or of standard input for "-". Raises UserError with the file and the line."""
+    """Return the lines of a UTF-8 text file, or of standard input for "-". Raises UserError with
+    the file and the line.
+    """
     place = {"-": "standard input", "": "the empty name"}.get(name, name)
     try:
         content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
     except OSError as error:
-        raise UserError(f"{place}: can't be read: {error.strerror}; name a text file, or - for standard input") from error
+        raise UserError(
+            f"{place}: can't be read: {error.strerror}; name a text file, or - for standard input"
+        ) from error
     if not content:
         raise UserError(f"{place}: it is empty; write one text on each line")
-    lines = content.removesuffix(b"\n").split(b"\n")  # str.splitlines would also part a text at a form feed or U+2028
-    return [_decode(line, f"{place}, line {number}").removesuffix("\r") for number, line in enumerate(lines, start=1)]
+    # str.splitlines would also part a text at a form feed or U+2028
+    lines = content.removesuffix(b"\n").split(b"\n")
+    return [
+        _decode(line, f"{place}, line {number}").removesuffix("\r")
+        for number, line in enumerate(lines, start=1)
+    ]
 
 
 def _decode(content: bytes, place: str) -> str:
     try:
-        return content.decode("utf-8-sig")  # some programs write a byte order mark: it is no part of the text
+        # some programs write a byte order mark: it is no part of the text
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
-        raise UserError(f"{place}: not UTF-8 (byte {byte:#04x} at {error.start + 1}); convert the file to UTF-8 first") from error
+        raise UserError(
+            f"{place}: not UTF-8 (byte {byte:#04x} at {error.start + 1}); convert the file to UTF-8 first"
+        ) from error
 
 
 def _check_utf8(path: Path):
@@ -113,17 +145,24 @@ def _check_utf8(path: Path):
             _decode(line, f"{path}, line {number}")
 
 
-def read_texts(name: str, *, column: str, cache_dir: str | None, allow_empty: bool = False, flag: str = "--text-column") -> list[str]:
-    """Return the texts of a data file's column, or the lines of any other file or of standard input ("-"), after checking each.
+def read_texts(
+    name: str, *, column: str, cache_dir: str | None, allow_empty: bool = False, flag: str = "--text-column"
+) -> list[str]:
+    """Return the texts of a data file's column, or the lines of any other file or of standard
+    input ("-"), after checking each.
 
-    Raises UserError, naming the row or line, for one that is missing or empty, unless `allow_empty`: a missing one is then "". `flag` names the column.
+    Raises UserError, naming the row or line, for one that is missing or empty, unless
+    `allow_empty`: a missing one is then "". `flag` names the column.
     """
     if Path(name).suffix.lower() in FILE_READERS:
         if not Path(name).is_file():
             raise UserError(f"{name}: no such file; check the path")
         rows = read_file(Path(name), cache_dir=cache_dir)
         if column not in rows.features:
-            raise UserError(f"{name}: no column {column!r}; there is {', '.join(rows.column_names)}; name the right one with {flag}")
+            raise UserError(
+                f"{name}: no column {column!r}; there is {', '.join(rows.column_names)}; name the right one"
+                f" with {flag}"
+            )
         check_kind(rows, column, place=name, flag=flag)
         if not allow_empty:
             check_texts(rows, column, place=name)
@@ -131,7 +170,10 @@ def read_texts(name: str, *, column: str, cache_dir: str | None, allow_empty: bo
     lines = read_lines(name)
     for number, line in enumerate(lines, start=1):
         if not allow_empty and not line.strip():
-            raise UserError(f"{'standard input' if name == '-' else name}, line {number}: the text is empty; remove the line")
+            raise UserError(
+                f"{'standard input' if name == '-' else name}, line {number}: the text is empty; remove the"
+                " line"
+            )
     return lines
 
 
@@ -142,16 +184,28 @@ def _read_folder(root: Path, cache_dir: str | None) -> datasets.DatasetDict:
     if splits:  # as in the IMDb archive: train/pos, train/neg, test/pos, test/neg
         return datasets.DatasetDict({path.name: _read_class_folders(path) for path in splits})
     parts: dict[str, list] = {}
-    for file in sorted(path for path in root.iterdir() if path.suffix.lower() in FILE_READERS and not path.name.startswith(".")):
+    for file in sorted(
+        path
+        for path in root.iterdir()
+        if path.suffix.lower() in FILE_READERS and not path.name.startswith(".")
+    ):
         parts.setdefault(re.sub(SHARD, "", file.stem), []).append(read_file(file, cache_dir=cache_dir))
     if not parts:
-        raise UserError(f"--dataset {root}: neither class folders of .txt files nor data files ({', '.join(FILE_READERS)}) in it; "
-                        "name a folder that has them")
-    return datasets.DatasetDict({split: datasets.concatenate_datasets(files) for split, files in parts.items()})
+        raise UserError(
+            f"--dataset {root}: neither class folders of .txt files nor data files"
+            f" ({', '.join(FILE_READERS)}) in it; name a folder that has them"
+        )
+    return datasets.DatasetDict(
+        {split: datasets.concatenate_datasets(files) for split, files in parts.items()}
+    )
 
 
 def _read_class_folders(root: Path) -> datasets.Dataset:
-    files = sorted(path for path in root.glob("*/*.txt") if not path.name.startswith(".") and not path.parent.name.startswith("."))
+    files = sorted(
+        path
+        for path in root.glob("*/*.txt")
+        if not path.name.startswith(".") and not path.parent.name.startswith(".")
+    )
     texts = []
     for file in files:
         texts.append(_decode(file.read_bytes(), str(file)))
@@ -161,18 +215,35 @@ def _read_class_folders(root: Path) -> datasets.Dataset:
 
 
 def _read_hub(name: str, config: str | None, cache_dir: str | None) -> datasets.DatasetDict:
-    reachable = hub.is_reachable()  # if not, what is cached is still used, and what is not fails at once
+    # if not, what is cached is still used, and what is not fails at once
+    reachable = hub.is_reachable()
     try:
         with hub.downloads_in(cache_dir):
             found = datasets.load_dataset(name, config, cache_dir=cache_dir)
-    except (datasets.exceptions.DatasetNotFoundError, huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.HFValidationError) as error:
-        raise UserError(f"--dataset {name}: neither a local file or folder nor a data set on the Hub: {one_line(error).rstrip('.')}; "
-                        f"check the name (a private one needs `hf auth login`), or use {', '.join(assets.DATASETS)}") from error
-    except (datasets.data_files.EmptyDatasetError, datasets.exceptions.DataFilesNotFoundError, datasets.exceptions.DatasetGenerationError) as error:
-        raise UserError(f"--dataset {name}: the Hub has it, but no data files that can be read: {one_line(error.__cause__ or error)}") from error
+    except (
+        datasets.exceptions.DatasetNotFoundError,
+        huggingface_hub.errors.HfHubHTTPError,
+        huggingface_hub.errors.HFValidationError,
+    ) as error:
+        raise UserError(
+            f"--dataset {name}: neither a local file or folder nor a data set on the Hub:"
+            f" {one_line(error).rstrip('.')}; check the name (a private one needs `hf auth login`), or use"
+            f" {', '.join(assets.DATASETS)}"
+        ) from error
+    except (
+        datasets.data_files.EmptyDatasetError,
+        datasets.exceptions.DataFilesNotFoundError,
+        datasets.exceptions.DatasetGenerationError,
+    ) as error:
+        raise UserError(
+            f"--dataset {name}: the Hub has it, but no data files that can be read:"
+            f" {one_line(error.__cause__ or error)}"
+        ) from error
     except (ConnectionError, httpx2.TransportError) as error:
-        raise UserError(f"--dataset {name}: no such local file or folder, and the Hub can't be reached: {one_line(error)}; "
-                        f"without a network use a local file or {', '.join(assets.DATASETS)}") from error
+        raise UserError(
+            f"--dataset {name}: no such local file or folder, and the Hub can't be reached:"
+            f" {one_line(error)}; without a network use a local file or {', '.join(assets.DATASETS)}"
+        ) from error
     except ValueError as error:
         if "config" not in str(error).lower():  # not about the choice of a configuration: a bug
             raise
@@ -180,27 +251,37 @@ def _read_hub(name: str, config: str | None, cache_dir: str | None) -> datasets.
     except RuntimeError as error:
         if "script" not in str(error).lower():
             raise
-        raise UserError(f"--dataset {name}: it needs remote code, which is never run here; use a Parquet version of it") from error
+        raise UserError(
+            f"--dataset {name}: it needs remote code, which is never run here; use a Parquet version of it"
+        ) from error
     if not reachable:
         hub.say_cached(f"--dataset {name}")
     return found
 
 
 def check_texts(rows: datasets.Dataset, column: str, *, place: str):
-    """Raise UserError, naming `place` and the row, unless each value of a column is a text with something in it."""
+    """Raise UserError, naming `place` and the row, unless each value of a column is a text with
+    something in it.
+    """
     check_kind(rows, column, place=place)
     for start, block in _blocks(rows, column):
         blank = pyarrow.compute.equal(pyarrow.compute.utf8_trim_whitespace(block), "").fill_null(True)
         row = pyarrow.compute.index(blank, True).as_py()
         if row >= 0:
             state = "missing" if not block[row].is_valid else "empty"
-            raise UserError(f"{place}, row {start + row + 1}: the text in column {column!r} is {state}; remove the row or fill it in")
+            raise UserError(
+                f"{place}, row {start + row + 1}: the text in column {column!r} is {state}; remove the row or"
+                " fill it in"
+            )
 
 
 def check_kind(rows: datasets.Dataset, column: str, *, place: str, flag: str = "--text-column"):
     """Raise UserError, naming `place`, unless a column holds texts."""
     if kind(rows, column) not in ("string", "large_string"):
-        raise UserError(f"{place}: column {column!r} holds {kind(rows, column)}, not texts; name the right one with {flag}")
+        raise UserError(
+            f"{place}: column {column!r} holds {kind(rows, column)}, not texts; name the right one with"
+            f" {flag}"
+        )
 
 
 def kind(rows: datasets.Dataset, column: str) -> str:

@@ -1,4 +1,6 @@
-"""Files that survive: written through to the disk, folders put in place whole, and a manifest by which damage is found."""
+"""Files that survive: written through to the disk, folders put in place whole, and a manifest by
+which damage is found.
+"""
 
 import contextlib
 import hashlib
@@ -14,8 +16,14 @@ from common.assets import sha256
 
 
 def write_manifest(folder: Path):
-    """Write manifest.json: size and SHA-256 of each file of a folder, and a SHA-256 of this list itself."""
-    files = {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(folder.rglob("*")) if path.is_file()}
+    """Write manifest.json: size and SHA-256 of each file of a folder, and a SHA-256 of this list
+    itself.
+    """
+    files = {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
     (folder / "manifest.json").write_text(manifest_text(files), encoding="utf-8")
     sync_file(folder / "manifest.json")
     for path in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
@@ -23,13 +31,22 @@ def write_manifest(folder: Path):
 
 
 def manifest_text(files: dict) -> str:
-    """Return the text of a manifest, byte for byte a function of the files: a changed byte of it can't go unseen."""
+    """Return the text of a manifest, byte for byte a function of the files: a changed byte of it
+    can't go unseen.
+    """
     listed = json.dumps(files, sort_keys=True)
-    return json.dumps({"files": files, "sha256": hashlib.sha256(listed.encode()).hexdigest()}, sort_keys=True, indent=1) + "\n"
+    return (
+        json.dumps(
+            {"files": files, "sha256": hashlib.sha256(listed.encode()).hexdigest()}, sort_keys=True, indent=1
+        )
+        + "\n"
+    )
 
 
 def fault(folder: Path) -> str | None:
-    """Return what is wrong with a checkpoint, in a few words; None when each file is there with the SHA-256 that the manifest says."""
+    """Return what is wrong with a checkpoint, in a few words; None when each file is there with
+    the SHA-256 that the manifest says.
+    """
     try:
         text = (folder / "manifest.json").read_bytes()
         files = json.loads(text)["files"]
@@ -55,7 +72,9 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]):
 
 
 def tensors_sha256(tensors: dict[str, torch.Tensor]) -> str:
-    """Return a SHA-256 of the names, kinds, shapes and values of tensors, in their order, in hexadecimal."""
+    """Return a SHA-256 of the names, kinds, shapes and values of tensors, in their order, in
+    hexadecimal.
+    """
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -75,7 +94,9 @@ def read_json(path: Path):
 
 
 def replace_file(path: Path, text: str):
-    """Put a new text file in the place of another in one step, after all that stands in its folder is on the disk; then so is it."""
+    """Put a new text file in the place of another in one step, after all that stands in its folder
+    is on the disk; then so is it.
+    """
     fresh = path.with_name(f"{path.name}.{os.getpid()}")
     fresh.write_text(text, encoding="utf-8")
     sync_file(fresh)
@@ -100,7 +121,9 @@ def sync_folder(path: Path):
 
 
 def link_folder(source: Path, target: Path):
-    """Make a folder of hard links to another's files, which costs no space; copies where the file system has no links."""
+    """Make a folder of hard links to another's files, which costs no space; copies where the file
+    system has no links.
+    """
     target.mkdir()
     for path in source.iterdir():
         with contextlib.suppress(OSError):
@@ -111,9 +134,12 @@ def link_folder(source: Path, target: Path):
 
 
 def replace_folder(fresh: Path, folder: Path):
-    """Put a complete folder in the place of another, which is gone only when the new one stands there."""
+    """Put a complete folder in the place of another, which is gone only when the new one stands
+    there.
+    """
     old = folder.with_name(folder.name + ".old")
-    if folder.exists():  # else a kill came between the two renames, and the old one is all that there is
+    # else a kill came between the two renames, and the old one is all that there is
+    if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     fresh.rename(folder)

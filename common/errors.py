@@ -1,15 +1,20 @@
-"""The exceptions that end a script with one line: a mistake which the user can mend, and a run that was stopped."""
+"""The exceptions that end a script with one line: a mistake which the user can mend, and a run
+that was stopped.
+"""
 
 
 class UserError(Exception):
     """A mistake of the user: its message names the value, the place and the way out, in one line.
 
-    `common.cli.run` prints it without a traceback and exits with code 2. Anything else that is raised is a bug.
+    `common.cli.run` prints it without a traceback and exits with code 2. Anything else that is
+    raised is a bug.
     """
 
 
 class Interrupted(Exception):
-    """The end of a run by a signal, after what it had done was saved; `common.cli.run` prints the message and exits with `code`."""
+    """The end of a run by a signal, after what it had done was saved; `common.cli.run` prints the
+    message and exits with `code`.
+    """
 
     def __init__(self, message: str, code: int):
         super().__init__(message)

@@ -1,7 +1,8 @@
 """`evaluate.Metric` subclasses over scikit-learn and rouge_score.
 
-`evaluate.load("accuracy")` downloads a Python script and runs it; these are the same interface without network and
-without foreign code. Make them with `keep_in_memory=True`: nothing is then written to the metrics cache.
+`evaluate.load("accuracy")` downloads a Python script and runs it; these are the same interface
+without network and without foreign code. Make them with `keep_in_memory=True`: nothing is then
+written to the metrics cache.
 """
 
 import statistics
@@ -32,7 +33,9 @@ class Accuracy(evaluate.Metric):
 
 
 class MacroF1(evaluate.Metric):
-    """The unweighted mean of the F1 of the classes that occur in the references or the predictions."""
+    """The unweighted mean of the F1 of the classes that occur in the references or the
+    predictions.
+    """
 
     def _info(self):
         return _info(self.__doc__)
@@ -42,20 +45,28 @@ class MacroF1(evaluate.Metric):
 
 
 class PerClass(evaluate.Metric):
-    """Precision, recall, F1 and number of references of each of `num_classes` classes; 0 where undefined."""
+    """Precision, recall, F1 and number of references of each of `num_classes` classes; 0 where
+    undefined.
+    """
 
     def _info(self):
         return _info(self.__doc__)
 
     def _compute(self, predictions, references, num_classes):
-        scores = precision_recall_fscore_support(references, predictions, labels=range(num_classes), zero_division=0)
-        return {name: values.tolist() for name, values in zip(("precision", "recall", "f1", "support"), scores)}
+        scores = precision_recall_fscore_support(
+            references, predictions, labels=range(num_classes), zero_division=0
+        )
+        return {
+            name: values.tolist() for name, values in zip(("precision", "recall", "f1", "support"), scores)
+        }
 
 
 class Rouge(evaluate.Metric):
-    """The mean F1 over all texts of the overlap with their references: words, pairs of words, longest common subsequence (Lin 2004).
+    """The mean F1 over all texts of the overlap with their references: words, pairs of words,
+    longest common subsequence (Lin 2004).
 
-    ROUGE-Lsum takes the subsequence of each line of a text by itself. `evaluate.load("rouge")` draws samples of the texts around the same mean.
+    ROUGE-Lsum takes the subsequence of each line of a text by itself. `evaluate.load("rouge")`
+    draws samples of the texts around the same mean.
     """
 
     def _info(self):
@@ -63,14 +74,18 @@ class Rouge(evaluate.Metric):
 
     def _compute(self, predictions, references):
         scorer = RougeScorer(ROUGE_TYPES)
-        scores = [scorer.score(reference, prediction) for prediction, reference in zip(predictions, references)]
+        scores = [
+            scorer.score(reference, prediction) for prediction, reference in zip(predictions, references)
+        ]
         return {name: statistics.fmean(score[name].fmeasure for score in scores) for name in ROUGE_TYPES}
 
 
 def classification_scores(logits: torch.Tensor, labels: torch.Tensor) -> dict:
-    """Return loss, accuracy, macro_f1, per_class and confusion of logits (N, C) against labels (N).
+    """Return loss, accuracy, macro_f1, per_class and confusion of logits (N, C) against labels
+    (N).
 
-    `loss` is the mean cross-entropy; `per_class` holds four lists of length C; `confusion` is C x C, rows are the true classes.
+    `loss` is the mean cross-entropy; `per_class` holds four lists of length C; `confusion` is C x
+    C, rows are the true classes.
     """
     predictions, num_classes = logits.argmax(-1), logits.shape[1]
     pair = {"predictions": predictions.tolist(), "references": labels.tolist()}

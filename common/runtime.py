@@ -1,4 +1,6 @@
-"""The machine a script runs on: device, precision, threads, seeds, and its place among the processes of torchrun."""
+"""The machine a script runs on: device, precision, threads, seeds, and its place among the
+processes of torchrun.
+"""
 
 import contextlib
 import ctypes
@@ -34,7 +36,8 @@ class Runtime:
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0  # among the processes of this machine
-    store: torch.distributed.Store | None = None  # torchrun's: it lives as long as the job, also when its processes are started again
+    # torchrun's: it lives as long as the job, also when its processes are started again
+    store: torch.distributed.Store | None = None
 
     @property
     def is_main(self) -> bool:
@@ -48,7 +51,9 @@ class Runtime:
 
     def autocast(self):
         """Return the autocast context of this device and precision; it does nothing in fp32."""
-        return torch.autocast(self.device.type, dtype=DTYPES[self.precision], enabled=self.precision != "fp32")
+        return torch.autocast(
+            self.device.type, dtype=DTYPES[self.precision], enabled=self.precision != "fp32"
+        )
 
     def all_reduce_sum(self, value: torch.Tensor) -> torch.Tensor:
         """Return the sum of a tensor over all processes; the tensor itself when there is one."""
@@ -68,7 +73,9 @@ class Runtime:
         return int(value.item())
 
     def gather_texts(self, text: str) -> list[str]:
-        """Return the texts of all processes in the order of their ranks, sent as bytes, over the CPU: gather_object would pickle them."""
+        """Return the texts of all processes in the order of their ranks, sent as bytes, over the
+        CPU: gather_object would pickle them.
+        """
         if self.world_size == 1:
             return [text]
         own = torch.tensor(list(text.encode("utf-8")), dtype=torch.uint8)
@@ -79,11 +86,14 @@ class Runtime:
         return [bytes(block[: int(size)].tolist()).decode("utf-8") for block, size in zip(blocks, sizes)]
 
     def barrier(self):
-        """Wait until every process is here, on the CPU: a GPU would spin meanwhile, and NCCL gives up after minutes."""
+        """Wait until every process is here, on the CPU: a GPU would spin meanwhile, and NCCL gives
+        up after minutes.
+        """
         self.all_reduce_sum(torch.zeros(1))
 
     def decide(self, choose: Callable[[], object]):
-        """Return on every process what `choose`, asked on the main one only, returned as JSON takes it; a UserError of it is raised on all.
+        """Return on every process what `choose`, asked on the main one only, returned as JSON
+        takes it; a UserError of it is raised on all.
 
         For what depends on files: of a network file system the processes can see different states.
         """
@@ -99,7 +109,9 @@ class Runtime:
         return decided["chosen"]
 
     def began_run(self, folder: Path) -> bool:
-        """Tell the main process whether this job began its run in a folder, before torchrun started its processes again."""
+        """Tell the main process whether this job began its run in a folder, before torchrun
+        started its processes again.
+        """
         return self.store is not None and self.store.check([f"run {folder.resolve()}"])
 
     def note_run(self, folder: Path):
@@ -108,7 +120,9 @@ class Runtime:
             self.store.set(f"run {folder.resolve()}", "begun")
 
     def require_shared(self, path: Path, *, flag: str):
-        """Raise UserError on every process unless all see the same file, as processes on machines without a common file system do not."""
+        """Raise UserError on every process unless all see the same file, as processes on machines
+        without a common file system do not.
+        """
         if self.world_size == 1:
             return
         for _ in range(SHARED_TRIES):
@@ -117,11 +131,16 @@ class Runtime:
             if not others:
                 return
             time.sleep(1)  # a network file system can show a new file late
-        raise UserError(f"{flag}: process {', '.join(others)} does not see {path} as process 0 does; name a folder on a file system that all machines share")
+        raise UserError(
+            f"{flag}: process {', '.join(others)} does not see {path} as process 0 does; name a folder on a"
+            " file system that all machines share"
+        )
 
     @contextlib.contextmanager
     def main_first(self):
-        """Let a process of each machine do it before the others there, which then find what it left in the cache."""
+        """Let a process of each machine do it before the others there, which then find what it
+        left in the cache.
+        """
         if self.local_rank:
             self.barrier()
         yield
@@ -135,13 +154,18 @@ class Runtime:
 
     def describe(self) -> str:
         """Return one line for a person: device, threads or processes, precision."""
-        where = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"{self.device.type}, {torch.get_num_threads()} threads"
+        where = (
+            torch.cuda.get_device_name(self.device)
+            if self.device.type == "cuda"
+            else f"{self.device.type}, {torch.get_num_threads()} threads"
+        )
         many = f", {self.world_size} processes" if self.world_size > 1 else ""
         return f"{where}{many}, {self.precision}" + (" autocast" if self.precision != "fp32" else "")
 
 
 def start(device: str, precision: str, seed: int) -> Runtime:
-    """Choose device and precision, join torchrun's processes if there are any, seed every generator.
+    """Choose device and precision, join torchrun's processes if there are any, seed every
+    generator.
 
     Raises UserError for a device or a precision that this machine does not have.
     """
@@ -152,30 +176,37 @@ def start(device: str, precision: str, seed: int) -> Runtime:
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if world_size > 1:
-        join_processes(store, rank, world_size, "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")  # counts stay on the CPU: no sync with the GPU
+        # counts stay on the CPU: no sync with the GPU
+        join_processes(store, rank, world_size, "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
     keep_large_blocks()
     seed_everything(seed)
     return Runtime(chosen, precision, rank, world_size, local_rank, store)
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """Return the torch device for `auto`, `cpu`, `cuda` or `mps`. Raises UserError when this machine has none, or none for this process."""
+    """Return the torch device for `auto`, `cpu`, `cuda` or `mps`. Raises UserError when this
+    machine has none, or none for this process.
+    """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(candidate for candidate, there in available.items() if there)
     if not available[name]:
         raise UserError(f"--device {name}: PyTorch finds none on this machine; use --device auto")
     if name == "cuda" and local_rank >= torch.cuda.device_count():
-        raise UserError(f"torchrun --nproc-per-node: process {local_rank} of this machine has no GPU, for it has {torch.cuda.device_count()}; start one process a GPU, "
-                        "or use --device cpu")
+        raise UserError(
+            f"torchrun --nproc-per-node: process {local_rank} of this machine has no GPU, for it has"
+            f" {torch.cuda.device_count()}; start one process a GPU, or use --device cpu"
+        )
     return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """Return `fp32`, `bf16` or `fp16`. `auto` takes bf16 where the processor computes in it, fp16 on other GPUs, else fp32.
+    """Return `fp32`, `bf16` or `fp16`. `auto` takes bf16 where the processor computes in it, fp16
+    on other GPUs, else fp32.
 
-    On a CPU without bf16 instructions bf16 is emulated and slower than fp32, hence not chosen. Raises UserError for fp16 without CUDA:
-    CPUs have no fast fp16, and its small range needs the loss scaling that is meant for GPUs.
+    On a CPU without bf16 instructions bf16 is emulated and slower than fp32, hence not chosen.
+    Raises UserError for fp16 without CUDA: CPUs have no fast fp16, and its small range needs the
+    loss scaling that is meant for GPUs.
     """
     if name == "fp16" and device.type != "cuda":
         raise UserError(f"--precision fp16: only on CUDA, not on {device.type}; use bf16 or fp32")
@@ -184,7 +215,11 @@ def choose_precision(name: str, device: torch.device) -> str:
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16") else "fp32"
+    return (
+        "bf16"
+        if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16")
+        else "fp32"
+    )
 
 
 def seed_everything(seed: int):
@@ -196,16 +231,21 @@ def seed_everything(seed: int):
 
 @contextlib.contextmanager
 def repeatable(device: torch.device, *, wanted: bool, way_out: str):
-    """Within, a GPU gives the same bits for the same inputs, as a CPU does anyway: without it atomic additions come in any order.
+    """Within, a GPU gives the same bits for the same inputs, as a CPU does anyway: without it
+    atomic additions come in any order.
 
-    Raises UserError, ending with `way_out`, for an operation that PyTorch has no such implementation of (its notes on reproducibility list them).
+    Raises UserError, ending with `way_out`, for an operation that PyTorch has no such
+    implementation of (its notes on reproducibility list them).
     """
     if not wanted or device.type != "cuda":
         yield
         return
-    os.environ.setdefault("NCCL_ALGO", "^NVLS")  # sums within the switch of eight GPUs come in any order (nccl #1497, pytorch #156381)
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS repeats itself only with workspaces of a fixed size
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
+    # sums within the switch of eight GPUs come in any order (nccl #1497, pytorch #156381)
+    os.environ.setdefault("NCCL_ALGO", "^NVLS")
+    # cuBLAS repeats itself only with workspaces of a fixed size
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    # nothing here reads what it has not written
+    torch.utils.deterministic.fill_uninitialized_memory = False
     torch.use_deterministic_algorithms(True)
     try:
         yield
@@ -221,8 +261,9 @@ def repeatable(device: torch.device, *, wanted: bool, way_out: str):
 def keep_large_blocks(threshold: int = 1 << 30):
     """Keep glibc from returning freed blocks of up to `threshold` bytes to the system.
 
-    Every step allocates and frees the same large activations; giving them back costs a page fault per 4 KiB on the next
-    step (on CPU up to half of the time). Other C libraries have no such knob, and there this does nothing.
+    Every step allocates and frees the same large activations; giving them back costs a page fault
+    per 4 KiB on the next step (on CPU up to half of the time). Other C libraries have no such
+    knob, and there this does nothing.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
@@ -232,7 +273,9 @@ def keep_large_blocks(threshold: int = 1 << 30):
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the most memory that was in use so far: of the GPU on CUDA, else of this process (resident)."""
+    """Return the most memory that was in use so far: of the GPU on CUDA, else of this process
+    (resident).
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,4 +1,6 @@
-"""What the tests share: small real models with trained tokenizers, a small labelled file, and the scripts as a user calls them."""
+"""What the tests share: small real models with trained tokenizers, a small labelled file, and the
+scripts as a user calls them.
+"""
 
 import contextlib
 import hashlib
@@ -25,28 +27,54 @@ import embed_search
 from common import cli
 from common.search.snapshot import ID, TEXT, open_snapshot
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # two tests run at a time: each, and every process that it starts, has one core
+# two tests run at a time: each, and every process that it starts, has one core
+if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parent.parent
 POSITIVE, NEGATIVE = ["good", "fine", "great", "lovely"], ["bad", "awful", "poor", "grim"]
-COMMON = ["the", "film", "was", "and", "it", "so", "very", "what", "a", "story", "with", "actors", "that", "I", "saw", "on", "monday"]
+COMMON = [
+    "the",
+    "film",
+    "was",
+    "and",
+    "it",
+    "so",
+    "very",
+    "what",
+    "a",
+    "story",
+    "with",
+    "actors",
+    "that",
+    "I",
+    "saw",
+    "on",
+    "monday",
+]
 
 
 def pytest_configure(config):
-    """Let all tests but those of the GPU compute on the CPU, on a machine with a GPU too: there they must come to the same."""
+    """Let all tests but those of the GPU compute on the CPU, on a machine with a GPU too: there
+    they must come to the same.
+    """
     if "gpu" not in config.option.markexpr.replace("not gpu", ""):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def make_sentences(count: int, seed: int = 0) -> list[tuple[str, str]]:
-    """Return (text, label) pairs, half `pos` and half `neg`: easy to learn, of 4 to 30 words, all different."""
+    """Return (text, label) pairs, half `pos` and half `neg`: easy to learn, of 4 to 30 words, all
+    different.
+    """
     generator = random.Random(seed)
     pairs = []
     for number in range(count):
         words, label = (POSITIVE, "pos") if number % 2 else (NEGATIVE, "neg")
-        text = [generator.choice(words) if generator.random() < 0.4 else generator.choice(COMMON) for _ in range(generator.randint(3, 29))]
+        text = [
+            generator.choice(words) if generator.random() < 0.4 else generator.choice(COMMON)
+            for _ in range(generator.randint(3, 29))
+        ]
         pairs.append((" ".join([generator.choice(words), *text, f"n{number}"]), label))
     return pairs
 
@@ -54,21 +82,36 @@ def make_sentences(count: int, seed: int = 0) -> list[tuple[str, str]]:
 def train_wordpiece(texts: list[str], vocab_size: int = 300) -> BertTokenizerFast:
     """Train a WordPiece tokenizer of BERT's kind with the `tokenizers` library."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    tokenizer.normalizer, tokenizer.pre_tokenizer = (
+        normalizers.BertNormalizer(),
+        pre_tokenizers.BertPreTokenizer(),
+    )
     specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    tokenizer.train_from_iterator(texts, trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=specials))
+    tokenizer.train_from_iterator(
+        texts, trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=specials)
+    )
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     return BertTokenizerFast(tokenizer_object=tokenizer, model_max_length=64)
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
-    """A folder with a BERT of two layers, 32 wide, 64 positions, no dropout, and its own trained tokenizer."""
+    """A folder with a BERT of two layers, 32 wide, 64 positions, no dropout, and its own trained
+    tokenizer.
+    """
     folder = tmp_path_factory.mktemp("models") / "tiny-bert"
     tokenizer = train_wordpiece([text for text, _ in make_sentences(200)])
     torch.manual_seed(0)
-    config = BertConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
-                        max_position_embeddings=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
     BertForSequenceClassification(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -78,7 +121,9 @@ def tiny_model(tmp_path_factory) -> Path:
 def sentences_csv(tmp_path_factory) -> Path:
     """A CSV file of 120 labelled sentences."""
     path = tmp_path_factory.mktemp("data") / "sentences.csv"
-    path.write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in make_sentences(120)), encoding="utf-8")
+    path.write_text(
+        "text,label\n" + "".join(f"{text},{label}\n" for text, label in make_sentences(120)), encoding="utf-8"
+    )
     return path
 
 
@@ -90,52 +135,116 @@ def cache_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def run_script():
-    """Return a function that runs a script of the project in a process of its own, without a network, and returns what it did."""
-    def run(*command, stdin: str | None = None, check: bool = True, timeout: float = 300, **environment) -> subprocess.CompletedProcess:
+    """Return a function that runs a script of the project in a process of its own, without a
+    network, and returns what it did.
+    """
+
+    def run(
+        *command, stdin: str | None = None, check: bool = True, timeout: float = 300, **environment
+    ) -> subprocess.CompletedProcess:
         launcher = [] if command[0] == "torchrun" else [sys.executable]
         if command[0] == "torchrun":
             command = [str(Path(sys.executable).with_name("torchrun")), *command[1:]]
-        done = subprocess.run([*launcher, *map(str, command)], cwd=ROOT, input=stdin, capture_output=True, text=True, timeout=timeout,
-                              env={**os.environ, "HF_HUB_OFFLINE": "1", **environment})
+        done = subprocess.run(
+            [*launcher, *map(str, command)],
+            cwd=ROOT,
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+        )
         assert not check or done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
+
     return run
 
 
 def may_mount() -> bool:
     """Tell whether this user may mount a small file system in a name space of its own."""
-    return sys.platform == "linux" and shutil.which("unshare") is not None and subprocess.run(
-        ["unshare", "-rm", "sh", "-c", "mount -t tmpfs -o size=64k none /mnt"], capture_output=True).returncode == 0
+    return (
+        sys.platform == "linux"
+        and shutil.which("unshare") is not None
+        and subprocess.run(
+            ["unshare", "-rm", "sh", "-c", "mount -t tmpfs -o size=64k none /mnt"], capture_output=True
+        ).returncode
+        == 0
+    )
 
 
-KINDS = {"one process": (1, 0), "one process, two loader workers": (1, 2), "two processes": (2, 0), "two processes, two loader workers each": (2, 2),
-         "four processes": (4, 0)}
+KINDS = {
+    "one process": (1, 0),
+    "one process, two loader workers": (1, 2),
+    "two processes": (2, 0),
+    "two processes, two loader workers each": (2, 2),
+    "four processes": (4, 0),
+}
 
 
 SECONDS_FOR_A_JOB = 120
-WITHOUT_A_GPU = "No CUDA runtime is found"  # a PyTorch for CUDA says so to --compile where CUDA's tools are installed and no GPU is
+# a PyTorch for CUDA says so to --compile where CUDA's tools are installed and no GPU is
+WITHOUT_A_GPU = "No CUDA runtime is found"
 
 
 class ForkedRuns:
-    """A process of tests/forked.py, and jobs for it: train_classifier.py without the seconds of its imports."""
+    """A process of tests/forked.py, and jobs for it: train_classifier.py without the seconds of
+    its imports.
+    """
 
     def __init__(self, shared_flags: list, log: Path):
         self.shared_flags, self.log, self.flags = shared_flags, log, []
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        self.process = subprocess.Popen([sys.executable, ROOT / "tests" / "forked.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
-                                        start_new_session=True)
+        self.process = subprocess.Popen(
+            [sys.executable, ROOT / "tests" / "forked.py"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            start_new_session=True,
+        )
 
     def run(self, folder: Path, *flags, kind: str = "one process", **job) -> list[int]:
-        """Run the script into `folder`, a global batch being 8, and return the exit codes of its processes."""
+        """Run the script into `folder`, a global batch being 8, and return the exit codes of its
+        processes.
+        """
         world, workers = KINDS[kind]
-        given = [*self.shared_flags, *self.flags, "--batch-size", 8 // world, "--num-workers", workers, "--output-dir", folder, *flags]
-        self.process.stdin.write(json.dumps({"flags": list(map(str, given)), "run": str(folder), "world": world, "log": str(self.log), **job}) + "\n")
+        given = [
+            *self.shared_flags,
+            *self.flags,
+            "--batch-size",
+            8 // world,
+            "--num-workers",
+            workers,
+            "--output-dir",
+            folder,
+            *flags,
+        ]
+        self.process.stdin.write(
+            json.dumps(
+                {
+                    "flags": list(map(str, given)),
+                    "run": str(folder),
+                    "world": world,
+                    "log": str(self.log),
+                    **job,
+                }
+            )
+            + "\n"
+        )
         self.process.stdin.flush()
         if not select.select([self.process.stdout], [], [], SECONDS_FOR_A_JOB)[0]:
             os.killpg(self.process.pid, signal.SIGKILL)
-            raise TimeoutError(f"a job took more than {SECONDS_FOR_A_JOB} seconds; it said: {self.said('stdout')} {self.said()}")
+            raise TimeoutError(
+                f"a job took more than {SECONDS_FOR_A_JOB} seconds; it said: {self.said('stdout')}"
+                f" {self.said()}"
+            )
         codes = json.loads(self.process.stdout.readline())
-        complaints = [line for rank in range(world) for line in self.said(rank=rank).splitlines() if WITHOUT_A_GPU not in line]
+        complaints = [
+            line
+            for rank in range(world)
+            for line in self.said(rank=rank).splitlines()
+            if WITHOUT_A_GPU not in line
+        ]
         assert set(codes) != {0} or not complaints, complaints  # what ends well has none
         return codes
 
@@ -150,8 +259,13 @@ class ForkedRuns:
 
 @pytest.fixture(scope="module")
 def forked_runs(tiny_model, sentences_csv, cache_dir, tmp_path_factory):
-    """Jobs of train_classifier.py on the small model and data; a module may set more flags for all of its jobs."""
-    runs = ForkedRuns(["--model", tiny_model, "--dataset", sentences_csv, "--cache-dir", cache_dir], tmp_path_factory.mktemp("printed") / "job")
+    """Jobs of train_classifier.py on the small model and data; a module may set more flags for all
+    of its jobs.
+    """
+    runs = ForkedRuns(
+        ["--model", tiny_model, "--dataset", sentences_csv, "--cache-dir", cache_dir],
+        tmp_path_factory.mktemp("printed") / "job",
+    )
     yield runs
     runs.process.stdin.close()
     runs.process.wait()
@@ -159,7 +273,9 @@ def forked_runs(tiny_model, sentences_csv, cache_dir, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_embedder(tiny_model, tmp_path_factory) -> Path:
-    """A folder with a sentence-transformers model over the tiny BERT: mean pooling and vectors of length 1, 32 wide."""
+    """A folder with a sentence-transformers model over the tiny BERT: mean pooling and vectors of
+    length 1, 32 wide.
+    """
     folder = tmp_path_factory.mktemp("models") / "tiny-embedder"
     transformer = Transformer(str(tiny_model), max_seq_length=64)
     SentenceTransformer(modules=[transformer, Pooling(32), Normalize()], device="cpu").save(str(folder))
@@ -167,30 +283,54 @@ def tiny_embedder(tiny_model, tmp_path_factory) -> Path:
 
 
 class StubEncoder:
-    """Stands for an encoder where only the store is under test: a text's vector is made of its hash, at once."""
+    """Stands for an encoder where only the store is under test: a text's vector is made of its
+    hash, at once.
+    """
 
     def __init__(self, width: int = 8):
         self.name, self.width, self.max_length, self.num_encoded, self.num_cut = "stub", width, 16, 0, 0
 
     def identity(self) -> dict:
-        return {"model": self.name, "fingerprint": "stub", "width": self.width, "pooling": "none", "max_length": self.max_length}
+        return {
+            "model": self.name,
+            "fingerprint": "stub",
+            "width": self.width,
+            "pooling": "none",
+            "max_length": self.max_length,
+        }
 
     def encode_unit(self, texts: list[str], *, role: str | None = None) -> np.ndarray:
         self.num_encoded += len(set(texts))
-        numbers = [np.frombuffer(hashlib.shake_128(text.encode()).digest(2 * self.width), np.int16) for text in texts]
-        vectors = np.array(numbers, np.float32).reshape(len(texts), self.width) + 0.5  # never all zeros
+        numbers = [
+            np.frombuffer(hashlib.shake_128(text.encode()).digest(2 * self.width), np.int16) for text in texts
+        ]
+        # never all zeros
+        vectors = np.array(numbers, np.float32).reshape(len(texts), self.width) + 0.5
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
 @pytest.fixture(scope="session")
 def embed(tiny_embedder, cache_dir):
-    """Return a function that runs embed_search.py in this process, with the tiny model in fp32 on the CPU; returns code, stdout, stderr."""
+    """Return a function that runs embed_search.py in this process, with the tiny model in fp32 on
+    the CPU; returns code, stdout, stderr.
+    """
+
     def run(command: str, *flags) -> tuple[int, str, str]:
         flags = [str(flag) for flag in flags]
-        defaults = {} if command in ("delete", "compact", "project") else {"--cache-dir": cache_dir, "--device": "cpu", "--precision": "fp32"}
+        defaults = (
+            {}
+            if command in ("delete", "compact", "project")
+            else {"--cache-dir": cache_dir, "--device": "cpu", "--precision": "fp32"}
+        )
         if command == "similarity" or command == "index" or "--index" not in flags:
-            defaults |= {} if command in ("compare-models", "delete", "compact", "project") else {"--model": tiny_embedder}
-        flags += [str(part) for name, value in defaults.items() if name not in flags for part in (name, value)]
+            defaults |= (
+                {}
+                if command in ("compare-models", "delete", "compact", "project")
+                else {"--model": tiny_embedder}
+            )
+        flags += [
+            str(part) for name, value in defaults.items() if name not in flags for part in (name, value)
+        ]
         code, stdout, stderr = 0, io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
             try:
@@ -198,16 +338,21 @@ def embed(tiny_embedder, cache_dir):
             except SystemExit as exit:
                 code = exit.code
         return code, stdout.getvalue(), stderr.getvalue()
+
     return run
 
 
 @pytest.fixture
 def ok(embed):
-    """Return a function that runs a subcommand, which must succeed; returns its JSON document with --json, else what it printed."""
+    """Return a function that runs a subcommand, which must succeed; returns its JSON document with
+    --json, else what it printed.
+    """
+
     def run(command: str, *flags):
         code, stdout, stderr = embed(command, *flags)
         assert code == 0, stdout + stderr
         return json.loads(stdout) if "--json" in flags else stdout
+
     return run
 
 
@@ -215,7 +360,10 @@ def ok(embed):
 def sentences(tmp_path) -> Path:
     """A CSV of 60 texts with ids, a label and a number."""
     path = tmp_path / "sentences.csv"
-    path.write_text("id,text,label,n\n" + "".join(f"s{n},{text},{label},{n}\n" for n, (text, label) in enumerate(make_sentences(60))))
+    path.write_text(
+        "id,text,label,n\n"
+        + "".join(f"s{n},{text},{label},{n}\n" for n, (text, label) in enumerate(make_sentences(60)))
+    )
     return path
 
 
@@ -229,4 +377,7 @@ def rows_by_id(folder: Path) -> dict[str, tuple]:
     """Return id -> (text, vector as bytes) of an index."""
     snapshot = open_snapshot(folder)
     rows = np.flatnonzero(snapshot.alive())
-    return {row[ID]: (row[TEXT], vector.tobytes()) for row, vector in zip(snapshot.take(rows), snapshot.vectors_of(rows))}
+    return {
+        row[ID]: (row[TEXT], vector.tobytes())
+        for row, vector in zip(snapshot.take(rows), snapshot.vectors_of(rows))
+    }

@@ -1,8 +1,10 @@
-"""Runs train_classifier.py in forked children of one process, which has paid for the imports, and kills them on order.
+"""Runs train_classifier.py in forked children of one process, which has paid for the imports, and
+kills them on order.
 
-A child counts its events: each optimizer step, and each file or folder of its run that it opens, renames, links, makes or removes. It
-can be told to send itself a signal at a given event, so that a kill falls into the middle of a save as easily as between two steps.
-Python's audit hooks see these events; the script itself runs unchanged.
+A child counts its events: each optimizer step, and each file or folder of its run that it opens,
+renames, links, makes or removes. It can be told to send itself a signal at a given event, so that
+a kill falls into the middle of a save as easily as between two steps. Python's audit hooks see
+these events; the script itself runs unchanged.
 """
 
 import contextlib
@@ -37,7 +39,11 @@ def count_events(job: dict):
             os.kill(os.getpid(), signal.Signals[job.get("signal", "SIGKILL")])
 
     def audit(event: str, arguments: tuple):
-        if event in FILE_EVENTS and isinstance(arguments[0], (str, os.PathLike)) and os.fspath(arguments[0]).startswith(job["run"]):
+        if (
+            event in FILE_EVENTS
+            and isinstance(arguments[0], (str, os.PathLike))
+            and os.fspath(arguments[0]).startswith(job["run"])
+        ):
             happened()
 
     sys.addaudithook(audit)
@@ -59,18 +65,24 @@ def signal_in_evaluation(job: dict):
             if count == job["in_evaluation"] and batches == 2:
                 os.kill(os.getpid(), signal.Signals[job["signal"]])
             between()
+
         return score(*arguments, between=then, **options)
+
     milestones.score = scored
 
 
 def spoil_losses():
     """Let no loss of this process be a number."""
     cross_entropy = train_classifier.cross_entropy
-    train_classifier.cross_entropy = lambda *arguments, **options: cross_entropy(*arguments, **options) * float("nan")
+    train_classifier.cross_entropy = lambda *arguments, **options: (
+        cross_entropy(*arguments, **options) * float("nan")
+    )
 
 
 def limit_memory(room: int):
-    """Let the model's passes, and nothing else, take at most `room` bytes more than the process has: threads and files need theirs too."""
+    """Let the model's passes, and nothing else, take at most `room` bytes more than the process
+    has: threads and files need theirs too.
+    """
     prepare, steps = train_classifier.prepare, train_classifier.train_steps
 
     @contextlib.contextmanager
@@ -91,18 +103,28 @@ def limit_memory(room: int):
     def limited_prepare(*arguments):
         with limited():
             return prepare(*arguments)
+
     train_classifier.prepare, train_classifier.train_steps = limited_prepare, limited_steps
 
 
 def child(job: dict, rank: int):
-    """Be one process of a job: run the script and end with its exit code, without the seconds that Python takes to tidy up."""
+    """Be one process of a job: run the script and end with its exit code, without the seconds that
+    Python takes to tidy up.
+    """
     for descriptor, stream in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{job['log']}.{rank}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     if job["world"] > 1:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["world"]), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(job["port"]))
+        os.environ.update(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(job["world"]),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(job["port"]),
+        )
     os.environ.update(job.get("environment", {}))
     counted = count_events(job if rank == job.get("rank", 0) else {**job, "event": None})
-    if job.get("forget_random_state"):  # the control: a comparison that does not see this sees nothing
+    # the control: a comparison that does not see this sees nothing
+    if job.get("forget_random_state"):
         checkpoint.restore_random_states = lambda *_: None
     if job.get("memory"):
         limit_memory(job["memory"])
@@ -125,18 +147,24 @@ def child(job: dict, rank: int):
 
 
 def kill_in_write(job: dict, running: dict[int, int]):
-    """Kill the processes while one writes a file of 2**25 bytes or more of a checkpoint, after the given number of whole ones, unless they end before."""
+    """Kill the processes while one writes a file of 2**25 bytes or more of a checkpoint, after the
+    given number of whole ones, unless they end before.
+    """
     folder, found = Path(job["run"]) / "checkpoints", False
     while running and not found:
         time.sleep(0.0002)
         with contextlib.suppress(FileNotFoundError):  # it has been renamed meanwhile
-            found = len(list(folder.glob("step-*"))) >= job["kill_in_write"] and any(path.stat().st_size > 2**25 for path in folder.glob("tmp-*/.tmp*"))
+            found = len(list(folder.glob("step-*"))) >= job["kill_in_write"] and any(
+                path.stat().st_size > 2**25 for path in folder.glob("tmp-*/.tmp*")
+            )
     for process in list(running):
         os.kill(process, signal.SIGKILL)
 
 
 def run(job: dict) -> list[int]:
-    """Run a job's processes and return their exit codes; when one dies by a signal, the others are killed as well."""
+    """Run a job's processes and return their exit codes; when one dies by a signal, the others are
+    killed as well.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         job["port"] = free.getsockname()[1]

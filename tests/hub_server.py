@@ -1,7 +1,9 @@
-"""A Hub of our own on the loopback: the parts of the Hugging Face Hub's HTTP interface that a download needs, over plain folders.
+"""A Hub of our own on the loopback: the parts of the Hugging Face Hub's HTTP interface that a
+download needs, over plain folders.
 
-It answers as huggingface.co does (https://huggingface.co/docs/hub/api, and what huggingface_hub reads of it): small files from
-their `resolve` address, weights and Parquet by a redirect to other storage, missing things by X-Error-Code.
+It answers as huggingface.co does (https://huggingface.co/docs/hub/api, and what huggingface_hub
+reads of it): small files from their `resolve` address, weights and Parquet by a redirect to other
+storage, missing things by X-Error-Code.
 """
 
 import hashlib
@@ -14,7 +16,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
-LARGE_FILES = (".safetensors", ".parquet", ".bin")  # the Hub keeps them apart and redirects to them
+# the Hub keeps them apart and redirects to them
+LARGE_FILES = (".safetensors", ".parquet", ".bin")
 API = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?")
 RESOLVE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 STORAGE = re.compile(r"/storage/(models|datasets)/([^/]+/[^/]+)/(.+)")
@@ -22,7 +25,9 @@ STORAGE = re.compile(r"/storage/(models|datasets)/([^/]+/[^/]+)/(.+)")
 
 @dataclass
 class Repository:
-    """A folder served as a repository with one commit, whose number is the hash of all that is in it."""
+    """A folder served as a repository with one commit, whose number is the hash of all that is in
+    it.
+    """
 
     name: str
     folder: Path
@@ -31,7 +36,10 @@ class Repository:
     def etags(self) -> dict[str, str]:
         """The hash of each file, by its path in the repository."""
         files = sorted(path for path in self.folder.rglob("*") if path.is_file())
-        return {path.relative_to(self.folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+        return {
+            path.relative_to(self.folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in files
+        }
 
     @cached_property
     def commit(self) -> str:
@@ -43,7 +51,9 @@ class Repository:
         if path not in self.etags:
             return {"type": "directory", "oid": self.commit, "size": 0, "path": path}
         size, etag = (self.folder / path).stat().st_size, self.etags[path]
-        stored = {"lfs": {"oid": etag, "size": size, "pointerSize": 130}} if path.endswith(LARGE_FILES) else {}
+        stored = (
+            {"lfs": {"oid": etag, "size": size, "pointerSize": 130}} if path.endswith(LARGE_FILES) else {}
+        )
         return {"type": "file", "oid": etag[:40], "size": size, "path": path, **stored}
 
     def paths(self) -> list[str]:
@@ -53,7 +63,9 @@ class Repository:
 
 
 class HubServer(ThreadingHTTPServer):
-    """Serves `root`/models/<owner>/<name> and `root`/datasets/<owner>/<name> on a free port; a context manager that stops it."""
+    """Serves `root`/models/<owner>/<name> and `root`/datasets/<owner>/<name> on a free port; a
+    context manager that stops it.
+    """
 
     daemon_threads = True
 
@@ -79,7 +91,8 @@ class Handler(BaseHTTPRequestHandler):
     """Answers one connection."""
 
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # else each answer waits 40 ms for the client to acknowledge its header
+    # else each answer waits 40 ms for the client to acknowledge its header
+    disable_nagle_algorithm = True
 
     def do_GET(self):
         """Answer GET, and HEAD with the same header."""
@@ -116,7 +129,9 @@ class Handler(BaseHTTPRequestHandler):
             recursive = parse_qs(urlsplit(self.path).query).get("recursive", [""])[0].lower() == "true"
             inside = [entry for entry in repository.paths() if entry.startswith(f"{path}/" if path else "")]
             depth = path.count("/") + 1 if path else 0
-            self.reply_json([repository.entry(entry) for entry in inside if recursive or entry.count("/") == depth])
+            self.reply_json(
+                [repository.entry(entry) for entry in inside if recursive or entry.count("/") == depth]
+            )
 
     def answer_resolve(self, kind: str, name: str, revision: str, path: str):
         """Answer with a file, or with where a large one is stored."""
@@ -126,14 +141,19 @@ class Handler(BaseHTTPRequestHandler):
         if path not in repository.etags:
             self.missing("EntryNotFound", repository)
         elif path.endswith(LARGE_FILES):
-            linked = {"X-Linked-Size": (repository.folder / path).stat().st_size, "X-Linked-ETag": f'"{repository.etags[path]}"'}
+            linked = {
+                "X-Linked-Size": (repository.folder / path).stat().st_size,
+                "X-Linked-ETag": f'"{repository.etags[path]}"',
+            }
             where = f"{self.server.endpoint}/storage/{kind}/{quote(name)}/{quote(path)}"
             self.reply(302, headers={"Location": where, "X-Repo-Commit": repository.commit, **linked})
         else:
             self.send_file(repository, path)
 
     def find(self, kind: str, name: str, revision: str | None) -> Repository | None:
-        """Return a repository; where it or its revision is missing, say so to the client and return None."""
+        """Return a repository; where it or its revision is missing, say so to the client and
+        return None.
+        """
         repository = self.server.repository(kind, name)
         if repository is None:
             self.missing("RepoNotFound")
@@ -145,7 +165,11 @@ class Handler(BaseHTTPRequestHandler):
     def send_file(self, repository: Repository, path: str):
         """Send a file, or the part of it that the client asks for."""
         content = (repository.folder / path).read_bytes()
-        headers = {"ETag": f'"{repository.etags[path]}"', "X-Repo-Commit": repository.commit, "Accept-Ranges": "bytes"}
+        headers = {
+            "ETag": f'"{repository.etags[path]}"',
+            "X-Repo-Commit": repository.commit,
+            "Accept-Ranges": "bytes",
+        }
         if part := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
             start, end = int(part[1]), min(int(part[2] or len(content)), len(content) - 1)
             headers["Content-Range"] = f"bytes {start}-{end}/{len(content)}"
@@ -154,16 +178,24 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(200, content, headers)
 
     def missing(self, code: str, repository: Repository | None = None):
-        """Say what is missing; an unknown repository is 401 on the Hub, for it may be a private one."""
+        """Say what is missing; an unknown repository is 401 on the Hub, for it may be a private
+        one.
+        """
         commit = {"X-Repo-Commit": repository.commit} if repository else {}
-        self.reply(401 if code == "RepoNotFound" else 404, b"{}", {"X-Error-Code": code, "X-Error-Message": code, **commit})
+        self.reply(
+            401 if code == "RepoNotFound" else 404,
+            b"{}",
+            {"X-Error-Code": code, "X-Error-Message": code, **commit},
+        )
 
     def reply_json(self, value):
         """Send a value as JSON."""
         self.reply(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
     def reply(self, status: int, content: bytes = b"", headers: dict | None = None):
-        """Send an answer; the length of the content is in the header also where HEAD leaves the content out."""
+        """Send an answer; the length of the content is in the header also where HEAD leaves the
+        content out.
+        """
         self.send_response(status)
         for name, value in {**(headers or {}), "Content-Length": len(content)}.items():
             self.send_header(name, str(value))

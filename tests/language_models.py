@@ -1,33 +1,79 @@
-"""Small language models for the tests: three kinds with random weights, and one in a folder with a trained tokenizer and a chat template."""
+"""Small language models for the tests: three kinds with random weights, and one in a folder with a
+trained tokenizer and a chat template.
+"""
 
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, LlamaConfig, MistralConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+)
 
 from common.generation.model import LanguageModel
 
 VOCABULARY = 211
-SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 KINDS = ("llama", "gpt2", "mistral")
-TEXTS = ["The quick brown fox jumps over the lazy dog.", "Why is the sky blue? Because of the light.", "你好，世界。今天天气很好。", "I like 🤖 and 🎉 and 👩‍👩‍👧!",
-         "def add(left, right):\n    return left + right", "Straße, naïve, façade, 東京"]
-CHAT_TEMPLATE = ("{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-                 "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+TEXTS = [
+    "The quick brown fox jumps over the lazy dog.",
+    "Why is the sky blue? Because of the light.",
+    "你好，世界。今天天气很好。",
+    "I like 🤖 and 🎉 and 👩‍👩‍👧!",
+    "def add(left, right):\n    return left + right",
+    "Straße, naïve, façade, 東京",
+]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{%"
+    " endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 def tiny_config(kind: str):
-    """Return the config of a model of two layers; llama and mistral have two end ids, mistral sees 8 tokens back, gpt2 has no padding id."""
+    """Return the config of a model of two layers; llama and mistral have two end ids, mistral sees
+    8 tokens back, gpt2 has no padding id.
+    """
     if kind == "gpt2":
-        return GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=128, bos_token_id=3, eos_token_id=3)
+        return GPT2Config(
+            vocab_size=VOCABULARY,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            n_positions=128,
+            bos_token_id=3,
+            eos_token_id=3,
+        )
     if kind == "mistral":
-        return MistralConfig(vocab_size=VOCABULARY, sliding_window=8, max_position_embeddings=128, pad_token_id=0, eos_token_id=[3, 5], **SIZES)
-    return LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=128, pad_token_id=0, eos_token_id=[3, 5], **SIZES)
+        return MistralConfig(
+            vocab_size=VOCABULARY,
+            sliding_window=8,
+            max_position_embeddings=128,
+            pad_token_id=0,
+            eos_token_id=[3, 5],
+            **SIZES,
+        )
+    return LlamaConfig(
+        vocab_size=VOCABULARY, max_position_embeddings=128, pad_token_id=0, eos_token_id=[3, 5], **SIZES
+    )
 
 
-def tiny_language_model(kind: str, dtype: torch.dtype = torch.float32, *, seed: int = 1, scale: float = 3.0) -> LanguageModel:
-    """Return a small random model without a tokenizer; `scale` widens its weights, so that some tokens are much likelier than others."""
+def tiny_language_model(
+    kind: str, dtype: torch.dtype = torch.float32, *, seed: int = 1, scale: float = 3.0
+) -> LanguageModel:
+    """Return a small random model without a tokenizer; `scale` widens its weights, so that some
+    tokens are much likelier than others.
+    """
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(tiny_config(kind)).to(dtype).eval()
     with torch.no_grad():
@@ -38,13 +84,27 @@ def tiny_language_model(kind: str, dtype: torch.dtype = torch.float32, *, seed: 
 
 
 def train_byte_bpe(size: int = 400) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer of GPT-2's kind: an emoji or a Chinese character is several tokens."""
+    """Train a byte-level BPE tokenizer of GPT-2's kind: an emoji or a Chinese character is several
+    tokens.
+    """
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.pre_tokenizer, tokenizer.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    tokenizer.train_from_iterator(TEXTS[:2] + TEXTS[4:5], trainers.BpeTrainer(vocab_size=size, special_tokens=specials, show_progress=False,
-                                                                             initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer.train_from_iterator(
+        TEXTS[:2] + TEXTS[4:5],
+        trainers.BpeTrainer(
+            vocab_size=size,
+            special_tokens=specials,
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
 
 
 def save_tiny_model(folder: Path, *, chat_template: str | None = CHAT_TEMPLATE, context: int = 256) -> Path:
@@ -52,7 +112,14 @@ def save_tiny_model(folder: Path, *, chat_template: str | None = CHAT_TEMPLATE, 
     tokenizer = train_byte_bpe()
     tokenizer.chat_template = chat_template
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=context, pad_token_id=0, eos_token_id=2, bos_token_id=1, **SIZES)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=context,
+        pad_token_id=0,
+        eos_token_id=2,
+        bos_token_id=1,
+        **SIZES,
+    )
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():

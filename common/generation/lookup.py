@@ -1,9 +1,11 @@
-"""Prompt-lookup decoding: guess the next tokens from what was written before, check all guesses in one pass, keep those that greedy would choose.
+"""Prompt-lookup decoding: guess the next tokens from what was written before, check all guesses in
+one pass, keep those that greedy would choose.
 
-Texts repeat themselves: names, quotations, code. Where the last tokens occurred before, what followed them is a good guess, and a pass over
-several tokens takes hardly longer than over one (Leviathan et al. 2023; Saxena 2023). Every token is still the model's own likeliest, so the
-text is greedy's. In 16-bit precision a pass over several tokens rounds in another way than one over a single token, and two nearly equal
-logits can swap places: `--check` tells.
+Texts repeat themselves: names, quotations, code. Where the last tokens occurred before, what
+followed them is a good guess, and a pass over several tokens takes hardly longer than over one
+(Leviathan et al. 2023; Saxena 2023). Every token is still the model's own likeliest, so the text
+is greedy's. In 16-bit precision a pass over several tokens rounds in another way than one over a
+single token, and two nearly equal logits can swap places: `--check` tells.
 """
 
 from collections.abc import Iterator
@@ -31,7 +33,8 @@ class History:
 
     def __init__(self, tokens: list[int]):
         self.tokens: list[int] = []
-        self.follows: dict[tuple[int, ...], int] = {}  # run -> the place after its latest occurrence, but for the one at the very end
+        # run -> the place after its latest occurrence, but for the one at the very end
+        self.follows: dict[tuple[int, ...], int] = {}
         for token in tokens:
             self.add(token)
 
@@ -43,7 +46,9 @@ class History:
         self.tokens.append(token)
 
     def guess(self, count: int) -> list[int]:
-        """Return up to `count` tokens that followed the longest run of last tokens where it occurred before; [] where it did not."""
+        """Return up to `count` tokens that followed the longest run of last tokens where it
+        occurred before; [] where it did not.
+        """
         for size in range(LONGEST, SHORTEST - 1, -1):
             place = self.follows.get(tuple(self.tokens[-size:]))
             if place is not None and len(self.tokens) >= size:
@@ -52,18 +57,29 @@ class History:
 
 
 @torch.inference_mode()
-def decode(language_model: LanguageModel, batch: decoding.Batch, settings: Settings, *, ahead: int, guesses: Guesses) -> Iterator[decoding.Step]:
-    """Yield one Step a token, as decoding.decode does with a greedy sampler, for a batch of one row; `ahead`: the most tokens to guess at once."""
-    filters = sampling.history_filters(settings, prompt_length=batch.length, starts=None, padding_is_text=True)
+def decode(
+    language_model: LanguageModel, batch: decoding.Batch, settings: Settings, *, ahead: int, guesses: Guesses
+) -> Iterator[decoding.Step]:
+    """Yield one Step a token, as decoding.decode does with a greedy sampler, for a batch of one
+    row; `ahead`: the most tokens to guess at once.
+    """
+    filters = sampling.history_filters(
+        settings, prompt_length=batch.length, starts=None, padding_is_text=True
+    )
     history, ends, ended, made = History(batch.tokens[0].tolist()), set(settings.end_ids), [False], 0
-    batch.cache.activate_past_recording()  # a sliding window must not forget what a wrong guess pushed out
+    # a sliding window must not forget what a wrong guess pushed out
+    batch.cache.activate_past_recording()
     logits, guess = decoding.prefill(language_model, batch), []  # (1 + guessed, V)
     while True:
         known = batch.length - len(guess)  # columns that are right for sure
         right = 0
         for place in range(len(guess) + 1):
             scores = logits[place : place + 1]
-            [token] = decoding.fetch(decoding.apply(filters, scores, batch.ids[:, : known + place]).argmax(-1), scores, language_model)
+            [token] = decoding.fetch(
+                decoding.apply(filters, scores, batch.ids[:, : known + place]).argmax(-1),
+                scores,
+                language_model,
+            )
             history.add(token)
             made += 1
             right += place < len(guess) and token == guess[place]
@@ -83,7 +99,9 @@ def decode(language_model: LanguageModel, batch: decoding.Batch, settings: Setti
 
 
 def check(language_model: LanguageModel, batch: decoding.Batch, token: int, guess: list[int]) -> torch.Tensor:
-    """Add a token and the guesses after it to the batch; return the logits (1 + guessed, V) that follow each of them, fp32."""
+    """Add a token and the guesses after it to the batch; return the logits (1 + guessed, V) that
+    follow each of them, fp32.
+    """
     first, count = batch.length, 1 + len(guess)
     batch.ids[0, first : first + count] = torch.tensor([token, *guess], device=batch.ids.device)
     batch.length += count

@@ -1,4 +1,6 @@
-"""A causal language model with its tokenizer, and what decoding must know of the two: end ids, padding id, context."""
+"""A causal language model with its tokenizer, and what decoding must know of the two: end ids,
+padding id, context.
+"""
 
 from dataclasses import dataclass
 
@@ -11,7 +13,8 @@ from common.errors import UserError, one_line
 from common.generation import bundled
 from common.runtime import DTYPES, Runtime
 
-CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len")  # Llama and most; GPT-2; MPT
+# Llama and most; GPT-2; MPT
+CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 
 @dataclass(frozen=True)
@@ -32,16 +35,29 @@ class LanguageModel:
 
 
 def load(name: str, machine: Runtime, *, cache_dir: str | None) -> LanguageModel:
-    """Return a causal language model in the machine's precision on its device. Raises UserError when it can't be loaded, or is none."""
+    """Return a causal language model in the machine's precision on its device. Raises UserError
+    when it can't be loaded, or is none.
+    """
     location = pretrained.locate(name, bundled=lambda known: bundled.model_folder(known, cache_dir=cache_dir))
     tokenizer = load_tokenizer(name, location, cache_dir=cache_dir)
-    model, report = pretrained.load(AutoModelForCausalLM, name, location, cache_dir=cache_dir, dtype=DTYPES[machine.precision],
-                                    use_safetensors=True, output_loading_info=True)
+    model, report = pretrained.load(
+        AutoModelForCausalLM,
+        name,
+        location,
+        cache_dir=cache_dir,
+        dtype=DTYPES[machine.precision],
+        use_safetensors=True,
+        output_loading_info=True,
+    )
     if report["missing_keys"]:
-        raise UserError(f"--model {name}: it was never trained to generate (no weights for {', '.join(sorted(report['missing_keys'])[:3])}); "
-                        "name a causal language model")
+        raise UserError(
+            f"--model {name}: it was never trained to generate (no weights for"
+            f" {', '.join(sorted(report['missing_keys'])[:3])}); name a causal language model"
+        )
     if model.config.is_encoder_decoder or not model.can_generate():
-        raise UserError(f"--model {name}: {type(model).__name__} does not continue texts; name a causal language model")
+        raise UserError(
+            f"--model {name}: {type(model).__name__} does not continue texts; name a causal language model"
+        )
     end_ids = end_ids_of(model, tokenizer)
     own = model.generation_config.pad_token_id
     pad_id = next(number for number in (own, tokenizer.pad_token_id, *end_ids, 0) if number is not None)
@@ -52,8 +68,12 @@ def load(name: str, machine: Runtime, *, cache_dir: str | None) -> LanguageModel
 def load_tokenizer(name: str, location: str, *, cache_dir: str | None) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a model. Raises UserError when there is none."""
     tokenizer = pretrained.load(AutoTokenizer, name, location, cache_dir=cache_dir)
-    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # what transformers makes up when the files are not there
-        raise UserError(f"--model {name}: it has no tokenizer, or one without words; copy the files of its tokenizer into the folder")
+    # what transformers makes up when the files are not there
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise UserError(
+            f"--model {name}: it has no tokenizer, or one without words; copy the files of its tokenizer into"
+            " the folder"
+        )
     if tokenizer.is_fast:
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
@@ -61,7 +81,9 @@ def load_tokenizer(name: str, location: str, *, cache_dir: str | None) -> PreTra
 
 
 def end_ids_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Return the ids that end a text: the model's, which can be a list (transformers #31362), else the tokenizer's, else none."""
+    """Return the ids that end a text: the model's, which can be a list (transformers #31362), else
+    the tokenizer's, else none.
+    """
     found = model.generation_config.eos_token_id
     found = tokenizer.eos_token_id if found is None else found
     return () if found is None else (found,) if isinstance(found, int) else tuple(found)
@@ -70,30 +92,50 @@ def end_ids_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tu
 def context_of(model: PreTrainedModel) -> int | None:
     """Return how many tokens a model holds at most, None where its config names no limit."""
     config = model.config.get_text_config(decoder=True)
-    return next((value for name in CONTEXT_NAMES if isinstance(value := getattr(config, name, None), int)), None)
+    return next(
+        (value for name in CONTEXT_NAMES if isinstance(value := getattr(config, name, None), int)), None
+    )
 
 
 def end_token_ids(tokens: list[str], language_model: LanguageModel) -> tuple[int, ...]:
-    """Return the ids of tokens that shall end a text too. Raises UserError for one that is not a single token."""
+    """Return the ids of tokens that shall end a text too. Raises UserError for one that is not a
+    single token.
+    """
     vocabulary = language_model.tokenizer.get_vocab()
     for token in tokens:
         if token not in vocabulary:
-            raise UserError(f"--end-token {token!r}: no token of {language_model.name}; use --stop for other strings")
+            raise UserError(
+                f"--end-token {token!r}: no token of {language_model.name}; use --stop for other strings"
+            )
     return tuple(vocabulary[token] for token in tokens)
 
 
 def check_stops(stops: list[str], language_model: LanguageModel):
-    """Raise UserError for a stop string with a special token in it: such a token is no part of the text that is searched."""
+    """Raise UserError for a stop string with a special token in it: such a token is no part of the
+    text that is searched.
+    """
     tokenizer = language_model.tokenizer
-    special = {*tokenizer.all_special_tokens, *(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)} if stops else set()
+    special = (
+        {
+            *tokenizer.all_special_tokens,
+            *(token.content for token in tokenizer.added_tokens_decoder.values() if token.special),
+        }
+        if stops
+        else set()
+    )
     for stop in stops:
         found = next((token for token in special if token in stop), None)
         if found:
-            raise UserError(f"--stop {stop!r}: {found} is a special token, and no text shows it; use --end-token {found!r}")
+            raise UserError(
+                f"--stop {stop!r}: {found} is a special token, and no text shows it; use --end-token"
+                f" {found!r}"
+            )
 
 
 def encode_prompt(text: str, language_model: LanguageModel, *, place: str) -> list[int]:
-    """Return the token ids of a raw prompt, with the special tokens that its tokenizer adds. Raises UserError for an empty one."""
+    """Return the token ids of a raw prompt, with the special tokens that its tokenizer adds.
+    Raises UserError for an empty one.
+    """
     ids = language_model.tokenizer(text)["input_ids"] if text.strip() else []
     if not ids:
         raise UserError(f"{place}: the prompt is empty; write something to go on from")
@@ -101,18 +143,25 @@ def encode_prompt(text: str, language_model: LanguageModel, *, place: str) -> li
 
 
 def encode_chat(messages: list[dict[str, str]], language_model: LanguageModel) -> list[int]:
-    """Return the token ids of a conversation in the model's own template, up to where its answer starts.
+    """Return the token ids of a conversation in the model's own template, up to where its answer
+    starts.
 
-    The template writes all special tokens itself: adding the tokenizer's own would begin the text twice. Raises UserError where there is no
-    template, or it refuses the messages.
+    The template writes all special tokens itself: adding the tokenizer's own would begin the text
+    twice. Raises UserError where there is no template, or it refuses the messages.
     """
     tokenizer = language_model.tokenizer
     if not tokenizer.chat_template:
-        raise UserError(f"--chat: {language_model.name} has no chat template; leave --chat out, or name a model that was trained for chats")
+        raise UserError(
+            f"--chat: {language_model.name} has no chat template; leave --chat out, or name a model that was"
+            " trained for chats"
+        )
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except jinja2.TemplateError as error:
-        raise UserError(f"--chat: the template of {language_model.name} refuses this: {one_line(error)}; leave --system out") from error
+        raise UserError(
+            f"--chat: the template of {language_model.name} refuses this: {one_line(error)}; leave"
+            " --system out"
+        ) from error
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
@@ -122,6 +171,11 @@ def check_length(ids: list[int], new_tokens: int, language_model: LanguageModel,
     if context is None or len(ids) + new_tokens <= context:
         return
     if len(ids) >= context:
-        raise UserError(f"{place}: the prompt has {len(ids):,} tokens and {language_model.name} holds {context:,}; shorten it")
-    raise UserError(f"--max-new-tokens {new_tokens}: {place} has {len(ids):,} tokens and {language_model.name} holds {context:,}; "
-                    f"use at most {context - len(ids):,}")
+        raise UserError(
+            f"{place}: the prompt has {len(ids):,} tokens and {language_model.name} holds {context:,};"
+            " shorten it"
+        )
+    raise UserError(
+        f"--max-new-tokens {new_tokens}: {place} has {len(ids):,} tokens and {language_model.name} holds"
+        f" {context:,}; use at most {context - len(ids):,}"
+    )

@@ -1,9 +1,12 @@
-"""From the model's logits to the distribution of the next token: pure tensor functions, in the order in which `model.generate` applies them.
+"""From the model's logits to the distribution of the next token: pure tensor functions, in the
+order in which `model.generate` applies them.
 
-Shapes: logits (B, V) in fp32, ids (B, T), the tokens so far. B rows are independent texts, V is the vocabulary. A filter returns new logits
-with -inf where a token is out. drawing.py takes the token.
+Shapes: logits (B, V) in fp32, ids (B, T), the tokens so far. B rows are independent texts, V is
+the vocabulary. A filter returns new logits with -inf where a token is out. drawing.py takes the
+token.
 
-The order is: repetition penalty, no repeated n-grams, no end before min_new_tokens; and when sampling: temperature, top-k, top-p, min-p, typical.
+The order is: repetition penalty, no repeated n-grams, no end before min_new_tokens; and when
+sampling: temperature, top-k, top-p, min-p, typical.
 """
 
 from collections.abc import Callable
@@ -31,31 +34,39 @@ class Settings:
 
 @dataclass(frozen=True)
 class Filter:
-    """One named stage between the model's logits and the draw: `apply(logits, ids)` returns new logits."""
+    """One named stage between the model's logits and the draw: `apply(logits, ids)` returns new
+    logits.
+    """
 
     name: str
     apply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def scale_by_temperature(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Return logits / temperature: below 1 sharpens, above 1 flattens. 0 is not a scale; it means greedy, before this function."""
+    """Return logits / temperature: below 1 sharpens, above 1 flattens. 0 is not a scale; it means
+    greedy, before this function.
+    """
     return logits / temperature
 
 
 def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
-    """Keep the k likeliest tokens and all that tie with the last of them (Fan et al. 2018); all where k is above V."""
+    """Keep the k likeliest tokens and all that tie with the last of them (Fan et al. 2018); all
+    where k is above V.
+    """
     kth = logits.topk(min(k, logits.shape[-1])).values[..., -1, None]  # (B, 1)
     return logits.masked_fill(logits < kth, -torch.inf)
 
 
 def keep_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
-    """Keep the smallest set of likeliest tokens whose probabilities reach p, one at least (Holtzman et al. 2020).
+    """Keep the smallest set of likeliest tokens whose probabilities reach p, one at least
+    (Holtzman et al. 2020).
 
-    It sums from the unlikely end over the whole vocabulary, as `generate` does, so that every rounding is the same; which of several tokens that
-    tie at the limit are in, the sort decides.
+    It sums from the unlikely end over the whole vocabulary, as `generate` does, so that every
+    rounding is the same; which of several tokens that tie at the limit are in, the sort decides.
     """
     ascending, order = logits.sort(descending=False)
-    out = ascending.softmax(-1).cumsum(-1) <= 1 - p  # (B, V), in sorted order: a run at the beginning
+    # (B, V), in sorted order: a run at the beginning
+    out = ascending.softmax(-1).cumsum(-1) <= 1 - p
     out[..., -1] = False
     return logits.masked_fill(out.scatter(-1, order, out), -torch.inf)
 
@@ -70,30 +81,43 @@ def keep_min_p(logits: torch.Tensor, share: float) -> torch.Tensor:
 
 
 def keep_typical(logits: torch.Tensor, mass: float) -> torch.Tensor:
-    """Keep the tokens whose surprise is nearest to the expected one until their probabilities reach `mass` (Meister et al. 2023)."""
+    """Keep the tokens whose surprise is nearest to the expected one until their probabilities
+    reach `mass` (Meister et al. 2023).
+    """
     log_probabilities = logits.log_softmax(-1)
-    entropy = -(log_probabilities * log_probabilities.exp()).nansum(-1, keepdim=True)  # nansum: 0 times -inf counts as 0
+    # nansum: 0 times -inf counts as 0
+    entropy = -(log_probabilities * log_probabilities.exp()).nansum(-1, keepdim=True)
     distance, order = (-log_probabilities - entropy).abs().sort(descending=False)
-    reached = (logits.gather(-1, order).softmax(-1).cumsum(-1) < mass).sum(-1, keepdim=True)  # (B, 1)
+    # (B, 1)
+    reached = (logits.gather(-1, order).softmax(-1).cumsum(-1) < mass).sum(-1, keepdim=True)
     out = distance > distance.gather(-1, reached.clamp(max=logits.shape[-1] - 1))
     out[..., 0] = False
     return logits.masked_fill(out.scatter(-1, order, out), -torch.inf)
 
 
-def penalize_repetition(logits: torch.Tensor, ids: torch.Tensor, penalty: float, starts: torch.Tensor | None = None) -> torch.Tensor:
-    """Make each token that occurs in ids less likely, once however often it occurs (Keskar et al. 2019).
+def penalize_repetition(
+    logits: torch.Tensor, ids: torch.Tensor, penalty: float, starts: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Make each token that occurs in ids less likely, once however often it occurs (Keskar et al.
+    2019).
 
-    Positive logits are divided by the penalty, negative ones multiplied. `starts` (B): where each row's text begins; padding before it is no text.
+    Positive logits are divided by the penalty, negative ones multiplied. `starts` (B): where each
+    row's text begins; padding before it is no text.
     """
     if starts is not None:
         padded = torch.arange(ids.shape[-1], device=ids.device) < starts[:, None]
-        ids = torch.where(padded, ids.gather(-1, starts[:, None]), ids)  # the row's first token occurs anyway
+        # the row's first token occurs anyway
+        ids = torch.where(padded, ids.gather(-1, starts[:, None]), ids)
     seen = logits.gather(-1, ids)
     return logits.scatter(-1, ids, torch.where(seen < 0, seen * penalty, seen / penalty))
 
 
-def forbid_repeated_ngrams(logits: torch.Tensor, ids: torch.Tensor, size: int, starts: torch.Tensor | None = None) -> torch.Tensor:
-    """Forbid each token that would complete an n-gram of `size` that occurs in ids; `starts` as above, None counts padding as text."""
+def forbid_repeated_ngrams(
+    logits: torch.Tensor, ids: torch.Tensor, size: int, starts: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Forbid each token that would complete an n-gram of `size` that occurs in ids; `starts` as
+    above, None counts padding as text.
+    """
     length, vocabulary = ids.shape[-1], logits.shape[-1]
     if length < size:
         return logits
@@ -101,7 +125,8 @@ def forbid_repeated_ngrams(logits: torch.Tensor, ids: torch.Tensor, size: int, s
     matches = (windows[..., :-1] == ids[:, None, length + 1 - size :]).all(-1)
     if starts is not None:
         matches &= torch.arange(windows.shape[1], device=ids.device) >= starts[:, None]
-    out = logits.new_zeros((logits.shape[0], vocabulary + 1), dtype=torch.bool)  # the last column takes what does not match
+    # the last column takes what does not match
+    out = logits.new_zeros((logits.shape[0], vocabulary + 1), dtype=torch.bool)
     out.scatter_(-1, torch.where(matches, windows[..., -1], vocabulary), True)
     return logits.masked_fill(out[:, :vocabulary], -torch.inf)
 
@@ -111,18 +136,39 @@ def forbid(logits: torch.Tensor, ids: tuple[int, ...]) -> torch.Tensor:
     return logits.index_fill(-1, torch.tensor(ids, dtype=torch.long, device=logits.device), -torch.inf)
 
 
-def history_filters(settings: Settings, *, prompt_length: int, starts: torch.Tensor | None, padding_is_text: bool) -> list[Filter]:
-    """Return the filters that look at the tokens so far; `padding_is_text` lets n-grams reach into padding, as `generate` does."""
+def history_filters(
+    settings: Settings, *, prompt_length: int, starts: torch.Tensor | None, padding_is_text: bool
+) -> list[Filter]:
+    """Return the filters that look at the tokens so far; `padding_is_text` lets n-grams reach into
+    padding, as `generate` does.
+    """
     found, size = [], settings.no_repeat_ngram_size
     if settings.repetition_penalty != 1.0:
-        found.append(Filter(f"repetition penalty {settings.repetition_penalty:g}",
-                            lambda logits, ids: penalize_repetition(logits, ids, settings.repetition_penalty, starts)))
+        found.append(
+            Filter(
+                f"repetition penalty {settings.repetition_penalty:g}",
+                lambda logits, ids: penalize_repetition(logits, ids, settings.repetition_penalty, starts),
+            )
+        )
     if size > 0:
         counted = None if padding_is_text else starts
-        found.append(Filter(f"no repeated {size}-gram", lambda logits, ids: forbid_repeated_ngrams(logits, ids, size, counted)))
+        found.append(
+            Filter(
+                f"no repeated {size}-gram",
+                lambda logits, ids: forbid_repeated_ngrams(logits, ids, size, counted),
+            )
+        )
     if settings.min_new_tokens > 0 and settings.end_ids:
-        found.append(Filter(f"min {settings.min_new_tokens} new tokens", lambda logits, ids:
-                            forbid(logits, settings.end_ids) if ids.shape[-1] - prompt_length < settings.min_new_tokens else logits))
+        found.append(
+            Filter(
+                f"min {settings.min_new_tokens} new tokens",
+                lambda logits, ids: (
+                    forbid(logits, settings.end_ids)
+                    if ids.shape[-1] - prompt_length < settings.min_new_tokens
+                    else logits
+                ),
+            )
+        )
     return found
 
 
@@ -135,8 +181,11 @@ def distribution_filters(settings: Settings) -> list[Filter]:
         ("min-p", keep_min_p, settings.min_p, settings.min_p > 0),
         ("typical", keep_typical, settings.typical_p, settings.typical_p < 1.0),
     )
-    return [Filter(f"{name} {value:g}", lambda logits, ids, apply=apply, value=value: apply(logits, value))
-            for name, apply, value, wanted in known if wanted and settings.sample]
+    return [
+        Filter(f"{name} {value:g}", lambda logits, ids, apply=apply, value=value: apply(logits, value))
+        for name, apply, value, wanted in known
+        if wanted and settings.sample
+    ]
 
 
 def distribution(logits: torch.Tensor, settings: Settings) -> torch.Tensor:

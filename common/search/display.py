@@ -1,4 +1,6 @@
-"""What embed_search.py shows: tables for a person on stdout, or one JSON document there and the rest on stderr."""
+"""What embed_search.py shows: tables for a person on stdout, or one JSON document there and the
+rest on stderr.
+"""
 
 import json
 import sys
@@ -24,9 +26,25 @@ class Screen:
     def table(self, rows: list, headers: list[str], *, title: str = ""):
         """Print a table for a person; floats have three decimals."""
         if self.shown and not self.as_json:
-            aligned = ["right" if rows and isinstance(value, int | float) else "left" for value in (rows[0] if rows else headers)]
+            aligned = [
+                "right" if rows and isinstance(value, int | float) else "left"
+                for value in (rows[0] if rows else headers)
+            ]
             print(f"\n{title}" if title else "")
-            print(tabulate(rows, headers, floatfmt=".3f", colalign=aligned if rows else None, disable_numparse=not rows) if rows else "(none)", flush=True)
+            print(
+                (
+                    tabulate(
+                        rows,
+                        headers,
+                        floatfmt=".3f",
+                        colalign=aligned if rows else None,
+                        disable_numparse=not rows,
+                    )
+                    if rows
+                    else "(none)"
+                ),
+                flush=True,
+            )
 
     def document(self, content: dict):
         """Print the JSON document, if one is wanted."""
@@ -40,5 +58,7 @@ def short(text: str, width: int = TEXT_WIDTH) -> str:
 
 
 def level(similarity: float) -> str:
-    """Return how similar two texts are in a word: above 0.7 high, above or at 0.4 moderate, below low."""
+    """Return how similar two texts are in a word: above 0.7 high, above or at 0.4 moderate, below
+    low.
+    """
     return "high" if similarity > HIGH else "moderate" if similarity >= MODERATE else "low"

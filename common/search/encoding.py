@@ -1,9 +1,11 @@
 """Texts -> vectors: what SentenceTransformer.encode does, written out.
 
-Identical texts are encoded once; texts are sorted by tokens, not characters, and cut into batches of at most `batch_tokens` positions, so that
-little is padding; the transformer runs in bf16 where the processor has it, what follows it (pooling, dense layers, normalisation: the model's own
-modules) in fp32. Under torchrun the batches are dealt out to the processes: each is computed by one of them, exactly as one process would.
-Texts are tokenised before they are computed, not meanwhile: on a CPU both want the same cores.
+Identical texts are encoded once; texts are sorted by tokens, not characters, and cut into batches
+of at most `batch_tokens` positions, so that little is padding; the transformer runs in bf16 where
+the processor has it, what follows it (pooling, dense layers, normalisation: the model's own
+modules) in fp32. Under torchrun the batches are dealt out to the processes: each is computed by
+one of them, exactly as one process would. Texts are tokenised before they are computed, not
+meanwhile: on a CPU both want the same cores.
 """
 
 import json
@@ -19,13 +21,16 @@ from common.errors import UserError
 from common.runtime import Runtime
 from common.search import loading
 
-BATCH_TOKENS = {"cpu": 4096, "cuda": 131_072, "mps": 16_384}  # on a CPU more falls out of the cache, on a GPU less leaves it idle
+# on a CPU more falls out of the cache, on a GPU less leaves it idle
+BATCH_TOKENS = {"cpu": 4096, "cuda": 131_072, "mps": 16_384}
 DOCUMENT_PROMPTS = ("document", "passage", "corpus")  # as encode_document looks for them
 
 
 @dataclass
 class Encoder:
-    """A model on its device, and what it saw: `num_encoded` texts went through it, `num_cut` of them lost their end."""
+    """A model on its device, and what it saw: `num_encoded` texts went through it, `num_cut` of
+    them lost their end.
+    """
 
     name: str
     model: SentenceTransformer
@@ -47,30 +52,48 @@ class Encoder:
         return self.model[0].tokenizer
 
     def identity(self) -> dict:
-        """Return what vectors must share to be compared: fingerprint, width, pooling, max_length; and the name, for people."""
-        return {"model": self.name, "fingerprint": self.fingerprint, "width": self.width, "pooling": loading.describe_pooling(self.model),
-                "max_length": self.max_length}
+        """Return what vectors must share to be compared: fingerprint, width, pooling, max_length;
+        and the name, for people.
+        """
+        return {
+            "model": self.name,
+            "fingerprint": self.fingerprint,
+            "width": self.width,
+            "pooling": loading.describe_pooling(self.model),
+            "max_length": self.max_length,
+        }
 
     def prompt(self, role: str | None) -> str:
-        """Return what is put before each text of a role ("query", "document", None: neither), as encode_query, encode_document and encode do."""
+        """Return what is put before each text of a role ("query", "document", None: neither), as
+        encode_query, encode_document and encode do.
+        """
         names = {"query": ("query",), "document": DOCUMENT_PROMPTS, None: ()}[role]
-        found = next((name for name in names if name in self.model.prompts), self.model.default_prompt_name)  # "" counts as found
+        # "" counts as found
+        found = next((name for name in names if name in self.model.prompts), self.model.default_prompt_name)
         return self.model.prompts.get(found) or ""
 
     def encode(self, texts: list[str], *, role: str | None = None) -> np.ndarray:
-        """Return the vectors (texts, width) of texts in float32, as the model gives them. Under torchrun the other processes must be in follow()."""
+        """Return the vectors (texts, width) of texts in float32, as the model gives them. Under
+        torchrun the other processes must be in follow().
+        """
         if self.machine.world_size > 1:
             _broadcast(json.dumps([texts, role]), self.machine)
         return self._encode(texts, role)
 
     def encode_unit(self, texts: list[str], *, role: str | None = None) -> np.ndarray:
-        """Return the vectors scaled to length 1; a vector of zeros, or one that is not finite, becomes NaN."""
+        """Return the vectors scaled to length 1; a vector of zeros, or one that is not finite,
+        becomes NaN.
+        """
         vectors = self.encode(texts, role=role)
         norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-        return np.divide(vectors, norms, out=np.full_like(vectors, np.nan), where=np.isfinite(norms) & (norms > 0))
+        return np.divide(
+            vectors, norms, out=np.full_like(vectors, np.nan), where=np.isfinite(norms) & (norms > 0)
+        )
 
     def follow(self):
-        """Compute this process's share of all that the main process encodes, until it calls release()."""
+        """Compute this process's share of all that the main process encodes, until it calls
+        release().
+        """
         while (message := _broadcast(None, self.machine)) != "":
             self._encode(*json.loads(message))
 
@@ -81,12 +104,14 @@ class Encoder:
 
     @torch.inference_mode()
     def _encode(self, texts: list[str], role: str | None) -> np.ndarray:
-        places = {text: place for place, text in enumerate(dict.fromkeys(texts))}  # identical texts: encoded once
+        # identical texts: encoded once
+        places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
         prompt = self.prompt(role)
         tokens, num_cut = self.tokenize([prompt + text for text in places])
         vectors = torch.zeros(len(places), self.width, device=self.machine.device)
         batches = token_batches([len(ids) for ids in tokens["input_ids"]], self.batch_tokens)
-        with self.machine.autocast():  # around all batches: the cast weights are kept as long as it is open
+        # around all batches: the cast weights are kept as long as it is open
+        with self.machine.autocast():
             for batch in batches[self.machine.rank :: self.machine.world_size]:
                 vectors[torch.from_numpy(batch).to(vectors.device)] = self._forward(tokens, batch, prompt)
         self.machine.all_reduce_sum(vectors)  # each row is zero in all processes but one
@@ -119,36 +144,59 @@ class Encoder:
 
 
 def token_batches(lengths, batch_tokens: int) -> list[np.ndarray]:
-    """Return batches of row numbers, the longest texts first, each of at most `batch_tokens` positions with its padding, or of one text.
+    """Return batches of row numbers, the longest texts first, each of at most `batch_tokens`
+    positions with its padding, or of one text.
 
     `lengths` (N): tokens of each text.
     """
     order, batches, start = np.argsort(-np.asarray(lengths), kind="stable"), [], 0
     while start < len(order):
-        size = max(batch_tokens // max(lengths[order[start]], 1), 1)  # the first is the longest: all are padded to it
+        # the first is the longest: all are padded to it
+        size = max(batch_tokens // max(lengths[order[start]], 1), 1)
         batches.append(order[start : start + size])
         start += size
     return batches
 
 
-def load(name: str, machine: Runtime, *, max_length: int | None = None, batch_tokens: int | None = None, cache_dir: str | None = None) -> Encoder:
-    """Return the encoder of a sentence-transformers model. Raises UserError when it can't be read, or can't hold `max_length` tokens."""
+def load(
+    name: str,
+    machine: Runtime,
+    *,
+    max_length: int | None = None,
+    batch_tokens: int | None = None,
+    cache_dir: str | None = None,
+) -> Encoder:
+    """Return the encoder of a sentence-transformers model. Raises UserError when it can't be read,
+    or can't hold `max_length` tokens.
+    """
     model = loading.load_embedder(name, cache_dir=cache_dir)
     holds = max_positions(model)
     special = model[0].tokenizer.num_special_tokens_to_add()
     if max_length is not None and not special < max_length <= (holds or max_length):
-        raise UserError(f"--max-length {max_length}: the model takes more than {special} (the special tokens) and at most {holds} tokens")
-    own = min(length for length in (model.max_seq_length, holds, model[0].tokenizer.model_max_length) if length)
+        raise UserError(
+            f"--max-length {max_length}: the model takes more than {special} (the special tokens) and at most"
+            f" {holds} tokens"
+        )
+    own = min(
+        length for length in (model.max_seq_length, holds, model[0].tokenizer.model_max_length) if length
+    )
     fingerprint = loading.fingerprint(model)
     attention.use_matrix_products(model[0].auto_model)
-    return Encoder(data.full_name(name), model.to(machine.device).eval(), machine, max_length=max_length or own,
-                   batch_tokens=batch_tokens or BATCH_TOKENS[machine.device.type], fingerprint=fingerprint)
+    return Encoder(
+        data.full_name(name),
+        model.to(machine.device).eval(),
+        machine,
+        max_length=max_length or own,
+        batch_tokens=batch_tokens or BATCH_TOKENS[machine.device.type],
+        fingerprint=fingerprint,
+    )
 
 
 def max_positions(model: SentenceTransformer) -> int | None:
     """Return the most tokens that a model's position embeddings hold, None if nothing limits it.
 
-    RoBERTa and MPNet number positions from the padding id + 1, so that 514 embeddings hold 512 tokens.
+    RoBERTa and MPNet number positions from the padding id + 1, so that 514 embeddings hold 512
+    tokens.
     """
     for name, module in model[0].auto_model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
@@ -157,7 +205,9 @@ def max_positions(model: SentenceTransformer) -> int | None:
 
 
 def _broadcast(message: str | None, machine: Runtime) -> str:
-    """Return the main process's message on every process. As bytes: torch's own way for objects is pickle."""
+    """Return the main process's message on every process. As bytes: torch's own way for objects is
+    pickle.
+    """
     content = np.frombuffer((message or "").encode(), dtype=np.uint8)
     size = machine.agree(len(content))
     data = torch.zeros(size, dtype=torch.uint8, device=machine.device)

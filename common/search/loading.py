@@ -1,6 +1,7 @@
 """A sentence-transformers model or a cross-encoder: found, checked to be safe, loaded.
 
-Weights are read from safetensors only and no code comes with a model: its modules must be sentence-transformers' own.
+Weights are read from safetensors only and no code comes with a model: its modules must be
+sentence-transformers' own.
 """
 
 import hashlib
@@ -20,30 +21,56 @@ from common import assets, attention, hub
 from common.durable import tensors_sha256
 from common.errors import UserError, one_line
 
-FILES_READ = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # of a model on the Hub; no pickles, no ONNX, no code
+# of a model on the Hub; no pickles, no ONNX, no code
+FILES_READ = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 FILES_LEFT = ["onnx/*", "openvino/*"]
-IDLE_SETTINGS = ("_name_or_path", "transformers_version", "architectures", "id2label", "label2id", "dtype", "torch_dtype", "problem_type")
+IDLE_SETTINGS = (
+    "_name_or_path",
+    "transformers_version",
+    "architectures",
+    "id2label",
+    "label2id",
+    "dtype",
+    "torch_dtype",
+    "problem_type",
+)
 PICKLED = ("*.bin", "*.pt", "*.pkl")
-KNOWN_FAULTS = ("trust_remote_code", "model_type", "Sentence Transformers", "model.safetensors", "tokenizer", "Unrecognized", "size mismatch")
+KNOWN_FAULTS = (
+    "trust_remote_code",
+    "model_type",
+    "Sentence Transformers",
+    "model.safetensors",
+    "tokenizer",
+    "Unrecognized",
+    "size mismatch",
+)
 
-transformers.utils.logging.set_verbosity_error()  # what matters of its warnings is checked and said here
+# what matters of its warnings is checked and said here
+transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
 
 def find_folder(name: str, *, flag: str, cache_dir: str | None) -> Path:
-    """Return the local folder of a bundled, local or Hub model; a Hub model's files are downloaded to `cache_dir` first.
+    """Return the local folder of a bundled, local or Hub model; a Hub model's files are downloaded
+    to `cache_dir` first.
 
-    Raises UserError, naming `flag`, when it can't be found or reached, or has weights only as pickles.
+    Raises UserError, naming `flag`, when it can't be found or reached, or has weights only as
+    pickles.
     """
     if assets.is_bundled(name):
         return assets.model_folder(name)
     folder = Path(name)
     if not folder.is_dir():
         if folder.exists() or name.startswith((".", "/")) or name.count("/") > 1 or not name:
-            raise UserError(f"{flag} {name}: no such folder; check the path, or use {', '.join(assets.MODELS)}")
+            raise UserError(
+                f"{flag} {name}: no such folder; check the path, or use {', '.join(assets.MODELS)}"
+            )
         folder = _download(name, flag=flag, cache_dir=cache_dir)
     if not (folder / "config.json").is_file() and not (folder / "modules.json").is_file():
-        raise UserError(f"{flag} {name}: the folder has neither modules.json nor config.json; name the folder of a saved model")
+        raise UserError(
+            f"{flag} {name}: the folder has neither modules.json nor config.json; name the folder of a saved"
+            " model"
+        )
     _refuse_pickles(folder, f"{flag} {name}")
     return folder
 
@@ -51,50 +78,84 @@ def find_folder(name: str, *, flag: str, cache_dir: str | None) -> Path:
 def _download(name: str, *, flag: str, cache_dir: str | None) -> Path:
     reachable = hub.is_reachable()
     try:
-        found = huggingface_hub.snapshot_download(name, cache_dir=cache_dir, allow_patterns=FILES_READ, ignore_patterns=FILES_LEFT,
-                                                  local_files_only=not reachable)
+        found = huggingface_hub.snapshot_download(
+            name,
+            cache_dir=cache_dir,
+            allow_patterns=FILES_READ,
+            ignore_patterns=FILES_LEFT,
+            local_files_only=not reachable,
+        )
     except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.HFValidationError) as error:
-        raise UserError(f"{flag} {name}: neither a local folder nor a model on the Hub that you may read; check the name (a private one needs "
-                        f"`hf auth login`), or use {', '.join(assets.MODELS)}") from error
+        raise UserError(
+            f"{flag} {name}: neither a local folder nor a model on the Hub that you may read; check the name"
+            f" (a private one needs `hf auth login`), or use {', '.join(assets.MODELS)}"
+        ) from error
     except huggingface_hub.errors.LocalEntryNotFoundError as error:
-        raise UserError(f"{flag} {name}: no such local folder, and the Hub can't be reached; use a local folder or {', '.join(assets.MODELS)}") from error
+        raise UserError(
+            f"{flag} {name}: no such local folder, and the Hub can't be reached; use a local folder or"
+            f" {', '.join(assets.MODELS)}"
+        ) from error
     if not reachable:
         hub.say_cached(f"{flag} {name}")
     return Path(found)
 
 
 def _refuse_pickles(folder: Path, place: str):
-    """Raise UserError for a folder (or one of its modules' folders) whose weights are pickles without a safetensors file beside them."""
+    """Raise UserError for a folder (or one of its modules' folders) whose weights are pickles
+    without a safetensors file beside them.
+    """
     for part in (folder, *(path for path in folder.iterdir() if path.is_dir() and path.name[:1].isdigit())):
-        pickled = sorted(path.name for pattern in PICKLED for path in part.glob(pattern) if path.name != "training_args.bin")
+        pickled = sorted(
+            path.name
+            for pattern in PICKLED
+            for path in part.glob(pattern)
+            if path.name != "training_args.bin"
+        )
         if pickled and not any(part.glob("*.safetensors")):
-            raise UserError(f"{place}: {part / pickled[0]} is pickled weights, which are never read, for they can run code; "
-                            "use a version of the model with safetensors, or convert it first")
+            raise UserError(
+                f"{place}: {part / pickled[0]} is pickled weights, which are never read, for they can run"
+                " code; use a version of the model with safetensors, or convert it first"
+            )
 
 
 def load_embedder(name: str, *, cache_dir: str | None) -> SentenceTransformer:
-    """Return a sentence-transformers model on the CPU in fp32; a plain encoder without modules.json gets mean pooling, as there.
+    """Return a sentence-transformers model on the CPU in fp32; a plain encoder without
+    modules.json gets mean pooling, as there.
 
     Raises UserError when it can't be read, or takes something else than texts.
     """
     model = _load(SentenceTransformer, name, flag="--model", cache_dir=cache_dir)
     if not isinstance(model[0], Transformer) or "text" not in model[0].modality_config:
-        raise UserError(f"--model {name}: its first module is {type(model[0]).__name__}; only transformers that read texts can be used")
+        raise UserError(
+            f"--model {name}: its first module is {type(model[0]).__name__}; only transformers that read"
+            " texts can be used"
+        )
     for setting in ("query_length", "document_length", "query_expansion"):
         if getattr(model[0], setting, None) is not None:
-            raise UserError(f"--model {name}: its first module sets {setting}, which this script does not follow; use another model, or take the setting "
-                            "out of a copy of sentence_bert_config.json")
+            raise UserError(
+                f"--model {name}: its first module sets {setting}, which this script does not follow; use"
+                " another model, or take the setting out of a copy of sentence_bert_config.json"
+            )
     tokenizer = model[0].tokenizer
-    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # what transformers makes up when the files are not there
-        raise UserError(f"--model {name}: it has no tokenizer, or one without words; copy the files of its tokenizer into the folder")
+    # what transformers makes up when the files are not there
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise UserError(
+            f"--model {name}: it has no tokenizer, or one without words; copy the files of its tokenizer into"
+            " the folder"
+        )
     return model
 
 
 def load_reranker(name: str, *, cache_dir: str | None, device: torch.device) -> CrossEncoder:
-    """Return a cross-encoder with one output on its device. Raises UserError when it can't be read, or gives several scores a pair."""
+    """Return a cross-encoder with one output on its device. Raises UserError when it can't be
+    read, or gives several scores a pair.
+    """
     model = _load(CrossEncoder, name, flag="--rerank", cache_dir=cache_dir).to(device)
     if model.num_labels != 1:
-        raise UserError(f"--rerank {name}: it gives {model.num_labels} scores a pair; name a cross-encoder with one, such as cross-encoder/ms-marco-MiniLM-L6-v2")
+        raise UserError(
+            f"--rerank {name}: it gives {model.num_labels} scores a pair; name a cross-encoder with one, such"
+            " as cross-encoder/ms-marco-MiniLM-L6-v2"
+        )
     attention.use_matrix_products(model[0].auto_model)
     return model
 
@@ -102,25 +163,54 @@ def load_reranker(name: str, *, cache_dir: str | None, device: torch.device) -> 
 def _load(model_class, name: str, *, flag: str, cache_dir: str | None):
     folder = find_folder(name, flag=flag, cache_dir=cache_dir)
     try:
-        return model_class(str(folder), device="cpu", local_files_only=True, trust_remote_code=False,
-                           model_kwargs={"use_safetensors": True, "dtype": torch.float32})
-    except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError, json.JSONDecodeError) as error:
-        if isinstance(error, RuntimeError | KeyError) and not any(known in str(error) for known in KNOWN_FAULTS):
+        return model_class(
+            str(folder),
+            device="cpu",
+            local_files_only=True,
+            trust_remote_code=False,
+            model_kwargs={"use_safetensors": True, "dtype": torch.float32},
+        )
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        RuntimeError,
+        safetensors.SafetensorError,
+        json.JSONDecodeError,
+    ) as error:
+        if isinstance(error, RuntimeError | KeyError) and not any(
+            known in str(error) for known in KNOWN_FAULTS
+        ):
             raise
-        raise UserError(f"{flag} {name}: {one_line(error).rstrip('.')}; mend its files or name another model") from error
+        raise UserError(
+            f"{flag} {name}: {one_line(error).rstrip('.')}; mend its files or name another model"
+        ) from error
 
 
 def fingerprint(model: SentenceTransformer) -> str:
-    """Return the SHA-256 of all that makes a model's vectors: weights, configuration, tokenizer, its modules' settings and its prompts.
+    """Return the SHA-256 of all that makes a model's vectors: weights, configuration, tokenizer,
+    its modules' settings and its prompts.
 
-    The length at which texts are cut, the precision, and what doesn't change a vector (names, paths, versions) are no part of it.
+    The length at which texts are cut, the precision, and what doesn't change a vector (names,
+    paths, versions) are no part of it.
     """
     tokenizer = model[0].tokenizer
-    words = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
+    words = (
+        json.loads(tokenizer.backend_tokenizer.to_str())
+        if tokenizer.is_fast
+        else sorted(tokenizer.get_vocab().items())
+    )
     if tokenizer.is_fast:
         words.update(truncation=None, padding=None)  # every call sets these anew
-    settings = [[type(module).__name__, {key: value for key, value in module.get_config_dict().items() if key != "max_seq_length"}] for module in model]
-    changed = model[0].auto_model.config.to_diff_dict()  # from the defaults: a later version of transformers may know more settings
+    settings = [
+        [
+            type(module).__name__,
+            {key: value for key, value in module.get_config_dict().items() if key != "max_seq_length"},
+        ]
+        for module in model
+    ]
+    # from the defaults: a later version of transformers may know more settings
+    changed = model[0].auto_model.config.to_diff_dict()
     config = {key: value for key, value in changed.items() if key not in IDLE_SETTINGS}
     weights = tensors_sha256(dict(sorted(model.state_dict().items())))
     parts = [words, settings, config, model.prompts, model.default_prompt_name, weights]

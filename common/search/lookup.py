@@ -6,7 +6,9 @@ import numpy as np
 
 
 class Lookup:
-    """Digest (16 bytes) -> row, in 24 bytes an entry: a dict of them would take ten times as much."""
+    """Digest (16 bytes) -> row, in 24 bytes an entry: a dict of them would take ten times
+    as much.
+    """
 
     def __init__(self):
         self.keys, self.rows, self.recent = np.empty(0, "S16"), np.empty(0, np.int64), {}
@@ -15,7 +17,11 @@ class Lookup:
         """Return the row of each digest, -1 for one that was never added."""
         wanted = np.array(digests, dtype="S16")
         places = np.minimum(np.searchsorted(self.keys, wanted), max(len(self.keys) - 1, 0))
-        found = np.where(self.keys[places] == wanted, self.rows[places], -1) if len(self.keys) else np.full(len(wanted), -1)
+        found = (
+            np.where(self.keys[places] == wanted, self.rows[places], -1)
+            if len(self.keys)
+            else np.full(len(wanted), -1)
+        )
         return np.array([self.recent.get(digest, row) for digest, row in zip(digests, found)], dtype=np.int64)
 
     def add(self, digests: list[bytes], rows):
@@ -25,7 +31,10 @@ class Lookup:
             fresh = np.array(list(self.recent), dtype="S16")
             kept = ~np.isin(self.keys, fresh)
             keys = np.concatenate([self.keys[kept], fresh])
-            rows, order = np.concatenate([self.rows[kept], np.array(list(self.recent.values()))]), np.argsort(keys)
+            rows, order = (
+                np.concatenate([self.rows[kept], np.array(list(self.recent.values()))]),
+                np.argsort(keys),
+            )
             self.keys, self.rows, self.recent = keys[order], rows[order], {}
 
 

@@ -1,7 +1,9 @@
-"""Pairs and groups of similar texts: every pair is looked at once, on the triangle, block against block.
+"""Pairs and groups of similar texts: every pair is looked at once, on the triangle, block against
+block.
 
-Of n rows and a block of b at most a few matrices of b x b are in memory. Scores are fp32 products first; what is near a border is computed
-again in float64, so that pairs and groups are those of float64 brute force.
+Of n rows and a block of b at most a few matrices of b x b are in memory. Scores are fp32 products
+first; what is near a border is computed again in float64, so that pairs and groups are those of
+float64 brute force.
 """
 
 import functools
@@ -21,17 +23,26 @@ PENDING = 1_000_000  # pairs after which groups are joined, and candidates thinn
 
 @dataclass(frozen=True)
 class Live:
-    """The rows that count, numbered from 0: `rows` (n) are their numbers in the index, ascending."""
+    """The rows that count, numbered from 0: `rows` (n) are their numbers in the index,
+    ascending.
+    """
 
     snapshot: Snapshot
     rows: np.ndarray
 
     @functools.cached_property
     def documents(self) -> np.ndarray | None:
-        """The first row (n) of the document that each row is a passage of, ascending; None in an index of whole texts."""
+        """The first row (n) of the document that each row is a passage of, ascending; None in an
+        index of whole texts.
+        """
         if self.snapshot.settings["chunk_overlap"] is None:
             return None
-        return self.rows - np.concatenate([segment.table[PASSAGE].to_numpy() for segment in self.snapshot.segments])[self.rows]
+        return (
+            self.rows
+            - np.concatenate([segment.table[PASSAGE].to_numpy() for segment in self.snapshot.segments])[
+                self.rows
+            ]
+        )
 
     @property
     def unit(self) -> str:
@@ -42,7 +53,9 @@ class Live:
         return len(self.rows)
 
     def vectors(self, places) -> np.ndarray:
-        """Return the vectors (places, width) of some of the rows: an array or a slice of places."""
+        """Return the vectors (places, width) of some of the rows: an array or a slice of
+        places.
+        """
         return self.snapshot.vectors_of(self.rows[places])
 
     def blocks(self, size: int):
@@ -57,9 +70,11 @@ class Live:
 
 
 def triangle(live: Live, block: int):
-    """Yield (first place of the rows, of the columns, fp32 scores) for all pairs of blocks, rows before columns.
+    """Yield (first place of the rows, of the columns, fp32 scores) for all pairs of blocks, rows
+    before columns.
 
-    The score is -inf where i >= j, and of two passages of one document: they are alike because they overlap.
+    The score is -inf where i >= j, and of two passages of one document: they are alike because
+    they overlap.
     """
     documents = None if live.documents is None else torch.from_numpy(live.documents)
     for first, left in live.blocks(block):
@@ -69,25 +84,38 @@ def triangle(live: Live, block: int):
             if second == first:
                 scores.masked_fill_(torch.ones(scores.shape, dtype=torch.bool).tril(), -torch.inf)
             if documents is not None and documents[second] <= documents[first + len(left) - 1]:
-                scores.masked_fill_(documents[first : first + len(left), None] == documents[second : second + len(right)], -torch.inf)
+                scores.masked_fill_(
+                    documents[first : first + len(left), None] == documents[second : second + len(right)],
+                    -torch.inf,
+                )
             yield first, second, scores
 
 
 def exact_pairs(live: Live, left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """Return the float64 cosines of pairs of places."""
-    parts = [exact_scores(live.vectors(left[at : at + RESCORED]), live.vectors(right[at : at + RESCORED])) for at in range(0, len(left), RESCORED)]
+    parts = [
+        exact_scores(live.vectors(left[at : at + RESCORED]), live.vectors(right[at : at + RESCORED]))
+        for at in range(0, len(left), RESCORED)
+    ]
     return np.concatenate([np.zeros(0), *parts])
 
 
 def best_pairs(live: Live, k: int, *, block: int) -> list[tuple[int, int, float]]:
-    """Return the k most similar pairs as (place, higher place, cosine), best first; equal ones by place."""
-    best, left, right = np.full(0, -np.inf), np.zeros(0, np.int64), np.zeros(0, np.int64)  # what is kept has exact scores
+    """Return the k most similar pairs as (place, higher place, cosine), best first; equal ones by
+    place.
+    """
+    # what is kept has exact scores
+    best, left, right = np.full(0, -np.inf), np.zeros(0, np.int64), np.zeros(0, np.int64)
     floor = -np.inf
     for first, second, scores in triangle(live, block):
         if float(scores.max()) < floor:
             continue
         here = scores.flatten().topk(min(k, scores.numel())).values
-        lowest = max(floor, float(here[-1]) - 2 * live.margin if len(here) == k else -np.inf, torch.finfo(torch.float32).min)
+        lowest = max(
+            floor,
+            float(here[-1]) - 2 * live.margin if len(here) == k else -np.inf,
+            torch.finfo(torch.float32).min,
+        )
         hit = (scores >= lowest).nonzero().numpy()
         new_left, new_right = hit[:, 0] + first, hit[:, 1] + second
         best = np.concatenate([best, exact_pairs(live, new_left, new_right)])
@@ -99,7 +127,9 @@ def best_pairs(live: Live, k: int, *, block: int) -> list[tuple[int, int, float]
 
 
 def similar_pairs(live: Live, threshold: float, *, block: int):
-    """Yield (places, higher places, cosines) of all pairs with a cosine of at least `threshold`, each pair once, a part at a time."""
+    """Yield (places, higher places, cosines) of all pairs with a cosine of at least `threshold`,
+    each pair once, a part at a time.
+    """
     for first, second, scores in triangle(live, block):
         hit = (scores >= threshold - live.margin).nonzero().numpy()
         for at in range(0, len(hit), PENDING):
@@ -111,7 +141,9 @@ def similar_pairs(live: Live, threshold: float, *, block: int):
 
 
 class Groups:
-    """Places joined by pairs: the connected components, in memory of the number of places, not of pairs."""
+    """Places joined by pairs: the connected components, in memory of the number of places, not of
+    pairs.
+    """
 
     def __init__(self, size: int):
         self.label = np.arange(size)
@@ -136,7 +168,9 @@ class Groups:
         self.left, self.right = [], []
 
     def lists(self) -> list[np.ndarray]:
-        """Return the groups of at least two places, each in ascending order, the largest group first, equal ones by their lowest place."""
+        """Return the groups of at least two places, each in ascending order, the largest group
+        first, equal ones by their lowest place.
+        """
         self._settle()
         order = np.argsort(self.label, kind="stable")
         parts = np.split(order, np.flatnonzero(np.diff(self.label[order])) + 1)

@@ -1,4 +1,6 @@
-"""Queries -> the best documents of an index: exact or approximate cosine, fused with BM25, reranked by a cross-encoder."""
+"""Queries -> the best documents of an index: exact or approximate cosine, fused with BM25,
+reranked by a cross-encoder.
+"""
 
 import hashlib
 from dataclasses import dataclass, field
@@ -18,8 +20,11 @@ FUSED = 100  # the rows of each ranking that are fused
 RRF_K = 60  # Cormack, Clarke, Buettcher (SIGIR 2009)
 PASSAGES = 4  # passages looked at for each document wanted, at first
 WORDLESS = "no-words"  # a file in the cache of texts without any word that BM25 counts
-FEW = 0.1  # of the rows: when --where leaves fewer, the graph misses many of them, and an exact search is fast
-LINKS, BUILD_BREADTH, SEARCH_BREADTH = 32, 200, 200  # of FAISS's HNSW graph: 0.99 of the exact neighbours and more, see README
+# of the rows: when --where leaves fewer, the graph misses many of them, and an exact search is
+# fast
+FEW = 0.1
+# of FAISS's HNSW graph: 0.99 of the exact neighbours and more, see README
+LINKS, BUILD_BREADTH, SEARCH_BREADTH = 32, 200, 200
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,9 @@ class Hit:
 
 @dataclass
 class Searcher:
-    """An index and the ways in which it is searched. `allowed` (rows) is False for rows that may not be found."""
+    """An index and the ways in which it is searched. `allowed` (rows) is False for rows that may
+    not be found.
+    """
 
     snapshot: Snapshot
     encoder: Encoder
@@ -45,40 +52,56 @@ class Searcher:
     caches: dict = field(default_factory=dict)
 
     def search(self, queries: list[str], k: int) -> list[list[Hit]]:
-        """Return the k best documents for each query, best first; of equal ones that with the lower row. Fewer where there are fewer.
+        """Return the k best documents for each query, best first; of equal ones that with the
+        lower row. Fewer where there are fewer.
 
-        With a reranker the best `rerank_depth` come in its order and with its scores, the others behind them as they were. Raises UserError for a
-        query without a direction.
+        With a reranker the best `rerank_depth` come in its order and with its scores, the others
+        behind them as they were. Raises UserError for a query without a direction.
         """
         found = []
         for start in range(0, len(queries), QUERIES):
             block = queries[start : start + QUERIES]
             vectors = self.encoder.encode_unit(block, role="query")
             for place in np.flatnonzero(~np.isfinite(vectors).all(1)):
-                raise UserError(f"query {block[place]!r}: the model gives no direction (NaN, infinity or zeros) for it; word it otherwise, or try --precision fp32")
+                raise UserError(
+                    f"query {block[place]!r}: the model gives no direction (NaN, infinity or zeros) for it;"
+                    " word it otherwise, or try --precision fp32"
+                )
             found += self._documents(block, vectors, k)
         return found
 
     def _documents(self, queries: list[str], vectors: np.ndarray, k: int) -> list[list[Hit]]:
-        """Rank rows, and of the rows of one document keep the best; look deeper until there are k documents."""
+        """Rank rows, and of the rows of one document keep the best; look deeper until there are k
+        documents.
+        """
         wanted = max(k, self.rerank_depth if self.reranker else 0)
         depth = wanted if self.snapshot.settings["chunk_overlap"] is None else PASSAGES * wanted
         while True:
             rankings = self._rank(queries, vectors, depth)
             found = [self._best_passages(rows, scores)[:wanted] for rows, scores in rankings]
-            if depth >= len(self.allowed) or all(len(hits) >= wanted or len(rows) < depth for hits, (rows, _) in zip(found, rankings)):
+            if depth >= len(self.allowed) or all(
+                len(hits) >= wanted or len(rows) < depth for hits, (rows, _) in zip(found, rankings)
+            ):
                 break
             depth *= PASSAGES
         if self.reranker:
-            found = [self._rerank(query, hits[: self.rerank_depth]) + hits[self.rerank_depth :] for query, hits in zip(queries, found)]
+            found = [
+                self._rerank(query, hits[: self.rerank_depth]) + hits[self.rerank_depth :]
+                for query, hits in zip(queries, found)
+            ]
         return [hits[:k] for hits in found]
 
-    def _rank(self, queries: list[str], vectors: np.ndarray, depth: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    def _rank(
+        self, queries: list[str], vectors: np.ndarray, depth: int
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return (rows, scores) for each query, at most `depth` of them, best first."""
         if not self.hybrid:
             return self._nearest(vectors, depth)
         depth = max(depth, FUSED)
-        return [fuse([dense[0], sparse[0]]) for dense, sparse in zip(self._nearest(vectors, depth), self._keywords(queries, depth))]
+        return [
+            fuse([dense[0], sparse[0]])
+            for dense, sparse in zip(self._nearest(vectors, depth), self._keywords(queries, depth))
+        ]
 
     def _nearest(self, vectors: np.ndarray, depth: int) -> list[tuple[np.ndarray, np.ndarray]]:
         live = np.flatnonzero(self.snapshot.alive())
@@ -86,11 +109,16 @@ class Searcher:
         if not self.approximate or len(chosen) < FEW * len(live):
             return self._exact(vectors, depth)
         graph, node_of = self._cache("faiss", self._build_graph, _load_graph)
-        options, wanted, num_nodes = faiss.SearchParametersHNSW(efSearch=max(SEARCH_BREADTH, 2 * depth)), depth, graph.ntotal
+        options, wanted, num_nodes = (
+            faiss.SearchParametersHNSW(efSearch=max(SEARCH_BREADTH, 2 * depth)),
+            depth,
+            graph.ntotal,
+        )
         if len(chosen) < len(live):
             allowed = np.unique(node_of[chosen])
             wanted, num_nodes = min(depth, len(allowed)), len(allowed)
-            selector = faiss.IDSelectorBatch(allowed)  # kept in a name: FAISS holds no reference to it
+            # kept in a name: FAISS holds no reference to it
+            selector = faiss.IDSelectorBatch(allowed)
             options.sel = selector
         _, nodes = graph.search(vectors, min(wanted, num_nodes), params=options)
         if (nodes < 0).any():  # the graph's paths to some of the rows lead through others
@@ -100,7 +128,9 @@ class Searcher:
         for own, vector in zip(nodes, vectors):
             near[:] = False
             near[own] = True
-            found.append(kernel.ranked(live[chosen[near[node_of[chosen]]]], vector, self.snapshot.vectors_of, depth))
+            found.append(
+                kernel.ranked(live[chosen[near[node_of[chosen]]]], vector, self.snapshot.vectors_of, depth)
+            )
         return found
 
     def _exact(self, vectors: np.ndarray, depth: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -108,13 +138,18 @@ class Searcher:
         return kernel.search(blocks, vectors, depth, vectors_of=self.snapshot.vectors_of, alive=self.allowed)
 
     def _build_graph(self, folder):
-        """Write a graph with one node for each different vector, and the node of each live row: among many equal ones FAISS finds no way on."""
+        """Write a graph with one node for each different vector, and the node of each live row:
+        among many equal ones FAISS finds no way on.
+        """
         graph = faiss.IndexHNSWFlat(self.snapshot.width, LINKS, faiss.METRIC_INNER_PRODUCT)
         graph.hnsw.efConstruction = BUILD_BREADTH
         alive, node_of, known = self.snapshot.alive(), [], {}
         for start, vectors in self.snapshot.vector_blocks(kernel.BLOCK):
             vectors, before = vectors[alive[start : start + len(vectors)]], len(known)
-            nodes = [known.setdefault(hashlib.blake2b(vector, digest_size=16).digest(), len(known)) for vector in vectors]
+            nodes = [
+                known.setdefault(hashlib.blake2b(vector, digest_size=16).digest(), len(known))
+                for vector in vectors
+            ]
             _, firsts = np.unique(nodes, return_index=True)
             graph.add(np.ascontiguousarray(vectors[[place for place in firsts if nodes[place] >= before]]))
             node_of += nodes
@@ -122,7 +157,9 @@ class Searcher:
         np.save(folder / "nodes.npy", np.array(node_of, dtype=np.int64), allow_pickle=False)
 
     def _keywords(self, queries: list[str], depth: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Return (rows, BM25 scores) of the rows that share a word with each query, best first, equal ones by row."""
+        """Return (rows, BM25 scores) of the rows that share a word with each query, best first,
+        equal ones by row.
+        """
         live = np.flatnonzero(self.snapshot.alive())
         bm25, found = self._cache("bm25", self._build_keywords, _load_keywords), []
         for words in bm25s.tokenize(queries, return_ids=False, show_progress=False):
@@ -156,22 +193,34 @@ class Searcher:
         return list(best.values())
 
     def _rerank(self, query: str, hits: list[Hit]) -> list[Hit]:
-        """Order hits by what a cross-encoder thinks of the query and their text; equal ones stay in the order in which they were found.
+        """Order hits by what a cross-encoder thinks of the query and their text; equal ones stay
+        in the order in which they were found.
 
-        The order is that of the logits: in 16 bits a sigmoid is 1 from 6 on, and the best documents would tie.
+        The order is that of the logits: in 16 bits a sigmoid is 1 from 6 on, and the best
+        documents would tie.
         """
         if not hits:
             return hits
         texts = [entry[TEXT] for entry in self.snapshot.take([hit.row for hit in hits], [TEXT])]
         with self.encoder.machine.autocast():
-            logits = self.reranker.predict([(query, text) for text in texts], activation_fn=torch.nn.Identity(), convert_to_tensor=True, show_progress_bar=False)
+            logits = self.reranker.predict(
+                [(query, text) for text in texts],
+                activation_fn=torch.nn.Identity(),
+                convert_to_tensor=True,
+                show_progress_bar=False,
+            )
         logits = logits.float().cpu()
         scores = self.reranker.activation_fn(logits).tolist()
-        return [Hit(hits[place].row, scores[place]) for place in logits.argsort(descending=True, stable=True).tolist()]
+        return [
+            Hit(hits[place].row, scores[place])
+            for place in logits.argsort(descending=True, stable=True).tolist()
+        ]
 
 
 def fuse(rankings: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Return (rows, scores) of several rankings of rows as one: each gives a row 1 / (60 + its rank); equal sums go to the lower row."""
+    """Return (rows, scores) of several rankings of rows as one: each gives a row 1 / (60 + its
+    rank); equal sums go to the lower row.
+    """
     scores: dict[int, float] = {}
     for ranking in rankings:
         for rank, row in enumerate(ranking.tolist(), start=1):

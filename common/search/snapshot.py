@@ -1,8 +1,10 @@
-"""One committed state of an index, read-only: its manifest, its rows, its vectors as views into memory-mapped Arrow files.
+"""One committed state of an index, read-only: its manifest, its rows, its vectors as views into
+memory-mapped Arrow files.
 
-An index folder holds `manifest.json` and the immutable Arrow files that it names, each with its SHA-256. A writer adds files first and then
-replaces the manifest, so whoever has read a manifest has one whole state, whatever happens after. Every file is checked when a snapshot is
-opened. Any Arrow reader can read the files; common/search/store.py writes them.
+An index folder holds `manifest.json` and the immutable Arrow files that it names, each with its
+SHA-256. A writer adds files first and then replaces the manifest, so whoever has read a manifest
+has one whole state, whatever happens after. Every file is checked when a snapshot is opened. Any
+Arrow reader can read the files; common/search/store.py writes them.
 """
 
 import hashlib
@@ -20,14 +22,26 @@ from common.errors import UserError
 FORMAT = "embed_search index 1"
 MANIFEST = "manifest.json"
 LOCK = ".lock"
-ID, HASH, PASSAGE, PASSAGES, START, TEXT, VECTOR = "_id", "_hash", "_passage", "_passages", "_start", "_text", "_vector"
+ID, HASH, PASSAGE, PASSAGES, START, TEXT, VECTOR = (
+    "_id",
+    "_hash",
+    "_passage",
+    "_passages",
+    "_start",
+    "_text",
+    "_vector",
+)
 OWN_COLUMNS = (ID, HASH, PASSAGE, PASSAGES, START, TEXT, VECTOR)  # those that every index has
-MAPPED = 65_536  # bytes from which on a file is mapped: a map holds a descriptor, of which a process may have 256 only
+# bytes from which on a file is mapped: a map holds a descriptor, of which a process may have 256
+# only
+MAPPED = 65_536
 
 
 @dataclass(frozen=True)
 class Segment:
-    """An immutable file of rows: `table` without the vectors, `vectors` (rows, width) in float32, `alive` (rows) False where deleted."""
+    """An immutable file of rows: `table` without the vectors, `vectors` (rows, width) in float32,
+    `alive` (rows) False where deleted.
+    """
 
     table: pa.Table
     vectors: np.ndarray
@@ -40,15 +54,20 @@ class Segment:
 
 
 class Snapshot:
-    """The rows of an index as one manifest names them; a row's number is its place, deleted rows included."""
+    """The rows of an index as one manifest names them; a row's number is its place, deleted rows
+    included.
+    """
 
     def __init__(self, folder: Path, manifest: dict, segments: list[Segment]):
         self.folder, self.manifest, self.segments = folder, manifest, segments
-        self.starts = np.cumsum([0, *(len(segment.alive) for segment in segments)])  # the first row of each segment, and the number of rows
+        # the first row of each segment, and the number of rows
+        self.starts = np.cumsum([0, *(len(segment.alive) for segment in segments)])
 
     @property
     def settings(self) -> dict:
-        """What the index was made with: the encoder's identity, the columns' names, how texts are split."""
+        """What the index was made with: the encoder's identity, the columns' names, how texts are
+        split.
+        """
         return self.manifest["settings"]
 
     @property
@@ -71,7 +90,9 @@ class Snapshot:
         return np.concatenate([np.zeros(0, bool), *(segment.alive for segment in self.segments)])
 
     def vector_blocks(self, size: int):
-        """Yield (first row, vectors (at most `size`, width)) over all rows; the vectors are views into the files."""
+        """Yield (first row, vectors (at most `size`, width)) over all rows; the vectors are views
+        into the files.
+        """
         for start, segment in zip(self.starts, self.segments):
             for offset in range(0, len(segment.vectors), size):
                 yield int(start) + offset, segment.vectors[offset : offset + size]
@@ -85,12 +106,17 @@ class Snapshot:
         return found
 
     def take(self, rows, columns: list[str] | None = None) -> list[dict]:
-        """Return some rows as dicts, in their order; without the vectors, and without the columns that are not named."""
+        """Return some rows as dicts, in their order; without the vectors, and without the columns
+        that are not named.
+        """
         rows = np.asarray(rows, dtype=np.int64)
         found: list[dict] = [{}] * len(rows)
         for number, here, places in self._by_segment(rows):
             table = self.segments[number].table
-            for place, row in zip(np.flatnonzero(here), table.select(columns or table.column_names).take(pa.array(places)).to_pylist()):
+            for place, row in zip(
+                np.flatnonzero(here),
+                table.select(columns or table.column_names).take(pa.array(places)).to_pylist(),
+            ):
                 found[place] = row
         return found
 
@@ -112,20 +138,36 @@ class Snapshot:
 
 
 def open_snapshot(folder: str | Path) -> Snapshot:
-    """Return the last committed state of an index. Raises UserError when the folder is no index, or a file of it is damaged."""
+    """Return the last committed state of an index. Raises UserError when the folder is no index,
+    or a file of it is damaged.
+    """
     folder = Path(folder)
     while True:
         manifest = read_manifest(folder)
-        try:  # all are held before any is checked, which takes long: a writer that replaces the state meanwhile doesn't take them away
+        # all are held before any is checked, which takes long: a writer that replaces the state
+        # meanwhile
+        # doesn't take them away
+        try:
             contents = {name: map_file(folder / name) for name in files(manifest)}
             break
         except FileNotFoundError as error:
-            if read_manifest(folder)["sha256"] == manifest["sha256"]:  # else a writer was faster: look at its state
-                raise UserError(f"{error.filename}: a file of the index is missing; restore it from a copy, or index the texts into a new folder") from error
+            # else a writer was faster: look at its state
+            if read_manifest(folder)["sha256"] == manifest["sha256"]:
+                raise UserError(
+                    f"{error.filename}: a file of the index is missing; restore it from a copy, or index the"
+                    " texts into a new folder"
+                ) from error
     for name, expected in files(manifest).items():
         if hashlib.sha256(contents[name]).hexdigest() != expected:
-            raise UserError(f"{folder / name}: damaged (its SHA-256 is not what {MANIFEST} says); restore it from a copy, or index the texts into a new folder")
-    return Snapshot(folder, manifest, [_segment(contents, entry, list(manifest["columns"])) for entry in manifest["segments"]])
+            raise UserError(
+                f"{folder / name}: damaged (its SHA-256 is not what {MANIFEST} says); restore it from a copy,"
+                " or index the texts into a new folder"
+            )
+    return Snapshot(
+        folder,
+        manifest,
+        [_segment(contents, entry, list(manifest["columns"])) for entry in manifest["segments"]],
+    )
 
 
 def files(manifest: dict) -> dict[str, str]:
@@ -139,16 +181,23 @@ def read_manifest(folder: Path) -> dict:
     path = folder / MANIFEST
     if not path.is_file():
         what = "no such folder" if not folder.exists() else "not an index (it has no manifest.json)"
-        raise UserError(f"--index {folder}: {what}; make one with: embed_search.py index TEXTS --index {folder}")
+        raise UserError(
+            f"--index {folder}: {what}; make one with: embed_search.py index TEXTS --index {folder}"
+        )
     try:
         manifest = json.loads(path.read_bytes())
         if manifest.get("format") != FORMAT:
-            raise UserError(f"--index {folder}: its manifest.json is not one of {FORMAT!r}; name another folder")
+            raise UserError(
+                f"--index {folder}: its manifest.json is not one of {FORMAT!r}; name another folder"
+            )
         whole = manifest["sha256"] == seal(manifest)
     except (ValueError, AttributeError, KeyError):
         whole = False
     if not whole:
-        raise UserError(f"{path}: damaged (its SHA-256 is not what it says); restore it from a copy, or index the texts into a new folder")
+        raise UserError(
+            f"{path}: damaged (its SHA-256 is not what it says); restore it from a copy, or index the texts"
+            " into a new folder"
+        )
     return manifest
 
 
@@ -162,21 +211,38 @@ def map_file(path: Path) -> mmap.mmap | bytearray:
     with open(path, "rb") as file:
         if os.fstat(file.fileno()).st_size < MAPPED:
             return bytearray(file.read())
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # private: torch wants it writable, the file can't be changed by it
+        # private: torch wants it writable, the file can't be changed by it
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
 
-def make_segment(content: mmap.mmap | bytearray, columns: list[str], alive: np.ndarray | None = None) -> Segment:
-    """Return the content of an Arrow file as a segment, its metadata in the order of `columns`; `alive` None: all rows."""
+def make_segment(
+    content: mmap.mmap | bytearray, columns: list[str], alive: np.ndarray | None = None
+) -> Segment:
+    """Return the content of an Arrow file as a segment, its metadata in the order of `columns`;
+    `alive` None: all rows.
+    """
     table = pa.ipc.open_file(pa.py_buffer(content)).read_all()
     vectors = table.column(VECTOR).chunk(0)
     offset = vectors.values.buffers()[1].address - pa.py_buffer(content).address
-    width = vectors.type.list_size  # as an array over the content itself: Arrow's own view is read-only, of which torch warns
-    array = np.frombuffer(content, np.float32, count=len(vectors) * width, offset=offset).reshape(len(vectors), width)
-    return Segment(table.select([name for name in OWN_COLUMNS if name != VECTOR] + columns), array, np.ones(len(table), bool) if alive is None else alive)
+    # as an array over the content itself: Arrow's own view is read-only, of which torch warns
+    width = vectors.type.list_size
+    array = np.frombuffer(content, np.float32, count=len(vectors) * width, offset=offset).reshape(
+        len(vectors), width
+    )
+    return Segment(
+        table.select([name for name in OWN_COLUMNS if name != VECTOR] + columns),
+        array,
+        np.ones(len(table), bool) if alive is None else alive,
+    )
 
 
 def _segment(contents: dict, entry: dict, columns: list[str]) -> Segment:
     segment = make_segment(contents[entry["file"]], columns)
     if entry["deleted"]:
-        segment.alive[pa.ipc.open_file(pa.py_buffer(contents[entry["deleted"]["file"]])).read_all().column("row").to_numpy()] = False
+        segment.alive[
+            pa.ipc.open_file(pa.py_buffer(contents[entry["deleted"]["file"]]))
+            .read_all()
+            .column("row")
+            .to_numpy()
+        ] = False
     return segment

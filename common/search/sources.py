@@ -1,4 +1,6 @@
-"""Where texts come from: lines, data files, folders of .txt files, bundled sets -> an Arrow table over mapped files, and the rows that are no UTF-8."""
+"""Where texts come from: lines, data files, folders of .txt files, bundled sets -> an Arrow table
+over mapped files, and the rows that are no UTF-8.
+"""
 
 import contextlib
 import json
@@ -23,10 +25,14 @@ BATCH = 10_000
 NOT_UTF8 = "the row is not UTF-8"
 
 
-def read(name: str, *, text_column: str, skip_bad: bool, cache_dir: str | None) -> tuple[pa.Table, str, dict[int, str]]:
-    """Return the rows of a source (`_text`, and the columns that came with it), what one is called there, and row -> why it can't be used.
+def read(
+    name: str, *, text_column: str, skip_bad: bool, cache_dir: str | None
+) -> tuple[pa.Table, str, dict[int, str]]:
+    """Return the rows of a source (`_text`, and the columns that came with it), what one is called
+    there, and row -> why it can't be used.
 
-    Raises UserError when it can't be read or holds bytes that are no UTF-8; with `skip_bad` these rows are noted instead, and their values mean nothing.
+    Raises UserError when it can't be read or holds bytes that are no UTF-8; with `skip_bad` these
+    rows are noted instead, and their values mean nothing.
     """
     path, bad = Path(name), {}
     if assets.is_bundled(name):
@@ -50,22 +56,43 @@ def read(name: str, *, text_column: str, skip_bad: bool, cache_dir: str | None) 
 
 
 def _own_names(rows: datasets.Dataset, text_column: str, place: str) -> pa.Table:
-    """Return a data set as a table whose text column is called `_text`, and whose classes are their names."""
-    names = {name: feature.names for name, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)}
+    """Return a data set as a table whose text column is called `_text`, and whose classes are
+    their names.
+    """
+    names = {
+        name: feature.names
+        for name, feature in rows.features.items()
+        if isinstance(feature, datasets.ClassLabel)
+    }
     table = rows.with_format("arrow")[:]
     if text_column not in table.column_names:
-        raise UserError(f"{place}: no column {text_column!r}; there is {', '.join(table.column_names)}; name the right one with --text-column")
+        raise UserError(
+            f"{place}: no column {text_column!r}; there is {', '.join(table.column_names)}; name the right"
+            " one with --text-column"
+        )
     if data.kind(rows, text_column) not in ("string", "large_string"):
-        raise UserError(f"{place}: column {text_column!r} holds {data.kind(rows, text_column)}, not texts; name the right one with --text-column")
+        raise UserError(
+            f"{place}: column {text_column!r} holds {data.kind(rows, text_column)}, not texts; name the right"
+            " one with --text-column"
+        )
     taken = next((name for name in table.column_names if name.lower() in OWN_COLUMNS), None)
     if taken:
         raise UserError(f"{place}: a column can't be called {taken!r}, for the index has its own; rename it")
     for name, classes in names.items():
         column = pa.chunked_array([pa.array(classes).take(chunk) for chunk in table[name].chunks])
         table = table.set_column(table.column_names.index(name), name, column)
-    for place, field in enumerate(table.schema):  # readers differ in how they hold strings: in one index they must not
-        kind = pa.large_string() if field.name == text_column else pa.string() if pa.types.is_large_string(field.type) else field.type
-        table = table.set_column(place, field.name, table[field.name].cast(kind)) if kind != field.type else table
+    # readers differ in how they hold strings: in one index they must not
+    for place, field in enumerate(table.schema):
+        kind = (
+            pa.large_string()
+            if field.name == text_column
+            else pa.string()
+            if pa.types.is_large_string(field.type)
+            else field.type
+        )
+        table = (
+            table.set_column(place, field.name, table[field.name].cast(kind)) if kind != field.type else table
+        )
     return table.rename_columns([TEXT if name == text_column else name for name in table.column_names])
 
 
@@ -76,7 +103,10 @@ def _check_parquet(rows: pa.Table, path: Path, skip_bad: bool, bad: dict[int, st
         for row in range(len(block)) if not _is_valid(block) else ():
             if not _is_valid(block.take(pa.array([row]))):
                 if not skip_bad:
-                    raise UserError(f"{path}, row {start + row + 1}: not UTF-8; mend it, or pass the row over with --skip-bad")
+                    raise UserError(
+                        f"{path}, row {start + row + 1}: not UTF-8; mend it, or pass the row over with"
+                        " --skip-bad"
+                    )
                 bad[start + row] = NOT_UTF8
 
 
@@ -89,19 +119,25 @@ def _is_valid(rows: pa.Table) -> bool:
 
 
 def _has_faults(path: Path, skip_bad: bool) -> bool:
-    """Tell whether a CSV or JSON file has lines with a fault of encoding; raise UserError for the first if not `skip_bad`."""
+    """Tell whether a CSV or JSON file has lines with a fault of encoding; raise UserError for the
+    first if not `skip_bad`.
+    """
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             fault = _fault(line, path)
             if fault and not skip_bad:
-                raise UserError(f"{path}, line {number}: {fault}; mend it, or pass the row over with --skip-bad")
+                raise UserError(
+                    f"{path}, line {number}: {fault}; mend it, or pass the row over with --skip-bad"
+                )
             if fault:
                 return True
     return False
 
 
 def _fault(line: bytes, path: Path) -> str | None:
-    """Return what is wrong with the encoding of a line: bytes that are no UTF-8, or in JSON an escape for half a character."""
+    """Return what is wrong with the encoding of a line: bytes that are no UTF-8, or in JSON an
+    escape for half a character.
+    """
     try:
         line.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -117,9 +153,13 @@ def _fault(line: bytes, path: Path) -> str | None:
 
 
 def _mended(path: Path, text_column: str, bad: dict[int, str]) -> pa.Table:
-    """Return the rows of a CSV or JSON file with faults of encoding, after noting those that have one in any column."""
-    mark = f"\ufffd{secrets.token_hex(8)}"  # stands for a fault: by it the row is found again, for a line of the file need not be a row
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # also for the cache: its files stay mapped without their names
+    """Return the rows of a CSV or JSON file with faults of encoding, after noting those that have
+    one in any column.
+    """
+    # stands for a fault: by it the row is found again, for a line of the file need not be a row
+    mark = f"\ufffd{secrets.token_hex(8)}"
+    # also for the cache: its files stay mapped without their names
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         copy = Path(folder) / path.name
         with open(path, "rb") as file, open(copy, "wb") as fresh:
             fresh.writelines(_mend(line, path, mark) if _fault(line, path) else line for line in file)
@@ -134,7 +174,8 @@ def _mended(path: Path, text_column: str, bad: dict[int, str]) -> pa.Table:
 def _mend(line: bytes, path: Path, mark: str) -> bytes:
     text = line.decode("utf-8", "surrogateescape")
     if path.suffix.lower() in JSON:
-        with contextlib.suppress(ValueError):  # not JSON on this line: then the bytes alone are at fault
+        # not JSON on this line: then the bytes alone are at fault
+        with contextlib.suppress(ValueError):
             text = json.dumps(json.loads(text), ensure_ascii=False) + "\n"
     return HALF.sub(mark, text).encode()
 
@@ -145,17 +186,32 @@ def _lines(name: str, skip_bad: bool, bad: dict[int, str]):
     try:
         file = sys.stdin.buffer if name == "-" else open(name, "rb")  # noqa: SIM115  (closed below)
     except OSError as error:
-        raise UserError(f"{place}: can't be read: {error.strerror}; name a text file, a data file, a folder, or - for standard input") from error
+        raise UserError(
+            f"{place}: can't be read: {error.strerror}; name a text file, a data file, a folder, or - for"
+            " standard input"
+        ) from error
     with file:
         row = -1
         for row, line in enumerate(file):
-            yield {TEXT: _decoded(line.removesuffix(b"\n").removesuffix(b"\r"), f"{place}, line {row + 1}", skip_bad, row, bad)}
+            yield {
+                TEXT: _decoded(
+                    line.removesuffix(b"\n").removesuffix(b"\r"),
+                    f"{place}, line {row + 1}",
+                    skip_bad,
+                    row,
+                    bad,
+                )
+            }
     if row < 0:
         raise UserError(f"{place}: it is empty; write one text on each line")
 
 
 def _folder_rows(root: Path, skip_bad: bool, bad: dict[int, str]):
-    files = sorted(path.relative_to(root) for path in root.rglob("*.txt") if not any(part.startswith(".") for part in path.relative_to(root).parts))
+    files = sorted(
+        path.relative_to(root)
+        for path in root.rglob("*.txt")
+        if not any(part.startswith(".") for part in path.relative_to(root).parts)
+    )
     if not files:
         raise UserError(f"{root}: no .txt files in it; name a folder that has them, or a data file")
     classes = all(len(file.parts) == 2 for file in files)  # a folder of class folders
@@ -166,23 +222,30 @@ def _folder_rows(root: Path, skip_bad: bool, bad: dict[int, str]):
 
 def _decoded(content: bytes, place: str, skip_bad: bool, row: int, bad: dict[int, str]) -> str | None:
     try:
-        return content.decode("utf-8-sig")  # some programs write a byte order mark: it is no part of the text
+        # some programs write a byte order mark: it is no part of the text
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         if not skip_bad:
-            raise UserError(f"{place}: not UTF-8 (byte {content[error.start]:#04x} at {error.start + 1}); "
-                            "convert it to UTF-8 first, or pass it over with --skip-bad") from error
+            raise UserError(
+                f"{place}: not UTF-8 (byte {content[error.start]:#04x} at {error.start + 1}); "
+                "convert it to UTF-8 first, or pass it over with --skip-bad"
+            ) from error
         bad[row] = "the text is not UTF-8"
         return None
 
 
 def _spool(rows) -> pa.Table:
-    """Write rows (dicts of texts) to a nameless temporary file as they come; return them as a table that is mapped from it."""
+    """Write rows (dicts of texts) to a nameless temporary file as they come; return them as a
+    table that is mapped from it.
+    """
     with tempfile.TemporaryFile() as file:
         writer, batch = None, []
         for row in rows:
             batch.append(row)
             if writer is None:
-                schema = pa.schema([(name, pa.large_string() if name == TEXT else pa.string()) for name in row])
+                schema = pa.schema(
+                    [(name, pa.large_string() if name == TEXT else pa.string()) for name in row]
+                )
                 writer = pa.ipc.new_file(file, schema)
             if len(batch) == BATCH:
                 writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))

@@ -1,6 +1,8 @@
-"""A collection of texts: one a line, a column of a data file, a folder of .txt files, or a bundled set. Read, checked, never held in memory.
+"""A collection of texts: one a line, a column of a data file, a folder of .txt files, or a bundled
+set. Read, checked, never held in memory.
 
-Whatever it comes from, a collection is an Arrow table over memory-mapped files: column `_text` and the columns that came with it.
+Whatever it comes from, a collection is an Arrow table over memory-mapped files: column `_text` and
+the columns that came with it.
 """
 
 from dataclasses import dataclass
@@ -18,7 +20,9 @@ from common.search.snapshot import TEXT
 
 @dataclass(frozen=True)
 class Collection:
-    """`rows`: an Arrow table with `_text` and metadata; `files`: whether a row is a file. `bad`: row -> why it was passed over."""
+    """`rows`: an Arrow table with `_text` and metadata; `files`: whether a row is a file. `bad`:
+    row -> why it was passed over.
+    """
 
     name: str
     rows: pa.Table
@@ -45,17 +49,28 @@ class Collection:
         return len(self.rows) - len(self.bad)
 
 
-def read(name: str, *, text_column: str, id_column: str | None = None, skip_bad: bool = False, cache_dir: str | None = None) -> Collection:
-    """Read and check a collection: a text file or "-" (one text a line), a data file, a folder of .txt files, a bundled name.
+def read(
+    name: str,
+    *,
+    text_column: str,
+    id_column: str | None = None,
+    skip_bad: bool = False,
+    cache_dir: str | None = None,
+) -> Collection:
+    """Read and check a collection: a text file or "-" (one text a line), a data file, a folder of
+    .txt files, a bundled name.
 
-    Raises UserError, naming file and row, for a text that is missing, empty or no UTF-8, and for an id that is missing or stands twice; with
-    `skip_bad` these rows are passed over.
+    Raises UserError, naming file and row, for a text that is missing, empty or no UTF-8, and for
+    an id that is missing or stands twice; with `skip_bad` these rows are passed over.
     """
     rows, unit, bad = sources.read(name, text_column=text_column, skip_bad=skip_bad, cache_dir=cache_dir)
     collection = Collection({"-": "standard input"}.get(name, name), rows, unit, bad)
     if id_column is not None and id_column not in rows.column_names:
-        raise UserError(f"{collection.name}: no column {id_column!r}; there is {', '.join(c for c in rows.column_names if c != TEXT) or 'none'}; "
-                        "name the right one with --id-column")
+        raise UserError(
+            f"{collection.name}: no column {id_column!r}; there is"
+            f" {', '.join(c for c in rows.column_names if c != TEXT) or 'none'}; name the right one with"
+            " --id-column"
+        )
     _check(collection, id_column, skip_bad)
     if len(collection) == 0:
         raise UserError(f"{collection.name}: no text in it can be used; name one that has texts")
@@ -70,27 +85,42 @@ def ids_of(table: pa.Table, id_column: str | None) -> list[str]:
 
 
 def check_query(text: str, place: str):
-    """Raise UserError, naming `place`, unless a text from the command line or a prompt can be encoded."""
+    """Raise UserError, naming `place`, unless a text from the command line or a prompt can be
+    encoded.
+    """
     if not text.strip():
         raise UserError(f"{place}: the text is empty; write something in it")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{place}: not UTF-8 (character {error.start + 1}); convert it to UTF-8 first") from error
+        raise UserError(
+            f"{place}: not UTF-8 (character {error.start + 1}); convert it to UTF-8 first"
+        ) from error
 
 
 def _check(collection: Collection, id_column: str | None, skip_bad: bool):
-    """Find the rows that can't be used: raise UserError for the first, or note each in collection.bad."""
+    """Find the rows that can't be used: raise UserError for the first, or note each in
+    collection.bad.
+    """
     seen = Lookup()
     if id_column is not None and not _is_key(collection.rows.schema.field(id_column).type):
-        raise UserError(f"{collection.name}: column {id_column!r} holds {collection.rows.schema.field(id_column).type}, not ids; "
-                        "name a column of texts or whole numbers with --id-column")
+        raise UserError(
+            f"{collection.name}: column {id_column!r} holds {collection.rows.schema.field(id_column).type},"
+            " not ids; name a column of texts or whole numbers with --id-column"
+        )
     for start in range(0, len(collection.rows), sources.BATCH):
         block = collection.rows.slice(start, sources.BATCH)
-        good = np.array([start + row not in collection.bad for row in range(len(block))])  # the values of the others mean nothing
+        # the values of the others mean nothing
+        good = np.array([start + row not in collection.bad for row in range(len(block))])
         texts = pc.if_else(pa.array(good), block[TEXT], None)
-        missing, blank = texts.is_null().to_numpy(), pc.equal(pc.utf8_trim_whitespace(texts), "").fill_null(True).to_numpy()
-        reasons = {int(row): "the text is missing" if missing[row] else "the text is empty" for row in np.flatnonzero(blank & good)}
+        missing, blank = (
+            texts.is_null().to_numpy(),
+            pc.equal(pc.utf8_trim_whitespace(texts), "").fill_null(True).to_numpy(),
+        )
+        reasons = {
+            int(row): "the text is missing" if missing[row] else "the text is empty"
+            for row in np.flatnonzero(blank & good)
+        }
         keys = pc.if_else(pa.array(good), block[id_column], None).to_pylist() if id_column else []
         digests, here = [digest(str(key)) for key in keys], {}
         for row, (key, before) in enumerate(zip(keys, seen.find(digests))):
@@ -105,7 +135,10 @@ def _check(collection: Collection, id_column: str | None, skip_bad: bool):
         seen.add(here, here.values())
         for row, reason in sorted(reasons.items()):
             if not skip_bad:
-                raise UserError(f"{collection.place(start + row)}: {reason}; mend or remove it, or pass it over with --skip-bad")
+                raise UserError(
+                    f"{collection.place(start + row)}: {reason}; mend or remove it, or pass it over with"
+                    " --skip-bad"
+                )
             collection.bad[start + row] = reason
 
 

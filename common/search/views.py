@@ -29,13 +29,18 @@ def labels(live: Live) -> list[str]:
 
 
 def brief(key: str) -> str:
-    """Return an id as it fits a table: of a long one, such as a hash of the text, the beginning; --json has it whole."""
+    """Return an id as it fits a table: of a long one, such as a hash of the text, the beginning;
+    --json has it whole.
+    """
     return key if len(key) <= 16 else f"{key[:10]}..."
 
 
 def texts_of(live: Live, places) -> list[dict]:
     """Return id and text of some places."""
-    return [{"id": row[ID], "text": row[TEXT]} for row in live.snapshot.take(live.rows[np.asarray(places, np.int64)], [ID, TEXT])]
+    return [
+        {"id": row[ID], "text": row[TEXT]}
+        for row in live.snapshot.take(live.rows[np.asarray(places, np.int64)], [ID, TEXT])
+    ]
 
 
 def one_a_document(live: Live, places) -> list[dict]:
@@ -57,39 +62,77 @@ def say_bad(screen: Screen, collection: texts.Collection):
     """Say how many rows were passed over, and which was the first."""
     if collection.bad:
         row, reason = min(collection.bad.items())
-        screen.say(f"         {len(collection.bad):,} passed over; the first: {collection.place(row)}: {reason}")
+        screen.say(
+            f"         {len(collection.bad):,} passed over; the first: {collection.place(row)}: {reason}"
+        )
 
 
 def say_cut(screen: Screen, cut: int, max_length: int):
     """Say how many texts the model did not read to their end."""
     if cut:
-        screen.say(f"         {cut:,} are longer than {max_length} tokens and were read without their end; index --chunk reads all of them")
+        screen.say(
+            f"         {cut:,} are longer than {max_length} tokens and were read without their end; index"
+            " --chunk reads all of them"
+        )
 
 
 def show_similarity(screen: Screen, live: Live, matrix: np.ndarray, pairs: list, queries: list):
-    """Show a matrix of cosines, the most similar pairs, and for each query its similarity to all texts."""
+    """Show a matrix of cosines, the most similar pairs, and for each query its similarity to all
+    texts.
+    """
     names, rows = labels(live), texts_of(live, range(len(live)))
     if len(names) <= MATRIX_COLUMNS:
-        screen.table([[brief(name), *values] for name, values in zip(names, matrix)], ["", *map(brief, names)], title="cosine similarity")
+        screen.table(
+            [[brief(name), *values] for name, values in zip(names, matrix)],
+            ["", *map(brief, names)],
+            title="cosine similarity",
+        )
     else:
-        screen.say(f"the matrix of {len(names):,} x {len(names):,} is too wide for a screen: --json prints it, --figure draws it")
+        screen.say(
+            f"the matrix of {len(names):,} x {len(names):,} is too wide for a screen: --json prints it,"
+            " --figure draws it"
+        )
     pair_documents = show_pairs(screen, live, pairs, alone=False)
     found = []
     for query, scores in queries:
-        lines = [{**row, "similarity": float(score), "level": level(score)} for row, score in zip(rows, scores)]
-        screen.table([[brief(line["id"]), line["similarity"], line["level"], short(line["text"])] for line in lines], ["", "similarity", "level", "text"],
-                     title=f"query: {query}")
+        lines = [
+            {**row, "similarity": float(score), "level": level(score)} for row, score in zip(rows, scores)
+        ]
+        screen.table(
+            [[brief(line["id"]), line["similarity"], line["level"], short(line["text"])] for line in lines],
+            ["", "similarity", "level", "text"],
+            title=f"query: {query}",
+        )
         found.append({"query": query, "similarities": lines})
-    screen.document({"texts": rows, "matrix": matrix.round(3).tolist(), "pairs": pair_documents, "queries": found})
+    screen.document(
+        {"texts": rows, "matrix": matrix.round(3).tolist(), "pairs": pair_documents, "queries": found}
+    )
 
 
-def show_pairs(screen: Screen, live: Live, pairs: list[tuple[int, int, float]], *, alone: bool = True) -> list[dict]:
+def show_pairs(
+    screen: Screen, live: Live, pairs: list[tuple[int, int, float]], *, alone: bool = True
+) -> list[dict]:
     """Show pairs of places with their cosines, best first; return them as documents."""
     firsts, seconds = (texts_of(live, [pair[side] for pair in pairs]) for side in (0, 1))
-    screen.table([[number, score, f"{brief(first['id'])}: {short(first['text'])}\n{brief(second['id'])}: {short(second['text'])}"]
-                  for number, (first, second, (*_, score)) in enumerate(zip(firsts, seconds, pairs), start=1)],
-                 ["", "similarity", live.unit], title="the most similar pairs")
-    documents = [{"similarity": score, "first": first, "second": second} for first, second, (*_, score) in zip(firsts, seconds, pairs)]
+    screen.table(
+        [
+            [
+                number,
+                score,
+                (
+                    f"{brief(first['id'])}: {short(first['text'])}\n{brief(second['id'])}:"
+                    f" {short(second['text'])}"
+                ),
+            ]
+            for number, (first, second, (*_, score)) in enumerate(zip(firsts, seconds, pairs), start=1)
+        ],
+        ["", "similarity", live.unit],
+        title="the most similar pairs",
+    )
+    documents = [
+        {"similarity": score, "first": first, "second": second}
+        for first, second, (*_, score) in zip(firsts, seconds, pairs)
+    ]
     if alone:
         screen.document({"pairs": documents})
     return documents
@@ -98,11 +141,17 @@ def show_pairs(screen: Screen, live: Live, pairs: list[tuple[int, int, float]], 
 def show_index(screen: Screen, builder: Builder, collection: texts.Collection, *, seconds: float):
     """Say what became of the texts."""
     counts, snapshot = builder.counts, builder.store.snapshot
-    screen.say(f"texts    {collection.name}: {counts.added:,} added, {counts.updated:,} updated, {counts.unchanged:,} unchanged, "
-               f"{counts.repeated:,} with the same text as another, {counts.bad:,} passed over")
+    screen.say(
+        f"texts    {collection.name}: {counts.added:,} added, {counts.updated:,} updated,"
+        f" {counts.unchanged:,} unchanged, {counts.repeated:,} with the same text as another, {counts.bad:,}"
+        " passed over"
+    )
     say_bad(screen, collection)
     if counts.encoded:
-        screen.say(f"         {counts.encoded:,} different ones encoded, {counts.encoded / seconds:,.1f} texts/s on {builder.encoder.machine.describe()}")
+        screen.say(
+            f"         {counts.encoded:,} different ones encoded, {counts.encoded / seconds:,.1f} texts/s on"
+            f" {builder.encoder.machine.describe()}"
+        )
     say_cut(screen, counts.cut, snapshot.settings["max_length"])
     show_state(screen, snapshot, counts=vars(counts) | {"seconds": seconds})
 
@@ -111,16 +160,36 @@ def show_state(screen: Screen, snapshot: Snapshot, **more):
     """Say what is in an index."""
     live = int(snapshot.alive().sum())
     if "deleted" in more:
-        screen.say(f"deleted  {more['deleted']:,} rows" + (f"; {more['unknown']:,} ids are not there" if more["unknown"] else ""))
-    screen.say(f"index    {snapshot.folder}: {live:,} rows, {snapshot.num_rows - live:,} deleted ones, {len(snapshot.segments):,} files, "
-               f"{snapshot.width} dimensions, {snapshot.settings['model']}")
-    screen.document({"index": str(snapshot.folder), "rows": live, "deleted_rows": snapshot.num_rows - live, "files": len(snapshot.segments),
-                     "settings": snapshot.settings, **more})
+        screen.say(
+            f"deleted  {more['deleted']:,} rows"
+            + (f"; {more['unknown']:,} ids are not there" if more["unknown"] else "")
+        )
+    screen.say(
+        f"index    {snapshot.folder}: {live:,} rows, {snapshot.num_rows - live:,} deleted ones,"
+        f" {len(snapshot.segments):,} files, {snapshot.width} dimensions, {snapshot.settings['model']}"
+    )
+    screen.document(
+        {
+            "index": str(snapshot.folder),
+            "rows": live,
+            "deleted_rows": snapshot.num_rows - live,
+            "files": len(snapshot.segments),
+            "settings": snapshot.settings,
+            **more,
+        }
+    )
 
 
 def hit_document(row: dict, hit: Hit) -> dict:
-    """Return a hit as it stands in JSON: score, id, text, and in `columns` its metadata; of a document in passages the best one and its place."""
-    found = {"id": row[ID], "score": hit.score, "text": row[TEXT], "columns": {name: value for name, value in row.items() if name not in OWN_COLUMNS}}
+    """Return a hit as it stands in JSON: score, id, text, and in `columns` its metadata; of a
+    document in passages the best one and its place.
+    """
+    found = {
+        "id": row[ID],
+        "score": hit.score,
+        "text": row[TEXT],
+        "columns": {name: value for name, value in row.items() if name not in OWN_COLUMNS},
+    }
     if row[PASSAGES] > 1:
         found["passage"] = {"number": row[PASSAGE] + 1, "of": row[PASSAGES], "first_character": row[START]}
     return found
@@ -130,9 +199,15 @@ def show_hits(screen: Screen, searcher: Searcher, queries: list[str], answers: l
     """Show what was found for each query, best first."""
     documents = []
     for query, hits in zip(queries, answers):
-        found = [hit_document(row, hit) for row, hit in zip(searcher.snapshot.take([hit.row for hit in hits]), hits)]
+        found = [
+            hit_document(row, hit)
+            for row, hit in zip(searcher.snapshot.take([hit.row for hit in hits]), hits)
+        ]
         documents.append({"query": query, "hits": found})
-        lines = [[rank, hit["score"], brief(hit["id"]), passage_note(hit) + short(hit["text"])] for rank, hit in enumerate(found, start=1)]
+        lines = [
+            [rank, hit["score"], brief(hit["id"]), passage_note(hit) + short(hit["text"])]
+            for rank, hit in enumerate(found, start=1)
+        ]
         screen.table(lines, ["", "score", "id", "text"], title=f"query: {query}")
     screen.document({"queries": documents})
 
@@ -143,7 +218,9 @@ def passage_note(hit: dict) -> str:
 
 
 def prompt(screen: Screen, searcher: Searcher, top_k: int):
-    """Answer queries from standard input until it ends or an empty line comes; with --json one document a query."""
+    """Answer queries from standard input until it ends or an empty line comes; with --json one
+    document a query.
+    """
     screen.say(f"{int(searcher.allowed.sum()):,} texts; an empty line ends")
     for number in itertools.count(1):
         if sys.stdin.isatty():
@@ -160,18 +237,24 @@ def prompt(screen: Screen, searcher: Searcher, top_k: int):
 
 def open_output(path: str | None):
     """Open a CSV file to write to; None stays None."""
-    return contextlib.nullcontext() if path is None else open(path, "w", encoding="utf-8", newline="")  # noqa: SIM115  (its user closes it)
+    if path is None:
+        return contextlib.nullcontext()
+    return open(path, "w", encoding="utf-8", newline="")  # its user closes it
 
 
 def collect_groups(live: Live, parts, file, *, keep: bool) -> tuple[Groups, list[tuple]]:
-    """Join pairs into groups as they come; write each to a CSV `file`, or else keep it where that is wanted. Returns groups and kept pairs."""
+    """Join pairs into groups as they come; write each to a CSV `file`, or else keep it where that
+    is wanted. Returns groups and kept pairs.
+    """
     groups, names, kept = Groups(len(live)), labels(live), []
     writer = csv.writer(file) if file else None
     if writer:
         writer.writerow(["first", "second", "similarity"])
     for left, right, scores in parts:
         groups.join(left, right)
-        pairs = [(names[first], names[second], score) for first, second, score in zip(left, right, scores.tolist())]
+        pairs = [
+            (names[first], names[second], score) for first, second, score in zip(left, right, scores.tolist())
+        ]
         if writer:
             writer.writerows(pairs)
         elif keep and len(kept) <= PAIRS_IN_JSON:
@@ -182,11 +265,20 @@ def collect_groups(live: Live, parts, file, *, keep: bool) -> tuple[Groups, list
 def show_groups(screen: Screen, live: Live, groups: Groups, kept: list, *, threshold: float):
     """Show every group with all of its texts."""
     if screen.as_json and len(kept) > PAIRS_IN_JSON:
-        raise UserError(f"duplicates: more than {PAIRS_IN_JSON:,} pairs, too many for one JSON document; write them with --pairs-file, or raise --threshold")
+        raise UserError(
+            f"duplicates: more than {PAIRS_IN_JSON:,} pairs, too many for one JSON document; write them with"
+            " --pairs-file, or raise --threshold"
+        )
     lists = [one_a_document(live, members) for members in groups.lists()]
-    screen.say(f"\n{len(lists):,} groups of {sum(map(len, lists)):,} texts, joined by {groups.num_pairs:,} pairs "
-               f"{'of passages ' if live.unit == 'passages' else ''}with a cosine of at least {threshold}")
-    lines = [[number, brief(row["id"]), short(row["text"])] for number, rows in enumerate(lists, start=1) for row in rows]
+    screen.say(
+        f"\n{len(lists):,} groups of {sum(map(len, lists)):,} texts, joined by {groups.num_pairs:,} pairs "
+        f"{'of passages ' if live.unit == 'passages' else ''}with a cosine of at least {threshold}"
+    )
+    lines = [
+        [number, brief(row["id"]), short(row["text"])]
+        for number, rows in enumerate(lists, start=1)
+        for row in rows
+    ]
     screen.table(lines, ["group", "id", "text"])
     pairs = [{"first": first, "second": second, "similarity": score} for first, second, score in kept]
     screen.document({"threshold": threshold, "num_pairs": groups.num_pairs, "groups": lists, "pairs": pairs})
@@ -198,11 +290,33 @@ def show_clusters(screen: Screen, live: Live, numbers: np.ndarray, words: list[l
     for number, own in enumerate(words):
         members = np.flatnonzero(numbers == number)
         nearest = nearest_to_centre(live, members, NEAREST)
-        central = [{**row, "similarity": score} for row, (_, score) in zip(texts_of(live, [place for place, _ in nearest]), nearest)]
-        lines.append([number + 1, len(members), ", ".join(own), "\n".join(f"{brief(row['id'])}: {short(row['text'], 60)}" for row in central)])
-        documents.append({"cluster": number + 1, "size": len(members), "words": own, "nearest_to_centre": central, "ids": list(dict.fromkeys(names[place] for place in members))})
+        central = [
+            {**row, "similarity": score}
+            for row, (_, score) in zip(texts_of(live, [place for place, _ in nearest]), nearest)
+        ]
+        lines.append(
+            [
+                number + 1,
+                len(members),
+                ", ".join(own),
+                "\n".join(f"{brief(row['id'])}: {short(row['text'], 60)}" for row in central),
+            ]
+        )
+        documents.append(
+            {
+                "cluster": number + 1,
+                "size": len(members),
+                "words": own,
+                "nearest_to_centre": central,
+                "ids": list(dict.fromkeys(names[place] for place in members)),
+            }
+        )
     alone = [names[place] for place in np.flatnonzero(numbers == NONE)]
-    screen.table(lines, ["cluster", live.unit, "words", "nearest to its centre"], title=f"{len(words):,} clusters, {len(alone):,} {live.unit} in none")
+    screen.table(
+        lines,
+        ["cluster", live.unit, "words", "nearest to its centre"],
+        title=f"{len(words):,} clusters, {len(alone):,} {live.unit} in none",
+    )
     alone = list(dict.fromkeys(alone))
     screen.document({"clusters": documents, "in_none": alone})
 
@@ -215,8 +329,11 @@ def save_figure(figure, path: str, screen: Screen):
 
 def show_scores(screen: Screen, task, scores: dict[str, dict[str, float]]):
     """Show the measures of each way of searching."""
-    screen.table([[name, *values.values()] for name, values in scores.items()], ["search", *next(iter(scores.values()))],
-                 title=f"{task.name}: {len(task.judgements):,} queries")
+    screen.table(
+        [[name, *values.values()] for name, values in scores.items()],
+        ["search", *next(iter(scores.values()))],
+        title=f"{task.name}: {len(task.judgements):,} queries",
+    )
     screen.document({"task": task.name, "queries": len(task.judgements), "scores": scores})
 
 

@@ -1,4 +1,6 @@
-"""What a run changes about a pretrained model: its dropouts, which layers learn, low-rank adapters, recomputed activations, faster parts."""
+"""What a run changes about a pretrained model: its dropouts, which layers learn, low-rank
+adapters, recomputed activations, faster parts.
+"""
 
 import copy
 import warnings
@@ -10,15 +12,21 @@ from common import attention
 from common.errors import UserError
 from common.training.dropout import pack_dropouts
 
-ATTENTION_DROPOUT_NAMES = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")  # BERT, DistilBERT, GPT-2
+# BERT, DistilBERT, GPT-2
+ATTENTION_DROPOUT_NAMES = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
 LORA_ALPHA = 2  # times the rank: the scale that the update is multiplied by, as is usual
-LORA_DROPOUT = 0.0  # a dropout of its own would be one more place of randomness; --dropout holds for the model's
+# a dropout of its own would be one more place of randomness; --dropout holds for the model's
+LORA_DROPOUT = 0.0
 
 
-def dropout_options(config, *, dropout: float | None, attention_dropout: float | None, name: str) -> dict[str, float]:
-    """Return the values for a config's dropout options: `dropout` for all of them where given, `attention_dropout` (default 0) for attention's.
+def dropout_options(
+    config, *, dropout: float | None, attention_dropout: float | None, name: str
+) -> dict[str, float]:
+    """Return the values for a config's dropout options: `dropout` for all of them where given,
+    `attention_dropout` (default 0) for attention's.
 
-    Attention dropout above 0 takes the slow way through attention on CPUs. Raises UserError when the model has no option that is asked for.
+    Attention dropout above 0 takes the slow way through attention on CPUs. Raises UserError when
+    the model has no option that is asked for.
     """
     found = [option for option in config.to_dict() if "drop" in option and "layerdrop" not in option]
     attention = [option for option in ATTENTION_DROPOUT_NAMES if hasattr(config, option)]
@@ -33,7 +41,9 @@ def dropout_options(config, *, dropout: float | None, attention_dropout: float |
 
 
 def adapt(model: torch.nn.Module, args) -> torch.nn.Module:
-    """Return the model as the flags want it: frozen layers, recomputed activations, adapters; with attention and dropout that cost less on CPUs."""
+    """Return the model as the flags want it: frozen layers, recomputed activations, adapters; with
+    attention and dropout that cost less on CPUs.
+    """
     if not args.compile:  # which fuses them itself
         attention.use_matrix_products(model)
         pack_dropouts(model)
@@ -45,7 +55,9 @@ def adapt(model: torch.nn.Module, args) -> torch.nn.Module:
 
 
 def freeze_layers(model: torch.nn.Module, number: int):
-    """Keep the embeddings and the `number` lowest layers of a model as they are. Raises UserError when it has fewer layers, or not all can be found."""
+    """Keep the embeddings and the `number` lowest layers of a model as they are. Raises UserError
+    when it has fewer layers, or not all can be found.
+    """
     if number == 0:
         return
     layers = encoder_layers(model)
@@ -57,34 +69,53 @@ def freeze_layers(model: torch.nn.Module, number: int):
 
 
 def encoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
-    """Return a model's stack of layers: its first list of as many modules as its config has layers."""
+    """Return a model's stack of layers: its first list of as many modules as its config has
+    layers.
+    """
     for module in model.base_model.modules():
         if isinstance(module, torch.nn.ModuleList) and len(module) == model.config.num_hidden_layers:
             return module
-    raise UserError(f"--freeze-layers: {type(model).__name__} has no list of layers to count; leave the flag out")
+    raise UserError(
+        f"--freeze-layers: {type(model).__name__} has no list of layers to count; leave the flag out"
+    )
 
 
 def recompute_activations(model: torch.nn.Module):
-    """Let each layer's activations be computed again in the backward pass: less memory, a third more time. Raises UserError when the model can't."""
+    """Let each layer's activations be computed again in the backward pass: less memory, a third
+    more time. Raises UserError when the model can't.
+    """
     if not model.supports_gradient_checkpointing:
         raise UserError(f"--gradient-checkpointing: {type(model).__name__} has none; leave the flag out")
-    model.activation_checkpointing_enable({"use_reentrant": False})  # the reentrant kind gives no gradient under frozen embeddings, and none to DDP
+    # the reentrant kind gives no gradient under frozen embeddings, and none to DDP
+    model.activation_checkpointing_enable({"use_reentrant": False})
 
 
 def add_adapters(model: torch.nn.Module, rank: int):
-    """Return the model with low-rank adapters (LoRA, Hu et al. 2021) at all linear layers but the head's; only they and the head learn.
+    """Return the model with low-rank adapters (LoRA, Hu et al. 2021) at all linear layers but the
+    head's; only they and the head learn.
 
-    The head is all that lies beside the pretrained model: it is new, of one linear layer or, as DistilBERT's and ModernBERT's, of several.
-    peft is not told of it, for it finds modules by the ends of their names, and takes DistilBERT's `pre_classifier` for its `classifier` too.
+    The head is all that lies beside the pretrained model: it is new, of one linear layer or, as
+    DistilBERT's and ModernBERT's, of several. peft is not told of it, for it finds modules by the
+    ends of their names, and takes DistilBERT's `pre_classifier` for its `classifier` too.
     """
     import peft  # seconds to import, and only this needs it
 
-    linear = [f"{model.base_model_prefix}.{name}" for name, module in model.base_model.named_modules() if isinstance(module, (torch.nn.Linear, Conv1D))]
+    linear = [
+        f"{model.base_model_prefix}.{name}"
+        for name, module in model.base_model.named_modules()
+        if isinstance(module, (torch.nn.Linear, Conv1D))
+    ]
     head = [module for name, module in model.named_children() if name != model.base_model_prefix]
-    config = peft.LoraConfig(r=rank, lora_alpha=LORA_ALPHA * rank, lora_dropout=LORA_DROPOUT, target_modules=linear,
-                             fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()))
+    config = peft.LoraConfig(
+        r=rank,
+        lora_alpha=LORA_ALPHA * rank,
+        lora_dropout=LORA_DROPOUT,
+        target_modules=linear,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+    )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of what peft asks of transformers: nothing that the user can mend
+        # of what peft asks of transformers: nothing that the user can mend
+        warnings.simplefilter("ignore", FutureWarning)
         adapted = peft.get_peft_model(model, config)
     for module in head:
         module.requires_grad_(True)
@@ -92,5 +123,7 @@ def add_adapters(model: torch.nn.Module, rank: int):
 
 
 def merged(model: torch.nn.Module) -> torch.nn.Module:
-    """Return a plain model: a copy with its adapters added into its weights, or the model itself when it has none."""
+    """Return a plain model: a copy with its adapters added into its weights, or the model itself
+    when it has none.
+    """
     return copy.deepcopy(model).merge_and_unload() if hasattr(model, "merge_and_unload") else model

@@ -1,4 +1,6 @@
-"""What --inspect shows before any training: the data, the tokenizer, one text on its way to the model, one batch."""
+"""What --inspect shows before any training: the data, the tokenizer, one text on its way to the
+model, one batch.
+"""
 
 import numpy as np
 import torch
@@ -20,28 +22,47 @@ def split_table(splits) -> str:
 
 
 def length_table(tokenized) -> str:
-    """Return the percentiles of the texts' lengths in tokens, and the share that truncation cuts, for each split."""
+    """Return the percentiles of the texts' lengths in tokens, and the share that truncation cuts,
+    for each split.
+    """
     lines = []
     for split, rows in tokenized.items():
         lengths, kept = np.asarray(rows["num_tokens"][:]), np.asarray(rows["num_read"][:])
-        lines.append([split, *np.percentile(lengths, PERCENTILES).astype(int).tolist(), f"{(lengths > kept).mean():.1%}",
-                      f"{1 - kept.sum() / lengths.sum():.1%}"])
-    return tabulate(lines, ["tokens", "min", *(f"{p} %" for p in PERCENTILES[1:-1]), "max", "texts cut", "tokens cut"],
-                    stralign="right")
+        lines.append(
+            [
+                split,
+                *np.percentile(lengths, PERCENTILES).astype(int).tolist(),
+                f"{(lengths > kept).mean():.1%}",
+                f"{1 - kept.sum() / lengths.sum():.1%}",
+            ]
+        )
+    return tabulate(
+        lines,
+        ["tokens", "min", *(f"{p} %" for p in PERCENTILES[1:-1]), "max", "texts cut", "tokens cut"],
+        stralign="right",
+    )
 
 
 def show(splits, tokenized, model, tokenizer, *, max_lengths: tuple[int, int], batch_size: int):
     """Print everything that --inspect promises, on standard output."""
     print("\nSPLITS\n" + split_table(splits))
-    print(f"\nLENGTHS in tokens, special tokens included; the model reads {max_lengths[0]} at once in training and {max_lengths[1]} in scoring, "
-          f"the model holds {max_positions(model) or 'any number'}")
+    print(
+        f"\nLENGTHS in tokens, special tokens included; the model reads {max_lengths[0]} at once in training"
+        f" and {max_lengths[1]} in scoring, the model holds {max_positions(model) or 'any number'}"
+    )
     print(length_table(tokenized))
     _show_tokenizer(tokenizer)
     _show_text(splits["train"][0], tokenized["train"][0], tokenizer)
     _show_batch(tokenized["train"], tokenizer, batch_size)
     warnings = mismatches(model, tokenizer)
-    print("\nTOKENIZER AND MODEL\n" + ("\n".join(f"WARNING: {warning}" for warning in warnings) or
-          f"they belong together: {len(tokenizer):,} tokens, {model.get_input_embeddings().num_embeddings:,} embeddings"))
+    print(
+        "\nTOKENIZER AND MODEL\n"
+        + (
+            "\n".join(f"WARNING: {warning}" for warning in warnings)
+            or f"they belong together: {len(tokenizer):,} tokens, "
+            f"{model.get_input_embeddings().num_embeddings:,} embeddings"
+        )
+    )
 
 
 def _show_tokenizer(tokenizer):
@@ -53,7 +74,10 @@ def _show_tokenizer(tokenizer):
 
 def _show_text(row: dict, tokenized: dict, tokenizer):
     ids = tokenized["input_ids"][0]
-    print(f"\nONE TEXT (row {row['row']}, {tokenized['num_tokens']} tokens, of which the model sees {tokenized['num_read']}; the first {min(SHOWN_TOKENS, len(ids))} shown)")
+    print(
+        f"\nONE TEXT (row {row['row']}, {tokenized['num_tokens']} tokens, of which the model sees"
+        f" {tokenized['num_read']}; the first {min(SHOWN_TOKENS, len(ids))} shown)"
+    )
     print("text     " + repr(row["text"][:120]))
     print("tokens   " + " ".join(tokenizer.convert_ids_to_tokens(ids[:SHOWN_TOKENS])))
     print("ids      " + " ".join(map(str, ids[:SHOWN_TOKENS])))

@@ -12,8 +12,9 @@ from common.runtime import Runtime
 class Interruption:
     """Notes the first SIGINT or SIGTERM instead of ending the process; used as a context.
 
-    A second one ends it at once, but not with several processes: they leave together, after a step or a batch, for one that left alone would
-    keep the others waiting. torchrun gives them 30 seconds.
+    A second one ends it at once, but not with several processes: they leave together, after a step
+    or a batch, for one that left alone would keep the others waiting. torchrun gives them 30
+    seconds.
     """
 
     def __init__(self, machine: Runtime, way_on: str):
@@ -21,8 +22,11 @@ class Interruption:
         self.received: int | None = None
 
     def __enter__(self):
-        if threading.current_thread() is threading.main_thread():  # Python lets no other thread handle signals
-            self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        # Python lets no other thread handle signals
+        if threading.current_thread() is threading.main_thread():
+            self.before = {
+                number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)
+            }
         return self
 
     def __exit__(self, *_):
@@ -35,7 +39,11 @@ class Interruption:
             return
         if repeated:
             raise KeyboardInterrupt
-        os.write(sys.stderr.fileno(), f"\n{signal.Signals(number).name}: saving after this step; once more ends at once\n".encode())  # print is not reentrant
+        # print is not reentrant
+        os.write(
+            sys.stderr.fileno(),
+            f"\n{signal.Signals(number).name}: saving after this step; once more ends at once\n".encode(),
+        )
 
     def requested(self) -> bool:
         """Tell whether any process was asked to stop; every process must ask at the same place."""
@@ -44,9 +52,13 @@ class Interruption:
 
     def end(self):
         """Raise Interrupted, with the way to go on and the exit code of the signal."""
-        raise Interrupted(f"stopped by {signal.Signals(self.received).name}; {self.way_on}", 128 + self.received)
+        raise Interrupted(
+            f"stopped by {signal.Signals(self.received).name}; {self.way_on}", 128 + self.received
+        )
 
     def check(self):
-        """End if any process was asked to stop: between the batches of an evaluation, which changes nothing that a checkpoint holds."""
+        """End if any process was asked to stop: between the batches of an evaluation, which
+        changes nothing that a checkpoint holds.
+        """
         if self.requested():
             self.end()

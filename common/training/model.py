@@ -1,4 +1,6 @@
-"""A classifier and its tokenizer: load them, check that they belong together, save them, load the saved."""
+"""A classifier and its tokenizer: load them, check that they belong together, save them, load the
+saved.
+"""
 
 import json
 import shutil
@@ -16,46 +18,79 @@ SETTINGS_FILE = "training.json"  # beside the saved model: what it was trained o
 
 
 def locate(name: str) -> str:
-    """Return what `from_pretrained` takes for the name of an encoder. Raises UserError for a missing folder."""
+    """Return what `from_pretrained` takes for the name of an encoder. Raises UserError for a
+    missing folder.
+    """
     return pretrained.locate(name, bundled=assets.model_folder)
 
 
 def load_tokenizer(name: str, *, cache_dir: str | None):
-    """Return the tokenizer of a model, with a padding token, and a note for the screen ("" mostly).
+    """Return the tokenizer of a model, with a padding token, and a note for the screen (""
+    mostly).
 
-    The file of all-MiniLM-L6-v2 switches on truncation and padding at 128; both are switched off here, and every call says what it wants.
-    Raises UserError when there is no tokenizer, or neither a padding nor an end token.
+    The file of all-MiniLM-L6-v2 switches on truncation and padding at 128; both are switched off
+    here, and every call says what it wants. Raises UserError when there is no tokenizer, or
+    neither a padding nor an end token.
     """
     tokenizer = pretrained.load(AutoTokenizer, name, locate(name), cache_dir=cache_dir)
-    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # what transformers makes up when the files are not there
-        raise UserError(f"--model {name}: it has no tokenizer, or one without words; copy the files of its tokenizer into the folder")
+    # what transformers makes up when the files are not there
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise UserError(
+            f"--model {name}: it has no tokenizer, or one without words; copy the files of its tokenizer into"
+            " the folder"
+        )
     if tokenizer.is_fast:
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
     if tokenizer.pad_token is not None:
         return tokenizer, ""
     if tokenizer.eos_token is None:
-        raise UserError(f"--model {name}: its tokenizer has neither a padding token nor an end token; batches can't be padded")
+        raise UserError(
+            f"--model {name}: its tokenizer has neither a padding token nor an end token; batches can't be"
+            " padded"
+        )
     tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer, f"the tokenizer has no padding token: padding with its end token {tokenizer.eos_token!r}"
+    return (
+        tokenizer,
+        f"the tokenizer has no padding token: padding with its end token {tokenizer.eos_token!r}",
+    )
 
 
-def load_classifier(name: str, *, names: list[str], dropout: dict[str, float], pad_token_id: int, cache_dir: str | None):
-    """Return a model for the classes `names`, in fp32, with `id2label` and `label2id` in its config, and whether its head is new.
+def load_classifier(
+    name: str, *, names: list[str], dropout: dict[str, float], pad_token_id: int, cache_dir: str | None
+):
+    """Return a model for the classes `names`, in fp32, with `id2label` and `label2id` in its
+    config, and whether its head is new.
 
-    A head of as many classes that the model was saved with stays, as in transformers, whatever they were. `dropout` gives values of the config's
-    options for dropout. Raises UserError when the model can't be loaded.
+    A head of as many classes that the model was saved with stays, as in transformers, whatever
+    they were. `dropout` gives values of the config's options for dropout. Raises UserError when
+    the model can't be loaded.
     """
-    config = load_config(name, cache_dir=cache_dir, num_labels=len(names),
-                         id2label=dict(enumerate(names)), label2id={label: number for number, label in enumerate(names)})
+    config = load_config(
+        name,
+        cache_dir=cache_dir,
+        num_labels=len(names),
+        id2label=dict(enumerate(names)),
+        label2id={label: number for number, label in enumerate(names)},
+    )
     if getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = pad_token_id  # decoders look for the last token that is not padding
     config.problem_type = "single_label_classification"
     for option, value in dropout.items():
         setattr(config, option, value)
-    model, report = pretrained.load(AutoModelForSequenceClassification, name, locate(name), cache_dir=cache_dir, config=config, dtype=torch.float32,
-                                    use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True,
-                                    adapter_kwargs={"cache_dir": cache_dir})  # else the look for adapters leaves files elsewhere
+    model, report = pretrained.load(
+        AutoModelForSequenceClassification,
+        name,
+        locate(name),
+        cache_dir=cache_dir,
+        config=config,
+        dtype=torch.float32,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        # else the look for adapters leaves files elsewhere
+        adapter_kwargs={"cache_dir": cache_dir},
+    )
     return model, bool(report["missing_keys"] or report["mismatched_keys"])
 
 
@@ -65,19 +100,33 @@ def load_config(name: str, *, cache_dir: str | None, **options):
 
 
 def load_saved(folder: str, *, cache_dir: str | None):
-    """Return a classifier with the head that it was saved with, in fp32. Raises UserError when it has none."""
-    model, report = pretrained.load(AutoModelForSequenceClassification, folder, locate(folder), cache_dir=cache_dir, dtype=torch.float32,
-                                    use_safetensors=True, output_loading_info=True, adapter_kwargs={"cache_dir": cache_dir})
+    """Return a classifier with the head that it was saved with, in fp32. Raises UserError when it
+    has none.
+    """
+    model, report = pretrained.load(
+        AutoModelForSequenceClassification,
+        folder,
+        locate(folder),
+        cache_dir=cache_dir,
+        dtype=torch.float32,
+        use_safetensors=True,
+        output_loading_info=True,
+        adapter_kwargs={"cache_dir": cache_dir},
+    )
     if report["missing_keys"]:
-        raise UserError(f"--model {folder}: it was never trained to classify (no weights for {', '.join(sorted(report['missing_keys']))}); "
-                        "give the folder runs/<name>/best of a finished run")
+        raise UserError(
+            f"--model {folder}: it was never trained to classify (no weights for"
+            f" {', '.join(sorted(report['missing_keys']))}); give the folder runs/<name>/best of a"
+            " finished run"
+        )
     return model
 
 
 def max_positions(model: torch.nn.Module) -> int | None:
     """Return the most tokens that a model takes at once, None if nothing limits it.
 
-    RoBERTa and its kin number positions from the padding id + 1, so that 514 embeddings hold 512 tokens.
+    RoBERTa and its kin number positions from the padding id + 1, so that 514 embeddings hold 512
+    tokens.
     """
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
@@ -89,7 +138,8 @@ def max_positions(model: torch.nn.Module) -> int | None:
 
 
 def choose_max_length(wanted: int | None, default: int, model, tokenizer, *, flag: str) -> int:
-    """Return the number of tokens to truncate at: what the user wants, else `default` or what the model holds if that is less.
+    """Return the number of tokens to truncate at: what the user wants, else `default` or what the
+    model holds if that is less.
 
     Raises UserError when more is wanted than the model holds.
     """
@@ -97,16 +147,24 @@ def choose_max_length(wanted: int | None, default: int, model, tokenizer, *, fla
     if wanted is not None and wanted > holds:
         raise UserError(f"{flag} {wanted}: the model holds {holds} tokens; use at most that")
     if wanted is not None and wanted <= tokenizer.num_special_tokens_to_add():
-        raise UserError(f"{flag} {wanted}: the special tokens alone take {tokenizer.num_special_tokens_to_add()}; use more")
+        raise UserError(
+            f"{flag} {wanted}: the special tokens alone take {tokenizer.num_special_tokens_to_add()}; use"
+            " more"
+        )
     return wanted or min(default, holds, tokenizer.model_max_length)
 
 
 def mismatches(model, tokenizer) -> list[str]:
-    """Return what shows that a tokenizer and a model don't belong together, one sentence each; empty when nothing does."""
+    """Return what shows that a tokenizer and a model don't belong together, one sentence each;
+    empty when nothing does.
+    """
     rows, highest = model.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values())
     found = []
     if highest >= rows:
-        found.append(f"the tokenizer's ids go up to {highest}, but the embedding table has {rows} rows: higher ids crash the model")
+        found.append(
+            f"the tokenizer's ids go up to {highest}, but the embedding table has {rows} rows: higher ids"
+            " crash the model"
+        )
     if tokenizer.pad_token_id is None:
         found.append("the tokenizer has no padding token: texts of different length can't share a batch")
     own_pad = model.config.pad_token_id
@@ -116,9 +174,11 @@ def mismatches(model, tokenizer) -> list[str]:
 
 
 def save(model, tokenizer, folder: Path, *, settings: dict):
-    """Write model, tokenizer and `training.json` as a plain Hugging Face folder; an older one is replaced only by a complete one.
+    """Write model, tokenizer and `training.json` as a plain Hugging Face folder; an older one is
+    replaced only by a complete one.
 
-    The tokenizer remembers settings["eval_max_length"] as its limit, so that `pipeline(..., truncation=True)` cuts where the scores were taken.
+    The tokenizer remembers settings["eval_max_length"] as its limit, so that `pipeline(...,
+    truncation=True)` cuts where the scores were taken.
     """
     fresh = folder.with_name(folder.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
@@ -130,6 +190,8 @@ def save(model, tokenizer, folder: Path, *, settings: dict):
 
 
 def saved_settings(name: str) -> dict:
-    """Return the `training.json` of a saved model, {} for a model that this script did not train."""
+    """Return the `training.json` of a saved model, {} for a model that this script did not
+    train.
+    """
     path = Path(name) / SETTINGS_FILE
     return json.loads(path.read_text("utf-8")) if path.is_file() else {}

@@ -1,8 +1,10 @@
 #!/usr/bin/env python
-"""PyTorch's fused attention beside common/attention.py's matrix products, in bf16: forward as in encoding, forward and backward as in training.
+"""PyTorch's fused attention beside common/attention.py's matrix products, in bf16: forward as in
+encoding, forward and backward as in training.
 
-Both are called through transformers' interface on the shapes of all-MiniLM-L6-v2 (12 heads of 32) and of BERT-base (12 heads of 64), 4,096 tokens at once.
-They take turns; the medians of --rounds count. The last line on stdout is one JSON object.
+Both are called through transformers' interface on the shapes of all-MiniLM-L6-v2 (12 heads of 32)
+and of BERT-base (12 heads of 64), 4,096 tokens at once. They take turns; the medians of --rounds
+count. The last line on stdout is one JSON object.
 
   python tests/benchmarks/attention.py                 # a minute on two cores
 """
@@ -30,16 +32,28 @@ class Layer(torch.nn.Module):
 
 def make_parser() -> cli.Parser:
     parser = cli.Parser(prog="tests/benchmarks/attention.py", description=__doc__)
-    parser.add_argument("--rounds", type=cli.positive_int, default=15, help="medians are taken over them; the first three are left out")
-    parser.add_argument("--lengths", nargs="+", type=cli.positive_int, default=[64, 128, 256, 512], help="tokens of a text")
-    parser.add_argument("--widths", nargs="+", type=cli.positive_int, default=[32, 64], help="dimensions of a head")
+    parser.add_argument(
+        "--rounds",
+        type=cli.positive_int,
+        default=15,
+        help="medians are taken over them; the first three are left out",
+    )
+    parser.add_argument(
+        "--lengths", nargs="+", type=cli.positive_int, default=[64, 128, 256, 512], help="tokens of a text"
+    )
+    parser.add_argument(
+        "--widths", nargs="+", type=cli.positive_int, default=[32, 64], help="dimensions of a head"
+    )
     return parser
 
 
 def compare(length: int, width: int, rounds: int) -> dict[str, float]:
     """Return the milliseconds of each way, forward and forward with backward."""
     device = torch.device("cpu")
-    parts = [part.transpose(1, 2).requires_grad_() for part in torch.randn(3, TOKENS // length, length, HEADS, width).bfloat16().unbind()]
+    parts = [
+        part.transpose(1, 2).requires_grad_()
+        for part in torch.randn(3, TOKENS // length, length, HEADS, width).bfloat16().unbind()
+    ]
     grad = torch.randn(TOKENS // length, length, HEADS, width).bfloat16()
     seconds: dict[str, list[float]] = {}
     for _ in range(rounds + 3):
@@ -63,11 +77,41 @@ def main(args: argparse.Namespace):
     for width in args.widths:
         for length in args.lengths:
             measured = found[f"{length} tokens, heads of {width}"] = compare(length, width, args.rounds)
-            forward, both = (measured[f"fused, {what}"] / measured[f"matrix products, {what}"] for what in ("forward", "both"))
-            rows.append([width, length, *(measured[f"{name}, {what}"] for what in ("forward", "both") for name in WAYS), forward, both])
-    print(tabulate(rows, ["head", "tokens", "forward, ms: fused", "products", "with backward, ms: fused", "products", "times, forward", "with backward"],
-                   floatfmt=("", "", ".1f", ".1f", ".1f", ".1f", ".2f", ".2f")))
-    print("\n" + json.dumps({"benchmark": "attention", "environment": header, "settings": vars(args), "milliseconds": found}))
+            forward, both = (
+                measured[f"fused, {what}"] / measured[f"matrix products, {what}"]
+                for what in ("forward", "both")
+            )
+            rows.append(
+                [
+                    width,
+                    length,
+                    *(measured[f"{name}, {what}"] for what in ("forward", "both") for name in WAYS),
+                    forward,
+                    both,
+                ]
+            )
+    print(
+        tabulate(
+            rows,
+            [
+                "head",
+                "tokens",
+                "forward, ms: fused",
+                "products",
+                "with backward, ms: fused",
+                "products",
+                "times, forward",
+                "with backward",
+            ],
+            floatfmt=("", "", ".1f", ".1f", ".1f", ".1f", ".2f", ".2f"),
+        )
+    )
+    print(
+        "\n"
+        + json.dumps(
+            {"benchmark": "attention", "environment": header, "settings": vars(args), "milliseconds": found}
+        )
+    )
 
 
 if __name__ == "__main__":

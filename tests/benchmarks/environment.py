@@ -1,6 +1,8 @@
-"""What the benchmarks share: the environment header, the machine's own limits, a process of its own for each measurement, statistics.
+"""What the benchmarks share: the environment header, the machine's own limits, a process of its
+own for each measurement, statistics.
 
-Importing it puts the project's folder on the import path, so that a benchmark runs from any folder: import it before the project.
+Importing it puts the project's folder on the import path, so that a benchmark runs from any
+folder: import it before the project.
 """
 
 import datetime
@@ -29,12 +31,20 @@ READ_BYTES = 1 << 28  # far more than any cache holds
 
 
 def describe(device: torch.device) -> dict:
-    """Return what a speed depends on: the processor, its cores and load, the threads in use, the versions, the date."""
+    """Return what a speed depends on: the processor, its cores and load, the threads in use, the
+    versions, the date.
+    """
     capabilities = torch.cpu.get_capabilities()
-    return {"processor": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-            "bf16_instructions": any(capabilities.get(name) for name in BF16_CAPABILITIES),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            "load_before": round(os.getloadavg()[0], 2), **versions(), "date": datetime.datetime.now().isoformat(timespec="minutes")}
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "bf16_instructions": any(capabilities.get(name) for name in BF16_CAPABILITIES),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "load_before": round(os.getloadavg()[0], 2),
+        **versions(),
+        "date": datetime.datetime.now().isoformat(timespec="minutes"),
+    }
 
 
 def show(environment: dict):
@@ -45,14 +55,20 @@ def show(environment: dict):
 
 
 def limits(device: torch.device, *, rows: int, width: int) -> dict[str, float]:
-    """Return the machine's own limits: `fp32_gflops` and `bf16_gflops` of matrix products, and `read_gb_per_second` of the memory.
+    """Return the machine's own limits: `fp32_gflops` and `bf16_gflops` of matrix products, and
+    `read_gb_per_second` of the memory.
 
-    The product is a transformer's largest, its feed-forward layer: (rows, width) x (width, 4 width), where the rows are a batch's tokens.
+    The product is a transformer's largest, its feed-forward layer: (rows, width) x (width, 4
+    width), where the rows are a batch's tokens.
     """
     rates, inner = {}, 4 * width
     for name, dtype in (("fp32_gflops", torch.float32), ("bf16_gflops", torch.bfloat16)):
-        left, right = torch.randn(rows, width, device=device).to(dtype), torch.randn(width, inner, device=device).to(dtype)
-        product = functools.partial(torch.matmul, left, right, out=left.new_empty(rows, inner))  # no allocation is timed
+        left, right = (
+            torch.randn(rows, width, device=device).to(dtype),
+            torch.randn(width, inner, device=device).to(dtype),
+        )
+        # no allocation is timed
+        product = functools.partial(torch.matmul, left, right, out=left.new_empty(rows, inner))
         rates[name] = 2 * rows * width * inner / _median_seconds(product, device) / 1e9
     block = torch.ones(READ_BYTES // 4, device=device)
     return {**rates, "read_gb_per_second": READ_BYTES / _median_seconds(block.sum, device) / 1e9}
@@ -60,14 +76,19 @@ def limits(device: torch.device, *, rows: int, width: int) -> dict[str, float]:
 
 def show_limits(limits: dict):
     """Print the machine's limits in one line."""
-    print(f"the machine's limits: matrix products {limits['fp32_gflops']:,.0f} GFLOP/s in fp32, {limits['bf16_gflops']:,.0f} in bf16; "
-          f"memory is read at {limits['read_gb_per_second']:,.1f} GB/s", flush=True)
+    print(
+        f"the machine's limits: matrix products {limits['fp32_gflops']:,.0f} GFLOP/s in fp32,"
+        f" {limits['bf16_gflops']:,.0f} in bf16; memory is read at {limits['read_gb_per_second']:,.1f} GB/s",
+        flush=True,
+    )
 
 
 def moment(device: torch.device) -> np.ndarray:
-    """Return the time and this process's CPU time (2), in seconds, once a GPU has done what it was given.
+    """Return the time and this process's CPU time (2), in seconds, once a GPU has done what it was
+    given.
 
-    The difference of two is what lies between; other programs of a shared machine lengthen the first much more than the second.
+    The difference of two is what lies between; other programs of a shared machine lengthen the
+    first much more than the second.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -75,16 +96,27 @@ def moment(device: torch.device) -> np.ndarray:
 
 
 def run_child(script: str, *arguments: str) -> dict:
-    """Run a benchmark again in a process of its own, with the same flags and `arguments`; return the JSON line that it prints last.
+    """Run a benchmark again in a process of its own, with the same flags and `arguments`; return
+    the JSON line that it prints last.
 
-    Allocator settings, peak memory and library state belong to a process: contenders that share one change each other's figures.
-    A child that fails ends the benchmark, with all that it wrote on stderr.
+    Allocator settings, peak memory and library state belong to a process: contenders that share
+    one change each other's figures. A child that fails ends the benchmark, with all that it wrote
+    on stderr.
     """
-    first_gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]  # Trainer spreads over all GPUs that it sees
+    # Trainer spreads over all GPUs that it sees
+    first_gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     child_environment = {"HF_HUB_OFFLINE": "1", **os.environ, "CUDA_VISIBLE_DEVICES": first_gpu}
-    done = subprocess.run([sys.executable, script, *sys.argv[1:], *arguments], capture_output=True, text=True, env=child_environment)
+    done = subprocess.run(
+        [sys.executable, script, *sys.argv[1:], *arguments],
+        capture_output=True,
+        text=True,
+        env=child_environment,
+    )
     if done.returncode != 0:
-        print(f"{done.stderr}{Path(script).name} {' '.join(arguments)}: ended with exit code {done.returncode}", file=sys.stderr)
+        print(
+            f"{done.stderr}{Path(script).name} {' '.join(arguments)}: ended with exit code {done.returncode}",
+            file=sys.stderr,
+        )
         sys.exit(max(done.returncode, 1))
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -95,7 +127,9 @@ def median_of(rounds: list[dict]) -> dict:
 
 
 def paired_difference(own: list[float], peers: list[float]) -> dict:
-    """Return the mean difference, pair by pair, and its 95 % interval by Student's t; `low` and `high` are None for a single pair."""
+    """Return the mean difference, pair by pair, and its 95 % interval by Student's t; `low` and
+    `high` are None for a single pair.
+    """
     found = [a - b for a, b in zip(own, peers)]
     mean = statistics.mean(found)
     if len(found) < 2:

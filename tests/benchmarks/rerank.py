@@ -1,9 +1,11 @@
 #!/usr/bin/env python
-"""What a cross-encoder adds to search: one is trained on half of the bundled headlines, and embed_search.py evaluates it on the other half.
+"""What a cross-encoder adds to search: one is trained on half of the bundled headlines, and
+embed_search.py evaluates it on the other half.
 
-A query is an article's headline, its one relevant text the article without it. The cross-encoder starts from all-MiniLM-L6-v2, sees articles of its
-own half only, and learns to score a headline's article above other articles that the encoder finds near the headline. The folder that is left can be
-used like any cross-encoder: embed_search.py search --rerank runs/reranker ...
+A query is an article's headline, its one relevant text the article without it. The cross-encoder
+starts from all-MiniLM-L6-v2, sees articles of its own half only, and learns to score a headline's
+article above other articles that the encoder finds near the headline. The folder that is left can
+be used like any cross-encoder: embed_search.py search --rerank runs/reranker ...
 
   python tests/benchmarks/rerank.py                      # ten minutes on two cores; the figures of README
 """
@@ -35,48 +37,96 @@ def make_parser() -> cli.Parser:
     cli.add_shared_flags(parser, model="bundled/all-MiniLM-L6-v2")
     parser.add_argument("--epochs", type=cli.positive_int, default=2, help="passes over the training half")
     parser.add_argument("--batch-size", type=cli.positive_int, default=8, help="headlines a step")
-    parser.add_argument("--wrong", type=cli.positive_int, default=3, help="wrong articles for each headline in a step, drawn anew each epoch")
+    parser.add_argument(
+        "--wrong",
+        type=cli.positive_int,
+        default=3,
+        help="wrong articles for each headline in a step, drawn anew each epoch",
+    )
     parser.add_argument("--lr", type=cli.positive_float, default=1e-4, help="the highest learning rate")
-    parser.add_argument("--max-length", type=cli.positive_int, default=256, help="tokens of a headline and an article together")
-    parser.add_argument("--rerank-depth", type=cli.positive_int, default=20, help="documents of the exact search that the cross-encoder orders again")
-    parser.add_argument("--most", type=cli.positive_int, help="look at no more than so many headlines: a quick look")
-    parser.add_argument("--output-dir", type=cli.folder, default="runs/reranker", help="for the cross-encoder and the files of the task")
+    parser.add_argument(
+        "--max-length",
+        type=cli.positive_int,
+        default=256,
+        help="tokens of a headline and an article together",
+    )
+    parser.add_argument(
+        "--rerank-depth",
+        type=cli.positive_int,
+        default=20,
+        help="documents of the exact search that the cross-encoder orders again",
+    )
+    parser.add_argument(
+        "--most", type=cli.positive_int, help="look at no more than so many headlines: a quick look"
+    )
+    parser.add_argument(
+        "--output-dir",
+        type=cli.folder,
+        default="runs/reranker",
+        help="for the cross-encoder and the files of the task",
+    )
     return parser
 
 
 def nearest_wrong(headlines: list[str], articles: list[str], machine, args) -> np.ndarray:
-    """Return for each headline (N) the numbers of the articles (N, NEAR) that are nearest to it, its own left out."""
+    """Return for each headline (N) the numbers of the articles (N, NEAR) that are nearest to it,
+    its own left out.
+    """
     encoder = encoding.load(args.model, machine, cache_dir=args.cache_dir)
     queries, vectors = encoder.encode_unit(headlines), encoder.encode_unit(articles)
-    blocks = ((start, vectors[start : start + kernel.BLOCK]) for start in range(0, len(vectors), kernel.BLOCK))
+    blocks = (
+        (start, vectors[start : start + kernel.BLOCK]) for start in range(0, len(vectors), kernel.BLOCK)
+    )
     found = kernel.search(blocks, queries, NEAR + 1, vectors_of=lambda rows: vectors[rows])
     return np.array([[row for row in rows if row != own][:NEAR] for own, (rows, _) in enumerate(found)])
 
 
 def train(headlines: list[str], articles: list[str], machine, args) -> CrossEncoder:
-    """Return a cross-encoder that learned to score each headline's own article above wrong ones (softmax over the articles of a headline)."""
+    """Return a cross-encoder that learned to score each headline's own article above wrong ones
+    (softmax over the articles of a headline).
+    """
     wrong = nearest_wrong(headlines, articles, machine, args)
-    ranker = CrossEncoder(str(assets.model_folder(args.model)), num_labels=1, max_length=args.max_length, device=str(machine.device),
-                          model_kwargs={"use_safetensors": True, "dtype": torch.float32}, config_kwargs={"attention_probs_dropout_prob": 0.0})
+    ranker = CrossEncoder(
+        str(assets.model_folder(args.model)),
+        num_labels=1,
+        max_length=args.max_length,
+        device=str(machine.device),
+        model_kwargs={"use_safetensors": True, "dtype": torch.float32},
+        config_kwargs={"attention_probs_dropout_prob": 0.0},
+    )
     model, tokenizer = ranker.model, ranker.tokenizer
     attention.use_matrix_products(model)
     pack_dropouts(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True)
     num_steps = -(-len(headlines) // args.batch_size)
-    scheduler = get_linear_schedule_with_warmup(optimizer, num_steps * args.epochs // 10, num_steps * args.epochs)
+    scheduler = get_linear_schedule_with_warmup(
+        optimizer, num_steps * args.epochs // 10, num_steps * args.epochs
+    )
     model.train()
     for epoch in range(1, args.epochs + 1):
         draw = np.random.default_rng([args.seed, epoch])
         order, losses = draw.permutation(len(headlines)), []
-        with tracking.progress(range(0, len(order), args.batch_size), label=f"epoch {epoch}/{args.epochs}", shown=True) as bar:
+        with tracking.progress(
+            range(0, len(order), args.batch_size), label=f"epoch {epoch}/{args.epochs}", shown=True
+        ) as bar:
             for start in bar:
                 picked = order[start : start + args.batch_size]
-                candidates = [[own, *draw.choice(wrong[own], args.wrong, replace=False)] for own in picked]  # the right one first
-                pairs = [(headlines[own], articles[row]) for own, rows in zip(picked, candidates) for row in rows]
-                batch = tokenizer(*zip(*pairs), truncation="only_second", max_length=args.max_length, padding=True, return_tensors="pt").to(machine.device)
+                # the right one first
+                candidates = [[own, *draw.choice(wrong[own], args.wrong, replace=False)] for own in picked]
+                pairs = [
+                    (headlines[own], articles[row]) for own, rows in zip(picked, candidates) for row in rows
+                ]
+                batch = tokenizer(
+                    *zip(*pairs),
+                    truncation="only_second",
+                    max_length=args.max_length,
+                    padding=True,
+                    return_tensors="pt",
+                ).to(machine.device)
                 with machine.autocast():
                     scores = model(**batch).logits
-                scores = scores.float().view(len(picked), 1 + args.wrong)  # (headlines, candidates)
+                # (headlines, candidates)
+                scores = scores.float().view(len(picked), 1 + args.wrong)
                 loss = cross_entropy(scores, torch.zeros(len(picked), dtype=torch.long, device=scores.device))
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -88,11 +138,23 @@ def train(headlines: list[str], articles: list[str], machine, args) -> CrossEnco
     return ranker
 
 
-def write_task(folder: Path, articles: dict[str, str], queries: dict[str, str], judgements: dict[str, dict[str, int]]):
+def write_task(
+    folder: Path, articles: dict[str, str], queries: dict[str, str], judgements: dict[str, dict[str, int]]
+):
     """Write texts.jsonl, queries.jsonl and qrels.txt, as embed_search.py evaluate reads them."""
-    (folder / "texts.jsonl").write_text("".join(json.dumps({"id": key, "text": text}) + "\n" for key, text in articles.items()))
-    (folder / "queries.jsonl").write_text("".join(json.dumps({"id": key, "text": text}) + "\n" for key, text in queries.items()))
-    (folder / "qrels.txt").write_text("".join(f"{query} 0 {document} {relevance}\n" for query, judged in judgements.items() for document, relevance in judged.items()))
+    (folder / "texts.jsonl").write_text(
+        "".join(json.dumps({"id": key, "text": text}) + "\n" for key, text in articles.items())
+    )
+    (folder / "queries.jsonl").write_text(
+        "".join(json.dumps({"id": key, "text": text}) + "\n" for key, text in queries.items())
+    )
+    (folder / "qrels.txt").write_text(
+        "".join(
+            f"{query} 0 {document} {relevance}\n"
+            for query, judged in judgements.items()
+            for document, relevance in judged.items()
+        )
+    )
 
 
 def main(args: argparse.Namespace):
@@ -102,17 +164,71 @@ def main(args: argparse.Namespace):
     articles = {row["id"]: row[TEXT] for row in collection.rows.to_pylist()}
     names = np.random.default_rng(args.seed).permutation(list(task.queries))[: args.most].tolist()
     learned, held_out = names[: len(names) // 2], names[len(names) // 2 :]
-    ranker = train([task.queries[name] for name in learned], [articles[next(iter(task.judgements[name]))] for name in learned], machine, args)
+    ranker = train(
+        [task.queries[name] for name in learned],
+        [articles[next(iter(task.judgements[name]))] for name in learned],
+        machine,
+        args,
+    )
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     ranker.save_pretrained(str(folder))
-    write_task(folder, articles, {name: task.queries[name] for name in held_out}, {name: task.judgements[name] for name in held_out})
-    print(f"\n{len(learned):,} headlines learned, {len(held_out):,} held out, {len(articles):,} articles searched\n", flush=True)
-    flags = ["--texts", "texts.jsonl", "--id-column", "id", "--queries", "queries.jsonl", "--qrels", "qrels.txt", "--rerank", ".", "--rerank-depth", args.rerank_depth]
-    command = [sys.executable, Path(evaluation.__file__).resolve().parents[2] / "embed_search.py", "evaluate", "--json", *flags]
-    scores = json.loads(subprocess.run(list(map(str, command)), cwd=folder, check=True, stdout=subprocess.PIPE, text=True).stdout)["scores"]
-    print(tabulate([[name, *measures.values()] for name, measures in scores.items()], ["search", *evaluation.MEASURES], floatfmt=".3f"))
-    print("\n" + json.dumps({"benchmark": "rerank", "settings": vars(args), "learned": len(learned), "held_out": len(held_out), "scores": scores}))
+    write_task(
+        folder,
+        articles,
+        {name: task.queries[name] for name in held_out},
+        {name: task.judgements[name] for name in held_out},
+    )
+    print(
+        f"\n{len(learned):,} headlines learned, {len(held_out):,} held out, {len(articles):,} articles"
+        " searched\n",
+        flush=True,
+    )
+    flags = [
+        "--texts",
+        "texts.jsonl",
+        "--id-column",
+        "id",
+        "--queries",
+        "queries.jsonl",
+        "--qrels",
+        "qrels.txt",
+        "--rerank",
+        ".",
+        "--rerank-depth",
+        args.rerank_depth,
+    ]
+    command = [
+        sys.executable,
+        Path(evaluation.__file__).resolve().parents[2] / "embed_search.py",
+        "evaluate",
+        "--json",
+        *flags,
+    ]
+    scores = json.loads(
+        subprocess.run(
+            list(map(str, command)), cwd=folder, check=True, stdout=subprocess.PIPE, text=True
+        ).stdout
+    )["scores"]
+    print(
+        tabulate(
+            [[name, *measures.values()] for name, measures in scores.items()],
+            ["search", *evaluation.MEASURES],
+            floatfmt=".3f",
+        )
+    )
+    print(
+        "\n"
+        + json.dumps(
+            {
+                "benchmark": "rerank",
+                "settings": vars(args),
+                "learned": len(learned),
+                "held_out": len(held_out),
+                "scores": scores,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

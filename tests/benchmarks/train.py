@@ -1,16 +1,19 @@
 #!/usr/bin/env python
-"""Training speed and accuracy: transformers Trainer beside the loop of train_classifier.py, on the bundled texts.
+"""Training speed and accuracy: transformers Trainer beside the loop of train_classifier.py, on the
+bundled texts.
 
-Contenders: `trainer`, Trainer as in its tutorial (fp32, random order, the model's own dropout); `best_trainer`, the same with bf16,
-group_by_length and our attention dropout; `ours`, train_classifier.py with its defaults; `ours_with_attention_dropout`, with the model's own.
+Contenders: `trainer`, Trainer as in its tutorial (fp32, random order, the model's own dropout);
+`best_trainer`, the same with bf16, group_by_length and our attention dropout; `ours`,
+train_classifier.py with its defaults; `ours_with_attention_dropout`, with the model's own.
 
-Speed: each round runs every contender in a process of its own, one after the other, over a sample of the batches of its own epoch.
-Accuracy: each contender trains fully and is scored on the test split, once a seed. The last line on stdout is one JSON object.
+Speed: each round runs every contender in a process of its own, one after the other, over a sample
+of the batches of its own epoch. Accuracy: each contender trains fully and is scored on the test
+split, once a seed. The last line on stdout is one JSON object.
 
   python tests/benchmarks/train.py                                      # speed: about 10 minutes on two cores
   python tests/benchmarks/train.py --sample 16 --rounds 1               # a quick look
-  python tests/benchmarks/train.py --accuracy                           # five seeds: about an hour on two cores
-  python tests/benchmarks/train.py --accuracy --contenders ours ours_with_attention_dropout --seeds 0 1 2 3 4 5 6 7 8 9
+  python tests/benchmarks/train.py --accuracy  # five seeds: about an hour on two cores
+  python tests/benchmarks/train.py --accuracy --contenders ours ours_with_attention_dropout --seeds 0 1 2 3
 """
 
 import argparse
@@ -25,7 +28,13 @@ import environment
 import numpy as np
 import torch
 from tabulate import tabulate
-from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 import train_classifier
 from common import cli, runtime, tracking
@@ -34,10 +43,23 @@ from common.training import adaptation, batching, loading
 from common.training import model as models
 from common.training.steps import LossMeter
 
-CONTENDERS = {"trainer": "trainer", "best_trainer": "best_trainer", "ours": "train",  # their names in the ratios
-              "ours_with_attention_dropout": "train_with_attention_dropout"}
-SPEED = {"contenders": ["trainer", "best_trainer", "ours"], "batch_size": 8, "max_length": 512, "lr": 2e-5, "epochs": 3}  # the tutorial's
-ACCURACY = {"contenders": ["trainer", "ours"], "batch_size": 16, "max_length": 128, "lr": 1e-4, "epochs": 2}  # for two cores
+# their names in the ratios
+CONTENDERS = {
+    "trainer": "trainer",
+    "best_trainer": "best_trainer",
+    "ours": "train",
+    "ours_with_attention_dropout": "train_with_attention_dropout",
+}
+# the tutorial's
+SPEED = {
+    "contenders": ["trainer", "best_trainer", "ours"],
+    "batch_size": 8,
+    "max_length": 512,
+    "lr": 2e-5,
+    "epochs": 3,
+}
+# for two cores
+ACCURACY = {"contenders": ["trainer", "ours"], "batch_size": 16, "max_length": 128, "lr": 1e-4, "epochs": 2}
 WEIGHT_DECAY = 0.01  # the tutorial's, and our default
 
 
@@ -47,18 +69,36 @@ def make_parser() -> cli.Parser:
     group = parser.add_argument_group("both comparisons")
     kinds = {"contenders": {"nargs": "+", "choices": CONTENDERS}, "lr": {"type": cli.positive_float}}
     for name in SPEED:
-        group.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, **kinds.get(name, {"type": cli.positive_int}),
-                           help=f"default for speed: {SPEED[name]}; for accuracy: {ACCURACY[name]}")
+        group.add_argument(
+            f"--{name.replace('_', '-')}",
+            default=argparse.SUPPRESS,
+            **kinds.get(name, {"type": cli.positive_int}),
+            help=f"default for speed: {SPEED[name]}; for accuracy: {ACCURACY[name]}",
+        )
     for split in ("train", "eval"):
         group.add_argument(f"--max-{split}-samples", type=cli.positive_int, help="as in train_classifier.py")
     group = parser.add_argument_group("speed")
-    group.add_argument("--sample", type=cli.positive_int, default=96, help="texts that each contender is timed on in each round")
-    group.add_argument("--warmup-steps", type=cli.positive_int, default=2, help="steps before, on the longest other texts")
+    group.add_argument(
+        "--sample",
+        type=cli.positive_int,
+        default=96,
+        help="texts that each contender is timed on in each round",
+    )
+    group.add_argument(
+        "--warmup-steps", type=cli.positive_int, default=2, help="steps before, on the longest other texts"
+    )
     group.add_argument("--rounds", type=cli.positive_int, default=3, help="medians are taken over the rounds")
     group = parser.add_argument_group("accuracy")
     group.add_argument("--accuracy", action="store_true", help="compare accuracies instead of speeds")
-    group.add_argument("--seeds", nargs="+", type=cli.non_negative_int, default=[0, 1, 2, 3, 4], help="each cuts its own splits, for all alike")
-    parser.add_argument("--child", choices=[*CONTENDERS, "limits"], help=argparse.SUPPRESS)  # what the script runs in a process of its own
+    group.add_argument(
+        "--seeds",
+        nargs="+",
+        type=cli.non_negative_int,
+        default=[0, 1, 2, 3, 4],
+        help="each cuts its own splits, for all alike",
+    )
+    # what the script runs in a process of its own
+    parser.add_argument("--child", choices=[*CONTENDERS, "limits"], help=argparse.SUPPRESS)
     parser.add_argument("--round", type=cli.non_negative_int, default=0, help=argparse.SUPPRESS)
     return parser
 
@@ -76,18 +116,43 @@ class Setup:
 
 
 def classifier_flags(contender: str, flags, **more):
-    """Return the flags of train_classifier.py for a contender; what is not given here keeps its default."""
-    names = ("model", "cache_dir", "device", "precision", "seed", *SPEED, "max_train_samples", "max_eval_samples")
-    given = {**{name: getattr(flags, name) for name in names if name != "contenders"}, "weight_decay": WEIGHT_DECAY, "truncation": "head", **more}
+    """Return the flags of train_classifier.py for a contender; what is not given here keeps its
+    default.
+    """
+    names = (
+        "model",
+        "cache_dir",
+        "device",
+        "precision",
+        "seed",
+        *SPEED,
+        "max_train_samples",
+        "max_eval_samples",
+    )
+    given = {
+        **{name: getattr(flags, name) for name in names if name != "contenders"},
+        "weight_decay": WEIGHT_DECAY,
+        "truncation": "head",
+        **more,
+    }
     if contender == "ours_with_attention_dropout":
         config = models.load_config(flags.model, cache_dir=flags.cache_dir)
-        given["attention_dropout"] = next(getattr(config, name) for name in adaptation.ATTENTION_DROPOUT_NAMES if hasattr(config, name))
-    arguments = [text for name, value in given.items() if value is not None for text in (f"--{name.replace('_', '-')}", str(value))]
+        given["attention_dropout"] = next(
+            getattr(config, name) for name in adaptation.ATTENTION_DROPOUT_NAMES if hasattr(config, name)
+        )
+    arguments = [
+        text
+        for name, value in given.items()
+        if value is not None
+        for text in (f"--{name.replace('_', '-')}", str(value))
+    ]
     return train_classifier.make_parser().parse_args(arguments)
 
 
 def load(contender: str, flags) -> Setup:
-    """Load a contender's data and model. Only ours gets what runtime.start changes in the process, above all the allocator's settings."""
+    """Load a contender's data and model. Only ours gets what runtime.start changes in the process,
+    above all the allocator's settings.
+    """
     args = classifier_flags(contender, flags)
     if contender.startswith("ours"):
         machine = runtime.start(args.device, args.precision, args.seed)
@@ -100,44 +165,81 @@ def load(contender: str, flags) -> Setup:
     if contender == "trainer":  # the model as the tutorial loads it
         runtime.seed_everything(args.seed)
         model = AutoModelForSequenceClassification.from_pretrained(
-            models.locate(args.model), num_labels=loaded["train"].features["label"].num_classes, dtype=torch.float32, cache_dir=args.cache_dir)
+            models.locate(args.model),
+            num_labels=loaded["train"].features["label"].num_classes,
+            dtype=torch.float32,
+            cache_dir=args.cache_dir,
+        )
     if not contender.startswith("ours"):
-        tokenized = {split: rows.map(first_window, load_from_cache_file=False) for split, rows in tokenized.items()}
+        tokenized = {
+            split: rows.map(first_window, load_from_cache_file=False) for split, rows in tokenized.items()
+        }
     return Setup(contender, args, machine, tokenizer, model, tokenized)
 
 
 def first_window(row: dict) -> dict:
-    """Return a tokenised row as Trainer takes it: one window, and the length by which it groups."""
+    """Return a tokenised row as Trainer takes it: one window, and the length by which it
+    groups.
+    """
     inputs = {name: windows[0] for name, windows in row.items() if name not in batching.MODEL_INPUTS_NOT}
     return {**inputs, "length": len(inputs["input_ids"])}
 
 
 def trainer_options(setup: Setup, folder: str, *, seed: int, **more) -> dict:
-    """Return Trainer's arguments: the tutorial's, and for `best_trainer` also its own means of being faster."""
+    """Return Trainer's arguments: the tutorial's, and for `best_trainer` also its own means of
+    being faster.
+    """
     args, precision = setup.args, setup.machine.precision
-    best = {"bf16": precision == "bf16", "fp16": precision == "fp16", "train_sampling_strategy": "group_by_length"}
+    best = {
+        "bf16": precision == "bf16",
+        "fp16": precision == "fp16",
+        "train_sampling_strategy": "group_by_length",
+    }
     arguments = TrainingArguments(
-        output_dir=folder, learning_rate=args.lr, per_device_train_batch_size=args.batch_size, per_device_eval_batch_size=args.batch_size,
-        num_train_epochs=args.epochs, weight_decay=WEIGHT_DECAY, report_to="none", seed=seed, use_cpu=setup.machine.device.type == "cpu",
-        **(best if setup.contender == "best_trainer" else {}), **more)
-    return {"model": setup.model, "args": arguments, "train_dataset": setup.tokenized["train"], "eval_dataset": setup.tokenized["validation"],
-            "processing_class": setup.tokenizer, "data_collator": DataCollatorWithPadding(setup.tokenizer)}
+        output_dir=folder,
+        learning_rate=args.lr,
+        per_device_train_batch_size=args.batch_size,
+        per_device_eval_batch_size=args.batch_size,
+        num_train_epochs=args.epochs,
+        weight_decay=WEIGHT_DECAY,
+        report_to="none",
+        seed=seed,
+        use_cpu=setup.machine.device.type == "cpu",
+        **(best if setup.contender == "best_trainer" else {}),
+        **more,
+    )
+    return {
+        "model": setup.model,
+        "args": arguments,
+        "train_dataset": setup.tokenized["train"],
+        "eval_dataset": setup.tokenized["validation"],
+        "processing_class": setup.tokenizer,
+        "data_collator": DataCollatorWithPadding(setup.tokenizer),
+    }
 
 
 def choose_batches(batches: list, lengths: np.ndarray, flags) -> tuple[list, list]:
     """Return the batches of an epoch to warm up with and those to time.
 
-    The timed ones stand at even quantiles of the padded length, in the epoch's order. So they are as long as the epoch is on the whole,
-    and every contender sorts by length among all texts: in a small sample of texts there are no eight of the same length.
+    The timed ones stand at even quantiles of the padded length, in the epoch's order. So they are
+    as long as the epoch is on the whole, and every contender sorts by length among all texts: in a
+    small sample of texts there are no eight of the same length.
     """
     full = [np.asarray(batch) for batch in batches if len(batch) == flags.batch_size]
-    by_length = sorted(range(len(full)), key=lambda number: (lengths[full[number]].max(), lengths[full[number]].sum()))
+    by_length = sorted(
+        range(len(full)), key=lambda number: (lengths[full[number]].max(), lengths[full[number]].sum())
+    )
     count = min(max(flags.sample // flags.batch_size, 1), len(full) - flags.warmup_steps)
     if count < 1:
-        raise UserError(f"--warmup-steps {flags.warmup_steps}: the training split has {len(full)} full batches; use fewer, or more texts")
+        raise UserError(
+            f"--warmup-steps {flags.warmup_steps}: the training split has {len(full)} full batches; use"
+            " fewer, or more texts"
+        )
     timed = {by_length[(2 * number + 1) * len(full) // (2 * count)] for number in range(count)}
     others = [number for number in by_length if number not in timed]
-    return [full[number] for number in others[-flags.warmup_steps :]], [full[number] for number in sorted(timed)]
+    return [full[number] for number in others[-flags.warmup_steps :]], [
+        full[number] for number in sorted(timed)
+    ]
 
 
 class SampledTrainer(Trainer):
@@ -151,7 +253,9 @@ class SampledTrainer(Trainer):
 
 
 class Clock(TrainerCallback):
-    """Times Trainer's steps after `warmup_steps`: what it does before the first step is left out, as it is for ours."""
+    """Times Trainer's steps after `warmup_steps`: what it does before the first step is left out,
+    as it is for ours.
+    """
 
     def __init__(self, warmup_steps: int, device: torch.device):
         self.warmup_steps, self.device, self.moments = warmup_steps, device, []
@@ -165,24 +269,38 @@ def time_trainer(setup: Setup, lengths: np.ndarray, flags, folder: str) -> dict:
     """Return the figures of Trainer on a sample of its epoch."""
     setup.args.epochs = 1
     clock = Clock(flags.warmup_steps, setup.machine.device)
-    trainer = SampledTrainer(**trainer_options(setup, folder, seed=flags.seed + flags.round, save_strategy="no"), callbacks=[clock])
+    trainer = SampledTrainer(
+        **trainer_options(setup, folder, seed=flags.seed + flags.round, save_strategy="no"), callbacks=[clock]
+    )
     trainer.choose = lambda batches: choose_batches(batches, lengths, flags)
     trainer.train()
     return figures(clock.moments[1] - clock.moments[0], trainer.timed, trainer.epoch_batches, lengths, setup)
 
 
 def time_ours(setup: Setup, lengths: np.ndarray, flags, folder: str) -> dict:
-    """Return the figures of train_classifier.train_steps on a sample of its epoch, with the run's log written as in any run."""
+    """Return the figures of train_classifier.train_steps on a sample of its epoch, with the run's
+    log written as in any run.
+    """
     args, machine, rows = setup.args, setup.machine, setup.tokenized["train"]
     training = train_classifier.prepare(setup.model, setup.tokenizer, rows, args, machine)
     run = tracking.RunLog(Path(folder), {})
-    order = batching.batch_order(lengths, batch_size=args.batch_size, seed=args.seed, epoch=flags.round + 1, buckets=args.batching == "buckets")
+    order = batching.batch_order(
+        lengths,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        epoch=flags.round + 1,
+        buckets=args.batching == "buckets",
+    )
     warmup, timed = choose_batches(order, lengths, flags)
     for batches in (warmup, timed):
         started = environment.moment(machine.device)
         picks = [[(row, (0,)) for row in batch.tolist()] for batch in batches]
-        with tracking.progress(batching.loader(rows, picks, setup.tokenizer), label="sample", shown=False) as bar:
-            for _ in train_classifier.train_steps(training, bar, [1] * len(picks), LossMeter(machine, run, bar, args.log_every), args, machine):
+        with tracking.progress(
+            batching.loader(rows, picks, setup.tokenizer), label="sample", shown=False
+        ) as bar:
+            for _ in train_classifier.train_steps(
+                training, bar, [1] * len(picks), LossMeter(machine, run, bar, args.log_every), args, machine
+            ):
                 pass
         elapsed = environment.moment(machine.device) - started
     run.close()
@@ -190,25 +308,46 @@ def time_ours(setup: Setup, lengths: np.ndarray, flags, folder: str) -> dict:
 
 
 def figures(elapsed: np.ndarray, timed: list, epoch_batches: list, lengths: np.ndarray, setup: Setup) -> dict:
-    """Return what a child reports of its timed batches; `sample_to_epoch` compares their padded length a text with the whole epoch's."""
+    """Return what a child reports of its timed batches; `sample_to_epoch` compares their padded
+    length a text with the whole epoch's.
+    """
     rows, (seconds, cpu_seconds) = np.concatenate(timed), elapsed.tolist()
-    padded, padded_epoch = (sum(lengths[np.asarray(batch)].max() * len(batch) for batch in batches) for batches in (timed, epoch_batches))
-    return {"examples_per_second": len(rows) / seconds, "tokens_per_second": int(lengths[rows].sum()) / seconds, "seconds": seconds,
-            "cpu_seconds_per_example": cpu_seconds / len(rows), "padding_share": batching.padding_share(lengths, epoch_batches),
-            "sample_to_epoch": float(padded / len(rows) * len(lengths) / padded_epoch),
-            "gflops": training_flops(setup.model, lengths[rows]) / seconds / 1e9,
-            "peak_memory_mb": runtime.peak_memory_bytes(setup.machine.device) / 1e6}
+    padded, padded_epoch = (
+        sum(lengths[np.asarray(batch)].max() * len(batch) for batch in batches)
+        for batches in (timed, epoch_batches)
+    )
+    return {
+        "examples_per_second": len(rows) / seconds,
+        "tokens_per_second": int(lengths[rows].sum()) / seconds,
+        "seconds": seconds,
+        "cpu_seconds_per_example": cpu_seconds / len(rows),
+        "padding_share": batching.padding_share(lengths, epoch_batches),
+        "sample_to_epoch": float(padded / len(rows) * len(lengths) / padded_epoch),
+        "gflops": training_flops(setup.model, lengths[rows]) / seconds / 1e9,
+        "peak_memory_mb": runtime.peak_memory_bytes(setup.machine.device) / 1e6,
+    }
 
 
 def training_flops(model, lengths: np.ndarray) -> float:
-    """Return the FLOPs that training on texts of these lengths must take, without padding: forward, and twice that backward.
+    """Return the FLOPs that training on texts of these lengths must take, without padding:
+    forward, and twice that backward.
 
-    A matrix weight is 2 a token; attention's two products are 4 x width x length a token and layer (Kaplan et al. 2020, section 2.1).
+    A matrix weight is 2 a token; attention's two products are 4 x width x length a token and layer
+    (Kaplan et al. 2020, section 2.1).
     """
-    weights = sum(module.weight.numel() for name, module in model.base_model.named_modules()
-                  if isinstance(module, torch.nn.Linear) and "pooler" not in name)  # the pooler sees one token a text
+    weights = sum(
+        module.weight.numel()
+        for name, module in model.base_model.named_modules()
+        # the pooler sees one token a text
+        if isinstance(module, torch.nn.Linear) and "pooler" not in name
+    )
     lengths = lengths.astype(float)
-    return float(3 * (2 * weights * lengths + 4 * model.config.num_hidden_layers * model.config.hidden_size * lengths**2).sum())
+    return float(
+        3
+        * (
+            2 * weights * lengths + 4 * model.config.num_hidden_layers * model.config.hidden_size * lengths**2
+        ).sum()
+    )
 
 
 def train_fully(contender: str, flags, folder: str) -> dict:
@@ -218,7 +357,16 @@ def train_fully(contender: str, flags, folder: str) -> dict:
         train_classifier.fit(args, runtime.start(args.device, args.precision, args.seed))
         return {"test_accuracy": json.loads(Path(folder, "run", "metrics.json").read_text())["test_accuracy"]}
     setup = load(contender, flags)
-    trainer = Trainer(**trainer_options(setup, folder, seed=flags.seed, eval_strategy="epoch", save_strategy="epoch", load_best_model_at_end=True))
+    trainer = Trainer(
+        **trainer_options(
+            setup,
+            folder,
+            seed=flags.seed,
+            eval_strategy="epoch",
+            save_strategy="epoch",
+            load_best_model_at_end=True,
+        )
+    )
     trainer.train()
     answer = trainer.predict(setup.tokenized["test"])
     return {"test_accuracy": float((answer.predictions.argmax(-1) == answer.label_ids).mean())}
@@ -228,7 +376,11 @@ def child(flags) -> dict:
     """Return the figures of one contender, in this process."""
     if flags.child == "limits":
         config = models.load_config(flags.model, cache_dir=flags.cache_dir)
-        return environment.limits(runtime.choose_device(flags.device), rows=flags.batch_size * flags.max_length, width=config.hidden_size)
+        return environment.limits(
+            runtime.choose_device(flags.device),
+            rows=flags.batch_size * flags.max_length,
+            width=config.hidden_size,
+        )
     with tempfile.TemporaryDirectory() as folder:
         if flags.accuracy:
             return train_fully(flags.child, flags, folder)
@@ -241,22 +393,34 @@ def compare_speeds(flags) -> dict:
     """Run the rounds, print a line a measurement and the table, return medians and ratios."""
     rounds = {name: [] for name in ["limits", *flags.contenders]}
     for number in range(flags.rounds):
-        for name, measured in rounds.items():  # interleaved: a slow hour of the machine is slow for all
+        # interleaved: a slow hour of the machine is slow for all
+        for name, measured in rounds.items():
             measured.append(environment.run_child(__file__, "--child", name, "--round", str(number)))
             if name != "limits":
-                print(f"round {number + 1}/{flags.rounds}  {name:<28} {measured[-1]['examples_per_second']:.2f} examples/s", flush=True)
+                print(
+                    f"round {number + 1}/{flags.rounds}  {name:<28} {measured[-1]['examples_per_second']:.2f}"
+                    " examples/s",
+                    flush=True,
+                )
     found, limits = ratios(rounds), environment.median_of(rounds.pop("limits"))
     show_speeds(rounds, limits, found, flags)
-    contenders = {name: {**environment.median_of(measured), "rounds": measured} for name, measured in rounds.items()}
+    contenders = {
+        name: {**environment.median_of(measured), "rounds": measured} for name, measured in rounds.items()
+    }
     return {"limits": limits, "contenders": contenders, "ratios": found}
 
 
 def ratios(rounds: dict[str, list[dict]]) -> dict[str, float]:
-    """Return the median over the rounds of each contender's speed over each earlier one's, and its share of the bf16 limit."""
+    """Return the median over the rounds of each contender's speed over each earlier one's, and its
+    share of the bf16 limit.
+    """
     found, names = {}, [name for name in rounds if name != "limits"]
     for place, name in enumerate(names):
         for peer in names[:place]:
-            factors = [own["examples_per_second"] / other["examples_per_second"] for own, other in zip(rounds[name], rounds[peer])]
+            factors = [
+                own["examples_per_second"] / other["examples_per_second"]
+                for own, other in zip(rounds[name], rounds[peer])
+            ]
             found[f"{CONTENDERS[name]}_vs_{CONTENDERS[peer]}"] = statistics.median(factors)
         shares = [own["gflops"] / limit["bf16_gflops"] for own, limit in zip(rounds[name], rounds["limits"])]
         found[f"{CONTENDERS[name]}_vs_bf16_limit"] = statistics.median(shares)
@@ -267,29 +431,81 @@ def show_speeds(rounds: dict[str, list[dict]], limits: dict, found: dict, flags)
     """Print the table of contenders, and the machine's limits below it."""
     first, lines = CONTENDERS[flags.contenders[0]], []
     for name, measured in rounds.items():
-        own, short, speeds = environment.median_of(measured), CONTENDERS[name], [entry["examples_per_second"] for entry in measured]
-        lines.append([name, own["examples_per_second"], f"{min(speeds):.2f}-{max(speeds):.2f}", own["tokens_per_second"],
-                      own["cpu_seconds_per_example"], own["peak_memory_mb"], f"{own['padding_share']:.1%}", f"{found[f'{short}_vs_bf16_limit']:.1%}",
-                      found.get(f"{short}_vs_{first}", 1.0)])
-    headers = ["contender", "examples/s", "min-max", "tokens/s", "CPU s/example", "peak MB", "padding", "of bf16 limit", f"times {first}"]
-    print("\n" + tabulate(lines, headers, floatfmt=("", ".2f", "", ".0f", ".2f", ".0f", "", "", ".2f"), colalign=("left", *["right"] * 8)))
-    print(f"\nmedians over {flags.rounds} x {flags.sample} texts of at most {flags.max_length} tokens, batch {flags.batch_size}; padding is no token")
+        own, short, speeds = (
+            environment.median_of(measured),
+            CONTENDERS[name],
+            [entry["examples_per_second"] for entry in measured],
+        )
+        lines.append(
+            [
+                name,
+                own["examples_per_second"],
+                f"{min(speeds):.2f}-{max(speeds):.2f}",
+                own["tokens_per_second"],
+                own["cpu_seconds_per_example"],
+                own["peak_memory_mb"],
+                f"{own['padding_share']:.1%}",
+                f"{found[f'{short}_vs_bf16_limit']:.1%}",
+                found.get(f"{short}_vs_{first}", 1.0),
+            ]
+        )
+    headers = [
+        "contender",
+        "examples/s",
+        "min-max",
+        "tokens/s",
+        "CPU s/example",
+        "peak MB",
+        "padding",
+        "of bf16 limit",
+        f"times {first}",
+    ]
+    print(
+        "\n"
+        + tabulate(
+            lines,
+            headers,
+            floatfmt=("", ".2f", "", ".0f", ".2f", ".0f", "", "", ".2f"),
+            colalign=("left", *["right"] * 8),
+        )
+    )
+    print(
+        f"\nmedians over {flags.rounds} x {flags.sample} texts of at most {flags.max_length} tokens, batch"
+        f" {flags.batch_size}; padding is no token"
+    )
     environment.show_limits(limits)
 
 
 def compare_accuracies(flags) -> dict:
-    """Train each contender with each seed, print the table, return accuracies and paired differences from the first contender."""
+    """Train each contender with each seed, print the table, return accuracies and paired
+    differences from the first contender.
+    """
     accuracies = {name: [] for name in flags.contenders}
     for seed in flags.seeds:
         for name, measured in accuracies.items():
-            measured.append(environment.run_child(__file__, "--child", name, "--seed", str(seed))["test_accuracy"])
+            measured.append(
+                environment.run_child(__file__, "--child", name, "--seed", str(seed))["test_accuracy"]
+            )
             print(f"seed {seed}  {name:<28} test accuracy {measured[-1]:.4f}", flush=True)
     first = flags.contenders[0]
-    differences = {name: environment.paired_difference(measured, accuracies[first]) for name, measured in accuracies.items() if name != first}
+    differences = {
+        name: environment.paired_difference(measured, accuracies[first])
+        for name, measured in accuracies.items()
+        if name != first
+    }
     lines = [[name, *measured, statistics.mean(measured)] for name, measured in accuracies.items()]
-    print("\n" + tabulate(lines, ["test accuracy", *(f"seed {seed}" for seed in flags.seeds), "mean"], floatfmt=".4f"))
+    print(
+        "\n"
+        + tabulate(
+            lines, ["test accuracy", *(f"seed {seed}" for seed in flags.seeds), "mean"], floatfmt=".4f"
+        )
+    )
     for name, found in differences.items():
-        interval = "unknown, from one seed" if found["low"] is None else f"{found['low']:+.4f} to {found['high']:+.4f}"
+        interval = (
+            "unknown, from one seed"
+            if found["low"] is None
+            else f"{found['low']:+.4f} to {found['high']:+.4f}"
+        )
         print(f"{name} - {first}: {found['mean']:+.4f} on average; 95 % interval {interval}", flush=True)
     return {"contenders": accuracies, "differences": differences}
 
@@ -302,7 +518,17 @@ def main(flags):
     header = environment.describe(runtime.choose_device(flags.device))
     environment.show(header)
     found = compare_accuracies(flags) if flags.accuracy else compare_speeds(flags)
-    print("\n" + json.dumps({"benchmark": "accuracy" if flags.accuracy else "speed", "environment": header, "settings": vars(flags), **found}))
+    print(
+        "\n"
+        + json.dumps(
+            {
+                "benchmark": "accuracy" if flags.accuracy else "speed",
+                "environment": header,
+                "settings": vars(flags),
+                **found,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""An index that survives: torchrun, signals, kills of every writer, two writers at once, through the command line."""
+"""An index that survives: torchrun, signals, kills of every writer, two writers at once, through
+the command line.
+"""
 
 import contextlib
 import json
@@ -22,40 +24,104 @@ from conftest import ROOT, make_sentences, rows_by_id, write_lines
 
 def test_torchrun_gives_the_same_index(ok, sentences, tiny_embedder, cache_dir, run_script, tmp_path):
     sentences.write_text(sentences.read_text() + "copy,good film,pos,1\ncopy2,good film,pos,2\n")
-    flags = ("index", sentences, "--id-column", "id", "--model", tiny_embedder, "--cache-dir", cache_dir, "--precision", "fp32", "--device", "cpu",
-             "--block", "25", "--batch-tokens", "300", "--json")
+    flags = (
+        "index",
+        sentences,
+        "--id-column",
+        "id",
+        "--model",
+        tiny_embedder,
+        "--cache-dir",
+        cache_dir,
+        "--precision",
+        "fp32",
+        "--device",
+        "cpu",
+        "--block",
+        "25",
+        "--batch-tokens",
+        "300",
+        "--json",
+    )
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)  # as torchrun does
         ok(*flags, "--index", tmp_path / "one")
     finally:
         torch.set_num_threads(threads)
-    done = run_script("torchrun", "--nproc-per-node", "2", "embed_search.py", *flags, "--index", tmp_path / "two")
+    done = run_script(
+        "torchrun", "--nproc-per-node", "2", "embed_search.py", *flags, "--index", tmp_path / "two"
+    )
     assert json.loads(done.stdout)["rows"] == 62
     one, two = open_snapshot(tmp_path / "one"), open_snapshot(tmp_path / "two")
-    assert one.take(range(62)) == two.take(range(62)) and (one.vectors_of(range(62)) == two.vectors_of(range(62))).all()
+    assert (
+        one.take(range(62)) == two.take(range(62))
+        and (one.vectors_of(range(62)) == two.vectors_of(range(62))).all()
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_a_mistake_under_torchrun_is_said_once(run_script, tmp_path):
-    done = run_script("torchrun", "--nproc-per-node", "2", "embed_search.py", "index", "nowhere.csv", "--index", tmp_path / "ix", check=False)
-    assert done.returncode != 0 and done.stderr.count("embed_search.py: error: nowhere.csv: no such file") == 1
+    done = run_script(
+        "torchrun",
+        "--nproc-per-node",
+        "2",
+        "embed_search.py",
+        "index",
+        "nowhere.csv",
+        "--index",
+        tmp_path / "ix",
+        check=False,
+    )
+    assert (
+        done.returncode != 0 and done.stderr.count("embed_search.py: error: nowhere.csv: no such file") == 1
+    )
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_to_one_of_two_processes_ends_both_and_leaves_the_index(number, code, tiny_embedder, cache_dir, tmp_path):
+def test_a_signal_to_one_of_two_processes_ends_both_and_leaves_the_index(
+    number, code, tiny_embedder, cache_dir, tmp_path
+):
     write_lines(tmp_path / "texts.txt", [text for text, _ in make_sentences(3000)])
-    flags = ["index", tmp_path / "texts.txt", "--model", tiny_embedder, "--cache-dir", cache_dir, "--device", "cpu", "--block", "64", "--index", tmp_path / "ix"]
+    flags = [
+        "index",
+        tmp_path / "texts.txt",
+        "--model",
+        tiny_embedder,
+        "--cache-dir",
+        cache_dir,
+        "--device",
+        "cpu",
+        "--block",
+        "64",
+        "--index",
+        tmp_path / "ix",
+    ]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    main, other = (subprocess.Popen([sys.executable, ROOT / "embed_search.py", *flags], stderr=subprocess.PIPE, text=True,
-                                    env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2))
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    main, other = (
+        subprocess.Popen(
+            [sys.executable, ROOT / "embed_search.py", *flags],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    )
     while not (tmp_path / "ix" / "manifest.json").exists() or not open_snapshot(tmp_path / "ix").num_rows:
         time.sleep(0.02)
-    for process in (main, other) if number == signal.SIGINT else (main,):  # Ctrl-C reaches both, kill one
+    # Ctrl-C reaches both, kill one
+    for process in (main, other) if number == signal.SIGINT else (main,):
         process.send_signal(number)
     said, said_by_other = (process.communicate(timeout=120)[1] for process in (main, other))
     assert (main.returncode, other.returncode) == (code, 1), said + said_by_other
@@ -79,7 +145,8 @@ def kill_at(event: int, folder: str):  # the how manieth file of a folder that i
                 os.kill(os.getpid(), signal.SIGKILL)
     sys.addaudithook(audit)
 
-for line in sys.stdin:  # each line is a command line and when it dies; answers with the number of the process that runs it, then with how it ended
+# each line is a command line and when it dies; the answer is the number of the process, then how it ended
+for line in sys.stdin:
     job = json.loads(line)
     child = os.fork()
     if child == 0:
@@ -93,16 +160,41 @@ for line in sys.stdin:  # each line is a command line and when it dies; answers 
 
 
 def kill_at_random_moments(times: int, tiny_embedder, cache_dir, tmp_path, seed: int):
-    """Kill `index` `times` times, going on with the same command; after each kill all that was committed is there, and nothing wrong is."""
+    """Kill `index` `times` times, going on with the same command; after each kill all that was
+    committed is there, and nothing wrong is.
+    """
     texts = [text for text, _ in make_sentences(400)]
     write_lines(tmp_path / "texts.txt", texts)
-    command = ["index", str(tmp_path / "texts.txt"), "--model", str(tiny_embedder), "--cache-dir", str(cache_dir), "--precision", "fp32", "--device", "cpu",
-               "--block", "4"]
+    command = [
+        "index",
+        str(tmp_path / "texts.txt"),
+        "--model",
+        str(tiny_embedder),
+        "--cache-dir",
+        str(cache_dir),
+        "--precision",
+        "fp32",
+        "--device",
+        "cpu",
+        "--block",
+        "4",
+    ]
     generator, kills = random.Random(seed), 0
-    with subprocess.Popen([sys.executable, "-c", FORKING_INDEXER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}) as runner:
+    with subprocess.Popen(
+        [sys.executable, "-c", FORKING_INDEXER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ) as runner:
+
         def start(name: str) -> int:
-            print(json.dumps({"command": [*command, "--index", str(tmp_path / name)]}), file=runner.stdin, flush=True)
+            print(
+                json.dumps({"command": [*command, "--index", str(tmp_path / name)]}),
+                file=runner.stdin,
+                flush=True,
+            )
             return int(runner.stdout.readline())
 
         for name in ("warm-up", "whole"):
@@ -145,20 +237,60 @@ def test_thirty_kills_lose_nothing(tiny_embedder, cache_dir, tmp_path):
     kill_at_random_moments(30, tiny_embedder, cache_dir, tmp_path, seed=1)
 
 
-WRITERS = {"update": ["--update", "--block", "4"], "delete": ["s1", "s2", "s9", "s17", "--skip-bad"], "compact": []}
+WRITERS = {
+    "update": ["--update", "--block", "4"],
+    "delete": ["s1", "s2", "s9", "s17", "--skip-bad"],
+    "compact": [],
+}
 
 
 def kill_at_events(events, command: str, tiny_embedder, cache_dir, tmp_path):
-    """Kill a command at the given events: each row is as it was or as it is to be, and the same command ends in the same rows and files."""
+    """Kill a command at the given events: each row is as it was or as it is to be, and the same
+    command ends in the same rows and files.
+    """
     texts = [text for text, _ in make_sentences(20)]
     for name, mark in (("old", ""), ("new", " monday")):
-        write_lines(tmp_path / f"{name}.csv", ["id,text", *(f"s{number},{text}{mark if number % 3 == 0 else ''}" for number, text in enumerate(texts))])
-    model = ["--id-column", "id", "--model", str(tiny_embedder), "--cache-dir", str(cache_dir), "--precision", "fp32", "--device", "cpu"]
-    commands = {"update": ["index", str(tmp_path / "new.csv"), *model], "delete": ["delete"], "compact": ["compact"]}
-    with subprocess.Popen([sys.executable, "-c", FORKING_INDEXER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}) as runner:
+        write_lines(
+            tmp_path / f"{name}.csv",
+            [
+                "id,text",
+                *(f"s{number},{text}{mark if number % 3 == 0 else ''}" for number, text in enumerate(texts)),
+            ],
+        )
+    model = [
+        "--id-column",
+        "id",
+        "--model",
+        str(tiny_embedder),
+        "--cache-dir",
+        str(cache_dir),
+        "--precision",
+        "fp32",
+        "--device",
+        "cpu",
+    ]
+    commands = {
+        "update": ["index", str(tmp_path / "new.csv"), *model],
+        "delete": ["delete"],
+        "compact": ["compact"],
+    }
+    with subprocess.Popen(
+        [sys.executable, "-c", FORKING_INDEXER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ) as runner:
+
         def run(folder: Path, *flags: str, event: int = 0) -> int:
-            print(json.dumps({"command": [*flags, "--index", str(folder)], "event": event, "folder": str(folder)}), file=runner.stdin, flush=True)
+            print(
+                json.dumps(
+                    {"command": [*flags, "--index", str(folder)], "event": event, "folder": str(folder)}
+                ),
+                file=runner.stdin,
+                flush=True,
+            )
             runner.stdout.readline()
             return int(runner.stdout.readline())
 
@@ -175,17 +307,25 @@ def kill_at_events(events, command: str, tiny_embedder, cache_dir, tmp_path):
                 break  # it has fewer events
             kills, found = kills + 1, rows_by_id(folder)
             if command == "update":
-                assert found.keys() - {"s4"} == before.keys() and all(row in (before.get(key), after[key]) for key, row in found.items())
+                assert found.keys() - {"s4"} == before.keys() and all(
+                    row in (before.get(key), after[key]) for key, row in found.items()
+                )
             else:
                 assert found in (before, after)
             assert run(folder, *commands[command], *WRITERS[command]) == 0 and rows_by_id(folder) == after
-            assert {path.name for path in folder.iterdir()} == {*files(read_manifest(folder)), "manifest.json", ".lock"}
+            assert {path.name for path in folder.iterdir()} == {
+                *files(read_manifest(folder)),
+                "manifest.json",
+                ".lock",
+            }
         runner.stdin.close()
     return kills
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forked")
-@pytest.mark.parametrize("command, events", [("update", (17, 44)), ("delete", (12, 17, 20)), ("compact", (12, 14, 17))])
+@pytest.mark.parametrize(
+    "command, events", [("update", (17, 44)), ("delete", (12, 17, 20)), ("compact", (12, 14, 17))]
+)
 def test_kills_of_every_writer_lose_nothing(command, events, tiny_embedder, cache_dir, tmp_path):
     assert kill_at_events(events, command, tiny_embedder, cache_dir, tmp_path) == len(events)
 
@@ -194,18 +334,41 @@ def test_kills_of_every_writer_lose_nothing(command, events, tiny_embedder, cach
 @pytest.mark.timeout(3600)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forked")
 @pytest.mark.parametrize("command, least", [("update", 60), ("delete", 15), ("compact", 15)])
-def test_kills_of_every_writer_at_every_event_lose_nothing(command, least, tiny_embedder, cache_dir, tmp_path):
+def test_kills_of_every_writer_at_every_event_lose_nothing(
+    command, least, tiny_embedder, cache_dir, tmp_path
+):
     assert kill_at_events(range(1, 1000), command, tiny_embedder, cache_dir, tmp_path) >= least
 
 
 def test_two_processes_make_one_index(tiny_embedder, cache_dir, tmp_path):
     """Both find no index, both make one: the second waits and adds to what the first made."""
     texts = [text for text, _ in make_sentences(60)]
-    flags = ["--model", tiny_embedder, "--cache-dir", cache_dir, "--device", "cpu", "--block", "4", "--index", tmp_path / "ix", "--wait", "100"]
+    flags = [
+        "--model",
+        tiny_embedder,
+        "--cache-dir",
+        cache_dir,
+        "--device",
+        "cpu",
+        "--block",
+        "4",
+        "--index",
+        tmp_path / "ix",
+        "--wait",
+        "100",
+    ]
     for name, own in (("a", texts[:40]), ("b", texts[20:])):
         write_lines(tmp_path / f"{name}.txt", own)
-    both = [subprocess.Popen([sys.executable, ROOT / "embed_search.py", "index", tmp_path / f"{name}.txt", *flags], stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}) for name in "ab"]
+    both = [
+        subprocess.Popen(
+            [sys.executable, ROOT / "embed_search.py", "index", tmp_path / f"{name}.txt", *flags],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        )
+        for name in "ab"
+    ]
     ends = [(process.communicate(timeout=200), process.returncode) for process in both]
     assert [code for _, code in ends] == [0, 0], ends
     assert sorted(text for text, _ in rows_by_id(tmp_path / "ix").values()) == sorted(texts)
@@ -214,18 +377,45 @@ def test_two_processes_make_one_index(tiny_embedder, cache_dir, tmp_path):
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_index_says_how_to_go_on(number, code, tiny_embedder, cache_dir, embed, tmp_path):
     write_lines(tmp_path / "texts.txt", [text for text, _ in make_sentences(3000)])
-    flags = ["index", tmp_path / "texts.txt", "--model", tiny_embedder, "--cache-dir", cache_dir, "--device", "cpu", "--block", "4", "--index", tmp_path / "ix"]
-    with subprocess.Popen([sys.executable, ROOT / "embed_search.py", *flags], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                          env={**os.environ, "HF_HUB_OFFLINE": "1"}) as process:
+    flags = [
+        "index",
+        tmp_path / "texts.txt",
+        "--model",
+        tiny_embedder,
+        "--cache-dir",
+        cache_dir,
+        "--device",
+        "cpu",
+        "--block",
+        "4",
+        "--index",
+        tmp_path / "ix",
+    ]
+    with subprocess.Popen(
+        [sys.executable, ROOT / "embed_search.py", *flags],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    ) as process:
         while not (tmp_path / "ix" / "manifest.json").exists() or not open_snapshot(tmp_path / "ix").num_rows:
             time.sleep(0.05)
         process.send_signal(number)
         _, stderr = process.communicate(timeout=60)
-    assert process.returncode == code and "the same command goes on from there" in stderr and "Traceback" not in stderr
+    assert (
+        process.returncode == code
+        and "the same command goes on from there" in stderr
+        and "Traceback" not in stderr
+    )
     said = int(re.search(r"([\d,]+) texts of this run", stderr)[1].replace(",", ""))
     committed = rows_by_id(tmp_path / "ix")
     assert 0 <= len(committed) - said <= 4  # a block may have been committed and not yet counted
-    code, stdout, _ = embed("index", *flags[1:6], "--index", tmp_path / "ix", "--block", 1000, "--json")  # goes on from there
+    # goes on from there
+    code, stdout, _ = embed("index", *flags[1:6], "--index", tmp_path / "ix", "--block", 1000, "--json")
     counts, whole = json.loads(stdout)["counts"], rows_by_id(tmp_path / "ix")
-    assert code == 0 and (counts["unchanged"], counts["added"], len(whole)) == (len(committed), 3000 - len(committed), 3000)
+    assert code == 0 and (counts["unchanged"], counts["added"], len(whole)) == (
+        len(committed),
+        3000 - len(committed),
+        3000,
+    )
     assert committed.items() <= whole.items()

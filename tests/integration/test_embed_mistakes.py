@@ -1,4 +1,6 @@
-"""A user's mistake with embed_search.py ends in one line that names it and the way out, with exit code 2 and the index untouched."""
+"""A user's mistake with embed_search.py ends in one line that names it and the way out, with exit
+code 2 and the index untouched.
+"""
 
 import errno
 import hashlib
@@ -15,12 +17,18 @@ from common.search import encoding, store
 from conftest import make_sentences
 from hub_server import HubServer
 
-GOOD = "id,text,label\n" + "".join(f"s{n},{text},{label}\n" for n, (text, label) in enumerate(make_sentences(12)))
+GOOD = "id,text,label\n" + "".join(
+    f"s{n},{text},{label}\n" for n, (text, label) in enumerate(make_sentences(12))
+)
 
 
 def fingerprint(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of each file below a folder but the empty lock."""
-    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+    return {
+        str(path): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +49,10 @@ def home(made, tmp_path) -> Path:
 
 @pytest.fixture
 def refused(embed, home, capfd):
-    """Return a function that runs a subcommand and checks that it is refused in one line with all of `parts`, and that no file changes."""
+    """Return a function that runs a subcommand and checks that it is refused in one line with all
+    of `parts`, and that no file changes.
+    """
+
     def check(*flags, parts: tuple[str, ...]):
         before = fingerprint(home)
         code, stdout, stderr = embed(*(str(flag).replace("HOME", str(home)) for flag in flags))
@@ -50,6 +61,7 @@ def refused(embed, home, capfd):
         assert [part for part in parts if part.replace("HOME", str(home)) not in stderr] == [], stderr
         assert capfd.readouterr() == ("", "")  # nor does a library write past Python's streams
         assert fingerprint(home) == before
+
     return check
 
 
@@ -57,19 +69,55 @@ TEXTS = {  # name: (file, content, what the line must hold)
     "blank line": ("t.txt", b"good\n \n", ("t.txt, line 2", "empty", "--skip-bad")),
     "not UTF-8": ("t.txt", b"good\nsch\xf6n\n", ("t.txt, line 2", "0xf6", "convert")),
     "empty file": ("t.txt", b"", ("t.txt", "is empty")),
-    "null": ("t.jsonl", b'{"id": "a", "text": "good"}\n{"id": "b", "text": null}\n', ("t.jsonl, row 2", "missing", "--skip-bad")),
+    "null": (
+        "t.jsonl",
+        b'{"id": "a", "text": "good"}\n{"id": "b", "text": null}\n',
+        ("t.jsonl, row 2", "missing", "--skip-bad"),
+    ),
     "empty text": ("t.csv", b'id,text,label\na,good,x\nb," ",x\n', ("t.csv, row 2", "empty", "--skip-bad")),
-    "lone surrogate": ("t.jsonl", b'{"id": "a", "text": "\\udc00"}\n', ("t.jsonl, line 1", "lone surrogate", "mend")),
-    "duplicate id": ("t.csv", b"id,text,label\na,good,x\na,bad,x\n", ("t.csv, row 2", "'a'", "stands above", "--skip-bad")),
-    "missing id": ("t.jsonl", b'{"id": "a", "text": "good"}\n{"text": "bad"}\n', ("t.jsonl, row 2", "'id'", "missing")),
-    "no text column": ("t.csv", b"id,review,label\na,good,x\n", ("t.csv", "'text'", "review", "--text-column")),
+    "lone surrogate": (
+        "t.jsonl",
+        b'{"id": "a", "text": "\\udc00"}\n',
+        ("t.jsonl, line 1", "lone surrogate", "mend"),
+    ),
+    "duplicate id": (
+        "t.csv",
+        b"id,text,label\na,good,x\na,bad,x\n",
+        ("t.csv, row 2", "'a'", "stands above", "--skip-bad"),
+    ),
+    "missing id": (
+        "t.jsonl",
+        b'{"id": "a", "text": "good"}\n{"text": "bad"}\n',
+        ("t.jsonl, row 2", "'id'", "missing"),
+    ),
+    "no text column": (
+        "t.csv",
+        b"id,review,label\na,good,x\n",
+        ("t.csv", "'text'", "review", "--text-column"),
+    ),
     "no id column": ("t.csv", b"key,text,label\na,good,x\n", ("t.csv", "'id'", "key", "--id-column")),
-    "ids that are fractions": ("t.csv", b"id,text,label\n1.5,good,x\n", ("t.csv", "'id'", "double", "--id-column")),
+    "ids that are fractions": (
+        "t.csv",
+        b"id,text,label\n1.5,good,x\n",
+        ("t.csv", "'id'", "double", "--id-column"),
+    ),
     "numbers for texts": ("t.csv", b"id,text,label\na,1,x\n", ("t.csv", "'text'", "int64", "--text-column")),
-    "another column": ("t.csv", b"id,text,label,more\na,good,x,1\n", ("t.csv", "'more'", "int64", "not there", "--index")),
-    "a column of another kind": ("t.csv", b"id,text,label\na,good,1\n", ("t.csv", "'label'", "int64", "string", "--index")),
+    "another column": (
+        "t.csv",
+        b"id,text,label,more\na,good,x,1\n",
+        ("t.csv", "'more'", "int64", "not there", "--index"),
+    ),
+    "a column of another kind": (
+        "t.csv",
+        b"id,text,label\na,good,1\n",
+        ("t.csv", "'label'", "int64", "string", "--index"),
+    ),
     "the index's own column": ("t.csv", b"id,text,_vector\na,good,1\n", ("t.csv", "'_vector'", "rename")),
-    "changed text": ("t.csv", b"id,text,label\nx,new,x\ns3,changed,neg\n", ("t.csv, row 2", "'s3'", "--update")),
+    "changed text": (
+        "t.csv",
+        b"id,text,label\nx,new,x\ns3,changed,neg\n",
+        ("t.csv, row 2", "'s3'", "--update"),
+    ),
     "unknown ending": ("t.xlsx", b"PK\xff\xff", ("t.xlsx", "0xff", "UTF-8")),
     "broken Parquet": ("t.parquet", b"PAR1 and no more", ("t.parquet", "not readable as parquet")),
     "ragged CSV": ("t.csv", b"id,text,label\na,good,x\nb,c,d,e,f\n", ("t.csv", "line 3")),
@@ -88,57 +136,175 @@ def test_texts_that_can_not_be_indexed(name, content, parts, refused, home, tmp_
 FLAGS = {
     "no such texts": (["index", "nowhere.txt", "--index", "HOME/ix"], ("nowhere.txt", "can't be read")),
     "no such data file": (["index", "nowhere.csv", "--index", "HOME/ix"], ("nowhere.csv", "no such file")),
-    "unknown bundled set": (["index", "bundled/nope", "--index", "HOME/ix"], ("bundled/nope", "bundled/bbc-news")),
-    "a folder that is something else": (["index", "HOME/good.csv", "--index", "HOME"], ("HOME", "holds other files", "new folder")),
-    "a file for an index": (["index", "HOME/good.csv", "--index", "HOME/good.csv"], ("HOME/good.csv", "is a file")),
-    "search in no index": (["search", "--index", "HOME", "x"], ("HOME", "not an index", "embed_search.py index")),
-    "search nowhere": (["search", "--index", "HOME/nope", "x"], ("HOME/nope", "no such folder", "embed_search.py index")),
+    "unknown bundled set": (
+        ["index", "bundled/nope", "--index", "HOME/ix"],
+        ("bundled/nope", "bundled/bbc-news"),
+    ),
+    "a folder that is something else": (
+        ["index", "HOME/good.csv", "--index", "HOME"],
+        ("HOME", "holds other files", "new folder"),
+    ),
+    "a file for an index": (
+        ["index", "HOME/good.csv", "--index", "HOME/good.csv"],
+        ("HOME/good.csv", "is a file"),
+    ),
+    "search in no index": (
+        ["search", "--index", "HOME", "x"],
+        ("HOME", "not an index", "embed_search.py index"),
+    ),
+    "search nowhere": (
+        ["search", "--index", "HOME/nope", "x"],
+        ("HOME/nope", "no such folder", "embed_search.py index"),
+    ),
     "delete from no index": (["delete", "--index", "HOME/nope", "x"], ("HOME/nope", "no such folder")),
     "compact no index": (["compact", "--index", "HOME"], ("HOME", "no index")),
-    "other ids": (["index", "HOME/good.csv", "--index", "HOME/ix", "--id-column", "label", "--skip-bad"], ("HOME/ix", "id_column id", "label")),
-    "chunks into whole texts": (["index", "HOME/good.csv", "--index", "HOME/ix", "--chunk"], ("HOME/ix", "made without --chunk, not with chunk_overlap 32", "--chunk and")),
-    "another length": (["search", "--index", "HOME/ix", "x", "--max-length", "32"], ("HOME/ix", "max_length 64, not with max_length 32")),
-    "another model": (["search", "--index", "HOME/ix", "x", "--model", "bundled/all-MiniLM-L6-v2"], ("HOME/ix", "fingerprint", "tiny-embedder", "--model")),
-    "no such model": (["search", "--index", "HOME/ix", "x", "--model", "./nope"], ("--model ./nope", "no such folder")),
-    "max length above the model": (["index", "HOME/good.csv", "--index", "HOME/new", "--max-length", "65"], ("--max-length 65", "64")),
+    "other ids": (
+        ["index", "HOME/good.csv", "--index", "HOME/ix", "--id-column", "label", "--skip-bad"],
+        ("HOME/ix", "id_column id", "label"),
+    ),
+    "chunks into whole texts": (
+        ["index", "HOME/good.csv", "--index", "HOME/ix", "--chunk"],
+        ("HOME/ix", "made without --chunk, not with chunk_overlap 32", "--chunk and"),
+    ),
+    "another length": (
+        ["search", "--index", "HOME/ix", "x", "--max-length", "32"],
+        ("HOME/ix", "max_length 64, not with max_length 32"),
+    ),
+    "another model": (
+        ["search", "--index", "HOME/ix", "x", "--model", "bundled/all-MiniLM-L6-v2"],
+        ("HOME/ix", "fingerprint", "tiny-embedder", "--model"),
+    ),
+    "no such model": (
+        ["search", "--index", "HOME/ix", "x", "--model", "./nope"],
+        ("--model ./nope", "no such folder"),
+    ),
+    "max length above the model": (
+        ["index", "HOME/good.csv", "--index", "HOME/new", "--max-length", "65"],
+        ("--max-length 65", "64"),
+    ),
     "empty query": (["search", "--index", "HOME/ix", " "], ("query 1", "empty")),
     "surrogate query": (["search", "--index", "HOME/ix", "a\udc80"], ("query 1", "not UTF-8")),
-    "no such file of queries": (["search", "--index", "HOME/ix", "--queries", "HOME/nope"], ("HOME/nope", "can't be read")),
-    "queries twice": (["search", "--index", "HOME/ix", "x", "--queries", "HOME/nope"], ("--queries", "either")),
-    "where on no column": (["search", "--index", "HOME/ix", "x", "--where", "year = 1"], ("--where", "year", "label")),
-    "where without sense": (["search", "--index", "HOME/ix", "x", "--where", "label ="], ("--where", "label =", "condition")),
-    "where that reads a file": (["search", "--index", "HOME/ix", "x", "--where", "(select count(*) from read_text('/etc/passwd')) > 0"], ("--where", "/etc/passwd")),
-    "where that does something": (["delete", "--index", "HOME/ix", "--where", "true; drop table x"], ("--where", "drop table")),
-    "unknown id": (["delete", "--index", "HOME/ix", "s1", "nope"], ("HOME/ix", "'nope'", "nothing is deleted")),
-    "delete an id that is not UTF-8": (["delete", "--index", "HOME/ix", "s1", "a\udc80"], ("id 2", "not UTF-8")),
-    "where that is not UTF-8": (["delete", "--index", "HOME/ix", "--where", "label = '\udc80'"], ("--where", "UTF-8", "write a condition over _id, _text")),
+    "no such file of queries": (
+        ["search", "--index", "HOME/ix", "--queries", "HOME/nope"],
+        ("HOME/nope", "can't be read"),
+    ),
+    "queries twice": (
+        ["search", "--index", "HOME/ix", "x", "--queries", "HOME/nope"],
+        ("--queries", "either"),
+    ),
+    "where on no column": (
+        ["search", "--index", "HOME/ix", "x", "--where", "year = 1"],
+        ("--where", "year", "label"),
+    ),
+    "where without sense": (
+        ["search", "--index", "HOME/ix", "x", "--where", "label ="],
+        ("--where", "label =", "condition"),
+    ),
+    "where that reads a file": (
+        [
+            "search",
+            "--index",
+            "HOME/ix",
+            "x",
+            "--where",
+            "(select count(*) from read_text('/etc/passwd')) > 0",
+        ],
+        ("--where", "/etc/passwd"),
+    ),
+    "where that does something": (
+        ["delete", "--index", "HOME/ix", "--where", "true; drop table x"],
+        ("--where", "drop table"),
+    ),
+    "unknown id": (
+        ["delete", "--index", "HOME/ix", "s1", "nope"],
+        ("HOME/ix", "'nope'", "nothing is deleted"),
+    ),
+    "delete an id that is not UTF-8": (
+        ["delete", "--index", "HOME/ix", "s1", "a\udc80"],
+        ("id 2", "not UTF-8"),
+    ),
+    "where that is not UTF-8": (
+        ["delete", "--index", "HOME/ix", "--where", "label = '\udc80'"],
+        ("--where", "UTF-8", "write a condition over _id, _text"),
+    ),
     "a model to compact": (["compact", "--index", "HOME/ix", "--model", "x"], ("--model x", "--help")),
     "a seed to delete": (["delete", "--index", "HOME/ix", "s1", "--seed", "1"], ("--seed 1", "--help")),
-    "a column to search": (["search", "--index", "HOME/ix", "x", "--text-column", "y"], ("--text-column y", "--help")),
-    "a model to compare by flag": (["compare-models", "x", "--model", "y"], ("--model y", "leave --model out")),
-    "pairs and judgements": (["evaluate", "--sts", "HOME/good.csv", "--index", "HOME/ix"], ("--sts", "--index", "leave")),
+    "a column to search": (
+        ["search", "--index", "HOME/ix", "x", "--text-column", "y"],
+        ("--text-column y", "--help"),
+    ),
+    "a model to compare by flag": (
+        ["compare-models", "x", "--model", "y"],
+        ("--model y", "leave --model out"),
+    ),
+    "pairs and judgements": (
+        ["evaluate", "--sts", "HOME/good.csv", "--index", "HOME/ix"],
+        ("--sts", "--index", "leave"),
+    ),
     "delete nothing": (["delete", "--index", "HOME/ix"], ("either ids or --where",)),
-    "texts and index": (["pairs", "HOME/good.csv", "--index", "HOME/ix"], ("either texts or --index", "both")),
+    "texts and index": (
+        ["pairs", "HOME/good.csv", "--index", "HOME/ix"],
+        ("either texts or --index", "both"),
+    ),
     "neither texts nor index": (["pairs"], ("either texts or --index", "neither")),
-    "too few texts": (["pairs", "--index", "HOME/ix", "--where", "id = 's1'"], ("1 texts", "needs two", "--where")),
-    "too many clusters": (["cluster", "--index", "HOME/ix", "--num-clusters", "13"], ("--num-clusters 13", "12 texts")),
+    "too few texts": (
+        ["pairs", "--index", "HOME/ix", "--where", "id = 's1'"],
+        ("1 texts", "needs two", "--where"),
+    ),
+    "too many clusters": (
+        ["cluster", "--index", "HOME/ix", "--num-clusters", "13"],
+        ("--num-clusters 13", "12 texts"),
+    ),
     "clusters of no kind": (["cluster", "--index", "HOME/ix"], ("--num-clusters", "--threshold", "required")),
-    "threshold 2": (["duplicates", "--index", "HOME/ix", "--threshold", "2"], ("--threshold", "'2'", "-1 to 1")),
+    "threshold 2": (
+        ["duplicates", "--index", "HOME/ix", "--threshold", "2"],
+        ("--threshold", "'2'", "-1 to 1"),
+    ),
     "threshold nan": (["duplicates", "--index", "HOME/ix", "--threshold", "nan"], ("--threshold", "'nan'")),
     "top-k 0": (["search", "--index", "HOME/ix", "x", "--top-k", "0"], ("--top-k", "'0'")),
-    "figure nowhere": (["similarity", "--index", "HOME/ix", "--figure", "HOME/no/x.png"], ("--figure", "HOME/no/x.png", "name one in a folder")),
-    "figure of no kind": (["similarity", "--index", "HOME/ix", "--figure", "HOME/x.txt"], ("--figure", "HOME/x.txt", "name a .png")),
-    "pairs file nowhere": (["duplicates", "--index", "HOME/ix", "--pairs-file", "HOME/no/x.csv"], ("--pairs-file", "HOME/no/x.csv")),
-    "overlap without room": (["index", "HOME/good.csv", "--index", "HOME/new", "--chunk-overlap", "62"], ("--chunk-overlap 62", "62 tokens")),
+    "figure nowhere": (
+        ["similarity", "--index", "HOME/ix", "--figure", "HOME/no/x.png"],
+        ("--figure", "HOME/no/x.png", "name one in a folder"),
+    ),
+    "figure of no kind": (
+        ["similarity", "--index", "HOME/ix", "--figure", "HOME/x.txt"],
+        ("--figure", "HOME/x.txt", "name a .png"),
+    ),
+    "pairs file nowhere": (
+        ["duplicates", "--index", "HOME/ix", "--pairs-file", "HOME/no/x.csv"],
+        ("--pairs-file", "HOME/no/x.csv"),
+    ),
+    "overlap without room": (
+        ["index", "HOME/good.csv", "--index", "HOME/new", "--chunk-overlap", "62"],
+        ("--chunk-overlap 62", "62 tokens"),
+    ),
     "queries without judgements": (["evaluate", "--queries", "HOME/good.csv"], ("--queries and --qrels",)),
-    "evaluate an index without a task": (["evaluate", "--index", "HOME/ix"], ("--index HOME/ix", "--queries and --qrels", "bundled task")),
-    "evaluate texts without a task": (["evaluate", "--texts", "HOME/good.csv"], ("--texts HOME/good.csv", "--queries and --qrels")),
-    "project nothing": (["project", "--index", "HOME/ix", "--where", "id = 'no'", "--output-dir", "HOME/board"], ("0 texts", "needs one", "--where")),
-    "similarity of nothing": (["similarity", "--index", "HOME/ix", "--where", "id = 'no'"], ("0 texts", "similarity needs one", "--where")),
-    "project over files": (["project", "--index", "HOME/ix", "--output-dir", "HOME"], ("HOME", "holds other files")),
+    "evaluate an index without a task": (
+        ["evaluate", "--index", "HOME/ix"],
+        ("--index HOME/ix", "--queries and --qrels", "bundled task"),
+    ),
+    "evaluate texts without a task": (
+        ["evaluate", "--texts", "HOME/good.csv"],
+        ("--texts HOME/good.csv", "--queries and --qrels"),
+    ),
+    "project nothing": (
+        ["project", "--index", "HOME/ix", "--where", "id = 'no'", "--output-dir", "HOME/board"],
+        ("0 texts", "needs one", "--where"),
+    ),
+    "similarity of nothing": (
+        ["similarity", "--index", "HOME/ix", "--where", "id = 'no'"],
+        ("0 texts", "similarity needs one", "--where"),
+    ),
+    "project over files": (
+        ["project", "--index", "HOME/ix", "--output-dir", "HOME"],
+        ("HOME", "holds other files"),
+    ),
     "no subcommand": (["look"], ("'look'", "similarity", "index")),
     "unknown flag": (["compact", "--index", "HOME/ix", "--fast"], ("--fast", "--help")),
-    "reranker without a model": (["search", "--index", "HOME/ix", "x", "--rerank", "./nope"], ("--rerank ./nope", "no such folder")),
+    "reranker without a model": (
+        ["search", "--index", "HOME/ix", "x", "--rerank", "./nope"],
+        ("--rerank ./nope", "no such folder"),
+    ),
 }
 
 
@@ -163,24 +329,48 @@ def test_a_damaged_file_of_the_index(pattern, refused, home):
         refused(command[0], "--index", "HOME/ix", *command[1:], parts=(path.name, "damaged", "restore it"))
 
 
-@pytest.mark.parametrize("where, number, line, parts", [
-    ("queries", 2, "not JSON", ("q.jsonl, line 2", "not a query")), ("queries", 2, '{"id": "a", "text": "x"}', ("q.jsonl, line 2", "stands above")),
-    ("queries", 2, '{"id": "b", "text": ""}', ("q.jsonl, line 2", "empty")), ("qrels", 1, "a s1 1", ("qrels, line 1", "TREC")),
-    ("qrels", 1, "zz 0 s1 1", ("qrels, line 1", "'zz'")), ("qrels", 1, "a 0 s1 --5", ("qrels, line 1", "whole number")),
-    ("qrels", 1, "a 0 s1 ²", ("qrels, line 1", "whole number")), ("qrels", 1, "a 0 nowhere 1", ("q.jsonl", "none of the 1", "'nowhere'"))])
+@pytest.mark.parametrize(
+    "where, number, line, parts",
+    [
+        ("queries", 2, "not JSON", ("q.jsonl, line 2", "not a query")),
+        ("queries", 2, '{"id": "a", "text": "x"}', ("q.jsonl, line 2", "stands above")),
+        ("queries", 2, '{"id": "b", "text": ""}', ("q.jsonl, line 2", "empty")),
+        ("qrels", 1, "a s1 1", ("qrels, line 1", "TREC")),
+        ("qrels", 1, "zz 0 s1 1", ("qrels, line 1", "'zz'")),
+        ("qrels", 1, "a 0 s1 --5", ("qrels, line 1", "whole number")),
+        ("qrels", 1, "a 0 s1 ²", ("qrels, line 1", "whole number")),
+        ("qrels", 1, "a 0 nowhere 1", ("q.jsonl", "none of the 1", "'nowhere'")),
+    ],
+)
 def test_queries_and_judgements_that_can_not_be_used(where, number, line, parts, refused, tmp_path):
     files = {"queries": ['{"id": "a", "text": "good"}', '{"id": "b", "text": "bad"}'], "qrels": ["a 0 s1 1"]}
     files[where][number - 1] = line
     for name, file in (("queries", "q.jsonl"), ("qrels", "qrels")):
         (tmp_path / file).write_text("\n".join(files[name]) + "\n")
-    refused("evaluate", "--index", "HOME/ix", "--queries", tmp_path / "q.jsonl", "--qrels", tmp_path / "qrels", parts=parts)
+    refused(
+        "evaluate",
+        "--index",
+        "HOME/ix",
+        "--queries",
+        tmp_path / "q.jsonl",
+        "--qrels",
+        tmp_path / "qrels",
+        parts=parts,
+    )
 
 
 def test_a_vector_that_is_nan_is_named_or_passed_over(embed, refused, home, tmp_path, monkeypatch):
     (tmp_path / "t.csv").write_text("id,text,label\na,fine,x\nb,ruined,x\nc,great,x\n")
     encode = encoding.Encoder.encode
-    monkeypatch.setattr(encoding.Encoder, "encode", lambda self, texts, role=None: np.where(
-        np.array([["ruined" in text] for text in texts]), np.float32("nan"), encode(self, texts, role=role)))
+    monkeypatch.setattr(
+        encoding.Encoder,
+        "encode",
+        lambda self, texts, role=None: np.where(
+            np.array([["ruined" in text] for text in texts]),
+            np.float32("nan"),
+            encode(self, texts, role=role),
+        ),
+    )
     flags = ("index", tmp_path / "t.csv", "--index", home / "ix", "--id-column", "id")
     refused(*flags, parts=("t.csv, row 2", "NaN", "0 texts of earlier blocks", "--skip-bad"))
     code, stdout, stderr = embed(*flags, "--skip-bad", "--json")
@@ -194,7 +384,15 @@ def test_a_full_disk_is_said_without_flags_that_are_not_there(refused, tmp_path,
     (tmp_path / "t.csv").write_text("id,text,label\na,fine,x\n")
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     monkeypatch.setattr(store, "_write_arrow", lambda *_: (_ for _ in ()).throw(full))
-    refused("index", tmp_path / "t.csv", "--index", "HOME/ix", "--id-column", "id", parts=("--index HOME/ix", "No space left", "same command"))
+    refused(
+        "index",
+        tmp_path / "t.csv",
+        "--index",
+        "HOME/ix",
+        "--id-column",
+        "id",
+        parts=("--index HOME/ix", "No space left", "same command"),
+    )
 
 
 def test_a_folder_that_is_no_index_is_refused_before_anything_is_read(refused, monkeypatch):
@@ -203,9 +401,14 @@ def test_a_folder_that_is_no_index_is_refused_before_anything_is_read(refused, m
 
 
 def test_skip_bad_goes_on_and_counts(embed, home, tmp_path):
-    (tmp_path / "t.jsonl").write_bytes(b'{"id": "a", "text": "good", "label": "x"}\n{"id": "b", "text": " ", "label": "x"}\n{"id": "a", "text": "z", "label": "x"}\n'
-                                       b'{"id": "c", "text": "\\ud800", "label": "x"}\n{"id": "d", "text": "sch\xf6n", "label": "x"}\n')
-    code, stdout, stderr = embed("index", tmp_path / "t.jsonl", "--index", home / "ix", "--id-column", "id", "--skip-bad", "--json")
+    (tmp_path / "t.jsonl").write_bytes(
+        b'{"id": "a", "text": "good", "label": "x"}\n{"id": "b", "text": " ", "label": "x"}\n{"id": "a",'
+        b' "text": "z", "label": "x"}\n{"id": "c", "text": "\\ud800", "label": "x"}\n{"id": "d", "text":'
+        b' "sch\xf6n", "label": "x"}\n'
+    )
+    code, stdout, stderr = embed(
+        "index", tmp_path / "t.jsonl", "--index", home / "ix", "--id-column", "id", "--skip-bad", "--json"
+    )
     assert code == 0, stderr
     found = json.loads(stdout)
     assert found["rows"] == 13 and (found["counts"]["added"], found["counts"]["bad"]) == (1, 4)
@@ -215,11 +418,15 @@ def test_skip_bad_goes_on_and_counts(embed, home, tmp_path):
 def test_columns_that_differ_only_in_case(refused, home, embed, tmp_path):
     (tmp_path / "t.csv").write_text("text,Label,label\ngood,1,2\nbad,2,1\n")
     assert embed("index", tmp_path / "t.csv", "--index", home / "twins")[0] == 0
-    refused("delete", "--index", "HOME/twins", "--where", "label = 1", parts=("--where", "Label, label", "case"))
+    refused(
+        "delete", "--index", "HOME/twins", "--where", "label = 1", parts=("--where", "Label, label", "case")
+    )
     assert embed("search", "--index", home / "twins", "good", "--where", "_text = 'good'")[0] == 0
 
 
-@pytest.mark.parametrize("rows, part", [("good,fine,1 bad,film,1", "human scores"), ("good,fine,1 good,fine,2", "cosines")])
+@pytest.mark.parametrize(
+    "rows, part", [("good,fine,1 bad,film,1", "human scores"), ("good,fine,1 good,fine,2", "cosines")]
+)
 def test_scores_without_a_correlation(rows, part, refused, tmp_path):
     (tmp_path / "sts.csv").write_text("\n".join(["sentence1,sentence2,score", *rows.split()]) + "\n")
     refused("evaluate", "--sts", tmp_path / "sts.csv", parts=("sts.csv", part, "all equal"))
@@ -231,8 +438,24 @@ def test_a_name_that_the_hub_lacks(refused, tmp_path, monkeypatch):
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.endpoint)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         monkeypatch.setattr("common.hub.is_reachable", lambda: True)
-        refused("index", "HOME/good.csv", "--index", "HOME/new", "--model", "some/nope", parts=("--model some/nope", "Hub", "bundled/all-MiniLM-L6-v2"))
+        refused(
+            "index",
+            "HOME/good.csv",
+            "--index",
+            "HOME/new",
+            "--model",
+            "some/nope",
+            parts=("--model some/nope", "Hub", "bundled/all-MiniLM-L6-v2"),
+        )
 
 
 def test_a_cross_encoder_with_several_outputs(refused, tiny_model):
-    refused("search", "--index", "HOME/ix", "x", "--rerank", tiny_model, parts=("--rerank", "2 scores", "cross-encoder/ms-marco-MiniLM-L6-v2"))
+    refused(
+        "search",
+        "--index",
+        "HOME/ix",
+        "x",
+        "--rerank",
+        tiny_model,
+        parts=("--rerank", "2 scores", "cross-encoder/ms-marco-MiniLM-L6-v2"),
+    )

@@ -1,4 +1,6 @@
-"""embed_search.py as a user calls it: the tutorial's figures, an index over its life, searches against brute force."""
+"""embed_search.py as a user calls it: the tutorial's figures, an index over its life, searches
+against brute force.
+"""
 
 import csv
 import io
@@ -22,34 +24,68 @@ from conftest import make_sentences, rows_by_id, train_wordpiece, write_lines
 from hub_server import HubServer
 
 BUNDLED = "bundled/all-MiniLM-L6-v2"
-SENTENCES = ["Natural language processing is a fascinating field of study.",
-             "NLP combines computer science and linguistics to understand human language.",
-             "Machine learning models can process and analyze text data effectively.", "The weather is sunny today.",
-             "I love eating pizza for dinner.", "Deep learning has revolutionized artificial intelligence."]
-DOCUMENTS = ["Python is a popular programming language for data science and machine learning.",
-             "The stock market experienced significant volatility this week.", "Climate change is affecting weather patterns around the world.",
-             "Deep learning models require large amounts of training data.", "The new restaurant downtown serves excellent Italian cuisine.",
-             "Artificial neural networks are inspired by biological neural networks.", "Solar energy is becoming more cost-effective than fossil fuels."]
+SENTENCES = [
+    "Natural language processing is a fascinating field of study.",
+    "NLP combines computer science and linguistics to understand human language.",
+    "Machine learning models can process and analyze text data effectively.",
+    "The weather is sunny today.",
+    "I love eating pizza for dinner.",
+    "Deep learning has revolutionized artificial intelligence.",
+]
+DOCUMENTS = [
+    "Python is a popular programming language for data science and machine learning.",
+    "The stock market experienced significant volatility this week.",
+    "Climate change is affecting weather patterns around the world.",
+    "Deep learning models require large amounts of training data.",
+    "The new restaurant downtown serves excellent Italian cuisine.",
+    "Artificial neural networks are inspired by biological neural networks.",
+    "Solar energy is becoming more cost-effective than fossil fuels.",
+]
 
 
 def test_the_tutorials_similarities_to_the_printed_digit(ok, tmp_path):
-    path, query = write_lines(tmp_path / "s.txt", SENTENCES), "Artificial intelligence and machine learning are transforming technology."
+    path, query = (
+        write_lines(tmp_path / "s.txt", SENTENCES),
+        "Artificial intelligence and machine learning are transforming technology.",
+    )
     flags = ("similarity", path, "--query", query, "--model", BUNDLED)
     found = ok(*flags, "--json")
     assert found["matrix"][0] == [1.0, 0.543, 0.493, -0.031, 0.139, 0.367] and found["matrix"][3][5] == -0.104
-    assert [(pair["first"]["id"], pair["second"]["id"], round(pair["similarity"], 3)) for pair in found["pairs"]] == \
-        [("1", "2", 0.543), ("2", "3", 0.493), ("1", "3", 0.493)]
+    assert [
+        (pair["first"]["id"], pair["second"]["id"], round(pair["similarity"], 3)) for pair in found["pairs"]
+    ] == [("1", "2", 0.543), ("2", "3", 0.493), ("1", "3", 0.493)]
     similarities = found["queries"][0]["similarities"]
-    assert [round(entry["similarity"], 3) for entry in similarities] == [0.297, 0.381, 0.422, -0.017, 0.022, 0.618]
+    assert [round(entry["similarity"], 3) for entry in similarities] == [
+        0.297,
+        0.381,
+        0.422,
+        -0.017,
+        0.022,
+        0.618,
+    ]
     assert [entry["level"] for entry in similarities] == ["low", "low", "moderate", "low", "low", "moderate"]
     shown = ok(*flags, "--figure", tmp_path / "map.png")
-    assert re.search(r"1 +1\.000 +0\.543 +0\.493 +-0\.031 +0\.139 +0\.367", shown) and (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+    assert re.search(r"1 +1\.000 +0\.543 +0\.493 +-0\.031 +0\.139 +0\.367", shown) and (
+        tmp_path / "map.png"
+    ).read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_tutorials_search(ok, tmp_path):
     ok("index", write_lines(tmp_path / "d.txt", DOCUMENTS), "--index", tmp_path / "docs", "--model", BUNDLED)
-    found = ok("search", "--index", tmp_path / "docs", "What programming languages are good for AI?", "--top-k", 3, "--json")["queries"][0]["hits"]
-    assert [(round(hit["score"], 3), hit["text"]) for hit in found] == [(0.491, DOCUMENTS[0]), (0.366, DOCUMENTS[5]), (0.214, DOCUMENTS[3])]
+    found = ok(
+        "search",
+        "--index",
+        tmp_path / "docs",
+        "What programming languages are good for AI?",
+        "--top-k",
+        3,
+        "--json",
+    )["queries"][0]["hits"]
+    assert [(round(hit["score"], 3), hit["text"]) for hit in found] == [
+        (0.491, DOCUMENTS[0]),
+        (0.366, DOCUMENTS[5]),
+        (0.214, DOCUMENTS[3]),
+    ]
 
 
 def test_an_index_over_its_life(ok, embed, sentences, tmp_path):
@@ -63,30 +99,57 @@ def test_an_index_over_its_life(ok, embed, sentences, tmp_path):
     code, _, stderr = embed("index", sentences, *index)
     assert code == 2 and "row 4" in stderr and "'s3'" in stderr and "--update" in stderr
     updated = ok("index", sentences, *index, "--update", "--json")
-    assert (updated["counts"]["added"], updated["counts"]["updated"], updated["counts"]["encoded"], updated["deleted_rows"]) == (1, 1, 2, 1)
+    assert (
+        updated["counts"]["added"],
+        updated["counts"]["updated"],
+        updated["counts"]["encoded"],
+        updated["deleted_rows"],
+    ) == (1, 1, 2, 1)
     assert ok("delete", *index, "s5", "s6", "--json")["rows"] == 59
     assert "deleted  0 rows; 2 ids are not there" in ok("delete", *index, "s5", "s6", "--skip-bad")
     assert ok("delete", *index, "--where", "n between 10 and 19", "--json")["rows"] == 49
     compacted = ok("compact", *index, "--json")
     assert (compacted["rows"], compacted["deleted_rows"], compacted["files"]) == (49, 0, 1)
-    assert "s3" in {hit["id"] for hit in ok("search", *index, "new", "--top-k", 49, "--json")["queries"][0]["hits"]}
+    assert "s3" in {
+        hit["id"] for hit in ok("search", *index, "new", "--top-k", 49, "--json")["queries"][0]["hits"]
+    }
 
 
 def test_vectors_in_the_index_are_sentence_transformers(ok, sentences, tiny_embedder, tmp_path):
     ok("index", sentences, "--index", tmp_path / "ix", "--id-column", "id")
     snapshot = open_snapshot(tmp_path / "ix")
     texts = [row[TEXT] for row in snapshot.take(range(60))]
-    assert np.abs(snapshot.vectors_of(range(60)) - SentenceTransformer(str(tiny_embedder), device="cpu").encode(texts)).max() < 1e-5
+    assert (
+        np.abs(
+            snapshot.vectors_of(range(60))
+            - SentenceTransformer(str(tiny_embedder), device="cpu").encode(texts)
+        ).max()
+        < 1e-5
+    )
 
 
 def test_search_is_brute_force_with_filters(ok, sentences, tiny_embedder, tmp_path):
     ok("index", sentences, "--index", tmp_path / "ix", "--id-column", "id", "--block", 7)
     ok("delete", "--index", tmp_path / "ix", "s2")
     model = SentenceTransformer(str(tiny_embedder), device="cpu")
-    rows = [row for row in csv.DictReader(io.StringIO(sentences.read_text())) if row["id"] != "s2" and row["label"] == "pos" and int(row["n"]) > 9]
+    rows = [
+        row
+        for row in csv.DictReader(io.StringIO(sentences.read_text()))
+        if row["id"] != "s2" and row["label"] == "pos" and int(row["n"]) > 9
+    ]
     scores = model.encode([row["text"] for row in rows]) @ model.encode("very good film")
     expected = [rows[place]["id"] for place in np.argsort(-scores, kind="stable")]
-    flags = ("search", "--index", tmp_path / "ix", "very good film", "--where", "label = 'pos' AND n > 9", "--json", "--top-k", 100)
+    flags = (
+        "search",
+        "--index",
+        tmp_path / "ix",
+        "very good film",
+        "--where",
+        "label = 'pos' AND n > 9",
+        "--json",
+        "--top-k",
+        100,
+    )
     assert [hit["id"] for hit in ok(*flags)["queries"][0]["hits"]] == expected
     assert {hit["id"] for hit in ok(*flags, "--approximate")["queries"][0]["hits"]} == set(expected)
     hybrid = ok(*flags, "--hybrid")["queries"][0]["hits"]
@@ -94,26 +157,63 @@ def test_search_is_brute_force_with_filters(ok, sentences, tiny_embedder, tmp_pa
 
 
 def test_columns_with_the_names_of_ours_shadow_nothing(ok, tmp_path):
-    """A column called score or id was shown for the hit's own; one called _row decided which rows were deleted."""
+    """A column called score or id was shown for the hit's own; one called _row decided which rows
+    were deleted.
+    """
     names = ["id", "score", "text", "passage", "_row", "row", "_number", "similarity", "level"]
-    rows = [{**{name: 10 * number for name in names}, "text": f"the film was n{number}", "key": f"k{number}"} for number in range(6)]
+    rows = [
+        {**{name: 10 * number for name in names}, "text": f"the film was n{number}", "key": f"k{number}"}
+        for number in range(6)
+    ]
     write_lines(tmp_path / "t.jsonl", [json.dumps(row) for row in rows])
-    ok("index", tmp_path / "t.jsonl", "--index", tmp_path / "ix", "--id-column", "key", "--text-column", "text")
-    hit = ok("search", "--index", tmp_path / "ix", "the film was n3", "--top-k", 1, "--json")["queries"][0]["hits"][0]
+    ok(
+        "index",
+        tmp_path / "t.jsonl",
+        "--index",
+        tmp_path / "ix",
+        "--id-column",
+        "key",
+        "--text-column",
+        "text",
+    )
+    hit = ok("search", "--index", tmp_path / "ix", "the film was n3", "--top-k", 1, "--json")["queries"][0][
+        "hits"
+    ][0]
     assert (hit["id"], hit["text"], hit["score"]) == ("k3", "the film was n3", pytest.approx(1, abs=1e-5))
-    assert hit["columns"] == {name: value for name, value in rows[3].items() if name != "text"} and "passage" not in hit
-    for condition, left in (("_row = 20", {"k0", "k1", "k3", "k4", "k5"}), ("row = 40 OR _id = 'k0'", {"k1", "k3", "k5"})):
+    assert (
+        hit["columns"] == {name: value for name, value in rows[3].items() if name != "text"}
+        and "passage" not in hit
+    )
+    for condition, left in (
+        ("_row = 20", {"k0", "k1", "k3", "k4", "k5"}),
+        ("row = 40 OR _id = 'k0'", {"k1", "k3", "k5"}),
+    ):
         ok("delete", "--index", tmp_path / "ix", "--where", condition)
         assert {key for key in rows_by_id(tmp_path / "ix")} == left
-    found = ok("similarity", tmp_path / "t.jsonl", "--query", "the film was n0", "--where", "_number = 20 OR level = 0", "--json")
+    found = ok(
+        "similarity",
+        tmp_path / "t.jsonl",
+        "--query",
+        "the film was n0",
+        "--where",
+        "_number = 20 OR level = 0",
+        "--json",
+    )
     assert [entry["id"] for entry in found["queries"][0]["similarities"]] == ["1", "3"]
     assert found["queries"][0]["similarities"][0]["similarity"] == pytest.approx(1, abs=1e-5)
 
 
 def test_hybrid_is_reciprocal_rank_fusion_of_both(ok, tmp_path):
     ok("index", write_lines(tmp_path / "d.txt", DOCUMENTS), "--index", tmp_path / "ix")
-    dense = [hit["text"] for hit in ok("search", "--index", tmp_path / "ix", "neural networks", "--top-k", 7, "--json")["queries"][0]["hits"]]
-    found = ok("search", "--index", tmp_path / "ix", "neural networks", "--hybrid", "--top-k", 7, "--json")["queries"][0]["hits"]
+    dense = [
+        hit["text"]
+        for hit in ok("search", "--index", tmp_path / "ix", "neural networks", "--top-k", 7, "--json")[
+            "queries"
+        ][0]["hits"]
+    ]
+    found = ok("search", "--index", tmp_path / "ix", "neural networks", "--hybrid", "--top-k", 7, "--json")[
+        "queries"
+    ][0]["hits"]
     sparse = [DOCUMENTS[5]]  # the only text with one of the words
     scores = {text: 1 / (61 + dense.index(text)) + (1 / 61 if text in sparse else 0) for text in DOCUMENTS}
     assert [hit["text"] for hit in found] == sorted(DOCUMENTS, key=lambda text: -scores[text])
@@ -122,21 +222,47 @@ def test_hybrid_is_reciprocal_rank_fusion_of_both(ok, tmp_path):
 
 def test_hybrid_fuses_several_keyword_hits_by_their_ranks(ok, tmp_path):
     """Of texts of equal length BM25 puts those first that have the word more often."""
-    texts = ["film film film the", "film film was the", "film was and the", "story was and the", "actors was and the"]
+    texts = [
+        "film film film the",
+        "film film was the",
+        "film was and the",
+        "story was and the",
+        "actors was and the",
+    ]
     ok("index", write_lines(tmp_path / "t.txt", texts), "--index", tmp_path / "ix")
-    dense = [hit["text"] for hit in ok("search", "--index", tmp_path / "ix", "film", "--json")["queries"][0]["hits"]]
+    dense = [
+        hit["text"]
+        for hit in ok("search", "--index", tmp_path / "ix", "film", "--json")["queries"][0]["hits"]
+    ]
     found = ok("search", "--index", tmp_path / "ix", "film", "--hybrid", "--json")["queries"][0]["hits"]
-    scores = {text: 1 / (61 + dense.index(text)) + (1 / (61 + rank) if rank < 3 else 0) for rank, text in enumerate(texts)}
-    assert [hit["text"] for hit in found] == sorted(texts, key=lambda text: (-scores[text], texts.index(text)))
+    scores = {
+        text: 1 / (61 + dense.index(text)) + (1 / (61 + rank) if rank < 3 else 0)
+        for rank, text in enumerate(texts)
+    }
+    assert [hit["text"] for hit in found] == sorted(
+        texts, key=lambda text: (-scores[text], texts.index(text))
+    )
     assert [hit["score"] for hit in found] == pytest.approx(sorted(scores.values(), reverse=True))
 
 
 def test_texts_without_words_and_filters_that_leave_few_rows(ok, sentences, tmp_path):
     ok("index", write_lines(tmp_path / "d.txt", ["a", "the", "!!!"]), "--index", tmp_path / "words")
-    assert len(ok("search", "--index", tmp_path / "words", "the", "--hybrid", "--json")["queries"][0]["hits"]) == 3
+    assert (
+        len(ok("search", "--index", tmp_path / "words", "the", "--hybrid", "--json")["queries"][0]["hits"])
+        == 3
+    )
     ok("index", sentences, "--index", tmp_path / "ix", "--id-column", "id")
     for number in (0, 31, 59):
-        flags = ("search", "--index", tmp_path / "ix", "bad film", "--approximate", "--where", f"n = {number}", "--json")
+        flags = (
+            "search",
+            "--index",
+            tmp_path / "ix",
+            "bad film",
+            "--approximate",
+            "--where",
+            f"n = {number}",
+            "--json",
+        )
         assert [hit["id"] for hit in ok(*flags)["queries"][0]["hits"]] == [f"s{number}"]
 
 
@@ -151,16 +277,27 @@ def test_a_stale_or_damaged_cache_is_made_anew(ok, sentences, tmp_path):
     assert ok(*flags) == first and graph.read_bytes() == whole  # damaged
     ok("delete", *index, first["queries"][0]["hits"][0]["id"])
     second = ok(*flags)["queries"][0]["hits"]
-    assert [hit["id"] for hit in second][:2] == [hit["id"] for hit in first["queries"][0]["hits"]][1:]  # stale
+    # stale
+    assert [hit["id"] for hit in second][:2] == [hit["id"] for hit in first["queries"][0]["hits"]][1:]
 
 
 @pytest.fixture(scope="session")
 def tiny_reranker(tmp_path_factory) -> Path:
     """A folder with a cross-encoder of one layer and its tokenizer."""
-    folder, tokenizer = tmp_path_factory.mktemp("models") / "tiny-reranker", train_wordpiece([text for text, _ in make_sentences(200)])
+    folder, tokenizer = (
+        tmp_path_factory.mktemp("models") / "tiny-reranker",
+        train_wordpiece([text for text, _ in make_sentences(200)]),
+    )
     torch.manual_seed(5)
-    config = BertConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64,
-                        max_position_embeddings=64, num_labels=1)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        num_labels=1,
+    )
     BertForSequenceClassification(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -170,21 +307,41 @@ def test_reranking_orders_the_best_by_the_cross_encoder(ok, sentences, tiny_rera
     ok("index", sentences, "--index", tmp_path / "ix", "--id-column", "id")
     flags = ("search", "--index", tmp_path / "ix", "very good film", "--json", "--top-k")
     best = ok(*flags, 20)["queries"][0]["hits"]
-    scores = CrossEncoder(str(tiny_reranker), device="cpu").predict([("very good film", hit["text"]) for hit in best])
+    scores = CrossEncoder(str(tiny_reranker), device="cpu").predict(
+        [("very good film", hit["text"]) for hit in best]
+    )
     found = ok(*flags, 5, "--rerank", tiny_reranker, "--rerank-depth", 20)["queries"][0]["hits"]
-    assert [hit["id"] for hit in found] == [best[place]["id"] for place in np.argsort(-scores, kind="stable")[:5]]
+    assert [hit["id"] for hit in found] == [
+        best[place]["id"] for place in np.argsort(-scores, kind="stable")[:5]
+    ]
     assert np.allclose([hit["score"] for hit in found], sorted(scores, reverse=True)[:5], atol=1e-5)
 
 
 def test_chunks_are_found_with_their_document(ok, tmp_path):
     long = " ".join(f"the film was very n{number}" for number in range(60))
-    rows = [{"id": "long", "text": f"{long} lovely great lovely great {long}"}, {"id": "short", "text": "bad awful poor"}]
+    rows = [
+        {"id": "long", "text": f"{long} lovely great lovely great {long}"},
+        {"id": "short", "text": "bad awful poor"},
+    ]
     write_lines(tmp_path / "t.jsonl", [json.dumps(row) for row in rows])
     plain = ok("index", tmp_path / "t.jsonl", "--index", tmp_path / "plain", "--id-column", "id")
     assert "1 are longer than 64 tokens" in plain and "--chunk" in plain
-    ok("index", tmp_path / "t.jsonl", "--index", tmp_path / "ix", "--id-column", "id", "--chunk", "--chunk-overlap", 8)
-    hits = ok("search", "--index", tmp_path / "ix", "lovely great lovely great", "--top-k", 5, "--json")["queries"][0]["hits"]
-    assert sorted(hit["id"] for hit in hits) == ["long", "short"]  # each document once, though it has many passages
+    ok(
+        "index",
+        tmp_path / "t.jsonl",
+        "--index",
+        tmp_path / "ix",
+        "--id-column",
+        "id",
+        "--chunk",
+        "--chunk-overlap",
+        8,
+    )
+    hits = ok("search", "--index", tmp_path / "ix", "lovely great lovely great", "--top-k", 5, "--json")[
+        "queries"
+    ][0]["hits"]
+    # each document once, though it has many passages
+    assert sorted(hit["id"] for hit in hits) == ["long", "short"]
     found = next(hit for hit in hits if hit["id"] == "long")
     snapshot = open_snapshot(tmp_path / "ix")
     passages = [row for row in snapshot.take(range(snapshot.num_rows)) if row[ID] == "long"]
@@ -196,9 +353,23 @@ def test_chunks_are_found_with_their_document(ok, tmp_path):
 
 def test_passages_of_one_document_are_no_pair_of_texts(ok, tmp_path):
     long = " ".join(["the film was very good"] * 60)
-    rows = [{"id": "one", "text": long}, {"id": "two", "text": long + " on monday"}, {"id": "short", "text": "bad awful poor"}]
+    rows = [
+        {"id": "one", "text": long},
+        {"id": "two", "text": long + " on monday"},
+        {"id": "short", "text": "bad awful poor"},
+    ]
     write_lines(tmp_path / "t.jsonl", [json.dumps(row) for row in rows])
-    ok("index", tmp_path / "t.jsonl", "--index", tmp_path / "ix", "--id-column", "id", "--chunk", "--chunk-overlap", 8)
+    ok(
+        "index",
+        tmp_path / "t.jsonl",
+        "--index",
+        tmp_path / "ix",
+        "--id-column",
+        "id",
+        "--chunk",
+        "--chunk-overlap",
+        8,
+    )
     pairs = ok("pairs", "--index", tmp_path / "ix", "--top-k", 50, "--json")["pairs"]
     assert pairs and all(pair["first"]["id"] != pair["second"]["id"] for pair in pairs)
     found = ok("duplicates", "--index", tmp_path / "ix", "--threshold", 0.9, "--json")
@@ -218,7 +389,9 @@ def test_ids_that_look_like_formulas_are_drawn_as_they_are(ok, tmp_path):
 
 def test_the_same_text_has_the_cosine_1_with_itself_whatever_the_prompts(ok, tiny_model, tmp_path):
     modules = [Transformer(str(tiny_model), max_seq_length=64), Pooling(32)]
-    SentenceTransformer(modules=modules, device="cpu", prompts={"query": "what: ", "document": "story: "}).save(str(tmp_path / "model"))
+    SentenceTransformer(
+        modules=modules, device="cpu", prompts={"query": "what: ", "document": "story: "}
+    ).save(str(tmp_path / "model"))
     write_lines(tmp_path / "t.txt", ["good film", "bad story"])
     ok("index", tmp_path / "t.txt", "--index", tmp_path / "ix", "--model", tmp_path / "model")
     for source in ((tmp_path / "t.txt",), ("--index", tmp_path / "ix")):
@@ -239,46 +412,81 @@ def test_the_prompt_answers_line_by_line(ok, sentences, tmp_path, monkeypatch):
 
 
 def test_pairs_duplicates_and_clusters_through_the_command_line(ok, sentences, tmp_path):
-    sentences.write_text(sentences.read_text() + sentences.read_text().splitlines()[1].replace("s0,", "copy,") + "\n")
+    sentences.write_text(
+        sentences.read_text() + sentences.read_text().splitlines()[1].replace("s0,", "copy,") + "\n"
+    )
     best = ok("pairs", sentences, "--top-k", 2, "--json")["pairs"]
-    assert (best[0]["first"]["id"], best[0]["second"]["id"]) == ("1", "61") and best[0]["similarity"] == pytest.approx(1)
+    assert (best[0]["first"]["id"], best[0]["second"]["id"]) == ("1", "61") and best[0][
+        "similarity"
+    ] == pytest.approx(1)
     ok("index", sentences, "--index", tmp_path / "ix", "--id-column", "id")
     found = ok("duplicates", "--index", tmp_path / "ix", "--threshold", 0.9999, "--json")
-    assert [[row["id"] for row in group] for group in found["groups"]] == [["s0", "copy"]] and found["num_pairs"] == 1
+    assert [[row["id"] for row in group] for group in found["groups"]] == [["s0", "copy"]] and found[
+        "num_pairs"
+    ] == 1
     ok("duplicates", "--index", tmp_path / "ix", "--threshold", 0.5, "--pairs-file", tmp_path / "pairs.csv")
     pairs = [frozenset(row[:2]) for row in csv.reader(io.StringIO((tmp_path / "pairs.csv").read_text()))][1:]
-    assert len(pairs) == len(set(pairs)) == ok("duplicates", "--index", tmp_path / "ix", "--threshold", 0.5, "--json")["num_pairs"]
+    assert (
+        len(pairs)
+        == len(set(pairs))
+        == ok("duplicates", "--index", tmp_path / "ix", "--threshold", 0.5, "--json")["num_pairs"]
+    )
     clusters = ok("cluster", "--index", tmp_path / "ix", "--num-clusters", 3, "--json")["clusters"]
-    assert sum(cluster["size"] for cluster in clusters) == 61 and all(len(cluster["nearest_to_centre"]) == 3 for cluster in clusters)
-    ok("cluster", "--index", tmp_path / "ix", "--threshold", 0.8, "--where", "label = 'pos'", "--figure", tmp_path / "map.png")
+    assert sum(cluster["size"] for cluster in clusters) == 61 and all(
+        len(cluster["nearest_to_centre"]) == 3 for cluster in clusters
+    )
+    ok(
+        "cluster",
+        "--index",
+        tmp_path / "ix",
+        "--threshold",
+        0.8,
+        "--where",
+        "label = 'pos'",
+        "--figure",
+        tmp_path / "map.png",
+    )
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_evaluate_with_judgements_of_ones_own(ok, sentences, tiny_reranker, tmp_path):
     rows = list(csv.DictReader(io.StringIO(sentences.read_text())))[:6]
-    write_lines(tmp_path / "q.jsonl", [json.dumps({"id": f"q{row['id']}", "text": row["text"]}) for row in rows])
-    write_lines(tmp_path / "qrels", [f"q{row['id']} 0 {row['id']} 1" for row in rows[:5]] + [f"q{rows[5]['id']} 0 nowhere 1"])
+    write_lines(
+        tmp_path / "q.jsonl", [json.dumps({"id": f"q{row['id']}", "text": row["text"]}) for row in rows]
+    )
+    write_lines(
+        tmp_path / "qrels",
+        [f"q{row['id']} 0 {row['id']} 1" for row in rows[:5]] + [f"q{rows[5]['id']} 0 nowhere 1"],
+    )
     task = ("--queries", tmp_path / "q.jsonl", "--qrels", tmp_path / "qrels", "--json")
     found = ok("evaluate", "--texts", sentences, *task, "--rerank", tiny_reranker)["scores"]
     assert list(found) == ["exact", "approximate", "hybrid", "reranked"]
-    for name in ("nDCG@10", "MRR@10", "recall@1", "recall@100"):  # each text finds itself first, and one is not there
+    # each text finds itself first, and one is not there
+    for name in ("nDCG@10", "MRR@10", "recall@1", "recall@100"):
         assert found["exact"][name] == found["approximate"][name] == pytest.approx(5 / 6)
     ok("index", sentences, "--index", tmp_path / "ix", "--id-column", "id")
     assert ok("evaluate", "--index", tmp_path / "ix", *task)["scores"]["exact"] == found["exact"]
 
 
 def test_evaluate_reads_ids_from_the_named_column_and_says_what_is_not_there(ok, tmp_path, embed):
-    """Graded relevance and a first hit that is not relevant, against the definitions written out."""
+    """Graded relevance and a first hit that is not relevant, against the definitions
+    written out.
+    """
     texts = ["good film", "great story", "bad film", "awful story"]
     write_lines(tmp_path / "t.csv", ["key,text", *(f"d{number},{text}" for number, text in enumerate(texts))])
     ok("index", tmp_path / "t.csv", "--index", tmp_path / "ix", "--id-column", "key")
-    order = [hit["id"] for hit in ok("search", "--index", tmp_path / "ix", "good film", "--json")["queries"][0]["hits"]]
+    order = [
+        hit["id"]
+        for hit in ok("search", "--index", tmp_path / "ix", "good film", "--json")["queries"][0]["hits"]
+    ]
     relevance = {order[1]: 3, order[3]: 1, "elsewhere": 2, order[0]: 0}
     write_lines(tmp_path / "q.jsonl", ['{"id": "a", "text": "good film"}'])
     write_lines(tmp_path / "qrels", [f"a 0 {document} {grade}" for document, grade in relevance.items()])
     task = ("--queries", tmp_path / "q.jsonl", "--qrels", tmp_path / "qrels", "--json")
     code, stdout, stderr = embed("evaluate", "--texts", tmp_path / "t.csv", "--id-column", "key", *task)
-    assert code == 0 and "1 of 3 documents that are judged relevant are not there, such as 'elsewhere'" in stderr, stderr
+    assert (
+        code == 0 and "1 of 3 documents that are judged relevant are not there, such as 'elsewhere'" in stderr
+    ), stderr
     found = json.loads(stdout)["scores"]["exact"]
     gain = 3 / np.log2(3) + 1 / np.log2(5)
     assert found["nDCG@10"] == pytest.approx(gain / (3 + 2 / np.log2(3) + 1 / np.log2(4)))
@@ -287,7 +495,9 @@ def test_evaluate_reads_ids_from_the_named_column_and_says_what_is_not_there(ok,
 
 
 def test_the_bundled_task_finds_articles_by_their_headlines(ok, tiny_embedder, monkeypatch):
-    """On its first 50 articles: with one relevant text a query, each measure is a function of its rank."""
+    """On its first 50 articles: with one relevant text a query, each measure is a function of its
+    rank.
+    """
     news = assets.bbc_news().select(range(50))
     monkeypatch.setitem(assets.DATASETS, "bundled/bbc-news", lambda: news)
     found = ok("evaluate", "--json")
@@ -295,40 +505,84 @@ def test_the_bundled_task_finds_articles_by_their_headlines(ok, tiny_embedder, m
     model = SentenceTransformer(str(tiny_embedder), device="cpu")
     scores = model.encode(headlines, batch_size=1) @ model.encode(articles, batch_size=1).T
     ahead = scores - scores.diagonal()[:, None]
-    ranks = 1 + ((ahead > 1e-6) | (np.abs(ahead) <= 1e-6) & np.tri(50, k=-1, dtype=bool)).sum(1)  # equal ones: the lower row first
-    expected = {"nDCG@10": np.where(ranks <= 10, 1 / np.log2(1 + ranks), 0), "MRR@10": np.where(ranks <= 10, 1 / ranks, 0),
-                "recall@1": ranks <= 1, "recall@10": ranks <= 10, "recall@100": ranks <= 100}
+    # equal ones: the lower row first
+    ranks = 1 + ((ahead > 1e-6) | (np.abs(ahead) <= 1e-6) & np.tri(50, k=-1, dtype=bool)).sum(1)
+    expected = {
+        "nDCG@10": np.where(ranks <= 10, 1 / np.log2(1 + ranks), 0),
+        "MRR@10": np.where(ranks <= 10, 1 / ranks, 0),
+        "recall@1": ranks <= 1,
+        "recall@10": ranks <= 10,
+        "recall@100": ranks <= 100,
+    }
     assert found["queries"] == 50 and list(found["scores"]) == ["exact", "approximate", "hybrid"]
-    assert found["scores"]["exact"] == pytest.approx({name: float(values.mean()) for name, values in expected.items()})
+    assert found["scores"]["exact"] == pytest.approx(
+        {name: float(values.mean()) for name, values in expected.items()}
+    )
     assert 0 < found["scores"]["exact"]["recall@10"] < 1
 
 
 def test_sts_is_spearmans_correlation(ok, tiny_embedder, tmp_path):
     texts, generator = [text for text, _ in make_sentences(24)], random.Random(0)
-    pairs = [(generator.choice(texts), generator.choice(texts), round(generator.random() * 5, 1)) for _ in range(20)]
+    pairs = [
+        (generator.choice(texts), generator.choice(texts), round(generator.random() * 5, 1))
+        for _ in range(20)
+    ]
     with open(tmp_path / "sts.csv", "w", newline="") as file:
         csv.writer(file).writerows([("a", "b", "human"), *pairs])
     model = SentenceTransformer(str(tiny_embedder), device="cpu")
     left, right = (model.encode([pair[side] for pair in pairs]).astype(np.float64) for side in (0, 1))
     found = ok("evaluate", "--sts", tmp_path / "sts.csv", "--columns", "a", "b", "human", "--json")
-    assert found["spearman"] == pytest.approx(spearmanr((left * right).sum(1), [pair[2] for pair in pairs]).statistic, abs=1e-4)
+    assert found["spearman"] == pytest.approx(
+        spearmanr((left * right).sum(1), [pair[2] for pair in pairs]).statistic, abs=1e-4
+    )
 
 
 def test_compare_models_shows_quality_speed_and_size(ok, sentences, tiny_embedder, tiny_model, tmp_path):
     rows = list(csv.DictReader(io.StringIO(sentences.read_text())))[:6]
     write_lines(tmp_path / "q.jsonl", [json.dumps({"id": row["id"], "text": row["text"]}) for row in rows])
     write_lines(tmp_path / "qrels", [f"{row['id']} 0 {row['id']} 1" for row in rows])
-    found = ok("compare-models", tiny_embedder, tiny_model, "--texts", sentences, "--queries", tmp_path / "q.jsonl", "--qrels", tmp_path / "qrels", "--json")
-    assert [line["bytes_a_vector"] for line in found["models"]] == [128, 128] and all(line["texts_per_second"] > 0 for line in found["models"])
+    found = ok(
+        "compare-models",
+        tiny_embedder,
+        tiny_model,
+        "--texts",
+        sentences,
+        "--queries",
+        tmp_path / "q.jsonl",
+        "--qrels",
+        tmp_path / "qrels",
+        "--json",
+    )
+    assert [line["bytes_a_vector"] for line in found["models"]] == [128, 128] and all(
+        line["texts_per_second"] > 0 for line in found["models"]
+    )
     assert found["models"][0]["nDCG@10"] == pytest.approx(1)
 
 
 def test_the_projector_reads_what_project_writes(ok, sentences, tmp_path):
     ok("index", sentences, "--index", tmp_path / "ix", "--id-column", "id")
-    assert ok("project", "--index", tmp_path / "ix", "--output-dir", tmp_path / "board", "--max-points", 50, "--json")["texts"] == 50
+    assert (
+        ok(
+            "project",
+            "--index",
+            tmp_path / "ix",
+            "--output-dir",
+            tmp_path / "board",
+            "--max-points",
+            50,
+            "--json",
+        )["texts"]
+        == 50
+    )
     vectors = np.loadtxt(next((tmp_path / "board").rglob("tensors.tsv")), delimiter="\t")
-    metadata = [line.split("\t") for line in next((tmp_path / "board").rglob("metadata.tsv")).read_text().splitlines()]
-    assert vectors.shape == (50, 32) and len(metadata) == 51 and metadata[0] == ["_id", "_text", "id", "label", "n"]
+    metadata = [
+        line.split("\t") for line in next((tmp_path / "board").rglob("metadata.tsv")).read_text().splitlines()
+    ]
+    assert (
+        vectors.shape == (50, 32)
+        and len(metadata) == 51
+        and metadata[0] == ["_id", "_text", "id", "label", "n"]
+    )
     snapshot = open_snapshot(tmp_path / "ix")
     last = next(row for row in range(60) if snapshot.take([row])[0][ID] == metadata[-1][0])
     assert np.allclose(vectors[-1], snapshot.vectors_of([last])[0], atol=1e-6)
@@ -339,6 +593,17 @@ def test_a_model_from_the_hub_goes_into_the_cache(tiny_embedder, sentences, tmp_
     target.parent.mkdir(parents=True)
     target.symlink_to(tiny_embedder)
     with HubServer(tmp_path / "hub") as server:
-        flags = ("embed_search.py", "index", sentences, "--model", "some/embedder", "--cache-dir", tmp_path / "cache", "--index", tmp_path / "ix", "--json")
+        flags = (
+            "embed_search.py",
+            "index",
+            sentences,
+            "--model",
+            "some/embedder",
+            "--cache-dir",
+            tmp_path / "cache",
+            "--index",
+            tmp_path / "ix",
+            "--json",
+        )
         done = run_script(*flags, HF_ENDPOINT=server.endpoint, HF_HUB_OFFLINE="0")
     assert json.loads(done.stdout)["rows"] == 60 and list((tmp_path / "cache").rglob("model.safetensors"))

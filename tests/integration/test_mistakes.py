@@ -1,4 +1,6 @@
-"""A user's mistake ends in one line that names it and the way out, with exit code 2, before training, with nothing overwritten."""
+"""A user's mistake ends in one line that names it and the way out, with exit code 2, before
+training, with nothing overwritten.
+"""
 
 import contextlib
 import hashlib
@@ -17,7 +19,13 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForSequenceClassification, GPT2Config, GPT2ForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 import train_classifier
 from common import cli
@@ -29,11 +37,22 @@ BUNDLED = "bundled/all-MiniLM-L6-v2"
 
 @pytest.fixture(scope="session")
 def script(tiny_model, cache_dir):
-    """Return a function that runs train_classifier.py in this process: a small model, one epoch; returns code, stdout, stderr."""
+    """Return a function that runs train_classifier.py in this process: a small model, one epoch;
+    returns code, stdout, stderr.
+    """
+
     def run(*flags) -> tuple[int, str, str]:
         flags = [str(flag) for flag in flags]
-        defaults = {"--model": tiny_model, "--cache-dir": cache_dir, "--device": "cpu", "--precision": "fp32", "--epochs": 1}
-        flags += [str(part) for name, value in defaults.items() if name not in flags for part in (name, value)]
+        defaults = {
+            "--model": tiny_model,
+            "--cache-dir": cache_dir,
+            "--device": "cpu",
+            "--precision": "fp32",
+            "--epochs": 1,
+        }
+        flags += [
+            str(part) for name, value in defaults.items() if name not in flags for part in (name, value)
+        ]
         code, stdout, stderr = 0, io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
             try:
@@ -41,12 +60,16 @@ def script(tiny_model, cache_dir):
             except SystemExit as exit:
                 code = exit.code
         return code, stdout.getvalue(), stderr.getvalue()
+
     return run
 
 
 @pytest.fixture
 def refused(script, tmp_path, capfd):
-    """Return a function that runs the script and checks that it is refused in one line, holding all of `parts`, and that nothing is made."""
+    """Return a function that runs the script and checks that it is refused in one line, holding
+    all of `parts`, and that nothing is made.
+    """
+
     def check(*flags, parts: tuple[str, ...], trained: bool = False):
         folder = tmp_path / "run"
         code, stdout, stderr = script(*flags, *(() if "--output-dir" in flags else ("--output-dir", folder)))
@@ -56,43 +79,136 @@ def refused(script, tmp_path, capfd):
         assert capfd.readouterr() == ("", "")  # nor does a library write past Python's streams
         if not trained:
             assert not folder.exists() and "training loss" not in stdout
+
     return check
 
 
 def fingerprint(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of each file below a folder."""
-    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 FILES = {  # name: (file's name, content, what the line must hold)
-    "unknown ending": ("rows.xlsx", "PK", ("rows.xlsx", "'.xlsx'", ".csv, .tsv, .json, .jsonl, .parquet", "save it")),
+    "unknown ending": (
+        "rows.xlsx",
+        "PK",
+        ("rows.xlsx", "'.xlsx'", ".csv, .tsv, .json, .jsonl, .parquet", "save it"),
+    ),
     "empty": ("rows.csv", "", ("rows.csv", "is empty", "name one")),
     "header only": ("rows.csv", "text,label\n", ("rows.csv", "no rows", "name one")),
     "empty list": ("rows.json", "[]", ("rows.json", "no rows", "name one")),
     "blank lines only": ("rows.csv", "\n\n", ("rows.csv", "No columns", "correct")),
     "broken JSON": ("rows.json", '[{"text": "a",', ("rows.json", "not readable as json", "correct")),
-    "broken JSON lines": ("rows.jsonl", '{"text": "a", "label": "x"}\n{"text": \n', ("rows.jsonl", "not readable as json", "row 1", "correct")),
-    "broken Parquet": ("rows.parquet", "PAR1 and no more", ("rows.parquet", "not readable as parquet", "correct")),
-    "not UTF-8": ("rows.csv", "text,label\na,x\nsch\u00f6n,y\n".encode("latin-1"), ("rows.csv, line 3", "0xf6", "convert")),
-    "not UTF-8 in JSON": ("rows.jsonl", '{"text": "sch\u00f6n", "label": "x"}\n'.encode("latin-1"), ("rows.jsonl, line 1", "0xf6", "convert")),
-    "ragged": ("rows.csv", "text,label\na,x\nc,d,e,f\n", ("rows.csv", "Expected 2 fields in line 3, saw 4", "correct")),
-    "too short a line": ("rows.csv", "text,label\na,x\nc\n", ("split train, row 2", "'label' is missing", "fill it in")),
+    "broken JSON lines": (
+        "rows.jsonl",
+        '{"text": "a", "label": "x"}\n{"text": \n',
+        ("rows.jsonl", "not readable as json", "row 1", "correct"),
+    ),
+    "broken Parquet": (
+        "rows.parquet",
+        "PAR1 and no more",
+        ("rows.parquet", "not readable as parquet", "correct"),
+    ),
+    "not UTF-8": (
+        "rows.csv",
+        "text,label\na,x\nsch\u00f6n,y\n".encode("latin-1"),
+        ("rows.csv, line 3", "0xf6", "convert"),
+    ),
+    "not UTF-8 in JSON": (
+        "rows.jsonl",
+        '{"text": "sch\u00f6n", "label": "x"}\n'.encode("latin-1"),
+        ("rows.jsonl, line 1", "0xf6", "convert"),
+    ),
+    "ragged": (
+        "rows.csv",
+        "text,label\na,x\nc,d,e,f\n",
+        ("rows.csv", "Expected 2 fields in line 3, saw 4", "correct"),
+    ),
+    "too short a line": (
+        "rows.csv",
+        "text,label\na,x\nc\n",
+        ("split train, row 2", "'label' is missing", "fill it in"),
+    ),
     "unclosed quote": ("rows.csv", 'text,label\n"a,x\nb,y\n', ("rows.csv", "EOF inside string", "correct")),
-    "no text column": ("rows.csv", "review,label\na,x\nb,y\n", ("split train", "'text'", "review, label", "--text-column")),
-    "no label column": ("rows.csv", "text,stars\na,x\nb,y\n", ("split train", "'label'", "text, stars", "--label-column")),
-    "column name with a line break": ("rows.csv", 'text,"la\nbel"\na,x\nb,y\n', ("split train", "'label'", "--label-column")),
-    "null text": ("rows.jsonl", '{"text": "a", "label": "x"}\n{"text": null, "label": "y"}', ("train, row 2", "'text'", "missing", "fill it in")),
-    "lacking text": ("rows.jsonl", '{"text": "a", "label": "x"}\n{"label": "y"}\n', ("split train, row 2", "'text'", "missing", "fill it in")),
-    "blank text": ("rows.csv", 'text,label\na,x\nb,x\n"  ",y\n', ("split train, row 3", "'text'", "empty", "fill it in")),
-    "missing label": ("rows.csv", "text,label\na,x\nb,\n", ("split train, row 2", "'label'", "missing", "fill it in")),
-    "missing number label": ("rows.csv", "text,label\na,1\nb,\n", ("split train, row 2", "'label'", "missing", "fill it in")),
-    "null label": ("rows.jsonl", '{"text": "a", "label": 1}\n{"text": "b", "label": null}', ("train, row 2", "'label'", "missing", "fill it in")),
-    "float labels": ("rows.csv", "text,label\na,1.5\nb,2.0\n", ("split train", "'label' holds float64", "whole numbers", "--label-column")),
-    "list labels": ("rows.jsonl", '{"text": "a", "label": ["x"]}\n', ("split train", "'label' holds List", "--label-column")),
-    "numeric text": ("rows.csv", "text,label\n1,x\n2,y\n", ("split train", "'text' holds int64", "--text-column")),
-    "nested text": ("rows.jsonl", '{"text": {"de": "a"}, "label": "x"}\n', ("split train", "'text' holds dict", "--text-column")),
-    "one class": ("rows.csv", "text,label\na,x\nb,x\n", ("split train", "'x'", "at least two classes", "--label-column")),
-    "a class too small to cut": ("rows.csv", "text,label\n" + "a,x\n" * 20 + "b,rare\n", ("validation split", "'rare' has 1", "add rows")),
+    "no text column": (
+        "rows.csv",
+        "review,label\na,x\nb,y\n",
+        ("split train", "'text'", "review, label", "--text-column"),
+    ),
+    "no label column": (
+        "rows.csv",
+        "text,stars\na,x\nb,y\n",
+        ("split train", "'label'", "text, stars", "--label-column"),
+    ),
+    "column name with a line break": (
+        "rows.csv",
+        'text,"la\nbel"\na,x\nb,y\n',
+        ("split train", "'label'", "--label-column"),
+    ),
+    "null text": (
+        "rows.jsonl",
+        '{"text": "a", "label": "x"}\n{"text": null, "label": "y"}',
+        ("train, row 2", "'text'", "missing", "fill it in"),
+    ),
+    "lacking text": (
+        "rows.jsonl",
+        '{"text": "a", "label": "x"}\n{"label": "y"}\n',
+        ("split train, row 2", "'text'", "missing", "fill it in"),
+    ),
+    "blank text": (
+        "rows.csv",
+        'text,label\na,x\nb,x\n"  ",y\n',
+        ("split train, row 3", "'text'", "empty", "fill it in"),
+    ),
+    "missing label": (
+        "rows.csv",
+        "text,label\na,x\nb,\n",
+        ("split train, row 2", "'label'", "missing", "fill it in"),
+    ),
+    "missing number label": (
+        "rows.csv",
+        "text,label\na,1\nb,\n",
+        ("split train, row 2", "'label'", "missing", "fill it in"),
+    ),
+    "null label": (
+        "rows.jsonl",
+        '{"text": "a", "label": 1}\n{"text": "b", "label": null}',
+        ("train, row 2", "'label'", "missing", "fill it in"),
+    ),
+    "float labels": (
+        "rows.csv",
+        "text,label\na,1.5\nb,2.0\n",
+        ("split train", "'label' holds float64", "whole numbers", "--label-column"),
+    ),
+    "list labels": (
+        "rows.jsonl",
+        '{"text": "a", "label": ["x"]}\n',
+        ("split train", "'label' holds List", "--label-column"),
+    ),
+    "numeric text": (
+        "rows.csv",
+        "text,label\n1,x\n2,y\n",
+        ("split train", "'text' holds int64", "--text-column"),
+    ),
+    "nested text": (
+        "rows.jsonl",
+        '{"text": {"de": "a"}, "label": "x"}\n',
+        ("split train", "'text' holds dict", "--text-column"),
+    ),
+    "one class": (
+        "rows.csv",
+        "text,label\na,x\nb,x\n",
+        ("split train", "'x'", "at least two classes", "--label-column"),
+    ),
+    "a class too small to cut": (
+        "rows.csv",
+        "text,label\n" + "a,x\n" * 20 + "b,rare\n",
+        ("validation split", "'rare' has 1", "add rows"),
+    ),
 }
 
 
@@ -104,7 +220,11 @@ def test_a_data_file_that_can_not_be_used(name, content, parts, refused, tmp_pat
 
 def test_a_null_in_parquet(refused, tmp_path):
     pq.write_table(pa.table({"text": ["a", "b", None], "label": ["x", "y", "x"]}), tmp_path / "rows.parquet")
-    refused("--dataset", tmp_path / "rows.parquet", parts=("split train, row 3", "'text'", "missing", "fill it in"))
+    refused(
+        "--dataset",
+        tmp_path / "rows.parquet",
+        parts=("split train, row 3", "'text'", "missing", "fill it in"),
+    )
 
 
 @pytest.mark.parametrize("name", ["nowhere.csv", "./nowhere", "a/b/c", "nowhere/train.parquet"])
@@ -113,16 +233,42 @@ def test_a_data_set_that_is_not_there(name, refused):
 
 
 FOLDERS = {  # name: (files, what the line must hold)
-    "a label that train lacks": ({"train.csv": GOOD, "validation.csv": "text,label\na,pos\nb,meh\n"},
-                                 ("split validation, row 2", "'meh'", "training split (neg, pos)", "correct or remove")),
-    "no such column in one split": ({"train.csv": GOOD, "test.csv": "review,label\na,pos\n"}, ("split test", "'text'", "review", "--text-column")),
-    "a blank text in one split": ({"train.csv": GOOD, "test.csv": 'text,label\na,pos\n"",neg\n'}, ("split test, row 2", "empty", "fill it in")),
-    "a broken file among good ones": ({"train.csv": GOOD, "test.csv": "text,label\na,pos\nb,c,d\n"}, ("test.csv", "line 3", "correct")),
-    "an empty file among good ones": ({"train.csv": GOOD, "test.csv": ""}, ("test.csv", "is empty", "name one")),
-    "no training split": ({"validation.csv": GOOD, "test.csv": GOOD}, ("--train-split train", "test, validation", "name one")),
-    "nothing to read": ({"notes.md": "nothing"}, ("neither class folders of .txt files nor data files", "name a folder")),
-    "an empty text in class folders": ({"pos/1.txt": "good", "neg/1.txt": "bad", "neg/2.txt": " \n"}, ("neg/2.txt", "empty", "remove the file")),
-    "class folders with one class": ({"pos/1.txt": "good", "pos/2.txt": "fine"}, ("'pos'", "at least two classes")),
+    "a label that train lacks": (
+        {"train.csv": GOOD, "validation.csv": "text,label\na,pos\nb,meh\n"},
+        ("split validation, row 2", "'meh'", "training split (neg, pos)", "correct or remove"),
+    ),
+    "no such column in one split": (
+        {"train.csv": GOOD, "test.csv": "review,label\na,pos\n"},
+        ("split test", "'text'", "review", "--text-column"),
+    ),
+    "a blank text in one split": (
+        {"train.csv": GOOD, "test.csv": 'text,label\na,pos\n"",neg\n'},
+        ("split test, row 2", "empty", "fill it in"),
+    ),
+    "a broken file among good ones": (
+        {"train.csv": GOOD, "test.csv": "text,label\na,pos\nb,c,d\n"},
+        ("test.csv", "line 3", "correct"),
+    ),
+    "an empty file among good ones": (
+        {"train.csv": GOOD, "test.csv": ""},
+        ("test.csv", "is empty", "name one"),
+    ),
+    "no training split": (
+        {"validation.csv": GOOD, "test.csv": GOOD},
+        ("--train-split train", "test, validation", "name one"),
+    ),
+    "nothing to read": (
+        {"notes.md": "nothing"},
+        ("neither class folders of .txt files nor data files", "name a folder"),
+    ),
+    "an empty text in class folders": (
+        {"pos/1.txt": "good", "neg/1.txt": "bad", "neg/2.txt": " \n"},
+        ("neg/2.txt", "empty", "remove the file"),
+    ),
+    "class folders with one class": (
+        {"pos/1.txt": "good", "pos/2.txt": "fine"},
+        ("'pos'", "at least two classes"),
+    ),
 }
 
 
@@ -137,9 +283,18 @@ def test_a_folder_that_can_not_be_used(files, parts, refused, tmp_path):
 FLAGS = {  # name: (flags, what the line must hold)
     "split name": (["--test-split", "tset"], ("--test-split tset", "there is train", "name one")),
     "max length above the model": (["--max-length", 65], ("--max-length 65", "holds 64", "at most")),
-    "max length above the bundled model": (["--max-length", 513, "--model", BUNDLED], ("--max-length 513", "holds 512", "at most")),
-    "max length for special tokens only": (["--max-length", 2], ("--max-length 2", "special tokens", "use more")),
-    "sample of fewer rows than classes": (["--max-train-samples", 1], ("--max-train-samples 1", "use at least 2")),
+    "max length above the bundled model": (
+        ["--max-length", 513, "--model", BUNDLED],
+        ("--max-length 513", "holds 512", "at most"),
+    ),
+    "max length for special tokens only": (
+        ["--max-length", 2],
+        ("--max-length 2", "special tokens", "use more"),
+    ),
+    "sample of fewer rows than classes": (
+        ["--max-train-samples", 1],
+        ("--max-train-samples 1", "use at least 2"),
+    ),
     "unknown bundled model": (["--model", "bundled/nope"], ("--model bundled/nope", BUNDLED)),
     "unknown bundled data": (["--dataset", "bundled/nope"], ("--dataset bundled/nope", "bundled/bbc-news")),
     "model folder that is not there": (["--model", "./nowhere"], ("--model ./nowhere", "no such folder")),
@@ -154,7 +309,10 @@ FLAGS = {  # name: (flags, what the line must hold)
     "unknown flag": (["--learning-rate", "1"], ("--learning-rate", "--help")),
     "abbreviated flag": (["--max-len", "32"], ("--max-len", "--help")),
     "two modes": (["--inspect", "--evaluate-only"], ("--inspect", "--evaluate-only", "not allowed with")),
-    "a file for the cache": (["--cache-dir", __file__], ("--cache-dir", "test_mistakes.py is a file", "name a folder")),
+    "a file for the cache": (
+        ["--cache-dir", __file__],
+        ("--cache-dir", "test_mistakes.py is a file", "name a folder"),
+    ),
 }
 
 
@@ -165,7 +323,13 @@ def test_a_flag_that_can_not_be_used(flags, parts, refused, sentences_csv):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device that the user lacks")
 def test_a_device_that_is_not_there(refused, sentences_csv):
-    refused("--dataset", sentences_csv, "--device", "cuda", parts=("--device cuda", "none on this machine", "--device auto"))
+    refused(
+        "--dataset",
+        sentences_csv,
+        "--device",
+        "cuda",
+        parts=("--device cuda", "none on this machine", "--device auto"),
+    )
 
 
 def test_an_output_folder_that_holds_a_run_stays_as_it_is(refused, sentences_csv, tmp_path):
@@ -173,7 +337,13 @@ def test_an_output_folder_that_holds_a_run_stays_as_it_is(refused, sentences_csv
     for name in ("config.json", "best/model.safetensors"):
         (tmp_path / "old" / name).write_bytes(os.urandom(100))
     before = fingerprint(tmp_path)
-    refused("--dataset", sentences_csv, "--output-dir", tmp_path / "old", parts=(f"--output-dir {tmp_path / 'old'}", "another run", "name a new"))
+    refused(
+        "--dataset",
+        sentences_csv,
+        "--output-dir",
+        tmp_path / "old",
+        parts=(f"--output-dir {tmp_path / 'old'}", "another run", "name a new"),
+    )
     assert fingerprint(tmp_path) == before
 
 
@@ -181,40 +351,80 @@ def test_an_output_folder_that_holds_a_run_stays_as_it_is(refused, sentences_csv
 def test_an_output_folder_that_is_a_file_or_below_one(below, refused, sentences_csv, tmp_path):
     (tmp_path / "file").write_text("precious")
     folder = tmp_path / "file" / below
-    refused("--dataset", sentences_csv, "--output-dir", folder, parts=("--output-dir", f"{tmp_path / 'file'} is a file", "name a folder"))
+    refused(
+        "--dataset",
+        sentences_csv,
+        "--output-dir",
+        folder,
+        parts=("--output-dir", f"{tmp_path / 'file'} is a file", "name a folder"),
+    )
     assert (tmp_path / "file").read_text() == "precious"
 
 
 @pytest.mark.skipif(not may_mount(), reason="no right to mount a small file system here")
 def test_a_disk_without_space(tiny_model, cache_dir, sentences_csv, tmp_path):
-    """A 64 kB file system at /mnt, seen by one process only, holds neither a run nor what the cache needs."""
-    (tmp_path / "large.csv").write_text("text,label\n" + "".join(f"{text * 10},{label}\n" for text, label in make_sentences(200)))
+    """A 64 kB file system at /mnt, seen by one process only, holds neither a run nor what the
+    cache needs.
+    """
+    (tmp_path / "large.csv").write_text(
+        "text,label\n" + "".join(f"{text * 10},{label}\n" for text, label in make_sentences(200))
+    )
     cache = ["--cache-dir", "/mnt/cache", "--output-dir", tmp_path / "run"]
-    runs = [["--dataset", sentences_csv, "--cache-dir", cache_dir, "--output-dir", "/mnt/a/run"],
-            ["--dataset", tmp_path / "large.csv", *cache], ["--dataset", sentences_csv, *cache], ["--dataset", tmp_path / "large.csv", *cache]]
+    runs = [
+        ["--dataset", sentences_csv, "--cache-dir", cache_dir, "--output-dir", "/mnt/a/run"],
+        ["--dataset", tmp_path / "large.csv", *cache],
+        ["--dataset", sentences_csv, *cache],
+        ["--dataset", tmp_path / "large.csv", *cache],
+    ]
     code = """import json, os, sys; import train_classifier; from common import cli
 for flags in json.loads(sys.argv[1]):
     try: cli.run(train_classifier.make_parser(), train_classifier.main, flags)
     except SystemExit as exit: print("code", exit.code, os.path.exists("/mnt/a"))"""
-    command = [sys.executable, "-c", code, json.dumps([[str(flag) for flag in ("--model", tiny_model, "--epochs", 1, *run)] for run in runs])]
-    done = subprocess.run(["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=64k none /mnt && "$@"', "sh", *command], text=True,
-                          capture_output=True, cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        json.dumps([[str(flag) for flag in ("--model", tiny_model, "--epochs", 1, *run)] for run in runs]),
+    ]
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=64k none /mnt && "$@"', "sh", *command],
+        text=True,
+        capture_output=True,
+        cwd=ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )
     run_line, *cache_lines = done.stderr.splitlines()
-    assert re.match("train_classifier.py: error: --output-dir /mnt/a/run: the run needs [0-9,]+ kB, the disk has [0-9]+ kB free; free some or name .* another disk", run_line)
+    assert re.match(
+        "train_classifier.py: error: --output-dir /mnt/a/run: the run needs [0-9,]+ kB, the disk has [0-9]+"
+        " kB free; free some or name .* another disk",
+        run_line,
+    )
     for line in cache_lines:
-        assert re.match("train_classifier.py: error: (No space left on device|Not enough disk space); free some space, or name .*--cache-dir", line)
+        assert re.match(
+            "train_classifier.py: error: (No space left on device|Not enough disk space); free some space, or"
+            " name .*--cache-dir",
+            line,
+        )
     assert re.findall("code .*", done.stdout) == ["code 2 False"] * 4 and "epoch" not in done.stdout
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left on device (os error 28)"),
-                                   OSError(122, "Disk quota exceeded"), OSError("Not enough disk space. Needed: Unknown size")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+        OSError(122, "Disk quota exceeded"),
+        OSError("Not enough disk space. Needed: Unknown size"),
+    ],
+)
 def test_a_disk_that_fills_up_during_a_run(error, capsys):
     def main(args):
         try:
             raise error
         finally:  # as libraries do that trip over the error while they clean up after it
             raise ValueError("I/O operation on closed file")
+
     with pytest.raises(SystemExit, match="2"):
         cli.run(train_classifier.make_parser(), main, [])
     words = "No space left on device|Disk quota exceeded|Not enough disk space"
@@ -223,26 +433,51 @@ def test_a_disk_that_fills_up_during_a_run(error, capsys):
 
 def test_a_model_folder_without_a_config(refused, sentences_csv, tmp_path):
     (tmp_path / "model").mkdir()
-    refused("--dataset", sentences_csv, "--model", tmp_path / "model", parts=(f"--model {tmp_path / 'model'}", "no config.json", "name the folder of a saved model"))
+    refused(
+        "--dataset",
+        sentences_csv,
+        "--model",
+        tmp_path / "model",
+        parts=(f"--model {tmp_path / 'model'}", "no config.json", "name the folder of a saved model"),
+    )
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "modernbert"])
 def test_a_model_folder_without_a_tokenizer(kind, refused, sentences_csv, tmp_path):
-    """transformers makes one up that knows no word, and every text becomes a row of unknown tokens."""
+    """transformers makes one up that knows no word, and every text becomes a row of unknown
+    tokens.
+    """
     AutoConfig.for_model(kind).save_pretrained(tmp_path / "model")
-    refused("--dataset", sentences_csv, "--model", tmp_path / "model", parts=(f"--model {tmp_path / 'model'}", "tokenizer"))
+    refused(
+        "--dataset",
+        sentences_csv,
+        "--model",
+        tmp_path / "model",
+        parts=(f"--model {tmp_path / 'model'}", "tokenizer"),
+    )
 
 
-@pytest.mark.parametrize("file, content, parts", [("model.safetensors", "no weights", ("header",)), ("config.json", "{", ("JSON",))])
+@pytest.mark.parametrize(
+    "file, content, parts",
+    [("model.safetensors", "no weights", ("header",)), ("config.json", "{", ("JSON",))],
+)
 def test_a_damaged_model_folder(file, content, parts, refused, tiny_model, sentences_csv, tmp_path):
     shutil.copytree(tiny_model, tmp_path / "model")
     (tmp_path / "model" / file).write_text(content)
-    refused("--dataset", sentences_csv, "--model", tmp_path / "model", parts=("--model", *parts, "mend its files or name another"))
+    refused(
+        "--dataset",
+        sentences_csv,
+        "--model",
+        tmp_path / "model",
+        parts=("--model", *parts, "mend its files or name another"),
+    )
 
 
 @pytest.fixture(scope="session")
 def trained(script, sentences_csv, tmp_path_factory) -> Path:
-    """The best model of a run with seed 0 on sentences.csv, named as from the folder in which the run was started."""
+    """The best model of a run with seed 0 on sentences.csv, named as from the folder in which the
+    run was started.
+    """
     folder = tmp_path_factory.mktemp("trained") / "run"
     code, _, stderr = script("--dataset", os.path.relpath(sentences_csv), "--output-dir", folder)
     assert (code, stderr) == (0, "")
@@ -251,7 +486,14 @@ def trained(script, sentences_csv, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("mode", [["--predict", "/dev/null"], ["--evaluate-only"]])
 def test_a_model_that_was_never_trained_to_classify(mode, refused, sentences_csv):
-    refused(*mode, "--dataset", sentences_csv, "--model", BUNDLED, parts=(f"--model {BUNDLED}", "never trained to classify", "runs/<name>/best"))
+    refused(
+        *mode,
+        "--dataset",
+        sentences_csv,
+        "--model",
+        BUNDLED,
+        parts=(f"--model {BUNDLED}", "never trained to classify", "runs/<name>/best"),
+    )
 
 
 LINES = {  # name: (content or None for no file, what the line must hold)
@@ -271,40 +513,74 @@ def test_texts_that_can_not_be_predicted(content, parts, refused, trained, tmp_p
 
 def test_nothing_on_standard_input(refused, trained, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
-    refused("--predict", "-", "--model", trained, parts=("standard input", "is empty", "one text on each line"))
+    refused(
+        "--predict", "-", "--model", trained, parts=("standard input", "is empty", "one text on each line")
+    )
 
 
 def test_an_empty_name_of_a_file_is_no_wish_to_train(refused, trained, sentences_csv):
     """As in --predict "$FILE" where FILE is not set."""
-    refused("--predict", "", "--dataset", sentences_csv, "--model", trained, parts=("the empty name", "name a text file"))
+    refused(
+        "--predict",
+        "",
+        "--dataset",
+        sentences_csv,
+        "--model",
+        trained,
+        parts=("the empty name", "name a text file"),
+    )
 
 
 def test_scoring_on_classes_that_the_model_does_not_know(refused, trained, tmp_path):
     (tmp_path / "rows.csv").write_text("text,label\na,pos\nb,meh\n")
-    refused("--evaluate-only", "--dataset", tmp_path / "rows.csv", "--model", trained,
-            parts=("split train, row 2", "'meh'", "the model's classes (neg, pos)", "correct or remove"))
+    refused(
+        "--evaluate-only",
+        "--dataset",
+        tmp_path / "rows.csv",
+        "--model",
+        trained,
+        parts=("split train, row 2", "'meh'", "the model's classes (neg, pos)", "correct or remove"),
+    )
 
 
-@pytest.mark.parametrize("spelled", [lambda path: path, lambda path: os.path.relpath(path)], ids=["from the root", "from here"])
+@pytest.mark.parametrize(
+    "spelled", [lambda path: path, lambda path: os.path.relpath(path)], ids=["from the root", "from here"]
+)
 def test_scoring_a_cut_split_with_another_seed(spelled, refused, trained, sentences_csv):
     """Another seed cuts another test split, most of which the model was trained on."""
-    refused("--evaluate-only", "--dataset", spelled(sentences_csv), "--model", trained, "--seed", 1,
-            parts=("--seed 1", "trained with --seed 0", "use that seed"))
+    refused(
+        "--evaluate-only",
+        "--dataset",
+        spelled(sentences_csv),
+        "--model",
+        trained,
+        "--seed",
+        1,
+        parts=("--seed 1", "trained with --seed 0", "use that seed"),
+    )
 
 
 def test_scoring_needs_no_more_than_a_test_split(script, trained, tmp_path):
-    """What else is in the data set does not matter: a validation split with other labels, no training split."""
+    """What else is in the data set does not matter: a validation split with other labels, no
+    training split.
+    """
     (tmp_path / "test.csv").write_text(GOOD)
     (tmp_path / "validation.csv").write_text("text,label\na,meh\n")
     code, stdout, stderr = script("--evaluate-only", "--dataset", tmp_path, "--model", trained)
     assert (code, stderr) == (0, "") and "120 texts of its test split" in stdout
 
 
-@pytest.mark.parametrize("batch_size, parts", [
-    (8, ("the training loss is not finite any more", "rows", "lower --lr")),  # seen at the tenth step
-    (16, ("the training loss is not finite any more", "rows", "lower --lr")),  # an epoch of 6 steps: seen at its end
-    (96, ("epoch 1, step 1: the validation loss is nan", "lower --lr")),  # the only step's loss was still finite
-])
+@pytest.mark.parametrize(
+    "batch_size, parts",
+    [
+        # seen at the tenth step
+        (8, ("the training loss is not finite any more", "rows", "lower --lr")),
+        # an epoch of 6 steps: seen at its end
+        (16, ("the training loss is not finite any more", "rows", "lower --lr")),
+        # the only step's loss was still finite
+        (96, ("epoch 1, step 1: the validation loss is nan", "lower --lr")),
+    ],
+)
 def test_a_loss_that_is_not_a_number_stops_the_run(batch_size, parts, refused, sentences_csv, tmp_path):
     flags = ["--lr", "1e30", "--warmup-ratio", 0, "--batch-size", batch_size]
     refused("--dataset", sentences_csv, *flags, parts=parts, trained=True)
@@ -313,14 +589,29 @@ def test_a_loss_that_is_not_a_number_stops_the_run(batch_size, parts, refused, s
 
 
 def test_the_rows_of_a_loss_that_is_not_a_number_are_rows_of_the_data(script, sentences_csv, tmp_path):
-    _, _, stderr = script("--dataset", sentences_csv, "--output-dir", tmp_path / "run", "--lr", "1e30", "--warmup-ratio", 0, "--batch-size", 8)
-    rows = [int(row) for row in re.search(r"with the rows ([\d, ]+) of the data", stderr).group(1).split(", ")]
+    _, _, stderr = script(
+        "--dataset",
+        sentences_csv,
+        "--output-dir",
+        tmp_path / "run",
+        "--lr",
+        "1e30",
+        "--warmup-ratio",
+        0,
+        "--batch-size",
+        8,
+    )
+    rows = [
+        int(row) for row in re.search(r"with the rows ([\d, ]+) of the data", stderr).group(1).split(", ")
+    ]
     assert len(set(rows)) == 8 and all(1 <= row <= 120 for row in rows)
 
 
 @pytest.fixture(scope="session")
 def foreign_tokenizer(tiny_model, tmp_path_factory) -> Path:
-    """The small model with the tokenizer of a bigger one: its ids go beyond the embedding table."""
+    """The small model with the tokenizer of a bigger one: its ids go beyond the embedding
+    table.
+    """
     folder = tmp_path_factory.mktemp("foreign") / "model"
     shutil.copytree(tiny_model, folder)
     tokenizer = train_wordpiece([text for text, _ in make_sentences(1000)], vocab_size=600)
@@ -330,10 +621,18 @@ def foreign_tokenizer(tiny_model, tmp_path_factory) -> Path:
 
 
 def test_a_tokenizer_of_another_model_is_refused_in_training(foreign_tokenizer, refused, sentences_csv):
-    refused("--dataset", sentences_csv, "--model", foreign_tokenizer, parts=(f"--model {foreign_tokenizer}", "up to 599", "300 rows", "--inspect"))
+    refused(
+        "--dataset",
+        sentences_csv,
+        "--model",
+        foreign_tokenizer,
+        parts=(f"--model {foreign_tokenizer}", "up to 599", "300 rows", "--inspect"),
+    )
 
 
-def test_a_tokenizer_of_another_model_is_a_warning_in_inspection(foreign_tokenizer, tiny_model, script, sentences_csv):
+def test_a_tokenizer_of_another_model_is_a_warning_in_inspection(
+    foreign_tokenizer, tiny_model, script, sentences_csv
+):
     code, stdout, stderr = script("--dataset", sentences_csv, "--model", foreign_tokenizer, "--inspect")
     assert (code, stderr) == (0, "")
     assert [line for line in stdout.splitlines() if re.match("WARNING: .*up to 599.*300 rows", line)]
@@ -342,32 +641,67 @@ def test_a_tokenizer_of_another_model_is_a_warning_in_inspection(foreign_tokeniz
 
 
 def test_a_tokenizer_without_a_padding_token_gets_its_end_token(script, sentences_csv, tmp_path):
-    """GPT-2 has none; batches are padded with its end token, which is said on screen and saved with the model."""
+    """GPT-2 has none; batches are padded with its end token, which is said on screen and saved
+    with the model.
+    """
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<end>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.pre_tokenizer, tokenizer.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<end>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
     tokenizer.train_from_iterator([text for text, _ in make_sentences(100)], trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<end>", eos_token="<end>").save_pretrained(tmp_path / "gpt")
-    config = GPT2Config(vocab_size=300, n_positions=64, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<end>", eos_token="<end>").save_pretrained(
+        tmp_path / "gpt"
+    )
+    config = GPT2Config(
+        vocab_size=300, n_positions=64, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
+    )
     GPT2ForSequenceClassification(config).save_pretrained(tmp_path / "gpt")
 
-    code, stdout, stderr = script("--dataset", sentences_csv, "--model", tmp_path / "gpt", "--output-dir", tmp_path / "run")
+    code, stdout, stderr = script(
+        "--dataset", sentences_csv, "--model", tmp_path / "gpt", "--output-dir", tmp_path / "run"
+    )
     assert (code, stderr) == (0, "")
     assert "the tokenizer has no padding token: padding with its end token '<end>'" in stdout
-    assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "best").config.pad_token_id == 0
+    assert (
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "best").config.pad_token_id == 0
+    )
     (tmp_path / "new.txt").write_text("good\na rather longer text, so that the first one is padded\n")
     code, answers, stderr = script("--predict", tmp_path / "new.txt", "--model", tmp_path / "run" / "best")
     assert (code, stderr, answers.count("\n")) == (0, "", 2)
 
 
 def test_the_process_ends_with_code_2_and_one_line(run_script, cache_dir, tmp_path):
-    (tmp_path / "rows.csv").write_text("text,label\na,b\nc,d,e,f\n")  # one that the library would log too
-    done = run_script("train_classifier.py", "--dataset", tmp_path / "rows.csv", "--cache-dir", cache_dir, check=False)
+    # one that the library would log too
+    (tmp_path / "rows.csv").write_text("text,label\na,b\nc,d,e,f\n")
+    done = run_script(
+        "train_classifier.py", "--dataset", tmp_path / "rows.csv", "--cache-dir", cache_dir, check=False
+    )
     assert (done.returncode, done.stdout) == (2, "")
-    assert re.fullmatch(r"train_classifier\.py: error: [^\n]*rows\.csv: not readable as csv: [^\n]*line 3[^\n]*\n", done.stderr)
+    assert re.fullmatch(
+        r"train_classifier\.py: error: [^\n]*rows\.csv: not readable as csv: [^\n]*line 3[^\n]*\n",
+        done.stderr,
+    )
 
 
-def test_a_run_without_a_mistake_leaves_stderr_empty(run_script, tiny_model, cache_dir, sentences_csv, tmp_path):
-    done = run_script("train_classifier.py", "--dataset", sentences_csv, "--model", tiny_model, "--cache-dir", cache_dir,
-                      "--epochs", 1, "--output-dir", tmp_path / "run", OMP_NUM_THREADS="1")
+def test_a_run_without_a_mistake_leaves_stderr_empty(
+    run_script, tiny_model, cache_dir, sentences_csv, tmp_path
+):
+    done = run_script(
+        "train_classifier.py",
+        "--dataset",
+        sentences_csv,
+        "--model",
+        tiny_model,
+        "--cache-dir",
+        cache_dir,
+        "--epochs",
+        1,
+        "--output-dir",
+        tmp_path / "run",
+        OMP_NUM_THREADS="1",
+    )
     assert done.stderr == ""

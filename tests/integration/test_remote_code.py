@@ -1,4 +1,6 @@
-"""No code that comes with a model runs, whatever stands on standard input: transformers would ask there for leave and take "y" for it."""
+"""No code that comes with a model runs, whatever stands on standard input: transformers would ask
+there for leave and take "y" for it.
+"""
 
 import io
 import json
@@ -26,7 +28,8 @@ class Words(BertTokenizerFast):
     pass
 """
 MODEL_CLASSES = ("AutoModel", "AutoModelForSequenceClassification", "AutoModelForCausalLM")
-COMMANDS = {  # name: (script, flags; MODEL and TEXTS stand for paths, what it reads of a model first)
+# name: (script, flags; MODEL and TEXTS stand for paths, what it reads of a model first)
+COMMANDS = {
     "train": (train_classifier, ["--dataset", "TEXTS", "--model", "MODEL"]),
     "inspect": (train_classifier, ["--dataset", "TEXTS", "--model", "MODEL", "--inspect"]),
     "predict": (train_classifier, ["--predict", "-", "--model", "MODEL"]),
@@ -39,13 +42,18 @@ COMMANDS = {  # name: (script, flags; MODEL and TEXTS stand for paths, what it r
 
 
 def add_code(folder: Path, part: str) -> Path:
-    """Let a model's config or its tokenizer name code that leaves a marker; return where the marker would be."""
+    """Let a model's config or its tokenizer name code that leaves a marker; return where the
+    marker would be.
+    """
     marker = folder.parent / "marker"
     (folder / "hostile.py").write_text(CODE.format(marker=str(marker)))
     path = folder / {"config": "config.json", "tokenizer": "tokenizer_config.json"}[part]
     settings = json.loads(path.read_text())
     if part == "config":
-        settings |= {"model_type": "hostile", "auto_map": {"AutoConfig": "hostile.Config", **dict.fromkeys(MODEL_CLASSES, "hostile.Model")}}
+        settings |= {
+            "model_type": "hostile",
+            "auto_map": {"AutoConfig": "hostile.Config", **dict.fromkeys(MODEL_CLASSES, "hostile.Model")},
+        }
     else:
         settings |= {"tokenizer_class": "Words", "auto_map": {"AutoTokenizer": [None, "hostile.Words"]}}
     path.write_text(json.dumps(settings))
@@ -53,7 +61,9 @@ def add_code(folder: Path, part: str) -> Path:
 
 
 def run(script, flags: list[str], monkeypatch) -> int:
-    """Run a script in this process with answers on standard input that would let the code run; return its exit code."""
+    """Run a script in this process with answers on standard input that would let the code run;
+    return its exit code.
+    """
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"y\n1\nyes\n" * 20)))
     try:
         cli.run(script.make_parser(), script.main, flags)
@@ -64,7 +74,9 @@ def run(script, flags: list[str], monkeypatch) -> int:
 
 @pytest.mark.parametrize("part", ["config", "tokenizer"])
 @pytest.mark.parametrize("name", COMMANDS)
-def test_code_of_a_model_never_runs(name, part, tiny_model, tiny_embedder, sentences_csv, cache_dir, tmp_path, monkeypatch):
+def test_code_of_a_model_never_runs(
+    name, part, tiny_model, tiny_embedder, sentences_csv, cache_dir, tmp_path, monkeypatch
+):
     script, flags = COMMANDS[name]
     model = tmp_path / "model"
     if script is generate:
@@ -73,13 +85,20 @@ def test_code_of_a_model_never_runs(name, part, tiny_model, tiny_embedder, sente
         shutil.copytree(tiny_embedder if script is embed_search else tiny_model, model)
     marker = add_code(model, part)
     paths = {"MODEL": model, "TEXTS": sentences_csv, "INDEX": tmp_path / "index"}
-    code = run(script, [*(str(paths.get(flag, flag)) for flag in flags), "--cache-dir", str(cache_dir), "--device", "cpu"], monkeypatch)
+    code = run(
+        script,
+        [*(str(paths.get(flag, flag)) for flag in flags), "--cache-dir", str(cache_dir), "--device", "cpu"],
+        monkeypatch,
+    )
     assert not marker.exists()
-    assert code == 2 or part == "tokenizer"  # a tokenizer that transformers knows by its files can be used without the code
+    # a tokenizer that transformers knows by its files can be used without the code
+    assert code == 2 or part == "tokenizer"
 
 
 @pytest.mark.parametrize("part", ["config", "tokenizer"])
-def test_code_of_a_cross_encoder_never_runs(part, tiny_model, tiny_embedder, ok, embed, sentences, tmp_path, monkeypatch):
+def test_code_of_a_cross_encoder_never_runs(
+    part, tiny_model, tiny_embedder, ok, embed, sentences, tmp_path, monkeypatch
+):
     ok("index", sentences, "--index", tmp_path / "index", "--model", tiny_embedder)
     shutil.copytree(tiny_model, tmp_path / "model")
     marker = add_code(tmp_path / "model", part)

@@ -1,4 +1,6 @@
-"""A run that is killed anywhere and started again ends as one that was never stopped, to the bit."""
+"""A run that is killed anywhere and started again ends as one that was never stopped, to
+the bit.
+"""
 
 import os
 import random
@@ -18,10 +20,33 @@ from transformers import BertConfig, BertForSequenceClassification
 from common.durable import fault, replace_folder, write_manifest
 from conftest import KINDS, ROOT, may_mount
 
-# 85 texts: 11 batches of 8, the last of 5; windows of 3 batches, the last of 2. Evaluations and checkpoints fall between the ends of epochs too.
-FLAGS = ["--max-train-samples", 85, "--grad-accum", 3, "--epochs", 2, "--max-length", 20, "--lr", "3e-3", "--dropout", 0.1, "--log-every", 3,
-         "--save-every", 2, "--eval-every", 3, "--batching", "buckets"]
-TIMES = re.compile(r'"(train/)?examples_per_second": [^,}]+|"seconds": [^,}]+|"log_bytes": \d+')  # and the length of the text that holds them
+# 85 texts: 11 batches of 8, the last of 5; windows of 3 batches, the last of 2. Evaluations and
+# checkpoints
+# fall between the ends of epochs too.
+FLAGS = [
+    "--max-train-samples",
+    85,
+    "--grad-accum",
+    3,
+    "--epochs",
+    2,
+    "--max-length",
+    20,
+    "--lr",
+    "3e-3",
+    "--dropout",
+    0.1,
+    "--log-every",
+    3,
+    "--save-every",
+    2,
+    "--eval-every",
+    3,
+    "--batching",
+    "buckets",
+]
+# and the length of the text that holds them
+TIMES = re.compile(r'"(train/)?examples_per_second": [^,}]+|"seconds": [^,}]+|"log_bytes": \d+')
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +58,9 @@ def forked(forked_runs):
 
 @pytest.fixture(scope="module")
 def whole(forked, tmp_path_factory):
-    """Return a function that gives the folder of an uninterrupted run of a kind, and its number of events."""
+    """Return a function that gives the folder of an uninterrupted run of a kind, and its number of
+    events.
+    """
     made = {}
 
     def get(kind):
@@ -42,15 +69,27 @@ def whole(forked, tmp_path_factory):
             assert set(forked.run(folder, kind=kind)) == {0}, forked.said()
             made[kind] = folder, forked.num_events()
         return made[kind]
+
     return get
 
 
 def outcome(folder: Path) -> dict:
-    """Return all that a run came to: every tensor of its last checkpoint and best model, and every text without the times it took."""
+    """Return all that a run came to: every tensor of its last checkpoint and best model, and every
+    text without the times it took.
+    """
     last = max((folder / "checkpoints").iterdir())
-    tensors = {f"{path.relative_to(folder)} {name}": tensor for path in [*last.glob("*.safetensors"), folder / "best" / "model.safetensors"]
-               for name, tensor in load_file(path).items()}
-    texts = [last / "state.json", *last.glob("rank-*.json"), folder / "metrics.jsonl", folder / "predictions.csv", *(folder / "best").glob("*.json")]
+    tensors = {
+        f"{path.relative_to(folder)} {name}": tensor
+        for path in [*last.glob("*.safetensors"), folder / "best" / "model.safetensors"]
+        for name, tensor in load_file(path).items()
+    }
+    texts = [
+        last / "state.json",
+        *last.glob("rank-*.json"),
+        folder / "metrics.jsonl",
+        folder / "predictions.csv",
+        *(folder / "best").glob("*.json"),
+    ]
     return {**tensors, **{str(path.relative_to(folder)): TIMES.sub("", path.read_text()) for path in texts}}
 
 
@@ -58,12 +97,24 @@ def differing(folder: Path, other: Path) -> list[str]:
     """Return what differs between the outcomes of two runs."""
     first, second = outcome(folder), outcome(other)
     assert len(first) > 60
-    return [name for name in first.keys() | second.keys() if name not in first or name not in second or type(first[name]) is not type(second[name])
-            or not (torch.equal(first[name], second[name]) if isinstance(first[name], torch.Tensor) else first[name] == second[name])]
+    return [
+        name
+        for name in first.keys() | second.keys()
+        if name not in first
+        or name not in second
+        or type(first[name]) is not type(second[name])
+        or not (
+            torch.equal(first[name], second[name])
+            if isinstance(first[name], torch.Tensor)
+            else first[name] == second[name]
+        )
+    ]
 
 
 def kill_until_done(forked, folder: Path, events: list[int], kind: str, generator: random.Random) -> int:
-    """Kill a run at each of the given events, starting it again each time, then let it end; return how often it was killed."""
+    """Kill a run at each of the given events, starting it again each time, then let it end; return
+    how often it was killed.
+    """
     world, killed = KINDS[kind][0], 0
     for event in [*events, None]:
         going_on = ["--resume"] if (folder / "config.json").exists() else []
@@ -75,12 +126,23 @@ def kill_until_done(forked, folder: Path, events: list[int], kind: str, generato
     return killed
 
 
-@pytest.mark.parametrize("kind, seed", [("one process", 0), ("one process", 1), ("one process, two loader workers", 2), ("two processes", 3),
-                                        ("four processes", 18)])  # more than two add up in an order of DDP's
+@pytest.mark.parametrize(
+    "kind, seed",
+    [
+        ("one process", 0),
+        ("one process", 1),
+        ("one process, two loader workers", 2),
+        ("two processes", 3),
+        ("four processes", 18),
+    ],
+)  # more than two add up in an order of DDP's
 def test_a_killed_run_ends_as_one_that_was_never_stopped(kind, seed, forked, whole, tmp_path):
     folder, events = whole(kind)
     generator = random.Random(seed)
-    assert kill_until_done(forked, tmp_path / "run", [generator.randrange(events // 3, events)], kind, generator) == 1
+    assert (
+        kill_until_done(forked, tmp_path / "run", [generator.randrange(events // 3, events)], kind, generator)
+        == 1
+    )
     assert ": after step" in forked.said("stdout"), "it came after the first checkpoint"
     assert differing(tmp_path / "run", folder) == []
 
@@ -89,12 +151,16 @@ def test_a_killed_run_ends_as_one_that_was_never_stopped(kind, seed, forked, who
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("kind", KINDS)
 def test_runs_killed_many_times_end_as_one_that_was_never_stopped(kind, forked, whole, tmp_path):
-    """Eight kills and more for each kind of run: two to a run, the second wherever it falls after the first; a process with fewer events may outlive its."""
+    """Eight kills and more for each kind of run: two to a run, the second wherever it falls after
+    the first; a process with fewer events may outlive its.
+    """
     folder, events = whole(kind)
     generator, killed = random.Random(kind), 0
     for number in range(24):
         run = tmp_path / str(number)
-        killed += kill_until_done(forked, run, [generator.randrange(1, events), generator.randrange(1, events)], kind, generator)
+        killed += kill_until_done(
+            forked, run, [generator.randrange(1, events), generator.randrange(1, events)], kind, generator
+        )
         assert differing(run, folder) == []
         if killed >= 8:
             return
@@ -115,51 +181,103 @@ def test_a_signal_saves_and_says_how_to_go_on(name, code, share, forked, whole, 
     folder, events = whole("one process")
     assert forked.run(tmp_path / "run", event=int(events * share), signal=name) == [code]
     last = forked.said().splitlines()[-1]
-    assert last == f"train_classifier.py: stopped by {name}; go on with the same command and --resume {tmp_path / 'run'}"
+    assert (
+        last == f"train_classifier.py: stopped by {name}; go on with the same command and --resume"
+        f" {tmp_path / 'run'}"
+    )
     assert forked.run(tmp_path / "run", "--resume", tmp_path / "run") == [0], forked.said()
     assert differing(tmp_path / "run", folder) == []
 
 
 @pytest.mark.parametrize("kind", ["one process", "two processes"])
 def test_a_signal_in_an_evaluation_does_not_wait_for_its_end(kind, forked, whole, tmp_path):
-    """With two processes one gets it, and both leave between the same two batches: torchrun kills what takes longer than 30 seconds."""
+    """With two processes one gets it, and both leave between the same two batches: torchrun kills
+    what takes longer than 30 seconds.
+    """
     folder, _ = whole(kind)
-    codes = forked.run(tmp_path / "run", "--eval-batch-size", 2, kind=kind, signal="SIGTERM", in_evaluation=2, rank=KINDS[kind][0] - 1)
+    codes = forked.run(
+        tmp_path / "run",
+        "--eval-batch-size",
+        2,
+        kind=kind,
+        signal="SIGTERM",
+        in_evaluation=2,
+        rank=KINDS[kind][0] - 1,
+    )
     assert set(codes) == {143}
     lines = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert lines.count("validation/loss") == 1, "the second evaluation was left"
-    assert set(forked.run(tmp_path / "run", "--resume", "--eval-batch-size", 2, kind=kind)) == {0}, forked.said()
+    assert set(forked.run(tmp_path / "run", "--resume", "--eval-batch-size", 2, kind=kind)) == {0}, (
+        forked.said()
+    )
     assert [name for name in differing(tmp_path / "run", folder) if "safetensors" in name] == []
 
 
-def test_ctrl_c_is_for_the_process_in_charge_not_for_its_loader_workers(tiny_model, sentences_csv, cache_dir, tmp_path):
-    """A terminal sends it to all of them; an epoch of 29 steps has them still at work after the second."""
-    command = [sys.executable, "train_classifier.py", "--model", tiny_model, "--dataset", sentences_csv, "--cache-dir", cache_dir, *FLAGS, "--num-workers", 2,
-               "--batch-size", 1, "--epochs", 99, "--output-dir", tmp_path / "run"]
-    job = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-                           env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
+def test_ctrl_c_is_for_the_process_in_charge_not_for_its_loader_workers(
+    tiny_model, sentences_csv, cache_dir, tmp_path
+):
+    """A terminal sends it to all of them; an epoch of 29 steps has them still at work after the
+    second.
+    """
+    command = [
+        sys.executable,
+        "train_classifier.py",
+        "--model",
+        tiny_model,
+        "--dataset",
+        sentences_csv,
+        "--cache-dir",
+        cache_dir,
+        *FLAGS,
+        "--num-workers",
+        2,
+        "--batch-size",
+        1,
+        "--epochs",
+        99,
+        "--output-dir",
+        tmp_path / "run",
+    ]
+    job = subprocess.Popen(
+        list(map(str, command)),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )
     while not list(tmp_path.glob("run/checkpoints/step-*")):
         assert job.poll() is None, job.communicate()
         time.sleep(0.01)
     os.killpg(job.pid, signal.SIGINT)
     _, stderr = job.communicate(timeout=100)
     assert job.returncode == 130
-    assert stderr == ("\nSIGINT: saving after this step; once more ends at once\n"
-                      f"train_classifier.py: stopped by SIGINT; go on with the same command and --resume {tmp_path / 'run'}\n")
+    assert (
+        stderr == "\nSIGINT: saving after this step; once more ends at once\ntrain_classifier.py: stopped by"
+        f" SIGINT; go on with the same command and --resume {tmp_path / 'run'}\n"
+    )
 
 
 def test_a_loss_that_one_process_finds_bad_ends_all_with_the_rows_of_that_one(forked, tmp_path):
     """The gradients of both are bad then: neither the one nor the other may speak of those."""
     assert forked.run(tmp_path / "run", kind="two processes", bad_losses=True, rank=1) == [2, 2]
-    assert "the training loss is not finite any more, first in the batch with the rows " in forked.said() and forked.said(rank=1) == forked.said()
+    assert (
+        "the training loss is not finite any more, first in the batch with the rows " in forked.said()
+        and forked.said(rank=1) == forked.said()
+    )
 
 
 def test_a_run_that_diverges_keeps_the_checkpoints_from_before(forked, tmp_path):
     """The loss is read before each save, not every --log-every steps only."""
-    assert forked.run(tmp_path / "run", "--lr", "1e30", "--warmup-ratio", 0, "--save-every", 1, "--log-every", 100) == [2]
+    assert forked.run(
+        tmp_path / "run", "--lr", "1e30", "--warmup-ratio", 0, "--save-every", 1, "--log-every", 100
+    ) == [2]
     assert "the training loss is not finite any more" in forked.said()
     left = list((tmp_path / "run" / "checkpoints").iterdir())
-    assert left and all(tensor.isfinite().all() for path in left for tensor in load_file(path / "model.safetensors").values())
+    assert left and all(
+        tensor.isfinite().all() for path in left for tensor in load_file(path / "model.safetensors").values()
+    )
 
 
 def test_a_named_checkpoint_is_gone_on_from(forked, whole, tmp_path):
@@ -181,15 +299,24 @@ def test_resuming_a_finished_run_changes_nothing(forked, whole, tmp_path):
 
 
 def damages(folder: Path):
-    """Yield a name and a function that damages one file of a checkpoint, for each file and kind of damage."""
+    """Yield a name and a function that damages one file of a checkpoint, for each file and kind of
+    damage.
+    """
     for file in sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file()):
         yield f"{file} deleted", lambda checkpoint, file=file: (checkpoint / file).unlink()
-        yield f"{file} truncated", lambda checkpoint, file=file: os.truncate(checkpoint / file, (checkpoint / file).stat().st_size // 2)
+        yield (
+            f"{file} truncated",
+            lambda checkpoint, file=file: os.truncate(
+                checkpoint / file, (checkpoint / file).stat().st_size // 2
+            ),
+        )
         yield f"{file} with one bit flipped", lambda checkpoint, file=file: flip(checkpoint / file)
 
 
 def flip(path: Path):
-    """Flip one bit in the middle of a file, not in other files that are the same one by a hard link."""
+    """Flip one bit in the middle of a file, not in other files that are the same one by a hard
+    link.
+    """
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.unlink()
@@ -217,27 +344,42 @@ def test_resume_passes_over_a_damaged_checkpoint_and_ends_when_none_is_whole(for
     older, newest = sorted((tmp_path / "run" / "checkpoints").iterdir())
     flip(newest / "optimizer.safetensors")
     assert forked.run(tmp_path / "run", "--resume") == [0], forked.said()
-    assert f"{newest} is damaged (optimizer.safetensors is changed); taking the one before" in forked.said("stdout")
+    assert f"{newest} is damaged (optimizer.safetensors is changed); taking the one before" in forked.said(
+        "stdout"
+    )
     assert f"resume   {older}: after step" in forked.said("stdout")
     assert differing(tmp_path / "run", folder) == []
     for path in (tmp_path / "run" / "checkpoints").iterdir():
         (path / "model.safetensors").unlink()
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     assert forked.run(tmp_path / "run", "--resume") == [2]
-    assert re.fullmatch(r"train_classifier\.py: error: --resume: no whole checkpoint in [^\n]+model\.safetensors is missing[^\n]+\n", forked.said())
+    assert re.fullmatch(
+        r"train_classifier\.py: error: --resume: no whole checkpoint in [^\n]+model\.safetensors is"
+        r" missing[^\n]+\n",
+        forked.said(),
+    )
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("flags, named", [
-    (["--lr", "2e-3"], "--lr was 0.003, is 0.002"), (["--seed", 1], "--seed was 0, is 1"),
-    (["--max-eval-samples", 7], "the texts, labels or tokens of validation and test differ"),
-])
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (["--lr", "2e-3"], "--lr was 0.003, is 0.002"),
+        (["--seed", 1], "--seed was 0, is 1"),
+        (["--max-eval-samples", 7], "the texts, labels or tokens of validation and test differ"),
+    ],
+)
 def test_a_changed_run_is_refused_naming_what_differs(flags, named, forked, whole, tmp_path):
-    """In one cause: another seed cuts other splits and draws another head, which are not named beside it."""
+    """In one cause: another seed cuts other splits and draws another head, which are not named
+    beside it.
+    """
     folder, _ = whole("one process")
     shutil.copytree(folder, tmp_path / "run")
     assert forked.run(tmp_path / "run", "--resume", *flags) == [2]
-    assert f"was written by another run: {named}; give the same again" in forked.said() and len(forked.said().splitlines()) == 1
+    assert (
+        f"was written by another run: {named}; give the same again" in forked.said()
+        and len(forked.said().splitlines()) == 1
+    )
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -251,7 +393,10 @@ def test_a_finished_run_without_its_checkpoints_is_not_begun_again(flags, forked
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     before = files(tmp_path / "run")
     assert forked.run(tmp_path / "run", "--resume", *flags) == [2]
-    assert forked.said().endswith(f"{tmp_path / 'run'} is a finished run whose checkpoints were removed; start anew with another --output-dir\n")
+    assert forked.said().endswith(
+        f"{tmp_path / 'run'} is a finished run whose checkpoints were removed; start anew with another"
+        " --output-dir\n"
+    )
     assert files(tmp_path / "run") == before
 
 
@@ -281,16 +426,23 @@ def test_after_damage_what_was_saved_later_goes_and_what_is_saved_next_stays(for
 
 
 def test_a_checkpoint_put_aside_for_one_of_the_same_step_is_found(forked, whole, tmp_path):
-    """As a kill leaves it that falls between the two renames of a save at a step that has a checkpoint already."""
+    """As a kill leaves it that falls between the two renames of a save at a step that has a
+    checkpoint already.
+    """
     folder, _ = whole("one process")
     shutil.copytree(folder, tmp_path / "run")
     older, newest = sorted((tmp_path / "run" / "checkpoints").iterdir())
     newest.rename(newest.with_name(newest.name.replace("step-", "tmp-")))
-    with pytest.raises(FileNotFoundError):  # where a kill would end it: the product's own first rename, under the product's own name
+    # where a kill would end it: the product's own first rename, under the product's own name
+    with pytest.raises(FileNotFoundError):
         replace_folder(tmp_path / "missing", older)
     assert not older.exists()
     assert forked.run(tmp_path / "run", "--resume") == [0], forked.said()
-    assert re.search(rf"^resume   {re.escape(str(older.parent))}/\S+: after step {int(older.name[5:])}$", forked.said("stdout"), re.M)
+    assert re.search(
+        rf"^resume   {re.escape(str(older.parent))}/\S+: after step {int(older.name[5:])}$",
+        forked.said("stdout"),
+        re.M,
+    )
     assert differing(tmp_path / "run", folder) == []
 
 
@@ -300,7 +452,10 @@ def test_a_damaged_checkpoint_that_is_named_is_refused_with_the_way_to_the_newes
     newest = max((tmp_path / "run" / "checkpoints").iterdir())
     flip(newest / "model.safetensors")
     assert forked.run(tmp_path / "run", "--resume", newest) == [2]
-    assert forked.said().endswith(f"--resume {newest}: it is damaged (model.safetensors is changed); --resume {tmp_path / 'run'} takes the newest whole one\n")
+    assert forked.said().endswith(
+        f"--resume {newest}: it is damaged (model.safetensors is changed); --resume {tmp_path / 'run'} takes"
+        " the newest whole one\n"
+    )
 
 
 def test_a_run_whose_folder_is_named_as_a_checkpoint_is(forked, whole, tmp_path):
@@ -338,30 +493,53 @@ def test_another_number_of_processes_or_another_model_is_refused(forked, whole, 
 def test_epochs_are_saved_beside_every_so_many_steps(forked, tmp_path):
     """An epoch has 4 steps."""
     assert forked.run(tmp_path / "run", "--save-every", 3, "--keep", 9) == [0]
-    assert [int(path.name[5:]) for path in sorted((tmp_path / "run" / "checkpoints").iterdir())] == [3, 4, 6, 8]
+    assert [int(path.name[5:]) for path in sorted((tmp_path / "run" / "checkpoints").iterdir())] == [
+        3,
+        4,
+        6,
+        8,
+    ]
 
 
 def test_keep_prunes_older_checkpoints(forked, tmp_path):
     assert forked.run(tmp_path / "run", "--keep", 3) == [0]
-    assert [path.name for path in sorted((tmp_path / "run" / "checkpoints").iterdir())] == ["step-00000004", "step-00000006", "step-00000008"]
+    assert [path.name for path in sorted((tmp_path / "run" / "checkpoints").iterdir())] == [
+        "step-00000004",
+        "step-00000006",
+        "step-00000008",
+    ]
 
 
 def test_a_folder_without_a_run_can_not_be_resumed(forked, tmp_path):
     assert forked.run(tmp_path / "none", "--resume") == [2]
-    assert forked.said() == f"train_classifier.py: error: --resume: {tmp_path / 'none'} holds no run; check the name, or leave --resume out to start one\n"
+    assert (
+        forked.said()
+        == f"train_classifier.py: error: --resume: {tmp_path / 'none'} holds no run; check the name, or leave"
+        " --resume out to start one\n"
+    )
     assert not (tmp_path / "none").exists()
 
 
 def test_a_kill_within_the_write_of_a_large_file_leaves_the_checkpoint_before(forked, tmp_path, tiny_model):
-    """By what stands on the disk, not at an event: the file is being written when the process dies, under the name that safetensors gives it until it is whole."""
-    config = BertConfig(vocab_size=100_000, hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, max_position_embeddings=64)
+    """By what stands on the disk, not at an event: the file is being written when the process
+    dies, under the name that safetensors gives it until it is whole.
+    """
+    config = BertConfig(
+        vocab_size=100_000,
+        hidden_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+    )
     torch.manual_seed(0)
     shutil.copytree(tiny_model, tmp_path / "model")
     BertForSequenceClassification(config).save_pretrained(tmp_path / "model")
-    flags = ["--model", tmp_path / "model", "--max-train-samples", 48]  # two steps an epoch: a checkpoint after each epoch
+    # two steps an epoch: a checkpoint after each epoch
+    flags = ["--model", tmp_path / "model", "--max-train-samples", 48]
     assert forked.run(tmp_path / "whole", *flags) == [0], forked.said()
     assert forked.run(tmp_path / "run", *flags, kill_in_write=1) == [-9]
-    (before, unfinished) = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    before, unfinished = sorted((tmp_path / "run" / "checkpoints").iterdir())
     assert unfinished.name == "tmp-00000004" and fault(before) is None
     assert list(unfinished.glob(".tmp*")) and not list(unfinished.glob("optimizer.*"))
     assert forked.run(tmp_path / "run", *flags, "--resume") == [0], forked.said()
@@ -401,10 +579,44 @@ except SystemExit as end:
 
 
 @pytest.mark.skipif(not may_mount(), reason="no right to mount a small file system here")
-def test_a_disk_that_fills_up_during_a_save_leaves_the_earlier_checkpoints_whole(tiny_model, sentences_csv, cache_dir):
-    """A file system of 3 MB at /mnt, seen by one process only: room for a run of the small model."""
-    command = [sys.executable, "-c", FULL_DISK, "--model", tiny_model, "--dataset", sentences_csv, "--cache-dir", cache_dir, *FLAGS, "--output-dir", "/mnt/run"]
-    done = subprocess.run(["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=3m none /mnt && "$@"', "sh", *map(str, command)], text=True,
-                          capture_output=True, cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
-    assert done.stdout.endswith("save 2 failed\ncode 2 [('step-00000002', None)]\n"), done.stdout + done.stderr
-    assert re.fullmatch(r"train_classifier\.py: error: No space left on device; free some space[^\n]+\n", done.stderr)
+def test_a_disk_that_fills_up_during_a_save_leaves_the_earlier_checkpoints_whole(
+    tiny_model, sentences_csv, cache_dir
+):
+    """A file system of 3 MB at /mnt, seen by one process only: room for a run of the small
+    model.
+    """
+    command = [
+        sys.executable,
+        "-c",
+        FULL_DISK,
+        "--model",
+        tiny_model,
+        "--dataset",
+        sentences_csv,
+        "--cache-dir",
+        cache_dir,
+        *FLAGS,
+        "--output-dir",
+        "/mnt/run",
+    ]
+    done = subprocess.run(
+        [
+            "unshare",
+            "-rm",
+            "sh",
+            "-c",
+            'mount -t tmpfs -o size=3m none /mnt && "$@"',
+            "sh",
+            *map(str, command),
+        ],
+        text=True,
+        capture_output=True,
+        cwd=ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )
+    assert done.stdout.endswith("save 2 failed\ncode 2 [('step-00000002', None)]\n"), (
+        done.stdout + done.stderr
+    )
+    assert re.fullmatch(
+        r"train_classifier\.py: error: No space left on device; free some space[^\n]+\n", done.stderr
+    )

@@ -1,6 +1,8 @@
-"""Under torchrun, on one machine and on two: a killed worker's job goes on by itself, and a failing process ends the others with its own message.
+"""Under torchrun, on one machine and on two: a killed worker's job goes on by itself, and a
+failing process ends the others with its own message.
 
-The two machines are network name spaces with a cable between them: each has its own addresses and ports, and sees nothing else of the other.
+The two machines are network name spaces with a cable between them: each has its own addresses and
+ports, and sees nothing else of the other.
 """
 
 import json
@@ -18,7 +20,24 @@ from safetensors.torch import load_file
 
 from conftest import ROOT
 
-FLAGS = ["--max-train-samples", 85, "--grad-accum", 3, "--epochs", 4, "--max-length", 20, "--lr", "3e-3", "--dropout", 0.1, "--save-every", 1, "--batch-size", 4]
+FLAGS = [
+    "--max-train-samples",
+    85,
+    "--grad-accum",
+    3,
+    "--epochs",
+    4,
+    "--max-length",
+    20,
+    "--lr",
+    "3e-3",
+    "--dropout",
+    0.1,
+    "--save-every",
+    1,
+    "--batch-size",
+    4,
+]
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +47,23 @@ def flags(tiny_model, sentences_csv, cache_dir):
 
 def start(folder: Path | None, flags: list, *options) -> subprocess.Popen:
     """Start two processes under torchrun."""
-    command = [Path(sys.executable).with_name("torchrun"), "--nproc-per-node", "2", *options, "train_classifier.py", *flags, *(["--output-dir", folder] if folder else [])]
-    return subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
+    command = [
+        Path(sys.executable).with_name("torchrun"),
+        "--nproc-per-node",
+        "2",
+        *options,
+        "train_classifier.py",
+        *flags,
+        *(["--output-dir", folder] if folder else []),
+    ]
+    return subprocess.Popen(
+        list(map(str, command)),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )
 
 
 def wait_for_checkpoint(folder: Path, job: subprocess.Popen):
@@ -45,9 +78,17 @@ def workers(job: subprocess.Popen) -> list[int]:
 
 
 def same_end(folder: Path, other: Path) -> bool:
-    first, second = (load_file(max((path / "checkpoints").iterdir()) / "model.safetensors") for path in (folder, other))
-    scores = [{name: value for name, value in json.loads((path / "metrics.json").read_text()).items() if "second" not in name and "bytes" not in name}
-              for path in (folder, other)]
+    first, second = (
+        load_file(max((path / "checkpoints").iterdir()) / "model.safetensors") for path in (folder, other)
+    )
+    scores = [
+        {
+            name: value
+            for name, value in json.loads((path / "metrics.json").read_text()).items()
+            if "second" not in name and "bytes" not in name
+        }
+        for path in (folder, other)
+    ]
     return all(torch.equal(first[name], second[name]) for name in first | second) and scores[0] == scores[1]
 
 
@@ -71,17 +112,34 @@ def test_a_job_whose_worker_is_killed_goes_on_from_the_last_checkpoint_by_itself
     assert same_end(tmp_path / "run", whole)
 
 
-def test_a_job_that_is_started_again_takes_no_run_of_another_job_as_its_own(flags, whole, tmp_path, run_script):
+def test_a_job_that_is_started_again_takes_no_run_of_another_job_as_its_own(
+    flags, whole, tmp_path, run_script
+):
     """Neither at once nor when torchrun starts its processes again."""
     shutil.copytree(whole, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    done = run_script("torchrun", "--nproc-per-node", 2, "--max-restarts", 1, "train_classifier.py", *flags, "--lr", "2e-3", "--output-dir", tmp_path / "run", check=False)
+    done = run_script(
+        "torchrun",
+        "--nproc-per-node",
+        2,
+        "--max-restarts",
+        1,
+        "train_classifier.py",
+        *flags,
+        "--lr",
+        "2e-3",
+        "--output-dir",
+        tmp_path / "run",
+        check=False,
+    )
     assert done.returncode != 0 and done.stderr.count("it holds another run or other files") == 2, done.stderr
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-def test_a_restarted_job_goes_on_from_the_newest_checkpoint_not_from_the_one_that_it_began_with(flags, whole, tmp_path):
+def test_a_restarted_job_goes_on_from_the_newest_checkpoint_not_from_the_one_that_it_began_with(
+    flags, whole, tmp_path
+):
     """--resume names the folder: --output-dir is not needed as well."""
     shutil.copytree(whole, tmp_path / "run")
     newest = max((tmp_path / "run" / "checkpoints").iterdir())
@@ -96,27 +154,42 @@ def test_a_restarted_job_goes_on_from_the_newest_checkpoint_not_from_the_one_tha
     os.kill(workers(job)[1], signal.SIGKILL)
     stdout, stderr = job.communicate(timeout=200)
     assert job.returncode == 0, stderr
-    assert [line.split(": after")[0] for line in stdout.splitlines() if line.startswith("resume ")] == [f"resume   {oldest}", f"resume   {newest}"]
+    assert [line.split(": after")[0] for line in stdout.splitlines() if line.startswith("resume ")] == [
+        f"resume   {oldest}",
+        f"resume   {newest}",
+    ]
     assert same_end(tmp_path / "run", whole)
 
 
 def test_sigterm_to_torchrun_saves_and_the_run_can_be_resumed(flags, whole, tmp_path):
-    job = start(tmp_path / "run", [*flags, "--num-workers", 1])  # torchrun's signal is for the group that a loader's worker would be in
+    # torchrun's signal is for the group that a loader's worker would be in
+    job = start(tmp_path / "run", [*flags, "--num-workers", 1])
     wait_for_checkpoint(tmp_path / "run", job)
     job.terminate()
     _, stderr = job.communicate(timeout=200)
     assert job.returncode != 0
-    assert stderr.count(f"stopped by SIGTERM; go on with the same command and --resume {tmp_path / 'run'}") == 1, stderr
+    assert (
+        stderr.count(f"stopped by SIGTERM; go on with the same command and --resume {tmp_path / 'run'}") == 1
+    ), stderr
     job = start(tmp_path / "run", [*flags, "--resume"])
     _, stderr = job.communicate(timeout=200)
     assert job.returncode == 0 and same_end(tmp_path / "run", whole), stderr
 
 
 def test_a_mistake_is_said_once_and_restarts_want_a_folder_to_find_their_run_in(flags, run_script, tmp_path):
-    done = run_script("torchrun", "--nproc-per-node", 2, "train_classifier.py", *flags, "--text-column", "txt", check=False)
-    assert done.returncode != 0 and done.stderr.count("train_classifier.py: error: split train: no column 'txt'") == 1, done.stderr
-    done = run_script("torchrun", "--nproc-per-node", 1, "--max-restarts", 1, "train_classifier.py", *flags, check=False)
-    assert done.returncode != 0 and "error: --output-dir: torchrun with --max-restarts needs it" in done.stderr
+    done = run_script(
+        "torchrun", "--nproc-per-node", 2, "train_classifier.py", *flags, "--text-column", "txt", check=False
+    )
+    assert (
+        done.returncode != 0
+        and done.stderr.count("train_classifier.py: error: split train: no column 'txt'") == 1
+    ), done.stderr
+    done = run_script(
+        "torchrun", "--nproc-per-node", 1, "--max-restarts", 1, "train_classifier.py", *flags, check=False
+    )
+    assert (
+        done.returncode != 0 and "error: --output-dir: torchrun with --max-restarts needs it" in done.stderr
+    )
 
 
 ONE_FAILS = """
@@ -136,9 +209,21 @@ cli.run(train_classifier.make_parser(), train_classifier.main)
 def test_a_failing_process_ends_the_others_with_its_own_message(flags, run_script, tmp_path):
     (tmp_path / "one_fails.py").write_text(ONE_FAILS)
     started = time.monotonic()
-    done = run_script("torchrun", "--nproc-per-node", 2, tmp_path / "one_fails.py", *flags, "--output-dir", tmp_path / "run", check=False, PYTHONPATH=str(ROOT))
+    done = run_script(
+        "torchrun",
+        "--nproc-per-node",
+        2,
+        tmp_path / "one_fails.py",
+        *flags,
+        "--output-dir",
+        tmp_path / "run",
+        check=False,
+        PYTHONPATH=str(ROOT),
+    )
     assert done.returncode != 0 and time.monotonic() - started < 60
-    assert done.stderr.count("train_classifier.py: error: this process alone has found a mistake\n") == 1, done.stderr
+    assert done.stderr.count("train_classifier.py: error: this process alone has found a mistake\n") == 1, (
+        done.stderr
+    )
     ours = done.stderr.partition("torch/distributed/elastic")[0]  # what follows is torchrun's own
     assert "Traceback" not in ours, ours
 
@@ -148,25 +233,75 @@ CABLE = f"""
 ip netns add {MACHINES[1]}
 ip link add nlp0 netns {MACHINES[0]} type veth peer name nlp0 netns {MACHINES[1]}
 ip -n {MACHINES[0]} addr add 192.0.2.1/24 dev nlp0 && ip -n {MACHINES[1]} addr add 192.0.2.2/24 dev nlp0
-for machine in {MACHINES[0]} {MACHINES[1]}; do ip -n $machine link set lo up && ip -n $machine link set nlp0 up; done
+for machine in {MACHINES[0]} {MACHINES[1]}; do
+  ip -n $machine link set lo up && ip -n $machine link set nlp0 up
+done
 """  # 192.0.2.0/24 is for examples (RFC 5737): no network has it
-RENDEZVOUS = {"static": lambda rank: ["--node-rank", rank, "--master-addr", "192.0.2.1", "--master-port", 29500],
-              "c10d": lambda rank: ["--rdzv-backend", "c10d", "--rdzv-endpoint", "192.0.2.1:29500", "--rdzv-id", "job", "--rdzv-conf", f"is_host={1 - rank}",
-                                    "--local-addr", f"192.0.2.{rank + 1}"]}
+RENDEZVOUS = {
+    "static": lambda rank: ["--node-rank", rank, "--master-addr", "192.0.2.1", "--master-port", 29500],
+    "c10d": lambda rank: [
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        "192.0.2.1:29500",
+        "--rdzv-id",
+        "job",
+        "--rdzv-conf",
+        f"is_host={1 - rank}",
+        "--local-addr",
+        f"192.0.2.{rank + 1}",
+    ],
+}
 
 
 @pytest.fixture(scope="module")
 def machines():
     """Return a function that starts one process under torchrun on each of two machines."""
-    if shutil.which("ip") is None or subprocess.run(["ip", "netns", "add", MACHINES[0]], capture_output=True).returncode:
+    if (
+        shutil.which("ip") is None
+        or subprocess.run(["ip", "netns", "add", MACHINES[0]], capture_output=True).returncode
+    ):
         pytest.skip("no right to make network name spaces here")
 
     def start(folder: Path, flags: list, how: str, *within) -> list[subprocess.Popen]:
-        torchrun, environment = Path(sys.executable).with_name("torchrun"), {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "nlp0"}
-        commands = [["ip", "netns", "exec", machine, *(within if rank else ()), torchrun, "--nnodes", 2, "--nproc-per-node", 1, "--max-restarts", 1, *RENDEZVOUS[how](rank),
-                     "train_classifier.py", *flags, "--output-dir", folder] for rank, machine in enumerate(MACHINES)]
-        return [subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment})
-                for command in commands]
+        torchrun, environment = (
+            Path(sys.executable).with_name("torchrun"),
+            {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "nlp0"},
+        )
+        commands = [
+            [
+                "ip",
+                "netns",
+                "exec",
+                machine,
+                *(within if rank else ()),
+                torchrun,
+                "--nnodes",
+                2,
+                "--nproc-per-node",
+                1,
+                "--max-restarts",
+                1,
+                *RENDEZVOUS[how](rank),
+                "train_classifier.py",
+                *flags,
+                "--output-dir",
+                folder,
+            ]
+            for rank, machine in enumerate(MACHINES)
+        ]
+        return [
+            subprocess.Popen(
+                list(map(str, command)),
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env={**os.environ, **environment},
+            )
+            for command in commands
+        ]
+
     try:
         if subprocess.run(["sh", "-ec", CABLE], capture_output=True).returncode:
             pytest.skip("no right to lay a cable between network name spaces here")
@@ -176,15 +311,25 @@ def machines():
             subprocess.run(["ip", "netns", "del", machine], capture_output=True)
 
 
-@pytest.mark.parametrize("how, killed", [("static", 0), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("static", 1), ("c10d", 0), ("c10d", 1)))])
+@pytest.mark.parametrize(
+    "how, killed",
+    [
+        ("static", 0),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("static", 1), ("c10d", 0), ("c10d", 1))),
+    ],
+)
 def test_a_job_on_two_machines_goes_on_when_a_worker_is_killed(how, killed, machines, flags, whole, tmp_path):
-    """Their agents start new workers at different moments: one must not wait for a worker that is dead."""
+    """Their agents start new workers at different moments: one must not wait for a worker that is
+    dead.
+    """
     jobs = machines(tmp_path / "run", flags, how)
     wait_for_checkpoint(tmp_path / "run", jobs[0])
     os.kill(workers(jobs[killed])[0], signal.SIGKILL)
     said = [job.communicate(timeout=120) for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0], said
-    assert said[0][0].count("resume   ") == 1 and said[1][0] == "", "the first machine's process writes, the other's is silent"
+    assert said[0][0].count("resume   ") == 1 and said[1][0] == "", (
+        "the first machine's process writes, the other's is silent"
+    )
     assert same_end(tmp_path / "run", whole)
 
 
@@ -196,4 +341,7 @@ def test_machines_without_a_common_file_system_are_told_so(machines, flags, tmp_
     jobs = machines(tmp_path / "runs" / "run", flags, "static", *within)
     said = [job.communicate(timeout=250) for job in jobs]
     assert all(job.returncode for job in jobs)
-    assert f"--output-dir: process 1 does not see {tmp_path / 'runs' / 'run' / 'config.json'} as process 0 does; name a folder on a file system" in said[0][1], said
+    assert (
+        f"--output-dir: process 1 does not see {tmp_path / 'runs' / 'run' / 'config.json'} as process 0 does;"
+        " name a folder on a file system" in said[0][1]
+    ), said

@@ -1,4 +1,6 @@
-"""train_classifier.py as a user calls it, on a small model: what a run leaves, repeats, and is read by."""
+"""train_classifier.py as a user calls it, on a small model: what a run leaves, repeats, and is
+read by.
+"""
 
 import csv
 import json
@@ -21,12 +23,27 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 
 from conftest import ROOT, make_sentences
 
-FLAGS = ["--epochs", 2, "--max-length", 24, "--batch-size", 8, "--lr", "3e-3", "--log-every", 3, "--dropout", 0.1]
+FLAGS = [
+    "--epochs",
+    2,
+    "--max-length",
+    24,
+    "--batch-size",
+    8,
+    "--lr",
+    "3e-3",
+    "--log-every",
+    3,
+    "--dropout",
+    0.1,
+]
 
 
 @pytest.fixture(scope="module")
 def flags(tiny_model, sentences_csv, cache_dir, tmp_path_factory):
-    """With the small model as a pretrained encoder comes, without a head: each run draws one, and its dropout masks, from its seed."""
+    """With the small model as a pretrained encoder comes, without a head: each run draws one, and
+    its dropout masks, from its seed.
+    """
     encoder = tmp_path_factory.mktemp("models") / "encoder"
     AutoModel.from_pretrained(tiny_model).save_pretrained(encoder)
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(encoder)
@@ -51,7 +68,11 @@ def test_the_screen_shows_epochs_and_examples_and_stderr_stays_quiet(finished):
     assert process.stderr == ""
     assert "validation and test cut from train: 10 % each, stratified" in process.stdout
     assert re.search(r"96 train, 12 validation, 12 test texts, 2 classes", process.stdout)
-    table = process.stdout[process.stdout.index("  epoch    training loss    validation loss    accuracy    macro-F1    examples/s"):]
+    table = process.stdout[
+        process.stdout.index(
+            "  epoch    training loss    validation loss    accuracy    macro-F1    examples/s"
+        ) :
+    ]
     assert re.search(r"\n +1 +\d\.\d+ .*\n +2 +\d\.\d+ ", table)
     assert "five right ones" in table and "predicted class    true class" in table and "confidence" in table
     assert "five wrong ones" in table
@@ -64,12 +85,18 @@ def test_the_run_folder_holds_results_that_agree_with_each_other(finished):
     assert results["test_accuracy"] > 0.8, "the sentences are easy: the loop must learn them"
     rows = predictions_of(folder)
     assert len(rows) == 12
-    assert sum(row["true"] == row["predicted"] for row in rows) / 12 == pytest.approx(results["test_accuracy"])
+    assert sum(row["true"] == row["predicted"] for row in rows) / 12 == pytest.approx(
+        results["test_accuracy"]
+    )
     sources = make_sentences(120)
     for row in rows:
-        assert (row["text"], row["true"]) == sources[int(row["row"]) - 1], "a row number leads back to the source"
+        assert (row["text"], row["true"]) == sources[int(row["row"]) - 1], (
+            "a row number leads back to the source"
+        )
         scores = {name: float(row[f"score {name}"]) for name in ("neg", "pos")}
-        assert max(scores, key=scores.get) == row["predicted"] and float(row["confidence"]) == pytest.approx(max(scores.values()), abs=1e-5)
+        assert max(scores, key=scores.get) == row["predicted"] and float(row["confidence"]) == pytest.approx(
+            max(scores.values()), abs=1e-5
+        )
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     validation = [line for line in lines if "validation/accuracy" in line]
     assert [line["step"] for line in validation] == [12, 24]
@@ -84,22 +111,42 @@ def test_the_learning_rate_rises_then_falls_to_zero(finished):
     lines = [json.loads(line) for line in (finished[0] / "metrics.jsonl").read_text().splitlines()]
     rates = {line["step"]: line["train/learning_rate"] for line in lines if "train/loss" in line}
     warmup, total, peak = 2, 24, 3e-3  # 10 % of 24 steps, rounded
-    assert rates == pytest.approx({step: peak * min(step / warmup, (total - step) / (total - warmup)) for step in rates})
+    assert rates == pytest.approx(
+        {step: peak * min(step / warmup, (total - step) / (total - warmup)) for step in rates}
+    )
 
 
 def test_the_report_holds_what_the_screen_shows_with_pictures(finished):
     folder, process = finished
     report = (folder / "report.md").read_text()
-    for heading in ("## Epochs", "## Classes of the test split", "## Five right", "## Five wrong", "## Settings"):
+    for heading in (
+        "## Epochs",
+        "## Classes of the test split",
+        "## Five right",
+        "## Five wrong",
+        "## Settings",
+    ):
         assert heading in report
     screen = [re.split(" {2,}", line.strip()) for line in process.stdout.splitlines()]
-    tables = {section.splitlines()[0]: [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line.startswith("|")][2:]
-              for section in report.split("\n## ")[1:]}  # without the head and the line below it
+    tables = {
+        section.splitlines()[0]: [
+            [cell.strip() for cell in line.strip("|").split("|")]
+            for line in section.splitlines()
+            if line.startswith("|")
+        ][2:]
+        for section in report.split("\n## ")[1:]
+    }  # without the head and the line below it
     for heading in ("Epochs", "Classes of the test split", "By length", "Five right", "Five wrong"):
         assert [row for row in screen if row in tables[heading]] == tables[heading], heading
-    assert [len(tables[heading]) for heading in ("Epochs", "Classes of the test split")] == [2, 2] and tables["By length"]
+    assert [len(tables[heading]) for heading in ("Epochs", "Classes of the test split")] == [2, 2] and tables[
+        "By length"
+    ]
     for heading, right in (("Five right", True), ("Five wrong", False)):
-        answers = [(row["predicted"], row["true"]) for row in predictions_of(folder) if (row["predicted"] == row["true"]) == right]
+        answers = [
+            (row["predicted"], row["true"])
+            for row in predictions_of(folder)
+            if (row["predicted"] == row["true"]) == right
+        ]
         shown = [(predicted, true) for _, predicted, true, _ in tables[heading]]
         assert len(shown) == min(5, len(answers)) and set(shown) <= set(answers), heading
     for picture in re.findall(r"\]\((\S+\.png)\)", report):
@@ -113,14 +160,28 @@ def test_the_report_holds_what_the_screen_shows_with_pictures(finished):
 def test_pipeline_and_from_pretrained_load_best_and_agree_with_predict(finished, run_script, tmp_path):
     folder, _ = finished
     texts = ["a good film with lovely actors", "the story was awful and grim", "so it was 🙂 " * 40]
-    done = run_script("train_classifier.py", "--model", folder / "best", "--predict", "-", "--precision", "fp32", "--truncation", "head", stdin="\n".join(texts) + "\n")
+    done = run_script(
+        "train_classifier.py",
+        "--model",
+        folder / "best",
+        "--predict",
+        "-",
+        "--precision",
+        "fp32",
+        "--truncation",
+        "head",
+        stdin="\n".join(texts) + "\n",
+    )
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.stderr == "" and [answer["row"] for answer in answers] == [1, 2, 3]
     classify = pipeline("text-classification", model=str(folder / "best"), device="cpu", top_k=None)
     for text, answer in zip(texts, answers):
         expected = {score["label"]: score["score"] for score in classify([text], truncation=True)[0]}
         assert answer["scores"] == pytest.approx(expected, abs=1e-5)
-        assert answer["label"] == max(expected, key=expected.get) and answer["confidence"] == answer["scores"][answer["label"]]
+        assert (
+            answer["label"] == max(expected, key=expected.get)
+            and answer["confidence"] == answer["scores"][answer["label"]]
+        )
     model = AutoModelForSequenceClassification.from_pretrained(folder / "best")
     assert model.config.id2label == {0: "neg", 1: "pos"} and model.config.label2id == {"neg": 0, "pos": 1}
     assert AutoTokenizer.from_pretrained(folder / "best").model_max_length == 24
@@ -129,9 +190,14 @@ def test_pipeline_and_from_pretrained_load_best_and_agree_with_predict(finished,
 def test_evaluate_only_gives_the_score_of_the_run(finished, run_script, sentences_csv):
     folder, _ = finished
     before = sorted(path for path in folder.rglob("*"))
-    done = run_script("train_classifier.py", "--model", folder / "best", "--dataset", sentences_csv, "--evaluate-only")
+    done = run_script(
+        "train_classifier.py", "--model", folder / "best", "--dataset", sentences_csv, "--evaluate-only"
+    )
     results = json.loads((folder / "metrics.json").read_text())
-    assert f"accuracy {results['test_accuracy']:.4f}, macro-F1 {results['test_macro_f1']:.4f}, loss {results['test_loss']:.4f} on 12 texts" in done.stdout
+    assert (
+        f"accuracy {results['test_accuracy']:.4f}, macro-F1 {results['test_macro_f1']:.4f}, loss"
+        f" {results['test_loss']:.4f} on 12 texts" in done.stdout
+    )
     assert sorted(path for path in folder.rglob("*")) == before
 
 
@@ -143,8 +209,21 @@ def test_the_same_seed_repeats_a_run_bit_for_bit_and_a_terminal_gets_a_bar(finis
     seen = []
     reader = threading.Thread(target=_read_all, args=(terminal, seen))
     reader.start()
-    command = [sys.executable, "train_classifier.py", *map(str, flags), "--output-dir", str(tmp_path / "again")]
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=stderr, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    command = [
+        sys.executable,
+        "train_classifier.py",
+        *map(str, flags),
+        "--output-dir",
+        str(tmp_path / "again"),
+    ]
+    subprocess.run(
+        command,
+        cwd=ROOT,
+        check=True,
+        stdout=subprocess.DEVNULL,
+        stderr=stderr,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
     os.close(stderr)
     reader.join()
     screen = b"".join(seen).decode()
@@ -166,31 +245,78 @@ def test_tensorboard_shows_curves_pictures_texts_and_settings(finished):
     """A real TensorBoard server reads the run, and is asked over HTTP as its page does."""
     folder, _ = finished
     server = program.TensorBoard()
-    server.configure(argv=[None, "--logdir", str(folder.parent), "--host", "127.0.0.1", "--port", "0", "--load_fast", "false", "--reload_interval", "0"])
+    server.configure(
+        argv=[
+            None,
+            "--logdir",
+            str(folder.parent),
+            "--host",
+            "127.0.0.1",
+            "--port",
+            "0",
+            "--load_fast",
+            "false",
+            "--reload_interval",
+            "0",
+        ]
+    )
     url = server.launch()
 
     def get(path, data=None):
-        return json.load(urllib.request.urlopen(urllib.request.Request(url.rstrip("/") + "/data/plugin/" + path, data=data, headers={"Content-Type": "application/json"}), timeout=30))
+        return json.load(
+            urllib.request.urlopen(
+                urllib.request.Request(
+                    url.rstrip("/") + "/data/plugin/" + path,
+                    data=data,
+                    headers={"Content-Type": "application/json"},
+                ),
+                timeout=30,
+            )
+        )
+
     scalars = get("scalars/tags")["first"]
-    assert {"train/loss", "train/learning_rate", "train/grad_norm", "train/examples_per_second", "validation/loss", "validation/accuracy",
-            "validation/macro_f1", "test/accuracy"} <= scalars.keys()
+    assert {
+        "train/loss",
+        "train/learning_rate",
+        "train/grad_norm",
+        "train/examples_per_second",
+        "validation/loss",
+        "validation/accuracy",
+        "validation/macro_f1",
+        "test/accuracy",
+    } <= scalars.keys()
     points = get("scalars/scalars?run=first&tag=validation%2Faccuracy")
     assert [point[1] for point in points] == [12, 24]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [point[2] for point in points] == pytest.approx([line["validation/accuracy"] for line in lines if "validation/accuracy" in line])
+    assert [point[2] for point in points] == pytest.approx(
+        [line["validation/accuracy"] for line in lines if "validation/accuracy" in line]
+    )
     assert {"validation/confusion", "test/confusion"} <= get("images/tags")["first"].keys()
     assert "test/mistakes/text_summary" in get("text/tags")["first"]
     (panel,) = get("text/text?run=first&tag=test%2Fmistakes%2Ftext_summary")
     rows = predictions_of(folder)
     wrong = [row["text"] for row in rows if row["predicted"] != row["true"]]
-    assert [row["text"] for row in rows if row["text"][:40] in panel["text"]] == wrong and ("none" in panel["text"]) == (wrong == [])
+    assert [row["text"] for row in rows if row["text"][:40] in panel["text"]] == wrong and (
+        "none" in panel["text"]
+    ) == (wrong == [])
     experiment = get("hparams/experiment", data=json.dumps({"experimentName": ""}).encode())
     assert {"lr", "batch_size", "model"} <= {info["name"] for info in experiment["hparamInfos"]}
-    assert {"test/accuracy", "test/loss"} <= {info["name"]["tag"] for info in experiment["metricInfos"]} <= scalars.keys()
-    asked = {"experimentName": "", "allowedStatuses": ["STATUS_SUCCESS"], "colParams": [{"metric": {"tag": "test/accuracy"}}], "sliceSize": 10}
+    assert (
+        {"test/accuracy", "test/loss"}
+        <= {info["name"]["tag"] for info in experiment["metricInfos"]}
+        <= scalars.keys()
+    )
+    asked = {
+        "experimentName": "",
+        "allowedStatuses": ["STATUS_SUCCESS"],
+        "colParams": [{"metric": {"tag": "test/accuracy"}}],
+        "sliceSize": 10,
+    }
     (group,) = get("hparams/session_groups", data=json.dumps(asked).encode())["sessionGroups"]
     values = {value["name"]["tag"]: value["value"] for value in group["metricValues"]}
-    assert values["test/accuracy"] == pytest.approx(json.loads((folder / "metrics.json").read_text())["test_accuracy"])
+    assert values["test/accuracy"] == pytest.approx(
+        json.loads((folder / "metrics.json").read_text())["test_accuracy"]
+    )
 
 
 def test_inspect_shows_data_tokens_and_a_batch_and_trains_nothing(run_script, flags, tiny_model, tmp_path):
@@ -198,23 +324,49 @@ def test_inspect_shows_data_tokens_and_a_batch_and_trains_nothing(run_script, fl
     out = done.stdout
     assert done.stderr == "" and not (tmp_path / "none").exists()
     assert re.search(r"neg +48 +6 +6\n *pos +48 +6 +6\n *all +96 +12 +12", out)
-    assert "reads 24 at once in training and 24 in scoring, the model holds 64" in out and "'[PAD]' = id 0" in out and "they belong together" in out
-    tokens, ids = (re.search(rf"^{name} +(\S.*)$", out[out.index("ONE TEXT"):], re.M).group(1).split() for name in ("tokens", "ids"))
-    assert tokens[0] == "[CLS]" and ids[0] == "2" and list(map(int, ids)) == AutoTokenizer.from_pretrained(tiny_model).convert_tokens_to_ids(tokens)
+    assert (
+        "reads 24 at once in training and 24 in scoring, the model holds 64" in out
+        and "'[PAD]' = id 0" in out
+        and "they belong together" in out
+    )
+    tokens, ids = (
+        re.search(rf"^{name} +(\S.*)$", out[out.index("ONE TEXT") :], re.M).group(1).split()
+        for name in ("tokens", "ids")
+    )
+    assert (
+        tokens[0] == "[CLS]"
+        and ids[0] == "2"
+        and list(map(int, ids)) == AutoTokenizer.from_pretrained(tiny_model).convert_tokens_to_ids(tokens)
+    )
     width = int(re.search(r"input_ids +\(4, (\d+)\) int64", out).group(1))
-    rows = re.findall(r"\((\d+) tokens \+ (\d+) padding\)", out[out.index("ONE PADDED BATCH"):])
-    assert [int(own) + int(padding) for own, padding in rows] == [width] * 4 and "[PAD]" in out[out.index("ONE PADDED BATCH"):]
+    rows = re.findall(r"\((\d+) tokens \+ (\d+) padding\)", out[out.index("ONE PADDED BATCH") :])
+    assert [int(own) + int(padding) for own, padding in rows] == [width] * 4 and "[PAD]" in out[
+        out.index("ONE PADDED BATCH") :
+    ]
 
 
 @pytest.mark.parametrize("extra", [["--grad-accum", 2]])
 def test_two_processes_at_batch_4_equal_one_at_batch_8(extra, run_script, flags, tmp_path):
-    """The global batch decides the order, and gradients are sums over the true count: only rounding differs.
+    """The global batch decides the order, and gradients are sums over the true count: only
+    rounding differs.
 
-    41 texts leave nine for the last step: one process has five in two batches, the other four in one.
+    41 texts leave nine for the last step: one process has five in two batches, the other four in
+    one.
     """
     short = [*flags, "--dropout", 0, "--precision", "fp32", "--epochs", 1, "--max-train-samples", 41, *extra]
     run_script("train_classifier.py", *short, "--output-dir", tmp_path / "one")
-    done = run_script("torchrun", "--nproc-per-node", 2, "train_classifier.py", *short, "--batch-size", 4, "--output-dir", tmp_path / "two", OMP_NUM_THREADS="1")
+    done = run_script(
+        "torchrun",
+        "--nproc-per-node",
+        2,
+        "train_classifier.py",
+        *short,
+        "--batch-size",
+        4,
+        "--output-dir",
+        tmp_path / "two",
+        OMP_NUM_THREADS="1",
+    )
     assert done.stdout.count("epoch 1/1") == 1, "only the main process prints"
     one, two = (load_file(tmp_path / name / "best" / "model.safetensors") for name in ("one", "two"))
     for name in one | two:
@@ -226,17 +378,45 @@ def test_two_processes_at_batch_4_equal_one_at_batch_8(extra, run_script, flags,
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_the_main_command_reaches_98_percent_in_12_minutes(run_script, tmp_path):
-    """The median of seeds 0, 1 and 2 on the bundled news, with the defaults of the command line."""
+    """The median of seeds 0, 1 and 2 on the bundled news, with the defaults of the command
+    line.
+    """
     accuracies = []
     for seed in (0, 1, 2):
-        run_script("train_classifier.py", "--epochs", 3, "--seed", seed, "--output-dir", tmp_path / str(seed), timeout=720)
-        accuracies.append(json.loads((Path(tmp_path) / str(seed) / "metrics.json").read_text())["test_accuracy"])
+        run_script(
+            "train_classifier.py",
+            "--epochs",
+            3,
+            "--seed",
+            seed,
+            "--output-dir",
+            tmp_path / str(seed),
+            timeout=720,
+        )
+        accuracies.append(
+            json.loads((Path(tmp_path) / str(seed) / "metrics.json").read_text())["test_accuracy"]
+        )
     assert sorted(accuracies)[1] >= 0.98, accuracies
 
 
 def test_the_main_command_learns_on_a_sample_of_the_bundled_news(run_script, tmp_path, cache_dir):
     """The real encoder on real texts, few of them, so that every test run covers the defaults."""
-    done = run_script("train_classifier.py", "--epochs", 2, "--max-train-samples", 160, "--max-eval-samples", 60, "--max-length", 64, "--lr", "3e-4",
-                      "--cache-dir", cache_dir, "--output-dir", tmp_path / "news")
+    done = run_script(
+        "train_classifier.py",
+        "--epochs",
+        2,
+        "--max-train-samples",
+        160,
+        "--max-eval-samples",
+        60,
+        "--max-length",
+        64,
+        "--lr",
+        "3e-4",
+        "--cache-dir",
+        cache_dir,
+        "--output-dir",
+        tmp_path / "news",
+    )
     results = json.loads((tmp_path / "news" / "metrics.json").read_text())
     assert done.stderr == "" and results["test_accuracy"] > 0.8, results

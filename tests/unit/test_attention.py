@@ -1,4 +1,6 @@
-"""Attention by matrix products against float64, the library's textbook form and PyTorch's fused kernel; and when it is taken."""
+"""Attention by matrix products against float64, the library's textbook form and PyTorch's fused
+kernel; and when it is taken.
+"""
 
 import pytest
 import torch
@@ -15,12 +17,19 @@ class Module(torch.nn.Module):
 
 def make(batch=2, heads=3, tokens=7, width=4, dtype=torch.float64, **options):
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(batch, heads, tokens, width, generator=generator).to(dtype).requires_grad_(**options) for _ in range(3)]
+    return [
+        torch.randn(batch, heads, tokens, width, generator=generator).to(dtype).requires_grad_(**options)
+        for _ in range(3)
+    ]
 
 
 def some_mask(batch, tokens):
-    """Return (B, 1, T, T), True where seen: the texts end at different places, and the last row of the last text sees nothing."""
-    mask = (torch.arange(tokens) < torch.arange(tokens, tokens - batch, -1)[:, None])[:, None, None, :].repeat(1, 1, tokens, 1)
+    """Return (B, 1, T, T), True where seen: the texts end at different places, and the last row of
+    the last text sees nothing.
+    """
+    mask = (torch.arange(tokens) < torch.arange(tokens, tokens - batch, -1)[:, None])[
+        :, None, None, :
+    ].repeat(1, 1, tokens, 1)
     mask[-1, :, -1] = False
     return mask
 
@@ -29,7 +38,8 @@ def some_mask(batch, tokens):
 def test_values_and_gradients_in_bf16_are_near_those_of_float64(masked):
     """And about as near as the library's textbook form in bf16."""
     mask = some_mask(2, 33) if masked else None
-    seen = torch.ones(2, 1, 33, 1) if mask is None else mask.any(dim=-1, keepdim=True)  # rows that see nothing may hold anything
+    # rows that see nothing may hold anything
+    seen = torch.ones(2, 1, 33, 1) if mask is None else mask.any(dim=-1, keepdim=True)
     grad = torch.randn(2, 3, 33, 4, generator=torch.Generator().manual_seed(1)).bfloat16() * seen
 
     def run(function, dtype, mask):
@@ -38,8 +48,15 @@ def test_values_and_gradients_in_bf16_are_near_those_of_float64(masked):
         output.backward(grad.to(dtype))
         return [(output * seen).double(), *(part.grad.double() for part in parts)]
 
-    bias = None if mask is None else torch.zeros(mask.shape, dtype=torch.bfloat16).masked_fill(~mask, torch.finfo(torch.bfloat16).min)
-    exact, ours = run(sdpa_attention_forward, torch.float64, mask), run(attention.attend, torch.bfloat16, mask)
+    bias = (
+        None
+        if mask is None
+        else torch.zeros(mask.shape, dtype=torch.bfloat16).masked_fill(~mask, torch.finfo(torch.bfloat16).min)
+    )
+    exact, ours = (
+        run(sdpa_attention_forward, torch.float64, mask),
+        run(attention.attend, torch.bfloat16, mask),
+    )
     theirs = run(eager_attention_forward, torch.bfloat16, bias)
     for name, right, own, other in zip(("output", "query", "key", "value"), exact, ours, theirs):
         own_error, other_error = ((found - right).square().mean().sqrt() for found in (own, other))
@@ -65,7 +82,10 @@ def test_additive_masks_are_added():
 def test_what_the_fused_kernel_does_better_is_left_to_it(what):
     """Bit for bit: the library's own function was called, with all it needs."""
     tokens, options, module = (attention.LONGEST + 1 if what == "long" else 7), {}, Module()
-    query, key, value = (part.detach() for part in make(tokens=tokens, heads=4, dtype=torch.float32 if what == "fp32" else torch.bfloat16))
+    query, key, value = (
+        part.detach()
+        for part in make(tokens=tokens, heads=4, dtype=torch.float32 if what == "fp32" else torch.bfloat16)
+    )
     if what == "dropout":
         options["dropout"] = 0.5
     if what == "causal":
@@ -91,7 +111,8 @@ def test_a_model_gives_in_bf16_what_it_gives_with_the_fused_kernel(tiny_model):
     fused = run()
     attention.use_matrix_products(model)
     ours = run()
-    assert torch.allclose(ours, fused, atol=0.05) and not torch.equal(ours, fused)  # equal would mean that the fused kernel was used
+    # equal would mean that the fused kernel was used
+    assert torch.allclose(ours, fused, atol=0.05) and not torch.equal(ours, fused)
 
 
 def test_models_with_attention_of_their_own_stay_as_they_are(tiny_model):

@@ -17,8 +17,16 @@ LENGTHS = st.lists(st.integers(1, 512), min_size=1, max_size=400)
 
 
 @settings(deadline=None, max_examples=60)
-@given(lengths=LENGTHS, batch_size=st.integers(1, 40), seed=st.integers(0, 2**32 - 1), epoch=st.integers(1, 50), buckets=st.booleans())
-def test_an_epoch_holds_each_row_once_in_full_batches_and_depends_on_nothing_else(lengths, batch_size, seed, epoch, buckets):
+@given(
+    lengths=LENGTHS,
+    batch_size=st.integers(1, 40),
+    seed=st.integers(0, 2**32 - 1),
+    epoch=st.integers(1, 50),
+    buckets=st.booleans(),
+)
+def test_an_epoch_holds_each_row_once_in_full_batches_and_depends_on_nothing_else(
+    lengths, batch_size, seed, epoch, buckets
+):
     options = {"batch_size": batch_size, "seed": seed, "epoch": epoch, "buckets": buckets}
     order = batching.batch_order(lengths, **options)
     assert sorted(np.concatenate(order).tolist()) == list(range(len(lengths)))
@@ -30,8 +38,12 @@ def test_an_epoch_holds_each_row_once_in_full_batches_and_depends_on_nothing_els
 
 @pytest.mark.parametrize("buckets", [True, False])
 def test_the_order_changes_with_the_epoch_and_the_seed(buckets):
-    orders = [np.concatenate(batching.batch_order(range(1, 101), batch_size=8, seed=seed, epoch=epoch, buckets=buckets)).tolist()
-              for seed, epoch in ((0, 1), (0, 2), (1, 1))]
+    orders = [
+        np.concatenate(
+            batching.batch_order(range(1, 101), batch_size=8, seed=seed, epoch=epoch, buckets=buckets)
+        ).tolist()
+        for seed, epoch in ((0, 1), (0, 2), (1, 1))
+    ]
     assert orders[0] != orders[1] and orders[0] != orders[2] and orders[1] != orders[2]
 
 
@@ -41,13 +53,19 @@ def test_buckets_pad_less_and_are_not_sorted_over_the_epoch():
     random_order = batching.batch_order(lengths, batch_size=16, seed=0, epoch=1, buckets=False)
     assert batching.padding_share(lengths, order) < 0.04 < 0.3 < batching.padding_share(lengths, random_order)
     means = np.array([lengths[batch].mean() for batch in order])
-    assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.3  # neither rising nor falling over the epoch
+    # neither rising nor falling over the epoch
+    assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.3
 
 
 @pytest.mark.parametrize("count", [96, 500, 2000])
 def test_buckets_put_other_texts_together_in_each_epoch(count):
-    """Also where the epoch is short and no two texts have the same length: sorted as a whole, every epoch would have the same batches."""
-    epochs = [batching.batch_order(range(1, count + 1), batch_size=16, seed=0, epoch=epoch, buckets=True) for epoch in (1, 2)]
+    """Also where the epoch is short and no two texts have the same length: sorted as a whole,
+    every epoch would have the same batches.
+    """
+    epochs = [
+        batching.batch_order(range(1, count + 1), batch_size=16, seed=0, epoch=epoch, buckets=True)
+        for epoch in (1, 2)
+    ]
     first, second = ({frozenset(batch.tolist()) for batch in order} for order in epochs)
     assert not first & second
 
@@ -92,32 +110,78 @@ def test_a_cut_keeps_the_picks_in_order_and_the_memory_bounded(counts, most):
 def test_drawn_windows_are_a_function_of_seed_and_epoch_and_reach_every_window():
     counts = [1, 2, 7] * 20
     drawn = batching.draw_windows(counts, most=2, seed=3, epoch=1)
-    assert drawn == batching.draw_windows(counts, most=2, seed=3, epoch=1) != batching.draw_windows(counts, most=2, seed=3, epoch=2)
-    assert all(len(set(windows)) == len(windows) == min(count, 2) and max(windows) < count for windows, count in zip(drawn, counts))
-    reached = {windows for epoch in range(1, 40) for windows in batching.draw_windows([7], most=1, seed=3, epoch=epoch)}
+    assert (
+        drawn
+        == batching.draw_windows(counts, most=2, seed=3, epoch=1)
+        != batching.draw_windows(counts, most=2, seed=3, epoch=2)
+    )
+    assert all(
+        len(set(windows)) == len(windows) == min(count, 2) and max(windows) < count
+        for windows, count in zip(drawn, counts)
+    )
+    reached = {
+        windows
+        for epoch in range(1, 40)
+        for windows in batching.draw_windows([7], most=1, seed=3, epoch=epoch)
+    }
     assert reached == {(window,) for window in range(7)}
 
 
 @settings(deadline=None, max_examples=40)
-@given(count=st.integers(1, 50), batch_size=st.integers(1, 6), world_size=st.integers(1, 3), grad_accum=st.integers(1, 4), micro_batch=st.integers(1, 6))
-def test_the_steps_of_all_processes_hold_each_text_once_whatever_the_size_of_their_batches(count, batch_size, world_size, grad_accum, micro_batch):
-    """A step of the same size has the same texts, whatever share of it processes and accumulation have, and with any bound on memory."""
+@given(
+    count=st.integers(1, 50),
+    batch_size=st.integers(1, 6),
+    world_size=st.integers(1, 3),
+    grad_accum=st.integers(1, 4),
+    micro_batch=st.integers(1, 6),
+)
+def test_the_steps_of_all_processes_hold_each_text_once_whatever_the_size_of_their_batches(
+    count, batch_size, world_size, grad_accum, micro_batch
+):
+    """A step of the same size has the same texts, whatever share of it processes and accumulation
+    have, and with any bound on memory.
+    """
     rows = {"window_lengths": [[3 + number % 5] * (1 + number % 3) for number in range(count)]}
-    flags = argparse.Namespace(batch_size=batch_size, seed=1, batching="buckets", max_windows=2, grad_accum=grad_accum)
-    plans = [batching.plan_epoch(rows, 1, micro_batch, flags, Runtime(torch.device("cpu"), "fp32", rank, world_size)) for rank in range(world_size)]
-    alone = batching.plan_epoch(rows, 1, 10**6, argparse.Namespace(**{**vars(flags), "batch_size": batch_size * world_size * grad_accum, "grad_accum": 1}), Runtime(torch.device("cpu"), "fp32"))
+    flags = argparse.Namespace(
+        batch_size=batch_size, seed=1, batching="buckets", max_windows=2, grad_accum=grad_accum
+    )
+    plans = [
+        batching.plan_epoch(
+            rows, 1, micro_batch, flags, Runtime(torch.device("cpu"), "fp32", rank, world_size)
+        )
+        for rank in range(world_size)
+    ]
+    alone = batching.plan_epoch(
+        rows,
+        1,
+        10**6,
+        argparse.Namespace(
+            **{**vars(flags), "batch_size": batch_size * world_size * grad_accum, "grad_accum": 1}
+        ),
+        Runtime(torch.device("cpu"), "fp32"),
+    )
     assert len({len(plan) for plan in plans}) == 1 and len(plans[0]) == len(alone)
     for step, expected in enumerate(alone):
         together = [pick for plan in plans for batch in plan[step] for pick in batch if pick[0] >= 0]
         assert sorted(together) == sorted(pick for batch in expected for pick in batch)
-    assert all(step and all(step) for plan in plans for step in plan), "every process has something to do in every step"
+    assert all(step and all(step) for plan in plans for step in plan), (
+        "every process has something to do in every step"
+    )
 
 
 @pytest.fixture
 def rows():
     texts = ["the film was good", "a story with actors that I saw on monday and it was awful " * 3, "grim"]
-    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"]), "row": datasets.Value("int64")})
-    return datasets.Dataset.from_dict({"text": texts, "label": [1, 0, 0], "row": [1, 2, 3]}, features=features)
+    features = datasets.Features(
+        {
+            "text": datasets.Value("string"),
+            "label": datasets.ClassLabel(names=["neg", "pos"]),
+            "row": datasets.Value("int64"),
+        }
+    )
+    return datasets.Dataset.from_dict(
+        {"text": texts, "label": [1, 0, 0], "row": [1, 2, 3]}, features=features
+    )
 
 
 def test_tokenize_truncates_counts_and_equals_the_tokenizer(rows, tiny_model, tmp_path):
@@ -126,28 +190,46 @@ def test_tokenize_truncates_counts_and_equals_the_tokenizer(rows, tiny_model, tm
     for row, text in zip(tokenized, rows["text"]):
         whole = tokenizer(text)["input_ids"]
         assert row["input_ids"] == [tokenizer(text, truncation=True, max_length=12)["input_ids"]]
-        assert row["num_tokens"] == len(whole) and row["window_lengths"] == [row["num_read"]] == [min(len(whole), 12)]
+        assert row["num_tokens"] == len(whole) and row["window_lengths"] == [row["num_read"]] == [
+            min(len(whole), 12)
+        ]
 
 
-def test_tokenize_reuses_its_file_until_texts_length_truncation_or_tokenizer_change(rows, tiny_model, tmp_path, monkeypatch):
+def test_tokenize_reuses_its_file_until_texts_length_truncation_or_tokenizer_change(
+    rows, tiny_model, tmp_path, monkeypatch
+):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     first = batching.tokenize(rows, tokenizer, max_length=12, truncation="head", cache_dir=str(tmp_path))
     tokenizer("a call with other settings", padding="max_length", max_length=20, truncation=True)
     batching.tokenize(rows, tokenizer, max_length=12, truncation="head", cache_dir=str(tmp_path))
-    assert len(list(tmp_path.rglob("*.arrow"))) == 1, "a call in between changes the tokenizer's state, not what it does"
+    assert len(list(tmp_path.rglob("*.arrow"))) == 1, (
+        "a call in between changes the tokenizer's state, not what it does"
+    )
     batching.tokenize(rows, tokenizer, max_length=13, truncation="head", cache_dir=str(tmp_path))
-    batching.tokenize(rows.map(lambda row: {"text": row["text"] + "!"}, load_from_cache_file=False), tokenizer, max_length=12, truncation="head", cache_dir=str(tmp_path))
+    batching.tokenize(
+        rows.map(lambda row: {"text": row["text"] + "!"}, load_from_cache_file=False),
+        tokenizer,
+        max_length=12,
+        truncation="head",
+        cache_dir=str(tmp_path),
+    )
     batching.tokenize(rows, tokenizer, max_length=12, truncation="tail", cache_dir=str(tmp_path))
     renamed = rows.cast_column("label", datasets.ClassLabel(names=["bad", "good"]))
-    tokenized = batching.tokenize(renamed, tokenizer, max_length=12, truncation="head", cache_dir=str(tmp_path))
-    assert tokenized.features["label"].names == ["bad", "good"], "the same numbers for other classes are other labels"
+    tokenized = batching.tokenize(
+        renamed, tokenizer, max_length=12, truncation="head", cache_dir=str(tmp_path)
+    )
+    assert tokenized.features["label"].names == ["bad", "good"], (
+        "the same numbers for other classes are other labels"
+    )
     tokenizer.add_tokens(["monday"])
     batching.tokenize(rows, tokenizer, max_length=12, truncation="head", cache_dir=str(tmp_path))
     assert len(list(tmp_path.rglob("*.arrow"))) == 6
     assert first.cache_files[0]["filename"].startswith(str(tmp_path))
 
 
-def test_the_fingerprint_of_tokens_outlives_another_version_of_the_library(rows, tiny_model, tmp_path, monkeypatch):
+def test_the_fingerprint_of_tokens_outlives_another_version_of_the_library(
+    rows, tiny_model, tmp_path, monkeypatch
+):
     """A run goes on after it; only the file is written anew."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     options = {"max_length": 12, "truncation": "head", "cache_dir": str(tmp_path)}
@@ -159,18 +241,28 @@ def test_the_fingerprint_of_tokens_outlives_another_version_of_the_library(rows,
 
 def test_a_batch_holds_the_chosen_windows_and_a_filler_row_counts_nowhere(rows, tiny_model, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    tokenized = batching.tokenize(rows, tokenizer, max_length=12, truncation="chunks", cache_dir=str(tmp_path))
+    tokenized = batching.tokenize(
+        rows, tokenizer, max_length=12, truncation="chunks", cache_dir=str(tmp_path)
+    )
     assert len(tokenized["window_lengths"][1]) >= 4
     batch = next(iter(batching.loader(tokenized, [[(1, (0, 3)), (2, (0,)), (~0, (0,))]], tokenizer)))
     assert batch["labels"].tolist() == [0, 0, batching.IGNORED_LABEL]
     assert batch["row"].tolist() == [2, 3, 1] and batch["document"].tolist() == [0, 0, 1, 2]
-    expected = [*(tokenized[1]["input_ids"][window] for window in (0, 3)), tokenized[2]["input_ids"][0], tokenized[0]["input_ids"][0]]
-    assert [ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"])] == expected
+    expected = [
+        *(tokenized[1]["input_ids"][window] for window in (0, 3)),
+        tokenized[2]["input_ids"][0],
+        tokenized[0]["input_ids"][0],
+    ]
+    assert [
+        ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"])
+    ] == expected
     assert (batch["input_ids"][batch["attention_mask"] == 0] == tokenizer.pad_token_id).all()
 
 
 def test_a_loader_takes_no_random_number_from_the_run(rows, tiny_model, tmp_path):
-    """With one, a resumed run would draw other dropout masks: PyTorch's own loader draws a seed for its workers."""
+    """With one, a resumed run would draw other dropout masks: PyTorch's own loader draws a seed
+    for its workers.
+    """
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     tokenized = batching.tokenize(rows, tokenizer, max_length=12, truncation="head", cache_dir=str(tmp_path))
     state = torch.get_rng_state()
@@ -182,4 +274,6 @@ def test_pooled_logits_are_the_mean_of_each_document():
     logits = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
     pooled = batching.pool_windows(logits, torch.tensor([0, 0, 1, 2, 2]), 3)
     torch.testing.assert_close(pooled, torch.stack([logits[:2].mean(0), logits[2], logits[3:].mean(0)]))
-    assert torch.equal(batching.pool_windows(logits, torch.arange(5), 5), logits), "one window a text changes nothing, to the bit"
+    assert torch.equal(batching.pool_windows(logits, torch.arange(5), 5), logits), (
+        "one window a text changes nothing, to the bit"
+    )

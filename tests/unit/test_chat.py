@@ -1,4 +1,6 @@
-"""A conversation keeps its cache and answers as if it had none, also after what goes wrong: oracle is each answer from the whole conversation, anew."""
+"""A conversation keeps its cache and answers as if it had none, also after what goes wrong: oracle
+is each answer from the whole conversation, anew.
+"""
 
 import pytest
 import torch
@@ -19,16 +21,29 @@ def generator_of(kind: str, *, context: int = 512) -> Generator:
     tokenizer = train_byte_bpe()
     tokenizer.chat_template = CHAT_TEMPLATE
     torch.manual_seed(0)
-    shape = {"vocab_size": len(tokenizer), "max_position_embeddings": context, "eos_token_id": 2, "pad_token_id": 0, **SIZES}
-    model = AutoModelForCausalLM.from_config(MistralConfig(sliding_window=8, **shape) if kind == "mistral" else LlamaConfig(**shape)).eval()
+    shape = {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": context,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        **SIZES,
+    }
+    model = AutoModelForCausalLM.from_config(
+        MistralConfig(sliding_window=8, **shape) if kind == "mistral" else LlamaConfig(**shape)
+    ).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3)
-    return Generator(LanguageModel(kind, model, tokenizer, (2,), 0, context), Options(Settings(max_new_tokens=12, end_ids=(2,))))
+    return Generator(
+        LanguageModel(kind, model, tokenizer, (2,), 0, context),
+        Options(Settings(max_new_tokens=12, end_ids=(2,))),
+    )
 
 
 def anew(generator: Generator, chat: Chat, text: str) -> list[int]:
-    """Return the tokens of the answer to the conversation so far and one more text, without any cache."""
+    """Return the tokens of the answer to the conversation so far and one more text, without any
+    cache.
+    """
     ids = encode_chat([*chat.messages, {"role": "user", "content": text}], generator.language_model)
     return generator.complete([Prompt(0, text, ids)], seed=0)[0].token_ids
 
@@ -41,12 +56,15 @@ def stop_after(count: int):
         shown.append(chunk)
         if len(shown) == count:
             raise KeyboardInterrupt
+
     return show
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
 def test_each_answer_is_that_of_the_whole_conversation(kind):
-    """Mistral's window has forgotten what a shorter conversation would need again: such a cache is not gone on with."""
+    """Mistral's window has forgotten what a shorter conversation would need again: such a cache is
+    not gone on with.
+    """
     generator = generator_of(kind)
     chat = Chat(generator, "Be short.")
     for turn in TURNS:

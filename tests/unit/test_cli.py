@@ -8,18 +8,35 @@ from common import cli
 from common.errors import UserError
 
 
-@pytest.mark.parametrize("parse, text, value", [
-    (cli.positive_int, "3", 3), (cli.positive_float, "2e-5", 2e-5), (cli.non_negative_float, "0", 0.0),
-    (cli.fraction, "0.999", 0.999), (cli.non_negative_int, "0", 0),
-])
+@pytest.mark.parametrize(
+    "parse, text, value",
+    [
+        (cli.positive_int, "3", 3),
+        (cli.positive_float, "2e-5", 2e-5),
+        (cli.non_negative_float, "0", 0.0),
+        (cli.fraction, "0.999", 0.999),
+        (cli.non_negative_int, "0", 0),
+    ],
+)
 def test_takes_numbers_in_range(parse, text, value):
     assert parse(text) == value
 
 
-@pytest.mark.parametrize("parse, text", [
-    (cli.positive_int, "0"), (cli.positive_int, "-1"), (cli.positive_int, "1.5"), (cli.positive_float, "nan"), (cli.positive_float, "inf"),
-    (cli.positive_float, "0"), (cli.non_negative_float, "-0.1"), (cli.fraction, "1"), (cli.fraction, "nan"), (cli.non_negative_int, "4294967296"),
-])
+@pytest.mark.parametrize(
+    "parse, text",
+    [
+        (cli.positive_int, "0"),
+        (cli.positive_int, "-1"),
+        (cli.positive_int, "1.5"),
+        (cli.positive_float, "nan"),
+        (cli.positive_float, "inf"),
+        (cli.positive_float, "0"),
+        (cli.non_negative_float, "-0.1"),
+        (cli.fraction, "1"),
+        (cli.fraction, "nan"),
+        (cli.non_negative_int, "4294967296"),
+    ],
+)
 def test_refuses_numbers_out_of_range_and_says_the_value(parse, text):
     with pytest.raises(argparse.ArgumentTypeError, match=text.replace(".", r"\.")):
         parse(text)
@@ -32,10 +49,17 @@ def test_flags_are_not_abbreviated():
         parser.parse_args(["--mod", "x"])
 
 
-@pytest.mark.parametrize("error, code, line", [(UserError("no such file"), 2, "script: error: no such file\n"), (KeyboardInterrupt(), 130, "script: interrupted\n")])
+@pytest.mark.parametrize(
+    "error, code, line",
+    [
+        (UserError("no such file"), 2, "script: error: no such file\n"),
+        (KeyboardInterrupt(), 130, "script: interrupted\n"),
+    ],
+)
 def test_a_mistake_is_one_line_on_stderr(error, code, line, capsys):
     def main(args):
         raise error
+
     with pytest.raises(SystemExit) as exit:
         cli.run(cli.Parser(prog="script"), main, [])
     assert exit.value.code == code
@@ -45,6 +69,7 @@ def test_a_mistake_is_one_line_on_stderr(error, code, line, capsys):
 def test_a_bug_keeps_its_traceback():
     def main(args):
         raise ZeroDivisionError
+
     with pytest.raises(ZeroDivisionError):
         cli.run(cli.Parser(prog="script"), main, [])
 
@@ -54,6 +79,7 @@ def test_a_lost_connection_of_a_process_on_its_own_is_no_lost_process(monkeypatc
 
     def main(args):
         raise ConnectionResetError(104, "Connection reset by peer")
+
     with pytest.raises(ConnectionResetError):
         cli.run(cli.Parser(prog="script"), main, [])
 

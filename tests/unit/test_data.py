@@ -1,4 +1,6 @@
-"""Reading: every kind of file gives the same rows, texts come out as they went in, and a broken source is named."""
+"""Reading: every kind of file gives the same rows, texts come out as they went in, and a broken
+source is named.
+"""
 
 import csv
 import io
@@ -19,8 +21,21 @@ from common import data
 from common.errors import UserError
 
 KINDS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
-TEXTS = ["plain", "a, comma", 'a "quoted" word', "two\nlines", "a\ttab", "emoji 🎉 ünï £5",
-         "NA", "None", "null", "nan", " spaces around ", "1e5", "\u2028 separator"]
+TEXTS = [
+    "plain",
+    "a, comma",
+    'a "quoted" word',
+    "two\nlines",
+    "a\ttab",
+    "emoji 🎉 ünï £5",
+    "NA",
+    "None",
+    "null",
+    "nan",
+    " spaces around ",
+    "1e5",
+    "\u2028 separator",
+]
 LABELS = ["pos", "neg", "NA"] * 4 + ["pos"]
 
 
@@ -54,13 +69,16 @@ def test_every_kind_of_file_gives_the_rows_that_were_written(ending, tmp_path, c
 @settings(max_examples=12, deadline=None)
 @given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), max_size=6))
 def test_any_text_comes_out_as_it_went_in(ending, texts):
-    texts = ["a text, not a number", *texts]  # a column of digits only would be a column of numbers
+    # a column of digits only would be a column of numbers
+    texts = ["a text, not a number", *texts]
     with tempfile.TemporaryDirectory() as folder:
         path = write(Path(folder) / f"rows{ending}", texts, ["x"] * len(texts))
         assert data.read_file(path, cache_dir=folder)["text"][:] == texts
 
 
-@pytest.mark.parametrize("name", ["reviews[1].csv", "what?.csv", "all *.csv", "UPPER.CSV", ".hidden.csv", "with space.csv"])
+@pytest.mark.parametrize(
+    "name", ["reviews[1].csv", "what?.csv", "all *.csv", "UPPER.CSV", ".hidden.csv", "with space.csv"]
+)
 def test_a_name_is_a_name_and_no_pattern(name, tmp_path, cache_dir):
     write(tmp_path / "odd [folder]" / name.lower(), ["a"], ["x"]).rename(tmp_path / "odd [folder]" / name)
     write(tmp_path / "odd [folder]" / "reviews1.csv", ["not this one"], ["x"])
@@ -95,14 +113,17 @@ def test_class_folders_give_their_names_as_labels_in_sorted_order(tmp_path):
     (root / "README.txt").write_text("no class")
     (root / "arts" / ".hidden.txt").write_text("no text")
     assert {split: rows[:] for split, rows in data.read(str(root)).items()} == {
-        "train": {"text": ["paint", "goal\nkick", "£5"], "label": ["arts", "sport", "sport"]}}
+        "train": {"text": ["paint", "goal\nkick", "£5"], "label": ["arts", "sport", "sport"]}
+    }
 
 
 def test_class_folders_under_split_folders(tmp_path):
     for split in ("train", "test"):
         make_class_folders(tmp_path / split, pos=[f"{split} good"], neg=[f"{split} bad"])
     assert {split: rows[:] for split, rows in data.read(str(tmp_path)).items()} == {
-        split: {"text": [f"{split} bad", f"{split} good"], "label": ["neg", "pos"]} for split in ("train", "test")}
+        split: {"text": [f"{split} bad", f"{split} good"], "label": ["neg", "pos"]}
+        for split in ("train", "test")
+    }
 
 
 def test_a_folder_of_data_files_has_a_split_for_each_name(tmp_path, cache_dir):
@@ -112,7 +133,11 @@ def test_a_folder_of_data_files_has_a_split_for_each_name(tmp_path, cache_dir):
     write(tmp_path / "odd_ones.jsonl", ["c"], ["x"])
     (tmp_path / "README.md").write_text("about them")
     found = data.read(str(tmp_path), cache_dir=cache_dir)
-    assert {split: rows["text"][:] for split, rows in found.items()} == {"dev": TEXTS, "odd_ones": ["c"], "train": ["a", "b"]}
+    assert {split: rows["text"][:] for split, rows in found.items()} == {
+        "dev": TEXTS,
+        "odd_ones": ["c"],
+        "train": ["a", "b"],
+    }
 
 
 def test_a_folder_with_nothing_to_read_is_refused(tmp_path):
@@ -121,7 +146,9 @@ def test_a_folder_with_nothing_to_read_is_refused(tmp_path):
         data.read(str(tmp_path))
 
 
-@pytest.mark.parametrize("content, line", [(b"text,label\na,x\nsch\xf6n,y\n", 3), ("text,label\na,x\n".encode("utf-16"), 1)])
+@pytest.mark.parametrize(
+    "content, line", [(b"text,label\na,x\nsch\xf6n,y\n", 3), ("text,label\na,x\n".encode("utf-16"), 1)]
+)
 @pytest.mark.parametrize("ending", [".csv", ".tsv", ".json", ".jsonl"])
 def test_a_file_that_is_not_utf8_is_refused_with_its_line(ending, content, line, tmp_path):
     """The library takes Latin-1 in JSON lines and fails only when the text is used."""
@@ -138,10 +165,21 @@ def test_a_cell_of_a_text_file_that_is_no_utf8_is_refused_in_class_folders(tmp_p
         data.read(str(tmp_path))
 
 
-@pytest.mark.parametrize("content, lines", [
-    (b"one\ntwo\n", ["one", "two"]), (b"one\r\ntwo", ["one", "two"]), (b"\xef\xbb\xbfone\n", ["one"]), (b"\n", [""]), (b"one\n\n", ["one", ""]), (b"one\rline", ["one\rline"]),
-    ("form\ffeed, separator\u2028and next line\x85stay\n".encode(), ["form\ffeed, separator\u2028and next line\x85stay"]),
-])
+@pytest.mark.parametrize(
+    "content, lines",
+    [
+        (b"one\ntwo\n", ["one", "two"]),
+        (b"one\r\ntwo", ["one", "two"]),
+        (b"\xef\xbb\xbfone\n", ["one"]),
+        (b"\n", [""]),
+        (b"one\n\n", ["one", ""]),
+        (b"one\rline", ["one\rline"]),
+        (
+            "form\ffeed, separator\u2028and next line\x85stay\n".encode(),
+            ["form\ffeed, separator\u2028and next line\x85stay"],
+        ),
+    ],
+)
 def test_lines_end_at_a_line_feed_only(content, lines, tmp_path, monkeypatch):
     (tmp_path / "lines.txt").write_bytes(content)
     assert data.read_lines(str(tmp_path / "lines.txt")) == lines
@@ -149,10 +187,15 @@ def test_lines_end_at_a_line_feed_only(content, lines, tmp_path, monkeypatch):
     assert data.read_lines("-") == lines
 
 
-@pytest.mark.parametrize("content, message", [
-    (b"", "lines.txt: it is empty"), (b"a\nb\n\n", "lines.txt, line 3: the text is empty"), (b"a\n \t\nb", "lines.txt, line 2: the text is empty"),
-    (b"a\nb\xff", r"lines.txt, line 2: not UTF-8 \(byte 0xff at 2\)"),
-])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "lines.txt: it is empty"),
+        (b"a\nb\n\n", "lines.txt, line 3: the text is empty"),
+        (b"a\n \t\nb", "lines.txt, line 2: the text is empty"),
+        (b"a\nb\xff", r"lines.txt, line 2: not UTF-8 \(byte 0xff at 2\)"),
+    ],
+)
 def test_texts_to_predict_are_checked_line_by_line(content, message, tmp_path):
     (tmp_path / "lines.txt").write_bytes(content)
     with pytest.raises(UserError, match=message):
@@ -183,9 +226,17 @@ def test_the_first_bad_row_is_named_after_a_selection_of_rows():
         data.check_texts(rows, "text", place="here")
 
 
-@pytest.mark.parametrize("values, kind", [
-    ([1, 2], "int64"), ([1.5], "float64"), ([["a"]], "List"), ([{"a": 1}], "dict"), ([None], "null"), ([True], "bool"),
-])
+@pytest.mark.parametrize(
+    "values, kind",
+    [
+        ([1, 2], "int64"),
+        ([1.5], "float64"),
+        ([["a"]], "List"),
+        ([{"a": 1}], "dict"),
+        ([None], "null"),
+        ([True], "bool"),
+    ],
+)
 def test_a_column_that_holds_no_texts_is_refused_with_what_it_holds(values, kind):
     with pytest.raises(UserError, match=f"here: column 'text' holds {kind}, not texts; .*--text-column"):
         data.check_texts(datasets.Dataset.from_dict({"text": values}), "text", place="here")
@@ -201,7 +252,10 @@ def test_large_strings_are_texts(tmp_path, cache_dir):
 def test_a_local_data_set_has_one_full_name_from_everywhere(tmp_path, monkeypatch):
     path = write(tmp_path / "rows.csv", ["a"], ["x"])
     monkeypatch.chdir(tmp_path)
-    assert {data.full_name(name) for name in ("rows.csv", "./rows.csv", str(path), "../" + tmp_path.name + "/rows.csv")} == {str(path.resolve())}
+    assert {
+        data.full_name(name)
+        for name in ("rows.csv", "./rows.csv", str(path), "../" + tmp_path.name + "/rows.csv")
+    } == {str(path.resolve())}
     assert data.full_name("bundled/bbc-news") == "bundled/bbc-news"
 
 
@@ -210,6 +264,9 @@ def test_a_mistake_leaves_the_library_quiet(tmp_path, cache_dir, monkeypatch):
     logged = []
     monkeypatch.setattr(logging.Logger, "callHandlers", lambda logger, record: logged.append(record))
     (tmp_path / "rows.csv").write_text("text,label\na,b\nc,d,e,f\n")
-    with pytest.raises(UserError, match=r"rows\.csv: not readable as csv: .*Expected 2 fields in line 3, saw 4; correct the file"):
+    with pytest.raises(
+        UserError,
+        match=r"rows\.csv: not readable as csv: .*Expected 2 fields in line 3, saw 4; correct the file",
+    ):
         data.read_file(tmp_path / "rows.csv", cache_dir=cache_dir)
     assert logged == []

@@ -1,4 +1,6 @@
-"""The draws: the exact sampler against the library's own steps, both against exact probabilities."""
+"""The draws: the exact sampler against the library's own steps, both against exact
+probabilities.
+"""
 
 import pytest
 import scipy.stats
@@ -27,26 +29,40 @@ def draw_as_the_library(logits: torch.Tensor, options: Settings, generator: torc
 
 @pytest.mark.parametrize("seed", range(20))
 def test_the_noise_is_what_exponential_and_multinomial_draw(seed):
-    """Bit for bit, and the generator stands where it would stand; from the seed on and from any later state."""
+    """Bit for bit, and the generator stands where it would stand; from the seed on and from any
+    later state.
+    """
     ours, theirs, third = (torch.Generator().manual_seed(seed) for _ in range(3))
     assert drawing.knows_noise("cpu") and not drawing.knows_noise("cuda")
     for shape in ((1, 7), (3, 10_000), (seed + 1, 501)):
         probabilities = torch.rand(shape, generator=torch.Generator().manual_seed(seed)).softmax(-1)
         found = drawing.noise(drawing.random_bits(torch.Size(shape), ours))
         assert torch.equal(found, torch.empty(shape).exponential_(1, generator=theirs))
-        assert torch.equal((probabilities / found).argmax(-1), torch.multinomial(probabilities, 1, generator=third)[:, 0])
-        assert torch.equal(ours.get_state(), theirs.get_state()) and torch.equal(ours.get_state(), third.get_state())
+        assert torch.equal(
+            (probabilities / found).argmax(-1), torch.multinomial(probabilities, 1, generator=third)[:, 0]
+        )
+        assert torch.equal(ours.get_state(), theirs.get_state()) and torch.equal(
+            ours.get_state(), third.get_state()
+        )
 
 
 EXACT = {
-    "top-k and top-p": {"top_k": 50, "top_p": 0.92}, "top-k": {"top_k": 50}, "top-p": {"top_p": 0.9}, "min-p": {"min_p": 0.05}, "plain": {"temperature": 0.9},
-    "all": {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.02}, "all and typical": {"top_k": 40, "typical_p": 0.9}, "low top-p": {"top_p": 1e-7},
+    "top-k and top-p": {"top_k": 50, "top_p": 0.92},
+    "top-k": {"top_k": 50},
+    "top-p": {"top_p": 0.9},
+    "min-p": {"min_p": 0.05},
+    "plain": {"temperature": 0.9},
+    "all": {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.02},
+    "all and typical": {"top_k": 40, "typical_p": 0.9},
+    "low top-p": {"top_p": 1e-7},
     "nearly all": {"top_k": 100, "top_p": 0.999999},
 }
 
 
 def synthetic_rows(number: int, rows: int) -> torch.Tensor:
-    """Return logits (rows, V) in bf16's numbers, as a language model's head gives them: a long tail with ties everywhere, flat or with a few peaks."""
+    """Return logits (rows, V) in bf16's numbers, as a language model's head gives them: a long
+    tail with ties everywhere, flat or with a few peaks.
+    """
     generator = torch.Generator().manual_seed(number)
     logits = torch.randn(rows, VOCABULARY, generator=generator) * (2.6, 1.5, 3.5)[number % 3] + 8
     logits[:, :40] += torch.rand(rows, 40, generator=generator) * (0, 8, 16)[number // 3 % 3]
@@ -55,13 +71,23 @@ def synthetic_rows(number: int, rows: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", EXACT)
 def test_the_exact_sampler_draws_the_librarys_tokens(name):
-    """360 rows a setting, 3,240 in all, with ties at top-k's border and at top-p's; most take the short way, some have to take the whole one."""
+    """360 rows a setting, 3,240 in all, with ties at top-k's border and at top-p's; most take the
+    short way, some have to take the whole one.
+    """
     options, certain = Settings(sample=True, **EXACT[name]), []
     ours, theirs = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
     for number in range(18):
         logits = synthetic_rows(number, 20)
-        certain.append(drawing.draw_among_likeliest(logits, options, drawing.random_bits(logits.shape, torch.Generator().set_state(ours.get_state())))[1])
-        assert torch.equal(drawing.draw_exactly(logits, options, ours), draw_as_the_library(logits, options, theirs)), number
+        certain.append(
+            drawing.draw_among_likeliest(
+                logits,
+                options,
+                drawing.random_bits(logits.shape, torch.Generator().set_state(ours.get_state())),
+            )[1]
+        )
+        assert torch.equal(
+            drawing.draw_exactly(logits, options, ours), draw_as_the_library(logits, options, theirs)
+        ), number
     assert torch.equal(ours.get_state(), theirs.get_state())
     share = torch.cat(certain).float().mean().item()
     if name in ("plain", "all and typical", "low top-p", "nearly all"):
@@ -72,11 +98,19 @@ def test_the_exact_sampler_draws_the_librarys_tokens(name):
 
 @pytest.mark.parametrize("every", [30, 2])
 def test_ties_at_the_border_of_top_p_are_parted_as_the_library_parts_them(every):
-    """10 or 150 equal tokens, of which top-p keeps some: which ones, only the library's sort knows. And equal tokens of equal noise."""
+    """10 or 150 equal tokens, of which top-p keeps some: which ones, only the library's sort
+    knows. And equal tokens of equal noise.
+    """
     logits = torch.full((200, 300), -9.0)
     logits[:, ::every] = 5.0
-    options, ours, theirs = Settings(sample=True, top_k=20, top_p=0.55), torch.Generator().manual_seed(2), torch.Generator().manual_seed(2)
-    assert torch.equal(drawing.draw_exactly(logits, options, ours), draw_as_the_library(logits, options, theirs))
+    options, ours, theirs = (
+        Settings(sample=True, top_k=20, top_p=0.55),
+        torch.Generator().manual_seed(2),
+        torch.Generator().manual_seed(2),
+    )
+    assert torch.equal(
+        drawing.draw_exactly(logits, options, ours), draw_as_the_library(logits, options, theirs)
+    )
     bits = torch.full(logits.shape, 2**52)
     assert not drawing.draw_among_likeliest(logits, Settings(sample=True, top_k=5), bits)[1].any()
 
@@ -84,57 +118,98 @@ def test_ties_at_the_border_of_top_p_are_parted_as_the_library_parts_them(every)
 def test_where_the_noise_is_unknown_the_library_draws(monkeypatch):
     """On a GPU, or if PyTorch comes to draw in another way."""
     monkeypatch.setattr(drawing, "knows_noise", lambda device: False)
-    options, ours, theirs = Settings(sample=True, top_k=50, top_p=0.9), torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
+    options, ours, theirs = (
+        Settings(sample=True, top_k=50, top_p=0.9),
+        torch.Generator().manual_seed(1),
+        torch.Generator().manual_seed(1),
+    )
     logits = synthetic_rows(1, 20)
-    assert torch.equal(drawing.draw_exactly(logits, options, ours), draw_as_the_library(logits, options, theirs))
+    assert torch.equal(
+        drawing.draw_exactly(logits, options, ours), draw_as_the_library(logits, options, theirs)
+    )
 
 
 DISTRIBUTIONS = {
-    "plain": {}, "temperature": {"temperature": 0.7}, "top-k": {"top_k": 20}, "top-k above the vocabulary": {"top_k": 5000}, "top-p": {"top_p": 0.9},
-    "top-p of nearly all": {"top_p": 0.9999}, "min-p": {"min_p": 0.05}, "tiny min-p": {"min_p": 1e-9}, "typical": {"typical_p": 0.8},
-    "all": {"temperature": 1.3, "top_k": 40, "top_p": 0.9, "min_p": 0.02, "typical_p": 0.9}, "top-p and typical": {"top_p": 0.8, "typical_p": 0.7},
+    "plain": {},
+    "temperature": {"temperature": 0.7},
+    "top-k": {"top_k": 20},
+    "top-k above the vocabulary": {"top_k": 5000},
+    "top-p": {"top_p": 0.9},
+    "top-p of nearly all": {"top_p": 0.9999},
+    "min-p": {"min_p": 0.05},
+    "tiny min-p": {"min_p": 1e-9},
+    "typical": {"typical_p": 0.8},
+    "all": {"temperature": 1.3, "top_k": 40, "top_p": 0.9, "min_p": 0.02, "typical_p": 0.9},
+    "top-p and typical": {"top_p": 0.8, "typical_p": 0.7},
     "hot top-p": {"temperature": 2.0, "top_p": 0.95, "min_p": 0.01},
 }
-MANY_KEPT = [DISTRIBUTIONS[name] for name in ("plain", "temperature", "top-p of nearly all", "tiny min-p", "typical", "hot top-p")]
+MANY_KEPT = [
+    DISTRIBUTIONS[name]
+    for name in ("plain", "temperature", "top-p of nearly all", "tiny min-p", "typical", "hot top-p")
+]
 
 
 @pytest.mark.parametrize("flags", DISTRIBUTIONS.values(), ids=DISTRIBUTIONS)
 @pytest.mark.parametrize("kind", ["smooth", "flat", "ties", "a hundred ties at the top"])
 def test_the_fast_sampler_draws_from_the_same_distribution(flags, kind):
-    """Oracle: the library's order of filters over the whole vocabulary of 3,000; its candidates are 1,024 at most."""
+    """Oracle: the library's order of filters over the whole vocabulary of 3,000; its candidates
+    are 1,024 at most.
+    """
     logits = torch.randn(5, 3000, generator=torch.Generator().manual_seed(1)) * (0.1 if kind == "flat" else 3)
-    logits = (logits * 2).round() / 2 if kind == "ties" else logits.clamp(max=5) if kind == "a hundred ties at the top" else logits
+    logits = (
+        (logits * 2).round() / 2
+        if kind == "ties"
+        else logits.clamp(max=5)
+        if kind == "a hundred ties at the top"
+        else logits
+    )
     options = Settings(sample=True, **flags)
     exact = sampling.distribution(logits, options)
     found, ids, complete = drawing.likeliest_distribution(logits, options)
     full = torch.where(complete[:, None], torch.zeros_like(exact).scatter(-1, ids, found), exact)
     assert complete.all() or kind != "smooth" or flags in MANY_KEPT
-    if "ties" in kind and ("top_p" in flags or "typical_p" in flags):  # which of the tokens that tie at the edge is in, the sort decides
+    # which of the tokens that tie at the edge is in, the sort decides
+    if "ties" in kind and ("top_p" in flags or "typical_p" in flags):
         exact, full = exact.sort(-1).values, full.sort(-1).values
     assert torch.allclose(full, exact, atol=2e-6)
     assert torch.allclose(full.sum(-1), torch.ones(5))
 
 
 def chi_square(drawn: torch.Tensor, probabilities: torch.Tensor) -> float:
-    """Return the p-value of draws against probabilities; cells with fewer than 10 expected are pooled."""
+    """Return the p-value of draws against probabilities; cells with fewer than 10 expected are
+    pooled.
+    """
     assert probabilities[drawn].min() > 0  # nothing outside the support
-    counts, expected = torch.bincount(drawn, minlength=len(probabilities)).double(), probabilities.double() / probabilities.double().sum() * len(drawn)
+    counts, expected = (
+        torch.bincount(drawn, minlength=len(probabilities)).double(),
+        probabilities.double() / probabilities.double().sum() * len(drawn),
+    )
     rare = expected < 10
     counts, expected = (torch.cat([values[~rare], values[rare].sum()[None]]) for values in (counts, expected))
     keep = expected > 0
-    return scipy.stats.chisquare(counts[keep].numpy(), (expected[keep] / expected[keep].sum() * counts[keep].sum()).numpy()).pvalue
+    return scipy.stats.chisquare(
+        counts[keep].numpy(), (expected[keep] / expected[keep].sum() * counts[keep].sum()).numpy()
+    ).pvalue
 
 
 @pytest.mark.parametrize("sampler", ["exact", "fast"])
-@pytest.mark.parametrize("flags", [{}, {"top_k": 12}, {"top_p": 0.9}, {"temperature": 0.8, "min_p": 0.03}], ids=str)
+@pytest.mark.parametrize(
+    "flags", [{}, {"top_k": 12}, {"top_p": 0.9}, {"temperature": 0.8, "min_p": 0.03}], ids=str
+)
 def test_draws_follow_the_probabilities(sampler, flags):
-    """200,000 draws by chi-square; the same draws against a temperature that is off by 5 % must fail, or the test has no power."""
+    """200,000 draws by chi-square; the same draws against a temperature that is off by 5 % must
+    fail, or the test has no power.
+    """
     logits = torch.randn(1, 60, generator=torch.Generator().manual_seed(2)) * 2
     options = Settings(sample=True, **flags)
     if sampler == "exact":
         drawn = drawing.draw_exactly(logits.expand(DRAWS, -1), options, torch.Generator().manual_seed(3))
     else:
-        drawn = drawing.draw_fast(logits.expand(DRAWS, -1), options, torch.rand(DRAWS, dtype=torch.float64, generator=torch.Generator().manual_seed(3)))
+        drawn = drawing.draw_fast(
+            logits.expand(DRAWS, -1),
+            options,
+            torch.rand(DRAWS, dtype=torch.float64, generator=torch.Generator().manual_seed(3)),
+        )
     kept = logits
     for stage in sampling.distribution_filters(options):
         kept = stage.apply(kept, kept)
@@ -150,18 +225,30 @@ def test_the_fast_draw_never_leaves_the_support_at_the_edges():
 
 def test_random_numbers_of_a_row_do_not_depend_on_its_neighbours():
     many = drawing.row_uniforms(7, [(0, 0), (0, 1), (5, 0)], 50)
-    assert torch.equal(many[2:], drawing.row_uniforms(7, [(5, 0)], 50)) and torch.equal(many[:, :20], drawing.row_uniforms(7, [(0, 0), (0, 1), (5, 0)], 20))
+    assert torch.equal(many[2:], drawing.row_uniforms(7, [(5, 0)], 50)) and torch.equal(
+        many[:, :20], drawing.row_uniforms(7, [(0, 0), (0, 1), (5, 0)], 20)
+    )
     assert len({tuple(row) for row in [*many.tolist(), *drawing.row_uniforms(8, [(0, 0)], 50).tolist()]}) == 4
 
 
 @pytest.mark.parametrize("flags", [{"top_p": 0.9}, {"top_k": 20, "top_p": 0.9}, {"min_p": 0.02}], ids=str)
 def test_a_row_draws_the_same_whatever_its_neighbours_keep(flags):
-    """A flat row keeps more than the candidates, and goes another way than a peaked one: each must do so alone."""
+    """A flat row keeps more than the candidates, and goes another way than a peaked one: each must
+    do so alone.
+    """
     logits = torch.randn(40, 3000, generator=torch.Generator().manual_seed(1)) * 3
     logits[::2] *= 0.01
-    uniforms, options = torch.rand(40, dtype=torch.float64, generator=torch.Generator().manual_seed(2)), Settings(sample=True, **flags)
+    uniforms, options = (
+        torch.rand(40, dtype=torch.float64, generator=torch.Generator().manual_seed(2)),
+        Settings(sample=True, **flags),
+    )
     together = drawing.draw_fast(logits, options, uniforms)
-    assert torch.equal(together, torch.cat([drawing.draw_fast(logits[row : row + 1], options, uniforms[row : row + 1]) for row in range(40)]))
+    assert torch.equal(
+        together,
+        torch.cat(
+            [drawing.draw_fast(logits[row : row + 1], options, uniforms[row : row + 1]) for row in range(40)]
+        ),
+    )
 
 
 def test_runs_of_neighbouring_seeds_share_no_batch():

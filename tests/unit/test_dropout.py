@@ -1,4 +1,6 @@
-"""Packed dropout: the kept share, independence, scale, and the same random state as any other dropout."""
+"""Packed dropout: the kept share, independence, scale, and the same random state as any other
+dropout.
+"""
 
 import math
 
@@ -20,7 +22,8 @@ def kept(p: float, *shape: int, seed: int = 0) -> torch.Tensor:
 def test_the_share_that_is_dropped_is_p(p):
     number = 4_000_000
     dropped = number - kept(p, number).sum().item()
-    assert abs(dropped / number - p) < 4.5 * math.sqrt(p * (1 - p) / number) + 1 / 2**17  # the chance of more is below 1e-5; p is rounded to 1/65536
+    # the chance of more is below 1e-5; p is rounded to 1/65536
+    assert abs(dropped / number - p) < 4.5 * math.sqrt(p * (1 - p) / number) + 1 / 2**17
 
 
 @pytest.mark.parametrize("distance", [1, 2, 3, 4, 8, 64, 384])
@@ -39,13 +42,19 @@ def test_a_shared_decision_would_be_seen():
     assert abs((mask[:-1] * mask[1:]).mean().item()) > 4.5 * 0.21 / math.sqrt(len(mask))
 
 
-@given(st.floats(0, 1), st.lists(st.integers(1, 9), min_size=1, max_size=3), st.sampled_from([torch.float32, torch.bfloat16]))
+@given(
+    st.floats(0, 1),
+    st.lists(st.integers(1, 9), min_size=1, max_size=3),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+)
 def test_what_is_kept_is_scaled_and_nothing_else_comes_out(p, shape, dtype):
     hidden = torch.rand(shape).to(dtype) + 1
     output = PackedDropout(p).train()(hidden)
     scale = 65536 / (65536 - round(p * 65536)) if round(p * 65536) < 65536 else 0
     assert output.dtype == dtype and output.shape == hidden.shape
-    assert torch.all((output == 0) | (output == hidden * scale) | torch.isclose(output, hidden * scale, rtol=0.01))
+    assert torch.all(
+        (output == 0) | (output == hidden * scale) | torch.isclose(output, hidden * scale, rtol=0.01)
+    )
 
 
 def test_gradients_pass_where_the_output_passed():
@@ -67,7 +76,14 @@ def test_evaluation_leaves_everything_as_it_is():
 
 
 def test_every_dropout_of_a_model_is_replaced_and_keeps_its_probability():
-    model = torch.nn.Sequential(torch.nn.Dropout(0.2), torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout(0.4)), torch.nn.AlphaDropout(0.3))
+    model = torch.nn.Sequential(
+        torch.nn.Dropout(0.2),
+        torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout(0.4)),
+        torch.nn.AlphaDropout(0.3),
+    )
     pack_dropouts(model)
     assert [(type(module), module.p) for module in model.modules() if hasattr(module, "p")] == [
-        (PackedDropout, 0.2), (PackedDropout, 0.4), (torch.nn.AlphaDropout, 0.3)]
+        (PackedDropout, 0.2),
+        (PackedDropout, 0.4),
+        (torch.nn.AlphaDropout, 0.3),
+    ]

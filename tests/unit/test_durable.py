@@ -6,7 +6,9 @@ from common.durable import replace_folder
 
 
 def test_what_was_put_aside_stays_until_the_new_folder_stands_there(tmp_path):
-    """After a kill between the two renames the one put aside is all that there is; a second one that fails must not take it."""
+    """After a kill between the two renames the one put aside is all that there is; a second one
+    that fails must not take it.
+    """
     (tmp_path / "step.old").mkdir()
     (tmp_path / "step.old" / "weights").write_text("whole")
     with pytest.raises(FileNotFoundError):

@@ -1,4 +1,6 @@
-"""Encoding against SentenceTransformer.encode, for every kind of pooling; what is counted, and what is computed once."""
+"""Encoding against SentenceTransformer.encode, for every kind of pooling; what is counted, and
+what is computed once.
+"""
 
 import json
 import shutil
@@ -17,7 +19,13 @@ from common.search import encoding, loading
 from conftest import make_sentences
 
 CPU = runtime.Runtime(torch.device("cpu"), "fp32")
-TEXTS = [text for text, _ in make_sentences(60)] + ["good", "  good film  ", "film\n\nstory", "x " * 200, "good"]
+TEXTS = [text for text, _ in make_sentences(60)] + [
+    "good",
+    "  good film  ",
+    "film\n\nstory",
+    "x " * 200,
+    "good",
+]
 MODULES = {
     "mean": lambda: [Pooling(32), Normalize()],
     "cls": lambda: [Pooling(32, "cls")],
@@ -32,7 +40,9 @@ MODULES = {
 @pytest.fixture(params=MODULES)
 def folder(request, tiny_model, tmp_path):
     torch.manual_seed(1)
-    SentenceTransformer(modules=[Transformer(str(tiny_model), max_seq_length=64), *MODULES[request.param]()], device="cpu").save(str(tmp_path))
+    SentenceTransformer(
+        modules=[Transformer(str(tiny_model), max_seq_length=64), *MODULES[request.param]()], device="cpu"
+    ).save(str(tmp_path))
     return tmp_path
 
 
@@ -46,34 +56,52 @@ def test_vectors_are_those_of_sentence_transformers(folder):
 @pytest.mark.parametrize("include", [True, False])
 def test_prompts_are_put_before_queries_and_documents(tiny_model, tmp_path, include):
     modules = [Transformer(str(tiny_model), max_seq_length=64), Pooling(32, include_prompt=include)]
-    model = SentenceTransformer(modules=modules, device="cpu", prompts={"query": "what: ", "document": "story: "})
+    model = SentenceTransformer(
+        modules=modules, device="cpu", prompts={"query": "what: ", "document": "story: "}
+    )
     model.save(str(tmp_path))
     encoder = encoding.load(str(tmp_path), CPU)
-    for role, oracle in (("query", model.encode_query), ("document", model.encode_document), (None, model.encode)):
+    for role, oracle in (
+        ("query", model.encode_query),
+        ("document", model.encode_document),
+        (None, model.encode),
+    ):
         assert np.abs(encoder.encode(TEXTS, role=role) - oracle(TEXTS)).max() < 1e-5
 
 
 def test_the_bundled_model_in_fp32_and_bf16():
     texts = assets.bbc_news()["text"][:300:60] + ["Interest rates rise", "x"]
-    oracle = SentenceTransformer(str(assets.model_folder("bundled/all-MiniLM-L6-v2")), device="cpu").encode(texts)
+    oracle = SentenceTransformer(str(assets.model_folder("bundled/all-MiniLM-L6-v2")), device="cpu").encode(
+        texts
+    )
     encoder = encoding.load("bundled/all-MiniLM-L6-v2", CPU)
     assert np.abs(encoder.encode(texts) - oracle).max() < 1e-5
-    encoder.machine = runtime.Runtime(torch.device("cpu"), "bf16")  # emulated where the processor has none: slower, but as exact
+    # emulated where the processor has none: slower, but as exact
+    encoder.machine = runtime.Runtime(torch.device("cpu"), "bf16")
     assert (encoder.encode_unit(texts) * oracle).sum(1).min() >= 0.9999
 
 
 def test_identical_texts_are_encoded_once_and_long_ones_counted(tiny_embedder, monkeypatch):
     encoder, seen = encoding.load(str(tiny_embedder), CPU), []
     forward = encoding.Encoder._forward
-    monkeypatch.setattr(encoding.Encoder, "_forward", lambda self, tokens, batch, prompt: (seen.extend(batch), forward(self, tokens, batch, prompt))[1])
-    vectors = encoder.encode(["good film", "x " * 63, "good film", "x " * 62])  # 65 and 64 tokens with the special ones
+    monkeypatch.setattr(
+        encoding.Encoder,
+        "_forward",
+        lambda self, tokens, batch, prompt: (seen.extend(batch), forward(self, tokens, batch, prompt))[1],
+    )
+    # 65 and 64 tokens with the special ones
+    vectors = encoder.encode(["good film", "x " * 63, "good film", "x " * 62])
     assert len(seen) == encoder.num_encoded == 3 and encoder.num_cut == 1
     assert (vectors[0] == vectors[2]).all()
 
 
 def test_a_vector_without_direction_is_nan(tiny_embedder, monkeypatch):
     encoder = encoding.load(str(tiny_embedder), CPU)
-    monkeypatch.setattr(encoding.Encoder, "encode", lambda self, texts, role=None: np.array([[3, 4], [0, 0], [np.inf, 1], [np.nan, 1]], np.float32))
+    monkeypatch.setattr(
+        encoding.Encoder,
+        "encode",
+        lambda self, texts, role=None: np.array([[3, 4], [0, 0], [np.inf, 1], [np.nan, 1]], np.float32),
+    )
     unit = encoder.encode_unit(["a", "b", "c", "d"])
     assert np.allclose(unit[0], [0.6, 0.8]) and np.isnan(unit[1:]).all()
 
@@ -88,11 +116,18 @@ def test_batches_hold_each_text_once_within_their_tokens(lengths, most):
 
 def test_the_fingerprint_tells_models_apart(tiny_model, tiny_embedder, tmp_path):
     first = loading.load_embedder(str(tiny_embedder), cache_dir=None)
-    assert loading.fingerprint(first) == loading.fingerprint(loading.load_embedder(str(tiny_embedder), cache_dir=None))
+    assert loading.fingerprint(first) == loading.fingerprint(
+        loading.load_embedder(str(tiny_embedder), cache_dir=None)
+    )
     first.encode(["good film"])  # a call sets the tokenizer's padding and truncation
-    assert loading.fingerprint(first) == loading.fingerprint(loading.load_embedder(str(tiny_embedder), cache_dir=None))
+    assert loading.fingerprint(first) == loading.fingerprint(
+        loading.load_embedder(str(tiny_embedder), cache_dir=None)
+    )
     others = {loading.fingerprint(first)}
-    SentenceTransformer(modules=[Transformer(str(tiny_model), max_seq_length=64), Pooling(32, "cls"), Normalize()], device="cpu").save(str(tmp_path / "cls"))
+    SentenceTransformer(
+        modules=[Transformer(str(tiny_model), max_seq_length=64), Pooling(32, "cls"), Normalize()],
+        device="cpu",
+    ).save(str(tmp_path / "cls"))
     others.add(loading.fingerprint(loading.load_embedder(str(tmp_path / "cls"), cache_dir=None)))
     with torch.no_grad():
         next(first.parameters())[7, 3] += 1e-3
@@ -100,18 +135,34 @@ def test_the_fingerprint_tells_models_apart(tiny_model, tiny_embedder, tmp_path)
     assert len(others) == 3
 
 
-@pytest.mark.parametrize("file, setting, value, same", [
-    ("config.json", "num_attention_heads", 2, False), ("config.json", "hidden_act", "relu", False), ("config.json", "layer_norm_eps", 1e-3, False),
-    ("config.json", "architectures", ["Other"], True), ("config.json", "transformers_version", "4.0.0", True), ("config.json", "_name_or_path", "x", True)])
-def test_the_fingerprint_holds_the_settings_that_make_vectors(file, setting, value, same, tiny_embedder, tmp_path):
+@pytest.mark.parametrize(
+    "file, setting, value, same",
+    [
+        ("config.json", "num_attention_heads", 2, False),
+        ("config.json", "hidden_act", "relu", False),
+        ("config.json", "layer_norm_eps", 1e-3, False),
+        ("config.json", "architectures", ["Other"], True),
+        ("config.json", "transformers_version", "4.0.0", True),
+        ("config.json", "_name_or_path", "x", True),
+    ],
+)
+def test_the_fingerprint_holds_the_settings_that_make_vectors(
+    file, setting, value, same, tiny_embedder, tmp_path
+):
     shutil.copytree(tiny_embedder, tmp_path / "other")
     settings = json.loads((tmp_path / "other" / file).read_text())
     (tmp_path / "other" / file).write_text(json.dumps({**settings, setting: value}))
-    first, second = (loading.fingerprint(loading.load_embedder(str(folder), cache_dir=None)) for folder in (tiny_embedder, tmp_path / "other"))
+    first, second = (
+        loading.fingerprint(loading.load_embedder(str(folder), cache_dir=None))
+        for folder in (tiny_embedder, tmp_path / "other")
+    )
     assert (first == second) is same
 
 
-@pytest.mark.parametrize("setting, value", [("query_length", 8), ("document_length", 8), ("query_expansion", {"strategy": "fixed", "length": 16})])
+@pytest.mark.parametrize(
+    "setting, value",
+    [("query_length", 8), ("document_length", 8), ("query_expansion", {"strategy": "fixed", "length": 16})],
+)
 def test_lengths_by_role_are_refused(setting, value, tiny_embedder, tmp_path):
     """Each of them alone."""
     shutil.copytree(tiny_embedder, tmp_path / "other")
@@ -128,8 +179,11 @@ def test_pickled_weights_and_foreign_code_are_refused(tiny_embedder, tmp_path):
         loading.load_embedder(str(tmp_path / "pickled"), cache_dir=None)
     shutil.copytree(tiny_embedder, tmp_path / "code")
     modules = (tmp_path / "code" / "modules.json").read_text()
-    (tmp_path / "code" / "modules.json").write_text(modules.replace("sentence_transformers.base.modules.normalize.Normalize", "evil.Code")
-                                                    .replace("sentence_transformers.models.Normalize", "evil.Code"))
+    (tmp_path / "code" / "modules.json").write_text(
+        modules.replace("sentence_transformers.base.modules.normalize.Normalize", "evil.Code").replace(
+            "sentence_transformers.models.Normalize", "evil.Code"
+        )
+    )
     (tmp_path / "code" / "evil.py").write_text("raise SystemExit('it ran')")
     with pytest.raises(UserError, match="evil"):
         loading.load_embedder(str(tmp_path / "code"), cache_dir=None)

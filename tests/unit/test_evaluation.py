@@ -19,27 +19,56 @@ MACHINE = Runtime(torch.device("cpu"), "fp32")
 @pytest.fixture(scope="module")
 def scored(tiny_model, tmp_path_factory):
     """The model, its tokenizer, 37 tokenised texts, and the logits of each text alone."""
-    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(tiny_model).eval(), AutoTokenizer.from_pretrained(tiny_model)
+    model, tokenizer = (
+        AutoModelForSequenceClassification.from_pretrained(tiny_model).eval(),
+        AutoTokenizer.from_pretrained(tiny_model),
+    )
     pairs = make_sentences(37)
-    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"]), "row": datasets.Value("int64")})
-    rows = datasets.Dataset.from_dict({"text": [text for text, _ in pairs], "label": [label for _, label in pairs], "row": list(range(37))}, features=features)
-    tokenized = batching.tokenize(rows, tokenizer, max_length=20, truncation="head", cache_dir=str(tmp_path_factory.mktemp("cache")))
+    features = datasets.Features(
+        {
+            "text": datasets.Value("string"),
+            "label": datasets.ClassLabel(names=["neg", "pos"]),
+            "row": datasets.Value("int64"),
+        }
+    )
+    rows = datasets.Dataset.from_dict(
+        {"text": [text for text, _ in pairs], "label": [label for _, label in pairs], "row": list(range(37))},
+        features=features,
+    )
+    tokenized = batching.tokenize(
+        rows, tokenizer, max_length=20, truncation="head", cache_dir=str(tmp_path_factory.mktemp("cache"))
+    )
     with torch.inference_mode():
-        alone = torch.cat([model(**tokenizer(text, truncation=True, max_length=20, return_tensors="pt")).logits for text in rows["text"]])
+        alone = torch.cat(
+            [
+                model(**tokenizer(text, truncation=True, max_length=20, return_tensors="pt")).logits
+                for text in rows["text"]
+            ]
+        )
     return model, tokenizer, tokenized, alone
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 64])
 def test_logits_are_those_of_each_text_alone_in_the_rows_order(scored, batch_size):
     model, tokenizer, tokenized, alone = scored
-    torch.testing.assert_close(predict_logits(model, tokenized, tokenizer, MACHINE, batch_size=batch_size), alone, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        predict_logits(model, tokenized, tokenizer, MACHINE, batch_size=batch_size),
+        alone,
+        rtol=1e-4,
+        atol=1e-6,
+    )
 
 
 def test_predictions_come_in_the_order_of_the_texts(scored, monkeypatch):
     model, tokenizer, tokenized, alone = scored
-    monkeypatch.setattr("common.training.evaluation.PREDICT_BLOCK", 10)  # so that 37 texts take several blocks
+    # so that 37 texts take several blocks
+    monkeypatch.setattr("common.training.evaluation.PREDICT_BLOCK", 10)
     model.config.id2label = {0: "neg", 1: "pos"}
-    answers = list(predict_texts(model, tokenizer, tokenized["text"][:], MACHINE, batch_size=4, max_length=20, truncation="head"))
+    answers = list(
+        predict_texts(
+            model, tokenizer, tokenized["text"][:], MACHINE, batch_size=4, max_length=20, truncation="head"
+        )
+    )
     assert [answer["row"] for answer in answers] == list(range(1, 38))
     for answer, probabilities in zip(answers, alone.softmax(-1).tolist()):
         assert list(answer["scores"].values()) == pytest.approx(probabilities, abs=1e-5)
@@ -47,17 +76,35 @@ def test_predictions_come_in_the_order_of_the_texts(scored, monkeypatch):
 
 
 @pytest.mark.parametrize("batch_size", [2, 64])
-def test_chunks_give_the_mean_of_the_windows_logits_also_when_a_batch_parts_a_text(scored, tmp_path, batch_size):
+def test_chunks_give_the_mean_of_the_windows_logits_also_when_a_batch_parts_a_text(
+    scored, tmp_path, batch_size
+):
     model, tokenizer, tokenized, _ = scored
     rows = tokenized.select_columns(["text", "label", "row"])
     chunked = batching.tokenize(rows, tokenizer, max_length=9, truncation="chunks", cache_dir=str(tmp_path))
     assert max(map(len, chunked["input_ids"])) >= 4
     with torch.inference_mode():
-        expected = torch.stack([torch.cat([model(input_ids=torch.tensor([window])).logits for window in found]).mean(0) for found in chunked["input_ids"]])
-    torch.testing.assert_close(predict_logits(model, chunked, tokenizer, MACHINE, batch_size=batch_size), expected, rtol=1e-4, atol=1e-6)
+        expected = torch.stack(
+            [
+                torch.cat([model(input_ids=torch.tensor([window])).logits for window in found]).mean(0)
+                for found in chunked["input_ids"]
+            ]
+        )
+    torch.testing.assert_close(
+        predict_logits(model, chunked, tokenizer, MACHINE, batch_size=batch_size),
+        expected,
+        rtol=1e-4,
+        atol=1e-6,
+    )
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
 def test_too_little_memory_names_the_flag_that_helps(error, scored):
     _, tokenizer, tokenized, _ = scored
 
@@ -66,6 +113,7 @@ def test_too_little_memory_names_the_flag_that_helps(error, scored):
 
         def forward(self, **_):
             raise error
+
     with pytest.raises(UserError, match="--eval-batch-size 4: a batch does not fit into memory; use less"):
         predict_logits(Large(), tokenized, tokenizer, MACHINE, batch_size=4)
 
@@ -78,6 +126,7 @@ def test_another_error_of_the_model_stays_what_it_is(scored):
 
         def forward(self, **_):
             raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
     with pytest.raises(RuntimeError, match="mat1"):
         predict_logits(Broken(), tokenized, tokenizer, MACHINE, batch_size=4)
 
@@ -85,16 +134,27 @@ def test_another_error_of_the_model_stays_what_it_is(scored):
 @pytest.mark.parametrize("max_windows, tried", [(1, [12, 6, 3, 1]), (5, [12, 6, 5]), (12, [12])])
 def test_a_batch_is_halved_to_the_windows_of_one_text_and_no_further(max_windows, tried, monkeypatch):
     sizes = []
-    monkeypatch.setattr(memory, "_fits", lambda model, rows, tokenizer, size, args, machine: sizes.append(size))
+    monkeypatch.setattr(
+        memory, "_fits", lambda model, rows, tokenizer, size, args, machine: sizes.append(size)
+    )
     args = argparse.Namespace(batch_size=12, max_windows=max_windows, max_length=20)
     with pytest.raises(UserError, match="--auto-batch-size: not even one text"):
         memory.largest_batch(None, None, None, args, MACHINE)
     assert sizes == tried
 
 
-@pytest.mark.parametrize("metric, value, best, better", [
-    ("accuracy", 0.9, None, True), ("accuracy", 0.9, 0.9, False), ("accuracy", 0.91, 0.9, True), ("accuracy", float("nan"), None, False),
-    ("loss", 0.2, 0.3, True), ("loss", 0.3, 0.3, False), ("loss", float("nan"), 0.3, False), ("loss", 0.4, 0.3, False),
-])
+@pytest.mark.parametrize(
+    "metric, value, best, better",
+    [
+        ("accuracy", 0.9, None, True),
+        ("accuracy", 0.9, 0.9, False),
+        ("accuracy", 0.91, 0.9, True),
+        ("accuracy", float("nan"), None, False),
+        ("loss", 0.2, 0.3, True),
+        ("loss", 0.3, 0.3, False),
+        ("loss", float("nan"), 0.3, False),
+        ("loss", 0.4, 0.3, False),
+    ],
+)
 def test_the_best_epoch_is_the_earliest_of_the_best_and_never_a_nan(metric, value, best, better):
     assert is_better({metric: value}, None if best is None else {metric: best}, metric) is better

@@ -1,4 +1,6 @@
-"""Exact search against brute force: exactly rounded sums (math.fsum), sorted; equal scores by the lower row."""
+"""Exact search against brute force: exactly rounded sums (math.fsum), sorted; equal scores by the
+lower row.
+"""
 
 import math
 
@@ -28,7 +30,9 @@ def blocks(vectors, size):
 
 
 def search(vectors, queries, k, *, size=kernel.BLOCK, alive=None):
-    return kernel.search(blocks(vectors, size), queries, k, vectors_of=lambda rows: vectors[rows], alive=alive)
+    return kernel.search(
+        blocks(vectors, size), queries, k, vectors_of=lambda rows: vectors[rows], alive=alive
+    )
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -38,7 +42,9 @@ def test_ids_and_order_are_those_of_float64_brute_force(seed, size):
     vectors = unit(generator.standard_normal((3000, 96)))
     vectors[generator.choice(3000, 60, replace=False)] = vectors[17]  # planted ties: more than k
     vectors[2000:2040] = vectors[100:140]
-    queries = np.concatenate([vectors[[17, 110]], unit(vectors[[17, 500]] + 0.1 * generator.standard_normal((2, 96)))]).astype(np.float32)
+    queries = np.concatenate(
+        [vectors[[17, 110]], unit(vectors[[17, 500]] + 0.1 * generator.standard_normal((2, 96)))]
+    ).astype(np.float32)
     for k in (1, 10, 70):
         for query, (rows, scores) in zip(queries, search(vectors, queries, k, size=size)):
             assert rows.tolist() == brute_force(vectors, query, k)
@@ -49,7 +55,8 @@ def test_ids_and_order_are_those_of_float64_brute_force(seed, size):
 def test_scores_that_fp32_can_not_tell_apart_are_ordered_by_float64(size):
     generator = np.random.default_rng(0)
     base = unit(generator.standard_normal((1, 384)))
-    vectors = (base + 2e-8 * generator.standard_normal((2048, 384))).astype(np.float32)  # scores differ by less than fp32's last digit at 1
+    # scores differ by less than fp32's last digit at 1
+    vectors = (base + 2e-8 * generator.standard_normal((2048, 384))).astype(np.float32)
     rows, _ = search(vectors, base, 20, size=size)[0]
     assert rows.tolist() == brute_force(vectors, base[0], 20)
 
@@ -82,7 +89,9 @@ def test_equal_vectors_without_end_are_not_all_held(monkeypatch):
     queries = unit(vectors[:3] + 0.1 * generator.standard_normal((3, 16)))
     monkeypatch.setattr(kernel, "HELD", 500)
     held, add = [], kernel.Best.add
-    monkeypatch.setattr(kernel.Best, "add", lambda self, scores, start: (add(self, scores, start), held.append(self.held)))
+    monkeypatch.setattr(
+        kernel.Best, "add", lambda self, scores, start: (add(self, scores, start), held.append(self.held))
+    )
     for query, (rows, _) in zip(queries, search(vectors, queries, 10, size=256)):
         assert rows.tolist() == brute_force(vectors, query, 10)
     assert max(held) <= 500 + 60 + 3 * 256  # what is allowed, and the last block
@@ -90,7 +99,8 @@ def test_equal_vectors_without_end_are_not_all_held(monkeypatch):
 
 def test_the_margin_holds_the_error_of_fp32():
     generator = np.random.default_rng(0)
-    vectors = unit(np.abs(generator.standard_normal((2000, 1024))))  # no terms cancel: the worst case for rounding
+    # no terms cancel: the worst case for rounding
+    vectors = unit(np.abs(generator.standard_normal((2000, 1024))))
     exact = vectors.astype(np.float64) @ vectors[0].astype(np.float64)
     single = (torch.from_numpy(vectors) @ torch.from_numpy(vectors[0])).numpy()
     assert np.abs(single - exact).max() < kernel.rounding_error(1024)

@@ -23,7 +23,9 @@ PER_CLASS = st.lists(st.integers(3, 40), min_size=2, max_size=5)
 def make(labels: list, **features) -> datasets.Dataset:
     """Return rows with the given labels and texts that are all different."""
     columns = {"text": [f"text {number}" for number in range(len(labels))], "label": labels}
-    return datasets.Dataset.from_dict(columns, features=datasets.Features(text=datasets.Value("string"), **features) if features else None)
+    return datasets.Dataset.from_dict(
+        columns, features=datasets.Features(text=datasets.Value("string"), **features) if features else None
+    )
 
 
 def labelled(per_class: list[int]) -> datasets.Dataset:
@@ -78,8 +80,14 @@ def test_a_sample_smaller_than_the_number_of_classes_is_refused():
         labelling.limit(labelled([5, 5, 5]), 2, seed=0, flag="--max-train-samples")
 
 
-@pytest.mark.parametrize("pick", [lambda rows, seed: labelling.stratified_cut(rows, 30, seed=seed, purpose="")[1]["row"][:],
-                                  lambda rows, seed: labelling.limit(rows, 30, seed=seed, flag="")["row"][:]], ids=["cut", "limit"])
+@pytest.mark.parametrize(
+    "pick",
+    [
+        lambda rows, seed: labelling.stratified_cut(rows, 30, seed=seed, purpose="")[1]["row"][:],
+        lambda rows, seed: labelling.limit(rows, 30, seed=seed, flag="")["row"][:],
+    ],
+    ids=["cut", "limit"],
+)
 def test_the_seed_alone_decides(pick):
     rows = labelled([40, 60, 20])
     first = pick(rows, 7)
@@ -92,7 +100,11 @@ def test_missing_splits_are_cut_from_train():
     rows = labelled([100, 60, 40])
     splits, cut = labelling.cut_missing_splits(datasets.DatasetDict(train=rows), seed=0)
     assert list(splits) == ["train", "validation", "test"] and cut == ["validation", "test"]
-    assert {split: len(part) for split, part in splits.items()} == {"train": 160, "validation": 20, "test": 20}
+    assert {split: len(part) for split, part in splits.items()} == {
+        "train": 160,
+        "validation": 20,
+        "test": 20,
+    }
     assert sorted(row for part in splits.values() for row in part["row"]) == rows["row"][:]
     for part in splits.values():
         assert Counter(part["label"][:]) == {0: len(part) // 2, 1: len(part) * 3 // 10, 2: len(part) // 5}
@@ -113,16 +125,26 @@ def test_a_small_data_set_gets_a_row_of_each_class_in_every_split():
 @pytest.mark.parametrize("labels", [["a"] * 20 + ["rare"], ["a"] * 3 + ["rare"] * 2, ["a", "rare", "a"]])
 def test_a_class_with_too_few_rows_to_cut_is_named(labels):
     rows = labelling.validate(datasets.DatasetDict(train=make(labels)), **COLUMNS)
-    with pytest.raises(UserError, match="can't cut a (validation|test) split .* class 'rare' has 1; add rows of it, or give the split yourself"):
+    with pytest.raises(
+        UserError,
+        match=(
+            "can't cut a (validation|test) split .* class 'rare' has 1; add rows of it, or give the split"
+            " yourself"
+        ),
+    ):
         labelling.cut_missing_splits(rows, seed=0)
 
 
-@pytest.mark.parametrize("values, names", [
-    (["b", "a", "B"], ["B", "a", "b"]),
-    ([10, 9, -1, 100, 0], ["-1", "0", "9", "10", "100"]),
-    (["10", "9", "ten", "-1", "²", "--5"], ["-1", "9", "10", "--5", "ten", "²"]),  # what only looks like a number is a name
-    ([True, False], ["False", "True"]),
-])
+@pytest.mark.parametrize(
+    "values, names",
+    [
+        (["b", "a", "B"], ["B", "a", "b"]),
+        ([10, 9, -1, 100, 0], ["-1", "0", "9", "10", "100"]),
+        # what only looks like a number is a name
+        (["10", "9", "ten", "-1", "²", "--5"], ["-1", "9", "10", "--5", "ten", "²"]),
+        ([True, False], ["False", "True"]),
+    ],
+)
 def test_class_names_are_sorted_and_numbers_by_value(values, names):
     random.Random(1).shuffle(values)
     rows = labelling.validate(datasets.DatasetDict(train=make(values)), **COLUMNS)["train"]
@@ -130,7 +152,11 @@ def test_class_names_are_sorted_and_numbers_by_value(values, names):
     assert [names[label] for label in rows["label"]] == [str(value) for value in values]
 
 
-@given(values=st.lists(st.integers(-2**63, 2**63 - 1), min_size=2, max_size=30).filter(lambda values: len(set(values)) > 1))
+@given(
+    values=st.lists(st.integers(-(2**63), 2**63 - 1), min_size=2, max_size=30).filter(
+        lambda values: len(set(values)) > 1
+    )
+)
 @settings(max_examples=25, deadline=None)
 def test_whole_numbers_are_classes_in_their_order(values):
     rows = labelling.validate(datasets.DatasetDict(train=make(values)), **COLUMNS)["train"]
@@ -147,7 +173,11 @@ def test_class_label_keeps_its_order_and_its_empty_classes():
 def test_labels_of_every_split_get_the_numbers_of_the_training_split():
     splits = datasets.DatasetDict(train=make(["x", "y", "z"]), validation=make(["z", "y"]), test=make(["z"]))
     splits = labelling.validate(splits, **COLUMNS)
-    assert {split: rows["label"][:] for split, rows in splits.items()} == {"train": [0, 1, 2], "validation": [2, 1], "test": [2]}
+    assert {split: rows["label"][:] for split, rows in splits.items()} == {
+        "train": [0, 1, 2],
+        "validation": [2, 1],
+        "test": [2],
+    }
     assert all(rows.features["label"].names == ["x", "y", "z"] for rows in splits.values())
 
 
@@ -157,62 +187,115 @@ def test_labels_may_be_numbers_in_one_split_and_strings_in_another():
 
 
 def test_the_classes_of_a_trained_model_give_the_numbers():
-    splits = labelling.validate(datasets.DatasetDict(test=make(["a", "c", "a"])), **COLUMNS, names=["c", "b", "a"])
-    assert splits["test"]["label"][:] == [2, 0, 2] and splits["test"].features["label"].names == ["c", "b", "a"]
-    with pytest.raises(UserError, match="split test, row 2: the label 'd' is not one of the model's classes .a, b, c.; correct"):
+    splits = labelling.validate(
+        datasets.DatasetDict(test=make(["a", "c", "a"])), **COLUMNS, names=["c", "b", "a"]
+    )
+    assert splits["test"]["label"][:] == [2, 0, 2] and splits["test"].features["label"].names == [
+        "c",
+        "b",
+        "a",
+    ]
+    with pytest.raises(
+        UserError,
+        match="split test, row 2: the label 'd' is not one of the model's classes .a, b, c.; correct",
+    ):
         labelling.validate(datasets.DatasetDict(test=make(["a", "d"])), **COLUMNS, names=["c", "b", "a"])
 
 
 def test_the_columns_are_text_label_and_row():
-    rows = datasets.Dataset.from_dict({"row": ["x", "y"], "stars": [5, 1], "review": ["good", "bad"], "text": [1, 2], "label": [None, None]})
-    rows = labelling.validate(datasets.DatasetDict(train=rows), text_column="review", label_column="stars")["train"]
+    rows = datasets.Dataset.from_dict(
+        {"row": ["x", "y"], "stars": [5, 1], "review": ["good", "bad"], "text": [1, 2], "label": [None, None]}
+    )
+    rows = labelling.validate(datasets.DatasetDict(train=rows), text_column="review", label_column="stars")[
+        "train"
+    ]
     assert rows[:] == {"text": ["good", "bad"], "label": [1, 0], "row": [1, 2]}
 
 
-@pytest.mark.parametrize("rows, message", [
-    (make(["a", None]), "split train, row 2: the label in column 'label' is missing; "),
-    (make(["a", ""]), "split train, row 2: the label in column 'label' is missing; "),
-    (make(["a", "b", " "]), "split train, row 3: the label in column 'label' is missing; "),
-    (make([1, None]), "split train, row 2: the label in column 'label' is missing; "),
-    (make([1.0, 2.0]), "split train: column 'label' holds float64, but labels are strings or whole numbers; .*--label-column"),
-    (make([["a"], ["b"]]), "split train: column 'label' holds List, but labels are "),
-    (make([None, None]), "split train: column 'label' holds null, but labels are "),
-    (make(["a", "a"]), "split train: every row has the label 'a'; a classifier needs at least two classes; .*--label-column"),
-    (make(["a", "b"]).rename_column("label", "stars"), "split train: no column 'label'; there is text, stars; .*--label-column"),
-    (make(["a", "b"]).rename_column("text", "review"), "split train: no column 'text'; there is review, label; .*--text-column"),
-    (make(["a", "b"]).select([]), "split train: it has no rows; .*--train-split"),
-    (make([0, -1], label=datasets.ClassLabel(names=["a", "b"])), "split train, row 2: the label -1 is not one of the 2 classes; .*--train-split"),
-    (make([0, None], label=datasets.ClassLabel(names=["a", "b"])), "split train, row 2: the label None is not one of the 2 classes"),
-])
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        (make(["a", None]), "split train, row 2: the label in column 'label' is missing; "),
+        (make(["a", ""]), "split train, row 2: the label in column 'label' is missing; "),
+        (make(["a", "b", " "]), "split train, row 3: the label in column 'label' is missing; "),
+        (make([1, None]), "split train, row 2: the label in column 'label' is missing; "),
+        (
+            make([1.0, 2.0]),
+            (
+                "split train: column 'label' holds float64, but labels are strings or whole numbers;"
+                " .*--label-column"
+            ),
+        ),
+        (make([["a"], ["b"]]), "split train: column 'label' holds List, but labels are "),
+        (make([None, None]), "split train: column 'label' holds null, but labels are "),
+        (
+            make(["a", "a"]),
+            (
+                "split train: every row has the label 'a'; a classifier needs at least two classes;"
+                " .*--label-column"
+            ),
+        ),
+        (
+            make(["a", "b"]).rename_column("label", "stars"),
+            "split train: no column 'label'; there is text, stars; .*--label-column",
+        ),
+        (
+            make(["a", "b"]).rename_column("text", "review"),
+            "split train: no column 'text'; there is review, label; .*--text-column",
+        ),
+        (make(["a", "b"]).select([]), "split train: it has no rows; .*--train-split"),
+        (
+            make([0, -1], label=datasets.ClassLabel(names=["a", "b"])),
+            "split train, row 2: the label -1 is not one of the 2 classes; .*--train-split",
+        ),
+        (
+            make([0, None], label=datasets.ClassLabel(names=["a", "b"])),
+            "split train, row 2: the label None is not one of the 2 classes",
+        ),
+    ],
+)
 def test_what_is_wrong_with_labels_is_said_with_its_place(rows, message):
     with pytest.raises(UserError, match=f"^{message}"):
         labelling.validate(datasets.DatasetDict(train=rows), **COLUMNS)
 
 
 def test_a_label_that_train_lacks_is_named_with_the_labels_that_it_has():
-    splits = datasets.DatasetDict(train=make([str(number) for number in range(12)]), validation=make(["3", "12"]))
-    with pytest.raises(UserError, match=r"split validation, row 2: the label '12' does not occur in the training split "
-                                        r"\(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, \.\.\.\); correct or remove the row"):
+    splits = datasets.DatasetDict(
+        train=make([str(number) for number in range(12)]), validation=make(["3", "12"])
+    )
+    with pytest.raises(
+        UserError,
+        match=r"split validation, row 2: the label '12' does not occur in the training split "
+        r"\(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, \.\.\.\); correct or remove the row",
+    ):
         labelling.validate(splits, **COLUMNS)
 
 
-@pytest.mark.parametrize("present, wanted, chosen", [
-    (["train", "validation", "test"], {}, {"train": "train", "validation": "validation", "test": "test"}),
-    (["training", "dev"], {}, {"train": "training", "validation": "dev"}),
-    (["train", "valid", "val"], {}, {"train": "train", "validation": "valid"}),
-    (["train", "test", "extra"], {"test": "extra"}, {"train": "train", "test": "extra"}),
-    (["all"], {"train": "all"}, {"train": "all"}),
-])
+@pytest.mark.parametrize(
+    "present, wanted, chosen",
+    [
+        (["train", "validation", "test"], {}, {"train": "train", "validation": "validation", "test": "test"}),
+        (["training", "dev"], {}, {"train": "training", "validation": "dev"}),
+        (["train", "valid", "val"], {}, {"train": "train", "validation": "valid"}),
+        (["train", "test", "extra"], {"test": "extra"}, {"train": "train", "test": "extra"}),
+        (["all"], {"train": "all"}, {"train": "all"}),
+    ],
+)
 def test_splits_are_found_by_their_usual_names_or_the_given_ones(present, wanted, chosen):
     found = datasets.DatasetDict({name: make([name]) for name in present})
-    splits = labelling.choose_splits(found, {split: wanted.get(split) for split in ("train", "validation", "test")})
+    splits = labelling.choose_splits(
+        found, {split: wanted.get(split) for split in ("train", "validation", "test")}
+    )
     assert {split: rows["label"][0] for split, rows in splits.items()} == chosen
 
 
-@pytest.mark.parametrize("wanted, message", [
-    ({"train": None}, "--train-split train: no such split; there is all, test"),
-    ({"test": "tset"}, "--test-split tset: no such split; there is all, test"),
-])
+@pytest.mark.parametrize(
+    "wanted, message",
+    [
+        ({"train": None}, "--train-split train: no such split; there is all, test"),
+        ({"test": "tset"}, "--test-split tset: no such split; there is all, test"),
+    ],
+)
 def test_a_split_that_is_not_there_is_refused_with_those_that_are(wanted, message):
     with pytest.raises(UserError, match=message):
         labelling.choose_splits(datasets.DatasetDict(all=make(["a"]), test=make(["a"])), wanted)
@@ -221,14 +304,26 @@ def test_a_split_that_is_not_there_is_refused_with_those_that_are(wanted, messag
 def test_texts_that_train_has_too_are_counted():
     def texts(*values):
         return datasets.Dataset.from_dict({"text": values})
+
     splits = {"train": texts("a", "b", "b"), "validation": texts("b", "c", "b"), "test": texts("A", "c")}
     assert labelling.count_shared_texts(splits) == {"validation": 2, "test": 0}
 
 
 def test_the_screen_says_which_splits_were_cut_and_how_many_texts_are_shared(tmp_path, cache_dir, capsys):
     for name, count in (("train", 40), ("test", 10)):
-        (tmp_path / f"{name}.csv").write_text("text,label\n" + "".join(f"text {number},{number % 2}\n" for number in range(count)))
-    flags = ["--dataset", str(tmp_path), "--cache-dir", str(cache_dir), "--seed", "3", "--max-eval-samples", "4"]
+        (tmp_path / f"{name}.csv").write_text(
+            "text,label\n" + "".join(f"text {number},{number % 2}\n" for number in range(count))
+        )
+    flags = [
+        "--dataset",
+        str(tmp_path),
+        "--cache-dir",
+        str(cache_dir),
+        "--seed",
+        "3",
+        "--max-eval-samples",
+        "4",
+    ]
     args = train_classifier.make_parser().parse_args(flags)
     loaded = loading.load_splits(args, Runtime(torch.device("cpu"), "fp32"))
     shown = capsys.readouterr().out
@@ -240,11 +335,21 @@ def test_the_screen_says_which_splits_were_cut_and_how_many_texts_are_shared(tmp
 
 
 def test_class_names_go_into_the_models_config(tiny_model):
-    model, is_new = models.load_classifier(str(tiny_model), names=["sport", "arts", "9"], dropout={}, pad_token_id=0, cache_dir=None)
-    assert model.config.id2label == {0: "sport", 1: "arts", 2: "9"} and model.config.label2id == {"sport": 0, "arts": 1, "9": 2}
+    model, is_new = models.load_classifier(
+        str(tiny_model), names=["sport", "arts", "9"], dropout={}, pad_token_id=0, cache_dir=None
+    )
+    assert model.config.id2label == {0: "sport", 1: "arts", 2: "9"} and model.config.label2id == {
+        "sport": 0,
+        "arts": 1,
+        "9": 2,
+    }
     assert is_new and model.config.num_labels == model.classifier.out_features == 3
 
 
 def test_a_head_of_as_many_classes_stays_and_is_not_called_new(tiny_model):
-    model, is_new = models.load_classifier(str(tiny_model), names=["ham", "spam"], dropout={}, pad_token_id=0, cache_dir=None)
-    assert not is_new and torch.equal(model.classifier.weight, load_file(tiny_model / "model.safetensors")["classifier.weight"])
+    model, is_new = models.load_classifier(
+        str(tiny_model), names=["ham", "spam"], dropout={}, pad_token_id=0, cache_dir=None
+    )
+    assert not is_new and torch.equal(
+        model.classifier.weight, load_file(tiny_model / "model.safetensors")["classifier.weight"]
+    )

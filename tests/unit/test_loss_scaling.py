@@ -1,4 +1,6 @@
-"""The loop with a loss scaler that is switched on, as fp16 on a GPU has it; PyTorch has the same scaler for CPUs."""
+"""The loop with a loss scaler that is switched on, as fp16 on a GPU has it; PyTorch has the same
+scaler for CPUs.
+"""
 
 import pytest
 import torch
@@ -12,7 +14,9 @@ from common.training.steps import LossMeter
 
 
 def run(model, batches, scaler, *flags, rate=0.1):
-    """Run the product's loop with SGD, one batch a step; return after each step the weights' sum of changes, the learning rate, the scale."""
+    """Run the product's loop with SGD, one batch a step; return after each step the weights' sum
+    of changes, the learning rate, the scale.
+    """
     optimizer = torch.optim.SGD(model.parameters(), lr=rate)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1, end_factor=0.5, total_iters=100)
     training = steps.Training(model, None, model, optimizer, scheduler, scaler)
@@ -20,26 +24,39 @@ def run(model, batches, scaler, *flags, rate=0.1):
     before, found = [parameter.detach().clone() for parameter in model.parameters()], []
     meter = LossMeter(MACHINE, NullLog(None), progress([], label=""), 100)
     for _ in train_classifier.train_steps(training, batches, [1] * len(batches), meter, args, MACHINE):
-        change = sum((parameter.detach() - old).abs().sum().item() for parameter, old in zip(model.parameters(), before))
+        change = sum(
+            (parameter.detach() - old).abs().sum().item()
+            for parameter, old in zip(model.parameters(), before)
+        )
         found.append((change, scheduler.get_last_lr()[0], scaler.get_scale()))
     return found
 
 
 def test_a_step_that_overflows_is_skipped_and_the_schedule_waits_for_it(tiny_model):
-    """The scale falls until the gradients are finite; only then do weights and schedule move (pytorch #55585)."""
+    """The scale falls until the gradients are finite; only then do weights and schedule move
+    (pytorch #55585).
+    """
     model = AutoModelForSequenceClassification.from_pretrained(tiny_model)
     with torch.no_grad():
         model.classifier.weight *= 100  # larger gradients below it
-    found = run(model, make_batches([4] * 16), torch.amp.GradScaler("cpu", init_scale=3e38, growth_interval=1000), rate=1e-4)
+    found = run(
+        model,
+        make_batches([4] * 16),
+        torch.amp.GradScaler("cpu", init_scale=3e38, growth_interval=1000),
+        rate=1e-4,
+    )
     skipped = [scale < before for (_, _, before), (_, _, scale) in zip([(0, 0, 3e38), *found], found)]
     assert skipped[0] and not skipped[-1], "the first overflows, the last does not"
-    for (weights, rate, _), (next_weights, next_rate, _), overflowed in zip([(0.0, 1e-4, 0), *found], found, skipped):
+    for (weights, rate, _), (next_weights, next_rate, _), overflowed in zip(
+        [(0.0, 1e-4, 0), *found], found, skipped
+    ):
         assert (next_weights == weights) is overflowed and (next_rate == rate) is overflowed
 
 
 @pytest.mark.parametrize("flags", [[], ["--max-grad-norm", "0.01"]])
 def test_a_scale_changes_no_step(tiny_model, flags):
     """Clipping sees the true gradient: scaled by 1024, its norm would be above any limit."""
+
     def trained(scaler):
         model = AutoModelForSequenceClassification.from_pretrained(tiny_model)
         run(model, make_batches([4, 3]), scaler, *flags)

@@ -13,7 +13,12 @@ from common.metrics import Accuracy, MacroF1, PerClass, Rouge, classification_sc
 
 
 @settings(deadline=None, max_examples=40)
-@given(seed=st.integers(0, 10**6), num_classes=st.integers(2, 6), count=st.integers(1, 50), scale=st.sampled_from([0.1, 3.0, 30.0]))
+@given(
+    seed=st.integers(0, 10**6),
+    num_classes=st.integers(2, 6),
+    count=st.integers(1, 50),
+    scale=st.sampled_from([0.1, 3.0, 30.0]),
+)
 def test_scores_equal_scikit_learn(seed, num_classes, count, scale):
     generator = np.random.default_rng(seed)
     labels = generator.integers(0, num_classes, count)
@@ -21,13 +26,25 @@ def test_scores_equal_scikit_learn(seed, num_classes, count, scale):
     scores = classification_scores(torch.tensor(logits), torch.tensor(labels))
     predicted, every_class = logits.argmax(1), list(range(num_classes))
     assert scores["accuracy"] == pytest.approx(np.mean(predicted == labels))
-    assert scores["macro_f1"] == pytest.approx(sklearn_metrics.f1_score(labels, predicted, average="macro", zero_division=0))
+    assert scores["macro_f1"] == pytest.approx(
+        sklearn_metrics.f1_score(labels, predicted, average="macro", zero_division=0)
+    )
     wide = logits.astype(np.float64)
-    assert scores["loss"] == pytest.approx((logsumexp(wide, axis=1) - wide[np.arange(count), labels]).mean(), rel=1e-12)
-    for name, function in (("precision", sklearn_metrics.precision_score), ("recall", sklearn_metrics.recall_score)):
-        assert scores["per_class"][name] == pytest.approx(function(labels, predicted, labels=every_class, average=None, zero_division=0))
+    assert scores["loss"] == pytest.approx(
+        (logsumexp(wide, axis=1) - wide[np.arange(count), labels]).mean(), rel=1e-12
+    )
+    for name, function in (
+        ("precision", sklearn_metrics.precision_score),
+        ("recall", sklearn_metrics.recall_score),
+    ):
+        assert scores["per_class"][name] == pytest.approx(
+            function(labels, predicted, labels=every_class, average=None, zero_division=0)
+        )
     assert scores["per_class"]["support"] == np.bincount(labels, minlength=num_classes).tolist()
-    assert scores["confusion"] == sklearn_metrics.confusion_matrix(labels, predicted, labels=every_class).tolist()
+    assert (
+        scores["confusion"]
+        == sklearn_metrics.confusion_matrix(labels, predicted, labels=every_class).tolist()
+    )
 
 
 def test_they_are_evaluate_metrics_that_can_be_fed_in_batches_and_combined():
@@ -48,9 +65,19 @@ def test_a_class_that_never_occurs_has_zeros_and_no_support():
 def test_rouge_is_what_the_tutorial_prints():
     """Oracle: the output of evaluate.load("rouge") in the tutorial, for its two quotations."""
     predictions = ["It does not do to dwell on dreams and forget to live.", "After all this time? Always."]
-    references = ["It does not do well to dwell on dreams and forget to live.", "After all this time? Yes, always."]
+    references = [
+        "It does not do well to dwell on dreams and forget to live.",
+        "After all this time? Yes, always.",
+    ]
     found = Rouge(keep_in_memory=True).compute(predictions=predictions, references=references)
-    assert found == pytest.approx({"rouge1": 0.9345454545454546, "rouge2": 0.7681159420289854, "rougeL": 0.9345454545454546, "rougeLsum": 0.9345454545454546})
+    assert found == pytest.approx(
+        {
+            "rouge1": 0.9345454545454546,
+            "rouge2": 0.7681159420289854,
+            "rougeL": 0.9345454545454546,
+            "rougeLsum": 0.9345454545454546,
+        }
+    )
 
 
 def test_rouge_lsum_takes_each_line_by_itself():

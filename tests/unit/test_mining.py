@@ -1,4 +1,6 @@
-"""Pairs, groups and clusters against brute force over the full matrix in float64, with planted ties and every size of block."""
+"""Pairs, groups and clusters against brute force over the full matrix in float64, with planted
+ties and every size of block.
+"""
 
 import math
 
@@ -15,7 +17,9 @@ from common.search.display import level
 
 @pytest.fixture(params=[0, 1, 2])
 def live(request, tmp_path):
-    """Rows around a few centres, some of them equal, some deleted; `exact` is their matrix of exactly rounded cosines."""
+    """Rows around a few centres, some of them equal, some deleted; `exact` is their matrix of
+    exactly rounded cosines.
+    """
     generator = np.random.default_rng(request.param)
     centres = generator.standard_normal((5, 24))
     vectors = unit(centres[generator.integers(0, 5, 160)] + 0.5 * generator.standard_normal((160, 24)))
@@ -26,12 +30,20 @@ def live(request, tmp_path):
         name, width, max_length, num_encoded, num_cut, machine = "given", 24, 16, 0, 0, None
 
         def identity(self):
-            return {"model": "given", "fingerprint": "given", "width": 24, "pooling": "none", "max_length": 16}
+            return {
+                "model": "given",
+                "fingerprint": "given",
+                "width": 24,
+                "pooling": "none",
+                "max_length": 16,
+            }
 
         def encode_unit(self, texts, *, role=None):
             return np.array([vectors[int(text.split()[1])] for text in texts])
 
-    with store.writing(tmp_path / "index", settings=building.settings_of(Given(), id_column="key", chunk_overlap=None)) as opened:
+    with store.writing(
+        tmp_path / "index", settings=building.settings_of(Given(), id_column="key", chunk_overlap=None)
+    ) as opened:
         building.fill(building.Builder(opened, Given()), collection(numbered(0, 160)), block=37)
         opened.commit(None, [5, 6, 100])
         snapshot = opened.snapshot
@@ -55,7 +67,12 @@ def test_the_best_pairs(live, block, k):
 @pytest.mark.parametrize("threshold", [0.6, 0.9, 1.0 - 1e-7])
 def test_pairs_above_a_threshold_and_their_groups(live, block, threshold):
     rows, exact = live
-    expected = {(left, right) for left in range(len(rows)) for right in range(left + 1, len(rows)) if exact[left, right] >= threshold}
+    expected = {
+        (left, right)
+        for left in range(len(rows))
+        for right in range(left + 1, len(rows))
+        if exact[left, right] >= threshold
+    }
     groups, found = mining.Groups(len(rows)), []
     for left, right, scores in mining.similar_pairs(rows, threshold, block=block):
         found += zip(left.tolist(), right.tolist())
@@ -92,7 +109,16 @@ def test_no_more_than_a_block_of_vectors_is_read_at_once(live, monkeypatch):
     assert max(sizes) == 16 and sum(sizes) > 10 * len(rows)
 
 
-@pytest.mark.parametrize("similarity, word", [(0.7, "moderate"), (np.nextafter(0.7, 1), "high"), (0.4, "moderate"), (np.nextafter(0.4, 0), "low"), (-1, "low")])
+@pytest.mark.parametrize(
+    "similarity, word",
+    [
+        (0.7, "moderate"),
+        (np.nextafter(0.7, 1), "high"),
+        (0.4, "moderate"),
+        (np.nextafter(0.4, 0), "low"),
+        (-1, "low"),
+    ],
+)
 def test_the_words_for_similarity_change_at_0_7_and_0_4(similarity, word):
     assert level(similarity) == word
 
@@ -101,11 +127,15 @@ def test_the_words_for_similarity_change_at_0_7_and_0_4(similarity, word):
 def test_a_border_case_is_decided_in_float64(live, step):
     rows, exact = live
     cosines = exact[np.triu_indices(len(exact), 1)]
-    threshold = float(np.sort(cosines)[-200]) + step * 1e-9  # the cosine of a pair, and more than it by less than fp32 can tell
+    # the cosine of a pair, and more than it by less than fp32 can tell
+    threshold = float(np.sort(cosines)[-200]) + step * 1e-9
     count = sum(len(left) for left, _, _ in mining.similar_pairs(rows, threshold, block=50))
     assert count == (cosines >= threshold).sum()
     near = exact >= threshold
-    assert clustering.num_neighbours(rows, threshold, block=50).tolist() == (near.sum(1) - near.diagonal()).tolist()
+    assert (
+        clustering.num_neighbours(rows, threshold, block=50).tolist()
+        == (near.sum(1) - near.diagonal()).tolist()
+    )
 
 
 @pytest.mark.parametrize("block", [7, 1000])
@@ -140,7 +170,10 @@ def test_k_means_is_repeatable_and_its_first_cluster_the_largest(live):
     rows, _ = live
     labels = clustering.k_means(rows, 4, block=50, seed=0)
     assert (labels == clustering.k_means(rows, 4, block=50, seed=0)).all()
-    assert np.bincount(labels).tolist() == sorted(np.bincount(labels), reverse=True) and len(np.bincount(labels)) == 4
+    assert (
+        np.bincount(labels).tolist() == sorted(np.bincount(labels), reverse=True)
+        and len(np.bincount(labels)) == 4
+    )
 
 
 def test_as_many_clusters_as_different_rows(live):
@@ -150,16 +183,37 @@ def test_as_many_clusters_as_different_rows(live):
 
 @pytest.fixture
 def passages_of_documents(tmp_path):
-    """Documents of one to four passages, whose vectors are those of their numbers' group; the exact cosines, and the document of each."""
+    """Documents of one to four passages, whose vectors are those of their numbers' group; the
+    exact cosines, and the document of each.
+    """
     generator = np.random.default_rng(0)
     sizes = generator.integers(1, 5, 40)
     documents = np.repeat(np.arange(40), sizes)
-    vectors = unit(generator.standard_normal((8, 24))[documents % 8] + 0.4 * generator.standard_normal((len(documents), 24)))
+    vectors = unit(
+        generator.standard_normal((8, 24))[documents % 8]
+        + 0.4 * generator.standard_normal((len(documents), 24))
+    )
     own = np.concatenate([np.arange(size) for size in sizes])
-    table = pa.table({"_id": [f"d{document}" for document in documents], "_hash": pa.array([b"0" * 32] * len(own), pa.binary(32)),
-                      "_passage": pa.array(own, pa.int32()), "_passages": pa.array(sizes[documents], pa.int32()), "_start": pa.array(own, pa.int32()),
-                      "_text": pa.array([f"text {row}" for row in range(len(own))], pa.large_string()), "_vector": store.vector_array(vectors)})
-    settings = {"model": "given", "fingerprint": "given", "width": 24, "pooling": "none", "max_length": 16, "id_column": None, "chunk_overlap": 1}
+    table = pa.table(
+        {
+            "_id": [f"d{document}" for document in documents],
+            "_hash": pa.array([b"0" * 32] * len(own), pa.binary(32)),
+            "_passage": pa.array(own, pa.int32()),
+            "_passages": pa.array(sizes[documents], pa.int32()),
+            "_start": pa.array(own, pa.int32()),
+            "_text": pa.array([f"text {row}" for row in range(len(own))], pa.large_string()),
+            "_vector": store.vector_array(vectors),
+        }
+    )
+    settings = {
+        "model": "given",
+        "fingerprint": "given",
+        "width": 24,
+        "pooling": "none",
+        "max_length": 16,
+        "id_column": None,
+        "chunk_overlap": 1,
+    }
     with store.writing(tmp_path / "index", settings=settings) as opened:
         opened.commit(table)
         opened.commit(None, np.flatnonzero(documents == 3))
@@ -172,13 +226,25 @@ def passages_of_documents(tmp_path):
 @pytest.mark.parametrize("block", [3, 17, 1000])
 def test_a_document_is_no_duplicate_of_itself(passages_of_documents, block):
     rows, exact, documents = passages_of_documents
-    other = {(left, right) for left in range(len(rows)) for right in range(left + 1, len(rows)) if documents[left] != documents[right]}
-    found = {pair for left, right, _ in mining.similar_pairs(rows, 0.7, block=block) for pair in zip(left.tolist(), right.tolist())}
+    other = {
+        (left, right)
+        for left in range(len(rows))
+        for right in range(left + 1, len(rows))
+        if documents[left] != documents[right]
+    }
+    found = {
+        pair
+        for left, right, _ in mining.similar_pairs(rows, 0.7, block=block)
+        for pair in zip(left.tolist(), right.tolist())
+    }
     assert found == {pair for pair in other if exact[pair] >= 0.7} and len(found) > 50
     best = sorted(other, key=lambda pair: -exact[pair])[:20]
     assert [pair[:2] for pair in mining.best_pairs(rows, 20, block=block)] == best
     labels = clustering.communities(rows, 0.8, min_size=2, block=block)
-    assert all(len(set(documents[labels == label])) >= 2 for label in range(labels.max() + 1)) and labels.max() > 3
+    assert (
+        all(len(set(documents[labels == label])) >= 2 for label in range(labels.max() + 1))
+        and labels.max() > 3
+    )
 
 
 def test_more_clusters_than_rows_that_seed_them(live, monkeypatch):
@@ -189,12 +255,34 @@ def test_more_clusters_than_rows_that_seed_them(live, monkeypatch):
 def test_marking_words_are_those_of_dense_matrices(live):
     rows, _ = live
     generator = np.random.default_rng(0)
-    labels, vocabulary = generator.integers(-1, 4, len(rows)), np.array(["film", "story", "rates", "goal", "vote", "screen"])
-    texts = [" ".join(generator.choice(vocabulary, 9, p=np.roll([0.4, 0.3, 0.1, 0.1, 0.05, 0.05], label))) for label in labels]
-    rows.snapshot.__dict__["texts"] = lambda wanted: (texts[place] for place in np.searchsorted(rows.rows, wanted))
-    totals = np.array([[sum(text.split().count(word) for text, own in zip(texts, labels) if own == label) for word in vocabulary] for label in range(4)])
+    labels, vocabulary = (
+        generator.integers(-1, 4, len(rows)),
+        np.array(["film", "story", "rates", "goal", "vote", "screen"]),
+    )
+    texts = [
+        " ".join(generator.choice(vocabulary, 9, p=np.roll([0.4, 0.3, 0.1, 0.1, 0.05, 0.05], label)))
+        for label in labels
+    ]
+    rows.snapshot.__dict__["texts"] = lambda wanted: (
+        texts[place] for place in np.searchsorted(rows.rows, wanted)
+    )
+    totals = np.array(
+        [
+            [
+                sum(text.split().count(word) for text, own in zip(texts, labels) if own == label)
+                for word in vocabulary
+            ]
+            for label in range(4)
+        ]
+    )
     weights = np.sqrt(totals / totals.sum(1, keepdims=True)) * np.log(1 + totals.sum() / 4 / totals.sum(0))
-    expected = [[vocabulary[place] for place in sorted(range(6), key=lambda place: (-row[place], vocabulary[place]))[:3]] for row in weights]
+    expected = [
+        [
+            vocabulary[place]
+            for place in sorted(range(6), key=lambda place: (-row[place], vocabulary[place]))[:3]
+        ]
+        for row in weights
+    ]
     assert clustering.marking_words(rows, labels, 3) == expected
 
 
@@ -203,5 +291,9 @@ def test_the_texts_nearest_to_a_centre(live):
     members = np.arange(0, len(rows), 2)
     vectors = rows.vectors(members).astype(np.float64)
     centre = vectors.mean(0) / np.linalg.norm(vectors.mean(0))
-    expected = sorted(range(len(members)), key=lambda place: (-(vectors[place] @ centre).round(14), place))[:3]
-    assert [place for place, _ in clustering.nearest_to_centre(rows, members, 3)] == members[expected].tolist()
+    expected = sorted(range(len(members)), key=lambda place: (-(vectors[place] @ centre).round(14), place))[
+        :3
+    ]
+    assert [place for place, _ in clustering.nearest_to_centre(rows, members, 3)] == members[
+        expected
+    ].tolist()

@@ -23,7 +23,9 @@ def test_each_token_but_the_first_is_scored_once_with_enough_before_it(length, w
 
 def test_the_overlap_of_windows_costs_no_logits():
     language_model, widths = tiny_language_model("llama"), []
-    language_model.model.lm_head.register_forward_hook(lambda module, given, logits: widths.append(logits.shape[1]))
+    language_model.model.lm_head.register_forward_hook(
+        lambda module, given, logits: widths.append(logits.shape[1])
+    )
     perplexity.likelihood(language_model, list(range(5, 45)), window=16, stride=4)
     assert widths == [16, 5, 5, 5, 5, 5, 5]
 
@@ -33,7 +35,10 @@ def test_the_overlap_of_windows_costs_no_logits():
 def test_perplexity_is_the_definition(window, stride, chunk, monkeypatch):
     """Oracle: one pass a token over exactly the tokens that its window shows, in fp64."""
     monkeypatch.setattr(perplexity, "CHUNK", chunk)
-    language_model, ids = tiny_language_model("gpt2", scale=2.0), torch.randint(0, 211, (50,), generator=torch.Generator().manual_seed(0)).tolist()
+    language_model, ids = (
+        tiny_language_model("gpt2", scale=2.0),
+        torch.randint(0, 211, (50,), generator=torch.Generator().manual_seed(0)).tolist(),
+    )
     found = perplexity.likelihood(language_model, ids, window=window, stride=stride)
     language_model.model.double()
     total = 0.0

@@ -1,4 +1,6 @@
-"""Approximate search beside the exact one, fusion by hand, the order of reranking, and the caches of an index."""
+"""Approximate search beside the exact one, fusion by hand, the order of reranking, and the caches
+of an index.
+"""
 
 import contextlib
 import os
@@ -17,7 +19,9 @@ from common.search.ranking import Searcher, fuse
 
 
 class Given:
-    """Stands for an encoder: the vector of "text 7 0" is the seventh, that of any query is `query`."""
+    """Stands for an encoder: the vector of "text 7 0" is the seventh, that of any query is
+    `query`.
+    """
 
     name, width, max_length, num_encoded, num_cut = "given", 16, 16, 0, 0
 
@@ -25,18 +29,31 @@ class Given:
         self.vectors, self.query = vectors, query
 
     def identity(self):
-        return {"model": "given", "fingerprint": "given", "width": self.width, "pooling": "none", "max_length": 16}
+        return {
+            "model": "given",
+            "fingerprint": "given",
+            "width": self.width,
+            "pooling": "none",
+            "max_length": 16,
+        }
 
     def encode_unit(self, texts, *, role=None):
-        return np.array([self.query if role == "query" else self.vectors[int(text.split()[1])] for text in texts], np.float32)
+        return np.array(
+            [self.query if role == "query" else self.vectors[int(text.split()[1])] for text in texts],
+            np.float32,
+        )
 
 
 def searcher(folder, vectors, query, *, allowed=None, **options):
     encoder = Given(vectors, query)
-    with store.writing(folder, settings=building.settings_of(encoder, id_column="key", chunk_overlap=None)) as opened:
+    with store.writing(
+        folder, settings=building.settings_of(encoder, id_column="key", chunk_overlap=None)
+    ) as opened:
         building.fill(building.Builder(opened, encoder), collection(numbered(0, len(vectors))), block=700)
         snapshot = opened.snapshot
-    return Searcher(snapshot, encoder, snapshot.alive() if allowed is None else allowed, say=lambda line: None, **options)
+    return Searcher(
+        snapshot, encoder, snapshot.alive() if allowed is None else allowed, say=lambda line: None, **options
+    )
 
 
 def rows(found):
@@ -49,7 +66,9 @@ def test_a_filter_takes_little_from_approximate_search(share, tmp_path):
     vectors, allowed = unit(generator.standard_normal((4000, 16))), generator.random(4000) < share
     exact = searcher(tmp_path / "index", vectors, vectors[7], allowed=allowed)
     near = Searcher(exact.snapshot, exact.encoder, allowed, approximate=True, say=lambda line: None)
-    assert len(set(rows(exact.search(["x"], 20))) & set(rows(near.search(["x"], 20)))) >= (20 if share < 0.1 else 19)
+    assert len(set(rows(exact.search(["x"], 20))) & set(rows(near.search(["x"], 20)))) >= (
+        20 if share < 0.1 else 19
+    )
 
 
 def test_equal_vectors_hide_nothing_from_approximate_search(tmp_path):
@@ -69,9 +88,11 @@ def test_reranking_stops_at_its_depth_and_the_rest_stays_behind(tmp_path):
         activation_fn = torch.nn.Sigmoid()
 
         def predict(self, pairs, **_):
-            return torch.tensor([100 + float(text.split()[1]) for _, text in pairs])  # a sigmoid makes 1 of all of them
+            # a sigmoid makes 1 of all of them
+            return torch.tensor([100 + float(text.split()[1]) for _, text in pairs])
 
-    vectors = unit(np.stack([np.r_[1, number / 10, np.zeros(14)] for number in range(9)]))  # row 0 is the nearest, row 8 the farthest
+    # row 0 is the nearest, row 8 the farthest
+    vectors = unit(np.stack([np.r_[1, number / 10, np.zeros(14)] for number in range(9)]))
     plain = searcher(tmp_path / "index", vectors, vectors[0])
     plain.encoder.machine = types.SimpleNamespace(autocast=contextlib.nullcontext)
     reranked = Searcher(plain.snapshot, plain.encoder, plain.allowed, reranker=Backwards(), rerank_depth=4)
@@ -88,7 +109,14 @@ def test_a_query_without_direction_is_refused(tmp_path):
 def test_fusion_by_hand():
     """Row 5 is second and first, 2 first and third, 9 in one only; 1 and 7 have equal sums."""
     found, scores = fuse([np.array([2, 5, 9, 1, 7]), np.array([5, 8, 2, 7, 1])])
-    expected = {5: 1 / 62 + 1 / 61, 2: 1 / 61 + 1 / 63, 8: 1 / 62, 9: 1 / 63, 1: 1 / 64 + 1 / 65, 7: 1 / 65 + 1 / 64}
+    expected = {
+        5: 1 / 62 + 1 / 61,
+        2: 1 / 61 + 1 / 63,
+        8: 1 / 62,
+        9: 1 / 63,
+        1: 1 / 64 + 1 / 65,
+        7: 1 / 65 + 1 / 64,
+    }
     assert found.tolist() == [5, 2, 1, 7, 8, 9]
     assert scores.tolist() == pytest.approx([expected[row] for row in found])
 
@@ -114,15 +142,23 @@ def test_a_build_that_fails_leaves_nothing_and_one_that_is_overtaken_counts(tmp_
         sidecar.cached(snapshot, "x", build=lambda folder: 1 / 0, load=str)
     assert not list((tmp_path / "index").glob("cache-*"))
     with pytest.raises(UserError, match="cache-x: the cache can't be written: Read-only file system"):
-        sidecar.cached(snapshot, "x", build=lambda folder: (_ for _ in ()).throw(OSError(30, os.strerror(30))), load=str)
+        sidecar.cached(
+            snapshot, "x", build=lambda folder: (_ for _ in ()).throw(OSError(30, os.strerror(30))), load=str
+        )
 
     def read(folder):
         return (folder / "content").read_text()
 
     def build(folder):
         (folder / "content").write_text("mine")
-        if not (tmp_path / "index" / "cache-x").exists():  # another process makes the same in the meantime
-            sidecar.cached(snapshot, "x", build=lambda other: (other / "content").write_text("theirs"), load=read)
+        # another process makes the same in the meantime
+        if not (tmp_path / "index" / "cache-x").exists():
+            sidecar.cached(
+                snapshot, "x", build=lambda other: (other / "content").write_text("theirs"), load=read
+            )
 
     assert sidecar.cached(snapshot, "x", build=build, load=read) == "mine"
-    assert sidecar.cached(snapshot, "x", build=None, load=read) == "mine" and len(list((tmp_path / "index").glob("cache-*"))) == 1
+    assert (
+        sidecar.cached(snapshot, "x", build=None, load=read) == "mine"
+        and len(list((tmp_path / "index").glob("cache-*"))) == 1
+    )

@@ -1,4 +1,6 @@
-"""What a GPU needs for the same bits each time, with an operation for CPUs that PyTorch can't repeat either."""
+"""What a GPU needs for the same bits each time, with an operation for CPUs that PyTorch can't
+repeat either.
+"""
 
 import pytest
 import torch
@@ -10,13 +12,20 @@ GPU = torch.device("cuda")
 
 
 def unrepeatable():
-    torch.zeros(4).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]))  # which of the two stays is open
+    # which of the two stays is open
+    torch.zeros(4).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]))
 
 
 def test_on_a_gpu_an_operation_that_can_not_be_repeated_is_refused_with_the_way_out():
-    refused = pytest.raises(UserError, match=r"^put_ does not have a deterministic implementation, so that two runs may differ; leave it$")
+    refused = pytest.raises(
+        UserError,
+        match=r"^put_ does not have a deterministic implementation, so that two runs may differ; leave it$",
+    )
     with refused, repeatable(GPU, wanted=True, way_out="leave it"):
-        assert torch.are_deterministic_algorithms_enabled() and not torch.utils.deterministic.fill_uninitialized_memory
+        assert (
+            torch.are_deterministic_algorithms_enabled()
+            and not torch.utils.deterministic.fill_uninitialized_memory
+        )
         unrepeatable()
     assert not torch.are_deterministic_algorithms_enabled()
 
@@ -38,7 +47,13 @@ def test_a_process_too_many_for_the_gpus_of_a_machine_is_refused(local_rank, ref
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     if refused:
-        with pytest.raises(UserError, match="process 2 of this machine has no GPU, for it has 2; start one process a GPU, or use --device cpu"):
+        with pytest.raises(
+            UserError,
+            match=(
+                "process 2 of this machine has no GPU, for it has 2; start one process a GPU, or use"
+                " --device cpu"
+            ),
+        ):
             choose_device("auto", local_rank)
     else:
         assert choose_device("auto", local_rank) == torch.device("cuda", local_rank)

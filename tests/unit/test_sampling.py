@@ -24,8 +24,18 @@ def rows() -> dict[str, torch.Tensor]:
     single[:, 5] = 1.0
     wide = torch.randn(4, 3000, generator=generator) * 4
     few = wide.masked_fill(wide < wide.topk(50).values[:, -1:], -INFINITY)
-    return {"wide": wide, "few left of many": few, "few left, with ties": few.round(), "smooth": smooth, "bf16 with ties": smooth.bfloat16().float().round(), "all equal": torch.zeros(4, 97), "half -inf": banned, "one left": single,
-            "huge": smooth * 1e4, "two values": (smooth > 0).float()}
+    return {
+        "wide": wide,
+        "few left of many": few,
+        "few left, with ties": few.round(),
+        "smooth": smooth,
+        "bf16 with ties": smooth.bfloat16().float().round(),
+        "all equal": torch.zeros(4, 97),
+        "half -inf": banned,
+        "one left": single,
+        "huge": smooth * 1e4,
+        "two values": (smooth > 0).float(),
+    }
 
 
 FILTERS = {
@@ -38,7 +48,10 @@ FILTERS = {
 
 
 @pytest.mark.parametrize("logits", rows().values(), ids=rows())
-@pytest.mark.parametrize("ours, theirs, value", [(ours, theirs, value) for ours, theirs, values in FILTERS.values() for value in values])
+@pytest.mark.parametrize(
+    "ours, theirs, value",
+    [(ours, theirs, value) for ours, theirs, values in FILTERS.values() for value in values],
+)
 def test_a_filter_equals_the_librarys(ours, theirs, value, logits):
     before = logits.clone()
     assert torch.equal(ours(logits, value), theirs(value)(None, logits.clone()))
@@ -47,22 +60,32 @@ def test_a_filter_equals_the_librarys(ours, theirs, value, logits):
 
 @pytest.mark.parametrize("place", range(0, 60, 3))
 def test_a_filter_equals_the_librarys_where_the_mass_is_reached_exactly(place):
-    """transformers #18976, #19839: the limit is itself one of the sums that it is compared with."""
+    """transformers #18976, #19839: the limit is itself one of the sums that it is compared
+    with.
+    """
     logits = torch.randn(1, 60, generator=torch.Generator().manual_seed(place)) * 2
     logits = logits.round() if place % 2 else logits
     likely = logits.sort(descending=False).values.softmax(-1).cumsum(-1)[0, place].item()
-    assert torch.equal(sampling.keep_top_p(logits, 1 - likely), library.TopPLogitsWarper(1 - likely)(None, logits))
+    assert torch.equal(
+        sampling.keep_top_p(logits, 1 - likely), library.TopPLogitsWarper(1 - likely)(None, logits)
+    )
     surprise = -logits.log_softmax(-1)
     order = (surprise - (surprise * (-surprise).exp()).sum(-1, keepdim=True)).abs().argsort(-1)
     typical = min(logits.gather(-1, order).softmax(-1).cumsum(-1)[0, place].item(), 0.999)
-    assert torch.equal(sampling.keep_typical(logits, typical), library.TypicalLogitsWarper(typical)(None, logits))
+    assert torch.equal(
+        sampling.keep_typical(logits, typical), library.TypicalLogitsWarper(typical)(None, logits)
+    )
 
 
 NUMBERS = st.one_of(st.integers(-3, 3).map(float), st.floats(-50, 50, width=32), st.just(-INFINITY))
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(NUMBERS, min_size=2, max_size=40).filter(lambda row: max(row) > -INFINITY), st.sampled_from(sorted(FILTERS)), st.floats(0.01, 0.99))
+@given(
+    st.lists(NUMBERS, min_size=2, max_size=40).filter(lambda row: max(row) > -INFINITY),
+    st.sampled_from(sorted(FILTERS)),
+    st.floats(0.01, 0.99),
+)
 def test_a_filter_equals_the_librarys_on_any_row(row, name, share):
     ours, theirs, _ = FILTERS[name]
     value = max(1, round(share * 50)) if name == "top_k" else share
@@ -71,18 +94,25 @@ def test_a_filter_equals_the_librarys_on_any_row(row, name, share):
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(st.lists(st.integers(0, 9), min_size=7, max_size=7), min_size=1, max_size=3), st.integers(1, 9), st.sampled_from([0.5, 1.1, 2.0]),
-       st.integers(0, 6))
+@given(
+    st.lists(st.lists(st.integers(0, 9), min_size=7, max_size=7), min_size=1, max_size=3),
+    st.integers(1, 9),
+    st.sampled_from([0.5, 1.1, 2.0]),
+    st.integers(0, 6),
+)
 def test_history_filters_equal_the_librarys(ids, size, penalty, padding):
     ids, starts = torch.tensor(ids), torch.tensor([padding] * len(ids))
     logits = torch.randn(len(ids), 10, generator=torch.Generator().manual_seed(size))
-    theirs = library.RepetitionPenaltyLogitsProcessor(penalty, prompt_ignore_length=starts)(ids, logits.clone())
+    theirs = library.RepetitionPenaltyLogitsProcessor(penalty, prompt_ignore_length=starts)(
+        ids, logits.clone()
+    )
     assert torch.equal(sampling.penalize_repetition(logits, ids, penalty, starts), theirs)
     theirs = library.RepetitionPenaltyLogitsProcessor(penalty)(ids, logits.clone())
     assert torch.equal(sampling.penalize_repetition(logits, ids, penalty), theirs)
     theirs = library.NoRepeatNGramLogitsProcessor(size)(ids, logits.clone())
     assert torch.equal(sampling.forbid_repeated_ngrams(logits, ids, size), theirs)
-    unpadded = library.NoRepeatNGramLogitsProcessor(size)(ids[:, padding:], logits.clone())  # padding is no text: as if it were not there
+    # padding is no text: as if it were not there
+    unpadded = library.NoRepeatNGramLogitsProcessor(size)(ids[:, padding:], logits.clone())
     assert torch.equal(sampling.forbid_repeated_ngrams(logits, ids, size, starts), unpadded)
 
 
@@ -91,13 +121,39 @@ def test_no_end_before_the_minimum_equals_the_librarys(made):
     options = Settings(min_new_tokens=3, end_ids=(2, 7))
     logits, ids = torch.randn(2, 10), torch.zeros(2, 5 + made, dtype=torch.long)
     [stage] = sampling.history_filters(options, prompt_length=5, starts=None, padding_is_text=True)
-    assert torch.equal(stage.apply(logits, ids), library.MinNewTokensLengthLogitsProcessor(5, 3, [2, 7])(ids, logits.clone()))
+    assert torch.equal(
+        stage.apply(logits, ids), library.MinNewTokensLengthLogitsProcessor(5, 3, [2, 7])(ids, logits.clone())
+    )
 
 
 def test_the_order_of_the_filters_is_the_documented_one():
-    options = Settings(sample=True, temperature=0.5, top_k=5, top_p=0.5, min_p=0.1, typical_p=0.5, repetition_penalty=2.0, no_repeat_ngram_size=2,
-                       min_new_tokens=1, end_ids=(0,))
-    names = [stage.name for stage in [*sampling.history_filters(options, prompt_length=1, starts=None, padding_is_text=True),
-                                      *sampling.distribution_filters(options)]]
-    assert names == ["repetition penalty 2", "no repeated 2-gram", "min 1 new tokens", "temperature 0.5", "top-k 5", "top-p 0.5", "min-p 0.1", "typical 0.5"]
+    options = Settings(
+        sample=True,
+        temperature=0.5,
+        top_k=5,
+        top_p=0.5,
+        min_p=0.1,
+        typical_p=0.5,
+        repetition_penalty=2.0,
+        no_repeat_ngram_size=2,
+        min_new_tokens=1,
+        end_ids=(0,),
+    )
+    names = [
+        stage.name
+        for stage in [
+            *sampling.history_filters(options, prompt_length=1, starts=None, padding_is_text=True),
+            *sampling.distribution_filters(options),
+        ]
+    ]
+    assert names == [
+        "repetition penalty 2",
+        "no repeated 2-gram",
+        "min 1 new tokens",
+        "temperature 0.5",
+        "top-k 5",
+        "top-p 0.5",
+        "min-p 0.1",
+        "typical 0.5",
+    ]
     assert sampling.distribution_filters(dataclasses.replace(options, sample=False)) == []

@@ -1,4 +1,6 @@
-"""The one-line calls of the loop: the divisor against one full-batch gradient, decay groups, the loss meter."""
+"""The one-line calls of the loop: the divisor against one full-batch gradient, decay groups, the
+loss meter.
+"""
 
 import argparse
 import json
@@ -16,55 +18,107 @@ from common.errors import UserError
 from common.runtime import Runtime
 from common.tracking import NullLog, progress
 from common.training import steps
-from common.training.steps import LossMeter, accumulation_windows, balanced_weights, count_examples, decay_groups, mark_last, sync_gradients
+from common.training.steps import (
+    LossMeter,
+    accumulation_windows,
+    balanced_weights,
+    count_examples,
+    decay_groups,
+    mark_last,
+    sync_gradients,
+)
 
 MACHINE = Runtime(torch.device("cpu"), "fp32")
 
 
 def make_batches(sizes, seed=0):
-    """Return batches of random tokens of the given sizes, each with its own length, so that padding differs too."""
+    """Return batches of random tokens of the given sizes, each with its own length, so that
+    padding differs too.
+    """
     generator = torch.Generator().manual_seed(seed)
     batches, row = [], 0
     for size in sizes:
         length = int(torch.randint(4, 20, (), generator=generator))
         ids = torch.randint(5, 100, (size, length), generator=generator)
-        batches.append(BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.randint(0, 2, (size,), generator=generator),
-                                      "row": torch.arange(row + 1, row + size + 1), "document": torch.arange(size)}))
+        batches.append(
+            BatchEncoding(
+                {
+                    "input_ids": ids,
+                    "attention_mask": torch.ones_like(ids),
+                    "labels": torch.randint(0, 2, (size,), generator=generator),
+                    "row": torch.arange(row + 1, row + size + 1),
+                    "document": torch.arange(size),
+                }
+            )
+        )
         row += size
     return batches
 
 
 def gradients_of_the_loop(model, batches, grad_accum, class_weights=None, *flags):
-    """Run the product's loop at learning rate 0 and return the gradient that each optimizer step saw."""
+    """Run the product's loop at learning rate 0 and return the gradient that each optimizer step
+    saw.
+    """
     gradients = []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    optimizer.register_step_pre_hook(lambda *_: gradients.append([parameter.grad.clone() for parameter in model.parameters()]))
+    optimizer.register_step_pre_hook(
+        lambda *_: gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    )
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1)
-    training = steps.Training(model, None, model, optimizer, scheduler, torch.amp.GradScaler("cpu", enabled=False), class_weights)
+    training = steps.Training(
+        model, None, model, optimizer, scheduler, torch.amp.GradScaler("cpu", enabled=False), class_weights
+    )
     args = train_classifier.make_parser().parse_args(["--max-grad-norm", "1e9", *flags])
     sizes = [len(batches[start : start + grad_accum]) for start in range(0, len(batches), grad_accum)]
-    for _ in train_classifier.train_steps(training, batches, sizes, LossMeter(MACHINE, NullLog(None), progress([], label=""), 100), args, MACHINE):
+    for _ in train_classifier.train_steps(
+        training,
+        batches,
+        sizes,
+        LossMeter(MACHINE, NullLog(None), progress([], label=""), 100),
+        args,
+        MACHINE,
+    ):
         pass
     return gradients
 
 
 @pytest.mark.parametrize("class_weights", [None, torch.tensor([0.3, 2.5])])
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-@pytest.mark.parametrize("sizes, grad_accum", [([4, 4, 4], 3), ([8, 1, 3, 5], 2), ([2, 2, 2, 2, 1], 3), ([7], 4)])
-def test_each_step_has_the_gradient_of_one_batch_of_all_its_examples(tiny_model, sizes, grad_accum, smoothing, class_weights):
-    """Also with batches of unequal size, class weights and a short last window, where averaging batch means is wrong (transformers #34242)."""
+@pytest.mark.parametrize(
+    "sizes, grad_accum", [([4, 4, 4], 3), ([8, 1, 3, 5], 2), ([2, 2, 2, 2, 1], 3), ([7], 4)]
+)
+def test_each_step_has_the_gradient_of_one_batch_of_all_its_examples(
+    tiny_model, sizes, grad_accum, smoothing, class_weights
+):
+    """Also with batches of unequal size, class weights and a short last window, where averaging
+    batch means is wrong (transformers #34242).
+    """
     model = AutoModelForSequenceClassification.from_pretrained(tiny_model).double()
-    got = gradients_of_the_loop(model, make_batches(sizes), grad_accum, class_weights, "--label-smoothing", str(smoothing))
+    got = gradients_of_the_loop(
+        model, make_batches(sizes), grad_accum, class_weights, "--label-smoothing", str(smoothing)
+    )
     batches = make_batches(sizes)
     assert len(got) == -(-len(sizes) // grad_accum)
     for number, gradients in enumerate(got):
         window = batches[number * grad_accum : (number + 1) * grad_accum]
-        logits = torch.cat([model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits for batch in window])
+        logits = torch.cat(
+            [
+                model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+                for batch in window
+            ]
+        )
         weights = class_weights if class_weights is None else class_weights.double()
-        loss = cross_entropy(logits, torch.cat([batch["labels"] for batch in window]), weight=weights, label_smoothing=smoothing)  # PyTorch's own mean
+        # PyTorch's own mean
+        loss = cross_entropy(
+            logits,
+            torch.cat([batch["labels"] for batch in window]),
+            weight=weights,
+            label_smoothing=smoothing,
+        )
         oracle = torch.autograd.grad(loss, list(model.parameters()))
         for gradient, expected in zip(gradients, oracle):
-            torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-7)  # the loop takes the logits to fp32
+            # the loop takes the logits to fp32
+            torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_windows_mark_their_last_batch():
@@ -88,6 +142,7 @@ def test_gradients_are_exchanged_only_when_asked():
     class Parallel(torch.nn.Module):
         def no_sync(self):
             return "no_sync"
+
     assert sync_gradients(Parallel(), when=False) == "no_sync"
     assert sync_gradients(Parallel(), when=True) != "no_sync"
     with sync_gradients(torch.nn.Linear(1, 1), when=False):
@@ -100,9 +155,17 @@ def test_matrices_decay_and_biases_norms_and_frozen_weights_do_not(tiny_model):
     decayed, free = decay_groups(model, 0.01)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert decayed["weight_decay"] == 0.01 and free["weight_decay"] == 0.0
-    assert all("LayerNorm" not in names[id(parameter)] and names[id(parameter)].endswith("weight") for parameter in decayed["params"])
-    assert all("LayerNorm" in names[id(parameter)] or names[id(parameter)].endswith("bias") for parameter in free["params"])
-    assert len(decayed["params"]) + len(free["params"]) == sum(parameter.requires_grad for parameter in model.parameters())
+    assert all(
+        "LayerNorm" not in names[id(parameter)] and names[id(parameter)].endswith("weight")
+        for parameter in decayed["params"]
+    )
+    assert all(
+        "LayerNorm" in names[id(parameter)] or names[id(parameter)].endswith("bias")
+        for parameter in free["params"]
+    )
+    assert len(decayed["params"]) + len(free["params"]) == sum(
+        parameter.requires_grad for parameter in model.parameters()
+    )
 
 
 class RecordNumbers:
@@ -143,8 +206,13 @@ def test_the_meter_reports_means_over_examples():
     log = RecordNumbers()
     meter = LossMeter(MACHINE, log, progress([], label=""), 2)
     feed(meter, [1.0, 3.0, 5.0])
-    (step, values), = log.lines
-    assert step == 2 and values["train/loss"] == 2.0 and values["train/grad_norm"] == 1.5 and values["train/learning_rate"] == 0.5
+    ((step, values),) = log.lines
+    assert (
+        step == 2
+        and values["train/loss"] == 2.0
+        and values["train/grad_norm"] == 1.5
+        and values["train/learning_rate"] == 0.5
+    )
     assert meter.so_far()["train_loss"] == 3.0
     json.dumps(values)  # plain numbers, no tensors
 
@@ -180,27 +248,51 @@ def steps_of_root(scaler, count: int, log=None):
     """Yield the model and the meter after each of some steps of a batch, a report after each."""
     model = Root()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    training = steps.Training(model, None, model, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1), scaler)
+    training = steps.Training(
+        model, None, model, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1), scaler
+    )
     meter = LossMeter(MACHINE, log or NullLog(None), progress([], label=""), 100 if log is None else 1)
-    for _ in train_classifier.train_steps(training, make_batches([4] * count), [1] * count, meter, train_classifier.make_parser().parse_args([]), MACHINE):
+    for _ in train_classifier.train_steps(
+        training,
+        make_batches([4] * count),
+        [1] * count,
+        meter,
+        train_classifier.make_parser().parse_args([]),
+        MACHINE,
+    ):
         yield model, meter
 
 
 def test_weights_that_a_gradient_ruined_though_the_loss_was_finite_are_found_before_they_are_saved():
     for model, meter in steps_of_root(torch.amp.GradScaler("cpu", enabled=False), 1):
         assert not model.weight.isfinite().any() and all(loss.isfinite() for loss, _ in meter.waiting)
-        with pytest.raises(UserError, match="gradient is not finite any more, first in step 1, though the loss is; lower --lr"):
+        with pytest.raises(
+            UserError,
+            match="gradient is not finite any more, first in step 1, though the loss is; lower --lr",
+        ):
             meter.check()  # as before each save
 
 
 def test_a_loss_scaler_may_skip_steps_but_not_all_of_them():
-    """Else a run would end well with a model that has learned nothing. A step that is skipped has no norm: NaN is no JSON."""
+    """Else a run would end well with a model that has learned nothing. A step that is skipped has
+    no norm: NaN is no JSON.
+    """
     log = RecordNumbers()
     found = steps_of_root(torch.amp.GradScaler("cpu", init_scale=4.0), 9, log)
     for _ in range(2):  # the scale is 2, then 1
         model, _ = next(found)
-        assert model.weight.tolist() == [0.0, 0.0] and "train/grad_norm" not in log.lines[-1][1] and "train/loss" in log.lines[-1][1]
-    with pytest.raises(UserError, match="gradient is not finite any more, first in step 3, though the loss is; use --precision bf16 or fp32"):
+        assert (
+            model.weight.tolist() == [0.0, 0.0]
+            and "train/grad_norm" not in log.lines[-1][1]
+            and "train/loss" in log.lines[-1][1]
+        )
+    with pytest.raises(
+        UserError,
+        match=(
+            "gradient is not finite any more, first in step 3, though the loss is; use --precision bf16 or"
+            " fp32"
+        ),
+    ):
         next(found)
 
 
@@ -215,5 +307,7 @@ def test_a_restored_meter_reports_what_the_first_one_would():
     second = LossMeter(MACHINE, logs[1], progress([], label=""), 2)
     second.restore({name: tensor.clone() for name, tensor in tensors.items()}, json.loads(json.dumps(sums)))
     feed(second, [0.9, 0.5], already=3)
-    assert [(step, values["train/loss"]) for step, values in logs[1].lines] == [(step, values["train/loss"]) for step, values in logs[0].lines]
+    assert [(step, values["train/loss"]) for step, values in logs[1].lines] == [
+        (step, values["train/loss"]) for step, values in logs[0].lines
+    ]
     assert second.so_far()["train_loss"] == whole.so_far()["train_loss"]

@@ -1,4 +1,6 @@
-"""The store against a dictionary, whatever is added, updated, deleted and compacted; readers during writes; damage; memory."""
+"""The store against a dictionary, whatever is added, updated, deleted and compacted; readers
+during writes; damage; memory.
+"""
 
 import contextlib
 import hashlib
@@ -29,23 +31,33 @@ COLUMNS = ("key", TEXT, "label")
 
 def collection(rows: list[dict], order=COLUMNS) -> texts.Collection:
     kinds = {"key": pa.string(), TEXT: pa.large_string(), "label": pa.int64()}
-    return texts.Collection("rows.csv", pa.Table.from_pylist(rows, pa.schema({name: kinds[name] for name in order})), "row", {})
+    return texts.Collection(
+        "rows.csv", pa.Table.from_pylist(rows, pa.schema({name: kinds[name] for name in order})), "row", {}
+    )
 
 
-def write(folder, rows: list[dict], *, block: int = 3, update: bool = False, order=COLUMNS) -> building.Counts:
+def write(
+    folder, rows: list[dict], *, block: int = 3, update: bool = False, order=COLUMNS
+) -> building.Counts:
     encoder = StubEncoder()
-    with store.writing(folder, settings=building.settings_of(encoder, id_column="key", chunk_overlap=None)) as opened:
+    with store.writing(
+        folder, settings=building.settings_of(encoder, id_column="key", chunk_overlap=None)
+    ) as opened:
         builder = building.Builder(opened, encoder, update=update)
         building.fill(builder, collection(rows, order), block=block)
     return builder.counts
 
 
 def contents(snapshot) -> dict[str, tuple]:
-    """Return id -> (text, label) of the live rows, after checking that each has the vector of its text."""
+    """Return id -> (text, label) of the live rows, after checking that each has the vector of its
+    text.
+    """
     rows = np.flatnonzero(snapshot.alive())
     entries = snapshot.take(rows)
     if entries:
-        assert (snapshot.vectors_of(rows) == StubEncoder().encode_unit([entry[TEXT] for entry in entries])).all()
+        assert (
+            snapshot.vectors_of(rows) == StubEncoder().encode_unit([entry[TEXT] for entry in entries])
+        ).all()
     assert len({entry[ID] for entry in entries}) == len(entries)
     return {entry[ID]: (entry[TEXT], entry["label"]) for entry in entries}
 
@@ -61,7 +73,11 @@ class StoreMachine(RuleBasedStateMachine):
     def teardown(self):
         shutil.rmtree(self.folder.parent)
 
-    rows = st.dictionaries(st.integers(0, 12).map(str), st.tuples(st.sampled_from(["a", "b", "c", "dd", "é"]), st.integers(0, 2)), max_size=8)
+    rows = st.dictionaries(
+        st.integers(0, 12).map(str),
+        st.tuples(st.sampled_from(["a", "b", "c", "dd", "é"]), st.integers(0, 2)),
+        max_size=8,
+    )
 
     @rule(rows=rows, block=st.integers(1, 4), update=st.booleans(), order=st.permutations(COLUMNS))
     def add(self, rows, block, update, order):
@@ -73,7 +89,9 @@ class StoreMachine(RuleBasedStateMachine):
             return
         counts = write(self.folder, given, block=block, update=update, order=order)
         assert counts.added == len(rows.keys() - self.expected.keys()) and counts.updated == len(changed)
-        assert counts.encoded <= len({text for text, _ in rows.values()} - {text for text, _ in self.expected.values()})
+        assert counts.encoded <= len(
+            {text for text, _ in rows.values()} - {text for text, _ in self.expected.values()}
+        )
         self.expected |= rows
 
     @rule(keys=st.lists(st.integers(0, 12).map(str), unique=True, min_size=1, max_size=5))
@@ -95,8 +113,11 @@ class StoreMachine(RuleBasedStateMachine):
     def is_the_dictionary(self):
         snapshot = open_snapshot(self.folder)
         assert contents(snapshot) == self.expected
-        named = {entry["file"] for entry in snapshot.manifest["segments"]} | {entry["deleted"]["file"] for entry in snapshot.manifest["segments"] if entry["deleted"]}
-        assert {path.name for path in self.folder.iterdir()} - {"manifest.json", ".lock"} == named  # nothing is left lying about
+        named = {entry["file"] for entry in snapshot.manifest["segments"]} | {
+            entry["deleted"]["file"] for entry in snapshot.manifest["segments"] if entry["deleted"]
+        }
+        # nothing is left lying about
+        assert {path.name for path in self.folder.iterdir()} - {"manifest.json", ".lock"} == named
 
 
 StoreMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=12, deadline=None)
@@ -104,11 +125,16 @@ test_store_is_a_dictionary = StoreMachine.TestCase
 
 
 def numbered(first: int, last: int, version: int = 0) -> list[dict]:
-    return [{"key": str(number), TEXT: f"text {number} {version}", "label": version} for number in range(first, last)]
+    return [
+        {"key": str(number), TEXT: f"text {number} {version}", "label": version}
+        for number in range(first, last)
+    ]
 
 
 def test_two_readers_during_a_write_see_whole_states(tmp_path):
-    """Each state has every text in one version or the next, block by block: a reader that mixed files would find another set."""
+    """Each state has every text in one version or the next, block by block: a reader that mixed
+    files would find another set.
+    """
     folder, seen, stop, faults = tmp_path / "index", [set(), set()], threading.Event(), []
     write(folder, numbered(0, 20), block=20)
 
@@ -117,10 +143,15 @@ def test_two_readers_during_a_write_see_whole_states(tmp_path):
             stack.callback(stop.set)
             while not stop.is_set():
                 found = contents(open_snapshot(folder))
-                if set(found) != {str(number) for number in range(20)} or any(text != f"text {key} {label}" for key, (text, label) in found.items()):
+                if set(found) != {str(number) for number in range(20)} or any(
+                    text != f"text {key} {label}" for key, (text, label) in found.items()
+                ):
                     faults.append(found)
                 labels = tuple(found[str(number)][1] for number in range(20))
-                if len({labels[start : start + 5] for start in range(0, 20, 5)} - {(label,) * 5 for label in labels}):
+                if len(
+                    {labels[start : start + 5] for start in range(0, 20, 5)}
+                    - {(label,) * 5 for label in labels}
+                ):
                     faults.append(labels)  # a block of five was committed in parts
                 versions.add(labels)
 
@@ -150,7 +181,10 @@ def test_a_snapshot_stays_readable_after_its_files_are_gone(tmp_path):
 def test_a_second_writer_is_told_and_the_first_goes_on(tmp_path, capsys):
     write(tmp_path / "index", numbered(0, 3))
     with store.writing(tmp_path / "index") as opened:
-        with pytest.raises(UserError, match="another process is still writing"), store.writing(tmp_path / "index", wait=0.1):
+        with (
+            pytest.raises(UserError, match="another process is still writing"),
+            store.writing(tmp_path / "index", wait=0.1),
+        ):
             pass
         opened.commit(None, [1])
     assert "waiting 0.1 s" in capsys.readouterr().err
@@ -207,7 +241,9 @@ def test_what_a_crash_left_is_ignored_and_removed(tmp_path):
     assert len(contents(open_snapshot(tmp_path / "index"))) == 9
     write(tmp_path / "index", numbered(9, 12))
     assert len(contents(open_snapshot(tmp_path / "index"))) == 12
-    assert not list((tmp_path / "index").glob("*00000009*")) and not list((tmp_path / "index").glob("manifest.json.*"))
+    assert not list((tmp_path / "index").glob("*00000009*")) and not list(
+        (tmp_path / "index").glob("manifest.json.*")
+    )
 
 
 def test_an_index_that_never_got_its_first_manifest_can_be_begun_again(tmp_path):
@@ -232,11 +268,18 @@ with store.writing(sys.argv[1]) as opened:
 
 
 def test_hundreds_of_commits_leave_few_files(tmp_path):
-    done = subprocess.run([sys.executable, "-c", MANY_COMMITS, tmp_path / "index", ROOT], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", MANY_COMMITS, tmp_path / "index", ROOT],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     files, rows = map(int, done.stdout.split())
     assert files < 100 and rows == 400
-    expected = {str(number): (f"text {number} {int(number % 3 == 0)}", int(number % 3 == 0)) for number in range(300)}
+    expected = {
+        str(number): (f"text {number} {int(number % 3 == 0)}", int(number % 3 == 0)) for number in range(300)
+    }
     assert contents(open_snapshot(tmp_path / "index")) == expected
 
 
@@ -251,10 +294,15 @@ def test_joined_files_keep_their_rows_numbers_and_are_cut_by_rows_and_bytes(tmp_
     snapshot = open_snapshot(tmp_path / "index")
     assert snapshot.take(range(20)) == before and np.flatnonzero(~snapshot.alive()).tolist() == [4, 11]
     assert len(snapshot.segments) < 32 and max(len(segment.alive) for segment in snapshot.segments) == 100
-    monkeypatch.setattr(store, "SEGMENT_BYTES", 40 * snapshot.segments[0].num_bytes // len(snapshot.segments[0].alive))
+    monkeypatch.setattr(
+        store, "SEGMENT_BYTES", 40 * snapshot.segments[0].num_bytes // len(snapshot.segments[0].alive)
+    )
     with store.writing(tmp_path / "index") as opened:
         opened.compact()
-        assert 35 < max(len(segment.alive) for segment in opened.snapshot.segments) < 45 and opened.snapshot.num_rows == 258
+        assert (
+            35 < max(len(segment.alive) for segment in opened.snapshot.segments) < 45
+            and opened.snapshot.num_rows == 258
+        )
 
 
 def test_a_commit_reads_no_file_that_was_there(tmp_path, monkeypatch):
@@ -267,7 +315,9 @@ def test_a_commit_reads_no_file_that_was_there(tmp_path, monkeypatch):
 
 
 def test_a_writer_takes_no_file_from_a_reader_that_checks_them(tmp_path, monkeypatch):
-    """Checking takes long, and a writer in a tight loop was faster each time: the reader began anew, twenty times."""
+    """Checking takes long, and a writer in a tight loop was faster each time: the reader began
+    anew, twenty times.
+    """
     write(tmp_path / "index", numbered(0, 4))
     changed, sha256 = [], hashlib.sha256
 
@@ -287,7 +337,10 @@ def test_a_writer_takes_no_file_from_a_reader_that_checks_them(tmp_path, monkeyp
 def test_any_arrow_reader_reads_the_files(tmp_path):
     write(tmp_path / "index", numbered(0, 4), block=4)
     table = pa.ipc.open_file(next((tmp_path / "index").glob("segment-*"))).read_all()
-    assert table[TEXT].to_pylist() == [f"text {number} 0" for number in range(4)] and table["_vector"].type.list_size == 8
+    assert (
+        table[TEXT].to_pylist() == [f"text {number} 0" for number in range(4)]
+        and table["_vector"].type.list_size == 8
+    )
 
 
 def test_lookup_is_a_dictionary():
@@ -307,7 +360,8 @@ sys.path[:0] = [sys.argv[2], sys.argv[2] + "/tests"]
 from common.search import building, store, texts
 from conftest import StubEncoder
 def private():
-    return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) * 1024
+    line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
 path, count = sys.argv[1], int(sys.argv[3])
 encoder, peak, done = StubEncoder(384), [0], threading.Event()
 def watch():
@@ -315,7 +369,8 @@ def watch():
 before = private()
 threading.Thread(target=watch, daemon=True).start()
 collection = texts.read(path, text_column="text")
-with store.writing(path + ".index", settings=building.settings_of(encoder, id_column=None, chunk_overlap=None)) as opened:
+settings = building.settings_of(encoder, id_column=None, chunk_overlap=None)
+with store.writing(path + ".index", settings=settings) as opened:
     builder = building.Builder(opened, encoder)
     building.fill(builder, collection, block=4096)
 done.set()
@@ -323,11 +378,20 @@ print(json.dumps({"rows": opened.snapshot.num_rows, "grown": peak[0] - before}))
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory that is not a file's is read from Linux's /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="memory that is not a file's is read from Linux's /proc"
+)
 def test_memory_is_bounded_for_200_000_texts(tmp_path):
-    """Their vectors take 307 MB: what the process holds of its own, without mapped files, must stay far below."""
+    """Their vectors take 307 MB: what the process holds of its own, without mapped files, must
+    stay far below.
+    """
     (tmp_path / "texts.txt").write_text("".join(f"short text number {number}\n" for number in range(200_000)))
-    done = subprocess.run([sys.executable, "-c", MEMORY, tmp_path / "texts.txt", ROOT, "200000"], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, tmp_path / "texts.txt", ROOT, "200000"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     found = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else done.stderr
     assert found["rows"] == 200_000
     assert found["grown"] < 150e6, found

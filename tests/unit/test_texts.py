@@ -1,4 +1,6 @@
-"""Collections from every kind of source: the texts as they were written, the place of each bad one, and what --skip-bad leaves."""
+"""Collections from every kind of source: the texts as they were written, the place of each bad
+one, and what --skip-bad leaves.
+"""
 
 import functools
 import io
@@ -28,12 +30,18 @@ def rows_of(collection, size=2):
     return [row for _, table in collection.blocks(size) for row in table.to_pylist()]
 
 
-ROWS = [{"text": 'a "quoted", text', "year": 2004}, {"text": "two\nlines", "year": 2005}, {"text": "naïve 中文 🎉", "year": 2006}]
+ROWS = [
+    {"text": 'a "quoted", text', "year": 2004},
+    {"text": "two\nlines", "year": 2005},
+    {"text": "naïve 中文 🎉", "year": 2006},
+]
 
 
 def test_data_files_give_the_same_texts(tmp_path, cache_dir):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    (tmp_path / "rows.csv").write_text('text,year\n"a ""quoted"", text",2004\n"two\nlines",2005\nnaïve 中文 🎉,2006\n', encoding="utf-8")
+    (tmp_path / "rows.csv").write_text(
+        'text,year\n"a ""quoted"", text",2004\n"two\nlines",2005\nnaïve 中文 🎉,2006\n', encoding="utf-8"
+    )
     pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "rows.parquet")
     for name in ("rows.jsonl", "rows.csv", "rows.parquet"):
         found = rows_of(read(tmp_path / name, cache_dir))
@@ -42,32 +50,59 @@ def test_data_files_give_the_same_texts(tmp_path, cache_dir):
 
 def test_lines_folders_standard_input_and_the_bundled_set(tmp_path, cache_dir, monkeypatch):
     (tmp_path / "lines.txt").write_bytes("\ufefffirst\r\nsecond\x0cpart\nthird".encode())
-    assert [row["_text"] for row in rows_of(read(tmp_path / "lines.txt", cache_dir))] == ["first", "second\x0cpart", "third"]
+    assert [row["_text"] for row in rows_of(read(tmp_path / "lines.txt", cache_dir))] == [
+        "first",
+        "second\x0cpart",
+        "third",
+    ]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"one\ntwo\n")))
     assert [row["_text"] for row in rows_of(read("-", cache_dir))] == ["one", "two"]
     for name, text in (("tech/b.txt", "bytes\n"), ("art/a.txt", "paint"), (".hidden/c.txt", "no")):
         (tmp_path / "files" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "files" / name).write_text(text)
     found = rows_of(read(tmp_path / "files", cache_dir))
-    assert [(row["file"], row["label"], row["_text"]) for row in found] == [("art/a.txt", "art", "paint"), ("tech/b.txt", "tech", "bytes\n")]
+    assert [(row["file"], row["label"], row["_text"]) for row in found] == [
+        ("art/a.txt", "art", "paint"),
+        ("tech/b.txt", "tech", "bytes\n"),
+    ]
     news = read("bundled/bbc-news", cache_dir)
     assert len(news) == 2127 and rows_of(news)[0]["label"] == "business"
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(lines=st.lists(st.text(st.characters(exclude_characters="\n\r\ufeff", exclude_categories=["Cs"]), min_size=1).filter(str.strip), min_size=1, max_size=30))
+@given(
+    lines=st.lists(
+        st.text(st.characters(exclude_characters="\n\r\ufeff", exclude_categories=["Cs"]), min_size=1).filter(
+            str.strip
+        ),
+        min_size=1,
+        max_size=30,
+    )
+)
 def test_any_lines_come_back(lines, tmp_path, cache_dir):
     (tmp_path / "lines.txt").write_text("\n".join(lines), encoding="utf-8", newline="")
     assert [row["_text"] for row in rows_of(read(tmp_path / "lines.txt", cache_dir), 7)] == lines
 
 
-BAD = {  # name: (file, content, the row that is refused, what the line must hold, the texts that --skip-bad leaves)
+# name: (file, content, the row that is refused, what the line must hold, the texts that --skip-bad
+# leaves)
+BAD = {
     "blank line": ("t.txt", b"good\n  \nfine\n", ("t.txt, line 2", "empty"), ["good", "fine"]),
     "not UTF-8 line": ("t.txt", b"good\nsch\xf6n\nfine\n", ("t.txt, line 2", "0xf6 at 4"), ["good", "fine"]),
     "surrogate bytes": ("t.txt", b"good\n\xed\xa0\x80\n", ("t.txt, line 2", "0xed"), ["good"]),
     "null": ("t.jsonl", b'{"text": "good"}\n{"text": null}\n', ("t.jsonl, row 2", "missing"), ["good"]),
-    "lone surrogate": ("t.jsonl", b'{"text": "good"}\n{"text": "a \\ud800 b"}\n{"text": "\\ud83c\\udf89"}\n', ("t.jsonl, line 2", "lone surrogate"), ["good", "🎉"]),
-    "not UTF-8 in CSV": ("t.csv", b"text,n\ngood,1\nsch\xf6n,2\nfine,3\n", ("t.csv, line 3", "0xf6"), ["good", "fine"]),
+    "lone surrogate": (
+        "t.jsonl",
+        b'{"text": "good"}\n{"text": "a \\ud800 b"}\n{"text": "\\ud83c\\udf89"}\n',
+        ("t.jsonl, line 2", "lone surrogate"),
+        ["good", "🎉"],
+    ),
+    "not UTF-8 in CSV": (
+        "t.csv",
+        b"text,n\ngood,1\nsch\xf6n,2\nfine,3\n",
+        ("t.csv, line 3", "0xf6"),
+        ["good", "fine"],
+    ),
     "empty in CSV": ("t.csv", b'text,n\ngood,1\n"",2\n', ("t.csv, row 2", "empty"), ["good"]),
     "missing in CSV": ("t.csv", b"text,n\ngood,1\n,2\n", ("t.csv, row 2",), ["good"]),
 }
@@ -84,12 +119,22 @@ def test_a_bad_row_is_named_or_passed_over(name, content, parts, left, tmp_path,
 
 
 def test_skip_bad_passes_over_what_is_bad_and_nothing_else(tmp_path, cache_dir):
-    """Two U+FFFD in a valid text were taken for a fault; a bad byte in another column went into the index as U+FFFD."""
-    (tmp_path / "t.csv").write_bytes('text,more\na \ufffd\ufffd b,x\n'.encode() + b'good,sch\xf6n\n"two\nlines\xf6",y\nfine,"a\nb"\n')
+    """Two U+FFFD in a valid text were taken for a fault; a bad byte in another column went into
+    the index as U+FFFD.
+    """
+    (tmp_path / "t.csv").write_bytes(
+        "text,more\na \ufffd\ufffd b,x\n".encode() + b'good,sch\xf6n\n"two\nlines\xf6",y\nfine,"a\nb"\n'
+    )
     found = read(tmp_path / "t.csv", cache_dir, skip_bad=True)
-    assert [(row["_text"], row["more"]) for row in rows_of(found)] == [("a \ufffd\ufffd b", "x"), ("fine", "a\nb")]
+    assert [(row["_text"], row["more"]) for row in rows_of(found)] == [
+        ("a \ufffd\ufffd b", "x"),
+        ("fine", "a\nb"),
+    ]
     assert found.bad == {1: "the row is not UTF-8", 2: "the row is not UTF-8"}
-    (tmp_path / "t.jsonl").write_bytes(b'{"text": "good", "more": {"a": ["\\udc00"]}}\n{"text": "\\ud800 \xf6", "more": null}\n{"text": "fine", "more": null}\n')
+    (tmp_path / "t.jsonl").write_bytes(
+        b'{"text": "good", "more": {"a": ["\\udc00"]}}\n{"text": "\\ud800 \xf6", "more": null}\n{"text":'
+        b' "fine", "more": null}\n'
+    )
     found = read(tmp_path / "t.jsonl", cache_dir, skip_bad=True)
     assert [row["_text"] for row in rows_of(found)] == ["fine"] and len(found.bad) == 2
 
@@ -102,7 +147,9 @@ def test_an_escape_is_half_a_character_only_in_json(tmp_path, cache_dir):
 def test_skip_bad_leaves_no_copy_of_the_file_in_the_cache(tmp_path):
     (tmp_path / "t.csv").write_bytes(b"text\ngood\nsch\xf6n\n")
     found = read(tmp_path / "t.csv", tmp_path / "cache", skip_bad=True)
-    assert [row["_text"] for row in rows_of(found)] == ["good"] and not list((tmp_path / "cache").rglob("*.arrow"))
+    assert [row["_text"] for row in rows_of(found)] == ["good"] and not list(
+        (tmp_path / "cache").rglob("*.arrow")
+    )
 
 
 @pytest.mark.parametrize("column", ["text", "more", "key"])
@@ -110,7 +157,10 @@ def test_parquet_that_is_no_utf8(column, tmp_path, cache_dir):
     """Arrow writes and reads it unchecked."""
     whole, broken = pa.array(["good", "schoen", "fine"]), pa.array([b"good", b"sch\xf6n", b"fine"])
     broken = pa.Array.from_buffers(pa.string(), 3, broken.buffers())
-    pq.write_table(pa.table({name: broken if name == column else whole for name in ("text", "more", "key")}), tmp_path / "t.parquet")
+    pq.write_table(
+        pa.table({name: broken if name == column else whole for name in ("text", "more", "key")}),
+        tmp_path / "t.parquet",
+    )
     with pytest.raises(UserError, match="t.parquet, row 2: not UTF-8.*--skip-bad"):
         read(tmp_path / "t.parquet", cache_dir, id_column="key")
     found = read(tmp_path / "t.parquet", cache_dir, id_column="key", skip_bad=True)
@@ -118,9 +168,21 @@ def test_parquet_that_is_no_utf8(column, tmp_path, cache_dir):
 
 
 IDS = {
-    "twice": ('{"id": "a", "text": "x"}\n{"id": "b", "text": "y"}\n{"id": "a", "text": "z"}\n', ("row 3", "'a'", "stands above too"), ["x", "y"]),
-    "twice as numbers": ('{"id": 1, "text": "x"}\n{"id": 1, "text": "z"}\n', ("row 2", "1", "stands above too"), ["x"]),
-    "missing": ('{"id": "a", "text": "x"}\n{"id": null, "text": "y"}\n', ("row 2", "the id", "missing"), ["x"]),
+    "twice": (
+        '{"id": "a", "text": "x"}\n{"id": "b", "text": "y"}\n{"id": "a", "text": "z"}\n',
+        ("row 3", "'a'", "stands above too"),
+        ["x", "y"],
+    ),
+    "twice as numbers": (
+        '{"id": 1, "text": "x"}\n{"id": 1, "text": "z"}\n',
+        ("row 2", "1", "stands above too"),
+        ["x"],
+    ),
+    "missing": (
+        '{"id": "a", "text": "x"}\n{"id": null, "text": "y"}\n',
+        ("row 2", "the id", "missing"),
+        ["x"],
+    ),
 }
 
 
@@ -130,7 +192,9 @@ def test_ids_must_be_there_once(content, parts, left, tmp_path, cache_dir):
     with pytest.raises(UserError) as caught:
         read(tmp_path / "t.jsonl", cache_dir, id_column="id")
     assert [part for part in parts if part not in str(caught.value)] == [], caught.value
-    assert [row["_text"] for row in rows_of(read(tmp_path / "t.jsonl", cache_dir, id_column="id", skip_bad=True))] == left
+    assert [
+        row["_text"] for row in rows_of(read(tmp_path / "t.jsonl", cache_dir, id_column="id", skip_bad=True))
+    ] == left
 
 
 @settings(max_examples=80, deadline=None)
@@ -150,31 +214,65 @@ def test_windows_cover_all_tokens_with_their_overlap(data):
 
 @functools.cache
 def byte_level_encoder(max_length: int):
-    """Return what passages know of an encoder: a byte-level BPE tokenizer, in which a word's token holds the space before it."""
-    texts = [f"the film was {word} and so very good, naïve 中文 🎉 n{number}" for number, word in enumerate(["fine", "poor", "grim"] * 40)]
+    """Return what passages know of an encoder: a byte-level BPE tokenizer, in which a word's token
+    holds the space before it.
+    """
+    texts = [
+        f"the film was {word} and so very good, naïve 中文 🎉 n{number}"
+        for number, word in enumerate(["fine", "poor", "grim"] * 40)
+    ]
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 1), ("<s>", 0), trim_offsets=True, add_prefix_space=False)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="</s>", bos_token="<s>", eos_token="</s>")
+    tokenizer.pre_tokenizer, tokenizer.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=400,
+            special_tokens=["<s>", "</s>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
+    tokenizer.post_processor = processors.RobertaProcessing(
+        ("</s>", 1), ("<s>", 0), trim_offsets=True, add_prefix_space=False
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="</s>", bos_token="<s>", eos_token="</s>"
+    )
     return SimpleNamespace(tokenizer=fast, max_length=max_length, name="bpe", prompt=lambda role: "")
 
 
 @settings(max_examples=60, deadline=None)
-@given(words=st.lists(st.sampled_from(["the", "film", "naïve", "中文", "🎉", "x" * 70, "good,", "\n", "  ", "n17"]), min_size=30, max_size=150),
-       overlap=st.integers(0, 9))
+@given(
+    words=st.lists(
+        st.sampled_from(["the", "film", "naïve", "中文", "🎉", "x" * 70, "good,", "\n", "  ", "n17"]),
+        min_size=30,
+        max_size=150,
+    ),
+    overlap=st.integers(0, 9),
+)
 def test_passages_of_a_byte_level_tokenizer_lose_nothing(words, overlap):
     """39 of 44 were longer than the model reads, and lost their ends."""
     encoder, text = byte_level_encoder(14), " ".join(words)
     (pieces,) = passages.split([text], encoder, overlap=overlap)
     assert max(len(encoder.tokenizer(piece)["input_ids"]) for _, piece in pieces) <= 14
-    assert pieces[0][0] == 0 and pieces[-1][0] + len(pieces[-1][1]) == len(text) and all(text[start:].startswith(piece) for start, piece in pieces)
-    assert all(start < following <= start + len(piece) for (start, piece), (following, _) in zip(pieces, pieces[1:]))
+    assert (
+        pieces[0][0] == 0
+        and pieces[-1][0] + len(pieces[-1][1]) == len(text)
+        and all(text[start:].startswith(piece) for start, piece in pieces)
+    )
+    assert all(
+        start < following <= start + len(piece) for (start, piece), (following, _) in zip(pieces, pieces[1:])
+    )
 
 
 def test_passages_are_pieces_of_the_text_that_the_model_reads_whole(tiny_embedder):
     encoder = load(str(tiny_embedder), CPU)
-    long = " ".join(f"the film was {word} and so very good, it was a story n{number}" for number, word in enumerate(["fine", "poor"] * 20))
+    long = " ".join(
+        f"the film was {word} and so very good, it was a story n{number}"
+        for number, word in enumerate(["fine", "poor"] * 20)
+    )
     (short,), pieces = passages.split(["good film", long], encoder, overlap=10)
     assert short == (0, "good film")
     assert pieces[0][0] == 0 and pieces[-1][0] + len(pieces[-1][1]) == len(long)

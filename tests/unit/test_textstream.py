@@ -1,4 +1,6 @@
-"""Tokens to text: whole characters only, all chunks joined equal the text decoded at once, stop strings never shown."""
+"""Tokens to text: whole characters only, all chunks joined equal the text decoded at once, stop
+strings never shown.
+"""
 
 import pytest
 from hypothesis import given, settings
@@ -47,7 +49,9 @@ def test_any_tokens_come_through(ids):
 
 
 def test_a_space_at_the_start_of_a_word_survives():
-    """Tokenizers of SentencePiece's kind strip the space of the first token that they decode: token by token all words would run together."""
+    """Tokenizers of SentencePiece's kind strip the space of the first token that they decode:
+    token by token all words would run together.
+    """
     words = {"<unk>": 0, "▁the": 1, "▁cat": 2, "s": 3, "▁sat": 4}
     backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     backend.decoder = decoders.Metaspace()
@@ -77,7 +81,9 @@ def test_a_stop_string_and_what_follows_is_not_shown(text, stops, shown):
 @settings(max_examples=300, deadline=None)
 @given(st.text("ab🤖", max_size=20), st.lists(st.text("ab🤖", min_size=1, max_size=4), max_size=3))
 def test_the_text_ends_before_the_first_stop_string(text, stops):
-    """Oracle: str.find in the whole text, token by token: a string counts as soon as it is whole."""
+    """Oracle: str.find in the whole text, token by token: a string counts as soon as it is
+    whole.
+    """
     ids = BPE(text)["input_ids"]
     expected = text
     for end in range(1, len(ids) + 1):
