@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import cli, data, figures, runtime
+from common import cli, figures, reading, runtime
 from common.errors import Interrupted, UserError
 from common.search import (
     building,
@@ -169,7 +169,7 @@ def search(args, machine, screen):
     """Answer queries from the command line, a file, or a prompt."""
     if args.queries and args.queries_file:
         raise UserError("search: name either queries or --queries FILE")
-    queries = data.read_lines(args.queries_file) if args.queries_file else args.queries
+    queries = reading.read_lines(args.queries_file) if args.queries_file else args.queries
     for number, query in enumerate(queries, start=1):
         texts.check_query(
             query, f"{args.queries_file}, line {number}" if args.queries_file else f"query {number}"

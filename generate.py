@@ -25,7 +25,7 @@ import sys
 
 from tqdm import tqdm
 
-from common import cli, data, runtime
+from common import cli, reading, runtime
 from common.errors import Interrupted, UserError
 from common.generation import check, drawing, explain, flags, output, perplexity, scoring
 from common.generation import model as models
@@ -192,7 +192,7 @@ def read_prompts(args) -> list[str]:
         if not text.strip():
             raise UserError(f"--prompt {number}: the prompt is empty; write something to go on from")
     if args.prompts_file is not None:
-        texts += data.read_texts(args.prompts_file, column=args.text_column, cache_dir=args.cache_dir)
+        texts += reading.read_texts(args.prompts_file, column=args.text_column, cache_dir=args.cache_dir)
     return texts
 
 
@@ -394,7 +394,7 @@ def answer(chat: Chat, text: str, machine):
 
 def measure_perplexity(args):
     """Print the model's perplexity on the whole of a text file."""
-    text = "\n".join(data.read_lines(args.perplexity))
+    text = "\n".join(reading.read_lines(args.perplexity))
     generator, _, _ = load(args, [])
     language_model = generator.language_model
     window, stride = flags.window(args, language_model)

@@ -23,9 +23,9 @@ from pathlib import Path
 import torch
 from torch.nn.functional import cross_entropy
 
-from common import cli, data, runtime, tracking
+from common import cli, reading, runtime
 from common.errors import UserError
-from common.training import batching, checkpoint, inspection, loading, memory, report
+from common.training import batching, checkpoint, inspection, loading, memory, report, tracking
 from common.training import model as models
 from common.training.evaluation import predict_texts, score
 from common.training.interruption import Interruption
@@ -464,7 +464,7 @@ def evaluate_only(args, machine):
 def predict(args, machine):
     """Print one JSON line a text: row, label, confidence and the score of every class."""
     model, tokenizer = loading.load_saved(args.model, args, machine)
-    texts = data.read_texts(args.predict, column=args.text_column, cache_dir=args.cache_dir)
+    texts = reading.read_texts(args.predict, column=args.text_column, cache_dir=args.cache_dir)
     for answer in predict_texts(
         model,
         tokenizer,

@@ -19,7 +19,7 @@ import torch
 import torch.distributed
 from torch.distributed.rendezvous import rendezvous
 
-from common.assets import sha256
+from common.bundled import sha256
 from common.errors import UserError
 from common.joining import join_processes
 

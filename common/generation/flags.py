@@ -4,7 +4,7 @@ decoder.
 
 import os
 
-from common import data
+from common import reading
 from common.errors import UserError
 from common.generation import model as models
 from common.generation import perplexity
@@ -248,7 +248,7 @@ def record(args, generator: Generator) -> dict:
     """Return the settings that a text depends on, as they are written beside it."""
     found = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
     return {
-        "model": data.full_name(args.model),
+        "model": reading.full_name(args.model),
         **found,
         "device": generator.language_model.device.type,
         "precision": str(generator.language_model.model.dtype).removeprefix("torch."),

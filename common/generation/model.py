@@ -8,9 +8,9 @@ import jinja2
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from common import pretrained
+from common import models
 from common.errors import UserError, one_line
-from common.generation import bundled
+from common.generation import smollm2
 from common.runtime import DTYPES, Runtime
 
 # Llama and most; GPT-2; MPT
@@ -38,9 +38,9 @@ def load(name: str, machine: Runtime, *, cache_dir: str | None) -> LanguageModel
     """Return a causal language model in the machine's precision on its device. Raises UserError
     when it can't be loaded, or is none.
     """
-    location = pretrained.locate(name, bundled=lambda known: bundled.model_folder(known, cache_dir=cache_dir))
+    location = models.locate(name, bundled=lambda known: smollm2.model_folder(known, cache_dir=cache_dir))
     tokenizer = load_tokenizer(name, location, cache_dir=cache_dir)
-    model, report = pretrained.load(
+    model, report = models.load(
         AutoModelForCausalLM,
         name,
         location,
@@ -67,7 +67,7 @@ def load(name: str, machine: Runtime, *, cache_dir: str | None) -> LanguageModel
 
 def load_tokenizer(name: str, location: str, *, cache_dir: str | None) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a model. Raises UserError when there is none."""
-    tokenizer = pretrained.load(AutoTokenizer, name, location, cache_dir=cache_dir)
+    tokenizer = models.load(AutoTokenizer, name, location, cache_dir=cache_dir)
     # what transformers makes up when the files are not there
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise UserError(

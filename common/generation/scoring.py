@@ -3,7 +3,7 @@
 import re
 import sys
 
-from common import data
+from common import reading
 from common.errors import UserError
 
 # what rouge_score makes words of; of a Chinese text it sees nothing
@@ -14,7 +14,7 @@ def read_texts(name: str, column: str, flag: str, args) -> list[str]:
     """Return texts to score or to score against: a data file's column, or the lines of any other
     file. An empty text is one, with score 0.
     """
-    return data.read_texts(name, column=column, cache_dir=args.cache_dir, allow_empty=True, flag=flag)
+    return reading.read_texts(name, column=column, cache_dir=args.cache_dir, allow_empty=True, flag=flag)
 
 
 def read_references(args, num_texts: int) -> list[str]:

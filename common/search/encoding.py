@@ -16,7 +16,7 @@ import torch
 import torch.distributed
 from sentence_transformers import SentenceTransformer
 
-from common import attention, data
+from common import reading, speedups
 from common.errors import UserError
 from common.runtime import Runtime
 from common.search import loading
@@ -181,9 +181,9 @@ def load(
         length for length in (model.max_seq_length, holds, model[0].tokenizer.model_max_length) if length
     )
     fingerprint = loading.fingerprint(model)
-    attention.use_matrix_products(model[0].auto_model)
+    speedups.use_matrix_products(model[0].auto_model)
     return Encoder(
-        data.full_name(name),
+        reading.full_name(name),
         model.to(machine.device).eval(),
         machine,
         max_length=max_length or own,

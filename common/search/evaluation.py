@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytrec_eval
 from scipy.stats import spearmanr
 
-from common import assets, data
+from common import bundled, reading
 from common.errors import UserError
 from common.search import texts
 from common.search.building import rows_with_ids
@@ -94,10 +94,10 @@ def bundled_task(name: str) -> tuple[Task, texts.Collection]:
     """Return the task to find each article of a bundled set of news by its headline, and the
     articles without their headlines, keyed by row.
     """
-    if name not in assets.DATASETS:
-        raise UserError(f"{name}: no such bundled data set; there is {', '.join(assets.DATASETS)}")
+    if name not in bundled.DATASETS:
+        raise UserError(f"{name}: no such bundled data set; there is {', '.join(bundled.DATASETS)}")
     articles, queries, judgements = [], {}, {}
-    for row, text in enumerate(assets.DATASETS[name]()["text"][:]):
+    for row, text in enumerate(bundled.DATASETS[name]()["text"][:]):
         headline, _, article = text.partition("\n")
         if headline.strip() and article.strip():
             queries[f"q{row}"], judgements[f"q{row}"] = headline.strip(), {str(row): 1}
@@ -115,7 +115,7 @@ def read_task(queries_file: str, judgements_file: str) -> Task:
     Raises UserError, naming file and line.
     """
     queries = {}
-    for number, line in enumerate(data.read_lines(queries_file), start=1):
+    for number, line in enumerate(reading.read_lines(queries_file), start=1):
         place = f"{queries_file}, line {number}"
         try:
             entry = json.loads(line)
@@ -162,7 +162,7 @@ def check_documents(task: Task, snapshot: Snapshot, say):
 
 def _read_judgements(file: str, queries: dict[str, str]) -> dict[str, dict[str, int]]:
     judgements: dict[str, dict[str, int]] = {}
-    for number, line in enumerate(data.read_lines(file), start=1):
+    for number, line in enumerate(reading.read_lines(file), start=1):
         fields = line.split()
         if len(fields) != 4 or not re.fullmatch("-?[0-9]{1,9}", fields[3]):
             raise UserError(
@@ -182,7 +182,7 @@ def sts_score(encoder, file: str, columns: list[str], *, block: int, cache_dir: 
     """Return Spearman's correlation of the cosine of two texts with a human score; `columns` names
     both texts and the score in a data file.
     """
-    rows = data.read_file(Path(file), cache_dir=cache_dir)
+    rows = reading.read_file(Path(file), cache_dir=cache_dir)
     for column in columns:
         if column not in rows.column_names:
             raise UserError(
@@ -190,7 +190,7 @@ def sts_score(encoder, file: str, columns: list[str], *, block: int, cache_dir: 
                 " score with --columns"
             )
     for column in columns[:2]:
-        data.check_texts(rows, column, place=file)
+        reading.check_texts(rows, column, place=file)
     try:
         human = np.array(rows[columns[2]][:], dtype=np.float64)
     except (TypeError, ValueError) as error:

@@ -17,9 +17,9 @@ import transformers
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
-from common import assets, attention, hub
-from common.durable import tensors_sha256
+from common import bundled, hub, speedups
 from common.errors import UserError, one_line
+from common.files import tensors_sha256
 
 # of a model on the Hub; no pickles, no ONNX, no code
 FILES_READ = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
@@ -57,13 +57,13 @@ def find_folder(name: str, *, flag: str, cache_dir: str | None) -> Path:
     Raises UserError, naming `flag`, when it can't be found or reached, or has weights only as
     pickles.
     """
-    if assets.is_bundled(name):
-        return assets.model_folder(name)
+    if bundled.is_bundled(name):
+        return bundled.model_folder(name)
     folder = Path(name)
     if not folder.is_dir():
         if folder.exists() or name.startswith((".", "/")) or name.count("/") > 1 or not name:
             raise UserError(
-                f"{flag} {name}: no such folder; check the path, or use {', '.join(assets.MODELS)}"
+                f"{flag} {name}: no such folder; check the path, or use {', '.join(bundled.MODELS)}"
             )
         folder = _download(name, flag=flag, cache_dir=cache_dir)
     if not (folder / "config.json").is_file() and not (folder / "modules.json").is_file():
@@ -88,12 +88,12 @@ def _download(name: str, *, flag: str, cache_dir: str | None) -> Path:
     except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.HFValidationError) as error:
         raise UserError(
             f"{flag} {name}: neither a local folder nor a model on the Hub that you may read; check the name"
-            f" (a private one needs `hf auth login`), or use {', '.join(assets.MODELS)}"
+            f" (a private one needs `hf auth login`), or use {', '.join(bundled.MODELS)}"
         ) from error
     except huggingface_hub.errors.LocalEntryNotFoundError as error:
         raise UserError(
             f"{flag} {name}: no such local folder, and the Hub can't be reached; use a local folder or"
-            f" {', '.join(assets.MODELS)}"
+            f" {', '.join(bundled.MODELS)}"
         ) from error
     if not reachable:
         hub.say_cached(f"{flag} {name}")
@@ -156,7 +156,7 @@ def load_reranker(name: str, *, cache_dir: str | None, device: torch.device) -> 
             f"--rerank {name}: it gives {model.num_labels} scores a pair; name a cross-encoder with one, such"
             " as cross-encoder/ms-marco-MiniLM-L6-v2"
         )
-    attention.use_matrix_products(model[0].auto_model)
+    speedups.use_matrix_products(model[0].auto_model)
     return model
 
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from common import durable
+from common import files
 from common.errors import UserError
 from common.search.snapshot import Snapshot
 
@@ -34,7 +34,7 @@ def cached(
     Raises UserError when the folder can't be written.
     """
     folder = snapshot.folder / f"{PREFIX}{name}"
-    if _stamp(folder) == snapshot.stamp and durable.fault(folder) is None:
+    if _stamp(folder) == snapshot.stamp and files.fault(folder) is None:
         # another process replaced it meanwhile; RuntimeError is FAISS's
         with contextlib.suppress(OSError, RuntimeError):
             return load(folder)
@@ -49,7 +49,7 @@ def cached(
             fresh.mkdir()
             build(fresh)
             (fresh / STAMP).write_text(snapshot.stamp, encoding="utf-8")
-            durable.write_manifest(fresh)
+            files.write_manifest(fresh)
             made = load(fresh)
             shutil.rmtree(folder, ignore_errors=True)
             with contextlib.suppress(OSError):  # another process was faster

@@ -14,7 +14,7 @@ from pathlib import Path
 import datasets
 import pyarrow as pa
 
-from common import assets, data
+from common import bundled, reading
 from common.errors import UserError
 from common.search.snapshot import OWN_COLUMNS, TEXT
 
@@ -35,23 +35,23 @@ def read(
     rows are noted instead, and their values mean nothing.
     """
     path, bad = Path(name), {}
-    if assets.is_bundled(name):
-        if name not in assets.DATASETS:
-            raise UserError(f"{name}: no such bundled data set; there is {', '.join(assets.DATASETS)}")
-        return _own_names(assets.DATASETS[name](), "text", name), "row", bad
+    if bundled.is_bundled(name):
+        if name not in bundled.DATASETS:
+            raise UserError(f"{name}: no such bundled data set; there is {', '.join(bundled.DATASETS)}")
+        return _own_names(bundled.DATASETS[name](), "text", name), "row", bad
     if path.is_dir():
         return _spool(_folder_rows(path, skip_bad, bad)), "file", bad
-    if path.suffix.lower() not in data.FILE_READERS:
+    if path.suffix.lower() not in reading.FILE_READERS:
         return _spool(_lines(name, skip_bad, bad)), "line", bad
     if not path.is_file():
         raise UserError(f"{path}: no such file; check the path")
     if path.suffix.lower() == ".parquet":
-        rows = _own_names(data.read_file(path, cache_dir=cache_dir), text_column, str(path))
+        rows = _own_names(reading.read_file(path, cache_dir=cache_dir), text_column, str(path))
         _check_parquet(rows, path, skip_bad, bad)
     elif _has_faults(path, skip_bad):
         rows = _mended(path, text_column, bad)
     else:
-        rows = _own_names(data.read_file(path, cache_dir=cache_dir), text_column, str(path))
+        rows = _own_names(reading.read_file(path, cache_dir=cache_dir), text_column, str(path))
     return rows, "row", bad
 
 
@@ -70,10 +70,10 @@ def _own_names(rows: datasets.Dataset, text_column: str, place: str) -> pa.Table
             f"{place}: no column {text_column!r}; there is {', '.join(table.column_names)}; name the right"
             " one with --text-column"
         )
-    if data.kind(rows, text_column) not in ("string", "large_string"):
+    kind = reading.kind(rows, text_column)
+    if kind not in ("string", "large_string"):
         raise UserError(
-            f"{place}: column {text_column!r} holds {data.kind(rows, text_column)}, not texts; name the right"
-            " one with --text-column"
+            f"{place}: column {text_column!r} holds {kind}, not texts; name the right one with --text-column"
         )
     taken = next((name for name in table.column_names if name.lower() in OWN_COLUMNS), None)
     if taken:
@@ -163,7 +163,7 @@ def _mended(path: Path, text_column: str, bad: dict[int, str]) -> pa.Table:
         copy = Path(folder) / path.name
         with open(path, "rb") as file, open(copy, "wb") as fresh:
             fresh.writelines(_mend(line, path, mark) if _fault(line, path) else line for line in file)
-        rows = _own_names(data.read_file(copy, cache_dir=folder), text_column, str(path))
+        rows = _own_names(reading.read_file(copy, cache_dir=folder), text_column, str(path))
         for start in range(0, len(rows), BATCH):
             for row, values in enumerate(rows.slice(start, BATCH).to_pylist(), start=start):
                 if any(mark in str(value) for value in values.values()):

@@ -20,9 +20,9 @@ import filelock
 import numpy as np
 import pyarrow as pa
 
-from common.assets import sha256
-from common.durable import replace_file, sync_file
+from common.bundled import sha256
 from common.errors import UserError
+from common.files import replace_file, sync_file
 from common.search import sidecar
 from common.search.snapshot import (
     FORMAT,

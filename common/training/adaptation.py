@@ -8,7 +8,7 @@ import warnings
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from common import attention
+from common import speedups
 from common.errors import UserError
 from common.training.dropout import pack_dropouts
 
@@ -45,7 +45,7 @@ def adapt(model: torch.nn.Module, args) -> torch.nn.Module:
     attention and dropout that cost less on CPUs.
     """
     if not args.compile:  # which fuses them itself
-        attention.use_matrix_products(model)
+        speedups.use_matrix_products(model)
         pack_dropouts(model)
     if args.gradient_checkpointing:
         recompute_activations(model)

@@ -18,8 +18,8 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from common import tracking
-from common.durable import (
+from common.errors import UserError
+from common.files import (
     fault,
     link_folder,
     read_json,
@@ -31,8 +31,8 @@ from common.durable import (
     write_manifest,
     write_tensors,
 )
-from common.errors import UserError
 from common.runtime import Runtime
+from common.training import tracking
 
 FOLDER, PREFIX, UNFINISHED = "checkpoints", "step-", "tmp-"
 # may differ when a run goes on: names of data and model, for their contents are compared, and what

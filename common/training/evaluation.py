@@ -10,8 +10,8 @@ import torch
 
 from common.metrics import classification_scores
 from common.runtime import Runtime
-from common.tracking import progress
 from common.training import batching, memory, windows
+from common.training.tracking import progress
 
 # texts held at a time: enough to sort by length, little memory, early first answers
 PREDICT_BLOCK = 2048

@@ -11,8 +11,8 @@ import datasets
 import numpy as np
 from sklearn.model_selection import train_test_split
 
-from common.data import check_texts, kind
 from common.errors import UserError
+from common.reading import check_texts, kind
 
 # the names that public data sets use, in the order in which they are looked for
 SPLIT_SYNONYMS = {

@@ -7,7 +7,7 @@ import hashlib
 import datasets
 import numpy as np
 
-from common import attention, data
+from common import reading, speedups
 from common.errors import UserError
 from common.runtime import Runtime
 from common.training import adaptation, batching, labelling
@@ -20,7 +20,7 @@ LOSS = {"head": "lose their end", "tail": "lose their beginning", "head-tail": "
 
 def load_splits(args, machine: Runtime) -> datasets.DatasetDict:
     """Return the three labelled splits that the flags ask for, and say how they came about."""
-    found = data.read(args.dataset, config=args.dataset_config, cache_dir=args.cache_dir)
+    found = reading.read(args.dataset, config=args.dataset_config, cache_dir=args.cache_dir)
     splits = labelling.choose_splits(
         found, {"train": args.train_split, "validation": args.validation_split, "test": args.test_split}
     )
@@ -56,7 +56,7 @@ def load_rows_for_scoring(names: list[str], trained: dict, args, machine: Runtim
     """Return the rows to score a saved model of the classes `names` on; refuses rows that it was
     trained on, by its settings `trained`.
     """
-    found = data.read(args.dataset, config=args.dataset_config, cache_dir=args.cache_dir)
+    found = reading.read(args.dataset, config=args.dataset_config, cache_dir=args.cache_dir)
     splits = labelling.choose_splits(found, {"test": args.test_split})
     splits = splits or labelling.choose_splits(
         found, {"train": args.train_split, "validation": args.validation_split}
@@ -81,7 +81,7 @@ def name_digest(name: str) -> str:
     """Return a SHA-256 of a data set's full name, in hexadecimal: it tells whether another name is
     the same, and not what it is.
     """
-    return hashlib.sha256(data.full_name(name).encode()).hexdigest()
+    return hashlib.sha256(reading.full_name(name).encode()).hexdigest()
 
 
 def tokenize(splits: datasets.DatasetDict, tokenizer, args, machine: Runtime) -> dict[str, datasets.Dataset]:
@@ -175,7 +175,7 @@ def load_saved(name: str, args, machine):
     truncation to what it was scored with, if not given.
     """
     model = models.load_saved(name, cache_dir=args.cache_dir).to(machine.device)
-    attention.use_matrix_products(model)
+    speedups.use_matrix_products(model)
     tokenizer, _ = models.load_tokenizer(name, cache_dir=args.cache_dir)
     args.eval_max_length = models.choose_max_length(
         args.eval_max_length, tokenizer.model_max_length, model, tokenizer, flag="--eval-max-length"

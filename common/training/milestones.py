@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import datasets
 
-from common import tracking
 from common.errors import Interrupted, UserError
-from common.training import adaptation, loading, report
+from common.training import adaptation, loading, report, tracking
 from common.training import model as models
 from common.training.checkpoint import Checkpoints
 from common.training.evaluation import is_better, score

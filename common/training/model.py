@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from common import assets, pretrained
-from common.durable import replace_folder
+from common import bundled, models
 from common.errors import UserError
+from common.files import replace_folder
 
 UNLIMITED = 1_000_000  # tokenizers without a limit say 1e30
 SETTINGS_FILE = "training.json"  # beside the saved model: what it was trained on
@@ -21,7 +21,7 @@ def locate(name: str) -> str:
     """Return what `from_pretrained` takes for the name of an encoder. Raises UserError for a
     missing folder.
     """
-    return pretrained.locate(name, bundled=assets.model_folder)
+    return models.locate(name, bundled=bundled.model_folder)
 
 
 def load_tokenizer(name: str, *, cache_dir: str | None):
@@ -32,7 +32,7 @@ def load_tokenizer(name: str, *, cache_dir: str | None):
     here, and every call says what it wants. Raises UserError when there is no tokenizer, or
     neither a padding nor an end token.
     """
-    tokenizer = pretrained.load(AutoTokenizer, name, locate(name), cache_dir=cache_dir)
+    tokenizer = models.load(AutoTokenizer, name, locate(name), cache_dir=cache_dir)
     # what transformers makes up when the files are not there
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise UserError(
@@ -78,7 +78,7 @@ def load_classifier(
     config.problem_type = "single_label_classification"
     for option, value in dropout.items():
         setattr(config, option, value)
-    model, report = pretrained.load(
+    model, report = models.load(
         AutoModelForSequenceClassification,
         name,
         locate(name),
@@ -96,14 +96,14 @@ def load_classifier(
 
 def load_config(name: str, *, cache_dir: str | None, **options):
     """Return a model's config. Raises UserError when it can't be found, reached or read."""
-    return pretrained.load(AutoConfig, name, locate(name), cache_dir=cache_dir, **options)
+    return models.load(AutoConfig, name, locate(name), cache_dir=cache_dir, **options)
 
 
 def load_saved(folder: str, *, cache_dir: str | None):
     """Return a classifier with the head that it was saved with, in fp32. Raises UserError when it
     has none.
     """
-    model, report = pretrained.load(
+    model, report = models.load(
         AutoModelForSequenceClassification,
         folder,
         locate(folder),

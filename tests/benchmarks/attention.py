@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""PyTorch's fused attention beside common/attention.py's matrix products, in bf16: forward as in
+"""PyTorch's fused attention beside common/speedups.py's matrix products, in bf16: forward as in
 encoding, forward and backward as in training.
 
 Both are called through transformers' interface on the shapes of all-MiniLM-L6-v2 (12 heads of 32)
@@ -18,9 +18,9 @@ import torch
 from tabulate import tabulate
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from common import attention, cli, runtime
+from common import cli, runtime, speedups
 
-WAYS = {"fused": sdpa_attention_forward, "matrix products": attention.attend}
+WAYS = {"fused": sdpa_attention_forward, "matrix products": speedups.attend}
 TOKENS, HEADS = 4096, 12
 
 

@@ -28,7 +28,7 @@ from sentence_transformers import SentenceTransformer
 from sklearn.metrics.pairwise import cosine_similarity
 from tabulate import tabulate
 
-from common import assets, cli, runtime
+from common import bundled, cli, runtime
 from common.errors import UserError
 from common.search import encoding, kernel, loading
 
@@ -64,7 +64,7 @@ def time_encoding(contender: str, flags) -> dict:
     """Return texts/s of an encoder, and the lowest cosine of its vectors with
     SentenceTransformer.encode's in fp32.
     """
-    all_texts = assets.bbc_news()["text"][:]
+    all_texts = bundled.bbc_news()["text"][:]
     texts = all_texts[:: max(len(all_texts) // flags.texts, 1)][: flags.texts]
     warm_up = sorted(all_texts[1 :: len(all_texts) // 16], key=len)[-16:]
     folder = loading.find_folder(flags.model, flag="--model", cache_dir=flags.cache_dir)

@@ -23,7 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common.tracking import versions
+from common.training.tracking import versions
 
 BF16_CAPABILITIES = ("avx512_bf16", "amx_bf16", "bf16")
 TIMES = 15  # repetitions of a limit; the median of them counts

@@ -24,9 +24,10 @@ from tabulate import tabulate
 from torch.nn.functional import cross_entropy
 from transformers import get_linear_schedule_with_warmup
 
-from common import assets, attention, cli, runtime, tracking
+from common import bundled, cli, runtime, speedups
 from common.search import encoding, evaluation, kernel
 from common.search.snapshot import TEXT
+from common.training import tracking
 from common.training.dropout import pack_dropouts
 
 NEAR = 20  # the wrong articles nearest to a headline, from which some are drawn
@@ -87,7 +88,7 @@ def train(headlines: list[str], articles: list[str], machine, args) -> CrossEnco
     """
     wrong = nearest_wrong(headlines, articles, machine, args)
     ranker = CrossEncoder(
-        str(assets.model_folder(args.model)),
+        str(bundled.model_folder(args.model)),
         num_labels=1,
         max_length=args.max_length,
         device=str(machine.device),
@@ -95,7 +96,7 @@ def train(headlines: list[str], articles: list[str], machine, args) -> CrossEnco
         config_kwargs={"attention_probs_dropout_prob": 0.0},
     )
     model, tokenizer = ranker.model, ranker.tokenizer
-    attention.use_matrix_products(model)
+    speedups.use_matrix_products(model)
     pack_dropouts(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True)
     num_steps = -(-len(headlines) // args.batch_size)

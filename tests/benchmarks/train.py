@@ -37,9 +37,9 @@ from transformers import (
 )
 
 import train_classifier
-from common import cli, runtime, tracking
+from common import cli, runtime
 from common.errors import UserError
-from common.training import adaptation, batching, loading
+from common.training import adaptation, batching, loading, tracking
 from common.training import model as models
 from common.training.steps import LossMeter
 

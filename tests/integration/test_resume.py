@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification
 
-from common.durable import fault, replace_folder, write_manifest
+from common.files import fault, replace_folder, write_manifest
 from conftest import KINDS, ROOT, may_mount
 
 # 85 texts: 11 batches of 8, the last of 5; windows of 3 batches, the last of 2. Evaluations and
@@ -552,7 +552,7 @@ import contextlib, sys
 from pathlib import Path
 import train_classifier
 from common import cli
-from common.durable import fault
+from common.files import fault
 from common.training.checkpoint import Checkpoints
 
 save, saves = Checkpoints.save, 0

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
 
-from common import assets, runtime
+from common import bundled, runtime
 from common.errors import UserError
 from common.search import encoding, loading
 from conftest import make_sentences
@@ -70,8 +70,8 @@ def test_prompts_are_put_before_queries_and_documents(tiny_model, tmp_path, incl
 
 
 def test_the_bundled_model_in_fp32_and_bf16():
-    texts = assets.bbc_news()["text"][:300:60] + ["Interest rates rise", "x"]
-    oracle = SentenceTransformer(str(assets.model_folder("bundled/all-MiniLM-L6-v2")), device="cpu").encode(
+    texts = bundled.bbc_news()["text"][:300:60] + ["Interest rates rise", "x"]
+    oracle = SentenceTransformer(str(bundled.model_folder("bundled/all-MiniLM-L6-v2")), device="cpu").encode(
         texts
     )
     encoder = encoding.load("bundled/all-MiniLM-L6-v2", CPU)

@@ -8,9 +8,9 @@ from test_steps import MACHINE, make_batches
 from transformers import AutoModelForSequenceClassification
 
 import train_classifier
-from common.tracking import NullLog, progress
 from common.training import steps
 from common.training.steps import LossMeter
+from common.training.tracking import NullLog, progress
 
 
 def run(model, batches, scaler, *flags, rate=0.1):

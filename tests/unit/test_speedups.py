@@ -8,7 +8,7 @@ from transformers import AutoModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.bert.modeling_bert import eager_attention_forward
 
-from common import attention
+from common import speedups
 
 
 class Module(torch.nn.Module):
@@ -55,7 +55,7 @@ def test_values_and_gradients_in_bf16_are_near_those_of_float64(masked):
     )
     exact, ours = (
         run(sdpa_attention_forward, torch.float64, mask),
-        run(attention.attend, torch.bfloat16, mask),
+        run(speedups.attend, torch.bfloat16, mask),
     )
     theirs = run(eager_attention_forward, torch.bfloat16, bias)
     for name, right, own, other in zip(("output", "query", "key", "value"), exact, ours, theirs):
@@ -65,7 +65,7 @@ def test_values_and_gradients_in_bf16_are_near_those_of_float64(masked):
 
 def test_a_row_that_sees_nothing_gives_numbers():
     query, key, value = make(dtype=torch.bfloat16)
-    output, _ = attention.attend(Module(), query, key, value, some_mask(2, 7))
+    output, _ = speedups.attend(Module(), query, key, value, some_mask(2, 7))
     output.sum().backward()
     assert all(torch.isfinite(part).all() for part in (output, query.grad, key.grad, value.grad))
 
@@ -73,7 +73,7 @@ def test_a_row_that_sees_nothing_gives_numbers():
 def test_additive_masks_are_added():
     parts = [part.detach() for part in make(dtype=torch.bfloat16)]
     bias = torch.randn(2, 1, 7, 7).bfloat16()
-    ours, _ = attention.attend(Module(), *parts, bias)
+    ours, _ = speedups.attend(Module(), *parts, bias)
     fused, _ = sdpa_attention_forward(Module(), *parts, bias)
     assert torch.allclose(ours.float(), fused.float(), atol=0.03) and ours.std() > 0.1
 
@@ -81,7 +81,7 @@ def test_additive_masks_are_added():
 @pytest.mark.parametrize("what", ["fp32", "long", "dropout", "causal", "grouped"])
 def test_what_the_fused_kernel_does_better_is_left_to_it(what):
     """Bit for bit: the library's own function was called, with all it needs."""
-    tokens, options, module = (attention.LONGEST + 1 if what == "long" else 7), {}, Module()
+    tokens, options, module = (speedups.LONGEST + 1 if what == "long" else 7), {}, Module()
     query, key, value = (
         part.detach()
         for part in make(tokens=tokens, heads=4, dtype=torch.float32 if what == "fp32" else torch.bfloat16)
@@ -93,7 +93,7 @@ def test_what_the_fused_kernel_does_better_is_left_to_it(what):
     if what == "grouped":
         key, value, module.num_key_value_groups = key[:, :2], value[:, :2], 2
     torch.manual_seed(0)
-    ours, _ = attention.attend(module, query, key, value, None, **options)
+    ours, _ = speedups.attend(module, query, key, value, None, **options)
     torch.manual_seed(0)
     theirs, _ = sdpa_attention_forward(module, query, key, value, None, **options)
     assert torch.equal(ours, theirs)
@@ -109,7 +109,7 @@ def test_a_model_gives_in_bf16_what_it_gives_with_the_fused_kernel(tiny_model):
             return model(input_ids=ids, attention_mask=mask).last_hidden_state[mask.bool()]
 
     fused = run()
-    attention.use_matrix_products(model)
+    speedups.use_matrix_products(model)
     ours = run()
     # equal would mean that the fused kernel was used
     assert torch.allclose(ours, fused, atol=0.05) and not torch.equal(ours, fused)
@@ -117,12 +117,12 @@ def test_a_model_gives_in_bf16_what_it_gives_with_the_fused_kernel(tiny_model):
 
 def test_models_with_attention_of_their_own_stay_as_they_are(tiny_model):
     model = AutoModel.from_pretrained(tiny_model, attn_implementation="eager")
-    attention.use_matrix_products(model)
+    speedups.use_matrix_products(model)
     assert model.config._attn_implementation == "eager"
 
 
 def test_a_saved_model_does_not_ask_for_this_attention(tiny_model, tmp_path):
     model = AutoModel.from_pretrained(tiny_model)
-    attention.use_matrix_products(model)
+    speedups.use_matrix_products(model)
     model.save_pretrained(tmp_path)
-    assert attention.NAME not in (tmp_path / "config.json").read_text()
+    assert speedups.NAME not in (tmp_path / "config.json").read_text()

@@ -9,7 +9,7 @@ import huggingface_hub.errors
 import safetensors
 import transformers
 
-from common import assets, hub
+from common import hub
 from common.errors import UserError, one_line
 
 # the others are bugs
@@ -29,7 +29,7 @@ def locate(name: str, *, bundled: Callable[[str], Path]) -> str:
     """Return what `from_pretrained` takes for a name; `bundled` turns a bundled one into a folder.
     Raises UserError for a missing folder or a file.
     """
-    if assets.is_bundled(name):
+    if bundled.is_bundled(name):
         return str(bundled(name))
     if Path(name).is_file():
         raise UserError(f"--model {name}: it is a file; name the folder of a saved model")

