@@ -24,8 +24,9 @@ from pathlib import Path
 
 import numpy as np
 
-from common import cli, figures, reading, runtime
+from common import cli, figures, reading
 from common.errors import Interrupted, UserError
+from common.runtime import start_runtime, stop_runtime
 from common.search import (
     building,
     clustering,
@@ -50,13 +51,13 @@ def make_parser() -> cli.Parser:
     return flags.make_parser(__doc__)
 
 
-def similarity(args, machine, screen):
+def similarity(args, runtime, screen):
     """Show the matrix of cosines, the most similar pairs, and each query's similarity to all
     texts.
     """
     for number, query in enumerate(args.query, start=1):
         texts.check_query(query, f"--query {number}")
-    with inputs.source(args, machine, screen) as (live, encoder):
+    with inputs.source(args, runtime, screen) as (live, encoder):
         vectors = live.vectors(slice(None)).astype(np.float64)
         matrix = vectors @ vectors.T
         pairs = mining.best_pairs(live, args.top_k, block=args.block)
@@ -70,7 +71,7 @@ def similarity(args, machine, screen):
             views.save_figure(figures.similarity_map(matrix, views.labels(live)), args.figure, screen)
 
 
-def index(args, machine, screen):
+def index(args, runtime, screen):
     """Build or extend an index, block by block; under torchrun the main process reads and writes,
     all encode.
     """
@@ -80,9 +81,9 @@ def index(args, machine, screen):
     )
     id_column = args.id_column or (settings and settings["id_column"])
     # what is wrong with the texts is said before the model loads
-    collection = inputs.read_texts(args, id_column) if machine.world_size == 1 else None
-    encoder = inputs.load_encoder(args, machine, settings)
-    if not machine.is_main:
+    collection = inputs.read_texts(args, id_column) if runtime.world_size == 1 else None
+    encoder = inputs.load_encoder(args, runtime, settings)
+    if not runtime.is_main:
         # Ctrl-C reaches every process: this one ends when it loses the main one
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         encoder.follow()
@@ -134,7 +135,7 @@ def stop(number: int, _):
     sys.exit(128 + number)
 
 
-def delete(args, machine, screen):
+def delete(args, runtime, screen):
     """Delete rows by their ids or by a condition."""
     if bool(args.ids) == bool(args.where):
         raise UserError("delete: name either ids or --where")
@@ -158,14 +159,14 @@ def delete(args, machine, screen):
         views.show_state(screen, opened.snapshot, deleted=len(rows), unknown=len(unknown))
 
 
-def compact(args, machine, screen):
+def compact(args, runtime, screen):
     """Write the live rows anew."""
     with store.writing(args.index, wait=args.wait) as opened:
         opened.compact()
         views.show_state(screen, opened.snapshot)
 
 
-def search(args, machine, screen):
+def search(args, runtime, screen):
     """Answer queries from the command line, a file, or a prompt."""
     if args.queries and args.queries_file:
         raise UserError("search: name either queries or --queries FILE")
@@ -174,7 +175,7 @@ def search(args, machine, screen):
         texts.check_query(
             query, f"{args.queries_file}, line {number}" if args.queries_file else f"query {number}"
         )
-    searcher = make_searcher(args, machine, screen, open_snapshot(args.index))
+    searcher = make_searcher(args, runtime, screen, open_snapshot(args.index))
     if queries:
         views.show_hits(screen, searcher, queries, searcher.search(queries, args.top_k))
         if searcher.encoder.num_cut:
@@ -186,44 +187,44 @@ def search(args, machine, screen):
         views.prompt(screen, searcher, args.top_k)
 
 
-def make_searcher(args, machine, screen, snapshot) -> Searcher:
+def make_searcher(args, runtime, screen, snapshot) -> Searcher:
     """Return what searches a snapshot as the flags ask for."""
     if not snapshot.alive().any():
         raise UserError(
             f"--index {args.index}: it has no rows; add some with: embed_search.py index TEXTS --index"
             f" {args.index}"
         )
-    mask, encoder = matching(snapshot, args.where), inputs.load_encoder(args, machine, snapshot.settings)
+    mask, encoder = matching(snapshot, args.where), inputs.load_encoder(args, runtime, snapshot.settings)
     return Searcher(
         snapshot,
         encoder,
         mask,
         approximate=args.approximate,
         hybrid=args.hybrid,
-        reranker=inputs.load_reranker(args, machine),
+        reranker=inputs.load_reranker(args, runtime),
         rerank_depth=args.rerank_depth,
         say=screen.say,
     )
 
 
-def pairs(args, machine, screen):
+def pairs(args, runtime, screen):
     """Show the most similar pairs."""
-    with inputs.source(args, machine, screen) as (live, _):
+    with inputs.source(args, runtime, screen) as (live, _):
         views.show_pairs(screen, live, mining.best_pairs(live, args.top_k, block=args.block))
 
 
-def duplicates(args, machine, screen):
+def duplicates(args, runtime, screen):
     """Show groups of texts joined by pairs above the threshold."""
-    with inputs.source(args, machine, screen) as (live, _), views.open_output(args.pairs_file) as file:
+    with inputs.source(args, runtime, screen) as (live, _), views.open_output(args.pairs_file) as file:
         groups, kept = views.collect_groups(
             live, mining.similar_pairs(live, args.threshold, block=args.block), file, keep=screen.as_json
         )
         views.show_groups(screen, live, groups, kept, threshold=args.threshold)
 
 
-def cluster(args, machine, screen):
+def cluster(args, runtime, screen):
     """Show clusters: sizes, marking words, the texts nearest to their centres."""
-    with inputs.source(args, machine, screen) as (live, _):
+    with inputs.source(args, runtime, screen) as (live, _):
         if args.num_clusters and args.num_clusters > len(live):
             raise UserError(
                 f"--num-clusters {args.num_clusters}: there are {len(live)} {live.unit}; use fewer clusters"
@@ -245,30 +246,30 @@ def cluster(args, machine, screen):
             views.save_figure(figures.cluster_map(points, labels[places], names), args.figure, screen)
 
 
-def evaluate(args, machine, screen):
+def evaluate(args, runtime, screen):
     """Score a search, or sentence pairs."""
     if args.sts and (args.queries or args.qrels or args.texts or args.index or args.rerank):
         raise UserError(
             "--sts: it is a task of its own; leave --queries, --qrels, --texts, --index and --rerank out"
         )
     if args.sts:
-        encoder = inputs.load_encoder(args, machine)
+        encoder = inputs.load_encoder(args, runtime)
         views.show_sts(
             screen,
             args.sts,
             evaluation.sts_score(encoder, args.sts, args.columns, block=args.block, cache_dir=args.cache_dir),
         )
         return
-    with inputs.retrieval_task(args, machine, screen) as (task, snapshot, encoder, _):
+    with inputs.retrieval_task(args, runtime, screen) as (task, snapshot, encoder, _):
         searcher = Searcher(
             snapshot, encoder, snapshot.alive(), rerank_depth=args.rerank_depth, say=screen.say
         )
         views.show_scores(
-            screen, task, evaluation.score_modes(searcher, task, reranker=inputs.load_reranker(args, machine))
+            screen, task, evaluation.score_modes(searcher, task, reranker=inputs.load_reranker(args, runtime))
         )
 
 
-def compare_models(args, machine, screen):
+def compare_models(args, runtime, screen):
     """Score several models and compare their speed and size."""
     if args.model:
         raise UserError(
@@ -278,7 +279,7 @@ def compare_models(args, machine, screen):
     for name in args.models:
         encoder = encoding.load(
             name,
-            machine,
+            runtime,
             max_length=args.max_length,
             batch_tokens=args.batch_tokens,
             cache_dir=args.cache_dir,
@@ -289,7 +290,7 @@ def compare_models(args, machine, screen):
                 encoder, args.sts, args.columns, block=args.block, cache_dir=args.cache_dir
             )
         else:
-            with inputs.retrieval_task(args, machine, screen, encoder) as (task, snapshot, _, seconds):
+            with inputs.retrieval_task(args, runtime, screen, encoder) as (task, snapshot, _, seconds):
                 line["texts_per_second"] = snapshot.num_rows / seconds
                 line |= evaluation.score_mode(
                     Searcher(snapshot, encoder, snapshot.alive(), say=screen.say), task, {}
@@ -298,7 +299,7 @@ def compare_models(args, machine, screen):
     views.show_models(screen, lines)
 
 
-def project(args, machine, screen):
+def project(args, runtime, screen):
     """Write an index for TensorBoard's projector."""
     snapshot = open_snapshot(args.index)
     rows = inputs.chosen_rows(snapshot, args)
@@ -322,11 +323,11 @@ COMMANDS = {
 
 
 def main(args: argparse.Namespace):
-    machine = runtime.start(args.device, args.precision, args.seed)
-    if machine.world_size > 1 and args.command != "index":
+    runtime = start_runtime(args.device, args.precision, args.seed)
+    if runtime.world_size > 1 and args.command != "index":
         raise UserError(f"torchrun: only index is split over processes; run {args.command} with python")
-    COMMANDS[args.command](args, machine, Screen(as_json=args.json, shown=machine.is_main))
-    runtime.stop()
+    COMMANDS[args.command](args, runtime, Screen(as_json=args.json, shown=runtime.is_main))
+    stop_runtime()
 
 
 if __name__ == "__main__":

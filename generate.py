@@ -25,13 +25,14 @@ import sys
 
 from tqdm import tqdm
 
-from common import cli, reading, runtime
+from common import cli, reading
 from common.errors import Interrupted, UserError
 from common.generation import check, drawing, explain, flags, output, perplexity, scoring
 from common.generation import model as models
 from common.generation.chat import Chat
 from common.generation.completion import Generator, Prompt
 from common.generation.textstream import TextStream
+from common.runtime import peak_memory_bytes, start_runtime, stop_runtime
 
 
 def make_parser() -> cli.Parser:
@@ -200,11 +201,11 @@ def load(args, texts: list[str]):
     """Return generator, prompts with their tokens, and the machine; every prompt is checked before
     the first one is generated.
     """
-    machine = runtime.start(args.device, args.precision, args.seed)
-    language_model = models.load(args.model, machine, cache_dir=args.cache_dir)
+    runtime = start_runtime(args.device, args.precision, args.seed)
+    language_model = models.load(args.model, runtime, cache_dir=args.cache_dir)
     generator = Generator(language_model, flags.options(args, language_model))
     prompts = [flags.encode(args, text, number, language_model) for number, text in enumerate(texts)]
-    return generator, prompts, machine
+    return generator, prompts, runtime
 
 
 def batches_of(prompts: list[Prompt], args) -> list[list[Prompt]]:
@@ -217,18 +218,18 @@ def generate(args, texts: list[str], references: list[str] | None):
     """Generate all texts, show them or write them, score them, and say how fast it went."""
     if args.output:
         output.check_new(args.output, resume=args.resume)
-    generator, prompts, machine = load(args, texts)
+    generator, prompts, runtime = load(args, texts)
     batches = batches_of(prompts, args)
     # texts of a batch, of all
     group, total = len(batches[0]) * args.num_samples, len(prompts) * args.num_samples
     done = resumed(args, generator, prompts, group) if args.resume else []
-    file = output.Output(args.output, keep_lines=len(done)) if args.output and machine.is_main else None
+    file = output.Output(args.output, keep_lines=len(done)) if args.output and runtime.is_main else None
     if done:
-        machine.say(f"{args.output}: {len(done):,} of {total:,} texts are there")
+        runtime.say(f"{args.output}: {len(done):,} of {total:,} texts are there")
     # the file may lie on the main process's machine only
-    start, written = machine.agree(-(-len(done) // group)), [line["text"] for line in done]
+    start, written = runtime.broadcast_int(-(-len(done) // group)), [line["text"] for line in done]
     try:
-        for lines in run(generator, batches, start, args, machine):
+        for lines in run(generator, batches, start, args, runtime):
             if file:
                 file.write(lines)
             written += [line["text"] for line in lines] if references is not None else []
@@ -241,10 +242,10 @@ def generate(args, texts: list[str], references: list[str] | None):
                 file=sys.stderr,
             )
         raise
-    summarize(generator, machine)
-    if machine.is_main and references is not None:
+    summarize(generator, runtime)
+    if runtime.is_main and references is not None:
         scoring.show(written, references)
-    runtime.stop()
+    stop_runtime()
 
 
 def resumed(args, generator: Generator, prompts: list[Prompt], group: int) -> list[dict]:
@@ -257,25 +258,25 @@ def resumed(args, generator: Generator, prompts: list[Prompt], group: int) -> li
     return output.finished(args.output, expected, group=group)
 
 
-def run(generator: Generator, batches: list[list[Prompt]], start: int, args, machine):
+def run(generator: Generator, batches: list[list[Prompt]], start: int, args, runtime):
     """Yield the lines of each round of batches, one batch a process, in the order of the prompts;
     show texts that no file takes.
     """
-    rounds, settings = range(start, len(batches), machine.world_size), flags.record(args, generator)
+    rounds, settings = range(start, len(batches), runtime.world_size), flags.record(args, generator)
     several = len(batches) * len(batches[0]) * args.num_samples > 1  # so that each has a heading
     streams = (
         bool(sys.stdout.isatty() if args.stream is None else args.stream)
         and not args.output
-        and machine.world_size == 1
+        and runtime.world_size == 1
     )
     for first in tqdm(
         rounds,
         unit="batch",
         leave=False,
         file=sys.stderr,
-        disable=None if args.output and machine.is_main else True,
+        disable=None if args.output and runtime.is_main else True,
     ):
-        number = first + machine.rank
+        number = first + runtime.rank
         batch, seed = batches[number] if number < len(batches) else [], drawing.batch_seed(args.seed, number)
         # the first text of a batch grows, those beside it follow when all are whole: what is drawn
         # does not
@@ -286,9 +287,11 @@ def run(generator: Generator, batches: list[list[Prompt]], start: int, args, mac
             )
         rows = generator.complete(batch, seed=seed, show=write_chunk if streams else None) if batch else []
         lines = [output.line(row, seed=args.seed, batch_seed=seed, settings=settings) for row in rows]
-        if machine.world_size > 1:
-            lines = [line for share in machine.gather_texts(json.dumps(lines)) for line in json.loads(share)]
-        if machine.is_main and not args.output:
+        if runtime.world_size > 1:
+            lines = [
+                line for share in runtime.all_gather_texts(json.dumps(lines)) for line in json.loads(share)
+            ]
+        if runtime.is_main and not args.output:
             for place, line in enumerate(lines):
                 above = (
                     output.heading(line["prompt_number"], line["sample"], line["prompt"]) if several else ""
@@ -302,11 +305,11 @@ def write_chunk(chunk: str):
     print(chunk, end="", flush=True)
 
 
-def summarize(generator: Generator, machine):
+def summarize(generator: Generator, runtime):
     """Print the summary line on stderr, dim on a terminal."""
-    if machine.is_main and generator.timing.new_tokens:
-        line = generator.summary(runtime.peak_memory_bytes(machine.device)) + (
-            " (process 0)" if machine.world_size > 1 else ""
+    if runtime.is_main and generator.timing.new_tokens:
+        line = generator.summary(peak_memory_bytes(runtime.device)) + (
+            " (process 0)" if runtime.world_size > 1 else ""
         )
         print(f"\x1b[2m{line}\x1b[0m" if sys.stderr.isatty() else line, file=sys.stderr, flush=True)
 
@@ -315,7 +318,7 @@ def compare_with_generate(args, texts: list[str]):
     """Generate each batch twice, here and by model.generate; print `equal` or the first difference
     and end with exit code 1.
     """
-    generator, prompts, machine = load(args, texts)
+    generator, prompts, runtime = load(args, texts)
     language_model, options, equal = generator.language_model, generator.options, 0
     for number, batch in enumerate(batches_of(prompts, args)):
         seed = drawing.batch_seed(args.seed, number)
@@ -329,7 +332,7 @@ def compare_with_generate(args, texts: list[str]):
                 sys.exit(1)
             equal += len(row.token_ids)
     print(f"equal: {equal:,} of {equal:,} tokens")
-    summarize(generator, machine)
+    summarize(generator, runtime)
 
 
 def explain_tokens(args, texts: list[str]):
@@ -358,7 +361,7 @@ def compare_choices(args, texts: list[str]):
 
 def converse(args):
     """Hold a conversation until the input ends."""
-    generator, _, machine = load(args, [])
+    generator, _, runtime = load(args, [])
     chat = Chat(generator, args.system)
     chat.check()
     while True:
@@ -375,17 +378,17 @@ def converse(args):
         if text.strip() == "/reset":
             chat.reset()
         elif text.strip():
-            answer(chat, text, machine)
+            answer(chat, text, runtime)
 
 
-def answer(chat: Chat, text: str, machine):
+def answer(chat: Chat, text: str, runtime):
     """Show one answer as it grows; Ctrl-C ends the answer, not the conversation, and a full
     context is said in one line.
     """
     try:
         chat.reply(text, write_chunk)
         print(flush=True)
-        summarize(chat.generator, machine)
+        summarize(chat.generator, runtime)
     except KeyboardInterrupt:
         print("\n(interrupted; the model has forgotten this turn)", file=sys.stderr)
     except UserError as error:

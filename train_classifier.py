@@ -23,8 +23,9 @@ from pathlib import Path
 import torch
 from torch.nn.functional import cross_entropy
 
-from common import cli, reading, runtime
+from common import cli, reading
 from common.errors import UserError
+from common.runtime import deterministic, peak_memory_bytes, start_runtime, stop_runtime
 from common.training import batching, checkpoint, inspection, loading, memory, report, tracking
 from common.training import model as models
 from common.training.evaluation import predict_texts, score
@@ -244,7 +245,7 @@ def make_parser() -> cli.Parser:
     return parser
 
 
-def train_steps(training: Training, batches, sizes: list[int], meter: LossMeter, args, machine):
+def train_steps(training: Training, batches, sizes: list[int], meter: LossMeter, args, runtime):
     """Run the training loop over batches, `sizes` of them an optimizer step; yields after each
     step.
     """
@@ -252,13 +253,13 @@ def train_steps(training: Training, batches, sizes: list[int], meter: LossMeter,
     for window in accumulation_windows(batches, sizes):  # a window is one optimizer step
         model.train()
         # the true divisor, also for a short last window
-        examples, weight = count_examples(window, training.class_weights, machine)
+        examples, weight = count_examples(window, training.class_weights, runtime)
         for last, batch in mark_last(window):
-            batch = batch.to(machine.device, non_blocking=True)
+            batch = batch.to(runtime.device, non_blocking=True)
             # (B), (B), (W)
             labels, rows, document = batch.pop("labels"), batch.pop("row"), batch.pop("document")
             with sync_gradients(model, when=last):
-                with machine.autocast():
+                with runtime.autocast():
                     logits = model(**batch).logits  # (W, C)
                 logits = batching.pool_windows(logits.float(), document, len(labels))  # (B, C)
                 summed_loss = cross_entropy(
@@ -269,7 +270,7 @@ def train_steps(training: Training, batches, sizes: list[int], meter: LossMeter,
                     label_smoothing=args.label_smoothing,
                 )
                 # DDP averages over processes: world_size undoes it
-                scaler.scale(summed_loss / weight * machine.world_size).backward()
+                scaler.scale(summed_loss / weight * runtime.world_size).backward()
             meter.add(summed_loss, rows)
         scaler.unscale_(optimizer)  # before clipping, so that the norm is the true gradient's
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
@@ -285,12 +286,12 @@ def train_steps(training: Training, batches, sizes: list[int], meter: LossMeter,
         yield
 
 
-def train(training: Training, rows, meter_state, watch: Watch, args, machine):
+def train(training: Training, rows, meter_state, watch: Watch, args, runtime):
     """Train on `rows`, evaluate, keep the best weights in best/; goes on from where `training` is,
     with the loss meter's state from there.
     """
     while training.epoch <= args.epochs and not out_of_patience(training, args):
-        plan = batching.plan_epoch(rows, training.epoch, training.micro_batch, args, machine)
+        plan = batching.plan_epoch(rows, training.epoch, training.micro_batch, args, runtime)
         # what a resumed epoch has done is skipped, not read
         training.steps_of_epoch, rest = len(plan), plan[training.step_of_epoch :]
         batches = batching.loader(
@@ -298,80 +299,80 @@ def train(training: Training, rows, meter_state, watch: Watch, args, machine):
             [batch for step in rest for batch in step],
             training.tokenizer,
             num_workers=args.num_workers,
-            pin_memory=machine.device.type == "cuda",
+            pin_memory=runtime.device.type == "cuda",
         )
         with (
             tracking.progress(
-                batches, label=f"epoch {training.epoch}/{args.epochs}", shown=machine.is_main
+                batches, label=f"epoch {training.epoch}/{args.epochs}", shown=runtime.is_main
             ) as bar,
             memory.explained(memory.way_out(args)),
         ):
-            meter = LossMeter(machine, watch.log, bar, args.log_every)
+            meter = LossMeter(runtime, watch.log, bar, args.log_every)
             if meter_state is not None:
                 meter.restore(*meter_state)
                 meter_state = None
             # it may have been stopped in an evaluation
-            evaluate_if_due(training, meter, watch, args, machine)
-            for _ in train_steps(training, bar, [len(step) for step in rest], meter, args, machine):
-                evaluate_if_due(training, meter, watch, args, machine)
+            evaluate_if_due(training, meter, watch, args, runtime)
+            for _ in train_steps(training, bar, [len(step) for step in rest], meter, args, runtime):
+                evaluate_if_due(training, meter, watch, args, runtime)
                 save_if_due(training, meter, watch, args)
                 if out_of_patience(training, args):
                     break
         training.epoch, training.step_of_epoch = training.epoch + 1, 0
 
 
-def fit(args, machine):
+def fit(args, runtime):
     """Train, keep the best weights, score them on the test split, and leave report, predictions
     and curves in the run folder.
     """
     check_flags(args)
     folder, resumed, wanted = checkpoint.locate_run(
-        args, machine, name=f"{Path(args.dataset).stem}-{Path(args.model).name}"
+        args, runtime, name=f"{Path(args.dataset).stem}-{Path(args.model).name}"
     )
-    rows = loading.load_splits(args, machine)
-    tokenizer, model, tokenized = loading.load_for_training(rows, args, machine)
+    rows = loading.load_splits(args, runtime)
+    tokenizer, model, tokenized = loading.load_for_training(rows, args, runtime)
     if problems := models.mismatches(model, tokenizer):
         raise UserError(f"--model {args.model}: {problems[0]}; --inspect shows more")
-    identity = checkpoint.identity(run_flags(args), model, tokenized, machine)
+    identity = checkpoint.identity(run_flags(args), model, tokenized, runtime)
     settings = {
         **run_flags(args),
         "output_dir": str(folder),
-        "precision": machine.precision,
-        "device": machine.describe(),
-        "processes": machine.world_size,
+        "precision": runtime.precision,
+        "device": runtime.describe(),
+        "processes": runtime.world_size,
         "identity": identity,
         "versions": tracking.versions(),
         "started": datetime.datetime.now().isoformat(),
     }
-    checkpoints = checkpoint.Checkpoints(folder, identity, keep=args.keep, machine=machine)
+    checkpoints = checkpoint.Checkpoints(folder, identity, keep=args.keep, runtime=runtime)
     found = checkpoints.choose(wanted) if resumed else None
-    training = prepare(model, tokenizer, tokenized["train"], args, machine)
+    training = prepare(model, tokenizer, tokenized["train"], args, runtime)
     model_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
     needed = (BEST_SIZE_IN_MODELS + CHECKPOINT_SIZE_IN_MODELS * (args.keep + 1)) * model_bytes
     log = tracking.NullLog(folder)
-    if machine.is_main:
+    if runtime.is_main:
         tracking.make_folder(folder, needed_bytes=needed)
-        machine.note_run(folder)
+        runtime.note_run(folder)
         if found:
             checkpoints.drop_after(found[0])
         log = tracking.RunLog(folder, settings, checkpoint.place_in_log(found) if resumed else None)
-    machine.require_shared(folder / "config.json", flag="--output-dir")
+    runtime.require_shared(folder / "config.json", flag="--output-dir")
     meter_state = checkpoints.restore(*found, training) if found else None
-    machine.say(
-        f"machine  {machine.describe()}\nrun      {folder}; curves: tensorboard --logdir {folder.parent}"
+    runtime.say(
+        f"machine  {runtime.describe()}\nrun      {folder}; curves: tensorboard --logdir {folder.parent}"
     )
     if resumed:
-        machine.say(
+        runtime.say(
             f"resume   {found[0]}: after step {training.step}"
             if found
             else "resume   no checkpoint yet: from the beginning"
         )
-    machine.say("")
-    interruption = Interruption(machine, f"go on with the same command and --resume {folder}")
+    runtime.say("")
+    interruption = Interruption(runtime, f"go on with the same command and --resume {folder}")
     watch = Watch(tokenized["validation"], log, checkpoints, interruption)
     with contextlib.closing(log), interruption:
-        train(training, tokenized["train"], meter_state, watch, args, machine)
-        finish(rows, tokenized["test"], training, watch, args, machine)
+        train(training, tokenized["train"], meter_state, watch, args, runtime)
+        finish(rows, tokenized["test"], training, watch, args, runtime)
 
 
 def run_flags(args) -> dict:
@@ -383,18 +384,18 @@ def run_flags(args) -> dict:
     }
 
 
-def finish(rows, tokenized, training: Training, watch: Watch, args, machine):
+def finish(rows, tokenized, training: Training, watch: Watch, args, runtime):
     """Reload the best weights, score them once on the test split, show and write what the run came
     to.
     """
-    machine.barrier()  # the main process has written them
+    runtime.barrier()  # the main process has written them
     history, best, log = training.history, training.best, watch.log
-    model, tokenizer = loading.load_saved(str(log.folder / "best"), args, machine)
+    model, tokenizer = loading.load_saved(str(log.folder / "best"), args, runtime)
     scores, logits = score(
         model,
         tokenized,
         tokenizer,
-        machine,
+        runtime,
         batch_size=args.eval_batch_size,
         between=watch.interruption.check,
     )
@@ -405,7 +406,7 @@ def finish(rows, tokenized, training: Training, watch: Watch, args, machine):
         "best_epoch": best["epoch"],
         **{f"best_validation_{name}": best[name] for name in ("accuracy", "macro_f1", "loss")},
         "train_examples_per_second": len(epochs) / sum(1 / epoch["examples_per_second"] for epoch in epochs),
-        "peak_memory_bytes": runtime.peak_memory_bytes(machine.device),
+        "peak_memory_bytes": peak_memory_bytes(runtime.device),
     }
     report.log_scores(log, best["step"], "test", scores, predictions.names)
     log.text(
@@ -414,12 +415,12 @@ def finish(rows, tokenized, training: Training, watch: Watch, args, machine):
         predictions.examples(right=False, most=MISTAKES_IN_TENSORBOARD, style="github"),
     )
     log.finish(results, curves=["test/accuracy", "test/macro_f1", "test/loss", "train/examples_per_second"])
-    machine.say(
+    runtime.say(
         f"\n{report.epoch_table(history)}\n\nbest epoch {best['epoch']}, reloaded and scored on the test"
         " split:"
     )
-    report.show(scores, predictions, args.eval_max_length, machine.say)
-    if machine.is_main:
+    report.show(scores, predictions, args.eval_max_length, runtime.say)
+    if runtime.is_main:
         report.write_report(
             log.folder,
             settings=log.settings,
@@ -436,20 +437,20 @@ def finish(rows, tokenized, training: Training, watch: Watch, args, machine):
             predictions=predictions,
             per_class=scores["per_class"],
         )
-    machine.say(
+    runtime.say(
         f"\nreport: {log.folder}/report.md   model: {log.folder}/best   every test row:"
         f" {log.folder}/predictions.csv"
     )
 
 
-def evaluate_only(args, machine):
+def evaluate_only(args, runtime):
     """Score a saved model on the test split; on every row of a data set without one that it was
     not trained on.
     """
-    model, tokenizer = loading.load_saved(args.model, args, machine)
+    model, tokenizer = loading.load_saved(args.model, args, runtime)
     names = [model.config.id2label[number] for number in range(model.config.num_labels)]
-    rows = loading.load_rows_for_scoring(names, models.saved_settings(args.model), args, machine)
-    with machine.main_first():
+    rows = loading.load_rows_for_scoring(names, models.saved_settings(args.model), args, runtime)
+    with runtime.local_main_first():
         tokenized = batching.tokenize(
             rows,
             tokenizer,
@@ -457,30 +458,30 @@ def evaluate_only(args, machine):
             truncation=args.truncation,
             cache_dir=args.cache_dir,
         )
-    scores, logits = score(model, tokenized, tokenizer, machine, batch_size=args.eval_batch_size)
-    report.show(scores, report.Predictions(tokenized, logits), args.eval_max_length, machine.say)
+    scores, logits = score(model, tokenized, tokenizer, runtime, batch_size=args.eval_batch_size)
+    report.show(scores, report.Predictions(tokenized, logits), args.eval_max_length, runtime.say)
 
 
-def predict(args, machine):
+def predict(args, runtime):
     """Print one JSON line a text: row, label, confidence and the score of every class."""
-    model, tokenizer = loading.load_saved(args.model, args, machine)
+    model, tokenizer = loading.load_saved(args.model, args, runtime)
     texts = reading.read_texts(args.predict, column=args.text_column, cache_dir=args.cache_dir)
     for answer in predict_texts(
         model,
         tokenizer,
         texts,
-        machine,
+        runtime,
         batch_size=args.eval_batch_size,
         max_length=args.eval_max_length,
         truncation=args.truncation,
     ):
-        machine.say(json.dumps(answer, ensure_ascii=False))
+        runtime.say(json.dumps(answer, ensure_ascii=False))
 
 
-def inspect(args, machine):
+def inspect(args, runtime):
     """Show the data, the tokenizer and a batch; train nothing."""
-    rows = loading.load_splits(args, machine)
-    tokenizer, model, tokenized = loading.load_for_training(rows, args, machine)
+    rows = loading.load_splits(args, runtime)
+    tokenizer, model, tokenized = loading.load_for_training(rows, args, runtime)
     inspection.show(
         rows,
         tokenized,
@@ -492,21 +493,21 @@ def inspect(args, machine):
 
 
 def main(args):
-    machine = runtime.start(args.device, args.precision, args.seed)
+    runtime = start_runtime(args.device, args.precision, args.seed)
     if args.inspect:
-        inspect(args, machine)
+        inspect(args, runtime)
     elif args.predict is not None:  # an empty name is a mistake, not a wish to train
-        predict(args, machine)
+        predict(args, runtime)
     elif args.evaluate_only:
-        evaluate_only(args, machine)
+        evaluate_only(args, runtime)
     else:
-        with runtime.repeatable(
-            machine.device,
+        with deterministic(
+            runtime.device,
             wanted=not args.nondeterministic,
-            way_out="--nondeterministic does without, or use --device cpu",
+            hint="--nondeterministic does without, or use --device cpu",
         ):
-            fit(args, machine)
-    runtime.stop()
+            fit(args, runtime)
+    stop_runtime()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import huggingface_hub.errors
 import safetensors
 import transformers
 
-from common import hub
+from common import bundled, hub
 from common.errors import UserError, one_line
 
 # the others are bugs
@@ -25,12 +25,12 @@ transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
 
-def locate(name: str, *, bundled: Callable[[str], Path]) -> str:
-    """Return what `from_pretrained` takes for a name; `bundled` turns a bundled one into a folder.
+def locate(name: str, *, find_bundled: Callable[[str], Path]) -> str:
+    """Return what `from_pretrained` takes for a name; `find_bundled` turns a bundled one into a folder.
     Raises UserError for a missing folder or a file.
     """
     if bundled.is_bundled(name):
-        return str(bundled(name))
+        return str(find_bundled(name))
     if Path(name).is_file():
         raise UserError(f"--model {name}: it is a file; name the folder of a saved model")
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():

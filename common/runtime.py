@@ -61,18 +61,18 @@ class Runtime:
             torch.distributed.all_reduce(value)
         return value
 
-    def agree(self, number: int) -> int:
+    def broadcast_int(self, number: int) -> int:
         """Return the main process's number on every process."""
         return int(self.all_reduce_sum(torch.tensor(number if self.is_main else 0)).item())
 
-    def agree_on_highest(self, number: int) -> int:
+    def all_reduce_max(self, number: int) -> int:
         """Return the highest of the processes' numbers on every process."""
         value = torch.tensor(number)
         if self.world_size > 1:
             torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX)
         return int(value.item())
 
-    def gather_texts(self, text: str) -> list[str]:
+    def all_gather_texts(self, text: str) -> list[str]:
         """Return the texts of all processes in the order of their ranks, sent as bytes, over the
         CPU: gather_object would pickle them.
         """
@@ -91,7 +91,7 @@ class Runtime:
         """
         self.all_reduce_sum(torch.zeros(1))
 
-    def decide(self, choose: Callable[[], object]):
+    def broadcast_from_main(self, choose: Callable[[], object]):
         """Return on every process what `choose`, asked on the main one only, returned as JSON
         takes it; a UserError of it is raised on all.
 
@@ -103,7 +103,7 @@ class Runtime:
                 decided = {"chosen": choose()}
             except UserError as error:
                 decided = {"error": str(error)}
-        decided = json.loads(self.gather_texts(json.dumps(decided))[0])
+        decided = json.loads(self.all_gather_texts(json.dumps(decided))[0])
         if "error" in decided:
             raise UserError(decided["error"])
         return decided["chosen"]
@@ -126,7 +126,7 @@ class Runtime:
         if self.world_size == 1:
             return
         for _ in range(SHARED_TRIES):
-            seen = self.gather_texts(sha256(path) if path.is_file() else "")
+            seen = self.all_gather_texts(sha256(path) if path.is_file() else "")
             others = [str(rank) for rank, digest in enumerate(seen) if digest != seen[0]]
             if not others:
                 return
@@ -137,7 +137,7 @@ class Runtime:
         )
 
     @contextlib.contextmanager
-    def main_first(self):
+    def local_main_first(self):
         """Let a process of each machine do it before the others there, which then find what it
         left in the cache.
         """
@@ -163,7 +163,7 @@ class Runtime:
         return f"{where}{many}, {self.precision}" + (" autocast" if self.precision != "fp32" else "")
 
 
-def start(device: str, precision: str, seed: int) -> Runtime:
+def start_runtime(device: str, precision: str, seed: int) -> Runtime:
     """Choose device and precision, join torchrun's processes if there are any, seed every
     generator.
 
@@ -230,11 +230,11 @@ def seed_everything(seed: int):
 
 
 @contextlib.contextmanager
-def repeatable(device: torch.device, *, wanted: bool, way_out: str):
+def deterministic(device: torch.device, *, wanted: bool, hint: str):
     """Within, a GPU gives the same bits for the same inputs, as a CPU does anyway: without it
     atomic additions come in any order.
 
-    Raises UserError, ending with `way_out`, for an operation that PyTorch has no such
+    Raises UserError, ending with `hint`, for an operation that PyTorch has no such
     implementation of (its notes on reproducibility list them).
     """
     if not wanted or device.type != "cuda":
@@ -253,7 +253,7 @@ def repeatable(device: torch.device, *, wanted: bool, way_out: str):
         found, _, _ = str(error).partition(", but you set 'torch.use_deterministic_algorithms")
         if found == str(error):
             raise
-        raise UserError(f"{found}, so that two runs may differ; {way_out}") from error
+        raise UserError(f"{found}, so that two runs may differ; {hint}") from error
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -281,7 +281,7 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def stop():
+def stop_runtime():
     """Leave torchrun's process group, if this process is in one."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -34,18 +34,20 @@ class LanguageModel:
         return self.model.device
 
 
-def load(name: str, machine: Runtime, *, cache_dir: str | None) -> LanguageModel:
+def load(name: str, runtime: Runtime, *, cache_dir: str | None) -> LanguageModel:
     """Return a causal language model in the machine's precision on its device. Raises UserError
     when it can't be loaded, or is none.
     """
-    location = models.locate(name, bundled=lambda known: smollm2.model_folder(known, cache_dir=cache_dir))
+    location = models.locate(
+        name, find_bundled=lambda known: smollm2.model_folder(known, cache_dir=cache_dir)
+    )
     tokenizer = load_tokenizer(name, location, cache_dir=cache_dir)
     model, report = models.load(
         AutoModelForCausalLM,
         name,
         location,
         cache_dir=cache_dir,
-        dtype=DTYPES[machine.precision],
+        dtype=DTYPES[runtime.precision],
         use_safetensors=True,
         output_loading_info=True,
     )
@@ -61,7 +63,7 @@ def load(name: str, machine: Runtime, *, cache_dir: str | None) -> LanguageModel
     end_ids = end_ids_of(model, tokenizer)
     own = model.generation_config.pad_token_id
     pad_id = next(number for number in (own, tokenizer.pad_token_id, *end_ids, 0) if number is not None)
-    model.eval().to(machine.device)
+    model.eval().to(runtime.device)
     return LanguageModel(name, model, tokenizer, end_ids, pad_id, context_of(model))
 
 

@@ -34,7 +34,7 @@ class Encoder:
 
     name: str
     model: SentenceTransformer
-    machine: Runtime
+    runtime: Runtime
     max_length: int  # tokens, special ones included
     batch_tokens: int
     num_encoded: int = 0
@@ -76,8 +76,8 @@ class Encoder:
         """Return the vectors (texts, width) of texts in float32, as the model gives them. Under
         torchrun the other processes must be in follow().
         """
-        if self.machine.world_size > 1:
-            _broadcast(json.dumps([texts, role]), self.machine)
+        if self.runtime.world_size > 1:
+            _broadcast(json.dumps([texts, role]), self.runtime)
         return self._encode(texts, role)
 
     def encode_unit(self, texts: list[str], *, role: str | None = None) -> np.ndarray:
@@ -94,13 +94,13 @@ class Encoder:
         """Compute this process's share of all that the main process encodes, until it calls
         release().
         """
-        while (message := _broadcast(None, self.machine)) != "":
+        while (message := _broadcast(None, self.runtime)) != "":
             self._encode(*json.loads(message))
 
     def release(self):
         """Let the other processes of torchrun leave follow()."""
-        if self.machine.world_size > 1 and self.machine.is_main:
-            _broadcast("", self.machine)
+        if self.runtime.world_size > 1 and self.runtime.is_main:
+            _broadcast("", self.runtime)
 
     @torch.inference_mode()
     def _encode(self, texts: list[str], role: str | None) -> np.ndarray:
@@ -108,13 +108,13 @@ class Encoder:
         places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
         prompt = self.prompt(role)
         tokens, num_cut = self.tokenize([prompt + text for text in places])
-        vectors = torch.zeros(len(places), self.width, device=self.machine.device)
+        vectors = torch.zeros(len(places), self.width, device=self.runtime.device)
         batches = token_batches([len(ids) for ids in tokens["input_ids"]], self.batch_tokens)
         # around all batches: the cast weights are kept as long as it is open
-        with self.machine.autocast():
-            for batch in batches[self.machine.rank :: self.machine.world_size]:
+        with self.runtime.autocast():
+            for batch in batches[self.runtime.rank :: self.runtime.world_size]:
                 vectors[torch.from_numpy(batch).to(vectors.device)] = self._forward(tokens, batch, prompt)
-        self.machine.all_reduce_sum(vectors)  # each row is zero in all processes but one
+        self.runtime.all_reduce_sum(vectors)  # each row is zero in all processes but one
         self.num_encoded, self.num_cut = self.num_encoded + len(places), self.num_cut + num_cut
         return vectors.cpu().numpy()[[places[text] for text in texts]].reshape(len(texts), self.width)
 
@@ -131,12 +131,12 @@ class Encoder:
     def _forward(self, tokens: dict, batch: np.ndarray, prompt: str) -> torch.Tensor:
         """Return the vectors (batch, width) of some of the tokenised texts."""
         columns = {name: [tokens[name][row] for row in batch] for name in tokens}
-        features = self.tokenizer.pad(columns, padding=True, return_tensors="pt").to(self.machine.device)
+        features = self.tokenizer.pad(columns, padding=True, return_tensors="pt").to(self.runtime.device)
         features = self.model[0](dict(features))  # token_embeddings (B, T, hidden)
         if prompt:  # some models' pooling leaves the prompt out
             last = self.tokenizer(prompt)["input_ids"]
             features["prompt_length"] = len(last) - (last[-1] in self.tokenizer.all_special_ids)
-        with torch.autocast(self.machine.device.type, enabled=False):
+        with torch.autocast(self.runtime.device.type, enabled=False):
             features["token_embeddings"] = features["token_embeddings"].float()
             for module in list(self.model)[1:]:
                 features = module(features)
@@ -160,7 +160,7 @@ def token_batches(lengths, batch_tokens: int) -> list[np.ndarray]:
 
 def load(
     name: str,
-    machine: Runtime,
+    runtime: Runtime,
     *,
     max_length: int | None = None,
     batch_tokens: int | None = None,
@@ -184,10 +184,10 @@ def load(
     speedups.use_matrix_products(model[0].auto_model)
     return Encoder(
         reading.full_name(name),
-        model.to(machine.device).eval(),
-        machine,
+        model.to(runtime.device).eval(),
+        runtime,
         max_length=max_length or own,
-        batch_tokens=batch_tokens or BATCH_TOKENS[machine.device.type],
+        batch_tokens=batch_tokens or BATCH_TOKENS[runtime.device.type],
         fingerprint=fingerprint,
     )
 
@@ -204,14 +204,14 @@ def max_positions(model: SentenceTransformer) -> int | None:
     return getattr(model[0].auto_model.config, "max_position_embeddings", None)
 
 
-def _broadcast(message: str | None, machine: Runtime) -> str:
+def _broadcast(message: str | None, runtime: Runtime) -> str:
     """Return the main process's message on every process. As bytes: torch's own way for objects is
     pickle.
     """
     content = np.frombuffer((message or "").encode(), dtype=np.uint8)
-    size = machine.agree(len(content))
-    data = torch.zeros(size, dtype=torch.uint8, device=machine.device)
-    if machine.is_main:
+    size = runtime.broadcast_int(len(content))
+    data = torch.zeros(size, dtype=torch.uint8, device=runtime.device)
+    if runtime.is_main:
         data.copy_(torch.from_numpy(content.copy()))
     torch.distributed.broadcast(data, src=0)
     return data.cpu().numpy().tobytes().decode()

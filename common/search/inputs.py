@@ -17,14 +17,14 @@ DEFAULT_MODEL = "bundled/all-MiniLM-L6-v2"
 LARGEST_MATRIX = 5_000  # texts whose matrix of similarities is shown or written
 
 
-def load_encoder(args, machine, settings: dict | None = None) -> encoding.Encoder:
+def load_encoder(args, runtime, settings: dict | None = None) -> encoding.Encoder:
     """Return the encoder that the flags ask for, by default that of an index with `settings`;
     refuses another one than the index's.
     """
     settings = settings or {}
     encoder = encoding.load(
         args.model or settings.get("model", DEFAULT_MODEL),
-        machine,
+        runtime,
         max_length=args.max_length or settings.get("max_length"),
         batch_tokens=args.batch_tokens,
         cache_dir=args.cache_dir,
@@ -46,7 +46,7 @@ def read_texts(args, id_column: str | None = None) -> texts.Collection:
 
 
 @contextlib.contextmanager
-def source(args, machine, screen):
+def source(args, runtime, screen):
     """Give the live rows to look at, of the index or of an index made of the texts for this
     command, and a function that returns their encoder.
     """
@@ -59,11 +59,11 @@ def source(args, machine, screen):
             snapshot = open_snapshot(args.index)
             rows = chosen_rows(snapshot, args)
             check_size(args, len(rows))
-            yield mining.Live(snapshot, rows), lambda: load_encoder(args, machine, snapshot.settings)
+            yield mining.Live(snapshot, rows), lambda: load_encoder(args, runtime, snapshot.settings)
         else:
             collection = read_texts(args)
             check_size(args, len(collection))
-            encoder = load_encoder(args, machine)
+            encoder = load_encoder(args, runtime)
             snapshot = building.temporary(
                 collection, encoder, folder, block=args.block, role=None
             ).store.snapshot
@@ -92,10 +92,10 @@ def chosen_rows(snapshot, args) -> np.ndarray:
     return rows
 
 
-def load_reranker(args, machine):
+def load_reranker(args, runtime):
     """Return the cross-encoder that the flags name, None without one."""
     return (
-        loading.load_reranker(args.rerank, cache_dir=args.cache_dir, device=machine.device)
+        loading.load_reranker(args.rerank, cache_dir=args.cache_dir, device=runtime.device)
         if args.rerank
         else None
     )
@@ -131,7 +131,7 @@ def read_task(args) -> tuple[evaluation.Task, texts.Collection | None]:
 
 
 @contextlib.contextmanager
-def retrieval_task(args, machine, screen, encoder=None):
+def retrieval_task(args, runtime, screen, encoder=None):
     """Give the task that the flags name, a snapshot to search, its encoder, and the seconds that
     encoding took.
     """
@@ -140,7 +140,7 @@ def retrieval_task(args, machine, screen, encoder=None):
         if collection is None:
             snapshot, seconds = open_snapshot(args.index), None
         else:
-            encoder, started = encoder or load_encoder(args, machine), time.perf_counter()
+            encoder, started = encoder or load_encoder(args, runtime), time.perf_counter()
             id_column = args.id_column if args.texts else evaluation.BUNDLED_IDS
             snapshot = building.temporary(
                 collection, encoder, folder, block=args.block, id_column=id_column
@@ -148,4 +148,4 @@ def retrieval_task(args, machine, screen, encoder=None):
             seconds = time.perf_counter() - started
             views.say_counts(screen, collection, encoder)
         evaluation.check_documents(task, snapshot, screen.say)
-        yield task, snapshot, encoder or load_encoder(args, machine, snapshot.settings), seconds
+        yield task, snapshot, encoder or load_encoder(args, runtime, snapshot.settings), seconds

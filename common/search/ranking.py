@@ -202,7 +202,7 @@ class Searcher:
         if not hits:
             return hits
         texts = [entry[TEXT] for entry in self.snapshot.take([hit.row for hit in hits], [TEXT])]
-        with self.encoder.machine.autocast():
+        with self.encoder.runtime.autocast():
             logits = self.reranker.predict(
                 [(query, text) for text in texts],
                 activation_fn=torch.nn.Identity(),

@@ -150,7 +150,7 @@ def show_index(screen: Screen, builder: Builder, collection: texts.Collection, *
     if counts.encoded:
         screen.say(
             f"         {counts.encoded:,} different ones encoded, {counts.encoded / seconds:,.1f} texts/s on"
-            f" {builder.encoder.machine.describe()}"
+            f" {builder.encoder.runtime.describe()}"
         )
     say_cut(screen, counts.cut, snapshot.settings["max_length"])
     show_state(screen, snapshot, counts=vars(counts) | {"seconds": seconds})

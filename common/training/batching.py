@@ -244,7 +244,7 @@ def pool_windows(logits: torch.Tensor, document: torch.Tensor, num_documents: in
 
 
 def plan_epoch(
-    rows: datasets.Dataset, epoch: int, micro_batch: int, args, machine: Runtime
+    rows: datasets.Dataset, epoch: int, micro_batch: int, args, runtime: Runtime
 ) -> list[list[list[Pick]]]:
     """Return this process's batches of an epoch: a list of optimizer steps, each a list of batches
     of at most `micro_batch` windows.
@@ -256,7 +256,7 @@ def plan_epoch(
     lengths = rows["window_lengths"][:]
     order = batch_order(
         [max(windows) for windows in lengths],
-        batch_size=step_size(args, machine),
+        batch_size=step_size(args, runtime),
         seed=args.seed,
         epoch=epoch,
         buckets=args.batching == "buckets",
@@ -264,15 +264,15 @@ def plan_epoch(
     drawn = draw_windows(
         [len(windows) for windows in lengths], most=args.max_windows, seed=args.seed, epoch=epoch
     )
-    shares = [share_of_rank(step, machine.rank, machine.world_size) for step in order]
+    shares = [share_of_rank(step, runtime.rank, runtime.world_size) for step in order]
     return [
         cut_by_windows([(row, drawn[row if row >= 0 else ~row]) for row in share], micro_batch)
         for share in shares
     ]
 
 
-def step_size(args, machine: Runtime) -> int:
+def step_size(args, runtime: Runtime) -> int:
     """Return the number of texts of an optimizer step: of all processes and all batches that are
     accumulated for it.
     """
-    return args.batch_size * args.grad_accum * machine.world_size
+    return args.batch_size * args.grad_accum * runtime.world_size

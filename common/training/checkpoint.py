@@ -68,9 +68,9 @@ class Checkpoints:
     of them.
     """
 
-    def __init__(self, run_folder: Path, identity: dict, *, keep: int, machine: Runtime):
+    def __init__(self, run_folder: Path, identity: dict, *, keep: int, runtime: Runtime):
         self.folder, self.best = run_folder / FOLDER, run_folder / "best"
-        self.identity, self.keep, self.machine = identity, keep, machine
+        self.identity, self.keep, self.runtime = identity, keep, runtime
 
     def save(self, training, meter, run):
         """Write a checkpoint of the training as it is, with every process's part; then remove
@@ -83,40 +83,40 @@ class Checkpoints:
             self.folder / f"{PREFIX}{training.step:08}",
             self.folder / f"{UNFINISHED}{training.step:08}",
         )
-        if self.machine.is_main:
+        if self.runtime.is_main:
             for leftover in self.folder.glob(f"{UNFINISHED}*"):
                 shutil.rmtree(leftover)
             fresh.mkdir(parents=True)
-        self.machine.barrier()
+        self.runtime.barrier()
         try:
             self._write_part(fresh, meter)
-            if self.machine.is_main:
+            if self.runtime.is_main:
                 self._write_shared(fresh, training, run)
-            self.machine.barrier()  # every process's part is on the disk
-            if self.machine.is_main:
+            self.runtime.barrier()  # every process's part is on the disk
+            if self.runtime.is_main:
                 write_manifest(fresh)
                 # there is one of the same step when a run is resumed and stopped within an
                 # evaluation
                 replace_folder(fresh, target)
                 sync_folder(self.folder)
         except BaseException:
-            if self.machine.is_main:
+            if self.runtime.is_main:
                 shutil.rmtree(fresh, ignore_errors=True)
             raise
-        if self.machine.is_main and fault(target) is None:
+        if self.runtime.is_main and fault(target) is None:
             for old in [path for path in self._all() if path.name < target.name][self.keep - 1 :]:
                 shutil.rmtree(old)
-        self.machine.barrier()
+        self.runtime.barrier()
 
     def _write_part(self, folder: Path, meter):
         tensors, sums = meter.state()
         tensors = {f"meter.{name}": tensor for name, tensor in tensors.items()}
         tensors["torch"] = torch.get_rng_state()
-        if self.machine.device.type == "cuda":
-            tensors["cuda"] = torch.cuda.get_rng_state(self.machine.device)
+        if self.runtime.device.type == "cuda":
+            tensors["cuda"] = torch.cuda.get_rng_state(self.runtime.device)
         name, keys, *rest = np.random.get_state(legacy=True)
         others = {"python": random.getstate(), "numpy": [name, keys.tolist(), *rest]}
-        path = folder / f"rank-{self.machine.rank}"
+        path = folder / f"rank-{self.runtime.rank}"
         write_tensors(path.with_suffix(".safetensors"), tensors)
         write_json(path.with_suffix(".json"), {"random": others, "meter": sums})
 
@@ -155,10 +155,10 @@ class Checkpoints:
         Raises UserError when none of those there is whole, when they were removed after the run's
         end, and when the run differs from the one that is gone on with, naming what differs.
         """
-        chosen = self.machine.decide(lambda: self._choose(wanted))
+        chosen = self.runtime.broadcast_from_main(lambda: self._choose(wanted))
         if chosen is None:
             return None
-        self.machine.require_shared(Path(chosen) / "manifest.json", flag="--resume")
+        self.runtime.require_shared(Path(chosen) / "manifest.json", flag="--resume")
         return Path(chosen), read_json(Path(chosen) / "state.json")
 
     def _choose(self, wanted: Path | None) -> str | None:
@@ -169,7 +169,7 @@ class Checkpoints:
             if faults[path] is None:
                 break
             if len(faults) < len(found):
-                self.machine.say(f"resume   {path} is damaged ({faults[path]}); taking the one before")
+                self.runtime.say(f"resume   {path} is damaged ({faults[path]}); taking the one before")
         else:
             if not found:
                 self._compare_with_config()
@@ -244,16 +244,16 @@ class Checkpoints:
         training.scheduler.load_state_dict(state["scheduler"])
         training.scaler.load_state_dict(state["scaler"])
         training.restore_position(state["position"])
-        if self.machine.is_main and training.best is not None:
+        if self.runtime.is_main and training.best is not None:
             fresh = self.best.with_name("best.new")
             shutil.rmtree(fresh, ignore_errors=True)
             link_folder(path / "best", fresh)
             replace_folder(fresh, self.best)
-        self.machine.barrier()
-        return restore_part(path / f"rank-{self.machine.rank}", self.machine)
+        self.runtime.barrier()
+        return restore_part(path / f"rank-{self.runtime.rank}", self.runtime)
 
 
-def restore_part(path: Path, machine: Runtime) -> tuple[dict, dict]:
+def restore_part(path: Path, runtime: Runtime) -> tuple[dict, dict]:
     """Set this process's random states from its part of a checkpoint; return its loss meter's
     tensors and sums.
     """
@@ -261,17 +261,17 @@ def restore_part(path: Path, machine: Runtime) -> tuple[dict, dict]:
         safetensors.torch.load_file(path.with_suffix(".safetensors")),
         read_json(path.with_suffix(".json")),
     )
-    restore_random_states(tensors, others["random"], machine)
+    restore_random_states(tensors, others["random"], runtime)
     return {
         name.removeprefix("meter."): tensor for name, tensor in tensors.items() if name.startswith("meter.")
     }, others["meter"]
 
 
-def restore_random_states(tensors: dict, others: dict, machine: Runtime):
+def restore_random_states(tensors: dict, others: dict, runtime: Runtime):
     """Set the generators of torch, CUDA, Python and NumPy."""
     torch.set_rng_state(tensors["torch"])
-    if machine.device.type == "cuda":
-        torch.cuda.set_rng_state(tensors["cuda"], machine.device)
+    if runtime.device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["cuda"], runtime.device)
     version, internal, gauss = others["python"]
     random.setstate((version, tuple(internal), gauss))
     np.random.set_state(tuple(others["numpy"]))
@@ -287,7 +287,7 @@ def place_in_log(found: tuple[Path, dict] | None) -> dict:
     return {"bytes": state["log_bytes"], "step": state["position"]["step"]}
 
 
-def locate_run(args, machine: Runtime, *, name: str) -> tuple[Path, bool, Path | None]:
+def locate_run(args, runtime: Runtime, *, name: str) -> tuple[Path, bool, Path | None]:
     """Return the run's folder, whether there is a run in it to go on with, and the checkpoint to
     go on from if the flags name it.
 
@@ -298,18 +298,18 @@ def locate_run(args, machine: Runtime, *, name: str) -> tuple[Path, bool, Path |
     """
 
     def choose() -> list:
-        folder, wanted = _run_to_resume(args, machine)
+        folder, wanted = _run_to_resume(args, runtime)
         return [
             str(folder or tracking.run_folder(args.output_dir, name=name)),
             folder is not None,
             wanted and str(wanted),
         ]
 
-    folder, resumed, wanted = machine.decide(choose)
+    folder, resumed, wanted = runtime.broadcast_from_main(choose)
     return Path(folder), resumed, wanted and Path(wanted)
 
 
-def _run_to_resume(args, machine: Runtime) -> tuple[Path | None, Path | None]:
+def _run_to_resume(args, runtime: Runtime) -> tuple[Path | None, Path | None]:
     """Return the folder of the run that is to go on, None for a new one, and the checkpoint if the
     flags name it.
     """
@@ -319,7 +319,7 @@ def _run_to_resume(args, machine: Runtime) -> tuple[Path | None, Path | None]:
             "--output-dir: torchrun with --max-restarts needs it, for a restarted process must find its run;"
             " name a folder"
         )
-    if folder is not None and machine.began_run(folder) and (folder / "config.json").is_file():
+    if folder is not None and runtime.began_run(folder) and (folder / "config.json").is_file():
         return folder, None  # a named checkpoint was where the job began: it has come further
     if args.resume is None:
         return None, None
@@ -352,7 +352,7 @@ def _named_run(args) -> tuple[Path | None, Path | None]:
     return folder, named if is_checkpoint else None
 
 
-def identity(flags: dict, model: torch.nn.Module, tokenized: dict, machine: Runtime) -> dict:
+def identity(flags: dict, model: torch.nn.Module, tokenized: dict, runtime: Runtime) -> dict:
     """Return what must be the same for a run to go on: flags that change its outcome, the
     machine's part in it, and fingerprints of data and model as loaded.
     """
@@ -363,9 +363,9 @@ def identity(flags: dict, model: torch.nn.Module, tokenized: dict, machine: Runt
     }
     return {
         **kept,
-        "--precision": machine.precision,
-        "--device": machine.device.type,
-        "number of processes": machine.world_size,
+        "--precision": runtime.precision,
+        "--device": runtime.device.type,
+        "number of processes": runtime.world_size,
         "the data": {split: rows._fingerprint for split, rows in tokenized.items()},
         "the model": fingerprint(model),
     }

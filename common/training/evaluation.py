@@ -22,7 +22,7 @@ def predict_logits(
     model,
     rows: datasets.Dataset,
     tokenizer,
-    machine: Runtime,
+    runtime: Runtime,
     *,
     batch_size: int,
     between: Callable[[], None] = lambda: None,
@@ -39,36 +39,36 @@ def predict_logits(
     model.eval()
     lengths = rows["window_lengths"][:]
     all_batches = batching.evaluation_batches(lengths, batch_size=batch_size)
-    batches = all_batches[machine.rank :: machine.world_size]
-    sums = torch.zeros(len(rows), model.config.num_labels, device=machine.device)
-    seen = torch.zeros(len(rows), dtype=torch.int64, device=machine.device)
-    batch_loader = batching.loader(rows, batches, tokenizer, pin_memory=machine.device.type == "cuda")
+    batches = all_batches[runtime.rank :: runtime.world_size]
+    sums = torch.zeros(len(rows), model.config.num_labels, device=runtime.device)
+    seen = torch.zeros(len(rows), dtype=torch.int64, device=runtime.device)
+    batch_loader = batching.loader(rows, batches, tokenizer, pin_memory=runtime.device.type == "cuda")
     with memory.explained(f"--eval-batch-size {batch_size}: a batch does not fit into memory; use less"):
-        for picks, batch in zip(batches, progress(batch_loader, label="evaluating", shown=machine.is_main)):
+        for picks, batch in zip(batches, progress(batch_loader, label="evaluating", shown=runtime.is_main)):
             between()
-            batch = batch.to(machine.device, non_blocking=True)
+            batch = batch.to(runtime.device, non_blocking=True)
             # (W)
-            row_of_window = torch.tensor([row for row, _ in picks], device=machine.device)[
+            row_of_window = torch.tensor([row for row, _ in picks], device=runtime.device)[
                 batch.pop("document")
             ]
             del batch["labels"], batch["row"]
-            with machine.autocast():
+            with runtime.autocast():
                 logits = model(**batch).logits  # (W, C)
             sums.index_add_(0, row_of_window, logits.float())
             seen.index_add_(0, row_of_window, torch.ones_like(row_of_window))
     # another process has one batch more
-    for _ in range(-(-len(all_batches) // machine.world_size) - len(batches)):
+    for _ in range(-(-len(all_batches) // runtime.world_size) - len(batches)):
         between()
-    sums, seen = machine.all_reduce_sum(sums), machine.all_reduce_sum(seen)
+    sums, seen = runtime.all_reduce_sum(sums), runtime.all_reduce_sum(seen)
     assert seen.tolist() == list(map(len, lengths)), "each window must be scored exactly once"
     return (sums / seen.unsqueeze(1)).cpu()
 
 
-def score(model, rows: datasets.Dataset, tokenizer, machine: Runtime, **options) -> tuple[dict, torch.Tensor]:
+def score(model, rows: datasets.Dataset, tokenizer, runtime: Runtime, **options) -> tuple[dict, torch.Tensor]:
     """Return a model's classification scores on a tokenised split, and its logits (N, C); the
     options are those of `predict_logits`.
     """
-    logits = predict_logits(model, rows, tokenizer, machine, **options)
+    logits = predict_logits(model, rows, tokenizer, runtime, **options)
     return classification_scores(logits, torch.tensor(rows["label"][:])), logits
 
 
@@ -83,7 +83,7 @@ def is_better(evaluation: dict, best: dict | None, metric: str) -> bool:
 
 
 def predict_texts(
-    model, tokenizer, texts: list[str], machine: Runtime, *, batch_size: int, max_length: int, truncation: str
+    model, tokenizer, texts: list[str], runtime: Runtime, *, batch_size: int, max_length: int, truncation: str
 ) -> Iterator[dict]:
     """Yield, in the order of the texts, a dict with `row` (from 1), `label`, `confidence` and
     `scores` (class name -> probability).
@@ -94,7 +94,7 @@ def predict_texts(
             texts[start : start + PREDICT_BLOCK], tokenizer, max_length=max_length, truncation=truncation
         )
         logits = predict_logits(
-            model, datasets.Dataset.from_dict(columns), tokenizer, machine, batch_size=batch_size
+            model, datasets.Dataset.from_dict(columns), tokenizer, runtime, batch_size=batch_size
         )
         for row, values in enumerate(logits.softmax(-1).tolist(), start=start + 1):
             best = max(range(len(names)), key=values.__getitem__)

@@ -17,8 +17,8 @@ class Interruption:
     seconds.
     """
 
-    def __init__(self, machine: Runtime, way_on: str):
-        self.machine, self.way_on = machine, way_on
+    def __init__(self, runtime: Runtime, way_on: str):
+        self.runtime, self.way_on = runtime, way_on
         self.received: int | None = None
 
     def __enter__(self):
@@ -35,7 +35,7 @@ class Interruption:
 
     def _note(self, number: int, _frame):
         repeated, self.received = self.received is not None, self.received or number
-        if self.machine.world_size > 1:
+        if self.runtime.world_size > 1:
             return
         if repeated:
             raise KeyboardInterrupt
@@ -47,7 +47,7 @@ class Interruption:
 
     def requested(self) -> bool:
         """Tell whether any process was asked to stop; every process must ask at the same place."""
-        self.received = self.machine.agree_on_highest(self.received or 0) or None
+        self.received = self.runtime.all_reduce_max(self.received or 0) or None
         return self.received is not None
 
     def end(self):

@@ -18,7 +18,7 @@ DEFAULT_MAX_LENGTH, DEFAULT_TRUNCATION = 256, "chunks"
 LOSS = {"head": "lose their end", "tail": "lose their beginning", "head-tail": "lose their middle"}
 
 
-def load_splits(args, machine: Runtime) -> datasets.DatasetDict:
+def load_splits(args, runtime: Runtime) -> datasets.DatasetDict:
     """Return the three labelled splits that the flags ask for, and say how they came about."""
     found = reading.read(args.dataset, config=args.dataset_config, cache_dir=args.cache_dir)
     splits = labelling.choose_splits(
@@ -34,25 +34,25 @@ def load_splits(args, machine: Runtime) -> datasets.DatasetDict:
             splits[split], args.max_eval_samples, seed=args.seed, flag="--max-eval-samples"
         )
     classes = splits["train"].features["label"].num_classes
-    machine.say(
+    runtime.say(
         f"data     {args.dataset}: "
         + ", ".join(f"{len(rows):,} {split}" for split, rows in splits.items())
         + f" texts, {classes} classes"
     )
     if cut:
-        machine.say(
+        runtime.say(
             f"         {' and '.join(cut)} cut from train: 10 % each, stratified, by seed {args.seed}"
         )
     for split, count in labelling.count_shared_texts(splits).items():
         if count:
-            machine.say(
+            runtime.say(
                 f"         {count:,} of the {split} texts stand in train too: their scores say little about"
                 " new texts"
             )
     return splits
 
 
-def load_rows_for_scoring(names: list[str], trained: dict, args, machine: Runtime) -> datasets.Dataset:
+def load_rows_for_scoring(names: list[str], trained: dict, args, runtime: Runtime) -> datasets.Dataset:
     """Return the rows to score a saved model of the classes `names` on; refuses rows that it was
     trained on, by its settings `trained`.
     """
@@ -73,7 +73,7 @@ def load_rows_for_scoring(names: list[str], trained: dict, args, machine: Runtim
         splits, _ = labelling.cut_missing_splits(splits, seed=args.seed)
     split = "test" if "test" in splits else "train"
     rows = labelling.limit(splits[split], args.max_eval_samples, seed=args.seed, flag="--max-eval-samples")
-    machine.say(f"data     {args.dataset}: {len(rows):,} texts of its {split} split")
+    runtime.say(f"data     {args.dataset}: {len(rows):,} texts of its {split} split")
     return rows
 
 
@@ -84,10 +84,10 @@ def name_digest(name: str) -> str:
     return hashlib.sha256(reading.full_name(name).encode()).hexdigest()
 
 
-def tokenize(splits: datasets.DatasetDict, tokenizer, args, machine: Runtime) -> dict[str, datasets.Dataset]:
+def tokenize(splits: datasets.DatasetDict, tokenizer, args, runtime: Runtime) -> dict[str, datasets.Dataset]:
     """Return the tokenised splits, and say what truncation drops and what padding costs."""
     lengths = {split: args.max_length if split == "train" else args.eval_max_length for split in splits}
-    with machine.main_first():
+    with runtime.local_main_first():
         tokenized = {
             split: batching.tokenize(
                 rows,
@@ -114,28 +114,28 @@ def tokenize(splits: datasets.DatasetDict, tokenizer, args, machine: Runtime) ->
                 else f" and {LOSS[args.truncation]}, {dropped:.1%} of all tokens"
             )
         )
-        machine.say(
+        runtime.say(
             f"{'tokens  ' if split == 'train' else '        '} at most {lengths[split]} in {use}:"
             f" {longer:.1%} of the texts are longer{what}"
         )
     longest = batching.longest_windows(tokenized["train"])
     steps = batching.batch_order(
         longest,
-        batch_size=batching.step_size(args, machine),
+        batch_size=batching.step_size(args, runtime),
         seed=args.seed,
         epoch=1,
         buckets=args.batching == "buckets",
     )
-    size = args.batch_size * machine.world_size
+    size = args.batch_size * runtime.world_size
     batches = [step[start : start + size] for step in steps for start in range(0, len(step), size)]
-    machine.say(
+    runtime.say(
         f"         {batching.padding_share(longest, batches):.1%} of a training batch is padding (--batching"
         f" {args.batching})"
     )
     return tokenized
 
 
-def load_for_training(rows, args, machine):
+def load_for_training(rows, args, runtime):
     """Return tokenizer, model and tokenised splits; sets the flags for lengths and truncation to
     what is in use.
     """
@@ -161,20 +161,20 @@ def load_for_training(rows, args, machine):
     )
     args.truncation = args.truncation or DEFAULT_TRUNCATION
     size = sum(parameter.numel() for parameter in model.parameters())
-    machine.say(
+    runtime.say(
         f"model    {args.model}: {type(model).__name__}, {size / 1e6:.1f} million parameters, with"
         f" {'a new head' if is_new else 'the head that it was saved with'}"
     )
     if note:
-        machine.say(f"         {note}")
-    return tokenizer, model, tokenize(rows, tokenizer, args, machine)
+        runtime.say(f"         {note}")
+    return tokenizer, model, tokenize(rows, tokenizer, args, runtime)
 
 
-def load_saved(name: str, args, machine):
+def load_saved(name: str, args, runtime):
     """Return a saved model on its device and its tokenizer; sets the flags for length and
     truncation to what it was scored with, if not given.
     """
-    model = models.load_saved(name, cache_dir=args.cache_dir).to(machine.device)
+    model = models.load_saved(name, cache_dir=args.cache_dir).to(runtime.device)
     speedups.use_matrix_products(model)
     tokenizer, _ = models.load_tokenizer(name, cache_dir=args.cache_dir)
     args.eval_max_length = models.choose_max_length(

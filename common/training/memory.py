@@ -47,7 +47,7 @@ def explained(message: str):
         raise UserError(message) from error
 
 
-def largest_batch(model, rows: datasets.Dataset, tokenizer, args, machine: Runtime) -> int:
+def largest_batch(model, rows: datasets.Dataset, tokenizer, args, runtime: Runtime) -> int:
     """Return the largest of `args.batch_size`, its half, its quarter, ... windows for which a step
     of the longest texts fits into memory.
 
@@ -56,9 +56,9 @@ def largest_batch(model, rows: datasets.Dataset, tokenizer, args, machine: Runti
     gets the smallest of their answers. Raises UserError when not even one text fits.
     """
     size = args.batch_size
-    while size and not _fits(model, rows, tokenizer, size, args, machine):
+    while size and not _fits(model, rows, tokenizer, size, args, runtime):
         size = max(size // 2, args.max_windows) if size > args.max_windows else 0
-    size = -machine.agree_on_highest(-size)
+    size = -runtime.all_reduce_max(-size)
     if size == 0:
         what = (
             f"one text of {args.max_length} tokens"
@@ -70,14 +70,14 @@ def largest_batch(model, rows: datasets.Dataset, tokenizer, args, machine: Runti
             " --gradient-checkpointing"
         )
     if size < args.batch_size:
-        machine.say(
+        runtime.say(
             f"memory   {args.batch_size} windows at once don't fit: {size} at a time, accumulated to the same"
             " step"
         )
     return size
 
 
-def _fits(model, rows, tokenizer, size: int, args, machine: Runtime) -> bool:
+def _fits(model, rows, tokenizer, size: int, args, runtime: Runtime) -> bool:
     # windows of the longest texts, as many as a batch can have: at least what any batch of
     # `cut_by_windows`
     # takes
@@ -92,7 +92,7 @@ def _fits(model, rows, tokenizer, size: int, args, machine: Runtime) -> bool:
     try:
         # AdamW's averages, DDP's buckets
         room = [
-            torch.empty_like(parameter) for parameter in learning for _ in range(2 + (machine.world_size > 1))
+            torch.empty_like(parameter) for parameter in learning for _ in range(2 + (runtime.world_size > 1))
         ]
         (batch,) = batching.loader(rows, [picks], tokenizer)
         del batch["labels"], batch["row"], batch["document"]
@@ -100,10 +100,10 @@ def _fits(model, rows, tokenizer, size: int, args, machine: Runtime) -> bool:
         # the second pass of an accumulated step needs more than the first: the gradients are there
         # already
         for _ in range(2):
-            with machine.autocast():
-                logits = model(**batch.to(machine.device)).logits
+            with runtime.autocast():
+                logits = model(**batch.to(runtime.device)).logits
             logits.float().sum().backward()
-        machine.synchronize()
+        runtime.synchronize()
         return True
     except (RuntimeError, MemoryError) as error:
         if not is_too_little(error):
@@ -113,5 +113,5 @@ def _fits(model, rows, tokenizer, size: int, args, machine: Runtime) -> bool:
         room = logits = batch = None  # noqa: F841  (freed before the next try)
         model.zero_grad()
         gc.collect()
-        if machine.device.type == "cuda":
+        if runtime.device.type == "cuda":
             torch.cuda.empty_cache()

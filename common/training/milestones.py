@@ -28,7 +28,7 @@ class Watch:
     interruption: Interruption
 
 
-def evaluate_if_due(training: Training, meter: LossMeter, watch: Watch, args, machine):
+def evaluate_if_due(training: Training, meter: LossMeter, watch: Watch, args, runtime):
     """Evaluate after an epoch's last step and after every `--eval-every` steps, once; save the
     model if it is the best so far.
     """
@@ -47,7 +47,7 @@ def evaluate_if_due(training: Training, meter: LossMeter, watch: Watch, args, ma
                 training.model,
                 watch.validation,
                 training.tokenizer,
-                machine,
+                runtime,
                 batch_size=args.eval_batch_size,
                 between=watch.interruption.check,
             )
@@ -73,14 +73,14 @@ def evaluate_if_due(training: Training, meter: LossMeter, watch: Watch, args, ma
         improved = is_better(training.history[-1], training.best, args.best_metric)
         if improved:
             training.best = training.history[-1]
-            if machine.is_main:
+            if runtime.is_main:
                 models.save(
                     adaptation.merged(training.model),
                     training.tokenizer,
                     watch.log.folder / "best",
                     settings=training_settings(args),
                 )
-        machine.say(
+        runtime.say(
             report.epoch_line(training.history[-1], args.epochs) + (", the best so far" if improved else "")
         )
 

@@ -21,7 +21,7 @@ def locate(name: str) -> str:
     """Return what `from_pretrained` takes for the name of an encoder. Raises UserError for a
     missing folder.
     """
-    return models.locate(name, bundled=bundled.model_folder)
+    return models.locate(name, find_bundled=bundled.model_folder)
 
 
 def load_tokenizer(name: str, *, cache_dir: str | None):

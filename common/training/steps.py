@@ -99,7 +99,7 @@ def sync_gradients(model: torch.nn.Module, *, when: bool):
     return model.no_sync() if hasattr(model, "no_sync") and not when else contextlib.nullcontext()
 
 
-def count_examples(window: list, class_weights: torch.Tensor | None, machine: Runtime) -> tuple[int, float]:
+def count_examples(window: list, class_weights: torch.Tensor | None, runtime: Runtime) -> tuple[int, float]:
     """Return the number of examples of a window over all processes and the divisor of its summed
     loss (transformers #34242).
 
@@ -111,7 +111,7 @@ def count_examples(window: list, class_weights: torch.Tensor | None, machine: Ru
     weight = (
         float(len(labels)) if class_weights is None else class_weights[labels].sum(dtype=torch.float64).item()
     )
-    examples, weight = machine.all_reduce_sum(
+    examples, weight = runtime.all_reduce_sum(
         torch.tensor([len(labels), weight], dtype=torch.float64)
     ).tolist()
     return int(examples), weight
@@ -122,8 +122,8 @@ class LossMeter:
     `log_every` steps and at the end.
     """
 
-    def __init__(self, machine: Runtime, run, bar, log_every: int):
-        self.machine, self.run, self.bar, self.log_every = machine, run, bar, log_every
+    def __init__(self, runtime: Runtime, run, bar, log_every: int):
+        self.runtime, self.run, self.bar, self.log_every = runtime, run, bar, log_every
         # (summed loss, row numbers) of each batch since the last report
         self.waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
         # (norm of the gradient, step) of each step since then
@@ -172,7 +172,7 @@ class LossMeter:
     @contextlib.contextmanager
     def paused(self):
         """Leave out of the training's time what happens within: evaluation, saving."""
-        self.machine.synchronize()
+        self.runtime.synchronize()
         self.waiting_sums["seconds"] += time.perf_counter() - self.started
         yield
         self.started = time.perf_counter()
@@ -197,7 +197,7 @@ class LossMeter:
         """Continue from what `state` returned."""
         if tensors:
             rows = tensors["rows"].split(tensors["rows_of_loss"].tolist())
-            self.waiting = list(zip(tensors["losses"].to(self.machine.device), rows))
+            self.waiting = list(zip(tensors["losses"].to(self.runtime.device), rows))
         self.sums, self.waiting_sums = dict(sums["read"]), dict(sums["waiting"])
 
     def check(self):
@@ -207,9 +207,9 @@ class LossMeter:
         bad_loss, bad_gradient = self._bad_loss(), self._bad_gradient()
         kind = 2 if bad_loss else 1 if bad_gradient else 0
         # a bad loss, which names its texts, makes the gradient bad on all processes
-        worst = self.machine.agree_on_highest(kind)
+        worst = self.runtime.all_reduce_max(kind)
         if worst:
-            told = self.machine.gather_texts((bad_loss or bad_gradient) if kind == worst else "")
+            told = self.runtime.all_gather_texts((bad_loss or bad_gradient) if kind == worst else "")
             raise UserError(next(filter(None, told)))
 
     def _bad_loss(self) -> str:
@@ -238,7 +238,7 @@ class LossMeter:
     def _read(self) -> dict[str, float]:
         self.check()
         losses = torch.stack([loss for loss, _ in self.waiting])
-        new = {"loss": self.machine.all_reduce_sum(losses.cpu().double().sum()).item(), **self.waiting_sums}
+        new = {"loss": self.runtime.all_reduce_sum(losses.cpu().double().sum()).item(), **self.waiting_sums}
         new["seconds"] += time.perf_counter() - self.started
         self.sums = {name: value + new[name] for name, value in self.sums.items()}
         self.waiting, self.norms, self.waiting_sums, self.started = (

@@ -18,7 +18,8 @@ import torch
 from tabulate import tabulate
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from common import cli, runtime, speedups
+from common import cli, speedups
+from common.runtime import keep_large_blocks
 
 WAYS = {"fused": sdpa_attention_forward, "matrix products": speedups.attend}
 TOKENS, HEADS = 4096, 12
@@ -70,7 +71,7 @@ def compare(length: int, width: int, rounds: int) -> dict[str, float]:
 
 
 def main(args: argparse.Namespace):
-    runtime.keep_large_blocks()
+    keep_large_blocks()
     header = environment.describe(torch.device("cpu"))
     environment.show(header)
     found, rows = {}, []

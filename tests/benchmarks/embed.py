@@ -28,8 +28,9 @@ from sentence_transformers import SentenceTransformer
 from sklearn.metrics.pairwise import cosine_similarity
 from tabulate import tabulate
 
-from common import bundled, cli, runtime
+from common import bundled, cli
 from common.errors import UserError
+from common.runtime import choose_device, peak_memory_bytes, start_runtime
 from common.search import encoding, kernel, loading
 
 ENCODERS, SEARCHERS, QUERIES = (
@@ -68,21 +69,21 @@ def time_encoding(contender: str, flags) -> dict:
     texts = all_texts[:: max(len(all_texts) // flags.texts, 1)][: flags.texts]
     warm_up = sorted(all_texts[1 :: len(all_texts) // 16], key=len)[-16:]
     folder = loading.find_folder(flags.model, flag="--model", cache_dir=flags.cache_dir)
-    device = runtime.choose_device(flags.device)
+    device = choose_device(flags.device)
     oracle = SentenceTransformer(str(folder), device=str(device), model_kwargs={"use_safetensors": True})
     if contender == "encode":
         encode = oracle.encode
-    # only ours gets what runtime.start changes in the process, above all the allocator's settings
+    # only ours gets what start_runtime changes in the process, above all the allocator's settings
     else:
-        machine = runtime.start(
+        runtime = start_runtime(
             flags.device, "fp32" if contender == "ours_fp32" else flags.precision, flags.seed
         )
-        encode = encoding.load(flags.model, machine, cache_dir=flags.cache_dir).encode
+        encode = encoding.load(flags.model, runtime, cache_dir=flags.cache_dir).encode
     encode(warm_up)
     started = environment.moment(device)
     vectors = encode(texts)
     seconds, cpu_seconds = environment.moment(device) - started
-    peak = runtime.peak_memory_bytes(device) / 1e6
+    peak = peak_memory_bytes(device) / 1e6
     exact = oracle.encode(texts, normalize_embeddings=True)
     cosines = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True) * exact).sum(1)
     return {
@@ -116,7 +117,7 @@ def searcher(contender: str, vectors: np.ndarray, flags):
         flat = faiss.IndexFlatIP(vectors.shape[1])
         flat.add(vectors)
         return lambda queries: flat.search(queries, TOP_K)[1]
-    runtime.start(flags.device, flags.precision, flags.seed)
+    start_runtime(flags.device, flags.precision, flags.seed)
 
     def ours(queries):
         blocks = (
@@ -150,7 +151,7 @@ def child(flags) -> dict:
     kind, contender = flags.child
     if kind == "limits":
         return environment.limits(
-            runtime.choose_device(flags.device), rows=encoding.BATCH_TOKENS["cpu"], width=flags.width
+            choose_device(flags.device), rows=encoding.BATCH_TOKENS["cpu"], width=flags.width
         )
     return time_encoding(contender, flags) if kind == "encoding" else time_search(contender, flags)
 
@@ -205,7 +206,7 @@ def main(flags):
     if flags.child:
         print(json.dumps(child(flags)))
         return
-    header = environment.describe(runtime.choose_device(flags.device))
+    header = environment.describe(choose_device(flags.device))
     environment.show(header)
     rounds = measure(flags)
     medians, found = (

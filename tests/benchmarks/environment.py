@@ -152,4 +152,4 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):  # not Linux, or an ARM kernel, which gives no name
-        return platform.processor() or platform.machine()
+        return platform.processor() or platform.runtime()

@@ -30,12 +30,13 @@ import environment
 import torch
 from tabulate import tabulate
 
-from common import bundled, cli, runtime
+from common import bundled, cli
 from common.errors import UserError
 from common.generation import check, decoding, lookup, smollm2
 from common.generation import model as models
 from common.generation.completion import Options, Prompt
 from common.generation.sampling import Settings
+from common.runtime import Runtime, choose_device, keep_large_blocks, peak_memory_bytes
 
 CONTENDERS = ("generate", "exact", "fast", "lookup", "llama_cpp")
 CELLS = [(precision, batch) for precision in ("fp32", "bf16") for batch in (1, 16)]
@@ -69,8 +70,8 @@ def make_parser() -> cli.Parser:
 
 def load(flags, precision: str) -> models.LanguageModel:
     """Return the model in a precision, with no token that ends a text."""
-    machine = runtime.Runtime(runtime.choose_device(flags.device), precision)
-    language_model = models.load(flags.model, machine, cache_dir=flags.cache_dir)
+    runtime = Runtime(choose_device(flags.device), precision)
+    language_model = models.load(flags.model, runtime, cache_dir=flags.cache_dir)
     return dataclasses.replace(language_model, end_ids=())
 
 
@@ -141,10 +142,7 @@ def time_torch(contender: str, flags) -> dict:
             "digest": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
         }
         del language_model
-    return {
-        "cells": found,
-        "peak_memory_mb": runtime.peak_memory_bytes(runtime.choose_device(flags.device)) / 1e6,
-    }
+    return {"cells": found, "peak_memory_mb": peak_memory_bytes(choose_device(flags.device)) / 1e6}
 
 
 def time_llama_cpp(flags) -> dict:
@@ -174,10 +172,7 @@ def time_llama_cpp(flags) -> dict:
                     break
         seconds = time.perf_counter() - started
     cell = {"tokens_per_second": flags.new_tokens / seconds, "cpu_seconds_per_token": 0.0, "digest": ""}
-    return {
-        "cells": {"4 bits, 1": cell},
-        "peak_memory_mb": runtime.peak_memory_bytes(torch.device("cpu")) / 1e6,
-    }
+    return {"cells": {"4 bits, 1": cell}, "peak_memory_mb": peak_memory_bytes(torch.device("cpu")) / 1e6}
 
 
 @torch.inference_mode()
@@ -259,10 +254,10 @@ def hollow_model(language_model: models.LanguageModel) -> models.LanguageModel:
 def child(flags) -> dict:
     """Return the figures of one contender, in this process."""
     if flags.child == "limits":
-        return environment.limits(runtime.choose_device(flags.device), rows=16 * LONGEST, width=576)
+        return environment.limits(choose_device(flags.device), rows=16 * LONGEST, width=576)
     if flags.child == "parts":
         return time_parts(flags)
-    runtime.keep_large_blocks()
+    keep_large_blocks()
     return time_llama_cpp(flags) if flags.child == "llama_cpp" else time_torch(flags.child, flags)
 
 
@@ -393,8 +388,8 @@ def main(flags):
         print(json.dumps(child(flags)))
         return
     # fetched and converted before anything is timed
-    models.load(flags.model, runtime.Runtime(torch.device("cpu"), "bf16"), cache_dir=flags.cache_dir)
-    header = environment.describe(runtime.choose_device(flags.device))
+    models.load(flags.model, Runtime(torch.device("cpu"), "bf16"), cache_dir=flags.cache_dir)
+    header = environment.describe(choose_device(flags.device))
     environment.show(header)
     found = compare(flags)
     print(

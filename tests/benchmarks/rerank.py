@@ -24,7 +24,8 @@ from tabulate import tabulate
 from torch.nn.functional import cross_entropy
 from transformers import get_linear_schedule_with_warmup
 
-from common import bundled, cli, runtime, speedups
+from common import bundled, cli, speedups
+from common.runtime import start_runtime
 from common.search import encoding, evaluation, kernel
 from common.search.snapshot import TEXT
 from common.training import tracking
@@ -69,11 +70,11 @@ def make_parser() -> cli.Parser:
     return parser
 
 
-def nearest_wrong(headlines: list[str], articles: list[str], machine, args) -> np.ndarray:
+def nearest_wrong(headlines: list[str], articles: list[str], runtime, args) -> np.ndarray:
     """Return for each headline (N) the numbers of the articles (N, NEAR) that are nearest to it,
     its own left out.
     """
-    encoder = encoding.load(args.model, machine, cache_dir=args.cache_dir)
+    encoder = encoding.load(args.model, runtime, cache_dir=args.cache_dir)
     queries, vectors = encoder.encode_unit(headlines), encoder.encode_unit(articles)
     blocks = (
         (start, vectors[start : start + kernel.BLOCK]) for start in range(0, len(vectors), kernel.BLOCK)
@@ -82,16 +83,16 @@ def nearest_wrong(headlines: list[str], articles: list[str], machine, args) -> n
     return np.array([[row for row in rows if row != own][:NEAR] for own, (rows, _) in enumerate(found)])
 
 
-def train(headlines: list[str], articles: list[str], machine, args) -> CrossEncoder:
+def train(headlines: list[str], articles: list[str], runtime, args) -> CrossEncoder:
     """Return a cross-encoder that learned to score each headline's own article above wrong ones
     (softmax over the articles of a headline).
     """
-    wrong = nearest_wrong(headlines, articles, machine, args)
+    wrong = nearest_wrong(headlines, articles, runtime, args)
     ranker = CrossEncoder(
         str(bundled.model_folder(args.model)),
         num_labels=1,
         max_length=args.max_length,
-        device=str(machine.device),
+        device=str(runtime.device),
         model_kwargs={"use_safetensors": True, "dtype": torch.float32},
         config_kwargs={"attention_probs_dropout_prob": 0.0},
     )
@@ -123,8 +124,8 @@ def train(headlines: list[str], articles: list[str], machine, args) -> CrossEnco
                     max_length=args.max_length,
                     padding=True,
                     return_tensors="pt",
-                ).to(machine.device)
-                with machine.autocast():
+                ).to(runtime.device)
+                with runtime.autocast():
                     scores = model(**batch).logits
                 # (headlines, candidates)
                 scores = scores.float().view(len(picked), 1 + args.wrong)
@@ -159,8 +160,8 @@ def write_task(
 
 
 def main(args: argparse.Namespace):
-    machine = runtime.start(args.device, args.precision, args.seed)
-    environment.show(environment.describe(machine.device))
+    runtime = start_runtime(args.device, args.precision, args.seed)
+    environment.show(environment.describe(runtime.device))
     task, collection = evaluation.bundled_task("bundled/bbc-news")
     articles = {row["id"]: row[TEXT] for row in collection.rows.to_pylist()}
     names = np.random.default_rng(args.seed).permutation(list(task.queries))[: args.most].tolist()
@@ -168,7 +169,7 @@ def main(args: argparse.Namespace):
     ranker = train(
         [task.queries[name] for name in learned],
         [articles[next(iter(task.judgements[name]))] for name in learned],
-        machine,
+        runtime,
         args,
     )
     folder = Path(args.output_dir)

@@ -37,8 +37,16 @@ from transformers import (
 )
 
 import train_classifier
-from common import cli, runtime
+from common import cli
 from common.errors import UserError
+from common.runtime import (
+    Runtime,
+    choose_device,
+    choose_precision,
+    peak_memory_bytes,
+    seed_everything,
+    start_runtime,
+)
 from common.training import adaptation, batching, loading, tracking
 from common.training import model as models
 from common.training.steps import LossMeter
@@ -109,7 +117,7 @@ class Setup:
 
     contender: str
     args: object  # the flags of train_classifier.py
-    machine: runtime.Runtime
+    runtime: Runtime
     tokenizer: object
     model: torch.nn.Module
     tokenized: datasets.DatasetDict
@@ -150,20 +158,20 @@ def classifier_flags(contender: str, flags, **more):
 
 
 def load(contender: str, flags) -> Setup:
-    """Load a contender's data and model. Only ours gets what runtime.start changes in the process,
+    """Load a contender's data and model. Only ours gets what start_runtime changes in the process,
     above all the allocator's settings.
     """
     args = classifier_flags(contender, flags)
     if contender.startswith("ours"):
-        machine = runtime.start(args.device, args.precision, args.seed)
+        runtime = start_runtime(args.device, args.precision, args.seed)
     else:
-        device = runtime.choose_device(args.device)
-        machine = runtime.Runtime(device, runtime.choose_precision(args.precision, device))
-        runtime.seed_everything(args.seed)
-    loaded = loading.load_splits(args, machine)
-    tokenizer, model, tokenized = loading.load_for_training(loaded, args, machine)
+        device = choose_device(args.device)
+        runtime = Runtime(device, choose_precision(args.precision, device))
+        seed_everything(args.seed)
+    loaded = loading.load_splits(args, runtime)
+    tokenizer, model, tokenized = loading.load_for_training(loaded, args, runtime)
     if contender == "trainer":  # the model as the tutorial loads it
-        runtime.seed_everything(args.seed)
+        seed_everything(args.seed)
         model = AutoModelForSequenceClassification.from_pretrained(
             models.locate(args.model),
             num_labels=loaded["train"].features["label"].num_classes,
@@ -174,7 +182,7 @@ def load(contender: str, flags) -> Setup:
         tokenized = {
             split: rows.map(first_window, load_from_cache_file=False) for split, rows in tokenized.items()
         }
-    return Setup(contender, args, machine, tokenizer, model, tokenized)
+    return Setup(contender, args, runtime, tokenizer, model, tokenized)
 
 
 def first_window(row: dict) -> dict:
@@ -189,7 +197,7 @@ def trainer_options(setup: Setup, folder: str, *, seed: int, **more) -> dict:
     """Return Trainer's arguments: the tutorial's, and for `best_trainer` also its own means of
     being faster.
     """
-    args, precision = setup.args, setup.machine.precision
+    args, precision = setup.args, setup.runtime.precision
     best = {
         "bf16": precision == "bf16",
         "fp16": precision == "fp16",
@@ -204,7 +212,7 @@ def trainer_options(setup: Setup, folder: str, *, seed: int, **more) -> dict:
         weight_decay=WEIGHT_DECAY,
         report_to="none",
         seed=seed,
-        use_cpu=setup.machine.device.type == "cpu",
+        use_cpu=setup.runtime.device.type == "cpu",
         **(best if setup.contender == "best_trainer" else {}),
         **more,
     )
@@ -268,7 +276,7 @@ class Clock(TrainerCallback):
 def time_trainer(setup: Setup, lengths: np.ndarray, flags, folder: str) -> dict:
     """Return the figures of Trainer on a sample of its epoch."""
     setup.args.epochs = 1
-    clock = Clock(flags.warmup_steps, setup.machine.device)
+    clock = Clock(flags.warmup_steps, setup.runtime.device)
     trainer = SampledTrainer(
         **trainer_options(setup, folder, seed=flags.seed + flags.round, save_strategy="no"), callbacks=[clock]
     )
@@ -281,8 +289,8 @@ def time_ours(setup: Setup, lengths: np.ndarray, flags, folder: str) -> dict:
     """Return the figures of train_classifier.train_steps on a sample of its epoch, with the run's
     log written as in any run.
     """
-    args, machine, rows = setup.args, setup.machine, setup.tokenized["train"]
-    training = train_classifier.prepare(setup.model, setup.tokenizer, rows, args, machine)
+    args, runtime, rows = setup.args, setup.runtime, setup.tokenized["train"]
+    training = train_classifier.prepare(setup.model, setup.tokenizer, rows, args, runtime)
     run = tracking.RunLog(Path(folder), {})
     order = batching.batch_order(
         lengths,
@@ -293,16 +301,16 @@ def time_ours(setup: Setup, lengths: np.ndarray, flags, folder: str) -> dict:
     )
     warmup, timed = choose_batches(order, lengths, flags)
     for batches in (warmup, timed):
-        started = environment.moment(machine.device)
+        started = environment.moment(runtime.device)
         picks = [[(row, (0,)) for row in batch.tolist()] for batch in batches]
         with tracking.progress(
             batching.loader(rows, picks, setup.tokenizer), label="sample", shown=False
         ) as bar:
             for _ in train_classifier.train_steps(
-                training, bar, [1] * len(picks), LossMeter(machine, run, bar, args.log_every), args, machine
+                training, bar, [1] * len(picks), LossMeter(runtime, run, bar, args.log_every), args, runtime
             ):
                 pass
-        elapsed = environment.moment(machine.device) - started
+        elapsed = environment.moment(runtime.device) - started
     run.close()
     return figures(elapsed, timed, order, lengths, setup)
 
@@ -324,7 +332,7 @@ def figures(elapsed: np.ndarray, timed: list, epoch_batches: list, lengths: np.n
         "padding_share": batching.padding_share(lengths, epoch_batches),
         "sample_to_epoch": float(padded / len(rows) * len(lengths) / padded_epoch),
         "gflops": training_flops(setup.model, lengths[rows]) / seconds / 1e9,
-        "peak_memory_mb": runtime.peak_memory_bytes(setup.machine.device) / 1e6,
+        "peak_memory_mb": peak_memory_bytes(setup.runtime.device) / 1e6,
     }
 
 
@@ -354,7 +362,7 @@ def train_fully(contender: str, flags, folder: str) -> dict:
     """Train a contender as its user would, and return `test_accuracy` of its best epoch."""
     if contender.startswith("ours"):
         args = classifier_flags(contender, flags, output_dir=f"{folder}/run")
-        train_classifier.fit(args, runtime.start(args.device, args.precision, args.seed))
+        train_classifier.fit(args, start_runtime(args.device, args.precision, args.seed))
         return {"test_accuracy": json.loads(Path(folder, "run", "metrics.json").read_text())["test_accuracy"]}
     setup = load(contender, flags)
     trainer = Trainer(
@@ -377,9 +385,7 @@ def child(flags) -> dict:
     if flags.child == "limits":
         config = models.load_config(flags.model, cache_dir=flags.cache_dir)
         return environment.limits(
-            runtime.choose_device(flags.device),
-            rows=flags.batch_size * flags.max_length,
-            width=config.hidden_size,
+            choose_device(flags.device), rows=flags.batch_size * flags.max_length, width=config.hidden_size
         )
     with tempfile.TemporaryDirectory() as folder:
         if flags.accuracy:
@@ -515,7 +521,7 @@ def main(flags):
     if flags.child:
         print(json.dumps(child(flags)))
         return
-    header = environment.describe(runtime.choose_device(flags.device))
+    header = environment.describe(choose_device(flags.device))
     environment.show(header)
     found = compare_accuracies(flags) if flags.accuracy else compare_speeds(flags)
     print(

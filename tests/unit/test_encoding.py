@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
 
-from common import bundled, runtime
+from common import bundled
 from common.errors import UserError
+from common.runtime import Runtime
 from common.search import encoding, loading
 from conftest import make_sentences
 
-CPU = runtime.Runtime(torch.device("cpu"), "fp32")
+CPU = Runtime(torch.device("cpu"), "fp32")
 TEXTS = [text for text, _ in make_sentences(60)] + [
     "good",
     "  good film  ",
@@ -77,7 +78,7 @@ def test_the_bundled_model_in_fp32_and_bf16():
     encoder = encoding.load("bundled/all-MiniLM-L6-v2", CPU)
     assert np.abs(encoder.encode(texts) - oracle).max() < 1e-5
     # emulated where the processor has none: slower, but as exact
-    encoder.machine = runtime.Runtime(torch.device("cpu"), "bf16")
+    encoder.runtime = Runtime(torch.device("cpu"), "bf16")
     assert (encoder.encode_unit(texts) * oracle).sum(1).min() >= 0.9999
 
 

@@ -135,7 +135,7 @@ def test_another_error_of_the_model_stays_what_it_is(scored):
 def test_a_batch_is_halved_to_the_windows_of_one_text_and_no_further(max_windows, tried, monkeypatch):
     sizes = []
     monkeypatch.setattr(
-        memory, "_fits", lambda model, rows, tokenizer, size, args, machine: sizes.append(size)
+        memory, "_fits", lambda model, rows, tokenizer, size, args, runtime: sizes.append(size)
     )
     args = argparse.Namespace(batch_size=12, max_windows=max_windows, max_length=20)
     with pytest.raises(UserError, match="--auto-batch-size: not even one text"):

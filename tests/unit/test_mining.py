@@ -27,7 +27,7 @@ def live(request, tmp_path):
     vectors[[31, 78]] = vectors[4]
 
     class Given:
-        name, width, max_length, num_encoded, num_cut, machine = "given", 24, 16, 0, 0, None
+        name, width, max_length, num_encoded, num_cut, runtime = "given", 24, 16, 0, 0, None
 
         def identity(self):
             return {

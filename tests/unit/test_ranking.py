@@ -94,7 +94,7 @@ def test_reranking_stops_at_its_depth_and_the_rest_stays_behind(tmp_path):
     # row 0 is the nearest, row 8 the farthest
     vectors = unit(np.stack([np.r_[1, number / 10, np.zeros(14)] for number in range(9)]))
     plain = searcher(tmp_path / "index", vectors, vectors[0])
-    plain.encoder.machine = types.SimpleNamespace(autocast=contextlib.nullcontext)
+    plain.encoder.runtime = types.SimpleNamespace(autocast=contextlib.nullcontext)
     reranked = Searcher(plain.snapshot, plain.encoder, plain.allowed, reranker=Backwards(), rerank_depth=4)
     assert rows(plain.search(["x"], 7)) == [0, 1, 2, 3, 4, 5, 6]
     assert rows(reranked.search(["x"], 7)) == [3, 2, 1, 0, 4, 5, 6]

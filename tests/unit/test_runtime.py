@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from common.errors import UserError
-from common.runtime import choose_device, repeatable
+from common.runtime import choose_device, deterministic
 
 GPU = torch.device("cuda")
 
@@ -16,12 +16,12 @@ def unrepeatable():
     torch.zeros(4).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]))
 
 
-def test_on_a_gpu_an_operation_that_can_not_be_repeated_is_refused_with_the_way_out():
+def test_on_a_gpu_an_operation_that_can_not_be_repeated_is_refused_with_the_hint():
     refused = pytest.raises(
         UserError,
         match=r"^put_ does not have a deterministic implementation, so that two runs may differ; leave it$",
     )
-    with refused, repeatable(GPU, wanted=True, way_out="leave it"):
+    with refused, deterministic(GPU, wanted=True, hint="leave it"):
         assert (
             torch.are_deterministic_algorithms_enabled()
             and not torch.utils.deterministic.fill_uninitialized_memory
@@ -32,13 +32,13 @@ def test_on_a_gpu_an_operation_that_can_not_be_repeated_is_refused_with_the_way_
 
 @pytest.mark.parametrize("device, wanted", [(GPU, False), (torch.device("cpu"), True)])
 def test_elsewhere_or_where_it_is_not_wanted_nothing_changes(device, wanted):
-    with repeatable(device, wanted=wanted, way_out=""):
+    with deterministic(device, wanted=wanted, hint=""):
         assert not torch.are_deterministic_algorithms_enabled()
         unrepeatable()
 
 
 def test_another_error_stays_as_it_is():
-    with pytest.raises(RuntimeError, match="shapes"), repeatable(GPU, wanted=True, way_out=""):
+    with pytest.raises(RuntimeError, match="shapes"), deterministic(GPU, wanted=True, hint=""):
         torch.zeros(2, 3) @ torch.zeros(2, 3)
 
 
