@@ -78,7 +78,7 @@ def model_folder(name: str, *, kind: Kind, flag: str = "--model", cache_dir: str
     that differs.
     """
     if MODELS.get(name) != kind:
-        raise UserError(f"{flag} {name}: there is no such bundled {kind}; use {names(kind)}")
+        raise UserError(f"{flag} {name}: no such bundled {kind}; use {names(kind)}")
     return _minilm_folder() if name == MINILM else _smollm2_folder(cache_dir)
 
 
