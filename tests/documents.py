@@ -193,7 +193,8 @@ def refresh(pages: list[str], folder: Path, *, only: list[str], skip: list[str])
     for page in pages:
         for number in range(len(commands(page))):
             command = commands(page)[number]  # read again: the lines above may have moved it
-            chosen = all(text in command.text for text in only) and not any(t in command.text for t in skip)
+            chosen = not only or any(text in command.text for text in only)
+            chosen = chosen and not any(text in command.text for text in skip)
             if command.language != "console" or command.by_hand or not chosen:
                 continue
             print(command, file=sys.stderr, flush=True)
@@ -216,8 +217,12 @@ def main() -> int:
     action.add_argument("--list", action="store_true", help="print the commands")
     action.add_argument("--refresh", action="store_true", help="run the commands and replace their outputs")
     parser.add_argument("pages", nargs="*", metavar="PAGE", help=f"default: {' '.join(PAGES)}")
-    parser.add_argument("--only", action="append", default=[], help="only commands that contain this text")
-    parser.add_argument("--skip", action="append", default=[], help="no command that contains this text")
+    parser.add_argument(
+        "--only", action="append", default=[], help="only commands that contain this text; repeatable"
+    )
+    parser.add_argument(
+        "--skip", action="append", default=[], help="no command that contains this text; repeatable"
+    )
     parser.add_argument("--workspace", type=Path, help="where the commands run (default: a temporary folder)")
     args = parser.parse_args()
     pages = [str(Path(page).resolve().relative_to(ROOT)) for page in args.pages] or list(PAGES)
