@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
 SCRIPTS = ("train_classifier.py", "generate.py", "embed_search.py")
 DOTS = "..."
+COLUMNS = "110"  # the width of the terminal that the scripts see
 FENCE = re.compile(r"^```(?P<info>.*)$")
 NUMBER = re.compile(r"[-+]?\d[\d,.]*%?")
 PRECISION = re.compile(r"\b(bf16 autocast|fp16 autocast|fp32|bf16|fp16)\b")
@@ -122,7 +123,7 @@ def script_calls(text: str) -> list[tuple[str, list[str]]]:
 
 def without_figures(line: str) -> str:
     """Return a line of output without what differs between machines and runs: figures, precision, widths."""
-    line = re.sub(r"\s+", " ", PRECISION.sub("#", NUMBER.sub("#", line)))
+    line = re.sub(r"\s+", " ", NUMBER.sub("#", PRECISION.sub("#", line)))
     return re.sub(r"-{2,}", "--", line).strip()
 
 
@@ -168,8 +169,9 @@ def run(text: str, folder: Path) -> list[str]:
     Raises ValueError when it fails.
     """
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "COLUMNS": COLUMNS}
     done = subprocess.run(
-        ["bash", "-c", text], cwd=folder, env={**os.environ, "PATH": path}, stdout=subprocess.PIPE, text=True
+        ["bash", "-c", text], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True
     )
     if done.returncode != 0:
         raise ValueError(f"exit code {done.returncode}")
