@@ -3,7 +3,6 @@
 import argparse
 import importlib
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -85,8 +84,7 @@ def test_links_lead_somewhere(page):
 @pytest.mark.parametrize("page", PAGES)
 def test_named_files_exist(page):
     """A path below common/, tests/, docs/ is one of the project; a bare name of a Python file is of one."""
-    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True)
-    names = {Path(line).name for line in listed.stdout.decode().splitlines() if (ROOT / line).exists()}
+    names = {path.name for path in ROOT.rglob("*.py")}
     missing = []
     for code in INLINE_CODE.findall(prose(page)):
         missing += [path for path in OUR_PATH.findall(code) if not (ROOT / path).exists()]
