@@ -113,21 +113,22 @@ def test_quoted_code_is_the_code(page):
     """A block of Python begins with a comment that names its file; its lines stand there in this order,
     with lines left out where it has three dots.
     """
+    missing = []
     for block in blocks(page):
         if block.language != "python":
             continue
         path, *quoted = block.lines
         lines = [line.strip() for line in (ROOT / path.removeprefix("# ")).read_text("utf-8").splitlines()]
         position = 0
-        for number, line in enumerate(quoted):
-            if line.strip() in ("", DOTS):
-                continue
-            follows = number > 0 and quoted[number - 1].strip() not in ("", DOTS)
-            rest = lines[position : position + 1] if follows else lines[position:]
-            assert line.strip() in rest, (
-                f"{page}:{block.first_line + number + 1}: {path} has no line {line!r}"
-            )
-            position += rest.index(line.strip()) + 1
+        for part in "\n".join(map(str.strip, quoted)).split(f"\n{DOTS}\n"):
+            wanted = part.splitlines()
+            starts = range(position, len(lines) - len(wanted) + 1)
+            start = next((row for row in starts if lines[row : row + len(wanted)] == wanted), None)
+            if start is None:
+                missing.append(f"{page}:{block.first_line}: {path}: {part}")
+            else:
+                position = start + len(wanted)
+    assert missing == []
 
 
 def test_readme_is_short():
