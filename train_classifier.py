@@ -27,7 +27,7 @@ from common import cli, reading
 from common.errors import UserError
 from common.runtime import deterministic, peak_memory_bytes, start_runtime, stop_runtime
 from common.training import batching, checkpoint, inspection, loading, memory, report, tracking
-from common.training import model as models
+from common.training import classifier as models
 from common.training.evaluation import predict_texts, score
 from common.training.interruption import Interruption
 from common.training.milestones import Watch, evaluate_if_due, out_of_patience, save_if_due

@@ -7,7 +7,7 @@ import torch
 from tabulate import tabulate
 
 from common.training import batching
-from common.training.model import max_positions, mismatches
+from common.training.classifier import max_positions, mismatches
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 SHOWN_TOKENS = 24

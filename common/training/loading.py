@@ -10,8 +10,9 @@ import numpy as np
 from common import reading, speedups
 from common.errors import UserError
 from common.runtime import Runtime
-from common.training import adaptation, batching, labelling
-from common.training import model as models
+from common.training import adaptation, batching
+from common.training import classifier as models
+from common.training import data as labelling
 
 # on the bundled news more accurate than the beginning alone, at the same cost (README)
 DEFAULT_MAX_LENGTH, DEFAULT_TRUNCATION = 256, "chunks"

@@ -9,7 +9,7 @@ import datasets
 
 from common.errors import Interrupted, UserError
 from common.training import adaptation, loading, report, tracking
-from common.training import model as models
+from common.training import classifier as models
 from common.training.checkpoint import Checkpoints
 from common.training.evaluation import is_better, score
 from common.training.interruption import Interruption

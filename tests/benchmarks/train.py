@@ -48,7 +48,7 @@ from common.runtime import (
     start_runtime,
 )
 from common.training import adaptation, batching, loading, tracking
-from common.training import model as models
+from common.training import classifier as models
 from common.training.steps import LossMeter
 
 # their names in the ratios

@@ -15,7 +15,7 @@ import pytest
 
 from common import bundled, reading
 from common.errors import UserError
-from common.training import labelling
+from common.training import data as labelling
 
 
 def package(name: str) -> Path:

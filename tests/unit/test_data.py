@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 import train_classifier
 from common.errors import UserError
 from common.runtime import Runtime
-from common.training import labelling, loading
-from common.training import model as models
+from common.training import classifier as models
+from common.training import data as labelling
+from common.training import loading
 
 COLUMNS = {"text_column": "text", "label_column": "label"}
 PER_CLASS = st.lists(st.integers(3, 40), min_size=2, max_size=5)
