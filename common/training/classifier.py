@@ -1,36 +1,116 @@
-"""A classifier and its tokenizer: load them, check that they belong together, save them, load the
-saved.
+"""A pretrained encoder as a classifier: load it, adapt it, save it, load what was saved.
+
+Adapting is what flags change about the pretrained model: its dropout, which layers learn, low-rank
+adapters, recomputed activations.
 """
 
+import copy
 import json
 import shutil
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.pytorch_utils import Conv1D
 
-from common import bundled, models
+from common import bundled, models, speedups
 from common.errors import UserError
 from common.files import replace_folder
+from common.runtime import Runtime
+from common.training.data import TokenConfig, name_sha256
+from common.training.dropout import pack_dropouts
 
+SETTINGS_FILE = "training.json"  # beside the saved model: how it was trained
+# the settings of a run that a saved model remembers, so that it is used and scored in the same way
+REMEMBERED = (
+    "dataset_config",
+    "seed",
+    "max_length",
+    "eval_max_length",
+    "truncation",
+    "text_column",
+    "label_column",
+)
 UNLIMITED = 1_000_000  # tokenizers without a limit say 1e30
-SETTINGS_FILE = "training.json"  # beside the saved model: what it was trained on
+# on the bundled news more accurate than reading only the beginning, at the same cost (README)
+DEFAULT_MAX_LENGTH, DEFAULT_TRUNCATION = 256, "chunks"
+# of BERT, DistilBERT, GPT-2
+ATTENTION_DROPOUT_NAMES = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
+LORA_ALPHA = 2  # times the rank: the scale by which the update is multiplied, as is usual
+# dropout in the adapters would be one more source of randomness; --dropout applies to the model's own
+LORA_DROPOUT = 0.0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which pretrained model, and what to change about it; the fields are named as their flags."""
+
+    model: str
+    cache_dir: str | None
+    dropout: float | None
+    attention_dropout: float | None
+    freeze_layers: int
+    lora_rank: int | None
+    gradient_checkpointing: bool
+    compile: bool
+
+
+# Load ---------------------------------------------------------------------------------------------
+
+
+def load_pretrained(
+    config: ModelConfig, names: list[str], runtime: Runtime
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return the pretrained model with a head for the classes `names`, and its tokenizer.
+
+    Prints what was loaded. Raises UserError when either can't be loaded.
+    """
+    tokenizer, note = load_tokenizer(config.model, cache_dir=config.cache_dir)
+    dropout = dropout_options(
+        load_config(config.model, cache_dir=config.cache_dir),
+        dropout=config.dropout,
+        attention_dropout=config.attention_dropout,
+        name=config.model,
+    )
+    model, is_new = load_classifier(
+        config.model,
+        names=names,
+        dropout=dropout,
+        pad_token_id=tokenizer.pad_token_id,
+        cache_dir=config.cache_dir,
+    )
+    size = sum(parameter.numel() for parameter in model.parameters())
+    head = "a new head" if is_new else "the head that it was saved with"
+    runtime.say(
+        f"model    {config.model}: {type(model).__name__}, {size / 1e6:.1f} million parameters, with {head}"
+    )
+    if note:
+        runtime.say(f"         {note}")
+    return model, tokenizer
 
 
 def locate(name: str) -> str:
-    """Return what `from_pretrained` takes for the name of an encoder. Raises UserError for a
-    missing folder.
-    """
+    """Return what `from_pretrained` takes for a model's name. Raises UserError for a missing folder."""
     return models.locate(name, find_bundled=bundled.model_folder)
 
 
-def load_tokenizer(name: str, *, cache_dir: str | None):
-    """Return the tokenizer of a model, with a padding token, and a note for the screen (""
-    mostly).
+def load_tokenizer(
+    name: str, *, cache_dir: str | None, flag: str = "--model"
+) -> tuple[PreTrainedTokenizerBase, str]:
+    """Return the tokenizer of a model, with a padding token, and a note for the screen, mostly empty.
 
     The file of all-MiniLM-L6-v2 switches on truncation and padding at 128; both are switched off
-    here, and every call says what it wants. Raises UserError when there is no tokenizer, or
-    neither a padding nor an end token.
+    here, and each call says what it wants. Raises UserError when there is no tokenizer, or when it
+    has neither a padding token nor an end token.
     """
     tokenizer = models.load(AutoTokenizer, name, locate(name), cache_dir=cache_dir)
     # what transformers makes up when the files are not there
@@ -46,25 +126,27 @@ def load_tokenizer(name: str, *, cache_dir: str | None):
         return tokenizer, ""
     if tokenizer.eos_token is None:
         raise UserError(
-            f"--model {name}: its tokenizer has neither a padding token nor an end token; batches can't be"
-            " padded"
+            f"--model {name}: its tokenizer has neither a padding token nor an end token, so batches can't be"
+            " padded; use another model"
         )
     tokenizer.pad_token = tokenizer.eos_token
-    return (
-        tokenizer,
-        f"the tokenizer has no padding token: padding with its end token {tokenizer.eos_token!r}",
-    )
+    note = f"the tokenizer has no padding token: padding with its end token {tokenizer.eos_token!r}"
+    return tokenizer, note
+
+
+def load_config(name: str, *, cache_dir: str | None, **options: object) -> PreTrainedConfig:
+    """Return a model's config. Raises UserError when it can't be found, reached or read."""
+    return models.load(AutoConfig, name, locate(name), cache_dir=cache_dir, **options)
 
 
 def load_classifier(
     name: str, *, names: list[str], dropout: dict[str, float], pad_token_id: int, cache_dir: str | None
-):
-    """Return a model for the classes `names`, in fp32, with `id2label` and `label2id` in its
-    config, and whether its head is new.
+) -> tuple[PreTrainedModel, bool]:
+    """Return a model for the classes `names`, in fp32, and whether its head is new.
 
-    A head of as many classes that the model was saved with stays, as in transformers, whatever
-    they were. `dropout` gives values of the config's options for dropout. Raises UserError when
-    the model can't be loaded.
+    Its config has `id2label` and `label2id`. A saved head for the same number of classes is kept,
+    as in transformers, whatever its classes were. `dropout` gives values of the config's dropout
+    options. Raises UserError when the model can't be loaded.
     """
     config = load_config(
         name,
@@ -88,45 +170,38 @@ def load_classifier(
         use_safetensors=True,
         ignore_mismatched_sizes=True,
         output_loading_info=True,
-        # else the look for adapters leaves files elsewhere
+        # else the search for adapters leaves files elsewhere
         adapter_kwargs={"cache_dir": cache_dir},
     )
     return model, bool(report["missing_keys"] or report["mismatched_keys"])
 
 
-def load_config(name: str, *, cache_dir: str | None, **options):
-    """Return a model's config. Raises UserError when it can't be found, reached or read."""
-    return models.load(AutoConfig, name, locate(name), cache_dir=cache_dir, **options)
+def dropout_options(
+    config: PreTrainedConfig, *, dropout: float | None, attention_dropout: float | None, name: str
+) -> dict[str, float]:
+    """Return values for a config's dropout options, as the flags ask for them.
 
-
-def load_saved(folder: str, *, cache_dir: str | None):
-    """Return a classifier with the head that it was saved with, in fp32. Raises UserError when it
-    has none.
+    `dropout` sets all of them where given; `attention_dropout` (default 0) sets attention's, where a
+    value above 0 takes the slow path on CPUs. Raises UserError when the model lacks an option that
+    is asked for.
     """
-    model, report = models.load(
-        AutoModelForSequenceClassification,
-        folder,
-        locate(folder),
-        cache_dir=cache_dir,
-        dtype=torch.float32,
-        use_safetensors=True,
-        output_loading_info=True,
-        adapter_kwargs={"cache_dir": cache_dir},
-    )
-    if report["missing_keys"]:
-        raise UserError(
-            f"--model {folder}: it was never trained to classify (no weights for"
-            f" {', '.join(sorted(report['missing_keys']))}); give the folder runs/<name>/best of a"
-            " finished run"
-        )
-    return model
+    options = [option for option in config.to_dict() if "drop" in option and "layerdrop" not in option]
+    attention = [option for option in ATTENTION_DROPOUT_NAMES if hasattr(config, option)]
+    if attention_dropout and not attention:
+        raise UserError(f"--attention-dropout {attention_dropout}: {name} has none; leave the flag out")
+    if dropout and not options:
+        raise UserError(f"--dropout {dropout}: {name} has none; leave the flag out")
+    values = {} if dropout is None else dict.fromkeys(options, dropout)
+    if attention_dropout is not None or dropout is None:
+        values.update(dict.fromkeys(attention, attention_dropout or 0.0))
+    return values
 
 
-def max_positions(model: torch.nn.Module) -> int | None:
+def max_positions(model: PreTrainedModel) -> int | None:
     """Return the most tokens that a model takes at once, None if nothing limits it.
 
-    RoBERTa and its kin number positions from the padding id + 1, so that 514 embeddings hold 512
-    tokens.
+    RoBERTa and its relatives number positions from the padding id + 1, so that 514 embeddings hold
+    512 tokens.
     """
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
@@ -137,61 +212,222 @@ def max_positions(model: torch.nn.Module) -> int | None:
     return None
 
 
-def choose_max_length(wanted: int | None, default: int, model, tokenizer, *, flag: str) -> int:
-    """Return the number of tokens to truncate at: what the user wants, else `default` or what the
-    model holds if that is less.
+def choose_max_length(
+    wanted: int | None, default: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, flag: str
+) -> int:
+    """Return the number of tokens to truncate at: `wanted`, or `default` or less if the model holds less.
 
-    Raises UserError when more is wanted than the model holds.
+    Raises UserError when more is wanted than the model holds, or so little that no word fits.
     """
-    holds = max_positions(model) or UNLIMITED
-    if wanted is not None and wanted > holds:
+    holds, num_special = max_positions(model) or UNLIMITED, tokenizer.num_special_tokens_to_add()
+    if wanted is None:
+        return min(default, holds, tokenizer.model_max_length)
+    if wanted > holds:
         raise UserError(f"{flag} {wanted}: the model holds {holds} tokens; use at most that")
-    if wanted is not None and wanted <= tokenizer.num_special_tokens_to_add():
-        raise UserError(
-            f"{flag} {wanted}: the special tokens alone take {tokenizer.num_special_tokens_to_add()}; use"
-            " more"
-        )
-    return wanted or min(default, holds, tokenizer.model_max_length)
+    if wanted <= num_special:
+        raise UserError(f"{flag} {wanted}: the special tokens alone take {num_special}; use more")
+    return wanted
 
 
-def mismatches(model, tokenizer) -> list[str]:
-    """Return what shows that a tokenizer and a model don't belong together, one sentence each;
-    empty when nothing does.
-    """
-    rows, highest = model.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values())
-    found = []
-    if highest >= rows:
-        found.append(
-            f"the tokenizer's ids go up to {highest}, but the embedding table has {rows} rows: higher ids"
-            " crash the model"
+def choose_tokens(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None,
+    eval_max_length: int | None,
+    truncation: str | None,
+) -> TokenConfig:
+    """Return how texts are read in a training, with the defaults for what a flag leaves open (None)."""
+    length = choose_max_length(max_length, DEFAULT_MAX_LENGTH, model, tokenizer, flag="--max-length")
+    eval_length = choose_max_length(eval_max_length, length, model, tokenizer, flag="--eval-max-length")
+    return TokenConfig(length, eval_length, truncation or DEFAULT_TRUNCATION)
+
+
+def choose_saved_tokens(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    *,
+    eval_max_length: int | None,
+    truncation: str | None,
+) -> TokenConfig:
+    """Return how texts are read by a saved model: as it was scored, where a flag leaves it open (None)."""
+    length = choose_max_length(
+        eval_max_length, tokenizer.model_max_length, model, tokenizer, flag="--eval-max-length"
+    )
+    return TokenConfig(
+        length, length, truncation or saved_settings(name).get("truncation", DEFAULT_TRUNCATION)
+    )
+
+
+def mismatches(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return a sentence for each sign that a tokenizer and a model do not belong together."""
+    num_embeddings, highest = _num_embeddings(model), max(tokenizer.get_vocab().values())
+    problems = []
+    if highest >= num_embeddings:
+        problems.append(
+            f"the tokenizer's ids go up to {highest}, but the embedding table has {num_embeddings} rows:"
+            " higher ids crash the model"
         )
     if tokenizer.pad_token_id is None:
-        found.append("the tokenizer has no padding token: texts of different length can't share a batch")
-    own_pad = model.config.pad_token_id
-    if own_pad is not None and tokenizer.pad_token_id is not None and own_pad != tokenizer.pad_token_id:
-        found.append(f"the tokenizer pads with id {tokenizer.pad_token_id}, the model expects {own_pad}")
-    return found
+        problems.append("the tokenizer has no padding token: texts of different length can't share a batch")
+    expected = model.config.pad_token_id
+    if expected is not None and tokenizer.pad_token_id not in (None, expected):
+        problems.append(f"the tokenizer pads with id {tokenizer.pad_token_id}, the model expects {expected}")
+    return problems
 
 
-def save(model, tokenizer, folder: Path, *, settings: dict):
-    """Write model, tokenizer and `training.json` as a plain Hugging Face folder; an older one is
-    replaced only by a complete one.
+def _num_embeddings(model: PreTrainedModel) -> int:
+    embeddings = model.get_input_embeddings()
+    assert isinstance(embeddings, torch.nn.Embedding)
+    return embeddings.num_embeddings
 
-    The tokenizer remembers settings["eval_max_length"] as its limit, so that `pipeline(...,
-    truncation=True)` cuts where the scores were taken.
+
+# Adapt --------------------------------------------------------------------------------------------
+
+
+def adapt(model: PreTrainedModel, config: ModelConfig) -> torch.nn.Module:
+    """Return the model as the flags want it: frozen layers, recomputed activations, adapters.
+
+    Attention and dropout are replaced by versions that cost less on CPUs.
+    """
+    if not config.compile:  # which fuses them itself
+        speedups.use_matrix_products(model)
+        pack_dropouts(model)
+    if config.gradient_checkpointing:
+        recompute_activations(model)
+    adapted = add_adapters(model, config.lora_rank) if config.lora_rank else model
+    freeze_layers(model, config.freeze_layers)  # including their adapters
+    return adapted
+
+
+def freeze_layers(model: PreTrainedModel, number: int) -> None:
+    """Keep the embeddings and the `number` lowest layers of a model unchanged in training.
+
+    Raises UserError when it has fewer layers, or its layers can't be found.
+    """
+    if number == 0:
+        return
+    layers = encoder_layers(model)
+    if number > len(layers):
+        raise UserError(f"--freeze-layers {number}: the model has {len(layers)}; give at most that")
+    embeddings = getattr(model.base_model, "embeddings", None) or model.get_input_embeddings()
+    for module in (embeddings, *layers[:number]):
+        module.requires_grad_(False)
+
+
+def encoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
+    """Return the layers of a model: its first list of as many modules as its config has layers."""
+    for module in model.base_model.modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == model.config.num_hidden_layers:
+            return module
+    raise UserError(
+        f"--freeze-layers: {type(model).__name__} has no list of layers to count; leave the flag out"
+    )
+
+
+def recompute_activations(model: PreTrainedModel) -> None:
+    """Let the backward pass compute each layer's activations again (gradient checkpointing).
+
+    It saves memory and takes a third more time. Raises UserError when the model does not support it.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise UserError(
+            f"--gradient-checkpointing: {type(model).__name__} does not support it; leave the flag out"
+        )
+    # the reentrant variant gives no gradient under frozen embeddings, and none to DDP
+    model.activation_checkpointing_enable({"use_reentrant": False})
+
+
+def add_adapters(model: PreTrainedModel, rank: int) -> torch.nn.Module:
+    """Return the model with low-rank adapters (LoRA, Hu et al. 2021) at all linear layers but the head's.
+
+    Only the adapters and the head learn. The head is everything beside the pretrained model: it is
+    new and has one linear layer or, as in DistilBERT and ModernBERT, several. peft is not told about
+    it, because it finds modules by the ends of their names and would take DistilBERT's
+    `pre_classifier` for its `classifier` too.
+    """
+    import peft  # seconds to import, and only this needs it
+
+    linear = [
+        f"{model.base_model_prefix}.{name}"
+        for name, module in model.base_model.named_modules()
+        if isinstance(module, (torch.nn.Linear, Conv1D))
+    ]
+    head = [module for name, module in model.named_children() if name != model.base_model_prefix]
+    config = peft.LoraConfig(
+        r=rank,
+        lora_alpha=LORA_ALPHA * rank,
+        lora_dropout=LORA_DROPOUT,
+        target_modules=linear,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+    )
+    with warnings.catch_warnings():
+        # about what peft asks of transformers: nothing that the user can change
+        warnings.simplefilter("ignore", FutureWarning)
+        adapted = peft.get_peft_model(model, config)
+    for module in head:
+        module.requires_grad_(True)
+    return adapted
+
+
+def merge_adapters(model: torch.nn.Module) -> torch.nn.Module:
+    """Return a plain model: a copy with its adapters merged into its weights, or the model if it has none."""
+    return copy.deepcopy(model).merge_and_unload() if hasattr(model, "merge_and_unload") else model
+
+
+# Save, and load what was saved --------------------------------------------------------------------
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, settings: dict) -> None:
+    """Write model, tokenizer and `training.json` as a plain Hugging Face folder.
+
+    An older folder is replaced only by a complete one. Of the run's `settings` the model remembers
+    those that it takes to score it again, and of the data set, whose path is nobody else's business,
+    a SHA-256 of its name. The tokenizer remembers eval_max_length as its limit, so that
+    `pipeline(..., truncation=True)` truncates where the model was scored.
     """
     fresh = folder.with_name(folder.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
     tokenizer.model_max_length = settings["eval_max_length"]
     model.save_pretrained(fresh)
     tokenizer.save_pretrained(fresh)
-    (fresh / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    remembered = {name: settings[name] for name in REMEMBERED}
+    remembered = {"dataset_sha256": name_sha256(settings["dataset"]), **remembered}
+    (fresh / SETTINGS_FILE).write_text(json.dumps(remembered, indent=2) + "\n", encoding="utf-8")
     replace_folder(fresh, folder)
 
 
 def saved_settings(name: str) -> dict:
-    """Return the `training.json` of a saved model, {} for a model that this script did not
-    train.
-    """
+    """Return the `training.json` of a saved model, {} for a model that this script did not train."""
     path = Path(name) / SETTINGS_FILE
     return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+
+
+def load_saved(
+    name: str, runtime: Runtime, *, cache_dir: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return a classifier with the head that it was saved with, on its device, and its tokenizer.
+
+    Raises UserError when it was never trained to classify.
+    """
+    model, report = models.load(
+        AutoModelForSequenceClassification,
+        name,
+        locate(name),
+        cache_dir=cache_dir,
+        dtype=torch.float32,
+        use_safetensors=True,
+        output_loading_info=True,
+        adapter_kwargs={"cache_dir": cache_dir},
+    )
+    if report["missing_keys"]:
+        missing = ", ".join(sorted(report["missing_keys"]))
+        raise UserError(
+            f"--model {name}: it was never trained to classify (no weights for {missing}); name the folder"
+            " runs/<name>/best of a finished run"
+        )
+    model = model.to(runtime.device)
+    speedups.use_matrix_products(model)
+    tokenizer, _ = load_tokenizer(name, cache_dir=cache_dir)
+    return model, tokenizer

@@ -74,8 +74,10 @@ def test_the_screen_shows_epochs_and_examples_and_stderr_stays_quiet(finished):
         ) :
     ]
     assert re.search(r"\n +1 +\d\.\d+ .*\n +2 +\d\.\d+ ", table)
-    assert "five right ones" in table and "predicted class    true class" in table and "confidence" in table
-    assert "five wrong ones" in table
+    assert (
+        "five right answers" in table and "predicted class    true class" in table and "confidence" in table
+    )
+    assert "five wrong answers" in table
 
 
 def test_the_run_folder_holds_results_that_agree_with_each_other(finished):
