@@ -531,7 +531,7 @@ def inspect(args: argparse.Namespace, runtime: Runtime) -> None:
     """Show the data, the tokenizer, the model and a batch; train nothing."""
     name, other = args.compare_tokenizer, None
     if name is not None:
-        other, _ = classifier.load_tokenizer(name, cache_dir=args.cache_dir, flag="--compare-tokenizer")
+        other = inspection.load_other_tokenizer(name, cache_dir=args.cache_dir)
     loaded = load(args, runtime)
     inspection.show(
         loaded.splits,

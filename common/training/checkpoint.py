@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from common.errors import Interrupted, UserError
 from common.files import (
-    fault,
+    find_damage,
     link_folder,
     read_json,
     replace_folder,
@@ -186,7 +186,7 @@ class Checkpoints:
             if self.runtime.is_main:
                 shutil.rmtree(unfinished, ignore_errors=True)
             raise
-        if self.runtime.is_main and fault(target) is None:
+        if self.runtime.is_main and find_damage(target) is None:
             for old in [path for path in self._all() if path.name < target.name][self.keep - 1 :]:
                 shutil.rmtree(old)
         self.runtime.barrier()
@@ -252,7 +252,7 @@ class Checkpoints:
             return None
         damage: dict[Path, str] = {}
         for path in candidates:
-            problem = fault(path)
+            problem = find_damage(path)
             if problem is None:
                 self._compare(path, read_json(path / "state.json")["identity"])
                 return str(path)

@@ -15,19 +15,17 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.pytorch_utils import Conv1D
 
-from common import bundled, models, speedups
+from common import models, speedups
 from common.errors import UserError
 from common.files import replace_folder
 from common.runtime import Runtime
 from common.training.data import TokenConfig, name_sha256
-from common.training.dropout import pack_dropouts
 
 SETTINGS_FILE = "training.json"  # beside the saved model: how it was trained
 # the settings of a run that a saved model remembers, so that it is used and scored in the same way
@@ -74,83 +72,55 @@ def load_pretrained(
 
     Prints what was loaded. Raises UserError when either can't be loaded.
     """
-    tokenizer, note = load_tokenizer(config.model, cache_dir=config.cache_dir)
+    name = config.model
+    folder = models.find_folder(name, kind="encoder", cache_dir=config.cache_dir)
+    tokenizer = models.load_tokenizer(folder, name=name)
+    has_padding_token = tokenizer.pad_token is not None
+    require_padding_token(tokenizer, name=name)
     dropout = dropout_options(
-        load_config(config.model, cache_dir=config.cache_dir),
+        models.load(AutoConfig, folder, name=name),
         dropout=config.dropout,
         attention_dropout=config.attention_dropout,
-        name=config.model,
+        name=name,
     )
     model, is_new = load_classifier(
-        config.model,
-        names=names,
-        dropout=dropout,
-        pad_token_id=tokenizer.pad_token_id,
-        cache_dir=config.cache_dir,
+        folder, name=name, names=names, dropout=dropout, pad_token_id=tokenizer.pad_token_id
     )
     size = sum(parameter.numel() for parameter in model.parameters())
     head = "a new head" if is_new else "the head that it was saved with"
-    runtime.say(
-        f"model    {config.model}: {type(model).__name__}, {size / 1e6:.1f} million parameters, with {head}"
-    )
-    if note:
-        runtime.say(f"         {note}")
+    runtime.say(f"model    {name}: {type(model).__name__}, {size / 1e6:.1f} million parameters, with {head}")
+    if not has_padding_token:
+        runtime.say(
+            f"         the tokenizer has no padding token: padding with its end token {tokenizer.pad_token!r}"
+        )
     return model, tokenizer
 
 
-def locate(name: str) -> str:
-    """Return what `from_pretrained` takes for a model's name. Raises UserError for a missing folder."""
-    return models.locate(name, find_bundled=bundled.model_folder)
-
-
-def load_tokenizer(
-    name: str, *, cache_dir: str | None, flag: str = "--model"
-) -> tuple[PreTrainedTokenizerBase, str]:
-    """Return the tokenizer of a model, with a padding token, and a note for the screen, mostly empty.
-
-    The file of all-MiniLM-L6-v2 switches on truncation and padding at 128; both are switched off
-    here, and each call says what it wants. Raises UserError when there is no tokenizer, or when it
-    has neither a padding token nor an end token.
-    """
-    tokenizer = models.load(AutoTokenizer, name, locate(name), cache_dir=cache_dir)
-    # what transformers makes up when the files are not there
-    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
-        raise UserError(
-            f"--model {name}: it has no tokenizer, or one without words; copy the files of its tokenizer into"
-            " the folder"
-        )
-    if tokenizer.is_fast:
-        tokenizer.backend_tokenizer.no_truncation()
-        tokenizer.backend_tokenizer.no_padding()
+def require_padding_token(tokenizer: PreTrainedTokenizerBase, *, name: str) -> None:
+    """Let a tokenizer without a padding token pad with its end token. Raises UserError if it has neither."""
     if tokenizer.pad_token is not None:
-        return tokenizer, ""
+        return
     if tokenizer.eos_token is None:
         raise UserError(
             f"--model {name}: its tokenizer has neither a padding token nor an end token, so batches can't be"
             " padded; use another model"
         )
     tokenizer.pad_token = tokenizer.eos_token
-    note = f"the tokenizer has no padding token: padding with its end token {tokenizer.eos_token!r}"
-    return tokenizer, note
-
-
-def load_config(name: str, *, cache_dir: str | None, **options: object) -> PreTrainedConfig:
-    """Return a model's config. Raises UserError when it can't be found, reached or read."""
-    return models.load(AutoConfig, name, locate(name), cache_dir=cache_dir, **options)
 
 
 def load_classifier(
-    name: str, *, names: list[str], dropout: dict[str, float], pad_token_id: int, cache_dir: str | None
+    folder: Path, *, name: str, names: list[str], dropout: dict[str, float], pad_token_id: int
 ) -> tuple[PreTrainedModel, bool]:
     """Return a model for the classes `names`, in fp32, and whether its head is new.
 
     Its config has `id2label` and `label2id`. A saved head for the same number of classes is kept,
     as in transformers, whatever its classes were. `dropout` gives values of the config's dropout
-    options. Raises UserError when the model can't be loaded.
+    options. Raises UserError, naming `name`, when the model can't be loaded.
     """
-    config = load_config(
-        name,
-        cache_dir=cache_dir,
+    config = models.load(
+        AutoConfig,
+        folder,
+        name=name,
         num_labels=len(names),
         id2label=dict(enumerate(names)),
         label2id={label: number for number, label in enumerate(names)},
@@ -162,16 +132,13 @@ def load_classifier(
         setattr(config, option, value)
     model, report = models.load(
         AutoModelForSequenceClassification,
-        name,
-        locate(name),
-        cache_dir=cache_dir,
+        folder,
+        name=name,
         config=config,
         dtype=torch.float32,
         use_safetensors=True,
         ignore_mismatched_sizes=True,
         output_loading_info=True,
-        # else the search for adapters leaves files elsewhere
-        adapter_kwargs={"cache_dir": cache_dir},
     )
     return model, bool(report["missing_keys"] or report["mismatched_keys"])
 
@@ -197,21 +164,6 @@ def dropout_options(
     return values
 
 
-def max_positions(model: PreTrainedModel) -> int | None:
-    """Return the most tokens that a model takes at once, None if nothing limits it.
-
-    RoBERTa and its relatives number positions from the padding id + 1, so that 514 embeddings hold
-    512 tokens.
-    """
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
-            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
-    for option in ("max_position_embeddings", "n_positions"):
-        if isinstance(getattr(model.config, option, None), int):
-            return getattr(model.config, option)
-    return None
-
-
 def choose_max_length(
     wanted: int | None, default: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, flag: str
 ) -> int:
@@ -219,7 +171,7 @@ def choose_max_length(
 
     Raises UserError when more is wanted than the model holds, or so little that no word fits.
     """
-    holds, num_special = max_positions(model) or UNLIMITED, tokenizer.num_special_tokens_to_add()
+    holds, num_special = models.max_positions(model) or UNLIMITED, tokenizer.num_special_tokens_to_add()
     if wanted is None:
         return min(default, holds, tokenizer.model_max_length)
     if wanted > holds:
@@ -292,8 +244,8 @@ def adapt(model: PreTrainedModel, config: ModelConfig) -> torch.nn.Module:
     Attention and dropout are replaced by versions that cost less on CPUs.
     """
     if not config.compile:  # which fuses them itself
-        speedups.use_matrix_products(model)
-        pack_dropouts(model)
+        speedups.use_fast_attention(model)
+        speedups.use_fast_dropout(model)
     if config.gradient_checkpointing:
         recompute_activations(model)
     adapted = add_adapters(model, config.lora_rank) if config.lora_rank else model
@@ -411,15 +363,14 @@ def load_saved(
 
     Raises UserError when it was never trained to classify.
     """
+    folder = models.find_folder(name, kind="encoder", cache_dir=cache_dir)
     model, report = models.load(
         AutoModelForSequenceClassification,
-        name,
-        locate(name),
-        cache_dir=cache_dir,
+        folder,
+        name=name,
         dtype=torch.float32,
         use_safetensors=True,
         output_loading_info=True,
-        adapter_kwargs={"cache_dir": cache_dir},
     )
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"]))
@@ -428,6 +379,7 @@ def load_saved(
             " runs/<name>/best of a finished run"
         )
     model = model.to(runtime.device)
-    speedups.use_matrix_products(model)
-    tokenizer, _ = load_tokenizer(name, cache_dir=cache_dir)
+    speedups.use_fast_attention(model)
+    tokenizer = models.load_tokenizer(folder, name=name)
+    require_padding_token(tokenizer, name=name)
     return model, tokenizer

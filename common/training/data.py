@@ -175,7 +175,7 @@ def validate(
     """
     for split, rows in splits.items():
         _check_columns(split, rows, [text_column, label_column])
-        reading.check_texts(rows, text_column, place=f"split {split}")
+        reading.check_texts(rows, text_column, source=f"split {split}")
     labels = {split: _label_names(split, rows, label_column) for split, rows in splits.items()}
     if names is not None:
         known, complaint = set(names), "is not one of the model's classes"
@@ -208,13 +208,8 @@ def _class_names(feature: object, labels: set[str]) -> list[str]:
 
 
 def _check_columns(split: str, rows: datasets.Dataset, columns: list[str]) -> None:
-    flags = dict(zip(columns, ["--text-column", "--label-column"]))
-    for column in columns:
-        if column not in rows.features:
-            raise UserError(
-                f"split {split}: no column {column!r}; there is {', '.join(rows.column_names)}; name the"
-                f" right one with {flags[column]}"
-            )
+    for column, flag in zip(columns, ["--text-column", "--label-column"]):
+        reading.require_column(rows.column_names, column, source=f"split {split}", flag=flag)
     if len(rows) == 0:
         raise UserError(f"split {split}: it has no rows; choose another with --{split}-split")
 
@@ -323,7 +318,7 @@ def sample(rows: datasets.Dataset, size: int | None, *, seed: int, flag: str) ->
     shuffled = np.random.default_rng(seed).permutation(len(rows))
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
     # evenly spaced over the classes: each has its share, within one row
-    return rows.select(np.sort(by_class[np.arange(size) * len(rows) // size]))
+    return rows.select(np.sort(by_class[reading.evenly_spaced(len(rows), size)]))
 
 
 def count_shared_texts(splits: datasets.DatasetDict) -> dict[str, int]:

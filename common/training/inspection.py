@@ -9,8 +9,9 @@ import torch
 from tabulate import tabulate
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from common import bundled, models
 from common.training.batching import Batches, Pick
-from common.training.classifier import max_positions, mismatches
+from common.training.classifier import mismatches
 from common.training.data import TokenConfig
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
@@ -28,7 +29,7 @@ def show(
     batch_size: int,
 ) -> None:
     """Print everything that --inspect promises, on standard output."""
-    holds = max_positions(model) or "any number"
+    holds = models.max_positions(model) or "any number"
     print(f"\nSPLITS\n{split_table(splits)}")
     _show_labels(splits["train"].features["label"])
     print(
@@ -63,6 +64,13 @@ def length_table(tokenized: dict[str, datasets.Dataset]) -> str:
     between = [f"{percentile} %" for percentile in PERCENTILES[1:-1]]
     headers = ["tokens", "min", *between, "max", "texts cut", "tokens cut"]
     return tabulate(lines, headers, stralign="right")
+
+
+def load_other_tokenizer(name: str, *, cache_dir: str | None) -> PreTrainedTokenizerBase:
+    """Return the tokenizer that --compare-tokenizer names: of any model, an encoder or not."""
+    flag, kind = "--compare-tokenizer", bundled.MODELS.get(name, "encoder")
+    folder = models.find_folder(name, kind=kind, flag=flag, cache_dir=cache_dir)
+    return models.load_tokenizer(folder, name=name, flag=flag)
 
 
 def show_comparison(

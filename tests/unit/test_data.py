@@ -233,11 +233,11 @@ def test_the_columns_are_text_label_and_row():
         ),
         (
             make(["a", "b"]).rename_column("label", "stars"),
-            "split train: no column 'label'; there is text, stars; .*--label-column",
+            "split train: no column 'label' among text, stars; .*--label-column",
         ),
         (
             make(["a", "b"]).rename_column("text", "review"),
-            "split train: no column 'text'; there is review, label; .*--text-column",
+            "split train: no column 'text' among review, label; .*--text-column",
         ),
         (make(["a", "b"]).select([]), "split train: it has no rows; .*--train-split"),
         (
@@ -333,7 +333,7 @@ def test_the_screen_says_which_splits_were_cut_and_how_many_texts_are_shared(tmp
 
 def test_class_names_go_into_the_models_config(tiny_model):
     model, is_new = classifier.load_classifier(
-        str(tiny_model), names=["sport", "arts", "9"], dropout={}, pad_token_id=0, cache_dir=None
+        tiny_model, name="tiny", names=["sport", "arts", "9"], dropout={}, pad_token_id=0
     )
     assert model.config.id2label == {0: "sport", 1: "arts", 2: "9"} and model.config.label2id == {
         "sport": 0,
@@ -345,7 +345,7 @@ def test_class_names_go_into_the_models_config(tiny_model):
 
 def test_a_head_of_as_many_classes_stays_and_is_not_called_new(tiny_model):
     model, is_new = classifier.load_classifier(
-        str(tiny_model), names=["ham", "spam"], dropout={}, pad_token_id=0, cache_dir=None
+        tiny_model, name="tiny", names=["ham", "spam"], dropout={}, pad_token_id=0
     )
     assert not is_new and torch.equal(
         model.classifier.weight, load_file(tiny_model / "model.safetensors")["classifier.weight"]
