@@ -22,7 +22,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import datasets
 import torch
@@ -38,7 +38,7 @@ from common.training import batching, checkpoint, classifier, data, inspection, 
 from common.training.batching import BatchConfig, count_examples, pool_chunks, sync_gradients
 from common.training.checkpoint import Checkpoints, StopSignals, TrainingState
 from common.training.classifier import ModelConfig
-from common.training.data import DataConfig, TokenConfig
+from common.training.data import DataConfig, Splits, TokenConfig
 from common.training.evaluation import evaluate, is_better, predict_texts
 
 # flags that choose what to do instead of training, or where to continue
@@ -49,13 +49,19 @@ NOT_OF_A_RUN = ("inspect", "compare_tokenizer", "evaluate_only", "predict", "res
 
 
 def make_parser() -> cli.Parser:
-    """Return the parser of all flags: every default is here."""
+    """Return the parser of all flags, with their defaults."""
     parser = cli.Parser(prog="train_classifier.py", description=__doc__)
     cli.add_shared_flags(parser, model="bundled/all-MiniLM-L6-v2")
     run_folder = "folder of the run (default: runs/<data set>-<model>-<time>)"
     parser.add_argument("--output-dir", type=cli.folder, help=run_folder)
+    add_data_flags(parser)
+    add_training_flags(parser)
+    add_run_flags(parser)
+    return parser
 
-    flag = parser.add_argument_group("data").add_argument
+
+def add_data_flags(parser: cli.Parser) -> None:
+    flag, count = parser.add_argument_group("data").add_argument, cli.positive_int
     sources = "a bundled name, a CSV/TSV/JSON/JSONL/Parquet file, a folder of class folders, or a Hub id"
     flag("--dataset", default="bundled/bbc-news", help=sources)
     flag("--dataset-config", help="configuration of a Hub data set that has several")
@@ -64,51 +70,50 @@ def make_parser() -> cli.Parser:
     flag("--train-split", help="its name in the data set")
     flag("--validation-split", help="its name in the data set; cut from train if there is none")
     flag("--test-split", help="its name in the data set; cut from train if there is none")
-    flag("--max-train-samples", type=cli.positive_int, help="most texts to train on, a stratified sample")
-    flag("--max-eval-samples", type=cli.positive_int, help="the same for validation and test")
+    flag("--max-train-samples", type=count, help="train on a stratified sample of at most this many texts")
+    flag("--max-eval-samples", type=count, help="the same for validation and test")
     length = f"tokens that the model reads at once in training (default: {classifier.DEFAULT_MAX_LENGTH})"
-    flag("--max-length", type=cli.positive_int, help=length)
-    eval_length = "the same in evaluation and prediction (default: as in training)"
-    flag("--eval-max-length", type=cli.positive_int, help=eval_length)
+    flag("--max-length", type=count, help=length)
+    flag("--eval-max-length", type=count, help="the same in evaluation and prediction (default: as training)")
     truncation = (
-        "what to read of a longer text: its beginning, its end, a quarter from the beginning and three"
-        " quarters from the end, or all of it in overlapping chunks whose logits are averaged (default:"
+        "what to read of a longer text: its beginning, its end, a quarter from the beginning and the rest"
+        " from the end, or all of it in overlapping chunks whose logits are averaged (default:"
         f" {classifier.DEFAULT_TRUNCATION}; for a saved model, as it was scored)"
     )
     flag("--truncation", choices=data.TRUNCATIONS, help=truncation)
     chunks = "chunks of a text in a training step, drawn again in each epoch; scoring reads all of them"
-    flag("--max-chunks", type=cli.positive_int, default=1, help=chunks)
+    flag("--max-chunks", type=count, default=1, help=chunks)
 
-    flag = parser.add_argument_group("training").add_argument
-    flag("--epochs", type=cli.positive_int, default=3, help="passes over the training split")
-    flag("--batch-size", type=cli.positive_int, default=16, help="texts per process and micro-batch")
-    flag("--eval-batch-size", type=cli.positive_int, default=32, help="chunks per process in evaluation")
-    flag("--grad-accum", type=cli.positive_int, default=1, help="micro-batches per optimizer step")
+
+def add_training_flags(parser: cli.Parser) -> None:
+    flag, count, share = parser.add_argument_group("training").add_argument, cli.positive_int, cli.fraction
+    flag("--epochs", type=count, default=3, help="passes over the training split")
+    flag("--batch-size", type=count, default=16, help="texts per process and micro-batch")
+    flag("--eval-batch-size", type=count, default=32, help="chunks per process in evaluation")
+    flag("--grad-accum", type=count, default=1, help="micro-batches per optimizer step")
     flag("--lr", type=cli.positive_float, default=1e-4, help="highest learning rate")
-    warmup = "share of the steps in which the learning rate rises from 0"
-    flag("--warmup-ratio", type=cli.fraction, default=0.1, help=warmup)
+    flag("--warmup-ratio", type=share, default=0.1, help="share of the steps in which the rate rises from 0")
     decay = "of matrices; biases and norms have none"
     flag("--weight-decay", type=cli.non_negative_float, default=0.01, help=decay)
     flag("--max-grad-norm", type=cli.positive_float, default=1.0, help="clip the gradient to this norm")
-    flag("--dropout", type=cli.fraction, help="everywhere in the model (default: as pretrained, attention 0)")
+    flag("--dropout", type=share, help="everywhere in the model (default: as pretrained, attention 0)")
     attention = "above 0 it is slower on CPUs (default: --dropout if given, else 0)"
-    flag("--attention-dropout", type=cli.fraction, help=attention)
-    smoothing = "share of each label that is spread over all classes"
-    flag("--label-smoothing", type=cli.fraction, default=0.0, help=smoothing)
+    flag("--attention-dropout", type=share, help=attention)
+    flag("--label-smoothing", type=share, default=0.0, help="share of a label spread over all classes")
     weights = "balanced: every class counts the same, however few texts it has"
     flag("--class-weights", choices=["none", "balanced"], default="none", help=weights)
     buckets = "buckets: texts of similar length share a batch"
     flag("--batching", choices=["buckets", "random"], default="buckets", help=buckets)
     metric = "which weights are the best, by validation; the earliest on ties"
     flag("--best-metric", choices=["loss", "accuracy", "macro_f1"], default="loss", help=metric)
-    eval_every = "evaluate after every so many optimizer steps too, not only after each epoch"
-    flag("--eval-every", type=cli.positive_int, metavar="STEPS", help=eval_every)
+    often = "evaluate after every so many optimizer steps too, not only after each epoch"
+    flag("--eval-every", type=count, metavar="STEPS", help=often)
     patience = "stop after N evaluations in a row that were no better than the best"
-    flag("--early-stopping-patience", type=cli.positive_int, metavar="N", help=patience)
+    flag("--early-stopping-patience", type=count, metavar="N", help=patience)
     freeze = "do not train the embeddings and the N lowest layers (0: train all)"
     flag("--freeze-layers", type=cli.non_negative_int, default=0, metavar="N", help=freeze)
     lora = "train low-rank adapters and the head only; best/ has them merged"
-    flag("--lora-rank", type=cli.positive_int, metavar="R", help=lora)
+    flag("--lora-rank", type=count, metavar="R", help=lora)
     flag("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
     halve = "if a micro-batch does not fit into memory, halve it and accumulate: the same steps"
     flag("--auto-batch-size", action="store_true", help=halve)
@@ -117,14 +122,14 @@ def make_parser() -> cli.Parser:
     flag("--nondeterministic", action="store_true", help=faster)
     workers = "processes that make batches; the texts are already tokenised, so few are of use"
     flag("--num-workers", type=cli.non_negative_int, default=0, help=workers)
-    points = "optimizer steps between two points of a curve"
-    flag("--log-every", type=cli.positive_int, default=10, help=points)
+    flag("--log-every", type=count, default=10, help="optimizer steps between two points of a curve")
 
-    flag = parser.add_argument_group("stopping and resuming").add_argument
-    save_every = "write a checkpoint after every so many optimizer steps, not only after each epoch"
-    flag("--save-every", type=cli.positive_int, metavar="STEPS", help=save_every)
-    keep = "checkpoints to keep: with two, a damaged newest one loses little"
-    flag("--keep", type=cli.positive_int, default=2, help=keep)
+
+def add_run_flags(parser: cli.Parser) -> None:
+    flag, count = parser.add_argument_group("stopping and resuming").add_argument, cli.positive_int
+    often = "write a checkpoint after every so many optimizer steps, not only after each epoch"
+    flag("--save-every", type=count, metavar="STEPS", help=often)
+    flag("--keep", type=count, default=2, help="checkpoints to keep: with two, a damaged one loses little")
     resume = (
         "continue the run in this folder (or in --output-dir) from its newest undamaged checkpoint, or from"
         " a given one, runs/<name>/checkpoints/step-<number>; the other flags stay the same"
@@ -132,17 +137,13 @@ def make_parser() -> cli.Parser:
     flag("--resume", nargs="?", const=tracking.NEWEST, metavar="RUN", help=resume)
 
     group = parser.add_argument_group("instead of training")
-    modes = group.add_mutually_exclusive_group()
-    modes.add_argument("--inspect", action="store_true", help="show data, tokenizer, model and a batch")
-    score = "score the model given by --model on the test split"
-    modes.add_argument("--evaluate-only", action="store_true", help=score)
+    flag = group.add_mutually_exclusive_group().add_argument
+    flag("--inspect", action="store_true", help="show data, tokenizer, model and a batch")
+    flag("--evaluate-only", action="store_true", help="score the model given by --model on the test split")
     classify = "classify each line of a text file (- for standard input), or each row of a data file"
-    modes.add_argument("--predict", metavar="FILE", help=classify)
-    other = (
-        "with --inspect: show one sentence as this tokenizer sees it too (a bundled name, folder or Hub id)"
-    )
+    flag("--predict", metavar="FILE", help=classify)
+    other = "with --inspect: compare it with this tokenizer on a sentence (bundled name, folder or Hub id)"
     group.add_argument("--compare-tokenizer", metavar="NAME", help=other)
-    return parser
 
 
 @dataclass(frozen=True)
@@ -184,8 +185,8 @@ def select(kind: type[Config], args: argparse.Namespace, **others: object) -> Co
 class Loaded:
     """Labelled splits, their tokens, and the pretrained model that is to learn them."""
 
-    splits: datasets.DatasetDict
-    tokenized: dict[str, datasets.Dataset]
+    splits: Splits
+    tokenized: Splits
     tokenizer: PreTrainedTokenizerBase
     model: PreTrainedModel
     config: TrainConfig
@@ -227,14 +228,16 @@ def prepare(
     runtime: Runtime,
 ) -> TrainingState:
     """Return everything that an optimizer step needs and changes, for epochs of `rows`."""
-    adapted = classifier.adapt(model, config.model).to(runtime.device)  # frozen layers, LoRA, ...
+    adapted = classifier.adapt(model, config.model)  # frozen layers, LoRA, ...
+    # pyrefly: ignore [bad-argument-type]  (transformers wraps to() so that its types are lost)
+    adapted = adapted.to(runtime.device)
     learning = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     if config.model.freeze_layers or config.model.lora_rank:
         runtime.say(f"learns   {sum(parameter.numel() for parameter in learning):,} parameters")
 
     class_weights = None
     if config.class_weights == "balanced":
-        class_weights = batching.balanced_weights(rows["label"][:], model.config.num_labels)  # (C)
+        class_weights = batching.balanced_weights(rows["label"][:], rows.features["label"].num_classes)  # (C)
 
     batches = batching.Batches(rows, tokenizer)
     micro_batch = config.batches.batch_size
@@ -271,7 +274,7 @@ def prepare(
         batching.backward_once(parallel, probe, runtime)
         adapted.zero_grad()
     if config.model.compile:
-        parallel = torch.compile(parallel, dynamic=True)  # batches differ in length
+        parallel = cast(torch.nn.Module, torch.compile(parallel, dynamic=True))  # batches differ in length
 
     torch.manual_seed(config.batches.seed + runtime.rank)  # each process draws its own dropout masks
     return TrainingState(
@@ -299,13 +302,7 @@ class Run:
     signals: StopSignals
 
 
-def train(
-    state: TrainingState,
-    tokenized: dict[str, datasets.Dataset],
-    run: Run,
-    config: TrainConfig,
-    runtime: Runtime,
-) -> None:
+def train(state: TrainingState, tokenized: Splits, run: Run, config: TrainConfig, runtime: Runtime) -> None:
     """Train from where `state` is to the last epoch, and keep the best weights in best/."""
     model, optimizer, scheduler, scaler = state.parallel, state.optimizer, state.scheduler, state.scaler
     meter, rows = state.meter, tokenized["train"]
@@ -372,7 +369,7 @@ def train(
                 meter.end_step(state.step, examples=examples, weight=weight, grad_norm=grad_norm)
                 if state.step % config.log_every == 0:  # reading the losses waits for a GPU
                     values = {f"train/{name}": value for name, value in meter.read().items()}
-                    values["train/learning_rate"] = scheduler.get_last_lr()[0]
+                    values["train/learning_rate"] = float(scheduler.get_last_lr()[0])
                     if grad_norm.isfinite():  # the scaler has skipped the step otherwise
                         values["train/grad_norm"] = grad_norm.item()
                     run.log.numbers(state.step, values)
@@ -507,11 +504,11 @@ def evaluate_only(args: argparse.Namespace, runtime: Runtime) -> None:
     tokens = classifier.choose_saved_tokens(
         model, tokenizer, args.model, eval_max_length=args.eval_max_length, truncation=args.truncation
     )
-    names = [model.config.id2label[number] for number in range(model.config.num_labels)]
+    names = classifier.class_names(model)
     trained = classifier.saved_settings(args.model)
     rows = data.load_rows_for_scoring(select(DataConfig, args), names, trained, runtime)
-    splits = datasets.DatasetDict(test=rows)
-    tokenized = data.tokenize_splits(splits, tokenizer, tokens, runtime, cache_dir=args.cache_dir)["test"]
+    splits = data.tokenize_splits({"test": rows}, tokenizer, tokens, runtime, cache_dir=args.cache_dir)
+    tokenized = splits["test"]
     scores, logits = evaluate(model, tokenized, tokenizer, runtime, batch_size=args.eval_batch_size)
     report.show(scores, report.Predictions(tokenized, logits), tokens.eval_max_length, runtime)
 

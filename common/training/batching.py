@@ -199,13 +199,13 @@ class Batches(torch.utils.data.Dataset):
         self.inputs = [name for name in rows.column_names if name not in NOT_MODEL_INPUTS]
         self.pad = DataCollatorWithPadding(tokenizer)
 
-    def __getitem__(self, picks: list[Pick]) -> BatchEncoding:
-        texts = self.rows.__getitems__([pick.row for pick in picks])
+    def __getitem__(self, index: list[Pick]) -> BatchEncoding:
+        picks, texts = index, self.rows.__getitems__([pick.row for pick in index])
         chunks, labels = [], []
         for text, pick in zip(texts, picks):
             chunks += [{name: text[name][chunk] for name in self.inputs} for chunk in pick.chunks]
             labels.append(IGNORED_LABEL if pick.is_filler else text.get("label", IGNORED_LABEL))
-        batch = self.pad(chunks)  # (K, T)
+        batch = BatchEncoding(dict(self.pad(chunks)))  # (K, T)
         batch["labels"] = torch.tensor(labels)  # (B)
         batch["row"] = torch.tensor([text.get("row", pick.row) for text, pick in zip(texts, picks)])  # (B)
         chunks_per_text = torch.tensor([len(pick.chunks) for pick in picks])
@@ -317,9 +317,8 @@ def sync_gradients(model: torch.nn.Module, *, when: bool) -> contextlib.Abstract
 
     A plain model has none to exchange.
     """
-    if when or not hasattr(model, "no_sync"):
-        return contextlib.nullcontext()
-    return model.no_sync()
+    no_sync = getattr(model, "no_sync", None)
+    return contextlib.nullcontext() if when or no_sync is None else no_sync()
 
 
 # Fit into memory, and into DDP --------------------------------------------------------------------

@@ -14,7 +14,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -23,7 +23,7 @@ from typing import NoReturn
 import numpy as np
 import safetensors.torch
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.errors import Interrupted, UserError
 from common.files import (
@@ -76,7 +76,7 @@ POSITION = ("micro_batch", "epoch", "step_of_epoch", "step", "history", "best")
 class TrainingState:
     """What a step changes: the model and all that belongs to it, and how far the training has come."""
 
-    model: torch.nn.Module
+    model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     parallel: torch.nn.Module  # the model itself, or DDP or a compiled module around it
     optimizer: torch.optim.Optimizer
@@ -199,7 +199,8 @@ class Checkpoints:
         if self.runtime.device.type == "cuda":
             tensors["cuda"] = torch.cuda.get_rng_state(self.runtime.device)
         name, keys, *rest = np.random.get_state(legacy=True)
-        others = {"python": random.getstate(), "numpy": [name, keys.tolist(), *rest]}
+        numbers = np.asarray(keys).tolist()
+        others = {"python": random.getstate(), "numpy": [name, numbers, *rest]}
         path = folder / f"rank-{self.runtime.rank}"
         write_tensors(path.with_suffix(".safetensors"), tensors)
         write_json(path.with_suffix(".json"), {"random": others, "meter": sums})
@@ -383,6 +384,9 @@ def fingerprint(model: torch.nn.Module) -> str:
 # Stop on a signal ---------------------------------------------------------------------------------
 
 
+Handler = Callable[[int, FrameType | None], object] | int | None
+
+
 class StopSignals:
     """Notes the first SIGINT or SIGTERM instead of ending the process; used as a context.
 
@@ -394,7 +398,7 @@ class StopSignals:
     def __init__(self, runtime: Runtime, advice: str) -> None:
         self.runtime, self.advice = runtime, advice
         self.received: int | None = None
-        self.handlers: dict[int, object] = {}
+        self.handlers: dict[int, Handler] = {}
 
     def __enter__(self) -> "StopSignals":
         # Python lets no other thread handle signals

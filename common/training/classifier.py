@@ -10,6 +10,7 @@ import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import torch
 from transformers import (
@@ -26,6 +27,9 @@ from common.errors import UserError
 from common.files import replace_folder
 from common.runtime import Runtime
 from common.training.data import TokenConfig, name_sha256
+
+if TYPE_CHECKING:
+    import peft
 
 SETTINGS_FILE = "training.json"  # beside the saved model: how it was trained
 # the settings of a run that a saved model remembers, so that it is used and scored in the same way
@@ -238,7 +242,7 @@ def _num_embeddings(model: PreTrainedModel) -> int:
 # Adapt --------------------------------------------------------------------------------------------
 
 
-def adapt(model: PreTrainedModel, config: ModelConfig) -> torch.nn.Module:
+def adapt(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
     """Return the model as the flags want it: frozen layers, recomputed activations, adapters.
 
     Attention and dropout are replaced by versions that cost less on CPUs.
@@ -291,7 +295,7 @@ def recompute_activations(model: PreTrainedModel) -> None:
     model.activation_checkpointing_enable({"use_reentrant": False})
 
 
-def add_adapters(model: PreTrainedModel, rank: int) -> torch.nn.Module:
+def add_adapters(model: PreTrainedModel, rank: int) -> PreTrainedModel:
     """Return the model with low-rank adapters (LoRA, Hu et al. 2021) at all linear layers but the head's.
 
     Only the adapters and the head learn. The head is everything beside the pretrained model: it is
@@ -320,12 +324,20 @@ def add_adapters(model: PreTrainedModel, rank: int) -> torch.nn.Module:
         adapted = peft.get_peft_model(model, config)
     for module in head:
         module.requires_grad_(True)
-    return adapted
+    # peft's wrapper has all attributes of the model within
+    return cast(PreTrainedModel, adapted)
 
 
-def merge_adapters(model: torch.nn.Module) -> torch.nn.Module:
-    """Return a plain model: a copy with its adapters merged into its weights, or the model if it has none."""
-    return copy.deepcopy(model).merge_and_unload() if hasattr(model, "merge_and_unload") else model
+def merge_adapters(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a plain model: a copy with its adapters merged into its weights, or itself if it has none."""
+    if not hasattr(model, "merge_and_unload"):
+        return model
+    return cast("peft.PeftModel", copy.deepcopy(model)).merge_and_unload()
+
+
+def class_names(model: PreTrainedModel) -> list[str]:
+    """Return the names of a model's classes in the order of its logits."""
+    return [name for _, name in sorted((model.config.id2label or {}).items())]
 
 
 # Save, and load what was saved --------------------------------------------------------------------

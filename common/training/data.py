@@ -29,6 +29,7 @@ SPLIT_SYNONYMS = {
     "validation": ["validation", "valid", "val", "dev"],
     "test": ["test"],
 }
+Splits = dict[str, datasets.Dataset]
 CUT_SHARE = 0.1  # of the source's training rows, for each split that is missing
 TRUNCATIONS = ("head", "tail", "head-tail", "chunks")
 # share of a chunk with head-tail: 128 of 510 tokens was best on IMDb (Sun et al. 2019, "How to
@@ -73,7 +74,7 @@ class TokenConfig:
 # Labelled splits ----------------------------------------------------------------------------------
 
 
-def load_splits(config: DataConfig, runtime: Runtime) -> datasets.DatasetDict:
+def load_splits(config: DataConfig, runtime: Runtime) -> Splits:
     """Return the labelled splits `train`, `validation` and `test`, and print where they come from."""
     source = reading.read(config.dataset, config=config.dataset_config, cache_dir=config.cache_dir)
     wanted = {"train": config.train_split, "validation": config.validation_split, "test": config.test_split}
@@ -140,14 +141,14 @@ def name_sha256(name: str) -> str:
     return hashlib.sha256(reading.full_name(name).encode()).hexdigest()
 
 
-def choose_splits(source: datasets.DatasetDict, wanted: dict[str, str | None]) -> datasets.DatasetDict:
+def choose_splits(source: datasets.DatasetDict, wanted: dict[str, str | None]) -> Splits:
     """Return the wanted splits under the names `train`, `validation` and `test`.
 
     `wanted` maps each of them to its name in the source, or to None to try the usual names. A split
     that is neither named nor in the source is left out. Raises UserError for a name that is not in
     the source, and when there is no training split.
     """
-    chosen = {}
+    chosen: Splits = {}
     for split, name in wanted.items():
         candidates = [name] if name else SPLIT_SYNONYMS[split]
         present = next((candidate for candidate in candidates if candidate in source), None)
@@ -159,12 +160,12 @@ def choose_splits(source: datasets.DatasetDict, wanted: dict[str, str | None]) -
                 f"--{split}-split {candidates[0]}: no such split; the data set has {available}; name one of"
                 " these"
             )
-    return datasets.DatasetDict(chosen)
+    return chosen
 
 
 def validate(
-    splits: datasets.DatasetDict, *, text_column: str, label_column: str, names: list[str] | None = None
-) -> datasets.DatasetDict:
+    splits: Splits, *, text_column: str, label_column: str, names: list[str] | None = None
+) -> Splits:
     """Return the splits with the columns `text`, `label` and `row`, after checking every row.
 
     Labels may be strings, whole numbers, booleans or ClassLabel. The class names are `names` (those
@@ -189,9 +190,7 @@ def validate(
                 f"split {split}, row {unknown + 1}: the label {values[unknown]!r} {complaint}"
                 f" ({_listed(known)}); correct or remove the row"
             )
-    return datasets.DatasetDict(
-        {split: _with_labels(rows, labels[split], names, text_column) for split, rows in splits.items()}
-    )
+    return {split: _with_labels(rows, labels[split], names, text_column) for split, rows in splits.items()}
 
 
 def _class_names(feature: object, labels: set[str]) -> list[str]:
@@ -253,11 +252,10 @@ def _with_labels(
     result = rows.select_columns([text_column])
     if text_column != "text":
         result = result.rename_column(text_column, "text")
-    result = result.cast_column("text", datasets.Value("string"))
-    result = result.add_column(
-        "label", [index[label] for label in labels], feature=datasets.ClassLabel(names=list(names))
-    )
-    return result.add_column("row", np.arange(1, len(rows) + 1))
+    result = _as_dataset(result.cast_column("text", datasets.Value("string")))
+    classes = datasets.ClassLabel(names=list(names))
+    result = _as_dataset(result.add_column("label", [index[label] for label in labels], feature=classes))
+    return _as_dataset(result.add_column("row", np.arange(1, len(rows) + 1)))
 
 
 def _natural_order(name: str) -> tuple[int, int, str]:
@@ -265,7 +263,7 @@ def _natural_order(name: str) -> tuple[int, int, str]:
     return (0, int(name), name) if re.fullmatch(r"-?\d{1,20}", name) else (1, 0, name)
 
 
-def cut_missing_splits(splits: datasets.DatasetDict, *, seed: int) -> tuple[datasets.DatasetDict, list[str]]:
+def cut_missing_splits(splits: Splits, *, seed: int) -> tuple[Splits, list[str]]:
     """Return the three splits, and the names of those that had to be cut from the training split.
 
     Each missing split gets 10 % of the source's training rows, stratified; which ones depends on
@@ -276,7 +274,7 @@ def cut_missing_splits(splits: datasets.DatasetDict, *, seed: int) -> tuple[data
     for split in missing:
         size = max(round(num_rows * CUT_SHARE), splits["train"].features["label"].num_classes)
         cut["train"], cut[split] = stratified_cut(cut["train"], size, seed=seed, purpose=f"a {split} split")
-    return datasets.DatasetDict({split: cut[split] for split in ("train", "validation", "test")}), missing
+    return {split: cut[split] for split in ("train", "validation", "test")}, missing
 
 
 def stratified_cut(
@@ -300,7 +298,7 @@ def stratified_cut(
             f" {name!r} has {counts.min()}; add rows of it, or supply the split, for example as a folder"
             " with train.csv, validation.csv and test.csv"
         ) from error
-    return rows.select(np.sort(rest)), rows.select(np.sort(part))
+    return _take(rows, rest), _take(rows, part)
 
 
 def sample(rows: datasets.Dataset, size: int | None, *, seed: int, flag: str) -> datasets.Dataset:
@@ -318,10 +316,21 @@ def sample(rows: datasets.Dataset, size: int | None, *, seed: int, flag: str) ->
     shuffled = np.random.default_rng(seed).permutation(len(rows))
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
     # evenly spaced over the classes: each has its share, within one row
-    return rows.select(np.sort(by_class[reading.evenly_spaced(len(rows), size)]))
+    return _take(rows, by_class[reading.evenly_spaced(len(rows), size)])
 
 
-def count_shared_texts(splits: datasets.DatasetDict) -> dict[str, int]:
+def _take(rows: datasets.Dataset, numbers: np.ndarray) -> datasets.Dataset:
+    """Return the rows with these numbers, in the order of the source."""
+    return _as_dataset(rows.select(np.sort(numbers)))
+
+
+def _as_dataset(rows: datasets.Dataset | datasets.DatasetDict) -> datasets.Dataset:
+    """Return the rows; the library's types leave open which of the two its methods return."""
+    assert isinstance(rows, datasets.Dataset)
+    return rows
+
+
+def count_shared_texts(splits: Splits) -> dict[str, int]:
     """Return, for each split but train, how many of its rows have a text that is in train too.
 
     The scores of such rows say little about new texts.
@@ -414,13 +423,14 @@ def tokenize(
     key = digest.hexdigest()
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "tokenized"
     folder.mkdir(parents=True, exist_ok=True)
-    return rows.map(
+    tokenized = rows.map(
         lambda batch: encode(batch["text"], tokenizer, max_length=max_length, truncation=truncation),
         batched=True,
         desc="tokenising",
         cache_file_name=str(folder / f"{key}-{FORMAT}-{datasets.__version__}.arrow"),
         new_fingerprint=key[:16],
     )
+    return _as_dataset(tokenized)
 
 
 def tokenizer_json(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -436,13 +446,13 @@ def tokenizer_json(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def tokenize_splits(
-    splits: datasets.DatasetDict,
+    splits: Splits,
     tokenizer: PreTrainedTokenizerBase,
     config: TokenConfig,
     runtime: Runtime,
     *,
     cache_dir: str | None,
-) -> dict[str, datasets.Dataset]:
+) -> Splits:
     """Return the tokenised splits: one process of each machine fills the cache, the others read it."""
     with runtime.local_main_first():
         return {

@@ -10,13 +10,15 @@ from collections.abc import Iterator
 
 import datasets
 import evaluate as evaluate_library
+import numpy as np
 import torch
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, precision_recall_fscore_support
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.runtime import Runtime
 from common.training import batching, data
 from common.training.checkpoint import StopSignals
+from common.training.classifier import class_names
 from common.training.tracking import progress
 
 # texts held at a time: enough to sort by length, with little memory and early first answers
@@ -30,6 +32,7 @@ class Accuracy(evaluate_library.Metric):
     def _info(self) -> evaluate_library.MetricInfo:
         return _metric_info(self.__doc__)
 
+    # pyrefly: ignore [bad-override]  (the library calls it with just these two)
     def _compute(self, predictions: list[int], references: list[int]) -> dict[str, float]:
         return {"accuracy": float(accuracy_score(references, predictions))}
 
@@ -40,6 +43,7 @@ class MacroF1(evaluate_library.Metric):
     def _info(self) -> evaluate_library.MetricInfo:
         return _metric_info(self.__doc__)
 
+    # pyrefly: ignore [bad-override]  (the library calls it with just these two)
     def _compute(self, predictions: list[int], references: list[int]) -> dict[str, float]:
         return {"macro_f1": float(f1_score(references, predictions, average="macro", zero_division=0))}
 
@@ -63,7 +67,8 @@ def classification_scores(logits: torch.Tensor, labels: torch.Tensor) -> dict:
     overall = metrics.compute(predictions=predictions, references=references)
     measures = precision_recall_fscore_support(references, predictions, labels=classes, zero_division=0)
     per_class = {
-        name: values.tolist() for name, values in zip(("precision", "recall", "f1", "support"), measures)
+        name: np.asarray(values).tolist()
+        for name, values in zip(("precision", "recall", "f1", "support"), measures)
     }
     return {
         "loss": torch.nn.functional.cross_entropy(logits.double(), labels).item(),
@@ -74,7 +79,7 @@ def classification_scores(logits: torch.Tensor, labels: torch.Tensor) -> dict:
 
 
 def evaluate(
-    model: torch.nn.Module,
+    model: PreTrainedModel,
     rows: datasets.Dataset,
     tokenizer: PreTrainedTokenizerBase,
     runtime: Runtime,
@@ -92,7 +97,7 @@ def evaluate(
 
 @torch.inference_mode()
 def predict_logits(
-    model: torch.nn.Module,
+    model: PreTrainedModel,
     rows: datasets.Dataset,
     tokenizer: PreTrainedTokenizerBase,
     runtime: Runtime,
@@ -112,7 +117,8 @@ def predict_logits(
     lengths = rows["chunk_lengths"][:]
     all_batches = batching.evaluation_batches(lengths, batch_size=batch_size)
     batches = all_batches[runtime.rank :: runtime.world_size]
-    sums = torch.zeros(len(rows), model.config.num_labels, device=runtime.device)  # (N, C)
+    num_classes = model.config.num_labels or 0
+    sums = torch.zeros(len(rows), num_classes, device=runtime.device)  # (N, C)
     counts = torch.zeros(len(rows), dtype=torch.int64, device=runtime.device)  # (N), chunks scored
     loader = batching.batch_loader(rows, batches, tokenizer, pin_memory=runtime.device.type == "cuda")
     with batching.explain_out_of_memory(
@@ -147,7 +153,7 @@ def is_better(scores: dict, best: dict | None, metric: str) -> bool:
 
 
 def predict_texts(
-    model: torch.nn.Module,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: list[str],
     tokens: data.TokenConfig,
@@ -160,7 +166,7 @@ def predict_texts(
     An answer is a dict with `row` (from 1), `label`, `confidence` and `scores` (class name ->
     probability).
     """
-    names = [model.config.id2label[number] for number in range(model.config.num_labels)]
+    names = class_names(model)
     for start in range(0, len(texts), PREDICT_BLOCK):
         block = texts[start : start + PREDICT_BLOCK]
         columns = data.encode(

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from common import bundled, models
 from common.training.batching import Batches, Pick
 from common.training.classifier import mismatches
-from common.training.data import TokenConfig
+from common.training.data import Splits, TokenConfig
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 SHOWN_TOKENS = 24
@@ -20,8 +20,8 @@ SENTENCE_TOKENS = 24  # of the sentence that two tokenizers are compared on, at 
 
 
 def show(
-    splits: datasets.DatasetDict,
-    tokenized: dict[str, datasets.Dataset],
+    splits: Splits,
+    tokenized: Splits,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -45,7 +45,7 @@ def show(
     _show_match(model, tokenizer)
 
 
-def split_table(splits: datasets.DatasetDict) -> str:
+def split_table(splits: Splits) -> str:
     """Return the number of texts of each class in each split as a table."""
     names = splits["train"].features["label"].names
     counts = {split: np.bincount(rows["label"][:], minlength=len(names)) for split, rows in splits.items()}
@@ -53,7 +53,7 @@ def split_table(splits: datasets.DatasetDict) -> str:
     return tabulate([*lines, ["all", *(len(rows) for rows in splits.values())]], ["class", *counts])
 
 
-def length_table(tokenized: dict[str, datasets.Dataset]) -> str:
+def length_table(tokenized: Splits) -> str:
     """Return the percentiles of the texts' lengths in tokens, and the share truncated, for each split."""
     lines = []
     for split, rows in tokenized.items():

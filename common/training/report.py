@@ -13,7 +13,7 @@ from common import figures
 from common.runtime import Runtime
 from common.training import batching
 from common.training.batching import BatchConfig
-from common.training.data import TokenConfig
+from common.training.data import Splits, TokenConfig
 from common.training.tracking import Log
 
 EPOCH_COLUMNS = {
@@ -59,9 +59,7 @@ SHOWN_CHARACTERS = 60
 NUM_SHOWN, NUM_IN_TENSORBOARD = 5, 50  # texts with right or wrong answers
 
 
-def token_lines(
-    tokenized: dict[str, datasets.Dataset], tokens: TokenConfig, config: BatchConfig, runtime: Runtime
-) -> str:
+def token_lines(tokenized: Splits, tokens: TokenConfig, config: BatchConfig, runtime: Runtime) -> str:
     """Return three lines on what truncation drops from the texts, and what padding costs in training."""
     lines = []
     for use, split in (("training", "train"), ("scoring", "test")):
@@ -177,11 +175,12 @@ class Predictions:
             writer = csv.writer(file)
             scores_of = [f"score {name}" for name in self.names]
             writer.writerow(["row", "true", "predicted", "confidence", *scores_of, "text"])
-            for number, row in enumerate(self.rows):
-                true, predicted = self.names[row["label"]], self.names[self.predicted[number]]
+            columns = (self.rows[name][:] for name in ("row", "label", "text"))
+            for number, (row, label, text) in enumerate(zip(*columns)):
+                true, predicted = self.names[label], self.names[self.predicted[number]]
                 confidence = f"{self.confidence[number].item():.6f}"
                 scores = [f"{score:.6f}" for score in self.scores[number].tolist()]
-                writer.writerow([row["row"], true, predicted, confidence, *scores, row["text"]])
+                writer.writerow([row, true, predicted, confidence, *scores, text])
 
 
 def _shorten(text: str) -> str:
@@ -302,7 +301,7 @@ def _base_model(name: str) -> str:
     return "" if Path(name).exists() else f"base_model: {HUB_NAMES.get(name, name)}\n"
 
 
-def _novelty(splits: datasets.DatasetDict) -> str:
+def _novelty(splits: Splits) -> str:
     seen = {*splits["train"]["text"], *splits["validation"]["text"]}
     count = sum(text in seen for text in splits["test"]["text"])
     if count == 0:
@@ -313,7 +312,7 @@ def _novelty(splits: datasets.DatasetDict) -> str:
     )
 
 
-def write_card(folder: Path, outcome: Outcome, splits: datasets.DatasetDict) -> None:
+def write_card(folder: Path, outcome: Outcome, splits: Splits) -> None:
     """Write the model card, README.md, into the folder of a saved model.
 
     It tells what the model is and how to use it, its data, settings, results and limits.

@@ -234,8 +234,10 @@ class RunLog:
         settings = {
             name: value for name, value in self.settings.items() if isinstance(value, (bool, int, float, str))
         }
+        file_writer = self.writer._get_file_writer()
+        assert file_writer is not None
         for summary in hparams(settings, dict.fromkeys(curves, 0.0)):
-            self.writer.file_writer.add_summary(summary)
+            file_writer.add_summary(summary)
 
     def close(self) -> None:
         """Write out what is still buffered."""

@@ -308,6 +308,18 @@ FLAGS = {  # name: (flags, what the line must hold)
     "metric": (["--best-metric", "f1"], ("--best-metric", "'f1'", "accuracy", "macro_f1", "loss")),
     "unknown flag": (["--learning-rate", "1"], ("--learning-rate", "--help")),
     "abbreviated flag": (["--max-len", "32"], ("--max-len", "--help")),
+    "a tokenizer to compare without an inspection": (
+        ["--compare-tokenizer", BUNDLED],
+        (f"--compare-tokenizer {BUNDLED}", "--inspect"),
+    ),
+    "a tokenizer to compare that is not there": (
+        ["--inspect", "--compare-tokenizer", "./nowhere"],
+        ("--compare-tokenizer ./nowhere", "no such folder"),
+    ),
+    "an unknown bundled tokenizer to compare": (
+        ["--inspect", "--compare-tokenizer", "bundled/nope"],
+        ("--compare-tokenizer bundled/nope", "no such bundled", BUNDLED),
+    ),
     "two modes": (["--inspect", "--evaluate-only"], ("--inspect", "--evaluate-only", "not allowed with")),
     "a file for the cache": (
         ["--cache-dir", __file__],
