@@ -11,8 +11,8 @@ DistributedDataParallel. Left out on purpose: Trainer, callbacks, multi-label an
   python train_classifier.py --dataset reviews.csv --inspect
   python train_classifier.py --model runs/reviews/best --predict new.txt # one JSON line per text
   python train_classifier.py --model runs/reviews/best --dataset reviews.csv --evaluate-only
-  python train_classifier.py --epochs 3 --resume runs/news               # continue where it was stopped
-  torchrun --nproc-per-node 2 train_classifier.py --epochs 3             # one process per GPU (or CPU share)
+  python train_classifier.py --epochs 3 --resume runs/news               # continue where it stopped
+  torchrun --nproc-per-node 2 train_classifier.py --epochs 3             # one process per GPU
 """
 
 import argparse
@@ -62,7 +62,7 @@ def make_parser() -> cli.Parser:
 
 def add_data_flags(parser: cli.Parser) -> None:
     flag, count = parser.add_argument_group("data").add_argument, cli.positive_int
-    sources = "a bundled name, a CSV/TSV/JSON/JSONL/Parquet file, a folder of class folders, or a Hub id"
+    sources = "bundled name, CSV/TSV/JSON/JSONL/Parquet file, folder of class folders, or Hub id"
     flag("--dataset", default="bundled/bbc-news", help=sources)
     flag("--dataset-config", help="configuration of a Hub data set that has several")
     flag("--text-column", default="text", help="column of the texts")
@@ -70,36 +70,37 @@ def add_data_flags(parser: cli.Parser) -> None:
     flag("--train-split", help="its name in the data set")
     flag("--validation-split", help="its name in the data set; cut from train if there is none")
     flag("--test-split", help="its name in the data set; cut from train if there is none")
-    flag("--max-train-samples", type=count, help="train on a stratified sample of at most this many texts")
+    flag("--max-train-samples", type=count, help="most texts to train on: a stratified sample")
     flag("--max-eval-samples", type=count, help="the same for validation and test")
-    length = f"tokens that the model reads at once in training (default: {classifier.DEFAULT_MAX_LENGTH})"
+    length = f"tokens read at once in training (default: {classifier.DEFAULT_MAX_LENGTH})"
     flag("--max-length", type=count, help=length)
-    flag("--eval-max-length", type=count, help="the same in evaluation and prediction (default: as training)")
+    flag("--eval-max-length", type=count, help="the same in scoring (default: --max-length)")
     truncation = (
-        "what to read of a longer text: its beginning, its end, a quarter from the beginning and the rest"
-        " from the end, or all of it in overlapping chunks whose logits are averaged (default:"
-        f" {classifier.DEFAULT_TRUNCATION}; for a saved model, as it was scored)"
+        "what to read of a longer text: its beginning, its end, a quarter from the beginning and"
+        " the rest from the end, or all of it in overlapping chunks whose logits are averaged"
+        f" (default: {classifier.DEFAULT_TRUNCATION}; for a saved model, as it was scored)"
     )
     flag("--truncation", choices=data.TRUNCATIONS, help=truncation)
-    chunks = "chunks of a text in a training step, drawn again in each epoch; scoring reads all of them"
+    chunks = "chunks of a text in a training step, drawn again in each epoch; scoring reads all"
     flag("--max-chunks", type=count, default=1, help=chunks)
 
 
 def add_training_flags(parser: cli.Parser) -> None:
-    flag, count, share = parser.add_argument_group("training").add_argument, cli.positive_int, cli.fraction
+    flag = parser.add_argument_group("training").add_argument
+    count, share = cli.positive_int, cli.fraction
     flag("--epochs", type=count, default=3, help="passes over the training split")
     flag("--batch-size", type=count, default=16, help="texts per process and micro-batch")
     flag("--eval-batch-size", type=count, default=32, help="chunks per process in evaluation")
     flag("--grad-accum", type=count, default=1, help="micro-batches per optimizer step")
     flag("--lr", type=cli.positive_float, default=1e-4, help="highest learning rate")
-    flag("--warmup-ratio", type=share, default=0.1, help="share of the steps in which the rate rises from 0")
+    flag("--warmup-ratio", type=share, default=0.1, help="share of steps with a rising learning rate")
     decay = "of matrices; biases and norms have none"
     flag("--weight-decay", type=cli.non_negative_float, default=0.01, help=decay)
-    flag("--max-grad-norm", type=cli.positive_float, default=1.0, help="clip the gradient to this norm")
-    flag("--dropout", type=share, help="everywhere in the model (default: as pretrained, attention 0)")
+    flag("--max-grad-norm", type=cli.positive_float, default=1.0, help="clips the gradient")
+    flag("--dropout", type=share, help="default: as pretrained, in attention 0")
     attention = "above 0 it is slower on CPUs (default: --dropout if given, else 0)"
     flag("--attention-dropout", type=share, help=attention)
-    flag("--label-smoothing", type=share, default=0.0, help="share of a label spread over all classes")
+    flag("--label-smoothing", type=share, default=0.0, help="share spread over all classes")
     weights = "balanced: every class counts the same, however few texts it has"
     flag("--class-weights", choices=["none", "balanced"], default="none", help=weights)
     buckets = "buckets: texts of similar length share a batch"
@@ -117,32 +118,33 @@ def add_training_flags(parser: cli.Parser) -> None:
     flag("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
     halve = "if a micro-batch does not fit into memory, halve it and accumulate: the same steps"
     flag("--auto-batch-size", action="store_true", help=halve)
-    flag("--compile", action="store_true", help="torch.compile: minutes at first, faster steps on GPUs")
+    flag("--compile", action="store_true", help="torch.compile: slow start, faster steps on GPUs")
     faster = "on a GPU: a little faster, and two runs differ in their last digits"
     flag("--nondeterministic", action="store_true", help=faster)
     workers = "processes that make batches; the texts are already tokenised, so few are of use"
     flag("--num-workers", type=cli.non_negative_int, default=0, help=workers)
-    flag("--log-every", type=count, default=10, help="optimizer steps between two points of a curve")
+    flag("--log-every", type=count, default=10, help="optimizer steps between points of a curve")
 
 
 def add_run_flags(parser: cli.Parser) -> None:
     flag, count = parser.add_argument_group("stopping and resuming").add_argument, cli.positive_int
     often = "write a checkpoint after every so many optimizer steps, not only after each epoch"
     flag("--save-every", type=count, metavar="STEPS", help=often)
-    flag("--keep", type=count, default=2, help="checkpoints to keep: with two, a damaged one loses little")
+    flag("--keep", type=count, default=2, help="checkpoints; with two, damage costs little")
     resume = (
-        "continue the run in this folder (or in --output-dir) from its newest undamaged checkpoint, or from"
-        " a given one, runs/<name>/checkpoints/step-<number>; the other flags stay the same"
+        "continue the run in this folder (or in --output-dir) from its newest undamaged"
+        " checkpoint, or from a given one, runs/<name>/checkpoints/step-<number>; the other flags"
+        " stay the same"
     )
     flag("--resume", nargs="?", const=tracking.NEWEST, metavar="RUN", help=resume)
 
     group = parser.add_argument_group("instead of training")
     flag = group.add_mutually_exclusive_group().add_argument
     flag("--inspect", action="store_true", help="show data, tokenizer, model and a batch")
-    flag("--evaluate-only", action="store_true", help="score the model given by --model on the test split")
-    classify = "classify each line of a text file (- for standard input), or each row of a data file"
+    flag("--evaluate-only", action="store_true", help="score a saved --model on the test split")
+    classify = "classify the lines of a text file (- for standard input), or the rows of a data file"
     flag("--predict", metavar="FILE", help=classify)
-    other = "with --inspect: compare it with this tokenizer on a sentence (bundled name, folder or Hub id)"
+    other = "with --inspect: a second tokenizer on a sentence (bundled name, folder or Hub id)"
     group.add_argument("--compare-tokenizer", metavar="NAME", help=other)
 
 
@@ -237,7 +239,8 @@ def prepare(
 
     class_weights = None
     if config.class_weights == "balanced":
-        class_weights = batching.balanced_weights(rows["label"][:], rows.features["label"].num_classes)  # (C)
+        num_classes = rows.features["label"].num_classes
+        class_weights = batching.balanced_weights(rows["label"][:], num_classes)  # (C)
 
     batches = batching.Batches(rows, tokenizer)
     micro_batch = config.batches.batch_size
@@ -258,25 +261,18 @@ def prepare(
     # the learning rate rises from 0, then falls to 0
     steps_per_epoch = math.ceil(len(rows) / config.batches.texts_per_step(runtime.world_size))
     num_steps = steps_per_epoch * config.epochs
-    scheduler = get_linear_schedule_with_warmup(optimizer, round(config.warmup_ratio * num_steps), num_steps)
+    num_warmup_steps = round(config.warmup_ratio * num_steps)
+    scheduler = get_linear_schedule_with_warmup(optimizer, num_warmup_steps, num_steps)
 
     # the gradients of fp16 would vanish without it; elsewhere it does nothing
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
 
-    parallel: torch.nn.Module = adapted
-    if runtime.world_size > 1:
-        probe = batches[[batching.Pick(0, (0,))]]
-        unused = batching.has_unused_parameters(adapted, probe, runtime)
-        # buffers are constant in encoders
-        parallel = DistributedDataParallel(adapted, find_unused_parameters=unused, forward_sync_buffers=False)
-        # after its first backward pass DDP adds gradients up in another order, in which more than two
-        # processes get other last digits: a resumed run must not have that pass a second time
-        batching.backward_once(parallel, probe, runtime)
-        adapted.zero_grad()
+    parallel = adapted if runtime.world_size == 1 else distribute(adapted, batches, runtime)
     if config.model.compile:
-        parallel = cast(torch.nn.Module, torch.compile(parallel, dynamic=True))  # batches differ in length
+        parallel = cast(torch.nn.Module, torch.compile(parallel, dynamic=True))  # for all lengths
 
-    torch.manual_seed(config.batches.seed + runtime.rank)  # each process draws its own dropout masks
+    # each process draws its own dropout masks
+    torch.manual_seed(config.batches.seed + runtime.rank)
     return TrainingState(
         model=adapted,
         tokenizer=tokenizer,
@@ -288,6 +284,24 @@ def prepare(
         class_weights=class_weights,
         micro_batch=micro_batch,
     )
+
+
+def distribute(
+    model: PreTrainedModel, batches: batching.Batches, runtime: Runtime
+) -> DistributedDataParallel:
+    """Return the model in DDP, which averages gradients over all processes."""
+    batch = batches[[batching.Pick(0, (0,))]]
+    # buffers are constant in encoders
+    parallel = DistributedDataParallel(
+        model,
+        find_unused_parameters=batching.has_unused_parameters(model, batch, runtime),
+        forward_sync_buffers=False,
+    )
+    # after its first backward pass DDP adds gradients up in another order, in which more than two
+    # processes get other last digits: a resumed run must not have that pass a second time
+    batching.backward_once(parallel, batch, runtime)
+    model.zero_grad()
+    return parallel
 
 
 # The loop -----------------------------------------------------------------------------------------
@@ -304,14 +318,16 @@ class Run:
 
 def train(state: TrainingState, tokenized: Splits, run: Run, config: TrainConfig, runtime: Runtime) -> None:
     """Train from where `state` is to the last epoch, and keep the best weights in best/."""
-    model, optimizer, scheduler, scaler = state.parallel, state.optimizer, state.scheduler, state.scaler
-    meter, rows = state.meter, tokenized["train"]
-    loss_weights = None if state.class_weights is None else state.class_weights.to(runtime.device)  # (C)
+    model, optimizer, scheduler = state.parallel, state.optimizer, state.scheduler
+    scaler, meter, rows = state.scaler, state.meter, tokenized["train"]
+    loss_weights = state.class_weights  # (C)
+    if loss_weights is not None:
+        loss_weights = loss_weights.to(runtime.device)
 
-    memory_advice = batching.memory_advice(config.batches, config.tokens.max_length, config.auto_batch_size)
+    too_large = batching.memory_advice(config.batches, config.tokens.max_length, config.auto_batch_size)
 
     while state.epoch <= config.epochs and not state.is_out_of_patience(config.early_stopping_patience):
-        # the epoch's optimizer steps, each a list of micro-batches; a resumed epoch skips those done
+        # the optimizer steps, each a list of micro-batches; a resumed epoch skips those done
         steps = batching.plan_epoch(
             rows, config.batches, epoch=state.epoch, micro_batch=state.micro_batch, runtime=runtime
         )
@@ -326,15 +342,15 @@ def train(state: TrainingState, tokenized: Splits, run: Run, config: TrainConfig
         label = f"epoch {state.epoch}/{config.epochs}"
         with (
             tracking.progress(loader, label=label, unit="step", shown=runtime.is_main) as bar,
-            batching.explain_out_of_memory(memory_advice),
+            batching.explain_out_of_memory(too_large),
         ):
             meter.start_epoch(is_resumed=state.step_of_epoch > 0)
-            if state.is_due(config.eval_every) and not state.is_evaluated():
-                validate(state, tokenized["validation"], run, config, runtime)  # a signal had stopped it
+            if state.is_due(config.eval_every) and not state.is_evaluated():  # a signal stopped it
+                validate(state, tokenized["validation"], run, config, runtime)
 
             for micro_batches in bar:
                 model.train()
-                # the loss of a step is a mean over all its examples, in every micro-batch and process
+                # the loss is a mean over the examples of all micro-batches and processes
                 examples, weight = count_examples(micro_batches, state.class_weights, runtime)
                 for number, batch in enumerate(micro_batches, start=1):
                     batch = batch.to(runtime.device, non_blocking=True)
@@ -355,12 +371,12 @@ def train(state: TrainingState, tokenized: Splits, run: Run, config: TrainConfig
                         # DDP averages over processes: world_size undoes it
                         scaler.scale(summed_loss / weight * runtime.world_size).backward()
                     meter.add(summed_loss, row_numbers)
-                scaler.unscale_(optimizer)  # before clipping, so that the norm is the true gradient's
+                scaler.unscale_(optimizer)  # before clipping: the norm is the true gradient's
                 grad_norm = clip_grad_norm_(model.parameters(), config.max_grad_norm)
                 scale = scaler.get_scale()
                 scaler.step(optimizer)
                 scaler.update()
-                # fp16 skips a step whose gradients overflow: then the schedule waits too (pytorch #55585)
+                # fp16 skips a step that overflows: then the schedule waits too (pytorch #55585)
                 if scaler.get_scale() >= scale:
                     scheduler.step()
                 optimizer.zero_grad()
@@ -382,7 +398,7 @@ def train(state: TrainingState, tokenized: Splits, run: Run, config: TrainConfig
                 stop = run.signals.requested()
                 if stop or state.is_due(config.save_every):
                     with meter.paused():
-                        meter.check()  # weights that are not finite must not replace those from before
+                        meter.check()  # weights that are not finite must not be kept
                         run.checkpoints.save(state, run.log)
                 if stop:
                     run.signals.stop()
@@ -394,7 +410,7 @@ def train(state: TrainingState, tokenized: Splits, run: Run, config: TrainConfig
 def validate(
     state: TrainingState, rows: datasets.Dataset, run: Run, config: TrainConfig, runtime: Runtime
 ) -> None:
-    """Score the model on the validation split, log the scores, and save it if it is the best so far."""
+    """Score the model on the validation split, and save it if it is the best so far."""
     with state.meter.paused():
         training = state.meter.so_far()
         try:
@@ -413,8 +429,8 @@ def validate(
         # the last steps can ruin the weights after their losses were read
         if not math.isfinite(scores["loss"]):
             raise UserError(
-                f"epoch {state.epoch}, step {state.step}: the validation loss is {scores['loss']}; lower --lr"
-                " or raise --warmup-ratio"
+                f"epoch {state.epoch}, step {state.step}: the validation loss is {scores['loss']};"
+                " lower --lr or raise --warmup-ratio"
             )
         entry = {"epoch": state.epochs_done(), "step": state.step, **training, **scores}
         state.history.append(entry)
@@ -423,8 +439,8 @@ def validate(
         if is_better(entry, state.best, config.best_metric):
             state.best, line = entry, f"{line}, the best so far"
             if runtime.is_main:
-                plain = classifier.merge_adapters(state.model)
-                classifier.save(plain, state.tokenizer, run.log.folder / "best", settings=run.log.settings)
+                plain, folder = classifier.merge_adapters(state.model), run.log.folder / "best"
+                classifier.save(plain, state.tokenizer, folder, settings=run.log.settings)
         runtime.say(line)
 
 
@@ -432,10 +448,11 @@ def validate(
 
 
 def test(loaded: Loaded, state: TrainingState, run: Run, runtime: Runtime) -> None:
-    """Reload the best weights, score them once on the test split, and write what the run came to."""
+    """Reload the best weights, score them once on the test split, and write the report."""
     runtime.barrier()  # the main process has written them
     config, rows, folder = loaded.config, loaded.tokenized["test"], run.log.folder
-    model, tokenizer = classifier.load_saved(str(folder / "best"), runtime, cache_dir=config.model.cache_dir)
+    best, cache_dir = str(folder / "best"), config.model.cache_dir
+    model, tokenizer = classifier.load_saved(best, runtime, cache_dir=cache_dir)
     scores, logits = evaluate(
         model, rows, tokenizer, runtime, batch_size=config.eval_batch_size, signals=run.signals
     )
@@ -478,7 +495,8 @@ def fit(args: argparse.Namespace, runtime: Runtime) -> None:
     checkpoints = Checkpoints(location.folder, identity, keep=args.keep, runtime=runtime)
     start = checkpoints.choose(location.checkpoint) if location.is_resumed else None
 
-    state = prepare(loaded.model, loaded.tokenizer, loaded.tokenized["train"], loaded.config, runtime)
+    rows = loaded.tokenized["train"]
+    state = prepare(loaded.model, loaded.tokenizer, rows, loaded.config, runtime)
     settings = tracking.run_settings(flags, identity, location.folder, runtime)
     log = checkpoints.open_log(settings, state.model, start, is_resumed=location.is_resumed)
     if start is not None:
@@ -546,8 +564,8 @@ def inspect(args: argparse.Namespace, runtime: Runtime) -> None:
 def main(args: argparse.Namespace) -> None:
     if args.compare_tokenizer is not None and not args.inspect:
         raise UserError(
-            f"--compare-tokenizer {args.compare_tokenizer}: it works with --inspect only; add --inspect, or"
-            " leave it out"
+            f"--compare-tokenizer {args.compare_tokenizer}: it works with --inspect only; add"
+            " --inspect, or leave it out"
         )
     runtime = start_runtime(args.device, args.precision, args.seed)
     if args.inspect:

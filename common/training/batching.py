@@ -1,4 +1,4 @@
-"""Turn tokenised texts into padded batches: in which order, how many at a time, and the loss's divisor.
+"""Turn tokenised texts into padded batches, in order, and into steps that fit into memory.
 
 Which texts share an optimizer step is a pure function of the seed and the epoch. A step is split
 into micro-batches that fit into memory. A micro-batch may hold several chunks of one text, whose
@@ -47,17 +47,17 @@ class BatchConfig:
 
 
 def check(config: BatchConfig, truncation: str | None) -> None:
-    """Raise UserError when flags exclude each other; the `truncation` None is the default, chunks."""
+    """Raise UserError when flags exclude each other; `truncation` None is the default, chunks."""
     most, size = config.max_chunks, config.batch_size
     if most > 1 and truncation not in (None, "chunks"):
         raise UserError(
-            f"--max-chunks {most}: --truncation {truncation} reads one chunk of a text; leave one of the two"
-            " out"
+            f"--max-chunks {most}: --truncation {truncation} reads one chunk of a text; leave one"
+            " of the two out"
         )
     if most > size:
         raise UserError(
-            f"--max-chunks {most}: a micro-batch holds at most --batch-size {size} chunks, and those of a"
-            " text stay together; lower the one or raise the other"
+            f"--max-chunks {most}: a micro-batch holds at most --batch-size {size} chunks, and"
+            " those of a text stay together; lower the one or raise the other"
         )
 
 
@@ -66,7 +66,7 @@ class Pick(NamedTuple):
 
     row: int
     chunks: tuple[int, ...]
-    is_filler: bool = False  # gives a process without a row something to do; its loss counts nowhere
+    is_filler: bool = False  # work for a process without a row: its loss counts nowhere
 
 
 # The order of the data ----------------------------------------------------------------------------
@@ -95,7 +95,8 @@ def plan_epoch(
     steps = []
     for numbers in order:
         picks = [Pick(row, chosen[row]) for row in numbers.tolist()]
-        steps.append(split_picks(share_of_rank(picks, runtime.rank, runtime.world_size), micro_batch))
+        share = share_of_rank(picks, runtime.rank, runtime.world_size)
+        steps.append(split_picks(share, micro_batch))
     return steps
 
 
@@ -114,7 +115,8 @@ def batch_order(
     if buckets:
         pool = batch_size * max(1, min(POOL_BATCHES, len(lengths) // batch_size // POOLS))
         pools = [order[start : start + pool] for start in range(0, len(order), pool)]
-        order = np.concatenate([rows[np.argsort(np.asarray(lengths)[rows], kind="stable")] for rows in pools])
+        lengths = np.asarray(lengths)
+        order = np.concatenate([rows[np.argsort(lengths[rows], kind="stable")] for rows in pools])
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     if buckets:
         num_full = len(order) // batch_size
@@ -207,9 +209,10 @@ class Batches(torch.utils.data.Dataset):
             labels.append(IGNORED_LABEL if pick.is_filler else text.get("label", IGNORED_LABEL))
         batch = BatchEncoding(dict(self.pad(chunks)))  # (K, T)
         batch["labels"] = torch.tensor(labels)  # (B)
-        batch["row"] = torch.tensor([text.get("row", pick.row) for text, pick in zip(texts, picks)])  # (B)
-        chunks_per_text = torch.tensor([len(pick.chunks) for pick in picks])
-        batch["text_of_chunk"] = torch.repeat_interleave(torch.arange(len(picks)), chunks_per_text)  # (K)
+        rows = [text.get("row", pick.row) for text, pick in zip(texts, picks)]
+        batch["row"] = torch.tensor(rows)  # (B)
+        num_chunks = torch.tensor([len(pick.chunks) for pick in picks])  # (B)
+        batch["text_of_chunk"] = torch.arange(len(picks)).repeat_interleave(num_chunks)  # (K)
         return batch
 
 
@@ -227,7 +230,8 @@ def batch_loader(
         batch_size=None,
         collate_fn=_unchanged,
         pin_memory=pin_memory,
-        generator=torch.Generator(),  # else making an iterator would draw from the run's own generator
+        # else making an iterator would draw from the run's own generator
+        generator=torch.Generator(),
     )
 
 
@@ -239,7 +243,7 @@ def step_loader(
     num_workers: int = 0,
     pin_memory: bool = False,
 ) -> torch.utils.data.DataLoader:
-    """Return a loader of optimizer steps, each a list of micro-batches. It draws no random number."""
+    """Return a loader of optimizer steps, lists of micro-batches. It draws no random number."""
     if num_workers:
         # set at all, it keeps tokenizers from a warning at the fork (transformers #5486)
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -250,7 +254,8 @@ def step_loader(
         pin_memory=pin_memory,
         num_workers=num_workers,
         worker_init_fn=_leave_the_process_group,
-        generator=torch.Generator(),  # else making an iterator would draw from the run's own generator
+        # else making an iterator would draw from the run's own generator
+        generator=torch.Generator(),
     )
 
 
@@ -282,7 +287,7 @@ def pool_chunks(logits: torch.Tensor, text_of_chunk: torch.Tensor, num_texts: in
 
 
 def balanced_weights(labels: list[int], num_classes: int) -> torch.Tensor:
-    """Return a weight for each class (C), fp32, as scikit-learn's "balanced": the fewer rows, the higher.
+    """Return scikit-learn's "balanced" weights (C), fp32: the fewer rows a class has, the higher.
 
     A class without rows has the weight 0.
     """
@@ -296,7 +301,7 @@ def balanced_weights(labels: list[int], num_classes: int) -> torch.Tensor:
 def count_examples(
     micro_batches: list[BatchEncoding], class_weights: torch.Tensor | None, runtime: Runtime
 ) -> tuple[int, float]:
-    """Return the number of examples of a step over all processes, and the divisor of its summed loss.
+    """Return the number of examples of a step, over all processes, and the divisor of its loss.
 
     The divisor is that number itself or, with `class_weights` (C), the sum of the weights of the
     examples' classes. Dividing each micro-batch by its own would be wrong (transformers #34242).
@@ -313,7 +318,7 @@ def count_examples(
 
 
 def sync_gradients(model: torch.nn.Module, *, when: bool) -> contextlib.AbstractContextManager:
-    """Return a context for a forward and backward pass in which DDP exchanges gradients only `when` asked.
+    """Return a context for forward and backward in which DDP exchanges gradients only `when` asked.
 
     A plain model has none to exchange.
     """
@@ -340,7 +345,8 @@ def has_unused_parameters(model: torch.nn.Module, batch: BatchEncoding, runtime:
     """
     model.eval()
     backward_once(model, batch, runtime)
-    unused = any(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    unused = any(parameter.grad is None for parameter in learning)
     model.zero_grad()
     return unused
 
@@ -359,8 +365,8 @@ def explain_out_of_memory(message: str) -> Iterator[None]:
 def memory_advice(config: BatchConfig, max_length: int, halves_already: bool) -> str:
     """Return what to say when a training step takes too much memory."""
     advice = (
-        f"--batch-size {config.batch_size}: a batch of {max_length} tokens does not fit into memory; lower it"
-        " or --max-length"
+        f"--batch-size {config.batch_size}: a batch of {max_length} tokens does not fit into"
+        " memory; lower it or --max-length"
     )
     return (
         advice if halves_already else f"{advice}, or let --auto-batch-size halve it without changing a step"
@@ -376,11 +382,12 @@ def _is_out_of_memory(error: BaseException) -> bool:
 def largest_micro_batch(
     model: torch.nn.Module, batches: Batches, config: BatchConfig, max_length: int, runtime: Runtime
 ) -> int:
-    """Return the largest of the batch size, its half, its quarter, ... chunks that fits into memory.
+    """Return the largest of the batch size, its half, its quarter, ... that fits into memory.
 
     It is tried with the longest texts on the bare model, with room held for what the optimizer and
-    DDP add. The chunks of one text in a step (`max_chunks`) stay together, so the answer is at least
-    that. Every process gets the smallest answer of all. Raises UserError when not even one text fits.
+    DDP add. The chunks of one text in a step (`max_chunks`) stay together, so the answer is at
+    least that. Every process gets the smallest answer of all. Raises UserError when not even one
+    text fits.
     """
     size, least = config.batch_size, config.max_chunks
     while size and not _fits(model, batches, size, least, runtime):
@@ -396,14 +403,14 @@ def largest_micro_batch(
         )
     if size < config.batch_size:
         runtime.say(
-            f"memory   {config.batch_size} chunks at once do not fit: {size} at a time, accumulated to the"
-            " same step"
+            f"memory   {config.batch_size} chunks at once do not fit: {size} at a time, accumulated"
+            " to the same step"
         )
     return size
 
 
 def _fits(model: torch.nn.Module, batches: Batches, size: int, max_chunks: int, runtime: Runtime) -> bool:
-    """Tell whether a micro-batch of `size` chunks of the longest texts goes forward and backward."""
+    """Tell whether `size` chunks of the longest texts go forward and backward at once."""
     # as many chunks as a batch of `split_picks` can have, or more
     lengths = [lengths[:max_chunks] for lengths in batches.rows["chunk_lengths"][:]]
     picks = evaluation_batches(lengths, batch_size=size)[0]
@@ -414,7 +421,8 @@ def _fits(model: torch.nn.Module, batches: Batches, size: int, max_chunks: int, 
         copies = 2 + (runtime.world_size > 1)
         room = [torch.empty_like(parameter) for parameter in learning for _ in range(copies)]
         model.train()
-        # the second pass of an accumulated step needs more than the first: there are gradients already
+        # the second pass of an accumulated step needs more than the first: there are gradients
+        # already
         for _ in range(2):
             backward_once(model, batches[picks], runtime)
         runtime.synchronize()

@@ -74,7 +74,7 @@ POSITION = ("micro_batch", "epoch", "step_of_epoch", "step", "history", "best")
 
 @dataclass
 class TrainingState:
-    """What a step changes: the model and all that belongs to it, and how far the training has come."""
+    """What a step changes: the model and all that belongs to it, and how far training has come."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -97,7 +97,7 @@ class TrainingState:
         return self.step_of_epoch == self.steps_of_epoch
 
     def is_due(self, every: int | None) -> bool:
-        """Tell whether it is time for what happens after `every` steps and after each epoch's last one."""
+        """Tell whether what happens after `every` steps, and after each epoch, is due."""
         return self.ends_epoch() or (every is not None and self.step > 0 and self.step % every == 0)
 
     def is_evaluated(self) -> bool:
@@ -141,8 +141,8 @@ class Checkpoints:
     ) -> Log:
         """Create the run's folder and return its log, which continues where `start` was saved.
 
-        What was saved after `start` is removed first. Raises UserError when the disk has no room for
-        the run, and when the processes do not share its folder.
+        What was saved after `start` is removed first. Raises UserError when the disk has no room
+        for the run, and when the processes do not share its folder.
         """
         run_folder = self.folder.parent
         log: Log = tracking.NullLog(run_folder)
@@ -159,13 +159,14 @@ class Checkpoints:
         return log
 
     def save(self, state: TrainingState, log: Log) -> None:
-        """Write a checkpoint with every process's part, then remove those beyond the number to keep.
+        """Write a checkpoint with every process's part, then remove those beyond `keep`.
 
         On an error, such as a full disk, what was written of it is removed, and the earlier ones
         stay.
         """
         name = f"{state.step:08}"
-        target, unfinished = self.folder / f"{CHECKPOINT_PREFIX}{name}", self.folder / f"{UNFINISHED}{name}"
+        target = self.folder / f"{CHECKPOINT_PREFIX}{name}"
+        unfinished = self.folder / f"{UNFINISHED}{name}"
         if self.runtime.is_main:
             for leftover in self.folder.glob(f"{UNFINISHED}*"):
                 shutil.rmtree(leftover)
@@ -237,8 +238,8 @@ class Checkpoints:
         """Return the checkpoint to resume from, None to begin the run again.
 
         It is `wanted` or, if that is None, the newest one that is not damaged; damaged ones are
-        reported. Raises UserError when all are damaged, when the run is finished and its checkpoints
-        were removed, and when another run wrote the checkpoint, naming what differs.
+        reported. Raises UserError when all are damaged, when the run is finished and its
+        checkpoints were removed, and when another run wrote the checkpoint, naming what differs.
         """
         chosen = self.runtime.broadcast_from_main(lambda: self._choose(wanted))
         if chosen is None:
@@ -262,22 +263,22 @@ class Checkpoints:
                 self.runtime.say(f"resume   {path} is damaged ({problem}); trying the one before it")
         if wanted is not None:
             raise UserError(
-                f"--resume {wanted}: it is damaged ({damage[wanted]}); --resume {self.folder.parent} takes"
-                " the newest one that is not"
+                f"--resume {wanted}: it is damaged ({damage[wanted]}); --resume"
+                f" {self.folder.parent} takes the newest one that is not"
             )
         listed = "; ".join(f"{path.name}: {problem}" for path, problem in damage.items())
         raise UserError(
-            f"--resume: all checkpoints in {self.folder} are damaged ({listed}); start a new run with another"
-            " --output-dir"
+            f"--resume: all checkpoints in {self.folder} are damaged ({listed}); start a new run"
+            " with another --output-dir"
         )
 
     def _compare_with_config(self) -> None:
-        """Raise UserError unless a run without checkpoints can begin again: unfinished, and the same."""
+        """Raise UserError unless a run without checkpoints is unfinished, and this one."""
         run = self.folder.parent
         if (run / "metrics.json").exists():
             raise UserError(
-                f"--resume: {run} is a finished run whose checkpoints were removed; start a new run with"
-                " another --output-dir"
+                f"--resume: {run} is a finished run whose checkpoints were removed; start a new run"
+                " with another --output-dir"
             )
         self._compare(run, read_json(run / tracking.CONFIG).get("identity", {}))
 
@@ -297,8 +298,8 @@ class Checkpoints:
             changed.append("the model's weights differ")
         if changed:
             raise UserError(
-                f"--resume: {path} was written by another run: {'; '.join(changed)}; use the same again, or"
-                " start a new run with another --output-dir"
+                f"--resume: {path} was written by another run: {'; '.join(changed)}; use the same"
+                " again, or start a new run with another --output-dir"
             )
 
     def _remove_after(self, start: Checkpoint) -> None:
@@ -311,15 +312,17 @@ class Checkpoints:
                 shutil.rmtree(later)
 
     def restore(self, start: Checkpoint, state: TrainingState) -> None:
-        """Put the training, this process's random states and best/ into the state of a checkpoint."""
+        """Put the training, this process's random states and best/ back to a checkpoint."""
         safetensors.torch.load_model(
             state.model, str(start.path / "model.safetensors"), device=str(state.model.device)
         )
         slots: dict[int, dict] = {}
-        for name, tensor in safetensors.torch.load_file(start.path / "optimizer.safetensors").items():
+        optimizer = safetensors.torch.load_file(start.path / "optimizer.safetensors")
+        for name, tensor in optimizer.items():
             number, slot = name.split(".", 1)
             slots.setdefault(int(number), {})[slot] = tensor
-        state.optimizer.load_state_dict({"state": slots, "param_groups": start.state["param_groups"]})
+        param_groups = start.state["param_groups"]
+        state.optimizer.load_state_dict({"state": slots, "param_groups": param_groups})
         state.scheduler.load_state_dict(start.state["scheduler"])
         state.scaler.load_state_dict(start.state["scaler"])
         for name in POSITION:
@@ -377,8 +380,9 @@ def identity(flags: Mapping[str, object], model: torch.nn.Module, tokenized: dic
 
 
 def fingerprint(model: torch.nn.Module) -> str:
-    """Return a SHA-256 of a model's class and of the names and values of its weights, in hexadecimal."""
-    return hashlib.sha256(f"{type(model).__name__} {tensors_sha256(model.state_dict())}".encode()).hexdigest()
+    """Return the SHA-256 in hexadecimal of a model's class, and its weights' names and values."""
+    weights = tensors_sha256(model.state_dict())
+    return hashlib.sha256(f"{type(model).__name__} {weights}".encode()).hexdigest()
 
 
 # Stop on a signal ---------------------------------------------------------------------------------
@@ -426,7 +430,7 @@ class StopSignals:
         os.write(sys.stderr.fileno(), line.encode())
 
     def requested(self) -> bool:
-        """Tell whether any process was asked to stop; every process must call it at the same point."""
+        """Tell whether any process was asked to stop; all must call it at the same point."""
         self.received = self.runtime.all_reduce_max(self.received or 0) or None
         return self.received is not None
 
@@ -437,6 +441,6 @@ class StopSignals:
         raise Interrupted(f"stopped by {name}; {self.advice}", 128 + self.received)
 
     def check(self) -> None:
-        """Stop if any process was asked to: between the batches of an evaluation, which changes no state."""
+        """Stop if any process was asked to, between the batches of an evaluation."""
         if self.requested():
             self.stop()

@@ -48,7 +48,7 @@ DEFAULT_MAX_LENGTH, DEFAULT_TRUNCATION = 256, "chunks"
 # of BERT, DistilBERT, GPT-2
 ATTENTION_DROPOUT_NAMES = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
 LORA_ALPHA = 2  # times the rank: the scale by which the update is multiplied, as is usual
-# dropout in the adapters would be one more source of randomness; --dropout applies to the model's own
+# dropout in the adapters would be one more source of randomness; --dropout is the model's own
 LORA_DROPOUT = 0.0
 
 
@@ -92,7 +92,8 @@ def load_pretrained(
     )
     size = sum(parameter.numel() for parameter in model.parameters())
     head = "a new head" if is_new else "the head that it was saved with"
-    runtime.say(f"model    {name}: {type(model).__name__}, {size / 1e6:.1f} million parameters, with {head}")
+    kind = type(model).__name__
+    runtime.say(f"model    {name}: {kind}, {size / 1e6:.1f} million parameters, with {head}")
     if not has_padding_token:
         runtime.say(
             f"         the tokenizer has no padding token: padding with its end token {tokenizer.pad_token!r}"
@@ -101,13 +102,13 @@ def load_pretrained(
 
 
 def require_padding_token(tokenizer: PreTrainedTokenizerBase, *, name: str) -> None:
-    """Let a tokenizer without a padding token pad with its end token. Raises UserError if it has neither."""
+    """Let a tokenizer pad with its end token if need be. Raises UserError if it has neither."""
     if tokenizer.pad_token is not None:
         return
     if tokenizer.eos_token is None:
         raise UserError(
-            f"--model {name}: its tokenizer has neither a padding token nor an end token, so batches can't be"
-            " padded; use another model"
+            f"--model {name}: its tokenizer has neither a padding token nor an end token, so"
+            " batches can't be padded; use another model"
         )
     tokenizer.pad_token = tokenizer.eos_token
 
@@ -152,11 +153,11 @@ def dropout_options(
 ) -> dict[str, float]:
     """Return values for a config's dropout options, as the flags ask for them.
 
-    `dropout` sets all of them where given; `attention_dropout` (default 0) sets attention's, where a
-    value above 0 takes the slow path on CPUs. Raises UserError when the model lacks an option that
-    is asked for.
+    `dropout` sets all of them where given; `attention_dropout` (default 0) sets attention's, where
+    a value above 0 takes the slow path on CPUs. Raises UserError when the model lacks an option
+    that is asked for.
     """
-    options = [option for option in config.to_dict() if "drop" in option and "layerdrop" not in option]
+    options = [name for name in config.to_dict() if "drop" in name and "layerdrop" not in name]
     attention = [option for option in ATTENTION_DROPOUT_NAMES if hasattr(config, option)]
     if attention_dropout and not attention:
         raise UserError(f"--attention-dropout {attention_dropout}: {name} has none; leave the flag out")
@@ -171,11 +172,12 @@ def dropout_options(
 def choose_max_length(
     wanted: int | None, default: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, flag: str
 ) -> int:
-    """Return the number of tokens to truncate at: `wanted`, or `default` or less if the model holds less.
+    """Return the number of tokens to truncate at: `wanted`, else `default` or what the model holds.
 
     Raises UserError when more is wanted than the model holds, or so little that no word fits.
     """
-    holds, num_special = models.max_positions(model) or UNLIMITED, tokenizer.num_special_tokens_to_add()
+    holds = models.max_positions(model) or UNLIMITED
+    num_special = tokenizer.num_special_tokens_to_add()
     if wanted is None:
         return min(default, holds, tokenizer.model_max_length)
     if wanted > holds:
@@ -193,7 +195,7 @@ def choose_tokens(
     eval_max_length: int | None,
     truncation: str | None,
 ) -> TokenConfig:
-    """Return how texts are read in a training, with the defaults for what a flag leaves open (None)."""
+    """Return how texts are read in training; None stands for a default."""
     length = choose_max_length(max_length, DEFAULT_MAX_LENGTH, model, tokenizer, flag="--max-length")
     eval_length = choose_max_length(eval_max_length, length, model, tokenizer, flag="--eval-max-length")
     return TokenConfig(length, eval_length, truncation or DEFAULT_TRUNCATION)
@@ -207,7 +209,7 @@ def choose_saved_tokens(
     eval_max_length: int | None,
     truncation: str | None,
 ) -> TokenConfig:
-    """Return how texts are read by a saved model: as it was scored, where a flag leaves it open (None)."""
+    """Return how texts are read by a saved model; None stands for how it was scored."""
     length = choose_max_length(
         eval_max_length, tokenizer.model_max_length, model, tokenizer, flag="--eval-max-length"
     )
@@ -222,14 +224,15 @@ def mismatches(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
     problems = []
     if highest >= num_embeddings:
         problems.append(
-            f"the tokenizer's ids go up to {highest}, but the embedding table has {num_embeddings} rows:"
-            " higher ids crash the model"
+            f"the tokenizer's ids go up to {highest}, but the embedding table has {num_embeddings}"
+            " rows: higher ids crash the model"
         )
     if tokenizer.pad_token_id is None:
-        problems.append("the tokenizer has no padding token: texts of different length can't share a batch")
+        problems.append("the tokenizer has no padding token: batches can't be padded")
     expected = model.config.pad_token_id
     if expected is not None and tokenizer.pad_token_id not in (None, expected):
-        problems.append(f"the tokenizer pads with id {tokenizer.pad_token_id}, the model expects {expected}")
+        actual = tokenizer.pad_token_id
+        problems.append(f"the tokenizer pads with id {actual}, the model expects {expected}")
     return problems
 
 
@@ -274,8 +277,9 @@ def freeze_layers(model: PreTrainedModel, number: int) -> None:
 
 def encoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
     """Return the layers of a model: its first list of as many modules as its config has layers."""
+    number = model.config.num_hidden_layers
     for module in model.base_model.modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == model.config.num_hidden_layers:
+        if isinstance(module, torch.nn.ModuleList) and len(module) == number:
             return module
     raise UserError(
         f"--freeze-layers: {type(model).__name__} has no list of layers to count; leave the flag out"
@@ -285,7 +289,7 @@ def encoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
 def recompute_activations(model: PreTrainedModel) -> None:
     """Let the backward pass compute each layer's activations again (gradient checkpointing).
 
-    It saves memory and takes a third more time. Raises UserError when the model does not support it.
+    It saves memory and takes a third more time. Raises UserError when the model can't.
     """
     if not model.supports_gradient_checkpointing:
         raise UserError(
@@ -296,12 +300,12 @@ def recompute_activations(model: PreTrainedModel) -> None:
 
 
 def add_adapters(model: PreTrainedModel, rank: int) -> PreTrainedModel:
-    """Return the model with low-rank adapters (LoRA, Hu et al. 2021) at all linear layers but the head's.
+    """Return the model with low-rank adapters (LoRA, Hu et al. 2021) at its linear layers.
 
-    Only the adapters and the head learn. The head is everything beside the pretrained model: it is
-    new and has one linear layer or, as in DistilBERT and ModernBERT, several. peft is not told about
-    it, because it finds modules by the ends of their names and would take DistilBERT's
-    `pre_classifier` for its `classifier` too.
+    Only the adapters and the head, which has none, learn. The head is everything beside the
+    pretrained model: it is new and has one linear layer or, as in DistilBERT and ModernBERT,
+    several. peft is not told about it, because it finds modules by the ends of their names and
+    would take DistilBERT's `pre_classifier` for its `classifier` too.
     """
     import peft  # seconds to import, and only this needs it
 
@@ -329,7 +333,7 @@ def add_adapters(model: PreTrainedModel, rank: int) -> PreTrainedModel:
 
 
 def merge_adapters(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a plain model: a copy with its adapters merged into its weights, or itself if it has none."""
+    """Return a plain model: a copy with the adapters merged into its weights, or itself."""
     if not hasattr(model, "merge_and_unload"):
         return model
     return cast("peft.PeftModel", copy.deepcopy(model)).merge_and_unload()
@@ -347,8 +351,8 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
     """Write model, tokenizer and `training.json` as a plain Hugging Face folder.
 
     An older folder is replaced only by a complete one. Of the run's `settings` the model remembers
-    those that it takes to score it again, and of the data set, whose path is nobody else's business,
-    a SHA-256 of its name. The tokenizer remembers eval_max_length as its limit, so that
+    those that it takes to score it again, and of the data set, whose path is nobody else's
+    business, a SHA-256 of its name. The tokenizer remembers eval_max_length as its limit, so that
     `pipeline(..., truncation=True)` truncates where the model was scored.
     """
     fresh = folder.with_name(folder.name + ".new")
@@ -363,7 +367,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
 
 
 def saved_settings(name: str) -> dict:
-    """Return the `training.json` of a saved model, {} for a model that this script did not train."""
+    """Return the `training.json` of a saved model, {} if this script did not train it."""
     path = Path(name) / SETTINGS_FILE
     return json.loads(path.read_text("utf-8")) if path.is_file() else {}
 
@@ -387,8 +391,8 @@ def load_saved(
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"]))
         raise UserError(
-            f"--model {name}: it was never trained to classify (no weights for {missing}); name the folder"
-            " runs/<name>/best of a finished run"
+            f"--model {name}: it was never trained to classify (no weights for {missing}); name the"
+            " folder runs/<name>/best of a finished run"
         )
     model = model.to(runtime.device)
     speedups.use_fast_attention(model)

@@ -75,12 +75,11 @@ class TokenConfig:
 
 
 def load_splits(config: DataConfig, runtime: Runtime) -> Splits:
-    """Return the labelled splits `train`, `validation` and `test`, and print where they come from."""
+    """Return the labelled splits train, validation and test, and print where they come from."""
     source = reading.read(config.dataset, config=config.dataset_config, cache_dir=config.cache_dir)
     wanted = {"train": config.train_split, "validation": config.validation_split, "test": config.test_split}
-    splits = validate(
-        choose_splits(source, wanted), text_column=config.text_column, label_column=config.label_column
-    )
+    splits = choose_splits(source, wanted)
+    splits = validate(splits, text_column=config.text_column, label_column=config.label_column)
     splits, cut = cut_missing_splits(splits, seed=config.seed)
     splits["train"] = sample(
         splits["train"], config.max_train_samples, seed=config.seed, flag="--max-train-samples"
@@ -98,8 +97,8 @@ def load_splits(config: DataConfig, runtime: Runtime) -> Splits:
     for split, count in count_shared_texts(splits).items():
         if count:
             runtime.say(
-                f"         {count:,} of the {split} texts also occur in train: their scores say little"
-                " about new texts"
+                f"         {count:,} of the {split} texts also occur in train: their scores say"
+                " little about new texts"
             )
     return splits
 
@@ -123,8 +122,8 @@ def load_rows_for_scoring(
     if "test" not in splits and name_sha256(config.dataset) == trained.get("dataset_sha256"):
         if trained["seed"] != config.seed:
             raise UserError(
-                f"--seed {config.seed}: the model was trained with --seed {trained['seed']}, which cuts a"
-                " different test split; use that seed"
+                f"--seed {config.seed}: the model was trained with --seed {trained['seed']}, which"
+                " cuts a different test split; use that seed"
             )
         splits, _ = cut_missing_splits(splits, seed=config.seed)
     split = "test" if "test" in splits else "train"
@@ -157,8 +156,8 @@ def choose_splits(source: datasets.DatasetDict, wanted: dict[str, str | None]) -
         elif name or split == "train":
             available = ", ".join(map(str, source))
             raise UserError(
-                f"--{split}-split {candidates[0]}: no such split; the data set has {available}; name one of"
-                " these"
+                f"--{split}-split {candidates[0]}: no such split; the data set has {available};"
+                " name one of these"
             )
     return chosen
 
@@ -194,12 +193,12 @@ def validate(
 
 
 def _class_names(feature: object, labels: set[str]) -> list[str]:
-    """Return the classes of a training split in their order. Raises UserError if it has only one."""
+    """Return the classes of a training split, in order. Raises UserError if it has only one."""
     if len(labels) < 2:
         (label,) = labels
         raise UserError(
-            f"split train: every row has the label {label!r}; a classifier needs at least two classes; add"
-            " rows of another class, or name the right column with --label-column"
+            f"split train: every row has the label {label!r}; a classifier needs at least two"
+            " classes; add rows of another class, or name the right column with --label-column"
         )
     if isinstance(feature, datasets.ClassLabel):
         return list(feature.names)
@@ -221,21 +220,21 @@ def _label_names(split: str, rows: datasets.Dataset, column: str) -> list[str]:
         for row, value in enumerate(values, start=1):
             if value is None or not 0 <= value < num_classes:
                 raise UserError(
-                    f"split {split}, row {row}: the label {value} is not one of the {num_classes} classes;"
-                    f" if this split has no labels, choose another with --{split}-split"
+                    f"split {split}, row {row}: the label {value} is not one of the {num_classes}"
+                    f" classes; if this split has no labels, choose another with --{split}-split"
                 )
         return [feature.names[value] for value in values]
     kind = reading.kind(rows, column)
     if not re.fullmatch(r"(large_)?string|bool|u?int\d+", kind):
         raise UserError(
-            f"split {split}: column {column!r} holds {kind}, but labels are strings or whole numbers; name"
-            " the right one with --label-column"
+            f"split {split}: column {column!r} holds {kind}, but labels are strings or whole"
+            " numbers; name the right one with --label-column"
         )
     for row, value in enumerate(values, start=1):
         if value is None or not str(value).strip():
             raise UserError(
-                f"split {split}, row {row}: the label in column {column!r} is missing; remove the row or"
-                " fill it in"
+                f"split {split}, row {row}: the label in column {column!r} is missing; remove the"
+                " row or fill it in"
             )
     return [str(value) for value in values]
 
@@ -254,7 +253,8 @@ def _with_labels(
         result = result.rename_column(text_column, "text")
     result = _as_dataset(result.cast_column("text", datasets.Value("string")))
     classes = datasets.ClassLabel(names=list(names))
-    result = _as_dataset(result.add_column("label", [index[label] for label in labels], feature=classes))
+    numbers = [index[label] for label in labels]
+    result = _as_dataset(result.add_column("label", numbers, feature=classes))
     return _as_dataset(result.add_column("row", np.arange(1, len(rows) + 1)))
 
 
@@ -273,7 +273,8 @@ def cut_missing_splits(splits: Splits, *, seed: int) -> tuple[Splits, list[str]]
     missing = [split for split in ("validation", "test") if split not in splits]
     for split in missing:
         size = max(round(num_rows * CUT_SHARE), splits["train"].features["label"].num_classes)
-        cut["train"], cut[split] = stratified_cut(cut["train"], size, seed=seed, purpose=f"a {split} split")
+        purpose = f"a {split} split"
+        cut["train"], cut[split] = stratified_cut(cut["train"], size, seed=seed, purpose=purpose)
     return {split: cut[split] for split in ("train", "validation", "test")}, missing
 
 
@@ -282,8 +283,8 @@ def stratified_cut(
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
     """Return the rows without `size` of them, and these, each class in both parts with its share.
 
-    Both parts keep the order of the source. Raises UserError, naming the `purpose`, when a class has
-    too few rows.
+    Both parts keep the order of the source. Raises UserError, naming the `purpose`, when a class
+    has too few rows.
     """
     labels = np.asarray(rows["label"][:])
     try:
@@ -294,9 +295,9 @@ def stratified_cut(
         present, counts = np.unique(labels, return_counts=True)
         name = rows.features["label"].names[present[counts.argmin()]]
         raise UserError(
-            f"can't cut {purpose} of {size} rows from {len(rows)} with every class in both parts: class"
-            f" {name!r} has {counts.min()}; add rows of it, or supply the split, for example as a folder"
-            " with train.csv, validation.csv and test.csv"
+            f"can't cut {purpose} of {size} rows from {len(rows)} with every class in both parts:"
+            f" class {name!r} has {counts.min()}; add rows of it, or supply the split, for example"
+            " as a folder with train.csv, validation.csv and test.csv"
         ) from error
     return _take(rows, rest), _take(rows, part)
 
@@ -343,7 +344,7 @@ def count_shared_texts(splits: Splits) -> dict[str, int]:
     }
 
 
-# Chunks of tokens ----------------------------------------------------------------------------------
+# Chunks of tokens ---------------------------------------------------------------------------------
 
 
 def cut_chunks(num_tokens: int, size: int, truncation: str) -> list[np.ndarray]:
@@ -381,7 +382,8 @@ def encode(
     whole = tokenizer(texts, truncation=False, padding=False, return_special_tokens_mask=True, verbose=False)
     # the collator makes the attention mask
     names = [name for name in whole if name not in ("attention_mask", "special_tokens_mask")]
-    columns: dict[str, list] = {name: [] for name in (*names, "chunk_lengths", "num_tokens", "num_read")}
+    counts = ("chunk_lengths", "num_tokens", "num_read")
+    columns: dict[str, list] = {name: [] for name in (*names, *counts)}
     for number, mask in enumerate(whole["special_tokens_mask"]):
         words = np.flatnonzero(np.asarray(mask) == 0)
         # the text lies between the special tokens
@@ -453,7 +455,7 @@ def tokenize_splits(
     *,
     cache_dir: str | None,
 ) -> Splits:
-    """Return the tokenised splits: one process of each machine fills the cache, the others read it."""
+    """Return the tokenised splits: one process per machine fills the cache, the others read it."""
     with runtime.local_main_first():
         return {
             split: tokenize(

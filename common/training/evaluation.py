@@ -1,4 +1,5 @@
-"""Score a model on a split: logits in the order of the rows, on any number of processes, and metrics.
+"""Score a model on a split: logits in the order of the rows, on any number of processes, and
+metrics.
 
 Accuracy and macro-F1 are metrics of the `evaluate` library, which adds up batches and combines
 metrics. They are defined here because `evaluate.load("accuracy")` downloads a Python script and
@@ -23,7 +24,8 @@ from common.training.tracking import progress
 
 # texts held at a time: enough to sort by length, with little memory and early first answers
 PREDICT_BLOCK = 2048
-FEATURES = datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")})
+NUMBER = datasets.Value("int64")
+FEATURES = datasets.Features({"predictions": NUMBER, "references": NUMBER})
 
 
 class Accuracy(evaluate_library.Metric):
@@ -38,7 +40,7 @@ class Accuracy(evaluate_library.Metric):
 
 
 class MacroF1(evaluate_library.Metric):
-    """The unweighted mean of the F1 of all classes that occur in the references or the predictions."""
+    """The unweighted mean F1 of all classes that occur in the references or the predictions."""
 
     def _info(self) -> evaluate_library.MetricInfo:
         return _metric_info(self.__doc__)
@@ -61,7 +63,8 @@ def classification_scores(logits: torch.Tensor, labels: torch.Tensor) -> dict:
     f1 and support (the number of labels); a score that is undefined is 0. `confusion` is C x C, its
     rows are the true classes.
     """
-    predictions, references, classes = logits.argmax(-1).tolist(), labels.tolist(), range(logits.shape[1])
+    predictions, references = logits.argmax(-1).tolist(), labels.tolist()
+    classes = range(logits.shape[1])
     # in memory: nothing is written to the cache of metrics
     metrics = evaluate_library.combine([Accuracy(keep_in_memory=True), MacroF1(keep_in_memory=True)])
     overall = metrics.compute(predictions=predictions, references=references)
@@ -110,8 +113,8 @@ def predict_logits(
     Batches of at most `batch_size` chunks go from long to short. Each process takes every
     `world_size`-th batch, none twice and without padding rows (a padded DistributedSampler counts
     some twice, pytorch #25162), and the parts of all processes are added up. `model` is the bare
-    one, without DDP. Before each batch all processes check `signals`. Raises Interrupted when one of
-    them was asked to stop, and UserError when a batch does not fit into memory.
+    one, without DDP. Before each batch all processes check `signals`. Raises Interrupted when one
+    of them was asked to stop, and UserError when a batch does not fit into memory.
     """
     model.eval()
     lengths = rows["chunk_lengths"][:]
@@ -120,11 +123,13 @@ def predict_logits(
     num_classes = model.config.num_labels or 0
     sums = torch.zeros(len(rows), num_classes, device=runtime.device)  # (N, C)
     counts = torch.zeros(len(rows), dtype=torch.int64, device=runtime.device)  # (N), chunks scored
-    loader = batching.batch_loader(rows, batches, tokenizer, pin_memory=runtime.device.type == "cuda")
+    is_gpu = runtime.device.type == "cuda"
+    loader = batching.batch_loader(rows, batches, tokenizer, pin_memory=is_gpu)
     with batching.explain_out_of_memory(
         f"--eval-batch-size {batch_size}: a batch does not fit into memory; use less"
     ):
-        for picks, batch in zip(batches, progress(loader, label="evaluating", shown=runtime.is_main)):
+        bar = progress(loader, label="evaluating", shown=runtime.is_main)
+        for picks, batch in zip(batches, bar):
             if signals is not None:
                 signals.check()
             batch = batch.to(runtime.device, non_blocking=True)

@@ -1,7 +1,10 @@
-"""What --inspect shows before any training: the data, the tokenizer, the model, one text, one batch.
+"""What --inspect shows before any training: the data, the tokenizer, the model, one text, one
+batch.
 
 With --compare-tokenizer it also shows a second tokenizer on the same text.
 """
+
+import itertools
 
 import datasets
 import numpy as np
@@ -33,8 +36,8 @@ def show(
     print(f"\nSPLITS\n{split_table(splits)}")
     _show_labels(splits["train"].features["label"])
     print(
-        f"\nLENGTHS in tokens, special tokens included; the model reads {tokens.max_length} at once in"
-        f" training and {tokens.eval_max_length} in scoring, the model holds {holds}"
+        f"\nLENGTHS in tokens, special tokens included; the model reads {tokens.max_length} at once"
+        f" in training and {tokens.eval_max_length} in scoring, the model holds {holds}"
     )
     print(length_table(tokenized))
     _show_tokenizer(tokenizer)
@@ -48,13 +51,13 @@ def show(
 def split_table(splits: Splits) -> str:
     """Return the number of texts of each class in each split as a table."""
     names = splits["train"].features["label"].names
-    counts = {split: np.bincount(rows["label"][:], minlength=len(names)) for split, rows in splits.items()}
-    lines = [[name, *(int(count[number]) for count in counts.values())] for number, name in enumerate(names)]
-    return tabulate([*lines, ["all", *(len(rows) for rows in splits.values())]], ["class", *counts])
+    counts = [np.bincount(rows["label"][:], minlength=len(names)) for rows in splits.values()]
+    lines = [[name, *numbers] for name, *numbers in zip(names, *(count.tolist() for count in counts))]
+    return tabulate([*lines, ["all", *(len(rows) for rows in splits.values())]], ["class", *splits])
 
 
 def length_table(tokenized: Splits) -> str:
-    """Return the percentiles of the texts' lengths in tokens, and the share truncated, for each split."""
+    """Return percentiles of the texts' lengths in tokens, and the share cut, for each split."""
     lines = []
     for split, rows in tokenized.items():
         lengths, read = np.asarray(rows["num_tokens"][:]), np.asarray(rows["num_read"][:])  # (N)
@@ -76,7 +79,7 @@ def load_other_tokenizer(name: str, *, cache_dir: str | None) -> PreTrainedToken
 def show_comparison(
     text: str, tokenizers: dict[str, PreTrainedTokenizerBase], *, max_words: int = SENTENCE_TOKENS
 ) -> None:
-    """Print the beginning of a text as two tokenizers see it, and what each makes of the other's ids.
+    """Print how two tokenizers see the beginning of a text, and what each makes of the other's ids.
 
     `tokenizers` maps two names to tokenizers.
     """
@@ -87,8 +90,7 @@ def show_comparison(
     for name, tokenizer in tokenizers.items():
         print(f"{name}: {type(tokenizer).__name__}, {len(tokenizer):,} tokens in its vocabulary")
         columns += [tokenizer.convert_ids_to_tokens(ids[name]), ids[name]]
-    height = max(map(len, columns))
-    cells = [[column[row] if row < len(column) else "" for column in columns] for row in range(height)]
+    cells = list(itertools.zip_longest(*columns, fillvalue=""))
     headers = [header for name in tokenizers for header in (name, "id")]
     print(tabulate(cells, headers, disable_numparse=True))
     for name, tokenizer in tokenizers.items():

@@ -1,4 +1,4 @@
-"""What a run tells its reader: lines and tables on the screen, report.md with pictures, predictions.csv."""
+"""What a run tells its reader: on the screen, in report.md with pictures, in predictions.csv."""
 
 import csv
 from dataclasses import dataclass
@@ -60,7 +60,7 @@ NUM_SHOWN, NUM_IN_TENSORBOARD = 5, 50  # texts with right or wrong answers
 
 
 def token_lines(tokenized: Splits, tokens: TokenConfig, config: BatchConfig, runtime: Runtime) -> str:
-    """Return three lines on what truncation drops from the texts, and what padding costs in training."""
+    """Return three lines on what truncation drops, and how much of a batch is padding."""
     lines = []
     for use, split in (("training", "train"), ("scoring", "test")):
         length = tokens.length_of(split)
@@ -114,19 +114,21 @@ def class_table(per_class: dict[str, list], names: list[str], style: str = "simp
 
 
 class Predictions:
-    """A tokenised split with the model's answer to each row: the class `predicted` (N) and its probability,
-    the `confidence` (N), from `logits` (N, C).
+    """A tokenised split with the model's answers, from `logits` (N, C).
+
+    These are the class `predicted` (N) and its probability, the `confidence` (N).
     """
 
     def __init__(self, rows: datasets.Dataset, logits: torch.Tensor) -> None:
         self.rows, self.names = rows, rows.features["label"].names
         self.labels = torch.tensor(rows["label"][:])
-        self.num_tokens, self.num_read = (torch.tensor(rows[name][:]) for name in ("num_tokens", "num_read"))
+        self.num_tokens = torch.tensor(rows["num_tokens"][:])  # (N)
+        self.num_read = torch.tensor(rows["num_read"][:])  # (N)
         self.scores = logits.softmax(-1)
         self.confidence, self.predicted = self.scores.max(-1)
 
     def examples(self, *, right: bool, most: int = NUM_SHOWN, style: str = "simple") -> str:
-        """Return at most `most` texts with a right (or wrong) answer, spread over the split, as a table.
+        """Return at most `most` texts with a right (or wrong) answer, over the split, as a table.
 
         Returns "none" when there are none.
         """
@@ -148,7 +150,7 @@ class Predictions:
         return tabulate(rows, headers, tablefmt=style, floatfmt=".3f")
 
     def length_table(self, max_length: int, style: str = "simple") -> str:
-        """Return, for texts of different lengths, their number, the share not read, and the accuracy.
+        """Return the number, the share not read and the accuracy of texts by length, as a table.
 
         The texts are grouped: up to `max_length` tokens, twice that, four times that, and longer.
         """
@@ -190,7 +192,7 @@ def _shorten(text: str) -> str:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to: the scores of its best weights on the test split, and how they were found."""
+    """What a run came to: its best weights on the test split, and how it got there."""
 
     settings: dict
     history: list[dict]  # the scores of each evaluation
@@ -225,7 +227,7 @@ def log_outcome(log: Log, outcome: Outcome) -> None:
 
 
 def write_report(folder: Path, outcome: Outcome) -> None:
-    """Write report.md, learning_curve.png, confusion_matrix.png and predictions.csv into the run folder."""
+    """Write report.md, its pictures and predictions.csv into the run folder."""
     settings, results, scores = outcome.settings, outcome.results, outcome.scores
     epochs, predictions = outcome.history, outcome.predictions
     names = predictions.names
@@ -307,8 +309,8 @@ def _novelty(splits: Splits) -> str:
     if count == 0:
         return "which were used neither for training nor for choosing the weights"
     return (
-        f"of which {count:,} also occur in the training or the validation split, so that the scores say"
-        " little about new texts"
+        f"of which {count:,} also occur in the training or the validation split, so that the scores"
+        " say little about new texts"
     )
 
 
@@ -376,9 +378,9 @@ the data allow; see both before passing this on.
 def epoch_line(epoch: dict, num_epochs: int) -> str:
     """Return one line on an evaluation, mostly at the end of an epoch."""
     return (
-        f"epoch {epoch['epoch']:g}/{num_epochs}  training loss {epoch['train_loss']:.4f}, validation loss"
-        f" {epoch['loss']:.4f}, accuracy {epoch['accuracy']:.4f}, macro-F1 {epoch['macro_f1']:.4f},"
-        f" {epoch['examples_per_second']:.1f} examples/s"
+        f"epoch {epoch['epoch']:g}/{num_epochs}  training loss {epoch['train_loss']:.4f},"
+        f" validation loss {epoch['loss']:.4f}, accuracy {epoch['accuracy']:.4f}, macro-F1"
+        f" {epoch['macro_f1']:.4f}, {epoch['examples_per_second']:.1f} examples/s"
     )
 
 

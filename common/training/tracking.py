@@ -54,8 +54,8 @@ def locate_run(output_dir: str | None, resume: str | None, runtime: Runtime, *, 
 
     A new folder is called after `name` and the time unless the flags name it. After a failure
     torchrun starts every process again with the same flags; the run is then resumed if it was this
-    job that began it. Raises UserError when the flags do not tell which run to resume, when there is
-    none, and when the folder of a new run is not empty.
+    job that began it. Raises UserError when the flags do not tell which run to resume, when there
+    is none, and when the folder of a new run is not empty.
     """
 
     def locate() -> list[str | bool | None]:
@@ -73,8 +73,8 @@ def _run_to_resume(output_dir: str | None, resume: str | None, runtime: Runtime)
     named = _named_run(output_dir, resume)
     if named is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
         raise UserError(
-            "--output-dir: torchrun with --max-restarts needs it, because a restarted process must find its"
-            " run; name a folder"
+            "--output-dir: torchrun with --max-restarts needs it, because a restarted process must"
+            " find its run; name a folder"
         )
     if named is not None and runtime.began_run(named.folder) and (named.folder / CONFIG).is_file():
         # a checkpoint that the flags name was where the job began: by now it has come further
@@ -116,8 +116,8 @@ def new_run_folder(output_dir: str | None, *, name: str) -> Path:
     folder = Path(output_dir or f"runs/{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}")
     if folder.is_dir() and any(not UNFINISHED_CONFIG.fullmatch(path.name) for path in folder.iterdir()):
         raise UserError(
-            f"--output-dir {folder}: it holds another run or other files; name a new folder or remove it"
-            " first"
+            f"--output-dir {folder}: it holds another run or other files; name a new folder or"
+            " remove it first"
         )
     return folder
 
@@ -132,8 +132,8 @@ def make_folder(folder: Path, *, needed_bytes: int) -> None:
     free, needed = shutil.disk_usage(parent).free, needed_bytes - _bytes_in(folder)
     if free < needed:
         raise UserError(
-            f"--output-dir {folder}: the run needs {_size(needed)}, the disk has {_size(free)} free; free"
-            " some space or name a folder on another disk"
+            f"--output-dir {folder}: the run needs {_size(needed)}, the disk has {_size(free)}"
+            " free; free some space or name a folder on another disk"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -230,10 +230,10 @@ class RunLog:
 
         SummaryWriter.add_hparams would write each result once more, as a curve of one point.
         """
-        (self.folder / "metrics.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        settings = {
-            name: value for name, value in self.settings.items() if isinstance(value, (bool, int, float, str))
-        }
+        text = json.dumps(results, indent=2) + "\n"
+        (self.folder / "metrics.json").write_text(text, encoding="utf-8")
+        plain = (bool, int, float, str)
+        settings = {name: value for name, value in self.settings.items() if isinstance(value, plain)}
         file_writer = self.writer._get_file_writer()
         assert file_writer is not None
         for summary in hparams(settings, dict.fromkeys(curves, 0.0)):
@@ -274,7 +274,7 @@ Log = RunLog | NullLog
 
 
 def progress(batches: Iterable, *, label: str, shown: bool = True, unit: str = "batch") -> tqdm:
-    """Return a progress bar around sized batches; it is drawn on a terminal only, and vanishes at the end."""
+    """Return a progress bar, which is drawn on a terminal only and vanishes at the end."""
     return tqdm(
         batches,
         desc=label,
@@ -328,7 +328,7 @@ class LossMeter:
         self.unread.append((summed_loss.detach(), rows))
 
     def end_step(self, step: int, *, examples: int, weight: float, grad_norm: torch.Tensor) -> None:
-        """Take the number of examples of a step, the divisor of its loss, and the gradient's norm."""
+        """Take a step's number of examples, the divisor of its loss, and its gradient's norm."""
         self.unread_sums["examples"] += examples
         self.unread_sums["weight"] += weight
         self.norms.append((grad_norm, step))
@@ -347,7 +347,8 @@ class LossMeter:
         self.sums = {name: value + new[name] for name, value in self.sums.items()}
         self.unread, self.norms, self.started = [], [], now
         self.unread_sums = dict.fromkeys(self.unread_sums, 0.0)
-        return {"loss": new["loss"] / new["weight"], "examples_per_second": new["examples"] / new["seconds"]}
+        speed = new["examples"] / new["seconds"]
+        return {"loss": new["loss"] / new["weight"], "examples_per_second": speed}
 
     def so_far(self) -> dict[str, float]:
         """Return `train_loss` (the mean) and `examples_per_second` of the epoch so far."""
@@ -369,7 +370,7 @@ class LossMeter:
         self.started = time.perf_counter()
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, float]]]:
-        """Return the meter as tensors and numbers: one that continues from them reports the same."""
+        """Return tensors and numbers from which another meter continues to the same results."""
         sums = {"read": self.sums, "waiting": self.unread_sums}
         if not self.unread:
             return {}, sums
@@ -389,10 +390,10 @@ class LossMeter:
         self.sums, self.unread_sums = dict(sums["read"]), dict(sums["waiting"])
 
     def check(self) -> None:
-        """Raise UserError on every process unless all of them have finite numbers since the last read.
+        """Raise UserError on every process unless all numbers since the last read are finite.
 
-        Those are the losses, and the gradients that changed weights. A loss that is not finite makes
-        the gradients of all processes so, hence its message, which names texts, goes first.
+        Those are the losses, and the gradients that changed weights. A loss that is not finite
+        makes the gradients of all processes so, hence its message, which names texts, goes first.
         """
         complaint, problem = self._bad_loss(), Problem.LOSS
         if not complaint:
@@ -411,8 +412,8 @@ class LossMeter:
             return ""
         rows = ", ".join(map(str, self.unread[first][1].tolist()))
         return (
-            f"the training loss is no longer finite, first in the batch with the rows {rows} of the data;"
-            " lower --lr, raise --warmup-ratio, or look at these texts"
+            f"the training loss is no longer finite, first in the batch with the rows {rows} of the"
+            " data; lower --lr, raise --warmup-ratio, or look at these texts"
         )
 
     def _bad_gradient(self) -> str:
@@ -424,8 +425,8 @@ class LossMeter:
             return ""
         remedy = "use --precision bf16 or fp32" if scaled else "lower --lr or raise --warmup-ratio"
         return (
-            f"the gradient is no longer finite, first in step {self.norms[first][1]}, although the loss is;"
-            f" {remedy}"
+            f"the gradient is no longer finite, first in step {self.norms[first][1]}, although the"
+            f" loss is; {remedy}"
         )
 
 
