@@ -485,30 +485,20 @@ def fit(args: argparse.Namespace, runtime: Runtime) -> None:
     name = f"{Path(args.dataset).stem}-{Path(args.model).name}"
     location = tracking.locate_run(args.output_dir, args.resume, runtime, name=name)
     loaded = load(args, runtime)
-    if problems := classifier.mismatches(loaded.model, loaded.tokenizer):
-        raise UserError(f"--model {args.model}: {problems[0]}; --inspect shows more")
+    classifier.require_match(loaded.model, loaded.tokenizer, name=args.model)
 
-    # what the run is, and where it is resumed
+    # what the run is: to be resumed from its checkpoints, and by nothing that differs from it
     flags = {flag: value for flag, value in vars(args).items() if flag not in NOT_OF_A_RUN}
-    flags |= dataclasses.asdict(loaded.config.tokens)  # with the lengths in use
+    flags |= dataclasses.asdict(loaded.config.tokens)  # the lengths in use
     identity = checkpoint.identity(flags, loaded.model, loaded.tokenized, runtime)
-    checkpoints = Checkpoints(location.folder, identity, keep=args.keep, runtime=runtime)
-    start = checkpoints.choose(location.checkpoint) if location.is_resumed else None
+    checkpoints = Checkpoints(location, identity, keep=args.keep, runtime=runtime)
+    start = checkpoints.choose()  # None: from the beginning
 
     rows = loaded.tokenized["train"]
     state = prepare(loaded.model, loaded.tokenizer, rows, loaded.config, runtime)
-    settings = tracking.run_settings(flags, identity, location.folder, runtime)
-    log = checkpoints.open_log(settings, state.model, start, is_resumed=location.is_resumed)
+    log = checkpoints.open_log(flags, state.model, start)
     if start is not None:
         checkpoints.restore(start, state)
-    curves = f"tensorboard --logdir {location.folder.parent}"
-    runtime.say(f"machine  {runtime.describe()}\nrun      {location.folder}; curves: {curves}")
-    if start is not None:
-        runtime.say(f"resume   {start.path}: after step {state.step}")
-    elif location.is_resumed:
-        runtime.say("resume   no checkpoint yet: from the beginning")
-    runtime.say("")
-
     signals = StopSignals(runtime, f"continue with the same command and --resume {location.folder}")
     run = Run(log, checkpoints, signals)
     with contextlib.closing(log), signals:
@@ -518,10 +508,7 @@ def fit(args: argparse.Namespace, runtime: Runtime) -> None:
 
 def evaluate_only(args: argparse.Namespace, runtime: Runtime) -> None:
     """Score a saved model on the test split, or on all rows of a data set that has none."""
-    model, tokenizer = classifier.load_saved(args.model, runtime, cache_dir=args.cache_dir)
-    tokens = classifier.choose_saved_tokens(
-        model, tokenizer, args.model, eval_max_length=args.eval_max_length, truncation=args.truncation
-    )
+    model, tokenizer, tokens = load_saved(args, runtime)
     names = classifier.class_names(model)
     trained = classifier.saved_settings(args.model)
     rows = data.load_rows_for_scoring(select(DataConfig, args), names, trained, runtime)
@@ -533,13 +520,21 @@ def evaluate_only(args: argparse.Namespace, runtime: Runtime) -> None:
 
 def predict(args: argparse.Namespace, runtime: Runtime) -> None:
     """Print one JSON line per text: row, label, confidence and the score of every class."""
+    model, tokenizer, tokens = load_saved(args, runtime)
+    texts = reading.read_texts(args.predict, column=args.text_column, cache_dir=args.cache_dir)
+    for answer in predict_texts(model, tokenizer, texts, tokens, runtime, batch_size=args.eval_batch_size):
+        runtime.say(json.dumps(answer, ensure_ascii=False))
+
+
+def load_saved(
+    args: argparse.Namespace, runtime: Runtime
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, TokenConfig]:
+    """Return a saved model, its tokenizer, and how it reads texts."""
     model, tokenizer = classifier.load_saved(args.model, runtime, cache_dir=args.cache_dir)
     tokens = classifier.choose_saved_tokens(
         model, tokenizer, args.model, eval_max_length=args.eval_max_length, truncation=args.truncation
     )
-    texts = reading.read_texts(args.predict, column=args.text_column, cache_dir=args.cache_dir)
-    for answer in predict_texts(model, tokenizer, texts, tokens, runtime, batch_size=args.eval_batch_size):
-        runtime.say(json.dumps(answer, ensure_ascii=False))
+    return model, tokenizer, tokens
 
 
 def inspect(args: argparse.Namespace, runtime: Runtime) -> None:
@@ -575,7 +570,7 @@ def main(args: argparse.Namespace) -> None:
     elif args.evaluate_only:
         evaluate_only(args, runtime)
     else:
-        hint = "leave it to chance with --nondeterministic, or use --device cpu"
+        hint = "add --nondeterministic to allow that, or use --device cpu"
         with deterministic(runtime.device, wanted=not args.nondeterministic, hint=hint):
             fit(args, runtime)
     stop_runtime()

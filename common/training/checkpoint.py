@@ -40,7 +40,7 @@ from common.files import (
 )
 from common.runtime import Runtime
 from common.training import tracking
-from common.training.tracking import CHECKPOINT_PREFIX, CHECKPOINTS, Log, LossMeter
+from common.training.tracking import CHECKPOINT_PREFIX, CHECKPOINTS, Log, LossMeter, RunLocation
 
 UNFINISHED = "tmp-"
 # the best model, for a moment twice; in a checkpoint the weights and AdamW's two averages
@@ -132,19 +132,17 @@ class Checkpoint:
 class Checkpoints:
     """The checkpoints of one run; `identity` is what must not change for the run to be resumed."""
 
-    def __init__(self, run_folder: Path, identity: dict, *, keep: int, runtime: Runtime) -> None:
-        self.folder, self.best = run_folder / CHECKPOINTS, run_folder / "best"
-        self.identity, self.keep, self.runtime = identity, keep, runtime
+    def __init__(self, run: RunLocation, identity: dict, *, keep: int, runtime: Runtime) -> None:
+        self.run, self.identity, self.keep, self.runtime = run, identity, keep, runtime
+        self.folder, self.best = run.folder / CHECKPOINTS, run.folder / "best"
 
-    def open_log(
-        self, settings: dict, model: torch.nn.Module, start: Checkpoint | None, *, is_resumed: bool
-    ) -> Log:
+    def open_log(self, flags: dict, model: PreTrainedModel, start: Checkpoint | None) -> Log:
         """Create the run's folder and return its log, which continues where `start` was saved.
 
         What was saved after `start` is removed first. Raises UserError when the disk has no room
         for the run, and when the processes do not share its folder.
         """
-        run_folder = self.folder.parent
+        run_folder = self.run.folder
         log: Log = tracking.NullLog(run_folder)
         if self.runtime.is_main:
             model_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
@@ -154,8 +152,16 @@ class Checkpoints:
             if start is not None:
                 self._remove_after(start)
             begin = tracking.LogPosition() if start is None else start.log_position()
-            log = tracking.RunLog(run_folder, settings, begin if is_resumed else None)
+            settings = tracking.run_settings(flags, self.identity, run_folder, self.runtime)
+            log = tracking.RunLog(run_folder, settings, begin if self.run.is_resumed else None)
         self.runtime.require_shared(run_folder / tracking.CONFIG, flag="--output-dir")
+        self.runtime.say(f"machine  {self.runtime.describe()}")
+        self.runtime.say(f"run      {run_folder}; curves: tensorboard --logdir {run_folder.parent}")
+        if start is not None:
+            self.runtime.say(f"resume   {start.path}: after step {start.log_position().step}")
+        elif self.run.is_resumed:
+            self.runtime.say("resume   no checkpoint yet: from the beginning")
+        self.runtime.say("")
         return log
 
     def save(self, state: TrainingState, log: Log) -> None:
@@ -234,20 +240,23 @@ class Checkpoints:
         """Return the run's checkpoints, the newest first."""
         return sorted(self.folder.glob(f"{CHECKPOINT_PREFIX}*"), reverse=True)
 
-    def choose(self, wanted: Path | None) -> Checkpoint | None:
-        """Return the checkpoint to resume from, None to begin the run again.
+    def choose(self) -> Checkpoint | None:
+        """Return the checkpoint to resume from, None to begin the run, or to begin it again.
 
-        It is `wanted` or, if that is None, the newest one that is not damaged; damaged ones are
-        reported. Raises UserError when all are damaged, when the run is finished and its
+        It is the one that the flags name or else the newest one that is not damaged; damaged ones
+        are reported. Raises UserError when all are damaged, when the run is finished and its
         checkpoints were removed, and when another run wrote the checkpoint, naming what differs.
         """
-        chosen = self.runtime.broadcast_from_main(lambda: self._choose(wanted))
+        if not self.run.is_resumed:
+            return None
+        chosen = self.runtime.broadcast_from_main(self._choose)
         if chosen is None:
             return None
         self.runtime.require_shared(Path(chosen) / "manifest.json", flag="--resume")
         return Checkpoint(Path(chosen), read_json(Path(chosen) / "state.json"))
 
-    def _choose(self, wanted: Path | None) -> str | None:
+    def _choose(self) -> str | None:
+        wanted = self.run.checkpoint
         candidates = [wanted] if wanted is not None else self._all()
         if not candidates:
             self._compare_with_config()
@@ -264,7 +273,7 @@ class Checkpoints:
         if wanted is not None:
             raise UserError(
                 f"--resume {wanted}: it is damaged ({damage[wanted]}); --resume"
-                f" {self.folder.parent} takes the newest one that is not"
+                f" {self.run.folder} takes the newest one that is not"
             )
         listed = "; ".join(f"{path.name}: {problem}" for path, problem in damage.items())
         raise UserError(
@@ -274,7 +283,7 @@ class Checkpoints:
 
     def _compare_with_config(self) -> None:
         """Raise UserError unless a run without checkpoints is unfinished, and this one."""
-        run = self.folder.parent
+        run = self.run.folder
         if (run / "metrics.json").exists():
             raise UserError(
                 f"--resume: {run} is a finished run whose checkpoints were removed; start a new run"

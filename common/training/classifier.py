@@ -242,6 +242,12 @@ def _num_embeddings(model: PreTrainedModel) -> int:
     return embeddings.num_embeddings
 
 
+def require_match(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str) -> None:
+    """Raise UserError unless a tokenizer and a model belong together."""
+    if problems := mismatches(model, tokenizer):
+        raise UserError(f"--model {name}: {problems[0]}; --inspect shows more")
+
+
 # Adapt --------------------------------------------------------------------------------------------
 
 
