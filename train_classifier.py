@@ -2,497 +2,566 @@
 """Fine-tune a pretrained encoder to classify texts, in an explicit PyTorch loop; evaluate it;
 predict with it.
 
-The loop is in train_steps(): AdamW with decay groups, a linear schedule with warm-up, automatic
-mixed precision, gradient accumulation, clipping, DistributedDataParallel. Left out on purpose:
-Trainer, callbacks, multi-label and regression heads.
+The lesson is in load(), prepare(), train(), validate() and test(), in this order: AdamW with decay
+groups, a linear schedule with warm-up, automatic mixed precision, gradient accumulation, clipping,
+DistributedDataParallel. Left out on purpose: Trainer, callbacks, multi-label and regression heads.
 
   python train_classifier.py --epochs 3  # BBC News with all-MiniLM-L6-v2, both bundled
   python train_classifier.py --dataset reviews.csv --text-column review --label-column stars
   python train_classifier.py --dataset reviews.csv --inspect
-  python train_classifier.py --model runs/reviews/best --predict new.txt # one JSON line a text
+  python train_classifier.py --model runs/reviews/best --predict new.txt # one JSON line per text
   python train_classifier.py --model runs/reviews/best --dataset reviews.csv --evaluate-only
-  python train_classifier.py --epochs 3 --resume runs/news               # go on where it was stopped
-  torchrun --nproc-per-node 2 train_classifier.py --epochs 3             # one process a GPU (or CPU share)
+  python train_classifier.py --epochs 3 --resume runs/news               # continue where it stopped
+  torchrun --nproc-per-node 2 train_classifier.py --epochs 3             # one process per GPU
 """
 
+import argparse
 import contextlib
-import datetime
+import dataclasses
 import json
+import math
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar, cast
 
+import datasets
 import torch
 from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_linear_schedule_with_warmup
 
 from common import cli, reading
-from common.errors import UserError
-from common.runtime import deterministic, peak_memory_bytes, start_runtime, stop_runtime
-from common.training import batching, checkpoint, inspection, loading, memory, report, tracking
-from common.training import model as models
-from common.training.evaluation import predict_texts, score
-from common.training.interruption import Interruption
-from common.training.milestones import Watch, evaluate_if_due, out_of_patience, save_if_due
-from common.training.preparing import check_flags, prepare
-from common.training.steps import (
-    LossMeter,
-    Training,
-    accumulation_windows,
-    count_examples,
-    mark_last,
-    sync_gradients,
-)
-from common.training.windows import TRUNCATIONS
+from common.errors import Interrupted, UserError
+from common.runtime import Runtime, deterministic, peak_memory_bytes, start_runtime, stop_runtime
+from common.training import batching, checkpoint, classifier, data, inspection, report, tracking
+from common.training.batching import BatchConfig, count_examples, pool_chunks, sync_gradients
+from common.training.checkpoint import Checkpoints, StopSignals, TrainingState
+from common.training.classifier import ModelConfig
+from common.training.data import DataConfig, Splits, TokenConfig
+from common.training.evaluation import evaluate, is_better, predict_texts
 
-MISTAKES_IN_TENSORBOARD = 50
-# the best model, for a moment twice; weights and AdamW's two averages
-BEST_SIZE_IN_MODELS, CHECKPOINT_SIZE_IN_MODELS = 2, 3
+# flags that choose what to do instead of training, or where to continue
+NOT_OF_A_RUN = ("inspect", "compare_tokenizer", "evaluate_only", "predict", "resume")
+
+
+# Flags --------------------------------------------------------------------------------------------
 
 
 def make_parser() -> cli.Parser:
+    """Return the parser of all flags, with their defaults."""
     parser = cli.Parser(prog="train_classifier.py", description=__doc__)
     cli.add_shared_flags(parser, model="bundled/all-MiniLM-L6-v2")
-    parser.add_argument(
-        "--output-dir", type=cli.folder, help="the run's folder (default: runs/<data set>-<model>-<time>)"
-    )
-
-    group = parser.add_argument_group("data")
-    group.add_argument(
-        "--dataset",
-        default="bundled/bbc-news",
-        help="a bundled name, a CSV/TSV/JSON/JSONL/Parquet file, a folder of class folders, or a Hub id",
-    )
-    group.add_argument("--dataset-config", help="the configuration of a Hub data set that has several")
-    group.add_argument("--text-column", default="text", help="where the texts are")
-    group.add_argument(
-        "--label-column", default="label", help="where the labels are: strings or whole numbers"
-    )
-    for split in ("train", "validation", "test"):
-        group.add_argument(
-            f"--{split}-split",
-            help="its name in the data set"
-            + ("" if split == "train" else "; cut from train when there is none"),
-        )
-    group.add_argument(
-        "--max-train-samples", type=cli.positive_int, help="train on a stratified sample of at most this many"
-    )
-    group.add_argument("--max-eval-samples", type=cli.positive_int, help="the same for validation and test")
-    group.add_argument(
-        "--max-length",
-        type=cli.positive_int,
-        help=f"tokens that the model reads at once, in training (default: {loading.DEFAULT_MAX_LENGTH})",
-    )
-    group.add_argument(
-        "--eval-max-length",
-        type=cli.positive_int,
-        help="the same in evaluation and prediction (default: as in training)",
-    )
-    group.add_argument(
-        "--truncation",
-        choices=TRUNCATIONS,
-        help=(
-            "what is read of a longer text: its beginning, its end, a quarter and three quarters from both,"
-            " or all in overlapping windows whose logits are averaged (default:"
-            f" {loading.DEFAULT_TRUNCATION}; as a saved model was scored)"
-        ),
-    )
-    group.add_argument(
-        "--max-windows",
-        type=cli.positive_int,
-        default=1,
-        help="with chunks: windows of a text in a training step, drawn anew each epoch; scoring reads all",
-    )
-
-    group = parser.add_argument_group("training")
-    group.add_argument("--epochs", type=cli.positive_int, default=3, help="passes over the training split")
-    group.add_argument(
-        "--batch-size", type=cli.positive_int, default=16, help="texts a process and a backward pass"
-    )
-    group.add_argument(
-        "--eval-batch-size", type=cli.positive_int, default=32, help="texts a process in evaluation"
-    )
-    group.add_argument("--grad-accum", type=cli.positive_int, default=1, help="batches an optimizer step")
-    group.add_argument("--lr", type=cli.positive_float, default=1e-4, help="the highest learning rate")
-    group.add_argument(
-        "--warmup-ratio",
-        type=cli.fraction,
-        default=0.1,
-        help="share of the steps in which the rate rises from 0",
-    )
-    group.add_argument(
-        "--weight-decay",
-        type=cli.non_negative_float,
-        default=0.01,
-        help="of matrices; biases and norms have none",
-    )
-    group.add_argument(
-        "--max-grad-norm", type=cli.positive_float, default=1.0, help="clip the gradient to this norm"
-    )
-    group.add_argument(
-        "--dropout",
-        type=cli.fraction,
-        help="of every kind in the model (default: as it was pretrained, attention's 0)",
-    )
-    group.add_argument(
-        "--attention-dropout",
-        type=cli.fraction,
-        help="above 0 it is slower on CPUs (default: --dropout if given, else 0)",
-    )
-    group.add_argument(
-        "--label-smoothing",
-        type=cli.fraction,
-        default=0.0,
-        help="share of each label that is spread over all classes",
-    )
-    group.add_argument(
-        "--class-weights",
-        choices=["none", "balanced"],
-        default="none",
-        help="balanced: every class counts the same, however few its texts",
-    )
-    group.add_argument(
-        "--batching",
-        choices=["buckets", "random"],
-        default="buckets",
-        help="buckets: texts of similar length share a batch",
-    )
-    group.add_argument(
-        "--best-metric",
-        choices=["loss", "accuracy", "macro_f1"],
-        default="loss",
-        help="which weights are kept, by validation; the earliest on ties",
-    )
-    group.add_argument(
-        "--eval-every",
-        type=cli.positive_int,
-        help="evaluate after every so many optimizer steps too, not just after each epoch",
-    )
-    group.add_argument(
-        "--early-stopping-patience",
-        type=cli.positive_int,
-        metavar="N",
-        help="stop when N evaluations in a row were no better",
-    )
-    group.add_argument(
-        "--freeze-layers",
-        type=cli.non_negative_int,
-        default=0,
-        metavar="N",
-        help="leave the embeddings and the N lowest layers as they are (0: learn all)",
-    )
-    group.add_argument(
-        "--lora-rank",
-        type=cli.positive_int,
-        metavar="R",
-        help="learn low-rank adapters and the head only; best/ has them merged",
-    )
-    group.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
-    group.add_argument(
-        "--auto-batch-size",
-        action="store_true",
-        help="if a batch doesn't fit into memory, halve it and accumulate: the same steps",
-    )
-    group.add_argument(
-        "--compile", action="store_true", help="torch.compile; minutes at first, faster steps on GPUs"
-    )
-    group.add_argument(
-        "--nondeterministic",
-        action="store_true",
-        help="on a GPU: a little faster, and two runs differ in their last digits",
-    )
-    group.add_argument(
-        "--num-workers",
-        type=cli.non_negative_int,
-        default=0,
-        help="processes that make batches; the texts are tokenised before, so few gain",
-    )
-    group.add_argument(
-        "--log-every", type=cli.positive_int, default=10, help="optimizer steps between two points of a curve"
-    )
-
-    group = parser.add_argument_group("stopping and going on")
-    group.add_argument(
-        "--save-every",
-        type=cli.positive_int,
-        metavar="STEPS",
-        help="write a checkpoint after every so many optimizer steps, not just after each epoch",
-    )
-    group.add_argument(
-        "--keep",
-        type=cli.positive_int,
-        default=2,
-        help="checkpoints to keep: with two, damage of the newest loses little",
-    )
-    group.add_argument(
-        "--resume",
-        nargs="?",
-        const=checkpoint.NEWEST,
-        metavar="RUN",
-        help=(
-            "go on with the run in this folder (or in --output-dir) from its newest whole checkpoint, or from"
-            " a given one, runs/<name>/checkpoints/step-<number>; the other flags as at first"
-        ),
-    )
-
-    group = parser.add_argument_group("instead of training").add_mutually_exclusive_group()
-    group.add_argument("--inspect", action="store_true", help="show data, tokenizer and a batch")
-    group.add_argument(
-        "--evaluate-only", action="store_true", help="score the model given by --model on the test split"
-    )
-    group.add_argument(
-        "--predict",
-        metavar="FILE",
-        help="classify each line of a text file (- for standard input), or each row of a data file",
-    )
+    run_folder = "folder of the run (default: runs/<data set>-<model>-<time>)"
+    parser.add_argument("--output-dir", type=cli.folder, help=run_folder)
+    add_data_flags(parser)
+    add_training_flags(parser)
+    add_run_flags(parser)
     return parser
 
 
-def train_steps(training: Training, batches, sizes: list[int], meter: LossMeter, args, runtime):
-    """Run the training loop over batches, `sizes` of them an optimizer step; yields after each
-    step.
-    """
-    model, optimizer, scaler = training.parallel, training.optimizer, training.scaler
-    for window in accumulation_windows(batches, sizes):  # a window is one optimizer step
-        model.train()
-        # the true divisor, also for a short last window
-        examples, weight = count_examples(window, training.class_weights, runtime)
-        for last, batch in mark_last(window):
-            batch = batch.to(runtime.device, non_blocking=True)
-            # (B), (B), (W)
-            labels, rows, document = batch.pop("labels"), batch.pop("row"), batch.pop("document")
-            with sync_gradients(model, when=last):
-                with runtime.autocast():
-                    logits = model(**batch).logits  # (W, C)
-                logits = batching.pool_windows(logits.float(), document, len(labels))  # (B, C)
-                summed_loss = cross_entropy(
-                    logits,
-                    labels,
-                    weight=training.loss_weights,
-                    reduction="sum",
-                    label_smoothing=args.label_smoothing,
-                )
-                # DDP averages over processes: world_size undoes it
-                scaler.scale(summed_loss / weight * runtime.world_size).backward()
-            meter.add(summed_loss, rows)
-        scaler.unscale_(optimizer)  # before clipping, so that the norm is the true gradient's
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-        scale = scaler.get_scale()
-        scaler.step(optimizer)
-        scaler.update()
-        # fp16 skips a step whose gradients overflow: then the schedule waits too (pytorch #55585)
-        if scaler.get_scale() >= scale:
-            training.scheduler.step()
-        optimizer.zero_grad()
-        training.step, training.step_of_epoch = training.step + 1, training.step_of_epoch + 1
-        meter.end_step(training, examples, weight, grad_norm)
-        yield
+def add_data_flags(parser: cli.Parser) -> None:
+    flag, count = parser.add_argument_group("data").add_argument, cli.positive_int
+    sources = "bundled name, CSV/TSV/JSON/JSONL/Parquet file, folder of class folders, or Hub id"
+    flag("--dataset", default="bundled/bbc-news", help=sources)
+    flag("--dataset-config", help="configuration of a Hub data set that has several")
+    flag("--text-column", default="text", help="column of the texts")
+    flag("--label-column", default="label", help="column of the labels: strings or whole numbers")
+    flag("--train-split", help="its name in the data set")
+    flag("--validation-split", help="its name in the data set; cut from train if there is none")
+    flag("--test-split", help="its name in the data set; cut from train if there is none")
+    flag("--max-train-samples", type=count, help="most texts to train on: a stratified sample")
+    flag("--max-eval-samples", type=count, help="the same for validation and test")
+    length = f"tokens read at once in training (default: {classifier.DEFAULT_MAX_LENGTH})"
+    flag("--max-length", type=count, help=length)
+    flag("--eval-max-length", type=count, help="the same in scoring (default: --max-length)")
+    truncation = (
+        "what to read of a longer text: its beginning, its end, a quarter from the beginning and"
+        " the rest from the end, or all of it in overlapping chunks whose logits are averaged"
+        f" (default: {classifier.DEFAULT_TRUNCATION}; for a saved model, as it was scored)"
+    )
+    flag("--truncation", choices=data.TRUNCATIONS, help=truncation)
+    chunks = "chunks of a text in a training step, drawn again in each epoch; scoring reads all"
+    flag("--max-chunks", type=count, default=1, help=chunks)
 
 
-def train(training: Training, rows, meter_state, watch: Watch, args, runtime):
-    """Train on `rows`, evaluate, keep the best weights in best/; goes on from where `training` is,
-    with the loss meter's state from there.
-    """
-    while training.epoch <= args.epochs and not out_of_patience(training, args):
-        plan = batching.plan_epoch(rows, training.epoch, training.micro_batch, args, runtime)
-        # what a resumed epoch has done is skipped, not read
-        training.steps_of_epoch, rest = len(plan), plan[training.step_of_epoch :]
-        batches = batching.loader(
+def add_training_flags(parser: cli.Parser) -> None:
+    flag = parser.add_argument_group("training").add_argument
+    count, share = cli.positive_int, cli.fraction
+    flag("--epochs", type=count, default=3, help="passes over the training split")
+    flag("--batch-size", type=count, default=16, help="texts per process and micro-batch")
+    flag("--eval-batch-size", type=count, default=32, help="chunks per process in evaluation")
+    flag("--grad-accum", type=count, default=1, help="micro-batches per optimizer step")
+    flag("--lr", type=cli.positive_float, default=1e-4, help="highest learning rate")
+    flag("--warmup-ratio", type=share, default=0.1, help="share of steps with a rising learning rate")
+    decay = "of matrices; biases and norms have none"
+    flag("--weight-decay", type=cli.non_negative_float, default=0.01, help=decay)
+    flag("--max-grad-norm", type=cli.positive_float, default=1.0, help="clips the gradient")
+    flag("--dropout", type=share, help="default: as pretrained, in attention 0")
+    attention = "above 0 it is slower on CPUs (default: --dropout if given, else 0)"
+    flag("--attention-dropout", type=share, help=attention)
+    flag("--label-smoothing", type=share, default=0.0, help="share spread over all classes")
+    weights = "balanced: every class counts the same, however few texts it has"
+    flag("--class-weights", choices=["none", "balanced"], default="none", help=weights)
+    buckets = "buckets: texts of similar length share a batch"
+    flag("--batching", choices=["buckets", "random"], default="buckets", help=buckets)
+    metric = "which weights are the best, by validation; the earliest on ties"
+    flag("--best-metric", choices=["loss", "accuracy", "macro_f1"], default="loss", help=metric)
+    often = "evaluate after every so many optimizer steps too, not only after each epoch"
+    flag("--eval-every", type=count, metavar="STEPS", help=often)
+    patience = "stop after N evaluations in a row that were no better than the best"
+    flag("--early-stopping-patience", type=count, metavar="N", help=patience)
+    freeze = "do not train the embeddings and the N lowest layers (0: train all)"
+    flag("--freeze-layers", type=cli.non_negative_int, default=0, metavar="N", help=freeze)
+    lora = "train low-rank adapters and the head only; best/ has them merged"
+    flag("--lora-rank", type=count, metavar="R", help=lora)
+    flag("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
+    halve = "if a micro-batch does not fit into memory, halve it and accumulate: the same steps"
+    flag("--auto-batch-size", action="store_true", help=halve)
+    flag("--compile", action="store_true", help="torch.compile: slow start, faster steps on GPUs")
+    faster = "on a GPU: a little faster, and two runs differ in their last digits"
+    flag("--nondeterministic", action="store_true", help=faster)
+    workers = "processes that make batches; the texts are already tokenised, so few are of use"
+    flag("--num-workers", type=cli.non_negative_int, default=0, help=workers)
+    flag("--log-every", type=count, default=10, help="optimizer steps between points of a curve")
+
+
+def add_run_flags(parser: cli.Parser) -> None:
+    flag, count = parser.add_argument_group("stopping and resuming").add_argument, cli.positive_int
+    often = "write a checkpoint after every so many optimizer steps, not only after each epoch"
+    flag("--save-every", type=count, metavar="STEPS", help=often)
+    flag("--keep", type=count, default=2, help="checkpoints; with two, damage costs little")
+    resume = (
+        "continue the run in this folder (or in --output-dir) from its newest undamaged"
+        " checkpoint, or from a given one, runs/<name>/checkpoints/step-<number>; the other flags"
+        " stay the same"
+    )
+    flag("--resume", nargs="?", const=tracking.NEWEST, metavar="RUN", help=resume)
+
+    group = parser.add_argument_group("instead of training")
+    flag = group.add_mutually_exclusive_group().add_argument
+    flag("--inspect", action="store_true", help="show data, tokenizer, model and a batch")
+    flag("--evaluate-only", action="store_true", help="score a saved --model on the test split")
+    classify = "classify the lines of a text file (- for standard input), or the rows of a data file"
+    flag("--predict", metavar="FILE", help=classify)
+    other = "with --inspect: a second tokenizer on a sentence (bundled name, folder or Hub id)"
+    group.add_argument("--compare-tokenizer", metavar="NAME", help=other)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train; the fields are named as their flags."""
+
+    model: ModelConfig
+    batches: BatchConfig
+    tokens: TokenConfig
+    epochs: int
+    lr: float
+    warmup_ratio: float
+    weight_decay: float
+    max_grad_norm: float
+    label_smoothing: float
+    class_weights: str
+    auto_batch_size: bool
+    eval_batch_size: int
+    eval_every: int | None
+    best_metric: str
+    early_stopping_patience: int | None
+    save_every: int | None
+    log_every: int
+
+
+Config = TypeVar("Config", DataConfig, ModelConfig, BatchConfig, TrainConfig)
+
+
+def select(kind: type[Config], args: argparse.Namespace, **others: object) -> Config:
+    """Return a config whose fields are `others` and the flags of the same names."""
+    names = [field.name for field in dataclasses.fields(kind) if field.name not in others]
+    return kind(**others, **{name: getattr(args, name) for name in names})
+
+
+# Data, tokenizer and model ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Labelled splits, their tokens, and the pretrained model that is to learn them."""
+
+    splits: Splits
+    tokenized: Splits
+    tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel
+    config: TrainConfig
+
+
+def load(args: argparse.Namespace, runtime: Runtime) -> Loaded:
+    """Read the data, load tokenizer and model, and tokenise the data."""
+    splits = data.load_splits(select(DataConfig, args), runtime)
+    names = splits["train"].features["label"].names  # a label is an index into them
+
+    # a pretrained encoder with a head for these classes
+    model_config = select(ModelConfig, args)
+    model, tokenizer = classifier.load_pretrained(model_config, names, runtime)
+
+    # texts become ids of tokens, long texts several chunks of them
+    tokens = classifier.choose_tokens(
+        model,
+        tokenizer,
+        max_length=args.max_length,
+        eval_max_length=args.eval_max_length,
+        truncation=args.truncation,
+    )
+    tokenized = data.tokenize_splits(splits, tokenizer, tokens, runtime, cache_dir=args.cache_dir)
+
+    batches = select(BatchConfig, args)
+    runtime.say(report.token_lines(tokenized, tokens, batches, runtime))
+    config = select(TrainConfig, args, model=model_config, batches=batches, tokens=tokens)
+    return Loaded(splits, tokenized, tokenizer, model, config)
+
+
+# Optimizer, schedule, loss scaler, DDP ------------------------------------------------------------
+
+
+def prepare(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: datasets.Dataset,
+    config: TrainConfig,
+    runtime: Runtime,
+) -> TrainingState:
+    """Return everything that an optimizer step needs and changes, for epochs of `rows`."""
+    adapted = classifier.adapt(model, config.model)  # frozen layers, LoRA, ...
+    # pyrefly: ignore [bad-argument-type]  (transformers wraps to() so that its types are lost)
+    adapted = adapted.to(runtime.device)
+    learning = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    if config.model.freeze_layers or config.model.lora_rank:
+        runtime.say(f"learns   {sum(parameter.numel() for parameter in learning):,} parameters")
+
+    class_weights = None
+    if config.class_weights == "balanced":
+        num_classes = rows.features["label"].num_classes
+        class_weights = batching.balanced_weights(rows["label"][:], num_classes)  # (C)
+
+    batches = batching.Batches(rows, tokenizer)
+    micro_batch = config.batches.batch_size
+    if config.auto_batch_size:
+        micro_batch = batching.largest_micro_batch(
+            adapted, batches, config.batches, config.tokens.max_length, runtime
+        )
+
+    # matrices decay; biases and norm weights, which have one dimension, do not
+    decay = [parameter for parameter in learning if parameter.ndim >= 2]
+    no_decay = [parameter for parameter in learning if parameter.ndim < 2]
+    groups = [
+        {"params": decay, "weight_decay": config.weight_decay},
+        {"params": no_decay, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=True)
+
+    # the learning rate rises from 0, then falls to 0
+    steps_per_epoch = math.ceil(len(rows) / config.batches.texts_per_step(runtime.world_size))
+    num_steps = steps_per_epoch * config.epochs
+    num_warmup_steps = round(config.warmup_ratio * num_steps)
+    scheduler = get_linear_schedule_with_warmup(optimizer, num_warmup_steps, num_steps)
+
+    # the gradients of fp16 would vanish without it; elsewhere it does nothing
+    scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
+
+    parallel = adapted if runtime.world_size == 1 else distribute(adapted, batches, runtime)
+    if config.model.compile:
+        parallel = cast(torch.nn.Module, torch.compile(parallel, dynamic=True))  # for all lengths
+
+    # each process draws its own dropout masks
+    torch.manual_seed(config.batches.seed + runtime.rank)
+    return TrainingState(
+        model=adapted,
+        tokenizer=tokenizer,
+        parallel=parallel,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        scaler=scaler,
+        meter=tracking.LossMeter(runtime, scaler),
+        class_weights=class_weights,
+        micro_batch=micro_batch,
+    )
+
+
+def distribute(
+    model: PreTrainedModel, batches: batching.Batches, runtime: Runtime
+) -> DistributedDataParallel:
+    """Return the model in DDP, which averages gradients over all processes."""
+    batch = batches[[batching.Pick(0, (0,))]]
+    # buffers are constant in encoders
+    parallel = DistributedDataParallel(
+        model,
+        find_unused_parameters=batching.has_unused_parameters(model, batch, runtime),
+        forward_sync_buffers=False,
+    )
+    # after its first backward pass DDP adds gradients up in another order, in which more than two
+    # processes get other last digits: a resumed run must not have that pass a second time
+    batching.backward_once(parallel, batch, runtime)
+    model.zero_grad()
+    return parallel
+
+
+# The loop -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """What goes along with a training: its log, its checkpoints, the signals that stop it."""
+
+    log: tracking.Log
+    checkpoints: Checkpoints
+    signals: StopSignals
+
+
+def train(state: TrainingState, tokenized: Splits, run: Run, config: TrainConfig, runtime: Runtime) -> None:
+    """Train from where `state` is to the last epoch, and keep the best weights in best/."""
+    model, optimizer, scheduler = state.parallel, state.optimizer, state.scheduler
+    scaler, meter, rows = state.scaler, state.meter, tokenized["train"]
+    loss_weights = state.class_weights  # (C)
+    if loss_weights is not None:
+        loss_weights = loss_weights.to(runtime.device)
+
+    too_large = batching.memory_advice(config.batches, config.tokens.max_length, config.auto_batch_size)
+
+    while state.epoch <= config.epochs and not state.is_out_of_patience(config.early_stopping_patience):
+        # the optimizer steps, each a list of micro-batches; a resumed epoch skips those done
+        steps = batching.plan_epoch(
+            rows, config.batches, epoch=state.epoch, micro_batch=state.micro_batch, runtime=runtime
+        )
+        state.steps_of_epoch = len(steps)
+        loader = batching.step_loader(
             rows,
-            [batch for step in rest for batch in step],
-            training.tokenizer,
-            num_workers=args.num_workers,
+            steps[state.step_of_epoch :],
+            state.tokenizer,
+            num_workers=config.batches.num_workers,
             pin_memory=runtime.device.type == "cuda",
         )
+        label = f"epoch {state.epoch}/{config.epochs}"
         with (
-            tracking.progress(
-                batches, label=f"epoch {training.epoch}/{args.epochs}", shown=runtime.is_main
-            ) as bar,
-            memory.explained(memory.way_out(args)),
+            tracking.progress(loader, label=label, unit="step", shown=runtime.is_main) as bar,
+            batching.explain_out_of_memory(too_large),
         ):
-            meter = LossMeter(runtime, watch.log, bar, args.log_every)
-            if meter_state is not None:
-                meter.restore(*meter_state)
-                meter_state = None
-            # it may have been stopped in an evaluation
-            evaluate_if_due(training, meter, watch, args, runtime)
-            for _ in train_steps(training, bar, [len(step) for step in rest], meter, args, runtime):
-                evaluate_if_due(training, meter, watch, args, runtime)
-                save_if_due(training, meter, watch, args)
-                if out_of_patience(training, args):
+            meter.start_epoch(is_resumed=state.step_of_epoch > 0)
+            if state.is_due(config.eval_every) and not state.is_evaluated():  # a signal stopped it
+                validate(state, tokenized["validation"], run, config, runtime)
+
+            for micro_batches in bar:
+                model.train()
+                # the loss is a mean over the examples of all micro-batches and processes
+                examples, weight = count_examples(micro_batches, state.class_weights, runtime)
+                for number, batch in enumerate(micro_batches, start=1):
+                    batch = batch.to(runtime.device, non_blocking=True)
+                    labels, row_numbers = batch.pop("labels"), batch.pop("row")  # (B), (B)
+                    text_of_chunk = batch.pop("text_of_chunk")  # (K)
+                    # DDP exchanges gradients once, in the last backward pass of the step
+                    with sync_gradients(model, when=number == len(micro_batches)):
+                        with runtime.autocast():
+                            logits = model(**batch).logits  # (K, C)
+                        logits = pool_chunks(logits.float(), text_of_chunk, len(labels))  # (B, C)
+                        summed_loss = cross_entropy(
+                            logits,
+                            labels,
+                            weight=loss_weights,
+                            reduction="sum",
+                            label_smoothing=config.label_smoothing,
+                        )
+                        # DDP averages over processes: world_size undoes it
+                        scaler.scale(summed_loss / weight * runtime.world_size).backward()
+                    meter.add(summed_loss, row_numbers)
+                scaler.unscale_(optimizer)  # before clipping: the norm is the true gradient's
+                grad_norm = clip_grad_norm_(model.parameters(), config.max_grad_norm)
+                scale = scaler.get_scale()
+                scaler.step(optimizer)
+                scaler.update()
+                # fp16 skips a step that overflows: then the schedule waits too (pytorch #55585)
+                if scaler.get_scale() >= scale:
+                    scheduler.step()
+                optimizer.zero_grad()
+                state.step, state.step_of_epoch = state.step + 1, state.step_of_epoch + 1
+
+                meter.end_step(state.step, examples=examples, weight=weight, grad_norm=grad_norm)
+                if state.step % config.log_every == 0:  # reading the losses waits for a GPU
+                    values = {f"train/{name}": value for name, value in meter.read().items()}
+                    values["train/learning_rate"] = float(scheduler.get_last_lr()[0])
+                    if grad_norm.isfinite():  # the scaler has skipped the step otherwise
+                        values["train/grad_norm"] = grad_norm.item()
+                    run.log.numbers(state.step, values)
+                    loss, speed = values["train/loss"], values["train/examples_per_second"]
+                    bar.set_postfix_str(f"loss {loss:.4f}, {speed:.1f} examples/s")
+
+                if state.is_due(config.eval_every):
+                    validate(state, tokenized["validation"], run, config, runtime)
+
+                stop = run.signals.requested()
+                if stop or state.is_due(config.save_every):
+                    with meter.paused():
+                        meter.check()  # weights that are not finite must not be kept
+                        run.checkpoints.save(state, run.log)
+                if stop:
+                    run.signals.stop()
+                if state.is_out_of_patience(config.early_stopping_patience):
                     break
-        training.epoch, training.step_of_epoch = training.epoch + 1, 0
+        state.epoch, state.step_of_epoch = state.epoch + 1, 0
 
 
-def fit(args, runtime):
-    """Train, keep the best weights, score them on the test split, and leave report, predictions
-    and curves in the run folder.
-    """
-    check_flags(args)
-    folder, resumed, wanted = checkpoint.locate_run(
-        args, runtime, name=f"{Path(args.dataset).stem}-{Path(args.model).name}"
-    )
-    rows = loading.load_splits(args, runtime)
-    tokenizer, model, tokenized = loading.load_for_training(rows, args, runtime)
-    if problems := models.mismatches(model, tokenizer):
-        raise UserError(f"--model {args.model}: {problems[0]}; --inspect shows more")
-    identity = checkpoint.identity(run_flags(args), model, tokenized, runtime)
-    settings = {
-        **run_flags(args),
-        "output_dir": str(folder),
-        "precision": runtime.precision,
-        "device": runtime.describe(),
-        "processes": runtime.world_size,
-        "identity": identity,
-        "versions": tracking.versions(),
-        "started": datetime.datetime.now().isoformat(),
-    }
-    checkpoints = checkpoint.Checkpoints(folder, identity, keep=args.keep, runtime=runtime)
-    found = checkpoints.choose(wanted) if resumed else None
-    training = prepare(model, tokenizer, tokenized["train"], args, runtime)
-    model_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
-    needed = (BEST_SIZE_IN_MODELS + CHECKPOINT_SIZE_IN_MODELS * (args.keep + 1)) * model_bytes
-    log = tracking.NullLog(folder)
-    if runtime.is_main:
-        tracking.make_folder(folder, needed_bytes=needed)
-        runtime.note_run(folder)
-        if found:
-            checkpoints.drop_after(found[0])
-        log = tracking.RunLog(folder, settings, checkpoint.place_in_log(found) if resumed else None)
-    runtime.require_shared(folder / "config.json", flag="--output-dir")
-    meter_state = checkpoints.restore(*found, training) if found else None
-    runtime.say(
-        f"machine  {runtime.describe()}\nrun      {folder}; curves: tensorboard --logdir {folder.parent}"
-    )
-    if resumed:
-        runtime.say(
-            f"resume   {found[0]}: after step {training.step}"
-            if found
-            else "resume   no checkpoint yet: from the beginning"
-        )
-    runtime.say("")
-    interruption = Interruption(runtime, f"go on with the same command and --resume {folder}")
-    watch = Watch(tokenized["validation"], log, checkpoints, interruption)
-    with contextlib.closing(log), interruption:
-        train(training, tokenized["train"], meter_state, watch, args, runtime)
-        finish(rows, tokenized["test"], training, watch, args, runtime)
+def validate(
+    state: TrainingState, rows: datasets.Dataset, run: Run, config: TrainConfig, runtime: Runtime
+) -> None:
+    """Score the model on the validation split, and save it if it is the best so far."""
+    with state.meter.paused():
+        training = state.meter.so_far()
+        try:
+            scores, _ = evaluate(
+                state.model,
+                rows,
+                state.tokenizer,
+                runtime,
+                batch_size=config.eval_batch_size,
+                signals=run.signals,
+            )
+        except Interrupted:
+            # the state from before the evaluation, which a resumed run makes again
+            run.checkpoints.save(state, run.log)
+            raise
+        # the last steps can ruin the weights after their losses were read
+        if not math.isfinite(scores["loss"]):
+            raise UserError(
+                f"epoch {state.epoch}, step {state.step}: the validation loss is {scores['loss']};"
+                " lower --lr or raise --warmup-ratio"
+            )
+        entry = {"epoch": state.epochs_done(), "step": state.step, **training, **scores}
+        state.history.append(entry)
+        report.log_scores(run.log, state.step, "validation", scores, rows.features["label"].names)
+        line = report.epoch_line(entry, config.epochs)
+        if is_better(entry, state.best, config.best_metric):
+            state.best, line = entry, f"{line}, the best so far"
+            if runtime.is_main:
+                plain, folder = classifier.merge_adapters(state.model), run.log.folder / "best"
+                classifier.save(plain, state.tokenizer, folder, settings=run.log.settings)
+        runtime.say(line)
 
 
-def run_flags(args) -> dict:
-    """Return the flags of a run, without those that choose what else to do."""
-    return {
-        name: value
-        for name, value in vars(args).items()
-        if name not in ("inspect", "evaluate_only", "predict", "resume")
-    }
+# The test split, and the report -------------------------------------------------------------------
 
 
-def finish(rows, tokenized, training: Training, watch: Watch, args, runtime):
-    """Reload the best weights, score them once on the test split, show and write what the run came
-    to.
-    """
+def test(loaded: Loaded, state: TrainingState, run: Run, runtime: Runtime) -> None:
+    """Reload the best weights, score them once on the test split, and write the report."""
     runtime.barrier()  # the main process has written them
-    history, best, log = training.history, training.best, watch.log
-    model, tokenizer = loading.load_saved(str(log.folder / "best"), args, runtime)
-    scores, logits = score(
-        model,
-        tokenized,
-        tokenizer,
-        runtime,
-        batch_size=args.eval_batch_size,
-        between=watch.interruption.check,
+    config, rows, folder = loaded.config, loaded.tokenized["test"], run.log.folder
+    best, cache_dir = str(folder / "best"), config.model.cache_dir
+    model, tokenizer = classifier.load_saved(best, runtime, cache_dir=cache_dir)
+    scores, logits = evaluate(
+        model, rows, tokenizer, runtime, batch_size=config.eval_batch_size, signals=run.signals
     )
-    predictions = report.Predictions(tokenized, logits)
-    epochs = [evaluation for evaluation in history if isinstance(evaluation["epoch"], int)] or history
-    results = {
-        **{f"test_{name}": scores[name] for name in ("accuracy", "macro_f1", "loss")},
-        "best_epoch": best["epoch"],
-        **{f"best_validation_{name}": best[name] for name in ("accuracy", "macro_f1", "loss")},
-        "train_examples_per_second": len(epochs) / sum(1 / epoch["examples_per_second"] for epoch in epochs),
-        "peak_memory_bytes": peak_memory_bytes(runtime.device),
-    }
-    report.log_scores(log, best["step"], "test", scores, predictions.names)
-    log.text(
-        best["step"],
-        "test/mistakes",
-        predictions.examples(right=False, most=MISTAKES_IN_TENSORBOARD, style="github"),
+    assert state.best is not None
+    outcome = report.Outcome(
+        settings=run.log.settings,
+        history=state.history,
+        best=state.best,
+        scores=scores,
+        predictions=report.Predictions(rows, logits),
+        peak_memory_bytes=peak_memory_bytes(runtime.device),
     )
-    log.finish(results, curves=["test/accuracy", "test/macro_f1", "test/loss", "train/examples_per_second"])
-    runtime.say(
-        f"\n{report.epoch_table(history)}\n\nbest epoch {best['epoch']}, reloaded and scored on the test"
-        " split:"
-    )
-    report.show(scores, predictions, args.eval_max_length, runtime.say)
+    report.log_outcome(run.log, outcome)
+    runtime.say(f"\n{report.epoch_table(state.history)}")
+    runtime.say(f"\nbest epoch {state.best['epoch']}, reloaded and scored on the test split:")
+    report.show(scores, outcome.predictions, config.tokens.eval_max_length, runtime)
     if runtime.is_main:
-        report.write_report(
-            log.folder,
-            settings=log.settings,
-            results=results,
-            epochs=history,
-            scores=scores,
-            predictions=predictions,
-        )
-        report.write_card(
-            log.folder / "best",
-            splits=rows,
-            settings=log.settings,
-            results=results,
-            predictions=predictions,
-            per_class=scores["per_class"],
-        )
-    runtime.say(
-        f"\nreport: {log.folder}/report.md   model: {log.folder}/best   every test row:"
-        f" {log.folder}/predictions.csv"
-    )
+        report.write_report(folder, outcome)
+        report.write_card(folder / "best", outcome, loaded.splits)
+    paths = f"model: {folder}/best   every test row: {folder}/predictions.csv"
+    runtime.say(f"\nreport: {folder}/report.md   {paths}")
 
 
-def evaluate_only(args, runtime):
-    """Score a saved model on the test split; on every row of a data set without one that it was
-    not trained on.
-    """
-    model, tokenizer = loading.load_saved(args.model, args, runtime)
-    names = [model.config.id2label[number] for number in range(model.config.num_labels)]
-    rows = loading.load_rows_for_scoring(names, models.saved_settings(args.model), args, runtime)
-    with runtime.local_main_first():
-        tokenized = batching.tokenize(
-            rows,
-            tokenizer,
-            max_length=args.eval_max_length,
-            truncation=args.truncation,
-            cache_dir=args.cache_dir,
-        )
-    scores, logits = score(model, tokenized, tokenizer, runtime, batch_size=args.eval_batch_size)
-    report.show(scores, report.Predictions(tokenized, logits), args.eval_max_length, runtime.say)
+# What the flags ask for ---------------------------------------------------------------------------
 
 
-def predict(args, runtime):
-    """Print one JSON line a text: row, label, confidence and the score of every class."""
-    model, tokenizer = loading.load_saved(args.model, args, runtime)
+def fit(args: argparse.Namespace, runtime: Runtime) -> None:
+    """Load, prepare, train and test, as a run that can be stopped and resumed."""
+    batching.check(select(BatchConfig, args), args.truncation)
+    name = f"{Path(args.dataset).stem}-{Path(args.model).name}"
+    location = tracking.locate_run(args.output_dir, args.resume, runtime, name=name)
+    loaded = load(args, runtime)
+    classifier.require_match(loaded.model, loaded.tokenizer, name=args.model)
+
+    # what the run is: to be resumed from its checkpoints, and by nothing that differs from it
+    flags = {flag: value for flag, value in vars(args).items() if flag not in NOT_OF_A_RUN}
+    flags |= dataclasses.asdict(loaded.config.tokens)  # the lengths in use
+    identity = checkpoint.identity(flags, loaded.model, loaded.tokenized, runtime)
+    checkpoints = Checkpoints(location, identity, keep=args.keep, runtime=runtime)
+    start = checkpoints.choose()  # None: from the beginning
+
+    rows = loaded.tokenized["train"]
+    state = prepare(loaded.model, loaded.tokenizer, rows, loaded.config, runtime)
+    log = checkpoints.open_log(flags, state.model, start)
+    if start is not None:
+        checkpoints.restore(start, state)
+    signals = StopSignals(runtime, f"continue with the same command and --resume {location.folder}")
+    run = Run(log, checkpoints, signals)
+    with contextlib.closing(log), signals:
+        train(state, loaded.tokenized, run, loaded.config, runtime)
+        test(loaded, state, run, runtime)
+
+
+def evaluate_only(args: argparse.Namespace, runtime: Runtime) -> None:
+    """Score a saved model on the test split, or on all rows of a data set that has none."""
+    model, tokenizer, tokens = load_saved(args, runtime)
+    names = classifier.class_names(model)
+    trained = classifier.saved_settings(args.model)
+    rows = data.load_rows_for_scoring(select(DataConfig, args), names, trained, runtime)
+    splits = data.tokenize_splits({"test": rows}, tokenizer, tokens, runtime, cache_dir=args.cache_dir)
+    tokenized = splits["test"]
+    scores, logits = evaluate(model, tokenized, tokenizer, runtime, batch_size=args.eval_batch_size)
+    report.show(scores, report.Predictions(tokenized, logits), tokens.eval_max_length, runtime)
+
+
+def predict(args: argparse.Namespace, runtime: Runtime) -> None:
+    """Print one JSON line per text: row, label, confidence and the score of every class."""
+    model, tokenizer, tokens = load_saved(args, runtime)
     texts = reading.read_texts(args.predict, column=args.text_column, cache_dir=args.cache_dir)
-    for answer in predict_texts(
-        model,
-        tokenizer,
-        texts,
-        runtime,
-        batch_size=args.eval_batch_size,
-        max_length=args.eval_max_length,
-        truncation=args.truncation,
-    ):
+    for answer in predict_texts(model, tokenizer, texts, tokens, runtime, batch_size=args.eval_batch_size):
         runtime.say(json.dumps(answer, ensure_ascii=False))
 
 
-def inspect(args, runtime):
-    """Show the data, the tokenizer and a batch; train nothing."""
-    rows = loading.load_splits(args, runtime)
-    tokenizer, model, tokenized = loading.load_for_training(rows, args, runtime)
+def load_saved(
+    args: argparse.Namespace, runtime: Runtime
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, TokenConfig]:
+    """Return a saved model, its tokenizer, and how it reads texts."""
+    model, tokenizer = classifier.load_saved(args.model, runtime, cache_dir=args.cache_dir)
+    tokens = classifier.choose_saved_tokens(
+        model, tokenizer, args.model, eval_max_length=args.eval_max_length, truncation=args.truncation
+    )
+    return model, tokenizer, tokens
+
+
+def inspect(args: argparse.Namespace, runtime: Runtime) -> None:
+    """Show the data, the tokenizer, the model and a batch; train nothing."""
+    name, other = args.compare_tokenizer, None
+    if name is not None:
+        other = inspection.load_other_tokenizer(name, cache_dir=args.cache_dir)
+    loaded = load(args, runtime)
     inspection.show(
-        rows,
-        tokenized,
-        model,
-        tokenizer,
-        max_lengths=(args.max_length, args.eval_max_length),
+        loaded.splits,
+        loaded.tokenized,
+        loaded.model,
+        loaded.tokenizer,
+        tokens=loaded.config.tokens,
         batch_size=args.batch_size,
     )
+    if other is not None:
+        text = loaded.splits["train"][0]["text"]
+        inspection.show_comparison(text, {args.model: loaded.tokenizer, name: other})
 
 
-def main(args):
+def main(args: argparse.Namespace) -> None:
+    if args.compare_tokenizer is not None and not args.inspect:
+        raise UserError(
+            f"--compare-tokenizer {args.compare_tokenizer}: it works with --inspect only; add"
+            " --inspect, or leave it out"
+        )
     runtime = start_runtime(args.device, args.precision, args.seed)
     if args.inspect:
         inspect(args, runtime)
@@ -501,11 +570,8 @@ def main(args):
     elif args.evaluate_only:
         evaluate_only(args, runtime)
     else:
-        with deterministic(
-            runtime.device,
-            wanted=not args.nondeterministic,
-            hint="--nondeterministic does without, or use --device cpu",
-        ):
+        hint = "add --nondeterministic to allow that, or use --device cpu"
+        with deterministic(runtime.device, wanted=not args.nondeterministic, hint=hint):
             fit(args, runtime)
     stop_runtime()
 

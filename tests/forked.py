@@ -23,7 +23,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import train_classifier
 from common import cli
-from common.training import checkpoint, milestones
+from common.training import checkpoint
+from common.training.tracking import LossMeter
 
 FILE_EVENTS = ("open", "os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
 
@@ -51,24 +52,31 @@ def count_events(job: dict):
     return lambda: count
 
 
+class SignalAfterOneBatch:
+    """Stands for the signals that an evaluation checks before each batch: sends one after the first."""
+
+    def __init__(self, signals, number: int):
+        self.signals, self.number, self.batches = signals, number, 0
+
+    def check(self):
+        self.batches += 1
+        if self.batches == 2:
+            os.kill(os.getpid(), self.number)
+        self.signals.check()
+
+
 def signal_in_evaluation(job: dict):
     """Let the job's signal come after the first batch of the given evaluation."""
-    score, count = milestones.score, 0
+    evaluate, count = train_classifier.evaluate, 0
 
-    def scored(*arguments, between, **options):
+    def evaluated(*arguments, signals, **options):
         nonlocal count
-        count, batches = count + 1, 0
+        count += 1
+        if count == job["in_evaluation"]:
+            signals = SignalAfterOneBatch(signals, signal.Signals[job["signal"]])
+        return evaluate(*arguments, signals=signals, **options)
 
-        def then():
-            nonlocal batches
-            batches += 1
-            if count == job["in_evaluation"] and batches == 2:
-                os.kill(os.getpid(), signal.Signals[job["signal"]])
-            between()
-
-        return score(*arguments, between=then, **options)
-
-    milestones.score = scored
+    train_classifier.evaluate = evaluated
 
 
 def spoil_losses():
@@ -82,29 +90,39 @@ def spoil_losses():
 def limit_memory(room: int):
     """Let the model's passes, and nothing else, take at most `room` bytes more than the process
     has: threads and files need theirs too.
-    """
-    prepare, steps = train_classifier.prepare, train_classifier.train_steps
 
-    @contextlib.contextmanager
-    def limited():
+    The passes are those of prepare(), and of each optimizer step: it begins with count_examples()
+    and ends with the loss meter's end_step().
+    """
+    prepare, count_examples, end_step = (
+        train_classifier.prepare,
+        train_classifier.count_examples,
+        LossMeter.end_step,
+    )
+
+    def limit():
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + room, resource.RLIM_INFINITY))
-        yield
+
+    def unlimit():
         resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
-    def limited_steps(*arguments):
-        inner, done = steps(*arguments), object()
-        while True:
-            with limited():
-                if next(inner, done) is done:
-                    return
-            yield
-
     def limited_prepare(*arguments):
-        with limited():
-            return prepare(*arguments)
+        limit()
+        state = prepare(*arguments)
+        unlimit()
+        return state
 
-    train_classifier.prepare, train_classifier.train_steps = limited_prepare, limited_steps
+    def limit_step(*arguments):
+        limit()
+        return count_examples(*arguments)
+
+    def unlimit_step(*arguments, **options):
+        unlimit()
+        end_step(*arguments, **options)
+
+    train_classifier.prepare, train_classifier.count_examples = limited_prepare, limit_step
+    LossMeter.end_step = unlimit_step
 
 
 def child(job: dict, rank: int):

@@ -1,101 +1,122 @@
-"""Texts -> batches: tokenise once, a deterministic order of the texts and their windows, collation
-by DataCollatorWithPadding.
+"""Turn tokenised texts into padded batches, in order, and into steps that fit into memory.
+
+Which texts share an optimizer step is a pure function of the seed and the epoch. A step is split
+into micro-batches that fit into memory. A micro-batch may hold several chunks of one text, whose
+logits are averaged (`pool_chunks`).
 """
 
-import hashlib
-import json
+import contextlib
+import gc
 import os
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import datasets
 import numpy as np
 import torch
+from sklearn.utils.class_weight import compute_class_weight
 from transformers import BatchEncoding, DataCollatorWithPadding, PreTrainedTokenizerBase
 
+from common.errors import UserError
 from common.runtime import Runtime
-from common.training import windows
 
-IGNORED_LABEL = -100  # cross_entropy's default ignore_index
+IGNORED_LABEL = -100  # the default ignore_index of cross_entropy
 # texts are sorted by length only within pools of at most 50 batches and a quarter of the epoch, so
-# that it
-# stays shuffled
+# that the epoch stays shuffled
 POOL_BATCHES, POOLS = 50, 4
-MODEL_INPUTS_NOT = ("text", "label", "row", "window_lengths", "num_tokens", "num_read")
-
-# a row of the data and which of its windows; a negative number is ~row, a filler that counts
-# nowhere
-Pick = tuple[int, tuple[int, ...]]
+# from the messages of PyTorch's allocators for CPU, CUDA and MPS
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+NOT_MODEL_INPUTS = ("text", "label", "row", "chunk_lengths", "num_tokens", "num_read")
 
 
-def tokenize(
-    rows: datasets.Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_length: int,
-    truncation: str,
-    cache_dir: str | None,
-) -> datasets.Dataset:
-    """Return the rows with the columns of `windows.encode`.
+@dataclass(frozen=True)
+class BatchConfig:
+    """How the texts of an epoch are grouped; the fields are named as their flags."""
 
-    The result is kept as an Arrow file, memory-mapped and reused, under the SHA-256 of texts,
-    labels and their classes, tokenizer, length and truncation, which is its fingerprint as well.
-    The file's name has the version of `datasets` beside it, for what it wrote may be read by no
-    other.
+    batch_size: int  # texts per process and micro-batch
+    grad_accum: int
+    max_chunks: int
+    batching: str
+    seed: int
+    num_workers: int
+
+    def texts_per_step(self, world_size: int) -> int:
+        """Return the number of texts of an optimizer step, over all processes and micro-batches."""
+        return self.batch_size * self.grad_accum * world_size
+
+
+def check(config: BatchConfig, truncation: str | None) -> None:
+    """Raise UserError when flags exclude each other; `truncation` None is the default, chunks."""
+    most, size = config.max_chunks, config.batch_size
+    if most > 1 and truncation not in (None, "chunks"):
+        raise UserError(
+            f"--max-chunks {most}: --truncation {truncation} reads one chunk of a text; leave one"
+            " of the two out"
+        )
+    if most > size:
+        raise UserError(
+            f"--max-chunks {most}: a micro-batch holds at most --batch-size {size} chunks, and"
+            " those of a text stay together; lower the one or raise the other"
+        )
+
+
+class Pick(NamedTuple):
+    """A row of the data and which of its chunks to read."""
+
+    row: int
+    chunks: tuple[int, ...]
+    is_filler: bool = False  # work for a process without a row: its loss counts nowhere
+
+
+# The order of the data ----------------------------------------------------------------------------
+
+
+def plan_epoch(
+    rows: datasets.Dataset, config: BatchConfig, *, epoch: int, micro_batch: int, runtime: Runtime
+) -> list[list[list[Pick]]]:
+    """Return the optimizer steps of an epoch for this process: lists of micro-batches of picks.
+
+    A micro-batch has at most `micro_batch` chunks. Which texts a step sees depends on the seed, the
+    epoch and `config.texts_per_step` only: it makes no difference whether a step is large because
+    of its batch size, of accumulation or of the number of processes.
     """
-    digest = hashlib.sha256(
-        f"{tokenizer_json(tokenizer)} {max_length} {truncation} "
-        f"{windows.HEAD_SHARE} {windows.OVERLAP}".encode()
+    lengths = rows["chunk_lengths"][:]
+    order = batch_order(
+        [max(chunks) for chunks in lengths],
+        batch_size=config.texts_per_step(runtime.world_size),
+        seed=config.seed,
+        epoch=epoch,
+        buckets=config.batching == "buckets",
     )
-    # the values of a label are numbers: its classes are what they mean
-    for feature in rows.features.values():
-        digest.update(f"{getattr(feature, 'names', None)}\0".encode())
-    for name in rows.column_names:  # labels and row numbers are in the file as well
-        for value in rows[name][:]:
-            digest.update(f"{value}\0".encode())
-    folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "tokenized"
-    folder.mkdir(parents=True, exist_ok=True)
-    key = digest.hexdigest()
-    return rows.map(
-        lambda batch: windows.encode(batch["text"], tokenizer, max_length=max_length, truncation=truncation),
-        batched=True,
-        desc="tokenising",
-        cache_file_name=str(folder / f"{key}-{datasets.__version__}.arrow"),
-        new_fingerprint=key[:16],
+    chosen = draw_chunks(
+        [len(chunks) for chunks in lengths], most=config.max_chunks, seed=config.seed, epoch=epoch
     )
+    steps = []
+    for numbers in order:
+        picks = [Pick(row, chosen[row]) for row in numbers.tolist()]
+        share = share_of_rank(picks, runtime.rank, runtime.world_size)
+        steps.append(split_picks(share, micro_batch))
+    return steps
 
 
-def tokenizer_json(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return all that a tokenizer does as one string; its hash is the tokenizer's fingerprint.
-
-    Truncation and padding are left out: every call sets them anew, so they say what the last call
-    was, not what the tokenizer is.
-    """
-    if not tokenizer.is_fast:
-        return repr((type(tokenizer), sorted(tokenizer.get_vocab().items())))
-    return json.dumps(
-        {**json.loads(tokenizer.backend_tokenizer.to_str()), "truncation": None, "padding": None}
-    )
-
-
-def longest_windows(rows: datasets.Dataset) -> np.ndarray:
-    """Return the length of the longest window of each row (N)."""
-    return np.array([max(lengths) for lengths in rows["window_lengths"][:]])
-
-
-def batch_order(lengths, *, batch_size: int, seed: int, epoch: int, buckets: bool) -> list[np.ndarray]:
+def batch_order(
+    lengths: list[int] | np.ndarray | range, *, batch_size: int, seed: int, epoch: int, buckets: bool
+) -> list[np.ndarray]:
     """Return one epoch's batches of row numbers: each row once, a pure function of the arguments.
 
     `lengths` (N): tokens of each row. With `buckets`, rows are shuffled, sorted by length within
-    pools and cut into batches, and the batches are shuffled: batches hold texts of similar length,
-    so little is padding, an epoch is not sorted, and which texts share a batch changes from epoch
-    to epoch. A short last batch comes last.
+    pools and cut into batches, and the batches are shuffled. So a batch holds texts of similar
+    length, which leaves little padding; the epoch as a whole is not sorted; and which texts share a
+    batch changes from epoch to epoch. A short last batch comes last.
     """
     generator = np.random.default_rng([seed, epoch])
     order = generator.permutation(len(lengths))
     if buckets:
         pool = batch_size * max(1, min(POOL_BATCHES, len(lengths) // batch_size // POOLS))
         pools = [order[start : start + pool] for start in range(0, len(order), pool)]
-        order = np.concatenate([rows[np.argsort(np.asarray(lengths)[rows], kind="stable")] for rows in pools])
+        lengths = np.asarray(lengths)
+        order = np.concatenate([rows[np.argsort(lengths[rows], kind="stable")] for rows in pools])
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     if buckets:
         num_full = len(order) // batch_size
@@ -103,176 +124,316 @@ def batch_order(lengths, *, batch_size: int, seed: int, epoch: int, buckets: boo
     return batches
 
 
-def draw_windows(num_windows, *, most: int, seed: int, epoch: int) -> list[tuple[int, ...]]:
-    """Return for each row which of its windows an epoch reads: all, or `most` of them drawn at
-    random; a pure function of the arguments.
+def draw_chunks(num_chunks: list[int], *, most: int, seed: int, epoch: int) -> list[tuple[int, ...]]:
+    """Return which chunks of each row an epoch reads: at most `most` of them, drawn at random.
+
+    The choice is a pure function of the arguments.
     """
-    generator = np.random.default_rng([seed, epoch, 1])  # 1: another stream than the order's
-    return [tuple(sorted(generator.permutation(count)[:most].tolist())) for count in num_windows]
+    generator = np.random.default_rng([seed, epoch, 1])  # 1: a stream apart from that of the order
+    return [tuple(sorted(generator.permutation(count)[:most].tolist())) for count in num_chunks]
 
 
-def padding_share(lengths, batches: list[np.ndarray]) -> float:
+def share_of_rank(picks: list[Pick], rank: int, world_size: int) -> list[Pick]:
+    """Return this process's share of a step: every `world_size`-th pick.
+
+    A process whose share of a short step is empty gets the first pick as a filler, whose loss
+    counts nowhere: under DDP every process must run every step.
+    """
+    return picks[rank::world_size] or [picks[0]._replace(is_filler=True)]
+
+
+def split_picks(picks: list[Pick], most: int) -> list[list[Pick]]:
+    """Return the picks as consecutive batches of at most `most` chunks.
+
+    Only a single pick with more chunks than that makes a larger batch.
+    """
+    batches: list[list[Pick]] = []
+    count = most
+    for pick in picks:
+        count += len(pick.chunks)
+        if count > most:
+            batches.append([])
+            count = len(pick.chunks)
+        batches[-1].append(pick)
+    return batches
+
+
+def evaluation_batches(chunk_lengths: list[list[int]], *, batch_size: int) -> list[list[Pick]]:
+    """Return batches of at most `batch_size` chunks, each chunk once, from the longest texts down.
+
+    That order has the least padding and shows at once whether memory is too small. A text with more
+    chunks is spread over several batches, because their logits are summed anyway.
+    """
+    order = np.argsort([-max(lengths) for lengths in chunk_lengths], kind="stable")
+    picks = [
+        Pick(row, tuple(range(start, min(start + batch_size, len(chunk_lengths[row])))))
+        for row in order.tolist()
+        for start in range(0, len(chunk_lengths[row]), batch_size)
+    ]
+    return split_picks(picks, batch_size)
+
+
+def longest_chunks(rows: datasets.Dataset) -> np.ndarray:
+    """Return the length of the longest chunk of each row (N)."""
+    return np.array([max(lengths) for lengths in rows["chunk_lengths"][:]])
+
+
+def padding_share(lengths: list[int] | np.ndarray, batches: list[np.ndarray]) -> float:
     """Return the share of all positions in the batches that are padding."""
     lengths = np.asarray(lengths)
     used = sum(lengths[batch].sum() for batch in batches)
     return float(1 - used / sum(lengths[batch].max() * len(batch) for batch in batches))
 
 
-def share_of_rank(batch: np.ndarray, rank: int, world_size: int) -> list[int]:
-    """Return this process's part of a global batch: every `world_size`-th row.
-
-    A process whose part of a short batch is empty gets the batch's first row as ~row (a negative
-    number), which `Examples` gives out with a label that counts nowhere: under DDP every process
-    must run every step.
-    """
-    return batch[rank::world_size].tolist() or [~int(batch[0])]
+# Padded batches -----------------------------------------------------------------------------------
 
 
-def cut_by_windows(picks: list[Pick], most: int) -> list[list[Pick]]:
-    """Return the picks as consecutive batches of at most `most` windows; only a single pick may
-    have more.
-    """
-    batches, count = [], most
-    for pick in picks:
-        count += len(pick[1])
-        if count > most:
-            batches.append([])
-            count = len(pick[1])
-        batches[-1].append(pick)
-    return batches
+class Batches(torch.utils.data.Dataset):
+    """A tokenised data set as padded batches: the item of a list of picks is the batch of them.
 
-
-def evaluation_batches(window_lengths: list[list[int]], *, batch_size: int) -> list[list[Pick]]:
-    """Return batches of at most `batch_size` windows, each window once, from the longest texts to
-    the shortest.
-
-    That is the least padding, and too little memory shows at once. A text of more windows is
-    parted: their logits are summed anyway.
-    """
-    order = np.argsort([-max(lengths) for lengths in window_lengths], kind="stable")
-    picks = [
-        (int(row), tuple(range(start, min(start + batch_size, len(window_lengths[row])))))
-        for row in order
-        for start in range(0, len(window_lengths[row]), batch_size)
-    ]
-    return cut_by_windows(picks, batch_size)
-
-
-class Examples(torch.utils.data.Dataset):
-    """The rows of a tokenised data set: a pick of a row and windows of it -> the windows' tokens,
-    the row's label and number.
+    A batch holds what the model takes, `input_ids` and `attention_mask` (K, T) above all, one row a
+    chunk. Beside it are `labels` (B), `row` (B), the rows' numbers in the source, and
+    `text_of_chunk` (K), which of the B texts each chunk belongs to.
     """
 
-    def __init__(self, rows: datasets.Dataset):
+    def __init__(self, rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
         self.rows = rows
-        self.inputs = [name for name in rows.column_names if name not in MODEL_INPUTS_NOT]
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitems__(self, picks: list[Pick]) -> list[dict]:
-        examples = self.rows.__getitems__([row if row >= 0 else ~row for row, _ in picks])
-        return [
-            {
-                "windows": [{name: example[name][window] for name in self.inputs} for window in chosen],
-                "label": example.get("label", IGNORED_LABEL) if row >= 0 else IGNORED_LABEL,
-                "row": example.get("row", row),
-            }
-            for example, (row, chosen) in zip(examples, picks)
-        ]
-
-
-class Collator:
-    """Makes of examples what a model takes, and beside it what the loop needs: labels (B), row (B)
-    and document (W), the text of each window.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.inputs = [name for name in rows.column_names if name not in NOT_MODEL_INPUTS]
         self.pad = DataCollatorWithPadding(tokenizer)
 
-    def __call__(self, examples: list[dict]) -> BatchEncoding:
-        # input_ids, attention_mask (W, T)
-        batch = self.pad([window for example in examples for window in example["windows"]])
-        batch["labels"] = torch.tensor([example["label"] for example in examples])
-        batch["row"] = torch.tensor([example["row"] for example in examples])
-        batch["document"] = torch.repeat_interleave(
-            torch.arange(len(examples)), torch.tensor([len(example["windows"]) for example in examples])
-        )
+    def __getitem__(self, index: list[Pick]) -> BatchEncoding:
+        picks, texts = index, self.rows.__getitems__([pick.row for pick in index])
+        chunks, labels = [], []
+        for text, pick in zip(texts, picks):
+            chunks += [{name: text[name][chunk] for name in self.inputs} for chunk in pick.chunks]
+            labels.append(IGNORED_LABEL if pick.is_filler else text.get("label", IGNORED_LABEL))
+        batch = BatchEncoding(dict(self.pad(chunks)))  # (K, T)
+        batch["labels"] = torch.tensor(labels)  # (B)
+        rows = [text.get("row", pick.row) for text, pick in zip(texts, picks)]
+        batch["row"] = torch.tensor(rows)  # (B)
+        num_chunks = torch.tensor([len(pick.chunks) for pick in picks])  # (B)
+        batch["text_of_chunk"] = torch.arange(len(picks)).repeat_interleave(num_chunks)  # (K)
         return batch
 
 
-def loader(
+def batch_loader(
     rows: datasets.Dataset,
     batches: list[list[Pick]],
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     *,
-    num_workers: int = 0,
     pin_memory: bool = False,
-):
-    """Return a DataLoader over the given batches of picks. It draws no random number of torch's:
-    making one changes no run.
-    """
-    if num_workers:
-        # set at all, it keeps tokenizers from a warning at the fork (transformers #5486)
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+) -> torch.utils.data.DataLoader:
+    """Return a loader of the given batches, one after the other. It draws no random number."""
     return torch.utils.data.DataLoader(
-        Examples(rows),
-        batch_sampler=batches,
-        collate_fn=Collator(tokenizer),
+        Batches(rows, tokenizer),
+        sampler=batches,
+        batch_size=None,
+        collate_fn=_unchanged,
         pin_memory=pin_memory,
-        num_workers=num_workers,
-        worker_init_fn=_leave_the_group,
+        # else making an iterator would draw from the run's own generator
         generator=torch.Generator(),
     )
 
 
-def _leave_the_group(_worker: int):
-    # Ctrl-C and torchrun signal a whole group of processes: only the one that is in charge is to
-    # hear it, and
-    # to save
+def step_loader(
+    rows: datasets.Dataset,
+    steps: list[list[list[Pick]]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> torch.utils.data.DataLoader:
+    """Return a loader of optimizer steps, lists of micro-batches. It draws no random number."""
+    if num_workers:
+        # set at all, it keeps tokenizers from a warning at the fork (transformers #5486)
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    return torch.utils.data.DataLoader(
+        Batches(rows, tokenizer),
+        batch_sampler=steps,
+        collate_fn=_unchanged,
+        pin_memory=pin_memory,
+        num_workers=num_workers,
+        worker_init_fn=_leave_the_process_group,
+        # else making an iterator would draw from the run's own generator
+        generator=torch.Generator(),
+    )
+
+
+Batched = BatchEncoding | list[BatchEncoding]
+
+
+def _unchanged(item: Batched) -> Batched:
+    return item
+
+
+def _leave_the_process_group(_worker: int) -> None:
+    # Ctrl-C and torchrun signal a whole process group: only the process in charge is to hear it,
+    # and to save
     os.setpgid(0, 0)
 
 
-def pool_windows(logits: torch.Tensor, document: torch.Tensor, num_documents: int) -> torch.Tensor:
-    """Return the mean of the logits (W, C) of each document's windows, (B, C); `document` (W)
-    tells whose each window is.
+# What the loss needs ------------------------------------------------------------------------------
+
+
+def pool_chunks(logits: torch.Tensor, text_of_chunk: torch.Tensor, num_texts: int) -> torch.Tensor:
+    """Return the mean of the logits (K, C) of each text's chunks, (B, C).
+
+    `text_of_chunk` (K) tells which of the B texts each chunk belongs to.
     """
-    sums = logits.new_zeros(num_documents, logits.shape[1]).index_add(0, document, logits)
+    sums = logits.new_zeros(num_texts, logits.shape[1]).index_add(0, text_of_chunk, logits)
     # bincount would wait for a GPU
-    counts = logits.new_zeros(num_documents).index_add(0, document, torch.ones_like(logits[:, 0]))
+    counts = logits.new_zeros(num_texts).index_add(0, text_of_chunk, torch.ones_like(logits[:, 0]))
     return sums / counts.unsqueeze(1)
 
 
-def plan_epoch(
-    rows: datasets.Dataset, epoch: int, micro_batch: int, args, runtime: Runtime
-) -> list[list[list[Pick]]]:
-    """Return this process's batches of an epoch: a list of optimizer steps, each a list of batches
-    of at most `micro_batch` windows.
+def balanced_weights(labels: list[int], num_classes: int) -> torch.Tensor:
+    """Return scikit-learn's "balanced" weights (C), fp32: the fewer rows a class has, the higher.
 
-    Which texts a step sees is a pure function of seed, epoch and the step's size
-    (`args.batch_size` times accumulation times processes): it does not matter which of the three
-    makes it up.
+    A class without rows has the weight 0.
     """
-    lengths = rows["window_lengths"][:]
-    order = batch_order(
-        [max(windows) for windows in lengths],
-        batch_size=step_size(args, runtime),
-        seed=args.seed,
-        epoch=epoch,
-        buckets=args.batching == "buckets",
-    )
-    drawn = draw_windows(
-        [len(windows) for windows in lengths], most=args.max_windows, seed=args.seed, epoch=epoch
-    )
-    shares = [share_of_rank(step, runtime.rank, runtime.world_size) for step in order]
-    return [
-        cut_by_windows([(row, drawn[row if row >= 0 else ~row]) for row in share], micro_batch)
-        for share in shares
-    ]
+    present = np.unique(labels)
+    weights = torch.zeros(num_classes)
+    balanced = compute_class_weight("balanced", classes=present, y=labels)
+    weights[torch.from_numpy(present)] = torch.from_numpy(balanced).float()
+    return weights
 
 
-def step_size(args, runtime: Runtime) -> int:
-    """Return the number of texts of an optimizer step: of all processes and all batches that are
-    accumulated for it.
+def count_examples(
+    micro_batches: list[BatchEncoding], class_weights: torch.Tensor | None, runtime: Runtime
+) -> tuple[int, float]:
+    """Return the number of examples of a step, over all processes, and the divisor of its loss.
+
+    The divisor is that number itself or, with `class_weights` (C), the sum of the weights of the
+    examples' classes. Dividing each micro-batch by its own would be wrong (transformers #34242).
     """
-    return args.batch_size * args.grad_accum * runtime.world_size
+    # still on the CPU: no sync with a GPU
+    labels = torch.cat([batch["labels"] for batch in micro_batches])
+    labels = labels[labels != IGNORED_LABEL]
+    weight = float(len(labels))
+    if class_weights is not None:
+        weight = class_weights[labels].sum(dtype=torch.float64).item()
+    counts = torch.tensor([len(labels), weight], dtype=torch.float64)
+    examples, weight = runtime.all_reduce_sum(counts).tolist()
+    return int(examples), weight
+
+
+def sync_gradients(model: torch.nn.Module, *, when: bool) -> contextlib.AbstractContextManager:
+    """Return a context for forward and backward in which DDP exchanges gradients only `when` asked.
+
+    A plain model has none to exchange.
+    """
+    no_sync = getattr(model, "no_sync", None)
+    return contextlib.nullcontext() if when or no_sync is None else no_sync()
+
+
+# Fit into memory, and into DDP --------------------------------------------------------------------
+
+
+def backward_once(model: torch.nn.Module, batch: BatchEncoding, runtime: Runtime) -> None:
+    """Run a batch forward and backward, to leave gradients behind; the labels play no part."""
+    inputs = {name: batch[name] for name in batch if name not in ("labels", "row", "text_of_chunk")}
+    with runtime.autocast():
+        logits = model(**BatchEncoding(inputs).to(runtime.device)).logits  # (K, C)
+    logits.float().sum().backward()
+
+
+def has_unused_parameters(model: torch.nn.Module, batch: BatchEncoding, runtime: Runtime) -> bool:
+    """Tell whether a step leaves a parameter without a gradient, such as the pooler of BigBird.
+
+    DDP would wait for it, unless it is told to look for such parameters in every step. Dropout is
+    off, because it would draw random numbers.
+    """
+    model.eval()
+    backward_once(model, batch, runtime)
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    unused = any(parameter.grad is None for parameter in learning)
+    model.zero_grad()
+    return unused
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(message: str) -> Iterator[None]:
+    """Turn the error of an allocator that has no memory left into a UserError with this message."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise UserError(message) from error
+
+
+def memory_advice(config: BatchConfig, max_length: int, halves_already: bool) -> str:
+    """Return what to say when a training step takes too much memory."""
+    advice = (
+        f"--batch-size {config.batch_size}: a batch of {max_length} tokens does not fit into"
+        " memory; lower it or --max-length"
+    )
+    return (
+        advice if halves_already else f"{advice}, or let --auto-batch-size halve it without changing a step"
+    )
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+
+
+def largest_micro_batch(
+    model: torch.nn.Module, batches: Batches, config: BatchConfig, max_length: int, runtime: Runtime
+) -> int:
+    """Return the largest of the batch size, its half, its quarter, ... that fits into memory.
+
+    It is tried with the longest texts on the bare model, with room held for what the optimizer and
+    DDP add. The chunks of one text in a step (`max_chunks`) stay together, so the answer is at
+    least that. Every process gets the smallest answer of all. Raises UserError when not even one
+    text fits.
+    """
+    size, least = config.batch_size, config.max_chunks
+    while size and not _fits(model, batches, size, least, runtime):
+        size = max(size // 2, least) if size > least else 0
+    size = -runtime.all_reduce_max(-size)
+    if size == 0:
+        text = f"one text of {max_length} tokens"
+        if least > 1:
+            text = f"one text of {least} chunks of {max_length} tokens (--max-chunks)"
+        raise UserError(
+            f"--auto-batch-size: not even {text} fits into memory; lower --max-length or add"
+            " --gradient-checkpointing"
+        )
+    if size < config.batch_size:
+        runtime.say(
+            f"memory   {config.batch_size} chunks at once do not fit: {size} at a time, accumulated"
+            " to the same step"
+        )
+    return size
+
+
+def _fits(model: torch.nn.Module, batches: Batches, size: int, max_chunks: int, runtime: Runtime) -> bool:
+    """Tell whether `size` chunks of the longest texts go forward and backward at once."""
+    # as many chunks as a batch of `split_picks` can have, or more
+    lengths = [lengths[:max_chunks] for lengths in batches.rows["chunk_lengths"][:]]
+    picks = evaluation_batches(lengths, batch_size=size)[0]
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    room: list[torch.Tensor] = []
+    try:
+        # AdamW's two averages, DDP's buckets
+        copies = 2 + (runtime.world_size > 1)
+        room = [torch.empty_like(parameter) for parameter in learning for _ in range(copies)]
+        model.train()
+        # the second pass of an accumulated step needs more than the first: there are gradients
+        # already
+        for _ in range(2):
+            backward_once(model, batches[picks], runtime)
+        runtime.synchronize()
+        return True
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        return False
+    finally:
+        room.clear()  # freed before the next try
+        model.zero_grad()
+        gc.collect()
+        if runtime.device.type == "cuda":
+            torch.cuda.empty_cache()

@@ -1,24 +1,31 @@
-"""Everything that the next step depends on, on disk: saved atomically, verified before it is used,
-pruned (design: "State that must survive").
+"""Everything that the next step depends on, saved on disk, and how a run stops and continues.
 
 A checkpoint is a folder `step-<number>` of safetensors and JSON, no pickle: model.safetensors,
-optimizer.safetensors, state.json, for each process rank-<number>.safetensors and .json, the best
+optimizer.safetensors, state.json, rank-<number>.safetensors and .json for each process, the best
 model so far under best/, and manifest.json with size and SHA-256 of each of them. It is written
-under the name `tmp-<number>` and renamed when it is whole, so that a kill at any moment leaves the
-earlier ones.
+under the name `tmp-<number>` and renamed when it is complete, so that a kill at any moment leaves
+the earlier ones. It is verified before it is used, and older ones are removed only after that.
 """
 
 import hashlib
 import os
 import random
 import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType, TracebackType
+from typing import NoReturn
 
 import numpy as np
 import safetensors.torch
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from common.errors import UserError
+from common.errors import Interrupted, UserError
 from common.files import (
     find_damage,
     link_folder,
@@ -33,11 +40,13 @@ from common.files import (
 )
 from common.runtime import Runtime
 from common.training import tracking
+from common.training.tracking import CHECKPOINT_PREFIX, CHECKPOINTS, Log, LossMeter, RunLocation
 
-FOLDER, PREFIX, UNFINISHED = "checkpoints", "step-", "tmp-"
-# may differ when a run goes on: names of data and model, for their contents are compared, and what
-# changes no
-# number
+UNFINISHED = "tmp-"
+# the best model, for a moment twice; in a checkpoint the weights and AdamW's two averages
+BEST_SIZE_IN_MODELS, CHECKPOINT_SIZE_IN_MODELS = 2, 3
+# flags that may differ when a run is resumed: the names of data and model, because their contents
+# are compared, and flags that change no number
 FREE_FLAGS = {
     "model",
     "dataset",
@@ -60,214 +69,295 @@ FREE_FLAGS = {
     "nondeterministic",
 }
 FINGERPRINTS = ("the data", "the model")
-NEWEST = ""  # what --resume without a value stands for
+POSITION = ("micro_batch", "epoch", "step_of_epoch", "step", "history", "best")
+
+
+@dataclass
+class TrainingState:
+    """What a step changes: the model and all that belongs to it, and how far training has come."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    parallel: torch.nn.Module  # the model itself, or DDP or a compiled module around it
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    scaler: torch.amp.GradScaler
+    meter: LossMeter
+    class_weights: torch.Tensor | None = None  # (C), on the CPU
+    micro_batch: int = 0  # chunks in a backward pass
+    epoch: int = 1
+    step_of_epoch: int = 0
+    steps_of_epoch: int = 0
+    step: int = 0
+    history: list[dict] = field(default_factory=list)  # the scores of each evaluation
+    best: dict | None = None
+
+    def ends_epoch(self) -> bool:
+        """Tell whether the last step of the epoch is done."""
+        return self.step_of_epoch == self.steps_of_epoch
+
+    def is_due(self, every: int | None) -> bool:
+        """Tell whether what happens after `every` steps, and after each epoch, is due."""
+        return self.ends_epoch() or (every is not None and self.step > 0 and self.step % every == 0)
+
+    def is_evaluated(self) -> bool:
+        """Tell whether the weights have been evaluated since the last step."""
+        return bool(self.history) and self.history[-1]["step"] == self.step
+
+    def epochs_done(self) -> float:
+        """Return how many epochs are done: a whole number at the end of one, else two decimals."""
+        if self.ends_epoch():
+            return self.epoch
+        return round(self.epoch - 1 + self.step_of_epoch / self.steps_of_epoch, 2)
+
+    def is_out_of_patience(self, patience: int | None) -> bool:
+        """Tell whether the last `patience` evaluations were no better than the best one."""
+        if patience is None or self.best is None:
+            return False
+        return len(self.history) - 1 - self.history.index(self.best) >= patience
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk, verified, with the content of its state.json."""
+
+    path: Path
+    state: dict
+
+    def log_position(self) -> tracking.LogPosition:
+        """Return how far the run's log had come."""
+        return tracking.LogPosition(self.state["log_bytes"], self.state["position"]["step"])
 
 
 class Checkpoints:
-    """The checkpoints of one run; `identity` is what must be the same for a run to go on from one
-    of them.
-    """
+    """The checkpoints of one run; `identity` is what must not change for the run to be resumed."""
 
-    def __init__(self, run_folder: Path, identity: dict, *, keep: int, runtime: Runtime):
-        self.folder, self.best = run_folder / FOLDER, run_folder / "best"
-        self.identity, self.keep, self.runtime = identity, keep, runtime
+    def __init__(self, run: RunLocation, identity: dict, *, keep: int, runtime: Runtime) -> None:
+        self.run, self.identity, self.keep, self.runtime = run, identity, keep, runtime
+        self.folder, self.best = run.folder / CHECKPOINTS, run.folder / "best"
 
-    def save(self, training, meter, run):
-        """Write a checkpoint of the training as it is, with every process's part; then remove
-        those over the number to keep.
+    def open_log(self, flags: dict, model: PreTrainedModel, start: Checkpoint | None) -> Log:
+        """Create the run's folder and return its log, which continues where `start` was saved.
 
-        On an error, as when the disk is full, what was written of it is removed, and the earlier
-        ones stay.
+        What was saved after `start` is removed first. Raises UserError when the disk has no room
+        for the run, and when the processes do not share its folder.
         """
-        target, fresh = (
-            self.folder / f"{PREFIX}{training.step:08}",
-            self.folder / f"{UNFINISHED}{training.step:08}",
-        )
+        run_folder = self.run.folder
+        log: Log = tracking.NullLog(run_folder)
+        if self.runtime.is_main:
+            model_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
+            most_models = BEST_SIZE_IN_MODELS + CHECKPOINT_SIZE_IN_MODELS * (self.keep + 1)
+            tracking.make_folder(run_folder, needed_bytes=most_models * model_bytes)
+            self.runtime.note_run(run_folder)
+            if start is not None:
+                self._remove_after(start)
+            begin = tracking.LogPosition() if start is None else start.log_position()
+            settings = tracking.run_settings(flags, self.identity, run_folder, self.runtime)
+            log = tracking.RunLog(run_folder, settings, begin if self.run.is_resumed else None)
+        self.runtime.require_shared(run_folder / tracking.CONFIG, flag="--output-dir")
+        self.runtime.say(f"machine  {self.runtime.describe()}")
+        self.runtime.say(f"run      {run_folder}; curves: tensorboard --logdir {run_folder.parent}")
+        if start is not None:
+            self.runtime.say(f"resume   {start.path}: after step {start.log_position().step}")
+        elif self.run.is_resumed:
+            self.runtime.say("resume   no checkpoint yet: from the beginning")
+        self.runtime.say("")
+        return log
+
+    def save(self, state: TrainingState, log: Log) -> None:
+        """Write a checkpoint with every process's part, then remove those beyond `keep`.
+
+        On an error, such as a full disk, what was written of it is removed, and the earlier ones
+        stay.
+        """
+        name = f"{state.step:08}"
+        target = self.folder / f"{CHECKPOINT_PREFIX}{name}"
+        unfinished = self.folder / f"{UNFINISHED}{name}"
         if self.runtime.is_main:
             for leftover in self.folder.glob(f"{UNFINISHED}*"):
                 shutil.rmtree(leftover)
-            fresh.mkdir(parents=True)
+            unfinished.mkdir(parents=True)
         self.runtime.barrier()
         try:
-            self._write_part(fresh, meter)
+            self._write_part(unfinished, state.meter)
             if self.runtime.is_main:
-                self._write_shared(fresh, training, run)
+                self._write_shared(unfinished, state, log)
             self.runtime.barrier()  # every process's part is on the disk
             if self.runtime.is_main:
-                write_manifest(fresh)
-                # there is one of the same step when a run is resumed and stopped within an
+                write_manifest(unfinished)
+                # there is one of the same step already when a run is resumed and stopped within an
                 # evaluation
-                replace_folder(fresh, target)
+                replace_folder(unfinished, target)
                 sync_folder(self.folder)
         except BaseException:
             if self.runtime.is_main:
-                shutil.rmtree(fresh, ignore_errors=True)
+                shutil.rmtree(unfinished, ignore_errors=True)
             raise
         if self.runtime.is_main and find_damage(target) is None:
             for old in [path for path in self._all() if path.name < target.name][self.keep - 1 :]:
                 shutil.rmtree(old)
         self.runtime.barrier()
 
-    def _write_part(self, folder: Path, meter):
-        tensors, sums = meter.state()
-        tensors = {f"meter.{name}": tensor for name, tensor in tensors.items()}
+    def _write_part(self, folder: Path, meter: LossMeter) -> None:
+        """Write what only this process knows: its random states and its loss meter."""
+        losses, sums = meter.state()
+        tensors = {f"meter.{name}": tensor for name, tensor in losses.items()}
         tensors["torch"] = torch.get_rng_state()
         if self.runtime.device.type == "cuda":
             tensors["cuda"] = torch.cuda.get_rng_state(self.runtime.device)
         name, keys, *rest = np.random.get_state(legacy=True)
-        others = {"python": random.getstate(), "numpy": [name, keys.tolist(), *rest]}
+        numbers = np.asarray(keys).tolist()
+        others = {"python": random.getstate(), "numpy": [name, numbers, *rest]}
         path = folder / f"rank-{self.runtime.rank}"
         write_tensors(path.with_suffix(".safetensors"), tensors)
         write_json(path.with_suffix(".json"), {"random": others, "meter": sums})
 
-    def _write_shared(self, folder: Path, training, run):
-        # it knows weights that share memory
-        safetensors.torch.save_model(training.model, str(folder / "model.safetensors"))
+    def _write_shared(self, folder: Path, state: TrainingState, log: Log) -> None:
+        """Write what all processes have in common."""
+        # save_model knows weights that share memory
+        safetensors.torch.save_model(state.model, str(folder / "model.safetensors"))
         sync_file(folder / "model.safetensors")
-        optimizer = training.optimizer.state_dict()
+        optimizer = state.optimizer.state_dict()
         tensors = {
             f"{number}.{name}": value
             for number, values in optimizer["state"].items()
             for name, value in values.items()
         }
         write_tensors(folder / "optimizer.safetensors", tensors)
-        write_json(
-            folder / "state.json",
-            {
-                "identity": self.identity,
-                "position": training.position(),
-                "param_groups": optimizer["param_groups"],
-                "scheduler": training.scheduler.state_dict(),
-                "scaler": training.scaler.state_dict(),
-                "log_bytes": run.position(),
-            },
-        )
-        if training.best is not None:
+        content = {
+            "identity": self.identity,
+            "position": {name: getattr(state, name) for name in POSITION},
+            "param_groups": optimizer["param_groups"],
+            "scheduler": state.scheduler.state_dict(),
+            "scaler": state.scaler.state_dict(),
+            "log_bytes": log.position(),
+        }
+        write_json(folder / "state.json", content)
+        if state.best is not None:
             link_folder(self.best, folder / "best")
 
     def _all(self) -> list[Path]:
-        return sorted(self.folder.glob(f"{PREFIX}*"), reverse=True)
+        """Return the run's checkpoints, the newest first."""
+        return sorted(self.folder.glob(f"{CHECKPOINT_PREFIX}*"), reverse=True)
 
-    def choose(self, wanted: Path | None) -> tuple[Path, dict] | None:
-        """Return the checkpoint to go on from and its state: `wanted`, else the newest whole one,
-        saying which were passed over; None for the beginning.
+    def choose(self) -> Checkpoint | None:
+        """Return the checkpoint to resume from, None to begin the run, or to begin it again.
 
-        Raises UserError when none of those there is whole, when they were removed after the run's
-        end, and when the run differs from the one that is gone on with, naming what differs.
+        It is the one that the flags name or else the newest one that is not damaged; damaged ones
+        are reported. Raises UserError when all are damaged, when the run is finished and its
+        checkpoints were removed, and when another run wrote the checkpoint, naming what differs.
         """
-        chosen = self.runtime.broadcast_from_main(lambda: self._choose(wanted))
+        if not self.run.is_resumed:
+            return None
+        chosen = self.runtime.broadcast_from_main(self._choose)
         if chosen is None:
             return None
         self.runtime.require_shared(Path(chosen) / "manifest.json", flag="--resume")
-        return Path(chosen), read_json(Path(chosen) / "state.json")
+        return Checkpoint(Path(chosen), read_json(Path(chosen) / "state.json"))
 
-    def _choose(self, wanted: Path | None) -> str | None:
-        found = [wanted] if wanted is not None else self._all()
-        faults = {}
-        for path in found:
-            faults[path] = find_damage(path)
-            if faults[path] is None:
-                break
-            if len(faults) < len(found):
-                self.runtime.say(f"resume   {path} is damaged ({faults[path]}); taking the one before")
-        else:
-            if not found:
-                self._compare_with_config()
-                return None
-            if wanted is not None:
-                raise UserError(
-                    f"--resume {wanted}: it is damaged ({faults[wanted]}); --resume {self.folder.parent}"
-                    " takes the newest whole one"
-                )
-            listed = "; ".join(f"{path.name}: {reason}" for path, reason in faults.items())
+    def _choose(self) -> str | None:
+        wanted = self.run.checkpoint
+        candidates = [wanted] if wanted is not None else self._all()
+        if not candidates:
+            self._compare_with_config()
+            return None
+        damage: dict[Path, str] = {}
+        for path in candidates:
+            problem = find_damage(path)
+            if problem is None:
+                self._compare(path, read_json(path / "state.json")["identity"])
+                return str(path)
+            damage[path] = problem
+            if path != candidates[-1]:
+                self.runtime.say(f"resume   {path} is damaged ({problem}); trying the one before it")
+        if wanted is not None:
             raise UserError(
-                f"--resume: no whole checkpoint in {found[0].parent} ({listed}); start anew with another"
-                " --output-dir"
+                f"--resume {wanted}: it is damaged ({damage[wanted]}); --resume"
+                f" {self.run.folder} takes the newest one that is not"
             )
-        self._compare(path, read_json(path / "state.json")["identity"])
-        return str(path)
+        listed = "; ".join(f"{path.name}: {problem}" for path, problem in damage.items())
+        raise UserError(
+            f"--resume: all checkpoints in {self.folder} are damaged ({listed}); start a new run"
+            " with another --output-dir"
+        )
 
-    def _compare_with_config(self):
-        """Raise UserError unless a run without checkpoints can begin again: it came to no end, and
-        it is the same run.
-        """
-        run = self.folder.parent
+    def _compare_with_config(self) -> None:
+        """Raise UserError unless a run without checkpoints is unfinished, and this one."""
+        run = self.run.folder
         if (run / "metrics.json").exists():
             raise UserError(
-                f"--resume: {run} is a finished run whose checkpoints were removed; start anew with another"
-                " --output-dir"
+                f"--resume: {run} is a finished run whose checkpoints were removed; start a new run"
+                " with another --output-dir"
             )
-        self._compare(run, read_json(run / "config.json").get("identity", {}))
+        self._compare(run, read_json(run / tracking.CONFIG).get("identity", {}))
 
-    def _compare(self, path: Path, before: dict):
-        names = [name for name in {**before, **self.identity} if before.get(name) != self.identity.get(name)]
+    def _compare(self, path: Path, before: dict) -> None:
+        """Raise UserError, naming what differs, unless `before` is the identity of this run."""
+        now = self.identity
+        names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
         changed = [
-            f"{name} was {before.get(name)}, is {self.identity.get(name)}"
-            for name in names
-            if name not in FINGERPRINTS
+            f"{name} was {before.get(name)}, is {now.get(name)}" for name in names if name not in FINGERPRINTS
         ]
-        # a changed flag can change data and model as well: then it is the cause
+        # a changed flag can change data and model as well: then only the flag is named
         if not changed and "the data" in names:
-            then, now = before["the data"], self.identity["the data"]
-            changed.append(
-                "the texts, labels or tokens of"
-                f" {' and '.join(split for split in now if then.get(split) != now[split])} differ"
-            )
+            old, new = before["the data"], now["the data"]
+            differing = " and ".join(split for split in new if old.get(split) != new[split])
+            changed.append(f"the texts, labels or tokens of {differing} differ")
         if not changed and names:
             changed.append("the model's weights differ")
         if changed:
             raise UserError(
-                f"--resume: {path} was written by another run: {'; '.join(changed)}; give the same again, or"
-                " start anew with another --output-dir"
+                f"--resume: {path} was written by another run: {'; '.join(changed)}; use the same"
+                " again, or start a new run with another --output-dir"
             )
 
-    def drop_after(self, path: Path):
-        """Remove what was saved after a checkpoint, damaged or of a way that the run now leaves:
-        with it there, pruning and a later resume would count it.
+    def _remove_after(self, start: Checkpoint) -> None:
+        """Remove the checkpoints after one that is resumed from: damaged, or of a course not taken.
+
+        Otherwise pruning and a later resume would count them.
         """
         for later in self._all():
-            if later.name > path.name:
+            if later.name > start.path.name:
                 shutil.rmtree(later)
 
-    def restore(self, path: Path, state: dict, training) -> tuple[dict, dict]:
-        """Put the training into the state of a checkpoint, best/ and this process's random state
-        with it; return the state of its loss meter.
-        """
+    def restore(self, start: Checkpoint, state: TrainingState) -> None:
+        """Put the training, this process's random states and best/ back to a checkpoint."""
         safetensors.torch.load_model(
-            training.model, str(path / "model.safetensors"), device=str(training.model.device)
+            state.model, str(start.path / "model.safetensors"), device=str(state.model.device)
         )
         slots: dict[int, dict] = {}
-        for name, tensor in safetensors.torch.load_file(path / "optimizer.safetensors").items():
+        optimizer = safetensors.torch.load_file(start.path / "optimizer.safetensors")
+        for name, tensor in optimizer.items():
             number, slot = name.split(".", 1)
             slots.setdefault(int(number), {})[slot] = tensor
-        training.optimizer.load_state_dict({"state": slots, "param_groups": state["param_groups"]})
-        training.scheduler.load_state_dict(state["scheduler"])
-        training.scaler.load_state_dict(state["scaler"])
-        training.restore_position(state["position"])
-        if self.runtime.is_main and training.best is not None:
+        param_groups = start.state["param_groups"]
+        state.optimizer.load_state_dict({"state": slots, "param_groups": param_groups})
+        state.scheduler.load_state_dict(start.state["scheduler"])
+        state.scaler.load_state_dict(start.state["scaler"])
+        for name in POSITION:
+            setattr(state, name, start.state["position"][name])
+        if self.runtime.is_main and state.best is not None:
             fresh = self.best.with_name("best.new")
             shutil.rmtree(fresh, ignore_errors=True)
-            link_folder(path / "best", fresh)
+            link_folder(start.path / "best", fresh)
             replace_folder(fresh, self.best)
         self.runtime.barrier()
-        return restore_part(path / f"rank-{self.runtime.rank}", self.runtime)
+        self._restore_part(start.path / f"rank-{self.runtime.rank}", state.meter)
+
+    def _restore_part(self, path: Path, meter: LossMeter) -> None:
+        """Set this process's random states and its loss meter from its part of a checkpoint."""
+        tensors = safetensors.torch.load_file(path.with_suffix(".safetensors"))
+        others = read_json(path.with_suffix(".json"))
+        restore_random_states(tensors, others["random"], self.runtime)
+        losses = {
+            name.removeprefix("meter."): tensor
+            for name, tensor in tensors.items()
+            if name.startswith("meter.")
+        }
+        meter.restore(losses, others["meter"])
 
 
-def restore_part(path: Path, runtime: Runtime) -> tuple[dict, dict]:
-    """Set this process's random states from its part of a checkpoint; return its loss meter's
-    tensors and sums.
-    """
-    tensors, others = (
-        safetensors.torch.load_file(path.with_suffix(".safetensors")),
-        read_json(path.with_suffix(".json")),
-    )
-    restore_random_states(tensors, others["random"], runtime)
-    return {
-        name.removeprefix("meter."): tensor for name, tensor in tensors.items() if name.startswith("meter.")
-    }, others["meter"]
-
-
-def restore_random_states(tensors: dict, others: dict, runtime: Runtime):
+def restore_random_states(tensors: dict[str, torch.Tensor], others: dict, runtime: Runtime) -> None:
     """Set the generators of torch, CUDA, Python and NumPy."""
     torch.set_rng_state(tensors["torch"])
     if runtime.device.type == "cuda":
@@ -277,84 +367,11 @@ def restore_random_states(tensors: dict, others: dict, runtime: Runtime):
     np.random.set_state(tuple(others["numpy"]))
 
 
-def place_in_log(found: tuple[Path, dict] | None) -> dict:
-    """Return how far a run's log had come at a checkpoint with its state, as `tracking.RunLog`
-    takes it; its beginning for None.
-    """
-    if found is None:
-        return {"bytes": 0, "step": -1}
-    _, state = found
-    return {"bytes": state["log_bytes"], "step": state["position"]["step"]}
+def identity(flags: Mapping[str, object], model: torch.nn.Module, tokenized: dict, runtime: Runtime) -> dict:
+    """Return what must not change for a run to be resumed.
 
-
-def locate_run(args, runtime: Runtime, *, name: str) -> tuple[Path, bool, Path | None]:
-    """Return the run's folder, whether there is a run in it to go on with, and the checkpoint to
-    go on from if the flags name it.
-
-    A new folder is called after `name` and the time unless the flags name it. After a failure
-    torchrun starts every process again with the same flags: then the run goes on by itself, if it
-    was this job that began it. Raises UserError when the flags don't tell which run, there is
-    none, or a new one's folder holds anything.
-    """
-
-    def choose() -> list:
-        folder, wanted = _run_to_resume(args, runtime)
-        return [
-            str(folder or tracking.run_folder(args.output_dir, name=name)),
-            folder is not None,
-            wanted and str(wanted),
-        ]
-
-    folder, resumed, wanted = runtime.broadcast_from_main(choose)
-    return Path(folder), resumed, wanted and Path(wanted)
-
-
-def _run_to_resume(args, runtime: Runtime) -> tuple[Path | None, Path | None]:
-    """Return the folder of the run that is to go on, None for a new one, and the checkpoint if the
-    flags name it.
-    """
-    folder, wanted = _named_run(args)
-    if folder is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
-        raise UserError(
-            "--output-dir: torchrun with --max-restarts needs it, for a restarted process must find its run;"
-            " name a folder"
-        )
-    if folder is not None and runtime.began_run(folder) and (folder / "config.json").is_file():
-        return folder, None  # a named checkpoint was where the job began: it has come further
-    if args.resume is None:
-        return None, None
-    if folder is None:
-        raise UserError("--resume: which run? name its folder, as in --resume runs/news")
-    if not (folder / "config.json").is_file():
-        raise UserError(
-            f"--resume: {folder} holds no run; check the name, or leave --resume out to start one"
-        )
-    if wanted is not None and not wanted.is_dir():
-        raise UserError(f"--resume {args.resume}: no such checkpoint; --resume {folder} takes the newest")
-    return folder, wanted
-
-
-def _named_run(args) -> tuple[Path | None, Path | None]:
-    """Return the run's folder as --output-dir or --resume gives it, and the checkpoint if that is
-    what --resume names.
-    """
-    own = Path(args.output_dir) if args.output_dir else None
-    if not args.resume:
-        return own, None
-    named = Path(args.resume)
-    is_checkpoint = named.name.startswith(PREFIX) and named.absolute().parent.name == FOLDER
-    folder = Path(os.path.normpath(named / ".." / "..")) if is_checkpoint else named
-    if own is not None and own.resolve() != folder.resolve():
-        raise UserError(
-            f"--output-dir {args.output_dir}: --resume {args.resume} goes on in {folder}; leave one of"
-            " them out"
-        )
-    return folder, named if is_checkpoint else None
-
-
-def identity(flags: dict, model: torch.nn.Module, tokenized: dict, runtime: Runtime) -> dict:
-    """Return what must be the same for a run to go on: flags that change its outcome, the
-    machine's part in it, and fingerprints of data and model as loaded.
+    These are the flags that change its outcome, the device and the number of processes, and
+    fingerprints of data and model as loaded.
     """
     kept = {
         f"--{name.replace('_', '-')}": value
@@ -372,5 +389,67 @@ def identity(flags: dict, model: torch.nn.Module, tokenized: dict, runtime: Runt
 
 
 def fingerprint(model: torch.nn.Module) -> str:
-    """Return a SHA-256 of a model's class, the names and values of its weights, in hexadecimal."""
-    return hashlib.sha256(f"{type(model).__name__} {tensors_sha256(model.state_dict())}".encode()).hexdigest()
+    """Return the SHA-256 in hexadecimal of a model's class, and its weights' names and values."""
+    weights = tensors_sha256(model.state_dict())
+    return hashlib.sha256(f"{type(model).__name__} {weights}".encode()).hexdigest()
+
+
+# Stop on a signal ---------------------------------------------------------------------------------
+
+
+Handler = Callable[[int, FrameType | None], object] | int | None
+
+
+class StopSignals:
+    """Notes the first SIGINT or SIGTERM instead of ending the process; used as a context.
+
+    A second one ends the process at once, unless there are several: these leave together, after a
+    step or a batch, because one that left alone would keep the others waiting. torchrun gives them
+    30 seconds.
+    """
+
+    def __init__(self, runtime: Runtime, advice: str) -> None:
+        self.runtime, self.advice = runtime, advice
+        self.received: int | None = None
+        self.handlers: dict[int, Handler] = {}
+
+    def __enter__(self) -> "StopSignals":
+        # Python lets no other thread handle signals
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.handlers[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        is_second = self.received is not None
+        self.received = self.received or number
+        if self.runtime.world_size > 1:
+            return
+        if is_second:
+            raise KeyboardInterrupt
+        name = signal.Signals(number).name
+        # print is not reentrant
+        line = f"\n{name}: saving after this step; a second one ends the run at once\n"
+        os.write(sys.stderr.fileno(), line.encode())
+
+    def requested(self) -> bool:
+        """Tell whether any process was asked to stop; all must call it at the same point."""
+        self.received = self.runtime.all_reduce_max(self.received or 0) or None
+        return self.received is not None
+
+    def stop(self) -> NoReturn:
+        """Raise Interrupted, with the advice and the exit code of the signal."""
+        assert self.received is not None
+        name = signal.Signals(self.received).name
+        raise Interrupted(f"stopped by {name}; {self.advice}", 128 + self.received)
+
+    def check(self) -> None:
+        """Stop if any process was asked to, between the batches of an evaluation."""
+        if self.requested():
+            self.stop()

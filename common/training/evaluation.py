@@ -1,104 +1,187 @@
-"""A model over a split: logits in the rows' order, on any number of processes; its scores, and
-which evaluation's are the best.
+"""Score a model on a split: logits in the order of the rows, on any number of processes, and
+metrics.
+
+Accuracy and macro-F1 are metrics of the `evaluate` library, which adds up batches and combines
+metrics. They are defined here because `evaluate.load("accuracy")` downloads a Python script and
+runs it. Scores of single classes are plain scikit-learn.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import datasets
+import evaluate as evaluate_library
+import numpy as np
 import torch
+from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, precision_recall_fscore_support
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from common.metrics import classification_scores
 from common.runtime import Runtime
-from common.training import batching, memory, windows
+from common.training import batching, data
+from common.training.checkpoint import StopSignals
+from common.training.classifier import class_names
 from common.training.tracking import progress
 
-# texts held at a time: enough to sort by length, little memory, early first answers
+# texts held at a time: enough to sort by length, with little memory and early first answers
 PREDICT_BLOCK = 2048
+NUMBER = datasets.Value("int64")
+FEATURES = datasets.Features({"predictions": NUMBER, "references": NUMBER})
+
+
+class Accuracy(evaluate_library.Metric):
+    """The share of predictions that equal their reference."""
+
+    def _info(self) -> evaluate_library.MetricInfo:
+        return _metric_info(self.__doc__)
+
+    # pyrefly: ignore [bad-override]  (the library calls it with just these two)
+    def _compute(self, predictions: list[int], references: list[int]) -> dict[str, float]:
+        return {"accuracy": float(accuracy_score(references, predictions))}
+
+
+class MacroF1(evaluate_library.Metric):
+    """The unweighted mean F1 of all classes that occur in the references or the predictions."""
+
+    def _info(self) -> evaluate_library.MetricInfo:
+        return _metric_info(self.__doc__)
+
+    # pyrefly: ignore [bad-override]  (the library calls it with just these two)
+    def _compute(self, predictions: list[int], references: list[int]) -> dict[str, float]:
+        return {"macro_f1": float(f1_score(references, predictions, average="macro", zero_division=0))}
+
+
+def _metric_info(description: str | None) -> evaluate_library.MetricInfo:
+    return evaluate_library.MetricInfo(
+        description=description or "", citation="", inputs_description="", features=FEATURES
+    )
+
+
+def classification_scores(logits: torch.Tensor, labels: torch.Tensor) -> dict:
+    """Return loss, accuracy, macro_f1, per_class and confusion of logits (N, C) against labels (N).
+
+    `loss` is the mean cross-entropy. `per_class` holds four lists of length C: precision, recall,
+    f1 and support (the number of labels); a score that is undefined is 0. `confusion` is C x C, its
+    rows are the true classes.
+    """
+    predictions, references = logits.argmax(-1).tolist(), labels.tolist()
+    classes = range(logits.shape[1])
+    # in memory: nothing is written to the cache of metrics
+    metrics = evaluate_library.combine([Accuracy(keep_in_memory=True), MacroF1(keep_in_memory=True)])
+    overall = metrics.compute(predictions=predictions, references=references)
+    measures = precision_recall_fscore_support(references, predictions, labels=classes, zero_division=0)
+    per_class = {
+        name: np.asarray(values).tolist()
+        for name, values in zip(("precision", "recall", "f1", "support"), measures)
+    }
+    return {
+        "loss": torch.nn.functional.cross_entropy(logits.double(), labels).item(),
+        **overall,
+        "per_class": per_class,
+        "confusion": confusion_matrix(references, predictions, labels=classes).tolist(),
+    }
+
+
+def evaluate(
+    model: PreTrainedModel,
+    rows: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    runtime: Runtime,
+    *,
+    batch_size: int,
+    signals: StopSignals | None = None,
+) -> tuple[dict, torch.Tensor]:
+    """Return the scores of a model on a tokenised split, and its logits (N, C).
+
+    The scores are those of `classification_scores`, the arguments those of `predict_logits`.
+    """
+    logits = predict_logits(model, rows, tokenizer, runtime, batch_size=batch_size, signals=signals)
+    return classification_scores(logits, torch.tensor(rows["label"][:])), logits
 
 
 @torch.inference_mode()
 def predict_logits(
-    model,
+    model: PreTrainedModel,
     rows: datasets.Dataset,
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     runtime: Runtime,
     *,
     batch_size: int,
-    between: Callable[[], None] = lambda: None,
+    signals: StopSignals | None = None,
 ) -> torch.Tensor:
-    """Return the logits (N, C), fp32 on the CPU, of tokenised rows in their order: the mean over a
-    row's windows.
+    """Return the logits (N, C), fp32 on the CPU, of tokenised rows: the mean over a row's chunks.
 
-    Batches of at most `batch_size` windows go from long to short. Each process takes every
+    Batches of at most `batch_size` chunks go from long to short. Each process takes every
     `world_size`-th batch, none twice and without padding rows (a padded DistributedSampler counts
-    some twice, pytorch #25162), and the processes' parts are added up. `model` is the bare one,
-    not DDP's. `between` is called before each batch, as often on each process. Raises UserError
-    when a batch does not fit into memory.
+    some twice, pytorch #25162), and the parts of all processes are added up. `model` is the bare
+    one, without DDP. Before each batch all processes check `signals`. Raises Interrupted when one
+    of them was asked to stop, and UserError when a batch does not fit into memory.
     """
     model.eval()
-    lengths = rows["window_lengths"][:]
+    lengths = rows["chunk_lengths"][:]
     all_batches = batching.evaluation_batches(lengths, batch_size=batch_size)
     batches = all_batches[runtime.rank :: runtime.world_size]
-    sums = torch.zeros(len(rows), model.config.num_labels, device=runtime.device)
-    seen = torch.zeros(len(rows), dtype=torch.int64, device=runtime.device)
-    batch_loader = batching.loader(rows, batches, tokenizer, pin_memory=runtime.device.type == "cuda")
-    with memory.explained(f"--eval-batch-size {batch_size}: a batch does not fit into memory; use less"):
-        for picks, batch in zip(batches, progress(batch_loader, label="evaluating", shown=runtime.is_main)):
-            between()
+    num_classes = model.config.num_labels or 0
+    sums = torch.zeros(len(rows), num_classes, device=runtime.device)  # (N, C)
+    counts = torch.zeros(len(rows), dtype=torch.int64, device=runtime.device)  # (N), chunks scored
+    is_gpu = runtime.device.type == "cuda"
+    loader = batching.batch_loader(rows, batches, tokenizer, pin_memory=is_gpu)
+    with batching.explain_out_of_memory(
+        f"--eval-batch-size {batch_size}: a batch does not fit into memory; use less"
+    ):
+        bar = progress(loader, label="evaluating", shown=runtime.is_main)
+        for picks, batch in zip(batches, bar):
+            if signals is not None:
+                signals.check()
             batch = batch.to(runtime.device, non_blocking=True)
-            # (W)
-            row_of_window = torch.tensor([row for row, _ in picks], device=runtime.device)[
-                batch.pop("document")
-            ]
+            numbers = torch.tensor([pick.row for pick in picks], device=runtime.device)  # (B)
+            row_of_chunk = numbers[batch.pop("text_of_chunk")]  # (K)
             del batch["labels"], batch["row"]
             with runtime.autocast():
-                logits = model(**batch).logits  # (W, C)
-            sums.index_add_(0, row_of_window, logits.float())
-            seen.index_add_(0, row_of_window, torch.ones_like(row_of_window))
-    # another process has one batch more
-    for _ in range(-(-len(all_batches) // runtime.world_size) - len(batches)):
-        between()
-    sums, seen = runtime.all_reduce_sum(sums), runtime.all_reduce_sum(seen)
-    assert seen.tolist() == list(map(len, lengths)), "each window must be scored exactly once"
-    return (sums / seen.unsqueeze(1)).cpu()
+                logits = model(**batch).logits  # (K, C)
+            sums.index_add_(0, row_of_chunk, logits.float())
+            counts.index_add_(0, row_of_chunk, torch.ones_like(row_of_chunk))
+    most_batches = -(-len(all_batches) // runtime.world_size)
+    if signals is not None and len(batches) < most_batches:
+        signals.check()  # another process has one batch more, and every process must check as often
+    sums, counts = runtime.all_reduce_sum(sums), runtime.all_reduce_sum(counts)
+    assert counts.tolist() == list(map(len, lengths)), "each chunk must be scored exactly once"
+    return (sums / counts.unsqueeze(1)).cpu()
 
 
-def score(model, rows: datasets.Dataset, tokenizer, runtime: Runtime, **options) -> tuple[dict, torch.Tensor]:
-    """Return a model's classification scores on a tokenised split, and its logits (N, C); the
-    options are those of `predict_logits`.
-    """
-    logits = predict_logits(model, rows, tokenizer, runtime, **options)
-    return classification_scores(logits, torch.tensor(rows["label"][:])), logits
-
-
-def is_better(evaluation: dict, best: dict | None, metric: str) -> bool:
-    """Tell whether an evaluation's scores beat the best so far; on a tie the earlier one stays,
-    and a NaN never wins.
-    """
-    sign = -1 if metric == "loss" else 1
-    return not math.isnan(evaluation[metric]) and (
-        best is None or sign * evaluation[metric] > sign * best[metric]
-    )
+def is_better(scores: dict, best: dict | None, metric: str) -> bool:
+    """Tell whether an evaluation beats the best one so far: not on a tie, and never with a NaN."""
+    if math.isnan(scores[metric]):
+        return False
+    if best is None:
+        return True
+    return scores[metric] < best[metric] if metric == "loss" else scores[metric] > best[metric]
 
 
 def predict_texts(
-    model, tokenizer, texts: list[str], runtime: Runtime, *, batch_size: int, max_length: int, truncation: str
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    tokens: data.TokenConfig,
+    runtime: Runtime,
+    *,
+    batch_size: int,
 ) -> Iterator[dict]:
-    """Yield, in the order of the texts, a dict with `row` (from 1), `label`, `confidence` and
-    `scores` (class name -> probability).
+    """Yield an answer for each text, in order.
+
+    An answer is a dict with `row` (from 1), `label`, `confidence` and `scores` (class name ->
+    probability).
     """
-    names = [model.config.id2label[number] for number in range(model.config.num_labels)]
+    names = class_names(model)
     for start in range(0, len(texts), PREDICT_BLOCK):
-        columns = windows.encode(
-            texts[start : start + PREDICT_BLOCK], tokenizer, max_length=max_length, truncation=truncation
+        block = texts[start : start + PREDICT_BLOCK]
+        columns = data.encode(
+            block, tokenizer, max_length=tokens.eval_max_length, truncation=tokens.truncation
         )
-        logits = predict_logits(
-            model, datasets.Dataset.from_dict(columns), tokenizer, runtime, batch_size=batch_size
-        )
-        for row, values in enumerate(logits.softmax(-1).tolist(), start=start + 1):
-            best = max(range(len(names)), key=values.__getitem__)
-            rounded = [round(value, 6) for value in values]
+        rows = datasets.Dataset.from_dict(columns)
+        logits = predict_logits(model, rows, tokenizer, runtime, batch_size=batch_size)
+        for row, probabilities in enumerate(logits.softmax(-1).tolist(), start=start + 1):
+            best = max(range(len(names)), key=probabilities.__getitem__)
+            rounded = [round(probability, 6) for probability in probabilities]
             yield {
                 "row": row,
                 "label": names[best],

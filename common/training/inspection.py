@@ -1,94 +1,139 @@
-"""What --inspect shows before any training: the data, the tokenizer, one text on its way to the
-model, one batch.
+"""What --inspect shows before any training: the data, the tokenizer, the model, one text, one
+batch.
+
+With --compare-tokenizer it also shows a second tokenizer on the same text.
 """
 
+import itertools
+
+import datasets
 import numpy as np
 import torch
 from tabulate import tabulate
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from common.models import max_positions
-from common.training import batching
-from common.training.model import mismatches
+from common import bundled, models
+from common.training.batching import Batches, Pick
+from common.training.classifier import mismatches
+from common.training.data import Splits, TokenConfig
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 SHOWN_TOKENS = 24
+SENTENCE_TOKENS = 24  # of the sentence that two tokenizers are compared on, at most so many words
 
 
-def split_table(splits) -> str:
-    """Return the number of texts of each class in each split as a table."""
-    names = splits["train"].features["label"].names
-    counts = {split: np.bincount(rows["label"][:], minlength=len(names)) for split, rows in splits.items()}
-    lines = [[name, *(int(count[number]) for count in counts.values())] for number, name in enumerate(names)]
-    return tabulate([*lines, ["all", *(len(rows) for rows in splits.values())]], ["class", *counts])
-
-
-def length_table(tokenized) -> str:
-    """Return the percentiles of the texts' lengths in tokens, and the share that truncation cuts,
-    for each split.
-    """
-    lines = []
-    for split, rows in tokenized.items():
-        lengths, kept = np.asarray(rows["num_tokens"][:]), np.asarray(rows["num_read"][:])
-        lines.append(
-            [
-                split,
-                *np.percentile(lengths, PERCENTILES).astype(int).tolist(),
-                f"{(lengths > kept).mean():.1%}",
-                f"{1 - kept.sum() / lengths.sum():.1%}",
-            ]
-        )
-    return tabulate(
-        lines,
-        ["tokens", "min", *(f"{p} %" for p in PERCENTILES[1:-1]), "max", "texts cut", "tokens cut"],
-        stralign="right",
-    )
-
-
-def show(splits, tokenized, model, tokenizer, *, max_lengths: tuple[int, int], batch_size: int):
+def show(
+    splits: Splits,
+    tokenized: Splits,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    tokens: TokenConfig,
+    batch_size: int,
+) -> None:
     """Print everything that --inspect promises, on standard output."""
-    print("\nSPLITS\n" + split_table(splits))
+    holds = models.max_positions(model) or "any number"
+    print(f"\nSPLITS\n{split_table(splits)}")
+    _show_labels(splits["train"].features["label"])
     print(
-        f"\nLENGTHS in tokens, special tokens included; the model reads {max_lengths[0]} at once in training"
-        f" and {max_lengths[1]} in scoring, the model holds {max_positions(model) or 'any number'}"
+        f"\nLENGTHS in tokens, special tokens included; the model reads {tokens.max_length} at once"
+        f" in training and {tokens.eval_max_length} in scoring, the model holds {holds}"
     )
     print(length_table(tokenized))
     _show_tokenizer(tokenizer)
     _show_text(splits["train"][0], tokenized["train"][0], tokenizer)
     _show_batch(tokenized["train"], tokenizer, batch_size)
-    warnings = mismatches(model, tokenizer)
-    print(
-        "\nTOKENIZER AND MODEL\n"
-        + (
-            "\n".join(f"WARNING: {warning}" for warning in warnings)
-            or f"they belong together: {len(tokenizer):,} tokens, "
-            f"{model.get_input_embeddings().num_embeddings:,} embeddings"
-        )
-    )
+    print(f"\nMODEL\n{model}")
+    print(f"\nCONFIG\n{model.config.to_json_string(use_diff=False).strip()}")
+    _show_match(model, tokenizer)
 
 
-def _show_tokenizer(tokenizer):
+def split_table(splits: Splits) -> str:
+    """Return the number of texts of each class in each split as a table."""
+    names = splits["train"].features["label"].names
+    counts = [np.bincount(rows["label"][:], minlength=len(names)) for rows in splits.values()]
+    lines = [[name, *numbers] for name, *numbers in zip(names, *(count.tolist() for count in counts))]
+    return tabulate([*lines, ["all", *(len(rows) for rows in splits.values())]], ["class", *splits])
+
+
+def length_table(tokenized: Splits) -> str:
+    """Return percentiles of the texts' lengths in tokens, and the share cut, for each split."""
+    lines = []
+    for split, rows in tokenized.items():
+        lengths, read = np.asarray(rows["num_tokens"][:]), np.asarray(rows["num_read"][:])  # (N)
+        percentiles = np.percentile(lengths, PERCENTILES).astype(int).tolist()
+        texts_cut, tokens_cut = (lengths > read).mean(), 1 - read.sum() / lengths.sum()
+        lines.append([split, *percentiles, f"{texts_cut:.1%}", f"{tokens_cut:.1%}"])
+    between = [f"{percentile} %" for percentile in PERCENTILES[1:-1]]
+    headers = ["tokens", "min", *between, "max", "texts cut", "tokens cut"]
+    return tabulate(lines, headers, stralign="right")
+
+
+def load_other_tokenizer(name: str, *, cache_dir: str | None) -> PreTrainedTokenizerBase:
+    """Return the tokenizer that --compare-tokenizer names: of any model, an encoder or not."""
+    flag, kind = "--compare-tokenizer", bundled.MODELS.get(name, "encoder")
+    folder = models.find_folder(name, kind=kind, flag=flag, cache_dir=cache_dir)
+    return models.load_tokenizer(folder, name=name, flag=flag)
+
+
+def show_comparison(
+    text: str, tokenizers: dict[str, PreTrainedTokenizerBase], *, max_words: int = SENTENCE_TOKENS
+) -> None:
+    """Print how two tokenizers see the beginning of a text, and what each makes of the other's ids.
+
+    `tokenizers` maps two names to tokenizers.
+    """
+    sentence = " ".join(text.split()[:max_words])
+    print(f"\nTWO TOKENIZERS on {sentence!r}")
+    ids = {name: tokenizer(sentence)["input_ids"] for name, tokenizer in tokenizers.items()}
+    columns = []
+    for name, tokenizer in tokenizers.items():
+        print(f"{name}: {type(tokenizer).__name__}, {len(tokenizer):,} tokens in its vocabulary")
+        columns += [tokenizer.convert_ids_to_tokens(ids[name]), ids[name]]
+    cells = list(itertools.zip_longest(*columns, fillvalue=""))
+    headers = [header for name in tokenizers for header in (name, "id")]
+    print(tabulate(cells, headers, disable_numparse=True))
+    for name, tokenizer in tokenizers.items():
+        print(f"its own ids decoded by {name}:\n  {tokenizer.decode(ids[name])!r}")
+    for name, tokenizer in tokenizers.items():
+        for other, numbers in ids.items():
+            if other != name:
+                known = [number for number in numbers if number < len(tokenizer)]
+                lost = len(numbers) - len(known)
+                beyond = f" ({lost} ids are beyond its vocabulary)" if lost else ""
+                print(f"the ids of {other} decoded by {name}{beyond}:\n  {tokenizer.decode(known)!r}")
+
+
+def _show_labels(feature: datasets.ClassLabel) -> None:
+    print("\nLABELS as the model's config keeps them")
+    print(f"id2label   {dict(enumerate(feature.names))}")
+    print(f"label2id   { {name: number for number, name in enumerate(feature.names)} }")
+
+
+def _show_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     print(f"\nTOKENIZER {type(tokenizer).__name__}\nvocabulary  {len(tokenizer):,} tokens")
     for role, token in tokenizer.special_tokens_map.items():
         if isinstance(token, str):
             print(f"{role:<11} {token!r} = id {tokenizer.convert_tokens_to_ids(token)}")
 
 
-def _show_text(row: dict, tokenized: dict, tokenizer):
+def _show_text(row: dict, tokenized: dict, tokenizer: PreTrainedTokenizerBase) -> None:
     ids = tokenized["input_ids"][0]
+    shown = ids[:SHOWN_TOKENS]
     print(
-        f"\nONE TEXT (row {row['row']}, {tokenized['num_tokens']} tokens, of which the model sees"
-        f" {tokenized['num_read']}; the first {min(SHOWN_TOKENS, len(ids))} shown)"
+        f"\nONE TEXT (row {row['row']}, {tokenized['num_tokens']} tokens, of which the model reads"
+        f" {tokenized['num_read']}; the first {len(shown)} are shown)"
     )
     print("text     " + repr(row["text"][:120]))
-    print("tokens   " + " ".join(tokenizer.convert_ids_to_tokens(ids[:SHOWN_TOKENS])))
-    print("ids      " + " ".join(map(str, ids[:SHOWN_TOKENS])))
-    print("decoded  " + repr(tokenizer.decode(ids[:SHOWN_TOKENS])))
+    print("tokens   " + " ".join(tokenizer.convert_ids_to_tokens(shown)))
+    print("ids      " + " ".join(map(str, shown)))
+    print("decoded  " + repr(tokenizer.decode(shown)))
 
 
-def _show_batch(rows, tokenizer, batch_size: int):
-    numbers = list(range(min(batch_size, len(rows), 4)))  # four rows show what padding does
-    batch = next(iter(batching.loader(rows, [[(number, (0,)) for number in numbers]], tokenizer)))
-    print(f"\nONE PADDED BATCH of {len(numbers)} (training uses {batch_size}), as the model gets it")
+def _show_batch(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> None:
+    count = min(batch_size, len(rows), 4)  # four rows show what padding does
+    batch = Batches(rows, tokenizer)[[Pick(number, (0,)) for number in range(count)]]
+    print(f"\nONE PADDED BATCH of {count} (training uses {batch_size}), as the model gets it")
     for name, value in batch.items():
         print(f"{name:<15} {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}")
     print(f"padding         {(batch['attention_mask'] == 0).float().mean().item():.1%} of the positions")
@@ -96,6 +141,16 @@ def _show_batch(rows, tokenizer, batch_size: int):
         print(f"  {_ends(row, tokenizer)}   ({int(mask.sum())} tokens + {int((mask == 0).sum())} padding)")
 
 
-def _ends(ids: torch.Tensor, tokenizer) -> str:
+def _ends(ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> str:
     tokens = tokenizer.convert_ids_to_tokens(ids.tolist())
     return " ".join(tokens) if len(tokens) <= 10 else " ".join([*tokens[:6], "...", *tokens[-3:]])
+
+
+def _show_match(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    print("\nTOKENIZER AND MODEL")
+    problems = mismatches(model, tokenizer)
+    for problem in problems:
+        print(f"WARNING: {problem}")
+    if not problems:
+        num_embeddings = model.get_input_embeddings().num_embeddings
+        print(f"they belong together: {len(tokenizer):,} tokens, {num_embeddings:,} embeddings")

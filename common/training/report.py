@@ -1,15 +1,20 @@
-"""What a run leaves for its reader: tables on the screen, report.md with pictures,
-predictions.csv.
-"""
+"""What a run tells its reader: on the screen, in report.md with pictures, in predictions.csv."""
 
 import csv
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
+import numpy as np
 import torch
 from tabulate import tabulate
 
 from common import figures
+from common.runtime import Runtime
+from common.training import batching
+from common.training.batching import BatchConfig
+from common.training.data import Splits, TokenConfig
+from common.training.tracking import Log
 
 EPOCH_COLUMNS = {
     "epoch": "epoch",
@@ -20,7 +25,7 @@ EPOCH_COLUMNS = {
     "examples_per_second": "examples/s",
 }
 EPOCH_FORMATS = ("g", ".4f", ".4f", ".4f", ".4f", ".1f")
-CARD_SETTINGS = {  # each with what stands for a value that was not given
+CARD_SETTINGS = {  # each with what is shown for a flag that was not given
     "text_column": "",
     "label_column": "",
     "max_train_samples": "all",
@@ -34,7 +39,7 @@ CARD_SETTINGS = {  # each with what stands for a value that was not given
     "warmup_ratio": "",
     "weight_decay": "",
     "max_grad_norm": "",
-    "dropout": "as it was pretrained",
+    "dropout": "as in the pretrained model",
     "attention_dropout": "as dropout if given, else 0",
     "label_smoothing": "",
     "class_weights": "",
@@ -43,21 +48,55 @@ CARD_SETTINGS = {  # each with what stands for a value that was not given
     "max_length": "",
     "eval_max_length": "",
     "truncation": "",
-    "max_windows": "",
+    "max_chunks": "",
     "best_metric": "",
     "precision": "",
     "device": "",
 }
+LOST = {"head": "lose their end", "tail": "lose their beginning", "head-tail": "lose their middle"}
 HUB_NAMES = {"bundled/all-MiniLM-L6-v2": "sentence-transformers/all-MiniLM-L6-v2"}
 SHOWN_CHARACTERS = 60
-NUM_SHOWN = 5
+NUM_SHOWN, NUM_IN_TENSORBOARD = 5, 50  # texts with right or wrong answers
+
+
+def token_lines(tokenized: Splits, tokens: TokenConfig, config: BatchConfig, runtime: Runtime) -> str:
+    """Return three lines on what truncation drops, and how much of a batch is padding."""
+    lines = []
+    for use, split in (("training", "train"), ("scoring", "test")):
+        length = tokens.length_of(split)
+        num_tokens = np.asarray(tokenized[split]["num_tokens"][:])  # (N)
+        num_read = np.asarray(tokenized[split]["num_read"][:])  # (N)
+        longer = (num_tokens > length).mean()
+        if longer == 0:
+            loss = ""
+        elif tokens.truncation != "chunks":
+            dropped = 1 - num_read.sum() / num_tokens.sum()
+            loss = f" and {LOST[tokens.truncation]}, {dropped:.1%} of all tokens"
+        elif split == "train":
+            loss = f"; a step reads {config.max_chunks} of their chunks, drawn again in each epoch"
+        else:
+            loss = "; all of their chunks are read"
+        lines.append(f"at most {length} in {use}: {longer:.1%} of the texts are longer{loss}")
+    longest = batching.longest_chunks(tokenized["train"])
+    steps = batching.batch_order(
+        longest,
+        batch_size=config.texts_per_step(runtime.world_size),
+        seed=config.seed,
+        epoch=1,
+        buckets=config.batching == "buckets",
+    )
+    size = config.batch_size * runtime.world_size
+    batches = [step[start : start + size] for step in steps for start in range(0, len(step), size)]
+    share = batching.padding_share(longest, batches)
+    lines.append(f"{share:.1%} of a training batch is padding (--batching {config.batching})")
+    return "tokens   " + "\n         ".join(lines)
 
 
 def epoch_table(epochs: list[dict], style: str = "simple") -> str:
     """Return the table of epochs; each epoch is a dict with the keys of EPOCH_COLUMNS."""
     return tabulate(
         [[epoch[key] for key in EPOCH_COLUMNS] for epoch in epochs],
-        EPOCH_COLUMNS.values(),
+        list(EPOCH_COLUMNS.values()),
         tablefmt=style,
         floatfmt=EPOCH_FORMATS,
     )
@@ -75,25 +114,29 @@ def class_table(per_class: dict[str, list], names: list[str], style: str = "simp
 
 
 class Predictions:
-    """A tokenised split with the model's answer to each row: `predicted` (N) and `confidence` (N)
-    from `logits` (N, C).
+    """A tokenised split with the model's answers, from `logits` (N, C).
+
+    These are the class `predicted` (N) and its probability, the `confidence` (N).
     """
 
-    def __init__(self, rows: datasets.Dataset, logits: torch.Tensor):
+    def __init__(self, rows: datasets.Dataset, logits: torch.Tensor) -> None:
         self.rows, self.names = rows, rows.features["label"].names
         self.labels = torch.tensor(rows["label"][:])
-        self.num_tokens, self.num_read = (torch.tensor(rows[name][:]) for name in ("num_tokens", "num_read"))
+        self.num_tokens = torch.tensor(rows["num_tokens"][:])  # (N)
+        self.num_read = torch.tensor(rows["num_read"][:])  # (N)
         self.scores = logits.softmax(-1)
         self.confidence, self.predicted = self.scores.max(-1)
 
     def examples(self, *, right: bool, most: int = NUM_SHOWN, style: str = "simple") -> str:
-        """Return at most `most` rightly (or wrongly) classified texts, spread over the split, as a
-        table; "none" when there are none.
+        """Return at most `most` texts with a right (or wrong) answer, over the split, as a table.
+
+        Returns "none" when there are none.
         """
-        found = torch.nonzero((self.predicted == self.labels) == right).flatten().tolist()
-        chosen = (
-            [found[number * len(found) // most] for number in range(most)] if len(found) > most else found
-        )
+        numbers = torch.nonzero((self.predicted == self.labels) == right).flatten().tolist()
+        if not numbers:
+            return "none"
+        if len(numbers) > most:
+            numbers = [numbers[index * len(numbers) // most] for index in range(most)]
         rows = [
             [
                 _shorten(self.rows[number]["text"]),
@@ -101,36 +144,25 @@ class Predictions:
                 self.names[self.labels[number]],
                 self.confidence[number].item(),
             ]
-            for number in chosen
+            for number in numbers
         ]
-        return (
-            tabulate(
-                rows, ["text", "predicted class", "true class", "confidence"], tablefmt=style, floatfmt=".3f"
-            )
-            if rows
-            else "none"
-        )
+        headers = ["text", "predicted class", "true class", "confidence"]
+        return tabulate(rows, headers, tablefmt=style, floatfmt=".3f")
 
     def length_table(self, max_length: int, style: str = "simple") -> str:
-        """Return, for texts up to `max_length` tokens, twice, four times that and longer ones, how
-        many, what share of their tokens is not read, accuracy.
+        """Return the number, the share not read and the accuracy of texts by length, as a table.
+
+        The texts are grouped: up to `max_length` tokens, twice that, four times that, and longer.
         """
         right, rows = (self.predicted == self.labels).double(), []
-        for low, high in zip(
-            (0, max_length, 2 * max_length, 4 * max_length),
-            (max_length, 2 * max_length, 4 * max_length, None),
-        ):
-            chosen = (self.num_tokens > low) & (self.num_tokens <= (high or self.num_tokens.max()))
-            if chosen.any():
-                dropped = 1 - self.num_read[chosen].sum() / self.num_tokens[chosen].sum()
-                rows.append(
-                    [
-                        f"{low + 1}-{high}" if high else f"over {low}",
-                        int(chosen.sum()),
-                        f"{dropped:.1%}",
-                        right[chosen].mean().item(),
-                    ]
-                )
+        limits = [0, max_length, 2 * max_length, 4 * max_length, int(self.num_tokens.max())]
+        for low, high in zip(limits, limits[1:]):
+            chosen = (self.num_tokens > low) & (self.num_tokens <= high)
+            if not chosen.any():
+                continue
+            label = f"over {low}" if low == limits[3] else f"{low + 1}-{high}"
+            dropped = 1 - self.num_read[chosen].sum() / self.num_tokens[chosen].sum()
+            rows.append([label, int(chosen.sum()), f"{dropped:.1%}", right[chosen].mean().item()])
         return tabulate(
             rows,
             ["tokens", "texts", "not read", "accuracy"],
@@ -139,27 +171,18 @@ class Predictions:
             colalign=("left", "right", "right", "right"),
         )
 
-    def write_csv(self, path: Path):
-        """Write one line a row: its number in the source, the classes, the confidence, the score
-        of each class, the text.
-        """
+    def write_csv(self, path: Path) -> None:
+        """Write one line per row: its number in the source, the classes, the scores, the text."""
         with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow(
-                ["row", "true", "predicted", "confidence", *(f"score {name}" for name in self.names), "text"]
-            )
-            for number, row in enumerate(self.rows):
+            scores_of = [f"score {name}" for name in self.names]
+            writer.writerow(["row", "true", "predicted", "confidence", *scores_of, "text"])
+            columns = (self.rows[name][:] for name in ("row", "label", "text"))
+            for number, (row, label, text) in enumerate(zip(*columns)):
+                true, predicted = self.names[label], self.names[self.predicted[number]]
+                confidence = f"{self.confidence[number].item():.6f}"
                 scores = [f"{score:.6f}" for score in self.scores[number].tolist()]
-                writer.writerow(
-                    [
-                        row["row"],
-                        self.names[row["label"]],
-                        self.names[self.predicted[number]],
-                        f"{self.confidence[number].item():.6f}",
-                        *scores,
-                        row["text"],
-                    ]
-                )
+                writer.writerow([row, true, predicted, confidence, *scores, text])
 
 
 def _shorten(text: str) -> str:
@@ -167,12 +190,46 @@ def _shorten(text: str) -> str:
     return line if len(line) <= SHOWN_CHARACTERS else line[: SHOWN_CHARACTERS - 3] + "..."
 
 
-def write_report(
-    folder: Path, *, settings: dict, results: dict, epochs: list[dict], scores: dict, predictions: Predictions
-):
-    """Write report.md, learning_curve.png, confusion_matrix.png and predictions.csv into the run
-    folder.
-    """
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to: its best weights on the test split, and how it got there."""
+
+    settings: dict
+    history: list[dict]  # the scores of each evaluation
+    best: dict  # that of the best one
+    scores: dict  # on the test split
+    predictions: Predictions
+    peak_memory_bytes: int
+
+    @property
+    def results(self) -> dict[str, float]:
+        """The content of metrics.json."""
+        epochs = [entry for entry in self.history if isinstance(entry["epoch"], int)] or self.history
+        seconds_per_example = [1 / entry["examples_per_second"] for entry in epochs]
+        names = ("accuracy", "macro_f1", "loss")
+        return {
+            **{f"test_{name}": self.scores[name] for name in names},
+            "best_epoch": self.best["epoch"],
+            **{f"best_validation_{name}": self.best[name] for name in names},
+            "train_examples_per_second": len(epochs) / sum(seconds_per_example),
+            "peak_memory_bytes": self.peak_memory_bytes,
+        }
+
+
+def log_outcome(log: Log, outcome: Outcome) -> None:
+    """Write the test scores, the mistakes and metrics.json to the run's log."""
+    step, predictions = outcome.best["step"], outcome.predictions
+    log_scores(log, step, "test", outcome.scores, predictions.names)
+    mistakes = predictions.examples(right=False, most=NUM_IN_TENSORBOARD, style="github")
+    log.text(step, "test/mistakes", mistakes)
+    curves = ["test/accuracy", "test/macro_f1", "test/loss", "train/examples_per_second"]
+    log.finish(outcome.results, curves=curves)
+
+
+def write_report(folder: Path, outcome: Outcome) -> None:
+    """Write report.md, its pictures and predictions.csv into the run folder."""
+    settings, results, scores = outcome.settings, outcome.results, outcome.scores
+    epochs, predictions = outcome.history, outcome.predictions
     names = predictions.names
     figures.save(figures.learning_curve(epochs, results["best_epoch"]), folder / "learning_curve.png")
     figures.save(
@@ -180,14 +237,9 @@ def write_report(
         folder / "confusion_matrix.png",
     )
     predictions.write_csv(folder / "predictions.csv")
+    shown = [key for key in settings if key not in ("identity", "versions")]
     described = tabulate(
-        [
-            [f"`{key}`", _cell(value)]
-            for key, value in settings.items()
-            if key not in ("identity", "versions")
-        ],
-        ["setting", "value"],
-        tablefmt="github",
+        [[f"`{key}`", _cell(settings[key])] for key in shown], ["setting", "value"], tablefmt="github"
     )
     packages = tabulate(settings["versions"].items(), ["package", "version"], tablefmt="github")
     (folder / "report.md").write_text(
@@ -212,7 +264,7 @@ the best by validation {settings["best_metric"]}. Seed {settings["seed"]}.
 
 ## By length
 
-A text is read to {settings["eval_max_length"]} tokens; of a longer one,
+A text is read up to {settings["eval_max_length"]} tokens; of a longer one,
 `--truncation {settings["truncation"]}`.
 
 {predictions.length_table(settings["eval_max_length"], "github")}
@@ -237,50 +289,42 @@ Every row of the test split is in [predictions.csv](predictions.csv).
     )
 
 
-def _cell(value) -> str:
+def _cell(value: object) -> str:
     return "" if value is None else " ".join(str(value).split())
 
 
 def _public(name: str) -> str:
-    # of a local path the last part: the card may go to others
+    # the last part of a local path: the card may be passed on
     return Path(name).resolve().name if Path(name).exists() else name
 
 
 def _base_model(name: str) -> str:
-    # the Hub takes its own names only
+    # the Hub accepts only its own names here
     return "" if Path(name).exists() else f"base_model: {HUB_NAMES.get(name, name)}\n"
 
 
-def _novelty(splits: datasets.DatasetDict) -> str:
+def _novelty(splits: Splits) -> str:
     seen = {*splits["train"]["text"], *splits["validation"]["text"]}
     count = sum(text in seen for text in splits["test"]["text"])
     if count == 0:
         return "which were used neither for training nor for choosing the weights"
     return (
-        f"of which {count:,} stand in the training or the validation split too, so that the scores say little"
-        " about new texts"
+        f"of which {count:,} also occur in the training or the validation split, so that the scores"
+        " say little about new texts"
     )
 
 
-def write_card(
-    folder: Path,
-    *,
-    splits: datasets.DatasetDict,
-    settings: dict,
-    results: dict,
-    predictions: Predictions,
-    per_class: dict[str, list],
-):
-    """Write the model card, README.md, into the folder of a saved model: what it is, how to use
-    it, data, settings, results, limits.
+def write_card(folder: Path, outcome: Outcome, splits: Splits) -> None:
+    """Write the model card, README.md, into the folder of a saved model.
+
+    It tells what the model is and how to use it, its data, settings, results and limits.
     """
-    names, values = (
-        predictions.names,
-        {
-            f"`{key}`": unset if settings[key] is None else _cell(settings[key])
-            for key, unset in CARD_SETTINGS.items()
-        },
-    )
+    settings, results, predictions = outcome.settings, outcome.results, outcome.predictions
+    names = predictions.names
+    values = {
+        f"`{key}`": unset if settings[key] is None else _cell(settings[key])
+        for key, unset in CARD_SETTINGS.items()
+    }
     shown = tabulate(
         [*values.items(), *settings["versions"].items()], ["setting", "value"], tablefmt="github"
     )
@@ -310,7 +354,7 @@ accuracy {results["test_accuracy"]:.4f}, macro-F1 {results["test_macro_f1"]:.4f}
 loss {results["test_loss"]:.4f}. The weights are those after epoch {results["best_epoch"]:g},
 the best by validation {settings["best_metric"]}.
 
-{class_table(per_class, names, "github")}
+{class_table(outcome.scores["per_class"], names, "github")}
 
 {predictions.length_table(settings["eval_max_length"], "github")}
 
@@ -332,40 +376,33 @@ the data allow; see both before passing this on.
 
 
 def epoch_line(epoch: dict, num_epochs: int) -> str:
-    """Return one line on an epoch that just ended."""
+    """Return one line on an evaluation, mostly at the end of an epoch."""
     return (
-        f"epoch {epoch['epoch']:g}/{num_epochs}  training loss {epoch['train_loss']:.4f}, validation loss"
-        f" {epoch['loss']:.4f}, accuracy {epoch['accuracy']:.4f}, macro-F1 {epoch['macro_f1']:.4f},"
-        f" {epoch['examples_per_second']:.1f} examples/s"
+        f"epoch {epoch['epoch']:g}/{num_epochs}  training loss {epoch['train_loss']:.4f},"
+        f" validation loss {epoch['loss']:.4f}, accuracy {epoch['accuracy']:.4f}, macro-F1"
+        f" {epoch['macro_f1']:.4f}, {epoch['examples_per_second']:.1f} examples/s"
     )
 
 
-def show(scores: dict, predictions: Predictions, max_length: int, say):
-    """Say scores, the tables of classes and lengths, and five right and five wrong texts."""
-    say(
-        f"accuracy {scores['accuracy']:.4f}, macro-F1 {scores['macro_f1']:.4f}, loss {scores['loss']:.4f} on"
-        f" {len(predictions.labels):,} texts\n"
+def show(scores: dict, predictions: Predictions, max_length: int, runtime: Runtime) -> None:
+    """Print scores, the tables of classes and lengths, and five right and five wrong answers."""
+    accuracy, macro_f1, loss = (scores[name] for name in ("accuracy", "macro_f1", "loss"))
+    count = len(predictions.labels)
+    runtime.say(f"accuracy {accuracy:.4f}, macro-F1 {macro_f1:.4f}, loss {loss:.4f} on {count:,} texts\n")
+    runtime.say(class_table(scores["per_class"], predictions.names))
+    runtime.say(
+        f"\nby length of the text, which is read up to {max_length} tokens:\n"
+        + predictions.length_table(max_length)
     )
-    say(class_table(scores["per_class"], predictions.names))
-    say(
-        f"\nby length of the text, which is read to {max_length}"
-        f" tokens:\n{predictions.length_table(max_length)}"
-    )
-    for right in (True, False):
-        say(
-            f"\nfive {'right' if right else 'wrong'} ones, spread over the"
-            f" split:\n{predictions.examples(right=right)}"
-        )
+    runtime.say("\nfive right answers, spread over the split:\n" + predictions.examples(right=True))
+    runtime.say("\nfive wrong answers, spread over the split:\n" + predictions.examples(right=False))
 
 
-def log_scores(run, step: int, split: str, scores: dict, names: list[str]):
-    """Give a split's scores to the run's log as curves, and its confusion matrix as a picture."""
-    per_class = {
-        f"{split}_{measure}/{name}": value
-        for measure in ("precision", "recall")
-        for name, value in zip(names, scores["per_class"][measure])
-    }
-    run.numbers(
-        step, {**{f"{split}/{name}": scores[name] for name in ("loss", "accuracy", "macro_f1")}, **per_class}
-    )
-    run.confusion(step, f"{split}/confusion", scores["confusion"], names)
+def log_scores(log: Log, step: int, split: str, scores: dict, names: list[str]) -> None:
+    """Write a split's scores to the run's log as curves, and its confusion matrix as a picture."""
+    values = {f"{split}/{name}": scores[name] for name in ("loss", "accuracy", "macro_f1")}
+    for measure in ("precision", "recall"):
+        for name, value in zip(names, scores["per_class"][measure]):
+            values[f"{split}_{measure}/{name}"] = value
+    log.numbers(step, values)
+    log.confusion(step, f"{split}/confusion", scores["confusion"], names)

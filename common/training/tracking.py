@@ -1,8 +1,12 @@
-"""What a run leaves while it goes: the run folder, config.json, metrics.jsonl, TensorBoard events,
-progress bars.
+"""What a run leaves while it goes on: its folder, config.json, metrics.jsonl, TensorBoard events.
+
+Beside them are the progress bar and the loss meter, which reads losses from the device only when
+they are logged.
 """
 
+import contextlib
 import datetime
+import enum
 import importlib.metadata
 import json
 import os
@@ -10,6 +14,9 @@ import platform
 import re
 import shutil
 import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,43 +27,119 @@ from tqdm import tqdm
 from common import figures
 from common.errors import UserError
 from common.files import replace_file
+from common.runtime import Runtime
 
 REPORTED_PACKAGES = ("transformers", "datasets", "tokenizers", "evaluate", "scikit-learn")
-CONFIG = "config.json"  # there when a run can go on, and whole
+CONFIG = "config.json"  # once it exists, it is complete and the run can be resumed
 # all that a run leaves that is killed when it has hardly begun
 UNFINISHED_CONFIG = re.compile(r"config\.json\.\d+")
+CHECKPOINTS, CHECKPOINT_PREFIX = "checkpoints", "step-"
+NEWEST = ""  # what --resume without a value stands for
 
 
-def run_folder(output_dir: str | None, *, name: str) -> Path:
-    """Return the folder for a new run: `output_dir`, else runs/<name>-<time>. Nothing is made yet.
+# The run's folder ---------------------------------------------------------------------------------
 
-    Raises UserError when it holds anything.
+
+@dataclass(frozen=True)
+class RunLocation:
+    """Where a run is kept, and whether and from where it is resumed."""
+
+    folder: Path
+    is_resumed: bool = False
+    checkpoint: Path | None = None  # None: the newest one that is not damaged
+
+
+def locate_run(output_dir: str | None, resume: str | None, runtime: Runtime, *, name: str) -> RunLocation:
+    """Return the location of the run that the flags `--output-dir` and `--resume` ask for.
+
+    A new folder is called after `name` and the time unless the flags name it. After a failure
+    torchrun starts every process again with the same flags; the run is then resumed if it was this
+    job that began it. Raises UserError when the flags do not tell which run to resume, when there
+    is none, and when the folder of a new run is not empty.
+    """
+
+    def locate() -> list[str | bool | None]:
+        location = _run_to_resume(output_dir, resume, runtime)
+        location = location or RunLocation(new_run_folder(output_dir, name=name))
+        checkpoint = None if location.checkpoint is None else str(location.checkpoint)
+        return [str(location.folder), location.is_resumed, checkpoint]
+
+    folder, is_resumed, checkpoint = runtime.broadcast_from_main(locate)
+    return RunLocation(Path(folder), is_resumed, None if checkpoint is None else Path(checkpoint))
+
+
+def _run_to_resume(output_dir: str | None, resume: str | None, runtime: Runtime) -> RunLocation | None:
+    """Return the location of the run to resume, None when the flags ask for a new one."""
+    named = _named_run(output_dir, resume)
+    if named is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
+        raise UserError(
+            "--output-dir: torchrun with --max-restarts needs it, because a restarted process must"
+            " find its run; name a folder"
+        )
+    if named is not None and runtime.began_run(named.folder) and (named.folder / CONFIG).is_file():
+        # a checkpoint that the flags name was where the job began: by now it has come further
+        return RunLocation(named.folder, is_resumed=True)
+    if resume is None:
+        return None
+    if named is None:
+        raise UserError("--resume: which run? name its folder, as in --resume runs/news")
+    if not (named.folder / CONFIG).is_file():
+        raise UserError(
+            f"--resume: {named.folder} holds no run; check the name, or leave --resume out to start one"
+        )
+    if named.checkpoint is not None and not named.checkpoint.is_dir():
+        raise UserError(
+            f"--resume {resume}: no such checkpoint; --resume {named.folder} takes the newest one"
+        )
+    return named
+
+
+def _named_run(output_dir: str | None, resume: str | None) -> RunLocation | None:
+    """Return the run, and the checkpoint if any, that the flags name; None when they name none."""
+    if not resume:
+        return None if output_dir is None else RunLocation(Path(output_dir), is_resumed=True)
+    path = Path(resume)
+    is_checkpoint = path.name.startswith(CHECKPOINT_PREFIX) and path.absolute().parent.name == CHECKPOINTS
+    folder = Path(os.path.normpath(path / ".." / "..")) if is_checkpoint else path
+    if output_dir is not None and Path(output_dir).resolve() != folder.resolve():
+        raise UserError(
+            f"--output-dir {output_dir}: --resume {resume} continues in {folder}; leave one of the two out"
+        )
+    return RunLocation(folder, is_resumed=True, checkpoint=path if is_checkpoint else None)
+
+
+def new_run_folder(output_dir: str | None, *, name: str) -> Path:
+    """Return the folder for a new run: `output_dir`, or runs/<name>-<time>. Nothing is created yet.
+
+    Raises UserError when the folder is not empty.
     """
     folder = Path(output_dir or f"runs/{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}")
     if folder.is_dir() and any(not UNFINISHED_CONFIG.fullmatch(path.name) for path in folder.iterdir()):
         raise UserError(
-            f"--output-dir {folder}: it holds another run or other files; name a new folder or remove it"
-            " first"
+            f"--output-dir {folder}: it holds another run or other files; name a new folder or"
+            " remove it first"
         )
     return folder
 
 
-def make_folder(folder: Path, *, needed_bytes: int):
-    """Make the run folder, if it is not there. Raises UserError, and makes nothing, when the disk
-    has no room for `needed_bytes` in it, those that it holds included.
+def make_folder(folder: Path, *, needed_bytes: int) -> None:
+    """Create the run folder unless it exists.
+
+    Raises UserError, and creates nothing, when the disk has no room for `needed_bytes` in it,
+    counting those that the folder already holds.
     """
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free, needed = shutil.disk_usage(there).free, needed_bytes - _bytes_in(folder)
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free, needed = shutil.disk_usage(parent).free, needed_bytes - _bytes_in(folder)
     if free < needed:
         raise UserError(
-            f"--output-dir {folder}: the run needs {_size(needed)}, the disk has {_size(free)} free; free"
-            " some or name a folder on another disk"
+            f"--output-dir {folder}: the run needs {_size(needed)}, the disk has {_size(free)}"
+            " free; free some space or name a folder on another disk"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"--output-dir {folder}: can't be made: {error.strerror}; name another folder"
+            f"--output-dir {folder}: can't be created: {error.strerror}; name another folder"
         ) from error
 
 
@@ -65,7 +148,7 @@ def _bytes_in(folder: Path) -> int:
         (stat.st_dev, stat.st_ino): stat.st_size
         for stat in (path.stat() for path in folder.rglob("*") if path.is_file())
     }
-    return sum(files.values())  # one with several names, as hard links are, takes its space once
+    return sum(files.values())  # a file with several names, as hard links are, takes its space once
 
 
 def _size(num_bytes: int) -> str:
@@ -74,21 +157,42 @@ def _size(num_bytes: int) -> str:
 
 def versions() -> dict[str, str]:
     """Return the versions that a result depends on."""
-    # which says for what device it was built
     return {
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": torch.__version__,  # it also says for which device it was built
         **{name: importlib.metadata.version(name) for name in REPORTED_PACKAGES},
     }
+
+
+def run_settings(flags: dict, identity: dict, folder: Path, runtime: Runtime) -> dict:
+    """Return what config.json and the reports say about a run."""
+    return {
+        **flags,
+        "output_dir": str(folder),
+        "precision": runtime.precision,
+        "device": runtime.describe(),
+        "processes": runtime.world_size,
+        "identity": identity,
+        "versions": versions(),
+        "started": datetime.datetime.now().isoformat(),
+    }
+
+
+# The log ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LogPosition:
+    """How far a log had come when a checkpoint was saved; what was written after it is dropped."""
+
+    num_bytes: int = 0  # of metrics.jsonl
+    step: int = -1
 
 
 class RunLog:
     """Writes a run's numbers, texts and pictures to metrics.jsonl and TensorBoard as they come."""
 
-    def __init__(self, folder: Path, settings: dict, go_on: dict | None = None):
-        """`go_on`: {"bytes": length of metrics.jsonl, "step": the last step} of a checkpoint; what
-        was written after it is dropped.
-        """
+    def __init__(self, folder: Path, settings: dict, resume_at: LogPosition | None = None) -> None:
         for path in folder.iterdir():
             if UNFINISHED_CONFIG.fullmatch(path.name):
                 path.unlink()
@@ -96,45 +200,47 @@ class RunLog:
         self.folder, self.settings = folder, settings
         # open as long as the run
         self.lines = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
-        if go_on is not None:
-            self.lines.truncate(go_on["bytes"])
-        self.writer = SummaryWriter(str(folder), purge_step=None if go_on is None else go_on["step"] + 1)
+        if resume_at is not None:
+            self.lines.truncate(resume_at.num_bytes)
+        purge_step = None if resume_at is None else resume_at.step + 1
+        self.writer = SummaryWriter(str(folder), purge_step=purge_step)
 
-    def numbers(self, step: int, values: dict[str, float]):
+    def numbers(self, step: int, values: dict[str, float]) -> None:
         """Add one line to metrics.jsonl and a point at `step` to each TensorBoard curve."""
         print(json.dumps({"step": step, **values}), file=self.lines, flush=True)
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
     def position(self) -> int:
-        """Return the length in bytes of metrics.jsonl, once the disk has it."""
+        """Return the length of metrics.jsonl in bytes, once all of it is on the disk."""
         self.lines.flush()
         os.fsync(self.lines.fileno())
         return self.lines.tell()
 
-    def confusion(self, step: int, tag: str, counts: list[list[int]], names: list[str]):
+    def confusion(self, step: int, tag: str, counts: list[list[int]], names: list[str]) -> None:
         """Add a confusion matrix as a picture."""
         self.writer.add_figure(tag, figures.confusion_matrix(counts, names, title=tag), step)
 
-    def text(self, step: int, tag: str, markdown: str):
+    def text(self, step: int, tag: str, markdown: str) -> None:
         """Add a text panel."""
         self.writer.add_text(tag, markdown, step)
 
-    def finish(self, results: dict[str, float], *, curves: list[str]):
-        """Write metrics.json and, for TensorBoard's HParams, the settings beside the last points
-        of the named curves.
+    def finish(self, results: dict[str, float], *, curves: list[str]) -> None:
+        """Write metrics.json and, for TensorBoard's HParams, the settings beside the named curves.
 
         SummaryWriter.add_hparams would write each result once more, as a curve of one point.
         """
-        (self.folder / "metrics.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        settings = {
-            name: value for name, value in self.settings.items() if isinstance(value, (bool, int, float, str))
-        }
+        text = json.dumps(results, indent=2) + "\n"
+        (self.folder / "metrics.json").write_text(text, encoding="utf-8")
+        plain = (bool, int, float, str)
+        settings = {name: value for name, value in self.settings.items() if isinstance(value, plain)}
+        file_writer = self.writer._get_file_writer()
+        assert file_writer is not None
         for summary in hparams(settings, dict.fromkeys(curves, 0.0)):
-            self.writer.file_writer.add_summary(summary)
+            file_writer.add_summary(summary)
 
-    def close(self):
-        """Write out what is still in buffers."""
+    def close(self) -> None:
+        """Write out what is still buffered."""
         self.writer.close()
         self.lines.close()
 
@@ -142,35 +248,190 @@ class RunLog:
 class NullLog:
     """Takes what RunLog takes and writes nothing: for every process but the first."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.settings = folder, {}
 
-    def numbers(self, step, values):
+    def numbers(self, step: int, values: dict[str, float]) -> None:
         pass
 
-    def confusion(self, step, tag, counts, names):
+    def position(self) -> int:
+        return 0
+
+    def confusion(self, step: int, tag: str, counts: list[list[int]], names: list[str]) -> None:
         pass
 
-    def text(self, step, tag, markdown):
+    def text(self, step: int, tag: str, markdown: str) -> None:
         pass
 
-    def finish(self, results, *, curves):
+    def finish(self, results: dict[str, float], *, curves: list[str]) -> None:
         pass
 
-    def close(self):
+    def close(self) -> None:
         pass
 
 
-def progress(batches, *, label: str, shown: bool = True) -> tqdm:
-    """Return a progress bar around sized batches; it is drawn only on a terminal and vanishes when
-    it is done.
-    """
+Log = RunLog | NullLog
+
+
+def progress(batches: Iterable, *, label: str, shown: bool = True, unit: str = "batch") -> tqdm:
+    """Return a progress bar, which is drawn on a terminal only and vanishes at the end."""
     return tqdm(
         batches,
         desc=label,
-        unit="batch",
+        unit=unit,
         leave=False,
         file=sys.stderr,
         dynamic_ncols=True,
-        disable=None if shown else True,
-    )  # None: off unless stderr is a terminal
+        disable=None if shown else True,  # None: off unless stderr is a terminal
+    )
+
+
+# The loss -----------------------------------------------------------------------------------------
+
+
+class Problem(enum.IntEnum):
+    """What is not finite; of several processes' problems the highest is reported."""
+
+    NONE = 0
+    GRADIENT = 1
+    LOSS = 2
+
+
+class LossMeter:
+    """The training loss and the speed of one epoch.
+
+    Losses stay on the device until `read`, because reading one waits for a GPU.
+    """
+
+    def __init__(self, runtime: Runtime, scaler: torch.amp.GradScaler) -> None:
+        self.runtime, self.scaler = runtime, scaler
+        self.reset()
+
+    def start_epoch(self, *, is_resumed: bool) -> None:
+        """Start the clock; unless the epoch is a resumed one, forget what was before."""
+        if not is_resumed:
+            self.reset()
+        self.started = time.perf_counter()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        # summed loss and row numbers of each micro-batch since the last read
+        self.unread: list[tuple[torch.Tensor, torch.Tensor]] = []
+        # norm of the gradient and number of each step since then
+        self.norms: list[tuple[torch.Tensor, int]] = []
+        self.sums = dict.fromkeys(("loss", "weight", "examples", "seconds"), 0.0)
+        self.unread_sums = dict.fromkeys(("weight", "examples", "seconds"), 0.0)
+        self.started = time.perf_counter()
+
+    def add(self, summed_loss: torch.Tensor, rows: torch.Tensor) -> None:
+        """Take the summed loss of a micro-batch and the row numbers of its texts."""
+        self.unread.append((summed_loss.detach(), rows))
+
+    def end_step(self, step: int, *, examples: int, weight: float, grad_norm: torch.Tensor) -> None:
+        """Take a step's number of examples, the divisor of its loss, and its gradient's norm."""
+        self.unread_sums["examples"] += examples
+        self.unread_sums["weight"] += weight
+        self.norms.append((grad_norm, step))
+
+    def read(self) -> dict[str, float]:
+        """Return `loss` (the mean) and `examples_per_second` since the last read.
+
+        Raises UserError on every process when a loss or a gradient is not finite.
+        """
+        self.check()
+        losses = torch.stack([loss for loss, _ in self.unread])
+        total = self.runtime.all_reduce_sum(losses.cpu().double().sum()).item()
+        new = {"loss": total, **self.unread_sums}
+        now = time.perf_counter()
+        new["seconds"] += now - self.started
+        self.sums = {name: value + new[name] for name, value in self.sums.items()}
+        self.unread, self.norms, self.started = [], [], now
+        self.unread_sums = dict.fromkeys(self.unread_sums, 0.0)
+        speed = new["examples"] / new["seconds"]
+        return {"loss": new["loss"] / new["weight"], "examples_per_second": speed}
+
+    def so_far(self) -> dict[str, float]:
+        """Return `train_loss` (the mean) and `examples_per_second` of the epoch so far."""
+        if self.unread:
+            self.read()
+        return {
+            "train_loss": self.sums["loss"] / self.sums["weight"],
+            "examples_per_second": self.sums["examples"] / self.sums["seconds"],
+        }
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stop the clock for what is not training: an evaluation, saving."""
+        self.runtime.synchronize()
+        now = time.perf_counter()
+        self.unread_sums["seconds"] += now - self.started
+        self.started = now  # what is read within counts no second twice
+        yield
+        self.started = time.perf_counter()
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, float]]]:
+        """Return tensors and numbers from which another meter continues to the same results."""
+        sums = {"read": self.sums, "waiting": self.unread_sums}
+        if not self.unread:
+            return {}, sums
+        rows = [rows.cpu() for _, rows in self.unread]
+        tensors = {
+            "losses": torch.stack([loss.cpu() for loss, _ in self.unread]),
+            "rows": torch.cat(rows),
+            "rows_of_loss": torch.tensor([len(numbers) for numbers in rows]),
+        }
+        return tensors, sums
+
+    def restore(self, tensors: dict[str, torch.Tensor], sums: dict[str, dict[str, float]]) -> None:
+        """Continue from what `state` returned."""
+        if tensors:
+            rows = tensors["rows"].split(tensors["rows_of_loss"].tolist())
+            self.unread = list(zip(tensors["losses"].to(self.runtime.device), rows))
+        self.sums, self.unread_sums = dict(sums["read"]), dict(sums["waiting"])
+
+    def check(self) -> None:
+        """Raise UserError on every process unless all numbers since the last read are finite.
+
+        Those are the losses, and the gradients that changed weights. A loss that is not finite
+        makes the gradients of all processes so, hence its message, which names texts, goes first.
+        """
+        complaint, problem = self._bad_loss(), Problem.LOSS
+        if not complaint:
+            complaint, problem = self._bad_gradient(), Problem.GRADIENT
+        if not complaint:
+            problem = Problem.NONE
+        worst = self.runtime.all_reduce_max(problem)
+        if worst != Problem.NONE:
+            complaints = self.runtime.all_gather_texts(complaint if problem == worst else "")
+            raise UserError(next(filter(None, complaints)))
+
+    def _bad_loss(self) -> str:
+        """Return what to say of the first loss that is not finite, "" when all are."""
+        first = _first_not_finite([loss for loss, _ in self.unread])
+        if first is None:
+            return ""
+        rows = ", ".join(map(str, self.unread[first][1].tolist()))
+        return (
+            f"the training loss is no longer finite, first in the batch with the rows {rows} of the"
+            " data; lower --lr, raise --warmup-ratio, or look at these texts"
+        )
+
+    def _bad_gradient(self) -> str:
+        """Return what to say of the first gradient that is not finite, "" when all are."""
+        first = _first_not_finite([norm for norm, _ in self.norms])
+        scaled = self.scaler.is_enabled()
+        # the scaler skips such a step and halves its scale; below 1 halving helps no more
+        if first is None or (scaled and self.scaler.get_scale() >= 1):
+            return ""
+        remedy = "use --precision bf16 or fp32" if scaled else "lower --lr or raise --warmup-ratio"
+        return (
+            f"the gradient is no longer finite, first in step {self.norms[first][1]}, although the"
+            f" loss is; {remedy}"
+        )
+
+
+def _first_not_finite(values: Sequence[torch.Tensor]) -> int | None:
+    """Return the index of the first of some numbers that is not finite, None when all are."""
+    # one wait for the device
+    finite = torch.isfinite(torch.stack(list(values))).tolist() if values else []
+    return None if all(finite) else finite.index(False)

@@ -17,11 +17,13 @@ split, once a seed. The last line on stdout is one JSON object.
 """
 
 import argparse
+import dataclasses
 import json
 import statistics
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import datasets
 import environment
@@ -29,15 +31,17 @@ import numpy as np
 import torch
 from tabulate import tabulate
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
+    PreTrainedConfig,
     Trainer,
     TrainerCallback,
     TrainingArguments,
 )
 
 import train_classifier
-from common import cli
+from common import cli, models
 from common.errors import UserError
 from common.runtime import (
     Runtime,
@@ -47,9 +51,9 @@ from common.runtime import (
     seed_everything,
     start_runtime,
 )
-from common.training import adaptation, batching, loading, tracking
-from common.training import model as models
-from common.training.steps import LossMeter
+from common.training import batching, classifier, tracking
+from common.training.batching import Pick
+from common.training.checkpoint import TrainingState
 
 # their names in the ratios
 CONTENDERS = {
@@ -116,11 +120,18 @@ class Setup:
     """One contender, loaded."""
 
     contender: str
-    args: object  # the flags of train_classifier.py
+    args: argparse.Namespace  # the flags of train_classifier.py
+    config: train_classifier.TrainConfig
     runtime: Runtime
     tokenizer: object
     model: torch.nn.Module
-    tokenized: datasets.DatasetDict
+    tokenized: dict[str, datasets.Dataset]
+
+
+def model_config(flags) -> PreTrainedConfig:
+    """Return the config of the model that all contenders train."""
+    folder = models.find_folder(flags.model, kind="encoder", cache_dir=flags.cache_dir)
+    return models.load(AutoConfig, folder, name=flags.model)
 
 
 def classifier_flags(contender: str, flags, **more):
@@ -144,9 +155,9 @@ def classifier_flags(contender: str, flags, **more):
         **more,
     }
     if contender == "ours_with_attention_dropout":
-        config = models.load_config(flags.model, cache_dir=flags.cache_dir)
+        config = model_config(flags)
         given["attention_dropout"] = next(
-            getattr(config, name) for name in adaptation.ATTENTION_DROPOUT_NAMES if hasattr(config, name)
+            getattr(config, name) for name in classifier.ATTENTION_DROPOUT_NAMES if hasattr(config, name)
         )
     arguments = [
         text
@@ -168,28 +179,25 @@ def load(contender: str, flags) -> Setup:
         device = choose_device(args.device)
         runtime = Runtime(device, choose_precision(args.precision, device))
         seed_everything(args.seed)
-    loaded = loading.load_splits(args, runtime)
-    tokenizer, model, tokenized = loading.load_for_training(loaded, args, runtime)
+    loaded = train_classifier.load(args, runtime)
+    model, tokenized = loaded.model, loaded.tokenized
     if contender == "trainer":  # the model as the tutorial loads it
         seed_everything(args.seed)
         model = AutoModelForSequenceClassification.from_pretrained(
-            models.find_folder(args.model, args.cache_dir),
-            num_labels=loaded["train"].features["label"].num_classes,
+            models.find_folder(args.model, kind="encoder", cache_dir=args.cache_dir),
+            num_labels=loaded.splits["train"].features["label"].num_classes,
             dtype=torch.float32,
-            cache_dir=args.cache_dir,
         )
     if not contender.startswith("ours"):
         tokenized = {
-            split: rows.map(first_window, load_from_cache_file=False) for split, rows in tokenized.items()
+            split: rows.map(first_chunk, load_from_cache_file=False) for split, rows in tokenized.items()
         }
-    return Setup(contender, args, runtime, tokenizer, model, tokenized)
+    return Setup(contender, args, loaded.config, runtime, loaded.tokenizer, model, tokenized)
 
 
-def first_window(row: dict) -> dict:
-    """Return a tokenised row as Trainer takes it: one window, and the length by which it
-    groups.
-    """
-    inputs = {name: windows[0] for name, windows in row.items() if name not in batching.MODEL_INPUTS_NOT}
+def first_chunk(row: dict) -> dict:
+    """Return a tokenised row as Trainer takes it: one chunk, and the length by which it groups."""
+    inputs = {name: chunks[0] for name, chunks in row.items() if name not in batching.NOT_MODEL_INPUTS}
     return {**inputs, "length": len(inputs["input_ids"])}
 
 
@@ -285,34 +293,49 @@ def time_trainer(setup: Setup, lengths: np.ndarray, flags, folder: str) -> dict:
     return figures(clock.moments[1] - clock.moments[0], trainer.timed, trainer.epoch_batches, lengths, setup)
 
 
-def time_ours(setup: Setup, lengths: np.ndarray, flags, folder: str) -> dict:
-    """Return the figures of train_classifier.train_steps on a sample of its epoch, with the run's
-    log written as in any run.
+class StepClock:
+    """Times our steps after `warmup_steps`, as Clock does Trainer's.
+
+    It stands for the signals that can stop a run, which the loop asks after each optimizer step.
     """
-    args, runtime, rows = setup.args, setup.runtime, setup.tokenized["train"]
-    training = train_classifier.prepare(setup.model, setup.tokenizer, rows, args, runtime)
-    run = tracking.RunLog(Path(folder), {})
+
+    def __init__(self, state: TrainingState, warmup_steps: int, num_steps: int, device: torch.device):
+        self.state, self.ends, self.device = state, (warmup_steps, num_steps), device
+        self.moments: list[np.ndarray] = []
+
+    def requested(self) -> bool:
+        if self.state.step in self.ends:
+            self.moments.append(environment.moment(self.device))
+        return False
+
+
+def time_ours(setup: Setup, lengths: np.ndarray, flags, folder: str) -> dict:
+    """Return the figures of the loop of train_classifier.py on a sample of its epoch.
+
+    The log is written as in any run; nothing is evaluated or saved.
+    """
+    config, runtime, rows = setup.config, setup.runtime, setup.tokenized["train"]
+    state = train_classifier.prepare(setup.model, setup.tokenizer, rows, config, runtime)
     order = batching.batch_order(
         lengths,
-        batch_size=args.batch_size,
-        seed=args.seed,
+        batch_size=config.batches.batch_size,
+        seed=config.batches.seed,
         epoch=flags.round + 1,
-        buckets=args.batching == "buckets",
+        buckets=config.batches.batching == "buckets",
     )
     warmup, timed = choose_batches(order, lengths, flags)
-    for batches in (warmup, timed):
-        started = environment.moment(runtime.device)
-        picks = [[(row, (0,)) for row in batch.tolist()] for batch in batches]
-        with tracking.progress(
-            batching.loader(rows, picks, setup.tokenizer), label="sample", shown=False
-        ) as bar:
-            for _ in train_classifier.train_steps(
-                training, bar, [1] * len(picks), LossMeter(runtime, run, bar, args.log_every), args, runtime
-            ):
-                pass
-        elapsed = environment.moment(runtime.device) - started
-    run.close()
-    return figures(elapsed, timed, order, lengths, setup)
+    steps = [[[Pick(row, (0,)) for row in batch.tolist()]] for batch in (*warmup, *timed)]
+    clock = StepClock(state, len(warmup), len(steps), runtime.device)
+    log = tracking.RunLog(Path(folder), {})
+    run = train_classifier.Run(log, mock.Mock(), clock)
+    with (
+        mock.patch.object(train_classifier.batching, "plan_epoch", lambda *_, **__: steps),
+        mock.patch.object(train_classifier, "validate", lambda *_: None),
+    ):
+        one_epoch = dataclasses.replace(config, epochs=1)
+        train_classifier.train(state, {"train": rows, "validation": rows}, run, one_epoch, runtime)
+    log.close()
+    return figures(clock.moments[1] - clock.moments[0], timed, order, lengths, setup)
 
 
 def figures(elapsed: np.ndarray, timed: list, epoch_batches: list, lengths: np.ndarray, setup: Setup) -> dict:
@@ -383,7 +406,7 @@ def train_fully(contender: str, flags, folder: str) -> dict:
 def child(flags) -> dict:
     """Return the figures of one contender, in this process."""
     if flags.child == "limits":
-        config = models.load_config(flags.model, cache_dir=flags.cache_dir)
+        config = model_config(flags)
         return environment.limits(
             choose_device(flags.device), rows=flags.batch_size * flags.max_length, width=config.hidden_size
         )
@@ -391,7 +414,7 @@ def child(flags) -> dict:
         if flags.accuracy:
             return train_fully(flags.child, flags, folder)
         setup = load(flags.child, flags)
-        lengths = batching.longest_windows(setup.tokenized["train"])
+        lengths = batching.longest_chunks(setup.tokenized["train"])
         return (time_ours if flags.child.startswith("ours") else time_trainer)(setup, lengths, flags, folder)
 
 

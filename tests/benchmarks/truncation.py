@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 """What each way of reading long texts buys: test accuracy of train_classifier.py on the bundled
-news, over window lengths and seeds.
+news, over chunk lengths and seeds.
 
   python tests/benchmarks/truncation.py  # 64 and 128 tokens, seeds 0, 1, 2: hours on two cores
   python tests/benchmarks/truncation.py --max-train-samples 400           # the table in README
@@ -21,7 +21,7 @@ from tabulate import tabulate
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from common.training.windows import TRUNCATIONS  # noqa: E402
+from common.training.data import TRUNCATIONS  # noqa: E402
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -28,7 +28,7 @@ WITH_DROPOUT = [
     4,
     "--grad-accum",
     3,
-    "--max-windows",
+    "--max-chunks",
     4,
     "--dropout",
     0.1,
@@ -121,7 +121,7 @@ def of_the_cpu(train, tmp_path_factory):
     those of any other.
     """
     folder = tmp_path_factory.mktemp("cpu") / "run"
-    train(folder, *FLAGS, "--device", "cpu", "--precision", "fp32", "--max-windows", 2)
+    train(folder, *FLAGS, "--device", "cpu", "--precision", "fp32", "--max-chunks", 2)
     assert losses(folder)[-1] < 0.3 < losses(folder)[0]
     return losses(folder)
 
@@ -144,7 +144,7 @@ def test_a_training_follows_that_of_the_cpu(precision, tolerance, flags, train, 
         and not torch.cuda.is_bf16_supported(including_emulation=False)
     ):
         pytest.skip("this GPU has no bf16")
-    train(tmp_path / "run", *FLAGS, "--device", DEVICE, "--precision", precision, "--max-windows", 2, *flags)
+    train(tmp_path / "run", *FLAGS, "--device", DEVICE, "--precision", precision, "--max-chunks", 2, *flags)
     # on a CPU bf16 is off by 0.002
     assert losses(tmp_path / "run") == pytest.approx(of_the_cpu, abs=tolerance)
     config = json.loads((tmp_path / "run" / "config.json").read_text())
@@ -202,7 +202,7 @@ def test_the_comparison_sees_another_seed(train, tmp_path):
 
 
 @pytest.mark.skipif(DEVICE == "cuda" and NUM_DEVICES < 2, reason="NCCL wants a GPU for each process")
-@pytest.mark.parametrize("flags", [["--class-weights", "balanced"], ["--max-windows", 2]])
+@pytest.mark.parametrize("flags", [["--class-weights", "balanced"], ["--max-chunks", 2]])
 def test_two_processes_equal_one(flags, train, tmp_path):
     flags = [*FLAGS, *flags, "--device", DEVICE, "--precision", "fp32", "--eval-batch-size", 5]
     train(tmp_path / "one", *flags)
@@ -305,7 +305,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_steps_stay_the_same(
         tmp_path / "halved",
         PYTHONPATH=str(ROOT),
     )
-    assert "memory   84 windows at once don't fit: " in halved.stdout
+    assert "memory   84 chunks at once do not fit: " in halved.stdout
     run_script("train_classifier.py", *flags, "--output-dir", tmp_path / "whole")
     one, other = (load_file(tmp_path / name / "best" / "model.safetensors") for name in ("halved", "whole"))
     assert all(torch.allclose(one[name], other[name], rtol=1e-3, atol=1e-5) for name in one)

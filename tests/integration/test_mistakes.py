@@ -281,7 +281,7 @@ def test_a_folder_that_can_not_be_used(files, parts, refused, tmp_path):
 
 
 FLAGS = {  # name: (flags, what the line must hold)
-    "split name": (["--test-split", "tset"], ("--test-split tset", "there is train", "name one")),
+    "split name": (["--test-split", "tset"], ("--test-split tset", "has train", "name one")),
     "max length above the model": (["--max-length", 65], ("--max-length 65", "holds 64", "at most")),
     "max length above the bundled model": (
         ["--max-length", 513, "--model", BUNDLED],
@@ -308,6 +308,18 @@ FLAGS = {  # name: (flags, what the line must hold)
     "metric": (["--best-metric", "f1"], ("--best-metric", "'f1'", "accuracy", "macro_f1", "loss")),
     "unknown flag": (["--learning-rate", "1"], ("--learning-rate", "--help")),
     "abbreviated flag": (["--max-len", "32"], ("--max-len", "--help")),
+    "a tokenizer to compare without an inspection": (
+        ["--compare-tokenizer", BUNDLED],
+        (f"--compare-tokenizer {BUNDLED}", "--inspect"),
+    ),
+    "a tokenizer to compare that is not there": (
+        ["--inspect", "--compare-tokenizer", "./nowhere"],
+        ("--compare-tokenizer ./nowhere", "no such folder"),
+    ),
+    "an unknown bundled tokenizer to compare": (
+        ["--inspect", "--compare-tokenizer", "bundled/nope"],
+        ("--compare-tokenizer bundled/nope", "no such bundled", BUNDLED),
+    ),
     "two modes": (["--inspect", "--evaluate-only"], ("--inspect", "--evaluate-only", "not allowed with")),
     "a file for the cache": (
         ["--cache-dir", __file__],
@@ -570,9 +582,9 @@ def test_scoring_needs_no_more_than_a_test_split(script, trained, tmp_path):
     "batch_size, parts",
     [
         # seen at the tenth step
-        (8, ("the training loss is not finite any more", "rows", "lower --lr")),
+        (8, ("the training loss is no longer finite", "rows", "lower --lr")),
         # an epoch of 6 steps: seen at its end
-        (16, ("the training loss is not finite any more", "rows", "lower --lr")),
+        (16, ("the training loss is no longer finite", "rows", "lower --lr")),
         # the only step's loss was still finite
         (96, ("epoch 1, step 1: the validation loss is nan", "lower --lr")),
     ],

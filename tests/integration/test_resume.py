@@ -20,9 +20,8 @@ from transformers import BertConfig, BertForSequenceClassification
 from common.files import find_damage, replace_folder, write_manifest
 from conftest import KINDS, ROOT, may_mount
 
-# 85 texts: 11 batches of 8, the last of 5; windows of 3 batches, the last of 2. Evaluations and
-# checkpoints
-# fall between the ends of epochs too.
+# 85 texts: 11 batches of 8, the last of 5; steps of 3 micro-batches, the last of 2. Evaluations and
+# checkpoints fall between the ends of epochs too.
 FLAGS = [
     "--max-train-samples",
     85,
@@ -182,7 +181,7 @@ def test_a_signal_saves_and_says_how_to_go_on(name, code, share, forked, whole, 
     assert forked.run(tmp_path / "run", event=int(events * share), signal=name) == [code]
     last = forked.said().splitlines()[-1]
     assert (
-        last == f"train_classifier.py: stopped by {name}; go on with the same command and --resume"
+        last == f"train_classifier.py: stopped by {name}; continue with the same command and --resume"
         f" {tmp_path / 'run'}"
     )
     assert forked.run(tmp_path / "run", "--resume", tmp_path / "run") == [0], forked.said()
@@ -253,9 +252,10 @@ def test_ctrl_c_is_for_the_process_in_charge_not_for_its_loader_workers(
     os.killpg(job.pid, signal.SIGINT)
     _, stderr = job.communicate(timeout=100)
     assert job.returncode == 130
-    assert (
-        stderr == "\nSIGINT: saving after this step; once more ends at once\ntrain_classifier.py: stopped by"
-        f" SIGINT; go on with the same command and --resume {tmp_path / 'run'}\n"
+    assert stderr == (
+        "\nSIGINT: saving after this step; a second one ends the run at once\n"
+        "train_classifier.py: stopped by SIGINT; continue with the same command and --resume"
+        f" {tmp_path / 'run'}\n"
     )
 
 
@@ -263,7 +263,7 @@ def test_a_loss_that_one_process_finds_bad_ends_all_with_the_rows_of_that_one(fo
     """The gradients of both are bad then: neither the one nor the other may speak of those."""
     assert forked.run(tmp_path / "run", kind="two processes", bad_losses=True, rank=1) == [2, 2]
     assert (
-        "the training loss is not finite any more, first in the batch with the rows " in forked.said()
+        "the training loss is no longer finite, first in the batch with the rows " in forked.said()
         and forked.said(rank=1) == forked.said()
     )
 
@@ -273,7 +273,7 @@ def test_a_run_that_diverges_keeps_the_checkpoints_from_before(forked, tmp_path)
     assert forked.run(
         tmp_path / "run", "--lr", "1e30", "--warmup-ratio", 0, "--save-every", 1, "--log-every", 100
     ) == [2]
-    assert "the training loss is not finite any more" in forked.said()
+    assert "the training loss is no longer finite" in forked.said()
     left = list((tmp_path / "run" / "checkpoints").iterdir())
     assert left and all(
         tensor.isfinite().all() for path in left for tensor in load_file(path / "model.safetensors").values()
@@ -344,7 +344,7 @@ def test_resume_passes_over_a_damaged_checkpoint_and_ends_when_none_is_whole(for
     older, newest = sorted((tmp_path / "run" / "checkpoints").iterdir())
     flip(newest / "optimizer.safetensors")
     assert forked.run(tmp_path / "run", "--resume") == [0], forked.said()
-    assert f"{newest} is damaged (optimizer.safetensors is corrupt); taking the one before" in forked.said(
+    assert f"{newest} is damaged (optimizer.safetensors is corrupt); trying the one before" in forked.said(
         "stdout"
     )
     assert f"resume   {older}: after step" in forked.said("stdout")
@@ -354,8 +354,8 @@ def test_resume_passes_over_a_damaged_checkpoint_and_ends_when_none_is_whole(for
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     assert forked.run(tmp_path / "run", "--resume") == [2]
     assert re.fullmatch(
-        r"train_classifier\.py: error: --resume: no whole checkpoint in [^\n]+model\.safetensors is"
-        r" missing[^\n]+\n",
+        r"train_classifier\.py: error: --resume: all checkpoints in [^\n]+ are damaged"
+        r" [^\n]+model\.safetensors is missing[^\n]+\n",
         forked.said(),
     )
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
@@ -377,7 +377,7 @@ def test_a_changed_run_is_refused_naming_what_differs(flags, named, forked, whol
     shutil.copytree(folder, tmp_path / "run")
     assert forked.run(tmp_path / "run", "--resume", *flags) == [2]
     assert (
-        f"was written by another run: {named}; give the same again" in forked.said()
+        f"was written by another run: {named}; use the same again" in forked.said()
         and len(forked.said().splitlines()) == 1
     )
 
@@ -394,8 +394,8 @@ def test_a_finished_run_without_its_checkpoints_is_not_begun_again(flags, forked
     before = files(tmp_path / "run")
     assert forked.run(tmp_path / "run", "--resume", *flags) == [2]
     assert forked.said().endswith(
-        f"{tmp_path / 'run'} is a finished run whose checkpoints were removed; start anew with another"
-        " --output-dir\n"
+        f"{tmp_path / 'run'} is a finished run whose checkpoints were removed; start a new run with"
+        " another --output-dir\n"
     )
     assert files(tmp_path / "run") == before
 
@@ -454,7 +454,7 @@ def test_a_damaged_checkpoint_that_is_named_is_refused_with_the_way_to_the_newes
     assert forked.run(tmp_path / "run", "--resume", newest) == [2]
     assert forked.said().endswith(
         f"--resume {newest}: it is damaged (model.safetensors is corrupt); --resume {tmp_path / 'run'} takes"
-        " the newest whole one\n"
+        " the newest one that is not\n"
     )
 
 
@@ -476,7 +476,7 @@ def test_a_checkpoint_of_another_kind_of_device_is_refused(forked, whole, tmp_pa
         (path / "manifest.json").unlink()
         write_manifest(path)
     assert forked.run(tmp_path / "run", "--resume") == [2]
-    assert "another run: --device was cuda, is cpu; give" in forked.said()
+    assert "another run: --device was cuda, is cpu; use" in forked.said()
 
 
 def test_another_number_of_processes_or_another_model_is_refused(forked, whole, tmp_path, tiny_model):
@@ -487,7 +487,7 @@ def test_another_number_of_processes_or_another_model_is_refused(forked, whole, 
     shutil.copytree(tiny_model, tmp_path / "model")
     flip(tmp_path / "model" / "model.safetensors")
     assert forked.run(tmp_path / "run", "--resume", "--model", tmp_path / "model") == [2]
-    assert "another run: the model's weights differ; give the same again" in forked.said()
+    assert "another run: the model's weights differ; use the same again" in forked.said()
 
 
 def test_epochs_are_saved_beside_every_so_many_steps(forked, tmp_path):

@@ -169,7 +169,8 @@ def test_sigterm_to_torchrun_saves_and_the_run_can_be_resumed(flags, whole, tmp_
     _, stderr = job.communicate(timeout=200)
     assert job.returncode != 0
     assert (
-        stderr.count(f"stopped by SIGTERM; go on with the same command and --resume {tmp_path / 'run'}") == 1
+        stderr.count(f"stopped by SIGTERM; continue with the same command and --resume {tmp_path / 'run'}")
+        == 1
     ), stderr
     job = start(tmp_path / "run", [*flags, "--resume"])
     _, stderr = job.communicate(timeout=200)

@@ -2,6 +2,7 @@
 read by.
 """
 
+import ast
 import csv
 import json
 import os
@@ -21,6 +22,7 @@ from safetensors.torch import load_file
 from tensorboard import program
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
+from common.bundled import model_folder
 from conftest import ROOT, make_sentences
 
 FLAGS = [
@@ -74,8 +76,10 @@ def test_the_screen_shows_epochs_and_examples_and_stderr_stays_quiet(finished):
         ) :
     ]
     assert re.search(r"\n +1 +\d\.\d+ .*\n +2 +\d\.\d+ ", table)
-    assert "five right ones" in table and "predicted class    true class" in table and "confidence" in table
-    assert "five wrong ones" in table
+    assert (
+        "five right answers" in table and "predicted class    true class" in table and "confidence" in table
+    )
+    assert "five wrong answers" in table
 
 
 def test_the_run_folder_holds_results_that_agree_with_each_other(finished):
@@ -339,10 +343,39 @@ def test_inspect_shows_data_tokens_and_a_batch_and_trains_nothing(run_script, fl
         and list(map(int, ids)) == AutoTokenizer.from_pretrained(tiny_model).convert_tokens_to_ids(tokens)
     )
     width = int(re.search(r"input_ids +\(4, (\d+)\) int64", out).group(1))
+    assert "id2label   {0: 'neg', 1: 'pos'}" in out and "label2id   {'neg': 0, 'pos': 1}" in out
+    printed = out[out.index("\nMODEL\n") : out.index("\nCONFIG\n")]
+    assert "BertForSequenceClassification(" in printed and "out_features=2" in printed
+    config, _ = json.JSONDecoder().raw_decode(out[out.index("\nCONFIG\n") + len("\nCONFIG\n") :])
+    assert config["hidden_size"] == 32 and config["id2label"] == {"0": "neg", "1": "pos"}
     rows = re.findall(r"\((\d+) tokens \+ (\d+) padding\)", out[out.index("ONE PADDED BATCH") :])
     assert [int(own) + int(padding) for own, padding in rows] == [width] * 4 and "[PAD]" in out[
         out.index("ONE PADDED BATCH") :
     ]
+
+
+def test_inspect_compares_two_tokenizers_on_a_sentence_of_the_data(
+    run_script, flags, tiny_model, sentences_csv
+):
+    """Tokens and ids side by side, and the ids of each decoded by the other, as the tokenizers
+    themselves have them.
+    """
+    bundled = "bundled/all-MiniLM-L6-v2"
+    done = run_script("train_classifier.py", *flags, "--inspect", "--compare-tokenizer", bundled)
+    out = done.stdout[done.stdout.index("TWO TOKENIZERS") :]
+    sentence = ast.literal_eval(re.search(r"TWO TOKENIZERS on (.*)", out).group(1))
+    assert f"{sentence}" in sentences_csv.read_text()
+    folders = (tiny_model, model_folder(bundled, kind="encoder"))
+    small, large = (AutoTokenizer.from_pretrained(folder) for folder in folders)
+    for tokenizer in (small, large):
+        ids = tokenizer(sentence)["input_ids"]
+        for token, number in zip(tokenizer.convert_ids_to_tokens(ids), ids):
+            assert re.search(rf"(^|  ){re.escape(token)} +{number}( |$)", out, re.M), token
+        assert repr(tokenizer.decode(ids)) in out
+    assert f"decoded by {bundled}:\n  {large.decode(small(sentence)['input_ids'])!r}" in out
+    known = [number for number in large(sentence)["input_ids"] if number < len(small)]
+    lost = len(large(sentence)["input_ids"]) - len(known)
+    assert lost and f"({lost} ids are beyond its vocabulary):\n  {small.decode(known)!r}" in out
 
 
 @pytest.mark.parametrize("extra", [["--grad-accum", 2]])

@@ -103,12 +103,12 @@ def test_what_changes_the_loss_changes_what_is_learned(flags, forked, lopsided, 
     [
         ["--class-weights", "balanced", "--max-train-samples", 92],
         ["--label-smoothing", 0.1],
-        ["--truncation", "chunks", "--max-windows", 3],
+        ["--truncation", "chunks", "--max-chunks", 3],
         [],
     ],
 )
 def test_accumulation_equals_a_batch_as_large(flags, forked, lopsided, tmp_path):
-    """84 (92) texts in batches of 8 are 10 (11) and a half: with windows of two batches of 4 the
+    """84 (92) texts in batches of 8 are 10 (11) and a half: with steps of two micro-batches of 4 the
     last step has one.
     """
     flags = [*flags, "--dataset", lopsided]
@@ -119,7 +119,7 @@ def test_accumulation_equals_a_batch_as_large(flags, forked, lopsided, tmp_path)
 
 @pytest.mark.parametrize(
     "flags",
-    [["--class-weights", "balanced", "--grad-accum", 2], ["--truncation", "chunks", "--max-windows", 3]],
+    [["--class-weights", "balanced", "--grad-accum", 2], ["--truncation", "chunks", "--max-chunks", 3]],
 )
 def test_two_processes_equal_one(flags, forked, lopsided, tmp_path):
     """Over a whole run, evaluation with a remainder for rank 1 too; dropout is 0 in the small
@@ -332,7 +332,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_steps_stay_the_same(forked,
     assert forked.run(tmp_path / "halved", *flags, "--auto-batch-size", memory=MEMORY) == [0], forked.said()
     size = int(
         re.search(
-            r"memory   84 windows at once don't fit: (\d+) at a time, accumulated to the same step",
+            r"memory   84 chunks at once do not fit: (\d+) at a time, accumulated to the same step",
             forked.said("stdout"),
         ).group(1)
     )
@@ -347,7 +347,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_steps_stay_the_same(forked,
 def test_each_truncation_trains_scores_reports_and_predicts(truncation, reads_all, forked, tmp_path):
     assert forked.run(tmp_path / "run", "--truncation", truncation, "--max-length", 12) == [0], forked.said()
     said, report = forked.said("stdout"), (tmp_path / "run" / "report.md").read_text()
-    assert "by length of the text, which is read to 12 tokens" in said and "## By length" in report
+    assert "by length of the text, which is read up to 12 tokens" in said and "## By length" in report
     rows = re.findall(r"^(1-12|13-24|25-48) +(\d+) +([\d.]+)% +([\d.]+)$", said, re.M)
     assert sum(int(texts) for _, texts, _, _ in rows) == 12
     results = json.loads((tmp_path / "run" / "metrics.json").read_text())
@@ -383,7 +383,7 @@ def test_the_model_card_tells_data_settings_and_results(plain, sentences_csv):
     card = (plain / "best" / "README.md").read_text()
     results = json.loads((plain / "metrics.json").read_text())
     assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: text-classification\n")
-    assert f"accuracy\n{results['test_accuracy']:.4f}, macro-F1 {results['test_macro_f1']:.4f}" in card
+    assert f"accuracy {results['test_accuracy']:.4f}, macro-F1 {results['test_macro_f1']:.4f}" in card
     assert re.search(r"\| `lr` +\| 0\.003 +\|", card) and "`neg`, `pos`" in card
     assert (
         "84 texts for training, 12 for validation." in card
@@ -395,7 +395,7 @@ def test_the_model_card_tells_data_settings_and_results(plain, sentences_csv):
         ("processes", "1"),
         ("batching", "buckets"),
         ("best_metric", "loss"),
-        ("dropout", "as it was pretrained"),
+        ("dropout", "as in the pretrained model"),
         ("lora_rank", "none"),
     ):
         assert re.search(rf"\| `{name}` +\| {value} +\|", card), name
@@ -424,7 +424,7 @@ def test_the_model_card_does_not_call_texts_new_that_are_not(forked, tmp_path):
     assert forked.run(tmp_path / "run", "--dataset", tmp_path / "data") == [0], forked.said()
     card = (tmp_path / "run" / "best" / "README.md").read_text()
     assert (
-        "20 texts of the test split, of which 10 stand in the training or the validation split too" in card
+        "20 texts of the test split, of which 10 also occur in the training or the validation split" in card
         and "neither" not in card
     )
 
@@ -441,15 +441,15 @@ def test_the_model_card_does_not_call_texts_new_that_are_not(forked, tmp_path):
         ),
         (["--label-smoothing", -0.1], "argument --label-smoothing: '-0.1' is not"),
         (
-            ["--max-windows", 9],
+            ["--max-chunks", 9],
             (
-                "--max-windows 9: a backward pass holds at most --batch-size 8 windows, those of a text"
+                "--max-chunks 9: a micro-batch holds at most --batch-size 8 chunks, and those of a text stay"
                 " together; lower the one or raise the other"
             ),
         ),
         (
-            ["--max-windows", 3, "--truncation", "tail"],
-            "--max-windows 3: --truncation tail reads one window of a text; leave one of the two out",
+            ["--max-chunks", 3, "--truncation", "tail"],
+            "--max-chunks 3: --truncation tail reads one chunk of a text; leave one of the two out",
         ),
     ],
 )

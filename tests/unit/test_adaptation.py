@@ -1,7 +1,9 @@
 """What flags change about a model, seen in the model itself."""
 
+import datasets
 import pytest
 import torch
+from training_loop import RUNTIME, config_of
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -12,10 +14,7 @@ from transformers import (
 
 import train_classifier
 from common.errors import UserError
-from common.runtime import Runtime
-from common.training import adaptation
-
-MACHINE = Runtime(torch.device("cpu"), "fp32")
+from common.training import classifier
 
 
 @pytest.fixture
@@ -23,14 +22,15 @@ def model(tiny_model):
     return AutoModelForSequenceClassification.from_pretrained(tiny_model)
 
 
-def flags(*given):
-    return train_classifier.make_parser().parse_args(list(map(str, given)))
+def adapt(model, *flags):
+    """Return the model as the script adapts it with these flags."""
+    return classifier.adapt(model, config_of(*flags).model)
 
 
 def forward_calls(model) -> int:
     """Return how often a step calls the lowest layer."""
     calls = []
-    adaptation.encoder_layers(model)[0].attention.register_forward_hook(lambda *_: calls.append(1))
+    classifier.encoder_layers(model)[0].attention.register_forward_hook(lambda *_: calls.append(1))
     ids = torch.randint(5, 100, (2, 7))
     model.train()
     model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.sum().backward()
@@ -39,34 +39,24 @@ def forward_calls(model) -> int:
 
 def test_gradient_checkpointing_computes_a_layer_again_in_the_backward_pass(model, tiny_model):
     assert forward_calls(model) == 1
-    assert (
-        forward_calls(
-            adaptation.adapt(
-                AutoModelForSequenceClassification.from_pretrained(tiny_model),
-                flags("--gradient-checkpointing"),
-            )
-        )
-        == 2
-    )
+    another = AutoModelForSequenceClassification.from_pretrained(tiny_model)
+    assert forward_calls(adapt(another, "--gradient-checkpointing")) == 2
 
 
 def test_compile_puts_a_compiled_module_around_the_model_and_leaves_the_model_plain(model, tiny_model):
-    rows = {"label": [0, 1, 1]}
-
-    class Rows(dict):
-        def __len__(self):
-            return 3
-
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    compiled = train_classifier.prepare(model, tokenizer, Rows(rows), flags("--compile"), MACHINE)
+    rows, tokenizer = (
+        datasets.Dataset.from_dict({"label": [0, 1, 1]}),
+        AutoTokenizer.from_pretrained(tiny_model),
+    )
+    compiled = train_classifier.prepare(model, tokenizer, rows, config_of("--compile"), RUNTIME)
     assert isinstance(compiled.parallel, torch._dynamo.OptimizedModule) and compiled.model is model
-    assert train_classifier.prepare(model, tokenizer, Rows(rows), flags(), MACHINE).parallel is model
+    assert train_classifier.prepare(model, tokenizer, rows, config_of(), RUNTIME).parallel is model
 
 
 def test_layers_are_found_by_their_number(model):
-    assert len(adaptation.encoder_layers(model)) == model.config.num_hidden_layers == 2
+    assert len(classifier.encoder_layers(model)) == model.config.num_hidden_layers == 2
     with pytest.raises(UserError, match="--freeze-layers 3: the model has 2"):
-        adaptation.freeze_layers(model, 3)
+        classifier.freeze_layers(model, 3)
 
 
 SMALL = {
@@ -99,7 +89,7 @@ SMALL = {
 def test_only_adapters_and_the_whole_head_learn(kind, head, num_matrices, recwarn):
     model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(kind, **SMALL))
     names = set(model.state_dict())
-    adapted = adaptation.adapt(model, flags("--lora-rank", 4))
+    adapted = adapt(model, "--lora-rank", 4)
     learning = {
         name.removeprefix("base_model.model.")
         for name, parameter in adapted.named_parameters()
@@ -118,7 +108,7 @@ def test_only_adapters_and_the_whole_head_learn(kind, head, num_matrices, recwar
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:  # zeros at first: the adapters change nothing
                 parameter.normal_()
-    learned, plain = adapted(**inputs).logits, adaptation.merged(adapted).eval()
+    learned, plain = adapted(**inputs).logits, classifier.merge_adapters(adapted).eval()
     assert set(plain.state_dict()) == names and any("lora" in name for name in adapted.state_dict()), (
         "training goes on with the adapters"
     )
@@ -131,7 +121,7 @@ def test_only_adapters_and_the_whole_head_learn(kind, head, num_matrices, recwar
 
 
 def test_frozen_layers_stay_frozen_with_adapters(model):
-    adapted = adaptation.adapt(model, flags("--lora-rank", 4, "--freeze-layers", 1))
+    adapted = adapt(model, "--lora-rank", 4, "--freeze-layers", 1)
     learning = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     assert any("layer.1." in name for name in learning) and not any(
         "layer.0." in name or "embeddings" in name for name in learning
@@ -165,13 +155,13 @@ def test_frozen_layers_stay_frozen_with_adapters(model):
 )
 def test_dropout_options_are_all_found(config, dropout, attention, expected):
     assert (
-        adaptation.dropout_options(config, dropout=dropout, attention_dropout=attention, name="m") == expected
+        classifier.dropout_options(config, dropout=dropout, attention_dropout=attention, name="m") == expected
     )
 
 
 def test_a_dropout_that_a_model_has_not_is_refused():
     config = PreTrainedConfig()
     with pytest.raises(UserError, match="--dropout 0.1: m has none"):
-        adaptation.dropout_options(config, dropout=0.1, attention_dropout=None, name="m")
+        classifier.dropout_options(config, dropout=0.1, attention_dropout=None, name="m")
     with pytest.raises(UserError, match="--attention-dropout 0.1: m has none"):
-        adaptation.dropout_options(config, dropout=None, attention_dropout=0.1, name="m")
+        classifier.dropout_options(config, dropout=None, attention_dropout=0.1, name="m")

@@ -1,6 +1,4 @@
-"""The batch order, its shares, and tokenisation, against their definitions."""
-
-import argparse
+"""The batch order, its shares, padding and pooling, and tokenisation, against their definitions."""
 
 import datasets
 import numpy as np
@@ -11,7 +9,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from common.runtime import Runtime
-from common.training import batching
+from common.training import batching, data
+from common.training.batching import BatchConfig, Pick
 
 LENGTHS = st.lists(st.integers(1, 512), min_size=1, max_size=400)
 
@@ -77,21 +76,21 @@ def test_padding_share_counts_positions():
 @settings(deadline=None, max_examples=60)
 @given(count=st.integers(1, 60), batch_size=st.integers(1, 20), world_size=st.integers(1, 4))
 def test_the_processes_share_each_global_batch_and_all_run_each_step(count, batch_size, world_size):
-    batches = batching.batch_order([1] * count, batch_size=batch_size, seed=0, epoch=1, buckets=False)
-    for batch in batches:
-        parts = [batching.share_of_rank(batch, rank, world_size) for rank in range(world_size)]
+    for numbers in batching.batch_order([1] * count, batch_size=batch_size, seed=0, epoch=1, buckets=False):
+        picks = [Pick(row, (0,)) for row in numbers.tolist()]
+        parts = [batching.share_of_rank(picks, rank, world_size) for rank in range(world_size)]
         assert all(parts), "a process without a row would leave the others waiting"
-        assert sorted(number for part in parts for number in part if number >= 0) == sorted(batch.tolist())
+        assert sorted(pick for part in parts for pick in part if not pick.is_filler) == sorted(picks)
 
 
 @settings(deadline=None, max_examples=60)
 @given(counts=st.lists(st.integers(1, 9), min_size=1, max_size=40), batch_size=st.integers(1, 12))
-def test_evaluation_goes_from_long_to_short_through_each_window_once_in_bounded_batches(counts, batch_size):
+def test_evaluation_goes_from_long_to_short_through_each_chunk_once_in_bounded_batches(counts, batch_size):
     lengths = [[5 + number % 7] * count for number, count in enumerate(counts)]
     batches = batching.evaluation_batches(lengths, batch_size=batch_size)
-    seen = [(row, window) for batch in batches for row, windows in batch for window in windows]
-    assert sorted(seen) == [(row, window) for row, count in enumerate(counts) for window in range(count)]
-    assert all(sum(len(windows) for _, windows in batch) <= batch_size for batch in batches)
+    seen = [(row, chunk) for batch in batches for row, chunks, _ in batch for chunk in chunks]
+    assert sorted(seen) == [(row, chunk) for row, count in enumerate(counts) for chunk in range(count)]
+    assert all(sum(len(pick.chunks) for pick in batch) <= batch_size for batch in batches)
     longest = [lengths[row][0] for row, _ in seen]
     assert longest == sorted(longest, reverse=True)
 
@@ -99,32 +98,30 @@ def test_evaluation_goes_from_long_to_short_through_each_window_once_in_bounded_
 @settings(deadline=None, max_examples=60)
 @given(counts=st.lists(st.integers(1, 9), min_size=1, max_size=40), most=st.integers(1, 12))
 def test_a_cut_keeps_the_picks_in_order_and_the_memory_bounded(counts, most):
-    picks = [(row, tuple(range(count))) for row, count in enumerate(counts)]
-    batches = batching.cut_by_windows(picks, most)
+    picks = [Pick(row, tuple(range(count))) for row, count in enumerate(counts)]
+    batches = batching.split_picks(picks, most)
     assert [pick for batch in batches for pick in batch] == picks and all(batches)
-    assert all(len(batch) == 1 or sum(len(windows) for _, windows in batch) <= most for batch in batches)
+    assert all(len(batch) == 1 or sum(len(pick.chunks) for pick in batch) <= most for batch in batches)
     for batch, following in zip(batches, batches[1:]):  # and no batch is cut without need
-        assert sum(len(windows) for _, windows in batch) + len(following[0][1]) > most
+        assert sum(len(pick.chunks) for pick in batch) + len(following[0].chunks) > most
 
 
-def test_drawn_windows_are_a_function_of_seed_and_epoch_and_reach_every_window():
+def test_drawn_chunks_are_a_function_of_seed_and_epoch_and_reach_every_chunk():
     counts = [1, 2, 7] * 20
-    drawn = batching.draw_windows(counts, most=2, seed=3, epoch=1)
+    drawn = batching.draw_chunks(counts, most=2, seed=3, epoch=1)
     assert (
         drawn
-        == batching.draw_windows(counts, most=2, seed=3, epoch=1)
-        != batching.draw_windows(counts, most=2, seed=3, epoch=2)
+        == batching.draw_chunks(counts, most=2, seed=3, epoch=1)
+        != batching.draw_chunks(counts, most=2, seed=3, epoch=2)
     )
     assert all(
-        len(set(windows)) == len(windows) == min(count, 2) and max(windows) < count
-        for windows, count in zip(drawn, counts)
+        len(set(chunks)) == len(chunks) == min(count, 2) and max(chunks) < count
+        for chunks, count in zip(drawn, counts)
     )
     reached = {
-        windows
-        for epoch in range(1, 40)
-        for windows in batching.draw_windows([7], most=1, seed=3, epoch=epoch)
+        chunks for epoch in range(1, 40) for chunks in batching.draw_chunks([7], most=1, seed=3, epoch=epoch)
     }
-    assert reached == {(window,) for window in range(7)}
+    assert reached == {(chunk,) for chunk in range(7)}
 
 
 @settings(deadline=None, max_examples=40)
@@ -141,28 +138,25 @@ def test_the_steps_of_all_processes_hold_each_text_once_whatever_the_size_of_the
     """A step of the same size has the same texts, whatever share of it processes and accumulation
     have, and with any bound on memory.
     """
-    rows = {"window_lengths": [[3 + number % 5] * (1 + number % 3) for number in range(count)]}
-    flags = argparse.Namespace(
-        batch_size=batch_size, seed=1, batching="buckets", max_windows=2, grad_accum=grad_accum
-    )
+    rows = {"chunk_lengths": [[3 + number % 5] * (1 + number % 3) for number in range(count)]}
+    config = BatchConfig(batch_size, grad_accum, max_chunks=2, batching="buckets", seed=1, num_workers=0)
     plans = [
         batching.plan_epoch(
-            rows, 1, micro_batch, flags, Runtime(torch.device("cpu"), "fp32", rank, world_size)
+            rows,
+            config,
+            epoch=1,
+            micro_batch=micro_batch,
+            runtime=Runtime(torch.device("cpu"), "fp32", rank, world_size),
         )
         for rank in range(world_size)
     ]
+    one = BatchConfig(batch_size * world_size * grad_accum, 1, 2, "buckets", 1, 0)
     alone = batching.plan_epoch(
-        rows,
-        1,
-        10**6,
-        argparse.Namespace(
-            **{**vars(flags), "batch_size": batch_size * world_size * grad_accum, "grad_accum": 1}
-        ),
-        Runtime(torch.device("cpu"), "fp32"),
+        rows, one, epoch=1, micro_batch=10**6, runtime=Runtime(torch.device("cpu"), "fp32")
     )
     assert len({len(plan) for plan in plans}) == 1 and len(plans[0]) == len(alone)
     for step, expected in enumerate(alone):
-        together = [pick for plan in plans for batch in plan[step] for pick in batch if pick[0] >= 0]
+        together = [pick for plan in plans for batch in plan[step] for pick in batch if not pick.is_filler]
         assert sorted(together) == sorted(pick for batch in expected for pick in batch)
     assert all(step and all(step) for plan in plans for step in plan), (
         "every process has something to do in every step"
@@ -186,11 +180,11 @@ def rows():
 
 def test_tokenize_truncates_counts_and_equals_the_tokenizer(rows, tiny_model, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    tokenized = batching.tokenize(rows, tokenizer, max_length=12, truncation="head", cache_dir=str(tmp_path))
+    tokenized = data.tokenize(rows, tokenizer, max_length=12, truncation="head", cache_dir=str(tmp_path))
     for row, text in zip(tokenized, rows["text"]):
         whole = tokenizer(text)["input_ids"]
         assert row["input_ids"] == [tokenizer(text, truncation=True, max_length=12)["input_ids"]]
-        assert row["num_tokens"] == len(whole) and row["window_lengths"] == [row["num_read"]] == [
+        assert row["num_tokens"] == len(whole) and row["chunk_lengths"] == [row["num_read"]] == [
             min(len(whole), 12)
         ]
 
@@ -199,30 +193,28 @@ def test_tokenize_reuses_its_file_until_texts_length_truncation_or_tokenizer_cha
     rows, tiny_model, tmp_path, monkeypatch
 ):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    first = batching.tokenize(rows, tokenizer, max_length=12, truncation="head", cache_dir=str(tmp_path))
+    first = data.tokenize(rows, tokenizer, max_length=12, truncation="head", cache_dir=str(tmp_path))
     tokenizer("a call with other settings", padding="max_length", max_length=20, truncation=True)
-    batching.tokenize(rows, tokenizer, max_length=12, truncation="head", cache_dir=str(tmp_path))
+    data.tokenize(rows, tokenizer, max_length=12, truncation="head", cache_dir=str(tmp_path))
     assert len(list(tmp_path.rglob("*.arrow"))) == 1, (
         "a call in between changes the tokenizer's state, not what it does"
     )
-    batching.tokenize(rows, tokenizer, max_length=13, truncation="head", cache_dir=str(tmp_path))
-    batching.tokenize(
+    data.tokenize(rows, tokenizer, max_length=13, truncation="head", cache_dir=str(tmp_path))
+    data.tokenize(
         rows.map(lambda row: {"text": row["text"] + "!"}, load_from_cache_file=False),
         tokenizer,
         max_length=12,
         truncation="head",
         cache_dir=str(tmp_path),
     )
-    batching.tokenize(rows, tokenizer, max_length=12, truncation="tail", cache_dir=str(tmp_path))
+    data.tokenize(rows, tokenizer, max_length=12, truncation="tail", cache_dir=str(tmp_path))
     renamed = rows.cast_column("label", datasets.ClassLabel(names=["bad", "good"]))
-    tokenized = batching.tokenize(
-        renamed, tokenizer, max_length=12, truncation="head", cache_dir=str(tmp_path)
-    )
+    tokenized = data.tokenize(renamed, tokenizer, max_length=12, truncation="head", cache_dir=str(tmp_path))
     assert tokenized.features["label"].names == ["bad", "good"], (
         "the same numbers for other classes are other labels"
     )
     tokenizer.add_tokens(["monday"])
-    batching.tokenize(rows, tokenizer, max_length=12, truncation="head", cache_dir=str(tmp_path))
+    data.tokenize(rows, tokenizer, max_length=12, truncation="head", cache_dir=str(tmp_path))
     assert len(list(tmp_path.rglob("*.arrow"))) == 6
     assert first.cache_files[0]["filename"].startswith(str(tmp_path))
 
@@ -233,23 +225,22 @@ def test_the_fingerprint_of_tokens_outlives_another_version_of_the_library(
     """A run goes on after it; only the file is written anew."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     options = {"max_length": 12, "truncation": "head", "cache_dir": str(tmp_path)}
-    before = batching.tokenize(rows, tokenizer, **options)._fingerprint
+    before = data.tokenize(rows, tokenizer, **options)._fingerprint
     monkeypatch.setattr(datasets, "__version__", "99")
-    assert batching.tokenize(rows, tokenizer, **options)._fingerprint == before
+    assert data.tokenize(rows, tokenizer, **options)._fingerprint == before
     assert len(list(tmp_path.rglob("*.arrow"))) == 2
 
 
-def test_a_batch_holds_the_chosen_windows_and_a_filler_row_counts_nowhere(rows, tiny_model, tmp_path):
+def test_a_batch_holds_the_chosen_chunks_and_a_filler_row_counts_nowhere(rows, tiny_model, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    tokenized = batching.tokenize(
-        rows, tokenizer, max_length=12, truncation="chunks", cache_dir=str(tmp_path)
-    )
-    assert len(tokenized["window_lengths"][1]) >= 4
-    batch = next(iter(batching.loader(tokenized, [[(1, (0, 3)), (2, (0,)), (~0, (0,))]], tokenizer)))
+    tokenized = data.tokenize(rows, tokenizer, max_length=12, truncation="chunks", cache_dir=str(tmp_path))
+    assert len(tokenized["chunk_lengths"][1]) >= 4
+    picks = [Pick(1, (0, 3)), Pick(2, (0,)), Pick(0, (0,), is_filler=True)]
+    batch = batching.Batches(tokenized, tokenizer)[picks]
     assert batch["labels"].tolist() == [0, 0, batching.IGNORED_LABEL]
-    assert batch["row"].tolist() == [2, 3, 1] and batch["document"].tolist() == [0, 0, 1, 2]
+    assert batch["row"].tolist() == [2, 3, 1] and batch["text_of_chunk"].tolist() == [0, 0, 1, 2]
     expected = [
-        *(tokenized[1]["input_ids"][window] for window in (0, 3)),
+        *(tokenized[1]["input_ids"][chunk] for chunk in (0, 3)),
         tokenized[2]["input_ids"][0],
         tokenized[0]["input_ids"][0],
     ]
@@ -264,16 +255,19 @@ def test_a_loader_takes_no_random_number_from_the_run(rows, tiny_model, tmp_path
     for its workers.
     """
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    tokenized = batching.tokenize(rows, tokenizer, max_length=12, truncation="head", cache_dir=str(tmp_path))
+    tokenized = data.tokenize(rows, tokenizer, max_length=12, truncation="head", cache_dir=str(tmp_path))
     state = torch.get_rng_state()
-    list(batching.loader(tokenized, [[(0, (0,))]], tokenizer))
+    (step,) = batching.step_loader(tokenized, [[[Pick(0, (0,))], [Pick(1, (0,)), Pick(2, (0,))]]], tokenizer)
+    assert [len(batch["labels"]) for batch in step] == [1, 2], "a step is its micro-batches"
+    (batch,) = batching.batch_loader(tokenized, [[Pick(0, (0,))]], tokenizer)
+    assert len(batch["labels"]) == 1
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_pooled_logits_are_the_mean_of_each_document():
+def test_pooled_logits_are_the_mean_of_each_text():
     logits = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
-    pooled = batching.pool_windows(logits, torch.tensor([0, 0, 1, 2, 2]), 3)
+    pooled = batching.pool_chunks(logits, torch.tensor([0, 0, 1, 2, 2]), 3)
     torch.testing.assert_close(pooled, torch.stack([logits[:2].mean(0), logits[2], logits[3:].mean(0)]))
-    assert torch.equal(batching.pool_windows(logits, torch.arange(5), 5), logits), (
-        "one window a text changes nothing, to the bit"
+    assert torch.equal(batching.pool_chunks(logits, torch.arange(5), 5), logits), (
+        "one chunk per text changes nothing, to the bit"
     )

@@ -17,7 +17,7 @@ import pytest
 from common import bundled, reading
 from common.errors import UserError
 from common.files import sha256
-from common.training import labelling
+from common.training import data
 
 
 def package(name: str) -> Path:
@@ -93,22 +93,22 @@ def test_pound_signs_survive(bbc_news, bbc_files):
 
 
 def test_bbc_news_are_split_80_10_10_by_seed(bbc_news):
-    rows = labelling.validate(datasets.DatasetDict(train=bbc_news), text_column="text", label_column="label")
-    splits, cut = labelling.cut_missing_splits(rows, seed=0)
+    rows = data.validate(datasets.DatasetDict(train=bbc_news), text_column="text", label_column="label")
+    splits, cut = data.cut_missing_splits(rows, seed=0)
     assert cut == ["validation", "test"]
     assert {split: len(part) for split, part in splits.items()} == {
         "train": 1701,
         "validation": 213,
         "test": 213,
     }
-    assert labelling.count_shared_texts(splits) == {"validation": 0, "test": 0}
+    assert data.count_shared_texts(splits) == {"validation": 0, "test": 0}
     whole = Counter(bbc_news["label"][:])
     for part in splits.values():
         assert all(
             abs(count - whole[label] * len(part) / len(bbc_news)) < 2
             for label, count in Counter(part["label"][:]).items()
         )
-    other, _ = labelling.cut_missing_splits(rows, seed=1)
+    other, _ = data.cut_missing_splits(rows, seed=1)
     assert splits["test"]["row"][:] != other["test"]["row"][:]
 
 

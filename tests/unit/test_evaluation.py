@@ -9,11 +9,13 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from common.errors import UserError
 from common.runtime import Runtime
-from common.training import batching, memory
+from common.training import batching, data
+from common.training.batching import BatchConfig
+from common.training.data import TokenConfig
 from common.training.evaluation import is_better, predict_logits, predict_texts
 from conftest import make_sentences
 
-MACHINE = Runtime(torch.device("cpu"), "fp32")
+RUNTIME = Runtime(torch.device("cpu"), "fp32")
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,7 @@ def scored(tiny_model, tmp_path_factory):
         {"text": [text for text, _ in pairs], "label": [label for _, label in pairs], "row": list(range(37))},
         features=features,
     )
-    tokenized = batching.tokenize(
+    tokenized = data.tokenize(
         rows, tokenizer, max_length=20, truncation="head", cache_dir=str(tmp_path_factory.mktemp("cache"))
     )
     with torch.inference_mode():
@@ -52,7 +54,7 @@ def scored(tiny_model, tmp_path_factory):
 def test_logits_are_those_of_each_text_alone_in_the_rows_order(scored, batch_size):
     model, tokenizer, tokenized, alone = scored
     torch.testing.assert_close(
-        predict_logits(model, tokenized, tokenizer, MACHINE, batch_size=batch_size),
+        predict_logits(model, tokenized, tokenizer, RUNTIME, batch_size=batch_size),
         alone,
         rtol=1e-4,
         atol=1e-6,
@@ -66,7 +68,7 @@ def test_predictions_come_in_the_order_of_the_texts(scored, monkeypatch):
     model.config.id2label = {0: "neg", 1: "pos"}
     answers = list(
         predict_texts(
-            model, tokenizer, tokenized["text"][:], MACHINE, batch_size=4, max_length=20, truncation="head"
+            model, tokenizer, tokenized["text"][:], TokenConfig(20, 20, "head"), RUNTIME, batch_size=4
         )
     )
     assert [answer["row"] for answer in answers] == list(range(1, 38))
@@ -76,22 +78,22 @@ def test_predictions_come_in_the_order_of_the_texts(scored, monkeypatch):
 
 
 @pytest.mark.parametrize("batch_size", [2, 64])
-def test_chunks_give_the_mean_of_the_windows_logits_also_when_a_batch_parts_a_text(
+def test_chunks_give_the_mean_of_the_chunks_logits_also_when_a_batch_parts_a_text(
     scored, tmp_path, batch_size
 ):
     model, tokenizer, tokenized, _ = scored
     rows = tokenized.select_columns(["text", "label", "row"])
-    chunked = batching.tokenize(rows, tokenizer, max_length=9, truncation="chunks", cache_dir=str(tmp_path))
+    chunked = data.tokenize(rows, tokenizer, max_length=9, truncation="chunks", cache_dir=str(tmp_path))
     assert max(map(len, chunked["input_ids"])) >= 4
     with torch.inference_mode():
         expected = torch.stack(
             [
-                torch.cat([model(input_ids=torch.tensor([window])).logits for window in found]).mean(0)
-                for found in chunked["input_ids"]
+                torch.cat([model(input_ids=torch.tensor([chunk])).logits for chunk in chunks]).mean(0)
+                for chunks in chunked["input_ids"]
             ]
         )
     torch.testing.assert_close(
-        predict_logits(model, chunked, tokenizer, MACHINE, batch_size=batch_size),
+        predict_logits(model, chunked, tokenizer, RUNTIME, batch_size=batch_size),
         expected,
         rtol=1e-4,
         atol=1e-6,
@@ -115,7 +117,7 @@ def test_too_little_memory_names_the_flag_that_helps(error, scored):
             raise error
 
     with pytest.raises(UserError, match="--eval-batch-size 4: a batch does not fit into memory; use less"):
-        predict_logits(Large(), tokenized, tokenizer, MACHINE, batch_size=4)
+        predict_logits(Large(), tokenized, tokenizer, RUNTIME, batch_size=4)
 
 
 def test_another_error_of_the_model_stays_what_it_is(scored):
@@ -128,18 +130,16 @@ def test_another_error_of_the_model_stays_what_it_is(scored):
             raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     with pytest.raises(RuntimeError, match="mat1"):
-        predict_logits(Broken(), tokenized, tokenizer, MACHINE, batch_size=4)
+        predict_logits(Broken(), tokenized, tokenizer, RUNTIME, batch_size=4)
 
 
-@pytest.mark.parametrize("max_windows, tried", [(1, [12, 6, 3, 1]), (5, [12, 6, 5]), (12, [12])])
-def test_a_batch_is_halved_to_the_windows_of_one_text_and_no_further(max_windows, tried, monkeypatch):
+@pytest.mark.parametrize("max_chunks, tried", [(1, [12, 6, 3, 1]), (5, [12, 6, 5]), (12, [12])])
+def test_a_batch_is_halved_to_the_chunks_of_one_text_and_no_further(max_chunks, tried, monkeypatch):
     sizes = []
-    monkeypatch.setattr(
-        memory, "_fits", lambda model, rows, tokenizer, size, args, runtime: sizes.append(size)
-    )
-    args = argparse.Namespace(batch_size=12, max_windows=max_windows, max_length=20)
+    monkeypatch.setattr(batching, "_fits", lambda model, batches, size, least, runtime: sizes.append(size))
+    config = BatchConfig(12, 1, max_chunks, "buckets", 0, 0)
     with pytest.raises(UserError, match="--auto-batch-size: not even one text"):
-        memory.largest_batch(None, None, None, args, MACHINE)
+        batching.largest_micro_batch(None, None, config, 20, RUNTIME)
     assert sizes == tried
 
 

@@ -4,32 +4,29 @@ scaler for CPUs.
 
 import pytest
 import torch
-from test_steps import MACHINE, make_batches
+from training_loop import NO_SCALER, make_batches, make_state, run_loop
 from transformers import AutoModelForSequenceClassification
-
-import train_classifier
-from common.training import steps
-from common.training.steps import LossMeter
-from common.training.tracking import NullLog, progress
 
 
 def run(model, batches, scaler, *flags, rate=0.1):
-    """Run the product's loop with SGD, one batch a step; return after each step the weights' sum
-    of changes, the learning rate, the scale.
+    """Run the product's loop with SGD, one batch per step.
+
+    Returns after each step the weights' sum of changes, the learning rate and the scale.
     """
     optimizer = torch.optim.SGD(model.parameters(), lr=rate)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1, end_factor=0.5, total_iters=100)
-    training = steps.Training(model, None, model, optimizer, scheduler, scaler)
-    args = train_classifier.make_parser().parse_args(["--max-grad-norm", "1e9", *flags])
-    before, found = [parameter.detach().clone() for parameter in model.parameters()], []
-    meter = LossMeter(MACHINE, NullLog(None), progress([], label=""), 100)
-    for _ in train_classifier.train_steps(training, batches, [1] * len(batches), meter, args, MACHINE):
+    before, seen = [parameter.detach().clone() for parameter in model.parameters()], []
+
+    def look():
         change = sum(
             (parameter.detach() - old).abs().sum().item()
             for parameter, old in zip(model.parameters(), before)
         )
-        found.append((change, scheduler.get_last_lr()[0], scaler.get_scale()))
-    return found
+        seen.append((change, scheduler.get_last_lr()[0], scaler.get_scale()))
+
+    state = make_state(model, optimizer, scheduler, scaler)
+    run_loop(state, [[batch] for batch in batches], "--max-grad-norm", "1e9", *flags, after_step=look)
+    return seen
 
 
 def test_a_step_that_overflows_is_skipped_and_the_schedule_waits_for_it(tiny_model):
@@ -62,6 +59,6 @@ def test_a_scale_changes_no_step(tiny_model, flags):
         run(model, make_batches([4, 3]), scaler, *flags)
         return list(model.parameters())
 
-    plain = trained(torch.amp.GradScaler("cpu", enabled=False))
+    plain = trained(NO_SCALER)
     for one, other in zip(plain, trained(torch.amp.GradScaler("cpu", init_scale=1024.0))):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.special import logsumexp
 from sklearn import metrics as sklearn_metrics
 
-from common.metrics import Accuracy, MacroF1, PerClass, Rouge, classification_scores
+from common.training.evaluation import Accuracy, MacroF1, classification_scores
 
 
 @settings(deadline=None, max_examples=40)
@@ -58,28 +58,11 @@ def test_they_are_evaluate_metrics_that_can_be_fed_in_batches_and_combined():
 
 
 def test_a_class_that_never_occurs_has_zeros_and_no_support():
-    scores = PerClass(keep_in_memory=True).compute(predictions=[0, 1], references=[0, 1], num_classes=3)
-    assert [scores[name][2] for name in ("precision", "recall", "f1", "support")] == [0, 0, 0, 0]
-
-
-def test_rouge_is_what_the_tutorial_prints():
-    """Oracle: the output of evaluate.load("rouge") in the tutorial, for its two quotations."""
-    predictions = ["It does not do to dwell on dreams and forget to live.", "After all this time? Always."]
-    references = [
-        "It does not do well to dwell on dreams and forget to live.",
-        "After all this time? Yes, always.",
+    logits = torch.tensor([[1.0, 0.0, -1.0], [0.0, 1.0, -1.0]])
+    scores = classification_scores(logits, torch.tensor([0, 1]))["per_class"]
+    assert [scores[name] for name in ("precision", "recall", "f1", "support")] == [
+        [1.0, 1.0, 0.0],
+        [1.0, 1.0, 0.0],
+        [1.0, 1.0, 0.0],
+        [1, 1, 0],
     ]
-    found = Rouge(keep_in_memory=True).compute(predictions=predictions, references=references)
-    assert found == pytest.approx(
-        {
-            "rouge1": 0.9345454545454546,
-            "rouge2": 0.7681159420289854,
-            "rougeL": 0.9345454545454546,
-            "rougeLsum": 0.9345454545454546,
-        }
-    )
-
-
-def test_rouge_lsum_takes_each_line_by_itself():
-    found = Rouge(keep_in_memory=True).compute(predictions=["c d\na b"], references=["a b\nc d"])
-    assert found == pytest.approx({"rouge1": 1.0, "rouge2": 2 / 3, "rougeL": 0.5, "rougeLsum": 1.0})

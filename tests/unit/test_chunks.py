@@ -8,16 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from common.training import windows
+from common.training import data
 from conftest import make_sentences
 
 
 @settings(deadline=None, max_examples=200)
-@given(
-    num_tokens=st.integers(0, 300), size=st.integers(1, 60), truncation=st.sampled_from(windows.TRUNCATIONS)
-)
-def test_windows_are_what_their_name_says(num_tokens, size, truncation):
-    found = [window.tolist() for window in windows.cut(num_tokens, size, truncation)]
+@given(num_tokens=st.integers(0, 300), size=st.integers(1, 60), truncation=st.sampled_from(data.TRUNCATIONS))
+def test_chunks_are_what_their_name_says(num_tokens, size, truncation):
+    found = [chunk.tolist() for chunk in data.cut_chunks(num_tokens, size, truncation)]
     everything = list(range(num_tokens))
     if num_tokens <= size:
         assert found == [everything]
@@ -31,14 +29,14 @@ def test_windows_are_what_their_name_says(num_tokens, size, truncation):
             found == [everything[:head] + everything[num_tokens - (size - head) :]] and len(found[0]) == size
         )
     else:
-        assert sorted({position for window in found for position in window}) == everything, (
+        assert sorted({position for chunk in found for position in chunk}) == everything, (
             "nothing is left out"
         )
-        assert all(window == list(range(window[0], window[0] + size)) for window in found), "whole windows"
+        assert all(chunk == list(range(chunk[0], chunk[0] + size)) for chunk in found), "whole chunks"
         overlap = min(math.ceil(size / 4), size - 1)
         assert all(later[0] - earlier[0] <= size - overlap for earlier, later in zip(found, found[1:]))
         assert len(found) == math.ceil((num_tokens - overlap) / (size - overlap)), (
-            "and no window more than that takes"
+            "and no chunk more than that takes"
         )
 
 
@@ -58,31 +56,29 @@ def test_one_end_is_what_the_tokenizer_keeps(tokenizer, side, max_length):
         expected = tokenizer(TEXTS, truncation=True, max_length=max_length)
     finally:
         tokenizer.truncation_side = "right"
-    columns = windows.encode(TEXTS, tokenizer, max_length=max_length, truncation=side)
+    columns = data.encode(TEXTS, tokenizer, max_length=max_length, truncation=side)
     for name in ("input_ids", "token_type_ids"):
         assert [row for (row,) in columns[name]] == expected[name]
     assert (
         columns["num_read"]
         == [len(ids) for ids in expected["input_ids"]]
-        == [sum(lengths) for lengths in columns["window_lengths"]]
+        == [sum(lengths) for lengths in columns["chunk_lengths"]]
     )
 
 
 @pytest.mark.parametrize("truncation", ["head-tail", "chunks"])
-def test_each_window_stands_between_the_special_tokens(tokenizer, truncation):
-    columns = windows.encode(TEXTS, tokenizer, max_length=12, truncation=truncation)
+def test_each_chunk_stands_between_the_special_tokens(tokenizer, truncation):
+    columns = data.encode(TEXTS, tokenizer, max_length=12, truncation=truncation)
     for text, found, read, total in zip(
         TEXTS, columns["input_ids"], columns["num_read"], columns["num_tokens"]
     ):
         whole = tokenizer(text)["input_ids"]
         assert total == len(whole)
-        assert all(
-            window[0] == whole[0] and window[-1] == whole[-1] and len(window) <= 12 for window in found
-        )
+        assert all(chunk[0] == whole[0] and chunk[-1] == whole[-1] and len(chunk) <= 12 for chunk in found)
         own = whole[1:-1]
         if truncation == "chunks":
             assert read == total and len(found) == (1 if total <= 12 else math.ceil((len(own) - 3) / 7))
         elif total > 12:
             # 10 tokens: a quarter, rounded, from the beginning
             assert found[0][1:-1] == own[:2] + own[-8:] and read == 12
-        assert len(np.unique([len(window) for window in found])) == 1
+        assert len(np.unique([len(chunk) for chunk in found])) == 1

@@ -1,0 +1,407 @@
+"""A pretrained encoder as a classifier: load it, adapt it, save it, load what was saved.
+
+Adapting is what flags change about the pretrained model: its dropout, which layers learn, low-rank
+adapters, recomputed activations.
+"""
+
+import copy
+import json
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.pytorch_utils import Conv1D
+
+from common import models, speedups
+from common.errors import UserError
+from common.files import replace_folder
+from common.runtime import Runtime
+from common.training.data import TokenConfig, name_sha256
+
+if TYPE_CHECKING:
+    import peft
+
+SETTINGS_FILE = "training.json"  # beside the saved model: how it was trained
+# the settings of a run that a saved model remembers, so that it is used and scored in the same way
+REMEMBERED = (
+    "dataset_config",
+    "seed",
+    "max_length",
+    "eval_max_length",
+    "truncation",
+    "text_column",
+    "label_column",
+)
+UNLIMITED = 1_000_000  # tokenizers without a limit say 1e30
+# on the bundled news more accurate than reading only the beginning, at the same cost (README)
+DEFAULT_MAX_LENGTH, DEFAULT_TRUNCATION = 256, "chunks"
+# of BERT, DistilBERT, GPT-2
+ATTENTION_DROPOUT_NAMES = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
+LORA_ALPHA = 2  # times the rank: the scale by which the update is multiplied, as is usual
+# dropout in the adapters would be one more source of randomness; --dropout is the model's own
+LORA_DROPOUT = 0.0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which pretrained model, and what to change about it; the fields are named as their flags."""
+
+    model: str
+    cache_dir: str | None
+    dropout: float | None
+    attention_dropout: float | None
+    freeze_layers: int
+    lora_rank: int | None
+    gradient_checkpointing: bool
+    compile: bool
+
+
+# Load ---------------------------------------------------------------------------------------------
+
+
+def load_pretrained(
+    config: ModelConfig, names: list[str], runtime: Runtime
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return the pretrained model with a head for the classes `names`, and its tokenizer.
+
+    Prints what was loaded. Raises UserError when either can't be loaded.
+    """
+    name = config.model
+    folder = models.find_folder(name, kind="encoder", cache_dir=config.cache_dir)
+    tokenizer = models.load_tokenizer(folder, name=name)
+    has_padding_token = tokenizer.pad_token is not None
+    require_padding_token(tokenizer, name=name)
+    dropout = dropout_options(
+        models.load(AutoConfig, folder, name=name),
+        dropout=config.dropout,
+        attention_dropout=config.attention_dropout,
+        name=name,
+    )
+    model, is_new = load_classifier(
+        folder, name=name, names=names, dropout=dropout, pad_token_id=tokenizer.pad_token_id
+    )
+    size = sum(parameter.numel() for parameter in model.parameters())
+    head = "a new head" if is_new else "the head that it was saved with"
+    kind = type(model).__name__
+    runtime.say(f"model    {name}: {kind}, {size / 1e6:.1f} million parameters, with {head}")
+    if not has_padding_token:
+        runtime.say(
+            f"         the tokenizer has no padding token: padding with its end token {tokenizer.pad_token!r}"
+        )
+    return model, tokenizer
+
+
+def require_padding_token(tokenizer: PreTrainedTokenizerBase, *, name: str) -> None:
+    """Let a tokenizer pad with its end token if need be. Raises UserError if it has neither."""
+    if tokenizer.pad_token is not None:
+        return
+    if tokenizer.eos_token is None:
+        raise UserError(
+            f"--model {name}: its tokenizer has neither a padding token nor an end token, so"
+            " batches can't be padded; use another model"
+        )
+    tokenizer.pad_token = tokenizer.eos_token
+
+
+def load_classifier(
+    folder: Path, *, name: str, names: list[str], dropout: dict[str, float], pad_token_id: int
+) -> tuple[PreTrainedModel, bool]:
+    """Return a model for the classes `names`, in fp32, and whether its head is new.
+
+    Its config has `id2label` and `label2id`. A saved head for the same number of classes is kept,
+    as in transformers, whatever its classes were. `dropout` gives values of the config's dropout
+    options. Raises UserError, naming `name`, when the model can't be loaded.
+    """
+    config = models.load(
+        AutoConfig,
+        folder,
+        name=name,
+        num_labels=len(names),
+        id2label=dict(enumerate(names)),
+        label2id={label: number for number, label in enumerate(names)},
+    )
+    if getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = pad_token_id  # decoders look for the last token that is not padding
+    config.problem_type = "single_label_classification"
+    for option, value in dropout.items():
+        setattr(config, option, value)
+    model, report = models.load(
+        AutoModelForSequenceClassification,
+        folder,
+        name=name,
+        config=config,
+        dtype=torch.float32,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    return model, bool(report["missing_keys"] or report["mismatched_keys"])
+
+
+def dropout_options(
+    config: PreTrainedConfig, *, dropout: float | None, attention_dropout: float | None, name: str
+) -> dict[str, float]:
+    """Return values for a config's dropout options, as the flags ask for them.
+
+    `dropout` sets all of them where given; `attention_dropout` (default 0) sets attention's, where
+    a value above 0 takes the slow path on CPUs. Raises UserError when the model lacks an option
+    that is asked for.
+    """
+    options = [name for name in config.to_dict() if "drop" in name and "layerdrop" not in name]
+    attention = [option for option in ATTENTION_DROPOUT_NAMES if hasattr(config, option)]
+    if attention_dropout and not attention:
+        raise UserError(f"--attention-dropout {attention_dropout}: {name} has none; leave the flag out")
+    if dropout and not options:
+        raise UserError(f"--dropout {dropout}: {name} has none; leave the flag out")
+    values = {} if dropout is None else dict.fromkeys(options, dropout)
+    if attention_dropout is not None or dropout is None:
+        values.update(dict.fromkeys(attention, attention_dropout or 0.0))
+    return values
+
+
+def choose_max_length(
+    wanted: int | None, default: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, flag: str
+) -> int:
+    """Return the number of tokens to truncate at: `wanted`, else `default` or what the model holds.
+
+    Raises UserError when more is wanted than the model holds, or so little that no word fits.
+    """
+    holds = models.max_positions(model) or UNLIMITED
+    num_special = tokenizer.num_special_tokens_to_add()
+    if wanted is None:
+        return min(default, holds, tokenizer.model_max_length)
+    if wanted > holds:
+        raise UserError(f"{flag} {wanted}: the model holds {holds} tokens; use at most that")
+    if wanted <= num_special:
+        raise UserError(f"{flag} {wanted}: the special tokens alone take {num_special}; use more")
+    return wanted
+
+
+def choose_tokens(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None,
+    eval_max_length: int | None,
+    truncation: str | None,
+) -> TokenConfig:
+    """Return how texts are read in training; None stands for a default."""
+    length = choose_max_length(max_length, DEFAULT_MAX_LENGTH, model, tokenizer, flag="--max-length")
+    eval_length = choose_max_length(eval_max_length, length, model, tokenizer, flag="--eval-max-length")
+    return TokenConfig(length, eval_length, truncation or DEFAULT_TRUNCATION)
+
+
+def choose_saved_tokens(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    *,
+    eval_max_length: int | None,
+    truncation: str | None,
+) -> TokenConfig:
+    """Return how texts are read by a saved model; None stands for how it was scored."""
+    length = choose_max_length(
+        eval_max_length, tokenizer.model_max_length, model, tokenizer, flag="--eval-max-length"
+    )
+    return TokenConfig(
+        length, length, truncation or saved_settings(name).get("truncation", DEFAULT_TRUNCATION)
+    )
+
+
+def mismatches(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return a sentence for each sign that a tokenizer and a model do not belong together."""
+    num_embeddings, highest = _num_embeddings(model), max(tokenizer.get_vocab().values())
+    problems = []
+    if highest >= num_embeddings:
+        problems.append(
+            f"the tokenizer's ids go up to {highest}, but the embedding table has {num_embeddings}"
+            " rows: higher ids crash the model"
+        )
+    if tokenizer.pad_token_id is None:
+        problems.append("the tokenizer has no padding token: batches can't be padded")
+    expected = model.config.pad_token_id
+    if expected is not None and tokenizer.pad_token_id not in (None, expected):
+        actual = tokenizer.pad_token_id
+        problems.append(f"the tokenizer pads with id {actual}, the model expects {expected}")
+    return problems
+
+
+def _num_embeddings(model: PreTrainedModel) -> int:
+    embeddings = model.get_input_embeddings()
+    assert isinstance(embeddings, torch.nn.Embedding)
+    return embeddings.num_embeddings
+
+
+def require_match(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str) -> None:
+    """Raise UserError unless a tokenizer and a model belong together."""
+    if problems := mismatches(model, tokenizer):
+        raise UserError(f"--model {name}: {problems[0]}; --inspect shows more")
+
+
+# Adapt --------------------------------------------------------------------------------------------
+
+
+def adapt(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
+    """Return the model as the flags want it: frozen layers, recomputed activations, adapters.
+
+    Attention and dropout are replaced by versions that cost less on CPUs.
+    """
+    if not config.compile:  # which fuses them itself
+        speedups.use_fast_attention(model)
+        speedups.use_fast_dropout(model)
+    if config.gradient_checkpointing:
+        recompute_activations(model)
+    adapted = add_adapters(model, config.lora_rank) if config.lora_rank else model
+    freeze_layers(model, config.freeze_layers)  # including their adapters
+    return adapted
+
+
+def freeze_layers(model: PreTrainedModel, number: int) -> None:
+    """Keep the embeddings and the `number` lowest layers of a model unchanged in training.
+
+    Raises UserError when it has fewer layers, or its layers can't be found.
+    """
+    if number == 0:
+        return
+    layers = encoder_layers(model)
+    if number > len(layers):
+        raise UserError(f"--freeze-layers {number}: the model has {len(layers)}; give at most that")
+    embeddings = getattr(model.base_model, "embeddings", None) or model.get_input_embeddings()
+    for module in (embeddings, *layers[:number]):
+        module.requires_grad_(False)
+
+
+def encoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
+    """Return the layers of a model: its first list of as many modules as its config has layers."""
+    number = model.config.num_hidden_layers
+    for module in model.base_model.modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == number:
+            return module
+    raise UserError(
+        f"--freeze-layers: {type(model).__name__} has no list of layers to count; leave the flag out"
+    )
+
+
+def recompute_activations(model: PreTrainedModel) -> None:
+    """Let the backward pass compute each layer's activations again (gradient checkpointing).
+
+    It saves memory and takes a third more time. Raises UserError when the model can't.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise UserError(
+            f"--gradient-checkpointing: {type(model).__name__} does not support it; leave the flag out"
+        )
+    # the reentrant variant gives no gradient under frozen embeddings, and none to DDP
+    model.activation_checkpointing_enable({"use_reentrant": False})
+
+
+def add_adapters(model: PreTrainedModel, rank: int) -> PreTrainedModel:
+    """Return the model with low-rank adapters (LoRA, Hu et al. 2021) at its linear layers.
+
+    Only the adapters and the head, which has none, learn. The head is everything beside the
+    pretrained model: it is new and has one linear layer or, as in DistilBERT and ModernBERT,
+    several. peft is not told about it, because it finds modules by the ends of their names and
+    would take DistilBERT's `pre_classifier` for its `classifier` too.
+    """
+    import peft  # seconds to import, and only this needs it
+
+    linear = [
+        f"{model.base_model_prefix}.{name}"
+        for name, module in model.base_model.named_modules()
+        if isinstance(module, (torch.nn.Linear, Conv1D))
+    ]
+    head = [module for name, module in model.named_children() if name != model.base_model_prefix]
+    config = peft.LoraConfig(
+        r=rank,
+        lora_alpha=LORA_ALPHA * rank,
+        lora_dropout=LORA_DROPOUT,
+        target_modules=linear,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+    )
+    with warnings.catch_warnings():
+        # about what peft asks of transformers: nothing that the user can change
+        warnings.simplefilter("ignore", FutureWarning)
+        adapted = peft.get_peft_model(model, config)
+    for module in head:
+        module.requires_grad_(True)
+    # peft's wrapper has all attributes of the model within
+    return cast(PreTrainedModel, adapted)
+
+
+def merge_adapters(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a plain model: a copy with the adapters merged into its weights, or itself."""
+    if not hasattr(model, "merge_and_unload"):
+        return model
+    return cast("peft.PeftModel", copy.deepcopy(model)).merge_and_unload()
+
+
+def class_names(model: PreTrainedModel) -> list[str]:
+    """Return the names of a model's classes in the order of its logits."""
+    return [name for _, name in sorted((model.config.id2label or {}).items())]
+
+
+# Save, and load what was saved --------------------------------------------------------------------
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, settings: dict) -> None:
+    """Write model, tokenizer and `training.json` as a plain Hugging Face folder.
+
+    An older folder is replaced only by a complete one. Of the run's `settings` the model remembers
+    those that it takes to score it again, and of the data set, whose path is nobody else's
+    business, a SHA-256 of its name. The tokenizer remembers eval_max_length as its limit, so that
+    `pipeline(..., truncation=True)` truncates where the model was scored.
+    """
+    fresh = folder.with_name(folder.name + ".new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    tokenizer.model_max_length = settings["eval_max_length"]
+    model.save_pretrained(fresh)
+    tokenizer.save_pretrained(fresh)
+    remembered = {name: settings[name] for name in REMEMBERED}
+    remembered = {"dataset_sha256": name_sha256(settings["dataset"]), **remembered}
+    (fresh / SETTINGS_FILE).write_text(json.dumps(remembered, indent=2) + "\n", encoding="utf-8")
+    replace_folder(fresh, folder)
+
+
+def saved_settings(name: str) -> dict:
+    """Return the `training.json` of a saved model, {} if this script did not train it."""
+    path = Path(name) / SETTINGS_FILE
+    return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+
+
+def load_saved(
+    name: str, runtime: Runtime, *, cache_dir: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return a classifier with the head that it was saved with, on its device, and its tokenizer.
+
+    Raises UserError when it was never trained to classify.
+    """
+    folder = models.find_folder(name, kind="encoder", cache_dir=cache_dir)
+    model, report = models.load(
+        AutoModelForSequenceClassification,
+        folder,
+        name=name,
+        dtype=torch.float32,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    if report["missing_keys"]:
+        missing = ", ".join(sorted(report["missing_keys"]))
+        raise UserError(
+            f"--model {name}: it was never trained to classify (no weights for {missing}); name the"
+            " folder runs/<name>/best of a finished run"
+        )
+    model = model.to(runtime.device)
+    speedups.use_fast_attention(model)
+    tokenizer = models.load_tokenizer(folder, name=name)
+    require_padding_token(tokenizer, name=name)
+    return model, tokenizer

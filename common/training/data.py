@@ -1,0 +1,469 @@
+"""Read a data set as labelled splits, and turn their texts into chunks of tokens.
+
+A labelled split has the columns `text` (string), `label` (ClassLabel, one list of class names for
+all splits) and `row` (the number of the row in its source, counted from 1, so that a message or a
+prediction can be traced back). A text longer than the model reads becomes one or more chunks of
+tokens (`--truncation`).
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+from sklearn.model_selection import train_test_split
+from transformers import PreTrainedTokenizerBase
+
+from common import reading
+from common.errors import UserError
+from common.runtime import Runtime
+
+# the names that public data sets use, in the order in which they are tried
+SPLIT_SYNONYMS = {
+    "train": ["train", "training"],
+    "validation": ["validation", "valid", "val", "dev"],
+    "test": ["test"],
+}
+Splits = dict[str, datasets.Dataset]
+CUT_SHARE = 0.1  # of the source's training rows, for each split that is missing
+TRUNCATIONS = ("head", "tail", "head-tail", "chunks")
+# share of a chunk with head-tail: 128 of 510 tokens was best on IMDb (Sun et al. 2019, "How to
+# Fine-Tune BERT for Text Classification?")
+HEAD_SHARE = 0.25
+# share of a chunk, at least, that the chunk before it holds too: what lies at a border is then
+# whole in one of the two
+OVERLAP = 0.25
+FORMAT = 2  # of the cached Arrow files; counts up when their columns change
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which texts and labels to read, and at most how many; the fields are named as their flags."""
+
+    dataset: str
+    dataset_config: str | None
+    text_column: str
+    label_column: str
+    train_split: str | None
+    validation_split: str | None
+    test_split: str | None
+    max_train_samples: int | None
+    max_eval_samples: int | None
+    seed: int
+    cache_dir: str | None
+
+
+@dataclass(frozen=True)
+class TokenConfig:
+    """How many tokens the model reads at once, and which part of a longer text."""
+
+    max_length: int  # tokens of a chunk in training
+    eval_max_length: int  # in evaluation and prediction
+    truncation: str
+
+    def length_of(self, split: str) -> int:
+        """Return the number of tokens at which a split is truncated."""
+        return self.max_length if split == "train" else self.eval_max_length
+
+
+# Labelled splits ----------------------------------------------------------------------------------
+
+
+def load_splits(config: DataConfig, runtime: Runtime) -> Splits:
+    """Return the labelled splits train, validation and test, and print where they come from."""
+    source = reading.read(config.dataset, config=config.dataset_config, cache_dir=config.cache_dir)
+    wanted = {"train": config.train_split, "validation": config.validation_split, "test": config.test_split}
+    splits = choose_splits(source, wanted)
+    splits = validate(splits, text_column=config.text_column, label_column=config.label_column)
+    splits, cut = cut_missing_splits(splits, seed=config.seed)
+    splits["train"] = sample(
+        splits["train"], config.max_train_samples, seed=config.seed, flag="--max-train-samples"
+    )
+    for split in ("validation", "test"):
+        splits[split] = sample(
+            splits[split], config.max_eval_samples, seed=config.seed, flag="--max-eval-samples"
+        )
+    sizes = ", ".join(f"{len(rows):,} {split}" for split, rows in splits.items())
+    num_classes = splits["train"].features["label"].num_classes
+    runtime.say(f"data     {config.dataset}: {sizes} texts, {num_classes} classes")
+    if cut:
+        names = " and ".join(cut)
+        runtime.say(f"         {names} cut from train: 10 % each, stratified, with seed {config.seed}")
+    for split, count in count_shared_texts(splits).items():
+        if count:
+            runtime.say(
+                f"         {count:,} of the {split} texts also occur in train: their scores say"
+                " little about new texts"
+            )
+    return splits
+
+
+def load_rows_for_scoring(
+    config: DataConfig, names: list[str], trained: dict, runtime: Runtime
+) -> datasets.Dataset:
+    """Return the rows on which to score a saved model with the classes `names`.
+
+    These are the test split, or all rows of a data set without one. `trained` holds the settings
+    that the model was saved with: if the data set is the one that it was trained on, the same test
+    split is cut again. Raises UserError when the seed would cut another one, most of whose rows the
+    model was trained on.
+    """
+    source = reading.read(config.dataset, config=config.dataset_config, cache_dir=config.cache_dir)
+    splits = choose_splits(source, {"test": config.test_split})
+    if not splits:
+        wanted = {"train": config.train_split, "validation": config.validation_split}
+        splits = choose_splits(source, wanted)
+    splits = validate(splits, text_column=config.text_column, label_column=config.label_column, names=names)
+    if "test" not in splits and name_sha256(config.dataset) == trained.get("dataset_sha256"):
+        if trained["seed"] != config.seed:
+            raise UserError(
+                f"--seed {config.seed}: the model was trained with --seed {trained['seed']}, which"
+                " cuts a different test split; use that seed"
+            )
+        splits, _ = cut_missing_splits(splits, seed=config.seed)
+    split = "test" if "test" in splits else "train"
+    rows = sample(splits[split], config.max_eval_samples, seed=config.seed, flag="--max-eval-samples")
+    runtime.say(f"data     {config.dataset}: {len(rows):,} texts of its {split} split")
+    return rows
+
+
+def name_sha256(name: str) -> str:
+    """Return the SHA-256 of a data set's full name, in hexadecimal.
+
+    It tells whether another name is the same without giving the name away.
+    """
+    return hashlib.sha256(reading.full_name(name).encode()).hexdigest()
+
+
+def choose_splits(source: datasets.DatasetDict, wanted: dict[str, str | None]) -> Splits:
+    """Return the wanted splits under the names `train`, `validation` and `test`.
+
+    `wanted` maps each of them to its name in the source, or to None to try the usual names. A split
+    that is neither named nor in the source is left out. Raises UserError for a name that is not in
+    the source, and when there is no training split.
+    """
+    chosen: Splits = {}
+    for split, name in wanted.items():
+        candidates = [name] if name else SPLIT_SYNONYMS[split]
+        present = next((candidate for candidate in candidates if candidate in source), None)
+        if present:
+            chosen[split] = source[present]
+        elif name or split == "train":
+            available = ", ".join(map(str, source))
+            raise UserError(
+                f"--{split}-split {candidates[0]}: no such split; the data set has {available};"
+                " name one of these"
+            )
+    return chosen
+
+
+def validate(
+    splits: Splits, *, text_column: str, label_column: str, names: list[str] | None = None
+) -> Splits:
+    """Return the splits with the columns `text`, `label` and `row`, after checking every row.
+
+    Labels may be strings, whole numbers, booleans or ClassLabel. The class names are `names` (those
+    of a trained model) if given. Otherwise they are those of the training split: a ClassLabel keeps
+    its order, strings are sorted, and numbers are sorted by value. Raises UserError, naming split
+    and row, for a missing column, a null or blank text, a missing label, a label that is not one of
+    the classes, and a training split with only one class.
+    """
+    for split, rows in splits.items():
+        _check_columns(split, rows, [text_column, label_column])
+        reading.check_texts(rows, text_column, source=f"split {split}")
+    labels = {split: _label_names(split, rows, label_column) for split, rows in splits.items()}
+    if names is not None:
+        known, complaint = set(names), "is not one of the model's classes"
+    else:
+        known, complaint = set(labels["train"]), "does not occur in the training split"
+        names = _class_names(splits["train"].features[label_column], known)
+    for split, values in labels.items():
+        unknown = next((row for row, label in enumerate(values) if label not in known), None)
+        if unknown is not None:
+            raise UserError(
+                f"split {split}, row {unknown + 1}: the label {values[unknown]!r} {complaint}"
+                f" ({_listed(known)}); correct or remove the row"
+            )
+    return {split: _with_labels(rows, labels[split], names, text_column) for split, rows in splits.items()}
+
+
+def _class_names(feature: object, labels: set[str]) -> list[str]:
+    """Return the classes of a training split, in order. Raises UserError if it has only one."""
+    if len(labels) < 2:
+        (label,) = labels
+        raise UserError(
+            f"split train: every row has the label {label!r}; a classifier needs at least two"
+            " classes; add rows of another class, or name the right column with --label-column"
+        )
+    if isinstance(feature, datasets.ClassLabel):
+        return list(feature.names)
+    return sorted(labels, key=_natural_order)
+
+
+def _check_columns(split: str, rows: datasets.Dataset, columns: list[str]) -> None:
+    for column, flag in zip(columns, ["--text-column", "--label-column"]):
+        reading.require_column(rows.column_names, column, source=f"split {split}", flag=flag)
+    if len(rows) == 0:
+        raise UserError(f"split {split}: it has no rows; choose another with --{split}-split")
+
+
+def _label_names(split: str, rows: datasets.Dataset, column: str) -> list[str]:
+    """Return the label of each row (N) as a string. Raises UserError for one that is missing."""
+    feature, values = rows.features[column], rows[column][:]
+    if isinstance(feature, datasets.ClassLabel):
+        num_classes = len(feature.names)
+        for row, value in enumerate(values, start=1):
+            if value is None or not 0 <= value < num_classes:
+                raise UserError(
+                    f"split {split}, row {row}: the label {value} is not one of the {num_classes}"
+                    f" classes; if this split has no labels, choose another with --{split}-split"
+                )
+        return [feature.names[value] for value in values]
+    kind = reading.kind(rows, column)
+    if not re.fullmatch(r"(large_)?string|bool|u?int\d+", kind):
+        raise UserError(
+            f"split {split}: column {column!r} holds {kind}, but labels are strings or whole"
+            " numbers; name the right one with --label-column"
+        )
+    for row, value in enumerate(values, start=1):
+        if value is None or not str(value).strip():
+            raise UserError(
+                f"split {split}, row {row}: the label in column {column!r} is missing; remove the"
+                " row or fill it in"
+            )
+    return [str(value) for value in values]
+
+
+def _listed(names: Iterable[str]) -> str:
+    shown = sorted(names, key=_natural_order)
+    return ", ".join(shown[:10]) + (", ..." if len(shown) > 10 else "")
+
+
+def _with_labels(
+    rows: datasets.Dataset, labels: list[str], names: list[str], text_column: str
+) -> datasets.Dataset:
+    index = {name: number for number, name in enumerate(names)}
+    result = rows.select_columns([text_column])
+    if text_column != "text":
+        result = result.rename_column(text_column, "text")
+    result = _as_dataset(result.cast_column("text", datasets.Value("string")))
+    classes = datasets.ClassLabel(names=list(names))
+    numbers = [index[label] for label in labels]
+    result = _as_dataset(result.add_column("label", numbers, feature=classes))
+    return _as_dataset(result.add_column("row", np.arange(1, len(rows) + 1)))
+
+
+def _natural_order(name: str) -> tuple[int, int, str]:
+    """Return a sort key: whole numbers by value, then all other names."""
+    return (0, int(name), name) if re.fullmatch(r"-?\d{1,20}", name) else (1, 0, name)
+
+
+def cut_missing_splits(splits: Splits, *, seed: int) -> tuple[Splits, list[str]]:
+    """Return the three splits, and the names of those that had to be cut from the training split.
+
+    Each missing split gets 10 % of the source's training rows, stratified; which ones depends on
+    the seed alone. Raises UserError when a class has too few rows.
+    """
+    cut, num_rows = dict(splits), len(splits["train"])
+    missing = [split for split in ("validation", "test") if split not in splits]
+    for split in missing:
+        size = max(round(num_rows * CUT_SHARE), splits["train"].features["label"].num_classes)
+        purpose = f"a {split} split"
+        cut["train"], cut[split] = stratified_cut(cut["train"], size, seed=seed, purpose=purpose)
+    return {split: cut[split] for split in ("train", "validation", "test")}, missing
+
+
+def stratified_cut(
+    rows: datasets.Dataset, size: int, *, seed: int, purpose: str
+) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Return the rows without `size` of them, and these, each class in both parts with its share.
+
+    Both parts keep the order of the source. Raises UserError, naming the `purpose`, when a class
+    has too few rows.
+    """
+    labels = np.asarray(rows["label"][:])
+    try:
+        rest, part = train_test_split(
+            np.arange(len(rows)), test_size=size, stratify=labels, random_state=seed
+        )
+    except ValueError as error:  # a class with one row, or fewer rows left than classes
+        present, counts = np.unique(labels, return_counts=True)
+        name = rows.features["label"].names[present[counts.argmin()]]
+        raise UserError(
+            f"can't cut {purpose} of {size} rows from {len(rows)} with every class in both parts:"
+            f" class {name!r} has {counts.min()}; add rows of it, or supply the split, for example"
+            " as a folder with train.csv, validation.csv and test.csv"
+        ) from error
+    return _take(rows, rest), _take(rows, part)
+
+
+def sample(rows: datasets.Dataset, size: int | None, *, seed: int, flag: str) -> datasets.Dataset:
+    """Return a stratified sample of at most `size` rows, in the order of the source.
+
+    With `size` None all rows are returned. Raises UserError, naming the `flag` that set the size,
+    when there are more classes than rows to take.
+    """
+    if size is None or size >= len(rows):
+        return rows
+    labels = np.asarray(rows["label"][:])
+    num_classes = len(np.unique(labels))
+    if size < num_classes:
+        raise UserError(f"{flag} {size}: the rows have {num_classes} classes; use at least {num_classes}")
+    shuffled = np.random.default_rng(seed).permutation(len(rows))
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    # evenly spaced over the classes: each has its share, within one row
+    return _take(rows, by_class[reading.evenly_spaced(len(rows), size)])
+
+
+def _take(rows: datasets.Dataset, numbers: np.ndarray) -> datasets.Dataset:
+    """Return the rows with these numbers, in the order of the source."""
+    return _as_dataset(rows.select(np.sort(numbers)))
+
+
+def _as_dataset(rows: datasets.Dataset | datasets.DatasetDict) -> datasets.Dataset:
+    """Return the rows; the library's types leave open which of the two its methods return."""
+    assert isinstance(rows, datasets.Dataset)
+    return rows
+
+
+def count_shared_texts(splits: Splits) -> dict[str, int]:
+    """Return, for each split but train, how many of its rows have a text that is in train too.
+
+    The scores of such rows say little about new texts.
+    """
+    train = set(splits["train"]["text"])
+    return {
+        split: sum(text in train for text in rows["text"])
+        for split, rows in splits.items()
+        if split != "train"
+    }
+
+
+# Chunks of tokens ---------------------------------------------------------------------------------
+
+
+def cut_chunks(num_tokens: int, size: int, truncation: str) -> list[np.ndarray]:
+    """Return the chunks of a text of `num_tokens` tokens as arrays of at most `size` positions.
+
+    `head` and `tail` read one end of the text, `head-tail` both; `chunks` reads everything, in
+    chunks of equal size that overlap.
+    """
+    positions = np.arange(num_tokens)
+    if num_tokens <= size:
+        return [positions]
+    if truncation == "head":
+        return [positions[:size]]
+    if truncation == "tail":
+        return [positions[-size:]]
+    if truncation == "head-tail":
+        head = round(size * HEAD_SHARE)
+        return [np.concatenate([positions[:head], positions[head - size :]])]
+    step = size - min(math.ceil(size * OVERLAP), size - 1)
+    count = math.ceil((num_tokens - size) / step) + 1
+    starts = np.linspace(0, num_tokens - size, count).round().astype(int)
+    return [positions[start : start + size] for start in starts]
+
+
+def encode(
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, *, max_length: int, truncation: str
+) -> dict[str, list]:
+    """Return the columns of tokenised texts: `input_ids`, and whatever else the model takes.
+
+    Each cell is a list of chunks. A chunk stands between the special tokens and has at most
+    `max_length` tokens including them. Three more columns count tokens, special tokens included:
+    `chunk_lengths`; `num_tokens`, the length of the whole text; and `num_read`, how many of these
+    are in any chunk.
+    """
+    whole = tokenizer(texts, truncation=False, padding=False, return_special_tokens_mask=True, verbose=False)
+    # the collator makes the attention mask
+    names = [name for name in whole if name not in ("attention_mask", "special_tokens_mask")]
+    counts = ("chunk_lengths", "num_tokens", "num_read")
+    columns: dict[str, list] = {name: [] for name in (*names, *counts)}
+    for number, mask in enumerate(whole["special_tokens_mask"]):
+        words = np.flatnonzero(np.asarray(mask) == 0)
+        # the text lies between the special tokens
+        first, last = (words[0], words[-1] + 1) if len(words) else (len(mask), len(mask))
+        before, after = np.arange(first), np.arange(last, len(mask))
+        cut = cut_chunks(last - first, max_length - len(before) - len(after), truncation)
+        chunks = [np.concatenate([before, first + positions, after]) for positions in cut]
+        for name in names:
+            values = np.asarray(whole[name][number])
+            columns[name].append([values[chunk].tolist() for chunk in chunks])
+        columns["chunk_lengths"].append([len(chunk) for chunk in chunks])
+        columns["num_tokens"].append(len(mask))
+        columns["num_read"].append(len(np.unique(np.concatenate(chunks))))
+    return columns
+
+
+def tokenize(
+    rows: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    truncation: str,
+    cache_dir: str | None,
+) -> datasets.Dataset:
+    """Return the rows with the columns of `encode`.
+
+    The result is cached as a memory-mapped Arrow file under the SHA-256 of texts, labels, class
+    names, tokenizer, length and truncation, which is its fingerprint too. The file name also has
+    the version of `datasets`, because one version may not read what another wrote.
+    """
+    what_it_does = f"{tokenizer_json(tokenizer)} {max_length} {truncation} {HEAD_SHARE} {OVERLAP}"
+    digest = hashlib.sha256(what_it_does.encode())
+    # the values of a label are numbers: the class names are what they mean
+    for feature in rows.features.values():
+        digest.update(f"{getattr(feature, 'names', None)}\0".encode())
+    for name in rows.column_names:  # labels and row numbers are in the file as well
+        for value in rows[name][:]:
+            digest.update(f"{value}\0".encode())
+    key = digest.hexdigest()
+    folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "tokenized"
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenized = rows.map(
+        lambda batch: encode(batch["text"], tokenizer, max_length=max_length, truncation=truncation),
+        batched=True,
+        desc="tokenising",
+        cache_file_name=str(folder / f"{key}-{FORMAT}-{datasets.__version__}.arrow"),
+        new_fingerprint=key[:16],
+    )
+    return _as_dataset(tokenized)
+
+
+def tokenizer_json(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return everything that a tokenizer does as one string, from which its fingerprint is made.
+
+    Truncation and padding are left out: each call sets them, so they describe the last call and not
+    the tokenizer.
+    """
+    if not tokenizer.is_fast:
+        return repr((type(tokenizer), sorted(tokenizer.get_vocab().items())))
+    description = json.loads(tokenizer.backend_tokenizer.to_str())
+    return json.dumps({**description, "truncation": None, "padding": None})
+
+
+def tokenize_splits(
+    splits: Splits,
+    tokenizer: PreTrainedTokenizerBase,
+    config: TokenConfig,
+    runtime: Runtime,
+    *,
+    cache_dir: str | None,
+) -> Splits:
+    """Return the tokenised splits: one process per machine fills the cache, the others read it."""
+    with runtime.local_main_first():
+        return {
+            split: tokenize(
+                rows,
+                tokenizer,
+                max_length=config.length_of(split),
+                truncation=config.truncation,
+                cache_dir=cache_dir,
+            )
+            for split, rows in splits.items()
+        }
