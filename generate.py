@@ -2,7 +2,7 @@
 """Generate text with a causal language model, through a hand-written sampler whose tokens are
 `model.generate`'s.
 
-From logits to text in four files: common/generation/sampling.py (filters), drawing.py (the token),
+From logits to text in four files: common/generation/sampling.py (filters), fast_sampling.py (the token),
 decoding.py (prefill, step, the loop), textstream.py (whole characters, stop strings). Left out on
 purpose: beam search, encoder-decoder models, quantised weights, serving.
 
@@ -27,8 +27,8 @@ from tqdm import tqdm
 
 from common import cli, reading
 from common.errors import Interrupted, UserError
-from common.generation import check, drawing, explain, flags, output, perplexity, scoring
-from common.generation import model as models
+from common.generation import check, explain, fast_sampling, flags, output, perplexity, scoring
+from common.generation import language_model as models
 from common.generation.chat import Chat
 from common.generation.completion import Generator, Prompt
 from common.generation.textstream import TextStream
@@ -277,7 +277,10 @@ def run(generator: Generator, batches: list[list[Prompt]], start: int, args, run
         disable=None if args.output and runtime.is_main else True,
     ):
         number = first + runtime.rank
-        batch, seed = batches[number] if number < len(batches) else [], drawing.batch_seed(args.seed, number)
+        batch, seed = (
+            batches[number] if number < len(batches) else [],
+            fast_sampling.batch_seed(args.seed, number),
+        )
         # the first text of a batch grows, those beside it follow when all are whole: what is drawn
         # does not
         # depend on the screen
@@ -321,7 +324,7 @@ def compare_with_generate(args, texts: list[str]):
     generator, prompts, runtime = load(args, texts)
     language_model, options, equal = generator.language_model, generator.options, 0
     for number, batch in enumerate(batches_of(prompts, args)):
-        seed = drawing.batch_seed(args.seed, number)
+        seed = fast_sampling.batch_seed(args.seed, number)
         rows = generator.complete(batch, seed=seed)
         for row, theirs in zip(rows, check.generate(language_model, batch, options, seed=seed)):
             difference = check.first_difference(

@@ -5,9 +5,9 @@ talk is.
 from collections.abc import Callable
 
 from common.errors import UserError
-from common.generation import decoding, drawing
+from common.generation import decoding, fast_sampling
 from common.generation.completion import Completion, Generator, Prompt, Timing
-from common.generation.model import check_length, encode_chat
+from common.generation.language_model import check_length, encode_chat
 
 
 class Chat:
@@ -50,7 +50,7 @@ class Chat:
         row = Completion(Prompt(self.turns, text, ids), 0)
         try:
             self.generator.fill(
-                [row], batch, seed=drawing.batch_seed(self.options.seed, self.turns), show=show
+                [row], batch, seed=fast_sampling.batch_seed(self.options.seed, self.turns), show=show
             )
         # an interruption can come between two layers: what the cache holds is unknown then
         except BaseException:

@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 
 from common.generation import decoding
 from common.generation.completion import Completion, Options, Prompt
-from common.generation.model import LanguageModel
+from common.generation.language_model import LanguageModel
 
 SHOWN_TOKENS = 12  # of each continuation, from the first difference on
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from common.generation import decoding, lookup
-from common.generation.model import LanguageModel
+from common.generation.language_model import LanguageModel
 from common.generation.sampling import Settings
 from common.generation.textstream import TextStream
 

@@ -14,8 +14,8 @@ import torch
 from transformers import DynamicCache
 
 from common.errors import UserError
-from common.generation import drawing, sampling
-from common.generation.model import LanguageModel
+from common.generation import fast_sampling, sampling
+from common.generation.language_model import LanguageModel
 from common.generation.sampling import Settings
 
 
@@ -138,7 +138,9 @@ def exact_sampler(settings: Settings, batch: Batch, seed: int) -> Choose:
 
     def choose(logits: torch.Tensor, batch: Batch, made: int) -> torch.Tensor:
         logits = apply(filters, logits, batch.tokens)
-        return drawing.draw_exactly(logits, settings, generator) if settings.sample else logits.argmax(-1)
+        return (
+            fast_sampling.draw_exactly(logits, settings, generator) if settings.sample else logits.argmax(-1)
+        )
 
     return choose
 
@@ -148,7 +150,7 @@ def fast_sampler(settings: Settings, batch: Batch, seed: int, rows: list[tuple[i
     own: its text does not depend on its neighbours.
     """
     uniforms = (
-        drawing.row_uniforms(seed, rows, settings.max_new_tokens).to(batch.ids.device)
+        fast_sampling.row_uniforms(seed, rows, settings.max_new_tokens).to(batch.ids.device)
         if settings.sample
         else None
     )
@@ -159,7 +161,9 @@ def fast_sampler(settings: Settings, batch: Batch, seed: int, rows: list[tuple[i
     def choose(logits: torch.Tensor, batch: Batch, made: int) -> torch.Tensor:
         logits = apply(filters, logits, batch.tokens)
         return (
-            drawing.draw_fast(logits, settings, uniforms[:, made]) if settings.sample else logits.argmax(-1)
+            fast_sampling.draw_fast(logits, settings, uniforms[:, made])
+            if settings.sample
+            else logits.argmax(-1)
         )
 
     return choose

@@ -6,10 +6,10 @@ import os
 
 from common import reading
 from common.errors import UserError
-from common.generation import model as models
+from common.generation import language_model as models
 from common.generation import perplexity
 from common.generation.completion import Generator, Options, Prompt
-from common.generation.model import LanguageModel
+from common.generation.language_model import LanguageModel
 from common.generation.sampling import Settings
 
 DRAWING = ("temperature", "top_k", "top_p", "min_p", "typical_p")  # any of them given means: draw

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from common.generation import decoding, sampling
-from common.generation.model import LanguageModel
+from common.generation.language_model import LanguageModel
 from common.generation.sampling import Settings
 
 LONGEST, SHORTEST = 4, 2  # how many last tokens must have occurred before: one alone guesses badly

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from common.generation import decoding
-from common.generation.model import LanguageModel
+from common.generation.language_model import LanguageModel
 
 DEFAULT_WINDOW = 1024
 CHUNK = 256  # positions whose logits are turned into fp32 at once: (256, 50k) are 50 MB

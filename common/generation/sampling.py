@@ -2,7 +2,7 @@
 order in which `model.generate` applies them.
 
 Shapes: logits (B, V) in fp32, ids (B, T), the tokens so far. B rows are independent texts, V is
-the vocabulary. A filter returns new logits with -inf where a token is out. drawing.py takes the
+the vocabulary. A filter returns new logits with -inf where a token is out. fast_sampling.py takes the
 token.
 
 The order is: repetition penalty, no repeated n-grams, no end before min_new_tokens; and when

@@ -33,7 +33,7 @@ from tabulate import tabulate
 from common import bundled, cli
 from common.errors import UserError
 from common.generation import check, decoding, lookup, smollm2
-from common.generation import model as models
+from common.generation import language_model as models
 from common.generation.completion import Options, Prompt
 from common.generation.sampling import Settings
 from common.runtime import Runtime, choose_device, keep_large_blocks, peak_memory_bytes

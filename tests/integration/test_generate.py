@@ -818,7 +818,7 @@ def test_the_real_model_answers_sensibly_and_speaks_its_template(real, script):
 
 def test_the_real_model_loads_in_three_seconds(real, capsys):
     """Not a benchmark: the issue's limit, with room; without the conversion it takes twenty."""
-    from common.generation import model as models
+    from common.generation import language_model as models
     from common.runtime import Runtime
 
     started = time.process_time()

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 from common.errors import UserError
 from common.generation.chat import Chat
 from common.generation.completion import Generator, Options, Prompt
-from common.generation.model import LanguageModel, encode_chat
+from common.generation.language_model import LanguageModel, encode_chat
 from common.generation.sampling import Settings
 from language_models import CHAT_TEMPLATE, SIZES, train_byte_bpe
 

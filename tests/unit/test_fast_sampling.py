@@ -7,7 +7,7 @@ import scipy.stats
 import torch
 from transformers.generation import logits_process as library
 
-from common.generation import drawing, sampling
+from common.generation import fast_sampling, sampling
 from common.generation.sampling import Settings
 
 INFINITY = float("inf")
@@ -33,10 +33,10 @@ def test_the_noise_is_what_exponential_and_multinomial_draw(seed):
     later state.
     """
     ours, theirs, third = (torch.Generator().manual_seed(seed) for _ in range(3))
-    assert drawing.knows_noise("cpu") and not drawing.knows_noise("cuda")
+    assert fast_sampling.knows_noise("cpu") and not fast_sampling.knows_noise("cuda")
     for shape in ((1, 7), (3, 10_000), (seed + 1, 501)):
         probabilities = torch.rand(shape, generator=torch.Generator().manual_seed(seed)).softmax(-1)
-        found = drawing.noise(drawing.random_bits(torch.Size(shape), ours))
+        found = fast_sampling.noise(fast_sampling.random_bits(torch.Size(shape), ours))
         assert torch.equal(found, torch.empty(shape).exponential_(1, generator=theirs))
         assert torch.equal(
             (probabilities / found).argmax(-1), torch.multinomial(probabilities, 1, generator=third)[:, 0]
@@ -79,14 +79,14 @@ def test_the_exact_sampler_draws_the_librarys_tokens(name):
     for number in range(18):
         logits = synthetic_rows(number, 20)
         certain.append(
-            drawing.draw_among_likeliest(
+            fast_sampling.draw_among_likeliest(
                 logits,
                 options,
-                drawing.random_bits(logits.shape, torch.Generator().set_state(ours.get_state())),
+                fast_sampling.random_bits(logits.shape, torch.Generator().set_state(ours.get_state())),
             )[1]
         )
         assert torch.equal(
-            drawing.draw_exactly(logits, options, ours), draw_as_the_library(logits, options, theirs)
+            fast_sampling.draw_exactly(logits, options, ours), draw_as_the_library(logits, options, theirs)
         ), number
     assert torch.equal(ours.get_state(), theirs.get_state())
     share = torch.cat(certain).float().mean().item()
@@ -109,15 +109,15 @@ def test_ties_at_the_border_of_top_p_are_parted_as_the_library_parts_them(every)
         torch.Generator().manual_seed(2),
     )
     assert torch.equal(
-        drawing.draw_exactly(logits, options, ours), draw_as_the_library(logits, options, theirs)
+        fast_sampling.draw_exactly(logits, options, ours), draw_as_the_library(logits, options, theirs)
     )
     bits = torch.full(logits.shape, 2**52)
-    assert not drawing.draw_among_likeliest(logits, Settings(sample=True, top_k=5), bits)[1].any()
+    assert not fast_sampling.draw_among_likeliest(logits, Settings(sample=True, top_k=5), bits)[1].any()
 
 
 def test_where_the_noise_is_unknown_the_library_draws(monkeypatch):
     """On a GPU, or if PyTorch comes to draw in another way."""
-    monkeypatch.setattr(drawing, "knows_noise", lambda device: False)
+    monkeypatch.setattr(fast_sampling, "knows_noise", lambda device: False)
     options, ours, theirs = (
         Settings(sample=True, top_k=50, top_p=0.9),
         torch.Generator().manual_seed(1),
@@ -125,7 +125,7 @@ def test_where_the_noise_is_unknown_the_library_draws(monkeypatch):
     )
     logits = synthetic_rows(1, 20)
     assert torch.equal(
-        drawing.draw_exactly(logits, options, ours), draw_as_the_library(logits, options, theirs)
+        fast_sampling.draw_exactly(logits, options, ours), draw_as_the_library(logits, options, theirs)
     )
 
 
@@ -165,7 +165,7 @@ def test_the_fast_sampler_draws_from_the_same_distribution(flags, kind):
     )
     options = Settings(sample=True, **flags)
     exact = sampling.distribution(logits, options)
-    found, ids, complete = drawing.likeliest_distribution(logits, options)
+    found, ids, complete = fast_sampling.likeliest_distribution(logits, options)
     full = torch.where(complete[:, None], torch.zeros_like(exact).scatter(-1, ids, found), exact)
     assert complete.all() or kind != "smooth" or flags in MANY_KEPT
     # which of the tokens that tie at the edge is in, the sort decides
@@ -203,9 +203,11 @@ def test_draws_follow_the_probabilities(sampler, flags):
     logits = torch.randn(1, 60, generator=torch.Generator().manual_seed(2)) * 2
     options = Settings(sample=True, **flags)
     if sampler == "exact":
-        drawn = drawing.draw_exactly(logits.expand(DRAWS, -1), options, torch.Generator().manual_seed(3))
+        drawn = fast_sampling.draw_exactly(
+            logits.expand(DRAWS, -1), options, torch.Generator().manual_seed(3)
+        )
     else:
-        drawn = drawing.draw_fast(
+        drawn = fast_sampling.draw_fast(
             logits.expand(DRAWS, -1),
             options,
             torch.rand(DRAWS, dtype=torch.float64, generator=torch.Generator().manual_seed(3)),
@@ -220,15 +222,18 @@ def test_draws_follow_the_probabilities(sampler, flags):
 def test_the_fast_draw_never_leaves_the_support_at_the_edges():
     logits = torch.tensor([[-INFINITY, 0.0, -INFINITY, 0.0, -INFINITY]]).expand(3, -1)
     edges = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
-    assert drawing.draw_fast(logits, Settings(sample=True), edges).tolist() == [1, 3, 3]
+    assert fast_sampling.draw_fast(logits, Settings(sample=True), edges).tolist() == [1, 3, 3]
 
 
 def test_random_numbers_of_a_row_do_not_depend_on_its_neighbours():
-    many = drawing.row_uniforms(7, [(0, 0), (0, 1), (5, 0)], 50)
-    assert torch.equal(many[2:], drawing.row_uniforms(7, [(5, 0)], 50)) and torch.equal(
-        many[:, :20], drawing.row_uniforms(7, [(0, 0), (0, 1), (5, 0)], 20)
+    many = fast_sampling.row_uniforms(7, [(0, 0), (0, 1), (5, 0)], 50)
+    assert torch.equal(many[2:], fast_sampling.row_uniforms(7, [(5, 0)], 50)) and torch.equal(
+        many[:, :20], fast_sampling.row_uniforms(7, [(0, 0), (0, 1), (5, 0)], 20)
     )
-    assert len({tuple(row) for row in [*many.tolist(), *drawing.row_uniforms(8, [(0, 0)], 50).tolist()]}) == 4
+    assert (
+        len({tuple(row) for row in [*many.tolist(), *fast_sampling.row_uniforms(8, [(0, 0)], 50).tolist()]})
+        == 4
+    )
 
 
 @pytest.mark.parametrize("flags", [{"top_p": 0.9}, {"top_k": 20, "top_p": 0.9}, {"min_p": 0.02}], ids=str)
@@ -242,16 +247,21 @@ def test_a_row_draws_the_same_whatever_its_neighbours_keep(flags):
         torch.rand(40, dtype=torch.float64, generator=torch.Generator().manual_seed(2)),
         Settings(sample=True, **flags),
     )
-    together = drawing.draw_fast(logits, options, uniforms)
+    together = fast_sampling.draw_fast(logits, options, uniforms)
     assert torch.equal(
         together,
         torch.cat(
-            [drawing.draw_fast(logits[row : row + 1], options, uniforms[row : row + 1]) for row in range(40)]
+            [
+                fast_sampling.draw_fast(logits[row : row + 1], options, uniforms[row : row + 1])
+                for row in range(40)
+            ]
         ),
     )
 
 
 def test_runs_of_neighbouring_seeds_share_no_batch():
-    seeds = {(seed, number): drawing.batch_seed(seed, number) for seed in range(30) for number in range(30)}
+    seeds = {
+        (seed, number): fast_sampling.batch_seed(seed, number) for seed in range(30) for number in range(30)
+    }
     assert all(seeds[seed, 0] == seed for seed in range(30)) and len(set(seeds.values())) == 900
     assert all(0 <= value < 2**32 for value in seeds.values())  # --seed takes it
