@@ -17,7 +17,6 @@ serving.
 
 import argparse
 import dataclasses
-import json
 import math
 import os
 import shutil
@@ -25,7 +24,6 @@ import signal
 import sys
 from collections.abc import Iterator
 from types import FrameType
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -45,7 +43,7 @@ from common.generation.completion import Chat, Completion, Options, Prompt, Run,
 from common.generation.decoding import Batch, PromptLookup, Step, prefill, read_tokens, step
 from common.generation.language_model import LanguageModel
 from common.generation.sampling import Sampler, Settings
-from common.runtime import Runtime, peak_memory_bytes, start_runtime, stop_runtime
+from common.runtime import Runtime, start_runtime, stop_runtime
 
 # --- From prompts to texts
 
@@ -120,16 +118,14 @@ def generate_texts(args: argparse.Namespace, texts: list[str], references: list[
     batches, total = split_batches(args, prompts), len(prompts) * args.num_samples
     group = len(batches[0]) * args.num_samples  # texts per batch
     record = output.Record(args.seed, recorded_settings(args, run))
-    earlier = (
-        output.finished_lines(args.output, run.rows(prompts), record, group=group) if args.resume else []
-    )
+    rows = run.rows(prompts)
+    earlier = output.finished_lines(args.output, rows, record, group=group) if args.resume else []
     if earlier:
         runtime.say(f"{args.output}: it already holds {len(earlier):,} of {total:,} texts")
     # the other processes may not see the main process's file
     first_batch = runtime.broadcast_int(math.ceil(len(earlier) / group))
-    file = (
-        output.OutputFile(args.output, keep_lines=len(earlier)) if args.output and runtime.is_main else None
-    )
+    writes = bool(args.output) and runtime.is_main
+    file = output.OutputFile(args.output, keep_lines=len(earlier)) if writes else None
     generated = [line["text"] for line in earlier]
     on_terminal = sys.stdout.isatty() if args.stream is None else args.stream
     streams = on_terminal and not args.output and runtime.world_size == 1
@@ -348,7 +344,8 @@ def make_parser() -> cli.Parser:
     return parser
 
 
-DRAWING = ("--temperature", "--top-k", "--top-p", "--min-p", "--typical-p")  # any of them: not greedy
+DRAWING = ("temperature", "top_k", "top_p", "min_p", "typical_p")  # any of them given: not greedy
+DRAWING_FLAGS = tuple("--" + name.replace("_", "-") for name in DRAWING)
 NO_PROMPT = ("--interactive", "--perplexity", "--score")
 ONE_PROMPT = ("--explain", "--compare")
 MODES = ("--check", *ONE_PROMPT, *NO_PROMPT)
@@ -359,7 +356,7 @@ NEEDS = {  # a flag, and the flags of which it needs one
     "--resume": ("--output",),
     "--logprobs": ("--output",),
     "--score": ("--references",),
-    "--num-samples": DRAWING,  # greedy gives the same text each time
+    "--num-samples": DRAWING_FLAGS,  # greedy gives the same text each time
 }
 CONFLICTS = (  # flags that cannot be used together, and why; torchrun counts as one
     ("--prompt", NO_PROMPT, "this mode takes no prompts"),
@@ -368,16 +365,16 @@ CONFLICTS = (  # flags that cannot be used together, and why; torchrun counts as
     ("--output", MODES, "this mode writes no texts"),
     ("--stop", ("--perplexity",), "no text is generated that could stop"),
     ("--stream", ("--output",), "the texts go to a file, not to the screen"),
-    ("--lookup", DRAWING, "prompt lookup is for greedy decoding"),
+    ("--lookup", DRAWING_FLAGS, "prompt lookup is for greedy decoding"),
     ("--lookup", ONE_PROMPT, "this mode uses no prompt lookup"),
     ("--num-samples", (*ONE_PROMPT, *NO_PROMPT), "this mode takes one text per prompt"),
     ("--num-samples", ("--references",), "one text per prompt is scored"),
     ("--check", ("--sampler",), "only --sampler exact draws the random numbers of model.generate"),
     ("torchrun", MODES, "this mode runs in one process"),
     ("torchrun", ("--stream",), "several processes cannot share one screen"),
-    ("--references -", ("--prompts-file -",), "standard input can be read only once"),
-    ("--prompts-file -", ("torchrun",), "only one process could read standard input; name a file"),
-    ("--references -", ("torchrun",), "only one process could read standard input; name a file"),
+    ("--references -", ("--prompts-file -",), "standard input can be read only once (name a file)"),
+    ("--prompts-file -", ("torchrun",), "only one process can read standard input (name a file)"),
+    ("--references -", ("torchrun",), "only one process can read standard input (name a file)"),
 )
 LOWEST_TEMPERATURE = 1e-6  # logits divided by less can leave the range of fp32
 
@@ -405,42 +402,32 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.min_new_tokens > args.max_new_tokens:
         limits = f"--min-new-tokens {args.min_new_tokens} and --max-new-tokens {args.max_new_tokens}"
         raise UserError(f"{limits}: lower the first or raise the second")
-    for flag in ("--prompt", "--stop", "--end-token"):
-        for text in value_of(args, flag) or []:
-            language_model.check_encoding(text, flag)
+    for name in ("prompt", "stop", "end_token"):
+        for text in getattr(args, name) or []:
+            language_model.check_encoding(text, "--" + name.replace("_", "-"))
     language_model.check_encoding(args.system or "", "--system")
 
 
 def given_flags(args: argparse.Namespace) -> dict[str, str]:
-    """Return the flags in use that the tables name, each as a message shows it."""
-    unused = {"--num-samples"} if args.num_samples == 1 else set()
-    if not is_drawing(args):
-        unused |= {*DRAWING, "--sampler"}
-    if args.sampler == "exact":
-        unused.add("--sampler")
-    named = {*NEEDS, *MODES, *DRAWING, "--chat", "--prompt", "--prompts-file", "--references"}
-    named |= {"--output", "--stop", "--stream", "--lookup", "--sampler"}
-    given = {}
-    for flag in named - unused:
-        value = value_of(args, flag)
-        if value is not None and value is not False:
-            value = value[0] if isinstance(value, list) else value
-            given[flag] = flag if value is True else f"{flag} {value!r}"
-            if value == "-":
-                given[f"{flag} -"] = f"{flag} -"
+    """Return the flags that are not at their default, each as a message shows it."""
+    given, defaults = {}, vars(make_parser().parse_args([]))
+    for name, value in vars(args).items():
+        flag = "--" + name.replace("_", "-")
+        is_unused = flag in (*DRAWING_FLAGS, "--sampler") and not is_drawing(args)
+        if value == defaults[name] or value is False or is_unused:
+            continue
+        first = value[0] if isinstance(value, list) else value
+        given[flag] = flag if value is True else f"{flag} {first!r}"
+        if value == "-":  # standard input
+            given[f"{flag} -"] = f"{flag} -"
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         given["torchrun"] = "torchrun"
     return given
 
 
-def value_of(args: argparse.Namespace, flag: str) -> Any:  # noqa: ANN401  (flags have any type)
-    """Return the value of a flag."""
-    return getattr(args, flag.removeprefix("--").replace("-", "_"))
-
-
 def is_drawing(args: argparse.Namespace) -> bool:
     """Return whether tokens are drawn: a flag of drawing is given, and the temperature is not 0."""
-    return args.temperature != 0 and any(value_of(args, flag) is not None for flag in DRAWING)
+    return args.temperature != 0 and any(getattr(args, name) is not None for name in DRAWING)
 
 
 def load(args: argparse.Namespace) -> tuple[Run, Runtime]:
@@ -458,9 +445,7 @@ def load(args: argparse.Namespace) -> tuple[Run, Runtime]:
     end_ids = model.end_ids + language_model.end_token_ids(args.end_token or [], model)
     names = ["max_new_tokens", "min_new_tokens", "repetition_penalty", "no_repeat_ngram_size"]
     if is_drawing(args):
-        names += [
-            flag.removeprefix("--").replace("-", "_") for flag in DRAWING if value_of(args, flag) is not None
-        ]
+        names += [name for name in DRAWING if getattr(args, name) is not None]
     chosen = {name: getattr(args, name) for name in names}
     settings = Settings(sample=is_drawing(args), end_ids=tuple(dict.fromkeys(end_ids)), **chosen)
     options = Options(

@@ -62,7 +62,9 @@ class TextStream:
         return longer[len(known) :]
 
     def _decode(self, start: int, end: int) -> str:
-        return decode_text(self.tokenizer, self.ids[start:end])
+        ids = self.ids[start:end]
+        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        return str(self.tokenizer.decode(ids, **options))
 
     def _show(self, new: str) -> str:
         if self.stopped:
@@ -87,13 +89,6 @@ class TextStream:
             if self.held.endswith(stop[:length])
         )
         return max(lengths, default=0)
-
-
-def decode_text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    """Return the text of token ids, without special tokens."""
-    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    assert isinstance(text, str)  # a list only for a batch
-    return text
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ def library_tokens(
     own_config = model.generation_config
     try:
         model.generation_config = GenerationConfig()
-        output = model.generate(
+        output = model.generate(  # pyrefly: ignore[not-callable]  (load refuses models without it)
             batch.ids,
             attention_mask=mask,
             generation_config=generation_config(options, language_model),

@@ -183,7 +183,7 @@ def history_filters(
 def distribution_filters(settings: Settings) -> list[Filter]:
     """Return the filters that shape the distribution to draw from, in order; none when greedy."""
 
-    def stage(name: str, function: Callable[[Tensor, float], Tensor], value: float) -> Filter:
+    def stage(name: str, function: Callable[..., Tensor], value: float) -> Filter:
         return Filter(f"{name} {value:g}", lambda logits, ids: function(logits, value))
 
     known = (

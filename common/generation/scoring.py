@@ -164,7 +164,7 @@ def text_likelihood(
         )
     result = likelihood(language_model, ids, window)
     # the first token may be a special one, which the text does not contain
-    scored = text.removeprefix(tokenizer.decode(ids[:1], skip_special_tokens=True))
+    scored = text.removeprefix(str(tokenizer.decode(ids[:1], skip_special_tokens=True)))
     return replace(result, num_bytes=len(scored.encode()))
 
 
