@@ -6,11 +6,11 @@ common/generation: decoding.py (prefill, step), sampling.py (filters and draw), 
 tokens to text). Left out on purpose: beam search, encoder-decoder models, quantised weights,
 serving.
 
-  python generate.py --prompt "Natural Language Processing is"  # greedy, the bundled SmolLM2-135M-Instruct
+  python generate.py --prompt "Natural Language Processing is"  # greedy, bundled SmolLM2-135M-Instruct
   python generate.py --prompt "Natural Language Processing is" --top-k 50 --seed 1
   python generate.py --prompt "Natural Language Processing is" --top-k 50 --check
   python generate.py --chat --prompt "Why is the sky blue?" --system "Answer in one sentence."
-  python generate.py --interactive                                                      # a conversation
+  python generate.py --interactive  # a conversation
   python generate.py --prompts-file prompts.txt --output texts.jsonl --batch-size 16
   torchrun --nproc-per-node 2 generate.py --prompts-file prompts.txt --output texts.jsonl
 """
@@ -75,9 +75,9 @@ def make_sampler(options: Options, batch: Batch, rows: list[Completion], seed: i
     if options.sampler == "exact":
         return sampling.exact_sampler(settings, **prompts, seed=seed, draw=draws.draw_exactly)
     names = [(row.prompt.number, row.sample) for row in rows]
-    uniforms = sampling.row_uniforms(options.seed, names, settings.max_new_tokens)  # (B, max_new_tokens)
-    uniforms = uniforms.to(batch.ids.device)
-    return sampling.independent_sampler(settings, **prompts, uniforms=uniforms, draw=draws.draw_independently)
+    uniforms = sampling.row_uniforms(options.seed, names, settings.max_new_tokens)
+    uniforms, draw = uniforms.to(batch.ids.device), draws.draw_independently
+    return sampling.independent_sampler(settings, **prompts, uniforms=uniforms, draw=draw)
 
 
 def complete(run: Run, rows: list[Completion], batch: Batch | None = None, *, seed: int) -> Iterator[str]:
@@ -94,7 +94,8 @@ def complete(run: Run, rows: list[Completion], batch: Batch | None = None, *, se
     if lookup:
         steps = lookup.decode(run.language_model, batch, settings)
     else:
-        steps = decode(run.language_model, batch, make_sampler(options, batch, rows, seed), settings)
+        sampler = make_sampler(options, batch, rows, seed)
+        steps = decode(run.language_model, batch, sampler, settings)
     stopwatch, num_shown = Stopwatch(batch), 0
     for current in steps:
         stopwatch.token()
@@ -114,7 +115,7 @@ def generate_texts(args: argparse.Namespace, texts: list[str], references: list[
     """Generate all texts; show or write them, score them, and print how fast it was."""
     if args.output:
         output.check_path(args.output, resume=args.resume)
-    run, prompts, runtime = load_and_encode(args, texts)
+    run, prompts, runtime = load_all(args, texts)
     batches, total = split_batches(args, prompts), len(prompts) * args.num_samples
     group = len(batches[0]) * args.num_samples  # texts per batch
     record = output.Record(args.seed, recorded_settings(args, run))
@@ -149,7 +150,8 @@ def generate_texts(args: argparse.Namespace, texts: list[str], references: list[
             elif runtime.is_main and not args.output:
                 output.show_lines(lines, with_headings=total > 1, first_is_shown=streams)
     except (KeyboardInterrupt, Interrupted):
-        if file:  # the signal can come while a batch is being written: only the file knows what it holds
+        # the signal can come while a batch is being written: only the file knows what it holds
+        if file:
             held = f"{args.output} holds {file.close():,} of {total:,} texts"
             print(f"\n{held}; continue after them with --resume", file=sys.stderr)
         raise
@@ -161,8 +163,9 @@ def generate_texts(args: argparse.Namespace, texts: list[str], references: list[
 
 def recorded_settings(args: argparse.Namespace, run: Run) -> dict:
     """Return what a text depends on, as the output file names it."""
-    flags = "chat system temperature top_k top_p min_p typical_p repetition_penalty no_repeat_ngram_size"
-    flags += " sampler lookup max_new_tokens min_new_tokens stop end_token num_samples batch_size logprobs"
+    flags = "chat system temperature top_k top_p min_p typical_p repetition_penalty"
+    flags += " no_repeat_ngram_size sampler lookup max_new_tokens min_new_tokens stop end_token"
+    flags += " num_samples batch_size logprobs"
     model = run.language_model
     return {
         "model": reading.full_name(args.model),
@@ -180,7 +183,7 @@ def show(text: str) -> None:
 
 def check_tokens(args: argparse.Namespace, texts: list[str]) -> None:
     """Generate each batch here and by model.generate; exit with 1 at the first difference."""
-    run, all_prompts, runtime = load_and_encode(args, texts)
+    run, all_prompts, runtime = load_all(args, texts)
     model, options, num_equal = run.language_model, run.options, 0
     pad_id = model.pad_id if options.settings.end_ids else None
     for number, prompts in enumerate(split_batches(args, all_prompts)):
@@ -198,12 +201,12 @@ def check_tokens(args: argparse.Namespace, texts: list[str]) -> None:
 
 def explain_tokens(args: argparse.Namespace, texts: list[str]) -> None:
     """Print a table for each token of one text, then the text."""
-    run, prompts, _ = load_and_encode(args, texts)
-    rows = run.rows(prompts)
+    run, prompts, _ = load_all(args, texts)
+    rows, settings = run.rows(prompts), run.options.settings
     batch = run.left_pad(rows)
     sampler = make_sampler(run.options, batch, rows, args.seed)
-    for current in decode(run.language_model, batch, sampler, run.options.settings):
-        print(explain.explain_step(current, batch.tokens, run.options.settings, rows[0]), flush=True)
+    for current in decode(run.language_model, batch, sampler, settings):
+        print(explain.step_table(current, batch.tokens, settings, rows[0]), flush=True)
         run.add_step(rows, current, batch)
     rows[0].finish()
     print(rows[0].text)
@@ -211,7 +214,7 @@ def explain_tokens(args: argparse.Namespace, texts: list[str]) -> None:
 
 def compare_choices(args: argparse.Namespace, texts: list[str]) -> None:
     """Print one prompt's greedy, top-k and top-p texts side by side."""
-    run, prompts, _ = load_and_encode(args, texts)
+    run, prompts, _ = load_all(args, texts)
     columns = {}
     for name, settings in explain.compared_settings(run.options.settings).items():
         other = Run(run.language_model, dataclasses.replace(run.options, settings=settings))
@@ -232,7 +235,8 @@ def converse(args: argparse.Namespace) -> None:
             return
         except UnicodeDecodeError as error:
             byte = error.object[error.start]
-            raise UserError(f"standard input: not UTF-8 (byte {byte:#04x}); convert it to UTF-8") from error
+            problem = f"standard input: not UTF-8 (byte {byte:#04x})"
+            raise UserError(f"{problem}; convert it to UTF-8") from error
         language_model.check_encoding(text, "standard input")
         if text.strip() == "/reset":
             chat.reset()
@@ -261,9 +265,10 @@ def measure_perplexity(args: argparse.Namespace) -> None:
     run, _ = load(args)
     window = scoring.choose_window(run.language_model, args.window, args.stride)
     result = scoring.text_likelihood(run.language_model, text, window, name=args.perplexity)
+    passes = f"window {window.size:,}, stride {window.stride:,}"
     print(
-        f"perplexity {result.perplexity:.4f} over {result.num_tokens:,} tokens (window {window.size:,}, "
-        f"stride {window.stride:,}); {result.bits_per_byte:.4f} bits per byte"
+        f"perplexity {result.perplexity:.4f} over {result.num_tokens:,} tokens ({passes}); "
+        f"{result.bits_per_byte:.4f} bits per byte"
     )
 
 
@@ -284,34 +289,34 @@ def make_parser() -> cli.Parser:
 
     add = parser.add_argument_group("prompts").add_argument
     add("--prompt", action="append", metavar="TEXT", help="a text to continue; repeat it for more")
-    add("--prompts-file", metavar="FILE", help="one prompt per line (- for standard input), or a data file")
-    add("--text-column", default="text", help="column of the prompts in a CSV/TSV/JSON/JSONL/Parquet file")
-    add("--chat", action="store_true", help="take each prompt as a question, in the model's chat template")
+    add("--prompts-file", metavar="FILE", help="one prompt per line (-: standard input), or a data file")
+    add("--text-column", default="text", help="column of the prompts in a data file")
+    add("--chat", action="store_true", help="prompts are questions, in the model's chat template")
     add("--system", metavar="TEXT", help="system message of a chat")
 
     group = parser.add_argument_group("choice of tokens (greedy unless one of the first five is given)")
     add = group.add_argument
-    add("--temperature", type=non_negative_float, help="below 1 sharpens, above 1 flattens; 0 is greedy")
-    add("--top-k", type=non_negative_int, help="keep the k most likely tokens; 0 is off")
+    add("--temperature", type=non_negative_float, help="below 1 sharpens, above 1 flattens; 0: greedy")
+    add("--top-k", type=non_negative_int, help="keep the k most likely tokens; 0: off")
     add("--top-p", type=probability, help="keep the fewest tokens that reach this probability")
-    add("--min-p", type=fraction, help="keep tokens at least this many times as likely as the best one")
-    add("--typical-p", type=probability, help="keep the most typical tokens that reach this probability")
+    add("--min-p", type=fraction, help="keep tokens at least this likely, relative to the best one")
+    add("--typical-p", type=probability, help="keep the most typical tokens up to this probability")
     add("--repetition-penalty", type=positive_float, default=1.0, help="above 1 discourages repetition")
     help_text = "no sequence of this many tokens occurs twice; 0 is off"
     add("--no-repeat-ngram-size", type=non_negative_int, default=0, help=help_text)
     help_text = (
-        "exact: the random numbers of model.generate, for each batch from its batch_seed in the output; "
+        "exact: the random numbers of model.generate, in each batch from its batch_seed; "
         "independent: each text has its own random numbers and does not depend on its batch"
     )
     add("--sampler", choices=["exact", "independent"], default="exact", help=help_text)
-    help_text = "greedy only: guess up to N tokens ahead from the text so far, and keep the right ones"
+    help_text = "greedy only: guess up to N tokens ahead from the text so far"
     add("--lookup", type=positive_int, metavar="N", help=help_text)
 
     add = parser.add_argument_group("end of a text").add_argument
     add("--max-new-tokens", type=positive_int, default=200, help="the most tokens of a text")
     help_text = "no end token before this many tokens; a stop string still ends the text"
     add("--min-new-tokens", type=non_negative_int, default=0, help=help_text)
-    add("--stop", action="append", metavar="TEXT", help="end before this string; repeat it for more")
+    add("--stop", action="append", metavar="TEXT", help="end before this text; repeat it for more")
     help_text = "another token that ends a text, such as '<|endoftext|>'"
     add("--end-token", action="append", metavar="TOKEN", help=help_text)
 
@@ -330,14 +335,14 @@ def make_parser() -> cli.Parser:
 
     group = parser.add_argument_group("instead of plain generation")
     add = group.add_mutually_exclusive_group().add_argument
-    add("--interactive", action="store_true", help="a conversation; /reset starts a new one, Ctrl-D ends it")
+    add("--interactive", action="store_true", help="a conversation; /reset starts over, Ctrl-D ends it")
     help_text = "compare each token with model.generate's; exit code 1 if one differs"
     add("--check", action="store_true", help=help_text)
     add("--explain", action="store_true", help="show for each token what every filter does")
     add("--compare", action="store_true", help="show greedy, top-k and top-p side by side")
-    add("--perplexity", metavar="FILE", help="the model's perplexity on a text file (- for standard input)")
-    add("--score", metavar="FILE", help="ROUGE of the texts in a file against --references, without a model")
-    help_text = f"tokens per pass of --perplexity (default: {scoring.DEFAULT_WINDOW} or the context)"
+    add("--perplexity", metavar="FILE", help="the model's perplexity on a file (-: standard input)")
+    add("--score", metavar="FILE", help="ROUGE of a file's texts against --references; no model")
+    help_text = f"tokens per pass of --perplexity (default: {scoring.DEFAULT_WINDOW}, if they fit)"
     group.add_argument("--window", type=positive_int, help=help_text)
     help_text = "tokens from one window to the next (default: half a window)"
     group.add_argument("--stride", type=positive_int, help=help_text)
@@ -348,6 +353,7 @@ DRAWING = ("temperature", "top_k", "top_p", "min_p", "typical_p")  # any of them
 DRAWING_FLAGS = tuple("--" + name.replace("_", "-") for name in DRAWING)
 NO_PROMPT = ("--interactive", "--perplexity", "--score")
 ONE_PROMPT = ("--explain", "--compare")
+NO_SCORE = ("--check", *ONE_PROMPT, "--interactive", "--perplexity")
 MODES = ("--check", *ONE_PROMPT, *NO_PROMPT)
 NEEDS = {  # a flag, and the flags of which it needs one
     "--system": ("--chat", "--interactive"),
@@ -361,7 +367,7 @@ NEEDS = {  # a flag, and the flags of which it needs one
 CONFLICTS = (  # flags that cannot be used together, and why; torchrun counts as one
     ("--prompt", NO_PROMPT, "this mode takes no prompts"),
     ("--prompts-file", NO_PROMPT, "this mode takes no prompts"),
-    ("--references", ("--check", *ONE_PROMPT, "--interactive", "--perplexity"), "this mode scores nothing"),
+    ("--references", NO_SCORE, "this mode scores nothing"),
     ("--output", MODES, "this mode writes no texts"),
     ("--stop", ("--perplexity",), "no text is generated that could stop"),
     ("--stream", ("--output",), "the texts go to a file, not to the screen"),
@@ -383,25 +389,24 @@ def check_flags(args: argparse.Namespace) -> None:
     """Raise UserError for flags that contradict each other, before anything is loaded."""
     given = given_flags(args)
     if not given.keys() & {"--prompt", "--prompts-file", *NO_PROMPT}:
-        raise UserError(
-            "no prompt: give --prompt TEXT, --prompts-file FILE (- for standard input) or --interactive"
-        )
+        raise UserError("no prompt: give --prompt TEXT, --prompts-file FILE or --interactive")
     for flag, needed in NEEDS.items():
         if flag in given and not given.keys() & set(needed):
-            raise UserError(f"{given[flag]}: it needs {' or '.join(needed)}; add that, or leave it out")
+            others = " or ".join(needed)
+            raise UserError(f"{given[flag]}: it works only with {others}; add that, or leave it out")
     for flag, others, reason in CONFLICTS:
         for other in others:
             if flag in given and other in given:
-                raise UserError(f"{given[flag]} and {given[other]}: {reason}; leave one of the two out")
+                both = f"{given[flag]} and {given[other]}"
+                raise UserError(f"{both}: {reason}; leave one of the two out")
     if 0 < (args.temperature or 0) < LOWEST_TEMPERATURE:
-        raise UserError(
-            f"--temperature {args.temperature}: use at least {LOWEST_TEMPERATURE:g}, or 0 for greedy"
-        )
+        lowest = f"at least {LOWEST_TEMPERATURE:g}, or 0 for greedy"
+        raise UserError(f"--temperature {args.temperature}: use {lowest}")
     if "" in (args.stop or []):
         raise UserError("--stop '': every text contains the empty string; leave it out")
     if args.min_new_tokens > args.max_new_tokens:
-        limits = f"--min-new-tokens {args.min_new_tokens} and --max-new-tokens {args.max_new_tokens}"
-        raise UserError(f"{limits}: lower the first or raise the second")
+        low, high = args.min_new_tokens, args.max_new_tokens
+        raise UserError(f"--min-new-tokens {low}: lower it, or raise --max-new-tokens {high}")
     for name in ("prompt", "stop", "end_token"):
         for text in getattr(args, name) or []:
             language_model.check_encoding(text, "--" + name.replace("_", "-"))
@@ -465,17 +470,18 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     texts = list(args.prompt or [])
     for number, text in enumerate(texts, start=1):
         if not text.strip():
-            raise UserError(f"--prompt {number}: the prompt is empty; write something to continue from")
+            raise UserError(f"--prompt {number}: the prompt is empty; write something to continue")
     if args.prompts_file is not None:
-        texts += reading.read_texts(args.prompts_file, column=args.text_column, cache_dir=args.cache_dir)
+        column, cache_dir = args.text_column, args.cache_dir
+        texts += reading.read_texts(args.prompts_file, column=column, cache_dir=cache_dir)
     if len(texts) > 1 and (args.explain or args.compare):
         mode = "--explain" if args.explain else "--compare"
         raise UserError(f"{mode}: it shows one prompt, not {len(texts)}; give one --prompt")
     return texts
 
 
-def load_and_encode(args: argparse.Namespace, texts: list[str]) -> tuple[Run, list[Prompt], Runtime]:
-    """Load the model and encode the prompts. Raises UserError for one that the model cannot hold."""
+def load_all(args: argparse.Namespace, texts: list[str]) -> tuple[Run, list[Prompt], Runtime]:
+    """Load the model and encode the prompts. Raises UserError for one that does not fit into it."""
     run, runtime = load(args)
     prompts = []
     for number, text in enumerate(texts):
@@ -499,8 +505,9 @@ def read_references(args: argparse.Namespace, num_texts: int) -> list[str] | Non
     """Return one reference per text, None without --references."""
     if args.references is None:
         return None
-    column, cache_dir = args.reference_column, args.cache_dir
-    return scoring.read_references(args.references, column=column, cache_dir=cache_dir, num_texts=num_texts)
+    return scoring.read_references(
+        args.references, num_texts, column=args.reference_column, cache_dir=args.cache_dir
+    )
 
 
 def stop(number: int, _frame: FrameType | None) -> None:

@@ -125,14 +125,13 @@ def describe_difference(difference: Difference, language_model: LanguageModel) -
         if token is None:
             return "has ended here"
         continuation = decode(ids[index : index + CONTINUATION_TOKENS])
-        return (
-            f"{decode([token])!r} (id {token}), logit {logits[token].item():.6f}, continues: {continuation!r}"
-        )
+        logit = f"logit {logits[token].item():.6f}"
+        return f"{decode([token])!r} (id {token}), {logit}, continues: {continuation!r}"
 
+    place = f"prompt {row.prompt.number + 1}, sample {row.sample + 1}, token {index + 1}"
     return "\n".join(
         [
-            f"different: prompt {row.prompt.number + 1}, sample {row.sample + 1}, token {index + 1}; "
-            f"the {index} before it are equal",
+            f"different: {place}; the {index} before it are equal",
             f"{'ours':<9} {describe(difference.ours, row.token_ids)}",
             f"{'generate':<9} {describe(difference.theirs, difference.their_ids)}",
         ]
@@ -164,7 +163,7 @@ def stages(logits: Tensor, ids: Tensor, settings: Settings, *, prompt_length: in
     return result
 
 
-def explain_step(step: Step, ids: Tensor, settings: Settings, row: Completion) -> str:
+def step_table(step: Step, ids: Tensor, settings: Settings, row: Completion) -> str:
     """Return the table of a row's next token; `ids` (1, T) are the tokens before it."""
     shown = stages(step.logits, ids, settings, prompt_length=len(row.prompt.ids))
     number = len(row.token_ids) + 1
@@ -182,12 +181,13 @@ def token_table(number: int, token: int, stages: list[Stage], tokenizer: PreTrai
         shown.append(token)
     lines = []
     for candidate in shown:
-        cells = [_cell(stage.probabilities[candidate].item()) for stage in stages]
-        lines.append([">" if candidate == token else "", repr(tokenizer.decode([candidate])), *cells])
+        mark, text = ">" if candidate == token else "", repr(tokenizer.decode([candidate]))
+        lines.append([mark, text, *(_cell(stage.probabilities[candidate].item()) for stage in stages)])
     columns = torch.tensor(shown, device=first.device)
     others = [stage.probabilities.index_fill(0, columns, 0.0).sum().item() for stage in stages]
     lines.append(["", "all others", *(_cell(value) for value in others)])
-    head = f"token {number}: {tokenizer.decode([token])!r}, one of {num_kept:,} kept of {len(last):,}"
+    text = repr(tokenizer.decode([token]))
+    head = f"token {number}: {text}, one of {num_kept:,} kept of {len(last):,}"
     names = ["", "candidate", *(stage.name for stage in stages)]
     return f"{head}\n{tabulate(lines, names, disable_numparse=True, tablefmt='plain')}\n"
 

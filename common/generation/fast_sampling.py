@@ -78,7 +78,7 @@ class Border:
     weights: Tensor  # (B, C): the probabilities, up to a factor that all tokens of a row share
     least: Tensor  # (B, 1): the lowest logit that is kept
     certain: Tensor  # (B, 1): whether no rounding error can move the border
-    splits_ties: Tensor  # (B, 1): whether top-p keeps only some of the tokens that tie at the border
+    splits_ties: Tensor  # (B, 1): whether top-p keeps only some of those that tie at the border
 
 
 def find_border(scaled: Tensor, values: Tensor, settings: Settings) -> Border:

@@ -83,8 +83,7 @@ def end_token_ids(tokens: list[str], language_model: LanguageModel) -> tuple[int
     for token in tokens:
         if token not in vocabulary:
             raise UserError(
-                f"--end-token {token!r}: {language_model.name} has no token like this; use --stop for "
-                "other strings"
+                f"--end-token {token!r}: no token of {language_model.name}; use --stop for other texts"
             )
     return tuple(vocabulary[token] for token in tokens)
 
@@ -126,8 +125,8 @@ def encode_chat(messages: list[dict[str, str]], language_model: LanguageModel) -
     tokenizer = language_model.tokenizer
     if not tokenizer.chat_template:
         raise UserError(
-            f"--chat: {language_model.name} has no chat template; leave --chat out, or name a model "
-            "that was trained for chats"
+            f"--chat: {language_model.name} has no chat template; leave --chat out, or name a "
+            "model that was trained for chats"
         )
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -152,8 +151,8 @@ def check_encoding(text: str, name: str) -> None:
     hidden = next((char for char in text if "\udc80" <= char <= "\udcff"), None)
     if hidden:
         raise UserError(
-            f"{name}: not UTF-8 (byte {ord(hidden) - 0xDC00:#04x}); set the terminal to UTF-8, or write "
-            "the text into a file"
+            f"{name}: not UTF-8 (byte {ord(hidden) - 0xDC00:#04x}); set the terminal to UTF-8, or "
+            "write the text into a file"
         )
 
 
@@ -164,8 +163,8 @@ def check_length(ids: list[int], new_tokens: int, language_model: LanguageModel,
         return
     if len(ids) >= context:
         raise UserError(
-            f"{name}: the prompt has {len(ids):,} tokens and {language_model.name} holds {context:,}; "
-            "shorten it"
+            f"{name}: the prompt has {len(ids):,} tokens and {language_model.name} holds "
+            f"{context:,}; shorten it"
         )
     raise UserError(
         f"--max-new-tokens {new_tokens}: {name} has {len(ids):,} tokens and {language_model.name} "

@@ -82,7 +82,8 @@ def check_path(path: str, *, resume: bool) -> None:
     """
     file = Path(path)
     if file.is_dir() or path.endswith(os.sep):
-        raise UserError(f"--output {path}: it is a folder; name a file in it, such as {file / 'texts.jsonl'}")
+        example = file / "texts.jsonl"
+        raise UserError(f"--output {path}: it is a folder; name a file in it, such as {example}")
     if not file.parent.is_dir():
         raise UserError(
             f"--output {path}: there is no folder {file.parent}; make it first or name another file"
@@ -93,7 +94,7 @@ def check_path(path: str, *, resume: bool) -> None:
             "leave --output out and read standard output"
         )
     if not os.access(file if file.exists() else file.parent, os.W_OK):
-        raise UserError(f"--output {path}: you have no permission to write there; name another file")
+        raise UserError(f"--output {path}: no permission to write there; name another file")
     if file.exists() and file.stat().st_size > 0 and not resume:
         raise UserError(
             f"--output {path}: it already holds texts; continue after them with --resume, or name a new file"
@@ -131,10 +132,8 @@ def _check_line(encoded: bytes, expected: dict, *, name: str) -> dict:
             f"{name}: not a line of this script's output; remove it, or name another file with --output"
         ) from error
     if different:
-        raise UserError(
-            f"{name}: its {_describe_difference(different[0], line, expected)}; --resume needs the same "
-            "prompts and flags"
-        )
+        difference = _describe_difference(different[0], line, expected)
+        raise UserError(f"{name}: its {difference}; --resume needs the same prompts and flags")
     return line
 
 

@@ -193,9 +193,9 @@ def distribution_filters(settings: Settings) -> list[Filter]:
         ("min-p", keep_min_p, settings.min_p, settings.min_p > 0),
         ("typical", keep_typical, settings.typical_p, settings.typical_p < 1.0),
     )
-    return [
-        stage(name, function, value) for name, function, value, wanted in known if wanted and settings.sample
-    ]
+    if not settings.sample:
+        return []
+    return [stage(name, function, value) for name, function, value, wanted in known if wanted]
 
 
 def apply_filters(filters: list[Filter], logits: Tensor, ids: Tensor) -> Tensor:

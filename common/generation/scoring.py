@@ -32,14 +32,15 @@ def rouge(texts: list[str], references: list[str]) -> dict[str, float]:
     takes the subsequence of each line by itself. `evaluate.load("rouge")` reports the same mean,
     but downloads the script that computes it.
     """
-    from rouge_score.rouge_scorer import RougeScorer  # takes two seconds, which no other mode should wait
+    # importing it takes two seconds, which no other mode should wait for
+    from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(ROUGE_TYPES)
     scores = [scorer.score(reference, text) for text, reference in zip(texts, references)]
     return {name: statistics.fmean(score[name].fmeasure for score in scores) for name in ROUGE_TYPES}
 
 
-def read_references(name: str, *, column: str, cache_dir: str | None, num_texts: int) -> list[str]:
+def read_references(name: str, num_texts: int, *, column: str, cache_dir: str | None) -> list[str]:
     """Return one reference for each of `num_texts` texts, from a file or standard input ("-").
 
     Raises UserError if there are more or fewer, and for one without a word that ROUGE counts.
@@ -49,14 +50,14 @@ def read_references(name: str, *, column: str, cache_dir: str | None, num_texts:
     )
     if len(references) != num_texts:
         raise UserError(
-            f"--references {name}: it has {len(references):,} texts for {num_texts:,} to score; give "
-            "one for each"
+            f"--references {name}: it has {len(references):,} texts for {num_texts:,} to score; "
+            "give one for each"
         )
     for number, text in enumerate(references, start=1):
         if not is_counted(text):
             raise UserError(
-                f"--references {name}, text {number}: it has no word that ROUGE counts (letters a to "
-                "z and digits); compare texts in such letters, or leave --references out"
+                f"--references {name}, text {number}: no word that ROUGE counts (letters a to z "
+                "and digits); compare texts in such letters, or leave --references out"
             )
     return references
 
@@ -106,7 +107,7 @@ class Likelihood:
 
 @dataclass(frozen=True)
 class SlidingWindow:
-    """A window over a long text: `size` tokens per pass, `stride` tokens from one pass to the next."""
+    """A window over a long text: `size` tokens per pass, `stride` tokens from pass to pass."""
 
     size: int
     stride: int
@@ -122,7 +123,7 @@ def choose_window(language_model: LanguageModel, size: int | None, stride: int |
         size = min(DEFAULT_WINDOW, context or DEFAULT_WINDOW)
     if context is not None and size > context:
         raise UserError(
-            f"--window {size}: {language_model.name} holds {context:,} tokens; use at most that many"
+            f"--window {size}: {language_model.name} holds {context:,} tokens; use at most {context}"
         )
     if size < 2:
         raise UserError(
@@ -132,14 +133,14 @@ def choose_window(language_model: LanguageModel, size: int | None, stride: int |
         stride = max(1, size // 2)
     if stride >= size:
         raise UserError(
-            f"--stride {stride}: windows of {size} tokens must overlap, because the first token of each "
-            f"is not predicted; use at most {size - 1}"
+            f"--stride {stride}: windows of {size} tokens must overlap, because the first token of "
+            f"each is not predicted; use at most {size - 1}"
         )
     return SlidingWindow(size, stride)
 
 
 def passes(length: int, window: SlidingWindow) -> Iterator[tuple[int, int, int]]:
-    """Yield (begin, end, first): a pass over the tokens [begin, end) that scores those from `first`.
+    """Yield (begin, end, first): a pass over tokens [begin, end) that scores those from `first`.
 
     Each token of the text but the first is scored exactly once, with at least size - stride tokens
     before it, as far as the text has them.
@@ -154,13 +155,13 @@ def passes(length: int, window: SlidingWindow) -> Iterator[tuple[int, int, int]]
 def text_likelihood(
     language_model: LanguageModel, text: str, window: SlidingWindow, *, name: str
 ) -> Likelihood:
-    """Return the likelihood of a text. Raises UserError, with its file's name, if it is too short."""
+    """Return the likelihood of a text. Raises UserError, naming its file, if it is too short."""
     tokenizer = language_model.tokenizer
     ids = tokenizer(text)["input_ids"]
     if len(ids) < 2:
         raise UserError(
-            f"--perplexity {name}: {len(ids)} tokens; a text needs two, because the first one is not "
-            "predicted"
+            f"--perplexity {name}: {len(ids)} tokens; a text needs two, because the first one is "
+            "not predicted"
         )
     result = likelihood(language_model, ids, window)
     # the first token may be a special one, which the text does not contain
