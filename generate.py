@@ -1,453 +1,540 @@
 #!/usr/bin/env python
-"""Generate text with a causal language model, through a hand-written sampler whose tokens are
-`model.generate`'s.
+"""Generate text with a causal language model, token for token as `model.generate` does.
 
-From logits to text in four files: common/generation/sampling.py (filters), drawing.py (the token),
-decoding.py (prefill, step, the loop), textstream.py (whole characters, stop strings). Left out on
-purpose: beam search, encoder-decoder models, quantised weights, serving.
+The loop is in this file: `decode` is prefill, sampler, stop and step. What it is made of lies in
+common/generation: decoding.py (prefill, step), sampling.py (filters and draw), completion.py (from
+tokens to text). Left out on purpose: beam search, encoder-decoder models, quantised weights,
+serving.
 
-  python generate.py --prompt "Natural Language Processing is"  # greedy, the bundled SmolLM2-135M-Instruct
+  python generate.py --prompt "Natural Language Processing is"  # greedy, bundled SmolLM2-135M-Instruct
   python generate.py --prompt "Natural Language Processing is" --top-k 50 --seed 1
   python generate.py --prompt "Natural Language Processing is" --top-k 50 --check
   python generate.py --chat --prompt "Why is the sky blue?" --system "Answer in one sentence."
-  python generate.py --interactive                                                      # a conversation
+  python generate.py --interactive  # a conversation
   python generate.py --prompts-file prompts.txt --output texts.jsonl --batch-size 16
   torchrun --nproc-per-node 2 generate.py --prompts-file prompts.txt --output texts.jsonl
 """
 
 import argparse
 import dataclasses
-import json
 import math
+import os
 import shutil
 import signal
 import sys
+from collections.abc import Iterator
+from types import FrameType
 
+import torch
 from tqdm import tqdm
 
 from common import cli, reading
+from common.cli import (
+    fraction,
+    non_negative_float,
+    non_negative_int,
+    positive_float,
+    positive_int,
+    probability,
+)
 from common.errors import Interrupted, UserError
-from common.generation import check, drawing, explain, flags, output, perplexity, scoring
-from common.generation import model as models
-from common.generation.chat import Chat
-from common.generation.completion import Generator, Prompt
-from common.generation.textstream import TextStream
-from common.runtime import peak_memory_bytes, start_runtime, stop_runtime
+from common.generation import explain, fast_sampling, language_model, output, sampling, scoring
+from common.generation.completion import Chat, Completion, Options, Prompt, Run, Stopwatch
+from common.generation.decoding import Batch, PromptLookup, Step, prefill, read_tokens, step
+from common.generation.language_model import LanguageModel
+from common.generation.sampling import Sampler, Settings
+from common.runtime import Runtime, start_runtime, stop_runtime
+
+# --- From prompts to texts
 
 
-def make_parser() -> cli.Parser:
-    parser = cli.Parser(prog="generate.py", description=__doc__)
-    cli.add_shared_flags(parser, model="bundled/SmolLM2-135M-Instruct")
+@torch.inference_mode()
+def decode(model: LanguageModel, batch: Batch, sampler: Sampler, settings: Settings) -> Iterator[Step]:
+    """Yield one Step per token until every row has ended or has its most tokens.
 
-    group = parser.add_argument_group("prompts")
-    group.add_argument(
-        "--prompt", action="append", metavar="TEXT", help="a text to go on from; repeat it for more"
-    )
-    group.add_argument(
-        "--prompts-file",
-        metavar="FILE",
-        help="one prompt a line (- for standard input), or a data file with --text-column",
-    )
-    group.add_argument(
-        "--text-column", default="text", help="where the prompts are in a CSV/TSV/JSON/JSONL/Parquet file"
-    )
-    group.add_argument(
-        "--chat", action="store_true", help="each prompt is a question to the model, in its own chat template"
-    )
-    group.add_argument("--system", metavar="TEXT", help="what the model is told before a chat")
-
-    group = parser.add_argument_group("choice of tokens (greedy unless one of the first five is given)")
-    group.add_argument(
-        "--temperature",
-        type=cli.non_negative_float,
-        help="below 1 sharpens the distribution, above 1 flattens it; 0 is greedy",
-    )
-    group.add_argument(
-        "--top-k", type=cli.non_negative_int, help="draw from the k likeliest tokens; 0 is off"
-    )
-    group.add_argument(
-        "--top-p",
-        type=cli.probability,
-        help="draw from the likeliest tokens that hold this probability together",
-    )
-    group.add_argument(
-        "--min-p",
-        type=cli.fraction,
-        help="draw from tokens at least this many times as likely as the likeliest",
-    )
-    group.add_argument(
-        "--typical-p",
-        type=cli.probability,
-        help="draw from the tokens of the most expected surprise that hold this probability",
-    )
-    group.add_argument(
-        "--repetition-penalty",
-        type=cli.positive_float,
-        default=1.0,
-        help="above 1 makes tokens that occurred less likely",
-    )
-    group.add_argument(
-        "--no-repeat-ngram-size",
-        type=cli.non_negative_int,
-        default=0,
-        help="no run of so many tokens occurs twice; 0 is off",
-    )
-    group.add_argument(
-        "--sampler",
-        choices=["exact", "fast"],
-        default="exact",
-        help=(
-            "exact: model.generate's random numbers, from --seed for the first batch, from others that follow"
-            " from it for the next ones (batch_seed in the output); fast: each text has its own, whatever"
-            " stands beside it in a batch"
-        ),
-    )
-    group.add_argument(
-        "--lookup",
-        type=cli.positive_int,
-        metavar="N",
-        help="greedy: guess up to N tokens ahead from the text so far, and keep the right ones",
-    )
-
-    group = parser.add_argument_group("where a text ends")
-    group.add_argument(
-        "--max-new-tokens", type=cli.positive_int, default=200, help="the most tokens of a text"
-    )
-    group.add_argument(
-        "--min-new-tokens",
-        type=cli.non_negative_int,
-        default=0,
-        help="no end token before so many tokens; a stop string still ends the text",
-    )
-    group.add_argument(
-        "--stop", action="append", metavar="TEXT", help="end before this string; repeat it for more"
-    )
-    group.add_argument(
-        "--end-token",
-        action="append",
-        metavar="TOKEN",
-        help="another token that ends a text, such as '<|endoftext|>'",
-    )
-
-    group = parser.add_argument_group("output")
-    group.add_argument("--num-samples", type=cli.positive_int, default=1, help="texts a prompt")
-    group.add_argument("--batch-size", type=cli.positive_int, default=8, help="prompts a pass")
-    group.add_argument(
-        "--stream",
-        action=argparse.BooleanOptionalAction,
-        help="show the first text of each batch as it grows (default: on a terminal)",
-    )
-    group.add_argument("--output", metavar="FILE", help="write one JSON line a text instead of showing it")
-    group.add_argument(
-        "--resume", action="store_true", help="go on after the texts that the output file holds"
-    )
-    group.add_argument(
-        "--logprobs",
-        type=cli.non_negative_int,
-        metavar="K",
-        help="with --output: log-probabilities of each token and of the K likeliest",
-    )
-    group.add_argument(
-        "--references",
-        metavar="FILE",
-        help="score the texts against these, one a line or --reference-column of a data file: ROUGE",
-    )
-    group.add_argument("--reference-column", default="text", help="where the references are in a data file")
-
-    group = parser.add_argument_group("instead of plain generation").add_mutually_exclusive_group()
-    group.add_argument(
-        "--interactive", action="store_true", help="a conversation: /reset begins a new one, Ctrl-D ends it"
-    )
-    group.add_argument(
-        "--check",
-        action="store_true",
-        help="compare each token with model.generate's; exit code 1 when one differs",
-    )
-    group.add_argument(
-        "--explain", action="store_true", help="show for each token what every filter does to the candidates"
-    )
-    group.add_argument("--compare", action="store_true", help="show greedy, top-k and top-p side by side")
-    group.add_argument(
-        "--perplexity", metavar="FILE", help="the model's perplexity on a text file (- for standard input)"
-    )
-    group.add_argument(
-        "--score", metavar="FILE", help="score the texts of a file against --references; no model is loaded"
-    )
-    parser.add_argument(
-        "--window",
-        type=cli.positive_int,
-        help=f"tokens a pass for --perplexity (default: {perplexity.DEFAULT_WINDOW} or the context)",
-    )
-    parser.add_argument(
-        "--stride", type=cli.positive_int, help="tokens from one window to the next (default: half a window)"
-    )
-    return parser
-
-
-def read_prompts(args) -> list[str]:
-    """Return the prompts of the flags and of the file. Raises UserError, naming the place, for an
-    empty one.
+    Rows that have ended get padding and keep drawing random numbers, as in `generate`. The caller
+    may end a row in `batch.ended`, because of a stop string. Raises UserError when the model's
+    logits are not numbers.
     """
-    texts = list(args.prompt or [])
-    for number, text in enumerate(texts, start=1):
-        if not text.strip():
-            raise UserError(f"--prompt {number}: the prompt is empty; write something to go on from")
-    if args.prompts_file is not None:
-        texts += reading.read_texts(args.prompts_file, column=args.text_column, cache_dir=args.cache_dir)
-    return texts
+    logits = prefill(model, batch)  # (B, V)
+    for number in range(1, settings.max_new_tokens + 1):
+        chosen = read_tokens(sampler(logits, batch.tokens), logits, model)  # B
+        tokens = [model.pad_id if ended else token for token, ended in zip(chosen, batch.ended)]
+        yield Step(tokens, logits)
+        for row, token in enumerate(tokens):
+            batch.ended[row] |= token in settings.end_ids
+        if all(batch.ended) or number == settings.max_new_tokens:
+            return
+        logits = step(model, batch, tokens)  # (B, V)
 
 
-def load(args, texts: list[str]):
-    """Return generator, prompts with their tokens, and the machine; every prompt is checked before
-    the first one is generated.
+def make_sampler(options: Options, batch: Batch, rows: list[Completion], seed: int) -> Sampler:
+    """Return the sampler that the options name, for a batch before its prefill."""
+    draws = fast_sampling  # the plain version is `draws = sampling`
+    settings, prompts = options.settings, {"prompt_length": batch.length, "starts": batch.starts}
+    if options.sampler == "exact":
+        return sampling.exact_sampler(settings, **prompts, seed=seed, draw=draws.draw_exactly)
+    names = [(row.prompt.number, row.sample) for row in rows]
+    uniforms = sampling.row_uniforms(options.seed, names, settings.max_new_tokens)
+    uniforms, draw = uniforms.to(batch.ids.device), draws.draw_independently
+    return sampling.independent_sampler(settings, **prompts, uniforms=uniforms, draw=draw)
+
+
+def complete(run: Run, rows: list[Completion], batch: Batch | None = None, *, seed: int) -> Iterator[str]:
+    """Generate the texts of completions; yield what each token adds to the first one, for a screen.
+
+    `batch` holds their prompts; None makes one with an empty cache. `seed` is the seed of this
+    batch, for the exact sampler.
     """
-    runtime = start_runtime(args.device, args.precision, args.seed)
-    language_model = models.load(args.model, runtime, cache_dir=args.cache_dir)
-    generator = Generator(language_model, flags.options(args, language_model))
-    prompts = [flags.encode(args, text, number, language_model) for number, text in enumerate(texts)]
-    return generator, prompts, runtime
+    if not rows:
+        return
+    batch = batch or run.left_pad(rows)
+    options, settings = run.options, run.options.settings
+    lookup = PromptLookup(options.lookup) if options.lookup else None
+    if lookup:
+        steps = lookup.decode(run.language_model, batch, settings)
+    else:
+        sampler = make_sampler(options, batch, rows, seed)
+        steps = decode(run.language_model, batch, sampler, settings)
+    stopwatch, num_shown = Stopwatch(batch), 0
+    for current in steps:
+        stopwatch.token()
+        run.add_step(rows, current, batch)
+        yield rows[0].text[num_shown:]
+        num_shown = len(rows[0].text)
+    run.timing.add(rows, stopwatch, lookup)
+    for row in rows:
+        row.finish()
+    yield rows[0].text[num_shown:]
 
 
-def batches_of(prompts: list[Prompt], args) -> list[list[Prompt]]:
-    """Return the prompts in batches, in their order; guessing ahead takes them one by one."""
-    size = 1 if args.lookup else args.batch_size
-    return [prompts[start : start + size] for start in range(0, len(prompts), size)]
+# --- Modes
 
 
-def generate(args, texts: list[str], references: list[str] | None):
-    """Generate all texts, show them or write them, score them, and say how fast it went."""
+def generate_texts(args: argparse.Namespace, texts: list[str], references: list[str] | None) -> None:
+    """Generate all texts; show or write them, score them, and print how fast it was."""
     if args.output:
-        output.check_new(args.output, resume=args.resume)
-    generator, prompts, runtime = load(args, texts)
-    batches = batches_of(prompts, args)
-    # texts of a batch, of all
-    group, total = len(batches[0]) * args.num_samples, len(prompts) * args.num_samples
-    done = resumed(args, generator, prompts, group) if args.resume else []
-    file = output.Output(args.output, keep_lines=len(done)) if args.output and runtime.is_main else None
-    if done:
-        runtime.say(f"{args.output}: {len(done):,} of {total:,} texts are there")
-    # the file may lie on the main process's machine only
-    start, written = runtime.broadcast_int(-(-len(done) // group)), [line["text"] for line in done]
+        output.check_path(args.output, resume=args.resume)
+    run, prompts, runtime = load_all(args, texts)
+    batches, total = split_batches(args, prompts), len(prompts) * args.num_samples
+    group = len(batches[0]) * args.num_samples  # texts per batch
+    record = output.Record(args.seed, recorded_settings(args, run))
+    rows = run.rows(prompts)
+    earlier = output.finished_lines(args.output, rows, record, group=group) if args.resume else []
+    if earlier:
+        runtime.say(f"{args.output}: it already holds {len(earlier):,} of {total:,} texts")
+    # the other processes may not see the main process's file
+    first_batch = runtime.broadcast_int(math.ceil(len(earlier) / group))
+    writes = bool(args.output) and runtime.is_main
+    file = output.OutputFile(args.output, keep_lines=len(earlier)) if writes else None
+    generated = [line["text"] for line in earlier]
+    on_terminal = sys.stdout.isatty() if args.stream is None else args.stream
+    streams = on_terminal and not args.output and runtime.world_size == 1
+    # in each round, every process takes one batch
+    rounds = range(first_batch, len(batches), runtime.world_size)
     try:
-        for lines in run(generator, batches, start, args, runtime):
+        for first in tqdm(rounds, unit="batch", leave=False, disable=None if file else True):
+            number = first + runtime.rank
+            rows = run.rows(batches[number]) if number < len(batches) else []
+            if streams and total > 1:
+                show(output.heading(rows[0].prompt.number + 1, 1, rows[0].prompt.text))
+            seed = sampling.batch_seed(args.seed, number)
+            for new_text in complete(run, rows, seed=seed):
+                if streams:
+                    show(new_text)
+            lines = output.gather([record.line(row, batch_seed=seed) for row in rows], runtime)
+            if references is not None:
+                generated += [line["text"] for line in lines]
             if file:
                 file.write(lines)
-            written += [line["text"] for line in lines] if references is not None else []
+            elif runtime.is_main and not args.output:
+                output.show_lines(lines, with_headings=total > 1, first_is_shown=streams)
     except (KeyboardInterrupt, Interrupted):
-        # the signal can come while a batch is being written: what is there, the file knows
+        # the signal can come while a batch is being written: only the file knows what it holds
         if file:
-            there = file.close()
-            print(
-                f"\n{args.output} holds {there:,} of {total:,} texts; --resume goes on after them",
-                file=sys.stderr,
-            )
+            held = f"{args.output} holds {file.close():,} of {total:,} texts"
+            print(f"\n{held}; continue after them with --resume", file=sys.stderr)
         raise
-    summarize(generator, runtime)
-    if runtime.is_main and references is not None:
-        scoring.show(written, references)
+    output.show_summary(run, runtime)
+    if references is not None and runtime.is_main:
+        scoring.show_rouge(generated, references)
     stop_runtime()
 
 
-def resumed(args, generator: Generator, prompts: list[Prompt], group: int) -> list[dict]:
-    """Return the lines of the output file that this run goes on after."""
-    settings = flags.record(args, generator)
-    expected = [
-        output.line(row, seed=args.seed, batch_seed=args.seed, settings=settings)
-        for row in generator.rows(prompts)
-    ]
-    return output.finished(args.output, expected, group=group)
+def recorded_settings(args: argparse.Namespace, run: Run) -> dict:
+    """Return what a text depends on, as the output file names it."""
+    flags = "chat system temperature top_k top_p min_p typical_p repetition_penalty"
+    flags += " no_repeat_ngram_size sampler lookup max_new_tokens min_new_tokens stop end_token"
+    flags += " num_samples batch_size logprobs"
+    model = run.language_model
+    return {
+        "model": reading.full_name(args.model),
+        "precision": str(model.model.dtype).removeprefix("torch."),
+        **{name: getattr(args, name) for name in flags.split()},
+        "device": model.device.type,
+        "end_ids": list(run.options.settings.end_ids),
+    }
 
 
-def run(generator: Generator, batches: list[list[Prompt]], start: int, args, runtime):
-    """Yield the lines of each round of batches, one batch a process, in the order of the prompts;
-    show texts that no file takes.
-    """
-    rounds, settings = range(start, len(batches), runtime.world_size), flags.record(args, generator)
-    several = len(batches) * len(batches[0]) * args.num_samples > 1  # so that each has a heading
-    streams = (
-        bool(sys.stdout.isatty() if args.stream is None else args.stream)
-        and not args.output
-        and runtime.world_size == 1
-    )
-    for first in tqdm(
-        rounds,
-        unit="batch",
-        leave=False,
-        file=sys.stderr,
-        disable=None if args.output and runtime.is_main else True,
-    ):
-        number = first + runtime.rank
-        batch, seed = batches[number] if number < len(batches) else [], drawing.batch_seed(args.seed, number)
-        # the first text of a batch grows, those beside it follow when all are whole: what is drawn
-        # does not
-        # depend on the screen
-        if streams:
-            print(
-                output.heading(batch[0].number + 1, 1, batch[0].text) if several else "", end="", flush=True
-            )
-        rows = generator.complete(batch, seed=seed, show=write_chunk if streams else None) if batch else []
-        lines = [output.line(row, seed=args.seed, batch_seed=seed, settings=settings) for row in rows]
-        if runtime.world_size > 1:
-            lines = [
-                line for share in runtime.all_gather_texts(json.dumps(lines)) for line in json.loads(share)
-            ]
-        if runtime.is_main and not args.output:
-            for place, line in enumerate(lines):
-                above = (
-                    output.heading(line["prompt_number"], line["sample"], line["prompt"]) if several else ""
-                )
-                print("" if streams and place == 0 else above + line["text"], flush=True)
-        yield lines
-
-
-def write_chunk(chunk: str):
+def show(text: str) -> None:
     """Show a piece of text at once."""
-    print(chunk, end="", flush=True)
+    print(text, end="", flush=True)
 
 
-def summarize(generator: Generator, runtime):
-    """Print the summary line on stderr, dim on a terminal."""
-    if runtime.is_main and generator.timing.new_tokens:
-        line = generator.summary(peak_memory_bytes(runtime.device)) + (
-            " (process 0)" if runtime.world_size > 1 else ""
-        )
-        print(f"\x1b[2m{line}\x1b[0m" if sys.stderr.isatty() else line, file=sys.stderr, flush=True)
-
-
-def compare_with_generate(args, texts: list[str]):
-    """Generate each batch twice, here and by model.generate; print `equal` or the first difference
-    and end with exit code 1.
-    """
-    generator, prompts, runtime = load(args, texts)
-    language_model, options, equal = generator.language_model, generator.options, 0
-    for number, batch in enumerate(batches_of(prompts, args)):
-        seed = drawing.batch_seed(args.seed, number)
-        rows = generator.complete(batch, seed=seed)
-        for row, theirs in zip(rows, check.generate(language_model, batch, options, seed=seed)):
-            difference = check.first_difference(
-                row, theirs, pad_id=language_model.pad_id if options.settings.end_ids else None
-            )
+def check_tokens(args: argparse.Namespace, texts: list[str]) -> None:
+    """Generate each batch here and by model.generate; exit with 1 at the first difference."""
+    run, all_prompts, runtime = load_all(args, texts)
+    model, options, num_equal = run.language_model, run.options, 0
+    pad_id = model.pad_id if options.settings.end_ids else None
+    for number, prompts in enumerate(split_batches(args, all_prompts)):
+        rows, seed = run.rows(prompts), sampling.batch_seed(args.seed, number)
+        list(complete(run, rows, seed=seed))
+        for row, theirs in zip(rows, explain.library_tokens(model, prompts, options, seed=seed)):
+            difference = explain.first_difference(row, theirs, pad_id=pad_id)
             if difference:
-                print(check.explain(difference, language_model))
+                print(explain.describe_difference(difference, model))
                 sys.exit(1)
-            equal += len(row.token_ids)
-    print(f"equal: {equal:,} of {equal:,} tokens")
-    summarize(generator, runtime)
+            num_equal += len(row.token_ids)
+    print(f"equal: {num_equal:,} of {num_equal:,} tokens")
+    output.show_summary(run, runtime)
 
 
-def explain_tokens(args, texts: list[str]):
+def explain_tokens(args: argparse.Namespace, texts: list[str]) -> None:
     """Print a table for each token of one text, then the text."""
-    generator, prompts, _ = load(args, texts)
-    stream = TextStream(generator.language_model.tokenizer, generator.options.stops)
-    for token, table in explain.explain(generator, prompts[0], args.seed):
-        print(table, flush=True)
-        if token not in generator.options.settings.end_ids:  # an end token is no part of the text
-            stream.add(token)
-        if stream.stopped:
-            break
-    stream.finish()
-    print(stream.text)
+    run, prompts, _ = load_all(args, texts)
+    rows, settings = run.rows(prompts), run.options.settings
+    batch = run.left_pad(rows)
+    sampler = make_sampler(run.options, batch, rows, args.seed)
+    for current in decode(run.language_model, batch, sampler, settings):
+        print(explain.step_table(current, batch.tokens, settings, rows[0]), flush=True)
+        run.add_step(rows, current, batch)
+    rows[0].finish()
+    print(rows[0].text)
 
 
-def compare_choices(args, texts: list[str]):
+def compare_choices(args: argparse.Namespace, texts: list[str]) -> None:
     """Print one prompt's greedy, top-k and top-p texts side by side."""
-    generator, prompts, _ = load(args, texts)
-    found = {}
-    for name, settings in explain.compared_settings(generator.options.settings).items():
-        own = Generator(generator.language_model, dataclasses.replace(generator.options, settings=settings))
-        found[name] = own.complete(prompts[:1], seed=args.seed)[0]
-    print(explain.side_by_side(found, shutil.get_terminal_size((120, 24)).columns))
+    run, prompts, _ = load_all(args, texts)
+    columns = {}
+    for name, settings in explain.compared_settings(run.options.settings).items():
+        other = Run(run.language_model, dataclasses.replace(run.options, settings=settings))
+        [row] = other.rows(prompts)
+        list(complete(other, [row], seed=args.seed))
+        columns[name] = row.text
+    print(explain.side_by_side(columns, shutil.get_terminal_size((120, 24)).columns))
 
 
-def converse(args):
-    """Hold a conversation until the input ends."""
-    generator, _, runtime = load(args, [])
-    chat = Chat(generator, args.system)
-    chat.check()
+def converse(args: argparse.Namespace) -> None:
+    """Hold a conversation until the input ends; Ctrl-C ends an answer, not the conversation."""
+    run, runtime = load(args)
+    chat = Chat(run, system=args.system)
     while True:
         try:
             text = input("> " if sys.stdin.isatty() else "")
         except EOFError:
             return
         except UnicodeDecodeError as error:
-            raise UserError(
-                f"standard input: not UTF-8 (byte {error.object[error.start]:#04x}); convert it to UTF-8"
-                " first"
-            ) from error
-        flags.check_encoding(text, "standard input")
+            byte = error.object[error.start]
+            problem = f"standard input: not UTF-8 (byte {byte:#04x})"
+            raise UserError(f"{problem}; convert it to UTF-8") from error
+        language_model.check_encoding(text, "standard input")
         if text.strip() == "/reset":
             chat.reset()
         elif text.strip():
-            answer(chat, text, runtime)
+            try:
+                answer(chat, text, runtime)
+            except KeyboardInterrupt:
+                print("\n(interrupted; the model has forgotten this turn)", file=sys.stderr)
+            except UserError as error:
+                print(f"generate.py: {error}", file=sys.stderr)
 
 
-def answer(chat: Chat, text: str, runtime):
-    """Show one answer as it grows; Ctrl-C ends the answer, not the conversation, and a full
-    context is said in one line.
-    """
-    try:
-        chat.reply(text, write_chunk)
-        print(flush=True)
-        summarize(chat.generator, runtime)
-    except KeyboardInterrupt:
-        print("\n(interrupted; the model has forgotten this turn)", file=sys.stderr)
-    except UserError as error:
-        print(f"generate.py: {error}", file=sys.stderr)
+def answer(chat: Chat, text: str, runtime: Runtime) -> None:
+    """Show the answer to a message as it grows, and add both to the conversation."""
+    turn = chat.begin_turn(text)
+    for new_text in complete(turn.run, [turn.answer], turn.batch, seed=turn.seed):
+        show(new_text)
+    chat.end_turn(turn)
+    print(flush=True)
+    output.show_summary(turn.run, runtime)
 
 
-def measure_perplexity(args):
-    """Print the model's perplexity on the whole of a text file."""
+def measure_perplexity(args: argparse.Namespace) -> None:
+    """Print the model's perplexity on a whole text file."""
     text = "\n".join(reading.read_lines(args.perplexity))
-    generator, _, _ = load(args, [])
-    language_model = generator.language_model
-    window, stride = flags.window(args, language_model)
-    ids = language_model.tokenizer(text)["input_ids"]
-    if len(ids) < 2:
-        raise UserError(
-            f"--perplexity {args.perplexity}: {len(ids)} tokens; a text needs two, for the first one is not"
-            " predicted"
-        )
-    # the first token is not; it may be a special one
-    scored = text.removeprefix(language_model.tokenizer.decode(ids[:1], skip_special_tokens=True))
-    found = perplexity.likelihood(
-        language_model,
-        ids,
-        window=window,
-        stride=stride,
-        progress=lambda items: tqdm(items, unit="window", leave=False, disable=None),
-    )
+    run, _ = load(args)
+    window = scoring.choose_window(run.language_model, args.window, args.stride)
+    result = scoring.text_likelihood(run.language_model, text, window, name=args.perplexity)
+    passes = f"window {window.size:,}, stride {window.stride:,}"
     print(
-        f"perplexity {found.perplexity:.4f} over {found.num_tokens:,} tokens ({window:,} a window, {stride:,}"
-        f" from one to the next); {found.total / math.log(2) / len(scored.encode()):.4f} bits a byte"
+        f"perplexity {result.perplexity:.4f} over {result.num_tokens:,} tokens ({passes}); "
+        f"{result.bits_per_byte:.4f} bits per byte"
     )
 
 
-def stop(number: int, _frame):
+def score_file(args: argparse.Namespace) -> None:
+    """Print the ROUGE of a file's texts against the references, without a model."""
+    column, cache_dir = args.text_column, args.cache_dir
+    texts = reading.read_texts(args.score, column=column, cache_dir=cache_dir, allow_empty=True)
+    scoring.show_rouge(texts, read_references(args, len(texts)) or [])
+
+
+# --- Flags
+
+
+def make_parser() -> cli.Parser:
+    """Return the parser of all flags."""
+    parser = cli.Parser(prog="generate.py", description=__doc__)
+    cli.add_shared_flags(parser, model="bundled/SmolLM2-135M-Instruct")
+
+    add = parser.add_argument_group("prompts").add_argument
+    add("--prompt", action="append", metavar="TEXT", help="a text to continue; repeat it for more")
+    add("--prompts-file", metavar="FILE", help="one prompt per line (-: standard input), or a data file")
+    add("--text-column", default="text", help="column of the prompts in a data file")
+    add("--chat", action="store_true", help="prompts are questions, in the model's chat template")
+    add("--system", metavar="TEXT", help="system message of a chat")
+
+    group = parser.add_argument_group("choice of tokens (greedy unless one of the first five is given)")
+    add = group.add_argument
+    add("--temperature", type=non_negative_float, help="below 1 sharpens, above 1 flattens; 0: greedy")
+    add("--top-k", type=non_negative_int, help="keep the k most likely tokens; 0: off")
+    add("--top-p", type=probability, help="keep the fewest tokens that reach this probability")
+    add("--min-p", type=fraction, help="keep tokens at least this likely, relative to the best one")
+    add("--typical-p", type=probability, help="keep the most typical tokens up to this probability")
+    add("--repetition-penalty", type=positive_float, default=1.0, help="above 1 discourages repetition")
+    help_text = "no sequence of this many tokens occurs twice; 0 is off"
+    add("--no-repeat-ngram-size", type=non_negative_int, default=0, help=help_text)
+    help_text = (
+        "exact: the random numbers of model.generate, in each batch from its batch_seed; "
+        "independent: each text has its own random numbers and does not depend on its batch"
+    )
+    add("--sampler", choices=["exact", "independent"], default="exact", help=help_text)
+    help_text = "greedy only: guess up to N tokens ahead from the text so far"
+    add("--lookup", type=positive_int, metavar="N", help=help_text)
+
+    add = parser.add_argument_group("end of a text").add_argument
+    add("--max-new-tokens", type=positive_int, default=200, help="the most tokens of a text")
+    help_text = "no end token before this many tokens; a stop string still ends the text"
+    add("--min-new-tokens", type=non_negative_int, default=0, help=help_text)
+    add("--stop", action="append", metavar="TEXT", help="end before this text; repeat it for more")
+    help_text = "another token that ends a text, such as '<|endoftext|>'"
+    add("--end-token", action="append", metavar="TOKEN", help=help_text)
+
+    add = parser.add_argument_group("output").add_argument
+    add("--num-samples", type=positive_int, default=1, help="texts per prompt")
+    add("--batch-size", type=positive_int, default=8, help="prompts per batch")
+    help_text = "show the first text of each batch as it grows (default: on a terminal)"
+    add("--stream", action=argparse.BooleanOptionalAction, help=help_text)
+    add("--output", metavar="FILE", help="write one JSON line per text instead of showing it")
+    add("--resume", action="store_true", help="continue after the texts in the output file")
+    help_text = "with --output: log-probabilities of each token and of the K most likely ones"
+    add("--logprobs", type=non_negative_int, metavar="K", help=help_text)
+    help_text = "ROUGE of the texts against these references: one per line, or a data file"
+    add("--references", metavar="FILE", help=help_text)
+    add("--reference-column", default="text", help="column of the references in a data file")
+
+    group = parser.add_argument_group("instead of plain generation")
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--interactive", action="store_true", help="a conversation; /reset starts over, Ctrl-D ends it")
+    help_text = "compare each token with model.generate's; exit code 1 if one differs"
+    add("--check", action="store_true", help=help_text)
+    add("--explain", action="store_true", help="show for each token what every filter does")
+    add("--compare", action="store_true", help="show greedy, top-k and top-p side by side")
+    add("--perplexity", metavar="FILE", help="the model's perplexity on a file (-: standard input)")
+    add("--score", metavar="FILE", help="ROUGE of a file's texts against --references; no model")
+    help_text = f"tokens per pass of --perplexity (default: {scoring.DEFAULT_WINDOW}, if they fit)"
+    group.add_argument("--window", type=positive_int, help=help_text)
+    help_text = "tokens from one window to the next (default: half a window)"
+    group.add_argument("--stride", type=positive_int, help=help_text)
+    return parser
+
+
+DRAWING = ("temperature", "top_k", "top_p", "min_p", "typical_p")  # any of them given: not greedy
+DRAWING_FLAGS = tuple("--" + name.replace("_", "-") for name in DRAWING)
+NO_PROMPT = ("--interactive", "--perplexity", "--score")
+ONE_PROMPT = ("--explain", "--compare")
+NO_SCORE = ("--check", *ONE_PROMPT, "--interactive", "--perplexity")
+MODES = ("--check", *ONE_PROMPT, *NO_PROMPT)
+NEEDS = {  # a flag, and the flags of which it needs one
+    "--system": ("--chat", "--interactive"),
+    "--window": ("--perplexity",),
+    "--stride": ("--perplexity",),
+    "--resume": ("--output",),
+    "--logprobs": ("--output",),
+    "--score": ("--references",),
+    "--num-samples": DRAWING_FLAGS,  # greedy gives the same text each time
+}
+CONFLICTS = (  # flags that cannot be used together, and why; torchrun counts as one
+    ("--prompt", NO_PROMPT, "this mode takes no prompts"),
+    ("--prompts-file", NO_PROMPT, "this mode takes no prompts"),
+    ("--references", NO_SCORE, "this mode scores nothing"),
+    ("--output", MODES, "this mode writes no texts"),
+    ("--stop", ("--perplexity",), "no text is generated that could stop"),
+    ("--stream", ("--output",), "the texts go to a file, not to the screen"),
+    ("--lookup", DRAWING_FLAGS, "prompt lookup is for greedy decoding"),
+    ("--lookup", ONE_PROMPT, "this mode uses no prompt lookup"),
+    ("--num-samples", (*ONE_PROMPT, *NO_PROMPT), "this mode takes one text per prompt"),
+    ("--num-samples", ("--references",), "one text per prompt is scored"),
+    ("--check", ("--sampler",), "only --sampler exact draws the random numbers of model.generate"),
+    ("torchrun", MODES, "this mode runs in one process"),
+    ("torchrun", ("--stream",), "several processes cannot share one screen"),
+    ("--references -", ("--prompts-file -",), "standard input can be read only once (name a file)"),
+    ("--prompts-file -", ("torchrun",), "only one process can read standard input (name a file)"),
+    ("--references -", ("torchrun",), "only one process can read standard input (name a file)"),
+)
+LOWEST_TEMPERATURE = 1e-6  # logits divided by less can leave the range of fp32
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Raise UserError for flags that contradict each other, before anything is loaded."""
+    given = given_flags(args)
+    if not given.keys() & {"--prompt", "--prompts-file", *NO_PROMPT}:
+        raise UserError("no prompt: give --prompt TEXT, --prompts-file FILE or --interactive")
+    for flag, needed in NEEDS.items():
+        if flag in given and not given.keys() & set(needed):
+            others = " or ".join(needed)
+            raise UserError(f"{given[flag]}: it works only with {others}; add that, or leave it out")
+    for flag, others, reason in CONFLICTS:
+        for other in others:
+            if flag in given and other in given:
+                both = f"{given[flag]} and {given[other]}"
+                raise UserError(f"{both}: {reason}; leave one of the two out")
+    if 0 < (args.temperature or 0) < LOWEST_TEMPERATURE:
+        lowest = f"at least {LOWEST_TEMPERATURE:g}, or 0 for greedy"
+        raise UserError(f"--temperature {args.temperature}: use {lowest}")
+    if "" in (args.stop or []):
+        raise UserError("--stop '': every text contains the empty string; leave it out")
+    if args.min_new_tokens > args.max_new_tokens:
+        low, high = args.min_new_tokens, args.max_new_tokens
+        raise UserError(f"--min-new-tokens {low}: lower it, or raise --max-new-tokens {high}")
+    for name in ("prompt", "stop", "end_token"):
+        for text in getattr(args, name) or []:
+            language_model.check_encoding(text, "--" + name.replace("_", "-"))
+    language_model.check_encoding(args.system or "", "--system")
+
+
+def given_flags(args: argparse.Namespace) -> dict[str, str]:
+    """Return the flags that are not at their default, each as a message shows it."""
+    given, defaults = {}, vars(make_parser().parse_args([]))
+    for name, value in vars(args).items():
+        flag = "--" + name.replace("_", "-")
+        is_unused = flag in (*DRAWING_FLAGS, "--sampler") and not is_drawing(args)
+        if value == defaults[name] or value is False or is_unused:
+            continue
+        first = value[0] if isinstance(value, list) else value
+        given[flag] = flag if value is True else f"{flag} {first!r}"
+        if value == "-":  # standard input
+            given[f"{flag} -"] = f"{flag} -"
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        given["torchrun"] = "torchrun"
+    return given
+
+
+def is_drawing(args: argparse.Namespace) -> bool:
+    """Return whether tokens are drawn: a flag of drawing is given, and the temperature is not 0."""
+    return args.temperature != 0 and any(getattr(args, name) is not None for name in DRAWING)
+
+
+def load(args: argparse.Namespace) -> tuple[Run, Runtime]:
+    """Load the model, and return it with the options that the flags ask for.
+
+    Raises UserError for an end token that the model does not have, a stop string that contains a
+    special token, and a sampler that the device cannot run.
+    """
+    runtime = start_runtime(args.device, args.precision, args.seed)
+    model = language_model.load(args.model, runtime, cache_dir=args.cache_dir)
+    if args.sampler == "independent" and model.device.type == "mps":
+        problem = "it draws in fp64, which Apple's GPUs do not have"
+        raise UserError(f"--sampler independent: {problem}; use --sampler exact or --device cpu")
+    language_model.check_stops(args.stop or [], model)
+    end_ids = model.end_ids + language_model.end_token_ids(args.end_token or [], model)
+    names = ["max_new_tokens", "min_new_tokens", "repetition_penalty", "no_repeat_ngram_size"]
+    if is_drawing(args):
+        names += [name for name in DRAWING if getattr(args, name) is not None]
+    chosen = {name: getattr(args, name) for name in names}
+    settings = Settings(sample=is_drawing(args), end_ids=tuple(dict.fromkeys(end_ids)), **chosen)
+    options = Options(
+        settings,
+        seed=args.seed,
+        sampler=args.sampler,
+        num_samples=args.num_samples,
+        stops=tuple(args.stop or ()),
+        num_logprobs=args.logprobs,
+        lookup=args.lookup or 0,
+    )
+    return Run(model, options), runtime
+
+
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    """Return the prompts of the flags and of the file. Raises UserError for an empty one."""
+    texts = list(args.prompt or [])
+    for number, text in enumerate(texts, start=1):
+        if not text.strip():
+            raise UserError(f"--prompt {number}: the prompt is empty; write something to continue")
+    if args.prompts_file is not None:
+        column, cache_dir = args.text_column, args.cache_dir
+        texts += reading.read_texts(args.prompts_file, column=column, cache_dir=cache_dir)
+    if len(texts) > 1 and (args.explain or args.compare):
+        mode = "--explain" if args.explain else "--compare"
+        raise UserError(f"{mode}: it shows one prompt, not {len(texts)}; give one --prompt")
+    return texts
+
+
+def load_all(args: argparse.Namespace, texts: list[str]) -> tuple[Run, list[Prompt], Runtime]:
+    """Load the model and encode the prompts. Raises UserError for one that does not fit into it."""
+    run, runtime = load(args)
+    prompts = []
+    for number, text in enumerate(texts):
+        name = f"prompt {number + 1}"
+        if args.chat:
+            ids = language_model.encode_question(text, run.language_model, system=args.system)
+        else:
+            ids = language_model.encode_prompt(text, run.language_model, name=name)
+        language_model.check_length(ids, args.max_new_tokens, run.language_model, name=name)
+        prompts.append(Prompt(number, text, ids))
+    return run, prompts, runtime
+
+
+def split_batches(args: argparse.Namespace, prompts: list[Prompt]) -> list[list[Prompt]]:
+    """Return the prompts in batches, in order; prompt lookup takes them one by one."""
+    size = 1 if args.lookup else args.batch_size
+    return [prompts[start : start + size] for start in range(0, len(prompts), size)]
+
+
+def read_references(args: argparse.Namespace, num_texts: int) -> list[str] | None:
+    """Return one reference per text, None without --references."""
+    if args.references is None:
+        return None
+    return scoring.read_references(
+        args.references, num_texts, column=args.reference_column, cache_dir=args.cache_dir
+    )
+
+
+def stop(number: int, _frame: FrameType | None) -> None:
     """End the run as Ctrl-C does, with the exit code of the signal."""
     raise Interrupted("interrupted", 128 + number)
 
 
-def main(args):
-    flags.check(args)
+def main(args: argparse.Namespace) -> None:
+    """Check the flags and run the mode that they name."""
+    check_flags(args)
     if args.interactive:
         converse(args)
     elif args.perplexity is not None:
         measure_perplexity(args)
     elif args.score is not None:
-        texts = scoring.read_texts(args.score, args.text_column, "--text-column", args)
-        scoring.show(texts, scoring.read_references(args, len(texts)))
+        score_file(args)
     else:
         texts = read_prompts(args)
-        flags.check_count(args, len(texts))
-        references = None if args.references is None else scoring.read_references(args, len(texts))
+        references = read_references(args, len(texts))
         if args.check:
-            compare_with_generate(args, texts)
+            check_tokens(args, texts)
         elif args.explain:
             explain_tokens(args, texts)
         elif args.compare:
             compare_choices(args, texts)
         else:
-            generate(args, texts, references)
+            generate_texts(args, texts, references)
 
 
 if __name__ == "__main__":

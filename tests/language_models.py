@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from common.generation.model import LanguageModel
+from common.generation.language_model import LanguageModel
 
 VOCABULARY = 211
 SIZES = {

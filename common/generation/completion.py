@@ -1,22 +1,99 @@
-"""Prompts in, texts out: runs a batch through the decoder and turns each row's tokens into text,
-log-probabilities and a finish reason.
-"""
+"""From tokens to texts: streamed text, completions with their log-probabilities, conversations."""
 
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
+from transformers import DynamicCache, PreTrainedTokenizerBase
 
-from common.generation import decoding, lookup
-from common.generation.model import LanguageModel
-from common.generation.sampling import Settings
-from common.generation.textstream import TextStream
+from common.errors import UserError
+from common.generation import decoding
+from common.generation.decoding import Batch, PromptLookup, Step
+from common.generation.language_model import LanguageModel, check_length, encode_chat
+from common.generation.sampling import Settings, batch_seed
+
+REPLACEMENT = "\ufffd"  # what a decoder shows for bytes that are not (yet) a whole character
+
+Message = dict[str, str]  # {"role": "user", "content": "Why is the sky blue?"}
+
+
+class TextStream:
+    """Turns one text's tokens into pieces of text that can be shown at once.
+
+    Call `add` for each token and `finish` once at the end. All pieces joined are the text decoded
+    at once. A character can take several tokens, and a stop string can lie across tokens: both are
+    held back until they are whole. The search for stop strings looks at the new text only, never
+    at the prompt (transformers #31435).
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: tuple[str, ...] = ()) -> None:
+        self.tokenizer, self.stops = tokenizer, stops
+        self.ids: list[int] = []
+        # ids[context:decoded] are decoded again with what follows, because some decoders treat the
+        # first token of a text differently
+        self.context = 0
+        self.decoded = 0  # ids[:decoded] are decoded
+        self.held = ""  # decoded but not shown: it may be the beginning of a stop string
+        self.text = ""  # everything shown so far
+        # a stop string has been found; neither it nor what follows is part of the text
+        self.stopped = False
+
+    def add(self, token: int) -> str:
+        """Add one token; return the text that can be shown now, which is often ""."""
+        self.ids.append(token)
+        return self._show(self._decode_new(whole_characters=True))
+
+    def finish(self) -> str:
+        """Return what was held back: at the end of the text, it can no longer become a stop string
+        or a whole character.
+        """
+        shown = self._show(self._decode_new(whole_characters=False))
+        rest, self.held = self.held, ""
+        self.text += rest
+        return shown + rest
+
+    def _decode_new(self, *, whole_characters: bool) -> str:
+        known = self._decode(self.context, self.decoded)
+        longer = self._decode(self.context, len(self.ids))
+        is_incomplete = whole_characters and longer.endswith(REPLACEMENT)
+        if len(longer) <= len(known) or is_incomplete:
+            return ""
+        self.context, self.decoded = self.decoded, len(self.ids)
+        return longer[len(known) :]
+
+    def _decode(self, start: int, end: int) -> str:
+        ids = self.ids[start:end]
+        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        return str(self.tokenizer.decode(ids, **options))
+
+    def _show(self, new: str) -> str:
+        if self.stopped:
+            return ""
+        self.held += new
+        stop_indices = [index for stop in self.stops if (index := self.held.find(stop)) >= 0]
+        if stop_indices:
+            self.stopped = True
+            shown, self.held = self.held[: min(stop_indices)], ""
+        else:
+            end = len(self.held) - self._possible_stop()
+            shown, self.held = self.held[:end], self.held[end:]
+        self.text += shown
+        return shown
+
+    def _possible_stop(self) -> int:
+        """Return how many characters at the end of `held` could begin a stop string."""
+        lengths = (
+            length
+            for stop in self.stops
+            for length in range(min(len(stop) - 1, len(self.held)), 0, -1)
+            if self.held.endswith(stop[:length])
+        )
+        return max(lengths, default=0)
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt: its number among all prompts, its text as given, and its token ids."""
+    """One prompt: its number among all prompts (from 0), its text as given, and its token ids."""
 
     number: int
     text: str
@@ -25,47 +102,103 @@ class Prompt:
 
 @dataclass
 class Completion:
-    """One generated text. `finish_reason`: end (an end token), stop (a stop string) or length (the
-    most tokens).
+    """One generated text.
+
+    `finish_reason` is "end" (an end token), "stop" (a stop string) or "length" (the most tokens).
     """
 
     prompt: Prompt
-    sample: int
-    text: str = ""
+    sample: int  # from 0
+    stream: TextStream
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[dict] = field(default_factory=list)
     finish_reason: str = "length"
 
+    @property
+    def text(self) -> str:
+        """The text so far; all of it after `finish`."""
+        return self.stream.text
+
+    def add(self, token: int, end_ids: tuple[int, ...]) -> bool:
+        """Add one token; return whether the text ends with it."""
+        self.token_ids.append(token)
+        if token in end_ids:
+            self.finish_reason = "end"  # the end token is not part of the text
+            return True
+        self.stream.add(token)
+        if self.stream.stopped:
+            self.finish_reason = "stop"
+        return self.stream.stopped
+
+    def finish(self) -> None:
+        """Add to the text what was held back."""
+        self.stream.finish()
+
+
+def logprobs(step: Step, count: int, tokenizer: PreTrainedTokenizerBase) -> list[dict]:
+    """Return for each row its token's log-probability, and the `count` most likely tokens.
+
+    They are the model's natural logarithms, before any filter.
+    """
+    scores = step.logits.log_softmax(-1)  # (B, V)
+    tokens = torch.tensor(step.tokens, device=scores.device)
+    own = scores.gather(-1, tokens[:, None])[:, 0].tolist()
+    best = scores.topk(min(count, scores.shape[-1]))
+
+    def entry(token: int, value: float) -> dict:
+        return {"id": token, "token": tokenizer.decode([token]), "logprob": round(value, 6)}
+
+    rows = zip(step.tokens, own, best.indices.tolist(), best.values.tolist())
+    return [
+        {**entry(token, value), "top": [entry(*pair) for pair in zip(ids, values)]}
+        for token, value, ids, values in rows
+    ]
+
+
+class Stopwatch:
+    """Measures one batch, from before its prefill."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.num_columns = batch.length - batch.cache.get_seq_length()  # that the prefill reads
+        self.started = time.perf_counter()
+        self.first_token: float | None = None
+
+    def token(self) -> None:
+        """Note that a token has arrived: with the first one, the prefill is over."""
+        if self.first_token is None:
+            self.first_token = time.perf_counter()
+
 
 @dataclass
 class Timing:
-    """What the summary line is made of: tokens, seconds, and how many guessed tokens were
-    right.
-    """
+    """Tokens and seconds of a run, for the summary line."""
 
     prompt_tokens: int = 0
     new_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
-    # new_tokens without the first one of each text, which the prefill gives
-    decode_tokens: int = 0
-    first_token_seconds: float = 0.0  # of the first batch
-    guesses: lookup.Guesses = field(default_factory=lookup.Guesses)
+    decode_tokens: int = 0  # new_tokens without the first of each text, which comes from the prefill
+    first_token_seconds: float = 0.0  # in the first batch
+    num_guessed: int = 0  # by prompt lookup
+    num_accepted: int = 0
 
-    def add(
-        self, rows: list[Completion], *, prompt_tokens: int, prefill_seconds: float, decode_seconds: float
-    ):
-        """Take note of a finished batch; `prompt_tokens`: those that were read, and not in the
-        cache before.
+    def add(self, rows: list[Completion], stopwatch: Stopwatch, lookup: PromptLookup | None) -> None:
+        """Count a batch whose last token has just arrived.
+
+        Of the prompts, only what the prefill read is counted, not what was in the cache before.
         """
+        ended, first_token = time.perf_counter(), stopwatch.first_token or stopwatch.started
         if self.new_tokens == 0:
-            self.first_token_seconds = prefill_seconds
+            self.first_token_seconds = first_token - stopwatch.started
         new_tokens = sum(len(row.token_ids) for row in rows)
-        self.prompt_tokens += prompt_tokens
+        self.prompt_tokens += sum(min(len(row.prompt.ids), stopwatch.num_columns) for row in rows)
         self.new_tokens += new_tokens
         self.decode_tokens += new_tokens - len(rows)
-        self.prefill_seconds += prefill_seconds
-        self.decode_seconds += decode_seconds
+        self.prefill_seconds += first_token - stopwatch.started
+        self.decode_seconds += ended - first_token
+        if lookup is not None:
+            self.num_guessed += lookup.num_guessed
+            self.num_accepted += lookup.num_accepted
 
 
 @dataclass(frozen=True)
@@ -74,111 +207,56 @@ class Options:
 
     settings: Settings
     seed: int = 0
-    fast: bool = False  # the fast sampler instead of the exact one
+    sampler: str = "exact"  # or "independent"
     num_samples: int = 1
     stops: tuple[str, ...] = ()
     num_logprobs: int | None = None
-    lookup: int = 0  # guess so many tokens ahead from what was written before
+    lookup: int = 0  # guess up to so many tokens ahead
 
 
-class Generator:
-    """A model with options that turns batches of prompts into texts, and the timing of all of
-    them.
-    """
+@dataclass(frozen=True)
+class Run:
+    """A loaded model with the options of a run, and what the summary line tells about it."""
 
-    def __init__(self, language_model: LanguageModel, options: Options):
-        self.language_model, self.options, self.timing = language_model, options, Timing()
-
-    def complete(
-        self, prompts: list[Prompt], *, seed: int, show: Callable[[str], None] | None = None
-    ) -> list[Completion]:
-        """Return the texts of one batch, in the order (prompt, sample). `show` gets the chunks of
-        the first one as they come.
-
-        `seed`: of this batch, for the exact sampler. Raises UserError when the model gives no
-        numbers.
-        """
-        rows = self.rows(prompts)
-        batch = decoding.left_pad(
-            [row.prompt.ids for row in rows], self.language_model, room=self.options.settings.max_new_tokens
-        )
-        self.fill(rows, batch, seed=seed, show=show)
-        return rows
+    language_model: LanguageModel
+    options: Options
+    timing: Timing = field(default_factory=Timing)
 
     def rows(self, prompts: list[Prompt]) -> list[Completion]:
-        """Return an empty text for each prompt and sample."""
+        """Return an empty completion for each prompt and sample, in this order."""
+        tokenizer, stops = self.language_model.tokenizer, self.options.stops
         return [
-            Completion(prompt, sample) for prompt in prompts for sample in range(self.options.num_samples)
+            Completion(prompt, sample, TextStream(tokenizer, stops))
+            for prompt in prompts
+            for sample in range(self.options.num_samples)
         ]
 
-    def fill(
-        self, rows: list[Completion], batch: decoding.Batch, *, seed: int, show: Callable[[str], None] | None
-    ):
-        """Decode a batch and fill its rows in."""
-        streams = [TextStream(self.language_model.tokenizer, self.options.stops) for _ in rows]
-        read = batch.length - batch.cache.get_seq_length()  # columns that are not in the cache
-        started, first = time.perf_counter(), None
-        for step in self.steps(batch, rows, seed):
-            first = first or time.perf_counter()  # the first token is there: the prefill is over
-            self.take(step, rows, streams, show)
-        ended = time.perf_counter()
-        for row, stream in zip(rows, streams):
-            chunk = stream.finish()
-            row.text = stream.text
-            if show and row is rows[0] and chunk:
-                show(chunk)
-        prompt_tokens = sum(min(len(row.prompt.ids), read) for row in rows)
-        self.timing.add(
-            rows, prompt_tokens=prompt_tokens, prefill_seconds=first - started, decode_seconds=ended - first
+    def left_pad(self, rows: list[Completion], cache: DynamicCache | None = None) -> Batch:
+        """Return the prompts of some completions as a batch with room for all new tokens."""
+        return decoding.left_pad(
+            [row.prompt.ids for row in rows],
+            self.language_model,
+            room=self.options.settings.max_new_tokens,
+            cache=cache,
         )
 
-    def steps(self, batch: decoding.Batch, rows: list[Completion], seed: int) -> Iterator[decoding.Step]:
-        """Return the iterator of steps that the options ask for."""
-        options, settings = self.options, self.options.settings
-        if options.lookup:
-            return lookup.decode(
-                self.language_model, batch, settings, ahead=options.lookup, guesses=self.timing.guesses
-            )
-        if options.fast:
-            choose = decoding.fast_sampler(
-                settings, batch, options.seed, [(row.prompt.number, row.sample) for row in rows]
-            )
-        else:
-            choose = decoding.exact_sampler(settings, batch, seed)
-        return decoding.decode(self.language_model, batch, choose, settings)
-
-    def take(
-        self,
-        step: decoding.Step,
-        rows: list[Completion],
-        streams: list[TextStream],
-        show: Callable[[str], None] | None,
-    ):
-        """Give one step's tokens to the rows that are still growing; end a row whose text holds a
-        stop string.
-        """
-        wanted = self.options.num_logprobs
-        details = logprobs(step, wanted, self.language_model.tokenizer) if wanted is not None else None
-        for number, (row, stream, token) in enumerate(zip(rows, streams, step.tokens)):
-            if not step.live[number]:
+    def add_step(self, rows: list[Completion], step: Step, batch: Batch) -> None:
+        """Add one token to each text that has not ended, and end the rows that end with it."""
+        details = None
+        if self.options.num_logprobs is not None:
+            details = logprobs(step, self.options.num_logprobs, self.language_model.tokenizer)
+        for index, (row, token) in enumerate(zip(rows, step.tokens)):
+            if batch.ended[index]:
                 continue
-            row.token_ids.append(token)
+            batch.ended[index] = row.add(token, self.options.settings.end_ids)
             if details is not None:
-                row.logprobs.append(details[number])
-            if token in self.options.settings.end_ids:
-                row.finish_reason = "end"  # the end token is no part of the text
-                continue
-            chunk = stream.add(token)
-            if show and number == 0 and chunk:
-                show(chunk)
-            if stream.stopped:
-                row.finish_reason, step.ended[number] = "stop", True
+                row.logprobs.append(details[index])
 
     def summary(self, peak_memory_bytes: int) -> str:
-        """Return one line for a person: tokens a second, time to the first token, memory, and with
-        guesses how many were right.
+        """Return one line for a person: tokens per second, time to the first token, memory, and
+        with prompt lookup how many guesses were accepted.
         """
-        timing, guesses = self.timing, self.timing.guesses
+        timing = self.timing
         parts = [
             f"prompt {timing.prompt_tokens:,} tokens, {_rate(timing.prompt_tokens, timing.prefill_seconds)}",
             f"text {timing.new_tokens:,} tokens, {_rate(timing.decode_tokens, timing.decode_seconds)}",
@@ -186,30 +264,92 @@ class Generator:
             f"peak memory {peak_memory_bytes / 1e6:,.0f} MB",
         ]
         if self.options.lookup:
-            share = guesses.right / max(guesses.offered, 1)
-            parts.append(
-                f"lookup: {guesses.right:,} of {guesses.offered:,} guessed tokens accepted ({share:.0%})"
-            )
+            guessed, accepted = timing.num_guessed, timing.num_accepted
+            share = accepted / max(guessed, 1)
+            parts.append(f"lookup: {accepted:,} of {guessed:,} guessed tokens accepted ({share:.0%})")
         return "; ".join(parts)
-
-
-def logprobs(step: decoding.Step, count: int, tokenizer) -> list[dict]:
-    """Return for each row its token's log-probability under the model, before any filter, and the
-    `count` likeliest tokens with theirs.
-    """
-    scores = step.logits.log_softmax(-1)  # (B, V), natural logarithms
-    best = scores.topk(min(count, scores.shape[-1]))
-    own = scores.gather(-1, torch.tensor(step.tokens, device=scores.device)[:, None])[:, 0].tolist()
-    return [
-        {**entry(token, value, tokenizer), "top": [entry(*pair, tokenizer) for pair in zip(ids, values)]}
-        for token, value, ids, values in zip(step.tokens, own, best.indices.tolist(), best.values.tolist())
-    ]
-
-
-def entry(token: int, value: float, tokenizer) -> dict:
-    """Return one token with its log-probability."""
-    return {"id": token, "token": tokenizer.decode([token]), "logprob": round(value, 6)}
 
 
 def _rate(tokens: int, seconds: float) -> str:
     return f"{tokens / seconds:,.1f} tokens/s" if tokens and seconds > 0 else "no rate"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question to the model, and its answer while it is being generated."""
+
+    run: Run  # the timing of this turn alone
+    seed: int
+    messages: list[Message]  # the conversation with the question
+    answer: Completion
+    batch: Batch
+
+
+class Chat:
+    """A conversation that keeps its cache: each turn reads only what is new, however long the
+    conversation is.
+    """
+
+    def __init__(self, run: Run, system: str | None) -> None:
+        """Start a conversation. Raises UserError if the model has no chat template."""
+        self.run, self.system = run, system
+        self.reset()
+        encode_chat([*self.messages, {"role": "user", "content": "?"}], run.language_model)
+
+    def reset(self) -> None:
+        """Start a new conversation."""
+        self.messages: list[Message] = []
+        if self.system:
+            self.messages.append({"role": "system", "content": self.system})
+        self.num_turns = 0
+        self._forget_cache()
+
+    def begin_turn(self, text: str) -> Turn:
+        """Return the turn of the user's next message. Raises UserError, and forgets the message,
+        if the conversation does not fit into the model's context.
+
+        A turn that never ends, because it was interrupted, leaves no trace: the conversation gets
+        its cache back only in `end_turn`. (An interruption can come between two layers, and then
+        nobody knows what the cache holds.)
+        """
+        language_model, options = self.run.language_model, self.run.options
+        messages = [*self.messages, {"role": "user", "content": text}]
+        ids = encode_chat(messages, language_model)
+        try:
+            check_length(ids, options.settings.max_new_tokens, language_model, name="the conversation")
+        except UserError as error:
+            raise UserError(f"{error}; /reset starts a new one") from error
+        cache = self._reusable_cache(ids)
+        self._forget_cache()
+        stream = TextStream(language_model.tokenizer, options.stops)
+        answer = Completion(Prompt(self.num_turns, text, ids), 0, stream)
+        run = Run(language_model, options)
+        seed = batch_seed(options.seed, self.num_turns)
+        return Turn(run, seed, messages, answer, run.left_pad([answer], cache))
+
+    def end_turn(self, turn: Turn) -> None:
+        """Add a question and its finished answer to the conversation."""
+        self.cache = turn.batch.cache
+        self.cached_ids = turn.batch.tokens[0].tolist()[: self.cache.get_seq_length()]
+        self.messages = [*turn.messages, {"role": "assistant", "content": turn.answer.text}]
+        self.num_turns += 1
+
+    def _forget_cache(self) -> None:
+        self.cached_ids: list[int] = []  # the tokens whose keys and values are in the cache
+        self.cache = decoding.new_cache(self.run.language_model)
+
+    def _reusable_cache(self, ids: list[int]) -> DynamicCache:
+        """Return a cache of as many of the first tokens as are the same as before."""
+        num_same = 0
+        for new, cached in zip(ids, self.cached_ids):
+            if new != cached:
+                break
+            num_same += 1
+        num_same = min(num_same, len(ids) - 1)  # at least one token must be read to get logits
+        if num_same == len(self.cached_ids):
+            return self.cache
+        if any(getattr(layer, "is_sliding", False) for layer in self.cache.layers):
+            # a sliding window has forgotten what would be needed again
+            return decoding.new_cache(self.run.language_model)
+        self.cache.crop(num_same - len(self.cached_ids))
+        return self.cache

@@ -1,59 +1,62 @@
-"""Model and sampler -> tokens: prefill, step, and the loop around them.
+"""What the decode loop in generate.py is made of: the batch, prefill, step; and prompt lookup.
 
 Three things go wrong in batched decoding, and each has a name here: the attention mask hides the
-padding, positions count a row's own tokens (transformers #18478, #29419), and the cache holds what
-was computed before. `prefill` reads all prompts at once and `step` one token a row: a faster step
-(compiled, quantised) fits behind the same two functions.
+padding, the positions count a row's own tokens (transformers #18478, #29419), and the cache holds
+what was computed before. `prefill` reads all prompts at once and `step` one token per row: a faster
+step (compiled, quantised) would fit behind the same two functions.
+
+Shapes: B rows (texts), T columns (tokens so far), V tokens in the vocabulary.
 """
 
 import inspect
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
-from transformers import DynamicCache
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
 
 from common.errors import UserError
-from common.generation import drawing, sampling
-from common.generation.model import LanguageModel
+from common.generation import sampling
+from common.generation.language_model import LanguageModel
 from common.generation.sampling import Settings
 
 
 @dataclass
 class Batch:
-    """The texts so far, left-padded so that all of them end at the same column, and what the model
-    remembers of them.
+    """The texts so far, and what the model remembers of them.
+
+    The texts are left-padded, so that all of them end at the same column.
     """
 
-    ids: torch.Tensor  # (B, T + room for all new tokens)
-    # the same shape, 1 for a token and 0 for padding; None where nothing is padded
-    mask: torch.Tensor | None
-    starts: torch.Tensor  # (B): the column where each row's text begins
-    length: int  # columns in use
+    ids: Tensor  # (B, T + room for all new tokens)
+    # same shape as ids, 1 for a token and 0 for padding; None if no row is padded
+    mask: Tensor | None
+    starts: Tensor  # (B): the column where each row's text begins
+    length: int  # T, the number of columns in use
     cache: DynamicCache
+    ended: list[bool]  # (B): rows that have ended get padding until all have
 
     @property
-    def tokens(self) -> torch.Tensor:
-        """All tokens so far, (B, length)."""
+    def tokens(self) -> Tensor:
+        """All tokens so far, (B, T)."""
         return self.ids[:, : self.length]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Step:
-    """What one pass gave: a token for each row, and the logits that it was chosen from."""
+    """One token for each row, and the logits that it was chosen from."""
 
-    tokens: list[int]  # (B); the padding id in rows that had ended
-    live: list[bool]  # (B): whether the row had not ended before this token
-    logits: torch.Tensor  # (B, V), fp32, before any filter
-    # (B): shared by all steps; who reads the text may end a row by a stop string
-    ended: list[bool] = field(default_factory=list)
+    tokens: list[int]  # (B); the padding id in rows that had ended before
+    logits: Tensor  # (B, V), fp32, before any filter
 
 
 def left_pad(
     prompts: list[list[int]], language_model: LanguageModel, *, room: int, cache: DynamicCache | None = None
 ) -> Batch:
-    """Return prompts as a batch with `room` more columns for new tokens, and an empty cache or one
-    that holds their first columns.
+    """Return prompts as a batch with `room` more columns for new tokens.
+
+    `cache` holds the first columns of the prompts; the default is an empty one.
     """
     length, device = max(map(len, prompts)), language_model.device
     ids = torch.full((len(prompts), length + room), language_model.pad_id, dtype=torch.long)
@@ -61,149 +64,172 @@ def left_pad(
     for row, prompt in enumerate(prompts):
         ids[row, length - len(prompt) : length] = torch.tensor(prompt)
         mask[row, : length - len(prompt)] = 0
-    starts = torch.tensor([length - len(prompt) for prompt in prompts], device=device)
-    padded = any(len(prompt) < length for prompt in prompts)
+    is_padded = any(len(prompt) < length for prompt in prompts)
     return Batch(
-        ids.to(device),
-        mask.to(device) if padded else None,
-        starts,
-        length,
-        new_cache(language_model) if cache is None else cache,
+        ids=ids.to(device),
+        mask=mask.to(device) if is_padded else None,
+        starts=torch.tensor([length - len(prompt) for prompt in prompts], device=device),
+        length=length,
+        cache=new_cache(language_model) if cache is None else cache,
+        ended=[False] * len(prompts),
     )
 
 
 def new_cache(language_model: LanguageModel) -> DynamicCache:
-    """Return an empty cache that forgets what a sliding window can't see."""
+    """Return an empty cache, which forgets what a sliding-window model can no longer see."""
     return DynamicCache(config=language_model.model.config.get_text_config(decoder=True))
 
 
-def prefill(language_model: LanguageModel, batch: Batch) -> torch.Tensor:
-    """Read all tokens that the cache does not hold yet; return the logits (B, V) that follow each
-    row, fp32.
-    """
+def prefill(language_model: LanguageModel, batch: Batch) -> Tensor:
+    """Read all tokens that are not in the cache yet; return the logits (B, V) that follow, fp32."""
     return forward(language_model, batch, first=batch.cache.get_seq_length())[:, -1].float()
 
 
-def step(language_model: LanguageModel, batch: Batch, tokens: torch.Tensor) -> torch.Tensor:
-    """Add one token (B) to each row and return the logits (B, V) that follow, fp32."""
-    batch.ids[:, batch.length] = tokens
+def step(language_model: LanguageModel, batch: Batch, tokens: list[int]) -> Tensor:
+    """Add one token to each row, and return the logits (B, V) that follow, fp32."""
+    batch.ids[:, batch.length] = torch.tensor(tokens, device=batch.ids.device)
     batch.length += 1
     return forward(language_model, batch, first=batch.length - 1)[:, -1].float()
 
 
-def forward(language_model: LanguageModel, batch: Batch, *, first: int, keep: int = 1) -> torch.Tensor:
-    """Run the model over the columns from `first` to the end; return the logits of the last `keep`
-    columns, (B, keep, V), in the model's precision.
+def forward(language_model: LanguageModel, batch: Batch, *, first: int, keep: int = 1) -> Tensor:
+    """Run the model over the columns from `first` to the end.
+
+    Return the logits of the last `keep` columns, (B, keep, V), in the model's precision.
     """
-    # padding stands below 0
-    positions = torch.arange(first, batch.length, device=batch.ids.device) - batch.starts[:, None]
-    inputs = {"position_ids": positions.clamp(min=0), "logits_to_keep": keep}
+    columns = torch.arange(first, batch.length, device=batch.ids.device)
+    positions = columns - batch.starts[:, None]  # (B, T - first), negative in the padding
+    options = {"position_ids": positions.clamp(min=0), "logits_to_keep": keep}
     accepted = accepted_inputs(type(language_model.model))
-    inputs = {name: value for name, value in inputs.items() if name in accepted}
-    mask = None if batch.mask is None else batch.mask[:, : batch.length]
-    found = language_model.model(
+    output = language_model.model(
         input_ids=batch.ids[:, first : batch.length],
-        attention_mask=mask,
+        attention_mask=None if batch.mask is None else batch.mask[:, : batch.length],
         past_key_values=batch.cache,
         use_cache=True,
-        **inputs,
+        **{name: value for name, value in options.items() if name in accepted},
     )
-    return found.logits[:, -keep:]
+    return output.logits[:, -keep:]
 
 
-_ACCEPTED: dict[type, frozenset[str]] = {}
+_ACCEPTED_INPUTS: dict[type[PreTrainedModel], frozenset[str]] = {}
 
 
-def accepted_inputs(model_class: type) -> frozenset[str]:
-    """Return the names that a model's forward takes: Bloom has no positions, old models no
-    logits_to_keep. Looked up once a class, not once a token.
+def accepted_inputs(model_class: type[PreTrainedModel]) -> frozenset[str]:
+    """Return the parameters of a model's forward: Bloom takes no positions, and old models no
+    logits_to_keep. Looked up once per class, not once per token.
     """
-    if model_class not in _ACCEPTED:
-        _ACCEPTED[model_class] = frozenset(inspect.signature(model_class.forward).parameters)
-    return _ACCEPTED[model_class]
+    if model_class not in _ACCEPTED_INPUTS:
+        parameters = inspect.signature(model_class.forward).parameters
+        _ACCEPTED_INPUTS[model_class] = frozenset(parameters)
+    return _ACCEPTED_INPUTS[model_class]
 
 
-# (logits (B, V), batch, tokens made so far) -> tokens (B)
-Choose = Callable[[torch.Tensor, Batch, int], torch.Tensor]
+def read_tokens(tokens: Tensor, logits: Tensor, language_model: LanguageModel) -> list[int]:
+    """Return tokens (B) as a list.
 
-
-def exact_sampler(settings: Settings, batch: Batch, seed: int) -> Choose:
-    """Return the chooser whose tokens are `generate`'s after `torch.manual_seed(seed)`: the same
-    filters, sorts and random numbers.
-    """
-    generator = torch.Generator(batch.ids.device).manual_seed(seed)
-    filters = sampling.history_filters(
-        settings, prompt_length=batch.length, starts=batch.starts, padding_is_text=True
-    )
-
-    def choose(logits: torch.Tensor, batch: Batch, made: int) -> torch.Tensor:
-        logits = apply(filters, logits, batch.tokens)
-        return drawing.draw_exactly(logits, settings, generator) if settings.sample else logits.argmax(-1)
-
-    return choose
-
-
-def fast_sampler(settings: Settings, batch: Batch, seed: int, rows: list[tuple[int, int]]) -> Choose:
-    """Return the chooser in which each row, named by (prompt, sample), has random numbers of its
-    own: its text does not depend on its neighbours.
-    """
-    uniforms = (
-        drawing.row_uniforms(seed, rows, settings.max_new_tokens).to(batch.ids.device)
-        if settings.sample
-        else None
-    )
-    filters = sampling.history_filters(
-        settings, prompt_length=batch.length, starts=batch.starts, padding_is_text=False
-    )
-
-    def choose(logits: torch.Tensor, batch: Batch, made: int) -> torch.Tensor:
-        logits = apply(filters, logits, batch.tokens)
-        return (
-            drawing.draw_fast(logits, settings, uniforms[:, made]) if settings.sample else logits.argmax(-1)
-        )
-
-    return choose
-
-
-def apply(filters: list[sampling.Filter], logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Return the logits (B, V) after all filters, which see the tokens (B, T) so far."""
-    for stage in filters:
-        logits = stage.apply(logits, tokens)
-    return logits
-
-
-@torch.inference_mode()
-def decode(language_model: LanguageModel, batch: Batch, choose: Choose, settings: Settings) -> Iterator[Step]:
-    """Yield one Step a token until every row has ended or has its most tokens. Raises UserError
-    when the model's logits are not numbers.
-
-    Rows that have ended get padding and keep drawing random numbers, as in `generate`. Whoever
-    reads the steps may end a row in `ended`.
-    """
-    ends, ended = set(settings.end_ids), [False] * len(batch.ids)
-    logits = prefill(language_model, batch)
-    for made in range(settings.max_new_tokens):
-        live = [not over for over in ended]
-        chosen = fetch(choose(logits, batch, made), logits, language_model)
-        tokens = [token if alive else language_model.pad_id for token, alive in zip(chosen, live)]
-        for row, token in enumerate(tokens):
-            ended[row] = ended[row] or token in ends
-        yield Step(tokens, live, logits, ended)
-        if all(ended) or made + 1 == settings.max_new_tokens:
-            return
-        logits = step(language_model, batch, torch.tensor(tokens, device=batch.ids.device))
-
-
-def fetch(tokens: torch.Tensor, logits: torch.Tensor, language_model: LanguageModel) -> list[int]:
-    """Return tokens (B) as Python's numbers. Raises UserError when a row of the logits (B, V)
-    holds NaN or infinity: argmax would silently pick it.
+    Raises UserError when a row of the logits (B, V) holds NaN or infinity, which argmax would
+    silently choose.
     """
     broken = ~logits.amax(-1).isfinite().all()
-    # the one sync with a GPU for each token, and deliberate: the text is shown as it grows
-    *found, wrong = torch.cat([tokens, broken[None]]).tolist()
-    if wrong:
+    # deliberately the one sync with a GPU per token: the text is shown as it grows
+    *ids, is_broken = torch.cat([tokens, broken[None]]).tolist()
+    if is_broken:
         raise UserError(
-            f"--model {language_model.name}: its logits are not numbers (NaN or infinite); use --precision"
-            " fp32, or mend the model"
+            f"--model {language_model.name}: its logits are not numbers (NaN or infinite); use "
+            "--precision fp32, or repair the model"
         )
-    return found
+    return ids
+
+
+class TokenHistory:
+    """All tokens so far, and where each short run of tokens was last followed by another one."""
+
+    LONGEST, SHORTEST = 4, 2  # lengths of the runs: a single token predicts the next one badly
+
+    def __init__(self, tokens: list[int]) -> None:
+        self.tokens: list[int] = []
+        # run -> the index after its latest occurrence, except for the one at the very end
+        self.next_index: dict[tuple[int, ...], int] = {}
+        for token in tokens:
+            self.add(token)
+
+    def add(self, token: int) -> None:
+        """Add the next token."""
+        for size in range(self.SHORTEST, self.LONGEST + 1):
+            if len(self.tokens) >= size:
+                self.next_index[tuple(self.tokens[-size:])] = len(self.tokens)
+        self.tokens.append(token)
+
+    def guess(self, count: int) -> list[int]:
+        """Return up to `count` tokens that followed the last tokens when they occurred before.
+
+        The longest run that occurred before counts; [] if none did.
+        """
+        for size in range(self.LONGEST, self.SHORTEST - 1, -1):
+            index = self.next_index.get(tuple(self.tokens[-size:]))
+            if index is not None and len(self.tokens) >= size:
+                return self.tokens[index : index + count]
+        return []
+
+
+class PromptLookup:
+    """Prompt-lookup decoding: guess the next tokens from the text so far, check all guesses in one
+    pass, and keep those that greedy decoding would choose.
+
+    Texts repeat themselves: names, quotations, code. Where the last tokens occurred before, what
+    followed them is a good guess, and a pass over several tokens takes hardly longer than a pass
+    over one (Leviathan et al. 2023; Saxena 2023). Every token is still the model's most likely
+    one, so the text is that of greedy decoding. In 16-bit precision, a pass over several tokens
+    rounds differently from a pass over one, and two nearly equal logits can swap places: `--check`
+    shows it.
+    """
+
+    def __init__(self, ahead: int) -> None:
+        self.ahead = ahead  # the most tokens to guess at once
+        self.num_guessed = 0
+        self.num_accepted = 0
+
+    @torch.inference_mode()
+    def decode(self, language_model: LanguageModel, batch: Batch, settings: Settings) -> Iterator[Step]:
+        """Yield one Step per token, like `generate.decode` with greedy sampling, for one row."""
+        sampler = sampling.greedy_sampler(settings, prompt_length=batch.length)
+        history = TokenHistory(batch.tokens[0].tolist())
+        # a sliding window must not forget what a wrong guess has pushed out
+        batch.cache.activate_past_recording()
+        remaining = settings.max_new_tokens
+        logits, guess = prefill(language_model, batch), []  # (1 + guessed, V)
+        while True:
+            known = batch.length - len(guess)  # columns that hold final tokens
+            accepted = 0
+            for index in range(len(guess) + 1):
+                row = logits[index : index + 1]  # (1, V)
+                chosen = sampler(row, batch.ids[:, : known + index])
+                [token] = read_tokens(chosen, row, language_model)
+                history.add(token)
+                remaining -= 1
+                yield Step([token], row)
+                batch.ended[0] |= token in settings.end_ids
+                is_accepted = index < len(guess) and token == guess[index]
+                accepted += is_accepted
+                if batch.ended[0] or remaining == 0 or not is_accepted:
+                    break
+            self.num_guessed += len(guess)
+            self.num_accepted += accepted
+            if batch.ended[0] or remaining == 0:
+                return
+            wrong = len(guess) - accepted
+            batch.cache.crop(-wrong)
+            batch.length -= wrong
+            guess = history.guess(min(self.ahead, remaining - 1))
+            logits = check_guess(language_model, batch, [token, *guess])
+
+
+def check_guess(language_model: LanguageModel, batch: Batch, tokens: list[int]) -> Tensor:
+    """Add a token and the guesses that follow it to the only row of a batch.
+
+    Return the logits (1 + guessed, V) that follow each of them, fp32.
+    """
+    first = batch.length
+    batch.ids[0, first : first + len(tokens)] = torch.tensor(tokens, device=batch.ids.device)
+    batch.length += len(tokens)
+    return forward(language_model, batch, first=first, keep=len(tokens))[0].float()

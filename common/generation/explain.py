@@ -1,103 +1,231 @@
-"""The distribution made visible: what each filter does to the likeliest tokens, and greedy, top-k
-and top-p side by side.
+"""What a user can see of the sampler: a proof against `model.generate`, a table of what each filter
+does, and greedy, top-k and top-p side by side.
 """
 
 import itertools
 import textwrap
-from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from tabulate import tabulate
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from common.generation import decoding, sampling
-from common.generation.completion import Completion, Generator, Prompt
+from common.generation.completion import Completion, Options, Prompt
+from common.generation.decoding import Step
+from common.generation.language_model import LanguageModel
 from common.generation.sampling import Settings
 
-ROWS = 8  # candidates shown for each token
-BAR = 8  # characters of a bar for 100 %
+CONTINUATION_TOKENS = 12  # shown of each continuation, from the first difference on
+CANDIDATES = 8  # shown for each token
+BAR_WIDTH = 8  # characters of a bar for 100 %
 BLOCKS = " ▏▎▍▌▋▊▉█"
-# of the blog post that the tutorial follows, huggingface.co/blog/how-to-generate
+# from the blog post that the tutorial follows, huggingface.co/blog/how-to-generate
 COMPARED_TOP_K, COMPARED_TOP_P = 50, 0.92
 
 
-def stages(
-    logits: torch.Tensor, tokens: torch.Tensor, settings: Settings, *, prompt_length: int
-) -> list[tuple[str, torch.Tensor]]:
-    """Return (name, probabilities (V)) of the model's own distribution and after each filter, for
-    one text: logits (1, V), tokens (1, T).
+# --- --check: the same prompts through model.generate, compared token by token
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Where a row's tokens first differ from those of `generate`; a token is None where its text
+    has ended.
+    """
+
+    row: Completion
+    index: int
+    ours: int | None
+    theirs: int | None
+    their_ids: list[int]
+
+
+def generation_config(options: Options, language_model: LanguageModel) -> GenerationConfig:
+    """Return our options in the terms of `generate`."""
+    settings = options.settings
+    drawing = {}
+    if settings.sample:
+        names = ("temperature", "top_k", "top_p", "min_p", "typical_p")
+        drawing = {name: getattr(settings, name) for name in names}
+    return GenerationConfig(
+        do_sample=settings.sample,
+        num_beams=1,
+        num_return_sequences=options.num_samples,
+        max_new_tokens=settings.max_new_tokens,
+        min_new_tokens=settings.min_new_tokens,
+        repetition_penalty=settings.repetition_penalty,
+        no_repeat_ngram_size=settings.no_repeat_ngram_size,
+        eos_token_id=list(settings.end_ids) or None,
+        pad_token_id=language_model.pad_id,
+        stop_strings=list(options.stops) or None,
+        **drawing,
+    )
+
+
+@torch.inference_mode()
+def library_tokens(
+    language_model: LanguageModel, prompts: list[Prompt], options: Options, *, seed: int
+) -> list[list[int]]:
+    """Return the new tokens that `model.generate` gives for a batch.
+
+    There is one list for each prompt and sample, with the padding that `generate` adds after the
+    end of a text. What a call leaves open, `generate` takes from the model's own generation
+    config: for this call that config is empty, so that the flags alone decide.
+    """
+    batch = decoding.left_pad([prompt.ids for prompt in prompts], language_model, room=0)
+    mask = torch.ones_like(batch.ids) if batch.mask is None else batch.mask
+    torch.manual_seed(seed)
+    model = language_model.model
+    own_config = model.generation_config
+    try:
+        model.generation_config = GenerationConfig()
+        output = model.generate(  # pyrefly: ignore[not-callable]  (load refuses models without it)
+            batch.ids,
+            attention_mask=mask,
+            generation_config=generation_config(options, language_model),
+            tokenizer=language_model.tokenizer,
+        )
+    finally:
+        model.generation_config = own_config
+    return output[:, batch.length :].tolist()
+
+
+def first_difference(row: Completion, theirs: list[int], *, pad_id: int | None) -> Difference | None:
+    """Return where a row first differs from the tokens of `generate`, None if it does not.
+
+    What follows the end of a row must be `pad_id`. None: no token ends a text, so `generate` adds
+    no padding.
+    """
+    ours = row.token_ids
+    for index, (our_token, their_token) in enumerate(zip(ours, theirs)):
+        if our_token != their_token:
+            return Difference(row, index, our_token, their_token, theirs)
+    if len(ours) > len(theirs):
+        return Difference(row, len(theirs), ours[len(theirs)], None, theirs)
+    if pad_id is None:
+        return None
+    for index in range(len(ours), len(theirs)):
+        if theirs[index] != pad_id:
+            return Difference(row, index, None, theirs[index], theirs)
+    return None
+
+
+@torch.inference_mode()
+def describe_difference(difference: Difference, language_model: LanguageModel) -> str:
+    """Return the first difference in words: both tokens with their logits after the tokens that
+    they share, and both continuations.
+    """
+    row, index = difference.row, difference.index
+    batch = decoding.left_pad([row.prompt.ids + row.token_ids[:index]], language_model, room=0)
+    logits = decoding.prefill(language_model, batch)[0]  # (V)
+    decode = language_model.tokenizer.decode
+
+    def describe(token: int | None, ids: list[int]) -> str:
+        if token is None:
+            return "has ended here"
+        continuation = decode(ids[index : index + CONTINUATION_TOKENS])
+        logit = f"logit {logits[token].item():.6f}"
+        return f"{decode([token])!r} (id {token}), {logit}, continues: {continuation!r}"
+
+    place = f"prompt {row.prompt.number + 1}, sample {row.sample + 1}, token {index + 1}"
+    return "\n".join(
+        [
+            f"different: {place}; the {index} before it are equal",
+            f"{'ours':<9} {describe(difference.ours, row.token_ids)}",
+            f"{'generate':<9} {describe(difference.theirs, difference.their_ids)}",
+        ]
+    )
+
+
+# --- --explain: what every filter does to the candidates for a token
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The distribution of the next token after a filter, or the model's own."""
+
+    name: str
+    probabilities: Tensor  # (V)
+
+
+def stages(logits: Tensor, ids: Tensor, settings: Settings, *, prompt_length: int) -> list[Stage]:
+    """Return the model's own distribution and the one after each filter, for one text: logits
+    (1, V), tokens so far (1, T).
     """
     filters = sampling.history_filters(
         settings, prompt_length=prompt_length, starts=None, padding_is_text=True
     )
-    found = [("model", logits[0].softmax(-1))]
+    result = [Stage("model", logits[0].softmax(-1))]
     for stage in [*filters, *sampling.distribution_filters(settings)]:
-        logits = stage.apply(logits, tokens)
-        found.append((stage.name, logits[0].softmax(-1)))
-    return found
+        logits = stage.apply(logits, ids)
+        result.append(Stage(stage.name, logits[0].softmax(-1)))
+    return result
 
 
-def show_token(place: int, token: int, found: list[tuple[str, torch.Tensor]], tokenizer) -> str:
-    """Return the table of one token: the likeliest candidates, each with its probability before
-    and after every filter.
+def step_table(step: Step, ids: Tensor, settings: Settings, row: Completion) -> str:
+    """Return the table of a row's next token; `ids` (1, T) are the tokens before it."""
+    shown = stages(step.logits, ids, settings, prompt_length=len(row.prompt.ids))
+    number = len(row.token_ids) + 1
+    return token_table(number, step.tokens[0], shown, row.stream.tokenizer)
+
+
+def token_table(number: int, token: int, stages: list[Stage], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the table of one token: the most likely candidates, each with its probability before
+    and after every filter. `number` counts the new tokens from 1.
     """
-    final, first = found[-1][1], found[0][1]
-    kept = int((final > 0).sum())
-    shown = _order(final, first)[:ROWS]
-    shown += [token] if token not in shown else []
-    lines = [
-        [
-            ">" if number == token else "",
-            repr(tokenizer.decode([number])),
-            *(_cell(values[number].item()) for _, values in found),
-        ]
-        for number in shown
-    ]
-    rest = [
-        values.index_fill(0, torch.tensor(shown, device=values.device), 0.0).sum().item()
-        for _, values in found
-    ]
-    lines.append(["", "all others", *(_cell(value) for value in rest)])
-    head = f"token {place}: {tokenizer.decode([token])!r}, one of {kept:,} kept of {len(final):,}"
-    columns = ["", "candidate", *(name for name, _ in found)]
-    return f"{head}\n{tabulate(lines, columns, disable_numparse=True, tablefmt='plain')}\n"
+    first, last = stages[0].probabilities, stages[-1].probabilities
+    num_kept = int((last > 0).sum())
+    shown = _candidates(first, last)
+    if token not in shown:
+        shown.append(token)
+    lines = []
+    for candidate in shown:
+        mark, text = ">" if candidate == token else "", repr(tokenizer.decode([candidate]))
+        lines.append([mark, text, *(_cell(stage.probabilities[candidate].item()) for stage in stages)])
+    columns = torch.tensor(shown, device=first.device)
+    others = [stage.probabilities.index_fill(0, columns, 0.0).sum().item() for stage in stages]
+    lines.append(["", "all others", *(_cell(value) for value in others)])
+    text = repr(tokenizer.decode([token]))
+    head = f"token {number}: {text}, one of {num_kept:,} kept of {len(last):,}"
+    names = ["", "candidate", *(stage.name for stage in stages)]
+    return f"{head}\n{tabulate(lines, names, disable_numparse=True, tablefmt='plain')}\n"
 
 
-def _order(final: torch.Tensor, first: torch.Tensor) -> list[int]:
-    """Return the likeliest tokens in the end, and after them, where fewer are kept than shown, the
-    likeliest of the model.
+def _candidates(first: Tensor, last: Tensor) -> list[int]:
+    """Return the most likely tokens of the last distribution (V); where it keeps fewer than shown,
+    the model's most likely ones follow.
     """
-    kept = [number for number in final.topk(min(ROWS, len(final))).indices.tolist() if final[number] > 0]
-    return list(dict.fromkeys([*kept, *first.topk(min(2 * ROWS, len(first))).indices.tolist()]))
+    top = last.topk(min(CANDIDATES, len(last))).indices.tolist()
+    kept = [token for token in top if last[token] > 0]
+    unfiltered = first.topk(min(2 * CANDIDATES, len(first))).indices.tolist()
+    return list(dict.fromkeys([*kept, *unfiltered]))[:CANDIDATES]
 
 
-def _cell(value: float) -> str:
-    return f"{value:6.1%} {bar(value)}" if value > 0 else f"{'-':>6} {bar(0)}"
+def _cell(probability: float) -> str:
+    if probability == 0:
+        return f"{'-':>6} {bar(0)}"
+    return f"{probability:6.1%} {bar(probability)}"
 
 
 def bar(share: float) -> str:
-    """Return a bar of BAR characters for a share from 0 to 1, in eighths of a character."""
-    eighths = round(min(share, 1.0) * BAR * 8)
-    return ("█" * (eighths // 8) + (BLOCKS[eighths % 8] if eighths % 8 else "")).ljust(BAR)
+    """Return a bar of BAR_WIDTH characters for a share from 0 to 1, in eighths of a character."""
+    eighths = round(min(share, 1.0) * BAR_WIDTH * 8)
+    partial = BLOCKS[eighths % 8] if eighths % 8 else ""
+    return ("█" * (eighths // 8) + partial).ljust(BAR_WIDTH)
 
 
-def explain(generator: Generator, prompt: Prompt, seed: int) -> Iterator[tuple[int, str]]:
-    """Yield each token as it is generated, by the sampler that the generator's options name, and
-    its table.
-    """
-    settings, language_model = generator.options.settings, generator.language_model
-    batch = decoding.left_pad([prompt.ids], language_model, room=settings.max_new_tokens)
-    for place, step in enumerate(generator.steps(batch, [Completion(prompt, 0)], seed), start=1):
-        found = stages(step.logits, batch.tokens, settings, prompt_length=len(prompt.ids))
-        yield step.tokens[0], show_token(place, step.tokens[0], found, language_model.tokenizer)
+# --- --compare: greedy, top-k and top-p side by side
 
 
 def compared_settings(settings: Settings) -> dict[str, Settings]:
-    """Return the three ways to compare, by name, each with what the user gave and the tutorial's k
-    and p where nothing was given.
+    """Return the three settings to compare, by name.
+
+    Each keeps what the user asked for; k and p are the tutorial's where no others were given.
     """
+    k = settings.top_k or COMPARED_TOP_K
+    p = settings.top_p if settings.top_p < 1 else COMPARED_TOP_P
     plain = replace(settings, top_k=0, top_p=1.0, sample=True)
-    k, p = settings.top_k or COMPARED_TOP_K, settings.top_p if settings.top_p < 1 else COMPARED_TOP_P
     return {
         "greedy": replace(plain, sample=False),
         f"top-k {k}": replace(plain, top_k=k),
@@ -105,25 +233,18 @@ def compared_settings(settings: Settings) -> dict[str, Settings]:
     }
 
 
-def side_by_side(texts: dict[str, Completion], width: int) -> str:
-    """Return texts as columns, all together `width` characters wide; what can't be shown, such as
-    a control character, becomes a space.
+def side_by_side(texts: dict[str, str], width: int) -> str:
+    """Return texts as columns under their names, all together `width` characters wide.
+
+    What cannot be shown, such as a control character, becomes a space.
     """
-    column = max(20, (width - 2 * (len(texts) - 1)) // len(texts))
-    wrapped = []
-    for name, found in texts.items():
-        paragraphs = [
-            "".join(char if char.isprintable() else " " for char in paragraph)
-            for paragraph in found.text.strip("\n").split("\n")
-        ]
-        wrapped.append(
-            [
-                name,
-                "-" * column,
-                *(piece for paragraph in paragraphs for piece in textwrap.wrap(paragraph, column) or [""]),
-            ]
-        )
-    return "\n".join(
-        "  ".join(cell.ljust(column) for cell in cells).rstrip()
-        for cells in itertools.zip_longest(*wrapped, fillvalue="")
-    )
+    column_width = max(20, (width - 2 * (len(texts) - 1)) // len(texts))
+    columns = []
+    for name, text in texts.items():
+        lines = [name, "-" * column_width]
+        for paragraph in text.strip("\n").split("\n"):
+            printable = "".join(char if char.isprintable() else " " for char in paragraph)
+            lines += textwrap.wrap(printable, column_width) or [""]
+        columns.append(lines)
+    rows = itertools.zip_longest(*columns, fillvalue="")
+    return "\n".join("  ".join(cell.ljust(column_width) for cell in row).rstrip() for row in rows)

@@ -1,129 +1,168 @@
-"""How a text is headed on the screen; and the output file: one JSON line a text, whole batches at
-a time.
-
-So an interrupted run can go on after what is there.
+"""Texts on the screen, and the output file: one JSON line per text, written in whole batches, so
+that an interrupted run can be resumed.
 """
 
 import json
 import os
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
-from common.errors import UserError
-from common.generation.completion import Completion
+from common.errors import UserError, shorten
+from common.generation.completion import Completion, Run
+from common.runtime import Runtime, peak_memory_bytes
 
-SHOWN_OF_A_PROMPT = 60  # characters
-# what must be the same for a run to go on after a line
+PROMPT_WIDTH = 60  # characters of a prompt in the line above its text
+# what must be the same for a run to continue after a line
 COMPARED = ("prompt_number", "sample", "prompt", "seed", "settings")
 
 
 def heading(number: int, sample: int, prompt: str) -> str:
-    """Return the line over a text on the screen, where there are several, with its line break."""
-    short = " ".join(prompt.split())
-    short = short if len(short) <= SHOWN_OF_A_PROMPT else short[: SHOWN_OF_A_PROMPT - 3] + "..."
-    return f"--- prompt {number}, sample {sample}: {short}\n"
+    """Return the line above a text on the screen, where there are several, with its line break."""
+    return f"--- prompt {number}, sample {sample}: {shorten(prompt, PROMPT_WIDTH)}\n"
 
 
-def line(row: Completion, *, seed: int, batch_seed: int, settings: dict) -> dict:
-    """Return what is written of one text; `batch_seed`: the one that its batch was drawn from,
-    which alone draws this batch again.
-    """
-    found = {
-        "prompt_number": row.prompt.number + 1,
-        "sample": row.sample + 1,
-        "prompt": row.prompt.text,
-        "text": row.text,
-        "token_ids": row.token_ids,
-        "finish_reason": row.finish_reason,
-        "seed": seed,
-        "batch_seed": batch_seed,
-        "settings": settings,
-    }
-    return {**found, "logprobs": row.logprobs} if row.logprobs else found
+def show_lines(lines: list[dict], *, with_headings: bool, first_is_shown: bool) -> None:
+    """Show the texts of a batch; the first one may have been shown while it grew."""
+    for index, line in enumerate(lines):
+        if index == 0 and first_is_shown:
+            print(flush=True)
+            continue
+        above = heading(line["prompt_number"], line["sample"], line["prompt"]) if with_headings else ""
+        print(above + line["text"], flush=True)
 
 
-def check_new(path: str, *, resume: bool):
-    """Raise UserError unless `path` can be written: a new file in a folder that is there, or an
-    older one to go on with.
+def show_summary(run: Run, runtime: Runtime) -> None:
+    """Print the summary line on stderr, dim on a terminal."""
+    if not runtime.is_main or not run.timing.new_tokens:
+        return
+    line = run.summary(peak_memory_bytes(runtime.device))
+    if runtime.world_size > 1:
+        line += " (process 0)"
+    print(f"\x1b[2m{line}\x1b[0m" if sys.stderr.isatty() else line, file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True)
+class Record:
+    """What the output file says of each text besides the text: the run's seed and settings."""
+
+    seed: int
+    settings: dict
+
+    def line(self, row: Completion, *, batch_seed: int) -> dict:
+        """Return what is written for one text, as JSON takes it.
+
+        `batch_seed` is the seed of its batch: with it as --seed, this batch alone is drawn again.
+        """
+        line = {
+            "prompt_number": row.prompt.number + 1,
+            "sample": row.sample + 1,
+            "prompt": row.prompt.text,
+            "text": row.text,
+            "token_ids": row.token_ids,
+            "finish_reason": row.finish_reason,
+            "seed": self.seed,
+            "batch_seed": batch_seed,
+            "settings": self.settings,
+        }
+        return {**line, "logprobs": row.logprobs} if row.logprobs else line
+
+
+def gather(lines: list[dict], runtime: Runtime) -> list[dict]:
+    """Return the lines of all processes, in the order of their batches."""
+    if runtime.world_size == 1:
+        return lines
+    parts = runtime.all_gather_texts(json.dumps(lines))
+    return [line for part in parts for line in json.loads(part)]
+
+
+def check_path(path: str, *, resume: bool) -> None:
+    """Raise UserError unless `path` can be written: a new file in an existing folder, or one to
+    resume.
     """
     file = Path(path)
     if file.is_dir() or path.endswith(os.sep):
-        raise UserError(f"--output {path}: it is a folder; name a file in it, such as {file / 'texts.jsonl'}")
+        example = file / "texts.jsonl"
+        raise UserError(f"--output {path}: it is a folder; name a file in it, such as {example}")
     if not file.parent.is_dir():
-        raise UserError(f"--output {path}: there is no folder {file.parent}; make it first or name another")
+        raise UserError(
+            f"--output {path}: there is no folder {file.parent}; make it first or name another file"
+        )
     if file.exists() and not file.is_file():
         raise UserError(
-            f"--output {path}: it is a device or a pipe, which can't be gone on with; name a file, or leave"
-            " --output out and read standard output"
+            f"--output {path}: it is a device or a pipe, which cannot be resumed; name a file, or "
+            "leave --output out and read standard output"
         )
     if not os.access(file if file.exists() else file.parent, os.W_OK):
-        raise UserError(f"--output {path}: no right to write there; name another file")
+        raise UserError(f"--output {path}: no permission to write there; name another file")
     if file.exists() and file.stat().st_size > 0 and not resume:
         raise UserError(
-            f"--output {path}: it holds texts already; go on after them with --resume, or name a new file"
+            f"--output {path}: it already holds texts; continue after them with --resume, or name a new file"
         )
 
 
-def finished(path: str, expected: list[dict], *, group: int) -> list[dict]:
-    """Return the lines of a file that a run can go on after: whole groups of `group`, each a text
-    of the expected prompt and settings.
+def finished_lines(path: str, rows: list[Completion], record: Record, *, group: int) -> list[dict]:
+    """Return the lines of a file that a run can continue after: whole batches of `group` lines.
 
-    `expected`: the lines of the whole run, with empty texts. A last line that an interruption cut
-    off counts as not there. Raises UserError for a line that is no JSON or belongs to another run.
+    `rows` are the texts of the whole run, still empty. A last line that an interruption cut short
+    does not count. Raises UserError for a line that is not JSON or belongs to a
+    different run.
     """
     file = Path(path)
-    written = file.read_bytes() if file.exists() else b""
-    lines, kept = written.split(b"\n")[:-1], []  # what follows the last line break was cut off
-    for number, (content, wanted) in enumerate(zip(lines, expected), start=1):
-        try:
-            kept.append(found := json.loads(content))
-            different = [name for name in COMPARED if found[name] != wanted[name]]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{path}, line {number}: not a line of this script's output; remove it, or name another file"
-                " with --output"
-            ) from error
-        if different:
-            raise UserError(
-                f"{path}, line {number}: its {_words(different[0], found, wanted)}; --resume needs the same"
-                " prompts and flags"
-            )
-    if len(lines) > len(expected):
+    content = file.read_bytes() if file.exists() else b""
+    encoded = content.split(b"\n")[:-1]  # what follows the last line break was cut short
+    lines = []
+    for number, (line, row) in enumerate(zip(encoded, rows), start=1):
+        expected = record.line(row, batch_seed=record.seed)
+        lines.append(_check_line(line, expected, name=f"{path}, line {number}"))
+    if len(encoded) > len(rows):
         raise UserError(
-            f"{path}: it holds {len(lines):,} texts and this run has {len(expected):,}; --resume needs the"
-            " same prompts and flags"
+            f"{path}: it holds {len(encoded):,} texts and this run has {len(rows):,}; --resume "
+            "needs the same prompts and flags"
         )
-    return kept if len(kept) == len(expected) else kept[: len(kept) // group * group]
+    return lines if len(lines) == len(rows) else lines[: len(lines) // group * group]
 
 
-def _words(name: str, found: dict, wanted: dict) -> str:
-    if name != "settings":
-        return f"{name} is {found[name]!r}, this run's is {wanted[name]!r}"
-    names = sorted(set(found["settings"]) | set(wanted["settings"]))
-    first = next(key for key in names if found["settings"].get(key) != wanted["settings"].get(key))
-    return f"{first} is {found['settings'].get(first)!r}, this run's is {wanted['settings'].get(first)!r}"
+def _check_line(encoded: bytes, expected: dict, *, name: str) -> dict:
+    try:
+        line = json.loads(encoded)
+        different = [key for key in COMPARED if line[key] != expected[key]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{name}: not a line of this script's output; remove it, or name another file with --output"
+        ) from error
+    if different:
+        difference = _describe_difference(different[0], line, expected)
+        raise UserError(f"{name}: its {difference}; --resume needs the same prompts and flags")
+    return line
 
 
-class Output:
-    """An output file that is being written; each batch is on the disk before the next one
-    starts.
-    """
+def _describe_difference(key: str, line: dict, expected: dict) -> str:
+    if key == "settings":
+        line, expected = line["settings"], expected["settings"]
+        names = sorted(set(line) | set(expected))
+        key = next(name for name in names if line.get(name) != expected.get(name))
+    return f"{key} is {line.get(key)!r}, this run's is {expected.get(key)!r}"
 
-    def __init__(self, path: str, *, keep_lines: int):
+
+class OutputFile:
+    """A file that is being written; each batch is on the disk before the next one starts."""
+
+    def __init__(self, path: str, *, keep_lines: int) -> None:
+        """Open a file after its first `keep_lines` lines, and drop the rest."""
         kept = Path(path).read_bytes().split(b"\n")[:keep_lines] if Path(path).exists() else []
+        self.path = Path(path)
         self.file = open(path, "ab")  # noqa: SIM115  (open as long as the run)
-        self.file.truncate(sum(len(content) + 1 for content in kept))
+        self.file.truncate(sum(len(line) + 1 for line in kept))
 
-    def write(self, lines: list[dict]):
+    def write(self, lines: list[dict]) -> None:
         """Add the lines of a batch."""
-        self.file.write(
-            "".join(json.dumps(found, ensure_ascii=False) + "\n" for found in lines).encode(
-                "utf-8", errors="replace"
-            )
-        )
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        self.file.write(text.encode("utf-8", errors="replace"))
         self.file.flush()
         os.fsync(self.file.fileno())
 
     def close(self) -> int:
         """Close the file and return how many lines it holds."""
         self.file.close()
-        return Path(self.file.name).read_bytes().count(b"\n")
+        return self.path.read_bytes().count(b"\n")

@@ -1,27 +1,31 @@
-"""From the model's logits to the distribution of the next token: pure tensor functions, in the
-order in which `model.generate` applies them.
+"""From the model's logits to the next token: filters, distribution, draw.
 
-Shapes: logits (B, V) in fp32, ids (B, T), the tokens so far. B rows are independent texts, V is
-the vocabulary. A filter returns new logits with -inf where a token is out. drawing.py takes the
-token.
+Pure tensor functions, in the order in which `model.generate` applies them. Shapes: logits (B, V)
+in fp32; ids (B, T), the tokens so far; tokens (B), the next token of each row. The B rows are
+independent texts, and V is the size of the vocabulary. A filter returns new logits, with -inf for
+each token that it removes.
 
-The order is: repetition penalty, no repeated n-grams, no end before min_new_tokens; and when
+Order of the filters: repetition penalty, no repeated n-grams, minimum length; then, only when
 sampling: temperature, top-k, top-p, min-p, typical.
+
+This is the plain version, and the oracle of the tests for its faster twin, fast_sampling.py.
 """
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How tokens are chosen; each neutral value leaves its filter out."""
+    """How tokens are chosen. With its neutral value, a filter is left out."""
 
     max_new_tokens: int = 200
     min_new_tokens: int = 0
-    sample: bool = False
+    sample: bool = False  # False: greedy
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
@@ -34,146 +38,154 @@ class Settings:
 
 @dataclass(frozen=True)
 class Filter:
-    """One named stage between the model's logits and the draw: `apply(logits, ids)` returns new
-    logits.
-    """
+    """A named stage between the model's logits and the draw: `apply(logits, ids)` -> logits."""
 
     name: str
-    apply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    apply: Callable[[Tensor, Tensor], Tensor]
 
 
-def scale_by_temperature(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Return logits / temperature: below 1 sharpens, above 1 flattens. 0 is not a scale; it means
-    greedy, before this function.
+# (logits (B, V), tokens so far (B, T)) -> next tokens (B)
+Sampler = Callable[[Tensor, Tensor], Tensor]
+
+
+# --- Filters of the distribution, used only when sampling
+
+
+def scale_by_temperature(logits: Tensor, temperature: float) -> Tensor:
+    """Return logits / temperature: below 1 sharpens the distribution, above 1 flattens it.
+
+    A temperature of 0 means greedy decoding and never reaches this function.
     """
     return logits / temperature
 
 
-def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
-    """Keep the k likeliest tokens and all that tie with the last of them (Fan et al. 2018); all
-    where k is above V.
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """Keep the k most likely tokens and all that tie with the last of them (Fan et al. 2018).
+
+    Keep all tokens where k is larger than V.
     """
     kth = logits.topk(min(k, logits.shape[-1])).values[..., -1, None]  # (B, 1)
     return logits.masked_fill(logits < kth, -torch.inf)
 
 
-def keep_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
-    """Keep the smallest set of likeliest tokens whose probabilities reach p, one at least
-    (Holtzman et al. 2020).
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
+    """Keep the fewest most likely tokens whose probabilities reach p (Holtzman et al. 2020).
 
-    It sums from the unlikely end over the whole vocabulary, as `generate` does, so that every
-    rounding is the same; which of several tokens that tie at the limit are in, the sort decides.
+    At least one token is kept. The sum starts at the unlikely end and covers the whole vocabulary,
+    as in `generate`, so that all rounding is the same. Where tokens tie at the limit, the order of
+    the sort decides which of them are kept.
     """
     ascending, order = logits.sort(descending=False)
-    # (B, V), in sorted order: a run at the beginning
-    out = ascending.softmax(-1).cumsum(-1) <= 1 - p
-    out[..., -1] = False
-    return logits.masked_fill(out.scatter(-1, order, out), -torch.inf)
+    removed = ascending.softmax(-1).cumsum(-1) <= 1 - p  # (B, V), in sorted order
+    removed[..., -1] = False
+    return logits.masked_fill(removed.scatter(-1, order, removed), -torch.inf)
 
 
-def keep_min_p(logits: torch.Tensor, share: float) -> torch.Tensor:
-    """Keep tokens at least `share` times as likely as the likeliest (Nguyen et al. 2024)."""
+def keep_min_p(logits: Tensor, share: float) -> Tensor:
+    """Keep tokens at least `share` times as likely as the most likely one (Nguyen et al. 2024)."""
     probabilities = logits.softmax(-1)
-    likeliest = probabilities.amax(-1, keepdim=True)
-    out = probabilities < share * likeliest
-    out.scatter_(-1, probabilities.topk(1).indices, False)
-    return logits.masked_fill(out, -torch.inf)
+    highest = probabilities.amax(-1, keepdim=True)  # (B, 1)
+    removed = probabilities < share * highest
+    removed.scatter_(-1, probabilities.topk(1).indices, False)
+    return logits.masked_fill(removed, -torch.inf)
 
 
-def keep_typical(logits: torch.Tensor, mass: float) -> torch.Tensor:
-    """Keep the tokens whose surprise is nearest to the expected one until their probabilities
-    reach `mass` (Meister et al. 2023).
+def keep_typical(logits: Tensor, mass: float) -> Tensor:
+    """Keep the tokens whose surprise is closest to the expected surprise (Meister et al. 2023).
+
+    Tokens are kept, closest first, until their probabilities reach `mass`.
     """
     log_probabilities = logits.log_softmax(-1)
-    # nansum: 0 times -inf counts as 0
-    entropy = -(log_probabilities * log_probabilities.exp()).nansum(-1, keepdim=True)
+    # nansum: 0 * -inf counts as 0
+    entropy = -(log_probabilities * log_probabilities.exp()).nansum(-1, keepdim=True)  # (B, 1)
     distance, order = (-log_probabilities - entropy).abs().sort(descending=False)
-    # (B, 1)
-    reached = (logits.gather(-1, order).softmax(-1).cumsum(-1) < mass).sum(-1, keepdim=True)
-    out = distance > distance.gather(-1, reached.clamp(max=logits.shape[-1] - 1))
-    out[..., 0] = False
-    return logits.masked_fill(out.scatter(-1, order, out), -torch.inf)
+    cumulative = logits.gather(-1, order).softmax(-1).cumsum(-1)
+    last = (cumulative < mass).sum(-1, keepdim=True).clamp(max=logits.shape[-1] - 1)  # (B, 1)
+    removed = distance > distance.gather(-1, last)
+    removed[..., 0] = False
+    return logits.masked_fill(removed.scatter(-1, order, removed), -torch.inf)
 
 
-def penalize_repetition(
-    logits: torch.Tensor, ids: torch.Tensor, penalty: float, starts: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Make each token that occurs in ids less likely, once however often it occurs (Keskar et al.
-    2019).
+# --- Filters that depend on the tokens so far, used when sampling and in greedy decoding
 
-    Positive logits are divided by the penalty, negative ones multiplied. `starts` (B): where each
-    row's text begins; padding before it is no text.
+
+def penalize_repetition(logits: Tensor, ids: Tensor, penalty: float, starts: Tensor | None = None) -> Tensor:
+    """Make each token that occurs in ids less likely, however often it occurs (Keskar et al. 2019).
+
+    Positive logits are divided by the penalty, negative ones are multiplied by it. `starts` (B) is
+    the column where each row's text begins; the padding before it is not counted as text.
     """
     if starts is not None:
-        padded = torch.arange(ids.shape[-1], device=ids.device) < starts[:, None]
-        # the row's first token occurs anyway
-        ids = torch.where(padded, ids.gather(-1, starts[:, None]), ids)
+        is_padding = torch.arange(ids.shape[-1], device=ids.device) < starts[:, None]  # (B, T)
+        # replace padding with the row's first token, which occurs anyway
+        ids = torch.where(is_padding, ids.gather(-1, starts[:, None]), ids)
     seen = logits.gather(-1, ids)
     return logits.scatter(-1, ids, torch.where(seen < 0, seen * penalty, seen / penalty))
 
 
-def forbid_repeated_ngrams(
-    logits: torch.Tensor, ids: torch.Tensor, size: int, starts: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Forbid each token that would complete an n-gram of `size` that occurs in ids; `starts` as
-    above, None counts padding as text.
+def forbid_repeated_ngrams(logits: Tensor, ids: Tensor, size: int, starts: Tensor | None = None) -> Tensor:
+    """Forbid each token that would complete an n-gram of `size` tokens that already occurs in ids.
+
+    `starts` as in `penalize_repetition`; None counts padding as text.
     """
     length, vocabulary = ids.shape[-1], logits.shape[-1]
     if length < size:
         return logits
-    windows = ids.unfold(-1, size, 1)  # (B, length - size + 1, size)
-    matches = (windows[..., :-1] == ids[:, None, length + 1 - size :]).all(-1)
+    ngrams = ids.unfold(-1, size, 1)  # (B, length - size + 1, size)
+    matches = (ngrams[..., :-1] == ids[:, None, length + 1 - size :]).all(-1)
     if starts is not None:
-        matches &= torch.arange(windows.shape[1], device=ids.device) >= starts[:, None]
-    # the last column takes what does not match
-    out = logits.new_zeros((logits.shape[0], vocabulary + 1), dtype=torch.bool)
-    out.scatter_(-1, torch.where(matches, windows[..., -1], vocabulary), True)
-    return logits.masked_fill(out[:, :vocabulary], -torch.inf)
+        matches &= torch.arange(ngrams.shape[1], device=ids.device) >= starts[:, None]
+    # one extra column takes the n-grams that do not match
+    removed = logits.new_zeros((logits.shape[0], vocabulary + 1), dtype=torch.bool)
+    removed.scatter_(-1, torch.where(matches, ngrams[..., -1], vocabulary), True)
+    return logits.masked_fill(removed[:, :vocabulary], -torch.inf)
 
 
-def forbid(logits: torch.Tensor, ids: tuple[int, ...]) -> torch.Tensor:
-    """Forbid some tokens: the end ids, while a text is shorter than its minimum."""
-    return logits.index_fill(-1, torch.tensor(ids, dtype=torch.long, device=logits.device), -torch.inf)
+def forbid(logits: Tensor, ids: tuple[int, ...]) -> Tensor:
+    """Forbid the given tokens: the end ids, while a text is shorter than its minimum."""
+    columns = torch.tensor(ids, dtype=torch.long, device=logits.device)
+    return logits.index_fill(-1, columns, -torch.inf)
+
+
+# --- Which filters the settings ask for
 
 
 def history_filters(
-    settings: Settings, *, prompt_length: int, starts: torch.Tensor | None, padding_is_text: bool
+    settings: Settings, *, prompt_length: int, starts: Tensor | None, padding_is_text: bool
 ) -> list[Filter]:
-    """Return the filters that look at the tokens so far; `padding_is_text` lets n-grams reach into
-    padding, as `generate` does.
+    """Return the filters that depend on the tokens so far, in order.
+
+    `padding_is_text` lets n-grams reach into the padding, as `generate` does.
     """
-    found, size = [], settings.no_repeat_ngram_size
-    if settings.repetition_penalty != 1.0:
-        found.append(
-            Filter(
-                f"repetition penalty {settings.repetition_penalty:g}",
-                lambda logits, ids: penalize_repetition(logits, ids, settings.repetition_penalty, starts),
-            )
-        )
+    penalty, size = settings.repetition_penalty, settings.no_repeat_ngram_size
+    minimum, end_ids = settings.min_new_tokens, settings.end_ids
+    ngram_starts = None if padding_is_text else starts
+
+    def penalize(logits: Tensor, ids: Tensor) -> Tensor:
+        return penalize_repetition(logits, ids, penalty, starts)
+
+    def forbid_ngrams(logits: Tensor, ids: Tensor) -> Tensor:
+        return forbid_repeated_ngrams(logits, ids, size, ngram_starts)
+
+    def forbid_early_end(logits: Tensor, ids: Tensor) -> Tensor:
+        return forbid(logits, end_ids) if ids.shape[-1] - prompt_length < minimum else logits
+
+    filters = []
+    if penalty != 1.0:
+        filters.append(Filter(f"repetition penalty {penalty:g}", penalize))
     if size > 0:
-        counted = None if padding_is_text else starts
-        found.append(
-            Filter(
-                f"no repeated {size}-gram",
-                lambda logits, ids: forbid_repeated_ngrams(logits, ids, size, counted),
-            )
-        )
-    if settings.min_new_tokens > 0 and settings.end_ids:
-        found.append(
-            Filter(
-                f"min {settings.min_new_tokens} new tokens",
-                lambda logits, ids: (
-                    forbid(logits, settings.end_ids)
-                    if ids.shape[-1] - prompt_length < settings.min_new_tokens
-                    else logits
-                ),
-            )
-        )
-    return found
+        filters.append(Filter(f"no repeated {size}-gram", forbid_ngrams))
+    if minimum > 0 and end_ids:
+        filters.append(Filter(f"min {minimum} new tokens", forbid_early_end))
+    return filters
 
 
 def distribution_filters(settings: Settings) -> list[Filter]:
-    """Return the filters that shape the distribution to draw from; none when greedy."""
+    """Return the filters that shape the distribution to draw from, in order; none when greedy."""
+
+    def stage(name: str, function: Callable[..., Tensor], value: float) -> Filter:
+        return Filter(f"{name} {value:g}", lambda logits, ids: function(logits, value))
+
     known = (
         ("temperature", scale_by_temperature, settings.temperature, settings.temperature != 1.0),
         ("top-k", keep_top_k, settings.top_k, settings.top_k > 0),
@@ -181,15 +193,130 @@ def distribution_filters(settings: Settings) -> list[Filter]:
         ("min-p", keep_min_p, settings.min_p, settings.min_p > 0),
         ("typical", keep_typical, settings.typical_p, settings.typical_p < 1.0),
     )
-    return [
-        Filter(f"{name} {value:g}", lambda logits, ids, apply=apply, value=value: apply(logits, value))
-        for name, apply, value, wanted in known
-        if wanted and settings.sample
-    ]
+    if not settings.sample:
+        return []
+    return [stage(name, function, value) for name, function, value, wanted in known if wanted]
 
 
-def distribution(logits: torch.Tensor, settings: Settings) -> torch.Tensor:
+def apply_filters(filters: list[Filter], logits: Tensor, ids: Tensor) -> Tensor:
+    """Return the logits (B, V) after all filters, given the tokens so far, ids (B, T)."""
+    for stage in filters:
+        logits = stage.apply(logits, ids)
+    return logits
+
+
+# --- The draw
+
+
+def distribution(logits: Tensor, settings: Settings) -> Tensor:
     """Return the probabilities (B, V) to draw from, after all filters of the distribution."""
-    for stage in distribution_filters(settings):
-        logits = stage.apply(logits, logits)
-    return logits.softmax(-1)
+    ids = logits.new_empty((len(logits), 0), dtype=torch.long)  # these filters use none
+    return apply_filters(distribution_filters(settings), logits, ids).softmax(-1)
+
+
+def draw_exactly(logits: Tensor, settings: Settings, generator: torch.Generator) -> Tensor:
+    """Return the tokens (B) that `generate` draws with a random generator in the same state.
+
+    These are the steps of `torch.multinomial` for one draw: divide each probability by a random
+    number of the exponential distribution, and take the largest quotient. They use V random
+    numbers for each row, also for rows that have ended. (On a GPU, `multinomial` itself would end
+    the process over NaN, which `decoding.read_tokens` reports.)
+    """
+    probabilities = distribution(logits, settings)
+    noise = torch.empty_like(probabilities).exponential_(1, generator=generator)
+    return (probabilities / noise).argmax(-1)
+
+
+def draw_independently(logits: Tensor, settings: Settings, uniforms: Tensor) -> Tensor:
+    """Return tokens (B) drawn with one uniform random number in [0, 1) for each row (B), fp64."""
+    return invert_cumulative(distribution(logits, settings), uniforms)
+
+
+def invert_cumulative(probabilities: Tensor, uniforms: Tensor) -> Tensor:
+    """Return for each row the first column (B) whose cumulative probability exceeds its uniform."""
+    cumulative = probabilities.double().cumsum(-1)  # (B, C)
+    # a uniform is at most 1 - 2**-53, so that the product stays below the total, also when rounded
+    return (cumulative <= uniforms[:, None] * cumulative[:, -1:]).sum(-1)
+
+
+# --- The samplers
+
+
+def greedy_sampler(settings: Settings, *, prompt_length: int) -> Sampler:
+    """Return the sampler that takes the most likely token, for one row without padding."""
+    filters = history_filters(settings, prompt_length=prompt_length, starts=None, padding_is_text=True)
+    return lambda logits, ids: apply_filters(filters, logits, ids).argmax(-1)
+
+
+def exact_sampler(
+    settings: Settings,
+    *,
+    prompt_length: int,
+    starts: Tensor,
+    seed: int,
+    draw: Callable[[Tensor, Settings, torch.Generator], Tensor] = draw_exactly,
+) -> Sampler:
+    """Return the sampler whose tokens are those of `generate` after `torch.manual_seed(seed)`.
+
+    It uses the same filters, sorts and random numbers. `starts` (B) is the column where each row's
+    text begins.
+    """
+    filters = history_filters(settings, prompt_length=prompt_length, starts=starts, padding_is_text=True)
+    generator = torch.Generator(starts.device).manual_seed(seed)
+
+    def sample(logits: Tensor, ids: Tensor) -> Tensor:
+        logits = apply_filters(filters, logits, ids)
+        return draw(logits, settings, generator) if settings.sample else logits.argmax(-1)
+
+    return sample
+
+
+def independent_sampler(
+    settings: Settings,
+    *,
+    prompt_length: int,
+    starts: Tensor,
+    uniforms: Tensor,
+    draw: Callable[[Tensor, Settings, Tensor], Tensor] = draw_independently,
+) -> Sampler:
+    """Return the sampler whose texts do not depend on the other texts of the batch.
+
+    `uniforms` (B, max_new_tokens) are each row's own random numbers, from `row_uniforms`.
+    """
+    filters = history_filters(settings, prompt_length=prompt_length, starts=starts, padding_is_text=False)
+
+    def sample(logits: Tensor, ids: Tensor) -> Tensor:
+        logits = apply_filters(filters, logits, ids)
+        if not settings.sample:
+            return logits.argmax(-1)
+        return draw(logits, settings, uniforms[:, ids.shape[-1] - prompt_length])
+
+    return sample
+
+
+# --- Seeds
+
+
+def batch_seed(seed: int, number: int) -> int:
+    """Return the seed of a run's batch, for the exact sampler.
+
+    The first batch has the run's own seed. The others are derived from it, so that runs with
+    neighbouring seeds share no batch seed.
+    """
+    if number == 0:
+        return seed
+    digest = hashlib.sha256(f"{seed}/batch {number}".encode()).digest()
+    return int.from_bytes(digest[:4])
+
+
+def row_uniforms(seed: int, rows: list[tuple[int, int]], count: int) -> Tensor:
+    """Return uniform random numbers (rows, count) in fp64, for the independent sampler.
+
+    Each row is named by (prompt, sample) and has a generator of its own.
+    """
+    uniforms = []
+    for prompt, sample in rows:
+        digest = hashlib.sha256(f"{seed}/{prompt}/{sample}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
+        uniforms.append(torch.rand(count, generator=generator, dtype=torch.float64))
+    return torch.stack(uniforms)

@@ -1,56 +1,193 @@
-"""ROUGE of texts against references: reading both, and the lines on the screen."""
+"""Two scores of texts: ROUGE against references, and a model's perplexity."""
 
+import math
 import re
+import statistics
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from tqdm import tqdm
 
 from common import reading
 from common.errors import UserError
+from common.generation import decoding
+from common.generation.language_model import LanguageModel
 
-# what rouge_score makes words of; of a Chinese text it sees nothing
-COUNTED = re.compile("[a-z0-9]", re.IGNORECASE)
+ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+COUNTED = re.compile("[a-z0-9]", re.IGNORECASE)  # rouge_score counts words of these characters only
+
+DEFAULT_WINDOW = 1024
+SCORED_AT_ONCE = 256  # positions whose logits become fp32 at once: (256, 50k) are 50 MB
 
 
-def read_texts(name: str, column: str, flag: str, args) -> list[str]:
-    """Return texts to score or to score against: a data file's column, or the lines of any other
-    file. An empty text is one, with score 0.
+# --- ROUGE
+
+
+def rouge(texts: list[str], references: list[str]) -> dict[str, float]:
+    """Return the mean F1 over all texts of the overlap with their references (Lin 2004).
+
+    rouge1 counts words, rouge2 pairs of words, rougeL the longest common subsequence; rougeLsum
+    takes the subsequence of each line by itself. `evaluate.load("rouge")` reports the same mean,
+    but downloads the script that computes it.
     """
-    return reading.read_texts(name, column=column, cache_dir=args.cache_dir, allow_empty=True, flag=flag)
+    # importing it takes two seconds, which no other mode should wait for
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(ROUGE_TYPES)
+    scores = [scorer.score(reference, text) for text, reference in zip(texts, references)]
+    return {name: statistics.fmean(score[name].fmeasure for score in scores) for name in ROUGE_TYPES}
 
 
-def read_references(args, num_texts: int) -> list[str]:
-    """Return one reference for each of `num_texts` texts. Raises UserError when there are more or
-    fewer, and for one without a word that ROUGE counts.
+def read_references(name: str, num_texts: int, *, column: str, cache_dir: str | None) -> list[str]:
+    """Return one reference for each of `num_texts` texts, from a file or standard input ("-").
+
+    Raises UserError if there are more or fewer, and for one without a word that ROUGE counts.
     """
-    references = read_texts(args.references, args.reference_column, "--reference-column", args)
+    references = reading.read_texts(
+        name, column=column, cache_dir=cache_dir, allow_empty=True, flag="--reference-column"
+    )
     if len(references) != num_texts:
         raise UserError(
-            f"--references {args.references}: it has {len(references):,} texts for {num_texts:,} to score;"
-            " give one for each"
+            f"--references {name}: it has {len(references):,} texts for {num_texts:,} to score; "
+            "give one for each"
         )
     for number, text in enumerate(references, start=1):
-        if text.strip() and not COUNTED.search(text):
+        if not is_counted(text):
             raise UserError(
-                f"--references {args.references}, text {number}: ROUGE counts words of the letters a to z and"
-                " of digits, and there are none; compare texts in such letters, or leave --references out"
+                f"--references {name}, text {number}: no word that ROUGE counts (letters a to z "
+                "and digits); compare texts in such letters, or leave --references out"
             )
     return references
 
 
-def show(texts: list[str], references: list[str]):
-    """Print the ROUGE scores of texts, one line each, and say it where texts have no word that
-    could count.
-    """
-    # scikit-learn and evaluate take three seconds to import, which no other mode should wait for
-    from common.metrics import Rouge
+def is_counted(text: str) -> bool:
+    """Return whether ROUGE counts any word of a text; an empty text counts too, with score 0."""
+    return not text.strip() or COUNTED.search(text) is not None
 
-    unseen = sum(bool(text.strip()) and not COUNTED.search(text) for text in texts)
-    if unseen:
-        print(
-            f"{unseen:,} of {len(texts):,} texts score 0: ROUGE counts words of the letters a to z and of"
-            " digits, and they have none",
-            file=sys.stderr,
-        )
-    scores = Rouge(keep_in_memory=True).compute(predictions=texts, references=references)
+
+def show_rouge(texts: list[str], references: list[str]) -> None:
+    """Print the ROUGE scores of texts, and how many of them have no word that counts."""
+    num_ignored = sum(not is_counted(text) for text in texts)
+    if num_ignored:
+        reason = "ROUGE counts only words of the letters a to z and digits, and they have none"
+        print(f"{num_ignored:,} of {len(texts):,} texts score 0: {reason}", file=sys.stderr)
     print(f"ROUGE, mean F1 over {len(texts):,} texts")
-    for name, value in scores.items():
+    for name, value in rouge(texts, references).items():
         print(f"{name:<9} {value:.4f}")
+
+
+# --- Perplexity
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """The summed negative log-likelihood of a text (natural logarithm) over `num_tokens` tokens.
+
+    The first token of a text is not scored, because nothing predicts it; `num_bytes` are the bytes
+    of the others.
+    """
+
+    total: float
+    num_tokens: int
+    num_bytes: int = 0
+
+    @property
+    def perplexity(self) -> float:
+        """exp(mean negative log-likelihood)."""
+        mean = self.total / self.num_tokens
+        return math.exp(mean) if mean < 700 else math.inf
+
+    @property
+    def bits_per_byte(self) -> float:
+        """The negative log-likelihood in bits, per byte of text: comparable between tokenizers."""
+        return self.total / math.log(2) / self.num_bytes
+
+
+@dataclass(frozen=True)
+class SlidingWindow:
+    """A window over a long text: `size` tokens per pass, `stride` tokens from pass to pass."""
+
+    size: int
+    stride: int
+
+
+def choose_window(language_model: LanguageModel, size: int | None, stride: int | None) -> SlidingWindow:
+    """Return the window that --window and --stride ask for; None stands for the default.
+
+    Raises UserError if the two do not fit the model or each other.
+    """
+    context = language_model.context
+    if size is None:
+        size = min(DEFAULT_WINDOW, context or DEFAULT_WINDOW)
+    if context is not None and size > context:
+        raise UserError(
+            f"--window {size}: {language_model.name} holds {context:,} tokens; use at most {context}"
+        )
+    if size < 2:
+        raise UserError(
+            f"--window {size}: each token is predicted from at least one before it; use at least 2"
+        )
+    if stride is None:
+        stride = max(1, size // 2)
+    if stride >= size:
+        raise UserError(
+            f"--stride {stride}: windows of {size} tokens must overlap, because the first token of "
+            f"each is not predicted; use at most {size - 1}"
+        )
+    return SlidingWindow(size, stride)
+
+
+def passes(length: int, window: SlidingWindow) -> Iterator[tuple[int, int, int]]:
+    """Yield (begin, end, first): a pass over tokens [begin, end) that scores those from `first`.
+
+    Each token of the text but the first is scored exactly once, with at least size - stride tokens
+    before it, as far as the text has them.
+    """
+    first, begin = 1, 0
+    while first < length:
+        end = min(begin + window.size, length)
+        yield begin, end, first
+        first, begin = end, begin + window.stride
+
+
+def text_likelihood(
+    language_model: LanguageModel, text: str, window: SlidingWindow, *, name: str
+) -> Likelihood:
+    """Return the likelihood of a text. Raises UserError, naming its file, if it is too short."""
+    tokenizer = language_model.tokenizer
+    ids = tokenizer(text)["input_ids"]
+    if len(ids) < 2:
+        raise UserError(
+            f"--perplexity {name}: {len(ids)} tokens; a text needs two, because the first one is "
+            "not predicted"
+        )
+    result = likelihood(language_model, ids, window)
+    # the first token may be a special one, which the text does not contain
+    scored = text.removeprefix(str(tokenizer.decode(ids[:1], skip_special_tokens=True)))
+    return replace(result, num_bytes=len(scored.encode()))
+
+
+@torch.inference_mode()
+def likelihood(language_model: LanguageModel, ids: list[int], window: SlidingWindow) -> Likelihood:
+    """Return the likelihood of a text's tokens, computed in overlapping windows, so that each token
+    is predicted from a long stretch before it.
+    """
+    model = language_model.model
+    keeps_logits = "logits_to_keep" in decoding.accepted_inputs(type(model))
+    tokens = torch.tensor([ids], device=language_model.device)  # (1, T)
+    total = torch.zeros((), dtype=torch.float64)
+    all_passes = list(passes(len(ids), window))
+    for begin, end, first in tqdm(all_passes, unit="window", leave=False, disable=None):
+        # from the column before the first scored token; the overlap's other logits are not needed
+        kept = end - first + 1
+        options = {"logits_to_keep": kept} if keeps_logits else {}
+        logits = model(tokens[:, begin:end], use_cache=False, **options).logits[0, -kept:]  # (kept, V)
+        for start in range(first, end, SCORED_AT_ONCE):
+            targets = tokens[0, start : min(start + SCORED_AT_ONCE, end)]
+            # each token is predicted by the logits of the position before it
+            predicting = logits[start - first : start - first + len(targets)].float()
+            loss = torch.nn.functional.cross_entropy(predicting, targets, reduction="sum")
+            total += loss.double().cpu()
+    return Likelihood(total.item(), len(ids) - 1)

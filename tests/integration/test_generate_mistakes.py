@@ -1,4 +1,4 @@
-"""A user's mistake in generate.py ends in one line that names it and the way out, with exit code
+"""A user's mistake in generate.py ends in one line that names it and says what to do, with exit code
 2, and nothing is lost or made.
 """
 
@@ -98,25 +98,37 @@ FLAGS = {  # name: (flags, what the line must hold)
         ("--min-new-tokens 9", "--max-new-tokens 8", "lower"),
     ),
     "no samples": ([*P, "--num-samples", 0], ("--num-samples", "'0'")),
-    "several greedy samples": ([*P, "--num-samples", 3], ("--num-samples 3", "greedy", "--temperature")),
-    "an empty stop string": ([*P, "--stop", ""], ("--stop ''", "everywhere")),
+    "several greedy samples": (
+        [*P, "--num-samples", 3],
+        ("--num-samples 3", "--temperature", "--top-k", "--top-p"),
+    ),
+    "an empty stop string": ([*P, "--stop", ""], ("--stop ''", "empty")),
     "an unknown end token": ([*P, "--end-token", "<nope>"], ("--end-token '<nope>'", "no token", "--stop")),
     "a system text without a chat": ([*P, "--system", "Be short."], ("--system 'Be short.'", "--chat")),
     "lookup when sampling": ([*P, "--lookup", 3, "--top-k", 5], ("--lookup 3", "greedy", "leave")),
     "lookup when explaining": ([*P, "--lookup", 3, "--explain"], ("--lookup 3", "--explain")),
-    "check of the fast sampler": (
-        [*P, "--check", "--sampler", "fast", "--top-k", 5],
+    "check of the independent sampler": (
+        [*P, "--check", "--sampler", "independent", "--top-k", 5],
         ("--check", "--sampler exact"),
     ),
     "two modes": ([*P, "--check", "--explain"], ("--check", "--explain", "not allowed with")),
     "explain several prompts": ([*P, *P, "--explain"], ("--explain", "one prompt, not 2")),
     "compare several prompts": ([*P, *P, "--compare"], ("--compare", "one prompt, not 2")),
-    "a conversation with a prompt": ([*P, "--interactive"], ("--interactive", "leave --prompt")),
-    "resume without a file": ([*P, "--resume"], ("--resume", "--output FILE")),
-    "log-probabilities without a file": ([*P, "--logprobs", 3], ("--logprobs 3", "--output FILE")),
-    "an output of a check": ([*P, "--check", "--output", "x.jsonl"], ("--output", "--check", "leave one")),
-    "score without references": (["--score", "README.md"], ("--score", "--references FILE")),
-    "references of a check": ([*P, "--check", "--references", "README.md"], ("--references", "--check")),
+    "a conversation with a prompt": (
+        [*P, "--interactive"],
+        ("--prompt 'The quick'", "--interactive", "leave one"),
+    ),
+    "resume without a file": ([*P, "--resume"], ("--resume", "--output")),
+    "log-probabilities without a file": ([*P, "--logprobs", 3], ("--logprobs 3", "--output")),
+    "an output of a check": (
+        [*P, "--check", "--output", "x.jsonl"],
+        ("--output 'x.jsonl'", "--check", "leave one"),
+    ),
+    "score without references": (["--score", "README.md"], ("--score 'README.md'", "--references")),
+    "references of a check": (
+        [*P, "--check", "--references", "README.md"],
+        ("--references 'README.md'", "--check"),
+    ),
     "a file that is not there": (
         ["--prompts-file", "nowhere.txt"],
         ("nowhere.txt", "No such file", "name a text file"),
@@ -154,13 +166,13 @@ FLAGS = {  # name: (flags, what the line must hold)
     ),
     "a stop string of a perplexity": (
         ["--perplexity", "README.md", "--stop", "a"],
-        ("--stop 'a'", "--perplexity", "leave it out"),
+        ("--stop 'a'", "--perplexity", "leave one"),
     ),
     "a window without a perplexity": ([*P, "--window", 9], ("--window 9", "--perplexity", "leave it out")),
     "a stride without a perplexity": ([*P, "--stride", 9], ("--stride 9", "--perplexity", "leave it out")),
     "a stream into a file": (
         [*P, "--stream", "--output", "x.jsonl"],
-        ("--stream", "--output FILE", "leave one"),
+        ("--stream", "--output 'x.jsonl'", "leave one"),
     ),
     "standard input for two things": (
         ["--prompts-file", "-", "--references", "-"],
@@ -367,10 +379,10 @@ def test_pickled_weights_are_never_read(refused, tiny, tmp_path):
 
 def test_a_mode_of_one_process_under_torchrun(refused, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    refused(*P, "--check", parts=("--check", "one process", "without torchrun"))
-    refused("--prompts-file", "-", parts=("--prompts-file -", "standard input", "save it as a file"))
-    refused(*P, "--references", "-", parts=("--references -", "standard input", "save it as a file"))
-    refused(*P, "--stream", parts=("--stream", "several processes", "leave it out"))
+    refused(*P, "--check", parts=("--check", "one process", "torchrun"))
+    refused("--prompts-file", "-", parts=("--prompts-file -", "torchrun", "standard input", "name a file"))
+    refused(*P, "--references", "-", parts=("--references -", "torchrun", "standard input", "name a file"))
+    refused(*P, "--stream", parts=("--stream", "several processes", "torchrun", "leave one"))
 
 
 @pytest.fixture
@@ -381,7 +393,7 @@ def written(script, tmp_path) -> Path:
 
 
 RESUMED = {  # name: (flags, what the line must hold)
-    "without the wish to go on": (["--top-k", 9], ("holds texts already", "--resume", "name a new file")),
+    "without the wish to go on": (["--top-k", 9], ("holds texts", "--resume", "name a new file")),
     "another setting": (
         ["--top-k", 8, "--resume"],
         ("line 1", "top_k is 9, this run's is 8", "same prompts and flags"),
@@ -566,7 +578,7 @@ def test_the_fetch_shows_a_bar_to_a_person_who_waits(terminal, tmp_path, monkeyp
 def test_two_processes_that_fetch_at_once(tmp_path):
     """One works and the other waits; both end with the same whole folder."""
     code = (
-        f"from common.generation import smollm2; print(smollm2.model_folder({REAL!r},"
+        f"from common import bundled; print(bundled.model_folder({REAL!r}, kind='language model',"
         f" cache_dir={str(tmp_path)!r}))"
     )
     running = [
@@ -577,7 +589,7 @@ def test_two_processes_that_fetch_at_once(tmp_path):
     ]
     ended = [process.communicate(timeout=300) for process in running]
     assert [process.returncode for process in running] == [0, 0], ended
-    assert ended[0][0] == ended[1][0] and sum("fetching" in stderr for _, stderr in ended) == 1
+    assert ended[0][0] == ended[1][0] and sum("downloading" in stderr for _, stderr in ended) == 1
     assert sorted(path.name for path in (tmp_path / "bundled").iterdir()) == [
         ".lock",
         f"SmolLM2-135M-Instruct-{bundled.CONVERSION}",

@@ -1,22 +1,25 @@
-"""A conversation keeps its cache and answers as if it had none, also after what goes wrong: oracle
-is each answer from the whole conversation, anew.
+"""A conversation keeps its cache and answers as if it had none, also after an interruption: the
+oracle is each answer to the whole conversation without a cache.
 """
+
+from collections.abc import Callable
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
+import generate
 from common.errors import UserError
-from common.generation.chat import Chat
-from common.generation.completion import Generator, Options, Prompt
-from common.generation.model import LanguageModel, encode_chat
+from common.generation.completion import Chat, Options, Prompt, Run
+from common.generation.language_model import LanguageModel, encode_chat
 from common.generation.sampling import Settings
+from common.runtime import Runtime
 from language_models import CHAT_TEMPLATE, SIZES, train_byte_bpe
 
 TURNS = ["Why is the sky blue?", "And the light?", "I like the fox"]
 
 
-def generator_of(kind: str, *, context: int = 512) -> Generator:
+def run_of(kind: str, *, context: int = 512) -> Run:
     """Return a random model that chats: llama, or mistral that sees 8 tokens back."""
     tokenizer = train_byte_bpe()
     tokenizer.chat_template = CHAT_TEMPLATE
@@ -34,26 +37,35 @@ def generator_of(kind: str, *, context: int = 512) -> Generator:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3)
-    return Generator(
+    return Run(
         LanguageModel(kind, model, tokenizer, (2,), 0, context),
         Options(Settings(max_new_tokens=12, end_ids=(2,))),
     )
 
 
-def anew(generator: Generator, chat: Chat, text: str) -> list[int]:
-    """Return the tokens of the answer to the conversation so far and one more text, without any
-    cache.
-    """
-    ids = encode_chat([*chat.messages, {"role": "user", "content": text}], generator.language_model)
-    return generator.complete([Prompt(0, text, ids)], seed=0)[0].token_ids
+def without_cache(chat: Chat, text: str) -> list[int]:
+    """Return the tokens of the answer to the conversation so far and one more text."""
+    ids = encode_chat([*chat.messages, {"role": "user", "content": text}], chat.run.language_model)
+    rows = chat.run.rows([Prompt(0, text, ids)])
+    list(generate.complete(chat.run, rows, seed=0))
+    return rows[0].token_ids
 
 
-def stop_after(count: int):
-    """Return a `show` that Ctrl-C ends at the given chunk."""
+def answer(chat: Chat, text: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return the tokens of an answer, given as the script gives it."""
+    turns, end_turn = [], Chat.end_turn
+    monkeypatch.setattr(Chat, "end_turn", lambda self, turn: (turns.append(turn), end_turn(self, turn)))
+    generate.answer(chat, text, Runtime(torch.device("cpu"), "fp32"))
+    monkeypatch.setattr(Chat, "end_turn", end_turn)
+    return turns[0].answer.token_ids
+
+
+def interrupt_after(count: int) -> Callable[[str], None]:
+    """Return a `show` that Ctrl-C interrupts at the given piece of text."""
     shown = []
 
-    def show(chunk: str):
-        shown.append(chunk)
+    def show(text: str) -> None:
+        shown.append(text)
         if len(shown) == count:
             raise KeyboardInterrupt
 
@@ -61,38 +73,36 @@ def stop_after(count: int):
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
-def test_each_answer_is_that_of_the_whole_conversation(kind):
+def test_each_answer_is_that_of_the_whole_conversation(kind, monkeypatch):
     """Mistral's window has forgotten what a shorter conversation would need again: such a cache is
-    not gone on with.
+    not reused.
     """
-    generator = generator_of(kind)
-    chat = Chat(generator, "Be short.")
+    chat = Chat(run_of(kind), "Be short.")
     for turn in TURNS:
-        expected = anew(generator, chat, turn)
-        assert chat.reply(turn, lambda chunk: None).token_ids == expected
+        expected = without_cache(chat, turn)
+        assert answer(chat, turn, monkeypatch) == expected
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
-def test_an_interrupted_turn_leaves_nothing(kind):
-    generator = generator_of(kind)
-    chat = Chat(generator, None)
-    chat.reply(TURNS[0], lambda chunk: None)
+def test_an_interrupted_turn_leaves_nothing(kind, monkeypatch):
+    chat = Chat(run_of(kind), None)
+    answer(chat, TURNS[0], monkeypatch)
     before = list(chat.messages)
-    with pytest.raises(KeyboardInterrupt):
-        chat.reply(TURNS[1], stop_after(3))
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(generate, "show", interrupt_after(3))
+        answer(chat, TURNS[1], patched)
     assert chat.messages == before
-    expected = anew(generator, chat, TURNS[2])
-    assert chat.reply(TURNS[2], lambda chunk: None).token_ids == expected
+    expected = without_cache(chat, TURNS[2])
+    assert answer(chat, TURNS[2], monkeypatch) == expected
 
 
-def test_a_full_context_is_said_and_a_new_conversation_can_begin():
-    generator = generator_of("llama", context=96)
-    chat = Chat(generator, None)
-    chat.reply(TURNS[0], lambda chunk: None)
+def test_a_full_context_is_reported_and_a_new_conversation_can_start(monkeypatch):
+    chat = Chat(run_of("llama", context=96), None)
+    answer(chat, TURNS[0], monkeypatch)
     before = list(chat.messages)
-    with pytest.raises(UserError, match="the conversation .* holds 96; .*; /reset begins a new one"):
-        chat.reply("The quick brown fox " * 5, lambda chunk: None)
+    with pytest.raises(UserError, match="the conversation .* holds 96; .*; /reset "):
+        chat.begin_turn("The quick brown fox " * 5)
     assert chat.messages == before
     chat.reset()
-    expected = anew(generator, chat, TURNS[1])
-    assert chat.reply(TURNS[1], lambda chunk: None).token_ids == expected
+    expected = without_cache(chat, TURNS[1])
+    assert answer(chat, TURNS[1], monkeypatch) == expected

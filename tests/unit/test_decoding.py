@@ -1,17 +1,21 @@
-"""The decoder against `model.generate`, token for token; rows against the same rows alone."""
+"""The decode loop against `model.generate`, token for token; rows against the same rows alone."""
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
 from transformers import GenerationConfig
 
+import generate
 from common.errors import UserError
-from common.generation import check, decoding, lookup
-from common.generation.completion import Options, Prompt
-from common.generation.sampling import Settings
-from language_models import KINDS, tiny_language_model
+from common.generation import decoding, explain, sampling
+from common.generation.completion import Completion, Options, Prompt, TextStream
+from common.generation.decoding import Batch, PromptLookup, TokenHistory
+from common.generation.language_model import LanguageModel
+from common.generation.sampling import Sampler, Settings
+from language_models import KINDS, tiny_language_model, train_byte_bpe
 
 PROMPTS = [[7, 8, 9, 10, 11, 12, 9, 10], [4], list(range(20, 35)), [100, 101, 100, 101, 100]]
 UNPADDED = [[7, 8, 9, 10, 11], [100, 101, 100, 101, 100], [30, 31, 32, 33, 34]]
@@ -40,56 +44,90 @@ SETTINGS = {
 }
 
 
-def ours(language_model, prompts, settings, choose_with) -> list[list[int]]:
+def ours(
+    language_model: LanguageModel,
+    prompts: list[list[int]],
+    settings: Settings,
+    sampler_of: Callable[[Settings, Batch], Sampler],
+) -> list[list[int]]:
     """Return each row's new tokens, up to its end."""
     batch = decoding.left_pad(prompts, language_model, room=settings.max_new_tokens)
-    found = [[] for _ in prompts]
-    for step in decoding.decode(language_model, batch, choose_with(settings, batch), settings):
-        # ended rows get padding
-        assert all(live or token == language_model.pad_id for live, token in zip(step.live, step.tokens))
-        for row, live, token in zip(found, step.live, step.tokens):
-            row.extend([token] if live else [])
-    return found
+    rows: list[list[int]] = [[] for _ in prompts]
+    for step in generate.decode(language_model, batch, sampler_of(settings, batch), settings):
+        for row, ended, token in zip(rows, batch.ended, step.tokens):
+            assert not ended or token == language_model.pad_id
+            row.extend([] if ended else [token])
+    return rows
 
 
-def exact(seed: int):
-    return lambda settings, batch: decoding.exact_sampler(settings, batch, seed)
+def exact(seed: int) -> Callable[[Settings, Batch], Sampler]:
+    """Return the exact sampler of the script, with the fast draw."""
+    return lambda settings, batch: generate.make_sampler(Options(settings), batch, [], seed)
+
+
+def plain(seed: int) -> Callable[[Settings, Batch], Sampler]:
+    """Return the exact sampler with the plain draw."""
+    return lambda settings, batch: sampling.exact_sampler(
+        settings, prompt_length=batch.length, starts=batch.starts, seed=seed
+    )
+
+
+def independent(*numbers: int) -> Callable[[Settings, Batch], Sampler]:
+    """Return the independent sampler of the script for the prompts of these numbers, seed 3."""
+    rows = [Completion(Prompt(number, "", []), 0, TextStream(train_byte_bpe())) for number in numbers]
+
+    def sampler_of(settings: Settings, batch: Batch) -> Sampler:
+        return generate.make_sampler(Options(settings, seed=3, sampler="independent"), batch, rows, 0)
+
+    return sampler_of
+
+
+def library(
+    language_model: LanguageModel, prompts: list[list[int]], options: Options, seed: int
+) -> list[list[int]]:
+    """Return the rows of `model.generate`, each up to its first end id."""
+    numbered = [Prompt(number, "", ids) for number, ids in enumerate(prompts)]
+    rows = explain.library_tokens(language_model, numbered, options, seed=seed)
+    return [until_end(row, options.settings.end_ids) for row in rows]
 
 
 def until_end(row: list[int], ends: tuple[int, ...]) -> list[int]:
-    """Return a row of `generate` up to its first end id."""
-    place = next((place for place, token in enumerate(row) if token in ends), len(row))
-    return row[: place + 1]
+    """Return a row up to its first end id."""
+    end = next((index for index, token in enumerate(row) if token in ends), len(row))
+    return row[: end + 1]
 
 
-def settings_of(flags: dict, language_model) -> Settings:
+def settings_of(flags: dict, language_model: LanguageModel) -> Settings:
+    """Return the settings of the tests, with some changed."""
     return Settings(max_new_tokens=NEW_TOKENS, end_ids=language_model.end_ids, **flags)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_token_is_the_one_of_generate(kind, dtype):
-    """3 models x 2 precisions x one text, left-padded 4 and unpadded 3 x 10 settings x 2 seeds:
-    360 runs.
+def test_every_token_is_the_one_of_generate(kind: str, dtype: torch.dtype) -> None:
+    """3 models x 2 precisions x one text, 4 left-padded and 3 unpadded ones x 10 settings x 2
+    seeds: 360 runs.
     """
     language_model, ended_early, different = tiny_language_model(kind, dtype), 0, []
     for (name, flags), prompts, seed in itertools.product(
         SETTINGS.items(), (PROMPTS[:1], PROMPTS, UNPADDED), (0, 1)
     ):
         settings = settings_of(flags, language_model)
-        found = ours(language_model, prompts, settings, exact(seed))
-        theirs = check.generate(
-            language_model,
-            [Prompt(number, "", ids) for number, ids in enumerate(prompts)],
-            Options(settings),
-            seed=seed,
-        )
-        ended_early += sum(len(row) < NEW_TOKENS for row in found)
-        different += (
-            [(name, prompts, seed)] if found != [until_end(row, settings.end_ids) for row in theirs] else []
-        )
+        rows = ours(language_model, prompts, settings, exact(seed))
+        ended_early += sum(len(row) < NEW_TOKENS for row in rows)
+        if rows != library(language_model, prompts, Options(settings), seed):
+            different.append((name, prompts, seed))
     assert different == []
     assert ended_early > 0  # else nothing of what follows an end was tested
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_plain_draw_gives_the_same_tokens(kind: str) -> None:
+    language_model = tiny_language_model(kind)
+    for flags in SETTINGS.values():
+        settings = settings_of(flags, language_model)
+        rows = [ours(language_model, PROMPTS, settings, sampler(1)) for sampler in (exact, plain)]
+        assert rows[0] == rows[1]
 
 
 OWN_DEFAULTS = {  # of a model's generation config: no flag asks for any of them
@@ -118,32 +156,17 @@ def test_generate_is_asked_for_what_the_flags_say_and_nothing_else(name, flags):
         pad_token_id=0, eos_token_id=[3, 5], **{name: OWN_DEFAULTS[name]}
     )
     settings = settings_of(flags, language_model)
-    theirs = check.generate(
-        language_model,
-        [Prompt(number, "", ids) for number, ids in enumerate(PROMPTS)],
-        Options(settings),
-        seed=3,
-    )
-    assert ours(language_model, PROMPTS, settings, exact(3)) == [
-        until_end(row, settings.end_ids) for row in theirs
-    ]
+    theirs = library(language_model, PROMPTS, Options(settings), 3)
+    assert ours(language_model, PROMPTS, settings, exact(3)) == theirs
     assert language_model.model.generation_config is own
 
 
 def test_several_samples_are_those_of_num_return_sequences():
     language_model = tiny_language_model("llama")
     settings = settings_of({"sample": True, "top_k": 30}, language_model)
-    theirs = check.generate(
-        language_model,
-        [Prompt(0, "", PROMPTS[0]), Prompt(1, "", PROMPTS[2])],
-        Options(settings, num_samples=3),
-        seed=5,
-    )
-    found = ours(language_model, [PROMPTS[0]] * 3 + [PROMPTS[2]] * 3, settings, exact(5))
-    assert (
-        found == [until_end(row, settings.end_ids) for row in theirs]
-        and len({tuple(row) for row in found}) == 6
-    )
+    theirs = library(language_model, [PROMPTS[0], PROMPTS[2]], Options(settings, num_samples=3), 5)
+    rows = ours(language_model, [PROMPTS[0]] * 3 + [PROMPTS[2]] * 3, settings, exact(5))
+    assert rows == theirs and len({tuple(row) for row in rows}) == 6
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -160,26 +183,16 @@ def test_a_text_does_not_depend_on_its_neighbours(kind, flags):
     """In fp32; in 16 bits the sums of a larger batch are rounded in another way (transformers
     #25420).
     """
-    language_model, rows = tiny_language_model(kind), [(number, 0) for number in range(len(PROMPTS))]
+    language_model = tiny_language_model(kind)
     settings = settings_of(flags, language_model)
-    together = ours(
-        language_model,
-        PROMPTS,
-        settings,
-        lambda settings, batch: decoding.fast_sampler(settings, batch, 3, rows),
-    )
+    together = ours(language_model, PROMPTS, settings, independent(*range(len(PROMPTS))))
     for number, prompt in enumerate(PROMPTS):
-        alone = ours(
-            language_model,
-            [prompt],
-            settings,
-            lambda settings, batch, row=rows[number]: decoding.fast_sampler(settings, batch, 3, [row]),
-        )
+        alone = ours(language_model, [prompt], settings, independent(number))
         assert alone == [together[number]]
 
 
-def test_padding_is_no_text_to_the_fast_sampler():
-    """After 0, which pads here, 4 was never written: the fast sampler may choose it, whereas
+def test_padding_is_no_text_to_the_independent_sampler():
+    """After 0, which pads here, 4 was never written: the independent sampler may choose it, whereas
     generate counts the padding before the first 4.
     """
     language_model = tiny_language_model("llama")
@@ -188,8 +201,8 @@ def test_padding_is_no_text_to_the_fast_sampler():
         settings_of({"no_repeat_ngram_size": 2}, language_model),
     )
     logits = torch.zeros(2, 211).index_fill(-1, torch.tensor([4]), 9.0).index_fill(-1, torch.tensor([6]), 5.0)
-    assert decoding.fast_sampler(settings, batch, 0, [(0, 0), (1, 0)])(logits, batch, 0).tolist() == [4, 4]
-    assert decoding.exact_sampler(settings, batch, 0)(logits, batch, 0).tolist() == [6, 4]
+    assert independent(0, 1)(settings, batch)(logits, batch.tokens).tolist() == [4, 4]
+    assert exact(0)(settings, batch)(logits, batch.tokens).tolist() == [6, 4]
 
 
 def test_padding_changes_no_logit():
@@ -215,7 +228,7 @@ def test_steps_give_what_one_pass_over_all_tokens_gives():
         batch = decoding.left_pad([PROMPTS[2][:10]], language_model, room=5)
         decoding.prefill(language_model, batch)
         for token in PROMPTS[2][10:]:
-            last = decoding.step(language_model, batch, torch.tensor([token]))
+            last = decoding.step(language_model, batch, [token])
         assert torch.allclose(
             last,
             decoding.prefill(language_model, decoding.left_pad([PROMPTS[2]], language_model, room=0)),
@@ -246,29 +259,27 @@ def test_looked_up_tokens_are_greedys(kind, flags, ahead):
     """
     language_model = tiny_language_model(kind, scale=1.0)
     language_model = dataclasses.replace(language_model, end_ids=())
-    guesses = lookup.Guesses()
+    num_guessed = num_accepted = 0
     for prompt in (*PROMPTS, [30, 31, 32, 33, 34, 35, 30, 31, 32, 33, 34, 99, 30, 31]):
         settings = dataclasses.replace(settings_of(flags, language_model), max_new_tokens=60)
         greedy = ours(language_model, [prompt], settings, exact(0))
         batch = decoding.left_pad([prompt], language_model, room=60)
-        assert [
-            [
-                step.tokens[0]
-                for step in lookup.decode(language_model, batch, settings, ahead=ahead, guesses=guesses)
-            ]
-        ] == greedy
+        lookup = PromptLookup(ahead)
+        assert [[step.tokens[0] for step in lookup.decode(language_model, batch, settings)]] == greedy
+        num_guessed += lookup.num_guessed
+        num_accepted += lookup.num_accepted
     # a penalty can make each guess wrong
-    assert guesses.right < guesses.offered and (guesses.right > 0 or flags)
+    assert num_accepted < num_guessed and (num_accepted > 0 or flags)
 
 
 def test_guesses_are_what_followed_the_longest_run_that_occurred_before():
     """Oracle: a search by eye over the whole history."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, 3, (300,), generator=generator).tolist()
-    history = lookup.History(tokens[:5])
+    history = TokenHistory(tokens[:5])
     for end in range(5, len(tokens)):
         expected = []
-        for size in range(lookup.LONGEST, lookup.SHORTEST - 1, -1):
+        for size in range(TokenHistory.LONGEST, TokenHistory.SHORTEST - 1, -1):
             places = [
                 place
                 for place in range(size, end)

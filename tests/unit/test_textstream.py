@@ -1,4 +1,4 @@
-"""Tokens to text: whole characters only, all chunks joined equal the text decoded at once, stop
+"""Tokens to text: whole characters only, all pieces joined equal the text decoded at once, stop
 strings never shown.
 """
 
@@ -8,30 +8,30 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from common.generation.textstream import INCOMPLETE, TextStream
+from common.generation.completion import REPLACEMENT, TextStream
 from language_models import TEXTS, train_byte_bpe
 
 BPE = train_byte_bpe()
 
 
 def stream(ids: list[int], tokenizer=BPE, stops: tuple[str, ...] = ()) -> tuple[list[str], TextStream]:
-    """Return the chunks of a text, and the stream."""
+    """Return the pieces of a text, and the stream."""
     found = TextStream(tokenizer, stops)
-    chunks = []
+    pieces = []
     for token in ids:
-        chunks.append(found.add(token))
+        pieces.append(found.add(token))
         if found.stopped:
             break
-    return [*chunks, found.finish()], found
+    return [*pieces, found.finish()], found
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_chunks_are_whole_characters_and_join_to_the_text(text):
+def test_pieces_are_whole_characters_and_join_to_the_text(text):
     ids = BPE(text)["input_ids"]
-    chunks, found = stream(ids)
-    assert "".join(chunks) == found.text == text == BPE.decode(ids)
-    assert not any(INCOMPLETE in chunk for chunk in chunks)
-    assert len([chunk for chunk in chunks if chunk]) > 5  # it streams
+    pieces, found = stream(ids)
+    assert "".join(pieces) == found.text == text == BPE.decode(ids)
+    assert not any(REPLACEMENT in piece for piece in pieces)
+    assert len([piece for piece in pieces if piece]) > 5  # it streams
 
 
 @settings(max_examples=300, deadline=None)
@@ -74,8 +74,8 @@ CASES = {  # text, stops, what is shown
 
 @pytest.mark.parametrize("text, stops, shown", CASES.values(), ids=CASES)
 def test_a_stop_string_and_what_follows_is_not_shown(text, stops, shown):
-    chunks, found = stream(BPE(text)["input_ids"], stops=stops)
-    assert "".join(chunks) == found.text == shown and found.stopped == (shown != text)
+    pieces, found = stream(BPE(text)["input_ids"], stops=stops)
+    assert "".join(pieces) == found.text == shown and found.stopped == (shown != text)
 
 
 @settings(max_examples=300, deadline=None)
@@ -87,7 +87,7 @@ def test_the_text_ends_before_the_first_stop_string(text, stops):
     ids = BPE(text)["input_ids"]
     expected = text
     for end in range(1, len(ids) + 1):
-        known = BPE.decode(ids[:end]).rstrip(INCOMPLETE)
+        known = BPE.decode(ids[:end]).rstrip(REPLACEMENT)
         places = [known.find(stop) for stop in stops if stop in known]
         if places:
             expected = text[: min(places)]

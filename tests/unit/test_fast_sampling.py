@@ -1,4 +1,4 @@
-"""The draws: the exact sampler against the library's own steps, both against exact
+"""The draws, plain and fast: against each other, the library's own steps, and exact
 probabilities.
 """
 
@@ -7,7 +7,7 @@ import scipy.stats
 import torch
 from transformers.generation import logits_process as library
 
-from common.generation import drawing, sampling
+from common.generation import fast_sampling, sampling
 from common.generation.sampling import Settings
 
 INFINITY = float("inf")
@@ -33,10 +33,10 @@ def test_the_noise_is_what_exponential_and_multinomial_draw(seed):
     later state.
     """
     ours, theirs, third = (torch.Generator().manual_seed(seed) for _ in range(3))
-    assert drawing.knows_noise("cpu") and not drawing.knows_noise("cuda")
+    assert fast_sampling.noise_is_known("cpu") and not fast_sampling.noise_is_known("cuda")
     for shape in ((1, 7), (3, 10_000), (seed + 1, 501)):
         probabilities = torch.rand(shape, generator=torch.Generator().manual_seed(seed)).softmax(-1)
-        found = drawing.noise(drawing.random_bits(torch.Size(shape), ours))
+        found = fast_sampling.noise(fast_sampling.random_bits(torch.Size(shape), ours))
         assert torch.equal(found, torch.empty(shape).exponential_(1, generator=theirs))
         assert torch.equal(
             (probabilities / found).argmax(-1), torch.multinomial(probabilities, 1, generator=third)[:, 0]
@@ -69,26 +69,29 @@ def synthetic_rows(number: int, rows: int) -> torch.Tensor:
     return logits.bfloat16().float()
 
 
+def seeded(seed: int, count: int) -> list[torch.Generator]:
+    """Return generators in the same state."""
+    return [torch.Generator().manual_seed(seed) for _ in range(count)]
+
+
 @pytest.mark.parametrize("name", EXACT)
-def test_the_exact_sampler_draws_the_librarys_tokens(name):
+def test_the_exact_draws_take_the_librarys_tokens(name):
     """360 rows a setting, 3,240 in all, with ties at top-k's border and at top-p's; most take the
-    short way, some have to take the whole one.
+    short way, some have to take the whole one. The plain draw is checked on every third batch.
     """
-    options, certain = Settings(sample=True, **EXACT[name]), []
-    ours, theirs = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
+    settings, certain = Settings(sample=True, **EXACT[name]), []
+    fast, plain, library_generator = seeded(1, 3)
     for number in range(18):
         logits = synthetic_rows(number, 20)
-        certain.append(
-            drawing.draw_among_likeliest(
-                logits,
-                options,
-                drawing.random_bits(logits.shape, torch.Generator().set_state(ours.get_state())),
-            )[1]
-        )
-        assert torch.equal(
-            drawing.draw_exactly(logits, options, ours), draw_as_the_library(logits, options, theirs)
-        ), number
-    assert torch.equal(ours.get_state(), theirs.get_state())
+        bits = fast_sampling.random_bits(logits.shape, torch.Generator().set_state(fast.get_state()))
+        certain.append(fast_sampling.draw_among_likeliest(logits, settings, bits)[1])
+        plain.set_state(fast.get_state())
+        tokens = draw_as_the_library(logits, settings, library_generator)
+        assert torch.equal(fast_sampling.draw_exactly(logits, settings, fast), tokens), number
+        if number % 3 == 0:
+            assert torch.equal(sampling.draw_exactly(logits, settings, plain), tokens), number
+            assert torch.equal(plain.get_state(), fast.get_state())
+    assert torch.equal(fast.get_state(), library_generator.get_state())
     share = torch.cat(certain).float().mean().item()
     if name in ("plain", "all and typical", "low top-p", "nearly all"):
         assert share == 0
@@ -97,36 +100,27 @@ def test_the_exact_sampler_draws_the_librarys_tokens(name):
 
 
 @pytest.mark.parametrize("every", [30, 2])
-def test_ties_at_the_border_of_top_p_are_parted_as_the_library_parts_them(every):
+def test_ties_at_the_border_of_top_p_are_split_as_the_library_splits_them(every):
     """10 or 150 equal tokens, of which top-p keeps some: which ones, only the library's sort
     knows. And equal tokens of equal noise.
     """
     logits = torch.full((200, 300), -9.0)
     logits[:, ::every] = 5.0
-    options, ours, theirs = (
-        Settings(sample=True, top_k=20, top_p=0.55),
-        torch.Generator().manual_seed(2),
-        torch.Generator().manual_seed(2),
-    )
-    assert torch.equal(
-        drawing.draw_exactly(logits, options, ours), draw_as_the_library(logits, options, theirs)
-    )
+    settings, (fast, plain, library_generator) = Settings(sample=True, top_k=20, top_p=0.55), seeded(2, 3)
+    tokens = draw_as_the_library(logits, settings, library_generator)
+    assert torch.equal(fast_sampling.draw_exactly(logits, settings, fast), tokens)
+    assert torch.equal(sampling.draw_exactly(logits, settings, plain), tokens)
     bits = torch.full(logits.shape, 2**52)
-    assert not drawing.draw_among_likeliest(logits, Settings(sample=True, top_k=5), bits)[1].any()
+    assert not fast_sampling.draw_among_likeliest(logits, Settings(sample=True, top_k=5), bits)[1].any()
 
 
-def test_where_the_noise_is_unknown_the_library_draws(monkeypatch):
-    """On a GPU, or if PyTorch comes to draw in another way."""
-    monkeypatch.setattr(drawing, "knows_noise", lambda device: False)
-    options, ours, theirs = (
-        Settings(sample=True, top_k=50, top_p=0.9),
-        torch.Generator().manual_seed(1),
-        torch.Generator().manual_seed(1),
-    )
+def test_where_the_noise_is_unknown_the_plain_draw_is_used(monkeypatch):
+    """On a GPU, or if PyTorch ever changes its method."""
+    monkeypatch.setattr(fast_sampling, "noise_is_known", lambda device: False)
+    settings, (ours, theirs) = Settings(sample=True, top_k=50, top_p=0.9), seeded(1, 2)
     logits = synthetic_rows(1, 20)
-    assert torch.equal(
-        drawing.draw_exactly(logits, options, ours), draw_as_the_library(logits, options, theirs)
-    )
+    tokens = draw_as_the_library(logits, settings, theirs)
+    assert torch.equal(fast_sampling.draw_exactly(logits, settings, ours), tokens)
 
 
 DISTRIBUTIONS = {
@@ -151,7 +145,7 @@ MANY_KEPT = [
 
 @pytest.mark.parametrize("flags", DISTRIBUTIONS.values(), ids=DISTRIBUTIONS)
 @pytest.mark.parametrize("kind", ["smooth", "flat", "ties", "a hundred ties at the top"])
-def test_the_fast_sampler_draws_from_the_same_distribution(flags, kind):
+def test_the_fast_independent_draw_has_the_plain_distribution(flags, kind):
     """Oracle: the library's order of filters over the whole vocabulary of 3,000; its candidates
     are 1,024 at most.
     """
@@ -165,7 +159,7 @@ def test_the_fast_sampler_draws_from_the_same_distribution(flags, kind):
     )
     options = Settings(sample=True, **flags)
     exact = sampling.distribution(logits, options)
-    found, ids, complete = drawing.likeliest_distribution(logits, options)
+    found, ids, complete = fast_sampling.candidate_distribution(logits, options)
     full = torch.where(complete[:, None], torch.zeros_like(exact).scatter(-1, ids, found), exact)
     assert complete.all() or kind != "smooth" or flags in MANY_KEPT
     # which of the tokens that tie at the edge is in, the sort decides
@@ -192,43 +186,42 @@ def chi_square(drawn: torch.Tensor, probabilities: torch.Tensor) -> float:
     ).pvalue
 
 
-@pytest.mark.parametrize("sampler", ["exact", "fast"])
+@pytest.mark.parametrize("draws", [sampling, fast_sampling], ids=["plain", "fast"])
+@pytest.mark.parametrize("sampler", ["exact", "independent"])
 @pytest.mark.parametrize(
     "flags", [{}, {"top_k": 12}, {"top_p": 0.9}, {"temperature": 0.8, "min_p": 0.03}], ids=str
 )
-def test_draws_follow_the_probabilities(sampler, flags):
+def test_draws_follow_the_probabilities(draws, sampler, flags):
     """200,000 draws by chi-square; the same draws against a temperature that is off by 5 % must
     fail, or the test has no power.
     """
     logits = torch.randn(1, 60, generator=torch.Generator().manual_seed(2)) * 2
-    options = Settings(sample=True, **flags)
+    settings, generator = Settings(sample=True, **flags), torch.Generator().manual_seed(3)
     if sampler == "exact":
-        drawn = drawing.draw_exactly(logits.expand(DRAWS, -1), options, torch.Generator().manual_seed(3))
+        tokens = draws.draw_exactly(logits.expand(DRAWS, -1), settings, generator)
     else:
-        drawn = drawing.draw_fast(
-            logits.expand(DRAWS, -1),
-            options,
-            torch.rand(DRAWS, dtype=torch.float64, generator=torch.Generator().manual_seed(3)),
-        )
-    kept = logits
-    for stage in sampling.distribution_filters(options):
-        kept = stage.apply(kept, kept)
-    assert chi_square(drawn, kept[0].softmax(-1)) > 1e-3
-    assert chi_square(drawn, (kept[0] / 1.05).softmax(-1)) < 1e-6
+        uniforms = torch.rand(DRAWS, dtype=torch.float64, generator=generator)
+        tokens = draws.draw_independently(logits.expand(DRAWS, -1), settings, uniforms)
+    kept = sampling.apply_filters(sampling.distribution_filters(settings), logits, logits)
+    assert chi_square(tokens, kept[0].softmax(-1)) > 1e-3
+    assert chi_square(tokens, (kept[0] / 1.05).softmax(-1)) < 1e-6
 
 
-def test_the_fast_draw_never_leaves_the_support_at_the_edges():
+@pytest.mark.parametrize("draws", [sampling, fast_sampling], ids=["plain", "fast"])
+def test_the_independent_draws_never_leave_the_support_at_the_edges(draws):
     logits = torch.tensor([[-INFINITY, 0.0, -INFINITY, 0.0, -INFINITY]]).expand(3, -1)
     edges = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
-    assert drawing.draw_fast(logits, Settings(sample=True), edges).tolist() == [1, 3, 3]
+    assert draws.draw_independently(logits, Settings(sample=True), edges).tolist() == [1, 3, 3]
 
 
 def test_random_numbers_of_a_row_do_not_depend_on_its_neighbours():
-    many = drawing.row_uniforms(7, [(0, 0), (0, 1), (5, 0)], 50)
-    assert torch.equal(many[2:], drawing.row_uniforms(7, [(5, 0)], 50)) and torch.equal(
-        many[:, :20], drawing.row_uniforms(7, [(0, 0), (0, 1), (5, 0)], 20)
+    many = sampling.row_uniforms(7, [(0, 0), (0, 1), (5, 0)], 50)
+    assert torch.equal(many[2:], sampling.row_uniforms(7, [(5, 0)], 50)) and torch.equal(
+        many[:, :20], sampling.row_uniforms(7, [(0, 0), (0, 1), (5, 0)], 20)
     )
-    assert len({tuple(row) for row in [*many.tolist(), *drawing.row_uniforms(8, [(0, 0)], 50).tolist()]}) == 4
+    assert (
+        len({tuple(row) for row in [*many.tolist(), *sampling.row_uniforms(8, [(0, 0)], 50).tolist()]}) == 4
+    )
 
 
 @pytest.mark.parametrize("flags", [{"top_p": 0.9}, {"top_k": 20, "top_p": 0.9}, {"min_p": 0.02}], ids=str)
@@ -242,16 +235,19 @@ def test_a_row_draws_the_same_whatever_its_neighbours_keep(flags):
         torch.rand(40, dtype=torch.float64, generator=torch.Generator().manual_seed(2)),
         Settings(sample=True, **flags),
     )
-    together = drawing.draw_fast(logits, options, uniforms)
+    together = fast_sampling.draw_independently(logits, options, uniforms)
     assert torch.equal(
         together,
         torch.cat(
-            [drawing.draw_fast(logits[row : row + 1], options, uniforms[row : row + 1]) for row in range(40)]
+            [
+                fast_sampling.draw_independently(logits[row : row + 1], options, uniforms[row : row + 1])
+                for row in range(40)
+            ]
         ),
     )
 
 
 def test_runs_of_neighbouring_seeds_share_no_batch():
-    seeds = {(seed, number): drawing.batch_seed(seed, number) for seed in range(30) for number in range(30)}
+    seeds = {(seed, number): sampling.batch_seed(seed, number) for seed in range(30) for number in range(30)}
     assert all(seeds[seed, 0] == seed for seed in range(30)) and len(set(seeds.values())) == 900
     assert all(0 <= value < 2**32 for value in seeds.values())  # --seed takes it

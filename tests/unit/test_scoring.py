@@ -1,4 +1,4 @@
-"""Perplexity with strided windows against the definition, token by token."""
+"""Perplexity with a sliding window against the definition, token by token; ROUGE against known values."""
 
 import math
 
@@ -7,14 +7,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.generation import perplexity
+from common.generation import scoring
+from common.generation.scoring import SlidingWindow
 from language_models import tiny_language_model
 
 
 @given(st.integers(0, 60), st.integers(2, 20), st.data())
 def test_each_token_but_the_first_is_scored_once_with_enough_before_it(length, window, data):
     stride, scored = data.draw(st.integers(1, window - 1)), []
-    for begin, end, first in perplexity.windows(length, window=window, stride=stride):
+    for begin, end, first in scoring.passes(length, SlidingWindow(window, stride)):
         assert begin < first and end - begin <= window
         scored += range(first, end)
         assert all(place - begin >= min(window - stride, place) for place in range(first, end))
@@ -26,26 +27,49 @@ def test_the_overlap_of_windows_costs_no_logits():
     language_model.model.lm_head.register_forward_hook(
         lambda module, given, logits: widths.append(logits.shape[1])
     )
-    perplexity.likelihood(language_model, list(range(5, 45)), window=16, stride=4)
+    scoring.likelihood(language_model, list(range(5, 45)), SlidingWindow(16, 4))
     assert widths == [16, 5, 5, 5, 5, 5, 5]
 
 
 @pytest.mark.parametrize("window, stride", [(8, 4), (8, 7), (8, 1), (64, 32), (500, 250)])
-@pytest.mark.parametrize("chunk", [3, 256])
-def test_perplexity_is_the_definition(window, stride, chunk, monkeypatch):
+@pytest.mark.parametrize("at_once", [3, 256])
+def test_perplexity_is_the_definition(window, stride, at_once, monkeypatch):
     """Oracle: one pass a token over exactly the tokens that its window shows, in fp64."""
-    monkeypatch.setattr(perplexity, "CHUNK", chunk)
+    monkeypatch.setattr(scoring, "SCORED_AT_ONCE", at_once)
     language_model, ids = (
         tiny_language_model("gpt2", scale=2.0),
         torch.randint(0, 211, (50,), generator=torch.Generator().manual_seed(0)).tolist(),
     )
-    found = perplexity.likelihood(language_model, ids, window=window, stride=stride)
+    found = scoring.likelihood(language_model, ids, SlidingWindow(window, stride))
     language_model.model.double()
     total = 0.0
     with torch.inference_mode():
-        for begin, end, first in perplexity.windows(len(ids), window=window, stride=stride):
+        for begin, end, first in scoring.passes(len(ids), SlidingWindow(window, stride)):
             for place in range(first, end):
                 logits = language_model.model(torch.tensor([ids[begin:place]])).logits[0, -1]
                 total -= logits.log_softmax(-1)[ids[place]].item()
     assert found.num_tokens == 49 and math.isclose(found.total, total, rel_tol=1e-5)
     assert math.isclose(found.perplexity, math.exp(total / 49), rel_tol=1e-4)
+
+
+def test_rouge_is_what_the_tutorial_prints():
+    """Oracle: the output of evaluate.load("rouge") in the tutorial, for its two quotations."""
+    texts = ["It does not do to dwell on dreams and forget to live.", "After all this time? Always."]
+    references = [
+        "It does not do well to dwell on dreams and forget to live.",
+        "After all this time? Yes, always.",
+    ]
+    assert scoring.rouge(texts, references) == pytest.approx(
+        {
+            "rouge1": 0.9345454545454546,
+            "rouge2": 0.7681159420289854,
+            "rougeL": 0.9345454545454546,
+            "rougeLsum": 0.9345454545454546,
+        }
+    )
+
+
+def test_rouge_lsum_takes_each_line_by_itself():
+    assert scoring.rouge(["c d\na b"], ["a b\nc d"]) == pytest.approx(
+        {"rouge1": 1.0, "rouge2": 2 / 3, "rougeL": 0.5, "rougeLsum": 1.0}
+    )

@@ -1,0 +1,172 @@
+"""A causal language model with its tokenizer, and what decoding needs to know about the two: end
+ids, padding id, context; prompts and chats as token ids.
+"""
+
+from dataclasses import dataclass
+
+import jinja2
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from common import models
+from common.errors import UserError, one_line
+from common.runtime import DTYPES, Runtime
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A model, its tokenizer, and how a text ends with them."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    end_ids: tuple[int, ...]  # each of them ends a text; () if none does
+    pad_id: int
+    context: int | None  # the most tokens that fit; None if nothing limits it
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the model."""
+        return self.model.device
+
+
+def load(name: str, runtime: Runtime, *, cache_dir: str | None) -> LanguageModel:
+    """Return a causal language model on the runtime's device, with weights in its precision.
+
+    Raises UserError if it cannot be loaded or is of another kind.
+    """
+    folder = models.find_folder(name, kind="language model", cache_dir=cache_dir)
+    tokenizer = models.load_tokenizer(folder, name=name)
+    model, report = models.load(
+        AutoModelForCausalLM,
+        folder,
+        name=name,
+        dtype=DTYPES[runtime.precision],
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    if report["missing_keys"]:
+        missing = ", ".join(sorted(report["missing_keys"])[:3])
+        raise UserError(
+            f"--model {name}: it was never trained to generate (no weights for {missing}); name a "
+            "causal language model"
+        )
+    if model.config.is_encoder_decoder or not model.can_generate():
+        raise UserError(
+            f"--model {name}: {type(model).__name__} does not continue texts; name a causal language model"
+        )
+    end_ids = find_end_ids(model, tokenizer)
+    pad_ids = (model.generation_config.pad_token_id, tokenizer.pad_token_id, *end_ids, 0)
+    pad_id = next(number for number in pad_ids if number is not None)
+    model.eval().to(runtime.device)
+    return LanguageModel(name, model, tokenizer, end_ids, pad_id, models.max_positions(model))
+
+
+def find_end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Return the ids that end a text: those of the model, else that of the tokenizer, else none.
+
+    The model's can be a list (transformers #31362).
+    """
+    ids = model.generation_config.eos_token_id
+    if ids is None:
+        ids = tokenizer.eos_token_id
+    if ids is None:
+        return ()
+    return (ids,) if isinstance(ids, int) else tuple(ids)
+
+
+def end_token_ids(tokens: list[str], language_model: LanguageModel) -> tuple[int, ...]:
+    """Return the ids of the tokens of --end-token. Raises UserError for one that is not a single
+    token of the model.
+    """
+    vocabulary = language_model.tokenizer.get_vocab()
+    for token in tokens:
+        if token not in vocabulary:
+            raise UserError(
+                f"--end-token {token!r}: no token of {language_model.name}; use --stop for other texts"
+            )
+    return tuple(vocabulary[token] for token in tokens)
+
+
+def check_stops(stops: list[str], language_model: LanguageModel) -> None:
+    """Raise UserError for a stop string that contains a special token, because special tokens are
+    not part of the text that is searched.
+    """
+    tokenizer = language_model.tokenizer
+    added = tokenizer.added_tokens_decoder.values()
+    special = {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
+    for stop in stops:
+        for token in special:
+            if token in stop:
+                raise UserError(
+                    f"--stop {stop!r}: {token} is a special token, which no text shows; use "
+                    f"--end-token {token!r}"
+                )
+
+
+def encode_prompt(text: str, language_model: LanguageModel, *, name: str) -> list[int]:
+    """Return the token ids of a raw prompt, with the special tokens that its tokenizer adds.
+
+    Raises UserError for an empty one; `name` says in it which prompt it is.
+    """
+    ids = language_model.tokenizer(text)["input_ids"] if text.strip() else []
+    if not ids:
+        raise UserError(f"{name}: the prompt is empty; write something to continue from")
+    return ids
+
+
+def encode_chat(messages: list[dict[str, str]], language_model: LanguageModel) -> list[int]:
+    """Return the token ids of a conversation in the model's own template, up to where its answer
+    starts.
+
+    The template writes all special tokens itself; if the tokenizer added its own, the text would
+    start with two. Raises UserError if there is no template, or if it refuses the messages.
+    """
+    tokenizer = language_model.tokenizer
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"--chat: {language_model.name} has no chat template; leave --chat out, or name a "
+            "model that was trained for chats"
+        )
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except jinja2.TemplateError as error:
+        raise UserError(
+            f"--chat: the template of {language_model.name} refuses this: {one_line(error)}; leave "
+            "--system out"
+        ) from error
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def encode_question(text: str, language_model: LanguageModel, *, system: str | None) -> list[int]:
+    """Return the token ids of a chat of one message, after a system message if there is one."""
+    messages = [{"role": "system", "content": system}] if system else []
+    return encode_chat([*messages, {"role": "user", "content": text}], language_model)
+
+
+def check_encoding(text: str, name: str) -> None:
+    """Raise UserError for a text from the command line or a terminal with a byte that is not UTF-8,
+    which Python hides in a surrogate.
+    """
+    hidden = next((char for char in text if "\udc80" <= char <= "\udcff"), None)
+    if hidden:
+        raise UserError(
+            f"{name}: not UTF-8 (byte {ord(hidden) - 0xDC00:#04x}); set the terminal to UTF-8, or "
+            "write the text into a file"
+        )
+
+
+def check_length(ids: list[int], new_tokens: int, language_model: LanguageModel, *, name: str) -> None:
+    """Raise UserError unless a prompt and `new_tokens` more tokens fit into the model's context."""
+    context = language_model.context
+    if context is None or len(ids) + new_tokens <= context:
+        return
+    if len(ids) >= context:
+        raise UserError(
+            f"{name}: the prompt has {len(ids):,} tokens and {language_model.name} holds "
+            f"{context:,}; shorten it"
+        )
+    raise UserError(
+        f"--max-new-tokens {new_tokens}: {name} has {len(ids):,} tokens and {language_model.name} "
+        f"holds {context:,}; use at most {context - len(ids):,}"
+    )
