@@ -27,24 +27,15 @@ import numpy as np
 from common import cli, figures, reading
 from common.errors import Interrupted, UserError
 from common.runtime import start_runtime, stop_runtime
-from common.search import (
-    building,
-    clustering,
-    encoding,
-    evaluation,
-    flags,
-    inputs,
-    mining,
-    passages,
-    projector,
-    store,
-    texts,
-    views,
-)
-from common.search.display import Screen
+from common.search import builder as building
+from common.search import clustering, flags, inputs, mining, passages, projector, store, texts
+from common.search import display as views
+from common.search import encoder as encoding
+from common.search import relevance as evaluation
 from common.search.filters import matching
-from common.search.ranking import Searcher
-from common.search.snapshot import MANIFEST, open_snapshot, read_manifest
+from common.search.index import MANIFEST, open_snapshot, read_manifest
+from common.search.screen import Screen
+from common.search.searcher import Searcher
 
 
 def make_parser() -> cli.Parser:

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from common.errors import UserError, one_line
-from common.search.snapshot import HASH, OWN_COLUMNS, Snapshot
+from common.search.index import HASH, OWN_COLUMNS, Snapshot
 
 SAFE = {
     "enable_external_access": "false",

@@ -9,9 +9,13 @@ import time
 import numpy as np
 
 from common.errors import UserError
-from common.search import building, encoding, evaluation, loading, mining, texts, views
+from common.search import builder as building
+from common.search import display as views
+from common.search import encoder as encoding
+from common.search import loading, mining, texts
+from common.search import relevance as evaluation
 from common.search.filters import matching
-from common.search.snapshot import open_snapshot
+from common.search.index import open_snapshot
 
 DEFAULT_MODEL = "bundled/all-MiniLM-L6-v2"
 LARGEST_MATRIX = 5_000  # texts whose matrix of similarities is shown or written

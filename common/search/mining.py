@@ -14,8 +14,8 @@ import scipy.sparse
 import torch
 from scipy.sparse.csgraph import connected_components
 
+from common.search.index import PASSAGE, Snapshot
 from common.search.kernel import exact_scores, rounding_error
-from common.search.snapshot import PASSAGE, Snapshot
 
 RESCORED = 4_096  # pairs computed in float64 at once
 PENDING = 1_000_000  # pairs after which groups are joined, and candidates thinned out

@@ -9,8 +9,8 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from common.errors import UserError
-from common.search.display import short
-from common.search.snapshot import ID, TEXT, Snapshot
+from common.search.index import ID, TEXT, Snapshot
+from common.search.screen import short
 
 
 def write(snapshot: Snapshot, rows: np.ndarray, folder: str, *, most: int) -> int:

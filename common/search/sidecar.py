@@ -11,7 +11,7 @@ from pathlib import Path
 
 from common import files
 from common.errors import UserError
-from common.search.snapshot import Snapshot
+from common.search.index import Snapshot
 
 PREFIX = "cache-"
 STAMP = "stamp"  # a file of a cache: the state that it was made of

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from common import bundled, reading
 from common.errors import UserError
-from common.search.snapshot import OWN_COLUMNS, TEXT
+from common.search.index import OWN_COLUMNS, TEXT
 
 JSON = (".json", ".jsonl")
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")

@@ -24,7 +24,7 @@ from common.bundled import sha256
 from common.errors import UserError
 from common.files import replace_file, sync_file
 from common.search import sidecar
-from common.search.snapshot import (
+from common.search.index import (
     FORMAT,
     LOCK,
     MANIFEST,

@@ -14,8 +14,8 @@ import pyarrow.compute as pc
 
 from common.errors import UserError
 from common.search import sources
+from common.search.index import TEXT
 from common.search.lookup import Lookup, digest
-from common.search.snapshot import TEXT
 
 
 @dataclass(frozen=True)

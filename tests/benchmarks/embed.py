@@ -31,7 +31,8 @@ from tabulate import tabulate
 from common import bundled, cli
 from common.errors import UserError
 from common.runtime import choose_device, peak_memory_bytes, start_runtime
-from common.search import encoding, kernel, loading
+from common.search import encoder as encoding
+from common.search import kernel, loading
 
 ENCODERS, SEARCHERS, QUERIES = (
     ("encode", "ours_fp32", "ours"),

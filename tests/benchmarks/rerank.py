@@ -26,8 +26,10 @@ from transformers import get_linear_schedule_with_warmup
 
 from common import bundled, cli, speedups
 from common.runtime import start_runtime
-from common.search import encoding, evaluation, kernel
-from common.search.snapshot import TEXT
+from common.search import encoder as encoding
+from common.search import kernel
+from common.search import relevance as evaluation
+from common.search.index import TEXT
 from common.training import tracking
 from common.training.dropout import pack_dropouts
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.search.snapshot import files, open_snapshot, read_manifest
+from common.search.index import files, open_snapshot, read_manifest
 from conftest import ROOT, make_sentences, rows_by_id, write_lines
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.search import encoding, store
+from common.search import encoder as encoding
+from common.search import store
 from conftest import make_sentences
 from hub_server import HubServer
 

@@ -19,7 +19,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling, Transfor
 from transformers import BertConfig, BertForSequenceClassification
 
 from common import bundled
-from common.search.snapshot import ID, TEXT, open_snapshot
+from common.search.index import ID, TEXT, open_snapshot
 from conftest import make_sentences, rows_by_id, train_wordpiece, write_lines
 from hub_server import HubServer
 

@@ -16,7 +16,8 @@ from sentence_transformers.sentence_transformer.modules import Dense, Normalize,
 from common import bundled
 from common.errors import UserError
 from common.runtime import Runtime
-from common.search import encoding, loading
+from common.search import encoder as encoding
+from common.search import loading
 from conftest import make_sentences
 
 CPU = Runtime(torch.device("cpu"), "fp32")

@@ -11,8 +11,9 @@ from sklearn.cluster import KMeans
 from test_kernel import unit
 from test_store import collection, numbered
 
-from common.search import building, clustering, mining, store
-from common.search.display import level
+from common.search import builder as building
+from common.search import clustering, mining, store
+from common.search.screen import level
 
 
 @pytest.fixture(params=[0, 1, 2])

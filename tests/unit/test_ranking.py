@@ -14,8 +14,9 @@ from test_kernel import unit
 from test_store import collection, numbered
 
 from common.errors import UserError
-from common.search import building, sidecar, store
-from common.search.ranking import Searcher, fuse
+from common.search import builder as building
+from common.search import sidecar, store
+from common.search.searcher import Searcher, fuse
 
 
 class Given:

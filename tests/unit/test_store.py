@@ -22,8 +22,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from common.errors import UserError
-from common.search import building, lookup, store, texts
-from common.search.snapshot import ID, TEXT, open_snapshot
+from common.search import builder as building
+from common.search import lookup, store, texts
+from common.search.index import ID, TEXT, open_snapshot
 from conftest import ROOT, StubEncoder
 
 COLUMNS = ("key", TEXT, "label")
@@ -329,7 +330,7 @@ def test_a_writer_takes_no_file_from_a_reader_that_checks_them(tmp_path, monkeyp
                 opened.compact()
         return sha256(content)
 
-    monkeypatch.setattr("common.search.snapshot.hashlib", types.SimpleNamespace(sha256=check))
+    monkeypatch.setattr("common.search.index.hashlib", types.SimpleNamespace(sha256=check))
     assert contents(open_snapshot(tmp_path / "index"))["0"] == ("text 0 0", 0) and changed
     assert contents(open_snapshot(tmp_path / "index"))["0"] == ("text 0 1", 1)
 
@@ -357,7 +358,7 @@ def test_lookup_is_a_dictionary():
 MEMORY = """
 import json, sys, threading, time
 sys.path[:0] = [sys.argv[2], sys.argv[2] + "/tests"]
-from common.search import building, store, texts
+from common.search import builder as building, store, texts
 from conftest import StubEncoder
 def private():
     line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))

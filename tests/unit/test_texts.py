@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from common.errors import UserError
 from common.search import passages, texts
-from common.search.encoding import load
+from common.search.encoder import load
 
 
 def read(path, cache_dir, **options):

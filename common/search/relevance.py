@@ -15,10 +15,10 @@ from scipy.stats import spearmanr
 from common import bundled, reading
 from common.errors import UserError
 from common.search import texts
-from common.search.building import rows_with_ids
+from common.search.builder import rows_with_ids
+from common.search.index import ID, TEXT, Snapshot
 from common.search.kernel import exact_scores
-from common.search.ranking import Searcher
-from common.search.snapshot import ID, TEXT, Snapshot
+from common.search.searcher import Searcher
 
 DEPTH = 100  # documents looked at for recall@100
 MEASURES = {

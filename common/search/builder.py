@@ -15,10 +15,10 @@ from tqdm import tqdm
 
 from common.errors import UserError
 from common.search import passages
-from common.search.encoding import Encoder
+from common.search.encoder import Encoder
 from common.search.filters import free_name
+from common.search.index import HASH, ID, PASSAGE, PASSAGES, START, TEXT, VECTOR, Snapshot
 from common.search.lookup import Lookup, digest
-from common.search.snapshot import HASH, ID, PASSAGE, PASSAGES, START, TEXT, VECTOR, Snapshot
 from common.search.store import Store, vector_array, writing
 from common.search.texts import Collection, ids_of
 

@@ -12,8 +12,8 @@ import torch
 
 from common.errors import UserError
 from common.search import kernel, sidecar
-from common.search.encoding import Encoder
-from common.search.snapshot import ID, TEXT, Snapshot
+from common.search.encoder import Encoder
+from common.search.index import ID, TEXT, Snapshot
 
 QUERIES = 64  # searched at once
 FUSED = 100  # the rows of each ranking that are fused
