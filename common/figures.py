@@ -1,53 +1,55 @@
 """The pictures of a report, drawn without a display."""
 
+from pathlib import Path
+from typing import Any
+
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
+import matplotlib.pyplot as plt  # noqa: E402  (after the choice of the backend)
 import numpy as np  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+from numpy.typing import ArrayLike  # noqa: E402
+
+# rows of a confusion matrix; with more, the numbers in the cells would overlap
+MAX_CELL_NUMBERS = 25
+# rows of a similarity matrix, for the same reason
+MAX_SIMILARITY_NUMBERS, MAX_SIMILARITY_NAMES = 12, 40
+MAX_LEGEND = 12  # clusters; a longer legend would hide the map
 
 
-def confusion_matrix(counts: list[list[int]], names: list[str], *, title: str):
-    """Return a figure of a confusion matrix (C x C, rows are the true classes): colour is the
-    share of its row, text the count.
+def confusion_matrix(counts: list[list[int]], names: list[str], *, title: str) -> Figure:
+    """Return a figure of a confusion matrix (C, C): rows are the true classes, colour is the share
+    of the row.
     """
-    counts = np.asarray(counts)
-    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    table = np.asarray(counts)
+    shares = table / np.maximum(table.sum(1, keepdims=True), 1)
     side = max(4.5, 0.7 * len(names) + 2)
     figure, axes = plt.subplots(figsize=(side, side * 0.88), layout="constrained")
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axes.set(title=title, xlabel="predicted class", ylabel="true class")
-    axes.set_xticks(
-        range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor", parse_math=False
-    )
-    axes.set_yticks(range(len(names)), names, parse_math=False)
-    if len(names) <= 25:  # beyond that the numbers would overlap
-        for (row, column), count in np.ndenumerate(counts):
+    _name_rows_and_columns(axes, names)
+    if len(names) <= MAX_CELL_NUMBERS:
+        for (row, column), count in np.ndenumerate(table):
             if count:
-                axes.text(
-                    column,
-                    row,
-                    str(count),
-                    ha="center",
-                    va="center",
-                    color="white" if shares[row, column] > 0.5 else "black",
-                )
+                colour = "white" if shares[row, column] > 0.5 else "black"
+                axes.text(column, row, str(count), ha="center", va="center", color=colour)
     figure.colorbar(image, label="share of the true class", shrink=0.8)
     return figure
 
 
-def learning_curve(epochs: list[dict], best_epoch: int):
-    """Return a figure with the losses (left) and the validation scores (right) of each epoch; a
-    line marks the best epoch.
+def learning_curve(epochs: list[dict[str, Any]], best_epoch: float) -> Figure:
+    """Return a figure of the losses (left) and the validation scores (right) of each epoch.
 
-    Each epoch is a dict with `epoch`, `train_loss`, `loss`, `accuracy` and `macro_f1`.
+    A line marks the best epoch. Each epoch is a dict with `epoch`, `train_loss`, `loss`,
+    `accuracy` and `macro_f1`.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     numbers = [epoch["epoch"] for epoch in epochs]
-    for axes, curves, label in (
-        (left, {"train_loss": "training", "loss": "validation"}, "loss (nats)"),
-        (right, {"accuracy": "accuracy", "macro_f1": "macro-F1"}, "validation score"),
-    ):
+    losses = {"train_loss": "training", "loss": "validation"}
+    scores = {"accuracy": "accuracy", "macro_f1": "macro-F1"}
+    for axes, curves, label in ((left, losses, "loss (nats)"), (right, scores, "validation score")):
         for key, name in curves.items():
             axes.plot(numbers, [epoch[key] for epoch in epochs], marker="o", label=name)
         axes.axvline(best_epoch, color="grey", linestyle=":", label="best epoch")
@@ -57,51 +59,51 @@ def learning_curve(epochs: list[dict], best_epoch: int):
     return figure
 
 
-def similarity_map(matrix, names: list[str]):
-    """Return a figure of a matrix of cosines (N x N): colour is the cosine, and its number where
+def similarity_map(matrix: ArrayLike, names: list[str]) -> Figure:
+    """Return a figure of a matrix of cosines (N, N): colour is the cosine, with its number where
     there is room.
     """
-    matrix, side = np.asarray(matrix), min(max(4.5, 0.55 * len(names) + 2), 12)
+    cosines = np.asarray(matrix)
+    side = min(max(4.5, 0.55 * len(names) + 2), 12)
     figure, axes = plt.subplots(figsize=(side, side * 0.88), layout="constrained")
-    image = axes.imshow(matrix, cmap="RdBu_r", vmin=-1, vmax=1)
+    image = axes.imshow(cosines, cmap="RdBu_r", vmin=-1, vmax=1)
     axes.set(title="cosine similarity")
-    if len(names) <= 40:
-        axes.set_xticks(
-            range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor", parse_math=False
-        )
-        axes.set_yticks(range(len(names)), names, parse_math=False)
-    if len(names) <= 12:  # beyond that the numbers would overlap
-        for (row, column), value in np.ndenumerate(matrix):
-            axes.text(
-                column,
-                row,
-                f"{value:.2f}",
-                ha="center",
-                va="center",
-                color="white" if abs(value) > 0.6 else "black",
-            )
+    if len(names) <= MAX_SIMILARITY_NAMES:
+        _name_rows_and_columns(axes, names)
+    if len(names) <= MAX_SIMILARITY_NUMBERS:
+        for (row, column), value in np.ndenumerate(cosines):
+            colour = "white" if abs(value) > 0.6 else "black"
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour)
     figure.colorbar(image, label="cosine", shrink=0.8)
     return figure
 
 
-def cluster_map(points, labels, names: list[str]):
-    """Return a figure of points (N x 2) coloured by their cluster's number (N), -1 for none;
-    `names` are the clusters' in order.
+def cluster_map(points: ArrayLike, labels: ArrayLike, names: list[str]) -> Figure:
+    """Return a figure of points (N, 2) coloured by their cluster (N), -1 for none; `names` are the
+    clusters'.
     """
-    points, labels = np.asarray(points), np.asarray(labels)
+    positions, clusters = np.asarray(points), np.asarray(labels)
     figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
-    axes.scatter(*points[labels < 0].T, s=8, color="lightgrey")
-    colours = plt.get_cmap("tab20").colors
-    for number in np.unique(labels[labels >= 0]):
-        legend = names[number] if number < 12 else None  # a longer legend would hide the map
-        axes.scatter(*points[labels == number].T, s=12, color=colours[number % len(colours)], label=legend)
+    axes.scatter(*positions[clusters < 0].T, s=8, color="lightgrey")
+    palette = plt.get_cmap("tab20")
+    for number in np.unique(clusters[clusters >= 0]):
+        legend = names[number] if number < MAX_LEGEND else None
+        colour = palette(int(number) % palette.N)
+        axes.scatter(*positions[clusters == number].T, s=12, color=colour, label=legend)
     axes.set(xticks=[], yticks=[], title="texts by similarity, coloured by cluster")
-    if (labels >= 0).any():
+    if (clusters >= 0).any():
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
     return figure
 
 
-def save(figure, path):
-    """Write a figure as PNG and free it."""
+def save(figure: Figure, path: Path | str) -> None:
+    """Write a figure as PNG and free its memory."""
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _name_rows_and_columns(axes: Axes, names: list[str]) -> None:
+    """Label both axes; parse_math=False shows a dollar sign in a name as it is."""
+    options = {"parse_math": False}
+    axes.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor", **options)
+    axes.set_yticks(range(len(names)), names, **options)

@@ -1,5 +1,5 @@
-"""Files that survive: written through to the disk, folders put in place whole, and a manifest by
-which damage is found.
+"""Files that survive a crash: synced to the disk, folders replaced as a whole, manifests that
+reveal damage.
 """
 
 import contextlib
@@ -8,15 +8,29 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
 
-from common.bundled import sha256
+MANIFEST = "manifest.json"
 
 
-def write_manifest(folder: Path):
-    """Write manifest.json: size and SHA-256 of each file of a folder, and a SHA-256 of this list
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's content in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def seal(value: Any) -> str:
+    """Return the SHA-256 in hexadecimal of a value's JSON with sorted keys: a manifest's proof of
+    itself.
+    """
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def write_manifest(folder: Path) -> None:
+    """Write manifest.json: size and SHA-256 of each file of a folder, and the seal of this list
     itself.
     """
     files = {
@@ -24,95 +38,102 @@ def write_manifest(folder: Path):
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
-    (folder / "manifest.json").write_text(manifest_text(files), encoding="utf-8")
-    sync_file(folder / "manifest.json")
+    (folder / MANIFEST).write_text(manifest_text(files), encoding="utf-8")
+    sync_file(folder / MANIFEST)
     for path in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
         sync_folder(path)
 
 
-def manifest_text(files: dict) -> str:
-    """Return the text of a manifest, byte for byte a function of the files: a changed byte of it
-    can't go unseen.
+def manifest_text(files: dict[str, dict]) -> str:
+    """Return the text of a manifest: a function of the files, byte for byte, so that no change
+    goes unseen.
     """
-    listed = json.dumps(files, sort_keys=True)
-    return (
-        json.dumps(
-            {"files": files, "sha256": hashlib.sha256(listed.encode()).hexdigest()}, sort_keys=True, indent=1
-        )
-        + "\n"
-    )
+    return json.dumps({"files": files, "sha256": seal(files)}, sort_keys=True, indent=1) + "\n"
 
 
-def fault(folder: Path) -> str | None:
-    """Return what is wrong with a checkpoint, in a few words; None when each file is there with
-    the SHA-256 that the manifest says.
+def find_damage(folder: Path) -> str | None:
+    """Return in a few words what is damaged in a folder with a manifest, None if every file is
+    intact.
     """
     try:
-        text = (folder / "manifest.json").read_bytes()
+        text = (folder / MANIFEST).read_bytes()
         files = json.loads(text)["files"]
         if manifest_text(files).encode() != text:
-            return "manifest.json is changed"
+            return f"{MANIFEST} is corrupt"
     except FileNotFoundError:
-        return "manifest.json is missing"
+        return f"{MANIFEST} is missing"
     except (ValueError, KeyError, TypeError, AttributeError):
-        return "manifest.json is changed"
+        return f"{MANIFEST} is corrupt"
     for name, expected in files.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != expected["bytes"] or sha256(path) != expected["sha256"]:
-            return f"{name} is changed"
+            return f"{name} is corrupt"
     return None
 
 
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor]):
-    """Write a safetensors file and wait until the disk has it."""
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write a safetensors file and sync it to the disk."""
     safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
     sync_file(path)
 
 
 def tensors_sha256(tensors: dict[str, torch.Tensor]) -> str:
-    """Return a SHA-256 of the names, kinds, shapes and values of tensors, in their order, in
-    hexadecimal.
+    """Return the SHA-256 in hexadecimal of the names, dtypes, shapes and values of tensors, in
+    their order.
     """
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def write_json(path: Path, value):
-    """Write a JSON file and wait until the disk has it."""
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file and sync it to the disk."""
     path.write_text(json.dumps(value) + "\n", encoding="utf-8")
     sync_file(path)
 
 
-def read_json(path: Path):
-    """Read a JSON file."""
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file."""
     return json.loads(path.read_text("utf-8"))
 
 
-def replace_file(path: Path, text: str):
-    """Put a new text file in the place of another in one step, after all that stands in its folder
-    is on the disk; then so is it.
+def replace_file(path: Path, text: str) -> None:
+    """Replace a text file atomically; everything else in its folder is on the disk before that,
+    the new file after it.
     """
-    fresh = path.with_name(f"{path.name}.{os.getpid()}")
-    fresh.write_text(text, encoding="utf-8")
-    sync_file(fresh)
+    new = path.with_name(f"{path.name}.{os.getpid()}")
+    new.write_text(text, encoding="utf-8")
+    sync_file(new)
     sync_folder(path.parent)
-    fresh.rename(path)
+    new.rename(path)
     sync_folder(path.parent)
 
 
-def sync_file(path: Path):
-    """Wait until the disk has a file's content."""
+def replace_folder(new: Path, folder: Path) -> None:
+    """Replace a folder by a complete new one; the old one is removed only after the new one is in
+    its position.
+    """
+    old = folder.with_name(folder.name + ".old")
+    # if not, a kill came between the two renames, and the old one is the only copy
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sync_file(path: Path) -> None:
+    """Wait until a file's content is on the disk."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 
 
-def sync_folder(path: Path):
-    """Wait until the disk has a folder's entries."""
+def sync_folder(path: Path) -> None:
+    """Wait until a folder's entries are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -120,9 +141,9 @@ def sync_folder(path: Path):
         os.close(descriptor)
 
 
-def link_folder(source: Path, target: Path):
-    """Make a folder of hard links to another's files, which costs no space; copies where the file
-    system has no links.
+def link_folder(source: Path, target: Path) -> None:
+    """Make a folder of hard links to another folder's files, which takes no space; copies where
+    links fail.
     """
     target.mkdir()
     for path in source.iterdir():
@@ -131,16 +152,3 @@ def link_folder(source: Path, target: Path):
         if not (target / path.name).exists():
             shutil.copy2(path, target / path.name)
         sync_file(target / path.name)
-
-
-def replace_folder(fresh: Path, folder: Path):
-    """Put a complete folder in the place of another, which is gone only when the new one stands
-    there.
-    """
-    old = folder.with_name(folder.name + ".old")
-    # else a kill came between the two renames, and the old one is all that there is
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    fresh.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)

@@ -1,11 +1,10 @@
-"""The Hugging Face Hub: is it there, where its files go, and what to tell the user when it is not
-there.
-"""
+"""The Hugging Face Hub: whether it can be reached, and where its files are stored."""
 
 import contextlib
 import functools
 import os
 import sys
+from collections.abc import Iterator
 
 import datasets
 import httpx2
@@ -14,20 +13,20 @@ import huggingface_hub.constants
 
 CONNECT_SECONDS = 5.0
 
-# Where a model has no safetensors, transformers would send its name and the user's token to a
-# converter on
-# the Hub and wait for it.
+# Without this, transformers sends the name of a model without safetensors, and the user's token,
+# to a
+# conversion service on the Hub and waits for it.
 os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
-# that a data set's card is missing, or what it retries, is no matter of the user
+# Warnings about missing dataset cards and retries are nothing that the user can act on.
 huggingface_hub.utils.logging.set_verbosity_error()
 
 
 def is_reachable() -> bool:
-    """Tell whether the Hub (HF_ENDPOINT) answers; if not, turn the libraries offline so that they
-    use what is cached, at once.
+    """Return whether the Hub (HF_ENDPOINT) answers; if it does not, switch the libraries to
+    offline mode.
 
-    Without this they retry each file with growing pauses and a warning each: 23 seconds before a
-    mistyped name is an error.
+    Offline, they use cached files at once. Otherwise they retry each file with growing pauses and
+    a warning each: 23 seconds before a mistyped name is an error.
     """
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         return False
@@ -40,22 +39,26 @@ def is_reachable() -> bool:
         return False
 
 
-@functools.cache  # once for each name: a model is read in several parts
-def say_cached(name: str):
-    """Say on stderr, for stdout may be another program's input, that a model or data set comes
-    from the cache without a look at the Hub.
+@functools.cache  # once per name: the parts of a model are read one by one
+def say_cached(name: str) -> None:
+    """Say on stderr that a model or data set comes from the cache and was not compared with the
+    Hub.
+
+    On stderr, because stdout may be another program's input.
     """
     if os.environ.get("RANK", "0") == "0":
         print(
-            f"{name}: a copy in the cache; the Hub is off (HF_HUB_OFFLINE) or can't be reached",
+            f"{name}: using the cached copy; the Hub is offline (HF_HUB_OFFLINE) or can't be reached",
             file=sys.stderr,
         )
 
 
 @contextlib.contextmanager
-def downloads_in(cache_dir: str | None):
-    """Let the Hub's files go to `cache_dir`: `datasets` puts only what it makes of them there, and
-    them in the user's cache.
+def downloads_in(cache_dir: str | None) -> Iterator[None]:
+    """Store the Hub's files in `cache_dir` within the block.
+
+    `datasets` honours its own `cache_dir` only for the files that it builds, not for those that it
+    downloads.
     """
     usual = huggingface_hub.constants.HF_HUB_CACHE
     huggingface_hub.constants.HF_HUB_CACHE = cache_dir or usual

@@ -1,61 +1,64 @@
-"""Texts from a bundled set, a file, a folder or the Hub, as they are; and the check that each is a
-text with something in it.
+"""Read texts from a bundled set, a file, a folder or the Hub, and check that each one can
+be used.
 """
 
 import glob
 import os
 import re
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
 import httpx2
 import huggingface_hub.errors
 import huggingface_hub.utils
-import pyarrow
-import pyarrow.compute
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from common import bundled, hub
 from common.errors import UserError, one_line
 
 # pandas would read the texts "NA", "None" and "null" as missing; only a missing cell is missing
 # here.
-CSV_OPTIONS = {"keep_default_na": False}
-FILE_READERS = {
+CSV_OPTIONS: dict[str, Any] = {"keep_default_na": False}
+FILE_READERS: dict[
+    str, tuple[str, dict[str, Any]]
+] = {  # file name extension -> builder of `datasets`, options
     ".csv": ("csv", CSV_OPTIONS),
     ".tsv": ("csv", {**CSV_OPTIONS, "sep": "\t"}),
     ".json": ("json", {}),
     ".jsonl": ("json", {}),
     ".parquet": ("parquet", {}),
 }
+SHARD = re.compile(r"-\d{5}-of-\d{5}$")  # as in train-00000-of-00002.parquet
+TEXT_KINDS = ("string", "large_string")
 
-SHARD = r"-\d{5}-of-\d{5}$"  # as in train-00000-of-00002.parquet
-
-# the libraries' bars for downloads and tokenisation are for a person who waits
+# The libraries' bars for downloads and tokenising are meant for a terminal.
 if not sys.stderr.isatty():
     datasets.disable_progress_bars()
     huggingface_hub.utils.disable_progress_bars()
-# what it logs of a broken file is in the exception that it raises
+# What the library logs about a broken file is in the exception that it raises.
 datasets.logging.set_verbosity(datasets.logging.CRITICAL)
 
 
 def read(name: str, *, config: str | None = None, cache_dir: str | None = None) -> datasets.DatasetDict:
-    """Read a data set as it is: every split, every column.
+    """Return a data set unchanged: every split, every column.
 
     `name`: a bundled name; a CSV, TSV, JSON, JSONL or Parquet file (one split, `train`); a folder
     with one folder of .txt files per class, or with `train`, `validation`, `test` folders of such
     folders; a folder of data files named after their splits; a Hub id, with `config` where it has
-    several. Raises UserError when it can't be found, reached or read.
+    several configurations. Raises UserError when it can't be found, reached or read.
     """
     path = Path(name)
     if bundled.is_bundled(name):
         if name not in bundled.DATASETS:
-            raise UserError(
-                f"--dataset {name}: no such bundled data set; there is {', '.join(bundled.DATASETS)}"
-            )
-        return datasets.DatasetDict(train=bundled.DATASETS[name]())
+            raise UserError(f"--dataset {name}: no such bundled data set; use {', '.join(bundled.DATASETS)}")
+        return datasets.DatasetDict({"train": bundled.DATASETS[name]()})
     if path.is_file():
-        return datasets.DatasetDict(train=read_file(path, cache_dir=cache_dir))
+        return datasets.DatasetDict({"train": read_file(path, cache_dir=cache_dir)})
     if path.is_dir():
         return _read_folder(path, cache_dir)
     if path.suffix in FILE_READERS or path.is_absolute() or name.startswith(".") or name.count("/") > 1:
@@ -64,42 +67,43 @@ def read(name: str, *, config: str | None = None, cache_dir: str | None = None) 
 
 
 def full_name(name: str) -> str:
-    """Return the name under which a data set is the same from any folder: of a local one the whole
-    path, of others the name.
+    """Return a data set's name as seen from any folder: the absolute path of a local one, else the
+    name.
     """
     return str(Path(name).resolve()) if Path(name).exists() else name
 
 
 def read_file(path: Path, *, cache_dir: str | None = None) -> datasets.Dataset:
-    """Read one data file by its ending, all columns. Raises UserError for an unknown ending, an
-    empty or a broken file.
+    """Return all columns of one data file, by its file name extension.
+
+    Raises UserError for an unknown extension and for an empty, unreadable or malformed file.
     """
-    if path.suffix.lower() not in FILE_READERS:
+    extension = path.suffix.lower()
+    if extension not in FILE_READERS:
+        known = ", ".join(FILE_READERS)
         raise UserError(
-            f"{path}: the ending {path.suffix!r} is not one of {', '.join(FILE_READERS)}; save it as one of"
-            " these"
+            f"{path}: the file name ends with {path.suffix!r}, not with one of {known}; convert it"
         )
     if not os.access(path, os.R_OK):
-        raise UserError(f"{path}: no right to read it; ask for it with chmod or name another file")
+        raise UserError(f"{path}: no permission to read it; change that with chmod or name another file")
     if path.stat().st_size == 0:
         raise UserError(f"{path}: the file is empty; name one that has rows")
-    builder, options = FILE_READERS[path.suffix.lower()]
+    builder, options = FILE_READERS[extension]
     if builder != "parquet":
         _check_utf8(path)
     try:
+        pattern = glob.escape(str(path))
         rows = datasets.load_dataset(
-            builder, data_files=glob.escape(str(path)), split="train", cache_dir=cache_dir, **options
+            builder, data_files=pattern, split="train", cache_dir=cache_dir, **options
         )
-    except (datasets.exceptions.DatasetGenerationError, pyarrow.ArrowInvalid) as error:
+    except (datasets.exceptions.DatasetGenerationError, pa.ArrowInvalid) as error:
         # the cache can't be written: not the file's fault
         if isinstance(error.__cause__, OSError):
             raise error.__cause__ from None
-        raise UserError(
-            f"{path}: not readable as {builder}: {one_line(error.__cause__ or error).rstrip('.')}; correct"
-            " the file"
-        ) from error
+        reason = one_line(error.__cause__ or error).rstrip(".")
+        raise UserError(f"{path}: not readable as {builder}: {reason}; correct the file") from error
     except ValueError as error:
-        if "no data" not in str(error):  # what the library says of a header without rows
+        if "no data" not in str(error):  # the library's words for a header without rows
             raise
         rows = []
     if len(rows) == 0:
@@ -108,179 +112,94 @@ def read_file(path: Path, *, cache_dir: str | None = None) -> datasets.Dataset:
 
 
 def read_lines(name: str) -> list[str]:
-    """Return the lines of a UTF-8 text file, or of standard input for "-". Raises UserError with
-    the file and the line.
+    """Return the lines of a UTF-8 text file, or of standard input for "-".
+
+    Raises UserError, naming file and line, for a file that can't be read, is empty or is not
+    UTF-8.
     """
-    place = {"-": "standard input", "": "the empty name"}.get(name, name)
+    source = _source(name)
     try:
         content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
     except OSError as error:
-        raise UserError(
-            f"{place}: can't be read: {error.strerror}; name a text file, or - for standard input"
-        ) from error
+        hint = "name a text file, or - for standard input"
+        raise UserError(f"{source}: can't be read: {error.strerror}; {hint}") from error
     if not content:
-        raise UserError(f"{place}: it is empty; write one text on each line")
-    # str.splitlines would also part a text at a form feed or U+2028
+        raise UserError(f"{source}: it is empty; write one text on each line")
+    # str.splitlines also splits at form feeds and U+2028
     lines = content.removesuffix(b"\n").split(b"\n")
     return [
-        _decode(line, f"{place}, line {number}").removesuffix("\r")
+        decode_utf8(line, f"{source}, line {number}").removesuffix("\r")
         for number, line in enumerate(lines, start=1)
     ]
 
 
-def _decode(content: bytes, place: str) -> str:
+def decode_utf8(content: bytes, source: str) -> str:
+    """Return UTF-8 bytes as text, without a byte order mark. Raises UserError, naming `source`,
+    for other bytes.
+    """
     try:
-        # some programs write a byte order mark: it is no part of the text
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise UserError(
-            f"{place}: not UTF-8 (byte {byte:#04x} at {error.start + 1}); convert the file to UTF-8 first"
-        ) from error
-
-
-def _check_utf8(path: Path):
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            _decode(line, f"{path}, line {number}")
+        byte = f"{error.object[error.start]:#04x} at {error.start + 1}"
+        raise UserError(f"{source}: not UTF-8 (byte {byte}); convert it to UTF-8 first") from error
 
 
 def read_texts(
     name: str, *, column: str, cache_dir: str | None, allow_empty: bool = False, flag: str = "--text-column"
 ) -> list[str]:
     """Return the texts of a data file's column, or the lines of any other file or of standard
-    input ("-"), after checking each.
+    input ("-").
 
-    Raises UserError, naming the row or line, for one that is missing or empty, unless
-    `allow_empty`: a missing one is then "". `flag` names the column.
+    Raises UserError, naming the row or line, for a missing or empty text, unless `allow_empty`: a
+    missing one is then "". `flag` is the flag that names the column.
     """
     if Path(name).suffix.lower() in FILE_READERS:
         if not Path(name).is_file():
             raise UserError(f"{name}: no such file; check the path")
         rows = read_file(Path(name), cache_dir=cache_dir)
-        if column not in rows.features:
-            raise UserError(
-                f"{name}: no column {column!r}; there is {', '.join(rows.column_names)}; name the right one"
-                f" with {flag}"
-            )
-        check_kind(rows, column, place=name, flag=flag)
+        require_column(rows.column_names, column, source=name, flag=flag)
+        check_kind(rows, column, source=name, flag=flag)
         if not allow_empty:
-            check_texts(rows, column, place=name)
+            check_texts(rows, column, source=name)
         return [text or "" for text in rows[column][:]]
     lines = read_lines(name)
     for number, line in enumerate(lines, start=1):
         if not allow_empty and not line.strip():
-            raise UserError(
-                f"{'standard input' if name == '-' else name}, line {number}: the text is empty; remove the"
-                " line"
-            )
+            raise UserError(f"{_source(name)}, line {number}: the text is empty; remove the line")
     return lines
 
 
-def _read_folder(root: Path, cache_dir: str | None) -> datasets.DatasetDict:
-    if any(root.glob("*/*.txt")):
-        return datasets.DatasetDict(train=_read_class_folders(root))
-    splits = [path for path in sorted(root.iterdir()) if any(path.glob("*/*.txt"))]
-    if splits:  # as in the IMDb archive: train/pos, train/neg, test/pos, test/neg
-        return datasets.DatasetDict({path.name: _read_class_folders(path) for path in splits})
-    parts: dict[str, list] = {}
-    for file in sorted(
-        path
-        for path in root.iterdir()
-        if path.suffix.lower() in FILE_READERS and not path.name.startswith(".")
-    ):
-        parts.setdefault(re.sub(SHARD, "", file.stem), []).append(read_file(file, cache_dir=cache_dir))
-    if not parts:
-        raise UserError(
-            f"--dataset {root}: neither class folders of .txt files nor data files"
-            f" ({', '.join(FILE_READERS)}) in it; name a folder that has them"
-        )
-    return datasets.DatasetDict(
-        {split: datasets.concatenate_datasets(files) for split, files in parts.items()}
-    )
-
-
-def _read_class_folders(root: Path) -> datasets.Dataset:
-    files = sorted(
-        path
-        for path in root.glob("*/*.txt")
-        if not path.name.startswith(".") and not path.parent.name.startswith(".")
-    )
-    texts = []
-    for file in files:
-        texts.append(_decode(file.read_bytes(), str(file)))
-        if not texts[-1].strip():
-            raise UserError(f"{file}: the text is empty; remove the file")
-    return datasets.Dataset.from_dict({"text": texts, "label": [file.parent.name for file in files]})
-
-
-def _read_hub(name: str, config: str | None, cache_dir: str | None) -> datasets.DatasetDict:
-    # if not, what is cached is still used, and what is not fails at once
-    reachable = hub.is_reachable()
-    try:
-        with hub.downloads_in(cache_dir):
-            found = datasets.load_dataset(name, config, cache_dir=cache_dir)
-    except (
-        datasets.exceptions.DatasetNotFoundError,
-        huggingface_hub.errors.HfHubHTTPError,
-        huggingface_hub.errors.HFValidationError,
-    ) as error:
-        raise UserError(
-            f"--dataset {name}: neither a local file or folder nor a data set on the Hub:"
-            f" {one_line(error).rstrip('.')}; check the name (a private one needs `hf auth login`), or use"
-            f" {', '.join(bundled.DATASETS)}"
-        ) from error
-    except (
-        datasets.data_files.EmptyDatasetError,
-        datasets.exceptions.DataFilesNotFoundError,
-        datasets.exceptions.DatasetGenerationError,
-    ) as error:
-        raise UserError(
-            f"--dataset {name}: the Hub has it, but no data files that can be read:"
-            f" {one_line(error.__cause__ or error)}"
-        ) from error
-    except (ConnectionError, httpx2.TransportError) as error:
-        raise UserError(
-            f"--dataset {name}: no such local file or folder, and the Hub can't be reached:"
-            f" {one_line(error)}; without a network use a local file or {', '.join(bundled.DATASETS)}"
-        ) from error
-    except ValueError as error:
-        if "config" not in str(error).lower():  # not about the choice of a configuration: a bug
-            raise
-        raise UserError(f"--dataset {name}: choose with --dataset-config: {one_line(error)}") from error
-    except RuntimeError as error:
-        if "script" not in str(error).lower():
-            raise
-        raise UserError(
-            f"--dataset {name}: it needs remote code, which is never run here; use a Parquet version of it"
-        ) from error
-    if not reachable:
-        hub.say_cached(f"--dataset {name}")
-    return found
-
-
-def check_texts(rows: datasets.Dataset, column: str, *, place: str):
-    """Raise UserError, naming `place` and the row, unless each value of a column is a text with
-    something in it.
+def require_column(names: Iterable[str], column: str, *, source: str, flag: str) -> None:
+    """Raise UserError, naming `source` and the `flag` that names the column, unless `column` is
+    one of `names`.
     """
-    check_kind(rows, column, place=place)
+    if column not in (names := list(names)):
+        columns = ", ".join(names)
+        raise UserError(f"{source}: no column {column!r} among {columns}; name the right one with {flag}")
+
+
+def check_texts(rows: datasets.Dataset, column: str, *, source: str) -> None:
+    """Raise UserError, naming `source` and the row, unless a column holds texts and none is
+    missing or blank.
+    """
+    check_kind(rows, column, source=source)
     for start, block in _blocks(rows, column):
-        blank = pyarrow.compute.equal(pyarrow.compute.utf8_trim_whitespace(block), "").fill_null(True)
-        row = pyarrow.compute.index(blank, True).as_py()
+        blank = pc.equal(pc.utf8_trim_whitespace(block), "").fill_null(True)
+        row = pc.index(blank, True).as_py()
         if row >= 0:
-            state = "missing" if not block[row].is_valid else "empty"
+            state = "empty" if block[row].is_valid else "missing"
+            row_source = f"{source}, row {start + row + 1}"
             raise UserError(
-                f"{place}, row {start + row + 1}: the text in column {column!r} is {state}; remove the row or"
-                " fill it in"
+                f"{row_source}: the text in column {column!r} is {state}; remove the row or fill it in"
             )
 
 
-def check_kind(rows: datasets.Dataset, column: str, *, place: str, flag: str = "--text-column"):
-    """Raise UserError, naming `place`, unless a column holds texts."""
-    if kind(rows, column) not in ("string", "large_string"):
+def check_kind(rows: datasets.Dataset, column: str, *, source: str, flag: str = "--text-column") -> None:
+    """Raise UserError, naming `source`, unless a column holds texts."""
+    actual = kind(rows, column)
+    if actual not in TEXT_KINDS:
         raise UserError(
-            f"{place}: column {column!r} holds {kind(rows, column)}, not texts; name the right one with"
-            f" {flag}"
+            f"{source}: column {column!r} holds {actual}, not texts; name the right one with {flag}"
         )
 
 
@@ -290,8 +209,106 @@ def kind(rows: datasets.Dataset, column: str) -> str:
     return getattr(feature, "dtype", type(feature).__name__)
 
 
-def _blocks(rows: datasets.Dataset, column: str):
+def evenly_spaced(count: int, most: int) -> np.ndarray:
+    """Return the indices (n) of a sample of at most `most` of `count` items, spread evenly; all if
+    there are fewer.
+    """
+    size = min(count, most)
+    return np.arange(size) * count // max(size, 1)
+
+
+def _source(name: str) -> str:
+    return {"-": "standard input", "": "the empty name"}.get(name, name)
+
+
+def _check_utf8(path: Path) -> None:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            decode_utf8(line, f"{path}, line {number}")
+
+
+def _blocks(rows: datasets.Dataset, column: str) -> Iterator[tuple[int, pa.ChunkedArray]]:
+    """Yield a column in blocks of at most 10,000 rows, each with the number of rows before it."""
     start = 0
     for table in rows.select_columns([column]).with_format("arrow").iter(batch_size=10_000):
         yield start, table[column]
         start += len(table)
+
+
+def _read_folder(root: Path, cache_dir: str | None) -> datasets.DatasetDict:
+    if any(root.glob("*/*.txt")):
+        return datasets.DatasetDict({"train": _read_class_folders(root)})
+    splits = [path for path in sorted(root.iterdir()) if any(path.glob("*/*.txt"))]
+    if splits:  # as in the IMDb archive: train/pos, train/neg, test/pos, test/neg
+        return datasets.DatasetDict({path.name: _read_class_folders(path) for path in splits})
+    shards: dict[str, list[datasets.Dataset]] = {}
+    for file in sorted(root.iterdir()):
+        if file.suffix.lower() in FILE_READERS and not file.name.startswith("."):
+            shards.setdefault(SHARD.sub("", file.stem), []).append(read_file(file, cache_dir=cache_dir))
+    if not shards:
+        known = ", ".join(FILE_READERS)
+        raise UserError(
+            f"--dataset {root}: it has neither class folders of .txt files nor data files ({known}); name a"
+            " folder that has them"
+        )
+    return datasets.DatasetDict(
+        {split: datasets.concatenate_datasets(parts) for split, parts in shards.items()}
+    )
+
+
+def _read_class_folders(root: Path) -> datasets.Dataset:
+    texts, labels = [], []
+    for file in sorted(root.glob("*/*.txt")):
+        if file.name.startswith(".") or file.parent.name.startswith("."):
+            continue
+        text = decode_utf8(file.read_bytes(), str(file))
+        if not text.strip():
+            raise UserError(f"{file}: the text is empty; remove the file")
+        texts.append(text)
+        labels.append(file.parent.name)
+    return datasets.Dataset.from_dict({"text": texts, "label": labels})
+
+
+def _read_hub(name: str, config: str | None, cache_dir: str | None) -> datasets.DatasetDict:
+    # if not, cached data is still used, and anything else fails at once
+    reachable = hub.is_reachable()
+    local = ", ".join(bundled.DATASETS)
+    try:
+        with hub.downloads_in(cache_dir):
+            splits = datasets.load_dataset(name, config, cache_dir=cache_dir)
+    except (
+        datasets.exceptions.DatasetNotFoundError,
+        huggingface_hub.errors.HfHubHTTPError,
+        huggingface_hub.errors.HFValidationError,
+    ) as error:
+        raise UserError(
+            f"--dataset {name}: neither a local file or folder nor a data set on the Hub"
+            f" ({one_line(error).rstrip('.')}); check the name (a private one needs `hf auth login`), or use"
+            f" {local}"
+        ) from error
+    except (
+        datasets.data_files.EmptyDatasetError,
+        datasets.exceptions.DataFilesNotFoundError,
+        datasets.exceptions.DatasetGenerationError,
+    ) as error:
+        reason = one_line(error.__cause__ or error)
+        raise UserError(
+            f"--dataset {name}: it has no data files on the Hub that can be read: {reason}"
+        ) from error
+    except (ConnectionError, httpx2.TransportError) as error:
+        raise UserError(
+            f"--dataset {name}: no such file or folder, and the Hub can't be reached ({one_line(error)});"
+            f" without a network, use a local file or {local}"
+        ) from error
+    except ValueError as error:
+        if "config" not in str(error).lower():  # not about the choice of a configuration: a bug
+            raise
+        raise UserError(f"--dataset {name}: choose with --dataset-config: {one_line(error)}") from error
+    except RuntimeError as error:
+        if "script" not in str(error).lower():
+            raise
+        hint = "use a Parquet version of it"
+        raise UserError(f"--dataset {name}: it needs remote code, which is never run here; {hint}") from error
+    if not reachable:
+        hub.say_cached(f"--dataset {name}")
+    return splits

@@ -1,42 +1,50 @@
-"""The machine a script runs on: device, precision, threads, seeds, and its place among the
-processes of torchrun.
+"""Where a script runs: device, precision, memory, seeds, and this process's rank among those of
+torchrun.
 """
 
 import contextlib
 import ctypes
+import datetime
+import hashlib
 import json
 import os
 import random
 import resource
 import sys
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed
 from torch.distributed.rendezvous import rendezvous
 
-from common.bundled import sha256
 from common.errors import UserError
-from common.joining import join_processes
+from common.files import sha256
 
-SHARED_TRIES = 90  # a second each; network file systems keep what they saw for up to 60
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# A process may work for hours, such as tokenising, while the others wait for it. One that dies
+# ends the
+# wait at once, because its connections close.
+WAIT_FOR_WORK = datetime.timedelta(days=1)
+JOIN_SECONDS, POLL_SECONDS = 1800.0, 0.05  # the first is PyTorch's own default
+SHARED_FILE_TRIES = 90  # one a second; network file systems cache what they saw for up to 60
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where this process computes, in what precision, and which of how many processes it is."""
+    """The device and precision of this process, and its rank among the processes of the job."""
 
     device: torch.device
-    precision: str
+    precision: str  # "fp32", "bf16" or "fp16"
     rank: int = 0
     world_size: int = 1
-    local_rank: int = 0  # among the processes of this machine
-    # torchrun's: it lives as long as the job, also when its processes are started again
+    local_rank: int = 0  # among the processes on this machine
+    # torchrun's key-value store; it lives as long as the job, across restarts of the processes
     store: torch.distributed.Store | None = None
 
     @property
@@ -44,26 +52,24 @@ class Runtime:
         """True in the one process that prints and writes."""
         return self.rank == 0
 
-    def say(self, *parts):
+    def say(self, *parts: object) -> None:
         """Print on the main process only."""
         if self.is_main:
             print(*parts, flush=True)
 
-    def autocast(self):
+    def autocast(self) -> torch.autocast:
         """Return the autocast context of this device and precision; it does nothing in fp32."""
         return torch.autocast(
             self.device.type, dtype=DTYPES[self.precision], enabled=self.precision != "fp32"
         )
 
     def all_reduce_sum(self, value: torch.Tensor) -> torch.Tensor:
-        """Return the sum of a tensor over all processes; the tensor itself when there is one."""
+        """Return the sum of a tensor over all processes; the tensor itself if there is
+        only one.
+        """
         if self.world_size > 1:
             torch.distributed.all_reduce(value)
         return value
-
-    def broadcast_int(self, number: int) -> int:
-        """Return the main process's number on every process."""
-        return int(self.all_reduce_sum(torch.tensor(number if self.is_main else 0)).item())
 
     def all_reduce_max(self, number: int) -> int:
         """Return the highest of the processes' numbers on every process."""
@@ -73,31 +79,32 @@ class Runtime:
         return int(value.item())
 
     def all_gather_texts(self, text: str) -> list[str]:
-        """Return the texts of all processes in the order of their ranks, sent as bytes, over the
-        CPU: gather_object would pickle them.
+        """Return the texts of all processes in the order of their ranks.
+
+        They are sent as bytes over the CPU: gather_object would pickle them.
         """
         if self.world_size == 1:
             return [text]
-        own = torch.tensor(list(text.encode("utf-8")), dtype=torch.uint8)
+        content = torch.tensor(list(text.encode("utf-8")), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.long) for _ in range(self.world_size)]
-        torch.distributed.all_gather(sizes, torch.tensor([len(own)]))
-        blocks = [own.new_zeros(max(map(int, sizes))) for _ in sizes]
-        torch.distributed.all_gather(blocks, torch.nn.functional.pad(own, (0, len(blocks[0]) - len(own))))
+        torch.distributed.all_gather(sizes, torch.tensor([len(content)]))
+        longest = max(int(size) for size in sizes)
+        padded = torch.nn.functional.pad(content, (0, longest - len(content)))
+        blocks = [content.new_zeros(longest) for _ in sizes]
+        torch.distributed.all_gather(blocks, padded)
         return [bytes(block[: int(size)].tolist()).decode("utf-8") for block, size in zip(blocks, sizes)]
 
-    def barrier(self):
-        """Wait until every process is here, on the CPU: a GPU would spin meanwhile, and NCCL gives
-        up after minutes.
-        """
-        self.all_reduce_sum(torch.zeros(1))
+    def broadcast_int(self, number: int) -> int:
+        """Return the main process's number on every process."""
+        return int(self.all_reduce_sum(torch.tensor(number if self.is_main else 0)).item())
 
-    def broadcast_from_main(self, choose: Callable[[], object]):
-        """Return on every process what `choose`, asked on the main one only, returned as JSON
-        takes it; a UserError of it is raised on all.
+    def broadcast_from_main(self, choose: Callable[[], Any]) -> Any:
+        """Return on every process what `choose` returns on the main one; the value must be JSON.
 
-        For what depends on files: of a network file system the processes can see different states.
+        For decisions that depend on files: on a network file system the processes can see
+        different states. A UserError of `choose` is raised on all processes.
         """
-        decided = {}
+        decided: dict[str, Any] = {}
         if self.is_main:
             try:
                 decided = {"chosen": choose()}
@@ -108,26 +115,45 @@ class Runtime:
             raise UserError(decided["error"])
         return decided["chosen"]
 
+    def barrier(self) -> None:
+        """Wait for every process, on the CPU: a GPU would spin meanwhile, and NCCL gives up after
+        minutes.
+        """
+        self.all_reduce_sum(torch.zeros(1))
+
+    @contextlib.contextmanager
+    def local_main_first(self) -> Iterator[None]:
+        """Run the block in one process of each machine first; the others then find its results in
+        the cache.
+        """
+        if self.local_rank:
+            self.barrier()
+        yield
+        if not self.local_rank:
+            self.barrier()
+
     def began_run(self, folder: Path) -> bool:
-        """Tell the main process whether this job began its run in a folder, before torchrun
-        started its processes again.
+        """Return whether this job, before a restart by torchrun, began the run in this folder;
+        main process only.
         """
         return self.store is not None and self.store.check([f"run {folder.resolve()}"])
 
-    def note_run(self, folder: Path):
-        """Let `began_run` know, for as long as the job lasts, that its run is in this folder."""
+    def note_run(self, folder: Path) -> None:
+        """Remember for `began_run`, as long as the job lasts, that its run is in this folder."""
         if self.store is not None:
             self.store.set(f"run {folder.resolve()}", "begun")
 
-    def require_shared(self, path: Path, *, flag: str):
-        """Raise UserError on every process unless all see the same file, as processes on machines
-        without a common file system do not.
+    def require_shared(self, path: Path, *, flag: str) -> None:
+        """Raise UserError on every process unless all of them see the same file.
+
+        Processes on machines without a common file system do not.
         """
         if self.world_size == 1:
             return
-        for _ in range(SHARED_TRIES):
-            seen = self.all_gather_texts(sha256(path) if path.is_file() else "")
-            others = [str(rank) for rank, digest in enumerate(seen) if digest != seen[0]]
+        others: list[str] = []
+        for _ in range(SHARED_FILE_TRIES):
+            digests = self.all_gather_texts(sha256(path) if path.is_file() else "")
+            others = [str(rank) for rank, digest in enumerate(digests) if digest != digests[0]]
             if not others:
                 return
             time.sleep(1)  # a network file system can show a new file late
@@ -136,56 +162,54 @@ class Runtime:
             " file system that all machines share"
         )
 
-    @contextlib.contextmanager
-    def local_main_first(self):
-        """Let a process of each machine do it before the others there, which then find what it
-        left in the cache.
-        """
-        if self.local_rank:
-            self.barrier()
-        yield
-        if not self.local_rank:
-            self.barrier()
-
-    def synchronize(self):
-        """Wait until a GPU has done what it was given; on a CPU nothing is left open."""
+    def synchronize(self) -> None:
+        """Wait until a GPU has finished its work; a CPU always has."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def describe(self) -> str:
-        """Return one line for a person: device, threads or processes, precision."""
-        where = (
-            torch.cuda.get_device_name(self.device)
-            if self.device.type == "cuda"
-            else f"{self.device.type}, {torch.get_num_threads()} threads"
-        )
-        many = f", {self.world_size} processes" if self.world_size > 1 else ""
-        return f"{where}{many}, {self.precision}" + (" autocast" if self.precision != "fp32" else "")
+        """Return one line for the screen: device, threads, processes, precision."""
+        if self.device.type == "cuda":
+            where = torch.cuda.get_device_name(self.device)
+        else:
+            where = f"{self.device.type}, {torch.get_num_threads()} threads"
+        processes = f", {self.world_size} processes" if self.world_size > 1 else ""
+        autocast = " autocast" if self.precision != "fp32" else ""
+        return f"{where}{processes}, {self.precision}{autocast}"
 
 
 def start_runtime(device: str, precision: str, seed: int) -> Runtime:
-    """Choose device and precision, join torchrun's processes if there are any, seed every
+    """Choose device and precision, join torchrun's processes if there are any, and seed every
     generator.
 
     Raises UserError for a device or a precision that this machine does not have.
     """
-    local_rank, world_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     chosen = choose_device(device, local_rank)
-    precision, rank = choose_precision(precision, chosen), int(os.environ.get("RANK", 0))
-    store = next(rendezvous("env://"))[0] if world_size > 1 or "TORCHELASTIC_RUN_ID" in os.environ else None
+    precision = choose_precision(precision, chosen)
+    under_torchrun = world_size > 1 or "TORCHELASTIC_RUN_ID" in os.environ
+    store = next(rendezvous("env://"))[0] if under_torchrun else None
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    if world_size > 1:
-        # counts stay on the CPU: no sync with the GPU
-        join_processes(store, rank, world_size, "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+    if store is not None and world_size > 1:
+        # gloo beside NCCL: counts stay on the CPU, without waiting for the GPU
+        _join_processes(store, rank, world_size, "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
     keep_large_blocks()
     seed_everything(seed)
     return Runtime(chosen, precision, rank, world_size, local_rank, store)
 
 
+def stop_runtime() -> None:
+    """Leave torchrun's process group, if this process is in one."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """Return the torch device for `auto`, `cpu`, `cuda` or `mps`. Raises UserError when this
-    machine has none, or none for this process.
+    """Return the torch device for `auto`, `cpu`, `cuda` or `mps`.
+
+    Raises UserError when this machine has none, or not enough for this process.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
@@ -194,19 +218,19 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         raise UserError(f"--device {name}: PyTorch finds none on this machine; use --device auto")
     if name == "cuda" and local_rank >= torch.cuda.device_count():
         raise UserError(
-            f"torchrun --nproc-per-node: process {local_rank} of this machine has no GPU, for it has"
-            f" {torch.cuda.device_count()}; start one process a GPU, or use --device cpu"
+            f"torchrun --nproc-per-node: there is no GPU for process {local_rank} of this machine, which has"
+            f" {torch.cuda.device_count()}; start one process per GPU, or use --device cpu"
         )
     return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """Return `fp32`, `bf16` or `fp16`. `auto` takes bf16 where the processor computes in it, fp16
-    on other GPUs, else fp32.
+    """Return `fp32`, `bf16` or `fp16`; `auto` is bf16 where the processor computes in it, fp16 on
+    other GPUs, else fp32.
 
-    On a CPU without bf16 instructions bf16 is emulated and slower than fp32, hence not chosen.
-    Raises UserError for fp16 without CUDA: CPUs have no fast fp16, and its small range needs the
-    loss scaling that is meant for GPUs.
+    On a CPU without bf16 instructions, bf16 is emulated and slower than fp32, so `auto` does not
+    choose it. Raises UserError for fp16 without CUDA: CPUs have no fast fp16, and its small range
+    needs loss scaling, which is meant for GPUs.
     """
     if name == "fp16" and device.type != "cuda":
         raise UserError(f"--precision fp16: only on CUDA, not on {device.type}; use bf16 or fp32")
@@ -215,14 +239,11 @@ def choose_precision(name: str, device: torch.device) -> str:
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return (
-        "bf16"
-        if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16")
-        else "fp32"
-    )
+    has_bf16 = any(capabilities.get(instructions) for instructions in ("avx512_bf16", "amx_bf16", "bf16"))
+    return "bf16" if has_bf16 else "fp32"
 
 
-def seed_everything(seed: int):
+def seed_everything(seed: int) -> None:
     """Seed the generators of Python, NumPy and torch (all devices)."""
     random.seed(seed)
     np.random.seed(seed)
@@ -230,19 +251,20 @@ def seed_everything(seed: int):
 
 
 @contextlib.contextmanager
-def deterministic(device: torch.device, *, wanted: bool, hint: str):
-    """Within, a GPU gives the same bits for the same inputs, as a CPU does anyway: without it
-    atomic additions come in any order.
+def deterministic(device: torch.device, *, wanted: bool, hint: str) -> Iterator[None]:
+    """Make a GPU give the same bits for the same inputs within the block, as a CPU always does.
 
-    Raises UserError, ending with `hint`, for an operation that PyTorch has no such
-    implementation of (its notes on reproducibility list them).
+    Without it, atomic additions happen in any order. Raises UserError, ending with `hint`, for an
+    operation without a deterministic implementation (PyTorch's notes on reproducibility list
+    them).
     """
     if not wanted or device.type != "cuda":
         yield
         return
-    # sums within the switch of eight GPUs come in any order (nccl #1497, pytorch #156381)
+    # additions within the NVLink switch of eight GPUs happen in any order (nccl #1497, pytorch
+    # #156381)
     os.environ.setdefault("NCCL_ALGO", "^NVLS")
-    # cuBLAS repeats itself only with workspaces of a fixed size
+    # cuBLAS repeats its bits only with fixed workspaces
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     # nothing here reads what it has not written
     torch.utils.deterministic.fill_uninitialized_memory = False
@@ -250,38 +272,82 @@ def deterministic(device: torch.device, *, wanted: bool, hint: str):
     try:
         yield
     except RuntimeError as error:
-        found, _, _ = str(error).partition(", but you set 'torch.use_deterministic_algorithms")
-        if found == str(error):
+        message, _, _ = str(error).partition(", but you set 'torch.use_deterministic_algorithms")
+        if message == str(error):
             raise
-        raise UserError(f"{found}, so that two runs may differ; {hint}") from error
+        raise UserError(f"{message}, so that two runs may differ; {hint}") from error
     finally:
         torch.use_deterministic_algorithms(False)
 
 
-def keep_large_blocks(threshold: int = 1 << 30):
+def keep_large_blocks(threshold: int = 1 << 30) -> None:
     """Keep glibc from returning freed blocks of up to `threshold` bytes to the system.
 
-    Every step allocates and frees the same large activations; giving them back costs a page fault
-    per 4 KiB on the next step (on CPU up to half of the time). Other C libraries have no such
-    knob, and there this does nothing.
+    Every optimizer step allocates and frees the same large activations; returning them costs a
+    page fault per 4 KiB in the next step, up to half of the time on a CPU. Other C libraries have
+    no such setting.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
-        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # the numbers of glibc's malloc.h
+        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # the numbers in glibc's malloc.h
         mallopt(M_MMAP_THRESHOLD, threshold)
         mallopt(M_TRIM_THRESHOLD, threshold)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the most memory that was in use so far: of the GPU on CUDA, else of this process
-    (resident).
+    """Return the peak memory so far in bytes: allocated on the GPU with CUDA, else resident in
+    this process.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def stop_runtime():
-    """Leave torchrun's process group, if this process is in one."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+def _join_processes(store: torch.distributed.Store, rank: int, world_size: int, backend: str) -> None:
+    """Join the processes that torchrun started, in a part of its store that belongs to this
+    attempt alone.
+
+    This is not left to torch.distributed.init_process_group because torchrun keeps its store when
+    it restarts failed workers, on one machine a little later than on another: in the same part of
+    the store, a new worker could find the address of a dead one and wait for it for half an hour.
+    """
+    store = torch.distributed.PrefixStore(attempt_name(store, rank, world_size), store)
+    timeout = datetime.timedelta(seconds=JOIN_SECONDS)
+    torch.distributed.init_process_group(
+        backend, store=store, rank=rank, world_size=world_size, timeout=timeout
+    )
+    # The long wait is for the CPU's group only: a GPU waits for nothing but what is about to
+    # arrive.
+    torch.distributed.group.WORLD._get_backend(torch.device("cpu")).set_timeout(WAIT_FOR_WORK)
+
+
+def attempt_name(store: torch.distributed.Store, rank: int, world_size: int) -> str:
+    """Return a name that all processes of this attempt share, and none of an earlier attempt.
+
+    Each process draws a random number and acknowledges a list of all numbers that has its own in
+    it; the name is that of a list which all processes have acknowledged. A dead process's number
+    may still be in the store, but it can't have acknowledged a list with a new number. Raises
+    UserError when processes are missing.
+    """
+    own_number, deadline = uuid.uuid4().hex, time.monotonic() + JOIN_SECONDS
+    number_keys = [f"number {other}" for other in range(world_size)]
+    awaited = number_keys
+    store.set(number_keys[rank], own_number)
+    while time.monotonic() < deadline:
+        if store.check(number_keys):
+            numbers = [number.decode() for number in store.multi_get(number_keys)]
+            if numbers[rank] != own_number:
+                raise UserError(
+                    f"torchrun: another process has taken rank {rank} of {world_size}; start the job again"
+                )
+            name = hashlib.sha256(" ".join(numbers).encode()).hexdigest()
+            awaited = [f"{name} {other}" for other in range(world_size)]
+            store.set(awaited[rank], "acknowledged")
+            if store.check(awaited):
+                return name
+        time.sleep(POLL_SECONDS)
+    missing = ", ".join(str(other) for other, key in enumerate(awaited) if not store.check([key]))
+    raise UserError(
+        f"torchrun: process {missing} of {world_size} has not joined within {JOIN_SECONDS / 60:.0f} minutes;"
+        " look at its machine"
+    )

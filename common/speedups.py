@@ -1,12 +1,18 @@
-"""Attention written out as matrix products, for texts of up to 512 tokens in bf16 on a CPU;
-PyTorch's fused kernel for all else.
+"""Faster twins of two PyTorch modules on CPUs: attention as matrix products, and dropout with
+packed draws.
 
-The fused kernel works in blocks that fit into the cache, which is what keeps long texts possible.
-On a CPU its small products leave most of bf16's speed unused: two batched products with a softmax
-between them are 1.3 to 2.2 times as fast, with the backward pass 2.1 to 4.9 times
-(tests/benchmarks/attention.py). They keep the probabilities of all pairs of tokens, hence the
-limit on the length.
+Each is switched on by one line (`use_fast_attention(model)`, `use_fast_dropout(model)`) and proven
+equal to PyTorch's own by tests/unit/test_speedups.py: attention to rounding, dropout in
+distribution.
+
+PyTorch's fused attention kernel works in blocks that fit into the cache, which makes long texts
+possible. On a CPU its small products leave most of the speed of bf16 unused: two batched products
+with a softmax between them are 1.3 to 2.2 times as fast, and 2.1 to 4.9 times with the backward
+pass (tests/benchmarks/attention.py). They keep the probabilities of all pairs of tokens in memory,
+hence the limit on the length.
 """
+
+from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -14,64 +20,51 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "matrix_products"
-LONGEST = 512  # tokens; the probabilities take 2 bytes x heads x tokens a token and layer
+MAX_TOKENS = 512  # the probabilities take 2 bytes x heads x tokens for each token and layer
+DRAWS_PER_INT64, LEVELS = 4, 1 << 16  # a 64-bit draw holds four 16-bit decisions
 
 
-def use_matrix_products(model: PreTrainedModel):
-    """Let a model take the faster way in each call. One whose attention is not PyTorch's fused one
-    stays as it is.
+def use_fast_attention(model: PreTrainedModel) -> None:
+    """Compute attention as matrix products wherever that is faster; all other calls use PyTorch's
+    fused kernel.
+
+    A model whose attention is not PyTorch's fused kernel stays unchanged.
     """
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(NAME)
 
 
 def attend(
-    module,
-    query,
-    key,
-    value,
-    attention_mask,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
-    **options,
-):
-    """Return attention's output (B, T, H, D) and None, as transformers asks of an attention
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """Return the output of attention (B, T, H, D) and None, as transformers asks of an attention
     function.
 
-    `query` (B, H, T, D); `key`, `value` (B, H, S, D); `attention_mask` None, or broadcast to (B,
-    H, T, S): True, or 0, where a token is seen.
+    `query` (B, H, T, D); `key`, `value` (B, H, S, D); `attention_mask` None or broadcastable to
+    (B, H, T, S), boolean (True: attend) or additive. The signature is that of
+    `transformers.AttentionInterface`.
     """
-    causal = attention_mask is None and (
-        getattr(module, "is_causal", True) if is_causal is None else is_causal
-    )
-    short = (
-        query.device.type == "cpu"
-        and query.dtype == torch.bfloat16
-        and max(query.shape[-2], key.shape[-2]) <= LONGEST
-    )
-    if (
-        not short
-        or causal
-        or dropout
-        or query.shape[1] != key.shape[1]
-        or options.get("position_bias") is not None
-    ):
-        return sdpa_attention_forward(
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=dropout,
-            scaling=scaling,
-            is_causal=is_causal,
-            **options,
-        )
-    # (B, H, T, S)
-    scores = torch.matmul(
-        query * (query.shape[-1] ** -0.5 if scaling is None else scaling), key.transpose(-1, -2)
-    )
+    if is_causal is None:
+        is_causal_call = attention_mask is None and getattr(module, "is_causal", True)
+    else:
+        is_causal_call = attention_mask is None and is_causal
+    is_short = max(query.shape[-2], key.shape[-2]) <= MAX_TOKENS
+    is_cpu_bf16 = query.device.type == "cpu" and query.dtype == torch.bfloat16
+    has_groups = query.shape[1] != key.shape[1]  # grouped-query attention
+    has_bias = options.get("position_bias") is not None
+    if not (is_short and is_cpu_bf16) or is_causal_call or dropout or has_groups or has_bias:
+        options |= {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = torch.matmul(query * scale, key.transpose(-1, -2))  # (B, H, T, S)
     if attention_mask is not None:
         scores += (
             attention_mask if attention_mask.is_floating_point() else _bias(attention_mask, scores.dtype)
@@ -80,12 +73,44 @@ def attend(
     return output.transpose(1, 2).contiguous(), None
 
 
-def _bias(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return 0 where a token is seen, else the lowest number: with -inf, a row that sees nothing
-    would be NaN (transformers #32390).
+def _bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return 0 where the mask is True, elsewhere the lowest number.
+
+    With -inf, a row that attends to nothing would be NaN (transformers #32390).
     """
-    return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
 AttentionInterface.register(NAME, attend)
 AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+class PackedDropout(torch.nn.Dropout):
+    """nn.Dropout that takes four decisions from each 64-bit draw of the default generator, in
+    training on a CPU.
+
+    bernoulli_ draws once per element, on one thread, and takes a tenth of a training step. The
+    probability is rounded to 1/65536, and the kept elements are scaled by the rounded one, so that
+    the mean stays exact.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Return `input` (any shape) with about `p` of its elements 0 and the others scaled by 1 /
+        (1 - p).
+        """
+        num_dropped = round(self.p * LEVELS)  # of the 65,536 16-bit numbers
+        is_plain = not self.training or self.inplace or input.device.type != "cpu"
+        if is_plain or not 0 < num_dropped < LEVELS:
+            return super().forward(input)
+        draws = torch.empty(-(-input.numel() // DRAWS_PER_INT64), dtype=torch.int64)
+        draws.random_(torch.iinfo(torch.int64).min, None)  # all 64 bits
+        kept = draws.view(torch.int16)[: input.numel()].view(input.shape) >= num_dropped - LEVELS // 2
+        return (input * kept).mul_(LEVELS / (LEVELS - num_dropped))
+
+
+def use_fast_dropout(model: torch.nn.Module) -> None:
+    """Replace each nn.Dropout of a model by a PackedDropout, in place."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child) is torch.nn.Dropout:
+                setattr(module, name, PackedDropout(child.p, child.inplace))

@@ -6,15 +6,11 @@ from dataclasses import dataclass
 
 import jinja2
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from common import models
 from common.errors import UserError, one_line
-from common.generation import smollm2
 from common.runtime import DTYPES, Runtime
-
-# Llama and most; GPT-2; MPT
-CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 
 @dataclass(frozen=True)
@@ -38,15 +34,12 @@ def load(name: str, runtime: Runtime, *, cache_dir: str | None) -> LanguageModel
     """Return a causal language model in the machine's precision on its device. Raises UserError
     when it can't be loaded, or is none.
     """
-    location = models.locate(
-        name, find_bundled=lambda known: smollm2.model_folder(known, cache_dir=cache_dir)
-    )
-    tokenizer = load_tokenizer(name, location, cache_dir=cache_dir)
+    folder = models.find_folder(name, kind="language model", cache_dir=cache_dir)
+    tokenizer = models.load_tokenizer(folder, name=name)
     model, report = models.load(
         AutoModelForCausalLM,
-        name,
-        location,
-        cache_dir=cache_dir,
+        folder,
+        name=name,
         dtype=DTYPES[runtime.precision],
         use_safetensors=True,
         output_loading_info=True,
@@ -64,22 +57,7 @@ def load(name: str, runtime: Runtime, *, cache_dir: str | None) -> LanguageModel
     own = model.generation_config.pad_token_id
     pad_id = next(number for number in (own, tokenizer.pad_token_id, *end_ids, 0) if number is not None)
     model.eval().to(runtime.device)
-    return LanguageModel(name, model, tokenizer, end_ids, pad_id, context_of(model))
-
-
-def load_tokenizer(name: str, location: str, *, cache_dir: str | None) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a model. Raises UserError when there is none."""
-    tokenizer = models.load(AutoTokenizer, name, location, cache_dir=cache_dir)
-    # what transformers makes up when the files are not there
-    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
-        raise UserError(
-            f"--model {name}: it has no tokenizer, or one without words; copy the files of its tokenizer into"
-            " the folder"
-        )
-    if tokenizer.is_fast:
-        tokenizer.backend_tokenizer.no_truncation()
-        tokenizer.backend_tokenizer.no_padding()
-    return tokenizer
+    return LanguageModel(name, model, tokenizer, end_ids, pad_id, models.max_positions(model))
 
 
 def end_ids_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -89,14 +67,6 @@ def end_ids_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tu
     found = model.generation_config.eos_token_id
     found = tokenizer.eos_token_id if found is None else found
     return () if found is None else (found,) if isinstance(found, int) else tuple(found)
-
-
-def context_of(model: PreTrainedModel) -> int | None:
-    """Return how many tokens a model holds at most, None where its config names no limit."""
-    config = model.config.get_text_config(decoder=True)
-    return next(
-        (value for name in CONTEXT_NAMES if isinstance(value := getattr(config, name, None), int)), None
-    )
 
 
 def end_token_ids(tokens: list[str], language_model: LanguageModel) -> tuple[int, ...]:

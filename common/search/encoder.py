@@ -181,7 +181,7 @@ def load(
         length for length in (model.max_seq_length, holds, model[0].tokenizer.model_max_length) if length
     )
     fingerprint = loading.fingerprint(model)
-    speedups.use_matrix_products(model[0].auto_model)
+    speedups.use_fast_attention(model[0].auto_model)
     return Encoder(
         reading.full_name(name),
         model.to(runtime.device).eval(),

@@ -6,24 +6,17 @@ sentence-transformers' own.
 
 import hashlib
 import json
-from pathlib import Path
 
-import huggingface_hub
-import huggingface_hub.errors
-import huggingface_hub.utils
-import safetensors
 import torch
 import transformers
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
-from common import bundled, hub, speedups
-from common.errors import UserError, one_line
+from common import models, speedups
+from common.errors import UserError
 from common.files import tensors_sha256
 
 # of a model on the Hub; no pickles, no ONNX, no code
-FILES_READ = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-FILES_LEFT = ["onnx/*", "openvino/*"]
 IDLE_SETTINGS = (
     "_name_or_path",
     "transformers_version",
@@ -34,88 +27,10 @@ IDLE_SETTINGS = (
     "torch_dtype",
     "problem_type",
 )
-PICKLED = ("*.bin", "*.pt", "*.pkl")
-KNOWN_FAULTS = (
-    "trust_remote_code",
-    "model_type",
-    "Sentence Transformers",
-    "model.safetensors",
-    "tokenizer",
-    "Unrecognized",
-    "size mismatch",
-)
 
 # what matters of its warnings is checked and said here
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
-
-
-def find_folder(name: str, *, flag: str, cache_dir: str | None) -> Path:
-    """Return the local folder of a bundled, local or Hub model; a Hub model's files are downloaded
-    to `cache_dir` first.
-
-    Raises UserError, naming `flag`, when it can't be found or reached, or has weights only as
-    pickles.
-    """
-    if bundled.is_bundled(name):
-        return bundled.model_folder(name)
-    folder = Path(name)
-    if not folder.is_dir():
-        if folder.exists() or name.startswith((".", "/")) or name.count("/") > 1 or not name:
-            raise UserError(
-                f"{flag} {name}: no such folder; check the path, or use {', '.join(bundled.MODELS)}"
-            )
-        folder = _download(name, flag=flag, cache_dir=cache_dir)
-    if not (folder / "config.json").is_file() and not (folder / "modules.json").is_file():
-        raise UserError(
-            f"{flag} {name}: the folder has neither modules.json nor config.json; name the folder of a saved"
-            " model"
-        )
-    _refuse_pickles(folder, f"{flag} {name}")
-    return folder
-
-
-def _download(name: str, *, flag: str, cache_dir: str | None) -> Path:
-    reachable = hub.is_reachable()
-    try:
-        found = huggingface_hub.snapshot_download(
-            name,
-            cache_dir=cache_dir,
-            allow_patterns=FILES_READ,
-            ignore_patterns=FILES_LEFT,
-            local_files_only=not reachable,
-        )
-    except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.HFValidationError) as error:
-        raise UserError(
-            f"{flag} {name}: neither a local folder nor a model on the Hub that you may read; check the name"
-            f" (a private one needs `hf auth login`), or use {', '.join(bundled.MODELS)}"
-        ) from error
-    except huggingface_hub.errors.LocalEntryNotFoundError as error:
-        raise UserError(
-            f"{flag} {name}: no such local folder, and the Hub can't be reached; use a local folder or"
-            f" {', '.join(bundled.MODELS)}"
-        ) from error
-    if not reachable:
-        hub.say_cached(f"{flag} {name}")
-    return Path(found)
-
-
-def _refuse_pickles(folder: Path, place: str):
-    """Raise UserError for a folder (or one of its modules' folders) whose weights are pickles
-    without a safetensors file beside them.
-    """
-    for part in (folder, *(path for path in folder.iterdir() if path.is_dir() and path.name[:1].isdigit())):
-        pickled = sorted(
-            path.name
-            for pattern in PICKLED
-            for path in part.glob(pattern)
-            if path.name != "training_args.bin"
-        )
-        if pickled and not any(part.glob("*.safetensors")):
-            raise UserError(
-                f"{place}: {part / pickled[0]} is pickled weights, which are never read, for they can run"
-                " code; use a version of the model with safetensors, or convert it first"
-            )
 
 
 def load_embedder(name: str, *, cache_dir: str | None) -> SentenceTransformer:
@@ -137,12 +52,7 @@ def load_embedder(name: str, *, cache_dir: str | None) -> SentenceTransformer:
                 " another model, or take the setting out of a copy of sentence_bert_config.json"
             )
     tokenizer = model[0].tokenizer
-    # what transformers makes up when the files are not there
-    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
-        raise UserError(
-            f"--model {name}: it has no tokenizer, or one without words; copy the files of its tokenizer into"
-            " the folder"
-        )
+    models.check_tokenizer(tokenizer, name=name)
     return model
 
 
@@ -156,13 +66,13 @@ def load_reranker(name: str, *, cache_dir: str | None, device: torch.device) -> 
             f"--rerank {name}: it gives {model.num_labels} scores a pair; name a cross-encoder with one, such"
             " as cross-encoder/ms-marco-MiniLM-L6-v2"
         )
-    speedups.use_matrix_products(model[0].auto_model)
+    speedups.use_fast_attention(model[0].auto_model)
     return model
 
 
 def _load(model_class, name: str, *, flag: str, cache_dir: str | None):
-    folder = find_folder(name, flag=flag, cache_dir=cache_dir)
-    try:
+    folder = models.find_folder(name, kind="encoder", flag=flag, cache_dir=cache_dir)
+    with models.load_errors(name, flag=flag):
         return model_class(
             str(folder),
             device="cpu",
@@ -170,21 +80,6 @@ def _load(model_class, name: str, *, flag: str, cache_dir: str | None):
             trust_remote_code=False,
             model_kwargs={"use_safetensors": True, "dtype": torch.float32},
         )
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        RuntimeError,
-        safetensors.SafetensorError,
-        json.JSONDecodeError,
-    ) as error:
-        if isinstance(error, RuntimeError | KeyError) and not any(
-            known in str(error) for known in KNOWN_FAULTS
-        ):
-            raise
-        raise UserError(
-            f"{flag} {name}: {one_line(error).rstrip('.')}; mend its files or name another model"
-        ) from error
 
 
 def fingerprint(model: SentenceTransformer) -> str:

@@ -190,7 +190,7 @@ def sts_score(encoder, file: str, columns: list[str], *, block: int, cache_dir: 
                 " score with --columns"
             )
     for column in columns[:2]:
-        reading.check_texts(rows, column, place=file)
+        reading.check_texts(rows, column, source=file)
     try:
         human = np.array(rows[columns[2]][:], dtype=np.float64)
     except (TypeError, ValueError) as error:

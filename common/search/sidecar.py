@@ -34,7 +34,7 @@ def cached(
     Raises UserError when the folder can't be written.
     """
     folder = snapshot.folder / f"{PREFIX}{name}"
-    if _stamp(folder) == snapshot.stamp and files.fault(folder) is None:
+    if _stamp(folder) == snapshot.stamp and files.find_damage(folder) is None:
         # another process replaced it meanwhile; RuntimeError is FAISS's
         with contextlib.suppress(OSError, RuntimeError):
             return load(folder)

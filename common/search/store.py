@@ -20,9 +20,8 @@ import filelock
 import numpy as np
 import pyarrow as pa
 
-from common.bundled import sha256
 from common.errors import UserError
-from common.files import replace_file, sync_file
+from common.files import replace_file, sha256, sync_file
 from common.search import sidecar
 from common.search.index import (
     FORMAT,

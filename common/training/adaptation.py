@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from common import speedups
 from common.errors import UserError
-from common.training.dropout import pack_dropouts
+from common.speedups import use_fast_dropout
 
 # BERT, DistilBERT, GPT-2
 ATTENTION_DROPOUT_NAMES = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
@@ -45,8 +45,8 @@ def adapt(model: torch.nn.Module, args) -> torch.nn.Module:
     attention and dropout that cost less on CPUs.
     """
     if not args.compile:  # which fuses them itself
-        speedups.use_matrix_products(model)
-        pack_dropouts(model)
+        speedups.use_fast_attention(model)
+        use_fast_dropout(model)
     if args.gradient_checkpointing:
         recompute_activations(model)
     adapted = add_adapters(model, args.lora_rank) if args.lora_rank else model

@@ -20,7 +20,7 @@ import torch
 
 from common.errors import UserError
 from common.files import (
-    fault,
+    find_damage,
     link_folder,
     read_json,
     replace_folder,
@@ -103,7 +103,7 @@ class Checkpoints:
             if self.runtime.is_main:
                 shutil.rmtree(fresh, ignore_errors=True)
             raise
-        if self.runtime.is_main and fault(target) is None:
+        if self.runtime.is_main and find_damage(target) is None:
             for old in [path for path in self._all() if path.name < target.name][self.keep - 1 :]:
                 shutil.rmtree(old)
         self.runtime.barrier()
@@ -165,7 +165,7 @@ class Checkpoints:
         found = [wanted] if wanted is not None else self._all()
         faults = {}
         for path in found:
-            faults[path] = fault(path)
+            faults[path] = find_damage(path)
             if faults[path] is None:
                 break
             if len(faults) < len(found):

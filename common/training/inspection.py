@@ -6,8 +6,9 @@ import numpy as np
 import torch
 from tabulate import tabulate
 
+from common.models import max_positions
 from common.training import batching
-from common.training.model import max_positions, mismatches
+from common.training.model import mismatches
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 SHOWN_TOKENS = 24

@@ -57,7 +57,7 @@ def validate(
     """
     for split, rows in splits.items():
         _check_columns(split, rows, [text_column, label_column])
-        check_texts(rows, text_column, place=f"split {split}")
+        check_texts(rows, text_column, source=f"split {split}")
     labels = {split: _label_names(split, rows, label_column) for split, rows in splits.items()}
     if names is not None:
         seen, lack = set(names), "is not one of the model's classes"

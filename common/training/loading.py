@@ -175,7 +175,7 @@ def load_saved(name: str, args, runtime):
     truncation to what it was scored with, if not given.
     """
     model = models.load_saved(name, cache_dir=args.cache_dir).to(runtime.device)
-    speedups.use_matrix_products(model)
+    speedups.use_fast_attention(model)
     tokenizer, _ = models.load_tokenizer(name, cache_dir=args.cache_dir)
     args.eval_max_length = models.choose_max_length(
         args.eval_max_length, tokenizer.model_max_length, model, tokenizer, flag="--eval-max-length"

@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from common import bundled, models
+from common import models
 from common.errors import UserError
 from common.files import replace_folder
 
@@ -17,11 +17,9 @@ UNLIMITED = 1_000_000  # tokenizers without a limit say 1e30
 SETTINGS_FILE = "training.json"  # beside the saved model: what it was trained on
 
 
-def locate(name: str) -> str:
-    """Return what `from_pretrained` takes for the name of an encoder. Raises UserError for a
-    missing folder.
-    """
-    return models.locate(name, find_bundled=bundled.model_folder)
+def find_folder(name: str, cache_dir: str | None) -> Path:
+    """Return the folder of an encoder."""
+    return models.find_folder(name, kind="encoder", cache_dir=cache_dir)
 
 
 def load_tokenizer(name: str, *, cache_dir: str | None):
@@ -32,16 +30,7 @@ def load_tokenizer(name: str, *, cache_dir: str | None):
     here, and every call says what it wants. Raises UserError when there is no tokenizer, or
     neither a padding nor an end token.
     """
-    tokenizer = models.load(AutoTokenizer, name, locate(name), cache_dir=cache_dir)
-    # what transformers makes up when the files are not there
-    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
-        raise UserError(
-            f"--model {name}: it has no tokenizer, or one without words; copy the files of its tokenizer into"
-            " the folder"
-        )
-    if tokenizer.is_fast:
-        tokenizer.backend_tokenizer.no_truncation()
-        tokenizer.backend_tokenizer.no_padding()
+    tokenizer = models.load_tokenizer(find_folder(name, cache_dir), name=name)
     if tokenizer.pad_token is not None:
         return tokenizer, ""
     if tokenizer.eos_token is None:
@@ -80,9 +69,8 @@ def load_classifier(
         setattr(config, option, value)
     model, report = models.load(
         AutoModelForSequenceClassification,
-        name,
-        locate(name),
-        cache_dir=cache_dir,
+        find_folder(name, cache_dir),
+        name=name,
         config=config,
         dtype=torch.float32,
         use_safetensors=True,
@@ -96,7 +84,7 @@ def load_classifier(
 
 def load_config(name: str, *, cache_dir: str | None, **options):
     """Return a model's config. Raises UserError when it can't be found, reached or read."""
-    return models.load(AutoConfig, name, locate(name), cache_dir=cache_dir, **options)
+    return models.load(AutoConfig, find_folder(name, cache_dir), name=name, **options)
 
 
 def load_saved(folder: str, *, cache_dir: str | None):
@@ -105,9 +93,8 @@ def load_saved(folder: str, *, cache_dir: str | None):
     """
     model, report = models.load(
         AutoModelForSequenceClassification,
-        folder,
-        locate(folder),
-        cache_dir=cache_dir,
+        find_folder(folder, cache_dir),
+        name=folder,
         dtype=torch.float32,
         use_safetensors=True,
         output_loading_info=True,
@@ -122,28 +109,13 @@ def load_saved(folder: str, *, cache_dir: str | None):
     return model
 
 
-def max_positions(model: torch.nn.Module) -> int | None:
-    """Return the most tokens that a model takes at once, None if nothing limits it.
-
-    RoBERTa and its kin number positions from the padding id + 1, so that 514 embeddings hold 512
-    tokens.
-    """
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
-            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
-    for option in ("max_position_embeddings", "n_positions"):
-        if isinstance(getattr(model.config, option, None), int):
-            return getattr(model.config, option)
-    return None
-
-
 def choose_max_length(wanted: int | None, default: int, model, tokenizer, *, flag: str) -> int:
     """Return the number of tokens to truncate at: what the user wants, else `default` or what the
     model holds if that is less.
 
     Raises UserError when more is wanted than the model holds.
     """
-    holds = max_positions(model) or UNLIMITED
+    holds = models.max_positions(model) or UNLIMITED
     if wanted is not None and wanted > holds:
         raise UserError(f"{flag} {wanted}: the model holds {holds} tokens; use at most that")
     if wanted is not None and wanted <= tokenizer.num_special_tokens_to_add():

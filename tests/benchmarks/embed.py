@@ -28,11 +28,10 @@ from sentence_transformers import SentenceTransformer
 from sklearn.metrics.pairwise import cosine_similarity
 from tabulate import tabulate
 
-from common import bundled, cli
+from common import bundled, cli, models
 from common.errors import UserError
 from common.runtime import choose_device, peak_memory_bytes, start_runtime
-from common.search import encoder as encoding
-from common.search import kernel, loading
+from common.search import encoding, kernel
 
 ENCODERS, SEARCHERS, QUERIES = (
     ("encode", "ours_fp32", "ours"),
@@ -69,7 +68,7 @@ def time_encoding(contender: str, flags) -> dict:
     all_texts = bundled.bbc_news()["text"][:]
     texts = all_texts[:: max(len(all_texts) // flags.texts, 1)][: flags.texts]
     warm_up = sorted(all_texts[1 :: len(all_texts) // 16], key=len)[-16:]
-    folder = loading.find_folder(flags.model, flag="--model", cache_dir=flags.cache_dir)
+    folder = models.find_folder(flags.model, kind="encoder", cache_dir=flags.cache_dir)
     device = choose_device(flags.device)
     oracle = SentenceTransformer(str(folder), device=str(device), model_kwargs={"use_safetensors": True})
     if contender == "encode":

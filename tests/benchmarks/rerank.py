@@ -26,12 +26,10 @@ from transformers import get_linear_schedule_with_warmup
 
 from common import bundled, cli, speedups
 from common.runtime import start_runtime
-from common.search import encoder as encoding
-from common.search import kernel
-from common.search import relevance as evaluation
-from common.search.index import TEXT
+from common.search import encoding, evaluation, kernel
+from common.search.snapshot import TEXT
+from common.speedups import use_fast_dropout
 from common.training import tracking
-from common.training.dropout import pack_dropouts
 
 NEAR = 20  # the wrong articles nearest to a headline, from which some are drawn
 
@@ -91,7 +89,7 @@ def train(headlines: list[str], articles: list[str], runtime, args) -> CrossEnco
     """
     wrong = nearest_wrong(headlines, articles, runtime, args)
     ranker = CrossEncoder(
-        str(bundled.model_folder(args.model)),
+        str(bundled.model_folder(args.model, kind="encoder")),
         num_labels=1,
         max_length=args.max_length,
         device=str(runtime.device),
@@ -99,8 +97,8 @@ def train(headlines: list[str], articles: list[str], runtime, args) -> CrossEnco
         config_kwargs={"attention_probs_dropout_prob": 0.0},
     )
     model, tokenizer = ranker.model, ranker.tokenizer
-    speedups.use_matrix_products(model)
-    pack_dropouts(model)
+    speedups.use_fast_attention(model)
+    use_fast_dropout(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True)
     num_steps = -(-len(headlines) // args.batch_size)
     scheduler = get_linear_schedule_with_warmup(

@@ -173,7 +173,7 @@ def load(contender: str, flags) -> Setup:
     if contender == "trainer":  # the model as the tutorial loads it
         seed_everything(args.seed)
         model = AutoModelForSequenceClassification.from_pretrained(
-            models.locate(args.model),
+            models.find_folder(args.model, args.cache_dir),
             num_labels=loaded["train"].features["label"].num_classes,
             dtype=torch.float32,
             cache_dir=args.cache_dir,

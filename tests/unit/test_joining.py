@@ -11,9 +11,9 @@ from datetime import timedelta
 import pytest
 from torch.distributed import TCPStore
 
-from common import joining
+from common import runtime
 from common.errors import UserError
-from common.joining import name_of_attempt
+from common.runtime import attempt_name
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def arrive(store, ranks, world_size: int, *, seed: int = 0) -> list[str]:
 
     def come(rank: int, pause: float) -> str:
         time.sleep(pause)
-        return name_of_attempt(
+        return attempt_name(
             TCPStore("127.0.0.1", store.port, None, False, timeout=timedelta(seconds=20)), rank, world_size
         )
 
@@ -59,11 +59,9 @@ def test_processes_wait_for_one_that_has_drawn_a_number_and_died(store):
 
 
 def test_those_that_do_not_come_are_named(store, monkeypatch):
-    monkeypatch.setattr(joining, "START_PATIENCE", 0.5)
+    monkeypatch.setattr(runtime, "JOIN_SECONDS", 0.5)
     store.set("number 1", "of one that died before it answered")
-    with pytest.raises(
-        UserError, match="torchrun: process 1, 3 of 4 has not joined this attempt within 0 minutes"
-    ):
+    with pytest.raises(UserError, match="torchrun: process 1, 3 of 4 has not joined within 0 minutes"):
         store.set("number 3", "of another")
         arrive(store, [0, 2], 4)
 
@@ -72,10 +70,8 @@ def test_a_process_that_has_been_replaced_does_not_join_under_the_rank_of_the_ot
     """As one of a machine that was cut off for a while: without it the others still come
     together.
     """
-    monkeypatch.setattr(joining, "START_PATIENCE", 10.0)
+    monkeypatch.setattr(runtime, "JOIN_SECONDS", 10.0)
     for seconds, number in ((0.6, 0), (0.8, 1)):  # the process itself comes within 0.3
         threading.Timer(seconds, store.set, [f"number {number}", "of the one in its place"]).start()
-    with pytest.raises(
-        UserError, match="torchrun: another process was started in the place of this one, process 0 of 2"
-    ):
+    with pytest.raises(UserError, match="torchrun: another process has taken rank 0 of 2"):
         arrive(store, [0], 2)

@@ -208,7 +208,7 @@ def test_texts_to_predict_are_checked_line_by_line(content, message, tmp_path):
 def test_texts_to_predict_come_from_a_column_of_a_data_file(ending, tmp_path, cache_dir):
     path = write(tmp_path / f"rows{ending}", TEXTS, LABELS)
     assert reading.read_texts(str(path), column="text", cache_dir=cache_dir) == TEXTS
-    with pytest.raises(UserError, match="no column 'review'; there is text, label; .*--text-column"):
+    with pytest.raises(UserError, match="no column 'review' .*text, label.*--text-column"):
         reading.read_texts(str(path), column="review", cache_dir=cache_dir)
 
 
@@ -218,14 +218,14 @@ def test_the_row_of_a_bad_text_is_right_in_every_block(bad_row, value, state):
     texts = ["text"] * 20_003
     texts[bad_row - 1] = value
     with pytest.raises(UserError, match=f"^here, row {bad_row}: the text in column 'text' is {state}"):
-        reading.check_texts(datasets.Dataset.from_dict({"text": texts}), "text", place="here")
+        reading.check_texts(datasets.Dataset.from_dict({"text": texts}), "text", source="here")
 
 
 def test_the_first_bad_row_is_named_after_a_selection_of_rows():
     """A selection keeps the whole table below it; the row must be counted in what was selected."""
     rows = datasets.Dataset.from_dict({"text": ["", "a", "b", "", "c"]}).select([2, 4, 3])
     with pytest.raises(UserError, match="row 3"):
-        reading.check_texts(rows, "text", place="here")
+        reading.check_texts(rows, "text", source="here")
 
 
 @pytest.mark.parametrize(
@@ -241,14 +241,14 @@ def test_the_first_bad_row_is_named_after_a_selection_of_rows():
 )
 def test_a_column_that_holds_no_texts_is_refused_with_what_it_holds(values, kind):
     with pytest.raises(UserError, match=f"here: column 'text' holds {kind}, not texts; .*--text-column"):
-        reading.check_texts(datasets.Dataset.from_dict({"text": values}), "text", place="here")
+        reading.check_texts(datasets.Dataset.from_dict({"text": values}), "text", source="here")
 
 
 def test_large_strings_are_texts(tmp_path, cache_dir):
     pq.write_table(pa.table({"text": pa.array(["a", "b"], pa.large_string())}), tmp_path / "rows.parquet")
     rows = reading.read_file(tmp_path / "rows.parquet", cache_dir=cache_dir)
     assert reading.kind(rows, "text") == "large_string"
-    reading.check_texts(rows, "text", place="here")
+    reading.check_texts(rows, "text", source="here")
 
 
 def test_a_local_data_set_has_one_full_name_from_everywhere(tmp_path, monkeypatch):

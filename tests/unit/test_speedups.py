@@ -81,7 +81,7 @@ def test_additive_masks_are_added():
 @pytest.mark.parametrize("what", ["fp32", "long", "dropout", "causal", "grouped"])
 def test_what_the_fused_kernel_does_better_is_left_to_it(what):
     """Bit for bit: the library's own function was called, with all it needs."""
-    tokens, options, module = (speedups.LONGEST + 1 if what == "long" else 7), {}, Module()
+    tokens, options, module = (speedups.MAX_TOKENS + 1 if what == "long" else 7), {}, Module()
     query, key, value = (
         part.detach()
         for part in make(tokens=tokens, heads=4, dtype=torch.float32 if what == "fp32" else torch.bfloat16)
@@ -109,7 +109,7 @@ def test_a_model_gives_in_bf16_what_it_gives_with_the_fused_kernel(tiny_model):
             return model(input_ids=ids, attention_mask=mask).last_hidden_state[mask.bool()]
 
     fused = run()
-    speedups.use_matrix_products(model)
+    speedups.use_fast_attention(model)
     ours = run()
     # equal would mean that the fused kernel was used
     assert torch.allclose(ours, fused, atol=0.05) and not torch.equal(ours, fused)
@@ -117,12 +117,12 @@ def test_a_model_gives_in_bf16_what_it_gives_with_the_fused_kernel(tiny_model):
 
 def test_models_with_attention_of_their_own_stay_as_they_are(tiny_model):
     model = AutoModel.from_pretrained(tiny_model, attn_implementation="eager")
-    speedups.use_matrix_products(model)
+    speedups.use_fast_attention(model)
     assert model.config._attn_implementation == "eager"
 
 
 def test_a_saved_model_does_not_ask_for_this_attention(tiny_model, tmp_path):
     model = AutoModel.from_pretrained(tiny_model)
-    speedups.use_matrix_products(model)
+    speedups.use_fast_attention(model)
     model.save_pretrained(tmp_path)
     assert speedups.NAME not in (tmp_path / "config.json").read_text()
