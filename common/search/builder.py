@@ -1,10 +1,11 @@
-"""Texts -> an index: what is new is encoded block by block, and each block is committed before the
-next begins.
+"""A collection -> rows of an index: texts are compared with what is there, new ones are split into
+chunks and encoded, and each block is committed before the next begins.
 """
 
 import dataclasses
 import json
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,31 +15,98 @@ import pyarrow.compute as pc
 from tqdm import tqdm
 
 from common.errors import UserError
-from common.search import passages
-from common.search.encoder import Encoder
-from common.search.filters import free_name
-from common.search.index import HASH, ID, PASSAGE, PASSAGES, START, TEXT, VECTOR, Snapshot
-from common.search.lookup import Lookup, digest
-from common.search.store import Store, vector_array, writing
-from common.search.texts import Collection, ids_of
+from common.runtime import Runtime
+from common.search import texts
+from common.search.encoder import Chunk, Encoder, EncoderConfig, load_encoder, split_into_chunks
+from common.search.index import (
+    CHUNK,
+    HASH,
+    ID,
+    NUM_CHUNKS,
+    START,
+    TEXT,
+    VECTOR,
+    Settings,
+    Snapshot,
+    Store,
+    open_store,
+    vector_array,
+)
+from common.search.texts import Collection, RowTable, digest, ids_of, unused_name
 
-# what a row is to the index; of rows with the same text and no ids the first counts
-NEW, SAME, CHANGED, REPEATED = range(4)
-SCAN = 10_000  # rows looked at in one go
-CHECKED = {
+SCAN = 10_000  # rows read at once
+# the settings of an index, and the flag that must agree with each
+CHECKED_SETTINGS = {
     "fingerprint": "--model",
     "width": "--model",
     "pooling": "--model",
     "max_length": "--max-length",
     "id_column": "--id-column",
-    # settings of an index, and the flag that must agree with each
     "chunk_overlap": "--chunk and --chunk-overlap",
 }
 
 
+@dataclass(frozen=True)
+class Source:
+    """What a command reads: texts, or an index that was made before, and how they are encoded."""
+
+    encoder: EncoderConfig
+    texts: str | None
+    index: str | None
+    text_column: str
+    skip_bad: bool
+    block: int  # texts encoded at once
+
+    def read(self, id_column: str | None = None) -> Collection:
+        """Return the texts."""
+        return texts.read(
+            self.texts or "",
+            text_column=self.text_column,
+            id_column=id_column,
+            skip_bad=self.skip_bad,
+            cache_dir=self.encoder.cache_dir,
+        )
+
+
+def settings_of(encoder: Encoder, *, id_column: str | None, chunk_overlap: int | None) -> Settings:
+    """Return the settings of an index of an encoder's embeddings; `chunk_overlap` is None for whole
+    texts.
+    """
+    return {**encoder.identity(), "id_column": id_column, "chunk_overlap": chunk_overlap}
+
+
+def check_settings(index: str, wanted: Mapping[str, object], settings: Settings) -> None:
+    """Raise UserError when an index was made with other settings than those that are wanted now."""
+    for name, flag in CHECKED_SETTINGS.items():
+        if name in wanted and wanted[name] != settings.get(name):
+            was, now = _describe_setting(name, settings), _describe_setting(name, wanted)
+            raise UserError(
+                f"--index {index}: it was made {was}, not {now}: their embeddings or rows can't be compared;"
+                f" give the same {flag}, or another --index"
+            )
+
+
+def load_index_encoder(config: EncoderConfig, runtime: Runtime, snapshot: Snapshot) -> Encoder:
+    """Return the encoder of an index; flags that name another one are refused."""
+    settings = snapshot.settings
+    encoder = load_encoder(config.with_defaults(settings["model"], settings["max_length"]), runtime)
+    check_settings(str(snapshot.folder), encoder.identity(), settings)
+    return encoder
+
+
+def _describe_setting(name: str, settings: Mapping[str, object]) -> str:
+    """Return a setting as it reads in "it was made ..."; None: whole texts, or texts without ids."""
+    value = settings[name]
+    if value is None:
+        return f"without {CHECKED_SETTINGS[name].split()[0]}"
+    if name == "fingerprint":
+        value = f"{settings['model']} ({str(value)[:12]})"
+    return f"with {name} {value}"
+
+
 @dataclass
 class Counts:
-    """What became of the texts; `encoded` counts the different ones that went through the model,
+    """What became of the texts. `encoded` counts the different ones that went through the model,
     `cut` those that lost their end there.
     """
 
@@ -52,50 +120,40 @@ class Counts:
 
     @property
     def committed(self) -> int:
-        """The texts that were written."""
+        """The number of texts that were written."""
         return self.added + self.updated
-
-
-def settings_of(encoder: Encoder, *, id_column: str | None, chunk_overlap: int | None) -> dict:
-    """Return what an index remembers of how it is made; `chunk_overlap` is None for whole
-    texts.
-    """
-    return {**encoder.identity(), "id_column": id_column, "chunk_overlap": chunk_overlap}
-
-
-def check_settings(index: str, wanted: dict, settings: dict):
-    """Raise UserError when an index was made in another way than is wanted now."""
-    for name, flag in CHECKED.items():
-        if name in wanted and wanted[name] != settings[name]:
-            was, now = (_in_words(name, one) for one in (settings, wanted))
-            raise UserError(
-                f"--index {index}: it was made {was}, not {now}: their vectors or rows can't be compared; "
-                f"give the same {flag}, or another --index"
-            )
-
-
-def _in_words(name: str, settings: dict) -> str:
-    """Return a setting as it stands in "it was made ..."; None is that of an index of whole texts,
-    or of texts without ids.
-    """
-    value = f"{settings['model']} ({settings[name][:12]})" if name == "fingerprint" else settings[name]
-    return f"without {CHECKED[name].split()[0]}" if value is None else f"with {name} {value}"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a block's rows are to the index: `known` is the first row of the document that is
-    there, -1 for none.
-    """
+    """What the rows of a block are to the index; of rows with the same id the first counts."""
 
     ids: list[str]
     hashes: list[bytes]  # of the text (16 bytes) and of the metadata (16 bytes)
-    known: np.ndarray
-    state: np.ndarray
+    known: np.ndarray  # the first row of the document in the index, -1 for none
+    repeated: np.ndarray  # the id occurred before, in this run
+    same: np.ndarray  # the index has the document with this hash
+
+    @property
+    def new(self) -> np.ndarray:
+        """A mask of the rows to add."""
+        return (self.known < 0) & ~self.repeated
+
+    @property
+    def changed(self) -> np.ndarray:
+        """A mask of the rows that differ from their document in the index."""
+        return (self.known >= 0) & ~self.same & ~self.repeated
+
+    @property
+    def unchanged(self) -> np.ndarray:
+        """A mask of the rows that the index has already."""
+        return self.same & ~self.repeated
 
 
 class Builder:
-    """Brings a collection's texts into a store."""
+    """Writes the texts of a collection to a store. `role` decides which prompt of the model is put
+    before each text.
+    """
 
     def __init__(
         self,
@@ -105,199 +163,158 @@ class Builder:
         update: bool = False,
         skip_bad: bool = False,
         role: str | None = "document",
-    ):
-        self.store, self.encoder, self.update, self.skip_bad, self.role = (
-            store,
-            encoder,
-            update,
-            skip_bad,
-            role,
-        )
-        self.id_column, self.chunk_overlap = (
-            store.snapshot.settings[name] for name in ("id_column", "chunk_overlap")
-        )
-        self.documents, self.passages, self.seen, self.counts = Lookup(), Lookup(), Lookup(), Counts()
-        self._scan(store.snapshot)
+    ) -> None:
+        self.store, self.encoder, self.counts = store, encoder, Counts()
+        self.update, self.skip_bad, self.role = update, skip_bad, role
+        self.id_column = store.snapshot.settings["id_column"]
+        self.chunk_overlap = store.snapshot.settings["chunk_overlap"]
+        # document id, text of a chunk -> row; ids of this run
+        self.documents, self.chunks, self.seen = RowTable(), RowTable(), RowTable()
+        rows = np.flatnonzero(store.snapshot.alive())
+        for start in range(0, len(rows), SCAN):
+            here = rows[start : start + SCAN]
+            entries = store.snapshot.take(here, [ID, CHUNK, TEXT])
+            self.chunks.add([digest(entry[TEXT]) for entry in entries], here)
+            firsts = [number for number, entry in enumerate(entries) if entry[CHUNK] == 0]
+            self.documents.add([digest(entries[number][ID]) for number in firsts], here[firsts])
 
-    def check(self, collection: Collection):
+    def check(self, collection: Collection) -> None:
         """Raise UserError, before anything is written, when the collection has other columns than
         the index, or changed rows without `update`.
         """
         columns = self.store.snapshot.manifest["columns"]
         given = {field.name: str(field.type) for field in collection.rows.schema if field.name != TEXT}
-        if self.store.snapshot.num_rows and columns != given:
-            differing = sorted(dict(columns.items() ^ given.items()))[0]
+        if not self.store.snapshot.num_rows:
+            return
+        if columns != given:
+            name = sorted(dict(columns.items() ^ given.items()))[0]
+            here, there = given.get(name, "missing"), columns.get(name, "missing")
             raise UserError(
-                f"{collection.name}: column {differing!r} is {given.get(differing, 'not there')}, in the"
-                f" index it is {columns.get(differing, 'not there')}; bring the columns in line, or use"
-                " another --index"
+                f"{collection.name}: column {name!r} is {here}, in the index it is {there}; make the columns"
+                " equal, or use another --index"
             )
-        seen = Lookup()
-        for numbers, table in (
-            collection.blocks(SCAN) if not self.update and self.store.snapshot.num_rows else ()
-        ):
+        seen = RowTable()
+        for numbers, table in collection.blocks(SCAN) if not self.update else ():
             plan = self._plan(table, seen)
-            for place in np.flatnonzero(plan.state == CHANGED)[:1]:
+            for row in np.flatnonzero(plan.changed)[:1]:
                 raise UserError(
-                    f"{collection.place(numbers[place])}: the index has id {plan.ids[place]!r} with another"
+                    f"{collection.location(numbers[row])}: the index has id {plan.ids[row]!r} with another"
                     " text or other columns; give --update to replace it"
                 )
 
-    def add(self, numbers: np.ndarray, table: pa.Table, collection: Collection):
-        """Encode what is new in a block of the collection, whose rows have these numbers, and
-        commit it; what changed is replaced in the same commit.
+    def add(self, numbers: np.ndarray, table: pa.Table, collection: Collection) -> None:
+        """Encode what is new in a block of the collection, whose rows have these numbers, and commit
+        it; changed documents are replaced in the same commit.
         """
         plan = self._plan(table, self.seen)
-        chosen = np.flatnonzero((plan.state == NEW) | (plan.state == CHANGED))
-        rows, chosen = self._encode(numbers, table, chosen, plan, collection)
-        changed = plan.known[chosen][plan.state[chosen] == CHANGED]
-        replaced = [
-            row + number
-            for row, first in zip(changed, self.store.snapshot.take(changed, [PASSAGES]))
-            for number in range(first[PASSAGES])
-        ]
-        if rows is not None:
-            before = self.store.snapshot.num_rows
-            self.store.commit(rows, replaced)
-            places = before + np.arange(len(rows))
-            self.passages.add([digest(text) for text in rows[TEXT].to_pylist()], places)
-            self.documents.add(
-                [digest(plan.ids[place]) for place in chosen], places[rows[PASSAGE].to_numpy() == 0]
+        chosen = np.flatnonzero(plan.new | plan.changed)
+        texts = table[TEXT].take(pa.array(chosen)).to_pylist()
+        if self.chunk_overlap is None:
+            chunks = [[Chunk(0, text)] for text in texts]
+        else:
+            chunks = split_into_chunks(texts, self.encoder, overlap=self.chunk_overlap)
+        owners = np.repeat(np.arange(len(chunks)), [len(own) for own in chunks])
+        vectors = self._vectors([chunk.text for own in chunks for chunk in own])
+        unusable = np.unique(owners[~np.isfinite(vectors).all(1)])
+        if len(unusable) and not self.skip_bad:
+            location = collection.location(numbers[chosen[unusable[0]]])
+            committed = f"{self.counts.committed:,} texts of earlier blocks were committed"
+            raise UserError(
+                f"{location}: the embedding of this text has norm zero, NaN or infinity; {committed}; remove"
+                " the row, skip it with --skip-bad, or try --precision fp32"
             )
+        kept = np.setdiff1d(np.arange(len(chosen)), unusable)
+        chosen, chunks, vectors = chosen[kept], [chunks[n] for n in kept], vectors[np.isin(owners, kept)]
+        if len(chosen):
+            self._commit(table, plan, chosen, chunks, vectors)
         self._count(plan, chosen)
 
-    def _scan(self, snapshot: Snapshot):
-        """Take in the documents and passages that are there."""
-        rows = np.flatnonzero(snapshot.alive())
-        for start in range(0, len(rows), SCAN):
-            here = rows[start : start + SCAN]
-            found = snapshot.take(here, [ID, PASSAGE, TEXT])
-            self.passages.add([digest(row[TEXT]) for row in found], here)
-            firsts = [place for place, row in enumerate(found) if row[PASSAGE] == 0]
-            self.documents.add([digest(found[place][ID]) for place in firsts], here[firsts])
-
-    def _plan(self, table: pa.Table, seen: Lookup) -> Plan:
-        """Compare a block's rows with the store, and with the rows `seen` before, to which they
-        are added.
+    def _plan(self, table: pa.Table, seen: RowTable) -> Plan:
+        """Compare a block's rows with the index, and with the rows `seen` before, to which they are
+        added.
         """
-        metadata = table.drop_columns([TEXT]).to_pylist()
-        hashes = [
-            digest(text) + digest(json.dumps(values, default=str, sort_keys=True))
-            for text, values in zip(table[TEXT].to_pylist(), metadata)
+        metadata = [
+            json.dumps(row, default=str, sort_keys=True) for row in table.drop_columns([TEXT]).to_pylist()
         ]
+        hashes = [digest(text) + digest(more) for text, more in zip(table[TEXT].to_pylist(), metadata)]
         ids = ids_of(table, self.id_column)
         keys = [digest(key) for key in ids]
         known = self.documents.find(keys)
-        state, there = np.full(len(ids), NEW), np.flatnonzero(known >= 0)
-        state[there] = [
-            SAME if row[HASH] == hashes[place] else CHANGED
-            for row, place in zip(self.store.snapshot.take(known[there], [HASH]), there)
-        ]
-        firsts = {key: place for place, key in reversed(list(enumerate(keys)))}
-        state[(seen.find(keys) >= 0) | np.array([firsts[key] != place for place, key in enumerate(keys)])] = (
-            REPEATED
-        )
+        there = np.flatnonzero(known >= 0)
+        same, entries = np.zeros(len(ids), bool), self.store.snapshot.take(known[there], [HASH])
+        same[there] = [entry[HASH] == hashes[row] for entry, row in zip(entries, there)]
+        firsts = {key: row for row, key in reversed(list(enumerate(keys)))}
+        repeated = (seen.find(keys) >= 0) | np.array([firsts[key] != row for row, key in enumerate(keys)])
         seen.add(keys, range(len(keys)))
-        return Plan(ids, hashes, known, state)
+        return Plan(ids, hashes, known, repeated, same)
 
-    def _encode(
-        self, numbers: np.ndarray, table: pa.Table, chosen: np.ndarray, plan: Plan, collection: Collection
-    ) -> tuple[pa.Table | None, np.ndarray]:
-        """Return the rows to store, one a passage, of the chosen texts, and which texts these are:
-        with `skip_bad`, those that have a vector.
-        """
-        texts = table[TEXT].take(pa.array(chosen)).to_pylist()
-        parts = (
-            [[(0, text)] for text in texts]
-            if self.chunk_overlap is None
-            else passages.split(texts, self.encoder, overlap=self.chunk_overlap)
-        )
-        cuts = [
-            (owner, number, *cut)
-            for owner, cut_texts in enumerate(parts)
-            for number, cut in enumerate(cut_texts)
-        ]
-        owners = np.array([cut[0] for cut in cuts], dtype=np.int64)
-        vectors = self._vectors([cut[3] for cut in cuts])
-        ruined = np.unique(owners[~np.isfinite(vectors).all(1)])
-        if len(ruined) and not self.skip_bad:
-            place = collection.place(numbers[chosen[ruined[0]]])
-            raise UserError(
-                f"{place}: the model gives no direction (NaN, infinity or zeros) for this text;"
-                f" {self.counts.committed:,} texts of earlier blocks were committed; remove the row, pass it"
-                " over with --skip-bad, or try --precision fp32"
-            )
-        kept = ~np.isin(owners, ruined)
-        if not kept.any():
-            return None, chosen[:0]
-        cuts, owners, sizes = (
-            [cut for cut, good in zip(cuts, kept) if good],
-            owners[kept],
-            np.bincount(owners),
-        )
-        metadata = table.drop_columns([TEXT]).take(pa.array(chosen[owners]))
-        own = {
-            ID: pa.array([plan.ids[chosen[owner]] for owner in owners]),
-            HASH: pa.array([plan.hashes[chosen[owner]] for owner in owners], pa.binary(32)),
-            PASSAGE: pa.array([cut[1] for cut in cuts], pa.int32()),
-            PASSAGES: pa.array(sizes[owners], pa.int32()),
-            START: pa.array([cut[2] for cut in cuts], pa.int32()),
-            TEXT: pa.array([cut[3] for cut in cuts], pa.large_string()),
-        }
+    def _commit(
+        self, table: pa.Table, plan: Plan, chosen: np.ndarray, chunks: list[list[Chunk]], vectors: np.ndarray
+    ) -> None:
+        """Write one row per chunk of the chosen texts, and delete the documents that they replace."""
+        sizes = np.array([len(own) for own in chunks])
+        numbers = np.concatenate([np.arange(size) for size in sizes])
+        owners = np.repeat(chosen, sizes)  # the row in `table` of each chunk
+        flat = [chunk for own in chunks for chunk in own]
         columns = {
-            **own,
-            **{name: metadata[name] for name in metadata.column_names},
-            VECTOR: vector_array(vectors[kept]),
+            ID: pa.array([plan.ids[owner] for owner in owners]),
+            HASH: pa.array([plan.hashes[owner] for owner in owners], pa.binary(32)),
+            CHUNK: pa.array(numbers, pa.int32()),
+            NUM_CHUNKS: pa.array(np.repeat(sizes, sizes), pa.int32()),
+            START: pa.array([chunk.start for chunk in flat], pa.int32()),
+            TEXT: pa.array([chunk.text for chunk in flat], pa.large_string()),
         }
-        return pa.table(columns), chosen[np.unique(owners)]
+        metadata = table.drop_columns([TEXT]).take(pa.array(owners))
+        columns |= {name: metadata[name] for name in metadata.column_names}
+        columns[VECTOR] = vector_array(vectors)
+        before = self.store.snapshot.num_rows
+        replaced = plan.known[chosen][plan.changed[chosen]]
+        self.store.commit(pa.table(columns), whole_documents(self.store.snapshot, replaced))
+        rows = before + np.arange(len(flat))
+        self.chunks.add([digest(chunk.text) for chunk in flat], rows)
+        self.documents.add([digest(plan.ids[owner]) for owner in chosen], rows[numbers == 0])
 
     def _vectors(self, texts: list[str]) -> np.ndarray:
-        """Return a unit vector (texts, width) for each text: from the store where it has the text
+        """Return a unit vector (texts, width) for each text: from the index where it has the text
         already, else from the model.
         """
-        known = self.passages.find([digest(text) for text in texts])
+        known = self.chunks.find([digest(text) for text in texts])
         vectors, fresh = np.empty((len(texts), self.encoder.width), np.float32), np.flatnonzero(known < 0)
         vectors[known >= 0] = self.store.snapshot.vectors_of(known[known >= 0])
         if len(fresh):
-            vectors[fresh] = self.encoder.encode_unit([texts[place] for place in fresh], role=self.role)
+            vectors[fresh] = self.encoder.encode_unit([texts[number] for number in fresh], role=self.role)
         return vectors
 
-    def _count(self, plan: Plan, chosen: np.ndarray):
+    def _count(self, plan: Plan, chosen: np.ndarray) -> None:
         counts = self.counts
-        counts.added += int((plan.state[chosen] == NEW).sum())
-        counts.updated += int((plan.state[chosen] == CHANGED).sum())
-        counts.unchanged += int((plan.state == SAME).sum())
-        counts.repeated += int((plan.state == REPEATED).sum())
-        counts.bad += int(np.isin(plan.state, (NEW, CHANGED)).sum()) - len(chosen)
+        counts.added += int(plan.new[chosen].sum())
+        counts.updated += int(plan.changed[chosen].sum())
+        counts.unchanged += int(plan.unchanged.sum())
+        counts.repeated += int(plan.repeated.sum())
+        counts.bad += int((plan.new | plan.changed).sum()) - len(chosen)
         counts.encoded, counts.cut = self.encoder.num_encoded, self.encoder.num_cut
 
 
 def rows_with_ids(snapshot: Snapshot, ids: list[str]) -> tuple[np.ndarray, list[str]]:
-    """Return the live rows of some documents, and those ids that the index does not have."""
-    rows, found = [], set()
+    """Return the live rows of some documents, and the ids that the index does not have."""
+    rows, known = [np.zeros(0, np.int64)], set()
     for start, segment in zip(snapshot.starts, snapshot.segments):
-        here = np.flatnonzero(pc.is_in(segment.table[ID], value_set=pa.array(ids)).to_numpy() & segment.alive)
+        matching = pc.is_in(segment.table[ID], value_set=pa.array(ids)).to_numpy()
+        here = np.flatnonzero(matching & segment.alive)
         rows.append(here + start)
-        found.update(segment.table[ID].take(pa.array(here)).to_pylist())
-    return np.concatenate([np.zeros(0, np.int64), *rows]).astype(np.int64), [
-        key for key in ids if key not in found
-    ]
+        known.update(segment.table[ID].take(pa.array(here)).to_pylist())
+    return np.concatenate(rows), [key for key in ids if key not in known]
 
 
 def whole_documents(snapshot: Snapshot, rows: np.ndarray) -> np.ndarray:
-    """Return all passages of the documents that some rows belong to."""
-    found = snapshot.take(rows, [PASSAGE, PASSAGES])
-    return np.unique(
-        [
-            row - entry[PASSAGE] + number
-            for row, entry in zip(rows, found)
-            for number in range(entry[PASSAGES])
-        ]
-    ).astype(np.int64)
+    """Return the rows of all chunks of the documents that some rows belong to."""
+    entries = snapshot.take(rows, [CHUNK, NUM_CHUNKS])
+    firsts = {int(row) - entry[CHUNK]: entry[NUM_CHUNKS] for row, entry in zip(rows, entries)}
+    return np.array([first + n for first in sorted(firsts) for n in range(firsts[first])], dtype=np.int64)
 
 
-def fill(builder: Builder, collection: Collection, *, block: int):
-    """Bring a collection into the builder's store, `block` texts a commit, with a bar on a
+def fill(builder: Builder, collection: Collection, *, block: int) -> None:
+    """Write a collection to the builder's store, `block` texts per commit, with a progress bar on a
     terminal.
     """
     builder.counts.bad = len(collection.bad)
@@ -316,26 +333,41 @@ def fill(builder: Builder, collection: Collection, *, block: int):
             bar.update(len(table))
 
 
-def temporary(
+def build_temporary(
+    source: Source,
     collection: Collection,
     encoder: Encoder,
     folder: str,
     *,
-    block: int,
+    say: Callable[[str], None],
     id_column: str | None = None,
     role: str | None = "document",
-) -> Builder:
-    """Make an index for the length of one command; without `id_column` the ids are the rows'
-    numbers from 1, and equal texts stay rows of their own.
+) -> Snapshot:
+    """Return an index of a collection for the duration of one command; without `id_column` the ids
+    are the rows' numbers from 1, and equal texts stay separate rows.
     """
     if id_column is None:
-        id_column = free_name("_number", collection.rows.column_names)
-        collection = dataclasses.replace(
-            collection,
-            rows=collection.rows.append_column(id_column, pa.array(np.arange(1, len(collection.rows) + 1))),
-        )
+        id_column = unused_name("_number", collection.rows.column_names)
+        numbers = pa.array(np.arange(1, len(collection.rows) + 1))
+        rows = collection.rows.append_column(id_column, numbers)
+        collection = dataclasses.replace(collection, rows=rows)
     settings = settings_of(encoder, id_column=id_column, chunk_overlap=None)
-    with writing(Path(folder) / "index", settings=settings) as store:
-        builder = Builder(store, encoder, role=role)
-        fill(builder, collection, block=block)
-    return builder
+    with open_store(Path(folder) / "index", settings=settings) as store:
+        fill(Builder(store, encoder, role=role), collection, block=source.block)
+    say(f"texts    {collection.name}: {len(collection):,}")
+    for note in notes(collection, encoder.num_cut, encoder.max_length):
+        say(note)
+    return store.snapshot
+
+
+def notes(collection: Collection, num_cut: int, max_length: int) -> list[str]:
+    """Return what a person should know about texts that were skipped or cut."""
+    lines = []
+    if collection.bad:
+        row, reason = min(collection.bad.items())
+        first = f"{collection.location(row)}: {reason}"
+        lines.append(f"         {len(collection.bad):,} skipped; the first: {first}")
+    if num_cut:
+        cut = f"{num_cut:,} are longer than {max_length} tokens and were cut there"
+        lines.append(f"         {cut}; index --chunk reads them whole")
+    return lines

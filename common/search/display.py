@@ -1,260 +1,282 @@
-"""What each subcommand of embed_search.py shows, as tables and as one JSON document."""
+"""What embed_search.py shows: tables for a person on stdout, or one JSON document there and the rest
+on stderr; pictures; an index in TensorBoard's projector.
+"""
 
+import argparse
 import contextlib
 import csv
 import itertools
+import json
+import os
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
+import torch
+from matplotlib.figure import Figure
+from tabulate import tabulate
+from torch.utils.tensorboard import SummaryWriter
 
 from common import figures
-from common.errors import UserError
-from common.search import texts
-from common.search.builder import Builder
-from common.search.clustering import NONE, nearest_to_centre
-from common.search.index import ID, OWN_COLUMNS, PASSAGE, PASSAGES, START, TEXT, Snapshot
-from common.search.mining import Groups, Live
-from common.search.screen import Screen, level, short
+from common.errors import UserError, shorten
+from common.reading import evenly_spaced
+from common.search.builder import Builder, notes
+from common.search.index import CHUNK, ID, NUM_CHUNKS, RESERVED_COLUMNS, START, TEXT, Snapshot
+from common.search.mining import NO_CLUSTER, Groups, Selection, nearest_to_centre
+from common.search.relevance import Task
 from common.search.searcher import Hit, Searcher
+from common.search.texts import Collection, check_query
 
-WORDS, NEAREST = 6, 3  # of a cluster: its marking words, the texts nearest to its centre
+HIGH, MODERATE = 0.7, 0.4  # the tutorial's thresholds of similarity
+TEXT_WIDTH, CENTRAL_WIDTH = 76, 60  # characters of a text in a table
+NUM_WORDS, NUM_CENTRAL = 6, 3  # of a cluster: its typical words, the texts nearest to its centre
 MATRIX_COLUMNS = 20  # of a matrix that still fits a screen
 PAIRS_IN_JSON = 1_000_000
+PICTURES = (".png", ".pdf", ".svg", ".jpg")
 
 
-def labels(live: Live) -> list[str]:
+class Screen:
+    """Where the output of a command goes; `shown` is False on all processes but the main one."""
+
+    def __init__(self, *, as_json: bool, shown: bool = True) -> None:
+        self.as_json, self.shown = as_json, shown
+
+    def say(self, line: str = "") -> None:
+        """Print a line for a person."""
+        if self.shown:
+            print(line, file=sys.stderr if self.as_json else sys.stdout, flush=True)
+
+    def table(self, rows: Sequence[Sequence[object]], headers: Sequence[str], *, title: str = "") -> None:
+        """Print a table for a person; floats have three decimals."""
+        if not self.shown or self.as_json:
+            return
+        print(f"\n{title}" if title else "")
+        if not rows:
+            print("(none)", flush=True)
+            return
+        aligned = ["right" if isinstance(value, int | float) else "left" for value in rows[0]]
+        print(tabulate(rows, headers, floatfmt=".3f", colalign=aligned), flush=True)
+
+    def document(self, content: dict) -> None:
+        """Print the JSON document, if one is wanted."""
+        if self.shown and self.as_json:
+            print(json.dumps(content, ensure_ascii=False, default=str))
+
+
+def output_file(text: str) -> str:
+    """Parse the path of a file in a folder that exists and can be written to."""
+    folder = Path(text).absolute().parent
+    if Path(text).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        reason = "no file can be written there; name one in a folder that exists"
+        raise argparse.ArgumentTypeError(f"{text}: {reason}")
+    return text
+
+
+def picture_file(text: str) -> str:
+    """Parse the path of a picture, whose suffix is a format."""
+    if Path(text).suffix.lower() not in PICTURES:
+        reason = f"the suffix is not one of {', '.join(PICTURES)}; name a .png file"
+        raise argparse.ArgumentTypeError(f"{text}: {reason}")
+    return output_file(text)
+
+
+def level(similarity: float) -> str:
+    """Return a word for a similarity: high above 0.7, moderate from 0.4 on, else low."""
+    if similarity > HIGH:
+        return "high"
+    return "moderate" if similarity >= MODERATE else "low"
+
+
+def ids_of(selection: Selection) -> list[str]:
     """Return the ids of rows, which for texts without an index are their numbers from 1."""
-    return [row[ID] for row in live.snapshot.take(live.rows, [ID])]
+    return [row[ID] for row in selection.snapshot.take(selection.rows, [ID])]
 
 
-def brief(key: str) -> str:
-    """Return an id as it fits a table: of a long one, such as a hash of the text, the beginning;
-    --json has it whole.
-    """
+def short_id(key: str) -> str:
+    """Return the start of a long id, such as a hash of the text, for a table; --json has it whole."""
     return key if len(key) <= 16 else f"{key[:10]}..."
 
 
-def texts_of(live: Live, places) -> list[dict]:
-    """Return id and text of some places."""
-    return [
-        {"id": row[ID], "text": row[TEXT]}
-        for row in live.snapshot.take(live.rows[np.asarray(places, np.int64)], [ID, TEXT])
-    ]
+def texts_at(selection: Selection, positions: Iterable[int]) -> list[dict[str, str]]:
+    """Return id and text at some positions."""
+    rows = selection.rows[np.fromiter(positions, np.int64)]
+    return [{"id": row[ID], "text": row[TEXT]} for row in selection.snapshot.take(rows, [ID, TEXT])]
 
 
-def one_a_document(live: Live, places) -> list[dict]:
-    """Return id and text of some places, of passages of one document only the first."""
-    found: dict[str, dict] = {}
-    for row in texts_of(live, places):
-        found.setdefault(row["id"], row)
-    return list(found.values())
+def label_of(row: dict[str, str], width: int = TEXT_WIDTH) -> str:
+    """Return id and text in one line."""
+    return f"{short_id(row['id'])}: {shorten(row['text'], width)}"
 
 
-def say_counts(screen: Screen, collection: texts.Collection, encoder):
-    """Say what is in a collection, and what of it was passed over or cut."""
-    screen.say(f"texts    {collection.name}: {len(collection):,}")
-    say_bad(screen, collection)
-    say_cut(screen, encoder.num_cut, encoder.max_length)
-
-
-def say_bad(screen: Screen, collection: texts.Collection):
-    """Say how many rows were passed over, and which was the first."""
-    if collection.bad:
-        row, reason = min(collection.bad.items())
-        screen.say(
-            f"         {len(collection.bad):,} passed over; the first: {collection.place(row)}: {reason}"
-        )
-
-
-def say_cut(screen: Screen, cut: int, max_length: int):
-    """Say how many texts the model did not read to their end."""
-    if cut:
-        screen.say(
-            f"         {cut:,} are longer than {max_length} tokens and were read without their end; index"
-            " --chunk reads all of them"
-        )
-
-
-def show_similarity(screen: Screen, live: Live, matrix: np.ndarray, pairs: list, queries: list):
+def show_similarity(
+    screen: Screen,
+    selection: Selection,
+    matrix: np.ndarray,
+    pairs: list[tuple[int, int, float]],
+    queries: list[tuple[str, np.ndarray]],
+) -> None:
     """Show a matrix of cosines, the most similar pairs, and for each query its similarity to all
     texts.
     """
-    names, rows = labels(live), texts_of(live, range(len(live)))
+    texts = texts_at(selection, range(len(selection)))
+    names = [short_id(text["id"]) for text in texts]
     if len(names) <= MATRIX_COLUMNS:
-        screen.table(
-            [[brief(name), *values] for name, values in zip(names, matrix)],
-            ["", *map(brief, names)],
-            title="cosine similarity",
-        )
+        rows = [[name, *values] for name, values in zip(names, matrix)]
+        screen.table(rows, ["", *names], title="cosine similarity")
     else:
-        screen.say(
-            f"the matrix of {len(names):,} x {len(names):,} is too wide for a screen: --json prints it,"
-            " --figure draws it"
-        )
-    pair_documents = show_pairs(screen, live, pairs, alone=False)
-    found = []
+        size = f"{len(names):,} x {len(names):,}"
+        screen.say(f"the matrix of {size} is too wide for a screen: --json prints it, --figure draws it")
+    pair_documents = _show_pairs(screen, selection, pairs)
+    query_documents = []
     for query, scores in queries:
-        lines = [
-            {**row, "similarity": float(score), "level": level(score)} for row, score in zip(rows, scores)
+        lines = [{**text, "similarity": float(s), "level": level(s)} for text, s in zip(texts, scores)]
+        query_documents.append({"query": query, "similarities": lines})
+        rows = [
+            [name, line["similarity"], line["level"], shorten(line["text"], TEXT_WIDTH)]
+            for name, line in zip(names, lines)
         ]
-        screen.table(
-            [[brief(line["id"]), line["similarity"], line["level"], short(line["text"])] for line in lines],
-            ["", "similarity", "level", "text"],
-            title=f"query: {query}",
-        )
-        found.append({"query": query, "similarities": lines})
-    screen.document(
-        {"texts": rows, "matrix": matrix.round(3).tolist(), "pairs": pair_documents, "queries": found}
-    )
+        screen.table(rows, ["", "similarity", "level", "text"], title=f"query: {query}")
+    rounded = matrix.round(3).tolist()
+    screen.document({"texts": texts, "matrix": rounded, "pairs": pair_documents, "queries": query_documents})
 
 
-def show_pairs(
-    screen: Screen, live: Live, pairs: list[tuple[int, int, float]], *, alone: bool = True
-) -> list[dict]:
-    """Show pairs of places with their cosines, best first; return them as documents."""
-    firsts, seconds = (texts_of(live, [pair[side] for pair in pairs]) for side in (0, 1))
-    screen.table(
-        [
-            [
-                number,
-                score,
-                (
-                    f"{brief(first['id'])}: {short(first['text'])}\n{brief(second['id'])}:"
-                    f" {short(second['text'])}"
-                ),
-            ]
-            for number, (first, second, (*_, score)) in enumerate(zip(firsts, seconds, pairs), start=1)
-        ],
-        ["", "similarity", live.unit],
-        title="the most similar pairs",
-    )
+def show_pairs(screen: Screen, selection: Selection, pairs: list[tuple[int, int, float]]) -> None:
+    """Show pairs of positions with their cosines, best first."""
+    screen.document({"pairs": _show_pairs(screen, selection, pairs)})
+
+
+def _show_pairs(screen: Screen, selection: Selection, pairs: list[tuple[int, int, float]]) -> list[dict]:
+    firsts = texts_at(selection, (first for first, _, _ in pairs))
+    seconds = texts_at(selection, (second for _, second, _ in pairs))
     documents = [
         {"similarity": score, "first": first, "second": second}
-        for first, second, (*_, score) in zip(firsts, seconds, pairs)
+        for first, second, (_, _, score) in zip(firsts, seconds, pairs)
     ]
-    if alone:
-        screen.document({"pairs": documents})
+    rows = []
+    for number, pair in enumerate(documents, start=1):
+        rows.append([number, pair["similarity"], f"{label_of(pair['first'])}\n{label_of(pair['second'])}"])
+    screen.table(rows, ["", "similarity", selection.unit], title="the most similar pairs")
     return documents
 
 
-def show_index(screen: Screen, builder: Builder, collection: texts.Collection, *, seconds: float):
+def show_build(screen: Screen, builder: Builder, collection: Collection, *, seconds: float) -> None:
     """Say what became of the texts."""
     counts, snapshot = builder.counts, builder.store.snapshot
     screen.say(
         f"texts    {collection.name}: {counts.added:,} added, {counts.updated:,} updated,"
-        f" {counts.unchanged:,} unchanged, {counts.repeated:,} with the same text as another, {counts.bad:,}"
-        " passed over"
+        f" {counts.unchanged:,} unchanged, {counts.repeated:,} repeated, {counts.bad:,} skipped"
     )
-    say_bad(screen, collection)
     if counts.encoded:
-        screen.say(
-            f"         {counts.encoded:,} different ones encoded, {counts.encoded / seconds:,.1f} texts/s on"
-            f" {builder.encoder.runtime.describe()}"
-        )
-    say_cut(screen, counts.cut, snapshot.settings["max_length"])
-    show_state(screen, snapshot, counts=vars(counts) | {"seconds": seconds})
+        speed = f"{counts.encoded / seconds:,.1f} texts/s on {builder.encoder.runtime.describe()}"
+        screen.say(f"         {counts.encoded:,} different texts encoded, {speed}")
+    for note in notes(collection, counts.cut, snapshot.settings["max_length"]):
+        screen.say(note)
+    _say_index(screen, snapshot)
+    screen.document({**_index_document(snapshot), "counts": vars(counts) | {"seconds": seconds}})
 
 
-def show_state(screen: Screen, snapshot: Snapshot, **more):
+def show_index(screen: Screen, snapshot: Snapshot) -> None:
     """Say what is in an index."""
+    _say_index(screen, snapshot)
+    screen.document(_index_document(snapshot))
+
+
+def show_deletion(screen: Screen, snapshot: Snapshot, *, deleted: int, unknown: int) -> None:
+    """Say how many rows were deleted, and how many ids were not in the index."""
+    more = f"; {unknown:,} ids are not in the index" if unknown else ""
+    screen.say(f"deleted  {deleted:,} rows{more}")
+    _say_index(screen, snapshot)
+    screen.document({**_index_document(snapshot), "deleted": deleted, "unknown": unknown})
+
+
+def _say_index(screen: Screen, snapshot: Snapshot) -> None:
     live = int(snapshot.alive().sum())
-    if "deleted" in more:
-        screen.say(
-            f"deleted  {more['deleted']:,} rows"
-            + (f"; {more['unknown']:,} ids are not there" if more["unknown"] else "")
-        )
     screen.say(
-        f"index    {snapshot.folder}: {live:,} rows, {snapshot.num_rows - live:,} deleted ones,"
+        f"index    {snapshot.folder}: {live:,} rows, {snapshot.num_rows - live:,} deleted rows,"
         f" {len(snapshot.segments):,} files, {snapshot.width} dimensions, {snapshot.settings['model']}"
     )
-    screen.document(
-        {
-            "index": str(snapshot.folder),
-            "rows": live,
-            "deleted_rows": snapshot.num_rows - live,
-            "files": len(snapshot.segments),
-            "settings": snapshot.settings,
-            **more,
-        }
-    )
 
 
-def hit_document(row: dict, hit: Hit) -> dict:
-    """Return a hit as it stands in JSON: score, id, text, and in `columns` its metadata; of a
-    document in passages the best one and its place.
-    """
-    found = {
-        "id": row[ID],
-        "score": hit.score,
-        "text": row[TEXT],
-        "columns": {name: value for name, value in row.items() if name not in OWN_COLUMNS},
+def _index_document(snapshot: Snapshot) -> dict[str, object]:
+    live = int(snapshot.alive().sum())
+    return {
+        "index": str(snapshot.folder),
+        "rows": live,
+        "deleted_rows": snapshot.num_rows - live,
+        "files": len(snapshot.segments),
+        "settings": snapshot.settings,
     }
-    if row[PASSAGES] > 1:
-        found["passage"] = {"number": row[PASSAGE] + 1, "of": row[PASSAGES], "first_character": row[START]}
-    return found
 
 
-def show_hits(screen: Screen, searcher: Searcher, queries: list[str], answers: list[list[Hit]]):
-    """Show what was found for each query, best first."""
+def show_hits(screen: Screen, searcher: Searcher, queries: list[str], answers: list[list[Hit]]) -> None:
+    """Show the hits of each query, best first."""
     documents = []
     for query, hits in zip(queries, answers):
-        found = [
-            hit_document(row, hit)
-            for row, hit in zip(searcher.snapshot.take([hit.row for hit in hits]), hits)
-        ]
+        rows = searcher.snapshot.take([hit.row for hit in hits])
+        found = [_hit_document(row, hit) for row, hit in zip(rows, hits)]
         documents.append({"query": query, "hits": found})
-        lines = [
-            [rank, hit["score"], brief(hit["id"]), passage_note(hit) + short(hit["text"])]
-            for rank, hit in enumerate(found, start=1)
-        ]
+        lines = []
+        for rank, hit in enumerate(found, start=1):
+            chunk = f"[chunk {hit['chunk']['number']} of {hit['chunk']['of']}] " if "chunk" in hit else ""
+            lines.append([rank, hit["score"], short_id(hit["id"]), chunk + shorten(hit["text"], TEXT_WIDTH)])
         screen.table(lines, ["", "score", "id", "text"], title=f"query: {query}")
     screen.document({"queries": documents})
 
 
-def passage_note(hit: dict) -> str:
-    """Return which passage of a document was the best one, "" for a document in one piece."""
-    return f"[passage {hit['passage']['number']} of {hit['passage']['of']}] " if "passage" in hit else ""
+def _hit_document(row: dict, hit: Hit) -> dict:
+    """Return a hit for JSON: score, id, text, and in `columns` its metadata; where a document has
+    several chunks, which one is the best.
+    """
+    columns = {name: value for name, value in row.items() if name not in RESERVED_COLUMNS}
+    found = {"id": row[ID], "score": hit.score, "text": row[TEXT], "columns": columns}
+    if row[NUM_CHUNKS] > 1:
+        found["chunk"] = {"number": row[CHUNK] + 1, "of": row[NUM_CHUNKS], "first_character": row[START]}
+    return found
 
 
-def prompt(screen: Screen, searcher: Searcher, top_k: int):
+def answer_prompt(screen: Screen, searcher: Searcher, top_k: int) -> None:
     """Answer queries from standard input until it ends or an empty line comes; with --json one
-    document a query.
+    document per query.
     """
     screen.say(f"{int(searcher.allowed.sum()):,} texts; an empty line ends")
     for number in itertools.count(1):
         if sys.stdin.isatty():
             print("query> ", end="", file=sys.stderr, flush=True)
-        query = sys.stdin.readline()
-        if not query.strip():
+        query = sys.stdin.readline().strip()
+        if not query:
             return
         try:
-            texts.check_query(query, f"query {number}")
-            show_hits(screen, searcher, [query.strip()], searcher.search([query.strip()], top_k))
-        except UserError as error:  # a slip at a prompt is no reason to load everything again
+            check_query(query, f"query {number}")
+            show_hits(screen, searcher, [query], searcher.search([query], top_k))
+        except UserError as error:  # a mistake at a prompt is no reason to load everything again
             print(error, file=sys.stderr)
 
 
-def open_output(path: str | None):
-    """Open a CSV file to write to; None stays None."""
-    if path is None:
-        return contextlib.nullcontext()
-    return open(path, "w", encoding="utf-8", newline="")  # its user closes it
+def open_output(path: str | None) -> contextlib.AbstractContextManager[TextIO | None]:
+    """Open a CSV file for writing; None stays None."""
+    return contextlib.nullcontext() if path is None else open(path, "w", encoding="utf-8", newline="")
 
 
-def collect_groups(live: Live, parts, file, *, keep: bool) -> tuple[Groups, list[tuple]]:
-    """Join pairs into groups as they come; write each to a CSV `file`, or else keep it where that
-    is wanted. Returns groups and kept pairs.
+def collect_groups(
+    selection: Selection,
+    parts: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]],
+    file: TextIO | None,
+    *,
+    keep: bool,
+) -> tuple[Groups, list[tuple[str, str, float]]]:
+    """Join pairs into groups as they come. Write each pair to a CSV `file` if there is one; else,
+    with `keep`, return the pairs too (ids and cosine).
     """
-    groups, names, kept = Groups(len(live)), labels(live), []
+    groups, ids = Groups(len(selection)), ids_of(selection)
+    kept: list[tuple[str, str, float]] = []
     writer = csv.writer(file) if file else None
     if writer:
         writer.writerow(["first", "second", "similarity"])
     for left, right, scores in parts:
         groups.join(left, right)
-        pairs = [
-            (names[first], names[second], score) for first, second, score in zip(left, right, scores.tolist())
-        ]
+        pairs = [(ids[one], ids[other], score) for one, other, score in zip(left, right, scores.tolist())]
         if writer:
             writer.writerows(pairs)
         elif keep and len(kept) <= PAIRS_IN_JSON:
@@ -262,95 +284,110 @@ def collect_groups(live: Live, parts, file, *, keep: bool) -> tuple[Groups, list
     return groups, kept
 
 
-def show_groups(screen: Screen, live: Live, groups: Groups, kept: list, *, threshold: float):
-    """Show every group with all of its texts."""
-    if screen.as_json and len(kept) > PAIRS_IN_JSON:
+def show_groups(
+    screen: Screen,
+    selection: Selection,
+    groups: Groups,
+    pairs: list[tuple[str, str, float]],
+    *,
+    threshold: float,
+) -> None:
+    """Show every group with all of its texts, of a document in chunks only the first."""
+    if screen.as_json and len(pairs) > PAIRS_IN_JSON:
         raise UserError(
             f"duplicates: more than {PAIRS_IN_JSON:,} pairs, too many for one JSON document; write them with"
             " --pairs-file, or raise --threshold"
         )
-    lists = [one_a_document(live, members) for members in groups.lists()]
+    lists = []
+    for members in groups.lists():
+        unique: dict[str, dict[str, str]] = {}
+        for text in texts_at(selection, members):
+            unique.setdefault(text["id"], text)
+        lists.append(list(unique.values()))
+    kind = "pairs of chunks" if selection.unit == "chunks" else "pairs"
     screen.say(
-        f"\n{len(lists):,} groups of {sum(map(len, lists)):,} texts, joined by {groups.num_pairs:,} pairs "
-        f"{'of passages ' if live.unit == 'passages' else ''}with a cosine of at least {threshold}"
+        f"\n{len(lists):,} groups of {sum(map(len, lists)):,} texts, joined by {groups.num_pairs:,} {kind}"
+        f" with a cosine of at least {threshold}"
     )
-    lines = [
-        [number, brief(row["id"]), short(row["text"])]
-        for number, rows in enumerate(lists, start=1)
-        for row in rows
-    ]
+    lines = []
+    for number, texts in enumerate(lists, start=1):
+        lines += [[number, short_id(text["id"]), shorten(text["text"], TEXT_WIDTH)] for text in texts]
     screen.table(lines, ["group", "id", "text"])
-    pairs = [{"first": first, "second": second, "similarity": score} for first, second, score in kept]
-    screen.document({"threshold": threshold, "num_pairs": groups.num_pairs, "groups": lists, "pairs": pairs})
+    documents = [{"first": one, "second": other, "similarity": score} for one, other, score in pairs]
+    screen.document(
+        {"threshold": threshold, "num_pairs": groups.num_pairs, "groups": lists, "pairs": documents}
+    )
 
 
-def show_clusters(screen: Screen, live: Live, numbers: np.ndarray, words: list[list[str]]):
-    """Show each cluster's size, words and central texts."""
-    names, lines, documents = labels(live), [], []
-    for number, own in enumerate(words):
-        members = np.flatnonzero(numbers == number)
-        nearest = nearest_to_centre(live, members, NEAREST)
-        central = [
-            {**row, "similarity": score}
-            for row, (_, score) in zip(texts_of(live, [place for place, _ in nearest]), nearest)
-        ]
-        lines.append(
-            [
-                number + 1,
-                len(members),
-                ", ".join(own),
-                "\n".join(f"{brief(row['id'])}: {short(row['text'], 60)}" for row in central),
-            ]
-        )
+def show_clusters(screen: Screen, selection: Selection, labels: np.ndarray, words: list[list[str]]) -> None:
+    """Show the size of each cluster, its typical words and its central texts."""
+    ids, lines, documents = ids_of(selection), [], []
+    for number, own_words in enumerate(words):
+        members = np.flatnonzero(labels == number)
+        nearest = nearest_to_centre(selection, members, NUM_CENTRAL)
+        texts = texts_at(selection, (position for position, _ in nearest))
+        central = [{**text, "similarity": score} for text, (_, score) in zip(texts, nearest)]
+        shown = "\n".join(label_of(text, CENTRAL_WIDTH) for text in central)
+        lines.append([number + 1, len(members), ", ".join(own_words), shown])
         documents.append(
             {
                 "cluster": number + 1,
                 "size": len(members),
-                "words": own,
+                "words": own_words,
                 "nearest_to_centre": central,
-                "ids": list(dict.fromkeys(names[place] for place in members)),
+                "ids": list(dict.fromkeys(ids[position] for position in members)),
             }
         )
-    alone = [names[place] for place in np.flatnonzero(numbers == NONE)]
-    screen.table(
-        lines,
-        ["cluster", live.unit, "words", "nearest to its centre"],
-        title=f"{len(words):,} clusters, {len(alone):,} {live.unit} in none",
-    )
-    alone = list(dict.fromkeys(alone))
-    screen.document({"clusters": documents, "in_none": alone})
+    alone = [ids[position] for position in np.flatnonzero(labels == NO_CLUSTER)]
+    title = f"{len(words):,} clusters, {len(alone):,} {selection.unit} in none"
+    screen.table(lines, ["cluster", selection.unit, "words", "nearest to its centre"], title=title)
+    screen.document({"clusters": documents, "in_none": list(dict.fromkeys(alone))})
 
 
-def save_figure(figure, path: str, screen: Screen):
+def save_figure(figure: Figure, path: str, screen: Screen) -> None:
     """Write a picture and say so."""
     figures.save(figure, path)
     screen.say(f"picture  {path}")
 
 
-def show_scores(screen: Screen, task, scores: dict[str, dict[str, float]]):
+def show_scores(screen: Screen, task: Task, scores: dict[str, dict[str, float]]) -> None:
     """Show the measures of each way of searching."""
-    screen.table(
-        [[name, *values.values()] for name, values in scores.items()],
-        ["search", *next(iter(scores.values()))],
-        title=f"{task.name}: {len(task.judgements):,} queries",
-    )
+    rows = [[name, *values.values()] for name, values in scores.items()]
+    headers = ["search", *next(iter(scores.values()))]
+    screen.table(rows, headers, title=f"{task.name}: {len(task.judgements):,} queries")
     screen.document({"task": task.name, "queries": len(task.judgements), "scores": scores})
 
 
-def show_sts(screen: Screen, file: str, scores: dict):
+def show_sts(screen: Screen, file: str, scores: dict[str, int | float]) -> None:
     """Show Spearman's correlation."""
     screen.table([[scores["pairs"], scores["spearman"]]], ["pairs", "Spearman"], title=file)
     screen.document({"file": file, **scores})
 
 
-def show_models(screen: Screen, lines: list[dict]):
-    """Show one line a model."""
+def show_models(screen: Screen, lines: list[dict[str, object]]) -> None:
+    """Show one line per model."""
     screen.table([list(line.values()) for line in lines], [name.replace("_", " ") for name in lines[0]])
     screen.document({"models": lines})
 
 
-def show_projection(screen: Screen, count: int, total: int, folder: str):
-    """Say what was written, and how to look at it."""
-    note = "" if count == total else f", evenly spread over {total:,}"
-    screen.say(f"{count:,} texts{note}; look at them with: tensorboard --logdir {folder}, page PROJECTOR")
-    screen.document({"texts": count, "of": total, "folder": str(Path(folder))})
+def write_projection(screen: Screen, selection: Selection, folder: str, *, most: int) -> None:
+    """Write at most `most` of the rows, evenly spaced, for TensorBoard's projector, and say how to
+    look at them. Raises UserError when the folder holds files.
+    """
+    if Path(folder).is_dir() and any(Path(folder).iterdir()):
+        raise UserError(f"--output-dir {folder}: it holds other files; name a new folder or remove it first")
+    snapshot, total = selection.snapshot, len(selection)
+    chosen = selection.rows[evenly_spaced(total, most)]
+    columns = [ID, TEXT, *snapshot.manifest["columns"]]
+    metadata = []
+    for row in snapshot.take(chosen, columns):
+        # in one line: a tab or a line end would split a cell
+        metadata.append([shorten(str(row[name]), TEXT_WIDTH) or "-" for name in columns])
+    vectors = torch.from_numpy(snapshot.vectors_of(chosen))
+    with SummaryWriter(folder) as writer:
+        writer.add_embedding(vectors, metadata=metadata, metadata_header=columns, tag="texts")
+    note = "" if len(chosen) == total else f", evenly spaced among {total:,}"
+    screen.say(
+        f"{len(chosen):,} texts{note}; look at them with: tensorboard --logdir {folder}, tab PROJECTOR"
+    )
+    screen.document({"texts": len(chosen), "of": total, "folder": str(Path(folder))})

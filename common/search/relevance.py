@@ -1,9 +1,14 @@
-"""How good a search is: queries and relevance judgements in, nDCG, MRR and recall out; and
-Spearman's rank correlation for sentence pairs.
+"""How good a search is: queries and relevance judgements in, nDCG, MRR and recall out; and how well
+an encoder agrees with human scores of sentence pairs (Spearman's rank correlation).
 """
 
+import contextlib
+import dataclasses
 import json
 import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,12 +16,15 @@ import numpy as np
 import pyarrow as pa
 import pytrec_eval
 from scipy.stats import spearmanr
+from sentence_transformers import CrossEncoder
 
 from common import bundled, reading
 from common.errors import UserError
+from common.runtime import Runtime
 from common.search import texts
-from common.search.builder import rows_with_ids
-from common.search.index import ID, TEXT, Snapshot
+from common.search.builder import Source, build_temporary, load_index_encoder, rows_with_ids
+from common.search.encoder import Encoder, load_encoder
+from common.search.index import ID, TEXT, Snapshot, open_snapshot
 from common.search.kernel import exact_scores
 from common.search.searcher import Searcher
 
@@ -29,31 +37,37 @@ MEASURES = {
     "recall@100": "recall_100",
 }
 BUNDLED_IDS = "id"  # the column of the ids of the bundled task
-MODES = {"exact": {}, "approximate": {"approximate": True}, "hybrid": {"hybrid": True}}
+Judgements = dict[str, dict[str, int]]  # query id -> document id -> relevance (0: not relevant)
 
 
 @dataclass(frozen=True)
 class Task:
-    """`queries`: id -> text; `judgements`: query id -> document id -> relevance (0: not
-    relevant).
-    """
+    """What a search is scored on. `queries`: id -> text."""
 
     name: str
     queries: dict[str, str]
-    judgements: dict[str, dict[str, int]]
+    judgements: Judgements
 
 
-def retrieval_scores(judgements: dict[str, dict[str, int]], found: dict[str, list[str]]) -> dict[str, float]:
-    """Return the mean of each measure over the judged queries, by trec_eval; a query without an
-    answer counts 0.
+@dataclass(frozen=True)
+class TaskFiles:
+    """The files of a task, and the column of its documents' ids."""
 
-    `found`: query id -> document ids, best first. MRR looks at the first ten.
+    queries: str | None  # JSONL
+    qrels: str | None  # judgements in TREC form
+    id_column: str = "id"
+
+
+def retrieval_scores(judgements: Judgements, hits: dict[str, list[str]]) -> dict[str, float]:
+    """Return the mean of each measure over the judged queries, by trec_eval; a query without hits
+    counts 0.
+
+    `hits`: query id -> document ids, best first. MRR looks at the first ten.
     """
-    wanted = {query: found.get(query, []) for query in judgements}
-    # no ties to break
+    # scores that never tie: minus the rank
     ranked = {
-        query: {document: float(-rank) for rank, document in enumerate(documents)}
-        for query, documents in wanted.items()
+        query: {document: float(-rank) for rank, document in enumerate(hits.get(query, []))}
+        for query in judgements
     }
     first_ten = {query: dict(list(documents.items())[:10]) for query, documents in ranked.items()}
     whole = pytrec_eval.RelevanceEvaluator(judgements, {"ndcg_cut.10", "recall.1,10,100"}).evaluate(ranked)
@@ -64,35 +78,34 @@ def retrieval_scores(judgements: dict[str, dict[str, int]], found: dict[str, lis
     }
 
 
-def score_modes(searcher: Searcher, task: Task, *, reranker=None) -> dict[str, dict[str, float]]:
-    """Return the measures of exact, approximate and hybrid search, and of what a cross-encoder
-    makes of the exact one.
+def score_all(
+    searcher: Searcher, task: Task, *, reranker: CrossEncoder | None = None
+) -> dict[str, dict[str, float]]:
+    """Return the measures of exact, approximate and hybrid search, and of exact search reranked by a
+    cross-encoder.
     """
-    modes = {**MODES, **({"reranked": {"reranker": reranker}} if reranker else {})}
-    return {name: score_mode(searcher, task, options) for name, options in modes.items()}
-
-
-def score_mode(searcher: Searcher, task: Task, options: dict) -> dict[str, float]:
-    """Return the measures of one way of searching."""
-    mode = Searcher(
-        searcher.snapshot,
-        searcher.encoder,
-        searcher.allowed,
-        rerank_depth=searcher.rerank_depth,
-        say=searcher.say,
-        **options,
-    )
-    hits = mode.search([task.queries[query] for query in task.judgements], DEPTH)
-    ids = {
-        query: [row[ID] for row in searcher.snapshot.take([hit.row for hit in best], [ID])]
-        for query, best in zip(task.judgements, hits)
+    searchers = {
+        "exact": searcher,
+        "approximate": dataclasses.replace(searcher, approximate=True),
+        "hybrid": dataclasses.replace(searcher, hybrid=True),
     }
+    if reranker:
+        searchers["reranked"] = dataclasses.replace(searcher, reranker=reranker)
+    return {name: score(own, task) for name, own in searchers.items()}
+
+
+def score(searcher: Searcher, task: Task) -> dict[str, float]:
+    """Return the measures of one way of searching."""
+    hits = searcher.search([task.queries[query] for query in task.judgements], DEPTH)
+    ids = {}
+    for query, best in zip(task.judgements, hits):
+        ids[query] = [row[ID] for row in searcher.snapshot.take([hit.row for hit in best], [ID])]
     return retrieval_scores(task.judgements, ids)
 
 
 def bundled_task(name: str) -> tuple[Task, texts.Collection]:
-    """Return the task to find each article of a bundled set of news by its headline, and the
-    articles without their headlines, keyed by row.
+    """Return the task of finding each article of a bundled set of news by its headline, and the
+    articles without their headlines, whose ids are their rows.
     """
     if name not in bundled.DATASETS:
         raise UserError(f"{name}: no such bundled data set; there is {', '.join(bundled.DATASETS)}")
@@ -103,65 +116,36 @@ def bundled_task(name: str) -> tuple[Task, texts.Collection]:
             queries[f"q{row}"], judgements[f"q{row}"] = headline.strip(), {str(row): 1}
             articles.append({BUNDLED_IDS: str(row), TEXT: article.strip()})
     rows = pa.Table.from_pylist(articles, pa.schema({BUNDLED_IDS: pa.string(), TEXT: pa.large_string()}))
-    return Task(
-        f"{name}: headlines as queries, the articles without them as texts", queries, judgements
-    ), texts.Collection(name, rows, "row", {})
+    task = Task(f"{name}: headlines as queries, the articles without them as texts", queries, judgements)
+    return task, texts.Collection(name, rows, "row", {})
 
 
 def read_task(queries_file: str, judgements_file: str) -> Task:
-    """Read queries (JSONL with `id` or `_id`, and `text`) and judgements (TREC qrels: query, 0,
-    document, relevance).
+    """Return the task of two files: queries (JSONL with `id` or `_id`, and `text`) and judgements
+    (TREC qrels: query, 0, document, relevance).
 
     Raises UserError, naming file and line.
     """
-    queries = {}
+    queries: dict[str, str] = {}
     for number, line in enumerate(reading.read_lines(queries_file), start=1):
-        place = f"{queries_file}, line {number}"
+        location = f"{queries_file}, line {number}"
         try:
             entry = json.loads(line)
             key, text = str(entry.get("id", entry.get("_id", ""))), entry["text"]
         except (ValueError, KeyError, AttributeError) as error:
-            raise UserError(
-                f'{place}: not a query; write one JSON object a line: {{"id": "q1", "text": "..."}}'
-            ) from error
-        if not key or key in queries or not isinstance(text, str):
-            raise UserError(
-                f"{place}: {'the id stands above too' if key in queries else 'it needs an id and a text'};"
-                " mend the line"
-            )
-        texts.check_query(text, place)
+            example = '{"id": "q1", "text": "..."}'
+            raise UserError(f"{location}: not a query; write one JSON object per line: {example}") from error
+        if key in queries:
+            raise UserError(f"{location}: the id {key!r} is not unique: it occurs above; change it")
+        if not key or not isinstance(text, str):
+            raise UserError(f"{location}: a query needs an id and a text; correct the line")
+        texts.check_query(text, location)
         queries[key] = text
     return Task(Path(queries_file).name, queries, _read_judgements(judgements_file, queries))
 
 
-def check_documents(task: Task, snapshot: Snapshot, say):
-    """Say how many of the documents that are judged relevant are not there to be found; raise
-    UserError when none is.
-    """
-    wanted = list(
-        {
-            document
-            for judged in task.judgements.values()
-            for document, relevance in judged.items()
-            if relevance > 0
-        }
-    )
-    _, missing = rows_with_ids(snapshot, wanted)
-    if len(missing) == len(wanted):
-        raise UserError(
-            f"{task.name}: none of the {len(wanted):,} documents that are judged relevant is"
-            f" there{f', such as {missing[0]!r}' if missing else ''}; name their texts or index, keyed by the"
-            " ids of the judgements"
-        )
-    if missing:
-        say(
-            f"judged   {len(missing):,} of {len(wanted):,} documents that are judged relevant are not there,"
-            f" such as {missing[0]!r}: they count as not found"
-        )
-
-
-def _read_judgements(file: str, queries: dict[str, str]) -> dict[str, dict[str, int]]:
-    judgements: dict[str, dict[str, int]] = {}
+def _read_judgements(file: str, queries: dict[str, str]) -> Judgements:
+    judgements: Judgements = {}
     for number, line in enumerate(reading.read_lines(file), start=1):
         fields = line.split()
         if len(fields) != 4 or not re.fullmatch("-?[0-9]{1,9}", fields[3]):
@@ -178,31 +162,85 @@ def _read_judgements(file: str, queries: dict[str, str]) -> dict[str, dict[str, 
     return judgements
 
 
-def sts_score(encoder, file: str, columns: list[str], *, block: int, cache_dir: str | None) -> dict:
+@contextlib.contextmanager
+def open_task(
+    files: TaskFiles,
+    source: Source,
+    runtime: Runtime,
+    *,
+    say: Callable[[str], None],
+    encoder: Encoder | None = None,
+) -> Iterator[tuple[Task, Snapshot, Encoder, float | None]]:
+    """Yield a task, the documents to search, their encoder, and the seconds that encoding took (None
+    for an index). Without files it is the bundled task.
+    """
+    documents = f"--texts {source.texts}" if source.texts else f"--index {source.index}"
+    if bool(files.queries) != bool(files.qrels):
+        raise UserError("--queries and --qrels: each needs the other")
+    if files.queries and bool(source.texts) == bool(source.index):
+        raise UserError("--queries and --qrels: name the documents with --texts or --index")
+    if not files.queries and (source.texts or source.index):
+        raise UserError(
+            f"{documents}: say what to find there with --queries and --qrels; the bundled task, which is"
+            " scored without them, has its own texts"
+        )
+    id_column, collection = files.id_column, None
+    if not (files.queries and files.qrels):
+        (task, collection), id_column = bundled_task("bundled/bbc-news"), BUNDLED_IDS
+    else:
+        task = read_task(files.queries, files.qrels)
+        collection = source.read(id_column) if source.texts else None
+    with tempfile.TemporaryDirectory() as folder:
+        seconds = None
+        if collection is None:
+            snapshot = open_snapshot(source.index or "")
+            encoder = load_index_encoder(source.encoder, runtime, snapshot)
+        else:
+            encoder, started = encoder or load_encoder(source.encoder, runtime), time.perf_counter()
+            snapshot = build_temporary(source, collection, encoder, folder, say=say, id_column=id_column)
+            seconds = time.perf_counter() - started
+        check_documents(task, snapshot, say)
+        yield task, snapshot, encoder, seconds
+
+
+def check_documents(task: Task, snapshot: Snapshot, say: Callable[[str], None]) -> None:
+    """Say how many of the documents that are judged relevant the index does not have. Raises
+    UserError when it has none of them.
+    """
+    judged = [item for documents in task.judgements.values() for item in documents.items()]
+    relevant = list({document for document, relevance in judged if relevance > 0})
+    _, missing = rows_with_ids(snapshot, relevant)
+    example = f", such as {missing[0]!r}" if missing else ""
+    if len(missing) == len(relevant):
+        raise UserError(
+            f"{task.name}: none of the {len(relevant):,} documents that are judged relevant is in the"
+            f" index{example}; name their texts or their index, with the ids of the judgements"
+        )
+    if missing:
+        say(
+            f"judged   {len(missing):,} of {len(relevant):,} documents that are judged relevant are"
+            f" missing{example}: they count as not found"
+        )
+
+
+def sts_score(encoder: Encoder, file: str, columns: list[str], *, block: int) -> dict[str, int | float]:
     """Return Spearman's correlation of the cosine of two texts with a human score; `columns` names
     both texts and the score in a data file.
     """
-    rows = reading.read_file(Path(file), cache_dir=cache_dir)
+    rows = reading.read_file(Path(file), cache_dir=encoder.cache_dir)
     for column in columns:
-        if column not in rows.column_names:
-            raise UserError(
-                f"{file}: no column {column!r}; there is {', '.join(rows.column_names)}; name two texts and a"
-                " score with --columns"
-            )
+        reading.require_column(rows.column_names, column, source=file, flag="--columns")
     for column in columns[:2]:
         reading.check_texts(rows, column, source=file)
     try:
         human = np.array(rows[columns[2]][:], dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"{file}: column {columns[2]!r} holds something else than numbers; name two texts and a score"
-            " with --columns"
+            f"{file}: column {columns[2]!r} does not hold numbers; name two texts and a score with --columns"
         ) from error
     if not np.isfinite(human).all():
-        raise UserError(
-            f"{file}, row {int(np.flatnonzero(~np.isfinite(human))[0]) + 1}: the score in column"
-            f" {columns[2]!r} is missing; fill it in"
-        )
+        row = int(np.flatnonzero(~np.isfinite(human))[0]) + 1
+        raise UserError(f"{file}, row {row}: the score in column {columns[2]!r} is missing; fill it in")
     cosines = []
     for start in range(0, len(human), block):
         left, right = (encoder.encode_unit(rows[start : start + block][column]) for column in columns[:2])
@@ -211,13 +249,11 @@ def sts_score(encoder, file: str, columns: list[str], *, block: int, cache_dir: 
 
 
 def _spearman(cosines: np.ndarray, human: np.ndarray, file: str) -> float:
-    """Return the correlation. Raises UserError where there is none: equal numbers have no
-    ranks.
-    """
+    """Return the correlation. Raises UserError where there is none: equal numbers have no ranks."""
     for values, what in ((human, "human scores"), (cosines, "cosines")):
         if not np.isfinite(values).all() or np.ptp(values) == 0:
             raise UserError(
-                f"{file}: the {what} of its {len(values)} pairs are all equal or not numbers: they have no"
-                " correlation; name pairs that differ"
+                f"{file}: the {what} of its {len(values)} pairs are all equal or not numbers, so that they"
+                " have no correlation; name pairs that differ"
             )
     return float(spearmanr(cosines, human).statistic)
