@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from sklearn.cluster import KMeans
+from test_index import collection, numbered
 from test_kernel import unit
-from test_store import collection, numbered
 
 from common.search import mining
 from common.search.builder import Builder, fill, settings_of

@@ -255,7 +255,7 @@ MANY_COMMITS = """
 import resource, sys
 sys.path[:0] = [sys.argv[2], sys.argv[2] + "/tests", sys.argv[2] + "/tests/unit"]
 from common.search.index import open_store
-from test_store import numbered, write
+from test_index import numbered, write
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
 write(sys.argv[1], numbered(0, 300), block=1)
 write(sys.argv[1], numbered(0, 300, 1)[::3], block=1, update=True)

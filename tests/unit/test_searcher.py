@@ -10,8 +10,8 @@ import types
 import numpy as np
 import pytest
 import torch
+from test_index import collection, numbered
 from test_kernel import unit
-from test_store import collection, numbered
 
 from common.errors import UserError
 from common.search import index
