@@ -129,7 +129,7 @@ def index(args: argparse.Namespace, runtime: Runtime, screen: Screen) -> None:
     except SystemExit as stopped:  # not released: others may be in the middle of a block
         done = builder.counts.committed if builder else 0
         message = f"stopped; {done:,} texts of this run are in {folder}; the same command continues"
-        raise Interrupted(message, stopped.code) from None
+        raise Interrupted(message, int(stopped.code or 0)) from None
     encoder.release()
 
 

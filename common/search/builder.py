@@ -203,8 +203,8 @@ class Builder:
                 )
 
     def add(self, numbers: np.ndarray, table: pa.Table, collection: Collection) -> None:
-        """Encode what is new in a block of the collection, whose rows have these numbers, and commit
-        it; changed documents are replaced in the same commit.
+        """Encode what is new in a block of the collection, whose rows have these numbers, and
+        commit it; changed documents are replaced in the same commit.
         """
         plan = self._plan(table, self.seen)
         chosen = np.flatnonzero(plan.new | plan.changed)

@@ -1,5 +1,5 @@
-"""What embed_search.py shows: tables for a person on stdout, or one JSON document there and the rest
-on stderr; pictures; an index in TensorBoard's projector.
+"""What embed_search.py shows: tables for a person on stdout, or one JSON document there and the
+rest on stderr; pictures; an index in TensorBoard's projector.
 """
 
 import argparse
@@ -134,8 +134,8 @@ def show_similarity(
         lines = [{**text, "similarity": float(s), "level": level(s)} for text, s in zip(texts, scores)]
         query_documents.append({"query": query, "similarities": lines})
         rows = [
-            [name, line["similarity"], line["level"], shorten(line["text"], TEXT_WIDTH)]
-            for name, line in zip(names, lines)
+            [name, float(s), level(s), shorten(text["text"], TEXT_WIDTH)]
+            for name, text, s in zip(names, texts, scores)
         ]
         screen.table(rows, ["", "similarity", "level", "text"], title=f"query: {query}")
     rounded = matrix.round(3).tolist()
@@ -327,7 +327,7 @@ def show_clusters(screen: Screen, selection: Selection, labels: np.ndarray, word
         nearest = nearest_to_centre(selection, members, NUM_CENTRAL)
         texts = texts_at(selection, (position for position, _ in nearest))
         central = [{**text, "similarity": score} for text, (_, score) in zip(texts, nearest)]
-        shown = "\n".join(label_of(text, CENTRAL_WIDTH) for text in central)
+        shown = "\n".join(label_of(text, CENTRAL_WIDTH) for text in texts)
         lines.append([number + 1, len(members), ", ".join(own_words), shown])
         documents.append(
             {

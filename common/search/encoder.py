@@ -2,10 +2,10 @@
 
 Identical texts are encoded once. Texts are sorted by tokens, not characters, and cut into batches
 of at most `batch_tokens` positions, so that little is padding. The transformer runs in bf16 where
-the processor has it; what follows it (pooling, dense layers, normalisation: the model's own modules)
-runs in fp32. Under torchrun the batches are dealt out to the processes; each is computed by one of
-them, exactly as a single process would. All texts are tokenised first, not during the computation:
-on a CPU both want the same cores.
+the processor has it; what follows it (pooling, dense layers, normalisation: the model's own
+modules) runs in fp32. Under torchrun the batches are dealt out to the processes; each is computed
+by one of them, exactly as a single process would. All texts are tokenised first, not during the
+computation: on a CPU both want the same cores.
 
 Weights are read from safetensors only and no code comes with a model: its modules must be
 sentence-transformers' own.
@@ -21,6 +21,7 @@ from typing import NamedTuple, TypedDict, TypeVar
 import numpy as np
 import torch
 from sentence_transformers import CrossEncoder, SentenceTransformer
+from sentence_transformers.base.modules import Module
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
@@ -92,12 +93,14 @@ class Encoder:
     @property
     def width(self) -> int:
         """The number of dimensions of an embedding."""
-        return int(self.model.get_embedding_dimension())
+        width = self.model.get_embedding_dimension()
+        assert width is not None
+        return width
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's own tokenizer."""
-        return self.model[0].tokenizer
+        return tokenizer_of(self.model)
 
     def identity(self) -> Identity:
         """Return what embeddings must share to be compared."""
@@ -115,7 +118,8 @@ class Encoder:
         """
         prompts = self.model.prompts
         names = (name for name in PROMPT_NAMES[role] if name in prompts)  # an empty prompt counts
-        return prompts.get(next(names, self.model.default_prompt_name)) or ""
+        name = next(names, self.model.default_prompt_name)
+        return (prompts.get(name) if name else None) or ""
 
     def encode(self, texts: list[str], *, role: str | None = None) -> np.ndarray:
         """Return the embeddings (texts, width) in float32, as the model gives them. Under torchrun
@@ -318,8 +322,8 @@ def load_encoder(config: EncoderConfig, runtime: Runtime) -> Encoder:
     """
     name, max_length = config.model or DEFAULT_MODEL, config.max_length
     model = load_model(name, cache_dir=config.cache_dir)
-    tokenizer, positions = model[0].tokenizer, models.max_positions(model[0].auto_model)
-    special = tokenizer.num_special_tokens_to_add()
+    transformer, tokenizer = transformer_of(model).auto_model, tokenizer_of(model)
+    positions, special = models.max_positions(transformer), tokenizer.num_special_tokens_to_add()
     if max_length is not None and not special < max_length <= (positions or max_length):
         raise UserError(
             f"--max-length {max_length}: the model reads more than {special} (the special tokens) and at most"
@@ -327,7 +331,7 @@ def load_encoder(config: EncoderConfig, runtime: Runtime) -> Encoder:
         )
     limits = (model.max_seq_length, positions, tokenizer.model_max_length)
     identity = fingerprint(model)
-    speedups.use_fast_attention(model[0].auto_model)
+    speedups.use_fast_attention(transformer)
     return Encoder(
         reading.full_name(name),
         model.to(runtime.device).eval(),
@@ -357,8 +361,22 @@ def load_model(name: str, *, cache_dir: str | None) -> SentenceTransformer:
                 f"--model {name}: its first module sets {setting}, which is not supported; use another"
                 " model, or remove the setting from a copy of sentence_bert_config.json"
             )
-    models.check_tokenizer(model[0].tokenizer, name=name, flag="--model")
+    models.check_tokenizer(tokenizer_of(model), name=name, flag="--model")
     return model
+
+
+def transformer_of(model: SentenceTransformer | CrossEncoder) -> Transformer:
+    """Return the first module of a model, which holds its transformer and tokenizer."""
+    first = model[0]
+    assert isinstance(first, Transformer)
+    return first
+
+
+def tokenizer_of(model: SentenceTransformer) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a model."""
+    tokenizer = transformer_of(model).tokenizer
+    assert tokenizer is not None
+    return tokenizer
 
 
 def load_reranker(name: str, runtime: Runtime, *, cache_dir: str | None) -> CrossEncoder:
@@ -371,7 +389,7 @@ def load_reranker(name: str, runtime: Runtime, *, cache_dir: str | None) -> Cros
             f"--rerank {name}: it gives {model.num_labels} scores per pair; name a cross-encoder with one,"
             " such as cross-encoder/ms-marco-MiniLM-L6-v2"
         )
-    speedups.use_fast_attention(model[0].auto_model)
+    speedups.use_fast_attention(transformer_of(model).auto_model)
     return model
 
 
@@ -394,7 +412,7 @@ def fingerprint(model: SentenceTransformer) -> str:
     The length at which texts are cut, the precision, and what doesn't change an embedding (names,
     paths, versions) are not part of it.
     """
-    tokenizer = model[0].tokenizer
+    tokenizer = tokenizer_of(model)
     if tokenizer.is_fast:
         words = json.loads(tokenizer.backend_tokenizer.to_str())
         words.update(truncation=None, padding=None)  # every call sets these again
@@ -402,10 +420,11 @@ def fingerprint(model: SentenceTransformer) -> str:
         words = sorted(tokenizer.get_vocab().items())
     settings = []
     for module in model:
+        assert isinstance(module, Module)
         values = {key: value for key, value in module.get_config_dict().items() if key != "max_seq_length"}
         settings.append([type(module).__name__, values])
     # only what differs from the defaults: a later version of transformers may know more settings
-    changed = model[0].auto_model.config.to_diff_dict()
+    changed = transformer_of(model).auto_model.config.to_diff_dict()
     config = {key: value for key, value in changed.items() if key not in NEUTRAL_SETTINGS}
     weights = tensors_sha256(dict(sorted(model.state_dict().items())))
     parts = [words, settings, config, model.prompts, model.default_prompt_name, weights]

@@ -19,7 +19,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NotRequired, TypedDict
@@ -130,12 +130,14 @@ class Snapshot:
         return np.concatenate([np.zeros(0, bool), *(segment.alive for segment in self.segments)])
 
     def vector_blocks(self, size: int) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield (first row, vectors (at most `size`, width)) over all rows, as views into the files."""
+        """Yield (first row, vectors (at most `size`, width)) over all rows, as views into the
+        files.
+        """
         for start, segment in zip(self.starts, self.segments):
             for offset in range(0, len(segment.vectors), size):
                 yield int(start) + offset, segment.vectors[offset : offset + size]
 
-    def vectors_of(self, rows: np.ndarray | list[int] | range) -> np.ndarray:
+    def vectors_of(self, rows: np.ndarray | Sequence[int]) -> np.ndarray:
         """Return a copy (rows, width) of the vectors of some rows."""
         rows = np.asarray(rows, dtype=np.int64)
         vectors = np.empty((len(rows), self.width), np.float32)
@@ -143,8 +145,10 @@ class Snapshot:
             vectors[here] = segment.vectors[offsets]
         return vectors
 
-    def take(self, rows: np.ndarray | list[int] | range, columns: list[str] | None = None) -> list[dict]:
-        """Return some rows as dicts, in the given order; all columns but the vectors, or those named."""
+    def take(self, rows: np.ndarray | Sequence[int], columns: list[str] | None = None) -> list[dict]:
+        """Return some rows as dicts, in the given order; all columns but the vectors, or those
+        named.
+        """
         rows = np.asarray(rows, dtype=np.int64)
         taken: list[dict] = [{}] * len(rows)
         for segment, here, offsets in self.by_segment(rows):
@@ -213,13 +217,13 @@ def read_manifest(folder: Path) -> Manifest:
         )
     try:
         manifest = json.loads(path.read_bytes())
-        if manifest.get("format") != FORMAT:
-            raise UserError(f"--index {folder}: its manifest.json is not {FORMAT!r}; name another folder")
-        intact = manifest["sha256"] == seal({**manifest, "sha256": None})
-    except (ValueError, AttributeError, KeyError):
-        intact = False
-    if not intact:
-        raise _damaged(path, "its SHA-256 does not match its content")
+        is_index = manifest.get("format") == FORMAT
+        if is_index and manifest["sha256"] != seal({**manifest, "sha256": None}):
+            raise ValueError("the seal is broken")
+    except (ValueError, AttributeError, KeyError) as error:
+        raise _damaged(path, "its SHA-256 does not match its content") from error
+    if not is_index:
+        raise UserError(f"--index {folder}: its manifest.json is not {FORMAT!r}; name another folder")
     return manifest
 
 
@@ -264,7 +268,7 @@ class Store:
     def __init__(self, folder: Path, snapshot: Snapshot) -> None:
         self.folder, self.snapshot = folder, snapshot
 
-    def commit(self, added: pa.Table | None, deleted_rows: np.ndarray | list[int] = ()) -> None:
+    def commit(self, added: pa.Table | None, deleted_rows: np.ndarray | Sequence[int] = ()) -> None:
         """Add rows (None: no rows) and delete others, both or neither; when this returns, they are
         on disk. The other rows keep their numbers.
         """

@@ -1,8 +1,8 @@
 """Pairs, groups and clusters of similar texts.
 
-Every pair is compared once, on the triangle, block against block: of n rows and a block of b at most
-a few matrices of b x b are in memory. Scores are fp32 products first; what is near a threshold is
-computed again in float64, so that pairs and groups are those of float64 brute force.
+Every pair is compared once, on the triangle, block against block: of n rows and a block of b at
+most a few matrices of b x b are in memory. Scores are fp32 products first; what is near a threshold
+is computed again in float64, so that pairs and groups are those of float64 brute force.
 """
 
 import contextlib
@@ -51,8 +51,8 @@ class Selection:
 
     @functools.cached_property
     def documents(self) -> np.ndarray | None:
-        """The first row (n) of the document that each row is a chunk of, ascending; None in an index
-        of whole texts.
+        """The first row (n) of the document that each row is a chunk of, ascending; None in an
+        index of whole texts.
         """
         if self.snapshot.settings["chunk_overlap"] is None:
             return None
@@ -130,11 +130,11 @@ def check_size(count: int, most: int | None) -> None:
 
 
 def triangle(selection: Selection, block: int) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """Yield (first position of the rows, of the columns, fp32 scores (b, b)) for all pairs of blocks,
-    rows before columns.
+    """Yield (first position of the rows, of the columns, fp32 scores (b, b)) for all pairs of
+    blocks, rows before columns.
 
-    The score is -inf where i >= j, and for two chunks of one document: they are similar because they
-    overlap.
+    The score is -inf where i >= j, and for two chunks of one document: they are similar because
+    they overlap.
     """
     documents = None if selection.documents is None else torch.from_numpy(selection.documents)
     for first, left in selection.blocks(block):
@@ -161,8 +161,8 @@ def exact_pairs(selection: Selection, left: np.ndarray, right: np.ndarray) -> np
 
 
 def best_pairs(selection: Selection, k: int, *, block: int) -> list[tuple[int, int, float]]:
-    """Return the k most similar pairs as (position, higher position, cosine), best first; equal ones
-    are ordered by position.
+    """Return the k most similar pairs as (position, higher position, cosine), best first; equal
+    ones are ordered by position.
     """
     best, left, right = np.zeros(0), np.zeros(0, np.int64), np.zeros(0, np.int64)  # exact scores
     bound, lowest_score = -np.inf, torch.finfo(torch.float32).min  # above the -inf of excluded pairs
@@ -198,8 +198,8 @@ def similar_pairs(
 
 
 class Groups:
-    """Positions joined by pairs: the connected components, in memory of the number of positions, not
-    of pairs.
+    """Positions joined by pairs: the connected components, in memory of the number of positions,
+    not of pairs.
     """
 
     def __init__(self, size: int) -> None:
@@ -226,8 +226,8 @@ class Groups:
         self.left, self.right = [], []
 
     def lists(self) -> list[np.ndarray]:
-        """Return the groups of at least two positions, each ascending, the largest group first, equal
-        ones by their lowest position.
+        """Return the groups of at least two positions, each ascending, the largest group first,
+        equal ones by their lowest position.
         """
         self._settle()
         order = np.argsort(self.label, kind="stable")
@@ -279,9 +279,9 @@ def lloyd(selection: Selection, centres: np.ndarray, *, block: int) -> tuple[np.
 def communities(selection: Selection, threshold: float, *, min_size: int, block: int) -> np.ndarray:
     """Return a cluster number (n) for each row, -1 where it is in none; cluster 0 is the largest.
 
-    Rows are visited by their number of neighbours (cosine of at least `threshold`), most first, equal
-    ones by row: a row that is in no cluster yet becomes the centre of a new one, with its neighbours
-    that are in none. Clusters of fewer than `min_size` rows, or documents, are dropped.
+    Rows are visited by their number of neighbours (cosine of at least `threshold`), most first,
+    equal ones by row: a row that is in no cluster yet becomes the centre of a new one, with its
+    neighbours that are in none. Clusters of fewer than `min_size` rows, or documents, are dropped.
     """
     counts = num_neighbours(selection, threshold, block=block)
     order = np.lexsort((np.arange(len(selection)), -counts))
@@ -343,11 +343,13 @@ def by_size(labels: np.ndarray) -> np.ndarray:
 
 
 def nearest_to_centre(selection: Selection, members: np.ndarray, count: int) -> list[tuple[int, float]]:
-    """Return the `count` members (positions) with the highest cosine with their mean, best first, as
-    (position, cosine).
+    """Return the `count` members (positions) with the highest cosine with their mean, best first,
+    as (position, cosine).
     """
     parts = [members[at : at + RESCORED] for at in range(0, len(members), RESCORED)]
-    centre = sum(selection.vectors(part).sum(0, dtype=np.float64) for part in parts)
+    centre = np.zeros(selection.snapshot.width)
+    for part in parts:
+        centre += selection.vectors(part).sum(0, dtype=np.float64)
     centre /= max(float(np.linalg.norm(centre)), 1e-12)
     scores = np.concatenate([exact_scores(selection.vectors(part), centre) for part in parts])
     order = np.lexsort((members, -scores))[:count]
@@ -383,8 +385,8 @@ def typical_words(selection: Selection, labels: np.ndarray, count: int) -> list[
 
 
 def map_points(selection: Selection, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return (positions (m), points (m, 2)) of at most 2,000 rows, evenly spaced, laid out by t-SNE,
-    or by PCA where they are few.
+    """Return (positions (m), points (m, 2)) of at most 2,000 rows, evenly spaced, laid out by
+    t-SNE, or by PCA where they are few.
     """
     positions = evenly_spaced(len(selection), MAPPED)
     vectors = selection.vectors(positions)

@@ -81,8 +81,8 @@ def retrieval_scores(judgements: Judgements, hits: dict[str, list[str]]) -> dict
 def score_all(
     searcher: Searcher, task: Task, *, reranker: CrossEncoder | None = None
 ) -> dict[str, dict[str, float]]:
-    """Return the measures of exact, approximate and hybrid search, and of exact search reranked by a
-    cross-encoder.
+    """Return the measures of exact, approximate and hybrid search, and of exact search reranked by
+    a cross-encoder.
     """
     searchers = {
         "exact": searcher,
@@ -170,8 +170,8 @@ def open_task(
     *,
     say: Callable[[str], None],
     encoder: Encoder | None = None,
-) -> Iterator[tuple[Task, Snapshot, Encoder, float | None]]:
-    """Yield a task, the documents to search, their encoder, and the seconds that encoding took (None
+) -> Iterator[tuple[Task, Snapshot, Encoder, float]]:
+    """Yield a task, the documents to search, their encoder, and the seconds that encoding took (0
     for an index). Without files it is the bundled task.
     """
     documents = f"--texts {source.texts}" if source.texts else f"--index {source.index}"
@@ -191,7 +191,7 @@ def open_task(
         task = read_task(files.queries, files.qrels)
         collection = source.read(id_column) if source.texts else None
     with tempfile.TemporaryDirectory() as folder:
-        seconds = None
+        seconds = 0.0
         if collection is None:
             snapshot = open_snapshot(source.index or "")
             encoder = load_index_encoder(source.encoder, runtime, snapshot)

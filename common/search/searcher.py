@@ -3,11 +3,12 @@ BM25, reranked by a cross-encoder, filtered by an SQL condition.
 """
 
 import contextlib
+import functools
 import hashlib
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,6 +18,7 @@ import faiss
 import numpy as np
 import pyarrow as pa
 import torch
+from bm25s.tokenization import Tokenized
 from sentence_transformers import CrossEncoder
 
 from common import files
@@ -46,7 +48,7 @@ SMALL_SHARE = 0.1
 # of FAISS's HNSW graph: 0.99 of the exact neighbours and more, see README
 LINKS, BUILD_BREADTH, SEARCH_BREADTH = 32, 200, 200
 # DuckDB gets no access to files, network or extensions
-SAFE_SETTINGS = {
+SAFE_SETTINGS: dict[str, bool | float | int | list[str] | str] = {
     "enable_external_access": "false",
     "autoload_known_extensions": "false",
     "autoinstall_known_extensions": "false",
@@ -76,7 +78,6 @@ class Searcher:
     reranker: CrossEncoder | None = None
     rerank_depth: int = 100
     say: Callable[[str], None] = print
-    caches: dict[str, object] = field(default_factory=dict)
 
     def search(self, queries: list[str], k: int) -> list[list[Hit]]:
         """Return the k best documents for each query, best first; of equal ones the lower row comes
@@ -96,7 +97,9 @@ class Searcher:
         return hits
 
     def _best_documents(self, queries: list[str], vectors: np.ndarray, k: int) -> list[list[Hit]]:
-        """Rank rows and keep the best row of each document; look deeper until there are k documents."""
+        """Rank rows and keep the best row of each document; look deeper until there are k
+        documents.
+        """
         wanted = max(k, self.rerank_depth if self.reranker else 0)
         depth = wanted if self.snapshot.settings["chunk_overlap"] is None else CHUNKS_PER_DOCUMENT * wanted
         while True:
@@ -144,8 +147,10 @@ class Searcher:
         """Rank the rows that FAISS's graph finds, by their exact scores."""
         live = np.flatnonzero(self.snapshot.alive())
         chosen = np.flatnonzero(self.allowed[live])
-        graph, node_of = self._cached("faiss", self._build_graph, _load_graph)
-        options = faiss.SearchParametersHNSW(efSearch=max(SEARCH_BREADTH, 2 * depth))
+        graph, node_of = self._graph
+        breadth = max(SEARCH_BREADTH, 2 * depth)
+        # faiss adds this class when it is imported
+        options = faiss.SearchParametersHNSW(efSearch=breadth)  # type: ignore[missing-attribute]
         count = min(depth, graph.ntotal)
         if len(chosen) < len(live):
             nodes = np.unique(node_of[chosen])
@@ -164,9 +169,13 @@ class Searcher:
             rankings.append(kernel.rank(rows, vector, depth, self.snapshot.vectors_of))
         return rankings
 
+    @functools.cached_property
+    def _graph(self) -> tuple[faiss.Index, np.ndarray]:
+        return cached(self.snapshot, "faiss", build=self._build_graph, load=_load_graph, say=self.say)
+
     def _build_graph(self, folder: Path) -> None:
-        """Write a graph with one node for each different vector, and the node of each live row: many
-        equal nodes would only lead to each other.
+        """Write a graph with one node for each different vector, and the node of each live row:
+        many equal nodes would only lead to each other.
         """
         graph = faiss.IndexHNSWFlat(self.snapshot.width, LINKS, faiss.METRIC_INNER_PRODUCT)
         graph.hnsw.efConstruction = BUILD_BREADTH
@@ -185,8 +194,7 @@ class Searcher:
     def _rank_by_words(self, queries: list[str], depth: int) -> list[Ranking]:
         """Return (rows, BM25 scores) of the rows that share a word with each query."""
         live = np.flatnonzero(self.snapshot.alive())
-        bm25 = self._cached("bm25", self._build_bm25, _load_bm25)
-        rankings = []
+        bm25, rankings = self._bm25, []
         for words in bm25s.tokenize(queries, return_ids=False, show_progress=False):
             known = [word for word in words if bm25 and word in bm25.vocab_dict]
             scores = bm25.get_scores(known) if bm25 and known else np.zeros(len(live))
@@ -195,8 +203,13 @@ class Searcher:
             rankings.append((live[order], scores[order]))
         return rankings
 
+    @functools.cached_property
+    def _bm25(self) -> bm25s.BM25 | None:
+        return cached(self.snapshot, "bm25", build=self._build_bm25, load=_load_bm25, say=self.say)
+
     def _build_bm25(self, folder: Path) -> None:
         words = bm25s.tokenize(list(self.snapshot.texts()), show_progress=False)
+        assert isinstance(words, Tokenized)
         if not any(words.vocab):  # only stop words and punctuation, which bm25s can't count
             (folder / NO_WORDS).touch()
             return
@@ -204,14 +217,9 @@ class Searcher:
         bm25.index(words, show_progress=False)
         bm25.save(folder, show_progress=False)
 
-    def _cached(self, name: str, build: Callable[[Path], None], load: Callable[[Path], Cached]) -> Cached:
-        if name not in self.caches:
-            self.caches[name] = cached(self.snapshot, name, build=build, load=load, say=self.say)
-        return self.caches[name]
-
     def _rerank(self, reranker: CrossEncoder, query: str, hits: list[Hit]) -> list[Hit]:
-        """Order hits by the cross-encoder's score of the query and their text; equal ones keep their
-        order.
+        """Order hits by the cross-encoder's score of the query and their text; equal ones keep
+        their order.
 
         The order is that of the logits: in 16 bits a sigmoid is 1 from 6 on, and the best documents
         would tie.
@@ -227,6 +235,7 @@ class Searcher:
                 show_progress_bar=False,
             )
         logits = logits.float().cpu()
+        assert reranker.activation_fn is not None
         scores = reranker.activation_fn(logits).tolist()
         order = logits.argsort(descending=True, stable=True).tolist()
         return [Hit(hits[number].row, scores[number]) for number in order]
@@ -260,8 +269,8 @@ def cached(
     load: Callable[[Path], Cached],
     say: Callable[[str], None] = lambda line: None,
 ) -> Cached:
-    """Return `load(folder)` of the cache `cache-<name>` in the index's folder; `build(folder)` fills
-    it where it is missing, stale or damaged.
+    """Return `load(folder)` of the cache `cache-<name>` in the index's folder; `build(folder)`
+    fills it where it is missing, stale or damaged.
 
     A cache carries the stamp of the state that it was made of, and is never used for another one.
     Raises UserError when the folder can't be written.

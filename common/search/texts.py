@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import datasets
 import numpy as np
@@ -86,8 +87,8 @@ def read(
     """Read and check a collection: a text file or "-" (one text per line), a data file, a folder of
     .txt files, a bundled name.
 
-    Raises UserError, naming file and row, for a text that is missing, empty or not UTF-8, and for an
-    id that is missing or not unique; with `skip_bad` these rows are skipped.
+    Raises UserError, naming file and row, for a text that is missing, empty or not UTF-8, and for
+    an id that is missing or not unique; with `skip_bad` these rows are skipped.
     """
     bad = BadRows(skip_bad)
     rows, unit = _read_rows(name, text_column, bad, cache_dir)
@@ -238,7 +239,7 @@ def _read_rows(name: str, text_column: str, bad: BadRows, cache_dir: str | None)
 
 def _to_table(rows: datasets.Dataset, text_column: str, source: str) -> pa.Table:
     """Return a data set as a table whose text column is `_text` and whose classes are their names."""
-    table = rows.with_format("arrow")[:]
+    table = cast(pa.Table, rows.with_format("arrow")[:])
     reading.require_column(table.column_names, text_column, source=source, flag="--text-column")
     reading.check_kind(rows, text_column, source=source)
     taken = next((name for name in table.column_names if name.lower() in RESERVED_COLUMNS), None)
