@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Texts in, embeddings on disk, answers out: similarity, search, pairs, duplicates and clusters over
-a durable index.
+"""Texts in, embeddings on disk, answers out: similarity, search, pairs, duplicates and clusters
+over a durable index.
 
 Texts are a file with one per line, "-", a CSV/TSV/JSON/JSONL/Parquet file with --text-column, a
-folder of .txt files, or a bundled set. Models are sentence-transformers' own, local or from the Hub;
---model defaults to the index's own, else to bundled/all-MiniLM-L6-v2. Left out on purpose: a server,
-embeddings made by other programs, images.
+folder of .txt files, or a bundled set. Models are sentence-transformers' own, local or from the
+Hub; --model defaults to the index's own, else to bundled/all-MiniLM-L6-v2. Left out on purpose: a
+server, embeddings made by other programs, images.
 
   python embed_search.py similarity sentences.txt --query "Artificial intelligence" --figure map.png
   python embed_search.py index bundled/bbc-news --index news
@@ -17,7 +17,6 @@ embeddings made by other programs, images.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import signal
 import sys
@@ -41,6 +40,9 @@ from common.search.searcher import Searcher, matching
 
 DEFAULT_OVERLAP = 32
 LARGEST_MATRIX = 5_000  # texts whose matrix of similarities is shown or written
+WHERE = {"metavar": "SQL", "help": "only rows where this holds, such as \"label = 'tech'\""}
+WAIT = {"type": cli.non_negative_float, "default": 10.0, "help": "seconds to wait for another writer"}
+SKIP_BAD = {"action": "store_true", "help": "skip what can't be used"}
 
 
 # similarity: the cosine of every text with every other
@@ -51,15 +53,15 @@ def add_similarity_flags(command: cli.Parser) -> None:
     flag = command.add_argument
     flag("--query", action="append", default=[], help="a text to compare with all; may be repeated")
     flag("--top-k", type=cli.positive_int, default=3, help="the most similar pairs to show")
-    flag("--figure", metavar="PNG", type=display.picture_file, help="write the matrix as a heat map")
+    flag("--figure", metavar="PNG", type=display.picture_file, help="write the matrix as a picture")
 
 
 def similarity(args: argparse.Namespace, runtime: Runtime, screen: Screen) -> None:
-    """compare all texts with each other, and with queries, by cosine"""
+    """Compare all texts with each other, and with queries, by cosine."""
     for number, query in enumerate(args.query, start=1):
         texts.check_query(query, f"--query {number}")
-    rows = {"where": args.where, "most": LARGEST_MATRIX}
-    with mining.open_source(source_of(args), runtime, say=screen.say, **rows) as (selection, encoder):
+    options = {"say": screen.say, "most": LARGEST_MATRIX}
+    with mining.open_source(source_of(args), runtime, **options) as (selection, encoder):
         vectors = selection.vectors(slice(None)).astype(np.float64)
         matrix = vectors @ vectors.T  # (N, N)
         best = mining.best_pairs(selection, args.top_k, block=args.block)
@@ -82,17 +84,17 @@ def add_index_flags(command: cli.Parser) -> None:
     flag = command.add_argument
     flag("texts", help="texts to put into the index")
     flag("--index", metavar="DIR", required=True, help="its folder")
-    flag("--id-column", help="the column of the rows' ids (default: the index's, else a hash of the text)")
+    flag("--id-column", help="the column of ids (default: the index's, else a hash of the text)")
     flag("--update", action="store_true", help="replace rows whose text or columns changed")
-    flag("--chunk", action="store_true", help="split texts that the model can't read whole into chunks")
+    flag("--chunk", action="store_true", help="split texts that the model can't read whole")
     overlap = f"tokens that neighbouring chunks share (default: {DEFAULT_OVERLAP})"
     flag("--chunk-overlap", type=cli.non_negative_int, help=overlap)
-    add_wait_flag(command)
+    flag("--wait", **WAIT)
     add_text_flags(command)
 
 
 def index(args: argparse.Namespace, runtime: Runtime, screen: Screen) -> None:
-    """build an index, or bring it up to date"""
+    """Build an index, or bring it up to date."""
     folder, source, config = Path(args.index), source_of(args), encoder_config(args)
     check_folder(folder, new=True)
     id_column, overlap = args.id_column, args.chunk_overlap
@@ -134,7 +136,7 @@ def index(args: argparse.Namespace, runtime: Runtime, screen: Screen) -> None:
 
 
 def stop(number: int, _: FrameType | None) -> NoReturn:
-    """End at the first signal and ignore others: torchrun sends a second. What is committed stays."""
+    """End at the first signal, with all that is committed; torchrun sends a second."""
     for other in (signal.SIGINT, signal.SIGTERM):
         signal.signal(other, signal.SIG_IGN)
     sys.exit(128 + number)
@@ -148,12 +150,12 @@ def add_delete_flags(command: cli.Parser) -> None:
     flag("ids", nargs="*", help="the ids of the texts to delete")
     flag("--where", metavar="SQL", help="delete every row for which this holds")
     flag("--index", metavar="DIR", required=True, help="the index to delete from")
-    add_wait_flag(command)
-    add_skip_bad_flag(command)
+    flag("--wait", **WAIT)
+    flag("--skip-bad", **SKIP_BAD)
 
 
 def delete(args: argparse.Namespace, runtime: Runtime, screen: Screen) -> None:
-    """delete rows of an index, by their ids or by a condition"""
+    """Delete rows of an index, by their ids or by a condition."""
     if bool(args.ids) == bool(args.where):
         raise UserError("delete: name either ids or --where")
     for number, key in enumerate(args.ids, start=1):
@@ -167,19 +169,20 @@ def delete(args: argparse.Namespace, runtime: Runtime, screen: Screen) -> None:
             rows, unknown = building.rows_with_ids(store.snapshot, args.ids)
         if unknown and not args.skip_bad:
             problem = f"no text with id {unknown[0]!r}; nothing is deleted"
-            raise UserError(f"--index {args.index}: {problem}; leave it out, or skip it with --skip-bad")
+            raise UserError(f"--index {args.index}: {problem}; correct it, or give --skip-bad")
         if len(rows):
             store.commit(None, rows)
         display.show_deletion(screen, store.snapshot, deleted=len(rows), unknown=len(unknown))
 
 
 def add_compact_flags(command: cli.Parser) -> None:
-    command.add_argument("--index", metavar="DIR", required=True, help="the index to compact")
-    add_wait_flag(command)
+    flag = command.add_argument
+    flag("--index", metavar="DIR", required=True, help="the index to compact")
+    flag("--wait", **WAIT)
 
 
 def compact(args: argparse.Namespace, runtime: Runtime, screen: Screen) -> None:
-    """free the space of deleted rows and merge small files"""
+    """Free the space of deleted rows and merge small files."""
     with open_store(args.index, wait=args.wait) as store:
         store.compact()
         display.show_index(screen, store.snapshot)
@@ -196,29 +199,33 @@ def add_search_flags(command: cli.Parser) -> None:
     flag("--top-k", type=cli.positive_int, default=5, help="texts per query")
     flag("--hybrid", action="store_true", help="fuse cosine and BM25 by reciprocal rank")
     flag("--approximate", action="store_true", help="search a FAISS graph, kept beside the index")
-    add_where_flag(command)
+    flag("--where", **WHERE)
     add_rerank_flags(command)
     add_model_flags(command)
 
 
 def search(args: argparse.Namespace, runtime: Runtime, screen: Screen) -> None:
-    """find the texts of an index that are nearest to queries; without a query it prompts for them"""
+    """Find the texts of an index that are nearest to queries, from flags or a prompt."""
     if args.queries and args.file:
         raise UserError("search: name either queries or --queries FILE")
     queries = reading.read_lines(args.file) if args.file else args.queries
     for number, query in enumerate(queries, start=1):
         texts.check_query(query, f"{args.file}, line {number}" if args.file else f"query {number}")
-    snapshot = open_snapshot(args.index)
+    snapshot, reranker = open_snapshot(args.index), None
     if not snapshot.alive().any():
         command = f"embed_search.py index TEXTS --index {args.index}"
         raise UserError(f"--index {args.index}: it has no rows; add some with: {command}")
+    allowed = matching(snapshot, args.where)
+    encoder = building.load_index_encoder(encoder_config(args), runtime, snapshot)
+    if args.rerank:
+        reranker = load_reranker(args.rerank, runtime, cache_dir=args.cache_dir)
     searcher = Searcher(
         snapshot,
-        allowed=matching(snapshot, args.where),
-        encoder=building.load_index_encoder(encoder_config(args), runtime, snapshot),
+        encoder,
+        allowed,
         approximate=args.approximate,
         hybrid=args.hybrid,
-        reranker=load_reranker(args.rerank, runtime, cache_dir=args.cache_dir) if args.rerank else None,
+        reranker=reranker,
         rerank_depth=args.rerank_depth,
         say=screen.say,
     )
@@ -226,9 +233,9 @@ def search(args: argparse.Namespace, runtime: Runtime, screen: Screen) -> None:
         display.answer_prompt(screen, searcher, args.top_k)
         return
     display.show_hits(screen, searcher, queries, searcher.search(queries, args.top_k))
-    num_cut, length = searcher.encoder.num_cut, searcher.encoder.max_length
-    if num_cut:
-        screen.say(f"{num_cut:,} queries are longer than {length} tokens and were cut there")
+    if encoder.num_cut:
+        longer = f"longer than {encoder.max_length} tokens"
+        screen.say(f"{encoder.num_cut:,} queries are {longer} and were cut there")
 
 
 # pairs, duplicates, cluster: similar texts without a query
@@ -240,9 +247,8 @@ def add_pairs_flags(command: cli.Parser) -> None:
 
 
 def pairs(args: argparse.Namespace, runtime: Runtime, screen: Screen) -> None:
-    """find the most similar pairs"""
-    rows = {"where": args.where, "least": 2}
-    with mining.open_source(source_of(args), runtime, say=screen.say, **rows) as (selection, _):
+    """Find the most similar pairs."""
+    with mining.open_source(source_of(args), runtime, say=screen.say, least=2) as (selection, _):
         best = mining.best_pairs(selection, args.top_k, block=args.block)
         display.show_pairs(screen, selection, best)
 
@@ -250,14 +256,13 @@ def pairs(args: argparse.Namespace, runtime: Runtime, screen: Screen) -> None:
 def add_duplicates_flags(command: cli.Parser) -> None:
     add_source_flags(command)
     flag = command.add_argument
-    flag("--threshold", type=cosine, default=0.9, help="pairs with at least this cosine belong together")
-    flag("--pairs-file", metavar="CSV", type=display.output_file, help="write every pair, each once")
+    flag("--threshold", type=display.cosine, default=0.9, help="the lowest cosine of a pair")
+    flag("--pairs-file", metavar="CSV", type=display.output_file, help="write every pair once")
 
 
 def duplicates(args: argparse.Namespace, runtime: Runtime, screen: Screen) -> None:
-    """find groups of texts that are nearly the same"""
-    rows = {"where": args.where, "least": 2}
-    with mining.open_source(source_of(args), runtime, say=screen.say, **rows) as (selection, _):
+    """Find groups of texts that are nearly the same."""
+    with mining.open_source(source_of(args), runtime, say=screen.say, least=2) as (selection, _):
         similar = mining.similar_pairs(selection, args.threshold, block=args.block)
         with display.open_output(args.pairs_file) as file:
             groups, kept = display.collect_groups(selection, similar, file, keep=screen.as_json)
@@ -267,17 +272,16 @@ def duplicates(args: argparse.Namespace, runtime: Runtime, screen: Screen) -> No
 def add_cluster_flags(command: cli.Parser) -> None:
     add_source_flags(command)
     how = command.add_mutually_exclusive_group(required=True)
-    how.add_argument("--num-clusters", type=cli.positive_int, help="k-means with this many clusters")
-    how.add_argument("--threshold", type=cosine, help="each text with its neighbours of at least this cosine")
+    how.add_argument("--num-clusters", type=cli.positive_int, help="the clusters of k-means")
+    how.add_argument("--threshold", type=display.cosine, help="group neighbours of at least this cosine")
     flag = command.add_argument
-    flag("--min-size", type=cli.positive_int, default=2, help="with --threshold: drop smaller clusters")
+    flag("--min-size", type=cli.positive_int, default=2, help="drop smaller clusters (--threshold)")
     flag("--figure", metavar="PNG", type=display.picture_file, help="write a map of the clusters")
 
 
 def cluster(args: argparse.Namespace, runtime: Runtime, screen: Screen) -> None:
-    """find clusters, the texts nearest to each centre and the words typical of it"""
-    rows = {"where": args.where, "least": 2}
-    with mining.open_source(source_of(args), runtime, say=screen.say, **rows) as (selection, _):
+    """Find clusters, the texts nearest to each centre and the words typical of it."""
+    with mining.open_source(source_of(args), runtime, say=screen.say, least=2) as (selection, _):
         count, wanted = len(selection), args.num_clusters or 0
         if wanted > count:
             raise UserError(
@@ -286,7 +290,8 @@ def cluster(args: argparse.Namespace, runtime: Runtime, screen: Screen) -> None:
         if wanted:
             labels = mining.k_means(selection, wanted, block=args.block, seed=args.seed)
         else:
-            labels = mining.communities(selection, args.threshold, min_size=args.min_size, block=args.block)
+            threshold, least = args.threshold, args.min_size
+            labels = mining.communities(selection, threshold, min_size=least, block=args.block)
         words = mining.typical_words(selection, labels, display.NUM_WORDS)
         if len(words) < wanted:
             reason = f"the {selection.unit} have no more different embeddings"
@@ -303,13 +308,13 @@ def cluster(args: argparse.Namespace, runtime: Runtime, screen: Screen) -> None:
 
 
 def add_evaluate_flags(command: cli.Parser) -> None:
-    command.add_argument("--index", metavar="DIR", help="with --queries and --qrels: where to search")
+    command.add_argument("--index", metavar="DIR", help="where to search")
     add_rerank_flags(command)
     add_task_flags(command)
 
 
 def evaluate(args: argparse.Namespace, runtime: Runtime, screen: Screen) -> None:
-    """score an index (nDCG, MRR, recall) or sentence pairs (Spearman); without flags the bundled task"""
+    """Score an index (nDCG, MRR, recall), sentence pairs (Spearman) or the bundled task."""
     if args.sts and (args.queries or args.qrels or args.texts or args.index or args.rerank):
         others = "--queries, --qrels, --texts, --index and --rerank"
         raise UserError(f"--sts {args.sts}: it is a task of its own; leave {others} out")
@@ -319,21 +324,24 @@ def evaluate(args: argparse.Namespace, runtime: Runtime, screen: Screen) -> None
         display.show_sts(screen, args.sts, scores)
         return
     files = relevance.TaskFiles(args.queries, args.qrels, args.id_column)
-    reranker = load_reranker(args.rerank, runtime, cache_dir=args.cache_dir) if args.rerank else None
-    with relevance.open_task(files, source_of(args), runtime, say=screen.say) as (task, snapshot, encoder, _):
-        depth, allowed = args.rerank_depth, snapshot.alive()
-        searcher = Searcher(snapshot, encoder, allowed, rerank_depth=depth, say=screen.say)
-        display.show_scores(screen, task, relevance.score_all(searcher, task, reranker=reranker))
+    reranker, depth = None, args.rerank_depth
+    if args.rerank:
+        reranker = load_reranker(args.rerank, runtime, cache_dir=args.cache_dir)
+    with relevance.open_task(files, source_of(args), runtime, say=screen.say) as opened:
+        snapshot, allowed = opened.snapshot, opened.snapshot.alive()
+        searcher = Searcher(snapshot, opened.encoder, allowed, rerank_depth=depth, say=screen.say)
+        scores = relevance.score_all(searcher, opened.task, reranker=reranker)
+        display.show_scores(screen, opened.task, scores)
 
 
 def add_compare_flags(command: cli.Parser) -> None:
-    command.add_argument("models", nargs="+", metavar="MODEL", help="bundled names, local folders or Hub ids")
-    command.set_defaults(index=None)
+    models = "bundled names, local folders or Hub ids"
+    command.add_argument("models", nargs="+", metavar="MODEL", help=models)
     add_task_flags(command)
 
 
 def compare_models(args: argparse.Namespace, runtime: Runtime, screen: Screen) -> None:
-    """evaluate several models: quality, texts/s, bytes per embedding"""
+    """Evaluate several models: quality, texts/s, bytes per embedding."""
     if args.model:
         raise UserError(
             f"--model {args.model}: compare-models takes its models without it; leave --model out"
@@ -347,9 +355,11 @@ def compare_models(args: argparse.Namespace, runtime: Runtime, screen: Screen) -
             line |= relevance.sts_score(encoder, args.sts, args.columns, block=args.block)
         else:
             source, options = source_of(args), {"say": screen.say, "encoder": encoder}
-            with relevance.open_task(files, source, runtime, **options) as (task, snapshot, _, seconds):
-                line["texts_per_second"] = snapshot.num_rows / seconds
-                line |= relevance.score(Searcher(snapshot, encoder, snapshot.alive(), say=screen.say), task)
+            with relevance.open_task(files, source, runtime, **options) as opened:
+                snapshot = opened.snapshot
+                searcher = Searcher(snapshot, encoder, snapshot.alive(), say=screen.say)
+                line["texts_per_second"] = snapshot.num_rows / opened.seconds
+                line |= relevance.score(searcher, opened.task)
         lines.append(line)
     display.show_models(screen, lines)
 
@@ -361,12 +371,12 @@ def add_project_flags(command: cli.Parser) -> None:
     flag = command.add_argument
     flag("--index", metavar="DIR", required=True, help="what to show")
     flag("--output-dir", type=cli.folder, required=True, help="the folder for tensorboard --logdir")
-    flag("--max-points", type=cli.positive_int, default=10_000, help="at most this many rows, evenly spaced")
-    add_where_flag(command)
+    flag("--max-points", type=cli.positive_int, default=10_000, help="the most rows, evenly spaced")
+    flag("--where", **WHERE)
 
 
 def project(args: argparse.Namespace, runtime: Runtime, screen: Screen) -> None:
-    """write an index for TensorBoard's projector"""
+    """Write an index for TensorBoard's projector."""
     selection = mining.select(open_snapshot(args.index), args.where)
     display.write_projection(screen, selection, args.output_dir, most=args.max_points)
 
@@ -387,7 +397,7 @@ def add_text_flags(command: cli.Parser) -> None:
     flag("--text-column", default="text", help="where the texts are in a data file")
     block = "texts encoded and committed at once; rows compared at once"
     flag("--block", type=cli.positive_int, default=1024, help=block)
-    add_skip_bad_flag(command)
+    flag("--skip-bad", **SKIP_BAD)
     add_model_flags(command)
 
 
@@ -395,19 +405,19 @@ def add_source_flags(command: cli.Parser) -> None:
     flag = command.add_argument
     flag("texts", nargs="?", help="texts to look at, or name an index with --index")
     flag("--index", metavar="DIR", help="an index made before")
-    add_where_flag(command)
+    flag("--where", **WHERE)
     add_text_flags(command)
 
 
 def add_task_flags(command: cli.Parser) -> None:
     flag = command.add_argument
-    flag("--texts", metavar="TEXTS", help="with --queries and --qrels: the documents, with an --id-column")
+    flag("--texts", metavar="TEXTS", help="the documents, with --queries and --qrels")
     flag("--id-column", default="id", help="the column of the documents' ids")
     flag("--queries", metavar="JSONL", help='one {"id": ..., "text": ...} per line')
     flag("--qrels", metavar="FILE", help="judgements in TREC form: query 0 document relevance")
     flag("--sts", metavar="FILE", help="a data file of sentence pairs with human scores")
     columns = ["sentence1", "sentence2", "score"]
-    flag("--columns", nargs=3, default=columns, metavar="COLUMN", help="its two texts and the score")
+    flag("--columns", nargs=3, default=columns, metavar="COLUMN", help="its texts and score")
     add_text_flags(command)
 
 
@@ -417,35 +427,20 @@ def add_rerank_flags(command: cli.Parser) -> None:
     flag("--rerank-depth", type=cli.positive_int, default=100, help="how many of the best it reads")
 
 
-def add_where_flag(command: cli.Parser) -> None:
-    example = "only rows for which this holds, such as \"label = 'tech'\""
-    command.add_argument("--where", metavar="SQL", help=example)
-
-
-def add_skip_bad_flag(command: cli.Parser) -> None:
-    command.add_argument("--skip-bad", action="store_true", help="skip what can't be used, and count it")
-
-
-def add_wait_flag(command: cli.Parser) -> None:
-    wait = "seconds to wait for another writer"
-    command.add_argument("--wait", type=cli.non_negative_float, default=10.0, help=wait)
-
-
-def cosine(text: str) -> float:
-    """Parse a number from -1 to 1."""
-    with contextlib.suppress(ValueError):
-        if -1 <= float(text) <= 1:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number from -1 to 1")
-
-
 def encoder_config(args: argparse.Namespace) -> EncoderConfig:
     return EncoderConfig(args.model, args.max_length, args.batch_tokens, args.cache_dir)
 
 
 def source_of(args: argparse.Namespace) -> Source:
-    encoder = encoder_config(args)
-    return Source(encoder, args.texts, args.index, args.text_column, args.skip_bad, args.block)
+    return Source(
+        encoder=encoder_config(args),
+        texts=args.texts,
+        index=args.index,
+        where=args.where,
+        text_column=args.text_column,
+        skip_bad=args.skip_bad,
+        block=args.block,
+    )
 
 
 COMMANDS = {
@@ -469,8 +464,9 @@ def make_parser() -> cli.Parser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (run, add_flags) in COMMANDS.items():
         command = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
-        command.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
-        command.set_defaults(device="cpu", precision="fp32", seed=0)  # of commands that compute nothing
+        command.add_argument("--json", action="store_true", help="print JSON instead of tables")
+        # for commands without these flags
+        command.set_defaults(device="cpu", precision="fp32", seed=0, index=None, where=None)
         add_flags(command)
     return parser
 
@@ -478,7 +474,7 @@ def make_parser() -> cli.Parser:
 def main(args: argparse.Namespace) -> None:
     runtime = start_runtime(args.device, args.precision, args.seed)
     if runtime.world_size > 1 and args.command != "index":
-        raise UserError(f"torchrun: only index is split over processes; run {args.command} with python")
+        raise UserError(f"torchrun: only index runs in processes; run {args.command} with python")
     run, _ = COMMANDS[args.command]
     run(args, runtime, Screen(as_json=args.json, shown=runtime.is_main))
     stop_runtime()

@@ -1,4 +1,4 @@
-"""A collection -> rows of an index: texts are compared with what is there, new ones are split into
+"""A collection -> rows of an index: texts are compared with the index, new ones are split into
 chunks and encoded, and each block is committed before the next begins.
 """
 
@@ -48,11 +48,14 @@ CHECKED_SETTINGS = {
 
 @dataclass(frozen=True)
 class Source:
-    """What a command reads: texts, or an index that was made before, and how they are encoded."""
+    """What a command reads: texts, or the rows of an index where a condition holds; and how texts
+    are encoded.
+    """
 
     encoder: EncoderConfig
     texts: str | None
     index: str | None
+    where: str | None
     text_column: str
     skip_bad: bool
     block: int  # texts encoded at once
@@ -80,10 +83,8 @@ def check_settings(index: str, wanted: Mapping[str, object], settings: Settings)
     for name, flag in CHECKED_SETTINGS.items():
         if name in wanted and wanted[name] != settings.get(name):
             was, now = _describe_setting(name, settings), _describe_setting(name, wanted)
-            raise UserError(
-                f"--index {index}: it was made {was}, not {now}: their embeddings or rows can't be compared;"
-                f" give the same {flag}, or another --index"
-            )
+            problem = f"it was made {was}, not {now}; their embeddings or rows can't be compared"
+            raise UserError(f"--index {index}: {problem}; give the same {flag}, or another --index")
 
 
 def load_index_encoder(config: EncoderConfig, runtime: Runtime, snapshot: Snapshot) -> Encoder:
@@ -95,7 +96,7 @@ def load_index_encoder(config: EncoderConfig, runtime: Runtime, snapshot: Snapsh
 
 
 def _describe_setting(name: str, settings: Mapping[str, object]) -> str:
-    """Return a setting as it reads in "it was made ..."; None: whole texts, or texts without ids."""
+    """Return how a setting reads in "it was made ..."; None: whole texts, or texts without ids."""
     value = settings[name]
     if value is None:
         return f"without {CHECKED_SETTINGS[name].split()[0]}"
@@ -107,7 +108,7 @@ def _describe_setting(name: str, settings: Mapping[str, object]) -> str:
 @dataclass
 class Counts:
     """What became of the texts. `encoded` counts the different ones that went through the model,
-    `cut` those that lost their end there.
+    `cut` those whose end was cut off.
     """
 
     added: int = 0
@@ -183,24 +184,23 @@ class Builder:
         the index, or changed rows without `update`.
         """
         columns = self.store.snapshot.manifest["columns"]
-        given = {field.name: str(field.type) for field in collection.rows.schema if field.name != TEXT}
+        fields = [field for field in collection.rows.schema if field.name != TEXT]
+        given = {field.name: str(field.type) for field in fields}
         if not self.store.snapshot.num_rows:
             return
         if columns != given:
             name = sorted(dict(columns.items() ^ given.items()))[0]
             here, there = given.get(name, "missing"), columns.get(name, "missing")
-            raise UserError(
-                f"{collection.name}: column {name!r} is {here}, in the index it is {there}; make the columns"
-                " equal, or use another --index"
-            )
+            problem = f"column {name!r} is {here}, in the index it is {there}"
+            advice = "make the columns equal, or use another --index"
+            raise UserError(f"{collection.name}: {problem}; {advice}")
         seen = RowTable()
         for numbers, table in collection.blocks(SCAN) if not self.update else ():
             plan = self._plan(table, seen)
             for row in np.flatnonzero(plan.changed)[:1]:
-                raise UserError(
-                    f"{collection.location(numbers[row])}: the index has id {plan.ids[row]!r} with another"
-                    " text or other columns; give --update to replace it"
-                )
+                location = collection.location(numbers[row])
+                problem = f"the index has id {plan.ids[row]!r} with another text or other columns"
+                raise UserError(f"{location}: {problem}; give --update to replace it")
 
     def add(self, numbers: np.ndarray, table: pa.Table, collection: Collection) -> None:
         """Encode what is new in a block of the collection, whose rows have these numbers, and
@@ -213,18 +213,18 @@ class Builder:
             chunks = [[Chunk(0, text)] for text in texts]
         else:
             chunks = split_into_chunks(texts, self.encoder, overlap=self.chunk_overlap)
-        owners = np.repeat(np.arange(len(chunks)), [len(own) for own in chunks])
-        vectors = self._vectors([chunk.text for own in chunks for chunk in own])
+        owners = np.repeat(np.arange(len(chunks)), [len(parts) for parts in chunks])
+        vectors = self._vectors([chunk.text for parts in chunks for chunk in parts])
         unusable = np.unique(owners[~np.isfinite(vectors).all(1)])
         if len(unusable) and not self.skip_bad:
             location = collection.location(numbers[chosen[unusable[0]]])
+            problem = "the embedding of this text has norm zero, NaN or infinity"
             committed = f"{self.counts.committed:,} texts of earlier blocks were committed"
-            raise UserError(
-                f"{location}: the embedding of this text has norm zero, NaN or infinity; {committed}; remove"
-                " the row, skip it with --skip-bad, or try --precision fp32"
-            )
+            advice = "remove the row, skip it with --skip-bad, or try --precision fp32"
+            raise UserError(f"{location}: {problem}; {committed}; {advice}")
         kept = np.setdiff1d(np.arange(len(chosen)), unusable)
-        chosen, chunks, vectors = chosen[kept], [chunks[n] for n in kept], vectors[np.isin(owners, kept)]
+        chosen, chunks = chosen[kept], [chunks[n] for n in kept]
+        vectors = vectors[np.isin(owners, kept)]
         if len(chosen):
             self._commit(table, plan, chosen, chunks, vectors)
         self._count(plan, chosen)
@@ -233,29 +233,29 @@ class Builder:
         """Compare a block's rows with the index, and with the rows `seen` before, to which they are
         added.
         """
-        metadata = [
-            json.dumps(row, default=str, sort_keys=True) for row in table.drop_columns([TEXT]).to_pylist()
-        ]
-        hashes = [digest(text) + digest(more) for text, more in zip(table[TEXT].to_pylist(), metadata)]
+        texts, rows = table[TEXT].to_pylist(), table.drop_columns([TEXT]).to_pylist()
+        metadata = [json.dumps(row, default=str, sort_keys=True) for row in rows]
+        hashes = [digest(text) + digest(more) for text, more in zip(texts, metadata)]
         ids = ids_of(table, self.id_column)
         keys = [digest(key) for key in ids]
         known = self.documents.find(keys)
-        there = np.flatnonzero(known >= 0)
-        same, entries = np.zeros(len(ids), bool), self.store.snapshot.take(known[there], [HASH])
-        same[there] = [entry[HASH] == hashes[row] for entry, row in zip(entries, there)]
+        indexed = np.flatnonzero(known >= 0)
+        same, entries = np.zeros(len(ids), bool), self.store.snapshot.take(known[indexed], [HASH])
+        same[indexed] = [entry[HASH] == hashes[row] for entry, row in zip(entries, indexed)]
         firsts = {key: row for row, key in reversed(list(enumerate(keys)))}
-        repeated = (seen.find(keys) >= 0) | np.array([firsts[key] != row for row, key in enumerate(keys)])
+        repeated_here = np.array([firsts[key] != row for row, key in enumerate(keys)])
+        repeated = (seen.find(keys) >= 0) | repeated_here
         seen.add(keys, range(len(keys)))
         return Plan(ids, hashes, known, repeated, same)
 
     def _commit(
         self, table: pa.Table, plan: Plan, chosen: np.ndarray, chunks: list[list[Chunk]], vectors: np.ndarray
     ) -> None:
-        """Write one row per chunk of the chosen texts, and delete the documents that they replace."""
-        sizes = np.array([len(own) for own in chunks])
+        """Write one row per chunk of the chosen texts; delete the documents that they replace."""
+        sizes = np.array([len(parts) for parts in chunks])
         numbers = np.concatenate([np.arange(size) for size in sizes])
         owners = np.repeat(chosen, sizes)  # the row in `table` of each chunk
-        flat = [chunk for own in chunks for chunk in own]
+        flat = [chunk for parts in chunks for chunk in parts]
         columns = {
             ID: pa.array([plan.ids[owner] for owner in owners]),
             HASH: pa.array([plan.hashes[owner] for owner in owners], pa.binary(32)),
@@ -279,10 +279,12 @@ class Builder:
         already, else from the model.
         """
         known = self.chunks.find([digest(text) for text in texts])
-        vectors, fresh = np.empty((len(texts), self.encoder.width), np.float32), np.flatnonzero(known < 0)
+        vectors = np.empty((len(texts), self.encoder.width), np.float32)
         vectors[known >= 0] = self.store.snapshot.vectors_of(known[known >= 0])
-        if len(fresh):
-            vectors[fresh] = self.encoder.encode_unit([texts[number] for number in fresh], role=self.role)
+        new = np.flatnonzero(known < 0)
+        if len(new):
+            new_texts = [texts[number] for number in new]
+            vectors[new] = self.encoder.encode_unit(new_texts, role=self.role)
         return vectors
 
     def _count(self, plan: Plan, chosen: np.ndarray) -> None:
@@ -310,7 +312,8 @@ def whole_documents(snapshot: Snapshot, rows: np.ndarray) -> np.ndarray:
     """Return the rows of all chunks of the documents that some rows belong to."""
     entries = snapshot.take(rows, [CHUNK, NUM_CHUNKS])
     firsts = {int(row) - entry[CHUNK]: entry[NUM_CHUNKS] for row, entry in zip(rows, entries)}
-    return np.array([first + n for first in sorted(firsts) for n in range(firsts[first])], dtype=np.int64)
+    all_rows = [first + n for first in sorted(firsts) for n in range(firsts[first])]
+    return np.array(all_rows, dtype=np.int64)
 
 
 def fill(builder: Builder, collection: Collection, *, block: int) -> None:

@@ -1,4 +1,4 @@
-"""What embed_search.py shows: tables for a person on stdout, or one JSON document there and the
+"""What embed_search.py shows: tables for a person on stdout, or one JSON document on stdout and the
 rest on stderr; pictures; an index in TensorBoard's projector.
 """
 
@@ -22,6 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 from common import figures
 from common.errors import UserError, shorten
 from common.reading import evenly_spaced
+from common.search import mining
 from common.search.builder import Builder, notes
 from common.search.index import CHUNK, ID, NUM_CHUNKS, RESERVED_COLUMNS, START, TEXT, Snapshot
 from common.search.mining import NO_CLUSTER, Groups, Selection, nearest_to_centre
@@ -65,6 +66,14 @@ class Screen:
             print(json.dumps(content, ensure_ascii=False, default=str))
 
 
+def cosine(text: str) -> float:
+    """Parse a number from -1 to 1."""
+    with contextlib.suppress(ValueError):
+        if -1 <= float(text) <= 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number from -1 to 1")
+
+
 def output_file(text: str) -> str:
     """Parse the path of a file in a folder that exists and can be written to."""
     folder = Path(text).absolute().parent
@@ -95,7 +104,7 @@ def ids_of(selection: Selection) -> list[str]:
 
 
 def short_id(key: str) -> str:
-    """Return the start of a long id, such as a hash of the text, for a table; --json has it whole."""
+    """Return the start of a long id, such as a hash of the text; --json has it whole."""
     return key if len(key) <= 16 else f"{key[:10]}..."
 
 
@@ -114,7 +123,7 @@ def show_similarity(
     screen: Screen,
     selection: Selection,
     matrix: np.ndarray,
-    pairs: list[tuple[int, int, float]],
+    pairs: list[mining.Pair],
     queries: list[tuple[str, np.ndarray]],
 ) -> None:
     """Show a matrix of cosines, the most similar pairs, and for each query its similarity to all
@@ -127,27 +136,32 @@ def show_similarity(
         screen.table(rows, ["", *names], title="cosine similarity")
     else:
         size = f"{len(names):,} x {len(names):,}"
-        screen.say(f"the matrix of {size} is too wide for a screen: --json prints it, --figure draws it")
+        screen.say(f"the matrix of {size} is too wide here: --json prints it, --figure draws it")
     pair_documents = _show_pairs(screen, selection, pairs)
     query_documents = []
     for query, scores in queries:
-        lines = [{**text, "similarity": float(s), "level": level(s)} for text, s in zip(texts, scores)]
+        lines, rows = [], []
+        for name, text, score in zip(names, texts, scores.tolist()):
+            lines.append({**text, "similarity": score, "level": level(score)})
+            rows.append([name, score, level(score), shorten(text["text"], TEXT_WIDTH)])
         query_documents.append({"query": query, "similarities": lines})
-        rows = [
-            [name, float(s), level(s), shorten(text["text"], TEXT_WIDTH)]
-            for name, text, s in zip(names, texts, scores)
-        ]
         screen.table(rows, ["", "similarity", "level", "text"], title=f"query: {query}")
-    rounded = matrix.round(3).tolist()
-    screen.document({"texts": texts, "matrix": rounded, "pairs": pair_documents, "queries": query_documents})
+    screen.document(
+        {
+            "texts": texts,
+            "matrix": matrix.round(3).tolist(),
+            "pairs": pair_documents,
+            "queries": query_documents,
+        }
+    )
 
 
-def show_pairs(screen: Screen, selection: Selection, pairs: list[tuple[int, int, float]]) -> None:
+def show_pairs(screen: Screen, selection: Selection, pairs: list[mining.Pair]) -> None:
     """Show pairs of positions with their cosines, best first."""
     screen.document({"pairs": _show_pairs(screen, selection, pairs)})
 
 
-def _show_pairs(screen: Screen, selection: Selection, pairs: list[tuple[int, int, float]]) -> list[dict]:
+def _show_pairs(screen: Screen, selection: Selection, pairs: list[mining.Pair]) -> list[dict]:
     firsts = texts_at(selection, (first for first, _, _ in pairs))
     seconds = texts_at(selection, (second for _, second, _ in pairs))
     documents = [
@@ -156,7 +170,8 @@ def _show_pairs(screen: Screen, selection: Selection, pairs: list[tuple[int, int
     ]
     rows = []
     for number, pair in enumerate(documents, start=1):
-        rows.append([number, pair["similarity"], f"{label_of(pair['first'])}\n{label_of(pair['second'])}"])
+        both = f"{label_of(pair['first'])}\n{label_of(pair['second'])}"
+        rows.append([number, pair["similarity"], both])
     screen.table(rows, ["", "similarity", selection.unit], title="the most similar pairs")
     return documents
 
@@ -215,12 +230,14 @@ def show_hits(screen: Screen, searcher: Searcher, queries: list[str], answers: l
     documents = []
     for query, hits in zip(queries, answers):
         rows = searcher.snapshot.take([hit.row for hit in hits])
-        found = [_hit_document(row, hit) for row, hit in zip(rows, hits)]
-        documents.append({"query": query, "hits": found})
+        hit_documents = [_hit_document(row, hit) for row, hit in zip(rows, hits)]
+        documents.append({"query": query, "hits": hit_documents})
         lines = []
-        for rank, hit in enumerate(found, start=1):
-            chunk = f"[chunk {hit['chunk']['number']} of {hit['chunk']['of']}] " if "chunk" in hit else ""
-            lines.append([rank, hit["score"], short_id(hit["id"]), chunk + shorten(hit["text"], TEXT_WIDTH)])
+        for rank, hit in enumerate(hit_documents, start=1):
+            text = shorten(hit["text"], TEXT_WIDTH)
+            if "chunk" in hit:
+                text = f"[chunk {hit['chunk']['number']} of {hit['chunk']['of']}] {text}"
+            lines.append([rank, hit["score"], short_id(hit["id"]), text])
         screen.table(lines, ["", "score", "id", "text"], title=f"query: {query}")
     screen.document({"queries": documents})
 
@@ -230,10 +247,11 @@ def _hit_document(row: dict, hit: Hit) -> dict:
     several chunks, which one is the best.
     """
     columns = {name: value for name, value in row.items() if name not in RESERVED_COLUMNS}
-    found = {"id": row[ID], "score": hit.score, "text": row[TEXT], "columns": columns}
+    document = {"id": row[ID], "score": hit.score, "text": row[TEXT], "columns": columns}
     if row[NUM_CHUNKS] > 1:
-        found["chunk"] = {"number": row[CHUNK] + 1, "of": row[NUM_CHUNKS], "first_character": row[START]}
-    return found
+        number, start = row[CHUNK] + 1, row[START]
+        document["chunk"] = {"number": number, "of": row[NUM_CHUNKS], "first_character": start}
+    return document
 
 
 def answer_prompt(screen: Screen, searcher: Searcher, top_k: int) -> None:
@@ -256,7 +274,9 @@ def answer_prompt(screen: Screen, searcher: Searcher, top_k: int) -> None:
 
 def open_output(path: str | None) -> contextlib.AbstractContextManager[TextIO | None]:
     """Open a CSV file for writing; None stays None."""
-    return contextlib.nullcontext() if path is None else open(path, "w", encoding="utf-8", newline="")
+    if path is None:
+        return contextlib.nullcontext()
+    return open(path, "w", encoding="utf-8", newline="")
 
 
 def collect_groups(
@@ -276,7 +296,8 @@ def collect_groups(
         writer.writerow(["first", "second", "similarity"])
     for left, right, scores in parts:
         groups.join(left, right)
-        pairs = [(ids[one], ids[other], score) for one, other, score in zip(left, right, scores.tolist())]
+        rows = zip(left, right, scores.tolist())
+        pairs = [(ids[one], ids[other], score) for one, other, score in rows]
         if writer:
             writer.writerows(pairs)
         elif keep and len(kept) <= PAIRS_IN_JSON:
@@ -294,10 +315,8 @@ def show_groups(
 ) -> None:
     """Show every group with all of its texts, of a document in chunks only the first."""
     if screen.as_json and len(pairs) > PAIRS_IN_JSON:
-        raise UserError(
-            f"duplicates: more than {PAIRS_IN_JSON:,} pairs, too many for one JSON document; write them with"
-            " --pairs-file, or raise --threshold"
-        )
+        problem = f"more than {PAIRS_IN_JSON:,} pairs, too many for one JSON document"
+        raise UserError(f"duplicates: {problem}; give --pairs-file, or raise --threshold")
     lists = []
     for members in groups.lists():
         unique: dict[str, dict[str, str]] = {}
@@ -305,17 +324,20 @@ def show_groups(
             unique.setdefault(text["id"], text)
         lists.append(list(unique.values()))
     kind = "pairs of chunks" if selection.unit == "chunks" else "pairs"
-    screen.say(
-        f"\n{len(lists):,} groups of {sum(map(len, lists)):,} texts, joined by {groups.num_pairs:,} {kind}"
-        f" with a cosine of at least {threshold}"
-    )
+    joined = f"joined by {groups.num_pairs:,} {kind} with a cosine of at least {threshold}"
+    screen.say(f"\n{len(lists):,} groups of {sum(map(len, lists)):,} texts, {joined}")
     lines = []
     for number, texts in enumerate(lists, start=1):
-        lines += [[number, short_id(text["id"]), shorten(text["text"], TEXT_WIDTH)] for text in texts]
+        for text in texts:
+            lines.append([number, short_id(text["id"]), shorten(text["text"], TEXT_WIDTH)])
     screen.table(lines, ["group", "id", "text"])
-    documents = [{"first": one, "second": other, "similarity": score} for one, other, score in pairs]
     screen.document(
-        {"threshold": threshold, "num_pairs": groups.num_pairs, "groups": lists, "pairs": documents}
+        {
+            "threshold": threshold,
+            "num_pairs": groups.num_pairs,
+            "groups": lists,
+            "pairs": [dict(zip(("first", "second", "similarity"), pair)) for pair in pairs],
+        }
     )
 
 
@@ -324,7 +346,7 @@ def show_clusters(screen: Screen, selection: Selection, labels: np.ndarray, word
     ids, lines, documents = ids_of(selection), [], []
     for number, own_words in enumerate(words):
         members = np.flatnonzero(labels == number)
-        nearest = nearest_to_centre(selection, members, NUM_CENTRAL)
+        nearest = nearest_to_centre(selection, members, count=NUM_CENTRAL)
         texts = texts_at(selection, (position for position, _ in nearest))
         central = [{**text, "similarity": score} for text, (_, score) in zip(texts, nearest)]
         shown = "\n".join(label_of(text, CENTRAL_WIDTH) for text in texts)
@@ -366,7 +388,8 @@ def show_sts(screen: Screen, file: str, scores: dict[str, int | float]) -> None:
 
 def show_models(screen: Screen, lines: list[dict[str, object]]) -> None:
     """Show one line per model."""
-    screen.table([list(line.values()) for line in lines], [name.replace("_", " ") for name in lines[0]])
+    headers = [name.replace("_", " ") for name in lines[0]]
+    screen.table([list(line.values()) for line in lines], headers)
     screen.document({"models": lines})
 
 
@@ -375,7 +398,7 @@ def write_projection(screen: Screen, selection: Selection, folder: str, *, most:
     look at them. Raises UserError when the folder holds files.
     """
     if Path(folder).is_dir() and any(Path(folder).iterdir()):
-        raise UserError(f"--output-dir {folder}: it holds other files; name a new folder or remove it first")
+        raise UserError(f"--output-dir {folder}: it holds other files; name a new folder or remove it")
     snapshot, total = selection.snapshot, len(selection)
     chosen = selection.rows[evenly_spaced(total, most)]
     columns = [ID, TEXT, *snapshot.manifest["columns"]]
@@ -387,7 +410,6 @@ def write_projection(screen: Screen, selection: Selection, folder: str, *, most:
     with SummaryWriter(folder) as writer:
         writer.add_embedding(vectors, metadata=metadata, metadata_header=columns, tag="texts")
     note = "" if len(chosen) == total else f", evenly spaced among {total:,}"
-    screen.say(
-        f"{len(chosen):,} texts{note}; look at them with: tensorboard --logdir {folder}, tab PROJECTOR"
-    )
+    command = f"tensorboard --logdir {folder}"
+    screen.say(f"{len(chosen):,} texts{note}; look at them with: {command}, tab PROJECTOR")
     screen.document({"texts": len(chosen), "of": total, "folder": str(Path(folder))})

@@ -77,7 +77,7 @@ class EncoderConfig:
 @dataclass
 class Encoder:
     """A model on its device, and counts: `num_encoded` texts went through it, `num_cut` of them
-    lost their end.
+    were cut at the end.
     """
 
     name: str
@@ -130,7 +130,7 @@ class Encoder:
         return self._encode(texts, role)
 
     def encode_unit(self, texts: list[str], *, role: str | None = None) -> np.ndarray:
-        """Return the embeddings scaled to norm 1; one whose norm is zero or not finite becomes NaN."""
+        """Return the embeddings at norm 1; one whose norm is zero or not finite becomes NaN."""
         vectors = self.encode(texts, role=role)
         norms = np.linalg.norm(vectors, axis=1, keepdims=True)
         usable = np.isfinite(norms) & (norms > 0)
@@ -153,7 +153,7 @@ class Encoder:
 
     @torch.inference_mode()
     def _encode(self, texts: list[str], role: str | None) -> np.ndarray:
-        row_of = {text: row for row, text in enumerate(dict.fromkeys(texts))}  # of each different text
+        row_of = {text: row for row, text in enumerate(dict.fromkeys(texts))}  # each text once
         prompt = self.prompt(role)
         tokens, num_cut = self.tokenize([prompt + text for text in row_of])
         vectors = torch.zeros(len(row_of), self.width, device=self.runtime.device)
@@ -165,7 +165,8 @@ class Encoder:
                 vectors[rows] = self._forward(tokens, batch, prompt)
         self.runtime.all_reduce_sum(vectors)  # each row is zero in all processes but one
         self.num_encoded, self.num_cut = self.num_encoded + len(row_of), self.num_cut + num_cut
-        return vectors.cpu().numpy()[[row_of[text] for text in texts]].reshape(len(texts), self.width)
+        rows = [row_of[text] for text in texts]
+        return vectors.cpu().numpy()[rows].reshape(len(texts), self.width)
 
     def tokenize(self, texts: list[str]) -> tuple[BatchEncoding, int]:
         """Return the tokens of texts, cut at max_length, and how many texts were longer."""
@@ -180,8 +181,9 @@ class Encoder:
     def _forward(self, tokens: BatchEncoding, batch: np.ndarray, prompt: str) -> torch.Tensor:
         """Return the embeddings (batch, width) of some of the tokenised texts."""
         columns = {name: [tokens[name][row] for row in batch] for name in tokens}
-        padded = self.tokenizer.pad(columns, padding=True, return_tensors="pt").to(self.runtime.device)
-        features = self.model[0](dict(padded))  # token_embeddings (B, T, hidden)
+        padded = self.tokenizer.pad(columns, padding=True, return_tensors="pt")
+        features = dict(padded.to(self.runtime.device))
+        features = self.model[0](features)  # token_embeddings (B, T, hidden)
         if prompt:  # some models' pooling leaves the prompt out
             ids = self.tokenizer(prompt)["input_ids"]
             features["prompt_length"] = len(ids) - (ids[-1] in self.tokenizer.all_special_ids)
@@ -222,14 +224,12 @@ def chunk_size(encoder: Encoder, overlap: int) -> int:
     """
     tokenizer = encoder.tokenizer
     if not tokenizer.is_fast:
-        raise UserError(
-            f"--chunk: the tokenizer of {encoder.name} doesn't report where its tokens are in a text; leave"
-            " --chunk out or use another model"
-        )
+        problem = f"the tokenizer of {encoder.name} doesn't report where its tokens are in a text"
+        raise UserError(f"--chunk: {problem}; leave --chunk out or use another model")
     prompt = tokenizer(encoder.prompt("document"), add_special_tokens=False)["input_ids"]
     size = encoder.max_length - tokenizer.num_special_tokens_to_add() - len(prompt)
     if not 0 <= overlap < size:
-        raise UserError(f"--chunk-overlap {overlap}: a chunk holds {size} tokens; use fewer than that")
+        raise UserError(f"--chunk-overlap {overlap}: a chunk holds {size} tokens; use fewer")
     return size
 
 
@@ -325,10 +325,8 @@ def load_encoder(config: EncoderConfig, runtime: Runtime) -> Encoder:
     transformer, tokenizer = transformer_of(model).auto_model, tokenizer_of(model)
     positions, special = models.max_positions(transformer), tokenizer.num_special_tokens_to_add()
     if max_length is not None and not special < max_length <= (positions or max_length):
-        raise UserError(
-            f"--max-length {max_length}: the model reads more than {special} (the special tokens) and at most"
-            f" {positions} tokens"
-        )
+        limits = f"more than {special} (the special tokens) and at most {positions}"
+        raise UserError(f"--max-length {max_length}: the model reads {limits} tokens")
     limits = (model.max_seq_length, positions, tokenizer.model_max_length)
     identity = fingerprint(model)
     speedups.use_fast_attention(transformer)
@@ -351,15 +349,13 @@ def load_model(name: str, *, cache_dir: str | None) -> SentenceTransformer:
     """
     model = _load(SentenceTransformer, name, flag="--model", cache_dir=cache_dir)
     if not isinstance(model[0], Transformer) or "text" not in model[0].modality_config:
-        raise UserError(
-            f"--model {name}: its first module is {type(model[0]).__name__}; only transformers that read"
-            " texts can be used"
-        )
+        kind = type(model[0]).__name__
+        raise UserError(f"--model {name}: its first module is {kind}, not a transformer that reads texts")
     for setting in ("query_length", "document_length", "query_expansion"):
         if getattr(model[0], setting, None) is not None:
+            advice = "use another model, or remove it from a copy of sentence_bert_config.json"
             raise UserError(
-                f"--model {name}: its first module sets {setting}, which is not supported; use another"
-                " model, or remove the setting from a copy of sentence_bert_config.json"
+                f"--model {name}: its first module sets {setting}, which is unsupported; {advice}"
             )
     models.check_tokenizer(tokenizer_of(model), name=name, flag="--model")
     return model
@@ -385,10 +381,8 @@ def load_reranker(name: str, runtime: Runtime, *, cache_dir: str | None) -> Cros
     """
     model = _load(CrossEncoder, name, flag="--rerank", cache_dir=cache_dir).to(runtime.device)
     if model.num_labels != 1:
-        raise UserError(
-            f"--rerank {name}: it gives {model.num_labels} scores per pair; name a cross-encoder with one,"
-            " such as cross-encoder/ms-marco-MiniLM-L6-v2"
-        )
+        advice = "name a cross-encoder with one, such as cross-encoder/ms-marco-MiniLM-L6-v2"
+        raise UserError(f"--rerank {name}: it gives {model.num_labels} scores per pair; {advice}")
     speedups.use_fast_attention(transformer_of(model).auto_model)
     return model
 
@@ -421,7 +415,8 @@ def fingerprint(model: SentenceTransformer) -> str:
     settings = []
     for module in model:
         assert isinstance(module, Module)
-        values = {key: value for key, value in module.get_config_dict().items() if key != "max_seq_length"}
+        values = {**module.get_config_dict()}
+        values.pop("max_seq_length", None)
         settings.append([type(module).__name__, values])
     # only what differs from the defaults: a later version of transformers may know more settings
     changed = transformer_of(model).auto_model.config.to_diff_dict()

@@ -1,12 +1,12 @@
 """An index on disk: `Snapshot` reads one committed state of it, `Store` writes the next.
 
-An index folder holds `manifest.json` and the immutable Arrow files that it names, each with its
-SHA-256. A writer adds files first and then renames a new manifest into place, so a reader of a
-manifest has one complete state, whatever happens after. A crash at any moment leaves the last
-committed manifest and all of its files: each file, the manifest and the folder are fsynced in that
-order. Every file is verified when an index is opened; any Arrow reader can read them. As an index
-grows, small files are merged: each takes a descriptor and an entry in the manifest. One writer at a
-time holds a lock of the operating system, which ends with its process; readers need none.
+A folder holds `manifest.json` and the immutable Arrow files that it names, each with its SHA-256. A
+writer adds files first and then renames a new manifest into place, so a reader always has one
+complete state. A crash at any moment leaves the last committed manifest and all of its files: each
+file, the manifest and the folder are fsynced in that order. Every file is verified when an index is
+opened; any Arrow reader can read them. As an index grows, small files are merged, because each
+takes a descriptor. One writer at a time holds a lock, which ends with its process; readers need
+none.
 """
 
 import contextlib
@@ -30,10 +30,11 @@ import pyarrow as pa
 
 from common.errors import UserError
 from common.files import replace_file, seal, sha256, sync_file
+from common.search.encoder import Identity
 
 FORMAT = "embed_search index 1"
 MANIFEST, LOCK = "manifest.json", ".lock"
-CACHE_PREFIX, CACHE_STAMP = "cache-", "stamp"  # folders beside the files; the state each was made of
+CACHE_PREFIX, CACHE_STAMP = "cache-", "stamp"  # the folder of a cache, and its file: of which state
 ABANDONED = 86_400  # seconds after which an unfinished cache is left over from a killed process
 ID, HASH, START, TEXT, VECTOR = "_id", "_hash", "_start", "_text", "_vector"
 # the number of a chunk in its document, and how many it has; the names are those of older indexes
@@ -48,14 +49,9 @@ MERGED = 32  # this many small files in a row become one
 SIZES = (32, 1_024, SEGMENT_ROWS)
 
 
-class Settings(TypedDict):
-    """How the embeddings of an index are made; `chunk_overlap` is None for whole texts."""
+class Settings(Identity):
+    """How an index is made; `chunk_overlap` is None for whole texts."""
 
-    model: str  # for people; the fingerprint is compared
-    fingerprint: str
-    width: int
-    pooling: str
-    max_length: int
     id_column: str | None
     chunk_overlap: int | None
 
@@ -98,7 +94,7 @@ class Segment:
 
 
 class Snapshot:
-    """One committed state of an index, read-only. Rows are numbered from 0, deleted ones included."""
+    """One committed state of an index. Rows are numbered from 0, deleted ones included."""
 
     def __init__(self, folder: Path, manifest: Manifest, segments: list[Segment]) -> None:
         self.folder, self.manifest, self.segments = folder, manifest, segments
@@ -153,7 +149,8 @@ class Snapshot:
         taken: list[dict] = [{}] * len(rows)
         for segment, here, offsets in self.by_segment(rows):
             table = segment.table.select(columns or segment.table.column_names)
-            for position, row in zip(np.flatnonzero(here), table.take(pa.array(offsets)).to_pylist()):
+            entries = table.take(pa.array(offsets)).to_pylist()
+            for position, row in zip(np.flatnonzero(here), entries):
                 taken[position] = row
         return taken
 
@@ -185,10 +182,9 @@ def open_snapshot(folder: str | Path) -> Snapshot:
             break
         except FileNotFoundError as error:
             if read_manifest(folder)["sha256"] == manifest["sha256"]:
-                raise UserError(
-                    f"{error.filename}: a file of the index is missing; restore it from a copy, or index"
-                    " the texts into a new folder"
-                ) from error
+                advice = "restore it from a copy, or index the texts into a new folder"
+                problem = "a file of the index is missing"
+                raise UserError(f"{error.filename}: {problem}; {advice}") from error
             # a writer was faster: read its state
     for name, expected in hashes_of(manifest).items():
         if hashlib.sha256(contents[name]).hexdigest() != expected:
@@ -197,13 +193,15 @@ def open_snapshot(folder: str | Path) -> Snapshot:
     for entry in manifest["segments"]:
         segments.append(make_segment(entry, contents[entry["file"]], columns))
         if deleted := entry.get("deleted"):
-            segments[-1].alive[_read_arrow(contents[deleted["file"]]).column("row").to_numpy()] = False
+            rows = _read_arrow(contents[deleted["file"]]).column("row").to_numpy()
+            segments[-1].alive[rows] = False
     return Snapshot(folder, manifest, segments)
 
 
 def hashes_of(manifest: Manifest) -> dict[str, str]:
     """Return the files that a manifest names, each with its SHA-256."""
-    entries = [part for entry in manifest["segments"] for part in (entry, entry.get("deleted")) if part]
+    segments = manifest["segments"]
+    entries = [part for entry in segments for part in (entry, entry.get("deleted")) if part]
     return {entry["file"]: entry["sha256"] for entry in entries}
 
 
@@ -327,7 +325,8 @@ class Store:
     def _table(self, rows: np.ndarray) -> pa.Table:
         """Return some rows (ascending) with their vectors."""
         parts = self.snapshot.by_segment(rows)
-        table = pa.concat_tables([segment.table.take(pa.array(offsets)) for segment, _, offsets in parts])
+        tables = [segment.table.take(pa.array(offsets)) for segment, _, offsets in parts]
+        table = pa.concat_tables(tables)
         return table.append_column(VECTOR, vector_array(self.snapshot.vectors_of(rows)))
 
     @property
@@ -352,11 +351,13 @@ class Store:
         path = self.folder / f"deleted-{self._generation:08d}-{number:04d}.arrow"
         _write_arrow(path, table)
         deleted = FileEntry(file=path.name, rows=len(table), sha256=sha256(path))
-        return dataclasses.replace(segment, entry={**segment.entry, "deleted": deleted}, alive=alive)
+        entry: FileEntry = {**segment.entry, "deleted": deleted}
+        return dataclasses.replace(segment, entry=entry, alive=alive)
 
     def _publish(self, segments: list[Segment], columns: dict[str, str]) -> None:
-        """Commit: from the rename on, readers see the new state. Then remove what it doesn't name."""
-        manifest: Manifest = {**self.snapshot.manifest, "generation": self._generation, "columns": columns}
+        """Commit: from the rename on, readers see the new state. Then remove the old files."""
+        manifest: Manifest = {**self.snapshot.manifest, "generation": self._generation}
+        manifest["columns"] = columns
         manifest["segments"] = [segment.entry for segment in segments]
         manifest["sha256"] = seal({**manifest, "sha256": None})
         replace_file(self.folder / MANIFEST, json.dumps(manifest, indent=1))
@@ -417,10 +418,9 @@ def open_store(folder: str | Path, *, settings: Settings | None = None, wait: fl
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise UserError(
-            f"--index {folder}: {error.strerror}: what was committed stays; free some space and run the"
-            " same command again"
-        ) from error
+        advice = "free some space and run the same command again"
+        problem = f"{error.strerror}: what was committed stays"
+        raise UserError(f"--index {folder}: {problem}; {advice}") from error
     finally:
         lock.release()
 
@@ -429,7 +429,7 @@ def check_folder(folder: Path, *, new: bool) -> None:
     """Raise UserError unless a folder is an index or, with `new`, can become one: it is missing or
     empty.
     """
-    if new and (not folder.exists() or (folder.is_dir() and all(map(_is_leftover, folder.iterdir())))):
+    if new and (not folder.exists() or _is_empty(folder)):
         return
     if folder.exists() and not (folder / MANIFEST).is_file():
         what = "holds other files and no index" if folder.is_dir() else "is a file"
@@ -439,9 +439,10 @@ def check_folder(folder: Path, *, new: bool) -> None:
     read_manifest(folder)  # a missing or damaged index is reported before a lock is made
 
 
-def _is_leftover(path: Path) -> bool:
-    """Tell whether a file is left over from a writer that ended before its first manifest."""
-    return path.name == LOCK or path.name.startswith(f"{MANIFEST}.")
+def _is_empty(folder: Path) -> bool:
+    """Tell whether a folder has at most the files of a writer that never wrote its manifest."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else [folder.name]
+    return all(name == LOCK or name.startswith(f"{MANIFEST}.") for name in names)
 
 
 def _lock(folder: Path, wait: float) -> filelock.BaseFileLock:
@@ -453,7 +454,7 @@ def _lock(folder: Path, wait: float) -> filelock.BaseFileLock:
     try:
         return lock.acquire(timeout=wait).lock
     except filelock.Timeout:
-        raise UserError(f"{busy} still writing to it; try again when it is done, or raise --wait") from None
+        raise UserError(f"{busy} still writing to it; try again later, or raise --wait") from None
 
 
 def vector_array(vectors: np.ndarray) -> pa.FixedSizeListArray:

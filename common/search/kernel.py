@@ -42,8 +42,10 @@ def rank(rows: np.ndarray, query: np.ndarray, k: int, vectors_of: VectorsOf) -> 
     """Return the k of `rows` with the highest float64 cosine to a query, best first, and these
     cosines. Equal scores are ordered by row.
     """
-    blocks = (rows[start : start + BLOCK] for start in range(0, len(rows), BLOCK))
-    scores = np.concatenate([np.zeros(0), *(exact_scores(vectors_of(block), query) for block in blocks)])
+    parts = [np.zeros(0)]
+    for start in range(0, len(rows), BLOCK):
+        parts.append(exact_scores(vectors_of(rows[start : start + BLOCK]), query))
+    scores = np.concatenate(parts)
     order = np.lexsort((rows, -scores))[:k]
     return rows[order], scores[order]
 
@@ -70,7 +72,8 @@ def search(
             continue
         scores = buffer[: len(vectors)]  # (n, q)
         for at in range(0, len(vectors), PRODUCT):
-            torch.mm(torch.from_numpy(vectors[at : at + PRODUCT]), columns, out=scores[at : at + PRODUCT])
+            part = torch.from_numpy(vectors[at : at + PRODUCT])
+            torch.mm(part, columns, out=scores[at : at + PRODUCT])
         if allowed_here is not None and not allowed_here.all():
             scores[torch.from_numpy(~allowed_here)] = -torch.inf
         candidates.add(scores, first)

@@ -26,7 +26,7 @@ from common.runtime import Runtime
 from common.search.builder import Source, build_temporary, load_index_encoder
 from common.search.encoder import Encoder, load_encoder
 from common.search.index import CHUNK, Snapshot, open_snapshot
-from common.search.kernel import exact_scores, rounding_error
+from common.search.kernel import LOWEST, exact_scores, rounding_error
 from common.search.searcher import matching
 
 RESCORED = 4_096  # pairs computed in float64 at once
@@ -38,6 +38,8 @@ CANDIDATES = 256  # rows whose neighbours are looked up at once
 READ_FOR_WORDS = 20_000  # texts that the words of clusters come from
 MAPPED = 2_000  # texts on the map
 NO_CLUSTER = -1  # the label of a text in no cluster
+
+Pair = tuple[int, int, float]  # two positions and their cosine
 
 
 @dataclass(frozen=True)
@@ -84,13 +86,7 @@ class Selection:
 
 @contextlib.contextmanager
 def open_source(
-    source: Source,
-    runtime: Runtime,
-    *,
-    say: Callable[[str], None],
-    where: str | None = None,
-    least: int = 1,
-    most: int | None = None,
+    source: Source, runtime: Runtime, *, say: Callable[[str], None], least: int = 1, most: int | None = None
 ) -> Iterator[tuple[Selection, Callable[[], Encoder]]]:
     """Yield the rows where a condition holds, of an index or of one made of the texts for this
     command, and a function that returns their encoder.
@@ -102,7 +98,7 @@ def open_source(
     with tempfile.TemporaryDirectory() as folder:
         if source.index:
             snapshot = open_snapshot(source.index)
-            selection = select(snapshot, where, least=least)
+            selection = select(snapshot, source.where, least=least)
             check_size(len(selection), most)
             yield selection, lambda: load_index_encoder(source.encoder, runtime, snapshot)
         else:
@@ -110,7 +106,8 @@ def open_source(
             check_size(len(collection), most)
             encoder = load_encoder(source.encoder, runtime)
             snapshot = build_temporary(source, collection, encoder, folder, say=say, role=None)
-            yield select(snapshot, where, least=least, name=collection.name), lambda: encoder
+            selection = select(snapshot, source.where, least=least, name=collection.name)
+            yield selection, lambda: encoder
 
 
 def select(snapshot: Snapshot, where: str | None, *, least: int = 1, name: str | None = None) -> Selection:
@@ -146,8 +143,8 @@ def triangle(selection: Selection, block: int) -> Iterator[tuple[int, int, torch
             if second == first:
                 scores.masked_fill_(torch.ones(scores.shape, dtype=torch.bool).tril(), -torch.inf)
             if documents is not None and documents[second] <= documents[first + len(left) - 1]:
-                rows, columns = documents[first : first + len(left)], documents[second : second + len(right)]
-                scores.masked_fill_(rows[:, None] == columns, -torch.inf)
+                rows = documents[first : first + len(left), None]
+                scores.masked_fill_(rows == documents[second : second + len(right)], -torch.inf)
             yield first, second, scores
 
 
@@ -160,18 +157,18 @@ def exact_pairs(selection: Selection, left: np.ndarray, right: np.ndarray) -> np
     return np.concatenate(scores)
 
 
-def best_pairs(selection: Selection, k: int, *, block: int) -> list[tuple[int, int, float]]:
+def best_pairs(selection: Selection, k: int, *, block: int) -> list[Pair]:
     """Return the k most similar pairs as (position, higher position, cosine), best first; equal
     ones are ordered by position.
     """
     best, left, right = np.zeros(0), np.zeros(0, np.int64), np.zeros(0, np.int64)  # exact scores
-    bound, lowest_score = -np.inf, torch.finfo(torch.float32).min  # above the -inf of excluded pairs
+    bound = -np.inf
     for first, second, scores in triangle(selection, block):
         if float(scores.max()) < bound:
             continue
         here = scores.flatten().topk(min(k, scores.numel())).values
         bound_here = float(here[-1]) - 2 * selection.margin if len(here) == k else -np.inf
-        pairs = (scores >= max(bound, bound_here, lowest_score)).nonzero().numpy()
+        pairs = (scores >= max(bound, bound_here, LOWEST)).nonzero().numpy()
         new_left, new_right = pairs[:, 0] + first, pairs[:, 1] + second
         best = np.concatenate([best, exact_pairs(selection, new_left, new_right)])
         left, right = np.concatenate([left, new_left]), np.concatenate([right, new_right])
@@ -218,8 +215,10 @@ class Groups:
 
     def _settle(self) -> None:
         size = len(self.label)
-        left, right = np.concatenate([np.arange(size), *self.left]), np.concatenate([self.label, *self.right])
-        graph = scipy.sparse.coo_array((np.ones(len(left), bool), (left, right)), shape=(size, size))
+        left = np.concatenate([np.arange(size), *self.left])
+        right = np.concatenate([self.label, *self.right])
+        edges = (np.ones(len(left), bool), (left, right))
+        graph = scipy.sparse.coo_array(edges, shape=(size, size))
         _, components = connected_components(graph, directed=False)
         _, first = np.unique(components, return_index=True)
         self.label = first[components]  # the lowest position of a group names it
@@ -232,7 +231,8 @@ class Groups:
         self._settle()
         order = np.argsort(self.label, kind="stable")
         parts = np.split(order, np.flatnonzero(np.diff(self.label[order])) + 1)
-        return sorted((part for part in parts if len(part) > 1), key=lambda part: (-len(part), part[0]))
+        groups = [part for part in parts if len(part) > 1]
+        return sorted(groups, key=lambda group: (-len(group), group[0]))
 
 
 def k_means(selection: Selection, num_clusters: int, *, block: int, seed: int) -> np.ndarray:
@@ -255,8 +255,8 @@ def lloyd(selection: Selection, centres: np.ndarray, *, block: int) -> tuple[np.
     Written out because scikit-learn's KMeans, which gives the same clusters from the same start,
     holds all vectors in memory; this one reads the mapped index block by block.
     """
-    labels, means = np.full(len(selection), NO_CLUSTER), torch.from_numpy(np.asarray(centres, np.float64))
-    inertia = 0.0
+    labels, inertia = np.full(len(selection), NO_CLUSTER), 0.0
+    means = torch.from_numpy(np.asarray(centres, np.float64))
     for _ in range(ITERATIONS):
         before, inertia = labels.copy(), 0.0
         sums, counts = torch.zeros_like(means), torch.zeros(len(means), dtype=torch.float64)
@@ -285,7 +285,8 @@ def communities(selection: Selection, threshold: float, *, min_size: int, block:
     """
     counts = num_neighbours(selection, threshold, block=block)
     order = np.lexsort((np.arange(len(selection)), -counts))
-    labels, free, num_clusters = np.full(len(selection), NO_CLUSTER), np.ones(len(selection), bool), 0
+    labels, free = np.full(len(selection), NO_CLUSTER), np.ones(len(selection), bool)
+    num_clusters, documents = 0, selection.documents
     for start in range(0, len(order), CANDIDATES):
         centres = order[start : start + CANDIDATES]
         centres = centres[free[centres]]
@@ -294,7 +295,7 @@ def communities(selection: Selection, threshold: float, *, min_size: int, block:
                 continue
             members = members[free[members]]
             free[members] = False
-            counted = members if selection.documents is None else np.unique(selection.documents[members])
+            counted = members if documents is None else np.unique(documents[members])
             if len(counted) >= min_size:
                 labels[members] = num_clusters
                 num_clusters += 1
@@ -336,13 +337,14 @@ def neighbours(
 
 
 def by_size(labels: np.ndarray) -> np.ndarray:
-    """Return labels renumbered: 0 is the largest cluster, equal ones by their lowest row; -1 stays."""
-    names, first, counts = np.unique(labels[labels != NO_CLUSTER], return_index=True, return_counts=True)
+    """Return labels renumbered: 0 is the largest, equal ones by their lowest row; -1 stays."""
+    used = labels[labels != NO_CLUSTER]
+    names, first, counts = np.unique(used, return_index=True, return_counts=True)
     new = {int(name): number for number, name in enumerate(names[np.lexsort((first, -counts))])}
     return np.array([new.get(int(label), NO_CLUSTER) for label in labels], dtype=np.int64)
 
 
-def nearest_to_centre(selection: Selection, members: np.ndarray, count: int) -> list[tuple[int, float]]:
+def nearest_to_centre(selection: Selection, members: np.ndarray, *, count: int) -> list[tuple[int, float]]:
     """Return the `count` members (positions) with the highest cosine with their mean, best first,
     as (position, cosine).
     """
@@ -367,7 +369,8 @@ def typical_words(selection: Selection, labels: np.ndarray, count: int) -> list[
     num_clusters = int(labels.max(initial=-1)) + 1
     counter = CountVectorizer(stop_words="english", token_pattern=r"(?u)\b[^\W\d_]{3,}\b")
     try:
-        counts = counter.fit_transform(selection.snapshot.texts(selection.rows[sample]))  # (texts, words)
+        texts = selection.snapshot.texts(selection.rows[sample])
+        counts = counter.fit_transform(texts)  # (texts, words)
     except ValueError:  # no words at all, as in texts of numbers
         return [[] for _ in range(num_clusters)]
     entries = (np.ones(len(sample)), (labels[sample], np.arange(len(sample))))

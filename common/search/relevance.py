@@ -50,6 +50,16 @@ class Task:
 
 
 @dataclass(frozen=True)
+class OpenTask:
+    """A task with the documents to search, and the seconds that encoding took (0 for an index)."""
+
+    task: Task
+    snapshot: Snapshot
+    encoder: Encoder
+    seconds: float
+
+
+@dataclass(frozen=True)
 class TaskFiles:
     """The files of a task, and the column of its documents' ids."""
 
@@ -70,12 +80,12 @@ def retrieval_scores(judgements: Judgements, hits: dict[str, list[str]]) -> dict
         for query in judgements
     }
     first_ten = {query: dict(list(documents.items())[:10]) for query, documents in ranked.items()}
-    whole = pytrec_eval.RelevanceEvaluator(judgements, {"ndcg_cut.10", "recall.1,10,100"}).evaluate(ranked)
+    evaluator = pytrec_eval.RelevanceEvaluator(judgements, {"ndcg_cut.10", "recall.1,10,100"})
+    whole = evaluator.evaluate(ranked)
     short = pytrec_eval.RelevanceEvaluator(judgements, {"recip_rank"}).evaluate(first_ten)
     merged = [{**whole.get(query, {}), **short.get(query, {})} for query in judgements]
-    return {
-        name: float(np.mean([scores.get(key, 0.0) for scores in merged])) for name, key in MEASURES.items()
-    }
+    values = {name: [scores.get(key, 0.0) for scores in merged] for name, key in MEASURES.items()}
+    return {name: float(np.mean(scores)) for name, scores in values.items()}
 
 
 def score_all(
@@ -115,8 +125,10 @@ def bundled_task(name: str) -> tuple[Task, texts.Collection]:
         if headline.strip() and article.strip():
             queries[f"q{row}"], judgements[f"q{row}"] = headline.strip(), {str(row): 1}
             articles.append({BUNDLED_IDS: str(row), TEXT: article.strip()})
-    rows = pa.Table.from_pylist(articles, pa.schema({BUNDLED_IDS: pa.string(), TEXT: pa.large_string()}))
-    task = Task(f"{name}: headlines as queries, the articles without them as texts", queries, judgements)
+    schema = pa.schema({BUNDLED_IDS: pa.string(), TEXT: pa.large_string()})
+    rows = pa.Table.from_pylist(articles, schema)
+    title = f"{name}: headlines as queries, the articles without them as texts"
+    task = Task(title, queries, judgements)
     return task, texts.Collection(name, rows, "row", {})
 
 
@@ -149,15 +161,11 @@ def _read_judgements(file: str, queries: dict[str, str]) -> Judgements:
     for number, line in enumerate(reading.read_lines(file), start=1):
         fields = line.split()
         if len(fields) != 4 or not re.fullmatch("-?[0-9]{1,9}", fields[3]):
-            raise UserError(
-                f"{file}, line {number}: not a TREC judgement; write: query 0 document relevance, the"
-                " relevance a whole number"
-            )
+            form = "query 0 document relevance, the relevance a whole number"
+            raise UserError(f"{file}, line {number}: not a TREC judgement; write: {form}")
         if fields[0] not in queries:
-            raise UserError(
-                f"{file}, line {number}: no query {fields[0]!r} in the file of queries; add it or remove the"
-                " line"
-            )
+            problem = f"no query {fields[0]!r} in the file of queries"
+            raise UserError(f"{file}, line {number}: {problem}; add it or remove the line")
         judgements.setdefault(fields[0], {})[fields[2]] = int(fields[3])
     return judgements
 
@@ -170,7 +178,7 @@ def open_task(
     *,
     say: Callable[[str], None],
     encoder: Encoder | None = None,
-) -> Iterator[tuple[Task, Snapshot, Encoder, float]]:
+) -> Iterator[OpenTask]:
     """Yield a task, the documents to search, their encoder, and the seconds that encoding took (0
     for an index). Without files it is the bundled task.
     """
@@ -180,10 +188,8 @@ def open_task(
     if files.queries and bool(source.texts) == bool(source.index):
         raise UserError("--queries and --qrels: name the documents with --texts or --index")
     if not files.queries and (source.texts or source.index):
-        raise UserError(
-            f"{documents}: say what to find there with --queries and --qrels; the bundled task, which is"
-            " scored without them, has its own texts"
-        )
+        reason = "the bundled task, which is scored without them, has its own texts"
+        raise UserError(f"{documents}: say what to find with --queries and --qrels; {reason}")
     id_column, collection = files.id_column, None
     if not (files.queries and files.qrels):
         (task, collection), id_column = bundled_task("bundled/bbc-news"), BUNDLED_IDS
@@ -200,7 +206,7 @@ def open_task(
             snapshot = build_temporary(source, collection, encoder, folder, say=say, id_column=id_column)
             seconds = time.perf_counter() - started
         check_documents(task, snapshot, say)
-        yield task, snapshot, encoder, seconds
+        yield OpenTask(task, snapshot, encoder, seconds)
 
 
 def check_documents(task: Task, snapshot: Snapshot, say: Callable[[str], None]) -> None:
@@ -213,8 +219,8 @@ def check_documents(task: Task, snapshot: Snapshot, say: Callable[[str], None]) 
     example = f", such as {missing[0]!r}" if missing else ""
     if len(missing) == len(relevant):
         raise UserError(
-            f"{task.name}: none of the {len(relevant):,} documents that are judged relevant is in the"
-            f" index{example}; name their texts or their index, with the ids of the judgements"
+            f"{task.name}: none of the {len(relevant):,} documents that are judged relevant is there"
+            f"{example}; name their texts or their index, with the ids of the judgements"
         )
     if missing:
         say(
@@ -235,15 +241,17 @@ def sts_score(encoder: Encoder, file: str, columns: list[str], *, block: int) ->
     try:
         human = np.array(rows[columns[2]][:], dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise UserError(
-            f"{file}: column {columns[2]!r} does not hold numbers; name two texts and a score with --columns"
-        ) from error
+        problem = f"column {columns[2]!r} does not hold numbers"
+        advice = "name two texts and a score with --columns"
+        raise UserError(f"{file}: {problem}; {advice}") from error
     if not np.isfinite(human).all():
         row = int(np.flatnonzero(~np.isfinite(human))[0]) + 1
-        raise UserError(f"{file}, row {row}: the score in column {columns[2]!r} is missing; fill it in")
+        problem = f"the score in column {columns[2]!r} is missing"
+        raise UserError(f"{file}, row {row}: {problem}; fill it in")
     cosines = []
     for start in range(0, len(human), block):
-        left, right = (encoder.encode_unit(rows[start : start + block][column]) for column in columns[:2])
+        part = rows[start : start + block]
+        left, right = (encoder.encode_unit(part[column]) for column in columns[:2])
         cosines.append(exact_scores(left, right))
     return {"pairs": len(human), "spearman": _spearman(np.concatenate(cosines), human, file)}
 
@@ -252,8 +260,6 @@ def _spearman(cosines: np.ndarray, human: np.ndarray, file: str) -> float:
     """Return the correlation. Raises UserError where there is none: equal numbers have no ranks."""
     for values, what in ((human, "human scores"), (cosines, "cosines")):
         if not np.isfinite(values).all() or np.ptp(values) == 0:
-            raise UserError(
-                f"{file}: the {what} of its {len(values)} pairs are all equal or not numbers, so that they"
-                " have no correlation; name pairs that differ"
-            )
+            problem = f"the {what} of its {len(values)} pairs are all equal or not numbers"
+            raise UserError(f"{file}: {problem}, so they have no correlation; name pairs that differ")
     return float(spearmanr(cosines, human).statistic)

@@ -58,7 +58,7 @@ Cached = TypeVar("Cached")
 
 @dataclass(frozen=True)
 class Hit:
-    """A document that was found: the row of its best chunk, and the score that it was ordered by."""
+    """A document that was found: the row of its best chunk, and the score that ranked it."""
 
     row: int
     score: float
@@ -101,7 +101,7 @@ class Searcher:
         documents.
         """
         wanted = max(k, self.rerank_depth if self.reranker else 0)
-        depth = wanted if self.snapshot.settings["chunk_overlap"] is None else CHUNKS_PER_DOCUMENT * wanted
+        depth = CHUNKS_PER_DOCUMENT * wanted if self._has_chunks else wanted
         while True:
             rankings = self._rank(queries, vectors, depth)
             hits = [self._one_per_document(ranking)[:wanted] for ranking in rankings]
@@ -118,12 +118,17 @@ class Searcher:
     def _one_per_document(self, ranking: Ranking) -> list[Hit]:
         """Return a ranking of rows as hits, with only the first row of each document."""
         rows, scores = ranking
-        if self.snapshot.settings["chunk_overlap"] is None:
-            return [Hit(row, score) for row, score in zip(rows.tolist(), scores.tolist())]
-        hits: dict[str, Hit] = {}
-        for row, score, entry in zip(rows.tolist(), scores.tolist(), self.snapshot.take(rows, [ID])):
-            hits.setdefault(entry[ID], Hit(row, score))
-        return list(hits.values())
+        hits = [Hit(row, score) for row, score in zip(rows.tolist(), scores.tolist())]
+        if not self._has_chunks:
+            return hits
+        best: dict[str, Hit] = {}
+        for hit, entry in zip(hits, self.snapshot.take(rows, [ID])):
+            best.setdefault(entry[ID], hit)
+        return list(best.values())
+
+    @property
+    def _has_chunks(self) -> bool:
+        return self.snapshot.settings["chunk_overlap"] is not None
 
     def _rank(self, queries: list[str], vectors: np.ndarray, depth: int) -> list[Ranking]:
         """Return the `depth` best rows for each query."""
@@ -157,12 +162,12 @@ class Searcher:
             count = min(depth, len(nodes))
             selector = faiss.IDSelectorBatch(nodes)  # a variable: FAISS holds no reference to it
             options.sel = selector
-        _, found = graph.search(vectors, count, params=options)  # (queries, count)
-        if (found < 0).any():  # the paths to some of the rows lead through others
+        _, nearest = graph.search(vectors, count, params=options)  # (queries, count)
+        if (nearest < 0).any():  # the paths to some of the rows lead through others
             self.say("search   the graph found too few rows: searched exactly")
             return self._rank_exactly(vectors, depth)
         rankings, near = [], np.zeros(graph.ntotal, bool)
-        for nodes, vector in zip(found, vectors):
+        for nodes, vector in zip(nearest, vectors):
             near[:] = False
             near[nodes] = True
             rows = live[chosen[near[node_of[chosen]]]]
@@ -198,8 +203,8 @@ class Searcher:
         for words in bm25s.tokenize(queries, return_ids=False, show_progress=False):
             known = [word for word in words if bm25 and word in bm25.vocab_dict]
             scores = bm25.get_scores(known) if bm25 and known else np.zeros(len(live))
-            matching = np.flatnonzero((scores > 0) & self.allowed[live])
-            order = matching[np.lexsort((matching, -scores[matching]))[:depth]]
+            sharing = np.flatnonzero((scores > 0) & self.allowed[live])
+            order = sharing[np.lexsort((sharing, -scores[sharing]))[:depth]]
             rankings.append((live[order], scores[order]))
         return rankings
 
@@ -254,7 +259,8 @@ def fuse(rankings: list[np.ndarray]) -> Ranking:
 
 
 def _load_graph(folder: Path) -> tuple[faiss.Index, np.ndarray]:
-    return faiss.read_index(str(folder / "graph.faiss")), np.load(folder / "nodes.npy", allow_pickle=False)
+    graph = faiss.read_index(str(folder / "graph.faiss"))
+    return graph, np.load(folder / "nodes.npy", allow_pickle=False)
 
 
 def _load_bm25(folder: Path) -> bm25s.BM25 | None:
@@ -297,10 +303,9 @@ def cached(
                 fresh.rename(folder)
             return loaded
     except OSError as error:
-        raise UserError(
-            f"{folder}: the cache can't be written: {error.strerror or error}; correct that, or copy the"
-            " index to a folder of your own"
-        ) from error
+        problem = f"the cache can't be written: {error.strerror or error}"
+        advice = "correct that, or copy the index to a folder of your own"
+        raise UserError(f"{folder}: {problem}; {advice}") from error
 
 
 def matching(snapshot: Snapshot, condition: str | None) -> np.ndarray:
@@ -315,28 +320,26 @@ def matching(snapshot: Snapshot, condition: str | None) -> np.ndarray:
         return mask
     columns = [ID, TEXT, *snapshot.manifest["columns"]]
     lowered = [name.lower() for name in columns]
-    twins = [
-        name for name in columns if lowered.count(name.lower()) > 1 and name.lower() in condition.lower()
-    ]
-    if twins:
-        raise UserError(
-            f"--where {condition!r}: columns {', '.join(twins)} differ only in case, which SQL ignores;"
-            " rename one and index the texts again, or write a condition without them"
-        )
+    twins = [name for name in columns if lowered.count(name.lower()) > 1]
+    named = ", ".join(name for name in twins if name.lower() in condition.lower())
+    if named:
+        advice = "rename one and index the texts again, or write a condition without them"
+        problem = f"columns {named} differ only in case, which SQL ignores"
+        raise UserError(f"--where {condition!r}: {problem}; {advice}")
     number = unused_name("_row", [*columns, *RESERVED_COLUMNS])
     try:
         with duckdb.connect(config=SAFE_SETTINGS) as connection:
             connection.execute("SET lock_configuration = true")
             for start, segment in zip(snapshot.starts, snapshot.segments):
                 size = len(segment.alive)
-                table = segment.table.drop_columns([HASH]).append_column(number, pa.array(np.arange(size)))
-                found = connection.from_arrow(table).filter(condition).project(number).fetchnumpy()[number]
+                table = segment.table.drop_columns([HASH])
+                table = table.append_column(number, pa.array(np.arange(size)))
+                matches = connection.from_arrow(table).filter(condition).project(number)
+                rows = matches.fetchnumpy()[number]
                 here = np.zeros(size, bool)
-                here[np.asarray(found, np.int64)] = True
+                here[np.asarray(rows, np.int64)] = True
                 mask[start : start + size] &= here
     except duckdb.Error as error:
-        raise UserError(
-            f"--where {condition!r}: {one_line(error)}; write a condition over {', '.join(columns)}, with"
-            " texts in single quotes"
-        ) from error
+        advice = f"write a condition over {', '.join(columns)}, with texts in single quotes"
+        raise UserError(f"--where {condition!r}: {one_line(error)}; {advice}") from error
     return mask

@@ -56,7 +56,8 @@ class Collection:
         for start in range(0, len(self.rows), size):
             numbers = np.arange(start, min(start + size, len(self.rows)))
             if good[numbers].any():
-                yield numbers[good[numbers]], self.rows.slice(start, size).filter(pa.array(good[numbers]))
+                table = self.rows.slice(start, size).filter(pa.array(good[numbers]))
+                yield numbers[good[numbers]], table
 
     def __len__(self) -> int:
         return len(self.rows) - len(self.bad)
@@ -91,14 +92,14 @@ def read(
     an id that is missing or not unique; with `skip_bad` these rows are skipped.
     """
     bad = BadRows(skip_bad)
-    rows, unit = _read_rows(name, text_column, bad, cache_dir)
+    rows, unit = _read_rows(name, text_column, bad=bad, cache_dir=cache_dir)
     collection = Collection({"-": "standard input"}.get(name, name), rows, unit, bad.reasons)
     if id_column is not None:
         columns = [column for column in rows.column_names if column != TEXT]
         reading.require_column(columns, id_column, source=collection.name, flag="--id-column")
     _check_rows(collection, id_column, bad)
     if len(collection) == 0:
-        raise UserError(f"{collection.name}: none of its texts can be used; name a source that has texts")
+        raise UserError(f"{collection.name}: none of its texts can be used; name another source")
     return collection
 
 
@@ -144,7 +145,8 @@ class RowTable:
         if len(self.keys):
             positions = np.minimum(np.searchsorted(self.keys, wanted), len(self.keys) - 1)
             rows = np.where(self.keys[positions] == wanted, self.rows[positions], -1)
-        return np.array([self.recent.get(key, row) for key, row in zip(digests, rows)], dtype=np.int64)
+        rows = [self.recent.get(key, row) for key, row in zip(digests, rows)]
+        return np.array(rows, dtype=np.int64)
 
     def add(self, digests: Iterable[bytes], rows: Iterable[int]) -> None:
         """Add entries; a digest that is known already gets the new row."""
@@ -161,11 +163,10 @@ class RowTable:
 def _check_rows(collection: Collection, id_column: str | None, bad: BadRows) -> None:
     """Add the rows whose text or id can't be used to `bad`."""
     rows, known_ids = collection.rows, RowTable()
-    if id_column is not None and not _holds_ids(rows.schema.field(id_column).type):
-        raise UserError(
-            f"{collection.name}: column {id_column!r} holds {rows.schema.field(id_column).type}, not ids;"
-            " name a column of texts or whole numbers with --id-column"
-        )
+    kind = rows.schema.field(id_column).type if id_column is not None else pa.string()
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind)):
+        advice = "name a column of texts or whole numbers with --id-column"
+        raise UserError(f"{collection.name}: column {id_column!r} holds {kind}, not ids; {advice}")
     for start in range(0, len(rows), BATCH):
         block = rows.slice(start, BATCH)
         # the values of rows that are bad already mean nothing
@@ -196,32 +197,29 @@ def _id_problems(
     known.
     """
     keys = pc.if_else(pa.array(good), block[id_column], None).to_pylist()
-    digests, here, found = [digest(str(key)) for key in keys], {}, {}
+    digests, here, new_problems = [digest(str(key)) for key in keys], {}, {}
     for row, (key, before) in enumerate(zip(keys, known_ids.find(digests))):
         if not good[row] or row in problems:
             continue
         if key is None or key == "":
-            found[row] = f"the id in column {id_column!r} is missing"
+            new_problems[row] = f"the id in column {id_column!r} is missing"
         elif before >= 0 or digests[row] in here:
-            found[row] = f"the id {key!r} in column {id_column!r} is not unique: it occurs above"
+            new_problems[row] = f"the id {key!r} in column {id_column!r} is not unique: it occurs above"
         else:
             here[digests[row]] = row
     known_ids.add(here, here.values())
-    return found
+    return new_problems
 
 
-def _holds_ids(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind)
-
-
-def _read_rows(name: str, text_column: str, bad: BadRows, cache_dir: str | None) -> tuple[pa.Table, str]:
+def _read_rows(name: str, text_column: str, *, bad: BadRows, cache_dir: str | None) -> tuple[pa.Table, str]:
     """Return the rows of a source (`_text`, and the columns that came with it), and what a row is
     called there. Rows that are not UTF-8 are added to `bad`; their values mean nothing.
     """
     path = Path(name)
     if bundled.is_bundled(name):
         if name not in bundled.DATASETS:
-            raise UserError(f"{name}: no such bundled data set; there is {', '.join(bundled.DATASETS)}")
+            names = ", ".join(bundled.DATASETS)
+            raise UserError(f"{name}: no such bundled data set; there is {names}")
         return _to_table(bundled.DATASETS[name](), "text", name), "row"
     if path.is_dir():
         return _spool(_folder_rows(path, bad)), "file"
@@ -238,13 +236,13 @@ def _read_rows(name: str, text_column: str, bad: BadRows, cache_dir: str | None)
 
 
 def _to_table(rows: datasets.Dataset, text_column: str, source: str) -> pa.Table:
-    """Return a data set as a table whose text column is `_text` and whose classes are their names."""
+    """Return a data set as a table with the text column `_text` and classes by name."""
     table = cast(pa.Table, rows.with_format("arrow")[:])
     reading.require_column(table.column_names, text_column, source=source, flag="--text-column")
     reading.check_kind(rows, text_column, source=source)
     taken = next((name for name in table.column_names if name.lower() in RESERVED_COLUMNS), None)
     if taken:
-        raise UserError(f"{source}: the index reserves the column name {taken!r}; rename the column")
+        raise UserError(f"{source}: the column name {taken!r} is reserved; rename the column")
     for number, field_ in enumerate(table.schema):
         name, kind, column = field_.name, field_.type, table[field_.name]
         feature = rows.features[name]
@@ -257,7 +255,8 @@ def _to_table(rows: datasets.Dataset, text_column: str, source: str) -> pa.Table
         elif pa.types.is_large_string(kind):
             column = column.cast(pa.string())
         table = table.set_column(number, name, column)
-    return table.rename_columns([TEXT if name == text_column else name for name in table.column_names])
+    names = [TEXT if name == text_column else name for name in table.column_names]
+    return table.rename_columns(names)
 
 
 def _check_parquet(rows: pa.Table, path: Path, bad: BadRows) -> None:
@@ -306,7 +305,7 @@ def _fault(line: bytes, location: str, *, is_json: bool) -> str | None:
         try:
             json.dumps(json.loads(line), ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            return f"{location}: a lone surrogate (\\ud800 to \\udfff) is not a character; correct it"
+            return f"{location}: a lone surrogate (\\ud800 to \\udfff) is no character; correct it"
         except ValueError:  # not JSON on this line: the reader will report it
             return None
     return None
@@ -349,10 +348,8 @@ def _line_rows(name: str, bad: BadRows) -> Iterator[dict[str, str | None]]:
     try:
         file = sys.stdin.buffer if name == "-" else open(name, "rb")  # noqa: SIM115  (closed below)
     except OSError as error:
-        raise UserError(
-            f"{source}: can't be read: {error.strerror}; name a text file, a data file, a folder, or - for"
-            " standard input"
-        ) from error
+        advice = "name a text file, a data file, a folder, or - for standard input"
+        raise UserError(f"{source}: can't be read: {error.strerror}; {advice}") from error
     with file:
         row = -1
         for row, line in enumerate(file):
@@ -400,9 +397,11 @@ def _spool(rows: Iterator[dict[str, str | None]]) -> pa.Table:
         writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
         writer.close()
         file.flush()
-        return pa.ipc.open_file(pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))).read_all()
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return pa.ipc.open_file(pa.py_buffer(content)).read_all()
 
 
 def unused_name(wanted: str, taken: list[str]) -> str:
     """Return a column name that none of the `taken` equals, as SQL compares them: ignoring case."""
-    return wanted if wanted.lower() not in map(str.lower, taken) else unused_name(wanted + "_", taken)
+    lowered = [name.lower() for name in taken]
+    return unused_name(wanted + "_", taken) if wanted.lower() in lowered else wanted

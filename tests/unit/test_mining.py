@@ -295,4 +295,6 @@ def test_the_texts_nearest_to_a_centre(live):
     expected = sorted(range(len(members)), key=lambda place: (-(vectors[place] @ centre).round(14), place))[
         :3
     ]
-    assert [place for place, _ in mining.nearest_to_centre(rows, members, 3)] == members[expected].tolist()
+    assert [place for place, _ in mining.nearest_to_centre(rows, members, count=3)] == members[
+        expected
+    ].tolist()
