@@ -44,7 +44,7 @@ def find_folder(
     folder = Path(name)
     if folder.is_file():
         raise UserError(f"{flag} {name}: this is a file; name the folder of a saved model")
-    if not folder.is_dir():
+    if not name or not folder.is_dir():
         if not name or name.startswith((".", "/")) or name.count("/") > 1:
             raise UserError(f"{flag} {name}: no such folder; check the path, or use {bundled.names(kind)}")
         folder = _download(name, kind=kind, flag=flag, cache_dir=cache_dir)
