@@ -30,9 +30,17 @@ import numpy as np
 from common import cli, figures, reading
 from common.errors import Interrupted, UserError
 from common.runtime import Runtime, start_runtime, stop_runtime
-from common.search import builder as building
 from common.search import display, mining, relevance, texts
-from common.search.builder import Builder, Source
+from common.search.builder import (
+    Builder,
+    Source,
+    check_settings,
+    fill,
+    load_index_encoder,
+    rows_with_ids,
+    settings_of,
+    whole_documents,
+)
 from common.search.display import Screen
 from common.search.encoder import EncoderConfig, chunk_size, load_encoder, load_reranker
 from common.search.index import MANIFEST, check_folder, open_snapshot, open_store, read_manifest
@@ -112,7 +120,7 @@ def index(args: argparse.Namespace, runtime: Runtime, screen: Screen) -> None:
     if not runtime.is_main:
         encoder.follow()
         return
-    settings = building.settings_of(encoder, id_column=id_column, chunk_overlap=overlap)
+    settings = settings_of(encoder, id_column=id_column, chunk_overlap=overlap)
     started, builder = time.perf_counter(), None
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
@@ -121,9 +129,9 @@ def index(args: argparse.Namespace, runtime: Runtime, screen: Screen) -> None:
         if overlap is not None:
             chunk_size(encoder, overlap)
         with open_store(folder, settings=settings, wait=args.wait) as store:
-            building.check_settings(args.index, settings, store.snapshot.settings)
+            check_settings(args.index, settings, store.snapshot.settings)
             builder = Builder(store, encoder, update=args.update, skip_bad=args.skip_bad)
-            building.fill(builder, collection, block=args.block)
+            fill(builder, collection, block=args.block)
             display.show_build(screen, builder, collection, seconds=time.perf_counter() - started)
     except UserError:
         encoder.release()
@@ -164,9 +172,9 @@ def delete(args: argparse.Namespace, runtime: Runtime, screen: Screen) -> None:
     with open_store(args.index, wait=args.wait) as store:
         if args.where:
             matched = np.flatnonzero(matching(store.snapshot, args.where))
-            rows = building.whole_documents(store.snapshot, matched)
+            rows = whole_documents(store.snapshot, matched)
         else:
-            rows, unknown = building.rows_with_ids(store.snapshot, args.ids)
+            rows, unknown = rows_with_ids(store.snapshot, args.ids)
         if unknown and not args.skip_bad:
             problem = f"no text with id {unknown[0]!r}; nothing is deleted"
             raise UserError(f"--index {args.index}: {problem}; correct it, or give --skip-bad")
@@ -216,7 +224,7 @@ def search(args: argparse.Namespace, runtime: Runtime, screen: Screen) -> None:
         command = f"embed_search.py index TEXTS --index {args.index}"
         raise UserError(f"--index {args.index}: it has no rows; add some with: {command}")
     allowed = matching(snapshot, args.where)
-    encoder = building.load_index_encoder(encoder_config(args), runtime, snapshot)
+    encoder = load_index_encoder(encoder_config(args), runtime, snapshot)
     if args.rerank:
         reranker = load_reranker(args.rerank, runtime, cache_dir=args.cache_dir)
     searcher = Searcher(
