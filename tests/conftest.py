@@ -25,7 +25,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertTokenize
 
 import embed_search
 from common import cli
-from common.search.snapshot import ID, TEXT, open_snapshot
+from common.search.index import ID, TEXT, open_snapshot
 
 # two tests run at a time: each, and every process that it starts, has one core
 if "PYTEST_XDIST_WORKER" in os.environ:

@@ -1,64 +1,415 @@
-"""What embed_search.py shows: tables for a person on stdout, or one JSON document there and the
-rest on stderr.
+"""What embed_search.py shows: tables for a person on stdout, or one JSON document on stdout and the
+rest on stderr; pictures; an index in TensorBoard's projector.
 """
 
+import argparse
+import contextlib
+import csv
+import itertools
 import json
+import os
 import sys
-import textwrap
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TextIO
 
+import numpy as np
+import torch
+from matplotlib.figure import Figure
 from tabulate import tabulate
+from torch.utils.tensorboard import SummaryWriter
+
+from common import figures
+from common.errors import UserError, shorten
+from common.reading import evenly_spaced
+from common.search import mining
+from common.search.builder import Builder, notes
+from common.search.index import CHUNK, ID, NUM_CHUNKS, RESERVED_COLUMNS, START, TEXT, Snapshot
+from common.search.mining import NO_CLUSTER, Groups, Selection, nearest_to_centre
+from common.search.relevance import Task
+from common.search.searcher import Hit, Searcher
+from common.search.texts import Collection, check_query
 
 HIGH, MODERATE = 0.7, 0.4  # the tutorial's thresholds of similarity
-TEXT_WIDTH = 76
+TEXT_WIDTH, CENTRAL_WIDTH = 76, 60  # characters of a text in a table
+NUM_WORDS, NUM_CENTRAL = 6, 3  # of a cluster: its typical words, the texts nearest to its centre
+MATRIX_COLUMNS = 20  # of a matrix that still fits a screen
+PAIRS_IN_JSON = 1_000_000
+PICTURES = (".png", ".pdf", ".svg", ".jpg")
 
 
 class Screen:
-    """Where a command's words go."""
+    """Where the output of a command goes; `shown` is False on all processes but the main one."""
 
-    def __init__(self, *, as_json: bool, shown: bool = True):
+    def __init__(self, *, as_json: bool, shown: bool = True) -> None:
         self.as_json, self.shown = as_json, shown
 
-    def say(self, line: str = ""):
+    def say(self, line: str = "") -> None:
         """Print a line for a person."""
         if self.shown:
             print(line, file=sys.stderr if self.as_json else sys.stdout, flush=True)
 
-    def table(self, rows: list, headers: list[str], *, title: str = ""):
+    def table(self, rows: Sequence[Sequence[object]], headers: Sequence[str], *, title: str = "") -> None:
         """Print a table for a person; floats have three decimals."""
-        if self.shown and not self.as_json:
-            aligned = [
-                "right" if rows and isinstance(value, int | float) else "left"
-                for value in (rows[0] if rows else headers)
-            ]
-            print(f"\n{title}" if title else "")
-            print(
-                (
-                    tabulate(
-                        rows,
-                        headers,
-                        floatfmt=".3f",
-                        colalign=aligned if rows else None,
-                        disable_numparse=not rows,
-                    )
-                    if rows
-                    else "(none)"
-                ),
-                flush=True,
-            )
+        if not self.shown or self.as_json:
+            return
+        print(f"\n{title}" if title else "")
+        if not rows:
+            print("(none)", flush=True)
+            return
+        aligned = ["right" if isinstance(value, int | float) else "left" for value in rows[0]]
+        print(tabulate(rows, headers, floatfmt=".3f", colalign=aligned), flush=True)
 
-    def document(self, content: dict):
+    def document(self, content: dict) -> None:
         """Print the JSON document, if one is wanted."""
         if self.shown and self.as_json:
             print(json.dumps(content, ensure_ascii=False, default=str))
 
 
-def short(text: str, width: int = TEXT_WIDTH) -> str:
-    """Return a text in one line of at most `width` characters."""
-    return textwrap.shorten(text, width, placeholder="...") or text.strip()[:width]
+def cosine(text: str) -> float:
+    """Parse a number from -1 to 1."""
+    with contextlib.suppress(ValueError):
+        if -1 <= float(text) <= 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number from -1 to 1")
+
+
+def output_file(text: str) -> str:
+    """Parse the path of a file in a folder that exists and can be written to."""
+    folder = Path(text).absolute().parent
+    if Path(text).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        reason = "no file can be written there; name one in a folder that exists"
+        raise argparse.ArgumentTypeError(f"{text}: {reason}")
+    return text
+
+
+def picture_file(text: str) -> str:
+    """Parse the path of a picture, whose suffix is a format."""
+    if Path(text).suffix.lower() not in PICTURES:
+        reason = f"the suffix is not one of {', '.join(PICTURES)}; name a .png file"
+        raise argparse.ArgumentTypeError(f"{text}: {reason}")
+    return output_file(text)
 
 
 def level(similarity: float) -> str:
-    """Return how similar two texts are in a word: above 0.7 high, above or at 0.4 moderate, below
-    low.
+    """Return a word for a similarity: high above 0.7, moderate from 0.4 on, else low."""
+    if similarity > HIGH:
+        return "high"
+    return "moderate" if similarity >= MODERATE else "low"
+
+
+def ids_of(selection: Selection) -> list[str]:
+    """Return the ids of rows, which for texts without an index are their numbers from 1."""
+    return [row[ID] for row in selection.snapshot.take(selection.rows, [ID])]
+
+
+def short_id(key: str) -> str:
+    """Return the start of a long id, such as a hash of the text; --json has it whole."""
+    return key if len(key) <= 16 else f"{key[:10]}..."
+
+
+def texts_at(selection: Selection, positions: Iterable[int]) -> list[dict[str, str]]:
+    """Return id and text at some positions."""
+    rows = selection.rows[np.fromiter(positions, np.int64)]
+    return [{"id": row[ID], "text": row[TEXT]} for row in selection.snapshot.take(rows, [ID, TEXT])]
+
+
+def label_of(row: dict[str, str], width: int = TEXT_WIDTH) -> str:
+    """Return id and text in one line."""
+    return f"{short_id(row['id'])}: {shorten(row['text'], width)}"
+
+
+def show_similarity(
+    screen: Screen,
+    selection: Selection,
+    matrix: np.ndarray,
+    pairs: list[mining.Pair],
+    queries: list[tuple[str, np.ndarray]],
+) -> None:
+    """Show a matrix of cosines, the most similar pairs, and for each query its similarity to all
+    texts.
     """
-    return "high" if similarity > HIGH else "moderate" if similarity >= MODERATE else "low"
+    texts = texts_at(selection, range(len(selection)))
+    names = [short_id(text["id"]) for text in texts]
+    if len(names) <= MATRIX_COLUMNS:
+        rows = [[name, *values] for name, values in zip(names, matrix)]
+        screen.table(rows, ["", *names], title="cosine similarity")
+    else:
+        size = f"{len(names):,} x {len(names):,}"
+        screen.say(f"the matrix of {size} is too wide here: --json prints it, --figure draws it")
+    pair_documents = _show_pairs(screen, selection, pairs)
+    query_documents = []
+    for query, scores in queries:
+        lines, rows = [], []
+        for name, text, score in zip(names, texts, scores.tolist()):
+            lines.append({**text, "similarity": score, "level": level(score)})
+            rows.append([name, score, level(score), shorten(text["text"], TEXT_WIDTH)])
+        query_documents.append({"query": query, "similarities": lines})
+        screen.table(rows, ["", "similarity", "level", "text"], title=f"query: {query}")
+    screen.document(
+        {
+            "texts": texts,
+            "matrix": matrix.round(3).tolist(),
+            "pairs": pair_documents,
+            "queries": query_documents,
+        }
+    )
+
+
+def show_pairs(screen: Screen, selection: Selection, pairs: list[mining.Pair]) -> None:
+    """Show pairs of positions with their cosines, best first."""
+    screen.document({"pairs": _show_pairs(screen, selection, pairs)})
+
+
+def _show_pairs(screen: Screen, selection: Selection, pairs: list[mining.Pair]) -> list[dict]:
+    firsts = texts_at(selection, (first for first, _, _ in pairs))
+    seconds = texts_at(selection, (second for _, second, _ in pairs))
+    documents = [
+        {"similarity": score, "first": first, "second": second}
+        for first, second, (_, _, score) in zip(firsts, seconds, pairs)
+    ]
+    rows = []
+    for number, pair in enumerate(documents, start=1):
+        both = f"{label_of(pair['first'])}\n{label_of(pair['second'])}"
+        rows.append([number, pair["similarity"], both])
+    screen.table(rows, ["", "similarity", selection.unit], title="the most similar pairs")
+    return documents
+
+
+def show_build(screen: Screen, builder: Builder, collection: Collection, *, seconds: float) -> None:
+    """Say what became of the texts."""
+    counts, snapshot = builder.counts, builder.store.snapshot
+    screen.say(
+        f"texts    {collection.name}: {counts.added:,} added, {counts.updated:,} updated,"
+        f" {counts.unchanged:,} unchanged, {counts.repeated:,} repeated, {counts.bad:,} skipped"
+    )
+    if counts.encoded:
+        speed = f"{counts.encoded / seconds:,.1f} texts/s on {builder.encoder.runtime.describe()}"
+        screen.say(f"         {counts.encoded:,} different texts encoded, {speed}")
+    for note in notes(collection, counts.cut, snapshot.settings["max_length"]):
+        screen.say(note)
+    _say_index(screen, snapshot)
+    screen.document({**_index_document(snapshot), "counts": vars(counts) | {"seconds": seconds}})
+
+
+def show_index(screen: Screen, snapshot: Snapshot) -> None:
+    """Say what is in an index."""
+    _say_index(screen, snapshot)
+    screen.document(_index_document(snapshot))
+
+
+def show_deletion(screen: Screen, snapshot: Snapshot, *, deleted: int, unknown: int) -> None:
+    """Say how many rows were deleted, and how many ids were not in the index."""
+    more = f"; {unknown:,} ids are not in the index" if unknown else ""
+    screen.say(f"deleted  {deleted:,} rows{more}")
+    _say_index(screen, snapshot)
+    screen.document({**_index_document(snapshot), "deleted": deleted, "unknown": unknown})
+
+
+def _say_index(screen: Screen, snapshot: Snapshot) -> None:
+    live = int(snapshot.alive().sum())
+    screen.say(
+        f"index    {snapshot.folder}: {live:,} rows, {snapshot.num_rows - live:,} deleted rows,"
+        f" {len(snapshot.segments):,} files, {snapshot.width} dimensions, {snapshot.settings['model']}"
+    )
+
+
+def _index_document(snapshot: Snapshot) -> dict[str, object]:
+    live = int(snapshot.alive().sum())
+    return {
+        "index": str(snapshot.folder),
+        "rows": live,
+        "deleted_rows": snapshot.num_rows - live,
+        "files": len(snapshot.segments),
+        "settings": snapshot.settings,
+    }
+
+
+def show_hits(screen: Screen, searcher: Searcher, queries: list[str], answers: list[list[Hit]]) -> None:
+    """Show the hits of each query, best first."""
+    documents = []
+    for query, hits in zip(queries, answers):
+        rows = searcher.snapshot.take([hit.row for hit in hits])
+        hit_documents = [_hit_document(row, hit) for row, hit in zip(rows, hits)]
+        documents.append({"query": query, "hits": hit_documents})
+        lines = []
+        for rank, hit in enumerate(hit_documents, start=1):
+            text = shorten(hit["text"], TEXT_WIDTH)
+            if "chunk" in hit:
+                text = f"[chunk {hit['chunk']['number']} of {hit['chunk']['of']}] {text}"
+            lines.append([rank, hit["score"], short_id(hit["id"]), text])
+        screen.table(lines, ["", "score", "id", "text"], title=f"query: {query}")
+    screen.document({"queries": documents})
+
+
+def _hit_document(row: dict, hit: Hit) -> dict:
+    """Return a hit for JSON: score, id, text, and in `columns` its metadata; where a document has
+    several chunks, which one is the best.
+    """
+    columns = {name: value for name, value in row.items() if name not in RESERVED_COLUMNS}
+    document = {"id": row[ID], "score": hit.score, "text": row[TEXT], "columns": columns}
+    if row[NUM_CHUNKS] > 1:
+        number, start = row[CHUNK] + 1, row[START]
+        document["chunk"] = {"number": number, "of": row[NUM_CHUNKS], "first_character": start}
+    return document
+
+
+def answer_prompt(screen: Screen, searcher: Searcher, top_k: int) -> None:
+    """Answer queries from standard input until it ends or an empty line comes; with --json one
+    document per query.
+    """
+    screen.say(f"{int(searcher.allowed.sum()):,} texts; an empty line ends")
+    for number in itertools.count(1):
+        if sys.stdin.isatty():
+            print("query> ", end="", file=sys.stderr, flush=True)
+        query = sys.stdin.readline().strip()
+        if not query:
+            return
+        try:
+            check_query(query, f"query {number}")
+            show_hits(screen, searcher, [query], searcher.search([query], top_k))
+        except UserError as error:  # a mistake at a prompt is no reason to load everything again
+            print(error, file=sys.stderr)
+
+
+def open_output(path: str | None) -> contextlib.AbstractContextManager[TextIO | None]:
+    """Open a CSV file for writing; None stays None."""
+    if path is None:
+        return contextlib.nullcontext()
+    return open(path, "w", encoding="utf-8", newline="")
+
+
+def collect_groups(
+    selection: Selection,
+    parts: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]],
+    file: TextIO | None,
+    *,
+    keep: bool,
+) -> tuple[Groups, list[tuple[str, str, float]]]:
+    """Join pairs into groups as they come. Write each pair to a CSV `file` if there is one; else,
+    with `keep`, return the pairs too (ids and cosine).
+    """
+    groups, ids = Groups(len(selection)), ids_of(selection)
+    kept: list[tuple[str, str, float]] = []
+    writer = csv.writer(file) if file else None
+    if writer:
+        writer.writerow(["first", "second", "similarity"])
+    for left, right, scores in parts:
+        groups.join(left, right)
+        rows = zip(left, right, scores.tolist())
+        pairs = [(ids[one], ids[other], score) for one, other, score in rows]
+        if writer:
+            writer.writerows(pairs)
+        elif keep and len(kept) <= PAIRS_IN_JSON:
+            kept += pairs
+    return groups, kept
+
+
+def show_groups(
+    screen: Screen,
+    selection: Selection,
+    groups: Groups,
+    pairs: list[tuple[str, str, float]],
+    *,
+    threshold: float,
+) -> None:
+    """Show every group with all of its texts, of a document in chunks only the first."""
+    if screen.as_json and len(pairs) > PAIRS_IN_JSON:
+        problem = f"more than {PAIRS_IN_JSON:,} pairs, too many for one JSON document"
+        raise UserError(f"duplicates: {problem}; give --pairs-file, or raise --threshold")
+    lists = []
+    for members in groups.lists():
+        unique: dict[str, dict[str, str]] = {}
+        for text in texts_at(selection, members):
+            unique.setdefault(text["id"], text)
+        lists.append(list(unique.values()))
+    kind = "pairs of chunks" if selection.unit == "chunks" else "pairs"
+    joined = f"joined by {groups.num_pairs:,} {kind} with a cosine of at least {threshold}"
+    screen.say(f"\n{len(lists):,} groups of {sum(map(len, lists)):,} texts, {joined}")
+    lines = []
+    for number, texts in enumerate(lists, start=1):
+        for text in texts:
+            lines.append([number, short_id(text["id"]), shorten(text["text"], TEXT_WIDTH)])
+    screen.table(lines, ["group", "id", "text"])
+    screen.document(
+        {
+            "threshold": threshold,
+            "num_pairs": groups.num_pairs,
+            "groups": lists,
+            "pairs": [dict(zip(("first", "second", "similarity"), pair)) for pair in pairs],
+        }
+    )
+
+
+def show_clusters(screen: Screen, selection: Selection, labels: np.ndarray, words: list[list[str]]) -> None:
+    """Show the size of each cluster, its typical words and its central texts."""
+    ids, lines, documents = ids_of(selection), [], []
+    for number, own_words in enumerate(words):
+        members = np.flatnonzero(labels == number)
+        nearest = nearest_to_centre(selection, members, count=NUM_CENTRAL)
+        texts = texts_at(selection, (position for position, _ in nearest))
+        central = [{**text, "similarity": score} for text, (_, score) in zip(texts, nearest)]
+        shown = "\n".join(label_of(text, CENTRAL_WIDTH) for text in texts)
+        lines.append([number + 1, len(members), ", ".join(own_words), shown])
+        documents.append(
+            {
+                "cluster": number + 1,
+                "size": len(members),
+                "words": own_words,
+                "nearest_to_centre": central,
+                "ids": list(dict.fromkeys(ids[position] for position in members)),
+            }
+        )
+    alone = [ids[position] for position in np.flatnonzero(labels == NO_CLUSTER)]
+    title = f"{len(words):,} clusters, {len(alone):,} {selection.unit} in none"
+    screen.table(lines, ["cluster", selection.unit, "words", "nearest to its centre"], title=title)
+    screen.document({"clusters": documents, "in_none": list(dict.fromkeys(alone))})
+
+
+def save_figure(figure: Figure, path: str, screen: Screen) -> None:
+    """Write a picture and say so."""
+    figures.save(figure, path)
+    screen.say(f"picture  {path}")
+
+
+def show_scores(screen: Screen, task: Task, scores: dict[str, dict[str, float]]) -> None:
+    """Show the measures of each way of searching."""
+    rows = [[name, *values.values()] for name, values in scores.items()]
+    headers = ["search", *next(iter(scores.values()))]
+    screen.table(rows, headers, title=f"{task.name}: {len(task.judgements):,} queries")
+    screen.document({"task": task.name, "queries": len(task.judgements), "scores": scores})
+
+
+def show_sts(screen: Screen, file: str, scores: dict[str, int | float]) -> None:
+    """Show Spearman's correlation."""
+    screen.table([[scores["pairs"], scores["spearman"]]], ["pairs", "Spearman"], title=file)
+    screen.document({"file": file, **scores})
+
+
+def show_models(screen: Screen, lines: list[dict[str, object]]) -> None:
+    """Show one line per model."""
+    headers = [name.replace("_", " ") for name in lines[0]]
+    screen.table([list(line.values()) for line in lines], headers)
+    screen.document({"models": lines})
+
+
+def write_projection(screen: Screen, selection: Selection, folder: str, *, most: int) -> None:
+    """Write at most `most` of the rows, evenly spaced, for TensorBoard's projector, and say how to
+    look at them. Raises UserError when the folder holds files.
+    """
+    if Path(folder).is_dir() and any(Path(folder).iterdir()):
+        raise UserError(f"--output-dir {folder}: it holds other files; name a new folder or remove it")
+    snapshot, total = selection.snapshot, len(selection)
+    chosen = selection.rows[evenly_spaced(total, most)]
+    columns = [ID, TEXT, *snapshot.manifest["columns"]]
+    metadata = []
+    for row in snapshot.take(chosen, columns):
+        # in one line: a tab or a line end would split a cell
+        metadata.append([shorten(str(row[name]), TEXT_WIDTH) or "-" for name in columns])
+    vectors = torch.from_numpy(snapshot.vectors_of(chosen))
+    with SummaryWriter(folder) as writer:
+        writer.add_embedding(vectors, metadata=metadata, metadata_header=columns, tag="texts")
+    note = "" if len(chosen) == total else f", evenly spaced among {total:,}"
+    command = f"tensorboard --logdir {folder}"
+    screen.say(f"{len(chosen):,} texts{note}; look at them with: {command}, tab PROJECTOR")
+    screen.document({"texts": len(chosen), "of": total, "folder": str(Path(folder))})

@@ -1,158 +1,158 @@
-"""Exact nearest neighbours: which rows have the highest cosine with a query, in an order that
-never depends on chance.
+"""Exact nearest neighbours: the rows with the highest cosine similarity to a query, in an order
+that never depends on chance.
 
-The vectors stream through in blocks of fp32 matrix products. What comes within the rounding error
-of the k-th best is computed again in float64, always in the same way for a row, and ordered by
-that score; equal scores go to the lower row. So the answer is that of float64 brute force.
+`rank` is the plain version and the oracle: float64 scores of every row, sorted. `search` gives the
+same answer faster. It streams the vectors through fp32 matrix products and keeps as candidates the
+rows whose scores lie within the rounding error of the k-th best; only these are ranked in float64.
+Equal scores: the lower row comes first.
 """
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-BLOCK = 16_384  # rows whose scores are looked through at once
-# rows a matrix product: of 384 dimensions they stay in a core's cache while 64 queries use them
+BLOCK = 16_384  # rows whose scores are filtered at once
+# rows per matrix product: at 384 dimensions they stay in a core's cache while 64 queries use them
 PRODUCT = 2_048
-# candidates, of all queries together, after which they are thinned out: equal vectors without end
-# would all
-# be held
-HELD = 1_000_000
-# rows of which only the highest score is looked at first: topk over all scores would take longer
-# than the
-# product
+# candidates of all queries together after which they are ranked and thinned out; otherwise an
+# index full of equal vectors would keep them all
+MAX_CANDIDATES = 1_000_000
+# rows of which only the highest score is compared at first: topk over all scores would take longer
+# than the product
 GROUP = 64
-# below every cosine, above the -inf of rows that don't count
-LOWEST = torch.finfo(torch.float32).min
+LOWEST = torch.finfo(torch.float32).min  # below every cosine, above the -inf of excluded rows
+
+Ranking = tuple[np.ndarray, np.ndarray]  # rows and their scores, best first
+VectorsOf = Callable[[np.ndarray], np.ndarray]  # row numbers (n) -> vectors (n, width)
+
+
+def exact_scores(vectors: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    """Return the float64 dot products (n) of vectors (n, width) with one query (width), or row by
+    row with queries (n, width).
+
+    A matrix product would add up the terms of a row in an order that depends on its position, so
+    that equal rows could differ in the last digit.
+    """
+    return (vectors.astype(np.float64) * queries.astype(np.float64)).sum(-1)
+
+
+def rank(rows: np.ndarray, query: np.ndarray, k: int, vectors_of: VectorsOf) -> Ranking:
+    """Return the k of `rows` with the highest float64 cosine to a query, best first, and these
+    cosines. Equal scores are ordered by row.
+    """
+    parts = [np.zeros(0)]
+    for start in range(0, len(rows), BLOCK):
+        parts.append(exact_scores(vectors_of(rows[start : start + BLOCK]), query))
+    scores = np.concatenate(parts)
+    order = np.lexsort((rows, -scores))[:k]
+    return rows[order], scores[order]
+
+
+def search(
+    blocks: Iterable[tuple[int, np.ndarray]],
+    queries: np.ndarray,
+    k: int,
+    *,
+    vectors_of: VectorsOf,
+    allowed: np.ndarray | None = None,
+) -> list[Ranking]:
+    """Return what `rank` returns for each query over all rows; fewer than k where there are fewer.
+
+    `blocks` yields (first row, unit vectors (n, width) in fp32) of at most BLOCK rows; `queries`
+    (q, width) are unit vectors; `allowed` (rows) is False for rows that are left out.
+    """
+    columns = torch.from_numpy(np.ascontiguousarray(queries.T, np.float32))  # (width, q)
+    candidates = Candidates(len(queries), k, margin=2 * rounding_error(queries.shape[1]))
+    buffer = torch.empty(BLOCK, len(queries))
+    for first, vectors in blocks:
+        allowed_here = None if allowed is None else allowed[first : first + len(vectors)]
+        if allowed_here is not None and not allowed_here.any():
+            continue
+        scores = buffer[: len(vectors)]  # (n, q)
+        for at in range(0, len(vectors), PRODUCT):
+            part = torch.from_numpy(vectors[at : at + PRODUCT])
+            torch.mm(part, columns, out=scores[at : at + PRODUCT])
+        if allowed_here is not None and not allowed_here.all():
+            scores[torch.from_numpy(~allowed_here)] = -torch.inf
+        candidates.add(scores, first)
+        if candidates.count > MAX_CANDIDATES + 2 * k * len(queries):
+            candidates.replace([rows for rows, _ in _rank_all(candidates, queries, vectors_of)])
+    return _rank_all(candidates, queries, vectors_of)
+
+
+def _rank_all(candidates: "Candidates", queries: np.ndarray, vectors_of: VectorsOf) -> list[Ranking]:
+    rows = candidates.rows_by_query()
+    return [rank(own, query, candidates.k, vectors_of) for own, query in zip(rows, queries)]
 
 
 def rounding_error(width: int) -> float:
-    """Return what an fp32 dot product of two unit vectors can be off by at most (Higham 2002,
-    section 3.1), with their own rounding.
+    """Return the largest error of an fp32 dot product of two unit vectors, including the rounding
+    of the vectors (Higham 2002, section 3.1).
     """
     return (width + 8) * 2.0**-24
 
 
 @dataclass
-class Best:
-    """The rows that may be among the k best of each query so far: (query, row, fp32 score) in
-    pieces, and a floor under the k-th score.
+class Candidates:
+    """The rows that may be among the k best of each query so far, and the fp32 scores by which
+    others are ruled out.
+
+    `margin` is how far two fp32 scores can be apart whose float64 scores are equal.
     """
 
     num_queries: int
     k: int
     margin: float
-    pieces: list = field(default_factory=list)
+    # (query, row, fp32 score) of each candidate, as three arrays per block
+    blocks: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = field(default_factory=list)
+    count: int = 0  # candidates in `blocks`
 
-    def __post_init__(self):
-        # k real scores a query: the last is a bound from below
-        self.scores = torch.full((self.num_queries, self.k), -torch.inf)
-        self.held = 0  # entries in the pieces
+    def __post_init__(self) -> None:
+        # k scores of real rows per query: the last is a lower bound of the k-th best score
+        self.best = torch.full((self.num_queries, self.k), -torch.inf)
 
-    def add(self, scores: torch.Tensor, start: int):
-        """Take in the scores (rows, queries) of the rows from `start` on; -inf for rows that don't
-        count.
+    def add(self, scores: torch.Tensor, first: int) -> None:
+        """Take in the scores (rows, queries) of the rows from `first` on; excluded rows have -inf.
+
+        Scores are compared in groups: most groups are ruled out by their highest score alone.
         """
         size = scores.shape[0]
         group = GROUP if size % GROUP == 0 and size // GROUP >= self.k else 1
         grouped = scores.view(size // group, group, self.num_queries)
         peaks = grouped.amax(1).T.contiguous()  # (queries, groups)
-        query, place = (peaks >= self._floor()[:, None]).nonzero(as_tuple=True)
+        query, number = (peaks >= self._bound()[:, None]).nonzero(as_tuple=True)
         if len(query) == 0:
             return
         best_here = peaks.topk(min(self.k, peaks.shape[1]), sorted=False).values
-        self.scores = torch.cat([self.scores, best_here], 1).topk(self.k).values
-        floor = self._floor()  # higher now
-        kept = peaks[query, place] >= floor[query]
-        query, place = query[kept], place[kept]
-        members = grouped[place, :, query]  # (hits, group)
-        hit, member = (members >= floor[query, None]).nonzero(as_tuple=True)
-        self.pieces.append(
-            (query[hit].numpy(), (start + place[hit] * group + member).numpy(), members[hit, member].numpy())
-        )
-        self.held += len(hit)
+        self.best = torch.cat([self.best, best_here], 1).topk(self.k).values
+        bound = self._bound()  # higher now
+        kept = peaks[query, number] >= bound[query]
+        query, number = query[kept], number[kept]
+        members = grouped[number, :, query]  # (kept groups, group)
+        hit, member = (members >= bound[query, None]).nonzero(as_tuple=True)
+        rows = first + number[hit] * group + member
+        self.blocks.append((query[hit].numpy(), rows.numpy(), members[hit, member].numpy()))
+        self.count += len(hit)
 
-    def _floor(self) -> torch.Tensor:
+    def _bound(self) -> torch.Tensor:
         """Return the fp32 score (queries) below which a row can't be among the k best."""
-        return (self.scores[:, -1] - self.margin).clamp_min(LOWEST)
+        return (self.best[:, -1] - self.margin).clamp_min(LOWEST)
 
-    def candidates(self) -> list[np.ndarray]:
-        """Return for each query the rows that may be among its best, ascending."""
-        if not self.pieces:
+    def rows_by_query(self) -> list[np.ndarray]:
+        """Return the candidate rows of each query, ascending."""
+        if not self.blocks:
             return [np.zeros(0, np.int64)] * self.num_queries
-        query, row, score = (np.concatenate(parts) for parts in zip(*self.pieces))
-        possible = score >= (self.scores[:, -1].numpy() - self.margin)[query]
+        query, row, score = (np.concatenate(parts) for parts in zip(*self.blocks))
+        possible = score >= (self.best[:, -1].numpy() - self.margin)[query]
         query, row = query[possible], row[possible]
         order = np.lexsort((row, query))
         return np.split(row[order], np.searchsorted(query[order], np.arange(1, self.num_queries)))
 
-    def keep(self, rows: list[np.ndarray]):
-        """Hold these rows of each query, the best of all so far, and no others."""
+    def replace(self, rows: list[np.ndarray]) -> None:
+        """Keep only these rows of each query: the best of all that were added so far."""
         sizes = [len(own) for own in rows]
-        self.held = sum(sizes)
-        self.pieces = [
-            (
-                np.repeat(np.arange(len(rows)), sizes),
-                np.concatenate(rows),
-                np.full(self.held, np.inf, np.float32),
-            )
-        ]
-
-
-def search(
-    blocks, queries: np.ndarray, k: int, *, vectors_of, alive: np.ndarray | None = None
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return for each query the rows of the k highest cosines, best first, and these cosines in
-    float64; fewer where there are fewer rows.
-
-    `blocks` yields (first row, unit vectors (n, width) in fp32) of at most BLOCK rows, `queries`
-    (q, width) are unit vectors, `vectors_of` gives the vectors of row numbers, `alive` (rows) is
-    False for rows that don't count. Equal cosines: the lower row comes first.
-    """
-    wanted, best = (
-        torch.from_numpy(np.ascontiguousarray(queries.T, np.float32)),
-        Best(len(queries), k, 2 * rounding_error(queries.shape[1])),
-    )
-    buffer = torch.empty(BLOCK, len(queries))
-    for start, vectors in blocks:
-        here = None if alive is None else alive[start : start + len(vectors)]
-        if here is not None and not here.any():
-            continue
-        scores = buffer[: len(vectors)]
-        for at in range(0, len(vectors), PRODUCT):
-            torch.mm(torch.from_numpy(vectors[at : at + PRODUCT]), wanted, out=scores[at : at + PRODUCT])
-        if here is not None and not here.all():
-            scores[torch.from_numpy(~here)] = -torch.inf
-        best.add(scores, start)
-        if best.held > HELD + 2 * k * len(queries):
-            best.keep([rows for rows, _ in answers(best, queries, vectors_of)])
-    return answers(best, queries, vectors_of)
-
-
-def answers(best: Best, queries: np.ndarray, vectors_of) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return what search() does, of the rows looked at so far."""
-    return [ranked(rows, query, vectors_of, best.k) for rows, query in zip(best.candidates(), queries)]
-
-
-def ranked(rows: np.ndarray, query: np.ndarray, vectors_of, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the k of `rows` with the highest float64 cosine with a query, best first, equal ones
-    by row, and the cosines.
-    """
-    scores = np.concatenate(
-        [
-            np.zeros(0),
-            *(exact_scores(vectors_of(rows[at : at + BLOCK]), query) for at in range(0, len(rows), BLOCK)),
-        ]
-    )
-    order = np.lexsort((rows, -scores))[:k]
-    return rows[order], scores[order]
-
-
-def exact_scores(vectors: np.ndarray, query: np.ndarray) -> np.ndarray:
-    """Return float64 dot products (n) of vectors (n, width) with one vector, or row by row with
-    (n, width).
-
-    A matrix product would add up a row's terms in an order that depends on its place, and so part
-    equal rows in the last digit.
-    """
-    return (vectors.astype(np.float64) * query.astype(np.float64)).sum(-1)
+        self.count = sum(sizes)
+        query = np.repeat(np.arange(len(rows)), sizes)
+        self.blocks = [(query, np.concatenate(rows), np.full(self.count, np.inf, np.float32))]

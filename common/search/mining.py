@@ -1,30 +1,51 @@
-"""Pairs and groups of similar texts: every pair is looked at once, on the triangle, block against
-block.
+"""Pairs, groups and clusters of similar texts.
 
-Of n rows and a block of b at most a few matrices of b x b are in memory. Scores are fp32 products
-first; what is near a border is computed again in float64, so that pairs and groups are those of
-float64 brute force.
+Every pair is compared once, on the triangle, block against block: of n rows and a block of b at
+most a few matrices of b x b are in memory. Scores are fp32 products first; what is near a threshold
+is computed again in float64, so that pairs and groups are those of float64 brute force.
 """
 
+import contextlib
 import functools
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import scipy.sparse
 import torch
 from scipy.sparse.csgraph import connected_components
+from sklearn.cluster import kmeans_plusplus
+from sklearn.decomposition import PCA
+from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.manifold import TSNE
 
-from common.search.kernel import exact_scores, rounding_error
-from common.search.snapshot import PASSAGE, Snapshot
+from common.errors import UserError
+from common.reading import evenly_spaced
+from common.runtime import Runtime
+from common.search.builder import Source, build_temporary, load_index_encoder
+from common.search.encoder import Encoder, load_encoder
+from common.search.index import CHUNK, Snapshot, open_snapshot
+from common.search.kernel import LOWEST, exact_scores, rounding_error
+from common.search.searcher import matching
 
 RESCORED = 4_096  # pairs computed in float64 at once
 PENDING = 1_000_000  # pairs after which groups are joined, and candidates thinned out
+STARTS = 4  # k-means from this many random starts; the clusters of the lowest inertia are kept
+SEEDING = 20_000  # rows that k-means++ chooses its first centres among
+ITERATIONS = 300  # of k-means, at most
+CANDIDATES = 256  # rows whose neighbours are looked up at once
+READ_FOR_WORDS = 20_000  # texts that the words of clusters come from
+MAPPED = 2_000  # texts on the map
+NO_CLUSTER = -1  # the label of a text in no cluster
+
+Pair = tuple[int, int, float]  # two positions and their cosine
 
 
 @dataclass(frozen=True)
-class Live:
-    """The rows that count, numbered from 0: `rows` (n) are their numbers in the index,
-    ascending.
+class Selection:
+    """The rows of an index that a command looks at, by their position from 0: `rows` (n) are their
+    numbers in the index, ascending.
     """
 
     snapshot: Snapshot
@@ -32,146 +53,348 @@ class Live:
 
     @functools.cached_property
     def documents(self) -> np.ndarray | None:
-        """The first row (n) of the document that each row is a passage of, ascending; None in an
+        """The first row (n) of the document that each row is a chunk of, ascending; None in an
         index of whole texts.
         """
         if self.snapshot.settings["chunk_overlap"] is None:
             return None
-        return (
-            self.rows
-            - np.concatenate([segment.table[PASSAGE].to_numpy() for segment in self.snapshot.segments])[
-                self.rows
-            ]
-        )
+        numbers = [segment.table[CHUNK].to_numpy() for segment in self.snapshot.segments]
+        return self.rows - np.concatenate(numbers)[self.rows]
 
     @property
     def unit(self) -> str:
         """What a row is, for a person."""
-        return "texts" if self.documents is None else "passages"
+        return "texts" if self.documents is None else "chunks"
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def vectors(self, places) -> np.ndarray:
-        """Return the vectors (places, width) of some of the rows: an array or a slice of
-        places.
-        """
-        return self.snapshot.vectors_of(self.rows[places])
+    def vectors(self, positions: np.ndarray | slice) -> np.ndarray:
+        """Return the vectors (positions, width) of some of the rows."""
+        return self.snapshot.vectors_of(self.rows[positions])
 
-    def blocks(self, size: int):
-        """Yield (first place, vectors (at most `size`, width))."""
+    def blocks(self, size: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield (first position, vectors (at most `size`, width))."""
         for start in range(0, len(self), size):
             yield start, torch.from_numpy(self.vectors(slice(start, start + size)))
 
     @property
     def margin(self) -> float:
-        """What a fp32 score may differ from the true one."""
+        """The largest error of an fp32 score."""
         return rounding_error(self.snapshot.width)
 
 
-def triangle(live: Live, block: int):
-    """Yield (first place of the rows, of the columns, fp32 scores) for all pairs of blocks, rows
-    before columns.
+@contextlib.contextmanager
+def open_source(
+    source: Source, runtime: Runtime, *, say: Callable[[str], None], least: int = 1, most: int | None = None
+) -> Iterator[tuple[Selection, Callable[[], Encoder]]]:
+    """Yield the rows where a condition holds, of an index or of one made of the texts for this
+    command, and a function that returns their encoder.
 
-    The score is -inf where i >= j, and of two passages of one document: they are alike because
+    Raises UserError when there are fewer than `least` or more than `most` rows.
+    """
+    if bool(source.texts) == bool(source.index):
+        raise UserError(f"name either texts or --index, not {'both' if source.texts else 'neither'}")
+    with tempfile.TemporaryDirectory() as folder:
+        if source.index:
+            snapshot = open_snapshot(source.index)
+            selection = select(snapshot, source.where, least=least)
+            check_size(len(selection), most)
+            yield selection, lambda: load_index_encoder(source.encoder, runtime, snapshot)
+        else:
+            collection = source.read()
+            check_size(len(collection), most)
+            encoder = load_encoder(source.encoder, runtime)
+            snapshot = build_temporary(source, collection, encoder, folder, say=say, role=None)
+            selection = select(snapshot, source.where, least=least, name=collection.name)
+            yield selection, lambda: encoder
+
+
+def select(snapshot: Snapshot, where: str | None, *, least: int = 1, name: str | None = None) -> Selection:
+    """Return the live rows where a condition holds. Raises UserError when these are too few."""
+    rows = np.flatnonzero(matching(snapshot, where))
+    if len(rows) < least:
+        advice = "widen --where" if where else "add more texts"
+        raise UserError(f"{name or snapshot.folder}: {len(rows)} texts, at least {least} needed; {advice}")
+    return Selection(snapshot, rows)
+
+
+def check_size(count: int, most: int | None) -> None:
+    """Raise UserError when a matrix of similarities would be too large."""
+    if most is not None and count > most:
+        advice = "use pairs, or index and search"
+        raise UserError(f"similarity: {count:,} texts, but the matrix holds {most:,} at most; {advice}")
+
+
+def triangle(selection: Selection, block: int) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """Yield (first position of the rows, of the columns, fp32 scores (b, b)) for all pairs of
+    blocks, rows before columns.
+
+    The score is -inf where i >= j, and for two chunks of one document: they are similar because
     they overlap.
     """
-    documents = None if live.documents is None else torch.from_numpy(live.documents)
-    for first, left in live.blocks(block):
-        for second in range(first, len(live), block):
-            right = left if second == first else torch.from_numpy(live.vectors(slice(second, second + block)))
-            scores = left @ right.T  # (b, b)
+    documents = None if selection.documents is None else torch.from_numpy(selection.documents)
+    for first, left in selection.blocks(block):
+        for second in range(first, len(selection), block):
+            right = left
+            if second > first:
+                right = torch.from_numpy(selection.vectors(slice(second, second + block)))
+            scores = left @ right.T
             if second == first:
                 scores.masked_fill_(torch.ones(scores.shape, dtype=torch.bool).tril(), -torch.inf)
             if documents is not None and documents[second] <= documents[first + len(left) - 1]:
-                scores.masked_fill_(
-                    documents[first : first + len(left), None] == documents[second : second + len(right)],
-                    -torch.inf,
-                )
+                rows = documents[first : first + len(left), None]
+                scores.masked_fill_(rows == documents[second : second + len(right)], -torch.inf)
             yield first, second, scores
 
 
-def exact_pairs(live: Live, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Return the float64 cosines of pairs of places."""
-    parts = [
-        exact_scores(live.vectors(left[at : at + RESCORED]), live.vectors(right[at : at + RESCORED]))
-        for at in range(0, len(left), RESCORED)
-    ]
-    return np.concatenate([np.zeros(0), *parts])
+def exact_pairs(selection: Selection, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Return the float64 cosines of pairs of positions."""
+    scores = [np.zeros(0)]
+    for at in range(0, len(left), RESCORED):
+        part = slice(at, at + RESCORED)
+        scores.append(exact_scores(selection.vectors(left[part]), selection.vectors(right[part])))
+    return np.concatenate(scores)
 
 
-def best_pairs(live: Live, k: int, *, block: int) -> list[tuple[int, int, float]]:
-    """Return the k most similar pairs as (place, higher place, cosine), best first; equal ones by
-    place.
+def best_pairs(selection: Selection, k: int, *, block: int) -> list[Pair]:
+    """Return the k most similar pairs as (position, higher position, cosine), best first; equal
+    ones are ordered by position.
     """
-    # what is kept has exact scores
-    best, left, right = np.full(0, -np.inf), np.zeros(0, np.int64), np.zeros(0, np.int64)
-    floor = -np.inf
-    for first, second, scores in triangle(live, block):
-        if float(scores.max()) < floor:
+    best, left, right = np.zeros(0), np.zeros(0, np.int64), np.zeros(0, np.int64)  # exact scores
+    bound = -np.inf
+    for first, second, scores in triangle(selection, block):
+        if float(scores.max()) < bound:
             continue
         here = scores.flatten().topk(min(k, scores.numel())).values
-        lowest = max(
-            floor,
-            float(here[-1]) - 2 * live.margin if len(here) == k else -np.inf,
-            torch.finfo(torch.float32).min,
-        )
-        hit = (scores >= lowest).nonzero().numpy()
-        new_left, new_right = hit[:, 0] + first, hit[:, 1] + second
-        best = np.concatenate([best, exact_pairs(live, new_left, new_right)])
+        bound_here = float(here[-1]) - 2 * selection.margin if len(here) == k else -np.inf
+        pairs = (scores >= max(bound, bound_here, LOWEST)).nonzero().numpy()
+        new_left, new_right = pairs[:, 0] + first, pairs[:, 1] + second
+        best = np.concatenate([best, exact_pairs(selection, new_left, new_right)])
         left, right = np.concatenate([left, new_left]), np.concatenate([right, new_right])
         order = np.lexsort((right, left, -best))[:k]
         best, left, right = best[order], left[order], right[order]
-        floor = best[-1] - live.margin if len(best) == k else -np.inf
+        bound = best[-1] - selection.margin if len(best) == k else -np.inf
     return list(zip(left.tolist(), right.tolist(), best.tolist()))
 
 
-def similar_pairs(live: Live, threshold: float, *, block: int):
-    """Yield (places, higher places, cosines) of all pairs with a cosine of at least `threshold`,
-    each pair once, a part at a time.
+def similar_pairs(
+    selection: Selection, threshold: float, *, block: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Yield (positions, higher positions, cosines) of all pairs with a cosine of at least
+    `threshold`, each pair once, a part at a time.
     """
-    for first, second, scores in triangle(live, block):
-        hit = (scores >= threshold - live.margin).nonzero().numpy()
-        for at in range(0, len(hit), PENDING):
-            left, right = hit[at : at + PENDING, 0] + first, hit[at : at + PENDING, 1] + second
-            exact = exact_pairs(live, left, right)
+    for first, second, scores in triangle(selection, block):
+        pairs = (scores >= threshold - selection.margin).nonzero().numpy()
+        for at in range(0, len(pairs), PENDING):
+            left, right = pairs[at : at + PENDING, 0] + first, pairs[at : at + PENDING, 1] + second
+            exact = exact_pairs(selection, left, right)
             kept = exact >= threshold
             if kept.any():
                 yield left[kept], right[kept], exact[kept]
 
 
 class Groups:
-    """Places joined by pairs: the connected components, in memory of the number of places, not of
-    pairs.
+    """Positions joined by pairs: the connected components, in memory of the number of positions,
+    not of pairs.
     """
 
-    def __init__(self, size: int):
+    def __init__(self, size: int) -> None:
         self.label = np.arange(size)
         self.num_pairs = 0
-        self.left, self.right = [], []
+        self.left: list[np.ndarray] = []
+        self.right: list[np.ndarray] = []
 
-    def join(self, left: np.ndarray, right: np.ndarray):
-        """Take in pairs of places."""
+    def join(self, left: np.ndarray, right: np.ndarray) -> None:
+        """Take in pairs of positions."""
         self.num_pairs += len(left)
         self.left.append(left)
         self.right.append(right)
         if sum(map(len, self.left)) >= PENDING:
             self._settle()
 
-    def _settle(self):
+    def _settle(self) -> None:
         size = len(self.label)
-        left, right = np.concatenate([np.arange(size), *self.left]), np.concatenate([self.label, *self.right])
-        graph = scipy.sparse.coo_array((np.ones(len(left), bool), (left, right)), shape=(size, size))
+        left = np.concatenate([np.arange(size), *self.left])
+        right = np.concatenate([self.label, *self.right])
+        edges = (np.ones(len(left), bool), (left, right))
+        graph = scipy.sparse.coo_array(edges, shape=(size, size))
         _, components = connected_components(graph, directed=False)
         _, first = np.unique(components, return_index=True)
-        self.label = first[components]  # the lowest place of a group names it
+        self.label = first[components]  # the lowest position of a group names it
         self.left, self.right = [], []
 
     def lists(self) -> list[np.ndarray]:
-        """Return the groups of at least two places, each in ascending order, the largest group
-        first, equal ones by their lowest place.
+        """Return the groups of at least two positions, each ascending, the largest group first,
+        equal ones by their lowest position.
         """
         self._settle()
         order = np.argsort(self.label, kind="stable")
         parts = np.split(order, np.flatnonzero(np.diff(self.label[order])) + 1)
-        return sorted((part for part in parts if len(part) > 1), key=lambda part: (-len(part), part[0]))
+        groups = [part for part in parts if len(part) > 1]
+        return sorted(groups, key=lambda group: (-len(group), group[0]))
+
+
+def k_means(selection: Selection, num_clusters: int, *, block: int, seed: int) -> np.ndarray:
+    """Return a cluster number (n) for each row by Lloyd's algorithm from several k-means++ starts;
+    cluster 0 is the largest.
+    """
+    sample = selection.vectors(evenly_spaced(len(selection), max(SEEDING, num_clusters)))
+    runs = []
+    for start in range(STARTS):
+        centres, _ = kmeans_plusplus(sample, num_clusters, random_state=seed + start)
+        runs.append(lloyd(selection, centres, block=block))
+    labels, _ = min(runs, key=lambda run: run[1])  # the first of equals
+    return by_size(labels)
+
+
+def lloyd(selection: Selection, centres: np.ndarray, *, block: int) -> tuple[np.ndarray, float]:
+    """Return (labels (n), sum of squared distances) of k-means from given centres (k, width), run
+    until no row changes its cluster.
+
+    Written out because scikit-learn's KMeans, which gives the same clusters from the same start,
+    holds all vectors in memory; this one reads the mapped index block by block.
+    """
+    labels, inertia = np.full(len(selection), NO_CLUSTER), 0.0
+    means = torch.from_numpy(np.asarray(centres, np.float64))
+    for _ in range(ITERATIONS):
+        before, inertia = labels.copy(), 0.0
+        sums, counts = torch.zeros_like(means), torch.zeros(len(means), dtype=torch.float64)
+        for start, vectors in selection.blocks(block):
+            vectors = vectors.double()
+            # without |x|^2, which is the same for all centres
+            distances = means.square().sum(1) - 2 * vectors @ means.T  # (b, k)
+            nearest, chosen = distances.min(1)
+            inertia += float((nearest + vectors.square().sum(1)).sum())
+            labels[start : start + len(vectors)] = chosen.numpy()
+            sums.index_add_(0, chosen, vectors)
+            counts += torch.bincount(chosen, minlength=len(means))
+        if (labels == before).all():
+            break
+        # an empty cluster keeps its centre
+        means = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], means)
+    return labels, inertia
+
+
+def communities(selection: Selection, threshold: float, *, min_size: int, block: int) -> np.ndarray:
+    """Return a cluster number (n) for each row, -1 where it is in none; cluster 0 is the largest.
+
+    Rows are visited by their number of neighbours (cosine of at least `threshold`), most first,
+    equal ones by row: a row that is in no cluster yet becomes the centre of a new one, with its
+    neighbours that are in none. Clusters of fewer than `min_size` rows, or documents, are dropped.
+    """
+    counts = num_neighbours(selection, threshold, block=block)
+    order = np.lexsort((np.arange(len(selection)), -counts))
+    labels, free = np.full(len(selection), NO_CLUSTER), np.ones(len(selection), bool)
+    num_clusters, documents = 0, selection.documents
+    for start in range(0, len(order), CANDIDATES):
+        centres = order[start : start + CANDIDATES]
+        centres = centres[free[centres]]
+        for centre, members in zip(centres, neighbours(selection, centres, threshold, block=block)):
+            if not free[centre]:
+                continue
+            members = members[free[members]]
+            free[members] = False
+            counted = members if documents is None else np.unique(documents[members])
+            if len(counted) >= min_size:
+                labels[members] = num_clusters
+                num_clusters += 1
+    return by_size(labels)
+
+
+def num_neighbours(selection: Selection, threshold: float, *, block: int) -> np.ndarray:
+    """Return how many rows (n), of other documents where rows are chunks, have a cosine of at least
+    `threshold` with each row.
+    """
+    counts = np.zeros(len(selection), np.int64)
+    for first, second, scores in triangle(selection, block):
+        near = scores >= threshold - selection.margin
+        unsure = (near & (scores < threshold + selection.margin)).nonzero().numpy()
+        exact = exact_pairs(selection, unsure[:, 0] + first, unsure[:, 1] + second)
+        near[tuple(unsure[exact < threshold].T)] = False
+        counts[first : first + len(near)] += near.sum(1).numpy()
+        counts[second : second + near.shape[1]] += near.sum(0).numpy()
+    return counts
+
+
+def neighbours(
+    selection: Selection, centres: np.ndarray, threshold: float, *, block: int
+) -> list[np.ndarray]:
+    """Return for each centre the positions, itself included, with a cosine of at least `threshold`
+    with it.
+    """
+    if not len(centres):
+        return []
+    vectors_of_centres = torch.from_numpy(selection.vectors(centres))
+    near: list[list[np.ndarray]] = [[centre[None]] for centre in centres]
+    for start, vectors in selection.blocks(block):
+        scores = vectors_of_centres @ vectors.T  # (centres, b)
+        pairs = (scores >= threshold - selection.margin).nonzero().numpy()
+        kept = exact_pairs(selection, centres[pairs[:, 0]], pairs[:, 1] + start) >= threshold
+        for number in np.unique(pairs[kept, 0]):
+            near[number].append(pairs[kept & (pairs[:, 0] == number), 1] + start)
+    return [np.unique(np.concatenate(parts)) for parts in near]
+
+
+def by_size(labels: np.ndarray) -> np.ndarray:
+    """Return labels renumbered: 0 is the largest, equal ones by their lowest row; -1 stays."""
+    used = labels[labels != NO_CLUSTER]
+    names, first, counts = np.unique(used, return_index=True, return_counts=True)
+    new = {int(name): number for number, name in enumerate(names[np.lexsort((first, -counts))])}
+    return np.array([new.get(int(label), NO_CLUSTER) for label in labels], dtype=np.int64)
+
+
+def nearest_to_centre(selection: Selection, members: np.ndarray, *, count: int) -> list[tuple[int, float]]:
+    """Return the `count` members (positions) with the highest cosine with their mean, best first,
+    as (position, cosine).
+    """
+    parts = [members[at : at + RESCORED] for at in range(0, len(members), RESCORED)]
+    centre = np.zeros(selection.snapshot.width)
+    for part in parts:
+        centre += selection.vectors(part).sum(0, dtype=np.float64)
+    centre /= max(float(np.linalg.norm(centre)), 1e-12)
+    scores = np.concatenate([exact_scores(selection.vectors(part), centre) for part in parts])
+    order = np.lexsort((members, -scores))[:count]
+    return [(int(members[number]), float(scores[number])) for number in order]
+
+
+def typical_words(selection: Selection, labels: np.ndarray, count: int) -> list[list[str]]:
+    """Return for each cluster the words that are frequent in it and not elsewhere, by class-based
+    TF-IDF (Grootendorst 2022, with BERTopic's reduction of frequent words).
+
+    They come from at most 20,000 texts, evenly spaced.
+    """
+    sample = evenly_spaced(len(selection), READ_FOR_WORDS)
+    sample = sample[labels[sample] != NO_CLUSTER]
+    num_clusters = int(labels.max(initial=-1)) + 1
+    counter = CountVectorizer(stop_words="english", token_pattern=r"(?u)\b[^\W\d_]{3,}\b")
+    try:
+        texts = selection.snapshot.texts(selection.rows[sample])
+        counts = counter.fit_transform(texts)  # (texts, words)
+    except ValueError:  # no words at all, as in texts of numbers
+        return [[] for _ in range(num_clusters)]
+    entries = (np.ones(len(sample)), (labels[sample], np.arange(len(sample))))
+    members = scipy.sparse.csr_array(entries, shape=(num_clusters, len(sample)))
+    totals, words = scipy.sparse.csr_array(members @ counts), counter.get_feature_names_out()
+    rarity = np.log1p(totals.sum() / num_clusters / totals.sum(0))
+    typical = []
+    for cluster in range(num_clusters):
+        part = slice(totals.indptr[cluster], totals.indptr[cluster + 1])
+        own, times = words[totals.indices[part]], totals.data[part]
+        # the root: without it "said" would be typical of every cluster of news
+        weights = np.sqrt(times / max(times.sum(), 1)) * rarity[totals.indices[part]]
+        typical.append([str(own[number]) for number in np.lexsort((own, -weights))[:count]])
+    return typical
+
+
+def map_points(selection: Selection, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return (positions (m), points (m, 2)) of at most 2,000 rows, evenly spaced, laid out by
+    t-SNE, or by PCA where they are few.
+    """
+    positions = evenly_spaced(len(selection), MAPPED)
+    vectors = selection.vectors(positions)
+    if len(positions) < 10:
+        points = PCA(n_components=min(2, len(positions)), random_state=seed).fit_transform(vectors)
+        return positions, np.pad(points, ((0, 0), (0, 2 - points.shape[1])))
+    layout = TSNE(init="pca", perplexity=min(30, (len(positions) - 1) / 3), random_state=seed)
+    return positions, layout.fit_transform(vectors)

@@ -1,52 +1,80 @@
-"""A collection of texts: one a line, a column of a data file, a folder of .txt files, or a bundled
-set. Read, checked, never held in memory.
+"""A collection of texts from any source: lines, a data file, a folder of .txt files, a bundled set.
 
-Whatever it comes from, a collection is an Arrow table over memory-mapped files: column `_text` and
-the columns that came with it.
+Whatever it comes from, a collection is an Arrow table over memory-mapped files, never held in
+memory as a whole: column `_text`, and the columns that came with it. Texts and ids are checked when
+they are read.
 """
 
-from dataclasses import dataclass
+import contextlib
+import hashlib
+import json
+import mmap
+import re
+import secrets
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from common import bundled, reading
 from common.errors import UserError
-from common.search import sources
-from common.search.lookup import Lookup, digest
-from common.search.snapshot import TEXT
+from common.search.index import RESERVED_COLUMNS, TEXT
+
+JSON = (".json", ".jsonl")
+SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
+SURROGATE = re.compile("[\ud800-\udfff]")  # also what Python reads for a byte that is not UTF-8
+BATCH = 10_000  # rows looked at in one go
+NOT_UTF8 = "the row is not UTF-8"
 
 
 @dataclass(frozen=True)
 class Collection:
-    """`rows`: an Arrow table with `_text` and metadata; `files`: whether a row is a file. `bad`:
-    row -> why it was passed over.
-    """
+    """`rows`: an Arrow table with `_text` and metadata. `bad`: row -> why it was skipped."""
 
     name: str
     rows: pa.Table
     unit: str  # what a row is in the source: "line", "row" or "file"
     bad: dict[int, str]
 
-    def place(self, row: int) -> str:
-        """Return where a row stands in the source, for a person."""
+    def location(self, row: int) -> str:
+        """Return where a row is in the source, for a person."""
         if self.unit == "file":
             return str(Path(self.name) / self.rows["file"][row].as_py())
         return f"{self.name}, {self.unit} {row + 1}"
 
-    def blocks(self, size: int):
-        """Yield (numbers, table) of the rows that are not bad, at most `size` at a time."""
-        bad = np.zeros(len(self.rows), bool)
-        bad[list(self.bad)] = True
+    def blocks(self, size: int) -> Iterator[tuple[np.ndarray, pa.Table]]:
+        """Yield (row numbers, table) of the rows that are not bad, at most `size` at a time."""
+        good = np.ones(len(self.rows), bool)
+        good[list(self.bad)] = False
         for start in range(0, len(self.rows), size):
             numbers = np.arange(start, min(start + size, len(self.rows)))
-            good = ~bad[numbers]
-            if good.any():
-                yield numbers[good], self.rows.slice(start, size).filter(pa.array(good))
+            if good[numbers].any():
+                table = self.rows.slice(start, size).filter(pa.array(good[numbers]))
+                yield numbers[good[numbers]], table
 
     def __len__(self) -> int:
         return len(self.rows) - len(self.bad)
+
+
+@dataclass
+class BadRows:
+    """The rows that can't be used, and why. Without `skip` the first one is an error."""
+
+    skip: bool
+    reasons: dict[int, str] = field(default_factory=dict)
+
+    def add(self, row: int, reason: str, *, error: str) -> None:
+        """Note a bad row. Raises UserError with the text of `error` unless bad rows are skipped."""
+        if not self.skip:
+            raise UserError(f"{error}, or skip it with --skip-bad")
+        self.reasons[row] = reason
 
 
 def read(
@@ -57,90 +85,323 @@ def read(
     skip_bad: bool = False,
     cache_dir: str | None = None,
 ) -> Collection:
-    """Read and check a collection: a text file or "-" (one text a line), a data file, a folder of
+    """Read and check a collection: a text file or "-" (one text per line), a data file, a folder of
     .txt files, a bundled name.
 
-    Raises UserError, naming file and row, for a text that is missing, empty or no UTF-8, and for
-    an id that is missing or stands twice; with `skip_bad` these rows are passed over.
+    Raises UserError, naming file and row, for a text that is missing, empty or not UTF-8, and for
+    an id that is missing or not unique; with `skip_bad` these rows are skipped.
     """
-    rows, unit, bad = sources.read(name, text_column=text_column, skip_bad=skip_bad, cache_dir=cache_dir)
-    collection = Collection({"-": "standard input"}.get(name, name), rows, unit, bad)
-    if id_column is not None and id_column not in rows.column_names:
-        raise UserError(
-            f"{collection.name}: no column {id_column!r}; there is"
-            f" {', '.join(c for c in rows.column_names if c != TEXT) or 'none'}; name the right one with"
-            " --id-column"
-        )
-    _check(collection, id_column, skip_bad)
+    bad = BadRows(skip_bad)
+    rows, unit = _read_rows(name, text_column, bad=bad, cache_dir=cache_dir)
+    collection = Collection({"-": "standard input"}.get(name, name), rows, unit, bad.reasons)
+    if id_column is not None:
+        columns = [column for column in rows.column_names if column != TEXT]
+        reading.require_column(columns, id_column, source=collection.name, flag="--id-column")
+    _check_rows(collection, id_column, bad)
     if len(collection) == 0:
-        raise UserError(f"{collection.name}: no text in it can be used; name one that has texts")
+        raise UserError(f"{collection.name}: none of its texts can be used; name another source")
     return collection
 
 
+def check_query(text: str, location: str) -> None:
+    """Raise UserError, naming `location`, unless a text from the command line or a prompt can be
+    encoded.
+    """
+    if not text.strip():
+        raise UserError(f"{location}: the text is empty; write something in it")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{location}: not UTF-8 (character {error.start + 1}); convert it to UTF-8 first"
+        ) from error
+
+
 def ids_of(table: pa.Table, id_column: str | None) -> list[str]:
-    """Return the key of each row: its id, else a hash of its text."""
+    """Return the id of each row; without a column of ids, a hash of its text."""
     if id_column is None:
         return [digest(text).hex() for text in table[TEXT].to_pylist()]
     return [str(value) for value in table[id_column].to_pylist()]
 
 
-def check_query(text: str, place: str):
-    """Raise UserError, naming `place`, unless a text from the command line or a prompt can be
-    encoded.
+def digest(text: str) -> bytes:
+    """Return the hash (16 bytes) by which texts and ids are compared."""
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+class RowTable:
+    """Digest (16 bytes) of a text or id -> row, in 24 bytes per entry for millions of them: a dict
+    would take ten times as much.
     """
-    if not text.strip():
-        raise UserError(f"{place}: the text is empty; write something in it")
+
+    def __init__(self) -> None:
+        self.keys, self.rows = np.empty(0, "S16"), np.empty(0, np.int64)  # sorted by key
+        self.recent: dict[bytes, int] = {}
+
+    def find(self, digests: list[bytes]) -> np.ndarray:
+        """Return the row of each digest, -1 for one that was never added."""
+        wanted = np.array(digests, dtype="S16")
+        rows = np.full(len(wanted), -1)
+        if len(self.keys):
+            positions = np.minimum(np.searchsorted(self.keys, wanted), len(self.keys) - 1)
+            rows = np.where(self.keys[positions] == wanted, self.rows[positions], -1)
+        rows = [self.recent.get(key, row) for key, row in zip(digests, rows)]
+        return np.array(rows, dtype=np.int64)
+
+    def add(self, digests: Iterable[bytes], rows: Iterable[int]) -> None:
+        """Add entries; a digest that is known already gets the new row."""
+        self.recent.update(zip(digests, map(int, rows)))
+        if len(self.recent) > max(65_536, len(self.keys) // 8):
+            fresh = np.array(list(self.recent), dtype="S16")
+            kept = ~np.isin(self.keys, fresh)
+            keys = np.concatenate([self.keys[kept], fresh])
+            merged = np.concatenate([self.rows[kept], np.array(list(self.recent.values()))])
+            order = np.argsort(keys)
+            self.keys, self.rows, self.recent = keys[order], merged[order], {}
+
+
+def _check_rows(collection: Collection, id_column: str | None, bad: BadRows) -> None:
+    """Add the rows whose text or id can't be used to `bad`."""
+    rows, known_ids = collection.rows, RowTable()
+    kind = rows.schema.field(id_column).type if id_column is not None else pa.string()
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind)):
+        advice = "name a column of texts or whole numbers with --id-column"
+        raise UserError(f"{collection.name}: column {id_column!r} holds {kind}, not ids; {advice}")
+    for start in range(0, len(rows), BATCH):
+        block = rows.slice(start, BATCH)
+        # the values of rows that are bad already mean nothing
+        good = np.array([start + row not in bad.reasons for row in range(len(block))])
+        problems = _text_problems(block, good)
+        if id_column is not None:
+            problems |= _id_problems(block, id_column, good, problems, known_ids)
+        for row, reason in sorted(problems.items()):
+            location = collection.location(start + row)
+            bad.add(start + row, reason, error=f"{location}: {reason}; correct or remove it")
+
+
+def _text_problems(block: pa.Table, good: np.ndarray) -> dict[int, str]:
+    """Return row -> what is wrong with its text."""
+    texts = pc.if_else(pa.array(good), block[TEXT], None)
+    missing = texts.is_null().to_numpy()
+    blank = pc.equal(pc.utf8_trim_whitespace(texts), "").fill_null(True).to_numpy()
+    return {
+        int(row): "the text is missing" if missing[row] else "the text is empty"
+        for row in np.flatnonzero(blank & good)
+    }
+
+
+def _id_problems(
+    block: pa.Table, id_column: str, good: np.ndarray, problems: dict[int, str], known_ids: RowTable
+) -> dict[int, str]:
+    """Return row -> what is wrong with its id, for rows without other problems, whose ids are then
+    known.
+    """
+    keys = pc.if_else(pa.array(good), block[id_column], None).to_pylist()
+    digests, here, new_problems = [digest(str(key)) for key in keys], {}, {}
+    for row, (key, before) in enumerate(zip(keys, known_ids.find(digests))):
+        if not good[row] or row in problems:
+            continue
+        if key is None or key == "":
+            new_problems[row] = f"the id in column {id_column!r} is missing"
+        elif before >= 0 or digests[row] in here:
+            new_problems[row] = f"the id {key!r} in column {id_column!r} is not unique: it occurs above"
+        else:
+            here[digests[row]] = row
+    known_ids.add(here, here.values())
+    return new_problems
+
+
+def _read_rows(name: str, text_column: str, *, bad: BadRows, cache_dir: str | None) -> tuple[pa.Table, str]:
+    """Return the rows of a source (`_text`, and the columns that came with it), and what a row is
+    called there. Rows that are not UTF-8 are added to `bad`; their values mean nothing.
+    """
+    path = Path(name)
+    if bundled.is_bundled(name):
+        if name not in bundled.DATASETS:
+            names = ", ".join(bundled.DATASETS)
+            raise UserError(f"{name}: no such bundled data set; there is {names}")
+        return _to_table(bundled.DATASETS[name](), "text", name), "row"
+    if path.is_dir():
+        return _spool(_folder_rows(path, bad)), "file"
+    if path.suffix.lower() not in reading.FILE_READERS:
+        return _spool(_line_rows(name, bad)), "line"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; check the path")
+    if path.suffix.lower() != ".parquet" and _has_faults(path, bad):
+        return _read_repaired(path, text_column, bad), "row"
+    rows = _to_table(reading.read_file(path, cache_dir=cache_dir), text_column, name)
+    if path.suffix.lower() == ".parquet":
+        _check_parquet(rows, path, bad)
+    return rows, "row"
+
+
+def _to_table(rows: datasets.Dataset, text_column: str, source: str) -> pa.Table:
+    """Return a data set as a table with the text column `_text` and classes by name."""
+    table = cast(pa.Table, rows.with_format("arrow")[:])
+    reading.require_column(table.column_names, text_column, source=source, flag="--text-column")
+    reading.check_kind(rows, text_column, source=source)
+    taken = next((name for name in table.column_names if name.lower() in RESERVED_COLUMNS), None)
+    if taken:
+        raise UserError(f"{source}: the column name {taken!r} is reserved; rename the column")
+    for number, field_ in enumerate(table.schema):
+        name, kind, column = field_.name, field_.type, table[field_.name]
+        feature = rows.features[name]
+        if isinstance(feature, datasets.ClassLabel):
+            classes = pa.array(feature.names)
+            column = pa.chunked_array([classes.take(part) for part in column.chunks], pa.string())
+        # readers differ in how they hold strings; in one index they must not
+        elif name == text_column:
+            column = column.cast(pa.large_string())
+        elif pa.types.is_large_string(kind):
+            column = column.cast(pa.string())
+        table = table.set_column(number, name, column)
+    names = [TEXT if name == text_column else name for name in table.column_names]
+    return table.rename_columns(names)
+
+
+def _check_parquet(rows: pa.Table, path: Path, bad: BadRows) -> None:
+    """Add the rows with bytes that are not UTF-8 to `bad`: Arrow doesn't check them."""
+    for start in range(0, len(rows), BATCH):
+        block = rows.slice(start, BATCH).combine_chunks()
+        if _is_valid(block):
+            continue
+        for row in range(len(block)):
+            if not _is_valid(block.take(pa.array([row]))):
+                error = f"{path}, row {start + row + 1}: not UTF-8; correct the row"
+                bad.add(start + row, NOT_UTF8, error=error)
+
+
+def _is_valid(rows: pa.Table) -> bool:
     try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"{place}: not UTF-8 (character {error.start + 1}); convert it to UTF-8 first"
-        ) from error
+        rows.validate(full=True)
+    except pa.ArrowInvalid:
+        return False
+    return True
 
 
-def _check(collection: Collection, id_column: str | None, skip_bad: bool):
-    """Find the rows that can't be used: raise UserError for the first, or note each in
-    collection.bad.
+def _has_faults(path: Path, bad: BadRows) -> bool:
+    """Tell whether a CSV or JSON file has lines with a fault of encoding. Raises UserError for the
+    first unless bad rows are skipped.
     """
-    seen = Lookup()
-    if id_column is not None and not _is_key(collection.rows.schema.field(id_column).type):
-        raise UserError(
-            f"{collection.name}: column {id_column!r} holds {collection.rows.schema.field(id_column).type},"
-            " not ids; name a column of texts or whole numbers with --id-column"
-        )
-    for start in range(0, len(collection.rows), sources.BATCH):
-        block = collection.rows.slice(start, sources.BATCH)
-        # the values of the others mean nothing
-        good = np.array([start + row not in collection.bad for row in range(len(block))])
-        texts = pc.if_else(pa.array(good), block[TEXT], None)
-        missing, blank = (
-            texts.is_null().to_numpy(),
-            pc.equal(pc.utf8_trim_whitespace(texts), "").fill_null(True).to_numpy(),
-        )
-        reasons = {
-            int(row): "the text is missing" if missing[row] else "the text is empty"
-            for row in np.flatnonzero(blank & good)
-        }
-        keys = pc.if_else(pa.array(good), block[id_column], None).to_pylist() if id_column else []
-        digests, here = [digest(str(key)) for key in keys], {}
-        for row, (key, before) in enumerate(zip(keys, seen.find(digests))):
-            if not good[row]:
-                continue
-            if key is None or key == "":
-                reasons.setdefault(row, f"the id in column {id_column!r} is missing")
-            elif before >= 0 or digests[row] in here:
-                reasons.setdefault(row, f"the id {key!r} in column {id_column!r} stands above too")
-            elif row not in reasons:
-                here[digests[row]] = start + row
-        seen.add(here, here.values())
-        for row, reason in sorted(reasons.items()):
-            if not skip_bad:
-                raise UserError(
-                    f"{collection.place(start + row)}: {reason}; mend or remove it, or pass it over with"
-                    " --skip-bad"
-                )
-            collection.bad[start + row] = reason
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            fault = _fault(line, f"{path}, line {number}", is_json=path.suffix.lower() in JSON)
+            if fault and not bad.skip:
+                raise UserError(f"{fault}, or skip the row with --skip-bad")
+            if fault:
+                return True
+    return False
 
 
-def _is_key(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind)
+def _fault(line: bytes, location: str, *, is_json: bool) -> str | None:
+    """Return what is wrong with the encoding of a line: bytes that are not UTF-8, or in JSON the
+    escape of a lone surrogate.
+    """
+    try:
+        reading.decode_utf8(line, location)
+    except UserError as error:
+        return str(error)
+    if is_json and SURROGATE_ESCAPE.search(line):
+        try:
+            json.dumps(json.loads(line), ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            return f"{location}: a lone surrogate (\\ud800 to \\udfff) is no character; correct it"
+        except ValueError:  # not JSON on this line: the reader will report it
+            return None
+    return None
+
+
+def _read_repaired(path: Path, text_column: str, bad: BadRows) -> pa.Table:
+    """Return the rows of a CSV or JSON file with faults of encoding, after adding the rows that
+    have one in any column to `bad`.
+    """
+    # replaces each fault: a row is recognised by it, for a line of the file need not be a row
+    mark = f"\ufffd{secrets.token_hex(8)}"
+    is_json = path.suffix.lower() in JSON
+    # also the cache of the reader: its files stay mapped after they are deleted
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        copy = Path(folder) / path.name
+        with open(path, "rb") as file, open(copy, "wb") as repaired:
+            for line in file:
+                faulty = _fault(line, str(path), is_json=is_json)
+                repaired.write(_mark_faults(line, mark, is_json=is_json) if faulty else line)
+        rows = _to_table(reading.read_file(copy, cache_dir=folder), text_column, str(path))
+        for start in range(0, len(rows), BATCH):
+            for row, values in enumerate(rows.slice(start, BATCH).to_pylist(), start=start):
+                if any(mark in str(value) for value in values.values()):
+                    bad.add(row, NOT_UTF8, error=f"{path}: not UTF-8")
+    return rows
+
+
+def _mark_faults(line: bytes, mark: str, *, is_json: bool) -> bytes:
+    text = line.decode("utf-8", "surrogateescape")
+    if is_json:
+        # not JSON on this line: then only the bytes are at fault
+        with contextlib.suppress(ValueError):
+            text = json.dumps(json.loads(text), ensure_ascii=False) + "\n"
+    return SURROGATE.sub(mark, text).encode()
+
+
+def _line_rows(name: str, bad: BadRows) -> Iterator[dict[str, str | None]]:
+    """Yield a row for each line of a text file."""
+    source = {"-": "standard input", "": "the empty name"}.get(name, name)
+    try:
+        file = sys.stdin.buffer if name == "-" else open(name, "rb")  # noqa: SIM115  (closed below)
+    except OSError as error:
+        advice = "name a text file, a data file, a folder, or - for standard input"
+        raise UserError(f"{source}: can't be read: {error.strerror}; {advice}") from error
+    with file:
+        row = -1
+        for row, line in enumerate(file):
+            content = line.removesuffix(b"\n").removesuffix(b"\r")
+            yield {TEXT: _decode(content, f"{source}, line {row + 1}", row, bad)}
+    if row < 0:
+        raise UserError(f"{source}: it is empty; write one text on each line")
+
+
+def _folder_rows(root: Path, bad: BadRows) -> Iterator[dict[str, str | None]]:
+    """Yield a row for each .txt file below a folder."""
+    files = sorted(path.relative_to(root) for path in root.rglob("*.txt"))
+    files = [file for file in files if not any(part.startswith(".") for part in file.parts)]
+    if not files:
+        raise UserError(f"{root}: no .txt files in it; name a folder that has them, or a data file")
+    has_classes = all(len(file.parts) == 2 for file in files)  # a folder of class folders
+    for row, file in enumerate(files):
+        text = _decode((root / file).read_bytes(), str(root / file), row, bad)
+        label = {"label": file.parts[0]} if has_classes else {}
+        yield {TEXT: text, "file": str(file), **label}
+
+
+def _decode(content: bytes, location: str, row: int, bad: BadRows) -> str | None:
+    try:
+        return reading.decode_utf8(content, location)
+    except UserError as error:
+        bad.add(row, "the text is not UTF-8", error=str(error))
+        return None
+
+
+def _spool(rows: Iterator[dict[str, str | None]]) -> pa.Table:
+    """Write rows to a nameless temporary file as they come; return them as a table that is mapped
+    from it.
+    """
+    with tempfile.TemporaryFile() as file:
+        first = next(rows)
+        kinds = [(name, pa.large_string() if name == TEXT else pa.string()) for name in first]
+        schema, batch = pa.schema(kinds), [first]
+        writer = pa.ipc.new_file(file, schema)
+        for row in rows:
+            if len(batch) == BATCH:
+                writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
+                batch = []
+            batch.append(row)
+        writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
+        writer.close()
+        file.flush()
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return pa.ipc.open_file(pa.py_buffer(content)).read_all()
+
+
+def unused_name(wanted: str, taken: list[str]) -> str:
+    """Return a column name that none of the `taken` equals, as SQL compares them: ignoring case."""
+    lowered = [name.lower() for name in taken]
+    return unused_name(wanted + "_", taken) if wanted.lower() in lowered else wanted

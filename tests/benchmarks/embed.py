@@ -31,7 +31,7 @@ from tabulate import tabulate
 from common import bundled, cli, models
 from common.errors import UserError
 from common.runtime import choose_device, peak_memory_bytes, start_runtime
-from common.search import encoding, kernel
+from common.search import encoder, kernel
 
 ENCODERS, SEARCHERS, QUERIES = (
     ("encode", "ours_fp32", "ours"),
@@ -78,7 +78,9 @@ def time_encoding(contender: str, flags) -> dict:
         runtime = start_runtime(
             flags.device, "fp32" if contender == "ours_fp32" else flags.precision, flags.seed
         )
-        encode = encoding.load(flags.model, runtime, cache_dir=flags.cache_dir).encode
+        encode = encoder.load_encoder(
+            encoder.EncoderConfig(flags.model, cache_dir=flags.cache_dir), runtime
+        ).encode
     encode(warm_up)
     started = environment.moment(device)
     vectors = encode(texts)
@@ -151,7 +153,7 @@ def child(flags) -> dict:
     kind, contender = flags.child
     if kind == "limits":
         return environment.limits(
-            choose_device(flags.device), rows=encoding.BATCH_TOKENS["cpu"], width=flags.width
+            choose_device(flags.device), rows=encoder.BATCH_TOKENS["cpu"], width=flags.width
         )
     return time_encoding(contender, flags) if kind == "encoding" else time_search(contender, flags)
 

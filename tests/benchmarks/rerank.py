@@ -26,8 +26,9 @@ from transformers import get_linear_schedule_with_warmup
 
 from common import bundled, cli, speedups
 from common.runtime import start_runtime
-from common.search import encoding, evaluation, kernel
-from common.search.snapshot import TEXT
+from common.search import kernel, relevance
+from common.search.encoder import EncoderConfig, load_encoder
+from common.search.index import TEXT
 from common.speedups import use_fast_dropout
 from common.training import tracking
 
@@ -74,7 +75,7 @@ def nearest_wrong(headlines: list[str], articles: list[str], runtime, args) -> n
     """Return for each headline (N) the numbers of the articles (N, NEAR) that are nearest to it,
     its own left out.
     """
-    encoder = encoding.load(args.model, runtime, cache_dir=args.cache_dir)
+    encoder = load_encoder(EncoderConfig(args.model, cache_dir=args.cache_dir), runtime)
     queries, vectors = encoder.encode_unit(headlines), encoder.encode_unit(articles)
     blocks = (
         (start, vectors[start : start + kernel.BLOCK]) for start in range(0, len(vectors), kernel.BLOCK)
@@ -162,7 +163,7 @@ def write_task(
 def main(args: argparse.Namespace):
     runtime = start_runtime(args.device, args.precision, args.seed)
     environment.show(environment.describe(runtime.device))
-    task, collection = evaluation.bundled_task("bundled/bbc-news")
+    task, collection = relevance.bundled_task("bundled/bbc-news")
     articles = {row["id"]: row[TEXT] for row in collection.rows.to_pylist()}
     names = np.random.default_rng(args.seed).permutation(list(task.queries))[: args.most].tolist()
     learned, held_out = names[: len(names) // 2], names[len(names) // 2 :]
@@ -202,7 +203,7 @@ def main(args: argparse.Namespace):
     ]
     command = [
         sys.executable,
-        Path(evaluation.__file__).resolve().parents[2] / "embed_search.py",
+        Path(relevance.__file__).resolve().parents[2] / "embed_search.py",
         "evaluate",
         "--json",
         *flags,
@@ -215,7 +216,7 @@ def main(args: argparse.Namespace):
     print(
         tabulate(
             [[name, *measures.values()] for name, measures in scores.items()],
-            ["search", *evaluation.MEASURES],
+            ["search", *relevance.MEASURES],
             floatfmt=".3f",
         )
     )

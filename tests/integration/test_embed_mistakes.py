@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.search import encoding, store
+import embed_search
+from common.search import index
+from common.search.encoder import Encoder
 from conftest import make_sentences
 from hub_server import HubServer
 
@@ -78,12 +80,12 @@ TEXTS = {  # name: (file, content, what the line must hold)
     "lone surrogate": (
         "t.jsonl",
         b'{"id": "a", "text": "\\udc00"}\n',
-        ("t.jsonl, line 1", "lone surrogate", "mend"),
+        ("t.jsonl, line 1", "lone surrogate", "correct it"),
     ),
     "duplicate id": (
         "t.csv",
         b"id,text,label\na,good,x\na,bad,x\n",
-        ("t.csv, row 2", "'a'", "stands above", "--skip-bad"),
+        ("t.csv, row 2", "'a'", "occurs above", "--skip-bad"),
     ),
     "missing id": (
         "t.jsonl",
@@ -105,7 +107,7 @@ TEXTS = {  # name: (file, content, what the line must hold)
     "another column": (
         "t.csv",
         b"id,text,label,more\na,good,x,1\n",
-        ("t.csv", "'more'", "int64", "not there", "--index"),
+        ("t.csv", "'more'", "int64", "missing", "--index"),
     ),
     "a column of another kind": (
         "t.csv",
@@ -249,7 +251,7 @@ FLAGS = {
     "neither texts nor index": (["pairs"], ("either texts or --index", "neither")),
     "too few texts": (
         ["pairs", "--index", "HOME/ix", "--where", "id = 's1'"],
-        ("1 texts", "needs two", "--where"),
+        ("1 texts", "at least 2", "--where"),
     ),
     "too many clusters": (
         ["cluster", "--index", "HOME/ix", "--num-clusters", "13"],
@@ -289,11 +291,11 @@ FLAGS = {
     ),
     "project nothing": (
         ["project", "--index", "HOME/ix", "--where", "id = 'no'", "--output-dir", "HOME/board"],
-        ("0 texts", "needs one", "--where"),
+        ("0 texts", "at least 1", "--where"),
     ),
     "similarity of nothing": (
         ["similarity", "--index", "HOME/ix", "--where", "id = 'no'"],
-        ("0 texts", "similarity needs one", "--where"),
+        ("0 texts", "at least 1", "--where"),
     ),
     "project over files": (
         ["project", "--index", "HOME/ix", "--output-dir", "HOME"],
@@ -315,7 +317,7 @@ def test_flags_that_can_not_be_used(flags, parts, refused):
 
 def test_a_matrix_that_is_too_large_is_refused_before_encoding(refused, tmp_path, monkeypatch):
     (tmp_path / "many.txt").write_text("text\n" * 5001)
-    monkeypatch.setattr(encoding, "load", None)
+    monkeypatch.setattr(embed_search, "load_encoder", None)
     refused("similarity", tmp_path / "many.txt", parts=("5,001 texts", "5,000", "use pairs"))
 
 
@@ -333,7 +335,7 @@ def test_a_damaged_file_of_the_index(pattern, refused, home):
     "where, number, line, parts",
     [
         ("queries", 2, "not JSON", ("q.jsonl, line 2", "not a query")),
-        ("queries", 2, '{"id": "a", "text": "x"}', ("q.jsonl, line 2", "stands above")),
+        ("queries", 2, '{"id": "a", "text": "x"}', ("q.jsonl, line 2", "occurs above")),
         ("queries", 2, '{"id": "b", "text": ""}', ("q.jsonl, line 2", "empty")),
         ("qrels", 1, "a s1 1", ("qrels, line 1", "TREC")),
         ("qrels", 1, "zz 0 s1 1", ("qrels, line 1", "'zz'")),
@@ -361,9 +363,9 @@ def test_queries_and_judgements_that_can_not_be_used(where, number, line, parts,
 
 def test_a_vector_that_is_nan_is_named_or_passed_over(embed, refused, home, tmp_path, monkeypatch):
     (tmp_path / "t.csv").write_text("id,text,label\na,fine,x\nb,ruined,x\nc,great,x\n")
-    encode = encoding.Encoder.encode
+    encode = Encoder.encode
     monkeypatch.setattr(
-        encoding.Encoder,
+        Encoder,
         "encode",
         lambda self, texts, role=None: np.where(
             np.array([["ruined" in text] for text in texts]),
@@ -383,7 +385,7 @@ def test_a_vector_that_is_nan_is_named_or_passed_over(embed, refused, home, tmp_
 def test_a_full_disk_is_said_without_flags_that_are_not_there(refused, tmp_path, monkeypatch):
     (tmp_path / "t.csv").write_text("id,text,label\na,fine,x\n")
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    monkeypatch.setattr(store, "_write_arrow", lambda *_: (_ for _ in ()).throw(full))
+    monkeypatch.setattr(index, "_write_arrow", lambda *_: (_ for _ in ()).throw(full))
     refused(
         "index",
         tmp_path / "t.csv",
@@ -396,7 +398,7 @@ def test_a_full_disk_is_said_without_flags_that_are_not_there(refused, tmp_path,
 
 
 def test_a_folder_that_is_no_index_is_refused_before_anything_is_read(refused, monkeypatch):
-    monkeypatch.setattr(encoding, "load", None)
+    monkeypatch.setattr(embed_search, "load_encoder", None)
     refused("index", "HOME/nowhere.csv", "--index", "HOME", parts=("HOME", "holds other files"))
 
 
@@ -412,7 +414,7 @@ def test_skip_bad_goes_on_and_counts(embed, home, tmp_path):
     assert code == 0, stderr
     found = json.loads(stdout)
     assert found["rows"] == 13 and (found["counts"]["added"], found["counts"]["bad"]) == (1, 4)
-    assert "4 passed over" in stderr and "row 2: the text is empty" in stderr
+    assert "4 skipped" in stderr and "row 2: the text is empty" in stderr
 
 
 def test_columns_that_differ_only_in_case(refused, home, embed, tmp_path):

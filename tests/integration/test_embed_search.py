@@ -19,7 +19,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling, Transfor
 from transformers import BertConfig, BertForSequenceClassification
 
 from common import bundled
-from common.search.snapshot import ID, TEXT, open_snapshot
+from common.search.index import ID, TEXT, open_snapshot
 from conftest import make_sentences, rows_by_id, train_wordpiece, write_lines
 from hub_server import HubServer
 
@@ -106,7 +106,7 @@ def test_an_index_over_its_life(ok, embed, sentences, tmp_path):
         updated["deleted_rows"],
     ) == (1, 1, 2, 1)
     assert ok("delete", *index, "s5", "s6", "--json")["rows"] == 59
-    assert "deleted  0 rows; 2 ids are not there" in ok("delete", *index, "s5", "s6", "--skip-bad")
+    assert "deleted  0 rows; 2 ids are not in the index" in ok("delete", *index, "s5", "s6", "--skip-bad")
     assert ok("delete", *index, "--where", "n between 10 and 19", "--json")["rows"] == 49
     compacted = ok("compact", *index, "--json")
     assert (compacted["rows"], compacted["deleted_rows"], compacted["files"]) == (49, 0, 1)
@@ -160,7 +160,7 @@ def test_columns_with_the_names_of_ours_shadow_nothing(ok, tmp_path):
     """A column called score or id was shown for the hit's own; one called _row decided which rows
     were deleted.
     """
-    names = ["id", "score", "text", "passage", "_row", "row", "_number", "similarity", "level"]
+    names = ["id", "score", "text", "chunk", "_row", "row", "_number", "similarity", "level"]
     rows = [
         {**{name: 10 * number for name in names}, "text": f"the film was n{number}", "key": f"k{number}"}
         for number in range(6)
@@ -182,7 +182,7 @@ def test_columns_with_the_names_of_ours_shadow_nothing(ok, tmp_path):
     assert (hit["id"], hit["text"], hit["score"]) == ("k3", "the film was n3", pytest.approx(1, abs=1e-5))
     assert (
         hit["columns"] == {name: value for name, value in rows[3].items() if name != "text"}
-        and "passage" not in hit
+        and "chunk" not in hit
     )
     for condition, left in (
         ("_row = 20", {"k0", "k1", "k3", "k4", "k5"}),
@@ -340,18 +340,18 @@ def test_chunks_are_found_with_their_document(ok, tmp_path):
     hits = ok("search", "--index", tmp_path / "ix", "lovely great lovely great", "--top-k", 5, "--json")[
         "queries"
     ][0]["hits"]
-    # each document once, though it has many passages
+    # each document once, though it has many chunks
     assert sorted(hit["id"] for hit in hits) == ["long", "short"]
     found = next(hit for hit in hits if hit["id"] == "long")
     snapshot = open_snapshot(tmp_path / "ix")
-    passages = [row for row in snapshot.take(range(snapshot.num_rows)) if row[ID] == "long"]
-    assert found["passage"]["of"] == len(passages) > 5
-    start = found["passage"]["first_character"]
+    chunks = [row for row in snapshot.take(range(snapshot.num_rows)) if row[ID] == "long"]
+    assert found["chunk"]["of"] == len(chunks) > 5
+    start = found["chunk"]["first_character"]
     assert rows[0]["text"][start : start + len(found["text"])] == found["text"]
     assert ok("delete", "--index", tmp_path / "ix", "long", "--json")["rows"] == 1
 
 
-def test_passages_of_one_document_are_no_pair_of_texts(ok, tmp_path):
+def test_chunks_of_one_document_are_no_pair_of_texts(ok, tmp_path):
     long = " ".join(["the film was very good"] * 60)
     rows = [
         {"id": "one", "text": long},
@@ -375,7 +375,7 @@ def test_passages_of_one_document_are_no_pair_of_texts(ok, tmp_path):
     found = ok("duplicates", "--index", tmp_path / "ix", "--threshold", 0.9, "--json")
     assert [[row["id"] for row in group] for group in found["groups"]] == [["one", "two"]]
     shown = ok("duplicates", "--index", tmp_path / "ix", "--threshold", 0.9)
-    assert "1 groups of 2 texts" in shown and "pairs of passages" in shown
+    assert "1 groups of 2 texts" in shown and "pairs of chunks" in shown
     clusters = ok("cluster", "--index", tmp_path / "ix", "--num-clusters", 1, "--json")["clusters"]
     assert sorted(clusters[0]["ids"]) == ["one", "short", "two"] and clusters[0]["size"] > 3
 
@@ -485,7 +485,7 @@ def test_evaluate_reads_ids_from_the_named_column_and_says_what_is_not_there(ok,
     task = ("--queries", tmp_path / "q.jsonl", "--qrels", tmp_path / "qrels", "--json")
     code, stdout, stderr = embed("evaluate", "--texts", tmp_path / "t.csv", "--id-column", "key", *task)
     assert (
-        code == 0 and "1 of 3 documents that are judged relevant are not there, such as 'elsewhere'" in stderr
+        code == 0 and "1 of 3 documents that are judged relevant are missing, such as 'elsewhere'" in stderr
     ), stderr
     found = json.loads(stdout)["scores"]["exact"]
     gain = 3 / np.log2(3) + 1 / np.log2(5)

@@ -31,7 +31,7 @@ def blocks(vectors, size):
 
 def search(vectors, queries, k, *, size=kernel.BLOCK, alive=None):
     return kernel.search(
-        blocks(vectors, size), queries, k, vectors_of=lambda rows: vectors[rows], alive=alive
+        blocks(vectors, size), queries, k, vectors_of=lambda rows: vectors[rows], allowed=alive
     )
 
 
@@ -48,6 +48,8 @@ def test_ids_and_order_are_those_of_float64_brute_force(seed, size):
     for k in (1, 10, 70):
         for query, (rows, scores) in zip(queries, search(vectors, queries, k, size=size)):
             assert rows.tolist() == brute_force(vectors, query, k)
+            plain_rows, plain_scores = kernel.rank(np.arange(3000), query, k, lambda rows: vectors[rows])
+            assert (rows == plain_rows).all() and (scores == plain_scores).all()
             assert np.all(np.diff(scores) <= 0)
 
 
@@ -87,10 +89,12 @@ def test_equal_vectors_without_end_are_not_all_held(monkeypatch):
     generator = np.random.default_rng(0)
     vectors = np.repeat(unit(generator.standard_normal((2, 16))), 5000, axis=0)[generator.permutation(10_000)]
     queries = unit(vectors[:3] + 0.1 * generator.standard_normal((3, 16)))
-    monkeypatch.setattr(kernel, "HELD", 500)
-    held, add = [], kernel.Best.add
+    monkeypatch.setattr(kernel, "MAX_CANDIDATES", 500)
+    held, add = [], kernel.Candidates.add
     monkeypatch.setattr(
-        kernel.Best, "add", lambda self, scores, start: (add(self, scores, start), held.append(self.held))
+        kernel.Candidates,
+        "add",
+        lambda self, scores, start: (add(self, scores, start), held.append(self.count)),
     )
     for query, (rows, _) in zip(queries, search(vectors, queries, 10, size=256)):
         assert rows.tolist() == brute_force(vectors, query, 10)

@@ -8,11 +8,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from sklearn.cluster import KMeans
+from test_index import collection, numbered
 from test_kernel import unit
-from test_store import collection, numbered
 
-from common.search import building, clustering, mining, store
+from common.search import mining
+from common.search.builder import Builder, fill, settings_of
 from common.search.display import level
+from common.search.index import open_store, vector_array
 
 
 @pytest.fixture(params=[0, 1, 2])
@@ -41,15 +43,15 @@ def live(request, tmp_path):
         def encode_unit(self, texts, *, role=None):
             return np.array([vectors[int(text.split()[1])] for text in texts])
 
-    with store.writing(
-        tmp_path / "index", settings=building.settings_of(Given(), id_column="key", chunk_overlap=None)
+    with open_store(
+        tmp_path / "index", settings=settings_of(Given(), id_column="key", chunk_overlap=None)
     ) as opened:
-        building.fill(building.Builder(opened, Given()), collection(numbered(0, 160)), block=37)
+        fill(Builder(opened, Given()), collection(numbered(0, 160)), block=37)
         opened.commit(None, [5, 6, 100])
         snapshot = opened.snapshot
     rows = np.flatnonzero(snapshot.alive())
     kept = vectors[rows].astype(np.float64)
-    found = mining.Live(snapshot, rows)
+    found = mining.Selection(snapshot, rows)
     exact = np.array([[math.fsum((left * right).tolist()) for right in kept] for left in kept])
     return found, exact
 
@@ -105,7 +107,7 @@ def test_no_more_than_a_block_of_vectors_is_read_at_once(live, monkeypatch):
     rows.snapshot.__dict__["vectors_of"] = lambda wanted: (sizes.append(len(wanted)), read(wanted))[1]
     mining.best_pairs(rows, 50, block=16)
     assert sum(len(left) for left, _, _ in mining.similar_pairs(rows, 0.5, block=16)) > 500
-    clustering.num_neighbours(rows, 0.5, block=16)
+    mining.num_neighbours(rows, 0.5, block=16)
     assert max(sizes) == 16 and sum(sizes) > 10 * len(rows)
 
 
@@ -133,8 +135,7 @@ def test_a_border_case_is_decided_in_float64(live, step):
     assert count == (cosines >= threshold).sum()
     near = exact >= threshold
     assert (
-        clustering.num_neighbours(rows, threshold, block=50).tolist()
-        == (near.sum(1) - near.diagonal()).tolist()
+        mining.num_neighbours(rows, threshold, block=50).tolist() == (near.sum(1) - near.diagonal()).tolist()
     )
 
 
@@ -153,7 +154,7 @@ def test_communities(live, block, threshold, min_size):
             found += [members] if len(members) >= min_size else []
     for number, members in enumerate(sorted(found, key=lambda group: (-len(group), group[0]))):
         labels[members] = number
-    assert clustering.communities(rows, threshold, min_size=min_size, block=block).tolist() == labels.tolist()
+    assert mining.communities(rows, threshold, min_size=min_size, block=block).tolist() == labels.tolist()
 
 
 @pytest.mark.parametrize("block", [7, 1000])
@@ -162,14 +163,14 @@ def test_k_means_is_scikit_learns_from_the_same_start(live, block):
     vectors = rows.vectors(slice(None)).astype(np.float64)
     start = vectors[[0, 9, 40, 80, 120]]
     oracle = KMeans(5, init=start, n_init=1, algorithm="lloyd", tol=0, max_iter=300).fit(vectors)
-    labels, inertia = clustering.lloyd(rows, start, block=block)
+    labels, inertia = mining.lloyd(rows, start, block=block)
     assert labels.tolist() == oracle.labels_.tolist() and inertia == pytest.approx(oracle.inertia_, rel=1e-6)
 
 
 def test_k_means_is_repeatable_and_its_first_cluster_the_largest(live):
     rows, _ = live
-    labels = clustering.k_means(rows, 4, block=50, seed=0)
-    assert (labels == clustering.k_means(rows, 4, block=50, seed=0)).all()
+    labels = mining.k_means(rows, 4, block=50, seed=0)
+    assert (labels == mining.k_means(rows, 4, block=50, seed=0)).all()
     assert (
         np.bincount(labels).tolist() == sorted(np.bincount(labels), reverse=True)
         and len(np.bincount(labels)) == 4
@@ -177,13 +178,13 @@ def test_k_means_is_repeatable_and_its_first_cluster_the_largest(live):
 
 
 def test_as_many_clusters_as_different_rows(live):
-    rows = mining.Live(live[0].snapshot, live[0].rows[:4])
-    assert sorted(clustering.k_means(rows, 4, block=2, seed=0).tolist()) == [0, 1, 2, 3]
+    rows = mining.Selection(live[0].snapshot, live[0].rows[:4])
+    assert sorted(mining.k_means(rows, 4, block=2, seed=0).tolist()) == [0, 1, 2, 3]
 
 
 @pytest.fixture
-def passages_of_documents(tmp_path):
-    """Documents of one to four passages, whose vectors are those of their numbers' group; the
+def chunks_of_documents(tmp_path):
+    """Documents of one to four chunks, whose vectors are those of their numbers' group; the
     exact cosines, and the document of each.
     """
     generator = np.random.default_rng(0)
@@ -202,7 +203,7 @@ def passages_of_documents(tmp_path):
             "_passages": pa.array(sizes[documents], pa.int32()),
             "_start": pa.array(own, pa.int32()),
             "_text": pa.array([f"text {row}" for row in range(len(own))], pa.large_string()),
-            "_vector": store.vector_array(vectors),
+            "_vector": vector_array(vectors),
         }
     )
     settings = {
@@ -214,18 +215,18 @@ def passages_of_documents(tmp_path):
         "id_column": None,
         "chunk_overlap": 1,
     }
-    with store.writing(tmp_path / "index", settings=settings) as opened:
+    with open_store(tmp_path / "index", settings=settings) as opened:
         opened.commit(table)
         opened.commit(None, np.flatnonzero(documents == 3))
         snapshot = opened.snapshot
     rows = np.flatnonzero(snapshot.alive())
     kept = vectors[rows].astype(np.float64)
-    return mining.Live(snapshot, rows), kept @ kept.T, documents[rows]
+    return mining.Selection(snapshot, rows), kept @ kept.T, documents[rows]
 
 
 @pytest.mark.parametrize("block", [3, 17, 1000])
-def test_a_document_is_no_duplicate_of_itself(passages_of_documents, block):
-    rows, exact, documents = passages_of_documents
+def test_a_document_is_no_duplicate_of_itself(chunks_of_documents, block):
+    rows, exact, documents = chunks_of_documents
     other = {
         (left, right)
         for left in range(len(rows))
@@ -240,7 +241,7 @@ def test_a_document_is_no_duplicate_of_itself(passages_of_documents, block):
     assert found == {pair for pair in other if exact[pair] >= 0.7} and len(found) > 50
     best = sorted(other, key=lambda pair: -exact[pair])[:20]
     assert [pair[:2] for pair in mining.best_pairs(rows, 20, block=block)] == best
-    labels = clustering.communities(rows, 0.8, min_size=2, block=block)
+    labels = mining.communities(rows, 0.8, min_size=2, block=block)
     assert (
         all(len(set(documents[labels == label])) >= 2 for label in range(labels.max() + 1))
         and labels.max() > 3
@@ -248,11 +249,11 @@ def test_a_document_is_no_duplicate_of_itself(passages_of_documents, block):
 
 
 def test_more_clusters_than_rows_that_seed_them(live, monkeypatch):
-    monkeypatch.setattr(clustering, "SEEDING", 5)
-    assert clustering.k_means(live[0], 9, block=50, seed=0).max() == 8
+    monkeypatch.setattr(mining, "SEEDING", 5)
+    assert mining.k_means(live[0], 9, block=50, seed=0).max() == 8
 
 
-def test_marking_words_are_those_of_dense_matrices(live):
+def test_typical_words_are_those_of_dense_matrices(live):
     rows, _ = live
     generator = np.random.default_rng(0)
     labels, vocabulary = (
@@ -283,7 +284,7 @@ def test_marking_words_are_those_of_dense_matrices(live):
         ]
         for row in weights
     ]
-    assert clustering.marking_words(rows, labels, 3) == expected
+    assert mining.typical_words(rows, labels, 3) == expected
 
 
 def test_the_texts_nearest_to_a_centre(live):
@@ -294,6 +295,6 @@ def test_the_texts_nearest_to_a_centre(live):
     expected = sorted(range(len(members)), key=lambda place: (-(vectors[place] @ centre).round(14), place))[
         :3
     ]
-    assert [place for place, _ in clustering.nearest_to_centre(rows, members, 3)] == members[
+    assert [place for place, _ in mining.nearest_to_centre(rows, members, count=3)] == members[
         expected
     ].tolist()

@@ -13,13 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_encoding import CPU
+from test_encoder import CPU
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from common.errors import UserError
-from common.search import passages, texts
-from common.search.encoding import load
+from common.search import texts
+from common.search.encoder import EncoderConfig, load_encoder, split_into_chunks, token_spans
 
 
 def read(path, cache_dir, **options):
@@ -170,12 +170,12 @@ def test_parquet_that_is_no_utf8(column, tmp_path, cache_dir):
 IDS = {
     "twice": (
         '{"id": "a", "text": "x"}\n{"id": "b", "text": "y"}\n{"id": "a", "text": "z"}\n',
-        ("row 3", "'a'", "stands above too"),
+        ("row 3", "'a'", "occurs above"),
         ["x", "y"],
     ),
     "twice as numbers": (
         '{"id": 1, "text": "x"}\n{"id": 1, "text": "z"}\n',
-        ("row 2", "1", "stands above too"),
+        ("row 2", "1", "occurs above"),
         ["x"],
     ),
     "missing": (
@@ -199,22 +199,22 @@ def test_ids_must_be_there_once(content, parts, left, tmp_path, cache_dir):
 
 @settings(max_examples=80, deadline=None)
 @given(st.data())
-def test_windows_cover_all_tokens_with_their_overlap(data):
+def test_spans_cover_all_tokens_with_their_overlap(data):
     count = data.draw(st.integers(0, 120))
     steps = data.draw(st.lists(st.booleans(), min_size=count, max_size=count))
     words = [sum(steps[: place + 1]) for place in range(count)]
     room = data.draw(st.integers(1, 30))
     overlap = data.draw(st.integers(0, room - 1))
-    windows = passages.token_windows(words, room, overlap)
-    assert windows[0][0] == 0 and windows[-1][1] == count
-    assert all(0 < last - first <= room or count == 0 for first, last in windows)
-    for (first, last), (next_first, next_last) in zip(windows, windows[1:]):
-        assert first < next_first <= last < next_last  # no gap, no window within another
+    spans = token_spans(words, room, overlap)
+    assert spans[0][0] == 0 and spans[-1][1] == count
+    assert all(0 < last - first <= room or count == 0 for first, last in spans)
+    for (first, last), (next_first, next_last) in zip(spans, spans[1:]):
+        assert first < next_first <= last < next_last  # no gap, no span within another
 
 
 @functools.cache
 def byte_level_encoder(max_length: int):
-    """Return what passages know of an encoder: a byte-level BPE tokenizer, in which a word's token
+    """Return what chunks need of an encoder: a byte-level BPE tokenizer, in which a word's token
     holds the space before it.
     """
     texts = [
@@ -252,10 +252,10 @@ def byte_level_encoder(max_length: int):
     ),
     overlap=st.integers(0, 9),
 )
-def test_passages_of_a_byte_level_tokenizer_lose_nothing(words, overlap):
+def test_chunks_of_a_byte_level_tokenizer_lose_nothing(words, overlap):
     """39 of 44 were longer than the model reads, and lost their ends."""
     encoder, text = byte_level_encoder(14), " ".join(words)
-    (pieces,) = passages.split([text], encoder, overlap=overlap)
+    (pieces,) = split_into_chunks([text], encoder, overlap=overlap)
     assert max(len(encoder.tokenizer(piece)["input_ids"]) for _, piece in pieces) <= 14
     assert (
         pieces[0][0] == 0
@@ -267,17 +267,17 @@ def test_passages_of_a_byte_level_tokenizer_lose_nothing(words, overlap):
     )
 
 
-def test_passages_are_pieces_of_the_text_that_the_model_reads_whole(tiny_embedder):
-    encoder = load(str(tiny_embedder), CPU)
+def test_chunks_are_pieces_of_the_text_that_the_model_reads_whole(tiny_embedder):
+    encoder = load_encoder(EncoderConfig(str(tiny_embedder)), CPU)
     long = " ".join(
         f"the film was {word} and so very good, it was a story n{number}"
         for number, word in enumerate(["fine", "poor"] * 20)
     )
-    (short,), pieces = passages.split(["good film", long], encoder, overlap=10)
+    (short,), pieces = split_into_chunks(["good film", long], encoder, overlap=10)
     assert short == (0, "good film")
     assert pieces[0][0] == 0 and pieces[-1][0] + len(pieces[-1][1]) == len(long)
     for (start, piece), (following, _) in zip(pieces, pieces[1:]):
         assert long[start : start + len(piece)] == piece and start < following < start + len(piece)
     assert encoder.tokenize([piece for _, piece in pieces])[1] == 0  # none is cut
     with pytest.raises(UserError, match="--chunk-overlap 62"):
-        passages.split([long], encoder, overlap=62)
+        split_into_chunks([long], encoder, overlap=62)

@@ -16,7 +16,7 @@ from sentence_transformers.sentence_transformer.modules import Dense, Normalize,
 from common import bundled
 from common.errors import UserError
 from common.runtime import Runtime
-from common.search import encoding, loading
+from common.search.encoder import Encoder, EncoderConfig, fingerprint, load_encoder, load_model, token_batches
 from conftest import make_sentences
 
 CPU = Runtime(torch.device("cpu"), "fp32")
@@ -49,7 +49,7 @@ def folder(request, tiny_model, tmp_path):
 
 def test_vectors_are_those_of_sentence_transformers(folder):
     oracle = SentenceTransformer(str(folder), device="cpu").encode(TEXTS, batch_size=7)
-    encoder = encoding.load(str(folder), CPU, batch_tokens=200)
+    encoder = load_encoder(EncoderConfig(str(folder), batch_tokens=200), CPU)
     assert np.abs(encoder.encode(TEXTS) - oracle).max() < 1e-5
     assert encoder.width == oracle.shape[1]
 
@@ -61,7 +61,7 @@ def test_prompts_are_put_before_queries_and_documents(tiny_model, tmp_path, incl
         modules=modules, device="cpu", prompts={"query": "what: ", "document": "story: "}
     )
     model.save(str(tmp_path))
-    encoder = encoding.load(str(tmp_path), CPU)
+    encoder = load_encoder(EncoderConfig(str(tmp_path)), CPU)
     for role, oracle in (
         ("query", model.encode_query),
         ("document", model.encode_document),
@@ -74,7 +74,7 @@ def test_the_bundled_model_in_fp32_and_bf16():
     texts = bundled.bbc_news()["text"][:300:60] + ["Interest rates rise", "x"]
     folder = bundled.model_folder("bundled/all-MiniLM-L6-v2", kind="encoder")
     oracle = SentenceTransformer(str(folder), device="cpu").encode(texts)
-    encoder = encoding.load("bundled/all-MiniLM-L6-v2", CPU)
+    encoder = load_encoder(EncoderConfig(), CPU)
     assert np.abs(encoder.encode(texts) - oracle).max() < 1e-5
     # emulated where the processor has none: slower, but as exact
     encoder.runtime = Runtime(torch.device("cpu"), "bf16")
@@ -82,10 +82,10 @@ def test_the_bundled_model_in_fp32_and_bf16():
 
 
 def test_identical_texts_are_encoded_once_and_long_ones_counted(tiny_embedder, monkeypatch):
-    encoder, seen = encoding.load(str(tiny_embedder), CPU), []
-    forward = encoding.Encoder._forward
+    encoder, seen = load_encoder(EncoderConfig(str(tiny_embedder)), CPU), []
+    forward = Encoder._forward
     monkeypatch.setattr(
-        encoding.Encoder,
+        Encoder,
         "_forward",
         lambda self, tokens, batch, prompt: (seen.extend(batch), forward(self, tokens, batch, prompt))[1],
     )
@@ -95,10 +95,10 @@ def test_identical_texts_are_encoded_once_and_long_ones_counted(tiny_embedder, m
     assert (vectors[0] == vectors[2]).all()
 
 
-def test_a_vector_without_direction_is_nan(tiny_embedder, monkeypatch):
-    encoder = encoding.load(str(tiny_embedder), CPU)
+def test_an_embedding_of_norm_zero_is_nan(tiny_embedder, monkeypatch):
+    encoder = load_encoder(EncoderConfig(str(tiny_embedder)), CPU)
     monkeypatch.setattr(
-        encoding.Encoder,
+        Encoder,
         "encode",
         lambda self, texts, role=None: np.array([[3, 4], [0, 0], [np.inf, 1], [np.nan, 1]], np.float32),
     )
@@ -108,30 +108,26 @@ def test_a_vector_without_direction_is_nan(tiny_embedder, monkeypatch):
 
 @given(st.lists(st.integers(1, 300), max_size=80), st.integers(1, 600))
 def test_batches_hold_each_text_once_within_their_tokens(lengths, most):
-    batches = encoding.token_batches(lengths, most)
+    batches = token_batches(lengths, most)
     assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
     for batch in batches:
         assert len(batch) == 1 or max(lengths[row] for row in batch) * len(batch) <= most
 
 
 def test_the_fingerprint_tells_models_apart(tiny_model, tiny_embedder, tmp_path):
-    first = loading.load_embedder(str(tiny_embedder), cache_dir=None)
-    assert loading.fingerprint(first) == loading.fingerprint(
-        loading.load_embedder(str(tiny_embedder), cache_dir=None)
-    )
+    first = load_model(str(tiny_embedder), cache_dir=None)
+    assert fingerprint(first) == fingerprint(load_model(str(tiny_embedder), cache_dir=None))
     first.encode(["good film"])  # a call sets the tokenizer's padding and truncation
-    assert loading.fingerprint(first) == loading.fingerprint(
-        loading.load_embedder(str(tiny_embedder), cache_dir=None)
-    )
-    others = {loading.fingerprint(first)}
+    assert fingerprint(first) == fingerprint(load_model(str(tiny_embedder), cache_dir=None))
+    others = {fingerprint(first)}
     SentenceTransformer(
         modules=[Transformer(str(tiny_model), max_seq_length=64), Pooling(32, "cls"), Normalize()],
         device="cpu",
     ).save(str(tmp_path / "cls"))
-    others.add(loading.fingerprint(loading.load_embedder(str(tmp_path / "cls"), cache_dir=None)))
+    others.add(fingerprint(load_model(str(tmp_path / "cls"), cache_dir=None)))
     with torch.no_grad():
         next(first.parameters())[7, 3] += 1e-3
-    others.add(loading.fingerprint(first))
+    others.add(fingerprint(first))
     assert len(others) == 3
 
 
@@ -153,8 +149,7 @@ def test_the_fingerprint_holds_the_settings_that_make_vectors(
     settings = json.loads((tmp_path / "other" / file).read_text())
     (tmp_path / "other" / file).write_text(json.dumps({**settings, setting: value}))
     first, second = (
-        loading.fingerprint(loading.load_embedder(str(folder), cache_dir=None))
-        for folder in (tiny_embedder, tmp_path / "other")
+        fingerprint(load_model(str(folder), cache_dir=None)) for folder in (tiny_embedder, tmp_path / "other")
     )
     assert (first == second) is same
 
@@ -169,14 +164,14 @@ def test_lengths_by_role_are_refused(setting, value, tiny_embedder, tmp_path):
     file = tmp_path / "other" / "sentence_bert_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), setting: value}))
     with pytest.raises(UserError, match=f"its first module sets {setting}, which"):
-        loading.load_embedder(str(tmp_path / "other"), cache_dir=None)
+        load_model(str(tmp_path / "other"), cache_dir=None)
 
 
 def test_pickled_weights_and_foreign_code_are_refused(tiny_embedder, tmp_path):
     shutil.copytree(tiny_embedder, tmp_path / "pickled")
     (tmp_path / "pickled" / "model.safetensors").rename(tmp_path / "pickled" / "pytorch_model.bin")
     with pytest.raises(UserError, match="pickled weights"):
-        loading.load_embedder(str(tmp_path / "pickled"), cache_dir=None)
+        load_model(str(tmp_path / "pickled"), cache_dir=None)
     shutil.copytree(tiny_embedder, tmp_path / "code")
     modules = (tmp_path / "code" / "modules.json").read_text()
     (tmp_path / "code" / "modules.json").write_text(
@@ -186,4 +181,4 @@ def test_pickled_weights_and_foreign_code_are_refused(tiny_embedder, tmp_path):
     )
     (tmp_path / "code" / "evil.py").write_text("raise SystemExit('it ran')")
     with pytest.raises(UserError, match="remote code"):
-        loading.load_embedder(str(tmp_path / "code"), cache_dir=None)
+        load_model(str(tmp_path / "code"), cache_dir=None)

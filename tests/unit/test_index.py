@@ -22,8 +22,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from common.errors import UserError
-from common.search import building, lookup, store, texts
-from common.search.snapshot import ID, TEXT, open_snapshot
+from common.search import index, texts
+from common.search.builder import Builder, Counts, fill, rows_with_ids, settings_of
+from common.search.index import ID, TEXT, open_snapshot, open_store
 from conftest import ROOT, StubEncoder
 
 COLUMNS = ("key", TEXT, "label")
@@ -36,15 +37,11 @@ def collection(rows: list[dict], order=COLUMNS) -> texts.Collection:
     )
 
 
-def write(
-    folder, rows: list[dict], *, block: int = 3, update: bool = False, order=COLUMNS
-) -> building.Counts:
+def write(folder, rows: list[dict], *, block: int = 3, update: bool = False, order=COLUMNS) -> Counts:
     encoder = StubEncoder()
-    with store.writing(
-        folder, settings=building.settings_of(encoder, id_column="key", chunk_overlap=None)
-    ) as opened:
-        builder = building.Builder(opened, encoder, update=update)
-        building.fill(builder, collection(rows, order), block=block)
+    with open_store(folder, settings=settings_of(encoder, id_column="key", chunk_overlap=None)) as opened:
+        builder = Builder(opened, encoder, update=update)
+        fill(builder, collection(rows, order), block=block)
     return builder.counts
 
 
@@ -96,15 +93,15 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(keys=st.lists(st.integers(0, 12).map(str), unique=True, min_size=1, max_size=5))
     def delete(self, keys):
-        with store.writing(self.folder) as opened:
-            rows, unknown = building.rows_with_ids(opened.snapshot, keys)
+        with open_store(self.folder) as opened:
+            rows, unknown = rows_with_ids(opened.snapshot, keys)
             opened.commit(None, rows)
         assert set(unknown) == set(keys) - set(self.expected)
         self.expected = {key: value for key, value in self.expected.items() if key not in keys}
 
     @rule()
     def compact(self):
-        with store.writing(self.folder) as opened:
+        with open_store(self.folder) as opened:
             before = [entry[ID] for entry in opened.snapshot.take(np.flatnonzero(opened.snapshot.alive()))]
             opened.compact()
             assert [entry[ID] for entry in opened.snapshot.take(range(opened.snapshot.num_rows))] == before
@@ -161,7 +158,7 @@ def test_two_readers_during_a_write_see_whole_states(tmp_path):
     for version in range(1, 25):
         write(folder, numbered(0, 20, version), block=5, update=True)
         if version % 5 == 0:
-            with store.writing(folder) as opened:
+            with open_store(folder) as opened:
                 opened.compact()
     stop.set()
     for reader in readers:
@@ -173,17 +170,17 @@ def test_a_snapshot_stays_readable_after_its_files_are_gone(tmp_path):
     write(tmp_path / "index", numbered(0, 9))
     snapshot = open_snapshot(tmp_path / "index")
     write(tmp_path / "index", numbered(0, 9, 1), update=True)
-    with store.writing(tmp_path / "index") as opened:
+    with open_store(tmp_path / "index") as opened:
         opened.compact()
     assert contents(snapshot) == {str(number): (f"text {number} 0", 0) for number in range(9)}
 
 
 def test_a_second_writer_is_told_and_the_first_goes_on(tmp_path, capsys):
     write(tmp_path / "index", numbered(0, 3))
-    with store.writing(tmp_path / "index") as opened:
+    with open_store(tmp_path / "index") as opened:
         with (
             pytest.raises(UserError, match="another process is still writing"),
-            store.writing(tmp_path / "index", wait=0.1),
+            open_store(tmp_path / "index", wait=0.1),
         ):
             pass
         opened.commit(None, [1])
@@ -193,7 +190,7 @@ def test_a_second_writer_is_told_and_the_first_goes_on(tmp_path, capsys):
 
 def test_a_second_writer_waits_for_the_first(tmp_path):
     write(tmp_path / "index", numbered(0, 3))
-    with store.writing(tmp_path / "index") as opened:
+    with open_store(tmp_path / "index") as opened:
         second = threading.Thread(target=lambda: write_waiting(tmp_path / "index"))
         second.start()
         opened.commit(None, [1])
@@ -202,15 +199,15 @@ def test_a_second_writer_waits_for_the_first(tmp_path):
 
 
 def write_waiting(folder):
-    with store.writing(folder, wait=30) as opened:
-        rows, _ = building.rows_with_ids(opened.snapshot, ["2"])
+    with open_store(folder, wait=30) as opened:
+        rows, _ = rows_with_ids(opened.snapshot, ["2"])
         opened.commit(None, rows)
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_a_flipped_byte_anywhere_is_found(tmp_path, seed):
     write(tmp_path / "index", numbered(0, 9))
-    with store.writing(tmp_path / "index") as opened:
+    with open_store(tmp_path / "index") as opened:
         opened.commit(None, [4])
     generator = random.Random(seed)
     files = sorted(path for path in (tmp_path / "index").iterdir() if path.name != ".lock")
@@ -257,12 +254,12 @@ def test_an_index_that_never_got_its_first_manifest_can_be_begun_again(tmp_path)
 MANY_COMMITS = """
 import resource, sys
 sys.path[:0] = [sys.argv[2], sys.argv[2] + "/tests", sys.argv[2] + "/tests/unit"]
-from common.search import store
-from test_store import numbered, write
+from common.search.index import open_store
+from test_index import numbered, write
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
 write(sys.argv[1], numbered(0, 300), block=1)
 write(sys.argv[1], numbered(0, 300, 1)[::3], block=1, update=True)
-with store.writing(sys.argv[1]) as opened:
+with open_store(sys.argv[1]) as opened:
     print(len(opened.snapshot.segments), opened.snapshot.num_rows)
 """
 
@@ -284,10 +281,10 @@ def test_hundreds_of_commits_leave_few_files(tmp_path):
 
 
 def test_joined_files_keep_their_rows_numbers_and_are_cut_by_rows_and_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "SEGMENT_ROWS", 100)
-    monkeypatch.setattr(store, "SIZES", (32, 100))
+    monkeypatch.setattr(index, "SEGMENT_ROWS", 100)
+    monkeypatch.setattr(index, "SIZES", (32, 100))
     write(tmp_path / "index", numbered(0, 20), block=1)
-    with store.writing(tmp_path / "index") as opened:
+    with open_store(tmp_path / "index") as opened:
         opened.commit(None, [4, 11])
         before = opened.snapshot.take(range(20))
     write(tmp_path / "index", numbered(20, 260), block=10)
@@ -295,9 +292,9 @@ def test_joined_files_keep_their_rows_numbers_and_are_cut_by_rows_and_bytes(tmp_
     assert snapshot.take(range(20)) == before and np.flatnonzero(~snapshot.alive()).tolist() == [4, 11]
     assert len(snapshot.segments) < 32 and max(len(segment.alive) for segment in snapshot.segments) == 100
     monkeypatch.setattr(
-        store, "SEGMENT_BYTES", 40 * snapshot.segments[0].num_bytes // len(snapshot.segments[0].alive)
+        index, "SEGMENT_BYTES", 40 * snapshot.segments[0].num_bytes // len(snapshot.segments[0].alive)
     )
-    with store.writing(tmp_path / "index") as opened:
+    with open_store(tmp_path / "index") as opened:
         opened.compact()
         assert (
             35 < max(len(segment.alive) for segment in opened.snapshot.segments) < 45
@@ -307,8 +304,8 @@ def test_joined_files_keep_their_rows_numbers_and_are_cut_by_rows_and_bytes(tmp_
 
 def test_a_commit_reads_no_file_that_was_there(tmp_path, monkeypatch):
     write(tmp_path / "index", numbered(0, 9))
-    with store.writing(tmp_path / "index") as opened:
-        monkeypatch.setattr(store, "map_file", None)
+    with open_store(tmp_path / "index") as opened, monkeypatch.context() as patched:
+        patched.setattr(index, "map_file", None)
         opened.commit(None, [4])
         opened.commit(None, [5])
     assert len(contents(open_snapshot(tmp_path / "index"))) == 7
@@ -325,11 +322,11 @@ def test_a_writer_takes_no_file_from_a_reader_that_checks_them(tmp_path, monkeyp
         if not isinstance(content, bytes) and not changed:  # a file of the index, not its manifest
             changed.append(True)
             write(tmp_path / "index", numbered(0, 4, 1), update=True)
-            with store.writing(tmp_path / "index") as opened:
+            with open_store(tmp_path / "index") as opened:
                 opened.compact()
         return sha256(content)
 
-    monkeypatch.setattr("common.search.snapshot.hashlib", types.SimpleNamespace(sha256=check))
+    monkeypatch.setattr("common.search.index.hashlib", types.SimpleNamespace(sha256=check))
     assert contents(open_snapshot(tmp_path / "index"))["0"] == ("text 0 0", 0) and changed
     assert contents(open_snapshot(tmp_path / "index"))["0"] == ("text 0 1", 1)
 
@@ -343,13 +340,13 @@ def test_any_arrow_reader_reads_the_files(tmp_path):
     )
 
 
-def test_lookup_is_a_dictionary():
-    found, expected, generator = lookup.Lookup(), {}, random.Random(0)
+def test_a_row_table_is_a_dictionary():
+    found, expected, generator = texts.RowTable(), {}, random.Random(0)
     for start in range(0, 300_000, 50_000):
-        digests = [lookup.digest(str(generator.randrange(200_000))) for _ in range(50_000)]
+        digests = [texts.digest(str(generator.randrange(200_000))) for _ in range(50_000)]
         found.add(digests, range(start, start + 50_000))
         expected.update(zip(digests, range(start, start + 50_000)))
-    wanted = [lookup.digest(str(number)) for number in range(0, 250_000, 7)] + [b"\0" * 16]
+    wanted = [texts.digest(str(number)) for number in range(0, 250_000, 7)] + [b"\0" * 16]
     assert found.find(wanted).tolist() == [expected.get(key, -1) for key in wanted]
     assert len(found.keys) > 100_000  # it was merged
 
@@ -357,7 +354,9 @@ def test_lookup_is_a_dictionary():
 MEMORY = """
 import json, sys, threading, time
 sys.path[:0] = [sys.argv[2], sys.argv[2] + "/tests"]
-from common.search import building, store, texts
+from common.search import texts
+from common.search.builder import Builder, fill, settings_of
+from common.search.index import open_store
 from conftest import StubEncoder
 def private():
     line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
@@ -369,10 +368,10 @@ def watch():
 before = private()
 threading.Thread(target=watch, daemon=True).start()
 collection = texts.read(path, text_column="text")
-settings = building.settings_of(encoder, id_column=None, chunk_overlap=None)
-with store.writing(path + ".index", settings=settings) as opened:
-    builder = building.Builder(opened, encoder)
-    building.fill(builder, collection, block=4096)
+settings = settings_of(encoder, id_column=None, chunk_overlap=None)
+with open_store(path + ".index", settings=settings) as opened:
+    builder = Builder(opened, encoder)
+    fill(builder, collection, block=4096)
 done.set()
 print(json.dumps({"rows": opened.snapshot.num_rows, "grown": peak[0] - before}))
 """

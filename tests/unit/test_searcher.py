@@ -10,12 +10,14 @@ import types
 import numpy as np
 import pytest
 import torch
+from test_index import collection, numbered
 from test_kernel import unit
-from test_store import collection, numbered
 
 from common.errors import UserError
-from common.search import building, sidecar, store
-from common.search.ranking import Searcher, fuse
+from common.search import index
+from common.search.builder import Builder, fill, settings_of
+from common.search.index import open_store
+from common.search.searcher import Searcher, cached, fuse
 
 
 class Given:
@@ -46,10 +48,8 @@ class Given:
 
 def searcher(folder, vectors, query, *, allowed=None, **options):
     encoder = Given(vectors, query)
-    with store.writing(
-        folder, settings=building.settings_of(encoder, id_column="key", chunk_overlap=None)
-    ) as opened:
-        building.fill(building.Builder(opened, encoder), collection(numbered(0, len(vectors))), block=700)
+    with open_store(folder, settings=settings_of(encoder, id_column="key", chunk_overlap=None)) as opened:
+        fill(Builder(opened, encoder), collection(numbered(0, len(vectors))), block=700)
         snapshot = opened.snapshot
     return Searcher(
         snapshot, encoder, snapshot.alive() if allowed is None else allowed, say=lambda line: None, **options
@@ -101,8 +101,8 @@ def test_reranking_stops_at_its_depth_and_the_rest_stays_behind(tmp_path):
     assert rows(reranked.search(["x"], 2)) == [3, 2]
 
 
-def test_a_query_without_direction_is_refused(tmp_path):
-    with pytest.raises(UserError, match="query 'x'.*no direction"):
+def test_a_query_whose_embedding_has_norm_zero_is_refused(tmp_path):
+    with pytest.raises(UserError, match="query 'x'.*norm zero"):
         searcher(tmp_path / "index", unit(np.eye(16)), np.full(16, np.nan)).search(["x"], 3)
 
 
@@ -128,9 +128,9 @@ def test_caches_of_older_states_and_of_killed_processes_go(tmp_path):
     killed, working = tmp_path / "index" / "cache-faiss.killed", tmp_path / "index" / "cache-faiss.working"
     killed.mkdir()
     working.mkdir()
-    os.utime(killed, (time.time() - 2 * sidecar.GIVEN_UP,) * 2)
+    os.utime(killed, (time.time() - 2 * index.ABANDONED,) * 2)
     assert (tmp_path / "index" / "cache-faiss").is_dir()
-    with store.writing(tmp_path / "index") as opened:
+    with open_store(tmp_path / "index") as opened:
         assert (tmp_path / "index" / "cache-faiss").is_dir() and not killed.exists() and working.exists()
         opened.commit(None, [3])  # its vector must not outlive it
     assert not (tmp_path / "index" / "cache-faiss").exists() and working.exists()
@@ -139,10 +139,10 @@ def test_caches_of_older_states_and_of_killed_processes_go(tmp_path):
 def test_a_build_that_fails_leaves_nothing_and_one_that_is_overtaken_counts(tmp_path):
     snapshot = searcher(tmp_path / "index", unit(np.eye(16)), None).snapshot
     with pytest.raises(ZeroDivisionError):
-        sidecar.cached(snapshot, "x", build=lambda folder: 1 / 0, load=str)
+        cached(snapshot, "x", build=lambda folder: 1 / 0, load=str)
     assert not list((tmp_path / "index").glob("cache-*"))
     with pytest.raises(UserError, match="cache-x: the cache can't be written: Read-only file system"):
-        sidecar.cached(
+        cached(
             snapshot, "x", build=lambda folder: (_ for _ in ()).throw(OSError(30, os.strerror(30))), load=str
         )
 
@@ -153,12 +153,10 @@ def test_a_build_that_fails_leaves_nothing_and_one_that_is_overtaken_counts(tmp_
         (folder / "content").write_text("mine")
         # another process makes the same in the meantime
         if not (tmp_path / "index" / "cache-x").exists():
-            sidecar.cached(
-                snapshot, "x", build=lambda other: (other / "content").write_text("theirs"), load=read
-            )
+            cached(snapshot, "x", build=lambda other: (other / "content").write_text("theirs"), load=read)
 
-    assert sidecar.cached(snapshot, "x", build=build, load=read) == "mine"
+    assert cached(snapshot, "x", build=build, load=read) == "mine"
     assert (
-        sidecar.cached(snapshot, "x", build=None, load=read) == "mine"
+        cached(snapshot, "x", build=None, load=read) == "mine"
         and len(list((tmp_path / "index").glob("cache-*"))) == 1
     )

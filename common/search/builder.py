@@ -1,0 +1,376 @@
+"""A collection -> rows of an index: texts are compared with the index, new ones are split into
+chunks and encoded, and each block is committed before the next begins.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from tqdm import tqdm
+
+from common.errors import UserError
+from common.runtime import Runtime
+from common.search import texts
+from common.search.encoder import Chunk, Encoder, EncoderConfig, load_encoder, split_into_chunks
+from common.search.index import (
+    CHUNK,
+    HASH,
+    ID,
+    NUM_CHUNKS,
+    START,
+    TEXT,
+    VECTOR,
+    Settings,
+    Snapshot,
+    Store,
+    open_store,
+    vector_array,
+)
+from common.search.texts import Collection, RowTable, digest, ids_of, unused_name
+
+SCAN = 10_000  # rows read at once
+# the settings of an index, and the flag that must agree with each
+CHECKED_SETTINGS = {
+    "fingerprint": "--model",
+    "width": "--model",
+    "pooling": "--model",
+    "max_length": "--max-length",
+    "id_column": "--id-column",
+    "chunk_overlap": "--chunk and --chunk-overlap",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a command reads: texts, or the rows of an index where a condition holds; and how texts
+    are encoded.
+    """
+
+    encoder: EncoderConfig
+    texts: str | None
+    index: str | None
+    where: str | None
+    text_column: str
+    skip_bad: bool
+    block: int  # texts encoded at once
+
+    def read(self, id_column: str | None = None) -> Collection:
+        """Return the texts."""
+        return texts.read(
+            self.texts or "",
+            text_column=self.text_column,
+            id_column=id_column,
+            skip_bad=self.skip_bad,
+            cache_dir=self.encoder.cache_dir,
+        )
+
+
+def settings_of(encoder: Encoder, *, id_column: str | None, chunk_overlap: int | None) -> Settings:
+    """Return the settings of an index of an encoder's embeddings; `chunk_overlap` is None for whole
+    texts.
+    """
+    return {**encoder.identity(), "id_column": id_column, "chunk_overlap": chunk_overlap}
+
+
+def check_settings(index: str, wanted: Mapping[str, object], settings: Settings) -> None:
+    """Raise UserError when an index was made with other settings than those that are wanted now."""
+    for name, flag in CHECKED_SETTINGS.items():
+        if name in wanted and wanted[name] != settings.get(name):
+            was, now = _describe_setting(name, settings), _describe_setting(name, wanted)
+            problem = f"it was made {was}, not {now}; their embeddings or rows can't be compared"
+            raise UserError(f"--index {index}: {problem}; give the same {flag}, or another --index")
+
+
+def load_index_encoder(config: EncoderConfig, runtime: Runtime, snapshot: Snapshot) -> Encoder:
+    """Return the encoder of an index; flags that name another one are refused."""
+    settings = snapshot.settings
+    encoder = load_encoder(config.with_defaults(settings["model"], settings["max_length"]), runtime)
+    check_settings(str(snapshot.folder), encoder.identity(), settings)
+    return encoder
+
+
+def _describe_setting(name: str, settings: Mapping[str, object]) -> str:
+    """Return how a setting reads in "it was made ..."; None: whole texts, or texts without ids."""
+    value = settings[name]
+    if value is None:
+        return f"without {CHECKED_SETTINGS[name].split()[0]}"
+    if name == "fingerprint":
+        value = f"{settings['model']} ({str(value)[:12]})"
+    return f"with {name} {value}"
+
+
+@dataclass
+class Counts:
+    """What became of the texts. `encoded` counts the different ones that went through the model,
+    `cut` those whose end was cut off.
+    """
+
+    added: int = 0
+    updated: int = 0
+    unchanged: int = 0
+    repeated: int = 0
+    bad: int = 0
+    encoded: int = 0
+    cut: int = 0
+
+    @property
+    def committed(self) -> int:
+        """The number of texts that were written."""
+        return self.added + self.updated
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the rows of a block are to the index; of rows with the same id the first counts."""
+
+    ids: list[str]
+    hashes: list[bytes]  # of the text (16 bytes) and of the metadata (16 bytes)
+    known: np.ndarray  # the first row of the document in the index, -1 for none
+    repeated: np.ndarray  # the id occurred before, in this run
+    same: np.ndarray  # the index has the document with this hash
+
+    @property
+    def new(self) -> np.ndarray:
+        """A mask of the rows to add."""
+        return (self.known < 0) & ~self.repeated
+
+    @property
+    def changed(self) -> np.ndarray:
+        """A mask of the rows that differ from their document in the index."""
+        return (self.known >= 0) & ~self.same & ~self.repeated
+
+    @property
+    def unchanged(self) -> np.ndarray:
+        """A mask of the rows that the index has already."""
+        return self.same & ~self.repeated
+
+
+class Builder:
+    """Writes the texts of a collection to a store. `role` decides which prompt of the model is put
+    before each text.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        encoder: Encoder,
+        *,
+        update: bool = False,
+        skip_bad: bool = False,
+        role: str | None = "document",
+    ) -> None:
+        self.store, self.encoder, self.counts = store, encoder, Counts()
+        self.update, self.skip_bad, self.role = update, skip_bad, role
+        self.id_column = store.snapshot.settings["id_column"]
+        self.chunk_overlap = store.snapshot.settings["chunk_overlap"]
+        # document id, text of a chunk -> row; ids of this run
+        self.documents, self.chunks, self.seen = RowTable(), RowTable(), RowTable()
+        rows = np.flatnonzero(store.snapshot.alive())
+        for start in range(0, len(rows), SCAN):
+            here = rows[start : start + SCAN]
+            entries = store.snapshot.take(here, [ID, CHUNK, TEXT])
+            self.chunks.add([digest(entry[TEXT]) for entry in entries], here)
+            firsts = [number for number, entry in enumerate(entries) if entry[CHUNK] == 0]
+            self.documents.add([digest(entries[number][ID]) for number in firsts], here[firsts])
+
+    def check(self, collection: Collection) -> None:
+        """Raise UserError, before anything is written, when the collection has other columns than
+        the index, or changed rows without `update`.
+        """
+        columns = self.store.snapshot.manifest["columns"]
+        fields = [field for field in collection.rows.schema if field.name != TEXT]
+        given = {field.name: str(field.type) for field in fields}
+        if not self.store.snapshot.num_rows:
+            return
+        if columns != given:
+            name = sorted(dict(columns.items() ^ given.items()))[0]
+            here, there = given.get(name, "missing"), columns.get(name, "missing")
+            problem = f"column {name!r} is {here}, in the index it is {there}"
+            advice = "make the columns equal, or use another --index"
+            raise UserError(f"{collection.name}: {problem}; {advice}")
+        seen = RowTable()
+        for numbers, table in collection.blocks(SCAN) if not self.update else ():
+            plan = self._plan(table, seen)
+            for row in np.flatnonzero(plan.changed)[:1]:
+                location = collection.location(numbers[row])
+                problem = f"the index has id {plan.ids[row]!r} with another text or other columns"
+                raise UserError(f"{location}: {problem}; give --update to replace it")
+
+    def add(self, numbers: np.ndarray, table: pa.Table, collection: Collection) -> None:
+        """Encode what is new in a block of the collection, whose rows have these numbers, and
+        commit it; changed documents are replaced in the same commit.
+        """
+        plan = self._plan(table, self.seen)
+        chosen = np.flatnonzero(plan.new | plan.changed)
+        texts = table[TEXT].take(pa.array(chosen)).to_pylist()
+        if self.chunk_overlap is None:
+            chunks = [[Chunk(0, text)] for text in texts]
+        else:
+            chunks = split_into_chunks(texts, self.encoder, overlap=self.chunk_overlap)
+        owners = np.repeat(np.arange(len(chunks)), [len(parts) for parts in chunks])
+        vectors = self._vectors([chunk.text for parts in chunks for chunk in parts])
+        unusable = np.unique(owners[~np.isfinite(vectors).all(1)])
+        if len(unusable) and not self.skip_bad:
+            location = collection.location(numbers[chosen[unusable[0]]])
+            problem = "the embedding of this text has norm zero, NaN or infinity"
+            committed = f"{self.counts.committed:,} texts of earlier blocks were committed"
+            advice = "remove the row, skip it with --skip-bad, or try --precision fp32"
+            raise UserError(f"{location}: {problem}; {committed}; {advice}")
+        kept = np.setdiff1d(np.arange(len(chosen)), unusable)
+        chosen, chunks = chosen[kept], [chunks[n] for n in kept]
+        vectors = vectors[np.isin(owners, kept)]
+        if len(chosen):
+            self._commit(table, plan, chosen, chunks, vectors)
+        self._count(plan, chosen)
+
+    def _plan(self, table: pa.Table, seen: RowTable) -> Plan:
+        """Compare a block's rows with the index, and with the rows `seen` before, to which they are
+        added.
+        """
+        texts, rows = table[TEXT].to_pylist(), table.drop_columns([TEXT]).to_pylist()
+        metadata = [json.dumps(row, default=str, sort_keys=True) for row in rows]
+        hashes = [digest(text) + digest(more) for text, more in zip(texts, metadata)]
+        ids = ids_of(table, self.id_column)
+        keys = [digest(key) for key in ids]
+        known = self.documents.find(keys)
+        indexed = np.flatnonzero(known >= 0)
+        same, entries = np.zeros(len(ids), bool), self.store.snapshot.take(known[indexed], [HASH])
+        same[indexed] = [entry[HASH] == hashes[row] for entry, row in zip(entries, indexed)]
+        firsts = {key: row for row, key in reversed(list(enumerate(keys)))}
+        repeated_here = np.array([firsts[key] != row for row, key in enumerate(keys)])
+        repeated = (seen.find(keys) >= 0) | repeated_here
+        seen.add(keys, range(len(keys)))
+        return Plan(ids, hashes, known, repeated, same)
+
+    def _commit(
+        self, table: pa.Table, plan: Plan, chosen: np.ndarray, chunks: list[list[Chunk]], vectors: np.ndarray
+    ) -> None:
+        """Write one row per chunk of the chosen texts; delete the documents that they replace."""
+        sizes = np.array([len(parts) for parts in chunks])
+        numbers = np.concatenate([np.arange(size) for size in sizes])
+        owners = np.repeat(chosen, sizes)  # the row in `table` of each chunk
+        flat = [chunk for parts in chunks for chunk in parts]
+        columns = {
+            ID: pa.array([plan.ids[owner] for owner in owners]),
+            HASH: pa.array([plan.hashes[owner] for owner in owners], pa.binary(32)),
+            CHUNK: pa.array(numbers, pa.int32()),
+            NUM_CHUNKS: pa.array(np.repeat(sizes, sizes), pa.int32()),
+            START: pa.array([chunk.start for chunk in flat], pa.int32()),
+            TEXT: pa.array([chunk.text for chunk in flat], pa.large_string()),
+        }
+        metadata = table.drop_columns([TEXT]).take(pa.array(owners))
+        columns |= {name: metadata[name] for name in metadata.column_names}
+        columns[VECTOR] = vector_array(vectors)
+        before = self.store.snapshot.num_rows
+        replaced = plan.known[chosen][plan.changed[chosen]]
+        self.store.commit(pa.table(columns), whole_documents(self.store.snapshot, replaced))
+        rows = before + np.arange(len(flat))
+        self.chunks.add([digest(chunk.text) for chunk in flat], rows)
+        self.documents.add([digest(plan.ids[owner]) for owner in chosen], rows[numbers == 0])
+
+    def _vectors(self, texts: list[str]) -> np.ndarray:
+        """Return a unit vector (texts, width) for each text: from the index where it has the text
+        already, else from the model.
+        """
+        known = self.chunks.find([digest(text) for text in texts])
+        vectors = np.empty((len(texts), self.encoder.width), np.float32)
+        vectors[known >= 0] = self.store.snapshot.vectors_of(known[known >= 0])
+        new = np.flatnonzero(known < 0)
+        if len(new):
+            new_texts = [texts[number] for number in new]
+            vectors[new] = self.encoder.encode_unit(new_texts, role=self.role)
+        return vectors
+
+    def _count(self, plan: Plan, chosen: np.ndarray) -> None:
+        counts = self.counts
+        counts.added += int(plan.new[chosen].sum())
+        counts.updated += int(plan.changed[chosen].sum())
+        counts.unchanged += int(plan.unchanged.sum())
+        counts.repeated += int(plan.repeated.sum())
+        counts.bad += int((plan.new | plan.changed).sum()) - len(chosen)
+        counts.encoded, counts.cut = self.encoder.num_encoded, self.encoder.num_cut
+
+
+def rows_with_ids(snapshot: Snapshot, ids: list[str]) -> tuple[np.ndarray, list[str]]:
+    """Return the live rows of some documents, and the ids that the index does not have."""
+    rows, known = [np.zeros(0, np.int64)], set()
+    for start, segment in zip(snapshot.starts, snapshot.segments):
+        matching = pc.is_in(segment.table[ID], value_set=pa.array(ids)).to_numpy()
+        here = np.flatnonzero(matching & segment.alive)
+        rows.append(here + start)
+        known.update(segment.table[ID].take(pa.array(here)).to_pylist())
+    return np.concatenate(rows), [key for key in ids if key not in known]
+
+
+def whole_documents(snapshot: Snapshot, rows: np.ndarray) -> np.ndarray:
+    """Return the rows of all chunks of the documents that some rows belong to."""
+    entries = snapshot.take(rows, [CHUNK, NUM_CHUNKS])
+    firsts = {int(row) - entry[CHUNK]: entry[NUM_CHUNKS] for row, entry in zip(rows, entries)}
+    all_rows = [first + n for first in sorted(firsts) for n in range(firsts[first])]
+    return np.array(all_rows, dtype=np.int64)
+
+
+def fill(builder: Builder, collection: Collection, *, block: int) -> None:
+    """Write a collection to the builder's store, `block` texts per commit, with a progress bar on a
+    terminal.
+    """
+    builder.counts.bad = len(collection.bad)
+    builder.check(collection)
+    with tqdm(
+        total=len(collection),
+        unit="text",
+        desc="encoding",
+        leave=False,
+        file=sys.stderr,
+        dynamic_ncols=True,
+        disable=None,
+    ) as bar:
+        for numbers, table in collection.blocks(block):
+            builder.add(numbers, table, collection)
+            bar.update(len(table))
+
+
+def build_temporary(
+    source: Source,
+    collection: Collection,
+    encoder: Encoder,
+    folder: str,
+    *,
+    say: Callable[[str], None],
+    id_column: str | None = None,
+    role: str | None = "document",
+) -> Snapshot:
+    """Return an index of a collection for the duration of one command; without `id_column` the ids
+    are the rows' numbers from 1, and equal texts stay separate rows.
+    """
+    if id_column is None:
+        id_column = unused_name("_number", collection.rows.column_names)
+        numbers = pa.array(np.arange(1, len(collection.rows) + 1))
+        rows = collection.rows.append_column(id_column, numbers)
+        collection = dataclasses.replace(collection, rows=rows)
+    settings = settings_of(encoder, id_column=id_column, chunk_overlap=None)
+    with open_store(Path(folder) / "index", settings=settings) as store:
+        fill(Builder(store, encoder, role=role), collection, block=source.block)
+    say(f"texts    {collection.name}: {len(collection):,}")
+    for note in notes(collection, encoder.num_cut, encoder.max_length):
+        say(note)
+    return store.snapshot
+
+
+def notes(collection: Collection, num_cut: int, max_length: int) -> list[str]:
+    """Return what a person should know about texts that were skipped or cut."""
+    lines = []
+    if collection.bad:
+        row, reason = min(collection.bad.items())
+        first = f"{collection.location(row)}: {reason}"
+        lines.append(f"         {len(collection.bad):,} skipped; the first: {first}")
+    if num_cut:
+        cut = f"{num_cut:,} are longer than {max_length} tokens and were cut there"
+        lines.append(f"         {cut}; index --chunk reads them whole")
+    return lines

@@ -1,0 +1,265 @@
+"""How good a search is: queries and relevance judgements in, nDCG, MRR and recall out; and how well
+an encoder agrees with human scores of sentence pairs (Spearman's rank correlation).
+"""
+
+import contextlib
+import dataclasses
+import json
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytrec_eval
+from scipy.stats import spearmanr
+from sentence_transformers import CrossEncoder
+
+from common import bundled, reading
+from common.errors import UserError
+from common.runtime import Runtime
+from common.search import texts
+from common.search.builder import Source, build_temporary, load_index_encoder, rows_with_ids
+from common.search.encoder import Encoder, load_encoder
+from common.search.index import ID, TEXT, Snapshot, open_snapshot
+from common.search.kernel import exact_scores
+from common.search.searcher import Searcher
+
+DEPTH = 100  # documents looked at for recall@100
+MEASURES = {
+    "nDCG@10": "ndcg_cut_10",
+    "MRR@10": "recip_rank",
+    "recall@1": "recall_1",
+    "recall@10": "recall_10",
+    "recall@100": "recall_100",
+}
+BUNDLED_IDS = "id"  # the column of the ids of the bundled task
+Judgements = dict[str, dict[str, int]]  # query id -> document id -> relevance (0: not relevant)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a search is scored on. `queries`: id -> text."""
+
+    name: str
+    queries: dict[str, str]
+    judgements: Judgements
+
+
+@dataclass(frozen=True)
+class OpenTask:
+    """A task with the documents to search, and the seconds that encoding took (0 for an index)."""
+
+    task: Task
+    snapshot: Snapshot
+    encoder: Encoder
+    seconds: float
+
+
+@dataclass(frozen=True)
+class TaskFiles:
+    """The files of a task, and the column of its documents' ids."""
+
+    queries: str | None  # JSONL
+    qrels: str | None  # judgements in TREC form
+    id_column: str = "id"
+
+
+def retrieval_scores(judgements: Judgements, hits: dict[str, list[str]]) -> dict[str, float]:
+    """Return the mean of each measure over the judged queries, by trec_eval; a query without hits
+    counts 0.
+
+    `hits`: query id -> document ids, best first. MRR looks at the first ten.
+    """
+    # scores that never tie: minus the rank
+    ranked = {
+        query: {document: float(-rank) for rank, document in enumerate(hits.get(query, []))}
+        for query in judgements
+    }
+    first_ten = {query: dict(list(documents.items())[:10]) for query, documents in ranked.items()}
+    evaluator = pytrec_eval.RelevanceEvaluator(judgements, {"ndcg_cut.10", "recall.1,10,100"})
+    whole = evaluator.evaluate(ranked)
+    short = pytrec_eval.RelevanceEvaluator(judgements, {"recip_rank"}).evaluate(first_ten)
+    merged = [{**whole.get(query, {}), **short.get(query, {})} for query in judgements]
+    values = {name: [scores.get(key, 0.0) for scores in merged] for name, key in MEASURES.items()}
+    return {name: float(np.mean(scores)) for name, scores in values.items()}
+
+
+def score_all(
+    searcher: Searcher, task: Task, *, reranker: CrossEncoder | None = None
+) -> dict[str, dict[str, float]]:
+    """Return the measures of exact, approximate and hybrid search, and of exact search reranked by
+    a cross-encoder.
+    """
+    searchers = {
+        "exact": searcher,
+        "approximate": dataclasses.replace(searcher, approximate=True),
+        "hybrid": dataclasses.replace(searcher, hybrid=True),
+    }
+    if reranker:
+        searchers["reranked"] = dataclasses.replace(searcher, reranker=reranker)
+    return {name: score(own, task) for name, own in searchers.items()}
+
+
+def score(searcher: Searcher, task: Task) -> dict[str, float]:
+    """Return the measures of one way of searching."""
+    hits = searcher.search([task.queries[query] for query in task.judgements], DEPTH)
+    ids = {}
+    for query, best in zip(task.judgements, hits):
+        ids[query] = [row[ID] for row in searcher.snapshot.take([hit.row for hit in best], [ID])]
+    return retrieval_scores(task.judgements, ids)
+
+
+def bundled_task(name: str) -> tuple[Task, texts.Collection]:
+    """Return the task of finding each article of a bundled set of news by its headline, and the
+    articles without their headlines, whose ids are their rows.
+    """
+    if name not in bundled.DATASETS:
+        raise UserError(f"{name}: no such bundled data set; there is {', '.join(bundled.DATASETS)}")
+    articles, queries, judgements = [], {}, {}
+    for row, text in enumerate(bundled.DATASETS[name]()["text"][:]):
+        headline, _, article = text.partition("\n")
+        if headline.strip() and article.strip():
+            queries[f"q{row}"], judgements[f"q{row}"] = headline.strip(), {str(row): 1}
+            articles.append({BUNDLED_IDS: str(row), TEXT: article.strip()})
+    schema = pa.schema({BUNDLED_IDS: pa.string(), TEXT: pa.large_string()})
+    rows = pa.Table.from_pylist(articles, schema)
+    title = f"{name}: headlines as queries, the articles without them as texts"
+    task = Task(title, queries, judgements)
+    return task, texts.Collection(name, rows, "row", {})
+
+
+def read_task(queries_file: str, judgements_file: str) -> Task:
+    """Return the task of two files: queries (JSONL with `id` or `_id`, and `text`) and judgements
+    (TREC qrels: query, 0, document, relevance).
+
+    Raises UserError, naming file and line.
+    """
+    queries: dict[str, str] = {}
+    for number, line in enumerate(reading.read_lines(queries_file), start=1):
+        location = f"{queries_file}, line {number}"
+        try:
+            entry = json.loads(line)
+            key, text = str(entry.get("id", entry.get("_id", ""))), entry["text"]
+        except (ValueError, KeyError, AttributeError) as error:
+            example = '{"id": "q1", "text": "..."}'
+            raise UserError(f"{location}: not a query; write one JSON object per line: {example}") from error
+        if key in queries:
+            raise UserError(f"{location}: the id {key!r} is not unique: it occurs above; change it")
+        if not key or not isinstance(text, str):
+            raise UserError(f"{location}: a query needs an id and a text; correct the line")
+        texts.check_query(text, location)
+        queries[key] = text
+    return Task(Path(queries_file).name, queries, _read_judgements(judgements_file, queries))
+
+
+def _read_judgements(file: str, queries: dict[str, str]) -> Judgements:
+    judgements: Judgements = {}
+    for number, line in enumerate(reading.read_lines(file), start=1):
+        fields = line.split()
+        if len(fields) != 4 or not re.fullmatch("-?[0-9]{1,9}", fields[3]):
+            form = "query 0 document relevance, the relevance a whole number"
+            raise UserError(f"{file}, line {number}: not a TREC judgement; write: {form}")
+        if fields[0] not in queries:
+            problem = f"no query {fields[0]!r} in the file of queries"
+            raise UserError(f"{file}, line {number}: {problem}; add it or remove the line")
+        judgements.setdefault(fields[0], {})[fields[2]] = int(fields[3])
+    return judgements
+
+
+@contextlib.contextmanager
+def open_task(
+    files: TaskFiles,
+    source: Source,
+    runtime: Runtime,
+    *,
+    say: Callable[[str], None],
+    encoder: Encoder | None = None,
+) -> Iterator[OpenTask]:
+    """Yield a task, the documents to search, their encoder, and the seconds that encoding took (0
+    for an index). Without files it is the bundled task.
+    """
+    documents = f"--texts {source.texts}" if source.texts else f"--index {source.index}"
+    if bool(files.queries) != bool(files.qrels):
+        raise UserError("--queries and --qrels: each needs the other")
+    if files.queries and bool(source.texts) == bool(source.index):
+        raise UserError("--queries and --qrels: name the documents with --texts or --index")
+    if not files.queries and (source.texts or source.index):
+        reason = "the bundled task, which is scored without them, has its own texts"
+        raise UserError(f"{documents}: say what to find with --queries and --qrels; {reason}")
+    id_column, collection = files.id_column, None
+    if not (files.queries and files.qrels):
+        (task, collection), id_column = bundled_task("bundled/bbc-news"), BUNDLED_IDS
+    else:
+        task = read_task(files.queries, files.qrels)
+        collection = source.read(id_column) if source.texts else None
+    with tempfile.TemporaryDirectory() as folder:
+        seconds = 0.0
+        if collection is None:
+            snapshot = open_snapshot(source.index or "")
+            encoder = load_index_encoder(source.encoder, runtime, snapshot)
+        else:
+            encoder, started = encoder or load_encoder(source.encoder, runtime), time.perf_counter()
+            snapshot = build_temporary(source, collection, encoder, folder, say=say, id_column=id_column)
+            seconds = time.perf_counter() - started
+        check_documents(task, snapshot, say)
+        yield OpenTask(task, snapshot, encoder, seconds)
+
+
+def check_documents(task: Task, snapshot: Snapshot, say: Callable[[str], None]) -> None:
+    """Say how many of the documents that are judged relevant the index does not have. Raises
+    UserError when it has none of them.
+    """
+    judged = [item for documents in task.judgements.values() for item in documents.items()]
+    relevant = list({document for document, relevance in judged if relevance > 0})
+    _, missing = rows_with_ids(snapshot, relevant)
+    example = f", such as {missing[0]!r}" if missing else ""
+    if len(missing) == len(relevant):
+        raise UserError(
+            f"{task.name}: none of the {len(relevant):,} documents that are judged relevant is there"
+            f"{example}; name their texts or their index, with the ids of the judgements"
+        )
+    if missing:
+        say(
+            f"judged   {len(missing):,} of {len(relevant):,} documents that are judged relevant are"
+            f" missing{example}: they count as not found"
+        )
+
+
+def sts_score(encoder: Encoder, file: str, columns: list[str], *, block: int) -> dict[str, int | float]:
+    """Return Spearman's correlation of the cosine of two texts with a human score; `columns` names
+    both texts and the score in a data file.
+    """
+    rows = reading.read_file(Path(file), cache_dir=encoder.cache_dir)
+    for column in columns:
+        reading.require_column(rows.column_names, column, source=file, flag="--columns")
+    for column in columns[:2]:
+        reading.check_texts(rows, column, source=file)
+    try:
+        human = np.array(rows[columns[2]][:], dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        problem = f"column {columns[2]!r} does not hold numbers"
+        advice = "name two texts and a score with --columns"
+        raise UserError(f"{file}: {problem}; {advice}") from error
+    if not np.isfinite(human).all():
+        row = int(np.flatnonzero(~np.isfinite(human))[0]) + 1
+        problem = f"the score in column {columns[2]!r} is missing"
+        raise UserError(f"{file}, row {row}: {problem}; fill it in")
+    cosines = []
+    for start in range(0, len(human), block):
+        part = rows[start : start + block]
+        left, right = (encoder.encode_unit(part[column]) for column in columns[:2])
+        cosines.append(exact_scores(left, right))
+    return {"pairs": len(human), "spearman": _spearman(np.concatenate(cosines), human, file)}
+
+
+def _spearman(cosines: np.ndarray, human: np.ndarray, file: str) -> float:
+    """Return the correlation. Raises UserError where there is none: equal numbers have no ranks."""
+    for values, what in ((human, "human scores"), (cosines, "cosines")):
+        if not np.isfinite(values).all() or np.ptp(values) == 0:
+            problem = f"the {what} of its {len(values)} pairs are all equal or not numbers"
+            raise UserError(f"{file}: {problem}, so they have no correlation; name pairs that differ")
+    return float(spearmanr(cosines, human).statistic)

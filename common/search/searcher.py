@@ -1,0 +1,345 @@
+"""Queries -> the best documents of an index: exact or approximate cosine similarity, fused with
+BM25, reranked by a cross-encoder, filtered by an SQL condition.
+"""
+
+import contextlib
+import functools
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import bm25s
+import duckdb
+import faiss
+import numpy as np
+import pyarrow as pa
+import torch
+from bm25s.tokenization import Tokenized
+from sentence_transformers import CrossEncoder
+
+from common import files
+from common.errors import UserError, one_line
+from common.search import kernel
+from common.search.encoder import Encoder
+from common.search.index import (
+    CACHE_PREFIX,
+    CACHE_STAMP,
+    HASH,
+    ID,
+    RESERVED_COLUMNS,
+    TEXT,
+    Snapshot,
+    cache_stamp,
+)
+from common.search.kernel import Ranking
+from common.search.texts import unused_name
+
+QUERIES = 64  # searched at once
+FUSED = 100  # rows of each ranking that are fused
+RRF_K = 60  # Cormack, Clarke, Buettcher (SIGIR 2009)
+CHUNKS_PER_DOCUMENT = 4  # looked at for each document wanted, at first
+NO_WORDS = "no-words"  # a file in the cache of texts without any word that BM25 counts
+# of the rows: when --where leaves fewer, the graph misses many of them, and exact search is fast
+SMALL_SHARE = 0.1
+# of FAISS's HNSW graph: 0.99 of the exact neighbours and more, see README
+LINKS, BUILD_BREADTH, SEARCH_BREADTH = 32, 200, 200
+# DuckDB gets no access to files, network or extensions
+SAFE_SETTINGS: dict[str, bool | float | int | list[str] | str] = {
+    "enable_external_access": "false",
+    "autoload_known_extensions": "false",
+    "autoinstall_known_extensions": "false",
+}
+Cached = TypeVar("Cached")
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A document that was found: the row of its best chunk, and the score that ranked it."""
+
+    row: int
+    score: float
+
+
+@dataclass
+class Searcher:
+    """An index and the way in which it is searched. `allowed` (rows) is False for rows that may not
+    be found.
+    """
+
+    snapshot: Snapshot
+    encoder: Encoder
+    allowed: np.ndarray
+    approximate: bool = False
+    hybrid: bool = False
+    reranker: CrossEncoder | None = None
+    rerank_depth: int = 100
+    say: Callable[[str], None] = print
+
+    def search(self, queries: list[str], k: int) -> list[list[Hit]]:
+        """Return the k best documents for each query, best first; of equal ones the lower row comes
+        first. Fewer where there are fewer.
+
+        With a reranker the best `rerank_depth` come in its order and with its scores; the others
+        follow in their own order. Raises UserError for a query whose embedding has norm zero.
+        """
+        hits: list[list[Hit]] = []
+        for start in range(0, len(queries), QUERIES):
+            block = queries[start : start + QUERIES]
+            vectors = self.encoder.encode_unit(block, role="query")
+            for number in np.flatnonzero(~np.isfinite(vectors).all(1)):
+                problem = "its embedding has norm zero, NaN or infinity"
+                raise UserError(f"query {block[number]!r}: {problem}; reword it, or try --precision fp32")
+            hits += self._best_documents(block, vectors, k)
+        return hits
+
+    def _best_documents(self, queries: list[str], vectors: np.ndarray, k: int) -> list[list[Hit]]:
+        """Rank rows and keep the best row of each document; look deeper until there are k
+        documents.
+        """
+        wanted = max(k, self.rerank_depth if self.reranker else 0)
+        depth = CHUNKS_PER_DOCUMENT * wanted if self._has_chunks else wanted
+        while True:
+            rankings = self._rank(queries, vectors, depth)
+            hits = [self._one_per_document(ranking)[:wanted] for ranking in rankings]
+            complete = [len(own) >= wanted or len(rows) < depth for own, (rows, _) in zip(hits, rankings)]
+            if depth >= len(self.allowed) or all(complete):
+                break
+            depth *= CHUNKS_PER_DOCUMENT
+        if self.reranker:
+            for number, (query, own) in enumerate(zip(queries, hits)):
+                best, rest = own[: self.rerank_depth], own[self.rerank_depth :]
+                hits[number] = self._rerank(self.reranker, query, best) + rest
+        return [own[:k] for own in hits]
+
+    def _one_per_document(self, ranking: Ranking) -> list[Hit]:
+        """Return a ranking of rows as hits, with only the first row of each document."""
+        rows, scores = ranking
+        hits = [Hit(row, score) for row, score in zip(rows.tolist(), scores.tolist())]
+        if not self._has_chunks:
+            return hits
+        best: dict[str, Hit] = {}
+        for hit, entry in zip(hits, self.snapshot.take(rows, [ID])):
+            best.setdefault(entry[ID], hit)
+        return list(best.values())
+
+    @property
+    def _has_chunks(self) -> bool:
+        return self.snapshot.settings["chunk_overlap"] is not None
+
+    def _rank(self, queries: list[str], vectors: np.ndarray, depth: int) -> list[Ranking]:
+        """Return the `depth` best rows for each query."""
+        if not self.hybrid:
+            return self._rank_by_cosine(vectors, depth)
+        depth = max(depth, FUSED)
+        dense, sparse = self._rank_by_cosine(vectors, depth), self._rank_by_words(queries, depth)
+        return [fuse([by_cosine, by_words]) for (by_cosine, _), (by_words, _) in zip(dense, sparse)]
+
+    def _rank_by_cosine(self, vectors: np.ndarray, depth: int) -> list[Ranking]:
+        alive = self.snapshot.alive()
+        if self.approximate and (self.allowed & alive).sum() >= SMALL_SHARE * alive.sum():
+            return self._rank_approximately(vectors, depth)
+        return self._rank_exactly(vectors, depth)
+
+    def _rank_exactly(self, vectors: np.ndarray, depth: int) -> list[Ranking]:
+        blocks, vectors_of = self.snapshot.vector_blocks(kernel.BLOCK), self.snapshot.vectors_of
+        return kernel.search(blocks, vectors, depth, vectors_of=vectors_of, allowed=self.allowed)
+
+    def _rank_approximately(self, vectors: np.ndarray, depth: int) -> list[Ranking]:
+        """Rank the rows that FAISS's graph finds, by their exact scores."""
+        live = np.flatnonzero(self.snapshot.alive())
+        chosen = np.flatnonzero(self.allowed[live])
+        graph, node_of = self._graph
+        breadth = max(SEARCH_BREADTH, 2 * depth)
+        # faiss adds this class when it is imported
+        options = faiss.SearchParametersHNSW(efSearch=breadth)  # type: ignore[missing-attribute]
+        count = min(depth, graph.ntotal)
+        if len(chosen) < len(live):
+            nodes = np.unique(node_of[chosen])
+            count = min(depth, len(nodes))
+            selector = faiss.IDSelectorBatch(nodes)  # a variable: FAISS holds no reference to it
+            options.sel = selector
+        _, nearest = graph.search(vectors, count, params=options)  # (queries, count)
+        if (nearest < 0).any():  # the paths to some of the rows lead through others
+            self.say("search   the graph found too few rows: searched exactly")
+            return self._rank_exactly(vectors, depth)
+        rankings, near = [], np.zeros(graph.ntotal, bool)
+        for nodes, vector in zip(nearest, vectors):
+            near[:] = False
+            near[nodes] = True
+            rows = live[chosen[near[node_of[chosen]]]]
+            rankings.append(kernel.rank(rows, vector, depth, self.snapshot.vectors_of))
+        return rankings
+
+    @functools.cached_property
+    def _graph(self) -> tuple[faiss.Index, np.ndarray]:
+        return cached(self.snapshot, "faiss", build=self._build_graph, load=_load_graph, say=self.say)
+
+    def _build_graph(self, folder: Path) -> None:
+        """Write a graph with one node for each different vector, and the node of each live row:
+        many equal nodes would only lead to each other.
+        """
+        graph = faiss.IndexHNSWFlat(self.snapshot.width, LINKS, faiss.METRIC_INNER_PRODUCT)
+        graph.hnsw.efConstruction = BUILD_BREADTH
+        alive, node_of, known = self.snapshot.alive(), [], {}
+        for start, vectors in self.snapshot.vector_blocks(kernel.BLOCK):
+            vectors, before = vectors[alive[start : start + len(vectors)]], len(known)
+            keys = [hashlib.blake2b(vector, digest_size=16).digest() for vector in vectors]
+            nodes = [known.setdefault(key, len(known)) for key in keys]
+            _, firsts = np.unique(nodes, return_index=True)
+            new = [number for number in firsts if nodes[number] >= before]
+            graph.add(np.ascontiguousarray(vectors[new]))
+            node_of += nodes
+        faiss.write_index(graph, str(folder / "graph.faiss"))
+        np.save(folder / "nodes.npy", np.array(node_of, dtype=np.int64), allow_pickle=False)
+
+    def _rank_by_words(self, queries: list[str], depth: int) -> list[Ranking]:
+        """Return (rows, BM25 scores) of the rows that share a word with each query."""
+        live = np.flatnonzero(self.snapshot.alive())
+        bm25, rankings = self._bm25, []
+        for words in bm25s.tokenize(queries, return_ids=False, show_progress=False):
+            known = [word for word in words if bm25 and word in bm25.vocab_dict]
+            scores = bm25.get_scores(known) if bm25 and known else np.zeros(len(live))
+            sharing = np.flatnonzero((scores > 0) & self.allowed[live])
+            order = sharing[np.lexsort((sharing, -scores[sharing]))[:depth]]
+            rankings.append((live[order], scores[order]))
+        return rankings
+
+    @functools.cached_property
+    def _bm25(self) -> bm25s.BM25 | None:
+        return cached(self.snapshot, "bm25", build=self._build_bm25, load=_load_bm25, say=self.say)
+
+    def _build_bm25(self, folder: Path) -> None:
+        words = bm25s.tokenize(list(self.snapshot.texts()), show_progress=False)
+        assert isinstance(words, Tokenized)
+        if not any(words.vocab):  # only stop words and punctuation, which bm25s can't count
+            (folder / NO_WORDS).touch()
+            return
+        bm25 = bm25s.BM25()
+        bm25.index(words, show_progress=False)
+        bm25.save(folder, show_progress=False)
+
+    def _rerank(self, reranker: CrossEncoder, query: str, hits: list[Hit]) -> list[Hit]:
+        """Order hits by the cross-encoder's score of the query and their text; equal ones keep
+        their order.
+
+        The order is that of the logits: in 16 bits a sigmoid is 1 from 6 on, and the best documents
+        would tie.
+        """
+        if not hits:
+            return hits
+        texts = [entry[TEXT] for entry in self.snapshot.take([hit.row for hit in hits], [TEXT])]
+        with self.encoder.runtime.autocast():
+            logits = reranker.predict(
+                [(query, text) for text in texts],
+                activation_fn=torch.nn.Identity(),
+                convert_to_tensor=True,
+                show_progress_bar=False,
+            )
+        logits = logits.float().cpu()
+        assert reranker.activation_fn is not None
+        scores = reranker.activation_fn(logits).tolist()
+        order = logits.argsort(descending=True, stable=True).tolist()
+        return [Hit(hits[number].row, scores[number]) for number in order]
+
+
+def fuse(rankings: list[np.ndarray]) -> Ranking:
+    """Return several rankings of rows as one by reciprocal rank fusion: each gives a row
+    1 / (60 + its rank). Equal sums are ordered by row.
+    """
+    scores: dict[int, float] = {}
+    for ranking in rankings:
+        for rank, row in enumerate(ranking.tolist(), start=1):
+            scores[row] = scores.get(row, 0.0) + 1 / (RRF_K + rank)
+    order = sorted(scores, key=lambda row: (-scores[row], row))
+    return np.array(order, dtype=np.int64), np.array([scores[row] for row in order])
+
+
+def _load_graph(folder: Path) -> tuple[faiss.Index, np.ndarray]:
+    graph = faiss.read_index(str(folder / "graph.faiss"))
+    return graph, np.load(folder / "nodes.npy", allow_pickle=False)
+
+
+def _load_bm25(folder: Path) -> bm25s.BM25 | None:
+    return None if (folder / NO_WORDS).exists() else bm25s.BM25.load(folder)
+
+
+def cached(
+    snapshot: Snapshot,
+    name: str,
+    *,
+    build: Callable[[Path], None],
+    load: Callable[[Path], Cached],
+    say: Callable[[str], None] = lambda line: None,
+) -> Cached:
+    """Return `load(folder)` of the cache `cache-<name>` in the index's folder; `build(folder)`
+    fills it where it is missing, stale or damaged.
+
+    A cache carries the stamp of the state that it was made of, and is never used for another one.
+    Raises UserError when the folder can't be written.
+    """
+    folder = snapshot.folder / f"{CACHE_PREFIX}{name}"
+    if cache_stamp(folder) == snapshot.stamp and files.find_damage(folder) is None:
+        # another process replaced it meanwhile; RuntimeError is FAISS's
+        with contextlib.suppress(OSError, RuntimeError):
+            return load(folder)
+    say(f"cache    {folder}: built for this state of the index")
+    try:
+        with tempfile.TemporaryDirectory(
+            prefix=f"{folder.name}.", dir=snapshot.folder, ignore_cleanup_errors=True
+        ) as parent:
+            # a temporary folder is private; this one has the permissions of the index
+            fresh = Path(parent) / name
+            fresh.mkdir()
+            build(fresh)
+            (fresh / CACHE_STAMP).write_text(snapshot.stamp, encoding="utf-8")
+            files.write_manifest(fresh)
+            loaded = load(fresh)
+            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # another process was faster
+                fresh.rename(folder)
+            return loaded
+    except OSError as error:
+        problem = f"the cache can't be written: {error.strerror or error}"
+        advice = "correct that, or copy the index to a folder of your own"
+        raise UserError(f"{folder}: {problem}; {advice}") from error
+
+
+def matching(snapshot: Snapshot, condition: str | None) -> np.ndarray:
+    """Return a mask (rows) of the live rows for which an SQL condition such as "label = 'tech' AND
+    year > 2004" holds; None: of all live rows.
+
+    DuckDB parses the condition as one expression over the columns of the rows, so that it can only
+    ask. Raises UserError when it is not a condition over the columns of the index.
+    """
+    mask = snapshot.alive()
+    if condition is None:
+        return mask
+    columns = [ID, TEXT, *snapshot.manifest["columns"]]
+    lowered = [name.lower() for name in columns]
+    twins = [name for name in columns if lowered.count(name.lower()) > 1]
+    named = ", ".join(name for name in twins if name.lower() in condition.lower())
+    if named:
+        advice = "rename one and index the texts again, or write a condition without them"
+        problem = f"columns {named} differ only in case, which SQL ignores"
+        raise UserError(f"--where {condition!r}: {problem}; {advice}")
+    number = unused_name("_row", [*columns, *RESERVED_COLUMNS])
+    try:
+        with duckdb.connect(config=SAFE_SETTINGS) as connection:
+            connection.execute("SET lock_configuration = true")
+            for start, segment in zip(snapshot.starts, snapshot.segments):
+                size = len(segment.alive)
+                table = segment.table.drop_columns([HASH])
+                table = table.append_column(number, pa.array(np.arange(size)))
+                matches = connection.from_arrow(table).filter(condition).project(number)
+                rows = matches.fetchnumpy()[number]
+                here = np.zeros(size, bool)
+                here[np.asarray(rows, np.int64)] = True
+                mask[start : start + size] &= here
+    except duckdb.Error as error:
+        advice = f"write a condition over {', '.join(columns)}, with texts in single quotes"
+        raise UserError(f"--where {condition!r}: {one_line(error)}; {advice}") from error
+    return mask
