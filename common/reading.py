@@ -105,8 +105,8 @@ def read_file(path: Path, *, cache_dir: str | None = None) -> datasets.Dataset:
     except ValueError as error:
         if "no data" not in str(error):  # the library's words for a header without rows
             raise
-        rows = []
-    if len(rows) == 0:
+        rows = None
+    if rows is None or len(rows) == 0:
         raise UserError(f"{path}: the file has no rows; name one that has rows")
     return rows
 
@@ -230,7 +230,8 @@ def _check_utf8(path: Path) -> None:
 def _blocks(rows: datasets.Dataset, column: str) -> Iterator[tuple[int, pa.ChunkedArray]]:
     """Yield a column in blocks of at most 10,000 rows, each with the number of rows before it."""
     start = 0
-    for table in rows.select_columns([column]).with_format("arrow").iter(batch_size=10_000):
+    tables: Any = rows.select_columns([column]).with_format("arrow")
+    for table in tables.iter(batch_size=10_000):
         yield start, table[column]
         start += len(table)
 
@@ -240,7 +241,7 @@ def _read_folder(root: Path, cache_dir: str | None) -> datasets.DatasetDict:
         return datasets.DatasetDict({"train": _read_class_folders(root)})
     splits = [path for path in sorted(root.iterdir()) if any(path.glob("*/*.txt"))]
     if splits:  # as in the IMDb archive: train/pos, train/neg, test/pos, test/neg
-        return datasets.DatasetDict({path.name: _read_class_folders(path) for path in splits})
+        return _as_splits({path.name: _read_class_folders(path) for path in splits})
     shards: dict[str, list[datasets.Dataset]] = {}
     for file in sorted(root.iterdir()):
         if file.suffix.lower() in FILE_READERS and not file.name.startswith("."):
@@ -251,9 +252,13 @@ def _read_folder(root: Path, cache_dir: str | None) -> datasets.DatasetDict:
             f"--dataset {root}: it has neither class folders of .txt files nor data files ({known}); name a"
             " folder that has them"
         )
-    return datasets.DatasetDict(
-        {split: datasets.concatenate_datasets(parts) for split, parts in shards.items()}
-    )
+    return _as_splits({split: datasets.concatenate_datasets(parts) for split, parts in shards.items()})
+
+
+def _as_splits(parts: dict[str, datasets.Dataset]) -> datasets.DatasetDict:
+    splits = datasets.DatasetDict()
+    splits.update(parts)
+    return splits
 
 
 def _read_class_folders(root: Path) -> datasets.Dataset:

@@ -318,7 +318,8 @@ def _join_processes(store: torch.distributed.Store, rank: int, world_size: int, 
     )
     # The long wait is for the CPU's group only: a GPU waits for nothing but what is about to
     # arrive.
-    torch.distributed.group.WORLD._get_backend(torch.device("cpu")).set_timeout(WAIT_FOR_WORK)
+    world: Any = torch.distributed.group.WORLD
+    world._get_backend(torch.device("cpu")).set_timeout(WAIT_FOR_WORK)
 
 
 def attempt_name(store: torch.distributed.Store, rank: int, world_size: int) -> str:
