@@ -19,7 +19,7 @@ from common.training.data import Splits, TokenConfig
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 SHOWN_TOKENS = 24
-SENTENCE_TOKENS = 24  # of the sentence that two tokenizers are compared on, at most so many words
+SENTENCE_WORDS = 20  # on which two tokenizers are compared
 
 
 def show(
@@ -77,7 +77,7 @@ def load_other_tokenizer(name: str, *, cache_dir: str | None) -> PreTrainedToken
 
 
 def show_comparison(
-    text: str, tokenizers: dict[str, PreTrainedTokenizerBase], *, max_words: int = SENTENCE_TOKENS
+    text: str, tokenizers: dict[str, PreTrainedTokenizerBase], *, max_words: int = SENTENCE_WORDS
 ) -> None:
     """Print how two tokenizers see the beginning of a text, and what each makes of the other's ids.
 
@@ -100,7 +100,7 @@ def show_comparison(
             if other != name:
                 known = [number for number in numbers if number < len(tokenizer)]
                 lost = len(numbers) - len(known)
-                beyond = f" ({lost} ids are beyond its vocabulary)" if lost else ""
+                beyond = f" ({lost} of them beyond its vocabulary)" if lost else ""
                 print(f"the ids of {other} decoded by {name}{beyond}:\n  {tokenizer.decode(known)!r}")
 
 

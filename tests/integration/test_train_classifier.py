@@ -375,7 +375,7 @@ def test_inspect_compares_two_tokenizers_on_a_sentence_of_the_data(
     assert f"decoded by {bundled}:\n  {large.decode(small(sentence)['input_ids'])!r}" in out
     known = [number for number in large(sentence)["input_ids"] if number < len(small)]
     lost = len(large(sentence)["input_ids"]) - len(known)
-    assert lost and f"({lost} ids are beyond its vocabulary):\n  {small.decode(known)!r}" in out
+    assert lost and f"({lost} of them beyond its vocabulary):\n  {small.decode(known)!r}" in out
 
 
 @pytest.mark.parametrize("extra", [["--grad-accum", 2]])
