@@ -1,10 +1,9 @@
 #!/usr/bin/env python
 """Generate text with a causal language model, token for token as `model.generate` does.
 
-The loop is in this file: `decode` is prefill, sampler, stop and step. What it is made of lies in
-common/generation: decoding.py (prefill, step), sampling.py (filters and draw), completion.py (from
-tokens to text). Left out on purpose: beam search, encoder-decoder models, quantised weights,
-serving.
+The loop is `decode` in this file: prefill, sampler, stop, step. Its parts are in common/generation:
+decoding.py (prefill, step), sampling.py (filters, draw), completion.py (from tokens to text). Left
+out on purpose: beam search, encoder-decoder models, quantised weights, serving.
 
   python generate.py --prompt "Natural Language Processing is"  # greedy, bundled SmolLM2-135M-Instruct
   python generate.py --prompt "Natural Language Processing is" --top-k 50 --seed 1
@@ -37,7 +36,7 @@ from common.cli import (
     positive_int,
     probability,
 )
-from common.errors import Interrupted, UserError
+from common.errors import Interrupted, UserError, shorten
 from common.generation import explain, fast_sampling, language_model, output, sampling, scoring
 from common.generation.completion import Chat, Completion, Options, Prompt, Run, Stopwatch
 from common.generation.decoding import Batch, PromptLookup, Step, prefill, read_tokens, step
@@ -58,7 +57,7 @@ def decode(model: LanguageModel, batch: Batch, sampler: Sampler, settings: Setti
     """
     logits = prefill(model, batch)  # (B, V)
     for number in range(1, settings.max_new_tokens + 1):
-        chosen = read_tokens(sampler(logits, batch.tokens), logits, model)  # B
+        chosen = read_tokens(sampler(logits, batch.tokens), logits, model)  # B of them
         tokens = [model.pad_id if ended else token for token, ended in zip(chosen, batch.ended)]
         yield Step(tokens, logits)
         for row, token in enumerate(tokens):
@@ -119,8 +118,8 @@ def generate_texts(args: argparse.Namespace, texts: list[str], references: list[
     batches, total = split_batches(args, prompts), len(prompts) * args.num_samples
     group = len(batches[0]) * args.num_samples  # texts per batch
     record = output.Record(args.seed, recorded_settings(args, run))
-    rows = run.rows(prompts)
-    earlier = output.finished_lines(args.output, rows, record, group=group) if args.resume else []
+    all_rows = run.rows(prompts)
+    earlier = output.finished_lines(args.output, all_rows, record, group=group) if args.resume else []
     if earlier:
         runtime.say(f"{args.output}: it already holds {len(earlier):,} of {total:,} texts")
     # the other processes may not see the main process's file
@@ -422,7 +421,7 @@ def given_flags(args: argparse.Namespace) -> dict[str, str]:
         if value == defaults[name] or value is False or is_unused:
             continue
         first = value[0] if isinstance(value, list) else value
-        given[flag] = flag if value is True else f"{flag} {first!r}"
+        given[flag] = flag if value is True else f"{flag} {shorten(repr(first), 60)}"
         if value == "-":  # standard input
             given[f"{flag} -"] = f"{flag} -"
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:

@@ -216,7 +216,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Run:
-    """A loaded model with the options of a run, and what the summary line tells about it."""
+    """A loaded model with the options of a run, and its timing for the summary line."""
 
     language_model: LanguageModel
     options: Options
