@@ -12,6 +12,7 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MistralConfig,
+    PretrainedConfig,
     PreTrainedTokenizerFast,
 )
 
@@ -40,7 +41,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def tiny_config(kind: str):
+def tiny_config(kind: str) -> PretrainedConfig:
     """Return the config of a model of two layers; llama and mistral have two end ids, mistral sees
     8 tokens back, gpt2 has no padding id.
     """
