@@ -57,7 +57,7 @@ def decode(model: LanguageModel, batch: Batch, sampler: Sampler, settings: Setti
     """
     logits = prefill(model, batch)  # (B, V)
     for number in range(1, settings.max_new_tokens + 1):
-        chosen = read_tokens(sampler(logits, batch.tokens), logits, model)  # B of them
+        chosen = read_tokens(sampler(logits, batch.tokens), logits, model)  # B ids
         tokens = [model.pad_id if ended else token for token, ended in zip(chosen, batch.ended)]
         yield Step(tokens, logits)
         for row, token in enumerate(tokens):
