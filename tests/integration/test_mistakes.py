@@ -408,7 +408,7 @@ for flags in json.loads(sys.argv[1]):
     run_line, *cache_lines = done.stderr.splitlines()
     assert re.match(
         "train_classifier.py: error: --output-dir /mnt/a/run: the run needs [0-9,]+ kB, the disk has [0-9]+"
-        " kB free; free some or name .* another disk",
+        " kB free; free some space or name .* another disk",
         run_line,
     )
     for line in cache_lines:
