@@ -3,7 +3,7 @@
 news, over chunk lengths and seeds.
 
   python tests/benchmarks/truncation.py  # 64 and 128 tokens, seeds 0, 1, 2: hours on two cores
-  python tests/benchmarks/truncation.py --max-train-samples 400           # the table in README
+  python tests/benchmarks/truncation.py --max-train-samples 400           # the table in docs/benchmarks.md
 
 Runs that are already in --output-dir are read, not made again, so that it can be stopped and
 started.
