@@ -384,8 +384,8 @@ def train(state: TrainingState, tokenized: Splits, run: Run, config: TrainConfig
                             label_smoothing=config.label_smoothing,
                         )
                         # times world_size, because DDP divides by it when it averages gradients
-                        loss = summed_loss / divisor * runtime.world_size
-                        scaler.scale(loss).backward()
+                        loss_share = summed_loss / divisor * runtime.world_size
+                        scaler.scale(loss_share).backward()
                     meter.add(summed_loss, row_numbers)
                 scaler.unscale_(optimizer)  # before clipping: the norm is the true gradient's
                 grad_norm = clip_grad_norm_(model.parameters(), config.max_grad_norm)
