@@ -446,7 +446,7 @@ def validate(
             # in the state before the evaluation, which a resumed run makes again
             run.checkpoints.save(state, run.log)
             raise
-        # the losses of the last steps were finite, but these steps can still have ruined the weights
+        # the losses of the last steps were finite, but these steps can have ruined the weights
         if not math.isfinite(scores["loss"]):
             raise UserError(
                 f"epoch {state.epoch}, step {state.step}: the validation loss is {scores['loss']};"
