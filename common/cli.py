@@ -1,6 +1,4 @@
-"""The command line: flags that mean the same in every script, number types, and how a
-script ends.
-"""
+"""The command line: flags that all scripts share, number types, and how a script ends."""
 
 import argparse
 import errno
@@ -14,8 +12,7 @@ from typing import Any, NoReturn
 from common.errors import Interrupted, UserError
 
 # All processes of a job find the same mistake. Rank 0 reports it at once; when it has ended,
-# torchrun ends
-# the others before they report it too.
+# torchrun ends the others before they report it too.
 SECONDS_FOR_RANK_0 = 5.0
 LOST_PEER = (  # what gloo and NCCL say when another process has ended
     "Connection closed by peer",
@@ -26,9 +23,7 @@ LOST_PEER = (  # what gloo and NCCL say when another process has ended
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser without abbreviations that shows defaults and reports mistakes as
-    UserError.
-    """
+    """An ArgumentParser without abbreviated flags, which reports mistakes as UserError."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
@@ -38,9 +33,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of a script's docstring and shows a flag's default where it says
-    something.
-    """
+    """Keeps the line breaks of a script's docstring, and shows defaults but for None and False."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default in (None, False) else super()._get_help_string(action)
@@ -77,6 +70,7 @@ def probability(text: str) -> float:
 
 
 def _number(text: str, convert: Callable[[str], Any], accept: Callable[[Any], bool], wanted: str) -> Any:
+    """Return the converted text if it is accepted, else report that it is not what is `wanted`."""
     try:
         value = convert(text)
     except ValueError:

@@ -14,8 +14,7 @@ import huggingface_hub.constants
 CONNECT_SECONDS = 5.0
 
 # Without this, transformers sends the name of a model without safetensors, and the user's token,
-# to a
-# conversion service on the Hub and waits for it.
+# to a conversion service on the Hub and waits for it.
 os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
 # Warnings about missing dataset cards and retries are nothing that the user can act on.
 huggingface_hub.utils.logging.set_verbosity_error()

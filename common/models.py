@@ -1,6 +1,4 @@
-"""Find a pretrained model, load it safely, and check that it can be used; the same for every
-script.
-"""
+"""Find a pretrained model, load it safely, and check that it can be used, for every script."""
 
 import contextlib
 import json
@@ -99,7 +97,8 @@ def max_positions(model: PreTrainedModel) -> int | None:
     """
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
-            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+            first = 0 if module.padding_idx is None else module.padding_idx + 1
+            return module.num_embeddings - first
     config = model.config.get_text_config(decoder=True)
     sizes = [getattr(config, option, None) for option in POSITION_OPTIONS]
     return next((size for size in sizes if isinstance(size, int)), None)

@@ -24,9 +24,8 @@ from common.errors import UserError, one_line
 # pandas would read the texts "NA", "None" and "null" as missing; only a missing cell is missing
 # here.
 CSV_OPTIONS: dict[str, Any] = {"keep_default_na": False}
-FILE_READERS: dict[
-    str, tuple[str, dict[str, Any]]
-] = {  # file name extension -> builder of `datasets`, options
+# file name extension -> builder of `datasets`, options
+FILE_READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".csv": ("csv", CSV_OPTIONS),
     ".tsv": ("csv", {**CSV_OPTIONS, "sep": "\t"}),
     ".json": ("json", {}),
@@ -61,7 +60,8 @@ def read(name: str, *, config: str | None = None, cache_dir: str | None = None) 
         return datasets.DatasetDict({"train": read_file(path, cache_dir=cache_dir)})
     if path.is_dir():
         return _read_folder(path, cache_dir)
-    if path.suffix in FILE_READERS or path.is_absolute() or name.startswith(".") or name.count("/") > 1:
+    is_local = path.is_absolute() or name.startswith(".") or name.count("/") > 1  # never a Hub id
+    if is_local or path.suffix in FILE_READERS:
         raise UserError(f"--dataset {name}: no such file or folder; check the path")
     return _read_hub(name, config, cache_dir)
 
@@ -214,7 +214,7 @@ def evenly_spaced(count: int, most: int) -> np.ndarray:
     there are fewer.
     """
     size = min(count, most)
-    return np.arange(size) * count // max(size, 1)
+    return np.arange(size) * count // max(size, 1)  # 1: no division by 0 for an empty sample
 
 
 def _source(name: str) -> str:

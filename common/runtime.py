@@ -28,8 +28,7 @@ from common.files import sha256
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # A process may work for hours, such as tokenising, while the others wait for it. One that dies
-# ends the
-# wait at once, because its connections close.
+# ends the wait at once, because its connections close.
 WAIT_FOR_WORK = datetime.timedelta(days=1)
 JOIN_SECONDS, POLL_SECONDS = 1800.0, 0.05  # the first is PyTorch's own default
 SHARED_FILE_TRIES = 90  # one a second; network file systems cache what they saw for up to 60
@@ -64,9 +63,7 @@ class Runtime:
         )
 
     def all_reduce_sum(self, value: torch.Tensor) -> torch.Tensor:
-        """Return the sum of a tensor over all processes; the tensor itself if there is
-        only one.
-        """
+        """Return the sum of a tensor over all processes; it is added up in place."""
         if self.world_size > 1:
             torch.distributed.all_reduce(value)
         return value
@@ -189,12 +186,15 @@ def start_runtime(device: str, precision: str, seed: int) -> Runtime:
     chosen = choose_device(device, local_rank)
     precision = choose_precision(precision, chosen)
     under_torchrun = world_size > 1 or "TORCHELASTIC_RUN_ID" in os.environ
-    store = next(rendezvous("env://"))[0] if under_torchrun else None
+    store = None
+    if under_torchrun:
+        store, _, _ = next(rendezvous("env://"))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if store is not None and world_size > 1:
         # gloo beside NCCL: counts stay on the CPU, without waiting for the GPU
-        _join_processes(store, rank, world_size, "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+        _join_processes(store, rank, world_size, backend)
     keep_large_blocks()
     seed_everything(seed)
     return Runtime(chosen, precision, rank, world_size, local_rank, store)
@@ -211,9 +211,10 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 
     Raises UserError when this machine has none, or not enough for this process.
     """
+    # in the order in which `auto` tries them
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        name = next(candidate for candidate, there in available.items() if there)
+        name = next(candidate for candidate, is_available in available.items() if is_available)
     if not available[name]:
         raise UserError(f"--device {name}: PyTorch finds none on this machine; use --device auto")
     if name == "cuda" and local_rank >= torch.cuda.device_count():
@@ -280,7 +281,7 @@ def deterministic(device: torch.device, *, wanted: bool, hint: str) -> Iterator[
         torch.use_deterministic_algorithms(False)
 
 
-def keep_large_blocks(threshold: int = 1 << 30) -> None:
+def keep_large_blocks(threshold: int = 2**30) -> None:
     """Keep glibc from returning freed blocks of up to `threshold` bytes to the system.
 
     Every optimizer step allocates and frees the same large activations; returning them costs a
@@ -300,7 +301,8 @@ def peak_memory_bytes(device: torch.device) -> int:
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _join_processes(store: torch.distributed.Store, rank: int, world_size: int, backend: str) -> None:

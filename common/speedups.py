@@ -12,6 +12,7 @@ pass (tests/benchmarks/attention.py). They keep the probabilities of all pairs o
 hence the limit on the length.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -52,23 +53,20 @@ def attend(
     (B, H, T, S), boolean (True: attend) or additive. The signature is that of
     `transformers.AttentionInterface`.
     """
-    if is_causal is None:
-        is_causal_call = attention_mask is None and getattr(module, "is_causal", True)
-    else:
-        is_causal_call = attention_mask is None and is_causal
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    needs_causal_mask = attention_mask is None and causal
     is_short = max(query.shape[-2], key.shape[-2]) <= MAX_TOKENS
     is_cpu_bf16 = query.device.type == "cpu" and query.dtype == torch.bfloat16
     has_groups = query.shape[1] != key.shape[1]  # grouped-query attention
     has_bias = options.get("position_bias") is not None
-    if not (is_short and is_cpu_bf16) or is_causal_call or dropout or has_groups or has_bias:
+    if not (is_short and is_cpu_bf16) or needs_causal_mask or dropout or has_groups or has_bias:
         options |= {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = torch.matmul(query * scale, key.transpose(-1, -2))  # (B, H, T, S)
     if attention_mask is not None:
-        scores += (
-            attention_mask if attention_mask.is_floating_point() else _bias(attention_mask, scores.dtype)
-        )
+        is_additive = attention_mask.is_floating_point()
+        scores += attention_mask if is_additive else _bias(attention_mask, scores.dtype)
     output = torch.matmul(torch.softmax(scores, dim=-1), value)  # (B, H, T, D)
     return output.transpose(1, 2).contiguous(), None
 
@@ -102,9 +100,11 @@ class PackedDropout(torch.nn.Dropout):
         is_plain = not self.training or self.inplace or input.device.type != "cpu"
         if is_plain or not 0 < num_dropped < LEVELS:
             return super().forward(input)
-        draws = torch.empty(-(-input.numel() // DRAWS_PER_INT64), dtype=torch.int64)
+        draws = torch.empty(math.ceil(input.numel() / DRAWS_PER_INT64), dtype=torch.int64)
         draws.random_(torch.iinfo(torch.int64).min, None)  # all 64 bits
-        kept = draws.view(torch.int16)[: input.numel()].view(input.shape) >= num_dropped - LEVELS // 2
+        levels = draws.view(torch.int16)[: input.numel()].view(input.shape)
+        lowest_kept = num_dropped - LEVELS // 2  # the 16-bit numbers begin at -32,768
+        kept = levels >= lowest_kept
         return (input * kept).mul_(LEVELS / (LEVELS - num_dropped))
 
 

@@ -14,7 +14,7 @@ from common.training.checkpoint import TrainingState
 from common.training.classifier import ModelConfig
 from common.training.data import TokenConfig
 from common.training.tracking import LossMeter, NullLog
-from train_classifier import TrainConfig, select
+from train_classifier import TrainConfig, config_from_flags
 
 RUNTIME = Runtime(torch.device("cpu"), "fp32")
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
@@ -23,8 +23,10 @@ NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
 def config_of(*flags: object) -> TrainConfig:
     """Return the config that the script makes of flags."""
     args = train_classifier.make_parser().parse_args(list(map(str, flags)))
-    model, batches = select(ModelConfig, args), select(BatchConfig, args)
-    return select(TrainConfig, args, model=model, batches=batches, tokens=TokenConfig(20, 20, "head"))
+    model, batches = config_from_flags(ModelConfig, args), config_from_flags(BatchConfig, args)
+    return config_from_flags(
+        TrainConfig, args, model=model, batches=batches, tokens=TokenConfig(20, 20, "head")
+    )
 
 
 def make_batches(sizes: list[int], seed: int = 0) -> list[BatchEncoding]:

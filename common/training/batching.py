@@ -3,12 +3,15 @@
 Which texts share an optimizer step is a pure function of the seed and the epoch. A step is split
 into micro-batches that fit into memory. A micro-batch may hold several chunks of one text, whose
 logits are averaged (`pool_chunks`).
+
+The shapes of tensors are in letters: B texts, K chunks of them, T tokens of a chunk with padding, C
+classes, and N rows of a data set.
 """
 
 import contextlib
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,9 +25,9 @@ from common.errors import UserError
 from common.runtime import Runtime
 
 IGNORED_LABEL = -100  # the default ignore_index of cross_entropy
-# texts are sorted by length only within pools of at most 50 batches and a quarter of the epoch, so
-# that the epoch stays shuffled
-POOL_BATCHES, POOLS = 50, 4
+# texts are sorted by length only within pools of at most 50 batches, and an epoch has at least four
+# pools if it has four batches, so that it stays shuffled
+MAX_POOL_BATCHES, MIN_POOLS = 50, 4
 # from the messages of PyTorch's allocators for CPU, CUDA and MPS
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 NOT_MODEL_INPUTS = ("text", "label", "row", "chunk_lengths", "num_tokens", "num_read")
@@ -35,7 +38,7 @@ class BatchConfig:
     """How the texts of an epoch are grouped; the fields are named as their flags."""
 
     batch_size: int  # texts per process and micro-batch
-    grad_accum: int
+    grad_accum: int  # micro-batches per optimizer step
     max_chunks: int
     batching: str
     seed: int
@@ -46,18 +49,18 @@ class BatchConfig:
         return self.batch_size * self.grad_accum * world_size
 
 
-def check(config: BatchConfig, truncation: str | None) -> None:
+def check_flags(config: BatchConfig, truncation: str | None) -> None:
     """Raise UserError when flags exclude each other; `truncation` None is the default, chunks."""
-    most, size = config.max_chunks, config.batch_size
-    if most > 1 and truncation not in (None, "chunks"):
+    if config.max_chunks > 1 and truncation not in (None, "chunks"):
         raise UserError(
-            f"--max-chunks {most}: --truncation {truncation} reads one chunk of a text; leave one"
-            " of the two out"
+            f"--max-chunks {config.max_chunks}: --truncation {truncation} reads one chunk of a"
+            " text; leave one of the two out"
         )
-    if most > size:
+    if config.max_chunks > config.batch_size:
         raise UserError(
-            f"--max-chunks {most}: a micro-batch holds at most --batch-size {size} chunks, and"
-            " those of a text stay together; lower the one or raise the other"
+            f"--max-chunks {config.max_chunks}: a micro-batch holds at most --batch-size"
+            f" {config.batch_size} chunks, and those of a text stay together; lower the one or"
+            " raise the other"
         )
 
 
@@ -81,27 +84,36 @@ def plan_epoch(
     epoch and `config.texts_per_step` only: it makes no difference whether a step is large because
     of its batch size, of accumulation or of the number of processes.
     """
-    lengths = rows["chunk_lengths"][:]
-    order = batch_order(
-        [max(chunks) for chunks in lengths],
-        batch_size=config.texts_per_step(runtime.world_size),
-        seed=config.seed,
-        epoch=epoch,
-        buckets=config.batching == "buckets",
-    )
-    chosen = draw_chunks(
-        [len(chunks) for chunks in lengths], most=config.max_chunks, seed=config.seed, epoch=epoch
-    )
+    chunk_lengths = rows["chunk_lengths"][:]  # for each row a list, the tokens of each chunk
+    longest = [max(lengths) for lengths in chunk_lengths]
+    num_chunks = [len(lengths) for lengths in chunk_lengths]
+    chunks_of_row = draw_chunks(num_chunks, most=config.max_chunks, seed=config.seed, epoch=epoch)
     steps = []
-    for numbers in order:
-        picks = [Pick(row, chosen[row]) for row in numbers.tolist()]
+    for rows_of_step in step_order(longest, config, epoch=epoch, world_size=runtime.world_size):
+        picks = [Pick(row, chunks_of_row[row]) for row in rows_of_step.tolist()]
         share = share_of_rank(picks, runtime.rank, runtime.world_size)
         steps.append(split_picks(share, micro_batch))
     return steps
 
 
+def step_order(
+    lengths: Sequence[int] | np.ndarray, config: BatchConfig, *, epoch: int, world_size: int
+) -> list[np.ndarray]:
+    """Return the row numbers of each optimizer step of an epoch, over all processes.
+
+    `lengths` (N): tokens of the longest chunk of each row.
+    """
+    return batch_order(
+        lengths,
+        batch_size=config.texts_per_step(world_size),
+        seed=config.seed,
+        epoch=epoch,
+        buckets=config.batching == "buckets",
+    )
+
+
 def batch_order(
-    lengths: list[int] | np.ndarray | range, *, batch_size: int, seed: int, epoch: int, buckets: bool
+    lengths: Sequence[int] | np.ndarray, *, batch_size: int, seed: int, epoch: int, buckets: bool
 ) -> list[np.ndarray]:
     """Return one epoch's batches of row numbers: each row once, a pure function of the arguments.
 
@@ -111,17 +123,23 @@ def batch_order(
     batch changes from epoch to epoch. A short last batch comes last.
     """
     generator = np.random.default_rng([seed, epoch])
-    order = generator.permutation(len(lengths))
-    if buckets:
-        pool = batch_size * max(1, min(POOL_BATCHES, len(lengths) // batch_size // POOLS))
-        pools = [order[start : start + pool] for start in range(0, len(order), pool)]
-        lengths = np.asarray(lengths)
-        order = np.concatenate([rows[np.argsort(lengths[rows], kind="stable")] for rows in pools])
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    if buckets:
-        num_full = len(order) // batch_size
-        batches = [batches[number] for number in generator.permutation(num_full)] + batches[num_full:]
-    return batches
+    shuffled = generator.permutation(len(lengths))
+    if not buckets:
+        return pieces(shuffled, batch_size)
+
+    num_full = len(lengths) // batch_size  # batches that are not short
+    pool_batches = max(1, min(MAX_POOL_BATCHES, num_full // MIN_POOLS))
+    pools = pieces(shuffled, pool_batches * batch_size)
+    lengths = np.asarray(lengths)
+    by_length = [pool[np.argsort(lengths[pool], kind="stable")] for pool in pools]
+    batches = pieces(np.concatenate(by_length), batch_size)
+    full = [batches[number] for number in generator.permutation(num_full)]
+    return full + batches[num_full:]
+
+
+def pieces(numbers: np.ndarray, size: int) -> list[np.ndarray]:
+    """Return an array cut into pieces of `size`, of which the last may be shorter."""
+    return [numbers[start : start + size] for start in range(0, len(numbers), size)]
 
 
 def draw_chunks(num_chunks: list[int], *, most: int, seed: int, epoch: int) -> list[tuple[int, ...]]:
@@ -129,8 +147,10 @@ def draw_chunks(num_chunks: list[int], *, most: int, seed: int, epoch: int) -> l
 
     The choice is a pure function of the arguments.
     """
-    generator = np.random.default_rng([seed, epoch, 1])  # 1: a stream apart from that of the order
-    return [tuple(sorted(generator.permutation(count)[:most].tolist())) for count in num_chunks]
+    # the 1 makes it another stream of random numbers than that of batch_order
+    generator = np.random.default_rng([seed, epoch, 1])
+    drawn = [generator.permutation(count)[:most] for count in num_chunks]
+    return [tuple(np.sort(chunks).tolist()) for chunks in drawn]
 
 
 def share_of_rank(picks: list[Pick], rank: int, world_size: int) -> list[Pick]:
@@ -148,13 +168,13 @@ def split_picks(picks: list[Pick], most: int) -> list[list[Pick]]:
     Only a single pick with more chunks than that makes a larger batch.
     """
     batches: list[list[Pick]] = []
-    count = most
+    num_chunks = 0  # in the last batch
     for pick in picks:
-        count += len(pick.chunks)
-        if count > most:
+        if not batches or num_chunks + len(pick.chunks) > most:
             batches.append([])
-            count = len(pick.chunks)
+            num_chunks = 0
         batches[-1].append(pick)
+        num_chunks += len(pick.chunks)
     return batches
 
 
@@ -182,17 +202,18 @@ def padding_share(lengths: list[int] | np.ndarray, batches: list[np.ndarray]) ->
     """Return the share of all positions in the batches that are padding."""
     lengths = np.asarray(lengths)
     used = sum(lengths[batch].sum() for batch in batches)
-    return float(1 - used / sum(lengths[batch].max() * len(batch) for batch in batches))
+    positions = sum(lengths[batch].max() * len(batch) for batch in batches)
+    return float(1 - used / positions)
 
 
 # Padded batches -----------------------------------------------------------------------------------
 
 
-class Batches(torch.utils.data.Dataset):
-    """A tokenised data set as padded batches: the item of a list of picks is the batch of them.
+class PaddedBatches(torch.utils.data.Dataset):
+    """A tokenised data set whose items are padded batches: indexed by picks, it gives their batch.
 
-    A batch holds what the model takes, `input_ids` and `attention_mask` (K, T) above all, one row a
-    chunk. Beside it are `labels` (B), `row` (B), the rows' numbers in the source, and
+    A batch holds what the model takes, above all `input_ids` and `attention_mask` (K, T), with one
+    row for each chunk. It also holds `labels` (B), `row` (B), the rows' numbers in the source, and
     `text_of_chunk` (K), which of the B texts each chunk belongs to.
     """
 
@@ -202,15 +223,18 @@ class Batches(torch.utils.data.Dataset):
         self.pad = DataCollatorWithPadding(tokenizer)
 
     def __getitem__(self, index: list[Pick]) -> BatchEncoding:
-        picks, texts = index, self.rows.__getitems__([pick.row for pick in index])
-        chunks, labels = [], []
+        picks = index  # `index` is the name that PyTorch gives it
+        texts = self.rows.__getitems__([pick.row for pick in picks])
+        chunks, labels, row_numbers = [], [], []
         for text, pick in zip(texts, picks):
             chunks += [{name: text[name][chunk] for name in self.inputs} for chunk in pick.chunks]
-            labels.append(IGNORED_LABEL if pick.is_filler else text.get("label", IGNORED_LABEL))
+            # texts to predict have neither labels nor row numbers
+            label = text.get("label", IGNORED_LABEL)
+            labels.append(IGNORED_LABEL if pick.is_filler else label)
+            row_numbers.append(text.get("row", pick.row))
         batch = BatchEncoding(dict(self.pad(chunks)))  # (K, T)
         batch["labels"] = torch.tensor(labels)  # (B)
-        rows = [text.get("row", pick.row) for text, pick in zip(texts, picks)]
-        batch["row"] = torch.tensor(rows)  # (B)
+        batch["row"] = torch.tensor(row_numbers)  # (B)
         num_chunks = torch.tensor([len(pick.chunks) for pick in picks])  # (B)
         batch["text_of_chunk"] = torch.arange(len(picks)).repeat_interleave(num_chunks)  # (K)
         return batch
@@ -225,12 +249,12 @@ def batch_loader(
 ) -> torch.utils.data.DataLoader:
     """Return a loader of the given batches, one after the other. It draws no random number."""
     return torch.utils.data.DataLoader(
-        Batches(rows, tokenizer),
+        PaddedBatches(rows, tokenizer),
         sampler=batches,
         batch_size=None,
         collate_fn=_unchanged,
         pin_memory=pin_memory,
-        # else making an iterator would draw from the run's own generator
+        # without its own generator, each iterator over it would draw from that of the run
         generator=torch.Generator(),
     )
 
@@ -243,18 +267,22 @@ def step_loader(
     num_workers: int = 0,
     pin_memory: bool = False,
 ) -> torch.utils.data.DataLoader:
-    """Return a loader of optimizer steps, lists of micro-batches. It draws no random number."""
+    """Return a loader of optimizer steps, lists of micro-batches. It draws no random number.
+
+    What PyTorch calls a sample is a micro-batch here, and what it calls a batch is a step.
+    """
     if num_workers:
-        # set at all, it keeps tokenizers from a warning at the fork (transformers #5486)
+        # with any value it prevents a warning of tokenizers when the workers start
+        # (transformers #5486)
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     return torch.utils.data.DataLoader(
-        Batches(rows, tokenizer),
+        PaddedBatches(rows, tokenizer),
         batch_sampler=steps,
         collate_fn=_unchanged,
         pin_memory=pin_memory,
         num_workers=num_workers,
         worker_init_fn=_leave_the_process_group,
-        # else making an iterator would draw from the run's own generator
+        # without its own generator, each iterator over it would draw from that of the run
         generator=torch.Generator(),
     )
 
@@ -263,12 +291,12 @@ Batched = BatchEncoding | list[BatchEncoding]
 
 
 def _unchanged(item: Batched) -> Batched:
-    return item
+    return item  # it is padded and collated already
 
 
 def _leave_the_process_group(_worker: int) -> None:
-    # Ctrl-C and torchrun signal a whole process group: only the process in charge is to hear it,
-    # and to save
+    # Ctrl-C and torchrun send their signal to a whole process group, but only the process that
+    # trains must receive it, and save
     os.setpgid(0, 0)
 
 
@@ -280,9 +308,11 @@ def pool_chunks(logits: torch.Tensor, text_of_chunk: torch.Tensor, num_texts: in
 
     `text_of_chunk` (K) tells which of the B texts each chunk belongs to.
     """
-    sums = logits.new_zeros(num_texts, logits.shape[1]).index_add(0, text_of_chunk, logits)
-    # bincount would wait for a GPU
-    counts = logits.new_zeros(num_texts).index_add(0, text_of_chunk, torch.ones_like(logits[:, 0]))
+    sums = logits.new_zeros(num_texts, logits.shape[1])  # (B, C)
+    sums = sums.index_add(0, text_of_chunk, logits)
+    # the number of chunks of each text; torch.bincount would wait for a GPU
+    ones = torch.ones_like(logits[:, 0])  # (K)
+    counts = logits.new_zeros(num_texts).index_add(0, text_of_chunk, ones)  # (B)
     return sums / counts.unsqueeze(1)
 
 
@@ -304,25 +334,26 @@ def count_examples(
     """Return the number of examples of a step, over all processes, and the divisor of its loss.
 
     The divisor is that number itself or, with `class_weights` (C), the sum of the weights of the
-    examples' classes. Dividing each micro-batch by its own would be wrong (transformers #34242).
+    examples' classes. To divide each micro-batch by a divisor of its own would be wrong
+    (transformers #34242).
     """
-    # still on the CPU: no sync with a GPU
+    # the labels are still on the CPU, so nothing waits for a GPU
     labels = torch.cat([batch["labels"] for batch in micro_batches])
     labels = labels[labels != IGNORED_LABEL]
-    weight = float(len(labels))
+    divisor = float(len(labels))
     if class_weights is not None:
-        weight = class_weights[labels].sum(dtype=torch.float64).item()
-    counts = torch.tensor([len(labels), weight], dtype=torch.float64)
-    examples, weight = runtime.all_reduce_sum(counts).tolist()
-    return int(examples), weight
+        divisor = class_weights[labels].sum(dtype=torch.float64).item()
+    both = torch.tensor([len(labels), divisor], dtype=torch.float64)
+    examples, divisor = runtime.all_reduce_sum(both).tolist()
+    return int(examples), divisor
 
 
 def sync_gradients(model: torch.nn.Module, *, when: bool) -> contextlib.AbstractContextManager:
-    """Return a context for forward and backward in which DDP exchanges gradients only `when` asked.
+    """Return a context for forward and backward in which DDP exchanges gradients only if `when`.
 
-    A plain model has none to exchange.
+    Without DDP there is nothing to exchange, and the context does nothing.
     """
-    no_sync = getattr(model, "no_sync", None)
+    no_sync = getattr(model, "no_sync", None)  # a method of DDP
     return contextlib.nullcontext() if when or no_sync is None else no_sync()
 
 
@@ -345,8 +376,8 @@ def has_unused_parameters(model: torch.nn.Module, batch: BatchEncoding, runtime:
     """
     model.eval()
     backward_once(model, batch, runtime)
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    unused = any(parameter.grad is None for parameter in learning)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    unused = any(parameter.grad is None for parameter in trainable)
     model.zero_grad()
     return unused
 
@@ -362,15 +393,18 @@ def explain_out_of_memory(message: str) -> Iterator[None]:
         raise UserError(message) from error
 
 
-def memory_advice(config: BatchConfig, max_length: int, halves_already: bool) -> str:
-    """Return what to say when a training step takes too much memory."""
+def memory_advice(config: BatchConfig, max_length: int, *, is_auto: bool) -> str:
+    """Return what to say when a training step takes too much memory.
+
+    `is_auto` tells whether --auto-batch-size is given already.
+    """
     advice = (
         f"--batch-size {config.batch_size}: a batch of {max_length} tokens does not fit into"
         " memory; lower it or --max-length"
     )
-    return (
-        advice if halves_already else f"{advice}, or let --auto-batch-size halve it without changing a step"
-    )
+    if is_auto:
+        return advice
+    return f"{advice}, or let --auto-batch-size halve it without changing a step"
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -380,7 +414,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def largest_micro_batch(
-    model: torch.nn.Module, batches: Batches, config: BatchConfig, max_length: int, runtime: Runtime
+    model: torch.nn.Module, batches: PaddedBatches, config: BatchConfig, max_length: int, runtime: Runtime
 ) -> int:
     """Return the largest of the batch size, its half, its quarter, ... that fits into memory.
 
@@ -409,20 +443,21 @@ def largest_micro_batch(
     return size
 
 
-def _fits(model: torch.nn.Module, batches: Batches, size: int, max_chunks: int, runtime: Runtime) -> bool:
+def _fits(
+    model: torch.nn.Module, batches: PaddedBatches, size: int, max_chunks: int, runtime: Runtime
+) -> bool:
     """Tell whether `size` chunks of the longest texts go forward and backward at once."""
     # as many chunks as a batch of `split_picks` can have, or more
     lengths = [lengths[:max_chunks] for lengths in batches.rows["chunk_lengths"][:]]
     picks = evaluation_batches(lengths, batch_size=size)[0]
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     room: list[torch.Tensor] = []
     try:
-        # AdamW's two averages, DDP's buckets
-        copies = 2 + (runtime.world_size > 1)
-        room = [torch.empty_like(parameter) for parameter in learning for _ in range(copies)]
+        # AdamW's two averages, and DDP's buckets
+        copies = 2 if runtime.world_size == 1 else 3
+        room = [torch.empty_like(parameter) for parameter in trainable for _ in range(copies)]
         model.train()
-        # the second pass of an accumulated step needs more than the first: there are gradients
-        # already
+        # the second pass of an accumulated step needs more than the first: gradients exist by then
         for _ in range(2):
             backward_once(model, batches[picks], runtime)
         runtime.synchronize()

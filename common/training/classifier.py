@@ -79,8 +79,8 @@ def load_pretrained(
     name = config.model
     folder = models.find_folder(name, kind="encoder", cache_dir=config.cache_dir)
     tokenizer = models.load_tokenizer(folder, name=name)
-    has_padding_token = tokenizer.pad_token is not None
-    require_padding_token(tokenizer, name=name)
+    has_padding_token = tokenizer.pad_token is not None  # of its own
+    ensure_padding_token(tokenizer, name=name)
     dropout = dropout_options(
         models.load(AutoConfig, folder, name=name),
         dropout=config.dropout,
@@ -101,7 +101,7 @@ def load_pretrained(
     return model, tokenizer
 
 
-def require_padding_token(tokenizer: PreTrainedTokenizerBase, *, name: str) -> None:
+def ensure_padding_token(tokenizer: PreTrainedTokenizerBase, *, name: str) -> None:
     """Let a tokenizer pad with its end token if need be. Raises UserError if it has neither."""
     if tokenizer.pad_token is not None:
         return
@@ -157,7 +157,8 @@ def dropout_options(
     a value above 0 takes the slow path on CPUs. Raises UserError when the model lacks an option
     that is asked for.
     """
-    options = [name for name in config.to_dict() if "drop" in name and "layerdrop" not in name]
+    # layerdrop is another thing: it skips whole layers
+    options = [option for option in config.to_dict() if "drop" in option and "layerdrop" not in option]
     attention = [option for option in ATTENTION_DROPOUT_NAMES if hasattr(config, option)]
     if attention_dropout and not attention:
         raise UserError(f"--attention-dropout {attention_dropout}: {name} has none; leave the flag out")
@@ -172,7 +173,7 @@ def dropout_options(
 def choose_max_length(
     wanted: int | None, default: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, flag: str
 ) -> int:
-    """Return the number of tokens to truncate at: `wanted`, else `default` or what the model holds.
+    """Return how many tokens a chunk may have: `wanted`, else `default` or what the model holds.
 
     Raises UserError when more is wanted than the model holds, or so little that no word fits.
     """
@@ -256,13 +257,13 @@ def adapt(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
 
     Attention and dropout are replaced by versions that cost less on CPUs.
     """
-    if not config.compile:  # which fuses them itself
+    if not config.compile:  # torch.compile fuses them itself
         speedups.use_fast_attention(model)
         speedups.use_fast_dropout(model)
     if config.gradient_checkpointing:
         recompute_activations(model)
     adapted = add_adapters(model, config.lora_rank) if config.lora_rank else model
-    freeze_layers(model, config.freeze_layers)  # including their adapters
+    freeze_layers(model, config.freeze_layers)  # last, so that their adapters are frozen too
     return adapted
 
 
@@ -403,5 +404,5 @@ def load_saved(
     model = model.to(runtime.device)
     speedups.use_fast_attention(model)
     tokenizer = models.load_tokenizer(folder, name=name)
-    require_padding_token(tokenizer, name=name)
+    ensure_padding_token(tokenizer, name=name)
     return model, tokenizer

@@ -3,7 +3,7 @@
 A labelled split has the columns `text` (string), `label` (ClassLabel, one list of class names for
 all splits) and `row` (the number of the row in its source, counted from 1, so that a message or a
 prediction can be traced back). A text longer than the model reads becomes one or more chunks of
-tokens (`--truncation`).
+tokens (`--truncation`). In this code, `rows[name][:]` is a whole column as a list.
 """
 
 import hashlib
@@ -35,8 +35,8 @@ TRUNCATIONS = ("head", "tail", "head-tail", "chunks")
 # share of a chunk with head-tail: 128 of 510 tokens was best on IMDb (Sun et al. 2019, "How to
 # Fine-Tune BERT for Text Classification?")
 HEAD_SHARE = 0.25
-# share of a chunk, at least, that the chunk before it holds too: what lies at a border is then
-# whole in one of the two
+# least share of a chunk that the chunk before it holds too, so that what one of them cuts apart is
+# whole in the other
 OVERLAP = 0.25
 FORMAT = 2  # of the cached Arrow files; counts up when their columns change
 
@@ -259,7 +259,10 @@ def _with_labels(
 
 
 def _natural_order(name: str) -> tuple[int, int, str]:
-    """Return a sort key: whole numbers by value, then all other names."""
+    """Return a sort key: whole numbers by value, then all other names.
+
+    20 digits are enough for any 64-bit number.
+    """
     return (0, int(name), name) if re.fullmatch(r"-?\d{1,20}", name) else (1, 0, name)
 
 
@@ -281,7 +284,7 @@ def cut_missing_splits(splits: Splits, *, seed: int) -> tuple[Splits, list[str]]
 def stratified_cut(
     rows: datasets.Dataset, size: int, *, seed: int, purpose: str
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Return the rows without `size` of them, and these, each class in both parts with its share.
+    """Return the rows in two parts, the second of `size` rows, with the same shares of classes.
 
     Both parts keep the order of the source. Raises UserError, naming the `purpose`, when a class
     has too few rows.
@@ -362,10 +365,13 @@ def cut_chunks(num_tokens: int, size: int, truncation: str) -> list[np.ndarray]:
         return [positions[-size:]]
     if truncation == "head-tail":
         head = round(size * HEAD_SHARE)
-        return [np.concatenate([positions[:head], positions[head - size :]])]
-    step = size - min(math.ceil(size * OVERLAP), size - 1)
-    count = math.ceil((num_tokens - size) / step) + 1
-    starts = np.linspace(0, num_tokens - size, count).round().astype(int)
+        tail = size - head
+        return [np.concatenate([positions[:head], positions[-tail:]])]
+    # as few chunks as overlap enough, evenly spaced from the beginning of the text to its end
+    overlap = min(math.ceil(size * OVERLAP), size - 1)
+    last_start = num_tokens - size
+    count = math.ceil(last_start / (size - overlap)) + 1
+    starts = np.linspace(0, last_start, count).round().astype(int)
     return [positions[start : start + size] for start in starts]
 
 
@@ -385,8 +391,8 @@ def encode(
     counts = ("chunk_lengths", "num_tokens", "num_read")
     columns: dict[str, list] = {name: [] for name in (*names, *counts)}
     for number, mask in enumerate(whole["special_tokens_mask"]):
+        # positions: the text from `first` up to `last`, special tokens before and after it
         words = np.flatnonzero(np.asarray(mask) == 0)
-        # the text lies between the special tokens
         first, last = (words[0], words[-1] + 1) if len(words) else (len(mask), len(mask))
         before, after = np.arange(first), np.arange(last, len(mask))
         cut = cut_chunks(last - first, max_length - len(before) - len(after), truncation)
@@ -430,7 +436,7 @@ def tokenize(
         batched=True,
         desc="tokenising",
         cache_file_name=str(folder / f"{key}-{FORMAT}-{datasets.__version__}.arrow"),
-        new_fingerprint=key[:16],
+        new_fingerprint=key[:16],  # as long as those of `datasets`
     )
     return _as_dataset(tokenized)
 

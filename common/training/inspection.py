@@ -13,7 +13,7 @@ from tabulate import tabulate
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common import bundled, models
-from common.training.batching import Batches, Pick
+from common.training.batching import PaddedBatches, Pick
 from common.training.classifier import mismatches
 from common.training.data import Splits, TokenConfig
 
@@ -132,7 +132,8 @@ def _show_text(row: dict, tokenized: dict, tokenizer: PreTrainedTokenizerBase) -
 
 def _show_batch(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> None:
     count = min(batch_size, len(rows), 4)  # four rows show what padding does
-    batch = Batches(rows, tokenizer)[[Pick(number, (0,)) for number in range(count)]]
+    picks = [Pick(number, chunks=(0,)) for number in range(count)]
+    batch = PaddedBatches(rows, tokenizer)[picks]
     print(f"\nONE PADDED BATCH of {count} (training uses {batch_size}), as the model gets it")
     for name, value in batch.items():
         print(f"{name:<15} {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}")

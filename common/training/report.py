@@ -68,25 +68,19 @@ def token_lines(tokenized: Splits, tokens: TokenConfig, config: BatchConfig, run
         num_read = np.asarray(tokenized[split]["num_read"][:])  # (N)
         longer = (num_tokens > length).mean()
         if longer == 0:
-            loss = ""
+            effect = ""
         elif tokens.truncation != "chunks":
             dropped = 1 - num_read.sum() / num_tokens.sum()
-            loss = f" and {LOST[tokens.truncation]}, {dropped:.1%} of all tokens"
+            effect = f" and {LOST[tokens.truncation]}, {dropped:.1%} of all tokens"
         elif split == "train":
-            loss = f"; a step reads {config.max_chunks} of their chunks, drawn again in each epoch"
+            effect = f"; a step reads {config.max_chunks} of their chunks, drawn again in each epoch"
         else:
-            loss = "; all of their chunks are read"
-        lines.append(f"at most {length} in {use}: {longer:.1%} of the texts are longer{loss}")
+            effect = "; all of their chunks are read"
+        lines.append(f"at most {length} in {use}: {longer:.1%} of the texts are longer{effect}")
     longest = batching.longest_chunks(tokenized["train"])
-    steps = batching.batch_order(
-        longest,
-        batch_size=config.texts_per_step(runtime.world_size),
-        seed=config.seed,
-        epoch=1,
-        buckets=config.batching == "buckets",
-    )
+    steps = batching.step_order(longest, config, epoch=1, world_size=runtime.world_size)
     size = config.batch_size * runtime.world_size
-    batches = [step[start : start + size] for step in steps for start in range(0, len(step), size)]
+    batches = [batch for step in steps for batch in batching.pieces(step, size)]
     share = batching.padding_share(longest, batches)
     lines.append(f"{share:.1%} of a training batch is padding (--batching {config.batching})")
     return "tokens   " + "\n         ".join(lines)

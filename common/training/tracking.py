@@ -31,10 +31,10 @@ from common.runtime import Runtime
 
 REPORTED_PACKAGES = ("transformers", "datasets", "tokenizers", "evaluate", "scikit-learn")
 CONFIG = "config.json"  # once it exists, it is complete and the run can be resumed
-# all that a run leaves that is killed when it has hardly begun
+# the only file that a run leaves behind when it is killed at its very beginning
 UNFINISHED_CONFIG = re.compile(r"config\.json\.\d+")
 CHECKPOINTS, CHECKPOINT_PREFIX = "checkpoints", "step-"
-NEWEST = ""  # what --resume without a value stands for
+NEWEST = ""  # the value of --resume given alone: the newest checkpoint
 
 
 # The run's folder ---------------------------------------------------------------------------------
@@ -274,7 +274,7 @@ Log = RunLog | NullLog
 
 
 def progress(batches: Iterable, *, label: str, shown: bool = True, unit: str = "batch") -> tqdm:
-    """Return a progress bar, which is drawn on a terminal only and vanishes at the end."""
+    """Return `batches` with a progress bar, drawn on a terminal only, which vanishes at the end."""
     return tqdm(
         batches,
         desc=label,
@@ -290,7 +290,7 @@ def progress(batches: Iterable, *, label: str, shown: bool = True, unit: str = "
 
 
 class Problem(enum.IntEnum):
-    """What is not finite; of several processes' problems the highest is reported."""
+    """What is not finite; of the problems of several processes the highest is reported."""
 
     NONE = 0
     GRADIENT = 1
@@ -319,6 +319,7 @@ class LossMeter:
         self.unread: list[tuple[torch.Tensor, torch.Tensor]] = []
         # norm of the gradient and number of each step since then
         self.norms: list[tuple[torch.Tensor, int]] = []
+        # over the epoch, up to the last read and since then; `weight` sums up the divisors
         self.sums = dict.fromkeys(("loss", "weight", "examples", "seconds"), 0.0)
         self.unread_sums = dict.fromkeys(("weight", "examples", "seconds"), 0.0)
         self.started = time.perf_counter()
@@ -327,10 +328,10 @@ class LossMeter:
         """Take the summed loss of a micro-batch and the row numbers of its texts."""
         self.unread.append((summed_loss.detach(), rows))
 
-    def end_step(self, step: int, *, examples: int, weight: float, grad_norm: torch.Tensor) -> None:
+    def end_step(self, step: int, *, examples: int, divisor: float, grad_norm: torch.Tensor) -> None:
         """Take a step's number of examples, the divisor of its loss, and its gradient's norm."""
         self.unread_sums["examples"] += examples
-        self.unread_sums["weight"] += weight
+        self.unread_sums["weight"] += divisor
         self.norms.append((grad_norm, step))
 
     def read(self) -> dict[str, float]:
@@ -339,8 +340,8 @@ class LossMeter:
         Raises UserError on every process when a loss or a gradient is not finite.
         """
         self.check()
-        losses = torch.stack([loss for loss, _ in self.unread])
-        total = self.runtime.all_reduce_sum(losses.cpu().double().sum()).item()
+        losses = torch.stack([loss for loss, _ in self.unread]).cpu()
+        total = self.runtime.all_reduce_sum(losses.double().sum()).item()
         new = {"loss": total, **self.unread_sums}
         now = time.perf_counter()
         new["seconds"] += now - self.started
@@ -365,7 +366,7 @@ class LossMeter:
         self.runtime.synchronize()
         now = time.perf_counter()
         self.unread_sums["seconds"] += now - self.started
-        self.started = now  # what is read within counts no second twice
+        self.started = now  # so that a read within the pause does not count these seconds again
         yield
         self.started = time.perf_counter()
 
@@ -395,10 +396,11 @@ class LossMeter:
         Those are the losses, and the gradients that changed weights. A loss that is not finite
         makes the gradients of all processes so, hence its message, which names texts, goes first.
         """
-        complaint, problem = self._bad_loss(), Problem.LOSS
-        if not complaint:
-            complaint, problem = self._bad_gradient(), Problem.GRADIENT
-        if not complaint:
+        if complaint := self._bad_loss():
+            problem = Problem.LOSS
+        elif complaint := self._bad_gradient():
+            problem = Problem.GRADIENT
+        else:
             problem = Problem.NONE
         worst = self.runtime.all_reduce_max(problem)
         if worst != Problem.NONE:

@@ -236,7 +236,7 @@ def test_a_batch_holds_the_chosen_chunks_and_a_filler_row_counts_nowhere(rows, t
     tokenized = data.tokenize(rows, tokenizer, max_length=12, truncation="chunks", cache_dir=str(tmp_path))
     assert len(tokenized["chunk_lengths"][1]) >= 4
     picks = [Pick(1, (0, 3)), Pick(2, (0,)), Pick(0, (0,), is_filler=True)]
-    batch = batching.Batches(tokenized, tokenizer)[picks]
+    batch = batching.PaddedBatches(tokenized, tokenizer)[picks]
     assert batch["labels"].tolist() == [0, 0, batching.IGNORED_LABEL]
     assert batch["row"].tolist() == [2, 3, 1] and batch["text_of_chunk"].tolist() == [0, 0, 1, 2]
     expected = [

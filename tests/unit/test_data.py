@@ -321,7 +321,7 @@ def test_the_screen_says_which_splits_were_cut_and_how_many_texts_are_shared(tmp
         "4",
     ]
     args = train_classifier.make_parser().parse_args(flags)
-    config = train_classifier.select(data.DataConfig, args)
+    config = train_classifier.config_from_flags(data.DataConfig, args)
     loaded = data.load_splits(config, Runtime(torch.device("cpu"), "fp32"))
     shown = capsys.readouterr().out
     shared = len(set(loaded["train"]["text"]) & set(loaded["test"]["text"]))

@@ -155,7 +155,7 @@ def feed(meter, losses, every, already=0) -> list[tuple[int, float]]:
     for number, loss in enumerate(losses):
         step = already + number + 1
         meter.add(torch.tensor(loss * 2), torch.tensor([2 * number + 1, 2 * number + 2]))
-        meter.end_step(step, examples=2, weight=2.0, grad_norm=torch.tensor(1.5))
+        meter.end_step(step, examples=2, divisor=2.0, grad_norm=torch.tensor(1.5))
         if step % every == 0:
             read.append((step, meter.read()["loss"]))
     return read
