@@ -39,7 +39,7 @@ from common.cli import (
 from common.errors import Interrupted, UserError, shorten
 from common.generation import explain, fast_sampling, language_model, output, sampling, scoring
 from common.generation.completion import Chat, Completion, Options, Prompt, Run, Stopwatch
-from common.generation.decoding import Batch, PromptLookup, Step, prefill, read_tokens, step
+from common.generation.decoding import Batch, PromptLookup, Step, fetch_ids, prefill, step
 from common.generation.language_model import LanguageModel
 from common.generation.sampling import Sampler, Settings
 from common.runtime import Runtime, start_runtime, stop_runtime
@@ -49,16 +49,17 @@ from common.runtime import Runtime, start_runtime, stop_runtime
 
 @torch.inference_mode()
 def decode(model: LanguageModel, batch: Batch, sampler: Sampler, settings: Settings) -> Iterator[Step]:
-    """Yield one Step per token until every row has ended or has its most tokens.
+    """Yield one Step per token until every row has ended or has `max_new_tokens` tokens.
 
-    Rows that have ended get padding and keep drawing random numbers, as in `generate`. The caller
-    may end a row in `batch.ended`, because of a stop string. Raises UserError when the model's
-    logits are not numbers.
+    Rows that have ended get padding and keep drawing random numbers, as in `generate`. While a Step
+    is out, the caller may end a row in `batch.ended`, because of a stop string. Raises UserError
+    when the model's logits are not numbers. Shapes: B rows (texts), V tokens in the vocabulary.
     """
     logits = prefill(model, batch)  # (B, V)
     for number in range(1, settings.max_new_tokens + 1):
-        chosen = read_tokens(sampler(logits, batch.tokens), logits, model)  # B ids
-        tokens = [model.pad_id if ended else token for token, ended in zip(chosen, batch.ended)]
+        chosen = sampler(logits, batch.tokens)  # (B)
+        ids = fetch_ids(chosen, logits, model)  # B ids; refuses logits that are not numbers
+        tokens = [model.pad_id if ended else token for token, ended in zip(ids, batch.ended)]
         yield Step(tokens, logits)
         for row, token in enumerate(tokens):
             batch.ended[row] |= token in settings.end_ids
@@ -70,17 +71,24 @@ def decode(model: LanguageModel, batch: Batch, sampler: Sampler, settings: Setti
 def make_sampler(options: Options, batch: Batch, rows: list[Completion], seed: int) -> Sampler:
     """Return the sampler that the options name, for a batch before its prefill."""
     draws = fast_sampling  # the plain version is `draws = sampling`
-    settings, prompts = options.settings, {"prompt_length": batch.length, "starts": batch.starts}
+    settings = options.settings
     if options.sampler == "exact":
-        return sampling.exact_sampler(settings, **prompts, seed=seed, draw=draws.draw_exactly)
+        return sampling.exact_sampler(
+            settings, prompt_length=batch.length, starts=batch.starts, seed=seed, draw=draws.draw_exactly
+        )
     names = [(row.prompt.number, row.sample) for row in rows]
     uniforms = sampling.row_uniforms(options.seed, names, settings.max_new_tokens)
-    uniforms, draw = uniforms.to(batch.ids.device), draws.draw_independently
-    return sampling.independent_sampler(settings, **prompts, uniforms=uniforms, draw=draw)
+    return sampling.independent_sampler(
+        settings,
+        prompt_length=batch.length,
+        starts=batch.starts,
+        uniforms=uniforms.to(batch.ids.device),
+        draw=draws.draw_independently,
+    )
 
 
 def complete(run: Run, rows: list[Completion], batch: Batch | None = None, *, seed: int) -> Iterator[str]:
-    """Generate the texts of completions; yield what each token adds to the first one, for a screen.
+    """Generate the texts of completions; yield what each token adds to the first text, to show it.
 
     `batch` holds their prompts; None makes one with an empty cache. `seed` is the seed of this
     batch, for the exact sampler.
@@ -95,7 +103,8 @@ def complete(run: Run, rows: list[Completion], batch: Batch | None = None, *, se
     else:
         sampler = make_sampler(options, batch, rows, seed)
         steps = decode(run.language_model, batch, sampler, settings)
-    stopwatch, num_shown = Stopwatch(batch), 0
+    stopwatch = Stopwatch(batch)
+    num_shown = 0  # characters of the first text that have been yielded
     for current in steps:
         stopwatch.token()
         run.add_step(rows, current, batch)
@@ -115,31 +124,36 @@ def generate_texts(args: argparse.Namespace, texts: list[str], references: list[
     if args.output:
         output.check_path(args.output, resume=args.resume)
     run, prompts, runtime = load_all(args, texts)
-    batches, total = split_batches(args, prompts), len(prompts) * args.num_samples
-    group = len(batches[0]) * args.num_samples  # texts per batch
+    batches = split_batches(args, prompts)
+    total = len(prompts) * args.num_samples  # texts
+    texts_per_batch = len(batches[0]) * args.num_samples
     record = output.Record(args.seed, recorded_settings(args, run))
     all_rows = run.rows(prompts)
-    earlier = output.finished_lines(args.output, all_rows, record, group=group) if args.resume else []
+    earlier = []
+    if args.resume:
+        earlier = output.finished_lines(args.output, all_rows, record, texts_per_batch=texts_per_batch)
     if earlier:
         runtime.say(f"{args.output}: it already holds {len(earlier):,} of {total:,} texts")
     # the other processes may not see the main process's file
-    first_batch = runtime.broadcast_int(math.ceil(len(earlier) / group))
+    first_batch = runtime.broadcast_int(math.ceil(len(earlier) / texts_per_batch))
     writes = bool(args.output) and runtime.is_main
     file = output.OutputFile(args.output, keep_lines=len(earlier)) if writes else None
     generated = [line["text"] for line in earlier]
-    on_terminal = sys.stdout.isatty() if args.stream is None else args.stream
-    streams = on_terminal and not args.output and runtime.world_size == 1
+    stream_wanted = sys.stdout.isatty() if args.stream is None else args.stream
+    is_streaming = stream_wanted and not args.output and runtime.world_size == 1
     # in each round, every process takes one batch
     rounds = range(first_batch, len(batches), runtime.world_size)
+    # a progress bar only while a file is written: otherwise, the screen shows the texts
+    hides_bar = None if file else True  # None: where stderr is not a terminal
     try:
-        for first in tqdm(rounds, unit="batch", leave=False, disable=None if file else True):
+        for first in tqdm(rounds, unit="batch", leave=False, disable=hides_bar):
             number = first + runtime.rank
             rows = run.rows(batches[number]) if number < len(batches) else []
-            if streams and total > 1:
+            if is_streaming and total > 1:
                 show(output.heading(rows[0].prompt.number + 1, 1, rows[0].prompt.text))
             seed = sampling.batch_seed(args.seed, number)
             for new_text in complete(run, rows, seed=seed):
-                if streams:
+                if is_streaming:
                     show(new_text)
             lines = output.gather([record.line(row, batch_seed=seed) for row in rows], runtime)
             if references is not None:
@@ -147,11 +161,12 @@ def generate_texts(args: argparse.Namespace, texts: list[str], references: list[
             if file:
                 file.write(lines)
             elif runtime.is_main and not args.output:
-                output.show_lines(lines, with_headings=total > 1, first_is_shown=streams)
+                output.show_lines(lines, with_headings=total > 1, first_is_shown=is_streaming)
     except (KeyboardInterrupt, Interrupted):
         # the signal can come while a batch is being written: only the file knows what it holds
         if file:
-            held = f"{args.output} holds {file.close():,} of {total:,} texts"
+            num_held = file.close()
+            held = f"{args.output} holds {num_held:,} of {total:,} texts"
             print(f"\n{held}; continue after them with --resume", file=sys.stderr)
         raise
     output.show_summary(run, runtime)
@@ -293,11 +308,11 @@ def make_parser() -> cli.Parser:
     add("--chat", action="store_true", help="prompts are questions, in the model's chat template")
     add("--system", metavar="TEXT", help="system message of a chat")
 
-    group = parser.add_argument_group("choice of tokens (greedy unless one of the first five is given)")
-    add = group.add_argument
+    title = "choice of tokens (greedy unless a flag from --temperature to --typical-p is given)"
+    add = parser.add_argument_group(title).add_argument
     add("--temperature", type=non_negative_float, help="below 1 sharpens, above 1 flattens; 0: greedy")
     add("--top-k", type=non_negative_int, help="keep the k most likely tokens; 0: off")
-    add("--top-p", type=probability, help="keep the fewest tokens that reach this probability")
+    add("--top-p", type=probability, help="keep the fewest tokens that together reach this probability")
     add("--min-p", type=fraction, help="keep tokens at least this likely, relative to the best one")
     add("--typical-p", type=probability, help="keep the most typical tokens up to this probability")
     add("--repetition-penalty", type=positive_float, default=1.0, help="above 1 discourages repetition")

@@ -29,10 +29,10 @@ class TextStream:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: tuple[str, ...] = ()) -> None:
         self.tokenizer, self.stops = tokenizer, stops
         self.ids: list[int] = []
-        # ids[context:decoded] are decoded again with what follows, because some decoders treat the
-        # first token of a text differently
-        self.context = 0
         self.decoded = 0  # ids[:decoded] are decoded
+        # ids[overlap_start:decoded] are decoded again with what follows, because some decoders treat
+        # the first token of a text differently
+        self.overlap_start = 0
         self.held = ""  # decoded but not shown: it may be the beginning of a stop string
         self.text = ""  # everything shown so far
         # a stop string has been found; neither it nor what follows is part of the text
@@ -53,13 +53,13 @@ class TextStream:
         return shown + rest
 
     def _decode_new(self, *, whole_characters: bool) -> str:
-        known = self._decode(self.context, self.decoded)
-        longer = self._decode(self.context, len(self.ids))
-        is_incomplete = whole_characters and longer.endswith(REPLACEMENT)
-        if len(longer) <= len(known) or is_incomplete:
+        before = self._decode(self.overlap_start, self.decoded)
+        after = self._decode(self.overlap_start, len(self.ids))
+        must_wait = whole_characters and after.endswith(REPLACEMENT)
+        if len(after) <= len(before) or must_wait:
             return ""
-        self.context, self.decoded = self.decoded, len(self.ids)
-        return longer[len(known) :]
+        self.overlap_start, self.decoded = self.decoded, len(self.ids)
+        return after[len(before) :]
 
     def _decode(self, start: int, end: int) -> str:
         ids = self.ids[start:end]
@@ -70,25 +70,26 @@ class TextStream:
         if self.stopped:
             return ""
         self.held += new
-        stop_indices = [index for stop in self.stops if (index := self.held.find(stop)) >= 0]
+        stop_indices = [self.held.index(stop) for stop in self.stops if stop in self.held]
         if stop_indices:
             self.stopped = True
             shown, self.held = self.held[: min(stop_indices)], ""
         else:
-            end = len(self.held) - self._possible_stop()
+            end = len(self.held) - self._num_uncertain()
             shown, self.held = self.held[:end], self.held[end:]
         self.text += shown
         return shown
 
-    def _possible_stop(self) -> int:
-        """Return how many characters at the end of `held` could begin a stop string."""
-        lengths = (
-            length
-            for stop in self.stops
-            for length in range(min(len(stop) - 1, len(self.held)), 0, -1)
-            if self.held.endswith(stop[:length])
-        )
-        return max(lengths, default=0)
+    def _num_uncertain(self) -> int:
+        """Return how many characters at the end of `held`, which contains no stop string, could be
+        the beginning of one.
+        """
+        longest = max(map(len, self.stops), default=0)
+        for length in range(min(longest, len(self.held)), 0, -1):
+            ending = self.held[-length:]
+            if any(stop.startswith(ending) for stop in self.stops):
+                return length
+        return 0
 
 
 @dataclass(frozen=True)
@@ -242,15 +243,15 @@ class Run:
 
     def add_step(self, rows: list[Completion], step: Step, batch: Batch) -> None:
         """Add one token to each text that has not ended, and end the rows that end with it."""
-        details = None
+        row_logprobs = None
         if self.options.num_logprobs is not None:
-            details = logprobs(step, self.options.num_logprobs, self.language_model.tokenizer)
+            row_logprobs = logprobs(step, self.options.num_logprobs, self.language_model.tokenizer)
         for index, (row, token) in enumerate(zip(rows, step.tokens)):
             if batch.ended[index]:
                 continue
             batch.ended[index] = row.add(token, self.options.settings.end_ids)
-            if details is not None:
-                row.logprobs.append(details[index])
+            if row_logprobs is not None:
+                row.logprobs.append(row_logprobs[index])
 
     def summary(self, peak_memory_bytes: int) -> str:
         """Return one line for a person: tokens per second, time to the first token, memory, and

@@ -82,14 +82,16 @@ def new_cache(language_model: LanguageModel) -> DynamicCache:
 
 def prefill(language_model: LanguageModel, batch: Batch) -> Tensor:
     """Read all tokens that are not in the cache yet; return the logits (B, V) that follow, fp32."""
-    return forward(language_model, batch, first=batch.cache.get_seq_length())[:, -1].float()
+    logits = forward(language_model, batch, first=batch.cache.get_seq_length())  # (B, 1, V)
+    return logits[:, -1].float()
 
 
 def step(language_model: LanguageModel, batch: Batch, tokens: list[int]) -> Tensor:
     """Add one token to each row, and return the logits (B, V) that follow, fp32."""
     batch.ids[:, batch.length] = torch.tensor(tokens, device=batch.ids.device)
     batch.length += 1
-    return forward(language_model, batch, first=batch.length - 1)[:, -1].float()
+    logits = forward(language_model, batch, first=batch.length - 1)  # (B, 1, V)
+    return logits[:, -1].float()
 
 
 def forward(language_model: LanguageModel, batch: Batch, *, first: int, keep: int = 1) -> Tensor:
@@ -108,7 +110,7 @@ def forward(language_model: LanguageModel, batch: Batch, *, first: int, keep: in
         use_cache=True,
         **{name: value for name, value in options.items() if name in accepted},
     )
-    return output.logits[:, -keep:]
+    return output.logits[:, -keep:]  # a model without logits_to_keep returns all columns
 
 
 _ACCEPTED_INPUTS: dict[type[PreTrainedModel], frozenset[str]] = {}
@@ -124,14 +126,16 @@ def accepted_inputs(model_class: type[PreTrainedModel]) -> frozenset[str]:
     return _ACCEPTED_INPUTS[model_class]
 
 
-def read_tokens(tokens: Tensor, logits: Tensor, language_model: LanguageModel) -> list[int]:
-    """Return tokens (B) as a list.
+def fetch_ids(tokens: Tensor, logits: Tensor, language_model: LanguageModel) -> list[int]:
+    """Return tokens (B), which may be on a GPU, as a list.
 
     Raises UserError when a row of the logits (B, V) holds NaN or infinity, which argmax would
     silently choose.
     """
-    broken = ~logits.amax(-1).isfinite().all()
-    # deliberately the one sync with a GPU per token: the text is shown as it grows
+    highest = logits.amax(-1)  # (B), NaN for a row that holds one
+    broken = ~highest.isfinite().all()
+    # tokens and check travel together, in the one sync with a GPU per token; the sync is
+    # deliberate, because the text is shown as it grows
     *ids, is_broken = torch.cat([tokens, broken[None]]).tolist()
     if is_broken:
         raise UserError(
@@ -204,7 +208,7 @@ class PromptLookup:
             for index in range(len(guess) + 1):
                 row = logits[index : index + 1]  # (1, V)
                 chosen = sampler(row, batch.ids[:, : known + index])
-                [token] = read_tokens(chosen, row, language_model)
+                [token] = fetch_ids(chosen, row, language_model)
                 history.add(token)
                 remaining -= 1
                 yield Step([token], row)

@@ -19,55 +19,59 @@ from torch import Tensor
 from common.generation import sampling
 from common.generation.sampling import Settings
 
-CANDIDATES = 1024  # number of candidates where top-k does not say it
-# candidates beyond top-k: in three of four rows, bf16 logits tie at the k-th place, and top-k
-# keeps all that tie
+CANDIDATES = 1024  # their number without top-k; with it, k + TIES
+# bf16 logits tie at the k-th place in three of four rows, and top-k keeps all that tie
 TIES = 64
-# how much the order of a sum over 50,000 fp32 probabilities can change it (relative), with a margin
+# the relative difference that another order of summation can make to a sum of 50,000 fp32
+# probabilities, with a margin
 ROUNDING = 1e-5
 
 
 def draw_exactly(logits: Tensor, settings: Settings, generator: torch.Generator) -> Tensor:
     """Return the tokens (B) of `sampling.draw_exactly`, and leave the generator in the same state.
 
-    The noise is made only for the candidates, from the same random bits. Rows where a rounding
+    The noise is computed only for the candidates, from the same random bits. Rows where a rounding
     error or the order of equal logits could decide are drawn again in the plain way.
     """
     if not noise_is_known(logits.device.type):
         return sampling.draw_exactly(logits, settings, generator)
     bits = random_bits(logits.shape, generator)  # (B, V)
-    tokens, certain = draw_among_likeliest(logits, settings, bits)
-    rows = (~certain).nonzero()[:, 0]
-    if len(rows):
-        probabilities = sampling.distribution(logits[rows], settings)
-        tokens[rows] = (probabilities / noise(bits[rows])).argmax(-1)
+    tokens, certain = draw_among_candidates(logits, settings, bits)
+    uncertain_rows = (~certain).nonzero()[:, 0]
+    if len(uncertain_rows):
+        probabilities = sampling.distribution(logits[uncertain_rows], settings)
+        quotients = probabilities / noise(bits[uncertain_rows])
+        tokens[uncertain_rows] = quotients.argmax(-1)
     return tokens
 
 
-def draw_among_likeliest(logits: Tensor, settings: Settings, bits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return tokens (B) drawn among the candidates, and whether each is certainly the token (B) of
-    a draw from the whole vocabulary.
+def draw_among_candidates(logits: Tensor, settings: Settings, bits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return tokens (B) drawn among the candidates, and for which rows (B) they are certain: a draw
+    from the whole vocabulary gives the same token.
 
-    A row is uncertain where the candidates do not include everything that the filters keep; where
-    a sum is as close to its limit, or the two best quotients are as close to each other, as
-    rounding errors are large; and where the limit of top-p separates tokens of equal logits and
-    one of them wins, because only the same sort tells which of them are kept.
+    A row is uncertain in three cases. The candidates do not include everything that the filters
+    keep. A rounding error could move the border of what is kept, or swap the two largest quotients.
+    Or the limit of top-p separates tokens of equal logits and one of them wins: which of them are
+    kept, only the full sort of the plain draw tells.
     """
     keeps_everything = settings.top_k == 0 and settings.top_p == 1 and settings.min_p == 0
     if keeps_everything or settings.typical_p < 1:  # typical need not keep the most likely tokens
-        certain = torch.zeros(len(logits), dtype=torch.bool)
-        return torch.zeros(len(logits), dtype=torch.long), certain
-    scaled, values, ids = candidates(logits, settings)
-    border = find_border(scaled, values, settings)
+        placeholders = torch.zeros(len(logits), dtype=torch.long)
+        return placeholders, torch.zeros(len(logits), dtype=torch.bool)
+    scaled, candidate_logits, ids = find_candidates(logits, settings)
+    border = find_border(scaled, candidate_logits, settings)
     certain = border.certain  # (B, 1)
-    if values.shape[-1] < scaled.shape[-1]:
-        certain &= values[:, -1:] < border.least
-    weights = border.weights.masked_fill(values < border.least, 0.0)
+    if candidate_logits.shape[-1] < scaled.shape[-1]:
+        # where the last candidate is removed, no token outside the candidates is kept
+        certain &= candidate_logits[:, -1:] < border.lowest_kept
+    weights = border.weights.masked_fill(candidate_logits < border.lowest_kept, 0.0)
     quotients = weights / noise(bits.gather(-1, ids))  # (B, C)
     best = quotients.topk(min(2, quotients.shape[-1]))
-    winner = best.indices[:, :1]  # (B, 1)
-    certain &= (best.values[:, 1:] < best.values[:, :1] * (1 - ROUNDING)).all(-1, keepdim=True)
-    certain &= ~(border.splits_ties & (values.gather(-1, winner) == border.least))
+    winner = best.indices[:, :1]  # (B, 1), a column of the candidates
+    largest, second = best.values[:, :1], best.values[:, 1:]  # second: (B, 0) if C is 1
+    certain &= (second < largest * (1 - ROUNDING)).all(-1, keepdim=True)
+    wins_at_border = candidate_logits.gather(-1, winner) == border.lowest_kept  # (B, 1)
+    certain &= ~(border.splits_ties & wins_at_border)
     return ids.gather(-1, winner)[:, 0], certain[:, 0]
 
 
@@ -76,37 +80,44 @@ class Border:
     """Where top-k, top-p and min-p cut off the candidates of each row."""
 
     weights: Tensor  # (B, C): the probabilities, up to a factor that all tokens of a row share
-    least: Tensor  # (B, 1): the lowest logit that is kept
+    lowest_kept: Tensor  # (B, 1): the lowest logit that is kept
     certain: Tensor  # (B, 1): whether no rounding error can move the border
     splits_ties: Tensor  # (B, 1): whether top-p keeps only some of those that tie at the border
 
 
-def find_border(scaled: Tensor, values: Tensor, settings: Settings) -> Border:
-    """Return the border among candidates with logits `values` (B, C) out of `scaled` (B, V)."""
+def find_border(scaled: Tensor, candidate_logits: Tensor, settings: Settings) -> Border:
+    """Return the border among the candidates' logits (B, C), which are the highest of `scaled`
+    (B, V), all logits after the temperature.
+    """
     k, p, share = settings.top_k, settings.top_p, settings.min_p
-    weights = (values - values[:, :1]).exp()  # (B, C)
-    certain = torch.ones_like(values[:, :1], dtype=torch.bool)  # (B, 1)
+    highest = candidate_logits[:, :1]  # (B, 1)
+    weights = (candidate_logits - highest).exp()  # (B, C)
+    certain = torch.ones_like(highest, dtype=torch.bool)
     splits_ties = torch.zeros_like(certain)
-    least = torch.full_like(values[:, :1], -torch.inf)
+    lowest_kept = torch.full_like(highest, -torch.inf)
     if k:
-        least = values[:, min(k, values.shape[-1]) - 1, None]
+        kth = min(k, candidate_logits.shape[-1]) - 1
+        lowest_kept = candidate_logits[:, kth, None]
     if p < 1:
-        weights = weights.masked_fill(values < least, 0.0)
-        kept_by_top_k = weights if k else (scaled - values[:, :1]).exp()
+        weights = weights.masked_fill(candidate_logits < lowest_kept, 0.0)
+        # without top-k, tokens that are not candidates have a share of the total too
+        kept_by_top_k = weights if k else (scaled - highest).exp()
         total = kept_by_top_k.sum(-1, keepdim=True)
-        before = (weights.cumsum(-1) - weights) / total  # (B, C): the mass of all likelier tokens
-        inside = (before < p) & (values >= least)
-        least = values.gather(-1, inside.sum(-1, keepdim=True) - 1)
-        splits_ties = ((values == least) & ~inside).any(-1, keepdim=True)
+        # (B, C): the probability of all candidates before each one
+        before = (weights.cumsum(-1) - weights) / total
+        kept = (before < p) & (candidate_logits >= lowest_kept)
+        last_kept = kept.sum(-1, keepdim=True) - 1  # (B, 1), a column of the candidates
+        lowest_kept = candidate_logits.gather(-1, last_kept)
+        splits_ties = ((candidate_logits == lowest_kept) & ~kept).any(-1, keepdim=True)
         certain &= ((before - p).abs() > ROUNDING).all(-1, keepdim=True)
     if share > 0:
         certain &= ((weights / share - 1).abs() > ROUNDING).all(-1, keepdim=True)
-        lowest = values.masked_fill(weights < share, torch.inf).amin(-1, keepdim=True)
-        least = torch.maximum(least, lowest)
-    return Border(weights, least, certain, splits_ties)
+        kept_logits = candidate_logits.masked_fill(weights < share, torch.inf)
+        lowest_kept = torch.maximum(lowest_kept, kept_logits.amin(-1, keepdim=True))
+    return Border(weights, lowest_kept, certain, splits_ties)
 
 
-def candidates(logits: Tensor, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
+def find_candidates(logits: Tensor, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
     """Return the logits (B, V) after the temperature, and the candidates' logits and ids (B, C).
 
     Sorting 50,000 logits takes 4 ms on one core, finding the 1,024 highest 0.1 ms.
@@ -115,15 +126,16 @@ def candidates(logits: Tensor, settings: Settings) -> tuple[Tensor, Tensor, Tens
     if settings.temperature != 1.0:
         scaled = sampling.scale_by_temperature(logits, settings.temperature)
     count = settings.top_k + TIES if settings.top_k else CANDIDATES
-    values, ids = scaled.topk(min(count, scaled.shape[-1]))
-    return scaled, values, ids
+    candidate_logits, ids = scaled.topk(min(count, scaled.shape[-1]))
+    return scaled, candidate_logits, ids
 
 
 def random_bits(shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """Return 64 random bits for each number of `exponential_`, which leave the generator in the
-    same state.
+    """Return the 64 random bits that `exponential_` would take for each number, and leave the
+    generator in the same state as it would.
     """
-    return torch.empty(shape, dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    lowest = -(2**63)  # and no upper limit (None): all values of an int64
+    return torch.empty(shape, dtype=torch.int64).random_(lowest, None, generator=generator)
 
 
 def noise(bits: Tensor) -> Tensor:
@@ -131,7 +143,9 @@ def noise(bits: Tensor) -> Tensor:
 
     They are -log(1 - u), computed in fp64, where u is the lowest 53 bits as a number in [0, 1).
     """
-    return (bits & (2**53 - 1)).double().mul_(-(2.0**-53)).log1p_().neg_().float()
+    lowest_bits = bits & (2**53 - 1)
+    minus_u = lowest_bits.double().mul_(-(2.0**-53))
+    return minus_u.log1p_().neg_().float()
 
 
 @functools.cache
@@ -159,7 +173,7 @@ def draw_independently(logits: Tensor, settings: Settings, uniforms: Tensor) -> 
     probabilities, ids, complete = candidate_distribution(logits, settings)
     columns = sampling.invert_cumulative(probabilities, uniforms)  # (B)
     tokens = ids.gather(-1, columns[:, None])[:, 0]
-    rows = (~complete).nonzero()[:, 0]
+    rows = (~complete).nonzero()[:, 0]  # that need the whole vocabulary
     if len(rows):
         tokens[rows] = sampling.draw_independently(logits[rows], settings, uniforms[rows])
     return tokens
@@ -170,16 +184,19 @@ def candidate_distribution(logits: Tensor, settings: Settings) -> tuple[Tensor, 
     which rows (B) they are complete: no other token can be drawn.
     """
     k, p, share = settings.top_k, settings.top_p, settings.min_p
-    scaled, values, ids = candidates(logits, settings)
+    scaled, candidate_logits, ids = find_candidates(logits, settings)
+    last = candidate_logits[:, -1]  # (B): the logit of the least likely candidate
+    num_candidates = candidate_logits.shape[-1]
     remaining = replace(settings, temperature=1.0)  # the filters that are still to be applied
-    complete = torch.full_like(values[:, 0], values.shape[-1] == scaled.shape[-1], dtype=torch.bool)
+    complete = torch.full_like(last, num_candidates == scaled.shape[-1], dtype=torch.bool)
     if k:
-        complete |= values[:, -1] < values[:, min(k, values.shape[-1]) - 1]
+        complete |= last < candidate_logits[:, min(k, num_candidates) - 1]
     elif p < 1:
-        probabilities = (values - scaled.logsumexp(-1, keepdim=True)).exp()
+        probabilities = (candidate_logits - scaled.logsumexp(-1, keepdim=True)).exp()
         complete |= probabilities.sum(-1) > p
-        values = values.masked_fill(probabilities.cumsum(-1) - probabilities >= p, -torch.inf)
+        before = probabilities.cumsum(-1) - probabilities
+        candidate_logits = candidate_logits.masked_fill(before >= p, -torch.inf)
         remaining = replace(remaining, top_p=1.0)
     elif share > 0:
-        complete |= values[:, -1] < values[:, 0] + math.log(share)
-    return sampling.distribution(values, remaining), ids, complete
+        complete |= last < candidate_logits[:, 0] + math.log(share)
+    return sampling.distribution(candidate_logits, remaining), ids, complete

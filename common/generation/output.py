@@ -26,7 +26,7 @@ def show_lines(lines: list[dict], *, with_headings: bool, first_is_shown: bool) 
     """Show the texts of a batch; the first one may have been shown while it grew."""
     for index, line in enumerate(lines):
         if index == 0 and first_is_shown:
-            print(flush=True)
+            print(flush=True)  # only its line break is missing
             continue
         above = heading(line["prompt_number"], line["sample"], line["prompt"]) if with_headings else ""
         print(above + line["text"], flush=True)
@@ -101,12 +101,11 @@ def check_path(path: str, *, resume: bool) -> None:
         )
 
 
-def finished_lines(path: str, rows: list[Completion], record: Record, *, group: int) -> list[dict]:
-    """Return the lines of a file that a run can continue after: whole batches of `group` lines.
+def finished_lines(path: str, rows: list[Completion], record: Record, *, texts_per_batch: int) -> list[dict]:
+    """Return the lines of a file that a run can continue after: those of whole batches.
 
     `rows` are the texts of the whole run, still empty. A last line that an interruption cut short
-    does not count. Raises UserError for a line that is not JSON or belongs to a
-    different run.
+    does not count. Raises UserError for a line that is not JSON or belongs to a different run.
     """
     file = Path(path)
     content = file.read_bytes() if file.exists() else b""
@@ -120,7 +119,10 @@ def finished_lines(path: str, rows: list[Completion], record: Record, *, group: 
             f"{path}: it holds {len(encoded):,} texts and this run has {len(rows):,}; --resume "
             "needs the same prompts and flags"
         )
-    return lines if len(lines) == len(rows) else lines[: len(lines) // group * group]
+    if len(lines) == len(rows):  # the last batch of a run may be smaller
+        return lines
+    num_batches = len(lines) // texts_per_batch
+    return lines[: num_batches * texts_per_batch]
 
 
 def _check_line(encoded: bytes, expected: dict, *, name: str) -> dict:

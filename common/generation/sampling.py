@@ -64,7 +64,8 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 
     Keep all tokens where k is larger than V.
     """
-    kth = logits.topk(min(k, logits.shape[-1])).values[..., -1, None]  # (B, 1)
+    highest = logits.topk(min(k, logits.shape[-1])).values  # (B, k), in descending order
+    kth = highest[..., -1:]  # (B, 1)
     return logits.masked_fill(logits < kth, -torch.inf)
 
 
@@ -76,9 +77,11 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     the sort decides which of them are kept.
     """
     ascending, order = logits.sort(descending=False)
-    removed = ascending.softmax(-1).cumsum(-1) <= 1 - p  # (B, V), in sorted order
-    removed[..., -1] = False
-    return logits.masked_fill(removed.scatter(-1, order, removed), -torch.inf)
+    cumulative = ascending.softmax(-1).cumsum(-1)  # (B, V), from the least likely token on
+    removed = cumulative <= 1 - p
+    removed[..., -1] = False  # the most likely token is kept in any case
+    removed = removed.scatter(-1, order, removed)  # from sorted order to that of the vocabulary
+    return logits.masked_fill(removed, -torch.inf)
 
 
 def keep_min_p(logits: Tensor, share: float) -> Tensor:
@@ -168,7 +171,8 @@ def history_filters(
         return forbid_repeated_ngrams(logits, ids, size, ngram_starts)
 
     def forbid_early_end(logits: Tensor, ids: Tensor) -> Tensor:
-        return forbid(logits, end_ids) if ids.shape[-1] - prompt_length < minimum else logits
+        num_new_tokens = ids.shape[-1] - prompt_length
+        return forbid(logits, end_ids) if num_new_tokens < minimum else logits
 
     filters = []
     if penalty != 1.0:
@@ -182,20 +186,20 @@ def history_filters(
 
 def distribution_filters(settings: Settings) -> list[Filter]:
     """Return the filters that shape the distribution to draw from, in order; none when greedy."""
+    if not settings.sample:
+        return []
 
-    def stage(name: str, function: Callable[..., Tensor], value: float) -> Filter:
+    def make_filter(name: str, function: Callable[..., Tensor], value: float) -> Filter:
         return Filter(f"{name} {value:g}", lambda logits, ids: function(logits, value))
 
-    known = (
+    all_filters = (  # name, function, its parameter, whether it does anything
         ("temperature", scale_by_temperature, settings.temperature, settings.temperature != 1.0),
         ("top-k", keep_top_k, settings.top_k, settings.top_k > 0),
         ("top-p", keep_top_p, settings.top_p, settings.top_p < 1.0),
         ("min-p", keep_min_p, settings.min_p, settings.min_p > 0),
         ("typical", keep_typical, settings.typical_p, settings.typical_p < 1.0),
     )
-    if not settings.sample:
-        return []
-    return [stage(name, function, value) for name, function, value, wanted in known if wanted]
+    return [make_filter(name, function, value) for name, function, value, is_on in all_filters if is_on]
 
 
 def apply_filters(filters: list[Filter], logits: Tensor, ids: Tensor) -> Tensor:
@@ -220,7 +224,7 @@ def draw_exactly(logits: Tensor, settings: Settings, generator: torch.Generator)
     These are the steps of `torch.multinomial` for one draw: divide each probability by a random
     number of the exponential distribution, and take the largest quotient. They use V random
     numbers for each row, also for rows that have ended. (On a GPU, `multinomial` itself would end
-    the process over NaN, which `decoding.read_tokens` reports.)
+    the process over NaN, which `decoding.fetch_ids` reports.)
     """
     probabilities = distribution(logits, settings)
     noise = torch.empty_like(probabilities).exponential_(1, generator=generator)
@@ -259,7 +263,7 @@ def exact_sampler(
     """Return the sampler whose tokens are those of `generate` after `torch.manual_seed(seed)`.
 
     It uses the same filters, sorts and random numbers. `starts` (B) is the column where each row's
-    text begins.
+    text begins. `draw` is the plain `draw_exactly` or its fast twin.
     """
     filters = history_filters(settings, prompt_length=prompt_length, starts=starts, padding_is_text=True)
     generator = torch.Generator(starts.device).manual_seed(seed)

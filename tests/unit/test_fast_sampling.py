@@ -84,7 +84,7 @@ def test_the_exact_draws_take_the_librarys_tokens(name):
     for number in range(18):
         logits = synthetic_rows(number, 20)
         bits = fast_sampling.random_bits(logits.shape, torch.Generator().set_state(fast.get_state()))
-        certain.append(fast_sampling.draw_among_likeliest(logits, settings, bits)[1])
+        certain.append(fast_sampling.draw_among_candidates(logits, settings, bits)[1])
         plain.set_state(fast.get_state())
         tokens = draw_as_the_library(logits, settings, library_generator)
         assert torch.equal(fast_sampling.draw_exactly(logits, settings, fast), tokens), number
@@ -111,7 +111,7 @@ def test_ties_at_the_border_of_top_p_are_split_as_the_library_splits_them(every)
     assert torch.equal(fast_sampling.draw_exactly(logits, settings, fast), tokens)
     assert torch.equal(sampling.draw_exactly(logits, settings, plain), tokens)
     bits = torch.full(logits.shape, 2**52)
-    assert not fast_sampling.draw_among_likeliest(logits, Settings(sample=True, top_k=5), bits)[1].any()
+    assert not fast_sampling.draw_among_candidates(logits, Settings(sample=True, top_k=5), bits)[1].any()
 
 
 def test_where_the_noise_is_unknown_the_plain_draw_is_used(monkeypatch):
