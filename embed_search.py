@@ -2,10 +2,11 @@
 """Texts in, embeddings on disk, answers out: similarity, search, pairs, duplicates and clusters
 over a durable index.
 
-Texts are a file with one per line, "-", a CSV/TSV/JSON/JSONL/Parquet file with --text-column, a
-folder of .txt files, or a bundled set. Models are sentence-transformers' own, local or from the
-Hub; --model defaults to the index's own, else to bundled/all-MiniLM-L6-v2. Left out on purpose: a
-server, embeddings made by other programs, images.
+Texts come from a file with one per line, from standard input ("-"), a CSV/TSV/JSON/JSONL/Parquet
+file with --text-column, a folder of .txt files, or a bundled set. Models are those of
+sentence-transformers, local or from the Hub; without --model, an index is searched with the model
+that made it, and everything else uses bundled/all-MiniLM-L6-v2. Left out on purpose: a server,
+embeddings made by other programs, images.
 
   python embed_search.py similarity sentences.txt --query "Artificial intelligence" --figure map.png
   python embed_search.py index bundled/bbc-news --index news
@@ -50,7 +51,7 @@ DEFAULT_OVERLAP = 32
 LARGEST_MATRIX = 5_000  # texts whose matrix of similarities is shown or written
 WHERE = {"metavar": "SQL", "help": "only rows where this holds, such as \"label = 'tech'\""}
 WAIT = {"type": cli.non_negative_float, "default": 10.0, "help": "seconds to wait for another writer"}
-SKIP_BAD = {"action": "store_true", "help": "skip what can't be used"}
+SKIP_BAD = {"action": "store_true", "help": "skip rows and ids that can't be used"}
 
 
 # similarity: the cosine of every text with every other
@@ -91,7 +92,7 @@ def similarity(args: argparse.Namespace, runtime: Runtime, screen: Screen) -> No
 def add_index_flags(command: cli.Parser) -> None:
     flag = command.add_argument
     flag("texts", help="texts to put into the index")
-    flag("--index", metavar="DIR", required=True, help="its folder")
+    flag("--index", metavar="DIR", required=True, help="the folder of the index")
     flag("--id-column", help="the column of ids (default: the index's, else a hash of the text)")
     flag("--update", action="store_true", help="replace rows whose text or columns changed")
     flag("--chunk", action="store_true", help="split texts that the model can't read whole")
@@ -108,35 +109,40 @@ def index(args: argparse.Namespace, runtime: Runtime, screen: Screen) -> None:
     id_column, overlap = args.id_column, args.chunk_overlap
     if overlap is None and args.chunk:
         overlap = DEFAULT_OVERLAP
-    if (folder / MANIFEST).is_file():
-        settings = read_manifest(folder)["settings"]
-        config = config.with_defaults(settings["model"], settings["max_length"])
-        id_column = id_column or settings["id_column"]
-        overlap = settings["chunk_overlap"] if overlap is None else overlap
-    # mistakes in the texts are reported before the model is loaded; under torchrun the main process
-    # reads and writes later, and all processes encode
-    collection = source.read(id_column) if runtime.world_size == 1 else None
+    if (folder / MANIFEST).is_file():  # the index exists: what no flag names stays as it was made
+        existing = read_manifest(folder)["settings"]
+        config = config.with_defaults(existing["model"], existing["max_length"])
+        id_column = id_column or existing["id_column"]
+        if overlap is None:
+            overlap = existing["chunk_overlap"]
+    collection = None
+    if runtime.world_size == 1:  # mistakes in the texts are reported before the model is loaded
+        collection = source.read(id_column)
     encoder = load_encoder(config, runtime)
+    # under torchrun every process encodes, but only the main one reads the texts and writes
     if not runtime.is_main:
         encoder.follow()
         return
     settings = settings_of(encoder, id_column=id_column, chunk_overlap=overlap)
-    started, builder = time.perf_counter(), None
+    started = time.perf_counter()
+    builder = None
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     try:
-        collection = collection or source.read(id_column)
+        if collection is None:
+            collection = source.read(id_column)
         if overlap is not None:
-            chunk_size(encoder, overlap)
+            chunk_size(encoder, overlap)  # refuses an overlap that is too large, before any writing
         with open_store(folder, settings=settings, wait=args.wait) as store:
             check_settings(args.index, settings, store.snapshot.settings)
             builder = Builder(store, encoder, update=args.update, skip_bad=args.skip_bad)
             fill(builder, collection, block=args.block)
-            display.show_build(screen, builder, collection, seconds=time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            display.show_build(screen, builder, collection, seconds=seconds)
     except UserError:
         encoder.release()
         raise
-    except SystemExit as stopped:  # not released: others may be in the middle of a block
+    except SystemExit as stopped:  # no release(): the others may be in the middle of a block
         done = builder.counts.committed if builder else 0
         message = f"stopped; {done:,} texts of this run are in {folder}; the same command continues"
         raise Interrupted(message, int(stopped.code or 0)) from None
@@ -144,7 +150,7 @@ def index(args: argparse.Namespace, runtime: Runtime, screen: Screen) -> None:
 
 
 def stop(number: int, _: FrameType | None) -> NoReturn:
-    """End at the first signal, with all that is committed; torchrun sends a second."""
+    """End the process; what is committed stays. Later signals are ignored: torchrun sends two."""
     for other in (signal.SIGINT, signal.SIGTERM):
         signal.signal(other, signal.SIG_IGN)
     sys.exit(128 + number)
@@ -201,9 +207,10 @@ def compact(args: argparse.Namespace, runtime: Runtime, screen: Screen) -> None:
 
 def add_search_flags(command: cli.Parser) -> None:
     flag = command.add_argument
-    flag("queries", nargs="*", metavar="QUERY")
+    flag("queries", nargs="*", metavar="QUERY", help="a text to search for; without any, a prompt")
     flag("--index", metavar="DIR", required=True, help="where to search")
-    flag("--queries", dest="file", metavar="FILE", help="one query per line, - for standard input")
+    lines = "one query per line, - for standard input"
+    flag("--queries", dest="queries_file", metavar="FILE", help=lines)
     flag("--top-k", type=cli.positive_int, default=5, help="texts per query")
     flag("--hybrid", action="store_true", help="fuse cosine and BM25 by reciprocal rank")
     flag("--approximate", action="store_true", help="search a FAISS graph, kept beside the index")
@@ -213,18 +220,21 @@ def add_search_flags(command: cli.Parser) -> None:
 
 
 def search(args: argparse.Namespace, runtime: Runtime, screen: Screen) -> None:
-    """Find the texts of an index that are nearest to queries, from flags or a prompt."""
-    if args.queries and args.file:
+    """Find the texts of an index that are nearest to queries; without a query, ask for them."""
+    if args.queries and args.queries_file:
         raise UserError("search: name either queries or --queries FILE")
-    queries = reading.read_lines(args.file) if args.file else args.queries
+    queries, location = args.queries, "query"
+    if args.queries_file:
+        queries, location = reading.read_lines(args.queries_file), f"{args.queries_file}, line"
     for number, query in enumerate(queries, start=1):
-        texts.check_query(query, f"{args.file}, line {number}" if args.file else f"query {number}")
-    snapshot, reranker = open_snapshot(args.index), None
+        texts.check_query(query, f"{location} {number}")
+    snapshot = open_snapshot(args.index)
     if not snapshot.alive().any():
         command = f"embed_search.py index TEXTS --index {args.index}"
         raise UserError(f"--index {args.index}: it has no rows; add some with: {command}")
     allowed = matching(snapshot, args.where)
     encoder = load_index_encoder(encoder_config(args), runtime, snapshot)
+    reranker = None
     if args.rerank:
         reranker = load_reranker(args.rerank, runtime, cache_dir=args.cache_dir)
     searcher = Searcher(
@@ -240,10 +250,11 @@ def search(args: argparse.Namespace, runtime: Runtime, screen: Screen) -> None:
     if not queries:
         display.answer_prompt(screen, searcher, args.top_k)
         return
-    display.show_hits(screen, searcher, queries, searcher.search(queries, args.top_k))
+    hits = searcher.search(queries, args.top_k)
+    display.show_hits(screen, searcher, queries, hits)
     if encoder.num_cut:
-        longer = f"longer than {encoder.max_length} tokens"
-        screen.say(f"{encoder.num_cut:,} queries are {longer} and were cut there")
+        limit = f"{encoder.max_length} tokens"
+        screen.say(f"{encoder.num_cut:,} queries are longer than {limit} and were cut there")
 
 
 # pairs, duplicates, cluster: similar texts without a query
@@ -473,7 +484,7 @@ def make_parser() -> cli.Parser:
     for name, (run, add_flags) in COMMANDS.items():
         command = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
         command.add_argument("--json", action="store_true", help="print JSON instead of tables")
-        # for commands without these flags
+        # what main() and source_of() read, for commands that lack these flags
         command.set_defaults(device="cpu", precision="fp32", seed=0, index=None, where=None)
         add_flags(command)
     return parser
@@ -482,7 +493,8 @@ def make_parser() -> cli.Parser:
 def main(args: argparse.Namespace) -> None:
     runtime = start_runtime(args.device, args.precision, args.seed)
     if runtime.world_size > 1 and args.command != "index":
-        raise UserError(f"torchrun: only index runs in processes; run {args.command} with python")
+        problem = "only index runs in several processes"
+        raise UserError(f"torchrun: {problem}; run {args.command} with python")
     run, _ = COMMANDS[args.command]
     run(args, runtime, Screen(as_json=args.json, shown=runtime.is_main))
     stop_runtime()

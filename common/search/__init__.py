@@ -1,1 +1,1 @@
-"""The wing of embed_search.py: vectors of texts, kept in a store, searched, mined and scored."""
+"""The wing of embed_search.py: make embeddings of texts, keep, search, compare and score them."""

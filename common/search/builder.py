@@ -58,12 +58,13 @@ class Source:
     where: str | None
     text_column: str
     skip_bad: bool
-    block: int  # texts encoded at once
+    block: int  # texts encoded and committed at once
 
     def read(self, id_column: str | None = None) -> Collection:
-        """Return the texts."""
+        """Return the texts; not for a command that reads an index."""
+        assert self.texts is not None
         return texts.read(
-            self.texts or "",
+            self.texts,
             text_column=self.text_column,
             id_column=id_column,
             skip_bad=self.skip_bad,
@@ -72,14 +73,16 @@ class Source:
 
 
 def settings_of(encoder: Encoder, *, id_column: str | None, chunk_overlap: int | None) -> Settings:
-    """Return the settings of an index of an encoder's embeddings; `chunk_overlap` is None for whole
+    """Return the settings of an index that an encoder fills; `chunk_overlap` is None for whole
     texts.
     """
     return {**encoder.identity(), "id_column": id_column, "chunk_overlap": chunk_overlap}
 
 
 def check_settings(index: str, wanted: Mapping[str, object], settings: Settings) -> None:
-    """Raise UserError when an index was made with other settings than those that are wanted now."""
+    """Raise UserError when an index was made with other settings than those that are wanted now,
+    which need not be all of them.
+    """
     for name, flag in CHECKED_SETTINGS.items():
         if name in wanted and wanted[name] != settings.get(name):
             was, now = _describe_setting(name, settings), _describe_setting(name, wanted)
@@ -96,10 +99,11 @@ def load_index_encoder(config: EncoderConfig, runtime: Runtime, snapshot: Snapsh
 
 
 def _describe_setting(name: str, settings: Mapping[str, object]) -> str:
-    """Return how a setting reads in "it was made ..."; None: whole texts, or texts without ids."""
+    """Return how a setting reads in "it was made ...", such as "with max_length 256"."""
     value = settings[name]
-    if value is None:
-        return f"without {CHECKED_SETTINGS[name].split()[0]}"
+    if value is None:  # whole texts, or texts without ids
+        flag, *_ = CHECKED_SETTINGS[name].split()
+        return f"without {flag}"
     if name == "fingerprint":
         value = f"{settings['model']} ({str(value)[:12]})"
     return f"with {name} {value}"
@@ -107,17 +111,15 @@ def _describe_setting(name: str, settings: Mapping[str, object]) -> str:
 
 @dataclass
 class Counts:
-    """What became of the texts. `encoded` counts the different ones that went through the model,
-    `cut` those whose end was cut off.
-    """
+    """What became of the texts of a run."""
 
     added: int = 0
     updated: int = 0
     unchanged: int = 0
     repeated: int = 0
-    bad: int = 0
-    encoded: int = 0
-    cut: int = 0
+    bad: int = 0  # skipped
+    encoded: int = 0  # different texts, or chunks, that went through the model
+    cut: int = 0  # of these, the ones whose end was cut off
 
     @property
     def committed(self) -> int:
@@ -127,13 +129,15 @@ class Counts:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the rows of a block are to the index; of rows with the same id the first counts."""
+    """What to do with each row of a block: of rows with the same id the first counts, and the index
+    may have its document already.
+    """
 
     ids: list[str]
     hashes: list[bytes]  # of the text (16 bytes) and of the metadata (16 bytes)
     known: np.ndarray  # the first row of the document in the index, -1 for none
-    repeated: np.ndarray  # the id occurred before, in this run
-    same: np.ndarray  # the index has the document with this hash
+    repeated: np.ndarray  # a mask: the id occurred before, in this run
+    same: np.ndarray  # a mask: the index has the document with this hash
 
     @property
     def new(self) -> np.ndarray:
@@ -169,8 +173,9 @@ class Builder:
         self.update, self.skip_bad, self.role = update, skip_bad, role
         self.id_column = store.snapshot.settings["id_column"]
         self.chunk_overlap = store.snapshot.settings["chunk_overlap"]
-        # document id, text of a chunk -> row; ids of this run
-        self.documents, self.chunks, self.seen = RowTable(), RowTable(), RowTable()
+        self.documents = RowTable()  # id of a document -> its first row in the index
+        self.chunks = RowTable()  # text of a chunk -> a row in the index that has its embedding
+        self.seen = RowTable()  # the ids of this run
         rows = np.flatnonzero(store.snapshot.alive())
         for start in range(0, len(rows), SCAN):
             here = rows[start : start + SCAN]
@@ -183,21 +188,25 @@ class Builder:
         """Raise UserError, before anything is written, when the collection has other columns than
         the index, or changed rows without `update`.
         """
+        if not self.store.snapshot.num_rows:
+            return
         columns = self.store.snapshot.manifest["columns"]
         fields = [field for field in collection.rows.schema if field.name != TEXT]
         given = {field.name: str(field.type) for field in fields}
-        if not self.store.snapshot.num_rows:
-            return
         if columns != given:
-            name = sorted(dict(columns.items() ^ given.items()))[0]
+            # the first, by name, of the columns that are in one of them only, or of another type
+            name = min(name for name, _ in columns.items() ^ given.items())
             here, there = given.get(name, "missing"), columns.get(name, "missing")
             problem = f"column {name!r} is {here}, in the index it is {there}"
             advice = "make the columns equal, or use another --index"
             raise UserError(f"{collection.name}: {problem}; {advice}")
+        if self.update:
+            return
         seen = RowTable()
-        for numbers, table in collection.blocks(SCAN) if not self.update else ():
+        for numbers, table in collection.blocks(SCAN):
             plan = self._plan(table, seen)
-            for row in np.flatnonzero(plan.changed)[:1]:
+            if plan.changed.any():
+                row = np.flatnonzero(plan.changed)[0]
                 location = collection.location(numbers[row])
                 problem = f"the index has id {plan.ids[row]!r} with another text or other columns"
                 raise UserError(f"{location}: {problem}; give --update to replace it")
@@ -207,12 +216,13 @@ class Builder:
         commit it; changed documents are replaced in the same commit.
         """
         plan = self._plan(table, self.seen)
-        chosen = np.flatnonzero(plan.new | plan.changed)
-        texts = table[TEXT].take(pa.array(chosen)).to_pylist()
+        chosen = np.flatnonzero(plan.new | plan.changed)  # rows of `table`
+        chosen_texts = table[TEXT].take(pa.array(chosen)).to_pylist()
         if self.chunk_overlap is None:
-            chunks = [[Chunk(0, text)] for text in texts]
+            chunks = [[Chunk(0, text)] for text in chosen_texts]
         else:
-            chunks = split_into_chunks(texts, self.encoder, overlap=self.chunk_overlap)
+            chunks = split_into_chunks(chosen_texts, self.encoder, overlap=self.chunk_overlap)
+        # for each chunk the position in `chosen` of its text
         owners = np.repeat(np.arange(len(chunks)), [len(parts) for parts in chunks])
         vectors = self._vectors([chunk.text for parts in chunks for chunk in parts])
         unusable = np.unique(owners[~np.isfinite(vectors).all(1)])
@@ -223,7 +233,7 @@ class Builder:
             advice = "remove the row, skip it with --skip-bad, or try --precision fp32"
             raise UserError(f"{location}: {problem}; {committed}; {advice}")
         kept = np.setdiff1d(np.arange(len(chosen)), unusable)
-        chosen, chunks = chosen[kept], [chunks[n] for n in kept]
+        chosen, chunks = chosen[kept], [chunks[position] for position in kept]
         vectors = vectors[np.isin(owners, kept)]
         if len(chosen):
             self._commit(table, plan, chosen, chunks, vectors)
@@ -242,41 +252,44 @@ class Builder:
         indexed = np.flatnonzero(known >= 0)
         same, entries = np.zeros(len(ids), bool), self.store.snapshot.take(known[indexed], [HASH])
         same[indexed] = [entry[HASH] == hashes[row] for entry, row in zip(entries, indexed)]
-        firsts = {key: row for row, key in reversed(list(enumerate(keys)))}
+        firsts: dict[bytes, int] = {}  # key -> its first row in this block
+        for row, key in enumerate(keys):
+            firsts.setdefault(key, row)
         repeated_here = np.array([firsts[key] != row for row, key in enumerate(keys)])
         repeated = (seen.find(keys) >= 0) | repeated_here
-        seen.add(keys, range(len(keys)))
+        seen.add(keys, range(len(keys)))  # only the keys are asked for
         return Plan(ids, hashes, known, repeated, same)
 
     def _commit(
         self, table: pa.Table, plan: Plan, chosen: np.ndarray, chunks: list[list[Chunk]], vectors: np.ndarray
     ) -> None:
         """Write one row per chunk of the chosen texts; delete the documents that they replace."""
-        sizes = np.array([len(parts) for parts in chunks])
-        numbers = np.concatenate([np.arange(size) for size in sizes])
-        owners = np.repeat(chosen, sizes)  # the row in `table` of each chunk
         flat = [chunk for parts in chunks for chunk in parts]
+        sizes = np.array([len(parts) for parts in chunks])
+        # for each chunk its number within its text, and the row of `table` that it comes from
+        numbers = np.concatenate([np.arange(size) for size in sizes])
+        origins = np.repeat(chosen, sizes)
         columns = {
-            ID: pa.array([plan.ids[owner] for owner in owners]),
-            HASH: pa.array([plan.hashes[owner] for owner in owners], pa.binary(32)),
+            ID: pa.array([plan.ids[row] for row in origins]),
+            HASH: pa.array([plan.hashes[row] for row in origins], pa.binary(32)),
             CHUNK: pa.array(numbers, pa.int32()),
             NUM_CHUNKS: pa.array(np.repeat(sizes, sizes), pa.int32()),
             START: pa.array([chunk.start for chunk in flat], pa.int32()),
             TEXT: pa.array([chunk.text for chunk in flat], pa.large_string()),
         }
-        metadata = table.drop_columns([TEXT]).take(pa.array(owners))
+        metadata = table.drop_columns([TEXT]).take(pa.array(origins))
         columns |= {name: metadata[name] for name in metadata.column_names}
         columns[VECTOR] = vector_array(vectors)
-        before = self.store.snapshot.num_rows
         replaced = plan.known[chosen][plan.changed[chosen]]
+        first_row = self.store.snapshot.num_rows
         self.store.commit(pa.table(columns), whole_documents(self.store.snapshot, replaced))
-        rows = before + np.arange(len(flat))
-        self.chunks.add([digest(chunk.text) for chunk in flat], rows)
-        self.documents.add([digest(plan.ids[owner]) for owner in chosen], rows[numbers == 0])
+        new_rows = first_row + np.arange(len(flat))
+        self.chunks.add([digest(chunk.text) for chunk in flat], new_rows)
+        self.documents.add([digest(plan.ids[row]) for row in chosen], new_rows[numbers == 0])
 
     def _vectors(self, texts: list[str]) -> np.ndarray:
-        """Return a unit vector (texts, width) for each text: from the index where it has the text
-        already, else from the model.
+        """Return the embedding at norm 1 (texts, width) of each text: from the index if it has the
+        text already, else from the model.
         """
         known = self.chunks.find([digest(text) for text in texts])
         vectors = np.empty((len(texts), self.encoder.width), np.float32)
@@ -288,12 +301,14 @@ class Builder:
         return vectors
 
     def _count(self, plan: Plan, chosen: np.ndarray) -> None:
+        """Count a block of which the `chosen` rows were committed."""
         counts = self.counts
         counts.added += int(plan.new[chosen].sum())
         counts.updated += int(plan.changed[chosen].sum())
         counts.unchanged += int(plan.unchanged.sum())
         counts.repeated += int(plan.repeated.sum())
-        counts.bad += int((plan.new | plan.changed).sum()) - len(chosen)
+        to_write = int((plan.new | plan.changed).sum())
+        counts.bad += to_write - len(chosen)  # those without a usable embedding
         counts.encoded, counts.cut = self.encoder.num_encoded, self.encoder.num_cut
 
 
@@ -311,8 +326,9 @@ def rows_with_ids(snapshot: Snapshot, ids: list[str]) -> tuple[np.ndarray, list[
 def whole_documents(snapshot: Snapshot, rows: np.ndarray) -> np.ndarray:
     """Return the rows of all chunks of the documents that some rows belong to."""
     entries = snapshot.take(rows, [CHUNK, NUM_CHUNKS])
-    firsts = {int(row) - entry[CHUNK]: entry[NUM_CHUNKS] for row, entry in zip(rows, entries)}
-    all_rows = [first + n for first in sorted(firsts) for n in range(firsts[first])]
+    # first row of a document -> its number of chunks, which are consecutive rows
+    sizes = {int(row) - entry[CHUNK]: entry[NUM_CHUNKS] for row, entry in zip(rows, entries)}
+    all_rows = [first + number for first in sorted(sizes) for number in range(sizes[first])]
     return np.array(all_rows, dtype=np.int64)
 
 
@@ -329,7 +345,7 @@ def fill(builder: Builder, collection: Collection, *, block: int) -> None:
         leave=False,
         file=sys.stderr,
         dynamic_ncols=True,
-        disable=None,
+        disable=None,  # no bar where stderr is not a terminal
     ) as bar:
         for numbers, table in collection.blocks(block):
             builder.add(numbers, table, collection)
@@ -346,8 +362,8 @@ def build_temporary(
     id_column: str | None = None,
     role: str | None = "document",
 ) -> Snapshot:
-    """Return an index of a collection for the duration of one command; without `id_column` the ids
-    are the rows' numbers from 1, and equal texts stay separate rows.
+    """Return an index of a collection that lasts for one command. Without `id_column` the ids are
+    the rows' numbers from 1, and equal texts stay separate rows.
     """
     if id_column is None:
         id_column = unused_name("_number", collection.rows.column_names)
@@ -364,7 +380,7 @@ def build_temporary(
 
 
 def notes(collection: Collection, num_cut: int, max_length: int) -> list[str]:
-    """Return what a person should know about texts that were skipped or cut."""
+    """Return lines for a person about the texts that were skipped or cut."""
     lines = []
     if collection.bad:
         row, reason = min(collection.bad.items())

@@ -39,7 +39,7 @@ PICTURES = (".png", ".pdf", ".svg", ".jpg")
 
 
 class Screen:
-    """Where the output of a command goes; `shown` is False on all processes but the main one."""
+    """Where the output of a command goes. `shown` is False on every process but the main one."""
 
     def __init__(self, *, as_json: bool, shown: bool = True) -> None:
         self.as_json, self.shown = as_json, shown
@@ -207,6 +207,7 @@ def show_deletion(screen: Screen, snapshot: Snapshot, *, deleted: int, unknown: 
 
 
 def _say_index(screen: Screen, snapshot: Snapshot) -> None:
+    """Say how many rows an index has, and of what kind."""
     live = int(snapshot.alive().sum())
     screen.say(
         f"index    {snapshot.folder}: {live:,} rows, {snapshot.num_rows - live:,} deleted rows,"
@@ -215,6 +216,7 @@ def _say_index(screen: Screen, snapshot: Snapshot) -> None:
 
 
 def _index_document(snapshot: Snapshot) -> dict[str, object]:
+    """Return the same for JSON, with all settings."""
     live = int(snapshot.alive().sum())
     return {
         "index": str(snapshot.folder),
@@ -233,24 +235,23 @@ def show_hits(screen: Screen, searcher: Searcher, queries: list[str], answers: l
         hit_documents = [_hit_document(row, hit) for row, hit in zip(rows, hits)]
         documents.append({"query": query, "hits": hit_documents})
         lines = []
-        for rank, hit in enumerate(hit_documents, start=1):
-            text = shorten(hit["text"], TEXT_WIDTH)
-            if "chunk" in hit:
-                text = f"[chunk {hit['chunk']['number']} of {hit['chunk']['of']}] {text}"
-            lines.append([rank, hit["score"], short_id(hit["id"]), text])
+        for rank, document in enumerate(hit_documents, start=1):
+            text = shorten(document["text"], TEXT_WIDTH)
+            if chunk := document.get("chunk"):
+                text = f"[chunk {chunk['number']} of {chunk['of']}] {text}"
+            lines.append([rank, document["score"], short_id(document["id"]), text])
         screen.table(lines, ["", "score", "id", "text"], title=f"query: {query}")
     screen.document({"queries": documents})
 
 
 def _hit_document(row: dict, hit: Hit) -> dict:
-    """Return a hit for JSON: score, id, text, and in `columns` its metadata; where a document has
-    several chunks, which one is the best.
+    """Return a hit for JSON: id, score, text, in `columns` its metadata, and in `chunk`, if the
+    document has several, which one this is.
     """
     columns = {name: value for name, value in row.items() if name not in RESERVED_COLUMNS}
     document = {"id": row[ID], "score": hit.score, "text": row[TEXT], "columns": columns}
     if row[NUM_CHUNKS] > 1:
-        number, start = row[CHUNK] + 1, row[START]
-        document["chunk"] = {"number": number, "of": row[NUM_CHUNKS], "first_character": start}
+        document["chunk"] = {"number": row[CHUNK] + 1, "of": row[NUM_CHUNKS], "first_character": row[START]}
     return document
 
 

@@ -1,14 +1,14 @@
 """Texts -> embeddings: what `SentenceTransformer.encode` does, written out.
 
-Identical texts are encoded once. Texts are sorted by tokens, not characters, and cut into batches
-of at most `batch_tokens` positions, so that little is padding. The transformer runs in bf16 where
-the processor has it; what follows it (pooling, dense layers, normalisation: the model's own
-modules) runs in fp32. Under torchrun the batches are dealt out to the processes; each is computed
-by one of them, exactly as a single process would. All texts are tokenised first, not during the
-computation: on a CPU both want the same cores.
+Identical texts are encoded once. Texts are sorted by their number of tokens, not of characters, and
+put into batches of at most `batch_tokens` positions, so that there is little padding. The
+transformer runs in bf16 where the processor has it; what follows it (pooling, dense layers,
+normalisation: the model's own modules) runs in fp32. Under torchrun the batches are shared out
+among the processes; each batch is computed by one of them, exactly as a single process would. All
+texts are tokenised first, not during the computation: on a CPU both need the same cores.
 
-Weights are read from safetensors only and no code comes with a model: its modules must be
-sentence-transformers' own.
+Weights are read from safetensors only. Code that comes with a model is never run: its modules must
+be those of sentence-transformers.
 """
 
 import hashlib
@@ -33,9 +33,9 @@ from common.runtime import Runtime
 DEFAULT_MODEL = "bundled/all-MiniLM-L6-v2"
 # larger batches fall out of a CPU's cache; smaller ones leave a GPU idle
 BATCH_TOKENS = {"cpu": 4096, "cuda": 131_072, "mps": 16_384}
-# role -> the names under which a model may keep its prompt; those of encode_document
+# role -> the names under which a model may keep its prompt, as in encode_query and encode_document
 PROMPT_NAMES = {"query": ("query",), "document": ("document", "passage", "corpus"), None: ()}
-# settings of a model's configuration that don't change a vector
+# settings of a model's configuration that don't change an embedding
 NEUTRAL_SETTINGS = (
     "_name_or_path",
     "transformers_version",
@@ -46,7 +46,7 @@ NEUTRAL_SETTINGS = (
     "torch_dtype",
     "problem_type",
 )
-TOKENIZED = 256  # texts split into chunks at once
+SPLIT_AT_ONCE = 256  # texts that are split into chunks together
 LoadedModel = TypeVar("LoadedModel", SentenceTransformer, CrossEncoder)
 
 
@@ -62,7 +62,7 @@ class Identity(TypedDict):
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """Which model encodes, and how: None means by default."""
+    """Which model encodes, and how; None stands for the default."""
 
     model: str | None = None
     max_length: int | None = None
@@ -76,8 +76,8 @@ class EncoderConfig:
 
 @dataclass
 class Encoder:
-    """A model on its device, and counts: `num_encoded` texts went through it, `num_cut` of them
-    were cut at the end.
+    """A model on its device, and how many texts went through it: `num_encoded`, of which `num_cut`
+    were longer than `max_length` and lost their end.
     """
 
     name: str
@@ -113,13 +113,15 @@ class Encoder:
         }
 
     def prompt(self, role: str | None) -> str:
-        """Return the text that is put before each text of a role ("query", "document", None:
-        neither), as encode_query, encode_document and encode do.
+        """Return what is put before each text of a role: "query" as in encode_query, "document" as
+        in encode_document, None as in encode.
         """
         prompts = self.model.prompts
-        names = (name for name in PROMPT_NAMES[role] if name in prompts)  # an empty prompt counts
-        name = next(names, self.model.default_prompt_name)
-        return (prompts.get(name) if name else None) or ""
+        for name in PROMPT_NAMES[role]:
+            if name in prompts:  # even if it is empty
+                return prompts[name] or ""
+        default = self.model.default_prompt_name
+        return (prompts.get(default) or "") if default else ""
 
     def encode(self, texts: list[str], *, role: str | None = None) -> np.ndarray:
         """Return the embeddings (texts, width) in float32, as the model gives them. Under torchrun
@@ -140,7 +142,7 @@ class Encoder:
         """Compute this process's share of all that the main process encodes, until it calls
         release().
         """
-        # Ctrl-C reaches every process: this one ends when it loses the main one
+        # Ctrl-C reaches every process, but this one ends only when the main one has ended
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         while (job := self.runtime.broadcast_from_main(lambda: None)) is not None:
             texts, role = job
@@ -153,7 +155,8 @@ class Encoder:
 
     @torch.inference_mode()
     def _encode(self, texts: list[str], role: str | None) -> np.ndarray:
-        row_of = {text: row for row, text in enumerate(dict.fromkeys(texts))}  # each text once
+        # each different text once
+        row_of = {text: row for row, text in enumerate(dict.fromkeys(texts))}
         prompt = self.prompt(role)
         tokens, num_cut = self.tokenize([prompt + text for text in row_of])
         vectors = torch.zeros(len(row_of), self.width, device=self.runtime.device)
@@ -164,7 +167,8 @@ class Encoder:
                 rows = torch.from_numpy(batch).to(vectors.device)
                 vectors[rows] = self._forward(tokens, batch, prompt)
         self.runtime.all_reduce_sum(vectors)  # each row is zero in all processes but one
-        self.num_encoded, self.num_cut = self.num_encoded + len(row_of), self.num_cut + num_cut
+        self.num_encoded += len(row_of)
+        self.num_cut += num_cut
         rows = [row_of[text] for text in texts]
         return vectors.cpu().numpy()[rows].reshape(len(texts), self.width)
 
@@ -173,7 +177,7 @@ class Encoder:
         if not texts:
             return BatchEncoding({"input_ids": []}), 0
         tokens = self.tokenizer(texts, truncation=True, max_length=self.max_length, padding=False)
-        if tokens.encodings is not None:
+        if tokens.encodings is not None:  # a fast tokenizer, which keeps what it cuts off
             return tokens, sum(bool(encoding.overflowing) for encoding in tokens.encodings)
         whole = self.tokenizer(texts, truncation=False, padding=False, verbose=False)["input_ids"]
         return tokens, sum(len(ids) > self.max_length for ids in whole)
@@ -186,7 +190,9 @@ class Encoder:
         features = self.model[0](features)  # token_embeddings (B, T, hidden)
         if prompt:  # some models' pooling leaves the prompt out
             ids = self.tokenizer(prompt)["input_ids"]
-            features["prompt_length"] = len(ids) - (ids[-1] in self.tokenizer.all_special_ids)
+            # the end token, if there is one, comes after the text and not after the prompt
+            has_end_token = ids[-1] in self.tokenizer.all_special_ids
+            features["prompt_length"] = len(ids) - 1 if has_end_token else len(ids)
         with torch.autocast(self.runtime.device.type, enabled=False):
             features["token_embeddings"] = features["token_embeddings"].float()
             for module in list(self.model)[1:]:
@@ -200,17 +206,19 @@ def token_batches(lengths: Sequence[int], batch_tokens: int) -> list[np.ndarray]
 
     `lengths` (N): tokens of each text.
     """
-    order, batches, start = np.argsort(-np.asarray(lengths), kind="stable"), [], 0
+    order = np.argsort(-np.asarray(lengths), kind="stable")  # longest first
+    batches, start = [], 0
     while start < len(order):
-        # the first text is the longest: all are padded to it
-        size = max(batch_tokens // max(lengths[order[start]], 1), 1)
+        # the first text of a batch is its longest, and the others are padded to its length
+        length = max(lengths[order[start]], 1)
+        size = max(batch_tokens // length, 1)
         batches.append(order[start : start + size])
         start += size
     return batches
 
 
 class Chunk(NamedTuple):
-    """A piece of a text, and the number of its first character there."""
+    """A piece of a text, and the number of its first character in the text, from 0."""
 
     start: int
     text: str
@@ -236,12 +244,12 @@ def chunk_size(encoder: Encoder, overlap: int) -> int:
 def split_into_chunks(texts: list[str], encoder: Encoder, *, overlap: int) -> list[list[Chunk]]:
     """Return the chunks of each text, each of at most the encoder's max_length in tokens.
 
-    Neighbours share about `overlap` tokens; cuts fall between words where a word is no longer than
-    a chunk. A text that fits stays whole. Raises UserError as chunk_size() does.
+    Neighbours share about `overlap` tokens. A chunk ends between two words, unless a word alone is
+    too long. A text that fits stays whole. Raises UserError as chunk_size() does.
     """
     size, chunks = chunk_size(encoder, overlap), []
-    for start in range(0, len(texts), TOKENIZED):
-        block = texts[start : start + TOKENIZED]
+    for start in range(0, len(texts), SPLIT_AT_ONCE):
+        block = texts[start : start + SPLIT_AT_ONCE]
         tokens = _tokenize(block, encoder.tokenizer)
         for number, text in enumerate(block):
             words, offsets = tokens.word_ids(number), tokens["offset_mapping"][number]
@@ -258,13 +266,15 @@ def _split(
     size: int,
     overlap: int,
 ) -> list[Chunk]:
-    """Return the chunks of a text, given the word and the characters of each token. Alone, a chunk
-    can have more tokens than within its text, because the start of a word may be another token
-    there; then it is cut shorter.
+    """Return the chunks of a text, given the word and the characters of each token.
+
+    A chunk tokenised by itself can have more tokens than it had within its text, because a word may
+    be split in another way at the start of a text. Then all chunks are made shorter.
     """
-    room = size
+    room = size  # tokens of the whole text per chunk
     while True:
-        chunks = _cut(text, offsets, token_spans(words, room, min(overlap, room - 1)))
+        spans = token_spans(words, room, min(overlap, room - 1))
+        chunks = _cut(text, offsets, spans)
         lengths = map(len, _tokenize([chunk.text for chunk in chunks], tokenizer)["input_ids"])
         excess = max(lengths) - size
         if excess <= 0 or room == 1 or len(chunks) == 1:
@@ -285,12 +295,15 @@ def _tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> BatchEnco
 
 def token_spans(words: list[int | None], room: int, overlap: int) -> list[tuple[int, int]]:
     """Return spans (first token, token after the last) of at most `room` tokens that cover all
-    tokens; `words` is the word of each token.
+    tokens; `words` is the word of each token, None for a token outside of words.
 
-    A span ends, and starts, where a word does, unless the word is longer than half of a span.
+    A span ends, and starts, at the border of a word, unless the word is longer than half of a span.
     """
 
     def word_start(token: int, lowest: int) -> int:
+        """Return the first token of a token's word, or the token itself if that is not above
+        `lowest`.
+        """
         first = token
         while first > lowest and words[first] == words[first - 1] and words[first] is not None:
             first -= 1
@@ -298,54 +311,62 @@ def token_spans(words: list[int | None], room: int, overlap: int) -> list[tuple[
 
     spans, start, end = [], 0, 0
     while len(words) - start > room:
-        end = word_start(start + room, max(start + room // 2, end))  # always after the last end
+        # at least half full, and after the end of the last span
+        end = word_start(start + room, max(start + room // 2, end))
         spans.append((start, end))
-        start = max(word_start(end - overlap, start + 1), start + 1) if overlap else end
+        overlapping = max(word_start(end - overlap, start + 1), start + 1)
+        start = overlapping if overlap else end
     return [*spans, (start, len(words))]
 
 
 def _cut(text: str, offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> list[Chunk]:
-    """Return the chunk of each span of tokens; what is between two tokens goes with the second."""
+    """Return the chunk of each span of tokens. Characters between two tokens, such as spaces, go
+    with the second; the first and the last chunk reach to the ends of the text.
+    """
     chunks = []
-    for number, (first, last) in enumerate(spans):
-        # the first and the last chunk reach to the text's ends
+    for number, (first, after_last) in enumerate(spans):
         start = offsets[first - 1][1] if number else 0
-        end = offsets[last - 1][1] if number < len(spans) - 1 else len(text)
+        end = offsets[after_last - 1][1] if number < len(spans) - 1 else len(text)
         if end > start:  # several tokens can share a character
             chunks.append(Chunk(start, text[start:end]))
     return chunks
 
 
 def load_encoder(config: EncoderConfig, runtime: Runtime) -> Encoder:
-    """Return the encoder of a sentence-transformers model. Raises UserError when it can't be read,
-    or can't hold `max_length` tokens.
+    """Return the encoder of a sentence-transformers model. Raises UserError when the model can't be
+    read, or can't take texts of `max_length` tokens.
     """
     name, max_length = config.model or DEFAULT_MODEL, config.max_length
     model = load_model(name, cache_dir=config.cache_dir)
     transformer, tokenizer = transformer_of(model).auto_model, tokenizer_of(model)
-    positions, special = models.max_positions(transformer), tokenizer.num_special_tokens_to_add()
-    if max_length is not None and not special < max_length <= (positions or max_length):
-        limits = f"more than {special} (the special tokens) and at most {positions}"
-        raise UserError(f"--max-length {max_length}: the model reads {limits} tokens")
-    limits = (model.max_seq_length, positions, tokenizer.model_max_length)
-    identity = fingerprint(model)
+    positions = models.max_positions(transformer)  # None: without a limit
+    if max_length is None:
+        lengths = (model.max_seq_length, positions, tokenizer.model_max_length)
+        max_length = min(length for length in lengths if length)
+    else:
+        special = tokenizer.num_special_tokens_to_add()
+        if max_length <= special or (positions and max_length > positions):
+            most = f" and at most {positions}" if positions else ""
+            limits = f"more than {special} (the special tokens){most}"
+            raise UserError(f"--max-length {max_length}: the model reads {limits} tokens")
+    model_fingerprint = fingerprint(model)  # before fast attention changes the model
     speedups.use_fast_attention(transformer)
     return Encoder(
         reading.full_name(name),
         model.to(runtime.device).eval(),
         runtime,
-        max_length=max_length or min(limit for limit in limits if limit),
+        max_length=max_length,
         batch_tokens=config.batch_tokens or BATCH_TOKENS[runtime.device.type],
-        fingerprint=identity,
+        fingerprint=model_fingerprint,
         cache_dir=config.cache_dir,
     )
 
 
 def load_model(name: str, *, cache_dir: str | None) -> SentenceTransformer:
-    """Return a sentence-transformers model on the CPU in fp32; a plain encoder without modules.json
-    gets mean pooling, as in that library.
+    """Return a sentence-transformers model on the CPU in fp32. As in that library, a plain encoder
+    (without modules.json) gets mean pooling.
 
-    Raises UserError when it can't be read, or reads something else than texts.
+    Raises UserError when it can't be read, or reads something other than texts.
     """
     model = _load(SentenceTransformer, name, flag="--model", cache_dir=cache_dir)
     if not isinstance(model[0], Transformer) or "text" not in model[0].modality_config:
@@ -403,26 +424,26 @@ def fingerprint(model: SentenceTransformer) -> str:
     """Return the SHA-256 of all that determines a model's embeddings: weights, configuration,
     tokenizer, its modules' settings and its prompts.
 
-    The length at which texts are cut, the precision, and what doesn't change an embedding (names,
-    paths, versions) are not part of it.
+    It does not cover the length at which texts are cut, the precision, and what doesn't change an
+    embedding (names, paths, versions).
     """
     tokenizer = tokenizer_of(model)
     if tokenizer.is_fast:
-        words = json.loads(tokenizer.backend_tokenizer.to_str())
-        words.update(truncation=None, padding=None)  # every call sets these again
+        vocabulary = json.loads(tokenizer.backend_tokenizer.to_str())
+        vocabulary.update(truncation=None, padding=None)  # every call sets these again
     else:
-        words = sorted(tokenizer.get_vocab().items())
+        vocabulary = sorted(tokenizer.get_vocab().items())
     settings = []
     for module in model:
         assert isinstance(module, Module)
         values = {**module.get_config_dict()}
         values.pop("max_seq_length", None)
         settings.append([type(module).__name__, values])
-    # only what differs from the defaults: a later version of transformers may know more settings
+    # only what differs from the defaults, because later versions of transformers have more settings
     changed = transformer_of(model).auto_model.config.to_diff_dict()
     config = {key: value for key, value in changed.items() if key not in NEUTRAL_SETTINGS}
     weights = tensors_sha256(dict(sorted(model.state_dict().items())))
-    parts = [words, settings, config, model.prompts, model.default_prompt_name, weights]
+    parts = [vocabulary, settings, config, model.prompts, model.default_prompt_name, weights]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 

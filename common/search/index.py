@@ -1,12 +1,12 @@
 """An index on disk: `Snapshot` reads one committed state of it, `Store` writes the next.
 
-A folder holds `manifest.json` and the immutable Arrow files that it names, each with its SHA-256. A
-writer adds files first and then renames a new manifest into place, so a reader always has one
-complete state. A crash at any moment leaves the last committed manifest and all of its files: each
-file, the manifest and the folder are fsynced in that order. Every file is verified when an index is
-opened; any Arrow reader can read them. As an index grows, small files are merged, because each
-takes a descriptor. One writer at a time holds a lock, which ends with its process; readers need
-none.
+The folder of an index holds `manifest.json` and the immutable Arrow files that the manifest names,
+each with its SHA-256. A writer adds files first and then renames a new manifest into place, so a
+reader always has one complete state. A crash at any moment leaves the last committed manifest and
+all of its files: each file, the manifest and the folder are fsynced in that order. Every file is
+verified when an index is opened; any Arrow reader can read it. As an index grows, small files are
+merged, because each takes a file descriptor. One writer at a time holds a lock, which ends with its
+process; readers need none.
 """
 
 import contextlib
@@ -34,18 +34,23 @@ from common.search.encoder import Identity
 
 FORMAT = "embed_search index 1"
 MANIFEST, LOCK = "manifest.json", ".lock"
-CACHE_PREFIX, CACHE_STAMP = "cache-", "stamp"  # the folder of a cache, and its file: of which state
-ABANDONED = 86_400  # seconds after which an unfinished cache is left over from a killed process
-ID, HASH, START, TEXT, VECTOR = "_id", "_hash", "_start", "_text", "_vector"
-# the number of a chunk in its document, and how many it has; the names are those of older indexes
-CHUNK, NUM_CHUNKS = "_passage", "_passages"
-RESERVED_COLUMNS = (ID, HASH, CHUNK, NUM_CHUNKS, START, TEXT, VECTOR)
-# bytes from which on a file is mapped: a map holds a descriptor, and a process may have only 256
+CACHE_PREFIX = "cache-"  # of the folder of a cache
+CACHE_STAMP = "stamp"  # the file of a cache that says which state of the index it was made of
+ABANDONED = 86_400  # seconds after which an unfinished cache must be that of a killed process
+ID, HASH, TEXT, VECTOR = "_id", "_hash", "_text", "_vector"
+# a chunk's number in its document, the document's number of chunks (both under the names of older
+# indexes), and the chunk's first character in the document
+CHUNK, NUM_CHUNKS, START = "_passage", "_passages", "_start"
+ROW_COLUMNS = (ID, HASH, CHUNK, NUM_CHUNKS, START, TEXT)  # before the metadata; the vector is last
+RESERVED_COLUMNS = (*ROW_COLUMNS, VECTOR)
+# a smaller file (bytes) is read, not mapped: a map holds a descriptor, and a process may have
+# only 256
 MAPPED = 65_536
-# the limits of a merged file, which is copied in memory
+# the limits of a merged file, which is put together in memory: 65,536 rows, 64 MiB
 SEGMENT_ROWS, SEGMENT_BYTES = 65_536, 64 << 20
-MERGED = 32  # this many small files in a row become one
-# rows below which a file is small: the smallest are merged first, so that no row is written often
+MERGED = 32  # this many small files in a row are merged
+# A file with fewer rows is small. Files below the first size are merged first, then those below
+# the next, so that no row is rewritten often.
 SIZES = (32, 1_024, SEGMENT_ROWS)
 
 
@@ -57,19 +62,21 @@ class Settings(Identity):
 
 
 class FileEntry(TypedDict):
-    """A file that a manifest names: of a segment, or of the rows deleted from one."""
+    """A file that a manifest names: a segment, or the numbers of the rows deleted from one."""
 
     file: str
     rows: int
     sha256: str
-    deleted: NotRequired["FileEntry | None"]  # of a segment
+    deleted: NotRequired["FileEntry | None"]  # in the entry of a segment
 
 
 class Manifest(TypedDict):
-    """The state of an index. `columns`: metadata column -> Arrow type; `sha256` seals the rest."""
+    """The state of an index. `columns`: metadata column -> Arrow type; `sha256` is the hash of all
+    the rest, None while that is computed.
+    """
 
     format: str
-    generation: int
+    generation: int  # the number of the state, one higher with each commit
     settings: Settings
     columns: dict[str, str]
     segments: list[FileEntry]
@@ -148,7 +155,7 @@ class Snapshot:
         rows = np.asarray(rows, dtype=np.int64)
         taken: list[dict] = [{}] * len(rows)
         for segment, here, offsets in self.by_segment(rows):
-            table = segment.table.select(columns or segment.table.column_names)
+            table = segment.table if columns is None else segment.table.select(columns)
             entries = table.take(pa.array(offsets)).to_pylist()
             for position, row in zip(np.flatnonzero(here), entries):
                 taken[position] = row
@@ -161,11 +168,15 @@ class Snapshot:
             yield from (row[TEXT] for row in self.take(rows[start : start + size], [TEXT]))
 
     def by_segment(self, rows: np.ndarray) -> Iterator[tuple[Segment, np.ndarray, np.ndarray]]:
-        """Yield (segment, mask of `rows` that lie in it, their offsets there)."""
-        numbers = np.searchsorted(self.starts, rows, side="right") - 1
+        """Yield (segment, mask of the `rows` that lie in it, their offsets there)."""
+        numbers = self.segment_numbers(rows)
         for number in np.unique(numbers):
             here = numbers == number
             yield self.segments[number], here, rows[here] - self.starts[number]
+
+    def segment_numbers(self, rows: np.ndarray) -> np.ndarray:
+        """Return the number of the segment that each row lies in."""
+        return np.searchsorted(self.starts, rows, side="right") - 1
 
 
 def open_snapshot(folder: str | Path) -> Snapshot:
@@ -175,8 +186,8 @@ def open_snapshot(folder: str | Path) -> Snapshot:
     folder = Path(folder)
     while True:
         manifest = read_manifest(folder)
-        # all files are opened before any is verified, which takes long: a writer that commits
-        # meanwhile can't take them away
+        # All files are opened before any is verified, because that takes long: files that are open
+        # stay readable when a writer commits and removes them meanwhile.
         try:
             contents = {name: map_file(folder / name) for name in hashes_of(manifest)}
             break
@@ -185,24 +196,28 @@ def open_snapshot(folder: str | Path) -> Snapshot:
                 advice = "restore it from a copy, or index the texts into a new folder"
                 problem = "a file of the index is missing"
                 raise UserError(f"{error.filename}: {problem}; {advice}") from error
-            # a writer was faster: read its state
+            # a writer has committed meanwhile: read its state
     for name, expected in hashes_of(manifest).items():
         if hashlib.sha256(contents[name]).hexdigest() != expected:
             raise _damaged(folder / name, f"its SHA-256 is not the one in {MANIFEST}")
     columns, segments = list(manifest["columns"]), []
     for entry in manifest["segments"]:
-        segments.append(make_segment(entry, contents[entry["file"]], columns))
+        segment = make_segment(entry, contents[entry["file"]], columns)
         if deleted := entry.get("deleted"):
             rows = _read_arrow(contents[deleted["file"]]).column("row").to_numpy()
-            segments[-1].alive[rows] = False
+            segment.alive[rows] = False
+        segments.append(segment)
     return Snapshot(folder, manifest, segments)
 
 
 def hashes_of(manifest: Manifest) -> dict[str, str]:
     """Return the files that a manifest names, each with its SHA-256."""
-    segments = manifest["segments"]
-    entries = [part for entry in segments for part in (entry, entry.get("deleted")) if part]
-    return {entry["file"]: entry["sha256"] for entry in entries}
+    hashes = {}
+    for entry in manifest["segments"]:
+        hashes[entry["file"]] = entry["sha256"]
+        if deleted := entry.get("deleted"):
+            hashes[deleted["file"]] = deleted["sha256"]
+    return hashes
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -249,13 +264,14 @@ def make_segment(entry: FileEntry, content: mmap.mmap | bytearray, columns: list
     in the order of `columns`.
     """
     table = _read_arrow(content)
-    vectors = table.column(VECTOR).chunk(0)
-    count, width = len(vectors), vectors.type.list_size
-    offset = vectors.values.buffers()[1].address - pa.py_buffer(content).address
+    lists = table.column(VECTOR).chunk(0)  # one list of floats per row
+    count, width = len(lists), lists.type.list_size
     # an array over the content itself: Arrow's own view is read-only, about which torch warns
-    array = np.frombuffer(content, np.float32, count=count * width, offset=offset)
-    table = table.select([*RESERVED_COLUMNS[:-1], *columns])
-    return Segment(entry, table, array.reshape(count, width), np.ones(count, bool))
+    _, floats = lists.values.buffers()  # the first buffer marks missing values
+    offset = floats.address - pa.py_buffer(content).address
+    vectors = np.frombuffer(content, np.float32, count=count * width, offset=offset)
+    table = table.select([*ROW_COLUMNS, *columns])
+    return Segment(entry, table, vectors.reshape(count, width), np.ones(count, bool))
 
 
 class Store:
@@ -272,17 +288,18 @@ class Store:
         """
         columns, segments = self.snapshot.manifest["columns"], list(self.snapshot.segments)
         rows = np.asarray(deleted_rows, dtype=np.int64)
-        numbers = self._segment_numbers(rows)
+        numbers = self.snapshot.segment_numbers(rows)
         for number in np.unique(numbers):
             alive = segments[number].alive.copy()
             alive[rows[numbers == number] - self.snapshot.starts[number]] = False
             segments[number] = self._with_deleted(segments[number], number, alive)
         if added is not None and len(added):
-            if not self.snapshot.num_rows:
+            if not self.snapshot.num_rows:  # the first rows define the metadata
                 names = [name for name in added.column_names if name not in RESERVED_COLUMNS]
                 columns = {name: str(added.schema.field(name).type) for name in names}
             segments.append(self._write_segment(added, len(segments), columns))
         self._publish(segments, columns)
+        # merge the small files at the end, if there are enough of them
         first = self._first_small_segment()
         if first < len(segments):
             self._rewrite(first, np.arange(self.snapshot.starts[first], self.snapshot.num_rows))
@@ -292,12 +309,14 @@ class Store:
         self._rewrite(0, np.flatnonzero(self.snapshot.alive()))
 
     def _first_small_segment(self) -> int:
-        """Return the first of at least MERGED small files in a row at the end, or their number."""
+        """Return the number of the first of the small files at the end, if there are enough to be
+        merged; otherwise the number of all files.
+        """
         segments = self.snapshot.segments
+        light = [segment.num_bytes < SEGMENT_BYTES // 2 for segment in segments]
         for rows in SIZES:
-            small = [len(s.alive) < rows and s.num_bytes < SEGMENT_BYTES // 2 for s in segments]
             first = len(segments)
-            while first and small[first - 1]:
+            while first and light[first - 1] and len(segments[first - 1].alive) < rows:
                 first -= 1
             if len(segments) - first >= MERGED:
                 return first
@@ -310,17 +329,15 @@ class Store:
         snapshot, columns = self.snapshot, self.snapshot.manifest["columns"]
         segments, alive = snapshot.segments[:first], snapshot.alive()
         row_bytes = np.array([part.num_bytes / max(len(part.alive), 1) for part in snapshot.segments])
-        # the share of a full file that each row takes
-        shares = np.maximum(1 / SEGMENT_ROWS, row_bytes / SEGMENT_BYTES)[self._segment_numbers(rows)]
+        # the share of a full file that each row takes; the shares before a row tell its file
+        shares = np.maximum(1 / SEGMENT_ROWS, row_bytes / SEGMENT_BYTES)[snapshot.segment_numbers(rows)]
         file_numbers = np.floor(np.cumsum(shares) - shares)
-        for part in np.split(rows, np.flatnonzero(np.diff(file_numbers)) + 1):
+        file_starts = np.flatnonzero(np.diff(file_numbers)) + 1
+        for part in np.split(rows, file_starts):
             if len(part):
                 segment = self._write_segment(self._table(part), len(segments), columns)
                 segments.append(self._with_deleted(segment, len(segments), alive[part]))
         self._publish(segments, columns)
-
-    def _segment_numbers(self, rows: np.ndarray) -> np.ndarray:
-        return np.searchsorted(self.snapshot.starts, rows, side="right") - 1
 
     def _table(self, rows: np.ndarray) -> pa.Table:
         """Return some rows (ascending) with their vectors."""
@@ -337,7 +354,7 @@ class Store:
     def _write_segment(self, rows: pa.Table, number: int, columns: dict[str, str]) -> Segment:
         """Write rows to a new file, their metadata in the order of `columns`."""
         path = self.folder / f"segment-{self._generation:08d}-{number:04d}.arrow"
-        _write_arrow(path, rows.select([*RESERVED_COLUMNS[:-1], *columns, VECTOR]))
+        _write_arrow(path, rows.select([*ROW_COLUMNS, *columns, VECTOR]))
         content = map_file(path)
         digest = hashlib.sha256(content).hexdigest()
         entry = FileEntry(file=path.name, rows=len(rows), sha256=digest, deleted=None)
@@ -365,8 +382,8 @@ class Store:
         self.clean()
 
     def clean(self) -> None:
-        """Remove the files and caches of older states and of crashed writers: caches hold what was
-        deleted. A reader that has them open keeps them.
+        """Remove the files and caches of older states and of crashed writers: also old caches,
+        because they hold deleted texts. A reader that has a file open can still read it.
         """
         named = hashes_of(self.snapshot.manifest)
         for path in self.folder.iterdir():
@@ -392,11 +409,11 @@ def cache_stamp(folder: Path) -> str | None:
 
 @contextlib.contextmanager
 def open_store(folder: str | Path, *, settings: Settings | None = None, wait: float = 0.0) -> Iterator[Store]:
-    """Open an index for writing, alone; with `settings`, a folder that is missing or empty becomes
+    """Open an index as its only writer. With `settings`, a folder that is missing or empty becomes
     a new index.
 
-    Raises UserError when the folder is something else, when a file of it is damaged, or when
-    another writer holds it for longer than `wait` seconds.
+    Raises UserError when the folder is something else, when one of its files is damaged, or when
+    another writer holds the lock for longer than `wait` seconds.
     """
     folder = Path(folder)
     check_folder(folder, new=settings is not None)
@@ -432,7 +449,7 @@ def check_folder(folder: Path, *, new: bool) -> None:
     if new and (not folder.exists() or _is_empty(folder)):
         return
     if folder.exists() and not (folder / MANIFEST).is_file():
-        what = "holds other files and no index" if folder.is_dir() else "is a file"
+        what = "holds other files but no index" if folder.is_dir() else "is a file"
         raise UserError(
             f"--index {folder}: it {what}; name a new folder or one made by: embed_search.py index"
         )
@@ -446,15 +463,19 @@ def _is_empty(folder: Path) -> bool:
 
 
 def _lock(folder: Path, wait: float) -> filelock.BaseFileLock:
-    lock, busy = filelock.FileLock(folder / LOCK), f"--index {folder}: another process is"
+    """Return the lock of an index, acquired. Waits for another writer, and says so."""
+    lock = filelock.FileLock(folder / LOCK)
+    other = f"--index {folder}: another process is"
     with contextlib.suppress(filelock.Timeout):
-        return lock.acquire(timeout=0).lock
+        lock.acquire(timeout=0)
+        return lock
     if wait:
-        print(f"{busy} writing to it; waiting {wait:g} s", file=sys.stderr, flush=True)
+        print(f"{other} writing to it; waiting {wait:g} s", file=sys.stderr, flush=True)
     try:
-        return lock.acquire(timeout=wait).lock
+        lock.acquire(timeout=wait)
     except filelock.Timeout:
-        raise UserError(f"{busy} still writing to it; try again later, or raise --wait") from None
+        raise UserError(f"{other} still writing to it; try again later, or raise --wait") from None
+    return lock
 
 
 def vector_array(vectors: np.ndarray) -> pa.FixedSizeListArray:
@@ -464,7 +485,7 @@ def vector_array(vectors: np.ndarray) -> pa.FixedSizeListArray:
 
 
 def _write_arrow(path: Path, table: pa.Table) -> None:
-    """Write a table as one record batch of an Arrow IPC file, down to the disk."""
+    """Write a table as one record batch of an Arrow IPC file, and fsync it."""
     with pa.ipc.new_file(path, table.schema) as writer:
         writer.write_table(table.combine_chunks(), max_chunksize=max(len(table), 1))
     sync_file(path)

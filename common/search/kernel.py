@@ -16,11 +16,11 @@ import torch
 BLOCK = 16_384  # rows whose scores are filtered at once
 # rows per matrix product: at 384 dimensions they stay in a core's cache while 64 queries use them
 PRODUCT = 2_048
-# candidates of all queries together after which they are ranked and thinned out; otherwise an
-# index full of equal vectors would keep them all
+# when all queries together have more candidates, only the k best of each query are kept: in an
+# index full of equal vectors every row would stay a candidate
 MAX_CANDIDATES = 1_000_000
-# rows of which only the highest score is compared at first: topk over all scores would take longer
-# than the product
+# of so many rows only the highest score is compared at first: topk over all scores would take
+# longer than the product
 GROUP = 64
 LOWEST = torch.finfo(torch.float32).min  # below every cosine, above the -inf of excluded rows
 
@@ -29,11 +29,11 @@ VectorsOf = Callable[[np.ndarray], np.ndarray]  # row numbers (n) -> vectors (n,
 
 
 def exact_scores(vectors: np.ndarray, queries: np.ndarray) -> np.ndarray:
-    """Return the float64 dot products (n) of vectors (n, width) with one query (width), or row by
-    row with queries (n, width).
+    """Return the float64 dot products (n) of vectors (n, width) with one query (width), or of each
+    vector with a query of its own (n, width).
 
-    A matrix product would add up the terms of a row in an order that depends on its position, so
-    that equal rows could differ in the last digit.
+    A matrix product would add up the terms of a row in an order that depends on the row's position,
+    so that the scores of equal rows could differ in the last digit.
     """
     return (vectors.astype(np.float64) * queries.astype(np.float64)).sum(-1)
 
@@ -71,9 +71,9 @@ def search(
         if allowed_here is not None and not allowed_here.any():
             continue
         scores = buffer[: len(vectors)]  # (n, q)
-        for at in range(0, len(vectors), PRODUCT):
-            part = torch.from_numpy(vectors[at : at + PRODUCT])
-            torch.mm(part, columns, out=scores[at : at + PRODUCT])
+        for start in range(0, len(vectors), PRODUCT):
+            part = torch.from_numpy(vectors[start : start + PRODUCT])
+            torch.mm(part, columns, out=scores[start : start + PRODUCT])
         if allowed_here is not None and not allowed_here.all():
             scores[torch.from_numpy(~allowed_here)] = -torch.inf
         candidates.add(scores, first)
@@ -83,8 +83,8 @@ def search(
 
 
 def _rank_all(candidates: "Candidates", queries: np.ndarray, vectors_of: VectorsOf) -> list[Ranking]:
-    rows = candidates.rows_by_query()
-    return [rank(own, query, candidates.k, vectors_of) for own, query in zip(rows, queries)]
+    pairs = zip(candidates.rows_by_query(), queries)
+    return [rank(rows, query, candidates.k, vectors_of) for rows, query in pairs]
 
 
 def rounding_error(width: int) -> float:
@@ -145,14 +145,15 @@ class Candidates:
         if not self.blocks:
             return [np.zeros(0, np.int64)] * self.num_queries
         query, row, score = (np.concatenate(parts) for parts in zip(*self.blocks))
-        possible = score >= (self.best[:, -1].numpy() - self.margin)[query]
+        possible = score >= self._bound().numpy()[query]
         query, row = query[possible], row[possible]
         order = np.lexsort((row, query))
         return np.split(row[order], np.searchsorted(query[order], np.arange(1, self.num_queries)))
 
     def replace(self, rows: list[np.ndarray]) -> None:
         """Keep only these rows of each query: the best of all that were added so far."""
-        sizes = [len(own) for own in rows]
+        sizes = [len(rows_of_query) for rows_of_query in rows]
         self.count = sum(sizes)
         query = np.repeat(np.arange(len(rows)), sizes)
-        self.blocks = [(query, np.concatenate(rows), np.full(self.count, np.inf, np.float32))]
+        score = np.full(self.count, np.inf, np.float32)  # above every bound: they stay
+        self.blocks = [(query, np.concatenate(rows), score)]

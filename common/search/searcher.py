@@ -39,13 +39,14 @@ from common.search.kernel import Ranking
 from common.search.texts import unused_name
 
 QUERIES = 64  # searched at once
-FUSED = 100  # rows of each ranking that are fused
-RRF_K = 60  # Cormack, Clarke, Buettcher (SIGIR 2009)
-CHUNKS_PER_DOCUMENT = 4  # looked at for each document wanted, at first
-NO_WORDS = "no-words"  # a file in the cache of texts without any word that BM25 counts
-# of the rows: when --where leaves fewer, the graph misses many of them, and exact search is fast
+FUSED = 100  # best rows of each ranking that are fused, or more if more are wanted
+RRF_K = 60  # of reciprocal rank fusion: Cormack, Clarke, Buettcher (SIGIR 2009)
+CHUNKS_PER_DOCUMENT = 4  # rows ranked at first for each document wanted, if texts are in chunks
+NO_WORDS = "no-words"  # a file that stands for BM25 data if no text has a word that BM25 counts
+# if --where leaves a smaller share of the rows, the graph misses many of them, and exact search is
+# fast
 SMALL_SHARE = 0.1
-# of FAISS's HNSW graph: 0.99 of the exact neighbours and more, see README
+# of FAISS's HNSW graph: at these values it finds at least 0.99 of the exact neighbours
 LINKS, BUILD_BREADTH, SEARCH_BREADTH = 32, 200, 200
 # DuckDB gets no access to files, network or extensions
 SAFE_SETTINGS: dict[str, bool | float | int | list[str] | str] = {
@@ -58,7 +59,7 @@ Cached = TypeVar("Cached")
 
 @dataclass(frozen=True)
 class Hit:
-    """A document that was found: the row of its best chunk, and the score that ranked it."""
+    """A document that was found: the row of its best chunk, and the score by which it is ranked."""
 
     row: int
     score: float
@@ -80,11 +81,11 @@ class Searcher:
     say: Callable[[str], None] = print
 
     def search(self, queries: list[str], k: int) -> list[list[Hit]]:
-        """Return the k best documents for each query, best first; of equal ones the lower row comes
-        first. Fewer where there are fewer.
+        """Return the k best documents for each query, best first, or all if there are fewer; of
+        equal ones the lower row comes first.
 
         With a reranker the best `rerank_depth` come in its order and with its scores; the others
-        follow in their own order. Raises UserError for a query whose embedding has norm zero.
+        follow in their own order. Raises UserError for a query without a usable embedding.
         """
         hits: list[list[Hit]] = []
         for start in range(0, len(queries), QUERIES):
@@ -97,23 +98,26 @@ class Searcher:
         return hits
 
     def _best_documents(self, queries: list[str], vectors: np.ndarray, k: int) -> list[list[Hit]]:
-        """Rank rows and keep the best row of each document; look deeper until there are k
+        """Rank rows and keep the best row of each document; rank more rows until there are k
         documents.
         """
         wanted = max(k, self.rerank_depth if self.reranker else 0)
         depth = CHUNKS_PER_DOCUMENT * wanted if self._has_chunks else wanted
         while True:
             rankings = self._rank(queries, vectors, depth)
-            hits = [self._one_per_document(ranking)[:wanted] for ranking in rankings]
-            complete = [len(own) >= wanted or len(rows) < depth for own, (rows, _) in zip(hits, rankings)]
-            if depth >= len(self.allowed) or all(complete):
+            answers = [self._one_per_document(ranking)[:wanted] for ranking in rankings]
+            # too few documents, although there may be more rows to rank
+            unfinished = [
+                len(hits) < wanted and len(rows) >= depth for hits, (rows, _) in zip(answers, rankings)
+            ]
+            if depth >= len(self.allowed) or not any(unfinished):
                 break
             depth *= CHUNKS_PER_DOCUMENT
         if self.reranker:
-            for number, (query, own) in enumerate(zip(queries, hits)):
-                best, rest = own[: self.rerank_depth], own[self.rerank_depth :]
-                hits[number] = self._rerank(self.reranker, query, best) + rest
-        return [own[:k] for own in hits]
+            for number, (query, hits) in enumerate(zip(queries, answers)):
+                best, rest = hits[: self.rerank_depth], hits[self.rerank_depth :]
+                answers[number] = self._rerank(self.reranker, query, best) + rest
+        return [hits[:k] for hits in answers]
 
     def _one_per_document(self, ranking: Ranking) -> list[Hit]:
         """Return a ranking of rows as hits, with only the first row of each document."""
@@ -131,17 +135,19 @@ class Searcher:
         return self.snapshot.settings["chunk_overlap"] is not None
 
     def _rank(self, queries: list[str], vectors: np.ndarray, depth: int) -> list[Ranking]:
-        """Return the `depth` best rows for each query."""
+        """Return at least the `depth` best rows for each query, or all if there are fewer."""
         if not self.hybrid:
             return self._rank_by_cosine(vectors, depth)
         depth = max(depth, FUSED)
         dense, sparse = self._rank_by_cosine(vectors, depth), self._rank_by_words(queries, depth)
+        # only the order counts, not the scores
         return [fuse([by_cosine, by_words]) for (by_cosine, _), (by_words, _) in zip(dense, sparse)]
 
     def _rank_by_cosine(self, vectors: np.ndarray, depth: int) -> list[Ranking]:
-        alive = self.snapshot.alive()
-        if self.approximate and (self.allowed & alive).sum() >= SMALL_SHARE * alive.sum():
-            return self._rank_approximately(vectors, depth)
+        if self.approximate:
+            alive = self.snapshot.alive()
+            if (self.allowed & alive).sum() >= SMALL_SHARE * alive.sum():
+                return self._rank_approximately(vectors, depth)
         return self._rank_exactly(vectors, depth)
 
     def _rank_exactly(self, vectors: np.ndarray, depth: int) -> list[Ranking]:
@@ -278,12 +284,12 @@ def cached(
     """Return `load(folder)` of the cache `cache-<name>` in the index's folder; `build(folder)`
     fills it where it is missing, stale or damaged.
 
-    A cache carries the stamp of the state that it was made of, and is never used for another one.
+    A cache carries the stamp of the state that it was made of, and is never used for another state.
     Raises UserError when the folder can't be written.
     """
     folder = snapshot.folder / f"{CACHE_PREFIX}{name}"
     if cache_stamp(folder) == snapshot.stamp and files.find_damage(folder) is None:
-        # another process replaced it meanwhile; RuntimeError is FAISS's
+        # if another process replaces it meanwhile, it is built again; RuntimeError is FAISS's
         with contextlib.suppress(OSError, RuntimeError):
             return load(folder)
     say(f"cache    {folder}: built for this state of the index")
@@ -312,19 +318,19 @@ def matching(snapshot: Snapshot, condition: str | None) -> np.ndarray:
     """Return a mask (rows) of the live rows for which an SQL condition such as "label = 'tech' AND
     year > 2004" holds; None: of all live rows.
 
-    DuckDB parses the condition as one expression over the columns of the rows, so that it can only
-    ask. Raises UserError when it is not a condition over the columns of the index.
+    DuckDB parses the condition as one expression over the columns of the rows, so that it can read
+    but change nothing. Raises UserError when it is not a condition over the columns of the index.
     """
     mask = snapshot.alive()
     if condition is None:
         return mask
     columns = [ID, TEXT, *snapshot.manifest["columns"]]
     lowered = [name.lower() for name in columns]
-    twins = [name for name in columns if lowered.count(name.lower()) > 1]
-    named = ", ".join(name for name in twins if name.lower() in condition.lower())
-    if named:
+    ambiguous = [name for name in columns if lowered.count(name.lower()) > 1]
+    used = ", ".join(name for name in ambiguous if name.lower() in condition.lower())
+    if used:
         advice = "rename one and index the texts again, or write a condition without them"
-        problem = f"columns {named} differ only in case, which SQL ignores"
+        problem = f"columns {used} differ only in case, which SQL ignores"
         raise UserError(f"--where {condition!r}: {problem}; {advice}")
     number = unused_name("_row", [*columns, *RESERVED_COLUMNS])
     try:

@@ -1,8 +1,8 @@
 """A collection of texts from any source: lines, a data file, a folder of .txt files, a bundled set.
 
-Whatever it comes from, a collection is an Arrow table over memory-mapped files, never held in
-memory as a whole: column `_text`, and the columns that came with it. Texts and ids are checked when
-they are read.
+Wherever its texts come from, a collection is an Arrow table over memory-mapped files, never held in
+memory as a whole: the column `_text`, and the columns that came with it. Texts and ids are checked
+when they are read.
 """
 
 import contextlib
@@ -29,14 +29,18 @@ from common.search.index import RESERVED_COLUMNS, TEXT
 
 JSON = (".json", ".jsonl")
 SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
-SURROGATE = re.compile("[\ud800-\udfff]")  # also what Python reads for a byte that is not UTF-8
-BATCH = 10_000  # rows looked at in one go
+# also what Python's "surrogateescape" puts in place of a byte that is not UTF-8
+SURROGATE = re.compile("[\ud800-\udfff]")
+BATCH = 10_000  # rows checked, or written, at once
+MERGED_AT_LEAST = 65_536  # entries that a RowTable collects before it sorts them in
 NOT_UTF8 = "the row is not UTF-8"
 
 
 @dataclass(frozen=True)
 class Collection:
-    """`rows`: an Arrow table with `_text` and metadata. `bad`: row -> why it was skipped."""
+    """Texts and where they come from. `rows` is an Arrow table: `_text` and the other columns, the
+    metadata. `bad`: row -> why it is skipped.
+    """
 
     name: str
     rows: pa.Table
@@ -54,10 +58,10 @@ class Collection:
         good = np.ones(len(self.rows), bool)
         good[list(self.bad)] = False
         for start in range(0, len(self.rows), size):
-            numbers = np.arange(start, min(start + size, len(self.rows)))
-            if good[numbers].any():
-                table = self.rows.slice(start, size).filter(pa.array(good[numbers]))
-                yield numbers[good[numbers]], table
+            good_here = good[start : start + size]
+            if good_here.any():
+                table = self.rows.slice(start, size).filter(pa.array(good_here))
+                yield start + np.flatnonzero(good_here), table
 
     def __len__(self) -> int:
         return len(self.rows) - len(self.bad)
@@ -71,7 +75,7 @@ class BadRows:
     reasons: dict[int, str] = field(default_factory=dict)
 
     def add(self, row: int, reason: str, *, error: str) -> None:
-        """Note a bad row. Raises UserError with the text of `error` unless bad rows are skipped."""
+        """Note a bad row and why it is bad. Without `skip`, raise UserError(`error`) instead."""
         if not self.skip:
             raise UserError(f"{error}, or skip it with --skip-bad")
         self.reasons[row] = reason
@@ -93,7 +97,7 @@ def read(
     """
     bad = BadRows(skip_bad)
     rows, unit = _read_rows(name, text_column, bad=bad, cache_dir=cache_dir)
-    collection = Collection({"-": "standard input"}.get(name, name), rows, unit, bad.reasons)
+    collection = Collection(_source(name), rows, unit, bad.reasons)
     if id_column is not None:
         columns = [column for column in rows.column_names if column != TEXT]
         reading.require_column(columns, id_column, source=collection.name, flag="--id-column")
@@ -125,18 +129,18 @@ def ids_of(table: pa.Table, id_column: str | None) -> list[str]:
 
 
 def digest(text: str) -> bytes:
-    """Return the hash (16 bytes) by which texts and ids are compared."""
+    """Return the hash (16 bytes) by which texts, ids and metadata are compared."""
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
 class RowTable:
-    """Digest (16 bytes) of a text or id -> row, in 24 bytes per entry for millions of them: a dict
-    would take ten times as much.
+    """A map from the digest (16 bytes) of a text or id to its row. Sorted arrays take 24 bytes per
+    entry, a dict ten times as much; only recent entries are in a dict.
     """
 
     def __init__(self) -> None:
         self.keys, self.rows = np.empty(0, "S16"), np.empty(0, np.int64)  # sorted by key
-        self.recent: dict[bytes, int] = {}
+        self.recent: dict[bytes, int] = {}  # added since the arrays were last merged
 
     def find(self, digests: list[bytes]) -> np.ndarray:
         """Return the row of each digest, -1 for one that was never added."""
@@ -151,7 +155,8 @@ class RowTable:
     def add(self, digests: Iterable[bytes], rows: Iterable[int]) -> None:
         """Add entries; a digest that is known already gets the new row."""
         self.recent.update(zip(digests, map(int, rows)))
-        if len(self.recent) > max(65_536, len(self.keys) // 8):
+        # a limit that grows with the table: all entries are seldom sorted again
+        if len(self.recent) > max(MERGED_AT_LEAST, len(self.keys) // 8):
             fresh = np.array(list(self.recent), dtype="S16")
             kept = ~np.isin(self.keys, fresh)
             keys = np.concatenate([self.keys[kept], fresh])
@@ -163,13 +168,11 @@ class RowTable:
 def _check_rows(collection: Collection, id_column: str | None, bad: BadRows) -> None:
     """Add the rows whose text or id can't be used to `bad`."""
     rows, known_ids = collection.rows, RowTable()
-    kind = rows.schema.field(id_column).type if id_column is not None else pa.string()
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind)):
-        advice = "name a column of texts or whole numbers with --id-column"
-        raise UserError(f"{collection.name}: column {id_column!r} holds {kind}, not ids; {advice}")
+    if id_column is not None:
+        _check_id_type(collection, id_column)
     for start in range(0, len(rows), BATCH):
         block = rows.slice(start, BATCH)
-        # the values of rows that are bad already mean nothing
+        # rows that could not be decoded are bad already, and their values mean nothing
         good = np.array([start + row not in bad.reasons for row in range(len(block))])
         problems = _text_problems(block, good)
         if id_column is not None:
@@ -179,10 +182,18 @@ def _check_rows(collection: Collection, id_column: str | None, bad: BadRows) -> 
             bad.add(start + row, reason, error=f"{location}: {reason}; correct or remove it")
 
 
+def _check_id_type(collection: Collection, id_column: str) -> None:
+    kind = collection.rows.schema.field(id_column).type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind)):
+        advice = "name a column of texts or whole numbers with --id-column"
+        raise UserError(f"{collection.name}: column {id_column!r} holds {kind}, not ids; {advice}")
+
+
 def _text_problems(block: pa.Table, good: np.ndarray) -> dict[int, str]:
     """Return row -> what is wrong with its text."""
     texts = pc.if_else(pa.array(good), block[TEXT], None)
     missing = texts.is_null().to_numpy()
+    # true for missing texts too
     blank = pc.equal(pc.utf8_trim_whitespace(texts), "").fill_null(True).to_numpy()
     return {
         int(row): "the text is missing" if missing[row] else "the text is empty"
@@ -193,11 +204,13 @@ def _text_problems(block: pa.Table, good: np.ndarray) -> dict[int, str]:
 def _id_problems(
     block: pa.Table, id_column: str, good: np.ndarray, problems: dict[int, str], known_ids: RowTable
 ) -> dict[int, str]:
-    """Return row -> what is wrong with its id, for rows without other problems, whose ids are then
-    known.
+    """Return row -> what is wrong with its id. Rows with other `problems` are left out; good ids
+    are added to `known_ids`.
     """
     keys = pc.if_else(pa.array(good), block[id_column], None).to_pylist()
-    digests, here, new_problems = [digest(str(key)) for key in keys], {}, {}
+    digests = [digest(str(key)) for key in keys]
+    new_problems: dict[int, str] = {}
+    here: dict[bytes, int] = {}  # the good ids of this block
     for row, (key, before) in enumerate(zip(keys, known_ids.find(digests))):
         if not good[row] or row in problems:
             continue
@@ -236,23 +249,24 @@ def _read_rows(name: str, text_column: str, *, bad: BadRows, cache_dir: str | No
 
 
 def _to_table(rows: datasets.Dataset, text_column: str, source: str) -> pa.Table:
-    """Return a data set as a table with the text column `_text` and classes by name."""
+    """Return a data set as a table whose text column is `_text`, with the names of classes in place
+    of their numbers.
+    """
     table = cast(pa.Table, rows.with_format("arrow")[:])
     reading.require_column(table.column_names, text_column, source=source, flag="--text-column")
     reading.check_kind(rows, text_column, source=source)
     taken = next((name for name in table.column_names if name.lower() in RESERVED_COLUMNS), None)
     if taken:
         raise UserError(f"{source}: the column name {taken!r} is reserved; rename the column")
-    for number, field_ in enumerate(table.schema):
-        name, kind, column = field_.name, field_.type, table[field_.name]
-        feature = rows.features[name]
+    for number, name in enumerate(table.column_names):
+        column, feature = table[name], rows.features[name]
         if isinstance(feature, datasets.ClassLabel):
             classes = pa.array(feature.names)
             column = pa.chunked_array([classes.take(part) for part in column.chunks], pa.string())
-        # readers differ in how they hold strings; in one index they must not
+        # readers give strings one of two Arrow types; all files of an index must have the same
         elif name == text_column:
             column = column.cast(pa.large_string())
-        elif pa.types.is_large_string(kind):
+        elif pa.types.is_large_string(column.type):
             column = column.cast(pa.string())
         table = table.set_column(number, name, column)
     names = [TEXT if name == text_column else name for name in table.column_names]
@@ -286,10 +300,11 @@ def _has_faults(path: Path, bad: BadRows) -> bool:
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             fault = _fault(line, f"{path}, line {number}", is_json=path.suffix.lower() in JSON)
-            if fault and not bad.skip:
+            if fault is None:
+                continue
+            if not bad.skip:
                 raise UserError(f"{fault}, or skip the row with --skip-bad")
-            if fault:
-                return True
+            return True
     return False
 
 
@@ -315,16 +330,17 @@ def _read_repaired(path: Path, text_column: str, bad: BadRows) -> pa.Table:
     """Return the rows of a CSV or JSON file with faults of encoding, after adding the rows that
     have one in any column to `bad`.
     """
-    # replaces each fault: a row is recognised by it, for a line of the file need not be a row
+    # takes the place of each fault and is then looked for in the rows: a row may span several lines
     mark = f"\ufffd{secrets.token_hex(8)}"
     is_json = path.suffix.lower() in JSON
-    # also the cache of the reader: its files stay mapped after they are deleted
+    # also holds the reader's cache, whose files stay mapped after they are deleted
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         copy = Path(folder) / path.name
         with open(path, "rb") as file, open(copy, "wb") as repaired:
             for line in file:
-                faulty = _fault(line, str(path), is_json=is_json)
-                repaired.write(_mark_faults(line, mark, is_json=is_json) if faulty else line)
+                if _fault(line, str(path), is_json=is_json):
+                    line = _mark_faults(line, mark, is_json=is_json)
+                repaired.write(line)
         rows = _to_table(reading.read_file(copy, cache_dir=folder), text_column, str(path))
         for start in range(0, len(rows), BATCH):
             for row, values in enumerate(rows.slice(start, BATCH).to_pylist(), start=start):
@@ -334,9 +350,10 @@ def _read_repaired(path: Path, text_column: str, bad: BadRows) -> pa.Table:
 
 
 def _mark_faults(line: bytes, mark: str, *, is_json: bool) -> bytes:
+    """Return a line as UTF-8, with `mark` in place of each fault."""
     text = line.decode("utf-8", "surrogateescape")
     if is_json:
-        # not JSON on this line: then only the bytes are at fault
+        # a line that is not JSON by itself can only have bad bytes
         with contextlib.suppress(ValueError):
             text = json.dumps(json.loads(text), ensure_ascii=False) + "\n"
     return SURROGATE.sub(mark, text).encode()
@@ -344,7 +361,7 @@ def _mark_faults(line: bytes, mark: str, *, is_json: bool) -> bytes:
 
 def _line_rows(name: str, bad: BadRows) -> Iterator[dict[str, str | None]]:
     """Yield a row for each line of a text file."""
-    source = {"-": "standard input", "": "the empty name"}.get(name, name)
+    source = _source(name)
     try:
         file = sys.stdin.buffer if name == "-" else open(name, "rb")  # noqa: SIM115  (closed below)
     except OSError as error:
@@ -357,6 +374,11 @@ def _line_rows(name: str, bad: BadRows) -> Iterator[dict[str, str | None]]:
             yield {TEXT: _decode(content, f"{source}, line {row + 1}", row, bad)}
     if row < 0:
         raise UserError(f"{source}: it is empty; write one text on each line")
+
+
+def _source(name: str) -> str:
+    """Return the name of a source as messages give it."""
+    return "standard input" if name == "-" else name
 
 
 def _folder_rows(root: Path, bad: BadRows) -> Iterator[dict[str, str | None]]:
@@ -381,11 +403,11 @@ def _decode(content: bytes, location: str, row: int, bad: BadRows) -> str | None
 
 
 def _spool(rows: Iterator[dict[str, str | None]]) -> pa.Table:
-    """Write rows to a nameless temporary file as they come; return them as a table that is mapped
-    from it.
+    """Write rows (at least one) to a temporary file without a name, as they come; return them as a
+    table that is mapped from it.
     """
     with tempfile.TemporaryFile() as file:
-        first = next(rows)
+        first = next(rows)  # names the columns
         kinds = [(name, pa.large_string() if name == TEXT else pa.string()) for name in first]
         schema, batch = pa.schema(kinds), [first]
         writer = pa.ipc.new_file(file, schema)
@@ -402,6 +424,10 @@ def _spool(rows: Iterator[dict[str, str | None]]) -> pa.Table:
 
 
 def unused_name(wanted: str, taken: list[str]) -> str:
-    """Return a column name that none of the `taken` equals, as SQL compares them: ignoring case."""
+    """Return the wanted column name, with "_" added until it is none of `taken`. SQL ignores case,
+    and so does this.
+    """
     lowered = [name.lower() for name in taken]
-    return unused_name(wanted + "_", taken) if wanted.lower() in lowered else wanted
+    while wanted.lower() in lowered:
+        wanted += "_"
+    return wanted
