@@ -7,7 +7,7 @@ starts from all-MiniLM-L6-v2, sees articles of its own half only, and learns to 
 article above other articles that the encoder finds near the headline. The folder that is left can
 be used like any cross-encoder: embed_search.py search --rerank runs/reranker ...
 
-  python tests/benchmarks/rerank.py                      # ten minutes on two cores; the figures of docs/benchmarks.md
+  python tests/benchmarks/rerank.py  # ten minutes on two cores
 """
 
 import argparse

@@ -3,7 +3,6 @@
 import datasets
 import pytest
 import torch
-from training_loop import RUNTIME, config_of
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -15,6 +14,7 @@ from transformers import (
 import train_classifier
 from common.errors import UserError
 from common.training import classifier
+from training_loop import RUNTIME, config_of
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import datasets
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-from training_loop import NO_SCALER, RUNTIME, config_of, make_batches, make_state, run_loop
 from transformers import AutoModelForSequenceClassification
 
 import train_classifier
@@ -19,6 +18,7 @@ from common.errors import UserError
 from common.training import tracking
 from common.training.batching import balanced_weights, count_examples, sync_gradients
 from common.training.tracking import LossMeter
+from training_loop import NO_SCALER, RUNTIME, config_of, make_batches, make_state, run_loop
 
 
 def gradients_of_the_loop(model, batches, grad_accum, class_weights=None, *flags):

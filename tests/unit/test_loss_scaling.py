@@ -4,8 +4,9 @@ scaler for CPUs.
 
 import pytest
 import torch
-from training_loop import NO_SCALER, make_batches, make_state, run_loop
 from transformers import AutoModelForSequenceClassification
+
+from training_loop import NO_SCALER, make_batches, make_state, run_loop
 
 
 def run(model, batches, scaler, *flags, rate=0.1):
