@@ -30,8 +30,8 @@ class TextStream:
         self.tokenizer, self.stops = tokenizer, stops
         self.ids: list[int] = []
         self.decoded = 0  # ids[:decoded] are decoded
-        # ids[overlap_start:decoded] are decoded again with what follows, because some decoders treat
-        # the first token of a text differently
+        # ids[overlap_start:decoded] are decoded again with what follows, because some decoders
+        # treat the first token of a text differently
         self.overlap_start = 0
         self.held = ""  # decoded but not shown: it may be the beginning of a stop string
         self.text = ""  # everything shown so far

@@ -43,7 +43,8 @@ REMEMBERED = (
     "label_column",
 )
 UNLIMITED = 1_000_000  # tokenizers without a limit say 1e30
-# on the bundled news more accurate than reading only the beginning, at the same cost (docs/benchmarks.md)
+# on the bundled news more accurate than reading only the beginning, at the same cost
+# (docs/benchmarks.md)
 DEFAULT_MAX_LENGTH, DEFAULT_TRUNCATION = 256, "chunks"
 # of BERT, DistilBERT, GPT-2
 ATTENTION_DROPOUT_NAMES = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")

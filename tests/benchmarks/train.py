@@ -10,7 +10,7 @@ Speed: each round runs every contender in a process of its own, one after the ot
 of the batches of its own epoch. Accuracy: each contender trains fully and is scored on the test
 split, once a seed. The last line on stdout is one JSON object.
 
-  python tests/benchmarks/train.py                                      # speed: about 10 minutes on two cores
+  python tests/benchmarks/train.py  # speed: about 10 minutes on two cores
   python tests/benchmarks/train.py --sample 16 --rounds 1               # a quick look
   python tests/benchmarks/train.py --accuracy  # five seeds: about an hour on two cores
   python tests/benchmarks/train.py --accuracy --contenders ours ours_with_attention_dropout --seeds 0 1 2 3
@@ -99,7 +99,7 @@ def make_parser() -> cli.Parser:
     group.add_argument(
         "--warmup-steps", type=cli.positive_int, default=2, help="steps before, on the longest other texts"
     )
-    group.add_argument("--rounds", type=cli.positive_int, default=3, help="medians are taken over the rounds")
+    group.add_argument("--rounds", type=cli.positive_int, default=3, help="rounds; medians count")
     group = parser.add_argument_group("accuracy")
     group.add_argument("--accuracy", action="store_true", help="compare accuracies instead of speeds")
     group.add_argument(

@@ -1,5 +1,5 @@
-"""The commands of README.md and docs/*.md that need no network and no long time run, and print what the
-pages show, but for figures.
+"""The commands of README.md and docs/*.md that need no network and no long time run, and print what
+the pages show, but for figures.
 """
 
 import contextlib

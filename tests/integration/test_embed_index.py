@@ -145,7 +145,8 @@ def kill_at(event: int, folder: str):  # the how manieth file of a folder that i
                 os.kill(os.getpid(), signal.SIGKILL)
     sys.addaudithook(audit)
 
-# each line is a command line and when it dies; the answer is the number of the process, then how it ended
+# each line is a command line and when it dies; the answer is the number of the process, then how it
+# ended
 for line in sys.stdin:
     job = json.loads(line)
     child = os.fork()

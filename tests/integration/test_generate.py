@@ -778,8 +778,8 @@ def test_the_real_model_gives_the_tokens_of_generate(flags, real, script):
 
 
 def test_the_real_models_texts_do_not_depend_on_their_neighbours(real, script):
-    """The independent sampler in fp32, one text a batch and all three in one; a comma ends two of them
-    early.
+    """The independent sampler in fp32, one text a batch and all three in one; a comma ends two of
+    them early.
     """
     flags = [
         "--model",

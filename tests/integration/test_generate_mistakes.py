@@ -1,5 +1,5 @@
-"""A user's mistake in generate.py ends in one line that names it and says what to do, with exit code
-2, and nothing is lost or made.
+"""A user's mistake in generate.py ends in one line that names it and says what to do, with exit
+code 2, and nothing is lost or made.
 """
 
 import io

@@ -108,8 +108,8 @@ def test_what_changes_the_loss_changes_what_is_learned(flags, forked, lopsided, 
     ],
 )
 def test_accumulation_equals_a_batch_as_large(flags, forked, lopsided, tmp_path):
-    """84 (92) texts in batches of 8 are 10 (11) and a half: with steps of two micro-batches of 4 the
-    last step has one.
+    """84 (92) texts in batches of 8 are 10 (11) and a half: with steps of two micro-batches of 4
+    the last step has one.
     """
     flags = [*flags, "--dataset", lopsided]
     assert forked.run(tmp_path / "one", *flags) == [0], forked.said()
