@@ -21,14 +21,13 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import Any, Literal
-
-import datasets
-import filelock
-import huggingface_hub.constants
+from typing import TYPE_CHECKING, Any, Literal
 
 from common.errors import UserError
 from common.files import find_damage, sha256, sync_file, write_manifest
+
+if TYPE_CHECKING:
+    import datasets
 
 Kind = Literal["encoder", "language model"]
 
@@ -71,6 +70,12 @@ def names(kind: Kind) -> str:
     return ", ".join(name for name, own_kind in MODELS.items() if own_kind == kind)
 
 
+def check_model(name: str, *, kind: Kind, flag: str = "--model") -> None:
+    """Raise UserError, naming `flag`, unless a bundled model of this kind has this name."""
+    if MODELS.get(name) != kind:
+        raise UserError(f"{flag} {name}: no such bundled {kind}; use {names(kind)}")
+
+
 def model_folder(name: str, *, kind: Kind, flag: str = "--model", cache_dir: str | None = None) -> Path:
     """Return the folder of a bundled model after checking the SHA-256 of each of its files.
 
@@ -78,12 +83,11 @@ def model_folder(name: str, *, kind: Kind, flag: str = "--model", cache_dir: str
     for an unknown name or another kind, a missing package, an unreachable package index and a file
     that differs.
     """
-    if MODELS.get(name) != kind:
-        raise UserError(f"{flag} {name}: no such bundled {kind}; use {names(kind)}")
+    check_model(name, kind=kind, flag=flag)
     return _minilm_folder() if name == MINILM else _smollm2_folder(cache_dir)
 
 
-def bbc_news() -> datasets.Dataset:
+def bbc_news() -> "datasets.Dataset":
     """Return the BBC News texts: columns `text` and `label` (5 ClassLabel names), 2,127 rows in
     sorted file order.
 
@@ -91,6 +95,8 @@ def bbc_news() -> datasets.Dataset:
     All files but one are UTF-8; sports/199.txt is Latin-1, which shows only in its pound sign.
     Raises UserError when the files are not the known ones.
     """
+    import datasets
+
     root = _package_folder(BBC_NEWS_PACKAGE) / "bbcnews" / "data"
     digest = hashlib.sha256()
     labels_by_text: dict[str, str] = {}  # a dict keeps the first position of each text
@@ -143,6 +149,9 @@ def _smollm2_folder(cache_dir: str | None) -> Path:
 
     Two processes at once are safe: one makes the folder and the other waits.
     """
+    import filelock
+    import huggingface_hub.constants
+
     root = Path(cache_dir or huggingface_hub.constants.HF_HOME) / "bundled"
     folder = root / f"SmolLM2-135M-Instruct-{CONVERSION}"
     if not folder.is_dir():

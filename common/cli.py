@@ -1,12 +1,19 @@
-"""The command line: flags that all scripts share, number types, and how a script ends."""
+"""The command line: flags that all scripts share, number types, and how a script begins and ends.
+
+A script reads its flags before it imports PyTorch and the other libraries, which takes seconds:
+--help and a mistake that the flags and the file system show are answered at once.
+"""
 
 import argparse
+import contextlib
 import errno
 import os
+import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 from common.errors import Interrupted, UserError
@@ -14,6 +21,7 @@ from common.errors import Interrupted, UserError
 # All processes of a job find the same mistake. Rank 0 reports it at once; when it has ended,
 # torchrun ends the others before they report it too.
 SECONDS_FOR_RANK_0 = 5.0
+LOADING, ERASE_LINE = "loading PyTorch ...", "\r\x1b[K"
 LOST_PEER = (  # what gloo and NCCL say when another process has ended
     "Connection closed by peer",
     "Connection reset by peer",
@@ -22,11 +30,25 @@ LOST_PEER = (  # what gloo and NCCL say when another process has ended
 )
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser without abbreviated flags, which reports mistakes as UserError."""
+Check = Callable[[argparse.Namespace], None]
 
-    def __init__(self, **kwargs: Any) -> None:
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser without abbreviated flags, which reports mistakes as UserError.
+
+    `check` looks at all flags together, and at the files that they name; it raises UserError.
+    """
+
+    def __init__(self, *, check: Check | None = None, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
+        self.check = check
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Return the flags, checked."""
+        flags = super().parse_args(args, namespace)
+        if self.check is not None:
+            self.check(flags)
+        return flags
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists the flags)")
@@ -82,6 +104,8 @@ def _number(text: str, convert: Callable[[str], Any], accept: Callable[[Any], bo
 
 def folder(text: str) -> str:
     """Parse the path of a folder that exists or can be made."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty; name a folder")
     nearest = next(path for path in (Path(text), *Path(text).absolute().parents) if path.exists())
     if not nearest.is_dir():
         raise argparse.ArgumentTypeError(f"{text}: {nearest} is a file; name a folder")
@@ -114,39 +138,73 @@ def add_shared_flags(parser: argparse.ArgumentParser, *, model: str | None) -> N
     group.add_argument("--seed", type=non_negative_int, default=0, help="seed of every random choice")
 
 
-def run(
-    parser: argparse.ArgumentParser,
-    main: Callable[[argparse.Namespace], None],
-    argv: Sequence[str] | None = None,
-) -> None:
-    """Parse `argv` (the process's own when None) and call `main`.
+def parse(parser: Parser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the flags in `argv` (the process's own when None), for a script that imports its
+    libraries next.
+
+    Help and mistakes end the process here. While the libraries are imported, Ctrl-C ends it without
+    a word, and a terminal shows what it waits for.
+    """
+    with _endings(parser.prog):
+        args = parser.parse_args(argv)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _leave)
+    if sys.stderr.isatty() and _is_rank_0():
+        print(LOADING, end="", file=sys.stderr, flush=True)
+    return args
+
+
+def run_main(main: Callable[[argparse.Namespace], None], args: argparse.Namespace, *, prog: str) -> None:
+    """Call `main` with the flags that `parse` has returned.
 
     A UserError ends the process with one line on stderr and exit code 2, a signal with 130 or 143;
     a bug shows its traceback.
     """
-    try:
-        main(parser.parse_args(argv))
+    if signal.getsignal(signal.SIGINT) is _leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if sys.stderr.isatty() and _is_rank_0():
+        print(ERASE_LINE, end="", file=sys.stderr, flush=True)
+    with _endings(prog):
+        main(args)
         sys.stdout.flush()
+
+
+def run(
+    parser: Parser, main: Callable[[argparse.Namespace], None], argv: Sequence[str] | None = None
+) -> None:
+    """Parse `argv` (the process's own when None) and call `main`, with the endings of `run_main`."""
+    run_main(main, parse(parser, argv), prog=parser.prog)
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    os._exit(128 + number)
+
+
+@contextlib.contextmanager
+def _endings(prog: str) -> Iterator[None]:
+    """Turn an exception within the block into the end of the process that it stands for."""
+    try:
+        yield
     except UserError as error:
         if not _is_rank_0():
             time.sleep(SECONDS_FOR_RANK_0)
-        _exit(f"{parser.prog}: error: {' '.join(str(error).splitlines())}", 2)
+        _exit(f"{prog}: error: {' '.join(str(error).splitlines())}", 2)
     except Interrupted as interrupted:
-        _exit(f"{parser.prog}: {interrupted}" if _is_rank_0() else "", interrupted.code)
+        _exit(f"{prog}: {interrupted}" if _is_rank_0() else "", interrupted.code)
     except KeyboardInterrupt:
-        _exit(f"{parser.prog}: interrupted", 130)
+        _exit(f"{prog}: interrupted", 130)
     except BrokenPipeError:  # the reader of stdout has left, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except Exception as error:
         if "RANK" in os.environ and any(words in str(error) for words in LOST_PEER):
             rank = os.environ["RANK"]
-            _exit(f"{parser.prog}: error: process {rank} lost another process of the job; see its message", 1)
+            _exit(f"{prog}: error: process {rank} lost another process of the job; see its message", 1)
         reason = _full_disk(error)
         if reason is None:
             raise
         hint = "free some space, or name folders on another disk with --output-dir and --cache-dir"
-        _exit(f"{parser.prog}: error: {reason}; {hint}", 2)
+        _exit(f"{prog}: error: {reason}; {hint}", 2)
 
 
 def _is_rank_0() -> bool:

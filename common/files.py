@@ -1,5 +1,8 @@
 """Files that survive a crash: synced to the disk, folders replaced as a whole, manifests that
 reveal damage.
+
+PyTorch is imported by the two functions that need it, so that the scripts can check folders before
+they load it.
 """
 
 import contextlib
@@ -8,10 +11,10 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import safetensors.torch
-import torch
+if TYPE_CHECKING:
+    import torch
 
 MANIFEST = "manifest.json"
 
@@ -73,16 +76,20 @@ def find_damage(folder: Path) -> str | None:
     return None
 
 
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+def write_tensors(path: Path, tensors: "dict[str, torch.Tensor]") -> None:
     """Write a safetensors file and sync it to the disk."""
+    import safetensors.torch
+
     safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
     sync_file(path)
 
 
-def tensors_sha256(tensors: dict[str, torch.Tensor]) -> str:
+def tensors_sha256(tensors: "dict[str, torch.Tensor]") -> str:
     """Return the SHA-256 in hexadecimal of the names, dtypes, shapes and values of tensors, in
     their order.
     """
+    import torch
+
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

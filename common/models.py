@@ -1,55 +1,23 @@
-"""Find a pretrained model, load it safely, and check that it can be used, for every script."""
+"""Load a pretrained model safely, and check that it can be used, for every script."""
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
-import huggingface_hub.errors
-import safetensors
+import safetensors.torch
 import torch
 import transformers
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from common import bundled, hub
 from common.errors import UserError, one_line
 
-# Files of a Hub model that are downloaded: no pickles, no ONNX, no code.
-FILES_READ = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-FILES_IGNORED = ["onnx/*", "openvino/*"]
-PICKLED = ("*.bin", "*.pt", "*.pkl")
 # most models; GPT-2; MPT
 POSITION_OPTIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 # What matters of the library's warnings is checked and said here.
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
-
-
-def find_folder(
-    name: str, *, kind: bundled.Kind, flag: str = "--model", cache_dir: str | None = None
-) -> Path:
-    """Return the local folder of a model: a bundled name, a folder, or a Hub id, which is
-    downloaded first.
-
-    `kind` says which bundled models are meant. Raises UserError, naming `flag`, when there is no
-    such model, it can't be reached, or its weights are pickled.
-    """
-    if bundled.is_bundled(name):
-        return bundled.model_folder(name, kind=kind, flag=flag, cache_dir=cache_dir)
-    folder = Path(name)
-    if folder.is_file():
-        raise UserError(f"{flag} {name}: this is a file; name the folder of a saved model")
-    if not name or not folder.is_dir():
-        if not name or name.startswith((".", "/")) or name.count("/") > 1:
-            raise UserError(f"{flag} {name}: no such folder; check the path, or use {bundled.names(kind)}")
-        folder = _download(name, kind=kind, flag=flag, cache_dir=cache_dir)
-    if not (folder / "config.json").is_file() and not (folder / "modules.json").is_file():
-        raise UserError(f"{flag} {name}: the folder has no config.json; name the folder of a saved model")
-    _refuse_pickles(folder, f"{flag} {name}")
-    return folder
 
 
 def load(auto_class: Any, folder: Path, *, name: str, flag: str = "--model", **options: Any) -> Any:
@@ -129,62 +97,3 @@ def _reason(error: Exception) -> str:
     if "Unrecognized configuration class" in str(error):
         return "this kind of model can't do what the script does; name another model"
     return f"{one_line(error).rstrip('.')}; repair its files or name another model"
-
-
-def _download(name: str, *, kind: bundled.Kind, flag: str, cache_dir: str | None) -> Path:
-    """Return the folder of a Hub model's files, downloaded or from the cache."""
-    reachable = hub.is_reachable()
-    try:
-        folder = huggingface_hub.snapshot_download(
-            name,
-            cache_dir=cache_dir,
-            allow_patterns=FILES_READ,
-            ignore_patterns=FILES_IGNORED,
-            local_files_only=not reachable,
-        )
-    except huggingface_hub.errors.LocalEntryNotFoundError as error:
-        raise UserError(
-            f"{flag} {name}: no such folder, and the Hub can't be reached; use a local folder or"
-            f" {bundled.names(kind)}"
-        ) from error
-    except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.HFValidationError) as error:
-        raise UserError(
-            f"{flag} {name}: neither a local folder nor a model on the Hub that you may read; check the name"
-            f" (a private one needs `hf auth login`), or use {bundled.names(kind)}"
-        ) from error
-    if not reachable:
-        hub.say_cached(f"{flag} {name}")
-    return Path(folder)
-
-
-def _refuse_pickles(folder: Path, source: str) -> None:
-    """Raise UserError if a folder, or the folder of one of its modules, has pickled weights and no
-    safetensors.
-    """
-    for part in (folder, *_module_folders(folder, source)):
-        pickled = sorted(path.name for pattern in PICKLED for path in part.glob(pattern))
-        pickled = [file for file in pickled if file != "training_args.bin"]
-        if pickled and not any(part.glob("*.safetensors")):
-            raise UserError(
-                f"{source}: {part / pickled[0]} holds pickled weights, which are never read because they can"
-                " run code; use a version with safetensors or convert it first"
-            )
-
-
-def _module_folders(folder: Path, source: str) -> list[Path]:
-    """Return the folders that a sentence-transformers model names for its modules."""
-    listed = folder / "modules.json"
-    if not listed.is_file():
-        return []
-    try:
-        parts = [folder / module["path"] for module in json.loads(listed.read_text("utf-8"))]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{source}: {listed} is not a list of modules; repair it or name another model"
-        ) from error
-    for part in parts:
-        if not part.resolve().is_relative_to(folder.resolve()):
-            raise UserError(
-                f"{source}: {listed} names a folder outside the model: {part}; name another model"
-            )
-    return [part for part in parts if part.is_dir()]

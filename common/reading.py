@@ -3,7 +3,6 @@ be used.
 """
 
 import glob
-import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -13,12 +12,11 @@ from typing import Any
 import datasets
 import httpx2
 import huggingface_hub.errors
-import huggingface_hub.utils
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from common import bundled, hub
+from common import bundled, sources
 from common.errors import UserError, one_line
 
 # pandas would read the texts "NA", "None" and "null" as missing; only a missing cell is missing
@@ -35,10 +33,9 @@ FILE_READERS: dict[str, tuple[str, dict[str, Any]]] = {
 SHARD = re.compile(r"-\d{5}-of-\d{5}$")  # as in train-00000-of-00002.parquet
 TEXT_KINDS = ("string", "large_string")
 
-# The libraries' bars for downloads and tokenising are meant for a terminal.
+# The library's bars are meant for a terminal.
 if not sys.stderr.isatty():
     datasets.disable_progress_bars()
-    huggingface_hub.utils.disable_progress_bars()
 # What the library logs about a broken file is in the exception that it raises.
 datasets.logging.set_verbosity(datasets.logging.CRITICAL)
 
@@ -51,18 +48,14 @@ def read(name: str, *, config: str | None = None, cache_dir: str | None = None) 
     folders; a folder of data files named after their splits; a Hub id, with `config` where it has
     several configurations. Raises UserError when it can't be found, reached or read.
     """
+    sources.check_data(name)
     path = Path(name)
     if bundled.is_bundled(name):
-        if name not in bundled.DATASETS:
-            raise UserError(f"--dataset {name}: no such bundled data set; use {', '.join(bundled.DATASETS)}")
         return datasets.DatasetDict({"train": bundled.DATASETS[name]()})
     if path.is_file():
         return datasets.DatasetDict({"train": read_file(path, cache_dir=cache_dir)})
     if path.is_dir():
         return _read_folder(path, cache_dir)
-    is_local = path.is_absolute() or name.startswith(".") or name.count("/") > 1  # never a Hub id
-    if is_local or path.suffix in FILE_READERS:
-        raise UserError(f"--dataset {name}: no such file or folder; check the path")
     return _read_hub(name, config, cache_dir)
 
 
@@ -78,17 +71,8 @@ def read_file(path: Path, *, cache_dir: str | None = None) -> datasets.Dataset:
 
     Raises UserError for an unknown extension and for an empty, unreadable or malformed file.
     """
-    extension = path.suffix.lower()
-    if extension not in FILE_READERS:
-        known = ", ".join(FILE_READERS)
-        raise UserError(
-            f"{path}: the file name ends with {path.suffix!r}, not with one of {known}; convert it"
-        )
-    if not os.access(path, os.R_OK):
-        raise UserError(f"{path}: no permission to read it; change that with chmod or name another file")
-    if path.stat().st_size == 0:
-        raise UserError(f"{path}: the file is empty; name one that has rows")
-    builder, options = FILE_READERS[extension]
+    sources.check_data_file(path)
+    builder, options = FILE_READERS[path.suffix.lower()]
     if builder != "parquet":
         _check_utf8(path)
     try:
@@ -118,11 +102,8 @@ def read_lines(name: str) -> list[str]:
     UTF-8.
     """
     source = _source(name)
-    try:
-        content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-    except OSError as error:
-        hint = "name a text file, or - for standard input"
-        raise UserError(f"{source}: can't be read: {error.strerror}; {hint}") from error
+    sources.check_text_file(name)
+    content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
     if not content:
         raise UserError(f"{source}: it is empty; write one text on each line")
     # str.splitlines also splits at form feeds and U+2028
@@ -153,9 +134,8 @@ def read_texts(
     Raises UserError, naming the row or line, for a missing or empty text, unless `allow_empty`: a
     missing one is then "". `flag` is the flag that names the column.
     """
+    sources.check_texts(name)
     if Path(name).suffix.lower() in FILE_READERS:
-        if not Path(name).is_file():
-            raise UserError(f"{name}: no such file; check the path")
         rows = read_file(Path(name), cache_dir=cache_dir)
         require_column(rows.column_names, column, source=name, flag=flag)
         check_kind(rows, column, source=name, flag=flag)
@@ -218,7 +198,7 @@ def evenly_spaced(count: int, most: int) -> np.ndarray:
 
 
 def _source(name: str) -> str:
-    return {"-": "standard input", "": "the empty name"}.get(name, name)
+    return "standard input" if name == "-" else name
 
 
 def _check_utf8(path: Path) -> None:
@@ -276,10 +256,10 @@ def _read_class_folders(root: Path) -> datasets.Dataset:
 
 def _read_hub(name: str, config: str | None, cache_dir: str | None) -> datasets.DatasetDict:
     # if not, cached data is still used, and anything else fails at once
-    reachable = hub.is_reachable()
+    reachable = sources.is_reachable()
     local = ", ".join(bundled.DATASETS)
     try:
-        with hub.downloads_in(cache_dir):
+        with sources.downloads_in(cache_dir):
             splits = datasets.load_dataset(name, config, cache_dir=cache_dir)
     except (
         datasets.exceptions.DatasetNotFoundError,
@@ -315,5 +295,5 @@ def _read_hub(name: str, config: str | None, cache_dir: str | None) -> datasets.
         hint = "use a Parquet version of it"
         raise UserError(f"--dataset {name}: it needs remote code, which is never run here; {hint}") from error
     if not reachable:
-        hub.say_cached(f"--dataset {name}")
+        sources.say_cached(f"--dataset {name}")
     return splits

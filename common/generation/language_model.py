@@ -8,7 +8,7 @@ import jinja2
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from common import models
+from common import models, sources
 from common.errors import UserError, one_line
 from common.runtime import DTYPES, Runtime
 
@@ -35,7 +35,7 @@ def load(name: str, runtime: Runtime, *, cache_dir: str | None) -> LanguageModel
 
     Raises UserError if it cannot be loaded or is of another kind.
     """
-    folder = models.find_folder(name, kind="language model", cache_dir=cache_dir)
+    folder = sources.find_folder(name, kind="language model", cache_dir=cache_dir)
     tokenizer = models.load_tokenizer(folder, name=name)
     model, report = models.load(
         AutoModelForCausalLM,

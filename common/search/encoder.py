@@ -25,7 +25,7 @@ from sentence_transformers.base.modules import Module
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from common import models, reading, speedups
+from common import models, reading, sources, speedups
 from common.errors import UserError
 from common.files import tensors_sha256
 from common.runtime import Runtime
@@ -409,7 +409,7 @@ def load_reranker(name: str, runtime: Runtime, *, cache_dir: str | None) -> Cros
 
 
 def _load(model_class: type[LoadedModel], name: str, *, flag: str, cache_dir: str | None) -> LoadedModel:
-    folder = models.find_folder(name, kind="encoder", flag=flag, cache_dir=cache_dir)
+    folder = sources.find_folder(name, kind="encoder", flag=flag, cache_dir=cache_dir)
     with models.load_errors(name, flag=flag):
         return model_class(
             str(folder),

@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from common import models, speedups
+from common import models, sources, speedups
 from common.errors import UserError
 from common.files import replace_folder
 from common.runtime import Runtime
@@ -78,7 +78,7 @@ def load_pretrained(
     Prints what was loaded. Raises UserError when either can't be loaded.
     """
     name = config.model
-    folder = models.find_folder(name, kind="encoder", cache_dir=config.cache_dir)
+    folder = sources.find_folder(name, kind="encoder", cache_dir=config.cache_dir)
     tokenizer = models.load_tokenizer(folder, name=name)
     has_padding_token = tokenizer.pad_token is not None  # of its own
     ensure_padding_token(tokenizer, name=name)
@@ -387,7 +387,7 @@ def load_saved(
 
     Raises UserError when it was never trained to classify.
     """
-    folder = models.find_folder(name, kind="encoder", cache_dir=cache_dir)
+    folder = sources.find_folder(name, kind="encoder", cache_dir=cache_dir)
     model, report = models.load(
         AutoModelForSequenceClassification,
         folder,

@@ -12,7 +12,7 @@ import torch
 from tabulate import tabulate
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from common import bundled, models
+from common import bundled, models, sources
 from common.training.batching import PaddedBatches, Pick
 from common.training.classifier import mismatches
 from common.training.data import Splits, TokenConfig
@@ -72,7 +72,7 @@ def length_table(tokenized: Splits) -> str:
 def load_other_tokenizer(name: str, *, cache_dir: str | None) -> PreTrainedTokenizerBase:
     """Return the tokenizer that --compare-tokenizer names: of any model, an encoder or not."""
     flag, kind = "--compare-tokenizer", bundled.MODELS.get(name, "encoder")
-    folder = models.find_folder(name, kind=kind, flag=flag, cache_dir=cache_dir)
+    folder = sources.find_folder(name, kind=kind, flag=flag, cache_dir=cache_dir)
     return models.load_tokenizer(folder, name=name, flag=flag)
 
 

@@ -28,7 +28,7 @@ from sentence_transformers import SentenceTransformer
 from sklearn.metrics.pairwise import cosine_similarity
 from tabulate import tabulate
 
-from common import bundled, cli, models
+from common import bundled, cli, sources
 from common.errors import UserError
 from common.runtime import choose_device, peak_memory_bytes, start_runtime
 from common.search import encoder, kernel
@@ -68,7 +68,7 @@ def time_encoding(contender: str, flags) -> dict:
     all_texts = bundled.bbc_news()["text"][:]
     texts = all_texts[:: max(len(all_texts) // flags.texts, 1)][: flags.texts]
     warm_up = sorted(all_texts[1 :: len(all_texts) // 16], key=len)[-16:]
-    folder = models.find_folder(flags.model, kind="encoder", cache_dir=flags.cache_dir)
+    folder = sources.find_folder(flags.model, kind="encoder", cache_dir=flags.cache_dir)
     device = choose_device(flags.device)
     oracle = SentenceTransformer(str(folder), device=str(device), model_kwargs={"use_safetensors": True})
     if contender == "encode":

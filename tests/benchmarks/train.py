@@ -41,7 +41,7 @@ from transformers import (
 )
 
 import train_classifier
-from common import cli, models
+from common import cli, models, sources
 from common.errors import UserError
 from common.runtime import (
     Runtime,
@@ -130,7 +130,7 @@ class Setup:
 
 def model_config(flags) -> PreTrainedConfig:
     """Return the config of the model that all contenders train."""
-    folder = models.find_folder(flags.model, kind="encoder", cache_dir=flags.cache_dir)
+    folder = sources.find_folder(flags.model, kind="encoder", cache_dir=flags.cache_dir)
     return models.load(AutoConfig, folder, name=flags.model)
 
 
@@ -184,7 +184,7 @@ def load(contender: str, flags) -> Setup:
     if contender == "trainer":  # the model as the tutorial loads it
         seed_everything(args.seed)
         model = AutoModelForSequenceClassification.from_pretrained(
-            models.find_folder(args.model, kind="encoder", cache_dir=args.cache_dir),
+            sources.find_folder(args.model, kind="encoder", cache_dir=args.cache_dir),
             num_labels=loaded.splits["train"].features["label"].num_classes,
             dtype=torch.float32,
         )

@@ -1,11 +1,16 @@
 """Numbers on the command line: what is taken, and what is refused with its value."""
 
 import argparse
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from common import cli
 from common.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(
@@ -91,3 +96,48 @@ def test_help_shows_defaults_that_say_something(capsys):
         parser.parse_args(["--help"])
     shown = " ".join(capsys.readouterr().out.split())  # argparse breaks lines to the terminal
     assert "(default: the-model)" in shown and "None" not in shown
+
+
+def test_flags_that_do_not_go_together_are_refused_before_main(capsys):
+    def check(args):
+        raise UserError(f"--seed {args.seed}: not with this")
+
+    parser = cli.Parser(prog="script", check=check)
+    cli.add_shared_flags(parser, model="m")
+    with pytest.raises(SystemExit):
+        cli.run(parser, lambda args: pytest.fail("main was called"), ["--seed", "3"])
+    assert capsys.readouterr() == ("", "script: error: --seed 3: not with this\n")
+
+
+def test_the_name_of_a_folder_is_not_empty():
+    """An unset variable of the shell would else mean the current folder."""
+    with pytest.raises(argparse.ArgumentTypeError, match="empty"):
+        cli.folder("")
+
+
+def test_control_c_while_libraries_are_imported_is_quiet():
+    program = "\n".join(
+        [
+            "import os, signal",
+            "from common import cli",
+            "args = cli.parse(cli.Parser(prog='script'), [])",
+            "os.kill(os.getpid(), signal.SIGINT)",
+            "print('still there')",
+        ]
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_control_c_ends_main_as_ever():
+    program = "\n".join(
+        [
+            "import os, signal",
+            "from common import cli",
+            "parser = cli.Parser(prog='script')",
+            "args = cli.parse(parser, [])",
+            "cli.run_main(lambda args: os.kill(os.getpid(), signal.SIGINT), args, prog='script')",
+        ]
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "script: interrupted\n")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModel, BertConfig, BertModel, RobertaConfig, RobertaModel
 
-from common import models
+from common import models, sources
 from common.errors import UserError
 
 
@@ -19,7 +19,7 @@ def folder(tiny_model, tmp_path):
 
 
 def find(name, **options):
-    return models.find_folder(str(name), kind="encoder", **options)
+    return sources.find_folder(str(name), kind="encoder", **options)
 
 
 def test_a_local_folder_is_itself(folder):
@@ -48,7 +48,7 @@ def test_a_folder_without_config_is_not_a_model(tmp_path):
 )
 def test_a_bundled_model_of_another_kind_is_refused(kind, name):
     with pytest.raises(UserError, match=f"--model bundled/{name}: no such bundled {kind}; use bundled/"):
-        models.find_folder(f"bundled/{name}", kind=kind)
+        sources.find_folder(f"bundled/{name}", kind=kind)
 
 
 @pytest.mark.parametrize("part", [".", "1_Dense", "dense", "parts/dense"])

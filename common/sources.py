@@ -1,0 +1,251 @@
+"""What a name on the command line stands for: a bundled default, a local file or folder, or
+something on the Hugging Face Hub.
+
+The checks need nothing but the file system, and importing this file is quick: the scripts make
+them before they load PyTorch. The libraries that download are imported when they are needed.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from common import bundled
+from common.errors import UserError
+
+DATA_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
+# Files of a Hub model that are downloaded: no pickles, no ONNX, no code.
+FILES_READ = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+FILES_IGNORED = ["onnx/*", "openvino/*"]
+PICKLED = ("*.bin", "*.pt", "*.pkl")
+CONNECT_SECONDS = 5.0
+
+# Without this, transformers sends the name of a model without safetensors, and the user's token,
+# to a conversion service on the Hub and waits for it.
+os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
+
+
+# Models -------------------------------------------------------------------------------------------
+
+
+def find_folder(
+    name: str, *, kind: bundled.Kind, flag: str = "--model", cache_dir: str | None = None
+) -> Path:
+    """Return the local folder of a model: a bundled name, a folder, or a Hub id, which is
+    downloaded first.
+
+    `kind` says which bundled models are meant. Raises UserError, naming `flag`, when there is no
+    such model, it can't be reached, or its weights are pickled.
+    """
+    check_model(name, kind=kind, flag=flag)
+    if bundled.is_bundled(name):
+        return bundled.model_folder(name, kind=kind, flag=flag, cache_dir=cache_dir)
+    if Path(name).is_dir():
+        return Path(name)
+    folder = _download(name, kind=kind, flag=flag, cache_dir=cache_dir)
+    _check_model_folder(folder, f"{flag} {name}")
+    return folder
+
+
+def check_model(name: str, *, kind: bundled.Kind, flag: str = "--model") -> None:
+    """Raise UserError, naming `flag`, for a name that can be no model as far as this machine's
+    files show: a bundled name that does not exist, a file, a folder without a usable model.
+    """
+    if bundled.is_bundled(name):
+        bundled.check_model(name, kind=kind, flag=flag)
+        return
+    folder = Path(name)
+    if folder.is_file():
+        raise UserError(f"{flag} {name}: this is a file; name the folder of a saved model")
+    if name and folder.is_dir():
+        _check_model_folder(folder, f"{flag} {name}")
+    elif not name or name.startswith((".", "/")) or name.count("/") > 1:
+        raise UserError(f"{flag} {name}: no such folder; check the path, or use {bundled.names(kind)}")
+
+
+def _check_model_folder(folder: Path, source: str) -> None:
+    """Raise UserError if a folder holds no model, or one with pickled weights."""
+    if not (folder / "config.json").is_file() and not (folder / "modules.json").is_file():
+        raise UserError(f"{source}: the folder has no config.json; name the folder of a saved model")
+    for part in (folder, *_module_folders(folder, source)):
+        pickled = sorted(path.name for pattern in PICKLED for path in part.glob(pattern))
+        pickled = [file for file in pickled if file != "training_args.bin"]
+        if pickled and not any(part.glob("*.safetensors")):
+            raise UserError(
+                f"{source}: {part / pickled[0]} holds pickled weights, which are never read because they can"
+                " run code; use a version with safetensors or convert it first"
+            )
+
+
+def _module_folders(folder: Path, source: str) -> list[Path]:
+    """Return the folders that a sentence-transformers model names for its modules."""
+    listed = folder / "modules.json"
+    if not listed.is_file():
+        return []
+    try:
+        parts = [folder / module["path"] for module in json.loads(listed.read_text("utf-8"))]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{source}: {listed} is not a list of modules; repair it or name another model"
+        ) from error
+    for part in parts:
+        if not part.resolve().is_relative_to(folder.resolve()):
+            raise UserError(
+                f"{source}: {listed} names a folder outside the model: {part}; name another model"
+            )
+    return [part for part in parts if part.is_dir()]
+
+
+def _download(name: str, *, kind: bundled.Kind, flag: str, cache_dir: str | None) -> Path:
+    """Return the folder of a Hub model's files, downloaded or from the cache."""
+    import huggingface_hub
+    import huggingface_hub.errors
+
+    reachable = is_reachable()
+    try:
+        folder = huggingface_hub.snapshot_download(
+            name,
+            cache_dir=cache_dir,
+            allow_patterns=FILES_READ,
+            ignore_patterns=FILES_IGNORED,
+            local_files_only=not reachable,
+        )
+    except huggingface_hub.errors.LocalEntryNotFoundError as error:
+        raise UserError(
+            f"{flag} {name}: no such folder, and the Hub can't be reached; use a local folder or"
+            f" {bundled.names(kind)}"
+        ) from error
+    except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.HFValidationError) as error:
+        raise UserError(
+            f"{flag} {name}: neither a local folder nor a model on the Hub that you may read; check the name"
+            f" (a private one needs `hf auth login`), or use {bundled.names(kind)}"
+        ) from error
+    if not reachable:
+        say_cached(f"{flag} {name}")
+    return Path(folder)
+
+
+# Texts --------------------------------------------------------------------------------------------
+
+
+def check_data(name: str, *, flag: str = "--dataset") -> None:
+    """Raise UserError, naming `flag`, for a name that can be no data set as far as this machine's
+    files show.
+    """
+    path = Path(name)
+    if bundled.is_bundled(name):
+        if name not in bundled.DATASETS:
+            known = ", ".join(bundled.DATASETS)
+            raise UserError(f"{flag} {name}: no such bundled data set; use {known}")
+    elif path.is_file():
+        check_data_file(path)
+    elif not path.is_dir():
+        is_local = path.is_absolute() or name.startswith(".") or name.count("/") > 1  # never a Hub id
+        if not name or is_local or path.suffix.lower() in DATA_SUFFIXES:
+            raise UserError(f"{flag} {name}: no such file or folder; check the path")
+
+
+def check_texts(name: str) -> None:
+    """Raise UserError unless a name can be a data file, a text file with one text per line, or "-"
+    for standard input.
+    """
+    path = Path(name)
+    if path.suffix.lower() not in DATA_SUFFIXES:
+        check_text_file(name)
+    elif not path.is_file():
+        raise UserError(f"{name}: no such file; check the path")
+    else:
+        check_data_file(path)
+
+
+def check_data_file(path: Path) -> None:
+    """Raise UserError for a data file with an unknown ending, without permission to read it, or
+    empty.
+    """
+    if path.suffix.lower() not in DATA_SUFFIXES:
+        known = ", ".join(DATA_SUFFIXES)
+        raise UserError(
+            f"{path}: the file name ends with {path.suffix!r}, not with one of {known}; convert it"
+        )
+    if not os.access(path, os.R_OK):
+        raise UserError(f"{path}: no permission to read it; change that with chmod or name another file")
+    if path.stat().st_size == 0:
+        raise UserError(f"{path}: the file is empty; name one that has rows")
+
+
+def check_text_file(name: str) -> None:
+    """Raise UserError unless a name is "-" or a text file that can be opened and is not empty."""
+    if name == "-":
+        return
+    try:
+        with open(name, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+    except OSError as error:
+        hint = "name a text file, or - for standard input"
+        raise UserError(f"{name or 'the empty name'}: can't be read: {error.strerror}; {hint}") from error
+    if size == 0:
+        raise UserError(f"{name}: it is empty; write one text on each line")
+
+
+# The Hub ------------------------------------------------------------------------------------------
+
+
+def is_reachable() -> bool:
+    """Return whether the Hub (HF_ENDPOINT) answers; if it does not, switch the libraries to
+    offline mode.
+
+    Offline, they use cached files at once. Otherwise they retry each file with growing pauses and
+    a warning each: 23 seconds before a mistyped name is an error.
+    """
+    import datasets
+    import httpx2
+    import huggingface_hub
+    import huggingface_hub.constants
+
+    # warnings about missing dataset cards and retries are nothing that the user can act on
+    huggingface_hub.utils.logging.set_verbosity_error()
+    if not sys.stderr.isatty():  # the library's bars for downloads are meant for a terminal
+        huggingface_hub.utils.disable_progress_bars()
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=CONNECT_SECONDS)
+        return True
+    except httpx2.TransportError:
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+        datasets.config.HF_HUB_OFFLINE = True
+        return False
+
+
+@functools.cache  # once per name: the parts of a model are read one by one
+def say_cached(name: str) -> None:
+    """Say on stderr that a model or data set comes from the cache and was not compared with the
+    Hub.
+
+    On stderr, because stdout may be another program's input.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        print(
+            f"{name}: using the cached copy; the Hub is offline (HF_HUB_OFFLINE) or can't be reached",
+            file=sys.stderr,
+        )
+
+
+@contextlib.contextmanager
+def downloads_in(cache_dir: str | None) -> Iterator[None]:
+    """Store the Hub's files in `cache_dir` within the block.
+
+    `datasets` honours its own `cache_dir` only for the files that it builds, not for those that it
+    downloads.
+    """
+    import huggingface_hub.constants
+
+    usual = huggingface_hub.constants.HF_HUB_CACHE
+    huggingface_hub.constants.HF_HUB_CACHE = cache_dir or usual
+    try:
+        yield
+    finally:
+        huggingface_hub.constants.HF_HUB_CACHE = usual
