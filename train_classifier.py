@@ -15,31 +15,28 @@ DistributedDataParallel. Left out on purpose: Trainer, callbacks, multi-label an
   torchrun --nproc-per-node 2 train_classifier.py --epochs 3             # one process per GPU
 """
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import dataclasses
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
-import datasets
-import torch
-from torch.nn.functional import cross_entropy
-from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grad_norm_
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_linear_schedule_with_warmup
-
-from common import cli, reading
+from common import bundled, cli, sources
 from common.errors import Interrupted, UserError
-from common.runtime import Runtime, deterministic, peak_memory_bytes, start_runtime, stop_runtime
-from common.training import batching, checkpoint, classifier, data, inspection, report, tracking
-from common.training.batching import BatchConfig, count_examples, pool_chunks, sync_gradients
-from common.training.checkpoint import Checkpoints, StopSignals, TrainingState
-from common.training.classifier import ModelConfig
-from common.training.data import DataConfig, Splits, TokenConfig
-from common.training.evaluation import evaluate, is_better, predict_texts
+from common.training.run import (
+    DEFAULT_MAX_LENGTH,
+    DEFAULT_TRUNCATION,
+    NEWEST,
+    TRUNCATIONS,
+    locate_run,
+    require_same_flags,
+)
 
 # flags that are no settings of a run: they choose what to do instead of it, or where to continue
 NOT_SETTINGS = ("inspect", "compare_tokenizer", "evaluate_only", "predict", "resume")
@@ -50,10 +47,11 @@ NOT_SETTINGS = ("inspect", "compare_tokenizer", "evaluate_only", "predict", "res
 
 def make_parser() -> cli.Parser:
     """Return the parser of all flags, with their defaults."""
-    parser = cli.Parser(prog="train_classifier.py", description=__doc__)
+    parser = cli.Parser(prog="train_classifier.py", description=__doc__, check=check_flags)
     cli.add_shared_flags(parser, model="bundled/all-MiniLM-L6-v2")
-    run_folder = "folder of the run (default: runs/<data set>-<model>-<time>)"
-    parser.add_argument("--output-dir", type=cli.folder, help=run_folder)
+    parser.add_argument(
+        "--output-dir", type=cli.folder, help="folder of the run (default: runs/<data set>-<model>-<time>)"
+    )
     add_data_flags(parser)
     add_training_flags(parser)
     add_run_flags(parser)
@@ -64,8 +62,11 @@ def add_data_flags(parser: cli.Parser) -> None:
     """Add the flags that say which texts to read, and how much of each."""
     flag = parser.add_argument_group("data").add_argument
     count = cli.positive_int
-    sources = "bundled name, CSV/TSV/JSON/JSONL/Parquet file, folder of class folders, or Hub id"
-    flag("--dataset", default="bundled/bbc-news", help=sources)
+    flag(
+        "--dataset",
+        default="bundled/bbc-news",
+        help="bundled name, CSV/TSV/JSON/JSONL/Parquet file, folder of class folders, or Hub id",
+    )
     flag("--dataset-config", help="configuration of a Hub data set that has several")
     flag("--text-column", default="text", help="column of the texts")
     flag("--label-column", default="label", help="column of the labels: strings or whole numbers")
@@ -74,17 +75,21 @@ def add_data_flags(parser: cli.Parser) -> None:
     flag("--test-split", help="its name in the data set; cut from train if there is none")
     flag("--max-train-samples", type=count, help="most texts to train on: a stratified sample")
     flag("--max-eval-samples", type=count, help="the same for validation and test")
-    length = f"tokens read at once in training (default: {classifier.DEFAULT_MAX_LENGTH})"
-    flag("--max-length", type=count, help=length)
+    flag("--max-length", type=count, help=f"tokens read at once in training (default: {DEFAULT_MAX_LENGTH})")
     flag("--eval-max-length", type=count, help="the same in scoring (default: --max-length)")
-    truncation = (
-        "what to read of a longer text: its beginning, its end, a quarter from the beginning and"
-        " the rest from the end, or all of it in overlapping chunks whose logits are averaged"
-        f" (default: {classifier.DEFAULT_TRUNCATION}; for a saved model, as it was scored)"
+    flag(
+        "--truncation",
+        choices=TRUNCATIONS,
+        help="what to read of a longer text: its beginning, its end, a quarter from the beginning"
+        " and the rest from the end, or all of it in overlapping chunks whose logits are averaged"
+        f" (default: {DEFAULT_TRUNCATION}; for a saved model, as it was scored)",
     )
-    flag("--truncation", choices=data.TRUNCATIONS, help=truncation)
-    chunks = "chunks of a text in a training step, drawn again in each epoch; scoring reads all"
-    flag("--max-chunks", type=count, default=1, help=chunks)
+    flag(
+        "--max-chunks",
+        type=count,
+        default=1,
+        help="chunks of a text in a training step, drawn again in each epoch; scoring reads all",
+    )
 
 
 def add_training_flags(parser: cli.Parser) -> None:
@@ -97,38 +102,94 @@ def add_training_flags(parser: cli.Parser) -> None:
     flag("--grad-accum", type=count, default=1, help="micro-batches per optimizer step")
     flag("--lr", type=cli.positive_float, default=1e-4, help="highest learning rate")
     flag("--warmup-ratio", type=share, default=0.1, help="share of steps with a rising learning rate")
-    decay = "decay of the matrices; biases and norms have none"
-    flag("--weight-decay", type=cli.non_negative_float, default=0.01, help=decay)
+    flag(
+        "--weight-decay",
+        type=cli.non_negative_float,
+        default=0.01,
+        help="decay of the matrices; biases and norms have none",
+    )
     flag("--max-grad-norm", type=cli.positive_float, default=1.0, help="clip the gradient to this norm")
-    everywhere = "dropout rate everywhere in the model (default: as pretrained, but 0 in attention)"
-    flag("--dropout", type=share, help=everywhere)
-    attention = "above 0, slower on CPUs (default: --dropout if given, else 0)"
-    flag("--attention-dropout", type=share, help=attention)
-    smoothing = "share of each label that is spread over all classes"
-    flag("--label-smoothing", type=share, default=0.0, help=smoothing)
-    weights = "balanced: every class counts the same, however few texts it has"
-    flag("--class-weights", choices=["none", "balanced"], default="none", help=weights)
-    buckets = "buckets: texts of similar length share a batch"
-    flag("--batching", choices=["buckets", "random"], default="buckets", help=buckets)
-    metric = "validation score that tells which weights are best; on ties, the earliest are"
-    flag("--best-metric", choices=["loss", "accuracy", "macro_f1"], default="loss", help=metric)
-    often = "evaluate after every so many optimizer steps too, not only after each epoch"
-    flag("--eval-every", type=count, metavar="STEPS", help=often)
-    patience = "stop after N evaluations in a row that were no better than the best"
-    flag("--early-stopping-patience", type=count, metavar="N", help=patience)
-    freeze = "do not train the embeddings and the N lowest layers (0: train all)"
-    flag("--freeze-layers", type=cli.non_negative_int, default=0, metavar="N", help=freeze)
-    lora = "train low-rank adapters and the head only; best/ has them merged"
-    flag("--lora-rank", type=count, metavar="R", help=lora)
-    recompute = "compute activations twice: less memory, a third more time"
-    flag("--gradient-checkpointing", action="store_true", help=recompute)
-    halve = "if a micro-batch does not fit into memory, halve it and accumulate: the same steps"
-    flag("--auto-batch-size", action="store_true", help=halve)
+    flag(
+        "--dropout",
+        type=share,
+        help="dropout rate everywhere in the model (default: as pretrained, but 0 in attention)",
+    )
+    flag(
+        "--attention-dropout",
+        type=share,
+        help="above 0, slower on CPUs (default: --dropout if given, else 0)",
+    )
+    flag(
+        "--label-smoothing",
+        type=share,
+        default=0.0,
+        help="share of each label that is spread over all classes",
+    )
+    flag(
+        "--class-weights",
+        choices=["none", "balanced"],
+        default="none",
+        help="balanced: every class counts the same, however few texts it has",
+    )
+    flag(
+        "--batching",
+        choices=["buckets", "random"],
+        default="buckets",
+        help="buckets: texts of similar length share a batch",
+    )
+    flag(
+        "--best-metric",
+        choices=["loss", "accuracy", "macro_f1"],
+        default="loss",
+        help="validation score that tells which weights are best; on ties, the earliest are",
+    )
+    flag(
+        "--eval-every",
+        type=count,
+        metavar="STEPS",
+        help="evaluate after every so many optimizer steps too, not only after each epoch",
+    )
+    flag(
+        "--early-stopping-patience",
+        type=count,
+        metavar="N",
+        help="stop after N evaluations in a row that were no better than the best",
+    )
+    flag(
+        "--freeze-layers",
+        type=cli.non_negative_int,
+        default=0,
+        metavar="N",
+        help="do not train the embeddings and the N lowest layers (0: train all)",
+    )
+    flag(
+        "--lora-rank",
+        type=count,
+        metavar="R",
+        help="train low-rank adapters and the head only; best/ has them merged",
+    )
+    flag(
+        "--gradient-checkpointing",
+        action="store_true",
+        help="compute activations twice: less memory, a third more time",
+    )
+    flag(
+        "--auto-batch-size",
+        action="store_true",
+        help="if a micro-batch does not fit into memory, halve it and accumulate: the same steps",
+    )
     flag("--compile", action="store_true", help="torch.compile: slow start, faster steps on GPUs")
-    faster = "on a GPU: a little faster, and two runs differ in their last digits"
-    flag("--nondeterministic", action="store_true", help=faster)
-    workers = "processes that make batches; the texts are tokenised before, so few are enough"
-    flag("--num-workers", type=cli.non_negative_int, default=0, help=workers)
+    flag(
+        "--nondeterministic",
+        action="store_true",
+        help="on a GPU: a little faster, and two runs differ in their last digits",
+    )
+    flag(
+        "--num-workers",
+        type=cli.non_negative_int,
+        default=0,
+        help="processes that make batches; the texts are tokenised before, so few are enough",
+    )
     flag("--log-every", type=count, default=10, help="optimizer steps between points of a curve")
 
 
@@ -136,25 +197,122 @@ def add_run_flags(parser: cli.Parser) -> None:
     """Add the flags that stop and resume a run, or do something else instead."""
     flag = parser.add_argument_group("stopping and resuming").add_argument
     count = cli.positive_int
-    often = "write a checkpoint after every so many optimizer steps, not only after each epoch"
-    flag("--save-every", type=count, metavar="STEPS", help=often)
-    keep = "checkpoints to keep; with two, damage to the newest one costs little"
-    flag("--keep", type=count, default=2, help=keep)
-    resume = (
-        "continue the run in this folder (or in --output-dir) from its newest undamaged"
-        " checkpoint, or from a given one, runs/<name>/checkpoints/step-<number>; the other flags"
-        " stay the same"
+    flag(
+        "--save-every",
+        type=count,
+        metavar="STEPS",
+        help="write a checkpoint after every so many optimizer steps, not only after each epoch",
     )
-    flag("--resume", nargs="?", const=tracking.NEWEST, metavar="RUN", help=resume)
+    flag(
+        "--keep",
+        type=count,
+        default=2,
+        help="checkpoints to keep; with two, damage to the newest one costs little",
+    )
+    flag(
+        "--resume",
+        nargs="?",
+        const=NEWEST,
+        metavar="RUN",
+        help="continue the run in this folder (or in --output-dir) from its newest undamaged"
+        " checkpoint, or from a given one, runs/<name>/checkpoints/step-<number>; the other flags"
+        " stay the same",
+    )
 
     group = parser.add_argument_group("instead of training")
     flag = group.add_mutually_exclusive_group().add_argument
     flag("--inspect", action="store_true", help="show data, tokenizer, model and a batch")
     flag("--evaluate-only", action="store_true", help="score a saved --model on the test split")
-    classify = "classify the lines of a text file (- for standard input), or the rows of a data file"
-    flag("--predict", metavar="FILE", help=classify)
-    other = "with --inspect: a second tokenizer on a sentence (bundled name, folder or Hub id)"
-    group.add_argument("--compare-tokenizer", metavar="NAME", help=other)
+    flag(
+        "--predict",
+        metavar="FILE",
+        help="classify the lines of a text file (- for standard input), or the rows of a data file",
+    )
+    group.add_argument(
+        "--compare-tokenizer",
+        metavar="NAME",
+        help="with --inspect: a second tokenizer on a sentence (bundled name, folder or Hub id)",
+    )
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Raise UserError for a mistake that the flags show, or the files that they name."""
+    sources.check_model(args.model, kind="encoder")
+    if args.compare_tokenizer is not None:
+        if not args.inspect:
+            raise UserError(
+                f"--compare-tokenizer {args.compare_tokenizer}: it works with --inspect only; add"
+                " --inspect, or leave it out"
+            )
+        kind = bundled.MODELS.get(args.compare_tokenizer, "encoder")
+        sources.check_model(args.compare_tokenizer, kind=kind, flag="--compare-tokenizer")
+    if args.predict is not None:  # an empty name is a mistake, not a wish to train
+        sources.check_texts(args.predict)
+        return
+    sources.check_data(args.dataset)
+    if not args.inspect and not args.evaluate_only:
+        check_training_flags(args)
+
+
+def check_training_flags(args: argparse.Namespace) -> None:
+    """Raise UserError when flags exclude each other, or a run can't be kept where they say."""
+    if args.max_chunks > 1 and args.truncation not in (None, "chunks"):
+        raise UserError(
+            f"--max-chunks {args.max_chunks}: --truncation {args.truncation} reads one chunk of a"
+            " text; leave one of the two out"
+        )
+    if args.max_chunks > args.batch_size:
+        raise UserError(
+            f"--max-chunks {args.max_chunks}: a micro-batch holds at most --batch-size"
+            f" {args.batch_size} chunks, and those of a text stay together; lower the one or"
+            " raise the other"
+        )
+    # several processes decide together where the run lies, when they have found each other
+    if "RANK" not in os.environ:
+        location = locate_run(args.output_dir, args.resume, name=run_name(args))
+        if location.is_resumed:
+            require_same_flags(location, settings_of(args))
+
+
+def run_name(args: argparse.Namespace) -> str:
+    """Return the name of a run's folder where the flags give none; the time is added to it."""
+    return f"{Path(args.dataset).stem}-{Path(args.model).name}"
+
+
+def settings_of(args: argparse.Namespace) -> dict:
+    """Return the flags that are settings of a run."""
+    return {flag: value for flag, value in vars(args).items() if flag not in NOT_SETTINGS}
+
+
+def what_is_read(args: argparse.Namespace) -> str:
+    """Return the names of the model and of the texts, to be shown while the libraries are loaded."""
+    return f"{args.model} and {args.dataset if args.predict is None else args.predict}"
+
+
+if __name__ == "__main__":
+    # before the libraries are imported, which takes seconds: help and mistakes are answered at once
+    ARGS = cli.parse(make_parser(), then=what_is_read)
+
+import torch
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_linear_schedule_with_warmup
+
+from common import reading
+from common.runtime import Runtime, deterministic, peak_memory_bytes, start_runtime, stop_runtime
+from common.training import batching, checkpoint, classifier, data, inspection, report, tracking
+from common.training.batching import BatchConfig, count_examples, pool_chunks, sync_gradients
+from common.training.checkpoint import Checkpoints, StopSignals, TrainingState
+from common.training.classifier import ModelConfig
+from common.training.data import DataConfig, Splits, TokenConfig
+from common.training.evaluation import evaluate, is_better, predict_texts
+
+if TYPE_CHECKING:
+    import datasets
+
+
+# Configs ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -502,15 +660,14 @@ def test(loaded: Loaded, state: TrainingState, run: Run, runtime: Runtime) -> No
 
 def fit(args: argparse.Namespace, runtime: Runtime) -> None:
     """Load, prepare, train and test, as a run that can be stopped and resumed."""
-    batching.check_flags(config_from_flags(BatchConfig, args), args.truncation)
-    run_name = f"{Path(args.dataset).stem}-{Path(args.model).name}"
-    location = tracking.locate_run(args.output_dir, args.resume, runtime, name=run_name)
+    name = run_name(args)
+    location = checkpoint.agree_on_location(args.output_dir, args.resume, runtime, name=name)
     loaded = load(args, runtime)
     classifier.require_match(loaded.model, loaded.tokenizer, name=args.model)
 
     # the identity of the run: it can only be resumed from checkpoints with the same one
-    flags = {flag: value for flag, value in vars(args).items() if flag not in NOT_SETTINGS}
-    flags |= dataclasses.asdict(loaded.config.tokens)  # with the defaults that were chosen
+    # with the defaults that were chosen
+    flags = {**settings_of(args), **dataclasses.asdict(loaded.config.tokens)}
     identity = checkpoint.identity(flags, loaded.model, loaded.tokenized, runtime)
     checkpoints = Checkpoints(location, identity, keep=args.keep, runtime=runtime)
     start = checkpoints.choose()  # None: from the beginning
@@ -579,15 +736,10 @@ def inspect(args: argparse.Namespace, runtime: Runtime) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Do what the flags ask for."""
-    if args.compare_tokenizer is not None and not args.inspect:
-        raise UserError(
-            f"--compare-tokenizer {args.compare_tokenizer}: it works with --inspect only; add"
-            " --inspect, or leave it out"
-        )
     runtime = start_runtime(args.device, args.precision, args.seed)
     if args.inspect:
         inspect(args, runtime)
-    elif args.predict is not None:  # an empty name is a mistake, not a wish to train
+    elif args.predict is not None:
         predict(args, runtime)
     elif args.evaluate_only:
         evaluate_only(args, runtime)
@@ -599,4 +751,5 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(make_parser(), main)
+    # pyrefly: ignore [unbound-name]  (it is bound where the process begins)
+    cli.run_main(main, ARGS, prog="train_classifier.py")

@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import errno
 import os
+import shutil
 import signal
 import sys
 import time
@@ -16,12 +17,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from common.errors import Interrupted, UserError
+from common.errors import Interrupted, UserError, shorten
 
 # All processes of a job find the same mistake. Rank 0 reports it at once; when it has ended,
 # torchrun ends the others before they report it too.
 SECONDS_FOR_RANK_0 = 5.0
-LOADING, ERASE_LINE = "loading PyTorch ...", "\r\x1b[K"
+LOADING, ERASE_LINE = "loading PyTorch", "\r\x1b[K"
 LOST_PEER = (  # what gloo and NCCL say when another process has ended
     "Connection closed by peer",
     "Connection reset by peer",
@@ -138,19 +139,26 @@ def add_shared_flags(parser: argparse.ArgumentParser, *, model: str | None) -> N
     group.add_argument("--seed", type=non_negative_int, default=0, help="seed of every random choice")
 
 
-def parse(parser: Parser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse(
+    parser: Parser,
+    argv: Sequence[str] | None = None,
+    *,
+    then: Callable[[argparse.Namespace], str] | None = None,
+) -> argparse.Namespace:
     """Return the flags in `argv` (the process's own when None), for a script that imports its
     libraries next.
 
     Help and mistakes end the process here. While the libraries are imported, Ctrl-C ends it without
-    a word, and a terminal shows what it waits for.
+    a word, and a terminal shows what it waits for; `then` tells what will be read next.
     """
     with _endings(parser.prog):
         args = parser.parse_args(argv)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave)
     if sys.stderr.isatty() and _is_rank_0():
-        print(LOADING, end="", file=sys.stderr, flush=True)
+        line = LOADING if then is None else f"{LOADING}, then {then(args)}"
+        room = shutil.get_terminal_size().columns - len(" ...") - 1  # in one line, to be erased
+        print(shorten(line, room) + " ...", end="", file=sys.stderr, flush=True)
     return args
 
 

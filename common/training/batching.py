@@ -8,21 +8,24 @@ The shapes of tensors are in letters: B texts, K chunks of them, T tokens of a c
 classes, and N rows of a data set.
 """
 
+from __future__ import annotations
+
 import contextlib
 import gc
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
-import datasets
 import numpy as np
 import torch
-from sklearn.utils.class_weight import compute_class_weight
 from transformers import BatchEncoding, DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from common.errors import UserError
 from common.runtime import Runtime
+
+if TYPE_CHECKING:
+    import datasets
 
 IGNORED_LABEL = -100  # the default ignore_index of cross_entropy
 # texts are sorted by length only within pools of at most 50 batches, and an epoch has at least four
@@ -47,21 +50,6 @@ class BatchConfig:
     def texts_per_step(self, world_size: int) -> int:
         """Return the number of texts of an optimizer step, over all processes and micro-batches."""
         return self.batch_size * self.grad_accum * world_size
-
-
-def check_flags(config: BatchConfig, truncation: str | None) -> None:
-    """Raise UserError when flags exclude each other; `truncation` None is the default, chunks."""
-    if config.max_chunks > 1 and truncation not in (None, "chunks"):
-        raise UserError(
-            f"--max-chunks {config.max_chunks}: --truncation {truncation} reads one chunk of a"
-            " text; leave one of the two out"
-        )
-    if config.max_chunks > config.batch_size:
-        raise UserError(
-            f"--max-chunks {config.max_chunks}: a micro-batch holds at most --batch-size"
-            f" {config.batch_size} chunks, and those of a text stay together; lower the one or"
-            " raise the other"
-        )
 
 
 class Pick(NamedTuple):
@@ -209,6 +197,29 @@ def padding_share(lengths: list[int] | np.ndarray, batches: list[np.ndarray]) ->
 # Padded batches -----------------------------------------------------------------------------------
 
 
+class Columns:
+    """Rows in memory, read in the ways in which those of a `datasets.Dataset` are read here.
+
+    For a few texts to predict: importing that library takes longer than their prediction.
+    """
+
+    def __init__(self, columns: dict[str, list]) -> None:
+        self.columns = columns
+        self.column_names = list(columns)
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+    def __getitem__(self, name: str) -> list:
+        return self.columns[name]
+
+    def __getitems__(self, numbers: list[int]) -> list[dict]:
+        return [{name: values[number] for name, values in self.columns.items()} for number in numbers]
+
+
+Rows: TypeAlias = "datasets.Dataset | Columns"
+
+
 class PaddedBatches(torch.utils.data.Dataset):
     """A tokenised data set whose items are padded batches: indexed by picks, it gives their batch.
 
@@ -217,7 +228,7 @@ class PaddedBatches(torch.utils.data.Dataset):
     `text_of_chunk` (K), which of the B texts each chunk belongs to.
     """
 
-    def __init__(self, rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> None:
         self.rows = rows
         self.inputs = [name for name in rows.column_names if name not in NOT_MODEL_INPUTS]
         self.pad = DataCollatorWithPadding(tokenizer)
@@ -241,11 +252,7 @@ class PaddedBatches(torch.utils.data.Dataset):
 
 
 def batch_loader(
-    rows: datasets.Dataset,
-    batches: list[list[Pick]],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    pin_memory: bool = False,
+    rows: Rows, batches: list[list[Pick]], tokenizer: PreTrainedTokenizerBase, *, pin_memory: bool = False
 ) -> torch.utils.data.DataLoader:
     """Return a loader of the given batches, one after the other. It draws no random number."""
     return torch.utils.data.DataLoader(
@@ -321,6 +328,8 @@ def balanced_weights(labels: list[int], num_classes: int) -> torch.Tensor:
 
     A class without rows has the weight 0.
     """
+    from sklearn.utils.class_weight import compute_class_weight
+
     present = np.unique(labels)
     weights = torch.zeros(num_classes)
     balanced = compute_class_weight("balanced", classes=present, y=labels)

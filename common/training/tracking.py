@@ -11,7 +11,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import shutil
 import sys
 import time
@@ -20,106 +19,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
-from common import figures
 from common.errors import UserError
 from common.files import replace_file
 from common.runtime import Runtime
+from common.training.run import CONFIG, RESULTS, UNFINISHED_CONFIG
 
 REPORTED_PACKAGES = ("transformers", "datasets", "tokenizers", "evaluate", "scikit-learn")
-CONFIG = "config.json"  # once it exists, it is complete and the run can be resumed
-# the only file that a run leaves behind when it is killed at its very beginning
-UNFINISHED_CONFIG = re.compile(r"config\.json\.\d+")
-CHECKPOINTS, CHECKPOINT_PREFIX = "checkpoints", "step-"
-NEWEST = ""  # the value of --resume given alone: the newest checkpoint
 
 
 # The run's folder ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class RunLocation:
-    """Where a run is kept, and whether and from where it is resumed."""
-
-    folder: Path
-    is_resumed: bool = False
-    checkpoint: Path | None = None  # None: the newest one that is not damaged
-
-
-def locate_run(output_dir: str | None, resume: str | None, runtime: Runtime, *, name: str) -> RunLocation:
-    """Return the location of the run that the flags `--output-dir` and `--resume` ask for.
-
-    A new folder is called after `name` and the time unless the flags name it. After a failure
-    torchrun starts every process again with the same flags; the run is then resumed if it was this
-    job that began it. Raises UserError when the flags do not tell which run to resume, when there
-    is none, and when the folder of a new run is not empty.
-    """
-
-    def locate() -> list[str | bool | None]:
-        location = _run_to_resume(output_dir, resume, runtime)
-        location = location or RunLocation(new_run_folder(output_dir, name=name))
-        checkpoint = None if location.checkpoint is None else str(location.checkpoint)
-        return [str(location.folder), location.is_resumed, checkpoint]
-
-    folder, is_resumed, checkpoint = runtime.broadcast_from_main(locate)
-    return RunLocation(Path(folder), is_resumed, None if checkpoint is None else Path(checkpoint))
-
-
-def _run_to_resume(output_dir: str | None, resume: str | None, runtime: Runtime) -> RunLocation | None:
-    """Return the location of the run to resume, None when the flags ask for a new one."""
-    named = _named_run(output_dir, resume)
-    if named is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
-        raise UserError(
-            "--output-dir: torchrun with --max-restarts needs it, because a restarted process must"
-            " find its run; name a folder"
-        )
-    if named is not None and runtime.began_run(named.folder) and (named.folder / CONFIG).is_file():
-        # a checkpoint that the flags name was where the job began: by now it has come further
-        return RunLocation(named.folder, is_resumed=True)
-    if resume is None:
-        return None
-    if named is None:
-        raise UserError("--resume: which run? name its folder, as in --resume runs/news")
-    if not (named.folder / CONFIG).is_file():
-        raise UserError(
-            f"--resume: {named.folder} holds no run; check the name, or leave --resume out to start one"
-        )
-    if named.checkpoint is not None and not named.checkpoint.is_dir():
-        raise UserError(
-            f"--resume {resume}: no such checkpoint; --resume {named.folder} takes the newest one"
-        )
-    return named
-
-
-def _named_run(output_dir: str | None, resume: str | None) -> RunLocation | None:
-    """Return the run, and the checkpoint if any, that the flags name; None when they name none."""
-    if not resume:
-        return None if output_dir is None else RunLocation(Path(output_dir), is_resumed=True)
-    path = Path(resume)
-    is_checkpoint = path.name.startswith(CHECKPOINT_PREFIX) and path.absolute().parent.name == CHECKPOINTS
-    folder = Path(os.path.normpath(path / ".." / "..")) if is_checkpoint else path
-    if output_dir is not None and Path(output_dir).resolve() != folder.resolve():
-        raise UserError(
-            f"--output-dir {output_dir}: --resume {resume} continues in {folder}; leave one of the two out"
-        )
-    return RunLocation(folder, is_resumed=True, checkpoint=path if is_checkpoint else None)
-
-
-def new_run_folder(output_dir: str | None, *, name: str) -> Path:
-    """Return the folder for a new run: `output_dir`, or runs/<name>-<time>. Nothing is created yet.
-
-    Raises UserError when the folder is not empty.
-    """
-    folder = Path(output_dir or f"runs/{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}")
-    if folder.is_dir() and any(not UNFINISHED_CONFIG.fullmatch(path.name) for path in folder.iterdir()):
-        raise UserError(
-            f"--output-dir {folder}: it holds another run or other files; name a new folder or"
-            " remove it first"
-        )
-    return folder
 
 
 def make_folder(folder: Path, *, needed_bytes: int) -> None:
@@ -193,6 +103,8 @@ class RunLog:
     """Writes a run's numbers, texts and pictures to metrics.jsonl and TensorBoard as they come."""
 
     def __init__(self, folder: Path, settings: dict, resume_at: LogPosition | None = None) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # only runs need it, and it takes a second
+
         for path in folder.iterdir():
             if UNFINISHED_CONFIG.fullmatch(path.name):
                 path.unlink()
@@ -219,6 +131,8 @@ class RunLog:
 
     def confusion(self, step: int, tag: str, counts: list[list[int]], names: list[str]) -> None:
         """Add a confusion matrix as a picture."""
+        from common import figures
+
         self.writer.add_figure(tag, figures.confusion_matrix(counts, names, title=tag), step)
 
     def text(self, step: int, tag: str, markdown: str) -> None:
@@ -230,8 +144,10 @@ class RunLog:
 
         SummaryWriter.add_hparams would write each result once more, as a curve of one point.
         """
+        from torch.utils.tensorboard.summary import hparams
+
         text = json.dumps(results, indent=2) + "\n"
-        (self.folder / "metrics.json").write_text(text, encoding="utf-8")
+        (self.folder / RESULTS).write_text(text, encoding="utf-8")
         plain = (bool, int, float, str)
         settings = {name: value for name, value in self.settings.items() if isinstance(value, plain)}
         file_writer = self.writer._get_file_writer()
