@@ -18,13 +18,12 @@ from conftest import ROOT
 LARGE = {"torch", "numpy", "transformers", "datasets", "sentence_transformers", "pyarrow", "sklearn", "scipy"}
 FOR_REPORTS = {"datasets", "evaluate", "matplotlib", "pandas", "pyarrow", "sklearn", "tensorboard"}
 TELL_WHAT_IS_LOADED = """
-import atexit, json, os, runpy, sys
-names = lambda: json.dump(sorted({name.partition(".")[0] for name in sys.modules}), open(sys.argv[1], "w"))
-script = sys.argv[2]
-atexit.register(names)
-sys.argv = sys.argv[2:]
-sys.path[0] = os.path.dirname(os.path.abspath(script))
-runpy.run_path(script, run_name="__main__")
+import atexit, json, runpy, sys
+report, sys.argv = sys.argv[1], sys.argv[2:]
+packages = lambda: sorted({name.partition(".")[0] for name in sys.modules})
+atexit.register(lambda: open(report, "w").write(json.dumps(packages())))
+sys.path[0] = ""
+runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
