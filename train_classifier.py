@@ -204,6 +204,12 @@ def add_run_flags(parser: cli.Parser) -> None:
         help="write a checkpoint after every so many optimizer steps, not only after each epoch",
     )
     flag(
+        "--max-minutes",
+        type=cli.positive_float,
+        metavar="N",
+        help="stop N minutes after the start, save and evaluate; --resume continues",
+    )
+    flag(
         "--keep",
         type=count,
         default=2,
@@ -303,7 +309,7 @@ from common import reading
 from common.runtime import Runtime, deterministic, peak_memory_bytes, start_runtime, stop_runtime
 from common.training import batching, checkpoint, classifier, data, inspection, report, tracking
 from common.training.batching import BatchConfig, count_examples, pool_chunks, sync_gradients
-from common.training.checkpoint import Checkpoints, StopSignals, TrainingState
+from common.training.checkpoint import TIME_IS_UP, Checkpoints, StopSignals, TrainingState
 from common.training.classifier import ModelConfig
 from common.training.data import DataConfig, Splits, TokenConfig
 from common.training.evaluation import evaluate, is_better, predict_texts
@@ -336,6 +342,11 @@ class TrainConfig:
     early_stopping_patience: int | None
     save_every: int | None
     log_every: int
+
+    def memory_advice(self) -> str:
+        """Return what to say when a step does not fit into memory."""
+        length, is_auto = self.tokens.max_length, self.auto_batch_size
+        return batching.memory_advice(self.batches, length, is_auto=is_auto)
 
 
 Config = TypeVar("Config", DataConfig, ModelConfig, BatchConfig, TrainConfig)
@@ -416,21 +427,8 @@ def prepare(
             adapted, batches, config.batches, config.tokens.max_length, runtime
         )
 
-    # matrices decay; biases and norm weights, which have one dimension, do not
-    decay = [parameter for parameter in trainable if parameter.ndim >= 2]
-    no_decay = [parameter for parameter in trainable if parameter.ndim < 2]
-    groups = [
-        {"params": decay, "weight_decay": config.weight_decay},
-        {"params": no_decay, "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=True)
-
-    # the learning rate rises from 0, then falls to 0
-    steps_per_epoch = math.ceil(len(rows) / config.batches.texts_per_step(runtime.world_size))
-    num_steps = steps_per_epoch * config.epochs
-    num_warmup_steps = round(config.warmup_ratio * num_steps)
-    scheduler = get_linear_schedule_with_warmup(optimizer, num_warmup_steps, num_steps)
-
+    optimizer = make_optimizer(trainable, config)
+    scheduler = make_scheduler(optimizer, steps_in_epoch(rows, config, runtime), config)
     # without it, small gradients would be 0 in fp16; in other precisions it does nothing
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
 
@@ -452,6 +450,31 @@ def prepare(
         class_weights=class_weights,
         micro_batch=micro_batch,
     )
+
+
+def make_optimizer(trainable: list[torch.nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    """Return AdamW: matrices decay; biases and norm weights, which have one dimension, do not."""
+    decay = [parameter for parameter in trainable if parameter.ndim >= 2]
+    no_decay = [parameter for parameter in trainable if parameter.ndim < 2]
+    groups = [
+        {"params": decay, "weight_decay": config.weight_decay},
+        {"params": no_decay, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, fused=True)
+
+
+def make_scheduler(
+    optimizer: torch.optim.Optimizer, steps_per_epoch: int, config: TrainConfig
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """Return the schedule of the learning rate, which rises from 0, then falls to 0."""
+    num_steps = steps_per_epoch * config.epochs
+    num_warmup_steps = round(config.warmup_ratio * num_steps)
+    return get_linear_schedule_with_warmup(optimizer, num_warmup_steps, num_steps)
+
+
+def steps_in_epoch(rows: datasets.Dataset, config: TrainConfig, runtime: Runtime) -> int:
+    """Return the number of optimizer steps of an epoch, the last of which may be short."""
+    return math.ceil(len(rows) / config.batches.texts_per_step(runtime.world_size))
 
 
 def distribute(
@@ -477,15 +500,34 @@ def distribute(
 
 @dataclass(frozen=True)
 class Run:
-    """What accompanies the training: its log, its checkpoints, the signals that stop it."""
+    """What accompanies the training: its log, its checkpoints, what stops it, how long it takes."""
 
     log: tracking.Log
     checkpoints: Checkpoints
     signals: StopSignals
+    forecast: tracking.Forecast
 
 
-def train(state: TrainingState, tokenized: Splits, run: Run, config: TrainConfig, runtime: Runtime) -> None:
-    """Train from where `state` is to the last epoch, and keep the best weights in best/."""
+def make_forecast(
+    tokenized: Splits, config: TrainConfig, clock: tracking.Clock, runtime: Runtime
+) -> tracking.Forecast:
+    """Return a forecast of the time that a run takes, by the tokens that it has to read."""
+    steps = steps_in_epoch(tokenized["train"], config, runtime)
+    return tracking.Forecast(
+        train_tokens=batching.num_tokens(tokenized["train"], max_chunks=config.batches.max_chunks),
+        validation_tokens=batching.num_tokens(tokenized["validation"]),
+        test_tokens=batching.num_tokens(tokenized["test"]),
+        # at the end of an epoch, and where --eval-every falls before it
+        validations=1 + (0 if config.eval_every is None else (steps - 1) // config.eval_every),
+        clock=clock,
+    )
+
+
+def train(state: TrainingState, tokenized: Splits, run: Run, config: TrainConfig, runtime: Runtime) -> bool:
+    """Train from where `state` is to the last epoch, and keep the best weights in best/.
+
+    Return whether it came to the end: with --max-minutes, the time may be up before.
+    """
     rows = tokenized["train"]
     model = state.parallel  # with DDP around it if there are several processes
     optimizer, scheduler, scaler = state.optimizer, state.scheduler, state.scaler
@@ -494,7 +536,6 @@ def train(state: TrainingState, tokenized: Splits, run: Run, config: TrainConfig
     if loss_weights is not None:
         loss_weights = loss_weights.to(runtime.device)
 
-    advice = batching.memory_advice(config.batches, config.tokens.max_length, is_auto=config.auto_batch_size)
     # the shapes in comments: B texts, K chunks of these texts, C classes
     while state.epoch <= config.epochs and not state.is_out_of_patience(config.early_stopping_patience):
         # the optimizer steps of the epoch, each a list of micro-batches
@@ -512,7 +553,7 @@ def train(state: TrainingState, tokenized: Splits, run: Run, config: TrainConfig
         label = f"epoch {state.epoch}/{config.epochs}"
         with (
             tracking.progress(loader, label=label, unit="step", shown=runtime.is_main) as bar,
-            batching.explain_out_of_memory(advice),
+            batching.explain_out_of_memory(config.memory_advice()),
         ):
             meter.start_epoch(is_resumed=state.step_of_epoch > 0)
             # only after a signal has stopped the run in an evaluation: it is made again first
@@ -524,6 +565,7 @@ def train(state: TrainingState, tokenized: Splits, run: Run, config: TrainConfig
                 # the loss is a mean over the examples of all micro-batches and processes: their
                 # number, or the sum of their class weights, divides the summed loss
                 examples, divisor = count_examples(micro_batches, state.class_weights, runtime)
+                num_tokens = batching.count_tokens(micro_batches)
                 for number, batch in enumerate(micro_batches, start=1):
                     batch = batch.to(runtime.device, non_blocking=True)
                     labels = batch.pop("labels")  # (B)
@@ -560,14 +602,11 @@ def train(state: TrainingState, tokenized: Splits, run: Run, config: TrainConfig
                 state.step_of_epoch += 1
 
                 meter.end_step(state.step, examples=examples, divisor=divisor, grad_norm=grad_norm)
+                run.forecast.add_step(num_tokens * runtime.world_size, runtime)
+                if run.forecast.is_due():  # once, after a few steps
+                    runtime.say(run.forecast.line(state.epochs_left(config.epochs), runtime))
                 if state.step % config.log_every == 0:  # not always: reading a loss waits for a GPU
-                    values = {f"train/{name}": value for name, value in meter.read().items()}
-                    values["train/learning_rate"] = float(scheduler.get_last_lr()[0])
-                    if grad_norm.isfinite():  # if not, the scaler has skipped the step
-                        values["train/grad_norm"] = grad_norm.item()
-                    run.log.numbers(state.step, values)
-                    loss, speed = values["train/loss"], values["train/examples_per_second"]
-                    bar.set_postfix_str(f"loss {loss:.4f}, {speed:.1f} examples/s")
+                    bar.set_postfix_str(log_step(state, run, grad_norm, config))
 
                 if state.is_due(config.eval_every):
                     validate(state, tokenized["validation"], run, config, runtime)
@@ -577,12 +616,27 @@ def train(state: TrainingState, tokenized: Splits, run: Run, config: TrainConfig
                     with meter.paused():
                         meter.check()  # raises UserError: what is not finite must not be kept
                         run.checkpoints.save(state, run.log)
-                if stop:
+                if stop and stop != TIME_IS_UP:
                     run.signals.stop()
+                if stop and not state.is_finished(config.epochs, config.early_stopping_patience):
+                    return False
                 if state.is_out_of_patience(config.early_stopping_patience):
                     break
         state.epoch += 1
         state.step_of_epoch = 0
+    return True
+
+
+def log_step(state: TrainingState, run: Run, grad_norm: torch.Tensor, config: TrainConfig) -> str:
+    """Write a step's loss, learning rate and gradient to the log; return words for the bar."""
+    values = {f"train/{name}": value for name, value in state.meter.read().items()}
+    values["train/learning_rate"] = float(state.scheduler.get_last_lr()[0])
+    if grad_norm.isfinite():  # if not, the scaler has skipped the step
+        values["train/grad_norm"] = grad_norm.item()
+    run.log.numbers(state.step, values)
+    loss, speed = values["train/loss"], values["train/examples_per_second"]
+    left = run.forecast.words_left(state.epochs_left(config.epochs))
+    return f"loss {loss:.4f}, {speed:.1f} examples/s{left}"
 
 
 def validate(
@@ -590,37 +644,53 @@ def validate(
 ) -> None:
     """Score the model on the validation split, and save it if it is the best so far."""
     with state.meter.paused():
-        train_scores = state.meter.so_far()
         try:
-            scores, _ = evaluate(
-                state.model,
-                rows,
-                state.tokenizer,
-                runtime,
-                batch_size=config.eval_batch_size,
-                signals=run.signals,
-            )
+            score_and_keep(state, rows, run, config, runtime)
         except Interrupted:
             # in the state before the evaluation, which a resumed run makes again
             run.checkpoints.save(state, run.log)
             raise
-        # the losses of the last steps were finite, but these steps can have ruined the weights
-        if not math.isfinite(scores["loss"]):
-            raise UserError(
-                f"epoch {state.epoch}, step {state.step}: the validation loss is {scores['loss']};"
-                " lower --lr or raise --warmup-ratio"
-            )
-        entry = {"epoch": state.epochs_done(), "step": state.step, **train_scores, **scores}
-        state.history.append(entry)
-        report.log_scores(run.log, state.step, "validation", scores, rows.features["label"].names)
-        line = report.epoch_line(entry, config.epochs)
-        if is_better(entry, state.best, config.best_metric):
-            state.best, line = entry, f"{line}, the best so far"
-            if runtime.is_main:
-                plain = classifier.merge_adapters(state.model)
-                folder = run.log.folder / "best"
-                classifier.save(plain, state.tokenizer, folder, settings=run.log.settings)
-        runtime.say(line)
+
+
+def score_and_keep(
+    state: TrainingState, rows: datasets.Dataset, run: Run, config: TrainConfig, runtime: Runtime
+) -> None:
+    """Score the model on the validation split, and keep it in best/ if it is the best so far."""
+    train_scores = state.meter.so_far()
+    scores, _ = evaluate(
+        state.model, rows, state.tokenizer, runtime, batch_size=config.eval_batch_size, signals=run.signals
+    )
+    run.forecast.add_validation()
+    # the losses of the last steps were finite, but these steps can have ruined the weights
+    if not math.isfinite(scores["loss"]):
+        raise UserError(
+            f"epoch {state.epoch}, step {state.step}: the validation loss is {scores['loss']};"
+            " lower --lr or raise --warmup-ratio"
+        )
+    entry = {"epoch": state.epochs_done(), "step": state.step, **train_scores, **scores}
+    state.history.append(entry)
+    report.log_scores(run.log, state.step, "validation", scores, rows.features["label"].names)
+    line = report.epoch_line(entry, config.epochs)
+    if is_better(entry, state.best, config.best_metric):
+        state.best, line = entry, f"{line}, the best so far"
+        if runtime.is_main:
+            plain = classifier.merge_adapters(state.model)
+            folder = run.log.folder / "best"
+            classifier.save(plain, state.tokenizer, folder, settings=run.log.settings)
+    runtime.say(line)
+
+
+def leave(
+    state: TrainingState, rows: datasets.Dataset, run: Run, config: TrainConfig, runtime: Runtime
+) -> None:
+    """Show the scores of a run whose time is up before its end, and how it is continued.
+
+    Its checkpoint is saved already, so that this evaluation is no part of the continued run.
+    """
+    if not state.is_evaluated():
+        with state.meter.paused():
+            score_and_keep(state, rows, run, config, runtime)
+    runtime.say(f"\nthe time is up after step {state.step}: {run.signals.advice}")
 
 
 # The test split, and the report -------------------------------------------------------------------
@@ -660,6 +730,7 @@ def test(loaded: Loaded, state: TrainingState, run: Run, runtime: Runtime) -> No
 
 def fit(args: argparse.Namespace, runtime: Runtime) -> None:
     """Load, prepare, train and test, as a run that can be stopped and resumed."""
+    clock = tracking.Clock()
     name = run_name(args)
     location = checkpoint.agree_on_location(args.output_dir, args.resume, runtime, name=name)
     loaded = load(args, runtime)
@@ -674,14 +745,22 @@ def fit(args: argparse.Namespace, runtime: Runtime) -> None:
 
     rows = loaded.tokenized["train"]
     state = prepare(loaded.model, loaded.tokenizer, rows, loaded.config, runtime)
+    with batching.explain_out_of_memory(loaded.config.memory_advice()):
+        batches = batching.PaddedBatches(rows, state.tokenizer)
+        runtime.say(batching.memory_line(state.model, batches, state.micro_batch, runtime))
     log = checkpoints.open_log(flags, state.model, start)
     if start is not None:
         checkpoints.restore(start, state)
-    signals = StopSignals(runtime, f"continue with the same command and --resume {location.folder}")
-    run = Run(log, checkpoints, signals)
+    advice = f"continue with the same command and --resume {location.folder}"
+    time_left = None if args.max_minutes is None else 60 * args.max_minutes - clock.seconds()
+    signals = StopSignals(runtime, advice, seconds=time_left)
+    run = Run(log, checkpoints, signals, make_forecast(loaded.tokenized, loaded.config, clock, runtime))
     with contextlib.closing(log), signals:
-        train(state, loaded.tokenized, run, loaded.config, runtime)
-        test(loaded, state, run, runtime)
+        if train(state, loaded.tokenized, run, loaded.config, runtime):
+            test(loaded, state, run, runtime)
+        else:
+            leave(state, loaded.tokenized["validation"], run, loaded.config, runtime)
+    runtime.say(f"time     {tracking.duration(clock.seconds())} in all")
 
 
 def evaluate_only(args: argparse.Namespace, runtime: Runtime) -> None:

@@ -25,6 +25,7 @@ import safetensors.torch
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from common.cli import ERASE_LINE
 from common.errors import Interrupted
 from common.files import (
     find_damage,
@@ -54,11 +55,10 @@ from common.training.run import (
     read_config,
     refuse_changes,
 )
-from common.training.tracking import Log, LossMeter
+from common.training.tracking import Log, LossMeter, file_size
 
 UNFINISHED = "tmp-"
-# the best model, for a moment twice; in a checkpoint the weights and AdamW's two averages
-BEST_SIZE_IN_MODELS, CHECKPOINT_SIZE_IN_MODELS = 2, 3
+TIME_IS_UP = signal.SIGALRM  # the signal of --max-minutes
 FINGERPRINTS = ("the data", "the model")
 POSITION = ("micro_batch", "epoch", "step_of_epoch", "step", "history", "best")
 
@@ -100,6 +100,14 @@ class TrainingState:
         if self.ends_epoch():
             return self.epoch
         return round(self.epoch - 1 + self.step_of_epoch / self.steps_of_epoch, 2)
+
+    def epochs_left(self, epochs: int) -> float:
+        """Return how many of `epochs` are left, as a fraction within one."""
+        return epochs - (self.epoch - 1 + self.step_of_epoch / self.steps_of_epoch)
+
+    def is_finished(self, epochs: int, patience: int | None) -> bool:
+        """Tell whether the last step was the last one of the run."""
+        return (self.epoch == epochs and self.ends_epoch()) or self.is_out_of_patience(patience)
 
     def is_out_of_patience(self, patience: int | None) -> bool:
         """Tell whether the last `patience` evaluations were no better than the best one."""
@@ -153,15 +161,16 @@ class Checkpoints:
         run_folder = self.run.folder
         log: Log = tracking.NullLog(run_folder)
         if self.runtime.is_main:
-            model_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
-            most_models = BEST_SIZE_IN_MODELS + CHECKPOINT_SIZE_IN_MODELS * (self.keep + 1)
-            tracking.make_folder(run_folder, needed_bytes=most_models * model_bytes)
+            needed_bytes = disk_bytes(model, keep=self.keep)
+            free_bytes = tracking.make_folder(run_folder, needed_bytes=needed_bytes)
             self.runtime.note_run(run_folder)
             if start is not None:
                 self._remove_after(start)
             begin = tracking.LogPosition() if start is None else start.log_position()
             settings = tracking.run_settings(flags, self.identity, run_folder, self.runtime)
             log = tracking.RunLog(run_folder, settings, begin if self.run.is_resumed else None)
+            sizes = f"{file_size(needed_bytes)} of the {file_size(free_bytes)} that are free"
+            self.runtime.say(f"disk     at most {sizes} (--keep {self.keep} and best/)")
         self.runtime.require_shared(run_folder / CONFIG, flag="--output-dir")
         self.runtime.say(f"machine  {self.runtime.describe()}")
         self.runtime.say(f"run      {run_folder}; curves: tensorboard --logdir {run_folder.parent}")
@@ -332,6 +341,18 @@ class Checkpoints:
         meter.restore(losses, others["meter"])
 
 
+def disk_bytes(model: torch.nn.Module, *, keep: int) -> int:
+    """Return the most bytes that a run of a model takes on the disk.
+
+    A checkpoint holds the weights, AdamW's two averages of what is trained, and the best model of
+    its time, which may be another one in each; the oldest is removed when a new one is complete.
+    """
+    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
+    trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    best = weights
+    return (keep + 1) * (weights + 2 * trained + best)
+
+
 def restore_random_states(tensors: dict[str, torch.Tensor], others: dict, runtime: Runtime) -> None:
     """Set the generators of torch, CUDA, Python and NumPy."""
     torch.set_rng_state(tensors["torch"])
@@ -375,12 +396,13 @@ class StopSignals:
 
     A second one ends the process at once, unless there are several: these leave together, after a
     step or a batch, because one that left alone would keep the others waiting. torchrun gives them
-    30 seconds.
+    30 seconds. After `seconds`, if given, the system sends TIME_IS_UP.
     """
 
-    def __init__(self, runtime: Runtime, advice: str) -> None:
-        self.runtime, self.advice = runtime, advice
+    def __init__(self, runtime: Runtime, advice: str, *, seconds: float | None = None) -> None:
+        self.runtime, self.advice, self.seconds = runtime, advice, seconds
         self.received: int | None = None
+        self.is_time_up = False
         self.handlers: dict[int, Handler] = {}
 
     def __enter__(self) -> "StopSignals":
@@ -388,13 +410,21 @@ class StopSignals:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.handlers[number] = signal.signal(number, self._note)
+            if self.seconds is not None:
+                self.handlers[TIME_IS_UP] = signal.signal(TIME_IS_UP, self._note_time)
+                signal.setitimer(signal.ITIMER_REAL, max(self.seconds, 0.001))  # 0 would be never
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self.seconds is not None:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+
+    def _note_time(self, _number: int, _frame: FrameType | None) -> None:
+        self.is_time_up = True
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         is_second = self.received is not None
@@ -404,14 +434,20 @@ class StopSignals:
         if is_second:
             raise KeyboardInterrupt
         name = signal.Signals(number).name
-        # print is not reentrant
-        line = f"\n{name}: saving after this step; a second one ends the run at once\n"
-        os.write(sys.stderr.fileno(), line.encode())
+        # on a terminal in the place of the progress bar, which is drawn again below it
+        begin = ERASE_LINE if sys.stderr.isatty() else "\n"
+        line = f"{begin}{name}: saving after this step; a second one ends the run at once\n"
+        os.write(sys.stderr.fileno(), line.encode())  # print is not reentrant
 
-    def requested(self) -> bool:
-        """Tell whether any process was asked to stop; all must call it at the same point."""
+    def requested(self) -> int | None:
+        """Return the signal by which any process was asked to stop, TIME_IS_UP if only the time is
+        up, None otherwise; all must call it at the same point.
+        """
         self.received = self.runtime.all_reduce_max(self.received or 0) or None
-        return self.received is not None
+        if self.received is None and self.seconds is not None:
+            self.is_time_up = self.runtime.all_reduce_max(self.is_time_up) > 0
+            return TIME_IS_UP if self.is_time_up else None
+        return self.received
 
     def stop(self) -> NoReturn:
         """Raise Interrupted, with the advice and the exit code of the signal."""
@@ -420,6 +456,8 @@ class StopSignals:
         raise Interrupted(f"stopped by {name}; {self.advice}", 128 + self.received)
 
     def check(self) -> None:
-        """Stop if any process was asked to, between the batches of an evaluation."""
-        if self.requested():
+        """Stop if any process received a signal, between the batches of an evaluation, which the
+        time limit lets end.
+        """
+        if self.requested() not in (None, TIME_IS_UP):
             self.stop()

@@ -26,14 +26,16 @@ from common.files import replace_file
 from common.runtime import Runtime
 from common.training.run import CONFIG, RESULTS, UNFINISHED_CONFIG
 
+COST_OF_TRAINING = 3  # of a token, beside that of a token in evaluation
+STEPS_BEFORE_FORECAST = 5
 REPORTED_PACKAGES = ("transformers", "datasets", "tokenizers", "evaluate", "scikit-learn")
 
 
 # The run's folder ---------------------------------------------------------------------------------
 
 
-def make_folder(folder: Path, *, needed_bytes: int) -> None:
-    """Create the run folder unless it exists.
+def make_folder(folder: Path, *, needed_bytes: int) -> int:
+    """Create the run folder unless it exists, and return how many bytes its disk has free.
 
     Raises UserError, and creates nothing, when the disk has no room for `needed_bytes` in it,
     counting those that the folder already holds.
@@ -42,8 +44,8 @@ def make_folder(folder: Path, *, needed_bytes: int) -> None:
     free, needed = shutil.disk_usage(parent).free, needed_bytes - _bytes_in(folder)
     if free < needed:
         raise UserError(
-            f"--output-dir {folder}: the run needs {_size(needed)}, the disk has {_size(free)}"
-            " free; free some space or name a folder on another disk"
+            f"--output-dir {folder}: the run needs {file_size(needed)}, the disk has"
+            f" {file_size(free)} free; free some space or name a folder on another disk"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -51,6 +53,7 @@ def make_folder(folder: Path, *, needed_bytes: int) -> None:
         raise UserError(
             f"--output-dir {folder}: can't be created: {error.strerror}; name another folder"
         ) from error
+    return free
 
 
 def _bytes_in(folder: Path) -> int:
@@ -61,7 +64,12 @@ def _bytes_in(folder: Path) -> int:
     return sum(files.values())  # a file with several names, as hard links are, takes its space once
 
 
-def _size(num_bytes: int) -> str:
+def file_size(num_bytes: float) -> str:
+    """Return a number of bytes in words, with two or three digits."""
+    if num_bytes >= 1e10:
+        return f"{num_bytes / 1e9:,.0f} GB"
+    if num_bytes >= 1e9:
+        return f"{num_bytes / 1e9:.1f} GB"
     return f"{num_bytes / 1e6:,.0f} MB" if num_bytes >= 1e7 else f"{num_bytes / 1e3:,.0f} kB"
 
 
@@ -200,6 +208,91 @@ def progress(batches: Iterable, *, label: str, shown: bool = True, unit: str = "
         dynamic_ncols=True,
         disable=None if shown else True,  # None: off unless stderr is a terminal
     )
+
+
+# The time that a run takes -------------------------------------------------------------------------
+
+
+def duration(seconds: float) -> str:
+    """Return a duration in words, rounded to what a waiting person wants to know."""
+    if seconds < 58:
+        return f"{max(5, 5 * round(seconds / 5))} seconds"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} minute{'s' if minutes > 1 else ''}"
+    hours, minutes = divmod(5 * round(minutes / 5), 60)
+    return f"{hours} h {minutes} min" if minutes else f"{hours} h"
+
+
+class Clock:
+    """The seconds since a run was started or resumed."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+
+    def seconds(self) -> float:
+        """Return the seconds so far."""
+        return time.perf_counter() - self.started
+
+
+class Forecast:
+    """How long a run will take: the work that is left, at the speed of the work that is done.
+
+    Work is counted in tokens that go forward through the model; in a training step they go backward
+    too, which costs twice as much again. The first step is not counted: it prepares memory, or
+    compiles.
+    """
+
+    def __init__(
+        self,
+        *,
+        train_tokens: float,
+        validation_tokens: float,
+        test_tokens: float,
+        validations: int,  # in an epoch
+        clock: Clock,
+    ) -> None:
+        self.epoch_work = COST_OF_TRAINING * train_tokens + validations * validation_tokens
+        self.validation_work, self.test_work, self.clock = validation_tokens, test_tokens, clock
+        self.counted_from: float | None = None  # the end of the first step
+        self.work, self.num_steps = 0.0, 0  # since then
+
+    def add_step(self, num_tokens: int, runtime: Runtime) -> None:
+        """Count an optimizer step that has read `num_tokens` over all processes."""
+        if self.counted_from is None:
+            runtime.synchronize()  # once: a GPU may still be at work
+            self.counted_from = self.clock.seconds()
+            return
+        self.work += COST_OF_TRAINING * num_tokens
+        self.num_steps += 1
+
+    def add_validation(self) -> None:
+        """Count an evaluation of the validation split."""
+        if self.counted_from is not None:
+            self.work += self.validation_work
+
+    def seconds_left(self, epochs_left: float) -> float | None:
+        """Return how long the rest of the run will take, None as long as nothing is known."""
+        if self.counted_from is None or self.num_steps == 0:
+            return None
+        seconds_per_work = (self.clock.seconds() - self.counted_from) / self.work
+        return seconds_per_work * (epochs_left * self.epoch_work + self.test_work)
+
+    def is_due(self) -> bool:
+        """Tell whether a few steps have been counted, which happens once."""
+        return self.num_steps == STEPS_BEFORE_FORECAST
+
+    def line(self, epochs_left: float, runtime: Runtime) -> str:
+        """Return one line on the time that the run will take."""
+        runtime.synchronize()  # once: a GPU may still be at work
+        left = self.seconds_left(epochs_left)
+        assert left is not None
+        return f"time     about {duration(self.clock.seconds() + left)}, of which {duration(left)} are left"
+
+    def words_left(self, epochs_left: float) -> str:
+        """Return what the progress bar says, "" as long as nothing is known."""
+        left = self.seconds_left(epochs_left)
+        return "" if left is None else f", {duration(left)} left"
 
 
 # The loss -----------------------------------------------------------------------------------------
