@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def run_on_terminal(
-    *command, columns: int = 200, rows: int = 120, environment: dict[str, str] | None = None
+    *command, columns: int = 400, rows: int = 120, environment: dict[str, str] | None = None
 ) -> tuple[int, str, list[str]]:
     """Run a script with a terminal as its standard streams; return its exit code, all that it wrote,
     and the lines of the screen at the end, without empty ones below the last.
