@@ -1,23 +1,28 @@
 """Read texts from a bundled set, a file, a folder or the Hub, and check that each one can
 be used.
+
+The lines of a text file need no library: `datasets` and Arrow, which take a second to import, are
+imported by the functions that need them.
 """
 
+from __future__ import annotations
+
+import functools
 import glob
 import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
-import httpx2
-import huggingface_hub.errors
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from common import bundled, sources
 from common.errors import UserError, one_line
+
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow as pa
 
 # pandas would read the texts "NA", "None" and "null" as missing; only a missing cell is missing
 # here.
@@ -33,11 +38,15 @@ FILE_READERS: dict[str, tuple[str, dict[str, Any]]] = {
 SHARD = re.compile(r"-\d{5}-of-\d{5}$")  # as in train-00000-of-00002.parquet
 TEXT_KINDS = ("string", "large_string")
 
-# The library's bars are meant for a terminal.
-if not sys.stderr.isatty():
-    datasets.disable_progress_bars()
-# What the library logs about a broken file is in the exception that it raises.
-datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+
+@functools.cache
+def _keep_library_quiet() -> None:
+    import datasets
+
+    if not sys.stderr.isatty():  # its bars are meant for a terminal
+        datasets.disable_progress_bars()
+    # what it logs about a broken file is in the exception that it raises
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
 
 
 def read(name: str, *, config: str | None = None, cache_dir: str | None = None) -> datasets.DatasetDict:
@@ -48,6 +57,9 @@ def read(name: str, *, config: str | None = None, cache_dir: str | None = None) 
     folders; a folder of data files named after their splits; a Hub id, with `config` where it has
     several configurations. Raises UserError when it can't be found, reached or read.
     """
+    import datasets
+
+    _keep_library_quiet()
     sources.check_data(name)
     path = Path(name)
     if bundled.is_bundled(name):
@@ -71,6 +83,10 @@ def read_file(path: Path, *, cache_dir: str | None = None) -> datasets.Dataset:
 
     Raises UserError for an unknown extension and for an empty, unreadable or malformed file.
     """
+    import datasets
+    import pyarrow as pa
+
+    _keep_library_quiet()
     sources.check_data_file(path)
     builder, options = FILE_READERS[path.suffix.lower()]
     if builder != "parquet":
@@ -162,6 +178,8 @@ def check_texts(rows: datasets.Dataset, column: str, *, source: str) -> None:
     """Raise UserError, naming `source` and the row, unless a column holds texts and none is
     missing or blank.
     """
+    import pyarrow.compute as pc
+
     check_kind(rows, column, source=source)
     for start, block in _blocks(rows, column):
         blank = pc.equal(pc.utf8_trim_whitespace(block), "").fill_null(True)
@@ -217,6 +235,8 @@ def _blocks(rows: datasets.Dataset, column: str) -> Iterator[tuple[int, pa.Chunk
 
 
 def _read_folder(root: Path, cache_dir: str | None) -> datasets.DatasetDict:
+    import datasets
+
     if any(root.glob("*/*.txt")):
         return datasets.DatasetDict({"train": _read_class_folders(root)})
     splits = [path for path in sorted(root.iterdir()) if any(path.glob("*/*.txt"))]
@@ -236,12 +256,16 @@ def _read_folder(root: Path, cache_dir: str | None) -> datasets.DatasetDict:
 
 
 def _as_splits(parts: dict[str, datasets.Dataset]) -> datasets.DatasetDict:
+    import datasets
+
     splits = datasets.DatasetDict()
     splits.update(parts)
     return splits
 
 
 def _read_class_folders(root: Path) -> datasets.Dataset:
+    import datasets
+
     texts, labels = [], []
     for file in sorted(root.glob("*/*.txt")):
         if file.name.startswith(".") or file.parent.name.startswith("."):
@@ -255,6 +279,10 @@ def _read_class_folders(root: Path) -> datasets.Dataset:
 
 
 def _read_hub(name: str, config: str | None, cache_dir: str | None) -> datasets.DatasetDict:
+    import datasets
+    import httpx2
+    import huggingface_hub.errors
+
     # if not, cached data is still used, and anything else fails at once
     reachable = sources.is_reachable()
     local = ", ".join(bundled.DATASETS)
