@@ -39,7 +39,7 @@ from common.training.run import (
 )
 
 # flags that are no settings of a run: they choose what to do instead of it, or where to continue
-NOT_SETTINGS = ("inspect", "compare_tokenizer", "evaluate_only", "predict", "resume")
+NOT_SETTINGS = ("inspect", "compare_tokenizer", "evaluate_only", "predict", "resume", "debug")
 
 
 # Flags --------------------------------------------------------------------------------------------
