@@ -44,6 +44,7 @@ FLAGS = [
     "--batching",
     "buckets",
 ]
+EVENTS_OF_RANK_1 = 20  # at least, of a run of these flags: it writes few files
 # and the length of the text that holds them
 TIMES = re.compile(r'"(train/)?examples_per_second": [^,}]+|"seconds": [^,}]+|"log_bytes": \d+')
 
@@ -219,10 +220,10 @@ def test_a_time_limit_saves_evaluates_and_says_how_to_go_on(kind, share, forked,
     processes to one of them. The evaluation at the stop is none of the continued run.
     """
     folder, events = whole(kind)
-    flags, last_rank = ["--max-minutes", 999], KINDS[kind][0] - 1
-    codes = forked.run(
-        tmp_path / "run", *flags, kind=kind, event=int(events * share), signal="SIGALRM", rank=last_rank
-    )
+    last_rank = KINDS[kind][0] - 1
+    event = int((events if last_rank == 0 else EVENTS_OF_RANK_1) * share)
+    flags = ["--max-minutes", 999]
+    codes = forked.run(tmp_path / "run", *flags, kind=kind, event=event, signal="SIGALRM", rank=last_rank)
     assert set(codes) == {0} and forked.said() == ""
     *_, scores, _, advice, _ = forked.said("stdout").splitlines()
     (step,) = re.findall(
