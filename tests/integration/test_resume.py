@@ -44,9 +44,9 @@ FLAGS = [
     "--batching",
     "buckets",
 ]
-EVENTS_OF_RANK_1 = 20  # at least, of a run of these flags: it writes few files
 # and the length of the text that holds them
 TIMES = re.compile(r'"(train/)?examples_per_second": [^,}]+|"seconds": [^,}]+|"log_bytes": \d+')
+EVENTS_OF_RANK_1 = 20  # at least, of a run of these flags: it writes few files
 
 
 @pytest.fixture(scope="module")
