@@ -7,6 +7,7 @@ import pty
 import re
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,8 @@ class Screen:
 def on_terminal(*command: object, code: int = 0) -> tuple[list[str], str]:
     """Run a script in a terminal; return the lines of its final screen, and all that was written."""
     ours, theirs = pty.openpty()
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": str(COLUMNS), "TERM": "xterm"}
+    termios.tcsetwinsize(theirs, (40, COLUMNS))
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TERM": "xterm"}
     running = subprocess.Popen(
         [sys.executable, *map(str, command)],
         cwd=ROOT,
