@@ -90,7 +90,7 @@ def make_parser() -> cli.Parser:
     add("--batch-size", type=positive_int, default=8, help="prompts per batch")
     help_text = "show the first text of each batch as it grows (default: on a terminal)"
     add("--stream", action=argparse.BooleanOptionalAction, help=help_text)
-    add("--output", metavar="FILE", help="write one JSON line per text instead of showing it")
+    add("--output", metavar="FILE", type=cli.name, help="write one JSON line per text instead of showing it")
     add("--resume", action="store_true", help="continue after the texts in the output file")
     help_text = "with --output: log-probabilities of each token and of the K most likely ones"
     add("--logprobs", type=non_negative_int, metavar="K", help=help_text)
@@ -347,25 +347,13 @@ class Job:
 
 def generate_texts(args: argparse.Namespace) -> None:
     """Generate all texts; show or write them, score them, and print how fast it was."""
-    run, prompts, references, runtime = load_all(args)
-    record = output.Record(args.seed, recorded_settings(args, run))
-    job = Job(run, split_batches(args, prompts), record, runtime)
-    wants_stream = sys.stdout.isatty() if args.stream is None else args.stream
-    streams = wants_stream and not args.output and runtime.world_size == 1
-    with output.open_file(args.output if runtime.is_main else None, resume=args.resume) as file:
+    with output.open_file(args.output, resume=args.resume) as file:
+        run, prompts, references, runtime = load_all(args)
+        record = output.Record(args.seed, recorded_settings(args, run))
+        job = Job(run, split_batches(args, prompts), record, runtime)
         first_batch = find_first_batch(job, file) if args.resume else 0
-        generated = [line["text"] for line in file.lines] if file else []
-        rounds = range(first_batch, len(job.batches), runtime.world_size)
         try:
-            with progress_bar(job, rounds, shown=file is not None) as bar:
-                for first in rounds:
-                    lines = generate_round(job, first, streams=streams, bar=bar)
-                    if references is not None:
-                        generated += [line["text"] for line in lines]
-                    if file:
-                        file.write(lines)
-                    elif not args.output and runtime.is_main:
-                        output.show_lines(lines, with_headings=job.num_texts > 1, first_is_shown=streams)
+            generated = generate_batches(args, job, first_batch, file)
         except (KeyboardInterrupt, Interrupted):
             # the signal can come while a batch is being written: only the file knows what it holds
             if file:
@@ -378,6 +366,28 @@ def generate_texts(args: argparse.Namespace) -> None:
 
         scoring.show_rouge(generated, references)
     stop_runtime()
+
+
+def generate_batches(
+    args: argparse.Namespace, job: Job, first_batch: int, file: output.OutputFile | None
+) -> list[str]:
+    """Generate the texts from batch `first_batch` on, and show or write them; return all texts for
+    --references, those before it included.
+    """
+    wants_stream = sys.stdout.isatty() if args.stream is None else args.stream
+    streams = wants_stream and not args.output and job.runtime.world_size == 1
+    generated = [line["text"] for line in file.lines] if file else []
+    rounds = range(first_batch, len(job.batches), job.runtime.world_size)
+    with progress_bar(job, rounds, shown=file is not None) as bar:
+        for first in rounds:
+            lines = generate_round(job, first, streams=streams, bar=bar)
+            if args.references is not None:
+                generated += [line["text"] for line in lines]
+            if file:
+                file.write(lines)
+            elif not args.output and job.runtime.is_main:
+                output.show_lines(lines, with_headings=job.num_texts > 1, first_is_shown=streams)
+    return generated
 
 
 def find_first_batch(job: Job, file: output.OutputFile | None) -> int:
@@ -660,6 +670,7 @@ def read_references(args: argparse.Namespace, num_texts: int) -> list[str] | Non
 
 def stop(number: int, _frame: FrameType | None) -> None:
     """End the run as Ctrl-C does, with the exit code of the signal."""
+    cli.warn_of_stop()
     raise Interrupted("interrupted", 128 + number)
 
 
@@ -682,6 +693,6 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in cli.stop_signals()[1:]:  # Ctrl-C is Python's own exception
         signal.signal(number, stop)
     cli.run_main(main, ARGS, prog="generate.py")  # pyrefly: ignore[unbound-name]  (parsed above)

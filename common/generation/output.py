@@ -7,7 +7,6 @@ Importing it is quick: `check_path` is called before PyTorch is loaded.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import io
 import json
 import os
@@ -18,7 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common.cli import is_rank_0
 from common.errors import UserError, shorten
+from common.files import only_writer
 
 if TYPE_CHECKING:
     from common.generation.completion import Completion, Run
@@ -105,10 +106,8 @@ def _encode(line: dict) -> bytes:
 
 def check_path(path: str, *, resume: bool) -> None:
     """Raise UserError unless `path` can be written: a new file in an existing folder, or one to
-    resume, which no other process is writing.
+    resume.
     """
-    if not path:
-        raise UserError("--output '': the name is empty; name a file")
     file = Path(path)
     try:
         mode = file.stat().st_mode
@@ -147,31 +146,33 @@ def _check_new(path: str) -> None:
 
 @contextlib.contextmanager
 def open_file(path: str | None, *, resume: bool) -> Iterator[OutputFile | None]:
-    """Open an output file that only this process writes; None where this process writes none.
+    """Open an output file that no other run writes to within the block; None where this process
+    writes none: without --output, and in all processes of a job but the first.
 
-    Raises UserError if the file holds what the run would not continue, or another process writes
-    it.
+    Raises UserError if the file holds what the run would not continue, or another run writes to it.
     """
-    if path is None:
+    if path is None or not is_rank_0():
         yield None
         return
-    with OutputFile(path) as file:
+    with only_writer(Path(path), flag="--output"), OutputFile(path) as file:
         file.check_content(resume=resume)
         yield file
 
 
 class OutputFile:
-    """A file of texts that is locked, through the operating system, as long as it is open.
+    """A file of texts, of which each batch is on the disk before the next one starts.
 
-    Each batch is on the disk before the next one starts. A file that was made and is still empty
-    at the end is removed.
+    A file that was made and is still empty at the end is removed.
     """
 
     def __init__(self, path: str) -> None:
-        """Open and lock a file. Raises UserError if another process has locked it."""
+        """Open a file. Raises UserError if it can't be opened or made."""
         self.path = Path(path)
         self.is_new = not self.path.exists()
-        self.file = _open_locked(path)
+        try:
+            self.file = io.FileIO(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+")
+        except OSError as error:
+            raise UserError(f"--output {path}: {error.strerror}; name another file") from error
         self.lines: list[dict] = []  # those that it held before
 
     def __enter__(self) -> OutputFile:
@@ -255,24 +256,6 @@ class OutputFile:
     def num_lines(self) -> int:
         """Return how many whole lines the file holds."""
         return self.path.read_bytes().count(b"\n")
-
-
-def _open_locked(path: str) -> io.FileIO:
-    """Return a file, opened for reading and writing, that no other process has locked."""
-    while True:
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-            file = io.FileIO(descriptor, "r+")
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(descriptor).st_nlink > 0:
-                return file
-        except BlockingIOError as error:
-            raise UserError(
-                f"--output {path}: another process is writing it; wait for its end, or name another file"
-            ) from error
-        except OSError as error:
-            raise UserError(f"--output {path}: {error.strerror}; name another file") from error
-        file.close()  # whoever had made it has removed it between the open and the lock
 
 
 def _check_line(encoded: bytes, expected: dict, *, name: str) -> dict:

@@ -2,7 +2,6 @@
 code 2, and nothing is lost or made.
 """
 
-import contextlib
 import errno
 import io
 import json
@@ -211,7 +210,7 @@ FLAGS = {  # name: (flags, what the line must hold)
         [*P, "--model", "README.md"],
         ("--model README.md", "is a file", "name the folder"),
     ),
-    "an empty name of the output": ([*P, "--output", ""], ("--output ''", "empty", "name a file")),
+    "an empty name of the output": ([*P, "--output", ""], ("--output", "empty")),
     "an output below a file": ([*P, "--output", "README.md/out.jsonl"], ("--output README.md/out.jsonl",)),
     "too long a name of the output": ([*P, "--output", "n" * 300], ("--output nnn", "too long", "name")),
     "more texts than the memory holds": (
@@ -624,36 +623,12 @@ def test_what_this_script_did_not_write_stays_as_it_is(content, refused, written
     assert written.read_bytes() == before
 
 
-def test_a_file_that_another_process_writes(refused, tmp_path):
-    """The lock is the system's: it goes with the process that holds it."""
+def test_a_file_that_another_run_writes(refused, tmp_path):
+    """The lock is the system's: it goes with the process that holds it. Nothing is left."""
     path = tmp_path / "out.jsonl"
-    with output.OutputFile(str(path)):
-        refused(*P, "--output", path, parts=(f"--output {path}", "another process", "name another file"))
-    assert not path.exists()
-
-
-def test_a_file_that_another_process_begins_while_the_model_is_loaded(refused, tmp_path, monkeypatch):
-    path, load = tmp_path / "out.jsonl", generate.load
-    with contextlib.ExitStack() as stack:
-        monkeypatch.setattr(
-            generate, "load", lambda args: (stack.enter_context(output.OutputFile(str(path))), load(args))[1]
-        )
-        refused(*P, "--output", path, parts=(f"--output {path}", "another process"))
-
-
-def test_a_file_that_is_removed_while_it_waits_for_its_lock_is_made_again(tmp_path, monkeypatch):
-    """Its maker removes an empty file at its end: the next must not write into one without a name."""
-    path, flock = tmp_path / "out.jsonl", output.fcntl.flock
-
-    def remove_then_lock(*args):
-        monkeypatch.setattr(output.fcntl, "flock", flock)
-        path.unlink()
-        flock(*args)
-
-    monkeypatch.setattr(output.fcntl, "flock", remove_then_lock)
-    with output.OutputFile(str(path)) as file:
-        file.write([{"text": "a"}])
-    assert path.read_text() == '{"text": "a"}\n'
+    with output.open_file(str(path), resume=False):
+        refused(*P, "--output", path, parts=(f"--output {path}", f"process {os.getpid()}", "writing"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_disk_that_is_full(tmp_path, monkeypatch, refused):
