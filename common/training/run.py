@@ -32,6 +32,12 @@ QUICKLY_READ_BYTES = 2**20
 FREE_FLAGS = {
     "model",
     "dataset",
+    "validation_file",
+    "test_file",
+    "columns",
+    "delimiter",
+    "quoting",
+    "encoding",
     "dataset_config",
     "text_column",
     "label_column",
