@@ -7,6 +7,8 @@ under the name `tmp-<number>` and renamed when it is complete, so that a kill at
 the earlier ones. It is verified before it is used, and older ones are removed only after that.
 """
 
+from __future__ import annotations
+
 import hashlib
 import os
 import random
@@ -18,12 +20,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 import safetensors.torch
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.cli import ERASE_LINE
 from common.errors import Interrupted
@@ -56,6 +57,9 @@ from common.training.run import (
     refuse_changes,
 )
 from common.training.tracking import Log, LossMeter, file_size
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 UNFINISHED = "tmp-"
 TIME_IS_UP = signal.SIGALRM  # the signal of --max-minutes
@@ -405,7 +409,7 @@ class StopSignals:
         self.is_time_up = False
         self.handlers: dict[int, Handler] = {}
 
-    def __enter__(self) -> "StopSignals":
+    def __enter__(self) -> StopSignals:
         # Python lets no other thread handle signals
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
