@@ -140,18 +140,30 @@ def add_shared_flags(parser: argparse.ArgumentParser, *, model: str | None) -> N
 
 def parse(parser: Parser, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the flags in `argv` (the process's own when None), for a script that imports its
-    libraries next.
-
-    Help and mistakes end the process here. While the libraries are imported, Ctrl-C ends it without
-    a word, and a terminal shows what it waits for.
+    libraries next. Help and mistakes end the process here.
     """
     with _endings(parser.prog):
         args = parser.parse_args(argv)
+    loading()
+    return args
+
+
+def loading() -> None:
+    """Begin to wait for libraries: until `loaded`, Ctrl-C ends the process without a word, and a
+    terminal shows what it waits for.
+    """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave)
     if sys.stderr.isatty() and _is_rank_0():
         print(LOADING, end="", file=sys.stderr, flush=True)
-    return args
+
+
+def loaded() -> None:
+    """End what `loading` began; the line that it showed is erased."""
+    if signal.getsignal(signal.SIGINT) is _leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if sys.stderr.isatty() and _is_rank_0():
+        print(ERASE_LINE, end="", file=sys.stderr, flush=True)
 
 
 def run_main(main: Callable[[argparse.Namespace], None], args: argparse.Namespace, *, prog: str) -> None:
@@ -160,10 +172,7 @@ def run_main(main: Callable[[argparse.Namespace], None], args: argparse.Namespac
     A UserError ends the process with one line on stderr and exit code 2, a signal with 130 or 143;
     a bug shows its traceback.
     """
-    if signal.getsignal(signal.SIGINT) is _leave:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    if sys.stderr.isatty() and _is_rank_0():
-        print(ERASE_LINE, end="", file=sys.stderr, flush=True)
+    loaded()
     with _endings(prog):
         main(args)
         sys.stdout.flush()
@@ -227,6 +236,7 @@ def _full_disk(error: BaseException | None) -> str | None:
 
 
 def _exit(message: str, code: int) -> NoReturn:
+    loaded()
     sys.stdout.flush()
     if message:
         print(message, file=sys.stderr, flush=True)

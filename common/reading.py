@@ -7,17 +7,17 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
-import httpx2
-import huggingface_hub.errors
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from common import bundled, sources
 from common.errors import UserError, one_line
+
+if TYPE_CHECKING:  # a second of processor time, which lines of text do not need
+    import datasets
 
 # pandas would read the texts "NA", "None" and "null" as missing; only a missing cell is missing
 # here.
@@ -33,14 +33,8 @@ FILE_READERS: dict[str, tuple[str, dict[str, Any]]] = {
 SHARD = re.compile(r"-\d{5}-of-\d{5}$")  # as in train-00000-of-00002.parquet
 TEXT_KINDS = ("string", "large_string")
 
-# The library's bars are meant for a terminal.
-if not sys.stderr.isatty():
-    datasets.disable_progress_bars()
-# What the library logs about a broken file is in the exception that it raises.
-datasets.logging.set_verbosity(datasets.logging.CRITICAL)
 
-
-def read(name: str, *, config: str | None = None, cache_dir: str | None = None) -> datasets.DatasetDict:
+def read(name: str, *, config: str | None = None, cache_dir: str | None = None) -> "datasets.DatasetDict":
     """Return a data set unchanged: every split, every column.
 
     `name`: a bundled name; a CSV, TSV, JSON, JSONL or Parquet file (one split, `train`); a folder
@@ -48,7 +42,10 @@ def read(name: str, *, config: str | None = None, cache_dir: str | None = None) 
     folders; a folder of data files named after their splits; a Hub id, with `config` where it has
     several configurations. Raises UserError when it can't be found, reached or read.
     """
+    import datasets
+
     sources.check_data(name)
+    _silence_datasets()
     path = Path(name)
     if bundled.is_bundled(name):
         return datasets.DatasetDict({"train": bundled.DATASETS[name]()})
@@ -66,12 +63,15 @@ def full_name(name: str) -> str:
     return str(Path(name).resolve()) if Path(name).exists() else name
 
 
-def read_file(path: Path, *, cache_dir: str | None = None) -> datasets.Dataset:
+def read_file(path: Path, *, cache_dir: str | None = None) -> "datasets.Dataset":
     """Return all columns of one data file, by its file name extension.
 
     Raises UserError for an unknown extension and for an empty, unreadable or malformed file.
     """
+    import datasets
+
     sources.check_data_file(path)
+    _silence_datasets()
     builder, options = FILE_READERS[path.suffix.lower()]
     if builder != "parquet":
         _check_utf8(path)
@@ -158,7 +158,7 @@ def require_column(names: Iterable[str], column: str, *, source: str, flag: str)
         raise UserError(f"{source}: no column {column!r} among {columns}; name the right one with {flag}")
 
 
-def check_texts(rows: datasets.Dataset, column: str, *, source: str) -> None:
+def check_texts(rows: "datasets.Dataset", column: str, *, source: str) -> None:
     """Raise UserError, naming `source` and the row, unless a column holds texts and none is
     missing or blank.
     """
@@ -174,7 +174,7 @@ def check_texts(rows: datasets.Dataset, column: str, *, source: str) -> None:
             )
 
 
-def check_kind(rows: datasets.Dataset, column: str, *, source: str, flag: str = "--text-column") -> None:
+def check_kind(rows: "datasets.Dataset", column: str, *, source: str, flag: str = "--text-column") -> None:
     """Raise UserError, naming `source`, unless a column holds texts."""
     actual = kind(rows, column)
     if actual not in TEXT_KINDS:
@@ -183,7 +183,7 @@ def check_kind(rows: datasets.Dataset, column: str, *, source: str, flag: str = 
         )
 
 
-def kind(rows: datasets.Dataset, column: str) -> str:
+def kind(rows: "datasets.Dataset", column: str) -> str:
     """Return in one word what a column holds, such as string, int64 or List."""
     feature = rows.features[column]
     return getattr(feature, "dtype", type(feature).__name__)
@@ -207,7 +207,7 @@ def _check_utf8(path: Path) -> None:
             decode_utf8(line, f"{path}, line {number}")
 
 
-def _blocks(rows: datasets.Dataset, column: str) -> Iterator[tuple[int, pa.ChunkedArray]]:
+def _blocks(rows: "datasets.Dataset", column: str) -> Iterator[tuple[int, pa.ChunkedArray]]:
     """Yield a column in blocks of at most 10,000 rows, each with the number of rows before it."""
     start = 0
     tables: Any = rows.select_columns([column]).with_format("arrow")
@@ -216,7 +216,20 @@ def _blocks(rows: datasets.Dataset, column: str) -> Iterator[tuple[int, pa.Chunk
         start += len(table)
 
 
-def _read_folder(root: Path, cache_dir: str | None) -> datasets.DatasetDict:
+def _silence_datasets() -> None:
+    """Keep the library's bars for a terminal. What it logs about a broken file is in the exception
+    that it raises.
+    """
+    import datasets
+
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+
+
+def _read_folder(root: Path, cache_dir: str | None) -> "datasets.DatasetDict":
+    import datasets
+
     if any(root.glob("*/*.txt")):
         return datasets.DatasetDict({"train": _read_class_folders(root)})
     splits = [path for path in sorted(root.iterdir()) if any(path.glob("*/*.txt"))]
@@ -235,13 +248,17 @@ def _read_folder(root: Path, cache_dir: str | None) -> datasets.DatasetDict:
     return _as_splits({split: datasets.concatenate_datasets(parts) for split, parts in shards.items()})
 
 
-def _as_splits(parts: dict[str, datasets.Dataset]) -> datasets.DatasetDict:
+def _as_splits(parts: "dict[str, datasets.Dataset]") -> "datasets.DatasetDict":
+    import datasets
+
     splits = datasets.DatasetDict()
     splits.update(parts)
     return splits
 
 
-def _read_class_folders(root: Path) -> datasets.Dataset:
+def _read_class_folders(root: Path) -> "datasets.Dataset":
+    import datasets
+
     texts, labels = [], []
     for file in sorted(root.glob("*/*.txt")):
         if file.name.startswith(".") or file.parent.name.startswith("."):
@@ -254,7 +271,11 @@ def _read_class_folders(root: Path) -> datasets.Dataset:
     return datasets.Dataset.from_dict({"text": texts, "label": labels})
 
 
-def _read_hub(name: str, config: str | None, cache_dir: str | None) -> datasets.DatasetDict:
+def _read_hub(name: str, config: str | None, cache_dir: str | None) -> "datasets.DatasetDict":
+    import datasets
+    import httpx2
+    import huggingface_hub.errors
+
     # if not, cached data is still used, and anything else fails at once
     reachable = sources.is_reachable()
     local = ", ".join(bundled.DATASETS)

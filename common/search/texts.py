@@ -16,9 +16,8 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -26,6 +25,10 @@ import pyarrow.compute as pc
 from common import bundled, reading
 from common.errors import UserError
 from common.search.index import RESERVED_COLUMNS, TEXT
+from common.search.manifest import EncoderConfig
+
+if TYPE_CHECKING:
+    import datasets
 
 JSON = (".json", ".jsonl")
 SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
@@ -81,6 +84,32 @@ class BadRows:
         self.reasons[row] = reason
 
 
+@dataclass(frozen=True)
+class Source:
+    """What a command reads: texts, or the rows of an index where a condition holds; and how texts
+    are encoded.
+    """
+
+    encoder: EncoderConfig
+    texts: str | None
+    index: str | None
+    where: str | None
+    text_column: str
+    skip_bad: bool
+    block: int  # texts encoded and committed at once
+
+    def read(self, id_column: str | None = None) -> Collection:
+        """Return the texts; not for a command that reads an index."""
+        assert self.texts is not None
+        return read(
+            self.texts,
+            text_column=self.text_column,
+            id_column=id_column,
+            skip_bad=self.skip_bad,
+            cache_dir=self.encoder.cache_dir,
+        )
+
+
 def read(
     name: str,
     *,
@@ -105,20 +134,6 @@ def read(
     if len(collection) == 0:
         raise UserError(f"{collection.name}: none of its texts can be used; name another source")
     return collection
-
-
-def check_query(text: str, location: str) -> None:
-    """Raise UserError, naming `location`, unless a text from the command line or a prompt can be
-    encoded.
-    """
-    if not text.strip():
-        raise UserError(f"{location}: the text is empty; write something in it")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"{location}: not UTF-8 (character {error.start + 1}); convert it to UTF-8 first"
-        ) from error
 
 
 def ids_of(table: pa.Table, id_column: str | None) -> list[str]:
@@ -248,10 +263,12 @@ def _read_rows(name: str, text_column: str, *, bad: BadRows, cache_dir: str | No
     return rows, "row"
 
 
-def _to_table(rows: datasets.Dataset, text_column: str, source: str) -> pa.Table:
+def _to_table(rows: "datasets.Dataset", text_column: str, source: str) -> pa.Table:
     """Return a data set as a table whose text column is `_text`, with the names of classes in place
     of their numbers.
     """
+    import datasets
+
     table = cast(pa.Table, rows.with_format("arrow")[:])
     reading.require_column(table.column_names, text_column, source=source, flag="--text-column")
     reading.check_kind(rows, text_column, source=source)
@@ -421,13 +438,3 @@ def _spool(rows: Iterator[dict[str, str | None]]) -> pa.Table:
         file.flush()
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return pa.ipc.open_file(pa.py_buffer(content)).read_all()
-
-
-def unused_name(wanted: str, taken: list[str]) -> str:
-    """Return the wanted column name, with "_" added until it is none of `taken`. SQL ignores case,
-    and so does this.
-    """
-    lowered = [name.lower() for name in taken]
-    while wanted.lower() in lowered:
-        wanted += "_"
-    return wanted
