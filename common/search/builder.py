@@ -25,6 +25,7 @@ from common.search.index import (
     TEXT,
     VECTOR,
     Snapshot,
+    number_array,
     unused_name,
     whole_documents,
 )
@@ -158,7 +159,7 @@ class Builder:
         """
         plan = self._plan(table, self.seen)
         chosen = np.flatnonzero(plan.new | plan.changed)  # rows of `table`
-        chosen_texts = table[TEXT].take(pa.array(chosen)).to_pylist()
+        chosen_texts = table[TEXT].take(number_array(chosen)).to_pylist()
         if self.chunk_overlap is None:
             chunks = [[Chunk(0, text)] for text in chosen_texts]
         else:
@@ -213,12 +214,12 @@ class Builder:
         columns = {
             ID: pa.array([plan.ids[row] for row in origins]),
             HASH: pa.array([plan.hashes[row] for row in origins], pa.binary(32)),
-            CHUNK: pa.array(numbers, pa.int32()),
-            NUM_CHUNKS: pa.array(np.repeat(sizes, sizes), pa.int32()),
+            CHUNK: number_array(numbers.astype(np.int32)),
+            NUM_CHUNKS: number_array(np.repeat(sizes, sizes).astype(np.int32)),
             START: pa.array([chunk.start for chunk in flat], pa.int32()),
             TEXT: pa.array([chunk.text for chunk in flat], pa.large_string()),
         }
-        metadata = table.drop_columns([TEXT]).take(pa.array(origins))
+        metadata = table.drop_columns([TEXT]).take(number_array(origins))
         columns |= {name: metadata[name] for name in metadata.column_names}
         columns[VECTOR] = vector_array(vectors)
         replaced = plan.known[chosen][plan.changed[chosen]]
@@ -288,7 +289,7 @@ def build_temporary(
     """
     if id_column is None:
         id_column = unused_name("_number", collection.rows.column_names)
-        numbers = pa.array(np.arange(1, len(collection.rows) + 1))
+        numbers = number_array(np.arange(1, len(collection.rows) + 1))
         rows = collection.rows.append_column(id_column, numbers)
         collection = dataclasses.replace(collection, rows=rows)
     settings = settings_of(encoder, id_column=id_column, chunk_overlap=None)

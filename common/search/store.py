@@ -33,6 +33,7 @@ from common.search.index import (
     cache_stamp,
     checksums,
     map_file,
+    number_array,
     open_snapshot,
 )
 from common.search.manifest import (
@@ -145,7 +146,7 @@ class Store:
         """Return a segment with other live rows, after writing the file of its deleted ones."""
         if alive.all():
             return segment
-        table = pa.table({"row": np.flatnonzero(~alive).astype(np.uint32)})
+        table = pa.Table.from_arrays([number_array(np.flatnonzero(~alive).astype(np.uint32))], ["row"])
         path = self.folder / f"deleted-{self._generation:08d}-{number:04d}.arrow"
         _write_arrow(path, table)
         return segment.with_alive({**segment.entry, "deleted": _new_file(path, len(table)).entry}, alive)
@@ -231,7 +232,7 @@ def _lock(folder: Path, wait: float) -> filelock.BaseFileLock:
 
 def vector_array(vectors: np.ndarray) -> pa.FixedSizeListArray:
     """Return vectors (rows, width) as an Arrow array, without a copy."""
-    values = pa.array(np.ascontiguousarray(vectors, np.float32).reshape(-1))
+    values = number_array(np.asarray(vectors, np.float32).reshape(-1))
     return pa.FixedSizeListArray.from_arrays(values, vectors.shape[1])
 
 

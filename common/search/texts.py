@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 
 from common import bundled, reading
 from common.errors import UserError
-from common.search.index import RESERVED_COLUMNS, TEXT
+from common.search.index import RESERVED_COLUMNS, TEXT, number_array
 from common.search.manifest import EncoderConfig
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class Collection:
         for start in range(0, len(self.rows), size):
             good_here = good[start : start + size]
             if good_here.any():
-                table = self.rows.slice(start, size).filter(pa.array(good_here))
+                table = self.rows.slice(start, size).take(number_array(np.flatnonzero(good_here)))
                 yield start + np.flatnonzero(good_here), table
 
     def __len__(self) -> int:
@@ -206,7 +206,7 @@ def _check_id_type(collection: Collection, id_column: str) -> None:
 
 def _text_problems(block: pa.Table, good: np.ndarray) -> dict[int, str]:
     """Return row -> what is wrong with its text."""
-    texts = pc.if_else(pa.array(good), block[TEXT], None)
+    texts = pc.if_else(pa.array(good.tolist()), block[TEXT], None)
     missing = texts.is_null().to_numpy()
     # true for missing texts too
     blank = pc.equal(pc.utf8_trim_whitespace(texts), "").fill_null(True).to_numpy()
@@ -222,7 +222,7 @@ def _id_problems(
     """Return row -> what is wrong with its id. Rows with other `problems` are left out; good ids
     are added to `known_ids`.
     """
-    keys = pc.if_else(pa.array(good), block[id_column], None).to_pylist()
+    keys = pc.if_else(pa.array(good.tolist()), block[id_column], None).to_pylist()
     digests = [digest(str(key)) for key in keys]
     new_problems: dict[int, str] = {}
     here: dict[bytes, int] = {}  # the good ids of this block
