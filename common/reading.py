@@ -1,7 +1,13 @@
 """Read texts from a bundled set, a file, a folder or the Hub, and check that each one can
 be used.
+
+The lines of a text file need no library: `datasets` and Arrow, which take a second to import, are
+imported by the functions that need them.
 """
 
+from __future__ import annotations
+
+import functools
 import glob
 import re
 import sys
@@ -10,14 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from common import bundled, sources
 from common.errors import UserError, one_line
 
-if TYPE_CHECKING:  # a second of processor time, which lines of text do not need
+if TYPE_CHECKING:
     import datasets
+    import pyarrow as pa
 
 # pandas would read the texts "NA", "None" and "null" as missing; only a missing cell is missing
 # here.
@@ -34,7 +39,17 @@ SHARD = re.compile(r"-\d{5}-of-\d{5}$")  # as in train-00000-of-00002.parquet
 TEXT_KINDS = ("string", "large_string")
 
 
-def read(name: str, *, config: str | None = None, cache_dir: str | None = None) -> "datasets.DatasetDict":
+@functools.cache
+def _keep_library_quiet() -> None:
+    import datasets
+
+    if not sys.stderr.isatty():  # its bars are meant for a terminal
+        datasets.disable_progress_bars()
+    # what it logs about a broken file is in the exception that it raises
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+
+
+def read(name: str, *, config: str | None = None, cache_dir: str | None = None) -> datasets.DatasetDict:
     """Return a data set unchanged: every split, every column.
 
     `name`: a bundled name; a CSV, TSV, JSON, JSONL or Parquet file (one split, `train`); a folder
@@ -44,8 +59,8 @@ def read(name: str, *, config: str | None = None, cache_dir: str | None = None) 
     """
     import datasets
 
+    _keep_library_quiet()
     sources.check_data(name)
-    _silence_datasets()
     path = Path(name)
     if bundled.is_bundled(name):
         return datasets.DatasetDict({"train": bundled.DATASETS[name]()})
@@ -63,15 +78,16 @@ def full_name(name: str) -> str:
     return str(Path(name).resolve()) if Path(name).exists() else name
 
 
-def read_file(path: Path, *, cache_dir: str | None = None) -> "datasets.Dataset":
+def read_file(path: Path, *, cache_dir: str | None = None) -> datasets.Dataset:
     """Return all columns of one data file, by its file name extension.
 
     Raises UserError for an unknown extension and for an empty, unreadable or malformed file.
     """
     import datasets
+    import pyarrow as pa
 
+    _keep_library_quiet()
     sources.check_data_file(path)
-    _silence_datasets()
     builder, options = FILE_READERS[path.suffix.lower()]
     if builder != "parquet":
         _check_utf8(path)
@@ -158,10 +174,12 @@ def require_column(names: Iterable[str], column: str, *, source: str, flag: str)
         raise UserError(f"{source}: no column {column!r} among {columns}; name the right one with {flag}")
 
 
-def check_texts(rows: "datasets.Dataset", column: str, *, source: str) -> None:
+def check_texts(rows: datasets.Dataset, column: str, *, source: str) -> None:
     """Raise UserError, naming `source` and the row, unless a column holds texts and none is
     missing or blank.
     """
+    import pyarrow.compute as pc
+
     check_kind(rows, column, source=source)
     for start, block in _blocks(rows, column):
         blank = pc.equal(pc.utf8_trim_whitespace(block), "").fill_null(True)
@@ -174,7 +192,7 @@ def check_texts(rows: "datasets.Dataset", column: str, *, source: str) -> None:
             )
 
 
-def check_kind(rows: "datasets.Dataset", column: str, *, source: str, flag: str = "--text-column") -> None:
+def check_kind(rows: datasets.Dataset, column: str, *, source: str, flag: str = "--text-column") -> None:
     """Raise UserError, naming `source`, unless a column holds texts."""
     actual = kind(rows, column)
     if actual not in TEXT_KINDS:
@@ -183,7 +201,7 @@ def check_kind(rows: "datasets.Dataset", column: str, *, source: str, flag: str 
         )
 
 
-def kind(rows: "datasets.Dataset", column: str) -> str:
+def kind(rows: datasets.Dataset, column: str) -> str:
     """Return in one word what a column holds, such as string, int64 or List."""
     feature = rows.features[column]
     return getattr(feature, "dtype", type(feature).__name__)
@@ -207,7 +225,7 @@ def _check_utf8(path: Path) -> None:
             decode_utf8(line, f"{path}, line {number}")
 
 
-def _blocks(rows: "datasets.Dataset", column: str) -> Iterator[tuple[int, pa.ChunkedArray]]:
+def _blocks(rows: datasets.Dataset, column: str) -> Iterator[tuple[int, pa.ChunkedArray]]:
     """Yield a column in blocks of at most 10,000 rows, each with the number of rows before it."""
     start = 0
     tables: Any = rows.select_columns([column]).with_format("arrow")
@@ -216,18 +234,7 @@ def _blocks(rows: "datasets.Dataset", column: str) -> Iterator[tuple[int, pa.Chu
         start += len(table)
 
 
-def _silence_datasets() -> None:
-    """Keep the library's bars for a terminal. What it logs about a broken file is in the exception
-    that it raises.
-    """
-    import datasets
-
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-
-
-def _read_folder(root: Path, cache_dir: str | None) -> "datasets.DatasetDict":
+def _read_folder(root: Path, cache_dir: str | None) -> datasets.DatasetDict:
     import datasets
 
     if any(root.glob("*/*.txt")):
@@ -248,7 +255,7 @@ def _read_folder(root: Path, cache_dir: str | None) -> "datasets.DatasetDict":
     return _as_splits({split: datasets.concatenate_datasets(parts) for split, parts in shards.items()})
 
 
-def _as_splits(parts: "dict[str, datasets.Dataset]") -> "datasets.DatasetDict":
+def _as_splits(parts: dict[str, datasets.Dataset]) -> datasets.DatasetDict:
     import datasets
 
     splits = datasets.DatasetDict()
@@ -256,7 +263,7 @@ def _as_splits(parts: "dict[str, datasets.Dataset]") -> "datasets.DatasetDict":
     return splits
 
 
-def _read_class_folders(root: Path) -> "datasets.Dataset":
+def _read_class_folders(root: Path) -> datasets.Dataset:
     import datasets
 
     texts, labels = [], []
@@ -271,7 +278,7 @@ def _read_class_folders(root: Path) -> "datasets.Dataset":
     return datasets.Dataset.from_dict({"text": texts, "label": labels})
 
 
-def _read_hub(name: str, config: str | None, cache_dir: str | None) -> "datasets.DatasetDict":
+def _read_hub(name: str, config: str | None, cache_dir: str | None) -> datasets.DatasetDict:
     import datasets
     import httpx2
     import huggingface_hub.errors
