@@ -17,6 +17,8 @@ embeddings made by other programs, images.
   torchrun --nproc-per-node 2 embed_search.py index texts.csv --index texts  # one process per GPU
 """
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import dataclasses
@@ -50,7 +52,7 @@ if TYPE_CHECKING:
 DEFAULT_OVERLAP = 32
 PICTURES = (".png", ".pdf", ".svg", ".jpg")
 LARGEST_MATRIX = 5_000  # texts whose matrix of similarities is shown or written
-WHERE = {"metavar": "SQL", "help": "only rows where this holds, such as \"label = 'tech'\""}
+WHERE = {"metavar": SQL, "help": "only rows where this holds, such as \"label = 'tech'\""}
 WAIT = {"type": cli.non_negative_float, "default": 10.0, "help": "seconds to wait for another writer"}
 SKIP_BAD = {"action": "store_true", "help": "skip rows and ids that can't be used"}
 
@@ -671,7 +673,7 @@ def check_task(args: argparse.Namespace) -> None:
 # from the flags to what the wing needs
 
 
-def start(args: argparse.Namespace) -> "tuple[Runtime, Screen]":
+def start(args: argparse.Namespace) -> tuple[Runtime, Screen]:
     """Return where a command computes, and where its output goes. Its libraries are loaded now."""
     from common.runtime import start_runtime
     from common.search.display import Screen
@@ -685,7 +687,7 @@ def encoder_config(args: argparse.Namespace) -> EncoderConfig:
     return EncoderConfig(args.model, args.max_length, args.batch_tokens, args.cache_dir)
 
 
-def source_of(args: argparse.Namespace) -> "Source":
+def source_of(args: argparse.Namespace) -> Source:
     from common.search.texts import Source
 
     return Source(

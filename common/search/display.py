@@ -2,6 +2,8 @@
 rest on stderr; pictures; an index in TensorBoard's projector.
 """
 
+from __future__ import annotations
+
 import contextlib
 import csv
 import itertools
@@ -70,7 +72,7 @@ def level(similarity: float) -> str:
     return "moderate" if similarity >= MODERATE else "low"
 
 
-def ids_of(selection: "Selection") -> list[str]:
+def ids_of(selection: Selection) -> list[str]:
     """Return the ids of rows, which for texts without an index are their numbers from 1."""
     return [row[ID] for row in selection.snapshot.take(selection.rows, [ID])]
 
@@ -80,7 +82,7 @@ def short_id(key: str) -> str:
     return key if len(key) <= 16 else f"{key[:10]}..."
 
 
-def texts_at(selection: "Selection", positions: Iterable[int]) -> list[dict[str, str]]:
+def texts_at(selection: Selection, positions: Iterable[int]) -> list[dict[str, str]]:
     """Return id and text at some positions."""
     rows = selection.rows[np.fromiter(positions, np.int64)]
     return [{"id": row[ID], "text": row[TEXT]} for row in selection.snapshot.take(rows, [ID, TEXT])]
@@ -93,9 +95,9 @@ def label_of(row: dict[str, str], width: int = TEXT_WIDTH) -> str:
 
 def show_similarity(
     screen: Screen,
-    selection: "Selection",
+    selection: Selection,
     matrix: np.ndarray,
-    pairs: "list[Pair]",
+    pairs: list[Pair],
     queries: list[tuple[str, np.ndarray]],
 ) -> None:
     """Show a matrix of cosines, the most similar pairs, and for each query its similarity to all
@@ -128,12 +130,12 @@ def show_similarity(
     )
 
 
-def show_pairs(screen: Screen, selection: "Selection", pairs: "list[Pair]") -> None:
+def show_pairs(screen: Screen, selection: Selection, pairs: list[Pair]) -> None:
     """Show pairs of positions with their cosines, best first."""
     screen.document({"pairs": _show_pairs(screen, selection, pairs)})
 
 
-def _show_pairs(screen: Screen, selection: "Selection", pairs: "list[Pair]") -> list[dict]:
+def _show_pairs(screen: Screen, selection: Selection, pairs: list[Pair]) -> list[dict]:
     firsts = texts_at(selection, (first for first, _, _ in pairs))
     seconds = texts_at(selection, (second for _, second, _ in pairs))
     documents = [
@@ -148,7 +150,7 @@ def _show_pairs(screen: Screen, selection: "Selection", pairs: "list[Pair]") -> 
     return documents
 
 
-def show_build(screen: Screen, builder: "Builder", collection: "Collection", *, seconds: float) -> None:
+def show_build(screen: Screen, builder: Builder, collection: Collection, *, seconds: float) -> None:
     """Say what became of the texts."""
     from common.search.builder import notes
 
@@ -205,7 +207,7 @@ def _index_document(snapshot: Snapshot) -> dict[str, object]:
     }
 
 
-def show_hits(screen: Screen, searcher: "Searcher", queries: list[str], answers: "list[list[Hit]]") -> None:
+def show_hits(screen: Screen, searcher: Searcher, queries: list[str], answers: list[list[Hit]]) -> None:
     """Show the hits of each query, best first."""
     documents = []
     for query, hits in zip(queries, answers):
@@ -222,7 +224,7 @@ def show_hits(screen: Screen, searcher: "Searcher", queries: list[str], answers:
     screen.document({"queries": documents})
 
 
-def _hit_document(row: dict, hit: "Hit") -> dict:
+def _hit_document(row: dict, hit: Hit) -> dict:
     """Return a hit for JSON: id, score, text, in `columns` its metadata, and in `chunk`, if the
     document has several, which one this is.
     """
@@ -233,7 +235,7 @@ def _hit_document(row: dict, hit: "Hit") -> dict:
     return document
 
 
-def answer_prompt(screen: Screen, searcher: "Searcher", top_k: int) -> None:
+def answer_prompt(screen: Screen, searcher: Searcher, top_k: int) -> None:
     """Answer queries from standard input until it ends or an empty line comes; with --json one
     document per query.
     """
@@ -259,12 +261,12 @@ def open_output(path: str | None) -> contextlib.AbstractContextManager[TextIO | 
 
 
 def collect_groups(
-    selection: "Selection",
+    selection: Selection,
     parts: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]],
     file: TextIO | None,
     *,
     keep: bool,
-) -> "tuple[Groups, list[tuple[str, str, float]]]":
+) -> tuple[Groups, list[tuple[str, str, float]]]:
     """Join pairs into groups as they come. Write each pair to a CSV `file` if there is one; else,
     with `keep`, return the pairs too (ids and cosine).
     """
@@ -288,8 +290,8 @@ def collect_groups(
 
 def show_groups(
     screen: Screen,
-    selection: "Selection",
-    groups: "Groups",
+    selection: Selection,
+    groups: Groups,
     pairs: list[tuple[str, str, float]],
     *,
     threshold: float,
@@ -322,7 +324,7 @@ def show_groups(
     )
 
 
-def show_clusters(screen: Screen, selection: "Selection", labels: np.ndarray, words: list[list[str]]) -> None:
+def show_clusters(screen: Screen, selection: Selection, labels: np.ndarray, words: list[list[str]]) -> None:
     """Show the size of each cluster, its typical words and its central texts."""
     from common.search.mining import NO_CLUSTER, nearest_to_centre
 
@@ -349,7 +351,7 @@ def show_clusters(screen: Screen, selection: "Selection", labels: np.ndarray, wo
     screen.document({"clusters": documents, "in_none": list(dict.fromkeys(alone))})
 
 
-def save_figure(figure: "Figure", path: str, screen: Screen) -> None:
+def save_figure(figure: Figure, path: str, screen: Screen) -> None:
     """Write a picture and say so."""
     from common import figures
 
@@ -357,7 +359,7 @@ def save_figure(figure: "Figure", path: str, screen: Screen) -> None:
     screen.say(f"picture  {path}")
 
 
-def show_scores(screen: Screen, task: "Task", scores: dict[str, dict[str, float]]) -> None:
+def show_scores(screen: Screen, task: Task, scores: dict[str, dict[str, float]]) -> None:
     """Show the measures of each way of searching."""
     rows = [[name, *values.values()] for name, values in scores.items()]
     headers = ["search", *next(iter(scores.values()))]
@@ -378,7 +380,7 @@ def show_models(screen: Screen, lines: list[dict[str, object]]) -> None:
     screen.document({"models": lines})
 
 
-def write_projection(screen: Screen, selection: "Selection", folder: str, *, most: int) -> None:
+def write_projection(screen: Screen, selection: Selection, folder: str, *, most: int) -> None:
     """Write at most `most` of the rows, evenly spaced, for TensorBoard's projector, and say how to
     look at them.
     """

@@ -5,6 +5,8 @@ most a few matrices of b x b are in memory. Scores are fp32 products first; what
 is computed again in float64, so that pairs and groups are those of float64 brute force.
 """
 
+from __future__ import annotations
+
 import contextlib
 import functools
 import tempfile
@@ -107,7 +109,7 @@ def open_source(
             yield selection, lambda: encoder
 
 
-def _index_encoder(source: Source, runtime: Runtime, snapshot: Snapshot) -> "Encoder":
+def _index_encoder(source: Source, runtime: Runtime, snapshot: Snapshot) -> Encoder:
     from common.search.builder import load_index_encoder  # it loads what only encoding needs
 
     return load_index_encoder(source.encoder, runtime, snapshot)

@@ -2,6 +2,8 @@
 an encoder agrees with human scores of sentence pairs (Spearman's rank correlation).
 """
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import json
@@ -92,7 +94,7 @@ def retrieval_scores(judgements: Judgements, hits: dict[str, list[str]]) -> dict
 
 
 def score_all(
-    searcher: Searcher, task: Task, *, reranker: "CrossEncoder | None" = None
+    searcher: Searcher, task: Task, *, reranker: CrossEncoder | None = None
 ) -> dict[str, dict[str, float]]:
     """Return the measures of exact, approximate and hybrid search, and of exact search reranked by
     a cross-encoder.

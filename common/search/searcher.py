@@ -2,6 +2,8 @@
 BM25, reranked by a cross-encoder, filtered by an SQL condition.
 """
 
+from __future__ import annotations
+
 import contextlib
 import functools
 import hashlib
@@ -59,7 +61,7 @@ class Searcher:
     allowed: np.ndarray
     approximate: bool = False
     hybrid: bool = False
-    reranker: "CrossEncoder | None" = None
+    reranker: CrossEncoder | None = None
     rerank_depth: int = 100
     say: Callable[[str], None] = print
 
@@ -166,7 +168,7 @@ class Searcher:
         return rankings
 
     @functools.cached_property
-    def _graph(self) -> "tuple[faiss.Index, np.ndarray]":
+    def _graph(self) -> tuple[faiss.Index, np.ndarray]:
         return cached(self.snapshot, "faiss", build=self._build_graph, load=_load_graph, say=self.say)
 
     def _build_graph(self, folder: Path) -> None:
@@ -220,7 +222,7 @@ class Searcher:
         bm25.index(words, show_progress=False)
         bm25.save(folder, show_progress=False)
 
-    def _rerank(self, reranker: "CrossEncoder", query: str, hits: list[Hit]) -> list[Hit]:
+    def _rerank(self, reranker: CrossEncoder, query: str, hits: list[Hit]) -> list[Hit]:
         """Order hits by the cross-encoder's score of the query and their text; equal ones keep
         their order.
 
@@ -256,7 +258,7 @@ def fuse(rankings: list[np.ndarray]) -> Ranking:
     return np.array(order, dtype=np.int64), np.array([scores[row] for row in order])
 
 
-def _load_graph(folder: Path) -> "tuple[faiss.Index, np.ndarray]":
+def _load_graph(folder: Path) -> tuple[faiss.Index, np.ndarray]:
     import faiss
 
     graph = faiss.read_index(str(folder / "graph.faiss"))

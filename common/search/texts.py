@@ -5,6 +5,8 @@ memory as a whole: the column `_text`, and the columns that came with it. Texts 
 when they are read.
 """
 
+from __future__ import annotations
+
 import contextlib
 import hashlib
 import json
@@ -263,7 +265,7 @@ def _read_rows(name: str, text_column: str, *, bad: BadRows, cache_dir: str | No
     return rows, "row"
 
 
-def _to_table(rows: "datasets.Dataset", text_column: str, source: str) -> pa.Table:
+def _to_table(rows: datasets.Dataset, text_column: str, source: str) -> pa.Table:
     """Return a data set as a table whose text column is `_text`, with the names of classes in place
     of their numbers.
     """
