@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 DEFAULT_OVERLAP = 32
 PICTURES = (".png", ".pdf", ".svg", ".jpg")
 LARGEST_MATRIX = 5_000  # texts whose matrix of similarities is shown or written
-WHERE = {"metavar": SQL, "help": "only rows where this holds, such as \"label = 'tech'\""}
+WHERE = {"metavar": "SQL", "help": "only rows where this holds, such as \"label = 'tech'\""}
 WAIT = {"type": cli.non_negative_float, "default": 10.0, "help": "seconds to wait for another writer"}
 SKIP_BAD = {"action": "store_true", "help": "skip rows and ids that can't be used"}
 

@@ -85,7 +85,7 @@ class Selection:
 @contextlib.contextmanager
 def open_source(
     source: Source, runtime: Runtime, *, say: Callable[[str], None], least: int = 1, most: int | None = None
-) -> Iterator[tuple[Selection, Callable[[], "Encoder"]]]:
+) -> Iterator[tuple[Selection, Callable[[], Encoder]]]:
     """Yield the rows where a condition holds, of an index or of one made of the texts for this
     command, and a function that returns their encoder.
 

@@ -206,7 +206,7 @@ class Searcher:
         return rankings
 
     @functools.cached_property
-    def _bm25(self) -> "bm25s.BM25 | None":
+    def _bm25(self) -> bm25s.BM25 | None:
         return cached(self.snapshot, "bm25", build=self._build_bm25, load=_load_bm25, say=self.say)
 
     def _build_bm25(self, folder: Path) -> None:
@@ -265,7 +265,7 @@ def _load_graph(folder: Path) -> tuple[faiss.Index, np.ndarray]:
     return graph, np.load(folder / "nodes.npy", allow_pickle=False)
 
 
-def _load_bm25(folder: Path) -> "bm25s.BM25 | None":
+def _load_bm25(folder: Path) -> bm25s.BM25 | None:
     import bm25s
 
     return None if (folder / NO_WORDS).exists() else bm25s.BM25.load(folder)
