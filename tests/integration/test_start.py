@@ -23,10 +23,11 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 LARGE = {
     *("torch", "numpy", "scipy", "sklearn", "pandas", "pyarrow", "datasets", "evaluate", "matplotlib"),
     *("transformers", "sentence_transformers", "tokenizers", "peft", "tensorboard", "huggingface_hub"),
-    *("duckdb", "faiss", "bm25s", "tabulate", "pytrec_eval", "rouge_score", "tqdm"),
+    *("duckdb", "faiss", "bm25s", "tabulate", "pytrec_eval", "rouge_score"),
 }
 STORE = {"numpy", "pyarrow"}  # what an index is read with
 COMPUTE = {*STORE, "torch", "tabulate"}
+SKLEARN = {"sklearn", "scipy", "pandas"}
 
 
 def packages_of(command: list[str], folder: Path) -> tuple[int, set[str], str]:
@@ -107,10 +108,10 @@ LOADED = {  # name: (command, the large packages that it may load)
     "verify": ([EMBED, "verify", *INDEX], STORE),
     "pairs": ([EMBED, "pairs", *INDEX], COMPUTE),
     "duplicates": ([EMBED, "duplicates", *INDEX], {*COMPUTE, "scipy"}),
-    "cluster": ([EMBED, "cluster", *INDEX, "--num-clusters", "2"], {*COMPUTE, "scipy", "sklearn"}),
+    "cluster": ([EMBED, "cluster", *INDEX, "--num-clusters", "2"], {*COMPUTE, *SKLEARN}),
     "cluster --figure": (
         [EMBED, "cluster", *INDEX, "--threshold", "0.5", "--figure", "map.png"],
-        {*COMPUTE, "scipy", "sklearn", "matplotlib"},
+        {*COMPUTE, *SKLEARN, "matplotlib"},
     ),
     "project": ([EMBED, "project", *INDEX, "--output-dir", "board"], {*STORE, "torch", "tensorboard"}),
 }
