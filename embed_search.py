@@ -126,7 +126,7 @@ def check_index_command(args: argparse.Namespace) -> None:
         given = {name: value for name, value in wanted.items() if value is not None}
         check_settings(args.index, given, settings)
         model = model or settings["model"]
-    check_texts(args.texts)
+    check_texts(args)
     check_model(model)
 
 
@@ -454,7 +454,7 @@ def evaluate(args: argparse.Namespace) -> None:
     runtime, screen = start(args)
     if args.sts:
         encoder = load_encoder(encoder_config(args), runtime)
-        scores = relevance.sts_score(encoder, args.sts, args.columns, block=args.block)
+        scores = relevance.sts_score(encoder, args.sts, args.sts_columns, block=args.block)
         display.show_sts(screen, args.sts, scores)
         return
     files = relevance.TaskFiles(args.queries, args.qrels, args.id_column)
@@ -497,7 +497,7 @@ def compare_models(args: argparse.Namespace) -> None:
         encoder = load_encoder(dataclasses.replace(encoder_config(args), model=name), runtime)
         line = {"model": name, "width": encoder.width, "bytes_a_vector": 4 * encoder.width}
         if args.sts:
-            line |= relevance.sts_score(encoder, args.sts, args.columns, block=args.block)
+            line |= relevance.sts_score(encoder, args.sts, args.sts_columns, block=args.block)
         else:
             source, options = source_of(args), {"say": screen.say, "encoder": encoder}
             with relevance.open_task(files, source, runtime, **options) as opened:
@@ -551,6 +551,7 @@ def add_model_flags(command: cli.Parser) -> None:
 def add_text_flags(command: cli.Parser) -> None:
     flag = command.add_argument
     flag("--text-column", default="text", help="where the texts are in a data file")
+    cli.add_file_flags(command)
     block = "texts encoded and committed at once; rows compared at once"
     flag("--block", type=cli.positive_int, default=1024, help=block)
     flag("--skip-bad", **SKIP_BAD)
@@ -573,7 +574,7 @@ def add_task_flags(command: cli.Parser) -> None:
     flag("--qrels", metavar="FILE", help="judgements in TREC form: query 0 document relevance")
     flag("--sts", metavar="FILE", help="a data file of sentence pairs with human scores")
     columns = ["sentence1", "sentence2", "score"]
-    flag("--columns", nargs=3, default=columns, metavar="COLUMN", help="its texts and score")
+    flag("--sts-columns", nargs=3, default=columns, metavar="COLUMN", help="its texts and score")
     add_text_flags(command)
 
 
@@ -620,7 +621,7 @@ def check_source(args: argparse.Namespace, *, encodes: bool = False) -> None:
     if args.index:
         check_index(args, encodes=encodes)
     else:
-        check_texts(args.texts)
+        check_texts(args)
         check_model(args.model)
 
 
@@ -633,12 +634,12 @@ def check_index(args: argparse.Namespace, *, encodes: bool) -> None:
         check_settings(args.index, {"max_length": args.max_length}, settings)
 
 
-def check_texts(name: str) -> None:
+def check_texts(args: argparse.Namespace) -> None:
     """Check the name of a collection of texts."""
-    if bundled.is_bundled(name):
-        sources.check_data(name, flag="TEXTS")
-    elif not Path(name).is_dir():
-        sources.check_texts(name)
+    if bundled.is_bundled(args.texts):
+        sources.check_data(args.texts, flag="TEXTS")
+    elif not Path(args.texts).is_dir():
+        sources.check_texts(args.texts, any_suffix=file_options(args).is_table)
 
 
 def check_model(name: str | None, *, flag: str = "--model") -> None:
@@ -665,7 +666,7 @@ def check_task(args: argparse.Namespace) -> None:
         sources.check_text_file(args.queries)
         sources.check_text_file(args.qrels)
     if args.texts:
-        check_texts(args.texts)
+        check_texts(args)
     if args.index:
         check_index(args, encodes=True)
 
@@ -687,6 +688,10 @@ def encoder_config(args: argparse.Namespace) -> EncoderConfig:
     return EncoderConfig(args.model, args.max_length, args.batch_tokens, args.cache_dir)
 
 
+def file_options(args: argparse.Namespace) -> sources.FileOptions:
+    return sources.FileOptions(args.columns, args.delimiter, args.quoting, args.encoding)
+
+
 def source_of(args: argparse.Namespace) -> Source:
     from common.search.texts import Source
 
@@ -696,6 +701,7 @@ def source_of(args: argparse.Namespace) -> Source:
         index=args.index,
         where=args.where,
         text_column=args.text_column,
+        options=file_options(args),
         skip_bad=args.skip_bad,
         block=args.block,
     )
