@@ -29,6 +29,9 @@ FILES_IGNORED = ["onnx/*", "openvino/*"]
 PICKLED = ("*.bin", "*.pt", "*.pkl")
 CONNECT_SECONDS = 5.0
 
+# Without this, the progress bars of libraries would stay on the screen when their work is done. tqdm
+# reads its defaults from such variables when it is imported; an empty one is False.
+os.environ["TQDM_LEAVE"] = ""
 # Without this, transformers sends the name of a model without safetensors, and the user's token,
 # to a conversion service on the Hub and waits for it.
 os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
