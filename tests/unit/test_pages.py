@@ -61,7 +61,9 @@ def test_a_command_parses(command, monkeypatch):
     calls = script_calls(command.text)
     for script, arguments in calls:
         if script in SCRIPTS or script.startswith("tests/benchmarks/"):
-            parser_of(script, monkeypatch).parse_args(arguments)
+            parser = parser_of(script, monkeypatch)
+            parser.check = None  # the files that a page names are its reader's
+            parser.parse_args(arguments)
         else:
             assert (ROOT / script).is_file()
     if not calls and not command.text.startswith("python -m pytest"):
