@@ -27,7 +27,7 @@ import pyarrow.compute as pc
 from common import bundled, reading
 from common.errors import UserError
 from common.search.index import RESERVED_COLUMNS, TEXT, number_array
-from common.search.manifest import EncoderConfig
+from common.search.manifest import DEFAULT_LIMITS, EncoderConfig, Limits
 
 if TYPE_CHECKING:
     import datasets
@@ -99,6 +99,7 @@ class Source:
     text_column: str
     skip_bad: bool
     block: int  # texts encoded and committed at once
+    limits: Limits = DEFAULT_LIMITS  # of `where`
 
     def read(self, id_column: str | None = None) -> Collection:
         """Return the texts; not for a command that reads an index."""
