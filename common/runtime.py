@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torch.distributed
 from torch.distributed.rendezvous import rendezvous
+from tqdm import tqdm
 
 from common.errors import UserError, reading
 from common.files import sha256
@@ -53,9 +54,10 @@ class Runtime:
         return self.rank == 0
 
     def say(self, *parts: object) -> None:
-        """Print on the main process only."""
+        """Print on the main process only, above the progress bar if one is open."""
         if self.is_main:
-            print(*parts, flush=True)
+            tqdm.write(" ".join(map(str, parts)), file=sys.stdout)
+            sys.stdout.flush()
 
     def autocast(self) -> torch.autocast:
         """Return the autocast context of this device and precision; it does nothing in fp32."""
@@ -317,6 +319,18 @@ def keep_large_blocks(threshold: int = 2**30) -> None:
         M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # the numbers in glibc's malloc.h
         mallopt(M_MMAP_THRESHOLD, threshold)
         mallopt(M_TRIM_THRESHOLD, threshold)
+
+
+def used_memory_bytes(device: torch.device) -> int:
+    """Return the memory in use now in bytes: allocated on the GPU with CUDA, else resident in this
+    process, or its peak so far where the system does not tell.
+    """
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        return peak_memory_bytes(device)
+    return int(statm.read_text().split()[1]) * resource.getpagesize()
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -23,6 +23,9 @@ FILES_IGNORED = ["onnx/*", "openvino/*"]
 PICKLED = ("*.bin", "*.pt", "*.pkl")
 CONNECT_SECONDS = 5.0
 
+# Without this, the progress bars of libraries would stay on the screen when their work is done. tqdm
+# reads its defaults from such variables when it is imported; an empty one is False.
+os.environ["TQDM_LEAVE"] = ""
 # Without this, transformers sends the name of a model without safetensors, and the user's token,
 # to a conversion service on the Hub and waits for it.
 os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
@@ -177,8 +180,12 @@ def check_data_file(path: Path) -> None:
 
 
 def check_text_file(name: str) -> None:
-    """Raise UserError unless a name is "-" or a text file that can be opened and is not empty."""
-    if name == "-":
+    """Raise UserError unless a name is "-" or a text file that can be opened and is not empty.
+
+    A pipe, as in `--predict <(command)`, is left alone: it has no size, and whoever writes into it
+    would notice that it was opened and closed.
+    """
+    if name == "-" or Path(name).is_fifo():
         return
     try:
         with open(name, "rb") as file:

@@ -4,9 +4,11 @@ batch.
 With --compare-tokenizer it also shows a second tokenizer on the same text.
 """
 
-import itertools
+from __future__ import annotations
 
-import datasets
+import itertools
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 from tabulate import tabulate
@@ -16,6 +18,9 @@ from common import bundled, models, sources
 from common.training.batching import PaddedBatches, Pick
 from common.training.classifier import mismatches
 from common.training.data import Splits, TokenConfig
+
+if TYPE_CHECKING:
+    import datasets
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 SHOWN_TOKENS = 24

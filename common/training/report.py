@@ -1,20 +1,24 @@
 """What a run tells its reader: on the screen, in report.md with pictures, in predictions.csv."""
 
+from __future__ import annotations
+
 import csv
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import datasets
 import numpy as np
 import torch
 from tabulate import tabulate
 
-from common import figures
 from common.runtime import Runtime
 from common.training import batching
 from common.training.batching import BatchConfig
 from common.training.data import Splits, TokenConfig
 from common.training.tracking import Log
+
+if TYPE_CHECKING:
+    import datasets
 
 EPOCH_COLUMNS = {
     "epoch": "epoch",
@@ -222,22 +226,22 @@ def log_outcome(log: Log, outcome: Outcome) -> None:
 
 def write_report(folder: Path, outcome: Outcome) -> None:
     """Write report.md, its pictures and predictions.csv into the run folder."""
-    settings, results, scores = outcome.settings, outcome.results, outcome.scores
-    epochs, predictions = outcome.history, outcome.predictions
-    names = predictions.names
-    figures.save(figures.learning_curve(epochs, results["best_epoch"]), folder / "learning_curve.png")
-    figures.save(
-        figures.confusion_matrix(scores["confusion"], names, title="test split"),
-        folder / "confusion_matrix.png",
-    )
-    predictions.write_csv(folder / "predictions.csv")
-    shown = [key for key in settings if key not in ("identity", "versions")]
-    described = tabulate(
-        [[f"`{key}`", _cell(settings[key])] for key in shown], ["setting", "value"], tablefmt="github"
-    )
+    from common import figures
+
+    curve = figures.learning_curve(outcome.history, outcome.best["epoch"])
+    figures.save(curve, folder / "learning_curve.png")
+    counts, names = outcome.scores["confusion"], outcome.predictions.names
+    figures.save(figures.confusion_matrix(counts, names, title="test split"), folder / "confusion_matrix.png")
+    outcome.predictions.write_csv(folder / "predictions.csv")
+    (folder / "report.md").write_text(_report_text(outcome), encoding="utf-8")
+
+
+def _report_text(outcome: Outcome) -> str:
+    settings, results, predictions = outcome.settings, outcome.results, outcome.predictions
+    shown = [[f"`{key}`", _cell(settings[key])] for key in settings if key not in ("identity", "versions")]
+    described = tabulate(shown, ["setting", "value"], tablefmt="github")
     packages = tabulate(settings["versions"].items(), ["package", "version"], tablefmt="github")
-    (folder / "report.md").write_text(
-        f"""# {settings["model"]} on {settings["dataset"]}
+    return f"""# {settings["model"]} on {settings["dataset"]}
 
 Test accuracy **{results["test_accuracy"]:.4f}**, macro-F1 **{results["test_macro_f1"]:.4f}**
 ({len(predictions.labels)} texts), with the weights of epoch {results["best_epoch"]:g},
@@ -246,13 +250,13 @@ the best by validation {settings["best_metric"]}. Seed {settings["seed"]}.
 
 ## Epochs
 
-{epoch_table(epochs, "github")}
+{epoch_table(outcome.history, "github")}
 
 ![Losses and validation scores of each epoch](learning_curve.png)
 
 ## Classes of the test split
 
-{class_table(scores["per_class"], names, "github")}
+{class_table(outcome.scores["per_class"], predictions.names, "github")}
 
 ![Confusion matrix of the test split](confusion_matrix.png)
 
@@ -278,9 +282,7 @@ Every row of the test split is in [predictions.csv](predictions.csv).
 {described}
 
 {packages}
-""",
-        encoding="utf-8",
-    )
+"""
 
 
 def _cell(value: object) -> str:
@@ -313,6 +315,10 @@ def write_card(folder: Path, outcome: Outcome, splits: Splits) -> None:
 
     It tells what the model is and how to use it, its data, settings, results and limits.
     """
+    (folder / "README.md").write_text(_card_text(outcome, splits), encoding="utf-8")
+
+
+def _card_text(outcome: Outcome, splits: Splits) -> str:
     settings, results, predictions = outcome.settings, outcome.results, outcome.predictions
     names = predictions.names
     values = {
@@ -322,8 +328,7 @@ def write_card(folder: Path, outcome: Outcome, splits: Splits) -> None:
     shown = tabulate(
         [*values.items(), *settings["versions"].items()], ["setting", "value"], tablefmt="github"
     )
-    (folder / "README.md").write_text(
-        f"""---
+    return f"""---
 library_name: transformers
 pipeline_tag: text-classification
 {_base_model(settings["model"])}metrics: [accuracy, f1]
@@ -364,9 +369,7 @@ The scores hold for texts like those of the data set. A text beyond {settings["e
 read in scoring by `--truncation {settings["truncation"]}`; the pipeline above reads its beginning only.
 Biases of the pretrained model and of the labels were not examined. Licence: that of the pretrained model and
 the data allow; see both before passing this on.
-""",
-        encoding="utf-8",
-    )
+"""
 
 
 def epoch_line(epoch: dict, num_epochs: int) -> str:
