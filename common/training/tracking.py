@@ -26,6 +26,7 @@ from common.files import replace_file
 from common.runtime import Runtime
 from common.training.run import CONFIG, RESULTS, UNFINISHED_CONFIG
 
+METRICS = "metrics.jsonl"
 COST_OF_TRAINING = 3  # of a token, beside that of a token in evaluation
 STEPS_BEFORE_FORECAST = 5
 REPORTED_PACKAGES = ("transformers", "datasets", "tokenizers", "evaluate", "scikit-learn")
@@ -107,6 +108,15 @@ class LogPosition:
     step: int = -1
 
 
+def _cut(path: Path, num_bytes: int) -> None:
+    """Drop what comes after the first `num_bytes` of a log of lines; a shorter one, which somebody
+    has emptied, keeps its whole lines.
+    """
+    if path.exists():
+        kept = path.read_bytes()[:num_bytes].rfind(b"\n") + 1
+        os.truncate(path, kept)
+
+
 class RunLog:
     """Writes a run's numbers, texts and pictures to metrics.jsonl and TensorBoard as they come."""
 
@@ -118,10 +128,10 @@ class RunLog:
                 path.unlink()
         replace_file(folder / CONFIG, json.dumps(settings, indent=2) + "\n")
         self.folder, self.settings = folder, settings
-        # open as long as the run
-        self.lines = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
         if resume_at is not None:
-            self.lines.truncate(resume_at.num_bytes)
+            _cut(folder / METRICS, resume_at.num_bytes)
+        # open as long as the run
+        self.lines = open(folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115
         purge_step = None if resume_at is None else resume_at.step + 1
         self.writer = SummaryWriter(str(folder), purge_step=purge_step)
 
