@@ -32,6 +32,7 @@ from common.errors import Interrupted, reading
 from common.files import (
     find_damage,
     link_folder,
+    member,
     read_json,
     replace_folder,
     sync_file,
@@ -331,6 +332,8 @@ class Checkpoints:
             _load_optimizer(start, state)
             for name in POSITION:
                 setattr(state, name, start.state["position"][name])
+            for suffix in (".safetensors", ".json"):
+                member(start.path, f"rank-{self.runtime.rank}{suffix}")
             self._restore_part(start.path / f"rank-{self.runtime.rank}", state.meter)
         if self.runtime.is_main and state.best is not None:
             fresh = self.best.with_name("best.new")

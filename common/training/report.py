@@ -150,7 +150,7 @@ class Predictions:
             numbers = [numbers[index * len(numbers) // most] for index in range(most)]
         rows = [
             [
-                _in_cell(self.rows[number]["text"], style),
+                shorten(self.rows[number]["text"].replace("|", "/"), SHOWN_CHARACTERS),
                 _in_cell(self.names[self.predicted[number]], style),
                 _in_cell(self.names[self.labels[number]], style),
                 self.confidence[number].item(),

@@ -7,7 +7,6 @@ Nothing here takes time to import, so that the script can answer mistakes at onc
 import contextlib
 import datetime
 import itertools
-import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError, one_line, shorten
-from common.files import LOCK, find_damage, only_writer, read_json
+from common.files import LOCK, find_damage, member, only_writer, read_json
 
 TRUNCATIONS = ("head", "tail", "head-tail", "chunks")
 # on the bundled news more accurate than reading only the beginning, at the same cost
@@ -28,6 +27,7 @@ RESULTS = "metrics.json"  # of a finished run
 # the only file that a run leaves behind when it is killed at its very beginning
 UNFINISHED_CONFIG = re.compile(r"config\.json\.\d+")
 CHECKPOINTS, CHECKPOINT_PREFIX, STATE = "checkpoints", "step-", "state.json"
+PARTS = (STATE, "model.safetensors", "optimizer.safetensors")  # and those of each process, and best/
 # the names that we give; `.old` is the only copy after a kill while a checkpoint was replaced
 OWN_NAME = re.compile(rf"{CHECKPOINT_PREFIX}(\d{{8,}})(\.old)?")
 # files of a checkpoint up to this size are read in a first look at it, larger ones only measured
@@ -243,7 +243,12 @@ def state_problem(path: Path) -> str | None:
     It can be nonsense although the manifest holds its SHA-256.
     """
     try:
+        # a file that the manifest leaves out was not looked at: it may be none, such as a pipe
+        for name in PARTS:
+            member(path, name)
         state = read_json(path / STATE)
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
     except (OSError, ValueError, RecursionError) as error:
         return f"{STATE}: {one_line(error)}"
     kinds = {"identity": dict, "position": dict, "param_groups": list, "scheduler": dict, "scaler": dict}
@@ -285,7 +290,7 @@ def is_like(value: object, example: object) -> bool:
             return False
         return all(map(is_like, value, example))
     if isinstance(example, int | float) and not isinstance(example, bool):
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e18
     return type(value) is type(example)
 
 
