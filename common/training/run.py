@@ -259,7 +259,7 @@ def state_problem(path: Path) -> str | None:
     least = {"micro_batch": 1, "epoch": 1, "step_of_epoch": 0, "step": 0}
     numbers = {**{name: position.get(name) for name in least}, "log_bytes": state.get("log_bytes")}
     for name, value in numbers.items():
-        if type(value) is not int or value < least.get(name, 0):
+        if type(value) is not int or not least.get(name, 0) <= value < 2**53:
             return f"{STATE}: {name} is {shorten(repr(value), 40)}"
     history, best = position.get("history"), position.get("best")
     if not isinstance(history, list) or not all(map(_is_evaluation, history)):
