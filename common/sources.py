@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from common import bundled
-from common.errors import UserError, shorten
+from common.errors import UserError, one_line, shorten
 
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 DATA_SUFFIXES = (".csv", ".tsv", *JSON_SUFFIXES, ".parquet")
@@ -308,6 +308,10 @@ def is_reachable() -> bool:
     try:
         huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=CONNECT_SECONDS)
         return True
+    except (ImportError, ValueError) as error:  # of the client, before it asks anything
+        problem = f"the proxy that HTTPS_PROXY or ALL_PROXY names can't be used: {one_line(error)}"
+        advice = "unset it, or for one of SOCKS install socksio"
+        raise UserError(f"{problem}; {advice}") from error
     except httpx2.TransportError:
         huggingface_hub.constants.HF_HUB_OFFLINE = True
         datasets.config.HF_HUB_OFFLINE = True
