@@ -583,6 +583,6 @@ def unused_name(wanted: str, taken: list[str]) -> str:
 def cache_stamp(folder: Path) -> str | None:
     """Return the state of the index that a cache was made of, None if it can't be read."""
     try:
-        return (folder / CACHE_STAMP).read_text("utf-8")
+        return member(folder, CACHE_STAMP).read_text("utf-8")
     except (OSError, ValueError):
         return None

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -169,7 +169,8 @@ class Searcher:
 
     @functools.cached_property
     def _graph(self) -> tuple[faiss.Index, np.ndarray]:
-        return cached(self.snapshot, "faiss", build=self._build_graph, load=_load_graph, say=self.say)
+        load = functools.partial(_load_graph, snapshot=self.snapshot)
+        return cached(self.snapshot, "faiss", build=self._build_graph, load=load, say=self.say)
 
     def _build_graph(self, folder: Path) -> None:
         """Write a graph with one node for each different vector, and the node of each live row:
@@ -258,11 +259,29 @@ def fuse(rankings: list[np.ndarray]) -> Ranking:
     return np.array(order, dtype=np.int64), np.array([scores[row] for row in order])
 
 
-def _load_graph(folder: Path) -> tuple[faiss.Index, np.ndarray]:
+def _load_graph(folder: Path, snapshot: Snapshot) -> tuple[faiss.Index, np.ndarray]:
+    """Return a graph and the node of each live row. Raises ValueError for one that leads to nodes
+    that do not exist: FAISS would follow it beyond its memory.
+    """
     import faiss
 
     graph = faiss.read_index(str(folder / "graph.faiss"))
-    return graph, np.load(folder / "nodes.npy", allow_pickle=False)
+    node_of = np.load(folder / "nodes.npy", allow_pickle=False)
+    if not isinstance(graph, faiss.IndexHNSWFlat) or graph.d != snapshot.width:
+        raise ValueError("it is another index")
+    hnsw: Any = graph.hnsw
+    links, levels, offsets = map(faiss.vector_to_array, (hnsw.neighbors, hnsw.levels, hnsw.offsets))
+    num_nodes, num_rows = graph.ntotal, int(snapshot.alive().sum())
+    is_whole = len(levels) == num_nodes == graph.storage.ntotal and len(offsets) == num_nodes + 1
+    if not is_whole or len(links) != offsets[-1] or (np.diff(offsets.astype(np.int64)) < 0).any():
+        raise ValueError("its links are not where it says")
+    if len(links) and not -1 <= links.min() <= links.max() < num_nodes:
+        raise ValueError("a link leads to no node")
+    if not -1 <= hnsw.entry_point < num_nodes or len(node_of) != num_rows:
+        raise ValueError("it begins at no node, or is of other rows")
+    if num_rows and not 0 <= node_of.min() <= node_of.max() < num_nodes:
+        raise ValueError("a row has no node")
+    return graph, node_of
 
 
 def _load_bm25(folder: Path) -> bm25s.BM25 | None:
@@ -287,8 +306,9 @@ def cached(
     """
     folder = snapshot.folder / f"{CACHE_PREFIX}{name}"
     if cache_stamp(folder) == snapshot.stamp and files.find_damage(folder) is None:
-        # if another process replaces it meanwhile, it is built again; RuntimeError is FAISS's
-        with contextlib.suppress(OSError, RuntimeError):
+        # whatever a library says of files that are none of its, or that another process replaces
+        # meanwhile: it is built again
+        with contextlib.suppress(Exception):
             return load(folder)
     say(f"cache    {folder}: built for this state of the index")
     try:

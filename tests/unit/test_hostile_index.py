@@ -9,6 +9,7 @@ import os
 import shutil
 from pathlib import Path
 
+import faiss
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -16,11 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from common.files import seal
+from common.files import seal, write_manifest
 from common.search import index, texts
 from common.search.builder import Builder, fill, settings_of
 from common.search.index import ID, TEXT, VECTOR, Limits, checksums, matching, open_snapshot
 from common.search.manifest import check_files, read_manifest
+from common.search.searcher import Searcher
 from common.search.store import open_store
 from conftest import StubEncoder
 
@@ -404,3 +406,74 @@ def test_a_bug_in_the_process_of_the_condition_is_no_mistake_of_the_user(made, m
     monkeypatch.setattr(index, "_holds", None)
     with pytest.raises(RuntimeError, match="TypeError"):
         matching(open_snapshot(made), "label = 1")
+
+
+# Caches -------------------------------------------------------------------------------------------
+
+
+def searcher_of(folder: Path, **options) -> Searcher:
+    snapshot = open_snapshot(folder)
+    return Searcher(snapshot, StubEncoder(WIDTH), snapshot.alive(), **options)
+
+
+def other_graph(cache: Path) -> None:
+    """Put a whole graph of other vectors in the place of the cache's."""
+    graph = faiss.IndexHNSWFlat(WIDTH, 8, faiss.METRIC_INNER_PRODUCT)
+    graph.add(np.eye(3, WIDTH, dtype=np.float32))
+    faiss.write_index(graph, str(cache / "graph.faiss"))
+
+
+def wild_links(cache: Path) -> None:
+    graph = faiss.read_index(str(cache / "graph.faiss"))
+    links = faiss.vector_to_array(graph.hnsw.neighbors)
+    links[links >= 0] = 2**30
+    faiss.copy_array_to_vector(links, graph.hnsw.neighbors)
+    faiss.write_index(graph, str(cache / "graph.faiss"))
+
+
+def wild_start(cache: Path) -> None:
+    graph = faiss.read_index(str(cache / "graph.faiss"))
+    graph.hnsw.entry_point = 2**30
+    faiss.write_index(graph, str(cache / "graph.faiss"))
+
+
+def flat(cache: Path) -> None:
+    faiss.write_index(faiss.IndexFlatIP(WIDTH), str(cache / "graph.faiss"))
+
+
+CACHES = {
+    "another graph": ("faiss", other_graph),
+    "links to nowhere": ("faiss", wild_links),
+    "a start nowhere": ("faiss", wild_start),
+    "no graph": ("faiss", flat),
+    "bytes for a graph": ("faiss", lambda cache: (cache / "graph.faiss").write_bytes(b"IHNf" + bytes(200))),
+    "rows without a node": (
+        "faiss",
+        lambda cache: np.save(cache / "nodes.npy", np.full(ROWS - 1, 99), allow_pickle=False),
+    ),
+    "a pickle for the nodes": (
+        "faiss",
+        lambda cache: np.save(cache / "nodes.npy", np.array([Path()]), allow_pickle=True),
+    ),
+    "no settings of BM25": ("bm25", lambda cache: (cache / "params.index.json").write_text("[]")),
+    "bytes for words": ("bm25", lambda cache: (cache / "vocab.index.json").write_bytes(b"\xff")),
+}
+
+
+@pytest.mark.parametrize("name, change", CACHES.values(), ids=CACHES)
+def test_a_cache_that_is_nonsense_is_built_again_although_it_is_sealed(name, change, folder):
+    options = {"approximate": True} if name == "faiss" else {"hybrid": True}
+    expected = searcher_of(folder, **options).search(["text 3"], 3)
+    cache, said = folder / f"cache-{name}", []
+    change(cache)
+    (cache / "manifest.json").unlink()
+    write_manifest(cache)
+    assert searcher_of(folder, **options, say=said.append).search(["text 3"], 3) == expected
+    assert len(said) == 1 and str(cache) in said[0]
+
+
+def test_the_stamp_of_a_cache_is_no_pipe(folder):
+    searcher_of(folder, approximate=True).search(["text 3"], 3)
+    (folder / "cache-faiss" / "stamp").unlink()
+    os.mkfifo(folder / "cache-faiss" / "stamp")
+    assert len(searcher_of(folder, approximate=True).search(["text 3"], 3)[0]) == 3
