@@ -5,6 +5,7 @@ machine has, or hold a pipe in the place of a file. What a library would open, a
 compared here with what is there: config.json with the shapes in the weights.
 """
 
+import fnmatch
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from common.errors import UserError, shorten
@@ -59,6 +61,7 @@ ACTIVATIONS = re.compile(
     r"torch\.nn\.(modules\.(linear|activation)\.)?"
     r"(Identity|Sigmoid|LogSigmoid|Softplus|Softmax|Tanh|ReLU|GELU|SiLU|LeakyReLU|ELU)"
 )
+RANKING = "ForSequenceClassification"  # the end of a cross-encoder's class in transformers
 MODEL_KINDS = {  # what sentence-transformers calls a kind of model
     "SentenceTransformer": "a sentence encoder",
     "CrossEncoder": "a cross-encoder",
@@ -66,6 +69,8 @@ MODEL_KINDS = {  # what sentence-transformers calls a kind of model
     "MultiVectorEncoder": "an encoder of several vectors per text",
 }
 SIZES = ("in_features", "out_features")  # of sentence-transformers' dense modules
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+MOST_TOKENS = 2**31
 FEWEST_PARTS, FEWEST_LABELS = 256, 100_000  # that are allowed whatever the weights hold
 MOST_TEXT_BYTES = 200_000_000  # the largest tokenizer.json today has 35 MB
 MOST_JSON_BYTES = 50_000_000
@@ -107,8 +112,10 @@ def _check_files(folder: Path, root: Path, source: str) -> None:
     """Raise UserError unless everything that a library may open in a folder is a file within the
     model `root`, with permission to read it.
     """
-    names = sorted({path.name for pattern in (*JSON_TYPES, *OTHER_FILES) for path in folder.glob(pattern)})
-    for path in (folder / name for name in names):
+    # not Path.glob, which leaves out links that lead nowhere
+    for path in sorted(folder.iterdir()):
+        if not any(fnmatch.fnmatch(path.name, pattern) for pattern in (*JSON_TYPES, *OTHER_FILES)):
+            continue
         try:
             status = path.stat()
         except FileNotFoundError:
@@ -176,6 +183,11 @@ def _check_part(folder: Path, source: str) -> None:
     for file in (CONFIG, SENTENCE_CONFIG, *SENTENCE_SETTINGS):
         for name, value in _settings(content.get(file, {})):
             _check_code(name, value, folder / file, source)
+    for file in (CONFIG, "generation_config.json"):
+        for name, value in _settings(content.get(file, {})):
+            is_id = value is None or (isinstance(value, int) and -1 <= value < MOST_TOKENS)
+            if name in TOKEN_IDS and (not is_id or isinstance(value, bool)):
+                raise _refuse(source, f"{folder / file}: {name} is {value!r:.80}, not the number of a token")
     if CONFIG in content:
         check_config(content[CONFIG], folder, source)
 
@@ -192,11 +204,19 @@ def _check_code(name: str, value: Any, path: Path, source: str) -> None:
 
 
 def check_kind(folder: Path, wanted: str, source: str) -> None:
-    """Raise UserError for a model that was saved by sentence-transformers as another kind than
-    `wanted`, the name of its class there. It would be "converted": its last modules dropped, and
-    new ones put in their place.
+    """Raise UserError for a model of another kind than `wanted`, the name of its class in
+    sentence-transformers.
+
+    That library would "convert" it: drop its last modules and put new ones in their place, or take
+    a language model's "yes" and "no" for scores.
     """
     if not (folder / MODULES).exists():
+        kinds = read_json(folder / CONFIG, source).get("architectures") or []
+        if wanted == "CrossEncoder" and kinds and not any(kind.endswith(RANKING) for kind in kinds):
+            problem = f"it was never trained to rank (it was saved as {', '.join(kinds)})"
+            raise _refuse(
+                source, problem, "name a cross-encoder, such as cross-encoder/ms-marco-MiniLM-L6-v2"
+            )
         return
     path = folder / SENTENCE_CONFIG
     saved = read_json(path, source).get("model_type") if path.exists() else None
@@ -237,6 +257,7 @@ def check_config(config: dict, folder: Path, source: str) -> None:
     shapes = weight_shapes(folder, source)
     longest = max((size for shape in shapes.values() for size in shape), default=0)
     path = folder / CONFIG
+    _check_types(config, path, source)
     for name, value in _settings(config):
         most = None
         if name in LABELS:
@@ -253,6 +274,19 @@ def check_config(config: dict, folder: Path, source: str) -> None:
                 f"{path} asks for {name} {value:,}, but its weights hold {len(shapes):,} tensors"
                 f" of at most {longest:,} rows",
             )
+        is_number = PARTS.search(name) or name.endswith(("heads", "head"))
+        if is_number and isinstance(value, int | float) and value < 0:
+            raise _refuse(source, f"{path} asks for {name} {value}")
+
+
+def _check_types(config: dict, path: Path, source: str) -> None:
+    """Raise UserError when the settings that are read here are of another type than they must be."""
+    kinds = config.get("architectures")
+    if kinds is not None and not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
+        raise _refuse(source, f"{path}: architectures is no list of names")
+    for setting in ("id2label", "label2id"):
+        if not isinstance(config.get(setting), dict | NoneType):
+            raise _refuse(source, f"{path}: {setting} is no table of classes")
 
 
 def _settings(value: Any) -> Iterator[tuple[str, Any]]:

@@ -4,13 +4,21 @@ import contextlib
 import copy
 import math
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from common import model_files
 from common.errors import Interrupted, UserError, one_line
@@ -48,7 +56,7 @@ def load_model(
     flag: str = "--model",
     config: PreTrainedConfig | None = None,
     **options: Any,
-) -> tuple[PreTrainedModel, list[str]]:
+) -> tuple[Any, list[str]]:
     """Return a model in evaluation mode, and the names of the tensors that its files lack and that
     are therefore new: those of its head.
 
@@ -71,6 +79,54 @@ def load_model(
         **options,
     )
     return model, check_weights(model, report, name=name, flag=flag)
+
+
+def load_sentence_model(model_class: Any, folder: Path, *, name: str, flag: str = "--model") -> Any:
+    """Return a model of sentence-transformers of the class `model_class` on the CPU in fp32, without
+    running any code from the folder.
+
+    Raises UserError, naming `flag` and `name`, for a model of another kind, and as load_model()
+    does. Nothing may be new, but for the pooler of an encoder, which is not used.
+    """
+    model_files.check_kind(folder, model_class.__name__, f"{flag} {name}")
+    if (folder / model_files.CONFIG).exists():
+        check_size(AutoModel, load(AutoConfig, folder, name=name, flag=flag), folder, name=name, flag=flag)
+    with load_errors(name, flag=flag, reader=model_class.__name__), _loading_reports() as reports:
+        model = model_class(
+            str(folder),
+            device="cpu",
+            local_files_only=True,
+            trust_remote_code=False,
+            model_kwargs={"use_safetensors": True, "dtype": torch.float32},
+        )
+    for part, report in reports:
+        new = check_weights(part, report, name=name, flag=flag)
+        lacking = [key for key in new if part.base_model is not part]
+        if lacking:
+            problem = f"it was never trained for this (no weights for {_names(lacking)})"
+            raise UserError(f"{flag} {name}: {problem}; name another model")
+    return model
+
+
+@contextlib.contextmanager
+def _loading_reports() -> Iterator[list[tuple[PreTrainedModel, dict]]]:
+    """Collect the models that are loaded within the block, and what transformers reports of each:
+    sentence-transformers does not ask for the report.
+    """
+    reports = []
+    usual = PreTrainedModel.__dict__["from_pretrained"]
+
+    def from_pretrained(model_class: type, *args: Any, **options: Any) -> PreTrainedModel:
+        asked = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, report = usual.__func__(model_class, *args, **(options | asked))
+        reports.append((model, report))
+        return model
+
+    PreTrainedModel.from_pretrained = classmethod(from_pretrained)
+    try:
+        yield reports
+    finally:
+        PreTrainedModel.from_pretrained = usual
 
 
 def check_size(
@@ -210,7 +266,8 @@ def load_errors(name: str, *, flag: str = "--model", reader: str = "a model") ->
     there is a bug and keeps its traceback.
     """
     try:
-        yield
+        with warnings.catch_warnings(action="ignore"):  # nothing that the user can act on
+            yield
     except (UserError, Interrupted):
         raise
     except BaseException as error:

@@ -43,9 +43,9 @@ def load(name: str, runtime: Runtime, *, cache_dir: str | None) -> LanguageModel
     Raises UserError if it cannot be loaded or is of another kind.
     """
     folder = sources.find_folder(name, kind="language model", cache_dir=cache_dir)
-    tokenizer = models.load_tokenizer(folder, name=name)
     config = models.load(AutoConfig, folder, name=name)
     check_trained_to_generate(config, name=name)
+    tokenizer = models.load_tokenizer(folder, name=name)
     model, new = models.load_model(
         AutoModelForCausalLM, folder, name=name, config=config, dtype=DTYPES[runtime.precision]
     )

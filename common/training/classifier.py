@@ -86,14 +86,12 @@ def load_pretrained(
     """
     name = config.model
     folder = sources.find_folder(name, kind="encoder", cache_dir=config.cache_dir)
+    saved = models.load(AutoConfig, folder, name=name)
     tokenizer = models.load_tokenizer(folder, name=name)
     has_padding_token = tokenizer.pad_token is not None  # of its own
     ensure_padding_token(tokenizer, name=name)
     dropout = dropout_options(
-        models.load(AutoConfig, folder, name=name),
-        dropout=config.dropout,
-        attention_dropout=config.attention_dropout,
-        name=name,
+        saved, dropout=config.dropout, attention_dropout=config.attention_dropout, name=name
     )
     model, head = load_classifier(
         folder, name=name, names=names, dropout=dropout, pad_token_id=tokenizer.pad_token_id
@@ -471,13 +469,13 @@ def check_classes(config: PreTrainedConfig, *, name: str) -> None:
     """Raise UserError unless a saved model puts a text into one of several classes, and tells their
     names without a contradiction.
     """
-    problem = config.problem_type if config.num_labels > 1 else "regression"
+    problem = config.problem_type if (config.num_labels or 0) > 1 else "regression"
     if problem in OTHER_PROBLEMS:
         raise UserError(
             f"--model {name}: it was trained for {OTHER_PROBLEMS[problem]}, not for one class of several;"
             " name another model"
         )
-    labels, numbers = config.id2label, config.label2id or {}
+    labels, numbers = config.id2label or {}, config.label2id or {}
     if sorted(labels) != list(range(len(labels))) or len(set(labels.values())) < len(labels):
         problem = "id2label is no list of different names"
     elif numbers and numbers != {label: number for number, label in labels.items()}:
