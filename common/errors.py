@@ -21,6 +21,14 @@ class Interrupted(Exception):
         self.code = code
 
 
+class UnknownModel(Exception):
+    """A model's files ask for something that is not written in this project; the message says what.
+
+    The caller then lets the library read them, which knows it or says what is wrong. No user sees
+    this exception.
+    """
+
+
 def shorten(text: str, width: int) -> str:
     """Return a text as one line of at most `width` characters; a shortened one ends with "..."."""
     line = " ".join(text.split())

@@ -13,6 +13,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.errors import UnknownModel
+
 if TYPE_CHECKING:
     import torch
 
@@ -106,6 +108,17 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Return the content of a JSON file."""
     return json.loads(path.read_text("utf-8"))
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Return the dictionary in a model's JSON file. Raises UnknownModel when there is none."""
+    try:
+        content = read_json(path)
+    except (OSError, ValueError) as error:
+        raise UnknownModel(f"{path.name}: {error}") from error
+    if not isinstance(content, dict):
+        raise UnknownModel(f"{path.name}, which is not a dictionary")
+    return content
 
 
 def replace_file(path: Path, text: str) -> None:
