@@ -197,6 +197,8 @@ def _check_code(name: str, value: Any, path: Path, source: str) -> None:
     if not isinstance(value, str):
         return
     is_code = name in ACTIVATION_SETTINGS and "." in value and not ACTIVATIONS.fullmatch(value)
+    is_method = name == "method" and path.name in SENTENCE_SETTINGS  # of the transformer
+    is_code = is_code or (is_method and not re.fullmatch(r"forward|get_\w+_features", value))
     is_code = is_code or (name.endswith(("attn_implementation", "experts_implementation")) and "/" in value)
     if is_code:
         problem = f"{path} asks for code by its name ({name}: {shorten(value, 80)})"

@@ -105,7 +105,22 @@ def load_sentence_model(model_class: Any, folder: Path, *, name: str, flag: str 
         if lacking:
             problem = f"it was never trained for this (no weights for {_names(lacking)})"
             raise UserError(f"{flag} {name}: {problem}; name another model")
+    _try_out(model, name=name, flag=flag)
     return model
+
+
+def _try_out(model: Any, *, name: str, flag: str) -> None:
+    """Let a model of sentence-transformers read a word, because its modules look at their settings
+    only then. Raises UserError when they don't fit each other.
+    """
+    with load_errors(name, flag=flag, reader=type(model).__name__):
+        if hasattr(model, "predict"):  # a cross-encoder
+            model.predict([("word", "word")], show_progress_bar=False)
+            return
+        width, said = model.encode("word", show_progress_bar=False).size, model.get_embedding_dimension()
+    if width != said:
+        problem = f"its modules make vectors of {width} numbers, and their settings say {said}"
+        raise UserError(f"{flag} {name}: {problem}; repair it or name another model")
 
 
 @contextlib.contextmanager
