@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import json
 import math
 import os
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from common.training.run import (
     DEFAULT_TRUNCATION,
     NEWEST,
     TRUNCATIONS,
+    RunLocation,
     locate_run,
     require_same_flags,
 )
@@ -314,7 +314,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from common import reading
-from common.runtime import Runtime, deterministic, peak_memory_bytes, start_runtime, stop_runtime
+from common.runtime import (
+    Runtime,
+    check_compiler,
+    deterministic,
+    peak_memory_bytes,
+    start_runtime,
+    stop_runtime,
+)
 from common.training import batching, checkpoint, classifier, data, report, tracking
 from common.training.batching import BatchConfig, count_examples, pool_chunks, sync_gradients
 from common.training.checkpoint import TIME_IS_UP, Checkpoints, StopSignals, TrainingState
@@ -747,10 +754,16 @@ def test(loaded: Loaded, state: TrainingState, run: Run, runtime: Runtime) -> No
 
 
 def fit(args: argparse.Namespace, runtime: Runtime) -> None:
-    """Load, prepare, train and test, as a run that can be stopped and resumed."""
+    """Train and test in a folder that no other job writes to, as a run that can be resumed."""
     clock = tracking.Clock()
-    name = run_name(args)
-    location = checkpoint.agree_on_location(args.output_dir, args.resume, runtime, name=name)
+    if args.compile:
+        check_compiler(runtime.device)
+    with checkpoint.open_location(args.output_dir, args.resume, runtime, name=run_name(args)) as location:
+        fit_in(location, args, clock, runtime)
+
+
+def fit_in(location: RunLocation, args: argparse.Namespace, clock: tracking.Clock, runtime: Runtime) -> None:
+    """Load, prepare, train and test, from the beginning or from a checkpoint."""
     loaded = load(args, runtime)
     classifier.require_match(loaded.model, loaded.tokenizer, name=args.model)
 
@@ -766,9 +779,9 @@ def fit(args: argparse.Namespace, runtime: Runtime) -> None:
     with batching.explain_out_of_memory(loaded.config.memory_advice()):
         batches = batching.PaddedBatches(rows, state.tokenizer)
         runtime.say(batching.memory_line(state.model, batches, state.micro_batch, runtime))
-    log = checkpoints.open_log(flags, state.model, start)
     if start is not None:
         checkpoints.restore(start, state)
+    log = checkpoints.open_log(flags, state.model, start)
     advice = f"continue with the same command and --resume {location.folder}"
     time_left = None if args.max_minutes is None else 60 * args.max_minutes - clock.seconds()
     signals = StopSignals(runtime, advice, seconds=time_left)
@@ -803,7 +816,7 @@ def predict(args: argparse.Namespace, runtime: Runtime) -> None:
         args.predict, column=args.text_column, cache_dir=args.cache_dir, options=options
     )
     for answer in predict_texts(model, tokenizer, texts, tokens, runtime, batch_size=args.eval_batch_size):
-        runtime.say(json.dumps(answer, ensure_ascii=False))
+        runtime.say(cli.json_line(answer))
 
 
 def saved_tokens(

@@ -71,6 +71,9 @@ FEW_PROCESSES = 4096  # a limit of processes below this is tried out before the 
 NEEDED_ADDRESSES = 3 << 30
 TORCHRUN = "TORCHELASTIC_RUN_ID"  # set in every process that torchrun starts
 
+# The libraries' progress bars vanish when their work is done, as our own do: read by tqdm when it is
+# imported.
+os.environ.setdefault("TQDM_LEAVE", "")
 
 DELIMITERS = {"comma": ",", "tab": "\t", "\\t": "\t", "semicolon": ";", "pipe": "|", "space": " "}
 
@@ -250,11 +253,9 @@ def parse(
     then: Callable[[argparse.Namespace], str] | None = None,
 ) -> argparse.Namespace:
     """Return the flags in `argv` (the process's own when None), for a script that imports its
-    libraries next.
+    libraries next; `then` tells what it will read after them.
 
-    Help and mistakes end the process here. While the libraries are imported, Ctrl-C ends it without
-    a word, a limit of the system that they exceed ends it with one line, and a terminal shows what
-    it waits for; `then` tells what will be read next.
+    Help and mistakes end the process here, as does a limit of the system that the libraries exceed.
     """
     _open_streams()
     debug = "--debug" in (sys.argv if argv is None else argv)
@@ -264,15 +265,29 @@ def parse(
         _check_limits()
     # that of a notebook may need packages that a script has no use for
     os.environ["MPLBACKEND"] = "Agg"
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _leave)
     if not debug:
         sys.excepthook = functools.partial(_explain_import, parser.prog)
+    loading(LOADING if then is None else f"{LOADING}, then {then(args)}")
+    return args
+
+
+def loading(line: str = LOADING) -> None:
+    """Begin to wait for libraries: until `loaded`, Ctrl-C ends the process without a word, and a
+    terminal shows what it waits for.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _leave)
     if sys.stderr.isatty() and is_rank_0():
-        line = LOADING if then is None else f"{LOADING}, then {then(args)}"
         room = shutil.get_terminal_size().columns - len(" ...") - 1  # in one line, to be erased
         print(shorten(line, room) + " ...", end="", file=sys.stderr, flush=True)
-    return args
+
+
+def loaded() -> None:
+    """End what `loading` began; the line that it showed is erased."""
+    if signal.getsignal(signal.SIGINT) is _leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if sys.stderr.isatty() and is_rank_0():
+        print(ERASE_LINE, end="", file=sys.stderr, flush=True)
 
 
 def run_main(main: Callable[[argparse.Namespace], None], args: argparse.Namespace, *, prog: str) -> None:
@@ -283,10 +298,7 @@ def run_main(main: Callable[[argparse.Namespace], None], args: argparse.Namespac
     bug shows its traceback.
     """
     sys.excepthook = sys.__excepthook__
-    if signal.getsignal(signal.SIGINT) is _leave:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    if sys.stderr.isatty() and is_rank_0():
-        print(ERASE_LINE, end="", file=sys.stderr, flush=True)
+    loaded()
     with _endings(prog, debug=getattr(args, "debug", False)):
         main(args)
         sys.stdout.flush()
@@ -511,6 +523,7 @@ def _tell_torchrun(message: str) -> None:
 
 
 def _exit(message: str, code: int) -> NoReturn:
+    loaded()
     try:
         sys.stdout.flush()
     except (OSError, ValueError):

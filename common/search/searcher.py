@@ -2,6 +2,8 @@
 BM25, reranked by a cross-encoder, filtered by an SQL condition.
 """
 
+from __future__ import annotations
+
 import contextlib
 import functools
 import hashlib
@@ -10,33 +12,22 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import bm25s
-import duckdb
-import faiss
 import numpy as np
-import pyarrow as pa
 import torch
-from bm25s.tokenization import Tokenized
-from sentence_transformers import CrossEncoder
 
 from common import files
-from common.errors import UserError, one_line
+from common.errors import UserError
 from common.search import kernel
 from common.search.encoder import Encoder
-from common.search.index import (
-    CACHE_PREFIX,
-    CACHE_STAMP,
-    HASH,
-    ID,
-    RESERVED_COLUMNS,
-    TEXT,
-    Snapshot,
-    cache_stamp,
-)
+from common.search.index import CACHE_PREFIX, CACHE_STAMP, ID, TEXT, Snapshot, cache_stamp
 from common.search.kernel import Ranking
-from common.search.texts import unused_name
+
+if TYPE_CHECKING:  # each is imported by the step that needs it
+    import bm25s
+    import faiss
+    from sentence_transformers import CrossEncoder
 
 QUERIES = 64  # searched at once
 FUSED = 100  # best rows of each ranking that are fused, or more if more are wanted
@@ -48,12 +39,6 @@ NO_WORDS = "no-words"  # a file that stands for BM25 data if no text has a word 
 SMALL_SHARE = 0.1
 # of FAISS's HNSW graph: at these values it finds at least 0.99 of the exact neighbours
 LINKS, BUILD_BREADTH, SEARCH_BREADTH = 32, 200, 200
-# DuckDB gets no access to files, network or extensions
-SAFE_SETTINGS: dict[str, bool | float | int | list[str] | str] = {
-    "enable_external_access": "false",
-    "autoload_known_extensions": "false",
-    "autoinstall_known_extensions": "false",
-}
 Cached = TypeVar("Cached")
 
 
@@ -156,6 +141,8 @@ class Searcher:
 
     def _rank_approximately(self, vectors: np.ndarray, depth: int) -> list[Ranking]:
         """Rank the rows that FAISS's graph finds, by their exact scores."""
+        import faiss
+
         live = np.flatnonzero(self.snapshot.alive())
         chosen = np.flatnonzero(self.allowed[live])
         graph, node_of = self._graph
@@ -182,12 +169,15 @@ class Searcher:
 
     @functools.cached_property
     def _graph(self) -> tuple[faiss.Index, np.ndarray]:
-        return cached(self.snapshot, "faiss", build=self._build_graph, load=_load_graph, say=self.say)
+        load = functools.partial(_load_graph, snapshot=self.snapshot)
+        return cached(self.snapshot, "faiss", build=self._build_graph, load=load, say=self.say)
 
     def _build_graph(self, folder: Path) -> None:
         """Write a graph with one node for each different vector, and the node of each live row:
         many equal nodes would only lead to each other.
         """
+        import faiss
+
         graph = faiss.IndexHNSWFlat(self.snapshot.width, LINKS, faiss.METRIC_INNER_PRODUCT)
         graph.hnsw.efConstruction = BUILD_BREADTH
         alive, node_of, known = self.snapshot.alive(), [], {}
@@ -204,6 +194,8 @@ class Searcher:
 
     def _rank_by_words(self, queries: list[str], depth: int) -> list[Ranking]:
         """Return (rows, BM25 scores) of the rows that share a word with each query."""
+        import bm25s
+
         live = np.flatnonzero(self.snapshot.alive())
         bm25, rankings = self._bm25, []
         for words in bm25s.tokenize(queries, return_ids=False, show_progress=False):
@@ -219,6 +211,9 @@ class Searcher:
         return cached(self.snapshot, "bm25", build=self._build_bm25, load=_load_bm25, say=self.say)
 
     def _build_bm25(self, folder: Path) -> None:
+        import bm25s
+        from bm25s.tokenization import Tokenized
+
         words = bm25s.tokenize(list(self.snapshot.texts()), show_progress=False)
         assert isinstance(words, Tokenized)
         if not any(words.vocab):  # only stop words and punctuation, which bm25s can't count
@@ -264,12 +259,34 @@ def fuse(rankings: list[np.ndarray]) -> Ranking:
     return np.array(order, dtype=np.int64), np.array([scores[row] for row in order])
 
 
-def _load_graph(folder: Path) -> tuple[faiss.Index, np.ndarray]:
+def _load_graph(folder: Path, snapshot: Snapshot) -> tuple[faiss.Index, np.ndarray]:
+    """Return a graph and the node of each live row. Raises ValueError for one that leads to nodes
+    that do not exist: FAISS would follow it beyond its memory.
+    """
+    import faiss
+
     graph = faiss.read_index(str(folder / "graph.faiss"))
-    return graph, np.load(folder / "nodes.npy", allow_pickle=False)
+    node_of = np.load(folder / "nodes.npy", allow_pickle=False)
+    if not isinstance(graph, faiss.IndexHNSWFlat) or graph.d != snapshot.width:
+        raise ValueError("it is another index")
+    hnsw: Any = graph.hnsw
+    links, levels, offsets = map(faiss.vector_to_array, (hnsw.neighbors, hnsw.levels, hnsw.offsets))
+    num_nodes, num_rows = graph.ntotal, int(snapshot.alive().sum())
+    is_whole = len(levels) == num_nodes == graph.storage.ntotal and len(offsets) == num_nodes + 1
+    if not is_whole or len(links) != offsets[-1] or (np.diff(offsets.astype(np.int64)) < 0).any():
+        raise ValueError("its links are not where it says")
+    if len(links) and not -1 <= links.min() <= links.max() < num_nodes:
+        raise ValueError("a link leads to no node")
+    if not -1 <= hnsw.entry_point < num_nodes or len(node_of) != num_rows:
+        raise ValueError("it begins at no node, or is of other rows")
+    if num_rows and not 0 <= node_of.min() <= node_of.max() < num_nodes:
+        raise ValueError("a row has no node")
+    return graph, node_of
 
 
 def _load_bm25(folder: Path) -> bm25s.BM25 | None:
+    import bm25s
+
     return None if (folder / NO_WORDS).exists() else bm25s.BM25.load(folder)
 
 
@@ -289,8 +306,9 @@ def cached(
     """
     folder = snapshot.folder / f"{CACHE_PREFIX}{name}"
     if cache_stamp(folder) == snapshot.stamp and files.find_damage(folder) is None:
-        # if another process replaces it meanwhile, it is built again; RuntimeError is FAISS's
-        with contextlib.suppress(OSError, RuntimeError):
+        # whatever a library says of files that are none of its, or that another process replaces
+        # meanwhile: it is built again
+        with contextlib.suppress(Exception):
             return load(folder)
     say(f"cache    {folder}: built for this state of the index")
     try:
@@ -312,40 +330,3 @@ def cached(
         problem = f"the cache can't be written: {error.strerror or error}"
         advice = "correct that, or copy the index to a folder of your own"
         raise UserError(f"{folder}: {problem}; {advice}") from error
-
-
-def matching(snapshot: Snapshot, condition: str | None) -> np.ndarray:
-    """Return a mask (rows) of the live rows for which an SQL condition such as "label = 'tech' AND
-    year > 2004" holds; None: of all live rows.
-
-    DuckDB parses the condition as one expression over the columns of the rows, so that it can read
-    but change nothing. Raises UserError when it is not a condition over the columns of the index.
-    """
-    mask = snapshot.alive()
-    if condition is None:
-        return mask
-    columns = [ID, TEXT, *snapshot.manifest["columns"]]
-    lowered = [name.lower() for name in columns]
-    ambiguous = [name for name in columns if lowered.count(name.lower()) > 1]
-    used = ", ".join(name for name in ambiguous if name.lower() in condition.lower())
-    if used:
-        advice = "rename one and index the texts again, or write a condition without them"
-        problem = f"columns {used} differ only in case, which SQL ignores"
-        raise UserError(f"--where {condition!r}: {problem}; {advice}")
-    number = unused_name("_row", [*columns, *RESERVED_COLUMNS])
-    try:
-        with duckdb.connect(config=SAFE_SETTINGS) as connection:
-            connection.execute("SET lock_configuration = true")
-            for start, segment in zip(snapshot.starts, snapshot.segments):
-                size = len(segment.alive)
-                table = segment.table.drop_columns([HASH])
-                table = table.append_column(number, pa.array(np.arange(size)))
-                matches = connection.from_arrow(table).filter(condition).project(number)
-                rows = matches.fetchnumpy()[number]
-                here = np.zeros(size, bool)
-                here[np.asarray(rows, np.int64)] = True
-                mask[start : start + size] &= here
-    except duckdb.Error as error:
-        advice = f"write a condition over {', '.join(columns)}, with texts in single quotes"
-        raise UserError(f"--where {condition!r}: {one_line(error)}; {advice}") from error
-    return mask

@@ -9,14 +9,15 @@ the earlier ones. It is verified before it is used, and older ones are removed o
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import os
 import random
+import re
 import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -26,11 +27,13 @@ import numpy as np
 import safetensors.torch
 import torch
 
+from common import cli
 from common.cli import ERASE_LINE
-from common.errors import Interrupted
+from common.errors import Interrupted, reading
 from common.files import (
     find_damage,
     link_folder,
+    member,
     read_json,
     replace_folder,
     sync_file,
@@ -52,9 +55,12 @@ from common.training.run import (
     checkpoints_in,
     choose_checkpoint,
     identity_of_flags,
+    is_like,
     locate_run,
+    only_run,
     read_config,
     refuse_changes,
+    step_of,
 )
 from common.training.tracking import Log, LossMeter, file_size
 
@@ -62,6 +68,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 UNFINISHED = "tmp-"
+OWN_UNFINISHED = re.compile(rf"{UNFINISHED}\d{{8,}}")  # other files beside them are left alone
+RESTART_SECONDS = 60.0  # that a job restarted by torchrun waits for the processes of before
+ADAM_SLOTS = ("step", "exp_avg", "exp_avg_sq")  # the number of steps, and two averages
 TIME_IS_UP = signal.SIGALRM  # the signal of --max-minutes
 FINGERPRINTS = ("the data", "the model")
 POSITION = ("micro_batch", "epoch", "step_of_epoch", "step", "history", "best")
@@ -132,21 +141,27 @@ class Checkpoint:
         return tracking.LogPosition(self.state["log_bytes"], self.state["position"]["step"])
 
 
-def agree_on_location(
+@contextlib.contextmanager
+def open_location(
     output_dir: str | None, resume: str | None, runtime: Runtime, *, name: str
-) -> RunLocation:
-    """Return on every process the location of the run that the main one finds with `locate_run`.
+) -> Iterator[RunLocation]:
+    """Yield on every process the location of the run that the main one finds with `locate_run`, and
+    holds within the block.
 
-    In a run that torchrun has started again, the main process knows whether this job began it.
+    In a run that torchrun has started again, the main process knows whether this job began it, and
+    waits for the processes of before, which may be about to end.
     """
+    with contextlib.ExitStack() as held:
 
-    def locate() -> list[str | bool | None]:
-        location = locate_run(output_dir, resume, name=name, is_of_this_job=runtime.began_run)
-        checkpoint = None if location.checkpoint is None else str(location.checkpoint)
-        return [str(location.folder), location.is_resumed, checkpoint]
+        def locate() -> list[str | bool | None]:
+            location = locate_run(output_dir, resume, name=name, is_of_this_job=runtime.began_run)
+            wait = RESTART_SECONDS if runtime.began_run(location.folder) else 0.0
+            location = held.enter_context(only_run(location, is_named=output_dir is not None, wait=wait))
+            checkpoint = None if location.checkpoint is None else str(location.checkpoint)
+            return [str(location.folder), location.is_resumed, checkpoint]
 
-    folder, is_resumed, checkpoint = runtime.broadcast_from_main(locate)
-    return RunLocation(Path(folder), is_resumed, None if checkpoint is None else Path(checkpoint))
+        folder, is_resumed, checkpoint = runtime.broadcast_from_main(locate)
+        yield RunLocation(Path(folder), is_resumed, None if checkpoint is None else Path(checkpoint))
 
 
 class Checkpoints:
@@ -196,7 +211,8 @@ class Checkpoints:
         unfinished = self.folder / f"{UNFINISHED}{name}"
         if self.runtime.is_main:
             for leftover in self.folder.glob(f"{UNFINISHED}*"):
-                shutil.rmtree(leftover)
+                if OWN_UNFINISHED.fullmatch(leftover.name):
+                    shutil.rmtree(leftover)
             unfinished.mkdir(parents=True)
         self.runtime.barrier()
         try:
@@ -215,7 +231,7 @@ class Checkpoints:
                 shutil.rmtree(unfinished, ignore_errors=True)
             raise
         if self.runtime.is_main and find_damage(target) is None:
-            older = [path for path in checkpoints_in(self.run.folder) if path.name < target.name]
+            older = [path for path in checkpoints_in(self.run.folder) if step_of(path) < state.step]
             for beyond in older[self.keep - 1 :]:
                 shutil.rmtree(beyond)
         self.runtime.barrier()
@@ -293,6 +309,7 @@ class Checkpoints:
         # a changed flag can change data and model as well: then only the flag is named
         if not changed and before.get("the data") != self.identity["the data"]:
             old, new = before.get("the data", {}), self.identity["the data"]
+            old = old if isinstance(old, dict) else {}
             differing = " and ".join(split for split in new if old.get(split) != new[split])
             changed = [f"the texts, labels or tokens of {differing} differ"]
         elif not changed and before != self.identity:
@@ -305,32 +322,29 @@ class Checkpoints:
         Otherwise pruning and a later resume would count them.
         """
         for later in checkpoints_in(self.run.folder):
-            if later.name > start.path.name:
+            if step_of(later) > start.log_position().step:
                 shutil.rmtree(later)
 
     def restore(self, start: Checkpoint, state: TrainingState) -> None:
-        """Put the training, this process's random states and best/ back to a checkpoint."""
-        safetensors.torch.load_model(
-            state.model, str(start.path / "model.safetensors"), device=str(state.model.device)
-        )
-        slots: dict[int, dict] = {}
-        optimizer = safetensors.torch.load_file(start.path / "optimizer.safetensors")
-        for name, tensor in optimizer.items():
-            number, slot = name.split(".", 1)
-            slots.setdefault(int(number), {})[slot] = tensor
-        param_groups = start.state["param_groups"]
-        state.optimizer.load_state_dict({"state": slots, "param_groups": param_groups})
-        state.scheduler.load_state_dict(start.state["scheduler"])
-        state.scaler.load_state_dict(start.state["scaler"])
-        for name in POSITION:
-            setattr(state, name, start.state["position"][name])
+        """Put the training, this process's random states and best/ back to a checkpoint.
+
+        Raises UserError for one with other tensors or numbers than this training has.
+        """
+        advice = f"--resume {self.run.folder} takes the newest one, another --output-dir starts a new run"
+        with reading(f"--resume {start.path}: not a checkpoint of this training", advice):
+            _load_model(start, state)
+            _load_optimizer(start, state)
+            for name in POSITION:
+                setattr(state, name, start.state["position"][name])
+            for suffix in (".safetensors", ".json"):
+                member(start.path, f"rank-{self.runtime.rank}{suffix}")
+            self._restore_part(start.path / f"rank-{self.runtime.rank}", state.meter)
         if self.runtime.is_main and state.best is not None:
             fresh = self.best.with_name("best.new")
             shutil.rmtree(fresh, ignore_errors=True)
             link_folder(start.path / "best", fresh)
             replace_folder(fresh, self.best)
         self.runtime.barrier()
-        self._restore_part(start.path / f"rank-{self.runtime.rank}", state.meter)
 
     def _restore_part(self, path: Path, meter: LossMeter) -> None:
         """Set this process's random states and its loss meter from its part of a checkpoint."""
@@ -343,6 +357,42 @@ class Checkpoints:
             if name.startswith("meter.")
         }
         meter.restore(losses, others["meter"])
+
+
+def _load_model(start: Checkpoint, state: TrainingState) -> None:
+    """Set the weights to those of a checkpoint. Raises an error for other tensors."""
+    device = str(state.model.device)
+    safetensors.torch.load_model(state.model, str(start.path / "model.safetensors"), device=device)
+    for name, weights in state.model.named_parameters():
+        if not weights.isfinite().all():
+            raise ValueError(f"model.safetensors: {name} holds NaN or infinity")
+
+
+def _load_optimizer(start: Checkpoint, state: TrainingState) -> None:
+    """Set optimizer, schedule and loss scaler to those of a checkpoint. Raises an error for other
+    tensors or numbers: the optimizer itself would take them, and fail in its next step.
+    """
+    optimizer = state.optimizer
+    for name, own in (
+        ("param_groups", optimizer.state_dict()["param_groups"]),
+        ("scheduler", state.scheduler.state_dict()),
+        ("scaler", state.scaler.state_dict()),
+    ):
+        if not is_like(start.state[name], own):
+            raise ValueError(f"{STATE}: {name} differs from this training's")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    slots: dict[int, dict[str, torch.Tensor]] = {}
+    for name, tensor in safetensors.torch.load_file(start.path / "optimizer.safetensors").items():
+        number, _, slot = name.partition(".")
+        shape = () if slot == "step" else parameters[int(number)].shape
+        if slot not in ADAM_SLOTS or tensor.shape != shape or not tensor.isfinite().all():
+            raise ValueError(f"optimizer.safetensors: {name} does not fit the model")
+        slots.setdefault(int(number), {})[slot] = tensor
+    if any(values.keys() != set(ADAM_SLOTS) for values in slots.values()):
+        raise ValueError("optimizer.safetensors: a tensor is missing")
+    optimizer.load_state_dict({"state": slots, "param_groups": start.state["param_groups"]})
+    state.scheduler.load_state_dict(start.state["scheduler"])
+    state.scaler.load_state_dict(start.state["scaler"])
 
 
 def disk_bytes(model: torch.nn.Module, *, keep: int) -> int:
@@ -396,7 +446,8 @@ Handler = Callable[[int, FrameType | None], object] | int | None
 
 
 class StopSignals:
-    """Notes the first SIGINT or SIGTERM instead of ending the process; used as a context.
+    """Notes the first signal to stop (SIGINT, SIGTERM, SIGHUP) instead of ending the process; used
+    as a context.
 
     A second one ends the process at once, unless there are several: these leave together, after a
     step or a batch, because one that left alone would keep the others waiting. torchrun gives them
@@ -412,7 +463,7 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         # Python lets no other thread handle signals
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in cli.stop_signals():
                 self.handlers[number] = signal.signal(number, self._note)
             if self.seconds is not None:
                 self.handlers[TIME_IS_UP] = signal.signal(TIME_IS_UP, self._note_time)
@@ -440,8 +491,7 @@ class StopSignals:
         name = signal.Signals(number).name
         # on a terminal in the place of the progress bar, which is drawn again below it
         begin = ERASE_LINE if sys.stderr.isatty() else "\n"
-        line = f"{begin}{name}: saving after this step; a second one ends the run at once\n"
-        os.write(sys.stderr.fileno(), line.encode())  # print is not reentrant
+        cli.warn_of_stop(f"{begin}{name}: saving after this step; a second one ends the run at once\n")
 
     def requested(self) -> int | None:
         """Return the signal by which any process was asked to stop, TIME_IS_UP if only the time is

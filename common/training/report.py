@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from tabulate import tabulate
 
+from common.errors import printable, shorten
 from common.runtime import Runtime
 from common.training import batching
 from common.training.batching import BatchConfig
@@ -60,6 +62,7 @@ CARD_SETTINGS = {  # each with what is shown for a flag that was not given
 LOST = {"head": "lose their end", "tail": "lose their beginning", "head-tail": "lose their middle"}
 HUB_NAMES = {"bundled/all-MiniLM-L6-v2": "sentence-transformers/all-MiniLM-L6-v2"}
 SHOWN_CHARACTERS = 60
+MOST_CLASSES, WORST_CLASSES = 30, 20  # of more classes than the first, a table shows the second
 NUM_SHOWN, NUM_IN_TENSORBOARD = 5, 50  # texts with right or wrong answers
 
 
@@ -101,14 +104,24 @@ def epoch_table(epochs: list[dict], style: str = "simple") -> str:
 
 
 def class_table(per_class: dict[str, list], names: list[str], style: str = "simple") -> str:
-    """Return precision, recall, F1 and number of texts of each class as a table."""
-    rows = zip(names, *(per_class[key] for key in ("precision", "recall", "f1", "support")))
-    return tabulate(
+    """Return precision, recall, F1 and number of texts of each class as a table.
+
+    Of more than 30 classes it shows the 20 with the lowest F1, the lowest first, and says so below.
+    """
+    named = [_in_cell(name, style) for name in names]
+    rows = list(zip(named, *(per_class[key] for key in ("precision", "recall", "f1", "support"))))
+    note = ""
+    if len(rows) > MOST_CLASSES:
+        note = f"\n\nThese are the {WORST_CLASSES} of {len(rows):,} classes with the lowest F1."
+        rows = sorted(rows, key=lambda row: row[3])[:WORST_CLASSES]
+    table = tabulate(
         rows,
         ["class", "precision", "recall", "F1", "texts"],
         tablefmt=style,
         floatfmt=("", ".4f", ".4f", ".4f", "d"),
+        disable_numparse=[0],  # else the class 1.10 would read 1.1
     )
+    return table + note
 
 
 class Predictions:
@@ -137,15 +150,15 @@ class Predictions:
             numbers = [numbers[index * len(numbers) // most] for index in range(most)]
         rows = [
             [
-                _shorten(self.rows[number]["text"]),
-                self.names[self.predicted[number]],
-                self.names[self.labels[number]],
+                shorten(self.rows[number]["text"].replace("|", "/"), SHOWN_CHARACTERS),
+                _in_cell(self.names[self.predicted[number]], style),
+                _in_cell(self.names[self.labels[number]], style),
                 self.confidence[number].item(),
             ]
             for number in numbers
         ]
         headers = ["text", "predicted class", "true class", "confidence"]
-        return tabulate(rows, headers, tablefmt=style, floatfmt=".3f")
+        return tabulate(rows, headers, tablefmt=style, floatfmt=".3f", disable_numparse=[0, 1, 2])
 
     def length_table(self, max_length: int, style: str = "simple") -> str:
         """Return the number, the share not read and the accuracy of texts by length, as a table.
@@ -167,6 +180,7 @@ class Predictions:
             tablefmt=style,
             floatfmt=".4f",
             colalign=("left", "right", "right", "right"),
+            disable_numparse=[0, 2],
         )
 
     def write_csv(self, path: Path) -> None:
@@ -183,9 +197,10 @@ class Predictions:
                 writer.writerow([row, true, predicted, confidence, *scores, text])
 
 
-def _shorten(text: str) -> str:
-    line = " ".join(text.split()).replace("|", "/")  # a bar would end a cell in Markdown
-    return line if len(line) <= SHOWN_CHARACTERS else line[: SHOWN_CHARACTERS - 3] + "..."
+def _in_cell(text: str, style: str) -> str:
+    """Return a text as one short line; a bar would end a cell of Markdown."""
+    line = shorten(text, SHOWN_CHARACTERS)
+    return line.replace("|", "\\|") if style == "github" else line
 
 
 @dataclass(frozen=True)
@@ -238,9 +253,9 @@ def write_report(folder: Path, outcome: Outcome) -> None:
 
 def _report_text(outcome: Outcome) -> str:
     settings, results, predictions = outcome.settings, outcome.results, outcome.predictions
-    shown = [[f"`{key}`", _cell(settings[key])] for key in settings if key not in ("identity", "versions")]
-    described = tabulate(shown, ["setting", "value"], tablefmt="github")
-    packages = tabulate(settings["versions"].items(), ["package", "version"], tablefmt="github")
+    shown = [key for key in settings if key not in ("identity", "versions")]
+    described = _settings_table([(f"`{key}`", _cell(settings[key])) for key in shown], "setting", "value")
+    packages = _settings_table(settings["versions"].items(), "package", "version")
     return f"""# {settings["model"]} on {settings["dataset"]}
 
 Test accuracy **{results["test_accuracy"]:.4f}**, macro-F1 **{results["test_macro_f1"]:.4f}**
@@ -286,7 +301,11 @@ Every row of the test split is in [predictions.csv](predictions.csv).
 
 
 def _cell(value: object) -> str:
-    return "" if value is None else " ".join(str(value).split())
+    return "" if value is None else printable(" ".join(str(value).split())).replace("|", "\\|")
+
+
+def _settings_table(rows: Iterable[tuple[str, str]], *headers: str) -> str:
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)  # text, also 1e-4
 
 
 def _public(name: str) -> str:
@@ -297,6 +316,12 @@ def _public(name: str) -> str:
 def _base_model(name: str) -> str:
     # the Hub accepts only its own names here
     return "" if Path(name).exists() else f"base_model: {HUB_NAMES.get(name, name)}\n"
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(f"`{name}`" for name in names[:MOST_CLASSES])
+    rest = len(names) - MOST_CLASSES
+    return f"{shown} and {rest:,} more" if rest > 0 else shown
 
 
 def _novelty(splits: Splits) -> str:
@@ -325,9 +350,7 @@ def _card_text(outcome: Outcome, splits: Splits) -> str:
         f"`{key}`": unset if settings[key] is None else _cell(settings[key])
         for key, unset in CARD_SETTINGS.items()
     }
-    shown = tabulate(
-        [*values.items(), *settings["versions"].items()], ["setting", "value"], tablefmt="github"
-    )
+    shown = _settings_table([*values.items(), *settings["versions"].items()], "setting", "value")
     return f"""---
 library_name: transformers
 pipeline_tag: text-classification
@@ -337,7 +360,7 @@ pipeline_tag: text-classification
 # A classifier of texts into {len(names)} classes
 
 `{_public(settings["model"])}`, fine-tuned on `{_public(settings["dataset"])}` to tell
-{", ".join(f"`{name}`" for name in names)}.
+{_listed(names)}.
 
 ```python
 from transformers import pipeline

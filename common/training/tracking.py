@@ -26,6 +26,7 @@ from common.files import replace_file
 from common.runtime import Runtime
 from common.training.run import CONFIG, RESULTS, UNFINISHED_CONFIG
 
+METRICS = "metrics.jsonl"
 COST_OF_TRAINING = 3  # of a token, beside that of a token in evaluation
 STEPS_BEFORE_FORECAST = 5
 METRICS = "metrics.jsonl"
