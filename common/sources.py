@@ -16,6 +16,7 @@ from pathlib import Path
 from common import bundled
 from common.errors import UserError
 
+GGUF_SUFFIX = ".gguf"
 DATA_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 # Files of a Hub model that are downloaded: no pickles, no ONNX, no code.
 FILES_READ = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
@@ -35,7 +36,7 @@ def find_folder(
     name: str, *, kind: bundled.Kind, flag: str = "--model", cache_dir: str | None = None
 ) -> Path:
     """Return the local folder of a model: a bundled name, a folder, or a Hub id, which is
-    downloaded first.
+    downloaded first; a language model can also be a GGUF file.
 
     `kind` says which bundled models are meant. Raises UserError, naming `flag`, when there is no
     such model, it can't be reached, or its weights are pickled.
@@ -43,7 +44,7 @@ def find_folder(
     check_model(name, kind=kind, flag=flag)
     if bundled.is_bundled(name):
         return bundled.model_folder(name, kind=kind, flag=flag, cache_dir=cache_dir)
-    if Path(name).is_dir():
+    if Path(name).exists():
         return Path(name)
     folder = _download(name, kind=kind, flag=flag, cache_dir=cache_dir)
     _check_model_folder(folder, f"{flag} {name}")
@@ -58,6 +59,8 @@ def check_model(name: str, *, kind: bundled.Kind, flag: str = "--model") -> None
         bundled.check_model(name, kind=kind, flag=flag)
         return
     folder = Path(name)
+    if folder.is_file() and kind == "language model" and folder.suffix == GGUF_SUFFIX:
+        return
     if folder.is_file():
         raise UserError(f"{flag} {name}: this is a file; name the folder of a saved model")
     if name and folder.is_dir():
