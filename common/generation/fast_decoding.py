@@ -97,7 +97,10 @@ def load_library(cache_dir: str | None) -> ctypes.CDLL:
     with scratch as scratch_name:
         compiled = Path(scratch_name) / name
         _compile([*compiler, *FLAGS, native, str(SOURCE), "-o", str(compiled), "-lm"])
-        library = _declare(ctypes.CDLL(str(compiled)))  # stays loaded when the file is gone
+        try:
+            library = _declare(ctypes.CDLL(str(compiled)))  # stays loaded when the file is gone
+        except (OSError, AttributeError) as error:
+            raise NotCovered(f"the C compiler {compiler[0]} made no library: {one_line(error)}") from error
         if compiled.parent.parent == folder:
             os.replace(compiled, folder / name)
     return library
@@ -210,9 +213,10 @@ class Kernel:
     def widen(self, matrix: Matrix, first_row: int = 0, rows: int | None = None) -> Tensor:
         """Return `rows` rows of a matrix from `first_row` on, a multiple of 16, in fp32."""
         count = matrix.rows - first_row if rows is None else rows
-        result = torch.empty(count, matrix.columns)
-        self.library.widen(self.pool, c_matrix(matrix), first_row, count, result.data_ptr())
-        return result
+        whole_tiles = min(-(-count // TILE) * TILE, matrix.rows - first_row)
+        result = torch.empty(whole_tiles, matrix.columns)
+        self.library.widen(self.pool, c_matrix(matrix), first_row, whole_tiles, result.data_ptr())
+        return result[:count]
 
     def widen_rows(self, matrix: Matrix, rows: list[int]) -> Tensor:
         """Return some rows of a matrix in fp32."""
