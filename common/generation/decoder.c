@@ -98,13 +98,19 @@ INLINE Floats to_floats(Ints numbers) { return __builtin_convertvector(numbers, 
 INLINE Floats choose(Ints mask, Floats yes, Floats no) { return (Floats)((mask & (Ints)yes) | (~mask & (Ints)no)); }
 
 INLINE float sum_of(Floats numbers) {
-    float sum = 0;
-    for (int lane = 0; lane < LANES; lane++) sum += numbers[lane];
-    return sum;
+    for (int half = LANES / 2; half; half /= 2)  // in pairs, which need not wait for each other
+        for (int lane = 0; lane < half; lane++) numbers[lane] += numbers[lane + half];
+    return numbers[0];
 }
 
-INLINE Floats from_bf16(const uint16_t *from) {
+INLINE Floats from_bf16(const uint16_t *from) {  // the upper half of an fp32 number
+#if LANES == 16
+    return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)from)), 16);
+#elif LANES == 8
+    return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)from)), 16);
+#else
     return (Floats)(__builtin_convertvector(*(const AnyShorts *)from, Ints) << 16);
+#endif
 }
 
 INLINE Floats from_fp16(const uint16_t *from) {
@@ -122,6 +128,10 @@ INLINE Floats from_fp16(const uint16_t *from) {
 INLINE Floats from(int kind, const void *data, int64_t index) {
     if (kind == FP32) return load((const float *)data + index);
     return kind == FP16 ? from_fp16((const uint16_t *)data + index) : from_bf16((const uint16_t *)data + index);
+}
+
+INLINE void prefetch(int kind, const void *data, int64_t index) {
+    __builtin_prefetch((const char *)data + index * (kind == FP32 ? 4 : 2));
 }
 
 static float one_from(int kind, const void *data, int64_t index) {
@@ -165,8 +175,8 @@ typedef struct {  // a group of 32 activations of a row
     // the numbers as hi * 65536 + lo: lo of columns 4n and 4n + 2, then of 4n + 1 and 4n + 3; hi likewise
     int16_t pairs[4][GROUP / 2];
 #endif
-    float scale;
-    int32_t sum, digit_sums[3], lo_sum, hi_sum;
+    float scale, sum;  // of the activations, as rounded
+    int32_t digit_sums[3], lo_sum, hi_sum;
 } __attribute__((aligned(64))) Group;
 
 // Write 32 activations as whole numbers with three digits each, times a scale. NaN and infinity become
@@ -204,7 +214,7 @@ static void to_digits(const float *x, Group *group) {
         hi_sum += hi;
 #endif
     }
-    group->sum = sum;
+    group->sum = group->scale * (float)sum;
     memcpy(group->digit_sums, sums, sizeof sums);
     group->lo_sum = lo_sum;
     group->hi_sum = hi_sum;
@@ -236,7 +246,6 @@ typedef uint8x16_t Bytes;
 INLINE Bytes load_bytes(const uint8_t *from) { return vld1q_u8(from); }
 INLINE Bytes low_halves(Bytes bytes) { return vandq_u8(bytes, vdupq_n_u8(15)); }
 INLINE Bytes high_halves(Bytes bytes) { return vshrq_n_u8(bytes, 4); }
-// NEON multiplies signed numbers only: those of 8 bits have 128 taken off before, and none to subtract later
 INLINE Ints add_products(Ints sum, Bytes bytes, int32_t digits) {
     return (Ints)vdotq_s32((int32x4_t)sum, vreinterpretq_s8_u8(bytes), vreinterpretq_s8_s32(vdupq_n_s32(digits)));
 }
@@ -266,6 +275,25 @@ INLINE Ints add_products(Ints sum, Bytes bytes, int32_t digits) {
 }
 #endif
 
+#if defined(PAIRS)
+// Sums of two products of a 4-bit number and a digit in 16 bits: 8 of them are at most 30,720.
+INLINE Ints add_products4(Ints sum, Bytes bytes, int32_t digits) {
+    return (Ints)_mm256_add_epi16((__m256i)sum, _mm256_maddubs_epi16(bytes, _mm256_set1_epi32(digits)));
+}
+INLINE Ints finish4(Ints sum) { return (Ints)_mm256_madd_epi16((__m256i)sum, _mm256_set1_epi16(1)); }
+#else
+#define add_products4 add_products
+INLINE Ints finish4(Ints sum) { return sum; }
+#endif
+
+#if defined(NEON)  // it multiplies signed numbers only: those of 8 bits lose the 128 that were added
+enum { ADDED = 0 };
+INLINE Bytes shifted(Bytes bytes) { return veorq_u8(bytes, vdupq_n_u8(128)); }
+#elif !defined(PAIRS)
+enum { ADDED = 128 };
+INLINE Bytes shifted(Bytes bytes) { return bytes; }
+#endif
+
 INLINE int32_t four(const void *from, int number) {  // the number-th 4 bytes
     int32_t bytes;
     memcpy(&bytes, (const char *)from + 4 * number, sizeof bytes);
@@ -277,62 +305,63 @@ INLINE Floats join(Ints first, Ints second, Ints third) {
     return to_floats(third) * 65536.0f + to_floats(first + (second << 8));
 }
 
-// `numbers` are those of a tile's group, of which this is the part of rows part * LANES and following.
-INLINE Floats dot4(const uint8_t *numbers, int part, const Group *group) {
-#if defined(PAIRS)  // sums of two products of a 4-bit number and a digit: 8 of them are at most 30,720
-    __m256i sums[3] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256()};
-    for (int four_columns = 0; four_columns < 8; four_columns += 2) {
-        Bytes bytes = load_bytes(numbers + 32 * four_columns + 4 * LANES * part);
-        Bytes low = low_halves(bytes), high = high_halves(bytes);
+// Products of the 16 rows of a tile's group with a group of activations; `numbers` follow the scales.
+INLINE void dot4(const uint8_t *numbers, const Group *group, Floats result[PARTS]) {
+    Ints sums[3][PARTS] = {{{0}}};
+    // not unrolled: with all loads at once, the compiler would keep the sums in memory
+#pragma GCC unroll 1
+    for (int pair = 0; pair < 4; pair++) {  // of 4 columns each
+        Bytes low[PARTS], high[PARTS];
+        for (int part = 0; part < PARTS; part++) {
+            Bytes bytes = load_bytes(numbers + 64 * pair + 4 * LANES * part);
+            low[part] = low_halves(bytes);
+            high[part] = high_halves(bytes);
+        }
         for (int d = 0; d < 3; d++) {
-            __m256i lows = _mm256_maddubs_epi16(low, _mm256_set1_epi32(four(group->digits[d], four_columns)));
-            __m256i highs = _mm256_maddubs_epi16(high, _mm256_set1_epi32(four(group->digits[d], four_columns + 1)));
-            sums[d] = _mm256_add_epi16(sums[d], _mm256_add_epi16(lows, highs));
+            int32_t first = four(group->digits[d], 2 * pair), second = four(group->digits[d], 2 * pair + 1);
+            for (int part = 0; part < PARTS; part++) {
+                sums[d][part] = add_products4(sums[d][part], low[part], first);
+                sums[d][part] = add_products4(sums[d][part], high[part], second);
+            }
         }
     }
-    __m256i ones = _mm256_set1_epi16(1);
-    return join((Ints)_mm256_madd_epi16(sums[0], ones), (Ints)_mm256_madd_epi16(sums[1], ones),
-                (Ints)_mm256_madd_epi16(sums[2], ones));
-#else
-    Ints sums[3] = {{0}};
-    for (int four_columns = 0; four_columns < 8; four_columns += 2) {
-        Bytes bytes = load_bytes(numbers + 32 * four_columns + 4 * LANES * part);
-        Bytes low = low_halves(bytes), high = high_halves(bytes);
-        for (int d = 0; d < 3; d++) {
-            sums[d] = add_products(sums[d], low, four(group->digits[d], four_columns));
-            sums[d] = add_products(sums[d], high, four(group->digits[d], four_columns + 1));
-        }
-    }
-    return join(sums[0], sums[1], sums[2]);
-#endif
+    for (int part = 0; part < PARTS; part++)
+        result[part] = join(finish4(sums[0][part]), finish4(sums[1][part]), finish4(sums[2][part]));
 }
 
-INLINE Floats dot8(const uint8_t *numbers, int part, const Group *group) {
+INLINE void dot8(const uint8_t *numbers, const Group *group, Floats result[PARTS]) {
 #if defined(PAIRS)  // products of 16-bit numbers in pairs: at most 32 * 255 * 32,768, less than 2^31
-    Ints lo = (Ints){0} - 128 * group->lo_sum, hi = (Ints){0} - 128 * group->hi_sum;
-    for (int four_columns = 0; four_columns < 8; four_columns++) {
-        Bytes bytes = load_bytes(numbers + 64 * four_columns + 4 * LANES * part);
-        __m256i even = _mm256_and_si256(bytes, _mm256_set1_epi16(255)), odd = _mm256_srli_epi16(bytes, 8);
-        lo += (Ints)_mm256_madd_epi16(even, _mm256_set1_epi32(four(group->pairs[0], four_columns)));
-        lo += (Ints)_mm256_madd_epi16(odd, _mm256_set1_epi32(four(group->pairs[1], four_columns)));
-        hi += (Ints)_mm256_madd_epi16(even, _mm256_set1_epi32(four(group->pairs[2], four_columns)));
-        hi += (Ints)_mm256_madd_epi16(odd, _mm256_set1_epi32(four(group->pairs[3], four_columns)));
+    Ints lo[PARTS], hi[PARTS];
+    for (int part = 0; part < PARTS; part++) {
+        lo[part] = (Ints){0} - 128 * group->lo_sum;
+        hi[part] = (Ints){0} - 128 * group->hi_sum;
     }
-    return to_floats(hi) * 65536.0f + to_floats(lo);
+#pragma GCC unroll 1
+    for (int n = 0; n < 8; n++) {  // 4 columns each
+        int32_t lo_even = four(group->pairs[0], n), lo_odd = four(group->pairs[1], n);
+        int32_t hi_even = four(group->pairs[2], n), hi_odd = four(group->pairs[3], n);
+        for (int part = 0; part < PARTS; part++) {
+            Bytes bytes = load_bytes(numbers + 64 * n + 4 * LANES * part);
+            Bytes even = _mm256_and_si256(bytes, _mm256_set1_epi16(255)), odd = _mm256_srli_epi16(bytes, 8);
+            lo[part] += (Ints)_mm256_madd_epi16(even, _mm256_set1_epi32(lo_even));
+            hi[part] += (Ints)_mm256_madd_epi16(even, _mm256_set1_epi32(hi_even));
+            lo[part] += (Ints)_mm256_madd_epi16(odd, _mm256_set1_epi32(lo_odd));
+            hi[part] += (Ints)_mm256_madd_epi16(odd, _mm256_set1_epi32(hi_odd));
+        }
+    }
+    for (int part = 0; part < PARTS; part++) result[part] = to_floats(hi[part]) * 65536.0f + to_floats(lo[part]);
 #else
-    Ints sums[3];
-    for (int d = 0; d < 3; d++) sums[d] = (Ints){0};
-#if !defined(NEON)
-    for (int d = 0; d < 3; d++) sums[d] -= 128 * group->digit_sums[d];
-#endif
-    for (int four_columns = 0; four_columns < 8; four_columns++) {
-        Bytes bytes = load_bytes(numbers + 64 * four_columns + 4 * LANES * part);
-#if defined(NEON)
-        bytes = veorq_u8(bytes, vdupq_n_u8(128));
-#endif
-        for (int d = 0; d < 3; d++) sums[d] = add_products(sums[d], bytes, four(group->digits[d], four_columns));
-    }
-    return join(sums[0], sums[1], sums[2]);
+    Ints sums[3][PARTS];
+    for (int d = 0; d < 3; d++)
+        for (int part = 0; part < PARTS; part++) sums[d][part] = (Ints){0} - ADDED * group->digit_sums[d];
+#pragma GCC unroll 1
+    for (int n = 0; n < 8; n++)  // 4 columns each
+        for (int part = 0; part < PARTS; part++) {
+            Bytes bytes = shifted(load_bytes(numbers + 64 * n + 4 * LANES * part));
+            for (int d = 0; d < 3; d++)
+                sums[d][part] = add_products(sums[d][part], bytes, four(group->digits[d], n));
+        }
+    for (int part = 0; part < PARTS; part++) result[part] = join(sums[0][part], sums[1][part], sums[2][part]);
 #endif
 }
 
@@ -350,20 +379,22 @@ INLINE void multiply_groups(int bits, const uint8_t *tile, const Rows *rows, int
     for (int row = 0; row < count; row++)
         for (int part = 0; part < PARTS; part++) sums[row][part] = (Floats){0};
     int num_groups = rows->width / GROUP;
-    for (int g = 0; g < num_groups; g++, tile += bits == 4 ? BYTES4 : BYTES8)
-        for (int part = 0; part < PARTS; part++) {
-            const uint16_t *scales = (const uint16_t *)tile + part * LANES;
-            Floats scale = from_fp16(scales), minimum = bits == 4 ? from_fp16(scales + TILE) : (Floats){0};
-            for (int row = 0; row < count; row++) {
-                const Group *group = rows->groups + (int64_t)row * num_groups + g;
-                if (bits == 4) {
-                    sums[row][part] += scale * (dot4(tile + 4 * TILE, part, group) * group->scale);
-                    sums[row][part] += minimum * (group->scale * (float)group->sum);
-                } else {
-                    sums[row][part] += scale * (dot8(tile + 2 * TILE, part, group) * group->scale);
-                }
+    int bytes = bits == 4 ? BYTES4 : BYTES8;
+    for (int g = 0; g < num_groups; g++, tile += bytes) {
+        // the processor fetches ahead by itself, but not far enough
+        for (int line = 0; line < bytes; line += 64) __builtin_prefetch(tile + 4096 + line);
+        for (int row = 0; row < count; row++) {
+            const Group *group = rows->groups + (int64_t)row * num_groups + g;
+            Floats dots[PARTS];
+            if (bits == 4) dot4(tile + 4 * TILE, group, dots);
+            else dot8(tile + 2 * TILE, group, dots);
+            for (int part = 0; part < PARTS; part++) {
+                const uint16_t *scales = (const uint16_t *)tile + part * LANES;
+                sums[row][part] += from_fp16(scales) * (dots[part] * group->scale);
+                if (bits == 4) sums[row][part] += from_fp16(scales + TILE) * group->sum;
             }
         }
+    }
     for (int row = 0; row < count; row++)
         for (int part = 0; part < PARTS; part++) store(result[row] + part * LANES, sums[row][part]);
 }
@@ -373,6 +404,15 @@ INLINE void multiply_four(int kind, const Matrix *matrix, const int64_t *begins,
                           float (*result)[TILE]) {
     Floats sums[2][4] = {{{0}}};
     int column = 0, width = matrix->columns;
+    if (count == 1) {  // two vectors at a time: one sum would wait for the one before
+        for (; column + 2 * LANES <= width; column += 2 * LANES)
+            for (int i = 0; i < 4; i++) {
+                prefetch(kind, matrix->data, begins[i] + 4 * width + column);
+                for (int half = 0; half < 2; half++)
+                    sums[half][i] += from(kind, matrix->data, begins[i] + column + half * LANES) * load(x + column + half * LANES);
+            }
+        for (int i = 0; i < 4; i++) sums[0][i] += sums[1][i];
+    }
     for (; column + LANES <= width; column += LANES) {
         Floats numbers[2];
         for (int row = 0; row < count; row++) numbers[row] = load(x + (int64_t)row * width + column);
@@ -427,6 +467,17 @@ static void multiply(const Matrix *matrix, int tile, const Rows *rows, float (*r
             for (int i = 0; i < TILE && tile * TILE + i < matrix->rows; i++) result[row][i] += matrix->bias[tile * TILE + i];
 }
 
+// The 32 numbers of one row of a tile's group in fp32.
+INLINE void widen_group(int bits4, const uint8_t *group, int row, float scale, float minimum, float *result) {
+    uint8_t numbers[GROUP];
+    for (int n = 0; n < 8; n++) {
+        uint32_t bytes = four(group + 2 * TILE * (bits4 ? 2 : 1), (bits4 ? n / 2 : n) * TILE + row);
+        if (bits4) bytes = bytes >> n % 2 * 4 & 0x0f0f0f0f;
+        memcpy(numbers + 4 * n, &bytes, sizeof bytes);
+    }
+    for (int i = 0; i < GROUP; i++) result[i] = scale * (float)(numbers[i] - (bits4 ? 0 : 128)) + minimum;
+}
+
 // The 16 rows of a tile in fp32, (16, columns), as far as the matrix has them.
 static void widen_tile(const Matrix *matrix, int tile, float *result) {
     int columns = matrix->columns, count = matrix->rows - tile * TILE < TILE ? matrix->rows - tile * TILE : TILE;
@@ -441,17 +492,8 @@ static void widen_tile(const Matrix *matrix, int tile, float *result) {
     for (int first = 0; first < columns; first += GROUP, data += bytes) {
         float scales[2 * TILE];
         for (int i = 0; i < (bits4 ? 2 : 1) * TILE; i += LANES) store(scales + i, from_fp16((const uint16_t *)data + i));
-        const uint8_t *numbers = data + (bits4 ? 4 : 2) * TILE;
         for (int row = 0; row < count; row++)
-            for (int i = 0; i < GROUP; i++) {
-                float *to = result + (int64_t)row * columns + first + i;
-                if (bits4) {
-                    uint8_t byte = numbers[i / 8 * 64 + row * 4 + i % 4];
-                    *to = scales[row] * (float)(i % 8 < 4 ? byte & 15 : byte >> 4) + scales[TILE + row];
-                } else {
-                    *to = scales[row] * (float)(numbers[i / 4 * 64 + row * 4 + i % 4] - 128);
-                }
-            }
+            widen_group(bits4, data, row, scales[row], bits4 ? scales[TILE + row] : 0, result + (int64_t)row * columns + first);
     }
 }
 
@@ -465,13 +507,8 @@ static void widen_row(const Matrix *matrix, int row, float *result) {
     int bits4 = matrix->kind == GROUPS4, bytes = bits4 ? BYTES4 : BYTES8, lane = row % TILE;
     const uint8_t *data = (const uint8_t *)matrix->data + (int64_t)(row / TILE) * (columns / GROUP) * bytes;
     for (int first = 0; first < columns; first += GROUP, data += bytes) {
-        const uint8_t *numbers = data + (bits4 ? 4 : 2) * TILE;
         float scale = one_from(FP16, data, lane), minimum = bits4 ? one_from(FP16, data, TILE + lane) : 0;
-        for (int i = 0; i < GROUP; i++) {
-            uint8_t byte = bits4 ? numbers[i / 8 * 64 + lane * 4 + i % 4] : numbers[i / 4 * 64 + lane * 4 + i % 4];
-            int number = bits4 ? (i % 8 < 4 ? byte & 15 : byte >> 4) : byte - 128;
-            result[first + i] = scale * (float)number + minimum;
-        }
+        widen_group(bits4, data, lane, scale, minimum, result + first);
     }
 }
 

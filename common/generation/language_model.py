@@ -178,7 +178,8 @@ def read_stored(
     if kernel is not None and keeps:
         fast_decoding.store(model, matrices, kernel)
     model.load_state_dict(tensors, strict=False, assign=True)
-    model.tie_weights()
+    if not keeps:
+        model.tie_weights()
     missing = [key for key, parameter in model.named_parameters() if parameter.is_meta]
     if missing:
         raise UserError(f"--model {name}: no weights for {missing[0]}; name a complete file")
