@@ -13,26 +13,47 @@ hence the limit on the length.
 """
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 NAME = "matrix_products"
 MAX_TOKENS = 512  # the probabilities take 2 bytes x heads x tokens for each token and layer
 DRAWS_PER_INT64, LEVELS = 4, 1 << 16  # a 64-bit draw holds four 16-bit decisions
 
 
-def use_fast_attention(model: PreTrainedModel) -> None:
+def use_fast_attention(model: "PreTrainedModel") -> None:
     """Compute attention as matrix products wherever that is faster; all other calls use PyTorch's
     fused kernel.
 
-    A model whose attention is not PyTorch's fused kernel stays unchanged.
+    A model of transformers whose attention is not PyTorch's fused kernel stays unchanged.
     """
+    # who has such a model has imported the library, which takes seconds
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(NAME)
+
+
+def attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Return the output of attention (B, H, T, D), by matrix products wherever that is faster, else
+    by PyTorch's fused kernel.
+
+    `query` (B, H, T, D); `key`, `value` (B, H, S, D); `mask` None or broadcastable to (B, H, T, S),
+    True where a token is attended to.
+    """
+    if _products_are_faster(query, key):
+        return _matrix_products(query, key, value, mask, query.shape[-1] ** -0.5)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
 def attend(
@@ -53,22 +74,34 @@ def attend(
     (B, H, T, S), boolean (True: attend) or additive. The signature is that of
     `transformers.AttentionInterface`.
     """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     needs_causal_mask = attention_mask is None and causal
-    is_short = max(query.shape[-2], key.shape[-2]) <= MAX_TOKENS
-    is_cpu_bf16 = query.device.type == "cpu" and query.dtype == torch.bfloat16
     has_groups = query.shape[1] != key.shape[1]  # grouped-query attention
     has_bias = options.get("position_bias") is not None
-    if not (is_short and is_cpu_bf16) or needs_causal_mask or dropout or has_groups or has_bias:
+    is_special = needs_causal_mask or dropout or has_groups or has_bias
+    if is_special or not _products_are_faster(query, key):
         options |= {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = torch.matmul(query * scale, key.transpose(-1, -2))  # (B, H, T, S)
-    if attention_mask is not None:
-        is_additive = attention_mask.is_floating_point()
-        scores += attention_mask if is_additive else _bias(attention_mask, scores.dtype)
-    output = torch.matmul(torch.softmax(scores, dim=-1), value)  # (B, H, T, D)
+    output = _matrix_products(query, key, value, attention_mask, scale)
     return output.transpose(1, 2).contiguous(), None
+
+
+def _products_are_faster(query: torch.Tensor, key: torch.Tensor) -> bool:
+    is_short = max(query.shape[-2], key.shape[-2]) <= MAX_TOKENS
+    return is_short and query.device.type == "cpu" and query.dtype == torch.bfloat16
+
+
+def _matrix_products(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    """Return the output of attention (B, H, T, D)."""
+    scores = torch.matmul(query * scale, key.transpose(-1, -2))  # (B, H, T, S)
+    if mask is not None:
+        scores += mask if mask.is_floating_point() else _bias(mask, scores.dtype)
+    return torch.matmul(torch.softmax(scores, dim=-1), value)
 
 
 def _bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -77,10 +110,6 @@ def _bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     With -inf, a row that attends to nothing would be NaN (transformers #32390).
     """
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
-
-
-AttentionInterface.register(NAME, attend)
-AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 class PackedDropout(torch.nn.Dropout):
