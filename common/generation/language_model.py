@@ -12,9 +12,11 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from common import models, sources
 from common.errors import UserError, shorten
@@ -70,8 +72,10 @@ def load(
     gguf = stored_weights.find_gguf(source)
     with models.load_errors(name):
         folder = source if gguf is None else stored_weights.gguf_folder(gguf, cache_dir)
+    config = models.load(AutoConfig, folder, name=name)
+    check_trained_to_generate(config, name=name)
     tokenizer = models.load_tokenizer(folder, name=name)
-    model, fast_step, step_name = load_model(folder, runtime, loading, name=name, cache_dir=cache_dir)
+    model, fast_step, step_name = load_model(config, folder, runtime, loading, name=name, cache_dir=cache_dir)
     if model.config.is_encoder_decoder or not model.can_generate():
         raise UserError(
             f"--model {name}: {type(model).__name__} does not continue texts; name a causal language model"
@@ -86,15 +90,21 @@ def load(
 
 
 def load_model(
-    folder: Path, runtime: Runtime, loading: Loading, *, name: str, cache_dir: str | None
+    config: PreTrainedConfig,
+    folder: Path,
+    runtime: Runtime,
+    loading: Loading,
+    *,
+    name: str,
+    cache_dir: str | None,
 ) -> tuple[PreTrainedModel, FastStep | None, str]:
     """Return a model, its step in C if there is one, and how its steps are computed, in words."""
     plain_dtype = DTYPES[runtime.precision]
     try:
-        check_config(models.load(AutoConfig, folder, name=name))  # before the weights are read
+        check_config(config)  # before the weights are read
         kernel = start_kernel(runtime, loading, cache_dir)
         dtype = wanted_dtype(runtime, loading)
-        model = read_model(folder, dtype, name=name, kernel=kernel)
+        model = read_model(config, folder, dtype, name=name, kernel=kernel)
         step = fast_decoding.fast_step(model, fast_decoding.stored_matrices(model), kernel)
         model.eval()
         return model, step, f"C ({kernel.instructions})"
@@ -102,7 +112,7 @@ def load_model(
         if loading.weights == "file":
             raise UserError(f"--weights file: {name}: {reason}; leave the flag out") from reason
         dtype = DTYPES[loading.weights] if loading.weights != "auto" else plain_dtype
-        plain: Any = read_model(folder, dtype, name=name, kernel=None)
+        plain: Any = read_model(config, folder, dtype, name=name, kernel=None)
         return plain.eval().to(runtime.device), None, f"PyTorch ({reason})"
 
 
@@ -127,7 +137,7 @@ def wanted_dtype(runtime: Runtime, loading: Loading) -> torch.dtype | None:
 
 
 def read_model(
-    folder: Path, dtype: torch.dtype | None, *, name: str, kernel: Kernel | None
+    config: PreTrainedConfig, folder: Path, dtype: torch.dtype | None, *, name: str, kernel: Kernel | None
 ) -> PreTrainedModel:
     """Return the model of a folder, with weights of a dtype; None: as they are stored.
 
@@ -135,19 +145,13 @@ def read_model(
     used. Raises NotCovered, with a kernel, for a model whose weights it can't find.
     """
     if (folder / stored_weights.WEIGHTS_FILE).exists():
-        return read_stored(folder, dtype, name=name, kernel=kernel)
-    model, report = models.load(
-        AutoModelForCausalLM,
-        folder,
-        name=name,
-        dtype=dtype or "auto",
-        use_safetensors=True,
-        output_loading_info=True,
+        return read_stored(config, folder, dtype, name=name, kernel=kernel)
+    model, new = models.load_model(
+        AutoModelForCausalLM, folder, name=name, config=config, dtype=dtype or "auto"
     )
-    if report["missing_keys"]:
-        missing = ", ".join(sorted(report["missing_keys"])[:3])
+    if new:
         raise UserError(
-            f"--model {name}: it was never trained to generate (no weights for {missing}); name a "
+            f"--model {name}: it was never trained to generate (no weights for {', '.join(new[:3])}); name a "
             "causal language model"
         )
     if kernel is not None and model.dtype != torch.float32:
@@ -159,11 +163,10 @@ def read_model(
 
 
 def read_stored(
-    folder: Path, dtype: torch.dtype | None, *, name: str, kernel: Kernel | None
+    config: PreTrainedConfig, folder: Path, dtype: torch.dtype | None, *, name: str, kernel: Kernel | None
 ) -> PreTrainedModel:
     """Return a model from the folder of a GGUF file, as `read_model` does."""
     weights = stored_weights.read_weights(folder / stored_weights.WEIGHTS_FILE)
-    config = models.load(AutoConfig, folder, name=name)
     if dtype is not None:
         weights = {key: stored_weights.convert(weight, dtype) for key, weight in weights.items()}
     keeps = kernel is not None and dtype != torch.float32
@@ -187,6 +190,23 @@ def read_stored(
     model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its angles are no weights
     model.generation_config = models.load(GenerationConfig, folder, name=name)
     return model.requires_grad_(False)
+
+
+def check_trained_to_generate(config: PreTrainedConfig, *, name: str) -> None:
+    """Raise UserError for a model that was saved with another head than that of a language model,
+    or without one.
+
+    Some load all the same: BERT's head for masked words, or GPT-2 without a head, which is tied to
+    the embeddings.
+    """
+    saved = config.architectures or []
+    known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
+    is_known = not known.isdisjoint(saved) or any(kind.endswith("ForCausalLM") for kind in saved)
+    if saved and not is_known and not config.is_encoder_decoder:
+        raise UserError(
+            f"--model {name}: it was never trained to generate (it was saved as {', '.join(saved)}); name a"
+            " causal language model"
+        )
 
 
 def find_end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
