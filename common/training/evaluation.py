@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from common.bert import BertClassifier
 from common.runtime import Runtime
 from common.training import batching, data
 from common.training.checkpoint import StopSignals
@@ -19,8 +20,6 @@ from common.training.tracking import progress
 if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from common.bert import BertClassifier
 
 # texts held at a time: enough to sort by length, with little memory and early first answers
 PREDICT_BLOCK = 2048
@@ -68,7 +67,8 @@ def predict_logits(
     lengths = rows["chunk_lengths"][:]
     all_batches = batching.evaluation_batches(lengths, batch_size=batch_size)
     batches = all_batches[runtime.rank :: runtime.world_size]
-    num_classes = len(class_names(model))
+    is_own = isinstance(model, BertClassifier)  # not transformers'
+    num_classes = model.classifier.out_features if is_own else model.config.num_labels or 0
     sums = torch.zeros(len(rows), num_classes, device=runtime.device)  # (N, C)
     counts = torch.zeros(len(rows), dtype=torch.int64, device=runtime.device)  # (N), chunks scored
     is_gpu = runtime.device.type == "cuda"
