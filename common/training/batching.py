@@ -36,6 +36,9 @@ IGNORED_LABEL = -100  # the default ignore_index of cross_entropy
 MAX_POOL_BATCHES, MIN_POOLS = 50, 4
 # from the messages of PyTorch's allocators for CPU, CUDA and MPS
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+# with what lies between the activations in the heap, freed and kept (`keep_large_blocks`): 1.57 with
+# the bundled model and texts
+CPU_OVERHEAD = 1.5
 NOT_MODEL_INPUTS = ("text", "label", "row", "chunk_lengths", "num_tokens", "num_read")
 
 
@@ -486,11 +489,14 @@ def _kept_bytes(model: torch.nn.Module, batch: Batch, runtime: Runtime) -> int:
 def memory_line(model: torch.nn.Module, batches: PaddedBatches, micro_batch: int, runtime: Runtime) -> str:
     """Return one line on the memory that training will take, and what for."""
     trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    activations = activation_bytes(model, batches, micro_batch, runtime)
+    if runtime.device.type == "cpu":
+        activations = round(CPU_OVERHEAD * activations)
     parts = {
         "now": used_memory_bytes(runtime.device),
         "gradients": trained if runtime.world_size == 1 else 2 * trained,  # DDP's buckets
         "AdamW": 2 * trained,
-        f"activations of {micro_batch} chunks": activation_bytes(model, batches, micro_batch, runtime),
+        f"activations of {micro_batch} chunks": activations,
     }
     listed = ", ".join(f"{file_size(num_bytes)} {name}" for name, num_bytes in parts.items())
     return f"memory   about {file_size(sum(parts.values()))}: {listed}"
