@@ -643,13 +643,13 @@ def test_a_large_table_lies_on_the_disk_and_is_the_same(tmp_path, monkeypatch):
     ],
 )
 def test_blocks_of_different_types_become_one_column(first, second, expected, tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "BLOCK_ROWS", 1)
+    monkeypatch.setattr(tables, "BLOCK_OBJECTS", 1)
     lines = "".join(json.dumps({"text": "a", "m": value}) + "\n" for value in (first, second))
     assert read(tmp_path / "t.jsonl", lines)["m"] == expected
 
 
 def test_a_column_that_only_later_rows_have(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "BLOCK_ROWS", 1)
+    monkeypatch.setattr(tables, "BLOCK_OBJECTS", 1)
     assert read(tmp_path / "t.jsonl", '{"text": "a"}\n{"text": "b", "label": "x"}\n')["label"] == [None, "x"]
 
 
