@@ -358,7 +358,7 @@ def test_a_head_of_as_many_classes_stays_and_is_not_called_new(tiny_model):
 # Real files, as they are: small ones of exactly their shapes ---------------------------------------
 
 AG_NEWS = "".join(
-    f'"{number % 4 + 1}","Title {number}, again","Text {number}: a ""quoted"" part #36;{number}\\, and more"\n'
+    f'"{number % 4 + 1}","Title {number}, again","Text {number}: a ""quoted"" part #36;{number}\\, more"\n'
     for number in range(80)
 )
 TREC = "".join(
@@ -378,13 +378,13 @@ REAL = {
         {"test.csv": AG_NEWS},
         "--dataset test.csv --columns label,title,text",
         ["1", "2", "3", "4"],
-        'Text 0: a "quoted" part #36;0\\, and more',
+        'Text 0: a "quoted" part #36;0\\, more',
     ),
     "AG News, compressed": (
         {"train.csv.gz": gzip.compress(AG_NEWS.encode()), "test.csv": AG_NEWS},
         "--train-file train.csv.gz --test-file test.csv --columns label,title,text",
         ["1", "2", "3", "4"],
-        'Text 0: a "quoted" part #36;0\\, and more',
+        'Text 0: a "quoted" part #36;0\\, more',
     ),
     "TREC-6": (
         {"train_5500.label": TREC.encode("latin-1"), "TREC_10.label": TREC.encode("latin-1")},
@@ -482,7 +482,7 @@ def test_a_file_of_a_split_takes_the_place_of_the_data_sets_own(tmp_path, cache_
         (["1.0", "0.0", "1.0"], ["0", "1"]),
         ([1.0, 0.0, 1.0], ["0", "1"]),
         (["1.0", "0"], ["0", "1"]),
-        (["007", "7", "7.0"], ["7", "007", "7.0"]),
+        (["007", "7", "7.0"], ["007", "7", "7.0"]),
         (["1.0", "1.1"] * 3, ["1.0", "1.1"]),
         (["1.10", "1.1"] * 3, ["1.1", "1.10"]),
         (["1e3", "2"], ["2", "1e3"]),
