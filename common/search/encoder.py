@@ -387,14 +387,7 @@ def load_reranker(name: str, runtime: Runtime, *, cache_dir: str | None) -> Cros
 
 def _load(model_class: type[LoadedModel], name: str, *, flag: str, cache_dir: str | None) -> LoadedModel:
     folder = sources.find_folder(name, kind="encoder", flag=flag, cache_dir=cache_dir)
-    with models.load_errors(name, flag=flag):
-        return model_class(
-            str(folder),
-            device="cpu",
-            local_files_only=True,
-            trust_remote_code=False,
-            model_kwargs={"use_safetensors": True, "dtype": torch.float32},
-        )
+    return models.load_sentence_model(model_class, folder, name=name, flag=flag)
 
 
 def fingerprint(model: SentenceTransformer) -> str:
