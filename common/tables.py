@@ -636,7 +636,8 @@ def read_parquet(data: DataFile) -> pa.Table:
     stand for.
     """
     with explained(data.name, "parquet"):
-        source = pq.ParquetFile(pa.BufferReader(pa.py_buffer(_mapped(data.file))))
+        content = pa.BufferReader(pa.py_buffer(_mapped(data.file)))
+        source = pq.ParquetFile(content, page_checksum_verification=True)
         blocks = (pa.Table.from_batches([batch]) for batch in source.iter_batches(BLOCK_ROWS))
         table = gather(blocks, data.folder)
         for position, field in enumerate(table.schema):

@@ -1,11 +1,14 @@
 """Labelled splits: which are chosen, what is refused, class names, stratified cuts and samples."""
 
 import gzip
+import os
 import random
 import shlex
 from collections import Counter
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
@@ -560,3 +563,30 @@ def test_damaged_tokens_are_made_anew_and_that_is_said(damage, tiny_model, tmp_p
     said = capsys.readouterr().err
     assert ("is damaged" in said) == (damage in ("a byte", "the end"))
     assert tokens() == expected
+
+
+def test_a_run_notices_a_file_that_changed_with_the_same_size_and_time(tiny_model, tmp_path, cache_dir):
+    tokenizer, path = AutoTokenizer.from_pretrained(tiny_model), tmp_path / "t.csv"
+    flags = ["--dataset", str(path), "--cache-dir", str(cache_dir)]
+    config = train_classifier.data_config(train_classifier.make_parser().parse_args(flags))
+    fingerprints = set()
+    for word in ("good", "poor", "good"):
+        path.write_text("text,label\n" + "".join(f"{word} {n},{n % 2}\n" for n in range(40)))
+        os.utime(path, ns=(1, 1))
+        rows = data.load_splits(config, Runtime(torch.device("cpu"), "fp32"))["train"]
+        options = {"max_length": 8, "truncation": "head", "cache_dir": str(cache_dir)}
+        fingerprints.add((word, data.tokenize(rows, tokenizer, **options)._fingerprint))
+    assert len(fingerprints) == 2
+
+
+@pytest.mark.parametrize("column", ["text", "label"])
+def test_parquet_that_is_no_utf8_is_refused_with_its_row(column, tmp_path, cache_dir):
+    """Arrow writes and reads it unchecked."""
+    broken = pa.array([b"a", b"sch\xf6n", b"a", b"b"])
+    broken = pa.Array.from_buffers(pa.string(), 4, broken.buffers())
+    table = pa.table({name: broken if name == column else ["a", "b", "c", "d"] for name in ("text", "label")})
+    pq.write_table(table, tmp_path / "t.parquet")
+    flags = ["--dataset", str(tmp_path / "t.parquet"), "--cache-dir", str(cache_dir)]
+    config = train_classifier.data_config(train_classifier.make_parser().parse_args(flags))
+    with pytest.raises(UserError, match="split train, row 2: not UTF-8"):
+        data.load_splits(config, Runtime(torch.device("cpu"), "fp32"))

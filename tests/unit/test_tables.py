@@ -687,3 +687,12 @@ def test_fields_of_a_column_by_their_path(ending, tmp_path):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = reading.read_file(path, as_text=["text", "meta.by.name"])
     assert found["meta.by.name"][:] == ["x", "y"]
+
+
+def test_a_flipped_bit_of_a_parquet_file_with_checksums_is_refused(tmp_path):
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"text": ["some text"] * 99}), sink, write_page_checksum=True, compression="none")
+    content = bytearray(sink.getvalue())
+    content[content.index(b"some text")] ^= 1
+    with pytest.raises(UserError, match="not readable as parquet: .*CRC"):
+        read(tmp_path / "t.parquet", bytes(content))
