@@ -43,10 +43,17 @@ COMMANDS = {
     "no such data": ["train_classifier.py", "--dataset", "HOME/nowhere.csv"],
     "occupied folder": ["train_classifier.py", "--output-dir", "docs"],
     "predict": ["train_classifier.py", "--model", "CLASSIFIER", "--predict", "HOME/text.txt"],
+    "generate help": ["generate.py", "--help"],
+    "no such prompts": ["generate.py", "--prompts-file", "HOME/nowhere.txt"],
+    "generate": ["generate.py", "--prompt", "Natural Language Processing is", "--stream"],
 }
-EXIT_CODES = {"no such index": 2, "no such data": 2, "occupied folder": 2}
+EXIT_CODES = {"no such index": 2, "no such data": 2, "occupied folder": 2, "no such prompts": 2}
 # ratio: the command whose seconds it holds, and the figure
-RATIOS = {"search_cold_seconds": ("search cold", "seconds"), "predict_seconds": ("predict", "seconds")}
+RATIOS = {
+    "search_cold_seconds": ("search cold", "seconds"),
+    "predict_seconds": ("predict", "seconds"),
+    "first_token_seconds": ("generate", "first_output_seconds"),
+}
 
 # Peak memory is inherited from the process that starts another one: this one is small.
 LAUNCH = """
