@@ -175,7 +175,9 @@ def main(flags):
     header = environment.describe(torch.device("cpu"))
     environment.show(header)
     with tempfile.TemporaryDirectory() as folder:
-        environment.run_child(__file__, "--make-index", str(Path(folder) / "index"))
+        chosen = [command for name, command in COMMANDS.items() if flags.only in name]
+        if any("INDEX" in command for command in chosen):
+            environment.run_child(__file__, "--make-index", str(Path(folder) / "index"))
         rounds = measure(flags, Path(folder))
     medians = {name: environment.median_of(measured) for name, measured in rounds.items()}
     keys = ("seconds", "first_output_seconds", "cpu_seconds", "peak_memory_mb", "modules")
