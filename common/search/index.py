@@ -421,12 +421,12 @@ def _open_files(folder: Path) -> tuple[Manifest, dict[str, CheckedFile]]:
             for name, entry in entries_of(manifest).items():
                 files[name] = CheckedFile(folder / name, entry, map_file(member(folder, name)))
             return manifest, files
-        except ValueError as error:
-            raise damaged(folder / MANIFEST, one_line(error)) from error
         except FileNotFoundError as error:
             if read_manifest(folder)["sha256"] == manifest["sha256"]:
                 raise UserError(f"{error.filename}: a file of the index is missing; {ADVICE}") from error
             # a writer has committed meanwhile: read its state
+        except (OSError, ValueError) as error:
+            raise damaged(folder / MANIFEST, one_line(error)) from error
 
 
 def map_file(path: Path) -> mmap.mmap | bytearray:
