@@ -543,11 +543,11 @@ def _answer(snapshot: Snapshot, condition: str, limits: Limits, sender: "Connect
     except (duckdb.OutOfMemoryException, MemoryError):
         kind, answer = NO_MEMORY, b""
     except UserError as error:
-        kind, answer = DAMAGE, str(error).encode()
+        kind, answer = DAMAGE, str(error).encode("utf-8", "replace")
     except duckdb.Error as error:
-        kind, answer = NO_CONDITION, one_line(error).encode()
+        kind, answer = NO_CONDITION, one_line(error).encode("utf-8", "replace")
     except Exception:
-        kind, answer = BUG, traceback.format_exc().encode()
+        kind, answer = BUG, traceback.format_exc().encode("utf-8", "replace")
     sender.send_bytes(kind)
     sender.send_bytes(answer)
 
