@@ -386,11 +386,16 @@ def _deleted_rows(table: pa.Table, count: int, num_rows: int) -> np.ndarray:
     has.
     """
     table.validate(full=True)
-    if table.schema != pa.schema({"row": pa.uint32()}) or table.column("row").null_count:
+    if table.schema != pa.schema([("row", pa.uint32())]) or table.column("row").null_count:
         raise ValueError(f"its columns are {', '.join(table.column_names)}, not row numbers")
-    rows = table.column("row").to_numpy().astype(np.int64)
-    if len(rows) != count or (np.diff(rows) <= 0).any() or rows[-1] >= num_rows:
-        raise ValueError(f"it does not name {count:,} of the {num_rows:,} rows")
+    wrong = ValueError(f"it does not name {count:,} of the {num_rows:,} rows")
+    if len(table) != count or table.column("row").num_chunks != 1:
+        raise wrong
+    # Arrow's to_numpy() would import pandas
+    rows = np.frombuffer(table.column("row").chunk(0).buffers()[1], np.uint32, count=count)
+    rows = rows.astype(np.int64)
+    if (np.diff(rows) <= 0).any() or rows[-1] >= num_rows:
+        raise wrong
     return rows
 
 
