@@ -281,7 +281,7 @@ def add_search_flags(command: cli.Parser) -> None:
     flag("--queries", dest="queries_file", metavar="FILE", type=cli.name, help=lines)
     flag("--top-k", type=cli.positive_int, default=5, help="texts per query")
     flag("--hybrid", action="store_true", help="fuse cosine and BM25 by reciprocal rank")
-    flag("--approximate", action="store_true", help="search a FAISS graph, kept beside the index")
+    flag("--approximate", action="store_true", help="find candidates by FAISS codes, kept beside the index")
     add_where_flags(command)
     add_rerank_flags(command)
     add_model_flags(command)
