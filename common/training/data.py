@@ -227,6 +227,8 @@ def validate(
     for split, rows in splits.items():
         _check_columns(split, rows, [text_column, label_column])
         reading.check_texts(rows, text_column, source=f"split {split}")
+        labels = rows.with_format("arrow")[label_column]
+        reading.check_characters(labels, f"split {split}, row", first=1)
     labels = {split: _label_names(split, rows, label_column) for split, rows in splits.items()}
     if names is None and all(map(WHOLE.fullmatch, labels["train"])):
         labels["train"] = list(map(_whole, labels["train"]))
