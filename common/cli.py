@@ -299,6 +299,7 @@ def run_main(main: Callable[[argparse.Namespace], None], args: argparse.Namespac
     """
     sys.excepthook = sys.__excepthook__
     loaded()
+    threading.excepthook = _explain_thread
     with _endings(prog, debug=getattr(args, "debug", False)):
         main(args)
         sys.stdout.flush()
@@ -439,6 +440,14 @@ def _explain_import(
         return
     _report(f"\n{prog}: error: {reason}" if sys.stderr.isatty() else f"{prog}: error: {reason}")
     os._exit(2)
+
+
+def _explain_thread(arguments: threading.ExceptHookArgs) -> None:
+    """Stand for threading.excepthook: a fault of the system is told by the main thread, which meets
+    it too, such as the full disk of TensorBoard's writer.
+    """
+    if fault_of_system(arguments.exc_value) is None:
+        threading.__excepthook__(arguments)
 
 
 @contextlib.contextmanager

@@ -386,11 +386,16 @@ def _deleted_rows(table: pa.Table, count: int, num_rows: int) -> np.ndarray:
     has.
     """
     table.validate(full=True)
-    if table.schema != pa.schema({"row": pa.uint32()}) or table.column("row").null_count:
+    if table.schema != pa.schema([("row", pa.uint32())]) or table.column("row").null_count:
         raise ValueError(f"its columns are {', '.join(table.column_names)}, not row numbers")
-    rows = table.column("row").to_numpy().astype(np.int64)
-    if len(rows) != count or (np.diff(rows) <= 0).any() or rows[-1] >= num_rows:
-        raise ValueError(f"it does not name {count:,} of the {num_rows:,} rows")
+    wrong = ValueError(f"it does not name {count:,} of the {num_rows:,} rows")
+    if len(table) != count or table.column("row").num_chunks != 1:
+        raise wrong
+    # Arrow's to_numpy() would import pandas
+    rows = np.frombuffer(table.column("row").chunk(0).buffers()[1], np.uint32, count=count)
+    rows = rows.astype(np.int64)
+    if (np.diff(rows) <= 0).any() or rows[-1] >= num_rows:
+        raise wrong
     return rows
 
 
@@ -421,12 +426,12 @@ def _open_files(folder: Path) -> tuple[Manifest, dict[str, CheckedFile]]:
             for name, entry in entries_of(manifest).items():
                 files[name] = CheckedFile(folder / name, entry, map_file(member(folder, name)))
             return manifest, files
-        except ValueError as error:
-            raise damaged(folder / MANIFEST, one_line(error)) from error
         except FileNotFoundError as error:
             if read_manifest(folder)["sha256"] == manifest["sha256"]:
                 raise UserError(f"{error.filename}: a file of the index is missing; {ADVICE}") from error
             # a writer has committed meanwhile: read its state
+        except (OSError, ValueError) as error:
+            raise damaged(folder / MANIFEST, one_line(error)) from error
 
 
 def map_file(path: Path) -> mmap.mmap | bytearray:
@@ -543,11 +548,11 @@ def _answer(snapshot: Snapshot, condition: str, limits: Limits, sender: "Connect
     except (duckdb.OutOfMemoryException, MemoryError):
         kind, answer = NO_MEMORY, b""
     except UserError as error:
-        kind, answer = DAMAGE, str(error).encode()
+        kind, answer = DAMAGE, str(error).encode("utf-8", "replace")
     except duckdb.Error as error:
-        kind, answer = NO_CONDITION, one_line(error).encode()
+        kind, answer = NO_CONDITION, one_line(error).encode("utf-8", "replace")
     except Exception:
-        kind, answer = BUG, traceback.format_exc().encode()
+        kind, answer = BUG, traceback.format_exc().encode("utf-8", "replace")
     sender.send_bytes(kind)
     sender.send_bytes(answer)
 

@@ -200,7 +200,9 @@ def main(flags):
     header = environment.describe(torch.device("cpu"))
     environment.show(header)
     with tempfile.TemporaryDirectory() as folder:
-        environment.run_child(__file__, "--prepare", folder)
+        chosen = [command for name, command in COMMANDS.items() if flags.only in name]
+        if any({"INDEX", "CLASSIFIER"} & set(command) for command in chosen):
+            environment.run_child(__file__, "--prepare", folder)
         rounds = measure(flags, Path(folder))
     medians = {name: environment.median_of(measured) for name, measured in rounds.items()}
     keys = ("seconds", "first_output_seconds", "cpu_seconds", "peak_memory_mb", "modules")

@@ -175,7 +175,7 @@ def test_the_comparison_sees_a_random_state_that_is_not_restored(forked, whole, 
     assert any("model.safetensors" in name for name in differing(tmp_path / "run", folder))
 
 
-@pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGINT", 130)])
+@pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGINT", 130), ("SIGHUP", 129)])
 @pytest.mark.parametrize("share", [0.3, 0.5])
 def test_a_signal_saves_and_says_how_to_go_on(name, code, share, forked, whole, tmp_path):
     folder, events = whole("one process")

@@ -416,44 +416,29 @@ def searcher_of(folder: Path, **options) -> Searcher:
     return Searcher(snapshot, StubEncoder(WIDTH), snapshot.alive(), **options)
 
 
-def other_graph(cache: Path) -> None:
-    """Put a whole graph of other vectors in the place of the cache's."""
-    graph = faiss.IndexHNSWFlat(WIDTH, 8, faiss.METRIC_INNER_PRODUCT)
-    graph.add(np.eye(3, WIDTH, dtype=np.float32))
-    faiss.write_index(graph, str(cache / "graph.faiss"))
-
-
-def wild_links(cache: Path) -> None:
-    graph = faiss.read_index(str(cache / "graph.faiss"))
-    links = faiss.vector_to_array(graph.hnsw.neighbors)
-    links[links >= 0] = 2**30
-    faiss.copy_array_to_vector(links, graph.hnsw.neighbors)
-    faiss.write_index(graph, str(cache / "graph.faiss"))
-
-
-def wild_start(cache: Path) -> None:
-    graph = faiss.read_index(str(cache / "graph.faiss"))
-    graph.hnsw.entry_point = 2**30
-    faiss.write_index(graph, str(cache / "graph.faiss"))
+def other_codes(cache: Path) -> None:
+    """Put whole codes of other vectors in the place of the cache's."""
+    codes = faiss.IndexPQFastScan(WIDTH, 2, 4, faiss.METRIC_INNER_PRODUCT)
+    codes.train(np.random.default_rng(0).standard_normal((16, WIDTH)).astype(np.float32))
+    codes.add(np.eye(3, WIDTH, dtype=np.float32))
+    faiss.write_index(codes, str(cache / "codes.faiss"))
 
 
 def flat(cache: Path) -> None:
-    faiss.write_index(faiss.IndexFlatIP(WIDTH), str(cache / "graph.faiss"))
+    faiss.write_index(faiss.IndexFlatIP(WIDTH), str(cache / "codes.faiss"))
 
 
 CACHES = {
-    "another graph": ("faiss", other_graph),
-    "links to nowhere": ("faiss", wild_links),
-    "a start nowhere": ("faiss", wild_start),
-    "no graph": ("faiss", flat),
-    "bytes for a graph": ("faiss", lambda cache: (cache / "graph.faiss").write_bytes(b"IHNf" + bytes(200))),
-    "rows without a node": (
+    "other codes": ("faiss", other_codes),
+    "no codes": ("faiss", flat),
+    "bytes for codes": ("faiss", lambda cache: (cache / "codes.faiss").write_bytes(b"IHNf" + bytes(200))),
+    "rows without a code": (
         "faiss",
-        lambda cache: np.save(cache / "nodes.npy", np.full(ROWS - 1, 99), allow_pickle=False),
+        lambda cache: np.save(cache / "codes.npy", np.full(ROWS - 1, 99), allow_pickle=False),
     ),
-    "a pickle for the nodes": (
+    "a pickle for the numbers": (
         "faiss",
-        lambda cache: np.save(cache / "nodes.npy", np.array([Path()]), allow_pickle=True),
+        lambda cache: np.save(cache / "codes.npy", np.array([Path()]), allow_pickle=True),
     ),
     "no settings of BM25": ("bm25", lambda cache: (cache / "params.index.json").write_text("[]")),
     "bytes for words": ("bm25", lambda cache: (cache / "vocab.index.json").write_bytes(b"\xff")),
