@@ -79,16 +79,14 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 # Another value would change what is computed here. (Whether DistilBERT's positions were made of sines
 # doesn't matter: they are in the file.)
-ONLY = {
-    "is_decoder": False,
-    "add_cross_attention": False,
-    "position_embedding_type": "absolute",
+COMMON = {  # settings of every kind of model
     "output_hidden_states": False,
     "output_attentions": False,
     "return_dict": True,
     "chunk_size_feed_forward": 0,
     "is_encoder_decoder": False,
 }
+ONLY = COMMON | {"is_decoder": False, "add_cross_attention": False, "position_embedding_type": "absolute"}
 # Names, versions, training, and what no model of these kinds reads.
 NO_MATTER = {
     "_name_or_path",
