@@ -121,8 +121,6 @@ def complete(run: Run, rows: list[Completion], batch: Batch | None = None, *, se
 
 def generate_texts(args: argparse.Namespace, texts: list[str], references: list[str] | None) -> None:
     """Generate all texts; show or write them, score them, and print how fast it was."""
-    if args.output:
-        output.check_path(args.output, resume=args.resume)
     run, prompts, runtime = load_all(args, texts)
     batches = split_batches(args, prompts)
     total = len(prompts) * args.num_samples  # texts
@@ -339,7 +337,7 @@ def make_parser() -> cli.Parser:
     add("--batch-size", type=positive_int, default=8, help="prompts per batch")
     help_text = "show the first text of each batch as it grows (default: on a terminal)"
     add("--stream", action=argparse.BooleanOptionalAction, help=help_text)
-    add("--output", metavar="FILE", help="write one JSON line per text instead of showing it")
+    add("--output", metavar="FILE", type=cli.name, help="write one JSON line per text instead of showing it")
     add("--resume", action="store_true", help="continue after the texts in the output file")
     help_text = "with --output: log-probabilities of each token and of the K most likely ones"
     add("--logprobs", type=non_negative_int, metavar="K", help=help_text)
@@ -526,6 +524,7 @@ def read_references(args: argparse.Namespace, num_texts: int) -> list[str] | Non
 
 def stop(number: int, _frame: FrameType | None) -> None:
     """End the run as Ctrl-C does, with the exit code of the signal."""
+    cli.warn_of_stop()
     raise Interrupted("interrupted", 128 + number)
 
 
@@ -548,9 +547,11 @@ def main(args: argparse.Namespace) -> None:
         elif args.compare:
             compare_choices(args, texts)
         else:
-            generate_texts(args, texts, references)
+            with output.only_run(args.output, resume=args.resume):
+                generate_texts(args, texts, references)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, stop)
+    for number in cli.stop_signals()[1:]:  # Ctrl-C is Python's own exception
+        signal.signal(number, stop)
     cli.run(make_parser(), main)

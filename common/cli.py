@@ -7,16 +7,23 @@ A script reads its flags before it imports PyTorch and the other libraries, whic
 import argparse
 import contextlib
 import errno
+import functools
+import io
+import json
 import os
+import re
+import resource
 import signal
 import sys
+import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
-from common.errors import Interrupted, UserError
+from common.errors import Interrupted, UserError, printable
 
 # All processes of a job find the same mistake. Rank 0 reports it at once; when it has ended,
 # torchrun ends the others before they report it too.
@@ -28,6 +35,40 @@ LOST_PEER = (  # what gloo and NCCL say when another process has ended
     "Broken pipe",
     "NCCL communicator was aborted",
 )
+# What ends a process without being its fault, and what helps. Rust's and Arrow's messages hold the
+# number of the error: "(os error 28)", "[errno 28]".
+OS_ERROR = re.compile(r"\((?:os )?error (\d+)\)|\[errno (\d+)\]", re.IGNORECASE)
+MORE_DISK = "free some space, or name folders on another disk with --output-dir and --cache-dir"
+OTHER_PLACE = "change the permissions, or name another place"
+ADVICE = {
+    errno.ENOSPC: MORE_DISK,
+    errno.EDQUOT: MORE_DISK,
+    errno.EFBIG: "raise the limit of a file's size (ulimit -f)",
+    errno.EACCES: OTHER_PLACE,
+    errno.EPERM: OTHER_PLACE,
+    errno.EROFS: OTHER_PLACE,
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "close other programs",
+    errno.ENOMEM: "free memory, or raise its limit (ulimit -v)",
+    errno.EIO: "check the disk or the terminal",
+    errno.EAGAIN: "raise the limit of processes and threads (ulimit -u)",
+    errno.ENAMETOOLONG: "use a shorter name",
+    errno.ELOOP: "name the file itself, not a link",
+    errno.ENOTDIR: "name a folder",
+    errno.EISDIR: "name a file",
+}
+# Words of libraries whose errors have no number, and the number that they mean
+WORDS = {
+    "Not enough disk space": errno.ENOSPC,
+    "can't start new thread": errno.EAGAIN,
+    "can't allocate memory": errno.ENOMEM,
+    "not enough memory": errno.ENOMEM,
+    **{os.strerror(number): number for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM)},
+}
+FEW_PROCESSES = 4096  # a limit of processes below this is tried out before the libraries are loaded
+# address space in bytes that loading the libraries takes, most of it never used
+NEEDED_ADDRESSES = 3 << 30
+TORCHRUN = "TORCHELASTIC_RUN_ID"  # set in every process that torchrun starts
 
 
 Check = Callable[[argparse.Namespace], None]
@@ -42,6 +83,9 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *, check: Check | None = None, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
         self.check = check
+        # absent unless given: it is no setting of a run
+        traces = "show where in the code a mistake was found"
+        self.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=traces)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Return the flags, checked."""
@@ -102,10 +146,16 @@ def _number(text: str, convert: Callable[[str], Any], accept: Callable[[Any], bo
     return value
 
 
+def name(text: str) -> str:
+    """Parse a name that is not empty, as that of an unset variable of the shell is."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the name is empty; leave the flag out, or name something")
+    return text
+
+
 def folder(text: str) -> str:
     """Parse the path of a folder that exists or can be made."""
-    if not text:
-        raise argparse.ArgumentTypeError("the name is empty; name a folder")
+    name(text)
     nearest = next(path for path in (Path(text), *Path(text).absolute().parents) if path.exists())
     if not nearest.is_dir():
         raise argparse.ArgumentTypeError(f"{text}: {nearest} is a file; name a folder")
@@ -143,13 +193,22 @@ def parse(parser: Parser, argv: Sequence[str] | None = None) -> argparse.Namespa
     libraries next.
 
     Help and mistakes end the process here. While the libraries are imported, Ctrl-C ends it without
-    a word, and a terminal shows what it waits for.
+    a word, a limit of the system that they exceed ends it with one line, and a terminal shows what
+    it waits for.
     """
-    with _endings(parser.prog):
+    _open_streams()
+    debug = "--debug" in (sys.argv if argv is None else argv)
+    with _endings(parser.prog, debug=debug):
+        check_job()
         args = parser.parse_args(argv)
+        _check_limits()
+    # that of a notebook may need packages that a script has no use for
+    os.environ["MPLBACKEND"] = "Agg"
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave)
-    if sys.stderr.isatty() and _is_rank_0():
+    if not debug:
+        sys.excepthook = functools.partial(_explain_import, parser.prog)
+    if sys.stderr.isatty() and is_rank_0():
         print(LOADING, end="", file=sys.stderr, flush=True)
     return args
 
@@ -157,14 +216,16 @@ def parse(parser: Parser, argv: Sequence[str] | None = None) -> argparse.Namespa
 def run_main(main: Callable[[argparse.Namespace], None], args: argparse.Namespace, *, prog: str) -> None:
     """Call `main` with the flags that `parse` has returned.
 
-    A UserError ends the process with one line on stderr and exit code 2, a signal with 130 or 143;
-    a bug shows its traceback.
+    A UserError ends the process with one line on stderr and exit code 2, as do a full disk, a
+    missing permission and other faults of the system; a signal ends it with 128 and its number. A
+    bug shows its traceback.
     """
+    sys.excepthook = sys.__excepthook__
     if signal.getsignal(signal.SIGINT) is _leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    if sys.stderr.isatty() and _is_rank_0():
+    if sys.stderr.isatty() and is_rank_0():
         print(ERASE_LINE, end="", file=sys.stderr, flush=True)
-    with _endings(prog):
+    with _endings(prog, debug=getattr(args, "debug", False)):
         main(args)
         sys.stdout.flush()
 
@@ -176,60 +237,225 @@ def run(
     run_main(main, parse(parser, argv), prog=parser.prog)
 
 
+# What surrounds a process -------------------------------------------------------------------------
+
+
+def is_rank_0() -> bool:
+    """Tell whether this is the process of a job that prints and writes, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def check_job() -> None:
+    """Raise UserError for variables of torchrun that are broken, or left over from a job."""
+    numbers = {}
+    for variable, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+        text = os.environ.get(variable, default)
+        if not re.fullmatch("[0-9]{1,9}", text):
+            raise UserError(f"{variable}={text}: not a whole number; unset it (torchrun sets its own)")
+        numbers[variable] = int(text)
+    rank, world_size = numbers["RANK"], numbers["WORLD_SIZE"]
+    job = f"RANK={rank} WORLD_SIZE={world_size}"
+    if rank >= world_size:
+        raise UserError(f"{job}: there is no such process; unset both (torchrun sets its own)")
+    missing = [variable for variable in ("MASTER_ADDR", "MASTER_PORT") if variable not in os.environ]
+    if world_size > 1 and (TORCHRUN not in os.environ or missing):
+        raise UserError(
+            f"{job}: left over from a job, because torchrun did not start this process; unset both, or"
+            " start all processes with torchrun"
+        )
+
+
+def stop_signals() -> list[signal.Signals]:
+    """Return the signals that ask a process to save its work and stop.
+
+    A closed terminal sends SIGHUP; nohup has it ignored, and it stays so.
+    """
+    hang_up = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
+    return [signal.SIGINT, signal.SIGTERM, *hang_up]
+
+
+def warn_of_stop(line: str = "") -> None:
+    """Write a line to stderr within the handler of a signal, where print may not be called.
+
+    After SIGHUP the terminal is gone, and each write to it would be an error: from then on what is
+    written goes nowhere, so that the work can still be saved.
+    """
+    for descriptor in (1, 2):
+        try:
+            os.write(descriptor, b"")
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    with contextlib.suppress(OSError):
+        os.write(2, line.encode())
+
+
+def json_line(value: object) -> str:
+    """Return a value's JSON on one line; what stdout's encoding does not have is escaped."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeError:
+        text = json.dumps(value, default=str)
+    return text
+
+
+def _open_streams() -> None:
+    """Let all three standard streams be open, and stdout print any character.
+
+    A closed one becomes the null device: else the next file that is opened would take its number,
+    and what a library prints would go into that file.
+    """
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_RDWR), descriptor)
+    if sys.stdin is None:
+        sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):  # an ASCII terminal shows ? for an accent
+        sys.stdout.reconfigure(errors="replace")
+
+
+def _check_limits() -> None:
+    """Raise UserError when a limit of the system is too low to load the libraries.
+
+    Beyond it they end the process with lines of their own, or without any.
+    """
+    addresses, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if addresses != resource.RLIM_INFINITY and addresses < NEEDED_ADDRESSES:
+        have, need = addresses >> 20, NEEDED_ADDRESSES >> 20
+        raise UserError(f"ulimit -v: {have:,} MiB of addresses, the libraries need {need:,}; raise it")
+    processes, _ = resource.getrlimit(resource.RLIMIT_NPROC)
+    if processes != resource.RLIM_INFINITY and processes < FEW_PROCESSES:
+        _try_threads(4 * (os.cpu_count() or 1) + 8)
+
+
+def _try_threads(count: int) -> None:
+    """Raise UserError unless this process can have so many threads at a time."""
+    done, threads = threading.Event(), []
+    try:
+        for _ in range(count):
+            threads.append(threading.Thread(target=done.wait, daemon=True))
+            threads[-1].start()
+    except RuntimeError as error:
+        problem = f"thread {len(threads)} of {count} can't be started"
+        raise UserError(f"{problem}; {ADVICE[errno.EAGAIN]}") from error
+    finally:
+        done.set()
+
+
+# How a process ends -------------------------------------------------------------------------------
+
+
 def _leave(number: int, frame: FrameType | None) -> NoReturn:
     os._exit(128 + number)
 
 
+def _explain_import(
+    prog: str, kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """Stand for sys.excepthook while the libraries are imported."""
+    reason = fault_of_system(error)
+    if reason is None:
+        sys.__excepthook__(kind, error, trace)
+        return
+    _report(f"\n{prog}: error: {reason}" if sys.stderr.isatty() else f"{prog}: error: {reason}")
+    os._exit(2)
+
+
 @contextlib.contextmanager
-def _endings(prog: str) -> Iterator[None]:
+def _endings(prog: str, *, debug: bool = False) -> Iterator[None]:
     """Turn an exception within the block into the end of the process that it stands for."""
     try:
-        yield
+        try:
+            yield
+        except SystemExit:
+            sys.stdout.flush()  # here, where a reader that has left is known
+            raise
     except UserError as error:
-        if not _is_rank_0():
+        if debug:
+            traceback.print_exc()
+        if not is_rank_0() and TORCHRUN in os.environ:
             time.sleep(SECONDS_FOR_RANK_0)
         _exit(f"{prog}: error: {' '.join(str(error).splitlines())}", 2)
     except Interrupted as interrupted:
-        _exit(f"{prog}: {interrupted}" if _is_rank_0() else "", interrupted.code)
+        _exit(f"{prog}: {interrupted}" if is_rank_0() else "", interrupted.code)
     except KeyboardInterrupt:
         _exit(f"{prog}: interrupted", 130)
     except BrokenPipeError:  # the reader of stdout has left, as in `... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        _drop_stdout()
+        _exit("", 141)
     except Exception as error:
         if "RANK" in os.environ and any(words in str(error) for words in LOST_PEER):
             rank = os.environ["RANK"]
             _exit(f"{prog}: error: process {rank} lost another process of the job; see its message", 1)
-        reason = _full_disk(error)
-        if reason is None:
+        reason = fault_of_system(error)
+        if reason is None or debug:
+            _tell_torchrun(traceback.format_exc())
             raise
-        hint = "free some space, or name folders on another disk with --output-dir and --cache-dir"
-        _exit(f"{prog}: error: {reason}; {hint}", 2)
+        _exit(f"{prog}: error: {reason}", 2)
 
 
-def _is_rank_0() -> bool:
-    return os.environ.get("RANK", "0") == "0"
+def fault_of_system(error: BaseException | None) -> str | None:
+    """Return what the system lacks, and what helps, if that caused an exception, else None: a full
+    disk, a missing permission, a limit, no memory.
 
-
-def _full_disk(error: BaseException | None) -> str | None:
-    """Return the operating system's words for a full disk or quota if that caused an exception,
-    else None.
-
-    Compared by words because libraries wrap the error, and those of Rust and `datasets` have no
-    errno.
+    Libraries wrap such errors, and those of Rust, Arrow and `datasets` have no errno: their words
+    are compared too.
     """
-    while error is not None:
-        for words in (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "Not enough disk space"):
-            if words in str(error):
-                return words
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        seen.append(error)
+        number = error.errno if isinstance(error, OSError) else None
+        if number not in ADVICE and (match := OS_ERROR.search(str(error))):
+            number = int(match[1] or match[2])
+        if number not in ADVICE:
+            number = next((number for words, number in WORDS.items() if words in str(error)), None)
+        if isinstance(error, MemoryError):
+            number = errno.ENOMEM
+        if number in ADVICE:
+            named = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+            return f"{named}{os.strerror(number)}; {ADVICE[number]}"
         error = error.__cause__ or error.__context__
     return None
 
 
+def _drop_stdout() -> None:
+    """Let what is still printed, also at Python's own end, go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def _report(message: str) -> None:
+    """Print a line on stderr, which may be closed or full."""
+    with contextlib.suppress(OSError, ValueError):
+        print(printable(message), file=sys.stderr, flush=True)
+
+
+def _tell_torchrun(message: str) -> None:
+    """Write the file from which torchrun repeats a process's last words at the end of its own.
+
+    The format is that of torch.distributed.elastic.multiprocessing.errors.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path and message:
+        more = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        content = {"message": {"message": message, "extraInfo": more}}
+        with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
+            json.dump(content, file)
+
+
 def _exit(message: str, code: int) -> NoReturn:
-    sys.stdout.flush()
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        _drop_stdout()
     if message:
-        print(message, file=sys.stderr, flush=True)
+        _report(message)
+    _tell_torchrun(message)
     # the other processes wait for this one, and Python's own exit takes seconds
     if "RANK" in os.environ:
         os._exit(code)

@@ -1,5 +1,11 @@
 """The exceptions that end a script with one line, and how long texts are shortened to one line."""
 
+import contextlib
+import re
+from collections.abc import Iterator
+
+CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
+
 
 class UserError(Exception):
     """A mistake that the user can correct; the message is one line with the value, its source and
@@ -21,6 +27,13 @@ class Interrupted(Exception):
         self.code = code
 
 
+def printable(text: str) -> str:
+    """Return a text with a replacement for each control character but the line feed: in a text or
+    a name from elsewhere it could command the terminal.
+    """
+    return CONTROL.sub("\ufffd", text)
+
+
 class UnknownModel(Exception):
     """A model's files ask for something that is not written in this project; the message says what.
 
@@ -31,10 +44,26 @@ class UnknownModel(Exception):
 
 def shorten(text: str, width: int) -> str:
     """Return a text as one line of at most `width` characters; a shortened one ends with "..."."""
-    line = " ".join(text.split())
+    line = printable(" ".join(text.split()))
     return line if len(line) <= width else line[: width - 3] + "..."
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
     """Return the message of a library's exception as one line of at most `limit` characters."""
     return shorten(str(error), limit) or type(error).__name__
+
+
+@contextlib.contextmanager
+def reading(what: str, advice: str) -> Iterator[None]:
+    """Turn whatever a library raises within the block into a UserError: what was read, the
+    library's own reason, and what to do.
+
+    For blocks in which a library reads a foreign file and nothing else happens: a bug of ours in
+    it would look like a mistake of the user. `--debug` shows the traceback of each.
+    """
+    try:
+        yield
+    except (UserError, Interrupted, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # a panic of a library in Rust is no Exception
+        raise UserError(f"{what}: {one_line(error)}; {advice}") from error

@@ -1,5 +1,6 @@
 """The pictures of a report, drawn without a display."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,31 +13,48 @@ from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from numpy.typing import ArrayLike  # noqa: E402
 
-# rows of a confusion matrix; with more, the numbers in the cells would overlap
-MAX_CELL_NUMBERS = 25
+from common.errors import shorten  # noqa: E402
+
+# rows of a confusion matrix: more would be neither readable nor small
+MAX_CLASSES, NAME_CHARACTERS = 20, 30
 # rows of a similarity matrix, for the same reason
 MAX_SIMILARITY_NUMBERS, MAX_SIMILARITY_NAMES = 12, 40
 MAX_LEGEND = 12  # clusters; a longer legend would hide the map
 
+# a character that the font lacks is drawn as a box; nobody can do anything about it
+warnings.filterwarnings("ignore", message="Glyph [0-9]+ .*missing from")
+
 
 def confusion_matrix(counts: list[list[int]], names: list[str], *, title: str) -> Figure:
     """Return a figure of a confusion matrix (C, C): rows are the true classes, colour is the share
-    of the row.
+    of the row. Of more than 20 classes it shows the 20 that are most often confused.
     """
     table = np.asarray(counts)
     shares = table / np.maximum(table.sum(1, keepdims=True), 1)
-    side = max(4.5, 0.7 * len(names) + 2)
+    shown = most_confused(table, MAX_CLASSES)
+    if len(shown) < len(table):
+        title = f"{title}: the {len(shown)} most confused of {len(table):,} classes"
+    table, shares = table[np.ix_(shown, shown)], shares[np.ix_(shown, shown)]
+    side = max(4.5, 0.7 * len(shown) + 2)
     figure, axes = plt.subplots(figsize=(side, side * 0.88), layout="constrained")
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axes.set(title=title, xlabel="predicted class", ylabel="true class")
-    _name_rows_and_columns(axes, names)
-    if len(names) <= MAX_CELL_NUMBERS:
-        for (row, column), count in np.ndenumerate(table):
-            if count:
-                colour = "white" if shares[row, column] > 0.5 else "black"
-                axes.text(column, row, str(count), ha="center", va="center", color=colour)
+    _name_rows_and_columns(axes, [names[number] for number in shown])
+    for (row, column), count in np.ndenumerate(table):
+        if count:
+            colour = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, str(count), ha="center", va="center", color=colour)
     figure.colorbar(image, label="share of the true class", shrink=0.8)
     return figure
+
+
+def most_confused(counts: ArrayLike, most: int) -> np.ndarray:
+    """Return the numbers, ascending, of at most `most` classes of a confusion matrix (C, C): those
+    with the most texts that were taken for another class, or another for them.
+    """
+    table = np.asarray(counts)
+    confused = table.sum(0) + table.sum(1) - 2 * table.diagonal()  # (C)
+    return np.sort(np.argsort(-confused, kind="stable")[:most])
 
 
 def learning_curve(epochs: list[dict[str, Any]], best_epoch: float) -> Figure:
@@ -105,5 +123,6 @@ def save(figure: Figure, path: Path | str) -> None:
 def _name_rows_and_columns(axes: Axes, names: list[str]) -> None:
     """Label both axes; parse_math=False shows a dollar sign in a name as it is."""
     options = {"parse_math": False}
+    names = [shorten(name, NAME_CHARACTERS) for name in names]
     axes.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor", **options)
     axes.set_yticks(range(len(names)), names, **options)

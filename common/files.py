@@ -1,24 +1,122 @@
 """Files that survive a crash: synced to the disk, folders replaced as a whole, manifests that
-reveal damage.
+reveal damage; and locks, so that one process at a time writes.
 
 PyTorch is imported by the two functions that need it, so that the scripts can check folders before
 they load it.
 """
 
 import contextlib
+import datetime
+import errno
 import hashlib
 import json
 import os
+import platform
 import shutil
+import stat
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.errors import UnknownModel
+from common.errors import UnknownModel, UserError, shorten
 
 if TYPE_CHECKING:
     import torch
 
 MANIFEST = "manifest.json"
+LOCK = ".lock"  # in a folder that is being written; of a file it is .<its name>.lock
+HOLDER_CHARACTERS = 100  # of a lock's file, which says who holds it
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # of file systems that have none
+
+
+@contextlib.contextmanager
+def only_writer(path: Path, *, flag: str, wait: float = 0.0) -> Iterator[None]:
+    """Hold a folder that exists, or a file, as the only process that writes to it within the block.
+
+    The lock is the operating system's: it ends with its process, however that ends, and children
+    of the process do not inherit it. Raises UserError, naming `flag` and who writes, when another
+    process holds it for longer than `wait` seconds, and when no lock can be made there.
+    """
+    import filelock
+
+    lock_file = path / LOCK if path.is_dir() else path.with_name(f".{path.name}{LOCK}")
+    lock = filelock.FileLock(lock_file, on_acquired=_sign)
+    held = False
+    try:
+        with contextlib.suppress(filelock.Timeout):
+            lock.acquire(timeout=0)
+            held = True
+        if wait and not held:
+            waiting = f"{flag} {path}: {_holder(lock_file)} is writing to it; waiting {wait:g} s"
+            print(waiting, file=sys.stderr, flush=True)
+            with contextlib.suppress(filelock.Timeout):
+                lock.acquire(timeout=wait)
+                held = True
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            problem = f"can't be written: {error.strerror or error}"
+            raise UserError(f"{flag} {path}: {problem}; name another place") from error
+        problem = "its file system has no locks; let no other process write to it"
+        print(f"{flag} {path}: {problem}", file=sys.stderr, flush=True)
+        yield
+        return
+    if not held:
+        advice = "wait for it, or stop it" if not wait else "try again later, or raise --wait"
+        raise UserError(f"{flag} {path}: {_holder(lock_file)} is writing to it; {advice}")
+    try:
+        yield
+    finally:
+        # while it is held: a process that has opened it meanwhile finds that it lost its name, and
+        # tries again
+        with contextlib.suppress(OSError):
+            lock_file.unlink()
+        lock.release()
+
+
+def _sign(descriptor: int) -> None:
+    """Write into a lock's file who holds it."""
+    since = datetime.datetime.now().isoformat(sep=" ", timespec="seconds")
+    with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {platform.node()}, since {since},".encode())
+
+
+def _holder(lock_file: Path) -> str:
+    """Return who holds a lock, for a message."""
+    try:
+        with open(lock_file, encoding="utf-8", errors="replace", opener=_open_at_once) as file:
+            text = file.read(HOLDER_CHARACTERS)
+    except OSError:
+        text = ""
+    readable = "".join(character if character.isprintable() else " " for character in text)
+    return shorten(readable, HOLDER_CHARACTERS) or "another process"
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def member(folder: Path, name: object) -> Path:
+    """Return the path of the regular file that a manifest in `folder` names, without opening it.
+
+    Raises ValueError, saying what is wrong, for anything but a relative name that stays within the
+    folder, also through links: a manifest from elsewhere could else have any file read, or a pipe
+    that never ends.
+    """
+    shown = shorten(repr(name), 60)
+    if not isinstance(name, str) or not name or "\0" in name or "\\" in name:
+        raise ValueError(f"{shown} is not the name of a file")
+    parts = name.split("/")
+    if any(part in ("", ".", "..") for part in parts):
+        raise ValueError(f"{shown} is not the name of a file in its folder")
+    path = folder / name
+    kind = os.stat(path).st_mode  # FileNotFoundError is the caller's
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{shown} is a link that leads out of its folder")
+    if not stat.S_ISREG(kind):
+        raise ValueError(f"{shown} is not a regular file")
+    return path
 
 
 def sha256(path: Path) -> str:
@@ -59,22 +157,33 @@ def manifest_text(files: dict[str, dict]) -> str:
 def find_damage(folder: Path) -> str | None:
     """Return in a few words what is damaged in a folder with a manifest, None if every file is
     intact.
+
+    A manifest that names anything but files of its folder counts as damaged, and is not followed.
     """
     try:
-        text = (folder / MANIFEST).read_bytes()
+        text = member(folder, MANIFEST).read_bytes()
         files = json.loads(text)["files"]
-        if manifest_text(files).encode() != text:
+        if not isinstance(files, dict) or manifest_text(files).encode() != text:
             return f"{MANIFEST} is corrupt"
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{MANIFEST} is corrupt"
+    except OSError as error:
+        return f"{MANIFEST} can't be read ({error.strerror})"
     for name, expected in files.items():
-        path = folder / name
-        if not path.is_file():
+        try:
+            path = member(folder, name)
+            if path.stat().st_size != expected["bytes"] or sha256(path) != expected["sha256"]:
+                return f"{name} is corrupt"
+        except FileNotFoundError:
             return f"{name} is missing"
-        if path.stat().st_size != expected["bytes"] or sha256(path) != expected["sha256"]:
-            return f"{name} is corrupt"
+        except OSError as error:
+            return f"{shorten(name, 60)} can't be read ({error.strerror})"
+        except ValueError as error:
+            return f"{MANIFEST} is corrupt: {error}"
+        except (KeyError, TypeError):
+            return f"{MANIFEST} is corrupt"
     return None
 
 

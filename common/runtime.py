@@ -23,7 +23,7 @@ import torch
 import torch.distributed
 from torch.distributed.rendezvous import rendezvous
 
-from common.errors import UserError
+from common.errors import UserError, reading
 from common.files import sha256
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -31,6 +31,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # ends the wait at once, because its connections close.
 WAIT_FOR_WORK = datetime.timedelta(days=1)
 JOIN_SECONDS, POLL_SECONDS = 1800.0, 0.05  # the first is PyTorch's own default
+CONNECT_SECONDS = 60.0  # to a store of torchrun's that must be there already
 SHARED_FILE_TRIES = 90  # one a second; network file systems cache what they saw for up to 60
 
 
@@ -186,9 +187,7 @@ def start_runtime(device: str, precision: str, seed: int) -> Runtime:
     chosen = choose_device(device, local_rank)
     precision = choose_precision(precision, chosen)
     under_torchrun = world_size > 1 or "TORCHELASTIC_RUN_ID" in os.environ
-    store = None
-    if under_torchrun:
-        store, _, _ = next(rendezvous("env://"))
+    store = _connect_to_torchrun() if under_torchrun else None
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if store is not None and world_size > 1:
@@ -198,6 +197,31 @@ def start_runtime(device: str, precision: str, seed: int) -> Runtime:
     keep_large_blocks()
     seed_everything(seed)
     return Runtime(chosen, precision, rank, world_size, local_rank, store)
+
+
+def _connect_to_torchrun() -> torch.distributed.Store:
+    """Return torchrun's key-value store. Raises UserError when nothing answers where it should be,
+    such as for variables that are left over from a job.
+    """
+    # torchrun's own is there before its processes; without it, process 0 makes one, perhaps later
+    is_there = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    seconds = CONNECT_SECONDS if is_there else JOIN_SECONDS
+    address = f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
+    advice = "start the job with torchrun again; if this is none, unset TORCHELASTIC_RUN_ID"
+    with reading(f"torchrun: nothing answers at {address}", advice):
+        store, _, _ = next(rendezvous("env://", timeout=datetime.timedelta(seconds=seconds)))
+    store.set_timeout(datetime.timedelta(seconds=JOIN_SECONDS))
+    return store
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise UserError unless torch.compile works here: on a CPU it needs a C++ compiler.
+
+    Compiling an addition takes some seconds, and shows it before the data are read.
+    """
+    advice = "install a C++ compiler such as g++, or leave --compile out"
+    with reading("--compile: PyTorch can't compile on this machine", advice):
+        torch.compile(lambda numbers: numbers + 1)(torch.ones(8, device=device))
 
 
 def stop_runtime() -> None:

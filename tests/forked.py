@@ -138,6 +138,7 @@ def child(job: dict, rank: int):
             WORLD_SIZE=str(job["world"]),
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(job["port"]),
+            TORCHELASTIC_RUN_ID="forked",
         )
     os.environ.update(job.get("environment", {}))
     counted = count_events(job if rank == job.get("rank", 0) else {**job, "event": None})

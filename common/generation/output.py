@@ -2,13 +2,17 @@
 that an interrupted run can be resumed.
 """
 
+import contextlib
 import json
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.cli import is_rank_0
 from common.errors import UserError, shorten
+from common.files import only_writer
 from common.generation.completion import Completion, Run
 from common.runtime import Runtime, peak_memory_bytes
 
@@ -99,6 +103,21 @@ def check_path(path: str, *, resume: bool) -> None:
         raise UserError(
             f"--output {path}: it already holds texts; continue after them with --resume, or name a new file"
         )
+
+
+@contextlib.contextmanager
+def only_run(path: str | None, *, resume: bool) -> Iterator[None]:
+    """Let no other run write to the output file, if there is one, within the block.
+
+    Raises UserError when it can't be written, and when another run is writing to it.
+    """
+    if path is not None:
+        check_path(path, resume=resume)
+    if path is None or not is_rank_0():  # the other processes of a job write nothing
+        yield
+        return
+    with only_writer(Path(path), flag="--output"):
+        yield
 
 
 def finished_lines(path: str, rows: list[Completion], record: Record, *, texts_per_batch: int) -> list[dict]:

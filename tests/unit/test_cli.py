@@ -1,6 +1,13 @@
-"""Numbers on the command line: what is taken, and what is refused with its value."""
+"""Numbers on the command line: what is taken, and what is refused with its value; and how a
+process ends, whatever surrounds it.
+"""
 
 import argparse
+import errno
+import io
+import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -141,3 +148,268 @@ def test_control_c_ends_main_as_ever():
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "script: interrupted\n")
+
+
+@pytest.mark.parametrize("text", ["", " ", "\t"])
+def test_an_empty_name_is_refused(text):
+    """It is what an unset variable of the shell leaves."""
+    with pytest.raises(argparse.ArgumentTypeError, match="empty"):
+        cli.name(text)
+
+
+# Faults of the system -----------------------------------------------------------------------------
+
+
+def fails_with(error: BaseException, *flags: str):
+    def main(args):
+        raise error
+
+    cli.run(cli.Parser(prog="script"), main, flags)
+
+
+FAULTS = {  # name: (the error, what the line must hold)
+    "full disk": (OSError(errno.ENOSPC, "No space", "out"), ("out", "No space left", "--output-dir")),
+    "quota": (OSError(errno.EDQUOT, "quota"), ("--cache-dir",)),
+    "limit of a file": (OSError(errno.EFBIG, "big", "o.jsonl"), ("o.jsonl", "ulimit -f")),
+    "no permission": (PermissionError(errno.EACCES, "x", "/root/x"), ("/root/x", "permissions")),
+    "read-only": (OSError(errno.EROFS, "x", "/mnt/x"), ("/mnt/x", "Read-only", "another place")),
+    "open files": (OSError(errno.EMFILE, "x", "y"), ("ulimit -n",)),
+    "no memory": (OSError(errno.ENOMEM, "x"), ("Cannot allocate memory", "ulimit -v")),
+    "no memory for Python": (MemoryError(), ("Cannot allocate memory", "ulimit -v")),
+    "no memory for PyTorch": (
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
+        ("ulimit -v",),
+    ),
+    "no thread": (RuntimeError("can't start new thread"), ("ulimit -u",)),
+    "no process": (BlockingIOError(errno.EAGAIN, "x"), ("ulimit -u",)),
+    "broken disk": (OSError(errno.EIO, "x", "weights"), ("weights", "Input/output error")),
+    "long name": (OSError(errno.ENAMETOOLONG, "x", "n" * 300), ("n" * 300, "shorter")),
+    "loop of links": (OSError(errno.ELOOP, "x", "a"), ("a", "link")),
+    "Rust": (Exception("I/O error: File too large (os error 27)"), ("File too large", "ulimit -f")),
+    "Rust, no permission": (Exception("Permission denied (os error 13)"), ("Permission denied",)),
+    "Arrow": (Exception("[Errno 28] Error writing bytes. Detail: [errno 28] x"), ("No space left",)),
+    "datasets": (Exception("Not enough disk space. Needed: 5"), ("No space left", "--cache-dir")),
+}
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("error, parts", FAULTS.values(), ids=FAULTS)
+def test_a_fault_of_the_system_is_one_line(error, parts, wrapped, capsys):
+    if wrapped:  # as libraries do
+        outer = ValueError("could not save")
+        outer.__cause__ = error
+        error = outer
+    with pytest.raises(SystemExit) as exit:
+        fails_with(error)
+    out, err = capsys.readouterr()
+    assert (exit.value.code, out, err.count("\n")) == (2, "", 1), err
+    assert err.startswith("script: error: ") and [part for part in parts if part not in err] == [], err
+
+
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError(errno.ENOENT, "No such file"), KeyError("28"), ValueError("(os error 2)")]
+)
+def test_what_may_be_a_bug_is_no_fault_of_the_system(error):
+    with pytest.raises(type(error)):
+        fails_with(error)
+
+
+def test_debug_shows_where_a_mistake_was_found(capsys):
+    with pytest.raises(SystemExit):
+        fails_with(UserError("wrong"), "--debug")
+    err = capsys.readouterr().err
+    assert "Traceback" in err and "in main" in err and err.endswith("script: error: wrong\n")
+    with pytest.raises(PermissionError):
+        fails_with(PermissionError(errno.EACCES, "x"), "--debug")
+
+
+def test_a_message_does_not_command_the_terminal(capsys):
+    with pytest.raises(SystemExit):
+        fails_with(UserError("file \x1b[2Jx\x07\x9b: wrong\nname"))
+    assert capsys.readouterr().err == "script: error: file \ufffd[2Jx\ufffd\ufffd: wrong name\n"
+
+
+# What surrounds a process -------------------------------------------------------------------------
+
+
+JOBS = {  # name: (variables, what the line must hold; None: it is a job, or none)
+    "none": ({}, None),
+    "one process": ({"RANK": "0", "WORLD_SIZE": "1"}, None),
+    "of torchrun": (
+        {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1", cli.TORCHRUN: "x"},
+        None,
+    ),
+    "no number": ({"RANK": "first"}, "RANK=first"),
+    "empty": ({"WORLD_SIZE": ""}, "WORLD_SIZE="),
+    "negative": ({"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1"),
+    "fraction": ({"WORLD_SIZE": "2.0"}, "WORLD_SIZE=2.0"),
+    "huge": ({"WORLD_SIZE": "9" * 5000}, "WORLD_SIZE=9"),
+    "other digits": ({"RANK": "\u0661"}, "RANK="),
+    "a rank alone": ({"RANK": "1"}, "RANK=1"),
+    "a rank too high": ({"RANK": "2", "WORLD_SIZE": "2", cli.TORCHRUN: "x"}, "RANK=2"),
+    "left over": ({"RANK": "0", "WORLD_SIZE": "2"}, "WORLD_SIZE=2"),
+    "left over with an address": (
+        {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"},
+        "WORLD_SIZE=2",
+    ),
+    "no address": ({"RANK": "0", "WORLD_SIZE": "2", cli.TORCHRUN: "x"}, "WORLD_SIZE=2"),
+}
+
+
+@pytest.mark.parametrize("variables, part", JOBS.values(), ids=JOBS)
+def test_variables_of_torchrun(variables, part, monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", cli.TORCHRUN):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if part is None:
+        cli.check_job()
+        return
+    with pytest.raises(UserError, match="unset") as error:
+        cli.check_job()
+    assert part in str(error.value)
+
+
+def test_torchrun_repeats_the_line(tmp_path, monkeypatch):
+    """It prints what this file holds at the end of its own report."""
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    with pytest.raises(SystemExit):
+        fails_with(UserError("no such file"))
+    message = json.loads((tmp_path / "error.json").read_text())["message"]
+    assert message["message"] == message["extraInfo"]["py_callstack"] == "script: error: no such file"
+    assert int(message["extraInfo"]["timestamp"]) > 0
+    with pytest.raises(ZeroDivisionError):
+        fails_with(ZeroDivisionError())
+    assert "ZeroDivisionError" in (tmp_path / "error.json").read_text()
+
+
+@pytest.mark.parametrize(
+    "encoding, shown", [("utf-8", '{"name": "caf\u00e9"}'), ("ascii", '{"name": "caf\\u00e9"}')]
+)
+def test_json_stays_json_on_every_terminal(encoding, shown, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    assert cli.json_line({"name": "caf\u00e9"}) == shown
+    assert json.loads(cli.json_line({"name": "\ud800"})) == {"name": "\ud800"}  # half of a character
+
+
+PROGRAM = r"""
+import sys
+from common import cli
+from common.errors import UserError
+def main(args):
+    mode = {mode!r}
+    if mode == "mistake":
+        raise UserError("wrong")
+    if mode == "read":
+        print(repr(sys.stdin.read()))
+    if mode == "accents":
+        print("caf\u00e9 \ud800")
+    if mode == "many":
+        print("line\n" * 100000)
+    if mode == "open":
+        opened = open({path!r}, "w")
+        print("printed")
+        print("told", file=sys.stderr)
+        print(opened.fileno(), file=opened, flush=True)
+cli.run(cli.Parser(prog="script"), main, {argv!r})
+"""
+
+
+def in_shell(redirected: str, *, mode: str = "", path: str = "", argv: tuple = (), **environment):
+    """Run a program with `cli.run` in a shell, with what stands behind its name there."""
+    program = PROGRAM.format(mode=mode, path=path, argv=list(argv))
+    return subprocess.run(
+        ["bash", "-c", f'set -o pipefail; "$PYTHON" -c "$PROGRAM" {redirected}'],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHON": sys.executable, "PROGRAM": program, **environment},
+    )
+
+
+@pytest.mark.parametrize("argv, mode", [(["--help"], ""), ([], "many")])
+def test_a_reader_that_leaves_early_is_no_error(argv, mode):
+    done = in_shell("| head -c 5", mode=mode, argv=argv)
+    # a short help may be written before the reader has left
+    assert done.returncode in ((0, 141) if argv else (141,)) and done.stderr == "", done
+    assert len(done.stdout) == 5
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_a_file_does_not_take_the_place_of_a_closed_stream(closed, tmp_path):
+    done = in_shell(closed, mode="open", path=str(tmp_path / "file"))
+    assert done.returncode == 0, done.stderr
+    assert int((tmp_path / "file").read_text()) > 2  # and nothing else is in it
+    assert done.stdout == ("" if ">&-" in closed.split() else "printed\n")
+
+
+def test_a_closed_input_is_an_empty_one():
+    assert in_shell("<&-", mode="read").stdout == "''\n"
+
+
+def test_a_mistake_has_its_code_without_a_place_to_say_it():
+    for redirected in ("2>&-", ">&- 2>&-", "2>/dev/full"):
+        assert in_shell(redirected, mode="mistake").returncode == 2
+
+
+def test_a_full_device_behind_stdout_is_one_line():
+    done = in_shell(">/dev/full", mode="many")
+    assert done.returncode == 2 and "No space left" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_terminal_without_accents_shows_what_it_can():
+    plain = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
+    done = in_shell("", mode="accents", **plain)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "caf? ?\n", "")
+
+
+def test_a_limit_below_what_the_libraries_need_is_said_before_they_are_loaded():
+    done = in_shell("", mode="", path="")
+    assert done.returncode == 0
+    program = PROGRAM.format(mode="", path="", argv=[])
+    done = subprocess.run(
+        ["bash", "-c", 'ulimit -v 2000000; "$PYTHON" -c "$PROGRAM"'],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHON": sys.executable, "PROGRAM": program},
+    )
+    assert done.returncode == 2 and "ulimit -v" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_an_import_that_the_system_prevents_is_one_line():
+    program = "\n".join(
+        [
+            "from common import cli",
+            "args = cli.parse(cli.Parser(prog='script'), [])",
+            "raise ImportError('x.so: failed to map segment from shared object: Cannot allocate memory')",
+        ]
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("script: error: Cannot allocate memory")
+    done = subprocess.run(
+        [sys.executable, "-c", program.replace("ImportError(", "ImportError('no' ")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2  # the words count, wherever they stand
+    done = subprocess.run(
+        [sys.executable, "-c", program.replace("Cannot allocate memory", "")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and "Traceback" in done.stderr  # a bug, or a broken installation
+
+
+def test_nohup_is_honoured(monkeypatch):
+    for handler, expected in ((signal.SIG_DFL, True), (signal.SIG_IGN, False)):
+        monkeypatch.setattr(signal, "getsignal", lambda number, handler=handler: handler)
+        assert (signal.SIGHUP in cli.stop_signals()) == expected
+
+
+def test_the_backend_of_a_notebook_is_not_used(monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+    cli.parse(cli.Parser(prog="script"), [])
+    assert os.environ["MPLBACKEND"] == "Agg"
