@@ -46,6 +46,7 @@ from common.search.display import Screen
 from common.search.encoder import EncoderConfig, chunk_size, load_encoder, load_reranker
 from common.search.index import MANIFEST, check_folder, open_snapshot, open_store, read_manifest
 from common.search.searcher import Searcher, matching
+from common.sources import FileOptions
 
 DEFAULT_OVERLAP = 32
 LARGEST_MATRIX = 5_000  # texts whose matrix of similarities is shown or written
@@ -339,7 +340,7 @@ def evaluate(args: argparse.Namespace, runtime: Runtime, screen: Screen) -> None
         raise UserError(f"--sts {args.sts}: it is a task of its own; leave {others} out")
     if args.sts:
         encoder = load_encoder(encoder_config(args), runtime)
-        scores = relevance.sts_score(encoder, args.sts, args.columns, block=args.block)
+        scores = relevance.sts_score(encoder, args.sts, args.sts_columns, block=args.block)
         display.show_sts(screen, args.sts, scores)
         return
     files = relevance.TaskFiles(args.queries, args.qrels, args.id_column)
@@ -371,7 +372,7 @@ def compare_models(args: argparse.Namespace, runtime: Runtime, screen: Screen) -
         encoder = load_encoder(dataclasses.replace(encoder_config(args), model=name), runtime)
         line = {"model": name, "width": encoder.width, "bytes_a_vector": 4 * encoder.width}
         if args.sts:
-            line |= relevance.sts_score(encoder, args.sts, args.columns, block=args.block)
+            line |= relevance.sts_score(encoder, args.sts, args.sts_columns, block=args.block)
         else:
             source, options = source_of(args), {"say": screen.say, "encoder": encoder}
             with relevance.open_task(files, source, runtime, **options) as opened:
@@ -414,6 +415,7 @@ def add_model_flags(command: cli.Parser) -> None:
 def add_text_flags(command: cli.Parser) -> None:
     flag = command.add_argument
     flag("--text-column", default="text", help="where the texts are in a data file")
+    cli.add_file_flags(command)
     block = "texts encoded and committed at once; rows compared at once"
     flag("--block", type=cli.positive_int, default=1024, help=block)
     flag("--skip-bad", **SKIP_BAD)
@@ -436,7 +438,7 @@ def add_task_flags(command: cli.Parser) -> None:
     flag("--qrels", metavar="FILE", help="judgements in TREC form: query 0 document relevance")
     flag("--sts", metavar="FILE", help="a data file of sentence pairs with human scores")
     columns = ["sentence1", "sentence2", "score"]
-    flag("--columns", nargs=3, default=columns, metavar="COLUMN", help="its texts and score")
+    flag("--sts-columns", nargs=3, default=columns, metavar="COLUMN", help="its texts and score")
     add_text_flags(command)
 
 
@@ -457,6 +459,7 @@ def source_of(args: argparse.Namespace) -> Source:
         index=args.index,
         where=args.where,
         text_column=args.text_column,
+        options=FileOptions(args.columns, args.delimiter, args.quoting, args.encoding),
         skip_bad=args.skip_bad,
         block=args.block,
     )

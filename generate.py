@@ -1,9 +1,10 @@
 #!/usr/bin/env python
 """Generate text with a causal language model, token for token as `model.generate` does.
 
-The loop is `decode` in this file: prefill, sampler, stop, step. Its parts are in common/generation:
-decoding.py (prefill, step), sampling.py (filters, draw), completion.py (from tokens to text). Left
-out on purpose: beam search, encoder-decoder models, quantised weights, serving.
+The loop is `decode`, below the flags: prefill, sampler, stop, step. Its parts are in
+common/generation: decoding.py (prefill, step), sampling.py (filters, draw), completion.py (from
+tokens to text). Left out on purpose: beam search, encoder-decoder models, quantised weights,
+serving.
 
   python generate.py --prompt "Natural Language Processing is"  # greedy, bundled SmolLM2-135M-Instruct
   python generate.py --prompt "Natural Language Processing is" --top-k 50 --seed 1
@@ -14,6 +15,8 @@ out on purpose: beam search, encoder-decoder models, quantised weights, serving.
   torchrun --nproc-per-node 2 generate.py --prompts-file prompts.txt --output texts.jsonl
 """
 
+from __future__ import annotations
+
 import argparse
 import dataclasses
 import math
@@ -22,12 +25,11 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from types import FrameType
+from typing import TYPE_CHECKING
 
-import torch
-from tqdm import tqdm
-
-from common import cli, reading
+from common import cli, sources
 from common.cli import (
     fraction,
     non_negative_float,
@@ -37,12 +39,221 @@ from common.cli import (
     probability,
 )
 from common.errors import Interrupted, UserError, shorten
-from common.generation import explain, fast_sampling, language_model, output, sampling, scoring
-from common.generation.completion import Chat, Completion, Options, Prompt, Run, Stopwatch
-from common.generation.decoding import Batch, PromptLookup, Step, fetch_ids, prefill, step
+from common.generation import output
+
+if TYPE_CHECKING:
+    from common.generation.chat import Chat
+
+# --- Flags
+
+
+def make_parser() -> cli.Parser:
+    """Return the parser of all flags."""
+    parser = cli.Parser(prog="generate.py", description=__doc__, check=check_flags)
+    cli.add_shared_flags(parser, model="bundled/SmolLM2-135M-Instruct")
+
+    add = parser.add_argument_group("prompts").add_argument
+    add("--prompt", action="append", metavar="TEXT", help="a text to continue; repeat it for more")
+    add("--prompts-file", metavar="FILE", help="one prompt per line (-: standard input), or a data file")
+    add("--text-column", default="text", help="column of the prompts in a data file")
+    add("--chat", action="store_true", help="prompts are questions, in the model's chat template")
+    add("--system", metavar="TEXT", help="system message of a chat")
+
+    title = "choice of tokens (greedy unless a flag from --temperature to --typical-p is given)"
+    add = parser.add_argument_group(title).add_argument
+    add("--temperature", type=non_negative_float, help="below 1 sharpens, above 1 flattens; 0: greedy")
+    add("--top-k", type=non_negative_int, help="keep the k most likely tokens; 0: off")
+    add("--top-p", type=probability, help="keep the fewest tokens that together reach this probability")
+    add("--min-p", type=fraction, help="keep tokens at least this likely, relative to the best one")
+    add("--typical-p", type=probability, help="keep the most typical tokens up to this probability")
+    add("--repetition-penalty", type=positive_float, default=1.0, help="above 1 discourages repetition")
+    help_text = "no sequence of this many tokens occurs twice; 0 is off"
+    add("--no-repeat-ngram-size", type=non_negative_int, default=0, help=help_text)
+    help_text = (
+        "exact: the random numbers of model.generate, in each batch from its batch_seed; "
+        "independent: each text has its own random numbers and does not depend on its batch"
+    )
+    add("--sampler", choices=["exact", "independent"], default="exact", help=help_text)
+    help_text = "greedy only: guess up to N tokens ahead from the text so far"
+    add("--lookup", type=positive_int, metavar="N", help=help_text)
+
+    add = parser.add_argument_group("end of a text").add_argument
+    add("--max-new-tokens", type=positive_int, default=200, help="the most tokens of a text")
+    help_text = "no end token before this many tokens; a stop string still ends the text"
+    add("--min-new-tokens", type=non_negative_int, default=0, help=help_text)
+    add("--stop", action="append", metavar="TEXT", help="end before this text; repeat it for more")
+    help_text = "another token that ends a text, such as '<|endoftext|>'"
+    add("--end-token", action="append", metavar="TOKEN", help=help_text)
+
+    add = parser.add_argument_group("output").add_argument
+    add("--num-samples", type=positive_int, default=1, help="texts per prompt")
+    add("--batch-size", type=positive_int, default=8, help="prompts per batch")
+    help_text = "show the first text of each batch as it grows (default: on a terminal)"
+    add("--stream", action=argparse.BooleanOptionalAction, help=help_text)
+    add("--output", metavar="FILE", type=cli.name, help="write one JSON line per text instead of showing it")
+    add("--resume", action="store_true", help="continue after the texts in the output file")
+    help_text = "with --output: log-probabilities of each token and of the K most likely ones"
+    add("--logprobs", type=non_negative_int, metavar="K", help=help_text)
+    help_text = "ROUGE of the texts against these references: one per line, or a data file"
+    add("--references", metavar="FILE", help=help_text)
+    add("--reference-column", default="text", help="column of the references in a data file")
+
+    group = parser.add_argument_group("instead of plain generation")
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--interactive", action="store_true", help="a conversation; /reset starts over, Ctrl-D ends it")
+    help_text = "compare each token with model.generate's; exit code 1 if one differs"
+    add("--check", action="store_true", help=help_text)
+    add("--explain", action="store_true", help="show for each token what every filter does")
+    add("--compare", action="store_true", help="show greedy, top-k and top-p side by side")
+    add("--perplexity", metavar="FILE", help="the model's perplexity on a file (-: standard input)")
+    add("--score", metavar="FILE", help="ROUGE of a file's texts against --references; no model")
+    help_text = f"tokens per pass of --perplexity (default: {DEFAULT_WINDOW}, if they fit)"
+    group.add_argument("--window", type=positive_int, help=help_text)
+    help_text = "tokens from one window to the next (default: half a window)"
+    group.add_argument("--stride", type=positive_int, help=help_text)
+    return parser
+
+
+DRAWING = ("temperature", "top_k", "top_p", "min_p", "typical_p")  # any of them given: not greedy
+DRAWING_FLAGS = tuple("--" + name.replace("_", "-") for name in DRAWING)
+NO_PROMPT = ("--interactive", "--perplexity", "--score")
+ONE_PROMPT = ("--explain", "--compare")
+NO_SCORE = ("--check", *ONE_PROMPT, "--interactive", "--perplexity")
+MODES = ("--check", *ONE_PROMPT, *NO_PROMPT)
+NEEDS = {  # a flag, and the flags of which it needs one
+    "--system": ("--chat", "--interactive"),
+    "--window": ("--perplexity",),
+    "--stride": ("--perplexity",),
+    "--resume": ("--output",),
+    "--logprobs": ("--output",),
+    "--score": ("--references",),
+    "--num-samples": DRAWING_FLAGS,  # greedy gives the same text each time
+}
+CONFLICTS = (  # flags that cannot be used together, and why; torchrun counts as one
+    ("--prompt", NO_PROMPT, "this mode takes no prompts"),
+    ("--prompts-file", NO_PROMPT, "this mode takes no prompts"),
+    ("--references", NO_SCORE, "this mode scores nothing"),
+    ("--output", MODES, "this mode writes no texts"),
+    ("--stop", ("--perplexity",), "no text is generated that could stop"),
+    ("--stream", ("--output",), "the texts go to a file, not to the screen"),
+    ("--lookup", DRAWING_FLAGS, "prompt lookup is for greedy decoding"),
+    ("--lookup", ONE_PROMPT, "this mode uses no prompt lookup"),
+    ("--num-samples", (*ONE_PROMPT, *NO_PROMPT), "this mode takes one text per prompt"),
+    ("--num-samples", ("--references",), "one text per prompt is scored"),
+    ("--check", ("--sampler",), "only --sampler exact draws the random numbers of model.generate"),
+    ("torchrun", MODES, "this mode runs in one process"),
+    ("torchrun", ("--stream",), "several processes cannot share one screen"),
+    ("--references -", ("--prompts-file -",), "standard input can be read only once (name a file)"),
+    ("--prompts-file -", ("torchrun",), "only one process can read standard input (name a file)"),
+    ("--references -", ("torchrun",), "only one process can read standard input (name a file)"),
+)
+# logits divided by less can leave the range of fp32
+LOWEST_TEMPERATURE, LOWEST_PENALTY = 1e-6, 1e-3
+DEFAULT_WINDOW = 1024  # tokens
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Raise UserError for flags that contradict each other, and for texts and files that can't be
+    used as far as the file system shows: before any library is loaded.
+    """
+    check_combinations(given_flags(args))
+    if 0 < (args.temperature or 0) < LOWEST_TEMPERATURE:
+        lowest = f"at least {LOWEST_TEMPERATURE:g}, or 0 for greedy"
+        raise UserError(f"--temperature {args.temperature}: use {lowest}")
+    if not LOWEST_PENALTY <= args.repetition_penalty <= 1 / LOWEST_PENALTY:
+        limits = f"from {LOWEST_PENALTY:g} to {1 / LOWEST_PENALTY:g}"
+        raise UserError(f"--repetition-penalty {args.repetition_penalty}: use a number {limits}")
+    if args.min_new_tokens > args.max_new_tokens:
+        low, high = args.min_new_tokens, args.max_new_tokens
+        raise UserError(f"--min-new-tokens {low}: lower it, or raise --max-new-tokens {high}")
+    check_given_texts(args)
+    if args.score is None:
+        sources.check_model(args.model, kind="language model")
+    for name in (args.prompts_file, args.references, args.score):
+        if name is not None:
+            sources.check_texts(name)
+    if args.perplexity is not None:
+        sources.check_text_file(args.perplexity)
+    if args.output is not None:
+        output.check_path(args.output, resume=args.resume)
+
+
+def check_combinations(given: dict[str, str]) -> None:
+    """Raise UserError for flags that contradict each other, or that need another one."""
+    if not given.keys() & {"--prompt", "--prompts-file", *NO_PROMPT}:
+        raise UserError("no prompt: give --prompt TEXT, --prompts-file FILE or --interactive")
+    for flag, needed in NEEDS.items():
+        if flag in given and not given.keys() & set(needed):
+            others = " or ".join(needed)
+            raise UserError(f"{given[flag]}: it works only with {others}; add that, or leave it out")
+    for flag, others, reason in CONFLICTS:
+        for other in others:
+            if flag in given and other in given:
+                both = f"{given[flag]} and {given[other]}"
+                raise UserError(f"{both}: {reason}; leave one of the two out")
+
+
+def check_given_texts(args: argparse.Namespace) -> None:
+    """Raise UserError for a text on the command line that is empty or not UTF-8."""
+    for number, text in enumerate(args.prompt or [], start=1):
+        if not text.strip():
+            raise UserError(f"--prompt {number}: the prompt is empty; write something to continue")
+    if "" in (args.stop or []):
+        raise UserError("--stop '': every text contains the empty string; leave it out")
+    for name in ("prompt", "stop", "end_token"):
+        for text in getattr(args, name) or []:
+            check_encoding(text, "--" + name.replace("_", "-"))
+    check_encoding(args.system or "", "--system")
+
+
+def check_encoding(text: str, name: str) -> None:
+    """Raise UserError for a text from the command line or a terminal with a byte that is not UTF-8,
+    which Python hides in a surrogate.
+    """
+    hidden = next((char for char in text if "\udc80" <= char <= "\udcff"), None)
+    if hidden:
+        raise UserError(
+            f"{name}: not UTF-8 (byte {ord(hidden) - 0xDC00:#04x}); set the terminal to UTF-8, or "
+            "write the text into a file"
+        )
+
+
+def given_flags(args: argparse.Namespace) -> dict[str, str]:
+    """Return the flags that are not at their default, each as a message shows it."""
+    given, parser = {}, make_parser()
+    for name, value in vars(args).items():
+        flag = "--" + name.replace("_", "-")
+        is_unused = flag in (*DRAWING_FLAGS, "--sampler") and not is_drawing(args)
+        if value == parser.get_default(name) or value is False or is_unused:
+            continue
+        first = value[0] if isinstance(value, list) else value
+        given[flag] = flag if value is True else f"{flag} {shorten(repr(first), 60)}"
+        if value == "-":  # standard input
+            given[f"{flag} -"] = f"{flag} -"
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        given["torchrun"] = "torchrun"
+    return given
+
+
+def is_drawing(args: argparse.Namespace) -> bool:
+    """Return whether tokens are drawn: a flag of drawing is given, and the temperature is not 0."""
+    return args.temperature != 0 and any(getattr(args, name) is not None for name in DRAWING)
+
+
+if __name__ == "__main__":
+    # before the libraries are imported, which takes seconds: help and mistakes are answered at once
+    ARGS = cli.parse(make_parser())
+
+import torch
+from tqdm import tqdm
+
+from common import reading
+from common.generation import fast_sampling, language_model, sampling
+from common.generation.completion import Completion, Options, Prompt, Run, Stopwatch
+from common.generation.decoding import Batch, PromptLookup, Step, accepted_inputs, fetch_ids, prefill, step
 from common.generation.language_model import LanguageModel
 from common.generation.sampling import Sampler, Settings
-from common.runtime import Runtime, start_runtime, stop_runtime
+from common.runtime import Runtime, free_memory_bytes, start_runtime, stop_runtime
 
 # --- From prompts to texts
 
@@ -119,58 +330,109 @@ def complete(run: Run, rows: list[Completion], batch: Batch | None = None, *, se
 # --- Modes
 
 
-def generate_texts(args: argparse.Namespace, texts: list[str], references: list[str] | None) -> None:
+@dataclass(frozen=True)
+class Job:
+    """All texts of a run, in batches; in each round, every process generates one batch."""
+
+    run: Run
+    batches: list[list[Prompt]]
+    record: output.Record
+    runtime: Runtime
+
+    @property
+    def num_texts(self) -> int:
+        """How many texts there will be."""
+        return sum(map(len, self.batches)) * self.run.options.num_samples
+
+
+def generate_texts(args: argparse.Namespace) -> None:
     """Generate all texts; show or write them, score them, and print how fast it was."""
-    run, prompts, runtime = load_all(args, texts)
-    batches = split_batches(args, prompts)
-    total = len(prompts) * args.num_samples  # texts
-    texts_per_batch = len(batches[0]) * args.num_samples
-    record = output.Record(args.seed, recorded_settings(args, run))
-    all_rows = run.rows(prompts)
-    earlier = []
-    if args.resume:
-        earlier = output.finished_lines(args.output, all_rows, record, texts_per_batch=texts_per_batch)
-    if earlier:
-        runtime.say(f"{args.output}: it already holds {len(earlier):,} of {total:,} texts")
-    # the other processes may not see the main process's file
-    first_batch = runtime.broadcast_int(math.ceil(len(earlier) / texts_per_batch))
-    writes = bool(args.output) and runtime.is_main
-    file = output.OutputFile(args.output, keep_lines=len(earlier)) if writes else None
-    generated = [line["text"] for line in earlier]
-    stream_wanted = sys.stdout.isatty() if args.stream is None else args.stream
-    is_streaming = stream_wanted and not args.output and runtime.world_size == 1
-    # in each round, every process takes one batch
-    rounds = range(first_batch, len(batches), runtime.world_size)
-    # a progress bar only while a file is written: otherwise, the screen shows the texts
-    hides_bar = None if file else True  # None: where stderr is not a terminal
-    try:
-        for first in tqdm(rounds, unit="batch", leave=False, disable=hides_bar):
-            number = first + runtime.rank
-            rows = run.rows(batches[number]) if number < len(batches) else []
-            if is_streaming and total > 1:
-                show(output.heading(rows[0].prompt.number + 1, 1, rows[0].prompt.text))
-            seed = sampling.batch_seed(args.seed, number)
-            for new_text in complete(run, rows, seed=seed):
-                if is_streaming:
-                    show(new_text)
-            lines = output.gather([record.line(row, batch_seed=seed) for row in rows], runtime)
-            if references is not None:
+    with output.open_file(args.output, resume=args.resume) as file:
+        run, prompts, references, runtime = load_all(args)
+        record = output.Record(args.seed, recorded_settings(args, run))
+        job = Job(run, split_batches(args, prompts), record, runtime)
+        first_batch = find_first_batch(job, file) if args.resume else 0
+        try:
+            generated = generate_batches(args, job, first_batch, file)
+        except (KeyboardInterrupt, Interrupted):
+            # the signal can come while a batch is being written: only the file knows what it holds
+            if file:
+                held = f"{args.output} holds {file.num_lines():,} of {job.num_texts:,} texts"
+                print(f"{held}; continue after them with --resume", file=sys.stderr)
+            raise
+    output.show_summary(run, runtime)
+    if references is not None and runtime.is_main:
+        from common.generation import scoring
+
+        scoring.show_rouge(generated, references)
+    stop_runtime()
+
+
+def generate_batches(
+    args: argparse.Namespace, job: Job, first_batch: int, file: output.OutputFile | None
+) -> list[str]:
+    """Generate the texts from batch `first_batch` on, and show or write them; return all texts for
+    --references, those before it included.
+    """
+    wants_stream = sys.stdout.isatty() if args.stream is None else args.stream
+    streams = wants_stream and not args.output and job.runtime.world_size == 1
+    generated = [line["text"] for line in file.lines] if file else []
+    rounds = range(first_batch, len(job.batches), job.runtime.world_size)
+    with progress_bar(job, rounds, shown=file is not None) as bar:
+        for first in rounds:
+            lines = generate_round(job, first, streams=streams, bar=bar)
+            if args.references is not None:
                 generated += [line["text"] for line in lines]
             if file:
                 file.write(lines)
-            elif runtime.is_main and not args.output:
-                output.show_lines(lines, with_headings=total > 1, first_is_shown=is_streaming)
-    except (KeyboardInterrupt, Interrupted):
-        # the signal can come while a batch is being written: only the file knows what it holds
-        if file:
-            num_held = file.close()
-            held = f"{args.output} holds {num_held:,} of {total:,} texts"
-            print(f"\n{held}; continue after them with --resume", file=sys.stderr)
-        raise
-    output.show_summary(run, runtime)
-    if references is not None and runtime.is_main:
-        scoring.show_rouge(generated, references)
-    stop_runtime()
+            elif not args.output and job.runtime.is_main:
+                output.show_lines(lines, with_headings=job.num_texts > 1, first_is_shown=streams)
+    return generated
+
+
+def find_first_batch(job: Job, file: output.OutputFile | None) -> int:
+    """Return the number of the first batch that the output file does not hold yet.
+
+    `file` is None on all processes but the main one, which may be the only one that sees the file.
+    """
+    texts_per_batch = len(job.batches[0]) * job.run.options.num_samples
+
+    def count_finished() -> int:
+        assert file is not None
+        rows = (row for prompts in job.batches for row in job.run.rows(prompts))
+        file.resume(rows, job.record, texts_per_batch=texts_per_batch)
+        return len(file.lines)
+
+    num_finished = job.runtime.broadcast_from_main(count_finished)
+    if num_finished and file is not None:
+        print(f"{file.path}: it already holds {num_finished:,} of {job.num_texts:,} texts", flush=True)
+    return math.ceil(num_finished / texts_per_batch)
+
+
+def progress_bar(job: Job, rounds: range, *, shown: bool) -> tqdm:
+    """Return a bar that counts the tokens of the first text of each batch, and shows how long the
+    rest will take; it vanishes at its end.
+    """
+    total = len(rounds) * job.run.options.settings.max_new_tokens
+    # a bar only while a file is written: otherwise, the screen shows the texts
+    hidden = None if shown else True  # None: where stderr is not a terminal
+    return tqdm(total=total, unit="token", leave=False, dynamic_ncols=True, disable=hidden)
+
+
+def generate_round(job: Job, first: int, *, streams: bool, bar: tqdm) -> list[dict]:
+    """Generate one batch on every process, from batch `first` on; return the lines of all."""
+    number = first + job.runtime.rank
+    rows = job.run.rows(job.batches[number]) if number < len(job.batches) else []
+    if streams and job.num_texts > 1:
+        show(output.heading(rows[0].prompt.number + 1, 1, rows[0].prompt.text))
+    seed = sampling.batch_seed(job.record.seed, number)
+    most = job.run.options.settings.max_new_tokens
+    for count, new_text in enumerate(complete(job.run, rows, seed=seed), start=1):
+        bar.update(count <= most)  # the last piece of a text comes after its last token
+        if streams:
+            show(new_text)
+    bar.update(-bar.n % most)  # what a batch that ended early has left out
+    return output.gather([job.record.line(row, batch_seed=seed) for row in rows], job.runtime)
 
 
 def recorded_settings(args: argparse.Namespace, run: Run) -> dict:
@@ -193,9 +455,11 @@ def show(text: str) -> None:
     print(text, end="", flush=True)
 
 
-def check_tokens(args: argparse.Namespace, texts: list[str]) -> None:
+def check_tokens(args: argparse.Namespace) -> None:
     """Generate each batch here and by model.generate; exit with 1 at the first difference."""
-    run, all_prompts, runtime = load_all(args, texts)
+    from common.generation import explain
+
+    run, all_prompts, _, runtime = load_all(args)
     model, options, num_equal = run.language_model, run.options, 0
     pad_id = model.pad_id if options.settings.end_ids else None
     for number, prompts in enumerate(split_batches(args, all_prompts)):
@@ -211,9 +475,11 @@ def check_tokens(args: argparse.Namespace, texts: list[str]) -> None:
     output.show_summary(run, runtime)
 
 
-def explain_tokens(args: argparse.Namespace, texts: list[str]) -> None:
+def explain_tokens(args: argparse.Namespace) -> None:
     """Print a table for each token of one text, then the text."""
-    run, prompts, _ = load_all(args, texts)
+    from common.generation import explain
+
+    run, prompts, _, _ = load_all(args)
     rows, settings = run.rows(prompts), run.options.settings
     batch = run.left_pad(rows)
     sampler = make_sampler(run.options, batch, rows, args.seed)
@@ -224,9 +490,11 @@ def explain_tokens(args: argparse.Namespace, texts: list[str]) -> None:
     print(rows[0].text)
 
 
-def compare_choices(args: argparse.Namespace, texts: list[str]) -> None:
+def compare_choices(args: argparse.Namespace) -> None:
     """Print one prompt's greedy, top-k and top-p texts side by side."""
-    run, prompts, _ = load_all(args, texts)
+    from common.generation import explain
+
+    run, prompts, _, _ = load_all(args)
     columns = {}
     for name, settings in explain.compared_settings(run.options.settings).items():
         other = Run(run.language_model, dataclasses.replace(run.options, settings=settings))
@@ -238,6 +506,8 @@ def compare_choices(args: argparse.Namespace, texts: list[str]) -> None:
 
 def converse(args: argparse.Namespace) -> None:
     """Hold a conversation until the input ends; Ctrl-C ends an answer, not the conversation."""
+    from common.generation.chat import Chat
+
     run, runtime = load(args)
     chat = Chat(run, system=args.system)
     while True:
@@ -249,7 +519,7 @@ def converse(args: argparse.Namespace) -> None:
             byte = error.object[error.start]
             problem = f"standard input: not UTF-8 (byte {byte:#04x})"
             raise UserError(f"{problem}; convert it to UTF-8") from error
-        language_model.check_encoding(text, "standard input")
+        check_encoding(text, "standard input")
         if text.strip() == "/reset":
             chat.reset()
         elif text.strip():
@@ -273,10 +543,15 @@ def answer(chat: Chat, text: str, runtime: Runtime) -> None:
 
 def measure_perplexity(args: argparse.Namespace) -> None:
     """Print the model's perplexity on a whole text file."""
-    text = "\n".join(reading.read_lines(args.perplexity))
+    from common.generation import scoring
+
+    uses_stdin = args.perplexity == "-"
+    lines = [] if uses_stdin else reading.read_lines(args.perplexity)
     run, _ = load(args)
-    window = scoring.choose_window(run.language_model, args.window, args.stride)
-    result = scoring.text_likelihood(run.language_model, text, window, name=args.perplexity)
+    if uses_stdin:  # nothing reads it before the model is loaded
+        lines = reading.read_lines(args.perplexity)
+    window = scoring.choose_window(run.language_model, args.window, args.stride, most=DEFAULT_WINDOW)
+    result = scoring.text_likelihood(run.language_model, "\n".join(lines), window, name=args.perplexity)
     passes = f"window {window.size:,}, stride {window.stride:,}"
     print(
         f"perplexity {result.perplexity:.4f} over {result.num_tokens:,} tokens ({passes}); "
@@ -286,175 +561,28 @@ def measure_perplexity(args: argparse.Namespace) -> None:
 
 def score_file(args: argparse.Namespace) -> None:
     """Print the ROUGE of a file's texts against the references, without a model."""
+    from common.generation import scoring
+
     column, cache_dir = args.text_column, args.cache_dir
     texts = reading.read_texts(args.score, column=column, cache_dir=cache_dir, allow_empty=True)
     scoring.show_rouge(texts, read_references(args, len(texts)) or [])
 
 
-# --- Flags
-
-
-def make_parser() -> cli.Parser:
-    """Return the parser of all flags."""
-    parser = cli.Parser(prog="generate.py", description=__doc__)
-    cli.add_shared_flags(parser, model="bundled/SmolLM2-135M-Instruct")
-
-    add = parser.add_argument_group("prompts").add_argument
-    add("--prompt", action="append", metavar="TEXT", help="a text to continue; repeat it for more")
-    add("--prompts-file", metavar="FILE", help="one prompt per line (-: standard input), or a data file")
-    add("--text-column", default="text", help="column of the prompts in a data file")
-    add("--chat", action="store_true", help="prompts are questions, in the model's chat template")
-    add("--system", metavar="TEXT", help="system message of a chat")
-
-    title = "choice of tokens (greedy unless a flag from --temperature to --typical-p is given)"
-    add = parser.add_argument_group(title).add_argument
-    add("--temperature", type=non_negative_float, help="below 1 sharpens, above 1 flattens; 0: greedy")
-    add("--top-k", type=non_negative_int, help="keep the k most likely tokens; 0: off")
-    add("--top-p", type=probability, help="keep the fewest tokens that together reach this probability")
-    add("--min-p", type=fraction, help="keep tokens at least this likely, relative to the best one")
-    add("--typical-p", type=probability, help="keep the most typical tokens up to this probability")
-    add("--repetition-penalty", type=positive_float, default=1.0, help="above 1 discourages repetition")
-    help_text = "no sequence of this many tokens occurs twice; 0 is off"
-    add("--no-repeat-ngram-size", type=non_negative_int, default=0, help=help_text)
-    help_text = (
-        "exact: the random numbers of model.generate, in each batch from its batch_seed; "
-        "independent: each text has its own random numbers and does not depend on its batch"
-    )
-    add("--sampler", choices=["exact", "independent"], default="exact", help=help_text)
-    help_text = "greedy only: guess up to N tokens ahead from the text so far"
-    add("--lookup", type=positive_int, metavar="N", help=help_text)
-
-    add = parser.add_argument_group("end of a text").add_argument
-    add("--max-new-tokens", type=positive_int, default=200, help="the most tokens of a text")
-    help_text = "no end token before this many tokens; a stop string still ends the text"
-    add("--min-new-tokens", type=non_negative_int, default=0, help=help_text)
-    add("--stop", action="append", metavar="TEXT", help="end before this text; repeat it for more")
-    help_text = "another token that ends a text, such as '<|endoftext|>'"
-    add("--end-token", action="append", metavar="TOKEN", help=help_text)
-
-    add = parser.add_argument_group("output").add_argument
-    add("--num-samples", type=positive_int, default=1, help="texts per prompt")
-    add("--batch-size", type=positive_int, default=8, help="prompts per batch")
-    help_text = "show the first text of each batch as it grows (default: on a terminal)"
-    add("--stream", action=argparse.BooleanOptionalAction, help=help_text)
-    add("--output", metavar="FILE", type=cli.name, help="write one JSON line per text instead of showing it")
-    add("--resume", action="store_true", help="continue after the texts in the output file")
-    help_text = "with --output: log-probabilities of each token and of the K most likely ones"
-    add("--logprobs", type=non_negative_int, metavar="K", help=help_text)
-    help_text = "ROUGE of the texts against these references: one per line, or a data file"
-    add("--references", metavar="FILE", help=help_text)
-    add("--reference-column", default="text", help="column of the references in a data file")
-
-    group = parser.add_argument_group("instead of plain generation")
-    add = group.add_mutually_exclusive_group().add_argument
-    add("--interactive", action="store_true", help="a conversation; /reset starts over, Ctrl-D ends it")
-    help_text = "compare each token with model.generate's; exit code 1 if one differs"
-    add("--check", action="store_true", help=help_text)
-    add("--explain", action="store_true", help="show for each token what every filter does")
-    add("--compare", action="store_true", help="show greedy, top-k and top-p side by side")
-    add("--perplexity", metavar="FILE", help="the model's perplexity on a file (-: standard input)")
-    add("--score", metavar="FILE", help="ROUGE of a file's texts against --references; no model")
-    help_text = f"tokens per pass of --perplexity (default: {scoring.DEFAULT_WINDOW}, if they fit)"
-    group.add_argument("--window", type=positive_int, help=help_text)
-    help_text = "tokens from one window to the next (default: half a window)"
-    group.add_argument("--stride", type=positive_int, help=help_text)
-    return parser
-
-
-DRAWING = ("temperature", "top_k", "top_p", "min_p", "typical_p")  # any of them given: not greedy
-DRAWING_FLAGS = tuple("--" + name.replace("_", "-") for name in DRAWING)
-NO_PROMPT = ("--interactive", "--perplexity", "--score")
-ONE_PROMPT = ("--explain", "--compare")
-NO_SCORE = ("--check", *ONE_PROMPT, "--interactive", "--perplexity")
-MODES = ("--check", *ONE_PROMPT, *NO_PROMPT)
-NEEDS = {  # a flag, and the flags of which it needs one
-    "--system": ("--chat", "--interactive"),
-    "--window": ("--perplexity",),
-    "--stride": ("--perplexity",),
-    "--resume": ("--output",),
-    "--logprobs": ("--output",),
-    "--score": ("--references",),
-    "--num-samples": DRAWING_FLAGS,  # greedy gives the same text each time
-}
-CONFLICTS = (  # flags that cannot be used together, and why; torchrun counts as one
-    ("--prompt", NO_PROMPT, "this mode takes no prompts"),
-    ("--prompts-file", NO_PROMPT, "this mode takes no prompts"),
-    ("--references", NO_SCORE, "this mode scores nothing"),
-    ("--output", MODES, "this mode writes no texts"),
-    ("--stop", ("--perplexity",), "no text is generated that could stop"),
-    ("--stream", ("--output",), "the texts go to a file, not to the screen"),
-    ("--lookup", DRAWING_FLAGS, "prompt lookup is for greedy decoding"),
-    ("--lookup", ONE_PROMPT, "this mode uses no prompt lookup"),
-    ("--num-samples", (*ONE_PROMPT, *NO_PROMPT), "this mode takes one text per prompt"),
-    ("--num-samples", ("--references",), "one text per prompt is scored"),
-    ("--check", ("--sampler",), "only --sampler exact draws the random numbers of model.generate"),
-    ("torchrun", MODES, "this mode runs in one process"),
-    ("torchrun", ("--stream",), "several processes cannot share one screen"),
-    ("--references -", ("--prompts-file -",), "standard input can be read only once (name a file)"),
-    ("--prompts-file -", ("torchrun",), "only one process can read standard input (name a file)"),
-    ("--references -", ("torchrun",), "only one process can read standard input (name a file)"),
-)
-LOWEST_TEMPERATURE = 1e-6  # logits divided by less can leave the range of fp32
-
-
-def check_flags(args: argparse.Namespace) -> None:
-    """Raise UserError for flags that contradict each other, before anything is loaded."""
-    given = given_flags(args)
-    if not given.keys() & {"--prompt", "--prompts-file", *NO_PROMPT}:
-        raise UserError("no prompt: give --prompt TEXT, --prompts-file FILE or --interactive")
-    for flag, needed in NEEDS.items():
-        if flag in given and not given.keys() & set(needed):
-            others = " or ".join(needed)
-            raise UserError(f"{given[flag]}: it works only with {others}; add that, or leave it out")
-    for flag, others, reason in CONFLICTS:
-        for other in others:
-            if flag in given and other in given:
-                both = f"{given[flag]} and {given[other]}"
-                raise UserError(f"{both}: {reason}; leave one of the two out")
-    if 0 < (args.temperature or 0) < LOWEST_TEMPERATURE:
-        lowest = f"at least {LOWEST_TEMPERATURE:g}, or 0 for greedy"
-        raise UserError(f"--temperature {args.temperature}: use {lowest}")
-    if "" in (args.stop or []):
-        raise UserError("--stop '': every text contains the empty string; leave it out")
-    if args.min_new_tokens > args.max_new_tokens:
-        low, high = args.min_new_tokens, args.max_new_tokens
-        raise UserError(f"--min-new-tokens {low}: lower it, or raise --max-new-tokens {high}")
-    for name in ("prompt", "stop", "end_token"):
-        for text in getattr(args, name) or []:
-            language_model.check_encoding(text, "--" + name.replace("_", "-"))
-    language_model.check_encoding(args.system or "", "--system")
-
-
-def given_flags(args: argparse.Namespace) -> dict[str, str]:
-    """Return the flags that are not at their default, each as a message shows it."""
-    given, defaults = {}, vars(make_parser().parse_args([]))
-    for name, value in vars(args).items():
-        flag = "--" + name.replace("_", "-")
-        is_unused = flag in (*DRAWING_FLAGS, "--sampler") and not is_drawing(args)
-        if value == defaults[name] or value is False or is_unused:
-            continue
-        first = value[0] if isinstance(value, list) else value
-        given[flag] = flag if value is True else f"{flag} {shorten(repr(first), 60)}"
-        if value == "-":  # standard input
-            given[f"{flag} -"] = f"{flag} -"
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        given["torchrun"] = "torchrun"
-    return given
-
-
-def is_drawing(args: argparse.Namespace) -> bool:
-    """Return whether tokens are drawn: a flag of drawing is given, and the temperature is not 0."""
-    return args.temperature != 0 and any(getattr(args, name) is not None for name in DRAWING)
+# --- From flags to a run
 
 
 def load(args: argparse.Namespace) -> tuple[Run, Runtime]:
     """Load the model, and return it with the options that the flags ask for.
 
-    Raises UserError for an end token that the model does not have, a stop string that contains a
-    special token, and a sampler that the device cannot run.
+    Raises UserError for a model without a cache, an end token that it does not have, a stop string
+    that contains a special token, and a sampler that the device cannot run.
     """
     runtime = start_runtime(args.device, args.precision, args.seed)
     model = language_model.load(args.model, runtime, cache_dir=args.cache_dir)
+    kind = type(model.model)
+    if model.model._is_stateful or "past_key_values" not in accepted_inputs(kind):
+        problem = f"{kind.__name__} has no key-value cache, which this script reads on with"
+        raise UserError(f"--model {args.model}: {problem}; name a transformer that has one")
     if args.sampler == "independent" and model.device.type == "mps":
         problem = "it draws in fp64, which Apple's GPUs do not have"
         raise UserError(f"--sampler independent: {problem}; use --sampler exact or --device cpu")
@@ -477,34 +605,50 @@ def load(args: argparse.Namespace) -> tuple[Run, Runtime]:
     return Run(model, options), runtime
 
 
-def read_prompts(args: argparse.Namespace) -> list[str]:
-    """Return the prompts of the flags and of the file. Raises UserError for an empty one."""
+def load_all(args: argparse.Namespace) -> tuple[Run, list[Prompt], list[str] | None, Runtime]:
+    """Read the prompts and references, load the model, and encode the prompts.
+
+    Files are read first, so that a mistake in them is told at once. Standard input is read only
+    when the model is loaded, so that no question of a library can take its answer from it. Raises
+    UserError for a text that can't be used, and for prompts that do not fit into the model or the
+    memory.
+    """
+    uses_stdin = "-" in (args.prompts_file, args.references)
+    texts, references = ([], None) if uses_stdin else read_texts(args)
+    run, runtime = load(args)
+    if uses_stdin:
+        texts, references = read_texts(args)
+    if args.chat:
+        from common.generation import chat
+
+        conversations = [chat.question(text, args.system) for text in texts]
+        all_ids = chat.encode_chats(conversations, run.language_model)
+    else:
+        names = [f"prompt {number}" for number in range(1, len(texts) + 1)]
+        all_ids = [
+            language_model.encode_prompt(text, run.language_model, name=name)
+            for text, name in zip(texts, names)
+        ]
+    prompts = [Prompt(number, text, ids) for number, (text, ids) in enumerate(zip(texts, all_ids))]
+    for prompt in prompts:
+        name = f"prompt {prompt.number + 1}"
+        language_model.check_length(prompt.ids, args.max_new_tokens, run.language_model, name=name)
+    longest = max(prompts, key=lambda prompt: len(prompt.ids))
+    size = min(args.batch_size, len(prompts))
+    run.check_memory([longest] * size, free_memory_bytes(runtime.device))
+    return run, prompts, references, runtime
+
+
+def read_texts(args: argparse.Namespace) -> tuple[list[str], list[str] | None]:
+    """Return the texts of all prompts, and their references, None without --references."""
     texts = list(args.prompt or [])
-    for number, text in enumerate(texts, start=1):
-        if not text.strip():
-            raise UserError(f"--prompt {number}: the prompt is empty; write something to continue")
     if args.prompts_file is not None:
         column, cache_dir = args.text_column, args.cache_dir
         texts += reading.read_texts(args.prompts_file, column=column, cache_dir=cache_dir)
     if len(texts) > 1 and (args.explain or args.compare):
         mode = "--explain" if args.explain else "--compare"
         raise UserError(f"{mode}: it shows one prompt, not {len(texts)}; give one --prompt")
-    return texts
-
-
-def load_all(args: argparse.Namespace, texts: list[str]) -> tuple[Run, list[Prompt], Runtime]:
-    """Load the model and encode the prompts. Raises UserError for one that does not fit into it."""
-    run, runtime = load(args)
-    prompts = []
-    for number, text in enumerate(texts):
-        name = f"prompt {number + 1}"
-        if args.chat:
-            ids = language_model.encode_question(text, run.language_model, system=args.system)
-        else:
-            ids = language_model.encode_prompt(text, run.language_model, name=name)
-        language_model.check_length(ids, args.max_new_tokens, run.language_model, name=name)
-        prompts.append(Prompt(number, text, ids))
-    return run, prompts, runtime
+    return texts, read_references(args, len(texts))
 
 
 def split_batches(args: argparse.Namespace, prompts: list[Prompt]) -> list[list[Prompt]]:
@@ -517,6 +661,8 @@ def read_references(args: argparse.Namespace, num_texts: int) -> list[str] | Non
     """Return one reference per text, None without --references."""
     if args.references is None:
         return None
+    from common.generation import scoring
+
     return scoring.read_references(
         args.references, num_texts, column=args.reference_column, cache_dir=args.cache_dir
     )
@@ -529,29 +675,24 @@ def stop(number: int, _frame: FrameType | None) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Check the flags and run the mode that they name."""
-    check_flags(args)
+    """Run the mode that the flags name."""
     if args.interactive:
         converse(args)
     elif args.perplexity is not None:
         measure_perplexity(args)
     elif args.score is not None:
         score_file(args)
+    elif args.check:
+        check_tokens(args)
+    elif args.explain:
+        explain_tokens(args)
+    elif args.compare:
+        compare_choices(args)
     else:
-        texts = read_prompts(args)
-        references = read_references(args, len(texts))
-        if args.check:
-            check_tokens(args, texts)
-        elif args.explain:
-            explain_tokens(args, texts)
-        elif args.compare:
-            compare_choices(args, texts)
-        else:
-            with output.only_run(args.output, resume=args.resume):
-                generate_texts(args, texts, references)
+        generate_texts(args)
 
 
 if __name__ == "__main__":
     for number in cli.stop_signals()[1:]:  # Ctrl-C is Python's own exception
         signal.signal(number, stop)
-    cli.run(make_parser(), main)
+    cli.run_main(main, ARGS, prog="generate.py")  # pyrefly: ignore[unbound-name]  (parsed above)

@@ -34,6 +34,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_linear_sc
 from common import cli, reading
 from common.errors import Interrupted, UserError
 from common.runtime import Runtime, deterministic, peak_memory_bytes, start_runtime, stop_runtime
+from common.sources import FileOptions
 from common.training import batching, checkpoint, classifier, data, inspection, report, tracking
 from common.training.batching import BatchConfig, count_examples, pool_chunks, sync_gradients
 from common.training.checkpoint import Checkpoints, StopSignals, TrainingState
@@ -62,10 +63,17 @@ def make_parser() -> cli.Parser:
 
 def add_data_flags(parser: cli.Parser) -> None:
     """Add the flags that say which texts to read, and how much of each."""
-    flag = parser.add_argument_group("data").add_argument
+    group = parser.add_argument_group("data")
+    flag = group.add_argument
     count = cli.positive_int
     sources = "bundled name, CSV/TSV/JSON/JSONL/Parquet file, folder of class folders, or Hub id"
-    flag("--dataset", default="bundled/bbc-news", help=sources)
+    either = group.add_mutually_exclusive_group().add_argument
+    either("--dataset", default="bundled/bbc-news", help=sources)
+    own = "the data file of one split"
+    either("--train-file", dest="dataset", type=cli.file, metavar="FILE", help=own)
+    flag("--validation-file", type=cli.file, metavar="FILE", help=f"{own}, in place of the data set's")
+    flag("--test-file", type=cli.file, metavar="FILE", help=f"{own}, in place of the data set's")
+    cli.add_file_flags(group)
     flag("--dataset-config", help="configuration of a Hub data set that has several")
     flag("--text-column", default="text", help="column of the texts")
     flag("--label-column", default="label", help="column of the labels: strings or whole numbers")
@@ -180,13 +188,18 @@ class TrainConfig:
     log_every: int
 
 
-Config = TypeVar("Config", DataConfig, ModelConfig, BatchConfig, TrainConfig)
+Config = TypeVar("Config", FileOptions, DataConfig, ModelConfig, BatchConfig, TrainConfig)
 
 
 def config_from_flags(config_class: type[Config], args: argparse.Namespace, **given: object) -> Config:
     """Return a config whose fields are those `given`, and else the flags of the same names."""
     names = [field.name for field in dataclasses.fields(config_class) if field.name not in given]
     return config_class(**given, **{name: getattr(args, name) for name in names})
+
+
+def data_config(args: argparse.Namespace) -> DataConfig:
+    """Return which texts and labels the flags name."""
+    return config_from_flags(DataConfig, args, files=config_from_flags(FileOptions, args))
 
 
 # Data, tokenizer and model ------------------------------------------------------------------------
@@ -205,7 +218,7 @@ class Loaded:
 
 def load(args: argparse.Namespace, runtime: Runtime) -> Loaded:
     """Read the data, load tokenizer and model, and tokenise the data."""
-    splits = data.load_splits(config_from_flags(DataConfig, args), runtime)
+    splits = data.load_splits(data_config(args), runtime)
     names = splits["train"].features["label"].names  # a label is an index into them
 
     # a pretrained encoder with a head for these classes
@@ -532,7 +545,7 @@ def evaluate_only(args: argparse.Namespace, runtime: Runtime) -> None:
     model, tokenizer, tokens = load_saved(args, runtime)
     names = classifier.class_names(model)
     trained = classifier.saved_settings(args.model)
-    rows = data.load_rows_for_scoring(config_from_flags(DataConfig, args), names, trained, runtime)
+    rows = data.load_rows_for_scoring(data_config(args), names, trained, runtime)
     splits = data.tokenize_splits({"test": rows}, tokenizer, tokens, runtime, cache_dir=args.cache_dir)
     tokenized = splits["test"]
     scores, logits = evaluate(model, tokenized, tokenizer, runtime, batch_size=args.eval_batch_size)
@@ -542,7 +555,10 @@ def evaluate_only(args: argparse.Namespace, runtime: Runtime) -> None:
 def predict(args: argparse.Namespace, runtime: Runtime) -> None:
     """Print one JSON line per text: row, label, confidence and the score of every class."""
     model, tokenizer, tokens = load_saved(args, runtime)
-    texts = reading.read_texts(args.predict, column=args.text_column, cache_dir=args.cache_dir)
+    options = config_from_flags(FileOptions, args)
+    texts = reading.read_texts(
+        args.predict, column=args.text_column, cache_dir=args.cache_dir, options=options
+    )
     for answer in predict_texts(model, tokenizer, texts, tokens, runtime, batch_size=args.eval_batch_size):
         runtime.say(json.dumps(answer, ensure_ascii=False))
 

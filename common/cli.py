@@ -71,6 +71,8 @@ NEEDED_ADDRESSES = 3 << 30
 TORCHRUN = "TORCHELASTIC_RUN_ID"  # set in every process that torchrun starts
 
 
+DELIMITERS = {"comma": ",", "tab": "\t", "\\t": "\t", "semicolon": ";", "pipe": "|", "space": " "}
+
 Check = Callable[[argparse.Namespace], None]
 
 
@@ -162,6 +164,58 @@ def folder(text: str) -> str:
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise argparse.ArgumentTypeError(f"{text}: no permission to write in {nearest}; name another folder")
     return text
+
+
+def file(text: str) -> str:
+    """Parse the path of a file, or of a pipe, as the shell's <(command) makes one."""
+    if os.path.isdir(text) or not os.path.exists(text):
+        raise argparse.ArgumentTypeError(f"{text or 'the empty name'}: no such file; check the path")
+    return text
+
+
+def columns(text: str) -> tuple[str, ...]:
+    """Parse the names of columns, separated by commas."""
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"{text!r} has an empty name; write label,title,text")
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise argparse.ArgumentTypeError(f"{text!r} has {twice!r} twice; give each column its own name")
+    return names
+
+
+def delimiter(text: str) -> str:
+    """Parse a delimiter: a character, its name, or several characters for lines of several parts."""
+    text = DELIMITERS.get(text, text)
+    if not text or any(character in '\r\n"' or ord(character) > 0xFFFF for character in text):
+        known = ", ".join(DELIMITERS)
+        raise argparse.ArgumentTypeError(f"{text!r} is no delimiter; give a character, or one of {known}")
+    return text
+
+
+def encoding(text: str) -> str:
+    """Parse the name of an encoding of text that Python knows."""
+    try:
+        if "é".encode().decode(text, "replace"):
+            return text
+    except (LookupError, UnicodeError, ValueError):
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is no encoding; try utf-16, latin-1 or cp1252")
+
+
+def add_file_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Add the flags that say how data files are written, the fields of `sources.FileOptions`."""
+    flag = parser.add_argument
+    names = "the columns of a file without a header, such as label,title,text"
+    flag("--columns", type=columns, metavar="NAMES", help=names)
+    between = (
+        "what separates the cells of a data file: a character or tab, comma, semicolon, pipe, space"
+        " (default: found out); the last column takes the rest of a line after spaces or several characters"
+    )
+    flag("--delimiter", type=delimiter, metavar="CHARACTER", help=between)
+    marks = "csv: cells may be in quotation marks; none: these are text; auto: csv, with tabs found out"
+    flag("--quoting", choices=["auto", "csv", "none"], default="auto", help=marks)
+    flag("--encoding", type=encoding, help="of text and data files, such as latin-1 (default: UTF-8)")
 
 
 def add_shared_flags(parser: argparse.ArgumentParser, *, model: str | None) -> None:

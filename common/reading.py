@@ -2,41 +2,47 @@
 be used.
 
 The lines of a text file need no library: `datasets` and Arrow, which take a second to import, are
-imported by the functions that need them.
+imported by the functions that need them. `common/tables.py` reads the rows of a data file.
 """
 
 from __future__ import annotations
 
+import bz2
+import codecs
+import contextlib
 import functools
-import glob
+import gzip
+import json
+import lzma
+import os
 import re
+import select
 import sys
-from collections.abc import Iterable, Iterator
+import tempfile
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import numpy as np
 
 from common import bundled, sources
-from common.errors import UserError, one_line
+from common.errors import UserError, one_line, shorten
+from common.sources import DATA_SUFFIXES, FileOptions, note
 
 if TYPE_CHECKING:
     import datasets
     import pyarrow as pa
 
-# pandas would read the texts "NA", "None" and "null" as missing; only a missing cell is missing
-# here.
-CSV_OPTIONS: dict[str, Any] = {"keep_default_na": False}
-# file name extension -> builder of `datasets`, options
-FILE_READERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".csv": ("csv", CSV_OPTIONS),
-    ".tsv": ("csv", {**CSV_OPTIONS, "sep": "\t"}),
-    ".json": ("json", {}),
-    ".jsonl": ("json", {}),
-    ".parquet": ("parquet", {}),
-}
-SHARD = re.compile(r"-\d{5}-of-\d{5}$")  # as in train-00000-of-00002.parquet
+SHARD = re.compile(r"-(\d{5})-of-(\d{5})$")  # as in train-00000-of-00002.parquet
+TEXT_SUFFIXES = (".txt", ".md")  # of the files in folders of texts
+UNLABELLED = ("unsup", "unlabeled", "unlabelled")  # no class: IMDb has texts without labels in unsup/
 TEXT_KINDS = ("string", "large_string")
+LONGEST_TEXT = 10_000_000  # characters; more is no text but a file in a single line
+STREAM_BYTES, STREAM_LINES = 4 << 30, 10_000_000  # of a stream; a longer one may have no end
+SECONDS_FOR_A_PIPE = 10
+SAMPLE = 64 << 10  # bytes from which an encoding is found out
+AS_FOUND = FileOptions()  # nothing but what name and content of a file show
 
 
 @functools.cache
@@ -49,26 +55,40 @@ def _keep_library_quiet() -> None:
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
 
 
-def read(name: str, *, config: str | None = None, cache_dir: str | None = None) -> datasets.DatasetDict:
+# Data sets ----------------------------------------------------------------------------------------
+
+
+def read(
+    name: str,
+    *,
+    as_text: Sequence[str] = (),
+    options: FileOptions = AS_FOUND,
+    config: str | None = None,
+    cache_dir: str | None = None,
+) -> datasets.DatasetDict:
     """Return a data set unchanged: every split, every column.
 
-    `name`: a bundled name; a CSV, TSV, JSON, JSONL or Parquet file (one split, `train`); a folder
-    with one folder of .txt files per class, or with `train`, `validation`, `test` folders of such
-    folders; a folder of data files named after their splits; a Hub id, with `config` where it has
-    several configurations. Raises UserError when it can't be found, reached or read.
+    `name`: a bundled name; a data file (one split, `train`); a folder with one folder of text files
+    per class, or with `train`, `validation`, `test` folders of such folders; a folder of data files
+    named after their splits; a Hub id, with `config` where it has several configurations. `as_text`
+    are the columns of texts and labels, which stay as they are written; "a.b" is the field b of
+    column a. Raises UserError when the data can't be found, reached or read.
     """
     import datasets
 
     _keep_library_quiet()
-    sources.check_data(name)
+    sources.check_data(name, any_suffix=options.is_table)
     path = Path(name)
     if bundled.is_bundled(name):
         return datasets.DatasetDict({"train": bundled.DATASETS[name]()})
-    if path.is_file():
-        return datasets.DatasetDict({"train": read_file(path, cache_dir=cache_dir)})
-    if path.is_dir():
-        return _read_folder(path, cache_dir)
-    return _read_hub(name, config, cache_dir)
+    kind = sources.kind_of_path(path)
+    if kind in ("file", "pipe"):
+        rows = read_file(path, as_text=as_text, options=options, cache_dir=cache_dir)
+        return datasets.DatasetDict({"train": rows})
+    if kind == "folder":
+        return _read_folder(path, as_text, options, cache_dir)
+    splits = _read_hub(name, config, cache_dir)
+    return _as_splits({str(split): _with_fields(rows, as_text) for split, rows in splits.items()})
 
 
 def full_name(name: str) -> str:
@@ -78,56 +98,153 @@ def full_name(name: str) -> str:
     return str(Path(name).resolve()) if Path(name).exists() else name
 
 
-def read_file(path: Path, *, cache_dir: str | None = None) -> datasets.Dataset:
-    """Return all columns of one data file, by its file name extension.
+def read_file(
+    path: Path, *, as_text: Sequence[str] = (), options: FileOptions = AS_FOUND, cache_dir: str | None = None
+) -> datasets.Dataset:
+    """Return all columns of one data file; the columns `as_text` stay as they are written.
 
     Raises UserError for an unknown extension and for an empty, unreadable or malformed file.
     """
+    sources.check_data_file(path, any_suffix=options.is_table)
+    with open_plain(str(path), encoding=options.encoding, folder=cache_dir) as file:
+        return read_table(file, str(path), as_text=as_text, options=options, cache_dir=cache_dir)
+
+
+def read_table(
+    file: BinaryIO, name: str, *, as_text: Sequence[str], options: FileOptions, cache_dir: str | None
+) -> datasets.Dataset:
+    """Return the rows of a data file that is open and plain; messages call it `name`."""
+    from common import tables
+
+    data = tables.DataFile(file, name, options, tuple(as_text), cache_dir)
+    rows = _as_dataset(tables.read(data), name, as_text)
+    if len(rows) == 0:
+        raise UserError(f"{name}: the file has no rows; name one that has rows")
+    return _with_fields(rows, as_text)
+
+
+def _as_dataset(table: pa.Table, name: str, as_text: Sequence[str]) -> datasets.Dataset:
+    """Return a table as a data set, without the columns whose kind the library does not know."""
     import datasets
     import pyarrow as pa
 
     _keep_library_quiet()
-    sources.check_data_file(path)
-    builder, options = FILE_READERS[path.suffix.lower()]
-    if builder != "parquet":
-        _check_utf8(path)
-    try:
-        pattern = glob.escape(str(path))
-        rows = datasets.load_dataset(
-            builder, data_files=pattern, split="train", cache_dir=cache_dir, **options
-        )
-    except (datasets.exceptions.DatasetGenerationError, pa.ArrowInvalid) as error:
-        # the cache can't be written: not the file's fault
-        if isinstance(error.__cause__, OSError):
-            raise error.__cause__ from None
-        reason = one_line(error.__cause__ or error).rstrip(".")
-        raise UserError(f"{path}: not readable as {builder}: {reason}; correct the file") from error
-    except ValueError as error:
-        if "no data" not in str(error):  # the library's words for a header without rows
-            raise
-        rows = None
-    if rows is None or len(rows) == 0:
-        raise UserError(f"{path}: the file has no rows; name one that has rows")
+    twice = next((column for column in table.column_names if table.column_names.count(column) > 1), None)
+    if twice is not None:
+        raise UserError(f"{name}: two columns have the name {twice!r}; rename one of them")
+    for field in table.schema:
+        try:
+            datasets.Features.from_arrow_schema(pa.schema([field]))
+        except (ValueError, NotImplementedError, RecursionError) as error:
+            problem = f"column {field.name!r} holds {shorten(str(field.type), 60)}, which can't be used"
+            if field.name in as_text:
+                raise UserError(f"{name}: {problem}; convert it") from error
+            note(f"{name}: {problem}; it is left out")
+            table = table.drop_columns([field.name])
+    # without a fingerprint the library would make one of the whole content, and nothing needs it
+    fingerprint = datasets.fingerprint.generate_random_fingerprint()
+    return datasets.Dataset(datasets.table.InMemoryTable(table), fingerprint=fingerprint)
+
+
+def _with_fields(rows: datasets.Dataset, wanted: Sequence[str]) -> datasets.Dataset:
+    """Return rows with a column "a.b" for the field b of column a, if one that is wanted is named
+    like this.
+    """
+    missing = [name for name in wanted if name not in rows.column_names]
+    if any(name.split(".")[0] in rows.column_names for name in missing if "." in name):
+        return rows.flatten()
     return rows
 
 
-def read_lines(name: str) -> list[str]:
+# Lines and texts ----------------------------------------------------------------------------------
+
+
+def read_lines(name: str, *, encoding: str | None = None) -> list[str]:
     """Return the lines of a UTF-8 text file, or of standard input for "-".
 
     Raises UserError, naming file and line, for a file that can't be read, is empty or is not
     UTF-8.
     """
-    source = _source(name)
     sources.check_text_file(name)
-    content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-    if not content:
-        raise UserError(f"{source}: it is empty; write one text on each line")
+    with open_plain(name, encoding=encoding) as file:
+        return list(lines_of(file, source_name(name)))
+
+
+def lines_of(file: BinaryIO, source: str) -> Iterator[str]:
+    """Yield the lines of a text file that is open and plain. Raises UserError, naming `source` and
+    the line, for one that is not UTF-8.
+    """
     # str.splitlines also splits at form feeds and U+2028
-    lines = content.removesuffix(b"\n").split(b"\n")
-    return [
-        decode_utf8(line, f"{source}, line {number}").removesuffix("\r")
-        for number, line in enumerate(lines, start=1)
-    ]
+    for number, line in enumerate(raw_lines(file), start=1):
+        yield decode_utf8(line, f"{source}, line {number}")
+
+
+def raw_lines(file: BinaryIO) -> Iterator[bytes]:
+    """Yield the lines of a file without their ends. They end at a line feed, with or without a
+    carriage return, or in a file without any at a carriage return, as on the first Macs.
+    """
+    file.seek(0)
+    head = file.read(LONGEST_TEXT)
+    file.seek(0)
+    if b"\n" not in head and b"\r" in head:
+        yield from file.read().removesuffix(b"\r").split(b"\r")
+        return
+    for line in file:
+        yield line.removesuffix(b"\n").removesuffix(b"\r")
+
+
+def read_texts(
+    name: str,
+    *,
+    column: str,
+    cache_dir: str | None,
+    allow_empty: bool = False,
+    flag: str = "--text-column",
+    options: FileOptions = AS_FOUND,
+) -> list[str]:
+    """Return the texts of a data file's column, or the lines of any other file or of standard
+    input ("-"), which may be JSON too.
+
+    Raises UserError, naming the row or line, for a missing or empty text, unless `allow_empty`: a
+    missing one is then "". `flag` is the flag that names the column.
+    """
+    sources.check_texts(name, any_suffix=options.is_table)
+    source = source_name(name)
+    with open_plain(name, encoding=options.encoding, folder=cache_dir) as file:
+        if not is_table(file, name, options):
+            lines = list(lines_of(file, source))
+            for number, line in enumerate(lines, start=1):
+                if not allow_empty and not line.strip():
+                    raise UserError(f"{source}, line {number}: the text is empty; remove the line")
+                check_length(line, f"{source}, line {number}")
+            return lines
+        rows = read_table(file, source, as_text=[column], options=options, cache_dir=cache_dir)
+    require_column(rows.column_names, column, source=source, flag=flag)
+    check_kind(rows, column, source=source, flag=flag)
+    if not allow_empty:
+        check_texts(rows, column, source=source)
+    return [text or "" for text in rows[column][:]]
+
+
+def is_table(file: BinaryIO, name: str, options: FileOptions) -> bool:
+    """Return whether an open file holds rows with columns, and not a text on each line: by its
+    ending, by the flags, as fastText's labels show, or for standard input if it begins as JSON.
+    """
+    if sources.suffix(name) in DATA_SUFFIXES or options.is_table:
+        return True
+    file.seek(0)
+    head = file.read(SAMPLE).removeprefix(codecs.BOM_UTF8)
+    if name != "-":
+        return head.startswith(sources.FASTTEXT_LABEL.encode())
+    return re.match(rb'\s*(\[\s*)?\{\s*"', head) is not None
+
+
+def check_length(text: str, location: str) -> None:
+    """Raise UserError, naming `location`, for a text that is too long to be one."""
+    if len(text) > LONGEST_TEXT:
+        raise UserError(
+            f"{location}: the text has {len(text):,} characters, more than {LONGEST_TEXT:,}; cut it up"
+        )
 
 
 def decode_utf8(content: bytes, source: str) -> str:
@@ -138,31 +255,12 @@ def decode_utf8(content: bytes, source: str) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         byte = f"{error.object[error.start]:#04x} at {error.start + 1}"
-        raise UserError(f"{source}: not UTF-8 (byte {byte}); convert it to UTF-8 first") from error
+        raise UserError(
+            f"{source}: not UTF-8 (byte {byte}); convert it to UTF-8 first, or name its --encoding"
+        ) from error
 
 
-def read_texts(
-    name: str, *, column: str, cache_dir: str | None, allow_empty: bool = False, flag: str = "--text-column"
-) -> list[str]:
-    """Return the texts of a data file's column, or the lines of any other file or of standard
-    input ("-").
-
-    Raises UserError, naming the row or line, for a missing or empty text, unless `allow_empty`: a
-    missing one is then "". `flag` is the flag that names the column.
-    """
-    sources.check_texts(name)
-    if Path(name).suffix.lower() in FILE_READERS:
-        rows = read_file(Path(name), cache_dir=cache_dir)
-        require_column(rows.column_names, column, source=name, flag=flag)
-        check_kind(rows, column, source=name, flag=flag)
-        if not allow_empty:
-            check_texts(rows, column, source=name)
-        return [text or "" for text in rows[column][:]]
-    lines = read_lines(name)
-    for number, line in enumerate(lines, start=1):
-        if not allow_empty and not line.strip():
-            raise UserError(f"{_source(name)}, line {number}: the text is empty; remove the line")
-    return lines
+# Checks -------------------------------------------------------------------------------------------
 
 
 def require_column(names: Iterable[str], column: str, *, source: str, flag: str) -> None:
@@ -190,6 +288,10 @@ def check_texts(rows: datasets.Dataset, column: str, *, source: str) -> None:
             raise UserError(
                 f"{row_source}: the text in column {column!r} is {state}; remove the row or fill it in"
             )
+        longest = pc.max(pc.utf8_length(block)).as_py()
+        if longest > LONGEST_TEXT:
+            row = pc.index(pc.utf8_length(block), longest).as_py()
+            check_length(block[row].as_py(), f"{source}, row {start + row + 1}")
 
 
 def check_kind(rows: datasets.Dataset, column: str, *, source: str, flag: str = "--text-column") -> None:
@@ -215,14 +317,9 @@ def evenly_spaced(count: int, most: int) -> np.ndarray:
     return np.arange(size) * count // max(size, 1)  # 1: no division by 0 for an empty sample
 
 
-def _source(name: str) -> str:
+def source_name(name: str) -> str:
+    """Return the name of a source as messages give it."""
     return "standard input" if name == "-" else name
-
-
-def _check_utf8(path: Path) -> None:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            decode_utf8(line, f"{path}, line {number}")
 
 
 def _blocks(rows: datasets.Dataset, column: str) -> Iterator[tuple[int, pa.ChunkedArray]]:
@@ -234,25 +331,41 @@ def _blocks(rows: datasets.Dataset, column: str) -> Iterator[tuple[int, pa.Chunk
         start += len(table)
 
 
-def _read_folder(root: Path, cache_dir: str | None) -> datasets.DatasetDict:
-    import datasets
+# Folders ------------------------------------------------------------------------------------------
 
-    if any(root.glob("*/*.txt")):
-        return datasets.DatasetDict({"train": _read_class_folders(root)})
-    splits = [path for path in sorted(root.iterdir()) if any(path.glob("*/*.txt"))]
-    if splits:  # as in the IMDb archive: train/pos, train/neg, test/pos, test/neg
-        return _as_splits({path.name: _read_class_folders(path) for path in splits})
-    shards: dict[str, list[datasets.Dataset]] = {}
-    for file in sorted(root.iterdir()):
-        if file.suffix.lower() in FILE_READERS and not file.name.startswith("."):
-            shards.setdefault(SHARD.sub("", file.stem), []).append(read_file(file, cache_dir=cache_dir))
-    if not shards:
-        known = ", ".join(FILE_READERS)
+
+def _read_folder(
+    root: Path, as_text: Sequence[str], options: FileOptions, cache_dir: str | None
+) -> datasets.DatasetDict:
+    """Return the splits of a folder. Raises UserError for one of which only a part would be read."""
+    entries = entries_of(root)
+    files = [path for path in entries if sources.suffix(path) in DATA_SUFFIXES and path.is_file()]
+    folders = [path for path in entries if path.is_dir()]
+    classes = [folder for folder in folders if texts_in(folder)]
+    splits = [folder for folder in folders if any(map(texts_in, _folders_in(folder)))]
+    if files and (classes or splits):
         raise UserError(
-            f"--dataset {root}: it has neither class folders of .txt files nor data files ({known}); name a"
-            " folder that has them"
+            f"--dataset {root}: it has both data files ({files[0].name}) and folders of texts"
+            f" ({(splits or classes)[0].name}); name one of them"
         )
-    return _as_splits({split: datasets.concatenate_datasets(parts) for split, parts in shards.items()})
+    if files:
+        return _read_split_files(root, files, as_text, options, cache_dir)
+    if splits:  # as in the IMDb archive: train/pos, train/neg, test/pos, test/neg
+        lone = next((folder for folder in classes if folder not in splits), None)
+        if lone is not None:
+            raise UserError(
+                f"--dataset {root}: {lone.name} holds texts, and {splits[0].name} holds folders of texts: are"
+                " these classes or splits? Move one of them"
+            )
+        encoding = options.encoding
+        return _as_splits({path.name: _read_class_folders(path, encoding) for path in splits})
+    if classes:
+        return _as_splits({"train": _read_class_folders(root, options.encoding)})
+    known = ", ".join(DATA_SUFFIXES)
+    raise UserError(
+        f"--dataset {root}: it has neither class folders of .txt files nor data files ({known}); name a"
+        " folder that has them"
+    )
 
 
 def _as_splits(parts: dict[str, datasets.Dataset]) -> datasets.DatasetDict:
@@ -263,19 +376,283 @@ def _as_splits(parts: dict[str, datasets.Dataset]) -> datasets.DatasetDict:
     return splits
 
 
-def _read_class_folders(root: Path) -> datasets.Dataset:
+def entries_of(folder: Path) -> list[Path]:
+    """Return what is in a folder, sorted, without what is hidden. Raises UserError where something
+    can't be looked at.
+    """
+    try:
+        entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+        for path in entries:
+            path.stat()
+    except OSError as error:
+        raise UserError(f"{error.filename}: can't be read: {error.strerror}; correct or remove it") from error
+    return entries
+
+
+def texts_in(folder: Path) -> list[Path]:
+    """Return the files of a folder that hold texts: those that end with .txt or .md, or if there
+    are none, those without an ending, as in 20 Newsgroups.
+    """
+    files = [path for path in entries_of(folder) if path.is_file()]
+    texts = [path for path in files if path.suffix.lower() in TEXT_SUFFIXES]
+    return texts or [path for path in files if not path.suffix]
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    return [path for path in entries_of(folder) if path.is_dir()]
+
+
+def _read_split_files(
+    root: Path, files: list[Path], as_text: Sequence[str], options: FileOptions, cache_dir: str | None
+) -> datasets.DatasetDict:
+    """Return the splits of a folder of data files, each of one file or of a complete set of
+    shards.
+    """
+    shards: dict[str, list[Path]] = {}
+    for file in files:
+        stem = file.name[: file.name.lower().rindex(sources.suffix(file))]
+        shards.setdefault(SHARD.sub("", stem), []).append(file)
+    for split, parts in shards.items():
+        _check_shards(root, split, parts)
+    return _as_splits(
+        {
+            split: _below_each_other(
+                [read_file(part, as_text=as_text, options=options, cache_dir=cache_dir) for part in parts]
+            )
+            for split, parts in shards.items()
+        }
+    )
+
+
+def _check_shards(root: Path, split: str, parts: list[Path]) -> None:
+    numbers = [SHARD.search(part.name[: part.name.lower().rindex(sources.suffix(part))]) for part in parts]
+    if len(parts) == 1 and numbers[0] is None:
+        return
+    if None in numbers or len({sources.suffix(part) for part in parts}) > 1:
+        raise UserError(
+            f"--dataset {root}: {parts[0].name} and {parts[1].name} are both the split {split!r}; keep one of"
+            " them, or name it with --train-file"
+        )
+    found = [(int(match[1]), int(match[2])) for match in numbers if match is not None]
+    total = found[0][1]
+    if sorted(found) != [(number, total) for number in range(total)]:
+        raise UserError(
+            f"--dataset {root}: {len(found)} of {total} parts of the split {split!r} are there; add the rest"
+        )
+
+
+def _below_each_other(parts: list[datasets.Dataset]) -> datasets.Dataset:
+    from common import tables
+
+    if len(parts) == 1:
+        return parts[0]
+
+    return _as_dataset(tables.joined([part.data.table for part in parts]), "", [])
+
+
+def _read_class_folders(root: Path, encoding: str | None) -> datasets.Dataset:
     import datasets
 
     texts, labels = [], []
-    for file in sorted(root.glob("*/*.txt")):
-        if file.name.startswith(".") or file.parent.name.startswith("."):
-            continue
-        text = decode_utf8(file.read_bytes(), str(file))
-        if not text.strip():
-            raise UserError(f"{file}: the text is empty; remove the file")
-        texts.append(text)
-        labels.append(file.parent.name)
+    folders = [folder for folder in _folders_in(root) if texts_in(folder)]
+    unlabelled = [folder for folder in folders if folder.name.lower() in UNLABELLED]
+    if unlabelled and len(folders) > 2:
+        note(f"{unlabelled[0]}: its texts have no label; they are left out")
+        folders = [folder for folder in folders if folder not in unlabelled]
+    for folder in folders:
+        found = texts_in(folder)
+        others = [path for path in entries_of(folder) if path not in found]
+        if others:
+            note(
+                f"{folder}: {len(others)} of its entries are no texts and not read, such as {others[0].name}"
+            )
+        for file in found:
+            text = read_text(file, encoding)
+            if not text.strip():
+                raise UserError(f"{file}: the text is empty; remove the file")
+            check_length(text, str(file))
+            texts.append(text)
+            labels.append(folder.name)
     return datasets.Dataset.from_dict({"text": texts, "label": labels})
+
+
+def read_text(file: Path, encoding: str | None) -> str:
+    """Return the content of a text file. Raises UserError for one that can't be read or decoded."""
+    if sources.kind_of_path(file) != "file":
+        raise UserError(f"{file}: this is no file; remove it")
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{file}: can't be read: {error.strerror}; correct or remove it") from error
+    if encoding is None:
+        refuse_utf16(content, str(file))
+        return decode_utf8(content, str(file))
+    try:
+        return content.decode(encoding).removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise _not_encoded(str(file), encoding, error) from error
+
+
+# Files made plain ---------------------------------------------------------------------------------
+
+
+def temporary_file(folder: str | None) -> BinaryIO:
+    """Return a new file without a name in a folder (None: the system's), gone when it is closed."""
+    if folder is not None:
+        os.makedirs(folder, exist_ok=True)
+    return cast(BinaryIO, tempfile.TemporaryFile(dir=folder))
+
+
+@contextlib.contextmanager
+def open_plain(name: str, *, encoding: str | None = None, folder: str | None = None) -> Iterator[BinaryIO]:
+    """Yield a file's content, or that of standard input ("-"), decompressed and as UTF-8 in a file
+    of the system: the file itself if it is so, else a temporary one in `folder` (None: the
+    system's).
+
+    Raises UserError when it can't be read, decompressed or decoded, and when it is UTF-16 and
+    `encoding` does not say so.
+    """
+    source = source_name(name)
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(_open_decompressed(name, source, folder))
+        if os.fstat(file.fileno()).st_size == 0:
+            raise UserError(f"{source}: it is empty; write one text on each line, or rows with their columns")
+        if sources.suffix(name) != ".parquet":
+            file = stack.enter_context(_as_utf8(file, source, encoding, folder))
+        yield file
+
+
+@contextlib.contextmanager
+def _open_decompressed(name: str, source: str, folder: str | None) -> Iterator[BinaryIO]:
+    """Yield a regular file: that of a name if it is one and not compressed, else a copy."""
+    is_pipe = name != "-" and sources.kind_of_path(name) == "pipe"
+    compression = Path(name).suffix.lower()
+    is_compressed = compression in sources.COMPRESSED_SUFFIXES
+    with contextlib.ExitStack() as stack:
+        file = cast(BinaryIO, sys.stdin.buffer)
+        if name != "-":
+            try:
+                opened = _open_pipe(name) if is_pipe else open(name, "rb")  # noqa: SIM115  (closed by the stack)
+                file = stack.enter_context(opened)
+            except OSError as error:
+                advice = "name a text file, a data file, or - for standard input"
+                raise UserError(f"{source}: can't be read: {error.strerror}; {advice}") from error
+        if name == "-" or is_pipe or is_compressed:
+            copy = stack.enter_context(temporary_file(folder))
+            if is_compressed:
+                _decompress(file, copy, compression, source)
+            else:
+                _copy_stream(file, copy, source)
+            file = copy
+        yield file
+
+
+def _open_pipe(name: str) -> BinaryIO:
+    """Open a pipe. Raises UserError when nothing comes through it: a pipe into which nobody writes
+    would be waited for without end.
+    """
+    descriptor = os.open(name, os.O_RDONLY | os.O_NONBLOCK)
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    if not poll.poll(SECONDS_FOR_A_PIPE * 1000):
+        os.close(descriptor)
+        raise UserError(
+            f"{name}: nothing came through this pipe in {SECONDS_FOR_A_PIPE} seconds; name a file, or - for"
+            " standard input"
+        )
+    os.set_blocking(descriptor, True)
+    return open(descriptor, "rb")
+
+
+def _copy_stream(stream: BinaryIO, file: BinaryIO, source: str) -> None:
+    size = lines = 0
+    while chunk := stream.read(1 << 20):
+        size, lines = size + len(chunk), lines + chunk.count(b"\n")
+        if size > STREAM_BYTES or lines > STREAM_LINES:
+            raise UserError(
+                f"{source}: more than {STREAM_LINES:,} lines or {STREAM_BYTES >> 30} GB have come, and it may"
+                " have no end; name a file"
+            )
+        file.write(chunk)
+    file.flush()
+
+
+def _decompress(file: BinaryIO, target: BinaryIO, compression: str, source: str) -> None:
+    openers: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zstandard}
+    try:
+        with openers[compression](file) as content:
+            while chunk := content.read(1 << 20):
+                target.write(chunk)
+        target.flush()
+    except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk's fault
+        kind = compression.removeprefix(".")
+        raise UserError(f"{source}: not readable as {kind}: {one_line(error)}; correct the file") from error
+
+
+def _open_zstandard(file: BinaryIO) -> Any:
+    import pyarrow as pa
+
+    return pa.CompressedInputStream(pa.PythonFile(file, "r"), "zstd")
+
+
+@contextlib.contextmanager
+def _as_utf8(file: BinaryIO, source: str, encoding: str | None, folder: str | None) -> Iterator[BinaryIO]:
+    """Yield a file with the same text in UTF-8."""
+    if encoding is None:
+        refuse_utf16(os.pread(file.fileno(), SAMPLE, 0), source)
+    if encoding is None or codecs.lookup(encoding).name == "utf-8":
+        yield file
+        return
+    decoder = codecs.getincrementaldecoder(encoding)()
+    line = 1
+    file.seek(0)
+    with temporary_file(folder) as target:
+        while True:
+            chunk = file.read(1 << 20)
+            try:
+                text = decoder.decode(chunk, final=not chunk)
+            except UnicodeDecodeError as error:
+                before = error.object[: error.start].decode(encoding, "ignore")
+                raise _not_encoded(
+                    f"{source}, line {line + before.count(chr(10))}", encoding, error
+                ) from error
+            line += text.count("\n")
+            target.write(text.encode())
+            if not chunk:
+                break
+        target.flush()
+        yield target
+
+
+def _not_encoded(location: str, encoding: str, error: UnicodeDecodeError) -> UserError:
+    byte = f"{error.object[error.start]:#04x}"
+    return UserError(f"{location}: not {encoding} (byte {byte}); name another --encoding")
+
+
+def refuse_utf16(head: bytes, source: str) -> None:
+    """Raise UserError for the beginning of a file in UTF-16 or UTF-32: its mark, or zeros in every
+    other byte, which UTF-8 allows too.
+    """
+    marks = {
+        codecs.BOM_UTF32_LE: "utf-32",
+        codecs.BOM_UTF32_BE: "utf-32",
+        codecs.BOM_UTF16_LE: "utf-16",
+        codecs.BOM_UTF16_BE: "utf-16",
+    }
+    encoding = next((name for mark, name in marks.items() if head.startswith(mark)), None)
+    if encoding is None:
+        zeros = [head[start::2].count(0) / max(len(head) // 2, 1) for start in (0, 1)]
+        if min(zeros) < 0.05 and max(zeros) > 0.3:
+            encoding = "utf-16-be" if zeros[0] > zeros[1] else "utf-16-le"
+    if encoding is not None:
+        raise UserError(
+            f"{source}, line 1: not UTF-8 but {encoding.upper()}; convert it, or give --encoding {encoding}"
+        )
+
+
+# The Hub ------------------------------------------------------------------------------------------
 
 
 def _read_hub(name: str, config: str | None, cache_dir: str | None) -> datasets.DatasetDict:
@@ -288,7 +665,7 @@ def _read_hub(name: str, config: str | None, cache_dir: str | None) -> datasets.
     local = ", ".join(bundled.DATASETS)
     try:
         with sources.downloads_in(cache_dir):
-            splits = datasets.load_dataset(name, config, cache_dir=cache_dir)
+            splits = _load_undamaged(name, config, cache_dir)
     except (
         datasets.exceptions.DatasetNotFoundError,
         huggingface_hub.errors.HfHubHTTPError,
@@ -325,3 +702,27 @@ def _read_hub(name: str, config: str | None, cache_dir: str | None) -> datasets.
     if not reachable:
         sources.say_cached(f"--dataset {name}")
     return splits
+
+
+def _load_undamaged(name: str, config: str | None, cache_dir: str | None) -> datasets.DatasetDict:
+    """Return a data set of the Hub; if the copy in the library's cache is damaged, made anew from
+    what was downloaded.
+    """
+    import datasets
+    import pyarrow as pa
+
+    damages = (pa.ArrowException, KeyError, TypeError, json.JSONDecodeError)
+    reason = ""
+    for mode in (None, "reuse_cache_if_exists"):
+        try:
+            splits = datasets.load_dataset(name, config, cache_dir=cache_dir, download_mode=mode)
+            for rows in splits.values():
+                # the library maps its files unchecked, and a wrong offset would end the process
+                rows.data.table.validate(full=True)
+            return splits
+        except damages as error:
+            reason = one_line(error)
+        if mode is None:
+            note(f"--dataset {name}: its copy in the cache is damaged ({reason}); it is made anew")
+    folder = cache_dir or datasets.config.HF_DATASETS_CACHE
+    raise UserError(f"--dataset {name}: its copy in {folder} is damaged ({reason}); remove it and try again")

@@ -329,6 +329,20 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def free_memory_bytes(device: torch.device) -> int | None:
+    """Return about how much memory a process can still get: on the GPU with CUDA, else in this
+    machine; None where the system does not tell.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+
+
 def _join_processes(store: torch.distributed.Store, rank: int, world_size: int, backend: str) -> None:
     """Join the processes that torchrun started, in a part of its store that belongs to this
     attempt alone.

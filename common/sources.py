@@ -9,14 +9,20 @@ import contextlib
 import functools
 import json
 import os
+import stat
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from common import bundled
-from common.errors import UserError
+from common.errors import UserError, shorten
 
-DATA_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
+JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
+DATA_SUFFIXES = (".csv", ".tsv", *JSON_SUFFIXES, ".parquet")
+COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
+FASTTEXT_LABEL = "__label__"  # each line of fastText's files begins with it
 # Files of a Hub model that are downloaded: no pickles, no ONNX, no code.
 FILES_READ = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 FILES_IGNORED = ["onnx/*", "openvino/*"]
@@ -131,54 +137,125 @@ def _download(name: str, *, kind: bundled.Kind, flag: str, cache_dir: str | None
 # Texts --------------------------------------------------------------------------------------------
 
 
-def check_data(name: str, *, flag: str = "--dataset") -> None:
+@dataclass(frozen=True)
+class FileOptions:
+    """How a data file is written, where its name and its content leave it open; the fields are
+    named as their flags.
+    """
+
+    columns: tuple[str, ...] | None = None  # the names, for a file without a header
+    delimiter: str | None = None  # None: found out
+    quoting: Literal["auto", "csv", "none"] = "auto"
+    encoding: str | None = None  # None: UTF-8
+
+    @property
+    def is_table(self) -> bool:
+        """Whether they make any file a table with a delimiter, whatever its ending."""
+        return self.columns is not None or self.delimiter is not None
+
+
+def suffix(name: str | Path) -> str:
+    """Return the ending of a file name in lower case, without that of a compression: ".csv" for
+    rows.CSV.gz.
+    """
+    path = Path(name)
+    if path.suffix.lower() in COMPRESSED_SUFFIXES:
+        path = path.with_suffix("")
+    return path.suffix.lower()
+
+
+def kind_of_path(name: str | Path) -> Literal["file", "folder", "pipe", "nothing"]:
+    """Return what a path is. Raises UserError for one that can't be looked at, such as a dangling
+    link, and for a device or socket, from which no data set comes.
+    """
+    shown = shorten(str(name), 200)
+    try:
+        mode = os.stat(name).st_mode
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if os.path.islink(name):
+            target = os.readlink(name)
+            raise UserError(f"{shown}: a link to {target}, which is not there; correct the link") from error
+        return "nothing"
+    except OSError as error:
+        raise UserError(f"{shown}: can't be read: {error.strerror}; name another file") from error
+    if stat.S_ISREG(mode):
+        return "file"
+    if stat.S_ISDIR(mode):
+        return "folder"
+    if stat.S_ISFIFO(mode):
+        return "pipe"
+    what = "a socket" if stat.S_ISSOCK(mode) else "a device"
+    raise UserError(f"{shown}: this is {what}; name a file, or - for standard input")
+
+
+def check_data(name: str, *, flag: str = "--dataset", any_suffix: bool = False) -> None:
     """Raise UserError, naming `flag`, for a name that can be no data set as far as this machine's
-    files show.
+    files show. `any_suffix`: flags say how a file is written, whatever its ending.
     """
     path = Path(name)
     if bundled.is_bundled(name):
         if name not in bundled.DATASETS:
             known = ", ".join(bundled.DATASETS)
             raise UserError(f"{flag} {name}: no such bundled data set; use {known}")
-    elif path.is_file():
-        check_data_file(path)
-    elif not path.is_dir():
+        return
+    kind = kind_of_path(name) if name else "nothing"
+    if kind in ("file", "pipe"):
+        check_data_file(path, any_suffix=any_suffix)
+    elif kind == "nothing":
         is_local = path.is_absolute() or name.startswith(".") or name.count("/") > 1  # never a Hub id
-        if not name or is_local or path.suffix.lower() in DATA_SUFFIXES:
+        if not name or is_local or suffix(path) in DATA_SUFFIXES:
             raise UserError(f"{flag} {name}: no such file or folder; check the path")
 
 
-def check_texts(name: str) -> None:
+def check_texts(name: str, *, any_suffix: bool = False) -> None:
     """Raise UserError unless a name can be a data file, a text file with one text per line, or "-"
-    for standard input.
+    for standard input. `any_suffix`: flags say how a data file is written, whatever its ending.
     """
-    path = Path(name)
-    if path.suffix.lower() not in DATA_SUFFIXES:
+    if name == "-":
+        return
+    if not any_suffix and suffix(name) not in DATA_SUFFIXES:
         check_text_file(name)
-    elif not path.is_file():
+    elif kind_of_path(name) == "nothing":
         raise UserError(f"{name}: no such file; check the path")
     else:
-        check_data_file(path)
+        check_data_file(Path(name), any_suffix=any_suffix)
 
 
-def check_data_file(path: Path) -> None:
+def check_data_file(path: Path, *, any_suffix: bool = False) -> None:
     """Raise UserError for a data file with an unknown ending, without permission to read it, or
-    empty.
+    empty. A pipe can only be looked at by reading it.
     """
-    if path.suffix.lower() not in DATA_SUFFIXES:
+    kind = kind_of_path(path)
+    if kind == "folder":
+        raise UserError(f"{path}: this is a folder; name a file in it")
+    if suffix(path) not in DATA_SUFFIXES and not any_suffix and not is_fasttext(path):
         known = ", ".join(DATA_SUFFIXES)
         raise UserError(
-            f"{path}: the file name ends with {path.suffix!r}, not with one of {known}; convert it"
+            f"{path}: the file name ends with {path.suffix!r}, not with one of {known}; convert it, or"
+            " name the columns of a table with --columns"
         )
     if not os.access(path, os.R_OK):
         raise UserError(f"{path}: no permission to read it; change that with chmod or name another file")
-    if path.stat().st_size == 0:
+    if kind == "file" and path.stat().st_size == 0:
         raise UserError(f"{path}: the file is empty; name one that has rows")
 
 
+def is_fasttext(path: Path) -> bool:
+    """Return whether a file begins with fastText's mark of a label."""
+    if kind_of_path(path) != "file" or not os.access(path, os.R_OK):
+        return False
+    with open(path, "rb") as file:
+        return file.read(len(FASTTEXT_LABEL)) == FASTTEXT_LABEL.encode()
+
+
 def check_text_file(name: str) -> None:
-    """Raise UserError unless a name is "-" or a text file that can be opened and is not empty."""
-    if name == "-":
+    """Raise UserError unless a name is "-", a pipe, or a text file that can be opened and is not
+    empty.
+
+    A pipe, as in `--predict <(command)`, is left alone: it has no size, and whoever writes into it
+    would notice that it was opened and closed.
+    """
+    if name == "-" or (name and kind_of_path(name) == "pipe"):
         return
     try:
         with open(name, "rb") as file:
@@ -222,16 +299,17 @@ def is_reachable() -> bool:
 
 @functools.cache  # once per name: the parts of a model are read one by one
 def say_cached(name: str) -> None:
-    """Say on stderr that a model or data set comes from the cache and was not compared with the
-    Hub.
+    """Say that a model or data set comes from the cache and was not compared with the Hub."""
+    note(f"{name}: using the cached copy; the Hub is offline (HF_HUB_OFFLINE) or can't be reached")
+
+
+def note(message: str) -> None:
+    """Say on stderr, once in a job of several processes, what was found out about a source.
 
     On stderr, because stdout may be another program's input.
     """
     if os.environ.get("RANK", "0") == "0":
-        print(
-            f"{name}: using the cached copy; the Hub is offline (HF_HUB_OFFLINE) or can't be reached",
-            file=sys.stderr,
-        )
+        print(message, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

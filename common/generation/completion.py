@@ -1,20 +1,24 @@
-"""From tokens to texts: streamed text, completions with their log-probabilities, conversations."""
+"""From tokens to texts: streamed text, completions with their log-probabilities."""
+
+from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from common.errors import UserError
 from common.generation import decoding
 from common.generation.decoding import Batch, PromptLookup, Step
-from common.generation.language_model import LanguageModel, check_length, encode_chat
-from common.generation.sampling import Settings, batch_seed
+from common.generation.language_model import LanguageModel
+from common.generation.sampling import Settings
 
+if TYPE_CHECKING:  # importing it takes a second
+    from transformers import DynamicCache, PreTrainedTokenizerBase
+
+LOGPROB_BYTES = 300  # of an entry of --logprobs, until its batch is written
 REPLACEMENT = "\ufffd"  # what a decoder shows for bytes that are not (yet) a whole character
-
-Message = dict[str, str]  # {"role": "user", "content": "Why is the sky blue?"}
 
 
 class TextStream:
@@ -232,6 +236,32 @@ class Run:
             for sample in range(self.options.num_samples)
         ]
 
+    def check_memory(self, prompts: list[Prompt], free_bytes: int | None) -> None:
+        """Raise UserError if a batch of these prompts needs more memory than there is free."""
+        num_rows = len(prompts) * self.options.num_samples
+        num_columns = max(len(prompt.ids) for prompt in prompts) + self.options.settings.max_new_tokens
+        needed = num_rows * self._bytes_per_row(num_columns)
+        if free_bytes is not None and needed > free_bytes:
+            raise UserError(
+                f"--num-samples {self.options.num_samples}: a batch of {num_rows:,} texts of up to "
+                f"{num_columns:,} tokens needs about {needed / 1e9:,.1f} GB, and {free_bytes / 1e9:,.1f} GB "
+                "are free; lower it, --batch-size, --max-new-tokens or --logprobs"
+            )
+
+    def _bytes_per_row(self, num_columns: int) -> int:
+        """Return about how much memory a text takes: its cache, ids and mask; its logits and their
+        copies in the sampler; its log-probabilities.
+        """
+        model, settings = self.language_model.model, self.options.settings
+        config = model.config.get_text_config(decoder=True)
+        num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        cache = 2 * config.num_hidden_layers * num_heads * head_size * model.dtype.itemsize  # a column
+        entries = 0
+        if self.options.num_logprobs is not None:
+            entries = settings.max_new_tokens * (1 + min(self.options.num_logprobs, config.vocab_size))
+        return num_columns * (cache + 16) + config.vocab_size * 16 + entries * LOGPROB_BYTES
+
     def left_pad(self, rows: list[Completion], cache: DynamicCache | None = None) -> Batch:
         """Return the prompts of some completions as a batch with room for all new tokens."""
         return decoding.left_pad(
@@ -273,84 +303,3 @@ class Run:
 
 def _rate(tokens: int, seconds: float) -> str:
     return f"{tokens / seconds:,.1f} tokens/s" if tokens and seconds > 0 else "no rate"
-
-
-@dataclass(frozen=True)
-class Turn:
-    """A question to the model, and its answer while it is being generated."""
-
-    run: Run  # the timing of this turn alone
-    seed: int
-    messages: list[Message]  # the conversation with the question
-    answer: Completion
-    batch: Batch
-
-
-class Chat:
-    """A conversation that keeps its cache: each turn reads only what is new, however long the
-    conversation is.
-    """
-
-    def __init__(self, run: Run, system: str | None) -> None:
-        """Start a conversation. Raises UserError if the model has no chat template."""
-        self.run, self.system = run, system
-        self.reset()
-        encode_chat([*self.messages, {"role": "user", "content": "?"}], run.language_model)
-
-    def reset(self) -> None:
-        """Start a new conversation."""
-        self.messages: list[Message] = []
-        if self.system:
-            self.messages.append({"role": "system", "content": self.system})
-        self.num_turns = 0
-        self._forget_cache()
-
-    def begin_turn(self, text: str) -> Turn:
-        """Return the turn of the user's next message. Raises UserError, and forgets the message,
-        if the conversation does not fit into the model's context.
-
-        A turn that never ends, because it was interrupted, leaves no trace: the conversation gets
-        its cache back only in `end_turn`. (An interruption can come between two layers, and then
-        nobody knows what the cache holds.)
-        """
-        language_model, options = self.run.language_model, self.run.options
-        messages = [*self.messages, {"role": "user", "content": text}]
-        ids = encode_chat(messages, language_model)
-        try:
-            check_length(ids, options.settings.max_new_tokens, language_model, name="the conversation")
-        except UserError as error:
-            raise UserError(f"{error}; /reset starts a new one") from error
-        cache = self._reusable_cache(ids)
-        self._forget_cache()
-        stream = TextStream(language_model.tokenizer, options.stops)
-        answer = Completion(Prompt(self.num_turns, text, ids), 0, stream)
-        run = Run(language_model, options)
-        seed = batch_seed(options.seed, self.num_turns)
-        return Turn(run, seed, messages, answer, run.left_pad([answer], cache))
-
-    def end_turn(self, turn: Turn) -> None:
-        """Add a question and its finished answer to the conversation."""
-        self.cache = turn.batch.cache
-        self.cached_ids = turn.batch.tokens[0].tolist()[: self.cache.get_seq_length()]
-        self.messages = [*turn.messages, {"role": "assistant", "content": turn.answer.text}]
-        self.num_turns += 1
-
-    def _forget_cache(self) -> None:
-        self.cached_ids: list[int] = []  # the tokens whose keys and values are in the cache
-        self.cache = decoding.new_cache(self.run.language_model)
-
-    def _reusable_cache(self, ids: list[int]) -> DynamicCache:
-        """Return a cache of as many of the first tokens as are the same as before."""
-        num_same = 0
-        for new, cached in zip(ids, self.cached_ids):
-            if new != cached:
-                break
-            num_same += 1
-        num_same = min(num_same, len(ids) - 1)  # at least one token must be read to get logits
-        if num_same == len(self.cached_ids):
-            return self.cache
-        if any(getattr(layer, "is_sliding", False) for layer in self.cache.layers):
-            # a sliding window has forgotten what would be needed again
-            return decoding.new_cache(self.run.language_model)
-        self.cache.crop(num_same - len(self.cached_ids))
-        return self.cache

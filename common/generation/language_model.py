@@ -1,15 +1,14 @@
 """A causal language model with its tokenizer, and what decoding needs to know about the two: end
-ids, padding id, context; prompts and chats as token ids.
+ids, padding id, context; prompts as token ids.
 """
 
 from dataclasses import dataclass
 
-import jinja2
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from common import models, sources
-from common.errors import UserError, one_line
+from common.errors import UserError, shorten
 from common.runtime import DTYPES, Runtime
 
 
@@ -57,7 +56,9 @@ def load(name: str, runtime: Runtime, *, cache_dir: str | None) -> LanguageModel
         )
     end_ids = find_end_ids(model, tokenizer)
     pad_ids = (model.generation_config.pad_token_id, tokenizer.pad_token_id, *end_ids, 0)
-    pad_id = next(number for number in pad_ids if number is not None)
+    # LLaMA's first models say -1 for none
+    pad_id = next(number for number in pad_ids if number not in (None, -1))
+    check_ids((*end_ids, pad_id), model, name=name)
     model.eval().to(runtime.device)
     return LanguageModel(name, model, tokenizer, end_ids, pad_id, models.max_positions(model))
 
@@ -72,7 +73,18 @@ def find_end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
         ids = tokenizer.eos_token_id
     if ids is None:
         return ()
-    return (ids,) if isinstance(ids, int) else tuple(ids)
+    return tuple(ids) if isinstance(ids, list | tuple) else (ids,)
+
+
+def check_ids(ids: tuple, model: PreTrainedModel, *, name: str) -> None:
+    """Raise UserError unless all ids, which come from a model's files, are of its vocabulary."""
+    size = model.config.get_text_config(decoder=True).vocab_size
+    for number in ids:
+        if type(number) is not int or not 0 <= number < size:
+            raise UserError(
+                f"--model {name}: it ends or pads texts with the id {shorten(repr(number), 60)}, and its "
+                f"ids go from 0 to {size - 1}; correct its generation_config.json"
+            )
 
 
 def end_token_ids(tokens: list[str], language_model: LanguageModel) -> tuple[int, ...]:
@@ -113,47 +125,6 @@ def encode_prompt(text: str, language_model: LanguageModel, *, name: str) -> lis
     if not ids:
         raise UserError(f"{name}: the prompt is empty; write something to continue from")
     return ids
-
-
-def encode_chat(messages: list[dict[str, str]], language_model: LanguageModel) -> list[int]:
-    """Return the token ids of a conversation in the model's own template, up to where its answer
-    starts.
-
-    The template writes all special tokens itself; if the tokenizer added its own, the text would
-    start with two. Raises UserError if there is no template, or if it refuses the messages.
-    """
-    tokenizer = language_model.tokenizer
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"--chat: {language_model.name} has no chat template; leave --chat out, or name a "
-            "model that was trained for chats"
-        )
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except jinja2.TemplateError as error:
-        raise UserError(
-            f"--chat: the template of {language_model.name} refuses this: {one_line(error)}; leave "
-            "--system out"
-        ) from error
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def encode_question(text: str, language_model: LanguageModel, *, system: str | None) -> list[int]:
-    """Return the token ids of a chat of one message, after a system message if there is one."""
-    messages = [{"role": "system", "content": system}] if system else []
-    return encode_chat([*messages, {"role": "user", "content": text}], language_model)
-
-
-def check_encoding(text: str, name: str) -> None:
-    """Raise UserError for a text from the command line or a terminal with a byte that is not UTF-8,
-    which Python hides in a surrogate.
-    """
-    hidden = next((char for char in text if "\udc80" <= char <= "\udcff"), None)
-    if hidden:
-        raise UserError(
-            f"{name}: not UTF-8 (byte {ord(hidden) - 0xDC00:#04x}); set the terminal to UTF-8, or "
-            "write the text into a file"
-        )
 
 
 def check_length(ids: list[int], new_tokens: int, language_model: LanguageModel, *, name: str) -> None:

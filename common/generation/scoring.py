@@ -18,7 +18,6 @@ from common.generation.language_model import LanguageModel
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 COUNTED = re.compile("[a-z0-9]", re.IGNORECASE)  # rouge_score counts words of these characters only
 
-DEFAULT_WINDOW = 1024
 SCORED_AT_ONCE = 256  # positions whose logits become fp32 at once: (256, 50k) are 50 MB
 
 
@@ -113,14 +112,17 @@ class SlidingWindow:
     stride: int
 
 
-def choose_window(language_model: LanguageModel, size: int | None, stride: int | None) -> SlidingWindow:
-    """Return the window that --window and --stride ask for; None stands for the default.
+def choose_window(
+    language_model: LanguageModel, size: int | None, stride: int | None, *, most: int
+) -> SlidingWindow:
+    """Return the window that --window and --stride ask for; None stands for the default, which is
+    `most` tokens if they fit.
 
     Raises UserError if the two do not fit the model or each other.
     """
     context = language_model.context
     if size is None:
-        size = min(DEFAULT_WINDOW, context or DEFAULT_WINDOW)
+        size = min(most, context or most)
     if context is not None and size > context:
         raise UserError(
             f"--window {size}: {language_model.name} holds {context:,} tokens; use at most {context}"
@@ -179,15 +181,16 @@ def likelihood(language_model: LanguageModel, ids: list[int], window: SlidingWin
     tokens = torch.tensor([ids], device=language_model.device)  # (1, T)
     total = torch.zeros((), dtype=torch.float64)
     all_passes = list(passes(len(ids), window))
-    for begin, end, first in tqdm(all_passes, unit="window", leave=False, disable=None):
-        # from the column before the first scored token; the overlap's other logits are not needed
-        kept = end - first + 1
-        options = {"logits_to_keep": kept} if keeps_logits else {}
-        logits = model(tokens[:, begin:end], use_cache=False, **options).logits[0, -kept:]  # (kept, V)
-        for start in range(first, end, SCORED_AT_ONCE):
-            targets = tokens[0, start : min(start + SCORED_AT_ONCE, end)]
-            # each token is predicted by the logits of the position before it
-            predicting = logits[start - first : start - first + len(targets)].float()
-            loss = torch.nn.functional.cross_entropy(predicting, targets, reduction="sum")
-            total += loss.double().cpu()
+    with tqdm(all_passes, unit="window", leave=False, dynamic_ncols=True, disable=None) as bar:
+        for begin, end, first in bar:
+            # from the column before the first scored token; the overlap's other logits are not needed
+            kept = end - first + 1
+            options = {"logits_to_keep": kept} if keeps_logits else {}
+            logits = model(tokens[:, begin:end], use_cache=False, **options).logits[0, -kept:]  # (kept, V)
+            for start in range(first, end, SCORED_AT_ONCE):
+                targets = tokens[0, start : min(start + SCORED_AT_ONCE, end)]
+                # each token is predicted by the logits of the position before it
+                predicting = logits[start - first : start - first + len(targets)].float()
+                loss = torch.nn.functional.cross_entropy(predicting, targets, reduction="sum")
+                total += loss.double().cpu()
     return Likelihood(total.item(), len(ids) - 1)

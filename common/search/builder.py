@@ -33,6 +33,7 @@ from common.search.index import (
     vector_array,
 )
 from common.search.texts import Collection, RowTable, digest, ids_of, unused_name
+from common.sources import FileOptions
 
 SCAN = 10_000  # rows read at once
 # the settings of an index, and the flag that must agree with each
@@ -57,6 +58,7 @@ class Source:
     index: str | None
     where: str | None
     text_column: str
+    options: FileOptions  # how data files are written
     skip_bad: bool
     block: int  # texts encoded and committed at once
 
@@ -68,6 +70,7 @@ class Source:
             text_column=self.text_column,
             id_column=id_column,
             skip_bad=self.skip_bad,
+            options=self.options,
             cache_dir=self.encoder.cache_dir,
         )
 

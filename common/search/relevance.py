@@ -233,16 +233,16 @@ def sts_score(encoder: Encoder, file: str, columns: list[str], *, block: int) ->
     """Return Spearman's correlation of the cosine of two texts with a human score; `columns` names
     both texts and the score in a data file.
     """
-    rows = reading.read_file(Path(file), cache_dir=encoder.cache_dir)
+    rows = reading.read_file(Path(file), as_text=columns[:2], cache_dir=encoder.cache_dir)
     for column in columns:
-        reading.require_column(rows.column_names, column, source=file, flag="--columns")
+        reading.require_column(rows.column_names, column, source=file, flag="--sts-columns")
     for column in columns[:2]:
         reading.check_texts(rows, column, source=file)
     try:
         human = np.array(rows[columns[2]][:], dtype=np.float64)
     except (TypeError, ValueError) as error:
         problem = f"column {columns[2]!r} does not hold numbers"
-        advice = "name two texts and a score with --columns"
+        advice = "name two texts and a score with --sts-columns"
         raise UserError(f"{file}: {problem}; {advice}") from error
     if not np.isfinite(human).all():
         row = int(np.flatnonzero(~np.isfinite(human))[0]) + 1

@@ -7,27 +7,24 @@ when they are read.
 
 import contextlib
 import hashlib
+import itertools
 import json
-import mmap
 import re
 import secrets
-import sys
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import BinaryIO, cast
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from common import bundled, reading
+from common import bundled, reading, sources, tables
 from common.errors import UserError
 from common.search.index import RESERVED_COLUMNS, TEXT
 
-JSON = (".json", ".jsonl")
 SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 # also what Python's "surrogateescape" puts in place of a byte that is not UTF-8
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -81,23 +78,41 @@ class BadRows:
         self.reasons[row] = reason
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """Which texts to read, and how."""
+
+    name: str
+    text_column: str
+    id_column: str | None
+    options: sources.FileOptions
+    cache_dir: str | None
+
+    @property
+    def is_json(self) -> bool:
+        """Whether a data file of this name is JSON."""
+        is_table = self.options.is_table
+        return sources.suffix(self.name) in sources.JSON_SUFFIXES or (self.name == "-" and not is_table)
+
+
 def read(
     name: str,
     *,
     text_column: str,
     id_column: str | None = None,
     skip_bad: bool = False,
+    options: sources.FileOptions = reading.AS_FOUND,
     cache_dir: str | None = None,
 ) -> Collection:
-    """Read and check a collection: a text file or "-" (one text per line), a data file, a folder of
-    .txt files, a bundled name.
+    """Read and check a collection: a text file or "-" (one text per line, or JSON), a data file, a
+    folder of text files, a bundled name.
 
     Raises UserError, naming file and row, for a text that is missing, empty or not UTF-8, and for
     an id that is missing or not unique; with `skip_bad` these rows are skipped.
     """
     bad = BadRows(skip_bad)
-    rows, unit = _read_rows(name, text_column, bad=bad, cache_dir=cache_dir)
-    collection = Collection(_source(name), rows, unit, bad.reasons)
+    rows, unit = _read_rows(Wanted(name, text_column, id_column, options, cache_dir), bad)
+    collection = Collection(reading.source_name(name), rows, unit, bad.reasons)
     if id_column is not None:
         columns = [column for column in rows.column_names if column != TEXT]
         reading.require_column(columns, id_column, source=collection.name, flag="--id-column")
@@ -195,10 +210,13 @@ def _text_problems(block: pa.Table, good: np.ndarray) -> dict[int, str]:
     missing = texts.is_null().to_numpy()
     # true for missing texts too
     blank = pc.equal(pc.utf8_trim_whitespace(texts), "").fill_null(True).to_numpy()
-    return {
+    problems = {
         int(row): "the text is missing" if missing[row] else "the text is empty"
         for row in np.flatnonzero(blank & good)
     }
+    lengths = pc.utf8_length(texts).fill_null(0).to_numpy()
+    too_long = f"the text has more than {reading.LONGEST_TEXT:,} characters"
+    return problems | {int(row): too_long for row in np.flatnonzero(lengths > reading.LONGEST_TEXT)}
 
 
 def _id_problems(
@@ -224,28 +242,45 @@ def _id_problems(
     return new_problems
 
 
-def _read_rows(name: str, text_column: str, *, bad: BadRows, cache_dir: str | None) -> tuple[pa.Table, str]:
+def _read_rows(wanted: Wanted, bad: BadRows) -> tuple[pa.Table, str]:
     """Return the rows of a source (`_text`, and the columns that came with it), and what a row is
     called there. Rows that are not UTF-8 are added to `bad`; their values mean nothing.
     """
-    path = Path(name)
+    name, options = wanted.name, wanted.options
     if bundled.is_bundled(name):
         if name not in bundled.DATASETS:
             names = ", ".join(bundled.DATASETS)
             raise UserError(f"{name}: no such bundled data set; there is {names}")
-        return _to_table(bundled.DATASETS[name](), "text", name), "row"
-    if path.is_dir():
-        return _spool(_folder_rows(path, bad)), "file"
-    if path.suffix.lower() not in reading.FILE_READERS:
-        return _spool(_line_rows(name, bad)), "line"
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; check the path")
-    if path.suffix.lower() != ".parquet" and _has_faults(path, bad):
-        return _read_repaired(path, text_column, bad), "row"
-    rows = _to_table(reading.read_file(path, cache_dir=cache_dir), text_column, name)
-    if path.suffix.lower() == ".parquet":
-        _check_parquet(rows, path, bad)
-    return rows, "row"
+        return _to_table(bundled.DATASETS[name](), wanted.text_column, name), "row"
+    if name and name != "-" and sources.kind_of_path(name) == "folder":
+        return _gather(_folder_rows(Path(name), options.encoding, bad), wanted.cache_dir), "file"
+    sources.check_texts(name, any_suffix=options.is_table)
+    with reading.open_plain(name, encoding=options.encoding, folder=wanted.cache_dir) as file:
+        if not reading.is_table(file, name, options):
+            return _gather(_line_rows(file, name, bad), wanted.cache_dir), "line"
+        is_text = sources.suffix(name) != ".parquet"
+        if bad.skip and is_text and _first_fault(file, wanted):
+            return _read_repaired(file, wanted, bad), "row"
+        try:
+            rows = _read_table(file, wanted)
+        except UserError:
+            fault = _first_fault(file, wanted) if is_text else None
+            if fault is None:
+                raise
+            raise UserError(f"{fault}, or skip the row with --skip-bad") from None
+        if not is_text:
+            _check_parquet(rows, name, bad)
+        return rows, "row"
+
+
+def _read_table(file: BinaryIO, wanted: Wanted) -> pa.Table:
+    """Return the rows of a data file that is open and plain."""
+    columns = [wanted.text_column, *([wanted.id_column] if wanted.id_column else [])]
+    source = reading.source_name(wanted.name)
+    rows = reading.read_table(
+        file, source, as_text=columns, options=wanted.options, cache_dir=wanted.cache_dir
+    )
+    return _to_table(rows, wanted.text_column, source)
 
 
 def _to_table(rows: datasets.Dataset, text_column: str, source: str) -> pa.Table:
@@ -273,7 +308,7 @@ def _to_table(rows: datasets.Dataset, text_column: str, source: str) -> pa.Table
     return table.rename_columns(names)
 
 
-def _check_parquet(rows: pa.Table, path: Path, bad: BadRows) -> None:
+def _check_parquet(rows: pa.Table, name: str, bad: BadRows) -> None:
     """Add the rows with bytes that are not UTF-8 to `bad`: Arrow doesn't check them."""
     for start in range(0, len(rows), BATCH):
         block = rows.slice(start, BATCH).combine_chunks()
@@ -281,7 +316,7 @@ def _check_parquet(rows: pa.Table, path: Path, bad: BadRows) -> None:
             continue
         for row in range(len(block)):
             if not _is_valid(block.take(pa.array([row]))):
-                error = f"{path}, row {start + row + 1}: not UTF-8; correct the row"
+                error = f"{name}, row {start + row + 1}: not UTF-8; correct the row"
                 bad.add(start + row, NOT_UTF8, error=error)
 
 
@@ -293,19 +328,17 @@ def _is_valid(rows: pa.Table) -> bool:
     return True
 
 
-def _has_faults(path: Path, bad: BadRows) -> bool:
-    """Tell whether a CSV or JSON file has lines with a fault of encoding. Raises UserError for the
-    first unless bad rows are skipped.
+def _first_fault(file: BinaryIO, wanted: Wanted) -> str | None:
+    """Return what is wrong with the encoding of the first line of a CSV or JSON file that has a
+    fault, None if no line has one.
     """
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            fault = _fault(line, f"{path}, line {number}", is_json=path.suffix.lower() in JSON)
-            if fault is None:
-                continue
-            if not bad.skip:
-                raise UserError(f"{fault}, or skip the row with --skip-bad")
-            return True
-    return False
+    source = reading.source_name(wanted.name)
+    file.seek(0)
+    for number, line in enumerate(file, start=1):
+        fault = _fault(line, f"{source}, line {number}", is_json=wanted.is_json)
+        if fault is not None:
+            return fault
+    return None
 
 
 def _fault(line: bytes, location: str, *, is_json: bool) -> str | None:
@@ -326,26 +359,25 @@ def _fault(line: bytes, location: str, *, is_json: bool) -> str | None:
     return None
 
 
-def _read_repaired(path: Path, text_column: str, bad: BadRows) -> pa.Table:
+def _read_repaired(file: BinaryIO, wanted: Wanted, bad: BadRows) -> pa.Table:
     """Return the rows of a CSV or JSON file with faults of encoding, after adding the rows that
     have one in any column to `bad`.
     """
     # takes the place of each fault and is then looked for in the rows: a row may span several lines
     mark = f"\ufffd{secrets.token_hex(8)}"
-    is_json = path.suffix.lower() in JSON
-    # also holds the reader's cache, whose files stay mapped after they are deleted
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        copy = Path(folder) / path.name
-        with open(path, "rb") as file, open(copy, "wb") as repaired:
-            for line in file:
-                if _fault(line, str(path), is_json=is_json):
-                    line = _mark_faults(line, mark, is_json=is_json)
-                repaired.write(line)
-        rows = _to_table(reading.read_file(copy, cache_dir=folder), text_column, str(path))
-        for start in range(0, len(rows), BATCH):
-            for row, values in enumerate(rows.slice(start, BATCH).to_pylist(), start=start):
-                if any(mark in str(value) for value in values.values()):
-                    bad.add(row, NOT_UTF8, error=f"{path}: not UTF-8")
+    is_json = wanted.is_json
+    file.seek(0)
+    with reading.temporary_file(wanted.cache_dir) as repaired:
+        for line in file:
+            if _fault(line, wanted.name, is_json=is_json):
+                line = _mark_faults(line, mark, is_json=is_json)
+            repaired.write(line)
+        repaired.flush()
+        rows = _read_table(repaired, wanted)
+    for start in range(0, len(rows), BATCH):
+        for row, values in enumerate(rows.slice(start, BATCH).to_pylist(), start=start):
+            if any(mark in str(value) for value in values.values()):
+                bad.add(row, NOT_UTF8, error=f"{wanted.name}: not UTF-8")
     return rows
 
 
@@ -359,39 +391,44 @@ def _mark_faults(line: bytes, mark: str, *, is_json: bool) -> bytes:
     return SURROGATE.sub(mark, text).encode()
 
 
-def _line_rows(name: str, bad: BadRows) -> Iterator[dict[str, str | None]]:
+def _line_rows(file: BinaryIO, name: str, bad: BadRows) -> Iterator[dict[str, str | None]]:
     """Yield a row for each line of a text file."""
-    source = _source(name)
-    try:
-        file = sys.stdin.buffer if name == "-" else open(name, "rb")  # noqa: SIM115  (closed below)
-    except OSError as error:
-        advice = "name a text file, a data file, a folder, or - for standard input"
-        raise UserError(f"{source}: can't be read: {error.strerror}; {advice}") from error
-    with file:
-        row = -1
-        for row, line in enumerate(file):
-            content = line.removesuffix(b"\n").removesuffix(b"\r")
-            yield {TEXT: _decode(content, f"{source}, line {row + 1}", row, bad)}
-    if row < 0:
-        raise UserError(f"{source}: it is empty; write one text on each line")
+    source = reading.source_name(name)
+    for row, content in enumerate(reading.raw_lines(file)):
+        yield {TEXT: _decode(content, f"{source}, line {row + 1}", row, bad)}
 
 
-def _source(name: str) -> str:
-    """Return the name of a source as messages give it."""
-    return "standard input" if name == "-" else name
-
-
-def _folder_rows(root: Path, bad: BadRows) -> Iterator[dict[str, str | None]]:
-    """Yield a row for each .txt file below a folder."""
-    files = sorted(path.relative_to(root) for path in root.rglob("*.txt"))
-    files = [file for file in files if not any(part.startswith(".") for part in file.parts)]
+def _folder_rows(root: Path, encoding: str | None, bad: BadRows) -> Iterator[dict[str, str | None]]:
+    """Yield a row for each text file below a folder."""
+    paths = list(_files_below(root))
+    files = [path for path in paths if path.suffix.lower() in reading.TEXT_SUFFIXES]
     if not files:
         raise UserError(f"{root}: no .txt files in it; name a folder that has them, or a data file")
+    if len(files) < len(paths):
+        other = next(path for path in paths if path not in files)
+        count = len(paths) - len(files)
+        sources.note(f"{root}: {count:,} of its files are no .txt or .md and not read, such as {other.name}")
+    files = sorted(path.relative_to(root) for path in files)
     has_classes = all(len(file.parts) == 2 for file in files)  # a folder of class folders
     for row, file in enumerate(files):
-        text = _decode((root / file).read_bytes(), str(root / file), row, bad)
+        text = None
+        try:
+            text = reading.read_text(root / file, encoding)
+        except UserError as error:
+            bad.add(row, "the file can't be read as text", error=str(error))
         label = {"label": file.parts[0]} if has_classes else {}
         yield {TEXT: text, "file": str(file), **label}
+
+
+def _files_below(root: Path) -> Iterator[Path]:
+    """Yield every file below a folder but hidden ones. Links to folders are not followed: they may
+    lead in a circle.
+    """
+    for path in reading.entries_of(root):
+        if not path.is_dir():
+            yield path
+        elif not path.is_symlink():
+            yield from _files_below(path)
 
 
 def _decode(content: bytes, location: str, row: int, bad: BadRows) -> str | None:
@@ -402,25 +439,13 @@ def _decode(content: bytes, location: str, row: int, bad: BadRows) -> str | None
         return None
 
 
-def _spool(rows: Iterator[dict[str, str | None]]) -> pa.Table:
-    """Write rows (at least one) to a temporary file without a name, as they come; return them as a
-    table that is mapped from it.
-    """
-    with tempfile.TemporaryFile() as file:
-        first = next(rows)  # names the columns
-        kinds = [(name, pa.large_string() if name == TEXT else pa.string()) for name in first]
-        schema, batch = pa.schema(kinds), [first]
-        writer = pa.ipc.new_file(file, schema)
-        for row in rows:
-            if len(batch) == BATCH:
-                writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
-                batch = []
-            batch.append(row)
-        writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
-        writer.close()
-        file.flush()
-        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return pa.ipc.open_file(pa.py_buffer(content)).read_all()
+def _gather(rows: Iterator[dict[str, str | None]], folder: str | None) -> pa.Table:
+    """Return rows, at least one, as a table; a large one lies in a temporary file in `folder`."""
+    first = next(rows)  # names the columns
+    schema = pa.schema([(name, pa.large_string() if name == TEXT else pa.string()) for name in first])
+    rows = itertools.chain([first], rows)
+    blocks = iter(lambda: list(itertools.islice(rows, BATCH)), [])
+    return tables.gather((pa.Table.from_pylist(block, schema) for block in blocks), folder)
 
 
 def unused_name(wanted: str, taken: list[str]) -> str:

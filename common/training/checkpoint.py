@@ -50,6 +50,12 @@ BEST_SIZE_IN_MODELS, CHECKPOINT_SIZE_IN_MODELS = 2, 3
 FREE_FLAGS = {
     "model",
     "dataset",
+    "validation_file",
+    "test_file",
+    "columns",
+    "delimiter",
+    "quoting",
+    "encoding",
     "dataset_config",
     "text_column",
     "label_column",

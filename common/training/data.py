@@ -6,11 +6,13 @@ prediction can be traced back). A text longer than the model reads becomes one o
 tokens (`--truncation`). In this code, `rows[name][:]` is a whole column as a list.
 """
 
+import dataclasses
 import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable
+import unicodedata
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +23,9 @@ from transformers import PreTrainedTokenizerBase
 
 from common import reading
 from common.errors import UserError
+from common.files import replace_file, sha256
 from common.runtime import Runtime
+from common.sources import FileOptions, note
 
 # the names that public data sets use, in the order in which they are tried
 SPLIT_SYNONYMS = {
@@ -38,6 +42,9 @@ HEAD_SHARE = 0.25
 # least share of a chunk that the chunk before it holds too, so that what one of them cuts apart is
 # whole in the other
 OVERLAP = 0.25
+# labels that are whole numbers, if need be with decimals that say nothing; 007 is a name
+WHOLE, DECIMAL = re.compile(r"-?(0|[1-9]\d*)(\.0+)?"), re.compile(r"-?\d+(\.\d+)?")
+MOST_DECIMALS = 20  # different decimal numbers; more are scores and no classes
 FORMAT = 2  # of the cached Arrow files; counts up when their columns change
 
 
@@ -46,6 +53,8 @@ class DataConfig:
     """Which texts and labels to read, and at most how many; the fields are named as their flags."""
 
     dataset: str
+    validation_file: str | None  # in place of the data set's own split
+    test_file: str | None
     dataset_config: str | None
     text_column: str
     label_column: str
@@ -56,6 +65,7 @@ class DataConfig:
     max_eval_samples: int | None
     seed: int
     cache_dir: str | None
+    files: FileOptions  # how data files are written
 
 
 @dataclass(frozen=True)
@@ -76,9 +86,8 @@ class TokenConfig:
 
 def load_splits(config: DataConfig, runtime: Runtime) -> Splits:
     """Return the labelled splits train, validation and test, and print where they come from."""
-    source = reading.read(config.dataset, config=config.dataset_config, cache_dir=config.cache_dir)
     wanted = {"train": config.train_split, "validation": config.validation_split, "test": config.test_split}
-    splits = choose_splits(source, wanted)
+    splits = choose_splits(_read_source(config), wanted) | _read_split_files(config)
     splits = validate(splits, text_column=config.text_column, label_column=config.label_column)
     splits, cut = cut_missing_splits(splits, seed=config.seed)
     splits["train"] = sample(
@@ -91,6 +100,9 @@ def load_splits(config: DataConfig, runtime: Runtime) -> Splits:
     sizes = ", ".join(f"{len(rows):,} {split}" for split, rows in splits.items())
     num_classes = splits["train"].features["label"].num_classes
     runtime.say(f"data     {config.dataset}: {sizes} texts, {num_classes} classes")
+    for names in near_equal_names(splits["train"].features["label"].names):
+        alike = " and ".join(map(repr, names))
+        runtime.say(f"         {alike} are different classes; if one is meant, correct the labels")
     if cut:
         names = " and ".join(cut)
         runtime.say(f"         {names} cut from train: 10 % each, stratified, with seed {config.seed}")
@@ -113,11 +125,13 @@ def load_rows_for_scoring(
     split is cut again. Raises UserError when the seed would cut another one, most of whose rows the
     model was trained on.
     """
-    source = reading.read(config.dataset, config=config.dataset_config, cache_dir=config.cache_dir)
-    splits = choose_splits(source, {"test": config.test_split})
+    splits = _read_split_files(dataclasses.replace(config, validation_file=None))
     if not splits:
-        wanted = {"train": config.train_split, "validation": config.validation_split}
-        splits = choose_splits(source, wanted)
+        source = _read_source(config)
+        splits = choose_splits(source, {"test": config.test_split})
+        if not splits:
+            wanted = {"train": config.train_split, "validation": config.validation_split}
+            splits = choose_splits(source, wanted)
     splits = validate(splits, text_column=config.text_column, label_column=config.label_column, names=names)
     if "test" not in splits and name_sha256(config.dataset) == trained.get("dataset_sha256"):
         if trained["seed"] != config.seed:
@@ -128,8 +142,34 @@ def load_rows_for_scoring(
         splits, _ = cut_missing_splits(splits, seed=config.seed)
     split = "test" if "test" in splits else "train"
     rows = sample(splits[split], config.max_eval_samples, seed=config.seed, flag="--max-eval-samples")
-    runtime.say(f"data     {config.dataset}: {len(rows):,} texts of its {split} split")
+    name = config.test_file or config.dataset
+    runtime.say(f"data     {name}: {len(rows):,} texts of its {split} split")
     return rows
+
+
+def _read_source(config: DataConfig) -> datasets.DatasetDict:
+    return reading.read(
+        config.dataset,
+        as_text=[config.text_column, config.label_column],
+        options=config.files,
+        config=config.dataset_config,
+        cache_dir=config.cache_dir,
+    )
+
+
+def _read_split_files(config: DataConfig) -> Splits:
+    """Return the splits that have a file of their own."""
+    files = {"validation": config.validation_file, "test": config.test_file}
+    return {
+        split: reading.read_file(
+            Path(file),
+            as_text=[config.text_column, config.label_column],
+            options=config.files,
+            cache_dir=config.cache_dir,
+        )
+        for split, file in files.items()
+        if file is not None
+    }
 
 
 def name_sha256(name: str) -> str:
@@ -167,22 +207,30 @@ def validate(
 ) -> Splits:
     """Return the splits with the columns `text`, `label` and `row`, after checking every row.
 
-    Labels may be strings, whole numbers, booleans or ClassLabel. The class names are `names` (those
-    of a trained model) if given. Otherwise they are those of the training split: a ClassLabel keeps
-    its order, strings are sorted, and numbers are sorted by value. Raises UserError, naming split
-    and row, for a missing column, a null or blank text, a missing label, a label that is not one of
-    the classes, and a training split with only one class.
+    Labels may be strings, whole numbers (also written as 1.0), booleans or ClassLabel. The class
+    names are `names` (those of a trained model) if given. Otherwise they are those of the training
+    split: a ClassLabel keeps its order, strings are sorted, and numbers are sorted by value. Raises
+    UserError, naming split and row, for a missing column, a null or blank text, a missing label, a
+    label that is not one of the classes, and a training split with only one class.
     """
+    if text_column == label_column:
+        raise UserError(
+            f"--text-column {text_column}: --label-column names the same column; a text can't be its own"
+            " label, so name two columns"
+        )
     for split, rows in splits.items():
         _check_columns(split, rows, [text_column, label_column])
         reading.check_texts(rows, text_column, source=f"split {split}")
     labels = {split: _label_names(split, rows, label_column) for split, rows in splits.items()}
+    if names is None and all(map(WHOLE.fullmatch, labels["train"])):
+        labels["train"] = list(map(_whole, labels["train"]))
     if names is not None:
         known, complaint = set(names), "is not one of the model's classes"
     else:
         known, complaint = set(labels["train"]), "does not occur in the training split"
         names = _class_names(splits["train"].features[label_column], known)
     for split, values in labels.items():
+        values = labels[split] = [label if label in known else _whole(label) for label in values]
         unknown = next((row for row, label in enumerate(values) if label not in known), None)
         if unknown is not None:
             raise UserError(
@@ -190,6 +238,24 @@ def validate(
                 f" ({_listed(known)}); correct or remove the row"
             )
     return {split: _with_labels(rows, labels[split], names, text_column) for split, rows in splits.items()}
+
+
+def _whole(label: str) -> str:
+    """Return a label as it is, but a whole number that is written with decimals, as pandas writes
+    one beside a missing value, without them.
+    """
+    return label.partition(".")[0] if WHOLE.fullmatch(label) else label
+
+
+def near_equal_names(names: Sequence[str]) -> list[list[str]]:
+    """Return the groups of class names that differ only in capital letters, spaces, the way in
+    which Unicode writes a character, or zeros before a number.
+    """
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        alike = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+        groups.setdefault(re.sub(r"^0+(?=\d)", "", alike), []).append(name)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def _class_names(feature: object, labels: set[str]) -> list[str]:
@@ -225,6 +291,12 @@ def _label_names(split: str, rows: datasets.Dataset, column: str) -> list[str]:
                 )
         return [feature.names[value] for value in values]
     kind = reading.kind(rows, column)
+    if kind.startswith("float"):
+        values = [None if value is None or math.isnan(value) else value for value in values]
+        if all(value is None or value.is_integer() for value in values):
+            kind, values = "int64", [None if value is None else int(value) for value in values]
+    elif kind.endswith("string") and _are_scores(values):
+        kind = "decimal numbers"
     if not re.fullmatch(r"(large_)?string|bool|u?int\d+", kind):
         raise UserError(
             f"split {split}: column {column!r} holds {kind}, but labels are strings or whole"
@@ -237,6 +309,17 @@ def _label_names(split: str, rows: datasets.Dataset, column: str) -> list[str]:
                 " row or fill it in"
             )
     return [str(value) for value in values]
+
+
+def _are_scores(labels: list[str | None]) -> bool:
+    """Return whether labels are scores and no classes: decimal numbers, of which nearly each row
+    has its own.
+    """
+    different = {label for label in labels if label}
+    if not all(map(DECIMAL.fullmatch, different)):
+        return False
+    has_fractions = any("." in label and not WHOLE.fullmatch(label) for label in different)
+    return has_fractions and (len(different) > MOST_DECIMALS or 2 * len(different) > len(labels))
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -431,14 +514,33 @@ def tokenize(
     key = digest.hexdigest()
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "tokenized"
     folder.mkdir(parents=True, exist_ok=True)
+    cached = folder / f"{key}-{FORMAT}-{datasets.__version__}.arrow"
+    _remove_if_damaged(cached)
     tokenized = rows.map(
         lambda batch: encode(batch["text"], tokenizer, max_length=max_length, truncation=truncation),
         batched=True,
         desc="tokenising",
-        cache_file_name=str(folder / f"{key}-{FORMAT}-{datasets.__version__}.arrow"),
+        cache_file_name=str(cached),
         new_fingerprint=key[:16],  # as long as those of `datasets`
     )
+    if not _proof_of(cached).exists():
+        replace_file(_proof_of(cached), f"{sha256(cached)}\n")
     return _as_dataset(tokenized)
+
+
+def _proof_of(cached: Path) -> Path:
+    return cached.with_suffix(".sha256")
+
+
+def _remove_if_damaged(cached: Path) -> None:
+    """Remove a cached file that is not what was written, and say so: Arrow maps it unchecked."""
+    proof = _proof_of(cached)
+    if cached.exists() and proof.exists() and proof.read_bytes() != f"{sha256(cached)}\n".encode():
+        note(f"{cached}: this cached file is damaged; the texts are tokenised again")
+        cached.unlink()
+    if not (cached.exists() and proof.exists()):  # or a kill came between the two
+        cached.unlink(missing_ok=True)
+        proof.unlink(missing_ok=True)
 
 
 def tokenizer_json(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -99,11 +99,15 @@ TEXTS = {  # name: (file, content, what the line must hold)
     ),
     "no id column": ("t.csv", b"key,text,label\na,good,x\n", ("t.csv", "'id'", "key", "--id-column")),
     "ids that are fractions": (
-        "t.csv",
-        b"id,text,label\n1.5,good,x\n",
-        ("t.csv", "'id'", "double", "--id-column"),
+        "t.jsonl",
+        b'{"id": 1.5, "text": "good", "label": "x"}\n',
+        ("t.jsonl", "'id'", "double", "--id-column"),
     ),
-    "numbers for texts": ("t.csv", b"id,text,label\na,1,x\n", ("t.csv", "'text'", "int64", "--text-column")),
+    "numbers for texts": (
+        "t.jsonl",
+        b'{"id": "a", "text": 1, "label": "x"}\n',
+        ("t.jsonl", "'text'", "int64", "--text-column"),
+    ),
     "another column": (
         "t.csv",
         b"id,text,label,more\na,good,x,1\n",

@@ -531,7 +531,7 @@ def test_sts_is_spearmans_correlation(ok, tiny_embedder, tmp_path):
         csv.writer(file).writerows([("a", "b", "human"), *pairs])
     model = SentenceTransformer(str(tiny_embedder), device="cpu")
     left, right = (model.encode([pair[side] for pair in pairs]).astype(np.float64) for side in (0, 1))
-    found = ok("evaluate", "--sts", tmp_path / "sts.csv", "--columns", "a", "b", "human", "--json")
+    found = ok("evaluate", "--sts", tmp_path / "sts.csv", "--sts-columns", "a", "b", "human", "--json")
     assert found["spearman"] == pytest.approx(
         spearmanr((left * right).sum(1), [pair[2] for pair in pairs]).statistic, abs=1e-4
     )

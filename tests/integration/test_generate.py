@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import generate
 from common import bundled, cli
 from common.generation import explain
-from common.generation.completion import Chat
+from common.generation.chat import Chat
 from conftest import ROOT
 from hub_server import HubServer
 from language_models import save_tiny_model

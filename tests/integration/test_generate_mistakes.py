@@ -2,7 +2,9 @@
 code 2, and nothing is lost or made.
 """
 
+import errno
 import io
+import json
 import os
 import re
 import shutil
@@ -13,11 +15,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BertConfig,
+    BertModel,
+    MambaConfig,
+    MambaForCausalLM,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import generate
 from common import bundled, cli, files
 from common.errors import UserError
+from common.generation import chat, language_model, output
 from conftest import ROOT
 from language_models import save_tiny_model, train_byte_bpe
 
@@ -198,6 +210,21 @@ FLAGS = {  # name: (flags, what the line must hold)
         [*P, "--model", "README.md"],
         ("--model README.md", "is a file", "name the folder"),
     ),
+    "an empty name of the output": ([*P, "--output", ""], ("--output", "empty")),
+    "an output below a file": ([*P, "--output", "README.md/out.jsonl"], ("--output README.md/out.jsonl",)),
+    "too long a name of the output": ([*P, "--output", "n" * 300], ("--output nnn", "too long", "name")),
+    "more texts than the memory holds": (
+        [*P, "--num-samples", 10**9, "--top-k", 5],
+        ("--num-samples 1000000000", "GB", "--batch-size"),
+    ),
+    "log-probabilities that the memory can't hold": (
+        [*P, "--logprobs", 2**32 - 1, "--num-samples", 10**6, "--top-k", 5, "--output", "x.jsonl"],
+        ("--num-samples 1000000", "GB"),
+    ),
+    "a penalty that leaves the range of fp32": (
+        [*P, "--repetition-penalty", 1e-320],
+        ("--repetition-penalty 1e-320", "0.001"),
+    ),
     "seed -1": ([*P, "--seed", -1], ("--seed", "'-1'", "from 0 to")),
     "abbreviated flag": ([*P, "--temp", 1], ("--temp", "--help")),
 }
@@ -342,6 +369,107 @@ def test_a_template_that_refuses_a_system_text(refused, tmp_path):
     )
 
 
+TEMPLATES = {  # name: (template, what the line must hold)
+    "an endless loop": (
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}x",
+        (),
+    ),
+    "a power": ("{{ 10 ** (10 ** 10) }}", ()),
+    "a power of a variable": ("{% set n = messages | length * 10 %}{{ n ** (n ** n) }}", ()),
+    "a long text": ("{{ 'x' * 10000000000 }}", ("MemoryError",)),
+    "a text of megabytes": ("{{ 'x' * 20000000 }}", ("20,000,000 characters",)),
+    "an endless macro": ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", ("recursion",)),
+    "a division by zero": ("{{ 1 // 0 }}", ("division",)),
+    "a syntax error": ("{% for %}", ("end of statement block",)),
+    "another type": ("{{ messages + 1 }}", ("concatenate",)),
+    "a way out of the sandbox": ("{{ messages.__class__.__mro__[1].__subclasses__() }}", ("unsafe",)),
+}
+
+
+@pytest.mark.parametrize("template, parts", TEMPLATES.values(), ids=TEMPLATES)
+def test_a_template_that_can_not_be_used(template, parts, refused, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(chat, "TEMPLATE_SECONDS", 1)
+    shutil.copytree(tiny, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    for flags in (["--chat", *P], ["--interactive"]):
+        refused("--model", tmp_path / "model", *flags, parts=("--chat", str(tmp_path / "model"), *parts))
+
+
+IDS = {  # name: what generation_config.json holds
+    "an end id above the vocabulary": {"eos_token_id": 10**6},
+    "a negative end id": {"eos_token_id": -5},
+    "a text as end id": {"eos_token_id": "<|im_end|>"},
+    "an object as end id": {"eos_token_id": {"a": 1}},
+    "end ids in a list of lists": {"eos_token_id": [[2]]},
+    "true as end id": {"eos_token_id": True},
+    "a padding id above the vocabulary": {"pad_token_id": 2**40},
+    "a text as padding id": {"pad_token_id": "x"},
+    "a list as padding id": {"pad_token_id": [0]},
+}
+
+
+@pytest.mark.parametrize("values", IDS.values(), ids=IDS)
+def test_a_generation_config_that_can_not_be_used(values, refused, tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(values))
+    refused(*P, "--model", tmp_path / "model", parts=(f"--model {tmp_path / 'model'}",))
+
+
+GENERATION_CONFIGS = ["", "[]", "null", "3", '"x"', '{"max_length": "x"}', '{"top_p": 7, "temperature": -1}']
+
+
+@pytest.mark.parametrize("content", GENERATION_CONFIGS)
+def test_a_generation_config_of_another_type(content, script, tiny, tmp_path):
+    """It is refused in one line, or has no influence: sampling defaults are not used."""
+    shutil.copytree(tiny, tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text(content)
+    code, stdout, stderr = script(*P, "--model", tmp_path / "model")
+    if code == 2:
+        assert stdout == "" and re.fullmatch(r"generate\.py: error: --model [^\n]+\n", stderr)
+    else:
+        assert code == 0 and stdout == script(*P)[1]
+
+
+def test_models_with_a_state_instead_of_a_cache(refused, tmp_path):
+    tokenizer = train_byte_bpe()
+    small = {"vocab_size": len(tokenizer), "hidden_size": 16, "num_hidden_layers": 1}
+    models = {
+        "mamba": MambaForCausalLM(MambaConfig(**small, state_size=4)),
+        "gpt": OpenAIGPTLMHeadModel(
+            OpenAIGPTConfig(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2)
+        ),
+    }
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        refused("--model", tmp_path / name, *P, parts=(f"--model {tmp_path / name}", "cache", "name a"))
+
+
+def test_standard_input_is_read_when_the_model_is_loaded(script, monkeypatch):
+    """Else a question of a library could take a line of it as the answer."""
+    loaded = []
+    load = language_model.load
+    monkeypatch.setattr(
+        language_model, "load", lambda *args, **more: (load(*args, **more), loaded.append(1))[0]
+    )
+
+    class Watched(io.BytesIO):
+        def read(self, *args):
+            assert loaded, "read too early"
+            return super().read(*args)
+
+    for flags in (
+        ["--prompts-file", "-"],
+        [*P, "--references", "-"],
+        ["--perplexity", "-"],
+        ["--interactive"],
+    ):
+        loaded.clear()
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(Watched(b"The fox\n"), encoding="utf-8"))
+        code, _, stderr = script(*flags)
+        assert code == 0 and loaded, stderr
+
+
 def test_models_that_do_not_continue_texts(refused, tmp_path):
     tokenizer = train_byte_bpe()
     small = {
@@ -468,6 +596,54 @@ def test_an_output_of_other_prompts_stays_as_it_is(refused, written):
         parts=("line 1", "not a line of this script's output"),
     )
     assert written.read_bytes() == b"notes of mine\n" + before
+
+
+NOT_OURS = {  # name: what the file holds, given the bytes of a whole one
+    "megabytes without a line break": lambda whole: b"x" * 5_000_000,
+    "JSON of another kind": lambda whole: b'{"rows": [1, 2]}\n',
+    "a list": lambda whole: b"[]\n" + whole,
+    "a number": lambda whole: b"1",
+    "notes after our lines": lambda whole: whole + b"mine",
+    "notes in place of the second line": lambda whole: whole.splitlines(keepends=True)[0] + b"mine",
+    "NUL bytes after our lines": lambda whole: whole.splitlines(keepends=True)[0] + bytes(4096),
+    "lines with a field that was added": lambda whole: whole.replace(b'"text"', b'"good": true, "text"'),
+    "lines without a field": lambda whole: whole.replace(b'"finish_reason": "length", ', b""),
+    "settings of another type": lambda whole: whole.replace(b'"settings": {', b'"settings": [], "s": {'),
+    "brackets in brackets": lambda whole: b"[" * 100_000 + b"\n",
+    "UTF-16": lambda whole: whole.decode().encode("utf-16"),
+}
+
+
+@pytest.mark.parametrize("content", NOT_OURS.values(), ids=NOT_OURS)
+def test_what_this_script_did_not_write_stays_as_it_is(content, refused, written):
+    flags = [*P, "--prompt", "def add", "--output", written, "--top-k", 9, "--resume"]
+    before = content(written.read_bytes())
+    written.write_bytes(before)
+    refused(*flags, parts=(str(written),))
+    assert written.read_bytes() == before
+
+
+def test_a_file_that_another_run_writes(refused, tmp_path):
+    """The lock is the system's: it goes with the process that holds it. Nothing is left."""
+    path = tmp_path / "out.jsonl"
+    with output.open_file(str(path), resume=False):
+        refused(*P, "--output", path, parts=(f"--output {path}", f"process {os.getpid()}", "writing"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_full(tmp_path, monkeypatch, refused):
+    """What was written before it was full is continued by --resume."""
+
+    class Full(io.FileIO):
+        def write(self, content):
+            if len(content) < 100:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().write(content[: len(content) // 2])
+
+    monkeypatch.setattr(output.io, "FileIO", Full)
+    path = tmp_path / "out.jsonl"
+    refused(*P, "--output", path, parts=(f"--output {path}", "No space left", "--resume"))
+    assert path.stat().st_size > 100 and b"\n" not in path.read_bytes()
 
 
 @pytest.fixture

@@ -96,17 +96,17 @@ FILES = {  # name: (file's name, content, what the line must hold)
     "unknown ending": (
         "rows.xlsx",
         "PK",
-        ("rows.xlsx", "'.xlsx'", ".csv, .tsv, .json, .jsonl, .parquet", "convert it"),
+        ("rows.xlsx", "'.xlsx'", ".csv, .tsv, .json, .jsonl, .ndjson, .parquet", "convert it"),
     ),
     "empty": ("rows.csv", "", ("rows.csv", "is empty", "name one")),
     "header only": ("rows.csv", "text,label\n", ("rows.csv", "no rows", "name one")),
     "empty list": ("rows.json", "[]", ("rows.json", "no rows", "name one")),
-    "blank lines only": ("rows.csv", "\n\n", ("rows.csv", "No columns", "correct")),
+    "blank lines only": ("rows.csv", "\n\n", ("rows.csv", "no rows", "name one")),
     "broken JSON": ("rows.json", '[{"text": "a",', ("rows.json", "not readable as json", "correct")),
     "broken JSON lines": (
         "rows.jsonl",
         '{"text": "a", "label": "x"}\n{"text": \n',
-        ("rows.jsonl", "not readable as json", "row 1", "correct"),
+        ("rows.jsonl, line 2", "not readable as json", "correct"),
     ),
     "broken Parquet": (
         "rows.parquet",
@@ -123,17 +123,17 @@ FILES = {  # name: (file's name, content, what the line must hold)
         '{"text": "sch\u00f6n", "label": "x"}\n'.encode("latin-1"),
         ("rows.jsonl, line 1", "0xf6", "convert"),
     ),
-    "ragged": (
-        "rows.csv",
-        "text,label\na,x\nc,d,e,f\n",
-        ("rows.csv", "Expected 2 fields in line 3, saw 4", "correct"),
-    ),
+    "ragged": ("rows.csv", "text,label\na,x\nc,d,e,f\n", ("rows.csv, line 3", "4 cells", "2 columns")),
     "too short a line": (
         "rows.csv",
         "text,label\na,x\nc\n",
-        ("split train, row 2", "'label' is missing", "fill it in"),
+        ("rows.csv, line 3", "1 cell,", "2 columns", "correct"),
     ),
-    "unclosed quote": ("rows.csv", 'text,label\n"a,x\nb,y\n', ("rows.csv", "EOF inside string", "correct")),
+    "unclosed quote": (
+        "rows.csv",
+        'text,label\n"a,x\nb,y\n',
+        ("rows.csv, line 2", "never closed", "correct"),
+    ),
     "no text column": (
         "rows.csv",
         "review,label\na,x\nb,y\n",
@@ -182,7 +182,7 @@ FILES = {  # name: (file's name, content, what the line must hold)
     "float labels": (
         "rows.csv",
         "text,label\na,1.5\nb,2.0\n",
-        ("split train", "'label' holds float64", "whole numbers", "--label-column"),
+        ("split train", "'label' holds decimal numbers", "whole numbers", "--label-column"),
     ),
     "list labels": (
         "rows.jsonl",
@@ -190,8 +190,8 @@ FILES = {  # name: (file's name, content, what the line must hold)
         ("split train", "'label' holds List", "--label-column"),
     ),
     "numeric text": (
-        "rows.csv",
-        "text,label\n1,x\n2,y\n",
+        "rows.jsonl",
+        '{"text": 1, "label": "x"}\n{"text": 2, "label": "y"}\n',
         ("split train", "'text' holds int64", "--text-column"),
     ),
     "nested text": (
@@ -247,7 +247,7 @@ FOLDERS = {  # name: (files, what the line must hold)
     ),
     "a broken file among good ones": (
         {"train.csv": GOOD, "test.csv": "text,label\na,pos\nb,c,d\n"},
-        ("test.csv", "line 3", "correct"),
+        ("test.csv, line 3", "3 cells"),
     ),
     "an empty file among good ones": (
         {"train.csv": GOOD, "test.csv": ""},
@@ -256,6 +256,30 @@ FOLDERS = {  # name: (files, what the line must hold)
     "no training split": (
         {"validation.csv": GOOD, "test.csv": GOOD},
         ("--train-split train", "test, validation", "name one"),
+    ),
+    "data files and folders of texts": (
+        {"train.csv": GOOD, "pos/1.txt": "good", "neg/1.txt": "bad"},
+        ("train.csv", "neg", "name one"),
+    ),
+    "two files of one split": (
+        {"train.csv": GOOD, "train.jsonl": '{"text": "a", "label": "pos"}\n'},
+        ("train.csv", "train.jsonl", "--train-file"),
+    ),
+    "two compressions of one split": (
+        {"train.csv": GOOD, "train.csv.gz": "no gzip"},
+        ("train.csv", "train.csv.gz", "--train-file"),
+    ),
+    "a shard that is not there": (
+        {"train-00000-of-00002.csv": GOOD, "test.csv": GOOD},
+        ("1 of 2 parts", "'train'"),
+    ),
+    "a file beside its shards": (
+        {"train-00000-of-00001.csv": GOOD, "train.csv": GOOD},
+        ("train-00000-of-00001.csv", "train.csv", "both"),
+    ),
+    "folders of texts and of classes": (
+        {"pos/1.txt": "good", "neg/1.txt": "bad", "neg/old/1.txt": "bad"},
+        ("pos holds texts", "neg holds folders"),
     ),
     "nothing to read": (
         {"notes.md": "nothing"},
@@ -281,6 +305,20 @@ def test_a_folder_that_can_not_be_used(files, parts, refused, tmp_path):
 
 
 FLAGS = {  # name: (flags, what the line must hold)
+    "the text as its own label": (["--label-column", "text"], ("--text-column text", "--label-column")),
+    "a file of a split that is not there": (["--test-file", "nowhere.csv"], ("--test-file", "nowhere.csv")),
+    "a folder for a file": (["--train-file", "tests"], ("--train-file", "tests", "no such file")),
+    "a data set and a file of its training split": (
+        ["--dataset", "bundled/bbc-news", "--train-file", __file__],
+        ("--train-file", "--dataset", "not allowed"),
+    ),
+    "columns without names": (["--columns", "label,,text"], ("--columns", "'label,,text'", "empty")),
+    "a column twice": (["--columns", "text,text"], ("--columns", "'text' twice")),
+    "no delimiter": (["--delimiter", ""], ("--delimiter", "''", "tab")),
+    "a quotation mark as delimiter": (["--delimiter", '"'], ("--delimiter", "tab")),
+    "unknown encoding": (["--encoding", "utf-88"], ("--encoding", "'utf-88'", "latin-1")),
+    "an encoding of bytes": (["--encoding", "hex"], ("--encoding", "'hex'")),
+    "unknown quoting": (["--quoting", "all"], ("--quoting", "'all'", "none")),
     "split name": (["--test-split", "tset"], ("--test-split tset", "has train", "name one")),
     "max length above the model": (["--max-length", 65], ("--max-length 65", "holds 64", "at most")),
     "max length above the bundled model": (

@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 import generate
 from common.errors import UserError
-from common.generation.completion import Chat, Options, Prompt, Run
-from common.generation.language_model import LanguageModel, encode_chat
+from common.generation.chat import Chat, encode_chats
+from common.generation.completion import Options, Prompt, Run
+from common.generation.language_model import LanguageModel
 from common.generation.sampling import Settings
 from common.runtime import Runtime
 from language_models import CHAT_TEMPLATE, SIZES, train_byte_bpe
@@ -45,7 +46,8 @@ def run_of(kind: str, *, context: int = 512) -> Run:
 
 def without_cache(chat: Chat, text: str) -> list[int]:
     """Return the tokens of the answer to the conversation so far and one more text."""
-    ids = encode_chat([*chat.messages, {"role": "user", "content": text}], chat.run.language_model)
+    messages = [*chat.messages, {"role": "user", "content": text}]
+    [ids] = encode_chats([messages], chat.run.language_model)
     rows = chat.run.rows([Prompt(0, text, ids)])
     list(generate.complete(chat.run, rows, seed=0))
     return rows[0].token_ids

@@ -216,7 +216,7 @@ def test_the_columns_are_text_label_and_row():
         (make(["a", "b", " "]), "split train, row 3: the label in column 'label' is missing; "),
         (make([1, None]), "split train, row 2: the label in column 'label' is missing; "),
         (
-            make([1.0, 2.0]),
+            make([1.0, 2.5]),
             (
                 "split train: column 'label' holds float64, but labels are strings or whole numbers;"
                 " .*--label-column"
@@ -321,7 +321,7 @@ def test_the_screen_says_which_splits_were_cut_and_how_many_texts_are_shared(tmp
         "4",
     ]
     args = train_classifier.make_parser().parse_args(flags)
-    config = train_classifier.config_from_flags(data.DataConfig, args)
+    config = train_classifier.data_config(args)
     loaded = data.load_splits(config, Runtime(torch.device("cpu"), "fp32"))
     shown = capsys.readouterr().out
     shared = len(set(loaded["train"]["text"]) & set(loaded["test"]["text"]))

@@ -55,6 +55,7 @@ EXACT = {
     "all": {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.02},
     "all and typical": {"top_k": 40, "typical_p": 0.9},
     "low top-p": {"top_p": 1e-7},
+    "lowest top-p": {"top_p": 5e-324, "top_k": 50},
     "nearly all": {"top_k": 100, "top_p": 0.999999},
 }
 
@@ -84,7 +85,8 @@ def test_the_exact_draws_take_the_librarys_tokens(name):
     for number in range(18):
         logits = synthetic_rows(number, 20)
         bits = fast_sampling.random_bits(logits.shape, torch.Generator().set_state(fast.get_state()))
-        certain.append(fast_sampling.draw_among_candidates(logits, settings, bits)[1])
+        drawn = fast_sampling.draw_among_candidates(logits, settings, bits)
+        certain += [token is not None for token in drawn]
         plain.set_state(fast.get_state())
         tokens = draw_as_the_library(logits, settings, library_generator)
         assert torch.equal(fast_sampling.draw_exactly(logits, settings, fast), tokens), number
@@ -92,11 +94,34 @@ def test_the_exact_draws_take_the_librarys_tokens(name):
             assert torch.equal(sampling.draw_exactly(logits, settings, plain), tokens), number
             assert torch.equal(plain.get_state(), fast.get_state())
     assert torch.equal(fast.get_state(), library_generator.get_state())
-    share = torch.cat(certain).float().mean().item()
-    if name in ("plain", "all and typical", "low top-p", "nearly all"):
+    share = sum(certain) / len(certain)
+    if name in ("plain", "all and typical", "low top-p", "lowest top-p"):
         assert share == 0
     else:
         assert share > 0.4 and (share < 1 or "top_p" not in EXACT[name]), share
+
+
+@pytest.mark.parametrize("size", [1, 31, 211, 5000, VOCABULARY])
+@pytest.mark.parametrize("count", [1, 7, 50, 4000])
+@pytest.mark.parametrize("kind", ["smooth", "ties", "equal"])
+def test_the_most_likely_tokens_are_found(size, count, kind):
+    """Oracle: a sort of all logits. At least `count`, all that tie with the last, highest first."""
+    logits = torch.randn(size, generator=torch.Generator().manual_seed(size + count)) * 3
+    if kind != "smooth":
+        logits = logits.round() if kind == "ties" else torch.zeros(size)
+    ids = torch.from_numpy(fast_sampling.find_most_likely(logits.numpy(), count))
+    assert len(ids) >= min(count, size) and len(set(ids.tolist())) == len(ids)
+    assert torch.equal(logits[ids], logits.sort(descending=True).values[: len(ids)])
+    assert (logits >= logits[ids[-1]]).sum() == len(ids)
+    assert kind == "equal" or len(ids) <= max(2 * count, 64) or size // 32 <= count
+
+
+def test_logits_that_are_not_numbers_are_left_to_the_plain_draw():
+    logits = torch.zeros(3, 5000)
+    logits[0, 7], logits[1, 8], logits[2] = torch.nan, torch.inf, -torch.inf
+    bits = torch.ones(logits.shape, dtype=torch.int64)
+    settings = Settings(sample=True, top_k=50)
+    assert fast_sampling.draw_among_candidates(logits, settings, bits) == [None] * 3
 
 
 @pytest.mark.parametrize("every", [30, 2])
@@ -111,7 +136,7 @@ def test_ties_at_the_border_of_top_p_are_split_as_the_library_splits_them(every)
     assert torch.equal(fast_sampling.draw_exactly(logits, settings, fast), tokens)
     assert torch.equal(sampling.draw_exactly(logits, settings, plain), tokens)
     bits = torch.full(logits.shape, 2**52)
-    assert not fast_sampling.draw_among_candidates(logits, Settings(sample=True, top_k=5), bits)[1].any()
+    assert set(fast_sampling.draw_among_candidates(logits, Settings(sample=True, top_k=5), bits)) == {None}
 
 
 def test_where_the_noise_is_unknown_the_plain_draw_is_used(monkeypatch):
@@ -130,6 +155,7 @@ DISTRIBUTIONS = {
     "top-k above the vocabulary": {"top_k": 5000},
     "top-p": {"top_p": 0.9},
     "top-p of nearly all": {"top_p": 0.9999},
+    "lowest top-p": {"top_p": 5e-324},
     "min-p": {"min_p": 0.05},
     "tiny min-p": {"min_p": 1e-9},
     "typical": {"typical_p": 0.8},
@@ -198,7 +224,11 @@ def test_draws_follow_the_probabilities(draws, sampler, flags):
     logits = torch.randn(1, 60, generator=torch.Generator().manual_seed(2)) * 2
     settings, generator = Settings(sample=True, **flags), torch.Generator().manual_seed(3)
     if sampler == "exact":
-        tokens = draws.draw_exactly(logits.expand(DRAWS, -1), settings, generator)
+        tokens = sampling.draw_exactly(logits.expand(DRAWS, -1), settings, generator)
+        if draws is fast_sampling:  # which goes row by row: the first rows, and they must be equal
+            generator = torch.Generator().manual_seed(3)
+            fast = fast_sampling.draw_exactly(logits.expand(5000, -1), settings, generator)
+            assert torch.equal(fast, tokens[:5000])
     else:
         uniforms = torch.rand(DRAWS, dtype=torch.float64, generator=generator)
         tokens = draws.draw_independently(logits.expand(DRAWS, -1), settings, uniforms)

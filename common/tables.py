@@ -1,0 +1,650 @@
+"""One data file -> one Arrow table: CSV and its relatives, JSON, Parquet, and lines that begin with
+their label.
+
+The readers get a file that `common/reading.py` has made plain: decompressed, and text in UTF-8.
+They yield blocks of rows; `gather` makes one table of these. A reader that meets something that it
+can't read raises UserError with the file, the line and what helps. Nothing is kept from one run to
+the next, so that a file that has changed is never taken for what it was.
+
+Tables with a delimiter have two readers. `read_rows` is the plain one: Python's csv module, strict,
+with the number of each line. `read_fast` is Arrow's: ten times as fast, but it forgives what the
+plain one refuses. `is_well_formed` tells where both give the same rows.
+"""
+
+import contextlib
+import csv
+import errno
+import io
+import itertools
+import json
+import lzma
+import mmap
+import os
+import re
+import sys
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from common.errors import UserError, one_line, shorten
+from common.reading import decode_utf8, temporary_file
+from common.sources import DATA_SUFFIXES, FASTTEXT_LABEL, JSON_SUFFIXES, FileOptions, note, suffix
+
+BLOCK_ROWS = 10_000
+BLOCK_BYTES = 4 << 20  # of a file that Arrow reads at once
+IN_MEMORY = 64 << 20  # bytes of a table that stay in memory; a larger one lies in a temporary file
+SAMPLE = 256 << 10  # bytes at the beginning of a file from which its delimiter is found out
+DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars", " ": "spaces"}
+MANY_LINES = 20  # in one cell: more often a quotation mark that was never closed than a text
+# What libraries raise about a file that they can't read; other exceptions are bugs.
+FAULTS = (
+    pa.ArrowException,
+    csv.Error,
+    EOFError,
+    lzma.LZMAError,
+    MemoryError,
+    NotImplementedError,
+    OSError,
+    OverflowError,
+    RecursionError,
+    UnicodeDecodeError,
+    zlib.error,
+)
+# A column of a table with a delimiter holds numbers if all of its cells are written in one of these
+# ways: 007 is a name. More digits than these would be lost.
+WHOLE, DECIMAL = r"^-?(0|[1-9]\d{0,17})$", r"^-?(0|[1-9]\d{0,14})(\.\d+)?([eE][+-]?\d{1,3})?$"
+BOOLEAN = "^(true|false|True|False|TRUE|FALSE)$"
+
+csv.field_size_limit(sys.maxsize)
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A file that is to be read as a table, made plain, and what is known about it."""
+
+    file: BinaryIO  # text is UTF-8
+    name: str
+    options: FileOptions
+    as_text: tuple[str, ...]  # columns whose cells stay as they are written
+    folder: str | None  # of temporary files
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How a table with a delimiter is written."""
+
+    delimiter: str
+    quoted: bool  # whether a cell may stand in quotation marks
+    names: list[str]  # of the columns
+    has_header: bool
+
+
+@contextlib.contextmanager
+def explained(name: str, kind: str) -> Iterator[None]:
+    """Turn what a library raises about a file within the block into one line that names the file,
+    what it was read as, and the library's reason.
+    """
+    try:
+        yield
+    except FAULTS as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise  # the disk's fault
+        reason = "it is nested too deep" if isinstance(error, RecursionError) else one_line(error)
+        raise UserError(f"{name}: not readable as {kind}: {reason.rstrip('.')}; correct the file") from error
+
+
+def read(data: DataFile) -> pa.Table:
+    """Return the table of a data file: read as its ending says, and without one as its options say
+    or its content shows.
+    """
+    ending, options = suffix(data.name), data.options
+    if ending == ".parquet":
+        return read_parquet(data)
+    if ending in JSON_SUFFIXES:
+        return read_json(data)
+    separators = options.delimiter or ""
+    if separators == " " or len(separators) > 1:
+        if options.columns is None:
+            raise UserError(f"--delimiter {separators!r}: name the columns of a line with --columns")
+        return read_split_lines(data, options.columns, separators)
+    if ending in DATA_SUFFIXES or options.is_table:
+        return read_delimited(data)
+    if _head(data.file).startswith(FASTTEXT_LABEL):
+        return read_fasttext(data)
+    return read_json(data)
+
+
+# Blocks of rows -> a table ------------------------------------------------------------------------
+
+
+def gather(blocks: Iterable[pa.Table], folder: str | None) -> pa.Table:
+    """Return blocks of rows as one table with the columns of all of them.
+
+    A large table lies in a temporary file in `folder` (None: the system's), which has no name and
+    is gone with the process.
+    """
+    tables, size, rest = [], 0, iter(blocks)
+    for table in rest:
+        tables.append(table)
+        size += table.nbytes
+        if size > IN_MEMORY:
+            tables = _on_disk(itertools.chain(tables, rest), folder)
+            break
+    return joined(tables)
+
+
+def _on_disk(tables: Iterable[pa.Table], folder: str | None) -> list[pa.Table]:
+    """Write tables to a temporary file as they come, and return them as they are mapped from it."""
+    starts = []
+    with temporary_file(folder) as file:
+        for table in tables:
+            starts.append(file.tell())
+            with pa.ipc.new_stream(file, table.schema) as writer:
+                writer.write_table(table)
+        file.flush()
+        content = pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    return [pa.ipc.open_stream(content.slice(start)).read_all() for start in starts]
+
+
+def joined(tables: list[pa.Table]) -> pa.Table:
+    """Return tables below each other; a column that one of them lacks is null there."""
+    if not tables:
+        return pa.table({})
+    if all(table.schema.equals(tables[0].schema) for table in tables):
+        return pa.concat_tables(tables)
+    names = dict.fromkeys(name for table in tables for name in table.column_names)
+    return pa.table({name: _joined_column(tables, name) for name in names})
+
+
+def _joined_column(tables: list[pa.Table], name: str) -> pa.ChunkedArray:
+    """Return one column of all tables: of the type that holds the values of all, or as text."""
+    parts = [
+        table.select([name]) if name in table.column_names else pa.table({name: pa.nulls(len(table))})
+        for table in tables
+    ]
+    try:
+        return pa.concat_tables(parts, promote_options="permissive")[name]
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        values = [_as_text(part[name].to_pylist()) for part in parts]
+        return pa.chunked_array(values, pa.string())
+
+
+def _as_text(values: list) -> pa.Array:
+    """Return values of several types as strings: what is none already, as JSON writes it."""
+    texts = [
+        value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        for value in values
+    ]
+    return pa.array(texts, pa.string())
+
+
+# Tables with a delimiter --------------------------------------------------------------------------
+
+
+def read_delimited(data: DataFile) -> pa.Table:
+    """Return a table whose cells are separated by a character.
+
+    The columns `as_text` stay as they are written; others become numbers where all of their cells
+    are numbers. Raises UserError, naming the line, for a row with more or fewer cells than there
+    are columns, and for a quotation mark that is not closed.
+    """
+    dialect = find_dialect(data)
+    content = np.frombuffer(_mapped(data.file), np.uint8)
+    quotes = _positions(content, b'"') if dialect.quoted else np.empty(0, np.int64)
+    table = None
+    if dialect.delimiter.isascii() and is_well_formed(content, quotes, dialect.delimiter):
+        _warn_of_long_cells(content, quotes, data.name, dialect)
+        # what it can't read, the plain reader reads, or says on which line the fault is
+        with contextlib.suppress(pa.ArrowInvalid):
+            table = gather(read_fast(content, dialect), data.folder)
+    if table is None:
+        table = gather(_blocks_of_rows(read_rows(data, dialect), dialect.names), data.folder)
+    return _with_numbers(table, data.as_text)
+
+
+def find_dialect(data: DataFile) -> Dialect:
+    """Return how a table is written: as the flags say, else as its beginning shows."""
+    options, head = data.options, _head(data.file)
+    default = "\t" if suffix(data.name) == ".tsv" else ","
+    delimiter = options.delimiter
+    if delimiter is None:
+        delimiter = find_delimiter(head, default, columns=options.columns, as_text=data.as_text)
+        if delimiter != default and suffix(data.name):
+            cells = f"its cells are separated by {DELIMITERS[delimiter]}"
+            note(f"{data.name}: {cells} (--delimiter says otherwise)")
+    quoted = options.quoting == "csv"
+    if options.quoting == "auto":
+        quoted = delimiter != "\t" or is_quoted(_text(data.file))
+    if options.columns is not None:
+        return Dialect(delimiter, quoted, list(options.columns), has_header=False)
+    names = _column_names(data.name, _first_row(head, delimiter, quoted=quoted))
+    return Dialect(delimiter, quoted, names, has_header=True)
+
+
+def find_delimiter(head: str, default: str, *, columns: Sequence[str] | None, as_text: Sequence[str]) -> str:
+    """Return the delimiter of a table from its beginning: the `default`, unless only another one
+    gives the columns that are wanted, or more than one.
+    """
+    candidates = [default, *(other for other in ",\t;|" if other != default)]
+    rows = {candidate: _first_row(head, candidate, quoted=candidate != "\t") for candidate in candidates}
+    if columns is not None:
+        return next((candidate for candidate in candidates if len(rows[candidate]) == len(columns)), default)
+    # the first of those with most of the wanted columns, then of those with more than one column
+    return max(candidates, key=lambda one: (len({*as_text} & {*rows[one]}), len(rows[one]) > 1))
+
+
+def is_quoted(lines: Iterable[str]) -> bool:
+    """Return whether quotation marks around the cells of a table with tabs are no part of them.
+
+    Such a file may be written either way. They are part of the text if every line has the same
+    number of tabs, and some cell begins with a mark that is not closed at the cell's end.
+    """
+    unclosed = re.compile(r'(?:^|\t)"(?!(?:[^"\t]|"")*"(?:\t|$))')
+    widths, is_plain = set(), False
+    for line in lines:
+        line = line.rstrip("\r\n")
+        if line:
+            widths.add(line.count("\t"))
+            is_plain = is_plain or ('"' in line and unclosed.search(line) is not None)
+    return len(widths) > 1 or not is_plain
+
+
+def _first_row(head: str, delimiter: str, *, quoted: bool) -> list[str]:
+    """Return the cells of the first line that is not blank, as far as they can be read."""
+    rows = _cells(io.StringIO(head, newline=""), delimiter, quoted=quoted, strict=False)
+    return next((row for row in rows if row), [])
+
+
+def read_rows(data: DataFile, dialect: Dialect) -> Iterator[list[str]]:
+    """Yield the cells of each row, without the header and without blank lines: the plain reader.
+
+    Raises UserError for a row that does not have as many cells as there are columns.
+    """
+    width, longest = len(dialect.names), (0, 0)  # lines of the longest row, and where it begins
+    rows = _cells(_text(data.file), dialect.delimiter, quoted=dialect.quoted)
+    is_header = dialect.has_header
+    while True:
+        first_line = rows.line_num + 1
+        try:
+            row = next(rows)
+        except StopIteration:
+            break
+        except csv.Error as error:
+            what = "a quotation mark is opened and never closed"
+            if "end of data" not in str(error):
+                what = f"not readable as csv: {one_line(error)}"
+            help = "correct the row, or read quotation marks as text with --quoting none"
+            raise UserError(f"{data.name}, line {first_line}: {what}; {help}") from error
+        except UnicodeDecodeError as error:
+            raise _not_utf8(data) from error
+        if not row:
+            continue
+        if is_header:
+            is_header = False
+            continue
+        if len(row) != width:
+            raise _ragged(data.name, first_line, row, dialect)
+        longest = max(longest, (rows.line_num - first_line, first_line))
+        yield row
+    if longest[0] >= MANY_LINES:
+        _warn_of_long_cell(data.name, longest[1], longest[0] + 1)
+
+
+def _ragged(name: str, line: int, row: list[str], dialect: Dialect) -> UserError:
+    names = ", ".join(dialect.names[:10]) + (", ..." if len(dialect.names) > 10 else "")
+    source = "header" if dialect.has_header else "--columns"
+    cells = "1 cell" if len(row) == 1 else f"{len(row)} cells"
+    help = "correct the row"
+    if dialect.quoted and len(row) > len(dialect.names):
+        help = f"put a cell that holds {dialect.delimiter!r} into quotation marks"
+    return UserError(
+        f"{name}, line {line}: {cells}, but {len(dialect.names)} columns in the {source} ({names}); {help}"
+    )
+
+
+def is_well_formed(content: np.ndarray, quotes: np.ndarray, delimiter: str) -> bool:
+    """Return whether the quotation marks at the positions `quotes` of a file's bytes are where they
+    belong: the first of each two at the beginning of a cell, the second at its end, and doubled in
+    between.
+    """
+    if len(quotes) % 2:
+        return False
+    opening, closing = quotes[::2], quotes[1::2]
+    is_end = np.zeros(256, bool)
+    is_end[np.frombuffer(f"{delimiter}\r\n".encode(), np.uint8)] = True
+    # a doubled mark closes and opens again
+    is_doubled = closing[:-1] + 1 == opening[1:]
+    starts = opening == _start(content)
+    starts |= is_end[content[np.maximum(opening - 1, 0)]]
+    starts[1:] |= is_doubled
+    ends = closing == len(content) - 1
+    ends |= is_end[content[np.minimum(closing + 1, len(content) - 1)]]
+    ends[:-1] |= is_doubled
+    return bool(starts.all() and ends.all())
+
+
+def read_fast(content: np.ndarray, dialect: Dialect) -> Iterator[pa.Table]:
+    """Yield the rows of `read_rows` in blocks, for a file that is well formed: the fast twin."""
+    keys = [str(number) for number in range(len(dialect.names))]
+    reader = pyarrow.csv.open_csv(
+        pa.BufferReader(pa.py_buffer(content)),
+        pyarrow.csv.ReadOptions(column_names=keys, block_size=BLOCK_BYTES, use_threads=False),
+        pyarrow.csv.ParseOptions(
+            delimiter=dialect.delimiter,
+            quote_char='"' if dialect.quoted else False,
+            newlines_in_values=dialect.quoted,
+        ),
+        pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(keys, pa.string()), strings_can_be_null=False),
+    )
+    is_header = dialect.has_header
+    for batch in reader:
+        table = pa.Table.from_batches([batch]).rename_columns(dialect.names)
+        yield table.slice(1) if is_header else table
+        is_header = False
+
+
+def _blocks_of_rows(rows: Iterator[list[str]], names: list[str]) -> Iterator[pa.Table]:
+    while block := list(itertools.islice(rows, BLOCK_ROWS)):
+        yield pa.table([pa.array(cells, pa.string()) for cells in zip(*block)], names=names)
+
+
+def _with_numbers(table: pa.Table, as_text: Sequence[str]) -> pa.Table:
+    """Return a table of strings with numbers and booleans where a column holds nothing else."""
+    for position, name in enumerate(table.column_names):
+        if name not in as_text:
+            table = table.set_column(position, name, _as_numbers(table[name]))
+    return table
+
+
+def _as_numbers(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    for pattern, kind in ((WHOLE, pa.int64()), (DECIMAL, pa.float64()), (BOOLEAN, pa.bool_())):
+        # most columns of texts are none of these in their first rows already
+        if _all_match(column.slice(0, 100), pattern) and _all_match(column, pattern):
+            return pc.if_else(pc.equal(column, ""), None, column).cast(kind)
+    return column
+
+
+def _all_match(column: pa.ChunkedArray, pattern: str) -> bool:
+    """Return whether every cell matches, but for empty ones, and some cell is not empty."""
+    is_empty = pc.equal(column, "")
+    matches = pc.or_(is_empty, pc.match_substring_regex(column, pattern))
+    return bool(pc.all(matches).as_py()) and not pc.all(is_empty).as_py()
+
+
+def _column_names(name: str, header: list[str]) -> list[str]:
+    # an empty name is that of the index which pandas writes beside a table
+    names = [column or f"Unnamed: {number}" for number, column in enumerate(header)]
+    twice = next((column for column in names if names.count(column) > 1), None)
+    if twice is not None:
+        raise UserError(f"{name}: two columns have the name {twice!r}; rename one of them")
+    return names
+
+
+def _warn_of_long_cells(content: np.ndarray, quotes: np.ndarray, name: str, dialect: Dialect) -> None:
+    """Warn of the longest cell that spans lines, if it may be rows that a mark has swallowed."""
+    if not len(quotes):
+        return
+    newlines = _positions(content, b"\n")
+    opening, closing = quotes[::2], quotes[1::2]
+    line_of = np.searchsorted(newlines, opening)  # lines before each
+    spans = np.searchsorted(newlines, closing) - line_of
+    longest = int(spans.argmax())
+    inner = content[opening[longest] : closing[longest]].tobytes().split(b"\n")[1:-1]
+    separators = len(dialect.names) - 1
+    like_rows = (
+        separators and inner and all(line.count(dialect.delimiter.encode()) == separators for line in inner)
+    )
+    if spans[longest] >= MANY_LINES or like_rows:
+        _warn_of_long_cell(name, int(line_of[longest]) + 1, int(spans[longest]) + 1)
+
+
+def _warn_of_long_cell(name: str, line: int, count: int) -> None:
+    note(
+        f"{name}, line {line}: a cell in quotation marks spans {count} lines; if its mark is one that"
+        " was never closed, close it or use --quoting none"
+    )
+
+
+def _positions(content: np.ndarray, byte: bytes) -> np.ndarray:
+    """Return where a byte occurs, found block by block, because a comparison takes as much memory
+    as what is compared.
+    """
+    size = 16 << 20
+    found = [
+        start + np.flatnonzero(content[start : start + size] == byte[0])
+        for start in range(0, len(content), size)
+    ]
+    return np.concatenate(found)
+
+
+def _cells(lines: Iterable[str], delimiter: str, *, quoted: bool, strict: bool = True) -> Any:
+    """Return Python's reader of rows; `strict`: it refuses what is not well formed."""
+    quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+    return csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=strict)
+
+
+# Lines that begin with their label ----------------------------------------------------------------
+
+
+def read_split_lines(data: DataFile, columns: Sequence[str], separators: str) -> pa.Table:
+    """Return a table with the `columns` of each line, of which the last is the rest of the line.
+
+    `separators`: the character between each two columns, or one for all. Raises UserError, naming
+    the line, where one is missing.
+    """
+    between = separators if len(separators) > 1 else separators * (len(columns) - 1)
+    if len(between) != len(columns) - 1:
+        raise UserError(
+            f"--delimiter {separators!r}: {len(separators)} separators between the {len(columns)} columns"
+            f" {', '.join(columns)}; give one for all, or one between each two"
+        )
+
+    def rows() -> Iterator[list[str]]:
+        for location, line in _numbered_lines(data):
+            cells, rest = [], line
+            for separator in between:
+                cell, found, rest = rest.partition(separator)
+                if not found:
+                    raise UserError(f"{location}: no {separator!r} after {shorten(cell, 40)!r}; correct it")
+                cells.append(cell)
+            yield [*cells, rest]
+
+    return gather(_blocks_of_rows(rows(), list(columns)), data.folder)
+
+
+def read_fasttext(data: DataFile) -> pa.Table:
+    """Return a table of a file of fastText, whose lines are "__label__sports The match ...", with
+    the columns `label` and `text`.
+
+    Raises UserError, naming the line, for a line that has no label, or several.
+    """
+
+    def rows() -> Iterator[list[str]]:
+        for location, line in _numbered_lines(data):
+            label, _, text = line.partition(" ")
+            if not label.startswith(FASTTEXT_LABEL) or label == FASTTEXT_LABEL:
+                raise UserError(
+                    f"{location}: it does not begin with {FASTTEXT_LABEL} and a label; correct it"
+                )
+            if text.startswith(FASTTEXT_LABEL):
+                raise UserError(f"{location}: it has several labels; leave one of them")
+            yield [label.removeprefix(FASTTEXT_LABEL), text]
+
+    return gather(_blocks_of_rows(rows(), ["label", "text"]), data.folder)
+
+
+def _numbered_lines(data: DataFile) -> Iterator[tuple[str, str]]:
+    """Yield the lines that are not blank, and where they are."""
+    try:
+        for number, line in enumerate(_text(data.file), start=1):
+            if line.strip():
+                yield f"{data.name}, line {number}", line.rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise _not_utf8(data) from error
+
+
+# JSON and Parquet ---------------------------------------------------------------------------------
+
+
+def read_json(data: DataFile) -> pa.Table:
+    """Return the table of a list of objects, or of one object per line.
+
+    A key that a row lacks is null there. A column whose values have several types becomes text, but
+    a column `as_text` may mix only texts and whole numbers. Raises UserError, naming the line.
+    """
+    with explained(data.name, "json"):
+        try:
+            return gather(_blocks_of_objects(data), data.folder)
+        except UnicodeDecodeError as error:
+            raise _not_utf8(data) from error
+
+
+Row = tuple[str, dict]  # where it is, such as "line 3"
+
+
+def _objects(data: DataFile) -> Iterator[Row]:
+    file, name = data.file, data.name
+    text = _text(file, newline=None)
+    decode = json.JSONDecoder().decode
+    is_first = True
+    for number, line in enumerate(text, start=1):
+        if not line.strip():
+            continue
+        if is_first and line.lstrip()[0] == "[":
+            yield from _listed_objects(_text(file, newline=None).read(), name)
+            return
+        try:
+            row = decode(line)
+        except ValueError as error:
+            if is_first:  # objects may be spread over several lines
+                yield from _spread_objects(_text(file, newline=None).read(), name)
+                return
+            raise _not_json(name, number, error) from error
+        if not isinstance(row, dict):
+            raise UserError(f"{name}, line {number}: not a JSON object; write {{...}} on each line")
+        is_first = False
+        yield f"line {number}", row
+
+
+def _listed_objects(text: str, name: str) -> Iterator[Row]:
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise _not_json(name, error.lineno, error) from error
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise UserError(f"{name}, row {number}: not a JSON object; the list must hold objects only")
+        yield f"row {number}", row
+
+
+def _spread_objects(text: str, name: str) -> Iterator[Row]:
+    decode, position = json.JSONDecoder().raw_decode, 0
+    white = re.compile(r"\s*")
+    for number in itertools.count(1):
+        position = white.match(text, position).end()  # pyrefly: ignore [missing-attribute]
+        if position == len(text):
+            return
+        try:
+            row, position = decode(text, position)
+        except json.JSONDecodeError as error:
+            raise _not_json(name, error.lineno, error) from error
+        if not isinstance(row, dict):
+            raise UserError(f"{name}, row {number}: not a JSON object; write a list of objects")
+        yield f"row {number}", row
+
+
+def _not_json(name: str, line: int, error: ValueError) -> UserError:
+    reason = error.msg if isinstance(error, json.JSONDecodeError) else one_line(error)
+    return UserError(f"{name}, line {line}: not readable as json: {reason}; correct the line")
+
+
+def _blocks_of_objects(data: DataFile) -> Iterator[pa.Table]:
+    rows = _objects(data)
+    while block := list(itertools.islice(rows, BLOCK_ROWS)):
+        columns = dict.fromkeys(key for _, row in block for key in row)
+        yield pa.table({column: _json_column(block, column, data) for column in columns})
+
+
+def _json_column(block: list[Row], column: str, data: DataFile) -> pa.Array:
+    """Return one column of a block. Raises UserError, naming the row, for half of a character, and
+    for a value of a column `as_text` that is neither text nor a whole number beside values that are.
+    """
+    values = [row.get(column) for _, row in block]
+    try:
+        try:
+            return pa.array(values)
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+            if column in data.as_text:
+                for (where, _), value in zip(block, values):
+                    if value is not None and type(value) not in (str, int):
+                        what = f"holds a {type(value).__name__}, in other rows texts; correct it"
+                        raise UserError(f"{data.name}, {where}: {column!r} {what}") from None
+            return _as_text(values)
+    except UnicodeEncodeError as error:
+        for (where, _), value in zip(block, values):
+            try:
+                json.dumps(value, ensure_ascii=False).encode()
+            except UnicodeEncodeError:
+                problem = "a lone surrogate (\\ud800 to \\udfff) is no character; correct it"
+                raise UserError(f"{data.name}, {where}: {problem}") from error
+        raise
+
+
+def read_parquet(data: DataFile) -> pa.Table:
+    """Return the table of a Parquet file; what was stored as categories, as the values that they
+    stand for.
+    """
+    with explained(data.name, "parquet"):
+        source = pq.ParquetFile(pa.BufferReader(pa.py_buffer(_mapped(data.file))))
+        blocks = (pa.Table.from_batches([batch]) for batch in source.iter_batches(BLOCK_ROWS))
+        table = gather(blocks, data.folder)
+        for position, field in enumerate(table.schema):
+            if pa.types.is_dictionary(field.type):
+                values = table[field.name].cast(field.type.value_type)
+                table = table.set_column(position, field.with_type(field.type.value_type), values)
+        return table
+
+
+# The file -----------------------------------------------------------------------------------------
+
+
+def _mapped(file: BinaryIO) -> mmap.mmap:
+    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _text(file: BinaryIO, newline: str | None = "") -> io.TextIOWrapper:
+    """Return a file as text from its beginning; line ends stay as they are unless `newline` is
+    None.
+    """
+    os.lseek(file.fileno(), 0, os.SEEK_SET)
+    return open(file.fileno(), encoding="utf-8-sig", newline=newline, closefd=False)
+
+
+def _head(file: BinaryIO) -> str:
+    """Return the beginning of a file."""
+    head = os.pread(file.fileno(), SAMPLE, 0)
+    return head.decode("utf-8-sig", "replace")
+
+
+def _start(content: np.ndarray) -> int:
+    """Return where the text begins: after the byte order mark if there is one."""
+    return 3 if content[:3].tobytes() == b"\xef\xbb\xbf" else 0
+
+
+def _not_utf8(data: DataFile) -> UserError:
+    """Return what is wrong with a file that is no UTF-8, with the line."""
+    os.lseek(data.file.fileno(), 0, os.SEEK_SET)
+    with open(data.file.fileno(), "rb", closefd=False) as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                decode_utf8(line, f"{data.name}, line {number}")
+            except UserError as error:
+                return error
+    raise AssertionError("every line is UTF-8")
