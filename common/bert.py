@@ -436,6 +436,10 @@ def read_weights(folder: Path) -> Tensors:
     for name, value in weights.items():
         if value.dtype not in DTYPES and not name.endswith(BUFFERS):
             raise UnknownModel(f"{name} in {value.dtype}")
+        if value.is_floating_point() and value.numel():
+            lowest, highest = torch.aminmax(value)
+            if not (lowest.isfinite() and highest.isfinite()):
+                raise UnknownModel(f"{name}, which is not finite")
     return {name: value.float() for name, value in weights.items()}
 
 

@@ -1,19 +1,35 @@
 """Load a pretrained model safely, and check that it can be used, for every script."""
 
 import contextlib
+import copy
+import math
+import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 import transformers
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from common.errors import UserError, one_line
+from common import model_files
+from common.errors import Interrupted, UserError, one_line
 
+PROJECT = Path(__file__).resolve().parent.parent
 # most models; GPT-2; MPT
 POSITION_OPTIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
+# A model may have this many numbers for each one in its files: packed weights hold 8 in one.
+# And so many more: a new head, tables that are computed.
+NUMBERS_PER_SAVED, MORE_NUMBERS = 8, 50_000_000
+NUM_NAMED = 3  # tensors that a message names
 
 # What matters of the library's warnings is checked and said here.
 transformers.utils.logging.set_verbosity_error()
@@ -28,8 +44,192 @@ def load(auto_class: Any, folder: Path, *, name: str, flag: str = "--model", **o
     code that a config names, and takes the first line of a piped text as the answer. Raises
     UserError, naming `flag` and `name`, when the files can't be used.
     """
-    with load_errors(name, flag=flag):
+    with load_errors(name, flag=flag, reader=auto_class.__name__):
         return auto_class.from_pretrained(folder, trust_remote_code=False, **options)
+
+
+def load_model(
+    auto_class: Any,
+    folder: Path,
+    *,
+    name: str,
+    flag: str = "--model",
+    config: PreTrainedConfig | None = None,
+    **options: Any,
+) -> tuple[Any, list[str]]:
+    """Return a model in evaluation mode, and the names of the tensors that its files lack and that
+    are therefore new: those of its head.
+
+    Raises UserError when anything else is new, so that no part of a pretrained model is a random
+    number without a word; when a weight is not finite; when the configuration does not fit the
+    weights.
+    """
+    if config is None:
+        config = load(AutoConfig, folder, name=name, flag=flag)
+    check_size(auto_class, config, folder, name=name, flag=flag)
+    model, report = load(
+        auto_class,
+        folder,
+        name=name,
+        flag=flag,
+        config=config,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,  # reported, and refused below unless it is the head
+        output_loading_info=True,
+        **options,
+    )
+    return model, check_weights(model, report, name=name, flag=flag)
+
+
+def load_sentence_model(model_class: Any, folder: Path, *, name: str, flag: str = "--model") -> Any:
+    """Return a model of sentence-transformers of the class `model_class` on the CPU in fp32, without
+    running any code from the folder.
+
+    Raises UserError, naming `flag` and `name`, for a model of another kind, and as load_model()
+    does. Nothing may be new, but for the pooler of an encoder, which is not used.
+    """
+    model_files.check_kind(folder, model_class.__name__, f"{flag} {name}")
+    if (folder / model_files.CONFIG).exists():
+        check_size(AutoModel, load(AutoConfig, folder, name=name, flag=flag), folder, name=name, flag=flag)
+    with load_errors(name, flag=flag, reader=model_class.__name__), _loading_reports() as reports:
+        model = model_class(
+            str(folder),
+            device="cpu",
+            local_files_only=True,
+            trust_remote_code=False,
+            model_kwargs={"use_safetensors": True, "dtype": torch.float32},
+        )
+    for part, report in reports:
+        new = check_weights(part, report, name=name, flag=flag)
+        lacking = [key for key in new if part.base_model is not part]
+        if lacking:
+            problem = f"it was never trained for this (no weights for {_names(lacking)})"
+            raise UserError(f"{flag} {name}: {problem}; name another model")
+    _try_out(model, name=name, flag=flag)
+    return model
+
+
+def _try_out(model: Any, *, name: str, flag: str) -> None:
+    """Let a model of sentence-transformers read a word, because its modules look at their settings
+    only then. Raises UserError when they don't fit each other.
+    """
+    with load_errors(name, flag=flag, reader=type(model).__name__):
+        if hasattr(model, "predict"):  # a cross-encoder
+            model.predict([("word", "word")], show_progress_bar=False)
+            return
+        width, said = model.encode("word", show_progress_bar=False).size, model.get_embedding_dimension()
+    if width != said:
+        problem = f"its modules make vectors of {width} numbers, and their settings say {said}"
+        raise UserError(f"{flag} {name}: {problem}; repair it or name another model")
+
+
+@contextlib.contextmanager
+def _loading_reports() -> Iterator[list[tuple[PreTrainedModel, dict]]]:
+    """Collect the models that are loaded within the block, and what transformers reports of each:
+    sentence-transformers does not ask for the report.
+    """
+    reports = []
+    usual = PreTrainedModel.__dict__["from_pretrained"]
+
+    def from_pretrained(model_class: type, *args: Any, **options: Any) -> PreTrainedModel:
+        asked = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, report = usual.__func__(model_class, *args, **(options | asked))
+        reports.append((model, report))
+        return model
+
+    PreTrainedModel.from_pretrained = classmethod(from_pretrained)
+    try:
+        yield reports
+    finally:
+        PreTrainedModel.from_pretrained = usual
+
+
+def check_size(
+    auto_class: Any, config: PreTrainedConfig, folder: Path, *, name: str, flag: str = "--model"
+) -> None:
+    """Raise UserError when a configuration describes a model far larger than the weights beside it,
+    before anything of that size is allocated.
+    """
+    shapes = model_files.weight_shapes(folder, f"{flag} {name}")
+    saved = sum(map(math.prod, shapes.values()))
+    # on the device "meta" a tensor has a shape and no memory
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.device("meta"),
+        load_errors(name, flag=flag, reader=auto_class.__name__),
+    ):
+        skeleton = auto_class.from_config(copy.deepcopy(config), trust_remote_code=False)
+    described = sum(tensor.numel() for tensor in (*skeleton.parameters(), *skeleton.buffers()))
+    if described > NUMBERS_PER_SAVED * saved + MORE_NUMBERS:
+        raise UserError(
+            f"{flag} {name}: its config.json describes a model of {described:,} numbers, and its weights hold"
+            f" {saved:,}; repair it or name another model"
+        )
+
+
+def check_weights(model: PreTrainedModel, report: dict, *, name: str, flag: str = "--model") -> list[str]:
+    """Return the tensors that are new in a loaded model, all of its head, given transformers'
+    report of the loading.
+
+    Raises UserError when the pretrained part lacks a tensor, has one of another shape, or has fewer
+    layers than the weights; and for a weight that is NaN or infinite.
+    """
+    other_shapes = {key: (tuple(saved), tuple(wanted)) for key, saved, wanted in report["mismatched_keys"]}
+    new = {*report["missing_keys"], *other_shapes}
+    loaded = {_module(key) for key in model.state_dict() if key not in new}
+    # a part of the head that is only half there is damaged, not new
+    lacking = sorted(key for key in new if not is_head(key, model) or _module(key) in loaded)
+    if lacking:
+        problem = f"its weights lack {_names(lacking)}"
+        if lacking[0] in other_shapes:
+            saved, wanted = other_shapes[lacking[0]]
+            problem = f"{lacking[0]} has the shape {saved} in its weights, and {wanted} in config.json"
+        raise UserError(f"{flag} {name}: {problem}; copy the whole model, or name another")
+    if surplus := _surplus(model, report["unexpected_keys"]):
+        raise UserError(
+            f"{flag} {name}: its config.json describes fewer layers than the weights have:"
+            f" {_names(surplus)}; repair it or name another model"
+        )
+    for key, parameter in model.named_parameters():
+        # the types of one byte are those of quantised weights
+        if parameter.is_floating_point() and parameter.element_size() > 1 and parameter.numel():
+            extremes = torch.stack(torch.aminmax(parameter.detach()))  # one pass, and NaN goes through it
+            if not extremes.isfinite().all():
+                kind = str(parameter.dtype).removeprefix("torch.")
+                raise UserError(f"{flag} {name}: {key} is not finite in {kind}; name another model")
+    return sorted(new)
+
+
+def is_head(key: str, model: PreTrainedModel) -> bool:
+    """Return whether a tensor belongs to a model's head: everything but the pretrained encoder or
+    decoder.
+
+    Its pooler counts as head too: BERT has one for its second task, and models that were trained
+    without that task come without it.
+    """
+    if ".pooler." in f".{key}":
+        return True
+    return model.base_model is not model and not key.startswith(f"{model.base_model_prefix}.")
+
+
+def _surplus(model: PreTrainedModel, unexpected: set[str]) -> list[str]:
+    """Return the tensors of the files that a model would have if it had more layers."""
+
+    def without_numbers(key: str) -> str:
+        return re.sub(r"(?<=\.)\d+(?=\.)", "N", key.removeprefix(prefix))
+
+    prefix = f"{model.base_model_prefix}."
+    known = {without_numbers(key) for key in model.state_dict()}
+    return sorted(key for key in unexpected if without_numbers(key) in known)
+
+
+def _module(key: str) -> str:
+    return key.rpartition(".")[0]
+
+
+def _names(keys: list[str]) -> str:
+    more = f" and {len(keys) - NUM_NAMED} more" if len(keys) > NUM_NAMED else ""
+    return ", ".join(keys[:NUM_NAMED]) + more
 
 
 def load_tokenizer(folder: Path, *, name: str, flag: str = "--model") -> PreTrainedTokenizerBase:
@@ -73,20 +273,36 @@ def max_positions(model: PreTrainedModel) -> int | None:
 
 
 @contextlib.contextmanager
-def load_errors(name: str, *, flag: str = "--model") -> Iterator[None]:
+def load_errors(name: str, *, flag: str = "--model", reader: str = "a model") -> Iterator[None]:
     """Turn whatever a library raises within the block, while it reads a model, into one line for
-    the user.
+    the user; `reader` is what the files are read as.
 
-    The block holds nothing but the library's call, so that a bug of this project still shows its
-    traceback.
+    The block holds nothing but the library's call. An exception that this project itself raises
+    there is a bug and keeps its traceback.
     """
     try:
-        yield
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
-        raise UserError(f"{flag} {name}: {_reason(error)}") from error
+        with warnings.catch_warnings(action="ignore"):  # nothing that the user can act on
+            yield
+    except (UserError, Interrupted):
+        raise
+    except BaseException as error:
+        # the libraries in Rust end with a PanicException, which is no Exception
+        is_foreign = isinstance(error, Exception) or type(error).__name__ == "PanicException"
+        if not is_foreign or _is_ours(error):
+            raise
+        raise UserError(f"{flag} {name}: {_reason(error, reader)}") from error
 
 
-def _reason(error: Exception) -> str:
+def _is_ours(error: BaseException) -> bool:
+    """Return whether the line that raised an exception is one of this project."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    path = Path(trace.tb_frame.f_code.co_filename) if trace is not None else Path()
+    return path.is_relative_to(PROJECT) and "site-packages" not in path.parts
+
+
+def _reason(error: BaseException, reader: str) -> str:
     if "file named model.safetensors" in str(error):
         return (
             "it has no model.safetensors, and pickled weights (pytorch_model.bin) are never read because they"
@@ -96,4 +312,7 @@ def _reason(error: Exception) -> str:
         return "it needs remote code, which is never run here; use a model that transformers itself supports"
     if "Unrecognized configuration class" in str(error):
         return "this kind of model can't do what the script does; name another model"
-    return f"{one_line(error).rstrip('.')}; repair its files or name another model"
+    # "'version'" says nothing without the KeyError
+    kind = "" if isinstance(error, OSError | ValueError | ImportError) else f"{type(error).__name__}: "
+    reason = f"{kind}{one_line(error).rstrip('.')}"
+    return f"can't be read as {reader}: {reason}; repair its files or name another model"

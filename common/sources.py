@@ -6,8 +6,8 @@ them before they load PyTorch. The libraries that download are imported when the
 """
 
 import contextlib
+import errno
 import functools
-import json
 import os
 import stat
 import sys
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from common import bundled
+from common import bundled, model_files
 from common.errors import UserError, shorten
 
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
@@ -26,7 +26,6 @@ FASTTEXT_LABEL = "__label__"  # each line of fastText's files begins with it
 # Files of a Hub model that are downloaded: no pickles, no ONNX, no code.
 FILES_READ = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 FILES_IGNORED = ["onnx/*", "openvino/*"]
-PICKLED = ("*.bin", "*.pt", "*.pkl")
 CONNECT_SECONDS = 5.0
 
 # Without this, transformers sends the name of a model without safetensors, and the user's token,
@@ -52,7 +51,7 @@ def find_folder(
     if Path(name).is_dir():
         return Path(name)
     folder = _download(name, kind=kind, flag=flag, cache_dir=cache_dir)
-    _check_model_folder(folder, f"{flag} {name}")
+    model_files.check(folder, f"{flag} {name}")
     return folder
 
 
@@ -64,45 +63,21 @@ def check_model(name: str, *, kind: bundled.Kind, flag: str = "--model") -> None
         bundled.check_model(name, kind=kind, flag=flag)
         return
     folder = Path(name)
-    if folder.is_file():
+    try:
+        mode = folder.stat().st_mode if name else None
+    except (FileNotFoundError, NotADirectoryError):
+        mode = None
+    except (OSError, ValueError) as error:  # too long, a loop of links, no permission, a null byte
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{flag} {name}: can't be read: {reason}; check the path") from error
+    if mode is not None and stat.S_ISDIR(mode):
+        model_files.check(folder, f"{flag} {name}")
+    elif mode is not None:
         raise UserError(f"{flag} {name}: this is a file; name the folder of a saved model")
-    if name and folder.is_dir():
-        _check_model_folder(folder, f"{flag} {name}")
+    elif folder.is_symlink():
+        raise UserError(f"{flag} {name}: a link to {os.readlink(folder)}, which does not exist; check it")
     elif not name or name.startswith((".", "/")) or name.count("/") > 1:
         raise UserError(f"{flag} {name}: no such folder; check the path, or use {bundled.names(kind)}")
-
-
-def _check_model_folder(folder: Path, source: str) -> None:
-    """Raise UserError if a folder holds no model, or one with pickled weights."""
-    if not (folder / "config.json").is_file() and not (folder / "modules.json").is_file():
-        raise UserError(f"{source}: the folder has no config.json; name the folder of a saved model")
-    for part in (folder, *_module_folders(folder, source)):
-        pickled = sorted(path.name for pattern in PICKLED for path in part.glob(pattern))
-        pickled = [file for file in pickled if file != "training_args.bin"]
-        if pickled and not any(part.glob("*.safetensors")):
-            raise UserError(
-                f"{source}: {part / pickled[0]} holds pickled weights, which are never read because they can"
-                " run code; use a version with safetensors or convert it first"
-            )
-
-
-def _module_folders(folder: Path, source: str) -> list[Path]:
-    """Return the folders that a sentence-transformers model names for its modules."""
-    listed = folder / "modules.json"
-    if not listed.is_file():
-        return []
-    try:
-        parts = [folder / module["path"] for module in json.loads(listed.read_text("utf-8"))]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{source}: {listed} is not a list of modules; repair it or name another model"
-        ) from error
-    for part in parts:
-        if not part.resolve().is_relative_to(folder.resolve()):
-            raise UserError(
-                f"{source}: {listed} names a folder outside the model: {part}; name another model"
-            )
-    return [part for part in parts if part.is_dir()]
 
 
 def _download(name: str, *, kind: bundled.Kind, flag: str, cache_dir: str | None) -> Path:
@@ -128,6 +103,13 @@ def _download(name: str, *, kind: bundled.Kind, flag: str, cache_dir: str | None
         raise UserError(
             f"{flag} {name}: neither a local folder nor a model on the Hub that you may read; check the name"
             f" (a private one needs `hf auth login`), or use {bundled.names(kind)}"
+        ) from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):  # said by common.cli
+            raise
+        raise UserError(
+            f"{flag} {name}: can't be stored in the cache: {error.filename}: {error.strerror}; name a folder"
+            " with --cache-dir"
         ) from error
     if not reachable:
         say_cached(f"{flag} {name}")

@@ -212,12 +212,13 @@ def read_tokenizer(folder: Path, *, max_length: int | None = None) -> Tokenizer:
         special = _special_tokens(settings)
         parts = Parts(description, settings, special, _added_tokens(description, settings, special))
         backend = kind.build(parts)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UnknownModel(f"the tokenizer: {error!r}") from error
-    except Exception as error:  # what the library raises for a file that it can't read
-        if type(error) is not Exception:
+    except UnknownModel:
+        raise
+    except BaseException as error:
+        # files can hold anything; the library in Rust ends with a PanicException, which is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise UnknownModel(f"the tokenizer: {error}") from error
+        raise UnknownModel(f"the tokenizer: {error!r}") from error
     if wrong := [t.content for number, t in parts.added.items() if backend.token_to_id(t.content) != number]:
         raise UnknownModel(f"other ids of {', '.join(wrong)}")
     limit = max_length or settings.get("model_max_length") or UNLIMITED

@@ -5,7 +5,14 @@ ids, padding id, context; prompts as token ids.
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from common import models, sources
 from common.errors import UserError, shorten
@@ -35,19 +42,15 @@ def load(name: str, runtime: Runtime, *, cache_dir: str | None) -> LanguageModel
     Raises UserError if it cannot be loaded or is of another kind.
     """
     folder = sources.find_folder(name, kind="language model", cache_dir=cache_dir)
+    config = models.load(AutoConfig, folder, name=name)
+    check_trained_to_generate(config, name=name)
     tokenizer = models.load_tokenizer(folder, name=name)
-    model, report = models.load(
-        AutoModelForCausalLM,
-        folder,
-        name=name,
-        dtype=DTYPES[runtime.precision],
-        use_safetensors=True,
-        output_loading_info=True,
+    model, new = models.load_model(
+        AutoModelForCausalLM, folder, name=name, config=config, dtype=DTYPES[runtime.precision]
     )
-    if report["missing_keys"]:
-        missing = ", ".join(sorted(report["missing_keys"])[:3])
+    if new:
         raise UserError(
-            f"--model {name}: it was never trained to generate (no weights for {missing}); name a "
+            f"--model {name}: it was never trained to generate (no weights for {', '.join(new[:3])}); name a "
             "causal language model"
         )
     if model.config.is_encoder_decoder or not model.can_generate():
@@ -61,6 +64,23 @@ def load(name: str, runtime: Runtime, *, cache_dir: str | None) -> LanguageModel
     check_ids((*end_ids, pad_id), model, name=name)
     model.eval().to(runtime.device)
     return LanguageModel(name, model, tokenizer, end_ids, pad_id, models.max_positions(model))
+
+
+def check_trained_to_generate(config: PreTrainedConfig, *, name: str) -> None:
+    """Raise UserError for a model that was saved with another head than that of a language model,
+    or without one.
+
+    Some load all the same: BERT's head for masked words, or GPT-2 without a head, which is tied to
+    the embeddings.
+    """
+    saved = config.architectures or []
+    known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
+    is_known = not known.isdisjoint(saved) or any(kind.endswith("ForCausalLM") for kind in saved)
+    if saved and not is_known and not config.is_encoder_decoder:
+        raise UserError(
+            f"--model {name}: it was never trained to generate (it was saved as {', '.join(saved)}); name a"
+            " causal language model"
+        )
 
 
 def find_end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

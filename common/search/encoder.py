@@ -22,7 +22,7 @@ import torch
 from common import reading, sources, speedups
 from common.errors import UserError
 from common.runtime import Runtime
-from common.search.sentence_model import SentenceModel, from_library, load_model
+from common.search.sentence_model import SentenceModel, load_model
 from common.tokenizer import Tokenizer, Tokens
 
 if TYPE_CHECKING:
@@ -349,8 +349,11 @@ def load_reranker(name: str, runtime: Runtime, *, cache_dir: str | None) -> "Cro
     """
     from sentence_transformers import CrossEncoder  # seconds, and only this needs it
 
+    from common import models
+
     folder = sources.find_folder(name, kind="encoder", flag="--rerank", cache_dir=cache_dir)
-    model = from_library(CrossEncoder, folder, name=name, flag="--rerank").to(runtime.device)
+    model = models.load_sentence_model(CrossEncoder, folder, name=name, flag="--rerank")
+    model = model.to(runtime.device)
     if model.num_labels != 1:
         advice = "name a cross-encoder with one, such as cross-encoder/ms-marco-MiniLM-L6-v2"
         raise UserError(f"--rerank {name}: it gives {model.num_labels} scores per pair; {advice}")

@@ -70,7 +70,6 @@ def load_model(name: str, *, cache_dir: str | None) -> SentenceModel:
     Raises UserError when it can't be read, or reads something other than texts.
     """
     folder = sources.find_folder(name, kind="encoder", flag="--model", cache_dir=cache_dir)
-    check_activations(folder, name)
     try:
         return read_model(folder)
     except UnknownModel:
@@ -157,6 +156,7 @@ def read_model(folder: Path) -> SentenceModel:
     if not any(part.kind == "Pooling" for part in parts.values()):
         raise UnknownModel("no pooling")
     width = [part.width for part in parts.values() if part.width is not None][-1]
+    _try_out([part.module for part in parts.values()], config.width, width)
     tensors = {f"0.model.{name}": value for name, value in weights.items()}
     for name, part in parts.items():
         tensors |= {f"{name}.{key}": value for key, value in part.weights.items()}
@@ -176,6 +176,20 @@ def read_model(folder: Path) -> SentenceModel:
             _vocabulary(tokenizer), settings, _settings(config), prompts, default_prompt_name, tensors
         ),
     )
+
+
+def _try_out(modules: list[nn.Module], width: int, said: int) -> None:
+    """Raise UnknownModel when modules don't fit each other: they look at their input only when they
+    run. `width` is that of the tokens' embeddings, `said` what the settings say of the text's.
+    """
+    features = {"token_embeddings": torch.ones(1, 2, width), "attention_mask": torch.ones(1, 2).long()}
+    try:
+        for module in modules:
+            features = module(features)
+    except (KeyError, RuntimeError) as error:
+        raise UnknownModel(f"modules that don't fit each other: {error}") from error
+    if features["sentence_embedding"].shape != (1, said):
+        raise UnknownModel(f"modules that don't make {said} numbers")
 
 
 def _read_list(folder: Path) -> list[tuple[str, str, str]]:
@@ -362,22 +376,6 @@ def _layer_norm(settings: dict[str, Any], folder: Path) -> Part:
     return Part(module, "LayerNorm", {"dimension": width}, weights, width, "LayerNorm")
 
 
-def check_activations(folder: Path, name: str) -> None:
-    """Raise UserError when a dense layer of a model names something else than an activation: the
-    library would make an object of any class of PyTorch.
-    """
-    for path in sorted(folder.glob("*/**/config.json")):
-        try:
-            reference = read_settings(path).get("activation_function")
-            if reference is not None:
-                _activation(str(reference))
-        except UnknownModel as error:
-            advice = "name another model, or correct it in a copy"
-            raise UserError(
-                f"--model {name}: {path} has {error}, which is not supported; {advice}"
-            ) from error
-
-
 # Read by the library ----------------------------------------------------------------------------
 
 
@@ -390,7 +388,7 @@ def load_with_library(folder: Path, name: str) -> SentenceModel:
 
     from common import models
 
-    model = from_library(SentenceTransformer, folder, name=name, flag="--model")
+    model = models.load_sentence_model(SentenceTransformer, folder, name=name)
     first = model[0]
     if not isinstance(first, modules.Transformer) or "text" not in first.modality_config:
         kind = type(first).__name__
@@ -418,22 +416,6 @@ def load_with_library(folder: Path, name: str) -> SentenceModel:
         pooling=describe_pooling(model),
         fingerprint=known_by,
     )
-
-
-def from_library(model_class: Any, folder: Path, *, name: str, flag: str) -> Any:
-    """Return `model_class(folder)` of sentence-transformers on the CPU in fp32, without running any
-    code from the folder. Raises UserError, naming `flag` and `name`, when it can't be read.
-    """
-    from common import models
-
-    with models.load_errors(name, flag=flag):
-        return model_class(
-            str(folder),
-            device="cpu",
-            local_files_only=True,
-            trust_remote_code=False,
-            model_kwargs={"use_safetensors": True, "dtype": torch.float32},
-        )
 
 
 def describe_pooling(model: "SentenceTransformer") -> str:

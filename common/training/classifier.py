@@ -6,6 +6,7 @@ adapters, recomputed activations.
 
 import copy
 import json
+import re
 import shutil
 import warnings
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from common import models, sources, speedups
-from common.errors import UserError
+from common.errors import UserError, shorten
 from common.files import replace_folder
 from common.runtime import Runtime
 from common.training.data import TokenConfig, name_sha256
@@ -48,6 +49,12 @@ UNLIMITED = 1_000_000  # tokenizers without a limit say 1e30
 DEFAULT_MAX_LENGTH, DEFAULT_TRUNCATION = 256, "chunks"
 # of BERT, DistilBERT, GPT-2
 ATTENTION_DROPOUT_NAMES = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
+# what a saved head may be for, beside one class of several
+OTHER_PROBLEMS = {
+    "regression": "numbers (regression)",
+    "multi_label_classification": "several labels per text",
+}
+UNNAMED = re.compile(r"LABEL_\d+")  # names that transformers gives to classes
 LORA_ALPHA = 2  # times the rank: the scale by which the update is multiplied, as is usual
 # dropout in the adapters would be one more source of randomness; --dropout is the model's own
 LORA_DROPOUT = 0.0
@@ -79,20 +86,17 @@ def load_pretrained(
     """
     name = config.model
     folder = sources.find_folder(name, kind="encoder", cache_dir=config.cache_dir)
+    saved = models.load(AutoConfig, folder, name=name)
     tokenizer = models.load_tokenizer(folder, name=name)
     has_padding_token = tokenizer.pad_token is not None  # of its own
     ensure_padding_token(tokenizer, name=name)
     dropout = dropout_options(
-        models.load(AutoConfig, folder, name=name),
-        dropout=config.dropout,
-        attention_dropout=config.attention_dropout,
-        name=name,
+        saved, dropout=config.dropout, attention_dropout=config.attention_dropout, name=name
     )
-    model, is_new = load_classifier(
+    model, head = load_classifier(
         folder, name=name, names=names, dropout=dropout, pad_token_id=tokenizer.pad_token_id
     )
     size = sum(parameter.numel() for parameter in model.parameters())
-    head = "a new head" if is_new else "the head that it was saved with"
     kind = type(model).__name__
     runtime.say(f"model    {name}: {kind}, {size / 1e6:.1f} million parameters, with {head}")
     if not has_padding_token:
@@ -116,13 +120,15 @@ def ensure_padding_token(tokenizer: PreTrainedTokenizerBase, *, name: str) -> No
 
 def load_classifier(
     folder: Path, *, name: str, names: list[str], dropout: dict[str, float], pad_token_id: int
-) -> tuple[PreTrainedModel, bool]:
-    """Return a model for the classes `names`, in fp32, and whether its head is new.
+) -> tuple[PreTrainedModel, str]:
+    """Return a model for the classes `names`, in fp32, and in a few words what its head is.
 
-    Its config has `id2label` and `label2id`. A saved head for the same number of classes is kept,
-    as in transformers, whatever its classes were. `dropout` gives values of the config's dropout
-    options. Raises UserError, naming `name`, when the model can't be loaded.
+    Its config has `id2label` and `label2id`. A saved head is kept if it is for the same classes,
+    and its outputs are put into the order of `names`; or if it is for as many classes without
+    names. `dropout` gives values of the config's dropout options. Raises UserError, naming `name`,
+    when the model can't be loaded or its pretrained part is incomplete.
     """
+    saved = models.load(AutoConfig, folder, name=name)
     config = models.load(
         AutoConfig,
         folder,
@@ -136,17 +142,72 @@ def load_classifier(
     config.problem_type = "single_label_classification"
     for option, value in dropout.items():
         setattr(config, option, value)
-    model, report = models.load(
-        AutoModelForSequenceClassification,
-        folder,
-        name=name,
-        config=config,
-        dtype=torch.float32,
-        use_safetensors=True,
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
+    model, new = models.load_model(
+        AutoModelForSequenceClassification, folder, name=name, config=config, dtype=torch.float32
     )
-    return model, bool(report["missing_keys"] or report["mismatched_keys"])
+    return model, choose_head(model, new, saved, names)
+
+
+def choose_head(model: PreTrainedModel, new: list[str], saved: PreTrainedConfig, names: list[str]) -> str:
+    """Give a loaded model a head for the classes `names`, whose logits are in their order, and
+    return in a few words what it is.
+
+    `new` lists the tensors that the files lacked, and `saved` is the configuration in them.
+    """
+    if new:
+        return "a new head and a new pooler" if any(".pooler." in f".{key}" for key in new) else "a new head"
+    if saved.problem_type in OTHER_PROBLEMS:
+        renew_head(model)
+        return f"a new head, because the saved one was for {OTHER_PROBLEMS[saved.problem_type]}"
+    classes = saved_classes(saved)
+    if classes == names:
+        return "the head that it was saved with"
+    if all(UNNAMED.fullmatch(label) for label in classes):
+        return "the head that it was saved with, whose classes have no names"
+    if sorted(classes) == sorted(names) and reorder_head(model, [classes.index(label) for label in names]):
+        return "the head that it was saved with, its classes put into another order"
+    renew_head(model)
+    return f"a new head, because the saved one was for {shorten(', '.join(classes), 60)}"
+
+
+def saved_classes(config: PreTrainedConfig) -> list[str]:
+    """Return the names of a saved model's classes in the order of its logits."""
+    return [str(label) for _, label in sorted((config.id2label or {}).items())]
+
+
+def head_modules(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """Return the modules of a model beside its pretrained encoder or decoder."""
+    return [module for name, module in model.named_children() if name != model.base_model_prefix]
+
+
+def renew_head(model: PreTrainedModel) -> None:
+    """Replace the numbers of a model's head by new random ones, as the library draws them for a
+    head that the files lack.
+    """
+    for module in head_modules(model):
+        for part in module.modules():
+            for key, parameter in list(part.named_parameters(recurse=False)):
+                # the library leaves alone what it has once loaded into
+                setattr(part, key, torch.nn.Parameter(torch.empty_like(parameter)))
+        module.apply(model._init_weights)
+
+
+def reorder_head(model: PreTrainedModel, order: list[int]) -> bool:
+    """Put the outputs of a model's head into another order, and return whether its last layer was
+    found: the only linear one with as many outputs as classes.
+    """
+    last = [
+        part
+        for module in head_modules(model)
+        for part in module.modules()
+        if isinstance(part, torch.nn.Linear) and part.out_features == len(order)
+    ]
+    if len(last) != 1:
+        return False
+    with torch.no_grad():
+        for parameter in last[0].parameters():
+            parameter.copy_(parameter[order].clone())
+    return True
 
 
 def dropout_options(
@@ -322,7 +383,6 @@ def add_adapters(model: PreTrainedModel, rank: int) -> PreTrainedModel:
         for name, module in model.base_model.named_modules()
         if isinstance(module, (torch.nn.Linear, Conv1D))
     ]
-    head = [module for name, module in model.named_children() if name != model.base_model_prefix]
     config = peft.LoraConfig(
         r=rank,
         lora_alpha=LORA_ALPHA * rank,
@@ -334,7 +394,7 @@ def add_adapters(model: PreTrainedModel, rank: int) -> PreTrainedModel:
         # about what peft asks of transformers: nothing that the user can change
         warnings.simplefilter("ignore", FutureWarning)
         adapted = peft.get_peft_model(model, config)
-    for module in head:
+    for module in head_modules(model):
         module.requires_grad_(True)
     # peft's wrapper has all attributes of the model within
     return cast(PreTrainedModel, adapted)
@@ -388,22 +448,38 @@ def load_saved(
     Raises UserError when it was never trained to classify.
     """
     folder = sources.find_folder(name, kind="encoder", cache_dir=cache_dir)
-    model, report = models.load(
-        AutoModelForSequenceClassification,
-        folder,
-        name=name,
-        dtype=torch.float32,
-        use_safetensors=True,
-        output_loading_info=True,
+    config = models.load(AutoConfig, folder, name=name)
+    model, new = models.load_model(
+        AutoModelForSequenceClassification, folder, name=name, config=config, dtype=torch.float32
     )
-    if report["missing_keys"]:
-        missing = ", ".join(sorted(report["missing_keys"]))
+    if new:
         raise UserError(
-            f"--model {name}: it was never trained to classify (no weights for {missing}); name the"
+            f"--model {name}: it was never trained to classify (no weights for {', '.join(new)}); name the"
             " folder runs/<name>/best of a finished run"
         )
+    check_classes(config, name=name)
     model = model.to(runtime.device)
     speedups.use_fast_attention(model)
     tokenizer = models.load_tokenizer(folder, name=name)
     ensure_padding_token(tokenizer, name=name)
     return model, tokenizer
+
+
+def check_classes(config: PreTrainedConfig, *, name: str) -> None:
+    """Raise UserError unless a saved model puts a text into one of several classes, and tells their
+    names without a contradiction.
+    """
+    problem = config.problem_type if (config.num_labels or 0) > 1 else "regression"
+    if problem in OTHER_PROBLEMS:
+        raise UserError(
+            f"--model {name}: it was trained for {OTHER_PROBLEMS[problem]}, not for one class of several;"
+            " name another model"
+        )
+    labels, numbers = config.id2label or {}, config.label2id or {}
+    if sorted(labels) != list(range(len(labels))) or len(set(labels.values())) < len(labels):
+        problem = "id2label is no list of different names"
+    elif numbers and numbers != {label: number for number, label in labels.items()}:
+        problem = "id2label and label2id contradict each other"
+    else:
+        return
+    raise UserError(f"--model {name}: {problem} in its config.json; repair it or name another model")

@@ -1,0 +1,355 @@
+"""What the files of a model folder hold, checked before a library reads them and without PyTorch.
+
+A folder that someone else made can name files outside of itself, ask for more memory than any
+machine has, or hold a pipe in the place of a file. What a library would open, allocate or build is
+compared here with what is there: config.json with the shapes in the weights.
+"""
+
+import fnmatch
+import json
+import math
+import os
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+from common.errors import UserError, shorten
+
+CONFIG, MODULES, SENTENCE_CONFIG = "config.json", "modules.json", "config_sentence_transformers.json"
+WEIGHTS, SHARD_LIST = "model.safetensors", "model.safetensors.index.json"
+SENTENCE_SETTINGS = tuple(
+    f"sentence_{kind}_config.json"
+    for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+)
+PICKLED = ("*.bin", "*.pt", "*.pkl")
+NOT_WEIGHTS = ("training_args.bin",)
+# the JSON files that are read here, and what each holds; tokenizer.json is left to `tokenizers`
+JSON_TYPES: dict[str, type] = {
+    CONFIG: dict,
+    MODULES: list,
+    SHARD_LIST: dict,
+    "generation_config.json": dict,
+    "tokenizer_config.json": dict,
+    "special_tokens_map.json": dict,
+    "added_tokens.json": dict,
+    "vocab.json": dict,
+    SENTENCE_CONFIG: dict,
+    **dict.fromkeys(SENTENCE_SETTINGS, dict),
+    "processor_config.json": dict,
+    "preprocessor_config.json": dict,
+    "training.json": dict,
+}
+OTHER_FILES = ("*.safetensors", "*.model", "*.jinja", "tokenizer.json", "vocab.txt", "merges.txt")
+# settings that make transformers read other files than those that are checked here: (file, setting)
+REDIRECTIONS = (
+    (CONFIG, "configuration_files"),
+    (CONFIG, "transformers_weights"),
+    ("tokenizer_config.json", "fast_tokenizer_files"),
+    ("tokenizer_config.json", "init_inputs"),
+    *((file, "tokenizer_name_or_path") for file in SENTENCE_SETTINGS),
+)
+# settings that are a number of modules, such as num_hidden_layers, which Python builds one by one
+PARTS = re.compile(r"(layers?|depths?|blocks?|block_sizes|block_repeats|groups|group_num)$")
+EXPERTS = re.compile(r"experts?$")  # lie one by one or in one tensor
+LABELS = ("num_labels", "_num_labels")
+# what sentence-transformers imports by its name and calls, and the names that are harmless
+ACTIVATION_SETTINGS = ("activation_fn", "activation_function", "sbert_ce_default_activation_function")
+ACTIVATIONS = re.compile(
+    r"torch\.nn\.(modules\.(linear|activation)\.)?"
+    r"(Identity|Sigmoid|LogSigmoid|Softplus|Softmax|Tanh|ReLU|GELU|SiLU|LeakyReLU|ELU)"
+)
+RANKING = "ForSequenceClassification"  # the end of a cross-encoder's class in transformers
+MODEL_KINDS = {  # what sentence-transformers calls a kind of model
+    "SentenceTransformer": "a sentence encoder",
+    "CrossEncoder": "a cross-encoder",
+    "SparseEncoder": "a sparse encoder",
+    "MultiVectorEncoder": "an encoder of several vectors per text",
+}
+SIZES = ("in_features", "out_features")  # of sentence-transformers' dense modules
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+MOST_TOKENS = 2**31
+FEWEST_PARTS, FEWEST_LABELS = 256, 100_000  # that are allowed whatever the weights hold
+MOST_TEXT_BYTES = 200_000_000  # the largest tokenizer.json today has 35 MB
+MOST_JSON_BYTES = 50_000_000
+MOST_HEADER_BYTES = 100_000_000  # the limit of safetensors itself
+
+Shapes = dict[str, tuple[int, ...]]  # of tensors
+
+
+def check(folder: Path, source: str) -> None:
+    """Raise UserError, beginning with `source`, unless a folder holds a model whose files can be
+    opened without a risk.
+
+    Refused are: files that are missing, no files, unreadable or outside the folder; pickled
+    weights; adapters, which need a model from elsewhere; JSON that is broken or of another type; a
+    config.json that asks for more parts than the weights have.
+    """
+    try:
+        if not (folder / CONFIG).is_file() and not (folder / MODULES).is_file():
+            _check_files(folder, folder, source)  # a link that leads nowhere is no missing file
+            raise UserError(f"{source}: the folder has no {CONFIG}; name the folder of a saved model")
+        for part in (folder, *_module_folders(folder, source)):
+            _check_files(part, folder, source)
+            _check_part(part, source)
+    except OSError as error:
+        raise UserError(
+            f"{source}: {error.filename or folder} can't be read: {error.strerror}; repair it or name another"
+            " model"
+        ) from error
+
+
+def _refuse(source: str, problem: str, advice: str = "repair it or name another model") -> UserError:
+    return UserError(f"{source}: {problem}; {advice}")
+
+
+# Files --------------------------------------------------------------------------------------------
+
+
+def _check_files(folder: Path, root: Path, source: str) -> None:
+    """Raise UserError unless everything that a library may open in a folder is a file within the
+    model `root`, with permission to read it.
+    """
+    # not Path.glob, which leaves out links that lead nowhere
+    for path in sorted(folder.iterdir()):
+        if not any(fnmatch.fnmatch(path.name, pattern) for pattern in (*JSON_TYPES, *OTHER_FILES)):
+            continue
+        try:
+            status = path.stat()
+        except FileNotFoundError:
+            raise _refuse(source, f"{path} is a link to {os.readlink(path)}, which does not exist") from None
+        if not stat.S_ISREG(status.st_mode):
+            raise _refuse(source, f"{path} is not a file")
+        if not os.access(path, os.R_OK):
+            raise _refuse(source, f"no permission to read {path}", "change that with chmod")
+        # Weights may lie elsewhere, to save space. Whatever else a link brings in could be taken
+        # for the words of a tokenizer, and be saved and published with it.
+        if path.suffix != ".safetensors":
+            if not path.resolve().is_relative_to(_home(root)):
+                advice = "replace it by the file itself, if you trust it"
+                raise _refuse(source, f"{path} is a link out of the folder, to {path.resolve()}", advice)
+            if status.st_size > MOST_TEXT_BYTES:
+                raise _refuse(source, f"{path} has {status.st_size:,} bytes, more than any model needs")
+
+
+def _home(root: Path) -> Path:
+    """Return the folder that a model's links may not leave: itself, or its repository in the Hub's
+    cache, where they lead from snapshots/ to blobs/.
+    """
+    resolved = root.resolve()
+    return resolved.parent.parent if resolved.parent.name == "snapshots" else resolved
+
+
+def _module_folders(folder: Path, source: str) -> list[Path]:
+    """Return the folders that a sentence-transformers model names for its modules."""
+    listed = folder / MODULES
+    if not listed.exists():
+        return []
+    _check_files(folder, folder, source)
+    try:
+        parts = [folder / module["path"] for module in read_json(listed, source)]
+    except (KeyError, TypeError) as error:
+        raise _refuse(source, f"{listed} is not a list of modules") from error
+    for part in parts:
+        if not part.resolve().is_relative_to(folder.resolve()):
+            raise _refuse(source, f"{listed} names a folder outside the model: {part}", "name another model")
+    return [part for part in parts if part.is_dir() and part.resolve() != folder.resolve()]
+
+
+def _check_part(folder: Path, source: str) -> None:
+    """Raise UserError for pickled weights, adapters, broken JSON and settings that ask for more
+    than there is, in the folder of a model or of one of its modules.
+    """
+    pickled = sorted(path.name for pattern in PICKLED for path in folder.glob(pattern))
+    pickled = [file for file in pickled if file not in NOT_WEIGHTS]
+    if pickled and not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"{source}: {folder / pickled[0]} holds pickled weights, which are never read because they can"
+            " run code; use a version with safetensors or convert it first"
+        )
+    if os.path.lexists(folder / "adapter_config.json"):
+        advice = "merge them into it first (merge_and_unload of peft) and name that folder"
+        raise _refuse(source, f"{folder} holds adapters for another model (adapter_config.json)", advice)
+    if any(folder.glob("shard-*-model-*.safetensors")):
+        problem = f"{folder} holds the pieces of a distributed checkpoint (shard-*)"
+        raise _refuse(source, problem, f"save it as one {WEIGHTS}")
+    content = {name: read_json(folder / name, source) for name in JSON_TYPES if (folder / name).exists()}
+    for file, setting in REDIRECTIONS:
+        if value := content.get(file, {}).get(setting):
+            problem = f"{folder / file}: {setting} names other files to read ({shorten(repr(value), 80)})"
+            raise _refuse(source, problem, "remove the setting or name another model")
+    for file in (CONFIG, SENTENCE_CONFIG, *SENTENCE_SETTINGS):
+        for name, value in _settings(content.get(file, {})):
+            _check_code(name, value, folder / file, source)
+    for file in (CONFIG, "generation_config.json"):
+        for name, value in _settings(content.get(file, {})):
+            is_id = value is None or (isinstance(value, int) and -1 <= value < MOST_TOKENS)
+            if name in TOKEN_IDS and (not is_id or isinstance(value, bool)):
+                raise _refuse(source, f"{folder / file}: {name} is {value!r:.80}, not the number of a token")
+    if CONFIG in content:
+        check_config(content[CONFIG], folder, source)
+
+
+def _check_code(name: str, value: Any, path: Path, source: str) -> None:
+    """Raise UserError for a setting that makes a library import, or download, code by its name."""
+    if not isinstance(value, str):
+        return
+    is_code = name in ACTIVATION_SETTINGS and "." in value and not ACTIVATIONS.fullmatch(value)
+    is_method = name == "method" and path.name in SENTENCE_SETTINGS  # of the transformer
+    is_code = is_code or (is_method and not re.fullmatch(r"forward|get_\w+_features", value))
+    is_code = is_code or (name.endswith(("attn_implementation", "experts_implementation")) and "/" in value)
+    if is_code:
+        problem = f"{path} asks for code by its name ({name}: {shorten(value, 80)})"
+        raise _refuse(source, problem, "remove the setting or name another model")
+
+
+def check_kind(folder: Path, wanted: str, source: str) -> None:
+    """Raise UserError for a model of another kind than `wanted`, the name of its class in
+    sentence-transformers.
+
+    That library would "convert" it: drop its last modules and put new ones in their place, or take
+    a language model's "yes" and "no" for scores.
+    """
+    if not (folder / MODULES).exists():
+        kinds = read_json(folder / CONFIG, source).get("architectures") or []
+        if wanted == "CrossEncoder" and kinds and not any(kind.endswith(RANKING) for kind in kinds):
+            problem = f"it was never trained to rank (it was saved as {', '.join(kinds)})"
+            raise _refuse(
+                source, problem, "name a cross-encoder, such as cross-encoder/ms-marco-MiniLM-L6-v2"
+            )
+        return
+    path = folder / SENTENCE_CONFIG
+    saved = read_json(path, source).get("model_type") if path.exists() else None
+    saved = saved or "SentenceTransformer"  # older versions knew no others
+    if saved != wanted:
+        kind = MODEL_KINDS.get(saved) if isinstance(saved, str) else None
+        problem = f"it was saved as {kind or repr(saved)}, not as {MODEL_KINDS[wanted]}"
+        raise _refuse(source, problem, "name another model")
+
+
+def read_json(path: Path, source: str) -> Any:
+    """Return the content of a JSON file of a model, which must be of the type that its name stands
+    for.
+    """
+    if path.stat().st_size > MOST_JSON_BYTES:
+        raise _refuse(source, f"{path} has {path.stat().st_size:,} bytes, more than any model needs")
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise _refuse(source, f"{path} can't be read as JSON: {error}") from error
+    wanted = JSON_TYPES.get(path.name, object)
+    if not isinstance(value, wanted):
+        kinds = {dict: "an object", list: "a list"}
+        raise _refuse(source, f"{path} holds {kinds.get(type(value), repr(value)[:40])}, not {kinds[wanted]}")
+    return value
+
+
+# Sizes --------------------------------------------------------------------------------------------
+
+
+def check_config(config: dict, folder: Path, source: str) -> None:
+    """Raise UserError for a config.json that asks for more layers, experts or classes than the
+    weights beside it can have.
+
+    A library builds ten million layers one by one before it looks at the weights, and writes a
+    table of as many class names as a config says.
+    """
+    shapes = weight_shapes(folder, source)
+    longest = max((size for shape in shapes.values() for size in shape), default=0)
+    path = folder / CONFIG
+    _check_types(config, path, source)
+    for name, value in _settings(config):
+        most = None
+        if name in LABELS:
+            most = max(longest, FEWEST_LABELS)
+        elif name in SIZES and shapes:
+            most = longest
+        elif PARTS.search(name):
+            most = max(len(shapes), FEWEST_PARTS)
+        elif EXPERTS.search(name):
+            most = max(len(shapes), longest, FEWEST_PARTS)
+        if most is not None and isinstance(value, int | float) and value > most:
+            raise _refuse(
+                source,
+                f"{path} asks for {name} {value:,}, but its weights hold {len(shapes):,} tensors"
+                f" of at most {longest:,} rows",
+            )
+        is_number = PARTS.search(name) or name.endswith(("heads", "head"))
+        if is_number and isinstance(value, int | float) and value < 0:
+            raise _refuse(source, f"{path} asks for {name} {value}")
+
+
+def _check_types(config: dict, path: Path, source: str) -> None:
+    """Raise UserError when the settings that are read here are of another type than they must be."""
+    kinds = config.get("architectures")
+    if kinds is not None and not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
+        raise _refuse(source, f"{path}: architectures is no list of names")
+    for setting in ("id2label", "label2id"):
+        if not isinstance(config.get(setting), dict | NoneType):
+            raise _refuse(source, f"{path}: {setting} is no table of classes")
+
+
+def _settings(value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield all settings of a configuration, those in lists and objects within it too."""
+    waiting = [("", value)]
+    while waiting:
+        name, value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += value.items()
+        elif isinstance(value, list):
+            waiting += [(name, inner) for inner in value]
+        else:
+            yield name, value
+
+
+def weight_shapes(folder: Path, source: str) -> Shapes:
+    """Return the shape of each tensor in the weights of a folder, {} if it has none.
+
+    Only the headers are read. Raises UserError when they, or the list of shards, are broken.
+    """
+    shapes: Shapes = {}
+    for path in weight_files(folder, source):
+        try:
+            shapes |= _read_header(path)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise _refuse(source, f"{path} can't be read as safetensors: its header is broken") from error
+    return shapes
+
+
+def weight_files(folder: Path, source: str) -> list[Path]:
+    """Return the files with a model's weights, as transformers finds them: one file, or else all
+    that the list of shards names, which must lie in the folder.
+    """
+    if (folder / WEIGHTS).exists():
+        return [folder / WEIGHTS]
+    listed = folder / SHARD_LIST
+    if not listed.exists():
+        return []
+    shards = read_json(listed, source).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise _refuse(source, f"{listed} is not a list of shards: it has no weight_map of file names")
+    for name in sorted(set(shards.values())):
+        if name != Path(name).name or not name.endswith(".safetensors"):
+            problem = f"{listed} names {name!r}, which is no safetensors file in the folder"
+            raise _refuse(source, problem, "name another model")
+        if not (folder / name).is_file():
+            raise _refuse(source, f"{listed} names {name}, which is missing", "copy it into the folder")
+    return [folder / name for name in sorted(set(shards.values()))]
+
+
+def _read_header(path: Path) -> Shapes:
+    """Return the shapes in the header of a safetensors file: its length in 8 bytes, then JSON."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(size - 8, MOST_HEADER_BYTES):
+            raise ValueError("the header is longer than the file")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    shapes = {name: tuple(map(int, tensor["shape"])) for name, tensor in header.items()}
+    # the smallest type has 4 bits
+    if sum(map(math.prod, shapes.values())) > 2 * size or any(min(s, default=0) < 0 for s in shapes.values()):
+        raise ValueError("the tensors are larger than the file")
+    return shapes
