@@ -282,6 +282,11 @@ UNKNOWN = {
     "another activation": lambda folder: save_with_activation(folder, "torch.nn.Bilinear"),
     "a weight too many": changed_weights(more=torch.zeros(1)),
     "a weight of another shape": changed_weights(linear__bias=torch.zeros(7)),
+    "pooling of another width": edited(POOLING, embedding_dimension=WIDTH + 1),
+    "a dense layer for another width": lambda folder: (
+        save_with_activation(folder, None),
+        Dense(8, 6).save(str(folder / "2_Dense")),
+    ),
     "no weights": lambda folder: (save_with_activation(folder, None), renamed(folder, "2_Dense", "gone")),
 }
 
