@@ -13,8 +13,8 @@ be those of sentence-transformers.
 
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple, TypedDict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ import torch
 from common import reading, sources, speedups
 from common.errors import UserError
 from common.runtime import Runtime
+from common.search.manifest import EncoderConfig, Identity
 from common.search.sentence_model import SentenceModel, load_model
 from common.tokenizer import Tokenizer, Tokens
 
@@ -35,30 +36,6 @@ BATCH_TOKENS = {"cpu": 4096, "cuda": 131_072, "mps": 16_384}
 # role -> the names under which a model may keep its prompt, as in encode_query and encode_document
 PROMPT_NAMES = {"query": ("query",), "document": ("document", "passage", "corpus"), None: ()}
 SPLIT_AT_ONCE = 256  # texts that are split into chunks together
-
-
-class Identity(TypedDict):
-    """What embeddings must share to be compared; `model` is the name, for people."""
-
-    model: str
-    fingerprint: str
-    width: int
-    pooling: str
-    max_length: int
-
-
-@dataclass(frozen=True)
-class EncoderConfig:
-    """Which model encodes, and how; None stands for the default."""
-
-    model: str | None = None
-    max_length: int | None = None
-    batch_tokens: int | None = None
-    cache_dir: str | None = None
-
-    def with_defaults(self, model: str, max_length: int) -> "EncoderConfig":
-        """Return the configuration with other defaults: those of an index."""
-        return replace(self, model=self.model or model, max_length=self.max_length or max_length)
 
 
 @dataclass
