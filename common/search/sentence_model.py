@@ -7,6 +7,7 @@ Only the classes listed here or those of that library are ever made, and no code
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,6 +113,7 @@ MODEL_SETTINGS = {  # searches compare by the cosine, whatever `similarity_fn_na
     "similarity_fn_name",
     "truncate_dim",
 }
+VERSION = re.compile(r"\d+(\.\d+)*(\.?(dev|rc|a|b|post)\d+)?")
 SETTINGS_FILES = "sentence_*_config.json"  # of the first module; older ones have the model's type in it
 
 
@@ -205,10 +207,11 @@ def _read_list(folder: Path) -> list[tuple[str, str, str]]:
         package, _, kind = str(reference).rpartition(".")
         base, _, file = package.rpartition(".")
         known = package in PACKAGES or (base in PACKAGES and file in MODULE_FILES)
-        # a path leads into the folder: common.sources has looked
-        if kind not in MODULES or not known or not isinstance(path, str):
-            raise UnknownModel(f"the module {reference}")
-        parts.append((str(name), kind, path))
+        named = isinstance(name, str) and name and "." not in name
+        inside = isinstance(path, str) and not Path(path).is_absolute() and ".." not in Path(path).parts
+        if kind not in MODULES or not (known and named and inside):
+            raise UnknownModel(f"the module {name!r}, {reference!r} in {path!r}")
+        parts.append((name, kind, path))
     names = [name for name, _, _ in parts]
     if not is_known or names[:1] != ["0"] or len(set(names)) < len(names):
         raise UnknownModel("modules.json")
@@ -228,6 +231,8 @@ def _read_transformer_settings(folder: Path) -> tuple[int | None, bool]:
         known = name in ("max_seq_length", "do_lower_case") or (name in ROLE_SETTINGS and value is None)
         if not known and (name not in TRANSFORMER_ONLY or value != TRANSFORMER_ONLY[name]):
             raise UnknownModel(f"the transformer's {name} {value!r}")
+    if ("modality_config" in settings) != ("module_output_name" in settings):
+        raise UnknownModel("one of modality_config and module_output_name")
     limit, lower_case = settings.get("max_seq_length"), settings.get("do_lower_case", False)
     if not (limit is None or (type(limit) is int and limit > 0)) or type(lower_case) is not bool:
         raise UnknownModel(f"max_seq_length {limit!r}, do_lower_case {lower_case!r}")
@@ -255,11 +260,19 @@ def _read_model_settings(
     if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
         raise UnknownModel(f"the prompts {prompts!r}")
     prompts = defaults | prompts
-    if default is not None and default not in prompts:
+    version = settings.get("__version__", {})
+    if not _is_version(version):
+        raise UnknownModel(f"__version__ {version!r}")
+    if default is not None and (not isinstance(default, str) or default not in prompts):
         raise UnknownModel(f"default_prompt_name {default!r}")
     if truncate_dim is not None and (type(truncate_dim) is not int or truncate_dim < 1):
         raise UnknownModel(f"truncate_dim {truncate_dim!r}")
     return prompts, default, truncate_dim
+
+
+def _is_version(versions: Any) -> bool:
+    saved = versions.get("sentence_transformers", "1") if isinstance(versions, dict) else None
+    return isinstance(saved, str) and VERSION.fullmatch(saved) is not None
 
 
 def _lower_case(tokenizer: Tokenizer) -> None:
@@ -298,7 +311,7 @@ def _pooling(settings: dict[str, Any]) -> Part:
         raise UnknownModel("the width of the pooling")
     width = settings.get("embedding_dimension", settings.get("word_embedding_dimension"))
     modes = settings.get("pooling_mode")
-    if modes is None:
+    if "pooling_mode" not in settings:
         modes = [mode for name, mode in OLDER_MODES.items() if settings.get(name)] or ["mean"]
     modes = [modes] if isinstance(modes, str) else modes
     include_prompt = settings.get("include_prompt", True)
