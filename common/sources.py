@@ -252,6 +252,20 @@ def check_text_file(name: str) -> None:
         raise UserError(f"{name}: it is empty; write one text on each line")
 
 
+def check_query(text: str, location: str) -> None:
+    """Raise UserError, naming `location`, unless a text from the command line or a prompt can be
+    encoded.
+    """
+    if not text.strip():
+        raise UserError(f"{location}: the text is empty; write something in it")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{location}: not UTF-8 (character {error.start + 1}); convert it to UTF-8 first"
+        ) from error
+
+
 # The Hub ------------------------------------------------------------------------------------------
 
 
