@@ -3,8 +3,7 @@
 
 The loop is `decode`, below the flags: prefill, sampler, stop, step. Its parts are in
 common/generation: decoding.py (prefill, step), sampling.py (filters, draw), completion.py (from
-tokens to text). Left out on purpose: beam search, encoder-decoder models, quantised weights,
-serving.
+tokens to text). Left out on purpose: beam search, encoder-decoder models, serving.
 
   python generate.py --prompt "Natural Language Processing is"  # greedy, bundled SmolLM2-135M-Instruct
   python generate.py --prompt "Natural Language Processing is" --top-k 50 --seed 1

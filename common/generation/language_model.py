@@ -107,7 +107,7 @@ def load_model(
         model = read_model(config, folder, dtype, name=name, kernel=kernel)
         step = fast_decoding.fast_step(model, fast_decoding.stored_matrices(model), kernel)
         model.eval()
-        return model, step, f"C ({kernel.instructions})"
+        return model, step, "C"
     except NotCovered as reason:
         if loading.weights == "file":
             raise UserError(f"--weights file: {name}: {reason}; leave the flag out") from reason
