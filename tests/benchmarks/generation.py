@@ -3,8 +3,10 @@
 and sixteen at a time.
 
 Contenders: `generate`, model.generate with its defaults for a dynamic cache; `exact`, our decoder
-with the exact sampler; `independent`, with the independent sampler; `lookup`, greedy with prompt lookup (one
-text; only with --greedy); `c_fp32`, `c_bf16`, `c_file`, the exact sampler with the step in C over such weights; `llama_cpp`, the same model in 4 bits, where llama-cpp-python is
+with the exact sampler; `independent`, with the independent sampler; `lookup`, greedy with prompt
+lookup (one text; only with --greedy); `c_fp32`, `c_bf16` and `c_file`, the exact sampler with the
+step in C over weights in fp32, in bf16, and as the model's file has them; `llama_cpp`, the same
+model in 4 bits, where llama-cpp-python is
 installed (one text). Each round runs every contender in a process of its own, one after the other;
 medians and ratios over the rounds. A cell's speed is all new tokens over the time from the prompt
 to the last token. The last line on stdout is one JSON object.
