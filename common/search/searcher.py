@@ -167,7 +167,8 @@ class Searcher:
 
     @functools.cached_property
     def _codes(self) -> tuple[faiss.Index, np.ndarray]:
-        return cached(self.snapshot, "faiss", build=self._build_codes, load=_load_codes, say=self.say)
+        load = functools.partial(_load_codes, snapshot=self.snapshot)
+        return cached(self.snapshot, "faiss", build=self._build_codes, load=load, say=self.say)
 
     def _build_codes(self, folder: Path) -> None:
         """Write a code for each different vector by product quantisation (Jegou, Douze, Schmid
@@ -261,11 +262,22 @@ def fuse(rankings: list[np.ndarray]) -> Ranking:
     return np.array(order, dtype=np.int64), np.array([scores[row] for row in order])
 
 
-def _load_codes(folder: Path) -> tuple[faiss.Index, np.ndarray]:
+def _load_codes(folder: Path, snapshot: Snapshot) -> tuple[faiss.Index, np.ndarray]:
+    """Return the codes and the number of the code of each live row. Raises ValueError for those of
+    another index.
+    """
     import faiss
 
     codes = faiss.read_index(str(folder / "codes.faiss"))
-    return codes, np.load(folder / "codes.npy", allow_pickle=False)
+    code_of = np.load(folder / "codes.npy", allow_pickle=False)
+    if not isinstance(codes, faiss.IndexPQFastScan) or codes.d != snapshot.width:
+        raise ValueError("it is another index")
+    num_rows = int(snapshot.alive().sum())
+    if code_of.shape != (num_rows,) or code_of.dtype != np.int64:
+        raise ValueError("it is of other rows")
+    if num_rows and not 0 <= code_of.min() <= code_of.max() < codes.ntotal:
+        raise ValueError("a row has no code")
+    return codes, code_of
 
 
 def _load_bm25(folder: Path) -> bm25s.BM25 | None:
@@ -290,8 +302,9 @@ def cached(
     """
     folder = snapshot.folder / f"{CACHE_PREFIX}{name}"
     if cache_stamp(folder) == snapshot.stamp and files.find_damage(folder) is None:
-        # if another process replaces it meanwhile, it is built again; RuntimeError is FAISS's
-        with contextlib.suppress(OSError, RuntimeError):
+        # whatever a library says of files that are none of its, or that another process replaces
+        # meanwhile: it is built again
+        with contextlib.suppress(Exception):
             return load(folder)
     say(f"cache    {folder}: built for this state of the index")
     try:

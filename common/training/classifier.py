@@ -28,6 +28,7 @@ from common.errors import UserError, shorten
 from common.files import replace_folder
 from common.runtime import Runtime
 from common.training.data import TokenConfig, name_sha256
+from common.training.run import DEFAULT_MAX_LENGTH, DEFAULT_TRUNCATION
 
 if TYPE_CHECKING:
     import peft
@@ -44,9 +45,6 @@ REMEMBERED = (
     "label_column",
 )
 UNLIMITED = 1_000_000  # tokenizers without a limit say 1e30
-# on the bundled news more accurate than reading only the beginning, at the same cost
-# (docs/benchmarks.md)
-DEFAULT_MAX_LENGTH, DEFAULT_TRUNCATION = 256, "chunks"
 # of BERT, DistilBERT, GPT-2
 ATTENTION_DROPOUT_NAMES = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
 # what a saved head may be for, beside one class of several

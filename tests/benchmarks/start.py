@@ -39,10 +39,16 @@ COMMANDS = {
     "similarity": ["embed_search.py", "similarity", SENTENCES],
     "delete": ["embed_search.py", "delete", "--index", "INDEX", "no such id", "--skip-bad"],
     "verify": ["embed_search.py", "verify", "--index", "INDEX"],
+    "generate help": ["generate.py", "--help"],
+    "no such prompts": ["generate.py", "--prompts-file", "HOME/nowhere.txt"],
+    "generate": ["generate.py", "--prompt", "Natural Language Processing is", "--stream"],
 }
-EXIT_CODES = {"no such index": 2}
+EXIT_CODES = {"no such index": 2, "no such prompts": 2}
 # ratio: the command whose seconds it holds, and the figure
-RATIOS = {"search_cold_seconds": ("search cold", "seconds")}
+RATIOS = {
+    "search_cold_seconds": ("search cold", "seconds"),
+    "first_token_seconds": ("generate", "first_output_seconds"),
+}
 
 # Peak memory is inherited from the process that starts another one: this one is small.
 LAUNCH = """
@@ -175,7 +181,9 @@ def main(flags):
     header = environment.describe(torch.device("cpu"))
     environment.show(header)
     with tempfile.TemporaryDirectory() as folder:
-        environment.run_child(__file__, "--make-index", str(Path(folder) / "index"))
+        chosen = [command for name, command in COMMANDS.items() if flags.only in name]
+        if any("INDEX" in command for command in chosen):
+            environment.run_child(__file__, "--make-index", str(Path(folder) / "index"))
         rounds = measure(flags, Path(folder))
     medians = {name: environment.median_of(measured) for name, measured in rounds.items()}
     keys = ("seconds", "first_output_seconds", "cpu_seconds", "peak_memory_mb", "modules")
