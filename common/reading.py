@@ -744,7 +744,7 @@ def _load_undamaged(name: str, config: str | None, cache_dir: str | None) -> dat
         folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE)
         if mode is None:
             note(f"--dataset {name}: its copy in the cache is damaged ({reason}); it is made anew")
-            for information in folder.rglob("dataset_info.json"):
+            for information in list(folder.rglob("dataset_info.json")):
                 try:
                     json.loads(information.read_bytes())
                 except ValueError:  # the library reads it before it thinks of making anything anew
