@@ -63,6 +63,7 @@ def load(name: str, runtime: Runtime, *, cache_dir: str | None) -> LanguageModel
     pad_id = next(number for number in pad_ids if number not in (None, -1))
     check_ids((*end_ids, pad_id), model, name=name)
     model.eval().to(runtime.device)
+    models.try_out(model, tokenizer, name=name)
     return LanguageModel(name, model, tokenizer, end_ids, pad_id, models.max_positions(model))
 
 

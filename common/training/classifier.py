@@ -306,9 +306,10 @@ def _num_embeddings(model: PreTrainedModel) -> int:
 
 
 def require_match(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str) -> None:
-    """Raise UserError unless a tokenizer and a model belong together."""
+    """Raise UserError unless a tokenizer and a model belong together, and the model can read a text."""
     if problems := mismatches(model, tokenizer):
         raise UserError(f"--model {name}: {problems[0]}; --inspect shows more")
+    models.try_out(model, tokenizer, name=name)
 
 
 # Adapt --------------------------------------------------------------------------------------------
@@ -462,6 +463,7 @@ def load_saved(
     speedups.use_fast_attention(model)
     tokenizer = models.load_tokenizer(folder, name=name)
     ensure_padding_token(tokenizer, name=name)
+    require_match(model, tokenizer, name=name)
     return model, tokenizer
 
 
