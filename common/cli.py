@@ -70,6 +70,9 @@ FEW_PROCESSES = 4096  # a limit of processes below this is tried out before the 
 NEEDED_ADDRESSES = 3 << 30
 TORCHRUN = "TORCHELASTIC_RUN_ID"  # set in every process that torchrun starts
 
+# The libraries' progress bars vanish when their work is done, as our own do: read by tqdm when it is
+# imported.
+os.environ.setdefault("TQDM_LEAVE", "")
 
 DELIMITERS = {"comma": ",", "tab": "\t", "\\t": "\t", "semicolon": ";", "pipe": "|", "space": " "}
 
