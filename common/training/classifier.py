@@ -23,11 +23,11 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from common import models, sources, speedups
+from common import model_files, models, sources, speedups
 from common.errors import UserError, shorten
 from common.files import replace_folder
 from common.runtime import Runtime
-from common.training.data import TokenConfig, name_sha256
+from common.training.data import TRUNCATIONS, TokenConfig, name_sha256
 
 if TYPE_CHECKING:
     import peft
@@ -436,9 +436,22 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
 
 
 def saved_settings(name: str) -> dict:
-    """Return the `training.json` of a saved model, {} if this script did not train it."""
+    """Return the `training.json` of a saved model, {} if this script did not train it.
+
+    Raises UserError when it is damaged: the model would be scored in another way than before.
+    """
     path = Path(name) / SETTINGS_FILE
-    return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    settings = model_files.read_json(path, f"--model {name}")
+    known = {"truncation": TRUNCATIONS, "seed": range(2**32)}
+    for setting, values in known.items():
+        if setting not in settings or settings[setting] not in values:
+            raise UserError(
+                f"--model {name}: {path} has no usable {setting} ({settings.get(setting)!r:.40}); copy it from"
+                " the run once more"
+            )
+    return settings
 
 
 def load_saved(
