@@ -17,38 +17,40 @@ embeddings made by other programs, images.
   torchrun --nproc-per-node 2 embed_search.py index texts.csv --index texts  # one process per GPU
 """
 
+from __future__ import annotations
+
 import argparse
+import contextlib
 import dataclasses
+import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
-import numpy as np
-
-from common import cli, figures, reading
+from common import bundled, cli, sources
 from common.errors import Interrupted, UserError
-from common.runtime import Runtime, start_runtime, stop_runtime
-from common.search import display, mining, relevance, texts
-from common.search.builder import (
-    Builder,
-    Source,
+from common.search.manifest import (
+    MANIFEST,
+    EncoderConfig,
+    check_files,
+    check_folder,
     check_settings,
-    fill,
-    load_index_encoder,
-    rows_with_ids,
-    settings_of,
-    whole_documents,
+    num_live_rows,
+    read_manifest,
 )
-from common.search.display import Screen
-from common.search.encoder import EncoderConfig, chunk_size, load_encoder, load_reranker
-from common.search.index import MANIFEST, check_folder, open_snapshot, open_store, read_manifest
-from common.search.searcher import Searcher, matching
-from common.sources import FileOptions
+
+# Each command imports its libraries itself, after the flags are checked: PyTorch takes seconds.
+if TYPE_CHECKING:
+    from common.runtime import Runtime
+    from common.search.display import Screen
+    from common.search.texts import Source
 
 DEFAULT_OVERLAP = 32
+PICTURES = (".png", ".pdf", ".svg", ".jpg")
 LARGEST_MATRIX = 5_000  # texts whose matrix of similarities is shown or written
 WHERE = {"metavar": "SQL", "help": "only rows where this holds, such as \"label = 'tech'\""}
 WAIT = {"type": cli.non_negative_float, "default": 10.0, "help": "seconds to wait for another writer"}
@@ -63,13 +65,22 @@ def add_similarity_flags(command: cli.Parser) -> None:
     flag = command.add_argument
     flag("--query", action="append", default=[], help="a text to compare with all; may be repeated")
     flag("--top-k", type=cli.positive_int, default=3, help="the most similar pairs to show")
-    flag("--figure", metavar="PNG", type=display.picture_file, help="write the matrix as a picture")
+    flag("--figure", metavar="PNG", type=picture_file, help="write the matrix as a picture")
 
 
-def similarity(args: argparse.Namespace, runtime: Runtime, screen: Screen) -> None:
-    """Compare all texts with each other, and with queries, by cosine."""
+def check_similarity(args: argparse.Namespace) -> None:
     for number, query in enumerate(args.query, start=1):
-        texts.check_query(query, f"--query {number}")
+        sources.check_query(query, f"--query {number}")
+    check_source(args, encodes=bool(args.query))
+
+
+def similarity(args: argparse.Namespace) -> None:
+    """Compare all texts with each other, and with queries, by cosine."""
+    import numpy as np
+
+    from common.search import display, mining
+
+    runtime, screen = start(args)
     options = {"say": screen.say, "most": LARGEST_MATRIX}
     with mining.open_source(source_of(args), runtime, **options) as (selection, encoder):
         vectors = selection.vectors(slice(None)).astype(np.float64)
@@ -83,6 +94,8 @@ def similarity(args: argparse.Namespace, runtime: Runtime, screen: Screen) -> No
             queries = list(zip(args.query, embeddings @ vectors.T))
         display.show_similarity(screen, selection, matrix, best, queries)
         if args.figure:
+            from common import figures
+
             figure = figures.similarity_map(matrix, display.ids_of(selection))
             display.save_figure(figure, args.figure, screen)
 
@@ -103,13 +116,35 @@ def add_index_flags(command: cli.Parser) -> None:
     add_text_flags(command)
 
 
-def index(args: argparse.Namespace, runtime: Runtime, screen: Screen) -> None:
-    """Build an index, or bring it up to date."""
-    folder, source, config = Path(args.index), source_of(args), encoder_config(args)
+def check_index_command(args: argparse.Namespace) -> None:
+    folder, model = Path(args.index), args.model
     check_folder(folder, new=True)
-    id_column, overlap = args.id_column, args.chunk_overlap
-    if overlap is None and args.chunk:
-        overlap = DEFAULT_OVERLAP
+    if (folder / MANIFEST).is_file():
+        settings = read_manifest(folder)["settings"]
+        wanted = {"id_column": args.id_column, "max_length": args.max_length}
+        wanted["chunk_overlap"] = overlap_of(args)
+        given = {name: value for name, value in wanted.items() if value is not None}
+        check_settings(args.index, given, settings)
+        model = model or settings["model"]
+    check_texts(args)
+    check_model(model)
+
+
+def overlap_of(args: argparse.Namespace) -> int | None:
+    """Return how many tokens neighbouring chunks share, None where no flag asks for chunks."""
+    return DEFAULT_OVERLAP if args.chunk and args.chunk_overlap is None else args.chunk_overlap
+
+
+def index(args: argparse.Namespace) -> None:
+    """Build an index, or bring it up to date."""
+    from common.search import display
+    from common.search.builder import Builder, fill, settings_of
+    from common.search.encoder import chunk_size, load_encoder
+    from common.search.store import open_store
+
+    runtime, screen = start(args)
+    folder, source, config = Path(args.index), source_of(args), encoder_config(args)
+    id_column, overlap = args.id_column, overlap_of(args)
     if (folder / MANIFEST).is_file():  # the index exists: what no flag names stays as it was made
         existing = read_manifest(folder)["settings"]
         config = config.with_defaults(existing["model"], existing["max_length"])
@@ -157,7 +192,7 @@ def stop(number: int, _: FrameType | None) -> NoReturn:
     sys.exit(128 + number)
 
 
-# delete, compact: an index over its life
+# delete, compact, verify: an index over its life
 
 
 def add_delete_flags(command: cli.Parser) -> None:
@@ -169,12 +204,23 @@ def add_delete_flags(command: cli.Parser) -> None:
     flag("--skip-bad", **SKIP_BAD)
 
 
-def delete(args: argparse.Namespace, runtime: Runtime, screen: Screen) -> None:
-    """Delete rows of an index, by their ids or by a condition."""
+def check_delete(args: argparse.Namespace) -> None:
     if bool(args.ids) == bool(args.where):
         raise UserError("delete: name either ids or --where")
     for number, key in enumerate(args.ids, start=1):
-        texts.check_query(key, f"id {number}")
+        sources.check_query(key, f"id {number}")
+    check_existing(args)
+
+
+def delete(args: argparse.Namespace) -> None:
+    """Delete rows of an index, by their ids or by a condition."""
+    import numpy as np
+
+    from common.search import display
+    from common.search.index import matching, rows_with_ids, whole_documents
+    from common.search.store import open_store
+
+    screen = display.Screen(as_json=args.json)
     unknown: list[str] = []
     with open_store(args.index, wait=args.wait) as store:
         if args.where:
@@ -196,11 +242,30 @@ def add_compact_flags(command: cli.Parser) -> None:
     flag("--wait", **WAIT)
 
 
-def compact(args: argparse.Namespace, runtime: Runtime, screen: Screen) -> None:
+def check_existing(args: argparse.Namespace) -> None:
+    check_folder(Path(args.index), new=False)
+
+
+def compact(args: argparse.Namespace) -> None:
     """Free the space of deleted rows and merge small files."""
+    from common.search import display
+    from common.search.store import open_store
+
     with open_store(args.index, wait=args.wait) as store:
         store.compact()
-        display.show_index(screen, store.snapshot)
+        display.show_index(display.Screen(as_json=args.json), store.snapshot)
+
+
+def add_verify_flags(command: cli.Parser) -> None:
+    command.add_argument("--index", metavar="DIR", required=True, help="the index to verify")
+
+
+def verify(args: argparse.Namespace) -> None:
+    """Read an index whole, and compare each of its files with its SHA-256."""
+    from common.search import display
+    from common.search import index as indexes
+
+    display.show_index(display.Screen(as_json=args.json), indexes.verify(args.index), verified=True)
 
 
 # search: queries -> hits
@@ -220,19 +285,34 @@ def add_search_flags(command: cli.Parser) -> None:
     add_model_flags(command)
 
 
-def search(args: argparse.Namespace, runtime: Runtime, screen: Screen) -> None:
-    """Find the texts of an index that are nearest to queries; without a query, ask for them."""
+def check_search(args: argparse.Namespace) -> None:
     if args.queries and args.queries_file:
         raise UserError("search: name either queries or --queries FILE")
-    queries, location = args.queries, "query"
+    for number, query in enumerate(args.queries, start=1):
+        sources.check_query(query, f"query {number}")
     if args.queries_file:
-        queries, location = reading.read_lines(args.queries_file), f"{args.queries_file}, line"
-    for number, query in enumerate(queries, start=1):
-        texts.check_query(query, f"{location} {number}")
-    snapshot = open_snapshot(args.index)
-    if not snapshot.alive().any():
+        sources.check_text_file(args.queries_file)
+    check_index(args, encodes=True)
+    if not num_live_rows(read_manifest(Path(args.index))):
         command = f"embed_search.py index TEXTS --index {args.index}"
         raise UserError(f"--index {args.index}: it has no rows; add some with: {command}")
+    if args.rerank:
+        check_model(args.rerank, flag="--rerank")
+
+
+def search(args: argparse.Namespace) -> None:
+    """Find the texts of an index that are nearest to queries; without a query, ask for them."""
+    from common.search import display
+    from common.search.builder import load_index_encoder
+    from common.search.encoder import load_reranker
+    from common.search.index import matching, open_snapshot
+    from common.search.searcher import Searcher
+
+    runtime, screen = start(args)
+    queries = args.queries
+    if args.queries_file:
+        queries = read_queries(args.queries_file)
+    snapshot = open_snapshot(args.index)
     allowed = matching(snapshot, args.where)
     encoder = load_index_encoder(encoder_config(args), runtime, snapshot)
     reranker = None
@@ -258,6 +338,16 @@ def search(args: argparse.Namespace, runtime: Runtime, screen: Screen) -> None:
         screen.say(f"{encoder.num_cut:,} queries are longer than {limit} and were cut there")
 
 
+def read_queries(file: str) -> list[str]:
+    """Return the lines of a file. Raises UserError, naming the line, for one that can't be encoded."""
+    from common import reading
+
+    queries = reading.read_lines(file)
+    for number, query in enumerate(queries, start=1):
+        sources.check_query(query, f"{file}, line {number}")
+    return queries
+
+
 # pairs, duplicates, cluster: similar texts without a query
 
 
@@ -266,8 +356,11 @@ def add_pairs_flags(command: cli.Parser) -> None:
     command.add_argument("--top-k", type=cli.positive_int, default=10, help="how many")
 
 
-def pairs(args: argparse.Namespace, runtime: Runtime, screen: Screen) -> None:
+def pairs(args: argparse.Namespace) -> None:
     """Find the most similar pairs."""
+    from common.search import display, mining
+
+    runtime, screen = start(args)
     with mining.open_source(source_of(args), runtime, say=screen.say, least=2) as (selection, _):
         best = mining.best_pairs(selection, args.top_k, block=args.block)
         display.show_pairs(screen, selection, best)
@@ -276,12 +369,15 @@ def pairs(args: argparse.Namespace, runtime: Runtime, screen: Screen) -> None:
 def add_duplicates_flags(command: cli.Parser) -> None:
     add_source_flags(command)
     flag = command.add_argument
-    flag("--threshold", type=display.cosine, default=0.9, help="the lowest cosine of a pair")
-    flag("--pairs-file", metavar="CSV", type=display.output_file, help="write every pair once")
+    flag("--threshold", type=cosine, default=0.9, help="the lowest cosine of a pair")
+    flag("--pairs-file", metavar="CSV", type=output_file, help="write every pair once")
 
 
-def duplicates(args: argparse.Namespace, runtime: Runtime, screen: Screen) -> None:
+def duplicates(args: argparse.Namespace) -> None:
     """Find groups of texts that are nearly the same."""
+    from common.search import display, mining
+
+    runtime, screen = start(args)
     with mining.open_source(source_of(args), runtime, say=screen.say, least=2) as (selection, _):
         similar = mining.similar_pairs(selection, args.threshold, block=args.block)
         with display.open_output(args.pairs_file) as file:
@@ -293,14 +389,17 @@ def add_cluster_flags(command: cli.Parser) -> None:
     add_source_flags(command)
     how = command.add_mutually_exclusive_group(required=True)
     how.add_argument("--num-clusters", type=cli.positive_int, help="the clusters of k-means")
-    how.add_argument("--threshold", type=display.cosine, help="group neighbours of at least this cosine")
+    how.add_argument("--threshold", type=cosine, help="group neighbours of at least this cosine")
     flag = command.add_argument
     flag("--min-size", type=cli.positive_int, default=2, help="drop smaller clusters (--threshold)")
-    flag("--figure", metavar="PNG", type=display.picture_file, help="write a map of the clusters")
+    flag("--figure", metavar="PNG", type=picture_file, help="write a map of the clusters")
 
 
-def cluster(args: argparse.Namespace, runtime: Runtime, screen: Screen) -> None:
+def cluster(args: argparse.Namespace) -> None:
     """Find clusters, the texts nearest to each centre and the words typical of it."""
+    from common.search import display, mining
+
+    runtime, screen = start(args)
     with mining.open_source(source_of(args), runtime, say=screen.say, least=2) as (selection, _):
         count, wanted = len(selection), args.num_clusters or 0
         if wanted > count:
@@ -318,6 +417,8 @@ def cluster(args: argparse.Namespace, runtime: Runtime, screen: Screen) -> None:
             screen.say(f"only {len(words)} clusters, not {wanted}: {reason}")
         display.show_clusters(screen, selection, labels, words)
         if args.figure:
+            from common import figures
+
             positions, points = mining.map_points(selection, seed=args.seed)
             names = [f"{number}: {', '.join(own[:3])}" for number, own in enumerate(words, start=1)]
             figure = figures.cluster_map(points, labels[positions], names)
@@ -333,11 +434,24 @@ def add_evaluate_flags(command: cli.Parser) -> None:
     add_task_flags(command)
 
 
-def evaluate(args: argparse.Namespace, runtime: Runtime, screen: Screen) -> None:
-    """Score an index (nDCG, MRR, recall), sentence pairs (Spearman) or the bundled task."""
+def check_evaluate(args: argparse.Namespace) -> None:
     if args.sts and (args.queries or args.qrels or args.texts or args.index or args.rerank):
         others = "--queries, --qrels, --texts, --index and --rerank"
         raise UserError(f"--sts {args.sts}: it is a task of its own; leave {others} out")
+    check_task(args)
+    if args.rerank:
+        check_model(args.rerank, flag="--rerank")
+    if not args.index:
+        check_model(args.model)
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Score an index (nDCG, MRR, recall), sentence pairs (Spearman) or the bundled task."""
+    from common.search import display, relevance
+    from common.search.encoder import load_encoder, load_reranker
+    from common.search.searcher import Searcher
+
+    runtime, screen = start(args)
     if args.sts:
         encoder = load_encoder(encoder_config(args), runtime)
         scores = relevance.sts_score(encoder, args.sts, args.sts_columns, block=args.block)
@@ -360,12 +474,23 @@ def add_compare_flags(command: cli.Parser) -> None:
     add_task_flags(command)
 
 
-def compare_models(args: argparse.Namespace, runtime: Runtime, screen: Screen) -> None:
-    """Evaluate several models: quality, texts/s, bytes per embedding."""
+def check_compare(args: argparse.Namespace) -> None:
     if args.model:
         raise UserError(
             f"--model {args.model}: compare-models takes its models without it; leave --model out"
         )
+    check_task(args)
+    for name in args.models:
+        check_model(name, flag="MODEL")
+
+
+def compare_models(args: argparse.Namespace) -> None:
+    """Evaluate several models: quality, texts/s, bytes per embedding."""
+    from common.search import display, relevance
+    from common.search.encoder import load_encoder
+    from common.search.searcher import Searcher
+
+    runtime, screen = start(args)
     lines = []
     files = relevance.TaskFiles(args.queries, args.qrels, args.id_column)
     for name in args.models:
@@ -395,8 +520,19 @@ def add_project_flags(command: cli.Parser) -> None:
     flag("--where", **WHERE)
 
 
-def project(args: argparse.Namespace, runtime: Runtime, screen: Screen) -> None:
+def check_project(args: argparse.Namespace) -> None:
+    check_files(Path(args.index))
+    if Path(args.output_dir).is_dir() and any(Path(args.output_dir).iterdir()):
+        problem = "it holds other files; name a new folder or remove it"
+        raise UserError(f"--output-dir {args.output_dir}: {problem}")
+
+
+def project(args: argparse.Namespace) -> None:
     """Write an index for TensorBoard's projector."""
+    from common.search import display, mining
+    from common.search.index import open_snapshot
+
+    screen = display.Screen(as_json=args.json)
     selection = mining.select(open_snapshot(args.index), args.where)
     display.write_projection(screen, selection, args.output_dir, most=args.max_points)
 
@@ -448,59 +584,183 @@ def add_rerank_flags(command: cli.Parser) -> None:
     flag("--rerank-depth", type=cli.positive_int, default=100, help="how many of the best it reads")
 
 
+def cosine(text: str) -> float:
+    """Parse a number from -1 to 1."""
+    with contextlib.suppress(ValueError):
+        if -1 <= float(text) <= 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number from -1 to 1")
+
+
+def output_file(text: str) -> str:
+    """Parse the path of a file in a folder that exists and can be written to."""
+    folder = Path(text).absolute().parent
+    if Path(text).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        reason = "no file can be written there; name one in a folder that exists"
+        raise argparse.ArgumentTypeError(f"{text}: {reason}")
+    return text
+
+
+def picture_file(text: str) -> str:
+    """Parse the path of a picture, whose suffix is a format."""
+    if Path(text).suffix.lower() not in PICTURES:
+        reason = f"the suffix is not one of {', '.join(PICTURES)}; name a .png file"
+        raise argparse.ArgumentTypeError(f"{text}: {reason}")
+    return output_file(text)
+
+
+# what the flags and the file system show, before the libraries are loaded
+
+
+def check_source(args: argparse.Namespace, *, encodes: bool = False) -> None:
+    """Check the flags of a command that reads texts or an index; `encodes` tells whether it needs a
+    model in both cases.
+    """
+    if bool(args.texts) == bool(args.index):
+        raise UserError(f"name either texts or --index, not {'both' if args.texts else 'neither'}")
+    if args.index:
+        check_index(args, encodes=encodes)
+    else:
+        check_texts(args)
+        check_model(args.model)
+
+
+def check_index(args: argparse.Namespace, *, encodes: bool) -> None:
+    """Check an index, and the model that is named or, where one is needed, recorded."""
+    settings = check_files(Path(args.index))["settings"]
+    if encodes or args.model:
+        check_model(args.model or settings["model"])
+    if args.max_length is not None:
+        check_settings(args.index, {"max_length": args.max_length}, settings)
+
+
+def check_texts(args: argparse.Namespace) -> None:
+    """Check the name of a collection of texts."""
+    if bundled.is_bundled(args.texts):
+        sources.check_data(args.texts, flag="TEXTS")
+    elif not Path(args.texts).is_dir():
+        sources.check_texts(args.texts, any_suffix=file_options(args).is_table)
+
+
+def check_model(name: str | None, *, flag: str = "--model") -> None:
+    """Check the name of a model, by default that of the bundled one."""
+    sources.check_model(name or bundled.MINILM, kind="encoder", flag=flag)
+
+
+def check_task(args: argparse.Namespace) -> None:
+    """Check the flags and files of what a search is scored on."""
+    if args.sts:
+        if not Path(args.sts).is_file():
+            raise UserError(f"--sts {args.sts}: no such file; check the path")
+        sources.check_data_file(Path(args.sts))
+        return
+    documents = f"--texts {args.texts}" if args.texts else f"--index {args.index}"
+    if bool(args.queries) != bool(args.qrels):
+        raise UserError("--queries and --qrels: each needs the other")
+    if args.queries and bool(args.texts) == bool(args.index):
+        raise UserError("--queries and --qrels: name the documents with --texts or --index")
+    if not args.queries and (args.texts or args.index):
+        reason = "the bundled task, which is scored without them, has its own texts"
+        raise UserError(f"{documents}: say what to find with --queries and --qrels; {reason}")
+    if args.queries:
+        sources.check_text_file(args.queries)
+        sources.check_text_file(args.qrels)
+    if args.texts:
+        check_texts(args)
+    if args.index:
+        check_index(args, encodes=True)
+
+
+# from the flags to what the wing needs
+
+
+def start(args: argparse.Namespace) -> tuple[Runtime, Screen]:
+    """Return where a command computes, and where its output goes. Its libraries are loaded now."""
+    from common.runtime import start_runtime
+    from common.search.display import Screen
+
+    cli.loaded()
+    runtime = start_runtime(args.device, args.precision, args.seed)
+    return runtime, Screen(as_json=args.json, shown=runtime.is_main)
+
+
 def encoder_config(args: argparse.Namespace) -> EncoderConfig:
     return EncoderConfig(args.model, args.max_length, args.batch_tokens, args.cache_dir)
 
 
+def file_options(args: argparse.Namespace) -> sources.FileOptions:
+    return sources.FileOptions(args.columns, args.delimiter, args.quoting, args.encoding)
+
+
 def source_of(args: argparse.Namespace) -> Source:
+    from common.search.texts import Source
+
     return Source(
         encoder=encoder_config(args),
         texts=args.texts,
         index=args.index,
         where=args.where,
         text_column=args.text_column,
-        options=FileOptions(args.columns, args.delimiter, args.quoting, args.encoding),
+        options=file_options(args),
         skip_bad=args.skip_bad,
         block=args.block,
     )
 
 
+class Command(NamedTuple):
+    """A subcommand: what it does, its flags, and what is wrong with them."""
+
+    run: Callable[[argparse.Namespace], None]
+    add_flags: Callable[[cli.Parser], None]
+    check: Callable[[argparse.Namespace], None]
+
+
 COMMANDS = {
-    "similarity": (similarity, add_similarity_flags),
-    "index": (index, add_index_flags),
-    "delete": (delete, add_delete_flags),
-    "compact": (compact, add_compact_flags),
-    "search": (search, add_search_flags),
-    "pairs": (pairs, add_pairs_flags),
-    "duplicates": (duplicates, add_duplicates_flags),
-    "cluster": (cluster, add_cluster_flags),
-    "evaluate": (evaluate, add_evaluate_flags),
-    "compare-models": (compare_models, add_compare_flags),
-    "project": (project, add_project_flags),
+    "similarity": Command(similarity, add_similarity_flags, check_similarity),
+    "index": Command(index, add_index_flags, check_index_command),
+    "delete": Command(delete, add_delete_flags, check_delete),
+    "compact": Command(compact, add_compact_flags, check_existing),
+    "verify": Command(verify, add_verify_flags, check_existing),
+    "search": Command(search, add_search_flags, check_search),
+    "pairs": Command(pairs, add_pairs_flags, check_source),
+    "duplicates": Command(duplicates, add_duplicates_flags, check_source),
+    "cluster": Command(cluster, add_cluster_flags, check_source),
+    "evaluate": Command(evaluate, add_evaluate_flags, check_evaluate),
+    "compare-models": Command(compare_models, add_compare_flags, check_compare),
+    "project": Command(project, add_project_flags, check_project),
 }
 
 
 def make_parser() -> cli.Parser:
     """Return the parser of the whole command line; a command's docstring is its help."""
-    parser = cli.Parser(prog="embed_search.py", description=__doc__)
+    parser = cli.Parser(prog="embed_search.py", description=__doc__, check=check_flags)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (run, add_flags) in COMMANDS.items():
+    for name, (run, add_flags, _) in COMMANDS.items():
         command = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
         command.add_argument("--json", action="store_true", help="print JSON instead of tables")
-        # what main() and source_of() read, for commands that lack these flags
-        command.set_defaults(device="cpu", precision="fp32", seed=0, index=None, where=None)
+        # what source_of() and check_task() read, for commands that lack these flags
+        command.set_defaults(index=None, where=None)
         add_flags(command)
     return parser
 
 
-def main(args: argparse.Namespace) -> None:
-    runtime = start_runtime(args.device, args.precision, args.seed)
-    if runtime.world_size > 1 and args.command != "index":
+def check_flags(args: argparse.Namespace) -> None:
+    """Raise UserError for what the flags and the file system show to be wrong."""
+    if args.command != "index" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         problem = "only index runs in several processes"
         raise UserError(f"torchrun: {problem}; run {args.command} with python")
-    run, _ = COMMANDS[args.command]
-    run(args, runtime, Screen(as_json=args.json, shown=runtime.is_main))
-    stop_runtime()
+    COMMANDS[args.command].check(args)
+
+
+def main(args: argparse.Namespace) -> None:
+    computes = "device" in args
+    if computes:
+        cli.loading()  # until start()
+    COMMANDS[args.command].run(args)
+    if computes:
+        from common.runtime import stop_runtime
+
+        stop_runtime()
 
 
 if __name__ == "__main__":

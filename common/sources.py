@@ -19,6 +19,7 @@ from typing import Literal
 from common import bundled, model_files
 from common.errors import UserError, shorten
 
+GGUF_SUFFIX = ".gguf"
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 DATA_SUFFIXES = (".csv", ".tsv", *JSON_SUFFIXES, ".parquet")
 COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
@@ -40,7 +41,7 @@ def find_folder(
     name: str, *, kind: bundled.Kind, flag: str = "--model", cache_dir: str | None = None
 ) -> Path:
     """Return the local folder of a model: a bundled name, a folder, or a Hub id, which is
-    downloaded first.
+    downloaded first; a language model can also be a GGUF file.
 
     `kind` says which bundled models are meant. Raises UserError, naming `flag`, when there is no
     such model, it can't be reached, or its weights are pickled.
@@ -48,7 +49,7 @@ def find_folder(
     check_model(name, kind=kind, flag=flag)
     if bundled.is_bundled(name):
         return bundled.model_folder(name, kind=kind, flag=flag, cache_dir=cache_dir)
-    if Path(name).is_dir():
+    if Path(name).exists():
         return Path(name)
     folder = _download(name, kind=kind, flag=flag, cache_dir=cache_dir)
     model_files.check(folder, f"{flag} {name}")
@@ -72,6 +73,8 @@ def check_model(name: str, *, kind: bundled.Kind, flag: str = "--model") -> None
         raise UserError(f"{flag} {name}: can't be read: {reason}; check the path") from error
     if mode is not None and stat.S_ISDIR(mode):
         model_files.check(folder, f"{flag} {name}")
+    elif mode is not None and kind == "language model" and folder.suffix == GGUF_SUFFIX:
+        return
     elif mode is not None:
         raise UserError(f"{flag} {name}: this is a file; name the folder of a saved model")
     elif folder.is_symlink():
@@ -247,6 +250,20 @@ def check_text_file(name: str) -> None:
         raise UserError(f"{name or 'the empty name'}: can't be read: {error.strerror}; {hint}") from error
     if size == 0:
         raise UserError(f"{name}: it is empty; write one text on each line")
+
+
+def check_query(text: str, location: str) -> None:
+    """Raise UserError, naming `location`, unless a text from the command line or a prompt can be
+    encoded.
+    """
+    if not text.strip():
+        raise UserError(f"{location}: the text is empty; write something in it")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{location}: not UTF-8 (character {error.start + 1}); convert it to UTF-8 first"
+        ) from error
 
 
 # The Hub ------------------------------------------------------------------------------------------

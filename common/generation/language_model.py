@@ -3,11 +3,15 @@ ids, padding id, context; prompts as token ids.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -16,7 +20,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from common import models, sources
 from common.errors import UserError, shorten
+from common.generation import fast_decoding, stored_weights
+from common.generation.fast_decoding import FastStep, Kernel
+from common.generation.llama import NotCovered, check_config, read_transformer
+from common.generation.stored_weights import Matrix
 from common.runtime import DTYPES, Runtime
+
+Weights = Literal["auto", "file", "fp32", "bf16"]  # of --weights
 
 
 @dataclass(frozen=True)
@@ -29,6 +39,8 @@ class LanguageModel:
     end_ids: tuple[int, ...]  # each of them ends a text; () if none does
     pad_id: int
     context: int | None  # the most tokens that fit; None if nothing limits it
+    fast_step: FastStep | None = None  # None: every step is the library's forward
+    step_name: str = "PyTorch"  # how steps are computed, for the summary
 
     @property
     def device(self) -> torch.device:
@@ -36,23 +48,34 @@ class LanguageModel:
         return self.model.device
 
 
-def load(name: str, runtime: Runtime, *, cache_dir: str | None) -> LanguageModel:
-    """Return a causal language model on the runtime's device, with weights in its precision.
+@dataclass(frozen=True)
+class Loading:
+    """How the weights of a model are wanted."""
 
-    Raises UserError if it cannot be loaded or is of another kind.
+    weights: Weights = "auto"
+    # False: --precision asks for 16 bits, so that activations are rounded too
+    in_fp32: bool = True
+    uses_fast_step: bool = True
+
+
+def load(
+    name: str, runtime: Runtime, *, cache_dir: str | None, loading: Loading | None = None
+) -> LanguageModel:
+    """Return a causal language model on the runtime's device.
+
+    On a CPU, a model that decoder.c covers keeps its weights as its file stores them, and computes
+    with them in fp32; all others have weights in the runtime's precision. Raises UserError if it
+    cannot be loaded or is of another kind.
     """
-    folder = sources.find_folder(name, kind="language model", cache_dir=cache_dir)
+    loading = loading or Loading(in_fp32=runtime.precision == "fp32")
+    source = sources.find_folder(name, kind="language model", cache_dir=cache_dir)
+    gguf = stored_weights.find_gguf(source)
+    with models.load_errors(name):
+        folder = source if gguf is None else stored_weights.gguf_folder(gguf, cache_dir)
     config = models.load(AutoConfig, folder, name=name)
     check_trained_to_generate(config, name=name)
     tokenizer = models.load_tokenizer(folder, name=name)
-    model, new = models.load_model(
-        AutoModelForCausalLM, folder, name=name, config=config, dtype=DTYPES[runtime.precision]
-    )
-    if new:
-        raise UserError(
-            f"--model {name}: it was never trained to generate (no weights for {', '.join(new[:3])}); name a "
-            "causal language model"
-        )
+    model, fast_step, step_name = load_model(config, folder, runtime, loading, name=name, cache_dir=cache_dir)
     if model.config.is_encoder_decoder or not model.can_generate():
         raise UserError(
             f"--model {name}: {type(model).__name__} does not continue texts; name a causal language model"
@@ -62,9 +85,113 @@ def load(name: str, runtime: Runtime, *, cache_dir: str | None) -> LanguageModel
     # LLaMA's first models say -1 for none
     pad_id = next(number for number in pad_ids if number not in (None, -1))
     check_ids((*end_ids, pad_id), model, name=name)
-    model.eval().to(runtime.device)
-    models.try_out(model, tokenizer, name=name)
-    return LanguageModel(name, model, tokenizer, end_ids, pad_id, models.max_positions(model))
+    if gguf is None:
+        models.try_out(model, tokenizer, name=name)
+    context = models.max_positions(model)
+    return LanguageModel(name, model, tokenizer, end_ids, pad_id, context, fast_step, step_name)
+
+
+def load_model(
+    config: PreTrainedConfig,
+    folder: Path,
+    runtime: Runtime,
+    loading: Loading,
+    *,
+    name: str,
+    cache_dir: str | None,
+) -> tuple[PreTrainedModel, FastStep | None, str]:
+    """Return a model, its step in C if there is one, and how its steps are computed, in words."""
+    plain_dtype = DTYPES[runtime.precision]
+    try:
+        check_config(config)  # before the weights are read
+        kernel = start_kernel(runtime, loading, cache_dir)
+        dtype = wanted_dtype(runtime, loading)
+        model = read_model(config, folder, dtype, name=name, kernel=kernel)
+        step = fast_decoding.fast_step(model, fast_decoding.stored_matrices(model), kernel)
+        model.eval()
+        return model, step, f"C ({kernel.instructions})"
+    except NotCovered as reason:
+        if loading.weights == "file":
+            raise UserError(f"--weights file: {name}: {reason}; leave the flag out") from reason
+        dtype = DTYPES[loading.weights] if loading.weights != "auto" else plain_dtype
+        plain: Any = read_model(config, folder, dtype, name=name, kernel=None)
+        return plain.eval().to(runtime.device), None, f"PyTorch ({reason})"
+
+
+def start_kernel(runtime: Runtime, loading: Loading, cache_dir: str | None) -> Kernel:
+    """Return the compiled step with its threads. Raises NotCovered where it can't be used."""
+    if not loading.uses_fast_step:
+        raise NotCovered("--plain-step")
+    if runtime.device.type != "cpu":
+        raise NotCovered(runtime.device.type)
+    if not loading.in_fp32:
+        raise NotCovered(f"--precision {runtime.precision}")
+    return Kernel(fast_decoding.load_library(cache_dir), torch.get_num_threads())
+
+
+def wanted_dtype(runtime: Runtime, loading: Loading) -> torch.dtype | None:
+    """Return the dtype of the weights for the step in C; None: as they are stored."""
+    if loading.weights in ("fp32", "bf16"):
+        return DTYPES[loading.weights]
+    # where bf16 is fast, weights in fp32 would take twice the time to read
+    rounds = loading.weights == "auto" and runtime.precision != "fp32"
+    return DTYPES[runtime.precision] if rounds else None
+
+
+def read_model(
+    config: PreTrainedConfig, folder: Path, dtype: torch.dtype | None, *, name: str, kernel: Kernel | None
+) -> PreTrainedModel:
+    """Return the model of a folder, with weights of a dtype; None: as they are stored.
+
+    With a kernel, weights of less than 32 bits stay as they are, and are widened where they are
+    used. Raises NotCovered, with a kernel, for a model whose weights it can't find.
+    """
+    if (folder / stored_weights.WEIGHTS_FILE).exists():
+        return read_stored(config, folder, dtype, name=name, kernel=kernel)
+    model, new = models.load_model(
+        AutoModelForCausalLM, folder, name=name, config=config, dtype=dtype or "auto"
+    )
+    if new:
+        raise UserError(
+            f"--model {name}: it was never trained to generate (no weights for {', '.join(new[:3])}); name a "
+            "causal language model"
+        )
+    if kernel is not None and model.dtype != torch.float32:
+        read_transformer(model, {})  # raises NotCovered before anything is replaced
+        matrices = fast_decoding.own_matrices(model)
+        fast_decoding.store(model, matrices, kernel)
+        model.float()  # the vectors, and what is computed with them
+    return model
+
+
+def read_stored(
+    config: PreTrainedConfig, folder: Path, dtype: torch.dtype | None, *, name: str, kernel: Kernel | None
+) -> PreTrainedModel:
+    """Return a model from the folder of a GGUF file, as `read_model` does."""
+    weights = stored_weights.read_weights(folder / stored_weights.WEIGHTS_FILE)
+    if dtype is not None:
+        weights = {key: stored_weights.convert(weight, dtype) for key, weight in weights.items()}
+    keeps = kernel is not None and dtype != torch.float32
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    matrices: dict[str, Matrix] = {}
+    tensors: dict[str, Tensor] = {}
+    for key, weight in weights.items():
+        if isinstance(weight, Matrix) and keeps:
+            matrices[key] = weight
+        else:
+            tensors[key] = weight.data if isinstance(weight, Matrix) else weight.to(dtype or torch.float32)
+    if kernel is not None and keeps:
+        fast_decoding.store(model, matrices, kernel)
+    model.load_state_dict(tensors, strict=False, assign=True)
+    if not keeps:
+        model.tie_weights()
+    missing = [key for key, parameter in model.named_parameters() if parameter.is_meta]
+    if missing:
+        raise UserError(f"--model {name}: no weights for {missing[0]}; name a complete file")
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its angles are no weights
+    model.generation_config = models.load(GenerationConfig, folder, name=name)
+    return model.requires_grad_(False)
 
 
 def check_trained_to_generate(config: PreTrainedConfig, *, name: str) -> None:

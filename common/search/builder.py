@@ -5,19 +5,17 @@ chunks and encoded, and each block is committed before the next begins.
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from tqdm import tqdm
 
 from common.errors import UserError
 from common.runtime import Runtime
-from common.search import texts
-from common.search.encoder import Chunk, Encoder, EncoderConfig, load_encoder, split_into_chunks
+from common.search.encoder import Chunk, Encoder, load_encoder, split_into_chunks
 from common.search.index import (
     CHUNK,
     HASH,
@@ -26,53 +24,16 @@ from common.search.index import (
     START,
     TEXT,
     VECTOR,
-    Settings,
     Snapshot,
-    Store,
-    open_store,
-    vector_array,
+    number_array,
+    unused_name,
+    whole_documents,
 )
-from common.search.texts import Collection, RowTable, digest, ids_of, unused_name
-from common.sources import FileOptions
+from common.search.manifest import EncoderConfig, Settings, check_settings
+from common.search.store import Store, open_store, vector_array
+from common.search.texts import Collection, RowTable, Source, digest, ids_of
 
 SCAN = 10_000  # rows read at once
-# the settings of an index, and the flag that must agree with each
-CHECKED_SETTINGS = {
-    "fingerprint": "--model",
-    "width": "--model",
-    "pooling": "--model",
-    "max_length": "--max-length",
-    "id_column": "--id-column",
-    "chunk_overlap": "--chunk and --chunk-overlap",
-}
-
-
-@dataclass(frozen=True)
-class Source:
-    """What a command reads: texts, or the rows of an index where a condition holds; and how texts
-    are encoded.
-    """
-
-    encoder: EncoderConfig
-    texts: str | None
-    index: str | None
-    where: str | None
-    text_column: str
-    options: FileOptions  # how data files are written
-    skip_bad: bool
-    block: int  # texts encoded and committed at once
-
-    def read(self, id_column: str | None = None) -> Collection:
-        """Return the texts; not for a command that reads an index."""
-        assert self.texts is not None
-        return texts.read(
-            self.texts,
-            text_column=self.text_column,
-            id_column=id_column,
-            skip_bad=self.skip_bad,
-            options=self.options,
-            cache_dir=self.encoder.cache_dir,
-        )
 
 
 def settings_of(encoder: Encoder, *, id_column: str | None, chunk_overlap: int | None) -> Settings:
@@ -82,34 +43,12 @@ def settings_of(encoder: Encoder, *, id_column: str | None, chunk_overlap: int |
     return {**encoder.identity(), "id_column": id_column, "chunk_overlap": chunk_overlap}
 
 
-def check_settings(index: str, wanted: Mapping[str, object], settings: Settings) -> None:
-    """Raise UserError when an index was made with other settings than those that are wanted now,
-    which need not be all of them.
-    """
-    for name, flag in CHECKED_SETTINGS.items():
-        if name in wanted and wanted[name] != settings.get(name):
-            was, now = _describe_setting(name, settings), _describe_setting(name, wanted)
-            problem = f"it was made {was}, not {now}; their embeddings or rows can't be compared"
-            raise UserError(f"--index {index}: {problem}; give the same {flag}, or another --index")
-
-
 def load_index_encoder(config: EncoderConfig, runtime: Runtime, snapshot: Snapshot) -> Encoder:
     """Return the encoder of an index; flags that name another one are refused."""
     settings = snapshot.settings
     encoder = load_encoder(config.with_defaults(settings["model"], settings["max_length"]), runtime)
     check_settings(str(snapshot.folder), encoder.identity(), settings)
     return encoder
-
-
-def _describe_setting(name: str, settings: Mapping[str, object]) -> str:
-    """Return how a setting reads in "it was made ...", such as "with max_length 256"."""
-    value = settings[name]
-    if value is None:  # whole texts, or texts without ids
-        flag, *_ = CHECKED_SETTINGS[name].split()
-        return f"without {flag}"
-    if name == "fingerprint":
-        value = f"{settings['model']} ({str(value)[:12]})"
-    return f"with {name} {value}"
 
 
 @dataclass
@@ -220,7 +159,7 @@ class Builder:
         """
         plan = self._plan(table, self.seen)
         chosen = np.flatnonzero(plan.new | plan.changed)  # rows of `table`
-        chosen_texts = table[TEXT].take(pa.array(chosen)).to_pylist()
+        chosen_texts = table[TEXT].take(number_array(chosen)).to_pylist()
         if self.chunk_overlap is None:
             chunks = [[Chunk(0, text)] for text in chosen_texts]
         else:
@@ -275,12 +214,12 @@ class Builder:
         columns = {
             ID: pa.array([plan.ids[row] for row in origins]),
             HASH: pa.array([plan.hashes[row] for row in origins], pa.binary(32)),
-            CHUNK: pa.array(numbers, pa.int32()),
-            NUM_CHUNKS: pa.array(np.repeat(sizes, sizes), pa.int32()),
+            CHUNK: number_array(numbers.astype(np.int32)),
+            NUM_CHUNKS: number_array(np.repeat(sizes, sizes).astype(np.int32)),
             START: pa.array([chunk.start for chunk in flat], pa.int32()),
             TEXT: pa.array([chunk.text for chunk in flat], pa.large_string()),
         }
-        metadata = table.drop_columns([TEXT]).take(pa.array(origins))
+        metadata = table.drop_columns([TEXT]).take(number_array(origins))
         columns |= {name: metadata[name] for name in metadata.column_names}
         columns[VECTOR] = vector_array(vectors)
         replaced = plan.known[chosen][plan.changed[chosen]]
@@ -313,26 +252,6 @@ class Builder:
         to_write = int((plan.new | plan.changed).sum())
         counts.bad += to_write - len(chosen)  # those without a usable embedding
         counts.encoded, counts.cut = self.encoder.num_encoded, self.encoder.num_cut
-
-
-def rows_with_ids(snapshot: Snapshot, ids: list[str]) -> tuple[np.ndarray, list[str]]:
-    """Return the live rows of some documents, and the ids that the index does not have."""
-    rows, known = [np.zeros(0, np.int64)], set()
-    for start, segment in zip(snapshot.starts, snapshot.segments):
-        matching = pc.is_in(segment.table[ID], value_set=pa.array(ids)).to_numpy()
-        here = np.flatnonzero(matching & segment.alive)
-        rows.append(here + start)
-        known.update(segment.table[ID].take(pa.array(here)).to_pylist())
-    return np.concatenate(rows), [key for key in ids if key not in known]
-
-
-def whole_documents(snapshot: Snapshot, rows: np.ndarray) -> np.ndarray:
-    """Return the rows of all chunks of the documents that some rows belong to."""
-    entries = snapshot.take(rows, [CHUNK, NUM_CHUNKS])
-    # first row of a document -> its number of chunks, which are consecutive rows
-    sizes = {int(row) - entry[CHUNK]: entry[NUM_CHUNKS] for row, entry in zip(rows, entries)}
-    all_rows = [first + number for first in sorted(sizes) for number in range(sizes[first])]
-    return np.array(all_rows, dtype=np.int64)
 
 
 def fill(builder: Builder, collection: Collection, *, block: int) -> None:
@@ -370,7 +289,7 @@ def build_temporary(
     """
     if id_column is None:
         id_column = unused_name("_number", collection.rows.column_names)
-        numbers = pa.array(np.arange(1, len(collection.rows) + 1))
+        numbers = number_array(np.arange(1, len(collection.rows) + 1))
         rows = collection.rows.append_column(id_column, numbers)
         collection = dataclasses.replace(collection, rows=rows)
     settings = settings_of(encoder, id_column=id_column, chunk_overlap=None)

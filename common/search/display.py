@@ -2,40 +2,37 @@
 rest on stderr; pictures; an index in TensorBoard's projector.
 """
 
-import argparse
+from __future__ import annotations
+
 import contextlib
 import csv
 import itertools
 import json
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 import numpy as np
-import torch
-from matplotlib.figure import Figure
-from tabulate import tabulate
-from torch.utils.tensorboard import SummaryWriter
 
-from common import figures
+from common import sources
 from common.errors import UserError, shorten
-from common.reading import evenly_spaced
-from common.search import mining
-from common.search.builder import Builder, notes
 from common.search.index import CHUNK, ID, NUM_CHUNKS, RESERVED_COLUMNS, START, TEXT, Snapshot
-from common.search.mining import NO_CLUSTER, Groups, Selection, nearest_to_centre
-from common.search.relevance import Task
-from common.search.searcher import Hit, Searcher
-from common.search.texts import Collection, check_query
+
+if TYPE_CHECKING:  # a command shows only what it has loaded itself
+    from matplotlib.figure import Figure
+
+    from common.search.builder import Builder
+    from common.search.mining import Groups, Pair, Selection
+    from common.search.relevance import Task
+    from common.search.searcher import Hit, Searcher
+    from common.search.texts import Collection
 
 HIGH, MODERATE = 0.7, 0.4  # the tutorial's thresholds of similarity
 TEXT_WIDTH, CENTRAL_WIDTH = 76, 60  # characters of a text in a table
 NUM_WORDS, NUM_CENTRAL = 6, 3  # of a cluster: its typical words, the texts nearest to its centre
 MATRIX_COLUMNS = 20  # of a matrix that still fits a screen
 PAIRS_IN_JSON = 1_000_000
-PICTURES = (".png", ".pdf", ".svg", ".jpg")
 
 
 class Screen:
@@ -57,6 +54,8 @@ class Screen:
         if not rows:
             print("(none)", flush=True)
             return
+        from tabulate import tabulate
+
         aligned = ["right" if isinstance(value, int | float) else "left" for value in rows[0]]
         print(tabulate(rows, headers, floatfmt=".3f", colalign=aligned), flush=True)
 
@@ -64,31 +63,6 @@ class Screen:
         """Print the JSON document, if one is wanted."""
         if self.shown and self.as_json:
             print(json.dumps(content, ensure_ascii=False, default=str))
-
-
-def cosine(text: str) -> float:
-    """Parse a number from -1 to 1."""
-    with contextlib.suppress(ValueError):
-        if -1 <= float(text) <= 1:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number from -1 to 1")
-
-
-def output_file(text: str) -> str:
-    """Parse the path of a file in a folder that exists and can be written to."""
-    folder = Path(text).absolute().parent
-    if Path(text).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        reason = "no file can be written there; name one in a folder that exists"
-        raise argparse.ArgumentTypeError(f"{text}: {reason}")
-    return text
-
-
-def picture_file(text: str) -> str:
-    """Parse the path of a picture, whose suffix is a format."""
-    if Path(text).suffix.lower() not in PICTURES:
-        reason = f"the suffix is not one of {', '.join(PICTURES)}; name a .png file"
-        raise argparse.ArgumentTypeError(f"{text}: {reason}")
-    return output_file(text)
 
 
 def level(similarity: float) -> str:
@@ -123,7 +97,7 @@ def show_similarity(
     screen: Screen,
     selection: Selection,
     matrix: np.ndarray,
-    pairs: list[mining.Pair],
+    pairs: list[Pair],
     queries: list[tuple[str, np.ndarray]],
 ) -> None:
     """Show a matrix of cosines, the most similar pairs, and for each query its similarity to all
@@ -156,12 +130,12 @@ def show_similarity(
     )
 
 
-def show_pairs(screen: Screen, selection: Selection, pairs: list[mining.Pair]) -> None:
+def show_pairs(screen: Screen, selection: Selection, pairs: list[Pair]) -> None:
     """Show pairs of positions with their cosines, best first."""
     screen.document({"pairs": _show_pairs(screen, selection, pairs)})
 
 
-def _show_pairs(screen: Screen, selection: Selection, pairs: list[mining.Pair]) -> list[dict]:
+def _show_pairs(screen: Screen, selection: Selection, pairs: list[Pair]) -> list[dict]:
     firsts = texts_at(selection, (first for first, _, _ in pairs))
     seconds = texts_at(selection, (second for _, second, _ in pairs))
     documents = [
@@ -178,6 +152,8 @@ def _show_pairs(screen: Screen, selection: Selection, pairs: list[mining.Pair]) 
 
 def show_build(screen: Screen, builder: Builder, collection: Collection, *, seconds: float) -> None:
     """Say what became of the texts."""
+    from common.search.builder import notes
+
     counts, snapshot = builder.counts, builder.store.snapshot
     screen.say(
         f"texts    {collection.name}: {counts.added:,} added, {counts.updated:,} updated,"
@@ -192,10 +168,14 @@ def show_build(screen: Screen, builder: Builder, collection: Collection, *, seco
     screen.document({**_index_document(snapshot), "counts": vars(counts) | {"seconds": seconds}})
 
 
-def show_index(screen: Screen, snapshot: Snapshot) -> None:
-    """Say what is in an index."""
+def show_index(screen: Screen, snapshot: Snapshot, *, verified: bool = False) -> None:
+    """Say what is in an index, and that its files were verified."""
     _say_index(screen, snapshot)
-    screen.document(_index_document(snapshot))
+    document = _index_document(snapshot)
+    if verified:
+        screen.say("verified every file has its SHA-256")
+        document["verified"] = True
+    screen.document(document)
 
 
 def show_deletion(screen: Screen, snapshot: Snapshot, *, deleted: int, unknown: int) -> None:
@@ -267,7 +247,7 @@ def answer_prompt(screen: Screen, searcher: Searcher, top_k: int) -> None:
         if not query:
             return
         try:
-            check_query(query, f"query {number}")
+            sources.check_query(query, f"query {number}")
             show_hits(screen, searcher, [query], searcher.search([query], top_k))
         except UserError as error:  # a mistake at a prompt is no reason to load everything again
             print(error, file=sys.stderr)
@@ -290,6 +270,8 @@ def collect_groups(
     """Join pairs into groups as they come. Write each pair to a CSV `file` if there is one; else,
     with `keep`, return the pairs too (ids and cosine).
     """
+    from common.search.mining import Groups
+
     groups, ids = Groups(len(selection)), ids_of(selection)
     kept: list[tuple[str, str, float]] = []
     writer = csv.writer(file) if file else None
@@ -344,6 +326,8 @@ def show_groups(
 
 def show_clusters(screen: Screen, selection: Selection, labels: np.ndarray, words: list[list[str]]) -> None:
     """Show the size of each cluster, its typical words and its central texts."""
+    from common.search.mining import NO_CLUSTER, nearest_to_centre
+
     ids, lines, documents = ids_of(selection), [], []
     for number, own_words in enumerate(words):
         members = np.flatnonzero(labels == number)
@@ -369,6 +353,8 @@ def show_clusters(screen: Screen, selection: Selection, labels: np.ndarray, word
 
 def save_figure(figure: Figure, path: str, screen: Screen) -> None:
     """Write a picture and say so."""
+    from common import figures
+
     figures.save(figure, path)
     screen.say(f"picture  {path}")
 
@@ -396,10 +382,13 @@ def show_models(screen: Screen, lines: list[dict[str, object]]) -> None:
 
 def write_projection(screen: Screen, selection: Selection, folder: str, *, most: int) -> None:
     """Write at most `most` of the rows, evenly spaced, for TensorBoard's projector, and say how to
-    look at them. Raises UserError when the folder holds files.
+    look at them.
     """
-    if Path(folder).is_dir() and any(Path(folder).iterdir()):
-        raise UserError(f"--output-dir {folder}: it holds other files; name a new folder or remove it")
+    import torch
+    from torch.utils.tensorboard import SummaryWriter
+
+    from common.reading import evenly_spaced
+
     snapshot, total = selection.snapshot, len(selection)
     chosen = selection.rows[evenly_spaced(total, most)]
     columns = [ID, TEXT, *snapshot.manifest["columns"]]

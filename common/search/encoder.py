@@ -15,8 +15,8 @@ import hashlib
 import json
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple, TypedDict, TypeVar
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from common import models, reading, sources, speedups
 from common.errors import UserError
 from common.files import tensors_sha256
 from common.runtime import Runtime
+from common.search.manifest import EncoderConfig, Identity
 
 DEFAULT_MODEL = "bundled/all-MiniLM-L6-v2"
 # larger batches fall out of a CPU's cache; smaller ones leave a GPU idle
@@ -48,30 +49,6 @@ NEUTRAL_SETTINGS = (
 )
 SPLIT_AT_ONCE = 256  # texts that are split into chunks together
 LoadedModel = TypeVar("LoadedModel", SentenceTransformer, CrossEncoder)
-
-
-class Identity(TypedDict):
-    """What embeddings must share to be compared; `model` is the name, for people."""
-
-    model: str
-    fingerprint: str
-    width: int
-    pooling: str
-    max_length: int
-
-
-@dataclass(frozen=True)
-class EncoderConfig:
-    """Which model encodes, and how; None stands for the default."""
-
-    model: str | None = None
-    max_length: int | None = None
-    batch_tokens: int | None = None
-    cache_dir: str | None = None
-
-    def with_defaults(self, model: str, max_length: int) -> "EncoderConfig":
-        """Return the configuration with other defaults: those of an index."""
-        return replace(self, model=self.model or model, max_length=self.max_length or max_length)
 
 
 @dataclass

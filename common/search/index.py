@@ -1,42 +1,37 @@
-"""An index on disk: `Snapshot` reads one committed state of it, `Store` writes the next.
+"""An index on disk, as it is read: a `Snapshot` is one committed state of it.
 
 The folder of an index holds `manifest.json` and the immutable Arrow files that the manifest names,
-each with its SHA-256. A writer adds files first and then renames a new manifest into place, so a
-reader always has one complete state. A crash at any moment leaves the last committed manifest and
-all of its files: each file, the manifest and the folder are fsynced in that order. Every file is
-verified when an index is opened; any Arrow reader can read it. As an index grows, small files are
-merged, because each takes a file descriptor. One writer at a time holds a lock, which ends with its
-process; readers need none.
+each with its checksums; any Arrow reader can read them. A block of a file is checked before a
+process first uses it. Readers need no lock: a writer adds files first and then renames a new
+manifest into place, so that a reader always has one complete state.
 """
 
-import contextlib
-import dataclasses
-import errno
+import copy
 import hashlib
-import json
 import mmap
 import os
-import shutil
-import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NotRequired, TypedDict
 
-import filelock
 import numpy as np
 import pyarrow as pa
+import xxhash
 
-from common.errors import UserError
-from common.files import replace_file, seal, sha256, sync_file
-from common.search.encoder import Identity
+from common.errors import UserError, one_line
+from common.search.manifest import (
+    ADVICE,
+    MANIFEST,
+    FileEntry,
+    Manifest,
+    Settings,
+    damaged,
+    entries_of,
+    read_manifest,
+)
 
-FORMAT = "embed_search index 1"
-MANIFEST, LOCK = "manifest.json", ".lock"
 CACHE_PREFIX = "cache-"  # of the folder of a cache
 CACHE_STAMP = "stamp"  # the file of a cache that says which state of the index it was made of
-ABANDONED = 86_400  # seconds after which an unfinished cache must be that of a killed process
 ID, HASH, TEXT, VECTOR = "_id", "_hash", "_text", "_vector"
 # a chunk's number in its document, the document's number of chunks (both under the names of older
 # indexes), and the chunk's first character in the document
@@ -46,58 +41,161 @@ RESERVED_COLUMNS = (*ROW_COLUMNS, VECTOR)
 # a smaller file (bytes) is read, not mapped: a map holds a descriptor, and a process may have
 # only 256
 MAPPED = 65_536
-# the limits of a merged file, which is put together in memory: 65,536 rows, 64 MiB
-SEGMENT_ROWS, SEGMENT_BYTES = 65_536, 64 << 20
-MERGED = 32  # this many small files in a row are merged
-# A file with fewer rows is small. Files below the first size are merged first, then those below
-# the next, so that no row is rewritten often.
-SIZES = (32, 1_024, SEGMENT_ROWS)
+CHECKED = 1 << 18  # bytes of a file that have a checksum of their own: a part of the format
+# DuckDB gets no access to files, network or extensions
+SAFE_SETTINGS: dict[str, bool | float | int | list[str] | str] = {
+    "enable_external_access": "false",
+    "autoload_known_extensions": "false",
+    "autoinstall_known_extensions": "false",
+}
 
 
-class Settings(Identity):
-    """How an index is made; `chunk_overlap` is None for whole texts."""
+@dataclass
+class CheckedFile:
+    """A file of an index whose blocks of bytes are checked before they are first used."""
 
-    id_column: str | None
-    chunk_overlap: int | None
-
-
-class FileEntry(TypedDict):
-    """A file that a manifest names: a segment, or the numbers of the rows deleted from one."""
-
-    file: str
-    rows: int
-    sha256: str
-    deleted: NotRequired["FileEntry | None"]  # in the entry of a segment
-
-
-class Manifest(TypedDict):
-    """The state of an index. `columns`: metadata column -> Arrow type; `sha256` is the hash of all
-    the rest, None while that is computed.
-    """
-
-    format: str
-    generation: int  # the number of the state, one higher with each commit
-    settings: Settings
-    columns: dict[str, str]
-    segments: list[FileEntry]
-    sha256: str | None
-
-
-@dataclass(frozen=True)
-class Segment:
-    """An immutable file of rows: its `entry` in the manifest, `table` without the vectors,
-    `vectors` (rows, width) in float32, `alive` (rows) False where deleted.
-    """
-
+    path: Path
     entry: FileEntry
-    table: pa.Table
-    vectors: np.ndarray
-    alive: np.ndarray
+    content: mmap.mmap | bytearray
+
+    def __post_init__(self) -> None:
+        self.expected = np.frombuffer(bytes.fromhex(self.entry.get("checksums", "")), ">u8")
+        self.unchecked = np.ones(len(self.expected), bool)
+
+    def check_frame(self) -> None:
+        """Check what lies around the columns: what Arrow reads in order to find them.
+
+        The whole file is checked if it has no columns, or is of an earlier version without
+        checksums. Raises UserError when it is damaged, or not as long as it was.
+        """
+        size = len(self.content)
+        if "checksums" not in self.entry:
+            self.check_whole()
+        elif len(self.expected) != -(-size // CHECKED):
+            raise damaged(self.path, f"its size is not the one in {MANIFEST}")
+        else:
+            start, end = self.entry.get("body", (size, size))
+            self.check(np.array([0, end]), np.array([start, size]))
+
+    def check(self, starts: np.ndarray, ends: np.ndarray) -> None:
+        """Check the blocks that hold the bytes from each of `starts` up to the one of `ends`.
+        Raises UserError when one is damaged.
+        """
+        if not self.unchecked.any():
+            return
+        # 1 at the first block of each range, -1 behind its last: sums are the ranges over a block
+        changes = np.zeros(len(self.unchecked) + 1, np.int64)
+        np.add.at(changes, starts // CHECKED, 1)
+        np.add.at(changes, -(-ends // CHECKED), -1)
+        for number in np.flatnonzero((changes.cumsum()[:-1] > 0) & self.unchecked):
+            block = memoryview(self.content)[number * CHECKED : (number + 1) * CHECKED]
+            if xxhash.xxh3_64_intdigest(block) != self.expected[number]:
+                raise damaged(self.path, f"a checksum is not the one in {MANIFEST}")
+            self.unchecked[number] = False
+
+    def check_whole(self) -> None:
+        """Raise UserError unless the file has the SHA-256 of the manifest."""
+        if hashlib.sha256(self.content).hexdigest() != self.entry["sha256"]:
+            raise damaged(self.path, f"its SHA-256 is not the one in {MANIFEST}")
+
+
+def checksums(content: mmap.mmap | bytearray) -> str:
+    """Return the XXH3 checksum (16 hexadecimal digits) of each block of a file, one after the other.
+
+    They reveal damage, at the speed of memory. They are no proof against an attacker, who could
+    write a new manifest as well.
+    """
+    blocks = (memoryview(content)[start : start + CHECKED] for start in range(0, len(content), CHECKED))
+    return "".join(xxhash.xxh3_64_hexdigest(block) for block in blocks)
+
+
+class Segment:
+    """An immutable file of rows: its `entry` in the manifest, and `alive` (rows), False where
+    deleted. Whatever is read from it is checked before.
+    """
+
+    def __init__(self, file: CheckedFile, columns: list[str]) -> None:
+        self.file, self.entry = file, file.entry
+        table = read_arrow(file.content)
+        lists = table.column(VECTOR).chunk(0)  # one list of floats per row
+        count, self.width = len(lists), lists.type.list_size
+        # an array over the content itself: Arrow's own view is read-only, about which torch warns
+        _, floats = lists.values.buffers()  # the first buffer marks missing values
+        self.first_byte = floats.address - self._base
+        vectors = np.frombuffer(file.content, np.float32, count=count * self.width, offset=self.first_byte)
+        self._vectors = vectors.reshape(count, self.width)
+        # metadata in the order of the index
+        self._table = table.select([*ROW_COLUMNS, *columns])
+        self.alive = np.ones(count, bool)
+
+    def with_alive(self, entry: FileEntry, alive: np.ndarray) -> "Segment":
+        """Return the segment with other live rows, and the entry that says so."""
+        segment = copy.copy(self)
+        segment.entry, segment.alive = entry, alive
+        return segment
+
+    def __len__(self) -> int:
+        return len(self.alive)
 
     @property
     def num_bytes(self) -> int:
         """The space that its rows take."""
-        return self.table.nbytes + self.vectors.nbytes
+        return self._table.nbytes + self._vectors.nbytes
+
+    def vectors(self, first: int, last: int) -> np.ndarray:
+        """Return the vectors of the rows from `first` up to `last`, as a view into the file."""
+        self._check_vectors(np.array([first]), last - first)
+        return self._vectors[first:last]
+
+    def vectors_of(self, rows: np.ndarray) -> np.ndarray:
+        """Return a copy of the vectors of some rows."""
+        self._check_vectors(rows, 1)
+        return self._vectors[rows]
+
+    def _check_vectors(self, rows: np.ndarray, count: int) -> None:
+        """Check `count` vectors from each of some rows on."""
+        starts = self.first_byte + 4 * self.width * rows
+        self.file.check(starts, starts + 4 * self.width * count)
+
+    def rows(self, columns: list[str] | None = None, numbers: np.ndarray | None = None) -> pa.Table:
+        """Return some rows (default: all) as a table, without the vectors; all columns or those
+        named.
+        """
+        table = self._table if columns is None else self._table.select(columns)
+        for column in table.columns:
+            self._check_column(column.chunk(0), numbers)
+        return table if numbers is None else table.take(number_array(numbers))
+
+    def _check_column(self, column: pa.Array, rows: np.ndarray | None) -> None:
+        """Check a column; of texts only those of some rows, if they are given."""
+        is_large, buffers = pa.types.is_large_string(column.type), column.buffers()
+        if rows is None or not (is_large or pa.types.is_string(column.type)):
+            self._check_buffers(buffers)
+            return
+        _, positions, content = buffers  # the first marks missing texts
+        self._check_buffers(buffers[:-1])
+        if content:
+            ends = np.frombuffer(positions, np.int64 if is_large else np.int32)
+            start = content.address - self._base
+            self.file.check(start + ends[rows], start + ends[rows + 1])
+
+    def _check_buffers(self, buffers: list[pa.Buffer | None]) -> None:
+        present = [buffer for buffer in buffers if buffer]  # neither missing nor empty
+        starts = np.array([buffer.address for buffer in present], np.int64) - self._base
+        self.file.check(starts, starts + np.array([buffer.size for buffer in present], np.int64))
+
+    @property
+    def _base(self) -> int:
+        """The address of the file's first byte."""
+        return pa.py_buffer(self.file.content).address
+
+    def body(self) -> list[int]:
+        """Return where the bytes of the columns begin and end in the file."""
+        columns = read_arrow(self.file.content).columns
+        buffers = [buffer for column in columns for buffer in column.chunk(0).buffers() if buffer]
+        first = min(buffer.address for buffer in buffers)
+        last = max(buffer.address + buffer.size for buffer in buffers)
+        return [first - self._base, last - self._base]
 
 
 class Snapshot:
@@ -106,7 +204,7 @@ class Snapshot:
     def __init__(self, folder: Path, manifest: Manifest, segments: list[Segment]) -> None:
         self.folder, self.manifest, self.segments = folder, manifest, segments
         # the first row of each segment, and the number of rows
-        self.starts = np.cumsum([0, *(len(segment.alive) for segment in segments)])
+        self.starts = np.cumsum([0, *map(len, segments)])
 
     @property
     def settings(self) -> Settings:
@@ -137,15 +235,15 @@ class Snapshot:
         files.
         """
         for start, segment in zip(self.starts, self.segments):
-            for offset in range(0, len(segment.vectors), size):
-                yield int(start) + offset, segment.vectors[offset : offset + size]
+            for offset in range(0, len(segment), size):
+                yield int(start) + offset, segment.vectors(offset, min(offset + size, len(segment)))
 
     def vectors_of(self, rows: np.ndarray | Sequence[int]) -> np.ndarray:
         """Return a copy (rows, width) of the vectors of some rows."""
         rows = np.asarray(rows, dtype=np.int64)
         vectors = np.empty((len(rows), self.width), np.float32)
         for segment, here, offsets in self.by_segment(rows):
-            vectors[here] = segment.vectors[offsets]
+            vectors[here] = segment.vectors_of(offsets)
         return vectors
 
     def take(self, rows: np.ndarray | Sequence[int], columns: list[str] | None = None) -> list[dict]:
@@ -155,8 +253,7 @@ class Snapshot:
         rows = np.asarray(rows, dtype=np.int64)
         taken: list[dict] = [{}] * len(rows)
         for segment, here, offsets in self.by_segment(rows):
-            table = segment.table if columns is None else segment.table.select(columns)
-            entries = table.take(pa.array(offsets)).to_pylist()
+            entries = segment.rows(columns, offsets).to_pylist()
             for position, row in zip(np.flatnonzero(here), entries):
                 taken[position] = row
         return taken
@@ -181,69 +278,52 @@ class Snapshot:
 
 def open_snapshot(folder: str | Path) -> Snapshot:
     """Return the last committed state of an index. Raises UserError when the folder is not an
-    index, or a file is missing or damaged.
+    index, or a file is missing or damaged; damage within a column is found when that is read.
     """
-    folder = Path(folder)
-    while True:
-        manifest = read_manifest(folder)
-        # All files are opened before any is verified, because that takes long: files that are open
-        # stay readable when a writer commits and removes them meanwhile.
-        try:
-            contents = {name: map_file(folder / name) for name in hashes_of(manifest)}
-            break
-        except FileNotFoundError as error:
-            if read_manifest(folder)["sha256"] == manifest["sha256"]:
-                advice = "restore it from a copy, or index the texts into a new folder"
-                problem = "a file of the index is missing"
-                raise UserError(f"{error.filename}: {problem}; {advice}") from error
-            # a writer has committed meanwhile: read its state
-    for name, expected in hashes_of(manifest).items():
-        if hashlib.sha256(contents[name]).hexdigest() != expected:
-            raise _damaged(folder / name, f"its SHA-256 is not the one in {MANIFEST}")
-    columns, segments = list(manifest["columns"]), []
+    manifest, files = _open_files(Path(folder))
+    for file in files.values():
+        file.check_frame()
+    segments = []
     for entry in manifest["segments"]:
-        segment = make_segment(entry, contents[entry["file"]], columns)
+        segment = Segment(files[entry["file"]], list(manifest["columns"]))
         if deleted := entry.get("deleted"):
-            rows = _read_arrow(contents[deleted["file"]]).column("row").to_numpy()
+            rows = read_arrow(files[deleted["file"]].content).column("row").to_numpy()
             segment.alive[rows] = False
         segments.append(segment)
-    return Snapshot(folder, manifest, segments)
+    return Snapshot(Path(folder), manifest, segments)
 
 
-def hashes_of(manifest: Manifest) -> dict[str, str]:
-    """Return the files that a manifest names, each with its SHA-256."""
-    hashes = {}
-    for entry in manifest["segments"]:
-        hashes[entry["file"]] = entry["sha256"]
-        if deleted := entry.get("deleted"):
-            hashes[deleted["file"]] = deleted["sha256"]
-    return hashes
+def verify(folder: str | Path) -> Snapshot:
+    """Return the last committed state of an index after comparing all of its files with their
+    SHA-256. Raises UserError with the names of all that are damaged.
+    """
+    _, files = _open_files(Path(folder))
+    problems = []
+    for file in files.values():
+        try:
+            file.check_whole()
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("; ".join(problems))
+    return open_snapshot(folder)
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """Return the manifest of an index. Raises UserError when it is missing or damaged."""
-    path = folder / MANIFEST
-    if not path.is_file():
-        what = "not an index (it has no manifest.json)" if folder.exists() else "no such folder"
-        raise UserError(
-            f"--index {folder}: {what}; make one with: embed_search.py index TEXTS --index {folder}"
-        )
-    try:
-        manifest = json.loads(path.read_bytes())
-        is_index = manifest.get("format") == FORMAT
-        if is_index and manifest["sha256"] != seal({**manifest, "sha256": None}):
-            raise ValueError("the seal is broken")
-    except (ValueError, AttributeError, KeyError) as error:
-        raise _damaged(path, "its SHA-256 does not match its content") from error
-    if not is_index:
-        raise UserError(f"--index {folder}: its manifest.json is not {FORMAT!r}; name another folder")
-    return manifest
-
-
-def _damaged(path: Path, reason: str) -> UserError:
-    return UserError(
-        f"{path}: damaged ({reason}); restore it from a copy, or index the texts into a new folder"
-    )
+def _open_files(folder: Path) -> tuple[Manifest, dict[str, CheckedFile]]:
+    """Return the manifest of an index and all of its files. Files that are open stay readable when
+    a writer commits and removes them meanwhile.
+    """
+    while True:
+        manifest = read_manifest(folder)
+        try:
+            files = {}
+            for name, entry in entries_of(manifest).items():
+                files[name] = CheckedFile(folder / name, entry, map_file(folder / name))
+            return manifest, files
+        except FileNotFoundError as error:
+            if read_manifest(folder)["sha256"] == manifest["sha256"]:
+                raise UserError(f"{error.filename}: a file of the index is missing; {ADVICE}") from error
+            # a writer has committed meanwhile: read its state
 
 
 def map_file(path: Path) -> mmap.mmap | bytearray:
@@ -255,148 +335,87 @@ def map_file(path: Path) -> mmap.mmap | bytearray:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
 
-def _read_arrow(content: mmap.mmap | bytearray) -> pa.Table:
+def read_arrow(content: mmap.mmap | bytearray) -> pa.Table:
     return pa.ipc.open_file(pa.py_buffer(content)).read_all()
 
 
-def make_segment(entry: FileEntry, content: mmap.mmap | bytearray, columns: list[str]) -> Segment:
-    """Return the content of an Arrow file as a segment whose rows are all live, with its metadata
-    in the order of `columns`.
+def number_array(numbers: np.ndarray) -> pa.Array:
+    """Return numbers as an Arrow array over the same memory.
+
+    `pa.array`, given anything at all, imports pandas, which takes half a second.
     """
-    table = _read_arrow(content)
-    lists = table.column(VECTOR).chunk(0)  # one list of floats per row
-    count, width = len(lists), lists.type.list_size
-    # an array over the content itself: Arrow's own view is read-only, about which torch warns
-    _, floats = lists.values.buffers()  # the first buffer marks missing values
-    offset = floats.address - pa.py_buffer(content).address
-    vectors = np.frombuffer(content, np.float32, count=count * width, offset=offset)
-    table = table.select([*ROW_COLUMNS, *columns])
-    return Segment(entry, table, vectors.reshape(count, width), np.ones(count, bool))
+    numbers = np.ascontiguousarray(numbers)
+    kind = pa.from_numpy_dtype(numbers.dtype)
+    return pa.Array.from_buffers(kind, len(numbers), [None, pa.py_buffer(numbers)])
 
 
-class Store:
-    """An index that is open for writing: `snapshot` is its committed state, which every commit
-    replaces.
+def rows_with_ids(snapshot: Snapshot, ids: list[str]) -> tuple[np.ndarray, list[str]]:
+    """Return the live rows of some documents, and the ids that the index does not have."""
+    rows, wanted, known = [np.zeros(0, np.int64)], set(ids), set()
+    for start, segment in zip(snapshot.starts, snapshot.segments):
+        keys = segment.rows([ID])[ID].to_pylist()
+        here = [row for row in np.flatnonzero(segment.alive) if keys[row] in wanted]
+        rows.append(np.array(here, np.int64) + start)
+        known.update(keys[row] for row in here)
+    return np.concatenate(rows), [key for key in ids if key not in known]
+
+
+def whole_documents(snapshot: Snapshot, rows: np.ndarray) -> np.ndarray:
+    """Return the rows of all chunks of the documents that some rows belong to."""
+    entries = snapshot.take(rows, [CHUNK, NUM_CHUNKS])
+    # first row of a document -> its number of chunks, which are consecutive rows
+    sizes = {int(row) - entry[CHUNK]: entry[NUM_CHUNKS] for row, entry in zip(rows, entries)}
+    all_rows = [first + number for first in sorted(sizes) for number in range(sizes[first])]
+    return np.array(all_rows, dtype=np.int64)
+
+
+def matching(snapshot: Snapshot, condition: str | None) -> np.ndarray:
+    """Return a mask (rows) of the live rows for which an SQL condition such as "label = 'tech' AND
+    year > 2004" holds; None: of all live rows.
+
+    DuckDB parses the condition as one expression over the columns of the rows, so that it can read
+    but change nothing. Raises UserError when it is not a condition over the columns of the index.
     """
+    mask = snapshot.alive()
+    if condition is None:
+        return mask
+    import duckdb
 
-    def __init__(self, folder: Path, snapshot: Snapshot) -> None:
-        self.folder, self.snapshot = folder, snapshot
+    columns = [ID, TEXT, *snapshot.manifest["columns"]]
+    lowered = [name.lower() for name in columns]
+    ambiguous = [name for name in columns if lowered.count(name.lower()) > 1]
+    used = ", ".join(name for name in ambiguous if name.lower() in condition.lower())
+    if used:
+        advice = "rename one and index the texts again, or write a condition without them"
+        problem = f"columns {used} differ only in case, which SQL ignores"
+        raise UserError(f"--where {condition!r}: {problem}; {advice}")
+    number = unused_name("_row", [*columns, *RESERVED_COLUMNS])
+    try:
+        with duckdb.connect(config=SAFE_SETTINGS) as connection:
+            connection.execute("SET lock_configuration = true")
+            for start, segment in zip(snapshot.starts, snapshot.segments):
+                size = len(segment)
+                table = segment.rows().drop_columns([HASH])
+                table = table.append_column(number, number_array(np.arange(size)))
+                matches = connection.from_arrow(table).filter(condition).project(number)
+                rows = matches.fetchnumpy()[number]
+                here = np.zeros(size, bool)
+                here[np.asarray(rows, np.int64)] = True
+                mask[start : start + size] &= here
+    except duckdb.Error as error:
+        advice = f"write a condition over {', '.join(columns)}, with texts in single quotes"
+        raise UserError(f"--where {condition!r}: {one_line(error)}; {advice}") from error
+    return mask
 
-    def commit(self, added: pa.Table | None, deleted_rows: np.ndarray | Sequence[int] = ()) -> None:
-        """Add rows (None: no rows) and delete others, both or neither; when this returns, they are
-        on disk. The other rows keep their numbers.
-        """
-        columns, segments = self.snapshot.manifest["columns"], list(self.snapshot.segments)
-        rows = np.asarray(deleted_rows, dtype=np.int64)
-        numbers = self.snapshot.segment_numbers(rows)
-        for number in np.unique(numbers):
-            alive = segments[number].alive.copy()
-            alive[rows[numbers == number] - self.snapshot.starts[number]] = False
-            segments[number] = self._with_deleted(segments[number], number, alive)
-        if added is not None and len(added):
-            if not self.snapshot.num_rows:  # the first rows define the metadata
-                names = [name for name in added.column_names if name not in RESERVED_COLUMNS]
-                columns = {name: str(added.schema.field(name).type) for name in names}
-            segments.append(self._write_segment(added, len(segments), columns))
-        self._publish(segments, columns)
-        # merge the small files at the end, if there are enough of them
-        first = self._first_small_segment()
-        if first < len(segments):
-            self._rewrite(first, np.arange(self.snapshot.starts[first], self.snapshot.num_rows))
 
-    def compact(self) -> None:
-        """Rewrite the live rows, in their order, into few large files without deleted rows."""
-        self._rewrite(0, np.flatnonzero(self.snapshot.alive()))
-
-    def _first_small_segment(self) -> int:
-        """Return the number of the first of the small files at the end, if there are enough to be
-        merged; otherwise the number of all files.
-        """
-        segments = self.snapshot.segments
-        light = [segment.num_bytes < SEGMENT_BYTES // 2 for segment in segments]
-        for rows in SIZES:
-            first = len(segments)
-            while first and light[first - 1] and len(segments[first - 1].alive) < rows:
-                first -= 1
-            if len(segments) - first >= MERGED:
-                return first
-        return len(segments)
-
-    def _rewrite(self, first: int, rows: np.ndarray) -> None:
-        """Replace all files from number `first` on by `rows` (ascending), in as few files as the
-        limits allow; deleted rows among them stay deleted.
-        """
-        snapshot, columns = self.snapshot, self.snapshot.manifest["columns"]
-        segments, alive = snapshot.segments[:first], snapshot.alive()
-        row_bytes = np.array([part.num_bytes / max(len(part.alive), 1) for part in snapshot.segments])
-        # the share of a full file that each row takes; the shares before a row tell its file
-        shares = np.maximum(1 / SEGMENT_ROWS, row_bytes / SEGMENT_BYTES)[snapshot.segment_numbers(rows)]
-        file_numbers = np.floor(np.cumsum(shares) - shares)
-        file_starts = np.flatnonzero(np.diff(file_numbers)) + 1
-        for part in np.split(rows, file_starts):
-            if len(part):
-                segment = self._write_segment(self._table(part), len(segments), columns)
-                segments.append(self._with_deleted(segment, len(segments), alive[part]))
-        self._publish(segments, columns)
-
-    def _table(self, rows: np.ndarray) -> pa.Table:
-        """Return some rows (ascending) with their vectors."""
-        parts = self.snapshot.by_segment(rows)
-        tables = [segment.table.take(pa.array(offsets)) for segment, _, offsets in parts]
-        table = pa.concat_tables(tables)
-        return table.append_column(VECTOR, vector_array(self.snapshot.vectors_of(rows)))
-
-    @property
-    def _generation(self) -> int:
-        """The number of the next state."""
-        return self.snapshot.manifest["generation"] + 1
-
-    def _write_segment(self, rows: pa.Table, number: int, columns: dict[str, str]) -> Segment:
-        """Write rows to a new file, their metadata in the order of `columns`."""
-        path = self.folder / f"segment-{self._generation:08d}-{number:04d}.arrow"
-        _write_arrow(path, rows.select([*ROW_COLUMNS, *columns, VECTOR]))
-        content = map_file(path)
-        digest = hashlib.sha256(content).hexdigest()
-        entry = FileEntry(file=path.name, rows=len(rows), sha256=digest, deleted=None)
-        return make_segment(entry, content, list(columns))
-
-    def _with_deleted(self, segment: Segment, number: int, alive: np.ndarray) -> Segment:
-        """Return a segment with other live rows, after writing the file of its deleted ones."""
-        if alive.all():
-            return segment
-        table = pa.table({"row": np.flatnonzero(~alive).astype(np.uint32)})
-        path = self.folder / f"deleted-{self._generation:08d}-{number:04d}.arrow"
-        _write_arrow(path, table)
-        deleted = FileEntry(file=path.name, rows=len(table), sha256=sha256(path))
-        entry: FileEntry = {**segment.entry, "deleted": deleted}
-        return dataclasses.replace(segment, entry=entry, alive=alive)
-
-    def _publish(self, segments: list[Segment], columns: dict[str, str]) -> None:
-        """Commit: from the rename on, readers see the new state. Then remove the old files."""
-        manifest: Manifest = {**self.snapshot.manifest, "generation": self._generation}
-        manifest["columns"] = columns
-        manifest["segments"] = [segment.entry for segment in segments]
-        manifest["sha256"] = seal({**manifest, "sha256": None})
-        replace_file(self.folder / MANIFEST, json.dumps(manifest, indent=1))
-        self.snapshot = Snapshot(self.folder, manifest, segments)
-        self.clean()
-
-    def clean(self) -> None:
-        """Remove the files and caches of older states and of crashed writers: also old caches,
-        because they hold deleted texts. A reader that has a file open can still read it.
-        """
-        named = hashes_of(self.snapshot.manifest)
-        for path in self.folder.iterdir():
-            if path.name.startswith(("segment-", "deleted-", f"{MANIFEST}.")) and path.name not in named:
-                path.unlink()
-        for path in self.folder.glob(f"{CACHE_PREFIX}*"):
-            with contextlib.suppress(FileNotFoundError):  # another process removed it
-                if "." in path.name:  # unfinished
-                    stale = time.time() - path.stat().st_mtime > ABANDONED
-                else:
-                    stale = cache_stamp(path) != self.snapshot.stamp
-                if stale:
-                    shutil.rmtree(path, ignore_errors=True)
+def unused_name(wanted: str, taken: list[str]) -> str:
+    """Return the wanted column name, with "_" added until it is none of `taken`. SQL ignores case,
+    and so does this.
+    """
+    lowered = [name.lower() for name in taken]
+    while wanted.lower() in lowered:
+        wanted += "_"
+    return wanted
 
 
 def cache_stamp(folder: Path) -> str | None:
@@ -405,87 +424,3 @@ def cache_stamp(folder: Path) -> str | None:
         return (folder / CACHE_STAMP).read_text("utf-8")
     except (OSError, ValueError):
         return None
-
-
-@contextlib.contextmanager
-def open_store(folder: str | Path, *, settings: Settings | None = None, wait: float = 0.0) -> Iterator[Store]:
-    """Open an index as its only writer. With `settings`, a folder that is missing or empty becomes
-    a new index.
-
-    Raises UserError when the folder is something else, when one of its files is damaged, or when
-    another writer holds the lock for longer than `wait` seconds.
-    """
-    folder = Path(folder)
-    check_folder(folder, new=settings is not None)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = _lock(folder, wait)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"--index {folder}: can't be written: {reason}; name another folder") from error
-    try:
-        if settings is not None and not (folder / MANIFEST).is_file():
-            empty = Manifest(
-                format=FORMAT, generation=0, settings=settings, columns={}, segments=[], sha256=None
-            )
-            replace_file(folder / MANIFEST, json.dumps({**empty, "sha256": seal(empty)}, indent=1))
-        store = Store(folder, open_snapshot(folder))
-        store.clean()
-        yield store
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        advice = "free some space and run the same command again"
-        problem = f"{error.strerror}: what was committed stays"
-        raise UserError(f"--index {folder}: {problem}; {advice}") from error
-    finally:
-        lock.release()
-
-
-def check_folder(folder: Path, *, new: bool) -> None:
-    """Raise UserError unless a folder is an index or, with `new`, can become one: it is missing or
-    empty.
-    """
-    if new and (not folder.exists() or _is_empty(folder)):
-        return
-    if folder.exists() and not (folder / MANIFEST).is_file():
-        what = "holds other files but no index" if folder.is_dir() else "is a file"
-        raise UserError(
-            f"--index {folder}: it {what}; name a new folder or one made by: embed_search.py index"
-        )
-    read_manifest(folder)  # a missing or damaged index is reported before a lock is made
-
-
-def _is_empty(folder: Path) -> bool:
-    """Tell whether a folder has at most the files of a writer that never wrote its manifest."""
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else [folder.name]
-    return all(name == LOCK or name.startswith(f"{MANIFEST}.") for name in names)
-
-
-def _lock(folder: Path, wait: float) -> filelock.BaseFileLock:
-    """Return the lock of an index, acquired. Waits for another writer, and says so."""
-    lock = filelock.FileLock(folder / LOCK)
-    other = f"--index {folder}: another process is"
-    with contextlib.suppress(filelock.Timeout):
-        lock.acquire(timeout=0)
-        return lock
-    if wait:
-        print(f"{other} writing to it; waiting {wait:g} s", file=sys.stderr, flush=True)
-    try:
-        lock.acquire(timeout=wait)
-    except filelock.Timeout:
-        raise UserError(f"{other} still writing to it; try again later, or raise --wait") from None
-    return lock
-
-
-def vector_array(vectors: np.ndarray) -> pa.FixedSizeListArray:
-    """Return vectors (rows, width) as an Arrow array, without a copy."""
-    values = pa.array(np.ascontiguousarray(vectors, np.float32).reshape(-1))
-    return pa.FixedSizeListArray.from_arrays(values, vectors.shape[1])
-
-
-def _write_arrow(path: Path, table: pa.Table) -> None:
-    """Write a table as one record batch of an Arrow IPC file, and fsync it."""
-    with pa.ipc.new_file(path, table.schema) as writer:
-        writer.write_table(table.combine_chunks(), max_chunksize=max(len(table), 1))
-    sync_file(path)

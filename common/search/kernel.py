@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-BLOCK = 16_384  # rows whose scores are filtered at once
-# rows per matrix product: at 384 dimensions they stay in a core's cache while 64 queries use them
-PRODUCT = 2_048
+BLOCK = 65_536  # rows that are read at once
+# scores computed and filtered at once: at 64 queries those of 16,384 rows, in 4 MB
+SCORES = 1_048_576
+PAIRS = 4_096  # vectors scored in float64 at once
 # when all queries together have more candidates, only the k best of each query are kept: in an
 # index full of equal vectors every row would stay a candidate
 MAX_CANDIDATES = 1_000_000
@@ -42,10 +43,10 @@ def rank(rows: np.ndarray, query: np.ndarray, k: int, vectors_of: VectorsOf) -> 
     """Return the k of `rows` with the highest float64 cosine to a query, best first, and these
     cosines. Equal scores are ordered by row.
     """
-    parts = [np.zeros(0)]
-    for start in range(0, len(rows), BLOCK):
-        parts.append(exact_scores(vectors_of(rows[start : start + BLOCK]), query))
-    scores = np.concatenate(parts)
+    scores = [np.zeros(0)]
+    for start in range(0, len(rows), PAIRS):
+        scores.append(exact_scores(vectors_of(rows[start : start + PAIRS]), query))
+    scores = np.concatenate(scores)
     order = np.lexsort((rows, -scores))[:k]
     return rows[order], scores[order]
 
@@ -65,26 +66,44 @@ def search(
     """
     columns = torch.from_numpy(np.ascontiguousarray(queries.T, np.float32))  # (width, q)
     candidates = Candidates(len(queries), k, margin=2 * rounding_error(queries.shape[1]))
-    buffer = torch.empty(BLOCK, len(queries))
+    size = min(max(SCORES // len(queries) // GROUP, 1) * GROUP, BLOCK)
+    buffer = torch.empty(size, len(queries))
     for first, vectors in blocks:
-        allowed_here = None if allowed is None else allowed[first : first + len(vectors)]
-        if allowed_here is not None and not allowed_here.any():
-            continue
-        scores = buffer[: len(vectors)]  # (n, q)
-        for start in range(0, len(vectors), PRODUCT):
-            part = torch.from_numpy(vectors[start : start + PRODUCT])
-            torch.mm(part, columns, out=scores[start : start + PRODUCT])
-        if allowed_here is not None and not allowed_here.all():
-            scores[torch.from_numpy(~allowed_here)] = -torch.inf
-        candidates.add(scores, first)
-        if candidates.count > MAX_CANDIDATES + 2 * k * len(queries):
-            candidates.replace([rows for rows, _ in _rank_all(candidates, queries, vectors_of)])
+        for start in range(0, len(vectors), size):
+            part = torch.from_numpy(vectors[start : start + size])
+            rows = slice(first + start, first + start + len(part))
+            if allowed is not None and not allowed[rows].any():
+                continue
+            scores = buffer[: -(-len(part) // GROUP) * GROUP]  # whole groups
+            _multiply(part, columns, out=scores[: len(part)])
+            scores[len(part) :] = -torch.inf
+            if allowed is not None and not allowed[rows].all():
+                scores[: len(part)][torch.from_numpy(~allowed[rows])] = -torch.inf
+            candidates.add(scores, rows.start)
+            if candidates.count > MAX_CANDIDATES + 2 * k * len(queries):
+                candidates.replace(_rank_all(candidates, queries, vectors_of))
     return _rank_all(candidates, queries, vectors_of)
 
 
+def _multiply(vectors: torch.Tensor, columns: torch.Tensor, *, out: torch.Tensor) -> None:
+    """Write the dot products of vectors (n, width) and queries (width, q) to `out` (n, q)."""
+    if columns.shape[1] == 1:  # at the speed of memory, which a matrix product by one column is not
+        torch.mv(vectors, columns[:, 0], out=out[:, 0])
+    else:
+        torch.mm(vectors, columns, out=out)
+
+
 def _rank_all(candidates: "Candidates", queries: np.ndarray, vectors_of: VectorsOf) -> list[Ranking]:
-    pairs = zip(candidates.rows_by_query(), queries)
-    return [rank(rows, query, candidates.k, vectors_of) for rows, query in pairs]
+    """Return what `rank` returns for the candidates of each query, for all queries at once."""
+    query, row = candidates.pairs()
+    scores = [np.zeros(0)]
+    for start in range(0, len(row), PAIRS):
+        part = slice(start, start + PAIRS)
+        scores.append(exact_scores(vectors_of(row[part]), queries[query[part]]))
+    score = np.concatenate(scores)
+    order = np.lexsort((row, -score, query))
+    ends = np.searchsorted(query[order], np.arange(1, len(queries)))
+    return [(row[own], score[own]) for own in (part[: candidates.k] for part in np.split(order, ends))]
 
 
 def rounding_error(width: int) -> float:
@@ -114,12 +133,13 @@ class Candidates:
         self.best = torch.full((self.num_queries, self.k), -torch.inf)
 
     def add(self, scores: torch.Tensor, first: int) -> None:
-        """Take in the scores (rows, queries) of the rows from `first` on; excluded rows have -inf.
+        """Take in the scores (rows, queries) of the rows from `first` on, in whole groups; excluded
+        rows, and those that only fill the last group, have -inf.
 
         Scores are compared in groups: most groups are ruled out by their highest score alone.
         """
         size = scores.shape[0]
-        group = GROUP if size % GROUP == 0 and size // GROUP >= self.k else 1
+        group = GROUP if size // GROUP >= self.k else 1
         grouped = scores.view(size // group, group, self.num_queries)
         peaks = grouped.amax(1).T.contiguous()  # (queries, groups)
         query, number = (peaks >= self._bound()[:, None]).nonzero(as_tuple=True)
@@ -140,20 +160,18 @@ class Candidates:
         """Return the fp32 score (queries) below which a row can't be among the k best."""
         return (self.best[:, -1] - self.margin).clamp_min(LOWEST)
 
-    def rows_by_query(self) -> list[np.ndarray]:
-        """Return the candidate rows of each query, ascending."""
+    def pairs(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return (query, row) of all candidates."""
         if not self.blocks:
-            return [np.zeros(0, np.int64)] * self.num_queries
+            return np.zeros(0, np.int64), np.zeros(0, np.int64)
         query, row, score = (np.concatenate(parts) for parts in zip(*self.blocks))
         possible = score >= self._bound().numpy()[query]
-        query, row = query[possible], row[possible]
-        order = np.lexsort((row, query))
-        return np.split(row[order], np.searchsorted(query[order], np.arange(1, self.num_queries)))
+        return query[possible], row[possible]
 
-    def replace(self, rows: list[np.ndarray]) -> None:
-        """Keep only these rows of each query: the best of all that were added so far."""
-        sizes = [len(rows_of_query) for rows_of_query in rows]
+    def replace(self, rankings: list[Ranking]) -> None:
+        """Keep only the rows of these rankings, the best of all that were added so far."""
+        sizes = [len(rows) for rows, _ in rankings]
         self.count = sum(sizes)
-        query = np.repeat(np.arange(len(rows)), sizes)
+        query = np.repeat(np.arange(len(rankings)), sizes)
         score = np.full(self.count, np.inf, np.float32)  # above every bound: they stay
-        self.blocks = [(query, np.concatenate(rows), score)]
+        self.blocks = [(query, np.concatenate([rows for rows, _ in rankings]), score)]

@@ -5,29 +5,27 @@ most a few matrices of b x b are in memory. Scores are fp32 products first; what
 is computed again in float64, so that pairs and groups are those of float64 brute force.
 """
 
+from __future__ import annotations
+
 import contextlib
 import functools
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import scipy.sparse
 import torch
-from scipy.sparse.csgraph import connected_components
-from sklearn.cluster import kmeans_plusplus
-from sklearn.decomposition import PCA
-from sklearn.feature_extraction.text import CountVectorizer
-from sklearn.manifold import TSNE
 
 from common.errors import UserError
 from common.reading import evenly_spaced
 from common.runtime import Runtime
-from common.search.builder import Source, build_temporary, load_index_encoder
-from common.search.encoder import Encoder, load_encoder
-from common.search.index import CHUNK, Snapshot, open_snapshot
+from common.search.index import CHUNK, Snapshot, matching, open_snapshot
 from common.search.kernel import LOWEST, exact_scores, rounding_error
-from common.search.searcher import matching
+from common.search.texts import Source
+
+if TYPE_CHECKING:
+    from common.search.encoder import Encoder
 
 RESCORED = 4_096  # pairs computed in float64 at once
 PENDING = 1_000_000  # pairs after which groups are joined, and candidates thinned out
@@ -58,7 +56,7 @@ class Selection:
         """
         if self.snapshot.settings["chunk_overlap"] is None:
             return None
-        numbers = [segment.table[CHUNK].to_numpy() for segment in self.snapshot.segments]
+        numbers = [segment.rows([CHUNK])[CHUNK].to_numpy() for segment in self.snapshot.segments]
         return self.rows - np.concatenate(numbers)[self.rows]
 
     @property
@@ -93,21 +91,28 @@ def open_source(
 
     Raises UserError when there are fewer than `least` or more than `most` rows.
     """
-    if bool(source.texts) == bool(source.index):
-        raise UserError(f"name either texts or --index, not {'both' if source.texts else 'neither'}")
     with tempfile.TemporaryDirectory() as folder:
         if source.index:
             snapshot = open_snapshot(source.index)
             selection = select(snapshot, source.where, least=least)
             check_size(len(selection), most)
-            yield selection, lambda: load_index_encoder(source.encoder, runtime, snapshot)
+            yield selection, lambda: _index_encoder(source, runtime, snapshot)
         else:
+            from common.search.builder import build_temporary
+            from common.search.encoder import load_encoder
+
             collection = source.read()
             check_size(len(collection), most)
             encoder = load_encoder(source.encoder, runtime)
             snapshot = build_temporary(source, collection, encoder, folder, say=say, role=None)
             selection = select(snapshot, source.where, least=least, name=collection.name)
             yield selection, lambda: encoder
+
+
+def _index_encoder(source: Source, runtime: Runtime, snapshot: Snapshot) -> Encoder:
+    from common.search.builder import load_index_encoder  # it loads what only encoding needs
+
+    return load_index_encoder(source.encoder, runtime, snapshot)
 
 
 def select(snapshot: Snapshot, where: str | None, *, least: int = 1, name: str | None = None) -> Selection:
@@ -214,6 +219,9 @@ class Groups:
             self._settle()
 
     def _settle(self) -> None:
+        import scipy.sparse
+        from scipy.sparse.csgraph import connected_components
+
         size = len(self.label)
         left = np.concatenate([np.arange(size), *self.left])
         right = np.concatenate([self.label, *self.right])
@@ -239,6 +247,8 @@ def k_means(selection: Selection, num_clusters: int, *, block: int, seed: int) -
     """Return a cluster number (n) for each row by Lloyd's algorithm from several k-means++ starts;
     cluster 0 is the largest.
     """
+    from sklearn.cluster import kmeans_plusplus
+
     sample = selection.vectors(evenly_spaced(len(selection), max(SEEDING, num_clusters)))
     runs = []
     for start in range(STARTS):
@@ -364,6 +374,9 @@ def typical_words(selection: Selection, labels: np.ndarray, count: int) -> list[
 
     They come from at most 20,000 texts, evenly spaced.
     """
+    import scipy.sparse
+    from sklearn.feature_extraction.text import CountVectorizer
+
     sample = evenly_spaced(len(selection), READ_FOR_WORDS)
     sample = sample[labels[sample] != NO_CLUSTER]
     num_clusters = int(labels.max(initial=-1)) + 1
@@ -391,6 +404,9 @@ def map_points(selection: Selection, *, seed: int) -> tuple[np.ndarray, np.ndarr
     """Return (positions (m), points (m, 2)) of at most 2,000 rows, evenly spaced, laid out by
     t-SNE, or by PCA where they are few.
     """
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
     positions = evenly_spaced(len(selection), MAPPED)
     vectors = selection.vectors(positions)
     if len(positions) < 10:

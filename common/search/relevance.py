@@ -2,6 +2,8 @@
 an encoder agrees with human scores of sentence pairs (Spearman's rank correlation).
 """
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import json
@@ -11,22 +13,23 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-import pytrec_eval
-from scipy.stats import spearmanr
-from sentence_transformers import CrossEncoder
 
-from common import bundled, reading
+from common import bundled, reading, sources
 from common.errors import UserError
 from common.runtime import Runtime
-from common.search import texts
-from common.search.builder import Source, build_temporary, load_index_encoder, rows_with_ids
+from common.search.builder import build_temporary, load_index_encoder
 from common.search.encoder import Encoder, load_encoder
-from common.search.index import ID, TEXT, Snapshot, open_snapshot
+from common.search.index import ID, TEXT, Snapshot, open_snapshot, rows_with_ids
 from common.search.kernel import exact_scores
 from common.search.searcher import Searcher
+from common.search.texts import Collection, Source
+
+if TYPE_CHECKING:
+    from sentence_transformers import CrossEncoder
 
 DEPTH = 100  # documents looked at for recall@100
 MEASURES = {
@@ -74,6 +77,8 @@ def retrieval_scores(judgements: Judgements, hits: dict[str, list[str]]) -> dict
 
     `hits`: query id -> document ids, best first. MRR looks at the first ten.
     """
+    import pytrec_eval
+
     # scores that never tie: minus the rank
     ranked = {
         query: {document: float(-rank) for rank, document in enumerate(hits.get(query, []))}
@@ -113,7 +118,7 @@ def score(searcher: Searcher, task: Task) -> dict[str, float]:
     return retrieval_scores(task.judgements, ids)
 
 
-def bundled_task(name: str) -> tuple[Task, texts.Collection]:
+def bundled_task(name: str) -> tuple[Task, Collection]:
     """Return the task of finding each article of a bundled set of news by its headline, and the
     articles without their headlines, whose ids are their rows.
     """
@@ -129,7 +134,7 @@ def bundled_task(name: str) -> tuple[Task, texts.Collection]:
     rows = pa.Table.from_pylist(articles, schema)
     title = f"{name}: headlines as queries, the articles without them as texts"
     task = Task(title, queries, judgements)
-    return task, texts.Collection(name, rows, "row", {})
+    return task, Collection(name, rows, "row", {})
 
 
 def read_task(queries_file: str, judgements_file: str) -> Task:
@@ -151,7 +156,7 @@ def read_task(queries_file: str, judgements_file: str) -> Task:
             raise UserError(f"{location}: the id {key!r} is not unique: it occurs above; change it")
         if not key or not isinstance(text, str):
             raise UserError(f"{location}: a query needs an id and a text; correct the line")
-        texts.check_query(text, location)
+        sources.check_query(text, location)
         queries[key] = text
     return Task(Path(queries_file).name, queries, _read_judgements(judgements_file, queries))
 
@@ -182,14 +187,6 @@ def open_task(
     """Yield a task, the documents to search, their encoder, and the seconds that encoding took (0
     for an index). Without files it is the bundled task.
     """
-    documents = f"--texts {source.texts}" if source.texts else f"--index {source.index}"
-    if bool(files.queries) != bool(files.qrels):
-        raise UserError("--queries and --qrels: each needs the other")
-    if files.queries and bool(source.texts) == bool(source.index):
-        raise UserError("--queries and --qrels: name the documents with --texts or --index")
-    if not files.queries and (source.texts or source.index):
-        reason = "the bundled task, which is scored without them, has its own texts"
-        raise UserError(f"{documents}: say what to find with --queries and --qrels; {reason}")
     id_column, collection = files.id_column, None
     if not (files.queries and files.qrels):
         (task, collection), id_column = bundled_task("bundled/bbc-news"), BUNDLED_IDS
@@ -262,4 +259,6 @@ def _spearman(cosines: np.ndarray, human: np.ndarray, file: str) -> float:
         if not np.isfinite(values).all() or np.ptp(values) == 0:
             problem = f"the {what} of its {len(values)} pairs are all equal or not numbers"
             raise UserError(f"{file}: {problem}, so they have no correlation; name pairs that differ")
+    from scipy.stats import spearmanr
+
     return float(spearmanr(cosines, human).statistic)

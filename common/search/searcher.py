@@ -2,6 +2,8 @@
 BM25, reranked by a cross-encoder, filtered by an SQL condition.
 """
 
+from __future__ import annotations
+
 import contextlib
 import functools
 import hashlib
@@ -10,33 +12,22 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import bm25s
-import duckdb
-import faiss
 import numpy as np
-import pyarrow as pa
 import torch
-from bm25s.tokenization import Tokenized
-from sentence_transformers import CrossEncoder
 
 from common import files
-from common.errors import UserError, one_line
+from common.errors import UserError
 from common.search import kernel
 from common.search.encoder import Encoder
-from common.search.index import (
-    CACHE_PREFIX,
-    CACHE_STAMP,
-    HASH,
-    ID,
-    RESERVED_COLUMNS,
-    TEXT,
-    Snapshot,
-    cache_stamp,
-)
+from common.search.index import CACHE_PREFIX, CACHE_STAMP, ID, TEXT, Snapshot, cache_stamp
 from common.search.kernel import Ranking
-from common.search.texts import unused_name
+
+if TYPE_CHECKING:  # each is imported by the step that needs it
+    import bm25s
+    import faiss
+    from sentence_transformers import CrossEncoder
 
 QUERIES = 64  # searched at once
 FUSED = 100  # best rows of each ranking that are fused, or more if more are wanted
@@ -48,12 +39,6 @@ NO_WORDS = "no-words"  # a file that stands for BM25 data if no text has a word 
 SMALL_SHARE = 0.1
 # of FAISS's HNSW graph: at these values it finds at least 0.99 of the exact neighbours
 LINKS, BUILD_BREADTH, SEARCH_BREADTH = 32, 200, 200
-# DuckDB gets no access to files, network or extensions
-SAFE_SETTINGS: dict[str, bool | float | int | list[str] | str] = {
-    "enable_external_access": "false",
-    "autoload_known_extensions": "false",
-    "autoinstall_known_extensions": "false",
-}
 Cached = TypeVar("Cached")
 
 
@@ -156,6 +141,8 @@ class Searcher:
 
     def _rank_approximately(self, vectors: np.ndarray, depth: int) -> list[Ranking]:
         """Rank the rows that FAISS's graph finds, by their exact scores."""
+        import faiss
+
         live = np.flatnonzero(self.snapshot.alive())
         chosen = np.flatnonzero(self.allowed[live])
         graph, node_of = self._graph
@@ -188,6 +175,8 @@ class Searcher:
         """Write a graph with one node for each different vector, and the node of each live row:
         many equal nodes would only lead to each other.
         """
+        import faiss
+
         graph = faiss.IndexHNSWFlat(self.snapshot.width, LINKS, faiss.METRIC_INNER_PRODUCT)
         graph.hnsw.efConstruction = BUILD_BREADTH
         alive, node_of, known = self.snapshot.alive(), [], {}
@@ -204,6 +193,8 @@ class Searcher:
 
     def _rank_by_words(self, queries: list[str], depth: int) -> list[Ranking]:
         """Return (rows, BM25 scores) of the rows that share a word with each query."""
+        import bm25s
+
         live = np.flatnonzero(self.snapshot.alive())
         bm25, rankings = self._bm25, []
         for words in bm25s.tokenize(queries, return_ids=False, show_progress=False):
@@ -219,6 +210,9 @@ class Searcher:
         return cached(self.snapshot, "bm25", build=self._build_bm25, load=_load_bm25, say=self.say)
 
     def _build_bm25(self, folder: Path) -> None:
+        import bm25s
+        from bm25s.tokenization import Tokenized
+
         words = bm25s.tokenize(list(self.snapshot.texts()), show_progress=False)
         assert isinstance(words, Tokenized)
         if not any(words.vocab):  # only stop words and punctuation, which bm25s can't count
@@ -265,11 +259,15 @@ def fuse(rankings: list[np.ndarray]) -> Ranking:
 
 
 def _load_graph(folder: Path) -> tuple[faiss.Index, np.ndarray]:
+    import faiss
+
     graph = faiss.read_index(str(folder / "graph.faiss"))
     return graph, np.load(folder / "nodes.npy", allow_pickle=False)
 
 
 def _load_bm25(folder: Path) -> bm25s.BM25 | None:
+    import bm25s
+
     return None if (folder / NO_WORDS).exists() else bm25s.BM25.load(folder)
 
 
@@ -312,40 +310,3 @@ def cached(
         problem = f"the cache can't be written: {error.strerror or error}"
         advice = "correct that, or copy the index to a folder of your own"
         raise UserError(f"{folder}: {problem}; {advice}") from error
-
-
-def matching(snapshot: Snapshot, condition: str | None) -> np.ndarray:
-    """Return a mask (rows) of the live rows for which an SQL condition such as "label = 'tech' AND
-    year > 2004" holds; None: of all live rows.
-
-    DuckDB parses the condition as one expression over the columns of the rows, so that it can read
-    but change nothing. Raises UserError when it is not a condition over the columns of the index.
-    """
-    mask = snapshot.alive()
-    if condition is None:
-        return mask
-    columns = [ID, TEXT, *snapshot.manifest["columns"]]
-    lowered = [name.lower() for name in columns]
-    ambiguous = [name for name in columns if lowered.count(name.lower()) > 1]
-    used = ", ".join(name for name in ambiguous if name.lower() in condition.lower())
-    if used:
-        advice = "rename one and index the texts again, or write a condition without them"
-        problem = f"columns {used} differ only in case, which SQL ignores"
-        raise UserError(f"--where {condition!r}: {problem}; {advice}")
-    number = unused_name("_row", [*columns, *RESERVED_COLUMNS])
-    try:
-        with duckdb.connect(config=SAFE_SETTINGS) as connection:
-            connection.execute("SET lock_configuration = true")
-            for start, segment in zip(snapshot.starts, snapshot.segments):
-                size = len(segment.alive)
-                table = segment.table.drop_columns([HASH])
-                table = table.append_column(number, pa.array(np.arange(size)))
-                matches = connection.from_arrow(table).filter(condition).project(number)
-                rows = matches.fetchnumpy()[number]
-                here = np.zeros(size, bool)
-                here[np.asarray(rows, np.int64)] = True
-                mask[start : start + size] &= here
-    except duckdb.Error as error:
-        advice = f"write a condition over {', '.join(columns)}, with texts in single quotes"
-        raise UserError(f"--where {condition!r}: {one_line(error)}; {advice}") from error
-    return mask

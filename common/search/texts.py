@@ -5,6 +5,8 @@ memory as a whole: the column `_text`, and the columns that came with it. Texts 
 when they are read.
 """
 
+from __future__ import annotations
+
 import contextlib
 import hashlib
 import itertools
@@ -14,16 +16,19 @@ import secrets
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import TYPE_CHECKING, BinaryIO, cast
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from common import bundled, reading, sources, tables
+from common import bundled, reading, sources
 from common.errors import UserError
-from common.search.index import RESERVED_COLUMNS, TEXT
+from common.search.index import RESERVED_COLUMNS, TEXT, number_array
+from common.search.manifest import EncoderConfig
+
+if TYPE_CHECKING:
+    import datasets
 
 SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 # also what Python's "surrogateescape" puts in place of a byte that is not UTF-8
@@ -57,7 +62,7 @@ class Collection:
         for start in range(0, len(self.rows), size):
             good_here = good[start : start + size]
             if good_here.any():
-                table = self.rows.slice(start, size).filter(pa.array(good_here))
+                table = self.rows.slice(start, size).take(number_array(np.flatnonzero(good_here)))
                 yield start + np.flatnonzero(good_here), table
 
     def __len__(self) -> int:
@@ -76,6 +81,34 @@ class BadRows:
         if not self.skip:
             raise UserError(f"{error}, or skip it with --skip-bad")
         self.reasons[row] = reason
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a command reads: texts, or the rows of an index where a condition holds; and how texts
+    are encoded.
+    """
+
+    encoder: EncoderConfig
+    texts: str | None
+    index: str | None
+    where: str | None
+    text_column: str
+    options: sources.FileOptions  # how data files are written
+    skip_bad: bool
+    block: int  # texts encoded and committed at once
+
+    def read(self, id_column: str | None = None) -> Collection:
+        """Return the texts; not for a command that reads an index."""
+        assert self.texts is not None
+        return read(
+            self.texts,
+            text_column=self.text_column,
+            id_column=id_column,
+            skip_bad=self.skip_bad,
+            options=self.options,
+            cache_dir=self.encoder.cache_dir,
+        )
 
 
 @dataclass(frozen=True)
@@ -120,20 +153,6 @@ def read(
     if len(collection) == 0:
         raise UserError(f"{collection.name}: none of its texts can be used; name another source")
     return collection
-
-
-def check_query(text: str, location: str) -> None:
-    """Raise UserError, naming `location`, unless a text from the command line or a prompt can be
-    encoded.
-    """
-    if not text.strip():
-        raise UserError(f"{location}: the text is empty; write something in it")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"{location}: not UTF-8 (character {error.start + 1}); convert it to UTF-8 first"
-        ) from error
 
 
 def ids_of(table: pa.Table, id_column: str | None) -> list[str]:
@@ -206,7 +225,7 @@ def _check_id_type(collection: Collection, id_column: str) -> None:
 
 def _text_problems(block: pa.Table, good: np.ndarray) -> dict[int, str]:
     """Return row -> what is wrong with its text."""
-    texts = pc.if_else(pa.array(good), block[TEXT], None)
+    texts = pc.if_else(pa.array(good.tolist()), block[TEXT], None)
     missing = texts.is_null().to_numpy()
     # true for missing texts too
     blank = pc.equal(pc.utf8_trim_whitespace(texts), "").fill_null(True).to_numpy()
@@ -225,7 +244,7 @@ def _id_problems(
     """Return row -> what is wrong with its id. Rows with other `problems` are left out; good ids
     are added to `known_ids`.
     """
-    keys = pc.if_else(pa.array(good), block[id_column], None).to_pylist()
+    keys = pc.if_else(pa.array(good.tolist()), block[id_column], None).to_pylist()
     digests = [digest(str(key)) for key in keys]
     new_problems: dict[int, str] = {}
     here: dict[bytes, int] = {}  # the good ids of this block
@@ -287,6 +306,8 @@ def _to_table(rows: datasets.Dataset, text_column: str, source: str) -> pa.Table
     """Return a data set as a table whose text column is `_text`, with the names of classes in place
     of their numbers.
     """
+    import datasets
+
     table = cast(pa.Table, rows.with_format("arrow")[:])
     reading.require_column(table.column_names, text_column, source=source, flag="--text-column")
     reading.check_kind(rows, text_column, source=source)
@@ -441,18 +462,10 @@ def _decode(content: bytes, location: str, row: int, bad: BadRows) -> str | None
 
 def _gather(rows: Iterator[dict[str, str | None]], folder: str | None) -> pa.Table:
     """Return rows, at least one, as a table; a large one lies in a temporary file in `folder`."""
+    from common import tables
+
     first = next(rows)  # names the columns
     schema = pa.schema([(name, pa.large_string() if name == TEXT else pa.string()) for name in first])
     rows = itertools.chain([first], rows)
     blocks = iter(lambda: list(itertools.islice(rows, BATCH)), [])
     return tables.gather((pa.Table.from_pylist(block, schema) for block in blocks), folder)
-
-
-def unused_name(wanted: str, taken: list[str]) -> str:
-    """Return the wanted column name, with "_" added until it is none of `taken`. SQL ignores case,
-    and so does this.
-    """
-    lowered = [name.lower() for name in taken]
-    while wanted.lower() in lowered:
-        wanted += "_"
-    return wanted

@@ -448,8 +448,8 @@ def saved_settings(name: str) -> dict:
     for setting, values in known.items():
         if setting not in settings or settings[setting] not in values:
             raise UserError(
-                f"--model {name}: {path} has no usable {setting} ({settings.get(setting)!r:.40}); copy it from"
-                " the run once more"
+                f"--model {name}: {path} has no usable {setting} ({settings.get(setting)!r:.40}); copy it"
+                " from the run once more"
             )
     return settings
 

@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.search.index import hashes_of, open_snapshot, read_manifest
+from common.search.index import open_snapshot
+from common.search.manifest import entries_of, read_manifest
 from conftest import ROOT, make_sentences, rows_by_id, write_lines
 
 
@@ -315,7 +316,7 @@ def kill_at_events(events, command: str, tiny_embedder, cache_dir, tmp_path):
                 assert found in (before, after)
             assert run(folder, *commands[command], *WRITERS[command]) == 0 and rows_by_id(folder) == after
             assert {path.name for path in folder.iterdir()} == {
-                *hashes_of(read_manifest(folder)),
+                *entries_of(read_manifest(folder)),
                 "manifest.json",
                 ".lock",
             }

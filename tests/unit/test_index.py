@@ -3,7 +3,6 @@ during writes; damage; memory.
 """
 
 import contextlib
-import hashlib
 import json
 import random
 import shutil
@@ -11,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import types
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +20,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from common.errors import UserError
-from common.search import index, texts
-from common.search.builder import Builder, Counts, fill, rows_with_ids, settings_of
-from common.search.index import ID, TEXT, open_snapshot, open_store
+from common.files import seal
+from common.search import index, store, texts
+from common.search.builder import Builder, Counts, fill, settings_of
+from common.search.index import ID, TEXT, matching, open_snapshot, rows_with_ids, verify
+from common.search.store import open_store
 from conftest import ROOT, StubEncoder
 
 COLUMNS = ("key", TEXT, "label")
@@ -219,6 +219,99 @@ def test_a_flipped_byte_anywhere_is_found(tmp_path, seed):
         open_snapshot(tmp_path / "index")
 
 
+@pytest.fixture
+def many_blocks(tmp_path, monkeypatch) -> Path:
+    """An index whose files have a checksum every 256 bytes."""
+    monkeypatch.setattr(index, "CHECKED", 256)
+    monkeypatch.setattr(index, "MAPPED", 0)
+    write(tmp_path / "index", numbered(0, 60), block=60)
+    with open_store(tmp_path / "index") as opened:
+        opened.commit(None, [4])
+    return tmp_path / "index"
+
+
+def readings(folder) -> list:
+    """Return what each way of reading gives, or the mistake that it reports."""
+    ways = [
+        lambda snapshot: contents(snapshot),
+        lambda snapshot: [(start, part.tobytes()) for start, part in snapshot.vector_blocks(25)],
+        lambda snapshot: [snapshot.take([row]) for row in range(60)],
+        lambda snapshot: list(snapshot.texts()),
+        lambda snapshot: rows_with_ids(snapshot, ["7", "50"])[0].tolist(),
+        lambda snapshot: matching(snapshot, "label = 0 and _text like '%7%'").tolist(),
+    ]
+    found = []
+    for way in ways:
+        try:
+            found.append(way(open_snapshot(folder)))
+        except UserError as error:
+            assert "damaged" in str(error)
+            found.append("refused")
+    return found
+
+
+def test_no_byte_that_was_changed_is_ever_served(many_blocks):
+    """Whatever byte changes: each way of reading gives what it gave before, or refuses."""
+    expected, refused = readings(many_blocks), 0
+    for path in sorted(many_blocks.glob("*.arrow")):
+        intact = path.read_bytes()
+        for position in range(0, len(intact), 61):
+            changed = bytearray(intact)
+            changed[position] ^= 1 << position % 8
+            path.write_bytes(changed)
+            with pytest.raises(UserError, match=path.name):
+                verify(many_blocks)
+            for found, before in zip(readings(many_blocks), expected):
+                assert found in (before, "refused")
+                refused += found == "refused"
+        path.write_bytes(intact)
+    assert refused > 100 and readings(many_blocks) == expected
+    assert verify(many_blocks).num_rows == 60
+
+
+def test_only_what_is_read_is_checked(many_blocks):
+    snapshot = open_snapshot(many_blocks)
+    unchecked = snapshot.segments[0].file.unchecked
+    counts = [unchecked.sum()]
+    for read in (
+        lambda: snapshot.vectors_of([17]),
+        lambda: snapshot.take([17], [TEXT]),
+        lambda: snapshot.vectors_of(range(60)),
+        lambda: contents(snapshot),
+    ):
+        read()
+        counts.append(unchecked.sum())
+    opened, vector, text, vectors, everything = -np.diff([len(unchecked), *counts])
+    assert opened > 0 and vector == 1 and 0 < text <= 3 and vectors >= 60 * 32 // 256 - 2 and everything > 0
+
+
+def test_an_index_of_an_earlier_version_is_checked_whole(tmp_path):
+    """Its manifest has no checksums of blocks."""
+    write(tmp_path / "index", numbered(0, 9))
+    path = tmp_path / "index" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for entry in manifest["segments"]:
+        del entry["checksums"], entry["body"]
+    manifest["sha256"] = seal({**manifest, "sha256": None})
+    path.write_text(json.dumps(manifest))
+    assert len(contents(open_snapshot(tmp_path / "index"))) == 9
+    segment = next((tmp_path / "index").glob("segment-*"))
+    content = bytearray(segment.read_bytes())
+    content[len(content) // 2] ^= 1
+    segment.write_bytes(content)
+    with pytest.raises(UserError, match=segment.name):
+        open_snapshot(tmp_path / "index")
+
+
+def test_verify_names_every_damaged_file(tmp_path):
+    write(tmp_path / "index", numbered(0, 9))
+    paths = sorted((tmp_path / "index").glob("segment-*"))
+    for path in paths[:2]:
+        path.write_bytes(path.read_bytes()[::-1])
+    with pytest.raises(UserError, match=f"{paths[0].name}.*{paths[1].name}"):
+        verify(tmp_path / "index")
+
+
 def test_a_missing_or_shortened_file_is_found(tmp_path):
     write(tmp_path / "index", numbered(0, 9))
     path = next((tmp_path / "index").glob("segment-*"))
@@ -254,7 +347,7 @@ def test_an_index_that_never_got_its_first_manifest_can_be_begun_again(tmp_path)
 MANY_COMMITS = """
 import resource, sys
 sys.path[:0] = [sys.argv[2], sys.argv[2] + "/tests", sys.argv[2] + "/tests/unit"]
-from common.search.index import open_store
+from common.search.store import open_store
 from test_index import numbered, write
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
 write(sys.argv[1], numbered(0, 300), block=1)
@@ -281,8 +374,8 @@ def test_hundreds_of_commits_leave_few_files(tmp_path):
 
 
 def test_joined_files_keep_their_rows_numbers_and_are_cut_by_rows_and_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr(index, "SEGMENT_ROWS", 100)
-    monkeypatch.setattr(index, "SIZES", (32, 100))
+    monkeypatch.setattr(store, "SEGMENT_ROWS", 100)
+    monkeypatch.setattr(store, "SIZES", (32, 100))
     write(tmp_path / "index", numbered(0, 20), block=1)
     with open_store(tmp_path / "index") as opened:
         opened.commit(None, [4, 11])
@@ -292,7 +385,7 @@ def test_joined_files_keep_their_rows_numbers_and_are_cut_by_rows_and_bytes(tmp_
     assert snapshot.take(range(20)) == before and np.flatnonzero(~snapshot.alive()).tolist() == [4, 11]
     assert len(snapshot.segments) < 32 and max(len(segment.alive) for segment in snapshot.segments) == 100
     monkeypatch.setattr(
-        index, "SEGMENT_BYTES", 40 * snapshot.segments[0].num_bytes // len(snapshot.segments[0].alive)
+        store, "SEGMENT_BYTES", 40 * snapshot.segments[0].num_bytes // len(snapshot.segments[0].alive)
     )
     with open_store(tmp_path / "index") as opened:
         opened.compact()
@@ -306,6 +399,7 @@ def test_a_commit_reads_no_file_that_was_there(tmp_path, monkeypatch):
     write(tmp_path / "index", numbered(0, 9))
     with open_store(tmp_path / "index") as opened, monkeypatch.context() as patched:
         patched.setattr(index, "map_file", None)
+        patched.setattr(index.CheckedFile, "check", None)
         opened.commit(None, [4])
         opened.commit(None, [5])
     assert len(contents(open_snapshot(tmp_path / "index"))) == 7
@@ -316,17 +410,17 @@ def test_a_writer_takes_no_file_from_a_reader_that_checks_them(tmp_path, monkeyp
     anew, twenty times.
     """
     write(tmp_path / "index", numbered(0, 4))
-    changed, sha256 = [], hashlib.sha256
+    changed, check_frame = [], index.CheckedFile.check_frame
 
-    def check(content):
-        if not isinstance(content, bytes) and not changed:  # a file of the index, not its manifest
+    def check(file):
+        if not changed:
             changed.append(True)
             write(tmp_path / "index", numbered(0, 4, 1), update=True)
             with open_store(tmp_path / "index") as opened:
                 opened.compact()
-        return sha256(content)
+        return check_frame(file)
 
-    monkeypatch.setattr("common.search.index.hashlib", types.SimpleNamespace(sha256=check))
+    monkeypatch.setattr(index.CheckedFile, "check_frame", check)
     assert contents(open_snapshot(tmp_path / "index"))["0"] == ("text 0 0", 0) and changed
     assert contents(open_snapshot(tmp_path / "index"))["0"] == ("text 0 1", 1)
 
@@ -356,7 +450,7 @@ import json, sys, threading, time
 sys.path[:0] = [sys.argv[2], sys.argv[2] + "/tests"]
 from common.search import texts
 from common.search.builder import Builder, fill, settings_of
-from common.search.index import open_store
+from common.search.store import open_store
 from conftest import StubEncoder
 def private():
     line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))

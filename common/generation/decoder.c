@@ -1,0 +1,909 @@
+// One decoding step of a Llama-like transformer, for up to 64 rows (tokens) at once.
+//
+// The plain version of the same step is `plain_step` in llama.py: read that first. This file is
+// compiled at first use by fast_decoding.py, for the processor that it runs on.
+//
+// Weights are read as they are stored: fp32, fp16, bf16, or whole numbers of 4 or 8 bits in groups of
+// 32 with a scale (and a minimum). The activations of a group become whole numbers too, with one scale:
+// at most 8,355,000, which is about the precision of fp32. Each is written with three digits in base
+// 256 from -128 to 127, so that the processor's dot product of bytes multiplies it, exactly. A step
+// reads all weights once, whatever the number of rows: with few rows, memory is the limit.
+//
+// One thread per core runs `run_step`. Each part of a layer is split into small pieces of work, which
+// the threads take one by one; a barrier ends the part.
+
+#include <math.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(PORTABLE)
+#define LANES 4  // numbers in a vector register
+#elif defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#include <immintrin.h>
+#define LANES 16
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#include <immintrin.h>
+#define LANES 8
+#if !defined(__AVXVNNI__)
+#define PAIRS  // no dot product of bytes: products of bytes and of 16-bit numbers in pairs
+#endif
+#elif defined(__ARM_FEATURE_DOTPROD)
+#include <arm_neon.h>
+#define LANES 4
+#define NEON
+#else
+#define PORTABLE
+#define LANES 4
+#endif
+
+enum { FP32, FP16, BF16, GROUPS4, GROUPS8 };  // how a matrix is stored
+enum { MAX_ROWS = 64, TILE = 16, GROUP = 32, PARTS = TILE / LANES };
+enum { BYTES4 = 2 * 2 * TILE + TILE * GROUP / 2, BYTES8 = 2 * TILE + TILE * GROUP };  // of a tile's group
+static const float LARGEST = 8355000.0f;  // 127 * (1 + 256 + 65536) = 8,355,711, less what fp32 rounds
+static const int SPINS = 2000;            // some microseconds; then the processor goes to others
+
+// --- What fast_decoding.py describes with ctypes, field by field
+
+// A matrix (rows, columns). fp32, fp16, bf16: row by row. Groups: tiles of 16 rows; for each 32 columns
+// of a tile 16 fp16 scales, with 4 bits also 16 fp16 minimums, then the numbers, 4 columns of all 16
+// rows together; with 4 bits, columns 8n to 8n + 3 are the low halves and 8n + 4 to 8n + 7 the high
+// halves of 64 bytes. 8 bits are stored with 128 added.
+typedef struct {
+    int32_t kind, rows, columns;
+    const void *data;
+    const float *bias;  // (rows), or NULL
+} Matrix;
+
+typedef struct {
+    Matrix query, key, value, output, gate, up, down;
+    const float *attention_norm, *mlp_norm, *query_norm, *key_norm;  // the last two: NULL if none
+    float *keys, *values;                                           // (texts, key heads, capacity, head size)
+    int32_t window;                                                 // columns that a token sees, 0: all
+} Layer;
+
+typedef struct {
+    int32_t num_layers, width, heads, key_heads, head_size, inner, vocabulary;
+    float epsilon, scaling;
+    Matrix embedding, head;
+    const float *norm;
+    Layer *layers;
+} Model;
+
+// The rows of a step: a token each, the text that it belongs to, its column in the cache, and the first
+// column of its text. Logits are computed for the rows from `first_logits` on.
+typedef struct {
+    int32_t rows, capacity, first_logits;
+    const int32_t *tokens, *texts, *columns, *starts;  // (rows)
+    const float *cosines, *sines;                      // (rows, head size), of each row's position
+    float *logits;                                     // (rows - first_logits, vocabulary)
+} Step;
+
+// --- Vectors of LANES numbers: GCC and Clang translate + - * / for every processor
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Shorts __attribute__((vector_size(2 * LANES)));
+typedef Floats AnyFloats __attribute__((aligned(1), may_alias));
+typedef Shorts AnyShorts __attribute__((aligned(1), may_alias));
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE Floats load(const float *from) { return *(const AnyFloats *)from; }
+INLINE void store(float *to, Floats numbers) { *(AnyFloats *)to = numbers; }
+INLINE Floats splat(float number) { return (Floats){0} + number; }
+INLINE Floats to_floats(Ints numbers) { return __builtin_convertvector(numbers, Floats); }
+INLINE Floats choose(Ints mask, Floats yes, Floats no) { return (Floats)((mask & (Ints)yes) | (~mask & (Ints)no)); }
+
+INLINE float sum_of(Floats numbers) {
+    for (int half = LANES / 2; half; half /= 2)  // in pairs, which need not wait for each other
+        for (int lane = 0; lane < half; lane++) numbers[lane] += numbers[lane + half];
+    return numbers[0];
+}
+
+INLINE Floats from_bf16(const uint16_t *from) {  // the upper half of an fp32 number
+#if LANES == 16
+    return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)from)), 16);
+#elif LANES == 8
+    return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)from)), 16);
+#else
+    return (Floats)(__builtin_convertvector(*(const AnyShorts *)from, Ints) << 16);
+#endif
+}
+
+INLINE Floats from_fp16(const uint16_t *from) {
+#if LANES == 16
+    return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const void *)from));
+#elif LANES == 8
+    return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const void *)from));
+#else  // the exponent's offset is 15 instead of 127; finite numbers only
+    Ints bits = __builtin_convertvector(*(const AnyShorts *)from, Ints);
+    Floats size = (Floats)((bits & 0x7fff) << 13) * 0x1p112f;
+    return (Floats)((Ints)size | (bits & 0x8000) << 16);
+#endif
+}
+
+INLINE Floats from(int kind, const void *data, int64_t index) {
+    if (kind == FP32) return load((const float *)data + index);
+    return kind == FP16 ? from_fp16((const uint16_t *)data + index) : from_bf16((const uint16_t *)data + index);
+}
+
+INLINE void prefetch(int kind, const void *data, int64_t index) {
+    __builtin_prefetch((const char *)data + index * (kind == FP32 ? 4 : 2));
+}
+
+static float one_from(int kind, const void *data, int64_t index) {
+    if (kind == FP32) return ((const float *)data)[index];
+    uint16_t numbers[LANES] = {((const uint16_t *)data)[index]};
+    return (kind == FP16 ? from_fp16(numbers) : from_bf16(numbers))[0];
+}
+
+// exp(x) for x from -87 to 88, limited to that: the polynomial of Cephes, off by at most 2 units
+INLINE Floats exponential(Floats x) {
+    x = choose(x < -87.0f, splat(-87.0f), choose(x > 88.0f, splat(88.0f), x));
+    Floats shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to a whole number
+    Floats power = shifted - 12582912.0f;
+    Floats rest = x - power * 0.693359375f + power * 2.12194440e-4f;
+    Floats y = rest * 1.9875691500e-4f + 1.3981999507e-3f;
+    y = y * rest + 8.3334519073e-3f;
+    y = y * rest + 4.1665795894e-2f;
+    y = y * rest + 1.6666665459e-1f;
+    y = y * rest + 5.0000001201e-1f;
+    y = y * rest * rest + rest + 1.0f;
+    return y * (Floats)(((Ints)shifted - 0x4b400000 + 127) << 23);
+}
+
+static float dot(const float *left, const float *right, int count) {
+    Floats sums[4] = {{0}};
+    int index = 0;
+    for (; index + 4 * LANES <= count; index += 4 * LANES)
+        for (int part = 0; part < 4; part++)
+            sums[part] += load(left + index + part * LANES) * load(right + index + part * LANES);
+    for (; index + LANES <= count; index += LANES) sums[0] += load(left + index) * load(right + index);
+    float sum = sum_of(sums[0] + sums[1] + (sums[2] + sums[3]));
+    for (; index < count; index++) sum += left[index] * right[index];
+    return sum;
+}
+
+// --- Activations as whole numbers
+
+typedef struct {  // a group of 32 activations of a row
+    int8_t digits[3][GROUP];
+#if defined(PAIRS)
+    // the numbers as hi * 65536 + lo: lo of columns 4n and 4n + 2, then of 4n + 1 and 4n + 3; hi likewise
+    int16_t pairs[4][GROUP / 2];
+#endif
+    float scale, sum;  // of the activations, as rounded
+    int32_t digit_sums[3], lo_sum, hi_sum;
+} __attribute__((aligned(64))) Group;
+
+// Write 32 activations as whole numbers with three digits each, times a scale. NaN and infinity become
+// a scale of NaN, so that every product with them is NaN.
+static void to_digits(const float *x, Group *group) {
+    int32_t bits[GROUP], largest = 0;
+    memcpy(bits, x, sizeof bits);
+    for (int i = 0; i < GROUP; i++) {
+        int32_t size = bits[i] & 0x7fffffff;  // sizes of floats are in the order of their bits
+        largest = size > largest ? size : largest;
+    }
+    float size;
+    memcpy(&size, &largest, sizeof size);
+    int finite = largest < 0x7f800000;
+    float factor = finite && size > 1e-30f ? LARGEST / size : 0.0f;  // what is smaller counts as 0
+    group->scale = finite ? size / LARGEST : NAN;
+    int32_t sum = 0, sums[3] = {0}, lo_sum = 0, hi_sum = 0;
+    for (int i = 0; i < GROUP; i++) {
+        float scaled = finite ? x[i] * factor : 0.0f;
+        int32_t number = (int32_t)(scaled + (scaled < 0 ? -0.5f : 0.5f));
+        int32_t first = (int8_t)number, rest = (number - first) >> 8, second = (int8_t)rest, third = (rest - second) >> 8;
+        group->digits[0][i] = (int8_t)first;
+        group->digits[1][i] = (int8_t)second;
+        group->digits[2][i] = (int8_t)third;
+        sum += number;
+        sums[0] += first;
+        sums[1] += second;
+        sums[2] += third;
+#if defined(PAIRS)
+        int32_t lo = (int16_t)number, hi = (number - lo) >> 16;
+        int place = i / 4 * 2 + i % 4 / 2;
+        group->pairs[i % 2][place] = (int16_t)lo;
+        group->pairs[2 + i % 2][place] = (int16_t)hi;
+        lo_sum += lo;
+        hi_sum += hi;
+#endif
+    }
+    group->sum = group->scale * (float)sum;
+    memcpy(group->digit_sums, sums, sizeof sums);
+    group->lo_sum = lo_sum;
+    group->hi_sum = hi_sum;
+}
+
+// --- Dot products of 32 columns: LANES rows of a tile with one group of activations
+
+// sums[d] += 4 numbers (0 to 255) of each of LANES rows * 4 digits
+#if LANES == 16
+typedef __m512i Bytes;
+INLINE Bytes load_bytes(const uint8_t *from) { return _mm512_loadu_si512(from); }
+INLINE Bytes low_halves(Bytes bytes) { return _mm512_and_si512(bytes, _mm512_set1_epi8(15)); }
+INLINE Bytes high_halves(Bytes bytes) { return low_halves(_mm512_srli_epi16(bytes, 4)); }
+INLINE Ints add_products(Ints sum, Bytes bytes, int32_t digits) {
+    return (Ints)_mm512_dpbusd_epi32((__m512i)sum, bytes, _mm512_set1_epi32(digits));
+}
+#elif LANES == 8
+typedef __m256i Bytes;
+INLINE Bytes load_bytes(const uint8_t *from) { return _mm256_loadu_si256((const void *)from); }
+INLINE Bytes low_halves(Bytes bytes) { return _mm256_and_si256(bytes, _mm256_set1_epi8(15)); }
+INLINE Bytes high_halves(Bytes bytes) { return low_halves(_mm256_srli_epi16(bytes, 4)); }
+#if !defined(PAIRS)
+INLINE Ints add_products(Ints sum, Bytes bytes, int32_t digits) {
+    return (Ints)_mm256_dpbusd_avx_epi32((__m256i)sum, bytes, _mm256_set1_epi32(digits));
+}
+#endif
+#elif defined(NEON)
+typedef uint8x16_t Bytes;
+INLINE Bytes load_bytes(const uint8_t *from) { return vld1q_u8(from); }
+INLINE Bytes low_halves(Bytes bytes) { return vandq_u8(bytes, vdupq_n_u8(15)); }
+INLINE Bytes high_halves(Bytes bytes) { return vshrq_n_u8(bytes, 4); }
+INLINE Ints add_products(Ints sum, Bytes bytes, int32_t digits) {
+    return (Ints)vdotq_s32((int32x4_t)sum, vreinterpretq_s8_u8(bytes), vreinterpretq_s8_s32(vdupq_n_s32(digits)));
+}
+#else
+typedef struct {
+    uint8_t byte[4 * LANES];
+} Bytes;
+INLINE Bytes load_bytes(const uint8_t *from) {
+    Bytes bytes;
+    memcpy(&bytes, from, sizeof bytes);
+    return bytes;
+}
+INLINE Bytes low_halves(Bytes bytes) {
+    for (int i = 0; i < 4 * LANES; i++) bytes.byte[i] &= 15;
+    return bytes;
+}
+INLINE Bytes high_halves(Bytes bytes) {
+    for (int i = 0; i < 4 * LANES; i++) bytes.byte[i] >>= 4;
+    return bytes;
+}
+INLINE Ints add_products(Ints sum, Bytes bytes, int32_t digits) {
+    int8_t digit[4];
+    memcpy(digit, &digits, sizeof digit);
+    for (int lane = 0; lane < LANES; lane++)
+        for (int i = 0; i < 4; i++) sum[lane] += bytes.byte[4 * lane + i] * digit[i];
+    return sum;
+}
+#endif
+
+#if defined(PAIRS)
+// Sums of two products of a 4-bit number and a digit in 16 bits: 8 of them are at most 30,720.
+INLINE Ints add_products4(Ints sum, Bytes bytes, int32_t digits) {
+    return (Ints)_mm256_add_epi16((__m256i)sum, _mm256_maddubs_epi16(bytes, _mm256_set1_epi32(digits)));
+}
+INLINE Ints finish4(Ints sum) { return (Ints)_mm256_madd_epi16((__m256i)sum, _mm256_set1_epi16(1)); }
+#else
+#define add_products4 add_products
+INLINE Ints finish4(Ints sum) { return sum; }
+#endif
+
+#if defined(NEON)  // it multiplies signed numbers only: those of 8 bits lose the 128 that were added
+enum { ADDED = 0 };
+INLINE Bytes shifted(Bytes bytes) { return veorq_u8(bytes, vdupq_n_u8(128)); }
+#elif !defined(PAIRS)
+enum { ADDED = 128 };
+INLINE Bytes shifted(Bytes bytes) { return bytes; }
+#endif
+
+INLINE int32_t four(const void *from, int number) {  // the number-th 4 bytes
+    int32_t bytes;
+    memcpy(&bytes, (const char *)from + 4 * number, sizeof bytes);
+    return bytes;
+}
+
+// first + 256 * second + 65536 * third; the two lower ones are joined exactly, the third by one rounding
+INLINE Floats join(Ints first, Ints second, Ints third) {
+    return to_floats(third) * 65536.0f + to_floats(first + (second << 8));
+}
+
+// Products of the 16 rows of a tile's group with a group of activations; `numbers` follow the scales.
+INLINE void dot4(const uint8_t *numbers, const Group *group, Floats result[PARTS]) {
+    Ints sums[3][PARTS] = {{{0}}};
+    // not unrolled: with all loads at once, the compiler would keep the sums in memory
+#pragma GCC unroll 1
+    for (int pair = 0; pair < 4; pair++) {  // of 4 columns each
+        Bytes low[PARTS], high[PARTS];
+        for (int part = 0; part < PARTS; part++) {
+            Bytes bytes = load_bytes(numbers + 64 * pair + 4 * LANES * part);
+            low[part] = low_halves(bytes);
+            high[part] = high_halves(bytes);
+        }
+        for (int d = 0; d < 3; d++) {
+            int32_t first = four(group->digits[d], 2 * pair), second = four(group->digits[d], 2 * pair + 1);
+            for (int part = 0; part < PARTS; part++) {
+                sums[d][part] = add_products4(sums[d][part], low[part], first);
+                sums[d][part] = add_products4(sums[d][part], high[part], second);
+            }
+        }
+    }
+    for (int part = 0; part < PARTS; part++)
+        result[part] = join(finish4(sums[0][part]), finish4(sums[1][part]), finish4(sums[2][part]));
+}
+
+INLINE void dot8(const uint8_t *numbers, const Group *group, Floats result[PARTS]) {
+#if defined(PAIRS)  // products of 16-bit numbers in pairs: at most 32 * 255 * 32,768, less than 2^31
+    Ints lo[PARTS], hi[PARTS];
+    for (int part = 0; part < PARTS; part++) {
+        lo[part] = (Ints){0} - 128 * group->lo_sum;
+        hi[part] = (Ints){0} - 128 * group->hi_sum;
+    }
+#pragma GCC unroll 1
+    for (int n = 0; n < 8; n++) {  // 4 columns each
+        int32_t lo_even = four(group->pairs[0], n), lo_odd = four(group->pairs[1], n);
+        int32_t hi_even = four(group->pairs[2], n), hi_odd = four(group->pairs[3], n);
+        for (int part = 0; part < PARTS; part++) {
+            Bytes bytes = load_bytes(numbers + 64 * n + 4 * LANES * part);
+            Bytes even = _mm256_and_si256(bytes, _mm256_set1_epi16(255)), odd = _mm256_srli_epi16(bytes, 8);
+            lo[part] += (Ints)_mm256_madd_epi16(even, _mm256_set1_epi32(lo_even));
+            hi[part] += (Ints)_mm256_madd_epi16(even, _mm256_set1_epi32(hi_even));
+            lo[part] += (Ints)_mm256_madd_epi16(odd, _mm256_set1_epi32(lo_odd));
+            hi[part] += (Ints)_mm256_madd_epi16(odd, _mm256_set1_epi32(hi_odd));
+        }
+    }
+    for (int part = 0; part < PARTS; part++) result[part] = to_floats(hi[part]) * 65536.0f + to_floats(lo[part]);
+#else
+    Ints sums[3][PARTS];
+    for (int d = 0; d < 3; d++)
+        for (int part = 0; part < PARTS; part++) sums[d][part] = (Ints){0} - ADDED * group->digit_sums[d];
+#pragma GCC unroll 1
+    for (int n = 0; n < 8; n++)  // 4 columns each
+        for (int part = 0; part < PARTS; part++) {
+            Bytes bytes = shifted(load_bytes(numbers + 64 * n + 4 * LANES * part));
+            for (int d = 0; d < 3; d++)
+                sums[d][part] = add_products(sums[d][part], bytes, four(group->digits[d], n));
+        }
+    for (int part = 0; part < PARTS; part++) result[part] = join(sums[0][part], sums[1][part], sums[2][part]);
+#endif
+}
+
+// --- Products of a matrix with the rows of a step
+
+typedef struct {
+    int count, width;     // rows; numbers in a row
+    const float *x;       // (count, width)
+    const Group *groups;  // (count, width / 32), the same as whole numbers
+} Rows;
+
+// Products of the 16 rows of a tile with each of `count` rows.
+INLINE void multiply_groups(int bits, const uint8_t *tile, const Rows *rows, int count, float (*result)[TILE]) {
+    Floats sums[MAX_ROWS][PARTS];
+    for (int row = 0; row < count; row++)
+        for (int part = 0; part < PARTS; part++) sums[row][part] = (Floats){0};
+    int num_groups = rows->width / GROUP;
+    int bytes = bits == 4 ? BYTES4 : BYTES8;
+    for (int g = 0; g < num_groups; g++, tile += bytes) {
+        // the processor fetches ahead by itself, but not far enough
+        for (int line = 0; line < bytes; line += 64) __builtin_prefetch(tile + 4096 + line);
+        for (int row = 0; row < count; row++) {
+            const Group *group = rows->groups + (int64_t)row * num_groups + g;
+            Floats dots[PARTS];
+            if (bits == 4) dot4(tile + 4 * TILE, group, dots);
+            else dot8(tile + 2 * TILE, group, dots);
+            for (int part = 0; part < PARTS; part++) {
+                const uint16_t *scales = (const uint16_t *)tile + part * LANES;
+                sums[row][part] += from_fp16(scales) * (dots[part] * group->scale);
+                if (bits == 4) sums[row][part] += from_fp16(scales + TILE) * group->sum;
+            }
+        }
+    }
+    for (int row = 0; row < count; row++)
+        for (int part = 0; part < PARTS; part++) store(result[row] + part * LANES, sums[row][part]);
+}
+
+// Products of 4 rows of a matrix with `count` rows of activations, 1 or 2.
+INLINE void multiply_four(int kind, const Matrix *matrix, const int64_t *begins, const float *x, int count,
+                          float (*result)[TILE]) {
+    Floats sums[2][4] = {{{0}}};
+    int column = 0, width = matrix->columns;
+    if (count == 1) {  // two vectors at a time: one sum would wait for the one before
+        for (; column + 2 * LANES <= width; column += 2 * LANES)
+            for (int i = 0; i < 4; i++) {
+                prefetch(kind, matrix->data, begins[i] + 4 * width + column);
+                for (int half = 0; half < 2; half++)
+                    sums[half][i] += from(kind, matrix->data, begins[i] + column + half * LANES) * load(x + column + half * LANES);
+            }
+        for (int i = 0; i < 4; i++) sums[0][i] += sums[1][i];
+    }
+    for (; column + LANES <= width; column += LANES) {
+        Floats numbers[2];
+        for (int row = 0; row < count; row++) numbers[row] = load(x + (int64_t)row * width + column);
+        for (int i = 0; i < 4; i++) {
+            Floats weights = from(kind, matrix->data, begins[i] + column);
+            for (int row = 0; row < count; row++) sums[row][i] += weights * numbers[row];
+        }
+    }
+    for (int row = 0; row < count; row++)
+        for (int i = 0; i < 4; i++) {
+            float sum = sum_of(sums[row][i]);
+            for (int rest = column; rest < width; rest++)
+                sum += one_from(kind, matrix->data, begins[i] + rest) * x[(int64_t)row * width + rest];
+            result[row][i] = sum;
+        }
+}
+
+INLINE void multiply_floats(int kind, const Matrix *matrix, int tile, const Rows *rows, float (*result)[TILE]) {
+    for (int first = 0; first < TILE; first += 4) {
+        int64_t begins[4];
+        for (int i = 0; i < 4; i++) {
+            int row = tile * TILE + first + i;  // beyond the end of the matrix: its last row, not used
+            begins[i] = (int64_t)(row < matrix->rows ? row : matrix->rows - 1) * matrix->columns;
+        }
+        int row = 0;
+        for (; row + 2 <= rows->count; row += 2)
+            multiply_four(kind, matrix, begins, rows->x + (int64_t)row * rows->width, 2,
+                          (float(*)[TILE])(result[row] + first));
+        if (row < rows->count)
+            multiply_four(kind, matrix, begins, rows->x + (int64_t)row * rows->width, 1,
+                          (float(*)[TILE])(result[row] + first));
+    }
+}
+
+static int num_tiles(const Matrix *matrix) { return (matrix->rows + TILE - 1) / TILE; }
+
+// result[row][i] = the product of row 16 * tile + i of a matrix with a row of activations, plus the bias
+static void multiply(const Matrix *matrix, int tile, const Rows *rows, float (*result)[TILE]) {
+    int64_t num_groups = matrix->columns / GROUP;
+    const uint8_t *tile4 = (const uint8_t *)matrix->data + tile * num_groups * BYTES4;
+    const uint8_t *tile8 = (const uint8_t *)matrix->data + tile * num_groups * BYTES8;
+    // with a known number of rows, all sums stay in registers
+    if (matrix->kind == GROUPS4 && rows->count == 1) multiply_groups(4, tile4, rows, 1, result);
+    else if (matrix->kind == GROUPS4) multiply_groups(4, tile4, rows, rows->count, result);
+    else if (matrix->kind == GROUPS8 && rows->count == 1) multiply_groups(8, tile8, rows, 1, result);
+    else if (matrix->kind == GROUPS8) multiply_groups(8, tile8, rows, rows->count, result);
+    else if (matrix->kind == FP32) multiply_floats(FP32, matrix, tile, rows, result);
+    else if (matrix->kind == FP16) multiply_floats(FP16, matrix, tile, rows, result);
+    else multiply_floats(BF16, matrix, tile, rows, result);
+    if (matrix->bias)
+        for (int row = 0; row < rows->count; row++)
+            for (int i = 0; i < TILE && tile * TILE + i < matrix->rows; i++) result[row][i] += matrix->bias[tile * TILE + i];
+}
+
+// The 32 numbers of one row of a tile's group in fp32.
+INLINE void widen_group(int bits4, const uint8_t *group, int row, float scale, float minimum, float *result) {
+    uint8_t numbers[GROUP];
+    for (int n = 0; n < 8; n++) {
+        uint32_t bytes = four(group + 2 * TILE * (bits4 ? 2 : 1), (bits4 ? n / 2 : n) * TILE + row);
+        if (bits4) bytes = bytes >> n % 2 * 4 & 0x0f0f0f0f;
+        memcpy(numbers + 4 * n, &bytes, sizeof bytes);
+    }
+    for (int i = 0; i < GROUP; i++) result[i] = scale * (float)(numbers[i] - (bits4 ? 0 : 128)) + minimum;
+}
+
+// The 16 rows of a tile in fp32, (16, columns), as far as the matrix has them.
+static void widen_tile(const Matrix *matrix, int tile, float *result) {
+    int columns = matrix->columns, count = matrix->rows - tile * TILE < TILE ? matrix->rows - tile * TILE : TILE;
+    if (matrix->kind < GROUPS4) {
+        int64_t begin = (int64_t)tile * TILE * columns, size = (int64_t)count * columns, index = 0;
+        for (; index + LANES <= size; index += LANES) store(result + index, from(matrix->kind, matrix->data, begin + index));
+        for (; index < size; index++) result[index] = one_from(matrix->kind, matrix->data, begin + index);
+        return;
+    }
+    int bits4 = matrix->kind == GROUPS4, bytes = bits4 ? BYTES4 : BYTES8;
+    const uint8_t *data = (const uint8_t *)matrix->data + (int64_t)tile * (columns / GROUP) * bytes;
+    for (int first = 0; first < columns; first += GROUP, data += bytes) {
+        float scales[2 * TILE];
+        for (int i = 0; i < (bits4 ? 2 : 1) * TILE; i += LANES) store(scales + i, from_fp16((const uint16_t *)data + i));
+        for (int row = 0; row < count; row++)
+            widen_group(bits4, data, row, scales[row], bits4 ? scales[TILE + row] : 0, result + (int64_t)row * columns + first);
+    }
+}
+
+// One row of a matrix in fp32: a token's embedding.
+static void widen_row(const Matrix *matrix, int row, float *result) {
+    int columns = matrix->columns;
+    if (matrix->kind < GROUPS4) {
+        for (int i = 0; i < columns; i++) result[i] = one_from(matrix->kind, matrix->data, (int64_t)row * columns + i);
+        return;
+    }
+    int bits4 = matrix->kind == GROUPS4, bytes = bits4 ? BYTES4 : BYTES8, lane = row % TILE;
+    const uint8_t *data = (const uint8_t *)matrix->data + (int64_t)(row / TILE) * (columns / GROUP) * bytes;
+    for (int first = 0; first < columns; first += GROUP, data += bytes) {
+        float scale = one_from(FP16, data, lane), minimum = bits4 ? one_from(FP16, data, TILE + lane) : 0;
+        widen_group(bits4, data, lane, scale, minimum, result + first);
+    }
+}
+
+// --- Threads
+
+struct Pool;
+typedef void Work(struct Pool *pool, int thread);
+
+typedef struct Pool {
+    int num_threads, stopping;
+    pthread_t *threads;
+    pthread_mutex_t mutex;
+    pthread_cond_t wake;
+    Work *work;
+    const void *input;
+    const Model *model;
+    float *scratch;
+    size_t scratch_floats;
+    // each on its own cache line, because all threads write them
+    _Alignas(64) atomic_int job;      // the number of the current piece of work
+    _Alignas(64) atomic_int arrived;  // threads that wait at the barrier
+    _Alignas(64) atomic_int barrier;  // barriers passed so far
+    _Alignas(64) atomic_int next;     // the next piece of the current part that no thread has taken
+} Pool;
+
+static void pause_or_yield(int *spins) {
+    if (++*spins > SPINS) {
+        sched_yield();  // another process may have this core: a pure spin made a step 60 times slower
+        return;
+    }
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#endif
+}
+
+static void wait_for_all(Pool *pool) {
+    int passed = atomic_load(&pool->barrier), spins = 0;
+    if (atomic_fetch_add(&pool->arrived, 1) == pool->num_threads - 1) {
+        atomic_store(&pool->arrived, 0);
+        atomic_store(&pool->next, 0);
+        atomic_fetch_add(&pool->barrier, 1);
+    } else {
+        while (atomic_load(&pool->barrier) == passed) pause_or_yield(&spins);
+    }
+}
+
+// for (i = 0; i < count; i++), shared by all threads, `chunk` numbers at a time
+#define SHARE(i, count, chunk)                                                               \
+    for (int i##_first; (i##_first = atomic_fetch_add(&pool->next, chunk)) < (count);)       \
+        for (int i = i##_first; i < i##_first + (chunk) && i < (count); i++)
+
+static int chunk_of(const Pool *pool, int count) {
+    int chunk = count / (pool->num_threads * 6);
+    return chunk < 1 ? 1 : chunk > 16 ? 16 : chunk;
+}
+
+typedef struct {
+    Pool *pool;
+    int thread;
+} Worker;
+
+static void *serve(void *argument) {
+    Worker worker = *(Worker *)argument;
+    free(argument);
+    Pool *pool = worker.pool;
+    for (int done = 0;; done++) {
+        for (int spins = 0; atomic_load(&pool->job) == done && spins < SPINS;) pause_or_yield(&spins);
+        pthread_mutex_lock(&pool->mutex);
+        while (atomic_load(&pool->job) == done) pthread_cond_wait(&pool->wake, &pool->mutex);
+        pthread_mutex_unlock(&pool->mutex);
+        if (pool->stopping) return NULL;
+        pool->work(pool, worker.thread);
+    }
+}
+
+static void run(Pool *pool, Work *work, const void *input) {
+    pool->work = work;
+    pool->input = input;
+    pthread_mutex_lock(&pool->mutex);
+    atomic_fetch_add(&pool->job, 1);
+    pthread_cond_broadcast(&pool->wake);
+    pthread_mutex_unlock(&pool->mutex);
+    if (!pool->stopping) work(pool, 0);
+}
+
+// --- The step
+
+// RMSNorm, times the norm's weights.
+static void normalize(const float *x, const float *weights, float epsilon, int width, float *result) {
+    float factor = 1.0f / sqrtf(dot(x, x, width) / (float)width + epsilon);
+    for (int i = 0; i < width; i++) result[i] = weights[i] * (x[i] * factor);
+}
+
+// Rotate a head by the angles of its position: pairs of numbers are half a head apart.
+static void rotate(float *head, const float *cosines, const float *sines, int size) {
+    for (int i = 0, half = size / 2; i < half; i++) {
+        float first = head[i], second = head[i + half];
+        head[i] = first * cosines[i] - second * sines[i];
+        head[i + half] = second * cosines[i + half] + first * sines[i + half];
+    }
+}
+
+// Attention of one head of a row over the columns of its text.
+static void attend(const float *query, const float *keys, const float *values, int count, int size, float scaling,
+                   float *scores, float *result) {
+    float highest = -INFINITY, total = 0;
+    for (int column = 0; column < count; column++) {
+        scores[column] = scaling * dot(query, keys + (int64_t)column * size, size);
+        highest = scores[column] > highest ? scores[column] : highest;
+    }
+    int column = 0;
+    Floats totals = {0};
+    for (; column + LANES <= count; column += LANES) {
+        Floats weights = exponential(load(scores + column) - highest);
+        store(scores + column, weights);
+        totals += weights;
+    }
+    for (; column < count; column++) {
+        scores[column] = exponential(splat(scores[column] - highest))[0];
+        total += scores[column];
+    }
+    total += sum_of(totals);
+    int first = 0;
+    for (; first + LANES <= size; first += LANES) {
+        Floats sum = {0};
+        for (column = 0; column < count; column++) sum += scores[column] * load(values + (int64_t)column * size + first);
+        store(result + first, sum / total);
+    }
+    for (; first < size; first++) {
+        float sum = 0;
+        for (column = 0; column < count; column++) sum += scores[column] * values[(int64_t)column * size + first];
+        result[first] = sum / total;
+    }
+}
+
+typedef struct {  // where a step keeps its numbers; all (rows, ...)
+    float *x, *normed, *query, *key, *value, *attended, *inner, *scores;
+    Group *groups;
+} Scratch;
+
+static size_t round_up(size_t count) { return (count + 63) / 64 * 64; }
+
+// Lay the arrays of a step out one after the other from `begin` on; return how many floats they take.
+static size_t lay_out(const Pool *pool, const Model *model, const Step *step, float *begin, Scratch *scratch) {
+    size_t rows = step->rows, width = model->width, heads = (size_t)model->heads * model->head_size;
+    size_t key_heads = (size_t)model->key_heads * model->head_size, inner = model->inner;
+    size_t widest = width > inner ? width : inner;
+    widest = widest > heads ? widest : heads;
+    size_t groups = rows * (widest / GROUP + 1) * sizeof(Group) / sizeof(float);
+    float **fields[] = {&scratch->x, &scratch->normed, &scratch->query, &scratch->key, &scratch->value,
+                        &scratch->attended, &scratch->inner, &scratch->scores, (float **)&scratch->groups};
+    size_t counts[] = {rows * width, rows * width, rows * heads, rows * key_heads, rows * key_heads,
+                       rows * heads, rows * inner, pool->num_threads * round_up(step->capacity), groups};
+    size_t total = 0;
+    for (int i = 0; i < 9; i++) {
+        *fields[i] = begin + total;
+        total += round_up(counts[i]);
+    }
+    return total;
+}
+
+static int is_grouped(const Matrix *matrix) { return matrix->kind >= GROUPS4; }
+
+static void run_step(Pool *pool, int thread) {
+    const Step *step = pool->input;
+    const Model *model = pool->model;
+    int rows = step->rows, width = model->width, size = model->head_size, inner = model->inner;
+    int heads_width = model->heads * size, keys_width = model->key_heads * size;
+    Scratch s;
+    lay_out(pool, model, step, pool->scratch, &s);
+    float *scores = s.scores + thread * round_up(step->capacity), tile[MAX_ROWS][TILE], tile2[MAX_ROWS][TILE];
+
+#define TO_DIGITS(x, count_of_row)                                                             \
+    SHARE(group, rows * ((count_of_row) / GROUP), 4) to_digits((x) + (int64_t)group * GROUP, s.groups + group); \
+    wait_for_all(pool)
+#define NORMALIZE(weights, next_matrix)                                                        \
+    SHARE(row, rows, 1) {                                                                      \
+        float *to = s.normed + (int64_t)row * width;                                           \
+        normalize(s.x + (int64_t)row * width, weights, model->epsilon, width, to);             \
+        if (is_grouped(next_matrix))                                                           \
+            for (int g = 0; g < width / GROUP; g++) to_digits(to + g * GROUP, s.groups + (int64_t)row * (width / GROUP) + g); \
+    }                                                                                          \
+    wait_for_all(pool)
+
+    SHARE(row, rows, 1) widen_row(&model->embedding, step->tokens[row], s.x + (int64_t)row * width);
+    wait_for_all(pool);
+    for (int number = 0; number < model->num_layers; number++) {
+        const Layer *layer = model->layers + number;
+        Rows normed = {rows, width, s.normed, s.groups};
+
+        NORMALIZE(layer->attention_norm, &layer->query);
+        const Matrix *matrices[3] = {&layer->query, &layer->key, &layer->value};
+        float *results[3] = {s.query, s.key, s.value};
+        int tiles[3] = {num_tiles(&layer->query), num_tiles(&layer->key), num_tiles(&layer->value)};
+        int all_tiles = tiles[0] + tiles[1] + tiles[2];
+        SHARE(i, all_tiles, chunk_of(pool, all_tiles)) {
+            int which = i < tiles[0] ? 0 : i < tiles[0] + tiles[1] ? 1 : 2;
+            int own = i - (which > 0 ? tiles[0] : 0) - (which > 1 ? tiles[1] : 0), columns = matrices[which]->rows;
+            multiply(matrices[which], own, &normed, tile);
+            for (int row = 0; row < rows; row++)
+                for (int j = 0; j < TILE && own * TILE + j < columns; j++)
+                    results[which][(int64_t)row * columns + own * TILE + j] = tile[row][j];
+        }
+        wait_for_all(pool);
+
+        // each head of queries and keys: its norm if there is one, and its position; keys and values go into the cache
+        SHARE(i, rows * (model->heads + model->key_heads), 4) {
+            int row = i / (model->heads + model->key_heads), head = i % (model->heads + model->key_heads);
+            const float *cosines = step->cosines + (int64_t)row * size, *sines = step->sines + (int64_t)row * size;
+            int is_key = head >= model->heads, key_head = head - model->heads;
+            float *numbers = is_key ? s.key + (int64_t)row * keys_width + key_head * size
+                                    : s.query + (int64_t)row * heads_width + head * size;
+            const float *weights = is_key ? layer->key_norm : layer->query_norm;
+            if (weights) normalize(numbers, weights, model->epsilon, size, numbers);
+            rotate(numbers, cosines, sines, size);
+            if (is_key) {
+                int64_t column = ((int64_t)step->texts[row] * model->key_heads + key_head) * step->capacity + step->columns[row];
+                memcpy(layer->keys + column * size, numbers, size * sizeof(float));
+                memcpy(layer->values + column * size, s.value + (int64_t)row * keys_width + key_head * size, size * sizeof(float));
+            }
+        }
+        wait_for_all(pool);
+
+        SHARE(i, rows * model->heads, 1) {
+            int row = i / model->heads, head = i % model->heads, column = step->columns[row], first = step->starts[row];
+            if (layer->window && column - layer->window + 1 > first) first = column - layer->window + 1;
+            int key_head = head / (model->heads / model->key_heads);
+            int64_t begin = (((int64_t)step->texts[row] * model->key_heads + key_head) * step->capacity + first) * size;
+            attend(s.query + (int64_t)row * heads_width + head * size, layer->keys + begin, layer->values + begin,
+                   column - first + 1, size, model->scaling, scores, s.attended + (int64_t)row * heads_width + head * size);
+        }
+        wait_for_all(pool);
+        if (is_grouped(&layer->output)) { TO_DIGITS(s.attended, heads_width); }
+        Rows attended = {rows, heads_width, s.attended, s.groups};
+        SHARE(i, num_tiles(&layer->output), chunk_of(pool, num_tiles(&layer->output))) {
+            multiply(&layer->output, i, &attended, tile);
+            for (int row = 0; row < rows; row++)
+                for (int j = 0; j < TILE && i * TILE + j < width; j++) s.x[(int64_t)row * width + i * TILE + j] += tile[row][j];
+        }
+        wait_for_all(pool);
+
+        NORMALIZE(layer->mlp_norm, &layer->gate);
+        SHARE(i, num_tiles(&layer->gate), chunk_of(pool, num_tiles(&layer->gate))) {
+            multiply(&layer->gate, i, &normed, tile);
+            multiply(&layer->up, i, &normed, tile2);
+            for (int row = 0; row < rows; row++) {
+                for (int j = 0; j < TILE; j += LANES) {  // SiLU(gate) * up
+                    Floats gate = load(tile[row] + j);
+                    store(tile[row] + j, gate / (1.0f + exponential(-gate)) * load(tile2[row] + j));
+                }
+                for (int j = 0; j < TILE && i * TILE + j < inner; j++) s.inner[(int64_t)row * inner + i * TILE + j] = tile[row][j];
+            }
+        }
+        wait_for_all(pool);
+        if (is_grouped(&layer->down)) { TO_DIGITS(s.inner, inner); }
+        Rows inner_rows = {rows, inner, s.inner, s.groups};
+        SHARE(i, num_tiles(&layer->down), chunk_of(pool, num_tiles(&layer->down))) {
+            multiply(&layer->down, i, &inner_rows, tile);
+            for (int row = 0; row < rows; row++)
+                for (int j = 0; j < TILE && i * TILE + j < width; j++) s.x[(int64_t)row * width + i * TILE + j] += tile[row][j];
+        }
+        wait_for_all(pool);
+    }
+    NORMALIZE(model->norm, &model->head);
+    int skipped = step->first_logits;
+    Rows last = {rows - skipped, width, s.normed + (int64_t)skipped * width, s.groups + (int64_t)skipped * (width / GROUP)};
+    if (last.count > 0) SHARE(i, num_tiles(&model->head), chunk_of(pool, num_tiles(&model->head))) {
+        multiply(&model->head, i, &last, tile);
+        for (int row = 0; row < last.count; row++)
+            for (int j = 0; j < TILE && i * TILE + j < model->vocabulary; j++)
+                step->logits[(int64_t)row * model->vocabulary + i * TILE + j] = tile[row][j];
+    }
+    wait_for_all(pool);
+}
+
+typedef struct {
+    const Matrix *matrix;
+    int32_t first_row, rows;  // the first is the first row of a tile
+    float *result;
+} Widening;
+
+static void run_widening(Pool *pool, int thread) {
+    const Widening *widening = pool->input;
+    (void)thread;
+    int first = widening->first_row / TILE, count = (widening->rows + TILE - 1) / TILE;
+    SHARE(i, count, chunk_of(pool, count))
+        widen_tile(widening->matrix, first + i, widening->result + (int64_t)i * TILE * widening->matrix->columns);
+    wait_for_all(pool);
+}
+
+// --- What fast_decoding.py calls
+
+void stop(Pool *pool) {
+    pool->stopping = 1;
+    run(pool, NULL, NULL);
+    for (int thread = 1; thread < pool->num_threads; thread++) pthread_join(pool->threads[thread], NULL);
+    free(pool->scratch);
+    free(pool->threads);
+    free(pool);
+}
+
+// Return a pool of threads that wait for work, NULL if the system gives none.
+Pool *start(int num_threads) {
+    Pool *pool = aligned_alloc(64, (sizeof(Pool) + 63) / 64 * 64);
+    if (!pool) return NULL;
+    memset(pool, 0, sizeof *pool);
+    pool->num_threads = 1;
+    pool->threads = calloc(num_threads, sizeof(pthread_t));
+    pthread_mutex_init(&pool->mutex, NULL);
+    pthread_cond_init(&pool->wake, NULL);
+    for (int thread = 1; thread < num_threads; thread++) {
+        Worker *worker = malloc(sizeof *worker);
+        *worker = (Worker){pool, thread};
+        if (pthread_create(pool->threads + thread, NULL, serve, worker)) {
+            free(worker);
+            stop(pool);
+            return NULL;
+        }
+        pool->num_threads++;
+    }
+    return pool;
+}
+
+// Compute a step; return 0, or 1 if there is too little memory.
+int step(Pool *pool, const Model *model, const Step *input) {
+    Scratch unused;
+    size_t needed = lay_out(pool, model, input, NULL, &unused);
+    if (needed > pool->scratch_floats) {
+        free(pool->scratch);
+        pool->scratch = aligned_alloc(64, needed * sizeof(float));
+        pool->scratch_floats = pool->scratch ? needed : 0;
+        if (!pool->scratch) return 1;
+    }
+    pool->model = model;
+    run(pool, run_step, input);
+    return 0;
+}
+
+// Write rows of a matrix in fp32, from the first row of a tile on: (rows, columns).
+void widen(Pool *pool, const Matrix *matrix, int first_row, int rows, float *result) {
+    Widening widening = {matrix, first_row, rows, result};
+    run(pool, run_widening, &widening);
+}
+
+// Write one row of a matrix in fp32.
+void widen_one(const Matrix *matrix, int row, float *result) { widen_row(matrix, row, result); }
+
+// Return the name of the instructions that this was compiled for.
+const char *instructions(void) {
+#if defined(PORTABLE)
+    return "portable C";
+#elif defined(NEON)
+    return "NEON dot product";
+#elif LANES == 16
+    return "AVX-512 VNNI";
+#elif defined(PAIRS)
+    return "AVX2";
+#else
+    return "AVX-VNNI";
+#endif
+}
+
+typedef struct {
+    const Matrix *matrix;
+    const float *x;
+    int32_t count;
+    float *result;
+    Group *groups;
+} Product;
+
+static void run_product(Pool *pool, int thread) {
+    const Product *p = pool->input;
+    const Matrix *matrix = p->matrix;
+    (void)thread;
+    float tile[MAX_ROWS][TILE];
+    int num_groups = is_grouped(matrix) ? p->count * (matrix->columns / GROUP) : 0;
+    SHARE(group, num_groups, 4) to_digits(p->x + (int64_t)group * GROUP, p->groups + group);
+    wait_for_all(pool);
+    Rows rows = {p->count, matrix->columns, p->x, p->groups};
+    SHARE(i, num_tiles(matrix), chunk_of(pool, num_tiles(matrix))) {
+        multiply(matrix, i, &rows, tile);
+        for (int row = 0; row < p->count; row++)
+            for (int j = 0; j < TILE && i * TILE + j < matrix->rows; j++)
+                p->result[(int64_t)row * matrix->rows + i * TILE + j] = tile[row][j];
+    }
+    wait_for_all(pool);
+}
+
+// Write the products of a matrix (rows, columns) with `count` rows of activations: (count, rows). Return 0,
+// or 1 if there is too little memory. The tests call this; a step multiplies by itself.
+int product(Pool *pool, const Matrix *matrix, const float *x, int count, float *result) {
+    Group *groups = aligned_alloc(64, (size_t)count * (matrix->columns / GROUP + 1) * sizeof(Group));
+    if (!groups) return 1;
+    Product input = {matrix, x, count, result, groups};
+    run(pool, run_product, &input);
+    free(groups);
+    return 0;
+}

@@ -1,0 +1,185 @@
+"""What an index is made of: the settings that its embeddings share, and its files with their
+checksums.
+
+It is read and checked here with the standard library alone, so that a mistake is told before the
+libraries are loaded.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NotRequired, TypedDict
+
+from common.errors import UserError
+from common.files import seal
+
+FORMAT = "embed_search index 1"
+MANIFEST, LOCK = "manifest.json", ".lock"
+ADVICE = "restore it from a copy, or index the texts into a new folder"  # for a damaged index
+
+
+class Identity(TypedDict):
+    """What embeddings must share to be compared; `model` is the name, for people."""
+
+    model: str
+    fingerprint: str
+    width: int
+    pooling: str
+    max_length: int
+
+
+class Settings(Identity):
+    """How an index is made; `chunk_overlap` is None for whole texts."""
+
+    id_column: str | None
+    chunk_overlap: int | None
+
+
+# the settings of an index, and the flag that must agree with each
+CHECKED_SETTINGS = {
+    "fingerprint": "--model",
+    "width": "--model",
+    "pooling": "--model",
+    "max_length": "--max-length",
+    "id_column": "--id-column",
+    "chunk_overlap": "--chunk and --chunk-overlap",
+}
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Which model encodes, and how; None stands for the default."""
+
+    model: str | None = None
+    max_length: int | None = None
+    batch_tokens: int | None = None
+    cache_dir: str | None = None
+
+    def with_defaults(self, model: str, max_length: int) -> "EncoderConfig":
+        """Return the configuration with other defaults: those of an index."""
+        return replace(self, model=self.model or model, max_length=self.max_length or max_length)
+
+
+class FileEntry(TypedDict):
+    """A file that a manifest names: a segment, or the numbers of the rows deleted from one.
+
+    `checksums` are those of the blocks, one after the other; `body` is where the bytes of its
+    columns begin and end. Both are missing in indexes of an earlier version.
+    """
+
+    file: str
+    rows: int
+    sha256: str
+    checksums: NotRequired[str]
+    body: NotRequired[list[int]]
+    deleted: NotRequired["FileEntry | None"]  # in the entry of a segment
+
+
+class Manifest(TypedDict):
+    """The state of an index. `columns`: metadata column -> Arrow type; `sha256` is the hash of all
+    the rest, None while that is computed.
+    """
+
+    format: str
+    generation: int  # the number of the state, one higher with each commit
+    settings: Settings
+    columns: dict[str, str]
+    segments: list[FileEntry]
+    sha256: str | None
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Return the manifest of an index. Raises UserError when it is missing or damaged."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        what = "not an index (it has no manifest.json)" if folder.exists() else "no such folder"
+        raise UserError(
+            f"--index {folder}: {what}; make one with: embed_search.py index TEXTS --index {folder}"
+        )
+    try:
+        manifest = json.loads(path.read_bytes())
+        is_index = manifest.get("format") == FORMAT
+        if is_index and manifest["sha256"] != seal({**manifest, "sha256": None}):
+            raise ValueError("the seal is broken")
+    except (ValueError, AttributeError, KeyError) as error:
+        raise damaged(path, "its SHA-256 does not match its content") from error
+    if not is_index:
+        raise UserError(f"--index {folder}: its manifest.json is not {FORMAT!r}; name another folder")
+    return manifest
+
+
+def damaged(path: Path, reason: str) -> UserError:
+    """Return the mistake that a file of an index is damaged."""
+    return UserError(f"{path}: damaged ({reason}); {ADVICE}")
+
+
+def entries_of(manifest: Manifest) -> dict[str, FileEntry]:
+    """Return the files that a manifest names, each with its entry."""
+    entries = {}
+    for entry in manifest["segments"]:
+        entries[entry["file"]] = entry
+        if deleted := entry.get("deleted"):
+            entries[deleted["file"]] = deleted
+    return entries
+
+
+def num_live_rows(manifest: Manifest) -> int:
+    """Return the number of rows that are not deleted."""
+    deleted = [entry.get("deleted") for entry in manifest["segments"]]
+    num_deleted = sum(part["rows"] for part in deleted if part)
+    return sum(entry["rows"] for entry in manifest["segments"]) - num_deleted
+
+
+def check_folder(folder: Path, *, new: bool) -> None:
+    """Raise UserError unless a folder is an index or, with `new`, can become one: it is missing or
+    empty.
+    """
+    if new and (not folder.exists() or _is_empty(folder)):
+        return
+    if folder.exists() and not (folder / MANIFEST).is_file():
+        what = "holds other files but no index" if folder.is_dir() else "is a file"
+        raise UserError(
+            f"--index {folder}: it {what}; name a new folder or one made by: embed_search.py index"
+        )
+    check_files(folder)
+
+
+def check_files(folder: Path) -> Manifest:
+    """Return the manifest of an index. Raises UserError when that is missing or damaged, or when a
+    file that it names is missing.
+    """
+    manifest = read_manifest(folder)
+    while missing := next((name for name in entries_of(manifest) if not (folder / name).is_file()), None):
+        before, manifest = manifest, read_manifest(folder)
+        if manifest["sha256"] == before["sha256"]:  # else a writer has committed meanwhile
+            raise UserError(f"{folder / missing}: a file of the index is missing; {ADVICE}")
+    return manifest
+
+
+def _is_empty(folder: Path) -> bool:
+    """Tell whether a folder has at most the files of a writer that never wrote its manifest."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else [folder.name]
+    return all(name == LOCK or name.startswith(f"{MANIFEST}.") for name in names)
+
+
+def check_settings(index: str, wanted: Mapping[str, object], settings: Settings) -> None:
+    """Raise UserError when an index was made with other settings than those that are wanted now,
+    which need not be all of them.
+    """
+    for name, flag in CHECKED_SETTINGS.items():
+        if name in wanted and wanted[name] != settings.get(name):
+            was, now = _describe_setting(name, settings), _describe_setting(name, wanted)
+            problem = f"it was made {was}, not {now}; their embeddings or rows can't be compared"
+            raise UserError(f"--index {index}: {problem}; give the same {flag}, or another --index")
+
+
+def _describe_setting(name: str, settings: Mapping[str, object]) -> str:
+    """Return how a setting reads in "it was made ...", such as "with max_length 256"."""
+    value = settings[name]
+    if value is None:  # whole texts, or texts without ids
+        flag, *_ = CHECKED_SETTINGS[name].split()
+        return f"without {flag}"
+    if name == "fingerprint":
+        value = f"{settings['model']} ({str(value)[:12]})"
+    return f"with {name} {value}"

@@ -1,0 +1,251 @@
+"""An index on disk, as it is written: a `Store` makes the next state of it.
+
+A crash at any moment leaves the last committed manifest and all of its files: each file, the
+manifest and the folder are fsynced in that order. As an index grows, small files are merged,
+because each takes a file descriptor. One writer at a time holds a lock, which ends with its
+process.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import filelock
+import numpy as np
+import pyarrow as pa
+
+from common.errors import UserError
+from common.files import replace_file, seal, sync_file
+from common.search.index import (
+    CACHE_PREFIX,
+    RESERVED_COLUMNS,
+    ROW_COLUMNS,
+    VECTOR,
+    CheckedFile,
+    Segment,
+    Snapshot,
+    cache_stamp,
+    checksums,
+    map_file,
+    number_array,
+    open_snapshot,
+)
+from common.search.manifest import (
+    FORMAT,
+    LOCK,
+    MANIFEST,
+    FileEntry,
+    Manifest,
+    Settings,
+    check_folder,
+    entries_of,
+)
+
+ABANDONED = 86_400  # seconds after which an unfinished cache must be that of a killed process
+# the limits of a merged file, which is put together in memory: 65,536 rows, 64 MiB
+SEGMENT_ROWS, SEGMENT_BYTES = 65_536, 64 << 20
+MERGED = 32  # this many small files in a row are merged
+# A file with fewer rows is small. Files below the first size are merged first, then those below
+# the next, so that no row is rewritten often.
+SIZES = (32, 1_024, SEGMENT_ROWS)
+
+
+class Store:
+    """An index that is open for writing: `snapshot` is its committed state, which every commit
+    replaces.
+    """
+
+    def __init__(self, folder: Path, snapshot: Snapshot) -> None:
+        self.folder, self.snapshot = folder, snapshot
+
+    def commit(self, added: pa.Table | None, deleted_rows: np.ndarray | Sequence[int] = ()) -> None:
+        """Add rows (None: no rows) and delete others, both or neither; when this returns, they are
+        on disk. The other rows keep their numbers.
+        """
+        columns, segments = self.snapshot.manifest["columns"], list(self.snapshot.segments)
+        rows = np.asarray(deleted_rows, dtype=np.int64)
+        numbers = self.snapshot.segment_numbers(rows)
+        for number in np.unique(numbers):
+            alive = segments[number].alive.copy()
+            alive[rows[numbers == number] - self.snapshot.starts[number]] = False
+            segments[number] = self._with_deleted(segments[number], number, alive)
+        if added is not None and len(added):
+            if not self.snapshot.num_rows:  # the first rows define the metadata
+                names = [name for name in added.column_names if name not in RESERVED_COLUMNS]
+                columns = {name: str(added.schema.field(name).type) for name in names}
+            segments.append(self._write_segment(added, len(segments), columns))
+        self._publish(segments, columns)
+        # merge the small files at the end, if there are enough of them
+        first = self._first_small_segment()
+        if first < len(segments):
+            self._rewrite(first, np.arange(self.snapshot.starts[first], self.snapshot.num_rows))
+
+    def compact(self) -> None:
+        """Rewrite the live rows, in their order, into few large files without deleted rows."""
+        self._rewrite(0, np.flatnonzero(self.snapshot.alive()))
+
+    def _first_small_segment(self) -> int:
+        """Return the number of the first of the small files at the end, if there are enough to be
+        merged; otherwise the number of all files.
+        """
+        segments = self.snapshot.segments
+        light = [segment.num_bytes < SEGMENT_BYTES // 2 for segment in segments]
+        for rows in SIZES:
+            first = len(segments)
+            while first and light[first - 1] and len(segments[first - 1]) < rows:
+                first -= 1
+            if len(segments) - first >= MERGED:
+                return first
+        return len(segments)
+
+    def _rewrite(self, first: int, rows: np.ndarray) -> None:
+        """Replace all files from number `first` on by `rows` (ascending), in as few files as the
+        limits allow; deleted rows among them stay deleted.
+        """
+        snapshot, columns = self.snapshot, self.snapshot.manifest["columns"]
+        segments, alive = snapshot.segments[:first], snapshot.alive()
+        row_bytes = np.array([part.num_bytes / max(len(part), 1) for part in snapshot.segments])
+        # the share of a full file that each row takes; the shares before a row tell its file
+        shares = np.maximum(1 / SEGMENT_ROWS, row_bytes / SEGMENT_BYTES)[snapshot.segment_numbers(rows)]
+        file_numbers = np.floor(np.cumsum(shares) - shares)
+        file_starts = np.flatnonzero(np.diff(file_numbers)) + 1
+        for part in np.split(rows, file_starts):
+            if len(part):
+                segment = self._write_segment(self._table(part), len(segments), columns)
+                segments.append(self._with_deleted(segment, len(segments), alive[part]))
+        self._publish(segments, columns)
+
+    def _table(self, rows: np.ndarray) -> pa.Table:
+        """Return some rows (ascending) with their vectors."""
+        parts = self.snapshot.by_segment(rows)
+        tables = [segment.rows(None, offsets) for segment, _, offsets in parts]
+        table = pa.concat_tables(tables)
+        return table.append_column(VECTOR, vector_array(self.snapshot.vectors_of(rows)))
+
+    @property
+    def _generation(self) -> int:
+        """The number of the next state."""
+        return self.snapshot.manifest["generation"] + 1
+
+    def _write_segment(self, rows: pa.Table, number: int, columns: dict[str, str]) -> Segment:
+        """Write rows to a new file, their metadata in the order of `columns`."""
+        path = self.folder / f"segment-{self._generation:08d}-{number:04d}.arrow"
+        _write_arrow(path, rows.select([*ROW_COLUMNS, *columns, VECTOR]))
+        file = _new_file(path, len(rows))
+        segment = Segment(file, list(columns))
+        segment.entry["body"], segment.entry["deleted"] = segment.body(), None
+        return segment
+
+    def _with_deleted(self, segment: Segment, number: int, alive: np.ndarray) -> Segment:
+        """Return a segment with other live rows, after writing the file of its deleted ones."""
+        if alive.all():
+            return segment
+        table = pa.Table.from_arrays([number_array(np.flatnonzero(~alive).astype(np.uint32))], ["row"])
+        path = self.folder / f"deleted-{self._generation:08d}-{number:04d}.arrow"
+        _write_arrow(path, table)
+        return segment.with_alive({**segment.entry, "deleted": _new_file(path, len(table)).entry}, alive)
+
+    def _publish(self, segments: list[Segment], columns: dict[str, str]) -> None:
+        """Commit: from the rename on, readers see the new state. Then remove the old files."""
+        manifest: Manifest = {**self.snapshot.manifest, "generation": self._generation}
+        manifest["columns"] = columns
+        manifest["segments"] = [segment.entry for segment in segments]
+        manifest["sha256"] = seal({**manifest, "sha256": None})
+        replace_file(self.folder / MANIFEST, json.dumps(manifest, indent=1))
+        self.snapshot = Snapshot(self.folder, manifest, segments)
+        self.clean()
+
+    def clean(self) -> None:
+        """Remove the files and caches of older states and of crashed writers: also old caches,
+        because they hold deleted texts. A reader that has a file open can still read it.
+        """
+        named = entries_of(self.snapshot.manifest)
+        for path in self.folder.iterdir():
+            if path.name.startswith(("segment-", "deleted-", f"{MANIFEST}.")) and path.name not in named:
+                path.unlink()
+        for path in self.folder.glob(f"{CACHE_PREFIX}*"):
+            with contextlib.suppress(FileNotFoundError):  # another process removed it
+                if "." in path.name:  # unfinished
+                    stale = time.time() - path.stat().st_mtime > ABANDONED
+                else:
+                    stale = cache_stamp(path) != self.snapshot.stamp
+                if stale:
+                    shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def open_store(folder: str | Path, *, settings: Settings | None = None, wait: float = 0.0) -> Iterator[Store]:
+    """Open an index as its only writer. With `settings`, a folder that is missing or empty becomes
+    a new index.
+
+    Raises UserError when the folder is something else, when one of its files is damaged, or when
+    another writer holds the lock for longer than `wait` seconds.
+    """
+    folder = Path(folder)
+    check_folder(folder, new=settings is not None)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = _lock(folder, wait)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"--index {folder}: can't be written: {reason}; name another folder") from error
+    try:
+        if settings is not None and not (folder / MANIFEST).is_file():
+            empty = Manifest(
+                format=FORMAT, generation=0, settings=settings, columns={}, segments=[], sha256=None
+            )
+            replace_file(folder / MANIFEST, json.dumps({**empty, "sha256": seal(empty)}, indent=1))
+        store = Store(folder, open_snapshot(folder))
+        store.clean()
+        yield store
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        advice = "free some space and run the same command again"
+        problem = f"{error.strerror}: what was committed stays"
+        raise UserError(f"--index {folder}: {problem}; {advice}") from error
+    finally:
+        lock.release()
+
+
+def _lock(folder: Path, wait: float) -> filelock.BaseFileLock:
+    """Return the lock of an index, acquired. Waits for another writer, and says so."""
+    lock = filelock.FileLock(folder / LOCK)
+    other = f"--index {folder}: another process is"
+    with contextlib.suppress(filelock.Timeout):
+        lock.acquire(timeout=0)
+        return lock
+    if wait:
+        print(f"{other} writing to it; waiting {wait:g} s", file=sys.stderr, flush=True)
+    try:
+        lock.acquire(timeout=wait)
+    except filelock.Timeout:
+        raise UserError(f"{other} still writing to it; try again later, or raise --wait") from None
+    return lock
+
+
+def vector_array(vectors: np.ndarray) -> pa.FixedSizeListArray:
+    """Return vectors (rows, width) as an Arrow array, without a copy."""
+    values = number_array(np.asarray(vectors, np.float32).reshape(-1))
+    return pa.FixedSizeListArray.from_arrays(values, vectors.shape[1])
+
+
+def _write_arrow(path: Path, table: pa.Table) -> None:
+    """Write a table as one record batch of an Arrow IPC file, and fsync it."""
+    with pa.ipc.new_file(path, table.schema) as writer:
+        writer.write_table(table.combine_chunks(), max_chunksize=max(len(table), 1))
+    sync_file(path)
+
+
+def _new_file(path: Path, rows: int) -> CheckedFile:
+    """Return a file that was just written, with its entry."""
+    content = map_file(path)
+    digest = hashlib.sha256(content).hexdigest()
+    entry = FileEntry(file=path.name, rows=rows, sha256=digest, checksums=checksums(content))
+    return CheckedFile(path, entry, content)

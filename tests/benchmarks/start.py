@@ -1,0 +1,193 @@
+#!/usr/bin/env python
+"""Start-up: what a person waits for before a command does its work.
+
+Each command runs in a process of its own, round after round: seconds until it ends and until its
+first output, processor seconds, peak memory, and how many modules it has loaded. The index that is
+searched has random vectors, and the identity of the bundled model. The last line on stdout is one
+JSON object; the seconds in its `ratios` are medians, of help the slowest.
+
+  python tests/benchmarks/start.py                  # about two minutes on two cores
+  python tests/benchmarks/start.py --rounds 1 --only search
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import environment
+import torch
+from tabulate import tabulate
+
+from common import cli
+from common.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+SENTENCES = str(ROOT / "docs" / "examples" / "sentences.txt")
+WIDTH = 384
+
+# name: the script and its flags; INDEX and HOME are put in. Those whose name ends with "help" give
+# `help_seconds`.
+COMMANDS = {
+    "search help": ["embed_search.py", "search", "--help"],
+    "embed_search help": ["embed_search.py", "--help"],
+    "no such index": ["embed_search.py", "search", "--index", "HOME/nowhere", "a query"],
+    "search cold": ["embed_search.py", "search", "--index", "INDEX", "a query about nothing"],
+    "search --hybrid": ["embed_search.py", "search", "--index", "INDEX", "number 17", "--hybrid"],
+    "similarity": ["embed_search.py", "similarity", SENTENCES],
+    "delete": ["embed_search.py", "delete", "--index", "INDEX", "no such id", "--skip-bad"],
+    "verify": ["embed_search.py", "verify", "--index", "INDEX"],
+}
+EXIT_CODES = {"no such index": 2}
+# ratio: the command whose seconds it holds, and the figure
+RATIOS = {"search_cold_seconds": ("search cold", "seconds")}
+
+# Peak memory is inherited from the process that starts another one: this one is small.
+LAUNCH = """
+import json, resource, subprocess, sys, time
+started = time.perf_counter()
+with subprocess.Popen(sys.argv[1:], stdout=subprocess.PIPE) as process:
+    process.stdout.read(1)
+    first = time.perf_counter() - started
+    process.stdout.read()
+seconds = time.perf_counter() - started
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+unit = 1 if sys.platform == "darwin" else 1024
+print(json.dumps({
+    "seconds": seconds,
+    "first_output_seconds": first,
+    "cpu_seconds": used.ru_utime + used.ru_stime,
+    "peak_memory_mb": used.ru_maxrss * unit / 1e6,
+    "code": process.returncode,
+}))
+"""
+# Runs a script as the main program and writes the number of modules at its end to a file.
+COUNT = """
+import atexit, runpy, sys
+report, sys.argv = sys.argv[1], sys.argv[2:]
+atexit.register(lambda: open(report, "w").write(str(len(sys.modules))))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def make_parser() -> cli.Parser:
+    parser = cli.Parser(prog="tests/benchmarks/start.py", description=__doc__)
+    parser.add_argument("--rounds", type=cli.positive_int, default=3, help="medians are taken over these")
+    parser.add_argument("--rows", type=cli.positive_int, default=100_000, help="rows of the index")
+    parser.add_argument("--only", default="", help="measure only the commands with this in their name")
+    parser.add_argument("--make-index", metavar="DIR", help=argparse.SUPPRESS)  # in a process of its own
+    return parser
+
+
+def make_index(folder: Path, rows: int):
+    """Write an index of random unit vectors as the bundled model would have filled it."""
+    import numpy as np
+    import pyarrow as pa
+
+    from common.runtime import start_runtime
+    from common.search import index
+    from common.search.builder import settings_of
+    from common.search.encoder import load_encoder
+    from common.search.manifest import EncoderConfig
+    from common.search.store import open_store, vector_array
+
+    encoder = load_encoder(EncoderConfig(), start_runtime("cpu", "fp32", 0))
+    settings = settings_of(encoder, id_column=None, chunk_overlap=None)
+    generator = np.random.default_rng(0)
+    with open_store(folder, settings=settings) as store:
+        for first in range(0, rows, 40_000):
+            numbers = range(first, min(first + 40_000, rows))
+            vectors = generator.standard_normal((len(numbers), WIDTH), dtype=np.float32)
+            vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+            texts = [f"text number {number} says a few words about nothing at all" for number in numbers]
+            columns = {
+                index.ID: pa.array([f"id {number}" for number in numbers]),
+                index.HASH: pa.array([bytes(32)] * len(numbers), pa.binary(32)),
+                index.CHUNK: pa.array([0] * len(numbers), pa.int32()),
+                index.NUM_CHUNKS: pa.array([1] * len(numbers), pa.int32()),
+                index.START: pa.array([0] * len(numbers), pa.int32()),
+                index.TEXT: pa.array(texts, pa.large_string()),
+                index.VECTOR: vector_array(vectors),
+            }
+            store.commit(pa.table(columns))
+
+
+def run(name: str, home: Path, *launcher: str) -> str:
+    """Run a command; return what the launcher prints."""
+    places = {"INDEX": str(home / "index"), "HOME": str(home)}
+    script, *flags = COMMANDS[name]
+    for place, path in places.items():
+        flags = [flag.replace(place, path) for flag in flags]
+    command = [*launcher, str(ROOT / script), *flags]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout
+
+
+def time_command(name: str, home: Path) -> dict:
+    """Return the figures of one run of a command in a process of its own."""
+    found = json.loads(run(name, home, sys.executable, "-c", LAUNCH, sys.executable).splitlines()[-1])
+    code = found.pop("code")
+    if code != EXIT_CODES.get(name, 0):
+        raise UserError(f"{name}: ended with exit code {code}")
+    return found
+
+
+def count_modules(name: str, home: Path) -> int:
+    """Return how many modules a command has loaded at its end."""
+    report = home / "modules"
+    try:
+        run(name, home, sys.executable, "-c", COUNT, str(report))
+    except subprocess.CalledProcessError as error:
+        if error.returncode != EXIT_CODES.get(name, 0):
+            raise
+    return int(report.read_text())
+
+
+def ratios(medians: dict[str, dict]) -> dict[str, float]:
+    """Return the seconds that the goals are about, as far as their commands were measured."""
+    helps = [figures["seconds"] for name, figures in medians.items() if name.endswith("help")]
+    found = {"help_seconds": max(helps)} if helps else {}
+    for ratio, (name, figure) in RATIOS.items():
+        if name in medians:
+            found[ratio] = medians[name][figure]
+    return found
+
+
+def measure(flags, home: Path) -> dict[str, list[dict]]:
+    """Run the rounds, interleaved; the first run of each command, which counts its modules, warms
+    the disk's cache.
+    """
+    names = [name for name in COMMANDS if flags.only in name]
+    modules = {name: count_modules(name, home) for name in names}
+    rounds: dict[str, list[dict]] = {name: [] for name in names}
+    for _ in range(flags.rounds):
+        for name in names:
+            rounds[name].append({**time_command(name, home), "modules": modules[name]})
+    return rounds
+
+
+def main(flags):
+    if flags.make_index:
+        make_index(Path(flags.make_index), flags.rows)
+        print("{}")
+        return
+    header = environment.describe(torch.device("cpu"))
+    environment.show(header)
+    with tempfile.TemporaryDirectory() as folder:
+        environment.run_child(__file__, "--make-index", str(Path(folder) / "index"))
+        rounds = measure(flags, Path(folder))
+    medians = {name: environment.median_of(measured) for name, measured in rounds.items()}
+    keys = ("seconds", "first_output_seconds", "cpu_seconds", "peak_memory_mb", "modules")
+    lines = [[name, *(figures[key] for key in keys)] for name, figures in medians.items()]
+    headers = ["command", "seconds", "to the first output", "CPU seconds", "peak MB", "modules"]
+    print("\n" + tabulate(lines, headers, floatfmt=("", ".2f", ".2f", ".2f", ".0f", ".0f")))
+    print(f"\nmedians over {flags.rounds} rounds; an index of {flags.rows:,} rows, {WIDTH} dimensions")
+    lowest = {name: min(entry["cpu_seconds"] for entry in measured) for name, measured in rounds.items()}
+    found = ratios(medians)
+    document = {"environment": header, "settings": vars(flags), "medians": medians, "lowest_cpu": lowest}
+    print("\n" + json.dumps({"benchmark": "start", **document, "ratios": found, "rounds": rounds}))
+
+
+if __name__ == "__main__":
+    cli.run(make_parser(), main)

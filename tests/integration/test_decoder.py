@@ -1,0 +1,486 @@
+"""The decoding step in C: its products against float64, the step against the one written out in
+PyTorch and the library's forward, and how it is compiled.
+"""
+
+import dataclasses
+import functools
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+from common.generation import decoding, fast_decoding
+from common.generation.fast_decoding import (
+    FastStep,
+    Kernel,
+    RoomyCache,
+    StoredEmbedding,
+    StoredLinear,
+    fast_step,
+    self_check,
+    store,
+)
+from common.generation.llama import NotCovered, Places, plain_step, read_transformer
+from common.generation.stored_weights import KIND_OF_DTYPE, KINDS, Matrix, convert, matrix_of, pack
+from language_models import SIZES, VOCABULARY, tiny_language_model
+
+ROOT = Path(__file__).resolve().parents[2]
+DTYPES = {kind: dtype for dtype, kind in KIND_OF_DTYPE.items()}
+# an fp32 product has an error of some 2^-24 of the sum of the sizes of its terms
+ROUNDING = 4e-7
+
+
+@pytest.fixture(scope="module", params=["native", "portable"])
+def kernel(request, tmp_path_factory) -> Kernel:
+    """The step compiled for this processor, and without any of its special instructions."""
+    if request.param == "portable":
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fast_decoding, "FLAGS", [*fast_decoding.FLAGS, "-DPORTABLE"])
+            library = fast_decoding.load_library.__wrapped__(str(tmp_path_factory.mktemp("cache")))
+        assert Kernel(library, 1).instructions == "portable C"
+    else:
+        library = fast_decoding.load_library(str(tmp_path_factory.mktemp("cache")))
+    return Kernel(library, 2)
+
+
+def random_matrix(kind: str, rows: int, columns: int, seed: int = 0) -> Matrix:
+    """Return a matrix with numbers of the whole range of its kind."""
+    generator = torch.Generator().manual_seed(seed)
+    if kind not in ("groups4", "groups8"):
+        return matrix_of(torch.randn(rows, columns, generator=generator).to(DTYPES[kind]))
+    low, high = (0, 16) if kind == "groups4" else (-128, 128)
+    numbers = torch.randint(low, high, (rows, columns), generator=generator, dtype=torch.int16)
+    scales = torch.randn(2, rows, columns // 32, generator=generator).half()
+    return pack(kind, numbers, scales[0], scales[1] if kind == "groups4" else None)
+
+
+def relative_error(kernel: Kernel, matrix: Matrix, x: torch.Tensor) -> float:
+    """Return the largest error of the products, relative to the sum of the sizes of their terms."""
+    weights = matrix.widen().double()
+    error = (kernel.product(matrix, x).double() - x.double() @ weights.T).abs()
+    return (error / (x.double().abs() @ weights.abs().T).clamp(min=1e-300)).max().item()
+
+
+# --- Products
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 16, 33, 64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_products_are_those_of_float64(kind, rows, kernel):
+    """Sizes that do not fill tiles of 16 rows, and for numbers of their own not a vector either."""
+    sizes = [(1, 32), (16, 64), (37, 96), (100, 160), (257, 32)]
+    sizes += [] if kind.startswith("groups") else [(3, 1), (21, 37), (16, 15), (5, 100)]
+    for size in sizes:
+        matrix = random_matrix(kind, *size)
+        x = torch.randn(rows, size[1]) * torch.logspace(-3, 3, rows)[:, None]
+        assert relative_error(kernel, matrix, x) < ROUNDING, size
+
+
+@pytest.mark.parametrize("value", [1.0, -1.0, 3.7e-20, 1e30])
+@pytest.mark.parametrize("kind", ["groups4", "groups8"])
+def test_the_largest_digits_and_numbers_do_not_overflow(kind, value, kernel):
+    """All activations as large as the largest of their group: every digit of every product is at
+    its limit; then one of them halfway between two whole numbers.
+    """
+    low, high = (0, 15) if kind == "groups4" else (-128, 127)
+    for number in (low, high):
+        numbers = torch.full((17, 64), number, dtype=torch.int16)
+        ones = torch.ones(17, 2).half()
+        matrix = pack(kind, numbers, ones, -ones if kind == "groups4" else None)
+        for share in (1.0, 127.5 / 128, 0.5, 1 / 3):
+            x = torch.full((2, 64), value)
+            x[1, 1::2] *= -share
+            assert relative_error(kernel, matrix, x) < ROUNDING
+
+
+def test_activations_have_the_precision_of_fp32(kernel):
+    """A matrix of ones and zeros shows each activation: off by at most half a step of its group,
+    the largest of 32 divided by 8,355,000, and by what three fp32 products round.
+    """
+    matrix = pack(
+        "groups4", torch.eye(32, dtype=torch.int16), torch.ones(32, 1).half(), torch.zeros(32, 1).half()
+    )
+    x = torch.randn(50, 32, generator=torch.Generator().manual_seed(1))
+    error = (kernel.product(matrix, x) - x).abs().amax(1)
+    assert (error <= (0.5 / 8_355_000 + 3 * 2**-24) * x.abs().amax(1)).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_zeros_give_zero_and_what_is_no_number_gives_none(kind, kernel):
+    matrix = random_matrix(kind, 20, 64)
+    x = torch.randn(4, 64)
+    x[0] = 0.0
+    x[1, 40], x[2, 3] = torch.inf, torch.nan
+    found = kernel.product(matrix, x)
+    assert (found[0] == 0).all() and found[3].isfinite().all()
+    assert not found[1].isfinite().any() or kind in ("fp32", "fp16", "bf16")
+    assert found[2].isnan().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_matrices_are_widened_exactly(kind, kernel):
+    for rows, columns in ((1, 32), (37, 96), (64, 160)):
+        matrix = random_matrix(kind, rows, columns)
+        assert torch.equal(kernel.widen(matrix), matrix.widen())
+        assert torch.equal(kernel.widen_rows(matrix, list(range(rows))), matrix.widen())
+    assert torch.equal(kernel.widen(matrix, 16, 21), matrix.widen()[16:37])
+
+
+def test_the_smallest_fp16_numbers_survive(kernel):
+    """Subnormal ones: a scale of a group can be one."""
+    numbers = torch.tensor([[6e-8, -6e-8, 3e-5, 6e-5, 65504.0, -0.0, 1.0, 2.0]]).half()
+    matrix = matrix_of(numbers)
+    assert torch.equal(kernel.widen(matrix), numbers.float())
+    assert torch.equal(kernel.product(matrix_of(numbers.T.contiguous()), torch.ones(1, 1)), numbers.float())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_number_of_threads_gives_the_same_bits(kind, kernel):
+    matrix, x = random_matrix(kind, 100, 96), torch.randn(5, 96)
+    expected = kernel.product(matrix, x)
+    for num_threads in (1, 3, 8):
+        other = Kernel(kernel.library, num_threads)
+        for _ in range(20):
+            assert torch.equal(other.product(matrix, x), expected)
+
+
+# --- Steps
+
+COMMON: dict[str, Any] = {**SIZES, "vocab_size": VOCABULARY, "max_position_embeddings": 512}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0}
+LLAMA3 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+CONFIGS = {
+    "llama": LlamaConfig(**COMMON),
+    "llama, tied, biases, scaled positions": LlamaConfig(
+        **COMMON, tie_word_embeddings=True, attention_bias=True, mlp_bias=True, rope_parameters=LLAMA3
+    ),
+    "llama, odd sizes": LlamaConfig(
+        vocab_size=101,
+        hidden_size=36,
+        intermediate_size=50,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+    ),
+    "mistral, window": MistralConfig(**COMMON, sliding_window=5),
+    "qwen2, biases": Qwen2Config(**COMMON),
+    "qwen3, norms of queries and keys, a window in one layer": Qwen3Config(
+        **COMMON, head_dim=16, sliding_window=6, use_sliding_window=True, max_window_layers=1
+    ),
+}
+
+
+@functools.cache
+def random_model(name: str) -> Any:
+    """Return a model with random numbers in every weight, also in norms and biases."""
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name]).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.copy_(torch.randn_like(parameter) * 0.3 + (1.0 if parameter.dim() == 1 else 0.0))
+    return model
+
+
+def in_kind(model: Any, kind: str) -> dict[str, Matrix]:
+    """Return the matrices of a model in another kind of storage."""
+    matrices = {}
+    for name, parameter in model.named_parameters():
+        if parameter.dim() != 2:
+            continue
+        if not kind.startswith("groups"):
+            matrices[name] = convert(matrix_of(parameter), DTYPES[kind])
+            continue
+        # rounded to groups in the simplest way: the plain step gets the same numbers
+        groups = parameter.reshape(len(parameter), -1, 32)
+        if kind == "groups4":
+            minimums = groups.amin(-1)
+            scales = ((groups.amax(-1) - minimums) / 15).half()
+            numbers = ((groups - minimums.half().float()[..., None]) / scales.float()[..., None]).round()
+            packed = numbers.clamp(0, 15).short().flatten(1), scales, minimums.half()
+        else:
+            scales = (groups.abs().amax(-1) / 127).half()
+            numbers = (groups / scales.float()[..., None]).round().clamp(-128, 127)
+            packed = numbers.short().flatten(1), scales, None
+        matrices[name] = pack(kind, *packed)
+    return matrices
+
+
+def compare_steps(step: FastStep, texts: int, starts: list[int], splits: list[int]) -> None:
+    """Compare the logits of C and of PyTorch for padded texts whose columns come in parts."""
+    model, length = step.model, splits[-1]
+    ids = torch.randint(0, model.embedding.rows, (texts, length), generator=torch.Generator().manual_seed(2))
+    cache, first_columns = RoomyCache(model), torch.tensor(starts)
+    shape = (len(model.layers), texts, model.key_heads, length, model.head_size)
+    keys, values = torch.full(shape, 1e9), torch.full(shape, 1e9)
+    for begin, end in zip([0, *splits], splits):
+        ours = step.forward(ids[:, :end], first_columns, cache, first=begin, keep=end - begin)
+        for column in range(begin, end):
+            columns = torch.full((texts,), column)
+            places = Places(torch.arange(texts), columns, torch.minimum(first_columns, columns))
+            expected = plain_step(model, keys, values, ids[:, column], places)
+            torch.testing.assert_close(ours[:, column - begin], expected, rtol=2e-4, atol=2e-4)
+    torch.testing.assert_close(cache.keys[:, :, :, :length], keys, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(cache.values[:, :, :, :length], values, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_step_computes_what_is_written_out_in_pytorch(name, kernel):
+    """One text token by token, then guesses; padded texts; more rows than fit into one call."""
+    step = FastStep(read_transformer(random_model(name), {}), kernel)
+    compare_steps(step, 1, [0], [1, 2, 3, 4, 9, 10, 15])
+    compare_steps(step, 3, [0, 2, 7], [9, 10, 11])
+    compare_steps(step, 5, [0, 1, 0, 3, 20], [21, 22])  # 105 rows
+    compare_steps(step, 70, list(range(10)) * 7, [10, 11])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["llama", "qwen3, norms of queries and keys, a window in one layer"])
+def test_a_step_over_weights_of_each_kind(name, kind, kernel):
+    model = random_model(name)
+    step = FastStep(read_transformer(model, in_kind(model, kind)), kernel)
+    compare_steps(step, 1, [0], [1, 2, 7])
+    compare_steps(step, 4, [0, 3, 0, 5], [6, 7])
+
+
+def test_the_librarys_forward_and_the_step_share_a_cache(kernel):
+    """The prompt is read by one, the next token by the other, in both orders."""
+    model = random_model("mistral, window")
+    step = FastStep(read_transformer(model, {}), kernel)
+    ids, starts = torch.randint(3, 200, (1, 300)), torch.zeros(1, dtype=torch.long)
+    expected = model(ids).logits[0]
+    cache, column = RoomyCache(step.model), 0
+    for by_library, end in ((True, 9), (False, 10), (False, 13), (True, 14), (True, 290), (False, 300)):
+        if by_library:
+            positions = torch.arange(column, end)[None]
+            logits = model(ids[:, column:end], past_key_values=cache, position_ids=positions).logits[0]
+        else:
+            logits = step.forward(ids[:, :end], starts, cache, first=column, keep=end - column)[0]
+        torch.testing.assert_close(logits, expected[column:end], rtol=1e-4, atol=1e-4)
+        assert cache.get_seq_length() == end
+        column = end
+    cache.crop(-250)
+    assert cache.get_seq_length() == 50
+    logits = step.forward(ids[:, :51], starts, cache, first=50, keep=1)[0]
+    torch.testing.assert_close(logits, expected[50:51], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_librarys_forward_over_stored_weights(kind, kernel):
+    """It computes what it does over the same weights in fp32; a large matrix in several blocks."""
+    matrix = random_matrix(kind, 1000, 96)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fast_decoding, "WIDENED_BYTES", 100 * 96 * 4)
+        bias, x = torch.randn(1000), torch.randn(2, 5, 96)
+        found = StoredLinear(matrix, bias, kernel)(x)
+    expected = torch.nn.functional.linear(x, matrix.widen(), bias)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    ids = torch.tensor([[3, 999, 3], [0, 17, 500]])
+    assert torch.equal(StoredEmbedding(matrix, kernel)(ids), matrix.widen()[ids])
+
+
+def test_a_tied_head_is_stored_once(kernel):
+    name = "llama, tied, biases, scaled positions"
+    model, expected = random_model.__wrapped__(name), random_model(name)
+    matrices = in_kind(model, "fp32")
+    store(model, matrices, kernel)
+    assert "lm_head.weight" not in matrices and not any(p.dim() == 2 for p in model.parameters())
+    ids = torch.randint(3, 200, (2, 9))
+    torch.testing.assert_close(model(ids).logits, expected(ids).logits)
+    assert self_check(fast_step(model, fast_decoding.stored_matrices(model), kernel), model) < 1e-4
+
+
+def test_a_step_that_computes_something_else_is_refused(kernel, monkeypatch):
+    """The self-check at load: here another epsilon."""
+    model = random_model("llama")
+    assert isinstance(fast_step(model, {}, kernel), FastStep)
+    original = fast_decoding.read_transformer
+
+    def other(*given):
+        return dataclasses.replace(original(*given), epsilon=0.1)
+
+    monkeypatch.setattr(fast_decoding, "read_transformer", other)
+    with pytest.raises(NotCovered, match="a logit differs by"):
+        fast_step(model, {}, kernel)
+
+
+def test_a_cache_grows_without_losing_anything():
+    cache = RoomyCache(read_transformer(random_model("llama"), {}))
+    expected = torch.randn(2, 3, 2, 700, 8)  # keys or values, B, K, T, D
+    for begin, end in ((0, 5), (5, 256), (256, 257), (257, 700)):
+        for number in range(2):
+            keys, values = cache.update(*expected[..., begin:end, :], number)
+            assert torch.equal(keys, expected[0, ..., :end, :]) and torch.equal(
+                values, expected[1, ..., :end, :]
+            )
+
+
+# --- Compiling
+
+
+@pytest.fixture
+def load_anew(monkeypatch):
+    """Return a function that loads the library as a new process does, with another environment."""
+
+    def load(cache_dir: Path, **environment: str):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        return fast_decoding.load_library.__wrapped__(str(cache_dir))
+
+    return load
+
+
+@pytest.fixture
+def counted(monkeypatch) -> list:
+    """The commands of the compiler that were run."""
+    commands, original = [], fast_decoding._compile
+
+    def compile_counted(command: list[str]):
+        commands.append(command)
+        original(command)
+
+    monkeypatch.setattr(fast_decoding, "_compile", compile_counted)
+    return commands
+
+
+def test_it_is_compiled_once(load_anew, counted, tmp_path):
+    assert Kernel(load_anew(tmp_path), 1).instructions
+    assert Kernel(load_anew(tmp_path), 1).instructions and len(counted) == 1
+    [file] = (tmp_path / "kernels").iterdir()
+    assert file.suffix == ".so"
+
+
+def test_another_processor_or_source_or_flag_is_compiled_anew(load_anew, counted, tmp_path, monkeypatch):
+    load_anew(tmp_path)
+    monkeypatch.setattr(fast_decoding, "processor", lambda: "another")
+    load_anew(tmp_path)
+    monkeypatch.setattr(fast_decoding, "FLAGS", [*fast_decoding.FLAGS, "-DPORTABLE"])
+    load_anew(tmp_path)
+    other = tmp_path / "other.c"
+    other.write_text(fast_decoding.SOURCE.read_text() + "// changed\n")
+    monkeypatch.setattr(fast_decoding, "SOURCE", other)
+    load_anew(tmp_path)
+    assert len(counted) == len(list((tmp_path / "kernels").iterdir())) == 4
+
+
+def test_a_file_that_was_cut_off_is_compiled_anew(load_anew, counted, tmp_path):
+    load_anew(tmp_path)
+    [file] = (tmp_path / "kernels").iterdir()
+    file.unlink()  # this process has it mapped
+    file.write_bytes(b"\x7fELF")
+    assert Kernel(load_anew(tmp_path), 1).instructions and len(counted) == 2
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
+def test_a_cache_that_cannot_be_written(load_anew, counted, tmp_path):
+    tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    assert Kernel(load_anew(tmp_path), 1).instructions and len(counted) == 1
+
+
+def test_a_cache_that_is_no_folder(load_anew, counted, tmp_path):
+    """Root may write everywhere, but not into a file."""
+    (tmp_path / "kernels").write_text("not a folder")
+    assert Kernel(load_anew(tmp_path), 1).instructions and len(counted) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["kernels"]
+
+
+def test_without_a_compiler_the_reason_says_so(load_anew, tmp_path, monkeypatch):
+    monkeypatch.setattr(fast_decoding.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(NotCovered, match="no C compiler"):
+        load_anew(tmp_path, PATH=str(tmp_path), CC="")
+
+
+@pytest.mark.parametrize("script", ["echo 'x.c:1: error: no such flag' >&2; exit 1", "exit 3", "kill -9 $$"])
+def test_a_broken_compiler_is_named_with_its_message(script, load_anew, tmp_path):
+    compiler = tmp_path / "broken"
+    compiler.write_text(f"#!/bin/sh\n{script}\n")
+    compiler.chmod(0o755)
+    with pytest.raises(NotCovered, match="broken failed: " + ("x.c:1" if "echo" in script else "")):
+        load_anew(tmp_path / "cache", CC=f"{compiler} -O1")
+    assert not list((tmp_path / "cache" / "kernels").iterdir())
+
+
+def test_a_compiler_that_ends_well_and_writes_nothing(load_anew, tmp_path):
+    with pytest.raises(NotCovered):
+        load_anew(tmp_path, CC="true")
+
+
+def test_the_compiler_of_the_user_comes_first(monkeypatch, tmp_path):
+    monkeypatch.setenv("CC", "no-such-compiler -m64")
+    assert fast_decoding.find_compiler() in (["cc"], ["gcc"], ["clang"])
+    mine = tmp_path / "mine"
+    mine.write_text("")
+    mine.chmod(0o755)
+    monkeypatch.setenv("CC", f"{mine} -m64")
+    assert fast_decoding.find_compiler() == [str(mine), "-m64"]
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC")
+    monkeypatch.setattr(fast_decoding.importlib.util, "find_spec", lambda name: name == "ziglang")
+    assert fast_decoding.find_compiler() == [sys.executable, "-m", "ziglang", "cc"]
+
+
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+
+
+def test_two_processes_that_compile_at_once(tmp_path):
+    code = (
+        "from common.generation.fast_decoding import *;"
+        f" print(Kernel(load_library({str(tmp_path)!r}), 2).instructions)"
+    )
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        for _ in range(2)
+    ]
+    ended = [process.communicate(timeout=200) for process in running]
+    assert [process.returncode for process in running] == [0, 0] and not any(error for _, error in ended)
+    assert len(list((tmp_path / "kernels").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["-march=cascadelake"], ["-mavx2", "-mfma", "-mf16c", "-mavxvnni"], ["-mavx2", "-mfma", "-mf16c"]],
+)
+def test_the_other_variants_of_this_kind_of_processor_compile(flags, tmp_path):
+    if os.uname().machine != "x86_64":
+        pytest.skip("flags of x86-64")
+    command = ["cc", *fast_decoding.FLAGS, "-Wall", "-Wextra", "-Werror", *flags]
+    done = subprocess.run(
+        [*command, fast_decoding.SOURCE, "-o", tmp_path / "x.so", "-lm"], capture_output=True
+    )
+    if b"unrecognized" in done.stderr:
+        pytest.skip("this compiler does not know the flags")
+    assert done.returncode == 0, done.stderr.decode()
+
+
+# --- Through the decoder
+
+
+def test_small_passes_take_the_step_and_large_ones_the_library(kernel, monkeypatch):
+    plain = tiny_language_model("llama")
+    fast = dataclasses.replace(plain, fast_step=fast_step(plain.model, {}, kernel))
+    monkeypatch.setattr(decoding, "FAST_TOKENS", 6)
+    called, original = [], FastStep.forward
+
+    def forward_counted(*given, **options):
+        called.append(options)
+        return original(*given, **options)
+
+    monkeypatch.setattr(FastStep, "forward", forward_counted)
+    cases = (([[7, 8, 9]], 3), ([list(range(5, 15))], 2), ([[7, 8], [9, 10, 11, 12]], 2))
+    for prompts, calls in cases:
+        called.clear()
+        batches = [decoding.left_pad(prompts, model, room=4) for model in (plain, fast)]
+        pairs = [[decoding.prefill(model, batch)] for model, batch in zip((plain, fast), batches)]
+        for token in (4, 5):
+            for logits, model, batch in zip(pairs, (plain, fast), batches):
+                logits.append(decoding.step(model, batch, [token] * len(prompts)))
+        for ours, theirs in zip(*pairs):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        assert len(called) == calls

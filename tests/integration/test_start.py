@@ -1,0 +1,124 @@
+"""What each command loads, in a process of its own: help and mistakes load nothing large, and a
+command loads no library that only other commands need.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT, make_sentences, write_lines
+
+# Runs a script as the main program, and at its end writes down which packages are loaded.
+RUN = """
+import atexit, json, runpy, sys
+report, sys.argv = sys.argv[1], sys.argv[2:]
+packages = lambda: sorted({name.partition(".")[0] for name in sys.modules})
+atexit.register(lambda: open(report, "w").write(json.dumps(packages())))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+# the packages whose import takes a tenth of a second or more
+LARGE = {
+    *("torch", "numpy", "scipy", "sklearn", "pandas", "pyarrow", "datasets", "evaluate", "matplotlib"),
+    *("transformers", "sentence_transformers", "tokenizers", "peft", "tensorboard", "huggingface_hub"),
+    *("duckdb", "faiss", "bm25s", "tabulate", "pytrec_eval", "rouge_score"),
+}
+STORE = {"numpy", "pyarrow"}  # what an index is read with
+COMPUTE = {*STORE, "torch", "tabulate"}
+SKLEARN = {"sklearn", "scipy", "pandas"}
+
+
+def packages_of(command: list[str], folder: Path) -> tuple[int, set[str], str]:
+    """Return the exit code of a command, the large packages that it had loaded at its end, and what
+    it said on stderr.
+    """
+    report = folder / "packages.json"
+    script, *flags = command
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, report, ROOT / script, *flags],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=folder,
+        env={"PATH": "", "HOME": str(folder), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
+    )
+    return done.returncode, LARGE & set(json.loads(report.read_text())), done.stderr
+
+
+@pytest.fixture(scope="module")
+def home(embed, tmp_path_factory) -> Path:
+    """A folder with an index, texts, and what the mistakes of the table need."""
+    home = tmp_path_factory.mktemp("home")
+    rows = [f"s{number},{text},{label}" for number, (text, label) in enumerate(make_sentences(12))]
+    write_lines(home / "texts.csv", ["id,text,label", *rows])
+    write_lines(home / "texts.txt", [text for text, _ in make_sentences(12)])
+    code, _, stderr = embed("index", home / "texts.csv", "--index", home / "ix", "--id-column", "id")
+    assert code == 0, stderr
+    (home / "damaged").mkdir()
+    (home / "damaged" / "manifest.json").write_text((home / "ix" / "manifest.json").read_text()[:-9])
+    (home / "empty.txt").touch()
+    return home
+
+
+EMBED = "embed_search.py"
+QUICK = [  # help and mistakes: (command, exit code)
+    ([EMBED, "--help"], 0),
+    *(([EMBED, name, "--help"], 0) for name in ("similarity", "index", "search", "cluster", "evaluate")),
+    ([EMBED, "look"], 2),
+    ([EMBED, "search", "--index", "ix", "x", "--fast"], 2),
+    ([EMBED, "search", "--index", "ix", "x", "--top-k", "0"], 2),
+    ([EMBED, "search", "--index", "ix", "x", "--queries", "texts.txt"], 2),
+    ([EMBED, "search", "--index", "nowhere", "x"], 2),
+    ([EMBED, "search", "--index", "damaged", "x"], 2),
+    ([EMBED, "search", "--index", "ix", " "], 2),
+    ([EMBED, "search", "--index", "ix", "x", "--model", "./nope"], 2),
+    ([EMBED, "search", "--index", "ix", "x", "--rerank", "./nope"], 2),
+    ([EMBED, "search", "--index", "ix", "x", "--max-length", "32"], 2),
+    ([EMBED, "index", "nowhere.csv", "--index", "new"], 2),
+    ([EMBED, "index", "empty.txt", "--index", "new"], 2),
+    ([EMBED, "index", "texts.csv", "--index", "."], 2),
+    ([EMBED, "index", "texts.csv", "--index", "ix", "--id-column", "label"], 2),
+    ([EMBED, "delete", "--index", "ix"], 2),
+    ([EMBED, "compact", "--index", "damaged"], 2),
+    ([EMBED, "pairs"], 2),
+    ([EMBED, "similarity", "texts.txt", "--figure", "no/map.png"], 2),
+    ([EMBED, "similarity", "bundled/nope"], 2),
+    ([EMBED, "duplicates", "texts.txt", "--threshold", "2"], 2),
+    ([EMBED, "evaluate", "--queries", "texts.txt"], 2),
+    ([EMBED, "evaluate", "--sts", "nowhere.csv"], 2),
+    ([EMBED, "compare-models", "./nope"], 2),
+    ([EMBED, "project", "--index", "ix", "--output-dir", "."], 2),
+]
+
+
+@pytest.mark.parametrize("command, code", QUICK, ids=[" ".join(command) for command, _ in QUICK])
+def test_help_and_mistakes_load_nothing_large(command, code, home):
+    found, packages, stderr = packages_of(command, home)
+    assert (found, packages) == (code, set()), stderr
+    assert len(stderr.splitlines()) == (code == 2), stderr
+
+
+INDEX = ("--index", "ix")
+LOADED = {  # name: (command, the large packages that it may load)
+    "delete": ([EMBED, "delete", *INDEX, "nope", "--skip-bad"], STORE),
+    "delete --where": ([EMBED, "delete", *INDEX, "--where", "label = 'no'"], {*STORE, "duckdb"}),
+    "compact": ([EMBED, "compact", *INDEX], STORE),
+    "verify": ([EMBED, "verify", *INDEX], STORE),
+    "pairs": ([EMBED, "pairs", *INDEX], COMPUTE),
+    "duplicates": ([EMBED, "duplicates", *INDEX], {*COMPUTE, "scipy"}),
+    "cluster": ([EMBED, "cluster", *INDEX, "--num-clusters", "2"], {*COMPUTE, *SKLEARN}),
+    "cluster --figure": (
+        [EMBED, "cluster", *INDEX, "--threshold", "0.5", "--figure", "map.png"],
+        {*COMPUTE, *SKLEARN, "matplotlib"},
+    ),
+    "project": ([EMBED, "project", *INDEX, "--output-dir", "board"], {*STORE, "torch", "tensorboard"}),
+}
+
+
+@pytest.mark.parametrize("command, allowed", LOADED.values(), ids=LOADED)
+def test_a_command_loads_what_it_needs(command, allowed, home):
+    code, packages, stderr = packages_of(command, home)
+    assert code == 0, stderr
+    assert packages <= allowed
