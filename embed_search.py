@@ -34,8 +34,10 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 from common import bundled, cli, sources
 from common.errors import Interrupted, UserError
 from common.search.manifest import (
+    DEFAULT_LIMITS,
     MANIFEST,
     EncoderConfig,
+    Limits,
     check_files,
     check_folder,
     check_settings,
@@ -52,7 +54,6 @@ if TYPE_CHECKING:
 DEFAULT_OVERLAP = 32
 PICTURES = (".png", ".pdf", ".svg", ".jpg")
 LARGEST_MATRIX = 5_000  # texts whose matrix of similarities is shown or written
-WHERE = {"metavar": "SQL", "help": "only rows where this holds, such as \"label = 'tech'\""}
 WAIT = {"type": cli.non_negative_float, "default": 10.0, "help": "seconds to wait for another writer"}
 SKIP_BAD = {"action": "store_true", "help": "skip rows and ids that can't be used"}
 
@@ -106,7 +107,7 @@ def similarity(args: argparse.Namespace) -> None:
 def add_index_flags(command: cli.Parser) -> None:
     flag = command.add_argument
     flag("texts", help="texts to put into the index")
-    flag("--index", metavar="DIR", required=True, help="the folder of the index")
+    flag("--index", metavar="DIR", type=cli.name, required=True, help="the folder of the index")
     flag("--id-column", help="the column of ids (default: the index's, else a hash of the text)")
     flag("--update", action="store_true", help="replace rows whose text or columns changed")
     flag("--chunk", action="store_true", help="split texts that the model can't read whole")
@@ -162,7 +163,7 @@ def index(args: argparse.Namespace) -> None:
     settings = settings_of(encoder, id_column=id_column, chunk_overlap=overlap)
     started = time.perf_counter()
     builder = None
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in cli.stop_signals():
         signal.signal(number, stop)
     try:
         if collection is None:
@@ -187,8 +188,9 @@ def index(args: argparse.Namespace) -> None:
 
 def stop(number: int, _: FrameType | None) -> NoReturn:
     """End the process; what is committed stays. Later signals are ignored: torchrun sends two."""
-    for other in (signal.SIGINT, signal.SIGTERM):
+    for other in cli.stop_signals():
         signal.signal(other, signal.SIG_IGN)
+    cli.warn_of_stop()
     sys.exit(128 + number)
 
 
@@ -198,8 +200,8 @@ def stop(number: int, _: FrameType | None) -> NoReturn:
 def add_delete_flags(command: cli.Parser) -> None:
     flag = command.add_argument
     flag("ids", nargs="*", help="the ids of the texts to delete")
-    flag("--where", metavar="SQL", help="delete every row for which this holds")
-    flag("--index", metavar="DIR", required=True, help="the index to delete from")
+    flag("--index", metavar="DIR", type=cli.name, required=True, help="the index to delete from")
+    add_where_flags(command, "delete every row for which this holds")
     flag("--wait", **WAIT)
     flag("--skip-bad", **SKIP_BAD)
 
@@ -224,7 +226,7 @@ def delete(args: argparse.Namespace) -> None:
     unknown: list[str] = []
     with open_store(args.index, wait=args.wait) as store:
         if args.where:
-            matched = np.flatnonzero(matching(store.snapshot, args.where))
+            matched = np.flatnonzero(matching(store.snapshot, args.where, limits_of(args)))
             rows = whole_documents(store.snapshot, matched)
         else:
             rows, unknown = rows_with_ids(store.snapshot, args.ids)
@@ -238,7 +240,7 @@ def delete(args: argparse.Namespace) -> None:
 
 def add_compact_flags(command: cli.Parser) -> None:
     flag = command.add_argument
-    flag("--index", metavar="DIR", required=True, help="the index to compact")
+    flag("--index", metavar="DIR", type=cli.name, required=True, help="the index to compact")
     flag("--wait", **WAIT)
 
 
@@ -257,7 +259,7 @@ def compact(args: argparse.Namespace) -> None:
 
 
 def add_verify_flags(command: cli.Parser) -> None:
-    command.add_argument("--index", metavar="DIR", required=True, help="the index to verify")
+    command.add_argument("--index", metavar="DIR", type=cli.name, required=True, help="the index to verify")
 
 
 def verify(args: argparse.Namespace) -> None:
@@ -274,13 +276,13 @@ def verify(args: argparse.Namespace) -> None:
 def add_search_flags(command: cli.Parser) -> None:
     flag = command.add_argument
     flag("queries", nargs="*", metavar="QUERY", help="a text to search for; without any, a prompt")
-    flag("--index", metavar="DIR", required=True, help="where to search")
+    flag("--index", metavar="DIR", type=cli.name, required=True, help="where to search")
     lines = "one query per line, - for standard input"
-    flag("--queries", dest="queries_file", metavar="FILE", help=lines)
+    flag("--queries", dest="queries_file", metavar="FILE", type=cli.name, help=lines)
     flag("--top-k", type=cli.positive_int, default=5, help="texts per query")
     flag("--hybrid", action="store_true", help="fuse cosine and BM25 by reciprocal rank")
-    flag("--approximate", action="store_true", help="search a FAISS graph, kept beside the index")
-    flag("--where", **WHERE)
+    flag("--approximate", action="store_true", help="find candidates by FAISS codes, kept beside the index")
+    add_where_flags(command)
     add_rerank_flags(command)
     add_model_flags(command)
 
@@ -313,7 +315,7 @@ def search(args: argparse.Namespace) -> None:
     if args.queries_file:
         queries = read_queries(args.queries_file)
     snapshot = open_snapshot(args.index)
-    allowed = matching(snapshot, args.where)
+    allowed = matching(snapshot, args.where, limits_of(args))
     encoder = load_index_encoder(encoder_config(args), runtime, snapshot)
     reranker = None
     if args.rerank:
@@ -429,7 +431,7 @@ def cluster(args: argparse.Namespace) -> None:
 
 
 def add_evaluate_flags(command: cli.Parser) -> None:
-    command.add_argument("--index", metavar="DIR", help="where to search")
+    command.add_argument("--index", metavar="DIR", type=cli.name, help="where to search")
     add_rerank_flags(command)
     add_task_flags(command)
 
@@ -514,10 +516,10 @@ def compare_models(args: argparse.Namespace) -> None:
 
 def add_project_flags(command: cli.Parser) -> None:
     flag = command.add_argument
-    flag("--index", metavar="DIR", required=True, help="what to show")
+    flag("--index", metavar="DIR", type=cli.name, required=True, help="what to show")
     flag("--output-dir", type=cli.folder, required=True, help="the folder for tensorboard --logdir")
     flag("--max-points", type=cli.positive_int, default=10_000, help="the most rows, evenly spaced")
-    flag("--where", **WHERE)
+    add_where_flags(command)
 
 
 def check_project(args: argparse.Namespace) -> None:
@@ -533,7 +535,7 @@ def project(args: argparse.Namespace) -> None:
     from common.search.index import open_snapshot
 
     screen = display.Screen(as_json=args.json)
-    selection = mining.select(open_snapshot(args.index), args.where)
+    selection = mining.select(open_snapshot(args.index), args.where, limits=limits_of(args))
     display.write_projection(screen, selection, args.output_dir, most=args.max_points)
 
 
@@ -561,18 +563,29 @@ def add_text_flags(command: cli.Parser) -> None:
 def add_source_flags(command: cli.Parser) -> None:
     flag = command.add_argument
     flag("texts", nargs="?", help="texts to look at, or name an index with --index")
-    flag("--index", metavar="DIR", help="an index made before")
-    flag("--where", **WHERE)
+    flag("--index", metavar="DIR", type=cli.name, help="an index made before")
+    add_where_flags(command)
     add_text_flags(command)
+
+
+def add_where_flags(
+    command: cli.Parser, what: str = "only rows where this holds, such as \"label = 'tech'\""
+) -> None:
+    flag = command.add_argument
+    flag("--where", metavar="SQL", type=cli.name, help=what)
+    most, seconds = "the most time that --where may take", DEFAULT_LIMITS.seconds
+    flag("--where-seconds", type=cli.positive_float, default=seconds, metavar="N", help=most)
+    most, megabytes = "the most memory that --where may take", DEFAULT_LIMITS.megabytes
+    flag("--where-megabytes", type=cli.positive_int, default=megabytes, metavar="N", help=most)
 
 
 def add_task_flags(command: cli.Parser) -> None:
     flag = command.add_argument
-    flag("--texts", metavar="TEXTS", help="the documents, with --queries and --qrels")
+    flag("--texts", metavar="TEXTS", type=cli.name, help="the documents, with --queries and --qrels")
     flag("--id-column", default="id", help="the column of the documents' ids")
-    flag("--queries", metavar="JSONL", help='one {"id": ..., "text": ...} per line')
-    flag("--qrels", metavar="FILE", help="judgements in TREC form: query 0 document relevance")
-    flag("--sts", metavar="FILE", help="a data file of sentence pairs with human scores")
+    flag("--queries", metavar="JSONL", type=cli.name, help='one {"id": ..., "text": ...} per line')
+    flag("--qrels", metavar="FILE", type=cli.name, help="judgements in TREC form: query 0 document relevance")
+    flag("--sts", metavar="FILE", type=cli.name, help="a data file of sentence pairs with human scores")
     columns = ["sentence1", "sentence2", "score"]
     flag("--sts-columns", nargs=3, default=columns, metavar="COLUMN", help="its texts and score")
     add_text_flags(command)
@@ -580,7 +593,7 @@ def add_task_flags(command: cli.Parser) -> None:
 
 def add_rerank_flags(command: cli.Parser) -> None:
     flag = command.add_argument
-    flag("--rerank", metavar="MODEL", help="reorder the best hits with a cross-encoder")
+    flag("--rerank", metavar="MODEL", type=cli.name, help="reorder the best hits with a cross-encoder")
     flag("--rerank-depth", type=cli.positive_int, default=100, help="how many of the best it reads")
 
 
@@ -692,6 +705,10 @@ def file_options(args: argparse.Namespace) -> sources.FileOptions:
     return sources.FileOptions(args.columns, args.delimiter, args.quoting, args.encoding)
 
 
+def limits_of(args: argparse.Namespace) -> Limits:
+    return Limits(args.where_seconds, args.where_megabytes)
+
+
 def source_of(args: argparse.Namespace) -> Source:
     from common.search.texts import Source
 
@@ -700,6 +717,7 @@ def source_of(args: argparse.Namespace) -> Source:
         texts=args.texts,
         index=args.index,
         where=args.where,
+        limits=limits_of(args),
         text_column=args.text_column,
         options=file_options(args),
         skip_bad=args.skip_bad,
@@ -739,7 +757,7 @@ def make_parser() -> cli.Parser:
         command = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
         command.add_argument("--json", action="store_true", help="print JSON instead of tables")
         # what source_of() and check_task() read, for commands that lack these flags
-        command.set_defaults(index=None, where=None)
+        command.set_defaults(index=None, where=None, where_seconds=0.0, where_megabytes=0)
         add_flags(command)
     return parser
 

@@ -15,35 +15,32 @@ DistributedDataParallel. Left out on purpose: Trainer, callbacks, multi-label an
   torchrun --nproc-per-node 2 train_classifier.py --epochs 3             # one process per GPU
 """
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import dataclasses
-import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
-import datasets
-import torch
-from torch.nn.functional import cross_entropy
-from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grad_norm_
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_linear_schedule_with_warmup
-
-from common import cli, reading
+from common import bundled, cli, sources
 from common.errors import Interrupted, UserError
-from common.runtime import Runtime, deterministic, peak_memory_bytes, start_runtime, stop_runtime
 from common.sources import FileOptions
-from common.training import batching, checkpoint, classifier, data, inspection, report, tracking
-from common.training.batching import BatchConfig, count_examples, pool_chunks, sync_gradients
-from common.training.checkpoint import Checkpoints, StopSignals, TrainingState
-from common.training.classifier import ModelConfig
-from common.training.data import DataConfig, Splits, TokenConfig
-from common.training.evaluation import evaluate, is_better, predict_texts
+from common.training.run import (
+    DEFAULT_MAX_LENGTH,
+    DEFAULT_TRUNCATION,
+    NEWEST,
+    TRUNCATIONS,
+    RunLocation,
+    locate_run,
+    require_same_flags,
+)
 
 # flags that are no settings of a run: they choose what to do instead of it, or where to continue
-NOT_SETTINGS = ("inspect", "compare_tokenizer", "evaluate_only", "predict", "resume")
+NOT_SETTINGS = ("inspect", "compare_tokenizer", "evaluate_only", "predict", "resume", "debug")
 
 
 # Flags --------------------------------------------------------------------------------------------
@@ -51,10 +48,11 @@ NOT_SETTINGS = ("inspect", "compare_tokenizer", "evaluate_only", "predict", "res
 
 def make_parser() -> cli.Parser:
     """Return the parser of all flags, with their defaults."""
-    parser = cli.Parser(prog="train_classifier.py", description=__doc__)
+    parser = cli.Parser(prog="train_classifier.py", description=__doc__, check=check_flags)
     cli.add_shared_flags(parser, model="bundled/all-MiniLM-L6-v2")
-    run_folder = "folder of the run (default: runs/<data set>-<model>-<time>)"
-    parser.add_argument("--output-dir", type=cli.folder, help=run_folder)
+    parser.add_argument(
+        "--output-dir", type=cli.folder, help="folder of the run (default: runs/<data set>-<model>-<time>)"
+    )
     add_data_flags(parser)
     add_training_flags(parser)
     add_run_flags(parser)
@@ -66,9 +64,12 @@ def add_data_flags(parser: cli.Parser) -> None:
     group = parser.add_argument_group("data")
     flag = group.add_argument
     count = cli.positive_int
-    sources = "bundled name, CSV/TSV/JSON/JSONL/Parquet file, folder of class folders, or Hub id"
     either = group.add_mutually_exclusive_group().add_argument
-    either("--dataset", default="bundled/bbc-news", help=sources)
+    either(
+        "--dataset",
+        default="bundled/bbc-news",
+        help="bundled name, CSV/TSV/JSON/JSONL/Parquet file, folder of class folders, or Hub id",
+    )
     own = "the data file of one split"
     either("--train-file", dest="dataset", type=cli.file, metavar="FILE", help=own)
     flag("--validation-file", type=cli.file, metavar="FILE", help=f"{own}, in place of the data set's")
@@ -82,17 +83,21 @@ def add_data_flags(parser: cli.Parser) -> None:
     flag("--test-split", help="its name in the data set; cut from train if there is none")
     flag("--max-train-samples", type=count, help="most texts to train on: a stratified sample")
     flag("--max-eval-samples", type=count, help="the same for validation and test")
-    length = f"tokens read at once in training (default: {classifier.DEFAULT_MAX_LENGTH})"
-    flag("--max-length", type=count, help=length)
+    flag("--max-length", type=count, help=f"tokens read at once in training (default: {DEFAULT_MAX_LENGTH})")
     flag("--eval-max-length", type=count, help="the same in scoring (default: --max-length)")
-    truncation = (
-        "what to read of a longer text: its beginning, its end, a quarter from the beginning and"
-        " the rest from the end, or all of it in overlapping chunks whose logits are averaged"
-        f" (default: {classifier.DEFAULT_TRUNCATION}; for a saved model, as it was scored)"
+    flag(
+        "--truncation",
+        choices=TRUNCATIONS,
+        help="what to read of a longer text: its beginning, its end, a quarter from the beginning"
+        " and the rest from the end, or all of it in overlapping chunks whose logits are averaged"
+        f" (default: {DEFAULT_TRUNCATION}; for a saved model, as it was scored)",
     )
-    flag("--truncation", choices=data.TRUNCATIONS, help=truncation)
-    chunks = "chunks of a text in a training step, drawn again in each epoch; scoring reads all"
-    flag("--max-chunks", type=count, default=1, help=chunks)
+    flag(
+        "--max-chunks",
+        type=count,
+        default=1,
+        help="chunks of a text in a training step, drawn again in each epoch; scoring reads all",
+    )
 
 
 def add_training_flags(parser: cli.Parser) -> None:
@@ -105,38 +110,94 @@ def add_training_flags(parser: cli.Parser) -> None:
     flag("--grad-accum", type=count, default=1, help="micro-batches per optimizer step")
     flag("--lr", type=cli.positive_float, default=1e-4, help="highest learning rate")
     flag("--warmup-ratio", type=share, default=0.1, help="share of steps with a rising learning rate")
-    decay = "decay of the matrices; biases and norms have none"
-    flag("--weight-decay", type=cli.non_negative_float, default=0.01, help=decay)
+    flag(
+        "--weight-decay",
+        type=cli.non_negative_float,
+        default=0.01,
+        help="decay of the matrices; biases and norms have none",
+    )
     flag("--max-grad-norm", type=cli.positive_float, default=1.0, help="clip the gradient to this norm")
-    everywhere = "dropout rate everywhere in the model (default: as pretrained, but 0 in attention)"
-    flag("--dropout", type=share, help=everywhere)
-    attention = "above 0, slower on CPUs (default: --dropout if given, else 0)"
-    flag("--attention-dropout", type=share, help=attention)
-    smoothing = "share of each label that is spread over all classes"
-    flag("--label-smoothing", type=share, default=0.0, help=smoothing)
-    weights = "balanced: every class counts the same, however few texts it has"
-    flag("--class-weights", choices=["none", "balanced"], default="none", help=weights)
-    buckets = "buckets: texts of similar length share a batch"
-    flag("--batching", choices=["buckets", "random"], default="buckets", help=buckets)
-    metric = "validation score that tells which weights are best; on ties, the earliest are"
-    flag("--best-metric", choices=["loss", "accuracy", "macro_f1"], default="loss", help=metric)
-    often = "evaluate after every so many optimizer steps too, not only after each epoch"
-    flag("--eval-every", type=count, metavar="STEPS", help=often)
-    patience = "stop after N evaluations in a row that were no better than the best"
-    flag("--early-stopping-patience", type=count, metavar="N", help=patience)
-    freeze = "do not train the embeddings and the N lowest layers (0: train all)"
-    flag("--freeze-layers", type=cli.non_negative_int, default=0, metavar="N", help=freeze)
-    lora = "train low-rank adapters and the head only; best/ has them merged"
-    flag("--lora-rank", type=count, metavar="R", help=lora)
-    recompute = "compute activations twice: less memory, a third more time"
-    flag("--gradient-checkpointing", action="store_true", help=recompute)
-    halve = "if a micro-batch does not fit into memory, halve it and accumulate: the same steps"
-    flag("--auto-batch-size", action="store_true", help=halve)
+    flag(
+        "--dropout",
+        type=share,
+        help="dropout rate everywhere in the model (default: as pretrained, but 0 in attention)",
+    )
+    flag(
+        "--attention-dropout",
+        type=share,
+        help="above 0, slower on CPUs (default: --dropout if given, else 0)",
+    )
+    flag(
+        "--label-smoothing",
+        type=share,
+        default=0.0,
+        help="share of each label that is spread over all classes",
+    )
+    flag(
+        "--class-weights",
+        choices=["none", "balanced"],
+        default="none",
+        help="balanced: every class counts the same, however few texts it has",
+    )
+    flag(
+        "--batching",
+        choices=["buckets", "random"],
+        default="buckets",
+        help="buckets: texts of similar length share a batch",
+    )
+    flag(
+        "--best-metric",
+        choices=["loss", "accuracy", "macro_f1"],
+        default="loss",
+        help="validation score that tells which weights are best; on ties, the earliest are",
+    )
+    flag(
+        "--eval-every",
+        type=count,
+        metavar="STEPS",
+        help="evaluate after every so many optimizer steps too, not only after each epoch",
+    )
+    flag(
+        "--early-stopping-patience",
+        type=count,
+        metavar="N",
+        help="stop after N evaluations in a row that were no better than the best",
+    )
+    flag(
+        "--freeze-layers",
+        type=cli.non_negative_int,
+        default=0,
+        metavar="N",
+        help="do not train the embeddings and the N lowest layers (0: train all)",
+    )
+    flag(
+        "--lora-rank",
+        type=count,
+        metavar="R",
+        help="train low-rank adapters and the head only; best/ has them merged",
+    )
+    flag(
+        "--gradient-checkpointing",
+        action="store_true",
+        help="compute activations twice: less memory, a third more time",
+    )
+    flag(
+        "--auto-batch-size",
+        action="store_true",
+        help="if a micro-batch does not fit into memory, halve it and accumulate: the same steps",
+    )
     flag("--compile", action="store_true", help="torch.compile: slow start, faster steps on GPUs")
-    faster = "on a GPU: a little faster, and two runs differ in their last digits"
-    flag("--nondeterministic", action="store_true", help=faster)
-    workers = "processes that make batches; the texts are tokenised before, so few are enough"
-    flag("--num-workers", type=cli.non_negative_int, default=0, help=workers)
+    flag(
+        "--nondeterministic",
+        action="store_true",
+        help="on a GPU: a little faster, and two runs differ in their last digits",
+    )
+    flag(
+        "--num-workers",
+        type=cli.non_negative_int,
+        default=0,
+        help="processes that make batches; the texts are tokenised before, so few are enough",
+    )
     flag("--log-every", type=count, default=10, help="optimizer steps between points of a curve")
 
 
@@ -144,25 +205,136 @@ def add_run_flags(parser: cli.Parser) -> None:
     """Add the flags that stop and resume a run, or do something else instead."""
     flag = parser.add_argument_group("stopping and resuming").add_argument
     count = cli.positive_int
-    often = "write a checkpoint after every so many optimizer steps, not only after each epoch"
-    flag("--save-every", type=count, metavar="STEPS", help=often)
-    keep = "checkpoints to keep; with two, damage to the newest one costs little"
-    flag("--keep", type=count, default=2, help=keep)
-    resume = (
-        "continue the run in this folder (or in --output-dir) from its newest undamaged"
-        " checkpoint, or from a given one, runs/<name>/checkpoints/step-<number>; the other flags"
-        " stay the same"
+    flag(
+        "--save-every",
+        type=count,
+        metavar="STEPS",
+        help="write a checkpoint after every so many optimizer steps, not only after each epoch",
     )
-    flag("--resume", nargs="?", const=tracking.NEWEST, metavar="RUN", help=resume)
+    flag(
+        "--max-minutes",
+        type=cli.positive_float,
+        metavar="N",
+        help="stop N minutes after the start, save and evaluate; --resume continues",
+    )
+    flag(
+        "--keep",
+        type=count,
+        default=2,
+        help="checkpoints to keep; with two, damage to the newest one costs little",
+    )
+    flag(
+        "--resume",
+        nargs="?",
+        const=NEWEST,
+        metavar="RUN",
+        help="continue the run in this folder (or in --output-dir) from its newest undamaged"
+        " checkpoint, or from a given one, runs/<name>/checkpoints/step-<number>; the other flags"
+        " stay the same",
+    )
 
     group = parser.add_argument_group("instead of training")
     flag = group.add_mutually_exclusive_group().add_argument
     flag("--inspect", action="store_true", help="show data, tokenizer, model and a batch")
     flag("--evaluate-only", action="store_true", help="score a saved --model on the test split")
-    classify = "classify the lines of a text file (- for standard input), or the rows of a data file"
-    flag("--predict", metavar="FILE", help=classify)
-    other = "with --inspect: a second tokenizer on a sentence (bundled name, folder or Hub id)"
-    group.add_argument("--compare-tokenizer", metavar="NAME", help=other)
+    flag(
+        "--predict",
+        metavar="FILE",
+        help="classify the lines of a text file (- for standard input), or the rows of a data file",
+    )
+    group.add_argument(
+        "--compare-tokenizer",
+        metavar="NAME",
+        help="with --inspect: a second tokenizer on a sentence (bundled name, folder or Hub id)",
+    )
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Raise UserError for a mistake that the flags show, or the files that they name."""
+    sources.check_model(args.model, kind="encoder")
+    if args.compare_tokenizer is not None:
+        if not args.inspect:
+            raise UserError(
+                f"--compare-tokenizer {args.compare_tokenizer}: it works with --inspect only; add"
+                " --inspect, or leave it out"
+            )
+        kind = bundled.MODELS.get(args.compare_tokenizer, "encoder")
+        sources.check_model(args.compare_tokenizer, kind=kind, flag="--compare-tokenizer")
+    is_table = FileOptions(columns=args.columns, delimiter=args.delimiter).is_table
+    if args.predict is not None:  # an empty name is a mistake, not a wish to train
+        sources.check_texts(args.predict, any_suffix=is_table)
+        return
+    sources.check_data(args.dataset, any_suffix=is_table)
+    if not args.inspect and not args.evaluate_only:
+        check_training_flags(args)
+
+
+def check_training_flags(args: argparse.Namespace) -> None:
+    """Raise UserError when flags exclude each other, or a run can't be kept where they say."""
+    if args.max_chunks > 1 and args.truncation not in (None, "chunks"):
+        raise UserError(
+            f"--max-chunks {args.max_chunks}: --truncation {args.truncation} reads one chunk of a"
+            " text; leave one of the two out"
+        )
+    if args.max_chunks > args.batch_size:
+        raise UserError(
+            f"--max-chunks {args.max_chunks}: a micro-batch holds at most --batch-size"
+            f" {args.batch_size} chunks, and those of a text stay together; lower the one or"
+            " raise the other"
+        )
+    # several processes decide together where the run lies, when they have found each other
+    if "RANK" not in os.environ:
+        location = locate_run(args.output_dir, args.resume, name=run_name(args))
+        if location.is_resumed:
+            require_same_flags(location, settings_of(args))
+
+
+def run_name(args: argparse.Namespace) -> str:
+    """Return the name of a run's folder where the flags give none; the time is added to it."""
+    return f"{Path(args.dataset).stem}-{Path(args.model).name}"
+
+
+def settings_of(args: argparse.Namespace) -> dict:
+    """Return the flags that are settings of a run."""
+    return {flag: value for flag, value in vars(args).items() if flag not in NOT_SETTINGS}
+
+
+def what_is_read(args: argparse.Namespace) -> str:
+    """Return the names of the model and of the texts, to be shown while the libraries are loaded."""
+    return f"{args.model} and {args.dataset if args.predict is None else args.predict}"
+
+
+if __name__ == "__main__":
+    # before the libraries are imported, which takes seconds: help and mistakes are answered at once
+    ARGS = cli.parse(make_parser(), then=what_is_read)
+
+import torch
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_linear_schedule_with_warmup
+
+from common import reading
+from common.runtime import (
+    Runtime,
+    check_compiler,
+    deterministic,
+    peak_memory_bytes,
+    start_runtime,
+    stop_runtime,
+)
+from common.training import batching, checkpoint, classifier, data, inspection, report, tracking
+from common.training.batching import BatchConfig, count_examples, pool_chunks, sync_gradients
+from common.training.checkpoint import TIME_IS_UP, Checkpoints, StopSignals, TrainingState
+from common.training.classifier import ModelConfig
+from common.training.data import DataConfig, Splits, TokenConfig
+from common.training.evaluation import evaluate, is_better, predict_texts
+
+if TYPE_CHECKING:
+    import datasets
+
+
+# Configs ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -186,6 +358,11 @@ class TrainConfig:
     early_stopping_patience: int | None
     save_every: int | None
     log_every: int
+
+    def memory_advice(self) -> str:
+        """Return what to say when a step does not fit into memory."""
+        length, is_auto = self.tokens.max_length, self.auto_batch_size
+        return batching.memory_advice(self.batches, length, is_auto=is_auto)
 
 
 Config = TypeVar("Config", FileOptions, DataConfig, ModelConfig, BatchConfig, TrainConfig)
@@ -271,21 +448,8 @@ def prepare(
             adapted, batches, config.batches, config.tokens.max_length, runtime
         )
 
-    # matrices decay; biases and norm weights, which have one dimension, do not
-    decay = [parameter for parameter in trainable if parameter.ndim >= 2]
-    no_decay = [parameter for parameter in trainable if parameter.ndim < 2]
-    groups = [
-        {"params": decay, "weight_decay": config.weight_decay},
-        {"params": no_decay, "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=True)
-
-    # the learning rate rises from 0, then falls to 0
-    steps_per_epoch = math.ceil(len(rows) / config.batches.texts_per_step(runtime.world_size))
-    num_steps = steps_per_epoch * config.epochs
-    num_warmup_steps = round(config.warmup_ratio * num_steps)
-    scheduler = get_linear_schedule_with_warmup(optimizer, num_warmup_steps, num_steps)
-
+    optimizer = make_optimizer(trainable, config)
+    scheduler = make_scheduler(optimizer, steps_in_epoch(rows, config, runtime), config)
     # without it, small gradients would be 0 in fp16; in other precisions it does nothing
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
 
@@ -307,6 +471,31 @@ def prepare(
         class_weights=class_weights,
         micro_batch=micro_batch,
     )
+
+
+def make_optimizer(trainable: list[torch.nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    """Return AdamW: matrices decay; biases and norm weights, which have one dimension, do not."""
+    decay = [parameter for parameter in trainable if parameter.ndim >= 2]
+    no_decay = [parameter for parameter in trainable if parameter.ndim < 2]
+    groups = [
+        {"params": decay, "weight_decay": config.weight_decay},
+        {"params": no_decay, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, fused=True)
+
+
+def make_scheduler(
+    optimizer: torch.optim.Optimizer, steps_per_epoch: int, config: TrainConfig
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """Return the schedule of the learning rate, which rises from 0, then falls to 0."""
+    num_steps = steps_per_epoch * config.epochs
+    num_warmup_steps = round(config.warmup_ratio * num_steps)
+    return get_linear_schedule_with_warmup(optimizer, num_warmup_steps, num_steps)
+
+
+def steps_in_epoch(rows: datasets.Dataset, config: TrainConfig, runtime: Runtime) -> int:
+    """Return the number of optimizer steps of an epoch, the last of which may be short."""
+    return math.ceil(len(rows) / config.batches.texts_per_step(runtime.world_size))
 
 
 def distribute(
@@ -332,15 +521,34 @@ def distribute(
 
 @dataclass(frozen=True)
 class Run:
-    """What accompanies the training: its log, its checkpoints, the signals that stop it."""
+    """What accompanies the training: its log, its checkpoints, what stops it, how long it takes."""
 
     log: tracking.Log
     checkpoints: Checkpoints
     signals: StopSignals
+    forecast: tracking.Forecast
 
 
-def train(state: TrainingState, tokenized: Splits, run: Run, config: TrainConfig, runtime: Runtime) -> None:
-    """Train from where `state` is to the last epoch, and keep the best weights in best/."""
+def make_forecast(
+    tokenized: Splits, config: TrainConfig, clock: tracking.Clock, runtime: Runtime
+) -> tracking.Forecast:
+    """Return a forecast of the time that a run takes, by the tokens that it has to read."""
+    steps = steps_in_epoch(tokenized["train"], config, runtime)
+    return tracking.Forecast(
+        train_tokens=batching.num_tokens(tokenized["train"], max_chunks=config.batches.max_chunks),
+        validation_tokens=batching.num_tokens(tokenized["validation"]),
+        test_tokens=batching.num_tokens(tokenized["test"]),
+        # at the end of an epoch, and where --eval-every falls before it
+        validations=1 + (0 if config.eval_every is None else (steps - 1) // config.eval_every),
+        clock=clock,
+    )
+
+
+def train(state: TrainingState, tokenized: Splits, run: Run, config: TrainConfig, runtime: Runtime) -> bool:
+    """Train from where `state` is to the last epoch, and keep the best weights in best/.
+
+    Return whether it came to the end: with --max-minutes, the time may be up before.
+    """
     rows = tokenized["train"]
     model = state.parallel  # with DDP around it if there are several processes
     optimizer, scheduler, scaler = state.optimizer, state.scheduler, state.scaler
@@ -349,7 +557,6 @@ def train(state: TrainingState, tokenized: Splits, run: Run, config: TrainConfig
     if loss_weights is not None:
         loss_weights = loss_weights.to(runtime.device)
 
-    advice = batching.memory_advice(config.batches, config.tokens.max_length, is_auto=config.auto_batch_size)
     # the shapes in comments: B texts, K chunks of these texts, C classes
     while state.epoch <= config.epochs and not state.is_out_of_patience(config.early_stopping_patience):
         # the optimizer steps of the epoch, each a list of micro-batches
@@ -367,7 +574,7 @@ def train(state: TrainingState, tokenized: Splits, run: Run, config: TrainConfig
         label = f"epoch {state.epoch}/{config.epochs}"
         with (
             tracking.progress(loader, label=label, unit="step", shown=runtime.is_main) as bar,
-            batching.explain_out_of_memory(advice),
+            batching.explain_out_of_memory(config.memory_advice()),
         ):
             meter.start_epoch(is_resumed=state.step_of_epoch > 0)
             # only after a signal has stopped the run in an evaluation: it is made again first
@@ -379,6 +586,7 @@ def train(state: TrainingState, tokenized: Splits, run: Run, config: TrainConfig
                 # the loss is a mean over the examples of all micro-batches and processes: their
                 # number, or the sum of their class weights, divides the summed loss
                 examples, divisor = count_examples(micro_batches, state.class_weights, runtime)
+                num_tokens = batching.count_tokens(micro_batches)
                 for number, batch in enumerate(micro_batches, start=1):
                     batch = batch.to(runtime.device, non_blocking=True)
                     labels = batch.pop("labels")  # (B)
@@ -415,14 +623,11 @@ def train(state: TrainingState, tokenized: Splits, run: Run, config: TrainConfig
                 state.step_of_epoch += 1
 
                 meter.end_step(state.step, examples=examples, divisor=divisor, grad_norm=grad_norm)
+                run.forecast.add_step(num_tokens * runtime.world_size, runtime)
+                if run.forecast.is_due():  # once, after a few steps
+                    runtime.say(run.forecast.line(state.epochs_left(config.epochs), runtime))
                 if state.step % config.log_every == 0:  # not always: reading a loss waits for a GPU
-                    values = {f"train/{name}": value for name, value in meter.read().items()}
-                    values["train/learning_rate"] = float(scheduler.get_last_lr()[0])
-                    if grad_norm.isfinite():  # if not, the scaler has skipped the step
-                        values["train/grad_norm"] = grad_norm.item()
-                    run.log.numbers(state.step, values)
-                    loss, speed = values["train/loss"], values["train/examples_per_second"]
-                    bar.set_postfix_str(f"loss {loss:.4f}, {speed:.1f} examples/s")
+                    bar.set_postfix_str(log_step(state, run, grad_norm, config))
 
                 if state.is_due(config.eval_every):
                     validate(state, tokenized["validation"], run, config, runtime)
@@ -432,12 +637,27 @@ def train(state: TrainingState, tokenized: Splits, run: Run, config: TrainConfig
                     with meter.paused():
                         meter.check()  # raises UserError: what is not finite must not be kept
                         run.checkpoints.save(state, run.log)
-                if stop:
+                if stop and stop != TIME_IS_UP:
                     run.signals.stop()
+                if stop and not state.is_finished(config.epochs, config.early_stopping_patience):
+                    return False
                 if state.is_out_of_patience(config.early_stopping_patience):
                     break
         state.epoch += 1
         state.step_of_epoch = 0
+    return True
+
+
+def log_step(state: TrainingState, run: Run, grad_norm: torch.Tensor, config: TrainConfig) -> str:
+    """Write a step's loss, learning rate and gradient to the log; return words for the bar."""
+    values = {f"train/{name}": value for name, value in state.meter.read().items()}
+    values["train/learning_rate"] = float(state.scheduler.get_last_lr()[0])
+    if grad_norm.isfinite():  # if not, the scaler has skipped the step
+        values["train/grad_norm"] = grad_norm.item()
+    run.log.numbers(state.step, values)
+    loss, speed = values["train/loss"], values["train/examples_per_second"]
+    left = run.forecast.words_left(state.epochs_left(config.epochs))
+    return f"loss {loss:.4f}, {speed:.1f} examples/s{left}"
 
 
 def validate(
@@ -445,37 +665,53 @@ def validate(
 ) -> None:
     """Score the model on the validation split, and save it if it is the best so far."""
     with state.meter.paused():
-        train_scores = state.meter.so_far()
         try:
-            scores, _ = evaluate(
-                state.model,
-                rows,
-                state.tokenizer,
-                runtime,
-                batch_size=config.eval_batch_size,
-                signals=run.signals,
-            )
+            score_and_keep(state, rows, run, config, runtime)
         except Interrupted:
             # in the state before the evaluation, which a resumed run makes again
             run.checkpoints.save(state, run.log)
             raise
-        # the losses of the last steps were finite, but these steps can have ruined the weights
-        if not math.isfinite(scores["loss"]):
-            raise UserError(
-                f"epoch {state.epoch}, step {state.step}: the validation loss is {scores['loss']};"
-                " lower --lr or raise --warmup-ratio"
-            )
-        entry = {"epoch": state.epochs_done(), "step": state.step, **train_scores, **scores}
-        state.history.append(entry)
-        report.log_scores(run.log, state.step, "validation", scores, rows.features["label"].names)
-        line = report.epoch_line(entry, config.epochs)
-        if is_better(entry, state.best, config.best_metric):
-            state.best, line = entry, f"{line}, the best so far"
-            if runtime.is_main:
-                plain = classifier.merge_adapters(state.model)
-                folder = run.log.folder / "best"
-                classifier.save(plain, state.tokenizer, folder, settings=run.log.settings)
-        runtime.say(line)
+
+
+def score_and_keep(
+    state: TrainingState, rows: datasets.Dataset, run: Run, config: TrainConfig, runtime: Runtime
+) -> None:
+    """Score the model on the validation split, and keep it in best/ if it is the best so far."""
+    train_scores = state.meter.so_far()
+    scores, _ = evaluate(
+        state.model, rows, state.tokenizer, runtime, batch_size=config.eval_batch_size, signals=run.signals
+    )
+    run.forecast.add_validation()
+    # the losses of the last steps were finite, but these steps can have ruined the weights
+    if not math.isfinite(scores["loss"]):
+        raise UserError(
+            f"epoch {state.epoch}, step {state.step}: the validation loss is {scores['loss']};"
+            " lower --lr or raise --warmup-ratio"
+        )
+    entry = {"epoch": state.epochs_done(), "step": state.step, **train_scores, **scores}
+    state.history.append(entry)
+    report.log_scores(run.log, state.step, "validation", scores, rows.features["label"].names)
+    line = report.epoch_line(entry, config.epochs)
+    if is_better(entry, state.best, config.best_metric):
+        state.best, line = entry, f"{line}, the best so far"
+        if runtime.is_main:
+            plain = classifier.merge_adapters(state.model)
+            folder = run.log.folder / "best"
+            classifier.save(plain, state.tokenizer, folder, settings=run.log.settings)
+    runtime.say(line)
+
+
+def leave(
+    state: TrainingState, rows: datasets.Dataset, run: Run, config: TrainConfig, runtime: Runtime
+) -> None:
+    """Show the scores of a run whose time is up before its end, and how it is continued.
+
+    Its checkpoint is saved already, so that this evaluation is no part of the continued run.
+    """
+    if not state.is_evaluated():
+        with state.meter.paused():
+            score_and_keep(state, rows, run, config, runtime)
+    runtime.say(f"\nthe time is up after step {state.step}: {run.signals.advice}")
 
 
 # The test split, and the report -------------------------------------------------------------------
@@ -514,30 +750,44 @@ def test(loaded: Loaded, state: TrainingState, run: Run, runtime: Runtime) -> No
 
 
 def fit(args: argparse.Namespace, runtime: Runtime) -> None:
-    """Load, prepare, train and test, as a run that can be stopped and resumed."""
-    batching.check_flags(config_from_flags(BatchConfig, args), args.truncation)
-    run_name = f"{Path(args.dataset).stem}-{Path(args.model).name}"
-    location = tracking.locate_run(args.output_dir, args.resume, runtime, name=run_name)
+    """Train and test in a folder that no other job writes to, as a run that can be resumed."""
+    clock = tracking.Clock()
+    if args.compile:
+        check_compiler(runtime.device)
+    with checkpoint.open_location(args.output_dir, args.resume, runtime, name=run_name(args)) as location:
+        fit_in(location, args, clock, runtime)
+
+
+def fit_in(location: RunLocation, args: argparse.Namespace, clock: tracking.Clock, runtime: Runtime) -> None:
+    """Load, prepare, train and test, from the beginning or from a checkpoint."""
     loaded = load(args, runtime)
     classifier.require_match(loaded.model, loaded.tokenizer, name=args.model)
 
     # the identity of the run: it can only be resumed from checkpoints with the same one
-    flags = {flag: value for flag, value in vars(args).items() if flag not in NOT_SETTINGS}
-    flags |= dataclasses.asdict(loaded.config.tokens)  # with the defaults that were chosen
+    # with the defaults that were chosen
+    flags = {**settings_of(args), **dataclasses.asdict(loaded.config.tokens)}
     identity = checkpoint.identity(flags, loaded.model, loaded.tokenized, runtime)
     checkpoints = Checkpoints(location, identity, keep=args.keep, runtime=runtime)
     start = checkpoints.choose()  # None: from the beginning
 
     rows = loaded.tokenized["train"]
     state = prepare(loaded.model, loaded.tokenizer, rows, loaded.config, runtime)
-    log = checkpoints.open_log(flags, state.model, start)
+    with batching.explain_out_of_memory(loaded.config.memory_advice()):
+        batches = batching.PaddedBatches(rows, state.tokenizer)
+        runtime.say(batching.memory_line(state.model, batches, state.micro_batch, runtime))
     if start is not None:
         checkpoints.restore(start, state)
-    signals = StopSignals(runtime, f"continue with the same command and --resume {location.folder}")
-    run = Run(log, checkpoints, signals)
+    log = checkpoints.open_log(flags, state.model, start)
+    advice = f"continue with the same command and --resume {location.folder}"
+    time_left = None if args.max_minutes is None else 60 * args.max_minutes - clock.seconds()
+    signals = StopSignals(runtime, advice, seconds=time_left)
+    run = Run(log, checkpoints, signals, make_forecast(loaded.tokenized, loaded.config, clock, runtime))
     with contextlib.closing(log), signals:
-        train(state, loaded.tokenized, run, loaded.config, runtime)
-        test(loaded, state, run, runtime)
+        if train(state, loaded.tokenized, run, loaded.config, runtime):
+            test(loaded, state, run, runtime)
+        else:
+            leave(state, loaded.tokenized["validation"], run, loaded.config, runtime)
+    runtime.say(f"time     {tracking.duration(clock.seconds())} in all")
 
 
 def evaluate_only(args: argparse.Namespace, runtime: Runtime) -> None:
@@ -560,7 +810,7 @@ def predict(args: argparse.Namespace, runtime: Runtime) -> None:
         args.predict, column=args.text_column, cache_dir=args.cache_dir, options=options
     )
     for answer in predict_texts(model, tokenizer, texts, tokens, runtime, batch_size=args.eval_batch_size):
-        runtime.say(json.dumps(answer, ensure_ascii=False))
+        runtime.say(cli.json_line(answer))
 
 
 def load_saved(
@@ -595,15 +845,10 @@ def inspect(args: argparse.Namespace, runtime: Runtime) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Do what the flags ask for."""
-    if args.compare_tokenizer is not None and not args.inspect:
-        raise UserError(
-            f"--compare-tokenizer {args.compare_tokenizer}: it works with --inspect only; add"
-            " --inspect, or leave it out"
-        )
     runtime = start_runtime(args.device, args.precision, args.seed)
     if args.inspect:
         inspect(args, runtime)
-    elif args.predict is not None:  # an empty name is a mistake, not a wish to train
+    elif args.predict is not None:
         predict(args, runtime)
     elif args.evaluate_only:
         evaluate_only(args, runtime)
@@ -615,4 +860,5 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(make_parser(), main)
+    # pyrefly: ignore [unbound-name]  (it is bound where the process begins)
+    cli.run_main(main, ARGS, prog="train_classifier.py")

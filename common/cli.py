@@ -13,6 +13,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import sys
 import threading
@@ -23,12 +24,12 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
-from common.errors import Interrupted, UserError, printable
+from common.errors import Interrupted, UserError, printable, shorten
 
 # All processes of a job find the same mistake. Rank 0 reports it at once; when it has ended,
 # torchrun ends the others before they report it too.
 SECONDS_FOR_RANK_0 = 5.0
-LOADING, ERASE_LINE = "loading PyTorch ...", "\r\x1b[K"
+LOADING, ERASE_LINE = "loading PyTorch", "\r\x1b[K"
 LOST_PEER = (  # what gloo and NCCL say when another process has ended
     "Connection closed by peer",
     "Connection reset by peer",
@@ -245,10 +246,16 @@ def add_shared_flags(parser: argparse.ArgumentParser, *, model: str | None) -> N
     group.add_argument("--seed", type=non_negative_int, default=0, help="seed of every random choice")
 
 
-def parse(parser: Parser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse(
+    parser: Parser,
+    argv: Sequence[str] | None = None,
+    *,
+    then: Callable[[argparse.Namespace], str] | None = None,
+) -> argparse.Namespace:
     """Return the flags in `argv` (the process's own when None), for a script that imports its
-    libraries next. Help and mistakes end the process here, as does a limit of the system that the
-    libraries exceed.
+    libraries next; `then` tells what it will read after them.
+
+    Help and mistakes end the process here, as does a limit of the system that the libraries exceed.
     """
     _open_streams()
     debug = "--debug" in (sys.argv if argv is None else argv)
@@ -260,18 +267,19 @@ def parse(parser: Parser, argv: Sequence[str] | None = None) -> argparse.Namespa
     os.environ["MPLBACKEND"] = "Agg"
     if not debug:
         sys.excepthook = functools.partial(_explain_import, parser.prog)
-    loading()
+    loading(LOADING if then is None else f"{LOADING}, then {then(args)}")
     return args
 
 
-def loading() -> None:
+def loading(line: str = LOADING) -> None:
     """Begin to wait for libraries: until `loaded`, Ctrl-C ends the process without a word, and a
     terminal shows what it waits for.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave)
     if sys.stderr.isatty() and is_rank_0():
-        print(LOADING, end="", file=sys.stderr, flush=True)
+        room = shutil.get_terminal_size().columns - len(" ...") - 1  # in one line, to be erased
+        print(shorten(line, room) + " ...", end="", file=sys.stderr, flush=True)
 
 
 def loaded() -> None:
@@ -291,6 +299,7 @@ def run_main(main: Callable[[argparse.Namespace], None], args: argparse.Namespac
     """
     sys.excepthook = sys.__excepthook__
     loaded()
+    threading.excepthook = _explain_thread
     with _endings(prog, debug=getattr(args, "debug", False)):
         main(args)
         sys.stdout.flush()
@@ -431,6 +440,14 @@ def _explain_import(
         return
     _report(f"\n{prog}: error: {reason}" if sys.stderr.isatty() else f"{prog}: error: {reason}")
     os._exit(2)
+
+
+def _explain_thread(arguments: threading.ExceptHookArgs) -> None:
+    """Stand for threading.excepthook: a fault of the system is told by the main thread, which meets
+    it too, such as the full disk of TensorBoard's writer.
+    """
+    if fault_of_system(arguments.exc_value) is None:
+        threading.__excepthook__(arguments)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ import lzma
 import os
 import re
 import select
+import shutil
 import sys
 import tempfile
 import zlib
@@ -280,6 +281,7 @@ def check_texts(rows: datasets.Dataset, column: str, *, source: str) -> None:
 
     check_kind(rows, column, source=source)
     for start, block in _blocks(rows, column):
+        check_characters(block, f"{source}, row", first=start + 1)
         blank = pc.equal(pc.utf8_trim_whitespace(block), "").fill_null(True)
         row = pc.index(blank, True).as_py()
         if row >= 0:
@@ -292,6 +294,23 @@ def check_texts(rows: datasets.Dataset, column: str, *, source: str) -> None:
         if longest > LONGEST_TEXT:
             row = pc.index(pc.utf8_length(block), longest).as_py()
             check_length(block[row].as_py(), f"{source}, row {start + row + 1}")
+
+
+def check_characters(column: pa.ChunkedArray, source: str, *, first: int) -> None:
+    """Raise UserError, naming `source` and the number of the row (the first being `first`), for a
+    string that is not UTF-8: Arrow reads it unchecked from a Parquet file.
+    """
+    import pyarrow as pa
+
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid:
+        for number, value in enumerate(column, start=first):
+            try:
+                value.as_py()
+            except UnicodeDecodeError as error:
+                raise UserError(f"{source} {number}: not UTF-8; correct the row") from error
+        raise
 
 
 def check_kind(rows: datasets.Dataset, column: str, *, source: str, flag: str = "--text-column") -> None:
@@ -722,7 +741,12 @@ def _load_undamaged(name: str, config: str | None, cache_dir: str | None) -> dat
             return splits
         except damages as error:
             reason = one_line(error)
+        folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE)
         if mode is None:
             note(f"--dataset {name}: its copy in the cache is damaged ({reason}); it is made anew")
-    folder = cache_dir or datasets.config.HF_DATASETS_CACHE
+            for information in folder.rglob("dataset_info.json"):
+                try:
+                    json.loads(information.read_bytes())
+                except ValueError:  # the library reads it before it thinks of making anything anew
+                    shutil.rmtree(information.parent)
     raise UserError(f"--dataset {name}: its copy in {folder} is damaged ({reason}); remove it and try again")

@@ -10,6 +10,7 @@ import json
 import os
 import random
 import resource
+import socket
 import sys
 import time
 import uuid
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 import torch.distributed
 from torch.distributed.rendezvous import rendezvous
+from tqdm import tqdm
 
 from common.errors import UserError, reading
 from common.files import sha256
@@ -31,7 +33,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # ends the wait at once, because its connections close.
 WAIT_FOR_WORK = datetime.timedelta(days=1)
 JOIN_SECONDS, POLL_SECONDS = 1800.0, 0.05  # the first is PyTorch's own default
-CONNECT_SECONDS = 60.0  # to a store of torchrun's that must be there already
+CONNECT_SECONDS = 60.0  # to torchrun's store on another machine
 SHARED_FILE_TRIES = 90  # one a second; network file systems cache what they saw for up to 60
 
 
@@ -53,9 +55,10 @@ class Runtime:
         return self.rank == 0
 
     def say(self, *parts: object) -> None:
-        """Print on the main process only."""
+        """Print on the main process only, above the progress bar if one is open."""
         if self.is_main:
-            print(*parts, flush=True)
+            tqdm.write(" ".join(map(str, parts)), file=sys.stdout)
+            sys.stdout.flush()
 
     def autocast(self) -> torch.autocast:
         """Return the autocast context of this device and precision; it does nothing in fp32."""
@@ -203,14 +206,15 @@ def _connect_to_torchrun() -> torch.distributed.Store:
     """Return torchrun's key-value store. Raises UserError when nothing answers where it should be,
     such as for variables that are left over from a job.
     """
-    # torchrun's own is there before its processes; without it, process 0 makes one, perhaps later
-    is_there = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    seconds = CONNECT_SECONDS if is_there else JOIN_SECONDS
     address = f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
     advice = "start the job with torchrun again; if this is none, unset TORCHELASTIC_RUN_ID"
     with reading(f"torchrun: nothing answers at {address}", advice):
-        store, _, _ = next(rendezvous("env://", timeout=datetime.timedelta(seconds=seconds)))
-    store.set_timeout(datetime.timedelta(seconds=JOIN_SECONDS))
+        # torchrun's own store is there before its processes, and PyTorch would wait half an hour for
+        # it; without torchrun, process 0 makes one, perhaps later
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()
+        store, _, _ = next(rendezvous("env://"))
     return store
 
 
@@ -317,6 +321,18 @@ def keep_large_blocks(threshold: int = 2**30) -> None:
         M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # the numbers in glibc's malloc.h
         mallopt(M_MMAP_THRESHOLD, threshold)
         mallopt(M_TRIM_THRESHOLD, threshold)
+
+
+def used_memory_bytes(device: torch.device) -> int:
+    """Return the memory in use now in bytes: allocated on the GPU with CUDA, else resident in this
+    process, or its peak so far where the system does not tell.
+    """
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        return peak_memory_bytes(device)
+    return int(statm.read_text().split()[1]) * resource.getpagesize()
 
 
 def peak_memory_bytes(device: torch.device) -> int:

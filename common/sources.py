@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from common import bundled, model_files
-from common.errors import UserError, shorten
+from common.errors import UserError, one_line, shorten
 
 GGUF_SUFFIX = ".gguf"
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
@@ -29,6 +29,9 @@ FILES_READ = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 FILES_IGNORED = ["onnx/*", "openvino/*"]
 CONNECT_SECONDS = 5.0
 
+# Without this, the progress bars of libraries would stay on the screen when their work is done. tqdm
+# reads its defaults from such variables when it is imported; an empty one is False.
+os.environ["TQDM_LEAVE"] = ""
 # Without this, transformers sends the name of a model without safetensors, and the user's token,
 # to a conversion service on the Hub and waits for it.
 os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
@@ -290,6 +293,10 @@ def is_reachable() -> bool:
     try:
         huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=CONNECT_SECONDS)
         return True
+    except (ImportError, ValueError) as error:  # of the client, before it asks anything
+        problem = f"the proxy that HTTPS_PROXY or ALL_PROXY names can't be used: {one_line(error)}"
+        advice = "unset it, or for one of SOCKS install socksio"
+        raise UserError(f"{problem}; {advice}") from error
     except httpx2.TransportError:
         huggingface_hub.constants.HF_HUB_OFFLINE = True
         datasets.config.HF_HUB_OFFLINE = True

@@ -38,6 +38,7 @@ from common.reading import decode_utf8, temporary_file
 from common.sources import DATA_SUFFIXES, FASTTEXT_LABEL, JSON_SUFFIXES, FileOptions, note, suffix
 
 BLOCK_ROWS = 10_000
+BLOCK_OBJECTS = 2_000  # few, because Python's garbage collector goes through them again and again
 BLOCK_BYTES = 4 << 20  # of a file that Arrow reads at once
 IN_MEMORY = 64 << 20  # bytes of a table that stay in memory; a larger one lies in a temporary file
 SAMPLE = 256 << 10  # bytes at the beginning of a file from which its delimiter is found out
@@ -221,7 +222,7 @@ def find_dialect(data: DataFile) -> Dialect:
             note(f"{data.name}: {cells} (--delimiter says otherwise)")
     quoted = options.quoting == "csv"
     if options.quoting == "auto":
-        quoted = delimiter != "\t" or is_quoted(_text(data.file))
+        quoted = delimiter != "\t" or is_quoted(data.file)
     if options.columns is not None:
         return Dialect(delimiter, quoted, list(options.columns), has_header=False)
     names = _column_names(data.name, _first_row(head, delimiter, quoted=quoted))
@@ -240,15 +241,19 @@ def find_delimiter(head: str, default: str, *, columns: Sequence[str] | None, as
     return max(candidates, key=lambda one: (len({*as_text} & {*rows[one]}), len(rows[one]) > 1))
 
 
-def is_quoted(lines: Iterable[str]) -> bool:
+def is_quoted(file: BinaryIO) -> bool:
     """Return whether quotation marks around the cells of a table with tabs are no part of them.
 
     Such a file may be written either way. They are part of the text if every line has the same
     number of tabs, and some cell begins with a mark that is not closed at the cell's end.
     """
+    content = np.frombuffer(_mapped(file), np.uint8)
+    quotes = _positions(content, b'"')
+    if is_well_formed(content, quotes, "\t") and not _line_spans(content, quotes)[1].any():
+        return True  # as the lines say, too, but in a tenth of the time
     unclosed = re.compile(r'(?:^|\t)"(?!(?:[^"\t]|"")*"(?:\t|$))')
     widths, is_plain = set(), False
-    for line in lines:
+    for line in _text(file):
         line = line.rstrip("\r\n")
         if line:
             widths.add(line.count("\t"))
@@ -387,22 +392,27 @@ def _column_names(name: str, header: list[str]) -> list[str]:
     return names
 
 
+def _line_spans(content: np.ndarray, quotes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return for each pair of quotation marks the number of lines before it, and of the line ends
+    between the two.
+    """
+    newlines = _positions(content, b"\n")
+    first = np.searchsorted(newlines, quotes[::2])
+    return first, np.searchsorted(newlines, quotes[1::2]) - first
+
+
 def _warn_of_long_cells(content: np.ndarray, quotes: np.ndarray, name: str, dialect: Dialect) -> None:
     """Warn of the longest cell that spans lines, if it may be rows that a mark has swallowed."""
     if not len(quotes):
         return
-    newlines = _positions(content, b"\n")
-    opening, closing = quotes[::2], quotes[1::2]
-    line_of = np.searchsorted(newlines, opening)  # lines before each
-    spans = np.searchsorted(newlines, closing) - line_of
+    lines, spans = _line_spans(content, quotes)
     longest = int(spans.argmax())
-    inner = content[opening[longest] : closing[longest]].tobytes().split(b"\n")[1:-1]
+    inner = content[quotes[2 * longest] : quotes[2 * longest + 1]].tobytes().split(b"\n")[1:-1]
     separators = len(dialect.names) - 1
-    like_rows = (
-        separators and inner and all(line.count(dialect.delimiter.encode()) == separators for line in inner)
-    )
+    like_rows = separators and inner
+    like_rows = like_rows and all(line.count(dialect.delimiter.encode()) == separators for line in inner)
     if spans[longest] >= MANY_LINES or like_rows:
-        _warn_of_long_cell(name, int(line_of[longest]) + 1, int(spans[longest]) + 1)
+        _warn_of_long_cell(name, int(lines[longest]) + 1, int(spans[longest]) + 1)
 
 
 def _warn_of_long_cell(name: str, line: int, count: int) -> None:
@@ -506,31 +516,37 @@ def read_json(data: DataFile) -> pa.Table:
             raise _not_utf8(data) from error
 
 
-Row = tuple[str, dict]  # where it is, such as "line 3"
+Row = tuple[str, int, dict]  # where it is: "line" or "row", and its number
 
 
 def _objects(data: DataFile) -> Iterator[Row]:
     file, name = data.file, data.name
-    text = _text(file, newline=None)
-    decode = json.JSONDecoder().decode
-    is_first = True
-    for number, line in enumerate(text, start=1):
-        if not line.strip():
-            continue
-        if is_first and line.lstrip()[0] == "[":
-            yield from _listed_objects(_text(file, newline=None).read(), name)
-            return
+    decoder, is_first = json.JSONDecoder(), True
+    scan = decoder.scan_once  # pyrefly: ignore [missing-attribute]  (its types lack it)
+    for number, line in enumerate(_text(file, newline=None), start=1):
         try:
-            row = decode(line)
-        except ValueError as error:
-            if is_first:  # objects may be spread over several lines
-                yield from _spread_objects(_text(file, newline=None).read(), name)
+            # decode() looks for white space around the value too, which takes as long again
+            row, end = scan(line, 0)
+            is_whole = end == len(line) - 1
+        except (StopIteration, ValueError):
+            row, is_whole = None, False
+        if not is_whole:
+            if not line.strip():
+                continue
+            if is_first and line.lstrip()[0] == "[":
+                yield from _listed_objects(_text(file, newline=None).read(), name)
                 return
-            raise _not_json(name, number, error) from error
+            try:
+                row = decoder.decode(line)
+            except ValueError as error:
+                if is_first:  # objects may be spread over several lines
+                    yield from _spread_objects(_text(file, newline=None).read(), name)
+                    return
+                raise _not_json(name, number, error) from error
         if not isinstance(row, dict):
             raise UserError(f"{name}, line {number}: not a JSON object; write {{...}} on each line")
         is_first = False
-        yield f"line {number}", row
+        yield "line", number, row
 
 
 def _listed_objects(text: str, name: str) -> Iterator[Row]:
@@ -541,7 +557,7 @@ def _listed_objects(text: str, name: str) -> Iterator[Row]:
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
             raise UserError(f"{name}, row {number}: not a JSON object; the list must hold objects only")
-        yield f"row {number}", row
+        yield "row", number, row
 
 
 def _spread_objects(text: str, name: str) -> Iterator[Row]:
@@ -557,7 +573,7 @@ def _spread_objects(text: str, name: str) -> Iterator[Row]:
             raise _not_json(name, error.lineno, error) from error
         if not isinstance(row, dict):
             raise UserError(f"{name}, row {number}: not a JSON object; write a list of objects")
-        yield f"row {number}", row
+        yield "row", number, row
 
 
 def _not_json(name: str, line: int, error: ValueError) -> UserError:
@@ -567,33 +583,51 @@ def _not_json(name: str, line: int, error: ValueError) -> UserError:
 
 def _blocks_of_objects(data: DataFile) -> Iterator[pa.Table]:
     rows = _objects(data)
-    while block := list(itertools.islice(rows, BLOCK_ROWS)):
-        columns = dict.fromkeys(key for _, row in block for key in row)
-        yield pa.table({column: _json_column(block, column, data) for column in columns})
+    while block := list(itertools.islice(rows, BLOCK_OBJECTS)):
+        objects = [row for _, _, row in block]
+        columns = dict.fromkeys(itertools.chain.from_iterable(objects))
+        table = {}
+        for column in columns:
+            values = [row.get(column) for row in objects]
+            try:
+                table[column] = _json_column(values, column, data)
+            except _BadValue as bad:
+                unit, number, _ = block[bad.position]
+                raise UserError(f"{data.name}, {unit} {number}: {bad}; correct it") from bad
+        yield pa.table(table)
 
 
-def _json_column(block: list[Row], column: str, data: DataFile) -> pa.Array:
-    """Return one column of a block. Raises UserError, naming the row, for half of a character, and
-    for a value of a column `as_text` that is neither text nor a whole number beside values that are.
+class _BadValue(Exception):
+    """A value that its column can't hold, and its position in the block."""
+
+    def __init__(self, position: int, problem: str) -> None:
+        super().__init__(problem)
+        self.position = position
+
+
+def _json_column(values: list, column: str, data: DataFile) -> pa.Array:
+    """Return one column of a block.
+
+    Raises _BadValue for half of a character, and for a value of a column `as_text` that is neither
+    text nor a whole number beside values that are.
     """
-    values = [row.get(column) for _, row in block]
     try:
         try:
             return pa.array(values)
         except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
             if column in data.as_text:
-                for (where, _), value in zip(block, values):
+                for position, value in enumerate(values):
                     if value is not None and type(value) not in (str, int):
-                        what = f"holds a {type(value).__name__}, in other rows texts; correct it"
-                        raise UserError(f"{data.name}, {where}: {column!r} {what}") from None
+                        problem = f"{column!r} holds a {type(value).__name__}, in other rows texts"
+                        raise _BadValue(position, problem) from None
             return _as_text(values)
-    except UnicodeEncodeError as error:
-        for (where, _), value in zip(block, values):
+    except UnicodeEncodeError:
+        for position, value in enumerate(values):
             try:
                 json.dumps(value, ensure_ascii=False).encode()
-            except UnicodeEncodeError:
-                problem = "a lone surrogate (\\ud800 to \\udfff) is no character; correct it"
-                raise UserError(f"{data.name}, {where}: {problem}") from error
+            except UnicodeEncodeError as error:
+                problem = "a lone surrogate (\\ud800 to \\udfff) is no character"
+                raise _BadValue(position, problem) from error
         raise
 
 
@@ -602,7 +636,8 @@ def read_parquet(data: DataFile) -> pa.Table:
     stand for.
     """
     with explained(data.name, "parquet"):
-        source = pq.ParquetFile(pa.BufferReader(pa.py_buffer(_mapped(data.file))))
+        content = pa.BufferReader(pa.py_buffer(_mapped(data.file)))
+        source = pq.ParquetFile(content, page_checksum_verification=True)
         blocks = (pa.Table.from_batches([batch]) for batch in source.iter_batches(BLOCK_ROWS))
         table = gather(blocks, data.folder)
         for position, field in enumerate(table.schema):

@@ -13,7 +13,7 @@ from common.training.batching import BatchConfig
 from common.training.checkpoint import TrainingState
 from common.training.classifier import ModelConfig
 from common.training.data import TokenConfig
-from common.training.tracking import LossMeter, NullLog
+from common.training.tracking import Clock, Forecast, LossMeter, NullLog
 from train_classifier import TrainConfig, config_from_flags
 
 RUNTIME = Runtime(torch.device("cpu"), "fp32")
@@ -67,9 +67,8 @@ class EveryStep:
     def __init__(self, then: Callable[[], None]) -> None:
         self.then = then
 
-    def requested(self) -> bool:
+    def requested(self) -> None:
         self.then()
-        return False
 
 
 def run_loop(
@@ -83,7 +82,9 @@ def run_loop(
 
     Nothing is evaluated or saved.
     """
-    run = train_classifier.Run(log or NullLog(Path()), mock.Mock(), EveryStep(after_step))
+    tokens = {"train_tokens": 1000, "validation_tokens": 100, "test_tokens": 100}
+    forecast = Forecast(**tokens, validations=1, clock=Clock())
+    run = train_classifier.Run(log or NullLog(Path()), mock.Mock(), EveryStep(after_step), forecast)
     config = config_of("--epochs", 1, "--log-every", 100, *flags)
     with (
         mock.patch.object(train_classifier.batching, "plan_epoch", lambda *_, **__: steps),

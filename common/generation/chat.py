@@ -17,7 +17,7 @@ from common.errors import UserError, one_line
 from common.generation import decoding
 from common.generation.completion import Completion, Prompt, Run, TextStream
 from common.generation.decoding import Batch
-from common.generation.language_model import LanguageModel, check_length
+from common.generation.language_model import LanguageModel, check_characters, check_length
 from common.generation.sampling import batch_seed
 
 if TYPE_CHECKING:  # importing it takes a second
@@ -48,6 +48,8 @@ def encode_chats(conversations: list[list[Message]], language_model: LanguageMod
             "model that was trained for chats"
         )
     texts = render(conversations, tokenizer, name=language_model.name)
+    for number, text in enumerate(texts, start=1):
+        check_characters(text, language_model, name=f"conversation {number}")
     return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
 
 

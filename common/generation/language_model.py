@@ -26,6 +26,7 @@ from common.generation.llama import NotCovered, check_config, read_transformer
 from common.generation.stored_weights import Matrix
 from common.runtime import DTYPES, Runtime
 
+MOST_CHARACTERS_PER_TOKEN = 1000  # far more than any tokenizer's longest token has
 Weights = Literal["auto", "file", "fp32", "bf16"]  # of --weights
 
 
@@ -269,14 +270,40 @@ def encode_prompt(text: str, language_model: LanguageModel, *, name: str) -> lis
 
     Raises UserError for an empty one; `name` says in it which prompt it is.
     """
+    check_characters(text, language_model, name=name)
     ids = language_model.tokenizer(text)["input_ids"] if text.strip() else []
     if not ids:
         raise UserError(f"{name}: the prompt is empty; write something to continue from")
     return ids
 
 
+def check_characters(text: str, language_model: LanguageModel, *, name: str) -> None:
+    """Raise UserError for a text that can't fit into the model's context, before the minutes that
+    its tokens would take.
+    """
+    context = language_model.context
+    if context is not None and len(text) > context * MOST_CHARACTERS_PER_TOKEN:
+        raise UserError(
+            f"{name}: the prompt has {len(text):,} characters and {language_model.name} holds "
+            f"{context:,} tokens; shorten it"
+        )
+
+
+def check_tokens(ids: list[int], language_model: LanguageModel, *, name: str) -> None:
+    """Raise UserError for a token that the tokenizer has and the model does not."""
+    size = language_model.model.config.get_text_config(decoder=True).vocab_size
+    highest = max(ids, default=0)
+    if highest >= size:
+        token = language_model.tokenizer.decode([highest])
+        raise UserError(
+            f"{name}: its token {token!r} has the id {highest}, and the ids of {language_model.name} go "
+            f"from 0 to {size - 1}; copy the tokenizer that belongs to the model"
+        )
+
+
 def check_length(ids: list[int], new_tokens: int, language_model: LanguageModel, *, name: str) -> None:
     """Raise UserError unless a prompt and `new_tokens` more tokens fit into the model's context."""
+    check_tokens(ids, language_model, name=name)
     context = language_model.context
     if context is None or len(ids) + new_tokens <= context:
         return

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from common import reading
 from common.errors import UserError
 from common.generation import decoding
-from common.generation.language_model import LanguageModel
+from common.generation.language_model import LanguageModel, check_tokens
 
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 COUNTED = re.compile("[a-z0-9]", re.IGNORECASE)  # rouge_score counts words of these characters only
@@ -165,6 +165,7 @@ def text_likelihood(
             f"--perplexity {name}: {len(ids)} tokens; a text needs two, because the first one is "
             "not predicted"
         )
+    check_tokens(ids, language_model, name=f"--perplexity {name}")
     result = likelihood(language_model, ids, window)
     # the first token may be a special one, which the text does not contain
     scored = text.removeprefix(str(tokenizer.decode(ids[:1], skip_special_tokens=True)))

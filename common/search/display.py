@@ -7,16 +7,16 @@ from __future__ import annotations
 import contextlib
 import csv
 import itertools
-import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 import numpy as np
 
-from common import sources
-from common.errors import UserError, shorten
+from common import cli, sources
+from common.errors import UserError, printable, shorten
+from common.files import only_writer
 from common.search.index import CHUNK, ID, NUM_CHUNKS, RESERVED_COLUMNS, START, TEXT, Snapshot
 
 if TYPE_CHECKING:  # a command shows only what it has loaded itself
@@ -56,13 +56,16 @@ class Screen:
             return
         from tabulate import tabulate
 
-        aligned = ["right" if isinstance(value, int | float) else "left" for value in rows[0]]
-        print(tabulate(rows, headers, floatfmt=".3f", colalign=aligned), flush=True)
+        is_number = [isinstance(value, int | float) for value in rows[0]]
+        aligned = ["right" if number else "left" for number in is_number]
+        texts = [column for column, number in enumerate(is_number) if not number]
+        # a text that looks like a number, such as an id 1.10 or 2e3, stays as it is
+        print(tabulate(rows, headers, floatfmt=".3f", colalign=aligned, disable_numparse=texts), flush=True)
 
     def document(self, content: dict) -> None:
         """Print the JSON document, if one is wanted."""
         if self.shown and self.as_json:
-            print(json.dumps(content, ensure_ascii=False, default=str))
+            print(cli.json_line(content))
 
 
 def level(similarity: float) -> str:
@@ -79,7 +82,8 @@ def ids_of(selection: Selection) -> list[str]:
 
 def short_id(key: str) -> str:
     """Return the start of a long id, such as a hash of the text; --json has it whole."""
-    return key if len(key) <= 16 else f"{key[:10]}..."
+    line = printable(key.replace("\n", " "))
+    return line if len(line) <= 16 else f"{line[:10]}..."
 
 
 def texts_at(selection: Selection, positions: Iterable[int]) -> list[dict[str, str]]:
@@ -253,11 +257,14 @@ def answer_prompt(screen: Screen, searcher: Searcher, top_k: int) -> None:
             print(error, file=sys.stderr)
 
 
-def open_output(path: str | None) -> contextlib.AbstractContextManager[TextIO | None]:
-    """Open a CSV file for writing; None stays None."""
+@contextlib.contextmanager
+def open_output(path: str | None) -> Iterator[TextIO | None]:
+    """Open the CSV file of --pairs-file for writing, as its only writer; None stays None."""
     if path is None:
-        return contextlib.nullcontext()
-    return open(path, "w", encoding="utf-8", newline="")
+        yield None
+        return
+    with only_writer(Path(path), flag="--pairs-file"), open(path, "w", encoding="utf-8", newline="") as file:
+        yield file
 
 
 def collect_groups(
@@ -397,8 +404,10 @@ def write_projection(screen: Screen, selection: Selection, folder: str, *, most:
         # in one line: a tab or a line end would split a cell
         metadata.append([shorten(str(row[name]), TEXT_WIDTH) or "-" for name in columns])
     vectors = torch.from_numpy(snapshot.vectors_of(chosen))
-    with SummaryWriter(folder) as writer:
-        writer.add_embedding(vectors, metadata=metadata, metadata_header=columns, tag="texts")
+    header = [shorten(name, TEXT_WIDTH) or "-" for name in columns]  # in one line as well
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with only_writer(Path(folder), flag="--output-dir"), SummaryWriter(folder) as writer:
+        writer.add_embedding(vectors, metadata=metadata, metadata_header=header, tag="texts")
     note = "" if len(chosen) == total else f", evenly spaced among {total:,}"
     command = f"tensorboard --logdir {folder}"
     screen.say(f"{len(chosen):,} texts{note}; look at them with: {command}, tab PROJECTOR")

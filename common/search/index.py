@@ -10,25 +10,36 @@ import copy
 import hashlib
 import mmap
 import os
+import resource
+import signal
+import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import xxhash
 
-from common.errors import UserError, one_line
+from common.errors import UserError, one_line, reading
+from common.files import member
 from common.search.manifest import (
     ADVICE,
+    DEFAULT_LIMITS,
     MANIFEST,
     FileEntry,
+    Limits,
     Manifest,
     Settings,
     damaged,
     entries_of,
     read_manifest,
 )
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
 
 CACHE_PREFIX = "cache-"  # of the folder of a cache
 CACHE_STAMP = "stamp"  # the file of a cache that says which state of the index it was made of
@@ -47,7 +58,22 @@ SAFE_SETTINGS: dict[str, bool | float | int | list[str] | str] = {
     "enable_external_access": "false",
     "autoload_known_extensions": "false",
     "autoinstall_known_extensions": "false",
+    "temp_directory": "",  # nor does it write what does not fit into memory
 }
+# what the process that evaluates a condition answers; but for the last, with a mask, the library's
+# words, those of a damaged file, a traceback
+MASK, NO_CONDITION, DAMAGE, BUG, NO_MEMORY = b"mask", b"no condition", b"damage", b"bug", b"no memory"
+ADDRESSES_OF_THREAD = 128 << 20  # bytes of glibc's arena and of the stack
+# the columns of every index, as Arrow names their types
+ROW_TYPES = {
+    ID: "string",
+    HASH: "fixed_size_binary[32]",
+    CHUNK: "int32",
+    NUM_CHUNKS: "int32",
+    START: "int32",
+    TEXT: "large_string",
+}
+SQUARE_TOLERANCE = 0.01  # how far the square of a norm may be from 1
 
 
 @dataclass
@@ -75,6 +101,8 @@ class CheckedFile:
             raise damaged(self.path, f"its size is not the one in {MANIFEST}")
         else:
             start, end = self.entry.get("body", (size, size))
+            if end > size:
+                raise damaged(self.path, f"its body is not where {MANIFEST} says")
             self.check(np.array([0, end]), np.array([start, size]))
 
     def check(self, starts: np.ndarray, ends: np.ndarray) -> None:
@@ -127,6 +155,8 @@ class Segment:
         # metadata in the order of the index
         self._table = table.select([*ROW_COLUMNS, *columns])
         self.alive = np.ones(count, bool)
+        # what has been found valid: it can be nonsense although it has its checksum
+        self._valid_vectors, self._valid_columns = np.zeros(count, bool), set()
 
     def with_alive(self, entry: FileEntry, alive: np.ndarray) -> "Segment":
         """Return the segment with other live rows, and the entry that says so."""
@@ -145,39 +175,61 @@ class Segment:
     def vectors(self, first: int, last: int) -> np.ndarray:
         """Return the vectors of the rows from `first` up to `last`, as a view into the file."""
         self._check_vectors(np.array([first]), last - first)
+        if not self._valid_vectors[first:last].all():
+            self._check_norms(self._vectors[first:last], first + np.arange(last - first))
         return self._vectors[first:last]
 
     def vectors_of(self, rows: np.ndarray) -> np.ndarray:
         """Return a copy of the vectors of some rows."""
         self._check_vectors(rows, 1)
-        return self._vectors[rows]
+        vectors = self._vectors[rows]
+        if not self._valid_vectors[rows].all():
+            self._check_norms(vectors, rows)
+        return vectors
 
     def _check_vectors(self, rows: np.ndarray, count: int) -> None:
         """Check `count` vectors from each of some rows on."""
         starts = self.first_byte + 4 * self.width * rows
         self.file.check(starts, starts + 4 * self.width * count)
 
+    def _check_norms(self, vectors: np.ndarray, rows: np.ndarray) -> None:
+        """Raise UserError unless the vectors of some rows have norm 1, once for each row."""
+        squares = np.einsum("ij,ij->i", vectors, vectors)
+        # NaN and infinity fail this comparison too
+        wrong = np.flatnonzero(~(np.abs(squares - 1) < SQUARE_TOLERANCE))
+        if len(wrong):
+            norm = float(squares[wrong[0]]) ** 0.5
+            raise damaged(self.file.path, f"the vector of row {rows[wrong[0]] + 1} has norm {norm:g}, not 1")
+        self._valid_vectors[rows] = True
+
     def rows(self, columns: list[str] | None = None, numbers: np.ndarray | None = None) -> pa.Table:
         """Return some rows (default: all) as a table, without the vectors; all columns or those
         named.
         """
         table = self._table if columns is None else self._table.select(columns)
-        for column in table.columns:
-            self._check_column(column.chunk(0), numbers)
+        for name, column in zip(table.column_names, table.columns):
+            self._check_column(name, column.chunk(0), numbers)
         return table if numbers is None else table.take(number_array(numbers))
 
-    def _check_column(self, column: pa.Array, rows: np.ndarray | None) -> None:
+    def _check_column(self, name: str, column: pa.Array, rows: np.ndarray | None) -> None:
         """Check a column; of texts only those of some rows, if they are given."""
         is_large, buffers = pa.types.is_large_string(column.type), column.buffers()
         if rows is None or not (is_large or pa.types.is_string(column.type)):
             self._check_buffers(buffers)
+            if name not in self._valid_columns:
+                with reading(f"{self.file.path}: column {name!r} is damaged", ADVICE):
+                    column.validate(full=True)
+                self._valid_columns.add(name)
             return
         _, positions, content = buffers  # the first marks missing texts
         self._check_buffers(buffers[:-1])
         if content:
             ends = np.frombuffer(positions, np.int64 if is_large else np.int32)
+            firsts, lasts = ends[rows], ends[rows + 1]
+            if ((firsts < 0) | (firsts > lasts) | (lasts > content.size)).any():
+                raise damaged(self.file.path, f"the texts of column {name!r} are not where it says")
             start = content.address - self._base
-            self.file.check(start + ends[rows], start + ends[rows + 1])
+            self.file.check(start + firsts, start + lasts)
 
     def _check_buffers(self, buffers: list[pa.Buffer | None]) -> None:
         present = [buffer for buffer in buffers if buffer]  # neither missing nor empty
@@ -253,7 +305,8 @@ class Snapshot:
         rows = np.asarray(rows, dtype=np.int64)
         taken: list[dict] = [{}] * len(rows)
         for segment, here, offsets in self.by_segment(rows):
-            entries = segment.rows(columns, offsets).to_pylist()
+            with reading(f"{segment.file.path}: damaged", ADVICE):  # a text may be none
+                entries = segment.rows(columns, offsets).to_pylist()
             for position, row in zip(np.flatnonzero(here), entries):
                 taken[position] = row
         return taken
@@ -285,12 +338,65 @@ def open_snapshot(folder: str | Path) -> Snapshot:
         file.check_frame()
     segments = []
     for entry in manifest["segments"]:
-        segment = Segment(files[entry["file"]], list(manifest["columns"]))
+        file = files[entry["file"]]
+        with reading(f"{file.path}: not the rows of this index", ADVICE):
+            _check_table(read_arrow(file.content), file.content, entry, manifest)
+        segment = Segment(file, list(manifest["columns"]))
         if deleted := entry.get("deleted"):
-            rows = read_arrow(files[deleted["file"]].content).column("row").to_numpy()
+            deleted_file = files[deleted["file"]]
+            with reading(f"{deleted_file.path}: not the deleted rows of this index", ADVICE):
+                rows = _deleted_rows(read_arrow(deleted_file.content), deleted["rows"], len(segment))
             segment.alive[rows] = False
         segments.append(segment)
     return Snapshot(Path(folder), manifest, segments)
+
+
+def _check_table(
+    table: pa.Table, content: mmap.mmap | bytearray, entry: FileEntry, manifest: Manifest
+) -> None:
+    """Raise an error unless a table has the columns, types and rows that a store writes, in the
+    file's own memory. A file of another program can have the SHA-256 that a manifest names.
+    """
+    table.validate()
+    width, columns = manifest["settings"]["width"], manifest["columns"]
+    names = table.column_names
+    if len(set(names)) < len(names) or set(names) != {*RESERVED_COLUMNS, *columns}:
+        raise ValueError(f"its columns are {', '.join(names)}")
+    if len(table) != entry["rows"] or any(column.num_chunks != 1 for column in table.columns):
+        raise ValueError(f"it has {len(table):,} rows, not {entry['rows']:,} in one batch")
+    for name, kind in {**ROW_TYPES, **columns}.items():
+        if str(table.schema.field(name).type) != kind:
+            raise ValueError(f"column {name} is {table.schema.field(name).type}, not {kind}")
+    lists = table.column(VECTOR).chunk(0)
+    is_list = pa.types.is_fixed_size_list(lists.type)
+    if not is_list or lists.type.value_type != pa.float32() or lists.type.list_size != width:
+        raise ValueError(f"column {VECTOR} is {lists.type}, not {width} floats")
+    required = [table.column(name).chunk(0) for name in RESERVED_COLUMNS]
+    if any(column.null_count or column.buffers()[0] for column in (*required, lists.values)):
+        raise ValueError("values are missing")
+    start = pa.py_buffer(content).address
+    for column in table.columns:
+        for buffer in filter(None, column.chunk(0).buffers()):
+            if not start <= buffer.address <= buffer.address + buffer.size <= start + len(content):
+                raise ValueError("it is compressed")  # so that its memory is another
+
+
+def _deleted_rows(table: pa.Table, count: int, num_rows: int) -> np.ndarray:
+    """Return the numbers of the rows deleted from a segment. Raises an error for others than it
+    has.
+    """
+    table.validate(full=True)
+    if table.schema != pa.schema([("row", pa.uint32())]) or table.column("row").null_count:
+        raise ValueError(f"its columns are {', '.join(table.column_names)}, not row numbers")
+    wrong = ValueError(f"it does not name {count:,} of the {num_rows:,} rows")
+    if len(table) != count or table.column("row").num_chunks != 1:
+        raise wrong
+    # Arrow's to_numpy() would import pandas
+    rows = np.frombuffer(table.column("row").chunk(0).buffers()[1], np.uint32, count=count)
+    rows = rows.astype(np.int64)
+    if (np.diff(rows) <= 0).any() or rows[-1] >= num_rows:
+        raise wrong
+    return rows
 
 
 def verify(folder: str | Path) -> Snapshot:
@@ -318,12 +424,14 @@ def _open_files(folder: Path) -> tuple[Manifest, dict[str, CheckedFile]]:
         try:
             files = {}
             for name, entry in entries_of(manifest).items():
-                files[name] = CheckedFile(folder / name, entry, map_file(folder / name))
+                files[name] = CheckedFile(folder / name, entry, map_file(member(folder, name)))
             return manifest, files
         except FileNotFoundError as error:
             if read_manifest(folder)["sha256"] == manifest["sha256"]:
                 raise UserError(f"{error.filename}: a file of the index is missing; {ADVICE}") from error
             # a writer has committed meanwhile: read its state
+        except (OSError, ValueError) as error:
+            raise damaged(folder / MANIFEST, one_line(error)) from error
 
 
 def map_file(path: Path) -> mmap.mmap | bytearray:
@@ -365,21 +473,25 @@ def whole_documents(snapshot: Snapshot, rows: np.ndarray) -> np.ndarray:
     entries = snapshot.take(rows, [CHUNK, NUM_CHUNKS])
     # first row of a document -> its number of chunks, which are consecutive rows
     sizes = {int(row) - entry[CHUNK]: entry[NUM_CHUNKS] for row, entry in zip(rows, entries)}
+    if any(first < 0 or size < 1 or first + size > snapshot.num_rows for first, size in sizes.items()):
+        raise damaged(snapshot.folder, "the chunks of a document are not numbered one after the other")
     all_rows = [first + number for first in sorted(sizes) for number in range(sizes[first])]
     return np.array(all_rows, dtype=np.int64)
 
 
-def matching(snapshot: Snapshot, condition: str | None) -> np.ndarray:
+def matching(snapshot: Snapshot, condition: str | None, limits: Limits = DEFAULT_LIMITS) -> np.ndarray:
     """Return a mask (rows) of the live rows for which an SQL condition such as "label = 'tech' AND
     year > 2004" holds; None: of all live rows.
 
     DuckDB parses the condition as one expression over the columns of the rows, so that it can read
-    but change nothing. Raises UserError when it is not a condition over the columns of the index.
+    but change nothing. It does so in a child process, because nothing else ends
+    "length(repeat('a', 4000000000)) > 1". Raises UserError when it is not a condition over the
+    columns of the index, and when it takes more than the limits.
     """
-    mask = snapshot.alive()
+    alive = snapshot.alive()
     if condition is None:
-        return mask
-    import duckdb
+        return alive
+    import multiprocessing
 
     columns = [ID, TEXT, *snapshot.manifest["columns"]]
     lowered = [name.lower() for name in columns]
@@ -389,22 +501,77 @@ def matching(snapshot: Snapshot, condition: str | None) -> np.ndarray:
         advice = "rename one and index the texts again, or write a condition without them"
         problem = f"columns {used} differ only in case, which SQL ignores"
         raise UserError(f"--where {condition!r}: {problem}; {advice}")
-    number = unused_name("_row", [*columns, *RESERVED_COLUMNS])
+    # forked, the child has the rows already
+    fork = multiprocessing.get_context("fork")
+    receiver, sender = fork.Pipe(duplex=False)
+    child = fork.Process(target=_answer, args=(snapshot, condition, limits, sender), daemon=True)
+    child.start()
+    sender.close()
     try:
-        with duckdb.connect(config=SAFE_SETTINGS) as connection:
-            connection.execute("SET lock_configuration = true")
-            for start, segment in zip(snapshot.starts, snapshot.segments):
-                size = len(segment)
-                table = segment.rows().drop_columns([HASH])
-                table = table.append_column(number, number_array(np.arange(size)))
-                matches = connection.from_arrow(table).filter(condition).project(number)
-                rows = matches.fetchnumpy()[number]
-                here = np.zeros(size, bool)
-                here[np.asarray(rows, np.int64)] = True
-                mask[start : start + size] &= here
-    except duckdb.Error as error:
+        if not receiver.poll(limits.seconds):
+            problem = f"not done after {limits.seconds:g} seconds; simplify it, or raise --where-seconds"
+            raise UserError(f"--where {condition!r}: {problem}")
+        kind, answer = receiver.recv_bytes(), receiver.recv_bytes()
+    except EOFError:  # it has ended without an answer
+        kind, answer = NO_MEMORY, b""
+    finally:
+        child.kill()
+        child.join()
+        receiver.close()
+    if kind == DAMAGE:
+        raise UserError(answer.decode())
+    if kind == BUG:
+        raise RuntimeError(answer.decode())
+    if kind == NO_MEMORY:
+        problem = f"it needs more than {limits.megabytes:,} MB; simplify it, or raise --where-megabytes"
+        raise UserError(f"--where {condition!r}: {problem}")
+    if kind == NO_CONDITION:
         advice = f"write a condition over {', '.join(columns)}, with texts in single quotes"
-        raise UserError(f"--where {condition!r}: {one_line(error)}; {advice}") from error
+        raise UserError(f"--where {condition!r}: {answer.decode('utf-8')}; {advice}")
+    return alive & np.unpackbits(np.frombuffer(answer, np.uint8), count=len(alive)).astype(bool)
+
+
+def _answer(snapshot: Snapshot, condition: str, limits: Limits, sender: "Connection") -> None:
+    """Be the child process that evaluates a condition, and send what comes of it."""
+    import duckdb
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is told too, and ends this process
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # C++ has words of its own for a lack of memory
+    if sys.platform == "linux":
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        # each thread reserves addresses that it does not use
+        most = used + limits.megabytes * 10**6 + (os.cpu_count() or 1) * ADDRESSES_OF_THREAD
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (most if hard < 0 else min(most, hard), hard))
+    try:
+        kind, answer = MASK, np.packbits(_holds(snapshot, condition, limits)).tobytes()
+    except (duckdb.OutOfMemoryException, MemoryError):
+        kind, answer = NO_MEMORY, b""
+    except UserError as error:
+        kind, answer = DAMAGE, str(error).encode("utf-8", "replace")
+    except duckdb.Error as error:
+        kind, answer = NO_CONDITION, one_line(error).encode("utf-8", "replace")
+    except Exception:
+        kind, answer = BUG, traceback.format_exc().encode("utf-8", "replace")
+    sender.send_bytes(kind)
+    sender.send_bytes(answer)
+
+
+def _holds(snapshot: Snapshot, condition: str, limits: Limits) -> np.ndarray:
+    """Return a mask (rows) of all rows for which a condition holds, deleted ones included."""
+    import duckdb
+
+    columns = [ID, TEXT, *snapshot.manifest["columns"]]
+    number = unused_name("_row", [*columns, *RESERVED_COLUMNS])
+    mask = np.zeros(snapshot.num_rows, bool)
+    settings = {**SAFE_SETTINGS, "memory_limit": f"{limits.megabytes}MB"}
+    with duckdb.connect(config=settings) as connection:
+        connection.execute("SET lock_configuration = true")
+        for start, segment in zip(snapshot.starts, snapshot.segments):
+            table = segment.rows().drop_columns([HASH])
+            table = table.append_column(number, number_array(np.arange(len(segment))))
+            matches = connection.from_arrow(table).filter(condition).project(number)
+            mask[start + np.asarray(matches.fetchnumpy()[number], np.int64)] = True
     return mask
 
 
@@ -421,6 +588,6 @@ def unused_name(wanted: str, taken: list[str]) -> str:
 def cache_stamp(folder: Path) -> str | None:
     """Return the state of the index that a cache was made of, None if it can't be read."""
     try:
-        return (folder / CACHE_STAMP).read_text("utf-8")
+        return member(folder, CACHE_STAMP).read_text("utf-8")
     except (OSError, ValueError):
         return None

@@ -6,16 +6,17 @@ libraries are loaded.
 """
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
-from common.errors import UserError
-from common.files import seal
+from common.errors import UserError, one_line, shorten
+from common.files import LOCK, member, seal
 
 FORMAT = "embed_search index 1"
-MANIFEST, LOCK = "manifest.json", ".lock"
+MANIFEST = "manifest.json"
 ADVICE = "restore it from a copy, or index the texts into a new folder"  # for a damaged index
 
 
@@ -61,6 +62,17 @@ class EncoderConfig:
         return replace(self, model=self.model or model, max_length=self.max_length or max_length)
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What evaluating a condition over the rows of an index may take."""
+
+    seconds: float = 60.0
+    megabytes: int = 2048
+
+
+DEFAULT_LIMITS = Limits()
+
+
 class FileEntry(TypedDict):
     """A file that a manifest names: a segment, or the numbers of the rows deleted from one.
 
@@ -92,21 +104,89 @@ class Manifest(TypedDict):
 def read_manifest(folder: Path) -> Manifest:
     """Return the manifest of an index. Raises UserError when it is missing or damaged."""
     path = folder / MANIFEST
-    if not path.is_file():
+    if not path.is_file():  # a pipe or a device is none either
         what = "not an index (it has no manifest.json)" if folder.exists() else "no such folder"
         raise UserError(
             f"--index {folder}: {what}; make one with: embed_search.py index TEXTS --index {folder}"
         )
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = json.loads(member(folder, MANIFEST).read_bytes())
         is_index = manifest.get("format") == FORMAT
         if is_index and manifest["sha256"] != seal({**manifest, "sha256": None}):
-            raise ValueError("the seal is broken")
-    except (ValueError, AttributeError, KeyError) as error:
-        raise damaged(path, "its SHA-256 does not match its content") from error
+            raise ValueError("its SHA-256 does not match its content")
+    except (AttributeError, KeyError, RecursionError) as error:
+        raise damaged(path, "it is not the manifest of an index") from error
+    except ValueError as error:
+        raise damaged(path, one_line(error)) from error
     if not is_index:
         raise UserError(f"--index {folder}: its manifest.json is not {FORMAT!r}; name another folder")
+    try:
+        check_manifest(manifest)
+    except ValueError as error:
+        raise damaged(path, str(error)) from error
     return manifest
+
+
+def check_manifest(manifest: Mapping[str, Any]) -> None:
+    """Raise ValueError, saying what is wrong, unless a manifest says what a store writes: settings,
+    columns, and files under the names that a store gives.
+    """
+    settings, columns, segments = (manifest.get(name) for name in ("settings", "columns", "segments"))
+    if not isinstance(settings, dict):
+        raise ValueError("settings are missing")
+    for name, is_valid in VALID_SETTINGS.items():
+        if not is_valid(settings.get(name)):
+            raise ValueError(f"the setting {name} is {shorten(repr(settings.get(name)), 40)}")
+    if not _is_count(manifest.get("generation")):
+        raise ValueError("generation is no number")
+    if not isinstance(columns, dict) or not all(isinstance(kind, str) for kind in columns.values()):
+        raise ValueError("columns are missing")
+    if not isinstance(segments, list):
+        raise ValueError("segments are missing")
+    for entry in segments:
+        _check_entry(entry, "segment")
+        if (deleted := entry.get("deleted")) is not None:
+            _check_entry(deleted, "deleted")
+            if deleted["rows"] > entry["rows"]:
+                raise ValueError(f"{deleted['file']} has more rows than its segment")
+    names = [entry["file"] for entry in segments]
+    names += [entry["deleted"]["file"] for entry in segments if entry.get("deleted")]
+    if len(set(names)) < len(names):
+        raise ValueError("it names a file twice")
+
+
+def _check_entry(entry: object, kind: str) -> None:
+    """Raise ValueError unless an entry of a manifest names a file as a store does."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"an entry of its {kind} files is {shorten(repr(entry), 40)}")
+    file, digest = entry.get("file"), entry.get("sha256")
+    if not isinstance(file, str) or not re.fullmatch(rf"{kind}-[0-9]{{8,20}}-[0-9]{{4,20}}\.arrow", file):
+        raise ValueError(f"{shorten(repr(file), 60)} is not the name of a {kind} file of an index")
+    if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
+        raise ValueError(f"the SHA-256 of {file} is missing")
+    if not re.fullmatch("([0-9a-f]{16})*", str(entry.get("checksums", ""))):
+        raise ValueError(f"the checksums of {file} are none")
+    body = entry.get("body", [0, 0])
+    if not isinstance(body, list) or len(body) != 2 or not all(map(_is_count, body)) or body[0] > body[1]:
+        raise ValueError(f"the body of {file} is {shorten(repr(body), 40)}")
+    if not _is_count(entry.get("rows")) or not entry["rows"]:
+        raise ValueError(f"the rows of {file} are {shorten(repr(entry.get('rows')), 40)}")
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**40
+
+
+# the settings of an index, and what each can be
+VALID_SETTINGS: dict[str, Callable[[Any], bool]] = {
+    "model": lambda value: isinstance(value, str),
+    "fingerprint": lambda value: isinstance(value, str),
+    "width": lambda value: _is_count(value) and value > 0,
+    "pooling": lambda value: isinstance(value, str),
+    "max_length": lambda value: _is_count(value) and value > 0,
+    "id_column": lambda value: value is None or isinstance(value, str),
+    "chunk_overlap": lambda value: value is None or _is_count(value),
+}
 
 
 def damaged(path: Path, reason: str) -> UserError:
@@ -150,11 +230,25 @@ def check_files(folder: Path) -> Manifest:
     file that it names is missing.
     """
     manifest = read_manifest(folder)
-    while missing := next((name for name in entries_of(manifest) if not (folder / name).is_file()), None):
+    while (missing := _missing(folder, manifest)) is not None:
         before, manifest = manifest, read_manifest(folder)
         if manifest["sha256"] == before["sha256"]:  # else a writer has committed meanwhile
-            raise UserError(f"{folder / missing}: a file of the index is missing; {ADVICE}")
+            raise UserError(f"{missing}: a file of the index is missing; {ADVICE}")
     return manifest
+
+
+def _missing(folder: Path, manifest: Manifest) -> Path | None:
+    """Return the first file that a manifest names and that is missing. Raises UserError for one
+    that is no file of this folder.
+    """
+    for name in entries_of(manifest):
+        try:
+            member(folder, name)
+        except FileNotFoundError:
+            return folder / name
+        except (OSError, ValueError) as error:
+            raise damaged(folder / MANIFEST, one_line(error)) from error
+    return None
 
 
 def _is_empty(folder: Path) -> bool:

@@ -22,6 +22,7 @@ from common.reading import evenly_spaced
 from common.runtime import Runtime
 from common.search.index import CHUNK, Snapshot, matching, open_snapshot
 from common.search.kernel import LOWEST, exact_scores, rounding_error
+from common.search.manifest import DEFAULT_LIMITS, Limits
 from common.search.texts import Source
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def open_source(
     with tempfile.TemporaryDirectory() as folder:
         if source.index:
             snapshot = open_snapshot(source.index)
-            selection = select(snapshot, source.where, least=least)
+            selection = select(snapshot, source.where, limits=source.limits, least=least)
             check_size(len(selection), most)
             yield selection, lambda: _index_encoder(source, runtime, snapshot)
         else:
@@ -105,7 +106,8 @@ def open_source(
             check_size(len(collection), most)
             encoder = load_encoder(source.encoder, runtime)
             snapshot = build_temporary(source, collection, encoder, folder, say=say, role=None)
-            selection = select(snapshot, source.where, least=least, name=collection.name)
+            options = {"limits": source.limits, "least": least, "name": collection.name}
+            selection = select(snapshot, source.where, **options)
             yield selection, lambda: encoder
 
 
@@ -115,9 +117,16 @@ def _index_encoder(source: Source, runtime: Runtime, snapshot: Snapshot) -> Enco
     return load_index_encoder(source.encoder, runtime, snapshot)
 
 
-def select(snapshot: Snapshot, where: str | None, *, least: int = 1, name: str | None = None) -> Selection:
+def select(
+    snapshot: Snapshot,
+    where: str | None,
+    *,
+    limits: Limits = DEFAULT_LIMITS,
+    least: int = 1,
+    name: str | None = None,
+) -> Selection:
     """Return the live rows where a condition holds. Raises UserError when these are too few."""
-    rows = np.flatnonzero(matching(snapshot, where))
+    rows = np.flatnonzero(matching(snapshot, where, limits))
     if len(rows) < least:
         advice = "widen --where" if where else "add more texts"
         raise UserError(f"{name or snapshot.folder}: {len(rows)} texts, at least {least} needed; {advice}")

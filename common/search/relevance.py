@@ -149,7 +149,7 @@ def read_task(queries_file: str, judgements_file: str) -> Task:
         try:
             entry = json.loads(line)
             key, text = str(entry.get("id", entry.get("_id", ""))), entry["text"]
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, AttributeError, RecursionError) as error:
             example = '{"id": "q1", "text": "..."}'
             raise UserError(f"{location}: not a query; write one JSON object per line: {example}") from error
         if key in queries:

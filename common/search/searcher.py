@@ -19,6 +19,7 @@ import torch
 
 from common import files
 from common.errors import UserError
+from common.reading import evenly_spaced
 from common.search import kernel
 from common.search.encoder import Encoder
 from common.search.index import CACHE_PREFIX, CACHE_STAMP, ID, TEXT, Snapshot, cache_stamp
@@ -34,11 +35,14 @@ FUSED = 100  # best rows of each ranking that are fused, or more if more are wan
 RRF_K = 60  # of reciprocal rank fusion: Cormack, Clarke, Buettcher (SIGIR 2009)
 CHUNKS_PER_DOCUMENT = 4  # rows ranked at first for each document wanted, if texts are in chunks
 NO_WORDS = "no-words"  # a file that stands for BM25 data if no text has a word that BM25 counts
-# if --where leaves a smaller share of the rows, the graph misses many of them, and exact search is
-# fast
+# if --where leaves a smaller share of the rows, few of the best codes are among them, and exact
+# search skips much
 SMALL_SHARE = 0.1
-# of FAISS's HNSW graph: at these values it finds at least 0.99 of the exact neighbours
-LINKS, BUILD_BREADTH, SEARCH_BREADTH = 32, 200, 200
+# Of so many rows with the best codes, and at least so many for each row that is wanted, the exact
+# scores are computed: docs/benchmarks.md has what they find.
+SCANNED, SCANNED_FOR_EACH = 200, 10
+CODE_BITS, CODE_WIDTH = 4, 2  # of FAISS's fast scan: bits of a code, dimensions that share one
+TRAINED = 20_000  # vectors that the codes are fitted to
 Cached = TypeVar("Cached")
 
 
@@ -140,56 +144,56 @@ class Searcher:
         return kernel.search(blocks, vectors, depth, vectors_of=vectors_of, allowed=self.allowed)
 
     def _rank_approximately(self, vectors: np.ndarray, depth: int) -> list[Ranking]:
-        """Rank the rows that FAISS's graph finds, by their exact scores."""
-        import faiss
-
+        """Rank the rows whose codes FAISS finds to be the best, by their exact scores."""
         live = np.flatnonzero(self.snapshot.alive())
         chosen = np.flatnonzero(self.allowed[live])
-        graph, node_of = self._graph
-        breadth = max(SEARCH_BREADTH, 2 * depth)
-        # faiss adds this class when it is imported
-        options = faiss.SearchParametersHNSW(efSearch=breadth)  # type: ignore[missing-attribute]
-        count = min(depth, graph.ntotal)
-        if len(chosen) < len(live):
-            nodes = np.unique(node_of[chosen])
-            count = min(depth, len(nodes))
-            selector = faiss.IDSelectorBatch(nodes)  # a variable: FAISS holds no reference to it
-            options.sel = selector
-        _, nearest = graph.search(vectors, count, params=options)  # (queries, count)
-        if (nearest < 0).any():  # the paths to some of the rows lead through others
-            self.say("search   the graph found too few rows: searched exactly")
+        codes, code_of = self._codes
+        wanted = max(SCANNED, SCANNED_FOR_EACH * depth)
+        # the scan knows no filter: it looks as much further as the filter leaves out
+        count = int(wanted * len(live) / max(len(chosen), 1))
+        if count >= codes.ntotal:
             return self._rank_exactly(vectors, depth)
-        rankings, near = [], np.zeros(graph.ntotal, bool)
-        for nodes, vector in zip(nearest, vectors):
+        _, nearest = codes.search(vectors, count)  # (queries, count)
+        rankings, near = [], np.zeros(codes.ntotal, bool)
+        for numbers, vector in zip(nearest, vectors):
             near[:] = False
-            near[nodes] = True
-            rows = live[chosen[near[node_of[chosen]]]]
-            rankings.append(kernel.rank(rows, vector, depth, self.snapshot.vectors_of))
+            near[numbers[numbers >= 0]] = True
+            rows = live[chosen[near[code_of[chosen]]]]
+            if len(rows) < wanted // 2:  # a filter that few of the best pass
+                rankings += self._rank_exactly(vector[None], depth)
+            else:
+                rankings.append(kernel.rank(rows, vector, depth, self.snapshot.vectors_of))
         return rankings
 
     @functools.cached_property
-    def _graph(self) -> tuple[faiss.Index, np.ndarray]:
-        return cached(self.snapshot, "faiss", build=self._build_graph, load=_load_graph, say=self.say)
+    def _codes(self) -> tuple[faiss.Index, np.ndarray]:
+        load = functools.partial(_load_codes, snapshot=self.snapshot)
+        return cached(self.snapshot, "faiss", build=self._build_codes, load=load, say=self.say)
 
-    def _build_graph(self, folder: Path) -> None:
-        """Write a graph with one node for each different vector, and the node of each live row:
-        many equal nodes would only lead to each other.
+    def _build_codes(self, folder: Path) -> None:
+        """Write a code for each different vector by product quantisation (Jegou, Douze, Schmid
+        2011; Andre, Kermarrec, Le Scouarnec 2015), and the number of the code of each live row:
+        equal vectors would fill the best places.
         """
         import faiss
 
-        graph = faiss.IndexHNSWFlat(self.snapshot.width, LINKS, faiss.METRIC_INNER_PRODUCT)
-        graph.hnsw.efConstruction = BUILD_BREADTH
-        alive, node_of, known = self.snapshot.alive(), [], {}
+        width, live = self.snapshot.width, np.flatnonzero(self.snapshot.alive())
+        sample = self.snapshot.vectors_of(live[evenly_spaced(len(live), TRAINED)])
+        num_parts = width // CODE_WIDTH if width % CODE_WIDTH == 0 else width
+        codes = faiss.IndexPQFastScan(width, num_parts, CODE_BITS, faiss.METRIC_INNER_PRODUCT)
+        codes.pq.cp.min_points_per_centroid = 1  # no warning about few vectors
+        codes.train(np.resize(sample, (max(len(sample), 1 << CODE_BITS), width)))
+        alive, code_of, known = self.snapshot.alive(), [], {}
         for start, vectors in self.snapshot.vector_blocks(kernel.BLOCK):
             vectors, before = vectors[alive[start : start + len(vectors)]], len(known)
             keys = [hashlib.blake2b(vector, digest_size=16).digest() for vector in vectors]
-            nodes = [known.setdefault(key, len(known)) for key in keys]
-            _, firsts = np.unique(nodes, return_index=True)
-            new = [number for number in firsts if nodes[number] >= before]
-            graph.add(np.ascontiguousarray(vectors[new]))
-            node_of += nodes
-        faiss.write_index(graph, str(folder / "graph.faiss"))
-        np.save(folder / "nodes.npy", np.array(node_of, dtype=np.int64), allow_pickle=False)
+            numbers = [known.setdefault(key, len(known)) for key in keys]
+            _, firsts = np.unique(numbers, return_index=True)
+            new = [row for row in firsts if numbers[row] >= before]
+            codes.add(np.ascontiguousarray(vectors[new]))
+            code_of += numbers
+        faiss.write_index(codes, str(folder / "codes.faiss"))
+        np.save(folder / "codes.npy", np.array(code_of, dtype=np.int64), allow_pickle=False)
 
     def _rank_by_words(self, queries: list[str], depth: int) -> list[Ranking]:
         """Return (rows, BM25 scores) of the rows that share a word with each query."""
@@ -258,11 +262,22 @@ def fuse(rankings: list[np.ndarray]) -> Ranking:
     return np.array(order, dtype=np.int64), np.array([scores[row] for row in order])
 
 
-def _load_graph(folder: Path) -> tuple[faiss.Index, np.ndarray]:
+def _load_codes(folder: Path, snapshot: Snapshot) -> tuple[faiss.Index, np.ndarray]:
+    """Return the codes and the number of the code of each live row. Raises ValueError for those of
+    another index.
+    """
     import faiss
 
-    graph = faiss.read_index(str(folder / "graph.faiss"))
-    return graph, np.load(folder / "nodes.npy", allow_pickle=False)
+    codes = faiss.read_index(str(folder / "codes.faiss"))
+    code_of = np.load(folder / "codes.npy", allow_pickle=False)
+    if not isinstance(codes, faiss.IndexPQFastScan) or codes.d != snapshot.width:
+        raise ValueError("it is another index")
+    num_rows = int(snapshot.alive().sum())
+    if code_of.shape != (num_rows,) or code_of.dtype != np.int64:
+        raise ValueError("it is of other rows")
+    if num_rows and not 0 <= code_of.min() <= code_of.max() < codes.ntotal:
+        raise ValueError("a row has no code")
+    return codes, code_of
 
 
 def _load_bm25(folder: Path) -> bm25s.BM25 | None:
@@ -287,8 +302,9 @@ def cached(
     """
     folder = snapshot.folder / f"{CACHE_PREFIX}{name}"
     if cache_stamp(folder) == snapshot.stamp and files.find_damage(folder) is None:
-        # if another process replaces it meanwhile, it is built again; RuntimeError is FAISS's
-        with contextlib.suppress(OSError, RuntimeError):
+        # whatever a library says of files that are none of its, or that another process replaces
+        # meanwhile: it is built again
+        with contextlib.suppress(Exception):
             return load(folder)
     say(f"cache    {folder}: built for this state of the index")
     try:

@@ -11,17 +11,15 @@ import errno
 import hashlib
 import json
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import filelock
 import numpy as np
 import pyarrow as pa
 
 from common.errors import UserError
-from common.files import replace_file, seal, sync_file
+from common.files import only_writer, replace_file, seal, sync_file
 from common.search.index import (
     CACHE_PREFIX,
     RESERVED_COLUMNS,
@@ -36,16 +34,7 @@ from common.search.index import (
     number_array,
     open_snapshot,
 )
-from common.search.manifest import (
-    FORMAT,
-    LOCK,
-    MANIFEST,
-    FileEntry,
-    Manifest,
-    Settings,
-    check_folder,
-    entries_of,
-)
+from common.search.manifest import FORMAT, MANIFEST, FileEntry, Manifest, Settings, check_folder, entries_of
 
 ABANDONED = 86_400  # seconds after which an unfinished cache must be that of a killed process
 # the limits of a merged file, which is put together in memory: 65,536 rows, 64 MiB
@@ -191,11 +180,10 @@ def open_store(folder: str | Path, *, settings: Settings | None = None, wait: fl
     check_folder(folder, new=settings is not None)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = _lock(folder, wait)
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"--index {folder}: can't be written: {reason}; name another folder") from error
-    try:
+    with only_writer(folder, flag="--index", wait=wait), _full_disk_explained(folder):
         if settings is not None and not (folder / MANIFEST).is_file():
             empty = Manifest(
                 format=FORMAT, generation=0, settings=settings, columns={}, segments=[], sha256=None
@@ -204,30 +192,19 @@ def open_store(folder: str | Path, *, settings: Settings | None = None, wait: fl
         store = Store(folder, open_snapshot(folder))
         store.clean()
         yield store
+
+
+@contextlib.contextmanager
+def _full_disk_explained(folder: Path) -> Iterator[None]:
+    """Turn the error of a full disk within the block into a UserError."""
+    try:
+        yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         advice = "free some space and run the same command again"
         problem = f"{error.strerror}: what was committed stays"
         raise UserError(f"--index {folder}: {problem}; {advice}") from error
-    finally:
-        lock.release()
-
-
-def _lock(folder: Path, wait: float) -> filelock.BaseFileLock:
-    """Return the lock of an index, acquired. Waits for another writer, and says so."""
-    lock = filelock.FileLock(folder / LOCK)
-    other = f"--index {folder}: another process is"
-    with contextlib.suppress(filelock.Timeout):
-        lock.acquire(timeout=0)
-        return lock
-    if wait:
-        print(f"{other} writing to it; waiting {wait:g} s", file=sys.stderr, flush=True)
-    try:
-        lock.acquire(timeout=wait)
-    except filelock.Timeout:
-        raise UserError(f"{other} still writing to it; try again later, or raise --wait") from None
-    return lock
 
 
 def vector_array(vectors: np.ndarray) -> pa.FixedSizeListArray:

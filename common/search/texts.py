@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 from common import bundled, reading, sources
 from common.errors import UserError
 from common.search.index import RESERVED_COLUMNS, TEXT, number_array
-from common.search.manifest import EncoderConfig
+from common.search.manifest import DEFAULT_LIMITS, EncoderConfig, Limits
 
 if TYPE_CHECKING:
     import datasets
@@ -97,6 +97,7 @@ class Source:
     options: sources.FileOptions  # how data files are written
     skip_bad: bool
     block: int  # texts encoded and committed at once
+    limits: Limits = DEFAULT_LIMITS  # of `where`
 
     def read(self, id_column: str | None = None) -> Collection:
         """Return the texts; not for a command that reads an index."""

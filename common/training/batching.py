@@ -8,21 +8,25 @@ The shapes of tensors are in letters: B texts, K chunks of them, T tokens of a c
 classes, and N rows of a data set.
 """
 
+from __future__ import annotations
+
 import contextlib
 import gc
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
-import datasets
 import numpy as np
 import torch
-from sklearn.utils.class_weight import compute_class_weight
 from transformers import BatchEncoding, DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from common.errors import UserError
-from common.runtime import Runtime
+from common.runtime import Runtime, used_memory_bytes
+from common.training.tracking import file_size
+
+if TYPE_CHECKING:
+    import datasets
 
 IGNORED_LABEL = -100  # the default ignore_index of cross_entropy
 # texts are sorted by length only within pools of at most 50 batches, and an epoch has at least four
@@ -47,21 +51,6 @@ class BatchConfig:
     def texts_per_step(self, world_size: int) -> int:
         """Return the number of texts of an optimizer step, over all processes and micro-batches."""
         return self.batch_size * self.grad_accum * world_size
-
-
-def check_flags(config: BatchConfig, truncation: str | None) -> None:
-    """Raise UserError when flags exclude each other; `truncation` None is the default, chunks."""
-    if config.max_chunks > 1 and truncation not in (None, "chunks"):
-        raise UserError(
-            f"--max-chunks {config.max_chunks}: --truncation {truncation} reads one chunk of a"
-            " text; leave one of the two out"
-        )
-    if config.max_chunks > config.batch_size:
-        raise UserError(
-            f"--max-chunks {config.max_chunks}: a micro-batch holds at most --batch-size"
-            f" {config.batch_size} chunks, and those of a text stay together; lower the one or"
-            " raise the other"
-        )
 
 
 class Pick(NamedTuple):
@@ -209,6 +198,29 @@ def padding_share(lengths: list[int] | np.ndarray, batches: list[np.ndarray]) ->
 # Padded batches -----------------------------------------------------------------------------------
 
 
+class Columns:
+    """Rows in memory, read in the ways in which those of a `datasets.Dataset` are read here.
+
+    For a few texts to predict: importing that library takes longer than their prediction.
+    """
+
+    def __init__(self, columns: dict[str, list]) -> None:
+        self.columns = columns
+        self.column_names = list(columns)
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+    def __getitem__(self, name: str) -> list:
+        return self.columns[name]
+
+    def __getitems__(self, numbers: list[int]) -> list[dict]:
+        return [{name: values[number] for name, values in self.columns.items()} for number in numbers]
+
+
+Rows: TypeAlias = "datasets.Dataset | Columns"
+
+
 class PaddedBatches(torch.utils.data.Dataset):
     """A tokenised data set whose items are padded batches: indexed by picks, it gives their batch.
 
@@ -217,7 +229,7 @@ class PaddedBatches(torch.utils.data.Dataset):
     `text_of_chunk` (K), which of the B texts each chunk belongs to.
     """
 
-    def __init__(self, rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> None:
         self.rows = rows
         self.inputs = [name for name in rows.column_names if name not in NOT_MODEL_INPUTS]
         self.pad = DataCollatorWithPadding(tokenizer)
@@ -241,11 +253,7 @@ class PaddedBatches(torch.utils.data.Dataset):
 
 
 def batch_loader(
-    rows: datasets.Dataset,
-    batches: list[list[Pick]],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    pin_memory: bool = False,
+    rows: Rows, batches: list[list[Pick]], tokenizer: PreTrainedTokenizerBase, *, pin_memory: bool = False
 ) -> torch.utils.data.DataLoader:
     """Return a loader of the given batches, one after the other. It draws no random number."""
     return torch.utils.data.DataLoader(
@@ -300,7 +308,7 @@ def _leave_the_process_group(_worker: int) -> None:
     os.setpgid(0, 0)
 
 
-# What the loss needs ------------------------------------------------------------------------------
+# What the loss needs, and the clock ---------------------------------------------------------------
 
 
 def pool_chunks(logits: torch.Tensor, text_of_chunk: torch.Tensor, num_texts: int) -> torch.Tensor:
@@ -321,6 +329,8 @@ def balanced_weights(labels: list[int], num_classes: int) -> torch.Tensor:
 
     A class without rows has the weight 0.
     """
+    from sklearn.utils.class_weight import compute_class_weight
+
     present = np.unique(labels)
     weights = torch.zeros(num_classes)
     balanced = compute_class_weight("balanced", classes=present, y=labels)
@@ -346,6 +356,25 @@ def count_examples(
     both = torch.tensor([len(labels), divisor], dtype=torch.float64)
     examples, divisor = runtime.all_reduce_sum(both).tolist()
     return int(examples), divisor
+
+
+def count_tokens(micro_batches: list[BatchEncoding]) -> int:
+    """Return the number of tokens of a step in this process, without padding, while it is still on
+    the CPU.
+    """
+    masks = [batch.get("attention_mask", torch.ones_like(batch["input_ids"])) for batch in micro_batches]
+    return sum(int(mask.sum()) for mask in masks)
+
+
+def num_tokens(rows: datasets.Dataset, *, max_chunks: int | None = None) -> float:
+    """Return the number of tokens of a split, with at most `max_chunks` chunks of each text, drawn at
+    random, if given: their expected number.
+    """
+    total = 0.0
+    for lengths in rows["chunk_lengths"][:]:
+        share = 1.0 if max_chunks is None else min(1.0, max_chunks / len(lengths))
+        total += share * sum(lengths)
+    return total
 
 
 def sync_gradients(model: torch.nn.Module, *, when: bool) -> contextlib.AbstractContextManager:
@@ -411,6 +440,55 @@ def _is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+
+
+def activation_bytes(model: torch.nn.Module, batches: PaddedBatches, size: int, runtime: Runtime) -> int:
+    """Return the bytes that a forward pass of `size` of the longest chunks keeps for its backward
+    pass, beside the weights: what one and two of them keep, extrapolated.
+
+    The passes have dropout, and leave the random state as it was.
+    """
+    lengths = batches.rows["chunk_lengths"][:]
+    row = max(range(len(lengths)), key=lambda number: max(lengths[number]))
+    longest = Pick(row, (lengths[row].index(max(lengths[row])),))
+    model.train()
+    one, two = (_kept_bytes(model, batches[[longest] * number], runtime) for number in (1, 2))
+    return one + (size - 1) * (two - one)
+
+
+def _kept_bytes(model: torch.nn.Module, batch: BatchEncoding, runtime: Runtime) -> int:
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}  # the memory of each saved tensor, once
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    inputs = {name: batch[name] for name in batch if name not in ("labels", "row", "text_of_chunk")}
+    gpus = [runtime.device] if runtime.device.type == "cuda" else []
+    with (
+        torch.random.fork_rng(gpus),
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        runtime.autocast(),
+    ):
+        logits = model(**BatchEncoding(inputs).to(runtime.device)).logits
+    del logits  # until here the graph held all of them, so that no address was used twice
+    return sum(kept.values())
+
+
+def memory_line(model: torch.nn.Module, batches: PaddedBatches, micro_batch: int, runtime: Runtime) -> str:
+    """Return one line on the memory that training will take, and what for."""
+    trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    parts = {
+        "now": used_memory_bytes(runtime.device),
+        "gradients": trained if runtime.world_size == 1 else 2 * trained,  # DDP's buckets
+        "AdamW": 2 * trained,
+        f"activations of {micro_batch} chunks": activation_bytes(model, batches, micro_batch, runtime),
+    }
+    listed = ", ".join(f"{file_size(num_bytes)} {name}" for name, num_bytes in parts.items())
+    return f"memory   about {file_size(sum(parts.values()))}: {listed}"
 
 
 def largest_micro_batch(

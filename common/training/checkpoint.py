@@ -7,14 +7,15 @@ under the name `tmp-<number>` and renamed when it is complete, so that a kill at
 the earlier ones. It is verified before it is used, and older ones are removed only after that.
 """
 
+import contextlib
 import hashlib
-import os
 import random
+import re
 import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -25,10 +26,13 @@ import safetensors.torch
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from common.errors import Interrupted, UserError
+from common import cli
+from common.cli import ERASE_LINE
+from common.errors import Interrupted, reading
 from common.files import (
     find_damage,
     link_folder,
+    member,
     read_json,
     replace_folder,
     sync_file,
@@ -40,40 +44,30 @@ from common.files import (
 )
 from common.runtime import Runtime
 from common.training import tracking
-from common.training.tracking import CHECKPOINT_PREFIX, CHECKPOINTS, Log, LossMeter, RunLocation
+from common.training.run import (
+    CHECKPOINT_PREFIX,
+    CHECKPOINTS,
+    CONFIG,
+    STATE,
+    RunLocation,
+    changes,
+    checkpoints_in,
+    choose_checkpoint,
+    identity_of_flags,
+    is_like,
+    locate_run,
+    only_run,
+    read_config,
+    refuse_changes,
+    step_of,
+)
+from common.training.tracking import Log, LossMeter, file_size
 
 UNFINISHED = "tmp-"
-# the best model, for a moment twice; in a checkpoint the weights and AdamW's two averages
-BEST_SIZE_IN_MODELS, CHECKPOINT_SIZE_IN_MODELS = 2, 3
-# flags that may differ when a run is resumed: the names of data and model, because their contents
-# are compared, and flags that change no number
-FREE_FLAGS = {
-    "model",
-    "dataset",
-    "validation_file",
-    "test_file",
-    "columns",
-    "delimiter",
-    "quoting",
-    "encoding",
-    "dataset_config",
-    "text_column",
-    "label_column",
-    "train_split",
-    "validation_split",
-    "test_split",
-    "max_train_samples",
-    "max_eval_samples",
-    "cache_dir",
-    "output_dir",
-    "device",
-    "precision",
-    "num_workers",
-    "save_every",
-    "keep",
-    "auto_batch_size",
-    "nondeterministic",
-}
+OWN_UNFINISHED = re.compile(rf"{UNFINISHED}\d{{8,}}")  # other files beside them are left alone
+RESTART_SECONDS = 60.0  # that a job restarted by torchrun waits for the processes of before
+ADAM_SLOTS = ("step", "exp_avg", "exp_avg_sq")  # the number of steps, and two averages
+TIME_IS_UP = signal.SIGALRM  # the signal of --max-minutes
 FINGERPRINTS = ("the data", "the model")
 POSITION = ("micro_batch", "epoch", "step_of_epoch", "step", "history", "best")
 
@@ -116,6 +110,14 @@ class TrainingState:
             return self.epoch
         return round(self.epoch - 1 + self.step_of_epoch / self.steps_of_epoch, 2)
 
+    def epochs_left(self, epochs: int) -> float:
+        """Return how many of `epochs` are left, as a fraction within one."""
+        return epochs - (self.epoch - 1 + self.step_of_epoch / self.steps_of_epoch)
+
+    def is_finished(self, epochs: int, patience: int | None) -> bool:
+        """Tell whether the last step was the last one of the run."""
+        return (self.epoch == epochs and self.ends_epoch()) or self.is_out_of_patience(patience)
+
     def is_out_of_patience(self, patience: int | None) -> bool:
         """Tell whether the last `patience` evaluations were no better than the best one."""
         if patience is None or self.best is None:
@@ -135,6 +137,29 @@ class Checkpoint:
         return tracking.LogPosition(self.state["log_bytes"], self.state["position"]["step"])
 
 
+@contextlib.contextmanager
+def open_location(
+    output_dir: str | None, resume: str | None, runtime: Runtime, *, name: str
+) -> Iterator[RunLocation]:
+    """Yield on every process the location of the run that the main one finds with `locate_run`, and
+    holds within the block.
+
+    In a run that torchrun has started again, the main process knows whether this job began it, and
+    waits for the processes of before, which may be about to end.
+    """
+    with contextlib.ExitStack() as held:
+
+        def locate() -> list[str | bool | None]:
+            location = locate_run(output_dir, resume, name=name, is_of_this_job=runtime.began_run)
+            wait = RESTART_SECONDS if runtime.began_run(location.folder) else 0.0
+            location = held.enter_context(only_run(location, is_named=output_dir is not None, wait=wait))
+            checkpoint = None if location.checkpoint is None else str(location.checkpoint)
+            return [str(location.folder), location.is_resumed, checkpoint]
+
+        folder, is_resumed, checkpoint = runtime.broadcast_from_main(locate)
+        yield RunLocation(Path(folder), is_resumed, None if checkpoint is None else Path(checkpoint))
+
+
 class Checkpoints:
     """The checkpoints of one run; `identity` is what must not change for the run to be resumed."""
 
@@ -151,16 +176,17 @@ class Checkpoints:
         run_folder = self.run.folder
         log: Log = tracking.NullLog(run_folder)
         if self.runtime.is_main:
-            model_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
-            most_models = BEST_SIZE_IN_MODELS + CHECKPOINT_SIZE_IN_MODELS * (self.keep + 1)
-            tracking.make_folder(run_folder, needed_bytes=most_models * model_bytes)
+            needed_bytes = disk_bytes(model, keep=self.keep)
+            free_bytes = tracking.make_folder(run_folder, needed_bytes=needed_bytes)
             self.runtime.note_run(run_folder)
             if start is not None:
                 self._remove_after(start)
             begin = tracking.LogPosition() if start is None else start.log_position()
             settings = tracking.run_settings(flags, self.identity, run_folder, self.runtime)
             log = tracking.RunLog(run_folder, settings, begin if self.run.is_resumed else None)
-        self.runtime.require_shared(run_folder / tracking.CONFIG, flag="--output-dir")
+            sizes = f"{file_size(needed_bytes)} of the {file_size(free_bytes)} that are free"
+            self.runtime.say(f"disk     at most {sizes} (--keep {self.keep} and best/)")
+        self.runtime.require_shared(run_folder / CONFIG, flag="--output-dir")
         self.runtime.say(f"machine  {self.runtime.describe()}")
         self.runtime.say(f"run      {run_folder}; curves: tensorboard --logdir {run_folder.parent}")
         if start is not None:
@@ -181,7 +207,8 @@ class Checkpoints:
         unfinished = self.folder / f"{UNFINISHED}{name}"
         if self.runtime.is_main:
             for leftover in self.folder.glob(f"{UNFINISHED}*"):
-                shutil.rmtree(leftover)
+                if OWN_UNFINISHED.fullmatch(leftover.name):
+                    shutil.rmtree(leftover)
             unfinished.mkdir(parents=True)
         self.runtime.barrier()
         try:
@@ -200,8 +227,9 @@ class Checkpoints:
                 shutil.rmtree(unfinished, ignore_errors=True)
             raise
         if self.runtime.is_main and find_damage(target) is None:
-            for old in [path for path in self._all() if path.name < target.name][self.keep - 1 :]:
-                shutil.rmtree(old)
+            older = [path for path in checkpoints_in(self.run.folder) if step_of(path) < state.step]
+            for beyond in older[self.keep - 1 :]:
+                shutil.rmtree(beyond)
         self.runtime.barrier()
 
     def _write_part(self, folder: Path, meter: LossMeter) -> None:
@@ -238,13 +266,9 @@ class Checkpoints:
             "scaler": state.scaler.state_dict(),
             "log_bytes": log.position(),
         }
-        write_json(folder / "state.json", content)
+        write_json(folder / STATE, content)
         if state.best is not None:
             link_folder(self.best, folder / "best")
-
-    def _all(self) -> list[Path]:
-        """Return the run's checkpoints, the newest first."""
-        return sorted(self.folder.glob(f"{CHECKPOINT_PREFIX}*"), reverse=True)
 
     def choose(self) -> Checkpoint | None:
         """Return the checkpoint to resume from, None to begin the run, or to begin it again.
@@ -259,96 +283,64 @@ class Checkpoints:
         if chosen is None:
             return None
         self.runtime.require_shared(Path(chosen) / "manifest.json", flag="--resume")
-        return Checkpoint(Path(chosen), read_json(Path(chosen) / "state.json"))
+        return Checkpoint(Path(chosen), read_json(Path(chosen) / STATE))
 
     def _choose(self) -> str | None:
-        wanted = self.run.checkpoint
-        candidates = [wanted] if wanted is not None else self._all()
-        if not candidates:
-            self._compare_with_config()
+        chosen, damage = choose_checkpoint(self.run)
+        for path, problem in damage.items():
+            self.runtime.say(f"resume   {path} is damaged ({problem}); trying the one before it")
+        if chosen is None:
+            self._compare(self.run.folder, read_config(self.run.folder).get("identity", {}))
             return None
-        damage: dict[Path, str] = {}
-        for path in candidates:
-            problem = find_damage(path)
-            if problem is None:
-                self._compare(path, read_json(path / "state.json")["identity"])
-                return str(path)
-            damage[path] = problem
-            if path != candidates[-1]:
-                self.runtime.say(f"resume   {path} is damaged ({problem}); trying the one before it")
-        if wanted is not None:
-            raise UserError(
-                f"--resume {wanted}: it is damaged ({damage[wanted]}); --resume"
-                f" {self.run.folder} takes the newest one that is not"
-            )
-        listed = "; ".join(f"{path.name}: {problem}" for path, problem in damage.items())
-        raise UserError(
-            f"--resume: all checkpoints in {self.folder} are damaged ({listed}); start a new run"
-            " with another --output-dir"
-        )
-
-    def _compare_with_config(self) -> None:
-        """Raise UserError unless a run without checkpoints is unfinished, and this one."""
-        run = self.run.folder
-        if (run / "metrics.json").exists():
-            raise UserError(
-                f"--resume: {run} is a finished run whose checkpoints were removed; start a new run"
-                " with another --output-dir"
-            )
-        self._compare(run, read_json(run / tracking.CONFIG).get("identity", {}))
+        self._compare(chosen, read_json(chosen / STATE)["identity"])
+        return str(chosen)
 
     def _compare(self, path: Path, before: dict) -> None:
         """Raise UserError, naming what differs, unless `before` is the identity of this run."""
-        now = self.identity
-        names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-        changed = [
-            f"{name} was {before.get(name)}, is {now.get(name)}" for name in names if name not in FINGERPRINTS
-        ]
+        flags_before, flags_now = (
+            {name: value for name, value in identity.items() if name not in FINGERPRINTS}
+            for identity in (before, self.identity)
+        )
+        changed = changes(flags_before, flags_now)
         # a changed flag can change data and model as well: then only the flag is named
-        if not changed and "the data" in names:
-            old, new = before["the data"], now["the data"]
+        if not changed and before.get("the data") != self.identity["the data"]:
+            old, new = before.get("the data", {}), self.identity["the data"]
+            old = old if isinstance(old, dict) else {}
             differing = " and ".join(split for split in new if old.get(split) != new[split])
-            changed.append(f"the texts, labels or tokens of {differing} differ")
-        if not changed and names:
-            changed.append("the model's weights differ")
-        if changed:
-            raise UserError(
-                f"--resume: {path} was written by another run: {'; '.join(changed)}; use the same"
-                " again, or start a new run with another --output-dir"
-            )
+            changed = [f"the texts, labels or tokens of {differing} differ"]
+        elif not changed and before != self.identity:
+            changed = ["the model's weights differ"]
+        refuse_changes(path, changed)
 
     def _remove_after(self, start: Checkpoint) -> None:
         """Remove the checkpoints after one that is resumed from: damaged, or of a course not taken.
 
         Otherwise pruning and a later resume would count them.
         """
-        for later in self._all():
-            if later.name > start.path.name:
+        for later in checkpoints_in(self.run.folder):
+            if step_of(later) > start.log_position().step:
                 shutil.rmtree(later)
 
     def restore(self, start: Checkpoint, state: TrainingState) -> None:
-        """Put the training, this process's random states and best/ back to a checkpoint."""
-        safetensors.torch.load_model(
-            state.model, str(start.path / "model.safetensors"), device=str(state.model.device)
-        )
-        slots: dict[int, dict] = {}
-        optimizer = safetensors.torch.load_file(start.path / "optimizer.safetensors")
-        for name, tensor in optimizer.items():
-            number, slot = name.split(".", 1)
-            slots.setdefault(int(number), {})[slot] = tensor
-        param_groups = start.state["param_groups"]
-        state.optimizer.load_state_dict({"state": slots, "param_groups": param_groups})
-        state.scheduler.load_state_dict(start.state["scheduler"])
-        state.scaler.load_state_dict(start.state["scaler"])
-        for name in POSITION:
-            setattr(state, name, start.state["position"][name])
+        """Put the training, this process's random states and best/ back to a checkpoint.
+
+        Raises UserError for one with other tensors or numbers than this training has.
+        """
+        advice = f"--resume {self.run.folder} takes the newest one, another --output-dir starts a new run"
+        with reading(f"--resume {start.path}: not a checkpoint of this training", advice):
+            _load_model(start, state)
+            _load_optimizer(start, state)
+            for name in POSITION:
+                setattr(state, name, start.state["position"][name])
+            for suffix in (".safetensors", ".json"):
+                member(start.path, f"rank-{self.runtime.rank}{suffix}")
+            self._restore_part(start.path / f"rank-{self.runtime.rank}", state.meter)
         if self.runtime.is_main and state.best is not None:
             fresh = self.best.with_name("best.new")
             shutil.rmtree(fresh, ignore_errors=True)
             link_folder(start.path / "best", fresh)
             replace_folder(fresh, self.best)
         self.runtime.barrier()
-        self._restore_part(start.path / f"rank-{self.runtime.rank}", state.meter)
 
     def _restore_part(self, path: Path, meter: LossMeter) -> None:
         """Set this process's random states and its loss meter from its part of a checkpoint."""
@@ -361,6 +353,54 @@ class Checkpoints:
             if name.startswith("meter.")
         }
         meter.restore(losses, others["meter"])
+
+
+def _load_model(start: Checkpoint, state: TrainingState) -> None:
+    """Set the weights to those of a checkpoint. Raises an error for other tensors."""
+    device = str(state.model.device)
+    safetensors.torch.load_model(state.model, str(start.path / "model.safetensors"), device=device)
+    for name, weights in state.model.named_parameters():
+        if not weights.isfinite().all():
+            raise ValueError(f"model.safetensors: {name} holds NaN or infinity")
+
+
+def _load_optimizer(start: Checkpoint, state: TrainingState) -> None:
+    """Set optimizer, schedule and loss scaler to those of a checkpoint. Raises an error for other
+    tensors or numbers: the optimizer itself would take them, and fail in its next step.
+    """
+    optimizer = state.optimizer
+    for name, own in (
+        ("param_groups", optimizer.state_dict()["param_groups"]),
+        ("scheduler", state.scheduler.state_dict()),
+        ("scaler", state.scaler.state_dict()),
+    ):
+        if not is_like(start.state[name], own):
+            raise ValueError(f"{STATE}: {name} differs from this training's")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    slots: dict[int, dict[str, torch.Tensor]] = {}
+    for name, tensor in safetensors.torch.load_file(start.path / "optimizer.safetensors").items():
+        number, _, slot = name.partition(".")
+        shape = () if slot == "step" else parameters[int(number)].shape
+        if slot not in ADAM_SLOTS or tensor.shape != shape or not tensor.isfinite().all():
+            raise ValueError(f"optimizer.safetensors: {name} does not fit the model")
+        slots.setdefault(int(number), {})[slot] = tensor
+    if any(values.keys() != set(ADAM_SLOTS) for values in slots.values()):
+        raise ValueError("optimizer.safetensors: a tensor is missing")
+    optimizer.load_state_dict({"state": slots, "param_groups": start.state["param_groups"]})
+    state.scheduler.load_state_dict(start.state["scheduler"])
+    state.scaler.load_state_dict(start.state["scaler"])
+
+
+def disk_bytes(model: torch.nn.Module, *, keep: int) -> int:
+    """Return the most bytes that a run of a model takes on the disk.
+
+    A checkpoint holds the weights, AdamW's two averages of what is trained, and the best model of
+    its time, which may be another one in each; the oldest is removed when a new one is complete.
+    """
+    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
+    trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    best = weights
+    return (keep + 1) * (weights + 2 * trained + best)
 
 
 def restore_random_states(tensors: dict[str, torch.Tensor], others: dict, runtime: Runtime) -> None:
@@ -379,13 +419,8 @@ def identity(flags: Mapping[str, object], model: torch.nn.Module, tokenized: dic
     These are the flags that change its outcome, the device and the number of processes, and
     fingerprints of data and model as loaded.
     """
-    kept = {
-        f"--{name.replace('_', '-')}": value
-        for name, value in sorted(flags.items())
-        if name not in FREE_FLAGS
-    }
     return {
-        **kept,
+        **identity_of_flags(flags),
         "--precision": runtime.precision,
         "--device": runtime.device.type,
         "number of processes": runtime.world_size,
@@ -407,30 +442,40 @@ Handler = Callable[[int, FrameType | None], object] | int | None
 
 
 class StopSignals:
-    """Notes the first SIGINT or SIGTERM instead of ending the process; used as a context.
+    """Notes the first signal to stop (SIGINT, SIGTERM, SIGHUP) instead of ending the process; used
+    as a context.
 
     A second one ends the process at once, unless there are several: these leave together, after a
     step or a batch, because one that left alone would keep the others waiting. torchrun gives them
-    30 seconds.
+    30 seconds. After `seconds`, if given, the system sends TIME_IS_UP.
     """
 
-    def __init__(self, runtime: Runtime, advice: str) -> None:
-        self.runtime, self.advice = runtime, advice
+    def __init__(self, runtime: Runtime, advice: str, *, seconds: float | None = None) -> None:
+        self.runtime, self.advice, self.seconds = runtime, advice, seconds
         self.received: int | None = None
+        self.is_time_up = False
         self.handlers: dict[int, Handler] = {}
 
     def __enter__(self) -> "StopSignals":
         # Python lets no other thread handle signals
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in cli.stop_signals():
                 self.handlers[number] = signal.signal(number, self._note)
+            if self.seconds is not None:
+                self.handlers[TIME_IS_UP] = signal.signal(TIME_IS_UP, self._note_time)
+                signal.setitimer(signal.ITIMER_REAL, max(self.seconds, 0.001))  # 0 would be never
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self.seconds is not None:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+
+    def _note_time(self, _number: int, _frame: FrameType | None) -> None:
+        self.is_time_up = True
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         is_second = self.received is not None
@@ -440,14 +485,19 @@ class StopSignals:
         if is_second:
             raise KeyboardInterrupt
         name = signal.Signals(number).name
-        # print is not reentrant
-        line = f"\n{name}: saving after this step; a second one ends the run at once\n"
-        os.write(sys.stderr.fileno(), line.encode())
+        # on a terminal in the place of the progress bar, which is drawn again below it
+        begin = ERASE_LINE if sys.stderr.isatty() else "\n"
+        cli.warn_of_stop(f"{begin}{name}: saving after this step; a second one ends the run at once\n")
 
-    def requested(self) -> bool:
-        """Tell whether any process was asked to stop; all must call it at the same point."""
+    def requested(self) -> int | None:
+        """Return the signal by which any process was asked to stop, TIME_IS_UP if only the time is
+        up, None otherwise; all must call it at the same point.
+        """
         self.received = self.runtime.all_reduce_max(self.received or 0) or None
-        return self.received is not None
+        if self.received is None and self.seconds is not None:
+            self.is_time_up = self.runtime.all_reduce_max(self.is_time_up) > 0
+            return TIME_IS_UP if self.is_time_up else None
+        return self.received
 
     def stop(self) -> NoReturn:
         """Raise Interrupted, with the advice and the exit code of the signal."""
@@ -456,6 +506,8 @@ class StopSignals:
         raise Interrupted(f"stopped by {name}; {self.advice}", 128 + self.received)
 
     def check(self) -> None:
-        """Stop if any process was asked to, between the batches of an evaluation."""
-        if self.requested():
+        """Stop if any process received a signal, between the batches of an evaluation, which the
+        time limit lets end.
+        """
+        if self.requested() not in (None, TIME_IS_UP):
             self.stop()

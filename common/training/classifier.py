@@ -27,7 +27,8 @@ from common import model_files, models, sources, speedups
 from common.errors import UserError, shorten
 from common.files import replace_folder
 from common.runtime import Runtime
-from common.training.data import TRUNCATIONS, TokenConfig, name_sha256
+from common.training.data import TokenConfig, name_sha256
+from common.training.run import DEFAULT_MAX_LENGTH, DEFAULT_TRUNCATION, TRUNCATIONS
 
 if TYPE_CHECKING:
     import peft
@@ -44,9 +45,6 @@ REMEMBERED = (
     "label_column",
 )
 UNLIMITED = 1_000_000  # tokenizers without a limit say 1e30
-# on the bundled news more accurate than reading only the beginning, at the same cost
-# (docs/benchmarks.md)
-DEFAULT_MAX_LENGTH, DEFAULT_TRUNCATION = 256, "chunks"
 # of BERT, DistilBERT, GPT-2
 ATTENTION_DROPOUT_NAMES = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
 # what a saved head may be for, beside one class of several

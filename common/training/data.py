@@ -4,7 +4,12 @@ A labelled split has the columns `text` (string), `label` (ClassLabel, one list 
 all splits) and `row` (the number of the row in its source, counted from 1, so that a message or a
 prediction can be traced back). A text longer than the model reads becomes one or more chunks of
 tokens (`--truncation`). In this code, `rows[name][:]` is a whole column as a list.
+
+`datasets` and scikit-learn, which take a second to import, are imported by the functions that need
+them: `encode` does not.
 """
+
+from __future__ import annotations
 
 import dataclasses
 import hashlib
@@ -15,10 +20,9 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
-import datasets
 import numpy as np
-from sklearn.model_selection import train_test_split
 from transformers import PreTrainedTokenizerBase
 
 from common import reading
@@ -27,15 +31,17 @@ from common.files import replace_file, sha256
 from common.runtime import Runtime
 from common.sources import FileOptions, note
 
+if TYPE_CHECKING:
+    import datasets
+
 # the names that public data sets use, in the order in which they are tried
 SPLIT_SYNONYMS = {
     "train": ["train", "training"],
     "validation": ["validation", "valid", "val", "dev"],
     "test": ["test"],
 }
-Splits = dict[str, datasets.Dataset]
+Splits: TypeAlias = "dict[str, datasets.Dataset]"
 CUT_SHARE = 0.1  # of the source's training rows, for each split that is missing
-TRUNCATIONS = ("head", "tail", "head-tail", "chunks")
 # share of a chunk with head-tail: 128 of 510 tokens was best on IMDb (Sun et al. 2019, "How to
 # Fine-Tune BERT for Text Classification?")
 HEAD_SHARE = 0.25
@@ -221,6 +227,8 @@ def validate(
     for split, rows in splits.items():
         _check_columns(split, rows, [text_column, label_column])
         reading.check_texts(rows, text_column, source=f"split {split}")
+        labels = rows.with_format("arrow")[label_column]
+        reading.check_characters(labels, f"split {split}, row", first=1)
     labels = {split: _label_names(split, rows, label_column) for split, rows in splits.items()}
     if names is None and all(map(WHOLE.fullmatch, labels["train"])):
         labels["train"] = list(map(_whole, labels["train"]))
@@ -260,6 +268,8 @@ def near_equal_names(names: Sequence[str]) -> list[list[str]]:
 
 def _class_names(feature: object, labels: set[str]) -> list[str]:
     """Return the classes of a training split, in order. Raises UserError if it has only one."""
+    import datasets
+
     if len(labels) < 2:
         (label,) = labels
         raise UserError(
@@ -280,6 +290,8 @@ def _check_columns(split: str, rows: datasets.Dataset, columns: list[str]) -> No
 
 def _label_names(split: str, rows: datasets.Dataset, column: str) -> list[str]:
     """Return the label of each row (N) as a string. Raises UserError for one that is missing."""
+    import datasets
+
     feature, values = rows.features[column], rows[column][:]
     if isinstance(feature, datasets.ClassLabel):
         num_classes = len(feature.names)
@@ -330,6 +342,8 @@ def _listed(names: Iterable[str]) -> str:
 def _with_labels(
     rows: datasets.Dataset, labels: list[str], names: list[str], text_column: str
 ) -> datasets.Dataset:
+    import datasets
+
     index = {name: number for number, name in enumerate(names)}
     result = rows.select_columns([text_column])
     if text_column != "text":
@@ -372,6 +386,8 @@ def stratified_cut(
     Both parts keep the order of the source. Raises UserError, naming the `purpose`, when a class
     has too few rows.
     """
+    from sklearn.model_selection import train_test_split
+
     labels = np.asarray(rows["label"][:])
     try:
         rest, part = train_test_split(
@@ -413,6 +429,8 @@ def _take(rows: datasets.Dataset, numbers: np.ndarray) -> datasets.Dataset:
 
 def _as_dataset(rows: datasets.Dataset | datasets.DatasetDict) -> datasets.Dataset:
     """Return the rows; the library's types leave open which of the two its methods return."""
+    import datasets
+
     assert isinstance(rows, datasets.Dataset)
     return rows
 
@@ -503,6 +521,8 @@ def tokenize(
     names, tokenizer, length and truncation, which is its fingerprint too. The file name also has
     the version of `datasets`, because one version may not read what another wrote.
     """
+    import datasets
+
     what_it_does = f"{tokenizer_json(tokenizer)} {max_length} {truncation} {HEAD_SHARE} {OVERLAP}"
     digest = hashlib.sha256(what_it_does.encode())
     # the values of a label are numbers: the class names are what they mean

@@ -4,18 +4,25 @@ batch.
 With --compare-tokenizer it also shows a second tokenizer on the same text.
 """
 
-import itertools
+from __future__ import annotations
 
-import datasets
+import itertools
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 from tabulate import tabulate
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common import bundled, models, sources
+from common.errors import shorten
 from common.training.batching import PaddedBatches, Pick
 from common.training.classifier import mismatches
 from common.training.data import Splits, TokenConfig
+from common.training.report import MOST_CLASSES, WORST_CLASSES
+
+if TYPE_CHECKING:
+    import datasets
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 SHOWN_TOKENS = 24
@@ -49,11 +56,18 @@ def show(
 
 
 def split_table(splits: Splits) -> str:
-    """Return the number of texts of each class in each split as a table."""
+    """Return the number of texts of each class in each split as a table, of more than 30 classes
+    only of the 20 rarest.
+    """
     names = splits["train"].features["label"].names
     counts = [np.bincount(rows["label"][:], minlength=len(names)) for rows in splits.values()]
-    lines = [[name, *numbers] for name, *numbers in zip(names, *(count.tolist() for count in counts))]
-    return tabulate([*lines, ["all", *(len(rows) for rows in splits.values())]], ["class", *splits])
+    shown, note = range(len(names)), ""
+    if len(names) > MOST_CLASSES:
+        shown = np.argsort(sum(counts), kind="stable")[:WORST_CLASSES].tolist()
+        note = f"\nThese are the {WORST_CLASSES} rarest of {len(names):,} classes."
+    lines = [[shorten(names[number], 60), *(count[number] for count in counts)] for number in shown]
+    lines.append(["all", *(len(rows) for rows in splits.values())])
+    return tabulate(lines, ["class", *splits], disable_numparse=[0]) + note
 
 
 def length_table(tokenized: Splits) -> str:
@@ -66,7 +80,7 @@ def length_table(tokenized: Splits) -> str:
         lines.append([split, *percentiles, f"{texts_cut:.1%}", f"{tokens_cut:.1%}"])
     between = [f"{percentile} %" for percentile in PERCENTILES[1:-1]]
     headers = ["tokens", "min", *between, "max", "texts cut", "tokens cut"]
-    return tabulate(lines, headers, stralign="right")
+    return tabulate(lines, headers, stralign="right", disable_numparse=[0])
 
 
 def load_other_tokenizer(name: str, *, cache_dir: str | None) -> PreTrainedTokenizerBase:
@@ -106,8 +120,11 @@ def show_comparison(
 
 def _show_labels(feature: datasets.ClassLabel) -> None:
     print("\nLABELS as the model's config keeps them")
-    print(f"id2label   {dict(enumerate(feature.names))}")
-    print(f"label2id   { {name: number for number, name in enumerate(feature.names)} }")
+    names = feature.names[:MOST_CLASSES]
+    rest = len(feature.names) - len(names)
+    more = f" and {rest:,} more" if rest else ""
+    print(f"id2label   {dict(enumerate(names))}{more}")
+    print(f"label2id   { {name: number for number, name in enumerate(names)} }{more}")
 
 
 def _show_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,20 +1,26 @@
 """What a run tells its reader: on the screen, in report.md with pictures, in predictions.csv."""
 
+from __future__ import annotations
+
 import csv
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import datasets
 import numpy as np
 import torch
 from tabulate import tabulate
 
-from common import figures
+from common.errors import printable, shorten
 from common.runtime import Runtime
 from common.training import batching
 from common.training.batching import BatchConfig
 from common.training.data import Splits, TokenConfig
 from common.training.tracking import Log
+
+if TYPE_CHECKING:
+    import datasets
 
 EPOCH_COLUMNS = {
     "epoch": "epoch",
@@ -56,6 +62,7 @@ CARD_SETTINGS = {  # each with what is shown for a flag that was not given
 LOST = {"head": "lose their end", "tail": "lose their beginning", "head-tail": "lose their middle"}
 HUB_NAMES = {"bundled/all-MiniLM-L6-v2": "sentence-transformers/all-MiniLM-L6-v2"}
 SHOWN_CHARACTERS = 60
+MOST_CLASSES, WORST_CLASSES = 30, 20  # of more classes than the first, a table shows the second
 NUM_SHOWN, NUM_IN_TENSORBOARD = 5, 50  # texts with right or wrong answers
 
 
@@ -97,14 +104,24 @@ def epoch_table(epochs: list[dict], style: str = "simple") -> str:
 
 
 def class_table(per_class: dict[str, list], names: list[str], style: str = "simple") -> str:
-    """Return precision, recall, F1 and number of texts of each class as a table."""
-    rows = zip(names, *(per_class[key] for key in ("precision", "recall", "f1", "support")))
-    return tabulate(
+    """Return precision, recall, F1 and number of texts of each class as a table.
+
+    Of more than 30 classes it shows the 20 with the lowest F1, the lowest first, and says so below.
+    """
+    named = [_in_cell(name, style) for name in names]
+    rows = list(zip(named, *(per_class[key] for key in ("precision", "recall", "f1", "support"))))
+    note = ""
+    if len(rows) > MOST_CLASSES:
+        note = f"\n\nThese are the {WORST_CLASSES} of {len(rows):,} classes with the lowest F1."
+        rows = sorted(rows, key=lambda row: row[3])[:WORST_CLASSES]
+    table = tabulate(
         rows,
         ["class", "precision", "recall", "F1", "texts"],
         tablefmt=style,
         floatfmt=("", ".4f", ".4f", ".4f", "d"),
+        disable_numparse=[0],  # else the class 1.10 would read 1.1
     )
+    return table + note
 
 
 class Predictions:
@@ -133,15 +150,15 @@ class Predictions:
             numbers = [numbers[index * len(numbers) // most] for index in range(most)]
         rows = [
             [
-                _shorten(self.rows[number]["text"]),
-                self.names[self.predicted[number]],
-                self.names[self.labels[number]],
+                shorten(self.rows[number]["text"].replace("|", "/"), SHOWN_CHARACTERS),
+                _in_cell(self.names[self.predicted[number]], style),
+                _in_cell(self.names[self.labels[number]], style),
                 self.confidence[number].item(),
             ]
             for number in numbers
         ]
         headers = ["text", "predicted class", "true class", "confidence"]
-        return tabulate(rows, headers, tablefmt=style, floatfmt=".3f")
+        return tabulate(rows, headers, tablefmt=style, floatfmt=".3f", disable_numparse=[0, 1, 2])
 
     def length_table(self, max_length: int, style: str = "simple") -> str:
         """Return the number, the share not read and the accuracy of texts by length, as a table.
@@ -163,6 +180,7 @@ class Predictions:
             tablefmt=style,
             floatfmt=".4f",
             colalign=("left", "right", "right", "right"),
+            disable_numparse=[0, 2],
         )
 
     def write_csv(self, path: Path) -> None:
@@ -179,9 +197,10 @@ class Predictions:
                 writer.writerow([row, true, predicted, confidence, *scores, text])
 
 
-def _shorten(text: str) -> str:
-    line = " ".join(text.split()).replace("|", "/")  # a bar would end a cell in Markdown
-    return line if len(line) <= SHOWN_CHARACTERS else line[: SHOWN_CHARACTERS - 3] + "..."
+def _in_cell(text: str, style: str) -> str:
+    """Return a text as one short line; a bar would end a cell of Markdown."""
+    line = shorten(text, SHOWN_CHARACTERS)
+    return line.replace("|", "\\|") if style == "github" else line
 
 
 @dataclass(frozen=True)
@@ -222,22 +241,22 @@ def log_outcome(log: Log, outcome: Outcome) -> None:
 
 def write_report(folder: Path, outcome: Outcome) -> None:
     """Write report.md, its pictures and predictions.csv into the run folder."""
-    settings, results, scores = outcome.settings, outcome.results, outcome.scores
-    epochs, predictions = outcome.history, outcome.predictions
-    names = predictions.names
-    figures.save(figures.learning_curve(epochs, results["best_epoch"]), folder / "learning_curve.png")
-    figures.save(
-        figures.confusion_matrix(scores["confusion"], names, title="test split"),
-        folder / "confusion_matrix.png",
-    )
-    predictions.write_csv(folder / "predictions.csv")
+    from common import figures
+
+    curve = figures.learning_curve(outcome.history, outcome.best["epoch"])
+    figures.save(curve, folder / "learning_curve.png")
+    counts, names = outcome.scores["confusion"], outcome.predictions.names
+    figures.save(figures.confusion_matrix(counts, names, title="test split"), folder / "confusion_matrix.png")
+    outcome.predictions.write_csv(folder / "predictions.csv")
+    (folder / "report.md").write_text(_report_text(outcome), encoding="utf-8")
+
+
+def _report_text(outcome: Outcome) -> str:
+    settings, results, predictions = outcome.settings, outcome.results, outcome.predictions
     shown = [key for key in settings if key not in ("identity", "versions")]
-    described = tabulate(
-        [[f"`{key}`", _cell(settings[key])] for key in shown], ["setting", "value"], tablefmt="github"
-    )
-    packages = tabulate(settings["versions"].items(), ["package", "version"], tablefmt="github")
-    (folder / "report.md").write_text(
-        f"""# {settings["model"]} on {settings["dataset"]}
+    described = _settings_table([(f"`{key}`", _cell(settings[key])) for key in shown], "setting", "value")
+    packages = _settings_table(settings["versions"].items(), "package", "version")
+    return f"""# {settings["model"]} on {settings["dataset"]}
 
 Test accuracy **{results["test_accuracy"]:.4f}**, macro-F1 **{results["test_macro_f1"]:.4f}**
 ({len(predictions.labels)} texts), with the weights of epoch {results["best_epoch"]:g},
@@ -246,13 +265,13 @@ the best by validation {settings["best_metric"]}. Seed {settings["seed"]}.
 
 ## Epochs
 
-{epoch_table(epochs, "github")}
+{epoch_table(outcome.history, "github")}
 
 ![Losses and validation scores of each epoch](learning_curve.png)
 
 ## Classes of the test split
 
-{class_table(scores["per_class"], names, "github")}
+{class_table(outcome.scores["per_class"], predictions.names, "github")}
 
 ![Confusion matrix of the test split](confusion_matrix.png)
 
@@ -278,13 +297,15 @@ Every row of the test split is in [predictions.csv](predictions.csv).
 {described}
 
 {packages}
-""",
-        encoding="utf-8",
-    )
+"""
 
 
 def _cell(value: object) -> str:
-    return "" if value is None else " ".join(str(value).split())
+    return "" if value is None else printable(" ".join(str(value).split())).replace("|", "\\|")
+
+
+def _settings_table(rows: Iterable[tuple[str, str]], *headers: str) -> str:
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)  # text, also 1e-4
 
 
 def _public(name: str) -> str:
@@ -295,6 +316,12 @@ def _public(name: str) -> str:
 def _base_model(name: str) -> str:
     # the Hub accepts only its own names here
     return "" if Path(name).exists() else f"base_model: {HUB_NAMES.get(name, name)}\n"
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(f"`{name}`" for name in names[:MOST_CLASSES])
+    rest = len(names) - MOST_CLASSES
+    return f"{shown} and {rest:,} more" if rest > 0 else shown
 
 
 def _novelty(splits: Splits) -> str:
@@ -313,17 +340,18 @@ def write_card(folder: Path, outcome: Outcome, splits: Splits) -> None:
 
     It tells what the model is and how to use it, its data, settings, results and limits.
     """
+    (folder / "README.md").write_text(_card_text(outcome, splits), encoding="utf-8")
+
+
+def _card_text(outcome: Outcome, splits: Splits) -> str:
     settings, results, predictions = outcome.settings, outcome.results, outcome.predictions
     names = predictions.names
     values = {
         f"`{key}`": unset if settings[key] is None else _cell(settings[key])
         for key, unset in CARD_SETTINGS.items()
     }
-    shown = tabulate(
-        [*values.items(), *settings["versions"].items()], ["setting", "value"], tablefmt="github"
-    )
-    (folder / "README.md").write_text(
-        f"""---
+    shown = _settings_table([*values.items(), *settings["versions"].items()], "setting", "value")
+    return f"""---
 library_name: transformers
 pipeline_tag: text-classification
 {_base_model(settings["model"])}metrics: [accuracy, f1]
@@ -332,7 +360,7 @@ pipeline_tag: text-classification
 # A classifier of texts into {len(names)} classes
 
 `{_public(settings["model"])}`, fine-tuned on `{_public(settings["dataset"])}` to tell
-{", ".join(f"`{name}`" for name in names)}.
+{_listed(names)}.
 
 ```python
 from transformers import pipeline
@@ -364,9 +392,7 @@ The scores hold for texts like those of the data set. A text beyond {settings["e
 read in scoring by `--truncation {settings["truncation"]}`; the pipeline above reads its beginning only.
 Biases of the pretrained model and of the labels were not examined. Licence: that of the pretrained model and
 the data allow; see both before passing this on.
-""",
-        encoding="utf-8",
-    )
+"""
 
 
 def epoch_line(epoch: dict, num_epochs: int) -> str:

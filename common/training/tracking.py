@@ -11,7 +11,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import shutil
 import sys
 import time
@@ -20,110 +19,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
-from common import figures
 from common.errors import UserError
 from common.files import replace_file
 from common.runtime import Runtime
+from common.training.run import CONFIG, RESULTS, UNFINISHED_CONFIG
 
+METRICS = "metrics.jsonl"
+COST_OF_TRAINING = 3  # of a token, beside that of a token in evaluation
+STEPS_BEFORE_FORECAST = 5
+METRICS = "metrics.jsonl"
 REPORTED_PACKAGES = ("transformers", "datasets", "tokenizers", "evaluate", "scikit-learn")
-CONFIG = "config.json"  # once it exists, it is complete and the run can be resumed
-# the only file that a run leaves behind when it is killed at its very beginning
-UNFINISHED_CONFIG = re.compile(r"config\.json\.\d+")
-CHECKPOINTS, CHECKPOINT_PREFIX = "checkpoints", "step-"
-NEWEST = ""  # the value of --resume given alone: the newest checkpoint
 
 
 # The run's folder ---------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class RunLocation:
-    """Where a run is kept, and whether and from where it is resumed."""
-
-    folder: Path
-    is_resumed: bool = False
-    checkpoint: Path | None = None  # None: the newest one that is not damaged
-
-
-def locate_run(output_dir: str | None, resume: str | None, runtime: Runtime, *, name: str) -> RunLocation:
-    """Return the location of the run that the flags `--output-dir` and `--resume` ask for.
-
-    A new folder is called after `name` and the time unless the flags name it. After a failure
-    torchrun starts every process again with the same flags; the run is then resumed if it was this
-    job that began it. Raises UserError when the flags do not tell which run to resume, when there
-    is none, and when the folder of a new run is not empty.
-    """
-
-    def locate() -> list[str | bool | None]:
-        location = _run_to_resume(output_dir, resume, runtime)
-        location = location or RunLocation(new_run_folder(output_dir, name=name))
-        checkpoint = None if location.checkpoint is None else str(location.checkpoint)
-        return [str(location.folder), location.is_resumed, checkpoint]
-
-    folder, is_resumed, checkpoint = runtime.broadcast_from_main(locate)
-    return RunLocation(Path(folder), is_resumed, None if checkpoint is None else Path(checkpoint))
-
-
-def _run_to_resume(output_dir: str | None, resume: str | None, runtime: Runtime) -> RunLocation | None:
-    """Return the location of the run to resume, None when the flags ask for a new one."""
-    named = _named_run(output_dir, resume)
-    if named is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
-        raise UserError(
-            "--output-dir: torchrun with --max-restarts needs it, because a restarted process must"
-            " find its run; name a folder"
-        )
-    if named is not None and runtime.began_run(named.folder) and (named.folder / CONFIG).is_file():
-        # a checkpoint that the flags name was where the job began: by now it has come further
-        return RunLocation(named.folder, is_resumed=True)
-    if resume is None:
-        return None
-    if named is None:
-        raise UserError("--resume: which run? name its folder, as in --resume runs/news")
-    if not (named.folder / CONFIG).is_file():
-        raise UserError(
-            f"--resume: {named.folder} holds no run; check the name, or leave --resume out to start one"
-        )
-    if named.checkpoint is not None and not named.checkpoint.is_dir():
-        raise UserError(
-            f"--resume {resume}: no such checkpoint; --resume {named.folder} takes the newest one"
-        )
-    return named
-
-
-def _named_run(output_dir: str | None, resume: str | None) -> RunLocation | None:
-    """Return the run, and the checkpoint if any, that the flags name; None when they name none."""
-    if not resume:
-        return None if output_dir is None else RunLocation(Path(output_dir), is_resumed=True)
-    path = Path(resume)
-    is_checkpoint = path.name.startswith(CHECKPOINT_PREFIX) and path.absolute().parent.name == CHECKPOINTS
-    folder = Path(os.path.normpath(path / ".." / "..")) if is_checkpoint else path
-    if output_dir is not None and Path(output_dir).resolve() != folder.resolve():
-        raise UserError(
-            f"--output-dir {output_dir}: --resume {resume} continues in {folder}; leave one of the two out"
-        )
-    return RunLocation(folder, is_resumed=True, checkpoint=path if is_checkpoint else None)
-
-
-def new_run_folder(output_dir: str | None, *, name: str) -> Path:
-    """Return the folder for a new run: `output_dir`, or runs/<name>-<time>. Nothing is created yet.
-
-    Raises UserError when the folder is not empty.
-    """
-    folder = Path(output_dir or f"runs/{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}")
-    if folder.is_dir() and any(not UNFINISHED_CONFIG.fullmatch(path.name) for path in folder.iterdir()):
-        raise UserError(
-            f"--output-dir {folder}: it holds another run or other files; name a new folder or"
-            " remove it first"
-        )
-    return folder
-
-
-def make_folder(folder: Path, *, needed_bytes: int) -> None:
-    """Create the run folder unless it exists.
+def make_folder(folder: Path, *, needed_bytes: int) -> int:
+    """Create the run folder unless it exists, and return how many bytes its disk has free.
 
     Raises UserError, and creates nothing, when the disk has no room for `needed_bytes` in it,
     counting those that the folder already holds.
@@ -132,8 +46,8 @@ def make_folder(folder: Path, *, needed_bytes: int) -> None:
     free, needed = shutil.disk_usage(parent).free, needed_bytes - _bytes_in(folder)
     if free < needed:
         raise UserError(
-            f"--output-dir {folder}: the run needs {_size(needed)}, the disk has {_size(free)}"
-            " free; free some space or name a folder on another disk"
+            f"--output-dir {folder}: the run needs {file_size(needed)}, the disk has"
+            f" {file_size(free)} free; free some space or name a folder on another disk"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -141,6 +55,7 @@ def make_folder(folder: Path, *, needed_bytes: int) -> None:
         raise UserError(
             f"--output-dir {folder}: can't be created: {error.strerror}; name another folder"
         ) from error
+    return free
 
 
 def _bytes_in(folder: Path) -> int:
@@ -151,7 +66,12 @@ def _bytes_in(folder: Path) -> int:
     return sum(files.values())  # a file with several names, as hard links are, takes its space once
 
 
-def _size(num_bytes: int) -> str:
+def file_size(num_bytes: float) -> str:
+    """Return a number of bytes in words, with two or three digits."""
+    if num_bytes >= 1e10:
+        return f"{num_bytes / 1e9:,.0f} GB"
+    if num_bytes >= 1e9:
+        return f"{num_bytes / 1e9:.1f} GB"
     return f"{num_bytes / 1e6:,.0f} MB" if num_bytes >= 1e7 else f"{num_bytes / 1e3:,.0f} kB"
 
 
@@ -189,19 +109,30 @@ class LogPosition:
     step: int = -1
 
 
+def _cut(path: Path, num_bytes: int) -> None:
+    """Drop what comes after the first `num_bytes` of a log of lines; a shorter one, which somebody
+    has emptied, keeps its whole lines.
+    """
+    if path.exists():
+        kept = path.read_bytes()[:num_bytes].rfind(b"\n") + 1
+        os.truncate(path, kept)
+
+
 class RunLog:
     """Writes a run's numbers, texts and pictures to metrics.jsonl and TensorBoard as they come."""
 
     def __init__(self, folder: Path, settings: dict, resume_at: LogPosition | None = None) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # only runs need it, and it takes a second
+
         for path in folder.iterdir():
             if UNFINISHED_CONFIG.fullmatch(path.name):
                 path.unlink()
         replace_file(folder / CONFIG, json.dumps(settings, indent=2) + "\n")
         self.folder, self.settings = folder, settings
-        # open as long as the run
-        self.lines = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
         if resume_at is not None:
-            self.lines.truncate(resume_at.num_bytes)
+            _cut(folder / METRICS, resume_at.num_bytes)
+        # open as long as the run
+        self.lines = open(folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115
         purge_step = None if resume_at is None else resume_at.step + 1
         self.writer = SummaryWriter(str(folder), purge_step=purge_step)
 
@@ -219,6 +150,8 @@ class RunLog:
 
     def confusion(self, step: int, tag: str, counts: list[list[int]], names: list[str]) -> None:
         """Add a confusion matrix as a picture."""
+        from common import figures
+
         self.writer.add_figure(tag, figures.confusion_matrix(counts, names, title=tag), step)
 
     def text(self, step: int, tag: str, markdown: str) -> None:
@@ -230,8 +163,10 @@ class RunLog:
 
         SummaryWriter.add_hparams would write each result once more, as a curve of one point.
         """
+        from torch.utils.tensorboard.summary import hparams
+
         text = json.dumps(results, indent=2) + "\n"
-        (self.folder / "metrics.json").write_text(text, encoding="utf-8")
+        (self.folder / RESULTS).write_text(text, encoding="utf-8")
         plain = (bool, int, float, str)
         settings = {name: value for name, value in self.settings.items() if isinstance(value, plain)}
         file_writer = self.writer._get_file_writer()
@@ -284,6 +219,91 @@ def progress(batches: Iterable, *, label: str, shown: bool = True, unit: str = "
         dynamic_ncols=True,
         disable=None if shown else True,  # None: off unless stderr is a terminal
     )
+
+
+# The time that a run takes -------------------------------------------------------------------------
+
+
+def duration(seconds: float) -> str:
+    """Return a duration in words, rounded to what a waiting person wants to know."""
+    if seconds < 58:
+        return f"{max(5, 5 * round(seconds / 5))} seconds"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} minute{'s' if minutes > 1 else ''}"
+    hours, minutes = divmod(5 * round(minutes / 5), 60)
+    return f"{hours} h {minutes} min" if minutes else f"{hours} h"
+
+
+class Clock:
+    """The seconds since a run was started or resumed."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+
+    def seconds(self) -> float:
+        """Return the seconds so far."""
+        return time.perf_counter() - self.started
+
+
+class Forecast:
+    """How long a run will take: the work that is left, at the speed of the work that is done.
+
+    Work is counted in tokens that go forward through the model; in a training step they go backward
+    too, which costs twice as much again. The first step is not counted: it prepares memory, or
+    compiles.
+    """
+
+    def __init__(
+        self,
+        *,
+        train_tokens: float,
+        validation_tokens: float,
+        test_tokens: float,
+        validations: int,  # in an epoch
+        clock: Clock,
+    ) -> None:
+        self.epoch_work = COST_OF_TRAINING * train_tokens + validations * validation_tokens
+        self.validation_work, self.test_work, self.clock = validation_tokens, test_tokens, clock
+        self.counted_from: float | None = None  # the end of the first step
+        self.work, self.num_steps = 0.0, 0  # since then
+
+    def add_step(self, num_tokens: int, runtime: Runtime) -> None:
+        """Count an optimizer step that has read `num_tokens` over all processes."""
+        if self.counted_from is None:
+            runtime.synchronize()  # once: a GPU may still be at work
+            self.counted_from = self.clock.seconds()
+            return
+        self.work += COST_OF_TRAINING * num_tokens
+        self.num_steps += 1
+
+    def add_validation(self) -> None:
+        """Count an evaluation of the validation split."""
+        if self.counted_from is not None:
+            self.work += self.validation_work
+
+    def seconds_left(self, epochs_left: float) -> float | None:
+        """Return how long the rest of the run will take, None as long as nothing is known."""
+        if self.counted_from is None or self.num_steps == 0:
+            return None
+        seconds_per_work = (self.clock.seconds() - self.counted_from) / self.work
+        return seconds_per_work * (epochs_left * self.epoch_work + self.test_work)
+
+    def is_due(self) -> bool:
+        """Tell whether a few steps have been counted, which happens once."""
+        return self.num_steps == STEPS_BEFORE_FORECAST
+
+    def line(self, epochs_left: float, runtime: Runtime) -> str:
+        """Return one line on the time that the run will take."""
+        runtime.synchronize()  # once: a GPU may still be at work
+        left = self.seconds_left(epochs_left)
+        assert left is not None
+        return f"time     about {duration(self.clock.seconds() + left)}, of which {duration(left)} are left"
+
+    def words_left(self, epochs_left: float) -> str:
+        """Return what the progress bar says, "" as long as nothing is known."""
+        left = self.seconds_left(epochs_left)
+        return "" if left is None else f", {duration(left)} left"
 
 
 # The loss -----------------------------------------------------------------------------------------

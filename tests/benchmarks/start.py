@@ -39,10 +39,16 @@ COMMANDS = {
     "similarity": ["embed_search.py", "similarity", SENTENCES],
     "delete": ["embed_search.py", "delete", "--index", "INDEX", "no such id", "--skip-bad"],
     "verify": ["embed_search.py", "verify", "--index", "INDEX"],
+    "generate help": ["generate.py", "--help"],
+    "no such prompts": ["generate.py", "--prompts-file", "HOME/nowhere.txt"],
+    "generate": ["generate.py", "--prompt", "Natural Language Processing is", "--stream"],
 }
-EXIT_CODES = {"no such index": 2}
+EXIT_CODES = {"no such index": 2, "no such prompts": 2}
 # ratio: the command whose seconds it holds, and the figure
-RATIOS = {"search_cold_seconds": ("search cold", "seconds")}
+RATIOS = {
+    "search_cold_seconds": ("search cold", "seconds"),
+    "first_token_seconds": ("generate", "first_output_seconds"),
+}
 
 # Peak memory is inherited from the process that starts another one: this one is small.
 LAUNCH = """

@@ -21,7 +21,7 @@ from tabulate import tabulate
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from common.training.data import TRUNCATIONS  # noqa: E402
+from common.training.run import TRUNCATIONS  # noqa: E402
 
 
 def make_parser() -> argparse.ArgumentParser:

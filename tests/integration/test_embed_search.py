@@ -271,10 +271,10 @@ def test_a_stale_or_damaged_cache_is_made_anew(ok, sentences, tmp_path):
     ok("index", sentences, *index, "--id-column", "id")
     flags = ("search", *index, "good film", "--approximate", "--top-k", 3, "--json")
     first = ok(*flags)
-    graph = tmp_path / "ix" / "cache-faiss" / "graph.faiss"
-    whole = graph.read_bytes()
-    graph.write_bytes(b"\0" * len(whole))
-    assert ok(*flags) == first and graph.read_bytes() == whole  # damaged
+    codes = tmp_path / "ix" / "cache-faiss" / "codes.faiss"
+    whole = codes.read_bytes()
+    codes.write_bytes(b"\0" * len(whole))
+    assert ok(*flags) == first and codes.read_bytes() == whole  # damaged
     ok("delete", *index, first["queries"][0]["hits"][0]["id"])
     second = ok(*flags)["queries"][0]["hits"]
     # stale

@@ -3,6 +3,7 @@ for what a user gets.
 """
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -73,10 +74,10 @@ class StandardInput:
 
     def __init__(self, text: str):
         self.lines, self.buffer = iter(text.splitlines(keepends=True)), self
-        self.text = text
+        self.content = io.BytesIO(text.encode())
 
-    def read(self) -> bytes:
-        return self.text.encode()
+    def read(self, size: int = -1) -> bytes:
+        return self.content.read(size)
 
     def readline(self) -> str:
         return next(self.lines, "")

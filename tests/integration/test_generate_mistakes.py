@@ -10,12 +10,14 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import (
+    AutoTokenizer,
     BertConfig,
     BertModel,
     MambaConfig,
@@ -428,6 +430,29 @@ def test_a_generation_config_of_another_type(content, script, tiny, tmp_path):
         assert stdout == "" and re.fullmatch(r"generate\.py: error: --model [^\n]+\n", stderr)
     else:
         assert code == 0 and stdout == script(*P)[1]
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model(refused, tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer.add_tokens(["zebra"])
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("a zebra\n")
+    flags = ["--model", tmp_path / "model"]
+    for texts in (
+        ["--prompt", "zebra"],
+        ["--chat", "--prompt", "zebra"],
+        ["--perplexity", tmp_path / "text.txt"],
+    ):
+        refused(*flags, *texts, parts=("'zebra'", str(tmp_path / "model"), "tokenizer"))
+
+
+def test_a_text_of_megabytes_is_refused_before_its_tokens_are_counted(refused, tmp_path):
+    (tmp_path / "prompts.txt").write_text("one\n" + "x y " * 2_000_000 + "\n")
+    started = time.process_time()
+    for flags, name in (([], "prompt 2"), (["--chat"], "conversation 2")):
+        refused("--prompts-file", tmp_path / "prompts.txt", *flags, parts=(name, "characters", "shorten"))
+    assert time.process_time() - started < 10
 
 
 def test_models_with_a_state_instead_of_a_cache(refused, tmp_path):

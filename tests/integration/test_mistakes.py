@@ -530,7 +530,7 @@ def trained(script, sentences_csv, tmp_path_factory) -> Path:
     return folder / "best"
 
 
-@pytest.mark.parametrize("mode", [["--predict", "/dev/null"], ["--evaluate-only"]])
+@pytest.mark.parametrize("mode", [["--predict", __file__], ["--evaluate-only"]])
 def test_a_model_that_was_never_trained_to_classify(mode, refused, sentences_csv):
     refused(
         *mode,

@@ -46,6 +46,7 @@ FLAGS = [
 ]
 # and the length of the text that holds them
 TIMES = re.compile(r'"(train/)?examples_per_second": [^,}]+|"seconds": [^,}]+|"log_bytes": \d+')
+EVENTS_OF_RANK_1 = 20  # at least, of a run of these flags: it writes few files
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +175,7 @@ def test_the_comparison_sees_a_random_state_that_is_not_restored(forked, whole, 
     assert any("model.safetensors" in name for name in differing(tmp_path / "run", folder))
 
 
-@pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGINT", 130)])
+@pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGINT", 130), ("SIGHUP", 129)])
 @pytest.mark.parametrize("share", [0.3, 0.5])
 def test_a_signal_saves_and_says_how_to_go_on(name, code, share, forked, whole, tmp_path):
     folder, events = whole("one process")
@@ -209,6 +210,64 @@ def test_a_signal_in_an_evaluation_does_not_wait_for_its_end(kind, forked, whole
     assert set(forked.run(tmp_path / "run", "--resume", "--eval-batch-size", 2, kind=kind)) == {0}, (
         forked.said()
     )
+    assert [name for name in differing(tmp_path / "run", folder) if "safetensors" in name] == []
+
+
+@pytest.mark.parametrize("kind", ["one process", "two processes"])
+@pytest.mark.parametrize("share", [0.2, 0.55])
+def test_a_time_limit_saves_evaluates_and_says_how_to_go_on(kind, share, forked, whole, tmp_path):
+    """The signal that the system sends when the time is up comes at an event here; with two
+    processes to one of them. The evaluation at the stop is none of the continued run.
+    """
+    folder, events = whole(kind)
+    last_rank = KINDS[kind][0] - 1
+    event = int((events if last_rank == 0 else EVENTS_OF_RANK_1) * share)
+    flags = ["--max-minutes", 999]
+    codes = forked.run(tmp_path / "run", *flags, kind=kind, event=event, signal="SIGALRM", rank=last_rank)
+    assert set(codes) == {0} and forked.said() == ""
+    *_, scores, _, advice, _ = forked.said("stdout").splitlines()
+    (step,) = re.findall(
+        rf"the time is up after step (\d+): continue with the same command and --resume {tmp_path / 'run'}$",
+        advice,
+    )
+    assert scores.startswith("epoch ") and "validation loss" in scores
+    assert (tmp_path / "run" / "checkpoints" / f"step-{int(step):08}").is_dir()
+    assert (tmp_path / "run" / "best" / "model.safetensors").exists()
+    assert not (tmp_path / "run" / "report.md").exists()
+    assert set(forked.run(tmp_path / "run", "--resume", tmp_path / "run", kind=kind)) == {0}, forked.said()
+    assert f"after step {step}" in forked.said("stdout")
+    assert differing(tmp_path / "run", folder) == []
+
+
+def test_a_time_limit_stops_after_the_first_step_at_the_earliest(forked, whole, tmp_path):
+    """By the clock, without --output-dir given again: one step with each command, to the end."""
+    folder, _ = whole("one process")
+    starts = 0
+    while not (tmp_path / "run" / "report.md").exists():
+        going_on = ["--resume"] if starts else []
+        assert forked.run(tmp_path / "run", *going_on, "--max-minutes", "1e-5") == [0], forked.said()
+        starts += 1
+    assert starts == 8, "the last step ends the run, and the test follows"
+    assert differing(tmp_path / "run", folder) == []
+
+
+def test_a_time_limit_lets_an_evaluation_end(forked, whole, tmp_path):
+    folder, _ = whole("one process")
+    flags = ["--eval-batch-size", 2, "--max-minutes", 999]
+    assert forked.run(tmp_path / "run", *flags, signal="SIGALRM", in_evaluation=2) == [0], forked.said()
+    assert "the time is up after step 4:" in forked.said("stdout")
+    assert (tmp_path / "run" / "metrics.jsonl").read_text().count("validation/loss") == 2
+    assert forked.run(tmp_path / "run", "--resume", "--eval-batch-size", 2) == [0], forked.said()
+    assert [name for name in differing(tmp_path / "run", folder) if "safetensors" in name] == []
+
+
+def test_a_signal_in_the_evaluation_at_a_time_limit_changes_nothing(forked, whole, tmp_path):
+    """The checkpoint was saved before it, and stays as it is."""
+    folder, events = whole("one process")
+    assert forked.run(
+        tmp_path / "run", "--max-minutes", "1e-5", "--eval-batch-size", 2, signal="SIGTERM", in_evaluation=1
+    ) == [143]
+    assert forked.run(tmp_path / "run", "--resume", "--eval-batch-size", 2) == [0], forked.said()
     assert [name for name in differing(tmp_path / "run", folder) if "safetensors" in name] == []
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT, make_sentences, write_lines
+from language_models import save_tiny_model
 
 # Runs a script as the main program, and at its end writes down which packages are loaded.
 RUN = """
@@ -59,10 +60,12 @@ def home(embed, tmp_path_factory) -> Path:
     (home / "damaged").mkdir()
     (home / "damaged" / "manifest.json").write_text((home / "ix" / "manifest.json").read_text()[:-9])
     (home / "empty.txt").touch()
+    save_tiny_model(home / "llama")
     return home
 
 
-EMBED = "embed_search.py"
+EMBED, GENERATE = "embed_search.py", "generate.py"
+PROMPT = ("--prompt", "The quick")
 QUICK = [  # help and mistakes: (command, exit code)
     ([EMBED, "--help"], 0),
     *(([EMBED, name, "--help"], 0) for name in ("similarity", "index", "search", "cluster", "evaluate")),
@@ -90,6 +93,20 @@ QUICK = [  # help and mistakes: (command, exit code)
     ([EMBED, "evaluate", "--sts", "nowhere.csv"], 2),
     ([EMBED, "compare-models", "./nope"], 2),
     ([EMBED, "project", "--index", "ix", "--output-dir", "."], 2),
+    ([GENERATE, "--help"], 0),
+    ([GENERATE], 2),
+    ([GENERATE, *PROMPT, "--fast"], 2),
+    ([GENERATE, *PROMPT, "--top-p", "3"], 2),
+    ([GENERATE, *PROMPT, "--check", "--output", "new.jsonl"], 2),
+    ([GENERATE, "--prompt", " "], 2),
+    ([GENERATE, "--prompts-file", "nowhere.txt"], 2),
+    ([GENERATE, "--perplexity", "empty.txt"], 2),
+    ([GENERATE, "--score", "texts.txt"], 2),
+    ([GENERATE, *PROMPT, "--model", "./nope"], 2),
+    ([GENERATE, *PROMPT, "--output", ""], 2),
+    ([GENERATE, *PROMPT, "--output", "texts.txt"], 2),
+    ([GENERATE, *PROMPT, "--output", "texts.txt", "--resume"], 2),
+    ([GENERATE, *PROMPT, "--output", "nowhere/new.jsonl"], 2),
 ]
 
 
@@ -114,6 +131,20 @@ LOADED = {  # name: (command, the large packages that it may load)
         {*COMPUTE, *SKLEARN, "matplotlib"},
     ),
     "project": ([EMBED, "project", *INDEX, "--output-dir", "board"], {*STORE, "torch", "tensorboard"}),
+}
+
+TINY = (*PROMPT, "--model", "llama", "--max-new-tokens", "2", "--precision", "fp32")
+# transformers' code of a model imports scikit-learn, SciPy and pandas, and torch._dynamo tabulate
+MODEL = {"torch", "numpy", "transformers", "tokenizers", "huggingface_hub", "tabulate", *SKLEARN}
+LOADED |= {
+    "generate": ([GENERATE, *TINY], MODEL),
+    "generate --chat": ([GENERATE, *TINY, "--chat"], MODEL),
+    "generate --output": ([GENERATE, *TINY, "--output", "new.jsonl"], MODEL),
+    "generate --explain": ([GENERATE, *TINY, "--explain"], MODEL),
+    "generate --score": (
+        [GENERATE, "--score", "texts.txt", "--references", "texts.txt"],
+        {*MODEL, "rouge_score", "pyarrow"},
+    ),
 }
 
 

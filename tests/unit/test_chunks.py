@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from common.training import data
+from common.training.run import TRUNCATIONS
 from conftest import make_sentences
 
 
 @settings(deadline=None, max_examples=200)
-@given(num_tokens=st.integers(0, 300), size=st.integers(1, 60), truncation=st.sampled_from(data.TRUNCATIONS))
+@given(num_tokens=st.integers(0, 300), size=st.integers(1, 60), truncation=st.sampled_from(TRUNCATIONS))
 def test_chunks_are_what_their_name_says(num_tokens, size, truncation):
     found = [chunk.tolist() for chunk in data.cut_chunks(num_tokens, size, truncation)]
     everything = list(range(num_tokens))

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -413,3 +414,20 @@ def test_the_backend_of_a_notebook_is_not_used(monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     cli.parse(cli.Parser(prog="script"), [])
     assert os.environ["MPLBACKEND"] == "Agg"
+
+
+def test_a_thread_leaves_faults_of_the_system_to_the_main_one(capsys, monkeypatch):
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # put back afterwards
+
+    def fail(error):
+        raise error
+
+    def main(args):
+        for error in (OSError(errno.EFBIG, "too large"), ZeroDivisionError()):
+            thread = threading.Thread(target=fail, args=(error,))
+            thread.start()
+            thread.join()
+
+    cli.run(cli.Parser(prog="script"), main, [])
+    told = capsys.readouterr().err
+    assert "ZeroDivisionError" in told and "OSError" not in told

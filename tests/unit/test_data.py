@@ -1,14 +1,20 @@
 """Labelled splits: which are chosen, what is refused, class names, stratified cuts and samples."""
 
+import gzip
+import os
 import random
+import shlex
 from collections import Counter
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 import train_classifier
 from common.errors import UserError
@@ -350,3 +356,237 @@ def test_a_head_of_as_many_classes_stays_and_is_not_called_new(tiny_model):
     assert "saved" in head and torch.equal(
         model.classifier.weight, load_file(tiny_model / "model.safetensors")["classifier.weight"]
     )
+
+
+# Real files, as they are: small ones of exactly their shapes ---------------------------------------
+
+AG_NEWS = "".join(
+    f'"{number % 4 + 1}","Title {number}, again","Text {number}: a ""quoted"" part #36;{number}\\, more"\n'
+    for number in range(80)
+)
+TREC = "".join(
+    f"{label}:{fine} What is the caf\xe9 {number} : of it ?\n"
+    for number in range(30)
+    for label, fine in (("DESC", "manner"), ("ENTY", "animal"))
+)
+SPAM = "".join(
+    f"{label}\t{text}{number}\n"
+    for number in range(40)
+    for label, text in (("ham", 'Go until "jurong'), ("spam", '"Free entry in 2 a wkly comp'))
+)
+FASTTEXT = "".join(f"__label__{'ab'[number % 2]} how much {number} , salt ?\n" for number in range(60))
+# name: (files, flags, classes, a text)
+REAL = {
+    "AG News": (
+        {"test.csv": AG_NEWS},
+        "--dataset test.csv --columns label,title,text",
+        ["1", "2", "3", "4"],
+        'Text 0: a "quoted" part #36;0\\, more',
+    ),
+    "AG News, compressed": (
+        {"train.csv.gz": gzip.compress(AG_NEWS.encode()), "test.csv": AG_NEWS},
+        "--train-file train.csv.gz --test-file test.csv --columns label,title,text",
+        ["1", "2", "3", "4"],
+        'Text 0: a "quoted" part #36;0\\, more',
+    ),
+    "TREC-6": (
+        {"train_5500.label": TREC.encode("latin-1"), "TREC_10.label": TREC.encode("latin-1")},
+        "--train-file train_5500.label --test-file TREC_10.label --columns label,fine,text"
+        " --delimiter ': ' --encoding latin-1",
+        ["DESC", "ENTY"],
+        "What is the café 0 : of it ?",
+    ),
+    "TREC with fine classes": (
+        {"train_5500.label": TREC.encode("latin-1")},
+        "--dataset train_5500.label --columns label,text --delimiter space --encoding latin-1",
+        ["DESC:manner", "ENTY:animal"],
+        "What is the café 0 : of it ?",
+    ),
+    "SMSSpamCollection": (
+        {"SMSSpamCollection": SPAM},
+        "--dataset SMSSpamCollection --columns label,text",
+        ["ham", "spam"],
+        'Go until "jurong0',
+    ),
+    "fastText": ({"cooking.train": FASTTEXT}, "--dataset cooking.train", ["a", "b"], "how much 0 , salt ?"),
+    "IMDb": (
+        {
+            f"aclImdb/{split}/{label}/{number}_1.txt": f"{split} {label}<br />{number}"
+            for split in ("train", "test")
+            for label in ("neg", "pos", *(["unsup"] if split == "train" else []))
+            for number in range(20)
+        },
+        "--dataset aclImdb",
+        ["neg", "pos"],
+        "train neg<br />0",
+    ),
+    "nested JSON": (
+        {
+            "t.jsonl": "".join(
+                f'{{"body": {{"en": "text {n}"}}, "meta": {{"stars": {n % 2}}}}}\n' for n in range(40)
+            )
+        },
+        "--dataset t.jsonl --text-column body.en --label-column meta.stars",
+        ["0", "1"],
+        "text 0",
+    ),
+    "numbers that pandas wrote beside a missing value": (
+        {"t.csv": "text,label\n" + "".join(f"text {n},{n % 2}.0\n" for n in range(40))},
+        "--dataset t.csv",
+        ["0", "1"],
+        "text 0",
+    ),
+    "three files": (
+        {
+            f"{split}.tsv": "text\tlabel\n" + "".join(f"{split} {n}\t{n % 2}\n" for n in range(20))
+            for split in ("a", "b", "c")
+        },
+        "--train-file a.tsv --validation-file b.tsv --test-file c.tsv",
+        ["0", "1"],
+        "a 0",
+    ),
+}
+
+
+@pytest.mark.parametrize("files, flags, classes, text", REAL.values(), ids=REAL)
+def test_a_real_file_is_read_as_it_is(files, flags, classes, text, tmp_path, monkeypatch, cache_dir):
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    monkeypatch.chdir(tmp_path)
+    args = train_classifier.make_parser().parse_args([*shlex.split(flags), "--cache-dir", str(cache_dir)])
+    splits = data.load_splits(train_classifier.data_config(args), Runtime(torch.device("cpu"), "fp32"))
+    assert splits["train"].features["label"].names == classes
+    assert text in [text for rows in splits.values() for text in rows["text"][:]]
+
+
+def test_a_file_of_a_split_takes_the_place_of_the_data_sets_own(tmp_path, cache_dir):
+    for name in ("train", "test", "other"):
+        rows = "".join(f"{name} {n},{n % 2}\n" for n in range(40))
+        (tmp_path / f"{name}.csv").write_text(f"text,label\n{rows}")
+    (tmp_path / "data").mkdir()
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.csv").rename(tmp_path / "data" / f"{name}.csv")
+    flags = ["--dataset", tmp_path / "data", "--test-file", tmp_path / "other.csv", "--cache-dir", cache_dir]
+    args = train_classifier.make_parser().parse_args(list(map(str, flags)))
+    runtime = Runtime(torch.device("cpu"), "fp32")
+    splits = data.load_splits(train_classifier.data_config(args), runtime)
+    assert all(text.startswith("other") for text in splits["test"]["text"])
+    rows = data.load_rows_for_scoring(train_classifier.data_config(args), ["0", "1"], {}, runtime)
+    assert rows["text"][:] == splits["test"]["text"][:]
+
+
+# Labels as they are written -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "labels, names",
+    [
+        (["1.0", "0.0", "1.0"], ["0", "1"]),
+        ([1.0, 0.0, 1.0], ["0", "1"]),
+        (["1.0", "0"], ["0", "1"]),
+        (["007", "7", "7.0"], ["007", "7", "7.0"]),
+        (["1.0", "1.1"] * 3, ["1.0", "1.1"]),
+        (["1.10", "1.1"] * 3, ["1.1", "1.10"]),
+        (["1e3", "2"], ["2", "1e3"]),
+        (["Rain", "rain ", " rain"], [" rain", "Rain", "rain "]),
+    ],
+)
+def test_labels_are_names_as_they_are_written(labels, names):
+    rows = data.validate(datasets.DatasetDict(train=make(labels)), **COLUMNS)["train"]
+    assert rows.features["label"].names == names
+
+
+def test_whole_labels_agree_between_splits_and_with_a_trained_model():
+    splits = datasets.DatasetDict(train=make(["0", "1"]), test=make(["1.0", "0.0"]), validation=make([1.0]))
+    assert data.validate(splits, **COLUMNS)["test"]["label"][:] == [1, 0]
+    test = datasets.DatasetDict(test=make(["1.0", "2.0"]))
+    assert data.validate(test, **COLUMNS, names=["1", "2"])["test"]["label"][:] == [0, 1]
+    assert data.validate(test, **COLUMNS, names=["1.0", "1.5", "2.0"])["test"]["label"][:] == [0, 2]
+
+
+@pytest.mark.parametrize("labels", [[f"{n / 7:.3f}" for n in range(1, 31)], ["1.5", "2.0"], ["0.25", "3"]])
+def test_scores_are_no_classes(labels):
+    with pytest.raises(UserError, match="'label' holds decimal numbers, but labels are"):
+        data.validate(datasets.DatasetDict(train=make(labels)), **COLUMNS)
+
+
+@pytest.mark.parametrize(
+    "names, groups",
+    [
+        (["Rain", "rain ", " rain", "sun"], [["Rain", "rain ", " rain"]]),
+        (["caf\u00e9", "cafe\u0301", "cafe"], [["caf\u00e9", "cafe\u0301"]]),
+        (["1", "01", "10", "0", "00"], [["1", "01"], ["0", "00"]]),
+        (["a b", "a  b", "ab"], [["a b", "a  b"]]),
+    ],
+)
+def test_class_names_that_look_the_same(names, groups):
+    assert data.near_equal_names(names) == groups
+
+
+def test_class_names_that_look_the_same_are_said(tmp_path, cache_dir, capsys):
+    rows = "".join(f"text {n},{['Rain', 'rain ', 'sun'][n % 3]}\n" for n in range(60))
+    (tmp_path / "t.csv").write_text(f"text,label\n{rows}")
+    flags = ["--dataset", str(tmp_path / "t.csv"), "--cache-dir", str(cache_dir)]
+    config = train_classifier.data_config(train_classifier.make_parser().parse_args(flags))
+    data.load_splits(config, Runtime(torch.device("cpu"), "fp32"))
+    assert "'Rain' and 'rain ' are different classes" in capsys.readouterr().out
+
+
+def test_the_text_is_not_its_own_label():
+    with pytest.raises(UserError, match="--text-column text: --label-column names the same column"):
+        data.validate(datasets.DatasetDict(train=make(["a", "b"])), text_column="text", label_column="text")
+
+
+# The cache of tokens ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damage", ["a byte", "the end", "the proof", "nothing"])
+def test_damaged_tokens_are_made_anew_and_that_is_said(damage, tiny_model, tmp_path, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    rows = labelled([5, 5])
+
+    def tokens():
+        return data.tokenize(rows, tokenizer, max_length=8, truncation="head", cache_dir=str(tmp_path))[:]
+
+    expected = tokens()
+    (cached,) = (tmp_path / "tokenized").glob("*.arrow")
+    content = bytearray(cached.read_bytes())
+    if damage == "a byte":
+        content[len(content) // 2] ^= 0xFF
+    if damage == "the end":
+        del content[len(content) // 2 :]
+    cached.write_bytes(content)
+    if damage == "the proof":
+        cached.with_suffix(".sha256").unlink()
+    assert tokens() == expected
+    said = capsys.readouterr().err
+    assert ("is damaged" in said) == (damage in ("a byte", "the end"))
+    assert tokens() == expected
+
+
+def test_a_run_notices_a_file_that_changed_with_the_same_size_and_time(tiny_model, tmp_path, cache_dir):
+    tokenizer, path = AutoTokenizer.from_pretrained(tiny_model), tmp_path / "t.csv"
+    flags = ["--dataset", str(path), "--cache-dir", str(cache_dir)]
+    config = train_classifier.data_config(train_classifier.make_parser().parse_args(flags))
+    fingerprints = set()
+    for word in ("good", "poor", "good"):
+        path.write_text("text,label\n" + "".join(f"{word} {n},{n % 2}\n" for n in range(40)))
+        os.utime(path, ns=(1, 1))
+        rows = data.load_splits(config, Runtime(torch.device("cpu"), "fp32"))["train"]
+        options = {"max_length": 8, "truncation": "head", "cache_dir": str(cache_dir)}
+        fingerprints.add((word, data.tokenize(rows, tokenizer, **options)._fingerprint))
+    assert len(fingerprints) == 2
+
+
+@pytest.mark.parametrize("column", ["text", "label"])
+def test_parquet_that_is_no_utf8_is_refused_with_its_row(column, tmp_path, cache_dir):
+    """Arrow writes and reads it unchecked."""
+    broken = pa.array([b"a", b"sch\xf6n", b"a", b"b"])
+    broken = pa.Array.from_buffers(pa.string(), 4, broken.buffers())
+    table = pa.table({name: broken if name == column else ["a", "b", "c", "d"] for name in ("text", "label")})
+    pq.write_table(table, tmp_path / "t.parquet")
+    flags = ["--dataset", str(tmp_path / "t.parquet"), "--cache-dir", str(cache_dir)]
+    config = train_classifier.data_config(train_classifier.make_parser().parse_args(flags))
+    with pytest.raises(UserError, match="split train, row 2: not UTF-8"):
+        data.load_splits(config, Runtime(torch.device("cpu"), "fp32"))

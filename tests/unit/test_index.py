@@ -4,6 +4,7 @@ during writes; damage; memory.
 
 import contextlib
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -179,7 +180,7 @@ def test_a_second_writer_is_told_and_the_first_goes_on(tmp_path, capsys):
     write(tmp_path / "index", numbered(0, 3))
     with open_store(tmp_path / "index") as opened:
         with (
-            pytest.raises(UserError, match="another process is still writing"),
+            pytest.raises(UserError, match=f"process {os.getpid()} .*is writing"),
             open_store(tmp_path / "index", wait=0.1),
         ):
             pass

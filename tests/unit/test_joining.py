@@ -75,3 +75,14 @@ def test_a_process_that_has_been_replaced_does_not_join_under_the_rank_of_the_ot
         threading.Timer(seconds, store.set, [f"number {number}", "of the one in its place"]).start()
     with pytest.raises(UserError, match="torchrun: another process has taken rank 0 of 2"):
         arrive(store, [0], 2)
+
+
+@pytest.mark.parametrize("address, port", [("127.0.0.1", "9"), ("127.0.0.1", "first"), ("no.invalid", "9")])
+def test_variables_that_are_left_over_are_told_at_once(address, port, monkeypatch):
+    """PyTorch would wait half an hour for a store that nobody keeps."""
+    variables = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": address, "MASTER_PORT": port}
+    variables |= {"TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"torchrun: nothing answers at {address}:{port}"):
+        runtime.start_runtime("cpu", "fp32", 0)

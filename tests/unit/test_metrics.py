@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.special import logsumexp
 from sklearn import metrics as sklearn_metrics
 
-from common.training.evaluation import Accuracy, MacroF1, classification_scores
+from common.training.metrics import Accuracy, MacroF1, classification_scores
 
 
 @settings(deadline=None, max_examples=40)

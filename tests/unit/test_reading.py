@@ -2,15 +2,23 @@
 source is named.
 """
 
+import bz2
 import csv
+import gzip
 import io
 import json
 import logging
+import lzma
+import os
+import socket
 import sys
 import tempfile
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -19,6 +27,7 @@ from hypothesis import strategies as st
 
 from common import reading
 from common.errors import UserError
+from common.sources import FileOptions
 
 KINDS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 TEXTS = [
@@ -271,3 +280,231 @@ def test_a_mistake_leaves_the_library_quiet(tmp_path, cache_dir, monkeypatch):
     with pytest.raises(UserError, match=r"rows\.csv, line 3: 4 cells, but 2 columns"):
         reading.read_file(tmp_path / "rows.csv", cache_dir=cache_dir)
     assert logged == []
+
+
+# Places -------------------------------------------------------------------------------------------
+
+
+def make_place(kind: str, folder: Path) -> Path:
+    """Make something that is no usable file, and return its path."""
+    path = folder / f"{kind.replace(' ', '-')}.csv"
+    if kind == "a pipe without a writer":
+        os.mkfifo(path)
+    elif kind == "a socket":
+        with socket.socket(socket.AF_UNIX) as made:
+            made.bind(str(path))
+    elif kind == "a link in a circle":
+        path.symlink_to(path)
+    elif kind == "a link to nothing":
+        path.symlink_to(folder / "gone.csv")
+    elif kind == "a name too long":
+        path = folder / ("x" * 300 + ".csv")
+    elif kind == "a device":
+        path = Path("/dev/zero")
+    elif kind == "a file as a folder":
+        (folder / "file").write_text("text\n")
+        path = folder / "file" / "rows.csv"
+    elif kind == "a folder for a file":
+        path.mkdir()
+    return path
+
+
+# kind: one of what the line may hold, for each of the three ways of reading
+PLACES = {
+    "a pipe without a writer": ("this pipe",),
+    "a socket": ("a socket",),
+    "a link in a circle": ("symbolic links",),
+    "a link to nothing": ("gone.csv, which is not there",),
+    "a name too long": ("File name too long",),
+    "a device": ("a device",),
+    "a file as a folder": ("no such file", "Not a directory"),
+    "a folder for a file": ("this is a folder", "Is a directory", "neither class folders"),
+}
+
+
+@pytest.mark.parametrize("kind", PLACES)
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda name: reading.read(name, options=FileOptions(columns=("text",))),
+        lambda name: reading.read_texts(name, column="text", cache_dir=None),
+        reading.read_lines,
+    ],
+    ids=["data", "texts", "lines"],
+)
+def test_what_is_no_file_is_refused_at_once(kind, read, tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "SECONDS_FOR_A_PIPE", 0.1)
+    with pytest.raises(UserError) as caught:
+        read(str(make_place(kind, tmp_path)))
+    message = str(caught.value)
+    assert any(part in message for part in PLACES[kind]), message
+    assert "\n" not in message and len(message) < 500
+
+
+def test_a_pipe_with_a_writer_is_read(tmp_path):
+    """As the shell's <(command)."""
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_text("one\ntwo\n"))
+    writer.start()
+    assert reading.read_texts(str(tmp_path / "pipe"), column="text", cache_dir=None) == ["one", "two"]
+    writer.join()
+
+
+class Endless(io.RawIOBase):
+    """A stream without an end."""
+
+    def read(self, size=-1):
+        return b"y\n" * (size // 2)
+
+
+@pytest.mark.parametrize("limit, value", [("STREAM_LINES", 1_000_000), ("STREAM_BYTES", 3 << 20)])
+def test_a_stream_without_an_end_is_left(limit, value, monkeypatch):
+    monkeypatch.setattr(reading, limit, value)
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=Endless()))
+    with pytest.raises(UserError, match="standard input: more than .* have come"):
+        reading.read_texts("-", column="text", cache_dir=None)
+
+
+@pytest.mark.parametrize(
+    "name, content", [("t.txt", "%s\n"), ("t.csv", "text\n%s\n"), ("t.jsonl", '{"text": "%s"}\n')]
+)
+def test_a_line_of_20_mb_is_no_text(name, content, tmp_path):
+    (tmp_path / name).write_text(content % ("word " * (4 << 20)))
+    with pytest.raises(UserError, match="1: the text has 20,971,520 characters, more than 10,000,000"):
+        reading.read_texts(str(tmp_path / name), column="text", cache_dir=None)
+
+
+# standard input: content, flags, the texts
+STREAMS = {
+    "lines": ("one\ntwo\n", {}, ["one", "two"]),
+    "JSON lines": ('{"text": "one"}\n{"text": "two"}\n', {}, ["one", "two"]),
+    "JSON list": ('[{"text": "one"},\n {"text": "two"}]', {}, ["one", "two"]),
+    "JSON list over lines": ('[\n {\n "text": "one"}]', {}, ["one"]),
+    "lines that begin like JSON": ("[1] one\n{two}\n", {}, ["[1] one", "{two}"]),
+    "a table": ("a,one\nb,two\n", {"columns": ("label", "text")}, ["one", "two"]),
+    "a table with a header": ("text;n\none;1\n", {"delimiter": ";"}, ["one"]),
+    "Latin-1": ("schön\n".encode("latin-1"), {"encoding": "latin-1"}, ["schön"]),
+    "UTF-16": ("schön\n".encode("utf-16"), {"encoding": "utf-16"}, ["schön"]),
+}
+
+
+@pytest.mark.parametrize("content, options, texts", STREAMS.values(), ids=STREAMS)
+def test_standard_input_as_it_comes(content, options, texts, monkeypatch):
+    content = content if isinstance(content, bytes) else content.encode()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+    options = FileOptions(**options)
+    assert reading.read_texts("-", column="text", cache_dir=None, options=options) == texts
+
+
+@pytest.mark.parametrize(
+    "ending, pack", [(".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress)]
+)
+def test_lines_that_are_compressed(ending, pack, tmp_path):
+    (tmp_path / f"t.txt{ending}").write_bytes(pack(b"one\ntwo\n"))
+    assert reading.read_lines(str(tmp_path / f"t.txt{ending}")) == ["one", "two"]
+
+
+def test_a_file_that_changed_with_the_same_size_and_time_is_read_again(tmp_path, cache_dir):
+    path = write(tmp_path / "rows.csv", ["old"], ["x"])
+    before = path.stat()
+    assert reading.read_file(path, cache_dir=cache_dir)["text"][:] == ["old"]
+    write(path, ["new"], ["x"])
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size and path.stat().st_mtime_ns == before.st_mtime_ns
+    assert reading.read_file(path, cache_dir=cache_dir)["text"][:] == ["new"]
+
+
+# Folders ------------------------------------------------------------------------------------------
+
+
+def test_folders_of_imdb(tmp_path, capsys):
+    """Its train/ holds lists of addresses beside the classes, and texts without labels in unsup/."""
+    root = tmp_path / "aclImdb"
+    for split in ("train", "test"):
+        make_class_folders(root / split, pos=[f"{split} good"], neg=[f"{split} bad"])
+        (root / split / "urls_pos.txt").write_text("http://")
+        (root / split / "labeledBow.feat").write_text("9 0:9")
+    make_class_folders(root / "train", unsup=["who knows"])
+    (root / "README").write_text("Large Movie Review Dataset")
+    (root / "imdb.vocab").write_text("the\n")
+    assert {split: rows[:] for split, rows in reading.read(str(root)).items()} == {
+        split: {"text": [f"{split} bad", f"{split} good"], "label": ["neg", "pos"]}
+        for split in ("test", "train")
+    }
+    assert "train/unsup" in capsys.readouterr().err
+
+
+def test_texts_of_all_endings_and_what_is_left_out(tmp_path, capsys):
+    make_class_folders(tmp_path, pos=["good"], neg=["bad"])
+    (tmp_path / "pos" / "A.TXT").write_text("great")
+    (tmp_path / "pos" / "b.md").write_text("fine")
+    (tmp_path / "pos" / "c.pdf").write_text("PDF")
+    assert reading.read(str(tmp_path))["train"]["text"][:] == ["bad", "good", "great", "fine"]
+    assert "1 of its entries" in (printed := capsys.readouterr().err) and "c.pdf" in printed
+
+
+def test_texts_without_endings(tmp_path):
+    """As in 20 Newsgroups, in Latin-1."""
+    for name in ("alt.atheism/49960", "sci.space/60820"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(f"From: {name} \xe9".encode("latin-1"))
+    rows = reading.read(str(tmp_path), options=FileOptions(encoding="latin-1"))["train"]
+    assert rows["label"][:] == ["alt.atheism", "sci.space"] and rows["text"][0].endswith("49960 é")
+
+
+def test_a_class_folder_without_the_right_to_enter_is_refused(tmp_path, monkeypatch):
+    make_class_folders(tmp_path, pos=["good"], neg=["bad"])
+    usual = Path.iterdir
+
+    def iterdir(self):
+        if self.name == "neg":  # whoever runs the tests may have every right
+            raise PermissionError(13, "Permission denied", str(self))
+        return usual(self)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    with pytest.raises(UserError, match="neg: can't be read: Permission denied"):
+        reading.read(str(tmp_path))
+
+
+def test_a_link_to_nothing_in_a_class_folder_is_refused(tmp_path):
+    make_class_folders(tmp_path, pos=["good"], neg=["bad"])
+    (tmp_path / "pos" / "2.txt").symlink_to(tmp_path / "gone.txt")
+    with pytest.raises(UserError, match="pos/2.txt: can't be read"):
+        reading.read(str(tmp_path))
+
+
+def test_shards_may_differ_in_their_types(tmp_path):
+    (tmp_path / "train-00000-of-00002.csv").write_text("text,label,n\na,1,1\n")
+    (tmp_path / "train-00001-of-00002.csv").write_text("text,label,n\nb,x,0.5\n")
+    rows = reading.read(str(tmp_path), as_text=["text", "label"])["train"]
+    assert rows[:] == {"text": ["a", "b"], "label": ["1", "x"], "n": [1.0, 0.5]}
+
+
+# The Hub ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damage", ["offsets", "half", "information"])
+def test_a_damaged_copy_of_the_hub_is_made_anew_and_that_is_said(damage, tmp_path, capsys):
+    """The library's cache, filled from a folder, which it treats as a data set of the Hub."""
+    write(tmp_path / "repository" / "train.csv", TEXTS, LABELS)
+    name, cache = str(tmp_path / "repository"), str(tmp_path / "cache")
+    expected = reading._load_undamaged(name, None, cache)["train"][:]
+    assert capsys.readouterr().err == ""
+    (table,) = (tmp_path / "cache").rglob("*.arrow")
+    content = bytearray(table.read_bytes())
+    if damage == "offsets":
+        offsets = np.cumsum([0, *(len(text.encode()) for text in TEXTS)])
+        width, start = next(
+            (kind().itemsize, content.find(offsets.astype(kind).tobytes()))
+            for kind in (np.int32, np.int64)
+            if offsets.astype(kind).tobytes() in content
+        )
+        content[start + width : start + 2 * width] = b"\xff" * (width - 1) + b"\x7f"
+    elif damage == "half":
+        del content[len(content) // 2 :]
+    table.write_bytes(content)
+    if damage == "information":
+        (information,) = (tmp_path / "cache").rglob("dataset_info.json")
+        information.write_text("{")
+    assert reading._load_undamaged(name, None, cache)["train"][:] == expected
+    assert "is damaged" in capsys.readouterr().err

@@ -6,7 +6,8 @@ import datasets
 import pytest
 import torch
 
-from common.training.report import Predictions
+from common import figures
+from common.training.report import Predictions, class_table
 
 LABELS = [0, 1] * 6
 WRONG = (0, 3, 4, 7, 8, 10, 11)  # seven of twelve: more than are shown
@@ -82,3 +83,61 @@ def test_the_file_of_predictions_has_each_row_with_its_source_and_scores(predict
             row[f"score {row['predicted']}"]
         ) == pytest.approx(high, abs=1e-6)
         assert float(row["score no"]) + float(row["score yes"]) == pytest.approx(1, abs=2e-6)
+
+
+# Names and many classes ---------------------------------------------------------------------------
+
+NAMES = ["1.10", "2e3", "007", "1_000", "nan", "inf", "0x10", "-5", "1e999", "True", " ", "a|b", "x\ty"]
+
+
+def scores_of(count: int) -> dict[str, list]:
+    """Return scores of classes whose F1 rises with their number."""
+    f1 = [number / count for number in range(count)]
+    return {"precision": f1, "recall": f1, "f1": f1, "support": [5] * count}
+
+
+@pytest.mark.parametrize("style", ["simple", "github"])
+def test_names_that_look_like_numbers_stay_as_they_are(style):
+    lines = class_table(scores_of(len(NAMES)), NAMES, style).splitlines()[2:]
+    for name, line in zip(NAMES, lines, strict=True):
+        expected = " ".join(name.split()).replace("|", "\\|" if style == "github" else "|")
+        start = line.lstrip("| ") if style == "github" else line
+        assert start.startswith(expected), line
+        assert len(line.replace("\\|", "").strip("|").split("|")) == (
+            5 if style == "github" else 1 + line.count("|")
+        )
+
+
+def test_predictions_name_classes_as_they_are(predictions):
+    predictions.names[:] = ["1.10", "2e3"]
+    assert {row[1] for row in shown(predictions, right=True)} == {"1.10", "2e3"}
+
+
+@pytest.mark.parametrize("count, num_lines", [(2, 2), (30, 30), (31, 20), (1000, 20)])
+def test_of_many_classes_the_worst_are_shown(count, num_lines):
+    names = [f"class {number}" for number in range(count)]
+    table, _, note = class_table(scores_of(count), names).partition("\n\n")
+    lines = table.splitlines()[2:]
+    assert len(lines) == num_lines and lines[0].startswith("class 0 ")
+    assert bool(note) == (count > 30) and (not note or f"{count:,} classes" in note)
+
+
+@pytest.mark.parametrize("count", [2, 20, 21, 1000])
+def test_a_picture_of_many_classes_stays_small(count):
+    """Oracle of the choice: the number of confused texts of each class, counted one by one."""
+    generator = torch.Generator().manual_seed(count)
+    counts = torch.randint(0, 9, (count, count), generator=generator)
+    figure = figures.confusion_matrix(counts.tolist(), [f"class {n}" for n in range(count)], title="test")
+    axes = figure.axes[0]
+    shown = [int(label.get_text().split()[1]) for label in axes.get_yticklabels()]
+    figures.plt.close(figure)
+    assert len(shown) == min(count, 20) and figure.get_size_inches().max() <= 16
+    confused = [
+        sum(int(counts[number, other] + counts[other, number]) for other in range(count) if other != number)
+        for number in range(count)
+    ]
+    least_shown = min(confused[number] for number in shown)
+    assert all(confused[number] <= least_shown for number in range(count) if number not in shown)
+    assert ("most confused" in axes.get_title()) == (count > 20)
+    cells = {tuple(map(int, text.get_position()[::-1])): int(text.get_text()) for text in axes.texts}
+    assert all(cells.get((row, column), 0) == counts[shown[row], shown[column]] for row, column in cells)

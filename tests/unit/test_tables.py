@@ -643,13 +643,13 @@ def test_a_large_table_lies_on_the_disk_and_is_the_same(tmp_path, monkeypatch):
     ],
 )
 def test_blocks_of_different_types_become_one_column(first, second, expected, tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "BLOCK_ROWS", 1)
+    monkeypatch.setattr(tables, "BLOCK_OBJECTS", 1)
     lines = "".join(json.dumps({"text": "a", "m": value}) + "\n" for value in (first, second))
     assert read(tmp_path / "t.jsonl", lines)["m"] == expected
 
 
 def test_a_column_that_only_later_rows_have(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "BLOCK_ROWS", 1)
+    monkeypatch.setattr(tables, "BLOCK_OBJECTS", 1)
     assert read(tmp_path / "t.jsonl", '{"text": "a"}\n{"text": "b", "label": "x"}\n')["label"] == [None, "x"]
 
 
@@ -687,3 +687,12 @@ def test_fields_of_a_column_by_their_path(ending, tmp_path):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = reading.read_file(path, as_text=["text", "meta.by.name"])
     assert found["meta.by.name"][:] == ["x", "y"]
+
+
+def test_a_flipped_bit_of_a_parquet_file_with_checksums_is_refused(tmp_path):
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"text": ["some text"] * 99}), sink, write_page_checksum=True, compression="none")
+    content = bytearray(sink.getvalue())
+    content[content.index(b"some text")] ^= 1
+    with pytest.raises(UserError, match="not readable as parquet: .*CRC"):
+        read(tmp_path / "t.parquet", bytes(content))

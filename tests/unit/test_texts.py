@@ -3,6 +3,7 @@ one, and what --skip-bad leaves.
 """
 
 import functools
+import gzip
 import io
 import json
 import sys
@@ -20,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from common.errors import UserError
 from common.search import texts
 from common.search.encoder import EncoderConfig, load_encoder, split_into_chunks, token_spans
+from common.sources import FileOptions
 
 
 def read(path, cache_dir, **options):
@@ -281,3 +283,60 @@ def test_chunks_are_pieces_of_the_text_that_the_model_reads_whole(tiny_embedder)
     assert encoder.tokenize([piece for _, piece in pieces])[1] == 0  # none is cut
     with pytest.raises(UserError, match="--chunk-overlap 62"):
         split_into_chunks([long], encoder, overlap=62)
+
+
+# What a collection comes from: files, flags, the texts
+SOURCES = {
+    "no header": ({"t.csv": "a,one\nb,two\n"}, "t.csv", {"columns": ("id", "text")}, ["one", "two"]),
+    "no ending": ({"t": 'a\t"one\nb\ttwo\n'}, "t", {"columns": ("id", "text")}, ['"one', "two"]),
+    "compressed": ({"t.jsonl.gz": gzip.compress(b'{"text": "one"}\n')}, "t.jsonl.gz", {}, ["one"]),
+    "compressed lines": ({"t.txt.gz": gzip.compress(b"one\ntwo\n")}, "t.txt.gz", {}, ["one", "two"]),
+    "UTF-16 lines": (
+        {"t.txt": "eins\nzwö\n".encode("utf-16")},
+        "t.txt",
+        {"encoding": "utf-16"},
+        ["eins", "zwö"],
+    ),
+    "first Macs": ({"t.txt": b"one\rtwo\r"}, "t.txt", {}, ["one", "two"]),
+    "fastText": ({"t.ft": "__label__a one\n"}, "t.ft", {}, ["one"]),
+    "a folder": ({"d/a.md": "one", "d/b.TXT": "two", "d/c/d.txt": "three"}, "d", {}, ["one", "two", "three"]),
+    "a folder in Latin-1": ({"d/a.txt": b"sch\xf6n"}, "d", {"encoding": "latin-1"}, ["schön"]),
+}
+
+
+@pytest.mark.parametrize("files, name, options, expected", SOURCES.values(), ids=SOURCES)
+def test_collections_as_they_come(files, name, options, expected, tmp_path, cache_dir):
+    for file, content in files.items():
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    found = read(tmp_path / name, cache_dir, options=FileOptions(**options))
+    assert [row["_text"] for row in rows_of(found)] == expected
+
+
+@pytest.mark.parametrize("content", ['{"id": "01", "text": "one"}\n', '[{"id": "01", "text": "one"}]'])
+def test_a_collection_of_json_through_standard_input(content, cache_dir, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content.encode())))
+    assert rows_of(read("-", cache_dir, id_column="id")) == [{"id": "01", "_text": "one"}]
+
+
+def test_ids_stay_as_they_are_written(tmp_path, cache_dir):
+    (tmp_path / "t.csv").write_text("id,text,year\n0012,one,2004\n1.10,two,2005\n")
+    found = rows_of(read(tmp_path / "t.csv", cache_dir, id_column="id"))
+    assert [(row["id"], row["year"]) for row in found] == [("0012", 2004), ("1.10", 2005)]
+
+
+def test_what_a_folder_holds_beside_its_texts_is_said(tmp_path, cache_dir, capsys):
+    for name in ("a.txt", "train.csv", "b.pdf"):
+        (tmp_path / name).write_text("text")
+    assert len(read(tmp_path, cache_dir)) == 1
+    assert "2 of its files" in capsys.readouterr().err
+    (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="gone.txt: can't be read"):
+        read(tmp_path, cache_dir)
+
+
+def test_a_text_of_20_mb_is_refused_or_passed_over(tmp_path, cache_dir):
+    (tmp_path / "t.txt").write_text("good\n" + "word " * (4 << 20) + "\n")
+    with pytest.raises(UserError, match="t.txt, line 2: the text has more than 10,000,000 characters"):
+        read(tmp_path / "t.txt", cache_dir)
+    assert len(read(tmp_path / "t.txt", cache_dir, skip_bad=True)) == 1

@@ -1,0 +1,352 @@
+"""A run before PyTorch is loaded: which of its flags may change, where it lies, and whether it can be
+continued.
+
+Nothing here takes time to import, so that the script can answer mistakes at once.
+"""
+
+import contextlib
+import datetime
+import itertools
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.errors import UserError, one_line, shorten
+from common.files import LOCK, find_damage, member, only_writer, read_json
+
+TRUNCATIONS = ("head", "tail", "head-tail", "chunks")
+# on the bundled news more accurate than reading only the beginning, at the same cost
+# (docs/benchmarks.md)
+DEFAULT_MAX_LENGTH, DEFAULT_TRUNCATION = 256, "chunks"
+
+NEWEST = ""  # the value of --resume given alone: the newest checkpoint
+CONFIG = "config.json"  # once it exists, it is complete and the run can be resumed
+RESULTS = "metrics.json"  # of a finished run
+# the only file that a run leaves behind when it is killed at its very beginning
+UNFINISHED_CONFIG = re.compile(r"config\.json\.\d+")
+CHECKPOINTS, CHECKPOINT_PREFIX, STATE = "checkpoints", "step-", "state.json"
+PARTS = (STATE, "model.safetensors", "optimizer.safetensors")  # and those of each process, and best/
+# the names that we give; `.old` is the only copy after a kill while a checkpoint was replaced
+OWN_NAME = re.compile(rf"{CHECKPOINT_PREFIX}(\d{{8,}})(\.old)?")
+# files of a checkpoint up to this size are read in a first look at it, larger ones only measured
+QUICKLY_READ_BYTES = 2**20
+# flags that may differ when a run is resumed: the names of data and model, because their contents
+# are compared, and flags that change no number
+FREE_FLAGS = {
+    "model",
+    "dataset",
+    "validation_file",
+    "test_file",
+    "columns",
+    "delimiter",
+    "quoting",
+    "encoding",
+    "dataset_config",
+    "text_column",
+    "label_column",
+    "train_split",
+    "validation_split",
+    "test_split",
+    "max_train_samples",
+    "max_eval_samples",
+    "cache_dir",
+    "output_dir",
+    "device",
+    "precision",
+    "num_workers",
+    "save_every",
+    "keep",
+    "max_minutes",
+    "auto_batch_size",
+    "nondeterministic",
+}
+
+
+@dataclass(frozen=True)
+class RunLocation:
+    """Where a run is kept, and whether and from where it is resumed."""
+
+    folder: Path
+    is_resumed: bool = False
+    checkpoint: Path | None = None  # None: the newest one that is not damaged
+
+
+# The run's folder ---------------------------------------------------------------------------------
+
+
+def locate_run(
+    output_dir: str | None,
+    resume: str | None,
+    *,
+    name: str,
+    is_of_this_job: Callable[[Path], bool] = lambda folder: False,
+) -> RunLocation:
+    """Return the location of the run that the flags `--output-dir` and `--resume` ask for.
+
+    A new folder is called after `name` and the time unless the flags name it. After a failure
+    torchrun starts every process again with the same flags; the run is then resumed if it was this
+    job that began it, which `is_of_this_job` tells. Raises UserError when the flags do not tell
+    which run to resume, when there is none, and when the folder of a new run is not empty.
+    """
+    named = _named_run(output_dir, resume)
+    if named is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
+        raise UserError(
+            "--output-dir: torchrun with --max-restarts needs it, because a restarted process must"
+            " find its run; name a folder"
+        )
+    if named is not None and is_of_this_job(named.folder) and (named.folder / CONFIG).is_file():
+        # a checkpoint that the flags name was where the job began: by now it has come further
+        return RunLocation(named.folder, is_resumed=True)
+    if resume is None:
+        return RunLocation(_new_run_folder(output_dir, name))
+    if named is None:
+        raise UserError("--resume: which run? name its folder, as in --resume runs/news")
+    if not (named.folder / CONFIG).is_file():
+        raise UserError(
+            f"--resume: {named.folder} holds no run; check the name, or leave --resume out to start one"
+        )
+    if named.checkpoint is not None and not named.checkpoint.is_dir():
+        raise UserError(
+            f"--resume {resume}: no such checkpoint; --resume {named.folder} takes the newest one"
+        )
+    return named
+
+
+def _named_run(output_dir: str | None, resume: str | None) -> RunLocation | None:
+    """Return the run, and the checkpoint if any, that the flags name; None when they name none."""
+    if not resume:
+        return None if output_dir is None else RunLocation(Path(output_dir), is_resumed=True)
+    path = Path(resume)
+    is_checkpoint = path.name.startswith(CHECKPOINT_PREFIX) and path.absolute().parent.name == CHECKPOINTS
+    folder = Path(os.path.normpath(path / ".." / "..")) if is_checkpoint else path
+    if output_dir is not None and Path(output_dir).resolve() != folder.resolve():
+        raise UserError(
+            f"--output-dir {output_dir}: --resume {resume} continues in {folder}; leave one of the two out"
+        )
+    return RunLocation(folder, is_resumed=True, checkpoint=path if is_checkpoint else None)
+
+
+def _new_run_folder(output_dir: str | None, name: str) -> Path:
+    """Return the folder for a new run: `output_dir`, or runs/<name>-<time>. Nothing is created yet.
+
+    Raises UserError when the folder is not empty.
+    """
+    folder = Path(output_dir or f"runs/{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}")
+    _require_empty(folder)
+    return folder
+
+
+def _require_empty(folder: Path) -> None:
+    names = {path.name for path in folder.iterdir()} - {LOCK} if folder.is_dir() else set()
+    if not all(UNFINISHED_CONFIG.fullmatch(name) for name in names):
+        raise UserError(
+            f"--output-dir {folder}: it holds another run or other files; name a new folder or"
+            " remove it first"
+        )
+
+
+@contextlib.contextmanager
+def only_run(location: RunLocation, *, is_named: bool, wait: float = 0.0) -> Iterator[RunLocation]:
+    """Yield the location of a run, with its folder made and held: within the block no other job can
+    write there.
+
+    Unless the flags have named it (`is_named`), a folder that another job has just made gets a
+    number after its name. One in which nothing was written is removed again. Raises UserError when
+    another job holds it for longer than `wait` seconds, and when it can't be made.
+    """
+    folder = location.folder
+    if location.is_resumed:
+        with only_writer(folder, flag="--resume", wait=wait):
+            yield location
+        return
+    try:
+        if not is_named:
+            folder = _make_first_free(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--output-dir {folder}: can't be created: {error.strerror}; name another folder"
+        ) from error
+    try:
+        with only_writer(folder, flag="--output-dir"):
+            _require_empty(folder)  # another job may have ended since it was looked at
+            yield RunLocation(folder)
+    finally:
+        with contextlib.suppress(OSError):  # it is not empty: it holds the run
+            folder.rmdir()
+
+
+def _make_first_free(folder: Path) -> Path:
+    """Make a folder of this name, or with a number after it, that no other job has made before."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        path = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
+        with contextlib.suppress(FileExistsError):
+            path.mkdir()
+            return path
+    raise AssertionError("counted to the end")
+
+
+# What a run is continued from ---------------------------------------------------------------------
+
+
+def checkpoints_in(run_folder: Path) -> list[Path]:
+    """Return a run's checkpoints, the newest first; other files and folders beside them are left
+    alone.
+    """
+    paths = [path for path in (run_folder / CHECKPOINTS).glob("*") if OWN_NAME.fullmatch(path.name)]
+    folders = [path for path in paths if path.is_dir() and not path.is_symlink()]
+    return sorted(folders, key=lambda path: (step_of(path), path.name), reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step in the name of a checkpoint."""
+    match = OWN_NAME.fullmatch(checkpoint.name)
+    assert match is not None
+    return int(match[1])
+
+
+def choose_checkpoint(
+    run: RunLocation, *, max_bytes_read: int | None = None
+) -> tuple[Path | None, dict[Path, str]]:
+    """Return the checkpoint to continue from, and the damage of newer ones that are passed over.
+
+    The checkpoint is the one that the flags name or else the newest one that is not damaged, None
+    when there is none yet. Files of more than `max_bytes_read` bytes are only measured. Raises
+    UserError when all checkpoints are damaged, and when they were removed after the run's end.
+    """
+    candidates = [run.checkpoint] if run.checkpoint is not None else checkpoints_in(run.folder)
+    if not candidates and (run.folder / RESULTS).exists():
+        raise UserError(
+            f"--resume: {run.folder} is a finished run whose checkpoints were removed; start a new"
+            " run with another --output-dir"
+        )
+    damage: dict[Path, str] = {}
+    for path in candidates:
+        problem = find_damage(path, max_bytes_read=max_bytes_read) or state_problem(path)
+        if problem is None:
+            return path, damage
+        damage[path] = problem
+    if run.checkpoint is not None:
+        raise UserError(
+            f"--resume {run.checkpoint}: it is damaged ({damage[run.checkpoint]}); --resume"
+            f" {run.folder} takes the newest one that is not"
+        )
+    if damage:
+        listed = "; ".join(f"{path.name}: {problem}" for path, problem in damage.items())
+        raise UserError(
+            f"--resume: all checkpoints in {run.folder / CHECKPOINTS} are damaged ({listed}); start"
+            " a new run with another --output-dir"
+        )
+    return None, {}
+
+
+def state_problem(path: Path) -> str | None:
+    """Return what is wrong with the state.json of a checkpoint, None if it is as it is written.
+
+    It can be nonsense although the manifest holds its SHA-256.
+    """
+    try:
+        # a file that the manifest leaves out was not looked at: it may be none, such as a pipe
+        for name in PARTS:
+            member(path, name)
+        state = read_json(path / STATE)
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, RecursionError) as error:
+        return f"{STATE}: {one_line(error)}"
+    kinds = {"identity": dict, "position": dict, "param_groups": list, "scheduler": dict, "scaler": dict}
+    for name, kind in kinds.items():
+        if not isinstance(state, dict) or not isinstance(state.get(name), kind):
+            return f"{STATE}: {name} is missing or no {kind.__name__}"
+    position = state["position"]
+    least = {"micro_batch": 1, "epoch": 1, "step_of_epoch": 0, "step": 0}
+    numbers = {**{name: position.get(name) for name in least}, "log_bytes": state.get("log_bytes")}
+    for name, value in numbers.items():
+        if type(value) is not int or not least.get(name, 0) <= value < 2**53:
+            return f"{STATE}: {name} is {shorten(repr(value), 40)}"
+    history, best = position.get("history"), position.get("best")
+    if not isinstance(history, list) or not all(map(_is_evaluation, history)):
+        return f"{STATE}: history is no list of evaluations"
+    if "best" not in position or (best is not None and best not in history):
+        return f"{STATE}: best is none of the evaluations"
+    if best is not None and not (path / "best").is_dir():
+        return "best/ is missing"
+    return None
+
+
+def _is_evaluation(entry: object) -> bool:
+    """Tell whether a value is an entry of the history, with the scores that are compared and shown."""
+    names = ("epoch", "step", "train_loss", "loss", "accuracy", "macro_f1", "examples_per_second")
+    return isinstance(entry, dict) and all(is_like(entry.get(name), 0.0) for name in names)
+
+
+def is_like(value: object, example: object) -> bool:
+    """Tell whether a value from JSON has the structure of an example: the same keys, lengths and
+    kinds of values, and finite numbers.
+    """
+    if isinstance(example, dict):
+        if not isinstance(value, dict) or value.keys() != example.keys():
+            return False
+        return all(is_like(value[key], example[key]) for key in example)
+    if isinstance(example, list | tuple):
+        if not isinstance(value, list) or len(value) != len(example):
+            return False
+        return all(map(is_like, value, example))
+    if isinstance(example, int | float) and not isinstance(example, bool):
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e18
+    return type(value) is type(example)
+
+
+def read_config(run_folder: Path) -> dict:
+    """Return the content of a run's config.json. Raises UserError when it is damaged."""
+    path = run_folder / CONFIG
+    try:
+        config = read_json(path)
+        if not isinstance(config, dict) or not isinstance(config.get("identity", {}), dict):
+            raise ValueError("it holds no settings")
+        return config
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"--resume: {path} is damaged; start a new run with another --output-dir") from error
+
+
+def identity_of_flags(flags: Mapping[str, object]) -> dict[str, object]:
+    """Return the flags that change the outcome of a run, by their names on the command line."""
+    return {
+        f"--{name.replace('_', '-')}": value
+        for name, value in sorted(flags.items())
+        if name not in FREE_FLAGS
+    }
+
+
+def require_same_flags(run: RunLocation, flags: Mapping[str, object]) -> None:
+    """Raise UserError unless a run can be continued with these flags, as far as a quick look shows.
+
+    Large files are only measured, and a flag that was not given (None) is not compared, because
+    its default may depend on the model.
+    """
+    checkpoint, _ = choose_checkpoint(run, max_bytes_read=QUICKLY_READ_BYTES)
+    written = read_config(run.folder) if checkpoint is None else read_json(checkpoint / STATE)
+    now = {name: value for name, value in identity_of_flags(flags).items() if value is not None}
+    before = written.get("identity", {})
+    refuse_changes(checkpoint or run.folder, changes({name: before.get(name) for name in now}, now))
+
+
+def changes(before: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
+    """Return in words how the identity of a run has changed."""
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    return [
+        f"{name} was {shorten(str(before.get(name)), 60)}, is {shorten(str(now.get(name)), 60)}"
+        for name in names
+    ]
+
+
+def refuse_changes(path: Path, changed: list[str]) -> None:
+    """Raise UserError, naming what has changed since `path` was written, if anything has."""
+    if changed:
+        raise UserError(
+            f"--resume: {path} was written by another run: {'; '.join(changed)}; use the same"
+            " again, or start a new run with another --output-dir"
+        )

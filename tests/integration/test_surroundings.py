@@ -1,0 +1,112 @@
+"""The scripts in surroundings that are not as they should be: terminals, limits, left-over variables,
+a second job. Each works, or ends with one line and exit code 2.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT, make_sentences
+
+SCRIPTS = {
+    "train_classifier.py": [],
+    "generate.py": ["--prompt", "x"],
+    "embed_search.py": ["similarity", "bundled/bbc-news"],
+}
+
+
+@pytest.fixture
+def flags(tiny_model, sentences_csv, cache_dir) -> list[str]:
+    given = ["--model", tiny_model, "--dataset", sentences_csv, "--cache-dir", cache_dir, "--epochs", 1]
+    return [*map(str, given), "--device", "cpu", "--precision", "fp32"]
+
+
+def in_shell(before: str, *command, after: str = "", cwd: Path = ROOT, **environment):
+    """Run a script in a shell, after a command such as ulimit and with a redirection."""
+    return subprocess.run(
+        ["bash", "-c", f'{before} "$0" "$@" {after}', sys.executable, *map(str, command)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=250,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment},
+    )
+
+
+def is_one_line(done, *parts: str) -> bool:
+    lines = done.stderr.splitlines()
+    return done.returncode == 2 and len(lines) == 1 and all(part in lines[0] for part in parts)
+
+
+@pytest.mark.parametrize("variables", [{"RANK": "0", "WORLD_SIZE": "2"}, {"RANK": "x"}, {"WORLD_SIZE": ""}])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_variables_left_over_from_a_job_are_told_at_once(script, variables):
+    done = in_shell("", script, *SCRIPTS[script], **variables)
+    assert is_one_line(done, f"{script}: error: ", next(iter(variables)), "unset"), done
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_limit_that_the_libraries_exceed_is_told_at_once(script):
+    done = in_shell("ulimit -v 2000000;", script, *SCRIPTS[script])
+    assert is_one_line(done, f"{script}: error: ", "ulimit -v"), done
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_reader_of_the_help_may_leave(script):
+    done = in_shell("set -o pipefail;", script, "--help", after="| head -c 1")
+    assert done.returncode in (0, 141) and done.stderr == "" and len(done.stdout) == 1
+
+
+def test_a_limit_of_file_size_is_one_line(flags, tmp_path):
+    """TensorBoard's thread meets it as well."""
+    done = in_shell("ulimit -f 8;", "train_classifier.py", *flags, "--output-dir", tmp_path / "run")
+    assert is_one_line(done, "ulimit -f"), done.stderr
+
+
+def test_a_machine_without_a_compiler_is_told_before_the_data_are_read(flags, tmp_path):
+    nowhere = {"PATH": str(tmp_path), "CXX": str(tmp_path / "c++"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "train_classifier.py", *flags, "--compile", "--output-dir", tmp_path / "run"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=250,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **nowhere},
+    )
+    assert is_one_line(done, "--compile", "compiler"), done.stderr
+    assert not (tmp_path / "run").exists() and "texts" not in done.stdout
+
+
+def test_accented_labels_on_a_terminal_without_accents(flags, tmp_path):
+    """The files are UTF-8; the backend of a notebook and closed streams do not matter either."""
+    names = {"pos": "caf\u00e9", "neg": "\u732b"}
+    rows = [f"{text},{names[label]}\n" for text, label in make_sentences(60)]
+    (tmp_path / "rows.csv").write_text("text,label\n" + "".join(rows), encoding="utf-8")
+    flags[flags.index("--dataset") + 1] = str(tmp_path / "rows.csv")
+    plain = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
+    plain["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
+    done = in_shell("", "train_classifier.py", *flags, "--output-dir", tmp_path / "run", after="<&-", **plain)
+    assert done.returncode == 0 and done.stderr == "" and "caf?" in done.stdout, done
+    for name in ("report.md", "predictions.csv"):
+        content = (tmp_path / "run" / name).read_text("utf-8")
+        assert "caf\u00e9" in content and "\u732b" in content
+
+
+def test_jobs_that_start_at_once_get_folders_of_their_own(flags, tmp_path):
+    command = [sys.executable, ROOT / "train_classifier.py", *flags]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    jobs = [
+        subprocess.Popen(
+            command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        for _ in range(2)
+    ]
+    said = [job.communicate(timeout=250) for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0], said
+    folders = sorted((tmp_path / "runs").iterdir())
+    assert len(folders) == 2
+    for folder in folders:  # each has a whole run
+        assert (folder / "report.md").exists() and not (folder / ".lock").exists()

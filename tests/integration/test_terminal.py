@@ -1,0 +1,83 @@
+"""A training run on a terminal: bars come and go, and at the end the screen holds what a file would
+hold, line by line.
+"""
+
+import re
+
+import pytest
+
+from terminal import run_on_terminal
+
+FLAGS = ["--epochs", 2, "--max-length", 24, "--batch-size", 4, "--lr", "3e-3", "--log-every", 3]
+# what differs from run to run: times, speeds, memory
+FIGURES = re.compile(r"(?<=, )[\d.]+ examples/s|^(time|memory|disk) .*|(?<= )\d+\.\d$", re.M)
+
+
+@pytest.fixture(scope="module")
+def flags(tiny_model, sentences_csv, tmp_path_factory):
+    """A cache of its own: with bars for reading and for tokenising, too."""
+    cache = tmp_path_factory.mktemp("cache")
+    return ["--model", tiny_model, "--dataset", sentences_csv, "--cache-dir", cache, *FLAGS]
+
+
+def lines_of(text: str) -> list[str]:
+    """Return the lines of a text without trailing blanks, and with each figure that varies as #."""
+    return FIGURES.sub("#", re.sub(r" +$", "", text, flags=re.M)).rstrip("\n").split("\n")
+
+
+def test_the_final_screen_of_a_run_is_what_a_file_would_hold(flags, run_script, tmp_path):
+    """The epoch lines are whole, no bar is left, and colours and bars never reach the file."""
+    folder = tmp_path / "run"
+    code, written, screen = run_on_terminal(
+        "train_classifier.py", *flags, "--output-dir", folder, environment={"OMP_NUM_THREADS": "1"}
+    )
+    assert code == 0, written
+    bars = [bar for bar in ("tokenising", "epoch 1/2:", "epoch 2/2:", "evaluating:") if bar in written]
+    assert bars == ["tokenising", "epoch 1/2:", "epoch 2/2:", "evaluating:"]
+    assert re.search(r"epoch 2/2:.*loss \d\.\d+, [\d.]+ examples/s, \d+ seconds left", written)
+
+    folder.rename(tmp_path / "first")
+    done = run_script("train_classifier.py", *flags, "--output-dir", folder, OMP_NUM_THREADS="1")
+    assert done.stderr == "" and not re.search(r"[\r\x1b\b]", done.stdout)
+    assert lines_of("\n".join(screen)) == lines_of(done.stdout)
+    for name in ("report.md", "predictions.csv", "metrics.jsonl", "config.json"):
+        assert not re.search(r"[\r\x1b\b]|it/s|step/s", (tmp_path / "first" / name).read_text()), name
+
+
+def test_ctrl_c_leaves_no_bar_on_the_screen(flags, tmp_path):
+    """As the terminal sends it, in the second epoch."""
+    folder = tmp_path / "run"
+    code, written, screen = run_on_terminal(
+        "-c",
+        INTERRUPTED_IN_EPOCH_2,
+        *flags,
+        "--output-dir",
+        folder,
+        environment={"OMP_NUM_THREADS": "1", "PYTHONPATH": "."},
+    )
+    assert code == 130, written
+    assert screen[-2:] == [
+        "SIGINT: saving after this step; a second one ends the run at once",
+        f"train_classifier.py: stopped by SIGINT; continue with the same command and --resume {folder}",
+    ]
+    assert sum(line.startswith("epoch ") for line in screen) == 1 and not re.search(
+        "[█▏▎▍▌▋▊▉]", "".join(screen)
+    )
+
+
+INTERRUPTED_IN_EPOCH_2 = """
+import os, signal, sys
+from torch.optim.optimizer import register_optimizer_step_post_hook
+import train_classifier
+from common import cli
+
+steps = 0
+def interrupt(*_):
+    global steps
+    steps += 1
+    if steps == 30:
+        os.kill(os.getpid(), signal.SIGINT)
+
+register_optimizer_step_post_hook(interrupt)
+cli.run(train_classifier.make_parser(), train_classifier.main, sys.argv[1:])
+"""
