@@ -312,7 +312,6 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_linear_schedule_with_warmup
 
 from common import reading
 from common.runtime import (
@@ -323,7 +322,7 @@ from common.runtime import (
     start_runtime,
     stop_runtime,
 )
-from common.training import batching, checkpoint, classifier, data, inspection, report, tracking
+from common.training import batching, checkpoint, classifier, data, report, tracking
 from common.training.batching import BatchConfig, count_examples, pool_chunks, sync_gradients
 from common.training.checkpoint import TIME_IS_UP, Checkpoints, StopSignals, TrainingState
 from common.training.classifier import ModelConfig
@@ -332,6 +331,9 @@ from common.training.evaluation import evaluate, is_better, predict_texts
 
 if TYPE_CHECKING:
     import datasets
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from common.bert import BertClassifier
 
 
 # Configs ------------------------------------------------------------------------------------------
@@ -488,6 +490,8 @@ def make_scheduler(
     optimizer: torch.optim.Optimizer, steps_per_epoch: int, config: TrainConfig
 ) -> torch.optim.lr_scheduler.LRScheduler:
     """Return the schedule of the learning rate, which rises from 0, then falls to 0."""
+    from transformers import get_linear_schedule_with_warmup  # seconds, which --predict needs not wait
+
     num_steps = steps_per_epoch * config.epochs
     num_warmup_steps = round(config.warmup_ratio * num_steps)
     return get_linear_schedule_with_warmup(optimizer, num_warmup_steps, num_steps)
@@ -792,7 +796,8 @@ def fit_in(location: RunLocation, args: argparse.Namespace, clock: tracking.Cloc
 
 def evaluate_only(args: argparse.Namespace, runtime: Runtime) -> None:
     """Score a saved model on the test split, or on all rows of a data set that has none."""
-    model, tokenizer, tokens = load_saved(args, runtime)
+    model, tokenizer = classifier.load_saved(args.model, runtime, cache_dir=args.cache_dir)
+    tokens = saved_tokens(model, tokenizer, args)
     names = classifier.class_names(model)
     trained = classifier.saved_settings(args.model)
     rows = data.load_rows_for_scoring(data_config(args), names, trained, runtime)
@@ -804,7 +809,8 @@ def evaluate_only(args: argparse.Namespace, runtime: Runtime) -> None:
 
 def predict(args: argparse.Namespace, runtime: Runtime) -> None:
     """Print one JSON line per text: row, label, confidence and the score of every class."""
-    model, tokenizer, tokens = load_saved(args, runtime)
+    model, tokenizer = classifier.load_to_predict(args.model, runtime, cache_dir=args.cache_dir)
+    tokens = saved_tokens(model, tokenizer, args)
     options = config_from_flags(FileOptions, args)
     texts = reading.read_texts(
         args.predict, column=args.text_column, cache_dir=args.cache_dir, options=options
@@ -813,19 +819,19 @@ def predict(args: argparse.Namespace, runtime: Runtime) -> None:
         runtime.say(cli.json_line(answer))
 
 
-def load_saved(
-    args: argparse.Namespace, runtime: Runtime
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, TokenConfig]:
-    """Return a saved model, its tokenizer, and how it reads texts."""
-    model, tokenizer = classifier.load_saved(args.model, runtime, cache_dir=args.cache_dir)
-    tokens = classifier.choose_saved_tokens(
+def saved_tokens(
+    model: PreTrainedModel | BertClassifier, tokenizer: batching.AnyTokenizer, args: argparse.Namespace
+) -> TokenConfig:
+    """Return how texts are read by a saved model."""
+    return classifier.choose_saved_tokens(
         model, tokenizer, args.model, eval_max_length=args.eval_max_length, truncation=args.truncation
     )
-    return model, tokenizer, tokens
 
 
 def inspect(args: argparse.Namespace, runtime: Runtime) -> None:
     """Show the data, the tokenizer, the model and a batch; train nothing."""
+    from common.training import inspection
+
     name, other = args.compare_tokenizer, None
     if name is not None:
         other = inspection.load_other_tokenizer(name, cache_dir=args.cache_dir)

@@ -15,7 +15,6 @@ transformers.
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType
 from typing import Any, NamedTuple
 
 import torch
@@ -79,36 +78,31 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 # Another value would change what is computed here. (Whether DistilBERT's positions were made of sines
 # doesn't matter: they are in the file.)
-ONLY = {
-    "is_decoder": False,
-    "add_cross_attention": False,
-    "position_embedding_type": "absolute",
+COMMON = {  # settings of every kind of model
     "output_hidden_states": False,
     "output_attentions": False,
     "return_dict": True,
     "chunk_size_feed_forward": 0,
     "is_encoder_decoder": False,
 }
+ONLY = COMMON | {"is_decoder": False, "add_cross_attention": False, "position_embedding_type": "absolute"}
 # Names, versions, training, and what no model of these kinds reads.
-NO_MATTER = {
-    "_name_or_path",
-    "architectures",
-    "directionality",
-    "dtype",
-    "finetuning_task",
-    "gradient_checkpointing",
-    "id2label",
-    "label2id",
-    "model_type",
-    "output_past",
-    "pooler_fc_size",
-    "pooler_num_attention_heads",
-    "pooler_num_fc_layers",
-    "pooler_size_per_head",
-    "pooler_type",
-    "problem_type",
-    "torch_dtype",
-    "transformers_version",
+NO_MATTER: dict[str, type | None] = {  # and the type of each; None: any
+    "_name_or_path": str,
+    "architectures": list,
+    "directionality": None,
+    "finetuning_task": None,
+    "gradient_checkpointing": None,
+    "id2label": dict,
+    "label2id": dict,
+    "model_type": str,
+    "output_past": None,
+    "pooler_fc_size": None,
+    "pooler_num_attention_heads": None,
+    "pooler_num_fc_layers": None,
+    "pooler_size_per_head": None,
+    "pooler_type": None,
+    "transformers_version": str,
 }
 
 
@@ -135,6 +129,7 @@ class BertConfig:
         return self.pad_token_id + 1 if self.model_type in ("roberta", "xlm-roberta") else 0
 
 
+LARGEST = 2**31  # a size
 SIZES = {  # the fields of BertConfig -> settings
     "vocabulary": "vocab_size",
     "width": "hidden_size",
@@ -153,19 +148,35 @@ DISTILBERT_SETTINGS = {
 }
 
 
+def _is_known(key: str, value: Any, defaults: dict[str, Any]) -> bool:
+    """Return whether a setting is one that transformers would take, and that is computed here."""
+    if key in ONLY:
+        return type(value) is type(ONLY[key]) and value == ONLY[key]
+    if key in ("dtype", "torch_dtype"):
+        return value in (None, "float32", "float16", "bfloat16")
+    if key in NO_MATTER:
+        return isinstance(value, NO_MATTER[key] | None) if NO_MATTER[key] else True
+    if key not in defaults:
+        return False
+    if "dropout" in key:
+        is_number = type(value) in (float, int) and 0 <= value <= 1
+        return is_number or (value is None and defaults[key] is None)
+    if defaults[key] is None:  # the ids of tokens
+        return value is None or type(value) is int
+    return type(value) is type(defaults[key])
+
+
 def read_config(folder: Path) -> BertConfig:
     """Return the configuration of the model in a folder. Raises UnknownModel for a setting that is not
     computed here.
     """
     given = read_settings(folder / "config.json")
     model_type = given.get("model_type")
-    if model_type not in DEFAULTS:
+    if not isinstance(model_type, str) or model_type not in DEFAULTS:
         raise UnknownModel(f"model_type {model_type!r}")
     for key, value in given.items():
-        if key in ONLY and value != ONLY[key]:
-            raise UnknownModel(f"{key} {value!r}")
-        if key not in DEFAULTS[model_type] and key not in ONLY and key not in NO_MATTER:
-            raise UnknownModel(f"the setting {key}")
+        if not _is_known(key, value, DEFAULTS[model_type]):
+            raise UnknownModel(f"the setting {key} {value!r}")
     settings: dict[str, Any] = DEFAULTS[model_type] | given
     is_distilled = model_type == "distilbert"
 
@@ -175,20 +186,20 @@ def read_config(folder: Path) -> BertConfig:
     sizes = {field: setting(name) for field, name in SIZES.items()}
     if not is_distilled:
         sizes["num_types"] = settings["type_vocab_size"]
-    if not all(type(size) is int and size > 0 for size in sizes.values()):
+    if not all(0 < size < LARGEST for size in sizes.values()):
         raise UnknownModel(f"the sizes {sizes}")
     if sizes["width"] % sizes["num_heads"]:
         raise UnknownModel(f"{sizes['width']} dimensions for {sizes['num_heads']} heads")
-    activation, pad, eps = setting("hidden_act"), setting("pad_token_id"), settings.get("layer_norm_eps")
+    activation, pad = setting("hidden_act"), setting("pad_token_id")
     if activation not in ("gelu", "relu"):
         raise UnknownModel(f"the activation {activation!r}")
-    if type(pad) is not int or type(eps) not in (float, int, NoneType):
-        raise UnknownModel(f"pad_token_id {pad!r}, layer_norm_eps {eps!r}")
+    if not 0 <= pad < sizes["vocabulary"]:
+        raise UnknownModel(f"pad_token_id {pad!r}")
     return BertConfig(
         **sizes,
         model_type=model_type,
         activation=F.relu if activation == "relu" else F.gelu,
-        norm_eps=1e-12 if eps is None else eps,
+        norm_eps=settings.get("layer_norm_eps", 1e-12),
         pad_token_id=pad,
         settings=settings,
     )
@@ -424,8 +435,10 @@ def read_weights(folder: Path) -> Tensors:
     if not file.is_file():
         if not index.is_file():
             raise UnknownModel("weights that are not in model.safetensors")
-        listed = read_settings(index).get("weight_map")
-        names = sorted({str(name) for name in listed.values()}) if isinstance(listed, dict) else []
+        listed = read_settings(index)
+        if not isinstance(listed.get("weight_map"), dict) or not isinstance(listed.get("metadata"), dict):
+            raise UnknownModel(f"the list of files {index.name}")
+        names = sorted({str(name) for name in listed["weight_map"].values()})
     weights: Tensors = {}
     for name in names:
         if Path(name).name != name:  # another folder
@@ -438,6 +451,10 @@ def read_weights(folder: Path) -> Tensors:
     for name, value in weights.items():
         if value.dtype not in DTYPES and not name.endswith(BUFFERS):
             raise UnknownModel(f"{name} in {value.dtype}")
+        if value.is_floating_point() and value.numel():
+            lowest, highest = torch.aminmax(value)
+            if not (lowest.isfinite() and highest.isfinite()):
+                raise UnknownModel(f"{name}, which is not finite")
     return {name: value.float() for name, value in weights.items()}
 
 

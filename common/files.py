@@ -226,7 +226,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     """Return the dictionary in a model's JSON file. Raises UnknownModel when there is none."""
     try:
         content = read_json(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UnknownModel(f"{path.name}: {error}") from error
     if not isinstance(content, dict):
         raise UnknownModel(f"{path.name}, which is not a dictionary")

@@ -212,16 +212,21 @@ def read_tokenizer(folder: Path, *, max_length: int | None = None) -> Tokenizer:
         special = _special_tokens(settings)
         parts = Parts(description, settings, special, _added_tokens(description, settings, special))
         backend = kind.build(parts)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UnknownModel(f"the tokenizer: {error!r}") from error
-    except Exception as error:  # what the library raises for a file that it can't read
-        if type(error) is not Exception:
+    except UnknownModel:
+        raise
+    except BaseException as error:
+        # files can hold anything; the library in Rust ends with a PanicException, which is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise UnknownModel(f"the tokenizer: {error}") from error
+        raise UnknownModel(f"the tokenizer: {error!r}") from error
     if wrong := [t.content for number, t in parts.added.items() if backend.token_to_id(t.content) != number]:
         raise UnknownModel(f"other ids of {', '.join(wrong)}")
-    limit = max_length or settings.get("model_max_length") or UNLIMITED
-    return Tokenizer(backend, special, settings.get("model_input_names", kind.input_names), limit)
+    limit, names = settings.get("model_max_length"), settings.get("model_input_names", [*kind.input_names])
+    if not (limit is None or (type(limit) is int and limit > 0)):
+        raise UnknownModel(f"model_max_length {limit!r}")
+    if not isinstance(names, list) or not set(map(str, names)) <= set(INPUT_NAMES):
+        raise UnknownModel(f"model_input_names {names!r}")
+    return Tokenizer(backend, special, names, max_length or limit or UNLIMITED)
 
 
 def _read_tokenizer_settings(folder: Path) -> dict[str, Any]:
@@ -360,6 +365,9 @@ def _id_of(token: str, backend: tokenizers.Tokenizer) -> int:
     return backend.get_vocab(with_added_tokens=True)[token]
 
 
+INPUT_NAMES = ("input_ids", "token_type_ids", "attention_mask")
+
+
 @dataclass(frozen=True)
 class Kind:
     """A way in which transformers makes tokenizers: how, from which settings, for which inputs."""
@@ -373,9 +381,7 @@ WORDPIECE_OPTIONS = ("do_lower_case", "strip_accents", "tokenize_chinese_chars")
 BYTE_LEVEL_OPTIONS = ("add_prefix_space", "trim_offsets")
 FROM_FILE = Kind(_build_from_file, (*WORDPIECE_OPTIONS, *BYTE_LEVEL_OPTIONS))
 KINDS = {  # the class that tokenizer_config.json names
-    "BertTokenizer": Kind(
-        _build_wordpiece, WORDPIECE_OPTIONS, ("input_ids", "token_type_ids", "attention_mask")
-    ),
+    "BertTokenizer": Kind(_build_wordpiece, WORDPIECE_OPTIONS, INPUT_NAMES),
     "DistilBertTokenizer": Kind(_build_wordpiece, WORDPIECE_OPTIONS),
     "RobertaTokenizer": Kind(_build_byte_level, BYTE_LEVEL_OPTIONS),
     "XLMRobertaTokenizer": Kind(_build_unigram, ("add_prefix_space",)),
@@ -392,10 +398,10 @@ CLASSES = {  # model_type -> the class where none is named
 
 def _kind(settings: dict[str, Any], config: dict[str, Any]) -> Kind:
     model_type = config.get("model_type")
-    if model_type not in CLASSES or "tokenizer_class" in config:
+    if not isinstance(model_type, str) or model_type not in CLASSES or "tokenizer_class" in config:
         raise UnknownModel(f"the tokenizer of model_type {model_type!r}")
-    name = settings.get("tokenizer_class", CLASSES[model_type])
-    kind = KINDS.get(name) or KINDS.get(str(name).removesuffix("Fast"))
+    name = str(settings.get("tokenizer_class") or CLASSES[model_type])
+    kind = KINDS.get(name) or KINDS.get(name.removesuffix("Fast"))
     if kind is None:
         raise UnknownModel(f"tokenizer_class {name!r}")
     return kind

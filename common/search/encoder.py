@@ -3,7 +3,7 @@
 Identical texts are encoded once. Texts are sorted by their number of tokens, not of characters, and
 put into batches of at most `batch_tokens` positions, so that there is little padding. The
 transformer runs in bf16 where the processor has it; what follows it (pooling, dense layers,
-normalisation: the model's own modules) runs in fp32. Under torchrun the batches are shared out
+normalisation) runs in fp32. Under torchrun the batches are shared out
 among the processes; each batch is computed by one of them, exactly as a single process would. All
 texts are tokenised first, not during the computation: on a CPU both need the same cores.
 
@@ -11,44 +11,31 @@ Weights are read from safetensors only. Code that comes with a model is never ru
 be those of sentence-transformers.
 """
 
-import hashlib
-import json
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from sentence_transformers import CrossEncoder, SentenceTransformer
-from sentence_transformers.base.modules import Module
-from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from common import models, reading, sources, speedups
+from common import reading, sources, speedups
 from common.errors import UserError
-from common.files import tensors_sha256
 from common.runtime import Runtime
 from common.search.manifest import EncoderConfig, Identity
+from common.search.sentence_model import SentenceModel, load_model
+from common.tokenizer import Tokenizer, Tokens
+
+if TYPE_CHECKING:
+    from sentence_transformers import CrossEncoder
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 DEFAULT_MODEL = "bundled/all-MiniLM-L6-v2"
 # larger batches fall out of a CPU's cache; smaller ones leave a GPU idle
 BATCH_TOKENS = {"cpu": 4096, "cuda": 131_072, "mps": 16_384}
 # role -> the names under which a model may keep its prompt, as in encode_query and encode_document
 PROMPT_NAMES = {"query": ("query",), "document": ("document", "passage", "corpus"), None: ()}
-# settings of a model's configuration that don't change an embedding
-NEUTRAL_SETTINGS = (
-    "_name_or_path",
-    "transformers_version",
-    "architectures",
-    "id2label",
-    "label2id",
-    "dtype",
-    "torch_dtype",
-    "problem_type",
-)
 SPLIT_AT_ONCE = 256  # texts that are split into chunks together
-LoadedModel = TypeVar("LoadedModel", SentenceTransformer, CrossEncoder)
 
 
 @dataclass
@@ -58,11 +45,10 @@ class Encoder:
     """
 
     name: str
-    model: SentenceTransformer
+    model: SentenceModel
     runtime: Runtime
     max_length: int  # tokens, special ones included
     batch_tokens: int
-    fingerprint: str
     cache_dir: str | None
     num_encoded: int = 0
     num_cut: int = 0
@@ -70,22 +56,20 @@ class Encoder:
     @property
     def width(self) -> int:
         """The number of dimensions of an embedding."""
-        width = self.model.get_embedding_dimension()
-        assert width is not None
-        return width
+        return self.model.width
 
     @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
+    def tokenizer(self) -> "Tokenizer | PreTrainedTokenizerBase":
         """The model's own tokenizer."""
-        return tokenizer_of(self.model)
+        return self.model.tokenizer
 
     def identity(self) -> Identity:
         """Return what embeddings must share to be compared."""
         return {
             "model": self.name,
-            "fingerprint": self.fingerprint,
+            "fingerprint": self.model.fingerprint,
             "width": self.width,
-            "pooling": describe_pooling(self.model),
+            "pooling": self.model.pooling,
             "max_length": self.max_length,
         }
 
@@ -149,22 +133,23 @@ class Encoder:
         rows = [row_of[text] for text in texts]
         return vectors.cpu().numpy()[rows].reshape(len(texts), self.width)
 
-    def tokenize(self, texts: list[str]) -> tuple[BatchEncoding, int]:
+    def tokenize(self, texts: list[str]) -> "tuple[Tokens | BatchEncoding, int]":
         """Return the tokens of texts, cut at max_length, and how many texts were longer."""
         if not texts:
-            return BatchEncoding({"input_ids": []}), 0
+            return Tokens({"input_ids": []}, []), 0
         tokens = self.tokenizer(texts, truncation=True, max_length=self.max_length, padding=False)
         if tokens.encodings is not None:  # a fast tokenizer, which keeps what it cuts off
             return tokens, sum(bool(encoding.overflowing) for encoding in tokens.encodings)
         whole = self.tokenizer(texts, truncation=False, padding=False, verbose=False)["input_ids"]
         return tokens, sum(len(ids) > self.max_length for ids in whole)
 
-    def _forward(self, tokens: BatchEncoding, batch: np.ndarray, prompt: str) -> torch.Tensor:
+    def _forward(self, tokens: "Tokens | BatchEncoding", batch: np.ndarray, prompt: str) -> torch.Tensor:
         """Return the embeddings (batch, width) of some of the tokenised texts."""
-        columns = {name: [tokens[name][row] for row in batch] for name in tokens}
-        padded = self.tokenizer.pad(columns, padding=True, return_tensors="pt")
-        features = dict(padded.to(self.runtime.device))
-        features = self.model[0](features)  # token_embeddings (B, T, hidden)
+        rows = [{name: tokens[name][row] for name in tokens} for row in batch]
+        padded = self.tokenizer.pad(rows, padding=True, return_tensors="pt")
+        features = {name: value.to(self.runtime.device) for name, value in padded.items()}
+        transformer, *others = self.model.modules
+        features = transformer(features)  # token_embeddings (B, T, hidden)
         if prompt:  # some models' pooling leaves the prompt out
             ids = self.tokenizer(prompt)["input_ids"]
             # the end token, if there is one, comes after the text and not after the prompt
@@ -172,9 +157,9 @@ class Encoder:
             features["prompt_length"] = len(ids) - 1 if has_end_token else len(ids)
         with torch.autocast(self.runtime.device.type, enabled=False):
             features["token_embeddings"] = features["token_embeddings"].float()
-            for module in list(self.model)[1:]:
+            for module in others:
                 features = module(features)
-        return features["sentence_embedding"]  # (B, width)
+        return features["sentence_embedding"][:, : self.width]  # (B, width)
 
 
 def token_batches(lengths: Sequence[int], batch_tokens: int) -> list[np.ndarray]:
@@ -238,7 +223,7 @@ def _split(
     text: str,
     words: list[int | None],
     offsets: list[tuple[int, int]],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "Tokenizer | PreTrainedTokenizerBase",
     *,
     size: int,
     overlap: int,
@@ -259,7 +244,7 @@ def _split(
         room = max(room - excess, 1)
 
 
-def _tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> BatchEncoding:
+def _tokenize(texts: list[str], tokenizer: "Tokenizer | PreTrainedTokenizerBase") -> "Tokens | BatchEncoding":
     return tokenizer(
         texts,
         add_special_tokens=False,
@@ -315,112 +300,39 @@ def load_encoder(config: EncoderConfig, runtime: Runtime) -> Encoder:
     """
     name, max_length = config.model or DEFAULT_MODEL, config.max_length
     model = load_model(name, cache_dir=config.cache_dir)
-    transformer, tokenizer = transformer_of(model).auto_model, tokenizer_of(model)
-    positions = models.max_positions(transformer)  # None: without a limit
+    positions = model.positions
     if max_length is None:
-        lengths = (model.max_seq_length, positions, tokenizer.model_max_length)
-        max_length = min(length for length in lengths if length)
+        max_length = min(model.max_length, positions or model.max_length)
     else:
-        special = tokenizer.num_special_tokens_to_add()
+        special = model.tokenizer.num_special_tokens_to_add()
         if max_length <= special or (positions and max_length > positions):
             most = f" and at most {positions}" if positions else ""
             limits = f"more than {special} (the special tokens){most}"
             raise UserError(f"--max-length {max_length}: the model reads {limits} tokens")
-    model_fingerprint = fingerprint(model)  # before fast attention changes the model
-    speedups.use_fast_attention(transformer)
+    model.modules = [module.to(runtime.device) for module in model.modules]
     return Encoder(
         reading.full_name(name),
-        model.to(runtime.device).eval(),
+        model,
         runtime,
         max_length=max_length,
         batch_tokens=config.batch_tokens or BATCH_TOKENS[runtime.device.type],
-        fingerprint=model_fingerprint,
         cache_dir=config.cache_dir,
     )
 
 
-def load_model(name: str, *, cache_dir: str | None) -> SentenceTransformer:
-    """Return a sentence-transformers model on the CPU in fp32. As in that library, a plain encoder
-    (without modules.json) gets mean pooling.
-
-    Raises UserError when it can't be read, or reads something other than texts.
-    """
-    model = _load(SentenceTransformer, name, flag="--model", cache_dir=cache_dir)
-    if not isinstance(model[0], Transformer) or "text" not in model[0].modality_config:
-        kind = type(model[0]).__name__
-        raise UserError(f"--model {name}: its first module is {kind}, not a transformer that reads texts")
-    for setting in ("query_length", "document_length", "query_expansion"):
-        if getattr(model[0], setting, None) is not None:
-            advice = "use another model, or remove it from a copy of sentence_bert_config.json"
-            raise UserError(
-                f"--model {name}: its first module sets {setting}, which is unsupported; {advice}"
-            )
-    models.check_tokenizer(tokenizer_of(model), name=name, flag="--model")
-    return model
-
-
-def transformer_of(model: SentenceTransformer | CrossEncoder) -> Transformer:
-    """Return the first module of a model, which holds its transformer and tokenizer."""
-    first = model[0]
-    assert isinstance(first, Transformer)
-    return first
-
-
-def tokenizer_of(model: SentenceTransformer) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a model."""
-    tokenizer = transformer_of(model).tokenizer
-    assert tokenizer is not None
-    return tokenizer
-
-
-def load_reranker(name: str, runtime: Runtime, *, cache_dir: str | None) -> CrossEncoder:
+def load_reranker(name: str, runtime: Runtime, *, cache_dir: str | None) -> "CrossEncoder":
     """Return a cross-encoder with one output on its device. Raises UserError when it can't be read,
     or gives several scores per pair.
     """
-    model = _load(CrossEncoder, name, flag="--rerank", cache_dir=cache_dir).to(runtime.device)
+    from sentence_transformers import CrossEncoder  # seconds, and only this needs it
+
+    from common import models
+
+    folder = sources.find_folder(name, kind="encoder", flag="--rerank", cache_dir=cache_dir)
+    model = models.load_sentence_model(CrossEncoder, folder, name=name, flag="--rerank")
+    model = model.to(runtime.device)
     if model.num_labels != 1:
         advice = "name a cross-encoder with one, such as cross-encoder/ms-marco-MiniLM-L6-v2"
         raise UserError(f"--rerank {name}: it gives {model.num_labels} scores per pair; {advice}")
-    speedups.use_fast_attention(transformer_of(model).auto_model)
+    speedups.use_fast_attention(model[0].auto_model)
     return model
-
-
-def _load(model_class: type[LoadedModel], name: str, *, flag: str, cache_dir: str | None) -> LoadedModel:
-    folder = sources.find_folder(name, kind="encoder", flag=flag, cache_dir=cache_dir)
-    return models.load_sentence_model(model_class, folder, name=name, flag=flag)
-
-
-def fingerprint(model: SentenceTransformer) -> str:
-    """Return the SHA-256 of all that determines a model's embeddings: weights, configuration,
-    tokenizer, its modules' settings and its prompts.
-
-    It does not cover the length at which texts are cut, the precision, and what doesn't change an
-    embedding (names, paths, versions).
-    """
-    tokenizer = tokenizer_of(model)
-    if tokenizer.is_fast:
-        vocabulary = json.loads(tokenizer.backend_tokenizer.to_str())
-        vocabulary.update(truncation=None, padding=None)  # every call sets these again
-    else:
-        vocabulary = sorted(tokenizer.get_vocab().items())
-    settings = []
-    for module in model:
-        assert isinstance(module, Module)
-        values = {**module.get_config_dict()}
-        values.pop("max_seq_length", None)
-        settings.append([type(module).__name__, values])
-    # only what differs from the defaults, because later versions of transformers have more settings
-    changed = transformer_of(model).auto_model.config.to_diff_dict()
-    config = {key: value for key, value in changed.items() if key not in NEUTRAL_SETTINGS}
-    weights = tensors_sha256(dict(sorted(model.state_dict().items())))
-    parts = [vocabulary, settings, config, model.prompts, model.default_prompt_name, weights]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def describe_pooling(model: SentenceTransformer) -> str:
-    """Return in a few words what follows a model's transformer, such as "mean, Normalize"."""
-    parts = []
-    for module in list(model)[1:]:
-        mode = module.pooling_mode if isinstance(module, Pooling) else type(module).__name__
-        parts.append(mode if isinstance(mode, str) else "+".join(mode))
-    return ", ".join(parts) or "none"

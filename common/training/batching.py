@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
-from transformers import BatchEncoding, DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from common.errors import UserError
 from common.runtime import Runtime, used_memory_bytes
@@ -27,6 +26,9 @@ from common.training.tracking import file_size
 
 if TYPE_CHECKING:
     import datasets
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+    from common.tokenizer import Tokenizer
 
 IGNORED_LABEL = -100  # the default ignore_index of cross_entropy
 # texts are sorted by length only within pools of at most 50 batches, and an epoch has at least four
@@ -34,6 +36,9 @@ IGNORED_LABEL = -100  # the default ignore_index of cross_entropy
 MAX_POOL_BATCHES, MIN_POOLS = 50, 4
 # from the messages of PyTorch's allocators for CPU, CUDA and MPS
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+# with what lies between the activations in the heap, freed and kept (`keep_large_blocks`): 1.57 with
+# the bundled model and texts
+CPU_OVERHEAD = 1.5
 NOT_MODEL_INPUTS = ("text", "label", "row", "chunk_lengths", "num_tokens", "num_read")
 
 
@@ -219,6 +224,9 @@ class Columns:
 
 
 Rows: TypeAlias = "datasets.Dataset | Columns"
+# transformers' own, and those of common/tokenizer.py, which stand for them in predictions
+AnyTokenizer: TypeAlias = "PreTrainedTokenizerBase | Tokenizer"
+Batch: TypeAlias = "BatchEncoding | dict[str, torch.Tensor]"
 
 
 class PaddedBatches(torch.utils.data.Dataset):
@@ -229,12 +237,11 @@ class PaddedBatches(torch.utils.data.Dataset):
     `text_of_chunk` (K), which of the B texts each chunk belongs to.
     """
 
-    def __init__(self, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.rows = rows
+    def __init__(self, rows: Rows, tokenizer: AnyTokenizer) -> None:
+        self.rows, self.tokenizer = rows, tokenizer
         self.inputs = [name for name in rows.column_names if name not in NOT_MODEL_INPUTS]
-        self.pad = DataCollatorWithPadding(tokenizer)
 
-    def __getitem__(self, index: list[Pick]) -> BatchEncoding:
+    def __getitem__(self, index: list[Pick]) -> Batch:
         picks = index  # `index` is the name that PyTorch gives it
         texts = self.rows.__getitems__([pick.row for pick in picks])
         chunks, labels, row_numbers = [], [], []
@@ -244,7 +251,7 @@ class PaddedBatches(torch.utils.data.Dataset):
             label = text.get("label", IGNORED_LABEL)
             labels.append(IGNORED_LABEL if pick.is_filler else label)
             row_numbers.append(text.get("row", pick.row))
-        batch = BatchEncoding(dict(self.pad(chunks)))  # (K, T)
+        batch = self.tokenizer.pad(chunks, padding=True, return_tensors="pt")  # (K, T)
         batch["labels"] = torch.tensor(labels)  # (B)
         batch["row"] = torch.tensor(row_numbers)  # (B)
         num_chunks = torch.tensor([len(pick.chunks) for pick in picks])  # (B)
@@ -253,7 +260,7 @@ class PaddedBatches(torch.utils.data.Dataset):
 
 
 def batch_loader(
-    rows: Rows, batches: list[list[Pick]], tokenizer: PreTrainedTokenizerBase, *, pin_memory: bool = False
+    rows: Rows, batches: list[list[Pick]], tokenizer: AnyTokenizer, *, pin_memory: bool = False
 ) -> torch.utils.data.DataLoader:
     """Return a loader of the given batches, one after the other. It draws no random number."""
     return torch.utils.data.DataLoader(
@@ -295,7 +302,7 @@ def step_loader(
     )
 
 
-Batched = BatchEncoding | list[BatchEncoding]
+Batched: TypeAlias = "Batch | list[Batch]"
 
 
 def _unchanged(item: Batched) -> Batched:
@@ -389,15 +396,16 @@ def sync_gradients(model: torch.nn.Module, *, when: bool) -> contextlib.Abstract
 # Fit into memory, and into DDP --------------------------------------------------------------------
 
 
-def backward_once(model: torch.nn.Module, batch: BatchEncoding, runtime: Runtime) -> None:
+def backward_once(model: torch.nn.Module, batch: Batch, runtime: Runtime) -> None:
     """Run a batch forward and backward, to leave gradients behind; the labels play no part."""
     inputs = {name: batch[name] for name in batch if name not in ("labels", "row", "text_of_chunk")}
+    inputs = {name: tensor.to(runtime.device) for name, tensor in inputs.items()}
     with runtime.autocast():
-        logits = model(**BatchEncoding(inputs).to(runtime.device)).logits  # (K, C)
+        logits = model(**inputs).logits  # (K, C)
     logits.float().sum().backward()
 
 
-def has_unused_parameters(model: torch.nn.Module, batch: BatchEncoding, runtime: Runtime) -> bool:
+def has_unused_parameters(model: torch.nn.Module, batch: Batch, runtime: Runtime) -> bool:
     """Tell whether a step leaves a parameter without a gradient, such as the pooler of BigBird.
 
     DDP would wait for it, unless it is told to look for such parameters in every step. Dropout is
@@ -456,7 +464,7 @@ def activation_bytes(model: torch.nn.Module, batches: PaddedBatches, size: int, 
     return one + (size - 1) * (two - one)
 
 
-def _kept_bytes(model: torch.nn.Module, batch: BatchEncoding, runtime: Runtime) -> int:
+def _kept_bytes(model: torch.nn.Module, batch: Batch, runtime: Runtime) -> int:
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}  # the memory of each saved tensor, once
 
@@ -473,7 +481,7 @@ def _kept_bytes(model: torch.nn.Module, batch: BatchEncoding, runtime: Runtime) 
         torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
         runtime.autocast(),
     ):
-        logits = model(**BatchEncoding(inputs).to(runtime.device)).logits
+        logits = model(**{name: tensor.to(runtime.device) for name, tensor in inputs.items()}).logits
     del logits  # until here the graph held all of them, so that no address was used twice
     return sum(kept.values())
 
@@ -481,11 +489,14 @@ def _kept_bytes(model: torch.nn.Module, batch: BatchEncoding, runtime: Runtime) 
 def memory_line(model: torch.nn.Module, batches: PaddedBatches, micro_batch: int, runtime: Runtime) -> str:
     """Return one line on the memory that training will take, and what for."""
     trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    activations = activation_bytes(model, batches, micro_batch, runtime)
+    if runtime.device.type == "cpu":
+        activations = round(CPU_OVERHEAD * activations)
     parts = {
         "now": used_memory_bytes(runtime.device),
         "gradients": trained if runtime.world_size == 1 else 2 * trained,  # DDP's buckets
         "AdamW": 2 * trained,
-        f"activations of {micro_batch} chunks": activation_bytes(model, batches, micro_batch, runtime),
+        f"activations of {micro_batch} chunks": activations,
     }
     listed = ", ".join(f"{file_size(num_bytes)} {name}" for name, num_bytes in parts.items())
     return f"memory   about {file_size(sum(parts.values()))}: {listed}"

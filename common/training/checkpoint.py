@@ -7,6 +7,8 @@ under the name `tmp-<number>` and renamed when it is complete, so that a kill at
 the earlier ones. It is verified before it is used, and older ones are removed only after that.
 """
 
+from __future__ import annotations
+
 import contextlib
 import hashlib
 import random
@@ -19,12 +21,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 import safetensors.torch
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common import cli
 from common.cli import ERASE_LINE
@@ -62,6 +63,9 @@ from common.training.run import (
     step_of,
 )
 from common.training.tracking import Log, LossMeter, file_size
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 UNFINISHED = "tmp-"
 OWN_UNFINISHED = re.compile(rf"{UNFINISHED}\d{{8,}}")  # other files beside them are left alone
@@ -456,7 +460,7 @@ class StopSignals:
         self.is_time_up = False
         self.handlers: dict[int, Handler] = {}
 
-    def __enter__(self) -> "StopSignals":
+    def __enter__(self) -> StopSignals:
         # Python lets no other thread handle signals
         if threading.current_thread() is threading.main_thread():
             for number in cli.stop_signals():

@@ -2,7 +2,12 @@
 
 Adapting is what flags change about the pretrained model: its dropout, which layers learn, low-rank
 adapters, recomputed activations.
+
+transformers, which takes seconds to import, is imported by the functions that need it: a prediction
+by a model that common/bert.py knows does not.
 """
+
+from __future__ import annotations
 
 import copy
 import json
@@ -14,17 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.pytorch_utils import Conv1D
 
-from common import model_files, models, sources, speedups
-from common.errors import UserError, shorten
+from common import bert, model_files, sources, speedups
+from common.errors import UnknownModel, UserError, shorten
 from common.files import replace_folder
 from common.runtime import Runtime
 from common.training.data import TokenConfig, name_sha256
@@ -32,6 +29,9 @@ from common.training.run import DEFAULT_MAX_LENGTH, DEFAULT_TRUNCATION, TRUNCATI
 
 if TYPE_CHECKING:
     import peft
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from common.tokenizer import Tokenizer
 
 SETTINGS_FILE = "training.json"  # beside the saved model: how it was trained
 # the settings of a run that a saved model remembers, so that it is used and scored in the same way
@@ -82,6 +82,10 @@ def load_pretrained(
 
     Prints what was loaded. Raises UserError when either can't be loaded.
     """
+    from transformers import AutoConfig
+
+    from common import models
+
     name = config.model
     folder = sources.find_folder(name, kind="encoder", cache_dir=config.cache_dir)
     saved = models.load(AutoConfig, folder, name=name)
@@ -126,6 +130,10 @@ def load_classifier(
     names. `dropout` gives values of the config's dropout options. Raises UserError, naming `name`,
     when the model can't be loaded or its pretrained part is incomplete.
     """
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    from common import models
+
     saved = models.load(AutoConfig, folder, name=name)
     config = models.load(
         AutoConfig,
@@ -231,13 +239,18 @@ def dropout_options(
 
 
 def choose_max_length(
-    wanted: int | None, default: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, flag: str
+    wanted: int | None,
+    default: int,
+    model: PreTrainedModel | bert.BertClassifier,
+    tokenizer: PreTrainedTokenizerBase | Tokenizer,
+    *,
+    flag: str,
 ) -> int:
     """Return how many tokens a chunk may have: `wanted`, else `default` or what the model holds.
 
     Raises UserError when more is wanted than the model holds, or so little that no word fits.
     """
-    holds = models.max_positions(model) or UNLIMITED
+    holds = _positions(model) or UNLIMITED
     num_special = tokenizer.num_special_tokens_to_add()
     if wanted is None:
         return min(default, holds, tokenizer.model_max_length)
@@ -246,6 +259,15 @@ def choose_max_length(
     if wanted <= num_special:
         raise UserError(f"{flag} {wanted}: the special tokens alone take {num_special}; use more")
     return wanted
+
+
+def _positions(model: PreTrainedModel | bert.BertClassifier) -> int | None:
+    """Return the most tokens that a model takes at once, None if nothing limits it."""
+    if isinstance(model, bert.BertClassifier):
+        return model.config.num_positions - model.config.first_position
+    from common import models
+
+    return models.max_positions(model)
 
 
 def choose_tokens(
@@ -263,8 +285,8 @@ def choose_tokens(
 
 
 def choose_saved_tokens(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel | bert.BertClassifier,
+    tokenizer: PreTrainedTokenizerBase | Tokenizer,
     name: str,
     *,
     eval_max_length: int | None,
@@ -305,6 +327,8 @@ def _num_embeddings(model: PreTrainedModel) -> int:
 
 def require_match(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str) -> None:
     """Raise UserError unless a tokenizer and a model belong together, and the model can read a text."""
+    from common import models
+
     if problems := mismatches(model, tokenizer):
         raise UserError(f"--model {name}: {problems[0]}; --inspect shows more")
     models.try_out(model, tokenizer, name=name)
@@ -376,6 +400,7 @@ def add_adapters(model: PreTrainedModel, rank: int) -> PreTrainedModel:
     would take DistilBERT's `pre_classifier` for its `classifier` too.
     """
     import peft  # seconds to import, and only this needs it
+    from transformers.pytorch_utils import Conv1D
 
     linear = [
         f"{model.base_model_prefix}.{name}"
@@ -406,8 +431,10 @@ def merge_adapters(model: PreTrainedModel) -> PreTrainedModel:
     return cast("peft.PeftModel", copy.deepcopy(model)).merge_and_unload()
 
 
-def class_names(model: PreTrainedModel) -> list[str]:
+def class_names(model: PreTrainedModel | bert.BertClassifier) -> list[str]:
     """Return the names of a model's classes in the order of its logits."""
+    if isinstance(model, bert.BertClassifier):
+        return model.class_names
     return [name for _, name in sorted((model.config.id2label or {}).items())]
 
 
@@ -459,6 +486,10 @@ def load_saved(
 
     Raises UserError when it was never trained to classify.
     """
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    from common import models
+
     folder = sources.find_folder(name, kind="encoder", cache_dir=cache_dir)
     config = models.load(AutoConfig, folder, name=name)
     model, new = models.load_model(
@@ -476,6 +507,38 @@ def load_saved(
     ensure_padding_token(tokenizer, name=name)
     require_match(model, tokenizer, name=name)
     return model, tokenizer
+
+
+def load_to_predict(
+    name: str, runtime: Runtime, *, cache_dir: str | None
+) -> tuple[PreTrainedModel | bert.BertClassifier, PreTrainedTokenizerBase | Tokenizer]:
+    """Return a saved classifier and its tokenizer as `load_saved` does, without transformers where
+    the project knows the model itself: it is ready in a fraction of the time.
+    """
+    from common.tokenizer import read_tokenizer
+
+    folder = sources.find_folder(name, kind="encoder", cache_dir=cache_dir)
+    try:
+        model, tokenizer = bert.load_classifier(folder), read_tokenizer(folder)
+    except UnknownModel:
+        return load_saved(name, runtime, cache_dir=cache_dir)
+    if tokenizer.pad_token is None or not _is_sound(model):
+        return load_saved(name, runtime, cache_dir=cache_dir)
+    return model.to(runtime.device).eval(), tokenizer
+
+
+def _is_sound(model: bert.BertClassifier) -> bool:
+    """Tell whether a model puts a text into one of several classes, and nothing contradicts that; else
+    `load_saved` says what is wrong.
+    """
+    settings = model.config.settings
+    numbers = {name: number for number, name in enumerate(model.class_names)}
+    return (
+        settings.get("problem_type") in (None, "single_label_classification")
+        and len(numbers) == model.classifier.out_features > 1
+        and (settings.get("label2id") or numbers) == numbers
+        and all(bool(weights.isfinite().all()) for weights in model.parameters())
+    )
 
 
 def check_classes(config: PreTrainedConfig, *, name: str) -> None:

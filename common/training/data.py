@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from common import reading
 from common.errors import UserError
@@ -33,6 +32,9 @@ from common.sources import FileOptions, note
 
 if TYPE_CHECKING:
     import datasets
+    from transformers import PreTrainedTokenizerBase
+
+    from common.tokenizer import Tokenizer
 
 # the names that public data sets use, in the order in which they are tried
 SPLIT_SYNONYMS = {
@@ -477,7 +479,7 @@ def cut_chunks(num_tokens: int, size: int, truncation: str) -> list[np.ndarray]:
 
 
 def encode(
-    texts: list[str], tokenizer: PreTrainedTokenizerBase, *, max_length: int, truncation: str
+    texts: list[str], tokenizer: PreTrainedTokenizerBase | Tokenizer, *, max_length: int, truncation: str
 ) -> dict[str, list]:
     """Return the columns of tokenised texts: `input_ids`, and whatever else the model takes.
 

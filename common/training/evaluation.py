@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from common.bert import BertClassifier
 from common.runtime import Runtime
 from common.training import batching, data
 from common.training.checkpoint import StopSignals
@@ -19,6 +19,7 @@ from common.training.tracking import progress
 
 if TYPE_CHECKING:
     import datasets
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # texts held at a time: enough to sort by length, with little memory and early first answers
 PREDICT_BLOCK = 2048
@@ -46,9 +47,9 @@ def evaluate(
 
 @torch.inference_mode()
 def predict_logits(
-    model: PreTrainedModel,
+    model: PreTrainedModel | BertClassifier,
     rows: batching.Rows,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: batching.AnyTokenizer,
     runtime: Runtime,
     *,
     batch_size: int,
@@ -66,7 +67,8 @@ def predict_logits(
     lengths = rows["chunk_lengths"][:]
     all_batches = batching.evaluation_batches(lengths, batch_size=batch_size)
     batches = all_batches[runtime.rank :: runtime.world_size]
-    num_classes = model.config.num_labels or 0
+    is_own = isinstance(model, BertClassifier)  # not transformers'
+    num_classes = model.classifier.out_features if is_own else model.config.num_labels or 0
     sums = torch.zeros(len(rows), num_classes, device=runtime.device)  # (N, C)
     counts = torch.zeros(len(rows), dtype=torch.int64, device=runtime.device)  # (N), chunks scored
     is_gpu = runtime.device.type == "cuda"
@@ -78,7 +80,7 @@ def predict_logits(
         for picks, batch in zip(batches, bar):
             if signals is not None:
                 signals.check()
-            batch = batch.to(runtime.device, non_blocking=True)
+            batch = {name: tensor.to(runtime.device, non_blocking=True) for name, tensor in batch.items()}
             numbers = torch.tensor([pick.row for pick in picks], device=runtime.device)  # (B)
             row_of_chunk = numbers[batch.pop("text_of_chunk")]  # (K)
             del batch["labels"], batch["row"]
@@ -104,8 +106,8 @@ def is_better(scores: dict, best: dict | None, metric: str) -> bool:
 
 
 def predict_texts(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel | BertClassifier,
+    tokenizer: batching.AnyTokenizer,
     texts: list[str],
     tokens: data.TokenConfig,
     runtime: Runtime,

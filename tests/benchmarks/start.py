@@ -28,8 +28,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SENTENCES = str(ROOT / "docs" / "examples" / "sentences.txt")
 WIDTH = 384
 
-# name: the script and its flags; INDEX and HOME are put in. Those whose name ends with "help" give
-# `help_seconds`.
+# name: the script and its flags; INDEX, CLASSIFIER and HOME are put in. Those whose name ends with
+# "help" give `help_seconds`.
 COMMANDS = {
     "search help": ["embed_search.py", "search", "--help"],
     "embed_search help": ["embed_search.py", "--help"],
@@ -39,14 +39,19 @@ COMMANDS = {
     "similarity": ["embed_search.py", "similarity", SENTENCES],
     "delete": ["embed_search.py", "delete", "--index", "INDEX", "no such id", "--skip-bad"],
     "verify": ["embed_search.py", "verify", "--index", "INDEX"],
+    "train_classifier help": ["train_classifier.py", "--help"],
+    "no such data": ["train_classifier.py", "--dataset", "HOME/nowhere.csv"],
+    "occupied folder": ["train_classifier.py", "--output-dir", "docs"],
+    "predict": ["train_classifier.py", "--model", "CLASSIFIER", "--predict", "HOME/text.txt"],
     "generate help": ["generate.py", "--help"],
     "no such prompts": ["generate.py", "--prompts-file", "HOME/nowhere.txt"],
     "generate": ["generate.py", "--prompt", "Natural Language Processing is", "--stream"],
 }
-EXIT_CODES = {"no such index": 2, "no such prompts": 2}
+EXIT_CODES = {"no such index": 2, "no such data": 2, "occupied folder": 2, "no such prompts": 2}
 # ratio: the command whose seconds it holds, and the figure
 RATIOS = {
     "search_cold_seconds": ("search cold", "seconds"),
+    "predict_seconds": ("predict", "seconds"),
     "first_token_seconds": ("generate", "first_output_seconds"),
 }
 
@@ -83,7 +88,7 @@ def make_parser() -> cli.Parser:
     parser.add_argument("--rounds", type=cli.positive_int, default=3, help="medians are taken over these")
     parser.add_argument("--rows", type=cli.positive_int, default=100_000, help="rows of the index")
     parser.add_argument("--only", default="", help="measure only the commands with this in their name")
-    parser.add_argument("--make-index", metavar="DIR", help=argparse.SUPPRESS)  # in a process of its own
+    parser.add_argument("--prepare", metavar="DIR", help=argparse.SUPPRESS)  # in a process of its own
     return parser
 
 
@@ -120,9 +125,20 @@ def make_index(folder: Path, rows: int):
             store.commit(pa.table(columns))
 
 
+def make_classifier(folder: Path):
+    """Write the bundled model with a head of random numbers for five classes."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from common import bundled
+
+    source = bundled.model_folder(bundled.MINILM, kind="encoder")
+    AutoModelForSequenceClassification.from_pretrained(source, num_labels=5).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+
+
 def run(name: str, home: Path, *launcher: str) -> str:
     """Run a command; return what the launcher prints."""
-    places = {"INDEX": str(home / "index"), "HOME": str(home)}
+    places = {"INDEX": str(home / "index"), "CLASSIFIER": str(home / "classifier"), "HOME": str(home)}
     script, *flags = COMMANDS[name]
     for place, path in places.items():
         flags = [flag.replace(place, path) for flag in flags]
@@ -174,14 +190,19 @@ def measure(flags, home: Path) -> dict[str, list[dict]]:
 
 
 def main(flags):
-    if flags.make_index:
-        make_index(Path(flags.make_index), flags.rows)
+    if flags.prepare:
+        home = Path(flags.prepare)
+        make_index(home / "index", flags.rows)
+        make_classifier(home / "classifier")
+        (home / "text.txt").write_text("The striker scored twice in the final\n")
         print("{}")
         return
     header = environment.describe(torch.device("cpu"))
     environment.show(header)
     with tempfile.TemporaryDirectory() as folder:
-        environment.run_child(__file__, "--make-index", str(Path(folder) / "index"))
+        chosen = [command for name, command in COMMANDS.items() if flags.only in name]
+        if any({"INDEX", "CLASSIFIER"} & set(command) for command in chosen):
+            environment.run_child(__file__, "--prepare", folder)
         rounds = measure(flags, Path(folder))
     medians = {name: environment.median_of(measured) for name, measured in rounds.items()}
     keys = ("seconds", "first_output_seconds", "cpu_seconds", "peak_memory_mb", "modules")

@@ -727,10 +727,7 @@ def test_the_process_ends_with_code_2_and_one_line(run_script, cache_dir, tmp_pa
         "train_classifier.py", "--dataset", tmp_path / "rows.csv", "--cache-dir", cache_dir, check=False
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert re.fullmatch(
-        r"train_classifier\.py: error: [^\n]*rows\.csv: not readable as csv: [^\n]*line 3[^\n]*\n",
-        done.stderr,
-    )
+    assert re.fullmatch(r"train_classifier\.py: error: [^\n]*rows\.csv, line 3: [^\n]+\n", done.stderr)
 
 
 def test_a_run_without_a_mistake_leaves_stderr_empty(

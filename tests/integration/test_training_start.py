@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoTokenizer, ElectraConfig, ElectraForSequenceClassification, pipeline
 
 from conftest import ROOT
 
@@ -94,7 +96,34 @@ def test_a_prediction_loads_nothing_that_only_training_needs(trained, loads):
     done, loaded = loads("train_classifier.py", "--model", folder / "best", "--predict", "-", stdin="good\n")
     assert (done.returncode, done.stderr) == (0, "") and json.loads(done.stdout)["row"] == 1
     assert "torch" in loaded, "or the test sees nothing"
-    assert loaded & FOR_REPORTS == set()
+    assert loaded & {*FOR_REPORTS, "transformers", "scipy", "peft"} == set()
+
+
+def test_a_prediction_by_a_model_that_the_project_does_not_know_is_the_librarys(trained, loads, tmp_path):
+    """ELECTRA has a head of its own; the answer is that of a pipeline."""
+    folder, _ = trained
+    config = ElectraConfig(
+        vocab_size=300,
+        embedding_size=16,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=64,
+        num_labels=2,
+    )
+    torch.manual_seed(0)
+    ElectraForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(folder / "best").save_pretrained(tmp_path / "model")
+    flags = ["--model", tmp_path / "model", "--predict", "-", "--precision", "fp32"]
+    done, loaded = loads("train_classifier.py", *flags, stdin="a good film\n")
+    assert (done.returncode, done.stderr) == (0, "") and "transformers" in loaded
+    classify = pipeline("text-classification", model=str(tmp_path / "model"), device="cpu")
+    (expected,) = classify(["a good film"])
+    answer = json.loads(done.stdout)
+    assert answer["label"] == expected["label"] and answer["confidence"] == pytest.approx(
+        expected["score"], abs=1e-5
+    )
 
 
 def test_scoring_loads_nothing_that_only_reports_need(trained, loads, sentences_csv):

@@ -296,6 +296,7 @@ UNKNOWN_FILES = {
         lambda weights: weights.update({"pooler.dense.bias": torch.zeros(25)})
     ),
     "eight bits": rewritten(lambda weights: weights.update({QUERY: torch.zeros(24, 24, dtype=torch.int8)})),
+    "a weight that is infinite": rewritten(lambda weights: weights[QUERY][0].fill_(float("inf"))),
     "damaged": written("model.safetensors", b"\x08"),
     "no weights": without_file,
     "weights elsewhere": outside,

@@ -10,13 +10,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
 
 from common import bundled
 from common.errors import UserError
 from common.runtime import Runtime
-from common.search.encoder import Encoder, EncoderConfig, fingerprint, load_encoder, load_model, token_batches
+from common.search.encoder import Encoder, EncoderConfig, load_encoder, token_batches
+from common.search.sentence_model import load_model
 from conftest import make_sentences
 
 CPU = Runtime(torch.device("cpu"), "fp32")
@@ -52,6 +54,17 @@ def test_vectors_are_those_of_sentence_transformers(folder):
     encoder = load_encoder(EncoderConfig(str(folder), batch_tokens=200), CPU)
     assert np.abs(encoder.encode(TEXTS) - oracle).max() < 1e-5
     assert encoder.width == oracle.shape[1]
+
+
+@pytest.mark.parametrize("dimensions", [5, 500])
+def test_a_saved_model_keeps_the_first_dimensions(tiny_embedder, tmp_path, dimensions):
+    shutil.copytree(tiny_embedder, tmp_path / "short")
+    file = tmp_path / "short" / "config_sentence_transformers.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "truncate_dim": dimensions}))
+    oracle = SentenceTransformer(str(tmp_path / "short"), device="cpu").encode(TEXTS)
+    encoder = load_encoder(EncoderConfig(str(tmp_path / "short")), CPU)
+    assert encoder.width == oracle.shape[1] == min(dimensions, 32)
+    assert np.abs(encoder.encode(TEXTS) - oracle).max() < 1e-5
 
 
 @pytest.mark.parametrize("include", [True, False])
@@ -114,21 +127,24 @@ def test_batches_hold_each_text_once_within_their_tokens(lengths, most):
         assert len(batch) == 1 or max(lengths[row] for row in batch) * len(batch) <= most
 
 
+def fingerprint(folder):
+    return load_model(str(folder), cache_dir=None).fingerprint
+
+
 def test_the_fingerprint_tells_models_apart(tiny_model, tiny_embedder, tmp_path):
-    first = load_model(str(tiny_embedder), cache_dir=None)
-    assert fingerprint(first) == fingerprint(load_model(str(tiny_embedder), cache_dir=None))
-    first.encode(["good film"])  # a call sets the tokenizer's padding and truncation
-    assert fingerprint(first) == fingerprint(load_model(str(tiny_embedder), cache_dir=None))
-    others = {fingerprint(first)}
+    encoder = load_encoder(EncoderConfig(str(tiny_embedder)), CPU)
+    encoder.encode(["good film"])  # a call sets the tokenizer's truncation
+    assert encoder.identity()["fingerprint"] == fingerprint(tiny_embedder)
     SentenceTransformer(
         modules=[Transformer(str(tiny_model), max_seq_length=64), Pooling(32, "cls"), Normalize()],
         device="cpu",
     ).save(str(tmp_path / "cls"))
-    others.add(fingerprint(load_model(str(tmp_path / "cls"), cache_dir=None)))
-    with torch.no_grad():
-        next(first.parameters())[7, 3] += 1e-3
-    others.add(fingerprint(first))
-    assert len(others) == 3
+    shutil.copytree(tiny_embedder, tmp_path / "other")
+    weights = load_file(tiny_embedder / "model.safetensors")
+    weights["embeddings.word_embeddings.weight"][7, 3] += 1e-3
+    save_file(weights, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
+    others = (tiny_embedder, tmp_path / "cls", tmp_path / "other")
+    assert len({fingerprint(folder) for folder in others}) == 3
 
 
 @pytest.mark.parametrize(
@@ -148,10 +164,7 @@ def test_the_fingerprint_holds_the_settings_that_make_vectors(
     shutil.copytree(tiny_embedder, tmp_path / "other")
     settings = json.loads((tmp_path / "other" / file).read_text())
     (tmp_path / "other" / file).write_text(json.dumps({**settings, setting: value}))
-    first, second = (
-        fingerprint(load_model(str(folder), cache_dir=None)) for folder in (tiny_embedder, tmp_path / "other")
-    )
-    assert (first == second) is same
+    assert (fingerprint(tiny_embedder) == fingerprint(tmp_path / "other")) is same
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,490 @@
+"""A sentence-transformers model, read from its folder: its modules, tokenizer and prompts, and a
+fingerprint of all that determines its embeddings.
+
+A folder with something that is not known here is read by the library, which takes seconds to import.
+Only the classes listed here or those of that library are ever made, and no code of a folder is run.
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from common import bert, sources, speedups
+from common.errors import UnknownModel, UserError
+from common.files import read_json, read_settings, tensors_sha256
+from common.search.pooling import (
+    OLDER_MODES,
+    POOLING,
+    WEIGHTED_MEAN,
+    Dense,
+    LayerNorm,
+    Normalize,
+    Pooling,
+    Transformer,
+)
+from common.tokenizer import Tokenizer, read_tokenizer
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+    from transformers import PreTrainedTokenizerBase
+
+# settings of a model's configuration that don't change an embedding
+NEUTRAL_SETTINGS = (
+    "_name_or_path",
+    "transformers_version",
+    "architectures",
+    "id2label",
+    "label2id",
+    "dtype",
+    "torch_dtype",
+    "problem_type",
+)
+ROLE_SETTINGS = ("query_length", "document_length", "query_expansion")
+
+
+@dataclass
+class SentenceModel:
+    """A model on the CPU in fp32, or where its modules were moved to."""
+
+    modules: list[nn.Module]  # Features -> Features, the transformer first
+    tokenizer: "Tokenizer | PreTrainedTokenizerBase"
+    max_length: int  # the most tokens of a text that the model is made for, special ones included
+    positions: int | None  # the most that it can take, None if nothing limits it
+    width: int  # of its embeddings
+    truncate_dim: int | None  # the first numbers of an embedding that are kept
+    prompts: dict[str, str]
+    default_prompt_name: str | None
+    pooling: str  # what follows the transformer, in a few words
+    fingerprint: str  # of all that determines its embeddings
+
+
+def load_model(name: str, *, cache_dir: str | None) -> SentenceModel:
+    """Return a sentence-transformers model. As in that library, a plain encoder (without
+    modules.json) gets mean pooling.
+
+    Raises UserError when it can't be read, or reads something other than texts.
+    """
+    folder = sources.find_folder(name, kind="encoder", flag="--model", cache_dir=cache_dir)
+    try:
+        return read_model(folder)
+    except UnknownModel:
+        return load_with_library(folder, name)
+
+
+# Read from a folder -----------------------------------------------------------------------------
+
+MODULES = ("Transformer", "Pooling", "Dense", "Normalize", "LayerNorm")
+MODULE_FILES = ("transformer", "pooling", "dense", "normalize", "layer_norm")
+PACKAGES = (
+    "sentence_transformers.models",
+    "sentence_transformers.base.modules",
+    "sentence_transformers.sentence_transformer.modules",
+)
+# what a dense layer may have as its activation; each is called without arguments
+ACTIVATIONS = (
+    *("CELU", "ELU", "GELU", "Hardshrink", "Hardsigmoid", "Hardswish", "Hardtanh", "LeakyReLU"),
+    *("LogSigmoid", "Mish", "ReLU", "ReLU6", "SELU", "SiLU", "Sigmoid", "Softplus", "Softshrink"),
+    *("Softsign", "Tanh", "Tanhshrink"),
+)
+# other ways to read texts, or other inputs: left to the library
+OTHER_FILES = (
+    "adapter_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
+TEXT_ONLY = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
+TRANSFORMER_ONLY = {
+    "transformer_task": "feature-extraction",
+    "modality_config": TEXT_ONLY,
+    "module_output_name": "token_embeddings",
+}
+MODEL_SETTINGS = {  # searches compare by the cosine, whatever `similarity_fn_name` is
+    "__version__",
+    "default_prompt_name",
+    "model_type",
+    "prompts",
+    "similarity_fn_name",
+    "truncate_dim",
+}
+VERSION = re.compile(r"\d+(\.\d+)*(\.?(dev|rc|a|b|post)\d+)?")
+SETTINGS_FILES = "sentence_*_config.json"  # of the first module; older ones have the model's type in it
+
+
+@dataclass(frozen=True)
+class Part:
+    """A module that follows the transformer."""
+
+    module: nn.Module
+    kind: str  # its class
+    settings: dict[str, Any]  # as the library would save them
+    weights: bert.Tensors  # by the library's names
+    width: int | None  # of its output, None: that of its input
+    pooling: str
+
+
+def read_model(folder: Path) -> SentenceModel:
+    """Return the model of a folder. Raises UnknownModel when the library is needed to read it, or to
+    say what is wrong with it.
+    """
+    if found := [name for name in OTHER_FILES if (folder / name).exists()]:
+        raise UnknownModel(", ".join(found))
+    prompts, default_prompt_name, truncate_dim = {"query": "", "document": ""}, None, None
+    limit, lower_case, listed = None, False, []
+    is_plain = not (folder / "modules.json").is_file()
+    if not is_plain:
+        listed = _read_list(folder)
+        limit, lower_case = _read_transformer_settings(folder)
+        prompts, default_prompt_name, truncate_dim = _read_model_settings(folder, prompts)
+    transformer, weights = bert.load_encoder(folder)
+    config = transformer.config
+    tokenizer = read_tokenizer(folder, max_length=limit)
+    if limit is None:
+        tokenizer.model_max_length = min(tokenizer.model_max_length, config.num_positions)
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise UnknownModel("a tokenizer without words")
+    if lower_case:
+        _lower_case(tokenizer)
+    if is_plain:
+        parts = {"1": _pooling({"embedding_dimension": config.width})}
+    else:
+        parts = {name: _read_part(kind, folder / path) for name, kind, path in listed}
+    if not any(part.kind == "Pooling" for part in parts.values()):
+        raise UnknownModel("no pooling")
+    width = [part.width for part in parts.values() if part.width is not None][-1]
+    _try_out([part.module for part in parts.values()], config.width, width)
+    tensors = {f"0.model.{name}": value for name, value in weights.items()}
+    for name, part in parts.items():
+        tensors |= {f"{name}.{key}": value for key, value in part.weights.items()}
+    settings = [["Transformer", TRANSFORMER_ONLY], *([part.kind, part.settings] for part in parts.values())]
+    modules = [Transformer(transformer), *(part.module for part in parts.values())]
+    return SentenceModel(
+        modules=[module.eval().requires_grad_(False) for module in modules],
+        tokenizer=tokenizer,
+        max_length=tokenizer.model_max_length,
+        positions=config.num_positions - config.first_position,
+        width=min(width, truncate_dim or width),
+        truncate_dim=truncate_dim,
+        prompts=prompts,
+        default_prompt_name=default_prompt_name,
+        pooling=", ".join(part.pooling for part in parts.values()),
+        fingerprint=_digest(
+            _vocabulary(tokenizer), settings, _settings(config), prompts, default_prompt_name, tensors
+        ),
+    )
+
+
+def _try_out(modules: list[nn.Module], width: int, said: int) -> None:
+    """Raise UnknownModel when modules don't fit each other: they look at their input only when they
+    run. `width` is that of the tokens' embeddings, `said` what the settings say of the text's.
+    """
+    features = {"token_embeddings": torch.ones(1, 2, width), "attention_mask": torch.ones(1, 2).long()}
+    try:
+        for module in modules:
+            features = module(features)
+    except (KeyError, RuntimeError) as error:
+        raise UnknownModel(f"modules that don't fit each other: {error}") from error
+    if features["sentence_embedding"].shape != (1, said):
+        raise UnknownModel(f"modules that don't make {said} numbers")
+
+
+def _read_list(folder: Path) -> list[tuple[str, str, str]]:
+    """Return (name, class, path) of the modules that follow the transformer."""
+    try:
+        entries = read_json(folder / "modules.json")
+        listed = [(entry["name"], entry["type"], entry["path"]) for entry in entries]
+        is_known = not any(set(entry) - {"idx", "name", "path", "type"} for entry in entries)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UnknownModel(f"modules.json: {error!r}") from error
+    parts = []
+    for name, reference, path in listed:
+        package, _, kind = str(reference).rpartition(".")
+        base, _, file = package.rpartition(".")
+        known = package in PACKAGES or (base in PACKAGES and file in MODULE_FILES)
+        named = isinstance(name, str) and name and "." not in name
+        inside = isinstance(path, str) and not Path(path).is_absolute() and ".." not in Path(path).parts
+        if kind not in MODULES or not (known and named and inside):
+            raise UnknownModel(f"the module {name!r}, {reference!r} in {path!r}")
+        parts.append((name, kind, path))
+    names = [name for name, _, _ in parts]
+    if not is_known or names[:1] != ["0"] or len(set(names)) < len(names):
+        raise UnknownModel("modules.json")
+    kinds = [kind for _, kind, _ in parts]
+    if kinds[0] != "Transformer" or "Transformer" in kinds[1:] or parts[0][2] != "":
+        raise UnknownModel(f"the modules {', '.join(kinds)}")
+    return parts[1:]
+
+
+def _read_transformer_settings(folder: Path) -> tuple[int | None, bool]:
+    """Return the most tokens of a text, and whether it is put into lower case."""
+    files = sorted(path.name for path in folder.glob(SETTINGS_FILES))
+    if files and files != ["sentence_bert_config.json"]:
+        raise UnknownModel(", ".join(files))
+    settings = read_settings(folder / files[0]) if files else {}
+    for name, value in settings.items():
+        known = name in ("max_seq_length", "do_lower_case") or (name in ROLE_SETTINGS and value is None)
+        if not known and (name not in TRANSFORMER_ONLY or value != TRANSFORMER_ONLY[name]):
+            raise UnknownModel(f"the transformer's {name} {value!r}")
+    if ("modality_config" in settings) != ("module_output_name" in settings):
+        raise UnknownModel("one of modality_config and module_output_name")
+    limit, lower_case = settings.get("max_seq_length"), settings.get("do_lower_case", False)
+    if not (limit is None or (type(limit) is int and limit > 0)) or type(lower_case) is not bool:
+        raise UnknownModel(f"max_seq_length {limit!r}, do_lower_case {lower_case!r}")
+    return limit, lower_case
+
+
+def _read_model_settings(
+    folder: Path, defaults: dict[str, str]
+) -> tuple[dict[str, str], str | None, int | None]:
+    """Return the prompts by name, the name of the default one, and the dimensions that are kept."""
+    path = folder / "config_sentence_transformers.json"
+    settings = read_settings(path) if path.is_file() else {}
+    known = {
+        "__version__",
+        "default_prompt_name",
+        "model_type",
+        "prompts",
+        "similarity_fn_name",
+        "truncate_dim",
+    }
+    prompts, default = settings.get("prompts", {}), settings.get("default_prompt_name")
+    truncate_dim = settings.get("truncate_dim")
+    if set(settings) - known or settings.get("model_type", "SentenceTransformer") != "SentenceTransformer":
+        raise UnknownModel(f"{path.name} with {', '.join(settings)}")
+    if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
+        raise UnknownModel(f"the prompts {prompts!r}")
+    prompts = defaults | prompts
+    version = settings.get("__version__", {})
+    if not _is_version(version):
+        raise UnknownModel(f"__version__ {version!r}")
+    if default is not None and (not isinstance(default, str) or default not in prompts):
+        raise UnknownModel(f"default_prompt_name {default!r}")
+    if truncate_dim is not None and (type(truncate_dim) is not int or truncate_dim < 1):
+        raise UnknownModel(f"truncate_dim {truncate_dim!r}")
+    return prompts, default, truncate_dim
+
+
+def _is_version(versions: Any) -> bool:
+    saved = versions.get("sentence_transformers", "1") if isinstance(versions, dict) else None
+    return isinstance(saved, str) and VERSION.fullmatch(saved) is not None
+
+
+def _lower_case(tokenizer: Tokenizer) -> None:
+    """Put texts into lower case first, as the library does for every model that asks for it."""
+    from tokenizers import normalizers
+
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    if isinstance(normalizer, (normalizers.Lowercase, normalizers.Sequence)):
+        raise UnknownModel("do_lower_case with such a normalizer")
+    steps = [normalizers.Lowercase(), *([] if normalizer is None else [normalizer])]
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(steps)
+
+
+def _read_part(kind: str, folder: Path) -> Part:
+    path = folder / "config.json"
+    settings = read_settings(path) if path.is_file() else {}
+    try:
+        if kind == "Pooling":
+            return _pooling(settings)
+        if kind == "Normalize":
+            return _normalize(settings)
+        return _dense(settings, folder) if kind == "Dense" else _layer_norm(settings, folder)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise UnknownModel(f"{path}: {error!r}") from error
+
+
+def _only(settings: dict[str, Any], known: tuple[str, ...]) -> None:
+    if unknown := sorted(set(settings) - set(known)):
+        raise UnknownModel(f"the settings {', '.join(unknown)}")
+
+
+def _pooling(settings: dict[str, Any]) -> Part:
+    own = ("embedding_dimension", "word_embedding_dimension", "pooling_mode", "include_prompt")
+    _only(settings, (*own, *OLDER_MODES))
+    if len({"embedding_dimension", "word_embedding_dimension"} & set(settings)) != 1:
+        raise UnknownModel("the width of the pooling")
+    width = settings.get("embedding_dimension", settings.get("word_embedding_dimension"))
+    modes = settings.get("pooling_mode")
+    if "pooling_mode" not in settings:
+        modes = [mode for name, mode in OLDER_MODES.items() if settings.get(name)] or ["mean"]
+    modes = [modes] if isinstance(modes, str) else modes
+    include_prompt = settings.get("include_prompt", True)
+    if not isinstance(modes, list) or not modes or not set(modes) <= {*POOLING, WEIGHTED_MEAN}:
+        raise UnknownModel(f"the pooling {modes!r}")
+    if type(width) is not int or type(include_prompt) is not bool:
+        raise UnknownModel(f"pooling of width {width!r}, include_prompt {include_prompt!r}")
+    saved = {
+        "embedding_dimension": width,
+        "pooling_mode": modes[0] if len(modes) == 1 else modes,
+        "include_prompt": include_prompt,
+    }
+    module = Pooling(modes, include_prompt=include_prompt)
+    return Part(module, "Pooling", saved, {}, len(modes) * width, "+".join(modes))
+
+
+def _names(settings: dict[str, Any]) -> tuple[str, str]:
+    """Return the names of the feature that a module reads, and of the one that it writes."""
+    source = settings.get("module_input_name", "sentence_embedding")
+    target = settings.get("module_output_name")
+    names = (source, source if target is None else target)
+    if not set(names) <= {"sentence_embedding", "token_embeddings"}:
+        raise UnknownModel(f"the features {names}")
+    return names
+
+
+def _normalize(settings: dict[str, Any]) -> Part:
+    _only(settings, ("module_input_name", "module_output_name"))
+    source, target = _names(settings)
+    saved = {"module_input_name": source, "module_output_name": target}
+    return Part(Normalize((source, target)), "Normalize", saved, {}, None, "Normalize")
+
+
+def _dense(settings: dict[str, Any], folder: Path) -> Part:
+    shape = ("in_features", "out_features", "bias", "use_residual")
+    _only(settings, (*shape, "activation_function", "module_input_name", "module_output_name"))
+    source, target = _names(settings)
+    activation = _activation(settings.get("activation_function", "torch.nn.Tanh"))
+    weights = bert.read_weights(folder)
+    in_features, out_features = settings["in_features"], settings["out_features"]
+    has_bias, has_residual = settings.get("bias", True), settings.get("use_residual", False)
+    residual = None
+    if has_residual:
+        same_width = in_features == out_features
+        residual = nn.Identity() if same_width else nn.Linear(in_features, out_features, bias=False)
+    linear = nn.Linear(in_features, out_features, bias=has_bias)
+    module = Dense(linear, activation, residual, (source, target))
+    module.load_state_dict(weights, strict=True)
+    saved = {
+        "in_features": in_features,
+        "out_features": out_features,
+        "bias": has_bias,
+        "activation_function": f"{type(activation).__module__}.{type(activation).__name__}",
+        "module_input_name": source,
+        "module_output_name": target,
+        **({"use_residual": True} if has_residual else {}),  # saved only where it is set
+    }
+    return Part(module, "Dense", saved, weights, out_features, "Dense")
+
+
+def _activation(reference: str) -> nn.Module:
+    package, _, name = reference.rpartition(".")
+    if name == "Identity" and package in ("torch.nn", "torch.nn.modules.linear"):
+        return nn.Identity()
+    if name not in ACTIVATIONS or package not in ("torch.nn", "torch.nn.modules.activation"):
+        raise UnknownModel(f"the activation {reference}")
+    return getattr(nn, name)()
+
+
+def _layer_norm(settings: dict[str, Any], folder: Path) -> Part:
+    _only(settings, ("dimension",))
+    weights, width = bert.read_weights(folder), settings["dimension"]
+    module = LayerNorm(nn.LayerNorm(width))
+    module.load_state_dict(weights, strict=True)
+    return Part(module, "LayerNorm", {"dimension": width}, weights, width, "LayerNorm")
+
+
+# Read by the library ----------------------------------------------------------------------------
+
+
+def load_with_library(folder: Path, name: str) -> SentenceModel:
+    """Return the model of a folder, read by sentence-transformers. Raises UserError when it can't be
+    read, or reads something other than texts.
+    """
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer import modules
+
+    from common import models
+
+    model = models.load_sentence_model(SentenceTransformer, folder, name=name)
+    first = model[0]
+    if not isinstance(first, modules.Transformer) or "text" not in first.modality_config:
+        kind = type(first).__name__
+        raise UserError(f"--model {name}: its first module is {kind}, not a transformer that reads texts")
+    for setting in ROLE_SETTINGS:
+        if getattr(first, setting, None) is not None:
+            advice = "use another model, or remove it from a copy of sentence_bert_config.json"
+            raise UserError(
+                f"--model {name}: its first module sets {setting}, which is unsupported; {advice}"
+            )
+    tokenizer, width = first.tokenizer, model.get_embedding_dimension()
+    assert tokenizer is not None and width is not None
+    models.check_tokenizer(tokenizer, name=name, flag="--model")
+    known_by = fingerprint(model)  # before fast attention changes the model
+    speedups.use_fast_attention(first.auto_model)
+    return SentenceModel(
+        modules=[module.eval() for module in model],
+        tokenizer=tokenizer,
+        max_length=model.max_seq_length or tokenizer.model_max_length,
+        positions=models.max_positions(first.auto_model),
+        width=width,
+        truncate_dim=model.truncate_dim,
+        prompts=model.prompts,
+        default_prompt_name=model.default_prompt_name,
+        pooling=describe_pooling(model),
+        fingerprint=known_by,
+    )
+
+
+def describe_pooling(model: "SentenceTransformer") -> str:
+    """Return in a few words what follows a model's transformer, such as "mean, Normalize"."""
+    parts = []
+    for module in list(model)[1:]:
+        mode = getattr(module, "pooling_mode", type(module).__name__)
+        parts.append(mode if isinstance(mode, str) else "+".join(mode))
+    return ", ".join(parts) or "none"
+
+
+# The fingerprint --------------------------------------------------------------------------------
+
+
+def fingerprint(model: Any) -> str:
+    """Return the SHA-256 of all that determines a SentenceTransformer's embeddings: weights, configuration,
+    tokenizer, its modules' settings and its prompts.
+
+    It does not cover the length at which texts are cut, the precision, and what doesn't change an
+    embedding (names, paths, versions).
+    """
+    settings = []
+    for module in model:
+        values = {**module.get_config_dict()}
+        values.pop("max_seq_length", None)
+        settings.append([type(module).__name__, values])
+    # only what differs from the defaults, because later versions of transformers have more settings
+    changed = model[0].auto_model.config.to_diff_dict()
+    config = {key: value for key, value in changed.items() if key not in NEUTRAL_SETTINGS}
+    prompts = (model.prompts, model.default_prompt_name)
+    return _digest(_vocabulary(model[0].tokenizer), settings, config, *prompts, model.state_dict())
+
+
+def _settings(config: bert.BertConfig) -> dict[str, Any]:
+    """Return a model's configuration as the library would have it in a fingerprint."""
+    settings = {key: value for key, value in config.settings.items() if key not in NEUTRAL_SETTINGS}
+    if "use_cache" in settings:  # which the library switches off
+        settings["use_cache"] = False
+    return {key: value for key, value in settings.items() if key not in bert.COMMON}
+
+
+def _vocabulary(tokenizer: "Tokenizer | PreTrainedTokenizerBase") -> Any:
+    if not tokenizer.is_fast:
+        return sorted(tokenizer.get_vocab().items())
+    vocabulary = json.loads(tokenizer.backend_tokenizer.to_str())
+    return {**vocabulary, "truncation": None, "padding": None}  # every call sets these again
+
+
+def _digest(
+    vocabulary: Any,
+    settings: list,
+    config: dict[str, Any],
+    prompts: dict[str, str],
+    default_prompt_name: str | None,
+    weights: bert.Tensors,
+) -> str:
+    sha256 = tensors_sha256(dict(sorted(weights.items())))
+    parts = [vocabulary, settings, config, prompts, default_prompt_name, sha256]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
