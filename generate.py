@@ -3,8 +3,7 @@
 
 The loop is `decode`, below the flags: prefill, sampler, stop, step. Its parts are in
 common/generation: decoding.py (prefill, step), sampling.py (filters, draw), completion.py (from
-tokens to text). Left out on purpose: beam search, encoder-decoder models, quantised weights,
-serving.
+tokens to text). Left out on purpose: beam search, encoder-decoder models, serving.
 
   python generate.py --prompt "Natural Language Processing is"  # greedy, bundled SmolLM2-135M-Instruct
   python generate.py --prompt "Natural Language Processing is" --top-k 50 --seed 1
@@ -51,6 +50,11 @@ def make_parser() -> cli.Parser:
     """Return the parser of all flags."""
     parser = cli.Parser(prog="generate.py", description=__doc__, check=check_flags)
     cli.add_shared_flags(parser, model="bundled/SmolLM2-135M-Instruct")
+    add = parser.add_argument_group("how a CPU computes").add_argument
+    help_text = "auto: as the model's file stores them (GGUF: 4 or 8 bits), where the step in C covers it"
+    add("--weights", choices=["auto", "file", "fp32", "bf16"], default="auto", help=help_text)
+    help_text = "no step in C: each token by the library's forward, bit for bit as model.generate computes it"
+    add("--plain-step", action="store_true", help=help_text)
 
     add = parser.add_argument_group("prompts").add_argument
     add("--prompt", action="append", metavar="TEXT", help="a text to continue; repeat it for more")
@@ -251,7 +255,7 @@ from common import reading
 from common.generation import fast_sampling, language_model, sampling
 from common.generation.completion import Completion, Options, Prompt, Run, Stopwatch
 from common.generation.decoding import Batch, PromptLookup, Step, accepted_inputs, fetch_ids, prefill, step
-from common.generation.language_model import LanguageModel
+from common.generation.language_model import LanguageModel, Loading
 from common.generation.sampling import Sampler, Settings
 from common.runtime import Runtime, free_memory_bytes, start_runtime, stop_runtime
 
@@ -439,7 +443,7 @@ def recorded_settings(args: argparse.Namespace, run: Run) -> dict:
     """Return what a text depends on, as the output file names it."""
     flags = "chat system temperature top_k top_p min_p typical_p repetition_penalty"
     flags += " no_repeat_ngram_size sampler lookup max_new_tokens min_new_tokens stop end_token"
-    flags += " num_samples batch_size logprobs"
+    flags += " num_samples batch_size logprobs weights plain_step"
     model = run.language_model
     return {
         "model": reading.full_name(args.model),
@@ -578,7 +582,10 @@ def load(args: argparse.Namespace) -> tuple[Run, Runtime]:
     that contains a special token, and a sampler that the device cannot run.
     """
     runtime = start_runtime(args.device, args.precision, args.seed)
-    model = language_model.load(args.model, runtime, cache_dir=args.cache_dir)
+    # --precision auto leaves it open how a step computes, so that the one in C may compute in fp32
+    in_fp32 = args.precision == "auto" or runtime.precision == "fp32"
+    loading = Loading(args.weights, in_fp32=in_fp32, uses_fast_step=not args.plain_step)
+    model = language_model.load(args.model, runtime, cache_dir=args.cache_dir, loading=loading)
     kind = type(model.model)
     if model.model._is_stateful or "past_key_values" not in accepted_inputs(kind):
         problem = f"{kind.__name__} has no key-value cache, which this script reads on with"

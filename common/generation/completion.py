@@ -293,6 +293,7 @@ class Run:
             f"text {timing.new_tokens:,} tokens, {_rate(timing.decode_tokens, timing.decode_seconds)}",
             f"first token after {timing.first_token_seconds:.2f} s",
             f"peak memory {peak_memory_bytes / 1e6:,.0f} MB",
+            f"step in {self.language_model.step_name}",
         ]
         if self.options.lookup:
             guessed, accepted = timing.num_guessed, timing.num_accepted

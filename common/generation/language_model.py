@@ -106,11 +106,11 @@ def load_model(
     try:
         check_config(config)  # before the weights are read
         kernel = start_kernel(runtime, loading, cache_dir)
-        dtype = wanted_dtype(runtime, loading)
+        dtype = wanted_dtype(folder, runtime, loading)
         model = read_model(config, folder, dtype, name=name, kernel=kernel)
         step = fast_decoding.fast_step(model, fast_decoding.stored_matrices(model), kernel)
         model.eval()
-        return model, step, f"C ({kernel.instructions})"
+        return model, step, "C"
     except NotCovered as reason:
         if loading.weights == "file":
             raise UserError(f"--weights file: {name}: {reason}; leave the flag out") from reason
@@ -130,13 +130,18 @@ def start_kernel(runtime: Runtime, loading: Loading, cache_dir: str | None) -> K
     return Kernel(fast_decoding.load_library(cache_dir), torch.get_num_threads())
 
 
-def wanted_dtype(runtime: Runtime, loading: Loading) -> torch.dtype | None:
+def wanted_dtype(folder: Path, runtime: Runtime, loading: Loading) -> torch.dtype | None:
     """Return the dtype of the weights for the step in C; None: as they are stored."""
     if loading.weights in ("fp32", "bf16"):
         return DTYPES[loading.weights]
-    # where bf16 is fast, weights in fp32 would take twice the time to read
-    rounds = loading.weights == "auto" and runtime.precision != "fp32"
-    return DTYPES[runtime.precision] if rounds else None
+    if loading.weights == "file" or runtime.precision == "fp32" or is_from_gguf(folder):
+        return None
+    return DTYPES[runtime.precision]  # where bf16 is fast, fp32 would take twice the time to read
+
+
+def is_from_gguf(folder: Path) -> bool:
+    """Return whether a folder is one of those that hold the content of a GGUF file."""
+    return (folder / stored_weights.WEIGHTS_FILE).exists()
 
 
 def read_model(
@@ -147,7 +152,7 @@ def read_model(
     With a kernel, weights of less than 32 bits stay as they are, and are widened where they are
     used. Raises NotCovered, with a kernel, for a model whose weights it can't find.
     """
-    if (folder / stored_weights.WEIGHTS_FILE).exists():
+    if is_from_gguf(folder):
         return read_stored(config, folder, dtype, name=name, kernel=kernel)
     model, new = models.load_model(
         AutoModelForCausalLM, folder, name=name, config=config, dtype=dtype or "auto"
@@ -170,8 +175,6 @@ def read_stored(
 ) -> PreTrainedModel:
     """Return a model from the folder of a GGUF file, as `read_model` does."""
     weights = stored_weights.read_weights(folder / stored_weights.WEIGHTS_FILE)
-    if dtype is not None:
-        weights = {key: stored_weights.convert(weight, dtype) for key, weight in weights.items()}
     keeps = kernel is not None and dtype != torch.float32
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -179,9 +182,11 @@ def read_stored(
     tensors: dict[str, Tensor] = {}
     for key, weight in weights.items():
         if isinstance(weight, Matrix) and keeps:
-            matrices[key] = weight
+            matrices[key] = weight if dtype is None else stored_weights.convert(weight, dtype)
+        elif isinstance(weight, Matrix):
+            tensors[key] = weight.widen().to(dtype or torch.float32)
         else:
-            tensors[key] = weight.data if isinstance(weight, Matrix) else weight.to(dtype or torch.float32)
+            tensors[key] = weight if keeps else weight.to(dtype or torch.float32)
     if kernel is not None and keeps:
         fast_decoding.store(model, matrices, kernel)
     model.load_state_dict(tensors, strict=False, assign=True)

@@ -122,11 +122,9 @@ def unpack(matrix: Matrix) -> tuple[Tensor, Tensor, Tensor]:
     return (numbers if is_4 else numbers.to(torch.int16) - ZERO8), scales, minimums
 
 
-def convert(weight: Matrix | Tensor, dtype: torch.dtype) -> Matrix | Tensor:
-    """Return a weight in a dtype: rounded, or widened."""
-    if not isinstance(weight, Matrix):
-        return weight.to(dtype)
-    return matrix_of(weight.widen().to(dtype))
+def convert(matrix: Matrix, dtype: torch.dtype) -> Matrix:
+    """Return a matrix in a dtype: rounded, or widened."""
+    return matrix_of(matrix.widen().to(dtype))
 
 
 # --- GGUF files

@@ -3,8 +3,10 @@
 and sixteen at a time.
 
 Contenders: `generate`, model.generate with its defaults for a dynamic cache; `exact`, our decoder
-with the exact sampler; `independent`, with the independent sampler; `lookup`, greedy with prompt lookup (one
-text; only with --greedy); `llama_cpp`, the same model in 4 bits, where llama-cpp-python is
+with the exact sampler; `independent`, with the independent sampler; `lookup`, greedy with prompt
+lookup (one text; only with --greedy); `c_fp32`, `c_bf16` and `c_file`, the exact sampler with the
+step in C over weights in fp32, in bf16, and as the model's file has them; `llama_cpp`, the same
+model in 4 bits, where llama-cpp-python is
 installed (one text). Each round runs every contender in a process of its own, one after the other;
 medians and ratios over the rounds. A cell's speed is all new tokens over the time from the prompt
 to the last token. The last line on stdout is one JSON object.
@@ -40,7 +42,9 @@ from common.generation.decoding import PromptLookup
 from common.generation.sampling import Settings
 from common.runtime import Runtime, choose_device, keep_large_blocks, peak_memory_bytes
 
-CONTENDERS = ("generate", "exact", "independent", "lookup", "llama_cpp")
+# the exact sampler with the step in C, over weights in fp32, in bf16, and as the model's file has them
+IN_C = {"c_fp32": "fp32", "c_bf16": "bf16", "c_file": "file"}
+CONTENDERS = ("generate", "exact", "independent", "lookup", *IN_C, "llama_cpp")
 CELLS = [(precision, batch) for precision in ("fp32", "bf16") for batch in (1, 16)]
 SAMPLE = {"sample": True, "top_k": 50, "top_p": 0.92}  # both filters of the tutorial
 # tokens of the prompts: the first words of bundled news, so that a batch of them is padded
@@ -70,10 +74,12 @@ def make_parser() -> cli.Parser:
     return parser
 
 
-def load(flags, precision: str) -> models.LanguageModel:
+def load(flags, precision: str, contender: str = "exact") -> models.LanguageModel:
     """Return the model in a precision, with no token that ends a text."""
     runtime = Runtime(choose_device(flags.device), precision)
-    language_model = models.load(flags.model, runtime, cache_dir=flags.cache_dir)
+    loading = models.Loading(IN_C.get(contender, "auto"), uses_fast_step=contender in IN_C)
+    language_model = models.load(flags.model, runtime, cache_dir=flags.cache_dir, loading=loading)
+    assert (language_model.fast_step is not None) == (contender in IN_C), language_model.step_name
     return dataclasses.replace(language_model, end_ids=())
 
 
@@ -100,7 +106,8 @@ def run(
     if contender == "lookup":
         steps = PromptLookup(5).decode(language_model, batch, settings)
     else:
-        options = dataclasses.replace(options, sampler=contender)
+        sampler = "independent" if contender == "independent" else "exact"
+        options = dataclasses.replace(options, sampler=sampler)
         sampler = generate.make_sampler(options, batch, rows, seed)
         steps = generate.decode(language_model, batch, sampler, settings)
     return [list(tokens) for tokens in zip(*(step.tokens for step in steps))]
@@ -110,9 +117,9 @@ def time_torch(contender: str, flags) -> dict:
     """Return tokens/s, and the tokens' digest, of each cell."""
     found = {}
     for precision, size in CELLS:
-        if contender == "lookup" and size > 1:
+        if contender == "lookup" and size > 1 or contender in IN_C and precision != "fp32":
             continue
-        language_model = load(flags, precision)
+        language_model = load(flags, precision, contender)
         prompts, settings = (
             prompts_of(language_model, size),
             Settings(max_new_tokens=flags.new_tokens, **({} if flags.greedy else SAMPLE)),

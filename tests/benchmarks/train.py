@@ -327,7 +327,9 @@ def time_ours(setup: Setup, lengths: np.ndarray, flags, folder: str) -> dict:
     steps = [[[Pick(row, (0,)) for row in batch.tolist()]] for batch in (*warmup, *timed)]
     clock = StepClock(state, len(warmup), len(steps), runtime.device)
     log = tracking.RunLog(Path(folder), {})
-    run = train_classifier.Run(log, mock.Mock(), clock)
+    tokens = {"train_tokens": 1, "validation_tokens": 1, "test_tokens": 1}  # no forecast is shown
+    forecast = tracking.Forecast(**tokens, validations=1, clock=tracking.Clock())
+    run = train_classifier.Run(log, mock.Mock(), clock, forecast)
     with (
         mock.patch.object(train_classifier.batching, "plan_epoch", lambda *_, **__: steps),
         mock.patch.object(train_classifier, "validate", lambda *_: None),

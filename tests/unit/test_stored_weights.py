@@ -141,4 +141,3 @@ def test_a_weight_is_rounded_to_another_dtype():
     matrix = pack("groups4", *random_groups("groups4", 19, 64))
     rounded = stored_weights.convert(matrix, torch.bfloat16)
     assert rounded.kind == "bf16" and torch.equal(rounded.data, matrix.widen().bfloat16())
-    assert stored_weights.convert(torch.ones(2), torch.float16).dtype == torch.float16

@@ -1,0 +1,183 @@
+"""GGUF files as models: weights, tokenizer and chat template against what transformers reads from
+the same file.
+"""
+
+import json
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from common.errors import UserError
+from common.generation import decoding, language_model
+from common.generation.fast_decoding import FastStep, StoredLinear
+from common.generation.language_model import Loading
+from common.runtime import Runtime
+from language_models import TEXTS, save_tiny_model
+
+CPU = Runtime(torch.device("cpu"), "fp32")
+FORMATS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q8_0", "Q5_0")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> str:
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "embed_tokens": "token_embd",
+    "lm_head": "output",
+    "norm": "output_norm",
+}
+
+
+def gguf_name(name: str) -> str:
+    """Return the name in a GGUF file of a parameter of transformers."""
+    parts = name.removeprefix("model.").split(".")
+    if parts[0] == "layers":
+        return f"blk.{parts[1]}.{NAMES['.'.join(parts[2:-1])]}.{parts[-1]}"
+    return f"{NAMES['.'.join(parts[:-1])]}.{parts[-1]}"
+
+
+def write_gguf(folder: Path, path: Path, kind: str) -> None:
+    """Write a small Llama with its tokenizer as llama.cpp's conversion does."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    config, writer = model.config, gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    tokens = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
+    special = set(tokenizer.all_special_tokens) | {"<|im_start|>"}
+    merges = [" ".join(merge) for merge in _merges(folder)]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token in special else 1 for token in tokens])
+    writer.add_token_merges(merges)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(0)
+    writer.add_chat_template(tokenizer.chat_template)
+    for name, parameter in model.named_parameters():
+        numbers = parameter.detach().numpy()
+        for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
+            if part in name:  # llama.cpp alternates the halves of each head
+                numbers = (
+                    numbers.reshape(heads, 2, -1, numbers.shape[1]).swapaxes(1, 2).reshape(numbers.shape)
+                )
+        numbers = np.ascontiguousarray(numbers)
+        wanted = gguf.GGMLQuantizationType[kind if parameter.dim() == 2 else "F32"]
+        writer.add_tensor(gguf_name(name), gguf.quantize(numbers, wanted), raw_dtype=wanted)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _merges(folder: Path) -> list[list[str]]:
+    return json.loads((folder / "tokenizer.json").read_text())["model"]["merges"]
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_file_is_the_model_that_transformers_reads_from_it(kind, tiny, cache, tmp_path):
+    path = tmp_path / f"{kind}.gguf"
+    write_gguf(tiny, path, kind)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32).eval()
+    their_tokenizer = AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)
+    ours = language_model.load(str(path), CPU, cache_dir=cache)
+    assert isinstance(ours.fast_step, FastStep) and ours.step_name == "C"
+    kinds = {module.matrix.kind for module in ours.model.modules() if isinstance(module, StoredLinear)}
+    stored = {"Q4_0": "groups4", "Q4_1": "groups4", "Q8_0": "groups8", "F16": "fp16", "BF16": "bf16"}
+    assert kinds == {stored.get(kind, "fp32")}
+    assert (ours.end_ids, ours.context) == ((2,), 256)
+    for text in TEXTS:
+        ids = ours.tokenizer(text)["input_ids"]
+        assert ids == their_tokenizer(text)["input_ids"] and ours.tokenizer.decode(ids) == text
+    assert ours.tokenizer.chat_template == AutoTokenizer.from_pretrained(tiny).chat_template
+    ids = torch.randint(3, 300, (1, 90))
+    expected = theirs(ids).logits[0]
+    torch.testing.assert_close(ours.model(ids).logits[0], expected, rtol=1e-4, atol=1e-4)
+    batch = decoding.left_pad([ids[0, :80].tolist()], ours, room=10)
+    logits = [decoding.prefill(ours, batch)]
+    logits += [decoding.step(ours, batch, [token]) for token in ids[0, 80:].tolist()]
+    torch.testing.assert_close(torch.cat(logits), expected[79:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("weights, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_the_weights_can_be_kept_in_another_dtype(weights, dtype, tiny, cache, tmp_path):
+    write_gguf(tiny, tmp_path / "a.gguf", "Q4_1")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="a.gguf", dtype=torch.float32).eval()
+    for parameter in theirs.parameters():
+        if parameter.dim() == 2:
+            parameter.data = parameter.data.to(dtype).float()
+    loading = Loading(weights)
+    ours = language_model.load(str(tmp_path / "a.gguf"), CPU, cache_dir=cache, loading=loading)
+    assert ours.fast_step is not None
+    ids = torch.randint(3, 300, (1, 12))
+    batch = decoding.left_pad(ids.tolist(), ours, room=1)
+    found = decoding.forward(ours, batch, first=0, keep=12)
+    torch.testing.assert_close(found, theirs(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_without_a_compiler_the_weights_are_widened(tiny, cache, tmp_path, monkeypatch):
+    write_gguf(tiny, tmp_path / "a.gguf", "Q4_1")
+    monkeypatch.setattr(language_model.fast_decoding, "load_library", _no_compiler)
+    ours = language_model.load(str(tmp_path / "a.gguf"), CPU, cache_dir=cache)
+    assert ours.fast_step is None and "no C compiler" in ours.step_name
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="a.gguf", dtype=torch.float32).eval()
+    ids = torch.randint(3, 300, (2, 12))
+    assert torch.equal(ours.model(ids).logits, theirs(ids).logits)
+    with pytest.raises(UserError, match="--weights file.*no C compiler"):
+        language_model.load(str(tmp_path / "a.gguf"), CPU, cache_dir=cache, loading=Loading("file"))
+
+
+def _no_compiler(cache_dir):
+    raise language_model.NotCovered("no C compiler")
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+def test_a_folder_in_16_bits_stays_in_16_bits_and_is_computed_in_fp32(stored, tiny, cache, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=stored)
+    model.save_pretrained(tmp_path / "half")
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path / "half")
+    ours = language_model.load(str(tmp_path / "half"), CPU, cache_dir=cache)
+    assert ours.fast_step is not None and ours.model.dtype == torch.float32
+    assert ours.fast_step.model.head.matrix.data.dtype == stored
+    ids = torch.randint(3, 300, (1, 12))
+    expected = model.float()(ids).logits
+    batch = decoding.left_pad(ids.tolist(), ours, room=1)
+    torch.testing.assert_close(
+        decoding.forward(ours, batch, first=0, keep=12), expected, rtol=1e-4, atol=1e-4
+    )
+    torch.testing.assert_close(ours.model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"no such file" * 100])
+def test_a_damaged_file_is_one_line(content, cache, tmp_path):
+    (tmp_path / "a.gguf").write_bytes(content)
+    with pytest.raises(UserError, match=r"--model .*a\.gguf"):
+        language_model.load(str(tmp_path / "a.gguf"), CPU, cache_dir=cache)
