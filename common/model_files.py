@@ -69,6 +69,10 @@ MODEL_KINDS = {  # what sentence-transformers calls a kind of model
     "MultiVectorEncoder": "an encoder of several vectors per text",
 }
 SIZES = ("in_features", "out_features")  # of sentence-transformers' dense modules
+LENGTHS = (
+    ("tokenizer_config.json", "model_max_length"),  # 1e30 for "no limit"
+    *((file, "max_seq_length") for file in SENTENCE_SETTINGS),
+)
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 MOST_TOKENS = 2**31
 FEWEST_PARTS, FEWEST_LABELS = 256, 100_000  # that are allowed whatever the weights hold
@@ -188,6 +192,11 @@ def _check_part(folder: Path, source: str) -> None:
             is_id = value is None or (isinstance(value, int) and -1 <= value < MOST_TOKENS)
             if name in TOKEN_IDS and (not is_id or isinstance(value, bool)):
                 raise _refuse(source, f"{folder / file}: {name} is {value!r:.80}, not the number of a token")
+    for file, setting in LENGTHS:
+        length = content.get(file, {}).get(setting)
+        is_length = length is None or (isinstance(length, int | float) and length >= 1)
+        if not is_length or isinstance(length, bool):
+            raise _refuse(source, f"{folder / file}: {setting} is {length!r:.80}, not a number of tokens")
     if CONFIG in content:
         check_config(content[CONFIG], folder, source)
 

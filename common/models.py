@@ -257,6 +257,16 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, *, name: str, flag: str 
         )
 
 
+def try_out(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str, flag: str = "--model"
+) -> None:
+    """Let a model read a word, because many settings are looked at only then. Raises UserError when
+    they don't fit.
+    """
+    with load_errors(name, flag=flag, reader=type(model).__name__), torch.no_grad():
+        model(**tokenizer("word", return_tensors="pt").to(model.device))
+
+
 def max_positions(model: PreTrainedModel) -> int | None:
     """Return the most tokens that a model takes at once, None if nothing limits it.
 

@@ -86,6 +86,8 @@ def load(
     # LLaMA's first models say -1 for none
     pad_id = next(number for number in pad_ids if number not in (None, -1))
     check_ids((*end_ids, pad_id), model, name=name)
+    if gguf is None:
+        models.try_out(model, tokenizer, name=name)
     context = models.max_positions(model)
     return LanguageModel(name, model, tokenizer, end_ids, pad_id, context, fast_step, step_name)
 

@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from common import bert, sources, speedups
+from common import bert, model_files, sources, speedups
 from common.errors import UnknownModel, UserError, shorten
 from common.files import replace_folder
 from common.runtime import Runtime
 from common.training.data import TokenConfig, name_sha256
-from common.training.run import DEFAULT_MAX_LENGTH, DEFAULT_TRUNCATION
+from common.training.run import DEFAULT_MAX_LENGTH, DEFAULT_TRUNCATION, TRUNCATIONS
 
 if TYPE_CHECKING:
     import peft
@@ -326,9 +326,12 @@ def _num_embeddings(model: PreTrainedModel) -> int:
 
 
 def require_match(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str) -> None:
-    """Raise UserError unless a tokenizer and a model belong together."""
+    """Raise UserError unless a tokenizer and a model belong together, and the model can read a text."""
+    from common import models
+
     if problems := mismatches(model, tokenizer):
         raise UserError(f"--model {name}: {problems[0]}; --inspect shows more")
+    models.try_out(model, tokenizer, name=name)
 
 
 # Adapt --------------------------------------------------------------------------------------------
@@ -458,9 +461,22 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
 
 
 def saved_settings(name: str) -> dict:
-    """Return the `training.json` of a saved model, {} if this script did not train it."""
+    """Return the `training.json` of a saved model, {} if this script did not train it.
+
+    Raises UserError when it is damaged: the model would be scored in another way than before.
+    """
     path = Path(name) / SETTINGS_FILE
-    return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    settings = model_files.read_json(path, f"--model {name}")
+    known = {"truncation": TRUNCATIONS, "seed": range(2**32)}
+    for setting, values in known.items():
+        if setting not in settings or settings[setting] not in values:
+            raise UserError(
+                f"--model {name}: {path} has no usable {setting} ({settings.get(setting)!r:.40}); copy it"
+                " from the run once more"
+            )
+    return settings
 
 
 def load_saved(
@@ -489,6 +505,7 @@ def load_saved(
     speedups.use_fast_attention(model)
     tokenizer = models.load_tokenizer(folder, name=name)
     ensure_padding_token(tokenizer, name=name)
+    require_match(model, tokenizer, name=name)
     return model, tokenizer
 
 

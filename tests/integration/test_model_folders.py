@@ -534,6 +534,7 @@ def broken_json() -> dict[str, Case]:
         "config_sentence_transformers.json": ("embed",),
         "sentence_bert_config.json": ("embed",),
         "1_Pooling/config.json": ("embed",),
+        "training.json": ("predict",),
     }
     cases = {
         f"{file}: {kind}": Case(
@@ -591,13 +592,44 @@ def odd_settings() -> dict[str, Case]:
             "4bit",
         ),
     }
-    return {
-        f"{name}: {value!r}": Case(
-            config(**{name: value}), TASKS, None if "nothing" in str(value) and name in HARMLESS else ()
+    lengths = {
+        f"model_max_length: {value!r}": Case(
+            changed("tokenizer_config.json", model_max_length=value), TASKS, ("model_max_length",)
         )
-        for name, choices in values.items()
-        for value in choices
+        for value in (0, -1, True, "64", [64])
     }
+    lengths["model_max_length: none"] = Case(
+        changed("tokenizer_config.json", model_max_length=None), TASKS, None
+    )
+    usual = {"truncation": "tail", "seed": 1}
+    saved_settings = {
+        f"training.json, {name}: {value!r}": Case(
+            changed("training.json", **(usual | {name: value})), ("predict",), (name,)
+        )
+        for name, value in (("truncation", "x"), ("truncation", ["tail"]), ("seed", "1"), ("seed", -1))
+    }
+    method = {"text": {"method": "save_pretrained", "method_output_name": "last_hidden_state"}}
+    only_when_read = {
+        "chunk_size_feed_forward": Case(config(chunk_size_feed_forward=10**6), ENCODERS, ("chunk",)),
+        "a width that is not so": Case(
+            changed("1_Pooling/config.json", embedding_dimension=64), ("embed",), ("64",)
+        ),
+        "a method of the transformer": Case(
+            changed("sentence_bert_config.json", modality_config=method), ("embed",), ("save_pretrained",)
+        ),
+    }
+    return (
+        lengths
+        | saved_settings
+        | only_when_read
+        | {
+            f"{name}: {value!r}": Case(
+                config(**{name: value}), TASKS, None if "nothing" in str(value) and name in HARMLESS else ()
+            )
+            for name, choices in values.items()
+            for value in choices
+        }
+    )
 
 
 def odd_files() -> dict[str, Case]:
