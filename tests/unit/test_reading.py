@@ -488,7 +488,7 @@ def test_a_damaged_copy_of_the_hub_is_made_anew_and_that_is_said(damage, tmp_pat
     write(tmp_path / "repository" / "train.csv", TEXTS, LABELS)
     name, cache = str(tmp_path / "repository"), str(tmp_path / "cache")
     expected = reading._load_undamaged(name, None, cache)["train"][:]
-    assert capsys.readouterr().err == ""
+    assert "is damaged" not in capsys.readouterr().err
     (table,) = (tmp_path / "cache").rglob("*.arrow")
     content = bytearray(table.read_bytes())
     if damage == "half":
