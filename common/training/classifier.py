@@ -469,9 +469,13 @@ def saved_settings(name: str) -> dict:
     if not path.is_file():
         return {}
     settings = model_files.read_json(path, f"--model {name}")
-    known = {"truncation": TRUNCATIONS, "seed": range(2**32)}
-    for setting, values in known.items():
-        if setting not in settings or settings[setting] not in values:
+    seed = settings.get("seed")
+    is_known = {
+        "truncation": settings.get("truncation") in TRUNCATIONS,
+        "seed": type(seed) is int and 0 <= seed < 2**32,
+    }
+    for setting, is_usable in is_known.items():
+        if not is_usable:
             raise UserError(
                 f"--model {name}: {path} has no usable {setting} ({settings.get(setting)!r:.40}); copy it"
                 " from the run once more"
