@@ -153,17 +153,20 @@ def only_run(location: RunLocation, *, is_named: bool, wait: float = 0.0) -> Ite
     write there.
 
     Unless the flags have named it (`is_named`), a folder that another job has just made gets a
-    number after its name. One in which nothing was written is removed again. Raises UserError when
-    another job holds it for longer than `wait` seconds, and when it can't be made.
+    number after its name. Folders that were made for it are removed again if nothing was written
+    into them. Raises UserError when another job holds it for longer than `wait` seconds, and when
+    it can't be made.
     """
     folder = location.folder
     if location.is_resumed:
         with only_writer(folder, flag="--resume", wait=wait):
             yield location
         return
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         if not is_named:
             folder = _make_first_free(folder)
+            made.insert(0, folder)
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
@@ -174,8 +177,9 @@ def only_run(location: RunLocation, *, is_named: bool, wait: float = 0.0) -> Ite
             _require_empty(folder)  # another job may have ended since it was looked at
             yield RunLocation(folder)
     finally:
-        with contextlib.suppress(OSError):  # it is not empty: it holds the run
-            folder.rmdir()
+        for path in made:
+            with contextlib.suppress(OSError):  # it is not empty: it holds the run
+                path.rmdir()
 
 
 def _make_first_free(folder: Path) -> Path:
