@@ -102,6 +102,7 @@ NO_MATTER: dict[str, type | None] = {  # and the type of each; None: any
     "pooler_num_fc_layers": None,
     "pooler_size_per_head": None,
     "pooler_type": None,
+    "problem_type": None,
     "transformers_version": str,
 }
 

@@ -236,10 +236,13 @@ def load_tokenizer(folder: Path, *, name: str, flag: str = "--model") -> PreTrai
     """Return the tokenizer of a model with truncation and padding switched off: every call sets
     its own.
 
-    The file of all-MiniLM-L6-v2 switches both on, at 128 tokens. Raises UserError when there is no
-    tokenizer.
+    The file of all-MiniLM-L6-v2 switches both on, at 128 tokens. That of a model which is a GGUF
+    file is in it. Raises UserError when there is no tokenizer.
     """
-    tokenizer = load(AutoTokenizer, folder, name=name, flag=flag)
+    found = sorted(folder.glob("*.gguf"))
+    is_in_gguf = found and not (folder / "tokenizer_config.json").exists()
+    in_gguf = {"gguf_file": found[0].name} if is_in_gguf else {}
+    tokenizer = load(AutoTokenizer, folder, name=name, flag=flag, **in_gguf)
     check_tokenizer(tokenizer, name=name, flag=flag)
     if tokenizer.is_fast:
         tokenizer.backend_tokenizer.no_truncation()

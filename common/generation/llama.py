@@ -152,6 +152,8 @@ def read_transformer(model: PreTrainedModel, stored: dict[str, Matrix]) -> Trans
     """
     config = model.config
     check_config(config)
+    if config.num_hidden_layers < 1:
+        raise NotCovered("it has no layers")
     weights: dict[str, Tensor | Matrix] = dict(model.named_parameters())
     weights |= stored
     unused = set(weights)

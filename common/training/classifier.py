@@ -421,7 +421,7 @@ def add_adapters(model: PreTrainedModel, rank: int) -> PreTrainedModel:
     for module in head_modules(model):
         module.requires_grad_(True)
     # peft's wrapper has all attributes of the model within
-    return cast(PreTrainedModel, adapted)
+    return cast("PreTrainedModel", adapted)
 
 
 def merge_adapters(model: PreTrainedModel) -> PreTrainedModel:

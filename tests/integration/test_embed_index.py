@@ -107,6 +107,7 @@ def test_a_signal_to_one_of_two_processes_ends_both_and_leaves_the_index(
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
         "WORLD_SIZE": "2",
+        "TORCHELASTIC_RUN_ID": "as torchrun sets it",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }

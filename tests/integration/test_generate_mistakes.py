@@ -531,7 +531,9 @@ def test_pickled_weights_are_never_read(refused, tiny, tmp_path):
 
 
 def test_a_mode_of_one_process_under_torchrun(refused, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    torchrun = {"TORCHELASTIC_RUN_ID": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for variable, value in {"WORLD_SIZE": "2", **torchrun}.items():
+        monkeypatch.setenv(variable, value)
     refused(*P, "--check", parts=("--check", "one process", "torchrun"))
     refused("--prompts-file", "-", parts=("--prompts-file -", "torchrun", "standard input", "name a file"))
     refused(*P, "--references", "-", parts=("--references -", "torchrun", "standard input", "name a file"))

@@ -567,6 +567,7 @@ def test_damaged_tokens_are_made_anew_and_that_is_said(damage, tiny_model, tmp_p
 
 def test_a_run_notices_a_file_that_changed_with_the_same_size_and_time(tiny_model, tmp_path, cache_dir):
     tokenizer, path = AutoTokenizer.from_pretrained(tiny_model), tmp_path / "t.csv"
+    path.write_text("text,label\n")
     flags = ["--dataset", str(path), "--cache-dir", str(cache_dir)]
     config = train_classifier.data_config(train_classifier.make_parser().parse_args(flags))
     fingerprints = set()
