@@ -319,8 +319,7 @@ def kill_at_events(events, command: str, tiny_embedder, cache_dir, tmp_path):
             assert {path.name for path in folder.iterdir()} == {
                 *entries_of(read_manifest(folder)),
                 "manifest.json",
-                ".lock",
-            }
+            }, "a writer removes its lock"
         runner.stdin.close()
     return kills
 
