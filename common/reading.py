@@ -551,7 +551,7 @@ def _open_decompressed(name: str, source: str, folder: str | None) -> Iterator[B
         file = cast(BinaryIO, sys.stdin.buffer)
         if name != "-":
             try:
-                opened = _open_pipe(name) if is_pipe else open(name, "rb")  # noqa: SIM115  (closed by the stack)
+                opened = _open_pipe(name) if is_pipe else open(name, "rb")  # noqa: SIM115 (stack closes)
                 file = stack.enter_context(opened)
             except OSError as error:
                 advice = "name a text file, a data file, or - for standard input"

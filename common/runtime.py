@@ -95,10 +95,6 @@ class Runtime:
         torch.distributed.all_gather(blocks, padded)
         return [bytes(block[: int(size)].tolist()).decode("utf-8") for block, size in zip(blocks, sizes)]
 
-    def broadcast_int(self, number: int) -> int:
-        """Return the main process's number on every process."""
-        return int(self.all_reduce_sum(torch.tensor(number if self.is_main else 0)).item())
-
     def broadcast_from_main(self, choose: Callable[[], Any]) -> Any:
         """Return on every process what `choose` returns on the main one; the value must be JSON.
 

@@ -245,17 +245,10 @@ def _read_model_settings(
     """Return the prompts by name, the name of the default one, and the dimensions that are kept."""
     path = folder / "config_sentence_transformers.json"
     settings = read_settings(path) if path.is_file() else {}
-    known = {
-        "__version__",
-        "default_prompt_name",
-        "model_type",
-        "prompts",
-        "similarity_fn_name",
-        "truncate_dim",
-    }
     prompts, default = settings.get("prompts", {}), settings.get("default_prompt_name")
     truncate_dim = settings.get("truncate_dim")
-    if set(settings) - known or settings.get("model_type", "SentenceTransformer") != "SentenceTransformer":
+    kind = settings.get("model_type", "SentenceTransformer")
+    if set(settings) - MODEL_SETTINGS or kind != "SentenceTransformer":
         raise UnknownModel(f"{path.name} with {', '.join(settings)}")
     if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
         raise UnknownModel(f"the prompts {prompts!r}")

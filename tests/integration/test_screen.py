@@ -2,105 +2,28 @@
 done, and neither bars nor colours reach a file.
 """
 
-import os
-import pty
 import re
-import subprocess
-import sys
-import termios
 from pathlib import Path
 
 import pytest
 
-from conftest import ROOT
 from language_models import save_tiny_model
+from terminal import run_on_terminal
 
 COLUMNS = 130
 BAR = re.compile(r"\d+%\||it/s|token/s|text/s|\[\d\d:\d\d<")
 
 
-class Screen:
-    """The final screen of a terminal: understands line ends, returns, and what erases or colours."""
-
-    def __init__(self) -> None:
-        self.lines, self.row, self.column = [""], 0, 0
-
-    def feed(self, text: str) -> None:
-        """Show what a program has written."""
-        for part in re.findall(r"\x1b\[[0-9;?]*[A-Za-z]|[\r\n\b]|[^\x1b\r\n\b]", text):
-            if part == "\r":
-                self.column = 0
-            elif part == "\n":
-                self._move(1)
-            elif part == "\b":
-                self.column = max(0, self.column - 1)
-            elif part.startswith("\x1b"):
-                self._control(part)
-            else:
-                if self.column == COLUMNS:  # a long line goes on in the next one
-                    self._move(1)
-                    self.column = 0
-                line = self.lines[self.row].ljust(self.column)
-                self.lines[self.row] = line[: self.column] + part + line[self.column + 1 :]
-                self.column += 1
-
-    def _move(self, rows: int) -> None:
-        self.row = max(0, self.row + rows)
-        self.lines += [""] * (self.row + 1 - len(self.lines))
-
-    def _control(self, sequence: str) -> None:
-        count = int(re.sub(r"\D", "", sequence) or 1)
-        if sequence.endswith("A"):
-            self._move(-count)
-        elif sequence.endswith("B"):
-            self._move(count)
-        elif sequence.endswith("K"):
-            self.lines[self.row] = self.lines[self.row][: self.column]
-        else:
-            assert sequence.endswith("m"), f"this screen does not know {sequence!r}"
-
-    @property
-    def text(self) -> list[str]:
-        """The lines, without the blanks at their ends."""
-        return [line.rstrip() for line in self.lines]
-
-
 def on_terminal(*command: object, code: int = 0) -> tuple[list[str], str]:
     """Run a script in a terminal. Return the lines of its final screen, and all that was written."""
-    ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (40, COLUMNS))
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TERM": "xterm"}
-    running = subprocess.Popen(
-        [sys.executable, *map(str, command)],
-        cwd=ROOT,
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        env=environment,
-    )
-    os.close(theirs)
-    written = b""
-    try:
-        while piece := os.read(ours, 1 << 16):
-            written += piece
-    except OSError:  # how Linux says that the other end is closed
-        pass
-    os.close(ours)
-    assert running.wait() == code, written.decode()
-    screen = Screen()
-    screen.feed(written.decode())
-    return screen.text, written.decode()
+    ended_with, written, lines = run_on_terminal(*command, columns=COLUMNS)
+    assert ended_with == code, written
+    return lines, written
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny-llama")
-
-
-def test_the_screen_of_the_test_is_a_screen():
-    screen = Screen()
-    screen.feed("50%|##  |\rdone\x1b[K\r\nnext\n\x1b[2mdim\x1b[0m\n" + "x" * (COLUMNS + 2))
-    assert screen.text == ["done", "next", "    dim", "       " + "x" * (COLUMNS - 7), "x" * 9]
 
 
 def test_generate_leaves_whole_lines_and_no_bar(tiny, tmp_path):

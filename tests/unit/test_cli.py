@@ -172,7 +172,7 @@ FAULTS = {  # name: (the error, what the line must hold)
     "full disk": (OSError(errno.ENOSPC, "No space", "out"), ("out", "No space left", "--output-dir")),
     "quota": (OSError(errno.EDQUOT, "quota"), ("--cache-dir",)),
     "limit of a file": (OSError(errno.EFBIG, "big", "o.jsonl"), ("o.jsonl", "ulimit -f")),
-    "no permission": (PermissionError(errno.EACCES, "x", "/root/x"), ("/root/x", "permissions")),
+    "no permission": (PermissionError(errno.EACCES, "x", "/no/x"), ("/no/x", "permissions")),
     "read-only": (OSError(errno.EROFS, "x", "/mnt/x"), ("/mnt/x", "Read-only", "another place")),
     "open files": (OSError(errno.EMFILE, "x", "y"), ("ulimit -n",)),
     "no memory": (OSError(errno.ENOMEM, "x"), ("Cannot allocate memory", "ulimit -v")),
