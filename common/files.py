@@ -15,7 +15,8 @@ import platform
 import shutil
 import stat
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -231,6 +232,43 @@ def read_settings(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UnknownModel(f"{path.name}, which is not a dictionary")
     return content
+
+
+def make_once(
+    folder: Path, make: Callable[[Path], Path], *, source: str, needed_bytes: int, note: str
+) -> Path:
+    """Return a folder of a cache, which has a manifest; make it first if it is not there.
+
+    `make` gets an empty folder to work in and returns the complete folder that it has made there.
+    `note` is said on stderr before. Two processes at once are safe: one makes the folder and the
+    other waits. Raises UserError, naming `source`, when the disk has less than `needed_bytes` bytes
+    free, and when the folder is damaged.
+    """
+    import filelock
+
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(folder.parent / LOCK):
+            if not folder.is_dir():  # another process may have made it while this one waited
+                for leftover in folder.parent.glob(".making-*"):  # of a killed process: the lock is ours
+                    shutil.rmtree(leftover, ignore_errors=True)
+                _make(folder, make, source=source, needed_bytes=needed_bytes, note=note)
+    if damage := find_damage(folder):
+        raise UserError(f"{folder}: {damage}; remove the folder and run the command again")
+    return folder
+
+
+def _make(folder: Path, make: Callable[[Path], Path], *, source: str, needed_bytes: int, note: str) -> None:
+    free = shutil.disk_usage(folder.parent).free
+    if free < needed_bytes:
+        raise UserError(
+            f"{source}: its first use needs {needed_bytes / 1e6:,.0f} MB in {folder.parent}, and"
+            f" {free / 1e6:,.0f} MB are free; free some space or name another disk's folder with --cache-dir"
+        )
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(note, file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as scratch:
+        os.rename(make(Path(scratch)), folder)  # atomic: a folder of this name is always complete
 
 
 def replace_file(path: Path, text: str) -> None:

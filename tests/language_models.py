@@ -4,6 +4,7 @@ trained tokenizer and a chat template.
 
 from pathlib import Path
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -16,7 +17,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from common.generation.fast_decoding import find_compiler
 from common.generation.language_model import LanguageModel
+
+needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no C compiler: the step is PyTorch's")
 
 VOCABULARY = 211
 SIZES = {

@@ -9,11 +9,7 @@ fp32.
 
 import hashlib
 import json
-import os
 import re
-import shutil
-import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +21,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from common.files import find_damage, sync_file, write_manifest
+from common.files import make_once, sha256, sync_file, write_manifest
 from common.sources import GGUF_SUFFIX
 
 Kind = Literal["fp32", "fp16", "bf16", "groups4", "groups8"]
@@ -274,46 +270,26 @@ def gguf_folder(path: Path, cache_dir: str | None) -> Path:
     """Return the folder with the content of a GGUF file, from the cache; make it first if it is
     not there.
 
-    It is found by the file's place, size and time of change: reading a large file to hash it would
-    take longer than loading it. Two processes at once are safe: one makes the folder, the other
-    waits. Raises UserError when the disk is too full, and as `read_gguf` does.
+    It is found by the file's SHA-256, so that a file that has changed is read again. Raises
+    UserError when the disk is too full, and as `read_gguf` does.
     """
-    import filelock
     import huggingface_hub.constants
 
     root = Path(cache_dir or huggingface_hub.constants.HF_HOME) / "stored"
-    state = path.stat()
-    key = f"{path.resolve()} {state.st_size} {state.st_mtime_ns} {FORMAT}"
-    folder = root / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    if not folder.is_dir():
-        root.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(root / ".lock"):
-            if not folder.is_dir():  # another process may have made it while this one waited
-                _make_folder(path, folder)
-    if damage := find_damage(folder):
-        raise UserError(f"{folder}: {damage}; remove the folder and run the command again")
-    return folder
+    key = hashlib.sha256(f"{sha256(path)} {FORMAT}".encode()).hexdigest()[:16]
+    folder = root / f"{path.stem}-{key}"
+    return make_once(
+        folder,
+        lambda scratch: convert_gguf(path, scratch / "model"),
+        source=f"--model {path}",
+        needed_bytes=2 * path.stat().st_size,
+        note=f"{path.name}: reading it into {folder}, once",
+    )
 
 
-def _make_folder(path: Path, folder: Path) -> None:
-    for leftover in folder.parent.glob(".making-*"):  # of a killed process: the lock is ours
-        shutil.rmtree(leftover, ignore_errors=True)
-    needed, free = 2 * path.stat().st_size, shutil.disk_usage(folder.parent).free
-    if free < needed:
-        raise UserError(
-            f"--model {path}: its first use needs {needed / 1e6:,.0f} MB in {folder.parent}, and"
-            f" {free / 1e6:,.0f} MB are free; free some space or name another disk's folder with --cache-dir"
-        )
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"{path.name}: reading it into {folder}, once", file=sys.stderr, flush=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as scratch:
-        convert_gguf(path, Path(scratch) / "model")
-        os.rename(Path(scratch) / "model", folder)  # atomic: a folder of this name is always complete
-
-
-def convert_gguf(path: Path, folder: Path) -> None:
-    """Write a GGUF file as a folder: config, tokenizer and chat template from its metadata, weights
-    as they are stored, and a manifest of all files.
+def convert_gguf(path: Path, folder: Path) -> Path:
+    """Write a GGUF file as a folder, and return that: config, tokenizer and chat template from its
+    metadata, weights as they are stored, and a manifest of all files.
 
     The tokens' texts alone take transformers some seconds, so this is done once for a file. Raises
     UserError as `read_gguf` does.
@@ -334,6 +310,7 @@ def convert_gguf(path: Path, folder: Path) -> None:
     for file in folder.iterdir():
         sync_file(file)
     write_manifest(folder)
+    return folder
 
 
 def write_weights(path: Path, weights: dict[str, Matrix | Tensor]) -> None:

@@ -28,7 +28,9 @@ from common.generation.fast_decoding import (
 )
 from common.generation.llama import NotCovered, Places, plain_step, read_transformer
 from common.generation.stored_weights import KIND_OF_DTYPE, KINDS, Matrix, convert, matrix_of, pack
-from language_models import SIZES, VOCABULARY, tiny_language_model
+from language_models import SIZES, VOCABULARY, needs_compiler, tiny_language_model
+
+pytestmark = needs_compiler
 
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = {kind: dtype for dtype, kind in KIND_OF_DTYPE.items()}

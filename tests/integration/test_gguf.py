@@ -3,6 +3,7 @@ the same file.
 """
 
 import json
+import os
 from pathlib import Path
 
 import gguf
@@ -16,7 +17,7 @@ from common.generation import decoding, language_model
 from common.generation.fast_decoding import FastStep, StoredLinear
 from common.generation.language_model import Loading
 from common.runtime import Runtime
-from language_models import TEXTS, save_tiny_model
+from language_models import TEXTS, needs_compiler, save_tiny_model
 
 CPU = Runtime(torch.device("cpu"), "fp32")
 FORMATS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q8_0", "Q5_0")
@@ -102,6 +103,7 @@ def _merges(folder: Path) -> list[list[str]]:
     return json.loads((folder / "tokenizer.json").read_text())["model"]["merges"]
 
 
+@needs_compiler
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_file_is_the_model_that_transformers_reads_from_it(kind, tiny, cache, tmp_path):
     path = tmp_path / f"{kind}.gguf"
@@ -127,6 +129,20 @@ def test_a_file_is_the_model_that_transformers_reads_from_it(kind, tiny, cache, 
     torch.testing.assert_close(torch.cat(logits), expected[79:], rtol=1e-4, atol=1e-4)
 
 
+def test_a_file_that_changed_with_the_same_size_and_time_is_read_again(tiny, cache, tmp_path):
+    path, weights = tmp_path / "a.gguf", []
+    for zeros in (False, True):
+        write_gguf(tiny, path, "F32")
+        if zeros:
+            content = path.read_bytes()
+            path.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
+        os.utime(path, ns=(1, 1))
+        loaded = language_model.load(str(path), CPU, cache_dir=cache, loading=Loading("fp32"))
+        weights.append(torch.cat([value.flatten() for value in loaded.model.state_dict().values()]))
+    assert len(weights[0]) == len(weights[1]) and not torch.equal(*weights)
+
+
+@needs_compiler
 @pytest.mark.parametrize("weights, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_the_weights_can_be_kept_in_another_dtype(weights, dtype, tiny, cache, tmp_path):
     write_gguf(tiny, tmp_path / "a.gguf", "Q4_1")
@@ -159,6 +175,7 @@ def _no_compiler(cache_dir):
     raise language_model.NotCovered("no C compiler")
 
 
+@needs_compiler
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
 def test_a_folder_in_16_bits_stays_in_16_bits_and_is_computed_in_fp32(stored, tiny, cache, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=stored)
