@@ -23,27 +23,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from common.errors import UserError
 from common.files import seal
 from common.search import index, store, texts
-from common.search.builder import Builder, Counts, fill, settings_of
 from common.search.index import ID, TEXT, matching, open_snapshot, rows_with_ids, verify
 from common.search.store import open_store
 from conftest import ROOT, StubEncoder
-
-COLUMNS = ("key", TEXT, "label")
-
-
-def collection(rows: list[dict], order=COLUMNS) -> texts.Collection:
-    kinds = {"key": pa.string(), TEXT: pa.large_string(), "label": pa.int64()}
-    return texts.Collection(
-        "rows.csv", pa.Table.from_pylist(rows, pa.schema({name: kinds[name] for name in order})), "row", {}
-    )
-
-
-def write(folder, rows: list[dict], *, block: int = 3, update: bool = False, order=COLUMNS) -> Counts:
-    encoder = StubEncoder()
-    with open_store(folder, settings=settings_of(encoder, id_column="key", chunk_overlap=None)) as opened:
-        builder = Builder(opened, encoder, update=update)
-        fill(builder, collection(rows, order), block=block)
-    return builder.counts
+from index_rows import COLUMNS, numbered, write
 
 
 def contents(snapshot) -> dict[str, tuple]:
@@ -120,13 +103,6 @@ class StoreMachine(RuleBasedStateMachine):
 
 StoreMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=12, deadline=None)
 test_store_is_a_dictionary = StoreMachine.TestCase
-
-
-def numbered(first: int, last: int, version: int = 0) -> list[dict]:
-    return [
-        {"key": str(number), TEXT: f"text {number} {version}", "label": version}
-        for number in range(first, last)
-    ]
 
 
 def test_two_readers_during_a_write_see_whole_states(tmp_path):
@@ -347,9 +323,9 @@ def test_an_index_that_never_got_its_first_manifest_can_be_begun_again(tmp_path)
 
 MANY_COMMITS = """
 import resource, sys
-sys.path[:0] = [sys.argv[2], sys.argv[2] + "/tests", sys.argv[2] + "/tests/unit"]
+sys.path[:0] = [sys.argv[2], sys.argv[2] + "/tests"]
 from common.search.store import open_store
-from test_index import numbered, write
+from index_rows import numbered, write
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
 write(sys.argv[1], numbered(0, 300), block=1)
 write(sys.argv[1], numbered(0, 300, 1)[::3], block=1, update=True)

@@ -8,13 +8,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from sklearn.cluster import KMeans
-from test_index import collection, numbered
 from test_kernel import unit
 
 from common.search import mining
 from common.search.builder import Builder, fill, settings_of
 from common.search.display import level
 from common.search.store import open_store, vector_array
+from index_rows import collection, numbered
 
 
 @pytest.fixture(params=[0, 1, 2])

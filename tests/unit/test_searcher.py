@@ -10,7 +10,6 @@ import types
 import numpy as np
 import pytest
 import torch
-from test_index import collection, numbered
 from test_kernel import unit
 
 from common.errors import UserError
@@ -18,6 +17,7 @@ from common.search import store
 from common.search.builder import Builder, fill, settings_of
 from common.search.searcher import Searcher, cached, fuse
 from common.search.store import open_store
+from index_rows import collection, numbered
 
 
 class Given:
