@@ -244,9 +244,9 @@ def make_once(
     other waits. Raises UserError, naming `source`, when the disk has less than `needed_bytes` bytes
     free, and when the folder is damaged.
     """
-    import filelock
-
     if not folder.is_dir():
+        import filelock  # takes a tenth of a second
+
         folder.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(folder.parent / LOCK):
             if not folder.is_dir():  # another process may have made it while this one waited

@@ -20,7 +20,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from common.errors import UserError
+from common import model_files
+from common.errors import UnknownModel, UserError
 from common.files import make_once, sha256, sync_file, write_manifest
 from common.sources import GGUF_SUFFIX
 
@@ -266,7 +267,16 @@ def find_gguf(source: Path) -> Path | None:
     return found[0] if found and not (source / "config.json").exists() else None
 
 
-def gguf_folder(path: Path, cache_dir: str | None) -> Path:
+def as_folder(source: Path, cache_dir: str | None, *, name: str) -> Path:
+    """Return a model's folder, given that or a GGUF file: of that, the one with its content.
+
+    Raises UserError, naming the model, for a file that can't be read.
+    """
+    gguf = find_gguf(source)
+    return source if gguf is None else gguf_folder(gguf, cache_dir, name=name)
+
+
+def gguf_folder(path: Path, cache_dir: str | None, *, name: str) -> Path:
     """Return the folder with the content of a GGUF file, from the cache; make it first if it is
     not there.
 
@@ -278,9 +288,16 @@ def gguf_folder(path: Path, cache_dir: str | None) -> Path:
     root = Path(cache_dir or huggingface_hub.constants.HF_HOME) / "stored"
     key = hashlib.sha256(f"{sha256(path)} {FORMAT}".encode()).hexdigest()[:16]
     folder = root / f"{path.stem}-{key}"
+
+    def make(scratch: Path) -> Path:
+        from common import models
+
+        with models.load_errors(name):
+            return convert_gguf(path, scratch / "model")
+
     return make_once(
         folder,
-        lambda scratch: convert_gguf(path, scratch / "model"),
+        make,
         source=f"--model {path}",
         needed_bytes=2 * path.stat().st_size,
         note=f"{path.name}: reading it into {folder}, once",
@@ -311,6 +328,30 @@ def convert_gguf(path: Path, folder: Path) -> Path:
         sync_file(file)
     write_manifest(folder)
     return folder
+
+
+def read_folder(folder: Path, source: str) -> dict[str, Matrix | Tensor]:
+    """Return the weights in a model's folder as they are stored: matrices, and vectors. The numbers
+    are mapped, not copied: a weight is read from the disk when it is first used.
+
+    `source` begins the message for a list of shards that is broken. Raises UnknownModel for files
+    that can't be read, and for a weight that is not finite.
+    """
+    if (folder / WEIGHTS_FILE).exists():
+        return read_weights(folder / WEIGHTS_FILE)
+    weights: dict[str, Matrix | Tensor] = {}
+    for path in model_files.weight_files(folder, source):
+        try:
+            tensors = safetensors.torch.load_file(path)
+        except (safetensors.SafetensorError, ValueError) as error:
+            raise UnknownModel(f"{path.name}: {error}") from error
+        for name, tensor in tensors.items():
+            if tensor.dtype not in KIND_OF_DTYPE or not tensor.numel():
+                raise UnknownModel(f"{name}, of {tensor.numel()} numbers in {tensor.dtype}")
+            if not torch.stack(torch.aminmax(tensor)).isfinite().all():
+                raise UnknownModel(f"{name}, which is not finite")
+            weights[name] = matrix_of(tensor) if tensor.dim() == 2 else tensor
+    return weights
 
 
 def write_weights(path: Path, weights: dict[str, Matrix | Tensor]) -> None:
