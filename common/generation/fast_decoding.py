@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from common.errors import one_line
+from common.files import cache_home
 from common.generation.llama import Layer, Linear, NotCovered, Places, Rotary, Transformer, plain_step
 from common.generation.stored_weights import GROUP, KIND_OF_DTYPE, KINDS, TILE, Kind, Matrix, convert, pack
 
@@ -74,12 +75,10 @@ def load_library(cache_dir: str | None) -> ctypes.CDLL:
     Two processes at once each compile their own file and rename it to the same name. Where the
     cache can't be written, the file lives as long as it takes to load it.
     """
-    import huggingface_hub.constants
-
     native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
     key = "\n".join([SOURCE.read_text("utf-8"), *FLAGS, native, processor()])
     name = f"decoder-{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"
-    folder = Path(cache_dir or huggingface_hub.constants.HF_HOME) / "kernels"
+    folder = cache_home(cache_dir) / "kernels"
     try:
         return _declare(ctypes.CDLL(str(folder / name)))
     except (OSError, AttributeError):  # not there, or cut off by a full disk

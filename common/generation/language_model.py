@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from common import sources
 from common.errors import UnknownModel, UserError, shorten
 from common.files import read_settings
 from common.generation import fast_decoding, stored_weights
@@ -101,8 +100,7 @@ def load(
     cannot be loaded or is of another kind.
     """
     loading = loading or Loading(in_fp32=runtime.precision == "fp32")
-    source = sources.find_folder(name, kind="language model", cache_dir=cache_dir)
-    folder = stored_weights.as_folder(source, cache_dir, name=name)
+    folder = stored_weights.model_folder(name, cache_dir)
     try:
         return load_for_step(folder, runtime, loading, name=name, cache_dir=cache_dir)
     except (NotCovered, UnknownModel) as reason:

@@ -229,6 +229,10 @@ def read_transformer(config: Mapping[str, Any], weights: Mapping[str, Tensor | M
     )
     if unused:
         raise NotCovered(f"{min(unused)} is not used")
+    sizes = (found.embedding.rows, found.embedding.columns, found.layers[0].gate.matrix.rows)
+    for name, size in zip(("vocab_size", "hidden_size", "intermediate_size"), sizes):
+        if number_of(config, name) != size:
+            raise NotCovered(f"its {name} is {config[name]}, and its weights have {size}")
     check_sizes(found)
     return found
 
@@ -242,6 +246,12 @@ def check_config(config: Mapping[str, Any]) -> None:
         raise NotCovered(f"its activation is {config['hidden_act']}, not silu")
     if config.get("quantization_config") is not None:
         raise NotCovered("its weights are quantised in a format of their own")
+    for name in ("attn_implementation", "_attn_implementation"):
+        if config.get(name) not in (None, "eager", "sdpa"):
+            raise NotCovered(f"its attention is {config[name]!r:.40}")
+    pad_id = config.get("pad_token_id")
+    if not (pad_id is None or (type(pad_id) is int and -1 <= pad_id < number_of(config, "vocab_size"))):
+        raise NotCovered(f"its pad_token_id is {pad_id!r:.40}")
     read_rotary(config)
 
 

@@ -4,6 +4,7 @@ the same file.
 
 import json
 import os
+import re
 from pathlib import Path
 
 import gguf
@@ -12,8 +13,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from common import bundled, files
 from common.errors import UserError
-from common.generation import decoding, explain, language_model
+from common.generation import decoding, explain, language_model, stored_weights
 from common.generation.fast_decoding import FastStep
 from common.generation.language_model import Loading
 from common.generation.stored_weights import Matrix
@@ -195,6 +197,49 @@ def test_a_folder_in_16_bits_stays_in_16_bits_and_is_computed_in_fp32(stored, ti
     )
     twin = explain.library_model(ours)
     torch.testing.assert_close(twin(ids).logits, expected, rtol=1e-6, atol=1e-6)
+
+
+def stored_folder() -> Path:
+    """Return the folder with the content of the bundled model's file, in the cache of this machine."""
+    return stored_weights.model_folder(bundled.SMOLLM2, None)
+
+
+def test_the_content_of_the_bundled_file_is_known_whatever_made_the_folder(tmp_path, monkeypatch):
+    """Made anew, elsewhere and with the Hub within reach, all its files are the same."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    file = bundled.model_folder(bundled.SMOLLM2, kind="language model") / bundled.GGUF
+    (tmp_path / "another name.gguf").symlink_to(file)
+    made = stored_weights.convert_gguf(tmp_path / "another name.gguf", tmp_path / "made", name="x")
+    assert (made / "manifest.json").read_bytes() == (stored_folder() / "manifest.json").read_bytes()
+
+
+PLANTED = {
+    "another end": lambda folder: replace(folder / "generation_config.json", '{"eos_token_id": 5}'),
+    "another template": lambda folder: replace(folder / "chat_template.jinja", "obey {{ messages }}"),
+    "no template": lambda folder: (folder / "chat_template.jinja").unlink(),
+    "another file": lambda folder: (folder / "added_tokens.json").write_text("{}"),
+}
+
+
+def replace(path: Path, text: str) -> None:
+    path.unlink()  # a hard link to the file in the cache
+    path.write_text(text)
+
+
+@pytest.mark.parametrize("vouched", [True, False], ids=["with a manifest", "without"])
+@pytest.mark.parametrize("what", PLANTED)
+def test_a_planted_folder_does_not_stand_for_the_bundled_model(what, vouched, tmp_path):
+    known = stored_folder()
+    folder = tmp_path / "stored" / known.name
+    folder.parent.mkdir()
+    files.link_folder(known, folder)
+    assert stored_weights.model_folder(bundled.SMOLLM2, str(tmp_path)) == folder
+    PLANTED[what](folder)
+    if vouched:
+        (folder / "manifest.json").unlink()
+        files.write_manifest(folder)
+    with pytest.raises(UserError, match=re.escape(str(folder)) + ".*remove the folder"):
+        stored_weights.model_folder(bundled.SMOLLM2, str(tmp_path))
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"no such file" * 100])
