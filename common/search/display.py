@@ -214,8 +214,9 @@ def _index_document(snapshot: Snapshot) -> dict[str, object]:
 def show_hits(screen: Screen, searcher: Searcher, queries: list[str], answers: list[list[Hit]]) -> None:
     """Show the hits of each query, best first."""
     documents = []
+    columns = [ID, TEXT, CHUNK, NUM_CHUNKS, START, *searcher.snapshot.manifest["columns"]]
     for query, hits in zip(queries, answers):
-        rows = searcher.snapshot.take([hit.row for hit in hits])
+        rows = searcher.snapshot.take([hit.row for hit in hits], columns)
         hit_documents = [_hit_document(row, hit) for row, hit in zip(rows, hits)]
         documents.append({"query": query, "hits": hit_documents})
         lines = []

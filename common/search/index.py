@@ -53,6 +53,7 @@ RESERVED_COLUMNS = (*ROW_COLUMNS, VECTOR)
 # only 256
 MAPPED = 65_536
 CHECKED = 1 << 18  # bytes of a file that have a checksum of their own: a part of the format
+UNREAD = 2_048  # rows whose vectors are read at once for the first time
 # DuckDB gets no access to files, network or extensions
 SAFE_SETTINGS: dict[str, bool | float | int | list[str] | str] = {
     "enable_external_access": "false",
@@ -121,6 +122,15 @@ class CheckedFile:
                 raise damaged(self.path, f"a checksum is not the one in {MANIFEST}")
             self.unchecked[number] = False
 
+    def release(self, start: int, end: int) -> None:
+        """Give the memory of some bytes back to the system, which reads them again when they are
+        used. Nothing writes to them.
+        """
+        if isinstance(self.content, mmap.mmap):
+            first, last = (place // mmap.PAGESIZE * mmap.PAGESIZE for place in (start, end))
+            if last > first:
+                self.content.madvise(mmap.MADV_DONTNEED, first, last - first)
+
     def check_whole(self) -> None:
         """Raise UserError unless the file has the SHA-256 of the manifest."""
         if hashlib.sha256(self.content).hexdigest() != self.entry["sha256"]:
@@ -178,6 +188,23 @@ class Segment:
         if not self._valid_vectors[first:last].all():
             self._check_norms(self._vectors[first:last], first + np.arange(last - first))
         return self._vectors[first:last]
+
+    def blocks(self, size: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield (first row, vectors (at most `size`, width)) over all rows, as views into the file.
+
+        Vectors that are read for the first time come in small blocks, which are checked while they
+        are in the processor's cache, and whose memory is then given back: a process that goes
+        through an index once never holds all of it. From the second time on it stays.
+        """
+        first = 0
+        while first < len(self):
+            is_read = self._valid_vectors[first : first + size].all()
+            last = min(first + (size if is_read else min(size, UNREAD)), len(self))
+            yield first, self.vectors(first, last)
+            if not is_read:
+                start = self.first_byte + 4 * self.width * first
+                self.file.release(start, start + 4 * self.width * (last - first))
+            first = last
 
     def vectors_of(self, rows: np.ndarray) -> np.ndarray:
         """Return a copy of the vectors of some rows."""
@@ -287,8 +314,8 @@ class Snapshot:
         files.
         """
         for start, segment in zip(self.starts, self.segments):
-            for offset in range(0, len(segment), size):
-                yield int(start) + offset, segment.vectors(offset, min(offset + size, len(segment)))
+            for offset, vectors in segment.blocks(size):
+                yield int(start) + offset, vectors
 
     def vectors_of(self, rows: np.ndarray | Sequence[int]) -> np.ndarray:
         """Return a copy (rows, width) of the vectors of some rows."""

@@ -26,7 +26,7 @@ from common.search import index, store, texts
 from common.search.index import ID, TEXT, matching, open_snapshot, rows_with_ids, verify
 from common.search.store import open_store
 from conftest import ROOT, StubEncoder
-from index_rows import COLUMNS, numbered, write
+from index_rows import COLUMNS, numbered, unit_vectors, write, write_vectors
 
 
 def contents(snapshot) -> dict[str, tuple]:
@@ -465,3 +465,28 @@ def test_memory_is_bounded_for_200_000_texts(tmp_path):
     found = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else done.stderr
     assert found["rows"] == 200_000
     assert found["grown"] < 200e6, found
+
+
+def mapped_bytes() -> int:
+    """Return how much of the files that this process has mapped is in its memory."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if "RssFile" in line)
+    return int(line.split()[1]) * 1024
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="memory that is a file's is read from Linux's /proc"
+)
+def test_a_first_pass_over_the_vectors_holds_few_of_them(tmp_path):
+    vectors = unit_vectors(30_000, 384)  # 46 MB
+    write_vectors(tmp_path / "index", vectors)
+    snapshot = open_snapshot(tmp_path / "index")
+    unchecked, before = snapshot.segments[0].file.unchecked, mapped_bytes()
+    highest, blocks = [0, 0], ([], [])
+    for number in range(2):
+        for start, block in snapshot.vector_blocks(10_000):
+            assert (block == vectors[start : start + len(block)]).all()
+            highest[number] = max(highest[number], mapped_bytes() - before)
+            blocks[number].append(len(block))
+        assert 0 < unchecked.sum() < 12 < len(unchecked)  # those of the other columns
+    assert highest[0] < 8e6 and highest[1] > 40e6, highest
+    assert sum(blocks[0]) == 30_000 and blocks[1] == [10_000] * 3
