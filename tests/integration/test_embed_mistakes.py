@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import AutoModelForSequenceClassification
 
 from common.search import store
 from common.search.encoder import Encoder
@@ -463,4 +464,16 @@ def test_a_cross_encoder_with_several_outputs(refused, tiny_model):
         "--rerank",
         tiny_model,
         parts=("--rerank", "2 scores", "cross-encoder/ms-marco-MiniLM-L6-v2"),
+    )
+
+
+def test_a_cross_encoder_is_no_sentence_encoder(refused, tiny_model, tmp_path):
+    """Its mean pooling would give numbers, which mean nothing."""
+    shutil.copytree(tiny_model, tmp_path / "ranker")
+    options = {"num_labels": 1, "ignore_mismatched_sizes": True}
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_model, **options)
+    model.save_pretrained(tmp_path / "ranker")
+    refused(
+        *("index", "HOME/good.csv", "--index", "HOME/new", "--model", tmp_path / "ranker"),
+        parts=("ranker", "cross-encoder", "BertForSequenceClassification", "one label", "--rerank"),
     )
