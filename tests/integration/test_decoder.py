@@ -243,7 +243,7 @@ PROMPTS = {  # texts, the first column of each, how the columns come: those of a
 
 
 @pytest.mark.parametrize("case", PROMPTS)
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ["llama, odd sizes", "mistral, a window and heads of whole tiles"])
 def test_the_rows_of_a_prompt_are_computed_as_those_of_tokens(name, case, kernel):
     """With weights that are widened for all of them, and heads of whole tiles together."""
     compare_steps(FastStep(own_transformer(random_model(name)), kernel), *PROMPTS[case])
