@@ -8,6 +8,7 @@ these events; the script itself runs unchanged.
 """
 
 import contextlib
+import importlib
 import json
 import os
 import resource
@@ -26,6 +27,20 @@ from common import cli
 from common.training import checkpoint
 from common.training.tracking import LossMeter
 
+# what the steps of a run load when they come to it: here once, instead of in each child
+LOADED_BY_STEPS = (
+    "common.figures",
+    "common.models",
+    "common.tables",
+    "common.training.inspection",
+    "common.training.metrics",
+    "sklearn.metrics",
+    "sklearn.model_selection",
+    "torch._dynamo",
+    "torch.utils.tensorboard",
+    "transformers.models.bert.modeling_bert",
+    "transformers.optimization",
+)
 FILE_EVENTS = ("open", "os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
 
 
@@ -202,5 +217,7 @@ def run(job: dict) -> list[int]:
 
 
 if __name__ == "__main__":
+    for name in LOADED_BY_STEPS:
+        importlib.import_module(name)
     for line in sys.stdin:
         print(json.dumps(run(json.loads(line))), flush=True)
