@@ -5,10 +5,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-# where the home folder can't be written it says that it lists the fonts anew
+# where the home folder can't be written, it says in many words that it lists the fonts anew
 logging.getLogger("matplotlib").setLevel(logging.ERROR)
+
+import matplotlib  # noqa: E402
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the choice of the backend)
 import numpy as np  # noqa: E402
