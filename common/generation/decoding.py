@@ -3,18 +3,20 @@
 Three things go wrong in batched decoding, and each has a name here: the attention mask hides the
 padding, the positions count a row's own tokens (transformers #18478, #29419), and the cache holds
 what was computed before. `prefill` reads all prompts at once and `step` one token per row. Both are
-the library's forward; for models that llama.py covers, a step in C is its faster twin.
+the library's forward, or for models that llama.py covers the step in C.
 
 Shapes: B rows (texts), T columns (tokens so far), V tokens in the vocabulary.
 """
 
+from __future__ import annotations
+
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
 
 from common.errors import UserError
 from common.generation import sampling
@@ -22,7 +24,10 @@ from common.generation.fast_decoding import RoomyCache
 from common.generation.language_model import LanguageModel
 from common.generation.sampling import Settings
 
-FAST_TOKENS = 64  # for more new tokens, the library's matrix products are faster than the step in C
+if TYPE_CHECKING:  # importing it takes seconds
+    from transformers import DynamicCache, PreTrainedModel
+
+    Cache = DynamicCache | RoomyCache
 
 
 @dataclass
@@ -37,7 +42,7 @@ class Batch:
     mask: Tensor | None
     starts: Tensor  # (B): the column where each row's text begins
     length: int  # T, the number of columns in use
-    cache: DynamicCache
+    cache: Cache
     ended: list[bool]  # (B): rows that have ended get padding until all have
 
     @property
@@ -55,7 +60,7 @@ class Step:
 
 
 def left_pad(
-    prompts: list[list[int]], language_model: LanguageModel, *, room: int, cache: DynamicCache | None = None
+    prompts: list[list[int]], language_model: LanguageModel, *, room: int, cache: Cache | None = None
 ) -> Batch:
     """Return prompts as a batch with `room` more columns for new tokens.
 
@@ -78,12 +83,15 @@ def left_pad(
     )
 
 
-def new_cache(language_model: LanguageModel) -> DynamicCache:
+def new_cache(language_model: LanguageModel) -> Cache:
     """Return an empty cache, which forgets what a sliding-window model can no longer see; for the
     step in C, one with room for more.
     """
     if language_model.fast_step is not None:
         return RoomyCache(language_model.fast_step.model)
+    from transformers import DynamicCache
+
+    assert language_model.model is not None
     return DynamicCache(config=language_model.model.config.get_text_config(decoder=True))
 
 
@@ -106,16 +114,16 @@ def forward(language_model: LanguageModel, batch: Batch, *, first: int, keep: in
 
     Return the logits of the last `keep` columns, (B, keep, V), in the model's precision.
     """
-    cache, fast_step = batch.cache, language_model.fast_step
+    cache, fast_step, model = batch.cache, language_model.fast_step, language_model.model
     if isinstance(cache, RoomyCache) and fast_step is not None:
         cache.reserve(*batch.ids.shape)
-        if len(batch.ids) * (batch.length - first) <= FAST_TOKENS:
-            return fast_step.forward(batch.tokens, batch.starts, cache, first=first, keep=keep)
+        return fast_step.forward(batch.tokens, batch.starts, cache, first=first, keep=keep)
+    assert model is not None
     columns = torch.arange(first, batch.length, device=batch.ids.device)
     positions = columns - batch.starts[:, None]  # (B, T - first), negative in the padding
     options = {"position_ids": positions.clamp(min=0), "logits_to_keep": keep}
-    accepted = accepted_inputs(type(language_model.model))
-    output = language_model.model(
+    accepted = accepted_inputs(type(model))
+    output = model(
         input_ids=batch.ids[:, first : batch.length],
         attention_mask=None if batch.mask is None else batch.mask[:, : batch.length],
         past_key_values=batch.cache,

@@ -2,20 +2,27 @@
 does, and greedy, top-k and top-p side by side.
 """
 
+from __future__ import annotations
+
 import itertools
 import textwrap
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from tabulate import tabulate
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from common.generation import decoding, sampling
 from common.generation.completion import Completion, Options, Prompt
 from common.generation.decoding import Step
 from common.generation.language_model import LanguageModel
 from common.generation.sampling import Settings
+
+if TYPE_CHECKING:  # importing it takes seconds
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from common.tokenizer import Tokenizer
 
 CONTINUATION_TOKENS = 12  # shown of each continuation, from the first difference on
 CANDIDATES = 8  # shown for each token
@@ -43,6 +50,8 @@ class Difference:
 
 def generation_config(options: Options, language_model: LanguageModel) -> GenerationConfig:
     """Return our options in the terms of `generate`."""
+    from transformers import GenerationConfig
+
     settings = options.settings
     drawing = {}
     if settings.sample:
@@ -63,11 +72,32 @@ def generation_config(options: Options, language_model: LanguageModel) -> Genera
     )
 
 
+def library_model(language_model: LanguageModel) -> PreTrainedModel:
+    """Return the model of transformers: for one that the step in C computes, the library's over the
+    same weights, widened to fp32.
+    """
+    if language_model.model is not None:
+        return language_model.model
+    from transformers import AutoConfig
+
+    from common import models
+    from common.generation import library
+
+    name, folder = language_model.name, language_model.folder
+    config = models.load(AutoConfig, folder, name=name)
+    return library.over_weights(config, folder, language_model.weights, torch.float32, name=name).eval()
+
+
 @torch.inference_mode()
 def library_tokens(
-    language_model: LanguageModel, prompts: list[Prompt], options: Options, *, seed: int
+    language_model: LanguageModel,
+    model: PreTrainedModel,
+    prompts: list[Prompt],
+    options: Options,
+    *,
+    seed: int,
 ) -> list[list[int]]:
-    """Return the new tokens that `model.generate` gives for a batch.
+    """Return the new tokens that `model.generate` gives for a batch; `model` is `library_model`'s.
 
     There is one list for each prompt and sample, with the padding that `generate` adds after the
     end of a text. What a call leaves open, `generate` takes from the model's own generation
@@ -76,19 +106,28 @@ def library_tokens(
     batch = decoding.left_pad([prompt.ids for prompt in prompts], language_model, room=0)
     mask = torch.ones_like(batch.ids) if batch.mask is None else batch.mask
     torch.manual_seed(seed)
-    model = language_model.model
     own_config = model.generation_config
     try:
-        model.generation_config = GenerationConfig()
+        model.generation_config = type(own_config)()
         output = model.generate(  # pyrefly: ignore[not-callable]  (load refuses models without it)
             batch.ids,
             attention_mask=mask,
             generation_config=generation_config(options, language_model),
-            tokenizer=language_model.tokenizer,
+            tokenizer=library_tokenizer(language_model) if options.stops else None,
         )
     finally:
         model.generation_config = own_config
     return output[:, batch.length :].tolist()
+
+
+def library_tokenizer(language_model: LanguageModel) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of transformers, in which `generate` looks for stop strings."""
+    from common import models
+    from common.tokenizer import Tokenizer
+
+    if isinstance(language_model.tokenizer, Tokenizer):
+        return models.load_tokenizer(language_model.folder, name=language_model.name)
+    return language_model.tokenizer
 
 
 def first_difference(row: Completion, theirs: list[int], *, pad_id: int | None) -> Difference | None:
@@ -170,7 +209,9 @@ def step_table(step: Step, ids: Tensor, settings: Settings, row: Completion) -> 
     return token_table(number, step.tokens[0], shown, row.stream.tokenizer)
 
 
-def token_table(number: int, token: int, stages: list[Stage], tokenizer: PreTrainedTokenizerBase) -> str:
+def token_table(
+    number: int, token: int, stages: list[Stage], tokenizer: PreTrainedTokenizerBase | Tokenizer
+) -> str:
     """Return the table of one token: the most likely candidates, each with its probability before
     and after every filter. `number` counts the new tokens from 1.
     """

@@ -3,7 +3,8 @@ that it runs on, and called through ctypes.
 
 It is kept because a step of the library's forward spends most of its time on reading weights in
 fp32 and on dispatch: with the bundled model's own 4-bit numbers, a token takes a fraction of that
-time (docs/benchmarks.md). `fast_step` returns it for a model, or why there is none.
+time (docs/benchmarks.md). It is not used before it has computed what the plain step computes: with
+a small model of every kind of weights, once after it was compiled.
 
 Shapes: B texts, T columns, V tokens in the vocabulary.
 """
@@ -12,6 +13,7 @@ import ctypes
 import functools
 import hashlib
 import importlib.util
+import math
 import os
 import platform
 import shlex
@@ -19,27 +21,23 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
 from common.errors import one_line
-from common.generation.llama import Linear, NotCovered, Transformer, read_transformer
-from common.generation.stored_weights import KINDS, TILE, Matrix, matrix_of
+from common.files import cache_home
+from common.generation.llama import Layer, Linear, NotCovered, Places, Rotary, Transformer, plain_step
+from common.generation.stored_weights import GROUP, KIND_OF_DTYPE, KINDS, TILE, Kind, Matrix, convert, pack
 
 SOURCE = Path(__file__).with_name("decoder.c")
 # contracting lets the compiler use fused multiply-add; numbers keep their order otherwise
 FLAGS = ["-O3", "-std=gnu11", "-ffp-contract=fast", "-shared", "-fPIC", "-pthread"]
 COMPILE_SECONDS = 120  # it takes 2 to 4
 MAX_ROWS = 64  # of decoder.c
-CHECKED_TOKENS = 4  # of the self-check
 LARGEST_DIFFERENCE = 1e-3  # between two logits of the self-check; usual is 1e-5
 ROOM = 256  # a cache grows by so many columns
-WIDENED_BYTES = 1 << 24  # of a matrix at once, in the forward of the library
 
 
 # --- Compiling
@@ -71,17 +69,16 @@ def processor() -> str:
 @functools.cache
 def load_library(cache_dir: str | None) -> ctypes.CDLL:
     """Return the compiled decoder.c, from the cache if it is there for this source, these flags and
-    this processor. Raises NotCovered, with the reason, when there is no compiler or it fails.
+    this processor. Raises NotCovered, with the reason, when there is no compiler, when it fails, and
+    when what it has compiled computes something else than the plain step.
 
     Two processes at once each compile their own file and rename it to the same name. Where the
     cache can't be written, the file lives as long as it takes to load it.
     """
-    import huggingface_hub.constants
-
     native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
     key = "\n".join([SOURCE.read_text("utf-8"), *FLAGS, native, processor()])
     name = f"decoder-{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"
-    folder = Path(cache_dir or huggingface_hub.constants.HF_HOME) / "kernels"
+    folder = cache_home(cache_dir) / "kernels"
     try:
         return _declare(ctypes.CDLL(str(folder / name)))
     except (OSError, AttributeError):  # not there, or cut off by a full disk
@@ -101,6 +98,9 @@ def load_library(cache_dir: str | None) -> ctypes.CDLL:
             library = _declare(ctypes.CDLL(str(compiled)))  # stays loaded when the file is gone
         except (OSError, AttributeError) as error:
             raise NotCovered(f"the C compiler {compiler[0]} made no library: {one_line(error)}") from error
+        difference = self_check(library)
+        if difference > LARGEST_DIFFERENCE:
+            raise NotCovered(f"the compiled step is wrong: a logit differs by {difference:.1g}")
         if compiled.parent.parent == folder:
             os.replace(compiled, folder / name)
     return library
@@ -239,24 +239,24 @@ class Kernel:
 # --- The cache of keys and values
 
 
-class CacheLayer(DynamicLayer):
-    """A layer of a RoomyCache, as the library's forward uses it."""
+class RoomyCache:
+    """Keys and values with room for more, as decoder.c fills them.
 
-    def __init__(self, cache: "RoomyCache", number: int) -> None:
-        super().__init__()
-        self.cache, self.number, self.length = cache, number, 0
-        self.is_initialized = True
+    It has what the decoder calls of transformers' caches. A sliding window forgets nothing here:
+    what it can't see is masked.
+    """
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        """Add keys and values (B, K, n, D) at the end; return all so far."""
-        start, self.length = self.length, self.length + key_states.shape[-2]
-        self.cache.reserve(len(key_states), self.length)
-        keys, values = self.cache.keys[self.number], self.cache.values[self.number]
-        keys[:, :, start : self.length] = key_states
-        values[:, :, start : self.length] = value_states
-        return keys[:, :, : self.length], values[:, :, : self.length]
+    layers = ()  # none of which forgets anything
+
+    def __init__(self, model: Transformer) -> None:
+        self.length = 0  # the columns in use
+        shape = (len(model.layers), 0, model.key_heads, 0, model.head_size)  # (L, B, K, T, D)
+        self.keys, self.values = torch.empty(shape), torch.empty(shape)
+
+    @property
+    def capacity(self) -> int:
+        """The columns that there is room for."""
+        return self.keys.shape[3]
 
     def get_seq_length(self) -> int:
         """Return the columns in use."""
@@ -266,39 +266,19 @@ class CacheLayer(DynamicLayer):
         """Forget the last columns; the number is negative."""
         self.length += tokens_to_remove
 
-
-class RoomyCache(DynamicCache):
-    """Keys and values with room for more, which the library's forward and decoder.c both fill.
-
-    A sliding window forgets nothing here: what it can't see is masked.
-    """
-
-    def __init__(self, model: Transformer) -> None:
-        super().__init__()
-        self.key_heads, self.head_size = model.key_heads, model.head_size
-        self.layer_class_to_replicate = None
-        self.own_layers = [CacheLayer(self, number) for number in range(len(model.layers))]
-        self.layers = list(self.own_layers)
-        self.keys = torch.empty(len(self.layers), 0, self.key_heads, 0, self.head_size)  # (L, B, K, T, D)
-        self.values = torch.empty_like(self.keys)
-
-    @property
-    def capacity(self) -> int:
-        """The columns that there is room for."""
-        return self.keys.shape[3]
+    def activate_past_recording(self) -> None:
+        """Nothing is forgotten in any case."""
 
     def reserve(self, texts: int, columns: int) -> None:
         """Make room for so many texts and columns; what is there is kept."""
         if self.keys.shape[1] == texts and self.capacity >= columns:
             return
         columns = -(-columns // ROOM) * ROOM
-        used = max(layer.length for layer in self.own_layers)
         for name in ("keys", "values"):
             old = getattr(self, name)
-            new = torch.empty(len(self.layers), texts, self.key_heads, columns, self.head_size)
-            kept = min(used, old.shape[3])
+            new = torch.empty(old.shape[0], texts, old.shape[2], columns, old.shape[4])
             if old.shape[1] == texts:
-                new[:, :, :, :kept] = old[:, :, :, :kept]
+                new[:, :, :, : self.length] = old[:, :, :, : self.length]
             setattr(self, name, new)
 
 
@@ -370,8 +350,7 @@ class FastStep:
             )
             if self.kernel.library.step(self.kernel.pool, self.c_model, step):
                 raise MemoryError
-        for layer in cache.own_layers:
-            layer.length = length
+        cache.length = length
         return logits.view(keep, texts, -1).transpose(0, 1)
 
     def _use(self, cache: RoomyCache) -> None:
@@ -384,107 +363,89 @@ class FastStep:
         self.storage = cache.keys
 
     def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the cosines and sines (R, D) of positions (R), from the model's own module."""
+        """Return the cosines and sines (R, D) of positions (R)."""
         needed = int(positions.max()) + 1
         if needed > len(self.cosines):
-            known = torch.arange(2 * needed)[None]
-            cosines, sines = self.model.rotary(torch.empty(0), known)
-            self.cosines, self.sines = cosines[0].contiguous(), sines[0].contiguous()
+            self.cosines, self.sines = self.model.rotary(torch.arange(2 * needed))
         return self.cosines[positions], self.sines[positions]
 
 
-def fast_step(model: PreTrainedModel, stored: dict[str, Matrix], kernel: Kernel) -> FastStep:
-    """Return the step of a model in C, after a check of a few tokens against the library's forward.
-
-    Raises NotCovered, with the reason, for a model that it would compute wrongly.
-    """
-    step = FastStep(read_transformer(model, stored), kernel)
-    difference = self_check(step, model)
-    if not difference <= LARGEST_DIFFERENCE:
-        raise NotCovered(f"a logit differs by {difference:.1g}")
-    return step
+# --- The self-check
 
 
 @torch.inference_mode()
-def self_check(step: FastStep, model: PreTrainedModel) -> float:
-    """Return the largest difference between a logit of the library's forward and of the step, for a
-    few tokens one after the other.
+def self_check(library: ctypes.CDLL) -> float:
+    """Return the largest difference between a logit of the compiled step and of the plain one: for a
+    small model of each kind of weights, two texts, a prompt and two tokens.
     """
-    vocabulary = step.model.head.matrix.rows
-    ids = (torch.arange(1, CHECKED_TOKENS + 1) * 7919 % vocabulary)[None]  # spread over the vocabulary
-    theirs = model(ids, use_cache=False).logits[0].float()  # (n, V)
-    cache, starts = RoomyCache(step.model), torch.zeros(1, dtype=torch.long)
-    ours = [
-        step.forward(ids[:, : column + 1], starts, cache, first=column, keep=1)[0]
-        for column in range(CHECKED_TOKENS)
+    kernel, starts = Kernel(library, 2), torch.tensor([0, 2])
+    ids = torch.arange(10).view(2, 5) * 7 % CHECKED_SIZES["vocabulary"]
+    largest = 0.0
+    for kind in KINDS:
+        model = random_transformer(kind)
+        step, cache = FastStep(model, kernel), RoomyCache(model)
+        keys, values = torch.zeros(2, len(model.layers), 2, model.key_heads, 5, model.head_size)
+        ours, theirs = [], []
+        for first, end in ((0, 3), (3, 4), (4, 5)):
+            ours.append(step.forward(ids[:, :end], starts, cache, first=first, keep=end - first))
+        for column in range(5):
+            columns = torch.full((2,), column)
+            places = Places(torch.arange(2), columns, torch.minimum(starts, columns))
+            theirs.append(plain_step(model, keys, values, ids[:, column], places))
+        difference = (torch.cat(ours, 1) - torch.stack(theirs, 1)).abs().max().item()
+        largest = max(largest, difference) if difference == difference else math.inf  # NaN is no number
+    return largest
+
+
+DTYPE_OF_KIND = {kind: dtype for dtype, kind in KIND_OF_DTYPE.items()}
+CHECKED_SIZES = {"width": 64, "inner": 96, "heads": 4, "key_heads": 2, "head_size": 16, "vocabulary": 50}
+
+
+def random_transformer(kind: Kind) -> Transformer:
+    """Return a small model with random weights of a kind, and with everything that a layer can have."""
+    generator = torch.Generator().manual_seed(0)
+    width, inner, heads, key_heads, size, vocabulary = CHECKED_SIZES.values()
+
+    def matrix(rows: int, columns: int) -> Matrix:
+        numbers = torch.randint(0, 16, (rows, columns), generator=generator)
+        scales = torch.full((rows, columns // GROUP), 0.02).half()
+        if kind == "groups8":
+            return pack(kind, numbers - 8, scales, None)
+        packed = pack("groups4", numbers, scales, -8 * scales)
+        return packed if kind == "groups4" else convert(packed, DTYPE_OF_KIND[kind])
+
+    def linear(rows: int, columns: int) -> Linear:
+        return Linear(matrix(rows, columns), torch.randn(rows, generator=generator) / 8)
+
+    def norm(size: int) -> Tensor:
+        return 1 + torch.randn(size, generator=generator) / 8
+
+    layers = [
+        Layer(
+            query=linear(heads * size, width),
+            key=linear(key_heads * size, width),
+            value=linear(key_heads * size, width),
+            output=linear(width, heads * size),
+            gate=linear(inner, width),
+            up=linear(inner, width),
+            down=linear(width, inner),
+            attention_norm=norm(width),
+            mlp_norm=norm(width),
+            query_norm=norm(size),
+            key_norm=norm(size),
+            window=window,
+        )
+        for window in (None, 2)
     ]
-    return (torch.cat(ours) - theirs).abs().max().item()
-
-
-# --- A model of transformers over stored weights
-
-
-class StoredLinear(torch.nn.Module):
-    """A linear layer whose weights stay as they are stored; each forward widens them to fp32."""
-
-    def __init__(self, matrix: Matrix, bias: Tensor | None, kernel: Kernel) -> None:
-        super().__init__()
-        self.matrix, self.bias, self.kernel = matrix, bias, kernel
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return x (..., columns) times the matrix, plus the bias: (..., rows)."""
-        parts = [torch.nn.functional.linear(x, weight) for weight in self._blocks()]
-        result = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-        return result if self.bias is None else result + self.bias
-
-    def _blocks(self) -> Iterator[Tensor]:
-        size = max(WIDENED_BYTES // (4 * self.matrix.columns) // TILE * TILE, TILE)
-        for first in range(0, self.matrix.rows, size):
-            yield self.kernel.widen(self.matrix, first, min(size, self.matrix.rows - first))
-
-
-class StoredEmbedding(torch.nn.Module):
-    """An embedding whose weights stay as they are stored."""
-
-    def __init__(self, matrix: Matrix, kernel: Kernel) -> None:
-        super().__init__()
-        self.matrix, self.kernel = matrix, kernel
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """Return the embeddings (..., E) of token ids in fp32."""
-        return self.kernel.widen_rows(self.matrix, ids.flatten().tolist()).view(*ids.shape, -1)
-
-
-def own_matrices(model: PreTrainedModel) -> dict[str, Matrix]:
-    """Return the matrices of a model under their names, without copying them."""
-    return {
-        name: matrix_of(parameter.detach())
-        for name, parameter in model.named_parameters()
-        if parameter.dim() == 2
-    }
-
-
-def stored_matrices(model: PreTrainedModel) -> dict[str, Matrix]:
-    """Return the matrices of a model that `store` has changed, under the names of its
-    parameters.
-    """
-    return {
-        f"{name}.weight": module.matrix
-        for name, module in model.named_modules()
-        if isinstance(module, StoredLinear | StoredEmbedding)
-    }
-
-
-def store(model: PreTrainedModel, stored: dict[str, Matrix], kernel: Kernel) -> None:
-    """Replace the linear layers and the embedding of a model by those over stored weights, in
-    place; `stored` has them under the names of the model's parameters.
-    """
-    for name, module in list(model.named_modules()):
-        matrix = stored.get(f"{name}.weight")
-        if isinstance(module, torch.nn.Embedding) and matrix is not None:
-            model.set_submodule(name, StoredEmbedding(matrix, kernel))
-        elif isinstance(module, torch.nn.Linear):
-            # tied: a head without weights of its own has those of the embedding
-            matrix = matrix or stored.get("model.embed_tokens.weight")
-            if matrix is not None:
-                model.set_submodule(name, StoredLinear(matrix, module.bias, kernel))
+    return Transformer(
+        layers=layers,
+        embedding=matrix(vocabulary, width),
+        head=linear(vocabulary, width),
+        norm=norm(width),
+        heads=heads,
+        key_heads=key_heads,
+        head_size=size,
+        epsilon=0.1,
+        rotary=Rotary(torch.logspace(0, -2, size // 2)),
+        context=8,
+    )

@@ -1,52 +1,83 @@
 """A causal language model with its tokenizer, and what decoding needs to know about the two: end
 ids, padding id, context; prompts as token ids.
+
+A model that the step in C covers is read from its folder without transformers, whose code of a
+model takes seconds to import. All others are the library's (library.py).
 """
 
-from dataclasses import dataclass
+from __future__ import annotations
+
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from common import models, sources
-from common.errors import UserError, shorten
+from common.errors import UnknownModel, UserError, shorten
+from common.files import read_settings
 from common.generation import fast_decoding, stored_weights
 from common.generation.fast_decoding import FastStep, Kernel
 from common.generation.llama import NotCovered, check_config, read_transformer
 from common.generation.stored_weights import Matrix
 from common.runtime import DTYPES, Runtime
+from common.tokenizer import Tokenizer, read_language_tokenizer
+
+if TYPE_CHECKING:  # importing it takes seconds
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MOST_CHARACTERS_PER_TOKEN = 1000  # far more than any tokenizer's longest token has
 Weights = Literal["auto", "file", "fp32", "bf16"]  # of --weights
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A model, its tokenizer, and how a text ends with them."""
+    """A model, its tokenizer, and how a text ends with them.
+
+    It has either a model of transformers or a step in C, over `weights` from `folder`.
+    """
 
     name: str
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel | None
+    tokenizer: PreTrainedTokenizerBase | Tokenizer
     end_ids: tuple[int, ...]  # each of them ends a text; () if none does
     pad_id: int
     context: int | None  # the most tokens that fit; None if nothing limits it
-    fast_step: FastStep | None = None  # None: every step is the library's forward
+    fast_step: FastStep | None = None
     step_name: str = "PyTorch"  # how steps are computed, for the summary
+    folder: Path = Path()
+    weights: dict[str, Matrix | Tensor] = field(default_factory=dict)  # as stored, under their names
 
     @property
     def device(self) -> torch.device:
         """The device of the model."""
-        return self.model.device
+        return CPU if self.model is None else self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the numbers that are computed with."""
+        return torch.float32 if self.model is None else self.model.dtype
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the model knows."""
+        if self.fast_step is not None:
+            return self.fast_step.model.head.matrix.rows
+        assert self.model is not None
+        return self.model.config.get_text_config(decoder=True).vocab_size
+
+    @property
+    def cache_bytes(self) -> int:
+        """The memory of a token's keys and values."""
+        if self.fast_step is not None:
+            own = self.fast_step.model
+            return 2 * len(own.layers) * own.key_heads * own.head_size * self.dtype.itemsize
+        assert self.model is not None
+        config = self.model.config.get_text_config(decoder=True)
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return 2 * config.num_hidden_layers * heads * size * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -69,54 +100,44 @@ def load(
     cannot be loaded or is of another kind.
     """
     loading = loading or Loading(in_fp32=runtime.precision == "fp32")
-    source = sources.find_folder(name, kind="language model", cache_dir=cache_dir)
-    gguf = stored_weights.find_gguf(source)
-    with models.load_errors(name):
-        folder = source if gguf is None else stored_weights.gguf_folder(gguf, cache_dir)
-    config = models.load(AutoConfig, folder, name=name)
-    check_trained_to_generate(config, name=name)
-    tokenizer = models.load_tokenizer(folder, name=name)
-    model, fast_step, step_name = load_model(config, folder, runtime, loading, name=name, cache_dir=cache_dir)
-    if model.config.is_encoder_decoder or not model.can_generate():
-        raise UserError(
-            f"--model {name}: {type(model).__name__} does not continue texts; name a causal language model"
-        )
-    end_ids = find_end_ids(model, tokenizer)
-    pad_ids = (model.generation_config.pad_token_id, tokenizer.pad_token_id, *end_ids, 0)
-    # LLaMA's first models say -1 for none
-    pad_id = next(number for number in pad_ids if number not in (None, -1))
-    check_ids((*end_ids, pad_id), model, name=name)
-    if gguf is None:
-        models.try_out(model, tokenizer, name=name)
-    context = models.max_positions(model)
-    return LanguageModel(name, model, tokenizer, end_ids, pad_id, context, fast_step, step_name)
-
-
-def load_model(
-    config: PreTrainedConfig,
-    folder: Path,
-    runtime: Runtime,
-    loading: Loading,
-    *,
-    name: str,
-    cache_dir: str | None,
-) -> tuple[PreTrainedModel, FastStep | None, str]:
-    """Return a model, its step in C if there is one, and how its steps are computed, in words."""
-    plain_dtype = DTYPES[runtime.precision]
+    folder = stored_weights.model_folder(name, cache_dir)
     try:
-        check_config(config)  # before the weights are read
-        kernel = start_kernel(runtime, loading, cache_dir)
-        dtype = wanted_dtype(folder, runtime, loading)
-        model = read_model(config, folder, dtype, name=name, kernel=kernel)
-        step = fast_decoding.fast_step(model, fast_decoding.stored_matrices(model), kernel)
-        model.eval()
-        return model, step, "C"
-    except NotCovered as reason:
+        return load_for_step(folder, runtime, loading, name=name, cache_dir=cache_dir)
+    except (NotCovered, UnknownModel) as reason:
         if loading.weights == "file":
             raise UserError(f"--weights file: {name}: {reason}; leave the flag out") from reason
-        dtype = DTYPES[loading.weights] if loading.weights != "auto" else plain_dtype
-        plain: Any = read_model(config, folder, dtype, name=name, kernel=None)
-        return plain.eval().to(runtime.device), None, f"PyTorch ({reason})"
+        step_name = f"PyTorch ({reason})"
+    dtype = DTYPES[loading.weights if loading.weights in DTYPES else runtime.precision]
+    return load_from_library(folder, dtype, runtime.device, name=name, step_name=step_name)
+
+
+def load_for_step(
+    folder: Path, runtime: Runtime, loading: Loading, *, name: str, cache_dir: str | None
+) -> LanguageModel:
+    """Return the model of a folder for the step in C. Raises NotCovered or UnknownModel, with the
+    reason, for one that it does not compute, and where it can't be used.
+    """
+    kernel = start_kernel(runtime, loading, cache_dir)
+    config = read_settings(folder / "config.json")
+    check_config(config)  # before the weights are read
+    check_saved_to_generate(config)
+    weights = stored_weights.read_folder(folder, f"--model {name}")
+    check_stored_dtype(config, weights)
+    dtype = wanted_dtype(folder, runtime, loading)
+    if dtype is not None:
+        weights = {
+            key: stored_weights.convert(weight, dtype) if isinstance(weight, Matrix) else weight
+            for key, weight in weights.items()
+        }
+    step = FastStep(read_transformer(config, weights), kernel)
+    words = load_tokenizer(folder, name=name)
+    ids = read_special_ids(folder, config)
+    end_ids = find_end_ids(ids, words)
+    pad_id = find_pad_id(ids, words, end_ids)
+    context = step.model.context
+    found = LanguageModel(name, None, words, end_ids, pad_id, context, step, "C", folder, weights)
+    check_ids((*end_ids, pad_id), found)
+    return found
 
 
 def start_kernel(runtime: Runtime, loading: Loading, cache_dir: str | None) -> Kernel:
@@ -130,114 +151,106 @@ def start_kernel(runtime: Runtime, loading: Loading, cache_dir: str | None) -> K
     return Kernel(fast_decoding.load_library(cache_dir), torch.get_num_threads())
 
 
+def check_saved_to_generate(config: dict[str, Any]) -> None:
+    """Raise NotCovered for a model that was saved with another head than that of a language model:
+    the library says what it is.
+    """
+    saved = config.get("architectures") or ["ForCausalLM"]
+    if not any(kind.endswith("ForCausalLM") for kind in saved):
+        raise NotCovered(f"it was saved as {', '.join(saved)}")
+
+
+def check_stored_dtype(config: dict[str, Any], weights: dict[str, Matrix | Tensor]) -> None:
+    """Raise NotCovered where a config asks for weights of another type than the stored ones: the
+    library rounds them when it loads them.
+    """
+    asked = config.get("dtype", config.get("torch_dtype"))
+    kinds = {weight.data.dtype for weight in weights.values() if isinstance(weight, Matrix)}
+    if asked is not None and any(f"torch.{asked}" != str(dtype) for dtype in kinds - {torch.uint8}):
+        raise NotCovered(f"its weights are to be rounded to {asked}")
+
+
 def wanted_dtype(folder: Path, runtime: Runtime, loading: Loading) -> torch.dtype | None:
     """Return the dtype of the weights for the step in C; None: as they are stored."""
     if loading.weights in ("fp32", "bf16"):
         return DTYPES[loading.weights]
-    if loading.weights == "file" or runtime.precision == "fp32" or is_from_gguf(folder):
+    is_from_gguf = (folder / stored_weights.WEIGHTS_FILE).exists()
+    if loading.weights == "file" or runtime.precision == "fp32" or is_from_gguf:
         return None
     return DTYPES[runtime.precision]  # where bf16 is fast, fp32 would take twice the time to read
 
 
-def is_from_gguf(folder: Path) -> bool:
-    """Return whether a folder is one of those that hold the content of a GGUF file."""
-    return (folder / stored_weights.WEIGHTS_FILE).exists()
+def load_from_library(
+    folder: Path, dtype: torch.dtype, device: torch.device, *, name: str, step_name: str
+) -> LanguageModel:
+    """Return the model of a folder as transformers reads and computes it."""
+    from common import models
+    from common.generation import library
+
+    model = library.load(folder, dtype, device, name=name)
+    words = models.load_tokenizer(folder, name=name)
+    ids = {role: getattr(model.generation_config, role) for role in ("eos_token_id", "pad_token_id")}
+    end_ids = find_end_ids(ids, words)
+    pad_id = find_pad_id(ids, words, end_ids)
+    context = models.max_positions(model)
+    found = LanguageModel(name, model, words, end_ids, pad_id, context, step_name=step_name, folder=folder)
+    check_ids((*end_ids, pad_id), found)
+    models.try_out(model, words, name=name)
+    return found
 
 
-def read_model(
-    config: PreTrainedConfig, folder: Path, dtype: torch.dtype | None, *, name: str, kernel: Kernel | None
-) -> PreTrainedModel:
-    """Return the model of a folder, with weights of a dtype; None: as they are stored.
+def load_tokenizer(folder: Path, *, name: str) -> PreTrainedTokenizerBase | Tokenizer:
+    """Return the tokenizer of a folder: our own, or the library's where ours does not know it."""
+    try:
+        return read_language_tokenizer(folder)
+    except UnknownModel:
+        from common import models
 
-    With a kernel, weights of less than 32 bits stay as they are, and are widened where they are
-    used. Raises NotCovered, with a kernel, for a model whose weights it can't find.
+        return models.load_tokenizer(folder, name=name)
+
+
+def read_special_ids(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Return the ids that end and pad texts: those of generation_config.json where there is one,
+    else those of config.json.
     """
-    if is_from_gguf(folder):
-        return read_stored(config, folder, dtype, name=name, kernel=kernel)
-    model, new = models.load_model(
-        AutoModelForCausalLM, folder, name=name, config=config, dtype=dtype or "auto"
-    )
-    if new:
-        raise UserError(
-            f"--model {name}: it was never trained to generate (no weights for {', '.join(new[:3])}); name a "
-            "causal language model"
-        )
-    if kernel is not None and model.dtype != torch.float32:
-        read_transformer(model, {})  # raises NotCovered before anything is replaced
-        matrices = fast_decoding.own_matrices(model)
-        fast_decoding.store(model, matrices, kernel)
-        model.float()  # the vectors, and what is computed with them
-    return model
+    path = folder / "generation_config.json"
+    if path.exists():
+        return read_settings(path)
+    known = {"eos_token_id": 2} if config["model_type"] in ("llama", "mistral") else {}
+    return {**known, **config}
 
 
-def read_stored(
-    config: PreTrainedConfig, folder: Path, dtype: torch.dtype | None, *, name: str, kernel: Kernel | None
-) -> PreTrainedModel:
-    """Return a model from the folder of a GGUF file, as `read_model` does."""
-    weights = stored_weights.read_weights(folder / stored_weights.WEIGHTS_FILE)
-    keeps = kernel is not None and dtype != torch.float32
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    matrices: dict[str, Matrix] = {}
-    tensors: dict[str, Tensor] = {}
-    for key, weight in weights.items():
-        if isinstance(weight, Matrix) and keeps:
-            matrices[key] = weight if dtype is None else stored_weights.convert(weight, dtype)
-        elif isinstance(weight, Matrix):
-            tensors[key] = weight.widen().to(dtype or torch.float32)
-        else:
-            tensors[key] = weight if keeps else weight.to(dtype or torch.float32)
-    if kernel is not None and keeps:
-        fast_decoding.store(model, matrices, kernel)
-    model.load_state_dict(tensors, strict=False, assign=True)
-    if not keeps:
-        model.tie_weights()
-    missing = [key for key, parameter in model.named_parameters() if parameter.is_meta]
-    if missing:
-        raise UserError(f"--model {name}: no weights for {missing[0]}; name a complete file")
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its angles are no weights
-    model.generation_config = models.load(GenerationConfig, folder, name=name)
-    return model.requires_grad_(False)
-
-
-def check_trained_to_generate(config: PreTrainedConfig, *, name: str) -> None:
-    """Raise UserError for a model that was saved with another head than that of a language model,
-    or without one.
-
-    Some load all the same: BERT's head for masked words, or GPT-2 without a head, which is tied to
-    the embeddings.
-    """
-    saved = config.architectures or []
-    known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
-    is_known = not known.isdisjoint(saved) or any(kind.endswith("ForCausalLM") for kind in saved)
-    if saved and not is_known and not config.is_encoder_decoder:
-        raise UserError(
-            f"--model {name}: it was never trained to generate (it was saved as {', '.join(saved)}); name a"
-            " causal language model"
-        )
-
-
-def find_end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def find_end_ids(ids: dict[str, Any], words: PreTrainedTokenizerBase | Tokenizer) -> tuple[int, ...]:
     """Return the ids that end a text: those of the model, else that of the tokenizer, else none.
 
     The model's can be a list (transformers #31362).
     """
-    ids = model.generation_config.eos_token_id
-    if ids is None:
-        ids = tokenizer.eos_token_id
-    if ids is None:
+    found = ids.get("eos_token_id")
+    if found is None:
+        found = words.eos_token_id
+    if found is None:
         return ()
-    return tuple(ids) if isinstance(ids, list | tuple) else (ids,)
+    return tuple(found) if isinstance(found, list | tuple) else (found,)
 
 
-def check_ids(ids: tuple, model: PreTrainedModel, *, name: str) -> None:
+def find_pad_id(
+    ids: dict[str, Any], words: PreTrainedTokenizerBase | Tokenizer, end_ids: tuple[int, ...]
+) -> int:
+    """Return the id that fills up short texts; any would do, because it is masked."""
+    candidates = (ids.get("pad_token_id"), words.pad_token_id, *end_ids, 0)
+    # LLaMA's first models say -1 for none
+    return next(number for number in candidates if number not in (None, -1))
+
+
+def check_ids(ids: tuple, language_model: LanguageModel) -> None:
     """Raise UserError unless all ids, which come from a model's files, are of its vocabulary."""
-    size = model.config.get_text_config(decoder=True).vocab_size
+    size = language_model.vocabulary
     for number in ids:
         if type(number) is not int or not 0 <= number < size:
             raise UserError(
-                f"--model {name}: it ends or pads texts with the id {shorten(repr(number), 60)}, and its "
-                f"ids go from 0 to {size - 1}; correct its generation_config.json"
+                f"--model {language_model.name}: it ends or pads texts with the id"
+                f" {shorten(repr(number), 60)}, and its ids go from 0 to {size - 1}; correct its"
+                " generation_config.json"
             )
 
 
@@ -296,7 +309,7 @@ def check_characters(text: str, language_model: LanguageModel, *, name: str) -> 
 
 def check_tokens(ids: list[int], language_model: LanguageModel, *, name: str) -> None:
     """Raise UserError for a token that the tokenizer has and the model does not."""
-    size = language_model.model.config.get_text_config(decoder=True).vocab_size
+    size = language_model.vocabulary
     highest = max(ids, default=0)
     if highest >= size:
         token = language_model.tokenizer.decode([highest])

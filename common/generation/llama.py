@@ -1,27 +1,26 @@
 """One decoding step of a Llama-like transformer, written out: embedding, attention with a cache,
 gated MLP, logits.
 
-`read_layers` finds the weights of a model by their names and refuses what is not computed here.
-`plain_step` is the text to read, and the oracle of the tests for its faster twin in C, decoder.c.
-Llama, SmolLM, Mistral (a sliding window), Qwen2 (biases) and Qwen3 (norms of queries and keys) are
-all of this kind.
+`read_transformer` finds the weights of a model by their names and refuses what is not computed
+here. `plain_step` is the text to read, and the oracle of the tests for its faster twin in C,
+decoder.c. Llama, SmolLM, Mistral (a sliding window), Qwen2 (biases) and Qwen3 (norms of queries and
+keys) are all of this kind. transformers has the same models, but importing one takes seconds.
 
 Shapes: R rows (one token each), T columns of the cache, E the width of the model, H heads of D
 numbers for queries and K for keys and values, V tokens in the vocabulary.
 """
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from common.generation.stored_weights import GROUP, KIND_OF_DTYPE, Matrix, matrix_of
+from common.generation.stored_weights import GROUP, Matrix
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-# of these, the angle of a position does not depend on the length of the text
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 class NotCovered(Exception):
@@ -70,7 +69,22 @@ class Transformer:
     key_heads: int
     head_size: int
     epsilon: float
-    rotary: Any  # the model's own module: (x, positions (1, R)) -> cosines, sines (1, R, D)
+    rotary: "Rotary"
+    context: int  # the most tokens of a text
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """The angles by which heads are rotated: position times frequency, for D / 2 pairs of numbers."""
+
+    frequencies: Tensor  # (D / 2)
+    scaling: float = 1.0  # of cosines and sines
+
+    def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the cosines and sines (R, D) of positions (R)."""
+        angles = positions[:, None].float() * self.frequencies
+        both = torch.cat([angles, angles], -1)  # the two numbers of a pair are half a head apart
+        return both.cos() * self.scaling, both.sin() * self.scaling
 
 
 @dataclass(frozen=True)
@@ -95,8 +109,7 @@ def plain_step(model: Transformer, keys: Tensor, values: Tensor, tokens: Tensor,
     text may follow each other, as guesses do.
     """
     texts, columns = places.texts, places.columns
-    cosines, sines = model.rotary(keys, places.positions[None])  # (1, R, D)
-    cosines, sines = cosines[0, :, None], sines[0, :, None]  # (R, 1, D)
+    cosines, sines = (part[:, None] for part in model.rotary(places.positions))  # (R, 1, D)
     all_columns = torch.arange(keys.shape[3])  # (T)
     x = model.embedding.widen()[tokens]  # (R, E)
     for number, layer in enumerate(model.layers):
@@ -140,105 +153,204 @@ def rotate(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     return heads * cosines + torch.cat([-second, first], -1) * sines
 
 
-# --- From a model of transformers to its weights
+# --- From config.json and named weights to a model
 
 
-def read_transformer(model: PreTrainedModel, stored: dict[str, Matrix]) -> Transformer:
-    """Return the weights of a model by their names; matrices in `stored` take the place of the
-    model's own.
+def read_transformer(config: Mapping[str, Any], weights: Mapping[str, Tensor | Matrix]) -> Transformer:
+    """Return a model from its config.json and its weights, under their names in transformers.
 
     Raises NotCovered, with the reason, for a model that `plain_step` would compute wrongly: another
     kind of model, a weight that is not used here, a weight that is missing.
     """
-    config = model.config
     check_config(config)
-    if config.num_hidden_layers < 1:
-        raise NotCovered("it has no layers")
-    weights: dict[str, Tensor | Matrix] = dict(model.named_parameters())
-    weights |= stored
-    unused = set(weights)
+    num_layers, heads = number_of(config, "num_hidden_layers"), number_of(config, "num_attention_heads")
+    if config["model_type"] == "llama" and config.get("num_key_value_heads") is None:
+        config = {**config, "num_key_value_heads": heads}  # the first Llamas
+    unused = {name for name in weights if not name.endswith("rotary_emb.inv_freq")}  # follow from the config
 
-    def vector(name: str) -> Tensor | None:
-        weight = weights.get(name)
+    def take(name: str) -> Tensor | Matrix:
+        if name not in weights:
+            raise NotCovered(f"it has no {name}")
         unused.discard(name)
-        if isinstance(weight, Matrix):
-            raise NotCovered(f"{name} is a matrix")
-        return None if weight is None else weight.detach().float().contiguous()
-
-    def linear(name: str) -> Linear:
-        return Linear(matrix(f"{name}.weight"), vector(f"{name}.bias"))
+        return weights[name]
 
     def matrix(name: str) -> Matrix:
-        unused.discard(name)
-        weight = weights.get(name)
-        if weight is None:
-            raise NotCovered(f"it has no {name}")
-        if isinstance(weight, Matrix):
-            return weight
-        if weight.device.type != "cpu" or weight.dtype not in KIND_OF_DTYPE or weight.dim() != 2:
-            raise NotCovered(f"{name} is {weight.dtype} on {weight.device.type}")
-        return matrix_of(weight.detach())
+        weight = take(name)
+        if not isinstance(weight, Matrix):
+            raise NotCovered(f"{name} is no matrix of a known kind")
+        return weight
 
-    def norm(name: str) -> Tensor:
-        found = vector(name)
-        if found is None:
-            raise NotCovered(f"it has no {name}")
-        return found
+    def vector(name: str) -> Tensor:
+        weight = take(name)
+        if isinstance(weight, Matrix) or weight.dim() != 1 or not weight.is_floating_point():
+            raise NotCovered(f"{name} is no vector of numbers")
+        return weight.float().contiguous()
+
+    def linear(name: str, *, has_bias: bool) -> Linear:
+        return Linear(matrix(f"{name}.weight"), vector(f"{name}.bias") if has_bias else None)
 
     def layer(number: int) -> Layer:
         prefix = f"model.layers.{number}"
         attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+        biases = biased_layers(config)
+        has_norms = config["model_type"] == "qwen3"
         return Layer(
-            query=linear(f"{attention}.q_proj"),
-            key=linear(f"{attention}.k_proj"),
-            value=linear(f"{attention}.v_proj"),
-            output=linear(f"{attention}.o_proj"),
-            gate=linear(f"{mlp}.gate_proj"),
-            up=linear(f"{mlp}.up_proj"),
-            down=linear(f"{mlp}.down_proj"),
-            attention_norm=norm(f"{prefix}.input_layernorm.weight"),
-            mlp_norm=norm(f"{prefix}.post_attention_layernorm.weight"),
-            query_norm=vector(f"{attention}.q_norm.weight"),
-            key_norm=vector(f"{attention}.k_norm.weight"),
+            query=linear(f"{attention}.q_proj", has_bias="query" in biases),
+            key=linear(f"{attention}.k_proj", has_bias="key" in biases),
+            value=linear(f"{attention}.v_proj", has_bias="value" in biases),
+            output=linear(f"{attention}.o_proj", has_bias="output" in biases),
+            gate=linear(f"{mlp}.gate_proj", has_bias="mlp" in biases),
+            up=linear(f"{mlp}.up_proj", has_bias="mlp" in biases),
+            down=linear(f"{mlp}.down_proj", has_bias="mlp" in biases),
+            attention_norm=vector(f"{prefix}.input_layernorm.weight"),
+            mlp_norm=vector(f"{prefix}.post_attention_layernorm.weight"),
+            query_norm=vector(f"{attention}.q_norm.weight") if has_norms else None,
+            key_norm=vector(f"{attention}.k_norm.weight") if has_norms else None,
             window=window_of(config, number),
         )
 
     embedding = matrix("model.embed_tokens.weight")
-    head = Linear(embedding, None) if "lm_head.weight" not in weights else linear("lm_head")
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head = Linear(embedding, None)
+    if not config.get("tie_word_embeddings", False):
+        head = linear("lm_head", has_bias=False)
+    elif "lm_head.weight" in weights and not torch.equal(matrix("lm_head.weight").data, embedding.data):
+        raise NotCovered("its head is tied to the embedding and differs from it")
     found = Transformer(
-        layers=[layer(number) for number in range(config.num_hidden_layers)],
+        layers=[layer(number) for number in range(num_layers)],
         embedding=embedding,
         head=head,
-        norm=norm("model.norm.weight"),
-        heads=config.num_attention_heads,
-        key_heads=config.num_key_value_heads,
-        head_size=head_size,
-        epsilon=config.rms_norm_eps,
-        rotary=model.model.rotary_emb,
+        norm=vector("model.norm.weight"),
+        heads=heads,
+        key_heads=number_of(config, "num_key_value_heads"),
+        head_size=head_size_of(config),
+        epsilon=positive_of(config, "rms_norm_eps"),
+        rotary=read_rotary(config),
+        context=number_of(config, "max_position_embeddings"),
     )
     if unused:
         raise NotCovered(f"{min(unused)} is not used")
+    sizes = (found.embedding.rows, found.embedding.columns, found.layers[0].gate.matrix.rows)
+    for name, size in zip(("vocab_size", "hidden_size", "intermediate_size"), sizes):
+        if number_of(config, name) != size:
+            raise NotCovered(f"its {name} is {config[name]}, and its weights have {size}")
     check_sizes(found)
     return found
 
 
-def check_config(config: Any) -> None:
+def check_config(config: Mapping[str, Any]) -> None:
     """Raise NotCovered for a config that asks for something else than `plain_step` computes."""
-    if config.model_type not in MODEL_TYPES:
-        raise NotCovered(f"{config.model_type} is not one of {', '.join(MODEL_TYPES)}")
-    if config.hidden_act != "silu":
-        raise NotCovered(f"its activation is {config.hidden_act}, not silu")
-    rope = config.rope_parameters
-    if rope["rope_type"] not in ROPE_TYPES or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise NotCovered(f"its positions are of the kind {rope['rope_type']}")
+    kind = config.get("model_type")
+    if kind not in MODEL_TYPES:
+        raise NotCovered(f"{kind} is not one of {', '.join(MODEL_TYPES)}")
+    if config.get("hidden_act", "silu") != "silu":
+        raise NotCovered(f"its activation is {config['hidden_act']}, not silu")
+    if config.get("quantization_config") is not None:
+        raise NotCovered("its weights are quantised in a format of their own")
+    for name in ("attn_implementation", "_attn_implementation"):
+        if config.get(name) not in (None, "eager", "sdpa"):
+            raise NotCovered(f"its attention is {config[name]!r:.40}")
+    pad_id = config.get("pad_token_id")
+    if not (pad_id is None or (type(pad_id) is int and -1 <= pad_id < number_of(config, "vocab_size"))):
+        raise NotCovered(f"its pad_token_id is {pad_id!r:.40}")
+    read_rotary(config)
 
 
-def window_of(config: Any, layer: int) -> int | None:
+def number_of(config: Mapping[str, Any], name: str) -> int:
+    """Return a setting that must be a positive whole number; raise NotCovered unless it is one."""
+    value = config.get(name)
+    if type(value) is not int or value < 1:
+        raise NotCovered(f"its {name} is {value!r:.40}")
+    return value
+
+
+def positive_of(config: Mapping[str, Any], name: str) -> float:
+    """Return a setting that must be a positive number; raise NotCovered unless it is one."""
+    value = config.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise NotCovered(f"its {name} is {value!r:.40}")
+    return float(value)
+
+
+def head_size_of(config: Mapping[str, Any]) -> int:
+    """Return how many numbers a head has."""
+    if config.get("head_dim") is not None or config["model_type"] == "qwen3":
+        return number_of(config, "head_dim")
+    return number_of(config, "hidden_size") // number_of(config, "num_attention_heads")
+
+
+def biased_layers(config: Mapping[str, Any]) -> set[str]:
+    """Return which linear layers have a bias."""
+    if config["model_type"] == "qwen2":
+        return {"query", "key", "value"}
+    attention = {"query", "key", "value", "output"} if config.get("attention_bias") else set()
+    return attention | ({"mlp"} if config.get("mlp_bias") and config["model_type"] == "llama" else set())
+
+
+def window_of(config: Mapping[str, Any], layer: int) -> int | None:
     """Return how many columns a layer sees; None: all."""
-    layer_types = getattr(config, "layer_types", None)
-    is_sliding = layer_types is None or layer_types[layer] == "sliding_attention"
-    return getattr(config, "sliding_window", None) if is_sliding else None
+    kind, layer_types = config["model_type"], config.get("layer_types")
+    if kind == "llama" or (kind != "mistral" and not config.get("use_sliding_window", False)):
+        return None
+    if config.get("sliding_window", 0) is None:
+        return None
+    is_sliding = kind == "mistral" or layer >= number_of(config, "max_window_layers")
+    if layer_types is not None:
+        is_sliding = layer_types[layer] == "sliding_attention"
+    return number_of(config, "sliding_window") if is_sliding else None
+
+
+def read_rotary(config: Mapping[str, Any]) -> Rotary:
+    """Return the angles that a config asks for. Raises NotCovered for a kind that is not known here,
+    such as those whose angles depend on the length of the text.
+
+    Versions of transformers before 5 write `rope_theta` and `rope_scaling` for `rope_parameters`.
+    """
+    settings = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(settings, Mapping):
+        raise NotCovered("its rope_parameters are no settings")
+    kind = settings.get("rope_type", settings.get("type", "default"))
+    base = positive_of({"rope_theta": config.get("rope_theta"), **settings}, "rope_theta")
+    if (settings.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise NotCovered("its heads are rotated in part")
+    size = head_size_of(config)
+    frequencies = 1.0 / (base ** (torch.arange(0, size, 2, dtype=torch.float) / size))
+    if kind == "linear":
+        return Rotary(frequencies / positive_of(settings, "factor"))
+    if kind == "llama3":
+        return Rotary(scale_as_llama3(frequencies, settings))
+    if kind == "yarn":
+        return scale_as_yarn(frequencies, base, size, settings)
+    if kind != "default":
+        raise NotCovered(f"its positions are of the kind {kind!r:.40}")
+    return Rotary(frequencies)
+
+
+def scale_as_llama3(frequencies: Tensor, settings: Mapping[str, Any]) -> Tensor:
+    """Return frequencies (D / 2) for longer texts: slow ones divided by a factor, quick ones kept,
+    and between the two a mixture (Llama 3.1).
+    """
+    factor, length = positive_of(settings, "factor"), number_of(settings, "original_max_position_embeddings")
+    slow, quick = positive_of(settings, "low_freq_factor"), positive_of(settings, "high_freq_factor")
+    turns = length * frequencies / (2 * math.pi)  # full turns within a text of the training
+    share = ((turns - slow) / (quick - slow)).clamp(0, 1)  # of the unscaled frequency
+    return (1 - share) * frequencies / factor + share * frequencies
+
+
+def scale_as_yarn(frequencies: Tensor, base: float, size: int, settings: Mapping[str, Any]) -> Rotary:
+    """Return angles for longer texts: as in Llama 3.1, but the share falls with the number of the
+    pair, and cosines and sines grow a little (Peng et al. 2023).
+    """
+    factor, length = positive_of(settings, "factor"), number_of(settings, "original_max_position_embeddings")
+    known = {"rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings"}
+    if unknown := set(settings) - known:
+        raise NotCovered(f"its positions have the setting {min(unknown)}")
+    pair_of = {}  # turns within a text of the training -> the number of the pair that makes so many
+    for turns in (32, 1):
+        pair_of[turns] = size * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(base))
+    first, last = max(math.floor(pair_of[32]), 0), min(math.ceil(pair_of[1]), size - 1)
+    share = 1 - ((torch.arange(size // 2) - first) / max(last - first, 1e-3)).clamp(0, 1)
+    scaled = frequencies / factor * (1 - share) + frequencies * share
+    return Rotary(scaled, 0.1 * math.log(factor) + 1 if factor > 1 else 1.0)
 
 
 def check_sizes(model: Transformer) -> None:

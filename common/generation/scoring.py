@@ -177,8 +177,6 @@ def likelihood(language_model: LanguageModel, ids: list[int], window: SlidingWin
     """Return the likelihood of a text's tokens, computed in overlapping windows, so that each token
     is predicted from a long stretch before it.
     """
-    model = language_model.model
-    keeps_logits = "logits_to_keep" in decoding.accepted_inputs(type(model))
     tokens = torch.tensor([ids], device=language_model.device)  # (1, T)
     total = torch.zeros((), dtype=torch.float64)
     all_passes = list(passes(len(ids), window))
@@ -186,8 +184,8 @@ def likelihood(language_model: LanguageModel, ids: list[int], window: SlidingWin
         for begin, end, first in bar:
             # from the column before the first scored token; the overlap's other logits are not needed
             kept = end - first + 1
-            options = {"logits_to_keep": kept} if keeps_logits else {}
-            logits = model(tokens[:, begin:end], use_cache=False, **options).logits[0, -kept:]  # (kept, V)
+            batch = decoding.left_pad([ids[begin:end]], language_model, room=0)
+            logits = decoding.forward(language_model, batch, first=0, keep=kept)[0]  # (kept, V)
             for start in range(first, end, SCORED_AT_ONCE):
                 targets = tokens[0, start : min(start + SCORED_AT_ONCE, end)]
                 # each token is predicted by the logits of the position before it

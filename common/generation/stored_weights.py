@@ -10,6 +10,7 @@ fp32.
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,8 +21,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from common.errors import UserError
-from common.files import make_once, sha256, sync_file, write_manifest
+from common import bundled, model_files, sources
+from common.errors import UnknownModel, UserError
+from common.files import MANIFEST, cache_home, make_once, read_json, sha256, sync_file, write_manifest
 from common.sources import GGUF_SUFFIX
 
 Kind = Literal["fp32", "fp16", "bf16", "groups4", "groups8"]
@@ -38,7 +40,9 @@ BYTES8 = 2 * TILE + TILE * GROUP
 ZERO8 = 128  # is added to numbers of 8 bits
 
 WEIGHTS_FILE = "stored.safetensors"  # in the folder of a GGUF model, instead of model.safetensors
-FORMAT = "stored-1"  # changes whenever the order of the numbers does
+FORMAT = "stored-2"  # changes whenever the files of a GGUF model's folder do
+# settings that say how a folder was made, not what it holds
+CIRCUMSTANCES = ("transformers_version", "is_local", "local_files_only", "_from_model_config")
 
 
 @dataclass(frozen=True)
@@ -266,51 +270,127 @@ def find_gguf(source: Path) -> Path | None:
     return found[0] if found and not (source / "config.json").exists() else None
 
 
-def gguf_folder(path: Path, cache_dir: str | None) -> Path:
-    """Return the folder with the content of a GGUF file, from the cache; make it first if it is
-    not there.
+def model_folder(name: str, cache_dir: str | None) -> Path:
+    """Return the folder of a language model; of a GGUF file, the one with its content.
+
+    Raises UserError for a model that is not there, a file that can't be read, and a folder in the
+    cache that is not what was written there.
+    """
+    if name == bundled.SMOLLM2:
+        return bundled_folder(cache_dir)
+    source = sources.find_folder(name, kind="language model", cache_dir=cache_dir)
+    gguf = find_gguf(source)
+    if gguf is None:
+        return source
+
+    def make(scratch: Path) -> Path:
+        return convert_gguf(gguf, scratch / "model", name=name)
+
+    return converted_folder(gguf.stem, sha256(gguf), make, cache_dir, needed_bytes=2 * gguf.stat().st_size)
+
+
+def bundled_folder(cache_dir: str | None) -> Path:
+    """Return the folder with the content of the bundled GGUF file, after comparing all of it with
+    what is known: whoever plants a folder can plant a manifest for it.
+
+    The file itself is needed, and downloaded, only where that folder has still to be made.
+    """
+
+    def make(scratch: Path) -> Path:
+        folder = bundled.model_folder(bundled.SMOLLM2, kind="language model", cache_dir=cache_dir)
+        return convert_gguf(folder / bundled.GGUF, scratch / "model", name=bundled.SMOLLM2)
+
+    stem, size = bundled.SMOLLM2.rpartition("/")[2], 2 * bundled.MEMBER_BYTES
+    folder = converted_folder(stem, bundled.MEMBER_SHA256, make, cache_dir, needed_bytes=size)
+    if sha256(folder / MANIFEST) != bundled.STORED_SHA256:
+        raise UserError(
+            f"{folder}: it holds other files than the known ones; remove the folder and run the command"
+            " again, and if that does not help, pip install -r requirements.txt"
+        )
+    return folder
+
+
+def converted_folder(
+    stem: str, digest: str, make: Callable[[Path], Path], cache_dir: str | None, *, needed_bytes: int
+) -> Path:
+    """Return the folder with the content of a GGUF file, from the cache; make it first if it is not
+    there.
 
     It is found by the file's SHA-256, so that a file that has changed is read again. Raises
-    UserError when the disk is too full, and as `read_gguf` does.
+    UserError when the disk is too full, and for a folder with damaged files or with others than
+    those of its manifest.
     """
-    import huggingface_hub.constants
-
-    root = Path(cache_dir or huggingface_hub.constants.HF_HOME) / "stored"
-    key = hashlib.sha256(f"{sha256(path)} {FORMAT}".encode()).hexdigest()[:16]
-    folder = root / f"{path.stem}-{key}"
-    return make_once(
-        folder,
-        lambda scratch: convert_gguf(path, scratch / "model"),
-        source=f"--model {path}",
-        needed_bytes=2 * path.stat().st_size,
-        note=f"{path.name}: reading it into {folder}, once",
-    )
+    key = hashlib.sha256(f"{digest} {FORMAT}".encode()).hexdigest()[:16]
+    folder = cache_home(cache_dir) / "stored" / f"{stem}-{key}"
+    note = f"{stem}: reading its GGUF file into {folder}, once"
+    make_once(folder, make, source=f"--model {stem}", needed_bytes=needed_bytes, note=note)
+    others = {path.name for path in folder.iterdir()} - {MANIFEST, *read_json(folder / MANIFEST)["files"]}
+    if others:
+        raise UserError(f"{folder}: {min(others)} does not belong there; remove the folder")
+    return folder
 
 
-def convert_gguf(path: Path, folder: Path) -> Path:
+def convert_gguf(path: Path, folder: Path, *, name: str) -> Path:
     """Write a GGUF file as a folder, and return that: config, tokenizer and chat template from its
     metadata, weights as they are stored, and a manifest of all files.
 
-    The tokens' texts alone take transformers some seconds, so this is done once for a file. Raises
-    UserError as `read_gguf` does.
+    The tokens' texts alone take transformers some seconds, so this is done once for a file. The
+    content of the folder depends on nothing but the file. Raises UserError as `read_gguf` does.
     """
     import transformers
 
-    _, weights = read_gguf(path)
-    options: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False}
-    config = transformers.AutoConfig.from_pretrained(path.parent, **options)
-    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path.parent, **options)
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
-    folder.mkdir(parents=True)
-    config.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    from common import models
+
+    with models.load_errors(name):
+        _, weights = read_gguf(path)
+        options: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False}
+        config = transformers.AutoConfig.from_pretrained(path.parent, **options)
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path.parent, **options)
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config)
+        folder.mkdir(parents=True)
+        config.save_pretrained(folder)
+        model.generation_config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    for file in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        settings = {key: value for key, value in read_json(folder / file).items() if key not in CIRCUMSTANCES}
+        (folder / file).write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     write_weights(folder / WEIGHTS_FILE, weights)
     for file in folder.iterdir():
         sync_file(file)
     write_manifest(folder)
     return folder
+
+
+def read_folder(folder: Path, source: str) -> dict[str, Matrix | Tensor]:
+    """Return the weights in a model's folder as they are stored: matrices, and vectors. The numbers
+    are mapped, not copied: a weight is read from the disk when it is first used.
+
+    `source` begins the message for a list of shards that is broken. Raises UnknownModel for files
+    that can't be read, and for a weight that is not finite.
+    """
+    if (folder / WEIGHTS_FILE).exists():
+        return read_weights(folder / WEIGHTS_FILE)
+    paths = model_files.weight_files(folder, source)
+    if not paths or (paths[0].name != model_files.WEIGHTS and not _shards_are_described(folder)):
+        raise UnknownModel("no model.safetensors, nor a list of its parts")
+    weights: dict[str, Matrix | Tensor] = {}
+    for path in paths:
+        try:
+            tensors = safetensors.torch.load_file(path)
+        except (safetensors.SafetensorError, ValueError) as error:
+            raise UnknownModel(f"{path.name}: {error}") from error
+        for name, tensor in tensors.items():
+            if tensor.dtype not in KIND_OF_DTYPE or not tensor.numel():
+                raise UnknownModel(f"{name}, of {tensor.numel()} numbers in {tensor.dtype}")
+            if not torch.stack(torch.aminmax(tensor)).isfinite().all():
+                raise UnknownModel(f"{name}, which is not finite")
+            weights[name] = matrix_of(tensor) if tensor.dim() == 2 else tensor
+    return weights
+
+
+def _shards_are_described(folder: Path) -> bool:
+    return isinstance(read_json(folder / model_files.SHARD_LIST).get("metadata"), dict)
 
 
 def write_weights(path: Path, weights: dict[str, Matrix | Tensor]) -> None:

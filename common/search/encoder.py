@@ -4,15 +4,17 @@ Identical texts are encoded once. Texts are sorted by their number of tokens, no
 put into batches of at most `batch_tokens` positions, so that there is little padding. The
 transformer runs in bf16 where the processor has it; what follows it (pooling, dense layers,
 normalisation) runs in fp32. Under torchrun the batches are shared out
-among the processes; each batch is computed by one of them, exactly as a single process would. All
-texts are tokenised first, not during the computation: on a CPU both need the same cores.
+among the processes; each batch is computed by one of them, exactly as a single process would. On a
+CPU they are also shared out among its threads. All texts are tokenised first, not during the
+computation: on a CPU both need the same cores.
 
 Weights are read from safetensors only. Code that comes with a model is never run: its modules must
 be those of sentence-transformers.
 """
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,8 +23,9 @@ import torch
 
 from common import reading, sources, speedups
 from common.errors import UserError
-from common.runtime import Runtime
+from common.runtime import DTYPES, Runtime
 from common.search.manifest import EncoderConfig, Identity
+from common.search.pooling import Transformer
 from common.search.sentence_model import SentenceModel, load_model
 from common.tokenizer import Tokenizer, Tokens
 
@@ -31,8 +34,9 @@ if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 DEFAULT_MODEL = "bundled/all-MiniLM-L6-v2"
-# larger batches fall out of a CPU's cache; smaller ones leave a GPU idle
-BATCH_TOKENS = {"cpu": 4096, "cuda": 131_072, "mps": 16_384}
+# larger batches fall out of a CPU's cache, and each of its threads has one; smaller ones leave a GPU
+# idle
+BATCH_TOKENS = {"cpu": 2048, "cuda": 131_072, "mps": 16_384}
 # role -> the names under which a model may keep its prompt, as in encode_query and encode_document
 PROMPT_NAMES = {"query": ("query",), "document": ("document", "passage", "corpus"), None: ()}
 SPLIT_AT_ONCE = 256  # texts that are split into chunks together
@@ -122,16 +126,44 @@ class Encoder:
         tokens, num_cut = self.tokenize([prompt + text for text in row_of])
         vectors = torch.zeros(len(row_of), self.width, device=self.runtime.device)
         batches = token_batches([len(ids) for ids in tokens["input_ids"]], self.batch_tokens)
-        # one context for all batches: it keeps the cast weights as long as it is open
-        with self.runtime.autocast():
-            for batch in batches[self.runtime.rank :: self.runtime.world_size]:
-                rows = torch.from_numpy(batch).to(vectors.device)
-                vectors[rows] = self._forward(tokens, batch, prompt)
+        own = batches[self.runtime.rank :: self.runtime.world_size]
+        prompt_length = self._prompt_length(prompt)
+        computed = self._in_threads(lambda batch: self._forward(tokens, batch, prompt_length), own)
+        for batch, embeddings in zip(own, computed):
+            vectors[torch.from_numpy(batch).to(vectors.device)] = embeddings
         self.runtime.all_reduce_sum(vectors)  # each row is zero in all processes but one
         self.num_encoded += len(row_of)
         self.num_cut += num_cut
         rows = [row_of[text] for text in texts]
         return vectors.cpu().numpy()[rows].reshape(len(texts), self.width)
+
+    def _in_threads(
+        self, compute: Callable[[np.ndarray], torch.Tensor], batches: list[np.ndarray]
+    ) -> Iterator[torch.Tensor]:
+        """Yield compute(batch) for each batch. On a CPU each batch has a thread of its own: threads
+        that share one product after the other wait for each other after each, and long where other
+        programs use the same cores.
+        """
+        threads = torch.get_num_threads()
+        count = min(threads, len(batches)) if self.runtime.device.type == "cpu" else 1
+        if count <= 1:
+            yield from map(compute, batches)
+            return
+        share = (max(threads // count, 1),)  # each has several if there are few batches
+        try:
+            with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=share) as pool:
+                yield from pool.map(compute, batches)
+        finally:
+            torch.set_num_threads(threads)  # for threads that begin later
+
+    def _prompt_length(self, prompt: str) -> int:
+        """Return how many tokens a prompt takes at the start of a text."""
+        if not prompt:
+            return 0
+        ids = self.tokenizer(prompt)["input_ids"]
+        # the end token, if there is one, comes after the text and not after the prompt
+        has_end_token = ids[-1] in self.tokenizer.all_special_ids
+        return len(ids) - 1 if has_end_token else len(ids)
 
     def tokenize(self, texts: list[str]) -> "tuple[Tokens | BatchEncoding, int]":
         """Return the tokens of texts, cut at max_length, and how many texts were longer."""
@@ -143,22 +175,22 @@ class Encoder:
         whole = self.tokenizer(texts, truncation=False, padding=False, verbose=False)["input_ids"]
         return tokens, sum(len(ids) > self.max_length for ids in whole)
 
-    def _forward(self, tokens: "Tokens | BatchEncoding", batch: np.ndarray, prompt: str) -> torch.Tensor:
+    @torch.inference_mode()  # which belongs to a thread, as autocast does
+    def _forward(
+        self, tokens: "Tokens | BatchEncoding", batch: np.ndarray, prompt_length: int
+    ) -> torch.Tensor:
         """Return the embeddings (batch, width) of some of the tokenised texts."""
         rows = [{name: tokens[name][row] for name in tokens} for row in batch]
         padded = self.tokenizer.pad(rows, padding=True, return_tensors="pt")
         features = {name: value.to(self.runtime.device) for name, value in padded.items()}
         transformer, *others = self.model.modules
-        features = transformer(features)  # token_embeddings (B, T, hidden)
-        if prompt:  # some models' pooling leaves the prompt out
-            ids = self.tokenizer(prompt)["input_ids"]
-            # the end token, if there is one, comes after the text and not after the prompt
-            has_end_token = ids[-1] in self.tokenizer.all_special_ids
-            features["prompt_length"] = len(ids) - 1 if has_end_token else len(ids)
-        with torch.autocast(self.runtime.device.type, enabled=False):
-            features["token_embeddings"] = features["token_embeddings"].float()
-            for module in others:
-                features = module(features)
+        with self.runtime.autocast():
+            features = transformer(features)  # token_embeddings (B, T, hidden)
+        if prompt_length:  # some models' pooling leaves the prompt out
+            features["prompt_length"] = prompt_length
+        features["token_embeddings"] = features["token_embeddings"].float()
+        for module in others:
+            features = module(features)
         return features["sentence_embedding"][:, : self.width]  # (B, width)
 
 
@@ -310,6 +342,10 @@ def load_encoder(config: EncoderConfig, runtime: Runtime) -> Encoder:
             limits = f"more than {special} (the special tokens){most}"
             raise UserError(f"--max-length {max_length}: the model reads {limits} tokens")
     model.modules = [module.to(runtime.device) for module in model.modules]
+    if isinstance(model.modules[0], Transformer) and runtime.precision != "fp32":
+        for module in model.modules[0].modules():
+            if isinstance(module, torch.nn.Linear):  # autocast would do it again for each batch
+                module.to(DTYPES[runtime.precision])
     return Encoder(
         reading.full_name(name),
         model,

@@ -7,15 +7,18 @@ rows whose scores lie within the rounding error of the k-th best; only these are
 Equal scores: the lower row comes first.
 """
 
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 BLOCK = 65_536  # rows that are read at once
-# scores computed and filtered at once: at 64 queries those of 16,384 rows, in 4 MB
+# scores filtered at once: at 64 queries those of 16,384 rows, in 4 MB
 SCORES = 1_048_576
+ROWS_OF_THREAD = 4_096  # the fewest rows for which another thread is worth its start
 PAIRS = 4_096  # vectors scored in float64 at once
 # when all queries together have more candidates, only the k best of each query are kept: in an
 # index full of equal vectors every row would stay a candidate
@@ -23,7 +26,7 @@ MAX_CANDIDATES = 1_000_000
 # of so many rows only the highest score is compared at first: topk over all scores would take
 # longer than the product
 GROUP = 64
-LOWEST = torch.finfo(torch.float32).min  # below every cosine, above the -inf of excluded rows
+LOWEST = np.finfo(np.float32).min  # below every cosine, above the -inf of excluded rows
 
 Ranking = tuple[np.ndarray, np.ndarray]  # rows and their scores, best first
 VectorsOf = Callable[[np.ndarray], np.ndarray]  # row numbers (n) -> vectors (n, width)
@@ -61,36 +64,64 @@ def search(
 ) -> list[Ranking]:
     """Return what `rank` returns for each query over all rows; fewer than k where there are fewer.
 
-    `blocks` yields (first row, unit vectors (n, width) in fp32) of at most BLOCK rows; `queries`
+    `blocks` yields (first row, unit vectors (n, width) in fp32), one block after the other; `queries`
     (q, width) are unit vectors; `allowed` (rows) is False for rows that are left out.
     """
-    columns = torch.from_numpy(np.ascontiguousarray(queries.T, np.float32))  # (width, q)
     candidates = Candidates(len(queries), k, margin=2 * rounding_error(queries.shape[1]))
-    size = min(max(SCORES // len(queries) // GROUP, 1) * GROUP, BLOCK)
-    buffer = torch.empty(size, len(queries))
-    for first, vectors in blocks:
-        for start in range(0, len(vectors), size):
-            part = torch.from_numpy(vectors[start : start + size])
-            rows = slice(first + start, first + start + len(part))
-            if allowed is not None and not allowed[rows].any():
-                continue
-            scores = buffer[: -(-len(part) // GROUP) * GROUP]  # whole groups
-            _multiply(part, columns, out=scores[: len(part)])
-            scores[len(part) :] = -torch.inf
-            if allowed is not None and not allowed[rows].all():
-                scores[: len(part)][torch.from_numpy(~allowed[rows])] = -torch.inf
-            candidates.add(scores, rows.start)
-            if candidates.count > MAX_CANDIDATES + 2 * k * len(queries):
-                candidates.replace(_rank_all(candidates, queries, vectors_of))
+    for first, scores in _scores(blocks, queries, allowed):
+        candidates.add(scores, first)
+        if candidates.count > MAX_CANDIDATES + 2 * k * len(queries):
+            candidates.replace(_rank_all(candidates, queries, vectors_of))
     return _rank_all(candidates, queries, vectors_of)
 
 
-def _multiply(vectors: torch.Tensor, columns: torch.Tensor, *, out: torch.Tensor) -> None:
-    """Write the dot products of vectors (n, width) and queries (width, q) to `out` (n, q)."""
-    if columns.shape[1] == 1:  # at the speed of memory, which a matrix product by one column is not
-        torch.mv(vectors, columns[:, 0], out=out[:, 0])
-    else:
-        torch.mm(vectors, columns, out=out)
+def _scores(
+    blocks: Iterable[tuple[int, np.ndarray]], queries: np.ndarray, allowed: np.ndarray | None
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield (first row, fp32 scores (n, q)) over all rows, in whole groups: rows that are left out,
+    and those that only fill the last group, have -inf. Each yield overwrites the scores before.
+    """
+    columns = np.ascontiguousarray(queries.T, np.float32)  # (width, q)
+    size, end = max(SCORES // len(queries) // GROUP, 1) * GROUP, 0
+    buffer = np.empty((size, len(queries)), np.float32)
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for start, vectors in _cut(blocks, size):
+            end = start + len(vectors)
+            scores = buffer[start % size :][: len(vectors)]
+            wanted = None if allowed is None else allowed[start:end]
+            if wanted is None or wanted.any():
+                _multiply(vectors, columns, scores, pool)
+            if wanted is not None and not wanted.all():
+                scores[~wanted] = -np.inf
+            if end % size == 0:
+                yield end - size, buffer
+    if rest := end % size:
+        whole = -(-rest // GROUP) * GROUP
+        buffer[rest:whole] = -np.inf
+        yield end - rest, buffer[:whole]
+
+
+def _cut(blocks: Iterable[tuple[int, np.ndarray]], size: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield (first row, vectors) of blocks, cut where a row is a multiple of `size`."""
+    for first, vectors in blocks:
+        inside = range((first // size + 1) * size, first + len(vectors), size)
+        for start, end in itertools.pairwise([first, *inside, first + len(vectors)]):
+            yield start, vectors[start - first : end - first]
+
+
+def _multiply(vectors: np.ndarray, columns: np.ndarray, scores: np.ndarray, pool: ThreadPoolExecutor) -> None:
+    """Write the dot products of vectors (n, width) and queries (width, q) to `scores` (n, q)."""
+    if columns.shape[1] > 1:
+        torch.mm(torch.from_numpy(vectors), torch.from_numpy(columns), out=torch.from_numpy(scores))
+        return
+    # One dot product after the other reads the vectors nearly at the speed of memory. The libraries'
+    # product of a matrix and a vector takes half as long again.
+    query, count = columns[:, 0], min(torch.get_num_threads(), len(vectors) // ROWS_OF_THREAD)
+    if count < 2:
+        np.vecdot(vectors, query, scores[:, 0])
+        return
+    parts, results = np.array_split(vectors, count), np.array_split(scores[:, 0], count)
+    list(pool.map(np.vecdot, parts, itertools.repeat(query), results))
 
 
 def _rank_all(candidates: "Candidates", queries: np.ndarray, vectors_of: VectorsOf) -> list[Ranking]:
@@ -129,10 +160,10 @@ class Candidates:
     count: int = 0  # candidates in `blocks`
 
     def __post_init__(self) -> None:
-        # k scores of real rows per query: the last is a lower bound of the k-th best score
-        self.best = torch.full((self.num_queries, self.k), -torch.inf)
+        # k scores of real rows per query: the first is the lowest, a lower bound of the k-th best
+        self.best = np.full((self.num_queries, self.k), -np.inf, np.float32)
 
-    def add(self, scores: torch.Tensor, first: int) -> None:
+    def add(self, scores: np.ndarray, first: int) -> None:
         """Take in the scores (rows, queries) of the rows from `first` on, in whole groups; excluded
         rows, and those that only fill the last group, have -inf.
 
@@ -140,32 +171,32 @@ class Candidates:
         """
         size = scores.shape[0]
         group = GROUP if size // GROUP >= self.k else 1
-        grouped = scores.view(size // group, group, self.num_queries)
-        peaks = grouped.amax(1).T.contiguous()  # (queries, groups)
-        query, number = (peaks >= self._bound()[:, None]).nonzero(as_tuple=True)
+        grouped = scores.reshape(size // group, group, self.num_queries)
+        peaks = torch.from_numpy(grouped).amax(1).numpy().T  # (queries, groups)
+        query, number = np.nonzero(peaks >= self._bound()[:, None])
         if len(query) == 0:
             return
-        best_here = peaks.topk(min(self.k, peaks.shape[1]), sorted=False).values
-        self.best = torch.cat([self.best, best_here], 1).topk(self.k).values
+        best = np.concatenate([self.best, peaks], 1)
+        self.best = np.partition(best, -self.k)[:, -self.k :]
         bound = self._bound()  # higher now
         kept = peaks[query, number] >= bound[query]
         query, number = query[kept], number[kept]
         members = grouped[number, :, query]  # (kept groups, group)
-        hit, member = (members >= bound[query, None]).nonzero(as_tuple=True)
+        hit, member = np.nonzero(members >= bound[query, None])
         rows = first + number[hit] * group + member
-        self.blocks.append((query[hit].numpy(), rows.numpy(), members[hit, member].numpy()))
+        self.blocks.append((query[hit], rows, members[hit, member]))
         self.count += len(hit)
 
-    def _bound(self) -> torch.Tensor:
+    def _bound(self) -> np.ndarray:
         """Return the fp32 score (queries) below which a row can't be among the k best."""
-        return (self.best[:, -1] - self.margin).clamp_min(LOWEST)
+        return np.maximum(self.best[:, 0] - self.margin, LOWEST)
 
     def pairs(self) -> tuple[np.ndarray, np.ndarray]:
         """Return (query, row) of all candidates."""
         if not self.blocks:
             return np.zeros(0, np.int64), np.zeros(0, np.int64)
         query, row, score = (np.concatenate(parts) for parts in zip(*self.blocks))
-        possible = score >= self._bound().numpy()[query]
+        possible = score >= self._bound()[query]
         return query[possible], row[possible]
 
     def replace(self, rankings: list[Ranking]) -> None:

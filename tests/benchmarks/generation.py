@@ -99,7 +99,9 @@ def run(
 ) -> list[list[int]]:
     """Return the new tokens of each prompt as one of the contenders makes them."""
     if contender == "generate":
-        return explain.library_tokens(language_model, prompts, Options(settings), seed=seed)
+        assert language_model.model is not None
+        options = Options(settings)
+        return explain.library_tokens(language_model, language_model.model, prompts, options, seed=seed)
     options = Options(settings, seed=seed)
     rows = Run(language_model, options).rows(prompts)
     batch = Run(language_model, options).left_pad(rows)

@@ -2,7 +2,6 @@
 PyTorch and the library's forward, and how it is compiled.
 """
 
-import dataclasses
 import functools
 import os
 import stat
@@ -15,20 +14,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from common.generation import decoding, fast_decoding
-from common.generation.fast_decoding import (
-    FastStep,
-    Kernel,
-    RoomyCache,
-    StoredEmbedding,
-    StoredLinear,
-    fast_step,
-    self_check,
-    store,
-)
-from common.generation.llama import NotCovered, Places, plain_step, read_transformer
+from common.generation import fast_decoding
+from common.generation.fast_decoding import FastStep, Kernel, RoomyCache
+from common.generation.llama import NotCovered, Places, plain_step
 from common.generation.stored_weights import KIND_OF_DTYPE, KINDS, Matrix, convert, matrix_of, pack
-from language_models import SIZES, VOCABULARY, needs_compiler, tiny_language_model
+from language_models import SIZES, VOCABULARY, needs_compiler, own_transformer
 
 pytestmark = needs_compiler
 
@@ -234,7 +224,7 @@ def compare_steps(step: FastStep, texts: int, starts: list[int], splits: list[in
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_step_computes_what_is_written_out_in_pytorch(name, kernel):
     """One text token by token, then guesses; padded texts; more rows than fit into one call."""
-    step = FastStep(read_transformer(random_model(name), {}), kernel)
+    step = FastStep(own_transformer(random_model(name)), kernel)
     compare_steps(step, 1, [0], [1, 2, 3, 4, 9, 10, 15])
     compare_steps(step, 3, [0, 2, 7], [9, 10, 11])
     compare_steps(step, 5, [0, 1, 0, 3, 20], [21, 22])  # 105 rows
@@ -245,24 +235,25 @@ def test_a_step_computes_what_is_written_out_in_pytorch(name, kernel):
 @pytest.mark.parametrize("name", ["llama", "qwen3, norms of queries and keys, a window in one layer"])
 def test_a_step_over_weights_of_each_kind(name, kind, kernel):
     model = random_model(name)
-    step = FastStep(read_transformer(model, in_kind(model, kind)), kernel)
+    step = FastStep(own_transformer(model, in_kind(model, kind)), kernel)
     compare_steps(step, 1, [0], [1, 2, 7])
     compare_steps(step, 4, [0, 3, 0, 5], [6, 7])
 
 
-def test_the_librarys_forward_and_the_step_share_a_cache(kernel):
-    """The prompt is read by one, the next token by the other, in both orders."""
+def test_a_tied_head_is_that_of_the_embedding(kernel):
+    step = FastStep(own_transformer(random_model("llama, tied, biases, scaled positions")), kernel)
+    assert step.c_model.head.data == step.c_model.embedding.data
+
+
+def test_a_cache_grows_and_shrinks_without_losing_anything(kernel):
+    """Beyond its room for 256 columns, and back: the logits are those of one pass."""
     model = random_model("mistral, window")
-    step = FastStep(read_transformer(model, {}), kernel)
+    step = FastStep(own_transformer(model), kernel)
     ids, starts = torch.randint(3, 200, (1, 300)), torch.zeros(1, dtype=torch.long)
     expected = model(ids).logits[0]
     cache, column = RoomyCache(step.model), 0
-    for by_library, end in ((True, 9), (False, 10), (False, 13), (True, 14), (True, 290), (False, 300)):
-        if by_library:
-            positions = torch.arange(column, end)[None]
-            logits = model(ids[:, column:end], past_key_values=cache, position_ids=positions).logits[0]
-        else:
-            logits = step.forward(ids[:, :end], starts, cache, first=column, keep=end - column)[0]
+    for end in (5, 255, 256, 257, 300):
+        logits = step.forward(ids[:, :end], starts, cache, first=column, keep=end - column)[0]
         torch.testing.assert_close(logits, expected[column:end], rtol=1e-4, atol=1e-4)
         assert cache.get_seq_length() == end
         column = end
@@ -270,56 +261,6 @@ def test_the_librarys_forward_and_the_step_share_a_cache(kernel):
     assert cache.get_seq_length() == 50
     logits = step.forward(ids[:, :51], starts, cache, first=50, keep=1)[0]
     torch.testing.assert_close(logits, expected[50:51], rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_librarys_forward_over_stored_weights(kind, kernel):
-    """It computes what it does over the same weights in fp32; a large matrix in several blocks."""
-    matrix = random_matrix(kind, 1000, 96)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fast_decoding, "WIDENED_BYTES", 100 * 96 * 4)
-        bias, x = torch.randn(1000), torch.randn(2, 5, 96)
-        found = StoredLinear(matrix, bias, kernel)(x)
-    expected = torch.nn.functional.linear(x, matrix.widen(), bias)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    ids = torch.tensor([[3, 999, 3], [0, 17, 500]])
-    assert torch.equal(StoredEmbedding(matrix, kernel)(ids), matrix.widen()[ids])
-
-
-def test_a_tied_head_is_stored_once(kernel):
-    name = "llama, tied, biases, scaled positions"
-    model, expected = random_model.__wrapped__(name), random_model(name)
-    matrices = in_kind(model, "fp32")
-    store(model, matrices, kernel)
-    assert "lm_head.weight" not in matrices and not any(p.dim() == 2 for p in model.parameters())
-    ids = torch.randint(3, 200, (2, 9))
-    torch.testing.assert_close(model(ids).logits, expected(ids).logits)
-    assert self_check(fast_step(model, fast_decoding.stored_matrices(model), kernel), model) < 1e-4
-
-
-def test_a_step_that_computes_something_else_is_refused(kernel, monkeypatch):
-    """The self-check at load: here another epsilon."""
-    model = random_model("llama")
-    assert isinstance(fast_step(model, {}, kernel), FastStep)
-    original = fast_decoding.read_transformer
-
-    def other(*given):
-        return dataclasses.replace(original(*given), epsilon=0.1)
-
-    monkeypatch.setattr(fast_decoding, "read_transformer", other)
-    with pytest.raises(NotCovered, match="a logit differs by"):
-        fast_step(model, {}, kernel)
-
-
-def test_a_cache_grows_without_losing_anything():
-    cache = RoomyCache(read_transformer(random_model("llama"), {}))
-    expected = torch.randn(2, 3, 2, 700, 8)  # keys or values, B, K, T, D
-    for begin, end in ((0, 5), (5, 256), (256, 257), (257, 700)):
-        for number in range(2):
-            keys, values = cache.update(*expected[..., begin:end, :], number)
-            assert torch.equal(keys, expected[0, ..., :end, :]) and torch.equal(
-                values, expected[1, ..., :end, :]
-            )
 
 
 # --- Compiling
@@ -368,6 +309,26 @@ def test_another_processor_or_source_or_flag_is_compiled_anew(load_anew, counted
     monkeypatch.setattr(fast_decoding, "SOURCE", other)
     load_anew(tmp_path)
     assert len(counted) == len(list((tmp_path / "kernels").iterdir())) == 4
+
+
+def test_a_step_that_computes_something_else_is_refused(load_anew, tmp_path, monkeypatch):
+    """The check after compiling: here an RMSNorm without its epsilon, and a rotation the other way
+    round.
+    """
+    text, other = fast_decoding.SOURCE.read_text(), tmp_path / "other.c"
+    for right, wrong in ((" + epsilon", ""), ("first * cosines[i] - second", "first * cosines[i] + second")):
+        assert right in text
+        other.write_text(text.replace(right, wrong))
+        monkeypatch.setattr(fast_decoding, "SOURCE", other)
+        with pytest.raises(NotCovered, match="a logit differs by"):
+            load_anew(tmp_path)
+    assert not list((tmp_path / "kernels").iterdir())
+
+
+def test_a_small_model_of_each_kind_is_checked():
+    """Each of the kinds of weights gives other logits: none is checked with the weights of another."""
+    models = [fast_decoding.random_transformer(kind) for kind in KINDS]
+    assert [model.layers[0].gate.matrix.kind for model in models] == list(KINDS)
 
 
 def test_a_file_that_was_cut_off_is_compiled_anew(load_anew, counted, tmp_path):
@@ -459,30 +420,3 @@ def test_the_other_variants_of_this_kind_of_processor_compile(flags, tmp_path):
     if b"unrecognized" in done.stderr:
         pytest.skip("this compiler does not know the flags")
     assert done.returncode == 0, done.stderr.decode()
-
-
-# --- Through the decoder
-
-
-def test_small_passes_take_the_step_and_large_ones_the_library(kernel, monkeypatch):
-    plain = tiny_language_model("llama")
-    fast = dataclasses.replace(plain, fast_step=fast_step(plain.model, {}, kernel))
-    monkeypatch.setattr(decoding, "FAST_TOKENS", 6)
-    called, original = [], FastStep.forward
-
-    def forward_counted(*given, **options):
-        called.append(options)
-        return original(*given, **options)
-
-    monkeypatch.setattr(FastStep, "forward", forward_counted)
-    cases = (([[7, 8, 9]], 3), ([list(range(5, 15))], 2), ([[7, 8], [9, 10, 11, 12]], 2))
-    for prompts, calls in cases:
-        called.clear()
-        batches = [decoding.left_pad(prompts, model, room=4) for model in (plain, fast)]
-        pairs = [[decoding.prefill(model, batch)] for model, batch in zip((plain, fast), batches)]
-        for token in (4, 5):
-            for logits, model, batch in zip(pairs, (plain, fast), batches):
-                logits.append(decoding.step(model, batch, [token] * len(prompts)))
-        for ours, theirs in zip(*pairs):
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-        assert len(called) == calls

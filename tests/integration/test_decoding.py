@@ -87,7 +87,9 @@ def library(
 ) -> list[list[int]]:
     """Return the rows of `model.generate`, each up to its first end id."""
     numbered = [Prompt(number, "", ids) for number, ids in enumerate(prompts)]
-    rows = explain.library_tokens(language_model, numbered, options, seed=seed)
+    rows = explain.library_tokens(
+        language_model, explain.library_model(language_model), numbered, options, seed=seed
+    )
     return [until_end(row, options.settings.end_ids) for row in rows]
 
 

@@ -4,6 +4,7 @@ the same file.
 
 import json
 import os
+import re
 from pathlib import Path
 
 import gguf
@@ -12,10 +13,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from common import bundled, files
 from common.errors import UserError
-from common.generation import decoding, language_model
-from common.generation.fast_decoding import FastStep, StoredLinear
+from common.generation import decoding, explain, language_model, stored_weights
+from common.generation.fast_decoding import FastStep
 from common.generation.language_model import Loading
+from common.generation.stored_weights import Matrix
 from common.runtime import Runtime
 from language_models import TEXTS, needs_compiler, save_tiny_model
 
@@ -112,7 +115,7 @@ def test_a_file_is_the_model_that_transformers_reads_from_it(kind, tiny, cache, 
     their_tokenizer = AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)
     ours = language_model.load(str(path), CPU, cache_dir=cache)
     assert isinstance(ours.fast_step, FastStep) and ours.step_name == "C"
-    kinds = {module.matrix.kind for module in ours.model.modules() if isinstance(module, StoredLinear)}
+    kinds = {weight.kind for weight in ours.weights.values() if isinstance(weight, Matrix)}
     stored = {"Q4_0": "groups4", "Q4_1": "groups4", "Q8_0": "groups8", "F16": "fp16", "BF16": "bf16"}
     assert kinds == {stored.get(kind, "fp32")}
     assert (ours.end_ids, ours.context) == ((2,), 256)
@@ -122,7 +125,8 @@ def test_a_file_is_the_model_that_transformers_reads_from_it(kind, tiny, cache, 
     assert ours.tokenizer.chat_template == AutoTokenizer.from_pretrained(tiny).chat_template
     ids = torch.randint(3, 300, (1, 90))
     expected = theirs(ids).logits[0]
-    torch.testing.assert_close(ours.model(ids).logits[0], expected, rtol=1e-4, atol=1e-4)
+    twin = explain.library_model(ours)
+    torch.testing.assert_close(twin(ids).logits[0], expected, rtol=1e-6, atol=1e-6)
     batch = decoding.left_pad([ids[0, :80].tolist()], ours, room=10)
     logits = [decoding.prefill(ours, batch)]
     logits += [decoding.step(ours, batch, [token]) for token in ids[0, 80:].tolist()]
@@ -137,7 +141,8 @@ def test_a_file_that_changed_with_the_same_size_and_time_is_read_again(tiny, cac
             content = path.read_bytes()
             path.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
         os.utime(path, ns=(1, 1))
-        loaded = language_model.load(str(path), CPU, cache_dir=cache, loading=Loading("fp32"))
+        loading = Loading("fp32", uses_fast_step=False)
+        loaded = language_model.load(str(path), CPU, cache_dir=cache, loading=loading)
         weights.append(torch.cat([value.flatten() for value in loaded.model.state_dict().values()]))
     assert len(weights[0]) == len(weights[1]) and not torch.equal(*weights)
 
@@ -182,7 +187,7 @@ def test_a_folder_in_16_bits_stays_in_16_bits_and_is_computed_in_fp32(stored, ti
     model.save_pretrained(tmp_path / "half")
     AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path / "half")
     ours = language_model.load(str(tmp_path / "half"), CPU, cache_dir=cache)
-    assert ours.fast_step is not None and ours.model.dtype == torch.float32
+    assert ours.fast_step is not None and ours.dtype == torch.float32
     assert ours.fast_step.model.head.matrix.data.dtype == stored
     ids = torch.randint(3, 300, (1, 12))
     expected = model.float()(ids).logits
@@ -190,7 +195,51 @@ def test_a_folder_in_16_bits_stays_in_16_bits_and_is_computed_in_fp32(stored, ti
     torch.testing.assert_close(
         decoding.forward(ours, batch, first=0, keep=12), expected, rtol=1e-4, atol=1e-4
     )
-    torch.testing.assert_close(ours.model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    twin = explain.library_model(ours)
+    torch.testing.assert_close(twin(ids).logits, expected, rtol=1e-6, atol=1e-6)
+
+
+def stored_folder() -> Path:
+    """Return the folder with the content of the bundled model's file, in the cache of this machine."""
+    return stored_weights.model_folder(bundled.SMOLLM2, None)
+
+
+def test_the_content_of_the_bundled_file_is_known_whatever_made_the_folder(tmp_path, monkeypatch):
+    """Made anew, elsewhere and with the Hub within reach, all its files are the same."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    file = bundled.model_folder(bundled.SMOLLM2, kind="language model") / bundled.GGUF
+    (tmp_path / "another name.gguf").symlink_to(file)
+    made = stored_weights.convert_gguf(tmp_path / "another name.gguf", tmp_path / "made", name="x")
+    assert (made / "manifest.json").read_bytes() == (stored_folder() / "manifest.json").read_bytes()
+
+
+PLANTED = {
+    "another end": lambda folder: replace(folder / "generation_config.json", '{"eos_token_id": 5}'),
+    "another template": lambda folder: replace(folder / "chat_template.jinja", "obey {{ messages }}"),
+    "no template": lambda folder: (folder / "chat_template.jinja").unlink(),
+    "another file": lambda folder: (folder / "added_tokens.json").write_text("{}"),
+}
+
+
+def replace(path: Path, text: str) -> None:
+    path.unlink()  # a hard link to the file in the cache
+    path.write_text(text)
+
+
+@pytest.mark.parametrize("vouched", [True, False], ids=["with a manifest", "without"])
+@pytest.mark.parametrize("what", PLANTED)
+def test_a_planted_folder_does_not_stand_for_the_bundled_model(what, vouched, tmp_path):
+    known = stored_folder()
+    folder = tmp_path / "stored" / known.name
+    folder.parent.mkdir()
+    files.link_folder(known, folder)
+    assert stored_weights.model_folder(bundled.SMOLLM2, str(tmp_path)) == folder
+    PLANTED[what](folder)
+    if vouched:
+        (folder / "manifest.json").unlink()
+        files.write_manifest(folder)
+    with pytest.raises(UserError, match=re.escape(str(folder)) + ".*remove the folder"):
+        stored_weights.model_folder(bundled.SMOLLM2, str(tmp_path))
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"no such file" * 100])

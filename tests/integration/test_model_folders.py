@@ -44,7 +44,7 @@ from transformers import (
 
 from common import models, sources
 from common.errors import UserError
-from common.generation import language_model
+from common.generation import decoding, language_model
 from common.runtime import Runtime
 from common.search import encoder
 from common.training import classifier
@@ -112,7 +112,9 @@ def use(task: str, folder: str | Path) -> None:
         encoder.load_reranker(name, runtime, cache_dir=None).predict([("a good film", "a bad story")])
     elif task == "generate":
         loaded = language_model.load(name, runtime, cache_dir=None)
-        loaded.model(input_ids=torch.tensor([loaded.tokenizer("the quick fox")["input_ids"]]))
+        ids = language_model.encode_prompt("the quick fox", loaded, name="prompt")
+        language_model.check_length(ids, 1, loaded, name="prompt")
+        assert decoding.prefill(loaded, decoding.left_pad([ids], loaded, room=1)).isfinite().all()
     else:
         if task == "train":
             config = classifier.ModelConfig(name, None, None, None, 0, None, False, False)

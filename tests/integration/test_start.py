@@ -3,14 +3,20 @@ command loads no library that only other commands need.
 """
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from common import bundled
+from common.files import cache_home
+from common.generation import language_model
+from common.runtime import Runtime
 from conftest import ROOT, make_sentences, write_lines
-from language_models import save_tiny_model
+from language_models import needs_compiler, save_tiny_model
 
 # Runs a script as the main program, and at its end writes down which packages are loaded.
 RUN = """
@@ -31,7 +37,7 @@ COMPUTE = {*STORE, "torch", "tabulate"}
 SKLEARN = {"sklearn", "scipy", "pandas"}
 
 
-def packages_of(command: list[str], folder: Path) -> tuple[int, set[str], str]:
+def packages_of(command: list[str], folder: Path, **environment: str) -> tuple[int, set[str], str]:
     """Return the exit code of a command, the large packages that it had loaded at its end, and what
     it said on stderr.
     """
@@ -43,7 +49,7 @@ def packages_of(command: list[str], folder: Path) -> tuple[int, set[str], str]:
         text=True,
         timeout=120,
         cwd=folder,
-        env={"PATH": "", "HOME": str(folder), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
+        env={"PATH": "", "HOME": str(folder), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), **environment},
     )
     return done.returncode, LARGE & set(json.loads(report.read_text())), done.stderr
 
@@ -138,13 +144,10 @@ TINY = (*PROMPT, "--model", "llama", "--max-new-tokens", "2", "--precision", "fp
 # transformers' code of a model imports scikit-learn, SciPy and pandas, and torch._dynamo tabulate
 MODEL = {"torch", "numpy", "transformers", "tokenizers", "huggingface_hub", "tabulate", *SKLEARN}
 LOADED |= {
-    "generate": ([GENERATE, *TINY], MODEL),
-    "generate --chat": ([GENERATE, *TINY, "--chat"], MODEL),
-    "generate --output": ([GENERATE, *TINY, "--output", "new.jsonl"], MODEL),
-    "generate --explain": ([GENERATE, *TINY, "--explain"], MODEL),
+    "generate, no compiler": ([GENERATE, *TINY], MODEL),
     "generate --score": (
         [GENERATE, "--score", "texts.txt", "--references", "texts.txt"],
-        {*MODEL, "rouge_score", "pyarrow"},
+        {"torch", "numpy", "tokenizers", "rouge_score", "pyarrow", *SKLEARN},
     ),
 }
 
@@ -154,3 +157,35 @@ def test_a_command_loads_what_it_needs(command, allowed, home):
     code, packages, stderr = packages_of(command, home)
     assert code == 0, stderr
     assert packages <= allowed
+
+
+IN_C = {"torch", "numpy", "tokenizers"}
+STEP = {  # the modes whose model the step in C computes: without transformers, whose import takes seconds
+    "one text": ([*TINY], IN_C),
+    "drawn": ([*TINY, "--top-k", "5", "--temperature", "0.9"], IN_C),
+    "--chat": ([*TINY, "--chat"], IN_C),
+    "--output": ([*TINY, "--output", "new.jsonl"], IN_C),
+    "--lookup": ([*TINY, "--lookup", "3"], IN_C),
+    "--explain": ([*TINY, "--explain"], {*IN_C, "tabulate"}),
+    "--interactive": (["--model", "llama", "--precision", "fp32", "--interactive"], IN_C),
+    "--perplexity": (["--perplexity", "texts.txt", "--model", "llama", "--precision", "fp32"], IN_C),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("flags, allowed", STEP.values(), ids=STEP)
+def test_a_model_that_the_step_in_c_computes_needs_no_transformers(flags, allowed, home):
+    code, packages, stderr = packages_of([GENERATE, *flags], home, PATH=os.environ["PATH"])
+    assert code == 0, stderr
+    assert packages <= allowed and "step in PyTorch" not in stderr
+
+
+@needs_compiler
+def test_the_bundled_language_model_needs_no_transformers(home):
+    """Once its file has been fetched and read, in an earlier run: here, by the first of two."""
+    known = {"PATH": os.environ["PATH"], "HF_HOME": str(cache_home(None))}
+    flags = [*PROMPT, "--max-new-tokens", "2", "--precision", "fp32"]
+    language_model.load(bundled.SMOLLM2, Runtime(torch.device("cpu"), "fp32"), cache_dir=None)
+    code, packages, stderr = packages_of([GENERATE, *flags], home, **known)
+    assert code == 0 and "step in C" in stderr, stderr
+    assert packages <= IN_C

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 import generate
 from common.errors import UserError
-from common.generation.chat import Chat, encode_chats
+from common.generation.chat import Chat, encode_chats, render
 from common.generation.completion import Options, Prompt, Run
 from common.generation.language_model import LanguageModel
 from common.generation.sampling import Settings
@@ -108,3 +108,63 @@ def test_a_full_context_is_reported_and_a_new_conversation_can_start(monkeypatch
     chat.reset()
     expected = without_cache(chat, TURNS[1])
     assert answer(chat, TURNS[1], monkeypatch) == expected
+
+
+TEMPLATES = {
+    "of the tests": CHAT_TEMPLATE,
+    "blocks on lines of their own": """
+{%- if messages[0].role == 'system' %}
+    {%- set system = messages[0]['content'] %}
+    {%- set messages = messages[1:] %}
+{%- endif %}
+{% for message in messages %}
+  {%- if message.role == 'assistant' -%}
+    {% generation %}{{ message.content | trim }}{% endgeneration %}
+  {% else %}
+[{{ loop.index }}] {{ message.content + eos_token }}
+  {% endif %}
+{% endfor %}
+{{- system if system is defined }}{% if tools is not none %}tools{% endif %}
+""",
+    "json": "{{ messages | tojson }}{{ {'ä': '<b>'} | tojson(indent=2) }}{{ dict(a=1) | tojson }}",
+    "loop controls": "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.content }}"
+    "{% endfor %}",
+    "a namespace": "{% set ns = namespace(count=0) %}{% for m in messages %}{% set ns.count = ns.count + 1 %}"
+    "{% endfor %}{{ ns.count }}",
+    "the date": "{{ strftime_now('%Y') }}{{ pad_token }}{{ add_generation_prompt }}{{ documents }}",
+    "it refuses": "{{ raise_exception('roles must alternate') }}",
+    "it changes its messages": "{{ messages.append(1) }}",
+    "it looks at Python": "{{ messages.__class__ }}",
+    "it hides a part of Python": "{% set ns = namespace(x=1) %}{% set ns._x = 2 %}{{ ns.x }}",
+    "it fails": "{{ messages[0].content / 2 }}",
+    "it is broken": "{% for message in messages %}",
+    "what is not there": "{{ nothing.at.all }}",
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_template_writes_what_the_library_writes(name):
+    """Or is refused by both."""
+    tokenizer = train_byte_bpe()
+    tokenizer.chat_template = TEMPLATES[name]
+    conversation = [
+        {"role": "system", "content": "Be <short> & kind."},
+        {"role": "user", "content": "你好"},
+        {"role": "assistant", "content": "  Hello. "},
+    ]
+    refused = expected = None
+    try:
+        expected = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # of the template
+        refused = error
+    if refused is None:
+        assert render([conversation], tokenizer, name="x") == [expected]
+        return
+    with pytest.raises(UserError, match="the template of x fails"):
+        render([conversation], tokenizer, name="x")
+
+
+def test_of_several_templates_the_default_is_taken():
+    tokenizer = train_byte_bpe()
+    tokenizer.chat_template = {"tool_use": "tool", "default": "{{ messages[0].content }}"}
+    assert render([[{"role": "user", "content": "a"}]], tokenizer, name="x") == ["a"]

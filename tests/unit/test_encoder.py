@@ -91,7 +91,27 @@ def test_the_bundled_model_in_fp32_and_bf16():
     assert np.abs(encoder.encode(texts) - oracle).max() < 1e-5
     # emulated where the processor has none: slower, but as exact
     encoder.runtime = Runtime(torch.device("cpu"), "bf16")
-    assert (encoder.encode_unit(texts) * oracle).sum(1).min() >= 0.9999
+    plain = encoder.encode_unit(texts)
+    assert (plain * oracle).sum(1).min() >= 0.9999
+    # the weights are cast once
+    assert (load_encoder(EncoderConfig(), encoder.runtime).encode_unit(texts) == plain).all()
+
+
+@pytest.mark.parametrize("role", ["query", None])
+def test_threads_compute_what_one_computes(role, tiny_model, tmp_path):
+    modules = [Transformer(str(tiny_model), max_seq_length=64), Pooling(32, include_prompt=False)]
+    SentenceTransformer(modules=modules, device="cpu", prompts={"query": "what: "}).save(str(tmp_path))
+    encoder = load_encoder(EncoderConfig(str(tmp_path), batch_tokens=100), CPU)
+    texts = [f"good film {'x ' * (number % 40)}{number}" for number in range(200)]
+    seen, before = [], torch.get_num_threads()
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        try:
+            seen.append(encoder.encode(texts, role=role))
+            assert torch.get_num_threads() == threads
+        finally:
+            torch.set_num_threads(before)
+    assert (seen[0] == seen[1]).all() and len(np.unique(seen[0], axis=0)) == 200
 
 
 def test_identical_texts_are_encoded_once_and_long_ones_counted(tiny_embedder, monkeypatch):

@@ -53,6 +53,19 @@ def test_ids_and_order_are_those_of_float64_brute_force(seed, size):
             assert np.all(np.diff(scores) <= 0)
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_one_query_is_shared_out_among_threads(threads, monkeypatch):
+    generator = np.random.default_rng(0)
+    vectors, alive = unit(generator.standard_normal((3000, 24))), generator.random(3000) < 0.9
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(kernel, "ROWS_OF_THREAD", 100)
+    monkeypatch.setattr(kernel, "SCORES", 1000)  # borders of blocks, of scores and of threads differ
+    for query in unit(generator.standard_normal((5, 24))):
+        [(rows, scores)] = search(vectors, query[None], 10, size=700, alive=alive)
+        assert rows.tolist() == brute_force(vectors, query, 10, alive)
+        assert (scores == kernel.rank(rows, query, 10, lambda rows: vectors[rows])[1]).all()
+
+
 @pytest.mark.parametrize("size", [1024, 1000])
 def test_scores_that_fp32_can_not_tell_apart_are_ordered_by_float64(size):
     generator = np.random.default_rng(0)
@@ -90,15 +103,16 @@ def test_equal_vectors_without_end_are_not_all_held(monkeypatch):
     vectors = np.repeat(unit(generator.standard_normal((2, 16))), 5000, axis=0)[generator.permutation(10_000)]
     queries = unit(vectors[:3] + 0.1 * generator.standard_normal((3, 16)))
     monkeypatch.setattr(kernel, "MAX_CANDIDATES", 500)
+    monkeypatch.setattr(kernel, "SCORES", 3 * 256)
     held, add = [], kernel.Candidates.add
     monkeypatch.setattr(
         kernel.Candidates,
         "add",
         lambda self, scores, start: (add(self, scores, start), held.append(self.count)),
     )
-    for query, (rows, _) in zip(queries, search(vectors, queries, 10, size=256)):
+    for query, (rows, _) in zip(queries, search(vectors, queries, 10, size=300)):
         assert rows.tolist() == brute_force(vectors, query, 10)
-    assert max(held) <= 500 + 60 + 3 * 256  # what is allowed, and the last block
+    assert max(held) <= 500 + 60 + 3 * 256  # what is allowed, and the last scores
 
 
 def test_the_margin_holds_the_error_of_fp32():

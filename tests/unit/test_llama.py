@@ -14,9 +14,10 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from common.generation.llama import NotCovered, Places, plain_step, read_transformer
-from language_models import SIZES, VOCABULARY, tiny_config
+from common.generation.llama import NotCovered, Places, plain_step, read_rotary, read_transformer
+from language_models import SIZES, VOCABULARY, own_transformer, own_weights, tiny_config
 
 COMMON: dict[str, Any] = {**SIZES, "vocab_size": VOCABULARY, "max_position_embeddings": 128}
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
@@ -55,7 +56,7 @@ def test_the_step_computes_the_librarys_logits(name):
     side too.
     """
     model = random_model(CONFIGS[name])
-    transformer = read_transformer(model, {})
+    transformer = own_transformer(model)
     ids, starts = torch.randint(3, 200, (3, 17)), torch.tensor([0, 4, 9])
     mask = (torch.arange(17) >= starts[:, None]).long()
     positions = (torch.arange(17) - starts[:, None]).clamp(min=0)
@@ -71,7 +72,7 @@ def test_the_step_computes_the_librarys_logits(name):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_rows_of_the_same_text_are_guesses_that_follow_each_other(name):
     model = random_model(CONFIGS[name])
-    transformer = read_transformer(model, {})
+    transformer = own_transformer(model)
     ids = torch.randint(3, 200, (1, 12))
     expected = model(ids).logits[0]
     keys, values = empty_cache(transformer, 1, 12)
@@ -93,28 +94,87 @@ def test_rows_of_the_same_text_are_guesses_that_follow_each_other(name):
 )
 def test_another_kind_of_model_is_refused_with_its_reason(config, reason):
     with pytest.raises(NotCovered, match=reason):
-        read_transformer(random_model(config), {})
+        own_transformer(random_model(config))
 
 
 def test_a_weight_that_would_not_be_used_or_is_missing_is_named():
     model = random_model(CONFIGS["llama"])
     model.model.layers[1].self_attn.register_parameter("extra", torch.nn.Parameter(torch.zeros(3)))
     with pytest.raises(NotCovered, match=r"layers\.1\.self_attn\.extra"):
-        read_transformer(model, {})
+        own_transformer(model)
     model = random_model(CONFIGS["llama"])
     model.model.layers[0].mlp.up_proj = torch.nn.Identity()
     with pytest.raises(NotCovered, match=r"layers\.0\.mlp\.up_proj\.weight"):
-        read_transformer(model, {})
+        own_transformer(model)
 
 
 def test_sizes_that_do_not_fit_are_refused():
     model = random_model(CONFIGS["llama"])
     model.model.layers[0].mlp.down_proj.weight = torch.nn.Parameter(torch.zeros(32, 63))
     with pytest.raises(NotCovered, match="63"):
-        read_transformer(model, {})
+        own_transformer(model)
 
 
 def test_the_positions_count_from_the_start_of_a_text():
     places = Places(torch.zeros(2), torch.tensor([4, 7]), torch.tensor([0, 5]))
     assert places.positions.tolist() == [4, 2]
     assert dataclasses.replace(places, starts=torch.tensor([4, 7])).positions.tolist() == [0, 0]
+
+
+LONGER = {"factor": 8.0, "original_max_position_embeddings": 64}
+ROTARIES = {
+    "default": {},
+    "linear": {"factor": 3.0},
+    "llama3": {**LONGER, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "yarn": LONGER,
+}
+
+
+@pytest.mark.parametrize("before_version_5", [False, True])
+@pytest.mark.parametrize("kind", ROTARIES)
+def test_angles_are_the_librarys(kind, before_version_5):
+    """Also as older versions wrote the settings, with another name for the kind."""
+    settings = {"rope_type": kind, "rope_theta": 5e4, **ROTARIES[kind]}
+    config = LlamaConfig(**{**COMMON, "hidden_size": 256}, rope_parameters=dict(settings))
+    positions = torch.tensor([0, 1, 7, 63, 64, 500])
+    module = LlamaRotaryEmbedding(config)
+    written = {**config.to_dict(), "rope_parameters": settings}
+    if before_version_5:
+        scaling = {"type": kind, **ROTARIES[kind]} if kind != "default" else None
+        written |= {"rope_parameters": None, "rope_theta": 5e4, "rope_scaling": scaling}
+    rotary = read_rotary(written)
+    torch.testing.assert_close(rotary.frequencies, module.inv_freq, rtol=1e-6, atol=0)
+    for ours, theirs in zip(rotary(positions), module(torch.empty(0), positions[None])):
+        torch.testing.assert_close(ours, theirs[0], rtol=0, atol=1e-4)
+
+
+def test_a_tied_head_of_its_own_is_refused():
+    model = random_model(LlamaConfig(**COMMON, tie_word_embeddings=False))
+    config = model.config.to_dict() | {"tie_word_embeddings": True}
+    with pytest.raises(NotCovered, match="tied"):
+        read_transformer(config, own_weights(model))
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"num_hidden_layers": 0}, "num_hidden_layers"),
+        ({"num_hidden_layers": 3}, r"no model\.layers\.2"),
+        ({"num_hidden_layers": 1}, r"model\.layers\.1.*not used"),
+        ({"hidden_size": 64}, "hidden_size"),
+        ({"vocab_size": 10**12}, "vocab_size"),
+        ({"intermediate_size": 63}, "intermediate_size"),
+        ({"attn_implementation": "flash_attention_2"}, "flash"),
+        ({"pad_token_id": VOCABULARY}, "pad_token_id"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps"),
+        ({"attention_bias": True}, "bias"),
+        ({"head_dim": 12}, "matrix"),
+        ({"quantization_config": {"bits": 4}}, "quantised"),
+        ({"rope_parameters": [1]}, "rope_parameters"),
+        ({"num_key_value_heads": True}, "num_key_value_heads"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused_with_its_reason(changes, reason):
+    model = random_model(CONFIGS["llama"])
+    with pytest.raises(NotCovered, match=reason):
+        read_transformer(model.config.to_dict() | changes, own_weights(model))

@@ -16,8 +16,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, RobertaTokenize
 
 from common import bundled
 from common.errors import UnknownModel
-from common.tokenizer import read_tokenizer
+from common.tokenizer import read_language_tokenizer, read_tokenizer
 from conftest import make_sentences, train_wordpiece
+from language_models import CHAT_TEMPLATE, train_byte_bpe
 
 # SentencePiece's table of replaced characters, made with a table of three: the ligature fi, the ohm
 # sign, the ideographic space
@@ -273,6 +274,7 @@ UNKNOWN = {  # what makes transformers do something else, or fail
     "an added token with another id": configured(added_tokens_decoder={"7": ANOTHER}),
     "older added tokens": write("added_tokens.json", '{"[NEW]": 300}'),
     "a chat template": write("chat_template.jinja", "{{ messages }}"),
+    "more chat templates": lambda folder: (folder / "additional_chat_templates").mkdir(),
     "no special token": configured(cls_token=None),
     "another kind of model": edited("config.json", model_type="mpnet"),
     "a class in the model's configuration": edited("config.json", tokenizer_class="BertTokenizer"),
@@ -303,3 +305,99 @@ def test_a_file_that_is_not_complete_is_left_to_the_library(tmp_path, edit):
 def test_a_text_that_no_tokenizer_takes_is_an_error(folders: dict[str, Path]):
     with pytest.raises(TypeError):
         read_tokenizer(folders["bert"])(["\ud800"])
+
+
+# Those of language models -------------------------------------------------------------------------
+
+
+def make_language(folder, *edits):
+    """A byte-level tokenizer with a chat template in a file of its own, in the folder of a Llama."""
+    tokenizer = train_byte_bpe()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    for edit in edits:
+        edit(folder)
+    return folder
+
+
+LANGUAGE = {
+    "as saved": (),
+    "a template in the settings": (
+        remove("chat_template.jinja"),
+        configured(chat_template="{{ messages[0].content }}"),
+    ),
+    "both": (configured(chat_template="{{ messages[0].content }}"),),
+    "no template": (remove("chat_template.jinja"),),
+    "more special tokens with a role": (configured(bos_token="<|im_start|>", unk_token="<|endoftext|>"),),
+    "padded at the left": (configured(padding_side="left", clean_up_tokenization_spaces=True),),
+    "before version 5": (configured(tokenizer_class="PreTrainedTokenizerFast"), with_added_tokens),
+    "a bos token around each text": (
+        configured(bos_token="<|im_start|>"),
+        edited(
+            "tokenizer.json",
+            post_processor={
+                "type": "TemplateProcessing",
+                "single": [
+                    {"SpecialToken": {"id": "<|im_start|>", "type_id": 0}},
+                    {"Sequence": {"id": "A", "type_id": 0}},
+                ],
+                "pair": [],
+                "special_tokens": {
+                    "<|im_start|>": {"id": "<|im_start|>", "ids": [1], "tokens": ["<|im_start|>"]}
+                },
+            },
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("variant", LANGUAGE)
+def test_a_language_models_tokenizer_is_the_librarys(tmp_path, variant):
+    folder = make_language(tmp_path, *LANGUAGE[variant])
+    ours, theirs = read_language_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    for name in ("eos_token_id", "pad_token_id", "chat_template", "special_tokens_map"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert ours.all_special_tokens == theirs.all_special_tokens
+    assert ours.get_vocab() == theirs.get_vocab()
+    added = [
+        {number: repr(token) for number, token in t.added_tokens_decoder.items()} for t in (ours, theirs)
+    ]
+    assert added[0] == added[1]
+    for text in (*PIECES, *SENTENCES[:20], "<|im_start|>user\nWhy?<|im_end|>", "don't . ,  ' s"):
+        for options in ({}, {"add_special_tokens": False}):
+            ids = ours(text, **options)["input_ids"]
+            assert ids == theirs(text, **options)["input_ids"]
+            for skips in (False, True):
+                assert ours.decode(ids, skip_special_tokens=skips) == theirs.decode(
+                    ids, skip_special_tokens=skips
+                )
+
+
+UNKNOWN_LANGUAGE = {
+    "no tokenizer.json": remove("tokenizer.json"),
+    "damaged JSON": write("tokenizer.json", "{"),
+    "another class": configured(tokenizer_class="LlamaTokenizer"),
+    "no class": configured(tokenizer_class=None),
+    "another kind of model": edited("config.json", model_type="qwen2"),
+    "a class in the model's configuration": edited("config.json", tokenizer_class="LlamaTokenizer"),
+    "several templates": configured(chat_template=[{"name": "default", "template": "x"}]),
+    "a setting without a name here": configured(add_bos_token=True),
+    "no words": edited(
+        "tokenizer.json",
+        model={"type": "BPE", "vocab": {}, "merges": []},
+        added_tokens=[],
+        post_processor=None,
+    ),
+    "no pairs": edited("tokenizer.json", model={"type": "WordLevel", "vocab": {"a": 9}, "unk_token": "a"}),
+    "an added token with another id": configured(added_tokens_decoder={"7": ANOTHER}),
+    "a special token that is not in the vocabulary": configured(bos_token="[NEW]"),
+}
+
+
+@pytest.mark.parametrize("what", UNKNOWN_LANGUAGE)
+def test_what_is_not_known_of_a_language_models_is_left_to_the_library(tmp_path, what):
+    edits = (remove("chat_template.jinja"),) if "templates" in what else ()
+    make_language(tmp_path, *edits, UNKNOWN_LANGUAGE[what])
+    with pytest.raises(UnknownModel):
+        read_language_tokenizer(tmp_path)

@@ -1,0 +1,92 @@
+"""Language models of transformers: those that the step in C does not cover, and the twin of one that
+it does, for `--check`.
+
+Importing the library's code of a model takes seconds, so that this file is imported only where it is
+needed.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from common import models
+from common.errors import UserError
+from common.generation import stored_weights
+from common.generation.decoding import accepted_inputs
+from common.generation.stored_weights import Matrix
+
+
+def load(folder: Path, dtype: torch.dtype, device: torch.device, *, name: str) -> PreTrainedModel:
+    """Return the causal language model of a folder. Raises UserError if it can't be loaded, is of
+    another kind, or takes no cache.
+    """
+    config = models.load(AutoConfig, folder, name=name)
+    check_trained_to_generate(config, name=name)
+    model = read(config, folder, dtype, name=name).eval().to(device)  # pyrefly: ignore[bad-argument-type]
+    kind = type(model).__name__
+    if model.config.is_encoder_decoder or not model.can_generate():
+        raise UserError(f"--model {name}: {kind} does not continue texts; name a causal language model")
+    if model._is_stateful or "past_key_values" not in accepted_inputs(type(model)):
+        problem = f"{kind} has no key-value cache, which this script reads on with"
+        raise UserError(f"--model {name}: {problem}; name a transformer that has one")
+    return model
+
+
+def read(config: PreTrainedConfig, folder: Path, dtype: torch.dtype, *, name: str) -> PreTrainedModel:
+    """Return the model of a folder with weights of a dtype."""
+    if (folder / stored_weights.WEIGHTS_FILE).exists():
+        weights = stored_weights.read_folder(folder, f"--model {name}")
+        return over_weights(config, folder, weights, dtype, name=name)
+    model, new = models.load_model(AutoModelForCausalLM, folder, name=name, config=config, dtype=dtype)
+    if new:
+        raise UserError(
+            f"--model {name}: it was never trained to generate (no weights for {', '.join(new[:3])}); name a "
+            "causal language model"
+        )
+    return model
+
+
+def over_weights(
+    config: PreTrainedConfig,
+    folder: Path,
+    weights: dict[str, Matrix | Tensor],
+    dtype: torch.dtype,
+    *,
+    name: str,
+) -> PreTrainedModel:
+    """Return the model of a config with the given weights, widened to a dtype."""
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    plain = {
+        key: (weight.widen() if isinstance(weight, Matrix) else weight).to(dtype)
+        for key, weight in weights.items()
+    }
+    model.load_state_dict(plain, strict=False, assign=True)
+    model.tie_weights()
+    missing = [key for key, parameter in model.named_parameters() if parameter.is_meta]
+    if missing:
+        raise UserError(f"--model {name}: no weights for {missing[0]}; name a complete file")
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its angles are no weights
+    model.generation_config = models.load(GenerationConfig, folder, name=name)
+    return model.requires_grad_(False)
+
+
+def check_trained_to_generate(config: PreTrainedConfig, *, name: str) -> None:
+    """Raise UserError for a model that was saved with another head than that of a language model,
+    or without one.
+
+    Some load all the same: BERT's head for masked words, or GPT-2 without a head, which is tied to
+    the embeddings.
+    """
+    saved = config.architectures or []
+    known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
+    is_known = not known.isdisjoint(saved) or any(kind.endswith("ForCausalLM") for kind in saved)
+    if saved and not is_known and not config.is_encoder_decoder:
+        raise UserError(
+            f"--model {name}: it was never trained to generate (it was saved as {', '.join(saved)}); name a"
+            " causal language model"
+        )
