@@ -745,6 +745,5 @@ def test_a_run_without_a_mistake_leaves_stderr_empty(
         1,
         "--output-dir",
         tmp_path / "run",
-        OMP_NUM_THREADS="1",
     )
     assert done.stderr == ""
