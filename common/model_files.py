@@ -222,7 +222,11 @@ def check_kind(folder: Path, wanted: str, source: str) -> None:
     a language model's "yes" and "no" for scores.
     """
     if not (folder / MODULES).exists():
-        kinds = read_json(folder / CONFIG, source).get("architectures") or []
+        config = read_json(folder / CONFIG, source)
+        kinds = config.get("architectures") or []
+        if wanted == "SentenceTransformer" and _gives_one_score(config):
+            problem = f"it is a cross-encoder (a {kinds[0]} with one label), which makes no embeddings"
+            raise _refuse(source, problem, "name a sentence encoder, and a cross-encoder with --rerank")
         if wanted == "CrossEncoder" and kinds and not any(kind.endswith(RANKING) for kind in kinds):
             problem = f"it was never trained to rank (it was saved as {', '.join(kinds)})"
             raise _refuse(
@@ -236,6 +240,14 @@ def check_kind(folder: Path, wanted: str, source: str) -> None:
         kind = MODEL_KINDS.get(saved) if isinstance(saved, str) else None
         problem = f"it was saved as {kind or repr(saved)}, not as {MODEL_KINDS[wanted]}"
         raise _refuse(source, problem, "name another model")
+
+
+def _gives_one_score(config: dict) -> bool:
+    """Return whether a configuration is that of a classifier with one label."""
+    kinds, labels = config.get("architectures"), config.get("id2label")
+    is_classifier = isinstance(kinds, list) and bool(kinds) and str(kinds[0]).endswith(RANKING)
+    count = len(labels) if isinstance(labels, dict) else config.get("num_labels")
+    return is_classifier and count == 1
 
 
 def read_json(path: Path, source: str) -> Any:

@@ -23,7 +23,7 @@ import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, cast
 
 import numpy as np
 
@@ -41,6 +41,9 @@ UNLABELLED = ("unsup", "unlabeled", "unlabelled")  # no class: IMDb has texts wi
 TEXT_KINDS = ("string", "large_string")
 LONGEST_TEXT = 10_000_000  # characters; more is no text but a file in a single line
 STREAM_BYTES, STREAM_LINES = 4 << 30, 10_000_000  # of a stream; a longer one may have no end
+# what a compressed file may become: any size up to the first, and then so many times its own, which
+# no texts are
+ANY_SIZE, TIMES_ITS_SIZE = 256 << 20, 200
 SECONDS_FOR_A_PIPE = 10
 SAMPLE = 64 << 10  # bytes from which an encoding is found out
 AS_FOUND = FileOptions()  # nothing but what name and content of a file show
@@ -598,16 +601,27 @@ def _copy_stream(stream: BinaryIO, file: BinaryIO, source: str) -> None:
 
 def _decompress(file: BinaryIO, target: BinaryIO, compression: str, source: str) -> None:
     openers: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zstandard}
+    size = os.fstat(file.fileno()).st_size  # 0 for a pipe
+    most = max(ANY_SIZE, TIMES_ITS_SIZE * size) if size else STREAM_BYTES
     try:
         with openers[compression](file) as content:
             while chunk := content.read(1 << 20):
                 target.write(chunk)
+                if target.tell() > min(most, STREAM_BYTES):
+                    _refuse_growth(source, size, min(most, STREAM_BYTES))
         target.flush()
     except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the disk's fault
         kind = compression.removeprefix(".")
         raise UserError(f"{source}: not readable as {kind}: {one_line(error)}; correct the file") from error
+
+
+def _refuse_growth(source: str, size: int, most: int) -> NoReturn:
+    """Raise UserError for a compressed file that becomes too large: it may be made to fill the disk."""
+    was = f"its {size:,} bytes" if size else "it"
+    advice = "if that is right, decompress it yourself and name the plain file"
+    raise UserError(f"{source}: decompressed, {was} became more than {most >> 20:,} MB; {advice}")
 
 
 def _open_zstandard(file: BinaryIO) -> Any:

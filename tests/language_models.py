@@ -22,7 +22,7 @@ from transformers import (
 from common.generation.fast_decoding import FastStep, Kernel, find_compiler
 from common.generation.language_model import LanguageModel
 from common.generation.llama import Transformer, read_transformer
-from common.generation.stored_weights import Matrix, matrix_of
+from common.generation.stored_weights import Matrix, convert, matrix_of
 
 needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no C compiler: the step is PyTorch's")
 
@@ -105,10 +105,16 @@ def own_transformer(model: PreTrainedModel, stored: dict[str, Matrix] | None = N
     return read_transformer(model.config.to_dict(), own_weights(model) | (stored or {}))
 
 
-def in_c(language_model: LanguageModel, kernel: Kernel) -> LanguageModel:
-    """Return a language model of transformers as the step in C computes it."""
-    assert language_model.model is not None
-    step = FastStep(own_transformer(language_model.model), kernel)
+def in_c(language_model: LanguageModel, kernel: Kernel, stored: torch.dtype = torch.float32) -> LanguageModel:
+    """Return a language model of transformers as the step in C computes it, over weights of a dtype."""
+    model = language_model.model
+    assert model is not None
+    matrices = {
+        name: convert(weight, stored)
+        for name, weight in own_weights(model).items()
+        if isinstance(weight, Matrix)
+    }
+    step = FastStep(own_transformer(model, matrices), kernel)
     return dataclasses.replace(language_model, model=None, fast_step=step)
 
 

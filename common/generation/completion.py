@@ -295,6 +295,8 @@ class Run:
             f"peak memory {peak_memory_bytes / 1e6:,.0f} MB",
             f"step in {self.language_model.step_name}",
         ]
+        if self.language_model.fast_step is not None and self.options.settings.sample:
+            parts[-1] += " (a draw within its rounding can differ from model.generate's: --plain-step)"
         if self.options.lookup:
             guessed, accepted = timing.num_guessed, timing.num_accepted
             share = accepted / max(guessed, 1)

@@ -1,4 +1,4 @@
-// One decoding step of a Llama-like transformer, for up to 64 rows (tokens) at once.
+// One decoding step of a Llama-like transformer, for up to 128 rows (tokens) at once.
 //
 // The plain version of the same step is `plain_step` in llama.py: read that first. This file is
 // compiled at first use by fast_decoding.py, for the processor that it runs on.
@@ -7,7 +7,8 @@
 // 32 with a scale (and a minimum). The activations of a group become whole numbers too, with one scale:
 // at most 8,355,000, which is about the precision of fp32. Each is written with three digits in base
 // 256 from -128 to 127, so that the processor's dot product of bytes multiplies it, exactly. A step
-// reads all weights once, whatever the number of rows: with few rows, memory is the limit.
+// reads all weights once, whatever the number of rows: with few rows, memory is the limit. With the many
+// rows of a prompt, arithmetic is: each tile of weights is widened to fp32 once for all of them.
 //
 // One thread per core runs `run_step`. Each part of a layer is split into small pieces of work, which
 // the threads take one by one; a barrier ends the part.
@@ -41,7 +42,16 @@
 #endif
 
 enum { FP32, FP16, BF16, GROUPS4, GROUPS8 };  // how a matrix is stored
-enum { MAX_ROWS = 64, TILE = 16, GROUP = 32, PARTS = TILE / LANES };
+enum { MAX_ROWS = 128, TILE = 16, GROUP = 32, PARTS = TILE / LANES };
+enum { WIDE_ROWS = 8, WIDE_COLUMNS = 512 };  // fewer rows are not worth widening; columns widened at once
+enum { QUERIES = 32 };                        // rows of a text whose attention is computed together
+#if LANES == 16
+enum { BLOCK = 12 };  // rows whose sums stay in registers
+#elif LANES == 8
+enum { BLOCK = 6 };
+#else
+enum { BLOCK = 2 };
+#endif
 enum { BYTES4 = 2 * 2 * TILE + TILE * GROUP / 2, BYTES8 = 2 * TILE + TILE * GROUP };  // of a tile's group
 static const float LARGEST = 8355000.0f;  // 127 * (1 + 256 + 65536) = 8,355,711, less what fp32 rounds
 static const int SPINS = 2000;            // some microseconds; then the processor goes to others
@@ -77,6 +87,8 @@ typedef struct {
 // column of its text. Logits are computed for the rows from `first_logits` on.
 typedef struct {
     int32_t rows, capacity, first_logits;
+    int32_t wide;   // whether weights are widened: the rows are those of a prompt
+    int32_t stride;  // the number of texts; row + stride is the next column of the same text
     const int32_t *tokens, *texts, *columns, *starts;  // (rows)
     const float *cosines, *sines;                      // (rows, head size), of each row's position
     float *logits;                                     // (rows - first_logits, vocabulary)
@@ -371,6 +383,7 @@ typedef struct {
     int count, width;     // rows; numbers in a row
     const float *x;       // (count, width)
     const Group *groups;  // (count, width / 32), the same as whole numbers
+    int wide;
 } Rows;
 
 // Products of the 16 rows of a tile with each of `count` rows.
@@ -447,6 +460,76 @@ INLINE void multiply_floats(int kind, const Matrix *matrix, int tile, const Rows
     }
 }
 
+// result[row][i] += the sum over columns of x[row][column] * weights[column][i], for `rows` rows and 16 i
+INLINE void add_block(const float *weights, int64_t stride, int columns, const float *x, int64_t x_stride, int rows,
+                      float *result, int64_t result_stride) {
+    Floats sums[BLOCK][PARTS];
+    for (int row = 0; row < rows; row++)
+        for (int part = 0; part < PARTS; part++) sums[row][part] = load(result + row * result_stride + part * LANES);
+    for (int column = 0; column < columns; column++) {
+        Floats numbers[PARTS];
+        for (int part = 0; part < PARTS; part++) numbers[part] = load(weights + column * stride + part * LANES);
+        for (int row = 0; row < rows; row++)
+            for (int part = 0; part < PARTS; part++) sums[row][part] += numbers[part] * x[row * x_stride + column];
+    }
+    for (int row = 0; row < rows; row++)
+        for (int part = 0; part < PARTS; part++) store(result + row * result_stride + part * LANES, sums[row][part]);
+}
+
+// The same for any number of rows.
+static void add_products_of(const float *weights, int64_t stride, int columns, const float *x, int64_t x_stride,
+                            int rows, float *result, int64_t result_stride) {
+    int row = 0;
+    for (; row + BLOCK <= rows; row += BLOCK)
+        add_block(weights, stride, columns, x + row * x_stride, x_stride, BLOCK, result + row * result_stride, result_stride);
+    for (; row < rows; row++)
+        add_block(weights, stride, columns, x + row * x_stride, x_stride, 1, result + row * result_stride, result_stride);
+}
+
+// Columns of a tile in fp32, (columns, 16): all rows of a column together. `first` is a multiple of 32.
+static void widen_columns(const Matrix *matrix, int tile, int first, int columns, float *result) {
+    if (matrix->kind < GROUPS4) {
+        for (int i = 0; i < TILE; i++) {
+            int row = tile * TILE + i;  // beyond the end of the matrix: its last row, not used
+            int64_t begin = (int64_t)(row < matrix->rows ? row : matrix->rows - 1) * matrix->columns + first;
+            int column = 0;
+            for (; column + LANES <= columns; column += LANES) {
+                Floats numbers = from(matrix->kind, matrix->data, begin + column);
+                for (int lane = 0; lane < LANES; lane++) result[(column + lane) * TILE + i] = numbers[lane];
+            }
+            for (; column < columns; column++) result[column * TILE + i] = one_from(matrix->kind, matrix->data, begin + column);
+        }
+        return;
+    }
+    int bits4 = matrix->kind == GROUPS4, bytes = bits4 ? BYTES4 : BYTES8;
+    const uint8_t *data = (const uint8_t *)matrix->data + ((int64_t)tile * matrix->columns + first) / GROUP * bytes;
+    for (int column = 0; column < columns; column += GROUP, data += bytes)
+        for (int part = 0; part < PARTS; part++) {
+            const uint16_t *scales = (const uint16_t *)data + part * LANES;
+            Floats scale = from_fp16(scales), minimum = bits4 ? from_fp16(scales + TILE) : -128.0f * scale;
+            const uint8_t *numbers = data + (bits4 ? 4 : 2) * TILE + 4 * LANES * part;
+            for (int n = 0; n < 8; n++) {  // 4 columns each
+                Ints four_columns;
+                memcpy(&four_columns, numbers + 64 * (bits4 ? n / 2 : n), sizeof four_columns);
+                for (int i = 0; i < 4; i++) {
+                    int shift = bits4 ? 8 * i + n % 2 * 4 : 8 * i;
+                    Floats number = to_floats(four_columns >> shift & (bits4 ? 15 : 255));
+                    store(result + (column + 4 * n + i) * TILE + part * LANES, scale * number + minimum);
+                }
+            }
+        }
+}
+
+static void multiply_widened(const Matrix *matrix, int tile, const Rows *rows, float (*result)[TILE]) {
+    float widened[WIDE_COLUMNS * TILE] __attribute__((aligned(64)));
+    memset(result, 0, rows->count * sizeof *result);
+    for (int first = 0; first < matrix->columns; first += WIDE_COLUMNS) {
+        int columns = matrix->columns - first < WIDE_COLUMNS ? matrix->columns - first : WIDE_COLUMNS;
+        widen_columns(matrix, tile, first, columns, widened);
+        add_products_of(widened, TILE, columns, rows->x + first, rows->width, rows->count, result[0], TILE);
+    }
+}
+
 static int num_tiles(const Matrix *matrix) { return (matrix->rows + TILE - 1) / TILE; }
 
 // result[row][i] = the product of row 16 * tile + i of a matrix with a row of activations, plus the bias
@@ -454,8 +537,9 @@ static void multiply(const Matrix *matrix, int tile, const Rows *rows, float (*r
     int64_t num_groups = matrix->columns / GROUP;
     const uint8_t *tile4 = (const uint8_t *)matrix->data + tile * num_groups * BYTES4;
     const uint8_t *tile8 = (const uint8_t *)matrix->data + tile * num_groups * BYTES8;
+    if (rows->wide && rows->count >= WIDE_ROWS) multiply_widened(matrix, tile, rows, result);
     // with a known number of rows, all sums stay in registers
-    if (matrix->kind == GROUPS4 && rows->count == 1) multiply_groups(4, tile4, rows, 1, result);
+    else if (matrix->kind == GROUPS4 && rows->count == 1) multiply_groups(4, tile4, rows, 1, result);
     else if (matrix->kind == GROUPS4) multiply_groups(4, tile4, rows, rows->count, result);
     else if (matrix->kind == GROUPS8 && rows->count == 1) multiply_groups(8, tile8, rows, 1, result);
     else if (matrix->kind == GROUPS8) multiply_groups(8, tile8, rows, rows->count, result);
@@ -644,12 +728,93 @@ static void attend(const float *query, const float *keys, const float *values, i
     }
 }
 
+static float largest_of(const float *numbers, int count) {
+    float highest = -INFINITY;
+    Floats highests = splat(-INFINITY);
+    int i = 0;
+    for (; i + LANES <= count; i += LANES) highests = choose(load(numbers + i) > highests, load(numbers + i), highests);
+    for (; i < count; i++) highest = numbers[i] > highest ? numbers[i] : highest;
+    for (int lane = 0; lane < LANES; lane++) highest = highests[lane] > highest ? highests[lane] : highest;
+    return highest;
+}
+
+// Turn scores of the columns first to last into weights that sum up to the result; others of `count` become 0.
+static float soften(float *scores, int first, int last, int count, float scaling) {
+    float highest = largest_of(scores + first, last + 1 - first), total = 0;
+    int column = first;
+    Floats totals = {0};
+    for (; column + LANES <= last + 1; column += LANES) {
+        Floats weights = exponential((load(scores + column) - highest) * scaling);
+        store(scores + column, weights);
+        totals += weights;
+    }
+    for (; column <= last; column++) {
+        scores[column] = exponential(splat((scores[column] - highest) * scaling))[0];
+        total += scores[column];
+    }
+    memset(scores, 0, first * sizeof *scores);
+    memset(scores + last + 1, 0, (count - last - 1) * sizeof *scores);
+    return total + sum_of(totals);
+}
+
+// Attention of up to QUERIES rows of a text, `row`, row + stride, ..., for all heads that share a head of keys.
+static void attend_together(const Model *model, const Layer *layer, const Step *step, int row, int key_head,
+                            const float *queries, float *scores, float *results) {
+    int size = model->head_size, groups = model->heads / model->key_heads, width = model->heads * size, firsts[QUERIES];
+    int count = (step->rows - row + step->stride - 1) / step->stride, begin = step->columns[row];
+    count = count > QUERIES ? QUERIES : count;
+    for (int i = 0; i < count; i++) {  // what each row sees
+        int column = step->columns[row] + i, first = step->starts[row + i * step->stride];
+        if (layer->window && column - layer->window + 1 > first) first = column - layer->window + 1;
+        firsts[i] = first;
+        begin = first < begin ? first : begin;
+    }
+    int columns = step->columns[row] + count - begin, padded = (columns + TILE - 1) / TILE * TILE;
+    int64_t own = ((int64_t)step->texts[row] * model->key_heads + key_head) * step->capacity + begin, next = (int64_t)width * step->stride;
+    const float *keys = layer->keys + own * size, *values = layer->values + own * size;
+    float by_column[TILE * WIDE_COLUMNS];  // 16 keys, as the weights of a matrix
+    memset(scores, 0, (size_t)groups * count * padded * sizeof *scores);
+    for (int first = 0; first < columns; first += TILE) {
+        for (int i = 0; i < TILE; i++) {
+            const float *key = keys + (int64_t)(first + i < columns ? first + i : columns - 1) * size;
+            for (int j = 0; j < size; j++) by_column[j * TILE + i] = key[j];
+        }
+        for (int group = 0; group < groups; group++)
+            add_products_of(by_column, TILE, size, queries + (int64_t)row * width + (key_head * groups + group) * size, next,
+                            count, scores + (int64_t)group * count * padded + first, padded);
+    }
+    for (int group = 0; group < groups; group++) {
+        float *own_scores = scores + (int64_t)group * count * padded, totals[QUERIES];
+        float *result = results + (int64_t)row * width + (key_head * groups + group) * size;
+        for (int i = 0; i < count; i++) {
+            int last = step->columns[row] + i - begin;
+            totals[i] = soften(own_scores + (int64_t)i * padded, firsts[i] - begin, last, padded, model->scaling);
+            memset(result + i * next, 0, size * sizeof *result);
+        }
+        for (int first = 0; first < size; first += TILE)
+            add_products_of(values + first, size, columns, own_scores, padded, count, result + first, next);
+        for (int i = 0; i < count; i++)
+            for (int j = 0; j < size; j++) result[i * next + j] /= totals[i];
+    }
+}
+
 typedef struct {  // where a step keeps its numbers; all (rows, ...)
     float *x, *normed, *query, *key, *value, *attended, *inner, *scores;
     Group *groups;
 } Scratch;
 
 static size_t round_up(size_t count) { return (count + 63) / 64 * 64; }
+
+// Whether the attention of a prompt's rows is computed together: heads are whole tiles.
+static int attends_together(const Model *model, const Step *step) {
+    return step->wide && model->head_size % TILE == 0 && model->head_size <= WIDE_COLUMNS;
+}
+
+// The scores that a thread keeps.
+static size_t num_scores(const Model *model, const Step *step) {
+    size_t together = attends_together(model, step) ? (size_t)QUERIES * (model->heads / model->key_heads) : 1;
+    return together * round_up(step->capacity);
+}
 
 // Lay the arrays of a step out one after the other from `begin` on; return how many floats they take.
 static size_t lay_out(const Pool *pool, const Model *model, const Step *step, float *begin, Scratch *scratch) {
@@ -661,7 +826,7 @@ static size_t lay_out(const Pool *pool, const Model *model, const Step *step, fl
     float **fields[] = {&scratch->x, &scratch->normed, &scratch->query, &scratch->key, &scratch->value,
                         &scratch->attended, &scratch->inner, &scratch->scores, (float **)&scratch->groups};
     size_t counts[] = {rows * width, rows * width, rows * heads, rows * key_heads, rows * key_heads,
-                       rows * heads, rows * inner, pool->num_threads * round_up(step->capacity), groups};
+                       rows * heads, rows * inner, pool->num_threads * num_scores(model, step), groups};
     size_t total = 0;
     for (int i = 0; i < 9; i++) {
         *fields[i] = begin + total;
@@ -677,9 +842,10 @@ static void run_step(Pool *pool, int thread) {
     const Model *model = pool->model;
     int rows = step->rows, width = model->width, size = model->head_size, inner = model->inner;
     int heads_width = model->heads * size, keys_width = model->key_heads * size;
+    int widens = step->wide && rows >= WIDE_ROWS;  // then no matrix reads the rows as whole numbers
     Scratch s;
     lay_out(pool, model, step, pool->scratch, &s);
-    float *scores = s.scores + thread * round_up(step->capacity), tile[MAX_ROWS][TILE], tile2[MAX_ROWS][TILE];
+    float *scores = s.scores + thread * num_scores(model, step), tile[MAX_ROWS][TILE], tile2[MAX_ROWS][TILE];
 
 #define TO_DIGITS(x, count_of_row)                                                             \
     SHARE(group, rows * ((count_of_row) / GROUP), 4) to_digits((x) + (int64_t)group * GROUP, s.groups + group); \
@@ -688,7 +854,7 @@ static void run_step(Pool *pool, int thread) {
     SHARE(row, rows, 1) {                                                                      \
         float *to = s.normed + (int64_t)row * width;                                           \
         normalize(s.x + (int64_t)row * width, weights, model->epsilon, width, to);             \
-        if (is_grouped(next_matrix))                                                           \
+        if (is_grouped(next_matrix) && (!widens || (next_matrix) == &model->head)) \
             for (int g = 0; g < width / GROUP; g++) to_digits(to + g * GROUP, s.groups + (int64_t)row * (width / GROUP) + g); \
     }                                                                                          \
     wait_for_all(pool)
@@ -697,7 +863,7 @@ static void run_step(Pool *pool, int thread) {
     wait_for_all(pool);
     for (int number = 0; number < model->num_layers; number++) {
         const Layer *layer = model->layers + number;
-        Rows normed = {rows, width, s.normed, s.groups};
+        Rows normed = {rows, width, s.normed, s.groups, step->wide};
 
         NORMALIZE(layer->attention_norm, &layer->query);
         const Matrix *matrices[3] = {&layer->query, &layer->key, &layer->value};
@@ -732,7 +898,13 @@ static void run_step(Pool *pool, int thread) {
         }
         wait_for_all(pool);
 
-        SHARE(i, rows * model->heads, 1) {
+        int together = attends_together(model, step), texts = step->stride < rows ? step->stride : rows;
+        int parts = (rows + texts * QUERIES - 1) / (texts * QUERIES) * texts;  // of up to QUERIES rows of a text
+        if (together) SHARE(i, parts * model->key_heads, 1) {
+            int part = i / model->key_heads, row = part / texts * texts * QUERIES + part % texts;
+            if (row < rows) attend_together(model, layer, step, row, i % model->key_heads, s.query, scores, s.attended);
+        }
+        else SHARE(i, rows * model->heads, 1) {
             int row = i / model->heads, head = i % model->heads, column = step->columns[row], first = step->starts[row];
             if (layer->window && column - layer->window + 1 > first) first = column - layer->window + 1;
             int key_head = head / (model->heads / model->key_heads);
@@ -741,8 +913,8 @@ static void run_step(Pool *pool, int thread) {
                    column - first + 1, size, model->scaling, scores, s.attended + (int64_t)row * heads_width + head * size);
         }
         wait_for_all(pool);
-        if (is_grouped(&layer->output)) { TO_DIGITS(s.attended, heads_width); }
-        Rows attended = {rows, heads_width, s.attended, s.groups};
+        if (is_grouped(&layer->output) && !widens) { TO_DIGITS(s.attended, heads_width); }
+        Rows attended = {rows, heads_width, s.attended, s.groups, step->wide};
         SHARE(i, num_tiles(&layer->output), chunk_of(pool, num_tiles(&layer->output))) {
             multiply(&layer->output, i, &attended, tile);
             for (int row = 0; row < rows; row++)
@@ -763,8 +935,8 @@ static void run_step(Pool *pool, int thread) {
             }
         }
         wait_for_all(pool);
-        if (is_grouped(&layer->down)) { TO_DIGITS(s.inner, inner); }
-        Rows inner_rows = {rows, inner, s.inner, s.groups};
+        if (is_grouped(&layer->down) && !widens) { TO_DIGITS(s.inner, inner); }
+        Rows inner_rows = {rows, inner, s.inner, s.groups, step->wide};
         SHARE(i, num_tiles(&layer->down), chunk_of(pool, num_tiles(&layer->down))) {
             multiply(&layer->down, i, &inner_rows, tile);
             for (int row = 0; row < rows; row++)
@@ -774,7 +946,8 @@ static void run_step(Pool *pool, int thread) {
     }
     NORMALIZE(model->norm, &model->head);
     int skipped = step->first_logits;
-    Rows last = {rows - skipped, width, s.normed + (int64_t)skipped * width, s.groups + (int64_t)skipped * (width / GROUP)};
+    Rows last = {rows - skipped, width, s.normed + (int64_t)skipped * width, s.groups + (int64_t)skipped * (width / GROUP),
+                 step->wide};
     if (last.count > 0) SHARE(i, num_tiles(&model->head), chunk_of(pool, num_tiles(&model->head))) {
         multiply(&model->head, i, &last, tile);
         for (int row = 0; row < last.count; row++)
@@ -874,7 +1047,7 @@ const char *instructions(void) {
 typedef struct {
     const Matrix *matrix;
     const float *x;
-    int32_t count;
+    int32_t count, wide;
     float *result;
     Group *groups;
 } Product;
@@ -887,7 +1060,7 @@ static void run_product(Pool *pool, int thread) {
     int num_groups = is_grouped(matrix) ? p->count * (matrix->columns / GROUP) : 0;
     SHARE(group, num_groups, 4) to_digits(p->x + (int64_t)group * GROUP, p->groups + group);
     wait_for_all(pool);
-    Rows rows = {p->count, matrix->columns, p->x, p->groups};
+    Rows rows = {p->count, matrix->columns, p->x, p->groups, p->wide};
     SHARE(i, num_tiles(matrix), chunk_of(pool, num_tiles(matrix))) {
         multiply(matrix, i, &rows, tile);
         for (int row = 0; row < p->count; row++)
@@ -899,10 +1072,10 @@ static void run_product(Pool *pool, int thread) {
 
 // Write the products of a matrix (rows, columns) with `count` rows of activations: (count, rows). Return 0,
 // or 1 if there is too little memory. The tests call this; a step multiplies by itself.
-int product(Pool *pool, const Matrix *matrix, const float *x, int count, float *result) {
+int product(Pool *pool, const Matrix *matrix, const float *x, int count, int wide, float *result) {
     Group *groups = aligned_alloc(64, (size_t)count * (matrix->columns / GROUP + 1) * sizeof(Group));
     if (!groups) return 1;
-    Product input = {matrix, x, count, result, groups};
+    Product input = {matrix, x, count, wide, result, groups};
     run(pool, run_product, &input);
     free(groups);
     return 0;

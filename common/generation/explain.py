@@ -168,13 +168,14 @@ def describe_difference(difference: Difference, language_model: LanguageModel) -
         return f"{decode([token])!r} (id {token}), {logit}, continues: {continuation!r}"
 
     place = f"prompt {row.prompt.number + 1}, sample {row.sample + 1}, token {index + 1}"
-    return "\n".join(
-        [
-            f"different: {place}; the {index} before it are equal",
-            f"{'ours':<9} {describe(difference.ours, row.token_ids)}",
-            f"{'generate':<9} {describe(difference.theirs, difference.their_ids)}",
-        ]
-    )
+    lines = [
+        f"different: {place}; the {index} before it are equal",
+        f"{'ours':<9} {describe(difference.ours, row.token_ids)}",
+        f"{'generate':<9} {describe(difference.theirs, difference.their_ids)}",
+    ]
+    if language_model.fast_step is not None:
+        lines.append("the step in C rounds sums in another order; --plain-step computes as generate does")
+    return "\n".join(lines)
 
 
 # --- --explain: what every filter does to the candidates for a token

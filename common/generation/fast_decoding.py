@@ -35,7 +35,8 @@ SOURCE = Path(__file__).with_name("decoder.c")
 # contracting lets the compiler use fused multiply-add; numbers keep their order otherwise
 FLAGS = ["-O3", "-std=gnu11", "-ffp-contract=fast", "-shared", "-fPIC", "-pthread"]
 COMPILE_SECONDS = 120  # it takes 2 to 4
-MAX_ROWS = 64  # of decoder.c
+MAX_ROWS = 128  # of decoder.c
+WIDE_COLUMNS = 17  # a prompt of so many tokens is read with weights widened to fp32
 LARGEST_DIFFERENCE = 1e-3  # between two logits of the self-check; usual is 1e-5
 ROOM = 256  # a cache grows by so many columns
 
@@ -165,7 +166,7 @@ class CStep(ctypes.Structure):
     """Step in decoder.c."""
 
     _fields_ = [
-        *((name, ctypes.c_int32) for name in ("rows", "capacity", "first_logits")),
+        *((name, ctypes.c_int32) for name in ("rows", "capacity", "first_logits", "wide", "stride")),
         *(
             (name, ctypes.c_void_p)
             for name in ("tokens", "texts", "columns", "starts", "cosines", "sines", "logits")
@@ -181,7 +182,7 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     library.widen.argtypes = [pointer, ctypes.POINTER(CMatrix), number, number, pointer]
     library.widen.restype = None
     library.widen_one.argtypes, library.widen_one.restype = [ctypes.POINTER(CMatrix), number, pointer], None
-    library.product.argtypes = [pointer, ctypes.POINTER(CMatrix), pointer, number, pointer]
+    library.product.argtypes = [pointer, ctypes.POINTER(CMatrix), pointer, number, number, pointer]
     library.instructions.restype = ctypes.c_char_p
     return library
 
@@ -225,11 +226,13 @@ class Kernel:
             self.library.widen_one(source, row, result[target].data_ptr())
         return result
 
-    def product(self, matrix: Matrix, x: Tensor) -> Tensor:
-        """Return x (R, columns) times a matrix: (R, rows). For up to 64 rows R."""
+    def product(self, matrix: Matrix, x: Tensor, *, wide: bool = False) -> Tensor:
+        """Return x (R, columns) times a matrix: (R, rows). For up to 128 rows R; `wide` as for those of a
+        prompt.
+        """
         result = torch.empty(len(x), matrix.rows)
         failed = self.library.product(
-            self.pool, c_matrix(matrix), x.contiguous().data_ptr(), len(x), result.data_ptr()
+            self.pool, c_matrix(matrix), x.contiguous().data_ptr(), len(x), wide, result.data_ptr()
         )
         if failed:
             raise MemoryError
@@ -340,6 +343,8 @@ class FastStep:
                 rows=rows.stop - begin,
                 capacity=cache.capacity,
                 first_logits=min(max(num_skipped - begin, 0), rows.stop - begin),
+                wide=new >= WIDE_COLUMNS,
+                stride=texts,
                 tokens=tokens[rows].data_ptr(),
                 texts=row_texts[rows].data_ptr(),
                 columns=columns[rows].data_ptr(),
@@ -376,19 +381,20 @@ class FastStep:
 @torch.inference_mode()
 def self_check(library: ctypes.CDLL) -> float:
     """Return the largest difference between a logit of the compiled step and of the plain one: for a
-    small model of each kind of weights, two texts, a prompt and two tokens.
+    small model of each kind of weights, two texts, some tokens, a prompt and a token.
     """
     kernel, starts = Kernel(library, 2), torch.tensor([0, 2])
-    ids = torch.arange(10).view(2, 5) * 7 % CHECKED_SIZES["vocabulary"]
+    length = 3 + WIDE_COLUMNS + 1
+    ids = torch.arange(2 * length).view(2, -1) * 7 % CHECKED_SIZES["vocabulary"]
     largest = 0.0
     for kind in KINDS:
         model = random_transformer(kind)
         step, cache = FastStep(model, kernel), RoomyCache(model)
-        keys, values = torch.zeros(2, len(model.layers), 2, model.key_heads, 5, model.head_size)
+        keys, values = torch.zeros(2, len(model.layers), 2, model.key_heads, length, model.head_size)
         ours, theirs = [], []
-        for first, end in ((0, 3), (3, 4), (4, 5)):
+        for first, end in ((0, 3), (3, length - 1), (length - 1, length)):
             ours.append(step.forward(ids[:, :end], starts, cache, first=first, keep=end - first))
-        for column in range(5):
+        for column in range(length):
             columns = torch.full((2,), column)
             places = Places(torch.arange(2), columns, torch.minimum(starts, columns))
             theirs.append(plain_step(model, keys, values, ids[:, column], places))
@@ -447,5 +453,5 @@ def random_transformer(kind: Kind) -> Transformer:
         head_size=size,
         epsilon=0.1,
         rotary=Rotary(torch.logspace(0, -2, size // 2)),
-        context=8,
+        context=64,
     )

@@ -10,7 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from common import models
@@ -30,10 +37,30 @@ def load(folder: Path, dtype: torch.dtype, device: torch.device, *, name: str) -
     kind = type(model).__name__
     if model.config.is_encoder_decoder or not model.can_generate():
         raise UserError(f"--model {name}: {kind} does not continue texts; name a causal language model")
-    if model._is_stateful or "past_key_values" not in accepted_inputs(type(model)):
-        problem = f"{kind} has no key-value cache, which this script reads on with"
-        raise UserError(f"--model {name}: {problem}; name a transformer that has one")
+    is_refused = model._is_stateful or "past_key_values" not in accepted_inputs(type(model))
+    with models.load_errors(name, reader=kind):
+        if is_refused or not uses_cache(model):
+            problem = f"{kind} reads on without a key-value cache, which this script needs"
+            raise UserError(f"--model {name}: {problem}; name a transformer that has one")
     return model
+
+
+@torch.inference_mode()
+def uses_cache(model: PreTrainedModel) -> bool:
+    """Return whether a model's logits depend on the cache that it is given: some take one, and then
+    read each token as if it were the first.
+    """
+    config = model.config.get_text_config(decoder=True)
+    ids = torch.tensor([[1, 2, 3]], device=model.device) % config.vocab_size
+
+    def read(first: int, cache: DynamicCache) -> Tensor:
+        options = {"position_ids": torch.arange(first, 3, device=model.device)[None]}
+        accepted = {key: value for key, value in options.items() if key in accepted_inputs(type(model))}
+        return model(ids[:, first:], past_key_values=cache, use_cache=True, **accepted).logits[:, -1]
+
+    filled, empty = DynamicCache(config=config), DynamicCache(config=config)
+    model(ids[:, :2], past_key_values=filled, use_cache=True)
+    return not torch.equal(read(2, filled), read(2, empty))
 
 
 def read(config: PreTrainedConfig, folder: Path, dtype: torch.dtype, *, name: str) -> PreTrainedModel:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from common import bert, sources, speedups
+from common import bert, model_files, sources, speedups
 from common.errors import UnknownModel, UserError
 from common.files import read_json, read_settings, tensors_sha256
 from common.search.pooling import (
@@ -71,6 +71,7 @@ def load_model(name: str, *, cache_dir: str | None) -> SentenceModel:
     Raises UserError when it can't be read, or reads something other than texts.
     """
     folder = sources.find_folder(name, kind="encoder", flag="--model", cache_dir=cache_dir)
+    model_files.check_kind(folder, "SentenceTransformer", f"--model {name}")
     try:
         return read_model(folder)
     except UnknownModel:

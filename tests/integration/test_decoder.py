@@ -52,10 +52,10 @@ def random_matrix(kind: str, rows: int, columns: int, seed: int = 0) -> Matrix:
     return pack(kind, numbers, scales[0], scales[1] if kind == "groups4" else None)
 
 
-def relative_error(kernel: Kernel, matrix: Matrix, x: torch.Tensor) -> float:
+def relative_error(kernel: Kernel, matrix: Matrix, x: torch.Tensor, *, wide: bool = False) -> float:
     """Return the largest error of the products, relative to the sum of the sizes of their terms."""
     weights = matrix.widen().double()
-    error = (kernel.product(matrix, x).double() - x.double() @ weights.T).abs()
+    error = (kernel.product(matrix, x, wide=wide).double() - x.double() @ weights.T).abs()
     return (error / (x.double().abs() @ weights.abs().T).clamp(min=1e-300)).max().item()
 
 
@@ -163,6 +163,7 @@ CONFIGS = {
     ),
     "mistral, window": MistralConfig(**COMMON, sliding_window=5),
     "qwen2, biases": Qwen2Config(**COMMON),
+    "mistral, a window and heads of whole tiles": MistralConfig(**COMMON, head_dim=32, sliding_window=21),
     "qwen3, norms of queries and keys, a window in one layer": Qwen3Config(
         **COMMON, head_dim=16, sliding_window=6, use_sliding_window=True, max_window_layers=1
     ),
@@ -229,6 +230,42 @@ def test_a_step_computes_what_is_written_out_in_pytorch(name, kernel):
     compare_steps(step, 3, [0, 2, 7], [9, 10, 11])
     compare_steps(step, 5, [0, 1, 0, 3, 20], [21, 22])  # 105 rows
     compare_steps(step, 70, list(range(10)) * 7, [10, 11])
+
+
+PROMPTS = {  # texts, the first column of each, how the columns come: those of a prompt at once
+    "one text": (1, [0], [17, 18, 19]),
+    "a long one": (1, [0], [300, 301]),
+    "after some tokens": (1, [0], [5, 30, 31, 70]),
+    "padded": (3, [0, 2, 25], [29, 30, 60]),
+    "more rows than fit into one call": (5, [0, 1, 0, 3, 40], [41, 42]),
+    "more texts than rows of a call": (150, list(range(15)) * 10, [18, 19]),
+}
+
+
+@pytest.mark.parametrize("case", PROMPTS)
+@pytest.mark.parametrize("name", ["llama, odd sizes", "mistral, a window and heads of whole tiles"])
+def test_the_rows_of_a_prompt_are_computed_as_those_of_tokens(name, case, kernel):
+    """With weights that are widened for all of them, and heads of whole tiles together."""
+    compare_steps(FastStep(own_transformer(random_model(name)), kernel), *PROMPTS[case])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prompt_over_weights_of_each_kind(kind, kernel):
+    model = random_model("qwen3, norms of queries and keys, a window in one layer")
+    step = FastStep(own_transformer(model, in_kind(model, kind)), kernel)
+    compare_steps(step, 2, [0, 3], [40, 41])
+
+
+@pytest.mark.parametrize("rows", [8, 9, 13, 64, 128])
+@pytest.mark.parametrize("kind", KINDS)
+def test_products_with_widened_weights_are_those_of_float64(kind, rows, kernel):
+    """Also of more columns than are widened at once."""
+    sizes = [(1, 32), (16, 64), (37, 96), (257, 32), (20, 1056)]
+    sizes += [] if kind.startswith("groups") else [(3, 1), (21, 37), (16, 15), (5, 600)]
+    for size in sizes:
+        matrix = random_matrix(kind, *size)
+        x = torch.randn(rows, size[1]) * torch.logspace(-3, 3, rows)[:, None]
+        assert relative_error(kernel, matrix, x, wide=True) < ROUNDING, size
 
 
 @pytest.mark.parametrize("kind", KINDS)

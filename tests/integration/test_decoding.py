@@ -13,10 +13,11 @@ from common.errors import UserError
 from common.generation import decoding, explain, sampling
 from common.generation.completion import Completion, Options, Prompt, TextStream
 from common.generation.decoding import Batch, PromptLookup, TokenHistory
+from common.generation.fast_decoding import Kernel, load_library
 from common.generation.language_model import LanguageModel
 from common.generation.sampling import Sampler, Settings
 from conftest import heavy
-from language_models import KINDS, tiny_language_model, train_byte_bpe
+from language_models import KINDS, in_c, needs_compiler, tiny_language_model, train_byte_bpe
 
 PROMPTS = [[7, 8, 9, 10, 11, 12, 9, 10], [4], list(range(20, 35)), [100, 101, 100, 101, 100]]
 UNPADDED = [[7, 8, 9, 10, 11], [100, 101, 100, 101, 100], [30, 31, 32, 33, 34]]
@@ -131,6 +132,39 @@ def test_every_token_is_the_one_of_generate(kind: str, dtype: torch.dtype) -> No
             different.append((name, prompts, seed))
     assert different == []
     assert ended_early > 0  # else nothing of what follows an end was tested
+
+
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory) -> Kernel:
+    """The step in C."""
+    return Kernel(load_library(str(tmp_path_factory.mktemp("cache"))), 2)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "kind, stored",
+    [
+        ("llama", torch.float32),
+        ("mistral", torch.bfloat16),
+        heavy("llama", torch.bfloat16),
+        heavy("mistral", torch.float32),
+    ],
+)
+def test_every_token_of_the_step_in_c_is_the_one_of_generate(kind, stored, kernel):
+    """The same matrix, 240 runs: its sums are rounded in another order, and no draw is that close."""
+    language_model, different = tiny_language_model(kind), []
+    for parameter in language_model.model.parameters():
+        parameter.data = parameter.data.to(stored).float()
+    fast = in_c(language_model, kernel, stored)
+    for (name, flags), prompts, seed in itertools.product(
+        SETTINGS.items(), (PROMPTS[:1], PROMPTS, UNPADDED), (0, 1)
+    ):
+        settings = settings_of(flags, language_model)
+        if ours(fast, prompts, settings, exact(seed)) != library(
+            language_model, prompts, Options(settings), seed
+        ):
+            different.append((name, prompts, seed))
+    assert different == []
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -464,3 +464,15 @@ def test_a_cross_encoder_with_several_outputs(refused, tiny_model):
         tiny_model,
         parts=("--rerank", "2 scores", "cross-encoder/ms-marco-MiniLM-L6-v2"),
     )
+
+
+def test_a_cross_encoder_is_no_sentence_encoder(refused, tiny_model, tmp_path):
+    """Its mean pooling would give numbers, which mean nothing."""
+    shutil.copytree(tiny_model, tmp_path / "ranker")
+    config = json.loads((tiny_model / "config.json").read_text())
+    config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    (tmp_path / "ranker" / "config.json").write_text(json.dumps(config))
+    refused(
+        *("index", "HOME/good.csv", "--index", "HOME/new", "--model", tmp_path / "ranker"),
+        parts=("ranker", "cross-encoder", "BertForSequenceClassification", "one label", "--rerank"),
+    )

@@ -24,9 +24,10 @@ import generate
 from common import bundled, cli
 from common.generation import explain
 from common.generation.chat import Chat
+from common.generation.fast_decoding import find_compiler
 from conftest import ROOT, heavy
 from hub_server import HubServer
-from language_models import save_tiny_model
+from language_models import needs_compiler, save_tiny_model
 
 PROMPTS = [
     "The quick brown fox",
@@ -157,7 +158,8 @@ def test_check_shows_the_first_difference_and_ends_with_1(script, monkeypatch):
     monkeypatch.setattr(explain, "generation_config", wrong)
     code, stdout, _ = script(*prompt_flags(2), "--temperature", 0.8, "--check")
     assert code == 1
-    head, ours, theirs = stdout.strip().splitlines()
+    head, ours, theirs, *hint = stdout.strip().splitlines()
+    assert ["--plain-step" in line for line in hint] == [True] * (find_compiler() is not None)
     assert re.fullmatch(r"different: prompt 1, sample 1, token \d+; the \d+ before it are equal", head)
     for name, line in (("ours", ours), ("generate", theirs)):
         assert re.fullmatch(rf"{name} +'.*' \(id \d+\), logit -?[\d.]+, continues: '.*'", line), line
@@ -180,6 +182,14 @@ def test_the_text_is_the_librarys(script, tiny):
             stderr,
         )
     assert "guessed tokens accepted" in stderr
+
+
+@needs_compiler
+def test_the_summary_says_where_a_draw_need_not_be_generates(script):
+    """Drawn tokens of the step in C, within its rounding; greedy ones and the library's have no note."""
+    for flags, says in (([], False), (["--top-k", 5], True), (["--top-k", 5, "--plain-step"], False)):
+        _, _, stderr = script("--prompt", PROMPTS[0], *flags)
+        assert ("can differ from model.generate's" in stderr) == says, stderr
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -401,6 +402,47 @@ def test_standard_input_as_it_comes(content, options, texts, monkeypatch):
 def test_lines_that_are_compressed(ending, pack, tmp_path):
     (tmp_path / f"t.txt{ending}").write_bytes(pack(b"one\ntwo\n"))
     assert reading.read_lines(str(tmp_path / f"t.txt{ending}")) == ["one", "two"]
+
+
+def zstandard(content: bytes) -> bytes:
+    return pa.compress(content, "zstd", asbytes=True)
+
+
+def test_a_compressed_file_that_would_fill_the_disk_is_refused(tmp_path):
+    """A megabyte, from which 10 GB would come."""
+    bomb = tmp_path / "bomb.csv.zst"
+    bomb.write_bytes(zstandard(b"text\n" * (4 << 20)) * 512)
+    assert bomb.stat().st_size < 2 << 20
+    started = time.monotonic()
+    with (
+        pytest.raises(
+            UserError, match=r"bomb\.csv\.zst: decompressed, its [0-9,]+ bytes .* 256 MB; .* plain"
+        ),
+        reading.open_plain(str(bomb), folder=str(tmp_path)),
+    ):
+        pass
+    assert time.monotonic() - started < 20
+
+
+@pytest.mark.parametrize(
+    "ending, pack",
+    [(".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress), (".zst", zstandard)],
+)
+def test_how_far_a_compressed_file_may_expand(ending, pack, tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "ANY_SIZE", 1 << 20)
+    path = tmp_path / f"t.txt{ending}"
+    for size, is_read in ((1 << 20, True), (2 << 20, False)):
+        path.write_bytes(pack(b"text\n" * (size // 5)))
+        try:
+            with reading.open_plain(str(path), folder=str(tmp_path)) as file:
+                found = os.fstat(file.fileno()).st_size == size // 5 * 5
+        except UserError as error:
+            found = not str(error).startswith(f"{path}: decompressed, its ")
+        assert found == is_read
+    noise = os.urandom(1 << 20)  # which can't be compressed: its own size many times is much more
+    path.write_bytes(pack(noise.hex().encode()))
+    with reading.open_plain(str(path), folder=str(tmp_path)) as file:
+        assert os.fstat(file.fileno()).st_size == 2 << 20
 
 
 def test_a_file_that_changed_with_the_same_size_and_time_is_read_again(tmp_path, cache_dir):

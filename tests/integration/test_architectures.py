@@ -1,0 +1,119 @@
+"""Which architectures of transformers generate.py serves: token for token as `model.generate`, or
+refused with one line.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import generate
+from common import cli
+from language_models import train_byte_bpe
+
+COMMON = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+KEYS = {"num_key_value_heads": 2}
+GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "bos_token_id": 1, "eos_token_id": 2}
+SERVED = {  # model_type: its settings
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4, "eos_token_id": 2},
+    "codegen": {**GPT, "n_ctx": 128, "rotary_dim": 4},
+    "cohere": {**COMMON, **KEYS},
+    "falcon": {**COMMON, "num_kv_heads": 2, "new_decoder_architecture": True},
+    "gemma": {**COMMON, **KEYS, "head_dim": 8},
+    "gemma2": {**COMMON, **KEYS, "head_dim": 8, "sliding_window": 6},
+    "gpt2": GPT,
+    "gpt_bigcode": GPT,
+    "gpt_neo": {
+        **{name: value for name, value in COMMON.items() if "hidden_layers" not in name},
+        "num_layers": 2,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 1]],
+        "window_size": 6,
+    },
+    "gpt_neox": COMMON,
+    "gptj": {**GPT, "rotary_dim": 4},
+    "granite": {**COMMON, **KEYS},
+    "llama": {**COMMON, **KEYS},
+    "mistral": {**COMMON, **KEYS, "sliding_window": 6},
+    "mixtral": {**COMMON, **KEYS, "num_local_experts": 4},
+    "mpt": {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 128, "expansion_ratio": 2},
+    "olmo": {**COMMON, **KEYS},
+    "opt": {**COMMON, "ffn_dim": 64, "word_embed_proj_dim": 32},
+    "phi": {**COMMON, **KEYS},
+    "phi3": {**COMMON, **KEYS},
+    "qwen2": {**COMMON, **KEYS},
+    "qwen3": {**COMMON, **KEYS, "head_dim": 8},
+    "stablelm": {**COMMON, **KEYS},
+    "starcoder2": {**COMMON, **KEYS},
+}
+REFUSED = {
+    "openai-gpt": GPT,
+    "rwkv": {"hidden_size": 32, "attention_hidden_size": 32, "num_hidden_layers": 2, "context_length": 128},
+    "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+    "mamba2": {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 4, "head_dim": 16, "state_size": 4},
+    "t5": {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4},
+}
+
+
+def save(folder: Path, model_type: str, settings: dict) -> Path:
+    """Write a random model of an architecture with a tokenizer."""
+    tokenizer = train_byte_bpe()
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(model_type, **{**settings, "vocab_size": len(tokenizer)})
+    kind = transformers.T5ForConditionalGeneration if model_type == "t5" else None
+    model = kind(config) if kind else transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    model.save_pretrained(folder)
+    return folder
+
+
+def run(capsys, folder: Path, *flags: str) -> tuple[int, str, str]:
+    """Return exit code, stdout and stderr of generate.py for two prompts of different lengths."""
+    command = ["--model", str(folder), "--device", "cpu", "--precision", "fp32", "--max-new-tokens", "12"]
+    command += ["--prompt", "The quick brown fox", "--prompt", "Why", *flags]
+    code = 0
+    try:
+        cli.run(generate.make_parser(), generate.main, command)
+    except SystemExit as exit:
+        code = exit.code
+    return code, *capsys.readouterr()
+
+
+@pytest.mark.parametrize("model_type", SERVED)
+def test_its_tokens_are_those_of_generate(model_type, tmp_path, capsys):
+    folder = save(tmp_path / model_type, model_type, SERVED[model_type])
+    for flags in ([], ["--top-k", "20", "--repetition-penalty", "1.2"], ["--lookup", "3"]):
+        code, stdout, stderr = run(capsys, folder, *flags, "--check")
+        assert code == 0, stdout + stderr
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_it_is_refused_in_one_line(model_type, tmp_path, capsys):
+    code, stdout, stderr = run(capsys, save(tmp_path / model_type, model_type, REFUSED[model_type]))
+    assert (code, stdout, len(stderr.splitlines())) == (2, "", 1) and "--model" in stderr, stderr
+
+
+def test_a_model_that_ignores_the_cache_that_it_takes_is_refused(tmp_path, capsys, monkeypatch):
+    """It would read each token as if it were the first, and write on without a word."""
+    folder, kind = save(tmp_path / "gpt2", "gpt2", GPT), transformers.GPT2LMHeadModel
+    forward = kind.forward
+
+    def forgetful(self, input_ids=None, past_key_values=None, position_ids=None, **options):
+        return forward(self, input_ids, position_ids=position_ids, **options)
+
+    monkeypatch.setattr(kind, "forward", forgetful)
+    code, _, stderr = run(capsys, folder)
+    assert code == 2 and "cache" in stderr and len(stderr.splitlines()) == 1
