@@ -66,6 +66,7 @@ WORDS = {
     "not enough memory": errno.ENOMEM,
     **{os.strerror(number): number for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM)},
 }
+LONGEST_WAIT = 1e6  # seconds: poll() counts milliseconds in 32 bits
 FEW_PROCESSES = 4096  # a limit of processes below this is tried out before the libraries are loaded
 # address space in bytes that loading the libraries takes, most of it never used
 NEEDED_ADDRESSES = 3 << 30
@@ -95,6 +96,11 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Return the flags, checked."""
+        given = sys.argv[1:] if args is None else args
+        # argparse would drop the "--" of --model=-- and give an empty list in its place
+        lost = next((text for text in given if re.fullmatch("--[a-z-]+=--", text)), None)
+        if lost is not None:
+            self.error(f"argument {lost.removesuffix('=--')}: '--' is no value; name something")
         flags = super().parse_args(args, namespace)
         if self.check is not None:
             self.check(flags)
@@ -112,8 +118,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 def positive_int(text: str) -> int:
-    """Parse a whole number above 0."""
-    return _number(text, int, lambda value: value >= 1, "a whole number above 0")
+    """Parse a whole number above 0 that 32 bits hold, as libraries want it."""
+    return _number(text, int, lambda value: 1 <= value < 2**31, "a whole number above 0 and below 2**31")
 
 
 def non_negative_int(text: str) -> int:
@@ -129,6 +135,16 @@ def positive_float(text: str) -> float:
 def non_negative_float(text: str) -> float:
     """Parse a finite number of at least 0."""
     return _number(text, float, lambda value: 0 <= value < float("inf"), "a number of at least 0")
+
+
+def seconds(text: str) -> float:
+    """Parse a number of seconds to wait, which no clock of the system overflows."""
+    return _number(text, float, lambda value: 0 <= value <= LONGEST_WAIT, "a number from 0 to 1e6")
+
+
+def positive_seconds(text: str) -> float:
+    """Parse a number of seconds, or of minutes, above 0."""
+    return _number(text, float, lambda value: 0 < value <= LONGEST_WAIT, "a number above 0 and at most 1e6")
 
 
 def fraction(text: str) -> float:
@@ -148,7 +164,7 @@ def _number(text: str, convert: Callable[[str], Any], accept: Callable[[Any], bo
     except ValueError:
         value = None
     if value is None or not accept(value):  # NaN fails every comparison, so it is refused here too
-        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+        raise argparse.ArgumentTypeError(f"{shorten(text, 60)!r} is not {wanted}")
     return value
 
 
@@ -365,8 +381,14 @@ def warn_of_stop(line: str = "") -> None:
 
 
 def json_line(value: object) -> str:
-    """Return a value's JSON on one line; what stdout's encoding does not have is escaped."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    """Return a value's JSON on one line; what stdout's encoding does not have is escaped, and NaN
+    and infinity, which JSON lacks, are null.
+    """
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str, allow_nan=False)
+    except ValueError:
+        value = json.loads(json.dumps(value, default=str), parse_constant=lambda name: None)
+        text = json.dumps(value, ensure_ascii=False)
     try:
         text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
     except UnicodeError:

@@ -2,8 +2,9 @@
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
+LONG_NAME = 60  # characters of a name in a list
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 
 
@@ -46,6 +47,28 @@ def shorten(text: str, width: int) -> str:
     """Return a text as one line of at most `width` characters; a shortened one ends with "..."."""
     line = printable(" ".join(text.split()))
     return line if len(line) <= width else line[: width - 3] + "..."
+
+
+def listed(names: Iterable[str], most: int = 20) -> str:
+    """Return names in one line, without the last ones of many; one that could be misread, such as
+    one with spaces at its ends, is in quotation marks.
+    """
+
+    def shown(name: str) -> str:
+        if len(name) > LONG_NAME:
+            return shorten(name, LONG_NAME)
+        return name if name.isprintable() and name == shorten(name, LONG_NAME) else repr(name)
+
+    names = list(names)
+    rest = f", ... ({len(names):,} in all)" if len(names) > most else ""
+    return ", ".join(map(shown, names[:most])) + rest
+
+
+def first_repeated(names: Iterable[str]) -> str | None:
+    """Return the first name that occurs a second time, None if each occurs once."""
+    seen: set[str] = set()
+    # set.add returns None
+    return next((name for name in names if name in seen or seen.add(name)), None)
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, cast
 import numpy as np
 
 from common import bundled, sources
-from common.errors import UserError, one_line, shorten
+from common.errors import UserError, first_repeated, listed, one_line, shorten
 from common.sources import DATA_SUFFIXES, FileOptions, note
 
 if TYPE_CHECKING:
@@ -133,18 +133,24 @@ def _as_dataset(table: pa.Table, name: str, as_text: Sequence[str]) -> datasets.
     import pyarrow as pa
 
     _keep_library_quiet()
-    twice = next((column for column in table.column_names if table.column_names.count(column) > 1), None)
+    twice = first_repeated(table.column_names)
     if twice is not None:
         raise UserError(f"{name}: two columns have the name {twice!r}; rename one of them")
+    unusable = []
     for field in table.schema:
+        problem = f"column {field.name!r} holds {shorten(str(field.type), 60)}, which can't be used"
         try:
-            datasets.Features.from_arrow_schema(pa.schema([field]))
+            # it has limits that show only when it writes the type: how deep it is nested
+            features = datasets.Features.from_arrow_schema(pa.schema([field]))
+            if list(features.arrow_schema.names) == [field.name]:
+                continue
+            problem = f"the name of column {field.name!r} holds a null character, and can't be used"
         except (ValueError, NotImplementedError, RecursionError) as error:
-            problem = f"column {field.name!r} holds {shorten(str(field.type), 60)}, which can't be used"
             if field.name in as_text:
                 raise UserError(f"{name}: {problem}; convert it") from error
-            note(f"{name}: {problem}; it is left out")
-            table = table.drop_columns([field.name])
+        unusable.append(field.name)
+        note(f"{name}: {problem}; it is left out")
+    table = table.drop_columns(unusable)
     # without a fingerprint the library would make one of the whole content, and nothing needs it
     fingerprint = datasets.fingerprint.generate_random_fingerprint()
     return datasets.Dataset(datasets.table.InMemoryTable(table), fingerprint=fingerprint)
@@ -156,7 +162,10 @@ def _with_fields(rows: datasets.Dataset, wanted: Sequence[str]) -> datasets.Data
     """
     missing = [name for name in wanted if name not in rows.column_names]
     if any(name.split(".")[0] in rows.column_names for name in missing if "." in name):
-        return rows.flatten()
+        rows = rows.flatten()
+        twice = first_repeated(rows.data.column_names)
+        if twice is not None:
+            raise UserError(f"a column and a field of a column have the name {twice!r}; rename one of them")
     return rows
 
 
@@ -218,7 +227,7 @@ def read_texts(
         if not is_table(file, name, options):
             lines = list(lines_of(file, source))
             for number, line in enumerate(lines, start=1):
-                if not allow_empty and not line.strip():
+                if not allow_empty and sources.is_blank(line):
                     raise UserError(f"{source}, line {number}: the text is empty; remove the line")
                 check_length(line, f"{source}, line {number}")
             return lines
@@ -272,8 +281,8 @@ def require_column(names: Iterable[str], column: str, *, source: str, flag: str)
     one of `names`.
     """
     if column not in (names := list(names)):
-        columns = ", ".join(names)
-        raise UserError(f"{source}: no column {column!r} among {columns}; name the right one with {flag}")
+        problem = f"no column {column!r} among {listed(names)}"
+        raise UserError(f"{source}: {problem}; name the right one with {flag}")
 
 
 def check_texts(rows: datasets.Dataset, column: str, *, source: str) -> None:
@@ -285,7 +294,7 @@ def check_texts(rows: datasets.Dataset, column: str, *, source: str) -> None:
     check_kind(rows, column, source=source)
     for start, block in _blocks(rows, column):
         check_characters(block, f"{source}, row", first=start + 1)
-        blank = pc.equal(pc.utf8_trim_whitespace(block), "").fill_null(True)
+        blank = pc.match_substring_regex(block, sources.BLANK).fill_null(True)
         row = pc.index(blank, True).as_py()
         if row >= 0:
             state = "empty" if block[row].is_valid else "missing"
@@ -370,6 +379,9 @@ def _read_folder(
             f"--dataset {root}: it has both data files ({files[0].name}) and folders of texts"
             f" ({(splits or classes)[0].name}); name one of them"
         )
+    odd = [path for path in entries if sources.suffix(path) in DATA_SUFFIXES and not path.is_file()]
+    if files and odd:
+        raise UserError(f"--dataset {root}: {odd[0].name} is no file; move it, or name one of the files")
     if files:
         return _read_split_files(root, files, as_text, options, cache_dir)
     if splits:  # as in the IMDb archive: train/pos, train/neg, test/pos, test/neg
@@ -481,21 +493,27 @@ def _read_class_folders(root: Path, encoding: str | None) -> datasets.Dataset:
     if unlabelled and len(folders) > 2:
         note(f"{unlabelled[0]}: its texts have no label; they are left out")
         folders = [folder for folder in folders if folder not in unlabelled]
+    _note_unread(root, [*folders, *unlabelled], what="class folders")
     for folder in folders:
         found = texts_in(folder)
-        others = [path for path in entries_of(folder) if path not in found]
-        if others:
-            note(
-                f"{folder}: {len(others)} of its entries are no texts and not read, such as {others[0].name}"
-            )
+        _note_unread(folder, found, what="texts")
         for file in found:
             text = read_text(file, encoding)
-            if not text.strip():
+            if sources.is_blank(text):
                 raise UserError(f"{file}: the text is empty; remove the file")
             check_length(text, str(file))
             texts.append(text)
             labels.append(folder.name)
     return datasets.Dataset.from_dict({"text": texts, "label": labels})
+
+
+def _note_unread(folder: Path, found: list[Path], *, what: str) -> None:
+    """Say what else is in a folder, but for what tells about it."""
+    others = [path for path in entries_of(folder) if path not in found]
+    others = [path for path in others if not path.name.lower().startswith(("readme", "licen"))]
+    if others:
+        problem = f"{len(others)} of its entries are no {what} and not read, such as {others[0].name}"
+        note(f"{folder}: {problem}")
 
 
 def read_text(file: Path, encoding: str | None) -> str:
@@ -665,8 +683,8 @@ def _not_encoded(location: str, encoding: str, error: UnicodeDecodeError) -> Use
 
 
 def refuse_utf16(head: bytes, source: str) -> None:
-    """Raise UserError for the beginning of a file in UTF-16 or UTF-32: its mark, or zeros in every
-    other byte, which UTF-8 allows too.
+    """Raise UserError for the beginning of a file in UTF-16 or UTF-32: its mark, or zeros where
+    these have them, which UTF-8 allows too.
     """
     marks = {
         codecs.BOM_UTF32_LE: "utf-32",
@@ -675,14 +693,34 @@ def refuse_utf16(head: bytes, source: str) -> None:
         codecs.BOM_UTF16_BE: "utf-16",
     }
     encoding = next((name for mark, name in marks.items() if head.startswith(mark)), None)
-    if encoding is None:
-        zeros = [head[start::2].count(0) / max(len(head) // 2, 1) for start in (0, 1)]
-        if min(zeros) < 0.05 and max(zeros) > 0.3:
-            encoding = "utf-16-be" if zeros[0] > zeros[1] else "utf-16-le"
+    encoding = encoding or _encoding_by_zeros(head)
     if encoding is not None:
         raise UserError(
             f"{source}, line 1: not UTF-8 but {encoding.upper()}; convert it, or give --encoding {encoding}"
         )
+
+
+def _encoding_by_zeros(head: bytes) -> str | None:
+    """Return the encoding of a text without a mark, as the places of its zeros show it: in UTF-32
+    half of all bytes, in UTF-16 the upper byte of each digit, comma and line end at least.
+    """
+    if head.count(0) < 4:
+        return None
+    zeros = [head[start::4].count(0) / max(len(head) // 4, 1) for start in range(4)]
+    if min(zeros[2:]) > 0.9:
+        return "utf-32-le"
+    if min(zeros[:2]) > 0.9:
+        return "utf-32-be"
+    even, odd = zeros[0] + zeros[2], zeros[1] + zeros[3]
+    if min(even, odd) > 0.05 * max(even, odd):
+        return None
+    encoding = "utf-16-be" if even > odd else "utf-16-le"
+    try:  # zeros in single places may be no more than damage
+        codecs.getincrementaldecoder(encoding)().decode(head)
+    except UnicodeDecodeError:
+        return None
+    line_end = "\n".encode(encoding)
+    return encoding if line_end in head or max(even, odd) > 0.6 else None
 
 
 # The Hub ------------------------------------------------------------------------------------------
@@ -693,9 +731,13 @@ def _read_hub(name: str, config: str | None, cache_dir: str | None) -> datasets.
     import httpx2
     import huggingface_hub.errors
 
+    local = ", ".join(bundled.DATASETS)
+    if name in datasets.packaged_modules._PACKAGED_DATASETS_MODULES:
+        # the library would read every file of this kind in the working directory
+        problem = "this is the name of a format, not of a data set"
+        raise UserError(f"--dataset {name}: {problem}; name a file or folder, or use {local}")
     # if not, cached data is still used, and anything else fails at once
     reachable = sources.is_reachable()
-    local = ", ".join(bundled.DATASETS)
     try:
         with sources.downloads_in(cache_dir):
             splits = _load_undamaged(name, config, cache_dir)

@@ -11,6 +11,7 @@ import functools
 import os
 import stat
 import sys
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,10 @@ GGUF_SUFFIX = ".gguf"
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 DATA_SUFFIXES = (".csv", ".tsv", *JSON_SUFFIXES, ".parquet")
 COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
+# a text of nothing but these is empty: spaces, control characters, and those of format, such as a
+# byte order mark or a space of no width
+INVISIBLE = ("Cc", "Cf")  # categories of Unicode
+BLANK = r"^[\s\p{Z}\p{Cc}\p{Cf}]*$"  # as Arrow writes it; see is_blank
 FASTTEXT_LABEL = "__label__"  # each line of fastText's files begins with it
 # Files of a Hub model that are downloaded: no pickles, no ONNX, no code.
 FILES_READ = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
@@ -255,11 +260,16 @@ def check_text_file(name: str) -> None:
         raise UserError(f"{name}: it is empty; write one text on each line")
 
 
+def is_blank(text: str) -> bool:
+    """Return whether a text has nothing that could be seen."""
+    return all(character.isspace() or unicodedata.category(character) in INVISIBLE for character in text)
+
+
 def check_query(text: str, location: str) -> None:
     """Raise UserError, naming `location`, unless a text from the command line or a prompt can be
     encoded.
     """
-    if not text.strip():
+    if is_blank(text):
         raise UserError(f"{location}: the text is empty; write something in it")
     try:
         text.encode()

@@ -23,7 +23,7 @@ import os
 import re
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -33,7 +33,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from common.errors import UserError, one_line, shorten
+from common.errors import UserError, first_repeated, one_line, shorten
 from common.reading import decode_utf8, temporary_file
 from common.sources import DATA_SUFFIXES, FASTTEXT_LABEL, JSON_SUFFIXES, FileOptions, note, suffix
 
@@ -62,6 +62,13 @@ FAULTS = (
 # ways: 007 is a name. More digits than these would be lost.
 WHOLE, DECIMAL = r"^-?(0|[1-9]\d{0,17})$", r"^-?(0|[1-9]\d{0,14})(\.\d+)?([eE][+-]?\d{1,3})?$"
 BOOLEAN = "^(true|false|True|False|TRUE|FALSE)$"
+
+# Arrow's types for which many of its functions, or DuckDB's, are not written
+UNUSUAL = {
+    pa.string_view(): pa.large_string(),
+    pa.binary_view(): pa.large_binary(),
+    pa.float16(): pa.float32(),
+}
 
 csv.field_size_limit(sys.maxsize)
 
@@ -362,17 +369,20 @@ def _blocks_of_rows(rows: Iterator[list[str]], names: list[str]) -> Iterator[pa.
 
 def _with_numbers(table: pa.Table, as_text: Sequence[str]) -> pa.Table:
     """Return a table of strings with numbers and booleans where a column holds nothing else."""
-    for position, name in enumerate(table.column_names):
-        if name not in as_text:
-            table = table.set_column(position, name, _as_numbers(table[name]))
-    return table
+    columns = [
+        column if name in as_text else _as_numbers(column)
+        for name, column in zip(table.column_names, table.columns)
+    ]
+    return pa.table(columns, names=table.column_names)
 
 
 def _as_numbers(column: pa.ChunkedArray) -> pa.ChunkedArray:
     for pattern, kind in ((WHOLE, pa.int64()), (DECIMAL, pa.float64()), (BOOLEAN, pa.bool_())):
         # most columns of texts are none of these in their first rows already
         if _all_match(column.slice(0, 100), pattern) and _all_match(column, pattern):
-            return pc.if_else(pc.equal(column, ""), None, column).cast(kind)
+            numbers = pc.if_else(pc.equal(column, ""), None, column).cast(kind)
+            is_finite = kind != pa.float64() or pc.all(pc.is_finite(numbers)).as_py()
+            return numbers if is_finite else column  # 1e400 would be infinite
     return column
 
 
@@ -386,7 +396,7 @@ def _all_match(column: pa.ChunkedArray, pattern: str) -> bool:
 def _column_names(name: str, header: list[str]) -> list[str]:
     # an empty name is that of the index which pandas writes beside a table
     names = [column or f"Unnamed: {number}" for number, column in enumerate(header)]
-    twice = next((column for column in names if names.count(column) > 1), None)
+    twice = first_repeated(names)
     if twice is not None:
         raise UserError(f"{name}: two columns have the name {twice!r}; rename one of them")
     return names
@@ -521,6 +531,7 @@ Row = tuple[str, int, dict]  # where it is: "line" or "row", and its number
 
 def _objects(data: DataFile) -> Iterator[Row]:
     file, name = data.file, data.name
+    keys = [f'"{column}"' for column in data.as_text]
     decoder, is_first = json.JSONDecoder(), True
     scan = decoder.scan_once  # pyrefly: ignore [missing-attribute]  (its types lack it)
     for number, line in enumerate(_text(file, newline=None), start=1):
@@ -534,24 +545,47 @@ def _objects(data: DataFile) -> Iterator[Row]:
             if not line.strip():
                 continue
             if is_first and line.lstrip()[0] == "[":
-                yield from _listed_objects(_text(file, newline=None).read(), name)
+                yield from _listed_objects(_text(file, newline=None).read(), data)
                 return
             try:
                 row = decoder.decode(line)
             except ValueError as error:
                 if is_first:  # objects may be spread over several lines
-                    yield from _spread_objects(_text(file, newline=None).read(), name)
+                    yield from _spread_objects(_text(file, newline=None).read(), data)
                     return
                 raise _not_json(name, number, error) from error
         if not isinstance(row, dict):
             raise UserError(f"{name}, line {number}: not a JSON object; write {{...}} on each line")
+        # the decoder keeps the last value of a key; its words are counted, because a hook would
+        # take as long as all the rest
+        if any(line.count(key) > 1 for key in keys):
+            json.loads(line, object_pairs_hook=_require_once(data, f"{name}, line {number}"))
         is_first = False
         yield "line", number, row
 
 
-def _listed_objects(text: str, name: str) -> Iterator[Row]:
+def _require_once(data: DataFile, location: str) -> Callable[[list[tuple[str, Any]]], dict]:
+    """Return a hook of the JSON decoder that raises UserError, naming `location`, for an object
+    with two values of a column `as_text`.
+    """
+
+    def to_row(pairs: list[tuple[str, Any]]) -> dict:
+        row = dict(pairs)
+        if len(row) != len(pairs):
+            twice = first_repeated(key for key, _ in pairs if key in data.as_text)
+            if twice is not None:
+                first, second, *_ = [shorten(str(value), 40) for key, value in pairs if key == twice]
+                problem = f"{twice!r} has two values, {first!r} and {second!r}"
+                raise UserError(f"{location}: {problem}; remove one of them")
+        return row
+
+    return to_row
+
+
+def _listed_objects(text: str, data: DataFile) -> Iterator[Row]:
+    name = data.name
     try:
-        rows = json.loads(text)
+        rows = json.loads(text, object_pairs_hook=_require_once(data, name))
     except json.JSONDecodeError as error:
         raise _not_json(name, error.lineno, error) from error
     for number, row in enumerate(rows, start=1):
@@ -560,8 +594,9 @@ def _listed_objects(text: str, name: str) -> Iterator[Row]:
         yield "row", number, row
 
 
-def _spread_objects(text: str, name: str) -> Iterator[Row]:
-    decode, position = json.JSONDecoder().raw_decode, 0
+def _spread_objects(text: str, data: DataFile) -> Iterator[Row]:
+    name = data.name
+    decode, position = json.JSONDecoder(object_pairs_hook=_require_once(data, name)).raw_decode, 0
     white = re.compile(r"\s*")
     for number in itertools.count(1):
         position = white.match(text, position).end()  # pyrefly: ignore [missing-attribute]
@@ -588,6 +623,10 @@ def _blocks_of_objects(data: DataFile) -> Iterator[pa.Table]:
         columns = dict.fromkeys(itertools.chain.from_iterable(objects))
         table = {}
         for column in columns:
+            if not _is_utf8(column):
+                unit, number, _ = next(row for row in block if column in row[2])
+                problem = f"the key {column!r} has a lone surrogate, which is no character"
+                raise UserError(f"{data.name}, {unit} {number}: {problem}; correct it")
             values = [row.get(column) for row in objects]
             try:
                 table[column] = _json_column(values, column, data)
@@ -595,6 +634,14 @@ def _blocks_of_objects(data: DataFile) -> Iterator[pa.Table]:
                 unit, number, _ = block[bad.position]
                 raise UserError(f"{data.name}, {unit} {number}: {bad}; correct it") from bad
         yield pa.table(table)
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class _BadValue(Exception):
@@ -633,7 +680,7 @@ def _json_column(values: list, column: str, data: DataFile) -> pa.Array:
 
 def read_parquet(data: DataFile) -> pa.Table:
     """Return the table of a Parquet file; what was stored as categories, as the values that they
-    stand for.
+    stand for, and what was stored in a way that few functions of Arrow know, in the usual one.
     """
     with explained(data.name, "parquet"):
         content = pa.BufferReader(pa.py_buffer(_mapped(data.file)))
@@ -641,9 +688,11 @@ def read_parquet(data: DataFile) -> pa.Table:
         blocks = (pa.Table.from_batches([batch]) for batch in source.iter_batches(BLOCK_ROWS))
         table = gather(blocks, data.folder)
         for position, field in enumerate(table.schema):
-            if pa.types.is_dictionary(field.type):
-                values = table[field.name].cast(field.type.value_type)
-                table = table.set_column(position, field.with_type(field.type.value_type), values)
+            usual = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+            usual = UNUSUAL.get(usual, usual)
+            if usual != field.type:
+                values = table[field.name].cast(usual)
+                table = table.set_column(position, field.with_type(usual), values)
         return table
 
 

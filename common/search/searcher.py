@@ -90,7 +90,8 @@ class Searcher:
         """Rank rows and keep the best row of each document; rank more rows until there are k
         documents.
         """
-        wanted = max(k, self.rerank_depth if self.reranker else 0)
+        num_rows = len(self.allowed)  # more are never found, and each takes memory
+        wanted = min(max(k, self.rerank_depth if self.reranker else 0), num_rows)
         depth = CHUNKS_PER_DOCUMENT * wanted if self._has_chunks else wanted
         while True:
             rankings = self._rank(queries, vectors, depth)
@@ -99,7 +100,7 @@ class Searcher:
             unfinished = [
                 len(hits) < wanted and len(rows) >= depth for hits, (rows, _) in zip(answers, rankings)
             ]
-            if depth >= len(self.allowed) or not any(unfinished):
+            if depth >= num_rows or not any(unfinished):
                 break
             depth *= CHUNKS_PER_DOCUMENT
         if self.reranker:

@@ -229,7 +229,7 @@ def _text_problems(block: pa.Table, good: np.ndarray) -> dict[int, str]:
     texts = pc.if_else(pa.array(good.tolist()), block[TEXT], None)
     missing = texts.is_null().to_numpy()
     # true for missing texts too
-    blank = pc.equal(pc.utf8_trim_whitespace(texts), "").fill_null(True).to_numpy()
+    blank = pc.match_substring_regex(texts, sources.BLANK).fill_null(True).to_numpy()
     problems = {
         int(row): "the text is missing" if missing[row] else "the text is empty"
         for row in np.flatnonzero(blank & good)
@@ -252,7 +252,7 @@ def _id_problems(
     for row, (key, before) in enumerate(zip(keys, known_ids.find(digests))):
         if not good[row] or row in problems:
             continue
-        if key is None or key == "":
+        if key is None or sources.is_blank(str(key)):
             new_problems[row] = f"the id in column {id_column!r} is missing"
         elif before >= 0 or digests[row] in here:
             new_problems[row] = f"the id {key!r} in column {id_column!r} is not unique: it occurs above"

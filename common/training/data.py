@@ -17,7 +17,7 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 
 from common import reading
-from common.errors import UserError
+from common.errors import UserError, listed
 from common.files import replace_file, sha256
 from common.runtime import Runtime
-from common.sources import FileOptions, note
+from common.sources import INVISIBLE, FileOptions, is_blank, note
 
 if TYPE_CHECKING:
     import datasets
@@ -52,6 +52,7 @@ HEAD_SHARE = 0.25
 OVERLAP = 0.25
 # labels that are whole numbers, if need be with decimals that say nothing; 007 is a name
 WHOLE, DECIMAL = re.compile(r"-?(0|[1-9]\d*)(\.0+)?"), re.compile(r"-?\d+(\.\d+)?")
+NUMBER = re.compile(r"[+-]?\d{1,15}(\.\d{0,15})?(e[+-]?\d{1,2})?")  # with no more digits than a float has
 MOST_DECIMALS = 20  # different decimal numbers; more are scores and no classes
 FORMAT = 2  # of the cached Arrow files; counts up when their columns change
 
@@ -95,7 +96,10 @@ class TokenConfig:
 def load_splits(config: DataConfig, runtime: Runtime) -> Splits:
     """Return the labelled splits train, validation and test, and print where they come from."""
     wanted = {"train": config.train_split, "validation": config.validation_split, "test": config.test_split}
-    splits = choose_splits(_read_source(config), wanted) | _read_split_files(config)
+    source = _read_source(config)
+    splits = choose_splits(source, wanted)
+    unused = [str(name) for name, rows in source.items() if all(rows is not one for one in splits.values())]
+    splits |= _read_split_files(config)
     splits = validate(splits, text_column=config.text_column, label_column=config.label_column)
     splits, cut = cut_missing_splits(splits, seed=config.seed)
     splits["train"] = sample(
@@ -108,6 +112,9 @@ def load_splits(config: DataConfig, runtime: Runtime) -> Splits:
     sizes = ", ".join(f"{len(rows):,} {split}" for split, rows in splits.items())
     num_classes = splits["train"].features["label"].num_classes
     runtime.say(f"data     {config.dataset}: {sizes} texts, {num_classes} classes")
+    if unused:
+        advice = "name one with --train-split, --validation-split or --test-split to use it"
+        runtime.say(f"         not used: {listed(unused)}; {advice}")
     for names in near_equal_names(splits["train"].features["label"].names):
         alike = " and ".join(map(repr, names))
         runtime.say(f"         {alike} are different classes; if one is meant, correct the labels")
@@ -196,9 +203,12 @@ def choose_splits(source: datasets.DatasetDict, wanted: dict[str, str | None]) -
     the source, and when there is no training split.
     """
     chosen: Splits = {}
+    known = {str(split).lower(): split for split in source}
     for split, name in wanted.items():
         candidates = [name] if name else SPLIT_SYNONYMS[split]
         present = next((candidate for candidate in candidates if candidate in source), None)
+        if not name and present is None:  # Train.csv
+            present = next((known[candidate] for candidate in candidates if candidate in known), None)
         if present:
             chosen[split] = source[present]
         elif name or split == "train":
@@ -245,7 +255,7 @@ def validate(
         if unknown is not None:
             raise UserError(
                 f"split {split}, row {unknown + 1}: the label {values[unknown]!r} {complaint}"
-                f" ({_listed(known)}); correct or remove the row"
+                f" ({listed(sorted(known, key=_natural_order), most=10)}); correct or remove the row"
             )
     return {split: _with_labels(rows, labels[split], names, text_column) for split, rows in splits.items()}
 
@@ -258,12 +268,19 @@ def _whole(label: str) -> str:
 
 
 def near_equal_names(names: Sequence[str]) -> list[list[str]]:
-    """Return the groups of class names that differ only in capital letters, spaces, the way in
-    which Unicode writes a character, or zeros before a number.
+    """Return the groups of class names that differ only in capital letters, spaces, characters that
+    can't be seen, the way in which Unicode writes a character, or in which a number is written.
     """
     groups: dict[str, list[str]] = {}
     for name in names:
-        alike = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+        seen = "".join(
+            character
+            for character in unicodedata.normalize("NFKC", name)
+            if character.isspace() or unicodedata.category(character) not in INVISIBLE
+        )
+        alike = " ".join(seen.casefold().split())
+        if NUMBER.fullmatch(alike):
+            alike = str(float(alike) + 0.0)  # not -0.0
         groups.setdefault(re.sub(r"^0+(?=\d)", "", alike), []).append(name)
     return [group for group in groups.values() if len(group) > 1]
 
@@ -317,7 +334,7 @@ def _label_names(split: str, rows: datasets.Dataset, column: str) -> list[str]:
             " numbers; name the right one with --label-column"
         )
     for row, value in enumerate(values, start=1):
-        if value is None or not str(value).strip():
+        if value is None or is_blank(str(value)):
             raise UserError(
                 f"split {split}, row {row}: the label in column {column!r} is missing; remove the"
                 " row or fill it in"
@@ -334,11 +351,6 @@ def _are_scores(labels: list[str | None]) -> bool:
         return False
     has_fractions = any("." in label and not WHOLE.fullmatch(label) for label in different)
     return has_fractions and (len(different) > MOST_DECIMALS or 2 * len(different) > len(labels))
-
-
-def _listed(names: Iterable[str]) -> str:
-    shown = sorted(names, key=_natural_order)
-    return ", ".join(shown[:10]) + (", ..." if len(shown) > 10 else "")
 
 
 def _with_labels(

@@ -91,6 +91,21 @@ TEXTS = {  # name: (file, content, what the line must hold)
         b'{"id": "a", "text": "good"}\n{"text": "bad"}\n',
         ("t.jsonl, row 2", "'id'", "missing"),
     ),
+    "an id that can't be seen": (
+        "t.csv",
+        "id,text,label\na,good,x\n\u200b ,bad,x\n".encode(),
+        ("t.csv, row 2", "'id'", "missing"),
+    ),
+    "a text that can't be seen": (
+        "t.csv",
+        "id,text,label\na,good,x\nb,\ufeff\u200b,x\n".encode(),
+        ("t.csv, row 2", "empty", "--skip-bad"),
+    ),
+    "a text twice in a row": (
+        "t.jsonl",
+        b'{"id": "a", "text": "good", "text": "bad"}\n',
+        ("t.jsonl, line 1", "'text'", "'good' and 'bad'"),
+    ),
     "no text column": (
         "t.csv",
         b"id,review,label\na,good,x\n",
@@ -139,6 +154,18 @@ def test_texts_that_can_not_be_indexed(name, content, parts, refused, home, tmp_
 
 
 FLAGS = {
+    "seconds beyond any clock": (
+        ["search", "x", "--index", "HOME/ix", "--where", "label = 'pos'", "--where-seconds", "1e300"],
+        ("--where-seconds", "'1e300'", "at most 1e6"),
+    ),
+    "a wait beyond any clock": (
+        ["index", "HOME/good.csv", "--index", "HOME/ix", "--wait", "1e300"],
+        ("--wait", "'1e300'", "1e6"),
+    ),
+    "hits beyond any count": (
+        ["search", "x", "--index", "HOME/ix", "--top-k", "9" * 400],
+        ("--top-k", "below 2**31"),
+    ),
     "no such texts": (["index", "nowhere.txt", "--index", "HOME/ix"], ("nowhere.txt", "can't be read")),
     "no such data file": (["index", "nowhere.csv", "--index", "HOME/ix"], ("nowhere.csv", "no such file")),
     "unknown bundled set": (

@@ -8,6 +8,7 @@ import json
 import random
 import re
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -607,3 +608,19 @@ def test_a_model_from_the_hub_goes_into_the_cache(tiny_embedder, sentences, tmp_
         )
         done = run_script(*flags, HF_ENDPOINT=server.endpoint, HF_HUB_OFFLINE="0")
     assert json.loads(done.stdout)["rows"] == 60 and list((tmp_path / "cache").rglob("model.safetensors"))
+
+
+def test_more_hits_than_rows_are_all_rows_and_take_no_time(ok, sentences, tmp_path):
+    """A place for each of a billion hits took 4 GB and minutes."""
+    ok("index", sentences, "--index", tmp_path / "ix")
+    for flags in ((), ("--hybrid",), ("--approximate",)):
+        started = time.process_time()
+        found = ok("search", "film", "--index", tmp_path / "ix", "--top-k", 10**9, "--json", *flags)
+        assert len(found["queries"][0]["hits"]) == 60 and time.process_time() - started < 10
+
+
+def test_json_of_rows_with_numbers_that_json_lacks(ok, tmp_path):
+    (tmp_path / "t.jsonl").write_text('{"text": "good", "n": NaN}\n{"text": "bad", "n": Infinity}\n')
+    ok("index", tmp_path / "t.jsonl", "--index", tmp_path / "ix")
+    found = ok("search", "film", "--index", tmp_path / "ix", "--json")
+    assert [hit["columns"] for hit in found["queries"][0]["hits"]] == [{"n": None}] * 2

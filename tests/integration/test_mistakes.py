@@ -164,6 +164,26 @@ FILES = {  # name: (file's name, content, what the line must hold)
         'text,label\na,x\nb,x\n"  ",y\n',
         ("split train, row 3", "'text'", "empty", "fill it in"),
     ),
+    "a text that can't be seen": (
+        "rows.csv",
+        "text,label\na,x\n\u200b\ufeff,x\nb,y\n",
+        ("split train, row 2", "'text'", "empty"),
+    ),
+    "a label that can't be seen": (
+        "rows.csv",
+        "text,label\na,x\nb,\u200b\n",
+        ("split train, row 2", "'label'", "missing"),
+    ),
+    "a column name that can't be seen whole": (
+        "rows.csv",
+        "\ufeff\ufefftext, label\na,x\nb,y\n",
+        ("split train", "'text'", r"'\ufefftext', ' label'"),
+    ),
+    "hundreds of columns": (
+        "rows.csv",
+        ",".join(f"c{number}" for number in range(300)) + "\n" + "," * 299 + "\n",
+        ("split train", "'text'", "c0, c1", "300 in all", "--text-column"),
+    ),
     "missing label": (
         "rows.csv",
         "text,label\na,x\nb,\n",
@@ -227,6 +247,20 @@ def test_a_null_in_parquet(refused, tmp_path):
     )
 
 
+@pytest.mark.parametrize("name", ["csv", "json", "text", "parquet"])
+def test_the_name_of_a_format_is_no_data_set(name, refused, tmp_path, monkeypatch):
+    """The library would read all files of the working directory."""
+    (tmp_path / f"rows.{name}").write_text(GOOD)
+    monkeypatch.chdir(tmp_path)
+    refused("--dataset", name, parts=(f"--dataset {name}", "format", "name a file or folder"))
+
+
+def test_a_field_and_a_column_of_one_name(refused, tmp_path):
+    row = '{"doc": {"text": "a", "x": 1}, "doc.x": 2, "label": "x"}\n'
+    (tmp_path / "rows.jsonl").write_text(row)
+    refused("--dataset", tmp_path / "rows.jsonl", "--text-column", "doc.text", parts=("'doc.x'", "rename"))
+
+
 @pytest.mark.parametrize("name", ["nowhere.csv", "./nowhere", "a/b/c", "nowhere/train.parquet"])
 def test_a_data_set_that_is_not_there(name, refused):
     refused("--dataset", name, parts=(f"--dataset {name}: no such file or folder", "check the path"))
@@ -260,6 +294,10 @@ FOLDERS = {  # name: (files, what the line must hold)
     "data files and folders of texts": (
         {"train.csv": GOOD, "pos/1.txt": "good", "neg/1.txt": "bad"},
         ("train.csv", "neg", "name one"),
+    ),
+    "a folder named as a data file": (
+        {"train.csv": GOOD, "test.csv/part.bin": GOOD},
+        ("test.csv is no file", "name one of the files"),
     ),
     "two files of one split": (
         {"train.csv": GOOD, "train.jsonl": '{"text": "a", "label": "pos"}\n'},
@@ -341,6 +379,8 @@ FLAGS = {  # name: (flags, what the line must hold)
     "lr 0": (["--lr", "0"], ("--lr", "'0'", "a number above 0")),
     "epochs 0": (["--epochs", "0"], ("--epochs", "'0'", "a whole number above 0")),
     "batch size 1.5": (["--batch-size", "1.5"], ("--batch-size", "'1.5'", "a whole number above 0")),
+    "epochs beyond any count": (["--epochs", "9" * 400], ("--epochs", "999...'", "below 2**31")),
+    "minutes beyond any clock": (["--max-minutes", "1e300"], ("--max-minutes", "'1e300'", "at most 1e6")),
     "warm-up 1": (["--warmup-ratio", "1"], ("--warmup-ratio", "'1'", "from 0 up to, not including, 1")),
     "seed -1": (["--seed", "-1"], ("--seed", "'-1'", "from 0 to")),
     "metric": (["--best-metric", "f1"], ("--best-metric", "'f1'", "accuracy", "macro_f1", "loss")),

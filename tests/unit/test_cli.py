@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+import embed_search
 from common import cli
 from common.errors import UserError
 
@@ -291,6 +292,17 @@ def test_json_stays_json_on_every_terminal(encoding, shown, monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
     assert cli.json_line({"name": "caf\u00e9"}) == shown
     assert json.loads(cli.json_line({"name": "\ud800"})) == {"name": "\ud800"}  # half of a character
+
+
+def test_json_has_no_number_that_json_lacks():
+    value = {"f": [float("nan"), 1.5, {"g": float("-inf")}], "name": "caf\u00e9"}
+    assert cli.json_line(value) == '{"f": [null, 1.5, {"g": null}], "name": "caf\u00e9"}'
+
+
+@pytest.mark.parametrize("flag", ["--model=--", "--top-k=--", "--queries=--"])
+def test_a_flag_whose_value_is_a_separator_is_refused(flag):
+    with pytest.raises(UserError, match=f"{flag.removesuffix('=--')}: '--' is no value"):
+        embed_search.make_parser().parse_args(["search", "--index", "x", flag])
 
 
 PROGRAM = r"""

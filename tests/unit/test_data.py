@@ -268,7 +268,7 @@ def test_a_label_that_train_lacks_is_named_with_the_labels_that_it_has():
     with pytest.raises(
         UserError,
         match=r"split validation, row 2: the label '12' does not occur in the training split "
-        r"\(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, \.\.\.\); correct or remove the row",
+        r"\(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, \.\.\. \(12 in all\)\); correct or remove the row",
     ):
         data.validate(splits, **COLUMNS)
 
@@ -281,6 +281,8 @@ def test_a_label_that_train_lacks_is_named_with_the_labels_that_it_has():
         (["train", "valid", "val"], {}, {"train": "train", "validation": "valid"}),
         (["train", "test", "extra"], {"test": "extra"}, {"train": "train", "test": "extra"}),
         (["all"], {"train": "all"}, {"train": "all"}),
+        (["TRAIN", "Test", "test"], {}, {"train": "TRAIN", "test": "test"}),
+        (["train", "Dev"], {}, {"train": "train", "validation": "Dev"}),
     ],
 )
 def test_splits_are_found_by_their_usual_names_or_the_given_ones(present, wanted, chosen):
@@ -518,6 +520,9 @@ def test_scores_are_no_classes(labels):
         (["caf\u00e9", "cafe\u0301", "cafe"], [["caf\u00e9", "cafe\u0301"]]),
         (["1", "01", "10", "0", "00"], [["1", "01"], ["0", "00"]]),
         (["a b", "a  b", "ab"], [["a b", "a  b"]]),
+        (["x", "x\u200b", "\ufeffx", "x\0", "x\u00ad"], [["x", "x\u200b", "\ufeffx", "x\0", "x\u00ad"]]),
+        (["1.1", "1.10", "1e3", "1000", "0", "-0"], [["1.1", "1.10"], ["1e3", "1000"], ["0", "-0"]]),
+        (["10000000000000001", "10000000000000002", "1.1.0", "1.1"], []),
     ],
 )
 def test_class_names_that_look_the_same(names, groups):
@@ -531,6 +536,16 @@ def test_class_names_that_look_the_same_are_said(tmp_path, cache_dir, capsys):
     config = train_classifier.data_config(train_classifier.make_parser().parse_args(flags))
     data.load_splits(config, Runtime(torch.device("cpu"), "fp32"))
     assert "'Rain' and 'rain ' are different classes" in capsys.readouterr().out
+
+
+def test_splits_that_are_not_used_are_said(tmp_path, cache_dir, capsys):
+    rows = "".join(f"text {n},{['a', 'b'][n % 2]}\n" for n in range(60))
+    for name in ("train", "dev", "val", "notes"):
+        (tmp_path / f"{name}.csv").write_text(f"text,label\n{rows}")
+    flags = ["--dataset", str(tmp_path), "--cache-dir", str(cache_dir)]
+    config = train_classifier.data_config(train_classifier.make_parser().parse_args(flags))
+    data.load_splits(config, Runtime(torch.device("cpu"), "fp32"))
+    assert "not used: dev, notes; name one with --train-split" in capsys.readouterr().out
 
 
 def test_the_text_is_not_its_own_label():

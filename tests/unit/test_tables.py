@@ -8,7 +8,9 @@ import gzip
 import io
 import json
 import lzma
+import re
 import tempfile
+import time
 
 import datasets
 import numpy as np
@@ -347,6 +349,43 @@ REFUSED = {
         ("--encoding utf-16-be",),
     ),
     "UTF-32": ("t.jsonl", '{"text": "a"}'.encode("utf-32"), {}, ("UTF-32", "--encoding utf-32")),
+    "UTF-16 of Chinese without a mark": (
+        "t.csv",
+        "text,label\n好电影,x\n坏电影,y\n".encode("utf-16-le"),
+        {},
+        ("--encoding utf-16-le",),
+    ),
+    "UTF-32 without a mark": (
+        "t.csv",
+        "text,label\na,x\n".encode("utf-32-le"),
+        {},
+        ("--encoding utf-32-le",),
+    ),
+    "UTF-32 the other way": ("t.csv", "text,label\na,x\n".encode("utf-32-be"), {}, ("--encoding utf-32-be",)),
+    "a label twice in a row": (
+        "t.jsonl",
+        '{"text": "a", "label": "x"}\n{"text": "b", "label": "x", "label": "y"}\n',
+        {},
+        ("line 2", "'label'", "'x' and 'y'", "remove"),
+    ),
+    "a text twice in a list": (
+        "t.json",
+        '[{"text": "a", "text": "b", "label": "x"}]',
+        {},
+        ("'text'", "'a' and 'b'", "remove"),
+    ),
+    "a text twice in an object of several lines": (
+        "t.json",
+        '{"text": "a",\n"text": "b", "label": "x"}',
+        {},
+        ("'text'", "'a' and 'b'", "remove"),
+    ),
+    "a key that is no text": (
+        "t.jsonl",
+        '{"text": "a", "label": "x"}\n{"text": "b", "label": "x", "\\ud800": 1}\n',
+        {},
+        ("line 2", "\\ud800", "correct"),
+    ),
     "UTF-16 that is compressed": (
         "t.csv.gz",
         gzip.compress("text\na\n".encode("utf-16-le")),
@@ -656,6 +695,41 @@ def test_a_column_that_only_later_rows_have(tmp_path, monkeypatch):
 def test_categories_are_the_values_that_they_stand_for(tmp_path):
     content = parquet(text=["a", "b"], label=pa.array(["x", "y"]).dictionary_encode())
     assert read(tmp_path / "t.parquet", content)["label"] == ["x", "y"]
+
+
+@pytest.mark.parametrize(
+    "kind, values", [(pa.string_view(), ["x", "y"]), (pa.float16(), [1.5, 2.0])], ids=["view", "float16"]
+)
+def test_a_type_that_few_functions_know_becomes_the_usual_one(kind, values, tmp_path):
+    odd = pa.array(values, pa.float32() if kind == pa.float16() else None).cast(kind)
+    (tmp_path / "t.parquet").write_bytes(parquet(text=["a", "b"], odd=odd))
+    rows = reading.read_file(tmp_path / "t.parquet", as_text=AS_TEXT)
+    assert rows["odd"][:] == values and rows.data.table["odd"].type != kind
+
+
+@pytest.mark.parametrize(
+    "row, odd",
+    [
+        ('{"text": "a", "o\\u0000d": 1}', r"o\x00d"),
+        ('{"text": "a", "odd": ' + "[" * 200 + "]" * 200 + "}", "odd"),
+        ('{"text": "a", "odd": ' + '{"a":' * 200 + "1" + "}" * 200 + "}", "odd"),
+    ],
+    ids=["name", "lists", "objects"],
+)
+def test_a_column_that_no_library_can_hold_is_left_out_and_said(row, odd, tmp_path, capsys):
+    assert read(tmp_path / "t.jsonl", row) == {"text": ["a"]}
+    assert re.fullmatch(r"[^\n]*'" + re.escape(odd) + r"'[^\n]*left out\n", capsys.readouterr().err)
+
+
+def test_a_table_of_many_columns_takes_no_time(tmp_path):
+    names = [f"c{number}" for number in range(2000)]
+    started = time.process_time()
+    found = read(tmp_path / "t.csv", ",".join(["text", *names]) + "\n" + ",".join(["a", *["1"] * 2000]))
+    assert len(found) == 2001 and time.process_time() - started < 5
+
+
+def test_a_number_that_would_be_infinite_stays_text(tmp_path):
+    assert read(tmp_path / "t.csv", "text,n\na,1e400\nb,2\n")["n"] == ["1e400", "2"]
 
 
 def test_what_no_library_knows_is_left_out_and_said(tmp_path, capsys):

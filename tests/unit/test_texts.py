@@ -10,6 +10,7 @@ import sys
 from types import SimpleNamespace
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -18,6 +19,7 @@ from test_encoder import CPU
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from common import sources
 from common.errors import UserError
 from common.search import texts
 from common.search.encoder import EncoderConfig, load_encoder, split_into_chunks, token_spans
@@ -75,7 +77,7 @@ def test_lines_folders_standard_input_and_the_bundled_set(tmp_path, cache_dir, m
 @given(
     lines=st.lists(
         st.text(st.characters(exclude_characters="\n\r\ufeff", exclude_categories=["Cs"]), min_size=1).filter(
-            str.strip
+            lambda text: not sources.is_blank(text)
         ),
         min_size=1,
         max_size=30,
@@ -84,6 +86,12 @@ def test_lines_folders_standard_input_and_the_bundled_set(tmp_path, cache_dir, m
 def test_any_lines_come_back(lines, tmp_path, cache_dir):
     (tmp_path / "lines.txt").write_text("\n".join(lines), encoding="utf-8", newline="")
     assert [row["_text"] for row in rows_of(read(tmp_path / "lines.txt", cache_dir), 7)] == lines
+
+
+def test_python_and_arrow_agree_on_what_can_not_be_seen():
+    characters = [chr(code) for code in range(0x3000)]
+    found = pc.match_substring_regex(pa.array(characters), sources.BLANK).to_pylist()
+    assert found == list(map(sources.is_blank, characters)) and 50 < sum(found) < 300
 
 
 # name: (file, content, the row that is refused, what the line must hold, the texts that --skip-bad
