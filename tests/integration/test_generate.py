@@ -212,6 +212,31 @@ def test_stop_strings_are_no_part_of_a_text(script):
         assert script("--prompt", PROMPTS[0], "--stop", stop, *flags)[1] == whole[: whole.find(stop)] + "\n"
 
 
+def test_a_stop_string_can_be_a_line_break_a_tab_or_a_backslash(script, monkeypatch):
+    """As it arrives from a shell: a backslash and a letter."""
+    stops, load = [], generate.load
+
+    def loaded(args):
+        stops.append(args.stop)
+        return load(args)
+
+    monkeypatch.setattr(generate, "load", loaded)
+    given = [r"\n", r"a\tb", r"\\n", r"\x", "plain"]
+    assert script("--prompt", PROMPTS[0], *(part for stop in given for part in ("--stop", stop)))[0] == 0
+    assert stops == [["\n", "a\tb", r"\n", r"\x", "plain"]]
+
+
+def test_the_summary_says_which_texts_were_cut(script):
+    """Oracle: the finish reasons in the output file are those of texts with the most tokens."""
+    stderr = script("--prompt", PROMPTS[0])[2]
+    assert "; cut at 16 tokens" in stderr
+    flags = ["--top-k", 30, "--num-samples", 6, "--temperature", 2, "--stop", "e", "--max-new-tokens", 9]
+    _, stdout, stderr = script("--prompt", PROMPTS[0], *flags)
+    [found] = re.findall(r"; (\d) of 6 cut at 9 tokens", stderr)
+    assert 0 < int(found) < 6
+    assert "cut at" not in script("--prompt", PROMPTS[0], "--stop", "e", "--max-new-tokens", 100)[2]
+
+
 def test_each_batch_has_a_seed_that_draws_it_again(script, tmp_path):
     """The same prompt in three batches gives three texts, and the seed in a line draws its batch
     without those before it.
