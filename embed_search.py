@@ -108,7 +108,7 @@ def similarity(args: argparse.Namespace) -> None:
 def add_index_flags(command: cli.Parser) -> None:
     flag = command.add_argument
     flag("texts", help="texts to put into the index")
-    flag("--index", metavar="DIR", type=cli.name, required=True, help="the folder of the index")
+    flag("--index", metavar="DIR", type=cli.folder, required=True, help="the folder of the index")
     flag("--id-column", help="the column of ids (default: the index's, else a hash of the text)")
     flag("--update", action="store_true", help="replace rows whose text or columns changed")
     flag("--chunk", action="store_true", help="split texts that the model can't read whole")

@@ -20,6 +20,7 @@ import argparse
 import dataclasses
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -85,7 +86,8 @@ def make_parser() -> cli.Parser:
     add("--max-new-tokens", type=positive_int, default=200, help="the most tokens of a text")
     help_text = "no end token before this many tokens; a stop string still ends the text"
     add("--min-new-tokens", type=non_negative_int, default=0, help=help_text)
-    add("--stop", action="append", metavar="TEXT", help="end before this text; repeat it for more")
+    help_text = r"end before this text; \n is a line break, \t a tab, \\ a backslash; repeat it for more"
+    add("--stop", action="append", metavar="TEXT", type=unescape, help=help_text)
     help_text = "another token that ends a text, such as '<|endoftext|>'"
     add("--end-token", action="append", metavar="TOKEN", help=help_text)
 
@@ -116,6 +118,14 @@ def make_parser() -> cli.Parser:
     help_text = "tokens from one window to the next (default: half a window)"
     group.add_argument("--stride", type=positive_int, help=help_text)
     return parser
+
+
+ESCAPED = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}  # what nobody can type into a command line as it is
+
+
+def unescape(text: str) -> str:
+    """Return a text from the command line with the characters that its escapes stand for."""
+    return re.sub(r"\\[nt\\]", lambda match: ESCAPED[match[0]], text)
 
 
 DRAWING = ("temperature", "top_k", "top_p", "min_p", "typical_p")  # any of them given: not greedy

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -24,6 +25,7 @@ from common.generation.language_model import LanguageModel
 from common.generation.llama import Transformer, read_transformer
 from common.generation.stored_weights import Matrix, convert, matrix_of
 
+transformers.utils.logging.disable_progress_bar()  # of the tests' own models, on the stderr that is compared
 needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no C compiler: the step is PyTorch's")
 
 VOCABULARY = 211

@@ -187,6 +187,8 @@ class Timing:
     decode_seconds: float = 0.0
     decode_tokens: int = 0  # new_tokens without the first of each text, which comes from the prefill
     first_token_seconds: float = 0.0  # in the first batch
+    num_texts: int = 0
+    num_cut: int = 0  # texts that ended because they had the most tokens
     num_guessed: int = 0  # by prompt lookup
     num_accepted: int = 0
 
@@ -202,6 +204,8 @@ class Timing:
         self.prompt_tokens += sum(min(len(row.prompt.ids), stopwatch.num_columns) for row in rows)
         self.new_tokens += new_tokens
         self.decode_tokens += new_tokens - len(rows)
+        self.num_texts += len(rows)
+        self.num_cut += sum(row.finish_reason == "length" for row in rows)
         self.prefill_seconds += first_token - stopwatch.started
         self.decode_seconds += ended - first_token
         if lookup is not None:
@@ -284,8 +288,8 @@ class Run:
                 row.logprobs.append(row_logprobs[index])
 
     def summary(self, peak_memory_bytes: int) -> str:
-        """Return one line for a person: tokens per second, time to the first token, memory, and
-        with prompt lookup how many guesses were accepted.
+        """Return one line for a person: tokens per second, time to the first token, memory, how many
+        texts were cut, and with prompt lookup how many guesses were accepted.
         """
         timing = self.timing
         parts = [
@@ -297,6 +301,11 @@ class Run:
         ]
         if self.language_model.fast_step is not None and self.options.settings.sample:
             parts[-1] += " (a draw within its rounding can differ from model.generate's: --plain-step)"
+        if timing.num_cut:
+            cut = f"cut at {self.options.settings.max_new_tokens:,} tokens"
+            parts.append(
+                cut if timing.num_texts == 1 else f"{timing.num_cut:,} of {timing.num_texts:,} {cut}"
+            )
         if self.options.lookup:
             guessed, accepted = timing.num_guessed, timing.num_accepted
             share = accepted / max(guessed, 1)

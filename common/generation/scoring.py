@@ -141,15 +141,16 @@ def choose_window(
     return SlidingWindow(size, stride)
 
 
-def passes(length: int, window: SlidingWindow) -> Iterator[tuple[int, int, int]]:
+def passes(length: int, window: SlidingWindow, *, has_start: bool) -> Iterator[tuple[int, int, int]]:
     """Yield (begin, end, first): a pass over tokens [begin, end) that scores those from `first`.
 
     Each token of the text but the first is scored exactly once, with at least size - stride tokens
-    before it, as far as the text has them.
+    before it, as far as the text has them; with `has_start`, all passes but the first leave room
+    for a token before theirs.
     """
     first, begin = 1, 0
     while first < length:
-        end = min(begin + window.size, length)
+        end = min(begin + window.size - (has_start and begin > 0), length)
         yield begin, end, first
         first, begin = end, begin + window.stride
 
@@ -166,30 +167,42 @@ def text_likelihood(
             "not predicted"
         )
     check_tokens(ids, language_model, name=f"--perplexity {name}")
-    result = likelihood(language_model, ids, window)
+    result = likelihood(language_model, ids, window, start=start_token(language_model))
     # the first token may be a special one, which the text does not contain
     scored = text.removeprefix(str(tokenizer.decode(ids[:1], skip_special_tokens=True)))
     return replace(result, num_bytes=len(scored.encode()))
 
 
+def start_token(language_model: LanguageModel) -> int | None:
+    """Return the token that the tokenizer puts before a text, None if it puts none."""
+    with_special = language_model.tokenizer("a")["input_ids"]
+    without = language_model.tokenizer("a", add_special_tokens=False)["input_ids"]
+    return with_special[0] if with_special[:1] != without[:1] else None
+
+
 @torch.inference_mode()
-def likelihood(language_model: LanguageModel, ids: list[int], window: SlidingWindow) -> Likelihood:
+def likelihood(
+    language_model: LanguageModel, ids: list[int], window: SlidingWindow, *, start: int | None = None
+) -> Likelihood:
     """Return the likelihood of a text's tokens, computed in overlapping windows, so that each token
     is predicted from a long stretch before it.
+
+    `start` is the first token of every text that the model was trained on: each window begins with it.
     """
     tokens = torch.tensor([ids], device=language_model.device)  # (1, T)
     total = torch.zeros((), dtype=torch.float64)
-    all_passes = list(passes(len(ids), window))
+    all_passes = list(passes(len(ids), window, has_start=start is not None))
     with tqdm(all_passes, unit="window", leave=False, dynamic_ncols=True, disable=None) as bar:
         for begin, end, first in bar:
             # from the column before the first scored token; the overlap's other logits are not needed
             kept = end - first + 1
-            batch = decoding.left_pad([ids[begin:end]], language_model, room=0)
+            before = [start] if start is not None and begin > 0 else []
+            batch = decoding.left_pad([before + ids[begin:end]], language_model, room=0)
             logits = decoding.forward(language_model, batch, first=0, keep=kept)[0]  # (kept, V)
-            for start in range(first, end, SCORED_AT_ONCE):
-                targets = tokens[0, start : min(start + SCORED_AT_ONCE, end)]
+            for place in range(first, end, SCORED_AT_ONCE):
+                targets = tokens[0, place : min(place + SCORED_AT_ONCE, end)]
                 # each token is predicted by the logits of the position before it
-                predicting = logits[start - first : start - first + len(targets)].float()
+                predicting = logits[place - first : place - first + len(targets)].float()
                 loss = torch.nn.functional.cross_entropy(predicting, targets, reduction="sum")
                 total += loss.double().cpu()
     return Likelihood(total.item(), len(ids) - 1)

@@ -773,9 +773,9 @@ def test_the_process_ends_with_code_2_and_one_line(run_script, cache_dir, tmp_pa
 
 
 def test_a_run_without_a_mistake_leaves_stderr_empty(
-    run_script, tiny_model, cache_dir, sentences_csv, tmp_path
+    call_script, tiny_model, cache_dir, sentences_csv, tmp_path
 ):
-    done = run_script(
+    done = call_script(
         "train_classifier.py",
         "--dataset",
         sentences_csv,
@@ -787,6 +787,5 @@ def test_a_run_without_a_mistake_leaves_stderr_empty(
         1,
         "--output-dir",
         tmp_path / "run",
-        OMP_NUM_THREADS="1",
     )
     assert done.stderr == ""

@@ -10,6 +10,7 @@ from markdown_it import MarkdownIt
 
 from common import figures
 from common.training.report import Predictions, class_table
+from conftest import heavy
 
 LABELS = [0, 1] * 6
 WRONG = (0, 3, 4, 7, 8, 10, 11)  # seven of twelve: more than are shown
@@ -145,7 +146,7 @@ def test_of_many_classes_the_worst_are_shown(count, num_lines):
     assert bool(note) == (count > 30) and (not note or f"{count:,} classes" in note)
 
 
-@pytest.mark.parametrize("count", [2, 20, 21, 1000])
+@pytest.mark.parametrize("count", [2, 20, 21, 150, heavy(1000)])
 def test_a_picture_of_many_classes_stays_small(count):
     """Oracle of the choice: the number of confused texts of each class, counted one by one."""
     generator = torch.Generator().manual_seed(count)

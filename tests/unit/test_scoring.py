@@ -6,19 +6,24 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import processors
+from transformers import AutoModelForCausalLM, LlamaConfig
 
-from common.generation import scoring
+from common.generation import decoding, scoring
+from common.generation.language_model import LanguageModel
 from common.generation.scoring import SlidingWindow
-from language_models import tiny_language_model
+from language_models import SIZES, tiny_language_model, train_byte_bpe
 
 
-@given(st.integers(0, 60), st.integers(2, 20), st.data())
-def test_each_token_but_the_first_is_scored_once_with_enough_before_it(length, window, data):
+@given(st.integers(0, 60), st.integers(2, 20), st.booleans(), st.data())
+def test_each_token_but_the_first_is_scored_once_with_enough_before_it(length, window, has_start, data):
+    """The token before a text counts as one of those before a token, and of those of a window."""
     stride, scored = data.draw(st.integers(1, window - 1)), []
-    for begin, end, first in scoring.passes(length, SlidingWindow(window, stride)):
-        assert begin < first and end - begin <= window
+    for begin, end, first in scoring.passes(length, SlidingWindow(window, stride), has_start=has_start):
+        before = int(has_start and begin > 0)
+        assert begin < first + before and end - begin + before <= window
         scored += range(first, end)
-        assert all(place - begin >= min(window - stride, place) for place in range(first, end))
+        assert all(place - begin + before >= min(window - stride, place) for place in range(first, end))
     assert scored == list(range(1, length))
 
 
@@ -32,24 +37,49 @@ def test_the_overlap_of_windows_costs_no_logits():
 
 
 @pytest.mark.parametrize("window, stride", [(8, 4), (8, 7), (8, 1), (64, 32), (500, 250)])
-@pytest.mark.parametrize("at_once", [3, 256])
-def test_perplexity_is_the_definition(window, stride, at_once, monkeypatch):
+@pytest.mark.parametrize("at_once, start", [(3, None), (256, 7)])
+def test_perplexity_is_the_definition(window, stride, at_once, start, monkeypatch):
     """Oracle: one pass a token over exactly the tokens that its window shows, in fp64."""
     monkeypatch.setattr(scoring, "SCORED_AT_ONCE", at_once)
     language_model, ids = (
         tiny_language_model("gpt2", scale=2.0),
         torch.randint(0, 211, (50,), generator=torch.Generator().manual_seed(0)).tolist(),
     )
-    found = scoring.likelihood(language_model, ids, SlidingWindow(window, stride))
+    found = scoring.likelihood(language_model, ids, SlidingWindow(window, stride), start=start)
     language_model.model.double()
     total = 0.0
     with torch.inference_mode():
-        for begin, end, first in scoring.passes(len(ids), SlidingWindow(window, stride)):
+        for begin, end, first in scoring.passes(
+            len(ids), SlidingWindow(window, stride), has_start=start is not None
+        ):
             for place in range(first, end):
-                logits = language_model.model(torch.tensor([ids[begin:place]])).logits[0, -1]
+                before = [start] if start is not None and begin > 0 else []
+                logits = language_model.model(torch.tensor([before + ids[begin:place]])).logits[0, -1]
                 total -= logits.log_softmax(-1)[ids[place]].item()
     assert found.num_tokens == 49 and math.isclose(found.total, total, rel_tol=1e-5)
     assert math.isclose(found.perplexity, math.exp(total / 49), rel_tol=1e-4)
+
+
+def test_every_window_begins_with_the_token_that_the_tokenizer_puts_before_a_text(monkeypatch):
+    """Oracle: the tokens that the model is given."""
+    tokenizer, given_ids = train_byte_bpe(), []
+    config = LlamaConfig(**SIZES, vocab_size=len(tokenizer), max_position_embeddings=128)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    language_model = LanguageModel("tiny", model, tokenizer, (2,), 0, 128)
+    assert scoring.start_token(language_model) is None
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+    )
+    assert scoring.start_token(language_model) == 1
+    left_pad = decoding.left_pad
+
+    def noted(rows, *args, **options):
+        given_ids.extend(rows)
+        return left_pad(rows, *args, **options)
+
+    monkeypatch.setattr(decoding, "left_pad", noted)
+    scoring.text_likelihood(language_model, "a b c d e f g h", SlidingWindow(6, 3), name="x")
+    assert len(given_ids) > 3 and all(len(ids) <= 6 and ids[0] == 1 and 1 not in ids[1:] for ids in given_ids)
 
 
 def test_rouge_is_what_the_tutorial_prints():
