@@ -5,19 +5,23 @@ and kernel.
 Encoding, of bundled news texts: `encode`, SentenceTransformer.encode as the tutorial calls it
 (fp32); `ours_fp32` and `ours`, the encoder of embed_search.py, the second with its default
 precision. Search, of 200,000 random unit vectors: `semantic_search` of sentence-transformers,
-`scikit_learn` (cosine_similarity, then argsort, as in the tutorial), `faiss_flat`, and `ours`.
+`scikit_learn` (cosine_similarity, then argsort, as in the tutorial), `faiss_flat`, `matmul_topk` of
+PyTorch, and `ours`.
 
 Each round runs every contender in a process of its own, one after the other. Loading and building
-are not timed; the answers are checked against each other. The last line on stdout is one JSON
-object.
+are not timed; the answers are checked against each other. What ours takes is also divided by what
+the machine itself does in that round: matrix products in the precision that ran, or reading the
+vectors once. The last line on stdout is one JSON object.
 
-  python tests/benchmarks/embed.py                          # about 5 minutes on two cores
+  python tests/benchmarks/embed.py                          # about 8 minutes on two cores
   python tests/benchmarks/embed.py --rounds 1 --texts 32    # a quick look
+  python tests/benchmarks/embed.py --only search --rows 1000000 --queries 1 64 1024
 """
 
 import argparse
 import json
 import statistics
+from collections.abc import Callable
 
 import environment
 import faiss
@@ -30,16 +34,15 @@ from tabulate import tabulate
 
 from common import bundled, cli, sources
 from common.errors import UserError
-from common.runtime import choose_device, peak_memory_bytes, start_runtime
+from common.runtime import choose_device, choose_precision, peak_memory_bytes, start_runtime
 from common.search import encoder, kernel
 
-ENCODERS, SEARCHERS, QUERIES = (
-    ("encode", "ours_fp32", "ours"),
-    ("semantic_search", "scikit_learn", "faiss_flat", "ours"),
-    (1, 64),
-)
+ENCODERS = ("encode", "ours_fp32", "ours")
+SEARCHERS = ("semantic_search", "scikit_learn", "faiss_flat", "matmul_topk", "ours")
 TOP_K = 10
-REPEATS = 7  # searches in a process; the median counts, the first two warm up
+# searches in a process; the median counts, and one or two warm up. Fewer of more scores.
+REPEATS, FEW_REPEATS, MANY_SCORES = 7, 3, 64 * 200_000
+SORTED_SCORES = 64 * 1_000_000  # scikit_learn, which sorts all, needs 16 bytes for each: not for more
 
 
 def make_parser() -> cli.Parser:
@@ -56,6 +59,9 @@ def make_parser() -> cli.Parser:
     )
     parser.add_argument("--rows", type=cli.positive_int, default=200_000, help="vectors that are searched")
     parser.add_argument("--width", type=cli.positive_int, default=384, help="their dimensions")
+    numbers = "numbers of queries that are searched for at once"
+    parser.add_argument("--queries", nargs="+", type=cli.positive_int, default=[1, 64], help=numbers)
+    parser.add_argument("--only", choices=("encoding", "search"), help="measure only one of the two")
     # what the script runs in a process of its own
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     return parser
@@ -88,22 +94,35 @@ def time_encoding(contender: str, flags) -> dict:
     peak = peak_memory_bytes(device) / 1e6
     exact = oracle.encode(texts, normalize_embeddings=True)
     cosines = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True) * exact).sum(1)
-    return {
+    found = {
         "texts_per_second": len(texts) / seconds,
         "cpu_seconds_per_text": cpu_seconds / len(texts),
         "lowest_cosine": float(cosines.min()),
         "peak_memory_mb": peak,
     }
+    if contender != "encode":
+        found["gflops"] = gflop(oracle, texts) / seconds
+    return found
+
+
+def gflop(model: SentenceTransformer, texts: list[str]) -> float:
+    """Return the matrix products of encoding texts one by one, without padding, in GFLOP."""
+    config = model[0].auto_model.config
+    width, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    lengths = [len(ids) for ids in model.tokenizer(texts, truncation=True)["input_ids"]]
+    linear = 2 * (4 * width * width + 2 * width * inner)  # a token, in a layer
+    return layers * sum(count * linear + 4 * count * count * width for count in lengths) / 1e9
 
 
 def make_vectors(flags) -> tuple[np.ndarray, np.ndarray]:
-    """Return unit vectors (rows, width) and queries (64, width) near some of them."""
-    generator = np.random.default_rng(flags.seed)
+    """Return unit vectors (rows, width) and queries (the most, width) near some of them."""
+    generator, count = np.random.default_rng(flags.seed), max(flags.queries)
     rows = generator.standard_normal((flags.rows, flags.width), dtype=np.float32)
-    queries = rows[:: max(flags.rows // 64, 1)][:64] + generator.standard_normal(
-        (64, flags.width), dtype=np.float32
-    )
-    return tuple(block / np.linalg.norm(block, axis=1, keepdims=True) for block in (rows, queries))
+    queries = rows[np.linspace(0, flags.rows - 1, count).astype(int)]
+    queries += generator.standard_normal(queries.shape, dtype=np.float32)
+    for block in (rows, queries):
+        block /= np.linalg.norm(block, axis=1, keepdims=True)
+    return rows, queries
 
 
 def searcher(contender: str, vectors: np.ndarray, flags):
@@ -119,6 +138,9 @@ def searcher(contender: str, vectors: np.ndarray, flags):
         flat = faiss.IndexFlatIP(vectors.shape[1])
         flat.add(vectors)
         return lambda queries: flat.search(queries, TOP_K)[1]
+    if contender == "matmul_topk":
+        columns = torch.from_numpy(vectors).T
+        return lambda queries: (torch.from_numpy(queries) @ columns).topk(TOP_K).indices.tolist()
     start_runtime(flags.device, flags.precision, flags.seed)
 
     def ours(queries):
@@ -133,18 +155,22 @@ def searcher(contender: str, vectors: np.ndarray, flags):
 
 
 def time_search(contender: str, flags) -> dict:
-    """Return the milliseconds of a search with 1 and with 64 queries, and the rows found, for the
+    """Return the milliseconds of a search with each number of queries, and the rows found, for the
     check.
     """
     vectors, queries = make_vectors(flags)
     search, found, cpu = searcher(contender, vectors, flags), {}, torch.device("cpu")
-    for count in QUERIES:
+    rows = []
+    for count in sorted(flags.queries):
+        if contender == "scikit_learn" and count * len(vectors) > SORTED_SCORES:
+            continue
+        repeats = REPEATS if count * len(vectors) <= MANY_SCORES else FEW_REPEATS
         seconds = []
-        for _ in range(REPEATS + 2):
+        for _ in range(repeats + repeats // 3):
             started = environment.moment(cpu)
             rows = search(queries[:count])
             seconds.append(float((environment.moment(cpu) - started)[0]))
-        found[f"ms_{count}"] = 1000 * statistics.median(seconds[2:])
+        found[f"ms_{count}"] = 1000 * statistics.median(seconds[-repeats:])
     return {**found, "rows": [list(map(int, best)) for best in rows]}
 
 
@@ -160,11 +186,10 @@ def child(flags) -> dict:
 
 def measure(flags) -> dict[str, list[dict]]:
     """Run the rounds, interleaved: a slow hour of the machine is slow for all."""
-    names = [
-        ("limits", "limits"),
-        *(("encoding", name) for name in ENCODERS),
-        *(("search", name) for name in SEARCHERS),
-    ]
+    contenders = {"limits": ("limits",), "encoding": ENCODERS, "search": SEARCHERS}
+    if flags.only:
+        contenders.pop("encoding" if flags.only == "search" else "search")
+    names = [(kind, name) for kind, names in contenders.items() for name in names]
     rounds = {f"{kind} {name}": [] for kind, name in names}
     for number in range(flags.rounds):
         for kind, name in names:
@@ -172,36 +197,94 @@ def measure(flags) -> dict[str, list[dict]]:
             rounds[f"{kind} {name}"].append(found)
             shown = {key: round(value, 4) for key, value in found.items() if isinstance(value, float)}
             print(f"round {number + 1}/{flags.rounds}  {kind} {name:<16} {shown}", flush=True)
-    for name, measured in rounds.items():
-        if "rows" in measured[0] and any(
-            entry.pop("rows") != first for first in [measured[0]["rows"]] for entry in measured[1:]
-        ):
-            raise UserError(f"{name}: other rows in another round")
-    answers = {name: measured[0].pop("rows") for name, measured in rounds.items() if "rows" in measured[0]}
-    if any(rows != answers["search ours"] for rows in answers.values()):
-        raise UserError("the contenders find different rows")
+    check_rows(rounds)
     return rounds
 
 
-def ratios(rounds: dict[str, list[dict]]) -> dict[str, float]:
-    """Return the medians over the rounds of how many times faster ours is than each peer."""
-
-    def factor(own: str, peer: str, key: str, *, faster_is_more: bool) -> float:
-        pairs = [(one[key], other[key]) for one, other in zip(rounds[own], rounds[peer])]
-        return statistics.median(one / other if faster_is_more else other / one for one, other in pairs)
-
+def check_rows(rounds: dict[str, list[dict]]) -> None:
+    """Remove the rows that were found. Raises UserError unless all contenders found the same."""
     found = {
-        f"{name}_vs_encode": factor(
-            f"encoding {name}", "encoding encode", "texts_per_second", faster_is_more=True
-        )
-        for name in ENCODERS[1:]
+        name: [entry.pop("rows") for entry in entries if "rows" in entry] for name, entries in rounds.items()
     }
-    for count in QUERIES:
+    for name, answers in found.items():
+        for rows in answers:
+            if rows != found["search ours"][0][: len(rows)]:
+                raise UserError(f"{name}: finds other rows than ours")
+
+
+def ratios(rounds: dict[str, list[dict]], flags) -> dict[str, float]:
+    """Return the medians over the rounds of how many times faster ours is than each peer, and of
+    what it takes beside the limits of the machine.
+    """
+    found: dict[str, list[float]] = {}
+
+    def note(name: str, number: float) -> None:
+        found.setdefault(name, []).append(number)
+
+    for number, limits in enumerate(rounds["limits limits"]):
+        figures = {name: entries[number] for name, entries in rounds.items()}
+        if flags.only != "search":
+            note_encoding(figures, limits, flags, note)
+        if flags.only != "encoding":
+            note_search(figures, limits, flags, note)
+    return {name: statistics.median(numbers) for name, numbers in found.items()}
+
+
+def note_encoding(figures: dict[str, dict], limits: dict, flags, note: Callable[[str, float], None]) -> None:
+    """Note the ratios of one round's encoders."""
+    device = choose_device(flags.device)
+    precisions = {"ours_fp32": "fp32", "ours": choose_precision(flags.precision, device)}
+    for name, precision in precisions.items():
+        own = figures[f"encoding {name}"]
+        note(f"{name}_vs_encode", own["texts_per_second"] / figures["encoding encode"]["texts_per_second"])
+        if precision != "fp16":  # of which no limit is measured
+            note(f"{name}_share_of_{precision}_products", own["gflops"] / limits[f"{precision}_gflops"])
+
+
+def note_search(figures: dict[str, dict], limits: dict, flags, note: Callable[[str, float], None]) -> None:
+    """Note the ratios of one round's searches."""
+    own = figures["search ours"]
+    for count in flags.queries:
+        milliseconds = own[f"ms_{count}"]
         for name in SEARCHERS[:-1]:
-            found[f"ours_vs_{name}_{count}_queries"] = factor(
-                "search ours", f"search {name}", f"ms_{count}", faster_is_more=False
-            )
-    return found
+            if f"ms_{count}" in figures[f"search {name}"]:
+                note(
+                    f"ours_vs_{name}_{count}_queries", figures[f"search {name}"][f"ms_{count}"] / milliseconds
+                )
+        numbers = flags.rows * flags.width
+        if count == 1:
+            reading = 4 * numbers / limits["read_gb_per_second"] / 1e6
+            note("ours_times_reading_once_1_queries", milliseconds / reading)
+        else:
+            product = 2 * numbers * count / limits["fp32_gflops"] / 1e6
+            note(f"ours_times_the_product_{count}_queries", milliseconds / product)
+
+
+def show(medians: dict[str, dict], found: dict[str, float], flags) -> None:
+    """Print the tables."""
+    if flags.only != "search":
+        keys = ("texts_per_second", "cpu_seconds_per_text", "peak_memory_mb", "lowest_cosine")
+        lines = [
+            [name, *(medians[f"encoding {name}"][key] for key in keys), found.get(f"{name}_vs_encode", 1.0)]
+            for name in ENCODERS
+        ]
+        headers = ["encoding", "texts/s", "CPU s/text", "peak MB", "lowest cosine", "times encode"]
+        print("\n" + tabulate(lines, headers, floatfmt=("", ".1f", ".3f", ".0f", ".6f", ".2f")))
+    if flags.only != "encoding":
+        lines = [
+            [
+                name,
+                *(medians[f"search {name}"].get(f"ms_{count}") for count in flags.queries),
+                *(found.get(f"ours_vs_{name}_{count}_queries") for count in flags.queries),
+            ]
+            for name in SEARCHERS
+        ]
+        headers = [f"search of {flags.rows:,}", *(f"ms, {count}" for count in flags.queries)]
+        headers += [f"ours is faster, {count}" for count in flags.queries]
+        print("\n" + tabulate(lines, headers, floatfmt=".2f", missingval="-"))
+    for name, number in found.items():
+        if "share" in name or "times" in name:
+            print(f"{name.replace('_', ' ')}: {number:.2f}")
 
 
 def main(flags):
@@ -211,66 +294,16 @@ def main(flags):
     header = environment.describe(choose_device(flags.device))
     environment.show(header)
     rounds = measure(flags)
-    medians, found = (
-        {name: environment.median_of(measured) for name, measured in rounds.items()},
-        ratios(rounds),
-    )
-    print(
-        "\n"
-        + tabulate(
-            [
-                [
-                    name,
-                    *(
-                        medians[f"encoding {name}"][key]
-                        for key in (
-                            "texts_per_second",
-                            "cpu_seconds_per_text",
-                            "peak_memory_mb",
-                            "lowest_cosine",
-                        )
-                    ),
-                    found.get(f"{name}_vs_encode", 1.0),
-                ]
-                for name in ENCODERS
-            ],
-            ["encoding", "texts/s", "CPU s/text", "peak MB", "lowest cosine", "times encode"],
-            floatfmt=("", ".1f", ".3f", ".0f", ".6f", ".2f"),
-        )
-    )
-    print(
-        "\n"
-        + tabulate(
-            [
-                [
-                    name,
-                    *(medians[f"search {name}"][f"ms_{count}"] for count in QUERIES),
-                    *(found.get(f"ours_vs_{name}_{count}_queries", 1.0) for count in QUERIES),
-                ]
-                for name in SEARCHERS
-            ],
-            [f"search of {flags.rows:,}", "ms, 1 query", "ms, 64", "ours is faster, 1", "64"],
-            floatfmt=("", ".1f", ".1f", ".2f", ".2f"),
-        )
-    )
+    medians = {name: environment.median_of(measured) for name, measured in rounds.items()}
+    found = ratios(rounds, flags)
+    show(medians, found, flags)
     print(
         f"\nmedians over {flags.rounds} rounds; {flags.texts} news texts; {flags.rows:,} x {flags.width}"
-        f" vectors, top {TOP_K}"
+        f" vectors, top {TOP_K}; {'with' if header['bf16_instructions'] else 'without'} bf16 instructions"
     )
     environment.show_limits(medians["limits limits"])
-    print(
-        "\n"
-        + json.dumps(
-            {
-                "benchmark": "embed",
-                "environment": header,
-                "settings": vars(flags),
-                "medians": medians,
-                "ratios": found,
-                "rounds": rounds,
-            }
-        )
-    )
+    document = {"environment": header, "settings": vars(flags), "medians": medians, "ratios": found}
+    print("\n" + json.dumps({"benchmark": "embed", **document, "rounds": rounds}))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from common.runtime import choose_precision
 from common.training.tracking import versions
 
 BF16_CAPABILITIES = ("avx512_bf16", "amx_bf16", "bf16")
@@ -63,6 +64,8 @@ def limits(device: torch.device, *, rows: int, width: int) -> dict[str, float]:
     """
     rates, inner = {}, 4 * width
     for name, dtype in (("fp32_gflops", torch.float32), ("bf16_gflops", torch.bfloat16)):
+        if dtype == torch.bfloat16 and choose_precision("auto", device) == "fp32":
+            rows //= 32  # emulated: a hundredth of the speed
         left, right = (
             torch.randn(rows, width, device=device).to(dtype),
             torch.randn(width, inner, device=device).to(dtype),

@@ -25,7 +25,7 @@ from common import bundled, cli
 from common.generation import explain
 from common.generation.chat import Chat
 from common.generation.fast_decoding import find_compiler
-from conftest import ROOT
+from conftest import ROOT, heavy
 from hub_server import HubServer
 from language_models import needs_compiler, save_tiny_model
 
@@ -401,7 +401,7 @@ def test_an_interrupted_output_goes_on(cut, flags, script, prompts_file, tmp_pat
     assert part.read_bytes() == whole
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), heavy(signal.SIGINT, 130)])
 def test_a_signal_keeps_the_finished_lines_and_says_how_to_go_on(number, code, tiny, tmp_path):
     """A process of its own, stopped while it writes; then the same command with --resume gives the
     file of an uninterrupted run.
@@ -480,6 +480,7 @@ def test_torchrun_gives_the_same_file_in_the_same_order(run_script, script, tiny
     assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 def test_torchrun_goes_on_after_what_is_there(run_script, script, tiny, prompts_file, tmp_path):
     """One batch of three is there: of the two processes, each has one left."""
     flags, whole, part = (
@@ -666,7 +667,7 @@ def test_perplexity_of_a_file(script, tmp_path):
     assert code == 0 and float(found[1].replace(",", "")) > 1
 
 
-def test_the_tutorials_command_loads_a_model_from_the_hub(run_script, tmp_path):
+def test_the_tutorials_command_loads_a_model_from_the_hub(run_script, call_script, tmp_path):
     """HuggingFaceTB/SmolLM-1.7B, here a small Llama behind a Hub of our own."""
     save_tiny_model(tmp_path / "hub" / "models" / "HuggingFaceTB" / "SmolLM-1.7B", chat_template=None)
     with HubServer(tmp_path / "hub") as hub:
@@ -703,7 +704,7 @@ def test_the_tutorials_command_loads_a_model_from_the_hub(run_script, tmp_path):
         r" Hub [^\n]+\n",
         unknown.stderr,
     )
-    local = run_script(
+    local = call_script(
         "generate.py",
         "--model",
         tmp_path / "hub" / "models" / "HuggingFaceTB" / "SmolLM-1.7B",
@@ -824,7 +825,16 @@ REAL_CHECKS = {
 }
 
 
-@pytest.mark.parametrize("flags", REAL_CHECKS.values(), ids=REAL_CHECKS)
+QUICK_CHECKS = ("greedy, fp32", "chat", "few likely tokens, bf16")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param(flags, id=name) if name in QUICK_CHECKS else heavy(flags, id=name)
+        for name, flags in REAL_CHECKS.items()
+    ],
+)
 def test_the_real_model_gives_the_tokens_of_generate(flags, real, script):
     code, stdout, stderr = script("--model", REAL, "--prompt", TUTORIAL, *flags, "--check")
     assert code == 0 and re.fullmatch(r"equal: (\d+) of \1 tokens\n", stdout), stdout + stderr
