@@ -36,6 +36,7 @@ from common.errors import Interrupted, UserError
 from common.search.manifest import (
     DEFAULT_LIMITS,
     MANIFEST,
+    PAIR_COLUMNS,
     EncoderConfig,
     Limits,
     check_files,
@@ -107,7 +108,7 @@ def similarity(args: argparse.Namespace) -> None:
 def add_index_flags(command: cli.Parser) -> None:
     flag = command.add_argument
     flag("texts", help="texts to put into the index")
-    flag("--index", metavar="DIR", type=cli.name, required=True, help="the folder of the index")
+    flag("--index", metavar="DIR", type=cli.folder, required=True, help="the folder of the index")
     flag("--id-column", help="the column of ids (default: the index's, else a hash of the text)")
     flag("--update", action="store_true", help="replace rows whose text or columns changed")
     flag("--chunk", action="store_true", help="split texts that the model can't read whole")
@@ -279,6 +280,7 @@ def add_search_flags(command: cli.Parser) -> None:
     flag("--index", metavar="DIR", type=cli.name, required=True, help="where to search")
     lines = "one query per line, - for standard input"
     flag("--queries", dest="queries_file", metavar="FILE", type=cli.name, help=lines)
+    flag("--encoding", type=cli.encoding, help="of --queries, such as latin-1 (default: UTF-8)")
     flag("--top-k", type=cli.positive_int, default=5, help="texts per query")
     flag("--hybrid", action="store_true", help="fuse cosine and BM25 by reciprocal rank")
     flag("--approximate", action="store_true", help="find candidates by FAISS codes, kept beside the index")
@@ -313,7 +315,7 @@ def search(args: argparse.Namespace) -> None:
     runtime, screen = start(args)
     queries = args.queries
     if args.queries_file:
-        queries = read_queries(args.queries_file)
+        queries = read_queries(args.queries_file, args.encoding)
     snapshot = open_snapshot(args.index)
     allowed = matching(snapshot, args.where, limits_of(args))
     encoder = load_index_encoder(encoder_config(args), runtime, snapshot)
@@ -340,11 +342,11 @@ def search(args: argparse.Namespace) -> None:
         screen.say(f"{encoder.num_cut:,} queries are longer than {limit} and were cut there")
 
 
-def read_queries(file: str) -> list[str]:
+def read_queries(file: str, encoding: str | None) -> list[str]:
     """Return the lines of a file. Raises UserError, naming the line, for one that can't be encoded."""
     from common import reading
 
-    queries = reading.read_lines(file)
+    queries = reading.read_lines(file, encoding=encoding)
     for number, query in enumerate(queries, start=1):
         sources.check_query(query, f"{file}, line {number}")
     return queries
@@ -372,7 +374,7 @@ def add_duplicates_flags(command: cli.Parser) -> None:
     add_source_flags(command)
     flag = command.add_argument
     flag("--threshold", type=cosine, default=0.9, help="the lowest cosine of a pair")
-    flag("--pairs-file", metavar="CSV", type=output_file, help="write every pair once")
+    flag("--pairs-file", metavar="CSV", type=pairs_file, help="write every pair once")
 
 
 def duplicates(args: argparse.Namespace) -> None:
@@ -605,6 +607,18 @@ def cosine(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r} is not a number from -1 to 1")
 
 
+def pairs_file(text: str) -> str:
+    """Parse the path of a file of pairs, which is new, empty, or one that was written before."""
+    path = Path(text)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: this is a device or a pipe; name a file")
+    if path.is_file() and path.stat().st_size:
+        with open(path, "rb") as file:
+            if file.readline().rstrip() != ",".join(PAIR_COLUMNS).encode():
+                raise argparse.ArgumentTypeError(f"{text}: it holds something else; name a new file")
+    return output_file(text)
+
+
 def output_file(text: str) -> str:
     """Parse the path of a file in a folder that exists and can be written to."""
     folder = Path(text).absolute().parent
@@ -666,6 +680,9 @@ def check_task(args: argparse.Namespace) -> None:
         if not Path(args.sts).is_file():
             raise UserError(f"--sts {args.sts}: no such file; check the path")
         sources.check_data_file(Path(args.sts))
+        if len(set(args.sts_columns)) < len(args.sts_columns):
+            columns = " ".join(args.sts_columns)
+            raise UserError(f"--sts-columns {columns}: one of them twice; name two texts and a score")
         return
     documents = f"--texts {args.texts}" if args.texts else f"--index {args.index}"
     if bool(args.queries) != bool(args.qrels):

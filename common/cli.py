@@ -40,7 +40,7 @@ LOST_PEER = (  # what gloo and NCCL say when another process has ended
 # number of the error: "(os error 28)", "[errno 28]".
 OS_ERROR = re.compile(r"\((?:os )?error (\d+)\)|\[errno (\d+)\]", re.IGNORECASE)
 MORE_DISK = "free some space, or name folders on another disk with --output-dir and --cache-dir"
-OTHER_PLACE = "change the permissions, or name another place"
+OTHER_PLACE = "change the permissions, or name folders elsewhere with --output-dir and --cache-dir"
 ADVICE = {
     errno.ENOSPC: MORE_DISK,
     errno.EDQUOT: MORE_DISK,

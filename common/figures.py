@@ -1,10 +1,14 @@
 """The pictures of a report, drawn without a display."""
 
+import logging
 import warnings
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+# where the home folder can't be written, it says in many words that it lists the fonts anew
+logging.getLogger("matplotlib").setLevel(logging.ERROR)
+
+import matplotlib  # noqa: E402
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the choice of the backend)

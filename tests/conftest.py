@@ -63,6 +63,11 @@ def pytest_configure(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+def heavy(*values, **options):
+    """Return one of a test's many cases that is left to the heavy proofs (`-m slow`)."""
+    return pytest.param(*values, marks=pytest.mark.slow, **options)
+
+
 def make_sentences(count: int, seed: int = 0) -> list[tuple[str, str]]:
     """Return (text, label) pairs, half `pos` and half `neg`: easy to learn, of 4 to 30 words, all
     different.
@@ -135,8 +140,8 @@ def cache_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def run_script():
-    """Return a function that runs a script of the project in a process of its own, without a
-    network, and returns what it did.
+    """Return a function that runs a script of the project in a new process, without a network, and
+    returns what it did.
     """
 
     def run(
@@ -186,22 +191,65 @@ SECONDS_FOR_A_JOB = 120
 WITHOUT_A_GPU = "No CUDA runtime is found"
 
 
-class ForkedRuns:
-    """A process of tests/forked.py, and jobs for it: train_classifier.py without the seconds of
-    its imports.
+class Forker:
+    """A process of tests/forked.py, and jobs for it: the scripts without the seconds of their
+    imports.
     """
 
-    def __init__(self, shared_flags: list, log: Path):
-        self.shared_flags, self.log, self.flags = shared_flags, log, []
+    def __init__(self, log: Path):
+        self.log = log
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         self.process = subprocess.Popen(
             [sys.executable, ROOT / "tests" / "forked.py"],
+            cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             env=environment,
             start_new_session=True,
         )
+
+    def do(self, world: int = 1, **job) -> list[int]:
+        """Run a job, and return the exit codes of its processes."""
+        self.process.stdin.write(json.dumps({**job, "world": world, "log": str(self.log)}) + "\n")
+        self.process.stdin.flush()
+        if not select.select([self.process.stdout], [], [], SECONDS_FOR_A_JOB)[0]:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            raise TimeoutError(
+                f"a job took more than {SECONDS_FOR_A_JOB} seconds; it said: {self.said('stdout')}"
+                f" {self.said()}"
+            )
+        return json.loads(self.process.stdout.readline())
+
+    def call(self, *command, stdin: str = "", check: bool = True) -> subprocess.CompletedProcess:
+        """Run a script as its own process would run, and return what it did."""
+        command = list(map(str, command))
+        Path(f"{self.log}.stdin").write_text(stdin)
+        [code] = self.do(command=command, stdin=f"{self.log}.stdin")
+        done = subprocess.CompletedProcess(command, code, self.said("stdout"), self.said())
+        assert not check or code == 0, done
+        return done
+
+    def said(self, stream: str = "stderr", rank: int = 0) -> str:
+        """Return what a process of the last job printed."""
+        return Path(f"{self.log}.{rank}.{stream}").read_text()
+
+    def num_events(self) -> int:
+        """Return the events that the first process of the last job counted."""
+        return int(Path(f"{self.log}.0.events").read_text())
+
+    def stop(self) -> None:
+        """End the process."""
+        self.process.stdin.close()
+        self.process.wait()
+
+
+class ForkedRuns(Forker):
+    """Runs of train_classifier.py that share flags."""
+
+    def __init__(self, shared_flags: list, log: Path):
+        super().__init__(log)
+        self.shared_flags, self.flags = shared_flags, []
 
     def run(self, folder: Path, *flags, kind: str = "one process", **job) -> list[int]:
         """Run the script into `folder`, a global batch being 8, and return the exit codes of its
@@ -219,26 +267,7 @@ class ForkedRuns:
             folder,
             *flags,
         ]
-        self.process.stdin.write(
-            json.dumps(
-                {
-                    "flags": list(map(str, given)),
-                    "run": str(folder),
-                    "world": world,
-                    "log": str(self.log),
-                    **job,
-                }
-            )
-            + "\n"
-        )
-        self.process.stdin.flush()
-        if not select.select([self.process.stdout], [], [], SECONDS_FOR_A_JOB)[0]:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            raise TimeoutError(
-                f"a job took more than {SECONDS_FOR_A_JOB} seconds; it said: {self.said('stdout')}"
-                f" {self.said()}"
-            )
-        codes = json.loads(self.process.stdout.readline())
+        codes = self.do(world, flags=list(map(str, given)), run=str(folder), **job)
         complaints = [
             line
             for rank in range(world)
@@ -248,13 +277,15 @@ class ForkedRuns:
         assert set(codes) != {0} or not complaints, complaints  # what ends well has none
         return codes
 
-    def said(self, stream: str = "stderr", rank: int = 0) -> str:
-        """Return what a process of the last job printed."""
-        return Path(f"{self.log}.{rank}.{stream}").read_text()
 
-    def num_events(self) -> int:
-        """Return the events that the first process of the last job counted."""
-        return int(Path(f"{self.log}.0.events").read_text())
+@pytest.fixture(scope="session")
+def call_script(tmp_path_factory):
+    """Return a function that runs a script in a forked process, whose parent has paid for the
+    imports, and returns what it did.
+    """
+    forker = Forker(tmp_path_factory.mktemp("printed") / "call")
+    yield forker.call
+    forker.stop()
 
 
 @pytest.fixture(scope="module")
@@ -267,8 +298,7 @@ def forked_runs(tiny_model, sentences_csv, cache_dir, tmp_path_factory):
         tmp_path_factory.mktemp("printed") / "job",
     )
     yield runs
-    runs.process.stdin.close()
-    runs.process.wait()
+    runs.stop()
 
 
 @pytest.fixture(scope="session")

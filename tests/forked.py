@@ -1,5 +1,5 @@
-"""Runs train_classifier.py in forked children of one process, which has paid for the imports, and
-kills them on order.
+"""Runs the scripts in forked children of one process, which has paid for the imports, and kills
+them on order.
 
 A child counts its events: each optimizer step, and each file or folder of its run that it opens,
 renames, links, makes or removes. It can be told to send itself a signal at a given event, so that
@@ -8,16 +8,20 @@ these events; the script itself runs unchanged.
 """
 
 import contextlib
+import importlib
 import json
 import os
 import resource
+import runpy
 import signal
 import socket
 import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -26,6 +30,20 @@ from common import cli
 from common.training import checkpoint
 from common.training.tracking import LossMeter
 
+# what the steps of a run load when they come to it: here once, instead of in each child
+LOADED_BY_STEPS = (
+    "common.figures",
+    "common.models",
+    "common.tables",
+    "common.training.inspection",
+    "common.training.metrics",
+    "sklearn.metrics",
+    "sklearn.model_selection",
+    "torch._dynamo",
+    "torch.utils.tensorboard",
+    "transformers.models.bert.modeling_bert",
+    "transformers.optimization",
+)
 FILE_EVENTS = ("open", "os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
 
 
@@ -129,8 +147,12 @@ def child(job: dict, rank: int):
     """Be one process of a job: run the script and end with its exit code, without the seconds that
     Python takes to tidy up.
     """
+    os.dup2(os.open(job.get("stdin", os.devnull), os.O_RDONLY), 0)
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115  (to the end of the process)
     for descriptor, stream in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{job['log']}.{rank}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    if "command" in job:
+        end(called(job["command"]))
     if job["world"] > 1:
         os.environ.update(
             RANK=str(rank),
@@ -151,15 +173,31 @@ def child(job: dict, rank: int):
         spoil_losses()
     if job.get("in_evaluation") and rank == job.get("rank", 0):
         signal_in_evaluation(job)
-    code = 0
+    code = exit_code(lambda: cli.run(train_classifier.make_parser(), train_classifier.main, job["flags"]))
+    Path(f"{job['log']}.{rank}.events").write_text(str(counted()))
+    end(code)
+
+
+def called(command: list[str]) -> int:
+    """Run a script as Python does, and return its exit code."""
+    sys.argv = command
+    return exit_code(lambda: runpy.run_path(command[0], run_name="__main__"))
+
+
+def exit_code(run: Callable[[], object]) -> int:
+    """Return the exit code with which `run` would end a process."""
     try:
-        cli.run(train_classifier.make_parser(), train_classifier.main, job["flags"])
-    except SystemExit as end:
-        code = end.code
+        run()
+    except SystemExit as exit:
+        return exit.code or 0
     except BaseException:
         traceback.print_exc()
-        code = 1
-    Path(f"{job['log']}.{rank}.events").write_text(str(counted()))
+        return 1
+    return 0
+
+
+def end(code: int) -> NoReturn:
+    """End this process without the seconds that Python takes to tidy up."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -202,5 +240,7 @@ def run(job: dict) -> list[int]:
 
 
 if __name__ == "__main__":
+    for name in LOADED_BY_STEPS:
+        importlib.import_module(name)
     for line in sys.stdin:
         print(json.dumps(run(json.loads(line))), flush=True)

@@ -18,6 +18,7 @@ from common import cli, sources
 from common.errors import UserError, printable, shorten
 from common.files import only_writer
 from common.search.index import CHUNK, ID, NUM_CHUNKS, RESERVED_COLUMNS, START, TEXT, Snapshot
+from common.search.manifest import PAIR_COLUMNS
 
 if TYPE_CHECKING:  # a command shows only what it has loaded itself
     from matplotlib.figure import Figure
@@ -248,7 +249,11 @@ def answer_prompt(screen: Screen, searcher: Searcher, top_k: int) -> None:
     for number in itertools.count(1):
         if sys.stdin.isatty():
             print("query> ", end="", file=sys.stderr, flush=True)
-        query = sys.stdin.readline().strip()
+        try:
+            query = sys.stdin.readline().strip()
+        except UnicodeDecodeError as error:
+            problem = f"not UTF-8 (byte {error.object[error.start]:#04x})"
+            raise UserError(f"standard input: {problem}; convert it to UTF-8") from error
         if not query:
             return
         try:
@@ -284,7 +289,7 @@ def collect_groups(
     kept: list[tuple[str, str, float]] = []
     writer = csv.writer(file) if file else None
     if writer:
-        writer.writerow(["first", "second", "similarity"])
+        writer.writerow(PAIR_COLUMNS)
     for left, right, scores in parts:
         groups.join(left, right)
         rows = zip(left, right, scores.tolist())
@@ -327,7 +332,7 @@ def show_groups(
             "threshold": threshold,
             "num_pairs": groups.num_pairs,
             "groups": lists,
-            "pairs": [dict(zip(("first", "second", "similarity"), pair)) for pair in pairs],
+            "pairs": [dict(zip(PAIR_COLUMNS, pair)) for pair in pairs],
         }
     )
 

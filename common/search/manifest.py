@@ -71,6 +71,8 @@ class Limits:
 
 
 DEFAULT_LIMITS = Limits()
+# of --pairs-file: here, because a file that exists is looked at before any library is loaded
+PAIR_COLUMNS = ("first", "second", "similarity")
 
 
 class FileEntry(TypedDict):

@@ -137,14 +137,14 @@ def bundled_task(name: str) -> tuple[Task, Collection]:
     return task, Collection(name, rows, "row", {})
 
 
-def read_task(queries_file: str, judgements_file: str) -> Task:
+def read_task(queries_file: str, judgements_file: str, encoding: str | None = None) -> Task:
     """Return the task of two files: queries (JSONL with `id` or `_id`, and `text`) and judgements
     (TREC qrels: query, 0, document, relevance).
 
     Raises UserError, naming file and line.
     """
     queries: dict[str, str] = {}
-    for number, line in enumerate(reading.read_lines(queries_file), start=1):
+    for number, line in enumerate(reading.read_lines(queries_file, encoding=encoding), start=1):
         location = f"{queries_file}, line {number}"
         try:
             entry = json.loads(line)
@@ -158,12 +158,13 @@ def read_task(queries_file: str, judgements_file: str) -> Task:
             raise UserError(f"{location}: a query needs an id and a text; correct the line")
         sources.check_query(text, location)
         queries[key] = text
-    return Task(Path(queries_file).name, queries, _read_judgements(judgements_file, queries))
+    judgements = _read_judgements(judgements_file, queries, encoding)
+    return Task(Path(queries_file).name, queries, judgements)
 
 
-def _read_judgements(file: str, queries: dict[str, str]) -> Judgements:
+def _read_judgements(file: str, queries: dict[str, str], encoding: str | None) -> Judgements:
     judgements: Judgements = {}
-    for number, line in enumerate(reading.read_lines(file), start=1):
+    for number, line in enumerate(reading.read_lines(file, encoding=encoding), start=1):
         fields = line.split()
         if len(fields) != 4 or not re.fullmatch("-?[0-9]{1,9}", fields[3]):
             form = "query 0 document relevance, the relevance a whole number"
@@ -171,7 +172,10 @@ def _read_judgements(file: str, queries: dict[str, str]) -> Judgements:
         if fields[0] not in queries:
             problem = f"no query {fields[0]!r} in the file of queries"
             raise UserError(f"{file}, line {number}: {problem}; add it or remove the line")
-        judgements.setdefault(fields[0], {})[fields[2]] = int(fields[3])
+        query, _, document, relevance = fields
+        if judgements.setdefault(query, {}).setdefault(document, int(relevance)) != int(relevance):
+            problem = f"{query!r} and {document!r} are judged above, with another relevance"
+            raise UserError(f"{file}, line {number}: {problem}; remove one of the lines")
     return judgements
 
 
@@ -191,7 +195,7 @@ def open_task(
     if not (files.queries and files.qrels):
         (task, collection), id_column = bundled_task("bundled/bbc-news"), BUNDLED_IDS
     else:
-        task = read_task(files.queries, files.qrels)
+        task = read_task(files.queries, files.qrels, source.options.encoding)
         collection = source.read(id_column) if source.texts else None
     with tempfile.TemporaryDirectory() as folder:
         seconds = 0.0

@@ -397,21 +397,25 @@ def add_adapters(model: PreTrainedModel, rank: int) -> PreTrainedModel:
     Only the adapters and the head, which has none, learn. The head is everything beside the
     pretrained model: it is new and has one linear layer or, as in DistilBERT and ModernBERT,
     several. peft is not told about it, because it finds modules by the ends of their names and
-    would take DistilBERT's `pre_classifier` for its `classifier` too.
+    would take DistilBERT's `pre_classifier` for its `classifier` too. Raises UserError for a rank
+    that no matrix has.
     """
     import peft  # seconds to import, and only this needs it
     from transformers.pytorch_utils import Conv1D
 
-    linear = [
-        f"{model.base_model_prefix}.{name}"
+    modules = {
+        f"{model.base_model_prefix}.{name}": module
         for name, module in model.base_model.named_modules()
         if isinstance(module, (torch.nn.Linear, Conv1D))
-    ]
+    }
+    highest = max((min(module.weight.shape) for module in modules.values()), default=rank)
+    if rank > highest:
+        raise UserError(f"--lora-rank {rank}: no matrix has a rank above {highest}; give at most that")
     config = peft.LoraConfig(
         r=rank,
         lora_alpha=LORA_ALPHA * rank,
         lora_dropout=LORA_DROPOUT,
-        target_modules=linear,
+        target_modules=list(modules),
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
     with warnings.catch_warnings():

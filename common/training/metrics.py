@@ -5,6 +5,8 @@ metrics. They are defined here because `evaluate.load("accuracy")` downloads a P
 runs it. Scores of single classes are plain scikit-learn.
 """
 
+import tempfile
+
 import datasets
 import evaluate as evaluate_library
 import numpy as np
@@ -52,9 +54,10 @@ def classification_scores(logits: torch.Tensor, labels: torch.Tensor) -> dict:
     """
     predictions, references = logits.argmax(-1).tolist(), labels.tolist()
     classes = range(logits.shape[1])
-    # in memory: nothing is written to the cache of metrics
-    metrics = evaluate_library.combine([Accuracy(keep_in_memory=True), MacroF1(keep_in_memory=True)])
-    overall = metrics.compute(predictions=predictions, references=references)
+    # in memory; the library makes a folder all the same, in a home that may not be writable
+    with tempfile.TemporaryDirectory() as folder:
+        own = [metric(keep_in_memory=True, cache_dir=folder) for metric in (Accuracy, MacroF1)]
+        overall = evaluate_library.combine(own).compute(predictions=predictions, references=references)
     measures = precision_recall_fscore_support(references, predictions, labels=classes, zero_division=0)
     per_class = {
         name: np.asarray(values).tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,7 @@ CARD_SETTINGS = {  # each with what is shown for a flag that was not given
 LOST = {"head": "lose their end", "tail": "lose their beginning", "head-tail": "lose their middle"}
 HUB_NAMES = {"bundled/all-MiniLM-L6-v2": "sentence-transformers/all-MiniLM-L6-v2"}
 SHOWN_CHARACTERS = 60
+MARKDOWN = re.compile(r"[\\`*<&\[|]")  # what is more than a character in a line of Markdown
 MOST_CLASSES, WORST_CLASSES = 30, 20  # of more classes than the first, a table shows the second
 NUM_SHOWN, NUM_IN_TENSORBOARD = 5, 50  # texts with right or wrong answers
 
@@ -150,7 +152,7 @@ class Predictions:
             numbers = [numbers[index * len(numbers) // most] for index in range(most)]
         rows = [
             [
-                shorten(self.rows[number]["text"].replace("|", "/"), SHOWN_CHARACTERS),
+                _in_cell(self.rows[number]["text"], style),
                 _in_cell(self.names[self.predicted[number]], style),
                 _in_cell(self.names[self.labels[number]], style),
                 self.confidence[number].item(),
@@ -198,9 +200,19 @@ class Predictions:
 
 
 def _in_cell(text: str, style: str) -> str:
-    """Return a text as one short line; a bar would end a cell of Markdown."""
+    """Return a text as one short line, in Markdown as it is written."""
     line = shorten(text, SHOWN_CHARACTERS)
-    return line.replace("|", "\\|") if style == "github" else line
+    return _as_written(line) if style == "github" else line
+
+
+def _as_written(line: str) -> str:
+    """Return a line as Markdown shows it as it is: a bar would end a cell, and `<` begin HTML."""
+    return MARKDOWN.sub(r"\\\g<0>", line)
+
+
+def _code(name: str) -> str:
+    """Return a name as code within a line of Markdown, which a backtick would end."""
+    return "`" + shorten(name, SHOWN_CHARACTERS).replace("`", "'") + "`"
 
 
 @dataclass(frozen=True)
@@ -256,7 +268,7 @@ def _report_text(outcome: Outcome) -> str:
     shown = [key for key in settings if key not in ("identity", "versions")]
     described = _settings_table([(f"`{key}`", _cell(settings[key])) for key in shown], "setting", "value")
     packages = _settings_table(settings["versions"].items(), "package", "version")
-    return f"""# {settings["model"]} on {settings["dataset"]}
+    return f"""# {_cell(settings["model"])} on {_cell(settings["dataset"])}
 
 Test accuracy **{results["test_accuracy"]:.4f}**, macro-F1 **{results["test_macro_f1"]:.4f}**
 ({len(predictions.labels)} texts), with the weights of epoch {results["best_epoch"]:g},
@@ -301,7 +313,7 @@ Every row of the test split is in [predictions.csv](predictions.csv).
 
 
 def _cell(value: object) -> str:
-    return "" if value is None else printable(" ".join(str(value).split())).replace("|", "\\|")
+    return "" if value is None else _as_written(printable(" ".join(str(value).split())))
 
 
 def _settings_table(rows: Iterable[tuple[str, str]], *headers: str) -> str:
@@ -319,7 +331,7 @@ def _base_model(name: str) -> str:
 
 
 def _listed(names: list[str]) -> str:
-    shown = ", ".join(f"`{name}`" for name in names[:MOST_CLASSES])
+    shown = ", ".join(map(_code, names[:MOST_CLASSES]))
     rest = len(names) - MOST_CLASSES
     return f"{shown} and {rest:,} more" if rest > 0 else shown
 
@@ -359,7 +371,7 @@ pipeline_tag: text-classification
 
 # A classifier of texts into {len(names)} classes
 
-`{_public(settings["model"])}`, fine-tuned on `{_public(settings["dataset"])}` to tell
+{_code(_public(settings["model"]))}, fine-tuned on {_code(_public(settings["dataset"]))} to tell
 {_listed(names)}.
 
 ```python

@@ -16,6 +16,7 @@ from common.generation.decoding import Batch, PromptLookup, TokenHistory
 from common.generation.fast_decoding import Kernel, load_library
 from common.generation.language_model import LanguageModel
 from common.generation.sampling import Sampler, Settings
+from conftest import heavy
 from language_models import KINDS, in_c, needs_compiler, tiny_language_model, train_byte_bpe
 
 PROMPTS = [[7, 8, 9, 10, 11, 12, 9, 10], [4], list(range(20, 35)), [100, 101, 100, 101, 100]]
@@ -105,8 +106,17 @@ def settings_of(flags: dict, language_model: LanguageModel) -> Settings:
     return Settings(max_new_tokens=NEW_TOKENS, end_ids=language_model.end_ids, **flags)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind, dtype",
+    [
+        ("llama", torch.float32),
+        ("mistral", torch.float32),
+        ("gpt2", torch.bfloat16),
+        heavy("llama", torch.bfloat16),
+        heavy("mistral", torch.bfloat16),
+        heavy("gpt2", torch.float32),
+    ],
+)
 def test_every_token_is_the_one_of_generate(kind: str, dtype: torch.dtype) -> None:
     """3 models x 2 precisions x one text, 4 left-padded and 3 unpadded ones x 10 settings x 2
     seeds: 360 runs.
@@ -131,8 +141,15 @@ def kernel(tmp_path_factory) -> Kernel:
 
 
 @needs_compiler
-@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=["fp32", "bf16 weights"])
-@pytest.mark.parametrize("kind", ["llama", "mistral"])
+@pytest.mark.parametrize(
+    "kind, stored",
+    [
+        ("llama", torch.float32),
+        ("mistral", torch.bfloat16),
+        heavy("llama", torch.bfloat16),
+        heavy("mistral", torch.float32),
+    ],
+)
 def test_every_token_of_the_step_in_c_is_the_one_of_generate(kind, stored, kernel):
     """The same matrix, 240 runs: its sums are rounded in another order, and no draw is that close."""
     language_model, different = tiny_language_model(kind), []
@@ -281,7 +298,7 @@ def test_logits_that_are_no_numbers_are_refused():
     [{}, {"repetition_penalty": 1.3}, {"no_repeat_ngram_size": 4, "min_new_tokens": 20}],
     ids=["greedy", "penalty", "n-grams"],
 )
-@pytest.mark.parametrize("ahead", [1, 3, 8])
+@pytest.mark.parametrize("ahead", [heavy(1), 3, heavy(8)])
 def test_looked_up_tokens_are_greedys(kind, flags, ahead):
     """A model that repeats itself: guesses are both right and wrong. Wrong ones must leave no
     trace in the cache, also beyond a sliding window.

@@ -4,10 +4,12 @@ code 2 and the index untouched.
 
 import errno
 import hashlib
+import io
 import json
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -310,6 +312,18 @@ FLAGS = {
         ["index", "HOME/good.csv", "--index", "HOME/new", "--chunk-overlap", "62"],
         ("--chunk-overlap 62", "62 tokens"),
     ),
+    "a file of pairs that holds something else": (
+        ["duplicates", "--index", "HOME/ix", "--pairs-file", "HOME/good.csv"],
+        ("--pairs-file", "HOME/good.csv", "something else", "new file"),
+    ),
+    "a device for the pairs": (
+        ["duplicates", "--index", "HOME/ix", "--pairs-file", "/dev/full"],
+        ("--pairs-file", "/dev/full", "device", "name a file"),
+    ),
+    "a column of pairs twice": (
+        ["evaluate", "--sts", "HOME/good.csv", "--sts-columns", "text", "text", "id"],
+        ("--sts-columns text text id", "twice"),
+    ),
     "queries without judgements": (["evaluate", "--queries", "HOME/good.csv"], ("--queries and --qrels",)),
     "evaluate an index without a task": (
         ["evaluate", "--index", "HOME/ix"],
@@ -371,12 +385,13 @@ def test_a_damaged_file_of_the_index(pattern, refused, home):
         ("qrels", 1, "zz 0 s1 1", ("qrels, line 1", "'zz'")),
         ("qrels", 1, "a 0 s1 --5", ("qrels, line 1", "whole number")),
         ("qrels", 1, "a 0 s1 ²", ("qrels, line 1", "whole number")),
+        ("qrels", 2, "a 0 s1 2", ("qrels, line 2", "'a' and 's1'", "another relevance", "remove")),
         ("qrels", 1, "a 0 nowhere 1", ("q.jsonl", "none of the 1", "'nowhere'")),
     ],
 )
 def test_queries_and_judgements_that_can_not_be_used(where, number, line, parts, refused, tmp_path):
     files = {"queries": ['{"id": "a", "text": "good"}', '{"id": "b", "text": "bad"}'], "qrels": ["a 0 s1 1"]}
-    files[where][number - 1] = line
+    files[where][number - 1 : number] = [line]
     for name, file in (("queries", "q.jsonl"), ("qrels", "qrels")):
         (tmp_path / file).write_text("\n".join(files[name]) + "\n")
     refused(
@@ -503,3 +518,18 @@ def test_a_cross_encoder_is_no_sentence_encoder(refused, tiny_model, tmp_path):
         *("index", "HOME/good.csv", "--index", "HOME/new", "--model", tmp_path / "ranker"),
         parts=("ranker", "cross-encoder", "BertForSequenceClassification", "one label", "--rerank"),
     )
+
+
+def test_a_prompt_that_is_not_utf8(refused, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"sch\xf6n\n"), encoding="utf-8"))
+    refused("search", "--index", "HOME/ix", parts=("standard input", "0xf6", "convert"))
+
+
+def test_queries_in_another_encoding(embed, home):
+    """The line that refuses them names a flag, which then helps."""
+    (home / "q.txt").write_text("schön\n", encoding="utf-16")
+    flags = ("search", "--index", home / "ix", "--queries", home / "q.txt", "--json")
+    code, _, stderr = embed(*flags)
+    assert code == 2 and "--encoding utf-16" in stderr
+    code, stdout, stderr = embed(*flags, "--encoding", "utf-16")
+    assert (code, stderr) == (0, "") and json.loads(stdout)["queries"][0]["query"] == "schön"

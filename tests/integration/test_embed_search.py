@@ -20,6 +20,8 @@ from sentence_transformers.sentence_transformer.modules import Pooling, Transfor
 from transformers import BertConfig, BertForSequenceClassification
 
 from common import bundled
+from common.runtime import Runtime
+from common.search.encoder import EncoderConfig, load_encoder
 from common.search.index import ID, TEXT, open_snapshot
 from conftest import make_sentences, rows_by_id, train_wordpiece, write_lines
 from hub_server import HubServer
@@ -608,6 +610,20 @@ def test_a_model_from_the_hub_goes_into_the_cache(tiny_embedder, sentences, tmp_
         )
         done = run_script(*flags, HF_ENDPOINT=server.endpoint, HF_HUB_OFFLINE="0")
     assert json.loads(done.stdout)["rows"] == 60 and list((tmp_path / "cache").rglob("model.safetensors"))
+
+
+def test_the_bundled_model_in_fp32_and_bf16():
+    texts = bundled.bbc_news()["text"][:300:60] + ["Interest rates rise", "x"]
+    folder = bundled.model_folder("bundled/all-MiniLM-L6-v2", kind="encoder")
+    oracle = SentenceTransformer(str(folder), device="cpu").encode(texts)
+    encoder = load_encoder(EncoderConfig(), Runtime(torch.device("cpu"), "fp32"))
+    assert np.abs(encoder.encode(texts) - oracle).max() < 1e-5
+    # emulated where the processor has none: slower, but as exact
+    encoder.runtime = Runtime(torch.device("cpu"), "bf16")
+    plain = encoder.encode_unit(texts)
+    assert (plain * oracle).sum(1).min() >= 0.9999
+    # the weights are cast once
+    assert (load_encoder(EncoderConfig(), encoder.runtime).encode_unit(texts) == plain).all()
 
 
 def test_more_hits_than_rows_are_all_rows_and_take_no_time(ok, sentences, tmp_path):

@@ -9,6 +9,7 @@ from transformers.generation import logits_process as library
 
 from common.generation import fast_sampling, sampling
 from common.generation.sampling import Settings
+from conftest import heavy
 
 INFINITY = float("inf")
 DRAWS = 200_000
@@ -75,7 +76,9 @@ def seeded(seed: int, count: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for _ in range(count)]
 
 
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize(
+    "name", [name if name in ("plain", "all and typical", "lowest top-p") else heavy(name) for name in EXACT]
+)
 def test_the_exact_draws_take_the_librarys_tokens(name):
     """360 rows a setting, 3,240 in all, with ties at top-k's border and at top-p's; most take the
     short way, some have to take the whole one. The plain draw is checked on every third batch.

@@ -25,7 +25,7 @@ from common import bundled, cli
 from common.generation import explain
 from common.generation.chat import Chat
 from common.generation.fast_decoding import find_compiler
-from conftest import ROOT
+from conftest import ROOT, heavy
 from hub_server import HubServer
 from language_models import needs_compiler, save_tiny_model
 
@@ -280,6 +280,27 @@ def test_prompts_come_from_flags_files_and_standard_input(script, prompts_file, 
     )
 
 
+def test_files_are_read_as_their_flags_say(script, tmp_path):
+    """A table without a header or an ending, in another encoding, with quotation marks as text: prompts,
+    references, texts to score. Oracle: the same texts as flags and as lines.
+    """
+    rows = ['1|Straße "A|it is blue', "2|naïve|it is not"]
+    (tmp_path / "table").write_text("\n".join(rows) + "\n", encoding="latin-1")
+    flags = ["--columns", "id,question,answer", "--delimiter", "pipe", "--quoting", "none"]
+    flags += ["--encoding", "latin-1", "--text-column", "question"]
+    expected = script("--prompt", 'Straße "A', "--prompt", "naïve")[1]
+    code, stdout, stderr = script("--prompts-file", tmp_path / "table", *flags)
+    assert (code, stdout) == (0, expected), stderr
+    (tmp_path / "texts.txt").write_text("it is blue\nit is not\n")
+    scored = [tmp_path / "table", "--references", tmp_path / "table", *flags[:-1], "answer"]
+    same = script("--score", *scored, "--reference-column", "answer")
+    assert same[:2] == script("--score", tmp_path / "texts.txt", "--references", tmp_path / "texts.txt")[:2]
+    (tmp_path / "text.txt").write_text("Straße, naïve, façade", encoding="latin-1")
+    (tmp_path / "utf-8.txt").write_text("Straße, naïve, façade", encoding="utf-8")
+    found = script("--perplexity", tmp_path / "text.txt", "--encoding", "latin-1")
+    assert found[:2] == script("--perplexity", tmp_path / "utf-8.txt")[:2] and found[0] == 0
+
+
 def test_the_output_file_holds_everything(script, tiny, tmp_path):
     """Oracles: the tokenizer's decode, and log-softmax of one pass over prompt and text."""
     code, stdout, _ = script(
@@ -380,7 +401,7 @@ def test_an_interrupted_output_goes_on(cut, flags, script, prompts_file, tmp_pat
     assert part.read_bytes() == whole
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), heavy(signal.SIGINT, 130)])
 def test_a_signal_keeps_the_finished_lines_and_says_how_to_go_on(number, code, tiny, tmp_path):
     """A process of its own, stopped while it writes; then the same command with --resume gives the
     file of an uninterrupted run.
@@ -459,6 +480,7 @@ def test_torchrun_gives_the_same_file_in_the_same_order(run_script, script, tiny
     assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 def test_torchrun_goes_on_after_what_is_there(run_script, script, tiny, prompts_file, tmp_path):
     """One batch of three is there: of the two processes, each has one left."""
     flags, whole, part = (
@@ -645,7 +667,7 @@ def test_perplexity_of_a_file(script, tmp_path):
     assert code == 0 and float(found[1].replace(",", "")) > 1
 
 
-def test_the_tutorials_command_loads_a_model_from_the_hub(run_script, tmp_path):
+def test_the_tutorials_command_loads_a_model_from_the_hub(run_script, call_script, tmp_path):
     """HuggingFaceTB/SmolLM-1.7B, here a small Llama behind a Hub of our own."""
     save_tiny_model(tmp_path / "hub" / "models" / "HuggingFaceTB" / "SmolLM-1.7B", chat_template=None)
     with HubServer(tmp_path / "hub") as hub:
@@ -682,7 +704,7 @@ def test_the_tutorials_command_loads_a_model_from_the_hub(run_script, tmp_path):
         r" Hub [^\n]+\n",
         unknown.stderr,
     )
-    local = run_script(
+    local = call_script(
         "generate.py",
         "--model",
         tmp_path / "hub" / "models" / "HuggingFaceTB" / "SmolLM-1.7B",
@@ -803,7 +825,16 @@ REAL_CHECKS = {
 }
 
 
-@pytest.mark.parametrize("flags", REAL_CHECKS.values(), ids=REAL_CHECKS)
+QUICK_CHECKS = ("greedy, fp32", "chat", "few likely tokens, bf16")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param(flags, id=name) if name in QUICK_CHECKS else heavy(flags, id=name)
+        for name, flags in REAL_CHECKS.items()
+    ],
+)
 def test_the_real_model_gives_the_tokens_of_generate(flags, real, script):
     code, stdout, stderr = script("--model", REAL, "--prompt", TUTORIAL, *flags, "--check")
     assert code == 0 and re.fullmatch(r"equal: (\d+) of \1 tokens\n", stdout), stdout + stderr

@@ -232,7 +232,7 @@ def test_no_byte_that_was_changed_is_ever_served(many_blocks):
     expected, refused = readings(many_blocks), 0
     for path in sorted(many_blocks.glob("*.arrow")):
         intact = path.read_bytes()
-        for position in range(0, len(intact), 61):
+        for position in range(0, len(intact), 251):
             changed = bytearray(intact)
             changed[position] ^= 1 << position % 8
             path.write_bytes(changed)
@@ -242,7 +242,7 @@ def test_no_byte_that_was_changed_is_ever_served(many_blocks):
                 assert found in (before, "refused")
                 refused += found == "refused"
         path.write_bytes(intact)
-    assert refused > 100 and readings(many_blocks) == expected
+    assert refused > 25 and readings(many_blocks) == expected
     assert verify(many_blocks).num_rows == 60
 
 
@@ -451,6 +451,7 @@ print(json.dumps({"rows": opened.snapshot.num_rows, "grown": peak[0] - before}))
 @pytest.mark.skipif(
     not Path("/proc/self/status").exists(), reason="memory that is not a file's is read from Linux's /proc"
 )
+@pytest.mark.slow
 def test_memory_is_bounded_for_200_000_texts(tmp_path):
     """Their vectors take 307 MB: what the process holds of its own, without mapped files, must
     stay far below.

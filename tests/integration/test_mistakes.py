@@ -381,6 +381,8 @@ FLAGS = {  # name: (flags, what the line must hold)
     "batch size 1.5": (["--batch-size", "1.5"], ("--batch-size", "'1.5'", "a whole number above 0")),
     "epochs beyond any count": (["--epochs", "9" * 400], ("--epochs", "999...'", "below 2**31")),
     "minutes beyond any clock": (["--max-minutes", "1e300"], ("--max-minutes", "'1e300'", "at most 1e6")),
+    "a rank above that of every matrix": (["--lora-rank", 33], ("--lora-rank 33", "above 32", "at most")),
+    "a rank beyond all memory": (["--lora-rank", 10**9], ("--lora-rank 1000000000", "above 32")),
     "warm-up 1": (["--warmup-ratio", "1"], ("--warmup-ratio", "'1'", "from 0 up to, not including, 1")),
     "seed -1": (["--seed", "-1"], ("--seed", "'-1'", "from 0 to")),
     "metric": (["--best-metric", "f1"], ("--best-metric", "'f1'", "accuracy", "macro_f1", "loss")),
@@ -771,9 +773,9 @@ def test_the_process_ends_with_code_2_and_one_line(run_script, cache_dir, tmp_pa
 
 
 def test_a_run_without_a_mistake_leaves_stderr_empty(
-    run_script, tiny_model, cache_dir, sentences_csv, tmp_path
+    call_script, tiny_model, cache_dir, sentences_csv, tmp_path
 ):
-    done = run_script(
+    done = call_script(
         "train_classifier.py",
         "--dataset",
         sentences_csv,
@@ -785,6 +787,5 @@ def test_a_run_without_a_mistake_leaves_stderr_empty(
         1,
         "--output-dir",
         tmp_path / "run",
-        OMP_NUM_THREADS="1",
     )
     assert done.stderr == ""

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification
 
 from common.files import find_damage, replace_folder, write_manifest
-from conftest import KINDS, ROOT, may_mount
+from conftest import KINDS, ROOT, heavy, may_mount
 
 # 85 texts: 11 batches of 8, the last of 5; steps of 3 micro-batches, the last of 2. Evaluations and
 # checkpoints fall between the ends of epochs too.
@@ -130,10 +130,10 @@ def kill_until_done(forked, folder: Path, events: list[int], kind: str, generato
     "kind, seed",
     [
         ("one process", 0),
-        ("one process", 1),
-        ("one process, two loader workers", 2),
+        heavy("one process", 1),
+        heavy("one process, two loader workers", 2),
         ("two processes", 3),
-        ("four processes", 18),
+        heavy("four processes", 18),
     ],
 )  # more than two add up in an order of DDP's
 def test_a_killed_run_ends_as_one_that_was_never_stopped(kind, seed, forked, whole, tmp_path):
@@ -214,7 +214,7 @@ def test_a_signal_in_an_evaluation_does_not_wait_for_its_end(kind, forked, whole
 
 
 @pytest.mark.parametrize("kind", ["one process", "two processes"])
-@pytest.mark.parametrize("share", [0.2, 0.55])
+@pytest.mark.parametrize("share", [0.2, heavy(0.55)])
 def test_a_time_limit_saves_evaluates_and_says_how_to_go_on(kind, share, forked, whole, tmp_path):
     """The signal that the system sends when the time is up comes at an event here; with two
     processes to one of them. The evaluation at the stop is none of the continued run.

@@ -3,6 +3,7 @@ a second job. Each works, or ends with one line and exit code 2.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -110,3 +111,122 @@ def test_jobs_that_start_at_once_get_folders_of_their_own(flags, tmp_path):
     assert len(folders) == 2
     for folder in folders:  # each has a whole run
         assert (folder / "report.md").exists() and not (folder / ".lock").exists()
+
+
+# Permissions: the administrator's power to pass over them is laid down first, where the tests have it
+UNPRIVILEGED = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
+needs_permissions = pytest.mark.skipif(
+    bool(UNPRIVILEGED) and shutil.which("setpriv") is None, reason="the administrator may read everything"
+)
+
+
+def run_unprivileged(*command, **environment):
+    """Run a script as a user for whom permissions count, with the default cache in the home folder."""
+    inherited = {name: value for name, value in os.environ.items() if name != "HF_HOME"}
+    return subprocess.run(
+        [*UNPRIVILEGED, sys.executable, *map(str, command)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=250,
+        env={**inherited, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment},
+    )
+
+
+@pytest.fixture
+def closed(tmp_path):
+    """A folder in which its owner may not write."""
+    folder = tmp_path / "closed"
+    folder.mkdir()
+    folder.chmod(0o555)
+    yield folder
+    folder.chmod(0o755)
+
+
+@needs_permissions
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train_classifier.py", "--model", "MODEL", "--dataset", "ROWS", "--output-dir", "OUT"],
+        ["generate.py", "--prompt", "x"],
+    ],
+)
+def test_a_home_that_can_not_be_written_is_one_line_with_the_flag(command, tiny_model, closed, tmp_path):
+    """It is where the cache is by default."""
+    (tmp_path / "rows.csv").write_text("text,label\n" + "good,a\nbad,b\n" * 20)
+    values = {"MODEL": tiny_model, "ROWS": tmp_path / "rows.csv", "OUT": tmp_path / "run"}
+    done = run_unprivileged(*(values.get(part, part) for part in command), HOME=str(closed))
+    assert is_one_line(done, str(closed), "--cache-dir"), done
+    assert not (tmp_path / "run").exists()
+
+
+@needs_permissions
+def test_a_home_that_can_not_be_written_is_not_needed(flags, closed, tmp_path):
+    done = run_unprivileged("train_classifier.py", *flags, "--output-dir", tmp_path / "run", HOME=str(closed))
+    assert (done.returncode, done.stderr) == (0, ""), done
+
+
+@needs_permissions
+def test_folders_for_temporary_files_are_not_needed(closed, tmp_path):
+    (tmp_path / "texts.txt").write_text("one\ntwo\n")
+    flags = ["--index", tmp_path / "index", "--cache-dir", tmp_path / "cache"]
+    done = run_unprivileged("embed_search.py", "index", tmp_path / "texts.txt", *flags, TMPDIR=str(closed))
+    assert (done.returncode, done.stderr) == (0, ""), done
+
+
+@needs_permissions
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train_classifier.py", "--output-dir", "CLOSED/run"],
+        ["train_classifier.py", "--cache-dir", "CLOSED/cache"],
+        ["generate.py", "--prompt", "x", "--output", "CLOSED/texts.jsonl"],
+        ["generate.py", "--prompt", "x", "--cache-dir", "CLOSED/cache"],
+        ["embed_search.py", "index", "bundled/bbc-news", "--index", "CLOSED/index"],
+        ["embed_search.py", "index", "bundled/bbc-news", "--index", "new", "--cache-dir", "CLOSED/cache"],
+        [
+            "embed_search.py",
+            "cluster",
+            "bundled/bbc-news",
+            "--num-clusters",
+            "5",
+            "--output",
+            "CLOSED/map.html",
+        ],
+    ],
+)
+def test_a_place_that_can_not_be_written_is_told_before_the_libraries_are_loaded(command, closed):
+    done = run_unprivileged("-X", "importtime", *(part.replace("CLOSED", str(closed)) for part in command))
+    said = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+    assert done.returncode == 2 and len(said) == 1 and str(closed) in said[0], (said, done.stdout)
+    assert not any("| torch" in line for line in done.stderr.splitlines())
+
+
+@needs_permissions
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "."])
+@pytest.mark.parametrize("script", ["train_classifier.py", "embed_search.py"])
+def test_a_model_that_can_not_be_read_is_one_line(script, name, tiny_model, sentences_csv, tmp_path):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    command = ["--dataset", sentences_csv, "--output-dir", tmp_path / "run"]
+    if script == "embed_search.py":
+        command = ["similarity", sentences_csv]
+    (model / name).chmod(0)
+    done = run_unprivileged(script, *command, "--model", model, "--cache-dir", tmp_path / "cache")
+    (model / name).chmod(0o755)
+    assert is_one_line(done, str(model / name) if name != "." else str(model), "ermission"), done
+
+
+@needs_permissions
+@pytest.mark.parametrize("closed_part", ["rows.csv", "classes", "classes/a", "classes/a/1.txt"])
+def test_data_that_can_not_be_read_are_one_line(closed_part, tmp_path):
+    """A class whose folder can't be entered is not left out."""
+    (tmp_path / "rows.csv").write_text("text,label\ngood,a\nbad,b\n")
+    for name in "ab":
+        (tmp_path / "classes" / name).mkdir(parents=True)
+        (tmp_path / "classes" / name / "1.txt").write_text(f"a text of {name}")
+    dataset = tmp_path / closed_part.split("/")[0]
+    (tmp_path / closed_part).chmod(0)
+    flags = ["--dataset", dataset, "--output-dir", tmp_path / "run", "--cache-dir", tmp_path / "cache"]
+    done = run_unprivileged("train_classifier.py", *flags)
+    (tmp_path / closed_part).chmod(0o755)
+    assert is_one_line(done, str(tmp_path / closed_part), "ermission"), done

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import ROOT
+from conftest import ROOT, heavy
 
 FLAGS = [
     "--max-train-samples",
@@ -117,6 +117,7 @@ def test_a_job_whose_worker_is_killed_goes_on_from_the_last_checkpoint_by_itself
     assert same_end(tmp_path / "run", whole)
 
 
+@pytest.mark.slow
 def test_a_job_that_is_started_again_takes_no_run_of_another_job_as_its_own(
     flags, whole, tmp_path, run_script
 ):
@@ -143,6 +144,7 @@ def test_a_job_that_is_started_again_takes_no_run_of_another_job_as_its_own(
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_a_restarted_job_goes_on_from_the_newest_checkpoint_not_from_the_one_that_it_began_with(
     flags, whole, tmp_path
 ):
@@ -319,11 +321,7 @@ def machines():
 
 
 @pytest.mark.parametrize(
-    "how, killed",
-    [
-        ("static", 0),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("static", 1), ("c10d", 0), ("c10d", 1))),
-    ],
+    "how, killed", [("static", 0), *(heavy(*case) for case in (("static", 1), ("c10d", 0), ("c10d", 1)))]
 )
 def test_a_job_on_two_machines_goes_on_when_a_worker_is_killed(how, killed, machines, flags, whole, tmp_path):
     """Their agents start new workers at different moments: one must not wait for a worker that is

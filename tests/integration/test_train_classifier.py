@@ -161,10 +161,10 @@ def test_the_report_holds_what_the_screen_shows_with_pictures(finished):
     assert "`seed`" in report
 
 
-def test_pipeline_and_from_pretrained_load_best_and_agree_with_predict(finished, run_script, tmp_path):
+def test_pipeline_and_from_pretrained_load_best_and_agree_with_predict(finished, call_script, tmp_path):
     folder, _ = finished
     texts = ["a good film with lovely actors", "the story was awful and grim", "so it was 🙂 " * 40]
-    done = run_script(
+    done = call_script(
         "train_classifier.py",
         "--model",
         folder / "best",
@@ -191,10 +191,10 @@ def test_pipeline_and_from_pretrained_load_best_and_agree_with_predict(finished,
     assert AutoTokenizer.from_pretrained(folder / "best").model_max_length == 24
 
 
-def test_evaluate_only_gives_the_score_of_the_run(finished, run_script, sentences_csv):
+def test_evaluate_only_gives_the_score_of_the_run(finished, call_script, sentences_csv):
     folder, _ = finished
     before = sorted(path for path in folder.rglob("*"))
-    done = run_script(
+    done = call_script(
         "train_classifier.py", "--model", folder / "best", "--dataset", sentences_csv, "--evaluate-only"
     )
     results = json.loads((folder / "metrics.json").read_text())
@@ -323,8 +323,8 @@ def test_tensorboard_shows_curves_pictures_texts_and_settings(finished):
     )
 
 
-def test_inspect_shows_data_tokens_and_a_batch_and_trains_nothing(run_script, flags, tiny_model, tmp_path):
-    done = run_script("train_classifier.py", *flags, "--inspect", "--output-dir", tmp_path / "none")
+def test_inspect_shows_data_tokens_and_a_batch_and_trains_nothing(call_script, flags, tiny_model, tmp_path):
+    done = call_script("train_classifier.py", *flags, "--inspect", "--output-dir", tmp_path / "none")
     out = done.stdout
     assert done.stderr == "" and not (tmp_path / "none").exists()
     assert re.search(r"neg +48 +6 +6\n *pos +48 +6 +6\n *all +96 +12 +12", out)
@@ -355,13 +355,13 @@ def test_inspect_shows_data_tokens_and_a_batch_and_trains_nothing(run_script, fl
 
 
 def test_inspect_compares_two_tokenizers_on_a_sentence_of_the_data(
-    run_script, flags, tiny_model, sentences_csv
+    call_script, flags, tiny_model, sentences_csv
 ):
     """Tokens and ids side by side, and the ids of each decoded by the other, as the tokenizers
     themselves have them.
     """
     bundled = "bundled/all-MiniLM-L6-v2"
-    done = run_script("train_classifier.py", *flags, "--inspect", "--compare-tokenizer", bundled)
+    done = call_script("train_classifier.py", *flags, "--inspect", "--compare-tokenizer", bundled)
     out = done.stdout[done.stdout.index("TWO TOKENIZERS") :]
     sentence = ast.literal_eval(re.search(r"TWO TOKENIZERS on (.*)", out).group(1))
     assert f"{sentence}" in sentences_csv.read_text()
@@ -378,6 +378,7 @@ def test_inspect_compares_two_tokenizers_on_a_sentence_of_the_data(
     assert lost and f"({lost} of them beyond its vocabulary):\n  {small.decode(known)!r}" in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("extra", [["--grad-accum", 2]])
 def test_two_processes_at_batch_4_equal_one_at_batch_8(extra, run_script, flags, tmp_path):
     """The global batch decides the order, and gradients are sums over the true count: only
@@ -432,16 +433,16 @@ def test_the_main_command_reaches_98_percent_in_12_minutes(run_script, tmp_path)
     assert sorted(accuracies)[1] >= 0.98, accuracies
 
 
-def test_the_main_command_learns_on_a_sample_of_the_bundled_news(run_script, tmp_path, cache_dir):
+def test_the_main_command_learns_on_a_sample_of_the_bundled_news(call_script, tmp_path, cache_dir):
     """The real encoder on real texts, few of them, so that every test run covers the defaults."""
-    done = run_script(
+    done = call_script(
         "train_classifier.py",
         "--epochs",
         2,
         "--max-train-samples",
-        160,
+        128,
         "--max-eval-samples",
-        60,
+        24,
         "--max-length",
         64,
         "--lr",

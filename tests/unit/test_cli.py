@@ -174,7 +174,7 @@ FAULTS = {  # name: (the error, what the line must hold)
     "quota": (OSError(errno.EDQUOT, "quota"), ("--cache-dir",)),
     "limit of a file": (OSError(errno.EFBIG, "big", "o.jsonl"), ("o.jsonl", "ulimit -f")),
     "no permission": (PermissionError(errno.EACCES, "x", "/no/x"), ("/no/x", "permissions")),
-    "read-only": (OSError(errno.EROFS, "x", "/mnt/x"), ("/mnt/x", "Read-only", "another place")),
+    "read-only": (OSError(errno.EROFS, "x", "/mnt/x"), ("/mnt/x", "Read-only", "--cache-dir")),
     "open files": (OSError(errno.EMFILE, "x", "y"), ("ulimit -n",)),
     "no memory": (OSError(errno.ENOMEM, "x"), ("Cannot allocate memory", "ulimit -v")),
     "no memory for Python": (MemoryError(), ("Cannot allocate memory", "ulimit -v")),

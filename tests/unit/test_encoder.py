@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
 
-from common import bundled
 from common.errors import UserError
 from common.runtime import Runtime
 from common.search.encoder import Encoder, EncoderConfig, load_encoder, token_batches
@@ -81,20 +80,6 @@ def test_prompts_are_put_before_queries_and_documents(tiny_model, tmp_path, incl
         (None, model.encode),
     ):
         assert np.abs(encoder.encode(TEXTS, role=role) - oracle(TEXTS)).max() < 1e-5
-
-
-def test_the_bundled_model_in_fp32_and_bf16():
-    texts = bundled.bbc_news()["text"][:300:60] + ["Interest rates rise", "x"]
-    folder = bundled.model_folder("bundled/all-MiniLM-L6-v2", kind="encoder")
-    oracle = SentenceTransformer(str(folder), device="cpu").encode(texts)
-    encoder = load_encoder(EncoderConfig(), CPU)
-    assert np.abs(encoder.encode(texts) - oracle).max() < 1e-5
-    # emulated where the processor has none: slower, but as exact
-    encoder.runtime = Runtime(torch.device("cpu"), "bf16")
-    plain = encoder.encode_unit(texts)
-    assert (plain * oracle).sum(1).min() >= 0.9999
-    # the weights are cast once
-    assert (load_encoder(EncoderConfig(), encoder.runtime).encode_unit(texts) == plain).all()
 
 
 @pytest.mark.parametrize("role", ["query", None])

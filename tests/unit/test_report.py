@@ -1,13 +1,16 @@
 """What a run says of single texts: which are shown as right and as wrong, and the line of each."""
 
 import csv
+import re
 
 import datasets
 import pytest
 import torch
+from markdown_it import MarkdownIt
 
 from common import figures
 from common.training.report import Predictions, class_table
+from conftest import heavy
 
 LABELS = [0, 1] * 6
 WRONG = (0, 3, 4, 7, 8, 10, 11)  # seven of twelve: more than are shown
@@ -45,7 +48,7 @@ def predictions():
 
 def shown(predictions, **options) -> list[list[str]]:
     lines = predictions.examples(style="github", **options).splitlines()
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines[2:]]
 
 
 @pytest.mark.parametrize("right", [True, False])
@@ -56,7 +59,7 @@ def test_right_and_wrong_ones_are_shown_spread_over_the_split(right, predictions
     for number, (text, predicted, true, confidence) in zip(chosen, rows, strict=True):
         assert true == ["no", "yes"][LABELS[number]] and (predicted == true) == right
         assert text == (
-            f"text {number}" if number < 11 else "a / bar, " + ("long " * 20)[:48] + "..."
+            f"text {number}" if number < 11 else "a \\| bar, " + ("long " * 20)[:48] + "..."
         ) and float(confidence) == pytest.approx(torch.tensor(number + 2.0).sigmoid().item(), abs=5e-4)
     few = shown(predictions, right=right, most=3)
     assert few == [rows[number * len(rows) // 3] for number in range(3)] and few[0] == rows[0]
@@ -83,6 +86,27 @@ def test_the_file_of_predictions_has_each_row_with_its_source_and_scores(predict
             row[f"score {row['predicted']}"]
         ) == pytest.approx(high, abs=1e-6)
         assert float(row["score no"]) + float(row["score yes"]) == pytest.approx(1, abs=2e-6)
+
+
+# what Markdown would take for more than characters
+MARKED = ["a|b", "a\\|b", "a\\", "<b>x</b><script>", "`x`", "```", "**x**", "[x](y)", "![x](y)", "&amp;"]
+
+
+def test_tables_of_markdown_show_texts_and_names_as_they_are(predictions):
+    """Oracle: a parser of Markdown, which allows HTML, as some viewers do."""
+    predictions.names[:] = MARKED[:2]
+    tables = [
+        class_table(scores_of(len(MARKED)), MARKED, "github"),
+        predictions.examples(right=True, style="github"),
+    ]
+    for table, names in zip(tables, [MARKED, MARKED[:2]]):
+        tokens = MarkdownIt("commonmark", {"html": True}).enable("table").parse(table)
+        cells = [token.children for token in tokens if token.type == "inline"]
+        assert {child.type for cell in cells for child in cell} <= {"text", "text_special"}
+        texts = {"".join(child.content for child in cell) for cell in cells}
+        assert texts >= set(names)
+        rows = [token for token in tokens if token.type == "tr_open"]
+        assert len(cells) == len(rows) * (5 if len(names) > 2 else 4)
 
 
 # Names and many classes ---------------------------------------------------------------------------
@@ -122,7 +146,7 @@ def test_of_many_classes_the_worst_are_shown(count, num_lines):
     assert bool(note) == (count > 30) and (not note or f"{count:,} classes" in note)
 
 
-@pytest.mark.parametrize("count", [2, 20, 21, 1000])
+@pytest.mark.parametrize("count", [2, 20, 21, 150, heavy(1000)])
 def test_a_picture_of_many_classes_stays_small(count):
     """Oracle of the choice: the number of confused texts of each class, counted one by one."""
     generator = torch.Generator().manual_seed(count)
