@@ -40,6 +40,7 @@ from common.cli import (
 )
 from common.errors import Interrupted, UserError, shorten
 from common.generation import output
+from common.sources import FileOptions
 
 if TYPE_CHECKING:
     from common.generation.chat import Chat
@@ -104,6 +105,9 @@ def make_parser() -> cli.Parser:
     add("--references", metavar="FILE", help=help_text)
     add("--reference-column", default="text", help="column of the references in a data file")
 
+    title = "how the files of prompts, references and texts to score are written"
+    cli.add_file_flags(parser.add_argument_group(title))
+
     group = parser.add_argument_group("instead of plain generation")
     add = group.add_mutually_exclusive_group().add_argument
     add("--interactive", action="store_true", help="a conversation; /reset starts over, Ctrl-D ends it")
@@ -133,6 +137,7 @@ DRAWING_FLAGS = tuple("--" + name.replace("_", "-") for name in DRAWING)
 NO_PROMPT = ("--interactive", "--perplexity", "--score")
 ONE_PROMPT = ("--explain", "--compare")
 NO_SCORE = ("--check", *ONE_PROMPT, "--interactive", "--perplexity")
+TABLES = ("--prompts-file", "--references", "--score")  # flags whose file may be a table
 MODES = ("--check", *ONE_PROMPT, *NO_PROMPT)
 NEEDS = {  # a flag, and the flags of which it needs one
     "--system": ("--chat", "--interactive"),
@@ -141,6 +146,8 @@ NEEDS = {  # a flag, and the flags of which it needs one
     "--resume": ("--output",),
     "--logprobs": ("--output",),
     "--score": ("--references",),
+    **dict.fromkeys(("--columns", "--delimiter", "--quoting"), TABLES),
+    "--encoding": (*TABLES, "--perplexity"),
     "--num-samples": DRAWING_FLAGS,  # greedy gives the same text each time
 }
 CONFLICTS = (  # flags that cannot be used together, and why; torchrun counts as one
@@ -185,11 +192,17 @@ def check_flags(args: argparse.Namespace) -> None:
         sources.check_model(args.model, kind="language model")
     for name in (args.prompts_file, args.references, args.score):
         if name is not None:
-            sources.check_texts(name)
+            sources.check_texts(name, any_suffix=file_options(args).is_table)
     if args.perplexity is not None:
         sources.check_text_file(args.perplexity)
     if args.output is not None:
         output.check_path(args.output, resume=args.resume)
+
+
+def file_options(args: argparse.Namespace) -> FileOptions:
+    """Return how the flags say that data files are written."""
+    names = [field.name for field in dataclasses.fields(FileOptions)]
+    return FileOptions(**{name: getattr(args, name) for name in names})
 
 
 def check_combinations(given: dict[str, str]) -> None:
@@ -561,10 +574,10 @@ def measure_perplexity(args: argparse.Namespace) -> None:
     from common.generation import scoring
 
     uses_stdin = args.perplexity == "-"
-    lines = [] if uses_stdin else reading.read_lines(args.perplexity)
+    lines = [] if uses_stdin else reading.read_lines(args.perplexity, encoding=args.encoding)
     run, _ = load(args)
     if uses_stdin:  # nothing reads it before the model is loaded
-        lines = reading.read_lines(args.perplexity)
+        lines = reading.read_lines(args.perplexity, encoding=args.encoding)
     window = scoring.choose_window(run.language_model, args.window, args.stride, most=DEFAULT_WINDOW)
     result = scoring.text_likelihood(run.language_model, "\n".join(lines), window, name=args.perplexity)
     passes = f"window {window.size:,}, stride {window.stride:,}"
@@ -578,8 +591,13 @@ def score_file(args: argparse.Namespace) -> None:
     """Print the ROUGE of a file's texts against the references, without a model."""
     from common.generation import scoring
 
-    column, cache_dir = args.text_column, args.cache_dir
-    texts = reading.read_texts(args.score, column=column, cache_dir=cache_dir, allow_empty=True)
+    texts = reading.read_texts(
+        args.score,
+        column=args.text_column,
+        cache_dir=args.cache_dir,
+        allow_empty=True,
+        options=file_options(args),
+    )
     scoring.show_rouge(texts, read_references(args, len(texts)) or [])
 
 
@@ -657,8 +675,8 @@ def read_texts(args: argparse.Namespace) -> tuple[list[str], list[str] | None]:
     """Return the texts of all prompts, and their references, None without --references."""
     texts = list(args.prompt or [])
     if args.prompts_file is not None:
-        column, cache_dir = args.text_column, args.cache_dir
-        texts += reading.read_texts(args.prompts_file, column=column, cache_dir=cache_dir)
+        column, cache_dir, options = args.text_column, args.cache_dir, file_options(args)
+        texts += reading.read_texts(args.prompts_file, column=column, cache_dir=cache_dir, options=options)
     if len(texts) > 1 and (args.explain or args.compare):
         mode = "--explain" if args.explain else "--compare"
         raise UserError(f"{mode}: it shows one prompt, not {len(texts)}; give one --prompt")
@@ -678,7 +696,11 @@ def read_references(args: argparse.Namespace, num_texts: int) -> list[str] | Non
     from common.generation import scoring
 
     return scoring.read_references(
-        args.references, num_texts, column=args.reference_column, cache_dir=args.cache_dir
+        args.references,
+        num_texts,
+        column=args.reference_column,
+        cache_dir=args.cache_dir,
+        options=file_options(args),
     )
 
 

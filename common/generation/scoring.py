@@ -14,6 +14,7 @@ from common import reading
 from common.errors import UserError
 from common.generation import decoding
 from common.generation.language_model import LanguageModel, check_tokens
+from common.sources import FileOptions
 
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 COUNTED = re.compile("[a-z0-9]", re.IGNORECASE)  # rouge_score counts words of these characters only
@@ -39,13 +40,15 @@ def rouge(texts: list[str], references: list[str]) -> dict[str, float]:
     return {name: statistics.fmean(score[name].fmeasure for score in scores) for name in ROUGE_TYPES}
 
 
-def read_references(name: str, num_texts: int, *, column: str, cache_dir: str | None) -> list[str]:
+def read_references(
+    name: str, num_texts: int, *, column: str, cache_dir: str | None, options: FileOptions
+) -> list[str]:
     """Return one reference for each of `num_texts` texts, from a file or standard input ("-").
 
     Raises UserError if there are more or fewer, and for one without a word that ROUGE counts.
     """
     references = reading.read_texts(
-        name, column=column, cache_dir=cache_dir, allow_empty=True, flag="--reference-column"
+        name, column=column, cache_dir=cache_dir, allow_empty=True, flag="--reference-column", options=options
     )
     if len(references) != num_texts:
         raise UserError(

@@ -280,6 +280,27 @@ def test_prompts_come_from_flags_files_and_standard_input(script, prompts_file, 
     )
 
 
+def test_files_are_read_as_their_flags_say(script, tmp_path):
+    """A table without a header or an ending, in another encoding, with quotation marks as text: prompts,
+    references, texts to score. Oracle: the same texts as flags and as lines.
+    """
+    rows = ['1|Straße "A|it is blue', "2|naïve|it is not"]
+    (tmp_path / "table").write_text("\n".join(rows) + "\n", encoding="latin-1")
+    flags = ["--columns", "id,question,answer", "--delimiter", "pipe", "--quoting", "none"]
+    flags += ["--encoding", "latin-1", "--text-column", "question"]
+    expected = script("--prompt", 'Straße "A', "--prompt", "naïve")[1]
+    code, stdout, stderr = script("--prompts-file", tmp_path / "table", *flags)
+    assert (code, stdout) == (0, expected), stderr
+    (tmp_path / "texts.txt").write_text("it is blue\nit is not\n")
+    scored = [tmp_path / "table", "--references", tmp_path / "table", *flags[:-1], "answer"]
+    same = script("--score", *scored, "--reference-column", "answer")
+    assert same[:2] == script("--score", tmp_path / "texts.txt", "--references", tmp_path / "texts.txt")[:2]
+    (tmp_path / "text.txt").write_text("Straße, naïve, façade", encoding="latin-1")
+    (tmp_path / "utf-8.txt").write_text("Straße, naïve, façade", encoding="utf-8")
+    found = script("--perplexity", tmp_path / "text.txt", "--encoding", "latin-1")
+    assert found[:2] == script("--perplexity", tmp_path / "utf-8.txt")[:2] and found[0] == 0
+
+
 def test_the_output_file_holds_everything(script, tiny, tmp_path):
     """Oracles: the tokenizer's decode, and log-softmax of one pass over prompt and text."""
     code, stdout, _ = script(

@@ -183,6 +183,15 @@ FLAGS = {  # name: (flags, what the line must hold)
         ("--stop 'a'", "--perplexity", "leave one"),
     ),
     "a window without a perplexity": ([*P, "--window", 9], ("--window 9", "--perplexity", "leave it out")),
+    "a delimiter without a file": (
+        [*P, "--delimiter", "tab"],
+        ("--delimiter", "--prompts-file", "leave it out"),
+    ),
+    "columns without a file": ([*P, "--columns", "id,text"], ("--columns", "--prompts-file", "leave it out")),
+    "an encoding without a file": (
+        [*P, "--encoding", "latin-1"],
+        ("--encoding", "--perplexity", "leave it out"),
+    ),
     "a stride without a perplexity": ([*P, "--stride", 9], ("--stride 9", "--perplexity", "leave it out")),
     "a stream into a file": (
         [*P, "--stream", "--output", "x.jsonl"],
