@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from common import bundled, cli, sources
 from common.errors import Interrupted, UserError
+from common.files import check_new
 from common.search.manifest import (
     DEFAULT_LIMITS,
     MANIFEST,
@@ -526,9 +527,7 @@ def add_project_flags(command: cli.Parser) -> None:
 
 def check_project(args: argparse.Namespace) -> None:
     check_files(Path(args.index))
-    if Path(args.output_dir).is_dir() and any(Path(args.output_dir).iterdir()):
-        problem = "it holds other files; name a new folder or remove it"
-        raise UserError(f"--output-dir {args.output_dir}: {problem}")
+    check_new(args.output_dir)
 
 
 def project(args: argparse.Namespace) -> None:

@@ -49,6 +49,11 @@ def shorten(text: str, width: int) -> str:
     return line if len(line) <= width else line[: width - 3] + "..."
 
 
+def quoted(text: str) -> str:
+    """Return a text in quotation marks, as Python writes it, without the end of a long one."""
+    return repr(text if len(text) <= LONG_NAME else text[: LONG_NAME - 3] + "...")
+
+
 def listed(names: Iterable[str], most: int = 20) -> str:
     """Return names in one line, without the last ones of many; one that could be misread, such as
     one with spaces at its ends, is in quotation marks.

@@ -41,7 +41,8 @@ def only_writer(path: Path, *, flag: str, wait: float = 0.0) -> Iterator[None]:
     """
     import filelock
 
-    lock_file = path / LOCK if path.is_dir() else path.with_name(f".{path.name}{LOCK}")
+    real = Path(os.path.realpath(path))  # a link is another name of the same file
+    lock_file = real / LOCK if real.is_dir() else real.with_name(f".{real.name}{LOCK}")
     lock = filelock.FileLock(lock_file, on_acquired=_sign)
     held = False
     try:
@@ -73,6 +74,14 @@ def only_writer(path: Path, *, flag: str, wait: float = 0.0) -> Iterator[None]:
         with contextlib.suppress(OSError):
             lock_file.unlink()
         lock.release()
+
+
+def check_new(folder: str) -> None:
+    """Raise UserError unless nothing is in a folder for new files but the lock of its writer."""
+    path = Path(folder)
+    if path.is_dir() and any(entry.name != LOCK for entry in path.iterdir()):
+        problem = "it holds other files; name a new folder or remove it"
+        raise UserError(f"--output-dir {folder}: {problem}")
 
 
 def _sign(descriptor: int) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from common import cli, sources
 from common.errors import UserError, printable, shorten
-from common.files import only_writer
+from common.files import check_new, only_writer
 from common.search.index import CHUNK, ID, NUM_CHUNKS, RESERVED_COLUMNS, START, TEXT, Snapshot
 from common.search.manifest import PAIR_COLUMNS
 
@@ -368,7 +368,8 @@ def save_figure(figure: Figure, path: str, screen: Screen) -> None:
     """Write a picture and say so."""
     from common import figures
 
-    figures.save(figure, path)
+    with only_writer(Path(path), flag="--figure"):
+        figures.save(figure, path)
     screen.say(f"picture  {path}")
 
 
@@ -412,8 +413,10 @@ def write_projection(screen: Screen, selection: Selection, folder: str, *, most:
     vectors = torch.from_numpy(snapshot.vectors_of(chosen))
     header = [shorten(name, TEXT_WIDTH) or "-" for name in columns]  # in one line as well
     Path(folder).mkdir(parents=True, exist_ok=True)
-    with only_writer(Path(folder), flag="--output-dir"), SummaryWriter(folder) as writer:
-        writer.add_embedding(vectors, metadata=metadata, metadata_header=header, tag="texts")
+    with only_writer(Path(folder), flag="--output-dir"):
+        check_new(folder)  # again: another command may have been here before
+        with SummaryWriter(folder) as writer:
+            writer.add_embedding(vectors, metadata=metadata, metadata_header=header, tag="texts")
     note = "" if len(chosen) == total else f", evenly spaced among {total:,}"
     command = f"tensorboard --logdir {folder}"
     screen.say(f"{len(chosen):,} texts{note}; look at them with: {command}, tab PROJECTOR")

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 
 from common import reading
-from common.errors import UserError, listed
+from common.errors import UserError, listed, quoted
 from common.files import replace_file, sha256
 from common.runtime import Runtime
 from common.sources import INVISIBLE, FileOptions, is_blank, note
@@ -116,7 +116,7 @@ def load_splits(config: DataConfig, runtime: Runtime) -> Splits:
         advice = "name one with --train-split, --validation-split or --test-split to use it"
         runtime.say(f"         not used: {listed(unused)}; {advice}")
     for names in near_equal_names(splits["train"].features["label"].names):
-        alike = " and ".join(map(repr, names))
+        alike = " and ".join(map(quoted, names))
         runtime.say(f"         {alike} are different classes; if one is meant, correct the labels")
     if cut:
         names = " and ".join(cut)
@@ -254,7 +254,7 @@ def validate(
         unknown = next((row for row, label in enumerate(values) if label not in known), None)
         if unknown is not None:
             raise UserError(
-                f"split {split}, row {unknown + 1}: the label {values[unknown]!r} {complaint}"
+                f"split {split}, row {unknown + 1}: the label {quoted(values[unknown])} {complaint}"
                 f" ({listed(sorted(known, key=_natural_order), most=10)}); correct or remove the row"
             )
     return {split: _with_labels(rows, labels[split], names, text_column) for split, rows in splits.items()}
@@ -292,7 +292,7 @@ def _class_names(feature: object, labels: set[str]) -> list[str]:
     if len(labels) < 2:
         (label,) = labels
         raise UserError(
-            f"split train: every row has the label {label!r}; a classifier needs at least two"
+            f"split train: every row has the label {quoted(label)}; a classifier needs at least two"
             " classes; add rows of another class, or name the right column with --label-column"
         )
     if isinstance(feature, datasets.ClassLabel):
@@ -412,7 +412,7 @@ def stratified_cut(
         name = rows.features["label"].names[present[counts.argmin()]]
         raise UserError(
             f"can't cut {purpose} of {size} rows from {len(rows)} with every class in both parts:"
-            f" class {name!r} has {counts.min()}; add rows of it, or supply the split, for example"
+            f" class {quoted(name)} has {counts.min()}; add rows of it, or supply the split, for example"
             " as a folder with train.csv, validation.csv and test.csv"
         ) from error
     return _take(rows, rest), _take(rows, part)

@@ -224,6 +224,11 @@ FILES = {  # name: (file's name, content, what the line must hold)
         "text,label\na,x\nb,x\n",
         ("split train", "'x'", "at least two classes", "--label-column"),
     ),
+    "a label as long as a text": (
+        "rows.csv",
+        "text,label\n" + "a,x\n" * 20 + "b," + "long " * 200 + "\n",
+        ("validation split", "long lo...' has 1;"),
+    ),
     "a class too small to cut": (
         "rows.csv",
         "text,label\n" + "a,x\n" * 20 + "b,rare\n",

@@ -14,7 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError, reading
-from common.files import find_damage, manifest_text, member, only_writer, replace_folder, write_manifest
+from common.files import (
+    check_new,
+    find_damage,
+    manifest_text,
+    member,
+    only_writer,
+    replace_folder,
+    write_manifest,
+)
 
 
 def test_what_was_put_aside_stays_until_the_new_folder_stands_there(tmp_path):
@@ -49,6 +57,24 @@ def test_a_second_writer_is_told_who_the_first_one_is(kind, tmp_path):
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == (
         {"texts.jsonl": "a line\n"} if kind == "file that exists" else {}
     )
+
+
+def test_a_link_is_another_name_of_the_same_file(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "folder" / "texts.jsonl")
+    second = only_writer(tmp_path / "link.jsonl", flag="--output")
+    first = only_writer(tmp_path / "folder" / "texts.jsonl", flag="--output")
+    with first, pytest.raises(UserError, match="is writing to it"), second:
+        pass
+
+
+def test_a_folder_for_new_files_has_nothing_but_the_lock_of_its_writer(tmp_path):
+    check_new(str(tmp_path / "nowhere"))
+    with only_writer(tmp_path, flag="--output-dir"):
+        check_new(str(tmp_path))
+        (tmp_path / "file").touch()
+        with pytest.raises(UserError, match="--output-dir .*holds other files"):
+            check_new(str(tmp_path))
 
 
 def test_a_killed_writer_leaves_no_lock_although_its_child_goes_on(tmp_path):
