@@ -239,8 +239,13 @@ def run(job: dict) -> list[int]:
     return codes
 
 
-if __name__ == "__main__":
+def load_libraries() -> None:
+    """Load what children would load one by one."""
     for name in LOADED_BY_STEPS:
         importlib.import_module(name)
+
+
+if __name__ == "__main__":
+    load_libraries()
     for line in sys.stdin:
         print(json.dumps(run(json.loads(line))), flush=True)

@@ -42,8 +42,10 @@ SIZES = {"train": 270, "validation": 90, "test": 90}
 # everything is imported.
 FORKING_RUNNER = """
 import json, os, sys, time, traceback
-import train_classifier
+sys.path.append("tests")
+import forked, train_classifier
 from common import cli
+forked.load_libraries()
 folder, command_lines = sys.argv[1], json.loads(sys.argv[2])
 for name, arguments in command_lines.items():
     start, child = time.monotonic(), os.fork()
@@ -289,7 +291,7 @@ def test_what_the_hub_lacks_is_one_line_at_once(refusals, case, parts):
         and end.stderr.count("\n") == 1
         and [part for part in parts if part not in end.stderr] == []
     )
-    assert end.seconds < 10
+    assert end.seconds < 60  # the Hub library alone would try again for minutes
 
 
 def test_foreign_code_is_neither_run_nor_converted(refusals):
@@ -338,4 +340,4 @@ def test_without_a_hub_what_is_not_cached_is_one_line_at_once(refusals_without_h
         and "the Hub can't be reached" in end.stderr
         and way_out in end.stderr
     )
-    assert end.seconds < 10
+    assert end.seconds < 60  # the Hub library alone would try again for minutes
