@@ -433,7 +433,7 @@ def compare_speeds(flags) -> dict:
                     " examples/s",
                     flush=True,
                 )
-    found, limits = ratios(rounds), environment.median_of(rounds.pop("limits"))
+    found, limits = ratios(rounds, flags), environment.median_of(rounds.pop("limits"))
     show_speeds(rounds, limits, found, flags)
     contenders = {
         name: {**environment.median_of(measured), "rounds": measured} for name, measured in rounds.items()
@@ -441,9 +441,15 @@ def compare_speeds(flags) -> dict:
     return {"limits": limits, "contenders": contenders, "ratios": found}
 
 
-def ratios(rounds: dict[str, list[dict]]) -> dict[str, float]:
+def precision_of(contender: str, flags) -> str:
+    """Return the precision in which a contender computes here: its limit is that of the machine."""
+    is_tutorial = contender == "trainer"
+    return "fp32" if is_tutorial else choose_precision(flags.precision, choose_device(flags.device))
+
+
+def ratios(rounds: dict[str, list[dict]], flags) -> dict[str, float]:
     """Return the median over the rounds of each contender's speed over each earlier one's, and its
-    share of the bf16 limit.
+    share of the machine's limit in the precision that it computes in.
     """
     found, names = {}, [name for name in rounds if name != "limits"]
     for place, name in enumerate(names):
@@ -453,9 +459,18 @@ def ratios(rounds: dict[str, list[dict]]) -> dict[str, float]:
                 for own, other in zip(rounds[name], rounds[peer])
             ]
             found[f"{CONTENDERS[name]}_vs_{CONTENDERS[peer]}"] = statistics.median(factors)
-        shares = [own["gflops"] / limit["bf16_gflops"] for own, limit in zip(rounds[name], rounds["limits"])]
-        found[f"{CONTENDERS[name]}_vs_bf16_limit"] = statistics.median(shares)
+        # fp16 is for GPUs, where it is as fast as bf16
+        precision = precision_of(name, flags).replace("fp16", "bf16")
+        limit = f"{precision}_gflops"
+        shares = [own["gflops"] / limits[limit] for own, limits in zip(rounds[name], rounds["limits"])]
+        found[f"{CONTENDERS[name]}_vs_{precision}_limit"] = statistics.median(shares)
     return found
+
+
+def share_of_limit(short: str, found: dict[str, float]) -> str:
+    """Return words for a contender's share of the machine's limit, and in which precision."""
+    shares = {name: found.get(f"{short}_vs_{name}_limit") for name in ("fp32", "bf16")}
+    return next(f"{share:.1%} {name}" for name, share in shares.items() if share is not None)
 
 
 def show_speeds(rounds: dict[str, list[dict]], limits: dict, found: dict, flags):
@@ -476,7 +491,7 @@ def show_speeds(rounds: dict[str, list[dict]], limits: dict, found: dict, flags)
                 own["cpu_seconds_per_example"],
                 own["peak_memory_mb"],
                 f"{own['padding_share']:.1%}",
-                f"{found[f'{short}_vs_bf16_limit']:.1%}",
+                share_of_limit(short, found),
                 found.get(f"{short}_vs_{first}", 1.0),
             ]
         )
@@ -488,7 +503,7 @@ def show_speeds(rounds: dict[str, list[dict]], limits: dict, found: dict, flags)
         "CPU s/example",
         "peak MB",
         "padding",
-        "of bf16 limit",
+        "of limit",
         f"times {first}",
     ]
     print(
