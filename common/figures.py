@@ -1,6 +1,7 @@
 """The pictures of a report, drawn without a display."""
 
 import logging
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -119,9 +120,15 @@ def cluster_map(points: ArrayLike, labels: ArrayLike, names: list[str]) -> Figur
 
 
 def save(figure: Figure, path: Path | str) -> None:
-    """Write a figure as PNG and free its memory."""
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    """Write a figure in the format of the path's ending, whole or not at all, and free its memory."""
+    path = Path(path)
+    new = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        figure.savefig(new, dpi=110)
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
+        plt.close(figure)
 
 
 def _name_rows_and_columns(axes: Axes, names: list[str]) -> None:

@@ -76,6 +76,17 @@ def only_writer(path: Path, *, flag: str, wait: float = 0.0) -> Iterator[None]:
         lock.release()
 
 
+@contextlib.contextmanager
+def named_in_errors(path: Path) -> Iterator[None]:
+    """Let an error of the system within the block name a file: that of a full disk names none."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def check_new(folder: str) -> None:
     """Raise UserError unless nothing is in a folder for new files but the lock of its writer."""
     path = Path(folder)

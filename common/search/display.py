@@ -16,7 +16,7 @@ import numpy as np
 
 from common import cli, sources
 from common.errors import UserError, printable, shorten
-from common.files import check_new, only_writer
+from common.files import check_new, named_in_errors, only_writer
 from common.search.index import CHUNK, ID, NUM_CHUNKS, RESERVED_COLUMNS, START, TEXT, Snapshot
 from common.search.manifest import PAIR_COLUMNS
 
@@ -269,7 +269,11 @@ def open_output(path: str | None) -> Iterator[TextIO | None]:
     if path is None:
         yield None
         return
-    with only_writer(Path(path), flag="--pairs-file"), open(path, "w", encoding="utf-8", newline="") as file:
+    with (
+        only_writer(Path(path), flag="--pairs-file"),
+        named_in_errors(Path(path)),
+        open(path, "w", encoding="utf-8", newline="") as file,
+    ):
         yield file
 
 
@@ -368,7 +372,7 @@ def save_figure(figure: Figure, path: str, screen: Screen) -> None:
     """Write a picture and say so."""
     from common import figures
 
-    with only_writer(Path(path), flag="--figure"):
+    with only_writer(Path(path), flag="--figure"), named_in_errors(Path(path)):
         figures.save(figure, path)
     screen.say(f"picture  {path}")
 
@@ -413,7 +417,7 @@ def write_projection(screen: Screen, selection: Selection, folder: str, *, most:
     vectors = torch.from_numpy(snapshot.vectors_of(chosen))
     header = [shorten(name, TEXT_WIDTH) or "-" for name in columns]  # in one line as well
     Path(folder).mkdir(parents=True, exist_ok=True)
-    with only_writer(Path(folder), flag="--output-dir"):
+    with only_writer(Path(folder), flag="--output-dir"), named_in_errors(Path(folder)):
         check_new(folder)  # again: another command may have been here before
         with SummaryWriter(folder) as writer:
             writer.add_embedding(vectors, metadata=metadata, metadata_header=header, tag="texts")

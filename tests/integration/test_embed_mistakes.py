@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import resource
 import shutil
 import sys
 from pathlib import Path
@@ -533,3 +534,30 @@ def test_queries_in_another_encoding(embed, home):
     assert code == 2 and "--encoding utf-16" in stderr
     code, stdout, stderr = embed(*flags, "--encoding", "utf-16")
     assert (code, stderr) == (0, "") and json.loads(stdout)["queries"][0]["query"] == "schön"
+
+
+@pytest.mark.parametrize(
+    "command, flag, name",
+    [
+        (["duplicates", "--threshold", "0.1"], "--pairs-file", "pairs.csv"),
+        (["similarity"], "--figure", "map.png"),
+        (["project"], "--output-dir", "projection"),
+    ],
+)
+def test_a_limit_of_file_size_names_the_file_and_a_picture_stays_whole(
+    command, flag, name, embed, home, tmp_path
+):
+    """What a full disk raises too names no file."""
+    path = tmp_path / name
+    if name == "map.png":
+        path.write_text("the picture before")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, hard))
+    try:
+        code, _, stderr = embed(*command, "--index", home / "ix", flag, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert code == 2 and stderr.count("error:") == 1 and str(path) in stderr and "ulimit -f" in stderr
+    if name == "map.png":
+        assert path.read_text() == "the picture before"
+        assert [file.name for file in tmp_path.iterdir() if file.is_file()] == [name]
