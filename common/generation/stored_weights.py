@@ -296,11 +296,15 @@ def bundled_folder(cache_dir: str | None) -> Path:
     The file itself is needed, and downloaded, only where that folder has still to be made.
     """
 
+    def original() -> Path:
+        return bundled.model_folder(bundled.SMOLLM2, kind="language model", cache_dir=cache_dir)
+
     def make(scratch: Path) -> Path:
-        folder = bundled.model_folder(bundled.SMOLLM2, kind="language model", cache_dir=cache_dir)
-        return convert_gguf(folder / bundled.GGUF, scratch / "model", name=bundled.SMOLLM2)
+        return convert_gguf(original() / bundled.GGUF, scratch / "model", name=bundled.SMOLLM2)
 
     stem, size = bundled.SMOLLM2.rpartition("/")[2], 2 * bundled.MEMBER_BYTES
+    if not converted_path(stem, bundled.MEMBER_SHA256, cache_dir).is_dir():
+        original()  # first: a download takes the longest, and is said before what follows it
     folder = converted_folder(stem, bundled.MEMBER_SHA256, make, cache_dir, needed_bytes=size)
     if sha256(folder / MANIFEST) != bundled.STORED_SHA256:
         raise UserError(
@@ -320,14 +324,19 @@ def converted_folder(
     UserError when the disk is too full, and for a folder with damaged files or with others than
     those of its manifest.
     """
-    key = hashlib.sha256(f"{digest} {FORMAT}".encode()).hexdigest()[:16]
-    folder = cache_home(cache_dir) / "stored" / f"{stem}-{key}"
+    folder = converted_path(stem, digest, cache_dir)
     note = f"{stem}: reading its GGUF file into {folder}, once"
     make_once(folder, make, source=f"--model {stem}", needed_bytes=needed_bytes, note=note)
     others = {path.name for path in folder.iterdir()} - {MANIFEST, *read_json(folder / MANIFEST)["files"]}
     if others:
         raise UserError(f"{folder}: {min(others)} does not belong there; remove the folder")
     return folder
+
+
+def converted_path(stem: str, digest: str, cache_dir: str | None) -> Path:
+    """Return where the content of a GGUF file lies in the cache, if it is there."""
+    key = hashlib.sha256(f"{digest} {FORMAT}".encode()).hexdigest()[:16]
+    return cache_home(cache_dir) / "stored" / f"{stem}-{key}"
 
 
 def convert_gguf(path: Path, folder: Path, *, name: str) -> Path:
