@@ -325,7 +325,9 @@ def kill_at_events(events, command: str, tiny_embedder, cache_dir, tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forked")
-@pytest.mark.parametrize("command, events", [("update", (44,)), ("delete", (12, 17)), ("compact", (14,))])
+@pytest.mark.parametrize(
+    "command, events", [heavy("update", (17, 44)), ("delete", (12, 17)), ("compact", (14,))]
+)
 def test_kills_of_every_writer_lose_nothing(command, events, tiny_embedder, cache_dir, tmp_path):
     assert kill_at_events(events, command, tiny_embedder, cache_dir, tmp_path) == len(events)
 

@@ -334,6 +334,7 @@ with open_store(sys.argv[1]) as opened:
 """
 
 
+@pytest.mark.slow
 def test_hundreds_of_commits_leave_few_files(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", MANY_COMMITS, tmp_path / "index", ROOT],

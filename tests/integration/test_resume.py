@@ -189,7 +189,7 @@ def test_a_signal_saves_and_says_how_to_go_on(name, code, share, forked, whole, 
     assert differing(tmp_path / "run", folder) == []
 
 
-@pytest.mark.parametrize("kind", ["one process", "two processes"])
+@pytest.mark.parametrize("kind", ["one process", heavy("two processes")])
 def test_a_signal_in_an_evaluation_does_not_wait_for_its_end(kind, forked, whole, tmp_path):
     """With two processes one gets it, and both leave between the same two batches: torchrun kills
     what takes longer than 30 seconds.
@@ -213,8 +213,10 @@ def test_a_signal_in_an_evaluation_does_not_wait_for_its_end(kind, forked, whole
     assert [name for name in differing(tmp_path / "run", folder) if "safetensors" in name] == []
 
 
-@pytest.mark.parametrize("kind", ["one process", "two processes"])
-@pytest.mark.parametrize("share", [0.2, heavy(0.55)])
+@pytest.mark.parametrize(
+    "kind, share",
+    [("one process", 0.2), ("two processes", 0.55), heavy("one process", 0.55), heavy("two processes", 0.2)],
+)
 def test_a_time_limit_saves_evaluates_and_says_how_to_go_on(kind, share, forked, whole, tmp_path):
     """The signal that the system sends when the time is up comes at an event here; with two
     processes to one of them. The evaluation at the stop is none of the continued run.

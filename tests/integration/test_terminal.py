@@ -25,7 +25,7 @@ def lines_of(text: str) -> list[str]:
     return FIGURES.sub("#", re.sub(r" +$", "", text, flags=re.M)).rstrip("\n").split("\n")
 
 
-def test_the_final_screen_of_a_run_is_what_a_file_would_hold(flags, run_script, tmp_path):
+def test_the_final_screen_of_a_run_is_what_a_file_would_hold(flags, call_script, tmp_path):
     """The epoch lines are whole, no bar is left, and colours and bars never reach the file."""
     folder = tmp_path / "run"
     code, written, screen = run_on_terminal(
@@ -37,7 +37,7 @@ def test_the_final_screen_of_a_run_is_what_a_file_would_hold(flags, run_script, 
     assert re.search(r"epoch 2/2:.*loss \d\.\d+, [\d.]+ examples/s, \d+ seconds left", written)
 
     folder.rename(tmp_path / "first")
-    done = run_script("train_classifier.py", *flags, "--output-dir", folder, OMP_NUM_THREADS="1")
+    done = call_script("train_classifier.py", *flags, "--output-dir", folder)
     assert done.stderr == "" and not re.search(r"[\r\x1b\b]", done.stdout)
     assert lines_of("\n".join(screen)) == lines_of(done.stdout)
     for name in ("report.md", "predictions.csv", "metrics.jsonl", "config.json"):

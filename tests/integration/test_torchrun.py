@@ -169,6 +169,7 @@ def test_a_restarted_job_goes_on_from_the_newest_checkpoint_not_from_the_one_tha
     assert same_end(tmp_path / "run", whole)
 
 
+@pytest.mark.slow
 def test_sigterm_to_torchrun_saves_and_the_run_can_be_resumed(flags, whole, tmp_path):
     # torchrun's signal is for the group that a loader's worker would be in
     job = start(tmp_path / "run", [*flags, "--num-workers", 1])
@@ -321,7 +322,7 @@ def machines():
 
 
 @pytest.mark.parametrize(
-    "how, killed", [("static", 0), *(heavy(*case) for case in (("static", 1), ("c10d", 0), ("c10d", 1)))]
+    "how, killed", [heavy(how, killed) for how in ("static", "c10d") for killed in (0, 1)]
 )
 def test_a_job_on_two_machines_goes_on_when_a_worker_is_killed(how, killed, machines, flags, whole, tmp_path):
     """Their agents start new workers at different moments: one must not wait for a worker that is

@@ -279,6 +279,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(forked, plain, tmp_pa
     assert close(tmp_path / "run", plain, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_learns_the_same_and_is_saved_plain(forked, plain, tmp_path):
     if shutil.which("g++") is None and shutil.which("clang++") is None:
         pytest.skip("torch.compile needs a C++ compiler")

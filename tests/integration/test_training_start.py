@@ -83,11 +83,11 @@ def test_help_of_training_loads_no_large_library(loads):
 
 
 @pytest.fixture(scope="module")
-def trained(run_script, tiny_model, sentences_csv, cache_dir, tmp_path_factory) -> tuple[Path, list]:
+def trained(call_script, tiny_model, sentences_csv, cache_dir, tmp_path_factory) -> tuple[Path, list]:
     """A finished run, and the flags that it was started with."""
     flags = ["--model", tiny_model, "--dataset", sentences_csv, "--cache-dir", cache_dir, "--epochs", 1]
     folder = tmp_path_factory.mktemp("runs") / "run"
-    run_script("train_classifier.py", *flags, "--output-dir", folder)
+    call_script("train_classifier.py", *flags, "--output-dir", folder)
     return folder, flags
 
 
