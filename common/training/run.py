@@ -342,7 +342,7 @@ def changes(before: Mapping[str, object], now: Mapping[str, object]) -> list[str
     """Return in words how the identity of a run has changed."""
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     return [
-        f"{name} was {shorten(str(before.get(name)), 60)}, is {shorten(str(now.get(name)), 60)}"
+        f"{shorten(name, 60)} was {shorten(str(before.get(name)), 60)}, is {shorten(str(now.get(name)), 60)}"
         for name in names
     ]
 
