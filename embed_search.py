@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 DEFAULT_OVERLAP = 32
 PICTURES = (".png", ".pdf", ".svg", ".jpg")
 LARGEST_MATRIX = 5_000  # texts whose matrix of similarities is shown or written
-WAIT = {"type": cli.seconds, "default": 10.0, "help": "seconds to wait for another writer"}
+WAIT = {"type": cli.duration, "default": 10.0, "help": "seconds to wait for another writer"}
 SKIP_BAD = {"action": "store_true", "help": "skip rows and ids that can't be used"}
 
 
@@ -575,7 +575,7 @@ def add_where_flags(
     flag = command.add_argument
     flag("--where", metavar="SQL", type=cli.name, help=what)
     most, seconds = "the most time that --where may take", DEFAULT_LIMITS.seconds
-    flag("--where-seconds", type=cli.positive_seconds, default=seconds, metavar="N", help=most)
+    flag("--where-seconds", type=cli.positive_duration, default=seconds, metavar="N", help=most)
     most, megabytes = "the most memory that --where may take", DEFAULT_LIMITS.megabytes
     flag("--where-megabytes", type=cli.positive_int, default=megabytes, metavar="N", help=most)
 

@@ -213,7 +213,7 @@ def add_run_flags(parser: cli.Parser) -> None:
     )
     flag(
         "--max-minutes",
-        type=cli.positive_seconds,
+        type=cli.positive_duration,
         metavar="N",
         help="stop N minutes after the start, save and evaluate; --resume continues",
     )

@@ -137,13 +137,13 @@ def non_negative_float(text: str) -> float:
     return _number(text, float, lambda value: 0 <= value < float("inf"), "a number of at least 0")
 
 
-def seconds(text: str) -> float:
+def duration(text: str) -> float:
     """Parse a number of seconds to wait, which no clock of the system overflows."""
     return _number(text, float, lambda value: 0 <= value <= LONGEST_WAIT, "a number from 0 to 1e6")
 
 
-def positive_seconds(text: str) -> float:
-    """Parse a number of seconds, or of minutes, above 0."""
+def positive_duration(text: str) -> float:
+    """Parse a number of seconds or minutes above 0, which no clock of the system overflows."""
     return _number(text, float, lambda value: 0 < value <= LONGEST_WAIT, "a number above 0 and at most 1e6")
 
 

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -61,6 +62,21 @@ def pytest_configure(config):
     """
     if "gpu" not in config.option.markexpr.replace("not gpu", ""):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def exit_code_in_process(script: ModuleType, flags: list) -> int:
+    """Run a script in this process, without the seconds of its imports, and return its exit code."""
+    try:
+        cli.run(script.make_parser(), script.main, [str(flag) for flag in flags])
+    except SystemExit as exit:
+        return exit.code
+    return 0
+
+
+def with_defaults(flags: tuple, defaults: dict) -> list:
+    """Return flags, and those of `defaults` that are not among them."""
+    missing = {name: value for name, value in defaults.items() if name not in flags}
+    return [*flags, *(part for flag in missing.items() for part in flag)]
 
 
 def heavy(*values, **options):
@@ -196,9 +212,10 @@ class Forker:
     imports.
     """
 
-    def __init__(self, log: Path):
+    def __init__(self, log: Path, **variables: str):
         self.log = log
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        environment |= variables
         self.process = subprocess.Popen(
             [sys.executable, ROOT / "tests" / "forked.py"],
             cwd=ROOT,
@@ -358,15 +375,9 @@ def embed(tiny_embedder, cache_dir):
                 if command in ("compare-models", "delete", "compact", "project")
                 else {"--model": tiny_embedder}
             )
-        flags += [
-            str(part) for name, value in defaults.items() if name not in flags for part in (name, value)
-        ]
-        code, stdout, stderr = 0, io.StringIO(), io.StringIO()
+        stdout, stderr = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
-            try:
-                cli.run(embed_search.make_parser(), embed_search.main, [command, *flags])
-            except SystemExit as exit:
-                code = exit.code
+            code = exit_code_in_process(embed_search, [command, *with_defaults(flags, defaults)])
         return code, stdout.getvalue(), stderr.getvalue()
 
     return run

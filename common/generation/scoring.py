@@ -153,7 +153,8 @@ def passes(length: int, window: SlidingWindow, *, has_start: bool) -> Iterator[t
     """
     first, begin = 1, 0
     while first < length:
-        end = min(begin + window.size - (has_start and begin > 0), length)
+        room = window.size - 1 if has_start and begin > 0 else window.size
+        end = min(begin + room, length)
         yield begin, end, first
         first, begin = end, begin + window.stride
 

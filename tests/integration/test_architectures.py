@@ -9,7 +9,7 @@ import torch
 import transformers
 
 import generate
-from common import cli
+from conftest import exit_code_in_process
 from language_models import train_byte_bpe
 
 COMMON = {
@@ -84,12 +84,7 @@ def run(capsys, folder: Path, *flags: str) -> tuple[int, str, str]:
     """Return exit code, stdout and stderr of generate.py for two prompts of different lengths."""
     command = ["--model", str(folder), "--device", "cpu", "--precision", "fp32", "--max-new-tokens", "12"]
     command += ["--prompt", "The quick brown fox", "--prompt", "Why", *flags]
-    code = 0
-    try:
-        cli.run(generate.make_parser(), generate.main, command)
-    except SystemExit as exit:
-        code = exit.code
-    return code, *capsys.readouterr()
+    return exit_code_in_process(generate, command), *capsys.readouterr()
 
 
 @pytest.mark.parametrize("model_type", SERVED)

@@ -25,7 +25,7 @@ from common import bundled, cli
 from common.generation import explain
 from common.generation.chat import Chat
 from common.generation.fast_decoding import find_compiler
-from conftest import ROOT, heavy
+from conftest import ROOT, exit_code_in_process, heavy, with_defaults
 from hub_server import HubServer
 from language_models import needs_compiler, save_tiny_model
 
@@ -54,17 +54,9 @@ def script(tiny, capsys, monkeypatch):
     """
 
     def run(*flags, stdin: str = "") -> tuple[int, str, str]:
-        flags = [str(flag) for flag in flags]
         defaults = {"--model": tiny, "--device": "cpu", "--precision": "fp32", "--max-new-tokens": 16}
-        flags += [
-            str(part) for name, value in defaults.items() if name not in flags for part in (name, value)
-        ]
         monkeypatch.setattr(sys, "stdin", StandardInput(stdin))
-        code = 0
-        try:
-            cli.run(generate.make_parser(), generate.main, flags)
-        except SystemExit as exit:
-            code = exit.code
+        code = exit_code_in_process(generate, with_defaults(flags, defaults))
         return code, *capsys.readouterr()
 
     return run

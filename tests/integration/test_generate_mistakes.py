@@ -29,10 +29,10 @@ from transformers import (
 )
 
 import generate
-from common import bundled, cli, files
+from common import bundled, files
 from common.errors import UserError
 from common.generation import chat, language_model, output
-from conftest import ROOT
+from conftest import ROOT, exit_code_in_process, with_defaults
 from language_models import save_tiny_model, train_byte_bpe
 
 CONTEXT = 64
@@ -51,16 +51,8 @@ def script(tiny, capfd):
     """
 
     def run(*flags) -> tuple[int, str, str]:
-        flags = [str(flag) for flag in flags]
         defaults = {"--model": tiny, "--device": "cpu", "--precision": "fp32", "--max-new-tokens": 8}
-        flags += [
-            str(part) for name, value in defaults.items() if name not in flags for part in (name, value)
-        ]
-        code = 0
-        try:
-            cli.run(generate.make_parser(), generate.main, flags)
-        except SystemExit as exit:
-            code = exit.code
+        code = exit_code_in_process(generate, with_defaults(flags, defaults))
         return code, *capfd.readouterr()
 
     return run

@@ -9,6 +9,7 @@ import json
 import random
 import shlex
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import pytest
 import torch
 from transformers import DistilBertConfig, DistilBertForMaskedLM
 
-from conftest import COMMON, train_wordpiece
+from conftest import COMMON, Forker, train_wordpiece
 from hub_server import HubServer
 
 RECIPE = shlex.split(
@@ -36,36 +37,6 @@ PATENT_CLASSES = [
     "General tagging of new or cross-sectional technology",
 ]
 SIZES = {"train": 270, "validation": 90, "test": 90}
-
-# Runs several command lines for the price of one start: each in a process of its own, forked off
-# once
-# everything is imported.
-FORKING_RUNNER = """
-import json, os, sys, time, traceback
-sys.path.append("tests")
-import forked, train_classifier
-from common import cli
-forked.load_libraries()
-folder, command_lines = sys.argv[1], json.loads(sys.argv[2])
-for name, arguments in command_lines.items():
-    start, child = time.monotonic(), os.fork()
-    if child == 0:
-        for descriptor, stream in ((1, "stdout"), (2, "stderr")):
-            os.dup2(os.open(f"{folder}/{name}.{stream}", os.O_WRONLY | os.O_CREAT), descriptor)
-        code = 0
-        try:
-            cli.run(train_classifier.make_parser(), train_classifier.main, arguments)
-        except SystemExit as end:
-            code = end.code
-        except BaseException:
-            traceback.print_exc()
-            code = 1
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)  # sys.exit would take two seconds more, to take every imported module apart
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    print(json.dumps({"name": name, "code": code, "seconds": time.monotonic() - start}))
-"""
 
 
 def make_patents(split: str) -> datasets.Dataset:
@@ -224,34 +195,26 @@ class Refusal:
     stderr: str
 
 
-def run_refused(
-    run_script, folder: Path, command_lines: dict[str, list], **environment
-) -> dict[str, Refusal]:
-    """Run command lines one after the other and return how each ended."""
+def run_refused(folder: Path, command_lines: dict[str, list], **variables: str) -> dict[str, Refusal]:
+    """Run command lines one after the other, with variables, and return how each ended."""
     common = ["--cache-dir", folder / "cache", "--output-dir", folder / "run"]
-    lines = {name: [str(part) for part in [*line, *common]] for name, line in command_lines.items()}
-    done = run_script("-c", FORKING_RUNNER, folder, json.dumps(lines), **environment)
-    assert done.stderr == ""
-    ends = [json.loads(line) for line in done.stdout.splitlines()]
-    return {
-        end["name"]: Refusal(
-            end["code"],
-            end["seconds"],
-            *((folder / f"{end['name']}.{stream}").read_text() for stream in ("stdout", "stderr")),
-        )
-        for end in ends
-    }
+    forker, ends = Forker(folder / "said", **variables), {}
+    for name, line in command_lines.items():
+        start = time.monotonic()
+        done = forker.call("train_classifier.py", *line, *common, check=False)
+        ends[name] = Refusal(done.returncode, time.monotonic() - start, done.stdout, done.stderr)
+    forker.stop()
+    return ends
 
 
 @pytest.fixture(scope="module")
-def refusals(repositories, run_script, sentences_csv, tmp_path_factory):
+def refusals(repositories, sentences_csv, tmp_path_factory):
     """What the Hub does not have, or has in a form that is not taken, by the name of the case; and
     the requests that the Hub got.
     """
     folder = tmp_path_factory.mktemp("refusals")
     with HubServer(repositories) as hub:
         ends = run_refused(
-            run_script,
             folder,
             {
                 "unknown model": ["--model", "nobody/nothing", "--dataset", sentences_csv],
@@ -304,13 +267,12 @@ def test_foreign_code_is_neither_run_nor_converted(refusals):
 
 
 @pytest.fixture(scope="module")
-def refusals_without_hub(repositories, run_script, sentences_csv, tmp_path_factory):
+def refusals_without_hub(repositories, sentences_csv, tmp_path_factory):
     """What is neither cached nor to be had, for nothing listens at the Hub's address."""
     folder = tmp_path_factory.mktemp("without-hub")
     with HubServer(repositories) as hub:
         pass
     return run_refused(
-        run_script,
         folder,
         {
             "model": ["--model", "distilbert/distilbert-base-uncased", "--dataset", sentences_csv],

@@ -29,7 +29,7 @@ from transformers import (
 
 import train_classifier
 from common import cli
-from conftest import ROOT, make_sentences, may_mount, train_wordpiece
+from conftest import ROOT, exit_code_in_process, make_sentences, may_mount, train_wordpiece, with_defaults
 
 GOOD = "text,label\n" + "".join(f"{text},{label}\n" for text, label in make_sentences(120))
 BUNDLED = "bundled/all-MiniLM-L6-v2"
@@ -42,7 +42,6 @@ def script(tiny_model, cache_dir):
     """
 
     def run(*flags) -> tuple[int, str, str]:
-        flags = [str(flag) for flag in flags]
         defaults = {
             "--model": tiny_model,
             "--cache-dir": cache_dir,
@@ -50,15 +49,9 @@ def script(tiny_model, cache_dir):
             "--precision": "fp32",
             "--epochs": 1,
         }
-        flags += [
-            str(part) for name, value in defaults.items() if name not in flags for part in (name, value)
-        ]
-        code, stdout, stderr = 0, io.StringIO(), io.StringIO()
+        stdout, stderr = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
-            try:
-                cli.run(train_classifier.make_parser(), train_classifier.main, flags)
-            except SystemExit as exit:
-                code = exit.code
+            code = exit_code_in_process(train_classifier, with_defaults(flags, defaults))
         return code, stdout.getvalue(), stderr.getvalue()
 
     return run

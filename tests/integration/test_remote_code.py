@@ -13,7 +13,7 @@ import pytest
 import embed_search
 import generate
 import train_classifier
-from common import cli
+from conftest import exit_code_in_process
 from language_models import save_tiny_model
 
 CODE = """
@@ -65,11 +65,7 @@ def run(script, flags: list[str], monkeypatch) -> int:
     return its exit code.
     """
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"y\n1\nyes\n" * 20)))
-    try:
-        cli.run(script.make_parser(), script.main, flags)
-    except SystemExit as end:
-        return end.code
-    return 0
+    return exit_code_in_process(script, flags)
 
 
 @pytest.mark.parametrize("part", ["config", "tokenizer"])
