@@ -300,7 +300,7 @@ class Run:
             f"step in {self.language_model.step_name}",
         ]
         if self.language_model.fast_step is not None and self.options.settings.sample:
-            parts[-1] += " (a draw within its rounding can differ from model.generate's: --plain-step)"
+            parts[-1] += " (rounding can change a drawn token; --plain-step draws as model.generate)"
         if timing.num_cut:
             cut = f"cut at {self.options.settings.max_new_tokens:,} tokens"
             parts.append(
