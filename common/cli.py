@@ -202,6 +202,11 @@ def _number(text: str, convert: Callable[[str], Any], accept: Callable[[Any], bo
     return value
 
 
+def penalty(text: str) -> float:
+    """Parse a number from -2 to 2, the range of OpenAI's API."""
+    return _number(text, float, lambda value: -2 <= value <= 2, "a number from -2 to 2")
+
+
 def name(text: str) -> str:
     """Parse a name that is not empty, as that of an unset variable of the shell is."""
     if not text.strip():
