@@ -32,12 +32,13 @@ from types import FrameType
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from common import bundled, cli, sources
-from common.errors import Interrupted, UserError
-from common.files import check_new
+from common.errors import Interrupted, UserError, first_repeated
+from common.files import check_new, only_writer
 from common.search.manifest import (
     DEFAULT_LIMITS,
     MANIFEST,
     PAIR_COLUMNS,
+    PER_QUERY_COLUMNS,
     EncoderConfig,
     Limits,
     Settings,
@@ -53,6 +54,8 @@ from common.search.words import AUTO, LANGUAGES, Words
 if TYPE_CHECKING:
     from common.runtime import Runtime
     from common.search.display import Screen
+    from common.search.encoder import Encoder
+    from common.search.model_scores import ModelScores
     from common.search.texts import Source
 
 DEFAULT_OVERLAP = 32
@@ -631,8 +634,10 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def add_compare_flags(command: cli.Parser) -> None:
-    models = "bundled names, local folders or Hub ids"
+    models = "bundled names, local folders or Hub ids; the others are compared with the first"
     command.add_argument("models", nargs="+", metavar="MODEL", help=models)
+    kept = "write each query's scores; models that are in the file already are not scored again"
+    command.add_argument("--per-query", metavar="CSV", type=per_query_file, help=kept)
     add_task_flags(command)
 
 
@@ -641,34 +646,78 @@ def check_compare(args: argparse.Namespace) -> None:
         raise UserError(
             f"--model {args.model}: compare-models takes its models without it; leave --model out"
         )
+    if (twice := first_repeated(args.models)) is not None:
+        raise UserError(f"MODEL {twice}: it is named twice; name each model once")
     check_task(args)
     for name in args.models:
         check_model(name, flag="MODEL")
 
 
 def compare_models(args: argparse.Namespace) -> None:
-    """Evaluate several models: quality, texts/s, bytes per embedding."""
-    from common.search import display, relevance
+    """Evaluate several models: quality, texts/s, bytes per embedding; test what differs."""
+    from common.search import display, model_scores
     from common.search.encoder import load_encoder
-    from common.search.searcher import Searcher
 
     runtime, screen = start(args)
-    lines = []
+    configs = [dataclasses.replace(encoder_config(args), model=name) for name in args.models]
+    fingerprints = []
+    for config in configs:  # all, before the first is scored: one that can't be loaded costs no hours
+        fingerprints.append(task_fingerprint(load_encoder(config, runtime), args))
+    path = None if args.per_query is None else Path(args.per_query)
+    kept = {} if path is None else model_scores.read_scores(path)
+    done = []
+    with contextlib.nullcontext() if path is None else only_writer(path, flag="--per-query"):
+        try:
+            for config, fingerprint in zip(configs, fingerprints):
+                if fingerprint in kept:
+                    screen.say(f"model    {config.model}: its scores are in {path}")
+                else:
+                    scores = score_model(load_encoder(config, runtime), fingerprint, args, runtime, screen)
+                    kept[fingerprint] = scores
+                    numbers = ", ".join(f"{name} {value:.3f}" for name, value in scores.scores().items())
+                    screen.say(f"model    {config.model}: {numbers}")
+                    if path is not None:
+                        model_scores.write_scores(path, list(kept.values()))
+                done.append(kept[fingerprint])
+        finally:  # of those that are finished, whatever stops the others
+            if done:
+                display.show_models(screen, [model.line() for model in done], model_scores.differences(done))
+
+
+def score_model(
+    encoder: Encoder, fingerprint: str, args: argparse.Namespace, runtime: Runtime, screen: Screen
+) -> ModelScores:
+    """Return what a model comes to on the task of the flags."""
+    import numpy as np
+
+    from common.search import relevance
+    from common.search.model_scores import COSINE, HUMAN, ModelScores
+    from common.search.searcher import Searcher
+
+    own = (encoder.name, fingerprint, encoder.width)
+    if args.sts:
+        cosines, human = relevance.sts_cosines(encoder, args.sts, args.sts_columns, block=args.block)
+        pairs = [str(row) for row in range(1, len(human) + 1)]
+        return ModelScores(*own, None, pairs, {COSINE: cosines, HUMAN: human})
     files = relevance.TaskFiles(args.queries, args.qrels, args.id_column)
-    for name in args.models:
-        encoder = load_encoder(dataclasses.replace(encoder_config(args), model=name), runtime)
-        line = {"model": name, "width": encoder.width, "bytes_a_vector": 4 * encoder.width}
-        if args.sts:
-            line |= relevance.sts_score(encoder, args.sts, args.sts_columns, block=args.block)
-        else:
-            source, options = source_of(args), {"say": screen.say, "encoder": encoder}
-            with relevance.open_task(files, source, runtime, **options) as opened:
-                snapshot = opened.snapshot
-                searcher = Searcher(snapshot, encoder, snapshot.alive(), say=screen.say)
-                line["texts_per_second"] = snapshot.num_rows / opened.seconds
-                line |= relevance.score(searcher, opened.task)
-        lines.append(line)
-    display.show_models(screen, lines)
+    options = {"say": screen.say, "encoder": encoder}
+    with relevance.open_task(files, source_of(args), runtime, **options) as opened:
+        snapshot, task = opened.snapshot, opened.task
+        searcher = Searcher(snapshot, encoder, snapshot.alive(), say=screen.say)
+        speed = snapshot.num_rows / opened.seconds if opened.seconds else None
+        values = relevance.query_scores(task.judgements, relevance.find(searcher, task))
+    arrays = {name: np.array(of_queries) for name, of_queries in values.items()}
+    return ModelScores(*own, speed, list(task.judgements), arrays)
+
+
+def task_fingerprint(encoder: Encoder, args: argparse.Namespace) -> str:
+    """Return what tells the scores of a model on a task from all others."""
+    from common.search import model_scores
+
+    files = [args.queries, args.qrels, args.sts, args.index, *args.texts]
+    names = ("id_column", "sts_columns", "text_column", "columns", "delimiter", "quoting", "encoding")
+    settings = {name: getattr(args, name) for name in (*names, "skip_bad")}
+    return model_scores.fingerprint(encoder.identity(), files, settings)
 
 
 # project: an index for TensorBoard
@@ -796,14 +845,25 @@ def _new_file(text: str, suffixes: tuple[str, ...]) -> str:
 
 def pairs_file(text: str) -> str:
     """Parse the path of a file of pairs, which is new, empty, or one that was written before."""
+    return table_file(text, PAIR_COLUMNS)
+
+
+def table_file(text: str, columns: tuple[str, ...]) -> str:
+    """Parse the path of a CSV, which is new, empty, or one whose first line begins with `columns`."""
     path = Path(text)
     if path.exists() and not path.is_file() and not path.is_dir():
         raise argparse.ArgumentTypeError(f"{text}: this is a device or a pipe; name a file")
     if path.is_file() and path.stat().st_size:
         with open(path, "rb") as file:
-            if file.readline().rstrip() != ",".join(PAIR_COLUMNS).encode():
+            header = file.readline().rstrip().decode(errors="replace").split(",")
+            if tuple(header[: len(columns)]) != columns:
                 raise argparse.ArgumentTypeError(f"{text}: it holds something else; name a new file")
     return output_file(text)
+
+
+def per_query_file(text: str) -> str:
+    """Parse the path of a file of scores, which is new, empty, or one that was written before."""
+    return table_file(text, PER_QUERY_COLUMNS)
 
 
 def output_file(text: str) -> str:

@@ -544,11 +544,20 @@ def show_sts(screen: Screen, file: str, scores: dict[str, int | float]) -> None:
     screen.document({"file": file, **scores})
 
 
-def show_models(screen: Screen, lines: list[dict[str, object]]) -> None:
-    """Show one line per model."""
+def show_models(screen: Screen, lines: list[dict], differences: list[dict]) -> None:
+    """Show one line per model, and how each differs from the first one."""
     headers = [name.replace("_", " ") for name in lines[0]]
     screen.table([list(line.values()) for line in lines], headers)
-    screen.document({"models": lines})
+    if differences:
+        rows = []
+        for one in differences:
+            interval = "-" if one["interval"] is None else "{:+.3f} to {:+.3f}".format(*one["interval"])
+            p_values = [f"{one[name]:.4f}" for name in ("p", "p_holm")]
+            rows.append([one["model"], one["measure"], f"{one['difference']:+.3f}", interval, *p_values])
+        headers = ["model", "measure", "difference", "95 % interval", "p", "p (Holm)"]
+        title = f"against {lines[0]['model']}, query by query (paired bootstrap)"
+        screen.table(rows, headers, title=title)
+    screen.document({"models": lines, "differences": differences})
 
 
 def write_projection(screen: Screen, selection: Selection, folder: str, *, most: int) -> None:
