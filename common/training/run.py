@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from common.errors import UserError, one_line, shorten
 from common.files import LOCK, find_damage, member, only_writer, read_json
@@ -20,6 +21,49 @@ TRUNCATIONS = ("head", "tail", "head-tail", "chunks")
 # on the bundled news more accurate than reading only the beginning, at the same cost
 # (docs/benchmarks.md)
 DEFAULT_MAX_LENGTH, DEFAULT_TRUNCATION = 256, "chunks"
+
+Kind = Literal["single", "multi", "regression"]  # of a task: one class, several labels, or numbers
+SINGLE, MULTI, REGRESSION = "single", "multi", "regression"
+TASKS = (SINGLE, MULTI, REGRESSION)
+# the scores of each, as metrics.json and --best-metric name them, and what the screen calls them
+SCORES: dict[str, dict[str, str]] = {
+    SINGLE: {
+        "accuracy": "accuracy",
+        "macro_f1": "macro-F1",
+        "loss": "loss",
+        "micro_f1": "micro-F1",
+        "weighted_f1": "weighted F1",
+        "binary_f1": "binary F1",
+        "matthews": "Matthews",
+        "roc_auc": "ROC-AUC",
+        "average_precision": "average precision",
+    },
+    MULTI: {
+        "subset_accuracy": "subset accuracy",
+        "micro_f1": "micro-F1",
+        "macro_f1": "macro-F1",
+        "loss": "loss",
+        "weighted_f1": "weighted F1",
+        "label_accuracy": "accuracy per label",
+        "roc_auc": "ROC-AUC",
+        "average_precision": "average precision",
+    },
+    REGRESSION: {
+        "rmse": "RMSE",
+        "pearson": "Pearson",
+        "spearman": "Spearman",
+        "loss": "loss",
+        "mae": "MAE",
+    },
+}
+LOWER_IS_BETTER = ("loss", "rmse", "mae")
+METRICS = tuple(dict.fromkeys(name for names in SCORES.values() for name in names))
+# those of each evaluation's line on the screen, always defined but for the correlations
+HEADLINES = {
+    SINGLE: ("accuracy", "macro_f1"),
+    MULTI: ("subset_accuracy", "micro_f1", "macro_f1"),
+    REGRESSION: ("rmse", "pearson", "spearman"),
+}
 
 NEWEST = ""  # the value of --resume given alone: the newest checkpoint
 CONFIG = "config.json"  # once it exists, it is complete and the run can be resumed
@@ -283,7 +327,7 @@ def state_problem(path: Path) -> str | None:
 
 def _is_evaluation(entry: object) -> bool:
     """Tell whether a value is an entry of the history, with the scores that are compared and shown."""
-    names = ("epoch", "step", "train_loss", "loss", "accuracy", "macro_f1", "examples_per_second")
+    names = ("epoch", "step", "train_loss", "loss", "examples_per_second")
     return isinstance(entry, dict) and all(is_like(entry.get(name), 0.0) for name in names)
 
 
