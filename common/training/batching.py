@@ -241,7 +241,7 @@ class PaddedBatches(torch.utils.data.Dataset):
     def __init__(self, rows: Rows, tokenizer: AnyTokenizer) -> None:
         self.rows, self.tokenizer = rows, tokenizer
         self.inputs = [name for name in rows.column_names if name not in NOT_MODEL_INPUTS]
-        self.task = task_of_rows(rows) if "label" in rows.column_names else None
+        self.task = None if isinstance(rows, Columns) else task_of_rows(rows)
 
     def __getitem__(self, index: list[Pick]) -> Batch:
         picks = index  # `index` is the name that PyTorch gives it

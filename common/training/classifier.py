@@ -57,7 +57,11 @@ UNLIMITED = 1_000_000  # tokenizers without a limit say 1e30
 # of BERT, DistilBERT, GPT-2
 ATTENTION_DROPOUT_NAMES = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
 # what a saved head may be for
-PROBLEMS = {SINGLE: "one class of several", MULTI: "several labels per text", REGRESSION: "numbers (regression)"}
+PROBLEMS = {
+    SINGLE: "one class of several",
+    MULTI: "several labels per text",
+    REGRESSION: "numbers (regression)",
+}
 UNNAMED = re.compile(r"LABEL_\d+")  # names that transformers gives to classes
 LORA_ALPHA = 2  # times the rank: the scale by which the update is multiplied, as is usual
 # dropout in the adapters would be one more source of randomness; --dropout is the model's own
@@ -186,8 +190,7 @@ def saved_kind(config: PreTrainedConfig) -> Kind:
     """Return for what kind of task a model was saved; without a word about it, one output is a number
     and several are classes.
     """
-    kinds = {problem: kind for kind, problem in PROBLEM_TYPES.items()}
-    return kinds.get(config.problem_type, SINGLE if (config.num_labels or 0) > 1 else REGRESSION)
+    return _kind_of(config.problem_type, config.num_labels or 0)
 
 
 def saved_classes(config: PreTrainedConfig) -> list[str]:
@@ -458,9 +461,12 @@ def task_of_model(model: PreTrainedModel | bert.BertClassifier) -> Task:
 
 def _kind_of_settings(model: bert.BertClassifier) -> Kind:
     """Return the kind of task of a model that is read without transformers, as `saved_kind` does."""
+    return _kind_of(model.config.settings.get("problem_type"), model.classifier.out_features)
+
+
+def _kind_of(problem_type: str | None, num_outputs: int) -> Kind:
     kinds = {problem: kind for kind, problem in PROBLEM_TYPES.items()}
-    several = SINGLE if model.classifier.out_features > 1 else REGRESSION
-    return kinds.get(model.config.settings.get("problem_type"), several)
+    return kinds.get(problem_type or "", SINGLE if num_outputs > 1 else REGRESSION)
 
 
 # Save, and load what was saved --------------------------------------------------------------------
@@ -535,8 +541,8 @@ def saved_thresholds(name: str, task: Task) -> tuple[float, ...] | float:
         return 0.5
     if len(thresholds) != len(task.names):
         raise UserError(
-            f"--model {name}: {SETTINGS_FILE} has {len(thresholds)} thresholds for {len(task.names)} labels; copy"
-            " it from the run once more, or give --threshold"
+            f"--model {name}: {SETTINGS_FILE} has {len(thresholds)} thresholds for {len(task.names)} labels;"
+            " copy it from the run once more"
         )
     return tuple(thresholds)
 
@@ -609,7 +615,9 @@ def check_classes(config: PreTrainedConfig, *, name: str) -> None:
     contradiction.
     """
     if saved_kind(config) == SINGLE and config.num_labels == 1:
-        raise UserError(f"--model {name}: it has only one class, so it can't tell anything; name another model")
+        raise UserError(
+            f"--model {name}: it has only one class, so it can't tell anything; name another model"
+        )
     labels, numbers = config.id2label or {}, config.label2id or {}
     if sorted(labels) != list(range(len(labels))) or len(set(labels.values())) < len(labels):
         problem = "id2label is no list of different names"

@@ -1,9 +1,9 @@
 """Read a data set as labelled splits, and turn their texts into chunks of tokens.
 
 A labelled split has the columns `text` (string), `label` (its type tells the task, the same for all
-splits: common/training/task.py) and `row` (the number of the row in its source, counted from 1, so that a message or a
-prediction can be traced back). A text longer than the model reads becomes one or more chunks of
-tokens (`--truncation`). In this code, `rows[name][:]` is a whole column as a list.
+splits: common/training/task.py) and `row` (the number of the row in its source, counted from 1, so
+that a message or a prediction can be traced back). A text longer than the model reads becomes one
+or more chunks of tokens (`--truncation`). In this code, `rows[name][:]` is a whole column as a list.
 
 `datasets` and scikit-learn, which take a second to import, are imported by the functions that need
 them: `encode` does not.
@@ -31,6 +31,7 @@ from common.runtime import Runtime
 from common.sources import INVISIBLE, FileOptions, note
 from common.training.run import MULTI, REGRESSION, SINGLE
 from common.training.task import (
+    DESCRIPTIONS,
     WHOLE,
     Label,
     LabelConfig,
@@ -139,9 +140,9 @@ def load_splits(config: DataConfig, runtime: Runtime) -> Splits:
         )
     sizes = ", ".join(f"{len(rows):,} {split}" for split, rows in splits.items())
     task = task_of_rows(splits["train"])
-    runtime.say(f"data     {config.dataset}: {sizes} texts")
+    runtime.say(f"data     {config.dataset}: {sizes} texts, {task.counted()}")
     found = ", found from the labels; --task chooses another" if config.labels.task == "auto" else ""
-    runtime.say(f"task     {task.describe()}{found}")
+    runtime.say(f"task     {task.kind}: {DESCRIPTIONS[task.kind]}{found}")
     if unused:
         advice = "name one with --train-split, --validation-split or --test-split to use it"
         runtime.say(f"         not used: {listed(unused)}; {advice}")
@@ -207,10 +208,7 @@ def _read_split_files(config: DataConfig) -> Splits:
     files = {"validation": config.validation_file, "test": config.test_file}
     return {
         split: reading.read_file(
-            Path(file),
-            as_text=config.columns,
-            options=config.files,
-            cache_dir=config.cache_dir,
+            Path(file), as_text=config.columns, options=config.files, cache_dir=config.cache_dir
         )
         for split, file in files.items()
         if file is not None
@@ -295,8 +293,8 @@ def _require_same_task(trained: Task, labels: LabelConfig) -> None:
     """Raise UserError unless the labels are for the task that a model was trained for."""
     if labels.task not in ("auto", trained.kind):
         raise UserError(
-            f"--task {labels.task}: the model was trained for {trained.describe()}; leave the flag out, or name"
-            " another model"
+            f"--task {labels.task}: the model was trained for --task {trained.kind}; leave the flag out, or"
+            " name another model"
         )
     columns, known = labels.columns, set(trained.names)
     is_by_column = trained.kind == MULTI and len(columns) > 1
@@ -375,7 +373,9 @@ def _check_columns(split: str, rows: datasets.Dataset, texts: TextConfig, labels
         reading.check_texts(rows, column, source=f"split {split}")
 
 
-def _with_labels(rows: datasets.Dataset, labels: list[Label], task: Task, texts: TextConfig) -> datasets.Dataset:
+def _with_labels(
+    rows: datasets.Dataset, labels: list[Label], task: Task, texts: TextConfig
+) -> datasets.Dataset:
     import datasets
 
     [text_column] = texts.columns
@@ -420,10 +420,8 @@ def stratified_cut(
                 f"can't cut {purpose} of {size} rows from {len(rows)}; add rows, or supply the split, for"
                 " example as a folder with train.csv, validation.csv and test.csv"
             )
-        order = _shuffled_by(strata(rows), seed=seed)
         is_part = np.zeros(len(rows), bool)
-        # in the middle of each stretch: from its beginning, the lowest of all would always be drawn
-        is_part[order[(np.arange(size) * len(rows) + len(rows) // 2) // size]] = True
+        is_part[_one_of_each_stretch(strata(rows), size, seed=seed)] = True
         return _take(rows, np.flatnonzero(~is_part)), _take(rows, np.flatnonzero(is_part))
     labels = np.asarray(rows["label"][:])
     try:
@@ -450,11 +448,15 @@ def sample(rows: datasets.Dataset, size: int | None, *, seed: int, flag: str) ->
     if size is None or size >= len(rows):
         return rows
     labels = strata(rows)
-    num_classes = len(np.unique(labels)) if task_of_rows(rows).kind == SINGLE else 1
+    if task_of_rows(rows).kind != SINGLE:
+        return _take(rows, _one_of_each_stretch(labels, size, seed=seed))
+    num_classes = len(np.unique(labels))
     if size < num_classes:
         raise UserError(f"{flag} {size}: the rows have {num_classes} classes; use at least {num_classes}")
+    shuffled = np.random.default_rng(seed).permutation(len(rows))
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
     # evenly spaced over the classes: each has its share, within one row
-    return _take(rows, _shuffled_by(labels, seed=seed)[reading.evenly_spaced(len(rows), size)])
+    return _take(rows, by_class[reading.evenly_spaced(len(rows), size)])
 
 
 def strata(rows: datasets.Dataset) -> np.ndarray:
@@ -471,10 +473,15 @@ def strata(rows: datasets.Dataset) -> np.ndarray:
     return np.asarray([min(cell, key=lambda number: counts[number], default=len(counts)) for cell in cells])
 
 
-def _shuffled_by(strata: np.ndarray, *, seed: int) -> np.ndarray:
-    """Return row numbers (N) in the order of `strata`, and shuffled where these are equal."""
-    shuffled = np.random.default_rng(seed).permutation(len(strata))
-    return shuffled[np.argsort(strata[shuffled], kind="stable")]
+def _one_of_each_stretch(strata: np.ndarray, size: int, *, seed: int) -> np.ndarray:
+    """Return `size` row numbers: of the rows in the order of `strata` (N), cut into as many equal
+    stretches, one drawn from each.
+    """
+    generator = np.random.default_rng(seed)
+    shuffled = generator.permutation(len(strata))
+    order = shuffled[np.argsort(strata[shuffled], kind="stable")]
+    ends = np.arange(size + 1) * len(strata) // size
+    return order[generator.integers(ends[:-1], ends[1:])]
 
 
 def _take(rows: datasets.Dataset, numbers: np.ndarray) -> datasets.Dataset:

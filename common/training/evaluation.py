@@ -16,14 +16,12 @@ from common.training import batching, data
 from common.training.checkpoint import StopSignals
 from common.training.classifier import task_of_model
 from common.training.run import LOWER_IS_BETTER, MULTI, REGRESSION
-from common.training.task import Task, task_of_rows
+from common.training.task import Scoring, Task, task_of_rows
 from common.training.tracking import progress
 
 if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from common.training.metrics import Scoring
 
 # texts held at a time: enough to sort by length, with little memory and early first answers
 PREDICT_BLOCK = 2048
@@ -122,11 +120,11 @@ def predict_texts(
     runtime: Runtime,
     *,
     batch_size: int,
-    thresholds: list[float] | None = None,
+    thresholds: float | tuple[float, ...] = 0.5,
 ) -> Iterator[dict]:
     """Yield an answer for each text, in order: a dict with its `row` (from 1), and what `answer` says.
 
-    `thresholds` (C) are the probabilities from which on a text has a label.
+    `thresholds` are the probabilities from which on a text has a label: one for all, or (C).
     """
     task = task_of_model(model)
     for start in range(0, len(texts), PREDICT_BLOCK):
@@ -140,7 +138,7 @@ def predict_texts(
             yield {"row": row, **answer(task, scores, thresholds)}
 
 
-def answer(task: Task, scores: list[float], thresholds: list[float] | None) -> dict:
+def answer(task: Task, scores: list[float], thresholds: float | tuple[float, ...]) -> dict:
     """Return what the scores (C) of a text say: `scores` by name, and before it the best `label` with
     its `confidence`, or those `labels` whose probability reaches its threshold.
     """
@@ -148,7 +146,7 @@ def answer(task: Task, scores: list[float], thresholds: list[float] | None) -> d
     if task.kind == REGRESSION:
         return {"scores": rounded}
     if task.kind == MULTI:
-        limits = thresholds or [0.5] * len(scores)
+        limits = thresholds if isinstance(thresholds, tuple) else (thresholds,) * len(scores)
         chosen = [name for name, score, limit in zip(task.names, scores, limits) if score >= limit]
         return {"labels": chosen, "scores": rounded}
     best = task.names[max(range(len(scores)), key=scores.__getitem__)]

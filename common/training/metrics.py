@@ -10,8 +10,8 @@ out. In the letters of the shapes: N texts, C classes, labels or numbers.
 
 import tempfile
 import warnings
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import datasets
 import evaluate as evaluate_library
@@ -23,20 +23,10 @@ from sklearn import metrics as sklearn_metrics
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, precision_recall_fscore_support
 
 from common.training.run import MULTI, SINGLE
-from common.training.task import Task
+from common.training.task import Scoring, Task
 
 NUMBER = datasets.Value("int64")
 FEATURES = datasets.Features({"predictions": NUMBER, "references": NUMBER})
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """What scores depend on beside logits and targets; the fields are named as their flags."""
-
-    positive_class: str | None = None  # None: of two classes the second
-    # from which probability on a text has a label: one number for all labels, one for each, or "auto":
-    # those with the highest F1 on the texts that are scored
-    threshold: float | tuple[float, ...] | Literal["auto"] = 0.5
 
 
 class Accuracy(evaluate_library.Metric):
@@ -245,7 +235,7 @@ def number_scores(outputs: torch.Tensor, targets: torch.Tensor) -> dict:
     }
 
 
-def _correlation(measure: object, answers: np.ndarray, truth: np.ndarray) -> float | None:
+def _correlation(measure: Callable[..., Any], answers: np.ndarray, truth: np.ndarray) -> float | None:
     if len(truth) < 2 or np.ptp(answers) == 0 or np.ptp(truth) == 0:
         return None
     with warnings.catch_warnings(action="ignore"):  # that numbers are nearly equal

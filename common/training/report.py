@@ -123,7 +123,13 @@ def epoch_table(epochs: list[dict], task: Task, best_metric: str, style: str = "
         ]
         for epoch in epochs
     ]
-    called = ("epoch", "training loss", "validation loss", *(words(name, task) for name in names), "examples/s")
+    called = (
+        "epoch",
+        "training loss",
+        "validation loss",
+        *(words(name, task) for name in names),
+        "examples/s",
+    )
     align = ("right",) * len(called)
     return tabulate(rows, called, tablefmt=style, disable_numparse=True, colalign=align)
 
@@ -136,7 +142,8 @@ def score_lines(scores: dict, task: Task) -> str:
     others = [name for name in SCORES[task.kind] if name not in first and name in scores]
     lines = (first, others) if others else (first,)
     return "\n".join(
-        ", ".join(f"{words(name, task)} {_four_decimals(scores.get(name))}" for name in line) for line in lines
+        ", ".join(f"{words(name, task)} {_four_decimals(scores.get(name))}" for name in line)
+        for line in lines
     )
 
 
@@ -158,6 +165,13 @@ ANSWER_COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
         "Spearman": ("spearman", ".4f"),
     },
 }
+
+
+def thresholds_of(scores: dict) -> list[float] | None:
+    """Return the thresholds (C) of the labels with which scores were computed; None for other tasks."""
+    return scores.get("per_class", {}).get("threshold")
+
+
 CALLED = {SINGLE: "class", MULTI: "label", REGRESSION: "number"}  # what an answer is
 
 
@@ -335,7 +349,10 @@ class Predictions:
         if self.task.kind == SINGLE:
             confidence = f"{self.confidence[number].item():.6f}"
             return [self.names[true], self.names[predicted], confidence, *scores]
-        has = [[name for name, value in zip(self.names, values.tolist()) if value] for values in (true, predicted)]
+        has = [
+            [name for name, value in zip(self.names, values.tolist()) if value]
+            for values in (true, predicted)
+        ]
         return [*map("|".join, has), *scores]
 
 
@@ -606,7 +623,10 @@ def _title(task: Task) -> tuple[str, str]:
     if task.kind == SINGLE:
         return f"A classifier of texts into {count} classes", "tell"
     if task.kind == MULTI:
-        return f"A classifier of texts by {count} label{'s' * (count > 1)}, of which a text can have several", "find"
+        return (
+            f"A classifier of texts by {count} label{'s' * (count > 1)}, of which a text can have several",
+            "find",
+        )
     return f"A model that gives texts {count} number{'s' * (count > 1)}", "predict"
 
 

@@ -12,23 +12,28 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from common import reading
-from common.errors import UserError, listed, quoted, shorten
+from common.errors import UserError, quoted
 from common.sources import is_blank
-from common.training.run import MULTI, REGRESSION, SINGLE, Kind
+from common.training.run import MULTI, REGRESSION, SINGLE, TASKS, Kind
 
 if TYPE_CHECKING:
     import datasets
 
 IGNORED_CLASS = -100  # the default ignore_index of cross_entropy
+DESCRIPTIONS: dict[Kind, str] = {
+    SINGLE: "one class for each text",
+    MULTI: "any number of labels for each text",
+    REGRESSION: "numbers for each text",
+}
 PROBLEM_TYPES: dict[Kind, str] = {
     SINGLE: "single_label_classification",
     MULTI: "multi_label_classification",
@@ -57,14 +62,15 @@ class Task:
         """What transformers calls it: by this name `pipeline` turns logits into scores."""
         return PROBLEM_TYPES[self.kind]
 
-    def describe(self) -> str:
-        """Return in a few words what is asked about a text."""
+    def counted(self) -> str:
+        """Return how many answers there are, such as "5 classes"."""
         count = len(self.names)
-        if self.kind == SINGLE:
-            return f"one class of {count} (single)"
-        if self.kind == MULTI:
-            return f"which of {count} label{'s' * (count > 1)} a text has (multi)"
-        return f"{count} number{'s' * (count > 1)} (regression): {listed(self.names, most=6)}"
+        one, several = {
+            SINGLE: ("class", "classes"),
+            MULTI: ("label", "labels"),
+            REGRESSION: ("number", "numbers"),
+        }[self.kind]
+        return f"{count:,} {one if count == 1 else several}"
 
     def feature(self) -> Any:
         """Return the type of the column `label` of a split, from which `task_of_rows` reads the task."""
@@ -112,6 +118,16 @@ class Task:
         if self.kind == REGRESSION:
             return logits
         return logits.softmax(-1) if self.kind == SINGLE else logits.double().sigmoid()
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What scores depend on beside logits and targets; the fields are named as their flags."""
+
+    positive_class: str | None = None  # None: of two classes the second
+    # from which probability on a text has a label: one number for all labels, one for each, or "auto":
+    # those with the highest F1 on the texts that are scored
+    threshold: float | tuple[float, ...] | Literal["auto"] = 0.5
 
 
 def task_of_rows(rows: datasets.Dataset) -> Task:
@@ -215,8 +231,8 @@ def find_kind(rows: datasets.Dataset, config: LabelConfig) -> Kind:
     Several columns, or lists, are labels if they hold names, or nothing but 0 and 1; else numbers.
     One column holds numbers if these have decimals that no names of classes have; else classes.
     """
-    if config.task != "auto":
-        return config.task
+    if config.task in TASKS:
+        return cast(Kind, config.task)
     if config.label_separator is not None:
         return MULTI
     if len(config.columns) > 1:
@@ -375,19 +391,24 @@ def read_label_lists(split: str, rows: datasets.Dataset, config: LabelConfig) ->
     if config.label_separator is not None:
         parts = [(text or "").split(config.label_separator) for text in _names(rows, column)]
         return [[part.strip() for part in cell if not is_blank(part)] for cell in parts]
-    cells = {column: _names(rows, column) for column in columns}
-    if len(columns) == 1 and not _is_yes_or_no(cells[column]):
+    if len(columns) == 1 and not _is_yes_or_no(_names(rows, column)):
         return [[label] for label in read_classes(split, rows, column)]
-    for column, values in cells.items():
-        for row, value in enumerate(values, start=1):
-            if value is None or is_blank(value):
-                raise _missing(split, row, column)
-            if value.strip().lower() not in FLAGS:
-                problem = f"the label {quoted(value)} in column {column!r} is neither 0 nor 1"
-                advice = "correct the row, or choose another --task"
-                raise UserError(f"split {split}, row {row}: {problem}; {advice}")
-    flags = {column: [FLAGS[value.strip().lower()] for value in values] for column, values in cells.items()}
+    flags = {column: _read_flags(split, rows, column) for column in columns}
     return [[column for column in columns if flags[column][row]] for row in range(len(rows))]
+
+
+def _read_flags(split: str, rows: datasets.Dataset, column: str) -> list[bool]:
+    """Return whether each row (N) has 1 or true in a column, and not 0 or false."""
+    flags = []
+    for row, value in enumerate(_names(rows, column), start=1):
+        if value is None or is_blank(value):
+            raise _missing(split, row, column)
+        flag = FLAGS.get(value.strip().lower())
+        if flag is None:
+            problem = f"the label {quoted(value)} in column {column!r} is neither 0 nor 1"
+            raise UserError(f"split {split}, row {row}: {problem}; correct the row, or choose another --task")
+        flags.append(flag)
+    return flags
 
 
 def _listed_labels(split: str, rows: datasets.Dataset, column: str) -> list[list[str]]:
@@ -403,7 +424,7 @@ def _listed_labels(split: str, rows: datasets.Dataset, column: str) -> list[list
     if _are_flags(cells):
         return [[str(number) for number, flag in enumerate(cell) if flag] for cell in cells]
     kind = getattr(item, "dtype", type(item).__name__)
-    if not re.fullmatch(r"(large_)?string|u?int\d+", kind):
+    if not re.fullmatch(r"(large_)?string|u?int\d+|null", kind):
         raise UserError(
             f"split {split}: column {column!r} holds lists of {kind}, but labels are strings or whole"
             " numbers; name the right one with --label-column, or choose another --task"
@@ -414,7 +435,9 @@ def _listed_labels(split: str, rows: datasets.Dataset, column: str) -> list[list
 # Their names --------------------------------------------------------------------------------------
 
 
-def label_names(rows: datasets.Dataset, kind: Kind, labels: Sequence[Label], config: LabelConfig) -> list[str]:
+def label_names(
+    rows: datasets.Dataset, kind: Kind, labels: Sequence[Label], config: LabelConfig
+) -> list[str]:
     """Return the names of the answers that the labels (N) of a training split ask for, in order: those
     of its columns; those that the data set lists; else strings sorted, and numbers by value.
 
@@ -428,7 +451,9 @@ def label_names(rows: datasets.Dataset, kind: Kind, labels: Sequence[Label], con
     if kind == SINGLE:
         known = set(labels)
         if len(known) < 2:
-            raise _only_one(f"every row has the label {quoted(labels[0])}; a classifier needs at least two classes")
+            raise _only_one(
+                f"every row has the label {quoted(labels[0])}; a classifier needs at least two classes"
+            )
         listed_names = getattr(feature, "names", None)
         return list(listed_names) if listed_names is not None else sorted(known, key=natural_order)
     known = {name for label in labels for name in label}
