@@ -32,6 +32,7 @@ CARD_SETTINGS = {  # each with what is shown for a flag that was not given
     "task": "",
     "max_train_samples": "all",
     "seed": "",
+    "split_seed": "seed",
     "epochs": "",
     "batch_size": "",
     "grad_accum": "",

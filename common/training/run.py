@@ -63,6 +63,7 @@ LEFT_OPEN = (None, "auto")  # the values of flags whose default depends on the d
 NEWEST = ""  # the value of --resume given alone: the newest checkpoint
 CONFIG = "config.json"  # once it exists, it is complete and the run can be resumed
 RESULTS = "metrics.json"  # of a finished run
+STUDY = "study.json"  # of several runs: their flags
 # the only file that a run leaves behind when it is killed at its very beginning
 UNFINISHED_CONFIG = re.compile(r"config\.json\.\d+")
 CHECKPOINTS, CHECKPOINT_PREFIX, STATE = "checkpoints", "step-", "state.json"
@@ -98,6 +99,7 @@ FREE_FLAGS = {
     "num_workers",
     "save_every",
     "keep",
+    "keep_after",
     "max_minutes",
     "auto_batch_size",
     "nondeterministic",
@@ -163,7 +165,7 @@ def locate_run(
         # a checkpoint that the flags name was where the job began: by now it has come further
         return RunLocation(named.folder, is_resumed=True)
     if resume is None:
-        return RunLocation(_new_run_folder(output_dir, name))
+        return RunLocation(new_run_folder(output_dir, name))
     if named is None:
         raise UserError("--resume: which run? name its folder, as in --resume runs/news")
     if not (named.folder / CONFIG).is_file():
@@ -191,7 +193,7 @@ def _named_run(output_dir: str | None, resume: str | None) -> RunLocation | None
     return RunLocation(folder, is_resumed=True, checkpoint=path if is_checkpoint else None)
 
 
-def _new_run_folder(output_dir: str | None, name: str) -> Path:
+def new_run_folder(output_dir: str | None, name: str) -> Path:
     """Return the folder for a new run: `output_dir`, or runs/<name>-<time>. Nothing is created yet.
 
     Raises UserError when the folder is not empty.
@@ -392,7 +394,8 @@ def resumed_flags(given: Mapping[str, Any]) -> tuple[str | None, dict[str, objec
             raise UserError("--resume-or-start: --resume says to continue; leave one of the two out")
         if output_dir is None:
             raise UserError("--resume-or-start: name the folder of the run with --output-dir")
-        resume = NEWEST if (Path(output_dir) / CONFIG).is_file() else None
+        known = any((Path(output_dir) / name).is_file() for name in (CONFIG, STUDY))
+        resume = NEWEST if known else None
     return resume, {} if resume is None else saved_flags(output_dir, resume)
 
 
@@ -402,16 +405,31 @@ def is_finished(run_folder: Path) -> bool:
 
 
 def saved_flags(output_dir: str | None, resume: str) -> dict[str, object]:
-    """Return the flags of the run that `--resume` and `--output-dir` name, {} where there is none, which
-    `locate_run` says. Raises UserError when its config.json is damaged.
+    """Return the flags of the run, or of the study, that `--resume` and `--output-dir` name, {} where
+    there is none, which `locate_run` says. Raises UserError when its config.json is damaged.
     """
     run = _named_run(output_dir, resume)
-    if run is None or not (run.folder / CONFIG).is_file():
+    if run is None or not any((run.folder / name).is_file() for name in (CONFIG, STUDY)):
         return {}
+    if (run.folder / STUDY).is_file():
+        return read_study(run.folder)["flags"]
     config = read_config(run.folder)
     identity = config.get("identity", {})
     kinds = {name: identity.get(f"--{name}") for name in ("device", "precision")}
     return {**{name: value for name, value in config.items() if name not in NO_FLAGS}, **kinds}
+
+
+def read_study(folder: Path) -> dict[str, Any]:
+    """Return the content of a study.json. Raises UserError when it is damaged."""
+    path = folder / STUDY
+    try:
+        content = read_json(path)
+        if not isinstance(content["flags"], dict) or not isinstance(content["axes"], dict):
+            raise ValueError("no flags")
+        return content
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+        advice = "start a new study with another --output-dir"
+        raise UserError(f"--resume: {path} is damaged; {advice}") from error
 
 
 def identity_of_flags(flags: Mapping[str, object]) -> dict[str, object]:

@@ -351,6 +351,8 @@ def other_kinds() -> dict[str, Case]:
     encoder_only = saved(lambda: BertModel(bert()))
     masked = saved(lambda: BertForMaskedLM(bert()))
     one = saved(lambda: BertForSequenceClassification(bert(num_labels=1)))
+    single = {"num_labels": 1, "problem_type": "single_label_classification"}
+    one_class = saved(lambda: BertForSequenceClassification(bert(**single)))
     names = {"0": "neg", "1": "pos"}
     return {
         "an encoder, predict": Case(encoder_only, ("predict",), ("never trained to classify", "classifier")),
@@ -360,11 +362,10 @@ def other_kinds() -> dict[str, Case]:
             masked, ("generate",), ("never trained to generate", "BertForMaskedLM")
         ),
         "an encoder, generate": Case(encoder_only, ("generate",), ("never trained to generate",)),
-        "one output, predict": Case(one, ("predict",), ("regression",)),
-        "regression, predict": Case(config(problem_type="regression"), ("predict",), ("regression",)),
-        "labels, predict": Case(
-            config(problem_type="multi_label_classification"), ("predict",), ("several labels",)
-        ),
+        "one output, predict": Case(one, ("predict",), None),
+        "one class, predict": Case(one_class, ("predict",), ("only one class",)),
+        "regression, predict": Case(config(problem_type="regression"), ("predict",), None),
+        "labels, predict": Case(config(problem_type="multi_label_classification"), ("predict",), None),
         "a decoder without head, generate": Case(
             saved(
                 lambda: GPT2Model(
