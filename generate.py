@@ -3,7 +3,7 @@
 
 The loop is `decode`, below the flags: prefill, sampler, stop, step. Its parts are in
 common/generation: decoding.py (prefill, step), sampling.py (filters, draw), completion.py (from
-tokens to text). Left out on purpose: beam search, encoder-decoder models, serving.
+tokens to text). Left out on purpose: encoder-decoder models.
 
   python generate.py --prompt "Natural Language Processing is"  # greedy, bundled SmolLM2-135M-Instruct
   python generate.py --prompt "Natural Language Processing is" --top-k 50 --seed 1
@@ -27,10 +27,11 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from common import cli, sources
 from common.cli import (
+    finite_float,
     fraction,
     non_negative_float,
     non_negative_int,
@@ -99,6 +100,12 @@ def make_parser() -> cli.Parser:
     add("--sampler", choices=["exact", "independent"], default="exact", help=help_text)
     help_text = "greedy only: guess up to N tokens ahead from the text so far"
     add("--lookup", type=positive_int, metavar="N", help=help_text)
+    help_text = "search for the likeliest text with N beams; --num-samples shows more than the best one"
+    add("--num-beams", type=positive_int, metavar="N", help=help_text)
+    help_text = "above 0 prefers longer texts, below 0 shorter ones"
+    add("--length-penalty", type=finite_float, default=1.0, help=help_text)
+    help_text = "true: end with the Nth text that ends; false: when no better one is likely; never: possible"
+    add("--early-stopping", choices=list(EARLY_STOPPING), default="false", help=help_text)
 
     add = parser.add_argument_group("end of a text").add_argument
     add("--max-new-tokens", type=positive_int, default=200, help="the most tokens of a text")
@@ -149,6 +156,9 @@ def unescape(text: str) -> str:
     return re.sub(r"\\[nt\\]", lambda match: ESCAPED[match[0]], text)
 
 
+EARLY_STOPPING: dict[str, Any] = {"true": True, "false": False, "never": "never"}
+
+
 def listed(text: str) -> list[str]:
     r"""Parse texts that are separated by commas; \, is a comma within one."""
     return [unescape(part.replace(r"\,", ",")) for part in re.split(r"(?<!\\),", text)]
@@ -190,7 +200,9 @@ NEEDS = {  # a flag, and the flags of which it needs one
     **dict.fromkeys(("--columns", "--delimiter", "--quoting"), TABLES),
     "--encoding": (*TABLES, "--perplexity"),
     "--xtc-threshold": ("--xtc-probability",),
-    "--num-samples": DRAWING_FLAGS,  # greedy gives the same text each time
+    "--length-penalty": ("--num-beams",),
+    "--early-stopping": ("--num-beams",),
+    "--num-samples": (*DRAWING_FLAGS, "--num-beams"),  # greedy gives the same text each time
 }
 CONFLICTS = (  # flags that cannot be used together, and why; torchrun counts as one
     ("--prompt", NO_PROMPT, "this mode takes no prompts"),
@@ -201,6 +213,11 @@ CONFLICTS = (  # flags that cannot be used together, and why; torchrun counts as
     ("--stream", ("--output",), "the texts go to a file, not to the screen"),
     ("--lookup", DRAWING_FLAGS, "prompt lookup is for greedy decoding"),
     ("--lookup", ONE_PROMPT, "this mode uses no prompt lookup"),
+    ("--num-beams", DRAWING_FLAGS, "a beam search draws nothing"),
+    ("--num-beams", ("--lookup",), "a beam search has several texts to guess"),
+    ("--num-beams", ("--stop",), "beams end at end tokens only"),
+    ("--num-beams", ("--logprobs",), "the logits of a beam are not kept"),
+    ("--num-beams", (*ONE_PROMPT, *NO_PROMPT), "this mode chooses token by token"),
     ("--num-samples", (*ONE_PROMPT, *NO_PROMPT), "this mode takes one text per prompt"),
     ("--num-samples", ("--references",), "one text per prompt is scored"),
     ("--check", ("--sampler",), "only --sampler exact draws the random numbers of model.generate"),
@@ -234,6 +251,10 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.min_new_tokens > args.max_new_tokens:
         low, high = args.min_new_tokens, args.max_new_tokens
         raise UserError(f"--min-new-tokens {low}: lower it, or raise --max-new-tokens {high}")
+    if args.num_beams == 1:
+        raise UserError("--num-beams 1: that is greedy decoding; use at least 2, or leave it out")
+    if args.num_beams is not None and args.num_samples > args.num_beams:
+        raise UserError(f"--num-samples {args.num_samples}: --num-beams {args.num_beams} has no more texts")
     check_given_texts(args)
     if args.score is None:
         sources.check_model(args.model, kind="language model")
@@ -324,7 +345,8 @@ import torch
 from tqdm import tqdm
 
 from common import reading
-from common.generation import fast_sampling, language_model, sampling
+from common.generation import beams, fast_sampling, language_model, sampling
+from common.generation.beams import Beams
 from common.generation.completion import Completion, Options, Prompt, Run, Stopwatch
 from common.generation.decoding import Batch, PromptLookup, Step, fetch_ids, prefill, step
 from common.generation.language_model import LanguageModel, Loading
@@ -384,8 +406,11 @@ def complete(run: Run, rows: list[Completion], batch: Batch | None = None, *, se
     """
     if not rows:
         return
-    batch = batch or run.left_pad(rows)
     options, settings = run.options, run.options.settings
+    if options.beams is not None:
+        yield from beams.complete(run, rows, options.beams)
+        return
+    batch = batch or run.left_pad(rows)
     lookup = PromptLookup(options.lookup) if options.lookup else None
     if lookup:
         steps = lookup.decode(run.language_model, batch, settings)
@@ -524,6 +549,9 @@ def recorded_settings(args: argparse.Namespace, run: Run) -> dict:
     given = {name: getattr(args, name) for name in newer.split() if getattr(args, name)}
     if args.xtc_probability:
         given["xtc_threshold"] = args.xtc_threshold
+    if args.num_beams:
+        names = ("num_beams", "length_penalty", "early_stopping")
+        given |= {name: getattr(args, name) for name in names}
     model = run.language_model
     return {
         "model": reading.full_name(args.model),
@@ -699,8 +727,16 @@ def load(args: argparse.Namespace) -> tuple[Run, Runtime]:
         stops=tuple(args.stop or ()),
         num_logprobs=args.logprobs,
         lookup=args.lookup or 0,
+        beams=chosen_beams(args),
     )
     return Run(model, options), runtime
+
+
+def chosen_beams(args: argparse.Namespace) -> Beams | None:
+    """Return how the flags ask for a beam search, None if they do not."""
+    if args.num_beams is None:
+        return None
+    return Beams(args.num_beams, args.length_penalty, EARLY_STOPPING[args.early_stopping])
 
 
 def load_all(args: argparse.Namespace) -> tuple[Run, list[Prompt], list[str] | None, Runtime]:

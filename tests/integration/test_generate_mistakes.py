@@ -248,6 +248,14 @@ FLAGS = {  # name: (flags, what the line must hold)
         [*P, "--xtc-probability", 0.5, "--xtc-threshold", 0.6],
         ("--xtc-threshold 0.6", "at most 0.5"),
     ),
+    "one beam": ([*P, "--num-beams", 1], ("--num-beams 1", "greedy", "at least 2")),
+    "beams and a draw": ([*P, "--num-beams", 2, "--top-k", 5], ("--num-beams 2", "--top-k 5", "leave one")),
+    "beams and a stop string": ([*P, "--num-beams", 2, "--stop", "a"], ("--num-beams 2", "--stop 'a'")),
+    "more samples than beams": (
+        [*P, "--num-beams", 2, "--num-samples", 3],
+        ("--num-samples 3", "--num-beams 2"),
+    ),
+    "a length penalty alone": ([*P, "--length-penalty", 2], ("--length-penalty 2.0", "--num-beams")),
     "seed -1": ([*P, "--seed", -1], ("--seed", "'-1'", "from 0 to")),
     "abbreviated flag": ([*P, "--temp", 1], ("--temp", "--help")),
 }
