@@ -351,8 +351,6 @@ def other_kinds() -> dict[str, Case]:
     encoder_only = saved(lambda: BertModel(bert()))
     masked = saved(lambda: BertForMaskedLM(bert()))
     one = saved(lambda: BertForSequenceClassification(bert(num_labels=1)))
-    single = {"num_labels": 1, "problem_type": "single_label_classification"}
-    one_class = saved(lambda: BertForSequenceClassification(bert(**single)))
     names = {"0": "neg", "1": "pos"}
     return {
         "an encoder, predict": Case(encoder_only, ("predict",), ("never trained to classify", "classifier")),
@@ -363,7 +361,6 @@ def other_kinds() -> dict[str, Case]:
         ),
         "an encoder, generate": Case(encoder_only, ("generate",), ("never trained to generate",)),
         "one output, predict": Case(one, ("predict",), None),
-        "one class, predict": Case(one_class, ("predict",), ("only one class",)),
         "regression, predict": Case(config(problem_type="regression"), ("predict",), None),
         "labels, predict": Case(config(problem_type="multi_label_classification"), ("predict",), None),
         "a decoder without head, generate": Case(
