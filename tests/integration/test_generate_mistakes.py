@@ -560,11 +560,13 @@ def test_a_damaged_model_folder(file, content, parts, refused, tiny, tmp_path):
     refused("--model", tmp_path / "model", *P, parts=("--model", *parts, "name another"))
 
 
-def test_pickled_weights_are_never_read(refused, tiny, tmp_path):
+def test_pickled_weights_of_another_name_are_never_read(refused, tiny, tmp_path):
     shutil.copytree(tiny, tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").unlink()
-    torch.save({}, tmp_path / "model" / "pytorch_model.bin")
-    refused("--model", tmp_path / "model", *P, parts=("pickled weights", "never read", "convert"))
+    torch.save({}, tmp_path / "model" / "weights.bin")
+    refused(
+        "--model", tmp_path / "model", *P, parts=("pickled weights", "pytorch_model.bin", "use a version")
+    )
 
 
 def test_a_mode_of_one_process_under_torchrun(refused, monkeypatch):
