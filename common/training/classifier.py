@@ -557,7 +557,7 @@ def _are_thresholds(values: object) -> bool:
 
 
 def _is_temperature(value: object) -> bool:
-    return type(value) in (int, float) and 0 < value < math.inf
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def saved_temperature(name: str) -> float:
