@@ -260,9 +260,7 @@ def test_beams_are_those_of_generate(kind, request):
     library_model = explain.library_model(language_model)
     if is_in_c:
         language_model = in_c(language_model, request.getfixturevalue("kernel"))
-    for beams, prompts, flags in itertools.product(
-        BEAMS, (PROMPTS[:1], PROMPTS), BEAM_SETTINGS.values()
-    ):
+    for beams, prompts, flags in itertools.product(BEAMS, (PROMPTS[:1], PROMPTS), BEAM_SETTINGS.values()):
         options = Options(
             dataclasses.replace(settings_of(flags, language_model), max_new_tokens=14),
             num_samples=beams.size,
