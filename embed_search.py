@@ -126,6 +126,7 @@ def check_index_command(args: argparse.Namespace) -> None:
         settings = read_manifest(folder)["settings"]
         wanted = {"id_column": args.id_column, "max_length": args.max_length}
         wanted["chunk_overlap"] = overlap_of(args)
+        wanted |= {"width": args.dimensions, "document_prompt": args.document_prompt}
         given = {name: value for name, value in wanted.items() if value is not None}
         check_settings(args.index, given, settings)
         model = model or settings["model"]
@@ -141,23 +142,25 @@ def overlap_of(args: argparse.Namespace) -> int | None:
 def index(args: argparse.Namespace) -> None:
     """Build an index, or bring it up to date."""
     from common.search import display
-    from common.search.builder import Builder, fill, settings_of
+    from common.search.builder import Builder, fill, load_index_encoder, settings_of
     from common.search.encoder import chunk_size, load_encoder
     from common.search.store import open_store
 
     runtime, screen = start(args)
     folder, source, config = Path(args.index), source_of(args), encoder_config(args)
-    id_column, overlap = args.id_column, overlap_of(args)
+    id_column, overlap, existing = args.id_column, overlap_of(args), None
     if (folder / MANIFEST).is_file():  # the index exists: what no flag names stays as it was made
         existing = read_manifest(folder)["settings"]
-        config = config.with_defaults(existing["model"], existing["max_length"])
         id_column = id_column or existing["id_column"]
         if overlap is None:
             overlap = existing["chunk_overlap"]
     collection = None
     if runtime.world_size == 1:  # mistakes in the texts are reported before the model is loaded
         collection = source.read(id_column)
-    encoder = load_encoder(config, runtime)
+    if existing:
+        encoder = load_index_encoder(config, runtime, args.index, existing)
+    else:
+        encoder = load_encoder(config, runtime)
     # under torchrun every process encodes, but only the main one reads the texts and writes
     if not runtime.is_main:
         encoder.follow()
@@ -319,7 +322,7 @@ def search(args: argparse.Namespace) -> None:
         queries = read_queries(args.queries_file, args.encoding)
     snapshot = open_snapshot(args.index)
     allowed = matching(snapshot, args.where, limits_of(args))
-    encoder = load_index_encoder(encoder_config(args), runtime, snapshot)
+    encoder = load_index_encoder(encoder_config(args), runtime, args.index, snapshot.settings)
     reranker = None
     if args.rerank:
         reranker = load_reranker(args.rerank, runtime, cache_dir=args.cache_dir)
@@ -549,6 +552,11 @@ def add_model_flags(command: cli.Parser) -> None:
     length = "tokens that the model reads of a text (default: the index's, else the model's own)"
     flag("--max-length", type=cli.positive_int, help=length)
     flag("--batch-tokens", type=cli.positive_int, help="positions per batch (default: by device)")
+    kept = "the first numbers of each embedding that are kept, for a Matryoshka model (default: all)"
+    flag("--dimensions", type=cli.positive_int, metavar="N", help=kept)
+    before = "put before each {} (default: the index's, else what the model says)"
+    flag("--query-prompt", metavar="TEXT", help=before.format("query"))
+    flag("--document-prompt", metavar="TEXT", help=before.format("text that is no query"))
 
 
 def add_text_flags(command: cli.Parser) -> None:
@@ -656,8 +664,10 @@ def check_index(args: argparse.Namespace, *, encodes: bool) -> None:
     settings = check_files(Path(args.index))["settings"]
     if encodes or args.model:
         check_model(args.model or settings["model"])
-    if args.max_length is not None:
-        check_settings(args.index, {"max_length": args.max_length}, settings)
+    wanted = {"max_length": args.max_length, "width": args.dimensions}
+    wanted["document_prompt"] = args.document_prompt
+    given = {name: value for name, value in wanted.items() if value is not None}
+    check_settings(args.index, given, settings)
 
 
 def check_texts(args: argparse.Namespace) -> None:
@@ -714,7 +724,15 @@ def start(args: argparse.Namespace) -> tuple[Runtime, Screen]:
 
 
 def encoder_config(args: argparse.Namespace) -> EncoderConfig:
-    return EncoderConfig(args.model, args.max_length, args.batch_tokens, args.cache_dir)
+    return EncoderConfig(
+        args.model,
+        args.max_length,
+        args.batch_tokens,
+        args.cache_dir,
+        dimensions=args.dimensions,
+        query_prompt=args.query_prompt,
+        document_prompt=args.document_prompt,
+    )
 
 
 def file_options(args: argparse.Namespace) -> sources.FileOptions:

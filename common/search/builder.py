@@ -40,14 +40,16 @@ def settings_of(encoder: Encoder, *, id_column: str | None, chunk_overlap: int |
     """Return the settings of an index that an encoder fills; `chunk_overlap` is None for whole
     texts.
     """
-    return {**encoder.identity(), "id_column": id_column, "chunk_overlap": chunk_overlap}
+    own: Settings = {**encoder.identity(), "id_column": id_column, "chunk_overlap": chunk_overlap}
+    return {**own, "query_prompt": encoder.prompts.get("query")}
 
 
-def load_index_encoder(config: EncoderConfig, runtime: Runtime, snapshot: Snapshot) -> Encoder:
-    """Return the encoder of an index; flags that name another one are refused."""
-    settings = snapshot.settings
-    encoder = load_encoder(config.with_defaults(settings["model"], settings["max_length"]), runtime)
-    check_settings(str(snapshot.folder), encoder.identity(), settings)
+def load_index_encoder(config: EncoderConfig, runtime: Runtime, index: str, settings: Settings) -> Encoder:
+    """Return the encoder of an index with these settings; flags that name another one are refused."""
+    encoder = load_encoder(config.with_defaults(settings), runtime)
+    if config.dimensions is None:  # as many of the model's as the index was made with
+        encoder.model.width = min(encoder.width, settings["width"])
+    check_settings(index, encoder.identity(), settings)
     return encoder
 
 

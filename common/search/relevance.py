@@ -201,7 +201,8 @@ def open_task(
         seconds = 0.0
         if collection is None:
             snapshot = open_snapshot(source.index or "")
-            encoder = load_index_encoder(source.encoder, runtime, snapshot)
+            index = str(snapshot.folder)
+            encoder = load_index_encoder(source.encoder, runtime, index, snapshot.settings)
         else:
             encoder, started = encoder or load_encoder(source.encoder, runtime), time.perf_counter()
             snapshot = build_temporary(source, collection, encoder, folder, say=say, id_column=id_column)
