@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 
 DEFAULT_OVERLAP = 32
 PICTURES = (".png", ".pdf", ".svg", ".jpg")
+EXPORTS = (".parquet", ".npy", ".faiss")
 LARGEST_MATRIX = 5_000  # texts whose matrix of similarities is shown or written
 WAIT = {"type": cli.duration, "default": 10.0, "help": "seconds to wait for another writer"}
 SKIP_BAD = {"action": "store_true", "help": "skip rows and ids that can't be used"}
@@ -116,12 +117,16 @@ def add_index_flags(command: cli.Parser) -> None:
     overlap = f"tokens that neighbouring chunks share (default: {DEFAULT_OVERLAP})"
     flag("--chunk-overlap", type=cli.non_negative_int, help=overlap)
     flag("--wait", **WAIT)
+    given = "embeddings made elsewhere with --model, one for each row of TEXTS; nothing is encoded"
+    flag("--vectors", metavar="NPY", type=vectors_file, help=given)
     add_text_flags(command)
 
 
 def check_index_command(args: argparse.Namespace) -> None:
     folder, model = Path(args.index), args.model
     check_folder(folder, new=True)
+    if args.vectors and overlap_of(args) is not None:
+        raise UserError(f"--vectors {args.vectors}: they are of whole texts; leave --chunk out")
     if (folder / MANIFEST).is_file():
         settings = read_manifest(folder)["settings"]
         wanted = {"id_column": args.id_column, "max_length": args.max_length}
@@ -142,7 +147,7 @@ def overlap_of(args: argparse.Namespace) -> int | None:
 def index(args: argparse.Namespace) -> None:
     """Build an index, or bring it up to date."""
     from common.search import display
-    from common.search.builder import Builder, fill, load_index_encoder, settings_of
+    from common.search.builder import Builder, fill, load_index_encoder, read_vectors, settings_of
     from common.search.encoder import chunk_size, load_encoder
     from common.search.store import open_store
 
@@ -178,6 +183,9 @@ def index(args: argparse.Namespace) -> None:
         with open_store(folder, settings=settings, wait=args.wait) as store:
             check_settings(args.index, settings, store.snapshot.settings)
             builder = Builder(store, encoder, update=args.update, skip_bad=args.skip_bad)
+            if args.vectors:
+                options = {"skip_bad": args.skip_bad, "say": screen.say}
+                builder.given = read_vectors(args.vectors, collection, encoder, **options)
             fill(builder, collection, block=args.block)
             seconds = time.perf_counter() - started
             display.show_build(screen, builder, collection, seconds=seconds)
@@ -273,6 +281,31 @@ def verify(args: argparse.Namespace) -> None:
     from common.search import index as indexes
 
     display.show_index(display.Screen(as_json=args.json), indexes.verify(args.index), verified=True)
+
+
+# export: an index -> files of other programs
+
+
+def add_export_flags(command: cli.Parser) -> None:
+    flag = command.add_argument
+    flag("--index", metavar="DIR", type=cli.name, required=True, help="the index to export")
+    to = f"a new file of rows and vectors: {', '.join(EXPORTS)}; may be repeated"
+    flag("--to", metavar="FILE", type=export_file, action="append", required=True, help=to)
+    add_where_flags(command)
+
+
+def export(args: argparse.Namespace) -> None:
+    """Write rows and vectors for other programs: Parquet, NumPy or FAISS."""
+    import numpy as np
+
+    from common.search import display
+    from common.search.index import matching, open_snapshot
+
+    screen, snapshot = display.Screen(as_json=args.json), open_snapshot(args.index)
+    rows = np.flatnonzero(matching(snapshot, args.where, limits_of(args)))
+    if not len(rows):
+        raise UserError(f"--index {args.index}: no rows to export; widen --where or index some texts")
+    display.write_export(screen, snapshot.parts(rows), len(rows), args.to)
 
 
 # search: queries -> hits
@@ -635,6 +668,27 @@ def output_file(text: str) -> str:
     return text
 
 
+def export_file(text: str) -> str:
+    """Parse the path of a new file, whose suffix is a format of export."""
+    if Path(text).suffix not in EXPORTS:
+        raise argparse.ArgumentTypeError(f"{text}: the suffix is not one of {', '.join(EXPORTS)}")
+    if Path(text).exists():
+        raise argparse.ArgumentTypeError(f"{text}: it exists; name a new file")
+    return output_file(text)
+
+
+def vectors_file(text: str) -> str:
+    """Parse the path of a file of NumPy."""
+    try:
+        with open(text, "rb") as file:
+            begins = file.read(6)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text}: can't be read: {error.strerror}; check it") from error
+    if begins != b"\x93NUMPY":
+        raise argparse.ArgumentTypeError(f"{text}: not a .npy file; write one with numpy.save")
+    return text
+
+
 def picture_file(text: str) -> str:
     """Parse the path of a picture, whose suffix is a format."""
     if Path(text).suffix.lower() not in PICTURES:
@@ -773,6 +827,7 @@ COMMANDS = {
     "delete": Command(delete, add_delete_flags, check_delete),
     "compact": Command(compact, add_compact_flags, check_existing),
     "verify": Command(verify, add_verify_flags, check_existing),
+    "export": Command(export, add_export_flags, check_existing),
     "search": Command(search, add_search_flags, check_search),
     "pairs": Command(pairs, add_pairs_flags, check_source),
     "duplicates": Command(duplicates, add_duplicates_flags, check_source),

@@ -338,6 +338,21 @@ class Snapshot:
                 taken[position] = row
         return taken
 
+    def parts(self, rows: np.ndarray, *, size: int = 10_000) -> Iterator[tuple[pa.Table, np.ndarray]]:
+        """Yield some rows (ascending), at most `size` at a time, under names for other programs, and
+        their vectors (rows, width): `id` where no column of the texts holds the ids, `text`, with
+        chunks the number of each in its document, and the columns of the texts.
+        """
+        columns = list(self.manifest["columns"])
+        own = {TEXT: "text"} if self.settings["id_column"] else {ID: "id", TEXT: "text"}
+        if self.settings["chunk_overlap"] is not None:
+            own |= {CHUNK: "chunk", NUM_CHUNKS: "chunks", START: "first_character"}
+        names = [*(unused_name(name, columns) for name in own.values()), *columns]
+        for start in range(0, len(rows), size):
+            here = rows[start : start + size]
+            tables = [part.rows([*own, *columns], offsets) for part, _, offsets in self.by_segment(here)]
+            yield pa.concat_tables(tables).rename_columns(names), self.vectors_of(here)
+
     def texts(self, rows: np.ndarray | None = None, *, size: int = 10_000) -> Iterator[str]:
         """Yield the texts of some rows (default: the live ones), reading `size` at a time."""
         rows = np.flatnonzero(self.alive()) if rows is None else rows
