@@ -40,6 +40,7 @@ from common.search.manifest import (
     PAIR_COLUMNS,
     EncoderConfig,
     Limits,
+    Settings,
     check_files,
     check_folder,
     check_settings,
@@ -109,7 +110,7 @@ def similarity(args: argparse.Namespace) -> None:
 
 def add_index_flags(command: cli.Parser) -> None:
     flag = command.add_argument
-    flag("texts", help="texts to put into the index")
+    flag("texts", nargs="+", help="texts to put into the index: files, patterns, folders, -")
     flag("--index", metavar="DIR", type=cli.folder, required=True, help="the folder of the index")
     flag("--id-column", help="the column of ids (default: the index's, else a hash of the text)")
     flag("--update", action="store_true", help="replace rows whose text or columns changed")
@@ -118,15 +119,17 @@ def add_index_flags(command: cli.Parser) -> None:
     flag("--chunk-overlap", type=cli.non_negative_int, help=overlap)
     flag("--wait", **WAIT)
     given = "embeddings made elsewhere with --model, one for each row of TEXTS; nothing is encoded"
-    flag("--vectors", metavar="NPY", type=vectors_file, help=given)
+    flag("--vectors", metavar="NPY", type=cli.name, help=given)
     add_text_flags(command)
 
 
 def check_index_command(args: argparse.Namespace) -> None:
     folder, model = Path(args.index), args.model
     check_folder(folder, new=True)
-    if args.vectors and overlap_of(args) is not None:
-        raise UserError(f"--vectors {args.vectors}: they are of whole texts; leave --chunk out")
+    if args.vectors:
+        check_vectors(args.vectors)
+        if overlap_of(args) is not None:
+            raise UserError(f"--vectors {args.vectors}: they are of whole texts; leave --chunk out")
     if (folder / MANIFEST).is_file():
         settings = read_manifest(folder)["settings"]
         wanted = {"id_column": args.id_column, "max_length": args.max_length}
@@ -134,9 +137,20 @@ def check_index_command(args: argparse.Namespace) -> None:
         wanted |= {"width": args.dimensions, "document_prompt": args.document_prompt}
         given = {name: value for name, value in wanted.items() if value is not None}
         check_settings(args.index, given, settings)
-        model = model or settings["model"]
+        model = model or recorded_model(args.index, settings)
     check_texts(args)
     check_model(model)
+
+
+def check_vectors(path: str) -> None:
+    """Raise UserError unless a file begins as NumPy's do."""
+    try:
+        with open(path, "rb") as file:
+            begins = file.read(6)
+    except OSError as error:
+        raise UserError(f"--vectors {path}: can't be read: {error.strerror}; check it") from error
+    if begins != b"\x93NUMPY":
+        raise UserError(f"--vectors {path}: not a .npy file; write one with numpy.save")
 
 
 def overlap_of(args: argparse.Namespace) -> int | None:
@@ -153,15 +167,18 @@ def index(args: argparse.Namespace) -> None:
 
     runtime, screen = start(args)
     folder, source, config = Path(args.index), source_of(args), encoder_config(args)
-    id_column, overlap, existing = args.id_column, overlap_of(args), None
+    id_column, overlap, existing, codes = args.id_column, overlap_of(args), None, ()
     if (folder / MANIFEST).is_file():  # the index exists: what no flag names stays as it was made
-        existing = read_manifest(folder)["settings"]
+        manifest = read_manifest(folder)
+        existing = manifest["settings"]
+        # digits in a column of texts are texts
+        codes = [name for name, kind in manifest["columns"].items() if kind == "string"]
         id_column = id_column or existing["id_column"]
         if overlap is None:
             overlap = existing["chunk_overlap"]
     collection = None
     if runtime.world_size == 1:  # mistakes in the texts are reported before the model is loaded
-        collection = source.read(id_column)
+        collection = source.read(id_column, as_text=codes)
     if existing:
         encoder = load_index_encoder(config, runtime, args.index, existing)
     else:
@@ -177,11 +194,13 @@ def index(args: argparse.Namespace) -> None:
         signal.signal(number, stop)
     try:
         if collection is None:
-            collection = source.read(id_column)
+            collection = source.read(id_column, as_text=codes)
         if overlap is not None:
             chunk_size(encoder, overlap)  # refuses an overlap that is too large, before any writing
         with open_store(folder, settings=settings, wait=args.wait) as store:
             check_settings(args.index, settings, store.snapshot.settings)
+            if store.snapshot.num_rows and settings["model"] != store.snapshot.settings["model"]:
+                store.record_model(settings["model"])  # the same one, which has moved
             builder = Builder(store, encoder, update=args.update, skip_bad=args.skip_bad)
             if args.vectors:
                 options = {"skip_bad": args.skip_bad, "say": screen.say}
@@ -594,7 +613,8 @@ def add_model_flags(command: cli.Parser) -> None:
 
 def add_text_flags(command: cli.Parser) -> None:
     flag = command.add_argument
-    flag("--text-column", default="text", help="where the texts are in a data file")
+    columns = "where the texts are in a data file; title,text joins two columns"
+    flag("--text-column", default="text", help=columns)
     cli.add_file_flags(command)
     block = "texts encoded and committed at once; rows compared at once"
     flag("--block", type=cli.positive_int, default=1024, help=block)
@@ -604,7 +624,7 @@ def add_text_flags(command: cli.Parser) -> None:
 
 def add_source_flags(command: cli.Parser) -> None:
     flag = command.add_argument
-    flag("texts", nargs="?", help="texts to look at, or name an index with --index")
+    flag("texts", nargs="*", help="texts to look at, or name an index with --index")
     flag("--index", metavar="DIR", type=cli.name, help="an index made before")
     add_where_flags(command)
     add_text_flags(command)
@@ -623,10 +643,12 @@ def add_where_flags(
 
 def add_task_flags(command: cli.Parser) -> None:
     flag = command.add_argument
-    flag("--texts", metavar="TEXTS", type=cli.name, help="the documents, with --queries and --qrels")
-    flag("--id-column", default="id", help="the column of the documents' ids")
+    documents = "the documents, with --queries and --qrels"
+    flag("--texts", metavar="TEXTS", nargs="+", default=[], type=cli.name, help=documents)
+    flag("--id-column", help="the column of the documents' ids (default: id, or else _id)")
     flag("--queries", metavar="JSONL", type=cli.name, help='one {"id": ..., "text": ...} per line')
-    flag("--qrels", metavar="FILE", type=cli.name, help="judgements in TREC form: query 0 document relevance")
+    qrels = "judgements: query 0 document relevance (TREC), or query document relevance (BEIR)"
+    flag("--qrels", metavar="FILE", type=cli.name, help=qrels)
     flag("--sts", metavar="FILE", type=cli.name, help="a data file of sentence pairs with human scores")
     columns = ["sentence1", "sentence2", "score"]
     flag("--sts-columns", nargs=3, default=columns, metavar="COLUMN", help="its texts and score")
@@ -677,18 +699,6 @@ def export_file(text: str) -> str:
     return output_file(text)
 
 
-def vectors_file(text: str) -> str:
-    """Parse the path of a file of NumPy."""
-    try:
-        with open(text, "rb") as file:
-            begins = file.read(6)
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"{text}: can't be read: {error.strerror}; check it") from error
-    if begins != b"\x93NUMPY":
-        raise argparse.ArgumentTypeError(f"{text}: not a .npy file; write one with numpy.save")
-    return text
-
-
 def picture_file(text: str) -> str:
     """Parse the path of a picture, whose suffix is a format."""
     if Path(text).suffix.lower() not in PICTURES:
@@ -717,19 +727,32 @@ def check_index(args: argparse.Namespace, *, encodes: bool) -> None:
     """Check an index, and the model that is named or, where one is needed, recorded."""
     settings = check_files(Path(args.index))["settings"]
     if encodes or args.model:
-        check_model(args.model or settings["model"])
+        check_model(args.model or recorded_model(args.index, settings))
     wanted = {"max_length": args.max_length, "width": args.dimensions}
     wanted["document_prompt"] = args.document_prompt
     given = {name: value for name, value in wanted.items() if value is not None}
     check_settings(args.index, given, settings)
 
 
+def recorded_model(index: str, settings: Settings) -> str:
+    """Return the model that an index names. Raises UserError for a folder that is not there any
+    more: the index belongs to the model's fingerprint, wherever its files are.
+    """
+    model = settings["model"]
+    if Path(model).is_absolute() and not Path(model).exists():
+        known = f"(its fingerprint begins with {settings['fingerprint'][:12]})"
+        problem = f"its model {known} was in {model}, which is not there"
+        raise UserError(f"--index {index}: {problem}; name the folder where it is now with --model")
+    return model
+
+
 def check_texts(args: argparse.Namespace) -> None:
-    """Check the name of a collection of texts."""
-    if bundled.is_bundled(args.texts):
-        sources.check_data(args.texts, flag="TEXTS")
-    elif not Path(args.texts).is_dir():
-        sources.check_texts(args.texts, any_suffix=file_options(args).is_table)
+    """Check the names of a collection of texts."""
+    for name in sources.expanded(args.texts):
+        if bundled.is_bundled(name):
+            sources.check_data(name, flag="TEXTS")
+        elif not Path(name).is_dir():
+            sources.check_texts(name, any_suffix=file_options(args).is_table)
 
 
 def check_model(name: str | None, *, flag: str = "--model") -> None:
@@ -747,7 +770,7 @@ def check_task(args: argparse.Namespace) -> None:
             columns = " ".join(args.sts_columns)
             raise UserError(f"--sts-columns {columns}: one of them twice; name two texts and a score")
         return
-    documents = f"--texts {args.texts}" if args.texts else f"--index {args.index}"
+    documents = f"--texts {' '.join(args.texts)}" if args.texts else f"--index {args.index}"
     if bool(args.queries) != bool(args.qrels):
         raise UserError("--queries and --qrels: each needs the other")
     if args.queries and bool(args.texts) == bool(args.index):
@@ -802,7 +825,7 @@ def source_of(args: argparse.Namespace) -> Source:
 
     return Source(
         encoder=encoder_config(args),
-        texts=args.texts,
+        texts=tuple(sources.expanded(args.texts)),
         index=args.index,
         where=args.where,
         limits=limits_of(args),

@@ -11,7 +11,7 @@ DistributedDataParallel. Left out on purpose: Trainer, callbacks, multi-label an
   python train_classifier.py --dataset reviews.csv --inspect
   python train_classifier.py --model runs/reviews/best --predict new.txt # one JSON line per text
   python train_classifier.py --model runs/reviews/best --dataset reviews.csv --evaluate-only
-  python train_classifier.py --epochs 3 --resume runs/news               # continue where it stopped
+  python train_classifier.py --resume runs/news                          # continue where it stopped
   torchrun --nproc-per-node 2 train_classifier.py --epochs 3             # one process per GPU
 """
 
@@ -22,6 +22,8 @@ import contextlib
 import dataclasses
 import math
 import os
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
@@ -35,12 +37,17 @@ from common.training.run import (
     NEWEST,
     TRUNCATIONS,
     RunLocation,
+    compare_flags,
+    is_finished,
     locate_run,
+    read_config,
     require_same_flags,
+    resumed_flags,
 )
 
 # flags that are no settings of a run: they choose what to do instead of it, or where to continue
-NOT_SETTINGS = ("inspect", "compare_tokenizer", "evaluate_only", "predict", "resume", "debug")
+INSTEAD = ("inspect", "compare_tokenizer", "evaluate_only", "predict")
+NOT_SETTINGS = (*INSTEAD, "resume", "resume_or_start", "debug")
 
 
 # Flags --------------------------------------------------------------------------------------------
@@ -48,7 +55,9 @@ NOT_SETTINGS = ("inspect", "compare_tokenizer", "evaluate_only", "predict", "res
 
 def make_parser() -> cli.Parser:
     """Return the parser of all flags, with their defaults."""
-    parser = cli.Parser(prog="train_classifier.py", description=__doc__, check=check_flags)
+    parser = cli.Parser(
+        prog="train_classifier.py", description=__doc__, check=check_flags, complete=flags_of_resumed_run
+    )
     cli.add_shared_flags(parser, model="bundled/all-MiniLM-L6-v2")
     parser.add_argument(
         "--output-dir", type=cli.folder, help="folder of the run (default: runs/<data set>-<model>-<time>)"
@@ -230,7 +239,12 @@ def add_run_flags(parser: cli.Parser) -> None:
         metavar="RUN",
         help="continue the run in this folder (or in --output-dir) from its newest undamaged"
         " checkpoint, or from a given one, runs/<name>/checkpoints/step-<number>; the other flags"
-        " stay the same",
+        " are those of the run",
+    )
+    flag(
+        "--resume-or-start",
+        action="store_true",
+        help="for a job that is started again: continue the run in --output-dir if there is one",
     )
 
     group = parser.add_argument_group("instead of training")
@@ -247,6 +261,16 @@ def add_run_flags(parser: cli.Parser) -> None:
         metavar="NAME",
         help="with --inspect: a second tokenizer on a sentence (bundled name, folder or Hub id)",
     )
+
+
+def flags_of_resumed_run(parser: cli.Parser, argv: Sequence[str]) -> list[str]:
+    """Return the flags of the run that is to be continued, but for those in `argv`."""
+    given = parser.given(argv)
+    if any(given.get(name) for name in INSTEAD):
+        return []
+    resume, saved = resumed_flags(given)
+    others = {name: value for name, value in saved.items() if name not in (*given, *NOT_SETTINGS)}
+    return parser.as_flags({"resume": resume, **others})
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -283,10 +307,17 @@ def check_training_flags(args: argparse.Namespace) -> None:
             " raise the other"
         )
     # several processes decide together where the run lies, when they have found each other
-    if "RANK" not in os.environ:
+    if is_done(args):
+        compare_flags(Path(args.output_dir), read_config(Path(args.output_dir)), settings_of(args))
+    elif "RANK" not in os.environ:
         location = locate_run(args.output_dir, args.resume, name=run_name(args))
         if location.is_resumed:
             require_same_flags(location, settings_of(args))
+
+
+def is_done(args: argparse.Namespace) -> bool:
+    """Tell whether --resume-or-start finds a finished run."""
+    return args.resume_or_start and args.resume is not None and is_finished(Path(args.output_dir))
 
 
 def run_name(args: argparse.Namespace) -> str:
@@ -299,14 +330,32 @@ def settings_of(args: argparse.Namespace) -> dict:
     return {flag: value for flag, value in vars(args).items() if flag not in NOT_SETTINGS}
 
 
-def what_is_read(args: argparse.Namespace) -> str:
-    """Return the names of the model and of the texts, to be shown while the libraries are loaded."""
+def what_is_read(args: argparse.Namespace) -> str | None:
+    """Return the names of the model and of the texts, to be shown while the libraries are loaded; None
+    if none is needed.
+    """
+    if needs_no_model(args):
+        return None
     return f"{args.model} and {args.dataset if args.predict is None else args.predict}"
+
+
+def needs_no_model(args: argparse.Namespace) -> bool:
+    """Tell whether nothing is left to be trained or scored in this process."""
+    return is_done(args)
+
+
+def do_without_model(args: argparse.Namespace) -> None:
+    """Do what the flags ask for where PyTorch has no part in it."""
+    if cli.is_rank_0():
+        print(f"run      {args.output_dir} is finished: nothing is left to be done")
 
 
 if __name__ == "__main__":
     # before the libraries are imported, which takes seconds: help and mistakes are answered at once
     ARGS = cli.parse(make_parser(), then=what_is_read)
+    if needs_no_model(ARGS):
+        cli.run_main(do_without_model, ARGS, prog="train_classifier.py")
+        sys.exit()
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -782,7 +831,7 @@ def fit_in(location: RunLocation, args: argparse.Namespace, clock: tracking.Cloc
     if start is not None:
         checkpoints.restore(start, state)
     log = checkpoints.open_log(flags, state.model, start)
-    advice = f"continue with the same command and --resume {location.folder}"
+    advice = f"continue with --resume {location.folder}"
     time_left = None if args.max_minutes is None else 60 * args.max_minutes - clock.seconds()
     signals = StopSignals(runtime, advice, seconds=time_left)
     run = Run(log, checkpoints, signals, make_forecast(loaded.tokenized, loaded.config, clock, runtime))
@@ -851,6 +900,9 @@ def inspect(args: argparse.Namespace, runtime: Runtime) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Do what the flags ask for."""
+    if needs_no_model(args):
+        do_without_model(args)
+        return
     runtime = start_runtime(args.device, args.precision, args.seed)
     if args.inspect:
         inspect(args, runtime)

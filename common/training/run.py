@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from common.errors import UserError, one_line, shorten
 from common.files import LOCK, find_damage, member, only_writer, read_json
@@ -62,6 +63,8 @@ FREE_FLAGS = {
     "auto_batch_size",
     "nondeterministic",
 }
+# what config.json says in other words than a flag does, and the limit of one process of a run
+NO_FLAGS = ("output_dir", "device", "precision", "max_minutes")
 
 
 @dataclass(frozen=True)
@@ -222,7 +225,7 @@ def choose_checkpoint(
     UserError when all checkpoints are damaged, and when they were removed after the run's end.
     """
     candidates = [run.checkpoint] if run.checkpoint is not None else checkpoints_in(run.folder)
-    if not candidates and (run.folder / RESULTS).exists():
+    if not candidates and is_finished(run.folder):
         raise UserError(
             f"--resume: {run.folder} is a finished run whose checkpoints were removed; start a new"
             " run with another --output-dir"
@@ -316,6 +319,41 @@ def read_config(run_folder: Path) -> dict:
         raise UserError(f"--resume: {path} is damaged; start a new run with another --output-dir") from error
 
 
+def resumed_flags(given: Mapping[str, Any]) -> tuple[str | None, dict[str, object]]:
+    """Return the value of --resume for the flags that are given, None for a new run, and the flags of
+    the run that it continues.
+
+    With --resume-or-start it is the run in --output-dir, if there is one. Raises UserError when
+    flags contradict each other, and when the run's config.json is damaged.
+    """
+    output_dir, resume = given.get("output_dir"), given.get("resume")
+    if given.get("resume_or_start"):
+        if resume is not None:
+            raise UserError("--resume-or-start: --resume says to continue; leave one of the two out")
+        if output_dir is None:
+            raise UserError("--resume-or-start: name the folder of the run with --output-dir")
+        resume = NEWEST if (Path(output_dir) / CONFIG).is_file() else None
+    return resume, {} if resume is None else saved_flags(output_dir, resume)
+
+
+def is_finished(run_folder: Path) -> bool:
+    """Tell whether a run has come to its end: its results are the last that it writes."""
+    return (run_folder / RESULTS).is_file()
+
+
+def saved_flags(output_dir: str | None, resume: str) -> dict[str, object]:
+    """Return the flags of the run that `--resume` and `--output-dir` name, {} where there is none, which
+    `locate_run` says. Raises UserError when its config.json is damaged.
+    """
+    run = _named_run(output_dir, resume)
+    if run is None or not (run.folder / CONFIG).is_file():
+        return {}
+    config = read_config(run.folder)
+    identity = config.get("identity", {})
+    kinds = {name: identity.get(f"--{name}") for name in ("device", "precision")}
+    return {**{name: value for name, value in config.items() if name not in NO_FLAGS}, **kinds}
+
+
 def identity_of_flags(flags: Mapping[str, object]) -> dict[str, object]:
     """Return the flags that change the outcome of a run, by their names on the command line."""
     return {
@@ -328,14 +366,20 @@ def identity_of_flags(flags: Mapping[str, object]) -> dict[str, object]:
 def require_same_flags(run: RunLocation, flags: Mapping[str, object]) -> None:
     """Raise UserError unless a run can be continued with these flags, as far as a quick look shows.
 
-    Large files are only measured, and a flag that was not given (None) is not compared, because
-    its default may depend on the model.
+    Large files are only measured; the default of a flag that was not given may depend on the model.
     """
     checkpoint, _ = choose_checkpoint(run, max_bytes_read=QUICKLY_READ_BYTES)
     written = read_config(run.folder) if checkpoint is None else read_json(checkpoint / STATE)
+    compare_flags(checkpoint or run.folder, written, flags)
+
+
+def compare_flags(path: Path, written: dict, flags: Mapping[str, object]) -> None:
+    """Raise UserError unless the identity that is `written` in `path` is that of these flags; one that
+    was not given (None) is not compared.
+    """
     now = {name: value for name, value in identity_of_flags(flags).items() if value is not None}
     before = written.get("identity", {})
-    refuse_changes(checkpoint or run.folder, changes({name: before.get(name) for name in now}, now))
+    refuse_changes(path, changes({name: before.get(name) for name in now}, now))
 
 
 def changes(before: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
