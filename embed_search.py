@@ -38,6 +38,7 @@ from common.search.manifest import (
     DEFAULT_LIMITS,
     MANIFEST,
     PAIR_COLUMNS,
+    STORES,
     EncoderConfig,
     Limits,
     Settings,
@@ -46,6 +47,7 @@ from common.search.manifest import (
     check_settings,
     num_live_rows,
     read_manifest,
+    store_of,
 )
 
 # Each command imports its libraries itself, after the flags are checked: PyTorch takes seconds.
@@ -117,6 +119,8 @@ def add_index_flags(command: cli.Parser) -> None:
     flag("--chunk", action="store_true", help="split texts that the model can't read whole")
     overlap = f"tokens that neighbouring chunks share (default: {DEFAULT_OVERLAP})"
     flag("--chunk-overlap", type=cli.non_negative_int, help=overlap)
+    kept = "how vectors are kept; searches are exact over what is kept (default: the index's, else fp32)"
+    flag("--store", choices=list(STORES), help=kept)
     flag("--wait", **WAIT)
     given = "embeddings made elsewhere with --model, one for each row of TEXTS; nothing is encoded"
     flag("--vectors", metavar="NPY", type=cli.name, help=given)
@@ -135,6 +139,8 @@ def check_index_command(args: argparse.Namespace) -> None:
         wanted = {"id_column": args.id_column, "max_length": args.max_length}
         wanted["chunk_overlap"] = overlap_of(args)
         wanted |= {"width": args.dimensions, "document_prompt": args.document_prompt}
+        if args.store and args.store != store_of(settings):
+            wanted["store"] = args.store
         given = {name: value for name, value in wanted.items() if value is not None}
         check_settings(args.index, given, settings)
         model = model or recorded_model(args.index, settings)
@@ -187,7 +193,8 @@ def index(args: argparse.Namespace) -> None:
     if not runtime.is_main:
         encoder.follow()
         return
-    settings = settings_of(encoder, id_column=id_column, chunk_overlap=overlap)
+    kept = args.store or (store_of(existing) if existing else None)
+    settings = settings_of(encoder, id_column=id_column, chunk_overlap=overlap, store=kept)
     started = time.perf_counter()
     builder = None
     for number in cli.stop_signals():
@@ -490,6 +497,8 @@ def cluster(args: argparse.Namespace) -> None:
 
 def add_evaluate_flags(command: cli.Parser) -> None:
     command.add_argument("--index", metavar="DIR", type=cli.name, help="where to search")
+    others = "score vectors that are kept so as well; may be repeated"
+    command.add_argument("--store", choices=list(STORES), action="append", default=[], help=others)
     add_rerank_flags(command)
     add_task_flags(command)
 
@@ -525,7 +534,8 @@ def evaluate(args: argparse.Namespace) -> None:
         snapshot, allowed = opened.snapshot, opened.snapshot.alive()
         searcher = Searcher(snapshot, opened.encoder, allowed, rerank_depth=depth, say=screen.say)
         scores = relevance.score_all(searcher, opened.task, reranker=reranker)
-        display.show_scores(screen, opened.task, scores)
+        stores = relevance.score_stores(searcher, opened.task, args.store)
+        display.show_scores(screen, opened.task, scores, stores)
 
 
 def add_compare_flags(command: cli.Parser) -> None:

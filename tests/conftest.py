@@ -357,7 +357,7 @@ class StubEncoder:
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-WITHOUT_A_MODEL = ("delete", "compact", "project", "export")  # nor a device
+WITHOUT_A_MODEL = ("delete", "compact", "verify", "project", "export")  # nor a device
 
 
 @pytest.fixture(scope="session")

@@ -28,11 +28,12 @@ from common.search.index import (
     VECTOR,
     Snapshot,
     number_array,
+    pack,
     unused_name,
     whole_documents,
     wider,
 )
-from common.search.manifest import EncoderConfig, Settings, check_settings
+from common.search.manifest import EncoderConfig, Settings, check_settings, store_of
 from common.search.store import Store, open_store, vector_array
 from common.search.texts import Collection, RowTable, Source, digest, ids_of
 
@@ -41,12 +42,14 @@ COMPARED = 8  # given vectors that are compared with the model's own
 NORM_TOLERANCE = 1e-6  # of a vector in fp32 whose norm is 1
 
 
-def settings_of(encoder: Encoder, *, id_column: str | None, chunk_overlap: int | None) -> Settings:
+def settings_of(
+    encoder: Encoder, *, id_column: str | None, chunk_overlap: int | None, store: str | None = None
+) -> Settings:
     """Return the settings of an index that an encoder fills; `chunk_overlap` is None for whole
-    texts.
+    texts, `store` for vectors in fp32.
     """
     own: Settings = {**encoder.identity(), "id_column": id_column, "chunk_overlap": chunk_overlap}
-    return {**own, "query_prompt": encoder.prompts.get("query")}
+    return {**own, "query_prompt": encoder.prompts.get("query"), "store": store if store != "fp32" else None}
 
 
 def load_index_encoder(config: EncoderConfig, runtime: Runtime, index: str, settings: Settings) -> Encoder:
@@ -240,7 +243,7 @@ class Builder:
         }
         metadata = self._fitted(table).drop_columns([TEXT]).take(number_array(origins))
         columns |= {name: metadata[name] for name in metadata.column_names}
-        columns[VECTOR] = vector_array(vectors)
+        columns[VECTOR] = vector_array(pack(vectors, store_of(self.store.snapshot.settings)))
         replaced = plan.known[chosen][plan.changed[chosen]]
         first_row = self.store.snapshot.num_rows
         self.store.commit(pa.table(columns), whole_documents(self.store.snapshot, replaced))

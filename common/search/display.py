@@ -379,12 +379,20 @@ def save_figure(figure: Figure, path: str, screen: Screen) -> None:
     screen.say(f"picture  {path}")
 
 
-def show_scores(screen: Screen, task: Task, scores: dict[str, dict[str, float]]) -> None:
-    """Show the measures of each way of searching."""
+def show_scores(
+    screen: Screen, task: Task, scores: dict[str, dict[str, float]], stores: dict[str, dict[str, float]]
+) -> None:
+    """Show the measures of each way of searching, and of each way to keep vectors."""
     rows = [[name, *values.values()] for name, values in scores.items()]
     headers = ["search", *next(iter(scores.values()))]
     screen.table(rows, headers, title=f"{task.name}: {len(task.judgements):,} queries")
-    screen.document({"task": task.name, "queries": len(task.judgements), "scores": scores})
+    document = {"task": task.name, "queries": len(task.judgements), "scores": scores}
+    if stores:
+        rows = [[name, *values.values()] for name, values in stores.items()]
+        headers = ["store", *next(iter(stores.values()))]
+        screen.table(rows, headers, title="exact search over vectors that are kept in fewer bits")
+        document["stores"] = stores
+    screen.document(document)
 
 
 def show_sts(screen: Screen, file: str, scores: dict[str, int | float]) -> None:

@@ -40,6 +40,7 @@ class Settings(Identity):
     id_column: str | None
     chunk_overlap: int | None
     query_prompt: NotRequired[str | None]
+    store: NotRequired[str | None]  # how vectors are kept, one of STORES; missing in older indexes: fp32
 
 
 # the settings of an index, and the flag that must agree with each
@@ -51,7 +52,10 @@ CHECKED_SETTINGS = {
     "document_prompt": "--document-prompt",
     "id_column": "--id-column",
     "chunk_overlap": "--chunk and --chunk-overlap",
+    "store": "--store",
 }
+# how the vectors of an index are kept, and the bits that each of their numbers takes
+STORES = {"fp32": 32, "fp16": 16, "int8": 8, "binary": 1}
 
 
 @dataclass(frozen=True)
@@ -215,9 +219,20 @@ VALID_SETTINGS: dict[str, Callable[[Any], bool]] = {
     "max_length": lambda value: _is_count(value) and value > 0,
     "document_prompt": lambda value: value is None or isinstance(value, str),
     "query_prompt": lambda value: value is None or isinstance(value, str),
+    "store": lambda value: value is None or (isinstance(value, str) and value in STORES),
     "id_column": lambda value: value is None or isinstance(value, str),
     "chunk_overlap": lambda value: value is None or _is_count(value),
 }
+
+
+def store_of(settings: Settings) -> str:
+    """Return how the vectors of an index are kept."""
+    return settings.get("store") or "fp32"
+
+
+def bytes_of_vector(store: str, width: int) -> int:
+    """Return the bytes that a vector takes."""
+    return -(-STORES[store] * width // 8)
 
 
 def damaged(path: Path, reason: str) -> UserError:
@@ -302,6 +317,8 @@ def check_settings(index: str, wanted: Mapping[str, object], settings: Settings)
 def _describe_setting(name: str, settings: Mapping[str, object]) -> str:
     """Return how a setting reads in "it was made ...", such as "with max_length 256"."""
     value = settings.get(name)
+    if name == "store":
+        value = value or "fp32"
     if value is None:  # whole texts, or texts without ids
         flag, *_ = CHECKED_SETTINGS[name].split()
         return f"without {flag}"

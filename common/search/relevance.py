@@ -23,8 +23,9 @@ from common.errors import UserError
 from common.runtime import Runtime
 from common.search.builder import build_temporary, load_index_encoder
 from common.search.encoder import Encoder, load_encoder
-from common.search.index import ID, TEXT, Snapshot, open_snapshot, rows_with_ids
+from common.search.index import ID, TEXT, Rounded, Snapshot, open_snapshot, rows_with_ids
 from common.search.kernel import exact_scores
+from common.search.manifest import bytes_of_vector, store_of
 from common.search.searcher import Searcher
 from common.search.texts import ANY_ID, Collection, Source
 
@@ -112,11 +113,42 @@ def score_all(
 
 def score(searcher: Searcher, task: Task) -> dict[str, float]:
     """Return the measures of one way of searching."""
+    return retrieval_scores(task.judgements, hits_of(searcher, task))
+
+
+def hits_of(searcher: Searcher, task: Task) -> dict[str, list[str]]:
+    """Return query id -> the ids of the documents that are found, best first."""
     hits = searcher.search([task.queries[query] for query in task.judgements], DEPTH)
     ids = {}
     for query, best in zip(task.judgements, hits):
         ids[query] = [row[ID] for row in searcher.snapshot.take([hit.row for hit in best], [ID])]
-    return retrieval_scores(task.judgements, ids)
+    return ids
+
+
+def score_stores(searcher: Searcher, task: Task, stores: list[str]) -> dict[str, dict[str, float]]:
+    """Return for each way to keep vectors the measures of exact search over what is kept, the share of
+    the ten best documents of fp32 that are among its ten best, and the bytes of a vector.
+
+    Raises UserError when the index itself keeps less.
+    """
+    snapshot = searcher.snapshot
+    kept, whole = store_of(snapshot.settings), {}
+    if stores and kept != "fp32":
+        advice = "name the texts with --texts, or an index in fp32"
+        raise UserError(
+            f"--store {stores[0]}: the index keeps {kept}, and nothing to compare it with; {advice}"
+        )
+    if stores:
+        whole = hits_of(searcher, task)
+    lines = {}
+    for store in stores:
+        hits = hits_of(dataclasses.replace(searcher, snapshot=Rounded(snapshot, store)), task)
+        shared = [
+            len(set(hits[query][:10]) & set(best[:10])) / len(best[:10]) for query, best in whole.items()
+        ]
+        size = {"top 10 of fp32": float(np.mean(shared)), "bytes": bytes_of_vector(store, snapshot.width)}
+        lines[store] = retrieval_scores(task.judgements, hits) | size
+    return lines
 
 
 def bundled_task(name: str) -> tuple[Task, Collection]:
