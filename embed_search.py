@@ -49,6 +49,7 @@ from common.search.manifest import (
     read_manifest,
     store_of,
 )
+from common.search.words import AUTO, LANGUAGES, Words
 
 # Each command imports its libraries itself, after the flags are checked: PyTorch takes seconds.
 if TYPE_CHECKING:
@@ -61,6 +62,8 @@ PICTURES = (".png", ".pdf", ".svg", ".jpg")
 EXPORTS = (".parquet", ".npy", ".faiss")
 LARGEST_MATRIX = 5_000  # texts whose matrix of similarities is shown or written
 WAIT = {"type": cli.duration, "default": 10.0, "help": "seconds to wait for another writer"}
+LANGUAGE = {"choices": list(LANGUAGES), "default": AUTO, "metavar": "CODE"}
+LANGUAGE["help"] = f"whose words --hybrid counts: {', '.join(LANGUAGES)}"
 SKIP_BAD = {"action": "store_true", "help": "skip rows and ids that can't be used"}
 
 
@@ -346,6 +349,7 @@ def add_search_flags(command: cli.Parser) -> None:
     flag("--encoding", type=cli.encoding, help="of --queries, such as latin-1 (default: UTF-8)")
     flag("--top-k", type=cli.positive_int, default=5, help="texts per query")
     flag("--hybrid", action="store_true", help="fuse cosine and BM25 by reciprocal rank")
+    flag("--language", **LANGUAGE)
     flag("--approximate", action="store_true", help="find candidates by FAISS codes, kept beside the index")
     add_where_flags(command)
     add_rerank_flags(command)
@@ -355,6 +359,8 @@ def add_search_flags(command: cli.Parser) -> None:
 def check_search(args: argparse.Namespace) -> None:
     if args.queries and args.queries_file:
         raise UserError("search: name either queries or --queries FILE")
+    if args.language != AUTO and not args.hybrid:
+        raise UserError(f"--language {args.language}: only --hybrid looks at words; give it too")
     for number, query in enumerate(args.queries, start=1):
         sources.check_query(query, f"query {number}")
     if args.queries_file:
@@ -391,6 +397,7 @@ def search(args: argparse.Namespace) -> None:
         allowed,
         approximate=args.approximate,
         hybrid=args.hybrid,
+        words=Words(args.language),
         reranker=reranker,
         rerank_depth=args.rerank_depth,
         say=screen.say,
@@ -499,6 +506,7 @@ def add_evaluate_flags(command: cli.Parser) -> None:
     command.add_argument("--index", metavar="DIR", type=cli.name, help="where to search")
     others = "score vectors that are kept so as well; may be repeated"
     command.add_argument("--store", choices=list(STORES), action="append", default=[], help=others)
+    command.add_argument("--language", **LANGUAGE)
     add_rerank_flags(command)
     add_task_flags(command)
 
@@ -532,7 +540,9 @@ def evaluate(args: argparse.Namespace) -> None:
         reranker = load_reranker(args.rerank, runtime, cache_dir=args.cache_dir)
     with relevance.open_task(files, source_of(args), runtime, say=screen.say) as opened:
         snapshot, allowed = opened.snapshot, opened.snapshot.alive()
-        searcher = Searcher(snapshot, opened.encoder, allowed, rerank_depth=depth, say=screen.say)
+        words = Words(args.language)
+        options = {"words": words, "rerank_depth": depth, "say": screen.say}
+        searcher = Searcher(snapshot, opened.encoder, allowed, **options)
         scores = relevance.score_all(searcher, opened.task, reranker=reranker)
         stores = relevance.score_stores(searcher, opened.task, args.store)
         display.show_scores(screen, opened.task, scores, stores)

@@ -3,7 +3,7 @@
 
 The loop is `decode`, below the flags: prefill, sampler, stop, step. Its parts are in
 common/generation: decoding.py (prefill, step), sampling.py (filters, draw), completion.py (from
-tokens to text). Left out on purpose: beam search, encoder-decoder models, serving.
+tokens to text). Left out on purpose: encoder-decoder models.
 
   python generate.py --prompt "Natural Language Processing is"  # greedy, bundled SmolLM2-135M-Instruct
   python generate.py --prompt "Natural Language Processing is" --top-k 50 --seed 1
@@ -27,13 +27,15 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from common import cli, sources
 from common.cli import (
+    finite_float,
     fraction,
     non_negative_float,
     non_negative_int,
+    penalty,
     positive_float,
     positive_int,
     probability,
@@ -65,14 +67,30 @@ def make_parser() -> cli.Parser:
     add("--chat", action="store_true", help="prompts are questions, in the model's chat template")
     add("--system", metavar="TEXT", help="system message of a chat")
 
-    title = "choice of tokens (greedy unless a flag from --temperature to --typical-p is given)"
+    title = "choice of tokens (greedy unless a flag from --temperature to --xtc-probability is given)"
     add = parser.add_argument_group(title).add_argument
     add("--temperature", type=non_negative_float, help="below 1 sharpens, above 1 flattens; 0: greedy")
     add("--top-k", type=non_negative_int, help="keep the k most likely tokens; 0: off")
     add("--top-p", type=probability, help="keep the fewest tokens that together reach this probability")
     add("--min-p", type=fraction, help="keep tokens at least this likely, relative to the best one")
     add("--typical-p", type=probability, help="keep the most typical tokens up to this probability")
+    add("--epsilon-cutoff", type=fraction, help="keep tokens that are at least this likely")
+    help_text = "as --epsilon-cutoff, but lower where the distribution is flat"
+    add("--eta-cutoff", type=fraction, help=help_text)
+    help_text = "keep tokens at most so many standard deviations of all logits below the highest"
+    add("--top-n-sigma", type=non_negative_float, metavar="N", help=help_text)
+    help_text = "so often, leave out all tokens above --xtc-threshold but the least likely of them"
+    add("--xtc-probability", type=probability, help=help_text)
+    add("--xtc-threshold", type=probability, default=0.1, help="how likely a token is that XTC leaves out")
     add("--repetition-penalty", type=positive_float, default=1.0, help="above 1 discourages repetition")
+    help_text = "subtract this from the logit of each token that the text has already"
+    add("--presence-penalty", type=penalty, default=0.0, help=help_text)
+    help_text = "subtract this from the logit of each token, times how often the text has it"
+    add("--frequency-penalty", type=penalty, default=0.0, help=help_text)
+    help_text = "add a number to the logit of a token, or of the token with this id; repeat it for more"
+    add("--logit-bias", action="append", metavar="TOKEN=NUMBER", type=token_and_number, help=help_text)
+    help_text = r"words, separated by commas, whose tokens may not be generated; \, is a comma"
+    add("--ban-words", action="extend", metavar="WORD,...", type=listed, help=help_text)
     help_text = "no sequence of this many tokens occurs twice; 0 is off"
     add("--no-repeat-ngram-size", type=non_negative_int, default=0, help=help_text)
     help_text = (
@@ -82,6 +100,12 @@ def make_parser() -> cli.Parser:
     add("--sampler", choices=["exact", "independent"], default="exact", help=help_text)
     help_text = "greedy only: guess up to N tokens ahead from the text so far"
     add("--lookup", type=positive_int, metavar="N", help=help_text)
+    help_text = "search for the likeliest text with N beams; --num-samples shows more than the best one"
+    add("--num-beams", type=positive_int, metavar="N", help=help_text)
+    help_text = "above 0 prefers longer texts, below 0 shorter ones"
+    add("--length-penalty", type=finite_float, default=1.0, help=help_text)
+    help_text = "true: end with the Nth text that ends; false: when no better one is likely; never: possible"
+    add("--early-stopping", choices=list(EARLY_STOPPING), default="false", help=help_text)
 
     add = parser.add_argument_group("end of a text").add_argument
     add("--max-new-tokens", type=positive_int, default=200, help="the most tokens of a text")
@@ -132,7 +156,34 @@ def unescape(text: str) -> str:
     return re.sub(r"\\[nt\\]", lambda match: ESCAPED[match[0]], text)
 
 
-DRAWING = ("temperature", "top_k", "top_p", "min_p", "typical_p")  # any of them given: not greedy
+EARLY_STOPPING: dict[str, Any] = {"true": True, "false": False, "never": "never"}
+
+
+def listed(text: str) -> list[str]:
+    r"""Parse texts that are separated by commas; \, is a comma within one."""
+    return [unescape(part.replace(r"\,", ",")) for part in re.split(r"(?<!\\),", text)]
+
+
+def token_and_number(text: str) -> str:
+    """Check a value of --logit-bias, TOKEN=NUMBER; the model's vocabulary is not known yet."""
+    token, _, number = text.rpartition("=")
+    if not token or not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)", number) or abs(float(number)) > MOST_BIAS:
+        wanted = f"TOKEN=NUMBER with a number from -{MOST_BIAS} to {MOST_BIAS}"
+        raise argparse.ArgumentTypeError(f"{shorten(text, 60)!r} is not {wanted}")
+    return text
+
+
+DRAWING = (  # any of them given: not greedy
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "top_n_sigma",
+    "xtc_probability",
+)
 DRAWING_FLAGS = tuple("--" + name.replace("_", "-") for name in DRAWING)
 NO_PROMPT = ("--interactive", "--perplexity", "--score")
 ONE_PROMPT = ("--explain", "--compare")
@@ -148,7 +199,10 @@ NEEDS = {  # a flag, and the flags of which it needs one
     "--score": ("--references",),
     **dict.fromkeys(("--columns", "--delimiter", "--quoting"), TABLES),
     "--encoding": (*TABLES, "--perplexity"),
-    "--num-samples": DRAWING_FLAGS,  # greedy gives the same text each time
+    "--xtc-threshold": ("--xtc-probability",),
+    "--length-penalty": ("--num-beams",),
+    "--early-stopping": ("--num-beams",),
+    "--num-samples": (*DRAWING_FLAGS, "--num-beams"),  # greedy gives the same text each time
 }
 CONFLICTS = (  # flags that cannot be used together, and why; torchrun counts as one
     ("--prompt", NO_PROMPT, "this mode takes no prompts"),
@@ -159,6 +213,11 @@ CONFLICTS = (  # flags that cannot be used together, and why; torchrun counts as
     ("--stream", ("--output",), "the texts go to a file, not to the screen"),
     ("--lookup", DRAWING_FLAGS, "prompt lookup is for greedy decoding"),
     ("--lookup", ONE_PROMPT, "this mode uses no prompt lookup"),
+    ("--num-beams", DRAWING_FLAGS, "a beam search draws nothing"),
+    ("--num-beams", ("--lookup",), "a beam search has several texts to guess"),
+    ("--num-beams", ("--stop",), "beams end at end tokens only"),
+    ("--num-beams", ("--logprobs",), "the logits of a beam are not kept"),
+    ("--num-beams", (*ONE_PROMPT, *NO_PROMPT), "this mode chooses token by token"),
     ("--num-samples", (*ONE_PROMPT, *NO_PROMPT), "this mode takes one text per prompt"),
     ("--num-samples", ("--references",), "one text per prompt is scored"),
     ("--check", ("--sampler",), "only --sampler exact draws the random numbers of model.generate"),
@@ -170,6 +229,8 @@ CONFLICTS = (  # flags that cannot be used together, and why; torchrun counts as
 )
 # logits divided by less can leave the range of fp32
 LOWEST_TEMPERATURE, LOWEST_PENALTY = 1e-6, 1e-3
+MOST_BIAS = 1000  # of a logit
+MOST_THRESHOLD = 0.5  # of XTC: no two tokens are likelier
 DEFAULT_WINDOW = 1024  # tokens
 
 
@@ -184,9 +245,16 @@ def check_flags(args: argparse.Namespace) -> None:
     if not LOWEST_PENALTY <= args.repetition_penalty <= 1 / LOWEST_PENALTY:
         limits = f"from {LOWEST_PENALTY:g} to {1 / LOWEST_PENALTY:g}"
         raise UserError(f"--repetition-penalty {args.repetition_penalty}: use a number {limits}")
+    if args.xtc_threshold > MOST_THRESHOLD:
+        reason = f"no two tokens are so likely that XTC could leave one out; use at most {MOST_THRESHOLD}"
+        raise UserError(f"--xtc-threshold {args.xtc_threshold}: {reason}")
     if args.min_new_tokens > args.max_new_tokens:
         low, high = args.min_new_tokens, args.max_new_tokens
         raise UserError(f"--min-new-tokens {low}: lower it, or raise --max-new-tokens {high}")
+    if args.num_beams == 1:
+        raise UserError("--num-beams 1: that is greedy decoding; use at least 2, or leave it out")
+    if args.num_beams is not None and args.num_samples > args.num_beams:
+        raise UserError(f"--num-samples {args.num_samples}: --num-beams {args.num_beams} has no more texts")
     check_given_texts(args)
     if args.score is None:
         sources.check_model(args.model, kind="language model")
@@ -227,7 +295,9 @@ def check_given_texts(args: argparse.Namespace) -> None:
             raise UserError(f"--prompt {number}: the prompt is empty; write something to continue")
     if "" in (args.stop or []):
         raise UserError("--stop '': every text contains the empty string; leave it out")
-    for name in ("prompt", "stop", "end_token"):
+    if any(not word.strip() for word in args.ban_words or []):
+        raise UserError("--ban-words: a word is empty; name words between the commas")
+    for name in ("prompt", "stop", "end_token", "logit_bias", "ban_words"):
         for text in getattr(args, name) or []:
             check_encoding(text, "--" + name.replace("_", "-"))
     check_encoding(args.system or "", "--system")
@@ -275,7 +345,8 @@ import torch
 from tqdm import tqdm
 
 from common import reading
-from common.generation import fast_sampling, language_model, sampling
+from common.generation import beams, fast_sampling, language_model, sampling
+from common.generation.beams import Beams
 from common.generation.completion import Completion, Options, Prompt, Run, Stopwatch
 from common.generation.decoding import Batch, PromptLookup, Step, fetch_ids, prefill, step
 from common.generation.language_model import LanguageModel, Loading
@@ -316,11 +387,13 @@ def make_sampler(options: Options, batch: Batch, rows: list[Completion], seed: i
         )
     names = [(row.prompt.number, row.sample) for row in rows]
     uniforms = sampling.row_uniforms(options.seed, names, settings.max_new_tokens)
+    coins = sampling.xtc_coins(settings, options.seed, names)
     return sampling.independent_sampler(
         settings,
         prompt_length=batch.length,
         starts=batch.starts,
         uniforms=uniforms.to(batch.ids.device),
+        coins=coins,
         draw=draws.draw_independently,
     )
 
@@ -333,8 +406,11 @@ def complete(run: Run, rows: list[Completion], batch: Batch | None = None, *, se
     """
     if not rows:
         return
-    batch = batch or run.left_pad(rows)
     options, settings = run.options, run.options.settings
+    if options.beams is not None:
+        yield from beams.complete(run, rows, options.beams)
+        return
+    batch = batch or run.left_pad(rows)
     lookup = PromptLookup(options.lookup) if options.lookup else None
     if lookup:
         steps = lookup.decode(run.language_model, batch, settings)
@@ -467,11 +543,21 @@ def recorded_settings(args: argparse.Namespace, run: Run) -> dict:
     flags = "chat system temperature top_k top_p min_p typical_p repetition_penalty"
     flags += " no_repeat_ngram_size sampler lookup max_new_tokens min_new_tokens stop end_token"
     flags += " num_samples batch_size logprobs weights plain_step"
+    # only where they are given, so that files of earlier versions can be continued
+    newer = "epsilon_cutoff eta_cutoff top_n_sigma xtc_probability presence_penalty frequency_penalty"
+    newer += " logit_bias ban_words"
+    given = {name: getattr(args, name) for name in newer.split() if getattr(args, name)}
+    if args.xtc_probability:
+        given["xtc_threshold"] = args.xtc_threshold
+    if args.num_beams:
+        names = ("num_beams", "length_penalty", "early_stopping")
+        given |= {name: getattr(args, name) for name in names}
     model = run.language_model
     return {
         "model": reading.full_name(args.model),
         "precision": str(model.dtype).removeprefix("torch."),
         **{name: getattr(args, name) for name in flags.split()},
+        **given,
         "device": model.device.type,
         "end_ids": list(run.options.settings.end_ids),
     }
@@ -511,8 +597,10 @@ def explain_tokens(args: argparse.Namespace) -> None:
     rows, settings = run.rows(prompts), run.options.settings
     batch = run.left_pad(rows)
     sampler = make_sampler(run.options, batch, rows, args.seed)
+    coins = sampling.xtc_coins(settings, args.seed, [(0, 0)])  # the same for both samplers
     for current in decode(run.language_model, batch, sampler, settings):
-        print(explain.step_table(current, batch.tokens, settings, rows[0]), flush=True)
+        strikes = None if coins is None else coins[:, len(rows[0].token_ids)]
+        print(explain.step_table(current, batch.tokens, settings, rows[0], strikes), flush=True)
         run.add_step(rows, current, batch)
     rows[0].finish()
     print(rows[0].text)
@@ -620,11 +708,17 @@ def load(args: argparse.Namespace) -> tuple[Run, Runtime]:
         raise UserError(f"--sampler independent: {problem}; use --sampler exact or --device cpu")
     language_model.check_stops(args.stop or [], model)
     end_ids = model.end_ids + language_model.end_token_ids(args.end_token or [], model)
-    names = ["max_new_tokens", "min_new_tokens", "repetition_penalty", "no_repeat_ngram_size"]
+    names = ["max_new_tokens", "min_new_tokens", "repetition_penalty", "presence_penalty"]
+    names += ["frequency_penalty", "no_repeat_ngram_size", "xtc_threshold"]
     if is_drawing(args):
         names += [name for name in DRAWING if getattr(args, name) is not None]
-    chosen = {name: getattr(args, name) for name in names}
-    settings = Settings(sample=is_drawing(args), end_ids=tuple(dict.fromkeys(end_ids)), **chosen)
+    settings = Settings(
+        sample=is_drawing(args),
+        end_ids=tuple(dict.fromkeys(end_ids)),
+        logit_bias=language_model.read_bias(args.logit_bias or [], model),
+        banned=language_model.banned_runs(args.ban_words or [], model),
+        **{name: getattr(args, name) for name in names},
+    )
     options = Options(
         settings,
         seed=args.seed,
@@ -633,8 +727,16 @@ def load(args: argparse.Namespace) -> tuple[Run, Runtime]:
         stops=tuple(args.stop or ()),
         num_logprobs=args.logprobs,
         lookup=args.lookup or 0,
+        beams=chosen_beams(args),
     )
     return Run(model, options), runtime
+
+
+def chosen_beams(args: argparse.Namespace) -> Beams | None:
+    """Return how the flags ask for a beam search, None if they do not."""
+    if args.num_beams is None:
+        return None
+    return Beams(args.num_beams, args.length_penalty, EARLY_STOPPING[args.early_stopping])
 
 
 def load_all(args: argparse.Namespace) -> tuple[Run, list[Prompt], list[str] | None, Runtime]:

@@ -31,13 +31,16 @@ from typing import TYPE_CHECKING, TypeVar, cast
 from common import bundled, cli, sources
 from common.errors import Interrupted, UserError
 from common.sources import FileOptions
+from common.training import study
 from common.training.run import (
+    CONFIG,
     DEFAULT_MAX_LENGTH,
     DEFAULT_TRUNCATION,
     NEWEST,
     TRUNCATIONS,
     RunLocation,
     compare_flags,
+    finished_runs,
     is_finished,
     locate_run,
     read_config,
@@ -46,8 +49,8 @@ from common.training.run import (
 )
 
 # flags that are no settings of a run: they choose what to do instead of it, or where to continue
-INSTEAD = ("inspect", "compare_tokenizer", "evaluate_only", "predict")
-NOT_SETTINGS = (*INSTEAD, "resume", "resume_or_start", "debug")
+INSTEAD = ("inspect", "compare_tokenizer", "evaluate_only", "predict", "compare")
+NOT_SETTINGS = (*INSTEAD, "resume", "resume_or_start", "seeds", "grid", "debug")
 
 
 # Flags --------------------------------------------------------------------------------------------
@@ -90,6 +93,8 @@ def add_data_flags(parser: cli.Parser) -> None:
     flag("--train-split", help="its name in the data set")
     flag("--validation-split", help="its name in the data set; cut from train if there is none")
     flag("--test-split", help="its name in the data set; cut from train if there is none")
+    seed = "seed that cuts and samples splits (default: --seed)"
+    flag("--split-seed", type=cli.non_negative_int, help=seed)
     flag("--max-train-samples", type=count, help="most texts to train on: a stratified sample")
     flag("--max-eval-samples", type=count, help="the same for validation and test")
     flag("--max-length", type=count, help=f"tokens read at once in training (default: {DEFAULT_MAX_LENGTH})")
@@ -117,7 +122,14 @@ def add_training_flags(parser: cli.Parser) -> None:
     flag("--batch-size", type=count, default=16, help="texts per process and micro-batch")
     flag("--eval-batch-size", type=count, default=32, help="chunks per process in evaluation")
     flag("--grad-accum", type=count, default=1, help="micro-batches per optimizer step")
-    flag("--lr", type=cli.positive_float, default=1e-4, help="highest learning rate")
+    flag(
+        "--lr",
+        type=cli.positive_float,
+        nargs="+",
+        action=study.OneOrSeveral,
+        default=1e-4,
+        help="highest learning rate; several: a run with each",
+    )
     flag("--warmup-ratio", type=share, default=0.1, help="share of steps with a rising learning rate")
     flag(
         "--weight-decay",
@@ -228,9 +240,15 @@ def add_run_flags(parser: cli.Parser) -> None:
     )
     flag(
         "--keep",
-        type=count,
+        type=cli.non_negative_int,
         default=2,
-        help="checkpoints to keep; with two, damage to the newest one costs little",
+        help="checkpoints to keep; with two, damage to the newest one costs little; 0: write none",
+    )
+    flag(
+        "--keep-after",
+        type=cli.non_negative_int,
+        metavar="N",
+        help="checkpoints to keep of a finished run (default: --keep; of each run of several: 0)",
     )
     flag(
         "--resume",
@@ -247,9 +265,27 @@ def add_run_flags(parser: cli.Parser) -> None:
         help="for a job that is started again: continue the run in --output-dir if there is one",
     )
 
+    flag = parser.add_argument_group("several runs, and a table of their scores").add_argument
+    flag("--seeds", type=cli.non_negative_int, nargs="+", metavar="N", help="a run with each of these seeds")
+    flag(
+        "--grid",
+        type=study.grid_axis,
+        action="append",
+        metavar="FLAG=A,B",
+        help="a run with each value of a flag, such as batch-size=8,16; may be repeated",
+    )
+
     group = parser.add_argument_group("instead of training")
     flag = group.add_mutually_exclusive_group().add_argument
     flag("--inspect", action="store_true", help="show data, tokenizer, model and a batch")
+    flag(
+        "--compare",
+        nargs="+",
+        type=cli.name,
+        metavar="RUN",
+        help="show finished runs (or those of a study) side by side, each tested against the first;"
+        " --output-dir takes the tables",
+    )
     flag("--evaluate-only", action="store_true", help="score a saved --model on the test split")
     flag(
         "--predict",
@@ -269,12 +305,16 @@ def flags_of_resumed_run(parser: cli.Parser, argv: Sequence[str]) -> list[str]:
     if any(given.get(name) for name in INSTEAD):
         return []
     resume, saved = resumed_flags(given)
-    others = {name: value for name, value in saved.items() if name not in (*given, *NOT_SETTINGS)}
+    not_saved = {*given, *NOT_SETTINGS} - ({"seeds", "grid"} - given.keys())
+    others = {name: value for name, value in saved.items() if name not in not_saved}
     return parser.as_flags({"resume": resume, **others})
 
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raise UserError for a mistake that the flags show, or the files that they name."""
+    if args.compare is not None:
+        check_compared(args)
+        return
     sources.check_model(args.model, kind="encoder")
     if args.compare_tokenizer is not None:
         if not args.inspect:
@@ -293,6 +333,13 @@ def check_flags(args: argparse.Namespace) -> None:
         check_training_flags(args)
 
 
+def check_compared(args: argparse.Namespace) -> None:
+    """Raise UserError unless --compare names finished runs, and --output-dir a place for tables."""
+    finished_runs(args.compare)
+    if args.output_dir is not None and (Path(args.output_dir) / CONFIG).exists():
+        raise UserError(f"--output-dir {args.output_dir}: it holds a run; name another folder for tables")
+
+
 def check_training_flags(args: argparse.Namespace) -> None:
     """Raise UserError when flags exclude each other, or a run can't be kept where they say."""
     if args.max_chunks > 1 and args.truncation not in (None, "chunks"):
@@ -306,13 +353,32 @@ def check_training_flags(args: argparse.Namespace) -> None:
             f" {args.batch_size} chunks, and those of a text stay together; lower the one or"
             " raise the other"
         )
+    if args.keep == 0 and args.save_every is not None:
+        raise UserError(f"--save-every {args.save_every}: --keep 0 writes no checkpoint; leave one out")
+    if study.is_study(args):
+        check_study(args)
     # several processes decide together where the run lies, when they have found each other
-    if is_done(args):
+    elif is_done(args):
         compare_flags(Path(args.output_dir), read_config(Path(args.output_dir)), settings_of(args))
     elif "RANK" not in os.environ:
         location = locate_run(args.output_dir, args.resume, name=run_name(args))
         if location.is_resumed:
             require_same_flags(location, settings_of(args))
+
+
+def check_study(args: argparse.Namespace) -> None:
+    """Raise UserError unless each of several runs can be started with these flags."""
+    if cli.TORCHRUN in os.environ:
+        raise UserError(
+            "--seeds, --grid and several --lr: each run is a process of its own; start the script with python"
+        )
+    for run in plan_study(args).runs:
+        make_parser().parse_args(run.flags)
+
+
+def plan_study(args: argparse.Namespace) -> study.Study:
+    """Return the runs that --seeds, --grid and --lr ask for."""
+    return study.make_plan(make_parser(), args, {*NOT_SETTINGS} - {"seeds", "grid"}, name=run_name(args))
 
 
 def is_done(args: argparse.Namespace) -> bool:
@@ -339,14 +405,26 @@ def what_is_read(args: argparse.Namespace) -> str | None:
     return f"{args.model} and {args.dataset if args.predict is None else args.predict}"
 
 
+def is_training(args: argparse.Namespace) -> bool:
+    """Tell whether the flags ask for a training, and nothing instead of it."""
+    return not any(getattr(args, name) for name in INSTEAD)
+
+
 def needs_no_model(args: argparse.Namespace) -> bool:
-    """Tell whether nothing is left to be trained or scored in this process."""
-    return is_done(args)
+    """Tell whether nothing is to be trained or scored in this process."""
+    return args.compare is not None or (is_training(args) and (study.is_study(args) or is_done(args)))
 
 
 def do_without_model(args: argparse.Namespace) -> None:
     """Do what the flags ask for where PyTorch has no part in it."""
-    if cli.is_rank_0():
+    if args.compare is not None:
+        from common.training import comparison
+
+        comparison.compare(finished_runs(args.compare), args.output_dir)
+    elif study.is_study(args):
+        plan = plan_study(args)
+        study.run_study(plan, Path(__file__), device=args.device, max_minutes=args.max_minutes)
+    elif cli.is_rank_0():
         print(f"run      {args.output_dir} is finished: nothing is left to be done")
 
 
@@ -427,7 +505,8 @@ def config_from_flags(config_class: type[Config], args: argparse.Namespace, **gi
 
 def data_config(args: argparse.Namespace) -> DataConfig:
     """Return which texts and labels the flags name."""
-    return config_from_flags(DataConfig, args, files=config_from_flags(FileOptions, args))
+    seed = args.seed if args.split_seed is None else args.split_seed
+    return config_from_flags(DataConfig, args, seed=seed, files=config_from_flags(FileOptions, args))
 
 
 # Data, tokenizer and model ------------------------------------------------------------------------
@@ -788,13 +867,14 @@ def test(loaded: Loaded, state: TrainingState, run: Run, runtime: Runtime) -> No
         predictions=report.Predictions(rows, logits),
         peak_memory_bytes=peak_memory_bytes(runtime.device),
     )
-    report.log_outcome(run.log, outcome)
     runtime.say(f"\n{report.epoch_table(state.history)}")
     runtime.say(f"\nbest epoch {state.best['epoch']}, reloaded and scored on the test split:")
     report.show(scores, outcome.predictions, config.tokens.eval_max_length, runtime)
     if runtime.is_main:
         report.write_report(folder, outcome)
         report.write_card(folder / "best", outcome, loaded.splits)
+    report.log_outcome(run.log, outcome)  # the last: metrics.json tells that the run is finished
+    run.checkpoints.prune_finished()
     paths = f"model: {folder}/best   every test row: {folder}/predictions.csv"
     runtime.say(f"\nreport: {folder}/report.md   {paths}")
 
@@ -820,7 +900,7 @@ def fit_in(location: RunLocation, args: argparse.Namespace, clock: tracking.Cloc
     # with the defaults that were chosen
     flags = {**settings_of(args), **dataclasses.asdict(loaded.config.tokens)}
     identity = checkpoint.identity(flags, loaded.model, loaded.tokenized, runtime)
-    checkpoints = Checkpoints(location, identity, keep=args.keep, runtime=runtime)
+    checkpoints = Checkpoints(location, identity, keep=args.keep, keep_after=args.keep_after, runtime=runtime)
     start = checkpoints.choose()  # None: from the beginning
 
     rows = loaded.tokenized["train"]
@@ -832,8 +912,10 @@ def fit_in(location: RunLocation, args: argparse.Namespace, clock: tracking.Cloc
         checkpoints.restore(start, state)
     log = checkpoints.open_log(flags, state.model, start)
     advice = f"continue with --resume {location.folder}"
+    if args.keep == 0:
+        advice = f"nothing is saved (--keep 0): --resume {location.folder} starts from the beginning"
     time_left = None if args.max_minutes is None else 60 * args.max_minutes - clock.seconds()
-    signals = StopSignals(runtime, advice, seconds=time_left)
+    signals = StopSignals(runtime, advice, seconds=time_left, saves=args.keep > 0)
     run = Run(log, checkpoints, signals, make_forecast(loaded.tokenized, loaded.config, clock, runtime))
     with contextlib.closing(log), signals:
         if train(state, loaded.tokenized, run, loaded.config, runtime):

@@ -115,9 +115,11 @@ class Parser(argparse.ArgumentParser):
     def given(self, argv: Sequence[str]) -> dict[str, Any]:
         """Return the values of the flags in `argv`, without those that have only a default."""
         absent = object()
-        values = argparse.Namespace(**{action.dest: absent for action in self._actions})
+        # a flag that may be repeated adds to a list
+        once = [action for action in self._actions if not isinstance(action, argparse._AppendAction)]
+        values = argparse.Namespace(**{action.dest: absent for action in once})
         found = super().parse_args(argv, values)
-        return {name: value for name, value in vars(found).items() if value is not absent}
+        return {name: value for name, value in vars(found).items() if value not in (absent, None)}
 
     def as_flags(self, values: Mapping[str, Any]) -> list[str]:
         """Return values, by the names that parsing gives them, as they are written on a command line."""
@@ -129,6 +131,8 @@ class Parser(argparse.ArgumentParser):
                 continue
             if action.nargs == 0:
                 flags.append(name)
+            elif isinstance(action, argparse._AppendAction):
+                flags += [f"{name}={one}" for one in value]
             elif action.nargs is None or not isinstance(value, list | tuple):
                 joined = ",".join(map(str, value)) if isinstance(value, list | tuple) else value
                 flags.append(f"{name}={joined}")
@@ -167,6 +171,11 @@ def non_negative_float(text: str) -> float:
     return _number(text, float, lambda value: 0 <= value < float("inf"), "a number of at least 0")
 
 
+def finite_float(text: str) -> float:
+    """Parse a finite number."""
+    return _number(text, float, lambda value: abs(value) < float("inf"), "a number")
+
+
 def duration(text: str) -> float:
     """Parse a number of seconds to wait, which no clock of the system overflows."""
     return _number(text, float, lambda value: 0 <= value <= LONGEST_WAIT, "a number from 0 to 1e6")
@@ -196,6 +205,11 @@ def _number(text: str, convert: Callable[[str], Any], accept: Callable[[Any], bo
     if value is None or not accept(value):  # NaN fails every comparison, so it is refused here too
         raise argparse.ArgumentTypeError(f"{shorten(text, 60)!r} is not {wanted}")
     return value
+
+
+def penalty(text: str) -> float:
+    """Parse a number from -2 to 2, the range of OpenAI's API."""
+    return _number(text, float, lambda value: -2 <= value <= 2, "a number from -2 to 2")
 
 
 def name(text: str) -> str:

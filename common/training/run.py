@@ -9,10 +9,10 @@ import datetime
 import itertools
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from common.errors import UserError, one_line, shorten
 from common.files import LOCK, find_damage, member, only_writer, read_json
@@ -22,9 +22,16 @@ TRUNCATIONS = ("head", "tail", "head-tail", "chunks")
 # (docs/benchmarks.md)
 DEFAULT_MAX_LENGTH, DEFAULT_TRUNCATION = 256, "chunks"
 
+Kind = Literal["single", "multi", "regression"]  # of a task: one class, several labels, or numbers
+SINGLE, MULTI, REGRESSION = "single", "multi", "regression"
+TASKS = (SINGLE, MULTI, REGRESSION)
+
+LOWER_IS_BETTER = ("loss", "rmse", "mae")
+
 NEWEST = ""  # the value of --resume given alone: the newest checkpoint
 CONFIG = "config.json"  # once it exists, it is complete and the run can be resumed
 RESULTS = "metrics.json"  # of a finished run
+STUDY = "study.json"  # of several runs: their flags
 # the only file that a run leaves behind when it is killed at its very beginning
 UNFINISHED_CONFIG = re.compile(r"config\.json\.\d+")
 CHECKPOINTS, CHECKPOINT_PREFIX, STATE = "checkpoints", "step-", "state.json"
@@ -59,6 +66,7 @@ FREE_FLAGS = {
     "num_workers",
     "save_every",
     "keep",
+    "keep_after",
     "max_minutes",
     "auto_batch_size",
     "nondeterministic",
@@ -103,7 +111,7 @@ def locate_run(
         # a checkpoint that the flags name was where the job began: by now it has come further
         return RunLocation(named.folder, is_resumed=True)
     if resume is None:
-        return RunLocation(_new_run_folder(output_dir, name))
+        return RunLocation(new_run_folder(output_dir, name))
     if named is None:
         raise UserError("--resume: which run? name its folder, as in --resume runs/news")
     if not (named.folder / CONFIG).is_file():
@@ -131,7 +139,7 @@ def _named_run(output_dir: str | None, resume: str | None) -> RunLocation | None
     return RunLocation(folder, is_resumed=True, checkpoint=path if is_checkpoint else None)
 
 
-def _new_run_folder(output_dir: str | None, name: str) -> Path:
+def new_run_folder(output_dir: str | None, name: str) -> Path:
     """Return the folder for a new run: `output_dir`, or runs/<name>-<time>. Nothing is created yet.
 
     Raises UserError when the folder is not empty.
@@ -332,7 +340,8 @@ def resumed_flags(given: Mapping[str, Any]) -> tuple[str | None, dict[str, objec
             raise UserError("--resume-or-start: --resume says to continue; leave one of the two out")
         if output_dir is None:
             raise UserError("--resume-or-start: name the folder of the run with --output-dir")
-        resume = NEWEST if (Path(output_dir) / CONFIG).is_file() else None
+        known = any((Path(output_dir) / name).is_file() for name in (CONFIG, STUDY))
+        resume = NEWEST if known else None
     return resume, {} if resume is None else saved_flags(output_dir, resume)
 
 
@@ -341,17 +350,51 @@ def is_finished(run_folder: Path) -> bool:
     return (run_folder / RESULTS).is_file()
 
 
+def finished_runs(names: Sequence[str]) -> list[Path]:
+    """Return the folders of at least two finished runs; a study stands for those of its runs.
+
+    Raises UserError for a folder that holds none.
+    """
+    found = []
+    for name in names:
+        folder = Path(name)
+        is_study = (folder / STUDY).is_file()
+        paths = sorted(folder.rglob(RESULTS) if is_study else folder.glob(RESULTS))
+        runs = [path.parent for path in paths]
+        if not runs:
+            raise UserError(f"--compare {name}: it holds no finished run; check the name, or finish it")
+        found += runs
+    if len(found) < 2:
+        raise UserError(f"--compare {' '.join(names)}: one run; name at least two, or a study of several")
+    return found
+
+
 def saved_flags(output_dir: str | None, resume: str) -> dict[str, object]:
-    """Return the flags of the run that `--resume` and `--output-dir` name, {} where there is none, which
-    `locate_run` says. Raises UserError when its config.json is damaged.
+    """Return the flags of the run, or of the study, that `--resume` and `--output-dir` name, {} where
+    there is none, which `locate_run` says. Raises UserError when its config.json is damaged.
     """
     run = _named_run(output_dir, resume)
-    if run is None or not (run.folder / CONFIG).is_file():
+    if run is None or not any((run.folder / name).is_file() for name in (CONFIG, STUDY)):
         return {}
+    if (run.folder / STUDY).is_file():
+        return read_study(run.folder)["flags"]
     config = read_config(run.folder)
     identity = config.get("identity", {})
     kinds = {name: identity.get(f"--{name}") for name in ("device", "precision")}
     return {**{name: value for name, value in config.items() if name not in NO_FLAGS}, **kinds}
+
+
+def read_study(folder: Path) -> dict[str, Any]:
+    """Return the content of a study.json. Raises UserError when it is damaged."""
+    path = folder / STUDY
+    try:
+        content = read_json(path)
+        if not isinstance(content["flags"], dict) or not isinstance(content["axes"], dict):
+            raise ValueError("no flags")
+        return content
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+        advice = "start a new study with another --output-dir"
+        raise UserError(f"--resume: {path} is damaged; {advice}") from error
 
 
 def identity_of_flags(flags: Mapping[str, object]) -> dict[str, object]:

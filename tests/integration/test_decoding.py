@@ -11,7 +11,8 @@ from transformers import GenerationConfig
 import generate
 from common.errors import UserError
 from common.generation import decoding, explain, sampling
-from common.generation.completion import Completion, Options, Prompt, TextStream
+from common.generation.beams import Beams
+from common.generation.completion import Completion, Options, Prompt, Run, TextStream
 from common.generation.decoding import Batch, PromptLookup, TokenHistory
 from common.generation.fast_decoding import Kernel, load_library
 from common.generation.language_model import LanguageModel
@@ -32,6 +33,19 @@ SETTINGS = {
     "top-p": {"sample": True, "top_p": 0.9},
     "min-p": {"sample": True, "min_p": 0.1},
     "typical": {"sample": True, "typical_p": 0.8},
+    "bias, bans and penalties": {
+        "logit_bias": ((5, -2.0), (40, 3.0), (41, 3.0)),
+        "banned": ((40, 41), (7,), (3,), (120,)),
+        "presence_penalty": 1.5,
+        "frequency_penalty": 0.5,
+    },
+    "epsilon and eta": {"sample": True, "epsilon_cutoff": 0.002, "eta_cutoff": 0.02},
+    "top-n-sigma and XTC": {
+        "sample": True,
+        "top_n_sigma": 2.0,
+        "xtc_probability": 0.5,
+        "xtc_threshold": 0.05,
+    },
     "all": {
         "sample": True,
         "temperature": 1.3,
@@ -39,7 +53,10 @@ SETTINGS = {
         "top_p": 0.95,
         "min_p": 0.02,
         "typical_p": 0.95,
+        "epsilon_cutoff": 1e-4,
+        "eta_cutoff": 1e-4,
         "repetition_penalty": 1.2,
+        "presence_penalty": 0.2,
         "no_repeat_ngram_size": 3,
         "min_new_tokens": 5,
     },
@@ -118,8 +135,8 @@ def settings_of(flags: dict, language_model: LanguageModel) -> Settings:
     ],
 )
 def test_every_token_is_the_one_of_generate(kind: str, dtype: torch.dtype) -> None:
-    """3 models x 2 precisions x one text, 4 left-padded and 3 unpadded ones x 10 settings x 2
-    seeds: 360 runs.
+    """3 models x 2 precisions x one text, 4 left-padded and 3 unpadded ones x 13 settings x 2
+    seeds: 468 runs.
     """
     language_model, ended_early, different = tiny_language_model(kind, dtype), 0, []
     for (name, flags), prompts, seed in itertools.product(
@@ -151,7 +168,7 @@ def kernel(tmp_path_factory) -> Kernel:
     ],
 )
 def test_every_token_of_the_step_in_c_is_the_one_of_generate(kind, stored, kernel):
-    """The same matrix, 240 runs: its sums are rounded in another order, and no draw is that close."""
+    """The same matrix, 312 runs: its sums are rounded in another order, and no draw is that close."""
     language_model, different = tiny_language_model(kind), []
     for parameter in language_model.model.parameters():
         parameter.data = parameter.data.to(stored).float()
@@ -205,6 +222,65 @@ def test_generate_is_asked_for_what_the_flags_say_and_nothing_else(name, flags):
     theirs = library(language_model, PROMPTS, Options(settings), 3)
     assert ours(language_model, PROMPTS, settings, exact(3)) == theirs
     assert language_model.model.generation_config is own
+
+
+BEAMS = [
+    Beams(2),
+    Beams(4, 0.0, True),
+    Beams(3, 2.0, "never"),
+    Beams(4, -1.0),
+    Beams(5, 1.0, True),
+    Beams(3, 0.6),
+]
+BEAM_SETTINGS = {
+    "plain": {},
+    "history": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 3, "presence_penalty": 0.5},
+    "a minimum": {"min_new_tokens": 9, "logit_bias": ((3, 4.0), (5, 4.0))},
+    "quick ends": {"logit_bias": ((3, 6.0), (5, 5.0))},
+}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "mistral",
+        pytest.param("llama in C", marks=needs_compiler),
+        heavy("llama"),
+        heavy("gpt2"),
+        heavy("mistral in C"),
+    ],
+)
+def test_beams_are_those_of_generate(kind, request):
+    """6 searches x one text and 4 left-padded ones x 4 settings for each model; some texts end before
+    the limit. All beams of a prompt, not the best one alone.
+    """
+    name, _, is_in_c = kind.partition(" ")
+    language_model, tokenizer = tiny_language_model(name, scale=2.0), train_byte_bpe()
+    different, lengths = [], set()
+    library_model = explain.library_model(language_model)
+    if is_in_c:
+        language_model = in_c(language_model, request.getfixturevalue("kernel"))
+    for beams, prompts, flags in itertools.product(BEAMS, (PROMPTS[:1], PROMPTS), BEAM_SETTINGS.values()):
+        options = Options(
+            dataclasses.replace(settings_of(flags, language_model), max_new_tokens=14),
+            num_samples=beams.size,
+            beams=beams,
+        )
+        run = Run(language_model, options)
+        numbered = [Prompt(number, "", ids) for number, ids in enumerate(prompts)]
+        rows = [
+            Completion(prompt, sample, TextStream(tokenizer))
+            for prompt in numbered
+            for sample in range(beams.size)
+        ]
+        list(generate.complete(run, rows, seed=0))
+        theirs = explain.library_tokens(language_model, library_model, numbered, options, seed=0)
+        found = [row.token_ids for row in rows]
+        lengths |= {len(row) for row in found}
+        if found != theirs:
+            different.append((beams, prompts, flags))
+    assert different == []
+    assert len(lengths) > 5 and 14 in lengths
 
 
 def test_several_samples_are_those_of_num_return_sequences():

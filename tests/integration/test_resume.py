@@ -567,6 +567,35 @@ def test_keep_prunes_older_checkpoints(forked, tmp_path):
     ]
 
 
+def same_model(folder: Path, other: Path) -> bool:
+    first, second = (load_file(path / "best" / "model.safetensors") for path in (folder, other))
+    return first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)
+
+
+def test_without_checkpoints_a_run_says_so_and_begins_again(forked, whole, tmp_path):
+    folder, _ = whole("one process")
+    run, own = tmp_path / "run", [flag for flag in FLAGS if flag not in ("--save-every", "--epochs", 2)]
+    flags = [*forked.shared_flags, *own, "--epochs", 2, "--batch-size", 8, "--keep", 0, "--output-dir", run]
+    code = forked.do(flags=list(map(str, flags)), run=str(run), event=15, signal="SIGTERM")
+    assert code == [143]
+    assert f"nothing is saved (--keep 0): --resume {run} starts from the beginning" in forked.said()
+    assert "SIGTERM: ending after this step" in forked.said() and not (run / "checkpoints").exists()
+    assert do(forked, "--resume", run) == [0], forked.said()
+    assert "no checkpoint yet: from the beginning" in forked.said("stdout")
+    assert same_model(run, folder) and not (run / "checkpoints").exists()
+
+
+def test_a_finished_run_keeps_what_it_was_told_to(forked, whole, tmp_path):
+    """The newest ones; the screen says before how much that is."""
+    folder, _ = whole("one process")
+    for number in (0, 1):
+        run = tmp_path / f"run-{number}"
+        assert forked.run(run, "--keep-after", number) == [0], forked.said()
+        left = [path.name for path in (run / "checkpoints").glob("*")]
+        assert left == ["step-00000008"][:number] and same_model(run, folder)
+        assert f"(--keep-after {number})" in forked.said("stdout")
+
+
 def test_a_folder_without_a_run_can_not_be_resumed(forked, tmp_path):
     assert forked.run(tmp_path / "none", "--resume") == [2]
     assert (
