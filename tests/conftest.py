@@ -357,7 +357,7 @@ class StubEncoder:
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-WITHOUT_A_MODEL = ("delete", "compact", "verify", "project", "export")  # nor a device
+WITHOUT_A_MODEL = ("delete", "compact", "verify", "project", "export", "list", "show", "like")
 
 
 @pytest.fixture(scope="session")
@@ -373,7 +373,7 @@ def embed(tiny_embedder, cache_dir):
             if command in WITHOUT_A_MODEL
             else {"--cache-dir": cache_dir, "--device": "cpu", "--precision": "fp32"}
         )
-        if command == "similarity" or command == "index" or "--index" not in flags:
+        if command in ("similarity", "index", "sync") or "--index" not in flags:
             defaults |= {} if command in ("compare-models", *WITHOUT_A_MODEL) else {"--model": tiny_embedder}
         stdout, stderr = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
