@@ -107,6 +107,11 @@ def make_parser() -> cli.Parser:
     help_text = "true: end with the Nth text that ends; false: when no better one is likely; never: possible"
     add("--early-stopping", choices=list(EARLY_STOPPING), default="false", help=help_text)
 
+    add = parser.add_argument_group("form of a text").add_argument
+    help_text = r"the text is exactly one of these, separated by commas; \, is a comma, \n a line break"
+    add("--choices", action="extend", metavar="TEXT,...", type=listed, help=help_text)
+    add("--regex", metavar="PATTERN", help="the text matches this regular expression as a whole")
+
     add = parser.add_argument_group("end of a text").add_argument
     add("--max-new-tokens", type=positive_int, default=200, help="the most tokens of a text")
     help_text = "no end token before this many tokens; a stop string still ends the text"
@@ -188,6 +193,8 @@ DRAWING_FLAGS = tuple("--" + name.replace("_", "-") for name in DRAWING)
 NO_PROMPT = ("--interactive", "--perplexity", "--score")
 ONE_PROMPT = ("--explain", "--compare")
 NO_SCORE = ("--check", *ONE_PROMPT, "--interactive", "--perplexity")
+FORMS = ("--choices", "--regex")
+FORMLESS = ("--min-new-tokens", "--no-repeat-ngram-size", "--ban-words")
 TABLES = ("--prompts-file", "--references", "--score")  # flags whose file may be a table
 MODES = ("--check", *ONE_PROMPT, *NO_PROMPT)
 NEEDS = {  # a flag, and the flags of which it needs one
@@ -218,6 +225,11 @@ CONFLICTS = (  # flags that cannot be used together, and why; torchrun counts as
     ("--num-beams", ("--stop",), "beams end at end tokens only"),
     ("--num-beams", ("--logprobs",), "the logits of a beam are not kept"),
     ("--num-beams", (*ONE_PROMPT, *NO_PROMPT), "this mode chooses token by token"),
+    ("--choices", ("--regex",), "a text has one form"),
+    *((flag, FORMLESS, "it could forbid what the form needs") for flag in FORMS),
+    *((flag, ("--stop",), "the text ends where its form does") for flag in FORMS),
+    *((flag, ("--num-beams",), "a beam search knows no form") for flag in FORMS),
+    *((flag, ("--perplexity", "--score"), "this mode generates no texts") for flag in FORMS),
     ("--num-samples", (*ONE_PROMPT, *NO_PROMPT), "this mode takes one text per prompt"),
     ("--num-samples", ("--references",), "one text per prompt is scored"),
     ("--check", ("--sampler",), "only --sampler exact draws the random numbers of model.generate"),
@@ -297,10 +309,13 @@ def check_given_texts(args: argparse.Namespace) -> None:
         raise UserError("--stop '': every text contains the empty string; leave it out")
     if any(not word.strip() for word in args.ban_words or []):
         raise UserError("--ban-words: a word is empty; name words between the commas")
-    for name in ("prompt", "stop", "end_token", "logit_bias", "ban_words"):
+    if "" in (args.choices or []):
+        raise UserError("--choices: one of them is empty; write texts between the commas")
+    for name in ("prompt", "stop", "end_token", "logit_bias", "ban_words", "choices"):
         for text in getattr(args, name) or []:
             check_encoding(text, "--" + name.replace("_", "-"))
     check_encoding(args.system or "", "--system")
+    check_encoding(args.regex or "", "--regex")
 
 
 def check_encoding(text: str, name: str) -> None:
@@ -350,7 +365,7 @@ from common.generation.beams import Beams
 from common.generation.completion import Completion, Options, Prompt, Run, Stopwatch
 from common.generation.decoding import Batch, PromptLookup, Step, fetch_ids, prefill, step
 from common.generation.language_model import LanguageModel, Loading
-from common.generation.sampling import Sampler, Settings
+from common.generation.sampling import Constraint, Sampler, Settings
 from common.runtime import Runtime, free_memory_bytes, start_runtime, stop_runtime
 
 # --- From prompts to texts
@@ -424,6 +439,7 @@ def complete(run: Run, rows: list[Completion], batch: Batch | None = None, *, se
         run.add_step(rows, current, batch)
         yield rows[0].text[num_shown:]
         num_shown = len(rows[0].text)
+    run.mark_whole(rows)
     run.timing.add(rows, stopwatch, lookup)
     for row in rows:
         row.finish()
@@ -545,7 +561,7 @@ def recorded_settings(args: argparse.Namespace, run: Run) -> dict:
     flags += " num_samples batch_size logprobs weights plain_step"
     # only where they are given, so that files of earlier versions can be continued
     newer = "epsilon_cutoff eta_cutoff top_n_sigma xtc_probability presence_penalty frequency_penalty"
-    newer += " logit_bias ban_words"
+    newer += " logit_bias ban_words choices regex"
     given = {name: getattr(args, name) for name in newer.split() if getattr(args, name)}
     if args.xtc_probability:
         given["xtc_threshold"] = args.xtc_threshold
@@ -707,14 +723,16 @@ def load(args: argparse.Namespace) -> tuple[Run, Runtime]:
         problem = "it draws in fp64, which Apple's GPUs do not have"
         raise UserError(f"--sampler independent: {problem}; use --sampler exact or --device cpu")
     language_model.check_stops(args.stop or [], model)
-    end_ids = model.end_ids + language_model.end_token_ids(args.end_token or [], model)
+    own_ends = language_model.end_token_ids(args.end_token or [], model)
+    end_ids = tuple(dict.fromkeys(model.end_ids + own_ends))
     names = ["max_new_tokens", "min_new_tokens", "repetition_penalty", "presence_penalty"]
     names += ["frequency_penalty", "no_repeat_ngram_size", "xtc_threshold"]
     if is_drawing(args):
         names += [name for name in DRAWING if getattr(args, name) is not None]
     settings = Settings(
         sample=is_drawing(args),
-        end_ids=tuple(dict.fromkeys(end_ids)),
+        end_ids=end_ids,
+        constraint=chosen_form(args, model, end_ids),
         logit_bias=language_model.read_bias(args.logit_bias or [], model),
         banned=language_model.banned_runs(args.ban_words or [], model),
         **{name: getattr(args, name) for name in names},
@@ -730,6 +748,19 @@ def load(args: argparse.Namespace) -> tuple[Run, Runtime]:
         beams=chosen_beams(args),
     )
     return Run(model, options), runtime
+
+
+def chosen_form(
+    args: argparse.Namespace, model: LanguageModel, end_ids: tuple[int, ...]
+) -> Constraint | None:
+    """Return the form that the flags ask for, None if they do not."""
+    if args.choices is None and args.regex is None:
+        return None
+    from common.generation import constraints
+
+    if args.choices is not None:
+        return constraints.make_choices(args.choices, model, end_ids)
+    return constraints.Regex(args.regex, model, end_ids)
 
 
 def chosen_beams(args: argparse.Namespace) -> Beams | None:

@@ -28,6 +28,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 # the packages whose import takes a tenth of a second or more
 LARGE = {
+    "llguidance",
     *("torch", "numpy", "scipy", "sklearn", "pandas", "pyarrow", "datasets", "evaluate", "matplotlib"),
     *("transformers", "sentence_transformers", "tokenizers", "peft", "tensorboard", "huggingface_hub"),
     *("duckdb", "faiss", "bm25s", "tabulate", "pytrec_eval", "rouge_score"),
