@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from common.generation.sampling import Settings
 if TYPE_CHECKING:  # importing it takes a second
     from transformers import PreTrainedTokenizerBase
 
+    from common.generation.chat import ChatFormat, Message
     from common.generation.decoding import Cache
     from common.tokenizer import Tokenizer
 
@@ -27,16 +29,22 @@ REPLACEMENT = "\ufffd"  # what a decoder shows for bytes that are not (yet) a wh
 class TextStream:
     """Turns one text's tokens into pieces of text that can be shown at once.
 
-    Call `add` for each token and `finish` once at the end. All pieces joined are the text decoded
-    at once. A character can take several tokens, and a stop string can lie across tokens: both are
-    held back until they are whole. The search for stop strings looks at the new text only, never
-    at the prompt (transformers #31435).
+    Call `add` for each token and `finish` once at the end. All pieces joined are what the tokens add
+    to the text of `before`, the tokens of the prompt: decoded without them, a text of SentencePiece
+    would lose the space that it begins with. A character can take several tokens, and a stop string
+    can lie across tokens: both are held back until they are whole. The search for stop strings looks
+    at the new text only, never at the prompt (transformers #31435).
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | Tokenizer, stops: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | Tokenizer,
+        stops: tuple[str, ...] = (),
+        before: Sequence[int] = (),
+    ) -> None:
         self.tokenizer, self.stops = tokenizer, stops
-        self.ids: list[int] = []
-        self.decoded = 0  # ids[:decoded] are decoded
+        self.ids = [*before]
+        self.decoded = len(self.ids)  # ids[:decoded] are decoded
         # ids[overlap_start:decoded] are decoded again with what follows, because some decoders
         # treat the first token of a text differently
         self.overlap_start = 0
@@ -101,18 +109,25 @@ class TextStream:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt: its number among all prompts (from 0), its text as given, and its token ids."""
+    """One prompt: its number among all prompts (from 0), its text as given, and its token ids.
+
+    Of a conversation, the text is the last question, and `messages` is all of it. With a `problem`
+    no text is generated.
+    """
 
     number: int
     text: str
     ids: list[int]
+    messages: list[Message] | None = None
+    problem: str = ""
 
 
 @dataclass
 class Completion:
     """One generated text.
 
-    `finish_reason` is "end" (an end token), "stop" (a stop string) or "length" (the most tokens).
+    `finish_reason` is "end" (an end token), "stop" (a stop string), "length" (the most tokens) or
+    "refused" (a prompt that can't be used).
     """
 
     prompt: Prompt
@@ -233,12 +248,18 @@ class Run:
     language_model: LanguageModel
     options: Options
     timing: Timing = field(default_factory=Timing)
+    chat: ChatFormat | None = None  # how conversations are written, where there are any
 
     def rows(self, prompts: list[Prompt]) -> list[Completion]:
         """Return an empty completion for each prompt and sample, in this order."""
         tokenizer, stops = self.language_model.tokenizer, self.options.stops
         return [
-            Completion(prompt, sample, TextStream(tokenizer, stops))
+            Completion(
+                prompt,
+                sample,
+                TextStream(tokenizer, stops, prompt.ids),
+                finish_reason="refused" if prompt.problem else "length",
+            )
             for prompt in prompts
             for sample in range(self.options.num_samples)
         ]
