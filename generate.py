@@ -3,13 +3,14 @@
 
 The loop is `decode`, below the flags: prefill, sampler, stop, step. Its parts are in
 common/generation: decoding.py (prefill, step), sampling.py (filters, draw), completion.py (from
-tokens to text). Left out on purpose: beam search, encoder-decoder models, serving.
+tokens to text). Left out on purpose: beam search, encoder-decoder models.
 
   python generate.py --prompt "Natural Language Processing is"  # greedy, bundled SmolLM2-135M-Instruct
   python generate.py --prompt "Natural Language Processing is" --top-k 50 --seed 1
   python generate.py --prompt "Natural Language Processing is" --top-k 50 --check
   python generate.py --chat --prompt "Why is the sky blue?" --system "Answer in one sentence."
   python generate.py --interactive  # a conversation
+  python generate.py --serve  # OpenAI's protocol, at http://127.0.0.1:8000/v1
   python generate.py --prompts-file prompts.txt --output texts.jsonl --batch-size 16
   torchrun --nproc-per-node 2 generate.py --prompts-file prompts.txt --output texts.jsonl
 """
@@ -36,6 +37,7 @@ from common.cli import (
     fraction,
     non_negative_float,
     non_negative_int,
+    positive_duration,
     positive_float,
     positive_int,
     probability,
@@ -122,6 +124,8 @@ def make_parser() -> cli.Parser:
 
     group = parser.add_argument_group("instead of plain generation")
     add = group.add_mutually_exclusive_group().add_argument
+    help_text = "a server on this machine that speaks OpenAI's protocol (GENERATE_API_KEY: its key)"
+    add("--serve", action="store_true", help=help_text)
     add("--interactive", action="store_true", help="a conversation; /help lists its commands")
     help_text = "compare each token with model.generate's; exit code 1 if one differs"
     add("--check", action="store_true", help=help_text)
@@ -133,6 +137,13 @@ def make_parser() -> cli.Parser:
     group.add_argument("--window", type=positive_int, help=help_text)
     help_text = "tokens from one window to the next (default: half a window)"
     group.add_argument("--stride", type=positive_int, help=help_text)
+
+    add = parser.add_argument_group("limits of --serve").add_argument
+    add("--port", type=port, default=8000, help="of 127.0.0.1; 0: any free one")
+    help_text = "texts that wait for their turn; more are refused (429)"
+    add("--max-waiting", type=positive_int, default=64, help=help_text)
+    help_text = "seconds from a request to the end of its answer"
+    add("--request-seconds", type=positive_duration, default=600.0, help=help_text)
     return parser
 
 
@@ -142,6 +153,13 @@ ESCAPED = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}  # what nobody can type into a
 def unescape(text: str) -> str:
     """Return a text from the command line with the characters that its escapes stand for."""
     return re.sub(r"\\[nt\\]", lambda match: ESCAPED[match[0]], text)
+
+
+def port(text: str) -> int:
+    """Parse the number of a port."""
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{shorten(text, 60)!r} is not a number from 0 to 65535")
+    return int(text)
 
 
 def template_option(text: str) -> tuple[str, object]:
@@ -157,14 +175,16 @@ def template_option(text: str) -> tuple[str, object]:
 
 DRAWING = ("temperature", "top_k", "top_p", "min_p", "typical_p")  # any of them given: not greedy
 DRAWING_FLAGS = tuple("--" + name.replace("_", "-") for name in DRAWING)
-NO_PROMPT = ("--interactive", "--perplexity", "--score")
+NO_PROMPT = ("--serve", "--interactive", "--perplexity", "--score")
 ONE_PROMPT = ("--explain", "--compare")
-NO_SCORE = ("--check", *ONE_PROMPT, "--interactive", "--perplexity")
+NO_SCORE = ("--check", *ONE_PROMPT, "--serve", "--interactive", "--perplexity")
 TABLES = ("--prompts-file", "--references", "--score")  # flags whose file may be a table
 MODES = ("--check", *ONE_PROMPT, *NO_PROMPT)
 CHATS = ("--chat", "--interactive")
 NEEDS = {  # a flag, and the flags of which it needs one
-    **dict.fromkeys(("--system", "--prefill", "--chat-template", "--template-option"), CHATS),
+    **dict.fromkeys(("--system", "--prefill"), CHATS),
+    **dict.fromkeys(("--chat-template", "--template-option"), (*CHATS, "--serve")),
+    **dict.fromkeys(("--port", "--max-waiting", "--request-seconds"), ("--serve",)),
     "--skip-bad": ("--prompts-file",),
     "--window": ("--perplexity",),
     "--stride": ("--perplexity",),
@@ -183,6 +203,11 @@ CONFLICTS = (  # flags that cannot be used together, and why; torchrun counts as
     ("--stop", ("--perplexity",), "no text is generated that could stop"),
     ("--stream", ("--output",), "the texts go to a file, not to the screen"),
     ("--lookup", (*DRAWING_FLAGS, "--use-model-defaults"), "prompt lookup is for greedy decoding"),
+    (
+        "--serve",
+        ("--chat", "--lookup", "--sampler"),
+        "each request says what it is, and is decoded as if alone",
+    ),
     ("--skip-bad", MODES, "this mode leaves out no prompts"),
     ("--use-model-defaults", ("--perplexity", "--score"), "no text is generated"),
     ("--lookup", ONE_PROMPT, "this mode uses no prompt lookup"),
@@ -251,7 +276,7 @@ def file_options(args: argparse.Namespace) -> FileOptions:
 def check_combinations(given: dict[str, str]) -> None:
     """Raise UserError for flags that contradict each other, or that need another one."""
     if not given.keys() & {"--prompt", "--prompts-file", *NO_PROMPT}:
-        raise UserError("no prompt: give --prompt TEXT, --prompts-file FILE or --interactive")
+        raise UserError("no prompt: give --prompt TEXT, --prompts-file FILE, --interactive or --serve")
     for flag, needed in NEEDS.items():
         if flag in given and not given.keys() & set(needed):
             others = " or ".join(needed)
@@ -587,6 +612,17 @@ def converse(args: argparse.Namespace) -> None:
             print(f"generate.py: {error}", file=sys.stderr)
 
 
+def serve(args: argparse.Namespace) -> None:
+    """Serve the model to programs that speak OpenAI's protocol, until a signal comes."""
+    from common.generation import server
+
+    key, listener = server.key_from_environment(), server.bind(args.port)
+    run, _ = load(args)
+    limits = server.Limits(args.batch_size, args.max_waiting, args.request_seconds, key)
+    number = server.serve(run, decode, limits, listener)
+    raise Interrupted(f"stopped by {signal.Signals(number).name}", 128 + number)
+
+
 def answer(chat: Chat, text: str, runtime: Runtime) -> None:
     """Show the answer to a message as it grows, and add both to the conversation."""
     turn = chat.begin_turn(text)
@@ -649,7 +685,8 @@ def load(args: argparse.Namespace) -> tuple[Run, Runtime]:
         raise UserError(f"--sampler independent: {problem}; use --sampler exact or --device cpu")
     language_model.check_stops(args.stop or [], model)
     chat_format = load_format(args, model)
-    end_ids = chat_format.end_ids if chat_format else model.end_ids
+    is_chat = chat_format is not None and not args.serve  # a server also continues texts
+    end_ids = chat_format.end_ids if is_chat else model.end_ids
     end_ids += language_model.end_token_ids(args.end_token or [], model)
     if args.use_model_defaults:
         take_model_defaults(args, model)
@@ -671,7 +708,9 @@ def load(args: argparse.Namespace) -> tuple[Run, Runtime]:
 
 def load_format(args: argparse.Namespace, model: LanguageModel) -> ChatFormat | None:
     """Return how the conversations of a model are written, None where there are none."""
-    if not (args.chat or args.interactive):
+    is_asked_for = args.chat or args.interactive or args.chat_template is not None
+    # a model without a template is served all the same: it continues texts
+    if not is_asked_for and not (args.serve and model.tokenizer.chat_template):
         return None
     from common.generation import chat
 
@@ -816,7 +855,9 @@ def stop(number: int, _frame: FrameType | None) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Run the mode that the flags name."""
-    if args.interactive:
+    if args.serve:
+        serve(args)
+    elif args.interactive:
         converse(args)
     elif args.perplexity is not None:
         measure_perplexity(args)

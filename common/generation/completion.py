@@ -268,7 +268,7 @@ class Run:
         """Raise UserError if a batch of these prompts needs more memory than there is free."""
         num_rows = len(prompts) * self.options.num_samples
         num_columns = max(len(prompt.ids) for prompt in prompts) + self.options.settings.max_new_tokens
-        needed = num_rows * self._bytes_per_row(num_columns)
+        needed = num_rows * self.bytes_per_row(num_columns)
         if free_bytes is not None and needed > free_bytes:
             raise UserError(
                 f"--num-samples {self.options.num_samples}: a batch of {num_rows:,} texts of up to "
@@ -276,7 +276,7 @@ class Run:
                 "are free; lower it, --batch-size, --max-new-tokens or --logprobs"
             )
 
-    def _bytes_per_row(self, num_columns: int) -> int:
+    def bytes_per_row(self, num_columns: int) -> int:
         """Return about how much memory a text takes: its cache, ids and mask; its logits and their
         copies in the sampler; its log-probabilities.
         """

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import generate
 from conftest import exit_code_in_process, with_defaults, write_lines
 from language_models import save_tiny_model
+from terminal import OnTerminal
 
 ASK, MORE = {"role": "user", "content": "Why is the sky blue?"}, {"role": "user", "content": "And the light?"}
 SAID = {"role": "assistant", "content": "The quick brown fox"}
@@ -245,3 +246,51 @@ def test_a_typo_is_not_sent_to_the_model(typed, tmp_path):
     assert len(answers) == 1
     answers, said = typed(ASK["content"], f"/save {tmp_path}/other.jsonl")
     assert "it exists; name a new file" in said and (tmp_path / "other.jsonl").read_text() == "{}\n"
+
+
+LEFT, UP, CTRL_C, CTRL_D = "\x1b[D", "\x1b[A", "\x03", "\x04"
+PASTED = "\x1b[200~{}\x1b[201~"  # how a terminal marks what is pasted
+
+
+def test_a_conversation_at_a_terminal(tmp_path, cache_dir):
+    """Arrow keys edit a line and bring back the last one, pasted lines are one message, Ctrl-C ends
+    an answer, of which what was said stays if it is wanted, and at the prompt it takes back the line.
+    """
+    model = save_tiny_model(tmp_path / "model", context=9000)
+    file, long = tmp_path / "talk.jsonl", ["--max-new-tokens", 4000, "--min-new-tokens", 4000]
+    flags = ["--model", model, "--precision", "fp32", "--cache-dir", cache_dir, "--interactive", *long]
+    talk = OnTerminal("generate.py", *flags, environment={"TERM": "xterm", "OMP_NUM_THREADS": "1"})
+    answer_and_stop(talk, f"a sky{LEFT * 3}blue \r", keep="y")
+    answer_and_stop(talk, f"{UP}!\r", keep="y")
+    answer_and_stop(talk, PASTED.format("first\nsecond") + "\r", keep="n")
+    talk.wait_for("> ")
+    talk.type("/rset\r")
+    talk.wait_for("did you mean /reset?")
+    talk.type("half a line")
+    talk.wait_for("half a line")
+    talk.type(CTRL_C)
+    talk.wait_for("ends the conversation")
+    talk.type(f"/save {file}\r")
+    talk.wait_for("saved: 4 messages")
+    answer_and_stop(talk, "/retry\r", keep="y")
+    talk.type(f"/save {file}\r")
+    talk.wait_for("saved: 6 messages")
+    talk.type(CTRL_D)
+    code, written = talk.end()
+    assert code == 0 and "^[[" not in written, written
+    [line] = lines_of(file)
+    asked = [message["content"] for message in line["messages"][::2]]
+    assert asked == ["a blue sky", "a blue sky!", "first\nsecond"]
+    assert all(message["content"].strip() for message in line["messages"][1::2])
+
+
+def answer_and_stop(talk: OnTerminal, keys: str, *, keep: str) -> None:
+    """Type a message, and end its answer after a moment."""
+    talk.wait_for("> ")
+    talk.type(keys)
+    talk.wait_for("\x1b[?2004l")  # readline has taken the line
+    talk.wait_for("e")  # a part of the answer
+    talk.type(CTRL_C)
+    talk.wait_for("keep what was said? [y/N] ")
+    talk.type(f"{keep}\r")
+    talk.wait_for("kept" if keep == "y" else "forgotten")
