@@ -40,12 +40,14 @@ from common.search.manifest import (
     PAIR_COLUMNS,
     EncoderConfig,
     Limits,
+    Settings,
     check_files,
     check_folder,
     check_settings,
     num_live_rows,
     read_manifest,
 )
+from common.search.words import AUTO, LANGUAGES, Words
 
 # Each command imports its libraries itself, after the flags are checked: PyTorch takes seconds.
 if TYPE_CHECKING:
@@ -57,6 +59,8 @@ DEFAULT_OVERLAP = 32
 PICTURES = (".png", ".pdf", ".svg", ".jpg")
 LARGEST_MATRIX = 5_000  # texts whose matrix of similarities is shown or written
 WAIT = {"type": cli.duration, "default": 10.0, "help": "seconds to wait for another writer"}
+LANGUAGE = {"choices": list(LANGUAGES), "default": AUTO, "metavar": "CODE"}
+LANGUAGE["help"] = f"whose words --hybrid counts: {', '.join(LANGUAGES)}"
 SKIP_BAD = {"action": "store_true", "help": "skip rows and ids that can't be used"}
 
 
@@ -108,7 +112,7 @@ def similarity(args: argparse.Namespace) -> None:
 
 def add_index_flags(command: cli.Parser) -> None:
     flag = command.add_argument
-    flag("texts", help="texts to put into the index")
+    flag("texts", nargs="+", help="texts to put into the index: files, patterns, folders, -")
     flag("--index", metavar="DIR", type=cli.folder, required=True, help="the folder of the index")
     flag("--id-column", help="the column of ids (default: the index's, else a hash of the text)")
     flag("--update", action="store_true", help="replace rows whose text or columns changed")
@@ -128,7 +132,7 @@ def check_index_command(args: argparse.Namespace) -> None:
         wanted["chunk_overlap"] = overlap_of(args)
         given = {name: value for name, value in wanted.items() if value is not None}
         check_settings(args.index, given, settings)
-        model = model or settings["model"]
+        model = model or recorded_model(args.index, settings)
     check_texts(args)
     check_model(model)
 
@@ -147,16 +151,19 @@ def index(args: argparse.Namespace) -> None:
 
     runtime, screen = start(args)
     folder, source, config = Path(args.index), source_of(args), encoder_config(args)
-    id_column, overlap = args.id_column, overlap_of(args)
+    id_column, overlap, codes = args.id_column, overlap_of(args), ()
     if (folder / MANIFEST).is_file():  # the index exists: what no flag names stays as it was made
-        existing = read_manifest(folder)["settings"]
+        manifest = read_manifest(folder)
+        existing = manifest["settings"]
+        # digits in a column of texts are texts
+        codes = [name for name, kind in manifest["columns"].items() if kind == "string"]
         config = config.with_defaults(existing["model"], existing["max_length"])
         id_column = id_column or existing["id_column"]
         if overlap is None:
             overlap = existing["chunk_overlap"]
     collection = None
     if runtime.world_size == 1:  # mistakes in the texts are reported before the model is loaded
-        collection = source.read(id_column)
+        collection = source.read(id_column, as_text=codes)
     encoder = load_encoder(config, runtime)
     # under torchrun every process encodes, but only the main one reads the texts and writes
     if not runtime.is_main:
@@ -169,11 +176,13 @@ def index(args: argparse.Namespace) -> None:
         signal.signal(number, stop)
     try:
         if collection is None:
-            collection = source.read(id_column)
+            collection = source.read(id_column, as_text=codes)
         if overlap is not None:
             chunk_size(encoder, overlap)  # refuses an overlap that is too large, before any writing
         with open_store(folder, settings=settings, wait=args.wait) as store:
             check_settings(args.index, settings, store.snapshot.settings)
+            if store.snapshot.num_rows and settings["model"] != store.snapshot.settings["model"]:
+                store.record_model(settings["model"])  # the same one, which has moved
             builder = Builder(store, encoder, update=args.update, skip_bad=args.skip_bad)
             fill(builder, collection, block=args.block)
             seconds = time.perf_counter() - started
@@ -284,6 +293,7 @@ def add_search_flags(command: cli.Parser) -> None:
     flag("--encoding", type=cli.encoding, help="of --queries, such as latin-1 (default: UTF-8)")
     flag("--top-k", type=cli.positive_int, default=5, help="texts per query")
     flag("--hybrid", action="store_true", help="fuse cosine and BM25 by reciprocal rank")
+    flag("--language", **LANGUAGE)
     flag("--approximate", action="store_true", help="find candidates by FAISS codes, kept beside the index")
     add_where_flags(command)
     add_rerank_flags(command)
@@ -293,6 +303,8 @@ def add_search_flags(command: cli.Parser) -> None:
 def check_search(args: argparse.Namespace) -> None:
     if args.queries and args.queries_file:
         raise UserError("search: name either queries or --queries FILE")
+    if args.language != AUTO and not args.hybrid:
+        raise UserError(f"--language {args.language}: only --hybrid looks at words; give it too")
     for number, query in enumerate(args.queries, start=1):
         sources.check_query(query, f"query {number}")
     if args.queries_file:
@@ -329,6 +341,7 @@ def search(args: argparse.Namespace) -> None:
         allowed,
         approximate=args.approximate,
         hybrid=args.hybrid,
+        words=Words(args.language),
         reranker=reranker,
         rerank_depth=args.rerank_depth,
         say=screen.say,
@@ -435,6 +448,7 @@ def cluster(args: argparse.Namespace) -> None:
 
 def add_evaluate_flags(command: cli.Parser) -> None:
     command.add_argument("--index", metavar="DIR", type=cli.name, help="where to search")
+    command.add_argument("--language", **LANGUAGE)
     add_rerank_flags(command)
     add_task_flags(command)
 
@@ -468,7 +482,9 @@ def evaluate(args: argparse.Namespace) -> None:
         reranker = load_reranker(args.rerank, runtime, cache_dir=args.cache_dir)
     with relevance.open_task(files, source_of(args), runtime, say=screen.say) as opened:
         snapshot, allowed = opened.snapshot, opened.snapshot.alive()
-        searcher = Searcher(snapshot, opened.encoder, allowed, rerank_depth=depth, say=screen.say)
+        words = Words(args.language)
+        options = {"words": words, "rerank_depth": depth, "say": screen.say}
+        searcher = Searcher(snapshot, opened.encoder, allowed, **options)
         scores = relevance.score_all(searcher, opened.task, reranker=reranker)
         display.show_scores(screen, opened.task, scores)
 
@@ -553,7 +569,8 @@ def add_model_flags(command: cli.Parser) -> None:
 
 def add_text_flags(command: cli.Parser) -> None:
     flag = command.add_argument
-    flag("--text-column", default="text", help="where the texts are in a data file")
+    columns = "where the texts are in a data file; title,text joins two columns"
+    flag("--text-column", default="text", help=columns)
     cli.add_file_flags(command)
     block = "texts encoded and committed at once; rows compared at once"
     flag("--block", type=cli.positive_int, default=1024, help=block)
@@ -563,7 +580,7 @@ def add_text_flags(command: cli.Parser) -> None:
 
 def add_source_flags(command: cli.Parser) -> None:
     flag = command.add_argument
-    flag("texts", nargs="?", help="texts to look at, or name an index with --index")
+    flag("texts", nargs="*", help="texts to look at, or name an index with --index")
     flag("--index", metavar="DIR", type=cli.name, help="an index made before")
     add_where_flags(command)
     add_text_flags(command)
@@ -582,10 +599,12 @@ def add_where_flags(
 
 def add_task_flags(command: cli.Parser) -> None:
     flag = command.add_argument
-    flag("--texts", metavar="TEXTS", type=cli.name, help="the documents, with --queries and --qrels")
-    flag("--id-column", default="id", help="the column of the documents' ids")
+    documents = "the documents, with --queries and --qrels"
+    flag("--texts", metavar="TEXTS", nargs="+", default=[], type=cli.name, help=documents)
+    flag("--id-column", help="the column of the documents' ids (default: id, or else _id)")
     flag("--queries", metavar="JSONL", type=cli.name, help='one {"id": ..., "text": ...} per line')
-    flag("--qrels", metavar="FILE", type=cli.name, help="judgements in TREC form: query 0 document relevance")
+    qrels = "judgements: query 0 document relevance (TREC), or query document relevance (BEIR)"
+    flag("--qrels", metavar="FILE", type=cli.name, help=qrels)
     flag("--sts", metavar="FILE", type=cli.name, help="a data file of sentence pairs with human scores")
     columns = ["sentence1", "sentence2", "score"]
     flag("--sts-columns", nargs=3, default=columns, metavar="COLUMN", help="its texts and score")
@@ -655,17 +674,30 @@ def check_index(args: argparse.Namespace, *, encodes: bool) -> None:
     """Check an index, and the model that is named or, where one is needed, recorded."""
     settings = check_files(Path(args.index))["settings"]
     if encodes or args.model:
-        check_model(args.model or settings["model"])
+        check_model(args.model or recorded_model(args.index, settings))
     if args.max_length is not None:
         check_settings(args.index, {"max_length": args.max_length}, settings)
 
 
+def recorded_model(index: str, settings: Settings) -> str:
+    """Return the model that an index names. Raises UserError for a folder that is not there any
+    more: the index belongs to the model's fingerprint, wherever its files are.
+    """
+    model = settings["model"]
+    if Path(model).is_absolute() and not Path(model).exists():
+        known = f"(its fingerprint begins with {settings['fingerprint'][:12]})"
+        problem = f"its model {known} was in {model}, which is not there"
+        raise UserError(f"--index {index}: {problem}; name the folder where it is now with --model")
+    return model
+
+
 def check_texts(args: argparse.Namespace) -> None:
-    """Check the name of a collection of texts."""
-    if bundled.is_bundled(args.texts):
-        sources.check_data(args.texts, flag="TEXTS")
-    elif not Path(args.texts).is_dir():
-        sources.check_texts(args.texts, any_suffix=file_options(args).is_table)
+    """Check the names of a collection of texts."""
+    for name in sources.expanded(args.texts):
+        if bundled.is_bundled(name):
+            sources.check_data(name, flag="TEXTS")
+        elif not Path(name).is_dir():
+            sources.check_texts(name, any_suffix=file_options(args).is_table)
 
 
 def check_model(name: str | None, *, flag: str = "--model") -> None:
@@ -683,7 +715,7 @@ def check_task(args: argparse.Namespace) -> None:
             columns = " ".join(args.sts_columns)
             raise UserError(f"--sts-columns {columns}: one of them twice; name two texts and a score")
         return
-    documents = f"--texts {args.texts}" if args.texts else f"--index {args.index}"
+    documents = f"--texts {' '.join(args.texts)}" if args.texts else f"--index {args.index}"
     if bool(args.queries) != bool(args.qrels):
         raise UserError("--queries and --qrels: each needs the other")
     if args.queries and bool(args.texts) == bool(args.index):
@@ -730,7 +762,7 @@ def source_of(args: argparse.Namespace) -> Source:
 
     return Source(
         encoder=encoder_config(args),
-        texts=args.texts,
+        texts=tuple(sources.expanded(args.texts)),
         index=args.index,
         where=args.where,
         limits=limits_of(args),

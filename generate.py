@@ -37,6 +37,7 @@ from common.cli import (
     fraction,
     non_negative_float,
     non_negative_int,
+    penalty,
     positive_duration,
     positive_float,
     positive_int,
@@ -77,7 +78,7 @@ def make_parser() -> cli.Parser:
     help_text = "what the template reads, such as enable_thinking=false; repeat it for more"
     add("--template-option", action="append", metavar="NAME=VALUE", type=template_option, help=help_text)
 
-    title = "choice of tokens (greedy unless a flag from --temperature to --typical-p is given)"
+    title = "choice of tokens (greedy unless a flag from --temperature to --xtc-probability is given)"
     add = parser.add_argument_group(title).add_argument
     help_text = "what generation_config.json says, for each flag below that is not given"
     add("--use-model-defaults", action="store_true", help=help_text)
@@ -86,7 +87,23 @@ def make_parser() -> cli.Parser:
     add("--top-p", type=probability, help="keep the fewest tokens that together reach this probability")
     add("--min-p", type=fraction, help="keep tokens at least this likely, relative to the best one")
     add("--typical-p", type=probability, help="keep the most typical tokens up to this probability")
+    add("--epsilon-cutoff", type=fraction, help="keep tokens that are at least this likely")
+    help_text = "as --epsilon-cutoff, but lower where the distribution is flat"
+    add("--eta-cutoff", type=fraction, help=help_text)
+    help_text = "keep tokens at most so many standard deviations of all logits below the highest"
+    add("--top-n-sigma", type=non_negative_float, metavar="N", help=help_text)
+    help_text = "so often, leave out all tokens above --xtc-threshold but the least likely of them"
+    add("--xtc-probability", type=probability, help=help_text)
+    add("--xtc-threshold", type=probability, default=0.1, help="how likely a token is that XTC leaves out")
     add("--repetition-penalty", type=positive_float, help="above 1 discourages repetition; 1: off")
+    help_text = "subtract this from the logit of each token that the text has already"
+    add("--presence-penalty", type=penalty, default=0.0, help=help_text)
+    help_text = "subtract this from the logit of each token, times how often the text has it"
+    add("--frequency-penalty", type=penalty, default=0.0, help=help_text)
+    help_text = "add a number to the logit of a token, or of the token with this id; repeat it for more"
+    add("--logit-bias", action="append", metavar="TOKEN=NUMBER", type=token_and_number, help=help_text)
+    help_text = r"words, separated by commas, whose tokens may not be generated; \, is a comma"
+    add("--ban-words", action="extend", metavar="WORD,...", type=listed, help=help_text)
     help_text = "no sequence of this many tokens occurs twice; 0: off"
     add("--no-repeat-ngram-size", type=non_negative_int, help=help_text)
     help_text = (
@@ -173,7 +190,31 @@ def template_option(text: str) -> tuple[str, object]:
         return name, value
 
 
-DRAWING = ("temperature", "top_k", "top_p", "min_p", "typical_p")  # any of them given: not greedy
+def listed(text: str) -> list[str]:
+    r"""Parse texts that are separated by commas; \, is a comma within one."""
+    return [unescape(part.replace(r"\,", ",")) for part in re.split(r"(?<!\\),", text)]
+
+
+def token_and_number(text: str) -> str:
+    """Check a value of --logit-bias, TOKEN=NUMBER; the model's vocabulary is not known yet."""
+    token, _, number = text.rpartition("=")
+    if not token or not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)", number) or abs(float(number)) > MOST_BIAS:
+        wanted = f"TOKEN=NUMBER with a number from -{MOST_BIAS} to {MOST_BIAS}"
+        raise argparse.ArgumentTypeError(f"{shorten(text, 60)!r} is not {wanted}")
+    return text
+
+
+DRAWING = (  # any of them given: not greedy
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "top_n_sigma",
+    "xtc_probability",
+)
 DRAWING_FLAGS = tuple("--" + name.replace("_", "-") for name in DRAWING)
 NO_PROMPT = ("--serve", "--interactive", "--perplexity", "--score")
 ONE_PROMPT = ("--explain", "--compare")
@@ -193,6 +234,7 @@ NEEDS = {  # a flag, and the flags of which it needs one
     "--score": ("--references",),
     **dict.fromkeys(("--columns", "--delimiter", "--quoting"), TABLES),
     "--encoding": (*TABLES, "--perplexity"),
+    "--xtc-threshold": ("--xtc-probability",),
     "--num-samples": (*DRAWING_FLAGS, "--use-model-defaults"),  # greedy gives the same text each time
 }
 CONFLICTS = (  # flags that cannot be used together, and why; torchrun counts as one
@@ -222,6 +264,8 @@ CONFLICTS = (  # flags that cannot be used together, and why; torchrun counts as
 )
 # logits divided by less can leave the range of fp32
 LOWEST_TEMPERATURE, LOWEST_PENALTY = 1e-6, 1e-3
+MOST_BIAS = 1000  # of a logit
+MOST_THRESHOLD = 0.5  # of XTC: no two tokens are likelier
 DEFAULT_WINDOW = 1024  # tokens
 
 
@@ -256,6 +300,9 @@ def check_ranges(args: argparse.Namespace) -> None:
     if not LOWEST_PENALTY <= (args.repetition_penalty or 1.0) <= 1 / LOWEST_PENALTY:
         limits = f"from {LOWEST_PENALTY:g} to {1 / LOWEST_PENALTY:g}"
         raise UserError(f"--repetition-penalty {args.repetition_penalty}: use a number {limits}")
+    if args.xtc_threshold > MOST_THRESHOLD:
+        reason = f"no two tokens are so likely that XTC could leave one out; use at most {MOST_THRESHOLD}"
+        raise UserError(f"--xtc-threshold {args.xtc_threshold}: {reason}")
 
 
 def check_template(name: str) -> None:
@@ -297,7 +344,9 @@ def check_given_texts(args: argparse.Namespace) -> None:
         raise UserError("--stop '': every text contains the empty string; leave it out")
     if args.prefill is not None and not args.prefill.strip():
         raise UserError("--prefill: the text is empty; write how the answer begins, or leave it out")
-    for name in ("prompt", "stop", "end_token"):
+    if any(not word.strip() for word in args.ban_words or []):
+        raise UserError("--ban-words: a word is empty; name words between the commas")
+    for name in ("prompt", "stop", "end_token", "logit_bias", "ban_words"):
         for text in getattr(args, name) or []:
             cli.check_encoding(text, "--" + name.replace("_", "-"))
     for name in ("system", "prefill"):
@@ -376,11 +425,13 @@ def make_sampler(options: Options, batch: Batch, rows: list[Completion], seed: i
         )
     names = [(row.prompt.number, row.sample) for row in rows]
     uniforms = sampling.row_uniforms(options.seed, names, settings.max_new_tokens)
+    coins = sampling.xtc_coins(settings, options.seed, names)
     return sampling.independent_sampler(
         settings,
         prompt_length=batch.length,
         starts=batch.starts,
         uniforms=uniforms.to(batch.ids.device),
+        coins=coins,
         draw=draws.draw_independently,
     )
 
@@ -526,17 +577,26 @@ def generate_round(job: Job, first: int, *, streams: bool, bar: tqdm) -> list[di
 
 def recorded_settings(args: argparse.Namespace, run: Run) -> dict:
     """Return what a text depends on, as the output file names it."""
-    flags = "chat chat_template template_option system prefill use_model_defaults"
-    flags += " temperature top_k top_p min_p typical_p repetition_penalty"
-    flags += " no_repeat_ngram_size sampler lookup max_new_tokens min_new_tokens stop end_token"
-    flags += " num_samples batch_size logprobs weights plain_step"
-    model = run.language_model
+    flags = "chat system temperature top_k top_p min_p typical_p sampler lookup max_new_tokens"
+    flags += " min_new_tokens stop end_token num_samples batch_size logprobs weights plain_step"
+    # only where they are given, so that files of earlier versions can be continued
+    newer = "epsilon_cutoff eta_cutoff top_n_sigma xtc_probability presence_penalty frequency_penalty"
+    newer += " logit_bias ban_words chat_template prefill use_model_defaults"
+    given = {name: getattr(args, name) for name in newer.split() if getattr(args, name)}
+    if args.xtc_probability:
+        given["xtc_threshold"] = args.xtc_threshold
+    if args.template_option:
+        given["template_option"] = dict(args.template_option)
+    model, settings = run.language_model, run.options.settings
     return {
         "model": reading.full_name(args.model),
         "precision": str(model.dtype).removeprefix("torch."),
         **{name: getattr(args, name) for name in flags.split()},
+        "repetition_penalty": settings.repetition_penalty,
+        "no_repeat_ngram_size": settings.no_repeat_ngram_size,
+        **given,
         "device": model.device.type,
-        "end_ids": list(run.options.settings.end_ids),
+        "end_ids": list(settings.end_ids),
     }
 
 
@@ -574,8 +634,10 @@ def explain_tokens(args: argparse.Namespace) -> None:
     rows, settings = run.rows(prompts), run.options.settings
     batch = run.left_pad(rows)
     sampler = make_sampler(run.options, batch, rows, args.seed)
+    coins = sampling.xtc_coins(settings, args.seed, [(0, 0)])  # the same for both samplers
     for current in decode(run.language_model, batch, sampler, settings):
-        print(explain.step_table(current, batch.tokens, settings, rows[0]), flush=True)
+        strikes = None if coins is None else coins[:, len(rows[0].token_ids)]
+        print(explain.step_table(current, batch.tokens, settings, rows[0], strikes), flush=True)
         run.add_step(rows, current, batch)
     rows[0].finish()
     print(rows[0].text)
@@ -690,10 +752,16 @@ def load(args: argparse.Namespace) -> tuple[Run, Runtime]:
     end_ids += language_model.end_token_ids(args.end_token or [], model)
     if args.use_model_defaults:
         take_model_defaults(args, model)
-    names = ["max_new_tokens", "min_new_tokens", "repetition_penalty", "no_repeat_ngram_size"]
+    names = ["max_new_tokens", "min_new_tokens", "repetition_penalty", "presence_penalty"]
+    names += ["frequency_penalty", "no_repeat_ngram_size", "xtc_threshold"]
     names += DRAWING if is_drawing(args) else ()
-    chosen = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    settings = Settings(sample=is_drawing(args), end_ids=tuple(dict.fromkeys(end_ids)), **chosen)
+    settings = Settings(
+        sample=is_drawing(args),
+        end_ids=tuple(dict.fromkeys(end_ids)),
+        logit_bias=language_model.read_bias(args.logit_bias or [], model),
+        banned=language_model.banned_runs(args.ban_words or [], model),
+        **{name: getattr(args, name) for name in names if getattr(args, name) is not None},
+    )
     options = Options(
         settings,
         seed=args.seed,

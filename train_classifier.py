@@ -11,7 +11,7 @@ DistributedDataParallel. Left out on purpose: Trainer, callbacks, multi-label an
   python train_classifier.py --dataset reviews.csv --inspect
   python train_classifier.py --model runs/reviews/best --predict new.txt # one JSON line per text
   python train_classifier.py --model runs/reviews/best --dataset reviews.csv --evaluate-only
-  python train_classifier.py --epochs 3 --resume runs/news               # continue where it stopped
+  python train_classifier.py --resume runs/news                          # continue where it stopped
   torchrun --nproc-per-node 2 train_classifier.py --epochs 3             # one process per GPU
 """
 
@@ -22,6 +22,8 @@ import contextlib
 import dataclasses
 import math
 import os
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
@@ -29,18 +31,24 @@ from typing import TYPE_CHECKING, TypeVar, cast
 from common import bundled, cli, sources
 from common.errors import Interrupted, UserError
 from common.sources import FileOptions
+from common.training import study
 from common.training.run import (
     DEFAULT_MAX_LENGTH,
     DEFAULT_TRUNCATION,
     NEWEST,
     TRUNCATIONS,
     RunLocation,
+    compare_flags,
+    is_finished,
     locate_run,
+    read_config,
     require_same_flags,
+    resumed_flags,
 )
 
 # flags that are no settings of a run: they choose what to do instead of it, or where to continue
-NOT_SETTINGS = ("inspect", "compare_tokenizer", "evaluate_only", "predict", "resume", "debug")
+INSTEAD = ("inspect", "compare_tokenizer", "evaluate_only", "predict")
+NOT_SETTINGS = (*INSTEAD, "resume", "resume_or_start", "seeds", "grid", "debug")
 
 
 # Flags --------------------------------------------------------------------------------------------
@@ -48,7 +56,9 @@ NOT_SETTINGS = ("inspect", "compare_tokenizer", "evaluate_only", "predict", "res
 
 def make_parser() -> cli.Parser:
     """Return the parser of all flags, with their defaults."""
-    parser = cli.Parser(prog="train_classifier.py", description=__doc__, check=check_flags)
+    parser = cli.Parser(
+        prog="train_classifier.py", description=__doc__, check=check_flags, complete=flags_of_resumed_run
+    )
     cli.add_shared_flags(parser, model="bundled/all-MiniLM-L6-v2")
     parser.add_argument(
         "--output-dir", type=cli.folder, help="folder of the run (default: runs/<data set>-<model>-<time>)"
@@ -81,6 +91,8 @@ def add_data_flags(parser: cli.Parser) -> None:
     flag("--train-split", help="its name in the data set")
     flag("--validation-split", help="its name in the data set; cut from train if there is none")
     flag("--test-split", help="its name in the data set; cut from train if there is none")
+    seed = "seed that cuts and samples splits (default: --seed)"
+    flag("--split-seed", type=cli.non_negative_int, help=seed)
     flag("--max-train-samples", type=count, help="most texts to train on: a stratified sample")
     flag("--max-eval-samples", type=count, help="the same for validation and test")
     flag("--max-length", type=count, help=f"tokens read at once in training (default: {DEFAULT_MAX_LENGTH})")
@@ -108,7 +120,14 @@ def add_training_flags(parser: cli.Parser) -> None:
     flag("--batch-size", type=count, default=16, help="texts per process and micro-batch")
     flag("--eval-batch-size", type=count, default=32, help="chunks per process in evaluation")
     flag("--grad-accum", type=count, default=1, help="micro-batches per optimizer step")
-    flag("--lr", type=cli.positive_float, default=1e-4, help="highest learning rate")
+    flag(
+        "--lr",
+        type=cli.positive_float,
+        nargs="+",
+        action=study.OneOrSeveral,
+        default=1e-4,
+        help="highest learning rate; several: a run with each",
+    )
     flag("--warmup-ratio", type=share, default=0.1, help="share of steps with a rising learning rate")
     flag(
         "--weight-decay",
@@ -219,9 +238,15 @@ def add_run_flags(parser: cli.Parser) -> None:
     )
     flag(
         "--keep",
-        type=count,
+        type=cli.non_negative_int,
         default=2,
-        help="checkpoints to keep; with two, damage to the newest one costs little",
+        help="checkpoints to keep; with two, damage to the newest one costs little; 0: write none",
+    )
+    flag(
+        "--keep-after",
+        type=cli.non_negative_int,
+        metavar="N",
+        help="checkpoints to keep of a finished run (default: --keep; of each run of several: 0)",
     )
     flag(
         "--resume",
@@ -230,7 +255,22 @@ def add_run_flags(parser: cli.Parser) -> None:
         metavar="RUN",
         help="continue the run in this folder (or in --output-dir) from its newest undamaged"
         " checkpoint, or from a given one, runs/<name>/checkpoints/step-<number>; the other flags"
-        " stay the same",
+        " are those of the run",
+    )
+    flag(
+        "--resume-or-start",
+        action="store_true",
+        help="for a job that is started again: continue the run in --output-dir if there is one",
+    )
+
+    flag = parser.add_argument_group("several runs, and a table of their scores").add_argument
+    flag("--seeds", type=cli.non_negative_int, nargs="+", metavar="N", help="a run with each of these seeds")
+    flag(
+        "--grid",
+        type=study.grid_axis,
+        action="append",
+        metavar="FLAG=A,B",
+        help="a run with each value of a flag, such as batch-size=8,16; may be repeated",
     )
 
     group = parser.add_argument_group("instead of training")
@@ -247,6 +287,17 @@ def add_run_flags(parser: cli.Parser) -> None:
         metavar="NAME",
         help="with --inspect: a second tokenizer on a sentence (bundled name, folder or Hub id)",
     )
+
+
+def flags_of_resumed_run(parser: cli.Parser, argv: Sequence[str]) -> list[str]:
+    """Return the flags of the run that is to be continued, but for those in `argv`."""
+    given = parser.given(argv)
+    if any(given.get(name) for name in INSTEAD):
+        return []
+    resume, saved = resumed_flags(given)
+    not_saved = {*given, *NOT_SETTINGS} - ({"seeds", "grid"} - given.keys())
+    others = {name: value for name, value in saved.items() if name not in not_saved}
+    return parser.as_flags({"resume": resume, **others})
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -282,11 +333,37 @@ def check_training_flags(args: argparse.Namespace) -> None:
             f" {args.batch_size} chunks, and those of a text stay together; lower the one or"
             " raise the other"
         )
+    if args.keep == 0 and args.save_every is not None:
+        raise UserError(f"--save-every {args.save_every}: --keep 0 writes no checkpoint; leave one out")
+    if study.is_study(args):
+        check_study(args)
     # several processes decide together where the run lies, when they have found each other
-    if "RANK" not in os.environ:
+    elif is_done(args):
+        compare_flags(Path(args.output_dir), read_config(Path(args.output_dir)), settings_of(args))
+    elif "RANK" not in os.environ:
         location = locate_run(args.output_dir, args.resume, name=run_name(args))
         if location.is_resumed:
             require_same_flags(location, settings_of(args))
+
+
+def check_study(args: argparse.Namespace) -> None:
+    """Raise UserError unless each of several runs can be started with these flags."""
+    if cli.TORCHRUN in os.environ:
+        raise UserError(
+            "--seeds, --grid and several --lr: each run is a process of its own; start the script with python"
+        )
+    for run in plan_study(args).runs:
+        make_parser().parse_args(run.flags)
+
+
+def plan_study(args: argparse.Namespace) -> study.Study:
+    """Return the runs that --seeds, --grid and --lr ask for."""
+    return study.make_plan(make_parser(), args, {*NOT_SETTINGS} - {"seeds", "grid"}, name=run_name(args))
+
+
+def is_done(args: argparse.Namespace) -> bool:
+    """Tell whether --resume-or-start finds a finished run."""
+    return args.resume_or_start and args.resume is not None and is_finished(Path(args.output_dir))
 
 
 def run_name(args: argparse.Namespace) -> str:
@@ -299,14 +376,40 @@ def settings_of(args: argparse.Namespace) -> dict:
     return {flag: value for flag, value in vars(args).items() if flag not in NOT_SETTINGS}
 
 
-def what_is_read(args: argparse.Namespace) -> str:
-    """Return the names of the model and of the texts, to be shown while the libraries are loaded."""
+def what_is_read(args: argparse.Namespace) -> str | None:
+    """Return the names of the model and of the texts, to be shown while the libraries are loaded; None
+    if none is needed.
+    """
+    if needs_no_model(args):
+        return None
     return f"{args.model} and {args.dataset if args.predict is None else args.predict}"
+
+
+def is_training(args: argparse.Namespace) -> bool:
+    """Tell whether the flags ask for a training, and nothing instead of it."""
+    return not any(getattr(args, name) for name in INSTEAD)
+
+
+def needs_no_model(args: argparse.Namespace) -> bool:
+    """Tell whether nothing is to be trained or scored in this process."""
+    return is_training(args) and (study.is_study(args) or is_done(args))
+
+
+def do_without_model(args: argparse.Namespace) -> None:
+    """Do what the flags ask for where PyTorch has no part in it."""
+    if study.is_study(args):
+        plan = plan_study(args)
+        study.run_study(plan, Path(__file__), device=args.device, max_minutes=args.max_minutes)
+    elif cli.is_rank_0():
+        print(f"run      {args.output_dir} is finished: nothing is left to be done")
 
 
 if __name__ == "__main__":
     # before the libraries are imported, which takes seconds: help and mistakes are answered at once
     ARGS = cli.parse(make_parser(), then=what_is_read)
+    if needs_no_model(ARGS):
+        cli.run_main(do_without_model, ARGS, prog="train_classifier.py")
+        sys.exit()
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -378,7 +481,8 @@ def config_from_flags(config_class: type[Config], args: argparse.Namespace, **gi
 
 def data_config(args: argparse.Namespace) -> DataConfig:
     """Return which texts and labels the flags name."""
-    return config_from_flags(DataConfig, args, files=config_from_flags(FileOptions, args))
+    seed = args.seed if args.split_seed is None else args.split_seed
+    return config_from_flags(DataConfig, args, seed=seed, files=config_from_flags(FileOptions, args))
 
 
 # Data, tokenizer and model ------------------------------------------------------------------------
@@ -739,13 +843,14 @@ def test(loaded: Loaded, state: TrainingState, run: Run, runtime: Runtime) -> No
         predictions=report.Predictions(rows, logits),
         peak_memory_bytes=peak_memory_bytes(runtime.device),
     )
-    report.log_outcome(run.log, outcome)
     runtime.say(f"\n{report.epoch_table(state.history)}")
     runtime.say(f"\nbest epoch {state.best['epoch']}, reloaded and scored on the test split:")
     report.show(scores, outcome.predictions, config.tokens.eval_max_length, runtime)
     if runtime.is_main:
         report.write_report(folder, outcome)
         report.write_card(folder / "best", outcome, loaded.splits)
+    report.log_outcome(run.log, outcome)  # the last: metrics.json tells that the run is finished
+    run.checkpoints.prune_finished()
     paths = f"model: {folder}/best   every test row: {folder}/predictions.csv"
     runtime.say(f"\nreport: {folder}/report.md   {paths}")
 
@@ -771,7 +876,7 @@ def fit_in(location: RunLocation, args: argparse.Namespace, clock: tracking.Cloc
     # with the defaults that were chosen
     flags = {**settings_of(args), **dataclasses.asdict(loaded.config.tokens)}
     identity = checkpoint.identity(flags, loaded.model, loaded.tokenized, runtime)
-    checkpoints = Checkpoints(location, identity, keep=args.keep, runtime=runtime)
+    checkpoints = Checkpoints(location, identity, keep=args.keep, keep_after=args.keep_after, runtime=runtime)
     start = checkpoints.choose()  # None: from the beginning
 
     rows = loaded.tokenized["train"]
@@ -782,9 +887,11 @@ def fit_in(location: RunLocation, args: argparse.Namespace, clock: tracking.Cloc
     if start is not None:
         checkpoints.restore(start, state)
     log = checkpoints.open_log(flags, state.model, start)
-    advice = f"continue with the same command and --resume {location.folder}"
+    advice = f"continue with --resume {location.folder}"
+    if args.keep == 0:
+        advice = f"nothing is saved (--keep 0): --resume {location.folder} starts from the beginning"
     time_left = None if args.max_minutes is None else 60 * args.max_minutes - clock.seconds()
-    signals = StopSignals(runtime, advice, seconds=time_left)
+    signals = StopSignals(runtime, advice, seconds=time_left, saves=args.keep > 0)
     run = Run(log, checkpoints, signals, make_forecast(loaded.tokenized, loaded.config, clock, runtime))
     with contextlib.closing(log), signals:
         if train(state, loaded.tokenized, run, loaded.config, runtime):
@@ -851,6 +958,9 @@ def inspect(args: argparse.Namespace, runtime: Runtime) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Do what the flags ask for."""
+    if needs_no_model(args):
+        do_without_model(args)
+        return
     runtime = start_runtime(args.device, args.precision, args.seed)
     if args.inspect:
         inspect(args, runtime)

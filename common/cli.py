@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
@@ -79,17 +79,21 @@ os.environ.setdefault("TQDM_LEAVE", "")
 DELIMITERS = {"comma": ",", "tab": "\t", "\\t": "\t", "semicolon": ";", "pipe": "|", "space": " "}
 
 Check = Callable[[argparse.Namespace], None]
+Complete = Callable[["Parser", Sequence[str]], list[str]]
 
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser without abbreviated flags, which reports mistakes as UserError.
 
     `check` looks at all flags together, and at the files that they name; it raises UserError.
+    `complete` returns flags that hold where those that are given say nothing else.
     """
 
-    def __init__(self, *, check: Check | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *, check: Check | None = None, complete: Complete | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
-        self.check = check
+        self.check, self.complete = check, complete
         # absent unless given: it is no setting of a run
         traces = "show where in the code a mistake was found"
         self.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=traces)
@@ -101,9 +105,39 @@ class Parser(argparse.ArgumentParser):
         lost = next((text for text in given if re.fullmatch("--[a-z-]+=--", text)), None)
         if lost is not None:
             self.error(f"argument {lost.removesuffix('=--')}: '--' is no value; name something")
-        flags = super().parse_args(args, namespace)
+        if self.complete is not None:
+            given = [*self.complete(self, given), *given]
+        flags = super().parse_args(given, namespace)
         if self.check is not None:
             self.check(flags)
+        return flags
+
+    def given(self, argv: Sequence[str]) -> dict[str, Any]:
+        """Return the values of the flags in `argv`, without those that have only a default."""
+        absent = object()
+        # a flag that may be repeated adds to a list
+        once = [action for action in self._actions if not isinstance(action, argparse._AppendAction)]
+        values = argparse.Namespace(**{action.dest: absent for action in once})
+        found = super().parse_args(argv, values)
+        return {name: value for name, value in vars(found).items() if value not in (absent, None)}
+
+    def as_flags(self, values: Mapping[str, Any]) -> list[str]:
+        """Return values, by the names that parsing gives them, as they are written on a command line."""
+        flags, left = [], dict(values)
+        for action in self._actions:
+            value = left.pop(action.dest, None)  # of two flags with one name the first is written
+            name = next(iter(action.option_strings), "")
+            if value is None or value is False:
+                continue
+            if action.nargs == 0:
+                flags.append(name)
+            elif isinstance(action, argparse._AppendAction):
+                flags += [f"{name}={one}" for one in value]
+            elif action.nargs is None or not isinstance(value, list | tuple):
+                joined = ",".join(map(str, value)) if isinstance(value, list | tuple) else value
+                flags.append(f"{name}={joined}")
+            else:
+                flags += [name, *map(str, value)]
         return flags
 
     def error(self, message: str) -> NoReturn:
@@ -166,6 +200,11 @@ def _number(text: str, convert: Callable[[str], Any], accept: Callable[[Any], bo
     if value is None or not accept(value):  # NaN fails every comparison, so it is refused here too
         raise argparse.ArgumentTypeError(f"{shorten(text, 60)!r} is not {wanted}")
     return value
+
+
+def penalty(text: str) -> float:
+    """Parse a number from -2 to 2, the range of OpenAI's API."""
+    return _number(text, float, lambda value: -2 <= value <= 2, "a number from -2 to 2")
 
 
 def name(text: str) -> str:
@@ -278,10 +317,10 @@ def parse(
     parser: Parser,
     argv: Sequence[str] | None = None,
     *,
-    then: Callable[[argparse.Namespace], str] | None = None,
+    then: Callable[[argparse.Namespace], str | None] | None = None,
 ) -> argparse.Namespace:
     """Return the flags in `argv` (the process's own when None), for a script that imports its
-    libraries next; `then` tells what it will read after them.
+    libraries next; `then` tells what it will read after them, None if it needs no libraries.
 
     Help and mistakes end the process here, as does a limit of the system that the libraries exceed.
     """
@@ -295,7 +334,9 @@ def parse(
     os.environ["MPLBACKEND"] = "Agg"
     if not debug:
         sys.excepthook = functools.partial(_explain_import, parser.prog)
-    loading(LOADING if then is None else f"{LOADING}, then {then(args)}")
+    read = "" if then is None else then(args)
+    if read is not None:
+        loading(f"{LOADING}, then {read}" if read else LOADING)
     return args
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import bz2
 import codecs
 import contextlib
+import csv
+import dataclasses
 import functools
 import gzip
 import json
@@ -272,6 +274,23 @@ def is_table(file: BinaryIO, name: str, options: FileOptions) -> bool:
     if name != "-":
         return head.startswith(sources.FASTTEXT_LABEL.encode())
     return re.match(rb'\s*(\[\s*)?\{\s*"', head) is not None
+
+
+def options_of_stream(file: BinaryIO, options: FileOptions, columns: Sequence[str]) -> FileOptions:
+    """Return the options of what has come through standard input: with the delimiter of a table if
+    its first line names one of the `columns` of texts, among others.
+    """
+    if options.is_table:
+        return options
+    file.seek(0)
+    head = file.readline(SAMPLE).removeprefix(codecs.BOM_UTF8).decode("utf-8", "replace").strip()
+    file.seek(0)
+    for delimiter in ",\t;|":
+        cells = next(csv.reader([head], delimiter=delimiter), [])
+        if len(cells) > 1 and set(columns) & set(cells):
+            note(f"standard input: read as a table, because its first line names {', '.join(cells)}")
+            return dataclasses.replace(options, delimiter=delimiter)
+    return options
 
 
 def check_length(text: str, location: str) -> None:

@@ -8,17 +8,18 @@ them before they load PyTorch. The libraries that download are imported when the
 import contextlib
 import errno
 import functools
+import glob
 import os
 import stat
 import sys
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from common import bundled, model_files
-from common.errors import UserError, one_line, shorten
+from common.errors import UserError, first_repeated, one_line, shorten
 
 GGUF_SUFFIX = ".gguf"
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
@@ -198,6 +199,26 @@ def check_data(name: str, *, flag: str = "--dataset", any_suffix: bool = False) 
         is_local = path.is_absolute() or name.startswith(".") or name.count("/") > 1  # never a Hub id
         if not name or is_local or suffix(path) in DATA_SUFFIXES:
             raise UserError(f"{flag} {name}: no such file or folder; check the path")
+
+
+def expanded(names: Iterable[str], *, flag: str = "TEXTS") -> list[str]:
+    """Return the names of sources, with the files that a pattern such as "part-*.jsonl" stands for,
+    sorted, in its place. Raises UserError, naming `flag`, for a pattern without files, a source that
+    is named twice, and standard input among others.
+    """
+    found = []
+    for name in names:
+        is_pattern = any(sign in name for sign in "*?[") and not os.path.exists(name)
+        matches = sorted(glob.glob(name, recursive=True)) if is_pattern else [name]
+        if not matches:
+            raise UserError(f"{flag} {name}: no file has such a name; check the pattern")
+        found += matches
+    twice = first_repeated(found)
+    if twice is not None:
+        raise UserError(f"{flag} {twice}: it is named twice; name each source once")
+    if "-" in found and len(found) > 1:
+        raise UserError(f"{flag} -: standard input can't be one of several sources; save it to a file")
+    return found
 
 
 def check_texts(name: str, *, any_suffix: bool = False) -> None:

@@ -368,12 +368,23 @@ def _blocks_of_rows(rows: Iterator[list[str]], names: list[str]) -> Iterator[pa.
 
 
 def _with_numbers(table: pa.Table, as_text: Sequence[str]) -> pa.Table:
-    """Return a table of strings with numbers and booleans where a column holds nothing else."""
+    """Return a table of strings with numbers and booleans where a column holds nothing else. A cell
+    with nothing in it is missing.
+    """
     columns = [
-        column if name in as_text else _as_numbers(column)
+        column if name in as_text else _as_values(column)
         for name, column in zip(table.column_names, table.columns)
     ]
     return pa.table(columns, names=table.column_names)
+
+
+def _as_values(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    column = _as_numbers(column)
+    if pa.types.is_string(column.type):
+        column = pc.if_else(pc.equal(column, ""), None, column)
+        if column.null_count == len(column):
+            return pa.chunked_array([pa.nulls(len(column))])
+    return column
 
 
 def _as_numbers(column: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -20,7 +20,7 @@ from common.generation.language_model import LanguageModel
 from common.generation.sampling import Settings
 
 if TYPE_CHECKING:  # importing it takes seconds
-    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
     from common.tokenizer import Tokenizer
 
@@ -55,8 +55,10 @@ def generation_config(options: Options, language_model: LanguageModel) -> Genera
     settings = options.settings
     drawing = {}
     if settings.sample:
-        names = ("temperature", "top_k", "top_p", "min_p", "typical_p")
+        names = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
         drawing = {name: getattr(settings, name) for name in names}
+        if own_filters(settings):  # they have their own place among the library's
+            drawing = {"top_k": 0}
     return GenerationConfig(
         do_sample=settings.sample,
         num_beams=1,
@@ -65,11 +67,43 @@ def generation_config(options: Options, language_model: LanguageModel) -> Genera
         min_new_tokens=settings.min_new_tokens,
         repetition_penalty=settings.repetition_penalty,
         no_repeat_ngram_size=settings.no_repeat_ngram_size,
+        sequence_bias=[[[number], value] for number, value in settings.logit_bias] or None,
+        bad_words_ids=[list(run) for run in settings.banned] or None,
         eos_token_id=list(settings.end_ids) or None,
         pad_token_id=language_model.pad_id,
         stop_strings=list(options.stops) or None,
         **drawing,
     )
+
+
+def own_filters(settings: Settings) -> bool:
+    """Return whether tokens are drawn with a filter that the library does not have."""
+    return settings.sample and (settings.top_n_sigma > 0 or settings.xtc_probability > 0)
+
+
+def library_processors(
+    settings: Settings, *, prompt_length: int, num_rows: int, seed: int
+) -> LogitsProcessorList:
+    """Return what `generate` must be given for filters that the library does not have: ours, which then
+    run inside `generate`; with one that shapes the distribution, all of those, in our order.
+    """
+    from transformers import LogitsProcessorList
+
+    own = replace(  # of the filters that depend on the tokens so far, these are not the library's
+        Settings(), presence_penalty=settings.presence_penalty, frequency_penalty=settings.frequency_penalty
+    )
+    filters = sampling.history_filters(own, prompt_length=prompt_length, starts=None, padding_is_text=True)
+    coins = sampling.xtc_coins(settings, seed, [(row, 0) for row in range(num_rows)])
+
+    def apply(ids: Tensor, logits: Tensor) -> Tensor:
+        logits = sampling.apply_filters(filters, logits, ids)
+        if own_filters(settings):
+            strikes = None if coins is None else coins[:, ids.shape[-1] - prompt_length].to(logits.device)
+            shaping = sampling.distribution_filters(settings, strikes)
+            logits = sampling.apply_filters(shaping, logits, ids)
+        return logits
+
+    return LogitsProcessorList([apply])  # pyrefly: ignore[bad-argument-type]  (any function will do)
 
 
 def library_model(language_model: LanguageModel) -> PreTrainedModel:
@@ -113,6 +147,12 @@ def library_tokens(
             batch.ids,
             attention_mask=mask,
             generation_config=generation_config(options, language_model),
+            logits_processor=library_processors(
+                options.settings,
+                prompt_length=batch.length,
+                num_rows=len(prompts) * options.num_samples,
+                seed=seed,
+            ),
             tokenizer=library_tokenizer(language_model) if options.stops else None,
         )
     finally:
@@ -189,23 +229,27 @@ class Stage:
     probabilities: Tensor  # (V)
 
 
-def stages(logits: Tensor, ids: Tensor, settings: Settings, *, prompt_length: int) -> list[Stage]:
+def stages(
+    logits: Tensor, ids: Tensor, settings: Settings, *, prompt_length: int, strikes: Tensor | None = None
+) -> list[Stage]:
     """Return the model's own distribution and the one after each filter, for one text: logits
-    (1, V), tokens so far (1, T).
+    (1, V), tokens so far (1, T); whether XTC strikes (1).
     """
     filters = sampling.history_filters(
         settings, prompt_length=prompt_length, starts=None, padding_is_text=True
     )
     result = [Stage("model", logits[0].softmax(-1))]
-    for stage in [*filters, *sampling.distribution_filters(settings)]:
+    for stage in [*filters, *sampling.distribution_filters(settings, strikes)]:
         logits = stage.apply(logits, ids)
         result.append(Stage(stage.name, logits[0].softmax(-1)))
     return result
 
 
-def step_table(step: Step, ids: Tensor, settings: Settings, row: Completion) -> str:
-    """Return the table of a row's next token; `ids` (1, T) are the tokens before it."""
-    shown = stages(step.logits, ids, settings, prompt_length=len(row.prompt.ids))
+def step_table(step: Step, ids: Tensor, settings: Settings, row: Completion, strikes: Tensor | None) -> str:
+    """Return the table of a row's next token; `ids` (1, T) are the tokens before it, `strikes` (1) tells
+    whether XTC strikes.
+    """
+    shown = stages(step.logits, ids, settings, prompt_length=len(row.prompt.ids), strikes=strikes)
     number = len(row.token_ids) + 1
     return token_table(number, step.tokens[0], shown, row.stream.tokenizer)
 

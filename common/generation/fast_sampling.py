@@ -35,19 +35,24 @@ ROUNDING = 1e-5
 # The exact draw -----------------------------------------------------------------------------------
 
 
-def draw_exactly(logits: Tensor, settings: Settings, generator: torch.Generator) -> Tensor:
+def draw_exactly(
+    logits: Tensor, settings: Settings, generator: torch.Generator, strikes: Tensor | None = None
+) -> Tensor:
     """Return the tokens (B) of `sampling.draw_exactly`, and leave the generator in the same state.
 
     The noise is computed only for the candidates, from the same random bits. Rows where a rounding
-    error or the order of equal logits could decide are drawn again in the plain way.
+    error or the order of equal logits could decide are drawn again in the plain way, and so are those
+    in which XTC strikes.
     """
     if not noise_is_known(logits.device.type):
-        return sampling.draw_exactly(logits, settings, generator)
+        return sampling.draw_exactly(logits, settings, generator, strikes)
     bits = random_bits(logits.shape, generator)  # (B, V)
     tokens = draw_among_candidates(logits, settings, bits)
-    uncertain_rows = [row for row, token in enumerate(tokens) if token is None]
+    struck = [False] * len(tokens) if strikes is None else strikes.tolist()
+    uncertain_rows = [row for row, token in enumerate(tokens) if token is None or struck[row]]
     if uncertain_rows:
-        probabilities = sampling.distribution(logits[uncertain_rows], settings)
+        own_strikes = None if strikes is None else strikes[uncertain_rows]
+        probabilities = sampling.distribution(logits[uncertain_rows], settings, own_strikes)
         quotients = probabilities / noise(bits[uncertain_rows])
         for row, token in zip(uncertain_rows, quotients.argmax(-1).tolist()):
             tokens[row] = token
@@ -58,13 +63,19 @@ def draw_among_candidates(logits: Tensor, settings: Settings, bits: Tensor) -> l
     """Return for each row the token that is drawn among its candidates; None where a draw from the
     whole vocabulary could give another one.
     """
-    keeps_everything = settings.top_k == 0 and settings.top_p == 1 and settings.min_p == 0
-    if keeps_everything or settings.typical_p < 1:  # typical need not keep the most likely tokens
+    removes_some = settings.top_p < 1 or settings.min_p > 0 or settings.top_n_sigma > 0
+    removes_some = removes_some or settings.epsilon_cutoff > 0 or settings.eta_cutoff > 0
+    # typical need not keep the most likely tokens
+    if not (settings.top_k or removes_some) or settings.typical_p < 1:
         return [None] * len(logits)
     if settings.temperature != 1.0:
         logits = sampling.scale_by_temperature(logits, settings.temperature)
     # NumPy, because each of its calls on a few numbers takes a third of the time of PyTorch's
     return [draw_row(*row, settings) for row in zip(logits.numpy(), bits.numpy())]
+
+
+class TooClose(Exception):
+    """A rounding error could change which token is drawn."""
 
 
 def draw_row(logits: np.ndarray, bits: np.ndarray, settings: Settings) -> int | None:
@@ -77,13 +88,14 @@ def draw_row(logits: np.ndarray, bits: np.ndarray, settings: Settings) -> int | 
         if not len(ids) or not np.isfinite(candidate_logits[0]):
             return None  # the logits are not numbers
         weights = np.exp(candidate_logits.astype(np.float64) - candidate_logits[0])
-        num_kept = count_kept(logits, candidate_logits, weights, settings)
-        if num_kept is None:
+        try:
+            num_kept = count_kept(logits, candidate_logits, weights, settings)
+            # If a candidate is removed, no token outside the candidates is kept. All that top-k keeps
+            # are candidates.
+            if num_kept < len(ids) or settings.top_k or len(ids) == len(logits):
+                return draw_kept(ids, candidate_logits, weights, bits, num_kept)
+        except TooClose:
             return None
-        # If a candidate is removed, no token outside the candidates is kept. All that top-k keeps
-        # are candidates.
-        if num_kept < len(ids) or settings.top_k or len(ids) == len(logits):
-            return draw_kept(ids, candidate_logits, weights, bits, num_kept)
     return None
 
 
@@ -104,41 +116,70 @@ def find_most_likely(logits: np.ndarray, count: int) -> np.ndarray:
 
 def count_kept(
     logits: np.ndarray, candidate_logits: np.ndarray, weights: np.ndarray, settings: Settings
-) -> int | None:
-    """Return how many of the candidates top-k, top-p and min-p keep; None where a rounding error
-    could move the border.
+) -> int:
+    """Return how many of the candidates are kept by all filters but typical and XTC.
 
     `weights` (C) are the candidates' probabilities, up to a factor. Tokens of equal logits are
-    counted as if top-p kept the first of them.
+    counted as if top-p kept the first of them. Raises TooClose.
     """
     k, p, share = settings.top_k, settings.top_p, settings.min_p
-    num_kept = len(weights)
+    num_kept, best = len(weights), candidate_logits[0]
+    is_whole = k > 0 or len(weights) == len(logits)  # no other token is kept
+    if settings.top_n_sigma > 0:
+        below = settings.top_n_sigma * logits[logits > -np.inf].std(ddof=1, dtype=np.float64)
+        num_kept = count_from(candidate_logits - best, -below, ROUNDING * below)
+        logits = logits[logits >= best - below]
     if 0 < k < num_kept:
         # those as likely as the k-th one tie with it
-        num_kept = int(np.count_nonzero(candidate_logits >= candidate_logits[k - 1]))
+        num_kept = int(np.count_nonzero(candidate_logits[:num_kept] >= candidate_logits[k - 1]))
+
+    def kept() -> np.ndarray:
+        # tokens that are not candidates have a share of the total too
+        return weights[:num_kept] if is_whole or num_kept < len(weights) else np.exp(logits - best)
+
     if p < 1:
-        # without top-k, tokens that are not candidates have a share of the total too
-        total = weights[:num_kept].sum() if k else np.exp(logits - candidate_logits[0]).sum()
         # (C): the probability of all candidates before each one
-        before = (weights[:num_kept].cumsum() - weights[:num_kept]) / total
-        if (np.abs(before - p) <= ROUNDING).any():
-            return None
-        num_kept = max(1, int(np.count_nonzero(before < p)))
+        before = (weights[:num_kept].cumsum() - weights[:num_kept]) / kept().sum()
+        num_kept = max(1, count_from(-before, -p, ROUNDING))
     if share > 0:
-        if (np.abs(weights[:num_kept] - share) <= ROUNDING * share).any():
-            return None
-        num_kept = int(np.count_nonzero(weights[:num_kept] >= share))
+        num_kept = count_from(weights[:num_kept], share, ROUNDING * share)
+    if num_kept == len(weights) and not is_whole and (p < 1 or share > 0):
+        return num_kept  # some more are kept, and how many is not known
+    if settings.epsilon_cutoff > 0:
+        limit = settings.epsilon_cutoff * kept().sum()
+        num_kept = max(1, count_from(weights[:num_kept], limit, ROUNDING * limit))
+        if num_kept == len(weights) and not is_whole:
+            return num_kept
+    if settings.eta_cutoff > 0:
+        limit = eta_of(kept(), settings.eta_cutoff) * kept().sum()
+        num_kept = max(1, count_from(weights[:num_kept], limit, 10 * ROUNDING * limit))
     return num_kept
+
+
+def count_from(numbers: np.ndarray, limit: float, tolerance: float) -> int:
+    """Return how many of some descending numbers are at least `limit`. Raises TooClose for one that is
+    nearer to it than a tolerance.
+    """
+    if (np.abs(numbers - limit) <= tolerance).any():
+        raise TooClose
+    return int(np.count_nonzero(numbers >= limit))
+
+
+def eta_of(weights: np.ndarray, epsilon: float) -> float:
+    """Return the least probability that eta keeps, from the probabilities up to a factor."""
+    probabilities = weights[weights > 0] / weights.sum()
+    entropy = -(probabilities * np.log(probabilities)).sum()
+    return min(epsilon, math.sqrt(epsilon) * math.exp(-entropy))
 
 
 def draw_kept(
     ids: np.ndarray, candidate_logits: np.ndarray, weights: np.ndarray, bits: np.ndarray, num_kept: int
-) -> int | None:
+) -> int:
     """Return the token with the largest quotient of probability and noise among the first candidates.
 
-    None in two cases: a rounding error could swap the two largest quotients, or the border separates
-    tokens of equal logits and one of them wins. Which of these are kept, only the full sort of the
-    plain draw tells.
+    Raises TooClose in two cases: a rounding error could swap the two largest quotients, or the border
+    separates tokens of equal logits and one of them wins. Which of these are kept, only the full sort
+    of the plain draw tells.
     """
     border = candidate_logits[num_kept - 1]
     num_tied = int(np.count_nonzero(candidate_logits >= border))  # with all that tie at the border
@@ -147,9 +188,9 @@ def draw_kept(
     largest = quotients[winner]
     quotients[winner] = 0
     if quotients.max() >= largest * (1 - ROUNDING):
-        return None
+        raise TooClose
     if num_tied > num_kept and candidate_logits[winner] == border:
-        return None
+        raise TooClose
     return int(ids[winner])
 
 
@@ -188,20 +229,24 @@ def noise_is_known(device: str) -> bool:
 # The independent draw -----------------------------------------------------------------------------
 
 
-def draw_independently(logits: Tensor, settings: Settings, uniforms: Tensor) -> Tensor:
+def draw_independently(
+    logits: Tensor, settings: Settings, uniforms: Tensor, strikes: Tensor | None = None
+) -> Tensor:
     """Return tokens (B) from the distribution that `sampling.draw_independently` draws from.
 
     The probabilities are the same, but the tokens differ: the cumulative sum runs over the
     candidates, most likely first, instead of over the vocabulary. Rows that need the whole
-    vocabulary are drawn in the plain way, each by itself: whether one row needs it must not change
-    the token of another.
+    vocabulary, or in which XTC strikes, are drawn in the plain way, each by itself: whether one row
+    needs it must not change the token of another.
     """
     probabilities, ids, complete = candidate_distribution(logits, settings)
     columns = sampling.invert_cumulative(probabilities, uniforms)  # (B)
     tokens = ids.gather(-1, columns[:, None])[:, 0]
-    rows = (~complete).nonzero()[:, 0]  # that need the whole vocabulary
+    is_plain = ~complete if strikes is None else ~complete | strikes
+    rows = is_plain.nonzero()[:, 0]
     if len(rows):
-        tokens[rows] = sampling.draw_independently(logits[rows], settings, uniforms[rows])
+        own_strikes = None if strikes is None else strikes[rows]
+        tokens[rows] = sampling.draw_independently(logits[rows], settings, uniforms[rows], own_strikes)
     return tokens
 
 
@@ -213,8 +258,10 @@ def candidate_distribution(logits: Tensor, settings: Settings) -> tuple[Tensor, 
     scaled, candidate_logits, ids = find_candidates(logits, settings)
     last = candidate_logits[:, -1]  # (B): the logit of the least likely candidate
     num_candidates = candidate_logits.shape[-1]
-    remaining = replace(settings, temperature=1.0)  # the filters that are still to be applied
+    # the filters that are still to be applied
+    remaining = replace(settings, temperature=1.0, top_n_sigma=0.0)
     complete = torch.full_like(last, num_candidates == scaled.shape[-1], dtype=torch.bool)
+    complete |= last == -torch.inf  # all others are removed already
     if k:
         complete |= last < candidate_logits[:, min(k, num_candidates) - 1]
     elif p < 1:
@@ -230,13 +277,16 @@ def candidate_distribution(logits: Tensor, settings: Settings) -> tuple[Tensor, 
 
 
 def find_candidates(logits: Tensor, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the logits (B, V) after the temperature, and the candidates' logits and ids (B, C).
+    """Return the logits (B, V) after top-n-sigma and the temperature, and the candidates' logits and
+    ids (B, C).
 
     Sorting 50,000 logits takes 4 ms on one core, finding the 1,024 highest 0.8 ms.
     """
     scaled = logits
+    if settings.top_n_sigma > 0:  # its deviation is that of all tokens
+        scaled = sampling.keep_top_n_sigma(scaled, settings.top_n_sigma)
     if settings.temperature != 1.0:
-        scaled = sampling.scale_by_temperature(logits, settings.temperature)
+        scaled = sampling.scale_by_temperature(scaled, settings.temperature)
     count = settings.top_k + TIES if settings.top_k else CANDIDATES
     candidate_logits, ids = scaled.topk(min(count, scaled.shape[-1]))
     return scaled, candidate_logits, ids

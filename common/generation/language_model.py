@@ -302,6 +302,49 @@ def end_token_ids(tokens: list[str], language_model: LanguageModel) -> tuple[int
     return tuple(vocabulary[token] for token in tokens)
 
 
+def read_bias(biases: list[str], language_model: LanguageModel) -> tuple[tuple[int, float], ...]:
+    """Return (id, number) for each TOKEN=NUMBER of --logit-bias; a TOKEN of digits is an id.
+
+    Raises UserError for a text that is not a single token, and for an id that the model does not have.
+    """
+    numbers: dict[int, float] = {}
+    for bias in biases:
+        token, _, number = bias.rpartition("=")
+        if token.isdecimal():
+            token_id = int(token)
+            if token_id >= language_model.vocabulary:
+                most = language_model.vocabulary - 1
+                raise UserError(f"--logit-bias {bias}: the ids of {language_model.name} go from 0 to {most}")
+        else:
+            ids = token_ids(token, language_model)
+            if len(ids) != 1:
+                problem = f"{token!r} is {len(ids)} tokens of {language_model.name}"
+                raise UserError(f"--logit-bias {bias}: {problem}; name one of their ids {ids}")
+            [token_id] = ids
+        numbers[token_id] = numbers.get(token_id, 0.0) + float(number)
+    return tuple(numbers.items())
+
+
+def banned_runs(words: list[str], language_model: LanguageModel) -> tuple[tuple[int, ...], ...]:
+    """Return the tokens of each word of --ban-words, at the beginning of a text and after a space."""
+    runs = [tuple(token_ids(before + word.strip(), language_model)) for word in words for before in ("", " ")]
+    return tuple(dict.fromkeys(runs))
+
+
+def token_ids(text: str, language_model: LanguageModel) -> list[int]:
+    """Return the token ids of a text that goes on, without the special tokens around texts.
+
+    Some tokenizers put a space before each text that they encode: behind a line break they do not.
+    """
+    vocabulary, tokenizer = language_model.tokenizer.get_vocab(), language_model.tokenizer
+    if text in vocabulary:
+        return [vocabulary[text]]
+    alone = tokenizer(text, add_special_tokens=False)["input_ids"]
+    before = tokenizer("\n", add_special_tokens=False)["input_ids"]
+    both = tokenizer("\n" + text, add_special_tokens=False)["input_ids"]
+    return both[len(before) :] if both[: len(before)] == before else alone
+
+
 def check_stops(stops: list[str], language_model: LanguageModel) -> None:
     """Raise UserError for a stop string that contains a special token, because special tokens are
     not part of the text that is searched.

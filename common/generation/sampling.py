@@ -5,8 +5,9 @@ in fp32; ids (B, T), the tokens so far; tokens (B), the next token of each row. 
 independent texts, and V is the size of the vocabulary. A filter returns new logits, with -inf for
 each token that it removes.
 
-Order of the filters: repetition penalty, no repeated n-grams, minimum length; then, only when
-sampling: temperature, top-k, top-p, min-p, typical.
+Order of the filters: logit bias, repetition penalty, no repeated n-grams, banned words, minimum
+length, presence and frequency penalty; then, only when sampling: top-n-sigma, temperature, top-k,
+top-p, min-p, typical, epsilon, eta, XTC.
 
 This is the plain version, and the oracle of the tests for its faster twin, fast_sampling.py.
 """
@@ -31,8 +32,17 @@ class Settings:
     top_p: float = 1.0
     min_p: float = 0.0
     typical_p: float = 1.0
+    epsilon_cutoff: float = 0.0
+    eta_cutoff: float = 0.0
+    top_n_sigma: float = 0.0
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     no_repeat_ngram_size: int = 0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (id, what is added to its logit)
+    banned: tuple[tuple[int, ...], ...] = ()  # runs of ids that no text may contain
     end_ids: tuple[int, ...] = ()
 
 
@@ -109,7 +119,58 @@ def keep_typical(logits: Tensor, mass: float) -> Tensor:
     return logits.masked_fill(removed.scatter(-1, order, removed), -torch.inf)
 
 
+def keep_above_epsilon(logits: Tensor, epsilon: float) -> Tensor:
+    """Keep the tokens that are at least `epsilon` likely, and the most likely one (Hewitt et al. 2022)."""
+    removed = logits.softmax(-1) < epsilon
+    return logits.masked_fill(removed & (logits < logits.amax(-1, keepdim=True)), -torch.inf)
+
+
+def keep_above_eta(logits: Tensor, epsilon: float) -> Tensor:
+    """Keep the tokens that are at least `epsilon` likely; where the distribution is flat, also less
+    likely ones: down to sqrt(epsilon) * exp(-its entropy) (Hewitt et al. 2022).
+    """
+    log_probabilities = logits - logits.logsumexp(-1, keepdim=True)
+    lowest = torch.finfo(logits.dtype).min  # 0 * -inf would be no number
+    entropy = -(log_probabilities.clamp(min=lowest) * log_probabilities.softmax(-1)).sum(-1)  # (B)
+    limit = torch.tensor(epsilon, device=logits.device)
+    eta = torch.min(limit, limit.sqrt() * torch.exp(-entropy))[:, None]  # (B, 1)
+    removed = logits.softmax(-1) < eta
+    return logits.masked_fill(removed & (logits < logits.amax(-1, keepdim=True)), -torch.inf)
+
+
+def keep_top_n_sigma(logits: Tensor, n: float) -> Tensor:
+    """Keep the logits that are at most n standard deviations below the highest (Tang et al. 2024).
+
+    It keeps the same tokens at any temperature. Tokens that are removed already do not count.
+    """
+    is_left = logits > -torch.inf
+    count = is_left.sum(-1, keepdim=True)  # (B, 1)
+    mean = logits.where(is_left, 0).sum(-1, keepdim=True) / count
+    squares = (logits - mean).where(is_left, 0).square().sum(-1, keepdim=True)
+    sigma = (squares / (count - 1).clamp(min=1)).sqrt()
+    return logits.masked_fill(logits < logits.amax(-1, keepdim=True) - n * sigma, -torch.inf)
+
+
+def exclude_top_choices(logits: Tensor, threshold: float, strikes: Tensor) -> Tensor:
+    """Remove all tokens that are at least `threshold` likely, but for the least likely of them: XTC
+    (exclude top choices, p-e-w 2024). Only in the rows where it strikes, `strikes` (B).
+
+    So a text leaves the beaten track where there are several good ways to go on, and only there.
+    """
+    probabilities = logits.softmax(-1)
+    likely = probabilities.masked_fill(probabilities < threshold, torch.inf)
+    least = likely.amin(-1, keepdim=True)  # (B, 1), infinity where no token is likely enough
+    return logits.masked_fill((probabilities > least) & strikes[:, None], -torch.inf)
+
+
 # --- Filters that depend on the tokens so far, used when sampling and in greedy decoding
+
+
+def add_bias(logits: Tensor, bias: tuple[tuple[int, float], ...]) -> Tensor:
+    """Add a number to the logits of some tokens: (id, number) for each."""
+    ids, numbers = zip(*bias)
+    columns = torch.tensor(ids, device=logits.device)
+    return logits.index_add(-1, columns, logits.new_tensor(numbers).expand(len(logits), -1))
 
 
 def penalize_repetition(logits: Tensor, ids: Tensor, penalty: float, starts: Tensor | None = None) -> Tensor:
@@ -144,6 +205,27 @@ def forbid_repeated_ngrams(logits: Tensor, ids: Tensor, size: int, starts: Tenso
     return logits.masked_fill(removed[:, :vocabulary], -torch.inf)
 
 
+def forbid_runs(logits: Tensor, ids: Tensor, runs: tuple[tuple[int, ...], ...]) -> Tensor:
+    """Forbid each token that would complete one of some runs of tokens, such as those of a word."""
+    removed = torch.zeros_like(logits, dtype=torch.bool)
+    for *before, last in runs:
+        if len(before) > ids.shape[-1]:
+            continue
+        start = torch.tensor(before, dtype=torch.long, device=ids.device)
+        removed[:, last] |= (ids[:, ids.shape[-1] - len(before) :] == start).all(-1)
+    return logits.masked_fill(removed, -torch.inf)
+
+
+def penalize_presence(logits: Tensor, new_ids: Tensor, presence: float, frequency: float) -> Tensor:
+    """Subtract from the logit of each token that was generated before `presence` once, and
+    `frequency` as often as it occurs in `new_ids` (B, N): the two penalties of OpenAI's API.
+
+    The prompt does not count. Negative penalties encourage repetition.
+    """
+    counts = torch.zeros_like(logits).scatter_add(-1, new_ids, torch.ones_like(new_ids, dtype=logits.dtype))
+    return logits - frequency * counts - presence * (counts > 0)
+
+
 def forbid(logits: Tensor, ids: tuple[int, ...]) -> Tensor:
     """Forbid the given tokens: the end ids, while a text is shorter than its minimum."""
     columns = torch.tensor(ids, dtype=torch.long, device=logits.device)
@@ -162,30 +244,43 @@ def history_filters(
     """
     penalty, size = settings.repetition_penalty, settings.no_repeat_ngram_size
     minimum, end_ids = settings.min_new_tokens, settings.end_ids
+    presence, frequency = settings.presence_penalty, settings.frequency_penalty
+    # a text must be able to end
+    banned = tuple(run for run in settings.banned if len(run) > 1 or run[0] not in end_ids)
     ngram_starts = None if padding_is_text else starts
-
-    def penalize(logits: Tensor, ids: Tensor) -> Tensor:
-        return penalize_repetition(logits, ids, penalty, starts)
-
-    def forbid_ngrams(logits: Tensor, ids: Tensor) -> Tensor:
-        return forbid_repeated_ngrams(logits, ids, size, ngram_starts)
 
     def forbid_early_end(logits: Tensor, ids: Tensor) -> Tensor:
         num_new_tokens = ids.shape[-1] - prompt_length
         return forbid(logits, end_ids) if num_new_tokens < minimum else logits
 
-    filters = []
-    if penalty != 1.0:
-        filters.append(Filter(f"repetition penalty {penalty:g}", penalize))
-    if size > 0:
-        filters.append(Filter(f"no repeated {size}-gram", forbid_ngrams))
-    if minimum > 0 and end_ids:
-        filters.append(Filter(f"min {minimum} new tokens", forbid_early_end))
-    return filters
+    all_filters = (  # name, function of logits and ids, whether it does anything
+        ("logit bias", lambda logits, _: add_bias(logits, settings.logit_bias), settings.logit_bias),
+        (
+            f"repetition penalty {penalty:g}",
+            lambda logits, ids: penalize_repetition(logits, ids, penalty, starts),
+            penalty != 1.0,
+        ),
+        (
+            f"no repeated {size}-gram",
+            lambda logits, ids: forbid_repeated_ngrams(logits, ids, size, ngram_starts),
+            size > 0,
+        ),
+        ("banned words", lambda logits, ids: forbid_runs(logits, ids, banned), banned),
+        (f"min {minimum} new tokens", forbid_early_end, minimum > 0 and end_ids),
+        (
+            f"presence {presence:g}, frequency {frequency:g}",
+            lambda logits, ids: penalize_presence(logits, ids[:, prompt_length:], presence, frequency),
+            presence or frequency,
+        ),
+    )
+    return [Filter(name, function) for name, function, is_on in all_filters if is_on]
 
 
-def distribution_filters(settings: Settings) -> list[Filter]:
-    """Return the filters that shape the distribution to draw from, in order; none when greedy."""
+def distribution_filters(settings: Settings, strikes: Tensor | None = None) -> list[Filter]:
+    """Return the filters that shape the distribution to draw from, in order; none when greedy.
+
+    `strikes` (B) are the rows in which XTC strikes; None: in none.
+    """
     if not settings.sample:
         return []
 
@@ -193,13 +288,22 @@ def distribution_filters(settings: Settings) -> list[Filter]:
         return Filter(f"{name} {value:g}", lambda logits, ids: function(logits, value))
 
     all_filters = (  # name, function, its parameter, whether it does anything
+        ("top-n-sigma", keep_top_n_sigma, settings.top_n_sigma, settings.top_n_sigma > 0),
         ("temperature", scale_by_temperature, settings.temperature, settings.temperature != 1.0),
         ("top-k", keep_top_k, settings.top_k, settings.top_k > 0),
         ("top-p", keep_top_p, settings.top_p, settings.top_p < 1.0),
         ("min-p", keep_min_p, settings.min_p, settings.min_p > 0),
         ("typical", keep_typical, settings.typical_p, settings.typical_p < 1.0),
+        ("epsilon", keep_above_epsilon, settings.epsilon_cutoff, settings.epsilon_cutoff > 0),
+        ("eta", keep_above_eta, settings.eta_cutoff, settings.eta_cutoff > 0),
     )
-    return [make_filter(name, function, value) for name, function, value, is_on in all_filters if is_on]
+    filters = [make_filter(name, function, value) for name, function, value, is_on in all_filters if is_on]
+    if strikes is not None:
+        threshold, rows = settings.xtc_threshold, strikes
+        filters.append(
+            Filter(f"XTC {threshold:g}", lambda logits, ids: exclude_top_choices(logits, threshold, rows))
+        )
+    return filters
 
 
 def apply_filters(filters: list[Filter], logits: Tensor, ids: Tensor) -> Tensor:
@@ -212,13 +316,18 @@ def apply_filters(filters: list[Filter], logits: Tensor, ids: Tensor) -> Tensor:
 # --- The draw
 
 
-def distribution(logits: Tensor, settings: Settings) -> Tensor:
-    """Return the probabilities (B, V) to draw from, after all filters of the distribution."""
+def distribution(logits: Tensor, settings: Settings, strikes: Tensor | None = None) -> Tensor:
+    """Return the probabilities (B, V) to draw from, after all filters of the distribution.
+
+    `strikes` (B), here and below, are the rows in which XTC strikes.
+    """
     ids = logits.new_empty((len(logits), 0), dtype=torch.long)  # these filters use none
-    return apply_filters(distribution_filters(settings), logits, ids).softmax(-1)
+    return apply_filters(distribution_filters(settings, strikes), logits, ids).softmax(-1)
 
 
-def draw_exactly(logits: Tensor, settings: Settings, generator: torch.Generator) -> Tensor:
+def draw_exactly(
+    logits: Tensor, settings: Settings, generator: torch.Generator, strikes: Tensor | None = None
+) -> Tensor:
     """Return the tokens (B) that `generate` draws with a random generator in the same state.
 
     These are the steps of `torch.multinomial` for one draw: divide each probability by a random
@@ -226,14 +335,16 @@ def draw_exactly(logits: Tensor, settings: Settings, generator: torch.Generator)
     numbers for each row, also for rows that have ended. (On a GPU, `multinomial` itself would end
     the process over NaN, which `decoding.fetch_ids` reports.)
     """
-    probabilities = distribution(logits, settings)
+    probabilities = distribution(logits, settings, strikes)
     noise = torch.empty_like(probabilities).exponential_(1, generator=generator)
     return (probabilities / noise).argmax(-1)
 
 
-def draw_independently(logits: Tensor, settings: Settings, uniforms: Tensor) -> Tensor:
+def draw_independently(
+    logits: Tensor, settings: Settings, uniforms: Tensor, strikes: Tensor | None = None
+) -> Tensor:
     """Return tokens (B) drawn with one uniform random number in [0, 1) for each row (B), fp64."""
-    return invert_cumulative(distribution(logits, settings), uniforms)
+    return invert_cumulative(distribution(logits, settings, strikes), uniforms)
 
 
 def invert_cumulative(probabilities: Tensor, uniforms: Tensor) -> Tensor:
@@ -258,7 +369,7 @@ def exact_sampler(
     prompt_length: int,
     starts: Tensor,
     seed: int,
-    draw: Callable[[Tensor, Settings, torch.Generator], Tensor] = draw_exactly,
+    draw: Callable[..., Tensor] = draw_exactly,
 ) -> Sampler:
     """Return the sampler whose tokens are those of `generate` after `torch.manual_seed(seed)`.
 
@@ -267,10 +378,14 @@ def exact_sampler(
     """
     filters = history_filters(settings, prompt_length=prompt_length, starts=starts, padding_is_text=True)
     generator = torch.Generator(starts.device).manual_seed(seed)
+    coins = xtc_coins(settings, seed, [(row, 0) for row in range(len(starts))])
 
     def sample(logits: Tensor, ids: Tensor) -> Tensor:
         logits = apply_filters(filters, logits, ids)
-        return draw(logits, settings, generator) if settings.sample else logits.argmax(-1)
+        if not settings.sample:
+            return logits.argmax(-1)
+        strikes = None if coins is None else coins[:, ids.shape[-1] - prompt_length].to(logits.device)
+        return draw(logits, settings, generator, strikes)
 
     return sample
 
@@ -281,11 +396,13 @@ def independent_sampler(
     prompt_length: int,
     starts: Tensor,
     uniforms: Tensor,
-    draw: Callable[[Tensor, Settings, Tensor], Tensor] = draw_independently,
+    coins: Tensor | None = None,
+    draw: Callable[..., Tensor] = draw_independently,
 ) -> Sampler:
     """Return the sampler whose texts do not depend on the other texts of the batch.
 
-    `uniforms` (B, max_new_tokens) are each row's own random numbers, from `row_uniforms`.
+    `uniforms` (B, max_new_tokens) are each row's own random numbers, from `row_uniforms`, `coins` those
+    of XTC, from `xtc_coins`.
     """
     filters = history_filters(settings, prompt_length=prompt_length, starts=starts, padding_is_text=False)
 
@@ -293,7 +410,9 @@ def independent_sampler(
         logits = apply_filters(filters, logits, ids)
         if not settings.sample:
             return logits.argmax(-1)
-        return draw(logits, settings, uniforms[:, ids.shape[-1] - prompt_length])
+        step = ids.shape[-1] - prompt_length
+        strikes = None if coins is None else coins[:, step].to(logits.device)
+        return draw(logits, settings, uniforms[:, step], strikes)
 
     return sample
 
@@ -313,14 +432,24 @@ def batch_seed(seed: int, number: int) -> int:
     return int.from_bytes(digest[:4])
 
 
-def row_uniforms(seed: int, rows: list[tuple[int, int]], count: int) -> Tensor:
+def row_uniforms(seed: int, rows: list[tuple[int, int]], count: int, *, purpose: str = "") -> Tensor:
     """Return uniform random numbers (rows, count) in fp64, for the independent sampler.
 
-    Each row is named by (prompt, sample) and has a generator of its own.
+    Each row is named by (prompt, sample) and has a generator of its own, another for each purpose.
     """
     uniforms = []
     for prompt, sample in rows:
-        digest = hashlib.sha256(f"{seed}/{prompt}/{sample}".encode()).digest()
+        digest = hashlib.sha256(f"{purpose}{seed}/{prompt}/{sample}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
         uniforms.append(torch.rand(count, generator=generator, dtype=torch.float64))
     return torch.stack(uniforms)
+
+
+def xtc_coins(settings: Settings, seed: int, rows: list[tuple[int, int]]) -> Tensor | None:
+    """Return whether XTC strikes, for each row and new token (rows, max_new_tokens); None without XTC.
+
+    Its random numbers are its own, so that it takes none of those of `generate`.
+    """
+    if not settings.sample or settings.xtc_probability == 0:
+        return None
+    return row_uniforms(seed, rows, settings.max_new_tokens, purpose="XTC ") < settings.xtc_probability

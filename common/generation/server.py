@@ -113,6 +113,14 @@ def texts_of(value: Any, most: int) -> list[str] | None:
     return texts if is_list and all(isinstance(text, str) and text for text in texts) else None
 
 
+def is_bias(value: Any) -> bool:
+    """Return whether a value is an object with a number from -100 to 100 for some ids of tokens."""
+    return isinstance(value, dict) and all(
+        re.fullmatch(r"\d{1,9}", name) and type(bias) in (int, float) and -100 <= bias <= 100
+        for name, bias in value.items()
+    )
+
+
 FLAG = Parameter(lambda value: type(value) is bool, "true or false")
 TEXT = Parameter(lambda value: isinstance(value, str), "a text")
 AT_LEAST_1 = number(lambda value: 1 <= value < 2**31, "a whole number above 0", whole=True)
@@ -141,9 +149,9 @@ COMMON = {
     ),
     "user": TEXT,  # for whom a text is: it is not meant to change it
     "n": only(1),
-    "presence_penalty": only(0, 0.0),
-    "frequency_penalty": only(0, 0.0),
-    "logit_bias": only({}),
+    "presence_penalty": number(lambda value: -2 <= value <= 2, "a number from -2 to 2"),
+    "frequency_penalty": number(lambda value: -2 <= value <= 2, "a number from -2 to 2"),
+    "logit_bias": Parameter(lambda value: is_bias(value), "an object of ids and numbers from -100 to 100"),
 }
 COMPLETION = COMMON | {
     "prompt": Parameter(
@@ -530,8 +538,13 @@ def choose_settings(given: dict[str, Any], shape: Shape, run: Run) -> tuple[Sett
     if "max_completion_tokens" in given:
         given["max_tokens"] = given.pop("max_completion_tokens")
     own = run.options.settings
-    names = (*DRAWING, "repetition_penalty")
+    names = (*DRAWING, "repetition_penalty", "presence_penalty", "frequency_penalty")
     chosen: dict[str, Any] = {name: given[name] for name in names if name in given}
+    if "logit_bias" in given:
+        chosen["logit_bias"] = tuple((int(name), float(bias)) for name, bias in given["logit_bias"].items())
+        if any(number >= run.language_model.vocabulary for number, _ in chosen["logit_bias"]):
+            most = run.language_model.vocabulary - 1
+            raise ApiError(400, f"logit_bias: the ids of tokens go from 0 to {most}", param="logit_bias")
     if "max_tokens" in given:
         chosen["max_new_tokens"] = given["max_tokens"]
     chosen["sample"] = own.sample or any(name in given for name in DRAWING)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +29,7 @@ from common.search.index import (
     number_array,
     unused_name,
     whole_documents,
+    wider,
 )
 from common.search.manifest import EncoderConfig, Settings, check_settings
 from common.search.store import Store, open_store, vector_array
@@ -127,21 +129,18 @@ class Builder:
             self.documents.add([digest(entries[number][ID]) for number in firsts], here[firsts])
 
     def check(self, collection: Collection) -> None:
-        """Raise UserError, before anything is written, when the collection has other columns than
-        the index, or changed rows without `update`.
+        """Raise UserError, before anything is written, when a column of the collection holds what
+        that of the index can't, or when rows have changed without `update`.
         """
         if not self.store.snapshot.num_rows:
             return
-        columns = self.store.snapshot.manifest["columns"]
-        fields = [field for field in collection.rows.schema if field.name != TEXT]
-        given = {field.name: str(field.type) for field in fields}
-        if columns != given:
-            # the first, by name, of the columns that are in one of them only, or of another type
-            name = min(name for name, _ in columns.items() ^ given.items())
-            here, there = given.get(name, "missing"), columns.get(name, "missing")
-            problem = f"column {name!r} is {here}, in the index it is {there}"
-            advice = "make the columns equal, or use another --index"
-            raise UserError(f"{collection.name}: {problem}; {advice}")
+        columns = self.store.snapshot.columns
+        for name in sorted(set(collection.rows.column_names) & set(columns)):
+            here, there = collection.rows.schema.field(name).type, columns[name]
+            if _fitting(here, there) is None:
+                problem = f"column {name!r} is {here}, in the index it is {there}"
+                advice = "make the columns equal, or use another --index"
+                raise UserError(f"{collection.name}: {problem}; {advice}")
         if self.update:
             return
         seen = RowTable()
@@ -181,12 +180,23 @@ class Builder:
             self._commit(table, plan, chosen, chunks, vectors)
         self._count(plan, chosen)
 
+    def _fitted(self, table: pa.Table) -> pa.Table:
+        """Return rows whose numbers are texts where the index has texts in their column."""
+        for name, there in self.store.snapshot.columns.items():
+            if name in table.column_names:
+                kind = _fitting(table.schema.field(name).type, there)
+                if kind is not None and pa.types.is_string(kind):
+                    place = table.column_names.index(name)
+                    table = table.set_column(place, name, table[name].cast(kind))
+        return table
+
     def _plan(self, table: pa.Table, seen: RowTable) -> Plan:
         """Compare a block's rows with the index, and with the rows `seen` before, to which they are
         added.
         """
+        table = self._fitted(table)
         texts, rows = table[TEXT].to_pylist(), table.drop_columns([TEXT]).to_pylist()
-        metadata = [json.dumps(row, default=str, sort_keys=True) for row in rows]
+        metadata = [json.dumps(_plain(row), default=str, sort_keys=True) for row in rows]
         hashes = [digest(text) + digest(more) for text, more in zip(texts, metadata)]
         ids = ids_of(table, self.id_column)
         keys = [digest(key) for key in ids]
@@ -219,7 +229,7 @@ class Builder:
             START: pa.array([chunk.start for chunk in flat], pa.int32()),
             TEXT: pa.array([chunk.text for chunk in flat], pa.large_string()),
         }
-        metadata = table.drop_columns([TEXT]).take(number_array(origins))
+        metadata = self._fitted(table).drop_columns([TEXT]).take(number_array(origins))
         columns |= {name: metadata[name] for name in metadata.column_names}
         columns[VECTOR] = vector_array(vectors)
         replaced = plan.known[chosen][plan.changed[chosen]]
@@ -252,6 +262,26 @@ class Builder:
         to_write = int((plan.new | plan.changed).sum())
         counts.bad += to_write - len(chosen)  # those without a usable embedding
         counts.encoded, counts.cut = self.encoder.num_encoded, self.encoder.num_cut
+
+
+def _fitting(here: pa.DataType, there: pa.DataType) -> pa.DataType | None:
+    """Return the type of an index's column `there` after values of the type `here` were added, None
+    if it can't hold them. A column of texts, such as codes, takes numbers as texts.
+    """
+    if pa.types.is_string(there) and (pa.types.is_integer(here) or pa.types.is_floating(here)):
+        return there
+    return wider(there, here)
+
+
+def _plain(value: Any) -> Any:
+    """Return a value of a row so that its hash stays when its column becomes wider: without what is
+    null, and a whole number as such.
+    """
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def fill(builder: Builder, collection: Collection, *, block: int) -> None:
@@ -287,6 +317,7 @@ def build_temporary(
     """Return an index of a collection that lasts for one command. Without `id_column` the ids are
     the rows' numbers from 1, and equal texts stay separate rows.
     """
+    id_column = id_column or collection.id_column
     if id_column is None:
         id_column = unused_name("_number", collection.rows.column_names)
         numbers = number_array(np.arange(1, len(collection.rows) + 1))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TextIO
 import numpy as np
 
 from common import cli, sources
-from common.errors import UserError, printable, shorten
+from common.errors import UserError, shorten
 from common.files import check_new, named_in_errors, only_writer
 from common.search.index import CHUNK, ID, NUM_CHUNKS, RESERVED_COLUMNS, START, TEXT, Snapshot
 from common.search.manifest import PAIR_COLUMNS
@@ -30,7 +30,8 @@ if TYPE_CHECKING:  # a command shows only what it has loaded itself
     from common.search.texts import Collection
 
 HIGH, MODERATE = 0.7, 0.4  # the tutorial's thresholds of similarity
-TEXT_WIDTH, CENTRAL_WIDTH = 76, 60  # characters of a text in a table
+TEXT_WIDTH, CENTRAL_WIDTH = 76, 60  # columns of the screen for a text in a table
+CHARACTERS = 1_000  # of a text, looked at to cut it
 NUM_WORDS, NUM_CENTRAL = 6, 3  # of a cluster: its typical words, the texts nearest to its centre
 MATRIX_COLUMNS = 20  # of a matrix that still fits a screen
 PAIRS_IN_JSON = 1_000_000
@@ -81,10 +82,28 @@ def ids_of(selection: Selection) -> list[str]:
     return [row[ID] for row in selection.snapshot.take(selection.rows, [ID])]
 
 
+def cut(text: str, columns: int, end: int | None = None) -> str:
+    """Return a text as one line of at most so many columns of a terminal, in which a character of
+    Chinese takes two and an accent none. A longer one ends with "...", after the characters that fit,
+    or after `end` columns.
+    """
+    import wcwidth
+
+    line = shorten(text, CHARACTERS)  # what no screen shows need not be measured
+    if wcwidth.width(line) <= columns:
+        return line
+    room, kept = columns - 3 if end is None else end, []
+    for character in wcwidth.iter_graphemes(line):
+        room -= wcwidth.width(character)
+        if room < 0:
+            break
+        kept.append(character)
+    return "".join(kept) + "..."
+
+
 def short_id(key: str) -> str:
     """Return the start of a long id, such as a hash of the text; --json has it whole."""
-    line = printable(key.replace("\n", " "))
-    return line if len(line) <= 16 else f"{line[:10]}..."
+    return cut(key, 16, 10)
 
 
 def texts_at(selection: Selection, positions: Iterable[int]) -> list[dict[str, str]]:
@@ -95,7 +114,7 @@ def texts_at(selection: Selection, positions: Iterable[int]) -> list[dict[str, s
 
 def label_of(row: dict[str, str], width: int = TEXT_WIDTH) -> str:
     """Return id and text in one line."""
-    return f"{short_id(row['id'])}: {shorten(row['text'], width)}"
+    return f"{short_id(row['id'])}: {cut(row['text'], width)}"
 
 
 def show_similarity(
@@ -122,7 +141,7 @@ def show_similarity(
         lines, rows = [], []
         for name, text, score in zip(names, texts, scores.tolist()):
             lines.append({**text, "similarity": score, "level": level(score)})
-            rows.append([name, score, level(score), shorten(text["text"], TEXT_WIDTH)])
+            rows.append([name, score, level(score), cut(text["text"], TEXT_WIDTH)])
         query_documents.append({"query": query, "similarities": lines})
         screen.table(rows, ["", "similarity", "level", "text"], title=f"query: {query}")
     screen.document(
@@ -222,7 +241,7 @@ def show_hits(screen: Screen, searcher: Searcher, queries: list[str], answers: l
         documents.append({"query": query, "hits": hit_documents})
         lines = []
         for rank, document in enumerate(hit_documents, start=1):
-            text = shorten(document["text"], TEXT_WIDTH)
+            text = cut(document["text"], TEXT_WIDTH)
             if chunk := document.get("chunk"):
                 text = f"[chunk {chunk['number']} of {chunk['of']}] {text}"
             lines.append([rank, document["score"], short_id(document["id"]), text])
@@ -329,7 +348,7 @@ def show_groups(
     lines = []
     for number, texts in enumerate(lists, start=1):
         for text in texts:
-            lines.append([number, short_id(text["id"]), shorten(text["text"], TEXT_WIDTH)])
+            lines.append([number, short_id(text["id"]), cut(text["text"], TEXT_WIDTH)])
     screen.table(lines, ["group", "id", "text"])
     screen.document(
         {

@@ -43,10 +43,11 @@ if TYPE_CHECKING:
 
 CACHE_PREFIX = "cache-"  # of the folder of a cache
 CACHE_STAMP = "stamp"  # the file of a cache that says which state of the index it was made of
-ID, HASH, TEXT, VECTOR = "_id", "_hash", "_text", "_vector"
-# a chunk's number in its document, the document's number of chunks (both under the names of older
-# indexes), and the chunk's first character in the document
-CHUNK, NUM_CHUNKS, START = "_passage", "_passages", "_start"
+# our own columns, under names that no data set has: BEIR and Mongo have an _id, others a _vector
+ID, HASH, TEXT, VECTOR = "_index_id", "_index_hash", "_index_text", "_index_vector"
+# a chunk's number in its document, the document's number of chunks, and the chunk's first character
+# in the document
+CHUNK, NUM_CHUNKS, START = "_index_chunk", "_index_chunks", "_index_start"
 ROW_COLUMNS = (ID, HASH, CHUNK, NUM_CHUNKS, START, TEXT)  # before the metadata; the vector is last
 RESERVED_COLUMNS = (*ROW_COLUMNS, VECTOR)
 # a smaller file (bytes) is read, not mapped: a map holds a descriptor, and a process may have
@@ -75,6 +76,7 @@ ROW_TYPES = {
     TEXT: "large_string",
 }
 SQUARE_TOLERANCE = 0.01  # how far the square of a norm may be from 1
+ColumnTypes = dict[str, pa.DataType]
 
 
 @dataclass
@@ -86,25 +88,22 @@ class CheckedFile:
     content: mmap.mmap | bytearray
 
     def __post_init__(self) -> None:
-        self.expected = np.frombuffer(bytes.fromhex(self.entry.get("checksums", "")), ">u8")
+        self.expected = np.frombuffer(bytes.fromhex(self.entry["checksums"]), ">u8")
         self.unchecked = np.ones(len(self.expected), bool)
 
     def check_frame(self) -> None:
         """Check what lies around the columns: what Arrow reads in order to find them.
 
-        The whole file is checked if it has no columns, or is of an earlier version without
-        checksums. Raises UserError when it is damaged, or not as long as it was.
+        The whole file is checked if it has no body. Raises UserError when it is damaged, or not as
+        long as it was.
         """
         size = len(self.content)
-        if "checksums" not in self.entry:
-            self.check_whole()
-        elif len(self.expected) != -(-size // CHECKED):
+        if len(self.expected) != -(-size // CHECKED):
             raise damaged(self.path, f"its size is not the one in {MANIFEST}")
-        else:
-            start, end = self.entry.get("body", (size, size))
-            if end > size:
-                raise damaged(self.path, f"its body is not where {MANIFEST} says")
-            self.check(np.array([0, end]), np.array([start, size]))
+        start, end = self.entry.get("body", (size, size))
+        if end > size:
+            raise damaged(self.path, f"its body is not where {MANIFEST} says")
+        self.check(np.array([0, end]), np.array([start, size]))
 
     def check(self, starts: np.ndarray, ends: np.ndarray) -> None:
         """Check the blocks that hold the bytes from each of `starts` up to the one of `ends`.
@@ -150,10 +149,13 @@ def checksums(content: mmap.mmap | bytearray) -> str:
 class Segment:
     """An immutable file of rows: its `entry` in the manifest, and `alive` (rows), False where
     deleted. Whatever is read from it is checked before.
+
+    `columns` are those of the index, in their order: what the file lacks is null, and narrower
+    numbers become what the index has.
     """
 
-    def __init__(self, file: CheckedFile, columns: list[str]) -> None:
-        self.file, self.entry = file, file.entry
+    def __init__(self, file: CheckedFile, columns: ColumnTypes) -> None:
+        self.file, self.entry, self.columns = file, file.entry, columns
         table = read_arrow(file.content)
         lists = table.column(VECTOR).chunk(0)  # one list of floats per row
         count, self.width = len(lists), lists.type.list_size
@@ -162,8 +164,7 @@ class Segment:
         self.first_byte = floats.address - self._base
         vectors = np.frombuffer(file.content, np.float32, count=count * self.width, offset=self.first_byte)
         self._vectors = vectors.reshape(count, self.width)
-        # metadata in the order of the index
-        self._table = table.select([*ROW_COLUMNS, *columns])
+        self._table = table.drop_columns([VECTOR])
         self.alive = np.ones(count, bool)
         # what has been found valid: it can be nonsense although it has its checksum
         self._valid_vectors, self._valid_columns = np.zeros(count, bool), set()
@@ -172,6 +173,12 @@ class Segment:
         """Return the segment with other live rows, and the entry that says so."""
         segment = copy.copy(self)
         segment.entry, segment.alive = entry, alive
+        return segment
+
+    def with_columns(self, columns: ColumnTypes) -> "Segment":
+        """Return the segment in an index with more columns, or wider ones."""
+        segment = copy.copy(self)
+        segment.columns = columns
         return segment
 
     def __len__(self) -> int:
@@ -233,10 +240,20 @@ class Segment:
         """Return some rows (default: all) as a table, without the vectors; all columns or those
         named.
         """
-        table = self._table if columns is None else self._table.select(columns)
+        names = [*ROW_COLUMNS, *self.columns] if columns is None else columns
+        table = self._table.select([name for name in names if name in self._table.column_names])
         for name, column in zip(table.column_names, table.columns):
             self._check_column(name, column.chunk(0), numbers)
-        return table if numbers is None else table.take(number_array(numbers))
+        if numbers is not None:
+            table = table.take(number_array(numbers))
+        for place, name in enumerate(names):
+            kind = self.columns.get(name)
+            if place == table.num_columns or table.column_names[place] != name:  # the file lacks it
+                count = len(self) if numbers is None else len(numbers)
+                table = table.add_column(place, name, pa.nulls(count, kind))
+            elif kind is not None and table.field(place).type != kind:
+                table = table.set_column(place, name, table.column(place).cast(kind, safe=False))
+        return table
 
     def _check_column(self, name: str, column: pa.Array, rows: np.ndarray | None) -> None:
         """Check a column; of texts only those of some rows, if they are given."""
@@ -282,6 +299,7 @@ class Snapshot:
 
     def __init__(self, folder: Path, manifest: Manifest, segments: list[Segment]) -> None:
         self.folder, self.manifest, self.segments = folder, manifest, segments
+        self.columns: ColumnTypes = segments[0].columns if segments else {}  # of the metadata
         # the first row of each segment, and the number of rows
         self.starts = np.cumsum([0, *map(len, segments)])
 
@@ -363,12 +381,16 @@ def open_snapshot(folder: str | Path) -> Snapshot:
     manifest, files = _open_files(Path(folder))
     for file in files.values():
         file.check_frame()
-    segments = []
+    tables, segments = [], []
     for entry in manifest["segments"]:
         file = files[entry["file"]]
         with reading(f"{file.path}: not the rows of this index", ADVICE):
-            _check_table(read_arrow(file.content), file.content, entry, manifest)
-        segment = Segment(file, list(manifest["columns"]))
+            tables.append(read_arrow(file.content))
+            _check_table(tables[-1], file.content, entry, manifest)
+    with reading(f"{Path(folder) / MANIFEST}: its columns are not those of its files", ADVICE):
+        columns = _column_types(manifest["columns"], tables)
+    for entry in manifest["segments"]:
+        segment = Segment(files[entry["file"]], columns)
         if deleted := entry.get("deleted"):
             deleted_file = files[deleted["file"]]
             with reading(f"{deleted_file.path}: not the deleted rows of this index", ADVICE):
@@ -387,11 +409,12 @@ def _check_table(
     table.validate()
     width, columns = manifest["settings"]["width"], manifest["columns"]
     names = table.column_names
-    if len(set(names)) < len(names) or set(names) != {*RESERVED_COLUMNS, *columns}:
+    known = {*RESERVED_COLUMNS, *columns}
+    if len(set(names)) < len(names) or not set(RESERVED_COLUMNS) <= set(names) <= known:
         raise ValueError(f"its columns are {', '.join(names)}")
     if len(table) != entry["rows"] or any(column.num_chunks != 1 for column in table.columns):
         raise ValueError(f"it has {len(table):,} rows, not {entry['rows']:,} in one batch")
-    for name, kind in {**ROW_TYPES, **columns}.items():
+    for name, kind in ROW_TYPES.items():
         if str(table.schema.field(name).type) != kind:
             raise ValueError(f"column {name} is {table.schema.field(name).type}, not {kind}")
     lists = table.column(VECTOR).chunk(0)
@@ -406,6 +429,42 @@ def _check_table(
         for buffer in filter(None, column.chunk(0).buffers()):
             if not start <= buffer.address <= buffer.address + buffer.size <= start + len(content):
                 raise ValueError("it is compressed")  # so that its memory is another
+
+
+def _column_types(kinds: dict[str, str], tables: list[pa.Table]) -> ColumnTypes:
+    """Return the types of the columns of an index, which a manifest names: one of its files has
+    each. Raises ValueError where none has, or where one has a type that does not fit.
+    """
+    columns: ColumnTypes = {}
+    for name, kind in kinds.items() if tables else ():
+        found = {table.schema.field(name).type for table in tables if name in table.column_names}
+        known = {str(one): one for one in [*found, pa.null()]}
+        if kind not in known:
+            raise ValueError(f"column {name} is {', '.join(map(str, found)) or 'missing'}, not {kind}")
+        if any(wider(one, known[kind]) != known[kind] for one in found):
+            raise ValueError(f"column {name} is {', '.join(map(str, found))}, which {kind} does not hold")
+        columns[name] = known[kind]
+    return columns
+
+
+def wider(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
+    """Return the type that holds the values of two, such as that of 3 and of 3.5; None where there
+    is none, as for numbers and texts.
+    """
+    if one == other or pa.types.is_null(other):
+        return one
+    if pa.types.is_null(one):
+        return other
+    texts = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
+    if any(is_kind(one) or is_kind(other) for is_kind in texts):
+        return None
+    fields = [pa.schema([pa.field("column", kind)]) for kind in (one, other)]
+    try:
+        kind = pa.unify_schemas(fields, promote_options="permissive").field(0).type
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError):
+        return None
+    has_integers = pa.types.is_integer(one) or pa.types.is_integer(other)
+    return pa.float64() if has_integers and pa.types.is_floating(kind) else kind
 
 
 def _deleted_rows(table: pa.Table, count: int, num_rows: int) -> np.ndarray:

@@ -15,7 +15,8 @@ from typing import Any, NotRequired, TypedDict
 from common.errors import UserError, one_line, shorten
 from common.files import LOCK, member, seal
 
-FORMAT = "embed_search index 1"
+FORMAT_NAME = "embed_search index"
+FORMAT = f"{FORMAT_NAME} 2"
 MANIFEST = "manifest.json"
 ADVICE = "restore it from a copy, or index the texts into a new folder"  # for a damaged index
 
@@ -78,20 +79,21 @@ PAIR_COLUMNS = ("first", "second", "similarity")
 class FileEntry(TypedDict):
     """A file that a manifest names: a segment, or the numbers of the rows deleted from one.
 
-    `checksums` are those of the blocks, one after the other; `body` is where the bytes of its
-    columns begin and end. Both are missing in indexes of an earlier version.
+    `checksums` are those of the blocks, one after the other; `body` is where the bytes of the
+    columns of a segment begin and end.
     """
 
     file: str
     rows: int
     sha256: str
-    checksums: NotRequired[str]
+    checksums: str
     body: NotRequired[list[int]]
     deleted: NotRequired["FileEntry | None"]  # in the entry of a segment
 
 
 class Manifest(TypedDict):
-    """The state of an index. `columns`: metadata column -> Arrow type; `sha256` is the hash of all
+    """The state of an index. `columns`: metadata column -> Arrow type, which is "null" where no row
+    has a value; a segment may lack a column, or hold narrower numbers. `sha256` is the hash of all
     the rest, None while that is computed.
     """
 
@@ -121,12 +123,20 @@ def read_manifest(folder: Path) -> Manifest:
     except ValueError as error:
         raise damaged(path, one_line(error)) from error
     if not is_index:
-        raise UserError(f"--index {folder}: its manifest.json is not {FORMAT!r}; name another folder")
+        raise UserError(f"--index {folder}: {_other_format(manifest.get('format'))}")
     try:
         check_manifest(manifest)
     except ValueError as error:
         raise damaged(path, str(error)) from error
     return manifest
+
+
+def _other_format(name: object) -> str:
+    """Return what is wrong with the manifest of something else, or of an index of another version."""
+    if isinstance(name, str) and name.startswith(FORMAT_NAME):
+        made = f"it was made by another version of this script ({shorten(name, 40)}, not {FORMAT})"
+        return f"{made}; index its texts anew, into a new folder"
+    return f"its manifest.json is not {FORMAT!r}; name another folder"
 
 
 def check_manifest(manifest: Mapping[str, Any]) -> None:
@@ -166,7 +176,7 @@ def _check_entry(entry: object, kind: str) -> None:
         raise ValueError(f"{shorten(repr(file), 60)} is not the name of a {kind} file of an index")
     if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
         raise ValueError(f"the SHA-256 of {file} is missing")
-    if not re.fullmatch("([0-9a-f]{16})*", str(entry.get("checksums", ""))):
+    if not re.fullmatch("([0-9a-f]{16})*", str(entry.get("checksums"))):
         raise ValueError(f"the checksums of {file} are none")
     body = entry.get("body", [0, 0])
     if not isinstance(body, list) or len(body) != 2 or not all(map(_is_count, body)) or body[0] > body[1]:

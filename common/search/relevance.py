@@ -26,7 +26,7 @@ from common.search.encoder import Encoder, load_encoder
 from common.search.index import ID, TEXT, Snapshot, open_snapshot, rows_with_ids
 from common.search.kernel import exact_scores
 from common.search.searcher import Searcher
-from common.search.texts import Collection, Source
+from common.search.texts import ANY_ID, Collection, Source
 
 if TYPE_CHECKING:
     from sentence_transformers import CrossEncoder
@@ -39,6 +39,7 @@ MEASURES = {
     "recall@10": "recall_10",
     "recall@100": "recall_100",
 }
+QRELS_HEADERS = ("score", "relevance", "rel", "label")  # names of the last column, in the first line
 BUNDLED_IDS = "id"  # the column of the ids of the bundled task
 Judgements = dict[str, dict[str, int]]  # query id -> document id -> relevance (0: not relevant)
 
@@ -67,8 +68,8 @@ class TaskFiles:
     """The files of a task, and the column of its documents' ids."""
 
     queries: str | None  # JSONL
-    qrels: str | None  # judgements in TREC form
-    id_column: str = "id"
+    qrels: str | None  # judgements as TREC or BEIR writes them
+    id_column: str | None = None
 
 
 def retrieval_scores(judgements: Judgements, hits: dict[str, list[str]]) -> dict[str, float]:
@@ -139,7 +140,8 @@ def bundled_task(name: str) -> tuple[Task, Collection]:
 
 def read_task(queries_file: str, judgements_file: str, encoding: str | None = None) -> Task:
     """Return the task of two files: queries (JSONL with `id` or `_id`, and `text`) and judgements
-    (TREC qrels: query, 0, document, relevance).
+    (TREC's qrels: query, 0, document, relevance; or without the 0, as in BEIR, whose first line
+    names the columns).
 
     Raises UserError, naming file and line.
     """
@@ -166,13 +168,17 @@ def _read_judgements(file: str, queries: dict[str, str], encoding: str | None) -
     judgements: Judgements = {}
     for number, line in enumerate(reading.read_lines(file, encoding=encoding), start=1):
         fields = line.split()
-        if len(fields) != 4 or not re.fullmatch("-?[0-9]{1,9}", fields[3]):
+        if number == 1 and len(fields) == 3 and fields[2] in QRELS_HEADERS:
+            continue
+        if len(fields) not in (3, 4) or not re.fullmatch("-?[0-9]{1,9}", fields[-1]):
             form = "query 0 document relevance, the relevance a whole number"
-            raise UserError(f"{file}, line {number}: not a TREC judgement; write: {form}")
+            raise UserError(
+                f"{file}, line {number}: not a judgement of TREC or BEIR; write: {form} (or leave the 0 out)"
+            )
         if fields[0] not in queries:
             problem = f"no query {fields[0]!r} in the file of queries"
             raise UserError(f"{file}, line {number}: {problem}; add it or remove the line")
-        query, _, document, relevance = fields
+        query, document, relevance = fields[0], fields[-2], fields[-1]
         if judgements.setdefault(query, {}).setdefault(document, int(relevance)) != int(relevance):
             problem = f"{query!r} and {document!r} are judged above, with another relevance"
             raise UserError(f"{file}, line {number}: {problem}; remove one of the lines")
@@ -196,7 +202,7 @@ def open_task(
         (task, collection), id_column = bundled_task("bundled/bbc-news"), BUNDLED_IDS
     else:
         task = read_task(files.queries, files.qrels, source.options.encoding)
-        collection = source.read(id_column) if source.texts else None
+        collection = source.read(id_column or ANY_ID) if source.texts else None
     with tempfile.TemporaryDirectory() as folder:
         seconds = 0.0
         if collection is None:

@@ -18,12 +18,13 @@ import numpy as np
 import torch
 
 from common import files
-from common.errors import UserError
+from common.errors import UserError, quoted
 from common.reading import evenly_spaced
 from common.search import kernel
 from common.search.encoder import Encoder
 from common.search.index import CACHE_PREFIX, CACHE_STAMP, ID, TEXT, Snapshot, cache_stamp
 from common.search.kernel import Ranking
+from common.search.words import Words
 
 if TYPE_CHECKING:  # each is imported by the step that needs it
     import bm25s
@@ -65,6 +66,7 @@ class Searcher:
     allowed: np.ndarray
     approximate: bool = False
     hybrid: bool = False
+    words: Words = Words()  # what BM25 counts
     reranker: CrossEncoder | None = None
     rerank_depth: int = 100
     say: Callable[[str], None] = print
@@ -77,6 +79,8 @@ class Searcher:
         follow in their own order. Raises UserError for a query without a usable embedding.
         """
         hits: list[list[Hit]] = []
+        if self.hybrid:
+            self._say_wordless(queries)
         for start in range(0, len(queries), QUERIES):
             block = queries[start : start + QUERIES]
             vectors = self.encoder.encode_unit(block, role="query")
@@ -198,12 +202,10 @@ class Searcher:
 
     def _rank_by_words(self, queries: list[str], depth: int) -> list[Ranking]:
         """Return (rows, BM25 scores) of the rows that share a word with each query."""
-        import bm25s
-
         live = np.flatnonzero(self.snapshot.alive())
         bm25, rankings = self._bm25, []
-        for words in bm25s.tokenize(queries, return_ids=False, show_progress=False):
-            known = [word for word in words if bm25 and word in bm25.vocab_dict]
+        for query in queries:
+            known = [word for word in self.words.of_query(query) if bm25 and word in bm25.vocab_dict]
             scores = bm25.get_scores(known) if bm25 and known else np.zeros(len(live))
             sharing = np.flatnonzero((scores > 0) & self.allowed[live])
             order = sharing[np.lexsort((sharing, -scores[sharing]))[:depth]]
@@ -212,20 +214,41 @@ class Searcher:
 
     @functools.cached_property
     def _bm25(self) -> bm25s.BM25 | None:
-        return cached(self.snapshot, "bm25", build=self._build_bm25, load=_load_bm25, say=self.say)
+        options = {"build": self._build_bm25, "load": _load_bm25, "say": self.say}
+        return cached(self.snapshot, "bm25", made_with=self.words.stamp, **options)
 
     def _build_bm25(self, folder: Path) -> None:
         import bm25s
-        from bm25s.tokenization import Tokenized
 
-        words = bm25s.tokenize(list(self.snapshot.texts()), show_progress=False)
-        assert isinstance(words, Tokenized)
-        if not any(words.vocab):  # only stop words and punctuation, which bm25s can't count
+        vocabulary: dict[str, int] = {}
+        numbers = [
+            [vocabulary.setdefault(word, len(vocabulary)) for word in self.words.of_text(text)]
+            for text in self.snapshot.texts()
+        ]
+        if not vocabulary:  # only stop words and punctuation, which bm25s can't count
             (folder / NO_WORDS).touch()
             return
         bm25 = bm25s.BM25()
-        bm25.index(words, show_progress=False)
+        bm25.index((numbers, vocabulary), show_progress=False)
         bm25.save(folder, show_progress=False)
+
+    def _say_wordless(self, queries: list[str]) -> None:
+        """Say which queries have no word that counts, so that BM25 finds nothing for them."""
+        bm25 = self._bm25
+        without, unknown = [], []
+        for query in queries:
+            words = self.words.of_query(query)
+            if not words:
+                without.append(query)
+            elif not bm25 or not any(word in bm25.vocab_dict for word in words):
+                unknown.append(query)
+        for found, problem in ((without, "no word that counts"), (unknown, "no word that a text has")):
+            if found:
+                language = f"(--language {self.words.language})"
+                many = f"{len(found):,} of {len(queries):,} queries have" if len(queries) > 1 else "has"
+                example = f", such as {quoted(found[0])}" if len(queries) > 1 else ""
+                one = f"{quoted(found[0])} " if len(queries) == 1 else ""
+                self.say(f"words    {one}{many} {problem} {language}{example}: found by meaning alone")
 
     def _rerank(self, reranker: CrossEncoder, query: str, hits: list[Hit]) -> list[Hit]:
         """Order hits by the cross-encoder's score of the query and their text; equal ones keep
@@ -294,15 +317,17 @@ def cached(
     build: Callable[[Path], None],
     load: Callable[[Path], Cached],
     say: Callable[[str], None] = lambda line: None,
+    made_with: str = "",
 ) -> Cached:
     """Return `load(folder)` of the cache `cache-<name>` in the index's folder; `build(folder)`
     fills it where it is missing, stale or damaged.
 
-    A cache carries the stamp of the state that it was made of, and is never used for another state.
-    Raises UserError when the folder can't be written.
+    A cache carries the stamp of the state that it was made of, and of what it was `made_with`, and is
+    never used for another state. Raises UserError when the folder can't be written.
     """
     folder = snapshot.folder / f"{CACHE_PREFIX}{name}"
-    if cache_stamp(folder) == snapshot.stamp and files.find_damage(folder) is None:
+    stamp = f"{snapshot.stamp} {made_with}".rstrip()
+    if cache_stamp(folder) == stamp and files.find_damage(folder) is None:
         # whatever a library says of files that are none of its, or that another process replaces
         # meanwhile: it is built again
         with contextlib.suppress(Exception):
@@ -316,7 +341,7 @@ def cached(
             fresh = Path(parent) / name
             fresh.mkdir()
             build(fresh)
-            (fresh / CACHE_STAMP).write_text(snapshot.stamp, encoding="utf-8")
+            (fresh / CACHE_STAMP).write_text(stamp, encoding="utf-8")
             files.write_manifest(fresh)
             loaded = load(fresh)
             shutil.rmtree(folder, ignore_errors=True)

@@ -26,6 +26,7 @@ from common.search.index import (
     ROW_COLUMNS,
     VECTOR,
     CheckedFile,
+    ColumnTypes,
     Segment,
     Snapshot,
     cache_stamp,
@@ -33,6 +34,7 @@ from common.search.index import (
     map_file,
     number_array,
     open_snapshot,
+    wider,
 )
 from common.search.manifest import FORMAT, MANIFEST, FileEntry, Manifest, Settings, check_folder, entries_of
 
@@ -57,7 +59,7 @@ class Store:
         """Add rows (None: no rows) and delete others, both or neither; when this returns, they are
         on disk. The other rows keep their numbers.
         """
-        columns, segments = self.snapshot.manifest["columns"], list(self.snapshot.segments)
+        columns, segments = self.snapshot.columns, list(self.snapshot.segments)
         rows = np.asarray(deleted_rows, dtype=np.int64)
         numbers = self.snapshot.segment_numbers(rows)
         for number in np.unique(numbers):
@@ -65,9 +67,8 @@ class Store:
             alive[rows[numbers == number] - self.snapshot.starts[number]] = False
             segments[number] = self._with_deleted(segments[number], number, alive)
         if added is not None and len(added):
-            if not self.snapshot.num_rows:  # the first rows define the metadata
-                names = [name for name in added.column_names if name not in RESERVED_COLUMNS]
-                columns = {name: str(added.schema.field(name).type) for name in names}
+            columns = with_columns_of(added.schema, columns if self.snapshot.num_rows else {})
+            segments = [segment.with_columns(columns) for segment in segments]
             segments.append(self._write_segment(added, len(segments), columns))
         self._publish(segments, columns)
         # merge the small files at the end, if there are enough of them
@@ -97,7 +98,7 @@ class Store:
         """Replace all files from number `first` on by `rows` (ascending), in as few files as the
         limits allow; deleted rows among them stay deleted.
         """
-        snapshot, columns = self.snapshot, self.snapshot.manifest["columns"]
+        snapshot, columns = self.snapshot, self.snapshot.columns
         segments, alive = snapshot.segments[:first], snapshot.alive()
         row_bytes = np.array([part.num_bytes / max(len(part), 1) for part in snapshot.segments])
         # the share of a full file that each row takes; the shares before a row tell its file
@@ -122,12 +123,16 @@ class Store:
         """The number of the next state."""
         return self.snapshot.manifest["generation"] + 1
 
-    def _write_segment(self, rows: pa.Table, number: int, columns: dict[str, str]) -> Segment:
-        """Write rows to a new file, their metadata in the order of `columns`."""
+    def _write_segment(self, rows: pa.Table, number: int, columns: ColumnTypes) -> Segment:
+        """Write rows to a new file, their metadata in the order of `columns`, without those that
+        have no value at all.
+        """
         path = self.folder / f"segment-{self._generation:08d}-{number:04d}.arrow"
-        _write_arrow(path, rows.select([*ROW_COLUMNS, *columns, VECTOR]))
+        present = [name for name in columns if name in rows.column_names]
+        present = [name for name in present if not pa.types.is_null(rows.schema.field(name).type)]
+        _write_arrow(path, rows.select([*ROW_COLUMNS, *present, VECTOR]))
         file = _new_file(path, len(rows))
-        segment = Segment(file, list(columns))
+        segment = Segment(file, columns)
         segment.entry["body"], segment.entry["deleted"] = segment.body(), None
         return segment
 
@@ -140,10 +145,21 @@ class Store:
         _write_arrow(path, table)
         return segment.with_alive({**segment.entry, "deleted": _new_file(path, len(table)).entry}, alive)
 
-    def _publish(self, segments: list[Segment], columns: dict[str, str]) -> None:
+    def record_model(self, name: str) -> None:
+        """Commit another name of the model, which is where it lies now."""
+        settings: Settings = {**self.snapshot.settings, "model": name}
+        self.snapshot.manifest = {**self.snapshot.manifest, "settings": settings}
+        self._publish(self.snapshot.segments, self.snapshot.columns)
+
+    def begin(self) -> None:
+        """Commit an index without rows, if nothing was committed yet."""
+        if not (self.folder / MANIFEST).is_file():
+            self._publish([], {})
+
+    def _publish(self, segments: list[Segment], columns: ColumnTypes) -> None:
         """Commit: from the rename on, readers see the new state. Then remove the old files."""
         manifest: Manifest = {**self.snapshot.manifest, "generation": self._generation}
-        manifest["columns"] = columns
+        manifest["columns"] = {name: str(kind) for name, kind in columns.items()}
         manifest["segments"] = [segment.entry for segment in segments]
         manifest["sha256"] = seal({**manifest, "sha256": None})
         replace_file(self.folder / MANIFEST, json.dumps(manifest, indent=1))
@@ -163,7 +179,7 @@ class Store:
                 if "." in path.name:  # unfinished
                     stale = time.time() - path.stat().st_mtime > ABANDONED
                 else:
-                    stale = cache_stamp(path) != self.snapshot.stamp
+                    stale = not (cache_stamp(path) or "").startswith(self.snapshot.stamp)
                 if stale:
                     shutil.rmtree(path, ignore_errors=True)
 
@@ -171,7 +187,8 @@ class Store:
 @contextlib.contextmanager
 def open_store(folder: str | Path, *, settings: Settings | None = None, wait: float = 0.0) -> Iterator[Store]:
     """Open an index as its only writer. With `settings`, a folder that is missing or empty becomes
-    a new index.
+    a new index: with the first commit, or else when the block ends well. What fails before that
+    binds the folder to nothing.
 
     Raises UserError when the folder is something else, when one of its files is damaged, or when
     another writer holds the lock for longer than `wait` seconds.
@@ -188,10 +205,25 @@ def open_store(folder: str | Path, *, settings: Settings | None = None, wait: fl
             empty = Manifest(
                 format=FORMAT, generation=0, settings=settings, columns={}, segments=[], sha256=None
             )
-            replace_file(folder / MANIFEST, json.dumps({**empty, "sha256": seal(empty)}, indent=1))
-        store = Store(folder, open_snapshot(folder))
+            store = Store(folder, Snapshot(folder, empty, []))
+        else:
+            store = Store(folder, open_snapshot(folder))
         store.clean()
         yield store
+        store.begin()
+
+
+def with_columns_of(schema: pa.Schema, columns: ColumnTypes) -> ColumnTypes:
+    """Return the columns of an index after rows of a schema were added: wider where they need to
+    be. Each column must have a type that holds both.
+    """
+    merged = dict(columns)
+    for name in schema.names:
+        if name not in RESERVED_COLUMNS:
+            kind = wider(columns.get(name, pa.null()), schema.field(name).type)
+            assert kind is not None
+            merged[name] = kind
+    return merged
 
 
 @contextlib.contextmanager

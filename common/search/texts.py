@@ -1,19 +1,20 @@
 """A collection of texts from any source: lines, a data file, a folder of .txt files, a bundled set.
 
 Wherever its texts come from, a collection is an Arrow table over memory-mapped files, never held in
-memory as a whole: the column `_text`, and the columns that came with it. Texts and ids are checked
+memory as a whole: the column TEXT, and the columns that came with it. Texts and ids are checked
 when they are read.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import itertools
 import json
 import re
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, cast
@@ -36,24 +37,34 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 BATCH = 10_000  # rows checked, or written, at once
 MERGED_AT_LEAST = 65_536  # entries that a RowTable collects before it sorts them in
 NOT_UTF8 = "the row is not UTF-8"
+MARKDOWN = ".md"  # such a file is one text, as in a folder; a .txt file alone has one in each line
+USUAL_IDS = ("id", "_id")  # the second is that of BEIR and Mongo
+ANY_ID = "id or _id"  # stands for the first of them that is there
 
 
 @dataclass(frozen=True)
 class Collection:
-    """Texts and where they come from. `rows` is an Arrow table: `_text` and the other columns, the
-    metadata. `bad`: row -> why it is skipped.
+    """Texts and where they come from. `rows` is an Arrow table: the texts in the column TEXT, and
+    the other columns, the metadata. `bad`: row -> why it is skipped.
     """
 
     name: str
     rows: pa.Table
-    unit: str  # what a row is in the source: "line", "row" or "file"
+    unit: str  # what a row is in the source: "line", "row", "file" of a folder, or "text": all of it
     bad: dict[int, str]
+    id_column: str | None = None
+    # the first row, name and unit of each of several sources
+    parts: tuple[tuple[int, str, str], ...] = ()
 
     def location(self, row: int) -> str:
-        """Return where a row is in the source, for a person."""
-        if self.unit == "file":
-            return str(Path(self.name) / self.rows["file"][row].as_py())
-        return f"{self.name}, {self.unit} {row + 1}"
+        """Return where a row is in its source, for a person."""
+        parts = [part for part in self.parts if part[0] <= row]
+        first, name, unit = parts[-1] if parts else (0, self.name, self.unit)
+        if unit == "text":
+            return name
+        if unit == "file":
+            return str(Path(name) / self.rows["file"][row].as_py())
+        return f"{name}, {unit} {row - first + 1}"
 
     def blocks(self, size: int) -> Iterator[tuple[np.ndarray, pa.Table]]:
         """Yield (row numbers, table) of the rows that are not bad, at most `size` at a time."""
@@ -90,7 +101,7 @@ class Source:
     """
 
     encoder: EncoderConfig
-    texts: str | None
+    texts: tuple[str, ...]
     index: str | None
     where: str | None
     text_column: str
@@ -99,13 +110,14 @@ class Source:
     block: int  # texts encoded and committed at once
     limits: Limits = DEFAULT_LIMITS  # of `where`
 
-    def read(self, id_column: str | None = None) -> Collection:
+    def read(self, id_column: str | None = None, *, as_text: Sequence[str] = ()) -> Collection:
         """Return the texts; not for a command that reads an index."""
-        assert self.texts is not None
+        assert self.texts
         return read(
             self.texts,
             text_column=self.text_column,
             id_column=id_column,
+            as_text=as_text,
             skip_bad=self.skip_bad,
             options=self.options,
             cache_dir=self.encoder.cache_dir,
@@ -114,13 +126,19 @@ class Source:
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which texts to read, and how."""
+    """Which texts to read, and how. `as_text`: columns whose cells stay as they are written."""
 
     name: str
     text_column: str
     id_column: str | None
     options: sources.FileOptions
     cache_dir: str | None
+    as_text: tuple[str, ...] = ()
+
+    @property
+    def text_columns(self) -> tuple[str, ...]:
+        """The names of the columns that are joined, where no column has the whole name."""
+        return tuple(name.strip() for name in self.text_column.split(","))
 
     @property
     def is_json(self) -> bool:
@@ -130,30 +148,76 @@ class Wanted:
 
 
 def read(
-    name: str,
+    names: str | Sequence[str],
     *,
     text_column: str,
     id_column: str | None = None,
+    as_text: Sequence[str] = (),
     skip_bad: bool = False,
     options: sources.FileOptions = reading.AS_FOUND,
     cache_dir: str | None = None,
 ) -> Collection:
-    """Read and check a collection: a text file or "-" (one text per line, or JSON), a data file, a
-    folder of text files, a bundled name.
+    """Read and check a collection from one or several sources: a text file or "-" (one text per
+    line, or JSON or CSV), a data file, a Markdown file, a folder of text files, a bundled name.
+
+    `text_column`: the name of a column, or several with commas between them, which are joined; the
+    text is in the place of the last. `id_column` may be ANY_ID. `as_text`: columns that hold texts,
+    also where all of them are written as numbers.
 
     Raises UserError, naming file and row, for a text that is missing, empty or not UTF-8, and for
     an id that is missing or not unique; with `skip_bad` these rows are skipped.
     """
-    bad = BadRows(skip_bad)
-    rows, unit = _read_rows(Wanted(name, text_column, id_column, options, cache_dir), bad)
-    collection = Collection(reading.source_name(name), rows, unit, bad.reasons)
+    names, bad = [names] if isinstance(names, str) else list(names), BadRows(skip_bad)
+    wanted = [Wanted(name, text_column, id_column, options, cache_dir, tuple(as_text)) for name in names]
+    parts, tables = _read_parts(wanted, bad)
+    more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
+    shown = f"{reading.source_name(names[0])}{more}"
+    rows = tables[0] if len(tables) == 1 else _below_each_other(tables)
+    columns = [column for column in rows.column_names if column != TEXT]
+    if id_column == ANY_ID:
+        id_column = next((name for name in USUAL_IDS if name in columns), USUAL_IDS[0])
+    collection = Collection(shown, rows, parts[0][2], bad.reasons, id_column, parts)
     if id_column is not None:
-        columns = [column for column in rows.column_names if column != TEXT]
         reading.require_column(columns, id_column, source=collection.name, flag="--id-column")
     _check_rows(collection, id_column, bad)
     if len(collection) == 0:
         raise UserError(f"{collection.name}: none of its texts can be used; name another source")
     return collection
+
+
+def _read_parts(
+    wanted: list[Wanted], bad: BadRows
+) -> tuple[tuple[tuple[int, str, str], ...], list[pa.Table]]:
+    """Return the first row, name and unit of each source, and its rows. A column that holds texts in
+    one of them is read as texts from all: 007 and 12 are codes if they stand beside A12.
+    """
+    while True:
+        bad.reasons.clear()
+        parts, tables, first = [], [], 0
+        for one in wanted:
+            own = BadRows(bad.skip)
+            rows, unit = _read_rows(one, own)
+            bad.reasons |= {first + row: reason for row, reason in own.reasons.items()}
+            parts.append((first, reading.source_name(one.name), unit))
+            tables.append(rows)
+            first += len(rows)
+        texts = {field.name for rows in tables for field in rows.schema if pa.types.is_string(field.type)}
+        mixed = {name for name in texts if any(_has_numbers(rows, name) for rows in tables)}
+        again = mixed - set(wanted[0].as_text)
+        if not again:
+            return tuple(parts), tables
+        wanted = [dataclasses.replace(one, as_text=(*one.as_text, *again)) for one in wanted]
+
+
+def _below_each_other(tables: list[pa.Table]) -> pa.Table:
+    from common.tables import joined  # it loads what only data files need
+
+    return joined(tables)
+
+
+def _has_numbers(rows: pa.Table, name: str) -> bool:
+    kind = rows.schema.field(name).type if name in rows.column_names else pa.null()
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
 
 
 def ids_of(table: pa.Table, id_column: str | None) -> list[str]:
@@ -263,7 +327,7 @@ def _id_problems(
 
 
 def _read_rows(wanted: Wanted, bad: BadRows) -> tuple[pa.Table, str]:
-    """Return the rows of a source (`_text`, and the columns that came with it), and what a row is
+    """Return the rows of a source (TEXT, and the columns that came with it), and what a row is
     called there. Rows that are not UTF-8 are added to `bad`; their values mean nothing.
     """
     name, options = wanted.name, wanted.options
@@ -271,11 +335,17 @@ def _read_rows(wanted: Wanted, bad: BadRows) -> tuple[pa.Table, str]:
         if name not in bundled.DATASETS:
             names = ", ".join(bundled.DATASETS)
             raise UserError(f"{name}: no such bundled data set; there is {names}")
-        return _to_table(bundled.DATASETS[name](), wanted.text_column, name), "row"
+        return _to_table(bundled.DATASETS[name](), wanted, name), "row"
     if name and name != "-" and sources.kind_of_path(name) == "folder":
         return _gather(_folder_rows(Path(name), options.encoding, bad), wanted.cache_dir), "file"
     sources.check_texts(name, any_suffix=options.is_table)
     with reading.open_plain(name, encoding=options.encoding, folder=wanted.cache_dir) as file:
+        if name == "-":
+            options = reading.options_of_stream(file, options, wanted.text_columns)
+            wanted = dataclasses.replace(wanted, options=options)
+        if sources.suffix(name) == MARKDOWN and not options.is_table:
+            row = {TEXT: _decode(file.read(), name, 0, bad), "file": Path(name).name}
+            return _gather(iter([row]), wanted.cache_dir), "text"
         if not reading.is_table(file, name, options):
             return _gather(_line_rows(file, name, bad), wanted.cache_dir), "line"
         is_text = sources.suffix(name) != ".parquet"
@@ -295,23 +365,37 @@ def _read_rows(wanted: Wanted, bad: BadRows) -> tuple[pa.Table, str]:
 
 def _read_table(file: BinaryIO, wanted: Wanted) -> pa.Table:
     """Return the rows of a data file that is open and plain."""
-    columns = [wanted.text_column, *([wanted.id_column] if wanted.id_column else [])]
+    ids = USUAL_IDS if wanted.id_column == ANY_ID else (wanted.id_column or wanted.text_column,)
+    columns = list(dict.fromkeys([wanted.text_column, *wanted.text_columns, *ids]))
+    # in JSON a text is one by its quotation marks
+    codes = [] if wanted.is_json else [name for name in wanted.as_text if name not in columns]
     source = reading.source_name(wanted.name)
     rows = reading.read_table(
-        file, source, as_text=columns, options=wanted.options, cache_dir=wanted.cache_dir
+        file, source, as_text=[*columns, *codes], options=wanted.options, cache_dir=wanted.cache_dir
     )
-    return _to_table(rows, wanted.text_column, source)
+    table = _to_table(rows, wanted, source)
+    for place, name in enumerate(table.column_names):
+        if name in codes and pa.types.is_string(table.schema.field(name).type):
+            # as in all other columns, a cell without anything in it is missing
+            column = pc.if_else(pc.equal(table[name], ""), None, table[name])
+            table = table.set_column(place, name, column)
+    return table
 
 
-def _to_table(rows: datasets.Dataset, text_column: str, source: str) -> pa.Table:
-    """Return a data set as a table whose text column is `_text`, with the names of classes in place
-    of their numbers.
+def _to_table(rows: datasets.Dataset, wanted: Wanted, source: str) -> pa.Table:
+    """Return a data set as a table whose text column is TEXT, with the names of classes in place of
+    their numbers.
     """
     import datasets
 
     table = cast(pa.Table, rows.with_format("arrow")[:])
-    reading.require_column(table.column_names, text_column, source=source, flag="--text-column")
-    reading.check_kind(rows, text_column, source=source)
+    names = [wanted.text_column]
+    if wanted.text_column not in table.column_names:
+        names = list(wanted.text_columns)
+    for name in names:
+        reading.require_column(table.column_names, name, source=source, flag="--text-column")
+        reading.check_kind(rows, name, source=source)
+    text_column = names[-1]
     taken = next((name for name in table.column_names if name.lower() in RESERVED_COLUMNS), None)
     if taken:
         raise UserError(f"{source}: the column name {taken!r} is reserved; rename the column")
@@ -322,12 +406,24 @@ def _to_table(rows: datasets.Dataset, text_column: str, source: str) -> pa.Table
             column = pa.chunked_array([classes.take(part) for part in column.chunks], pa.string())
         # readers give strings one of two Arrow types; all files of an index must have the same
         elif name == text_column:
-            column = column.cast(pa.large_string())
+            column = _joined_texts([table[part] for part in names])
         elif pa.types.is_large_string(column.type):
             column = column.cast(pa.string())
         table = table.set_column(number, name, column)
     names = [TEXT if name == text_column else name for name in table.column_names]
     return table.rename_columns(names)
+
+
+def _joined_texts(columns: list[pa.ChunkedArray]) -> pa.ChunkedArray:
+    """Return the texts of several columns with a space between them, as BEIR joins a title and a
+    text; what is missing or empty is left out.
+    """
+    columns = [column.cast(pa.large_string()) for column in columns]
+    if len(columns) == 1:
+        return columns[0]
+    filled = [pc.if_else(pc.match_substring_regex(column, sources.BLANK), None, column) for column in columns]
+    space = pa.scalar(" ", pa.large_string())
+    return pc.binary_join_element_wise(*filled, space, null_handling="skip")
 
 
 def _check_parquet(rows: pa.Table, name: str, bad: BadRows) -> None:
@@ -425,7 +521,8 @@ def _folder_rows(root: Path, encoding: str | None, bad: BadRows) -> Iterator[dic
     paths = list(_files_below(root))
     files = [path for path in paths if path.suffix.lower() in reading.TEXT_SUFFIXES]
     if not files:
-        raise UserError(f"{root}: no .txt files in it; name a folder that has them, or a data file")
+        problem = "no .txt or .md files in it"
+        raise UserError(f"{root}: {problem}; name a folder that has them, or a data file")
     if len(files) < len(paths):
         other = next(path for path in paths if path not in files)
         count = len(paths) - len(files)

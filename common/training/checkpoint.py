@@ -167,8 +167,11 @@ def open_location(
 class Checkpoints:
     """The checkpoints of one run; `identity` is what must not change for the run to be resumed."""
 
-    def __init__(self, run: RunLocation, identity: dict, *, keep: int, runtime: Runtime) -> None:
+    def __init__(
+        self, run: RunLocation, identity: dict, *, keep: int, runtime: Runtime, keep_after: int | None = None
+    ) -> None:
         self.run, self.identity, self.keep, self.runtime = run, identity, keep, runtime
+        self.keep_after = keep if keep_after is None else min(keep, keep_after)  # of a finished run
         self.folder, self.best = run.folder / CHECKPOINTS, run.folder / "best"
 
     def open_log(self, flags: dict, model: PreTrainedModel, start: Checkpoint | None) -> Log:
@@ -180,7 +183,7 @@ class Checkpoints:
         run_folder = self.run.folder
         log: Log = tracking.NullLog(run_folder)
         if self.runtime.is_main:
-            needed_bytes = disk_bytes(model, keep=self.keep)
+            needed_bytes, left_bytes = disk_bytes(model, keep=self.keep, keep_after=self.keep_after)
             free_bytes = tracking.make_folder(run_folder, needed_bytes=needed_bytes)
             self.runtime.note_run(run_folder)
             if start is not None:
@@ -189,7 +192,8 @@ class Checkpoints:
             settings = tracking.run_settings(flags, self.identity, run_folder, self.runtime)
             log = tracking.RunLog(run_folder, settings, begin if self.run.is_resumed else None)
             sizes = f"{file_size(needed_bytes)} of the {file_size(free_bytes)} that are free"
-            self.runtime.say(f"disk     at most {sizes} (--keep {self.keep} and best/)")
+            left = f"when it is finished {file_size(left_bytes)} (--keep-after {self.keep_after})"
+            self.runtime.say(f"disk     at most {sizes} (--keep {self.keep} and best/), {left}")
         self.runtime.require_shared(run_folder / CONFIG, flag="--output-dir")
         self.runtime.say(f"machine  {self.runtime.describe()}")
         self.runtime.say(f"run      {run_folder}; curves: tensorboard --logdir {run_folder.parent}")
@@ -201,11 +205,14 @@ class Checkpoints:
         return log
 
     def save(self, state: TrainingState, log: Log) -> None:
-        """Write a checkpoint with every process's part, then remove those beyond `keep`.
+        """Write a checkpoint with every process's part, then remove those beyond `keep`; with a `keep` of
+        0, write none.
 
         On an error, such as a full disk, what was written of it is removed, and the earlier ones
         stay.
         """
+        if self.keep == 0:
+            return
         name = f"{state.step:08}"
         target = self.folder / f"{CHECKPOINT_PREFIX}{name}"
         unfinished = self.folder / f"{UNFINISHED}{name}"
@@ -235,6 +242,14 @@ class Checkpoints:
             for beyond in older[self.keep - 1 :]:
                 shutil.rmtree(beyond)
         self.runtime.barrier()
+
+    def prune_finished(self) -> None:
+        """Remove the checkpoints that a finished run is not to keep."""
+        if self.runtime.is_main:
+            for path in checkpoints_in(self.run.folder)[self.keep_after :]:
+                shutil.rmtree(path)
+            with contextlib.suppress(OSError):  # there is none, or it is not empty
+                self.folder.rmdir()
 
     def _write_part(self, folder: Path, meter: LossMeter) -> None:
         """Write what only this process knows: its random states and its loss meter."""
@@ -395,8 +410,8 @@ def _load_optimizer(start: Checkpoint, state: TrainingState) -> None:
     state.scaler.load_state_dict(start.state["scaler"])
 
 
-def disk_bytes(model: torch.nn.Module, *, keep: int) -> int:
-    """Return the most bytes that a run of a model takes on the disk.
+def disk_bytes(model: torch.nn.Module, *, keep: int, keep_after: int) -> tuple[int, int]:
+    """Return the most bytes that a run of a model takes on the disk, while it goes on and in the end.
 
     A checkpoint holds the weights, AdamW's two averages of what is trained, and the best model of
     its time, which may be another one in each; the oldest is removed when a new one is complete.
@@ -404,7 +419,10 @@ def disk_bytes(model: torch.nn.Module, *, keep: int) -> int:
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
     trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     best = weights
-    return (keep + 1) * (weights + 2 * trained + best)
+    checkpoint = weights + 2 * trained + best
+    # without checkpoints, the best model so far and the one that replaces it
+    most = (keep + 1) * checkpoint if keep else 2 * best
+    return most, keep_after * checkpoint + best
 
 
 def restore_random_states(tensors: dict[str, torch.Tensor], others: dict, runtime: Runtime) -> None:
@@ -451,11 +469,14 @@ class StopSignals:
 
     A second one ends the process at once, unless there are several: these leave together, after a
     step or a batch, because one that left alone would keep the others waiting. torchrun gives them
-    30 seconds. After `seconds`, if given, the system sends TIME_IS_UP.
+    30 seconds. After `seconds`, if given, the system sends TIME_IS_UP. `saves` tells whether the run
+    writes checkpoints.
     """
 
-    def __init__(self, runtime: Runtime, advice: str, *, seconds: float | None = None) -> None:
-        self.runtime, self.advice, self.seconds = runtime, advice, seconds
+    def __init__(
+        self, runtime: Runtime, advice: str, *, seconds: float | None = None, saves: bool = True
+    ) -> None:
+        self.runtime, self.advice, self.seconds, self.saves = runtime, advice, seconds, saves
         self.received: int | None = None
         self.is_time_up = False
         self.handlers: dict[int, Handler] = {}
@@ -491,7 +512,8 @@ class StopSignals:
         name = signal.Signals(number).name
         # on a terminal in the place of the progress bar, which is drawn again below it
         begin = ERASE_LINE if sys.stderr.isatty() else "\n"
-        cli.warn_of_stop(f"{begin}{name}: saving after this step; a second one ends the run at once\n")
+        what = "saving" if self.saves else "ending"
+        cli.warn_of_stop(f"{begin}{name}: {what} after this step; a second one ends the run at once\n")
 
     def requested(self) -> int | None:
         """Return the signal by which any process was asked to stop, TIME_IS_UP if only the time is

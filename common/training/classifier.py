@@ -38,6 +38,7 @@ SETTINGS_FILE = "training.json"  # beside the saved model: how it was trained
 REMEMBERED = (
     "dataset_config",
     "seed",
+    "split_seed",
     "max_length",
     "eval_max_length",
     "truncation",
@@ -473,10 +474,11 @@ def saved_settings(name: str) -> dict:
     if not path.is_file():
         return {}
     settings = model_files.read_json(path, f"--model {name}")
-    seed = settings.get("seed")
+    seed, split_seed = settings.get("seed"), settings.get("split_seed")
     is_known = {
         "truncation": settings.get("truncation") in TRUNCATIONS,
         "seed": type(seed) is int and 0 <= seed < 2**32,
+        "split_seed": split_seed is None or (type(split_seed) is int and 0 <= split_seed < 2**32),
     }
     for setting, is_usable in is_known.items():
         if not is_usable:

@@ -149,9 +149,11 @@ def load_rows_for_scoring(
             splits = choose_splits(source, wanted)
     splits = validate(splits, text_column=config.text_column, label_column=config.label_column, names=names)
     if "test" not in splits and name_sha256(config.dataset) == trained.get("dataset_sha256"):
-        if trained["seed"] != config.seed:
+        flag = "--seed" if trained.get("split_seed") is None else "--split-seed"
+        seed = trained["seed"] if flag == "--seed" else trained["split_seed"]
+        if seed != config.seed:
             raise UserError(
-                f"--seed {config.seed}: the model was trained with --seed {trained['seed']}, which"
+                f"{flag} {config.seed}: the model was trained with {flag} {seed}, which"
                 " cuts a different test split; use that seed"
             )
         splits, _ = cut_missing_splits(splits, seed=config.seed)

@@ -37,6 +37,7 @@ CARD_SETTINGS = {  # each with what is shown for a flag that was not given
     "label_column": "",
     "max_train_samples": "all",
     "seed": "",
+    "split_seed": "seed",
     "epochs": "",
     "batch_size": "",
     "grad_accum": "",

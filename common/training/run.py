@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 from common.errors import UserError, one_line, shorten
 from common.files import LOCK, find_damage, member, only_writer, read_json
@@ -21,9 +22,16 @@ TRUNCATIONS = ("head", "tail", "head-tail", "chunks")
 # (docs/benchmarks.md)
 DEFAULT_MAX_LENGTH, DEFAULT_TRUNCATION = 256, "chunks"
 
+Kind = Literal["single", "multi", "regression"]  # of a task: one class, several labels, or numbers
+SINGLE, MULTI, REGRESSION = "single", "multi", "regression"
+TASKS = (SINGLE, MULTI, REGRESSION)
+
+LOWER_IS_BETTER = ("loss", "rmse", "mae")
+
 NEWEST = ""  # the value of --resume given alone: the newest checkpoint
 CONFIG = "config.json"  # once it exists, it is complete and the run can be resumed
 RESULTS = "metrics.json"  # of a finished run
+STUDY = "study.json"  # of several runs: their flags
 # the only file that a run leaves behind when it is killed at its very beginning
 UNFINISHED_CONFIG = re.compile(r"config\.json\.\d+")
 CHECKPOINTS, CHECKPOINT_PREFIX, STATE = "checkpoints", "step-", "state.json"
@@ -58,10 +66,13 @@ FREE_FLAGS = {
     "num_workers",
     "save_every",
     "keep",
+    "keep_after",
     "max_minutes",
     "auto_batch_size",
     "nondeterministic",
 }
+# what config.json says in other words than a flag does, and the limit of one process of a run
+NO_FLAGS = ("output_dir", "device", "precision", "max_minutes")
 
 
 @dataclass(frozen=True)
@@ -100,7 +111,7 @@ def locate_run(
         # a checkpoint that the flags name was where the job began: by now it has come further
         return RunLocation(named.folder, is_resumed=True)
     if resume is None:
-        return RunLocation(_new_run_folder(output_dir, name))
+        return RunLocation(new_run_folder(output_dir, name))
     if named is None:
         raise UserError("--resume: which run? name its folder, as in --resume runs/news")
     if not (named.folder / CONFIG).is_file():
@@ -128,7 +139,7 @@ def _named_run(output_dir: str | None, resume: str | None) -> RunLocation | None
     return RunLocation(folder, is_resumed=True, checkpoint=path if is_checkpoint else None)
 
 
-def _new_run_folder(output_dir: str | None, name: str) -> Path:
+def new_run_folder(output_dir: str | None, name: str) -> Path:
     """Return the folder for a new run: `output_dir`, or runs/<name>-<time>. Nothing is created yet.
 
     Raises UserError when the folder is not empty.
@@ -222,7 +233,7 @@ def choose_checkpoint(
     UserError when all checkpoints are damaged, and when they were removed after the run's end.
     """
     candidates = [run.checkpoint] if run.checkpoint is not None else checkpoints_in(run.folder)
-    if not candidates and (run.folder / RESULTS).exists():
+    if not candidates and is_finished(run.folder):
         raise UserError(
             f"--resume: {run.folder} is a finished run whose checkpoints were removed; start a new"
             " run with another --output-dir"
@@ -316,6 +327,57 @@ def read_config(run_folder: Path) -> dict:
         raise UserError(f"--resume: {path} is damaged; start a new run with another --output-dir") from error
 
 
+def resumed_flags(given: Mapping[str, Any]) -> tuple[str | None, dict[str, object]]:
+    """Return the value of --resume for the flags that are given, None for a new run, and the flags of
+    the run that it continues.
+
+    With --resume-or-start it is the run in --output-dir, if there is one. Raises UserError when
+    flags contradict each other, and when the run's config.json is damaged.
+    """
+    output_dir, resume = given.get("output_dir"), given.get("resume")
+    if given.get("resume_or_start"):
+        if resume is not None:
+            raise UserError("--resume-or-start: --resume says to continue; leave one of the two out")
+        if output_dir is None:
+            raise UserError("--resume-or-start: name the folder of the run with --output-dir")
+        known = any((Path(output_dir) / name).is_file() for name in (CONFIG, STUDY))
+        resume = NEWEST if known else None
+    return resume, {} if resume is None else saved_flags(output_dir, resume)
+
+
+def is_finished(run_folder: Path) -> bool:
+    """Tell whether a run has come to its end: its results are the last that it writes."""
+    return (run_folder / RESULTS).is_file()
+
+
+def saved_flags(output_dir: str | None, resume: str) -> dict[str, object]:
+    """Return the flags of the run, or of the study, that `--resume` and `--output-dir` name, {} where
+    there is none, which `locate_run` says. Raises UserError when its config.json is damaged.
+    """
+    run = _named_run(output_dir, resume)
+    if run is None or not any((run.folder / name).is_file() for name in (CONFIG, STUDY)):
+        return {}
+    if (run.folder / STUDY).is_file():
+        return read_study(run.folder)["flags"]
+    config = read_config(run.folder)
+    identity = config.get("identity", {})
+    kinds = {name: identity.get(f"--{name}") for name in ("device", "precision")}
+    return {**{name: value for name, value in config.items() if name not in NO_FLAGS}, **kinds}
+
+
+def read_study(folder: Path) -> dict[str, Any]:
+    """Return the content of a study.json. Raises UserError when it is damaged."""
+    path = folder / STUDY
+    try:
+        content = read_json(path)
+        if not isinstance(content["flags"], dict) or not isinstance(content["axes"], dict):
+            raise ValueError("no flags")
+        return content
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+        advice = "start a new study with another --output-dir"
+        raise UserError(f"--resume: {path} is damaged; {advice}") from error
+
+
 def identity_of_flags(flags: Mapping[str, object]) -> dict[str, object]:
     """Return the flags that change the outcome of a run, by their names on the command line."""
     return {
@@ -328,14 +390,20 @@ def identity_of_flags(flags: Mapping[str, object]) -> dict[str, object]:
 def require_same_flags(run: RunLocation, flags: Mapping[str, object]) -> None:
     """Raise UserError unless a run can be continued with these flags, as far as a quick look shows.
 
-    Large files are only measured, and a flag that was not given (None) is not compared, because
-    its default may depend on the model.
+    Large files are only measured; the default of a flag that was not given may depend on the model.
     """
     checkpoint, _ = choose_checkpoint(run, max_bytes_read=QUICKLY_READ_BYTES)
     written = read_config(run.folder) if checkpoint is None else read_json(checkpoint / STATE)
+    compare_flags(checkpoint or run.folder, written, flags)
+
+
+def compare_flags(path: Path, written: dict, flags: Mapping[str, object]) -> None:
+    """Raise UserError unless the identity that is `written` in `path` is that of these flags; one that
+    was not given (None) is not compared.
+    """
     now = {name: value for name, value in identity_of_flags(flags).items() if value is not None}
     before = written.get("identity", {})
-    refuse_changes(checkpoint or run.folder, changes({name: before.get(name) for name in now}, now))
+    refuse_changes(path, changes({name: before.get(name) for name in now}, now))
 
 
 def changes(before: Mapping[str, object], now: Mapping[str, object]) -> list[str]:

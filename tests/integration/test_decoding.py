@@ -32,6 +32,19 @@ SETTINGS = {
     "top-p": {"sample": True, "top_p": 0.9},
     "min-p": {"sample": True, "min_p": 0.1},
     "typical": {"sample": True, "typical_p": 0.8},
+    "bias, bans and penalties": {
+        "logit_bias": ((5, -2.0), (40, 3.0), (41, 3.0)),
+        "banned": ((40, 41), (7,), (3,), (120,)),
+        "presence_penalty": 1.5,
+        "frequency_penalty": 0.5,
+    },
+    "epsilon and eta": {"sample": True, "epsilon_cutoff": 0.002, "eta_cutoff": 0.02},
+    "top-n-sigma and XTC": {
+        "sample": True,
+        "top_n_sigma": 2.0,
+        "xtc_probability": 0.5,
+        "xtc_threshold": 0.05,
+    },
     "all": {
         "sample": True,
         "temperature": 1.3,
@@ -39,7 +52,10 @@ SETTINGS = {
         "top_p": 0.95,
         "min_p": 0.02,
         "typical_p": 0.95,
+        "epsilon_cutoff": 1e-4,
+        "eta_cutoff": 1e-4,
         "repetition_penalty": 1.2,
+        "presence_penalty": 0.2,
         "no_repeat_ngram_size": 3,
         "min_new_tokens": 5,
     },
@@ -118,8 +134,8 @@ def settings_of(flags: dict, language_model: LanguageModel) -> Settings:
     ],
 )
 def test_every_token_is_the_one_of_generate(kind: str, dtype: torch.dtype) -> None:
-    """3 models x 2 precisions x one text, 4 left-padded and 3 unpadded ones x 10 settings x 2
-    seeds: 360 runs.
+    """3 models x 2 precisions x one text, 4 left-padded and 3 unpadded ones x 13 settings x 2
+    seeds: 468 runs.
     """
     language_model, ended_early, different = tiny_language_model(kind, dtype), 0, []
     for (name, flags), prompts, seed in itertools.product(
@@ -151,7 +167,7 @@ def kernel(tmp_path_factory) -> Kernel:
     ],
 )
 def test_every_token_of_the_step_in_c_is_the_one_of_generate(kind, stored, kernel):
-    """The same matrix, 240 runs: its sums are rounded in another order, and no draw is that close."""
+    """The same matrix, 312 runs: its sums are rounded in another order, and no draw is that close."""
     language_model, different = tiny_language_model(kind), []
     for parameter in language_model.model.parameters():
         parameter.data = parameter.data.to(stored).float()

@@ -125,17 +125,16 @@ TEXTS = {  # name: (file, content, what the line must hold)
         b'{"id": "a", "text": 1, "label": "x"}\n',
         ("t.jsonl", "'text'", "int64", "--text-column"),
     ),
-    "another column": (
-        "t.csv",
-        b"id,text,label,more\na,good,x,1\n",
-        ("t.csv", "'more'", "int64", "missing", "--index"),
-    ),
     "a column of another kind": (
-        "t.csv",
-        b"id,text,label\na,good,1\n",
-        ("t.csv", "'label'", "int64", "string", "--index"),
+        "t.jsonl",
+        b'{"id": "a", "text": "good", "label": ["x"]}\n',
+        ("t.jsonl", "'label'", "list", "string", "--index"),
     ),
-    "the index's own column": ("t.csv", b"id,text,_vector\na,good,1\n", ("t.csv", "'_vector'", "rename")),
+    "the index's own column": (
+        "t.csv",
+        b"id,text,_index_vector\na,good,1\n",
+        ("t.csv", "'_index_vector'", "rename"),
+    ),
     "changed text": (
         "t.csv",
         b"id,text,label\nx,new,x\ns3,changed,neg\n",
@@ -260,7 +259,7 @@ FLAGS = {
     ),
     "where that is not UTF-8": (
         ["delete", "--index", "HOME/ix", "--where", "label = '\udc80'"],
-        ("--where", "UTF-8", "write a condition over _id, _text"),
+        ("--where", "UTF-8", "write a condition over _index_id, _index_text"),
     ),
     "a model to compact": (["compact", "--index", "HOME/ix", "--model", "x"], ("--model x", "--help")),
     "a seed to delete": (["delete", "--index", "HOME/ix", "s1", "--seed", "1"], ("--seed 1", "--help")),
@@ -382,7 +381,8 @@ def test_a_damaged_file_of_the_index(pattern, refused, home):
         ("queries", 2, "not JSON", ("q.jsonl, line 2", "not a query")),
         ("queries", 2, '{"id": "a", "text": "x"}', ("q.jsonl, line 2", "occurs above")),
         ("queries", 2, '{"id": "b", "text": ""}', ("q.jsonl, line 2", "empty")),
-        ("qrels", 1, "a s1 1", ("qrels, line 1", "TREC")),
+        ("qrels", 1, "a s1", ("qrels, line 1", "TREC or BEIR")),
+        ("qrels", 1, "a s1 high", ("qrels, line 1", "TREC or BEIR")),
         ("qrels", 1, "zz 0 s1 1", ("qrels, line 1", "'zz'")),
         ("qrels", 1, "a 0 s1 --5", ("qrels, line 1", "whole number")),
         ("qrels", 1, "a 0 s1 ²", ("qrels, line 1", "whole number")),
@@ -469,7 +469,7 @@ def test_columns_that_differ_only_in_case(refused, home, embed, tmp_path):
     refused(
         "delete", "--index", "HOME/twins", "--where", "label = 1", parts=("--where", "Label, label", "case")
     )
-    assert embed("search", "--index", home / "twins", "good", "--where", "_text = 'good'")[0] == 0
+    assert embed("search", "--index", home / "twins", "good", "--where", "_index_text = 'good'")[0] == 0
 
 
 @pytest.mark.parametrize(

@@ -189,7 +189,7 @@ def test_columns_with_the_names_of_ours_shadow_nothing(ok, tmp_path):
     )
     for condition, left in (
         ("_row = 20", {"k0", "k1", "k3", "k4", "k5"}),
-        ("row = 40 OR _id = 'k0'", {"k1", "k3", "k5"}),
+        ("row = 40 OR _index_id = 'k0'", {"k1", "k3", "k5"}),
     ):
         ok("delete", "--index", tmp_path / "ix", "--where", condition)
         assert {key for key in rows_by_id(tmp_path / "ix")} == left
@@ -581,11 +581,7 @@ def test_the_projector_reads_what_project_writes(ok, sentences, tmp_path):
     metadata = [
         line.split("\t") for line in next((tmp_path / "board").rglob("metadata.tsv")).read_text().splitlines()
     ]
-    assert (
-        vectors.shape == (50, 32)
-        and len(metadata) == 51
-        and metadata[0] == ["_id", "_text", "id", "label", "n"]
-    )
+    assert vectors.shape == (50, 32) and len(metadata) == 51 and metadata[0] == [ID, TEXT, "id", "label", "n"]
     snapshot = open_snapshot(tmp_path / "ix")
     last = next(row for row in range(60) if snapshot.take([row])[0][ID] == metadata[-1][0])
     assert np.allclose(vectors[-1], snapshot.vectors_of([last])[0], atol=1e-6)

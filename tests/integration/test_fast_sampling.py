@@ -23,6 +23,10 @@ def draw_as_the_library(logits: torch.Tensor, options: Settings, generator: torc
     steps += [library.TopPLogitsWarper(options.top_p)] if options.top_p < 1 else []
     steps += [library.MinPLogitsWarper(options.min_p)] if options.min_p else []
     steps += [library.TypicalLogitsWarper(options.typical_p)] if options.typical_p < 1 else []
+    steps += [library.EpsilonLogitsWarper(options.epsilon_cutoff)] if options.epsilon_cutoff else []
+    steps += [library.EtaLogitsWarper(options.eta_cutoff)] if options.eta_cutoff else []
+    if options.top_n_sigma:
+        logits = sampling.keep_top_n_sigma(logits, options.top_n_sigma)
     for step in steps:
         logits = step(None, logits)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
@@ -58,7 +62,15 @@ EXACT = {
     "low top-p": {"top_p": 1e-7},
     "lowest top-p": {"top_p": 5e-324, "top_k": 50},
     "nearly all": {"top_k": 100, "top_p": 0.999999},
+    "epsilon": {"epsilon_cutoff": 0.001},
+    "eta": {"eta_cutoff": 0.002, "temperature": 0.8},
+    "top-n-sigma": {"top_n_sigma": 1.5, "temperature": 1.5},
+    "all that are new": {"top_n_sigma": 2.0, "top_p": 0.95, "epsilon_cutoff": 0.002, "eta_cutoff": 0.02},
+    "all that are new, with top-k": {"top_n_sigma": 3.0, "top_k": 60, "eta_cutoff": 0.005, "min_p": 0.01},
 }
+
+
+DEFAULT_EXACT = ("plain", "all", "lowest top-p", "all that are new")
 
 
 def synthetic_rows(number: int, rows: int) -> torch.Tensor:
@@ -76,11 +88,9 @@ def seeded(seed: int, count: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for _ in range(count)]
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in ("plain", "all", "lowest top-p") else heavy(name) for name in EXACT]
-)
+@pytest.mark.parametrize("name", [name if name in DEFAULT_EXACT else heavy(name) for name in EXACT])
 def test_the_exact_draws_take_the_librarys_tokens(name):
-    """360 rows a setting, 3,240 in all, with ties at top-k's border and at top-p's; most take the
+    """360 rows a setting, 5,400 in all, with ties at top-k's border and at top-p's; most take the
     short way, some have to take the whole one. The plain draw is checked on every third batch.
     """
     settings, certain = Settings(sample=True, **EXACT[name]), []
@@ -165,10 +175,21 @@ DISTRIBUTIONS = {
     "all": {"temperature": 1.3, "top_k": 40, "top_p": 0.9, "min_p": 0.02, "typical_p": 0.9},
     "top-p and typical": {"top_p": 0.8, "typical_p": 0.7},
     "hot top-p": {"temperature": 2.0, "top_p": 0.95, "min_p": 0.01},
+    "epsilon": {"epsilon_cutoff": 0.001},
+    "eta and top-k": {"eta_cutoff": 0.01, "top_k": 50},
+    "top-n-sigma": {"top_n_sigma": 1.5, "temperature": 0.8, "eta_cutoff": 0.001},
 }
 MANY_KEPT = [
     DISTRIBUTIONS[name]
-    for name in ("plain", "temperature", "top-p of nearly all", "tiny min-p", "typical", "hot top-p")
+    for name in (
+        "plain",
+        "temperature",
+        "top-p of nearly all",
+        "tiny min-p",
+        "typical",
+        "hot top-p",
+        "epsilon",
+    )
 ]
 
 

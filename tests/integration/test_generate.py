@@ -2,8 +2,10 @@
 for what a user gets.
 """
 
+import collections
 import contextlib
 import io
+import itertools
 import json
 import math
 import os
@@ -121,6 +123,20 @@ CHECKED = {
         "--min-new-tokens",
         4,
     ],
+    "what other programs have": [
+        *(
+            "--presence-penalty",
+            0.6,
+            "--frequency-penalty",
+            0.3,
+            "--logit-bias",
+            "20=2",
+            "--ban-words",
+            "the,lazy",
+        ),
+        *("--top-n-sigma", 2, "--epsilon-cutoff", 1e-4, "--eta-cutoff", 1e-3, "--xtc-probability", 0.5),
+        *("--xtc-threshold", 0.02, "--batch-size", 3),
+    ],
     "stop strings": ["--stop", "e", "--stop", "the l", "--temperature", 1.5],
     "end tokens": ["--end-token", "e", "--end-token", "s", "--temperature", 2.0],
     "lookup": ["--lookup", 4, "--max-new-tokens", 60],
@@ -174,6 +190,40 @@ def test_the_text_is_the_librarys(script, tiny):
             stderr,
         )
     assert "guessed tokens accepted" in stderr
+
+
+def test_words_are_banned_and_tokens_are_biased(script, tiny, tmp_path):
+    """Oracle: the tokens of the texts; a token by its text and by its id is the same one."""
+    tokenizer, flags = AutoTokenizer.from_pretrained(tiny), [*prompt_flags(4), "--max-new-tokens", 40]
+
+    def tokens(*more) -> list[list[int]]:
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
+        code, _, stderr = script(*flags, *more, "--output", path)
+        assert code == 0, stderr
+        return [line["token_ids"] for line in lines_of(path)]
+
+    plain = tokens()
+    counts = collections.Counter(itertools.chain(*plain))
+    common = [token for token, _ in counts.most_common() if tokenizer.decode(token).isalpha()][0]
+    word = tokenizer.decode(common)
+    banned = {tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (word, " " + word)}
+    for row in tokens("--ban-words", f"{word},nothing\\,else"):
+        assert not {tuple(row[n : n + size]) for size in (1, 2, 3) for n in range(len(row))} & banned
+    by_text, by_id = tokens("--logit-bias", f"{word}=50"), tokens("--logit-bias", f"{common}=50")
+    assert by_text == by_id and all(set(row) == {common} for row in by_text)
+    assert all(common not in row for row in tokens("--logit-bias", f"{word}=-1e2".replace("1e2", "100")))
+    assert any(common in row for row in plain)
+
+
+def test_explain_shows_where_xtc_strikes(script):
+    flags = ["--temperature", 1.5, "--xtc-probability", 0.5, "--xtc-threshold", 0.01, "--max-new-tokens", 12]
+    for sampler in ("exact", "independent"):
+        _, text, _ = script("--prompt", PROMPTS[0], *flags, "--sampler", sampler)
+        code, stdout, stderr = script("--prompt", PROMPTS[0], *flags, "--sampler", sampler, "--explain")
+        assert code == 0 and stdout.endswith("\n" + text), stderr
+        shares = re.findall(r"^>.*", stdout, re.M)
+        assert len(shares) == 12 and all(not line.rstrip().endswith("-") for line in shares)  # drawn: kept
+        assert stdout.count("XTC 0.01") == 12
 
 
 @needs_compiler

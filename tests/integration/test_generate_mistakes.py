@@ -255,6 +255,26 @@ FLAGS = {  # name: (flags, what the line must hold)
         [*P, "--repetition-penalty", 1e-320],
         ("--repetition-penalty 1e-320", "0.001"),
     ),
+    "a presence penalty of 3": ([*P, "--presence-penalty", 3], ("--presence-penalty", "'3'", "from -2 to 2")),
+    "a bias without a number": ([*P, "--logit-bias", "sky"], ("--logit-bias", "'sky'", "TOKEN=NUMBER")),
+    "a bias of infinity": ([*P, "--logit-bias", "sky=inf"], ("--logit-bias", "'sky=inf'", "-1000 to 1000")),
+    "a bias of several tokens": (
+        [*P, "--logit-bias", "hippopotamus=1"],
+        ("--logit-bias hippopotamus=1", "tokens of", "one of their ids ["),
+    ),
+    "a bias of an id that is not there": (
+        [*P, "--logit-bias", "99999=1"],
+        ("--logit-bias 99999=1", "from 0 to"),
+    ),
+    "an empty banned word": ([*P, "--ban-words", "sky,,sea"], ("--ban-words", "empty", "between the commas")),
+    "a threshold of XTC alone": (
+        [*P, "--xtc-threshold", 0.2],
+        ("--xtc-threshold 0.2", "--xtc-probability", "leave it out"),
+    ),
+    "a threshold of XTC above one half": (
+        [*P, "--xtc-probability", 0.5, "--xtc-threshold", 0.6],
+        ("--xtc-threshold 0.6", "at most 0.5"),
+    ),
     "seed -1": ([*P, "--seed", -1], ("--seed", "'-1'", "from 0 to")),
     "abbreviated flag": ([*P, "--temp", 1], ("--temp", "--help")),
 }

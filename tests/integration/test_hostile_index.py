@@ -20,7 +20,18 @@ from common.errors import UserError
 from common.files import seal, write_manifest
 from common.search import index, texts
 from common.search.builder import Builder, fill, settings_of
-from common.search.index import ID, TEXT, VECTOR, Limits, checksums, matching, open_snapshot
+from common.search.index import (
+    CHUNK,
+    HASH,
+    ID,
+    NUM_CHUNKS,
+    TEXT,
+    VECTOR,
+    Limits,
+    checksums,
+    matching,
+    open_snapshot,
+)
 from common.search.manifest import check_files, read_manifest
 from common.search.searcher import Searcher
 from common.search.store import open_store
@@ -184,7 +195,7 @@ def test_every_value_of_a_manifest_may_be_of_another_kind(folder):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "null", "[]", "5", '"x"', "[" * 100_000, '{"format": "embed_search index 1"}', "{}"]
+    "text", ["", "{", "null", "[]", "5", '"x"', "[" * 100_000, '{"format": "embed_search index 2"}', "{}"]
 )
 def test_a_manifest_that_is_none_is_refused(text, folder):
     (folder / "manifest.json").write_text(text)
@@ -285,7 +296,7 @@ TABLES = {
         table, TEXT, table[TEXT].combine_chunks().dictionary_encode()
     ),
     "null for texts": lambda table: replaced(table, TEXT, pa.nulls(ROWS)),
-    "short hashes": lambda table: replaced(table, "_hash", pa.array([b"x"] * ROWS, pa.binary(1))),
+    "short hashes": lambda table: replaced(table, HASH, pa.array([b"x"] * ROWS, pa.binary(1))),
     "texts for labels": lambda table: replaced(table, "label", pa.array(["x"] * ROWS)),
     "small labels": lambda table: replaced(table, "label", table["label"].cast(pa.int8())),
     "wider vectors": lambda table: replaced(table, VECTOR, vectors(np.eye(ROWS, 16, dtype=np.float32))),
@@ -305,11 +316,11 @@ TABLES = {
     "infinity": lambda table: replaced(table, VECTOR, spoiled(float("inf"))),
     "a vector of norm 0": lambda table: replaced(table, VECTOR, spoiled(0.0)),
     "a vector of norm 2": lambda table: replaced(table, VECTOR, spoiled(2.0)),
-    "a chunk that is none": lambda table: replaced(table, "_passage", short(7)),
-    "a negative chunk": lambda table: replaced(table, "_passage", short(-7)),
-    "too many chunks": lambda table: replaced(table, "_passages", short(1000)),
-    "no chunks": lambda table: replaced(table, "_passages", short(0)),
-    "texts for chunks": lambda table: replaced(table, "_passage", pa.array(["0"] * ROWS)),
+    "a chunk that is none": lambda table: replaced(table, CHUNK, short(7)),
+    "a negative chunk": lambda table: replaced(table, CHUNK, short(-7)),
+    "too many chunks": lambda table: replaced(table, NUM_CHUNKS, short(1000)),
+    "no chunks": lambda table: replaced(table, NUM_CHUNKS, short(0)),
+    "texts for chunks": lambda table: replaced(table, CHUNK, pa.array(["0"] * ROWS)),
 }
 
 
@@ -387,7 +398,7 @@ def test_a_condition_without_an_end_is_ended(condition, made):
 
 LARGE = {
     "a text": "length(repeat('a', 4000000000)) > 5",
-    "a text of each row": "length(repeat(_text, 100000000)) > 5",
+    "a text of each row": "length(repeat(_index_text, 100000000)) > 5",
     "a list": "len(range(1000000000)) > 5",
 }
 

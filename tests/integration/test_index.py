@@ -23,7 +23,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from common.errors import UserError
 from common.files import seal
 from common.search import index, store, texts
-from common.search.index import ID, TEXT, matching, open_snapshot, rows_with_ids, verify
+from common.search.index import ID, TEXT, VECTOR, matching, open_snapshot, rows_with_ids, verify
 from common.search.store import open_store
 from conftest import ROOT, StubEncoder
 from index_rows import COLUMNS, numbered, unit_vectors, write, write_vectors
@@ -215,7 +215,7 @@ def readings(folder) -> list:
         lambda snapshot: [snapshot.take([row]) for row in range(60)],
         lambda snapshot: list(snapshot.texts()),
         lambda snapshot: rows_with_ids(snapshot, ["7", "50"])[0].tolist(),
-        lambda snapshot: matching(snapshot, "label = 0 and _text like '%7%'").tolist(),
+        lambda snapshot: matching(snapshot, "label = 0 and _index_text like '%7%'").tolist(),
     ]
     found = []
     for way in ways:
@@ -259,24 +259,17 @@ def test_only_what_is_read_is_checked(many_blocks):
         read()
         counts.append(unchecked.sum())
     opened, vector, text, vectors, everything = -np.diff([len(unchecked), *counts])
-    assert opened > 0 and vector == 1 and 0 < text <= 3 and vectors >= 60 * 32 // 256 - 2 and everything > 0
+    assert opened > 0 and 1 <= vector <= 2 and 0 < text <= 5  # at most two borders more than it needs
+    assert vectors >= 60 * 32 // 256 - 3 and everything > 0
 
 
-def test_an_index_of_an_earlier_version_is_checked_whole(tmp_path):
-    """Its manifest has no checksums of blocks."""
+def test_an_index_of_another_version_is_refused_in_one_line(tmp_path):
     write(tmp_path / "index", numbered(0, 9))
     path = tmp_path / "index" / "manifest.json"
-    manifest = json.loads(path.read_text())
-    for entry in manifest["segments"]:
-        del entry["checksums"], entry["body"]
+    manifest = {**json.loads(path.read_text()), "format": "embed_search index 1"}
     manifest["sha256"] = seal({**manifest, "sha256": None})
     path.write_text(json.dumps(manifest))
-    assert len(contents(open_snapshot(tmp_path / "index"))) == 9
-    segment = next((tmp_path / "index").glob("segment-*"))
-    content = bytearray(segment.read_bytes())
-    content[len(content) // 2] ^= 1
-    segment.write_bytes(content)
-    with pytest.raises(UserError, match=segment.name):
+    with pytest.raises(UserError, match="embed_search index 1, not .* index its texts anew"):
         open_snapshot(tmp_path / "index")
 
 
@@ -408,7 +401,7 @@ def test_any_arrow_reader_reads_the_files(tmp_path):
     table = pa.ipc.open_file(next((tmp_path / "index").glob("segment-*"))).read_all()
     assert (
         table[TEXT].to_pylist() == [f"text {number} 0" for number in range(4)]
-        and table["_vector"].type.list_size == 8
+        and table[VECTOR].type.list_size == 8
     )
 
 

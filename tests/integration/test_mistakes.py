@@ -398,6 +398,18 @@ FLAGS = {  # name: (flags, what the line must hold)
         ["--inspect", "--compare-tokenizer", "bundled/nope"],
         ("--compare-tokenizer bundled/nope", "no such bundled", BUNDLED),
     ),
+    "a grid without values": (["--grid", "epochs"], ("--grid", "'epochs'", "batch-size=8,16")),
+    "a grid of what is no flag": (["--grid", "epoch=1,2"], ("--grid epoch=1,2", "no flag of a training")),
+    "a grid of seeds": (["--grid", "seed=1,2"], ("--grid seed=1,2", "--seeds")),
+    "a value of a grid that can't be": (["--grid", "epochs=1,0"], ("--epochs", "'0'", "above 0")),
+    "a switch with other values": (["--grid", "compile=1"], ("--grid compile=1", "compile=true,false")),
+    "a seed twice": (["--seeds", 1, 2, 1], ("--seeds 1 2 1", "twice")),
+    "a rate varied twice": (["--lr", 1, 2, "--grid", "lr=1"], ("--grid lr=1", "twice")),
+    "a study that is not there": (["--seeds", 1, "--resume"], ("--resume", "holds no study")),
+    "checkpoints that are not kept": (
+        ["--keep", 0, "--save-every", 2],
+        ("--save-every 2", "--keep 0", "leave one out"),
+    ),
     "two modes": (["--inspect", "--evaluate-only"], ("--inspect", "--evaluate-only", "not allowed with")),
     "a file for the cache": (
         ["--cache-dir", __file__],

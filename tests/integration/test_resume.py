@@ -181,10 +181,7 @@ def test_a_signal_saves_and_says_how_to_go_on(name, code, share, forked, whole, 
     folder, events = whole("one process")
     assert forked.run(tmp_path / "run", event=int(events * share), signal=name) == [code]
     last = forked.said().splitlines()[-1]
-    assert (
-        last == f"train_classifier.py: stopped by {name}; continue with the same command and --resume"
-        f" {tmp_path / 'run'}"
-    )
+    assert last == f"train_classifier.py: stopped by {name}; continue with --resume {tmp_path / 'run'}"
     assert forked.run(tmp_path / "run", "--resume", tmp_path / "run") == [0], forked.said()
     assert differing(tmp_path / "run", folder) == []
 
@@ -229,8 +226,7 @@ def test_a_time_limit_saves_evaluates_and_says_how_to_go_on(kind, share, forked,
     assert set(codes) == {0} and forked.said() == ""
     *_, scores, _, advice, _ = forked.said("stdout").splitlines()
     (step,) = re.findall(
-        rf"the time is up after step (\d+): continue with the same command and --resume {tmp_path / 'run'}$",
-        advice,
+        rf"the time is up after step (\d+): continue with --resume {tmp_path / 'run'}$", advice
     )
     assert scores.startswith("epoch ") and "validation loss" in scores
     assert (tmp_path / "run" / "checkpoints" / f"step-{int(step):08}").is_dir()
@@ -315,7 +311,7 @@ def test_ctrl_c_is_for_the_process_in_charge_not_for_its_loader_workers(
     assert job.returncode == 130
     assert stderr == (
         "\nSIGINT: saving after this step; a second one ends the run at once\n"
-        "train_classifier.py: stopped by SIGINT; continue with the same command and --resume"
+        "train_classifier.py: stopped by SIGINT; continue with --resume"
         f" {tmp_path / 'run'}\n"
     )
 
@@ -571,6 +567,35 @@ def test_keep_prunes_older_checkpoints(forked, tmp_path):
     ]
 
 
+def same_model(folder: Path, other: Path) -> bool:
+    first, second = (load_file(path / "best" / "model.safetensors") for path in (folder, other))
+    return first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)
+
+
+def test_without_checkpoints_a_run_says_so_and_begins_again(forked, whole, tmp_path):
+    folder, _ = whole("one process")
+    run, own = tmp_path / "run", [flag for flag in FLAGS if flag not in ("--save-every", "--epochs", 2)]
+    flags = [*forked.shared_flags, *own, "--epochs", 2, "--batch-size", 8, "--keep", 0, "--output-dir", run]
+    code = forked.do(flags=list(map(str, flags)), run=str(run), event=15, signal="SIGTERM")
+    assert code == [143]
+    assert f"nothing is saved (--keep 0): --resume {run} starts from the beginning" in forked.said()
+    assert "SIGTERM: ending after this step" in forked.said() and not (run / "checkpoints").exists()
+    assert do(forked, "--resume", run) == [0], forked.said()
+    assert "no checkpoint yet: from the beginning" in forked.said("stdout")
+    assert same_model(run, folder) and not (run / "checkpoints").exists()
+
+
+def test_a_finished_run_keeps_what_it_was_told_to(forked, whole, tmp_path):
+    """The newest ones; the screen says before how much that is."""
+    folder, _ = whole("one process")
+    for number in (0, 1):
+        run = tmp_path / f"run-{number}"
+        assert forked.run(run, "--keep-after", number) == [0], forked.said()
+        left = [path.name for path in (run / "checkpoints").glob("*")]
+        assert left == ["step-00000008"][:number] and same_model(run, folder)
+        assert f"(--keep-after {number})" in forked.said("stdout")
+
+
 def test_a_folder_without_a_run_can_not_be_resumed(forked, tmp_path):
     assert forked.run(tmp_path / "none", "--resume") == [2]
     assert (
@@ -682,3 +707,48 @@ def test_a_disk_that_fills_up_during_a_save_leaves_the_earlier_checkpoints_whole
     assert re.fullmatch(
         r"train_classifier\.py: error: No space left on device; free some space[^\n]+\n", done.stderr
     )
+
+
+# The run's own flags ------------------------------------------------------------------------------
+
+
+def do(forked, *flags, **job) -> list[int]:
+    """Run the script with these flags alone, and none of those that the runs here share."""
+    return forked.do(flags=[str(flag) for flag in flags], run="/nowhere", **job)
+
+
+def test_resume_alone_goes_on_with_the_flags_of_the_run(forked, whole, tmp_path):
+    """Also with the number of texts, which differs from every default; another value is refused by name."""
+    folder, events = whole("one process")
+    run = tmp_path / "run"
+    assert forked.run(run, event=events // 2, signal="SIGTERM") == [143]
+    assert f"continue with --resume {run}" in forked.said()
+    assert do(forked, "--resume", run, "--lr", "2e-3", "--epochs", 3) == [2]
+    assert "--epochs was 2, is 3; --lr was 0.003, is 0.002; use the same" in forked.said()
+    assert do(forked, "--resume", run, "--keep", 3) == [0], forked.said()
+    assert differing(run, folder) == []
+
+
+def test_a_job_that_is_started_again_starts_continues_and_finds_its_run_finished(forked, whole, tmp_path):
+    folder, events = whole("one process")
+    run = tmp_path / "run"
+    assert forked.run(run, "--resume-or-start", event=events // 2) == [-9], forked.said()
+    assert forked.run(run, "--resume-or-start") == [0], forked.said()
+    assert "resume   " in forked.said("stdout") and differing(run, folder) == []
+    before = files(run)
+    assert forked.run(run, "--resume-or-start") == [0]
+    assert forked.said("stdout").startswith(f"run      {run} is finished") and files(run) == before
+    assert forked.run(run, "--resume-or-start", "--lr", "2e-3") == [2]
+    assert "--lr was 0.003, is 0.002" in forked.said() and files(run) == before
+
+
+@pytest.mark.parametrize(
+    "flags, parts",
+    [
+        (["--resume-or-start"], ("--resume-or-start", "--output-dir")),
+        (["--resume-or-start", "--resume", "run"], ("--resume-or-start", "--resume")),
+    ],
+)
+def test_flags_that_do_not_say_which_run(flags, parts, forked):
+    assert do(forked, *flags) == [2]
+    assert all(part in forked.said() for part in parts) and len(forked.said().splitlines()) == 1

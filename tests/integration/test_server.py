@@ -103,6 +103,19 @@ ASKED = {  # name: (parameters, the same as flags)
         {"stop": ["e", "zz"], "max_tokens": 40},
         ["--stop", "e", "--stop", "zz", "--max-new-tokens", 40],
     ),
+    "penalties and a bias": (
+        {"presence_penalty": 0.5, "frequency_penalty": 1, "logit_bias": {"40": -100, "41": 5.5}},
+        [
+            "--presence-penalty",
+            0.5,
+            "--frequency-penalty",
+            1,
+            "--logit-bias",
+            "40=-100",
+            "--logit-bias",
+            "41=5.5",
+        ],
+    ),
     "more than OpenAI's": (
         {"extra_body": {"top_k": 9, "repetition_penalty": 1.3}, "seed": 1},
         ["--top-k", 9, "--repetition-penalty", 1.3, "--seed", 1],
@@ -185,6 +198,8 @@ REFUSED = {  # name: (address, body, status, parameter that the error names)
     "a text as temperature": ("completions", {"temperature": "1"}, 400, "temperature"),
     "an empty stop string": ("completions", {"stop": ""}, 400, "stop"),
     "a special token as stop string": ("completions", {"stop": "<|im_end|>"}, 400, "stop"),
+    "a bias of no token": ("completions", {"logit_bias": {"99999": 1}}, 400, "logit_bias"),
+    "a bias of a word": ("completions", {"logit_bias": {"sky": 1}}, 400, "logit_bias"),
     "no prompt": ("completions", {"prompt": None}, 400, "prompt"),
     "an empty prompt": ("completions", {"prompt": " "}, 400, "prompt"),
     "tokens as prompt": ("completions", {"prompt": [1, 2]}, 400, "prompt"),
@@ -229,7 +244,7 @@ def test_what_is_not_done_is_refused_by_name(address, body, status, parameter, s
 
 def test_what_changes_nothing_is_taken(serving):
     """Clients send it unasked: neutral values, null, and messages as the server has written them."""
-    neutral = {"n": 1, "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "user": "me"}
+    neutral = {"n": 1, "best_of": None, "logit_bias": {}, "user": "me"}
     client = serving.client()
     first = client.chat.completions.create(model=serving.name, messages=ASK, **neutral, stop=None, tools=[])
     plain = client.chat.completions.create(model=serving.name, messages=ASK)

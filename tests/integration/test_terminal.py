@@ -58,7 +58,7 @@ def test_ctrl_c_leaves_no_bar_on_the_screen(flags, tmp_path):
     assert code == 130, written
     assert screen[-2:] == [
         "SIGINT: saving after this step; a second one ends the run at once",
-        f"train_classifier.py: stopped by SIGINT; continue with the same command and --resume {folder}",
+        f"train_classifier.py: stopped by SIGINT; continue with --resume {folder}",
     ]
     assert sum(line.startswith("epoch ") for line in screen) == 1 and not re.search(
         "[█▏▎▍▌▋▊▉]", "".join(screen)

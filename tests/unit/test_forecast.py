@@ -114,7 +114,10 @@ def test_a_run_on_disk_needs_whole_checkpoints_and_the_best_model_of_each():
     model.embed.requires_grad_(False)
     weights = 4 * (300 * 8 + (8 * 32 + 32) + (32 * 2 + 2))
     trained = weights - 4 * 300 * 8
-    assert checkpoint.disk_bytes(model, keep=2) == 3 * (weights + 2 * trained + weights)
+    each = weights + 2 * trained + weights
+    assert checkpoint.disk_bytes(model, keep=2, keep_after=2) == (3 * each, 2 * each + weights)
+    assert checkpoint.disk_bytes(model, keep=2, keep_after=0) == (3 * each, weights)
+    assert checkpoint.disk_bytes(model, keep=0, keep_after=0) == (2 * weights, weights)
 
 
 @pytest.mark.parametrize(

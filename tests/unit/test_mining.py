@@ -13,6 +13,7 @@ from test_kernel import unit
 from common.search import mining
 from common.search.builder import Builder, fill, settings_of
 from common.search.display import level
+from common.search.index import CHUNK, HASH, ID, NUM_CHUNKS, START, TEXT, VECTOR
 from common.search.store import open_store, vector_array
 from index_rows import collection, numbered
 
@@ -197,13 +198,13 @@ def chunks_of_documents(tmp_path):
     own = np.concatenate([np.arange(size) for size in sizes])
     table = pa.table(
         {
-            "_id": [f"d{document}" for document in documents],
-            "_hash": pa.array([b"0" * 32] * len(own), pa.binary(32)),
-            "_passage": pa.array(own, pa.int32()),
-            "_passages": pa.array(sizes[documents], pa.int32()),
-            "_start": pa.array(own, pa.int32()),
-            "_text": pa.array([f"text {row}" for row in range(len(own))], pa.large_string()),
-            "_vector": vector_array(vectors),
+            ID: [f"d{document}" for document in documents],
+            HASH: pa.array([b"0" * 32] * len(own), pa.binary(32)),
+            CHUNK: pa.array(own, pa.int32()),
+            NUM_CHUNKS: pa.array(sizes[documents], pa.int32()),
+            START: pa.array(own, pa.int32()),
+            TEXT: pa.array([f"text {row}" for row in range(len(own))], pa.large_string()),
+            VECTOR: vector_array(vectors),
         }
     )
     settings = {

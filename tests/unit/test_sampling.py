@@ -44,6 +44,8 @@ FILTERS = {
     "top_p": (sampling.keep_top_p, library.TopPLogitsWarper, (0.0, 1e-9, 0.25, 0.5, 0.9, 0.999, 1.0)),
     "min_p": (sampling.keep_min_p, library.MinPLogitsWarper, (0.0, 0.05, 0.5, 1.0)),
     "typical_p": (sampling.keep_typical, library.TypicalLogitsWarper, (1e-6, 0.2, 0.5, 0.95, 0.999)),
+    "epsilon": (sampling.keep_above_epsilon, library.EpsilonLogitsWarper, (1e-6, 3e-4, 0.02, 0.5, 0.999)),
+    "eta": (sampling.keep_above_eta, library.EtaLogitsWarper, (1e-6, 3e-4, 0.02, 0.5, 0.999)),
 }
 
 
@@ -116,6 +118,90 @@ def test_history_filters_equal_the_librarys(ids, size, penalty, padding):
     assert torch.equal(sampling.forbid_repeated_ngrams(logits, ids, size, starts), unpadded)
 
 
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(0, 9), min_size=5, max_size=5), min_size=1, max_size=3),
+    st.lists(st.tuples(st.integers(0, 9), st.floats(-9, 9, width=32)), min_size=1, max_size=4, unique_by=min),
+    st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=7), min_size=1, max_size=4),
+)
+def test_bias_and_banned_runs_equal_the_librarys(ids, bias, runs):
+    bias = tuple({number: value for number, value in bias}.items())
+    ids, logits = torch.tensor(ids), torch.randn(len(ids), 10, generator=torch.Generator().manual_seed(0))
+    theirs = library.SequenceBiasLogitsProcessor([[[number], value] for number, value in bias])
+    assert torch.equal(sampling.add_bias(logits, bias), theirs(ids, logits.clone()))
+    options = Settings(banned=tuple(map(tuple, runs)), end_ids=(2, 7))  # no end token alone is banned
+    found = sampling.apply_filters(
+        sampling.history_filters(options, prompt_length=3, starts=None, padding_is_text=True), logits, ids
+    )
+    if [run for run in runs if run not in ([2], [7])]:
+        expected = library.NoBadWordsLogitsProcessor(runs, eos_token_id=[2, 7])(ids, logits.clone())
+    else:
+        expected = logits
+    assert torch.equal(found, expected)
+
+
+def test_presence_and_frequency_are_those_of_openai():
+    """mu[j] - c[j] * frequency - (c[j] > 0) * presence, where c counts the generated tokens."""
+    options = Settings(presence_penalty=0.5, frequency_penalty=0.25)
+    [stage] = sampling.history_filters(options, prompt_length=2, starts=None, padding_is_text=True)
+    ids = torch.tensor([[0, 1, 4, 4, 2], [3, 3, 3, 0, 3]])
+    logits = torch.randn(2, 5, generator=torch.Generator().manual_seed(0))
+    expected = logits.clone()
+    for row, new in enumerate([[4, 4, 2], [3, 0, 3]]):
+        for token in range(5):
+            count = new.count(token)
+            expected[row, token] -= count * 0.25 + (count > 0) * 0.5
+    assert torch.allclose(stage.apply(logits, ids), expected)
+    assert stage.name == "presence 0.5, frequency 0.25"
+
+
+# what llama.cpp's tests expect of these distributions
+@pytest.mark.parametrize("n, kept", [(1.0, [0.4, 0.3]), (0.0, [0.4]), (3.0, [0.4, 0.3, 0.2, 0.1])])
+def test_top_n_sigma_keeps_what_is_near_the_top(n, kept):
+    logits = torch.tensor([[0.1, 0.2, 0.3, 0.4]]).log()
+    for temperature in (0.5, 1.0, 4.0):  # the same tokens at any
+        found = sampling.keep_top_n_sigma(logits / temperature, n)[0] * temperature
+        left = sorted(found[found > -INFINITY].exp().tolist(), reverse=True)
+        assert left == pytest.approx(kept)
+
+
+@pytest.mark.parametrize("logits", rows().values(), ids=rows())
+@pytest.mark.parametrize("n", [0.3, 1.0, 2.5])
+def test_top_n_sigma_is_that_of_its_authors(logits, n):
+    """Their two lines, over the tokens that are left."""
+    found = sampling.keep_top_n_sigma(logits, n)
+    for row, ours in zip(logits, found):
+        left = row[row > -INFINITY]
+        sigma = left.std() if len(left) > 1 else 0.0
+        close = (row - (left.max() - n * sigma)).abs() < 1e-4
+        expected = row.masked_fill(row < left.max() - n * sigma, -INFINITY)
+        assert torch.equal(ours[~close], expected[~close])
+
+
+XTC = [0.4, 0.3, 0.2, 0.1]  # and what llama.cpp's tests expect to be left at each threshold
+
+
+@pytest.mark.parametrize(
+    "threshold, left", [(0.09, [0.1]), (0.19, [0.2, 0.1]), (0.29, [0.3, 0.2, 0.1]), (0.39, XTC), (0.5, XTC)]
+)
+def test_xtc_leaves_the_least_likely_of_the_top_choices(threshold, left):
+    logits = torch.tensor([XTC, XTC]).log()
+    found = sampling.exclude_top_choices(logits, threshold, torch.tensor([True, False]))
+    assert found[0][found[0] > -INFINITY].exp().tolist() == pytest.approx(left)
+    assert torch.equal(found[1], logits[1])  # where it does not strike
+
+
+def test_xtc_strikes_as_often_as_it_is_asked_to():
+    options = Settings(sample=True, xtc_probability=0.3, max_new_tokens=5000)
+    coins = sampling.xtc_coins(options, 1, [(0, 0), (1, 0)])
+    assert coins.float().mean(-1).tolist() == pytest.approx([0.3, 0.3], abs=0.03)
+    assert not torch.equal(coins[0], coins[1])
+    uniforms = sampling.row_uniforms(1, [(0, 0)], 5000)[0]
+    agreeing = ((uniforms < 0.3) == coins[0]).float().mean()  # the coins are not those of the draw
+    assert 0.5 < agreeing < 0.7
+    assert sampling.xtc_coins(dataclasses.replace(options, sample=False), 1, [(0, 0)]) is None
+
+
 @pytest.mark.parametrize("made", [0, 2, 3, 4])
 def test_no_end_before_the_minimum_equals_the_librarys(made):
     options = Settings(min_new_tokens=3, end_ids=(2, 7))
@@ -134,7 +220,14 @@ def test_the_order_of_the_filters_is_the_documented_one():
         top_p=0.5,
         min_p=0.1,
         typical_p=0.5,
+        epsilon_cutoff=0.01,
+        eta_cutoff=0.02,
+        top_n_sigma=2.0,
+        xtc_probability=0.5,
         repetition_penalty=2.0,
+        presence_penalty=1.0,
+        logit_bias=((3, 1.0),),
+        banned=((4, 5),),
         no_repeat_ngram_size=2,
         min_new_tokens=1,
         end_ids=(0,),
@@ -143,17 +236,24 @@ def test_the_order_of_the_filters_is_the_documented_one():
         stage.name
         for stage in [
             *sampling.history_filters(options, prompt_length=1, starts=None, padding_is_text=True),
-            *sampling.distribution_filters(options),
+            *sampling.distribution_filters(options, torch.tensor([True])),
         ]
     ]
     assert names == [
+        "logit bias",
         "repetition penalty 2",
         "no repeated 2-gram",
+        "banned words",
         "min 1 new tokens",
+        "presence 1, frequency 0",
+        "top-n-sigma 2",
         "temperature 0.5",
         "top-k 5",
         "top-p 0.5",
         "min-p 0.1",
         "typical 0.5",
+        "epsilon 0.01",
+        "eta 0.02",
+        "XTC 0.1",
     ]
     assert sampling.distribution_filters(dataclasses.replace(options, sample=False)) == []

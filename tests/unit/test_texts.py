@@ -23,6 +23,7 @@ from common import sources
 from common.errors import UserError
 from common.search import texts
 from common.search.encoder import EncoderConfig, load_encoder, split_into_chunks, token_spans
+from common.search.index import TEXT
 from common.sources import FileOptions
 
 
@@ -49,23 +50,23 @@ def test_data_files_give_the_same_texts(tmp_path, cache_dir):
     pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "rows.parquet")
     for name in ("rows.jsonl", "rows.csv", "rows.parquet"):
         found = rows_of(read(tmp_path / name, cache_dir))
-        assert [(row["_text"], row["year"]) for row in found] == [(row["text"], row["year"]) for row in ROWS]
+        assert [(row[TEXT], row["year"]) for row in found] == [(row["text"], row["year"]) for row in ROWS]
 
 
 def test_lines_folders_standard_input_and_the_bundled_set(tmp_path, cache_dir, monkeypatch):
     (tmp_path / "lines.txt").write_bytes("\ufefffirst\r\nsecond\x0cpart\nthird".encode())
-    assert [row["_text"] for row in rows_of(read(tmp_path / "lines.txt", cache_dir))] == [
+    assert [row[TEXT] for row in rows_of(read(tmp_path / "lines.txt", cache_dir))] == [
         "first",
         "second\x0cpart",
         "third",
     ]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"one\ntwo\n")))
-    assert [row["_text"] for row in rows_of(read("-", cache_dir))] == ["one", "two"]
+    assert [row[TEXT] for row in rows_of(read("-", cache_dir))] == ["one", "two"]
     for name, text in (("tech/b.txt", "bytes\n"), ("art/a.txt", "paint"), (".hidden/c.txt", "no")):
         (tmp_path / "files" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "files" / name).write_text(text)
     found = rows_of(read(tmp_path / "files", cache_dir))
-    assert [(row["file"], row["label"], row["_text"]) for row in found] == [
+    assert [(row["file"], row["label"], row[TEXT]) for row in found] == [
         ("art/a.txt", "art", "paint"),
         ("tech/b.txt", "tech", "bytes\n"),
     ]
@@ -85,7 +86,7 @@ def test_lines_folders_standard_input_and_the_bundled_set(tmp_path, cache_dir, m
 )
 def test_any_lines_come_back(lines, tmp_path, cache_dir):
     (tmp_path / "lines.txt").write_text("\n".join(lines), encoding="utf-8", newline="")
-    assert [row["_text"] for row in rows_of(read(tmp_path / "lines.txt", cache_dir), 7)] == lines
+    assert [row[TEXT] for row in rows_of(read(tmp_path / "lines.txt", cache_dir), 7)] == lines
 
 
 def test_python_and_arrow_agree_on_what_can_not_be_seen():
@@ -125,7 +126,7 @@ def test_a_bad_row_is_named_or_passed_over(name, content, parts, left, tmp_path,
         read(tmp_path / name, cache_dir)
     assert [part for part in (*parts, "--skip-bad") if part not in str(caught.value)] == [], caught.value
     found = read(tmp_path / name, cache_dir, skip_bad=True)
-    assert [row["_text"] for row in rows_of(found)] == left and len(found.bad) == 1
+    assert [row[TEXT] for row in rows_of(found)] == left and len(found.bad) == 1
 
 
 def test_skip_bad_passes_over_what_is_bad_and_nothing_else(tmp_path, cache_dir):
@@ -136,7 +137,7 @@ def test_skip_bad_passes_over_what_is_bad_and_nothing_else(tmp_path, cache_dir):
         "text,more\na \ufffd\ufffd b,x\n".encode() + b'good,sch\xf6n\n"two\nlines\xf6",y\nfine,"a\nb"\n'
     )
     found = read(tmp_path / "t.csv", cache_dir, skip_bad=True)
-    assert [(row["_text"], row["more"]) for row in rows_of(found)] == [
+    assert [(row[TEXT], row["more"]) for row in rows_of(found)] == [
         ("a \ufffd\ufffd b", "x"),
         ("fine", "a\nb"),
     ]
@@ -146,18 +147,18 @@ def test_skip_bad_passes_over_what_is_bad_and_nothing_else(tmp_path, cache_dir):
         b' "fine", "more": null}\n'
     )
     found = read(tmp_path / "t.jsonl", cache_dir, skip_bad=True)
-    assert [row["_text"] for row in rows_of(found)] == ["fine"] and len(found.bad) == 2
+    assert [row[TEXT] for row in rows_of(found)] == ["fine"] and len(found.bad) == 2
 
 
 def test_an_escape_is_half_a_character_only_in_json(tmp_path, cache_dir):
     (tmp_path / "t.csv").write_text('text\n"\\ud800"\n')
-    assert [row["_text"] for row in rows_of(read(tmp_path / "t.csv", cache_dir))] == ["\\ud800"]
+    assert [row[TEXT] for row in rows_of(read(tmp_path / "t.csv", cache_dir))] == ["\\ud800"]
 
 
 def test_skip_bad_leaves_no_copy_of_the_file_in_the_cache(tmp_path):
     (tmp_path / "t.csv").write_bytes(b"text\ngood\nsch\xf6n\n")
     found = read(tmp_path / "t.csv", tmp_path / "cache", skip_bad=True)
-    assert [row["_text"] for row in rows_of(found)] == ["good"] and not list(
+    assert [row[TEXT] for row in rows_of(found)] == ["good"] and not list(
         (tmp_path / "cache").rglob("*.arrow")
     )
 
@@ -174,7 +175,7 @@ def test_parquet_that_is_no_utf8(column, tmp_path, cache_dir):
     with pytest.raises(UserError, match="t.parquet, row 2: not UTF-8.*--skip-bad"):
         read(tmp_path / "t.parquet", cache_dir, id_column="key")
     found = read(tmp_path / "t.parquet", cache_dir, id_column="key", skip_bad=True)
-    assert [row["_text"] for row in rows_of(found)] == ["good", "fine"] and list(found.bad) == [1]
+    assert [row[TEXT] for row in rows_of(found)] == ["good", "fine"] and list(found.bad) == [1]
 
 
 IDS = {
@@ -203,7 +204,7 @@ def test_ids_must_be_there_once(content, parts, left, tmp_path, cache_dir):
         read(tmp_path / "t.jsonl", cache_dir, id_column="id")
     assert [part for part in parts if part not in str(caught.value)] == [], caught.value
     assert [
-        row["_text"] for row in rows_of(read(tmp_path / "t.jsonl", cache_dir, id_column="id", skip_bad=True))
+        row[TEXT] for row in rows_of(read(tmp_path / "t.jsonl", cache_dir, id_column="id", skip_bad=True))
     ] == left
 
 
@@ -318,13 +319,13 @@ def test_collections_as_they_come(files, name, options, expected, tmp_path, cach
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_bytes(content if isinstance(content, bytes) else content.encode())
     found = read(tmp_path / name, cache_dir, options=FileOptions(**options))
-    assert [row["_text"] for row in rows_of(found)] == expected
+    assert [row[TEXT] for row in rows_of(found)] == expected
 
 
 @pytest.mark.parametrize("content", ['{"id": "01", "text": "one"}\n', '[{"id": "01", "text": "one"}]'])
 def test_a_collection_of_json_through_standard_input(content, cache_dir, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content.encode())))
-    assert rows_of(read("-", cache_dir, id_column="id")) == [{"id": "01", "_text": "one"}]
+    assert rows_of(read("-", cache_dir, id_column="id")) == [{"id": "01", TEXT: "one"}]
 
 
 def test_ids_stay_as_they_are_written(tmp_path, cache_dir):
