@@ -244,7 +244,7 @@ def test_what_is_not_done_is_refused_by_name(address, body, status, parameter, s
 
 def test_what_changes_nothing_is_taken(serving):
     """Clients send it unasked: neutral values, null, and messages as the server has written them."""
-    neutral = {"n": 1, "best_of": None, "logit_bias": {}, "user": "me"}
+    neutral = {"n": 1, "store": False, "logit_bias": {}, "user": "me"}
     client = serving.client()
     first = client.chat.completions.create(model=serving.name, messages=ASK, **neutral, stop=None, tools=[])
     plain = client.chat.completions.create(model=serving.name, messages=ASK)
