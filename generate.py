@@ -454,11 +454,12 @@ def complete(run: Run, rows: list[Completion], batch: Batch | None = None, *, se
         steps = decode(run.language_model, batch, sampler, settings)
     stopwatch = Stopwatch(batch)
     num_shown = 0  # characters of the first text that have been yielded
-    for current in steps:
-        stopwatch.token()
-        run.add_step(rows, current, batch)
-        yield rows[0].text[num_shown:]
-        num_shown = len(rows[0].text)
+    with run.told_if_out_of_memory(len(rows)):
+        for current in steps:
+            stopwatch.token()
+            run.add_step(rows, current, batch)
+            yield rows[0].text[num_shown:]
+            num_shown = len(rows[0].text)
     run.timing.add(rows, stopwatch, lookup)
     for row in rows:
         row.finish()

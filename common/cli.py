@@ -558,6 +558,12 @@ def _endings(prog: str, *, debug: bool = False) -> Iterator[None]:
         _exit(f"{prog}: error: {reason}", 2)
 
 
+def lacks_memory(error: BaseException) -> bool:
+    """Return whether an exception stands for a lack of memory."""
+    fault = fault_of_system(error)
+    return fault is not None and fault.endswith(ADVICE[errno.ENOMEM])
+
+
 def fault_of_system(error: BaseException | None) -> str | None:
     """Return what the system lacks, and what helps, if that caused an exception, else None: a full
     disk, a missing permission, a limit, no memory.

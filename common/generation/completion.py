@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 
+from common.cli import lacks_memory
 from common.errors import UserError
 from common.generation import decoding
 from common.generation.decoding import Batch, PromptLookup, Step
@@ -275,6 +277,19 @@ class Run:
                 f"{num_columns:,} tokens needs about {needed / 1e9:,.1f} GB, and {free_bytes / 1e9:,.1f} GB "
                 "are free; lower it, --batch-size, --max-new-tokens or --logprobs"
             )
+
+    @contextlib.contextmanager
+    def told_if_out_of_memory(self, num_rows: int) -> Iterator[None]:
+        """Turn what is raised within the block where memory runs out, on a GPU too, into a UserError."""
+        try:
+            yield
+        except Exception as error:
+            if not isinstance(error, torch.OutOfMemoryError) and not lacks_memory(error):
+                raise
+            helps = "--max-new-tokens, or name a smaller model"
+            helps = f"--batch-size, --num-samples or {helps}" if num_rows > 1 else helps
+            texts = f"{num_rows:,} texts" if num_rows > 1 else "the text"
+            raise UserError(f"there is too little memory to generate {texts}; lower {helps}") from error
 
     def bytes_per_row(self, num_columns: int) -> int:
         """Return about how much memory a text takes: its cache, ids and mask; its logits and their

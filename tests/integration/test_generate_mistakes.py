@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -468,6 +469,29 @@ def test_a_template_that_can_not_be_used(template, parts, refused, tiny, tmp_pat
     (tmp_path / "model" / "chat_template.jinja").write_text(template)
     for flags in (["--chat", *P], ["--interactive"]):
         refused("--model", tmp_path / "model", *flags, parts=("--chat", str(tmp_path / "model"), *parts))
+
+
+def test_memory_that_runs_out_while_texts_are_generated(refused):
+    """The limit is one of addresses, of which the system tells nothing beforehand."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + (200 << 20), hard))
+    try:
+        parts = ("too little memory to generate 20,000 texts", "lower --batch-size, --num-samples")
+        refused(*P, "--top-k", 5, "--num-samples", 20_000, "--max-new-tokens", 60, parts=parts)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def test_a_model_that_is_larger_than_the_memory(refused, tiny, tmp_path):
+    """Its header says how large it is, and nothing but zeros that take no room on the disk follows."""
+    shutil.copytree(tiny, tmp_path / "model")
+    header = json.dumps({"huge": {"dtype": "F32", "shape": [1 << 20, 1 << 20], "data_offsets": [0, 1 << 42]}})
+    with open(tmp_path / "model" / "model.safetensors", "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header.encode())
+        file.truncate(8 + len(header) + (1 << 42))
+    parts = (f"--model {tmp_path / 'model'}", "take about 4,398.0 GB", "GB are free", "smaller model")
+    refused(*P, "--model", tmp_path / "model", "--plain-step", parts=parts)
 
 
 IDS = {  # name: what generation_config.json holds
