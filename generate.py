@@ -3,7 +3,7 @@
 
 The loop is `decode`, below the flags: prefill, sampler, stop, step. Its parts are in
 common/generation: decoding.py (prefill, step), sampling.py (filters, draw), completion.py (from
-tokens to text). Left out on purpose: beam search, encoder-decoder models.
+tokens to text). Left out on purpose: encoder-decoder models.
 
   python generate.py --prompt "Natural Language Processing is"  # greedy, bundled SmolLM2-135M-Instruct
   python generate.py --prompt "Natural Language Processing is" --top-k 50 --seed 1
@@ -30,10 +30,11 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from common import cli, sources
 from common.cli import (
+    finite_float,
     fraction,
     non_negative_float,
     non_negative_int,
@@ -113,6 +114,12 @@ def make_parser() -> cli.Parser:
     add("--sampler", choices=["exact", "independent"], default="exact", help=help_text)
     help_text = "greedy only: guess up to N tokens ahead from the text so far"
     add("--lookup", type=positive_int, metavar="N", help=help_text)
+    help_text = "search for the likeliest text with N beams; --num-samples shows more than the best one"
+    add("--num-beams", type=positive_int, metavar="N", help=help_text)
+    help_text = "above 0 prefers longer texts, below 0 shorter ones"
+    add("--length-penalty", type=finite_float, default=1.0, help=help_text)
+    help_text = "true: end with the Nth text that ends; false: when no better one is likely; never: possible"
+    add("--early-stopping", choices=list(EARLY_STOPPING), default="false", help=help_text)
 
     add = parser.add_argument_group("end of a text").add_argument
     add("--max-new-tokens", type=positive_int, default=200, help="the most tokens of a text")
@@ -170,6 +177,9 @@ ESCAPED = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}  # what nobody can type into a
 def unescape(text: str) -> str:
     """Return a text from the command line with the characters that its escapes stand for."""
     return re.sub(r"\\[nt\\]", lambda match: ESCAPED[match[0]], text)
+
+
+EARLY_STOPPING: dict[str, Any] = {"true": True, "false": False, "never": "never"}
 
 
 def port(text: str) -> int:
@@ -235,7 +245,13 @@ NEEDS = {  # a flag, and the flags of which it needs one
     **dict.fromkeys(("--columns", "--delimiter", "--quoting"), TABLES),
     "--encoding": (*TABLES, "--perplexity"),
     "--xtc-threshold": ("--xtc-probability",),
-    "--num-samples": (*DRAWING_FLAGS, "--use-model-defaults"),  # greedy gives the same text each time
+    "--length-penalty": ("--num-beams",),
+    "--early-stopping": ("--num-beams",),
+    "--num-samples": (
+        *DRAWING_FLAGS,
+        "--num-beams",
+        "--use-model-defaults",
+    ),  # greedy gives the same text each time
 }
 CONFLICTS = (  # flags that cannot be used together, and why; torchrun counts as one
     ("--prompt", NO_PROMPT, "this mode takes no prompts"),
@@ -253,6 +269,12 @@ CONFLICTS = (  # flags that cannot be used together, and why; torchrun counts as
     ("--skip-bad", MODES, "this mode leaves out no prompts"),
     ("--use-model-defaults", ("--perplexity", "--score"), "no text is generated"),
     ("--lookup", ONE_PROMPT, "this mode uses no prompt lookup"),
+    ("--num-beams", DRAWING_FLAGS, "a beam search draws nothing"),
+    ("--num-beams", ("--use-model-defaults",), "the model's settings choose token by token"),
+    ("--num-beams", ("--lookup",), "a beam search has several texts to guess"),
+    ("--num-beams", ("--stop",), "beams end at end tokens only"),
+    ("--num-beams", ("--logprobs",), "the logits of a beam are not kept"),
+    ("--num-beams", (*ONE_PROMPT, *NO_PROMPT), "this mode chooses token by token"),
     ("--num-samples", (*ONE_PROMPT, *NO_PROMPT), "this mode takes one text per prompt"),
     ("--num-samples", ("--references",), "one text per prompt is scored"),
     ("--check", ("--sampler",), "only --sampler exact draws the random numbers of model.generate"),
@@ -278,6 +300,10 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.min_new_tokens > args.max_new_tokens:
         low, high = args.min_new_tokens, args.max_new_tokens
         raise UserError(f"--min-new-tokens {low}: lower it, or raise --max-new-tokens {high}")
+    if args.num_beams == 1:
+        raise UserError("--num-beams 1: that is greedy decoding; use at least 2, or leave it out")
+    if args.num_beams is not None and args.num_samples > args.num_beams:
+        raise UserError(f"--num-samples {args.num_samples}: --num-beams {args.num_beams} has no more texts")
     check_given_texts(args)
     if args.score is None:
         sources.check_model(args.model, kind="language model")
@@ -384,7 +410,8 @@ import torch
 from tqdm import tqdm
 
 from common import reading
-from common.generation import fast_sampling, language_model, sampling
+from common.generation import beams, fast_sampling, language_model, sampling
+from common.generation.beams import Beams
 from common.generation.completion import Completion, Options, Prompt, Run, Stopwatch
 from common.generation.decoding import Batch, PromptLookup, Step, fetch_ids, prefill, step
 from common.generation.language_model import LanguageModel, Loading
@@ -444,8 +471,11 @@ def complete(run: Run, rows: list[Completion], batch: Batch | None = None, *, se
     """
     if not rows:
         return
-    batch = batch or run.left_pad(rows)
     options, settings = run.options, run.options.settings
+    if options.beams is not None:
+        yield from beams.complete(run, rows, options.beams)
+        return
+    batch = batch or run.left_pad(rows)
     lookup = PromptLookup(options.lookup) if options.lookup else None
     if lookup:
         steps = lookup.decode(run.language_model, batch, settings)
@@ -588,6 +618,9 @@ def recorded_settings(args: argparse.Namespace, run: Run) -> dict:
         given["xtc_threshold"] = args.xtc_threshold
     if args.template_option:
         given["template_option"] = dict(args.template_option)
+    if args.num_beams:
+        names = ("num_beams", "length_penalty", "early_stopping")
+        given |= {name: getattr(args, name) for name in names}
     model, settings = run.language_model, run.options.settings
     return {
         "model": reading.full_name(args.model),
@@ -771,6 +804,7 @@ def load(args: argparse.Namespace) -> tuple[Run, Runtime]:
         stops=tuple(args.stop or ()),
         num_logprobs=args.logprobs,
         lookup=args.lookup or 0,
+        beams=chosen_beams(args),
     )
     return Run(model, options, chat=chat_format), runtime
 
@@ -798,7 +832,8 @@ def take_model_defaults(args: argparse.Namespace, model: LanguageModel) -> None:
     parser = make_parser()
     actions = {action.dest: action for action in parser._actions}
     is_default = {name: getattr(args, name, None) == parser.get_default(name) for name in defaults}
-    taken = {name: value for name, value in defaults.items() if name in actions and is_default[name]}
+    known = [name for name in defaults if name in actions and name != "num_beams"]
+    taken = {name: defaults[name] for name in known if is_default[name]}
     for name, value in taken.items():
         place = f"--use-model-defaults: {model.name}: generation_config.json: {name}"
         try:
@@ -807,7 +842,7 @@ def take_model_defaults(args: argparse.Namespace, model: LanguageModel) -> None:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{place}: {error}; give {flag}") from error
         setattr(args, name, parsed)
-    left_out = [name for name in defaults if name not in actions]
+    left_out = [name for name in defaults if name not in known]
     if args.num_samples > 1 and not is_drawing(args):
         raise UserError(
             f"--num-samples {args.num_samples}: {model.name} decodes greedily, which gives the same text "
@@ -815,9 +850,16 @@ def take_model_defaults(args: argparse.Namespace, model: LanguageModel) -> None:
         )
     check_ranges(args)
     settings = ", ".join(f"{name} {value}" for name, value in taken.items()) or "nothing"
-    missing = f"; not computed here: {', '.join(left_out)}" if left_out else ""
+    missing = f"; not taken: {', '.join(left_out)}" if left_out else ""
     kind = "drawn" if is_drawing(args) else "greedy"
     sources.note(f"note: the generation_config.json of {model.name}: {settings} ({kind}){missing}")
+
+
+def chosen_beams(args: argparse.Namespace) -> Beams | None:
+    """Return how the flags ask for a beam search, None if they do not."""
+    if args.num_beams is None:
+        return None
+    return Beams(args.num_beams, args.length_penalty, EARLY_STOPPING[args.early_stopping])
 
 
 def load_all(args: argparse.Namespace) -> tuple[Run, list[Prompt], list[str] | None, Runtime]:

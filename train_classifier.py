@@ -33,12 +33,14 @@ from common.errors import Interrupted, UserError
 from common.sources import FileOptions
 from common.training import study
 from common.training.run import (
+    CONFIG,
     DEFAULT_MAX_LENGTH,
     DEFAULT_TRUNCATION,
     NEWEST,
     TRUNCATIONS,
     RunLocation,
     compare_flags,
+    finished_runs,
     is_finished,
     locate_run,
     read_config,
@@ -47,7 +49,7 @@ from common.training.run import (
 )
 
 # flags that are no settings of a run: they choose what to do instead of it, or where to continue
-INSTEAD = ("inspect", "compare_tokenizer", "evaluate_only", "predict")
+INSTEAD = ("inspect", "compare_tokenizer", "evaluate_only", "predict", "compare")
 NOT_SETTINGS = (*INSTEAD, "resume", "resume_or_start", "seeds", "grid", "debug")
 
 
@@ -276,6 +278,14 @@ def add_run_flags(parser: cli.Parser) -> None:
     group = parser.add_argument_group("instead of training")
     flag = group.add_mutually_exclusive_group().add_argument
     flag("--inspect", action="store_true", help="show data, tokenizer, model and a batch")
+    flag(
+        "--compare",
+        nargs="+",
+        type=cli.name,
+        metavar="RUN",
+        help="show finished runs (or those of a study) side by side, each tested against the first;"
+        " --output-dir takes the tables",
+    )
     flag("--evaluate-only", action="store_true", help="score a saved --model on the test split")
     flag(
         "--predict",
@@ -302,6 +312,9 @@ def flags_of_resumed_run(parser: cli.Parser, argv: Sequence[str]) -> list[str]:
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raise UserError for a mistake that the flags show, or the files that they name."""
+    if args.compare is not None:
+        check_compared(args)
+        return
     sources.check_model(args.model, kind="encoder")
     if args.compare_tokenizer is not None:
         if not args.inspect:
@@ -318,6 +331,13 @@ def check_flags(args: argparse.Namespace) -> None:
     sources.check_data(args.dataset, any_suffix=is_table)
     if not args.inspect and not args.evaluate_only:
         check_training_flags(args)
+
+
+def check_compared(args: argparse.Namespace) -> None:
+    """Raise UserError unless --compare names finished runs, and --output-dir a place for tables."""
+    finished_runs(args.compare)
+    if args.output_dir is not None and (Path(args.output_dir) / CONFIG).exists():
+        raise UserError(f"--output-dir {args.output_dir}: it holds a run; name another folder for tables")
 
 
 def check_training_flags(args: argparse.Namespace) -> None:
@@ -392,12 +412,16 @@ def is_training(args: argparse.Namespace) -> bool:
 
 def needs_no_model(args: argparse.Namespace) -> bool:
     """Tell whether nothing is to be trained or scored in this process."""
-    return is_training(args) and (study.is_study(args) or is_done(args))
+    return args.compare is not None or (is_training(args) and (study.is_study(args) or is_done(args)))
 
 
 def do_without_model(args: argparse.Namespace) -> None:
     """Do what the flags ask for where PyTorch has no part in it."""
-    if study.is_study(args):
+    if args.compare is not None:
+        from common.training import comparison
+
+        comparison.compare(finished_runs(args.compare), args.output_dir)
+    elif study.is_study(args):
         plan = plan_study(args)
         study.run_study(plan, Path(__file__), device=args.device, max_minutes=args.max_minutes)
     elif cli.is_rank_0():

@@ -171,6 +171,11 @@ def non_negative_float(text: str) -> float:
     return _number(text, float, lambda value: 0 <= value < float("inf"), "a number of at least 0")
 
 
+def finite_float(text: str) -> float:
+    """Parse a finite number."""
+    return _number(text, float, lambda value: abs(value) < float("inf"), "a number")
+
+
 def duration(text: str) -> float:
     """Parse a number of seconds to wait, which no clock of the system overflows."""
     return _number(text, float, lambda value: 0 <= value <= LONGEST_WAIT, "a number from 0 to 1e6")

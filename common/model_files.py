@@ -10,27 +10,39 @@ import json
 import math
 import os
 import re
+import resource
+import shutil
 import stat
+import subprocess
+import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from common.errors import UserError, shorten
+from common.errors import UserError, one_line, shorten
+from common.files import cache_home, make_once, seal, sha256, sync_file, write_manifest
 
+PROJECT = Path(__file__).resolve().parent.parent
 CONFIG, MODULES, SENTENCE_CONFIG = "config.json", "modules.json", "config_sentence_transformers.json"
 WEIGHTS, SHARD_LIST = "model.safetensors", "model.safetensors.index.json"
 SENTENCE_SETTINGS = tuple(
     f"sentence_{kind}_config.json"
     for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
+# pickled weights that are read once and converted, their shards, and pickles that are never read
+PICKLE, PICKLED_LIST = "pytorch_model.bin", "pytorch_model.bin.index.json"
+PICKLED_FILES = (PICKLE, "pytorch_model-*.bin")
 PICKLED = ("*.bin", "*.pt", "*.pkl")
 NOT_WEIGHTS = ("training_args.bin",)
+WITHOUT_WEIGHTS = ("Pooling", "Normalize", "Dropout")  # modules of sentence-transformers
 # the JSON files that are read here, and what each holds; tokenizer.json is left to `tokenizers`
 JSON_TYPES: dict[str, type] = {
     CONFIG: dict,
     MODULES: list,
     SHARD_LIST: dict,
+    PICKLED_LIST: dict,
     "generation_config.json": dict,
     "tokenizer_config.json": dict,
     "special_tokens_map.json": dict,
@@ -42,7 +54,8 @@ JSON_TYPES: dict[str, type] = {
     "preprocessor_config.json": dict,
     "training.json": dict,
 }
-OTHER_FILES = ("*.safetensors", "*.model", "*.jinja", "tokenizer.json", "vocab.txt", "merges.txt")
+WEIGHT_FILES = ("*.safetensors", *PICKLED_FILES)
+OTHER_FILES = (*WEIGHT_FILES, "*.model", "*.jinja", "tokenizer.json", "vocab.txt", "merges.txt")
 # settings that make transformers read other files than those that are checked here: (file, setting)
 REDIRECTIONS = (
     (CONFIG, "configuration_files"),
@@ -88,8 +101,9 @@ def check(folder: Path, source: str) -> None:
     opened without a risk.
 
     Refused are: files that are missing, no files, unreadable or outside the folder; pickled
-    weights; adapters, which need a model from elsewhere; JSON that is broken or of another type; a
-    config.json that asks for more parts than the weights have.
+    weights, but for those that `without_pickles` converts; adapters, which need a model from
+    elsewhere; JSON that is broken or of another type; a config.json that asks for more parts than
+    the weights have.
     """
     try:
         if not (folder / CONFIG).is_file() and not (folder / MODULES).is_file():
@@ -130,7 +144,7 @@ def _check_files(folder: Path, root: Path, source: str) -> None:
             raise _refuse(source, f"no permission to read {path}", "change that with chmod")
         # Weights may lie elsewhere, to save space. Whatever else a link brings in could be taken
         # for the words of a tokenizer, and be saved and published with it.
-        if path.suffix != ".safetensors":
+        if not any(fnmatch.fnmatch(path.name, pattern) for pattern in WEIGHT_FILES):
             if not path.resolve().is_relative_to(_home(root)):
                 advice = "replace it by the file itself, if you trust it"
                 raise _refuse(source, f"{path} is a link out of the folder, to {path.resolve()}", advice)
@@ -168,10 +182,10 @@ def _check_part(folder: Path, source: str) -> None:
     """
     pickled = sorted(path.name for pattern in PICKLED for path in folder.glob(pattern))
     pickled = [file for file in pickled if file not in NOT_WEIGHTS]
-    if pickled and not any(folder.glob("*.safetensors")):
+    if not pickled_files(folder, source) and pickled and not any(folder.glob("*.safetensors")):
         raise UserError(
-            f"{source}: {folder / pickled[0]} holds pickled weights, which are never read because they can"
-            " run code; use a version with safetensors or convert it first"
+            f"{source}: {folder / pickled[0]} holds pickled weights, which can run code and are read under"
+            f" the name {PICKLE} only; use a version with safetensors"
         )
     if os.path.lexists(folder / "adapter_config.json"):
         advice = "merge them into it first (merge_and_unload of peft) and name that folder"
@@ -343,17 +357,30 @@ def weight_files(folder: Path, source: str) -> list[Path]:
     """Return the files with a model's weights, as transformers finds them: one file, or else all
     that the list of shards names, which must lie in the folder.
     """
-    if (folder / WEIGHTS).exists():
-        return [folder / WEIGHTS]
-    listed = folder / SHARD_LIST
+    return _weight_files(folder, WEIGHTS, SHARD_LIST, source)
+
+
+def pickled_files(folder: Path, source: str) -> list[Path]:
+    """Return the files with the weights of a folder that has them only pickled, as transformers finds
+    them; none if it has others, or no weights.
+    """
+    if any(folder.glob("*.safetensors")):
+        return []
+    return _weight_files(folder, PICKLE, PICKLED_LIST, source)
+
+
+def _weight_files(folder: Path, single: str, shard_list: str, source: str) -> list[Path]:
+    if (folder / single).exists():
+        return [folder / single]
+    listed, ending = folder / shard_list, Path(single).suffix
     if not listed.exists():
         return []
     shards = read_json(listed, source).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
         raise _refuse(source, f"{listed} is not a list of shards: it has no weight_map of file names")
     for name in sorted(set(shards.values())):
-        if name != Path(name).name or not name.endswith(".safetensors"):
-            problem = f"{listed} names {name!r}, which is no safetensors file in the folder"
+        if name != Path(name).name or not name.endswith(ending):
+            problem = f"{listed} names {name!r}, which is no {ending.removeprefix('.')} file in the folder"
             raise _refuse(source, problem, "name another model")
         if not (folder / name).is_file():
             raise _refuse(source, f"{listed} names {name}, which is missing", "copy it into the folder")
@@ -374,3 +401,164 @@ def _read_header(path: Path) -> Shapes:
     if sum(map(math.prod, shapes.values())) > 2 * size or any(min(s, default=0) < 0 for s in shapes.values()):
         raise ValueError("the tensors are larger than the file")
     return shapes
+
+
+# Pickled weights ----------------------------------------------------------------------------------
+
+# A pickle may make its reader run any code. torch.load(weights_only=True) makes tensors and plain
+# values, and refuses one that asks for more. It does so once, in a process of its own with limited
+# memory, and what it has read is kept as safetensors.
+CONVERT = "import sys; from common import model_files; sys.exit(model_files.convert(*sys.argv[1:]))"
+# the address space of that process: what PyTorch takes, so many times the file, and so much more
+TIMES_THE_FILE, MORE_BYTES = 4, 1 << 30
+
+
+def without_pickles(folder: Path, source: str, *, cache_dir: str | None) -> Path:
+    """Return a model's folder; for one whose weights, or those of a module, are only pickled, a copy of
+    it in the cache with safetensors in their place.
+
+    The copy is found by the SHA-256 of all files that it is made from. Raises UserError, beginning
+    with `source`, when torch's check refuses a pickle, and when the disk is too full.
+    """
+    parts = [folder, *_module_folders(folder, source)]
+    pickled = [path for part in parts for path in pickled_files(part, source)]
+    if not pickled:
+        return folder
+    others = [path for part in parts for path in sorted(part.iterdir()) if _is_copied(path)]
+    digests = {str(path.relative_to(folder)): sha256(path) for path in (*pickled, *others)}
+    copy = cache_home(cache_dir) / "converted" / seal(digests)
+
+    def make(scratch: Path) -> Path:
+        for path in others:
+            (scratch / path.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, scratch / path.relative_to(folder))
+        for path in pickled:
+            _convert_in_child(path, _converted_name(scratch / path.relative_to(folder)), source)
+        for part in parts:
+            _convert_list(part, scratch / part.relative_to(folder), source)
+        write_manifest(scratch)
+        return scratch
+
+    size = sum(path.stat().st_size for path in pickled)
+    make_once(
+        copy,
+        lambda scratch: make(_made(scratch / "model")),
+        source=source,
+        needed_bytes=2 * size,
+        note=f"{source}: its weights are pickled ({pickled[0].name}); they are read once, by a reader that"
+        f" runs no code, and kept as safetensors in {copy}",
+    )
+    check(copy, source)
+    return copy
+
+
+def parts_without_weights(folder: Path, source: str) -> list[str]:
+    """Return the beginnings ("" or "2_Dense/") of the names of a model's parts that should have weights
+    and have no safetensors.
+    """
+    parts = [("", "Transformer")]
+    if (folder / MODULES).exists():
+        modules = read_json(folder / MODULES, source)
+        parts = [(f"{m['path']}/" if m["path"] else "", str(m.get("type"))) for m in modules]
+    return [
+        path
+        for path, kind in parts
+        if not kind.endswith(WITHOUT_WEIGHTS) and not any((folder / path).glob("*.safetensors"))
+    ]
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def _is_copied(path: Path) -> bool:
+    """Return whether a library may read a file of a model beside its pickled weights."""
+    patterns = (*JSON_TYPES, *OTHER_FILES, "*.json", "*.txt")
+    is_pickled = fnmatch.fnmatch(path.name, "*.bin") or path.name == PICKLED_LIST
+    is_wanted = any(fnmatch.fnmatch(path.name, pattern) for pattern in patterns)
+    return is_wanted and not is_pickled and path.is_file()
+
+
+def _converted_name(path: Path) -> Path:
+    """Return the name of a file of weights as safetensors, as transformers looks for it."""
+    return path.with_name(path.stem.replace("pytorch_model", "model") + ".safetensors")
+
+
+def _convert_list(folder: Path, copy: Path, source: str) -> None:
+    """Write the list of a model's shards for the converted ones, if it has one."""
+    if (
+        (folder / PICKLE).exists()
+        or not (folder / PICKLED_LIST).exists()
+        or not pickled_files(folder, source)
+    ):
+        return
+    listed = read_json(folder / PICKLED_LIST, source)
+    weight_map = {key: _converted_name(Path(name)).name for key, name in listed["weight_map"].items()}
+    metadata = listed.get("metadata") if isinstance(listed.get("metadata"), dict) else {}
+    content = {"metadata": metadata, "weight_map": weight_map}
+    (copy / SHARD_LIST).write_text(json.dumps(content), encoding="utf-8")
+
+
+def _convert_in_child(pickled: Path, target: Path, source: str) -> None:
+    """Write a file of safetensors for one that is pickled, in a process of its own. Raises UserError
+    with that process's reason.
+    """
+    command = [sys.executable, "-c", CONVERT, str(pickled.absolute()), str(target.absolute())]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        command, cwd=PROJECT, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    if done.returncode:
+        lines = done.stderr.splitlines() or [f"its reader ended with code {done.returncode}"]
+        advice = "use a version with safetensors, or another model"
+        raise UserError(f"{source}: {pickled.name} is refused: {shorten(lines[-1], 300)}; {advice}")
+    sync_file(target)
+
+
+def convert(pickled: str, target: str) -> str | None:
+    """Write the tensors of a pickled file as safetensors: what the process of `_convert_in_child` does.
+    Return why it can't, None if it could.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    most = TIMES_THE_FILE * os.path.getsize(pickled) + MORE_BYTES
+    _limit_memory(most)
+    try:
+        # mapped, a large file takes no memory of its own; the format before 2020 can't be
+        is_mapped = zipfile.is_zipfile(pickled)
+        tensors = torch.load(pickled, map_location="cpu", weights_only=True, mmap=is_mapped)
+        if not isinstance(tensors, dict) or not all(map(_is_tensor, tensors.items())):
+            return "it holds other things than tensors under their names"
+        # what several names share is written for each of them
+        plain = {
+            name: tensor.detach().clone(memory_format=torch.contiguous_format)
+            for name, tensor in tensors.items()
+        }
+        save_file(plain, target, {"format": "pt"})
+    except Exception as error:  # what a file from elsewhere can raise has no end
+        if asked := re.search(r"GLOBAL (\S+)", str(error)):
+            return f"torch's check stops at {shorten(asked[1], 80)}, which may run code"
+        if stopped := re.search(r"WeightsUnpickler error:\s+(.+)", str(error)):
+            return f"torch's check stops: {shorten(stopped[1], 200)}"
+        if isinstance(error, MemoryError) or "alloc" in str(error):
+            return f"it takes more than {most >> 20:,} MiB to read its {os.path.getsize(pickled):,} bytes"
+        return f"not readable as a file of tensors: {one_line(error)}"
+    return None
+
+
+def _is_tensor(item: tuple[Any, Any]) -> bool:
+    import torch
+
+    return isinstance(item[0], str) and isinstance(item[1], torch.Tensor) and item[1].layout == torch.strided
+
+
+def _limit_memory(more: int) -> None:
+    """Let this process have so many bytes more than it has now."""
+    if sys.platform != "linux":  # elsewhere the size is not known
+        return
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = size + more if hard == resource.RLIM_INFINITY else min(size + more, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))

@@ -78,7 +78,18 @@ def load_model(
         output_loading_info=True,
         **options,
     )
+    own_memory(model)
     return model, check_weights(model, report, name=name, flag=flag)
+
+
+def own_memory(model: torch.nn.Module) -> None:
+    """Give each weight that is a part of a larger tensor memory of its own: the library cuts what some
+    models' files hold as one (the queries, keys and values of NomicBERT), and safetensors can't
+    write such parts.
+    """
+    for parameter in model.parameters():
+        if parameter.untyped_storage().nbytes() > parameter.nbytes:
+            parameter.data = parameter.detach().clone(memory_format=torch.contiguous_format)
 
 
 def load_sentence_model(model_class: Any, folder: Path, *, name: str, flag: str = "--model") -> Any:
@@ -282,7 +293,8 @@ def max_positions(model: PreTrainedModel) -> int | None:
             return module.num_embeddings - first
     config = model.config.get_text_config(decoder=True)
     sizes = [getattr(config, option, None) for option in POSITION_OPTIONS]
-    return next((size for size in sizes if isinstance(size, int)), None)
+    # XLNet and Transformer-XL say -1: no number of positions limits them
+    return next((size for size in sizes if isinstance(size, int) and size > 0), None)
 
 
 @contextlib.contextmanager
@@ -318,13 +330,15 @@ def _is_ours(error: BaseException) -> bool:
 def _reason(error: BaseException, reader: str) -> str:
     if "file named model.safetensors" in str(error):
         return (
-            "it has no model.safetensors, and pickled weights (pytorch_model.bin) are never read because they"
-            " can run code; use a version with safetensors or convert it first"
+            "it has no weights that are read here (model.safetensors or pytorch_model.bin, or a list of their"
+            " shards); name another model"
         )
     if "trust_remote_code" in str(error):
         return "it needs remote code, which is never run here; use a model that transformers itself supports"
-    if "Unrecognized configuration class" in str(error):
-        return "this kind of model can't do what the script does; name another model"
+    if kind := re.search(
+        r"Unrecognized configuration class <class '(?:\w+\.)*(\w+?)(?:Config)?'>", str(error)
+    ):
+        return f"this kind of model ({kind[1]}) can't do what the script does; name another model"
     # "'version'" says nothing without the KeyError
     kind = "" if isinstance(error, OSError | ValueError | ImportError) else f"{type(error).__name__}: "
     reason = f"{kind}{one_line(error).rstrip('.')}"

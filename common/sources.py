@@ -30,10 +30,32 @@ COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
 INVISIBLE = ("Cc", "Cf")  # categories of Unicode
 BLANK = r"^[\s\p{Z}\p{Cc}\p{Cf}]*$"  # as Arrow writes it; see is_blank
 FASTTEXT_LABEL = "__label__"  # each line of fastText's files begins with it
-# Files of a Hub model that are downloaded: no pickles, no ONNX, no code.
+# Files of a Hub model that are downloaded: no ONNX, no code; pickles only where there is nothing else.
 FILES_READ = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 FILES_IGNORED = ["onnx/*", "openvino/*"]
 CONNECT_SECONDS = 5.0
+# the models on the Hub that belong to no organization: sentence-transformers takes any other name
+# without one for that of a model of its own
+WITHOUT_ORGANIZATION = """
+albert-base-v1 albert-base-v2 albert-large-v1 albert-large-v2 albert-xlarge-v1 albert-xlarge-v2
+albert-xxlarge-v1 albert-xxlarge-v2 bert-base-cased-finetuned-mrpc bert-base-cased bert-base-chinese
+bert-base-german-cased bert-base-german-dbmdz-cased bert-base-german-dbmdz-uncased
+bert-base-multilingual-cased bert-base-multilingual-uncased bert-base-uncased
+bert-large-cased-whole-word-masking-finetuned-squad bert-large-cased-whole-word-masking
+bert-large-cased bert-large-uncased-whole-word-masking-finetuned-squad
+bert-large-uncased-whole-word-masking bert-large-uncased camembert-base ctrl
+distilbert-base-cased-distilled-squad distilbert-base-cased distilbert-base-german-cased
+distilbert-base-multilingual-cased distilbert-base-uncased-distilled-squad
+distilbert-base-uncased-finetuned-sst-2-english distilbert-base-uncased distilgpt2
+distilroberta-base gpt2-large gpt2-medium gpt2-xl gpt2 openai-gpt roberta-base-openai-detector
+roberta-base roberta-large-mnli roberta-large-openai-detector roberta-large t5-11b t5-3b t5-base
+t5-large t5-small transfo-xl-wt103 xlm-clm-ende-1024 xlm-clm-enfr-1024 xlm-mlm-100-1280
+xlm-mlm-17-1280 xlm-mlm-en-2048 xlm-mlm-ende-1024 xlm-mlm-enfr-1024 xlm-mlm-enro-1024
+xlm-mlm-tlm-xnli15-1024 xlm-mlm-xnli15-1024 xlm-roberta-base
+xlm-roberta-large-finetuned-conll02-dutch xlm-roberta-large-finetuned-conll02-spanish
+xlm-roberta-large-finetuned-conll03-english xlm-roberta-large-finetuned-conll03-german
+xlm-roberta-large xlnet-base-cased xlnet-large-cased
+""".split()  # noqa: SIM905
 
 # Without this, the progress bars of libraries would stay on the screen when their work is done. tqdm
 # reads its defaults from such variables when it is imported; an empty one is False.
@@ -47,22 +69,33 @@ os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
 
 
 def find_folder(
-    name: str, *, kind: bundled.Kind, flag: str = "--model", cache_dir: str | None = None
+    name: str,
+    *,
+    kind: bundled.Kind,
+    flag: str = "--model",
+    cache_dir: str | None = None,
+    organization: str | None = None,
 ) -> Path:
     """Return the local folder of a model: a bundled name, a folder, or a Hub id, which is
     downloaded first; a language model can also be a GGUF file.
 
-    `kind` says which bundled models are meant. Raises UserError, naming `flag`, when there is no
-    such model, it can't be reached, or its weights are pickled.
+    `kind` says which bundled models are meant, and `organization` whose model on the Hub is meant by
+    a name alone, such as all-MiniLM-L6-v2. Weights that are only pickled are converted, and the
+    folder is that of the conversion. Raises UserError, naming `flag`, when there is no such model,
+    it can't be reached, or its pickled weights are refused.
     """
     check_model(name, kind=kind, flag=flag)
     if bundled.is_bundled(name):
         return bundled.model_folder(name, kind=kind, flag=flag, cache_dir=cache_dir)
-    if Path(name).exists():
-        return Path(name)
-    folder = _download(name, kind=kind, flag=flag, cache_dir=cache_dir)
-    model_files.check(folder, f"{flag} {name}")
-    return folder
+    folder = Path(name)
+    if folder.is_file():
+        return folder
+    if not folder.exists():
+        if organization is not None and "/" not in name and name.lower() not in WITHOUT_ORGANIZATION:
+            name = f"{organization}/{name}"
+        folder = _download(name, kind=kind, flag=flag, cache_dir=cache_dir)
+        model_files.check(folder, f"{flag} {name}")
+    return model_files.without_pickles(folder, f"{flag} {name}", cache_dir=cache_dir)
 
 
 def check_model(name: str, *, kind: bundled.Kind, flag: str = "--model") -> None:
@@ -98,14 +131,19 @@ def _download(name: str, *, kind: bundled.Kind, flag: str, cache_dir: str | None
     import huggingface_hub.errors
 
     reachable = is_reachable()
-    try:
-        folder = huggingface_hub.snapshot_download(
-            name,
-            cache_dir=cache_dir,
-            allow_patterns=FILES_READ,
-            ignore_patterns=FILES_IGNORED,
-            local_files_only=not reachable,
+
+    def download(patterns: list[str]) -> Path:
+        options = {"ignore_patterns": FILES_IGNORED, "local_files_only": not reachable}
+        return Path(
+            huggingface_hub.snapshot_download(name, cache_dir=cache_dir, allow_patterns=patterns, **options)
         )
+
+    try:
+        folder = download(FILES_READ)
+        model_files.check(folder, f"{flag} {name}")
+        parts = model_files.parts_without_weights(folder, f"{flag} {name}")
+        if parts and reachable:
+            folder = download([f"{part}{file}" for part in parts for file in model_files.PICKLED_FILES])
     except huggingface_hub.errors.LocalEntryNotFoundError as error:
         raise UserError(
             f"{flag} {name}: no such folder, and the Hub can't be reached; use a local folder or"
@@ -125,7 +163,7 @@ def _download(name: str, *, kind: bundled.Kind, flag: str, cache_dir: str | None
         ) from error
     if not reachable:
         say_cached(f"{flag} {name}")
-    return Path(folder)
+    return folder
 
 
 # Texts --------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from common.generation.sampling import Settings
 if TYPE_CHECKING:  # importing it takes a second
     from transformers import PreTrainedTokenizerBase
 
+    from common.generation.beams import Beams
     from common.generation.chat import ChatFormat, Message
     from common.generation.decoding import Cache
     from common.tokenizer import Tokenizer
@@ -241,6 +242,7 @@ class Options:
     stops: tuple[str, ...] = ()
     num_logprobs: int | None = None
     lookup: int = 0  # guess up to so many tokens ahead
+    beams: Beams | None = None  # search for the likeliest texts
 
 
 @dataclass(frozen=True)
@@ -269,6 +271,8 @@ class Run:
     def check_memory(self, prompts: list[Prompt], free_bytes: int | None) -> None:
         """Raise UserError if a batch of these prompts needs more memory than there is free."""
         num_rows = len(prompts) * self.options.num_samples
+        if self.options.beams is not None:
+            num_rows = len(prompts) * self.options.beams.size
         num_columns = max(len(prompt.ids) for prompt in prompts) + self.options.settings.max_new_tokens
         needed = num_rows * self.bytes_per_row(num_columns)
         if free_bytes is not None and needed > free_bytes:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import itertools
 import textwrap
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tabulate import tabulate
@@ -59,9 +59,14 @@ def generation_config(options: Options, language_model: LanguageModel) -> Genera
         drawing = {name: getattr(settings, name) for name in names}
         if own_filters(settings):  # they have their own place among the library's
             drawing = {"top_k": 0}
+    searching: dict[str, Any] = {"num_beams": 1}
+    if options.beams is not None:
+        beams = options.beams
+        searching = {"num_beams": beams.size, "early_stopping": beams.early_stopping}
+        searching["length_penalty"] = beams.length_penalty
     return GenerationConfig(
         do_sample=settings.sample,
-        num_beams=1,
+        **searching,
         num_return_sequences=options.num_samples,
         max_new_tokens=settings.max_new_tokens,
         min_new_tokens=settings.min_new_tokens,
@@ -157,7 +162,15 @@ def library_tokens(
         )
     finally:
         model.generation_config = own_config
-    return output[:, batch.length :].tolist()
+    rows = output[:, batch.length :].tolist()
+    # after a beam search it pads with what may be an end token
+    return [_until_end(row, options.settings.end_ids) for row in rows] if options.beams else rows
+
+
+def _until_end(row: list[int], end_ids: tuple[int, ...]) -> list[int]:
+    """Return the tokens of a row up to its first end token."""
+    lengths = [index + 1 for index, token in enumerate(row) if token in end_ids]
+    return row[: min(lengths, default=len(row))]
 
 
 def library_tokenizer(language_model: LanguageModel) -> PreTrainedTokenizerBase:

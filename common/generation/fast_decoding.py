@@ -272,6 +272,11 @@ class RoomyCache:
     def activate_past_recording(self) -> None:
         """Nothing is forgotten in any case."""
 
+    def reorder_cache(self, rows: Tensor) -> None:
+        """Let each text go on from the columns of another one, `rows` (B): for beam search."""
+        for name in ("keys", "values"):
+            setattr(self, name, getattr(self, name)[:, rows])
+
     def reserve(self, texts: int, columns: int) -> None:
         """Make room for so many texts and columns; what is there is kept."""
         if self.keys.shape[1] == texts and self.capacity >= columns:

@@ -364,7 +364,9 @@ def load_reranker(name: str, runtime: Runtime, *, cache_dir: str | None) -> "Cro
 
     from common import models
 
-    folder = sources.find_folder(name, kind="encoder", flag="--rerank", cache_dir=cache_dir)
+    folder = sources.find_folder(
+        name, kind="encoder", flag="--rerank", cache_dir=cache_dir, organization="cross-encoder"
+    )
     model = models.load_sentence_model(CrossEncoder, folder, name=name, flag="--rerank")
     model = model.to(runtime.device)
     if model.num_labels != 1:

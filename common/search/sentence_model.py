@@ -70,7 +70,9 @@ def load_model(name: str, *, cache_dir: str | None) -> SentenceModel:
 
     Raises UserError when it can't be read, or reads something other than texts.
     """
-    folder = sources.find_folder(name, kind="encoder", flag="--model", cache_dir=cache_dir)
+    folder = sources.find_folder(
+        name, kind="encoder", flag="--model", cache_dir=cache_dir, organization="sentence-transformers"
+    )
     model_files.check_kind(folder, "SentenceTransformer", f"--model {name}")
     try:
         return read_model(folder)

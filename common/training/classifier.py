@@ -53,6 +53,8 @@ OTHER_PROBLEMS = {
     "regression": "numbers (regression)",
     "multi_label_classification": "several labels per text",
 }
+# architectures that can't be trained or scored in padded batches of any length, and why
+UNSERVED = {"reformer": "trains on texts of one length only"}
 UNNAMED = re.compile(r"LABEL_\d+")  # names that transformers gives to classes
 LORA_ALPHA = 2  # times the rank: the scale by which the update is multiplied, as is usual
 # dropout in the adapters would be one more source of randomness; --dropout is the model's own
@@ -99,6 +101,7 @@ def load_pretrained(
     model, head = load_classifier(
         folder, name=name, names=names, dropout=dropout, pad_token_id=tokenizer.pad_token_id
     )
+    pad_at_unread_end(model, tokenizer)
     size = sum(parameter.numel() for parameter in model.parameters())
     kind = type(model).__name__
     runtime.say(f"model    {name}: {kind}, {size / 1e6:.1f} million parameters, with {head}")
@@ -119,6 +122,14 @@ def ensure_padding_token(tokenizer: PreTrainedTokenizerBase, *, name: str) -> No
             " batches can't be padded; use another model"
         )
     tokenizer.pad_token = tokenizer.eos_token
+
+
+def pad_at_unread_end(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let a tokenizer pad at the left for a model that reads the last token, as XLNet does: it would
+    read padding. (Decoders find the last token that is none.)
+    """
+    if getattr(model.config, "summary_type", None) == "last":
+        tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # the second is saved
 
 
 def load_classifier(
@@ -304,9 +315,9 @@ def choose_saved_tokens(
 
 def mismatches(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return a sentence for each sign that a tokenizer and a model do not belong together."""
-    num_embeddings, highest = _num_embeddings(model), max(tokenizer.get_vocab().values())
+    num_embeddings, highest = count_embeddings(model), max(tokenizer.get_vocab().values())
     problems = []
-    if highest >= num_embeddings:
+    if num_embeddings is not None and highest >= num_embeddings:
         problems.append(
             f"the tokenizer's ids go up to {highest}, but the embedding table has {num_embeddings}"
             " rows: higher ids crash the model"
@@ -320,19 +331,30 @@ def mismatches(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
     return problems
 
 
-def _num_embeddings(model: PreTrainedModel) -> int:
-    embeddings = model.get_input_embeddings()
-    assert isinstance(embeddings, torch.nn.Embedding)
-    return embeddings.num_embeddings
+def count_embeddings(model: PreTrainedModel) -> int | None:
+    """Return the rows of a model's embedding table, None if it has none: CANINE hashes characters."""
+    try:
+        return getattr(model.get_input_embeddings(), "num_embeddings", None)
+    except NotImplementedError:
+        return None
 
 
 def require_match(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str) -> None:
-    """Raise UserError unless a tokenizer and a model belong together, and the model can read a text."""
+    """Raise UserError unless a tokenizer and a model belong together, and the model can read a padded
+    batch of texts.
+    """
     from common import models
 
     if problems := mismatches(model, tokenizer):
         raise UserError(f"--model {name}: {problems[0]}; --inspect shows more")
+    if (kind := model.config.model_type) in UNSERVED:
+        raise UserError(f"--model {name}: a {kind} {UNSERVED[kind]}; name another model")
+    if "attention_mask" not in tokenizer.model_input_names:
+        raise UserError(f"--model {name}: {type(model).__name__} reads padding as text; name another model")
     models.try_out(model, tokenizer, name=name)
+    with models.load_errors(name, reader=type(model).__name__), torch.no_grad():
+        texts = [dict(tokenizer(text)) for text in ("word", "three more words")]
+        model(**tokenizer.pad(texts, padding=True, return_tensors="pt").to(model.device))
 
 
 # Adapt --------------------------------------------------------------------------------------------
@@ -515,6 +537,7 @@ def load_saved(
     speedups.use_fast_attention(model)
     tokenizer = models.load_tokenizer(folder, name=name)
     ensure_padding_token(tokenizer, name=name)
+    pad_at_unread_end(model, tokenizer)
     require_match(model, tokenizer, name=name)
     return model, tokenizer
 

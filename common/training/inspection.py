@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from common import bundled, models, sources
 from common.errors import shorten
 from common.training.batching import PaddedBatches, Pick
-from common.training.classifier import mismatches
+from common.training.classifier import count_embeddings, mismatches
 from common.training.data import Splits, TokenConfig
 from common.training.report import MOST_CLASSES, WORST_CLASSES
 
@@ -170,5 +170,6 @@ def _show_match(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> N
     for problem in problems:
         print(f"WARNING: {problem}")
     if not problems:
-        num_embeddings = model.get_input_embeddings().num_embeddings
-        print(f"they belong together: {len(tokenizer):,} tokens, {num_embeddings:,} embeddings")
+        num_embeddings = count_embeddings(model)
+        embeddings = f"{num_embeddings:,} embeddings" if num_embeddings else "no table of embeddings"
+        print(f"they belong together: {len(tokenizer):,} tokens, {embeddings}")

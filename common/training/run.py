@@ -9,7 +9,7 @@ import datetime
 import itertools
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -348,6 +348,25 @@ def resumed_flags(given: Mapping[str, Any]) -> tuple[str | None, dict[str, objec
 def is_finished(run_folder: Path) -> bool:
     """Tell whether a run has come to its end: its results are the last that it writes."""
     return (run_folder / RESULTS).is_file()
+
+
+def finished_runs(names: Sequence[str]) -> list[Path]:
+    """Return the folders of at least two finished runs; a study stands for those of its runs.
+
+    Raises UserError for a folder that holds none.
+    """
+    found = []
+    for name in names:
+        folder = Path(name)
+        is_study = (folder / STUDY).is_file()
+        paths = sorted(folder.rglob(RESULTS) if is_study else folder.glob(RESULTS))
+        runs = [path.parent for path in paths]
+        if not runs:
+            raise UserError(f"--compare {name}: it holds no finished run; check the name, or finish it")
+        found += runs
+    if len(found) < 2:
+        raise UserError(f"--compare {' '.join(names)}: one run; name at least two, or a study of several")
+    return found
 
 
 def saved_flags(output_dir: str | None, resume: str) -> dict[str, object]:

@@ -11,7 +11,8 @@ from transformers import GenerationConfig
 import generate
 from common.errors import UserError
 from common.generation import decoding, explain, sampling
-from common.generation.completion import Completion, Options, Prompt, TextStream
+from common.generation.beams import Beams
+from common.generation.completion import Completion, Options, Prompt, Run, TextStream
 from common.generation.decoding import Batch, PromptLookup, TokenHistory
 from common.generation.fast_decoding import Kernel, load_library
 from common.generation.language_model import LanguageModel
@@ -221,6 +222,65 @@ def test_generate_is_asked_for_what_the_flags_say_and_nothing_else(name, flags):
     theirs = library(language_model, PROMPTS, Options(settings), 3)
     assert ours(language_model, PROMPTS, settings, exact(3)) == theirs
     assert language_model.model.generation_config is own
+
+
+BEAMS = [
+    Beams(2),
+    Beams(4, 0.0, True),
+    Beams(3, 2.0, "never"),
+    Beams(4, -1.0),
+    Beams(5, 1.0, True),
+    Beams(3, 0.6),
+]
+BEAM_SETTINGS = {
+    "plain": {},
+    "history": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 3, "presence_penalty": 0.5},
+    "a minimum": {"min_new_tokens": 9, "logit_bias": ((3, 4.0), (5, 4.0))},
+    "quick ends": {"logit_bias": ((3, 6.0), (5, 5.0))},
+}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "mistral",
+        pytest.param("llama in C", marks=needs_compiler),
+        heavy("llama"),
+        heavy("gpt2"),
+        heavy("mistral in C"),
+    ],
+)
+def test_beams_are_those_of_generate(kind, request):
+    """6 searches x one text and 4 left-padded ones x 4 settings for each model; some texts end before
+    the limit. All beams of a prompt, not the best one alone.
+    """
+    name, _, is_in_c = kind.partition(" ")
+    language_model, tokenizer = tiny_language_model(name, scale=2.0), train_byte_bpe()
+    different, lengths = [], set()
+    library_model = explain.library_model(language_model)
+    if is_in_c:
+        language_model = in_c(language_model, request.getfixturevalue("kernel"))
+    for beams, prompts, flags in itertools.product(BEAMS, (PROMPTS[:1], PROMPTS), BEAM_SETTINGS.values()):
+        options = Options(
+            dataclasses.replace(settings_of(flags, language_model), max_new_tokens=14),
+            num_samples=beams.size,
+            beams=beams,
+        )
+        run = Run(language_model, options)
+        numbered = [Prompt(number, "", ids) for number, ids in enumerate(prompts)]
+        rows = [
+            Completion(prompt, sample, TextStream(tokenizer))
+            for prompt in numbered
+            for sample in range(beams.size)
+        ]
+        list(generate.complete(run, rows, seed=0))
+        theirs = explain.library_tokens(language_model, library_model, numbered, options, seed=0)
+        found = [row.token_ids for row in rows]
+        lengths |= {len(row) for row in found}
+        if found != theirs:
+            different.append((beams, prompts, flags))
+    assert different == []
+    assert len(lengths) > 5 and 14 in lengths
 
 
 def test_several_samples_are_those_of_num_return_sequences():

@@ -29,6 +29,7 @@ ONLY_PARSED = {
     "sentence-transformers/": "needs the Hub",
     "--epochs 3 --output-dir runs/news": "trains for minutes; the slow tests run it on three seeds",
     "--resume runs/news": "goes on with that run",
+    "--compare runs/": "needs these runs; tests/integration/test_compare.py makes some",
     "--seeds 0 1 2": "trains for many minutes; tests/integration/test_study.py runs small ones",
     "--model runs/news/best": "needs that run",
     "bundled/bbc-news": "encodes for minutes on one core",

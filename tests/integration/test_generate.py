@@ -137,6 +137,7 @@ CHECKED = {
         *("--top-n-sigma", 2, "--epsilon-cutoff", 1e-4, "--eta-cutoff", 1e-3, "--xtc-probability", 0.5),
         *("--xtc-threshold", 0.02, "--batch-size", 3),
     ],
+    "beams": ["--num-beams", 3, "--num-samples", 2, "--length-penalty", 0.5, "--early-stopping", "never"],
     "stop strings": ["--stop", "e", "--stop", "the l", "--temperature", 1.5],
     "end tokens": ["--end-token", "e", "--end-token", "s", "--temperature", 2.0],
     "lookup": ["--lookup", 4, "--max-new-tokens", 60],

@@ -276,6 +276,14 @@ FLAGS = {  # name: (flags, what the line must hold)
         [*P, "--xtc-probability", 0.5, "--xtc-threshold", 0.6],
         ("--xtc-threshold 0.6", "at most 0.5"),
     ),
+    "one beam": ([*P, "--num-beams", 1], ("--num-beams 1", "greedy", "at least 2")),
+    "beams and a draw": ([*P, "--num-beams", 2, "--top-k", 5], ("--num-beams 2", "--top-k 5", "leave one")),
+    "beams and a stop string": ([*P, "--num-beams", 2, "--stop", "a"], ("--num-beams 2", "--stop 'a'")),
+    "more samples than beams": (
+        [*P, "--num-beams", 2, "--num-samples", 3],
+        ("--num-samples 3", "--num-beams 2"),
+    ),
+    "a length penalty alone": ([*P, "--length-penalty", 2], ("--length-penalty 2.0", "--num-beams")),
     "seed -1": ([*P, "--seed", -1], ("--seed", "'-1'", "from 0 to")),
     "abbreviated flag": ([*P, "--temp", 1], ("--temp", "--help")),
 }
@@ -627,11 +635,13 @@ def test_a_damaged_model_folder(file, content, parts, refused, tiny, tmp_path):
     refused("--model", tmp_path / "model", *P, parts=("--model", *parts, "name another"))
 
 
-def test_pickled_weights_are_never_read(refused, tiny, tmp_path):
+def test_pickled_weights_of_another_name_are_never_read(refused, tiny, tmp_path):
     shutil.copytree(tiny, tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").unlink()
-    torch.save({}, tmp_path / "model" / "pytorch_model.bin")
-    refused("--model", tmp_path / "model", *P, parts=("pickled weights", "never read", "convert"))
+    torch.save({}, tmp_path / "model" / "weights.bin")
+    refused(
+        "--model", tmp_path / "model", *P, parts=("pickled weights", "pytorch_model.bin", "use a version")
+    )
 
 
 def test_a_mode_of_one_process_under_torchrun(refused, monkeypatch):

@@ -219,7 +219,7 @@ def refusals(repositories, sentences_csv, tmp_path_factory):
             {
                 "unknown model": ["--model", "nobody/nothing", "--dataset", sentences_csv],
                 "unknown data set": ["--dataset", "nobody/nothing"],
-                "pickle": ["--model", "owner/only-pickle", "--dataset", sentences_csv],
+                "pickle": ["--model", "owner/only-pickle", "--dataset", sentences_csv, "--inspect"],
                 "script": ["--dataset", "owner/only-script"],
                 "no data": ["--dataset", "owner/only-card"],
                 "no configuration": ["--dataset", "owner/two-configs"],
@@ -234,14 +234,6 @@ def refusals(repositories, sentences_csv, tmp_path_factory):
     [
         ("unknown model", ["--model nobody/nothing", "check the name", "bundled/all-MiniLM-L6-v2"]),
         ("unknown data set", ["--dataset nobody/nothing", "check the name", "bundled/bbc-news"]),
-        (
-            "pickle",
-            [
-                "--model owner/only-pickle",
-                "no model.safetensors",
-                "pickled weights (pytorch_model.bin) are never read",
-            ],
-        ),
         ("script", ["--dataset owner/only-script", "remote code, which is never run", "Parquet"]),
         ("no data", ["--dataset owner/only-card", "no data files"]),
         ("no configuration", ["--dataset owner/two-configs", "--dataset-config", "['abstract', 'patent']"]),
@@ -257,13 +249,21 @@ def test_what_the_hub_lacks_is_one_line_at_once(refusals, case, parts):
     assert end.seconds < 60  # the Hub library alone would try again for minutes
 
 
-def test_foreign_code_is_neither_run_nor_converted(refusals):
+def test_pickled_weights_are_downloaded_where_there_are_no_others_and_converted_here(refusals):
+    ends, requests = refusals
+    assert ends["pickle"].code == 0 and "DistilBertForSequenceClassification" in ends["pickle"].stdout
+    assert ends["pickle"].stderr.startswith("--model owner/only-pickle: its weights are pickled")
+    asked = [request for request in requests if "pytorch_model.bin" in request]
+    assert asked and all("owner/only-pickle" in request for request in asked), asked
+
+
+def test_foreign_code_is_not_run_and_nothing_is_converted_elsewhere(refusals):
     ends, requests = refusals
     assert "the script ran" not in ends["script"].stdout
     # transformers would look up commits and discussions for a conversion to safetensors, and ask a
     # service on
     # the Hub for one
-    assert [request for request in requests if "pytorch_model.bin" in request or "/commits/" in request] == []
+    assert [request for request in requests if "/commits/" in request] == []
 
 
 @pytest.fixture(scope="module")

@@ -66,11 +66,19 @@ def home(embed, tmp_path_factory) -> Path:
     (home / "damaged").mkdir()
     (home / "damaged" / "manifest.json").write_text((home / "ix" / "manifest.json").read_text()[:-9])
     (home / "empty.txt").touch()
+    for name in ("run-a", "run-b"):
+        (home / name).mkdir()
+        write_lines(home / name / "config.json", ['{"seed": 0}'])
+        write_lines(home / name / "metrics.json", ['{"test_accuracy": 0.5}'])
+        header = "row,true,predicted,confidence,score no,score yes,text"
+        write_lines(
+            home / name / "predictions.csv", [header, f"1,no,{'no' if name[-1] == 'a' else 'yes'},1,1,0,x"]
+        )
     save_tiny_model(home / "llama")
     return home
 
 
-EMBED, GENERATE = "embed_search.py", "generate.py"
+EMBED, GENERATE, TRAIN = "embed_search.py", "generate.py", "train_classifier.py"
 PROMPT = ("--prompt", "The quick")
 QUICK = [  # help and mistakes: (command, exit code)
     ([EMBED, "--help"], 0),
@@ -99,6 +107,9 @@ QUICK = [  # help and mistakes: (command, exit code)
     ([EMBED, "evaluate", "--sts", "nowhere.csv"], 2),
     ([EMBED, "compare-models", "./nope"], 2),
     ([EMBED, "project", "--index", "ix", "--output-dir", "."], 2),
+    ([TRAIN, "--help"], 0),
+    ([TRAIN, "--compare", "run-a", "nowhere"], 2),
+    ([TRAIN, "--seeds", "0", "1", "--grid", "epochs=1,0"], 2),
     ([GENERATE, "--help"], 0),
     ([GENERATE], 2),
     ([GENERATE, *PROMPT, "--fast"], 2),
@@ -141,6 +152,8 @@ LOADED = {  # name: (command, the large packages that it may load)
     ),
     "project": ([EMBED, "project", *INDEX, "--output-dir", "board"], {*STORE, "torch", "tensorboard"}),
 }
+
+LOADED["train --compare"] = ([TRAIN, "--compare", "run-a", "run-b"], {"numpy", "scipy", "tabulate"})
 
 TINY = (*PROMPT, "--model", "llama", "--max-new-tokens", "2", "--precision", "fp32")
 # transformers' code of a model imports scikit-learn, SciPy and pandas, and torch._dynamo tabulate

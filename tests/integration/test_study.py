@@ -249,3 +249,6 @@ def test_runs_of_a_study_are_those_of_single_commands_to_the_bit(
         json.loads((folder / f"seed-{seed}" / "metrics.json").read_text())["test_accuracy"] for seed in (1, 2)
     ]
     assert f"{np.mean(accuracies):.4f} ± {np.std(accuracies, ddof=1):.4f}" in done.stdout
+    compared = call_script("train_classifier.py", "--compare", folder).stdout
+    assert "test rows: 12, the same in all runs" in compared and "McNemar, exact (" in compared
+    assert re.search(r"^run +seed +accuracy", compared, re.M), "what differs is the seed alone"

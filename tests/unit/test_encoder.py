@@ -185,11 +185,21 @@ def test_lengths_by_role_are_refused(setting, value, tiny_embedder, tmp_path):
         load_model(str(tmp_path / "other"), cache_dir=None)
 
 
-def test_pickled_weights_and_foreign_code_are_refused(tiny_embedder, tmp_path):
-    shutil.copytree(tiny_embedder, tmp_path / "pickled")
-    (tmp_path / "pickled" / "model.safetensors").rename(tmp_path / "pickled" / "pytorch_model.bin")
-    with pytest.raises(UserError, match="pickled weights"):
-        load_model(str(tmp_path / "pickled"), cache_dir=None)
+def test_pickled_weights_of_every_module_are_converted(tiny_embedder, tmp_path):
+    """As most models of sentence-transformers from before 2023 have them."""
+    parts = [Transformer(str(tiny_embedder)), Pooling(32), Dense(32, 8), Normalize()]
+    SentenceTransformer(modules=parts, device="cpu").save(str(tmp_path / "plain"))
+    shutil.copytree(tmp_path / "plain", tmp_path / "pickled")
+    for weights in (tmp_path / "pickled").rglob("model.safetensors"):
+        torch.save(load_file(weights), weights.with_name("pytorch_model.bin"))
+        weights.unlink()
+    assert len(list((tmp_path / "pickled").rglob("pytorch_model.bin"))) == 2
+    plain = load_model(str(tmp_path / "plain"), cache_dir=None)
+    pickled = load_model(str(tmp_path / "pickled"), cache_dir=str(tmp_path / "cache"))
+    assert pickled.fingerprint == plain.fingerprint and pickled.width == 8
+
+
+def test_foreign_code_is_refused(tiny_embedder, tmp_path):
     shutil.copytree(tiny_embedder, tmp_path / "code")
     modules = (tmp_path / "code" / "modules.json").read_text()
     (tmp_path / "code" / "modules.json").write_text(

