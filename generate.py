@@ -247,11 +247,8 @@ NEEDS = {  # a flag, and the flags of which it needs one
     "--xtc-threshold": ("--xtc-probability",),
     "--length-penalty": ("--num-beams",),
     "--early-stopping": ("--num-beams",),
-    "--num-samples": (
-        *DRAWING_FLAGS,
-        "--num-beams",
-        "--use-model-defaults",
-    ),  # greedy gives the same text each time
+    # greedy gives the same text each time
+    "--num-samples": (*DRAWING_FLAGS, "--num-beams", "--use-model-defaults"),
 }
 CONFLICTS = (  # flags that cannot be used together, and why; torchrun counts as one
     ("--prompt", NO_PROMPT, "this mode takes no prompts"),
@@ -473,7 +470,8 @@ def complete(run: Run, rows: list[Completion], batch: Batch | None = None, *, se
         return
     options, settings = run.options, run.options.settings
     if options.beams is not None:
-        yield from beams.complete(run, rows, options.beams)
+        with run.told_if_out_of_memory(len(rows) * options.beams.size):
+            yield from beams.complete(run, rows, options.beams)
         return
     batch = batch or run.left_pad(rows)
     lookup = PromptLookup(options.lookup) if options.lookup else None
