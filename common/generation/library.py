@@ -85,10 +85,8 @@ def check_memory(folder: Path, dtype: torch.dtype, *, name: str) -> None:
     """Raise UserError for a model whose weights do not fit into the memory that is free: else the system
     would end this process, without a word.
     """
-    shapes, free = (
-        model_files.weight_shapes(folder, f"--model {name}"),
-        free_memory_bytes(torch.device("cpu")),
-    )
+    free = free_memory_bytes(torch.device("cpu"))
+    shapes = model_files.weight_shapes(folder, f"--model {name}")
     needed = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
     if free is not None and needed > free:
         taken = f"in {str(dtype).removeprefix('torch.')} its weights take about {needed / 1e9:,.1f} GB"

@@ -30,7 +30,7 @@ from transformers import (
 )
 
 import generate
-from common import bundled, files
+from common import bundled, cli, files
 from common.errors import UserError
 from common.generation import chat, language_model, output
 from conftest import ROOT, exit_code_in_process, with_defaults
@@ -472,15 +472,16 @@ TEMPLATES = {  # name: (template, what the line must hold)
 
 @pytest.mark.parametrize("template, parts", TEMPLATES.values(), ids=TEMPLATES)
 def test_a_template_that_can_not_be_used(template, parts, refused, tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(chat, "TEMPLATE_SECONDS", 1)
+    monkeypatch.setattr(chat, "TEMPLATE_SECONDS", 10 if parts else 1)  # those without an own reason never end
     shutil.copytree(tiny, tmp_path / "model")
     (tmp_path / "model" / "chat_template.jinja").write_text(template)
     for flags in (["--chat", *P], ["--interactive"]):
         refused("--model", tmp_path / "model", *flags, parts=("--chat", str(tmp_path / "model"), *parts))
 
 
-def test_memory_that_runs_out_while_texts_are_generated(refused):
+def test_memory_that_runs_out_while_texts_are_generated(refused, monkeypatch):
     """The limit is one of addresses, of which the system tells nothing beforehand."""
+    monkeypatch.setattr(cli, "NEEDED_ADDRESSES", 0)  # to load libraries, which are loaded
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + (200 << 20), hard))
