@@ -32,12 +32,13 @@ from types import FrameType
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from common import bundled, cli, sources
-from common.errors import Interrupted, UserError
-from common.files import check_new
+from common.errors import Interrupted, UserError, first_repeated
+from common.files import check_new, only_writer
 from common.search.manifest import (
     DEFAULT_LIMITS,
     MANIFEST,
     PAIR_COLUMNS,
+    PER_QUERY_COLUMNS,
     EncoderConfig,
     Limits,
     Settings,
@@ -53,6 +54,8 @@ from common.search.words import AUTO, LANGUAGES, Words
 if TYPE_CHECKING:
     from common.runtime import Runtime
     from common.search.display import Screen
+    from common.search.encoder import Encoder
+    from common.search.model_scores import ModelScores
     from common.search.texts import Source
 
 DEFAULT_OVERLAP = 32
@@ -61,6 +64,7 @@ LARGEST_MATRIX = 5_000  # texts whose matrix of similarities is shown or written
 WAIT = {"type": cli.duration, "default": 10.0, "help": "seconds to wait for another writer"}
 LANGUAGE = {"choices": list(LANGUAGES), "default": AUTO, "metavar": "CODE"}
 LANGUAGE["help"] = f"whose words --hybrid counts: {', '.join(LANGUAGES)}"
+OFFSET = {"type": cli.non_negative_int, "default": 0, "help": "leave out so many of the first"}
 SKIP_BAD = {"action": "store_true", "help": "skip rows and ids that can't be used"}
 
 
@@ -73,6 +77,7 @@ def add_similarity_flags(command: cli.Parser) -> None:
     flag("--query", action="append", default=[], help="a text to compare with all; may be repeated")
     flag("--top-k", type=cli.positive_int, default=3, help="the most similar pairs to show")
     flag("--figure", metavar="PNG", type=picture_file, help="write the matrix as a picture")
+    flag("--output", metavar="NPY", type=vectors_file, help="write the embeddings at norm 1 for NumPy")
 
 
 def check_similarity(args: argparse.Namespace) -> None:
@@ -100,6 +105,8 @@ def similarity(args: argparse.Namespace) -> None:
             embeddings = encoder().encode_unit(args.query, role=role).astype(np.float64)
             queries = list(zip(args.query, embeddings @ vectors.T))
         display.show_similarity(screen, selection, matrix, best, queries)
+        if args.output:
+            display.save_vectors(vectors.astype(np.float32), args.output, screen)
         if args.figure:
             from common import figures
 
@@ -121,6 +128,11 @@ def add_index_flags(command: cli.Parser) -> None:
     flag("--chunk-overlap", type=cli.non_negative_int, help=overlap)
     flag("--wait", **WAIT)
     add_text_flags(command)
+
+
+def add_sync_flags(command: cli.Parser) -> None:
+    add_index_flags(command)
+    command.set_defaults(update=True)  # --update is implied
 
 
 def check_index_command(args: argparse.Namespace) -> None:
@@ -185,6 +197,8 @@ def index(args: argparse.Namespace) -> None:
                 store.record_model(settings["model"])  # the same one, which has moved
             builder = Builder(store, encoder, update=args.update, skip_bad=args.skip_bad)
             fill(builder, collection, block=args.block)
+            if args.command == "sync":
+                builder.remove_unseen()
             seconds = time.perf_counter() - started
             display.show_build(screen, builder, collection, seconds=seconds)
     except UserError:
@@ -195,6 +209,13 @@ def index(args: argparse.Namespace) -> None:
         message = f"stopped; {done:,} texts of this run are in {folder}; the same command continues"
         raise Interrupted(message, int(stopped.code or 0)) from None
     encoder.release()
+
+
+def sync(args: argparse.Namespace) -> None:
+    """Bring an index to the state of its source: new rows come, changed ones are replaced, and rows
+    that are gone from the source are deleted.
+    """
+    index(args)
 
 
 def stop(number: int, _: FrameType | None) -> NoReturn:
@@ -281,36 +302,95 @@ def verify(args: argparse.Namespace) -> None:
     display.show_index(display.Screen(as_json=args.json), indexes.verify(args.index), verified=True)
 
 
-# search: queries -> hits
+# list, show: what an index holds
+
+
+def add_list_flags(command: cli.Parser) -> None:
+    flag = command.add_argument
+    flag("--index", metavar="DIR", type=cli.name, required=True, help="the index to list")
+    flag("--top-k", type=cli.positive_int, default=20, help="the most texts to show")
+    flag("--offset", **OFFSET)
+    add_where_flags(command)
+
+
+def list_texts(args: argparse.Namespace) -> None:
+    """List the texts of an index with their columns, in the order of its rows."""
+    from common.search import display, mining
+    from common.search.index import open_snapshot
+
+    snapshot = open_snapshot(args.index)
+    selection = mining.select(snapshot, args.where, limits=limits_of(args), least=0)
+    screen = display.Screen(as_json=args.json)
+    display.show_list(screen, selection, offset=args.offset, count=args.top_k)
+
+
+def add_show_flags(command: cli.Parser) -> None:
+    flag = command.add_argument
+    flag("ids", nargs="+", metavar="ID", help="the ids of the texts to show")
+    flag("--index", metavar="DIR", type=cli.name, required=True, help="the index that has them")
+    numbers = "also show the embedding: its first ten numbers, with --json all"
+    flag("--vector", action="store_true", help=numbers)
+
+
+def check_show(args: argparse.Namespace) -> None:
+    for number, key in enumerate(args.ids, start=1):
+        sources.check_query(key, f"id {number}")
+    check_existing(args)
+
+
+def show(args: argparse.Namespace) -> None:
+    """Show whole texts of an index by their ids, with their columns."""
+    from common.search import display
+    from common.search.index import known_rows, open_snapshot
+
+    snapshot = open_snapshot(args.index)
+    rows = [known_rows(snapshot, key) for key in args.ids]
+    display.show_texts(display.Screen(as_json=args.json), snapshot, rows, vector=args.vector)
+
+
+# search, like: queries or liked texts -> hits
 
 
 def add_search_flags(command: cli.Parser) -> None:
     flag = command.add_argument
-    flag("queries", nargs="*", metavar="QUERY", help="a text to search for; without any, a prompt")
-    flag("--index", metavar="DIR", type=cli.name, required=True, help="where to search")
+    what = "a text to search for in --index (without any, a prompt); without --index, texts to search"
+    flag("names", nargs="*", metavar="QUERY|TEXTS", help=what)
+    flag("--index", metavar="DIR", type=cli.name, help="where to search; a few texts need none")
+    flag("--query", action="append", default=[], help="a text to search for; may be repeated")
     lines = "one query per line, - for standard input"
     flag("--queries", dest="queries_file", metavar="FILE", type=cli.name, help=lines)
-    flag("--encoding", type=cli.encoding, help="of --queries, such as latin-1 (default: UTF-8)")
-    flag("--top-k", type=cli.positive_int, default=5, help="texts per query")
+    add_hit_flags(command)
     flag("--hybrid", action="store_true", help="fuse cosine and BM25 by reciprocal rank")
     flag("--language", **LANGUAGE)
     flag("--approximate", action="store_true", help="find candidates by FAISS codes, kept beside the index")
     add_where_flags(command)
     add_rerank_flags(command)
-    add_model_flags(command)
+    add_text_flags(command)
+
+
+def add_hit_flags(command: cli.Parser) -> None:
+    flag = command.add_argument
+    flag("--top-k", type=cli.positive_int, default=5, help="texts to find")
+    flag("--offset", **OFFSET)
+    flag("--min-score", type=finite, metavar="N", help="leave out what has a lower score")
 
 
 def check_search(args: argparse.Namespace) -> None:
+    # what stands without a flag is searched for in an index, or else what is searched
+    args.texts, args.queries = ([], args.names) if args.index else (args.names, [])
+    args.queries = [*args.queries, *args.query]
     if args.queries and args.queries_file:
         raise UserError("search: name either queries or --queries FILE")
+    if not args.index and not args.texts:
+        raise UserError("search: name an index with --index, or the texts to search and a --query")
     if args.language != AUTO and not args.hybrid:
         raise UserError(f"--language {args.language}: only --hybrid looks at words; give it too")
     for number, query in enumerate(args.queries, start=1):
         sources.check_query(query, f"query {number}")
     if args.queries_file:
         sources.check_text_file(args.queries_file)
-    check_index(args, encodes=True)
-    if not num_live_rows(read_manifest(Path(args.index))):
+    check_source(args, encodes=True)
+    if args.index and not num_live_rows(read_manifest(Path(args.index))):
         command = f"embed_search.py index TEXTS --index {args.index}"
         raise UserError(f"--index {args.index}: it has no rows; add some with: {command}")
     if args.rerank:
@@ -318,42 +398,80 @@ def check_search(args: argparse.Namespace) -> None:
 
 
 def search(args: argparse.Namespace) -> None:
-    """Find the texts of an index that are nearest to queries; without a query, ask for them."""
-    from common.search import display
-    from common.search.builder import load_index_encoder
+    """Find the texts that are nearest to queries, in an index or among a few texts without one;
+    without a query, ask for them.
+    """
+    from common.search import display, mining
     from common.search.encoder import load_reranker
-    from common.search.index import matching, open_snapshot
-    from common.search.searcher import Searcher
+    from common.search.searcher import Page, Searcher
 
     runtime, screen = start(args)
-    queries = args.queries
+    queries, reranker = args.queries, None
     if args.queries_file:
         queries = read_queries(args.queries_file, args.encoding)
+    options = {"say": screen.say, "least": 0, "role": "document"}
+    with mining.open_source(source_of(args), runtime, **options) as (selection, encoder):
+        if args.rerank:
+            reranker = load_reranker(args.rerank, runtime, cache_dir=args.cache_dir)
+        model = encoder()
+        searcher = Searcher(
+            selection.snapshot,
+            model,
+            selection.mask,
+            approximate=args.approximate,
+            hybrid=args.hybrid,
+            words=Words(args.language),
+            reranker=reranker,
+            rerank_depth=args.rerank_depth,
+            say=screen.say,
+        )
+        page = Page(args.top_k, args.offset, args.min_score)
+        if not queries:
+            display.answer_prompt(screen, searcher, page)
+            return
+        num_cut = model.num_cut  # of the texts, which are told already
+        hits = searcher.search(queries, page.depth)
+        display.show_hits(screen, searcher.snapshot, queries, hits, page)
+        if model.num_cut > num_cut:
+            limit = f"{model.max_length} tokens"
+            screen.say(f"{model.num_cut - num_cut:,} queries are longer than {limit} and were cut there")
+
+
+def add_like_flags(command: cli.Parser) -> None:
+    flag = command.add_argument
+    flag("ids", nargs="+", metavar="ID", help="the ids of the texts that are liked")
+    flag("--unlike", nargs="+", default=[], metavar="ID", help="the ids of texts that are disliked")
+    flag("--index", metavar="DIR", type=cli.name, required=True, help="the index that has them")
+    add_hit_flags(command)
+    add_where_flags(command)
+
+
+def check_like(args: argparse.Namespace) -> None:
+    for number, key in enumerate([*args.ids, *args.unlike], start=1):
+        sources.check_query(key, f"id {number}")
+    both = next((key for key in args.ids if key in args.unlike), None)
+    if both is not None:
+        raise UserError(f"--unlike {both}: it is liked too; name it once")
+    check_existing(args)
+
+
+def like(args: argparse.Namespace) -> None:
+    """Recommend texts that are similar to one or several, and unlike others; needs no model."""
+    from common.search import display, mining
+    from common.search.index import known_rows, open_snapshot
+    from common.search.searcher import Page, Searcher, taste
+
     snapshot = open_snapshot(args.index)
-    allowed = matching(snapshot, args.where, limits_of(args))
-    encoder = load_index_encoder(encoder_config(args), runtime, snapshot)
-    reranker = None
-    if args.rerank:
-        reranker = load_reranker(args.rerank, runtime, cache_dir=args.cache_dir)
-    searcher = Searcher(
-        snapshot,
-        encoder,
-        allowed,
-        approximate=args.approximate,
-        hybrid=args.hybrid,
-        words=Words(args.language),
-        reranker=reranker,
-        rerank_depth=args.rerank_depth,
-        say=screen.say,
-    )
-    if not queries:
-        display.answer_prompt(screen, searcher, args.top_k)
-        return
-    hits = searcher.search(queries, args.top_k)
-    display.show_hits(screen, searcher, queries, hits)
-    if encoder.num_cut:
-        limit = f"{encoder.max_length} tokens"
-        screen.say(f"{encoder.num_cut:,} queries are longer than {limit} and were cut there")
+    liked, unliked = ([known_rows(snapshot, key) for key in keys] for keys in (args.ids, args.unlike))
+    selection = mining.select(snapshot, args.where, limits=limits_of(args), least=0)
+    allowed = selection.mask
+    for rows in [*liked, *unliked]:
+        allowed[rows] = False
+    page = Page(args.top_k, args.offset, args.min_score)
+    hits = Searcher(snapshot, None, allowed).nearest(taste(snapshot, liked, unliked), page.depth)
+    title = f"like {', '.join(args.ids)}" + (f", unlike {', '.join(args.unlike)}" if args.unlike else "")
+    screen = display.Screen(as_json=args.json)
+    display.show_hits(screen, snapshot, [title], [hits], page, heading="")
 
 
 def read_queries(file: str, encoding: str | None) -> list[str]:
@@ -401,6 +519,32 @@ def duplicates(args: argparse.Namespace) -> None:
         with display.open_output(args.pairs_file) as file:
             groups, kept = display.collect_groups(selection, similar, file, keep=screen.as_json)
         display.show_groups(screen, selection, groups, kept, threshold=args.threshold)
+
+
+def add_dedupe_flags(command: cli.Parser) -> None:
+    add_source_flags(command)
+    flag = command.add_argument
+    flag("--threshold", type=cosine, default=0.9, help="the lowest cosine of two texts that are the same")
+    rules = "which of a group is kept: the first or last row, or the longest text"
+    flag("--keep", choices=["first", "last", "longest"], default="first", help=rules)
+    kinds = "where what is kept is written: .jsonl, .csv or .parquet"
+    flag("--output", metavar="FILE", type=rows_file, required=True, help=kinds)
+
+
+def dedupe(args: argparse.Namespace) -> None:
+    """Write the texts without those that are nearly the same as another: one of each group is kept."""
+    from common.search import display, mining
+
+    runtime, screen = start(args)
+    with mining.open_source(source_of(args), runtime, say=screen.say) as (selection, _):
+        if selection.documents is not None:
+            problem = "it holds chunks, not whole texts"
+            raise UserError(f"dedupe --index {args.index}: {problem}; name the texts themselves")
+        similar = mining.similar_pairs(selection, args.threshold, block=args.block)
+        groups, _ = display.collect_groups(selection, similar, None, keep=False)
+        kept = mining.one_of_each(selection, groups, args.keep)
+        count = display.write_rows(selection, kept, args.output, text_column=args.text_column)
+        display.show_dedupe(screen, selection, groups, args.output, count=count, threshold=args.threshold)
 
 
 def add_cluster_flags(command: cli.Parser) -> None:
@@ -490,8 +634,10 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def add_compare_flags(command: cli.Parser) -> None:
-    models = "bundled names, local folders or Hub ids"
+    models = "bundled names, local folders or Hub ids; the others are compared with the first"
     command.add_argument("models", nargs="+", metavar="MODEL", help=models)
+    kept = "write each query's scores; models that are in the file already are not scored again"
+    command.add_argument("--per-query", metavar="CSV", type=per_query_file, help=kept)
     add_task_flags(command)
 
 
@@ -500,34 +646,78 @@ def check_compare(args: argparse.Namespace) -> None:
         raise UserError(
             f"--model {args.model}: compare-models takes its models without it; leave --model out"
         )
+    if (twice := first_repeated(args.models)) is not None:
+        raise UserError(f"MODEL {twice}: it is named twice; name each model once")
     check_task(args)
     for name in args.models:
         check_model(name, flag="MODEL")
 
 
 def compare_models(args: argparse.Namespace) -> None:
-    """Evaluate several models: quality, texts/s, bytes per embedding."""
-    from common.search import display, relevance
+    """Evaluate several models: quality, texts/s, bytes per embedding; test what differs."""
+    from common.search import display, model_scores
     from common.search.encoder import load_encoder
-    from common.search.searcher import Searcher
 
     runtime, screen = start(args)
-    lines = []
+    configs = [dataclasses.replace(encoder_config(args), model=name) for name in args.models]
+    fingerprints = []
+    for config in configs:  # all, before the first is scored: one that can't be loaded costs no hours
+        fingerprints.append(task_fingerprint(load_encoder(config, runtime), args))
+    path = None if args.per_query is None else Path(args.per_query)
+    kept = {} if path is None else model_scores.read_scores(path)
+    done = []
+    with contextlib.nullcontext() if path is None else only_writer(path, flag="--per-query"):
+        try:
+            for config, fingerprint in zip(configs, fingerprints):
+                if fingerprint in kept:
+                    screen.say(f"model    {config.model}: its scores are in {path}")
+                else:
+                    scores = score_model(load_encoder(config, runtime), fingerprint, args, runtime, screen)
+                    kept[fingerprint] = scores
+                    numbers = ", ".join(f"{name} {value:.3f}" for name, value in scores.scores().items())
+                    screen.say(f"model    {config.model}: {numbers}")
+                    if path is not None:
+                        model_scores.write_scores(path, list(kept.values()))
+                done.append(kept[fingerprint])
+        finally:  # of those that are finished, whatever stops the others
+            if done:
+                display.show_models(screen, [model.line() for model in done], model_scores.differences(done))
+
+
+def score_model(
+    encoder: Encoder, fingerprint: str, args: argparse.Namespace, runtime: Runtime, screen: Screen
+) -> ModelScores:
+    """Return what a model comes to on the task of the flags."""
+    import numpy as np
+
+    from common.search import relevance
+    from common.search.model_scores import COSINE, HUMAN, ModelScores
+    from common.search.searcher import Searcher
+
+    own = (encoder.name, fingerprint, encoder.width)
+    if args.sts:
+        cosines, human = relevance.sts_cosines(encoder, args.sts, args.sts_columns, block=args.block)
+        pairs = [str(row) for row in range(1, len(human) + 1)]
+        return ModelScores(*own, None, pairs, {COSINE: cosines, HUMAN: human})
     files = relevance.TaskFiles(args.queries, args.qrels, args.id_column)
-    for name in args.models:
-        encoder = load_encoder(dataclasses.replace(encoder_config(args), model=name), runtime)
-        line = {"model": name, "width": encoder.width, "bytes_a_vector": 4 * encoder.width}
-        if args.sts:
-            line |= relevance.sts_score(encoder, args.sts, args.sts_columns, block=args.block)
-        else:
-            source, options = source_of(args), {"say": screen.say, "encoder": encoder}
-            with relevance.open_task(files, source, runtime, **options) as opened:
-                snapshot = opened.snapshot
-                searcher = Searcher(snapshot, encoder, snapshot.alive(), say=screen.say)
-                line["texts_per_second"] = snapshot.num_rows / opened.seconds
-                line |= relevance.score(searcher, opened.task)
-        lines.append(line)
-    display.show_models(screen, lines)
+    options = {"say": screen.say, "encoder": encoder}
+    with relevance.open_task(files, source_of(args), runtime, **options) as opened:
+        snapshot, task = opened.snapshot, opened.task
+        searcher = Searcher(snapshot, encoder, snapshot.alive(), say=screen.say)
+        speed = snapshot.num_rows / opened.seconds if opened.seconds else None
+        values = relevance.query_scores(task.judgements, relevance.find(searcher, task))
+    arrays = {name: np.array(of_queries) for name, of_queries in values.items()}
+    return ModelScores(*own, speed, list(task.judgements), arrays)
+
+
+def task_fingerprint(encoder: Encoder, args: argparse.Namespace) -> str:
+    """Return what tells the scores of a model on a task from all others."""
+    from common.search import model_scores
+
+    files = [args.queries, args.qrels, args.sts, args.index, *args.texts]
+    names = ("id_column", "sts_columns", "text_column", "columns", "delimiter", "quoting", "encoding")
+    settings = {name: getattr(args, name) for name in (*names, "skip_bad")}
+    return model_scores.fingerprint(encoder.identity(), files, settings)
 
 
 # project: an index for TensorBoard
@@ -625,16 +815,55 @@ def cosine(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r} is not a number from -1 to 1")
 
 
+def finite(text: str) -> float:
+    """Parse a finite number."""
+    with contextlib.suppress(ValueError):
+        if float("-inf") < float(text) < float("inf"):
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+
+
+def rows_file(text: str) -> str:
+    """Parse the path of a file of rows, whose suffix is a format; it is new or empty."""
+    return _new_file(text, (".jsonl", ".csv", ".parquet"))
+
+
+def vectors_file(text: str) -> str:
+    """Parse the path of a new file of NumPy's."""
+    return _new_file(text, (".npy",))
+
+
+def _new_file(text: str, suffixes: tuple[str, ...]) -> str:
+    path = Path(text)
+    if path.suffix.lower() not in suffixes:
+        reason = f"the suffix is not one of {', '.join(suffixes)}; name such a file"
+        raise argparse.ArgumentTypeError(f"{text}: {reason}")
+    if path.exists() and not path.is_dir() and not (path.is_file() and path.stat().st_size == 0):
+        raise argparse.ArgumentTypeError(f"{text}: it exists; name a new file")
+    return output_file(text)
+
+
 def pairs_file(text: str) -> str:
     """Parse the path of a file of pairs, which is new, empty, or one that was written before."""
+    return table_file(text, PAIR_COLUMNS)
+
+
+def table_file(text: str, columns: tuple[str, ...]) -> str:
+    """Parse the path of a CSV, which is new, empty, or one whose first line begins with `columns`."""
     path = Path(text)
     if path.exists() and not path.is_file() and not path.is_dir():
         raise argparse.ArgumentTypeError(f"{text}: this is a device or a pipe; name a file")
     if path.is_file() and path.stat().st_size:
         with open(path, "rb") as file:
-            if file.readline().rstrip() != ",".join(PAIR_COLUMNS).encode():
+            header = file.readline().rstrip().decode(errors="replace").split(",")
+            if tuple(header[: len(columns)]) != columns:
                 raise argparse.ArgumentTypeError(f"{text}: it holds something else; name a new file")
     return output_file(text)
+
+
+def per_query_file(text: str) -> str:
+    """Parse the path of a file of scores, which is new, empty, or one that was written before."""
+    return table_file(text, PER_QUERY_COLUMNS)
 
 
 def output_file(text: str) -> str:
@@ -784,12 +1013,17 @@ class Command(NamedTuple):
 COMMANDS = {
     "similarity": Command(similarity, add_similarity_flags, check_similarity),
     "index": Command(index, add_index_flags, check_index_command),
+    "sync": Command(sync, add_sync_flags, check_index_command),
+    "list": Command(list_texts, add_list_flags, check_existing),
+    "show": Command(show, add_show_flags, check_show),
     "delete": Command(delete, add_delete_flags, check_delete),
     "compact": Command(compact, add_compact_flags, check_existing),
     "verify": Command(verify, add_verify_flags, check_existing),
     "search": Command(search, add_search_flags, check_search),
+    "like": Command(like, add_like_flags, check_like),
     "pairs": Command(pairs, add_pairs_flags, check_source),
     "duplicates": Command(duplicates, add_duplicates_flags, check_source),
+    "dedupe": Command(dedupe, add_dedupe_flags, check_source),
     "cluster": Command(cluster, add_cluster_flags, check_source),
     "evaluate": Command(evaluate, add_evaluate_flags, check_evaluate),
     "compare-models": Command(compare_models, add_compare_flags, check_compare),
@@ -812,8 +1046,8 @@ def make_parser() -> cli.Parser:
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raise UserError for what the flags and the file system show to be wrong."""
-    if args.command != "index" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        problem = "only index runs in several processes"
+    if args.command not in ("index", "sync") and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        problem = "only index and sync run in several processes"
         raise UserError(f"torchrun: {problem}; run {args.command} with python")
     COMMANDS[args.command].check(args)
 

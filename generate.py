@@ -121,6 +121,11 @@ def make_parser() -> cli.Parser:
     help_text = "true: end with the Nth text that ends; false: when no better one is likely; never: possible"
     add("--early-stopping", choices=list(EARLY_STOPPING), default="false", help=help_text)
 
+    add = parser.add_argument_group("form of a text").add_argument
+    help_text = r"the text is exactly one of these, separated by commas; \, is a comma, \n a line break"
+    add("--choices", action="extend", metavar="TEXT,...", type=listed, help=help_text)
+    add("--regex", metavar="PATTERN", help="the text matches this regular expression as a whole")
+
     add = parser.add_argument_group("end of a text").add_argument
     add("--max-new-tokens", type=positive_int, default=200, help="the most tokens of a text")
     help_text = "no end token before this many tokens; a stop string still ends the text"
@@ -229,6 +234,8 @@ DRAWING_FLAGS = tuple("--" + name.replace("_", "-") for name in DRAWING)
 NO_PROMPT = ("--serve", "--interactive", "--perplexity", "--score")
 ONE_PROMPT = ("--explain", "--compare")
 NO_SCORE = ("--check", *ONE_PROMPT, "--serve", "--interactive", "--perplexity")
+FORMS = ("--choices", "--regex")
+FORMLESS = ("--min-new-tokens", "--no-repeat-ngram-size", "--ban-words")
 TABLES = ("--prompts-file", "--references", "--score")  # flags whose file may be a table
 MODES = ("--check", *ONE_PROMPT, *NO_PROMPT)
 CHATS = ("--chat", "--interactive")
@@ -260,7 +267,7 @@ CONFLICTS = (  # flags that cannot be used together, and why; torchrun counts as
     ("--lookup", (*DRAWING_FLAGS, "--use-model-defaults"), "prompt lookup is for greedy decoding"),
     (
         "--serve",
-        ("--chat", "--lookup", "--sampler"),
+        ("--chat", "--lookup", "--sampler", *FORMS),
         "each request says what it is, and is decoded as if alone",
     ),
     ("--skip-bad", MODES, "this mode leaves out no prompts"),
@@ -272,6 +279,11 @@ CONFLICTS = (  # flags that cannot be used together, and why; torchrun counts as
     ("--num-beams", ("--stop",), "beams end at end tokens only"),
     ("--num-beams", ("--logprobs",), "the logits of a beam are not kept"),
     ("--num-beams", (*ONE_PROMPT, *NO_PROMPT), "this mode chooses token by token"),
+    ("--choices", ("--regex",), "a text has one form"),
+    *((flag, FORMLESS, "it could forbid what the form needs") for flag in FORMS),
+    *((flag, ("--stop",), "the text ends where its form does") for flag in FORMS),
+    *((flag, ("--num-beams",), "a beam search knows no form") for flag in FORMS),
+    *((flag, ("--perplexity", "--score"), "this mode generates no texts") for flag in FORMS),
     ("--num-samples", (*ONE_PROMPT, *NO_PROMPT), "this mode takes one text per prompt"),
     ("--num-samples", ("--references",), "one text per prompt is scored"),
     ("--check", ("--sampler",), "only --sampler exact draws the random numbers of model.generate"),
@@ -369,10 +381,12 @@ def check_given_texts(args: argparse.Namespace) -> None:
         raise UserError("--prefill: the text is empty; write how the answer begins, or leave it out")
     if any(not word.strip() for word in args.ban_words or []):
         raise UserError("--ban-words: a word is empty; name words between the commas")
-    for name in ("prompt", "stop", "end_token", "logit_bias", "ban_words"):
+    if "" in (args.choices or []):
+        raise UserError("--choices: one of them is empty; write texts between the commas")
+    for name in ("prompt", "stop", "end_token", "logit_bias", "ban_words", "choices"):
         for text in getattr(args, name) or []:
             cli.check_encoding(text, "--" + name.replace("_", "-"))
-    for name in ("system", "prefill"):
+    for name in ("system", "prefill", "regex"):
         cli.check_encoding(getattr(args, name) or "", f"--{name}")
 
 
@@ -412,7 +426,7 @@ from common.generation.beams import Beams
 from common.generation.completion import Completion, Options, Prompt, Run, Stopwatch
 from common.generation.decoding import Batch, PromptLookup, Step, fetch_ids, prefill, step
 from common.generation.language_model import LanguageModel, Loading
-from common.generation.sampling import Sampler, Settings
+from common.generation.sampling import Constraint, Sampler, Settings
 from common.runtime import Runtime, free_memory_bytes, start_runtime, stop_runtime
 
 # --- From prompts to texts
@@ -488,6 +502,7 @@ def complete(run: Run, rows: list[Completion], batch: Batch | None = None, *, se
             run.add_step(rows, current, batch)
             yield rows[0].text[num_shown:]
             num_shown = len(rows[0].text)
+    run.mark_whole(rows)
     run.timing.add(rows, stopwatch, lookup)
     for row in rows:
         row.finish()
@@ -610,7 +625,7 @@ def recorded_settings(args: argparse.Namespace, run: Run) -> dict:
     flags += " min_new_tokens stop end_token num_samples batch_size logprobs weights plain_step"
     # only where they are given, so that files of earlier versions can be continued
     newer = "epsilon_cutoff eta_cutoff top_n_sigma xtc_probability presence_penalty frequency_penalty"
-    newer += " logit_bias ban_words chat_template prefill use_model_defaults"
+    newer += " logit_bias ban_words choices regex chat_template prefill use_model_defaults"
     given = {name: getattr(args, name) for name in newer.split() if getattr(args, name)}
     if args.xtc_probability:
         given["xtc_threshold"] = args.xtc_threshold
@@ -781,7 +796,7 @@ def load(args: argparse.Namespace) -> tuple[Run, Runtime]:
     chat_format = load_format(args, model)
     is_chat = chat_format is not None and not args.serve  # a server also continues texts
     end_ids = chat_format.end_ids if is_chat else model.end_ids
-    end_ids += language_model.end_token_ids(args.end_token or [], model)
+    end_ids = tuple(dict.fromkeys(end_ids + language_model.end_token_ids(args.end_token or [], model)))
     if args.use_model_defaults:
         take_model_defaults(args, model)
     names = ["max_new_tokens", "min_new_tokens", "repetition_penalty", "presence_penalty"]
@@ -789,7 +804,8 @@ def load(args: argparse.Namespace) -> tuple[Run, Runtime]:
     names += DRAWING if is_drawing(args) else ()
     settings = Settings(
         sample=is_drawing(args),
-        end_ids=tuple(dict.fromkeys(end_ids)),
+        end_ids=end_ids,
+        constraint=chosen_form(args, model, end_ids),
         logit_bias=language_model.read_bias(args.logit_bias or [], model),
         banned=language_model.banned_runs(args.ban_words or [], model),
         **{name: getattr(args, name) for name in names if getattr(args, name) is not None},
@@ -851,6 +867,19 @@ def take_model_defaults(args: argparse.Namespace, model: LanguageModel) -> None:
     missing = f"; not taken: {', '.join(left_out)}" if left_out else ""
     kind = "drawn" if is_drawing(args) else "greedy"
     sources.note(f"note: the generation_config.json of {model.name}: {settings} ({kind}){missing}")
+
+
+def chosen_form(
+    args: argparse.Namespace, model: LanguageModel, end_ids: tuple[int, ...]
+) -> Constraint | None:
+    """Return the form that the flags ask for, None if they do not."""
+    if args.choices is None and args.regex is None:
+        return None
+    from common.generation import constraints
+
+    if args.choices is not None:
+        return constraints.make_choices(args.choices, model, end_ids)
+    return constraints.Regex(args.regex, model, end_ids)
 
 
 def chosen_beams(args: argparse.Namespace) -> Beams | None:

@@ -24,6 +24,7 @@ from common.errors import shorten  # noqa: E402
 MAX_CLASSES, NAME_CHARACTERS = 20, 30
 # rows of a similarity matrix, for the same reason
 MAX_SIMILARITY_NUMBERS, MAX_SIMILARITY_NAMES = 12, 40
+MAX_PANELS = 6
 MAX_LEGEND = 12  # clusters; a longer legend would hide the map
 
 # a character that the font lacks is drawn as a box; nobody can do anything about it
@@ -62,19 +63,71 @@ def most_confused(counts: ArrayLike, most: int) -> np.ndarray:
     return np.sort(np.argsort(-confused, kind="stable")[:most])
 
 
-def learning_curve(epochs: list[dict[str, Any]], best_epoch: float) -> Figure:
+def label_bars(per_label: dict[str, list[Any]], names: list[str], *, title: str) -> Figure:
+    """Return a figure with a bar for each label: the texts that have it and were found, those that were
+    missed, and those that were reported and don't have it. Of more than 20 labels it shows the 20
+    with the most mistakes.
+
+    `per_label` has lists (C) `support`, `missed` and `false_alarms`.
+    """
+    missed, false_alarms = np.asarray(per_label["missed"]), np.asarray(per_label["false_alarms"])
+    found = np.asarray(per_label["support"]) - missed
+    shown = np.sort(np.argsort(-(missed + false_alarms), kind="stable")[:MAX_CLASSES])
+    if len(shown) < len(names):
+        title = f"{title}: the {len(shown)} of {len(names):,} labels with the most mistakes"
+    figure, axes = plt.subplots(figsize=(7.5, 0.35 * len(shown) + 1.8), layout="constrained")
+    rows, left = np.arange(len(shown)), np.zeros(len(shown))
+    parts = {"found": (found, "tab:blue"), "missed": (missed, "tab:orange")}
+    for name, (counts, colour) in {**parts, "false alarms": (false_alarms, "tab:red")}.items():
+        axes.barh(rows, counts[shown], left=left, label=name, color=colour)
+        left = left + counts[shown]
+    labels = [shorten(names[number], NAME_CHARACTERS) for number in shown]
+    axes.set_yticks(rows, labels, parse_math=False)
+    axes.invert_yaxis()
+    axes.set(title=title, xlabel="texts")
+    axes.legend()
+    return figure
+
+
+def scatter(true: ArrayLike, predicted: ArrayLike, names: list[str], *, title: str) -> Figure:
+    """Return a figure with predicted over true numbers, both (N, C): a panel for each of the first 6
+    numbers, and in it a line on which all points would lie if all were right.
+    """
+    truth, answers = np.asarray(true), np.asarray(predicted)
+    shown = range(min(len(names), MAX_PANELS))
+    if len(shown) < len(names):
+        title = f"{title}: {len(shown)} of {len(names):,} numbers"
+    columns = min(len(shown), 3)
+    lines = -(-len(shown) // columns)
+    figure, panels = plt.subplots(
+        lines, columns, figsize=(4.2 * columns, 4 * lines), layout="constrained", squeeze=False
+    )
+    figure.suptitle(title)
+    for panel in panels.flat[len(shown) :]:
+        panel.remove()
+    for number, axes in zip(shown, panels.flat):
+        both = np.concatenate([truth[:, number], answers[:, number]])
+        ends = [both.min(), both.max()]
+        axes.plot(ends, ends, color="grey", linestyle=":")
+        axes.scatter(truth[:, number], answers[:, number], s=10, alpha=0.6)
+        axes.set_xlabel(f"true {shorten(names[number], NAME_CHARACTERS)}", parse_math=False)
+        axes.set_ylabel("predicted")
+        axes.grid(alpha=0.3)
+    return figure
+
+
+def learning_curve(epochs: list[dict[str, Any]], best_epoch: float, scores: dict[str, str]) -> Figure:
     """Return a figure of the losses (left) and the validation scores (right) of each epoch.
 
-    A line marks the best epoch. Each epoch is a dict with `epoch`, `train_loss`, `loss`,
-    `accuracy` and `macro_f1`.
+    A line marks the best epoch. Each epoch is a dict with `epoch`, `train_loss`, `loss`, and the
+    scores that `scores` gives names for the legend; one that is undefined is left out.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     numbers = [epoch["epoch"] for epoch in epochs]
     losses = {"train_loss": "training", "loss": "validation"}
-    scores = {"accuracy": "accuracy", "macro_f1": "macro-F1"}
-    for axes, curves, label in ((left, losses, "loss (nats)"), (right, scores, "validation score")):
+    for axes, curves, label in ((left, losses, "loss"), (right, scores, "validation score")):
         for key, name in curves.items():
-            axes.plot(numbers, [epoch[key] for epoch in epochs], marker="o", label=name)
+            axes.plot(numbers, [epoch.get(key, np.nan) for epoch in epochs], marker="o", label=name)
         axes.axvline(best_epoch, color="grey", linestyle=":", label="best epoch")
         axes.set(xlabel="epoch", ylabel=label, xticks=numbers if len(numbers) <= 20 else axes.get_xticks())
         axes.legend()

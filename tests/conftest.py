@@ -356,6 +356,9 @@ class StubEncoder:
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
+WITHOUT_A_MODEL = ("delete", "compact", "project", "list", "show", "like")
+
+
 @pytest.fixture(scope="session")
 def embed(tiny_embedder, cache_dir):
     """Return a function that runs embed_search.py in this process, with the tiny model in fp32 on
@@ -366,15 +369,11 @@ def embed(tiny_embedder, cache_dir):
         flags = [str(flag) for flag in flags]
         defaults = (
             {}
-            if command in ("delete", "compact", "project")
+            if command in WITHOUT_A_MODEL
             else {"--cache-dir": cache_dir, "--device": "cpu", "--precision": "fp32"}
         )
-        if command == "similarity" or command == "index" or "--index" not in flags:
-            defaults |= (
-                {}
-                if command in ("compare-models", "delete", "compact", "project")
-                else {"--model": tiny_embedder}
-            )
+        if command in ("similarity", "index", "sync") or "--index" not in flags:
+            defaults |= {} if command in ("compare-models", *WITHOUT_A_MODEL) else {"--model": tiny_embedder}
         stdout, stderr = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
             code = exit_code_in_process(embed_search, [command, *with_defaults(flags, defaults)])

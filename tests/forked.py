@@ -99,10 +99,8 @@ def signal_in_evaluation(job: dict):
 
 def spoil_losses():
     """Let no loss of this process be a number."""
-    cross_entropy = train_classifier.cross_entropy
-    train_classifier.cross_entropy = lambda *arguments, **options: (
-        cross_entropy(*arguments, **options) * float("nan")
-    )
+    sum_losses = train_classifier.sum_losses
+    train_classifier.sum_losses = lambda *arguments: sum_losses(*arguments) * float("nan")
 
 
 def limit_memory(room: int):

@@ -327,6 +327,18 @@ class Run:
             if row_logprobs is not None:
                 row.logprobs.append(row_logprobs[index])
 
+    def mark_whole(self, rows: list[Completion]) -> None:
+        """Let the texts count as ended that have the most tokens and the whole form of --choices or
+        --regex: only their end token is missing.
+        """
+        settings = self.options.settings
+        for row in rows:
+            if settings.constraint is None or row.finish_reason != "length":
+                continue
+            may_follow = settings.constraint.start()(row.token_ids)  # (V)
+            if may_follow[settings.end_ids[0]]:
+                row.finish_reason = "end"
+
     def summary(self, peak_memory_bytes: int) -> str:
         """Return one line for a person: tokens per second, time to the first token, memory, how many
         texts were cut, and with prompt lookup how many guesses were accepted.
@@ -343,6 +355,8 @@ class Run:
             parts[-1] += " (rounding can change a drawn token; --plain-step draws as model.generate)"
         if timing.num_cut:
             cut = f"cut at {self.options.settings.max_new_tokens:,} tokens"
+            constraint = self.options.settings.constraint
+            cut += f", before the end of its {constraint.name}" if constraint else ""
             parts.append(
                 cut if timing.num_texts == 1 else f"{timing.num_cut:,} of {timing.num_texts:,} {cut}"
             )

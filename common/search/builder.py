@@ -62,6 +62,7 @@ class Counts:
     unchanged: int = 0
     repeated: int = 0
     bad: int = 0  # skipped
+    deleted: int = 0  # gone from the source, which sync follows
     encoded: int = 0  # different texts, or chunks, that went through the model
     cut: int = 0  # of these, the ones whose end was cut off
 
@@ -179,6 +180,19 @@ class Builder:
         if len(chosen):
             self._commit(table, plan, chosen, chunks, vectors)
         self._count(plan, chosen)
+
+    def remove_unseen(self) -> None:
+        """Delete the documents that this run has not met, in one commit."""
+        rows, gone = np.flatnonzero(self.store.snapshot.alive()), []
+        for start in range(0, len(rows), SCAN):
+            here = rows[start : start + SCAN]
+            ids = [entry[ID] for entry in self.store.snapshot.take(here, [ID])]
+            gone.append(here[self.seen.find([digest(key) for key in ids]) < 0])
+        deleted = np.concatenate([np.zeros(0, np.int64), *gone])
+        if len(deleted):
+            numbers = self.store.snapshot.take(deleted, [CHUNK])
+            self.counts.deleted = sum(entry[CHUNK] == 0 for entry in numbers)
+            self.store.commit(None, deleted)
 
     def _fitted(self, table: pa.Table) -> pa.Table:
         """Return rows whose numbers are texts where the index has texts in their column."""

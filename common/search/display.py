@@ -7,17 +7,20 @@ from __future__ import annotations
 import contextlib
 import csv
 import itertools
+import json
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 import numpy as np
+import pyarrow as pa
 
 from common import cli, sources
-from common.errors import UserError, shorten
+from common.errors import UserError, printable, shorten
 from common.files import check_new, named_in_errors, only_writer
-from common.search.index import CHUNK, ID, NUM_CHUNKS, RESERVED_COLUMNS, START, TEXT, Snapshot
+from common.search.index import CHUNK, ID, NUM_CHUNKS, RESERVED_COLUMNS, START, TEXT, Snapshot, unused_name
 from common.search.manifest import PAIR_COLUMNS
 
 if TYPE_CHECKING:  # a command shows only what it has loaded itself
@@ -26,12 +29,15 @@ if TYPE_CHECKING:  # a command shows only what it has loaded itself
     from common.search.builder import Builder
     from common.search.mining import Groups, Pair, Selection
     from common.search.relevance import Task
-    from common.search.searcher import Hit, Searcher
+    from common.search.searcher import Hit, Page, Searcher
     from common.search.texts import Collection
 
 HIGH, MODERATE = 0.7, 0.4  # the tutorial's thresholds of similarity
 TEXT_WIDTH, CENTRAL_WIDTH = 76, 60  # columns of the screen for a text in a table
 CHARACTERS = 1_000  # of a text, looked at to cut it
+CELL_WIDTH = 24  # columns of the screen for a column of an index
+FIRST_NUMBERS = 10  # of an embedding, as the tutorial prints them
+ROWS_AT_ONCE = 10_000  # written to a file
 NUM_WORDS, NUM_CENTRAL = 6, 3  # of a cluster: its typical words, the texts nearest to its centre
 MATRIX_COLUMNS = 20  # of a matrix that still fits a screen
 PAIRS_IN_JSON = 1_000_000
@@ -183,6 +189,8 @@ def show_build(screen: Screen, builder: Builder, collection: Collection, *, seco
         f"texts    {collection.name}: {counts.added:,} added, {counts.updated:,} updated,"
         f" {counts.unchanged:,} unchanged, {counts.repeated:,} repeated, {counts.bad:,} skipped"
     )
+    if counts.deleted:
+        screen.say(f"         {counts.deleted:,} deleted, which are gone from there")
     if counts.encoded:
         speed = f"{counts.encoded / seconds:,.1f} texts/s on {builder.encoder.runtime.describe()}"
         screen.say(f"         {counts.encoded:,} different texts encoded, {speed}")
@@ -231,21 +239,30 @@ def _index_document(snapshot: Snapshot) -> dict[str, object]:
     }
 
 
-def show_hits(screen: Screen, searcher: Searcher, queries: list[str], answers: list[list[Hit]]) -> None:
-    """Show the hits of each query, best first."""
+def show_hits(
+    screen: Screen,
+    snapshot: Snapshot,
+    queries: list[str],
+    answers: list[list[Hit]],
+    page: Page,
+    *,
+    heading: str = "query: ",
+) -> None:
+    """Show a page of the hits of each query, best first."""
     documents = []
-    columns = [ID, TEXT, CHUNK, NUM_CHUNKS, START, *searcher.snapshot.manifest["columns"]]
-    for query, hits in zip(queries, answers):
-        rows = searcher.snapshot.take([hit.row for hit in hits], columns)
+    columns = [ID, TEXT, CHUNK, NUM_CHUNKS, START, *snapshot.manifest["columns"]]
+    for query, answer in zip(queries, answers):
+        hits = page.of(answer)
+        rows = snapshot.take([hit.row for hit in hits], columns)
         hit_documents = [_hit_document(row, hit) for row, hit in zip(rows, hits)]
         documents.append({"query": query, "hits": hit_documents})
         lines = []
-        for rank, document in enumerate(hit_documents, start=1):
+        for rank, document in enumerate(hit_documents, start=page.offset + 1):
             text = cut(document["text"], TEXT_WIDTH)
             if chunk := document.get("chunk"):
                 text = f"[chunk {chunk['number']} of {chunk['of']}] {text}"
             lines.append([rank, document["score"], short_id(document["id"]), text])
-        screen.table(lines, ["", "score", "id", "text"], title=f"query: {query}")
+        screen.table(lines, ["", "score", "id", "text"], title=f"{heading}{query}")
     screen.document({"queries": documents})
 
 
@@ -260,7 +277,55 @@ def _hit_document(row: dict, hit: Hit) -> dict:
     return document
 
 
-def answer_prompt(screen: Screen, searcher: Searcher, top_k: int) -> None:
+def show_list(screen: Screen, selection: Selection, *, offset: int, count: int) -> None:
+    """Show texts in the order of their rows, with their columns; of a document in chunks the first."""
+    rows, documents = selection.rows, selection.documents
+    if documents is not None:
+        rows = rows[np.unique(documents, return_index=True)[1]]
+    snapshot, shown = selection.snapshot, rows[offset : offset + count]
+    names = list(snapshot.manifest["columns"])
+    entries = snapshot.take(shown, [ID, TEXT, *names])
+    lines = []
+    for entry in entries:
+        cells = ["" if entry[name] is None else cut(str(entry[name]), CELL_WIDTH) for name in names]
+        lines.append([short_id(entry[ID]), cut(entry[TEXT], CENTRAL_WIDTH), *cells])
+    first = min(offset + 1, len(rows))
+    title = f"{snapshot.folder}: {first:,} to {offset + len(shown):,} of {len(rows):,} texts"
+    screen.table(lines, ["id", "text", *(cut(name, CELL_WIDTH) for name in names)], title=title)
+    texts = [
+        {"id": entry[ID], "text": entry[TEXT], "columns": {name: entry[name] for name in names}}
+        for entry in entries
+    ]
+    screen.document({"index": str(snapshot.folder), "of": len(rows), "texts": texts})
+
+
+def show_texts(screen: Screen, snapshot: Snapshot, documents: list[np.ndarray], *, vector: bool) -> None:
+    """Show documents, given by their rows, whole: id, columns, the text or its chunks, and with
+    `vector` the embedding of each.
+    """
+    names, found = list(snapshot.manifest["columns"]), []
+    for rows in documents:
+        entries = snapshot.take(rows, [ID, TEXT, START, *names])
+        columns = {name: entries[0][name] for name in names}
+        screen.say(f"id       {printable(entries[0][ID])}")
+        for name, value in columns.items():
+            screen.say(f"{cut(name, 8):<8} {cut(str(value), TEXT_WIDTH)}")
+        chunks = []
+        for number, (entry, numbers) in enumerate(zip(entries, snapshot.vectors_of(rows)), start=1):
+            chunk = {"text": entry[TEXT], "first_character": entry[START]}
+            label = f"chunk {number} of {len(rows)}" if len(rows) > 1 else "text"
+            screen.say(f"{label:<8} {printable(entry[TEXT])}")
+            if vector:
+                chunk["vector"] = [float(value) for value in numbers]
+                first = " ".join(f"{value:.6f}" for value in numbers[:FIRST_NUMBERS])
+                screen.say(f"vector   {len(numbers)} numbers, the first {FIRST_NUMBERS}: {first}")
+            chunks.append(chunk)
+        screen.say()
+        found.append({"id": entries[0][ID], "columns": columns, "chunks": chunks})
+    screen.document({"texts": found})
+
+
+def answer_prompt(screen: Screen, searcher: Searcher, page: Page) -> None:
     """Answer queries from standard input until it ends or an empty line comes; with --json one
     document per query.
     """
@@ -277,7 +342,7 @@ def answer_prompt(screen: Screen, searcher: Searcher, top_k: int) -> None:
             return
         try:
             sources.check_query(query, f"query {number}")
-            show_hits(screen, searcher, [query], searcher.search([query], top_k))
+            show_hits(screen, searcher.snapshot, [query], searcher.search([query], page.depth), page)
         except UserError as error:  # a mistake at a prompt is no reason to load everything again
             print(error, file=sys.stderr)
 
@@ -360,6 +425,75 @@ def show_groups(
     )
 
 
+def show_dedupe(
+    screen: Screen, selection: Selection, groups: Groups, path: str, *, count: int, threshold: float
+) -> None:
+    """Say how many texts were kept, and where they are."""
+    gone, num_groups = len(selection) - count, len(groups.lists())
+    screen.say(f"kept     {count:,} of {len(selection):,} texts in {path}")
+    why = f"a cosine of at least {threshold} joins them to the one kept of their group"
+    screen.say(f"left out {gone:,} texts of {num_groups:,} groups: {why}")
+    screen.document({"kept": count, "left_out": gone, "groups": num_groups, "file": path})
+
+
+def write_rows(selection: Selection, positions: np.ndarray, path: str, *, text_column: str) -> int:
+    """Write the texts at some positions with their columns to a new JSONL, CSV or Parquet file, whole
+    or not at all, and return how many they are. The texts have the column that they came in.
+    """
+    snapshot = selection.snapshot
+    columns = {name: kind for name, kind in snapshot.columns.items() if name != selection.added}
+    text = unused_name(text_column.split(",")[-1].strip(), list(columns))
+    schema = pa.schema([*columns.items(), (text, pa.large_string())])
+    rows = selection.rows[positions]
+
+    def blocks() -> Iterator[list[dict]]:
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            entries = snapshot.take(rows[start : start + ROWS_AT_ONCE], [*columns, TEXT])
+            yield [{**{name: entry[name] for name in columns}, text: entry[TEXT]} for entry in entries]
+
+    with _whole_file(path, "--output") as new:
+        _write_blocks(new, Path(path).suffix.lower(), schema, blocks())
+    return len(rows)
+
+
+def _write_blocks(path: Path, kind: str, schema: pa.Schema, blocks: Iterator[list[dict]]) -> None:
+    if kind == ".parquet":
+        from pyarrow import parquet
+
+        with parquet.ParquetWriter(path, schema) as file:
+            for rows in blocks:
+                file.write_table(pa.Table.from_pylist(rows, schema))
+        return
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, schema.names) if kind == ".csv" else None
+        if table:
+            table.writeheader()
+        for rows in blocks:
+            if table:
+                table.writerows(rows)
+            else:
+                file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+
+
+def save_vectors(vectors: np.ndarray, path: str, screen: Screen) -> None:
+    """Write vectors (N, width) for NumPy, and say so."""
+    with _whole_file(path, "--output") as new, open(new, "wb") as file:
+        np.save(file, vectors, allow_pickle=False)
+    screen.say(f"vectors  {path}: {len(vectors):,} of {vectors.shape[1]} numbers, in the order of the texts")
+
+
+@contextlib.contextmanager
+def _whole_file(path: str, flag: str) -> Iterator[Path]:
+    """Yield the path of a file to write, which gets its name when the block has ended well."""
+    new = Path(path).with_name(f".{os.getpid()}-{Path(path).name}")
+    with only_writer(Path(path), flag=flag), named_in_errors(Path(path)):
+        try:
+            yield new
+            new.replace(path)
+        finally:
+            new.unlink(missing_ok=True)
+
+
 def show_clusters(screen: Screen, selection: Selection, labels: np.ndarray, words: list[list[str]]) -> None:
     """Show the size of each cluster, its typical words and its central texts."""
     from common.search.mining import NO_CLUSTER, nearest_to_centre
@@ -410,11 +544,20 @@ def show_sts(screen: Screen, file: str, scores: dict[str, int | float]) -> None:
     screen.document({"file": file, **scores})
 
 
-def show_models(screen: Screen, lines: list[dict[str, object]]) -> None:
-    """Show one line per model."""
+def show_models(screen: Screen, lines: list[dict], differences: list[dict]) -> None:
+    """Show one line per model, and how each differs from the first one."""
     headers = [name.replace("_", " ") for name in lines[0]]
     screen.table([list(line.values()) for line in lines], headers)
-    screen.document({"models": lines})
+    if differences:
+        rows = []
+        for one in differences:
+            interval = "-" if one["interval"] is None else "{:+.3f} to {:+.3f}".format(*one["interval"])
+            p_values = [f"{one[name]:.4f}" for name in ("p", "p_holm")]
+            rows.append([one["model"], one["measure"], f"{one['difference']:+.3f}", interval, *p_values])
+        headers = ["model", "measure", "difference", "95 % interval", "p", "p (Holm)"]
+        title = f"against {lines[0]['model']}, query by query (paired bootstrap)"
+        screen.table(rows, headers, title=title)
+    screen.document({"models": lines, "differences": differences})
 
 
 def write_projection(screen: Screen, selection: Selection, folder: str, *, most: int) -> None:

@@ -554,6 +554,15 @@ def rows_with_ids(snapshot: Snapshot, ids: list[str]) -> tuple[np.ndarray, list[
     return np.concatenate(rows), [key for key in ids if key not in known]
 
 
+def known_rows(snapshot: Snapshot, key: str) -> np.ndarray:
+    """Return the live rows of one document, in their order. Raises UserError when there is none."""
+    rows, unknown = rows_with_ids(snapshot, [key])
+    if unknown:
+        command = f"embed_search.py list --index {snapshot.folder}"
+        raise UserError(f"--index {snapshot.folder}: no text with id {key!r}; {command} shows the ids")
+    return rows
+
+
 def whole_documents(snapshot: Snapshot, rows: np.ndarray) -> np.ndarray:
     """Return the rows of all chunks of the documents that some rows belong to."""
     entries = snapshot.take(rows, [CHUNK, NUM_CHUNKS])

@@ -74,6 +74,8 @@ class Limits:
 DEFAULT_LIMITS = Limits()
 # of --pairs-file: here, because a file that exists is looked at before any library is loaded
 PAIR_COLUMNS = ("first", "second", "similarity")
+# of the file of --per-query, before its measures
+PER_QUERY_COLUMNS = ("model", "fingerprint", "width", "texts_per_second", "query")
 
 
 class FileEntry(TypedDict):

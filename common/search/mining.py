@@ -8,6 +8,7 @@ is computed again in float64, so that pairs and groups are those of float64 brut
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import tempfile
 from collections.abc import Callable, Iterator
@@ -49,6 +50,7 @@ class Selection:
 
     snapshot: Snapshot
     rows: np.ndarray
+    added: str | None = None  # the column of numbers that texts without an index have as ids
 
     @functools.cached_property
     def documents(self) -> np.ndarray | None:
@@ -59,6 +61,13 @@ class Selection:
             return None
         numbers = [segment.rows([CHUNK])[CHUNK].to_numpy() for segment in self.snapshot.segments]
         return self.rows - np.concatenate(numbers)[self.rows]
+
+    @property
+    def mask(self) -> np.ndarray:
+        """A mask over all rows of the index: True for these."""
+        mask = np.zeros(self.snapshot.num_rows, bool)
+        mask[self.rows] = True
+        return mask
 
     @property
     def unit(self) -> str:
@@ -85,10 +94,16 @@ class Selection:
 
 @contextlib.contextmanager
 def open_source(
-    source: Source, runtime: Runtime, *, say: Callable[[str], None], least: int = 1, most: int | None = None
+    source: Source,
+    runtime: Runtime,
+    *,
+    say: Callable[[str], None],
+    least: int = 1,
+    most: int | None = None,
+    role: str | None = None,
 ) -> Iterator[tuple[Selection, Callable[[], Encoder]]]:
     """Yield the rows where a condition holds, of an index or of one made of the texts for this
-    command, and a function that returns their encoder.
+    command, and a function that returns their encoder. `role`: how such texts are encoded.
 
     Raises UserError when there are fewer than `least` or more than `most` rows.
     """
@@ -105,10 +120,11 @@ def open_source(
             collection = source.read()
             check_size(len(collection), most)
             encoder = load_encoder(source.encoder, runtime)
-            snapshot = build_temporary(source, collection, encoder, folder, say=say, role=None)
+            snapshot = build_temporary(source, collection, encoder, folder, say=say, role=role)
             options = {"limits": source.limits, "least": least, "name": collection.name}
             selection = select(snapshot, source.where, **options)
-            yield selection, lambda: encoder
+            added = snapshot.settings["id_column"]
+            yield dataclasses.replace(selection, added=added), lambda: encoder
 
 
 def _index_encoder(source: Source, runtime: Runtime, snapshot: Snapshot) -> Encoder:
@@ -250,6 +266,21 @@ class Groups:
         parts = np.split(order, np.flatnonzero(np.diff(self.label[order])) + 1)
         groups = [part for part in parts if len(part) > 1]
         return sorted(groups, key=lambda group: (-len(group), group[0]))
+
+
+def one_of_each(selection: Selection, groups: Groups, keep: str) -> np.ndarray:
+    """Return the positions, ascending, without all but one of each group: the first, the last, or the
+    one with the longest text, the first of equals.
+    """
+    kept = np.ones(len(selection), bool)
+    for members in groups.lists():
+        chosen = members[-1 if keep == "last" else 0]
+        if keep == "longest":
+            texts = selection.snapshot.texts(selection.rows[members])
+            chosen = members[int(np.argmax([len(text) for text in texts]))]
+        kept[members] = False
+        kept[chosen] = True
+    return np.flatnonzero(kept)
 
 
 def k_means(selection: Selection, num_clusters: int, *, block: int, seed: int) -> np.ndarray:

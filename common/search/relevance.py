@@ -73,7 +73,14 @@ class TaskFiles:
 
 
 def retrieval_scores(judgements: Judgements, hits: dict[str, list[str]]) -> dict[str, float]:
-    """Return the mean of each measure over the judged queries, by trec_eval; a query without hits
+    """Return the mean of each measure over the judged queries; the arguments are those of
+    `query_scores`.
+    """
+    return {name: float(np.mean(values)) for name, values in query_scores(judgements, hits).items()}
+
+
+def query_scores(judgements: Judgements, hits: dict[str, list[str]]) -> dict[str, list[float]]:
+    """Return each measure of all judged queries, in their order, by trec_eval; a query without hits
     counts 0.
 
     `hits`: query id -> document ids, best first. MRR looks at the first ten.
@@ -90,8 +97,7 @@ def retrieval_scores(judgements: Judgements, hits: dict[str, list[str]]) -> dict
     whole = evaluator.evaluate(ranked)
     short = pytrec_eval.RelevanceEvaluator(judgements, {"recip_rank"}).evaluate(first_ten)
     merged = [{**whole.get(query, {}), **short.get(query, {})} for query in judgements]
-    values = {name: [scores.get(key, 0.0) for scores in merged] for name, key in MEASURES.items()}
-    return {name: float(np.mean(scores)) for name, scores in values.items()}
+    return {name: [scores.get(key, 0.0) for scores in merged] for name, key in MEASURES.items()}
 
 
 def score_all(
@@ -112,11 +118,16 @@ def score_all(
 
 def score(searcher: Searcher, task: Task) -> dict[str, float]:
     """Return the measures of one way of searching."""
+    return retrieval_scores(task.judgements, find(searcher, task))
+
+
+def find(searcher: Searcher, task: Task) -> dict[str, list[str]]:
+    """Return the ids of the documents that a search finds for each judged query, best first."""
     hits = searcher.search([task.queries[query] for query in task.judgements], DEPTH)
     ids = {}
     for query, best in zip(task.judgements, hits):
         ids[query] = [row[ID] for row in searcher.snapshot.take([hit.row for hit in best], [ID])]
-    return retrieval_scores(task.judgements, ids)
+    return ids
 
 
 def bundled_task(name: str) -> tuple[Task, Collection]:
@@ -240,6 +251,16 @@ def sts_score(encoder: Encoder, file: str, columns: list[str], *, block: int) ->
     """Return Spearman's correlation of the cosine of two texts with a human score; `columns` names
     both texts and the score in a data file.
     """
+    cosines, human = sts_cosines(encoder, file, columns, block=block)
+    return {"pairs": len(human), "spearman": _spearman(cosines, human)}
+
+
+def sts_cosines(
+    encoder: Encoder, file: str, columns: list[str], *, block: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the cosine and the human score (N) of each pair of texts. Raises UserError where they have
+    no correlation: equal numbers have no ranks.
+    """
     rows = reading.read_file(Path(file), as_text=columns[:2], cache_dir=encoder.cache_dir)
     for column in columns:
         reading.require_column(rows.column_names, column, source=file, flag="--sts-columns")
@@ -260,15 +281,15 @@ def sts_score(encoder: Encoder, file: str, columns: list[str], *, block: int) ->
         part = rows[start : start + block]
         left, right = (encoder.encode_unit(part[column]) for column in columns[:2])
         cosines.append(exact_scores(left, right))
-    return {"pairs": len(human), "spearman": _spearman(np.concatenate(cosines), human, file)}
-
-
-def _spearman(cosines: np.ndarray, human: np.ndarray, file: str) -> float:
-    """Return the correlation. Raises UserError where there is none: equal numbers have no ranks."""
-    for values, what in ((human, "human scores"), (cosines, "cosines")):
+    found = np.concatenate(cosines)
+    for values, what in ((human, "human scores"), (found, "cosines")):
         if not np.isfinite(values).all() or np.ptp(values) == 0:
             problem = f"the {what} of its {len(values)} pairs are all equal or not numbers"
             raise UserError(f"{file}: {problem}, so they have no correlation; name pairs that differ")
+    return found, human
+
+
+def _spearman(cosines: np.ndarray, human: np.ndarray) -> float:
     from scipy.stats import spearmanr
 
     return float(spearmanr(cosines, human).statistic)

@@ -55,6 +55,27 @@ class Hit:
     score: float
 
 
+@dataclass(frozen=True)
+class Page:
+    """Which of the best documents are shown: `count`, after the first `offset`, of those that have a
+    score of at least `min_score`.
+    """
+
+    count: int
+    offset: int = 0
+    min_score: float | None = None
+
+    @property
+    def depth(self) -> int:
+        """How many documents have to be found."""
+        return self.offset + self.count
+
+    def of(self, hits: list[Hit]) -> list[Hit]:
+        """Return the hits that are shown."""
+        lowest = self.min_score
+        return [hit for hit in hits[self.offset : self.depth] if lowest is None or hit.score >= lowest]
+
+
 @dataclass
 class Searcher:
     """An index and the way in which it is searched. `allowed` (rows) is False for rows that may not
@@ -62,7 +83,7 @@ class Searcher:
     """
 
     snapshot: Snapshot
-    encoder: Encoder
+    encoder: Encoder | None  # None where only vectors are searched for
     allowed: np.ndarray
     approximate: bool = False
     hybrid: bool = False
@@ -78,6 +99,7 @@ class Searcher:
         With a reranker the best `rerank_depth` come in its order and with its scores; the others
         follow in their own order. Raises UserError for a query without a usable embedding.
         """
+        assert self.encoder is not None
         hits: list[list[Hit]] = []
         if self.hybrid:
             self._say_wordless(queries)
@@ -89,6 +111,10 @@ class Searcher:
                 raise UserError(f"query {block[number]!r}: {problem}; reword it, or try --precision fp32")
             hits += self._best_documents(block, vectors, k)
         return hits
+
+    def nearest(self, vector: np.ndarray, k: int) -> list[Hit]:
+        """Return the k documents with the highest cosine to a vector (width) of norm 1."""
+        return self._best_documents([""], vector[None], k)[0]
 
     def _best_documents(self, queries: list[str], vectors: np.ndarray, k: int) -> list[list[Hit]]:
         """Rank rows and keep the best row of each document; rank more rows until there are k
@@ -260,6 +286,7 @@ class Searcher:
         if not hits:
             return hits
         texts = [entry[TEXT] for entry in self.snapshot.take([hit.row for hit in hits], [TEXT])]
+        assert self.encoder is not None
         with self.encoder.runtime.autocast():
             logits = reranker.predict(
                 [(query, text) for text in texts],
@@ -272,6 +299,26 @@ class Searcher:
         scores = reranker.activation_fn(logits).tolist()
         order = logits.argsort(descending=True, stable=True).tolist()
         return [Hit(hits[number].row, scores[number]) for number in order]
+
+
+def taste(snapshot: Snapshot, liked: list[np.ndarray], unliked: list[np.ndarray]) -> np.ndarray:
+    """Return the vector (width) at norm 1 that is near to liked documents and far from others, each
+    given by its rows: twice the mean of the liked ones less the mean of the others, after Rocchio
+    (1971), with the weights that Qdrant gives them. A document is the mean of its chunks.
+
+    Raises UserError when they cancel each other out.
+    """
+    means = []
+    for documents in (liked, unliked):
+        vectors = [snapshot.vectors_of(rows).mean(0, dtype=np.float64) for rows in documents]
+        means.append(np.mean([vector / max(np.linalg.norm(vector), 1e-12) for vector in vectors], axis=0))
+        if not unliked:
+            break
+    vector = 2 * means[0] - means[1] if unliked else means[0]
+    norm = float(np.linalg.norm(vector))
+    if norm < 1e-6:
+        raise UserError("like: these texts cancel each other out; name others")
+    return (vector / norm).astype(np.float32)
 
 
 def fuse(rankings: list[np.ndarray]) -> Ranking:

@@ -263,9 +263,46 @@ FLAGS = {
     ),
     "a model to compact": (["compact", "--index", "HOME/ix", "--model", "x"], ("--model x", "--help")),
     "a seed to delete": (["delete", "--index", "HOME/ix", "s1", "--seed", "1"], ("--seed 1", "--help")),
-    "a column to search": (
-        ["search", "--index", "HOME/ix", "x", "--text-column", "y"],
-        ("--text-column y", "--help"),
+    "texts to search and no query there": (["search"], ("--index", "--query")),
+    "a language without words": (
+        ["search", "--index", "HOME/ix", "x", "--language", "de"],
+        ("--language de", "--hybrid"),
+    ),
+    "no such language": (
+        ["search", "--index", "HOME/ix", "x", "--hybrid", "--language", "xx"],
+        ("--language", "'xx'", "de"),
+    ),
+    "a score that is none": (
+        ["search", "--index", "HOME/ix", "x", "--min-score", "nan"],
+        ("--min-score", "'nan'"),
+    ),
+    "show what is not there": (
+        ["show", "nope", "--index", "HOME/ix"],
+        ("HOME/ix", "'nope'", "embed_search.py list"),
+    ),
+    "like what is not there": (
+        ["like", "s1", "nope", "--index", "HOME/ix"],
+        ("HOME/ix", "'nope'", "embed_search.py list"),
+    ),
+    "like and dislike one": (
+        ["like", "s1", "--unlike", "s1", "--index", "HOME/ix"],
+        ("--unlike s1", "liked"),
+    ),
+    "dedupe into what is there": (
+        ["dedupe", "HOME/good.csv", "--output", "HOME/good.csv"],
+        ("--output", "HOME/good.csv", "it exists"),
+    ),
+    "dedupe into no format": (
+        ["dedupe", "HOME/good.csv", "--output", "HOME/new.xlsx"],
+        ("--output", "HOME/new.xlsx", ".jsonl, .csv, .parquet"),
+    ),
+    "vectors into no format": (
+        ["similarity", "HOME/good.csv", "--output", "HOME/new.csv"],
+        ("--output", "HOME/new.csv", ".npy"),
+    ),
+    "sync without its source": (
+        ["sync", "HOME/nope.csv", "--index", "HOME/ix"],
+        ("HOME/nope.csv", "no such file"),
     ),
     "a model to compare by flag": (
         ["compare-models", "x", "--model", "y"],

@@ -7,6 +7,7 @@ import io
 import json
 import random
 import re
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -14,12 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scipy.stats import spearmanr
+from scipy.stats import bootstrap, spearmanr
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from transformers import BertConfig, BertForSequenceClassification
 
+import embed_search
 from common import bundled
+from common.errors import UserError
 from common.runtime import Runtime
 from common.search.encoder import EncoderConfig, load_encoder
 from common.search.index import ID, TEXT, open_snapshot
@@ -560,6 +563,77 @@ def test_compare_models_shows_quality_speed_and_size(ok, sentences, tiny_embedde
         line["texts_per_second"] > 0 for line in found["models"]
     )
     assert found["models"][0]["nDCG@10"] == pytest.approx(1)
+
+
+@pytest.fixture
+def task(sentences, tmp_path) -> list:
+    """The flags of a task of 20 queries: the first words of 20 texts, to find these."""
+    rows = list(csv.DictReader(io.StringIO(sentences.read_text())))[:20]
+    queries = [json.dumps({"id": row["id"], "text": " ".join(row["text"].split()[:3])}) for row in rows]
+    write_lines(tmp_path / "q.jsonl", queries)
+    write_lines(tmp_path / "qrels", [f"{row['id']} 0 {row['id']} 1" for row in rows])
+    return ["--texts", sentences, "--queries", tmp_path / "q.jsonl", "--qrels", tmp_path / "qrels"]
+
+
+def test_compare_models_keeps_the_scores_of_each_query_and_tests_what_differs(
+    ok, embed, task, tiny_embedder, tiny_model, tmp_path, monkeypatch
+):
+    """Oracle of the scores: their means; of the test: SciPy's bootstrap of the paired differences."""
+    file = tmp_path / "scores.csv"
+    first = ok("compare-models", tiny_embedder, *task, "--per-query", file, "--json")
+    before = file.read_bytes()
+    # a model that can't be loaded ends the command before any is scored
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_model, broken)
+    (broken / "model.safetensors").write_bytes(b"x")
+    code, stdout, stderr = embed("compare-models", tiny_model, broken, *task, "--per-query", file)
+    assert code == 2 and str(broken) in stderr and stdout == "" and file.read_bytes() == before
+    # a model that fails later leaves the ones before it
+    score_model = embed_search.score_model
+
+    def fail(*_):
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr(embed_search, "score_model", fail)
+    code, stdout, _ = embed("compare-models", tiny_embedder, tiny_model, *task, "--per-query", file, "--json")
+    assert code == 2 and json.loads(stdout)["models"] == first["models"] and file.read_bytes() == before
+    monkeypatch.setattr(embed_search, "score_model", score_model)
+    both = ok("compare-models", tiny_embedder, tiny_model, *task, "--per-query", file, "--json")
+    assert both["models"][0] == first["models"][0], "not scored again: the speed would differ"
+    with open(file, newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    values = {
+        name: np.array([float(row["nDCG@10"]) for row in rows if row["model"] == str(name)])
+        for name in (tiny_embedder, tiny_model)
+    }
+    assert [len(of_model) for of_model in values.values()] == [20, 20]
+    for line, of_model in zip(both["models"], values.values()):
+        assert line["nDCG@10"] == pytest.approx(of_model.mean())
+    gains = values[tiny_model] - values[tiny_embedder]
+    (found,) = [one for one in both["differences"] if one["measure"] == "nDCG@10"]
+    assert found["difference"] == pytest.approx(gains.mean()) and found["p_holm"] == found["p"]
+    theirs = bootstrap((gains,), np.mean, n_resamples=5000, method="percentile", rng=0).confidence_interval
+    assert found["interval"] == pytest.approx(list(theirs), abs=0.03)
+    # another task: nothing of the file is taken for it, and nothing in it is lost
+    ok("compare-models", tiny_embedder, *task, "--max-length", 9, "--per-query", file)
+    assert len(file.read_text().splitlines()) == 1 + 3 * 20
+
+
+def test_compare_models_of_sentence_pairs(ok, sentences, tiny_embedder, tiny_model, tmp_path):
+    texts = [row["text"] for row in csv.DictReader(io.StringIO(sentences.read_text()))]
+    pairs = [(texts[n], texts[n + 20], n % 7) for n in range(20)]
+    with open(tmp_path / "sts.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("sentence1", "sentence2", "score"), *pairs])
+    flags = ["--sts", tmp_path / "sts.csv", "--json"]
+    found = ok("compare-models", tiny_embedder, tiny_model, *flags, "--per-query", tmp_path / "scores.csv")
+    alone = ok("evaluate", *flags)
+    assert found["models"][0]["spearman"] == pytest.approx(alone["spearman"], abs=1e-9)
+    (difference,) = found["differences"]
+    assert difference["difference"] == pytest.approx(
+        found["models"][1]["spearman"] - found["models"][0]["spearman"]
+    )
+    again = ok("compare-models", tiny_embedder, tiny_model, *flags, "--per-query", tmp_path / "scores.csv")
+    assert again == found
 
 
 def test_the_projector_reads_what_project_writes(ok, sentences, tmp_path):

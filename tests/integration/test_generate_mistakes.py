@@ -284,6 +284,14 @@ FLAGS = {  # name: (flags, what the line must hold)
         ("--num-samples 3", "--num-beams 2"),
     ),
     "a length penalty alone": ([*P, "--length-penalty", 2], ("--length-penalty 2.0", "--num-beams")),
+    "two forms": ([*P, "--choices", "a,b", "--regex", "a"], ("--choices 'a'", "--regex 'a'", "leave one")),
+    "a form and a minimum": (
+        [*P, "--regex", "a+", "--min-new-tokens", 4],
+        ("--regex 'a+'", "--min-new-tokens 4", "leave one"),
+    ),
+    "an empty choice": ([*P, "--choices", "yes,"], ("--choices", "empty", "between the commas")),
+    "an expression that is none": ([*P, "--regex", "(a"], ("--regex '(a'", "unclosed", "another")),
+    "an expression with a look-ahead": ([*P, "--regex", "(?=a)b"], ("--regex '(?=a)b'", "look-around")),
     "seed -1": ([*P, "--seed", -1], ("--seed", "'-1'", "from 0 to")),
     "abbreviated flag": ([*P, "--temp", 1], ("--temp", "--help")),
 }

@@ -28,6 +28,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 # the packages whose import takes a tenth of a second or more
 LARGE = {
+    "llguidance",
     *("torch", "numpy", "scipy", "sklearn", "pandas", "pyarrow", "datasets", "evaluate", "matplotlib"),
     *("transformers", "sentence_transformers", "tokenizers", "peft", "tensorboard", "huggingface_hub"),
     *("duckdb", "faiss", "bm25s", "tabulate", "pytrec_eval", "rouge_score", "aiohttp"),
@@ -98,6 +99,9 @@ QUICK = [  # help and mistakes: (command, exit code)
     ([EMBED, "index", "texts.csv", "--index", "."], 2),
     ([EMBED, "index", "texts.csv", "--index", "ix", "--id-column", "label"], 2),
     ([EMBED, "delete", "--index", "ix"], 2),
+    ([EMBED, "search", "texts.txt", "--query", " "], 2),
+    ([EMBED, "like", "s1", "--unlike", "s1", "--index", "ix"], 2),
+    ([EMBED, "dedupe", "texts.txt", "--output", "texts.txt"], 2),
     ([EMBED, "compact", "--index", "damaged"], 2),
     ([EMBED, "pairs"], 2),
     ([EMBED, "similarity", "texts.txt", "--figure", "no/map.png"], 2),
@@ -143,6 +147,9 @@ LOADED = {  # name: (command, the large packages that it may load)
     "compact": ([EMBED, "compact", *INDEX], STORE),
     "verify": ([EMBED, "verify", *INDEX], STORE),
     "search": ([EMBED, "search", *INDEX, "good film"], {*COMPUTE, "tokenizers"}),
+    "list": ([EMBED, "list", *INDEX], COMPUTE),
+    "show": ([EMBED, "show", *INDEX, "s1", "--vector"], STORE),
+    "like": ([EMBED, "like", *INDEX, "s1"], COMPUTE),
     "pairs": ([EMBED, "pairs", *INDEX], COMPUTE),
     "duplicates": ([EMBED, "duplicates", *INDEX], {*COMPUTE, "scipy"}),
     "cluster": ([EMBED, "cluster", *INDEX, "--num-clusters", "2"], {*COMPUTE, *SKLEARN}),

@@ -1,0 +1,154 @@
+"""Several models on one task: the scores of each query, kept in a file, and tests of the differences.
+
+The file is a CSV with a line for each model and query. It is replaced as a whole whenever a model is
+done, so that a failure or a kill leaves the models before; these are not scored again.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.errors import UserError
+from common.files import replace_file, sha256
+from common.intervals import bootstrap, correlations, holm, means, p_value, percentiles, ranks
+from common.search.manifest import PER_QUERY_COLUMNS
+
+SPEARMAN = "spearman"
+COSINE, HUMAN = "cosine", "human"  # the columns of sentence pairs, whose score is a correlation
+
+
+@dataclass(frozen=True)
+class ModelScores:
+    """What a model came to on a task: a line of the table, and the values (Q) of each measure, in the
+    order of the queries. Of sentence pairs these are the cosine and the human score.
+    """
+
+    model: str
+    fingerprint: str  # of the model, the task, and how texts are read
+    width: int
+    texts_per_second: float | None
+    queries: list[str]
+    values: dict[str, np.ndarray] = field(repr=False)
+
+    def line(self) -> dict[str, object]:
+        """Return the line of a table: what the model takes, and its scores."""
+        line: dict[str, object] = {"model": self.model, "width": self.width, "bytes_a_vector": 4 * self.width}
+        if self.texts_per_second is not None:
+            line["texts_per_second"] = self.texts_per_second
+        if HUMAN in self.values:
+            line["pairs"] = len(self.queries)
+        return line | self.scores()
+
+    def scores(self) -> dict[str, float]:
+        """Return the score of each measure over all queries."""
+        whole = np.ones((1, len(self.queries)), dtype=int)
+        return {name: float(values[0]) for name, values in self.resampled(whole).items()}
+
+    def resampled(self, weights: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the scores (R) of resamples (R, Q) of the queries."""
+        if HUMAN in self.values:
+            both = (ranks(weights, self.values[name]) for name in (COSINE, HUMAN))
+            return {SPEARMAN: correlations(weights, *both)}
+        return {name: means(weights, values) for name, values in self.values.items()}
+
+
+def fingerprint(identity: Mapping[str, Any], files: Sequence[str | None], settings: Mapping[str, Any]) -> str:
+    """Return a short SHA-256 of a model's identity, the content of files, and settings."""
+    contents = [None if name is None else _content(Path(name)) for name in files]
+    text = json.dumps([dict(identity), contents, dict(settings)], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _content(path: Path) -> list[str]:
+    """Return the SHA-256 of a file, or the name, size and time of what is in a folder."""
+    if path.is_file():
+        return [sha256(path)]
+    found = sorted(member for member in path.rglob("*") if member.is_file())
+    return [str(path), *(f"{member} {member.stat().st_size} {member.stat().st_mtime_ns}" for member in found)]
+
+
+def read_scores(path: Path) -> dict[str, ModelScores]:
+    """Return the models in a file, by their fingerprints, {} when there is none. Raises UserError when
+    it holds something else.
+    """
+    if not path.exists() or path.stat().st_size == 0:
+        return {}
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            lines = list(csv.DictReader(file, strict=True))
+        groups: dict[str, list[dict[str, str]]] = {}
+        for line in lines:
+            groups.setdefault(line["fingerprint"], []).append(line)
+        return {name: _read_model(name, members) for name, members in groups.items()}
+    except (ValueError, KeyError, TypeError, csv.Error) as error:
+        raise UserError(f"--per-query {path}: it can't be read ({error}); name a new file") from error
+
+
+def _read_model(name: str, lines: list[dict[str, str]]) -> ModelScores:
+    measures = [column for column in lines[0] if column not in PER_QUERY_COLUMNS]
+    values = {}
+    for column in measures:
+        numbers = [float(line[column]) for line in lines if line[column]]
+        if numbers:  # columns of other tasks in the same file are empty
+            values[column] = np.array(numbers)
+    if any(len(numbers) != len(lines) for numbers in values.values()) or not values:
+        raise ValueError("numbers are missing")
+    first = lines[0]
+    speed = float(first["texts_per_second"]) if first["texts_per_second"] else None
+    queries = [line["query"] for line in lines]
+    return ModelScores(first["model"], name, int(first["width"]), speed, queries, values)
+
+
+def write_scores(path: Path, models: Sequence[ModelScores]) -> None:
+    """Replace a file by the scores of each query of all models."""
+    measures = list(dict.fromkeys(name for model in models for name in model.values))
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow([*PER_QUERY_COLUMNS, *measures])
+    for model in models:
+        speed = "" if model.texts_per_second is None else repr(model.texts_per_second)
+        own = [model.model, model.fingerprint, model.width, speed]
+        for row, query in enumerate(model.queries):
+            numbers = [
+                repr(float(model.values[name][row])) if name in model.values else "" for name in measures
+            ]
+            writer.writerow([*own, query, *numbers])
+    replace_file(path, text.getvalue())
+
+
+def differences(models: Sequence[ModelScores]) -> list[dict[str, Any]]:
+    """Return each model's scores minus those of the first one, with the interval and the p-value of a
+    paired bootstrap over the queries; p-values of a measure are also adjusted by Holm's method.
+    """
+    first, found = models[0], []
+    for model in models[1:]:
+
+        def of_pairs(weights: np.ndarray, model: ModelScores = model) -> dict[str, np.ndarray]:
+            before, after = first.resampled(weights), model.resampled(weights)
+            return {name: after[name] - before[name] for name in before}
+
+        resampled, before = bootstrap(of_pairs, len(first.queries)), first.scores()
+        for name, score in model.scores().items():
+            found.append(
+                {
+                    "model": model.model,
+                    "measure": name,
+                    "difference": score - before[name],
+                    "interval": percentiles(resampled[name]),
+                    "p": p_value(resampled[name]),
+                }
+            )
+    for name in {one["measure"] for one in found}:
+        members = [one for one in found if one["measure"] == name]
+        for one, adjusted in zip(members, holm([one["p"] for one in members])):
+            one["p_holm"] = adjusted
+    return found
