@@ -55,7 +55,9 @@ class OnTerminal:
         until = time.monotonic() + seconds
         while (place := self.written.find(text.encode(), self.seen)) < 0:
             ready = select.select([self.terminal], [], [], until - time.monotonic())[0]
-            assert ready and self._read(), f"no {text!r} after {self.written[self.seen :].decode()!r}"
+            if not ready or not self._read():
+                self.process.kill()
+                raise AssertionError(f"no {text!r} after {self.written[self.seen :].decode()!r}")
         self.seen = place + len(text.encode())
 
     def end(self) -> tuple[int, str]:
