@@ -249,6 +249,7 @@ def test_a_typo_is_not_sent_to_the_model(typed, tmp_path):
 
 
 LEFT, UP, CTRL_C, CTRL_D = "\x1b[D", "\x1b[A", "\x03", "\x04"
+PROMPT = "\x1b[?2004h> "  # readline has the terminal
 PASTED = "\x1b[200~{}\x1b[201~"  # how a terminal marks what is pasted
 
 
@@ -263,22 +264,22 @@ def test_a_conversation_at_a_terminal(tmp_path, cache_dir):
     answer_and_stop(talk, f"a sky{LEFT * 3}blue \r", keep="y")
     answer_and_stop(talk, f"{UP}!\r", keep="y")
     answer_and_stop(talk, PASTED.format("first\nsecond") + "\r", keep="n")
-    talk.wait_for("> ")
+    talk.wait_for(PROMPT)
     talk.type("/rset\r")
     talk.wait_for("did you mean /reset?")
-    talk.wait_for("> ")
+    talk.wait_for(PROMPT)
     talk.type("half a line")
     talk.wait_for("half a line")
     talk.type(CTRL_C)
     talk.wait_for("ends the conversation")
-    talk.wait_for("> ")
+    talk.wait_for(PROMPT)
     talk.type(f"/save {file}\r")
     talk.wait_for("saved: 4 messages")
     answer_and_stop(talk, "/retry\r", keep="y")
-    talk.wait_for("> ")
+    talk.wait_for(PROMPT)
     talk.type(f"/save {file}\r")
     talk.wait_for("saved: 6 messages")
-    talk.wait_for("> ")
+    talk.wait_for(PROMPT)
     talk.type(CTRL_D)
     code, written = talk.end()
     assert code == 0 and "^[[" not in written, written
@@ -290,7 +291,7 @@ def test_a_conversation_at_a_terminal(tmp_path, cache_dir):
 
 def answer_and_stop(talk: OnTerminal, keys: str, *, keep: str) -> None:
     """Type a message, and end its answer after a moment."""
-    talk.wait_for("> ")
+    talk.wait_for(PROMPT)
     talk.type(keys)
     talk.wait_for("\x1b[?2004l")  # readline has taken the line
     talk.wait_for("e")  # a part of the answer
