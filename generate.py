@@ -161,6 +161,10 @@ def make_parser() -> cli.Parser:
     add("--explain", action="store_true", help="show for each token what every filter does")
     add("--compare", action="store_true", help="show greedy, top-k and top-p side by side")
     add("--perplexity", metavar="FILE", help="the model's perplexity on a file (-: standard input)")
+    help_text = (
+        "how likely given texts are: JSONL with prompt, choices and perhaps answer (-: standard input)"
+    )
+    add("--score-continuations", metavar="FILE", help=help_text)
     add("--score", metavar="FILE", help="ROUGE of a file's texts against --references; no model")
     help_text = f"tokens per pass of --perplexity (default: {DEFAULT_WINDOW}, if they fit)"
     group.add_argument("--window", type=positive_int, help=help_text)
@@ -231,9 +235,10 @@ DRAWING = (  # any of them given: not greedy
     "xtc_probability",
 )
 DRAWING_FLAGS = tuple("--" + name.replace("_", "-") for name in DRAWING)
-NO_PROMPT = ("--serve", "--interactive", "--perplexity", "--score")
+NO_PROMPT = ("--serve", "--interactive", "--perplexity", "--score", "--score-continuations")
 ONE_PROMPT = ("--explain", "--compare")
-NO_SCORE = ("--check", *ONE_PROMPT, "--serve", "--interactive", "--perplexity")
+NO_SCORE = ("--check", *ONE_PROMPT, "--serve", "--interactive", "--perplexity", "--score-continuations")
+NO_TEXTS = ("--perplexity", "--score", "--score-continuations")
 FORMS = ("--choices", "--regex")
 FORMLESS = ("--min-new-tokens", "--no-repeat-ngram-size", "--ban-words")
 TABLES = ("--prompts-file", "--references", "--score")  # flags whose file may be a table
@@ -250,7 +255,7 @@ NEEDS = {  # a flag, and the flags of which it needs one
     "--logprobs": ("--output",),
     "--score": ("--references",),
     **dict.fromkeys(("--columns", "--delimiter", "--quoting"), TABLES),
-    "--encoding": (*TABLES, "--perplexity"),
+    "--encoding": (*TABLES, "--perplexity", "--score-continuations"),
     "--xtc-threshold": ("--xtc-probability",),
     "--length-penalty": ("--num-beams",),
     "--early-stopping": ("--num-beams",),
@@ -261,8 +266,15 @@ CONFLICTS = (  # flags that cannot be used together, and why; torchrun counts as
     ("--prompt", NO_PROMPT, "this mode takes no prompts"),
     ("--prompts-file", NO_PROMPT, "this mode takes no prompts"),
     ("--references", NO_SCORE, "this mode scores nothing"),
-    ("--output", MODES, "this mode writes no texts"),
-    ("--stop", ("--perplexity",), "no text is generated that could stop"),
+    (
+        "--output",
+        tuple(mode for mode in MODES if mode != "--score-continuations"),
+        "this mode writes no texts",
+    ),
+    ("--resume", ("--score-continuations",), "its file is written at once"),
+    ("--logprobs", ("--score-continuations",), "it writes those of whole texts"),
+    ("--chat", ("--score-continuations",), "its prompts go on as they are"),
+    ("--stop", ("--perplexity", "--score-continuations"), "no text is generated that could stop"),
     ("--stream", ("--output",), "the texts go to a file, not to the screen"),
     ("--lookup", (*DRAWING_FLAGS, "--use-model-defaults"), "prompt lookup is for greedy decoding"),
     (
@@ -271,7 +283,7 @@ CONFLICTS = (  # flags that cannot be used together, and why; torchrun counts as
         "each request says what it is, and is decoded as if alone",
     ),
     ("--skip-bad", MODES, "this mode leaves out no prompts"),
-    ("--use-model-defaults", ("--perplexity", "--score"), "no text is generated"),
+    ("--use-model-defaults", NO_TEXTS, "no text is generated"),
     ("--lookup", ONE_PROMPT, "this mode uses no prompt lookup"),
     ("--num-beams", DRAWING_FLAGS, "a beam search draws nothing"),
     ("--num-beams", ("--use-model-defaults",), "the model's settings choose token by token"),
@@ -283,7 +295,7 @@ CONFLICTS = (  # flags that cannot be used together, and why; torchrun counts as
     *((flag, FORMLESS, "it could forbid what the form needs") for flag in FORMS),
     *((flag, ("--stop",), "the text ends where its form does") for flag in FORMS),
     *((flag, ("--num-beams",), "a beam search knows no form") for flag in FORMS),
-    *((flag, ("--perplexity", "--score"), "this mode generates no texts") for flag in FORMS),
+    *((flag, NO_TEXTS, "this mode generates no texts") for flag in FORMS),
     ("--num-samples", (*ONE_PROMPT, *NO_PROMPT), "this mode takes one text per prompt"),
     ("--num-samples", ("--references",), "one text per prompt is scored"),
     ("--check", ("--sampler",), "only --sampler exact draws the random numbers of model.generate"),
@@ -319,8 +331,9 @@ def check_flags(args: argparse.Namespace) -> None:
     for name in (args.prompts_file, args.references, args.score):
         if name is not None:
             sources.check_texts(name, any_suffix=file_options(args).is_table)
-    if args.perplexity is not None:
-        sources.check_text_file(args.perplexity)
+    for name in (args.perplexity, args.score_continuations):
+        if name is not None:
+            sources.check_text_file(name)
     if args.chat_template is not None:
         check_template(args.chat_template)
     if args.output is not None:
@@ -761,6 +774,30 @@ def measure_perplexity(args: argparse.Namespace) -> None:
     )
 
 
+def score_continuations(args: argparse.Namespace) -> None:
+    """Show or write how likely the given continuations of prompts are, and which is the likeliest."""
+    from common.generation import continuations
+
+    name, uses_stdin = args.score_continuations, args.score_continuations == "-"
+
+    def read() -> list[continuations.Question]:
+        lines = reading.read_lines(name, encoding=args.encoding)
+        return continuations.read_questions(lines, reading.source_name(name))
+
+    questions = [] if uses_stdin else read()
+    with output.open_file(args.output, resume=False) as file:
+        run, _ = load(args)
+        questions = questions or read()  # nothing reads standard input before the model is loaded
+        scored = continuations.score(questions, run.language_model, batch_size=args.batch_size)
+        numbered = list(zip(range(1, len(questions) + 1), questions, scored))
+        if file:
+            file.write([continuations.line(*row) for row in numbered])
+        else:
+            print("\n".join(continuations.table(*row) for row in numbered))
+    if questions[0].answer is not None:
+        print(continuations.accuracy(questions, scored))
+
+
 def score_file(args: argparse.Namespace) -> None:
     """Print the ROUGE of a file's texts against the references, without a model."""
     from common.generation import scoring
@@ -999,6 +1036,8 @@ def main(args: argparse.Namespace) -> None:
         converse(args)
     elif args.perplexity is not None:
         measure_perplexity(args)
+    elif args.score_continuations is not None:
+        score_continuations(args)
     elif args.score is not None:
         score_file(args)
     elif args.check:

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 from common import bundled, cli, sources
 from common.errors import Interrupted, UserError
 from common.sources import FileOptions
-from common.training import study
+from common.training import predictions, study
 from common.training.run import (
     CONFIG,
     DEFAULT_MAX_LENGTH,
@@ -55,7 +55,8 @@ from common.training.run import (
 
 # flags that are no settings of a run: they choose what to do instead of it, or where to continue
 INSTEAD = ("inspect", "compare_tokenizer", "evaluate_only", "predict", "compare")
-NOT_SETTINGS = (*INSTEAD, "resume", "resume_or_start", "seeds", "grid", "debug")
+OF_PREDICTIONS = ("output", "id_column", "keep_columns")
+NOT_SETTINGS = (*INSTEAD, *OF_PREDICTIONS, "resume", "resume_or_start", "seeds", "grid", "debug")
 
 
 # Flags --------------------------------------------------------------------------------------------
@@ -315,6 +316,20 @@ def add_run_flags(parser: cli.Parser) -> None:
         help="classify the lines of a text file (- for standard input), or the rows of a data file",
     )
     group.add_argument(
+        "--output",
+        metavar="FILE",
+        help="with --predict: a new file, .jsonl, .csv or .parquet; --resume goes on with one that was left",
+    )
+    group.add_argument(
+        "--id-column", metavar="NAME", help="with --predict: a column that stays beside each answer"
+    )
+    group.add_argument(
+        "--keep-columns",
+        type=cli.columns,
+        metavar="NAMES",
+        help="with --predict: other columns that stay, such as author,date; all: every one",
+    )
+    group.add_argument(
         "--compare-tokenizer",
         metavar="NAME",
         help="with --inspect: a second tokenizer on a sentence (bundled name, folder or Hub id)",
@@ -349,12 +364,25 @@ def check_flags(args: argparse.Namespace) -> None:
     is_table = FileOptions(columns=args.columns, delimiter=args.delimiter).is_table
     if args.predict is not None:  # an empty name is a mistake, not a wish to train
         sources.check_texts(args.predict, any_suffix=is_table)
+        check_output_flags(args)
         return
+    for flag in OF_PREDICTIONS:
+        if getattr(args, flag) is not None:
+            raise UserError(f"--{flag.replace('_', '-')}: it works with --predict only; leave it out")
     sources.check_data(args.dataset, any_suffix=is_table)
     if not args.inspect and not args.evaluate_only:
         if args.task != "auto":  # else when the labels have told it
             check_task(args.task, vars(args))
         check_training_flags(args)
+
+
+def check_output_flags(args: argparse.Namespace) -> None:
+    """Raise UserError unless the file of predictions can be written."""
+    resumes = args.resume is not None
+    if args.output is not None:
+        predictions.check_output(args.output, resume=resumes)
+    elif resumes:
+        raise UserError("--resume: with --predict it goes on with the file of --output; name it")
 
 
 def column_names(text: str) -> str:
@@ -470,6 +498,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from common import reading
+from common.files import tensors_sha256
 from common.runtime import (
     Runtime,
     check_compiler,
@@ -483,7 +512,7 @@ from common.training.batching import BatchConfig, count_examples, pool_chunks, s
 from common.training.checkpoint import TIME_IS_UP, Checkpoints, StopSignals, TrainingState
 from common.training.classifier import ModelConfig
 from common.training.data import DataConfig, Splits, TextConfig, TokenConfig
-from common.training.evaluation import evaluate, is_better, predict_texts
+from common.training.evaluation import PREDICT_BLOCK, evaluate, is_better, predict_texts
 from common.training.task import LabelConfig, Scoring, Task, balanced_weights, sum_losses, task_of_rows
 
 if TYPE_CHECKING:
@@ -997,24 +1026,67 @@ def evaluate_only(args: argparse.Namespace, runtime: Runtime) -> None:
 
 
 def predict(args: argparse.Namespace, runtime: Runtime) -> None:
-    """Print one JSON line per text: row, label, confidence and the score of every class."""
+    """Answer for each text, with its row, label, confidence and the score of every class: a JSON line on
+    the screen, or a row of --output.
+    """
     model, tokenizer = classifier.load_to_predict(args.model, runtime, cache_dir=args.cache_dir)
     tokens = saved_tokens(model, tokenizer, args)
     options = config_from_flags(FileOptions, args)
-    texts = reading.read_texts(
-        args.predict, column=args.text_column, cache_dir=args.cache_dir, options=options
-    )
-    answers = predict_texts(
-        model,
-        tokenizer,
-        texts,
-        tokens,
-        runtime,
-        batch_size=args.eval_batch_size,
-        thresholds=classifier.saved_thresholds(args.model, classifier.task_of_model(model)),
-    )
-    for answer in answers:
-        runtime.say(cli.json_line(answer))
+    thresholds = classifier.saved_thresholds(args.model, classifier.task_of_model(model))
+    with reading.open_texts(
+        args.predict,
+        column=args.text_column,
+        kept=kept_columns(args),
+        options=options,
+        cache_dir=args.cache_dir,
+    ) as texts:
+        bad = texts.check()
+
+        def answer(block: reading.TextBlock) -> list[dict]:
+            answers = predict_texts(
+                model,
+                tokenizer,
+                block.texts,
+                tokens,
+                runtime,
+                batch_size=args.eval_batch_size,
+                thresholds=thresholds,
+            )
+            return [{**answer, "row": row} for row, answer in zip(block.rows, answers)]
+
+        if args.output is None:
+            for block in texts.blocks(PREDICT_BLOCK, without=bad):
+                for line in predictions.with_columns(block.columns, answer(block)):
+                    runtime.say(cli.json_line(line))
+            return
+        identity = {
+            "text": texts.sha256(),
+            "model": tensors_sha256(model.state_dict()),
+            "thresholds": str(thresholds),
+            "--text-column": args.text_column,
+            "--keep-columns": texts.kept,
+            "--eval-batch-size": args.eval_batch_size,
+            "precision or device": f"{runtime.precision} {runtime.device.type} {runtime.world_size}",
+            "way to read texts": f"{tokens.eval_max_length} {tokens.truncation} {options}",
+        }
+        with predictions.open_predictions(
+            args.output, identity=identity, resume=args.resume is not None, runtime=runtime
+        ) as file:
+            if file.is_complete:
+                runtime.say(f"{args.output} is complete already")
+                return
+            for block in texts.blocks(PREDICT_BLOCK, without=bad, skipped=file.num_rows):
+                file.add(answer(block), block.columns)
+            file.finish()
+        runtime.say(f"{file.num_rows:,} predictions: {args.output}")
+
+
+def kept_columns(args: argparse.Namespace) -> list[str] | None:
+    """Return the columns that predictions keep, None for all."""
+    if args.keep_columns == ("all",):
+        return None
+    ids = [] if args.id_column is None else [args.id_column]
+    return list(dict.fromkeys([*ids, *(args.keep_columns or ())]))
 
 
 def saved_tokens(

@@ -3,6 +3,7 @@
 import contextlib
 import re
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -28,6 +29,16 @@ def outcome(call: Callable[P, T], *args: P.args, **named: P.kwargs) -> T | UserE
         return call(*args, **named)
     except UserError as error:
         return error
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A row of a source that can't be used, where such rows are collected and not the end."""
+
+    source: str  # the file, or the split of a data set
+    row: int  # as a spreadsheet numbers it: a header is row 1; of lines the number of the line
+    problem: str  # the same words for every row with this problem
+    content: str  # what is in the row, or in the cell
 
 
 class Interrupted(Exception):
