@@ -1,13 +1,15 @@
 #!/usr/bin/env python
 """Fine-tune a pretrained encoder to classify texts, in an explicit PyTorch loop; evaluate it;
-predict with it.
+predict with it. A text has one class, any number of labels, or numbers: common/training/task.py
+holds what differs.
 
 The lesson is in load(), prepare(), train(), validate() and test(), in this order: AdamW with decay
 groups, a linear schedule with warm-up, automatic mixed precision, gradient accumulation, clipping,
-DistributedDataParallel. Left out on purpose: Trainer, callbacks, multi-label and regression heads.
+DistributedDataParallel. Left out on purpose: Trainer, callbacks.
 
   python train_classifier.py --epochs 3  # BBC News with all-MiniLM-L6-v2, both bundled
   python train_classifier.py --dataset reviews.csv --text-column review --label-column stars
+  python train_classifier.py --dataset comments.csv --label-column toxic,insult,threat
   python train_classifier.py --dataset reviews.csv --inspect
   python train_classifier.py --model runs/reviews/best --predict new.txt # one JSON line per text
   python train_classifier.py --model runs/reviews/best --dataset reviews.csv --evaluate-only
@@ -31,14 +33,17 @@ from typing import TYPE_CHECKING, TypeVar, cast
 from common import bundled, cli, sources
 from common.errors import Interrupted, UserError
 from common.sources import FileOptions
-from common.training import study
+from common.training import predictions, study
 from common.training.run import (
     CONFIG,
     DEFAULT_MAX_LENGTH,
     DEFAULT_TRUNCATION,
+    METRICS,
     NEWEST,
+    TASKS,
     TRUNCATIONS,
     RunLocation,
+    check_task,
     compare_flags,
     finished_runs,
     is_finished,
@@ -50,7 +55,8 @@ from common.training.run import (
 
 # flags that are no settings of a run: they choose what to do instead of it, or where to continue
 INSTEAD = ("inspect", "compare_tokenizer", "evaluate_only", "predict", "compare")
-NOT_SETTINGS = (*INSTEAD, "resume", "resume_or_start", "seeds", "grid", "debug")
+OF_PREDICTIONS = ("output", "id_column", "keep_columns")
+NOT_SETTINGS = (*INSTEAD, *OF_PREDICTIONS, "resume", "resume_or_start", "seeds", "grid", "debug")
 
 
 # Flags --------------------------------------------------------------------------------------------
@@ -89,7 +95,20 @@ def add_data_flags(parser: cli.Parser) -> None:
     cli.add_file_flags(group)
     flag("--dataset-config", help="configuration of a Hub data set that has several")
     flag("--text-column", default="text", help="column of the texts")
-    flag("--label-column", default="label", help="column of the labels: strings or whole numbers")
+    flag(
+        "--label-column",
+        type=column_names,
+        default="label",
+        help="column of the labels; several, separated by commas, hold 0 or 1 for each label, or numbers",
+    )
+    flag(
+        "--task",
+        choices=["auto", *TASKS],
+        default="auto",
+        help="what a text has: one class (single), any number of labels (multi) or numbers (regression);"
+        " auto: found from the labels",
+    )
+    flag("--label-separator", type=cli.name, help="what stands between the labels of a text in one cell")
     flag("--train-split", help="its name in the data set")
     flag("--validation-split", help="its name in the data set; cut from train if there is none")
     flag("--test-split", help="its name in the data set; cut from train if there is none")
@@ -168,9 +187,13 @@ def add_training_flags(parser: cli.Parser) -> None:
     )
     flag(
         "--best-metric",
-        choices=["loss", "accuracy", "macro_f1"],
+        choices=METRICS,
         default="loss",
-        help="validation score that tells which weights are best; on ties, the earliest are",
+        metavar="SCORE",
+        help="validation score that tells which weights are best; on ties, the earliest are: loss; of one"
+        " class accuracy, macro_f1, micro_f1, weighted_f1, binary_f1, matthews, roc_auc,"
+        " average_precision; of labels also subset_accuracy, label_accuracy; of numbers rmse, mae, pearson,"
+        " spearman",
     )
     flag(
         "--eval-every",
@@ -218,6 +241,12 @@ def add_training_flags(parser: cli.Parser) -> None:
         type=cli.non_negative_int,
         default=0,
         help="processes that make batches; the texts are tokenised before, so few are enough",
+    )
+    flag(
+        "--calibrate",
+        action="store_true",
+        help="in the end, fit one temperature on the validation split, so that a confidence of 0.8 is right"
+        " in 80 of 100 texts; it is saved with the model",
     )
     flag("--log-every", type=count, default=10, help="optimizer steps between points of a curve")
 
@@ -293,6 +322,20 @@ def add_run_flags(parser: cli.Parser) -> None:
         help="classify the lines of a text file (- for standard input), or the rows of a data file",
     )
     group.add_argument(
+        "--output",
+        metavar="FILE",
+        help="with --predict: a new file, .jsonl, .csv or .parquet; --resume goes on with one that was left",
+    )
+    group.add_argument(
+        "--id-column", metavar="NAME", help="with --predict: a column that stays beside each answer"
+    )
+    group.add_argument(
+        "--keep-columns",
+        type=cli.columns,
+        metavar="NAMES",
+        help="with --predict: other columns that stay, such as author,date; all: every one",
+    )
+    group.add_argument(
         "--compare-tokenizer",
         metavar="NAME",
         help="with --inspect: a second tokenizer on a sentence (bundled name, folder or Hub id)",
@@ -327,10 +370,31 @@ def check_flags(args: argparse.Namespace) -> None:
     is_table = FileOptions(columns=args.columns, delimiter=args.delimiter).is_table
     if args.predict is not None:  # an empty name is a mistake, not a wish to train
         sources.check_texts(args.predict, any_suffix=is_table)
+        check_output_flags(args)
         return
+    for flag in OF_PREDICTIONS:
+        if getattr(args, flag) is not None:
+            raise UserError(f"--{flag.replace('_', '-')}: it works with --predict only; leave it out")
     sources.check_data(args.dataset, any_suffix=is_table)
     if not args.inspect and not args.evaluate_only:
+        if args.task != "auto":  # else when the labels have told it
+            check_task(args.task, vars(args))
         check_training_flags(args)
+
+
+def check_output_flags(args: argparse.Namespace) -> None:
+    """Raise UserError unless the file of predictions can be written."""
+    resumes = args.resume is not None
+    if args.output is not None:
+        predictions.check_output(args.output, resume=resumes)
+    elif resumes:
+        raise UserError("--resume: with --predict it goes on with the file of --output; name it")
+
+
+def column_names(text: str) -> str:
+    """Check names of columns, separated by commas, and return them as they are."""
+    cli.columns(text)
+    return text
 
 
 def check_compared(args: argparse.Namespace) -> None:
@@ -436,11 +500,11 @@ if __name__ == "__main__":
         sys.exit()
 
 import torch
-from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from common import reading
+from common.files import tensors_sha256
 from common.runtime import (
     Runtime,
     check_compiler,
@@ -453,8 +517,9 @@ from common.training import batching, checkpoint, classifier, data, report, trac
 from common.training.batching import BatchConfig, count_examples, pool_chunks, sync_gradients
 from common.training.checkpoint import TIME_IS_UP, Checkpoints, StopSignals, TrainingState
 from common.training.classifier import ModelConfig
-from common.training.data import DataConfig, Splits, TokenConfig
-from common.training.evaluation import evaluate, is_better, predict_texts
+from common.training.data import DataConfig, Splits, TextConfig, TokenConfig
+from common.training.evaluation import PREDICT_BLOCK, evaluate, is_better, predict_logits, predict_texts
+from common.training.task import LabelConfig, Scoring, Task, balanced_weights, sum_losses, task_of_rows
 
 if TYPE_CHECKING:
     import datasets
@@ -473,6 +538,8 @@ class TrainConfig:
     model: ModelConfig
     batches: BatchConfig
     tokens: TokenConfig
+    task: Task
+    scoring: Scoring
     epochs: int
     lr: float
     warmup_ratio: float
@@ -487,6 +554,7 @@ class TrainConfig:
     early_stopping_patience: int | None
     save_every: int | None
     log_every: int
+    calibrate: bool
 
     def memory_advice(self) -> str:
         """Return what to say when a step does not fit into memory."""
@@ -494,7 +562,9 @@ class TrainConfig:
         return batching.memory_advice(self.batches, length, is_auto=is_auto)
 
 
-Config = TypeVar("Config", FileOptions, DataConfig, ModelConfig, BatchConfig, TrainConfig)
+Config = TypeVar(
+    "Config", FileOptions, TextConfig, LabelConfig, DataConfig, ModelConfig, BatchConfig, TrainConfig
+)
 
 
 def config_from_flags(config_class: type[Config], args: argparse.Namespace, **given: object) -> Config:
@@ -505,8 +575,14 @@ def config_from_flags(config_class: type[Config], args: argparse.Namespace, **gi
 
 def data_config(args: argparse.Namespace) -> DataConfig:
     """Return which texts and labels the flags name."""
-    seed = args.seed if args.split_seed is None else args.split_seed
-    return config_from_flags(DataConfig, args, seed=seed, files=config_from_flags(FileOptions, args))
+    return config_from_flags(
+        DataConfig,
+        args,
+        seed=args.seed if args.split_seed is None else args.split_seed,
+        files=config_from_flags(FileOptions, args),
+        texts=config_from_flags(TextConfig, args),
+        labels=config_from_flags(LabelConfig, args),
+    )
 
 
 # Data, tokenizer and model ------------------------------------------------------------------------
@@ -526,11 +602,13 @@ class Loaded:
 def load(args: argparse.Namespace, runtime: Runtime) -> Loaded:
     """Read the data, load tokenizer and model, and tokenise the data."""
     splits = data.load_splits(data_config(args), runtime)
-    names = splits["train"].features["label"].names  # a label is an index into them
+    # what is asked: one class of several, several labels, or numbers; and the names of the answers
+    task = task_of_rows(splits["train"])
+    check_task(task.kind, vars(args))
 
-    # a pretrained encoder with a head for these classes
+    # a pretrained encoder with a head for these answers
     model_config = config_from_flags(ModelConfig, args)
-    model, tokenizer = classifier.load_pretrained(model_config, names, runtime)
+    model, tokenizer = classifier.load_pretrained(model_config, task, runtime)
 
     # each text becomes the ids of its tokens; a long one is cut into several chunks
     tokens = classifier.choose_tokens(
@@ -544,7 +622,9 @@ def load(args: argparse.Namespace, runtime: Runtime) -> Loaded:
 
     batches = config_from_flags(BatchConfig, args)
     runtime.say(report.token_lines(tokenized, tokens, batches, runtime))
-    config = config_from_flags(TrainConfig, args, model=model_config, batches=batches, tokens=tokens)
+    config = config_from_flags(
+        TrainConfig, args, model=model_config, batches=batches, tokens=tokens, task=task, scoring=Scoring()
+    )
     return Loaded(splits, tokenized, tokenizer, model, config)
 
 
@@ -568,8 +648,7 @@ def prepare(
 
     class_weights = None
     if config.class_weights == "balanced":
-        num_classes = rows.features["label"].num_classes
-        class_weights = batching.balanced_weights(rows["label"][:], num_classes)  # (C)
+        class_weights = balanced_weights(config.task, config.task.targets(rows["label"][:]))  # (C)
 
     batches = batching.PaddedBatches(rows, tokenizer)  # to try the model on some
     micro_batch = config.batches.batch_size
@@ -689,7 +768,7 @@ def train(state: TrainingState, tokenized: Splits, run: Run, config: TrainConfig
     if loss_weights is not None:
         loss_weights = loss_weights.to(runtime.device)
 
-    # the shapes in comments: B texts, K chunks of these texts, C classes
+    # the shapes in comments: B texts, K chunks of these texts, C classes, labels or numbers
     while state.epoch <= config.epochs and not state.is_out_of_patience(config.early_stopping_patience):
         # the optimizer steps of the epoch, each a list of micro-batches
         steps = batching.plan_epoch(
@@ -716,25 +795,22 @@ def train(state: TrainingState, tokenized: Splits, run: Run, config: TrainConfig
             for micro_batches in bar:
                 model.train()
                 # the loss is a mean over the examples of all micro-batches and processes: their
-                # number, or the sum of their class weights, divides the summed loss
+                # number (times that of labels), or the sum of their class weights, divides the sum
                 examples, divisor = count_examples(micro_batches, state.class_weights, runtime)
                 num_tokens = batching.count_tokens(micro_batches)
                 for number, batch in enumerate(micro_batches, start=1):
                     batch = batch.to(runtime.device, non_blocking=True)
-                    labels = batch.pop("labels")  # (B)
+                    targets = batch.pop("labels")  # (B), or of labels and numbers (B, C)
                     row_numbers = batch.pop("row")  # (B)
                     text_of_chunk = batch.pop("text_of_chunk")  # (K)
                     # DDP exchanges gradients once, in the last backward pass of the step
                     with sync_gradients(model, when=number == len(micro_batches)):
                         with runtime.autocast():
                             logits = model(**batch).logits  # (K, C)
-                        logits = pool_chunks(logits.float(), text_of_chunk, len(labels))  # (B, C)
-                        summed_loss = cross_entropy(
-                            logits,
-                            labels,
-                            weight=loss_weights,
-                            reduction="sum",
-                            label_smoothing=config.label_smoothing,
+                        logits = pool_chunks(logits.float(), text_of_chunk, len(targets))  # (B, C)
+                        # cross-entropy of classes or labels, squared error of numbers
+                        summed_loss = sum_losses(
+                            config.task, logits, targets, loss_weights, config.label_smoothing
                         )
                         # times world_size, because DDP divides by it when it averages gradients
                         loss_share = summed_loss / divisor * runtime.world_size
@@ -810,8 +886,14 @@ def score_and_keep(
 ) -> None:
     """Score the model on the validation split, and keep it in best/ if it is the best so far."""
     train_scores = state.meter.so_far()
-    scores, _ = evaluate(
-        state.model, rows, state.tokenizer, runtime, batch_size=config.eval_batch_size, signals=run.signals
+    scores, logits = evaluate(
+        state.model,
+        rows,
+        state.tokenizer,
+        runtime,
+        batch_size=config.eval_batch_size,
+        scoring=config.scoring,
+        signals=run.signals,
     )
     run.forecast.add_validation()
     # the losses of the last steps were finite, but these steps can have ruined the weights
@@ -822,14 +904,15 @@ def score_and_keep(
         )
     entry = {"epoch": state.epochs_done(), "step": state.step, **train_scores, **scores}
     state.history.append(entry)
-    report.log_scores(run.log, state.step, "validation", scores, rows.features["label"].names)
-    line = report.epoch_line(entry, config.epochs)
+    thresholds = report.thresholds_of(scores)
+    report.log_scores(run.log, state.step, "validation", scores, report.Predictions(rows, logits, thresholds))
+    line = report.epoch_line(entry, config.epochs, config.task, config.best_metric)
     if is_better(entry, state.best, config.best_metric):
         state.best, line = entry, f"{line}, the best so far"
         if runtime.is_main:
             plain = classifier.merge_adapters(state.model)
             folder = run.log.folder / "best"
-            classifier.save(plain, state.tokenizer, folder, settings=run.log.settings)
+            classifier.save(plain, state.tokenizer, folder, settings=run.log.settings, thresholds=thresholds)
     runtime.say(line)
 
 
@@ -855,8 +938,15 @@ def test(loaded: Loaded, state: TrainingState, run: Run, runtime: Runtime) -> No
     config, rows, folder = loaded.config, loaded.tokenized["test"], run.log.folder
     best, cache_dir = str(folder / "best"), config.model.cache_dir
     model, tokenizer = classifier.load_saved(best, runtime, cache_dir=cache_dir)
+    options = {"batch_size": config.eval_batch_size, "signals": run.signals}
+    if config.calibrate:
+        validation = loaded.tokenized["validation"]
+        logits = predict_logits(model, validation, tokenizer, runtime, **options)
+        calibrate(logits, validation, folder / "best", config.task, runtime)
+    scoring = dataclasses.replace(config.scoring, threshold=classifier.saved_thresholds(best, config.task))
+    temperature = classifier.saved_temperature(best)
     scores, logits = evaluate(
-        model, rows, tokenizer, runtime, batch_size=config.eval_batch_size, signals=run.signals
+        model, rows, tokenizer, runtime, scoring=scoring, temperature=temperature, **options
     )
     assert state.best is not None
     outcome = report.Outcome(
@@ -864,10 +954,12 @@ def test(loaded: Loaded, state: TrainingState, run: Run, runtime: Runtime) -> No
         history=state.history,
         best=state.best,
         scores=scores,
-        predictions=report.Predictions(rows, logits),
+        predictions=report.Predictions(rows, logits, report.thresholds_of(scores), scoring.positive_class),
+        temperature=temperature,
+        num_texts={split: len(loaded.tokenized[split]) for split in loaded.tokenized},
         peak_memory_bytes=peak_memory_bytes(runtime.device),
     )
-    runtime.say(f"\n{report.epoch_table(state.history)}")
+    runtime.say(f"\n{report.epoch_table(state.history, config.task, config.best_metric)}")
     runtime.say(f"\nbest epoch {state.best['epoch']}, reloaded and scored on the test split:")
     report.show(scores, outcome.predictions, config.tokens.eval_max_length, runtime)
     if runtime.is_main:
@@ -877,6 +969,20 @@ def test(loaded: Loaded, state: TrainingState, run: Run, runtime: Runtime) -> No
     run.checkpoints.prune_finished()
     paths = f"model: {folder}/best   every test row: {folder}/predictions.csv"
     runtime.say(f"\nreport: {folder}/report.md   {paths}")
+
+
+def calibrate(
+    logits: torch.Tensor, rows: datasets.Dataset, folder: Path, task: Task, runtime: Runtime
+) -> None:
+    """Fit a temperature to the logits (N, C) of the validation split, and save it with the model."""
+    from common.training import calibration
+
+    truth = task.targets(rows["label"][:]).numpy()
+    temperature = calibration.fit_temperature(logits.double().numpy(), truth, task.kind)
+    if runtime.is_main:
+        classifier.save_temperature(folder, temperature)
+    runtime.barrier()
+    runtime.say(f"\ncalibrated on the validation split: logits are divided by {temperature:.4f}")
 
 
 # What the flags ask for ---------------------------------------------------------------------------
@@ -898,7 +1004,8 @@ def fit_in(location: RunLocation, args: argparse.Namespace, clock: tracking.Cloc
 
     # the identity of the run: it can only be resumed from checkpoints with the same one
     # with the defaults that were chosen
-    flags = {**settings_of(args), **dataclasses.asdict(loaded.config.tokens)}
+    chosen = {**dataclasses.asdict(loaded.config.tokens), "task": loaded.config.task.kind}
+    flags = {**settings_of(args), **chosen}
     identity = checkpoint.identity(flags, loaded.model, loaded.tokenized, runtime)
     checkpoints = Checkpoints(location, identity, keep=args.keep, keep_after=args.keep_after, runtime=runtime)
     start = checkpoints.choose()  # None: from the beginning
@@ -929,25 +1036,90 @@ def evaluate_only(args: argparse.Namespace, runtime: Runtime) -> None:
     """Score a saved model on the test split, or on all rows of a data set that has none."""
     model, tokenizer = classifier.load_saved(args.model, runtime, cache_dir=args.cache_dir)
     tokens = saved_tokens(model, tokenizer, args)
-    names = classifier.class_names(model)
-    trained = classifier.saved_settings(args.model)
-    rows = data.load_rows_for_scoring(data_config(args), names, trained, runtime)
+    task, trained = classifier.task_of_model(model), classifier.saved_settings(args.model)
+    rows = data.load_rows_for_scoring(data_config(args), task, trained, runtime)
     splits = data.tokenize_splits({"test": rows}, tokenizer, tokens, runtime, cache_dir=args.cache_dir)
     tokenized = splits["test"]
-    scores, logits = evaluate(model, tokenized, tokenizer, runtime, batch_size=args.eval_batch_size)
-    report.show(scores, report.Predictions(tokenized, logits), tokens.eval_max_length, runtime)
+    scoring = Scoring(threshold=classifier.saved_thresholds(args.model, task))
+    scores, logits = evaluate(
+        model,
+        tokenized,
+        tokenizer,
+        runtime,
+        batch_size=args.eval_batch_size,
+        scoring=scoring,
+        temperature=classifier.saved_temperature(args.model),
+    )
+    thresholds = report.thresholds_of(scores)
+    predictions = report.Predictions(tokenized, logits, thresholds, scoring.positive_class)
+    report.show(scores, predictions, tokens.eval_max_length, runtime)
 
 
 def predict(args: argparse.Namespace, runtime: Runtime) -> None:
-    """Print one JSON line per text: row, label, confidence and the score of every class."""
+    """Answer for each text, with its row, label, confidence and the score of every class: a JSON line on
+    the screen, or a row of --output.
+    """
     model, tokenizer = classifier.load_to_predict(args.model, runtime, cache_dir=args.cache_dir)
     tokens = saved_tokens(model, tokenizer, args)
     options = config_from_flags(FileOptions, args)
-    texts = reading.read_texts(
-        args.predict, column=args.text_column, cache_dir=args.cache_dir, options=options
-    )
-    for answer in predict_texts(model, tokenizer, texts, tokens, runtime, batch_size=args.eval_batch_size):
-        runtime.say(cli.json_line(answer))
+    thresholds = classifier.saved_thresholds(args.model, classifier.task_of_model(model))
+    temperature = classifier.saved_temperature(args.model)
+    with reading.open_texts(
+        args.predict,
+        column=args.text_column,
+        kept=kept_columns(args),
+        options=options,
+        cache_dir=args.cache_dir,
+    ) as texts:
+        bad = texts.check()
+
+        def answer(block: reading.TextBlock) -> list[dict]:
+            answers = predict_texts(
+                model,
+                tokenizer,
+                block.texts,
+                tokens,
+                runtime,
+                batch_size=args.eval_batch_size,
+                thresholds=thresholds,
+                temperature=temperature,
+            )
+            return [{**answer, "row": row} for row, answer in zip(block.rows, answers)]
+
+        if args.output is None:
+            for block in texts.blocks(PREDICT_BLOCK, without=bad):
+                for line in predictions.with_columns(block.columns, answer(block)):
+                    runtime.say(cli.json_line(line))
+            return
+        identity = {
+            "text": texts.sha256(),
+            "model": tensors_sha256(model.state_dict()),
+            "thresholds": str(thresholds),
+            "temperature": temperature,
+            "--text-column": args.text_column,
+            "--keep-columns": texts.kept,
+            "--eval-batch-size": args.eval_batch_size,
+            "precision or device": f"{runtime.precision} {runtime.device.type} {runtime.world_size}",
+            "way to read texts": f"{tokens.eval_max_length} {tokens.truncation} {options}",
+        }
+        with predictions.open_predictions(
+            args.output, identity=identity, resume=args.resume is not None, runtime=runtime
+        ) as file:
+            if file.is_complete:
+                runtime.say(f"{args.output} is complete already")
+                return
+            for block in texts.blocks(PREDICT_BLOCK, without=bad, skipped=file.num_rows):
+                file.add(answer(block), block.columns)
+            file.finish()
+        runtime.say(f"{file.num_rows:,} predictions: {args.output}")
+
+
+def kept_columns(args: argparse.Namespace) -> list[str] | None:
+    """Return the columns that predictions keep, None for all."""
+    if args.keep_columns == ("all",):
+        return None
+    ids = [] if args.id_column is None else [args.id_column]
+    return list(dict.fromkeys([*ids, *(args.keep_columns or ())]))
 
 
 def saved_tokens(

@@ -27,6 +27,7 @@ MAX_SIMILARITY_NUMBERS, MAX_SIMILARITY_NAMES = 12, 40
 MAX_LEGEND = 24  # clusters; a longer legend would hide the map
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "o^sDvPX*<>"
+MAX_PANELS = 6
 
 # a character that the font lacks is drawn as a box; nobody can do anything about it
 warnings.filterwarnings("ignore", message="Glyph [0-9]+ .*missing from")
@@ -64,22 +65,103 @@ def most_confused(counts: ArrayLike, most: int) -> np.ndarray:
     return np.sort(np.argsort(-confused, kind="stable")[:most])
 
 
-def learning_curve(epochs: list[dict[str, Any]], best_epoch: float) -> Figure:
+def label_bars(per_label: dict[str, list[Any]], names: list[str], *, title: str) -> Figure:
+    """Return a figure with a bar for each label: the texts that have it and were found, those that were
+    missed, and those that were reported and don't have it. Of more than 20 labels it shows the 20
+    with the most mistakes.
+
+    `per_label` has lists (C) `support`, `missed` and `false_alarms`.
+    """
+    missed, false_alarms = np.asarray(per_label["missed"]), np.asarray(per_label["false_alarms"])
+    found = np.asarray(per_label["support"]) - missed
+    shown = np.sort(np.argsort(-(missed + false_alarms), kind="stable")[:MAX_CLASSES])
+    if len(shown) < len(names):
+        title = f"{title}: the {len(shown)} of {len(names):,} labels with the most mistakes"
+    figure, axes = plt.subplots(figsize=(7.5, 0.35 * len(shown) + 1.8), layout="constrained")
+    rows, left = np.arange(len(shown)), np.zeros(len(shown))
+    parts = {"found": (found, "tab:blue"), "missed": (missed, "tab:orange")}
+    for name, (counts, colour) in {**parts, "false alarms": (false_alarms, "tab:red")}.items():
+        axes.barh(rows, counts[shown], left=left, label=name, color=colour)
+        left = left + counts[shown]
+    labels = [shorten(names[number], NAME_CHARACTERS) for number in shown]
+    axes.set_yticks(rows, labels, parse_math=False)
+    axes.invert_yaxis()
+    axes.set(title=title, xlabel="texts")
+    axes.legend()
+    return figure
+
+
+def scatter(true: ArrayLike, predicted: ArrayLike, names: list[str], *, title: str) -> Figure:
+    """Return a figure with predicted over true numbers, both (N, C): a panel for each of the first 6
+    numbers, and in it a line on which all points would lie if all were right.
+    """
+    truth, answers = np.asarray(true), np.asarray(predicted)
+    shown = range(min(len(names), MAX_PANELS))
+    if len(shown) < len(names):
+        title = f"{title}: {len(shown)} of {len(names):,} numbers"
+    columns = min(len(shown), 3)
+    lines = -(-len(shown) // columns)
+    figure, panels = plt.subplots(
+        lines, columns, figsize=(4.2 * columns, 4 * lines), layout="constrained", squeeze=False
+    )
+    figure.suptitle(title)
+    for panel in panels.flat[len(shown) :]:
+        panel.remove()
+    for number, axes in zip(shown, panels.flat):
+        both = np.concatenate([truth[:, number], answers[:, number]])
+        ends = [both.min(), both.max()]
+        axes.plot(ends, ends, color="grey", linestyle=":")
+        axes.scatter(truth[:, number], answers[:, number], s=10, alpha=0.6)
+        axes.set_xlabel(f"true {shorten(names[number], NAME_CHARACTERS)}", parse_math=False)
+        axes.set_ylabel("predicted")
+        axes.grid(alpha=0.3)
+    return figure
+
+
+def learning_curve(
+    epochs: list[dict[str, Any]], best_epoch: float, scores: dict[str, str], *, least: float = 0.0
+) -> Figure:
     """Return a figure of the losses (left) and the validation scores (right) of each epoch.
 
-    A line marks the best epoch. Each epoch is a dict with `epoch`, `train_loss`, `loss`,
-    `accuracy` and `macro_f1`.
+    A line marks the best epoch. Each epoch is a dict with `epoch`, `train_loss`, `loss`, and the
+    scores that `scores` gives names for the legend; one that is undefined is left out. The axis of
+    the scores spans at least `least`, so that a difference of a single text does not look like much.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     numbers = [epoch["epoch"] for epoch in epochs]
     losses = {"train_loss": "training", "loss": "validation"}
-    scores = {"accuracy": "accuracy", "macro_f1": "macro-F1"}
-    for axes, curves, label in ((left, losses, "loss (nats)"), (right, scores, "validation score")):
+    for axes, curves, label in ((left, losses, "loss"), (right, scores, "validation score")):
         for key, name in curves.items():
-            axes.plot(numbers, [epoch[key] for epoch in epochs], marker="o", label=name)
+            axes.plot(numbers, [epoch.get(key, np.nan) for epoch in epochs], marker="o", label=name)
         axes.axvline(best_epoch, color="grey", linestyle=":", label="best epoch")
         axes.set(xlabel="epoch", ylabel=label, xticks=numbers if len(numbers) <= 20 else axes.get_xticks())
         axes.legend()
+        axes.grid(alpha=0.3)
+    low, high = right.get_ylim()
+    if high - low < least:
+        # around the curves, and not beyond the highest score but for the margin that there is
+        middle = min((low + high) / 2, max(1.0, high) - least / 2)
+        right.set_ylim(middle - least / 2, middle + least / 2)
+    return figure
+
+
+def reliability(bins: list[tuple[float, float, int]], *, called: tuple[str, str]) -> Figure:
+    """Return a figure of how often decisions are right (above) and how many there are (below), by their
+    probability.
+
+    A bin has its mean probability, the share that is right, and its size; `called` names the two.
+    """
+    figure, (upper, lower) = plt.subplots(
+        2, 1, figsize=(4.8, 5.4), height_ratios=(3, 1), sharex=True, layout="constrained"
+    )
+    probabilities, shares, counts = zip(*bins)
+    upper.plot([0, 1], [0, 1], color="grey", linestyle=":", label="calibrated")
+    upper.plot(probabilities, shares, marker="o", label="test split")
+    upper.set(ylabel=called[1], ylim=(-0.02, 1.02), xlim=(-0.02, 1.02))
+    upper.legend()
+    lower.bar(probabilities, counts, width=0.03)
+    lower.set(xlabel=called[0], ylabel="decisions")
+    for axes in (upper, lower):
         axes.grid(alpha=0.3)
     return figure
 

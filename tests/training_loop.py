@@ -13,19 +13,28 @@ from common.training.batching import BatchConfig
 from common.training.checkpoint import TrainingState
 from common.training.classifier import ModelConfig
 from common.training.data import TokenConfig
+from common.training.run import SINGLE
+from common.training.task import Scoring, Task
 from common.training.tracking import Clock, Forecast, LossMeter, NullLog
 from train_classifier import TrainConfig, config_from_flags
 
 RUNTIME = Runtime(torch.device("cpu"), "fp32")
+TWO_CLASSES = Task(SINGLE, ("0", "1"))
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
 
 
-def config_of(*flags: object) -> TrainConfig:
+def config_of(*flags: object, task: Task = TWO_CLASSES) -> TrainConfig:
     """Return the config that the script makes of flags."""
     args = train_classifier.make_parser().parse_args(list(map(str, flags)))
     model, batches = config_from_flags(ModelConfig, args), config_from_flags(BatchConfig, args)
     return config_from_flags(
-        TrainConfig, args, model=model, batches=batches, tokens=TokenConfig(20, 20, "head")
+        TrainConfig,
+        args,
+        model=model,
+        batches=batches,
+        tokens=TokenConfig(20, 20, "head"),
+        task=task,
+        scoring=Scoring(),
     )
 
 
@@ -77,6 +86,7 @@ def run_loop(
     *flags: object,
     log: object | None = None,
     after_step: Callable[[], None] = lambda: None,
+    task: Task = TWO_CLASSES,
 ) -> None:
     """Run the script's loop for one epoch of the given steps, each a list of micro-batches.
 
@@ -85,7 +95,7 @@ def run_loop(
     tokens = {"train_tokens": 1000, "validation_tokens": 100, "test_tokens": 100}
     forecast = Forecast(**tokens, validations=1, clock=Clock())
     run = train_classifier.Run(log or NullLog(Path()), mock.Mock(), EveryStep(after_step), forecast)
-    config = config_of("--epochs", 1, "--log-every", 100, *flags)
+    config = config_of("--epochs", 1, "--log-every", 100, *flags, task=task)
     with (
         mock.patch.object(train_classifier.batching, "plan_epoch", lambda *_, **__: steps),
         mock.patch.object(train_classifier.batching, "step_loader", lambda *_, **__: steps),

@@ -22,6 +22,7 @@ import torch
 
 from common.errors import UserError
 from common.runtime import Runtime, used_memory_bytes
+from common.training.task import count_targets, task_of_rows
 from common.training.tracking import file_size
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
     from common.tokenizer import Tokenizer
 
-IGNORED_LABEL = -100  # the default ignore_index of cross_entropy
 # texts are sorted by length only within pools of at most 50 batches, and an epoch has at least four
 # pools if it has four batches, so that it stays shuffled
 MAX_POOL_BATCHES, MIN_POOLS = 50, 4
@@ -233,26 +233,29 @@ class PaddedBatches(torch.utils.data.Dataset):
     """A tokenised data set whose items are padded batches: indexed by picks, it gives their batch.
 
     A batch holds what the model takes, above all `input_ids` and `attention_mask` (K, T), with one
-    row for each chunk. It also holds `labels` (B), `row` (B), the rows' numbers in the source, and
-    `text_of_chunk` (K), which of the B texts each chunk belongs to.
+    row for each chunk. It also holds `labels` (B) or (B, C), the targets of the loss (none for texts
+    to predict), `row` (B), the rows' numbers in the source, and `text_of_chunk` (K), which of the B
+    texts each chunk belongs to.
     """
 
     def __init__(self, rows: Rows, tokenizer: AnyTokenizer) -> None:
         self.rows, self.tokenizer = rows, tokenizer
         self.inputs = [name for name in rows.column_names if name not in NOT_MODEL_INPUTS]
+        self.task = None if isinstance(rows, Columns) else task_of_rows(rows)
 
     def __getitem__(self, index: list[Pick]) -> Batch:
         picks = index  # `index` is the name that PyTorch gives it
         texts = self.rows.__getitems__([pick.row for pick in picks])
-        chunks, labels, row_numbers = [], [], []
+        chunks, targets, row_numbers = [], [], []
         for text, pick in zip(texts, picks):
             chunks += [{name: text[name][chunk] for name in self.inputs} for chunk in pick.chunks]
             # texts to predict have neither labels nor row numbers
-            label = text.get("label", IGNORED_LABEL)
-            labels.append(IGNORED_LABEL if pick.is_filler else label)
+            if self.task is not None:
+                targets.append(self.task.no_target() if pick.is_filler else self.task.target(text["label"]))
             row_numbers.append(text.get("row", pick.row))
         batch = self.tokenizer.pad(chunks, padding=True, return_tensors="pt")  # (K, T)
-        batch["labels"] = torch.tensor(labels)  # (B)
+        if targets:
+            batch["labels"] = torch.tensor(targets)  # (B), or in single precision (B, C)
         batch["row"] = torch.tensor(row_numbers)  # (B)
         num_chunks = torch.tensor([len(pick.chunks) for pick in picks])  # (B)
         batch["text_of_chunk"] = torch.arange(len(picks)).repeat_interleave(num_chunks)  # (K)
@@ -331,36 +334,17 @@ def pool_chunks(logits: torch.Tensor, text_of_chunk: torch.Tensor, num_texts: in
     return sums / counts.unsqueeze(1)
 
 
-def balanced_weights(labels: list[int], num_classes: int) -> torch.Tensor:
-    """Return scikit-learn's "balanced" weights (C), fp32: the fewer rows a class has, the higher.
-
-    A class without rows has the weight 0.
-    """
-    from sklearn.utils.class_weight import compute_class_weight
-
-    present = np.unique(labels)
-    weights = torch.zeros(num_classes)
-    balanced = compute_class_weight("balanced", classes=present, y=labels)
-    weights[torch.from_numpy(present)] = torch.from_numpy(balanced).float()
-    return weights
-
-
 def count_examples(
     micro_batches: list[BatchEncoding], class_weights: torch.Tensor | None, runtime: Runtime
 ) -> tuple[int, float]:
     """Return the number of examples of a step, over all processes, and the divisor of its loss.
 
-    The divisor is that number itself or, with `class_weights` (C), the sum of the weights of the
-    examples' classes. To divide each micro-batch by a divisor of its own would be wrong
-    (transformers #34242).
+    Both are those of `count_targets`. To divide each micro-batch by a divisor of its own would be
+    wrong (transformers #34242).
     """
     # the labels are still on the CPU, so nothing waits for a GPU
-    labels = torch.cat([batch["labels"] for batch in micro_batches])
-    labels = labels[labels != IGNORED_LABEL]
-    divisor = float(len(labels))
-    if class_weights is not None:
-        divisor = class_weights[labels].sum(dtype=torch.float64).item()
-    both = torch.tensor([len(labels), divisor], dtype=torch.float64)
+    targets = torch.cat([batch["labels"] for batch in micro_batches])
+    both = torch.tensor(count_targets(targets, class_weights), dtype=torch.float64)
     examples, divisor = runtime.all_reduce_sum(both).tolist()
     return int(examples), divisor
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 import shutil
 import warnings
@@ -22,10 +23,19 @@ import torch
 
 from common import bert, model_files, sources, speedups
 from common.errors import UnknownModel, UserError, shorten
-from common.files import replace_folder
+from common.files import replace_file, replace_folder
 from common.runtime import Runtime
 from common.training.data import TokenConfig, name_sha256
-from common.training.run import DEFAULT_MAX_LENGTH, DEFAULT_TRUNCATION, TRUNCATIONS
+from common.training.run import (
+    DEFAULT_MAX_LENGTH,
+    DEFAULT_TRUNCATION,
+    MULTI,
+    REGRESSION,
+    SINGLE,
+    TRUNCATIONS,
+    Kind,
+)
+from common.training.task import PROBLEM_TYPES, Task
 
 if TYPE_CHECKING:
     import peft
@@ -48,10 +58,11 @@ REMEMBERED = (
 UNLIMITED = 1_000_000  # tokenizers without a limit say 1e30
 # of BERT, DistilBERT, GPT-2
 ATTENTION_DROPOUT_NAMES = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
-# what a saved head may be for, beside one class of several
-OTHER_PROBLEMS = {
-    "regression": "numbers (regression)",
-    "multi_label_classification": "several labels per text",
+# what a saved head may be for
+PROBLEMS = {
+    SINGLE: "one class of several",
+    MULTI: "several labels per text",
+    REGRESSION: "numbers (regression)",
 }
 # architectures that can't be trained or scored in padded batches of any length, and why
 UNSERVED = {"reformer": "trains on texts of one length only"}
@@ -79,9 +90,9 @@ class ModelConfig:
 
 
 def load_pretrained(
-    config: ModelConfig, names: list[str], runtime: Runtime
+    config: ModelConfig, task: Task, runtime: Runtime
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return the pretrained model with a head for the classes `names`, and its tokenizer.
+    """Return the pretrained model with a head for a task, and its tokenizer.
 
     Prints what was loaded. Raises UserError when either can't be loaded.
     """
@@ -99,7 +110,7 @@ def load_pretrained(
         saved, dropout=config.dropout, attention_dropout=config.attention_dropout, name=name
     )
     model, head = load_classifier(
-        folder, name=name, names=names, dropout=dropout, pad_token_id=tokenizer.pad_token_id
+        folder, name=name, task=task, dropout=dropout, pad_token_id=tokenizer.pad_token_id
     )
     pad_at_unread_end(model, tokenizer)
     size = sum(parameter.numel() for parameter in model.parameters())
@@ -133,14 +144,14 @@ def pad_at_unread_end(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 
 
 def load_classifier(
-    folder: Path, *, name: str, names: list[str], dropout: dict[str, float], pad_token_id: int
+    folder: Path, *, name: str, task: Task, dropout: dict[str, float], pad_token_id: int
 ) -> tuple[PreTrainedModel, str]:
-    """Return a model for the classes `names`, in fp32, and in a few words what its head is.
+    """Return a model for a task, in fp32, and in a few words what its head is.
 
-    Its config has `id2label` and `label2id`. A saved head is kept if it is for the same classes,
-    and its outputs are put into the order of `names`; or if it is for as many classes without
-    names. `dropout` gives values of the config's dropout options. Raises UserError, naming `name`,
-    when the model can't be loaded or its pretrained part is incomplete.
+    Its config has `problem_type`, `id2label` and `label2id`. A saved head is kept if it is for the
+    same classes, labels or numbers, and its outputs are put into the task's order; or if it is for
+    as many without names. `dropout` gives values of the config's dropout options. Raises UserError,
+    naming `name`, when the model can't be loaded or its pretrained part is incomplete.
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -151,33 +162,33 @@ def load_classifier(
         AutoConfig,
         folder,
         name=name,
-        num_labels=len(names),
-        id2label=dict(enumerate(names)),
-        label2id={label: number for number, label in enumerate(names)},
+        num_labels=len(task.names),
+        id2label=dict(enumerate(task.names)),
+        label2id={label: number for number, label in enumerate(task.names)},
     )
     if getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = pad_token_id  # decoders look for the last token that is not padding
-    config.problem_type = "single_label_classification"
+    config.problem_type = task.problem_type
     for option, value in dropout.items():
         setattr(config, option, value)
     model, new = models.load_model(
         AutoModelForSequenceClassification, folder, name=name, config=config, dtype=torch.float32
     )
-    return model, choose_head(model, new, saved, names)
+    return model, choose_head(model, new, saved, task)
 
 
-def choose_head(model: PreTrainedModel, new: list[str], saved: PreTrainedConfig, names: list[str]) -> str:
-    """Give a loaded model a head for the classes `names`, whose logits are in their order, and
-    return in a few words what it is.
+def choose_head(model: PreTrainedModel, new: list[str], saved: PreTrainedConfig, task: Task) -> str:
+    """Give a loaded model a head for a task, whose logits are in the order of its names, and return in
+    a few words what it is.
 
     `new` lists the tensors that the files lacked, and `saved` is the configuration in them.
     """
     if new:
         return "a new head and a new pooler" if any(".pooler." in f".{key}" for key in new) else "a new head"
-    if saved.problem_type in OTHER_PROBLEMS:
+    if saved_kind(saved) != task.kind:
         renew_head(model)
-        return f"a new head, because the saved one was for {OTHER_PROBLEMS[saved.problem_type]}"
-    classes = saved_classes(saved)
+        return f"a new head, because the saved one was for {PROBLEMS[saved_kind(saved)]}"
+    classes, names = saved_classes(saved), list(task.names)
     if classes == names:
         return "the head that it was saved with"
     if all(UNNAMED.fullmatch(label) for label in classes):
@@ -186,6 +197,13 @@ def choose_head(model: PreTrainedModel, new: list[str], saved: PreTrainedConfig,
         return "the head that it was saved with, its classes put into another order"
     renew_head(model)
     return f"a new head, because the saved one was for {shorten(', '.join(classes), 60)}"
+
+
+def saved_kind(config: PreTrainedConfig) -> Kind:
+    """Return for what kind of task a model was saved; without a word about it, one output is a number
+    and several are classes.
+    """
+    return _kind_of(config.problem_type, config.num_labels or 0)
 
 
 def saved_classes(config: PreTrainedConfig) -> list[str]:
@@ -458,18 +476,36 @@ def merge_adapters(model: PreTrainedModel) -> PreTrainedModel:
     return cast("peft.PeftModel", copy.deepcopy(model)).merge_and_unload()
 
 
-def class_names(model: PreTrainedModel | bert.BertClassifier) -> list[str]:
-    """Return the names of a model's classes in the order of its logits."""
+def task_of_model(model: PreTrainedModel | bert.BertClassifier) -> Task:
+    """Return the task of a model, with its names in the order of its logits."""
     if isinstance(model, bert.BertClassifier):
-        return model.class_names
-    return [name for _, name in sorted((model.config.id2label or {}).items())]
+        return Task(_kind_of_settings(model), tuple(model.class_names))
+    return Task(saved_kind(model.config), tuple(saved_classes(model.config)))
+
+
+def _kind_of_settings(model: bert.BertClassifier) -> Kind:
+    """Return the kind of task of a model that is read without transformers, as `saved_kind` does."""
+    return _kind_of(model.config.settings.get("problem_type"), model.classifier.out_features)
+
+
+def _kind_of(problem_type: str | None, num_outputs: int) -> Kind:
+    kinds = {problem: kind for kind, problem in PROBLEM_TYPES.items()}
+    return kinds.get(problem_type or "", SINGLE if num_outputs > 1 else REGRESSION)
 
 
 # Save, and load what was saved --------------------------------------------------------------------
 
 
-def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, settings: dict) -> None:
-    """Write model, tokenizer and `training.json` as a plain Hugging Face folder.
+def save(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    settings: dict,
+    thresholds: list[float] | None = None,
+) -> None:
+    """Write model, tokenizer and `training.json`, with the labels' thresholds, as a plain Hugging Face
+    folder.
 
     An older folder is replaced only by a complete one. Of the run's `settings` the model remembers
     those that it takes to score it again, and of the data set, whose path is nobody else's
@@ -483,6 +519,8 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
     tokenizer.save_pretrained(fresh)
     remembered = {name: settings[name] for name in REMEMBERED}
     remembered = {"dataset_sha256": name_sha256(settings["dataset"]), **remembered}
+    if thresholds is not None:
+        remembered["thresholds"] = thresholds
     (fresh / SETTINGS_FILE).write_text(json.dumps(remembered, indent=2) + "\n", encoding="utf-8")
     replace_folder(fresh, folder)
 
@@ -500,6 +538,8 @@ def saved_settings(name: str) -> dict:
     is_known = {
         "truncation": settings.get("truncation") in TRUNCATIONS,
         "seed": type(seed) is int and 0 <= seed < 2**32,
+        "thresholds": _are_thresholds(settings.get("thresholds", [])),
+        "temperature": _is_temperature(settings.get("temperature", 1.0)),
         "split_seed": split_seed is None or (type(split_seed) is int and 0 <= split_seed < 2**32),
     }
     for setting, is_usable in is_known.items():
@@ -509,6 +549,52 @@ def saved_settings(name: str) -> dict:
                 " from the run once more"
             )
     return settings
+
+
+def _are_thresholds(values: object) -> bool:
+    is_list = isinstance(values, list)
+    return is_list and all(type(value) in (int, float) and 0 <= value <= 1 for value in values)
+
+
+def _is_temperature(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def saved_temperature(name: str) -> float:
+    """Return by what the logits of a saved model are divided before they become probabilities."""
+    return saved_settings(name).get("temperature", 1.0)
+
+
+def save_temperature(folder: Path, temperature: float) -> None:
+    """Add a temperature to a saved model, and move its thresholds so that its answers stay the same.
+
+    Its settings become a new file: the old one may have a second name in a checkpoint.
+    """
+    from common.training.calibration import moved_thresholds
+
+    settings = saved_settings(str(folder))
+    if settings.get("thresholds"):
+        settings["thresholds"] = moved_thresholds(settings["thresholds"], temperature)
+    replace_file(
+        folder / SETTINGS_FILE, json.dumps({**settings, "temperature": temperature}, indent=2) + "\n"
+    )
+
+
+def saved_thresholds(name: str, task: Task) -> tuple[float, ...] | float:
+    """Return from which probability on a text has a label: a number for each, as they were chosen in
+    training, or 0.5 for a model that this script did not train.
+
+    Raises UserError when there are more or fewer numbers than labels.
+    """
+    thresholds = saved_settings(name).get("thresholds")
+    if not thresholds or task.kind != MULTI:
+        return 0.5
+    if len(thresholds) != len(task.names):
+        raise UserError(
+            f"--model {name}: {SETTINGS_FILE} has {len(thresholds)} thresholds for {len(task.names)} labels;"
+            " copy it from the run once more"
+        )
+    return tuple(thresholds)
 
 
 def load_saved(
@@ -561,28 +647,27 @@ def load_to_predict(
 
 
 def _is_sound(model: bert.BertClassifier) -> bool:
-    """Tell whether a model puts a text into one of several classes, and nothing contradicts that; else
-    `load_saved` says what is wrong.
+    """Tell whether a model's outputs have names, and nothing contradicts them; else `load_saved` says
+    what is wrong.
     """
     settings = model.config.settings
     numbers = {name: number for number, name in enumerate(model.class_names)}
     return (
-        settings.get("problem_type") in (None, "single_label_classification")
-        and len(numbers) == model.classifier.out_features > 1
+        settings.get("problem_type") in (None, *PROBLEM_TYPES.values())
+        and len(numbers) == model.classifier.out_features
+        and (len(numbers) > 1 or _kind_of_settings(model) != SINGLE)
         and (settings.get("label2id") or numbers) == numbers
         and all(bool(weights.isfinite().all()) for weights in model.parameters())
     )
 
 
 def check_classes(config: PreTrainedConfig, *, name: str) -> None:
-    """Raise UserError unless a saved model puts a text into one of several classes, and tells their
-    names without a contradiction.
+    """Raise UserError unless a saved model tells the names of its classes, labels or numbers without a
+    contradiction.
     """
-    problem = config.problem_type if (config.num_labels or 0) > 1 else "regression"
-    if problem in OTHER_PROBLEMS:
+    if saved_kind(config) == SINGLE and config.num_labels == 1:
         raise UserError(
-            f"--model {name}: it was trained for {OTHER_PROBLEMS[problem]}, not for one class of several;"
-            " name another model"
+            f"--model {name}: it has only one class, so it can't tell anything; name another model"
         )
     labels, numbers = config.id2label or {}, config.label2id or {}
     if sorted(labels) != list(range(len(labels))) or len(set(labels.values())) < len(labels):

@@ -1,9 +1,9 @@
 """Read a data set as labelled splits, and turn their texts into chunks of tokens.
 
-A labelled split has the columns `text` (string), `label` (ClassLabel, one list of class names for
-all splits) and `row` (the number of the row in its source, counted from 1, so that a message or a
-prediction can be traced back). A text longer than the model reads becomes one or more chunks of
-tokens (`--truncation`). In this code, `rows[name][:]` is a whole column as a list.
+A labelled split has the columns `text` (string), `label` (its type tells the task, the same for all
+splits: common/training/task.py) and `row` (the number of the row in its source, counted from 1, so
+that a message or a prediction can be traced back). A text longer than the model reads becomes one
+or more chunks of tokens (`--truncation`). In this code, `rows[name][:]` is a whole column as a list.
 
 `datasets` and scikit-learn, which take a second to import, are imported by the functions that need
 them: `encode` does not.
@@ -28,7 +28,22 @@ from common import reading
 from common.errors import UserError, listed, quoted
 from common.files import replace_file, sha256
 from common.runtime import Runtime
-from common.sources import INVISIBLE, FileOptions, is_blank, note
+from common.sources import INVISIBLE, FileOptions, note
+from common.training.run import MULTI, REGRESSION, SINGLE
+from common.training.task import (
+    DESCRIPTIONS,
+    WHOLE,
+    Label,
+    LabelConfig,
+    Task,
+    find_kind,
+    label_names,
+    natural_order,
+    read_labels,
+    split_columns,
+    task_of_rows,
+    whole,
+)
 
 if TYPE_CHECKING:
     import datasets
@@ -50,11 +65,20 @@ HEAD_SHARE = 0.25
 # least share of a chunk that the chunk before it holds too, so that what one of them cuts apart is
 # whole in the other
 OVERLAP = 0.25
-# labels that are whole numbers, if need be with decimals that say nothing; 007 is a name
-WHOLE, DECIMAL = re.compile(r"-?(0|[1-9]\d*)(\.0+)?"), re.compile(r"-?\d+(\.\d+)?")
 NUMBER = re.compile(r"[+-]?\d{1,15}(\.\d{0,15})?(e[+-]?\d{1,2})?")  # with no more digits than a float has
-MOST_DECIMALS = 20  # different decimal numbers; more are scores and no classes
 FORMAT = 2  # of the cached Arrow files; counts up when their columns change
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Which columns hold the texts; the fields are named as their flags."""
+
+    text_column: str = "text"
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns of the texts."""
+        return split_columns(self.text_column)
 
 
 @dataclass(frozen=True)
@@ -65,8 +89,6 @@ class DataConfig:
     validation_file: str | None  # in place of the data set's own split
     test_file: str | None
     dataset_config: str | None
-    text_column: str
-    label_column: str
     train_split: str | None
     validation_split: str | None
     test_split: str | None
@@ -75,6 +97,13 @@ class DataConfig:
     seed: int
     cache_dir: str | None
     files: FileOptions  # how data files are written
+    texts: TextConfig
+    labels: LabelConfig
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns of texts and labels, which stay as they are written."""
+        return [*self.texts.columns, *self.labels.columns]
 
 
 @dataclass(frozen=True)
@@ -100,7 +129,7 @@ def load_splits(config: DataConfig, runtime: Runtime) -> Splits:
     splits = choose_splits(source, wanted)
     unused = [str(name) for name, rows in source.items() if all(rows is not one for one in splits.values())]
     splits |= _read_split_files(config)
-    splits = validate(splits, text_column=config.text_column, label_column=config.label_column)
+    splits = validate(splits, config.texts, config.labels)
     splits, cut = cut_missing_splits(splits, seed=config.seed)
     splits["train"] = sample(
         splits["train"], config.max_train_samples, seed=config.seed, flag="--max-train-samples"
@@ -110,12 +139,14 @@ def load_splits(config: DataConfig, runtime: Runtime) -> Splits:
             splits[split], config.max_eval_samples, seed=config.seed, flag="--max-eval-samples"
         )
     sizes = ", ".join(f"{len(rows):,} {split}" for split, rows in splits.items())
-    num_classes = splits["train"].features["label"].num_classes
-    runtime.say(f"data     {config.dataset}: {sizes} texts, {num_classes} classes")
+    task = task_of_rows(splits["train"])
+    runtime.say(f"data     {config.dataset}: {sizes} texts, {task.counted()}")
+    found = ", found from the labels; --task chooses another" if config.labels.task == "auto" else ""
+    runtime.say(f"task     {task.kind}: {DESCRIPTIONS[task.kind]}{found}")
     if unused:
         advice = "name one with --train-split, --validation-split or --test-split to use it"
         runtime.say(f"         not used: {listed(unused)}; {advice}")
-    for names in near_equal_names(splits["train"].features["label"].names):
+    for names in near_equal_names(task.names):
         alike = " and ".join(map(quoted, names))
         runtime.say(f"         {alike} are different classes; if one is meant, correct the labels")
     if cut:
@@ -131,9 +162,9 @@ def load_splits(config: DataConfig, runtime: Runtime) -> Splits:
 
 
 def load_rows_for_scoring(
-    config: DataConfig, names: list[str], trained: dict, runtime: Runtime
+    config: DataConfig, task: Task, trained: dict, runtime: Runtime
 ) -> datasets.Dataset:
-    """Return the rows on which to score a saved model with the classes `names`.
+    """Return the rows on which to score a saved model that was trained for `task`.
 
     These are the test split, or all rows of a data set without one. `trained` holds the settings
     that the model was saved with: if the data set is the one that it was trained on, the same test
@@ -147,7 +178,7 @@ def load_rows_for_scoring(
         if not splits:
             wanted = {"train": config.train_split, "validation": config.validation_split}
             splits = choose_splits(source, wanted)
-    splits = validate(splits, text_column=config.text_column, label_column=config.label_column, names=names)
+    splits = validate(splits, config.texts, config.labels, trained=task)
     if "test" not in splits and name_sha256(config.dataset) == trained.get("dataset_sha256"):
         flag = "--seed" if trained.get("split_seed") is None else "--split-seed"
         seed = trained["seed"] if flag == "--seed" else trained["split_seed"]
@@ -167,7 +198,7 @@ def load_rows_for_scoring(
 def _read_source(config: DataConfig) -> datasets.DatasetDict:
     return reading.read(
         config.dataset,
-        as_text=[config.text_column, config.label_column],
+        as_text=config.columns,
         options=config.files,
         config=config.dataset_config,
         cache_dir=config.cache_dir,
@@ -179,10 +210,7 @@ def _read_split_files(config: DataConfig) -> Splits:
     files = {"validation": config.validation_file, "test": config.test_file}
     return {
         split: reading.read_file(
-            Path(file),
-            as_text=[config.text_column, config.label_column],
-            options=config.files,
-            cache_dir=config.cache_dir,
+            Path(file), as_text=config.columns, options=config.files, cache_dir=config.cache_dir
         )
         for split, file in files.items()
         if file is not None
@@ -223,50 +251,99 @@ def choose_splits(source: datasets.DatasetDict, wanted: dict[str, str | None]) -
 
 
 def validate(
-    splits: Splits, *, text_column: str, label_column: str, names: list[str] | None = None
+    splits: Splits,
+    texts: TextConfig = TextConfig(),  # noqa: B008  (frozen)
+    labels: LabelConfig = LabelConfig(),  # noqa: B008
+    *,
+    trained: Task | None = None,
 ) -> Splits:
-    """Return the splits with the columns `text`, `label` and `row`, after checking every row.
+    """Return the splits with the columns `text`, `label` and `row`, and with pairs `text_pair`, after
+    checking every row.
 
-    Labels may be strings, whole numbers (also written as 1.0), booleans or ClassLabel. The class
-    names are `names` (those of a trained model) if given. Otherwise they are those of the training
-    split: a ClassLabel keeps its order, strings are sorted, and numbers are sorted by value. Raises
+    The type of the column `label` tells the task (`task_of_rows`). It and its names are those of a
+    `trained` model if given; else they follow from the labels of the training split. Raises
     UserError, naming split and row, for a missing column, a null or blank text, a missing label, a
-    label that is not one of the classes, and a training split with only one class.
+    label that is not one of the task's, and a training split with only one class.
     """
-    if text_column == label_column:
+    both = [column for column in texts.columns if column in labels.columns]
+    if both:
         raise UserError(
-            f"--text-column {text_column}: --label-column names the same column; a text can't be its own"
+            f"--text-column {both[0]}: --label-column names the same column; a text can't be its own"
             " label, so name two columns"
         )
     for split, rows in splits.items():
-        _check_columns(split, rows, [text_column, label_column])
-        reading.check_texts(rows, text_column, source=f"split {split}")
-        labels = rows.with_format("arrow")[label_column]
-        reading.check_characters(labels, f"split {split}, row", first=1)
-    labels = {split: _label_names(split, rows, label_column) for split, rows in splits.items()}
-    if names is None and all(map(WHOLE.fullmatch, labels["train"])):
-        labels["train"] = list(map(_whole, labels["train"]))
-    if names is not None:
-        known, complaint = set(names), "is not one of the model's classes"
+        _check_columns(split, rows, texts, labels)
+        for column in labels.columns:
+            reading.check_characters(rows.with_format("arrow")[column], f"split {split}, row", first=1)
+    kind = find_kind(splits["train"], labels) if trained is None else trained.kind
+    if trained is not None:
+        _require_same_task(trained, labels)
+    read = {split: read_labels(split, rows, kind, labels) for split, rows in splits.items()}
+    if trained is None:
+        if kind == SINGLE and all(map(WHOLE.fullmatch, read["train"])):
+            read["train"] = list(map(whole, read["train"]))
+        names = label_names(splits["train"], kind, read["train"], labels)
+        task, complaint = Task(kind, tuple(names)), "does not occur in the training split"
     else:
-        known, complaint = set(labels["train"]), "does not occur in the training split"
-        names = _class_names(splits["train"].features[label_column], known)
-    for split, values in labels.items():
-        values = labels[split] = [label if label in known else _whole(label) for label in values]
-        unknown = next((row for row, label in enumerate(values) if label not in known), None)
-        if unknown is not None:
-            raise UserError(
-                f"split {split}, row {unknown + 1}: the label {quoted(values[unknown])} {complaint}"
-                f" ({listed(sorted(known, key=_natural_order), most=10)}); correct or remove the row"
-            )
-    return {split: _with_labels(rows, labels[split], names, text_column) for split, rows in splits.items()}
+        task, complaint = trained, "is not one of the model's classes"
+        read = {split: _in_order(values, task, labels) for split, values in read.items()}
+    read = {split: _known_labels(split, values, task, complaint) for split, values in read.items()}
+    return {split: _with_labels(rows, read[split], task, texts) for split, rows in splits.items()}
 
 
-def _whole(label: str) -> str:
-    """Return a label as it is, but a whole number that is written with decimals, as pandas writes
-    one beside a missing value, without them.
+def _require_same_task(trained: Task, labels: LabelConfig) -> None:
+    """Raise UserError unless the labels are for the task that a model was trained for."""
+    if labels.task not in ("auto", trained.kind):
+        raise UserError(
+            f"--task {labels.task}: the model was trained for --task {trained.kind}; leave the flag out, or"
+            " name another model"
+        )
+    columns, known = labels.columns, set(trained.names)
+    is_by_column = trained.kind == MULTI and len(columns) > 1
+    if is_by_column and set(columns) != known:
+        raise UserError(
+            f"--label-column {labels.label_column}: the model's labels are {listed(trained.names)}; name a"
+            " column for each"
+        )
+
+
+def _in_order(values: list[Label], task: Task, labels: LabelConfig) -> list[Label]:
+    """Return labels as a trained model orders them. Numbers are those of columns with the names of its
+    outputs; if there are others, of as many columns in their order.
+
+    Raises UserError for another count of numbers than the model answers.
     """
-    return label.partition(".")[0] if WHOLE.fullmatch(label) else label
+    if task.kind != REGRESSION:
+        return values
+    if len(values[0]) != len(task.names):
+        raise UserError(
+            f"--label-column {labels.label_column}: {len(values[0])} numbers a row, and the model answers"
+            f" {len(task.names)}: {listed(task.names)}; name a column for each"
+        )
+    if sorted(labels.columns) != sorted(task.names):
+        return values
+    order = [labels.columns.index(name) for name in task.names]
+    return [[numbers[position] for position in order] for numbers in values]
+
+
+def _known_labels(split: str, values: list[Label], task: Task, complaint: str) -> list[Label]:
+    """Return labels as the task names them. Raises UserError, naming the row, for an unknown one."""
+    if task.kind == REGRESSION:
+        return values
+    known = set(task.names)
+
+    def known_name(row: int, label: str) -> str:
+        name = label if label in known else whole(label)
+        if name in known:
+            return name
+        raise UserError(
+            f"split {split}, row {row}: the label {quoted(name)} {complaint}"
+            f" ({listed(sorted(known, key=natural_order), most=10)}); correct or remove the row"
+        )
+
+    if task.kind == SINGLE:
+        return [known_name(row, label) for row, label in enumerate(values, start=1)]
+    return [[known_name(row, label) for label in names] for row, names in enumerate(values, start=1)]
 
 
 def near_equal_names(names: Sequence[str]) -> list[list[str]]:
@@ -287,96 +364,29 @@ def near_equal_names(names: Sequence[str]) -> list[list[str]]:
     return [group for group in groups.values() if len(group) > 1]
 
 
-def _class_names(feature: object, labels: set[str]) -> list[str]:
-    """Return the classes of a training split, in order. Raises UserError if it has only one."""
-    import datasets
-
-    if len(labels) < 2:
-        (label,) = labels
-        raise UserError(
-            f"split train: every row has the label {quoted(label)}; a classifier needs at least two"
-            " classes; add rows of another class, or name the right column with --label-column"
-        )
-    if isinstance(feature, datasets.ClassLabel):
-        return list(feature.names)
-    return sorted(labels, key=_natural_order)
-
-
-def _check_columns(split: str, rows: datasets.Dataset, columns: list[str]) -> None:
-    for column, flag in zip(columns, ["--text-column", "--label-column"]):
-        reading.require_column(rows.column_names, column, source=f"split {split}", flag=flag)
+def _check_columns(split: str, rows: datasets.Dataset, texts: TextConfig, labels: LabelConfig) -> None:
+    """Raise UserError unless the columns of texts and labels are there, and each row has a text."""
+    for flag, columns in (("--text-column", texts.columns), ("--label-column", labels.columns)):
+        for column in columns:
+            reading.require_column(rows.column_names, column, source=f"split {split}", flag=flag)
     if len(rows) == 0:
         raise UserError(f"split {split}: it has no rows; choose another with --{split}-split")
-
-
-def _label_names(split: str, rows: datasets.Dataset, column: str) -> list[str]:
-    """Return the label of each row (N) as a string. Raises UserError for one that is missing."""
-    import datasets
-
-    feature, values = rows.features[column], rows[column][:]
-    if isinstance(feature, datasets.ClassLabel):
-        num_classes = len(feature.names)
-        for row, value in enumerate(values, start=1):
-            if value is None or not 0 <= value < num_classes:
-                raise UserError(
-                    f"split {split}, row {row}: the label {value} is not one of the {num_classes}"
-                    f" classes; if this split has no labels, choose another with --{split}-split"
-                )
-        return [feature.names[value] for value in values]
-    kind = reading.kind(rows, column)
-    if kind.startswith("float"):
-        values = [None if value is None or math.isnan(value) else value for value in values]
-        if all(value is None or value.is_integer() for value in values):
-            kind, values = "int64", [None if value is None else int(value) for value in values]
-    elif kind.endswith("string") and _are_scores(values):
-        kind = "decimal numbers"
-    if not re.fullmatch(r"(large_)?string|bool|u?int\d+", kind):
-        raise UserError(
-            f"split {split}: column {column!r} holds {kind}, but labels are strings or whole"
-            " numbers; name the right one with --label-column"
-        )
-    for row, value in enumerate(values, start=1):
-        if value is None or is_blank(str(value)):
-            raise UserError(
-                f"split {split}, row {row}: the label in column {column!r} is missing; remove the"
-                " row or fill it in"
-            )
-    return [str(value) for value in values]
-
-
-def _are_scores(labels: list[str | None]) -> bool:
-    """Return whether labels are scores and no classes: decimal numbers, of which nearly each row
-    has its own.
-    """
-    different = {label for label in labels if label}
-    if not all(map(DECIMAL.fullmatch, different)):
-        return False
-    has_fractions = any("." in label and not WHOLE.fullmatch(label) for label in different)
-    return has_fractions and (len(different) > MOST_DECIMALS or 2 * len(different) > len(labels))
+    for column in texts.columns:
+        reading.check_texts(rows, column, source=f"split {split}")
 
 
 def _with_labels(
-    rows: datasets.Dataset, labels: list[str], names: list[str], text_column: str
+    rows: datasets.Dataset, labels: list[Label], task: Task, texts: TextConfig
 ) -> datasets.Dataset:
     import datasets
 
-    index = {name: number for number, name in enumerate(names)}
+    [text_column] = texts.columns
     result = rows.select_columns([text_column])
     if text_column != "text":
         result = result.rename_column(text_column, "text")
     result = _as_dataset(result.cast_column("text", datasets.Value("string")))
-    classes = datasets.ClassLabel(names=list(names))
-    numbers = [index[label] for label in labels]
-    result = _as_dataset(result.add_column("label", numbers, feature=classes))
+    result = _as_dataset(result.add_column("label", task.cells(labels), feature=task.feature()))
     return _as_dataset(result.add_column("row", np.arange(1, len(rows) + 1)))
-
-
-def _natural_order(name: str) -> tuple[int, int, str]:
-    """Return a sort key: whole numbers by value, then all other names.
-
-    20 digits are enough for any 64-bit number.
-    """
-    return (0, int(name), name) if re.fullmatch(r"-?\d{1,20}", name) else (1, 0, name)
 
 
 def cut_missing_splits(splits: Splits, *, seed: int) -> tuple[Splits, list[str]]:
@@ -388,7 +398,8 @@ def cut_missing_splits(splits: Splits, *, seed: int) -> tuple[Splits, list[str]]
     cut, num_rows = dict(splits), len(splits["train"])
     missing = [split for split in ("validation", "test") if split not in splits]
     for split in missing:
-        size = max(round(num_rows * CUT_SHARE), splits["train"].features["label"].num_classes)
+        task = task_of_rows(splits["train"])
+        size = max(round(num_rows * CUT_SHARE), len(task.names) if task.kind == SINGLE else 1)
         purpose = f"a {split} split"
         cut["train"], cut[split] = stratified_cut(cut["train"], size, seed=seed, purpose=purpose)
     return {split: cut[split] for split in ("train", "validation", "test")}, missing
@@ -399,11 +410,21 @@ def stratified_cut(
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
     """Return the rows in two parts, the second of `size` rows, with the same shares of classes.
 
-    Both parts keep the order of the source. Raises UserError, naming the `purpose`, when a class
-    has too few rows.
+    Rows with several labels, or with numbers, are drawn evenly from all of them in the order of
+    `strata`. Both parts keep the order of the source. Raises UserError, naming the `purpose`, when
+    a class has too few rows.
     """
     from sklearn.model_selection import train_test_split
 
+    if task_of_rows(rows).kind != SINGLE:
+        if len(rows) < 2 * size:
+            raise UserError(
+                f"can't cut {purpose} of {size} rows from {len(rows)}; add rows, or supply the split, for"
+                " example as a folder with train.csv, validation.csv and test.csv"
+            )
+        is_part = np.zeros(len(rows), bool)
+        is_part[_one_of_each_stretch(strata(rows), size, seed=seed)] = True
+        return _take(rows, np.flatnonzero(~is_part)), _take(rows, np.flatnonzero(is_part))
     labels = np.asarray(rows["label"][:])
     try:
         rest, part = train_test_split(
@@ -428,7 +449,9 @@ def sample(rows: datasets.Dataset, size: int | None, *, seed: int, flag: str) ->
     """
     if size is None or size >= len(rows):
         return rows
-    labels = np.asarray(rows["label"][:])
+    labels = strata(rows)
+    if task_of_rows(rows).kind != SINGLE:
+        return _take(rows, _one_of_each_stretch(labels, size, seed=seed))
     num_classes = len(np.unique(labels))
     if size < num_classes:
         raise UserError(f"{flag} {size}: the rows have {num_classes} classes; use at least {num_classes}")
@@ -436,6 +459,31 @@ def sample(rows: datasets.Dataset, size: int | None, *, seed: int, flag: str) ->
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
     # evenly spaced over the classes: each has its share, within one row
     return _take(rows, by_class[reading.evenly_spaced(len(rows), size)])
+
+
+def strata(rows: datasets.Dataset) -> np.ndarray:
+    """Return a number for each row (N), in whose order rows with like labels are together: that of its
+    class, or of its rarest label, so that this one is shared out evenly; or its first number.
+    """
+    task, cells = task_of_rows(rows), rows["label"][:]
+    if task.kind == SINGLE:
+        return np.asarray(cells)
+    if task.kind == REGRESSION:
+        return np.asarray([cell[task.names[0]] for cell in cells])
+    counts = np.bincount([number for cell in cells for number in cell], minlength=len(task.names))
+    # without any label they come last
+    return np.asarray([min(cell, key=lambda number: counts[number], default=len(counts)) for cell in cells])
+
+
+def _one_of_each_stretch(strata: np.ndarray, size: int, *, seed: int) -> np.ndarray:
+    """Return `size` row numbers: of the rows in the order of `strata` (N), cut into as many equal
+    stretches, one drawn from each.
+    """
+    generator = np.random.default_rng(seed)
+    shuffled = generator.permutation(len(strata))
+    order = shuffled[np.argsort(strata[shuffled], kind="stable")]
+    ends = np.arange(size + 1) * len(strata) // size
+    return order[generator.integers(ends[:-1], ends[1:])]
 
 
 def _take(rows: datasets.Dataset, numbers: np.ndarray) -> datasets.Dataset:
@@ -541,9 +589,9 @@ def tokenize(
 
     what_it_does = f"{tokenizer_json(tokenizer)} {max_length} {truncation} {HEAD_SHARE} {OVERLAP}"
     digest = hashlib.sha256(what_it_does.encode())
-    # the values of a label are numbers: the class names are what they mean
+    # the values of a label are numbers: its names are what they mean
     for feature in rows.features.values():
-        digest.update(f"{getattr(feature, 'names', None)}\0".encode())
+        digest.update(f"{feature}\0".encode())
     for name in rows.column_names:  # labels and row numbers are in the file as well
         for value in rows[name][:]:
             digest.update(f"{value}\0".encode())

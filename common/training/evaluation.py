@@ -14,7 +14,9 @@ from common.bert import BertClassifier
 from common.runtime import Runtime
 from common.training import batching, data
 from common.training.checkpoint import StopSignals
-from common.training.classifier import class_names
+from common.training.classifier import task_of_model
+from common.training.run import LOWER_IS_BETTER, MULTI, REGRESSION
+from common.training.task import Scoring, Task, task_of_rows
 from common.training.tracking import progress
 
 if TYPE_CHECKING:
@@ -32,17 +34,21 @@ def evaluate(
     runtime: Runtime,
     *,
     batch_size: int,
+    scoring: Scoring,
+    temperature: float = 1.0,
     signals: StopSignals | None = None,
 ) -> tuple[dict, torch.Tensor]:
-    """Return the scores of a model on a tokenised split, and its logits (N, C).
+    """Return the scores of a model on a tokenised split, and its logits (N, C), divided by a temperature.
 
-    The scores are those of `classification_scores`, the arguments those of `predict_logits`.
+    The scores are those of `compute_scores`, the other arguments those of `predict_logits`.
     """
     # with the libraries of metrics, which take a second to import and no prediction needs
-    from common.training.metrics import classification_scores
+    from common.training.metrics import compute_scores
 
     logits = predict_logits(model, rows, tokenizer, runtime, batch_size=batch_size, signals=signals)
-    return classification_scores(logits, torch.tensor(rows["label"][:])), logits
+    logits = logits / temperature
+    task = task_of_rows(rows)
+    return compute_scores(task, logits, task.targets(rows["label"][:]), scoring), logits
 
 
 @torch.inference_mode()
@@ -83,7 +89,8 @@ def predict_logits(
             batch = {name: tensor.to(runtime.device, non_blocking=True) for name, tensor in batch.items()}
             numbers = torch.tensor([pick.row for pick in picks], device=runtime.device)  # (B)
             row_of_chunk = numbers[batch.pop("text_of_chunk")]  # (K)
-            del batch["labels"], batch["row"]
+            for name in ("labels", "row"):
+                batch.pop(name, None)
             with runtime.autocast():
                 logits = model(**batch).logits  # (K, C)
             sums.index_add_(0, row_of_chunk, logits.float())
@@ -97,12 +104,14 @@ def predict_logits(
 
 
 def is_better(scores: dict, best: dict | None, metric: str) -> bool:
-    """Tell whether an evaluation beats the best one so far: not on a tie, and never with a NaN."""
-    if math.isnan(scores[metric]):
+    """Tell whether an evaluation beats the best one so far: not on a tie, and never with a score that is
+    undefined, left out or NaN.
+    """
+    if math.isnan(scores.get(metric, math.nan)):
         return False
-    if best is None:
+    if best is None or math.isnan(best.get(metric, math.nan)):
         return True
-    return scores[metric] < best[metric] if metric == "loss" else scores[metric] > best[metric]
+    return scores[metric] < best[metric] if metric in LOWER_IS_BETTER else scores[metric] > best[metric]
 
 
 def predict_texts(
@@ -113,13 +122,15 @@ def predict_texts(
     runtime: Runtime,
     *,
     batch_size: int,
+    thresholds: float | tuple[float, ...] = 0.5,
+    temperature: float = 1.0,
 ) -> Iterator[dict]:
-    """Yield an answer for each text, in order.
+    """Yield an answer for each text, in order: a dict with its `row` (from 1), and what `answer` says.
 
-    An answer is a dict with `row` (from 1), `label`, `confidence` and `scores` (class name ->
-    probability).
+    `thresholds` are the probabilities from which on a text has a label: one for all, or (C). Logits are
+    divided by `temperature`.
     """
-    names = class_names(model)
+    task = task_of_model(model)
     for start in range(0, len(texts), PREDICT_BLOCK):
         block = texts[start : start + PREDICT_BLOCK]
         columns = data.encode(
@@ -127,12 +138,20 @@ def predict_texts(
         )
         rows = batching.Columns(columns)
         logits = predict_logits(model, rows, tokenizer, runtime, batch_size=batch_size)
-        for row, probabilities in enumerate(logits.softmax(-1).tolist(), start=start + 1):
-            best = max(range(len(names)), key=probabilities.__getitem__)
-            rounded = [round(probability, 6) for probability in probabilities]
-            yield {
-                "row": row,
-                "label": names[best],
-                "confidence": rounded[best],
-                "scores": dict(zip(names, rounded)),
-            }
+        for row, scores in enumerate(task.scores(logits / temperature).tolist(), start=start + 1):
+            yield {"row": row, **answer(task, scores, thresholds)}
+
+
+def answer(task: Task, scores: list[float], thresholds: float | tuple[float, ...]) -> dict:
+    """Return what the scores (C) of a text say: `scores` by name, and before it the best `label` with
+    its `confidence`, or those `labels` whose probability reaches its threshold.
+    """
+    rounded = dict(zip(task.names, (round(score, 6) for score in scores)))
+    if task.kind == REGRESSION:
+        return {"scores": rounded}
+    if task.kind == MULTI:
+        limits = thresholds if isinstance(thresholds, tuple) else (thresholds,) * len(scores)
+        chosen = [name for name, score, limit in zip(task.names, scores, limits) if score >= limit]
+        return {"labels": chosen, "scores": rounded}
+    best = task.names[max(range(len(scores)), key=scores.__getitem__)]
+    return {"label": best, "confidence": rounded[best], "scores": rounded}

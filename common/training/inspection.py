@@ -19,7 +19,9 @@ from common.errors import shorten
 from common.training.batching import PaddedBatches, Pick
 from common.training.classifier import count_embeddings, mismatches
 from common.training.data import Splits, TokenConfig
-from common.training.report import MOST_CLASSES, WORST_CLASSES
+from common.training.report import CALLED, MOST_CLASSES, WORST_CLASSES
+from common.training.run import MULTI, REGRESSION
+from common.training.task import Task, task_of_rows
 
 if TYPE_CHECKING:
     import datasets
@@ -41,7 +43,7 @@ def show(
     """Print everything that --inspect promises, on standard output."""
     holds = models.max_positions(model) or "any number"
     print(f"\nSPLITS\n{split_table(splits)}")
-    _show_labels(splits["train"].features["label"])
+    _show_labels(task_of_rows(splits["train"]))
     print(
         f"\nLENGTHS in tokens, special tokens included; the model reads {tokens.max_length} at once"
         f" in training and {tokens.eval_max_length} in scoring, the model holds {holds}"
@@ -56,18 +58,43 @@ def show(
 
 
 def split_table(splits: Splits) -> str:
-    """Return the number of texts of each class in each split as a table, of more than 30 classes
-    only of the 20 rarest.
+    """Return the number of texts of each class or label in each split as a table, of more than 30 only
+    of the 20 rarest; of numbers their range.
     """
-    names = splits["train"].features["label"].names
-    counts = [np.bincount(rows["label"][:], minlength=len(names)) for rows in splits.values()]
+    task = task_of_rows(splits["train"])
+    if task.kind == REGRESSION:
+        return number_table(splits, task)
+    names = task.names
+    counts = [_texts_of_each(rows["label"][:], len(names)) for rows in splits.values()]
     shown, note = range(len(names)), ""
     if len(names) > MOST_CLASSES:
         shown = np.argsort(sum(counts), kind="stable")[:WORST_CLASSES].tolist()
-        note = f"\nThese are the {WORST_CLASSES} rarest of {len(names):,} classes."
+        note = f"\nThese are the {WORST_CLASSES} rarest of {task.counted()}."
     lines = [[shorten(names[number], 60), *(count[number] for count in counts)] for number in shown]
+    if task.kind == MULTI:
+        lines.append(
+            ["(no label)", *(sum(not cell for cell in rows["label"][:]) for rows in splits.values())]
+        )
     lines.append(["all", *(len(rows) for rows in splits.values())])
-    return tabulate(lines, ["class", *splits], disable_numparse=[0]) + note
+    return tabulate(lines, [CALLED[task.kind], *splits], disable_numparse=[0]) + note
+
+
+def _texts_of_each(cells: list, count: int) -> np.ndarray:
+    """Return how many texts have each of `count` classes or labels."""
+    numbers = [number for cell in cells for number in (cell if isinstance(cell, list) else [cell])]
+    return np.bincount(np.asarray(numbers, np.int64), minlength=count)
+
+
+def number_table(splits: Splits, task: Task) -> str:
+    """Return count, range, mean and standard deviation of each number in each split as a table."""
+    lines = []
+    for name in task.names:
+        for split, rows in splits.items():
+            values = np.array([cell[name] for cell in rows["label"][:]])  # (N)
+            measures = (values.min(), values.mean(), values.std(), values.max())
+            lines.append([shorten(name, 60), split, len(values), *(f"{measure:.4g}" for measure in measures)])
+    headers = ["number", "split", "texts", "least", "mean", "deviation", "most"]
+    return tabulate(lines, headers, stralign="right", disable_numparse=True, colalign=("left", "left"))
 
 
 def length_table(tokenized: Splits) -> str:
@@ -118,10 +145,10 @@ def show_comparison(
                 print(f"the ids of {other} decoded by {name}{beyond}:\n  {tokenizer.decode(known)!r}")
 
 
-def _show_labels(feature: datasets.ClassLabel) -> None:
+def _show_labels(task: Task) -> None:
     print("\nLABELS as the model's config keeps them")
-    names = feature.names[:MOST_CLASSES]
-    rest = len(feature.names) - len(names)
+    names = task.names[:MOST_CLASSES]
+    rest = len(task.names) - len(names)
     more = f" and {rest:,} more" if rest else ""
     print(f"id2label   {dict(enumerate(names))}{more}")
     print(f"label2id   { {name: number for number, name in enumerate(names)} }{more}")

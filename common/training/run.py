@@ -25,9 +25,41 @@ DEFAULT_MAX_LENGTH, DEFAULT_TRUNCATION = 256, "chunks"
 Kind = Literal["single", "multi", "regression"]  # of a task: one class, several labels, or numbers
 SINGLE, MULTI, REGRESSION = "single", "multi", "regression"
 TASKS = (SINGLE, MULTI, REGRESSION)
-
+# the scores of each, as metrics.json and --best-metric name them, and what the screen calls them
+SCORES: dict[str, dict[str, str]] = {
+    SINGLE: {
+        "accuracy": "accuracy",
+        "macro_f1": "macro-F1",
+        "loss": "loss",
+        "micro_f1": "micro-F1",
+        "weighted_f1": "weighted F1",
+        "binary_f1": "binary F1",
+        "matthews": "Matthews",
+        "roc_auc": "ROC-AUC",
+        "average_precision": "average precision",
+    },
+    MULTI: {
+        "subset_accuracy": "subset accuracy",
+        "micro_f1": "micro-F1",
+        "macro_f1": "macro-F1",
+        "loss": "loss",
+        "weighted_f1": "weighted F1",
+        "label_accuracy": "accuracy per label",
+        "roc_auc": "ROC-AUC",
+        "average_precision": "average precision",
+    },
+    REGRESSION: {"rmse": "RMSE", "pearson": "Pearson", "spearman": "Spearman", "loss": "loss", "mae": "MAE"},
+}
 LOWER_IS_BETTER = ("loss", "rmse", "mae")
+METRICS = tuple(dict.fromkeys(name for names in SCORES.values() for name in names))
+# those of each evaluation's line on the screen, always defined but for the correlations
+HEADLINES = {
+    SINGLE: ("accuracy", "macro_f1"),
+    MULTI: ("subset_accuracy", "micro_f1", "macro_f1"),
+    REGRESSION: ("rmse", "pearson", "spearman"),
+}
 
+LEFT_OPEN = (None, "auto")  # the values of flags whose default depends on the data or the model
 NEWEST = ""  # the value of --resume given alone: the newest checkpoint
 CONFIG = "config.json"  # once it exists, it is complete and the run can be resumed
 RESULTS = "metrics.json"  # of a finished run
@@ -54,6 +86,7 @@ FREE_FLAGS = {
     "dataset_config",
     "text_column",
     "label_column",
+    "label_separator",
     "train_split",
     "validation_split",
     "test_split",
@@ -65,6 +98,7 @@ FREE_FLAGS = {
     "precision",
     "num_workers",
     "save_every",
+    "calibrate",
     "keep",
     "keep_after",
     "max_minutes",
@@ -73,6 +107,27 @@ FREE_FLAGS = {
 }
 # what config.json says in other words than a flag does, and the limit of one process of a run
 NO_FLAGS = ("output_dir", "device", "precision", "max_minutes")
+
+
+def check_task(kind: Kind, flags: Mapping[str, Any]) -> None:
+    """Raise UserError for a flag that has no meaning in a task."""
+    best_metric = flags["best_metric"]
+    if best_metric not in SCORES[kind]:
+        known = ", ".join(SCORES[kind])
+        raise UserError(f"--best-metric {best_metric}: --task {kind} has no such score; use one of {known}")
+    if kind == REGRESSION:
+        for name, neutral in (("label_smoothing", 0.0), ("class_weights", "none"), ("calibrate", False)):
+            if flags[name] != neutral:
+                flag = f"--{name.replace('_', '-')} {flags[name]}".removesuffix(" True")
+                raise UserError(
+                    f"{flag}: it is for classes and labels, and --task regression has numbers; leave it out"
+                )
+    separator = flags["label_separator"]
+    if separator is not None and (kind != MULTI or "," in flags["label_column"]):
+        raise UserError(
+            f"--label-separator {separator}: it parts several labels in the cells of one column"
+            " (--task multi); leave it out"
+        )
 
 
 @dataclass(frozen=True)
@@ -294,7 +349,7 @@ def state_problem(path: Path) -> str | None:
 
 def _is_evaluation(entry: object) -> bool:
     """Tell whether a value is an entry of the history, with the scores that are compared and shown."""
-    names = ("epoch", "step", "train_loss", "loss", "accuracy", "macro_f1", "examples_per_second")
+    names = ("epoch", "step", "train_loss", "loss", "examples_per_second")
     return isinstance(entry, dict) and all(is_like(entry.get(name), 0.0) for name in names)
 
 
@@ -420,7 +475,7 @@ def compare_flags(path: Path, written: dict, flags: Mapping[str, object]) -> Non
     """Raise UserError unless the identity that is `written` in `path` is that of these flags; one that
     was not given (None) is not compared.
     """
-    now = {name: value for name, value in identity_of_flags(flags).items() if value is not None}
+    now = {name: value for name, value in identity_of_flags(flags).items() if value not in LEFT_OPEN}
     before = written.get("identity", {})
     refuse_changes(path, changes({name: before.get(name) for name in now}, now))
 

@@ -4,6 +4,8 @@ Beside them are the progress bar and the loss meter, which reads losses from the
 they are logged.
 """
 
+from __future__ import annotations
+
 import contextlib
 import datetime
 import enum
@@ -14,9 +16,10 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
@@ -25,6 +28,9 @@ from common.errors import UserError
 from common.files import replace_file
 from common.runtime import Runtime
 from common.training.run import CONFIG, RESULTS, UNFINISHED_CONFIG
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 METRICS = "metrics.jsonl"
 COST_OF_TRAINING = 3  # of a token, beside that of a token in evaluation
@@ -148,17 +154,15 @@ class RunLog:
         os.fsync(self.lines.fileno())
         return self.lines.tell()
 
-    def confusion(self, step: int, tag: str, counts: list[list[int]], names: list[str]) -> None:
-        """Add a confusion matrix as a picture."""
-        from common import figures
-
-        self.writer.add_figure(tag, figures.confusion_matrix(counts, names, title=tag), step)
+    def figure(self, step: int, tag: str, draw: Callable[[str], Figure]) -> None:
+        """Add the picture that `draw` returns for its title."""
+        self.writer.add_figure(tag, draw(tag), step)
 
     def text(self, step: int, tag: str, markdown: str) -> None:
         """Add a text panel."""
         self.writer.add_text(tag, markdown, step)
 
-    def finish(self, results: dict[str, float], *, curves: list[str]) -> None:
+    def finish(self, results: dict[str, Any], *, curves: list[str]) -> None:
         """Write metrics.json and, for TensorBoard's HParams, the settings beside the named curves.
 
         SummaryWriter.add_hparams would write each result once more, as a curve of one point.
@@ -166,7 +170,7 @@ class RunLog:
         from torch.utils.tensorboard.summary import hparams
 
         text = json.dumps(results, indent=2) + "\n"
-        (self.folder / RESULTS).write_text(text, encoding="utf-8")
+        replace_file(self.folder / RESULTS, text)  # once it is there, the run is finished
         plain = (bool, int, float, str)
         settings = {name: value for name, value in self.settings.items() if isinstance(value, plain)}
         file_writer = self.writer._get_file_writer()
@@ -192,13 +196,13 @@ class NullLog:
     def position(self) -> int:
         return 0
 
-    def confusion(self, step: int, tag: str, counts: list[list[int]], names: list[str]) -> None:
+    def figure(self, step: int, tag: str, draw: Callable[[str], Figure]) -> None:
         pass
 
     def text(self, step: int, tag: str, markdown: str) -> None:
         pass
 
-    def finish(self, results: dict[str, float], *, curves: list[str]) -> None:
+    def finish(self, results: dict[str, Any], *, curves: list[str]) -> None:
         pass
 
     def close(self) -> None:

@@ -48,6 +48,8 @@ from common.generation import decoding, language_model
 from common.runtime import Runtime
 from common.search import encoder
 from common.training import classifier
+from common.training.run import SINGLE
+from common.training.task import Task
 from language_models import save_tiny_model, train_byte_bpe
 
 SECONDS = 10  # for one case: a load takes 0.1
@@ -118,7 +120,7 @@ def use(task: str, folder: str | Path) -> None:
     else:
         if task == "train":
             config = classifier.ModelConfig(name, None, None, None, 0, None, False, False)
-            model, tokenizer = classifier.load_pretrained(config, ["neg", "pos"], runtime)
+            model, tokenizer = classifier.load_pretrained(config, Task(SINGLE, ("neg", "pos")), runtime)
         else:
             model, tokenizer = classifier.load_saved(name, runtime, cache_dir=None)
             classifier.choose_saved_tokens(model, tokenizer, name, eval_max_length=None, truncation=None)
@@ -358,11 +360,9 @@ def other_kinds() -> dict[str, Case]:
             masked, ("generate",), ("never trained to generate", "BertForMaskedLM")
         ),
         "an encoder, generate": Case(encoder_only, ("generate",), ("never trained to generate",)),
-        "one output, predict": Case(one, ("predict",), ("regression",)),
-        "regression, predict": Case(config(problem_type="regression"), ("predict",), ("regression",)),
-        "labels, predict": Case(
-            config(problem_type="multi_label_classification"), ("predict",), ("several labels",)
-        ),
+        "one output, predict": Case(one, ("predict",), None),
+        "regression, predict": Case(config(problem_type="regression"), ("predict",), None),
+        "labels, predict": Case(config(problem_type="multi_label_classification"), ("predict",), None),
         "a decoder without head, generate": Case(
             saved(
                 lambda: GPT2Model(
@@ -808,7 +808,9 @@ def classifier_of(folder: Path, names: list[str], tiny_model: Path, **settings) 
 
 
 def loaded_for(folder: Path, names: list[str]) -> tuple[torch.nn.Module, str]:
-    return classifier.load_classifier(folder, name="x", names=names, dropout={}, pad_token_id=0)
+    return classifier.load_classifier(
+        folder, name="x", task=Task(SINGLE, tuple(names)), dropout={}, pad_token_id=0
+    )
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 0, 2)])

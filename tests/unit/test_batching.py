@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 from common.runtime import Runtime
 from common.training import batching, data
 from common.training.batching import BatchConfig, Pick
+from common.training.task import IGNORED_CLASS
 
 LENGTHS = st.lists(st.integers(1, 512), min_size=1, max_size=400)
 
@@ -237,7 +238,7 @@ def test_a_batch_holds_the_chosen_chunks_and_a_filler_row_counts_nowhere(rows, t
     assert len(tokenized["chunk_lengths"][1]) >= 4
     picks = [Pick(1, (0, 3)), Pick(2, (0,)), Pick(0, (0,), is_filler=True)]
     batch = batching.PaddedBatches(tokenized, tokenizer)[picks]
-    assert batch["labels"].tolist() == [0, 0, batching.IGNORED_LABEL]
+    assert batch["labels"].tolist() == [0, 0, IGNORED_CLASS]
     assert batch["row"].tolist() == [2, 3, 1] and batch["text_of_chunk"].tolist() == [0, 0, 1, 2]
     expected = [
         *(tokenized[1]["input_ids"][chunk] for chunk in (0, 3)),

@@ -20,8 +20,10 @@ import train_classifier
 from common.errors import UserError
 from common.runtime import Runtime
 from common.training import classifier, data
+from common.training.data import TextConfig
+from common.training.run import SINGLE
+from common.training.task import LabelConfig, Task
 
-COLUMNS = {"text_column": "text", "label_column": "label"}
 PER_CLASS = st.lists(st.integers(3, 40), min_size=2, max_size=5)
 
 
@@ -37,7 +39,7 @@ def labelled(per_class: list[int]) -> datasets.Dataset:
     """Return validated rows, shuffled, with so many rows of each class."""
     labels = [f"class {number}" for number, count in enumerate(per_class) for _ in range(count)]
     random.Random(0).shuffle(labels)
-    return data.validate(datasets.DatasetDict(train=make(labels)), **COLUMNS)["train"]
+    return data.validate(datasets.DatasetDict(train=make(labels)))["train"]
 
 
 def assert_stratified(part: datasets.Dataset, whole: datasets.Dataset):
@@ -129,7 +131,7 @@ def test_a_small_data_set_gets_a_row_of_each_class_in_every_split():
 
 @pytest.mark.parametrize("labels", [["a"] * 20 + ["rare"], ["a"] * 3 + ["rare"] * 2, ["a", "rare", "a"]])
 def test_a_class_with_too_few_rows_to_cut_is_named(labels):
-    rows = data.validate(datasets.DatasetDict(train=make(labels)), **COLUMNS)
+    rows = data.validate(datasets.DatasetDict(train=make(labels)))
     with pytest.raises(
         UserError,
         match=(
@@ -151,7 +153,7 @@ def test_a_class_with_too_few_rows_to_cut_is_named(labels):
 )
 def test_class_names_are_sorted_and_numbers_by_value(values, names):
     random.Random(1).shuffle(values)
-    rows = data.validate(datasets.DatasetDict(train=make(values)), **COLUMNS)["train"]
+    rows = data.validate(datasets.DatasetDict(train=make(values)))["train"]
     assert rows.features["label"] == datasets.ClassLabel(names=names)
     assert [names[label] for label in rows["label"]] == [str(value) for value in values]
 
@@ -163,20 +165,20 @@ def test_class_names_are_sorted_and_numbers_by_value(values, names):
 )
 @settings(max_examples=25, deadline=None)
 def test_whole_numbers_are_classes_in_their_order(values):
-    rows = data.validate(datasets.DatasetDict(train=make(values)), **COLUMNS)["train"]
+    rows = data.validate(datasets.DatasetDict(train=make(values)))["train"]
     assert rows.features["label"].names == [str(value) for value in sorted(set(values))]
     assert [int(rows.features["label"].int2str(label)) for label in rows["label"]] == values
 
 
 def test_class_label_keeps_its_order_and_its_empty_classes():
     feature = datasets.ClassLabel(names=["zebra", "ant", "unused"])
-    rows = data.validate(datasets.DatasetDict(train=make([0, 1, 0], label=feature)), **COLUMNS)["train"]
+    rows = data.validate(datasets.DatasetDict(train=make([0, 1, 0], label=feature)))["train"]
     assert rows.features["label"].names == ["zebra", "ant", "unused"] and rows["label"][:] == [0, 1, 0]
 
 
 def test_labels_of_every_split_get_the_numbers_of_the_training_split():
     splits = datasets.DatasetDict(train=make(["x", "y", "z"]), validation=make(["z", "y"]), test=make(["z"]))
-    splits = data.validate(splits, **COLUMNS)
+    splits = data.validate(splits)
     assert {split: rows["label"][:] for split, rows in splits.items()} == {
         "train": [0, 1, 2],
         "validation": [2, 1],
@@ -186,12 +188,14 @@ def test_labels_of_every_split_get_the_numbers_of_the_training_split():
 
 
 def test_labels_may_be_numbers_in_one_split_and_strings_in_another():
-    splits = data.validate(datasets.DatasetDict(train=make([9, 10]), test=make(["10", "9"])), **COLUMNS)
+    splits = data.validate(datasets.DatasetDict(train=make([9, 10]), test=make(["10", "9"])))
     assert splits["test"]["label"][:] == [1, 0]
 
 
 def test_the_classes_of_a_trained_model_give_the_numbers():
-    splits = data.validate(datasets.DatasetDict(test=make(["a", "c", "a"])), **COLUMNS, names=["c", "b", "a"])
+    splits = data.validate(
+        datasets.DatasetDict(test=make(["a", "c", "a"])), trained=Task(SINGLE, tuple(["c", "b", "a"]))
+    )
     assert splits["test"]["label"][:] == [2, 0, 2] and splits["test"].features["label"].names == [
         "c",
         "b",
@@ -201,14 +205,16 @@ def test_the_classes_of_a_trained_model_give_the_numbers():
         UserError,
         match="split test, row 2: the label 'd' is not one of the model's classes .a, b, c.; correct",
     ):
-        data.validate(datasets.DatasetDict(test=make(["a", "d"])), **COLUMNS, names=["c", "b", "a"])
+        data.validate(
+            datasets.DatasetDict(test=make(["a", "d"])), trained=Task(SINGLE, tuple(["c", "b", "a"]))
+        )
 
 
 def test_the_columns_are_text_label_and_row():
     rows = datasets.Dataset.from_dict(
         {"row": ["x", "y"], "stars": [5, 1], "review": ["good", "bad"], "text": [1, 2], "label": [None, None]}
     )
-    rows = data.validate(datasets.DatasetDict(train=rows), text_column="review", label_column="stars")[
+    rows = data.validate(datasets.DatasetDict(train=rows), TextConfig("review"), LabelConfig("stars"))[
         "train"
     ]
     assert rows[:] == {"text": ["good", "bad"], "label": [1, 0], "row": [1, 2]}
@@ -258,7 +264,7 @@ def test_the_columns_are_text_label_and_row():
 )
 def test_what_is_wrong_with_labels_is_said_with_its_place(rows, message):
     with pytest.raises(UserError, match=f"^{message}"):
-        data.validate(datasets.DatasetDict(train=rows), **COLUMNS)
+        data.validate(datasets.DatasetDict(train=rows), labels=LabelConfig(task=SINGLE))
 
 
 def test_a_label_that_train_lacks_is_named_with_the_labels_that_it_has():
@@ -270,7 +276,7 @@ def test_a_label_that_train_lacks_is_named_with_the_labels_that_it_has():
         match=r"split validation, row 2: the label '12' does not occur in the training split "
         r"\(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, \.\.\. \(12 in all\)\); correct or remove the row",
     ):
-        data.validate(splits, **COLUMNS)
+        data.validate(splits)
 
 
 @pytest.mark.parametrize(
@@ -341,7 +347,7 @@ def test_the_screen_says_which_splits_were_cut_and_how_many_texts_are_shared(tmp
 
 def test_class_names_go_into_the_models_config(tiny_model):
     model, head = classifier.load_classifier(
-        tiny_model, name="tiny", names=["sport", "arts", "9"], dropout={}, pad_token_id=0
+        tiny_model, name="tiny", task=Task(SINGLE, ("sport", "arts", "9")), dropout={}, pad_token_id=0
     )
     assert model.config.id2label == {0: "sport", 1: "arts", 2: "9"} and model.config.label2id == {
         "sport": 0,
@@ -353,7 +359,7 @@ def test_class_names_go_into_the_models_config(tiny_model):
 
 def test_a_head_of_as_many_classes_stays_and_is_not_called_new(tiny_model):
     model, head = classifier.load_classifier(
-        tiny_model, name="tiny", names=["ham", "spam"], dropout={}, pad_token_id=0
+        tiny_model, name="tiny", task=Task(SINGLE, ("ham", "spam")), dropout={}, pad_token_id=0
     )
     assert "saved" in head and torch.equal(
         model.classifier.weight, load_file(tiny_model / "model.safetensors")["classifier.weight"]
@@ -474,7 +480,9 @@ def test_a_file_of_a_split_takes_the_place_of_the_data_sets_own(tmp_path, cache_
     runtime = Runtime(torch.device("cpu"), "fp32")
     splits = data.load_splits(train_classifier.data_config(args), runtime)
     assert all(text.startswith("other") for text in splits["test"]["text"])
-    rows = data.load_rows_for_scoring(train_classifier.data_config(args), ["0", "1"], {}, runtime)
+    rows = data.load_rows_for_scoring(
+        train_classifier.data_config(args), Task(SINGLE, ("0", "1")), {}, runtime
+    )
     assert rows["text"][:] == splits["test"]["text"][:]
 
 
@@ -495,22 +503,25 @@ def test_a_file_of_a_split_takes_the_place_of_the_data_sets_own(tmp_path, cache_
     ],
 )
 def test_labels_are_names_as_they_are_written(labels, names):
-    rows = data.validate(datasets.DatasetDict(train=make(labels)), **COLUMNS)["train"]
+    rows = data.validate(datasets.DatasetDict(train=make(labels)))["train"]
     assert rows.features["label"].names == names
 
 
 def test_whole_labels_agree_between_splits_and_with_a_trained_model():
     splits = datasets.DatasetDict(train=make(["0", "1"]), test=make(["1.0", "0.0"]), validation=make([1.0]))
-    assert data.validate(splits, **COLUMNS)["test"]["label"][:] == [1, 0]
+    assert data.validate(splits)["test"]["label"][:] == [1, 0]
     test = datasets.DatasetDict(test=make(["1.0", "2.0"]))
-    assert data.validate(test, **COLUMNS, names=["1", "2"])["test"]["label"][:] == [0, 1]
-    assert data.validate(test, **COLUMNS, names=["1.0", "1.5", "2.0"])["test"]["label"][:] == [0, 2]
+    assert data.validate(test, trained=Task(SINGLE, tuple(["1", "2"])))["test"]["label"][:] == [0, 1]
+    assert data.validate(test, trained=Task(SINGLE, tuple(["1.0", "1.5", "2.0"])))["test"]["label"][:] == [
+        0,
+        2,
+    ]
 
 
 @pytest.mark.parametrize("labels", [[f"{n / 7:.3f}" for n in range(1, 31)], ["1.5", "2.0"], ["0.25", "3"]])
 def test_scores_are_no_classes(labels):
     with pytest.raises(UserError, match="'label' holds decimal numbers, but labels are"):
-        data.validate(datasets.DatasetDict(train=make(labels)), **COLUMNS)
+        data.validate(datasets.DatasetDict(train=make(labels)), labels=LabelConfig(task=SINGLE))
 
 
 @pytest.mark.parametrize(
@@ -550,7 +561,7 @@ def test_splits_that_are_not_used_are_said(tmp_path, cache_dir, capsys):
 
 def test_the_text_is_not_its_own_label():
     with pytest.raises(UserError, match="--text-column text: --label-column names the same column"):
-        data.validate(datasets.DatasetDict(train=make(["a", "b"])), text_column="text", label_column="text")
+        data.validate(datasets.DatasetDict(train=make(["a", "b"])), TextConfig("text"), LabelConfig("text"))
 
 
 # The cache of tokens ------------------------------------------------------------------------------

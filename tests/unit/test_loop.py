@@ -10,18 +10,22 @@ import shutil
 import datasets
 import pytest
 import torch
+from torch.nn import BCEWithLogitsLoss
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers.loss.loss_utils import ForSequenceClassificationLoss
 
 import train_classifier
 from common.errors import UserError
 from common.training import tracking
-from common.training.batching import balanced_weights, count_examples, sync_gradients
+from common.training.batching import count_examples, sync_gradients
+from common.training.run import MULTI, REGRESSION, SINGLE
+from common.training.task import Task, balanced_weights
 from common.training.tracking import LossMeter
 from training_loop import NO_SCALER, RUNTIME, config_of, make_batches, make_state, run_loop
 
 
-def gradients_of_the_loop(model, batches, grad_accum, class_weights=None, *flags):
+def gradients_of_the_loop(model, batches, grad_accum, class_weights=None, *flags, **options):
     """Run the product's loop at learning rate 0 and return the gradient that each optimizer step saw."""
     gradients = []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -30,7 +34,7 @@ def gradients_of_the_loop(model, batches, grad_accum, class_weights=None, *flags
     )
     state = make_state(model, optimizer, class_weights=class_weights)
     steps = [batches[start : start + grad_accum] for start in range(0, len(batches), grad_accum)]
-    run_loop(state, steps, "--max-grad-norm", "1e9", *flags)
+    run_loop(state, steps, "--max-grad-norm", "1e9", *flags, **options)
     assert state.step == len(steps)
     return gradients
 
@@ -71,15 +75,83 @@ def test_each_step_has_the_gradient_of_one_batch_of_all_its_examples(
             torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-7)
 
 
+NAN = float("nan")
+SOME_LABELS = torch.tensor(
+    [[1.0, 0.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
+)
+
+
+@pytest.mark.parametrize(
+    "kind, num_outputs, weighted, smoothing",
+    [
+        (MULTI, 3, False, 0.0),
+        (MULTI, 3, True, 0.0),
+        (MULTI, 3, False, 0.2),
+        (MULTI, 1, False, 0.0),
+        (REGRESSION, 3, False, 0.0),
+        (REGRESSION, 1, False, 0.0),
+    ],
+)
+def test_labels_and_numbers_have_the_gradient_of_transformers_loss_of_one_batch(
+    tiny_model, kind, num_outputs, weighted, smoothing
+):
+    """Batches of unequal size, in each a text that only fills it up, and a short last step. With weights
+    the oracle is PyTorch's own mean.
+    """
+    sizes, grad_accum = [4, 1, 3, 5, 2], 3
+    task = Task(kind, tuple("abc"[:num_outputs]))
+    config = AutoConfig.from_pretrained(tiny_model, num_labels=num_outputs, problem_type=task.problem_type)
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(config).double()
+    weights = torch.tensor([0.3, 2.5, 7.0]) if weighted else None
+
+    def batches() -> list:
+        made, generator = make_batches([size + 1 for size in sizes]), torch.Generator().manual_seed(1)
+        for batch, size in zip(made, sizes):
+            random = torch.rand(size, num_outputs, generator=generator)
+            targets = (random > 0.6).float() if kind == MULTI else 9 * random
+            batch["labels"] = torch.cat([targets, torch.full((1, num_outputs), NAN)])
+        return made
+
+    flags = ["--label-smoothing", str(smoothing)]
+    got = gradients_of_the_loop(model, batches(), grad_accum, weights, *flags, task=task)
+    assert len(got) == 2
+    for number, gradients in enumerate(got):
+        step = batches()[number * grad_accum : (number + 1) * grad_accum]
+        logits = torch.cat(
+            [
+                model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:-1]
+                for batch in step
+            ]
+        )
+        targets = torch.cat([batch["labels"][:-1] for batch in step]).double()
+        targets = targets * (1 - smoothing) + 0.5 * smoothing
+        loss = ForSequenceClassificationLoss(targets, logits, model.config)
+        if weights is not None:
+            loss = BCEWithLogitsLoss(pos_weight=weights.double())(logits, targets)
+        oracle = torch.autograd.grad(loss, list(model.parameters()))
+        for gradient, expected in zip(gradients, oracle):
+            # the loop takes the logits to fp32
+            torch.testing.assert_close(gradient, expected, rtol=2e-5, atol=1e-7)
+
+
+def test_weights_of_labels_are_the_texts_without_for_each_with():
+    weights = balanced_weights(Task(MULTI, ("a", "b", "c")), SOME_LABELS)
+    assert weights.tolist() == pytest.approx([2 / 3, 3 / 2, 1.0])
+
+
 def test_examples_and_their_weights_are_counted_without_filler_rows():
     step = [{"labels": torch.tensor([0, 1, -100])}, {"labels": torch.tensor([-100, 1])}]
     assert count_examples(step, None, RUNTIME) == (3, 3.0)
     assert count_examples(step, torch.tensor([0.5, 2.0]), RUNTIME) == (3, 4.5)
+    step = [{"labels": SOME_LABELS}, {"labels": torch.full((1, 3), NAN)}]
+    assert count_examples(step, torch.ones(3), RUNTIME) == (5, 15.0)
 
 
 def test_balanced_weights_are_scikit_learns_and_0_for_a_class_without_rows():
     labels = [0, 0, 0, 2]
-    assert balanced_weights(labels, 3).tolist() == pytest.approx([4 / (2 * 3), 0.0, 4 / (2 * 1)])
+    weights = balanced_weights(Task(SINGLE, ("a", "b", "c")), torch.tensor(labels))
+    assert weights.tolist() == pytest.approx([4 / (2 * 3), 0.0, 4 / (2 * 1)])
 
 
 def test_gradients_are_exchanged_only_when_asked():
@@ -119,7 +191,8 @@ def test_gradients_are_exchanged_after_the_last_micro_batch_of_a_step_only(tiny_
 def test_matrices_decay_and_biases_norms_and_frozen_weights_do_not(tiny_model):
     model = AutoModelForSequenceClassification.from_pretrained(tiny_model)
     config = config_of("--freeze-layers", 1, "--weight-decay", 0.01)
-    rows = datasets.Dataset.from_dict({"label": [0, 1, 1]})
+    features = datasets.Features(label=datasets.ClassLabel(names=["no", "yes"]))
+    rows = datasets.Dataset.from_dict({"label": [0, 1, 1]}, features=features)
     state = train_classifier.prepare(model, None, rows, config, RUNTIME)
     decayed, free = state.optimizer.param_groups
     names = {id(parameter): name for name, parameter in model.named_parameters()}

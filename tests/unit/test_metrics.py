@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.special import logsumexp
 from sklearn import metrics as sklearn_metrics
 
-from common.training.metrics import Accuracy, MacroF1, classification_scores
+from common.training.metrics import Accuracy, MacroF1, class_scores
 
 
 @settings(deadline=None, max_examples=40)
@@ -23,7 +23,9 @@ def test_scores_equal_scikit_learn(seed, num_classes, count, scale):
     generator = np.random.default_rng(seed)
     labels = generator.integers(0, num_classes, count)
     logits = (generator.standard_normal((count, num_classes)) * scale).astype(np.float32)
-    scores = classification_scores(torch.tensor(logits), torch.tensor(labels))
+    scores = class_scores(
+        torch.tensor(logits).double(), torch.tensor(labels), tuple(map(str, range(num_classes)))
+    )
     predicted, every_class = logits.argmax(1), list(range(num_classes))
     assert scores["accuracy"] == pytest.approx(np.mean(predicted == labels))
     assert scores["macro_f1"] == pytest.approx(
@@ -59,7 +61,7 @@ def test_they_are_evaluate_metrics_that_can_be_fed_in_batches_and_combined():
 
 def test_a_class_that_never_occurs_has_zeros_and_no_support():
     logits = torch.tensor([[1.0, 0.0, -1.0], [0.0, 1.0, -1.0]])
-    scores = classification_scores(logits, torch.tensor([0, 1]))["per_class"]
+    scores = class_scores(logits, torch.tensor([0, 1]), ("a", "b", "c"))["per_class"]
     assert [scores[name] for name in ("precision", "recall", "f1", "support")] == [
         [1.0, 1.0, 0.0],
         [1.0, 1.0, 0.0],

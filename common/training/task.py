@@ -1,0 +1,489 @@
+"""What a model is asked about a text: one class of several, any number of labels, or numbers.
+
+These are the three problems that transformers calls `single_label_classification`,
+`multi_label_classification` and `regression`. Here is what differs between them: how the labels of a
+file are read, the target that the loss compares with the logits, the loss, and its weights. The loop
+in train_classifier.py is the same for all three.
+
+In the letters of the shapes: B texts in a batch, N in a split, C classes, labels or numbers.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from common import reading
+from common.errors import UserError, quoted
+from common.sources import is_blank
+from common.training.run import MULTI, REGRESSION, SINGLE, TASKS, Kind
+
+if TYPE_CHECKING:
+    import datasets
+
+IGNORED_CLASS = -100  # the default ignore_index of cross_entropy
+DESCRIPTIONS: dict[Kind, str] = {
+    SINGLE: "one class for each text",
+    MULTI: "any number of labels for each text",
+    REGRESSION: "numbers for each text",
+}
+PROBLEM_TYPES: dict[Kind, str] = {
+    SINGLE: "single_label_classification",
+    MULTI: "multi_label_classification",
+    REGRESSION: "regression",
+}
+# labels that are whole numbers, if need be with decimals that say nothing; 007 is a name
+WHOLE, DECIMAL = re.compile(r"-?(0|[1-9]\d*)(\.0+)?"), re.compile(r"-?\d+(\.\d+)?")
+MOST_DECIMALS = 20  # different decimal numbers; more are scores and no classes
+FLAGS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
+# lists of so many zeros and ones each hold one number for each label; shorter ones could be two labels
+LEAST_FLAGS = 3
+LISTS = ("List", "LargeList")  # kinds of columns
+# of a class: its name; of labels: the names of those that a text has; of numbers: all of them
+Label: TypeAlias = "Any"  # str | list[str] | list[float]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a model is asked, and the names of its answers in the order of the logits (C)."""
+
+    kind: Kind
+    names: tuple[str, ...]
+
+    @property
+    def problem_type(self) -> str:
+        """What transformers calls it: by this name `pipeline` turns logits into scores."""
+        return PROBLEM_TYPES[self.kind]
+
+    def counted(self) -> str:
+        """Return how many answers there are, such as "5 classes"."""
+        count = len(self.names)
+        one, several = {
+            SINGLE: ("class", "classes"),
+            MULTI: ("label", "labels"),
+            REGRESSION: ("number", "numbers"),
+        }[self.kind]
+        return f"{count:,} {one if count == 1 else several}"
+
+    def feature(self) -> Any:
+        """Return the type of the column `label` of a split, from which `task_of_rows` reads the task."""
+        import datasets
+
+        if self.kind == REGRESSION:
+            return dict.fromkeys(self.names, datasets.Value("float64"))
+        classes = datasets.ClassLabel(names=list(self.names))
+        return classes if self.kind == SINGLE else datasets.List(classes)
+
+    def cells(self, labels: Sequence[Any]) -> list[Any]:
+        """Return labels (N), whose names are known ones, as the column `label` holds them: the number of
+        a class, those of several labels, or number by name.
+        """
+        if self.kind == REGRESSION:
+            return [dict(zip(self.names, numbers)) for numbers in labels]
+        index = {name: number for number, name in enumerate(self.names)}
+        if self.kind == SINGLE:
+            return [index[name] for name in labels]
+        return [sorted({index[name] for name in names}) for names in labels]
+
+    def target(self, cell: Any) -> int | list[float]:
+        """Return what the loss compares with the logits of a text: the number of its class, or C
+        numbers: 1 for each label that it has, else 0, or the numbers themselves.
+        """
+        if self.kind == SINGLE:
+            return cell
+        if self.kind == REGRESSION:
+            return [cell[name] for name in self.names]
+        return [float(number in cell) for number in range(len(self.names))]
+
+    def no_target(self) -> int | list[float]:
+        """Return the target of a text that only fills a batch: it counts nowhere."""
+        return IGNORED_CLASS if self.kind == SINGLE else [math.nan] * len(self.names)
+
+    def targets(self, cells: Iterable[Any]) -> torch.Tensor:
+        """Return the targets of a column `label`: (N) whole numbers, or (N, C) in double precision."""
+        values = [self.target(cell) for cell in cells]
+        return torch.tensor(values, dtype=torch.int64 if self.kind == SINGLE else torch.float64)
+
+    def scores(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return what logits (N, C) mean, as `pipeline` does: the probability of each class, that of each
+        label (in double precision, in which thresholds are chosen), or the numbers themselves.
+        """
+        if self.kind == REGRESSION:
+            return logits
+        return logits.softmax(-1) if self.kind == SINGLE else logits.double().sigmoid()
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What scores depend on beside logits and targets; the fields are named as their flags."""
+
+    positive_class: str | None = None  # None: of two classes the second
+    # from which probability on a text has a label: one number for all labels, one for each, or "auto":
+    # those with the highest F1 on the texts that are scored
+    threshold: float | tuple[float, ...] | Literal["auto"] = 0.5
+
+
+def task_of_rows(rows: datasets.Dataset) -> Task:
+    """Return the task of a labelled split: the type of its column `label` tells it."""
+    import datasets
+
+    feature = rows.features["label"]
+    if isinstance(feature, datasets.ClassLabel):
+        return Task(SINGLE, tuple(feature.names))
+    if isinstance(feature, datasets.List):
+        return Task(MULTI, tuple(feature.feature.names))
+    return Task(REGRESSION, tuple(feature))
+
+
+# The loss -----------------------------------------------------------------------------------------
+
+
+def sum_losses(
+    task: Task, logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None, smoothing: float
+) -> torch.Tensor:
+    """Return the sum of the losses of logits (B, C) against targets (B) or (B, C).
+
+    The losses are those of transformers: cross-entropy of the classes, binary cross-entropy of each
+    label, the squared error of each number. `weights` (C) are those of `balanced_weights`. Label
+    smoothing spreads a share of each class over all classes, of each label over its yes and no.
+    """
+    if task.kind == SINGLE:
+        return F.cross_entropy(logits, targets, weight=weights, reduction="sum", label_smoothing=smoothing)
+    is_filler = targets.isnan()
+    targets = targets.nan_to_num()
+    if task.kind == MULTI:
+        targets = targets * (1 - smoothing) + smoothing / 2
+        losses = F.binary_cross_entropy_with_logits(logits, targets, pos_weight=weights, reduction="none")
+    else:
+        losses = F.mse_loss(logits, targets, reduction="none")
+    return losses.masked_fill(is_filler, 0.0).sum()
+
+
+def count_targets(targets: torch.Tensor, class_weights: torch.Tensor | None) -> tuple[int, float]:
+    """Return how many texts count among targets (B) or (B, C), and by what the sum of their losses is
+    divided to be a mean.
+
+    Of classes that is their number, or the sum of their weights (C). Of labels and numbers it is
+    the number of texts times C, whatever the weights of the labels: as in PyTorch, these weigh the
+    yes of each label against its no.
+    """
+    if targets.ndim == 2:
+        targets = targets[~targets.isnan().any(dim=1)]
+        return len(targets), float(targets.numel())
+    targets = targets[targets != IGNORED_CLASS]
+    if class_weights is None:
+        return len(targets), float(len(targets))
+    return len(targets), class_weights[targets].sum(dtype=torch.float64).item()
+
+
+def balanced_weights(task: Task, targets: torch.Tensor) -> torch.Tensor:
+    """Return weights (C), fp32, that make up for rare classes or labels, from targets (N) or (N, C).
+
+    Of classes they are scikit-learn's "balanced" ones: the fewer rows a class has, the higher; 0
+    without any. Of a label it is what its yes weighs against its no, the number of texts without
+    it for each one with it; 1 for a label that no text has.
+    """
+    if task.kind == MULTI:
+        having = targets.sum(dim=0)  # (C)
+        return torch.where(having > 0, (len(targets) - having) / having.clamp(min=1), 1.0).float()
+    from sklearn.utils.class_weight import compute_class_weight
+
+    labels = targets.numpy()
+    present = np.unique(labels)
+    weights = torch.zeros(len(task.names))
+    balanced = compute_class_weight("balanced", classes=present, y=labels)
+    weights[torch.from_numpy(present)] = torch.from_numpy(balanced).float()
+    return weights
+
+
+# The labels of a file -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LabelConfig:
+    """Which columns hold the labels, and what they mean; the fields are named as their flags."""
+
+    label_column: str = "label"  # or several, separated by commas
+    task: str = "auto"
+    label_separator: str | None = None
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns of the labels."""
+        return split_columns(self.label_column)
+
+
+def split_columns(text: str) -> list[str]:
+    """Return the columns that a flag names, separated by commas."""
+    return [name.strip() for name in text.split(",")]
+
+
+def find_kind(rows: datasets.Dataset, config: LabelConfig) -> Kind:
+    """Return the kind of task that labels ask for where `--task auto` leaves it open.
+
+    Several columns, or lists, are labels if they hold names, or nothing but 0 and 1; else numbers.
+    One column holds numbers if these have decimals that no names of classes have; else classes.
+    """
+    if config.task in TASKS:
+        return cast(Kind, config.task)
+    if config.label_separator is not None:
+        return MULTI
+    if len(config.columns) > 1:
+        is_yes_or_no = all(map(_is_yes_or_no, (_names(rows, column) for column in config.columns)))
+        return MULTI if is_yes_or_no else REGRESSION
+    [column] = config.columns
+    kind, values = reading.kind(rows, column), rows[column][:]
+    if kind in LISTS:
+        is_decimal = any(isinstance(item, float) for value in values if value for item in value)
+        return REGRESSION if is_decimal and not _are_flags(values) else MULTI
+    if kind.startswith("float"):
+        return SINGLE if all(value is None or float(value).is_integer() for value in values) else REGRESSION
+    if kind.endswith("string") and _are_scores(values):
+        return REGRESSION
+    return SINGLE
+
+
+def _are_scores(labels: Sequence[str | None]) -> bool:
+    """Return whether labels are scores and no classes: decimal numbers, of which nearly each row
+    has its own.
+    """
+    different = {label for label in labels if label}
+    if not all(map(DECIMAL.fullmatch, different)):
+        return False
+    has_fractions = any("." in label and not WHOLE.fullmatch(label) for label in different)
+    return has_fractions and (len(different) > MOST_DECIMALS or 2 * len(different) > len(labels))
+
+
+def _is_yes_or_no(values: Sequence[str | None]) -> bool:
+    return all(value is None or value.strip().lower() in FLAGS for value in values)
+
+
+def _are_flags(values: Sequence[list | None]) -> bool:
+    """Return whether lists hold a 0 or 1 for each label: as many in each, and none is a list of names,
+    in which no name comes twice.
+    """
+    lengths = {len(value) for value in values if value is not None}
+    is_long = len(lengths) == 1 and lengths.pop() >= LEAST_FLAGS
+    return is_long and all(item in (0, 1) for value in values if value is not None for item in value)
+
+
+def _names(rows: datasets.Dataset, column: str) -> list[str | None]:
+    """Return the cells of a column of strings, numbers or classes as strings, None for a missing one."""
+    import datasets
+
+    feature, values = rows.features[column], rows[column][:]
+    if isinstance(feature, datasets.ClassLabel):
+        is_known = [value is not None and 0 <= value < len(feature.names) for value in values]
+        return [feature.names[value] if known else None for value, known in zip(values, is_known)]
+    return [None if value is None or value != value else str(value) for value in values]
+
+
+def read_labels(split: str, rows: datasets.Dataset, kind: Kind, config: LabelConfig) -> list[Label]:
+    """Return the label of each row (N). Raises UserError, naming split and row, for one that is missing
+    or of another kind.
+    """
+    if kind == SINGLE:
+        return read_classes(split, rows, config.label_column)
+    if kind == REGRESSION:
+        return read_numbers(split, rows, config.columns)
+    return read_label_lists(split, rows, config)
+
+
+def read_classes(split: str, rows: datasets.Dataset, column: str) -> list[str]:
+    """Return the class of each row (N) as a string. Raises UserError for one that is missing."""
+    import datasets
+
+    if "," in column:
+        raise UserError(
+            f"--label-column {column}: a text has one class (--task single), so name one column; --task multi"
+            " or regression takes several"
+        )
+    feature, values = rows.features[column], rows[column][:]
+    if isinstance(feature, datasets.ClassLabel):
+        num_classes = len(feature.names)
+        for row, value in enumerate(values, start=1):
+            if value is None or not 0 <= value < num_classes:
+                raise UserError(
+                    f"split {split}, row {row}: the label {value} is not one of the {num_classes}"
+                    f" classes; if this split has no labels, choose another with --{split}-split"
+                )
+        return [feature.names[value] for value in values]
+    kind = reading.kind(rows, column)
+    if kind.startswith("float"):
+        values = [None if value is None or math.isnan(value) else value for value in values]
+        if all(value is None or value.is_integer() for value in values):
+            kind, values = "int64", [None if value is None else int(value) for value in values]
+    elif kind.endswith("string") and _are_scores(values):
+        kind = "decimal numbers"
+    if not re.fullmatch(r"(large_)?string|bool|u?int\d+", kind):
+        raise UserError(
+            f"split {split}: column {column!r} holds {kind}, but labels are strings or whole"
+            " numbers; name the right one with --label-column, or choose another --task"
+        )
+    for row, value in enumerate(values, start=1):
+        if value is None or is_blank(str(value)):
+            raise _missing(split, row, column)
+    return [str(value) for value in values]
+
+
+def _missing(split: str, row: int, column: str) -> UserError:
+    problem = f"the label in column {column!r} is missing"
+    return UserError(f"split {split}, row {row}: {problem}; remove the row or fill it in")
+
+
+def read_numbers(split: str, rows: datasets.Dataset, columns: Sequence[str]) -> list[list[float]]:
+    """Return the numbers of each row (N, C): those of its columns, or of the list in its only column.
+
+    Raises UserError for one that is missing, no number or not finite, and for lists that differ in
+    length.
+    """
+    if len(columns) == 1 and reading.kind(rows, columns[0]) in LISTS:
+        [column] = columns
+        cells = rows[column][:]
+        length = len(cells[0] or [])
+        for row, cell in enumerate(cells, start=1):
+            if cell is None or len(cell) != length or not cell:
+                size = "no" if not cell else f"{len(cell)}"
+                problem = f"the list in column {column!r} has {size} numbers, that of row 1 {length}"
+                raise UserError(f"split {split}, row {row}: {problem}; correct or remove the row")
+        return [[_number(item, split, row, column) for item in cell] for row, cell in enumerate(cells, 1)]
+    cells = zip(*(_names(rows, column) for column in columns))
+    return [
+        [_number(value, split, row, column) for value, column in zip(values, columns)]
+        for row, values in enumerate(cells, start=1)
+    ]
+
+
+def _number(value: str | float | None, split: str, row: int, column: str) -> float:
+    if value is None or is_blank(str(value)):
+        raise _missing(split, row, column)
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    # so large that its square, the loss, would be infinite
+    if not abs(number) < 1e18:
+        raise UserError(
+            f"split {split}, row {row}: the label {quoted(str(value))} in column {column!r} is no number, but"
+            " --task regression needs one; correct the row, or choose another --task"
+        )
+    return number
+
+
+def read_label_lists(split: str, rows: datasets.Dataset, config: LabelConfig) -> list[list[str]]:
+    """Return the labels of each row (N), each a list that may be empty.
+
+    They are the names of the columns that hold 1 or true; the items of a list, or of the 0 and 1 in
+    it the numbers of the ones; the parts of a string between separators; or the only string.
+    Raises UserError for a cell that is missing or none of these.
+    """
+    columns = config.columns
+    [column] = columns[:1]
+    if len(columns) == 1 and reading.kind(rows, column) in LISTS:
+        return _listed_labels(split, rows, column)
+    if config.label_separator is not None:
+        parts = [(text or "").split(config.label_separator) for text in _names(rows, column)]
+        return [[part.strip() for part in cell if not is_blank(part)] for cell in parts]
+    if len(columns) == 1 and not _is_yes_or_no(_names(rows, column)):
+        return [[label] for label in read_classes(split, rows, column)]
+    flags = {column: _read_flags(split, rows, column) for column in columns}
+    return [[column for column in columns if flags[column][row]] for row in range(len(rows))]
+
+
+def _read_flags(split: str, rows: datasets.Dataset, column: str) -> list[bool]:
+    """Return whether each row (N) has 1 or true in a column, and not 0 or false."""
+    flags = []
+    for row, value in enumerate(_names(rows, column), start=1):
+        if value is None or is_blank(value):
+            raise _missing(split, row, column)
+        flag = FLAGS.get(value.strip().lower())
+        if flag is None:
+            problem = f"the label {quoted(value)} in column {column!r} is neither 0 nor 1"
+            raise UserError(f"split {split}, row {row}: {problem}; correct the row, or choose another --task")
+        flags.append(flag)
+    return flags
+
+
+def _listed_labels(split: str, rows: datasets.Dataset, column: str) -> list[list[str]]:
+    import datasets
+
+    feature, cells = rows.features[column], rows[column][:]
+    for row, cell in enumerate(cells, start=1):
+        if cell is None or any(item is None or is_blank(str(item)) for item in cell):
+            raise _missing(split, row, column)
+    item = feature.feature
+    if isinstance(item, datasets.ClassLabel):
+        return [[item.names[number] for number in cell] for cell in cells]
+    if _are_flags(cells):
+        return [[str(number) for number, flag in enumerate(cell) if flag] for cell in cells]
+    kind = getattr(item, "dtype", type(item).__name__)
+    if not re.fullmatch(r"(large_)?string|u?int\d+|null", kind):
+        raise UserError(
+            f"split {split}: column {column!r} holds lists of {kind}, but labels are strings or whole"
+            " numbers; name the right one with --label-column, or choose another --task"
+        )
+    return [[str(name) for name in cell] for cell in cells]
+
+
+# Their names --------------------------------------------------------------------------------------
+
+
+def label_names(
+    rows: datasets.Dataset, kind: Kind, labels: Sequence[Label], config: LabelConfig
+) -> list[str]:
+    """Return the names of the answers that the labels (N) of a training split ask for, in order: those
+    of its columns; those that the data set lists; else strings sorted, and numbers by value.
+
+    Raises UserError when there is nothing to learn.
+    """
+    columns = config.columns
+    feature: Any = rows.features[columns[0]]
+    is_list = len(columns) == 1 and reading.kind(rows, columns[0]) in LISTS
+    if kind == REGRESSION:
+        return [f"{columns[0]}_{number}" for number in range(len(labels[0]))] if is_list else columns
+    if kind == SINGLE:
+        known = set(labels)
+        if len(known) < 2:
+            raise _only_one(
+                f"every row has the label {quoted(labels[0])}; a classifier needs at least two classes"
+            )
+        listed_names = getattr(feature, "names", None)
+        return list(listed_names) if listed_names is not None else sorted(known, key=natural_order)
+    known = {name for label in labels for name in label}
+    if not known:
+        raise _only_one("no row has a label")
+    is_separated = is_list or config.label_separator is not None
+    if not is_separated and (len(columns) > 1 or _is_yes_or_no(_names(rows, columns[0]))):
+        return columns
+    if is_list and getattr(feature.feature, "names", None) is not None:
+        return list(feature.feature.names)
+    if is_list and _are_flags(rows[columns[0]][:]):
+        return [str(number) for number in range(len(rows[columns[0]][0]))]
+    return sorted(known, key=natural_order)
+
+
+def _only_one(problem: str) -> UserError:
+    advice = "add rows of another class, or name the right column with --label-column"
+    return UserError(f"split train: {problem}; {advice}")
+
+
+def natural_order(name: str) -> tuple[int, int, str]:
+    """Return a sort key: whole numbers by value, then all other names.
+
+    20 digits are enough for any 64-bit number.
+    """
+    return (0, int(name), name) if re.fullmatch(r"-?\d{1,20}", name) else (1, 0, name)
+
+
+def whole(label: str) -> str:
+    """Return a label as it is, but a whole number that is written with decimals, as pandas writes
+    one beside a missing value, without them.
+    """
+    return label.partition(".")[0] if WHOLE.fullmatch(label) else label
