@@ -11,7 +11,7 @@ import transformers
 
 import generate
 from common.generation import decoding
-from common.generation.chat import Chat
+from common.generation.conversation import Chat
 from conftest import exit_code_in_process
 from language_models import CHAT_TEMPLATE, train_byte_bpe
 
