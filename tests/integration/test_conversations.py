@@ -110,6 +110,7 @@ def test_prompts_that_do_not_fit_are_left_out(script, tmp_path):
     )
     lines = lines_of(out)
     assert [line.get("error", "") for line in lines] == ["", left_out[0], "", "", left_out[1]]
+    assert [(x["text"], x["token_ids"]) for x in lines if "error" in x] == [("", [])] * 2
     assert [line["finish_reason"] == "refused" for line in lines] == [bool(x.get("error")) for x in lines]
     alone = tmp_path / "alone.jsonl"
     script("--prompts-file", write_lines(tmp_path / "y.txt", good), "--output", alone, "--batch-size", 1)
@@ -235,7 +236,7 @@ def test_a_typo_is_not_sent_to_the_model(typed, tmp_path):
         "/save": "write /save FILE",
         "/reset now": "write /reset",
         "/retry": "no question yet",
-        "/save x.jsonl": "nothing was said yet",
+        f"/save {tmp_path}/x.jsonl": "nothing was said yet",
         f"/load {tmp_path}/no.jsonl": "can't be read",
         f"/load {tmp_path}/other.jsonl": "a list of messages",
         "/help": "/system TEXT  another system message",
