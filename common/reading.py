@@ -70,13 +70,15 @@ def read(
     as_text: Sequence[str] = (),
     options: FileOptions = AS_FOUND,
     config: str | None = None,
+    revision: str | None = None,
     cache_dir: str | None = None,
 ) -> datasets.DatasetDict:
     """Return a data set unchanged: every split, every column.
 
     `name`: a bundled name; a data file (one split, `train`); a folder with one folder of text files
     per class, or with `train`, `validation`, `test` folders of such folders; a folder of data files
-    named after their splits; a Hub id, with `config` where it has several configurations. `as_text`
+    named after their splits; a Hub id, with `config` where it has several configurations, of a
+    `revision` (a commit, branch or tag). `as_text`
     are the columns of texts and labels, which stay as they are written; "a.b" is the field b of
     column a. Raises UserError when the data can't be found, reached or read.
     """
@@ -93,7 +95,7 @@ def read(
         return datasets.DatasetDict({"train": rows})
     if kind == "folder":
         return _read_folder(path, as_text, options, cache_dir)
-    splits = _read_hub(name, config, cache_dir)
+    splits = _read_hub(name, config, revision, cache_dir)
     return _as_splits({str(split): _with_fields(rows, as_text) for split, rows in splits.items()})
 
 
@@ -745,7 +747,9 @@ def _encoding_by_zeros(head: bytes) -> str | None:
 # The Hub ------------------------------------------------------------------------------------------
 
 
-def _read_hub(name: str, config: str | None, cache_dir: str | None) -> datasets.DatasetDict:
+def _read_hub(
+    name: str, config: str | None, revision: str | None, cache_dir: str | None
+) -> datasets.DatasetDict:
     import datasets
     import httpx2
     import huggingface_hub.errors
@@ -759,7 +763,7 @@ def _read_hub(name: str, config: str | None, cache_dir: str | None) -> datasets.
     reachable = sources.is_reachable()
     try:
         with sources.downloads_in(cache_dir):
-            splits = _load_undamaged(name, config, cache_dir)
+            splits = _load_undamaged(name, config, revision, cache_dir)
     except (
         datasets.exceptions.DatasetNotFoundError,
         huggingface_hub.errors.HfHubHTTPError,
@@ -798,7 +802,9 @@ def _read_hub(name: str, config: str | None, cache_dir: str | None) -> datasets.
     return splits
 
 
-def _load_undamaged(name: str, config: str | None, cache_dir: str | None) -> datasets.DatasetDict:
+def _load_undamaged(
+    name: str, config: str | None, revision: str | None, cache_dir: str | None
+) -> datasets.DatasetDict:
     """Return a data set of the Hub; if the copy in the library's cache is damaged, made anew from
     what was downloaded.
     """
@@ -809,7 +815,9 @@ def _load_undamaged(name: str, config: str | None, cache_dir: str | None) -> dat
     reason = ""
     for mode in (None, "reuse_cache_if_exists"):
         try:
-            splits = datasets.load_dataset(name, config, cache_dir=cache_dir, download_mode=mode)
+            splits = datasets.load_dataset(
+                name, config, revision=revision, cache_dir=cache_dir, download_mode=mode
+            )
             for rows in splits.values():
                 # the library maps its files unchecked, and a wrong offset would end the process
                 rows.data.table.validate(full=True)

@@ -17,7 +17,7 @@ from common.errors import printable, shorten
 from common.runtime import Runtime
 from common.training import batching
 from common.training.batching import BatchConfig
-from common.training.data import Splits, TokenConfig
+from common.training.data import Splits, TokenConfig, texts_of
 from common.training.run import HEADLINES, MULTI, REGRESSION, SCORES, SINGLE
 from common.training.task import Task, task_of_rows
 from common.training.tracking import Log
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 CARD_SETTINGS = {  # each with what is shown for a flag that was not given
     "text_column": "",
+    "text_mode": "one text",
     "label_column": "",
     "task": "",
     "max_train_samples": "all",
@@ -39,6 +40,8 @@ CARD_SETTINGS = {  # each with what is shown for a flag that was not given
     "processes": "",
     "batching": "",
     "lr": "",
+    "schedule": "",
+    "max_steps": "as the epochs have",
     "warmup_ratio": "",
     "weight_decay": "",
     "max_grad_norm": "",
@@ -220,6 +223,8 @@ class Predictions:
     ) -> None:
         self.rows, self.task = rows, task_of_rows(rows)
         self.names = list(self.task.names)
+        # of each row its text, or both texts of a pair
+        self.texts = [(text,) if isinstance(text, str) else text for text in texts_of(rows)]
         self.labels = self.task.targets(rows["label"][:])  # (N) or (N, C)
         self.num_tokens = torch.tensor(rows["num_tokens"][:])  # (N)
         self.num_read = torch.tensor(rows["num_read"][:])  # (N)
@@ -273,7 +278,7 @@ class Predictions:
             last = "error"
         rows = [
             [
-                _in_cell(self.rows[number]["text"], style),
+                _in_cell(" / ".join(self.texts[number]), style),
                 _in_cell(self.answer(number), style),
                 _in_cell(self.true(number), style),
                 values[number].item(),
@@ -331,9 +336,10 @@ class Predictions:
         """
         with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow(["row", *self._csv_columns(), "text"])
-            for number, (row, text) in enumerate(zip(self.rows["row"][:], self.rows["text"][:])):
-                writer.writerow([row, *self._csv_cells(number), text])
+            texts = ("text", "text_pair")[: len(self.texts[0])]
+            writer.writerow(["row", *self._csv_columns(), *texts])
+            for number, row in enumerate(self.rows["row"][:]):
+                writer.writerow([row, *self._csv_cells(number), *self.texts[number]])
 
     def _csv_columns(self) -> list[str]:
         if self.task.kind == REGRESSION:
@@ -539,8 +545,8 @@ def _listed(names: list[str]) -> str:
 
 
 def _novelty(splits: Splits) -> str:
-    seen = {*splits["train"]["text"], *splits["validation"]["text"]}
-    count = sum(text in seen for text in splits["test"]["text"])
+    seen = {*texts_of(splits["train"]), *texts_of(splits["validation"])}
+    count = sum(text in seen for text in texts_of(splits["test"]))
     if count == 0:
         return "which were used neither for training nor for choosing the weights"
     return (
@@ -581,7 +587,7 @@ pipeline_tag: text-classification
 from transformers import pipeline
 
 classify = pipeline("text-classification", model="this folder or its name on the Hub")
-print(classify({_example_call(task)}))
+print(classify({_example_call(task, is_pair="text_pair" in splits["test"].column_names)}))
 ```
 
 {_answers(task, outcome.scores)}
@@ -631,10 +637,11 @@ def _title(task: Task) -> tuple[str, str]:
     return f"A model that gives texts {count} number{'s' * (count > 1)}", "predict"
 
 
-def _example_call(task: Task) -> str:
+def _example_call(task: Task, *, is_pair: bool) -> str:
     """Return the arguments with which the pipeline shows all that the model answers."""
     options = "truncation=True" if task.kind == SINGLE else "truncation=True, top_k=None"
-    return f'"a text", {options}'
+    text = '{"text": "a text", "text_pair": "another"}' if is_pair else '"a text"'
+    return f"{text}, {options}"
 
 
 def _answers(task: Task, scores: dict) -> str:
