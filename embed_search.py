@@ -39,6 +39,7 @@ from common.search.manifest import (
     MANIFEST,
     PAIR_COLUMNS,
     PER_QUERY_COLUMNS,
+    STORES,
     EncoderConfig,
     Limits,
     Settings,
@@ -47,6 +48,7 @@ from common.search.manifest import (
     check_settings,
     num_live_rows,
     read_manifest,
+    store_of,
 )
 from common.search.words import AUTO, LANGUAGES, Words
 
@@ -60,6 +62,7 @@ if TYPE_CHECKING:
 
 DEFAULT_OVERLAP = 32
 PICTURES = (".png", ".pdf", ".svg", ".jpg")
+EXPORTS = (".parquet", ".npy", ".faiss")
 LARGEST_MATRIX = 5_000  # texts whose matrix of similarities is shown or written
 WAIT = {"type": cli.duration, "default": 10.0, "help": "seconds to wait for another writer"}
 LANGUAGE = {"choices": list(LANGUAGES), "default": AUTO, "metavar": "CODE"}
@@ -126,7 +129,11 @@ def add_index_flags(command: cli.Parser) -> None:
     flag("--chunk", action="store_true", help="split texts that the model can't read whole")
     overlap = f"tokens that neighbouring chunks share (default: {DEFAULT_OVERLAP})"
     flag("--chunk-overlap", type=cli.non_negative_int, help=overlap)
+    kept = "how vectors are kept; searches are exact over what is kept (default: the index's, else fp32)"
+    flag("--store", choices=list(STORES), help=kept)
     flag("--wait", **WAIT)
+    given = "embeddings made elsewhere with --model, one for each row of TEXTS; nothing is encoded"
+    flag("--vectors", metavar="NPY", type=cli.name, help=given)
     add_text_flags(command)
 
 
@@ -138,15 +145,33 @@ def add_sync_flags(command: cli.Parser) -> None:
 def check_index_command(args: argparse.Namespace) -> None:
     folder, model = Path(args.index), args.model
     check_folder(folder, new=True)
+    if args.vectors:
+        check_vectors(args.vectors)
+        if overlap_of(args) is not None:
+            raise UserError(f"--vectors {args.vectors}: they are of whole texts; leave --chunk out")
     if (folder / MANIFEST).is_file():
         settings = read_manifest(folder)["settings"]
         wanted = {"id_column": args.id_column, "max_length": args.max_length}
         wanted["chunk_overlap"] = overlap_of(args)
+        wanted |= {"width": args.dimensions, "document_prompt": args.document_prompt}
+        if args.store and args.store != store_of(settings):
+            wanted["store"] = args.store
         given = {name: value for name, value in wanted.items() if value is not None}
         check_settings(args.index, given, settings)
         model = model or recorded_model(args.index, settings)
     check_texts(args)
     check_model(model)
+
+
+def check_vectors(path: str) -> None:
+    """Raise UserError unless a file begins as NumPy's do."""
+    try:
+        with open(path, "rb") as file:
+            begins = file.read(6)
+    except OSError as error:
+        raise UserError(f"--vectors {path}: can't be read: {error.strerror}; check it") from error
+    if begins != b"\x93NUMPY":
+        raise UserError(f"--vectors {path}: not a .npy file; write one with numpy.save")
 
 
 def overlap_of(args: argparse.Namespace) -> int | None:
@@ -157,31 +182,34 @@ def overlap_of(args: argparse.Namespace) -> int | None:
 def index(args: argparse.Namespace) -> None:
     """Build an index, or bring it up to date."""
     from common.search import display
-    from common.search.builder import Builder, fill, settings_of
+    from common.search.builder import Builder, fill, load_index_encoder, read_vectors, settings_of
     from common.search.encoder import chunk_size, load_encoder
     from common.search.store import open_store
 
     runtime, screen = start(args)
     folder, source, config = Path(args.index), source_of(args), encoder_config(args)
-    id_column, overlap, codes = args.id_column, overlap_of(args), ()
+    id_column, overlap, existing, codes = args.id_column, overlap_of(args), None, ()
     if (folder / MANIFEST).is_file():  # the index exists: what no flag names stays as it was made
         manifest = read_manifest(folder)
         existing = manifest["settings"]
         # digits in a column of texts are texts
         codes = [name for name, kind in manifest["columns"].items() if kind == "string"]
-        config = config.with_defaults(existing["model"], existing["max_length"])
         id_column = id_column or existing["id_column"]
         if overlap is None:
             overlap = existing["chunk_overlap"]
     collection = None
     if runtime.world_size == 1:  # mistakes in the texts are reported before the model is loaded
         collection = source.read(id_column, as_text=codes)
-    encoder = load_encoder(config, runtime)
+    if existing:
+        encoder = load_index_encoder(config, runtime, args.index, existing)
+    else:
+        encoder = load_encoder(config, runtime)
     # under torchrun every process encodes, but only the main one reads the texts and writes
     if not runtime.is_main:
         encoder.follow()
         return
-    settings = settings_of(encoder, id_column=id_column, chunk_overlap=overlap)
+    kept = args.store or (store_of(existing) if existing else None)
+    settings = settings_of(encoder, id_column=id_column, chunk_overlap=overlap, store=kept)
     started = time.perf_counter()
     builder = None
     for number in cli.stop_signals():
@@ -196,6 +224,9 @@ def index(args: argparse.Namespace) -> None:
             if store.snapshot.num_rows and settings["model"] != store.snapshot.settings["model"]:
                 store.record_model(settings["model"])  # the same one, which has moved
             builder = Builder(store, encoder, update=args.update, skip_bad=args.skip_bad)
+            if args.vectors:
+                options = {"skip_bad": args.skip_bad, "say": screen.say}
+                builder.given = read_vectors(args.vectors, collection, encoder, **options)
             fill(builder, collection, block=args.block)
             if args.command == "sync":
                 builder.remove_unseen()
@@ -346,6 +377,31 @@ def show(args: argparse.Namespace) -> None:
     snapshot = open_snapshot(args.index)
     rows = [known_rows(snapshot, key) for key in args.ids]
     display.show_texts(display.Screen(as_json=args.json), snapshot, rows, vector=args.vector)
+
+
+# export: an index -> files of other programs
+
+
+def add_export_flags(command: cli.Parser) -> None:
+    flag = command.add_argument
+    flag("--index", metavar="DIR", type=cli.name, required=True, help="the index to export")
+    to = f"a new file of rows and vectors: {', '.join(EXPORTS)}; may be repeated"
+    flag("--to", metavar="FILE", type=export_file, action="append", required=True, help=to)
+    add_where_flags(command)
+
+
+def export(args: argparse.Namespace) -> None:
+    """Write rows and vectors for other programs: Parquet, NumPy or FAISS."""
+    import numpy as np
+
+    from common.search import display
+    from common.search.index import matching, open_snapshot
+
+    screen, snapshot = display.Screen(as_json=args.json), open_snapshot(args.index)
+    rows = np.flatnonzero(matching(snapshot, args.where, limits_of(args)))
+    if not len(rows):
+        raise UserError(f"--index {args.index}: no rows to export; widen --where or index some texts")
+    display.write_export(screen, snapshot.parts(rows), len(rows), args.to)
 
 
 # search, like: queries or liked texts -> hits
@@ -592,6 +648,8 @@ def cluster(args: argparse.Namespace) -> None:
 
 def add_evaluate_flags(command: cli.Parser) -> None:
     command.add_argument("--index", metavar="DIR", type=cli.name, help="where to search")
+    others = "score vectors that are kept so as well; may be repeated"
+    command.add_argument("--store", choices=list(STORES), action="append", default=[], help=others)
     command.add_argument("--language", **LANGUAGE)
     add_rerank_flags(command)
     add_task_flags(command)
@@ -630,7 +688,8 @@ def evaluate(args: argparse.Namespace) -> None:
         options = {"words": words, "rerank_depth": depth, "say": screen.say}
         searcher = Searcher(snapshot, opened.encoder, allowed, **options)
         scores = relevance.score_all(searcher, opened.task, reranker=reranker)
-        display.show_scores(screen, opened.task, scores)
+        stores = relevance.score_stores(searcher, opened.task, args.store)
+        display.show_scores(screen, opened.task, scores, stores)
 
 
 def add_compare_flags(command: cli.Parser) -> None:
@@ -755,6 +814,11 @@ def add_model_flags(command: cli.Parser) -> None:
     length = "tokens that the model reads of a text (default: the index's, else the model's own)"
     flag("--max-length", type=cli.positive_int, help=length)
     flag("--batch-tokens", type=cli.positive_int, help="positions per batch (default: by device)")
+    kept = "the first numbers of each embedding that are kept, for a Matryoshka model (default: all)"
+    flag("--dimensions", type=cli.positive_int, metavar="N", help=kept)
+    before = "put before each {} (default: the index's, else what the model says)"
+    flag("--query-prompt", metavar="TEXT", help=before.format("query"))
+    flag("--document-prompt", metavar="TEXT", help=before.format("text that is no query"))
 
 
 def add_text_flags(command: cli.Parser) -> None:
@@ -875,6 +939,15 @@ def output_file(text: str) -> str:
     return text
 
 
+def export_file(text: str) -> str:
+    """Parse the path of a new file, whose suffix is a format of export."""
+    if Path(text).suffix not in EXPORTS:
+        raise argparse.ArgumentTypeError(f"{text}: the suffix is not one of {', '.join(EXPORTS)}")
+    if Path(text).exists():
+        raise argparse.ArgumentTypeError(f"{text}: it exists; name a new file")
+    return output_file(text)
+
+
 def picture_file(text: str) -> str:
     """Parse the path of a picture, whose suffix is a format."""
     if Path(text).suffix.lower() not in PICTURES:
@@ -904,8 +977,10 @@ def check_index(args: argparse.Namespace, *, encodes: bool) -> None:
     settings = check_files(Path(args.index))["settings"]
     if encodes or args.model:
         check_model(args.model or recorded_model(args.index, settings))
-    if args.max_length is not None:
-        check_settings(args.index, {"max_length": args.max_length}, settings)
+    wanted = {"max_length": args.max_length, "width": args.dimensions}
+    wanted["document_prompt"] = args.document_prompt
+    given = {name: value for name, value in wanted.items() if value is not None}
+    check_settings(args.index, given, settings)
 
 
 def recorded_model(index: str, settings: Settings) -> str:
@@ -975,7 +1050,15 @@ def start(args: argparse.Namespace) -> tuple[Runtime, Screen]:
 
 
 def encoder_config(args: argparse.Namespace) -> EncoderConfig:
-    return EncoderConfig(args.model, args.max_length, args.batch_tokens, args.cache_dir)
+    return EncoderConfig(
+        args.model,
+        args.max_length,
+        args.batch_tokens,
+        args.cache_dir,
+        dimensions=args.dimensions,
+        query_prompt=args.query_prompt,
+        document_prompt=args.document_prompt,
+    )
 
 
 def file_options(args: argparse.Namespace) -> sources.FileOptions:
@@ -1019,6 +1102,7 @@ COMMANDS = {
     "delete": Command(delete, add_delete_flags, check_delete),
     "compact": Command(compact, add_compact_flags, check_existing),
     "verify": Command(verify, add_verify_flags, check_existing),
+    "export": Command(export, add_export_flags, check_existing),
     "search": Command(search, add_search_flags, check_search),
     "like": Command(like, add_like_flags, check_like),
     "pairs": Command(pairs, add_pairs_flags, check_source),

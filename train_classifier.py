@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar, cast
 from common import bundled, cli, sources
 from common.errors import Interrupted, UserError
 from common.sources import FileOptions
-from common.training import study
+from common.training import predictions, study
 from common.training.run import (
     CONFIG,
     DEFAULT_MAX_LENGTH,
@@ -59,7 +59,8 @@ from common.training.run import (
 
 # flags that are no settings of a run: they choose what to do instead of it, or where to continue
 INSTEAD = ("inspect", "compare_tokenizer", "evaluate_only", "predict", "compare")
-NOT_SETTINGS = (*INSTEAD, "resume", "resume_or_start", "seeds", "grid", "debug")
+OF_PREDICTIONS = ("output", "id_column", "keep_columns")
+NOT_SETTINGS = (*INSTEAD, *OF_PREDICTIONS, "resume", "resume_or_start", "seeds", "grid", "debug")
 
 
 # Flags --------------------------------------------------------------------------------------------
@@ -282,6 +283,12 @@ def add_training_flags(parser: cli.Parser) -> None:
         default=0,
         help="processes that make batches; the texts are tokenised before, so few are enough",
     )
+    flag(
+        "--calibrate",
+        action="store_true",
+        help="in the end, fit one temperature on the validation split, so that a confidence of 0.8 is right"
+        " in 80 of 100 texts; it is saved with the model",
+    )
     flag("--log-every", type=count, default=10, help="optimizer steps between points of a curve")
 
 
@@ -356,6 +363,20 @@ def add_run_flags(parser: cli.Parser) -> None:
         help="classify the lines of a text file (- for standard input), or the rows of a data file",
     )
     group.add_argument(
+        "--output",
+        metavar="FILE",
+        help="with --predict: a new file, .jsonl, .csv or .parquet; --resume goes on with one that was left",
+    )
+    group.add_argument(
+        "--id-column", metavar="NAME", help="with --predict: a column that stays beside each answer"
+    )
+    group.add_argument(
+        "--keep-columns",
+        type=cli.columns,
+        metavar="NAMES",
+        help="with --predict: other columns that stay, such as author,date; all: every one",
+    )
+    group.add_argument(
         "--compare-tokenizer",
         metavar="NAME",
         help="with --inspect: a second tokenizer on a sentence (bundled name, folder or Hub id)",
@@ -393,7 +414,11 @@ def check_flags(args: argparse.Namespace) -> None:
     is_table = FileOptions(columns=args.columns, delimiter=args.delimiter).is_table
     if args.predict is not None:  # an empty name is a mistake, not a wish to train
         sources.check_texts(args.predict, any_suffix=is_table)
+        check_output_flags(args)
         return
+    for flag in OF_PREDICTIONS:
+        if getattr(args, flag) is not None:
+            raise UserError(f"--{flag.replace('_', '-')}: it works with --predict only; leave it out")
     sources.check_data(args.dataset, any_suffix=is_table)
     if not args.inspect and not args.evaluate_only:
         if args.task != "auto":  # else when the labels have told it
@@ -423,6 +448,15 @@ def check_hub_flags(args: argparse.Namespace) -> None:
 def threshold(text: str) -> float | Literal["auto"]:
     """Parse a probability from which on a text has a label, or auto."""
     return "auto" if text == "auto" else cli.probability(text)
+
+
+def check_output_flags(args: argparse.Namespace) -> None:
+    """Raise UserError unless the file of predictions can be written."""
+    resumes = args.resume is not None
+    if args.output is not None:
+        predictions.check_output(args.output, resume=resumes)
+    elif resumes:
+        raise UserError("--resume: with --predict it goes on with the file of --output; name it")
 
 
 def column_names(text: str) -> str:
@@ -537,6 +571,8 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
+from common import reading
+from common.files import tensors_sha256
 from common.runtime import (
     Runtime,
     check_compiler,
@@ -550,7 +586,7 @@ from common.training.batching import BatchConfig, count_examples, pool_chunks, s
 from common.training.checkpoint import TIME_IS_UP, Checkpoints, StopSignals, TrainingState
 from common.training.classifier import ModelConfig
 from common.training.data import DataConfig, Splits, TextConfig, TokenConfig
-from common.training.evaluation import evaluate, is_better, predict_texts
+from common.training.evaluation import PREDICT_BLOCK, evaluate, is_better, predict_logits, predict_texts
 from common.training.task import LabelConfig, Scoring, Task, balanced_weights, sum_losses, task_of_rows
 
 if TYPE_CHECKING:
@@ -588,6 +624,7 @@ class TrainConfig:
     early_stopping_patience: int | None
     save_every: int | None
     log_every: int
+    calibrate: bool
 
     def memory_advice(self) -> str:
         """Return what to say when a step does not fit into memory."""
@@ -1009,15 +1046,15 @@ def test(loaded: Loaded, state: TrainingState, run: Run, runtime: Runtime) -> No
     config, rows, folder = loaded.config, loaded.tokenized["test"], run.log.folder
     best, cache_dir = str(folder / "best"), config.model.cache_dir
     model, tokenizer = classifier.load_saved(best, runtime, cache_dir=cache_dir)
+    options = {"batch_size": config.eval_batch_size, "signals": run.signals}
+    if config.calibrate:
+        validation = loaded.tokenized["validation"]
+        logits = predict_logits(model, validation, tokenizer, runtime, **options)
+        calibrate(logits, validation, folder / "best", config.task, runtime)
     scoring = dataclasses.replace(config.scoring, threshold=classifier.saved_thresholds(best, config.task))
+    temperature = classifier.saved_temperature(best)
     scores, logits = evaluate(
-        model,
-        rows,
-        tokenizer,
-        runtime,
-        batch_size=config.eval_batch_size,
-        scoring=scoring,
-        signals=run.signals,
+        model, rows, tokenizer, runtime, scoring=scoring, temperature=temperature, **options
     )
     assert state.best is not None
     outcome = report.Outcome(
@@ -1025,7 +1062,9 @@ def test(loaded: Loaded, state: TrainingState, run: Run, runtime: Runtime) -> No
         history=state.history,
         best=state.best,
         scores=scores,
-        predictions=report.Predictions(rows, logits, report.thresholds_of(scores)),
+        predictions=report.Predictions(rows, logits, report.thresholds_of(scores), scoring.positive_class),
+        temperature=temperature,
+        num_texts={split: len(loaded.tokenized[split]) for split in loaded.tokenized},
         peak_memory_bytes=peak_memory_bytes(runtime.device),
     )
     runtime.say(f"\n{report.epoch_table(state.history, config.task, config.best_metric)}")
@@ -1038,6 +1077,20 @@ def test(loaded: Loaded, state: TrainingState, run: Run, runtime: Runtime) -> No
     run.checkpoints.prune_finished()
     paths = f"model: {folder}/best   every test row: {folder}/predictions.csv"
     runtime.say(f"\nreport: {folder}/report.md   {paths}")
+
+
+def calibrate(
+    logits: torch.Tensor, rows: datasets.Dataset, folder: Path, task: Task, runtime: Runtime
+) -> None:
+    """Fit a temperature to the logits (N, C) of the validation split, and save it with the model."""
+    from common.training import calibration
+
+    truth = task.targets(rows["label"][:]).numpy()
+    temperature = calibration.fit_temperature(logits.double().numpy(), truth, task.kind)
+    if runtime.is_main:
+        classifier.save_temperature(folder, temperature)
+    runtime.barrier()
+    runtime.say(f"\ncalibrated on the validation split: logits are divided by {temperature:.4f}")
 
 
 # What the flags ask for ---------------------------------------------------------------------------
@@ -1100,31 +1153,87 @@ def evaluate_only(args: argparse.Namespace, runtime: Runtime) -> None:
     tokenized = splits["test"]
     scoring = saved_scoring(args, task)
     scores, logits = evaluate(
-        model, tokenized, tokenizer, runtime, batch_size=args.eval_batch_size, scoring=scoring
+        model,
+        tokenized,
+        tokenizer,
+        runtime,
+        batch_size=args.eval_batch_size,
+        scoring=scoring,
+        temperature=classifier.saved_temperature(args.model),
     )
-    predictions = report.Predictions(tokenized, logits, report.thresholds_of(scores))
+    thresholds = report.thresholds_of(scores)
+    predictions = report.Predictions(tokenized, logits, thresholds, scoring.positive_class)
     report.show(scores, predictions, tokens.eval_max_length, runtime)
 
 
 def predict(args: argparse.Namespace, runtime: Runtime) -> None:
-    """Print one JSON line per text: row, label, confidence and the score of every class."""
+    """Answer for each text, with its row, label, confidence and the score of every class: a JSON line on
+    the screen, or a row of --output.
+    """
     model, tokenizer = classifier.load_to_predict(
         args.model, runtime, cache_dir=args.cache_dir, revision=args.revision
     )
     tokens = saved_tokens(model, tokenizer, args)
     options = config_from_flags(FileOptions, args)
-    texts = data.texts_to_predict(args.predict, saved_texts(args), options=options, cache_dir=args.cache_dir)
-    answers = predict_texts(
-        model,
-        tokenizer,
-        texts,
-        tokens,
-        runtime,
-        batch_size=args.eval_batch_size,
-        scoring=saved_scoring(args, classifier.task_of_model(model)),
-    )
-    for answer in answers:
-        runtime.say(cli.json_line(answer))
+    scoring, text_config = saved_scoring(args, classifier.task_of_model(model)), saved_texts(args)
+    temperature = classifier.saved_temperature(args.model)
+    with reading.open_texts(
+        args.predict,
+        columns=text_config.columns,
+        join_with=text_config.join_with if text_config.text_mode == JOIN else None,
+        kept=kept_columns(args),
+        options=options,
+        cache_dir=args.cache_dir,
+    ) as texts:
+        bad = texts.check()
+
+        def answer(block: reading.TextBlock) -> list[dict]:
+            answers = predict_texts(
+                model,
+                tokenizer,
+                block.texts,
+                tokens,
+                runtime,
+                batch_size=args.eval_batch_size,
+                scoring=scoring,
+                temperature=temperature,
+            )
+            return [{**answer, "row": row} for row, answer in zip(block.rows, answers)]
+
+        if args.output is None:
+            for block in texts.blocks(PREDICT_BLOCK, without=bad):
+                for line in predictions.with_columns(block.columns, answer(block)):
+                    runtime.say(cli.json_line(line))
+            return
+        identity = {
+            "text": texts.sha256(),
+            "model": tensors_sha256(model.state_dict()),
+            "thresholds": str(scoring.threshold),
+            "temperature": temperature,
+            "--text-column": str(text_config),
+            "--keep-columns": texts.kept,
+            "--eval-batch-size": args.eval_batch_size,
+            "precision or device": f"{runtime.precision} {runtime.device.type} {runtime.world_size}",
+            "way to read texts": f"{tokens.eval_max_length} {tokens.truncation} {options}",
+        }
+        with predictions.open_predictions(
+            args.output, identity=identity, resume=args.resume is not None, runtime=runtime
+        ) as file:
+            if file.is_complete:
+                runtime.say(f"{args.output} is complete already")
+                return
+            for block in texts.blocks(PREDICT_BLOCK, without=bad, skipped=file.num_rows):
+                file.add(answer(block), block.columns)
+            file.finish()
+        runtime.say(f"{file.num_rows:,} predictions: {args.output}")
+
+
+def kept_columns(args: argparse.Namespace) -> list[str] | None:
+    """Return the columns that predictions keep, None for all."""
+    if args.keep_columns == ("all",):
+        return None
+    ids = [] if args.id_column is None else [args.id_column]
+    return list(dict.fromkeys([*ids, *(args.keep_columns or ())]))
 
 
 def saved_tokens(

@@ -2,8 +2,12 @@
 
 import contextlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
+P = ParamSpec("P")
+T = TypeVar("T")
 LONG_NAME = 60  # characters of a name in a list
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 
@@ -15,6 +19,26 @@ class UserError(Exception):
     `common.cli.run` prints it without a traceback and exits with code 2. Any other exception is a
     bug.
     """
+
+
+def outcome(call: Callable[P, T], *args: P.args, **named: P.kwargs) -> T | UserError:
+    """Return what a call returns, or the UserError that it raises: for a list of which one part may
+    be wrong.
+    """
+    try:
+        return call(*args, **named)
+    except UserError as error:
+        return error
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A row of a source that can't be used, where such rows are collected and not the end."""
+
+    source: str  # the file, or the split of a data set
+    row: int  # as a spreadsheet numbers it: a header is row 1; of lines the number of the line
+    problem: str  # the same words for every row with this problem
+    content: str  # what is in the row, or in the cell
 
 
 class Interrupted(Exception):

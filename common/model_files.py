@@ -25,7 +25,9 @@ from common.errors import UserError, one_line, shorten
 from common.files import cache_home, make_once, seal, sha256, sync_file, write_manifest
 
 PROJECT = Path(__file__).resolve().parent.parent
+TEMPLATES = "additional_chat_templates"  # a folder of files in Jinja, beside chat_template.jinja
 CONFIG, MODULES, SENTENCE_CONFIG = "config.json", "modules.json", "config_sentence_transformers.json"
+ROUTES = "router_config.json"
 WEIGHTS, SHARD_LIST = "model.safetensors", "model.safetensors.index.json"
 SENTENCE_SETTINGS = tuple(
     f"sentence_{kind}_config.json"
@@ -49,6 +51,7 @@ JSON_TYPES: dict[str, type] = {
     "added_tokens.json": dict,
     "vocab.json": dict,
     SENTENCE_CONFIG: dict,
+    ROUTES: dict,
     **dict.fromkeys(SENTENCE_SETTINGS, dict),
     "processor_config.json": dict,
     "preprocessor_config.json": dict,
@@ -109,6 +112,8 @@ def check(folder: Path, source: str) -> None:
         if not (folder / CONFIG).is_file() and not (folder / MODULES).is_file():
             _check_files(folder, folder, source)  # a link that leads nowhere is no missing file
             raise UserError(f"{source}: the folder has no {CONFIG}; name the folder of a saved model")
+        if (templates := folder / TEMPLATES).is_dir():
+            _check_files(templates, folder, source)
         for part in (folder, *_module_folders(folder, source)):
             _check_files(part, folder, source)
             _check_part(part, source)
@@ -170,10 +175,29 @@ def _module_folders(folder: Path, source: str) -> list[Path]:
         parts = [folder / module["path"] for module in read_json(listed, source)]
     except (KeyError, TypeError) as error:
         raise _refuse(source, f"{listed} is not a list of modules") from error
+    parts += [inner for part in parts for inner in _routed_folders(part, source)]
     for part in parts:
         if not part.resolve().is_relative_to(folder.resolve()):
             raise _refuse(source, f"{listed} names a folder outside the model: {part}", "name another model")
     return [part for part in parts if part.is_dir() and part.resolve() != folder.resolve()]
+
+
+def _routed_folders(folder: Path, source: str) -> list[Path]:
+    """Return the folders of the parts that a Router names, such as one for queries and one for
+    documents. Raises UserError when it names code of another package.
+    """
+    for name in (ROUTES, CONFIG):  # where newer and older versions keep them
+        types = read_json(folder / name, source).get("types") if (folder / name).is_file() else None
+        if types is None:
+            continue
+        if not isinstance(types, dict) or not all(isinstance(kind, str) for kind in types.values()):
+            raise _refuse(source, f"{folder / name}: types is no table of modules")
+        for kind in types.values():
+            if not kind.startswith("sentence_transformers."):
+                problem = f"{folder / name} asks for code by its name ({shorten(kind, 80)})"
+                raise _refuse(source, problem, "name another model")
+        return [folder / part for part in types]
+    return []
 
 
 def _check_part(folder: Path, source: str) -> None:
@@ -249,11 +273,23 @@ def check_kind(folder: Path, wanted: str, source: str) -> None:
         return
     path = folder / SENTENCE_CONFIG
     saved = read_json(path, source).get("model_type") if path.exists() else None
-    saved = saved or "SentenceTransformer"  # older versions knew no others
+    saved = saved or _kind_by_modules(folder, source)
     if saved != wanted:
         kind = MODEL_KINDS.get(saved) if isinstance(saved, str) else None
         problem = f"it was saved as {kind or repr(saved)}, not as {MODEL_KINDS[wanted]}"
         raise _refuse(source, problem, "name another model")
+
+
+def _kind_by_modules(folder: Path, source: str) -> str:
+    """Return the kind of a model whose settings don't say it, as in older versions, which kept the
+    modules of sparse encoders and cross-encoders in packages of their own.
+    """
+    types = [str(module.get("type")) for module in read_json(folder / MODULES, source)]
+    packages = {"sparse_encoder": "SparseEncoder", "cross_encoder": "CrossEncoder"}
+    for package, kind in packages.items():
+        if any(f".{package}." in name for name in types):
+            return kind
+    return "SentenceTransformer"
 
 
 def _gives_one_score(config: dict) -> bool:

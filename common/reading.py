@@ -14,6 +14,8 @@ import csv
 import dataclasses
 import functools
 import gzip
+import hashlib
+import itertools
 import json
 import lzma
 import os
@@ -24,13 +26,14 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, cast
 
 import numpy as np
 
 from common import bundled, sources
-from common.errors import UserError, first_repeated, listed, one_line, shorten
+from common.errors import Fault, UserError, first_repeated, listed, one_line, shorten
 from common.sources import DATA_SUFFIXES, FileOptions, note
 
 if TYPE_CHECKING:
@@ -47,7 +50,10 @@ STREAM_BYTES, STREAM_LINES = 4 << 30, 10_000_000  # of a stream; a longer one ma
 # no texts are
 ANY_SIZE, TIMES_ITS_SIZE = 256 << 20, 200
 SECONDS_FOR_A_PIPE = 10
+# the column with the number of each row in its file, where those that can't be used are collected
+ROW = "__row__"
 SAMPLE = 64 << 10  # bytes from which an encoding is found out
+NO_PAIR = "the model reads pairs, and the line has no two texts with a tab between"
 AS_FOUND = FileOptions()  # nothing but what name and content of a file show
 
 
@@ -72,6 +78,7 @@ def read(
     config: str | None = None,
     revision: str | None = None,
     cache_dir: str | None = None,
+    faults: list[Fault] | None = None,
 ) -> datasets.DatasetDict:
     """Return a data set unchanged: every split, every column.
 
@@ -80,7 +87,9 @@ def read(
     named after their splits; a Hub id, with `config` where it has several configurations, of a
     `revision` (a commit, branch or tag). `as_text`
     are the columns of texts and labels, which stay as they are written; "a.b" is the field b of
-    column a. Raises UserError when the data can't be found, reached or read.
+    column a. With a list `faults`, rows that can't be read are added to it and left out, and the
+    others of a local file have their number in a column ROW. Raises UserError when the data can't be
+    found, reached or read.
     """
     import datasets
 
@@ -91,10 +100,10 @@ def read(
         return datasets.DatasetDict({"train": bundled.DATASETS[name]()})
     kind = sources.kind_of_path(path)
     if kind in ("file", "pipe"):
-        rows = read_file(path, as_text=as_text, options=options, cache_dir=cache_dir)
+        rows = read_file(path, as_text=as_text, options=options, cache_dir=cache_dir, faults=faults)
         return datasets.DatasetDict({"train": rows})
     if kind == "folder":
-        return _read_folder(path, as_text, options, cache_dir)
+        return _read_folder(path, as_text, options, cache_dir, faults)
     splits = _read_hub(name, config, revision, cache_dir)
     return _as_splits({str(split): _with_fields(rows, as_text) for split, rows in splits.items()})
 
@@ -107,7 +116,12 @@ def full_name(name: str) -> str:
 
 
 def read_file(
-    path: Path, *, as_text: Sequence[str] = (), options: FileOptions = AS_FOUND, cache_dir: str | None = None
+    path: Path,
+    *,
+    as_text: Sequence[str] = (),
+    options: FileOptions = AS_FOUND,
+    cache_dir: str | None = None,
+    faults: list[Fault] | None = None,
 ) -> datasets.Dataset:
     """Return all columns of one data file; the columns `as_text` stay as they are written.
 
@@ -115,17 +129,27 @@ def read_file(
     """
     sources.check_data_file(path, any_suffix=options.is_table)
     with open_plain(str(path), encoding=options.encoding, folder=cache_dir) as file:
-        return read_table(file, str(path), as_text=as_text, options=options, cache_dir=cache_dir)
+        return read_table(
+            file, str(path), as_text=as_text, options=options, cache_dir=cache_dir, faults=faults
+        )
 
 
 def read_table(
-    file: BinaryIO, name: str, *, as_text: Sequence[str], options: FileOptions, cache_dir: str | None
+    file: BinaryIO,
+    name: str,
+    *,
+    as_text: Sequence[str],
+    options: FileOptions,
+    cache_dir: str | None,
+    faults: list[Fault] | None = None,
 ) -> datasets.Dataset:
     """Return the rows of a data file that is open and plain; messages call it `name`."""
     from common import tables
 
-    data = tables.DataFile(file, name, options, tuple(as_text), cache_dir)
+    data = tables.DataFile(file, name, options, tuple(as_text), cache_dir, faults)
     rows = _as_dataset(tables.read(data), name, as_text)
+    if len(rows) == 0 and faults:
+        raise UserError(f"{name}: none of its rows can be read: {faults[0].problem}; correct the file")
     if len(rows) == 0:
         raise UserError(f"{name}: the file has no rows; name one that has rows")
     return _with_fields(rows, as_text)
@@ -226,21 +250,241 @@ def read_texts(
     missing one is then "". `flag` is the flag that names the column.
     """
     sources.check_texts(name, any_suffix=options.is_table)
-    source = source_name(name)
     with open_plain(name, encoding=options.encoding, folder=cache_dir) as file:
-        if not is_table(file, name, options):
-            lines = list(lines_of(file, source))
-            for number, line in enumerate(lines, start=1):
-                if not allow_empty and sources.is_blank(line):
-                    raise UserError(f"{source}, line {number}: the text is empty; remove the line")
-                check_length(line, f"{source}, line {number}")
-            return lines
-        rows = read_table(file, source, as_text=[column], options=options, cache_dir=cache_dir)
+        return texts_of(
+            file,
+            name,
+            column=column,
+            cache_dir=cache_dir,
+            allow_empty=allow_empty,
+            flag=flag,
+            options=options,
+        )
+
+
+def texts_of(
+    file: BinaryIO,
+    name: str,
+    *,
+    column: str,
+    cache_dir: str | None,
+    allow_empty: bool = False,
+    flag: str = "--text-column",
+    options: FileOptions = AS_FOUND,
+) -> list[str]:
+    """Return the texts of a file that is open and plain, as `read_texts` does."""
+    source = source_name(name)
+    if not is_table(file, name, options):
+        lines = list(lines_of(file, source))
+        for number, line in enumerate(lines, start=1):
+            if not allow_empty and sources.is_blank(line):
+                raise UserError(f"{source}, line {number}: the text is empty; remove the line")
+            check_length(line, f"{source}, line {number}")
+        return lines
+    rows = read_table(file, source, as_text=[column], options=options, cache_dir=cache_dir)
     require_column(rows.column_names, column, source=source, flag=flag)
     check_kind(rows, column, source=source, flag=flag)
     if not allow_empty:
         check_texts(rows, column, source=source)
     return [text or "" for text in rows[column][:]]
+
+
+@dataclass(frozen=True)
+class TextBlock:
+    """Some texts of a source in their order, their numbers from 1, and the cells beside them."""
+
+    rows: list[int]
+    texts: list[str] | list[tuple[str, str]]
+    columns: pa.Table | None
+
+
+@contextlib.contextmanager
+def open_texts(
+    name: str,
+    *,
+    columns: Sequence[str],
+    join_with: str | None = None,
+    kept: Sequence[str] | None,
+    options: FileOptions,
+    cache_dir: str | None,
+    faults: list[Fault] | None = None,
+) -> Iterator[Texts]:
+    """Yield the texts of a data file, or the lines of any other file or of standard input ("-")."""
+    sources.check_texts(name, any_suffix=options.is_table)
+    with open_plain(name, encoding=options.encoding, folder=cache_dir) as file:
+        yield Texts(
+            file,
+            name,
+            columns=columns,
+            join_with=join_with,
+            kept=kept,
+            options=options,
+            cache_dir=cache_dir,
+            faults=faults,
+        )
+
+
+class Texts:
+    """The texts of an open source, read block by block, so that memory does not grow with their number.
+
+    A data file has them in one of its `columns`, or pairs of them in two; with `join_with` a text is
+    made of all of them. In lines a tab parts the texts of a pair. `kept` are other columns, None for
+    all. Rows whose text can't be used are added to `faults`; where that is None, the first raises
+    UserError.
+    """
+
+    def __init__(
+        self,
+        file: BinaryIO,
+        name: str,
+        *,
+        columns: Sequence[str],
+        join_with: str | None,
+        kept: Sequence[str] | None,
+        options: FileOptions,
+        cache_dir: str | None,
+        faults: list[Fault] | None,
+    ) -> None:
+        self.file, self.source, self.columns, self.faults = file, source_name(name), list(columns), faults
+        self.is_pair = len(columns) == 2 and join_with is None
+        self.kept: list[str] = list(kept or [])
+        self.table: Any = None
+        if not is_table(file, name, options):
+            if join_with is not None:
+                raise UserError(
+                    f"{self.source}: --text-mode join needs columns, and it has lines; name a data file"
+                )
+            if kept != []:
+                problem = "its lines have no columns that could be kept"
+                raise UserError(f"{self.source}: {problem}; leave --id-column and --keep-columns out")
+            return
+        as_text = [*columns, *([sources.EVERY_COLUMN] if kept is None else kept)]
+        rows = read_table(
+            file, self.source, as_text=as_text, options=options, cache_dir=cache_dir, faults=faults
+        )
+        for column in columns:
+            require_column(rows.column_names, column, source=self.source, flag="--text-column")
+            check_kind(rows, column, source=self.source)
+        if kept is None:
+            self.kept = [name for name in rows.column_names if name not in (*columns, ROW)]
+        for name in self.kept:
+            require_column(rows.column_names, name, source=self.source, flag="--keep-columns")
+        if join_with is not None:
+            self.columns = [",".join(columns)]
+            joined = join_cells([rows[column][:] for column in columns], join_with)
+            rows = rows.add_column(self.columns[0], joined)
+        self.table = rows.with_format("arrow")
+
+    def find_faults(self) -> set[int]:
+        """Return the numbers of the texts that can't be used, after looking at all: these are faults."""
+        bad: set[int] = set()
+        for number, text, cell in self._all():
+            if text is None or sources.is_blank(text):
+                problem = "the text is missing" if text is None else "the text is empty"
+            elif len(text) > LONGEST_TEXT:
+                problem = f"the text has more than {LONGEST_TEXT:,} characters"
+            elif "\ufffd" in text and not _is_utf8(cell):
+                problem = "not UTF-8"
+            elif self.is_pair and self.table is None and split_pair(text) is None:
+                problem = NO_PAIR
+            else:
+                continue
+            bad.add(number)
+            assert self.faults is not None
+            row = number if self.table is None else self._source_row(number)
+            self.faults.append(Fault(self.source, row, problem, text or ""))
+        return bad
+
+    def sha256(self) -> str:
+        """Return the SHA-256 of the source's plain content in hexadecimal."""
+        self.file.seek(0)
+        return hashlib.file_digest(cast(Any, self.file), "sha256").hexdigest()
+
+    def check(self) -> set[int]:
+        """Return the numbers of the texts that can't be used; without a list of faults raise UserError for
+        the first.
+        """
+        if self.faults is not None:
+            return self.find_faults()
+        if self.table is not None:
+            for column in self.columns:
+                check_texts(self.table.with_format(None), column, source=self.source)
+            return set()
+        for number, line in enumerate(lines_of(self.file, self.source), start=1):
+            if sources.is_blank(line):
+                raise UserError(f"{self.source}, line {number}: the text is empty; remove the line")
+            check_length(line, f"{self.source}, line {number}")
+            if self.is_pair and split_pair(line) is None:
+                advice = "correct it, or name a data file and its --text-column"
+                raise UserError(f"{self.source}, line {number}: {NO_PAIR}; {advice}")
+        return set()
+
+    def blocks(self, size: int, *, without: set[int], skipped: int = 0) -> Iterator[TextBlock]:
+        """Yield the texts but those `without` and the first `skipped` of the rest, `size` at a time."""
+        numbers = (number for number in itertools.count(1) if number not in without)
+        if self.table is None:
+            lines = enumerate(self._lines(), start=1)
+            good = ((number, line.decode("utf-8-sig")) for number, line in lines if number not in without)
+            good = itertools.islice(good, skipped, None)
+            while block := list(itertools.islice(good, size)):
+                texts: Any = [split_pair(text) if self.is_pair else text for _, text in block]
+                yield TextBlock([number for number, _ in block], texts, None)
+            return
+        numbers = itertools.islice(numbers, skipped, None)
+        numbers = itertools.takewhile(lambda number: number <= len(self.table), numbers)
+        while rows := list(itertools.islice(numbers, size)):
+            part = self.table[rows[0] - 1 : rows[-1]]
+            part = part.take([row - rows[0] for row in rows])
+            shown = part[ROW].to_pylist() if ROW in part.column_names else rows
+            cells = [part[column].to_pylist() for column in self.columns]
+            texts = list(zip(*cells)) if self.is_pair else cells[0]
+            yield TextBlock(shown, texts, part.select(self.kept))
+
+    def _lines(self) -> Iterator[bytes]:
+        return raw_lines(self.file)
+
+    def _source_row(self, number: int) -> int:
+        if ROW in self.table.column_names:
+            return self.table[number - 1 : number][ROW][0].as_py()
+        return number
+
+    def _all(self) -> Iterator[tuple[int, str | None, bytes]]:
+        """Yield the number of each text, the text, and its bytes."""
+        if self.table is None:
+            for number, line in enumerate(self._lines(), start=1):
+                yield number, line.decode("utf-8-sig", "replace"), line
+            return
+        import pyarrow as pa
+
+        for start in range(0, len(self.table), 10_000):
+            for column in self.columns:
+                block = self.table[start : start + 10_000][column].cast(pa.large_binary())
+                for number, cell in enumerate(block.to_pylist(), start=start + 1):
+                    yield number, None if cell is None else cell.decode("utf-8", "replace"), cell or b""
+
+
+def join_cells(cells: list[list[str | None]], join_with: str) -> list[str]:
+    """Return one text for each row of several columns (columns x N), without blank cells."""
+    return [
+        join_with.join(cell for cell in row if cell is not None and not sources.is_blank(cell))
+        for row in zip(*cells)
+    ]
+
+
+def split_pair(line: str) -> tuple[str, str] | None:
+    """Return the two texts of a line, None unless one tab parts them."""
+    first, *second = line.split("\t")
+    if len(second) != 1 or sources.is_blank(first) or sources.is_blank(second[0]):
+        return None
+    return first, second[0]
+
+
+def _is_utf8(content: bytes) -> bool:
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def is_table(file: BinaryIO, name: str, options: FileOptions) -> bool:
@@ -387,7 +631,11 @@ def _blocks(rows: datasets.Dataset, column: str) -> Iterator[tuple[int, pa.Chunk
 
 
 def _read_folder(
-    root: Path, as_text: Sequence[str], options: FileOptions, cache_dir: str | None
+    root: Path,
+    as_text: Sequence[str],
+    options: FileOptions,
+    cache_dir: str | None,
+    faults: list[Fault] | None = None,
 ) -> datasets.DatasetDict:
     """Return the splits of a folder. Raises UserError for one of which only a part would be read."""
     entries = entries_of(root)
@@ -404,7 +652,7 @@ def _read_folder(
     if files and odd:
         raise UserError(f"--dataset {root}: {odd[0].name} is no file; move it, or name one of the files")
     if files:
-        return _read_split_files(root, files, as_text, options, cache_dir)
+        return _read_split_files(root, files, as_text, options, cache_dir, faults)
     if splits:  # as in the IMDb archive: train/pos, train/neg, test/pos, test/neg
         lone = next((folder for folder in classes if folder not in splits), None)
         if lone is not None:
@@ -413,9 +661,9 @@ def _read_folder(
                 " these classes or splits? Move one of them"
             )
         encoding = options.encoding
-        return _as_splits({path.name: _read_class_folders(path, encoding) for path in splits})
+        return _as_splits({path.name: _read_class_folders(path, encoding, faults) for path in splits})
     if classes:
-        return _as_splits({"train": _read_class_folders(root, options.encoding)})
+        return _as_splits({"train": _read_class_folders(root, options.encoding, faults)})
     known = ", ".join(DATA_SUFFIXES)
     raise UserError(
         f"--dataset {root}: it has neither class folders of .txt files nor data files ({known}); name a"
@@ -458,7 +706,12 @@ def _folders_in(folder: Path) -> list[Path]:
 
 
 def _read_split_files(
-    root: Path, files: list[Path], as_text: Sequence[str], options: FileOptions, cache_dir: str | None
+    root: Path,
+    files: list[Path],
+    as_text: Sequence[str],
+    options: FileOptions,
+    cache_dir: str | None,
+    faults: list[Fault] | None,
 ) -> datasets.DatasetDict:
     """Return the splits of a folder of data files, each of one file or of a complete set of
     shards.
@@ -472,7 +725,10 @@ def _read_split_files(
     return _as_splits(
         {
             split: _below_each_other(
-                [read_file(part, as_text=as_text, options=options, cache_dir=cache_dir) for part in parts]
+                [
+                    read_file(part, as_text=as_text, options=options, cache_dir=cache_dir, faults=faults)
+                    for part in parts
+                ]
             )
             for split, parts in shards.items()
         }
@@ -505,7 +761,9 @@ def _below_each_other(parts: list[datasets.Dataset]) -> datasets.Dataset:
     return _as_dataset(tables.joined([part.data.table for part in parts]), "", [])
 
 
-def _read_class_folders(root: Path, encoding: str | None) -> datasets.Dataset:
+def _read_class_folders(
+    root: Path, encoding: str | None, faults: list[Fault] | None = None
+) -> datasets.Dataset:
     import datasets
 
     texts, labels = [], []
@@ -519,10 +777,17 @@ def _read_class_folders(root: Path, encoding: str | None) -> datasets.Dataset:
         found = texts_in(folder)
         _note_unread(folder, found, what="texts")
         for file in found:
-            text = read_text(file, encoding)
-            if sources.is_blank(text):
-                raise UserError(f"{file}: the text is empty; remove the file")
-            check_length(text, str(file))
+            try:
+                text = read_text(file, encoding)
+                if sources.is_blank(text):
+                    raise UserError(f"{file}: the text is empty; remove the file")
+                check_length(text, str(file))
+            except UserError as error:
+                if faults is None:
+                    raise
+                problem = str(error).removeprefix(f"{file}: ").partition(";")[0]
+                faults.append(Fault(str(file), 1, problem, ""))
+                continue
             texts.append(text)
             labels.append(folder.name)
     return datasets.Dataset.from_dict({"text": texts, "label": labels})

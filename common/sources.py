@@ -29,6 +29,7 @@ COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
 # byte order mark or a space of no width
 INVISIBLE = ("Cc", "Cf")  # categories of Unicode
 BLANK = r"^[\s\p{Z}\p{Cc}\p{Cf}]*$"  # as Arrow writes it; see is_blank
+EVERY_COLUMN = "*"  # among columns that stay as they are written: all of them
 FASTTEXT_LABEL = "__label__"  # each line of fastText's files begins with it
 # Files of a Hub model that are downloaded: no ONNX, no code; pickles only where there is nothing else.
 FILES_READ = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]

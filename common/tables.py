@@ -33,11 +33,20 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from common.errors import UserError, first_repeated, one_line, shorten
-from common.reading import decode_utf8, temporary_file
-from common.sources import DATA_SUFFIXES, FASTTEXT_LABEL, JSON_SUFFIXES, FileOptions, note, suffix
+from common.errors import Fault, UserError, first_repeated, one_line, shorten
+from common.reading import ROW, decode_utf8, temporary_file
+from common.sources import (
+    DATA_SUFFIXES,
+    EVERY_COLUMN,
+    FASTTEXT_LABEL,
+    JSON_SUFFIXES,
+    FileOptions,
+    note,
+    suffix,
+)
 
 BLOCK_ROWS = 10_000
+MOST_RESTARTS = 20  # after quotation marks that are never closed
 BLOCK_OBJECTS = 2_000  # few, because Python's garbage collector goes through them again and again
 BLOCK_BYTES = 4 << 20  # of a file that Arrow reads at once
 IN_MEMORY = 64 << 20  # bytes of a table that stay in memory; a larger one lies in a temporary file
@@ -82,6 +91,15 @@ class DataFile:
     options: FileOptions
     as_text: tuple[str, ...]  # columns whose cells stay as they are written
     folder: str | None  # of temporary files
+    # where rows that can't be read are noted; the others get the column ROW. None: the first ends
+    # the reading
+    faults: list[Fault] | None = None
+
+    def note(self, row: int, problem: str, content: str) -> None:
+        """Note a row that can't be read."""
+        assert self.faults is not None
+        readable = content.encode("utf-8", "backslashreplace").decode()
+        self.faults.append(Fault(self.name, row, problem, readable))
 
 
 @dataclass(frozen=True)
@@ -207,7 +225,10 @@ def read_delimited(data: DataFile) -> pa.Table:
     content = np.frombuffer(_mapped(data.file), np.uint8)
     quotes = _positions(content, b'"') if dialect.quoted else np.empty(0, np.int64)
     table = None
-    if dialect.delimiter.isascii() and is_well_formed(content, quotes, dialect.delimiter):
+    if data.faults is not None:
+        rows = _blocks_of_rows(read_sound_rows(data, dialect), [*dialect.names, ROW])
+        table = gather(rows, data.folder)
+    elif dialect.delimiter.isascii() and is_well_formed(content, quotes, dialect.delimiter):
         _warn_of_long_cells(content, quotes, data.name, dialect)
         # what it can't read, the plain reader reads, or says on which line the fault is
         with contextlib.suppress(pa.ArrowInvalid):
@@ -260,7 +281,7 @@ def is_quoted(file: BinaryIO) -> bool:
         return True  # as the lines say, too, but in a tenth of the time
     unclosed = re.compile(r'(?:^|\t)"(?!(?:[^"\t]|"")*"(?:\t|$))')
     widths, is_plain = set(), False
-    for line in _text(file):
+    for line in _text(file, errors="replace"):  # what is not UTF-8 is said when it is read
         line = line.rstrip("\r\n")
         if line:
             widths.add(line.count("\t"))
@@ -307,6 +328,43 @@ def read_rows(data: DataFile, dialect: Dialect) -> Iterator[list[str]]:
         yield row
     if longest[0] >= MANY_LINES:
         _warn_of_long_cell(data.name, longest[1], longest[0] + 1)
+
+
+def read_sound_rows(data: DataFile, dialect: Dialect) -> Iterator[list[str]]:
+    """Yield the rows of `read_rows`, and behind the cells of each its number; note those that it would
+    refuse as faults.
+
+    A quotation mark that is never closed costs its own line only.
+    """
+    width, number, skipped, is_header = len(dialect.names), 0, 0, dialect.has_header
+    for _ in range(MOST_RESTARTS):
+        lines = itertools.islice(_text(data.file, errors="surrogateescape"), skipped, None)
+        rows = _cells(lines, dialect.delimiter, quoted=dialect.quoted)
+        while True:
+            first_line = rows.line_num
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                number += 1
+                if "end of data" in str(error):
+                    data.note(number, "a quotation mark is opened and never closed", "")
+                    skipped += first_line + 1
+                    break
+                data.note(number, f"not readable as csv: {one_line(error)}", "")
+                continue
+            number += 1
+            if is_header or not row:
+                is_header = is_header and not row
+                continue
+            content = dialect.delimiter.join(row)
+            if len(row) != width:
+                data.note(number, f"not as many cells as columns ({len(row)} for {width})", content)
+            elif not _is_utf8(content):
+                data.note(number, "not UTF-8", content)
+            else:
+                yield [*row, str(number)]
 
 
 def _ragged(name: str, line: int, row: list[str], dialect: Dialect) -> UserError:
@@ -372,7 +430,7 @@ def _with_numbers(table: pa.Table, as_text: Sequence[str]) -> pa.Table:
     with nothing in it is missing.
     """
     columns = [
-        column if name in as_text else _as_values(column)
+        column if name in as_text or EVERY_COLUMN in as_text else _as_values(column)
         for name, column in zip(table.column_names, table.columns)
     ]
     return pa.table(columns, names=table.column_names)
@@ -477,17 +535,16 @@ def read_split_lines(data: DataFile, columns: Sequence[str], separators: str) ->
             f" {', '.join(columns)}; give one for all, or one between each two"
         )
 
-    def rows() -> Iterator[list[str]]:
-        for location, line in _numbered_lines(data):
-            cells, rest = [], line
-            for separator in between:
-                cell, found, rest = rest.partition(separator)
-                if not found:
-                    raise UserError(f"{location}: no {separator!r} after {shorten(cell, 40)!r}; correct it")
-                cells.append(cell)
-            yield [*cells, rest]
+    def parse(line: str) -> list[str]:
+        cells, rest = [], line
+        for separator in between:
+            cell, found, rest = rest.partition(separator)
+            if not found:
+                raise UserError(f"no {separator!r} after {shorten(cell, 40)!r}; correct it")
+            cells.append(cell)
+        return [*cells, rest]
 
-    return gather(_blocks_of_rows(rows(), list(columns)), data.folder)
+    return _parsed_lines(data, parse, list(columns))
 
 
 def read_fasttext(data: DataFile) -> pa.Table:
@@ -497,28 +554,44 @@ def read_fasttext(data: DataFile) -> pa.Table:
     Raises UserError, naming the line, for a line that has no label, or several.
     """
 
+    def parse(line: str) -> list[str]:
+        label, _, text = line.partition(" ")
+        if not label.startswith(FASTTEXT_LABEL) or label == FASTTEXT_LABEL:
+            raise UserError(f"it does not begin with {FASTTEXT_LABEL} and a label; correct it")
+        if text.startswith(FASTTEXT_LABEL):
+            raise UserError("it has several labels; leave one of them")
+        return [label.removeprefix(FASTTEXT_LABEL), text]
+
+    return _parsed_lines(data, parse, ["label", "text"])
+
+
+def _parsed_lines(data: DataFile, parse: Callable[[str], list[str]], columns: list[str]) -> pa.Table:
+    """Return the table of what `parse` makes of each line that is not blank. What it raises names the
+    line, or is noted.
+    """
+
     def rows() -> Iterator[list[str]]:
-        for location, line in _numbered_lines(data):
-            label, _, text = line.partition(" ")
-            if not label.startswith(FASTTEXT_LABEL) or label == FASTTEXT_LABEL:
-                raise UserError(
-                    f"{location}: it does not begin with {FASTTEXT_LABEL} and a label; correct it"
-                )
-            if text.startswith(FASTTEXT_LABEL):
-                raise UserError(f"{location}: it has several labels; leave one of them")
-            yield [label.removeprefix(FASTTEXT_LABEL), text]
+        errors = "strict" if data.faults is None else "surrogateescape"
+        try:
+            for number, line in enumerate(_text(data.file, errors=errors), start=1):
+                line = line.rstrip("\r\n")
+                if not line.strip():
+                    continue
+                try:
+                    if not _is_utf8(line):
+                        raise UserError("not UTF-8")
+                    cells = parse(line)
+                except UserError as error:
+                    if data.faults is None:
+                        raise UserError(f"{data.name}, line {number}: {error}") from error
+                    data.note(number, str(error).partition(";")[0], line)
+                    continue
+                yield cells if data.faults is None else [*cells, str(number)]
+        except UnicodeDecodeError as error:
+            raise _not_utf8(data) from error
 
-    return gather(_blocks_of_rows(rows(), ["label", "text"]), data.folder)
-
-
-def _numbered_lines(data: DataFile) -> Iterator[tuple[str, str]]:
-    """Yield the lines that are not blank, and where they are."""
-    try:
-        for number, line in enumerate(_text(data.file), start=1):
-            if line.strip():
-                yield f"{data.name}, line {number}", line.rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        raise _not_utf8(data) from error
+    names = columns if data.faults is None else [*columns, ROW]
+    return gather(_blocks_of_rows(rows(), names), data.folder)
 
 
 # JSON and Parquet ---------------------------------------------------------------------------------
@@ -538,6 +611,32 @@ def read_json(data: DataFile) -> pa.Table:
 
 
 Row = tuple[str, int, dict]  # where it is: "line" or "row", and its number
+
+
+def _sound_objects(data: DataFile) -> Iterator[Row]:
+    """Yield the objects of a file with one on each line, with their number in the column ROW, and note
+    other lines as faults. A list of objects can be read only as a whole.
+    """
+    head = _head(data.file).lstrip()
+    if head.startswith("[") or not head.split("\n", 1)[0].rstrip().endswith("}"):
+        for unit, number, row in _objects(data):
+            yield unit, number, {**row, ROW: number}
+        return
+    for number, line in enumerate(_text(data.file, newline=None, errors="surrogateescape"), start=1):
+        if not line.strip():
+            continue
+        try:
+            if not _is_utf8(line):
+                raise UserError("not UTF-8")
+            row = json.loads(line, object_pairs_hook=_require_once(data, "the object"))
+            if not isinstance(row, dict):
+                raise UserError("not a JSON object")
+        except UserError as error:
+            data.note(number, str(error).partition(";")[0], line.rstrip("\n"))
+        except (ValueError, RecursionError):
+            data.note(number, "not readable as json", line.rstrip("\n"))
+        else:
+            yield "line", number, {**row, ROW: number}
 
 
 def _objects(data: DataFile) -> Iterator[Row]:
@@ -628,8 +727,13 @@ def _not_json(name: str, line: int, error: ValueError) -> UserError:
 
 
 def _blocks_of_objects(data: DataFile) -> Iterator[pa.Table]:
-    rows = _objects(data)
+    rows = _objects(data) if data.faults is None else _sound_objects(data)
     while block := list(itertools.islice(rows, BLOCK_OBJECTS)):
+        yield _block_of_objects(block, data)
+
+
+def _block_of_objects(block: list[Row], data: DataFile) -> pa.Table:
+    while True:
         objects = [row for _, _, row in block]
         columns = dict.fromkeys(itertools.chain.from_iterable(objects))
         table = {}
@@ -642,9 +746,15 @@ def _blocks_of_objects(data: DataFile) -> Iterator[pa.Table]:
             try:
                 table[column] = _json_column(values, column, data)
             except _BadValue as bad:
-                unit, number, _ = block[bad.position]
-                raise UserError(f"{data.name}, {unit} {number}: {bad}; correct it") from bad
-        yield pa.table(table)
+                unit, number, row = block[bad.position]
+                if data.faults is None:
+                    raise UserError(f"{data.name}, {unit} {number}: {bad}; correct it") from bad
+                row.pop(ROW)
+                data.note(number, str(bad), json.dumps(row))
+                del block[bad.position]
+                break
+        else:
+            return pa.table(table)
 
 
 def _is_utf8(text: str) -> bool:
@@ -714,12 +824,12 @@ def _mapped(file: BinaryIO) -> mmap.mmap:
     return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def _text(file: BinaryIO, newline: str | None = "") -> io.TextIOWrapper:
+def _text(file: BinaryIO, newline: str | None = "", errors: str = "strict") -> io.TextIOWrapper:
     """Return a file as text from its beginning; line ends stay as they are unless `newline` is
     None.
     """
     os.lseek(file.fileno(), 0, os.SEEK_SET)
-    return open(file.fileno(), encoding="utf-8-sig", newline=newline, closefd=False)
+    return open(file.fileno(), encoding="utf-8-sig", newline=newline, errors=errors, closefd=False)
 
 
 def _head(file: BinaryIO) -> str:

@@ -336,6 +336,7 @@ class StubEncoder:
 
     def __init__(self, width: int = 8):
         self.name, self.width, self.max_length, self.num_encoded, self.num_cut = "stub", width, 16, 0, 0
+        self.prompts: dict[str, str] = {}
 
     def identity(self) -> dict:
         return {
@@ -356,7 +357,7 @@ class StubEncoder:
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-WITHOUT_A_MODEL = ("delete", "compact", "project", "list", "show", "like")
+WITHOUT_A_MODEL = ("delete", "compact", "verify", "project", "export", "list", "show", "like")
 
 
 @pytest.fixture(scope="session")

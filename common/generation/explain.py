@@ -95,7 +95,10 @@ def library_processors(
     from transformers import LogitsProcessorList
 
     own = replace(  # of the filters that depend on the tokens so far, these are not the library's
-        Settings(), presence_penalty=settings.presence_penalty, frequency_penalty=settings.frequency_penalty
+        Settings(),
+        presence_penalty=settings.presence_penalty,
+        frequency_penalty=settings.frequency_penalty,
+        constraint=settings.constraint,
     )
     filters = sampling.history_filters(own, prompt_length=prompt_length, starts=None, padding_is_text=True)
     coins = sampling.xtc_coins(settings, seed, [(row, 0) for row in range(num_rows)])

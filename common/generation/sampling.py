@@ -6,8 +6,8 @@ independent texts, and V is the size of the vocabulary. A filter returns new log
 each token that it removes.
 
 Order of the filters: logit bias, repetition penalty, no repeated n-grams, banned words, minimum
-length, presence and frequency penalty; then, only when sampling: top-n-sigma, temperature, top-k,
-top-p, min-p, typical, epsilon, eta, XTC.
+length, presence and frequency penalty, choices or regex; then, only when sampling: top-n-sigma,
+temperature, top-k, top-p, min-p, typical, epsilon, eta, XTC.
 
 This is the plain version, and the oracle of the tests for its faster twin, fast_sampling.py.
 """
@@ -15,9 +15,23 @@ This is the plain version, and the oracle of the tests for its faster twin, fast
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+
+class Constraint(Protocol):
+    """A form that texts must have; constraints.py has two."""
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        ...
+
+    def start(self) -> Callable[[list[int]], Tensor]:
+        """Return what tells, for the new tokens of one text, which tokens (V) may follow them."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -44,6 +58,7 @@ class Settings:
     logit_bias: tuple[tuple[int, float], ...] = ()  # (id, what is added to its logit)
     banned: tuple[tuple[int, ...], ...] = ()  # runs of ids that no text may contain
     end_ids: tuple[int, ...] = ()
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True)
@@ -226,6 +241,12 @@ def penalize_presence(logits: Tensor, new_ids: Tensor, presence: float, frequenc
     return logits - frequency * counts - presence * (counts > 0)
 
 
+def keep_allowed(logits: Tensor, new_ids: Tensor, walks: list[Callable[[list[int]], Tensor]]) -> Tensor:
+    """Keep the tokens that a constraint lets follow the new tokens (B, N); `walks` has one of each row."""
+    allowed = torch.stack([walk(new) for walk, new in zip(walks, new_ids.tolist())])  # (B, V)
+    return logits.masked_fill(~allowed.to(logits.device), -torch.inf)
+
+
 def forbid(logits: Tensor, ids: tuple[int, ...]) -> Tensor:
     """Forbid the given tokens: the end ids, while a text is shorter than its minimum."""
     columns = torch.tensor(ids, dtype=torch.long, device=logits.device)
@@ -253,6 +274,13 @@ def history_filters(
         num_new_tokens = ids.shape[-1] - prompt_length
         return forbid(logits, end_ids) if num_new_tokens < minimum else logits
 
+    constraint, walks = settings.constraint, []
+
+    def keep_to_form(logits: Tensor, ids: Tensor) -> Tensor:
+        assert constraint is not None
+        walks.extend(constraint.start() for _ in range(len(walks), len(logits)))
+        return keep_allowed(logits, ids[:, prompt_length:], walks)
+
     all_filters = (  # name, function of logits and ids, whether it does anything
         ("logit bias", lambda logits, _: add_bias(logits, settings.logit_bias), settings.logit_bias),
         (
@@ -272,6 +300,7 @@ def history_filters(
             lambda logits, ids: penalize_presence(logits, ids[:, prompt_length:], presence, frequency),
             presence or frequency,
         ),
+        (constraint.name if constraint else "", keep_to_form, constraint is not None),
     )
     return [Filter(name, function) for name, function, is_on in all_filters if is_on]
 

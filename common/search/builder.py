@@ -14,7 +14,8 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from common.errors import UserError
+from common.errors import UserError, reading
+from common.reading import evenly_spaced
 from common.runtime import Runtime
 from common.search.encoder import Chunk, Encoder, load_encoder, split_into_chunks
 from common.search.index import (
@@ -27,29 +28,36 @@ from common.search.index import (
     VECTOR,
     Snapshot,
     number_array,
+    pack,
     unused_name,
     whole_documents,
     wider,
 )
-from common.search.manifest import EncoderConfig, Settings, check_settings
+from common.search.manifest import EncoderConfig, Settings, check_settings, store_of
 from common.search.store import Store, open_store, vector_array
 from common.search.texts import Collection, RowTable, Source, digest, ids_of
 
 SCAN = 10_000  # rows read at once
+COMPARED = 8  # given vectors that are compared with the model's own
+NORM_TOLERANCE = 1e-6  # of a vector in fp32 whose norm is 1
 
 
-def settings_of(encoder: Encoder, *, id_column: str | None, chunk_overlap: int | None) -> Settings:
+def settings_of(
+    encoder: Encoder, *, id_column: str | None, chunk_overlap: int | None, store: str | None = None
+) -> Settings:
     """Return the settings of an index that an encoder fills; `chunk_overlap` is None for whole
-    texts.
+    texts, `store` for vectors in fp32.
     """
-    return {**encoder.identity(), "id_column": id_column, "chunk_overlap": chunk_overlap}
+    own: Settings = {**encoder.identity(), "id_column": id_column, "chunk_overlap": chunk_overlap}
+    return {**own, "query_prompt": encoder.prompts.get("query"), "store": store if store != "fp32" else None}
 
 
-def load_index_encoder(config: EncoderConfig, runtime: Runtime, snapshot: Snapshot) -> Encoder:
-    """Return the encoder of an index; flags that name another one are refused."""
-    settings = snapshot.settings
-    encoder = load_encoder(config.with_defaults(settings["model"], settings["max_length"]), runtime)
-    check_settings(str(snapshot.folder), encoder.identity(), settings)
+def load_index_encoder(config: EncoderConfig, runtime: Runtime, index: str, settings: Settings) -> Encoder:
+    """Return the encoder of an index with these settings; flags that name another one are refused."""
+    encoder = load_encoder(config.with_defaults(settings), runtime)
+    if config.dimensions is None:  # as many of the model's as the index was made with
+        encoder.model.width = min(encoder.width, settings["width"])
+    check_settings(index, encoder.identity(), settings)
     return encoder
 
 
@@ -116,6 +124,7 @@ class Builder:
     ) -> None:
         self.store, self.encoder, self.counts = store, encoder, Counts()
         self.update, self.skip_bad, self.role = update, skip_bad, role
+        self.given: np.ndarray | None = None  # vectors of the collection's rows: nothing is encoded
         self.id_column = store.snapshot.settings["id_column"]
         self.chunk_overlap = store.snapshot.settings["chunk_overlap"]
         self.documents = RowTable()  # id of a document -> its first row in the index
@@ -166,7 +175,10 @@ class Builder:
             chunks = split_into_chunks(chosen_texts, self.encoder, overlap=self.chunk_overlap)
         # for each chunk the position in `chosen` of its text
         owners = np.repeat(np.arange(len(chunks)), [len(parts) for parts in chunks])
-        vectors = self._vectors([chunk.text for parts in chunks for chunk in parts])
+        if self.given is None:
+            vectors = self._vectors([chunk.text for parts in chunks for chunk in parts])
+        else:
+            vectors = unit_vectors(self.given[numbers[chosen]])
         unusable = np.unique(owners[~np.isfinite(vectors).all(1)])
         if len(unusable) and not self.skip_bad:
             location = collection.location(numbers[chosen[unusable[0]]])
@@ -245,7 +257,7 @@ class Builder:
         }
         metadata = self._fitted(table).drop_columns([TEXT]).take(number_array(origins))
         columns |= {name: metadata[name] for name in metadata.column_names}
-        columns[VECTOR] = vector_array(vectors)
+        columns[VECTOR] = vector_array(pack(vectors, store_of(self.store.snapshot.settings)))
         replaced = plan.known[chosen][plan.changed[chosen]]
         first_row = self.store.snapshot.num_rows
         self.store.commit(pa.table(columns), whole_documents(self.store.snapshot, replaced))
@@ -276,6 +288,61 @@ class Builder:
         to_write = int((plan.new | plan.changed).sum())
         counts.bad += to_write - len(chosen)  # those without a usable embedding
         counts.encoded, counts.cut = self.encoder.num_encoded, self.encoder.num_cut
+
+
+def read_vectors(
+    path: str, collection: Collection, encoder: Encoder, *, skip_bad: bool, say: Callable[[str], None]
+) -> np.ndarray:
+    """Return vectors that were made elsewhere, one for each row of a collection, as they lie in a .npy
+    file; and say how far some of them are from the encoder's own, with which they will be searched.
+
+    Raises UserError when they have another width or number, or when one has no direction.
+    """
+    advice = "write one vector of 16, 32 or 64 bits a number for each row with numpy.save"
+    with reading(f"--vectors {path}: not an array of NumPy", advice):
+        vectors = np.load(path, mmap_mode="r", allow_pickle=False)
+    if vectors.ndim != 2 or vectors.dtype.kind != "f":
+        raise UserError(f"--vectors {path}: its shape is {vectors.shape}, of {vectors.dtype}; {advice}")
+    wanted = (len(collection.rows), encoder.width)
+    if vectors.shape != wanted:
+        problem = f"it has {vectors.shape[0]:,} vectors of {vectors.shape[1]} numbers, not {wanted[0]:,}"
+        whose = f"of {wanted[1]}, as {collection.name} and {encoder.name} have"
+        raise UserError(f"--vectors {path}: {problem} {whose}; name the file of these texts and this model")
+    lowest, highest = _norms(path, vectors, collection, skip_bad=skip_bad)
+    numbers, table = next(collection.blocks(SCAN))
+    sample = evenly_spaced(len(table), COMPARED)
+    own = encoder.encode_unit(table[TEXT].take(number_array(sample)).to_pylist(), role="document")
+    cosines = (unit_vectors(vectors[numbers[sample]]) * own).sum(1)
+    say(f"vectors  {path}: norms from {lowest:.3f} to {highest:.3f}, which become 1")
+    least = f"the lowest cosine is {np.nanmin(cosines):.3f}"
+    say(f"         {len(sample)} of them beside the model's own: {least}")
+    return vectors
+
+
+def _norms(path: str, vectors: np.ndarray, collection: Collection, *, skip_bad: bool) -> tuple[float, float]:
+    """Return the lowest and the highest norm. Raises UserError for a vector without a direction, unless
+    such rows are skipped.
+    """
+    lowest, highest = np.inf, 0.0
+    for start in range(0, len(vectors), SCAN):
+        norms = np.linalg.norm(vectors[start : start + SCAN].astype(np.float64), axis=1)
+        usable = np.isfinite(norms) & (norms > 0)
+        if not (usable.all() or skip_bad):
+            row = start + int(np.flatnonzero(~usable)[0])
+            problem = f"the vector of {collection.location(row)} is zero, NaN or infinite"
+            raise UserError(f"--vectors {path}: {problem}; correct it, or skip it with --skip-bad")
+        lowest, highest = (
+            min(lowest, norms[usable].min(initial=np.inf)),
+            max(highest, norms[usable].max(initial=0)),
+        )
+    return lowest, highest
+
+
+def unit_vectors(vectors: np.ndarray) -> np.ndarray:
+    """Return vectors (n, width) at norm 1 in fp32; those that have it stay as they are, to the bit."""
+    exact = vectors.astype(np.float64)
+    norms = np.linalg.norm(exact, axis=1, keepdims=True)
+    return np.where(np.abs(norms - 1) < NORM_TOLERANCE, vectors, exact / norms).astype(np.float32)
 
 
 def _fitting(here: pa.DataType, there: pa.DataType) -> pa.DataType | None:

@@ -10,7 +10,7 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -530,12 +530,20 @@ def save_figure(figure: Figure, path: str, screen: Screen) -> None:
     screen.say(f"picture  {path}")
 
 
-def show_scores(screen: Screen, task: Task, scores: dict[str, dict[str, float]]) -> None:
-    """Show the measures of each way of searching."""
+def show_scores(
+    screen: Screen, task: Task, scores: dict[str, dict[str, float]], stores: dict[str, dict[str, float]]
+) -> None:
+    """Show the measures of each way of searching, and of each way to keep vectors."""
     rows = [[name, *values.values()] for name, values in scores.items()]
     headers = ["search", *next(iter(scores.values()))]
     screen.table(rows, headers, title=f"{task.name}: {len(task.judgements):,} queries")
-    screen.document({"task": task.name, "queries": len(task.judgements), "scores": scores})
+    document = {"task": task.name, "queries": len(task.judgements), "scores": scores}
+    if stores:
+        rows = [[name, *values.values()] for name, values in stores.items()]
+        headers = ["store", *next(iter(stores.values()))]
+        screen.table(rows, headers, title="exact search over vectors that are kept in fewer bits")
+        document["stores"] = stores
+    screen.document(document)
 
 
 def show_sts(screen: Screen, file: str, scores: dict[str, int | float]) -> None:
@@ -558,6 +566,76 @@ def show_models(screen: Screen, lines: list[dict], differences: list[dict]) -> N
         title = f"against {lines[0]['model']}, query by query (paired bootstrap)"
         screen.table(rows, headers, title=title)
     screen.document({"models": lines, "differences": differences})
+
+
+def write_export(
+    screen: Screen, parts: Iterable[tuple[pa.Table, np.ndarray]], total: int, paths: list[str]
+) -> None:
+    """Write `total` rows and their vectors to new files, each complete or not there at all: Parquet with a
+    column `vector`, an array of NumPy, an index of FAISS (inner product, exact). All have the same order.
+    """
+    fresh = {path: f"{path}.{os.getpid()}.part" for path in paths}
+    try:
+        with contextlib.ExitStack() as files:
+            writers: dict[str, Callable[[pa.Table, np.ndarray], None]] = {}
+            for table, vectors in parts:
+                for path, part in fresh.items():
+                    if path not in writers:
+                        files.enter_context(named_in_errors(Path(path)))
+                        writers[path] = EXPORTERS[Path(path).suffix](part, table, vectors, total, files)
+                    writers[path](table, vectors)
+        for path, part in fresh.items():
+            os.rename(part, path)
+            screen.say(f"export   {path}: {total:,} rows")
+    finally:
+        for part in fresh.values():
+            Path(part).unlink(missing_ok=True)
+    screen.document({"rows": total, "files": paths})
+
+
+Exporter = Callable[
+    [str, pa.Table, np.ndarray, int, contextlib.ExitStack], Callable[[pa.Table, np.ndarray], None]
+]
+
+
+def _parquet(
+    path: str, table: pa.Table, vectors: np.ndarray, total: int, files: contextlib.ExitStack
+) -> Callable[[pa.Table, np.ndarray], None]:
+    import pyarrow.parquet as pq
+
+    from common.search.index import unused_name
+    from common.search.store import vector_array
+
+    name = unused_name("vector", table.column_names)
+    field = pa.field(name, pa.list_(pa.float32(), vectors.shape[1]))
+    writer = files.enter_context(pq.ParquetWriter(path, table.schema.append(field)))
+
+    def write(table: pa.Table, vectors: np.ndarray) -> None:
+        writer.write_table(table.append_column(field, vector_array(vectors)))
+
+    return write
+
+
+def _numpy(
+    path: str, table: pa.Table, vectors: np.ndarray, total: int, files: contextlib.ExitStack
+) -> Callable[[pa.Table, np.ndarray], None]:
+    file = files.enter_context(Path(path).open("wb"))  # noqa: SIM115
+    header = {"descr": "<f4", "fortran_order": False, "shape": (total, vectors.shape[1])}
+    np.lib.format.write_array_header_1_0(file, header)
+    return lambda table, vectors: vectors.astype("<f4").tofile(file)
+
+
+def _faiss(
+    path: str, table: pa.Table, vectors: np.ndarray, total: int, files: contextlib.ExitStack
+) -> Callable[[pa.Table, np.ndarray], None]:
+    import faiss
+
+    index = faiss.IndexFlatIP(vectors.shape[1])
+    files.callback(lambda: faiss.write_index(index, path))
+    return lambda table, vectors: index.add(np.ascontiguousarray(vectors))
+
+
+EXPORTERS: dict[str, Exporter] = {".parquet": _parquet, ".npy": _numpy, ".faiss": _faiss}
 
 
 def write_projection(screen: Screen, selection: Selection, folder: str, *, most: int) -> None:

@@ -13,10 +13,10 @@ be those of sentence-transformers.
 """
 
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,8 +25,8 @@ from common import reading, sources, speedups
 from common.errors import UserError
 from common.runtime import DTYPES, Runtime
 from common.search.manifest import EncoderConfig, Identity
-from common.search.pooling import Transformer
-from common.search.sentence_model import SentenceModel, load_model
+from common.search.pooling import StaticEmbedding, Transformer
+from common.search.sentence_model import PROMPT_NAMES, SentenceModel, load_model, missing_prompts
 from common.tokenizer import Tokenizer, Tokens
 
 if TYPE_CHECKING:
@@ -37,8 +37,7 @@ DEFAULT_MODEL = "bundled/all-MiniLM-L6-v2"
 # larger batches fall out of a CPU's cache, and each of its threads has one; smaller ones leave a GPU
 # idle
 BATCH_TOKENS = {"cpu": 2048, "cuda": 131_072, "mps": 16_384}
-# role -> the names under which a model may keep its prompt, as in encode_query and encode_document
-PROMPT_NAMES = {"query": ("query",), "document": ("document", "passage", "corpus"), None: ()}
+STATIC_TOKENS = 65_536  # of a model without a transformer, which only looks vectors up
 SPLIT_AT_ONCE = 256  # texts that are split into chunks together
 
 
@@ -54,6 +53,7 @@ class Encoder:
     max_length: int  # tokens, special ones included
     batch_tokens: int
     cache_dir: str | None
+    prompts: dict[str, str] = field(default_factory=dict)  # role -> what a flag puts before a text
     num_encoded: int = 0
     num_cut: int = 0
 
@@ -75,12 +75,17 @@ class Encoder:
             "width": self.width,
             "pooling": self.model.pooling,
             "max_length": self.max_length,
+            "document_prompt": self.prompts.get("document"),
         }
 
     def prompt(self, role: str | None) -> str:
         """Return what is put before each text of a role: "query" as in encode_query, "document" as
-        in encode_document, None as in encode.
+        in encode_document, None as in encode. A flag goes before what the model says; that of
+        documents is for texts without a role too.
         """
+        given = self.prompts.get(role or "document")
+        if given is not None:
+            return given
         prompts = self.model.prompts
         for name in PROMPT_NAMES[role]:
             if name in prompts:  # even if it is empty
@@ -128,7 +133,12 @@ class Encoder:
         batches = token_batches([len(ids) for ids in tokens["input_ids"]], self.batch_tokens)
         own = batches[self.runtime.rank :: self.runtime.world_size]
         prompt_length = self._prompt_length(prompt)
-        computed = self._in_threads(lambda batch: self._forward(tokens, batch, prompt_length), own)
+        if self.model.library is None:
+            computed = self._in_threads(lambda batch: self._forward(tokens, batch, prompt_length), own)
+        else:
+            different = list(row_of)
+            parts = ([different[row] for row in batch] for batch in own)
+            computed = (self._forward_by_library(part, prompt, role) for part in parts)
         for batch, embeddings in zip(own, computed):
             vectors[torch.from_numpy(batch).to(vectors.device)] = embeddings
         self.runtime.all_reduce_sum(vectors)  # each row is zero in all processes but one
@@ -180,6 +190,8 @@ class Encoder:
         self, tokens: "Tokens | BatchEncoding", batch: np.ndarray, prompt_length: int
     ) -> torch.Tensor:
         """Return the embeddings (batch, width) of some of the tokenised texts."""
+        if isinstance(self.model.modules[0], StaticEmbedding):
+            return self._forward_static([tokens["input_ids"][row] for row in batch])
         rows = [{name: tokens[name][row] for name in tokens} for row in batch]
         padded = self.tokenizer.pad(rows, padding=True, return_tensors="pt")
         features = {name: value.to(self.runtime.device) for name, value in padded.items()}
@@ -192,6 +204,35 @@ class Encoder:
         for module in others:
             features = module(features)
         return features["sentence_embedding"][:, : self.width]  # (B, width)
+
+    def _forward_static(self, ids: list[list[int]]) -> torch.Tensor:
+        """Return the embeddings (B, width) of texts by a model without a transformer: their tokens lie one
+        after the other, not padded.
+        """
+        flat = torch.tensor([token for tokens in ids for token in tokens], dtype=torch.long)
+        offsets = torch.from_numpy(np.cumsum([0, *map(len, ids)])[:-1])  # (B), where each text begins
+        inputs = {"input_ids": flat, "offsets": offsets}
+        features = {name: value.to(self.runtime.device) for name, value in inputs.items()}
+        for module in self.model.modules:
+            features = module(features)
+        return features["sentence_embedding"][:, : self.width]
+
+    def _forward_by_library(self, texts: list[str], prompt: str, role: str | None) -> torch.Tensor:
+        """Return the embeddings (texts, width) of a model that sentence-transformers computes: it may
+        have a part of its own for each role.
+        """
+        library: Any = self.model.library
+        task = {} if role is None else {"task": role}
+        with self.runtime.autocast():
+            embeddings = library.encode(
+                texts,
+                prompt=prompt,
+                batch_size=len(texts),
+                convert_to_tensor=True,
+                show_progress_bar=False,
+                **task,
+            )
+        return embeddings.float()[:, : self.width]
 
 
 def token_batches(lengths: Sequence[int], batch_tokens: int) -> list[np.ndarray]:
@@ -337,12 +378,30 @@ def load_encoder(config: EncoderConfig, runtime: Runtime) -> Encoder:
         max_length = min(model.max_length, positions or model.max_length)
     else:
         special = model.tokenizer.num_special_tokens_to_add()
+        if model.library is not None:
+            positions = model.max_length  # one of its parts may have no more
         if max_length <= special or (positions and max_length > positions):
             most = f" and at most {positions}" if positions else ""
             limits = f"more than {special} (the special tokens){most}"
             raise UserError(f"--max-length {max_length}: the model reads {limits} tokens")
+    if config.dimensions is not None:
+        if config.dimensions > model.width:
+            problem = f"the model's embeddings have {model.width} numbers"
+            raise UserError(f"--dimensions {config.dimensions}: {problem}; keep fewer")
+        model.width = config.dimensions
+    given = {"query": config.query_prompt, "document": config.document_prompt}
+    prompts = {role: prompt for role, prompt in given.items() if prompt is not None}
+    if flags := missing_prompts(name, model, prompts):
+        sources.note(f"--model {name}: it was trained with prompts that no file of it names; give {flags}")
+    if model.library is not None:
+        model.library.to(runtime.device)
+        parts: Iterable[Any] = model.library.modules()
+        for part in parts:
+            if hasattr(part, "auto_model"):
+                part.max_seq_length = min(max_length, part.max_seq_length or max_length)
     model.modules = [module.to(runtime.device) for module in model.modules]
-    if isinstance(model.modules[0], Transformer) and runtime.precision != "fp32":
+    is_static = bool(model.modules) and isinstance(model.modules[0], StaticEmbedding)
+    if model.modules and isinstance(model.modules[0], Transformer) and runtime.precision != "fp32":
         for module in model.modules[0].modules():
             if isinstance(module, torch.nn.Linear):  # autocast would do it again for each batch
                 module.to(DTYPES[runtime.precision])
@@ -351,8 +410,10 @@ def load_encoder(config: EncoderConfig, runtime: Runtime) -> Encoder:
         model,
         runtime,
         max_length=max_length,
-        batch_tokens=config.batch_tokens or BATCH_TOKENS[runtime.device.type],
+        batch_tokens=config.batch_tokens
+        or (STATIC_TOKENS if is_static else BATCH_TOKENS[runtime.device.type]),
         cache_dir=config.cache_dir,
+        prompts=prompts,
     )
 
 

@@ -33,9 +33,11 @@ from common.search.manifest import (
     Limits,
     Manifest,
     Settings,
+    bytes_of_vector,
     damaged,
     entries_of,
     read_manifest,
+    store_of,
 )
 
 if TYPE_CHECKING:
@@ -77,6 +79,35 @@ ROW_TYPES = {
 }
 SQUARE_TOLERANCE = 0.01  # how far the square of a norm may be from 1
 ColumnTypes = dict[str, pa.DataType]
+# of each way to keep vectors, the type of what lies on the disk
+STORED_TYPES = {"fp32": np.float32, "fp16": np.float16, "int8": np.int8, "binary": np.uint8}
+UNPACKED = 8_192  # rows whose vectors are made of what is kept at once
+
+
+def pack(vectors: np.ndarray, store: str) -> np.ndarray:
+    """Return what is kept of unit vectors (n, width): numbers of 32 or 16 bits, of 8 bits as parts of the
+    largest of each vector, or the sign of each number, eight to a byte. To pack what was unpacked changes
+    nothing.
+    """
+    if store == "binary":
+        return np.packbits(vectors > 0, axis=1)
+    if store == "int8":
+        largest = np.abs(vectors).max(1, keepdims=True, initial=np.finfo(np.float32).tiny)
+        return np.rint(vectors / largest * 127).astype(np.int8)
+    return vectors.astype(STORED_TYPES[store])
+
+
+def unpack(stored: np.ndarray, store: str, width: int) -> np.ndarray:
+    """Return the fp32 vectors (n, width) of what is kept of them; their norm is 1, in 16 bits nearly."""
+    if store == "binary":
+        signs = np.unpackbits(stored, axis=1, count=width).astype(np.float32)
+        return (2 * signs - 1) / np.float32(width**0.5)
+    if store == "int8":
+        numbers = stored.astype(np.float32)
+        squares = np.einsum("ij,ij->i", numbers, numbers)  # whole numbers, and so exact
+        with np.errstate(invalid="ignore"):  # zeros become NaN, which _check_norms finds
+            return numbers / np.sqrt(squares)[:, None]
+    return stored if store == "fp32" else stored.astype(np.float32)
 
 
 @dataclass
@@ -154,16 +185,19 @@ class Segment:
     numbers become what the index has.
     """
 
-    def __init__(self, file: CheckedFile, columns: ColumnTypes) -> None:
+    def __init__(self, file: CheckedFile, columns: ColumnTypes, settings: Settings) -> None:
         self.file, self.entry, self.columns = file, file.entry, columns
+        self.store, self.width = store_of(settings), settings["width"]
         table = read_arrow(file.content)
-        lists = table.column(VECTOR).chunk(0)  # one list of floats per row
-        count, self.width = len(lists), lists.type.list_size
+        lists = table.column(VECTOR).chunk(0)  # one list of numbers per row
+        count, size = len(lists), lists.type.list_size
         # an array over the content itself: Arrow's own view is read-only, about which torch warns
         _, floats = lists.values.buffers()  # the first buffer marks missing values
         self.first_byte = floats.address - self._base
-        vectors = np.frombuffer(file.content, np.float32, count=count * self.width, offset=self.first_byte)
-        self._vectors = vectors.reshape(count, self.width)
+        kind = STORED_TYPES[self.store]
+        stored = np.frombuffer(file.content, kind, count=count * size, offset=self.first_byte)
+        self._stored = stored.reshape(count, size)  # unpacked when it is read
+        self.row_bytes = size * stored.itemsize  # of a vector
         self._table = table.drop_columns([VECTOR])
         self.alive = np.ones(count, bool)
         # what has been found valid: it can be nonsense although it has its checksum
@@ -187,44 +221,46 @@ class Segment:
     @property
     def num_bytes(self) -> int:
         """The space that its rows take."""
-        return self._table.nbytes + self._vectors.nbytes
+        return self._table.nbytes + self._stored.nbytes
 
     def vectors(self, first: int, last: int) -> np.ndarray:
-        """Return the vectors of the rows from `first` up to `last`, as a view into the file."""
+        """Return the vectors of the rows from `first` up to `last`: in fp32 a view into the file."""
         self._check_vectors(np.array([first]), last - first)
+        vectors = unpack(self._stored[first:last], self.store, self.width)
         if not self._valid_vectors[first:last].all():
-            self._check_norms(self._vectors[first:last], first + np.arange(last - first))
-        return self._vectors[first:last]
+            self._check_norms(vectors, first + np.arange(last - first))
+        return vectors
 
     def blocks(self, size: int) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield (first row, vectors (at most `size`, width)) over all rows, as views into the file.
+        """Yield (first row, vectors (at most `size`, width)) over all rows, in fp32 as views into the
+        file, else fewer at a time.
 
         Vectors that are read for the first time come in small blocks, which are checked while they
         are in the processor's cache, and whose memory is then given back: a process that goes
         through an index once never holds all of it. From the second time on it stays.
         """
-        first = 0
+        first, size = 0, size if self.store == "fp32" else min(size, UNPACKED)
         while first < len(self):
             is_read = self._valid_vectors[first : first + size].all()
             last = min(first + (size if is_read else min(size, UNREAD)), len(self))
             yield first, self.vectors(first, last)
             if not is_read:
-                start = self.first_byte + 4 * self.width * first
-                self.file.release(start, start + 4 * self.width * (last - first))
+                start = self.first_byte + self.row_bytes * first
+                self.file.release(start, start + self.row_bytes * (last - first))
             first = last
 
     def vectors_of(self, rows: np.ndarray) -> np.ndarray:
         """Return a copy of the vectors of some rows."""
         self._check_vectors(rows, 1)
-        vectors = self._vectors[rows]
+        vectors = unpack(self._stored[rows], self.store, self.width)
         if not self._valid_vectors[rows].all():
             self._check_norms(vectors, rows)
         return vectors
 
     def _check_vectors(self, rows: np.ndarray, count: int) -> None:
         """Check `count` vectors from each of some rows on."""
-        starts = self.first_byte + 4 * self.width * rows
-        self.file.check(starts, starts + 4 * self.width * count)
+        starts = self.first_byte + self.row_bytes * rows
+        self.file.check(starts, starts + self.row_bytes * count)
 
     def _check_norms(self, vectors: np.ndarray, rows: np.ndarray) -> None:
         """Raise UserError unless the vectors of some rows have norm 1, once for each row."""
@@ -356,6 +392,21 @@ class Snapshot:
                 taken[position] = row
         return taken
 
+    def parts(self, rows: np.ndarray, *, size: int = 10_000) -> Iterator[tuple[pa.Table, np.ndarray]]:
+        """Yield some rows (ascending), at most `size` at a time, under names for other programs, and
+        their vectors (rows, width): `id` where no column of the texts holds the ids, `text`, with
+        chunks the number of each in its document, and the columns of the texts.
+        """
+        columns = list(self.manifest["columns"])
+        own = {TEXT: "text"} if self.settings["id_column"] else {ID: "id", TEXT: "text"}
+        if self.settings["chunk_overlap"] is not None:
+            own |= {CHUNK: "chunk", NUM_CHUNKS: "chunks", START: "first_character"}
+        names = [*(unused_name(name, columns) for name in own.values()), *columns]
+        for start in range(0, len(rows), size):
+            here = rows[start : start + size]
+            tables = [part.rows([*own, *columns], offsets) for part, _, offsets in self.by_segment(here)]
+            yield pa.concat_tables(tables).rename_columns(names), self.vectors_of(here)
+
     def texts(self, rows: np.ndarray | None = None, *, size: int = 10_000) -> Iterator[str]:
         """Yield the texts of some rows (default: the live ones), reading `size` at a time."""
         rows = np.flatnonzero(self.alive()) if rows is None else rows
@@ -374,6 +425,23 @@ class Snapshot:
         return np.searchsorted(self.starts, rows, side="right") - 1
 
 
+class Rounded(Snapshot):
+    """A snapshot whose vectors are read as if they were kept in another way, to see what that costs."""
+
+    def __init__(self, snapshot: Snapshot, store: str) -> None:
+        super().__init__(snapshot.folder, snapshot.manifest, snapshot.segments)
+        self.store = store
+
+    def vector_blocks(self, size: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield what the snapshot yields, in fewer numbers."""
+        for start, vectors in super().vector_blocks(size):
+            yield start, unpack(pack(vectors, self.store), self.store, self.width)
+
+    def vectors_of(self, rows: np.ndarray | Sequence[int]) -> np.ndarray:
+        """Return what the snapshot returns, in fewer numbers."""
+        return unpack(pack(super().vectors_of(rows), self.store), self.store, self.width)
+
+
 def open_snapshot(folder: str | Path) -> Snapshot:
     """Return the last committed state of an index. Raises UserError when the folder is not an
     index, or a file is missing or damaged; damage within a column is found when that is read.
@@ -390,7 +458,7 @@ def open_snapshot(folder: str | Path) -> Snapshot:
     with reading(f"{Path(folder) / MANIFEST}: its columns are not those of its files", ADVICE):
         columns = _column_types(manifest["columns"], tables)
     for entry in manifest["segments"]:
-        segment = Segment(files[entry["file"]], columns)
+        segment = Segment(files[entry["file"]], columns, manifest["settings"])
         if deleted := entry.get("deleted"):
             deleted_file = files[deleted["file"]]
             with reading(f"{deleted_file.path}: not the deleted rows of this index", ADVICE):
@@ -407,7 +475,10 @@ def _check_table(
     file's own memory. A file of another program can have the SHA-256 that a manifest names.
     """
     table.validate()
-    width, columns = manifest["settings"]["width"], manifest["columns"]
+    settings, columns = manifest["settings"], manifest["columns"]
+    store, width = store_of(settings), settings["width"]
+    number = pa.from_numpy_dtype(np.dtype(STORED_TYPES[store]))
+    size = bytes_of_vector(store, width) * 8 // number.bit_width
     names = table.column_names
     known = {*RESERVED_COLUMNS, *columns}
     if len(set(names)) < len(names) or not set(RESERVED_COLUMNS) <= set(names) <= known:
@@ -419,8 +490,8 @@ def _check_table(
             raise ValueError(f"column {name} is {table.schema.field(name).type}, not {kind}")
     lists = table.column(VECTOR).chunk(0)
     is_list = pa.types.is_fixed_size_list(lists.type)
-    if not is_list or lists.type.value_type != pa.float32() or lists.type.list_size != width:
-        raise ValueError(f"column {VECTOR} is {lists.type}, not {width} floats")
+    if not is_list or lists.type.value_type != number or lists.type.list_size != size:
+        raise ValueError(f"column {VECTOR} is {lists.type}, not {size} of {number}")
     required = [table.column(name).chunk(0) for name in RESERVED_COLUMNS]
     if any(column.null_count or column.buffers()[0] for column in (*required, lists.values)):
         raise ValueError("values are missing")

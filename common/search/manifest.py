@@ -29,24 +29,33 @@ class Identity(TypedDict):
     width: int
     pooling: str
     max_length: int
+    document_prompt: NotRequired[str | None]  # given by a flag, None: the model's own
 
 
 class Settings(Identity):
-    """How an index is made; `chunk_overlap` is None for whole texts."""
+    """How an index is made; `chunk_overlap` is None for whole texts. `query_prompt` is what searches
+    put before a query unless they say otherwise.
+    """
 
     id_column: str | None
     chunk_overlap: int | None
+    query_prompt: NotRequired[str | None]
+    store: NotRequired[str | None]  # how vectors are kept, one of STORES; missing in older indexes: fp32
 
 
 # the settings of an index, and the flag that must agree with each
 CHECKED_SETTINGS = {
     "fingerprint": "--model",
-    "width": "--model",
+    "width": "--model and --dimensions",
     "pooling": "--model",
     "max_length": "--max-length",
+    "document_prompt": "--document-prompt",
     "id_column": "--id-column",
     "chunk_overlap": "--chunk and --chunk-overlap",
+    "store": "--store",
 }
+# how the vectors of an index are kept, and the bits that each of their numbers takes
+STORES = {"fp32": 32, "fp16": 16, "int8": 8, "binary": 1}
 
 
 @dataclass(frozen=True)
@@ -57,10 +66,22 @@ class EncoderConfig:
     max_length: int | None = None
     batch_tokens: int | None = None
     cache_dir: str | None = None
+    dimensions: int | None = None  # the first numbers of an embedding that are kept
+    query_prompt: str | None = None  # what is put before each text, None: what the model says
+    document_prompt: str | None = None
 
-    def with_defaults(self, model: str, max_length: int) -> "EncoderConfig":
+    def with_defaults(self, settings: Settings) -> "EncoderConfig":
         """Return the configuration with other defaults: those of an index."""
-        return replace(self, model=self.model or model, max_length=self.max_length or max_length)
+        prompts = (self.query_prompt, self.document_prompt)
+        indexed = (settings.get("query_prompt"), settings.get("document_prompt"))
+        query, document = (own if given is None else given for given, own in zip(prompts, indexed))
+        return replace(
+            self,
+            model=self.model or settings["model"],
+            max_length=self.max_length or settings["max_length"],
+            query_prompt=query,
+            document_prompt=document,
+        )
 
 
 @dataclass(frozen=True)
@@ -198,9 +219,22 @@ VALID_SETTINGS: dict[str, Callable[[Any], bool]] = {
     "width": lambda value: _is_count(value) and value > 0,
     "pooling": lambda value: isinstance(value, str),
     "max_length": lambda value: _is_count(value) and value > 0,
+    "document_prompt": lambda value: value is None or isinstance(value, str),
+    "query_prompt": lambda value: value is None or isinstance(value, str),
+    "store": lambda value: value is None or (isinstance(value, str) and value in STORES),
     "id_column": lambda value: value is None or isinstance(value, str),
     "chunk_overlap": lambda value: value is None or _is_count(value),
 }
+
+
+def store_of(settings: Settings) -> str:
+    """Return how the vectors of an index are kept."""
+    return settings.get("store") or "fp32"
+
+
+def bytes_of_vector(store: str, width: int) -> int:
+    """Return the bytes that a vector takes."""
+    return -(-STORES[store] * width // 8)
 
 
 def damaged(path: Path, reason: str) -> UserError:
@@ -276,7 +310,7 @@ def check_settings(index: str, wanted: Mapping[str, object], settings: Settings)
     which need not be all of them.
     """
     for name, flag in CHECKED_SETTINGS.items():
-        if name in wanted and wanted[name] != settings.get(name):
+        if name in wanted and wanted[name] != settings.get(name):  # older indexes lack some
             was, now = _describe_setting(name, settings), _describe_setting(name, wanted)
             problem = f"it was made {was}, not {now}; their embeddings or rows can't be compared"
             raise UserError(f"--index {index}: {problem}; give the same {flag}, or another --index")
@@ -284,7 +318,9 @@ def check_settings(index: str, wanted: Mapping[str, object], settings: Settings)
 
 def _describe_setting(name: str, settings: Mapping[str, object]) -> str:
     """Return how a setting reads in "it was made ...", such as "with max_length 256"."""
-    value = settings[name]
+    value = settings.get(name)
+    if name == "store":
+        value = value or "fp32"
     if value is None:  # whole texts, or texts without ids
         flag, *_ = CHECKED_SETTINGS[name].split()
         return f"without {flag}"

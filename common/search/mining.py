@@ -130,7 +130,7 @@ def open_source(
 def _index_encoder(source: Source, runtime: Runtime, snapshot: Snapshot) -> Encoder:
     from common.search.builder import load_index_encoder  # it loads what only encoding needs
 
-    return load_index_encoder(source.encoder, runtime, snapshot)
+    return load_index_encoder(source.encoder, runtime, str(snapshot.folder), snapshot.settings)
 
 
 def select(

@@ -33,6 +33,23 @@ class Transformer(nn.Module):
         return {**features, "token_embeddings": self.model(**inputs)}
 
 
+class StaticEmbedding(nn.Module):
+    """The first module of a model without a transformer: a text's embedding is the mean of one fixed
+    vector for each of its tokens (Tulkens, van Dongen: Model2Vec, 2024).
+    """
+
+    def __init__(self, weights: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weights, requires_grad=False)  # (V, width)
+
+    def forward(self, features: Features) -> Features:
+        """Add `sentence_embedding` (B, width); `input_ids` are those of all texts one after the other, and
+        `offsets` (B) tell where each text begins. A text without tokens gets zeros.
+        """
+        means = F.embedding_bag(features["input_ids"], self.weight, features["offsets"], mode="mean")
+        return {**features, "sentence_embedding": means}
+
+
 def pool_cls(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """The first token, which BERT calls [CLS]."""
     return _pick(tokens, mask.int().argmax(dim=1))

@@ -23,8 +23,9 @@ from common.errors import UserError
 from common.runtime import Runtime
 from common.search.builder import build_temporary, load_index_encoder
 from common.search.encoder import Encoder, load_encoder
-from common.search.index import ID, TEXT, Snapshot, open_snapshot, rows_with_ids
+from common.search.index import ID, TEXT, Rounded, Snapshot, open_snapshot, rows_with_ids
 from common.search.kernel import exact_scores
+from common.search.manifest import bytes_of_vector, store_of
 from common.search.searcher import Searcher
 from common.search.texts import ANY_ID, Collection, Source
 
@@ -130,6 +131,32 @@ def find(searcher: Searcher, task: Task) -> dict[str, list[str]]:
     return ids
 
 
+def score_stores(searcher: Searcher, task: Task, stores: list[str]) -> dict[str, dict[str, float]]:
+    """Return for each way to keep vectors the measures of exact search over what is kept, the share of
+    the ten best documents of fp32 that are among its ten best, and the bytes of a vector.
+
+    Raises UserError when the index itself keeps less.
+    """
+    snapshot = searcher.snapshot
+    kept, whole = store_of(snapshot.settings), {}
+    if stores and kept != "fp32":
+        advice = "name the texts with --texts, or an index in fp32"
+        raise UserError(
+            f"--store {stores[0]}: the index keeps {kept}, and nothing to compare it with; {advice}"
+        )
+    if stores:
+        whole = find(searcher, task)
+    lines = {}
+    for store in stores:
+        hits = find(dataclasses.replace(searcher, snapshot=Rounded(snapshot, store)), task)
+        shared = [
+            len(set(hits[query][:10]) & set(best[:10])) / len(best[:10]) for query, best in whole.items()
+        ]
+        size = {"top 10 of fp32": float(np.mean(shared)), "bytes": bytes_of_vector(store, snapshot.width)}
+        lines[store] = retrieval_scores(task.judgements, hits) | size
+    return lines
+
+
 def bundled_task(name: str) -> tuple[Task, Collection]:
     """Return the task of finding each article of a bundled set of news by its headline, and the
     articles without their headlines, whose ids are their rows.
@@ -218,7 +245,8 @@ def open_task(
         seconds = 0.0
         if collection is None:
             snapshot = open_snapshot(source.index or "")
-            encoder = load_index_encoder(source.encoder, runtime, snapshot)
+            index = str(snapshot.folder)
+            encoder = load_index_encoder(source.encoder, runtime, index, snapshot.settings)
         else:
             encoder, started = encoder or load_encoder(source.encoder, runtime), time.perf_counter()
             snapshot = build_temporary(source, collection, encoder, folder, say=say, id_column=id_column)

@@ -8,15 +8,19 @@ Only the classes listed here or those of that library are ever made, and no code
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import tokenizers
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 from common import bert, model_files, sources, speedups
-from common.errors import UnknownModel, UserError
+from common.errors import UnknownModel, UserError, one_line
 from common.files import read_json, read_settings, tensors_sha256
 from common.search.pooling import (
     OLDER_MODES,
@@ -26,6 +30,7 @@ from common.search.pooling import (
     LayerNorm,
     Normalize,
     Pooling,
+    StaticEmbedding,
     Transformer,
 )
 from common.tokenizer import Tokenizer, read_tokenizer
@@ -46,14 +51,16 @@ NEUTRAL_SETTINGS = (
     "problem_type",
 )
 ROLE_SETTINGS = ("query_length", "document_length", "query_expansion")
+# role -> the names under which a model may keep its prompt, as in encode_query and encode_document
+PROMPT_NAMES = {"query": ("query",), "document": ("document", "passage", "corpus"), None: ()}
 
 
 @dataclass
 class SentenceModel:
     """A model on the CPU in fp32, or where its modules were moved to."""
 
-    modules: list[nn.Module]  # Features -> Features, the transformer first
-    tokenizer: "Tokenizer | PreTrainedTokenizerBase"
+    modules: list[nn.Module]  # Features -> Features, the transformer first; none with `library`
+    tokenizer: "Tokenizer | PreTrainedTokenizerBase"  # that of documents
     max_length: int  # the most tokens of a text that the model is made for, special ones included
     positions: int | None  # the most that it can take, None if nothing limits it
     width: int  # of its embeddings
@@ -62,6 +69,7 @@ class SentenceModel:
     default_prompt_name: str | None
     pooling: str  # what follows the transformer, in a few words
     fingerprint: str  # of all that determines its embeddings
+    library: "SentenceTransformer | None" = None  # computes a model whose modules are not a sequence
 
 
 def load_model(name: str, *, cache_dir: str | None) -> SentenceModel:
@@ -75,15 +83,59 @@ def load_model(name: str, *, cache_dir: str | None) -> SentenceModel:
     )
     model_files.check_kind(folder, "SentenceTransformer", f"--model {name}")
     try:
-        return read_model(folder)
+        model = read_model(folder)
     except UnknownModel:
-        return load_with_library(folder, name)
+        model = load_with_library(folder, name)
+    if not ((folder / "modules.json").is_file() or is_static(folder)):
+        sources.note(
+            f"--model {name}: no sentence encoder (no modules.json): mean pooling, untrained for this"
+        )
+    return model
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models that were trained with a prompt before each text, which most of them were saved without."""
+
+    name: str  # a regular expression
+    query: str
+    document: str | None = None
+
+
+# from the models' cards on the Hub
+FAMILIES = (
+    Family(
+        r"e5\b.*-instruct",
+        "Instruct: Given a web search query, retrieve relevant passages that answer the query\nQuery: ",
+    ),
+    Family(r"(^|[-_])e5[-_](small|base|large)", "query: ", "passage: "),
+    Family(r"^bge-(small|base|large)-en", "Represent this sentence for searching relevant passages: "),
+    Family(r"^bge-(small|base|large)-zh", "为这个句子生成表示以用于检索相关文章："),
+)
+
+
+def missing_prompts(name: str, model: SentenceModel, given: dict[str, str]) -> str:
+    """Return the flags with the prompts that a model of a known family needs and that neither its
+    files nor flags (`given`, by role) name; "" where nothing is missing.
+    """
+    own = {role: any(model.prompts.get(key) for key in PROMPT_NAMES[role]) for role in ("query", "document")}
+    for family in FAMILIES:
+        if re.search(family.name, Path(name).name.lower()):
+            wanted = {"query": family.query, "document": family.document}
+            flags = [
+                f"--{role}-prompt {prompt!r}"
+                for role, prompt in wanted.items()
+                if prompt and role not in given and not own[role]
+            ]
+            return " ".join(flags)
+    return ""
 
 
 # Read from a folder -----------------------------------------------------------------------------
 
-MODULES = ("Transformer", "Pooling", "Dense", "Normalize", "LayerNorm")
-MODULE_FILES = ("transformer", "pooling", "dense", "normalize", "layer_norm")
+MODULES = ("Transformer", "StaticEmbedding", "Pooling", "Dense", "Normalize", "LayerNorm")
+MODULE_FILES = ("transformer", "static_embedding", "pooling", "dense", "normalize", "layer_norm")
+FIRST_MODULES = ("Transformer", "StaticEmbedding")
 PACKAGES = (
     "sentence_transformers.models",
     "sentence_transformers.base.modules",
@@ -102,7 +154,8 @@ OTHER_FILES = (
     "processor_config.json",
     "video_preprocessor_config.json",
 )
-TEXT_ONLY = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
+PLAIN_TEXT = {"method": "forward", "method_output_name": "last_hidden_state"}
+TEXT_ONLY = {"text": PLAIN_TEXT}
 TRANSFORMER_ONLY = {
     "transformer_task": "feature-extraction",
     "modality_config": TEXT_ONLY,
@@ -117,6 +170,7 @@ MODEL_SETTINGS = {  # searches compare by the cosine, whatever `similarity_fn_na
     "truncate_dim",
 }
 VERSION = re.compile(r"\d+(\.\d+)*(\.?(dev|rc|a|b|post)\d+)?")
+MOST_TOKENS = 2**31 - 1  # of a text, where nothing limits it
 SETTINGS_FILES = "sentence_*_config.json"  # of the first module; older ones have the model's type in it
 
 
@@ -140,9 +194,11 @@ def read_model(folder: Path) -> SentenceModel:
         raise UnknownModel(", ".join(found))
     prompts, default_prompt_name, truncate_dim = {"query": "", "document": ""}, None, None
     limit, lower_case, listed = None, False, []
+    if is_static(folder):
+        return read_static_model(folder)
     is_plain = not (folder / "modules.json").is_file()
     if not is_plain:
-        listed = _read_list(folder)
+        _, *listed = _read_list(folder)
         limit, lower_case = _read_transformer_settings(folder)
         prompts, default_prompt_name, truncate_dim = _read_model_settings(folder, prompts)
     transformer, weights = bert.load_encoder(folder)
@@ -183,11 +239,98 @@ def read_model(folder: Path) -> SentenceModel:
     )
 
 
+def is_static(folder: Path) -> bool:
+    """Tell whether a model has a fixed vector for each token instead of a transformer: its first module
+    is a StaticEmbedding, or, in an older folder, config.json is that of model2vec.
+    """
+    if (folder / "modules.json").is_file():
+        return _read_list(folder)[0][1] == "StaticEmbedding"
+    config = folder / "config.json"
+    return config.is_file() and read_settings(config).get("model_type") == "model2vec"
+
+
+def read_static_model(folder: Path) -> SentenceModel:
+    """Return a static model: tokens, their vectors, and the modules that follow, such as a
+    normalisation. Raises UserError when its files don't fit each other.
+    """
+    prompts, default_prompt_name, truncate_dim = {"query": "", "document": ""}, None, None
+    home, listed = folder, []
+    if (folder / "modules.json").is_file():
+        (_, _, path), *listed = _read_list(folder)
+        home = folder / path
+        prompts, default_prompt_name, truncate_dim = _read_model_settings(folder, prompts)
+    elif read_settings(folder / "config.json").get("normalize", True):
+        listed = [("1", "Normalize", "1_Normalize")]
+    tokenizer, vectors = _read_static_tokenizer(home), _read_static_vectors(home)
+    if len(vectors) < tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=True):
+        problem = f"its tokenizer has more tokens than there are vectors ({len(vectors):,})"
+        raise UserError(f"{home}: {problem}; repair it or name another model")
+    parts = {name: _read_part(kind, folder / path) for name, kind, path in listed}
+    if any(part.kind == "Pooling" for part in parts.values()):
+        raise UnknownModel("pooling of what is no sequence")
+    width = [vectors.shape[1], *(part.width for part in parts.values() if part.width is not None)][-1]
+    _try_out([part.module for part in parts.values()], vectors.shape[1], width)
+    tensors = {"0.embedding.weight": vectors}
+    for name, part in parts.items():
+        tensors |= {f"{name}.{key}": value for key, value in part.weights.items()}
+    settings = [["StaticEmbedding", {}], *([part.kind, part.settings] for part in parts.values())]
+    modules = [StaticEmbedding(vectors), *(part.module for part in parts.values())]
+    return SentenceModel(
+        modules=[module.eval().requires_grad_(False) for module in modules],
+        tokenizer=tokenizer,
+        max_length=tokenizer.model_max_length,
+        positions=None,
+        width=min(width, truncate_dim or width),
+        truncate_dim=truncate_dim,
+        prompts=prompts,
+        default_prompt_name=default_prompt_name,
+        pooling=", ".join(["static mean", *(part.pooling for part in parts.values())]),
+        fingerprint=_digest(_vocabulary(tokenizer), settings, {}, prompts, default_prompt_name, tensors),
+    )
+
+
+def _read_static_tokenizer(folder: Path) -> Tokenizer:
+    """Return the tokenizer of a static model, which puts nothing around a text and cuts it only where
+    tokenizer.json says so.
+    """
+    description = read_settings(folder / "tokenizer.json")
+    cut = description.get("truncation") or {}
+    if cut.get("direction", "Right") != "Right":
+        raise UnknownModel("truncation at the left")
+    try:
+        text = json.dumps({**description, "post_processor": None, "truncation": None, "padding": None})
+        backend = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the library raises nothing more special
+        raise UnknownModel(f"{folder / 'tokenizer.json'}: {error}") from error
+    return Tokenizer(backend, {}, ["input_ids"], int(cut.get("max_length", MOST_TOKENS)))
+
+
+def _read_static_vectors(folder: Path) -> torch.Tensor:
+    """Return the vector (V, width) of each token in fp32. A model2vec model may share vectors between
+    tokens (`mapping`) and weigh them (`weights`).
+    """
+    path = folder / "model.safetensors"
+    try:
+        tensors = load_file(path)
+        vectors = tensors["embedding.weight" if "embedding.weight" in tensors else "embeddings"]
+        if "mapping" in tensors:
+            vectors = vectors[tensors["mapping"].long()]
+        vectors = vectors.float()
+        if "weights" in tensors:
+            vectors = vectors * tensors["weights"].float()[:, None]
+    except (OSError, SafetensorError, KeyError, IndexError, RuntimeError) as error:
+        raise UserError(f"{path}: not the vectors of a static model: {one_line(error)}; repair it") from error
+    if vectors.dim() != 2 or not vectors.isfinite().all():
+        raise UserError(f"{path}: its vectors are no table of finite numbers; repair it")
+    return vectors.contiguous()
+
+
 def _try_out(modules: list[nn.Module], width: int, said: int) -> None:
     """Raise UnknownModel when modules don't fit each other: they look at their input only when they
     run. `width` is that of the tokens' embeddings, `said` what the settings say of the text's.
     """
     features = {"token_embeddings": torch.ones(1, 2, width), "attention_mask": torch.ones(1, 2).long()}
+    features["sentence_embedding"] = torch.ones(1, width)  # of a static model; pooling makes its own
     try:
         for module in modules:
             features = module(features)
@@ -198,7 +341,7 @@ def _try_out(modules: list[nn.Module], width: int, said: int) -> None:
 
 
 def _read_list(folder: Path) -> list[tuple[str, str, str]]:
-    """Return (name, class, path) of the modules that follow the transformer."""
+    """Return (name, class, path) of the modules."""
     try:
         entries = read_json(folder / "modules.json")
         listed = [(entry["name"], entry["type"], entry["path"]) for entry in entries]
@@ -219,9 +362,11 @@ def _read_list(folder: Path) -> list[tuple[str, str, str]]:
     if not is_known or names[:1] != ["0"] or len(set(names)) < len(names):
         raise UnknownModel("modules.json")
     kinds = [kind for _, kind, _ in parts]
-    if kinds[0] != "Transformer" or "Transformer" in kinds[1:] or parts[0][2] != "":
+    if kinds[0] not in FIRST_MODULES or set(FIRST_MODULES) & set(kinds[1:]):
         raise UnknownModel(f"the modules {', '.join(kinds)}")
-    return parts[1:]
+    if kinds[0] == "Transformer" and parts[0][2] != "":
+        raise UnknownModel("a transformer in a folder of its own")
+    return parts
 
 
 def _read_transformer_settings(folder: Path) -> tuple[int | None, bool]:
@@ -393,15 +538,19 @@ def load_with_library(folder: Path, name: str) -> SentenceModel:
     read, or reads something other than texts.
     """
     from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Router
     from sentence_transformers.sentence_transformer import modules
 
     from common import models
 
     model = models.load_sentence_model(SentenceTransformer, folder, name=name)
     first = model[0]
-    if not isinstance(first, modules.Transformer) or "text" not in first.modality_config:
+    readers = (modules.Transformer, Router, modules.StaticEmbedding)
+    if not isinstance(first, readers) or "text" not in first.modalities:
         kind = type(first).__name__
         raise UserError(f"--model {name}: its first module is {kind}, not a transformer that reads texts")
+    if not isinstance(first, modules.Transformer) or first.modality_config.get("text") != PLAIN_TEXT:
+        return _opaque(model, name)
     for setting in ROLE_SETTINGS:
         if getattr(first, setting, None) is not None:
             advice = "use another model, or remove it from a copy of sentence_bert_config.json"
@@ -409,7 +558,7 @@ def load_with_library(folder: Path, name: str) -> SentenceModel:
                 f"--model {name}: its first module sets {setting}, which is unsupported; {advice}"
             )
     tokenizer, width = first.tokenizer, model.get_embedding_dimension()
-    assert tokenizer is not None and width is not None
+    assert tokenizer is not None and not isinstance(tokenizer, tokenizers.Tokenizer) and width is not None
     models.check_tokenizer(tokenizer, name=name, flag="--model")
     known_by = fingerprint(model)  # before fast attention changes the model
     speedups.use_fast_attention(first.auto_model)
@@ -425,6 +574,62 @@ def load_with_library(folder: Path, name: str) -> SentenceModel:
         pooling=describe_pooling(model),
         fingerprint=known_by,
     )
+
+
+def _opaque(model: "SentenceTransformer", name: str) -> SentenceModel:
+    """Return a model that the library computes as a whole: a Router with a part for queries and one for
+    documents, or CLIP, of which texts take a part.
+    """
+    from common import models
+
+    part: Any = model[0]
+    if hasattr(part, "sub_modules"):
+        part = part.sub_modules[part._resolve_route("document", "text")][0]
+    tokenizer, width = part.tokenizer, model.get_embedding_dimension()
+    assert tokenizer is not None and width is not None
+    limit = part.max_seq_length
+    if isinstance(tokenizer, tokenizers.Tokenizer):
+        tokenizer = Tokenizer(
+            tokenizers.Tokenizer.from_str(tokenizer.to_str()), {}, ["input_ids"], MOST_TOKENS
+        )
+        tokenizer.backend_tokenizer.post_processor = None
+    else:
+        models.check_tokenizer(tokenizer, name=name, flag="--model")
+    return SentenceModel(
+        modules=[],
+        tokenizer=tokenizer,
+        max_length=int(min(limit or MOST_TOKENS, MOST_TOKENS)),
+        positions=None,
+        width=width,
+        truncate_dim=model.truncate_dim,
+        prompts={key: prompt or "" for key, prompt in model.prompts.items()},
+        default_prompt_name=model.default_prompt_name,
+        pooling=", ".join(type(module).__name__ for module in model),
+        fingerprint=_opaque_fingerprint(model),
+        library=model,
+    )
+
+
+def _opaque_fingerprint(model: "SentenceTransformer") -> str:
+    """Return the SHA-256 of all that determines the embeddings of a model that the library computes."""
+    settings, vocabularies, configs = [], {}, {}
+    named: Iterable[tuple[str, Any]] = model.named_modules()
+    for name, module in named:
+        if hasattr(module, "get_config_dict"):
+            values = {
+                key: value for key, value in module.get_config_dict().items() if key != "max_seq_length"
+            }
+            settings.append([name, type(module).__name__, str(sorted(values.items(), key=str))])
+        if hasattr(module, "auto_model"):
+            changed = module.auto_model.config.to_diff_dict()
+            configs[name] = {key: changed[key] for key in changed if key not in NEUTRAL_SETTINGS}
+        tokenizer = getattr(module, "tokenizer", None)
+        if isinstance(tokenizer, tokenizers.Tokenizer):
+            vocabularies[name] = tokenizer.to_str()
+        elif tokenizer is not None:
+            vocabularies[name] = _vocabulary(tokenizer)
+    prompts: Any = model.prompts
+    return _digest(vocabularies, settings, configs, prompts, model.default_prompt_name, model.state_dict())
 
 
 def describe_pooling(model: "SentenceTransformer") -> str:

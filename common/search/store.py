@@ -34,9 +34,19 @@ from common.search.index import (
     map_file,
     number_array,
     open_snapshot,
+    pack,
     wider,
 )
-from common.search.manifest import FORMAT, MANIFEST, FileEntry, Manifest, Settings, check_folder, entries_of
+from common.search.manifest import (
+    FORMAT,
+    MANIFEST,
+    FileEntry,
+    Manifest,
+    Settings,
+    check_folder,
+    entries_of,
+    store_of,
+)
 
 ABANDONED = 86_400  # seconds after which an unfinished cache must be that of a killed process
 # the limits of a merged file, which is put together in memory: 65,536 rows, 64 MiB
@@ -116,7 +126,8 @@ class Store:
         parts = self.snapshot.by_segment(rows)
         tables = [segment.rows(None, offsets) for segment, _, offsets in parts]
         table = pa.concat_tables(tables)
-        return table.append_column(VECTOR, vector_array(self.snapshot.vectors_of(rows)))
+        vectors = pack(self.snapshot.vectors_of(rows), store_of(self.snapshot.settings))
+        return table.append_column(VECTOR, vector_array(vectors))
 
     @property
     def _generation(self) -> int:
@@ -132,7 +143,7 @@ class Store:
         present = [name for name in present if not pa.types.is_null(rows.schema.field(name).type)]
         _write_arrow(path, rows.select([*ROW_COLUMNS, *present, VECTOR]))
         file = _new_file(path, len(rows))
-        segment = Segment(file, columns)
+        segment = Segment(file, columns, self.snapshot.settings)
         segment.entry["body"], segment.entry["deleted"] = segment.body(), None
         return segment
 
@@ -240,8 +251,8 @@ def _full_disk_explained(folder: Path) -> Iterator[None]:
 
 
 def vector_array(vectors: np.ndarray) -> pa.FixedSizeListArray:
-    """Return vectors (rows, width) as an Arrow array, without a copy."""
-    values = number_array(np.asarray(vectors, np.float32).reshape(-1))
+    """Return vectors (rows, numbers), or what is kept of them, as an Arrow array, without a copy."""
+    values = number_array(vectors.reshape(-1))
     return pa.FixedSizeListArray.from_arrays(values, vectors.shape[1])
 
 

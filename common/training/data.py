@@ -24,11 +24,11 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from common import reading, sources
+from common import reading
 from common.errors import UserError, listed, quoted
 from common.files import replace_file, sha256
 from common.runtime import Runtime
-from common.sources import INVISIBLE, FileOptions, is_blank, note
+from common.sources import INVISIBLE, FileOptions, note
 from common.training.run import JOIN, MULTI, REGRESSION, SINGLE
 from common.training.task import (
     DESCRIPTIONS,
@@ -81,13 +81,6 @@ class TextConfig:
     def columns(self) -> list[str]:
         """The columns of the texts."""
         return split_columns(self.text_column)
-
-    def combine(self, cells: list[list[str | None]]) -> list[str]:
-        """Return one text for each row from the columns' cells (columns x N), without blank ones."""
-        return [
-            self.join_with.join(cell for cell in row if cell is not None and not is_blank(cell))
-            for row in zip(*cells)
-        ]
 
 
 @dataclass(frozen=True)
@@ -404,7 +397,7 @@ def _with_texts(rows: datasets.Dataset, texts: TextConfig) -> datasets.Dataset:
     import datasets
 
     if texts.text_mode == JOIN:
-        joined = texts.combine([rows[column][:] for column in texts.columns])
+        joined = reading.join_cells([rows[column][:] for column in texts.columns], texts.join_with)
         return datasets.Dataset.from_dict({"text": joined})
     result = rows.select_columns(texts.columns)
     result = result.rename_columns(dict(zip(texts.columns, ("text", "text_pair"))))
@@ -549,40 +542,6 @@ def texts_of(rows: datasets.Dataset) -> list[str] | list[tuple[str, str]]:
     if "text_pair" in rows.column_names:
         return list(zip(rows["text"][:], rows["text_pair"][:]))
     return rows["text"][:]
-
-
-def texts_to_predict(
-    name: str, config: TextConfig, *, options: FileOptions, cache_dir: str | None
-) -> list[str] | list[tuple[str, str]]:
-    """Return the texts to predict, or pairs of them: from the columns of a data file, or from lines,
-    whose two texts stand between a tab.
-
-    Raises UserError, naming the row or line, for a text that is missing.
-    """
-    if config.text_mode is None:
-        return reading.read_texts(name, column=config.text_column, cache_dir=cache_dir, options=options)
-    sources.check_texts(name, any_suffix=options.is_table)
-    source = reading.source_name(name)
-    with reading.open_plain(name, encoding=options.encoding, folder=cache_dir) as file:
-        if not reading.is_table(file, name, options):
-            if config.text_mode == JOIN:
-                raise UserError(f"--text-mode join: {source} has lines and no columns; name a data file")
-            lines = enumerate(reading.lines_of(file, source), start=1)
-            return [_split_pair(line, f"{source}, line {number}") for number, line in lines]
-        rows = reading.read_table(file, source, as_text=config.columns, options=options, cache_dir=cache_dir)
-    _check_texts(rows, config, source)
-    return texts_of(_with_texts(rows, config))
-
-
-def _split_pair(line: str, location: str) -> tuple[str, str]:
-    """Return the two texts of a line. Raises UserError, naming the location, unless a tab parts them."""
-    first, *second = line.split("\t")
-    if len(second) != 1 or is_blank(first) or is_blank(second[0]):
-        raise UserError(
-            f"{location}: the model reads pairs, and the line has no two texts with a tab between; correct"
-            " it, or name a data file and its --text-column"
-        )
-    return first, second[0]
 
 
 # Chunks of tokens ---------------------------------------------------------------------------------

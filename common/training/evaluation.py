@@ -36,9 +36,10 @@ def evaluate(
     *,
     batch_size: int,
     scoring: Scoring,
+    temperature: float = 1.0,
     signals: StopSignals | None = None,
 ) -> tuple[dict, torch.Tensor]:
-    """Return the scores of a model on a tokenised split, and its logits (N, C).
+    """Return the scores of a model on a tokenised split, and its logits (N, C), divided by a temperature.
 
     The scores are those of `compute_scores`, the other arguments those of `predict_logits`.
     """
@@ -46,6 +47,7 @@ def evaluate(
     from common.training.metrics import compute_scores
 
     logits = predict_logits(model, rows, tokenizer, runtime, batch_size=batch_size, signals=signals)
+    logits = logits / temperature
     task = task_of_rows(rows)
     return compute_scores(task, logits, task.targets(rows["label"][:]), scoring), logits
 
@@ -124,9 +126,10 @@ def predict_texts(
     *,
     batch_size: int,
     scoring: Scoring = Scoring(),  # noqa: B008  (frozen)
+    temperature: float = 1.0,
 ) -> Iterator[dict]:
     """Yield an answer for each text, or pair of texts, in order: a dict with its `row` (from 1), and what
-    `answer` says.
+    `answer` says. Logits are divided by `temperature`.
     """
     task = task_of_model(model)
     for start in range(0, len(texts), PREDICT_BLOCK):
@@ -137,7 +140,7 @@ def predict_texts(
         )
         rows = batching.Columns(columns)
         logits = predict_logits(model, rows, tokenizer, runtime, batch_size=batch_size)
-        for row, scores in enumerate(task.scores(logits).tolist(), start=start + 1):
+        for row, scores in enumerate(task.scores(logits / temperature).tolist(), start=start + 1):
             yield {"row": row, **answer(task, scores, scoring)}
 
 

@@ -28,9 +28,10 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 # the packages whose import takes a tenth of a second or more
 LARGE = {
+    "llguidance",
     *("torch", "numpy", "scipy", "sklearn", "pandas", "pyarrow", "datasets", "evaluate", "matplotlib"),
     *("transformers", "sentence_transformers", "tokenizers", "peft", "tensorboard", "huggingface_hub"),
-    *("duckdb", "faiss", "bm25s", "tabulate", "pytrec_eval", "rouge_score"),
+    *("duckdb", "faiss", "bm25s", "tabulate", "pytrec_eval", "rouge_score", "aiohttp"),
 }
 STORE = {"numpy", "pyarrow"}  # what an index is read with
 COMPUTE = {*STORE, "torch", "tabulate"}
@@ -102,6 +103,9 @@ QUICK = [  # help and mistakes: (command, exit code)
     ([EMBED, "like", "s1", "--unlike", "s1", "--index", "ix"], 2),
     ([EMBED, "dedupe", "texts.txt", "--output", "texts.txt"], 2),
     ([EMBED, "compact", "--index", "damaged"], 2),
+    ([EMBED, "export", "--index", "ix", "--to", "rows.xlsx"], 2),
+    ([EMBED, "export", "--index", "ix", "--to", "texts.csv"], 2),
+    ([EMBED, "index", "texts.csv", "--index", "new", "--vectors", "texts.csv"], 2),
     ([EMBED, "pairs"], 2),
     ([EMBED, "similarity", "texts.txt", "--figure", "no/map.png"], 2),
     ([EMBED, "similarity", "bundled/nope"], 2),
@@ -127,6 +131,8 @@ QUICK = [  # help and mistakes: (command, exit code)
     ([GENERATE, *PROMPT, "--output", "texts.txt"], 2),
     ([GENERATE, *PROMPT, "--output", "texts.txt", "--resume"], 2),
     ([GENERATE, *PROMPT, "--output", "nowhere/new.jsonl"], 2),
+    ([GENERATE, "--serve", "--port", "x"], 2),
+    ([GENERATE, "--serve", *PROMPT], 2),
 ]
 
 
@@ -143,6 +149,8 @@ LOADED = {  # name: (command, the large packages that it may load)
     "delete --where": ([EMBED, "delete", *INDEX, "--where", "label = 'no'"], {*STORE, "duckdb"}),
     "compact": ([EMBED, "compact", *INDEX], STORE),
     "verify": ([EMBED, "verify", *INDEX], STORE),
+    "export": ([EMBED, "export", *INDEX, "--to", "rows.npy", "--to", "rows.parquet"], STORE),
+    "export to FAISS": ([EMBED, "export", *INDEX, "--to", "rows.faiss"], {*STORE, "faiss"}),
     "search": ([EMBED, "search", *INDEX, "good film"], {*COMPUTE, "tokenizers"}),
     "list": ([EMBED, "list", *INDEX], COMPUTE),
     "show": ([EMBED, "show", *INDEX, "s1", "--vector"], STORE),

@@ -31,6 +31,7 @@ def live(request, tmp_path):
 
     class Given:
         name, width, max_length, num_encoded, num_cut, runtime = "given", 24, 16, 0, 0, None
+        prompts: dict[str, str] = {}
 
         def identity(self):
             return {

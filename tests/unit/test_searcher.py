@@ -26,6 +26,7 @@ class Given:
     """
 
     name, width, max_length, num_encoded, num_cut = "given", 16, 16, 0, 0
+    prompts: dict[str, str] = {}
 
     def __init__(self, vectors, query=None):
         self.vectors, self.query = vectors, query

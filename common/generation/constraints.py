@@ -1,0 +1,125 @@
+"""Texts that must have a form: one of several choices, or what a regular expression describes.
+
+At each step, a constraint tells which tokens may follow the new tokens of a text; all others are
+removed before the draw (`keep_allowed` in sampling.py). At the end of the form, only end tokens may.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.errors import UserError, one_line
+from common.generation.language_model import LanguageModel, token_ids
+
+END = -1  # in a trie: a choice is complete here
+Trie = dict[int, Any]  # token -> the trie of what may follow it
+
+
+@dataclass(frozen=True)
+class Choices:
+    """A text is exactly one of several choices."""
+
+    trie: Trie  # over the tokens of the choices
+    end_ids: tuple[int, ...]
+    vocabulary: int
+    name: str = "choices"
+
+    def start(self) -> Callable[[list[int]], Tensor]:
+        """Return what tells, for the new tokens of one text, which tokens (V) may follow them."""
+        return self.allowed
+
+    def allowed(self, new_tokens: list[int]) -> Tensor:
+        """Return which tokens (V) may follow: all those that lead to a choice."""
+        place = self.trie
+        for token in new_tokens:
+            if token in self.end_ids:  # padding may follow
+                return torch.ones(self.vocabulary, dtype=torch.bool)
+            place = place[token]
+        ids = [token for token in place if token != END]
+        ids += self.end_ids if END in place else ()
+        return torch.zeros(self.vocabulary, dtype=torch.bool).index_fill(0, torch.tensor(ids), True)
+
+
+def make_choices(texts: list[str], language_model: LanguageModel, end_ids: tuple[int, ...]) -> Choices:
+    """Return the constraint of --choices. Raises UserError for a text that no tokens spell, and for a
+    model without an end token.
+    """
+    check_end(end_ids, language_model, flag="--choices")
+    trie: Trie = {}
+    for text in texts:
+        ids = token_ids(text, language_model)
+        place = trie
+        for token in ids:
+            place = place.setdefault(token, {})
+        place[END] = {}
+        before = token_ids("\n", language_model)
+        spelled = _decode([*before, *ids], language_model).removeprefix(_decode(before, language_model))
+        if spelled != text:
+            problem = f"the tokens of {language_model.name} spell it {spelled!r}"
+            raise UserError(f"--choices {text!r}: {problem}; write it so")
+    return Choices(trie, end_ids, language_model.vocabulary)
+
+
+def check_end(end_ids: tuple[int, ...], language_model: LanguageModel, *, flag: str) -> None:
+    """Raise UserError for a model without a token that could end a text."""
+    if not end_ids:
+        problem = f"no token of {language_model.name} ends a text"
+        raise UserError(f"{flag}: {problem}; name one with --end-token")
+
+
+def _decode(ids: list[int], language_model: LanguageModel) -> str:
+    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    return str(language_model.tokenizer.decode(ids, **options))
+
+
+class Regex:
+    """A text matches a regular expression from its beginning to its end.
+
+    llguidance turns the expression into an automaton over bytes, and walks it with the bytes of each
+    token of the vocabulary.
+    """
+
+    def __init__(self, pattern: str, language_model: LanguageModel, end_ids: tuple[int, ...]) -> None:
+        """Raise UserError for an expression that llguidance refuses, and for a model without an end
+        token, or without a tokenizer of the `tokenizers` library.
+        """
+        from llguidance import LLMatcher, LLTokenizer
+
+        check_end(end_ids, language_model, flag="--regex")
+        backend = getattr(language_model.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            name = language_model.name
+            raise UserError(f"--regex: {name} has no tokenizer of the tokenizers library; leave it out")
+        self.name, self.end_ids, self.vocabulary = "regex", end_ids, language_model.vocabulary
+        size = max(self.vocabulary, backend.get_vocab_size())
+        tokenizer = LLTokenizer(backend.to_str(), n_vocab=size, eos_token=list(end_ids))
+        grammar = LLMatcher.grammar_from_regex(pattern)
+        self.make_matcher = lambda: LLMatcher(tokenizer, grammar, log_level=0)
+        matcher = self.make_matcher()
+        if matcher.is_error():
+            reason = one_line(ValueError(matcher.get_error().partition("\n\n")[0]))
+            raise UserError(f"--regex {pattern!r}: {reason}; write another expression")
+
+    def start(self) -> Callable[[list[int]], Tensor]:
+        """Return what tells, for the new tokens of one text, which tokens (V) may follow them."""
+        matcher, known = self.make_matcher(), []
+
+        def allowed(new_tokens: list[int]) -> Tensor:
+            if not set(self.end_ids).isdisjoint(new_tokens):  # padding may follow
+                return torch.ones(self.vocabulary, dtype=torch.bool)
+            if new_tokens[: len(known)] != known:  # the text goes another way, as after a wrong guess
+                matcher.reset()
+                known.clear()
+            following = new_tokens[len(known) :]
+            known.extend(following)
+            assert matcher.consume_tokens(following), matcher.get_error()
+            bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)  # eight tokens in each
+            return torch.from_numpy(np.unpackbits(bits, bitorder="little")[: self.vocabulary]).bool()
+
+        return allowed

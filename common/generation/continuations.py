@@ -1,0 +1,206 @@
+"""How likely given texts are after a prompt: what multiple-choice evaluations ask.
+
+The log-probability of a continuation is the sum over its tokens, each predicted from the prompt and
+the tokens before it. Prompt and continuation are encoded together, because a tokenizer may join the
+end of one and the beginning of the other.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tabulate import tabulate
+
+from common.errors import UserError, shorten
+from common.generation import decoding
+from common.generation.language_model import LanguageModel, check_characters, check_length
+from common.generation.scoring import start_token
+
+MOST_LOGITS = 1 << 27  # numbers of a batch's logits: 512 MB
+SHOWN = 60  # characters of a text in a table
+FIELDS = {"prompt", "choices", "answer"}
+ADVICE = 'write {"prompt": "...", "choices": ["...", "..."], "answer": 0}; answer may be left out'
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt, the texts that may follow it, and the number of the right one, from 0, if it is known."""
+
+    prompt: str
+    choices: list[str]
+    answer: int | None
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A continuation with its log-probability, a natural logarithm."""
+
+    text: str
+    logprob: float
+    num_tokens: int
+
+    @property
+    def per_token(self) -> float:
+        """The log-probability of a token, on average."""
+        return self.logprob / self.num_tokens
+
+    @property
+    def per_character(self) -> float:
+        """The log-probability of a character, on average."""
+        return self.logprob / len(self.text)
+
+
+# how continuations are compared: by the whole, or so that longer ones are not at a disadvantage
+MEASURES = {
+    "total": lambda scored: scored.logprob,
+    "per token": lambda scored: scored.per_token,
+    "per character": lambda scored: scored.per_character,
+}
+
+
+def read_questions(lines: list[str], source: str) -> list[Question]:
+    """Return the questions of a JSONL file. Raises UserError, naming the line, for what is none."""
+    questions = [_read_question(line, f"{source}, line {number}") for number, line in enumerate(lines, 1)]
+    if len({question.answer is None for question in questions}) > 1:
+        number = next(n for n, question in enumerate(questions, 1) if question.answer is None)
+        raise UserError(f"{source}, line {number}: no answer, and other lines have one; give all or none")
+    return questions
+
+
+def _read_question(line: str, place: str) -> Question:
+    try:
+        row: Any = json.loads(line)
+    except (ValueError, RecursionError):
+        row = None
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+        raise UserError(f"{place}: no JSON object with a prompt; {ADVICE}")
+    choices = row.get("choices")
+    if not isinstance(choices, list) or not choices or not all(isinstance(text, str) for text in choices):
+        raise UserError(f"{place}: its choices are no list of texts; {ADVICE}")
+    if "" in choices:
+        raise UserError(f"{place}: choice {choices.index('') + 1} is empty; write a text")
+    answer = row.get("answer")
+    if isinstance(answer, str) and choices.count(answer) == 1:
+        answer = choices.index(answer)
+    if answer is not None and (type(answer) is not int or not 0 <= answer < len(choices)):
+        which = shorten(repr(answer), SHOWN)
+        wanted = f"neither one of its choices nor a number from 0 to {len(choices) - 1}"
+        raise UserError(f"{place}: its answer {which} is {wanted}; {ADVICE}")
+    return Question(row["prompt"], choices, answer)
+
+
+def encode_pair(prompt: str, continuation: str, model: LanguageModel, *, name: str) -> tuple[list[int], int]:
+    """Return the tokens of a prompt with its continuation, and how many of them are the prompt's.
+
+    Spaces at the end of the prompt go to the continuation, since most tokenizers put a space before a
+    word into the word's token. A token that holds the end of the prompt and the beginning of the
+    continuation counts as the continuation's. Nothing predicts the first token of a text: an empty prompt
+    is the token that begins texts, or else one that ends them.
+    """
+    check_characters(prompt + continuation, model, name=name)
+    start = start_token(model)
+    first = [] if start is None else [start]
+    both, before = (
+        [*first, *model.tokenizer(text, add_special_tokens=False)["input_ids"]] if text else first
+        for text in (prompt + continuation, prompt.rstrip(" "))
+    )
+    num_equal = 0
+    while num_equal < min(len(before), len(both) - 1) and before[num_equal] == both[num_equal]:
+        num_equal += 1
+    if num_equal > 0:
+        return both, num_equal
+    if not model.end_ids:
+        raise UserError(f"{name}: {model.name} has no token that could stand for an empty prompt")
+    return [model.end_ids[0], *both], 1
+
+
+@torch.inference_mode()
+def score(questions: list[Question], model: LanguageModel, *, batch_size: int) -> list[list[Scored]]:
+    """Return the scored choices of each question, `batch_size` texts at a time.
+
+    Raises UserError for a text that does not fit into the model's context.
+    """
+    pairs = []  # (question, text, ids, tokens of the prompt)
+    for number, question in enumerate(questions):
+        for which, text in enumerate(question.choices, start=1):
+            name = f"prompt {number + 1} with choice {which}"
+            ids, num_before = encode_pair(question.prompt, text, model, name=name)
+            check_length(ids, 0, model, name=name)
+            pairs.append((number, text, ids, num_before))
+    found: dict[int, Scored] = {}
+    order = sorted(range(len(pairs)), key=lambda place: len(pairs[place][2]))  # so that few are padded
+    while order:
+        chosen, order = order[:batch_size], order[batch_size:]
+        longest = max(len(pairs[place][2]) - pairs[place][3] for place in chosen)
+        fitting = max(1, MOST_LOGITS // (model.vocabulary * (longest + 1)))
+        chosen, order = chosen[:fitting], chosen[fitting:] + order
+        batch = decoding.left_pad([pairs[place][2] for place in chosen], model, room=0)
+        # from the column before the first token that is scored
+        logits = decoding.forward(model, batch, first=0, keep=min(longest + 1, batch.length))
+        for place, row in zip(chosen, logits):
+            _, text, ids, num_before = pairs[place]
+            targets = torch.tensor(ids[num_before:], device=row.device)
+            predicting = row[-len(targets) - 1 : -1].float().log_softmax(-1)  # (N, V)
+            logprob = predicting.gather(-1, targets[:, None]).double().sum().item()
+            found[place] = Scored(text, logprob, len(targets))
+    result: list[list[Scored]] = [[] for _ in questions]
+    for place, (number, *_) in enumerate(pairs):
+        result[number].append(found[place])
+    return result
+
+
+def likeliest(choices: list[Scored], measure: str) -> int:
+    """Return the number of the likeliest choice; of equal ones, the first."""
+    values = [MEASURES[measure](scored) for scored in choices]
+    return values.index(max(values))
+
+
+def line(number: int, question: Question, choices: list[Scored]) -> dict:
+    """Return what is written for a question, as JSON takes it."""
+    scores = [
+        {
+            "text": scored.text,
+            "logprob": round(scored.logprob, 6),
+            "num_tokens": scored.num_tokens,
+            "per_token": round(scored.per_token, 6),
+            "per_character": round(scored.per_character, 6),
+        }
+        for scored in choices
+    ]
+    return {
+        "prompt_number": number,
+        "prompt": question.prompt,
+        "choices": scores,
+        "likeliest": {measure.replace(" ", "_"): likeliest(choices, measure) for measure in MEASURES},
+        "answer": question.answer,
+    }
+
+
+def table(number: int, question: Question, choices: list[Scored]) -> str:
+    """Return the table of a question: the likeliest choice is marked, by each measure, and the right one."""
+    best = {measure: likeliest(choices, measure) for measure in MEASURES}
+    rows = []
+    for place, scored in enumerate(choices):
+        values = [
+            f"{value(scored):.4f}{'*' if best[measure] == place else ' '}"
+            for measure, value in MEASURES.items()
+        ]
+        mark = "=" if place == question.answer else ""
+        rows.append([mark, repr(shorten(scored.text, SHOWN)), scored.num_tokens, *values])
+    names = ["", "continuation", "tokens", *MEASURES]
+    head = f"--- prompt {number}: {shorten(question.prompt, SHOWN)}"
+    return f"{head}\n{tabulate(rows, names, disable_numparse=True, tablefmt='plain', stralign='right')}"
+
+
+def accuracy(questions: list[Question], scored: list[list[Scored]]) -> str:
+    """Return in one line how often the likeliest choice is the right one, by each measure."""
+    parts = []
+    for measure in MEASURES:
+        right = sum(
+            likeliest(choices, measure) == question.answer for question, choices in zip(questions, scored)
+        )
+        parts.append(f"{right / len(questions):.4f} {measure}")
+    return f"accuracy over {len(questions):,} prompts: {', '.join(parts)}"

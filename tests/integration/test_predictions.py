@@ -1,0 +1,174 @@
+"""--predict with --output: what stays beside an answer, the three formats, and going on after a kill."""
+
+import csv
+import json
+import tracemalloc
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+import train_classifier
+from common import reading
+from common.sources import FileOptions
+from common.training import evaluation, predictions
+from conftest import exit_code_in_process, make_sentences
+
+CPU = ["--device", "cpu", "--precision", "fp32"]
+NUM_ROWS = 30
+
+
+@pytest.fixture
+def table(tmp_path) -> Path:
+    """A CSV file of texts with an id, a label and a number."""
+    path = tmp_path / "new.csv"
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", "text", "label", "stars"])
+        for number, (text, label) in enumerate(make_sentences(NUM_ROWS)):
+            writer.writerow([f"{number:03}", f'{text}, "so"', label, f"{number}.50"])
+    return path
+
+
+@pytest.fixture
+def predict(tiny_model, capsys):
+    """Return a function that runs --predict and returns code, stdout and stderr."""
+
+    def run(source: Path, *flags) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = exit_code_in_process(
+            train_classifier, ["--model", tiny_model, "--predict", source, *CPU, *flags]
+        )
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def read(path: Path) -> list[dict]:
+    """Return the rows of a file of predictions, scores as columns."""
+    if path.suffix == ".parquet":
+        return pq.read_table(path).to_pylist()
+    if path.suffix == ".csv":
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+        numbers = [name for name in rows[0] if name.startswith(("score_", "confidence"))]
+        return [row | {"row": int(row["row"])} | {name: float(row[name]) for name in numbers} for row in rows]
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [
+        {key: value for key, value in row.items() if key != "scores"}
+        | {f"score_{name}": score for name, score in row["scores"].items()}
+        for row in rows
+    ]
+
+
+@pytest.mark.parametrize("ending", predictions.ENDINGS)
+def test_ids_and_other_columns_stay_as_they_are_written(ending, table, predict, tmp_path):
+    output = tmp_path / f"answers{ending}"
+    flags = ["--output", output, "--id-column", "id", "--keep-columns", "stars,label"]
+    assert predict(table, *flags)[0] == 0
+    code, printed, _ = predict(table)
+    answers = [json.loads(line) for line in printed.splitlines()]
+    rows = read(output)
+    assert list(rows[0])[:4] == ["row", "id", "stars", "given_label"]
+    for number, (row, answer, (_, label)) in enumerate(
+        zip(rows, answers, make_sentences(NUM_ROWS), strict=True)
+    ):
+        assert (row["row"], row["id"], row["stars"]) == (number + 1, f"{number:03}", f"{number}.50")
+        assert (row["given_label"], row["label"]) == (label, answer["label"])
+        assert {f"score_{name}": score for name, score in answer["scores"].items()}.items() <= row.items()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([output.name, table.name])
+
+
+def test_all_columns_stay_also_on_the_screen(table, predict, tmp_path):
+    code, printed, _ = predict(table, "--keep-columns", "all")
+    first = json.loads(printed.splitlines()[0])
+    assert (first["id"], first["given_label"], first["stars"], first["row"]) == ("000", "neg", "0.50", 1)
+    assert "text" not in first
+
+
+@pytest.mark.parametrize("ending", predictions.ENDINGS)
+def test_what_a_kill_has_left_is_gone_on_with(ending, table, predict, tmp_path, monkeypatch):
+    for module in (train_classifier, evaluation):
+        monkeypatch.setattr(module, "PREDICT_BLOCK", 8)
+    flags = ["--keep-columns", "all", "--output"]
+    whole, output = tmp_path / f"whole{ending}", tmp_path / f"answers{ending}"
+    assert predict(table, *flags, whole)[0] == 0
+
+    class Killed(BaseException):
+        pass
+
+    computed, add = [], predictions.Predictions.add
+
+    def add_and_die(self, answers, columns):
+        computed.append(len(answers))
+        if len(computed) == 3:
+            self.file.write(b"half a block")  # and the progress is not written
+            self.file.flush()
+            raise Killed
+        add(self, answers, columns)
+
+    monkeypatch.setattr(predictions.Predictions, "add", add_and_die)
+    with pytest.raises(Killed):
+        predict(table, *flags, output)
+    assert not output.exists()
+    code, _, said = predict(table, *flags, output)
+    assert code == 2 and "--resume" in said and said.count("\n") == 1
+    assert predict(table, *flags, output, "--resume")[0] == 0
+    assert computed == [8, 8, 8, 8, 6]  # of the first two blocks nothing was computed again
+    assert output.read_bytes() == whole.read_bytes()
+    code, printed, _ = predict(table, *flags, output, "--resume")
+    assert (code, len(computed)) == (0, 5) and "complete" in printed
+
+
+def test_a_part_from_elsewhere_is_not_gone_on_with(table, predict, tmp_path, monkeypatch):
+    output = tmp_path / "answers.csv"
+    monkeypatch.setattr(predictions.Predictions, "finish", lambda self: None)
+    assert predict(table, "--output", output)[0] == 0
+    for change, part in [
+        (lambda: None, None),
+        (lambda: predictions.partial(output).write_bytes(b""), "damaged"),
+        (lambda: table.write_text(table.read_text() + "x,good,pos,1\n"), "text"),
+    ]:
+        change()
+        code, _, said = predict(table, "--output", output, "--resume")
+        assert (code == 2 and part in said) if part else code == 0, said
+
+
+@pytest.mark.parametrize(
+    "flags, parts",
+    [
+        (["--output", "answers.txt"], ("--output answers.txt", ".jsonl, .csv, .parquet")),
+        (["--output", "nowhere/answers.csv"], ("--output", "no such folder")),
+        (["--keep-columns", "author"], ("author", "--keep-columns", "stars")),
+        (["--resume"], ("--resume", "--output")),
+    ],
+)
+def test_mistakes(flags, parts, table, predict):
+    code, printed, said = predict(table, *flags)
+    assert (code, printed, said.count("\n")) == (2, "", 1) and all(part in said for part in parts), said
+
+
+def test_flags_that_need_others(table, predict, tmp_path, capsys):
+    lines = tmp_path / "new.txt"
+    lines.write_text("good\n")
+    code, _, said = predict(lines, "--id-column", "id")
+    assert code == 2 and "--id-column" in said
+    assert exit_code_in_process(train_classifier, ["--dataset", table, "--output", "a.csv"]) == 2
+    assert "--predict" in capsys.readouterr().err
+
+
+def test_memory_does_not_grow_with_the_number_of_texts(tmp_path):
+    peaks = []
+    for count in (20_000, 200_000):
+        path = tmp_path / f"{count}.txt"
+        path.write_text("".join(f"a text of some words, the number {number}\n" for number in range(count)))
+        tracemalloc.start()
+        with reading.open_texts(
+            str(path), columns=["text"], kept=[], options=FileOptions(), cache_dir=None
+        ) as texts:
+            assert texts.check() == set()
+            blocks = texts.blocks(evaluation.PREDICT_BLOCK, without=set(), skipped=5)
+            assert sum(len(block.texts) for block in blocks) == count - 5
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.2 * peaks[0] + 100_000, peaks
