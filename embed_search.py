@@ -5,8 +5,8 @@ over a durable index.
 Texts come from a file with one per line, from standard input ("-"), a CSV/TSV/JSON/JSONL/Parquet
 file with --text-column, a folder of .txt files, or a bundled set. Models are those of
 sentence-transformers, local or from the Hub; without --model, an index is searched with the model
-that made it, and everything else uses bundled/all-MiniLM-L6-v2. Left out on purpose: a server,
-embeddings made by other programs, images.
+that made it, and everything else uses bundled/all-MiniLM-L6-v2. An index
+beyond one machine is a collection in Milvus (milvus:URI/COLLECTION). Left out on purpose: images.
 
   python embed_search.py similarity sentences.txt --query "Artificial intelligence" --figure map.png
   python embed_search.py index bundled/bbc-news --index news
