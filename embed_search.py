@@ -779,8 +779,7 @@ def evaluate(args: argparse.Namespace) -> None:
         words = Words(args.language)
         options = {"words": words, "rerank_depth": depth, "say": screen.say}
         searcher = Searcher(snapshot, opened.encoder, allowed, **options)
-        cuts = tuple(sorted(set(args.at or ())))
-        measures = relevance.Measures(cuts, cuts) if cuts else relevance.USUAL
+        measures = relevance.measures_at(args.at)
         values = relevance.score_all(searcher, opened.task, reranker=reranker, measures=measures)
         searches = model_scores.of_searches(list(opened.task.judgements), values)
         stores = relevance.score_stores(searcher, opened.task, args.store, measures)
@@ -975,7 +974,7 @@ def milvus_search(args: argparse.Namespace) -> None:
 
 
 def milvus_evaluate(args: argparse.Namespace) -> None:
-    from common.search import display, milvus, relevance
+    from common.search import display, milvus, model_scores, relevance
 
     runtime, screen = start(args)
     task = relevance.read_task(args.queries, args.qrels, args.encoding)
@@ -986,8 +985,12 @@ def milvus_evaluate(args: argparse.Namespace) -> None:
             ways["reranked"] = searcher
             ways["exact"] = dataclasses.replace(searcher, reranker=None)
             ways["hybrid"] = dataclasses.replace(searcher, hybrid=True, reranker=None)
-        scores = {name: relevance.score(way, task) for name, way in ways.items()}
-        display.show_scores(screen, task, scores, {})
+        measures = relevance.measures_at(args.at)
+        values = {name: relevance.scores_of(way, task, measures) for name, way in ways.items()}
+        searches = model_scores.of_searches(list(task.judgements), values)
+        display.show_scores(screen, task, searches, model_scores.differences(searches), {})
+        if args.per_query:
+            display.write_query_scores(searches, args.per_query, screen)
 
 
 @contextlib.contextmanager

@@ -62,6 +62,12 @@ class Measures:
 USUAL = Measures()
 
 
+def measures_at(cuts: list[int] | None) -> Measures:
+    """Return the measures that stop at some ranks, by default the usual ones."""
+    chosen = tuple(sorted(set(cuts or ())))
+    return Measures(chosen, chosen) if chosen else USUAL
+
+
 @dataclass(frozen=True)
 class Task:
     """What a search is scored on. `queries`: id -> text."""
@@ -140,10 +146,12 @@ def score_all(
     }
     if reranker:
         searchers["reranked"] = dataclasses.replace(searcher, reranker=reranker)
-    return {
-        name: query_scores(task.judgements, find(own, task, measures.depth), measures)
-        for name, own in searchers.items()
-    }
+    return {name: scores_of(own, task, measures) for name, own in searchers.items()}
+
+
+def scores_of(searcher: Searcher, task: Task, measures: Measures) -> dict[str, list[float]]:
+    """Return the measures of each query for one way of searching."""
+    return query_scores(task.judgements, find(searcher, task, measures.depth), measures)
 
 
 def find(searcher: Searcher, task: Task, depth: int = DEPTH) -> dict[str, list[str]]:
