@@ -116,8 +116,10 @@ def class_scores(
 def areas(probabilities: np.ndarray, is_true: np.ndarray) -> dict[str, float]:
     """Return the areas under the ROC curve, `roc_auc`, and under precision over recall,
     `average_precision`: means over those columns of (N, C) in which both yes and no occur, {} if
-    there are none.
+    there are none, or if the model's answers are not numbers, of which the loss tells.
     """
+    if not np.isfinite(probabilities).all():
+        return {}
     share = is_true.mean(axis=0)
     defined = (share > 0) & (share < 1)
     if not defined.any():

@@ -192,15 +192,20 @@ FILES = {  # name: (file's name, content, what the line must hold)
         '{"text": "a", "label": 1}\n{"text": "b", "label": null}',
         ("train, row 2", "'label'", "missing", "fill it in"),
     ),
-    "float labels": (
-        "rows.csv",
-        "text,label\na,1.5\nb,2.0\n",
-        ("split train", "'label' holds decimal numbers", "whole numbers", "--label-column"),
-    ),
-    "list labels": (
+    "a list of labels with a hole": (
         "rows.jsonl",
-        '{"text": "a", "label": ["x"]}\n',
-        ("split train", "'label' holds List", "--label-column"),
+        '{"text": "a", "label": ["x", null]}\n{"text": "b", "label": ["y"]}\n',
+        ("split train, row 1", "'label'", "missing", "fill it in"),
+    ),
+    "lists of numbers of two lengths": (
+        "rows.jsonl",
+        '{"text": "a", "label": [1.5, 2.5]}\n{"text": "b", "label": [0.5]}\n',
+        ("split train, row 2", "'label'", "1 numbers", "row 1", "correct"),
+    ),
+    "lists of lists": (
+        "rows.jsonl",
+        '{"text": "a", "label": [[1]]}\n',
+        ("split train", "'label' holds lists of List", "--label-column", "--task"),
     ),
     "numeric text": (
         "rows.jsonl",
