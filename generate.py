@@ -10,6 +10,7 @@ tokens to text). Left out on purpose: encoder-decoder models.
   python generate.py --prompt "Natural Language Processing is" --top-k 50 --check
   python generate.py --chat --prompt "Why is the sky blue?" --system "Answer in one sentence."
   python generate.py --interactive  # a conversation
+  python generate.py --serve  # OpenAI's protocol, at http://127.0.0.1:8000/v1
   python generate.py --prompts-file prompts.txt --output texts.jsonl --batch-size 16
   torchrun --nproc-per-node 2 generate.py --prompts-file prompts.txt --output texts.jsonl
 """
@@ -18,6 +19,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+import json
 import math
 import os
 import re
@@ -36,16 +39,18 @@ from common.cli import (
     non_negative_float,
     non_negative_int,
     penalty,
+    positive_duration,
     positive_float,
     positive_int,
     probability,
 )
-from common.errors import Interrupted, UserError, shorten
+from common.errors import Interrupted, UserError, outcome, shorten
 from common.generation import output
 from common.sources import FileOptions
 
 if TYPE_CHECKING:
-    from common.generation.chat import Chat
+    from common.generation.chat import ChatFormat, Message
+    from common.generation.conversation import Chat
 
 # --- Flags
 
@@ -64,11 +69,20 @@ def make_parser() -> cli.Parser:
     add("--prompt", action="append", metavar="TEXT", help="a text to continue; repeat it for more")
     add("--prompts-file", metavar="FILE", help="one prompt per line (-: standard input), or a data file")
     add("--text-column", default="text", help="column of the prompts in a data file")
+    help_text = "leave out prompts that do not fit, or that the template refuses, and say so in the output"
+    add("--skip-bad", action="store_true", help=help_text)
     add("--chat", action="store_true", help="prompts are questions, in the model's chat template")
     add("--system", metavar="TEXT", help="system message of a chat")
+    add("--prefill", metavar="TEXT", help="how each answer of a chat begins")
+    help_text = "another template: one of several that the model has, or a file in Jinja"
+    add("--chat-template", metavar="NAME|FILE", type=cli.name, help=help_text)
+    help_text = "what the template reads, such as enable_thinking=false; repeat it for more"
+    add("--template-option", action="append", metavar="NAME=VALUE", type=template_option, help=help_text)
 
     title = "choice of tokens (greedy unless a flag from --temperature to --xtc-probability is given)"
     add = parser.add_argument_group(title).add_argument
+    help_text = "what generation_config.json says, for each flag below that is not given"
+    add("--use-model-defaults", action="store_true", help=help_text)
     add("--temperature", type=non_negative_float, help="below 1 sharpens, above 1 flattens; 0: greedy")
     add("--top-k", type=non_negative_int, help="keep the k most likely tokens; 0: off")
     add("--top-p", type=probability, help="keep the fewest tokens that together reach this probability")
@@ -82,7 +96,7 @@ def make_parser() -> cli.Parser:
     help_text = "so often, leave out all tokens above --xtc-threshold but the least likely of them"
     add("--xtc-probability", type=probability, help=help_text)
     add("--xtc-threshold", type=probability, default=0.1, help="how likely a token is that XTC leaves out")
-    add("--repetition-penalty", type=positive_float, default=1.0, help="above 1 discourages repetition")
+    add("--repetition-penalty", type=positive_float, help="above 1 discourages repetition; 1: off")
     help_text = "subtract this from the logit of each token that the text has already"
     add("--presence-penalty", type=penalty, default=0.0, help=help_text)
     help_text = "subtract this from the logit of each token, times how often the text has it"
@@ -91,8 +105,8 @@ def make_parser() -> cli.Parser:
     add("--logit-bias", action="append", metavar="TOKEN=NUMBER", type=token_and_number, help=help_text)
     help_text = r"words, separated by commas, whose tokens may not be generated; \, is a comma"
     add("--ban-words", action="extend", metavar="WORD,...", type=listed, help=help_text)
-    help_text = "no sequence of this many tokens occurs twice; 0 is off"
-    add("--no-repeat-ngram-size", type=non_negative_int, default=0, help=help_text)
+    help_text = "no sequence of this many tokens occurs twice; 0: off"
+    add("--no-repeat-ngram-size", type=non_negative_int, help=help_text)
     help_text = (
         "exact: the random numbers of model.generate, in each batch from its batch_seed; "
         "independent: each text has its own random numbers and does not depend on its batch"
@@ -139,7 +153,9 @@ def make_parser() -> cli.Parser:
 
     group = parser.add_argument_group("instead of plain generation")
     add = group.add_mutually_exclusive_group().add_argument
-    add("--interactive", action="store_true", help="a conversation; /reset starts over, Ctrl-D ends it")
+    help_text = "a server on this machine that speaks OpenAI's protocol (GENERATE_API_KEY: its key)"
+    add("--serve", action="store_true", help=help_text)
+    add("--interactive", action="store_true", help="a conversation; /help lists its commands")
     help_text = "compare each token with model.generate's; exit code 1 if one differs"
     add("--check", action="store_true", help=help_text)
     add("--explain", action="store_true", help="show for each token what every filter does")
@@ -154,6 +170,13 @@ def make_parser() -> cli.Parser:
     group.add_argument("--window", type=positive_int, help=help_text)
     help_text = "tokens from one window to the next (default: half a window)"
     group.add_argument("--stride", type=positive_int, help=help_text)
+
+    add = parser.add_argument_group("limits of --serve").add_argument
+    add("--port", type=port, default=8000, help="of 127.0.0.1; 0: any free one")
+    help_text = "texts that wait for their turn; more are refused (429)"
+    add("--max-waiting", type=positive_int, default=64, help=help_text)
+    help_text = "seconds from a request to the end of its answer"
+    add("--request-seconds", type=positive_duration, default=600.0, help=help_text)
     return parser
 
 
@@ -166,6 +189,24 @@ def unescape(text: str) -> str:
 
 
 EARLY_STOPPING: dict[str, Any] = {"true": True, "false": False, "never": "never"}
+
+
+def port(text: str) -> int:
+    """Parse the number of a port."""
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{shorten(text, 60)!r} is not a number from 0 to 65535")
+    return int(text)
+
+
+def template_option(text: str) -> tuple[str, object]:
+    """Parse a NAME=VALUE, whose value is one of JSON, or else a text."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"{shorten(text, 60)!r} is not NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def listed(text: str) -> list[str]:
@@ -194,16 +235,20 @@ DRAWING = (  # any of them given: not greedy
     "xtc_probability",
 )
 DRAWING_FLAGS = tuple("--" + name.replace("_", "-") for name in DRAWING)
-NO_PROMPT = ("--interactive", "--perplexity", "--score", "--score-continuations")
+NO_PROMPT = ("--serve", "--interactive", "--perplexity", "--score", "--score-continuations")
 ONE_PROMPT = ("--explain", "--compare")
-NO_SCORE = ("--check", *ONE_PROMPT, "--interactive", "--perplexity", "--score-continuations")
+NO_SCORE = ("--check", *ONE_PROMPT, "--serve", "--interactive", "--perplexity", "--score-continuations")
 NO_TEXTS = ("--perplexity", "--score", "--score-continuations")
 FORMS = ("--choices", "--regex")
 FORMLESS = ("--min-new-tokens", "--no-repeat-ngram-size", "--ban-words")
 TABLES = ("--prompts-file", "--references", "--score")  # flags whose file may be a table
 MODES = ("--check", *ONE_PROMPT, *NO_PROMPT)
+CHATS = ("--chat", "--interactive")
 NEEDS = {  # a flag, and the flags of which it needs one
-    "--system": ("--chat", "--interactive"),
+    **dict.fromkeys(("--system", "--prefill"), CHATS),
+    **dict.fromkeys(("--chat-template", "--template-option"), (*CHATS, "--serve")),
+    **dict.fromkeys(("--port", "--max-waiting", "--request-seconds"), ("--serve",)),
+    "--skip-bad": ("--prompts-file",),
     "--window": ("--perplexity",),
     "--stride": ("--perplexity",),
     "--resume": ("--output",),
@@ -214,7 +259,8 @@ NEEDS = {  # a flag, and the flags of which it needs one
     "--xtc-threshold": ("--xtc-probability",),
     "--length-penalty": ("--num-beams",),
     "--early-stopping": ("--num-beams",),
-    "--num-samples": (*DRAWING_FLAGS, "--num-beams"),  # greedy gives the same text each time
+    # greedy gives the same text each time
+    "--num-samples": (*DRAWING_FLAGS, "--num-beams", "--use-model-defaults"),
 }
 CONFLICTS = (  # flags that cannot be used together, and why; torchrun counts as one
     ("--prompt", NO_PROMPT, "this mode takes no prompts"),
@@ -230,9 +276,17 @@ CONFLICTS = (  # flags that cannot be used together, and why; torchrun counts as
     ("--chat", ("--score-continuations",), "its prompts go on as they are"),
     ("--stop", ("--perplexity", "--score-continuations"), "no text is generated that could stop"),
     ("--stream", ("--output",), "the texts go to a file, not to the screen"),
-    ("--lookup", DRAWING_FLAGS, "prompt lookup is for greedy decoding"),
+    ("--lookup", (*DRAWING_FLAGS, "--use-model-defaults"), "prompt lookup is for greedy decoding"),
+    (
+        "--serve",
+        ("--chat", "--lookup", "--sampler", *FORMS),
+        "each request says what it is, and is decoded as if alone",
+    ),
+    ("--skip-bad", MODES, "this mode leaves out no prompts"),
+    ("--use-model-defaults", NO_TEXTS, "no text is generated"),
     ("--lookup", ONE_PROMPT, "this mode uses no prompt lookup"),
     ("--num-beams", DRAWING_FLAGS, "a beam search draws nothing"),
+    ("--num-beams", ("--use-model-defaults",), "the model's settings choose token by token"),
     ("--num-beams", ("--lookup",), "a beam search has several texts to guess"),
     ("--num-beams", ("--stop",), "beams end at end tokens only"),
     ("--num-beams", ("--logprobs",), "the logits of a beam are not kept"),
@@ -263,15 +317,7 @@ def check_flags(args: argparse.Namespace) -> None:
     used as far as the file system shows: before any library is loaded.
     """
     check_combinations(given_flags(args))
-    if 0 < (args.temperature or 0) < LOWEST_TEMPERATURE:
-        lowest = f"at least {LOWEST_TEMPERATURE:g}, or 0 for greedy"
-        raise UserError(f"--temperature {args.temperature}: use {lowest}")
-    if not LOWEST_PENALTY <= args.repetition_penalty <= 1 / LOWEST_PENALTY:
-        limits = f"from {LOWEST_PENALTY:g} to {1 / LOWEST_PENALTY:g}"
-        raise UserError(f"--repetition-penalty {args.repetition_penalty}: use a number {limits}")
-    if args.xtc_threshold > MOST_THRESHOLD:
-        reason = f"no two tokens are so likely that XTC could leave one out; use at most {MOST_THRESHOLD}"
-        raise UserError(f"--xtc-threshold {args.xtc_threshold}: {reason}")
+    check_ranges(args)
     if args.min_new_tokens > args.max_new_tokens:
         low, high = args.min_new_tokens, args.max_new_tokens
         raise UserError(f"--min-new-tokens {low}: lower it, or raise --max-new-tokens {high}")
@@ -288,8 +334,32 @@ def check_flags(args: argparse.Namespace) -> None:
     for name in (args.perplexity, args.score_continuations):
         if name is not None:
             sources.check_text_file(name)
+    if args.chat_template is not None:
+        check_template(args.chat_template)
     if args.output is not None:
         output.check_path(args.output, resume=args.resume)
+
+
+def check_ranges(args: argparse.Namespace) -> None:
+    """Raise UserError for a number with which logits would leave the range of fp32."""
+    if 0 < (args.temperature or 0) < LOWEST_TEMPERATURE:
+        lowest = f"at least {LOWEST_TEMPERATURE:g}, or 0 for greedy"
+        raise UserError(f"--temperature {args.temperature}: use {lowest}")
+    if not LOWEST_PENALTY <= (args.repetition_penalty or 1.0) <= 1 / LOWEST_PENALTY:
+        limits = f"from {LOWEST_PENALTY:g} to {1 / LOWEST_PENALTY:g}"
+        raise UserError(f"--repetition-penalty {args.repetition_penalty}: use a number {limits}")
+    if args.xtc_threshold > MOST_THRESHOLD:
+        reason = f"no two tokens are so likely that XTC could leave one out; use at most {MOST_THRESHOLD}"
+        raise UserError(f"--xtc-threshold {args.xtc_threshold}: {reason}")
+
+
+def check_template(name: str) -> None:
+    """Raise UserError for a --chat-template that is the path of a file, and can't be read."""
+    is_path = os.sep in name or name.endswith(".jinja")
+    if is_path and sources.kind_of_path(name) == "nothing":
+        raise UserError(f"--chat-template {name}: no such file; check the path")
+    if sources.kind_of_path(name) == "file":
+        sources.check_text_file(name)
 
 
 def file_options(args: argparse.Namespace) -> FileOptions:
@@ -301,7 +371,7 @@ def file_options(args: argparse.Namespace) -> FileOptions:
 def check_combinations(given: dict[str, str]) -> None:
     """Raise UserError for flags that contradict each other, or that need another one."""
     if not given.keys() & {"--prompt", "--prompts-file", *NO_PROMPT}:
-        raise UserError("no prompt: give --prompt TEXT, --prompts-file FILE or --interactive")
+        raise UserError("no prompt: give --prompt TEXT, --prompts-file FILE, --interactive or --serve")
     for flag, needed in NEEDS.items():
         if flag in given and not given.keys() & set(needed):
             others = " or ".join(needed)
@@ -320,27 +390,17 @@ def check_given_texts(args: argparse.Namespace) -> None:
             raise UserError(f"--prompt {number}: the prompt is empty; write something to continue")
     if "" in (args.stop or []):
         raise UserError("--stop '': every text contains the empty string; leave it out")
+    if args.prefill is not None and not args.prefill.strip():
+        raise UserError("--prefill: the text is empty; write how the answer begins, or leave it out")
     if any(not word.strip() for word in args.ban_words or []):
         raise UserError("--ban-words: a word is empty; name words between the commas")
     if "" in (args.choices or []):
         raise UserError("--choices: one of them is empty; write texts between the commas")
     for name in ("prompt", "stop", "end_token", "logit_bias", "ban_words", "choices"):
         for text in getattr(args, name) or []:
-            check_encoding(text, "--" + name.replace("_", "-"))
-    check_encoding(args.system or "", "--system")
-    check_encoding(args.regex or "", "--regex")
-
-
-def check_encoding(text: str, name: str) -> None:
-    """Raise UserError for a text from the command line or a terminal with a byte that is not UTF-8,
-    which Python hides in a surrogate.
-    """
-    hidden = next((char for char in text if "\udc80" <= char <= "\udcff"), None)
-    if hidden:
-        raise UserError(
-            f"{name}: not UTF-8 (byte {ord(hidden) - 0xDC00:#04x}); set the terminal to UTF-8, or "
-            "write the text into a file"
-        )
+            cli.check_encoding(text, "--" + name.replace("_", "-"))
+    for name in ("system", "prefill", "regex"):
+        cli.check_encoding(getattr(args, name) or "", f"--{name}")
 
 
 def given_flags(args: argparse.Namespace) -> dict[str, str]:
@@ -352,6 +412,7 @@ def given_flags(args: argparse.Namespace) -> dict[str, str]:
         if value == parser.get_default(name) or value is False or is_unused:
             continue
         first = value[0] if isinstance(value, list) else value
+        first = "=".join(map(str, first)) if isinstance(first, tuple) else first
         given[flag] = flag if value is True else f"{flag} {shorten(repr(first), 60)}"
         if value == "-":  # standard input
             given[f"{flag} -"] = f"{flag} -"
@@ -436,7 +497,8 @@ def complete(run: Run, rows: list[Completion], batch: Batch | None = None, *, se
         return
     options, settings = run.options, run.options.settings
     if options.beams is not None:
-        yield from beams.complete(run, rows, options.beams)
+        with run.told_if_out_of_memory(len(rows) * options.beams.size):
+            yield from beams.complete(run, rows, options.beams)
         return
     batch = batch or run.left_pad(rows)
     lookup = PromptLookup(options.lookup) if options.lookup else None
@@ -447,11 +509,12 @@ def complete(run: Run, rows: list[Completion], batch: Batch | None = None, *, se
         steps = decode(run.language_model, batch, sampler, settings)
     stopwatch = Stopwatch(batch)
     num_shown = 0  # characters of the first text that have been yielded
-    for current in steps:
-        stopwatch.token()
-        run.add_step(rows, current, batch)
-        yield rows[0].text[num_shown:]
-        num_shown = len(rows[0].text)
+    with run.told_if_out_of_memory(len(rows)):
+        for current in steps:
+            stopwatch.token()
+            run.add_step(rows, current, batch)
+            yield rows[0].text[num_shown:]
+            num_shown = len(rows[0].text)
     run.mark_whole(rows)
     run.timing.add(rows, stopwatch, lookup)
     for row in rows:
@@ -518,7 +581,8 @@ def generate_batches(
             if file:
                 file.write(lines)
             elif not args.output and job.runtime.is_main:
-                output.show_lines(lines, with_headings=job.num_texts > 1, first_is_shown=streams)
+                shown = [line for line in lines if line["finish_reason"] != "refused"]
+                output.show_lines(shown, with_headings=job.num_texts > 1, first_is_shown=streams)
     return generated
 
 
@@ -554,8 +618,9 @@ def progress_bar(job: Job, rounds: range, *, shown: bool) -> tqdm:
 def generate_round(job: Job, first: int, *, streams: bool, bar: tqdm) -> list[dict]:
     """Generate one batch on every process, from batch `first` on; return the lines of all."""
     number = first + job.runtime.rank
-    rows = job.run.rows(job.batches[number]) if number < len(job.batches) else []
-    if streams and job.num_texts > 1:
+    all_rows = job.run.rows(job.batches[number]) if number < len(job.batches) else []
+    rows = [row for row in all_rows if not row.prompt.problem]
+    if streams and rows and job.num_texts > 1:
         show(output.heading(rows[0].prompt.number + 1, 1, rows[0].prompt.text))
     seed = sampling.batch_seed(job.record.seed, number)
     most = job.run.options.settings.max_new_tokens
@@ -564,31 +629,34 @@ def generate_round(job: Job, first: int, *, streams: bool, bar: tqdm) -> list[di
         if streams:
             show(new_text)
     bar.update(-bar.n % most)  # what a batch that ended early has left out
-    return output.gather([job.record.line(row, batch_seed=seed) for row in rows], job.runtime)
+    return output.gather([job.record.line(row, batch_seed=seed) for row in all_rows], job.runtime)
 
 
 def recorded_settings(args: argparse.Namespace, run: Run) -> dict:
     """Return what a text depends on, as the output file names it."""
-    flags = "chat system temperature top_k top_p min_p typical_p repetition_penalty"
-    flags += " no_repeat_ngram_size sampler lookup max_new_tokens min_new_tokens stop end_token"
-    flags += " num_samples batch_size logprobs weights plain_step"
+    flags = "chat system temperature top_k top_p min_p typical_p sampler lookup max_new_tokens"
+    flags += " min_new_tokens stop end_token num_samples batch_size logprobs weights plain_step"
     # only where they are given, so that files of earlier versions can be continued
     newer = "epsilon_cutoff eta_cutoff top_n_sigma xtc_probability presence_penalty frequency_penalty"
-    newer += " logit_bias ban_words choices regex"
+    newer += " logit_bias ban_words choices regex chat_template prefill use_model_defaults"
     given = {name: getattr(args, name) for name in newer.split() if getattr(args, name)}
     if args.xtc_probability:
         given["xtc_threshold"] = args.xtc_threshold
+    if args.template_option:
+        given["template_option"] = dict(args.template_option)
     if args.num_beams:
         names = ("num_beams", "length_penalty", "early_stopping")
         given |= {name: getattr(args, name) for name in names}
-    model = run.language_model
+    model, settings = run.language_model, run.options.settings
     return {
         "model": reading.full_name(args.model),
         "precision": str(model.dtype).removeprefix("torch."),
         **{name: getattr(args, name) for name in flags.split()},
+        "repetition_penalty": settings.repetition_penalty,
+        "no_repeat_ngram_size": settings.no_repeat_ngram_size,
         **given,
         "device": model.device.type,
-        "end_ids": list(run.options.settings.end_ids),
+        "end_ids": list(settings.end_ids),
     }
 
 
@@ -651,34 +719,36 @@ def compare_choices(args: argparse.Namespace) -> None:
 
 def converse(args: argparse.Namespace) -> None:
     """Hold a conversation until the input ends; Ctrl-C ends an answer, not the conversation."""
-    from common.generation.chat import Chat
+    from common.generation import conversation
 
     run, runtime = load(args)
-    chat = Chat(run, system=args.system)
-    while True:
+    chat = conversation.Chat(run, system=args.system)
+    if args.system:
+        chat.format.note_system()
+    for text in conversation.typed_messages(chat):
         try:
-            text = input("> " if sys.stdin.isatty() else "")
-        except EOFError:
-            return
-        except UnicodeDecodeError as error:
-            byte = error.object[error.start]
-            problem = f"standard input: not UTF-8 (byte {byte:#04x})"
-            raise UserError(f"{problem}; convert it to UTF-8") from error
-        check_encoding(text, "standard input")
-        if text.strip() == "/reset":
-            chat.reset()
-        elif text.strip():
-            try:
-                answer(chat, text, runtime)
-            except KeyboardInterrupt:
-                print("\n(interrupted; the model has forgotten this turn)", file=sys.stderr)
-            except UserError as error:
-                print(f"generate.py: {error}", file=sys.stderr)
+            answer(chat, text, runtime)
+        except KeyboardInterrupt:
+            conversation.after_interruption(chat)
+        except UserError as error:
+            print(f"generate.py: {error}", file=sys.stderr)
+
+
+def serve(args: argparse.Namespace) -> None:
+    """Serve the model to programs that speak OpenAI's protocol, until a signal comes."""
+    from common.generation import server
+
+    key, listener = server.key_from_environment(), server.bind(args.port)
+    run, _ = load(args)
+    limits = server.Limits(args.batch_size, args.max_waiting, args.request_seconds, key)
+    number = server.serve(run, decode, limits, listener)
+    raise Interrupted(f"stopped by {signal.Signals(number).name}", 128 + number)
 
 
 def answer(chat: Chat, text: str, runtime: Runtime) -> None:
     """Show the answer to a message as it grows, and add both to the conversation."""
     turn = chat.begin_turn(text)
+    show(chat.format.prefill)
     for new_text in complete(turn.run, [turn.answer], turn.batch, seed=turn.seed):
         show(new_text)
     chat.end_turn(turn)
@@ -760,19 +830,22 @@ def load(args: argparse.Namespace) -> tuple[Run, Runtime]:
         problem = "it draws in fp64, which Apple's GPUs do not have"
         raise UserError(f"--sampler independent: {problem}; use --sampler exact or --device cpu")
     language_model.check_stops(args.stop or [], model)
-    own_ends = language_model.end_token_ids(args.end_token or [], model)
-    end_ids = tuple(dict.fromkeys(model.end_ids + own_ends))
+    chat_format = load_format(args, model)
+    is_chat = chat_format is not None and not args.serve  # a server also continues texts
+    end_ids = chat_format.end_ids if is_chat else model.end_ids
+    end_ids = tuple(dict.fromkeys(end_ids + language_model.end_token_ids(args.end_token or [], model)))
+    if args.use_model_defaults:
+        take_model_defaults(args, model)
     names = ["max_new_tokens", "min_new_tokens", "repetition_penalty", "presence_penalty"]
     names += ["frequency_penalty", "no_repeat_ngram_size", "xtc_threshold"]
-    if is_drawing(args):
-        names += [name for name in DRAWING if getattr(args, name) is not None]
+    names += DRAWING if is_drawing(args) else ()
     settings = Settings(
         sample=is_drawing(args),
         end_ids=end_ids,
         constraint=chosen_form(args, model, end_ids),
         logit_bias=language_model.read_bias(args.logit_bias or [], model),
         banned=language_model.banned_runs(args.ban_words or [], model),
-        **{name: getattr(args, name) for name in names},
+        **{name: getattr(args, name) for name in names if getattr(args, name) is not None},
     )
     options = Options(
         settings,
@@ -784,7 +857,53 @@ def load(args: argparse.Namespace) -> tuple[Run, Runtime]:
         lookup=args.lookup or 0,
         beams=chosen_beams(args),
     )
-    return Run(model, options), runtime
+    return Run(model, options, chat=chat_format), runtime
+
+
+def load_format(args: argparse.Namespace, model: LanguageModel) -> ChatFormat | None:
+    """Return how the conversations of a model are written, None where there are none."""
+    is_asked_for = args.chat or args.interactive or args.chat_template is not None
+    # a model without a template is served all the same: it continues texts
+    if not is_asked_for and not (args.serve and model.tokenizer.chat_template):
+        return None
+    from common.generation import chat
+
+    options = dict(args.template_option or [])
+    return chat.read_format(model, wanted=args.chat_template, options=options, prefill=args.prefill or "")
+
+
+def take_model_defaults(args: argparse.Namespace, model: LanguageModel) -> None:
+    """Set each flag of the choice of tokens that is not given to what the model's
+    generation_config.json says, and say in one line what that is.
+
+    Raises UserError for a value that its flag would not take, and for several samples of a model
+    that decodes greedily.
+    """
+    defaults = language_model.sampling_defaults(model)
+    parser = make_parser()
+    actions = {action.dest: action for action in parser._actions}
+    is_default = {name: getattr(args, name, None) == parser.get_default(name) for name in defaults}
+    known = [name for name in defaults if name in actions and name != "num_beams"]
+    taken = {name: defaults[name] for name in known if is_default[name]}
+    for name, value in taken.items():
+        place = f"--use-model-defaults: {model.name}: generation_config.json: {name}"
+        try:
+            parsed = actions[name].type(str(value))  # pyrefly: ignore[not-callable]  (a number type)
+        except argparse.ArgumentTypeError as error:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{place}: {error}; give {flag}") from error
+        setattr(args, name, parsed)
+    left_out = [name for name in defaults if name not in known]
+    if args.num_samples > 1 and not is_drawing(args):
+        raise UserError(
+            f"--num-samples {args.num_samples}: {model.name} decodes greedily, which gives the same text "
+            "each time; give --temperature"
+        )
+    check_ranges(args)
+    settings = ", ".join(f"{name} {value}" for name, value in taken.items()) or "nothing"
+    missing = f"; not taken: {', '.join(left_out)}" if left_out else ""
+    kind = "drawn" if is_drawing(args) else "greedy"
+    sources.note(f"note: the generation_config.json of {model.name}: {settings} ({kind}){missing}")
 
 
 def chosen_form(
@@ -816,41 +935,70 @@ def load_all(args: argparse.Namespace) -> tuple[Run, list[Prompt], list[str] | N
     memory.
     """
     uses_stdin = "-" in (args.prompts_file, args.references)
-    texts, references = ([], None) if uses_stdin else read_texts(args)
+    given, references = ([], None) if uses_stdin else read_texts(args)
     run, runtime = load(args)
     if uses_stdin:
-        texts, references = read_texts(args)
-    if args.chat:
-        from common.generation import chat
-
-        conversations = [chat.question(text, args.system) for text in texts]
-        all_ids = chat.encode_chats(conversations, run.language_model)
-    else:
-        names = [f"prompt {number}" for number in range(1, len(texts) + 1)]
-        all_ids = [
-            language_model.encode_prompt(text, run.language_model, name=name)
-            for text, name in zip(texts, names)
-        ]
-    prompts = [Prompt(number, text, ids) for number, (text, ids) in enumerate(zip(texts, all_ids))]
-    for prompt in prompts:
-        name = f"prompt {prompt.number + 1}"
-        language_model.check_length(prompt.ids, args.max_new_tokens, run.language_model, name=name)
-    longest = max(prompts, key=lambda prompt: len(prompt.ids))
-    size = min(args.batch_size, len(prompts))
+        given, references = read_texts(args)
+    prompts = encode_prompts(args, given, run)
+    usable = [prompt for prompt in prompts if not prompt.problem]
+    for prompt in prompts if runtime.is_main else ():
+        if prompt.problem:
+            print(f"generate.py: left out: {prompt.problem}", file=sys.stderr)
+    if not usable:
+        raise UserError("--skip-bad: no prompt is left; correct them")
+    longest = max(usable, key=lambda prompt: len(prompt.ids))
+    size = min(args.batch_size, len(usable))
     run.check_memory([longest] * size, free_memory_bytes(runtime.device))
     return run, prompts, references, runtime
 
 
-def read_texts(args: argparse.Namespace) -> tuple[list[str], list[str] | None]:
-    """Return the texts of all prompts, and their references, None without --references."""
-    texts = list(args.prompt or [])
+def encode_prompts(args: argparse.Namespace, given: list[str | list[Message]], run: Run) -> list[Prompt]:
+    """Return the prompts, which are texts or conversations, with their tokens.
+
+    Raises UserError for one that does not fit into the model, or that the template refuses; with
+    --skip-bad it has a problem instead.
+    """
+    model, names = run.language_model, [f"prompt {number}" for number in range(1, len(given) + 1)]
+    if run.chat is None:
+        encode = functools.partial(language_model.encode_prompt, language_model=model)
+        encoded = [outcome(encode, str(text), name=name) for text, name in zip(given, names)]
+    else:
+        from common.generation import chat
+
+        conversations = [chat.as_conversation(item, args.system) for item in given]
+        if any(messages[0]["role"] == "system" for messages in conversations):
+            run.chat.note_system()
+        encoded = run.chat.try_to_encode(conversations, names)
+    prompts, check = [], functools.partial(language_model.check_length, language_model=model)
+    for number, (item, ids, name) in enumerate(zip(given, encoded, names)):
+        most = args.max_new_tokens
+        problem = ids if isinstance(ids, UserError) else outcome(check, ids, most, name=name)
+        if problem is not None and not args.skip_bad:
+            raise problem
+        text, messages = (item, None) if isinstance(item, str) else (item[-1]["content"], item)
+        known = [] if isinstance(ids, UserError) else ids
+        prompts.append(Prompt(number, text, known, messages, problem=str(problem or "")))
+    return prompts
+
+
+def read_texts(args: argparse.Namespace) -> tuple[list[str | list[Message]], list[str] | None]:
+    """Return the texts or conversations of all prompts, and their references, None without
+    --references.
+    """
+    given: list[str | list[Message]] = [*(args.prompt or [])]
     if args.prompts_file is not None:
+        from common.generation import conversation
+
         column, cache_dir, options = args.text_column, args.cache_dir, file_options(args)
-        texts += reading.read_texts(args.prompts_file, column=column, cache_dir=cache_dir, options=options)
-    if len(texts) > 1 and (args.explain or args.compare):
+        given += conversation.read_prompts(
+            args.prompts_file, column=column, cache_dir=cache_dir, options=options
+        )
+    if not args.chat and any(isinstance(item, list) for item in given):
+        raise UserError(f"--prompts-file {args.prompts_file}: it holds messages; add --chat")
+    if len(given) > 1 and (args.explain or args.compare):
         mode = "--explain" if args.explain else "--compare"
-        raise UserError(f"{mode}: it shows one prompt, not {len(texts)}; give one --prompt")
-    return texts, read_references(args, len(texts))
+        raise UserError(f"{mode}: it shows one prompt, not {len(given)}; give one --prompt")
+    return given, read_references(args, len(given))
 
 
 def split_batches(args: argparse.Namespace, prompts: list[Prompt]) -> list[list[Prompt]]:
@@ -882,7 +1030,9 @@ def stop(number: int, _frame: FrameType | None) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Run the mode that the flags name."""
-    if args.interactive:
+    if args.serve:
+        serve(args)
+    elif args.interactive:
         converse(args)
     elif args.perplexity is not None:
         measure_perplexity(args)

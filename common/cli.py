@@ -267,6 +267,18 @@ def encoding(text: str) -> str:
     raise argparse.ArgumentTypeError(f"{text!r} is no encoding; try utf-16, latin-1 or cp1252")
 
 
+def check_encoding(text: str, name: str) -> None:
+    """Raise UserError for a text from the command line or a terminal with a byte that is not UTF-8,
+    which Python hides in a surrogate.
+    """
+    hidden = next((char for char in text if "\udc80" <= char <= "\udcff"), None)
+    if hidden:
+        raise UserError(
+            f"{name}: not UTF-8 (byte {ord(hidden) - 0xDC00:#04x}); set the terminal to UTF-8, or "
+            "write the text into a file"
+        )
+
+
 def add_file_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     """Add the flags that say how data files are written, the fields of `sources.FileOptions`."""
     flag = parser.add_argument
@@ -549,6 +561,12 @@ def _endings(prog: str, *, debug: bool = False) -> Iterator[None]:
             _tell_torchrun(traceback.format_exc())
             raise
         _exit(f"{prog}: error: {reason}", 2)
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Return whether an exception stands for a lack of memory."""
+    fault = fault_of_system(error)
+    return fault is not None and fault.endswith(ADVICE[errno.ENOMEM])
 
 
 def fault_of_system(error: BaseException | None) -> str | None:

@@ -2,9 +2,12 @@
 
 import contextlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
+P = ParamSpec("P")
+T = TypeVar("T")
 LONG_NAME = 60  # characters of a name in a list
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 
@@ -16,6 +19,16 @@ class UserError(Exception):
     `common.cli.run` prints it without a traceback and exits with code 2. Any other exception is a
     bug.
     """
+
+
+def outcome(call: Callable[P, T], *args: P.args, **named: P.kwargs) -> T | UserError:
+    """Return what a call returns, or the UserError that it raises: for a list of which one part may
+    be wrong.
+    """
+    try:
+        return call(*args, **named)
+    except UserError as error:
+        return error
 
 
 @dataclass(frozen=True)

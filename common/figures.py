@@ -116,11 +116,14 @@ def scatter(true: ArrayLike, predicted: ArrayLike, names: list[str], *, title: s
     return figure
 
 
-def learning_curve(epochs: list[dict[str, Any]], best_epoch: float, scores: dict[str, str]) -> Figure:
+def learning_curve(
+    epochs: list[dict[str, Any]], best_epoch: float, scores: dict[str, str], *, least: float = 0.0
+) -> Figure:
     """Return a figure of the losses (left) and the validation scores (right) of each epoch.
 
     A line marks the best epoch. Each epoch is a dict with `epoch`, `train_loss`, `loss`, and the
-    scores that `scores` gives names for the legend; one that is undefined is left out.
+    scores that `scores` gives names for the legend; one that is undefined is left out. The axis of
+    the scores spans at least `least`, so that a difference of a single text does not look like much.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     numbers = [epoch["epoch"] for epoch in epochs]
@@ -131,6 +134,32 @@ def learning_curve(epochs: list[dict[str, Any]], best_epoch: float, scores: dict
         axes.axvline(best_epoch, color="grey", linestyle=":", label="best epoch")
         axes.set(xlabel="epoch", ylabel=label, xticks=numbers if len(numbers) <= 20 else axes.get_xticks())
         axes.legend()
+        axes.grid(alpha=0.3)
+    low, high = right.get_ylim()
+    if high - low < least:
+        # around the curves, and not beyond the highest score but for the margin that there is
+        middle = min((low + high) / 2, max(1.0, high) - least / 2)
+        right.set_ylim(middle - least / 2, middle + least / 2)
+    return figure
+
+
+def reliability(bins: list[tuple[float, float, int]], *, called: tuple[str, str]) -> Figure:
+    """Return a figure of how often decisions are right (above) and how many there are (below), by their
+    probability.
+
+    A bin has its mean probability, the share that is right, and its size; `called` names the two.
+    """
+    figure, (upper, lower) = plt.subplots(
+        2, 1, figsize=(4.8, 5.4), height_ratios=(3, 1), sharex=True, layout="constrained"
+    )
+    probabilities, shares, counts = zip(*bins)
+    upper.plot([0, 1], [0, 1], color="grey", linestyle=":", label="calibrated")
+    upper.plot(probabilities, shares, marker="o", label="test split")
+    upper.set(ylabel=called[1], ylim=(-0.02, 1.02), xlim=(-0.02, 1.02))
+    upper.legend()
+    lower.bar(probabilities, counts, width=0.03)
+    lower.set(xlabel=called[0], ylabel="decisions")
+    for axes in (upper, lower):
         axes.grid(alpha=0.3)
     return figure
 

@@ -25,6 +25,7 @@ from common.errors import UserError, one_line, shorten
 from common.files import cache_home, make_once, seal, sha256, sync_file, write_manifest
 
 PROJECT = Path(__file__).resolve().parent.parent
+TEMPLATES = "additional_chat_templates"  # a folder of files in Jinja, beside chat_template.jinja
 CONFIG, MODULES, SENTENCE_CONFIG = "config.json", "modules.json", "config_sentence_transformers.json"
 ROUTES = "router_config.json"
 WEIGHTS, SHARD_LIST = "model.safetensors", "model.safetensors.index.json"
@@ -111,6 +112,8 @@ def check(folder: Path, source: str) -> None:
         if not (folder / CONFIG).is_file() and not (folder / MODULES).is_file():
             _check_files(folder, folder, source)  # a link that leads nowhere is no missing file
             raise UserError(f"{source}: the folder has no {CONFIG}; name the folder of a saved model")
+        if (templates := folder / TEMPLATES).is_dir():
+            _check_files(templates, folder, source)
         for part in (folder, *_module_folders(folder, source)):
             _check_files(part, folder, source)
             _check_part(part, source)

@@ -247,16 +247,38 @@ def read_texts(
     missing one is then "". `flag` is the flag that names the column.
     """
     sources.check_texts(name, any_suffix=options.is_table)
-    source = source_name(name)
     with open_plain(name, encoding=options.encoding, folder=cache_dir) as file:
-        if not is_table(file, name, options):
-            lines = list(lines_of(file, source))
-            for number, line in enumerate(lines, start=1):
-                if not allow_empty and sources.is_blank(line):
-                    raise UserError(f"{source}, line {number}: the text is empty; remove the line")
-                check_length(line, f"{source}, line {number}")
-            return lines
-        rows = read_table(file, source, as_text=[column], options=options, cache_dir=cache_dir)
+        return texts_of(
+            file,
+            name,
+            column=column,
+            cache_dir=cache_dir,
+            allow_empty=allow_empty,
+            flag=flag,
+            options=options,
+        )
+
+
+def texts_of(
+    file: BinaryIO,
+    name: str,
+    *,
+    column: str,
+    cache_dir: str | None,
+    allow_empty: bool = False,
+    flag: str = "--text-column",
+    options: FileOptions = AS_FOUND,
+) -> list[str]:
+    """Return the texts of a file that is open and plain, as `read_texts` does."""
+    source = source_name(name)
+    if not is_table(file, name, options):
+        lines = list(lines_of(file, source))
+        for number, line in enumerate(lines, start=1):
+            if not allow_empty and sources.is_blank(line):
+                raise UserError(f"{source}, line {number}: the text is empty; remove the line")
+            check_length(line, f"{source}, line {number}")
+        return lines
+    rows = read_table(file, source, as_text=[column], options=options, cache_dir=cache_dir)
     require_column(rows.column_names, column, source=source, flag=flag)
     check_kind(rows, column, source=source, flag=flag)
     if not allow_empty:

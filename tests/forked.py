@@ -37,6 +37,7 @@ LOADED_BY_STEPS = (
     "common.tables",
     "common.training.inspection",
     "common.training.metrics",
+    "scipy.stats",
     "sklearn.metrics",
     "sklearn.model_selection",
     "torch._dynamo",

@@ -1,5 +1,5 @@
-"""Conversations: chat templates, rendered within limits of time and memory, and a chat that keeps
-its cache from turn to turn.
+"""Chat templates, rendered within limits of time and memory: how the conversations of a model are
+written, and how its answers begin and end.
 """
 
 from __future__ import annotations
@@ -10,94 +10,123 @@ import os
 import resource
 import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.errors import UserError, one_line
-from common.generation import decoding
-from common.generation.completion import Completion, Prompt, Run, TextStream
-from common.generation.decoding import Batch
-from common.generation.language_model import LanguageModel, check_characters, check_length
-from common.generation.sampling import batch_seed
+from common import reading, sources
+from common.errors import UserError, listed, one_line
+from common.generation.language_model import LanguageModel, check_characters
 
 if TYPE_CHECKING:  # importing it takes a second
     import jinja2
     from transformers import PreTrainedTokenizerBase
 
-    from common.generation.decoding import Cache
     from common.tokenizer import Tokenizer
 
 Message = dict[str, str]  # {"role": "user", "content": "Why is the sky blue?"}
+ROLES = ("system", "user", "assistant")
 
 # A template is a program by the model's author: it gets these seconds and characters for one
 # conversation, and this much memory.
 TEMPLATE_SECONDS, TEMPLATE_CHARACTERS, TEMPLATE_BYTES = 10, 10_000_000, 1 << 29
+MARK = "THE-TEXT-ENDS-HERE "  # stands where a text ends, to find it again in what a template writes
+# what every template is given; --template-option may name none of them
+GIVEN = ("messages", "tools", "documents", "add_generation_prompt")
 
 
 # Templates ----------------------------------------------------------------------------------------
 
 
-def encode_chats(conversations: list[list[Message]], language_model: LanguageModel) -> list[list[int]]:
-    """Return the token ids of conversations in the model's own template, each up to where its
-    answer starts.
+@dataclass(frozen=True)
+class Template:
+    """A program in Jinja that writes a conversation as a text."""
 
-    The template writes all special tokens itself; if the tokenizer added its own, the text would
-    start with two. Raises UserError if there is no template, if it refuses the messages, or if it
-    breaks a limit.
+    source: str
+    name: str  # as messages call it
+    special: dict[str, str] = field(default_factory=dict)  # role -> token, such as "eos_token" -> "</s>"
+    options: dict[str, Any] = field(default_factory=dict)  # of --template-option
+
+
+def choose_template(language_model: LanguageModel, wanted: str | None, options: dict[str, Any]) -> Template:
+    """Return the model's own template, or the one that `wanted` names: one of several of the model's,
+    or a file. Raises UserError if there is none.
     """
-    tokenizer = language_model.tokenizer
-    if not tokenizer.chat_template:
+    tokenizer, name = language_model.tokenizer, language_model.name
+    found = tokenizer.chat_template or {}
+    sources_by_name = found if isinstance(found, dict) else {"default": found}
+    special = {role: str(token) for role, token in tokenizer.special_tokens_map.items()}
+    if taken := [option for option in options if option in (*GIVEN, *special)]:
+        raise UserError(f"--template-option {taken[0]}: every template is given it; leave it out")
+    chosen = wanted or "default"
+    if chosen in sources_by_name:
+        return Template(sources_by_name[chosen], f"the template of {name}", special, options)
+    if wanted is not None and sources.kind_of_path(wanted) == "file":
+        text = "\n".join(reading.read_lines(wanted))
+        return Template(text, f"the template {wanted}", special, options)
+    has = f"it has {listed(sources_by_name)}" if sources_by_name else "it has none"
+    if wanted is not None:
         raise UserError(
-            f"--chat: {language_model.name} has no chat template; leave --chat out, or name a "
-            "model that was trained for chats"
+            f"--chat-template {wanted}: neither a template of {name} ({has}) nor a file; name one of these"
         )
-    texts = render(conversations, tokenizer, name=language_model.name)
-    for number, text in enumerate(texts, start=1):
-        check_characters(text, language_model, name=f"conversation {number}")
-    return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    if sources_by_name:
+        raise UserError(f"--chat: {name} has several chat templates ({has}); name one with --chat-template")
+    raise UserError(
+        f"--chat: {name} has no chat template; leave --chat out, name a file with --chat-template, or a "
+        "model that was trained for chats"
+    )
 
 
-def question(text: str, system: str | None) -> list[Message]:
-    """Return a conversation of one question, after a system message if there is one."""
-    messages = [{"role": "system", "content": system}] if system else []
-    return [*messages, {"role": "user", "content": text}]
+def render(conversations: list[list[Message]], template: Template) -> list[str]:
+    """Return the texts of conversations, each up to where the next answer starts; an answer that is
+    the last message is begun, and goes on there.
+
+    Raises UserError when the template raises an exception or breaks a limit.
+    """
+    results = try_to_render(conversations, template)
+    if failed := next((result for result in results if isinstance(result, UserError)), None):
+        raise failed
+    return [str(result) for result in results]
 
 
-def render(
-    conversations: list[list[Message]], tokenizer: PreTrainedTokenizerBase | Tokenizer, *, name: str
-) -> list[str]:
-    """Return the texts of conversations as the tokenizer's template writes them.
+def try_to_render(conversations: list[list[Message]], template: Template) -> list[str | UserError]:
+    """Return the text of each conversation, or why the template does not write it.
 
     A child process renders them, because only the operating system can stop a template that
-    computes `10 ** 10 ** 10`. Raises UserError, naming the model, when the template raises an
-    exception or breaks a limit.
+    computes `10 ** 10 ** 10`. Raises UserError when the template breaks a limit.
     """
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        _render_and_exit(conversations, tokenizer, writer)
+        _render_and_exit(conversations, template, writer)
     os.close(writer)
     try:
         with open(reader, encoding="utf-8") as pipe:
-            answers = [json.loads(line) for line in pipe if line.endswith("\n")]
+            results = [json.loads(line) for line in pipe if line.endswith("\n")]
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-    reasons = [answer["reason"] for answer in answers if "reason" in answer]
-    if len(answers) < len(conversations):
+    if len(results) < len(conversations):
         limits = f"{TEMPLATE_SECONDS} seconds, {TEMPLATE_BYTES >> 20} MiB, {TEMPLATE_CHARACTERS:,} characters"
-        reasons = reasons or [f"it breaks a limit ({limits})"]
-    if reasons:
-        raise UserError(
-            f"--chat: the template of {name} fails: {reasons[0]}; leave --system out, or name another model"
-        )
-    return [answer["text"] for answer in answers]
+        raise _failure(template, f"it breaks a limit ({limits})", conversations[len(results)])
+    return [
+        result["text"] if "text" in result else _failure(template, result["reason"], messages)
+        for messages, result in zip(conversations, results)
+    ]
 
 
-def _render_and_exit(
-    conversations: list[list[Message]], tokenizer: PreTrainedTokenizerBase | Tokenizer, writer: int
-) -> None:
+def _failure(template: Template, reason: str, messages: list[Message]) -> UserError:
+    """Return that a template does not write a conversation, why, and what may help."""
+    helps = {
+        "leave --system out": messages[0]["role"] == "system",
+        "leave --prefill out": is_begun(messages),
+        "correct --template-option": bool(template.options),
+    }
+    advice = ", ".join([*(text for text, is_given in helps.items() if is_given), "or name another model"])
+    return UserError(f"--chat: {template.name} fails: {reason}; {advice.removeprefix('or ')}")
+
+
+def _render_and_exit(conversations: list[list[Message]], template: Template, writer: int) -> None:
     """Write a line of JSON for each conversation into a pipe, and end this process, which has the
     limits of a template.
     """
@@ -109,35 +138,58 @@ def _render_and_exit(
         with open(writer, "w", encoding="utf-8") as pipe:
             for conversation in conversations:
                 signal.alarm(TEMPLATE_SECONDS)  # its default action ends this process
-                pipe.write(json.dumps(_render(conversation, tokenizer)) + "\n")
+                pipe.write(json.dumps(_render(conversation, template)) + "\n")
     finally:
         os._exit(0)
 
 
-def _render(conversation: list[Message], tokenizer: PreTrainedTokenizerBase | Tokenizer) -> dict[str, str]:
+def _render(conversation: list[Message], template: Template) -> dict[str, str]:
     """Return the text of a conversation, or the reason why the template gives none."""
+    *before, last = conversation
+    goes_on = is_begun(conversation)
+    if goes_on:
+        conversation = [*before, {**last, "content": last["content"] + MARK}]
     try:
-        template = compile_template(default_template(tokenizer))
-        special = {role: str(token) for role, token in tokenizer.special_tokens_map.items()}
-        text = template.render(
-            messages=conversation, tools=None, documents=None, add_generation_prompt=True, **special
+        environment = make_environment()
+        if unknown := unread_options(template, environment):
+            return {"reason": unknown}
+        given = dict(zip(GIVEN, (conversation, None, None, not goes_on)))
+        text = environment.from_string(template.source).render(
+            **given, **template.special, **template.options
         )
     except Exception as error:  # of the template, which can raise any
         return {"reason": one_line(error)}
     if len(text) > TEMPLATE_CHARACTERS:
         return {"reason": f"it writes {len(text):,} characters"}
-    return {"text": text}
+    return cut_at_mark(text, last["content"]) if goes_on else {"text": text}
 
 
-def default_template(tokenizer: PreTrainedTokenizerBase | Tokenizer) -> str:
-    """Return the template of a tokenizer; of several, the one with the name "default"."""
-    templates = tokenizer.chat_template
-    return templates["default"] if isinstance(templates, dict) else str(templates)
+def cut_at_mark(text: str, begun: str) -> dict[str, str]:
+    """Return the part of a text that ends with an answer that is begun, which the mark follows; the
+    spaces at its end stay only where the template leaves them.
+    """
+    place = text.rfind(MARK.rstrip())
+    if place < 0 or not text[:place].rstrip().endswith(begun.strip()):
+        return {"reason": "it does not write the beginning of an answer as it is"}
+    keeps_spaces = text.startswith(MARK, place)
+    return {"text": text[:place] if keeps_spaces else text[:place].rstrip()}
 
 
-def compile_template(text: str) -> jinja2.Template:
-    """Return a chat template as transformers compiles it: in a sandbox that lets it change nothing, with
-    the few functions that such templates use.
+def unread_options(template: Template, environment: jinja2.Environment) -> str:
+    """Return that a template reads none of its options of some name, "" if it reads all."""
+    import jinja2.meta
+
+    if not template.options:
+        return ""
+    read = jinja2.meta.find_undeclared_variables(environment.parse(template.source))
+    unread = [name for name in template.options if name not in read]
+    known = listed(sorted(read - {*GIVEN, *template.special, *environment.globals})) or "no options"
+    return f"it does not read {unread[0]!r}; it reads {known}" if unread else ""
+
+
+def make_environment() -> jinja2.Environment:
+    """Return what compiles chat templates as transformers does: in a sandbox that lets them change
+    nothing, with the few functions that such templates use.
     """
     import jinja2.ext
     import jinja2.nodes
@@ -179,88 +231,142 @@ def compile_template(text: str) -> jinja2.Template:
     functions["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     functions["dict"] = lambda *args, **named: dict(*args, **named)
     functions["namespace"] = Namespace
-    return environment.from_string(text)
+    return environment
 
 
-# A conversation with a cache -----------------------------------------------------------------------
+# How a model's conversations are written ------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Turn:
-    """A question to the model, and its answer while it is being generated."""
+class ChatFormat:
+    """How the conversations of a model are written, and how its answers begin and end."""
 
-    run: Run  # the timing of this turn alone
-    seed: int
-    messages: list[Message]  # the conversation with the question
-    answer: Completion
-    batch: Batch
+    language_model: LanguageModel
+    template: Template
+    prefill: str = ""  # how each answer begins
+    takes_system: bool = True  # False: the system text goes before the first question
+    end_ids: tuple[int, ...] = ()  # each of them ends an answer
 
-
-class Chat:
-    """A conversation that keeps its cache: each turn reads only what is new, however long the
-    conversation is.
-    """
-
-    def __init__(self, run: Run, system: str | None) -> None:
-        """Start a conversation. Raises UserError if the model has no chat template."""
-        self.run, self.system = run, system
-        self.reset()
-        encode_chats([[*self.messages, {"role": "user", "content": "?"}]], run.language_model)
-
-    def reset(self) -> None:
-        """Start a new conversation."""
-        self.messages: list[Message] = []
-        if self.system:
-            self.messages.append({"role": "system", "content": self.system})
-        self.num_turns = 0
-        self._forget_cache()
-
-    def begin_turn(self, text: str) -> Turn:
-        """Return the turn of the user's next message. Raises UserError, and forgets the message,
-        if the conversation does not fit into the model's context.
-
-        A turn that never ends, because it was interrupted, leaves no trace: the conversation gets
-        its cache back only in `end_turn`. (An interruption can come between two layers, and then
-        nobody knows what the cache holds.)
+    def encode(self, messages: list[Message]) -> list[int]:
+        """Return the token ids of a conversation, up to where its answer starts or goes on. Raises
+        UserError if the template refuses it or breaks a limit.
         """
-        language_model, options = self.run.language_model, self.run.options
-        messages = [*self.messages, {"role": "user", "content": text}]
-        [ids] = encode_chats([messages], language_model)
+        [ids] = self.try_to_encode([messages], ["the conversation"])
+        if isinstance(ids, UserError):
+            raise ids
+        return ids
+
+    def try_to_encode(
+        self, conversations: list[list[Message]], names: list[str]
+    ) -> list[list[int] | UserError]:
+        """Return the token ids of conversations, or why one has none; `names` are those of messages.
+
+        The template writes all special tokens itself; if the tokenizer added its own, the text would
+        start with two. Raises UserError if it breaks a limit.
+        """
+        if self.prefill and (begun := [n for n, given in zip(names, conversations) if is_begun(given)]):
+            raise UserError(f"--prefill: {begun[0]} ends with an answer that is begun; leave one of them out")
+        texts = try_to_render([self._as_written(messages) for messages in conversations], self.template)
+        return [self._tokens(text, name) for text, name in zip(texts, names)]
+
+    def _tokens(self, text: str | UserError, name: str) -> list[int] | UserError:
+        if isinstance(text, UserError):
+            return text
         try:
-            check_length(ids, options.settings.max_new_tokens, language_model, name="the conversation")
+            check_characters(text, self.language_model, name=name)
         except UserError as error:
-            raise UserError(f"{error}; /reset starts a new one") from error
-        cache = self._reusable_cache(ids)
-        self._forget_cache()
-        stream = TextStream(language_model.tokenizer, options.stops)
-        answer = Completion(Prompt(self.num_turns, text, ids), 0, stream)
-        run = Run(language_model, options)
-        seed = batch_seed(options.seed, self.num_turns)
-        return Turn(run, seed, messages, answer, run.left_pad([answer], cache))
+            return error
+        return self.language_model.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def end_turn(self, turn: Turn) -> None:
-        """Add a question and its finished answer to the conversation."""
-        self.cache = turn.batch.cache
-        self.cached_ids = turn.batch.tokens[0].tolist()[: self.cache.get_seq_length()]
-        self.messages = [*turn.messages, {"role": "assistant", "content": turn.answer.text}]
-        self.num_turns += 1
+    def _as_written(self, messages: list[Message]) -> list[Message]:
+        """Return messages as the template takes them, with the beginning of the answer."""
+        messages = messages if self.takes_system else system_in_question(messages)
+        begun = [{"role": "assistant", "content": self.prefill}] if self.prefill else []
+        return [*messages, *begun]
 
-    def _forget_cache(self) -> None:
-        self.cached_ids: list[int] = []  # the tokens whose keys and values are in the cache
-        self.cache = decoding.new_cache(self.run.language_model)
+    def note_system(self) -> None:
+        """Say where a system text goes, if the template takes none."""
+        if not self.takes_system:
+            where = "the system text goes before the first question, after which an empty line follows"
+            sources.note(f"note: {self.template.name} takes no system message: {where}")
 
-    def _reusable_cache(self, ids: list[int]) -> Cache:
-        """Return a cache of as many of the first tokens as are the same as before."""
-        num_same = 0
-        for new, cached in zip(ids, self.cached_ids):
-            if new != cached:
-                break
-            num_same += 1
-        num_same = min(num_same, len(ids) - 1)  # at least one token must be read to get logits
-        if num_same == len(self.cached_ids):
-            return self.cache
-        if any(getattr(layer, "is_sliding", False) for layer in self.cache.layers):
-            # a sliding window has forgotten what would be needed again
-            return decoding.new_cache(self.run.language_model)
-        self.cache.crop(num_same - len(self.cached_ids))
-        return self.cache
+
+def read_format(
+    language_model: LanguageModel, *, wanted: str | None, options: dict[str, Any], prefill: str
+) -> ChatFormat:
+    """Return how the conversations of a model are written. What its template does is seen from what
+    it writes. Raises UserError if there is no template, or if it can't write a question.
+    """
+    template = choose_template(language_model, wanted, options)
+    ask = {"role": "user", "content": "?"}
+    system, said = {"role": "system", "content": MARK}, {"role": "assistant", "content": MARK}
+    question, with_system, turns = [ask], [system, ask], [ask, said, ask]
+    render([question], template)
+    # a template may refuse both, and still write questions
+    written = [
+        "" if isinstance(result, UserError) else result
+        for result in try_to_render([with_system, turns], template)
+    ]
+    tokenizer = language_model.tokenizer
+    ends = (tokenizer.eos_token_id, token_after_turn(written[1], tokenizer))
+    possible = [number for number in ends if number is not None and number < language_model.vocabulary]
+    end_ids = tuple(dict.fromkeys((*language_model.end_ids, *possible)))
+    return ChatFormat(language_model, template, prefill, MARK.strip() in written[0], end_ids)
+
+
+def token_after_turn(text: str, tokenizer: PreTrainedTokenizerBase | Tokenizer) -> int | None:
+    """Return the token that a template writes after an answer, which is the mark, or before the
+    next question; None if it writes none.
+    """
+    _, _, after = text.rpartition(MARK.strip())
+    after = after.lstrip()
+    tokens = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
+    longest = max(filter(after.startswith, tokens), key=len, default=None)
+    return None if longest is None else tokens[longest]
+
+
+# Messages -----------------------------------------------------------------------------------------
+
+
+def as_conversation(given: str | list[Message], system: str | None) -> list[Message]:
+    """Return a question or a conversation as one that begins with a system message, if there is one;
+    its own goes before `system`.
+    """
+    messages = [{"role": "user", "content": given}] if isinstance(given, str) else given
+    if not system or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": system}, *messages]
+
+
+def is_begun(messages: list[Message]) -> bool:
+    """Return whether a conversation ends with an answer, which is then to go on."""
+    return messages[-1]["role"] == "assistant"
+
+
+def system_in_question(messages: list[Message]) -> list[Message]:
+    """Return messages without their system message, whose text is put before the first question."""
+    first, *rest = messages
+    if first["role"] != "system" or not rest or rest[0]["role"] != "user":
+        return messages
+    text = f"{first['content']}\n\n{rest[0]['content']}"
+    return [{"role": "user", "content": text}, *rest[1:]]
+
+
+def check_messages(value: Any, name: str) -> list[Message]:
+    """Return a value as the messages of a conversation. Raises UserError, naming it, for another one."""
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{name}: a conversation is a list of messages with role and content")
+    for number, message in enumerate(value, start=1):
+        place = f"{name}, message {number}"
+        if not isinstance(message, dict) or message.keys() != {"role", "content"}:
+            raise UserError(f"{place}: a message has role and content, and nothing else; correct it")
+        if message["role"] not in ROLES:
+            role = message["role"]
+            raise UserError(f"{place}: the role is {role!r:.60}; use {', '.join(ROLES)}")
+        if not isinstance(message["content"], str) or not message["content"].strip():
+            raise UserError(f"{place}: the content is no text, or empty; write something")
+        if message["role"] == "system" and number > 1:
+            raise UserError(f"{place}: a system message comes first; move it")
+    if value[-1]["role"] == "system":
+        raise UserError(f"{name}: nothing follows the system message; add a question")
+    return value

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 
+from common.cli import lacks_memory
 from common.errors import UserError
 from common.generation import decoding
 from common.generation.decoding import Batch, PromptLookup, Step
@@ -18,6 +21,7 @@ if TYPE_CHECKING:  # importing it takes a second
     from transformers import PreTrainedTokenizerBase
 
     from common.generation.beams import Beams
+    from common.generation.chat import ChatFormat, Message
     from common.generation.decoding import Cache
     from common.tokenizer import Tokenizer
 
@@ -28,16 +32,22 @@ REPLACEMENT = "\ufffd"  # what a decoder shows for bytes that are not (yet) a wh
 class TextStream:
     """Turns one text's tokens into pieces of text that can be shown at once.
 
-    Call `add` for each token and `finish` once at the end. All pieces joined are the text decoded
-    at once. A character can take several tokens, and a stop string can lie across tokens: both are
-    held back until they are whole. The search for stop strings looks at the new text only, never
-    at the prompt (transformers #31435).
+    Call `add` for each token and `finish` once at the end. All pieces joined are what the tokens add
+    to the text of `before`, the tokens of the prompt: decoded without them, a text of SentencePiece
+    would lose the space that it begins with. A character can take several tokens, and a stop string
+    can lie across tokens: both are held back until they are whole. The search for stop strings looks
+    at the new text only, never at the prompt (transformers #31435).
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | Tokenizer, stops: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | Tokenizer,
+        stops: tuple[str, ...] = (),
+        before: Sequence[int] = (),
+    ) -> None:
         self.tokenizer, self.stops = tokenizer, stops
-        self.ids: list[int] = []
-        self.decoded = 0  # ids[:decoded] are decoded
+        self.ids = [*before]
+        self.decoded = len(self.ids)  # ids[:decoded] are decoded
         # ids[overlap_start:decoded] are decoded again with what follows, because some decoders
         # treat the first token of a text differently
         self.overlap_start = 0
@@ -102,18 +112,25 @@ class TextStream:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt: its number among all prompts (from 0), its text as given, and its token ids."""
+    """One prompt: its number among all prompts (from 0), its text as given, and its token ids.
+
+    Of a conversation, the text is the last question, and `messages` is all of it. With a `problem`
+    no text is generated.
+    """
 
     number: int
     text: str
     ids: list[int]
+    messages: list[Message] | None = None
+    problem: str = ""
 
 
 @dataclass
 class Completion:
     """One generated text.
 
-    `finish_reason` is "end" (an end token), "stop" (a stop string) or "length" (the most tokens).
+    `finish_reason` is "end" (an end token), "stop" (a stop string), "length" (the most tokens) or
+    "refused" (a prompt that can't be used).
     """
 
     prompt: Prompt
@@ -235,12 +252,18 @@ class Run:
     language_model: LanguageModel
     options: Options
     timing: Timing = field(default_factory=Timing)
+    chat: ChatFormat | None = None  # how conversations are written, where there are any
 
     def rows(self, prompts: list[Prompt]) -> list[Completion]:
         """Return an empty completion for each prompt and sample, in this order."""
         tokenizer, stops = self.language_model.tokenizer, self.options.stops
         return [
-            Completion(prompt, sample, TextStream(tokenizer, stops))
+            Completion(
+                prompt,
+                sample,
+                TextStream(tokenizer, stops, prompt.ids),
+                finish_reason="refused" if prompt.problem else "length",
+            )
             for prompt in prompts
             for sample in range(self.options.num_samples)
         ]
@@ -251,7 +274,7 @@ class Run:
         if self.options.beams is not None:
             num_rows = len(prompts) * self.options.beams.size
         num_columns = max(len(prompt.ids) for prompt in prompts) + self.options.settings.max_new_tokens
-        needed = num_rows * self._bytes_per_row(num_columns)
+        needed = num_rows * self.bytes_per_row(num_columns)
         if free_bytes is not None and needed > free_bytes:
             raise UserError(
                 f"--num-samples {self.options.num_samples}: a batch of {num_rows:,} texts of up to "
@@ -259,7 +282,20 @@ class Run:
                 "are free; lower it, --batch-size, --max-new-tokens or --logprobs"
             )
 
-    def _bytes_per_row(self, num_columns: int) -> int:
+    @contextlib.contextmanager
+    def told_if_out_of_memory(self, num_rows: int) -> Iterator[None]:
+        """Turn what is raised within the block where memory runs out, on a GPU too, into a UserError."""
+        try:
+            yield
+        except Exception as error:
+            if not isinstance(error, torch.OutOfMemoryError) and not lacks_memory(error):
+                raise
+            helps = "--max-new-tokens, or name a smaller model"
+            helps = f"--batch-size, --num-samples or {helps}" if num_rows > 1 else helps
+            texts = f"{num_rows:,} texts" if num_rows > 1 else "the text"
+            raise UserError(f"there is too little memory to generate {texts}; lower {helps}") from error
+
+    def bytes_per_row(self, num_columns: int) -> int:
         """Return about how much memory a text takes: its cache, ids and mask; its logits and their
         copies in the sampler; its log-probabilities.
         """

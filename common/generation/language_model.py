@@ -220,6 +220,41 @@ def read_special_ids(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     return {**known, **config}
 
 
+SAMPLING_NAMES = (  # of generation_config.json, what changes which tokens are chosen
+    *("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "no_repeat_ngram_size"),
+    *("top_h", "epsilon_cutoff", "eta_cutoff", "penalty_alpha", "guidance_scale", "num_beams"),
+    *("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias", "forced_bos_token_id"),
+    *("forced_eos_token_id", "exponential_decay_length_penalty", "encoder_repetition_penalty"),
+)
+ONLY_WHEN_DRAWING = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "top_h",
+    "min_p",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+)
+NO_EFFECT = {"num_beams": 1, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "encoder_repetition_penalty": 1.0}
+
+
+def sampling_defaults(language_model: LanguageModel) -> dict[str, Any]:
+    """Return how a model's generation_config.json chooses tokens, as `generate` reads it: with
+    do_sample, of the 50 likeliest tokens unless it says otherwise, else greedily.
+    """
+    path = language_model.folder / "generation_config.json"
+    found = read_settings(path) if path.exists() else {}
+    draws = found.get("do_sample") is True
+    known = {"temperature": 1.0, "top_k": 50} if draws else {}
+    given = {name: found[name] for name in SAMPLING_NAMES if found.get(name) is not None}
+    return {
+        name: value
+        for name, value in {**known, **given}.items()
+        if (draws or name not in ONLY_WHEN_DRAWING) and value != NO_EFFECT.get(name)
+    }
+
+
 def find_end_ids(ids: dict[str, Any], words: PreTrainedTokenizerBase | Tokenizer) -> tuple[int, ...]:
     """Return the ids that end a text: those of the model, else that of the tokenizer, else none.
 

@@ -5,6 +5,7 @@ Importing the library's code of a model takes seconds, so that this file is impo
 needed.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from common import models
+from common import model_files, models
 from common.errors import UserError
 from common.generation import stored_weights
 from common.generation.decoding import accepted_inputs
 from common.generation.stored_weights import Matrix
+from common.runtime import free_memory_bytes
 
 
 def load(folder: Path, dtype: torch.dtype, device: torch.device, *, name: str) -> PreTrainedModel:
@@ -69,6 +71,7 @@ def read(config: PreTrainedConfig, folder: Path, dtype: torch.dtype, *, name: st
     if (folder / stored_weights.WEIGHTS_FILE).exists():
         weights = stored_weights.read_folder(folder, f"--model {name}")
         return over_weights(config, folder, weights, dtype, name=name)
+    check_memory(folder, dtype, name=name)
     model, new = models.load_model(AutoModelForCausalLM, folder, name=name, config=config, dtype=dtype)
     if new:
         raise UserError(
@@ -76,6 +79,19 @@ def read(config: PreTrainedConfig, folder: Path, dtype: torch.dtype, *, name: st
             "causal language model"
         )
     return model
+
+
+def check_memory(folder: Path, dtype: torch.dtype, *, name: str) -> None:
+    """Raise UserError for a model whose weights do not fit into the memory that is free: else the system
+    would end this process, without a word.
+    """
+    free = free_memory_bytes(torch.device("cpu"))
+    shapes = model_files.weight_shapes(folder, f"--model {name}")
+    needed = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
+    if free is not None and needed > free:
+        taken = f"in {str(dtype).removeprefix('torch.')} its weights take about {needed / 1e9:,.1f} GB"
+        helps = "name a smaller model" if dtype.itemsize == 2 else "use --precision bf16, or a smaller model"
+        raise UserError(f"--model {name}: {taken}, and {free / 1e9:,.1f} GB are free; {helps}")
 
 
 def over_weights(

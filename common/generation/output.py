@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 PROMPT_WIDTH = 60  # characters of a prompt in the line above its text
 # what must be the same for a run to continue after a line
-COMPARED = ("prompt_number", "sample", "prompt", "seed", "settings")
+COMPARED = ("prompt_number", "sample", "prompt", "messages", "seed", "settings", "error")
 
 
 # On the screen ------------------------------------------------------------------------------------
@@ -86,7 +86,8 @@ class Record:
             "batch_seed": batch_seed,
             "settings": self.settings,
         }
-        return {**line, "logprobs": row.logprobs} if row.logprobs else line
+        more = {"messages": row.prompt.messages, "error": row.prompt.problem, "logprobs": row.logprobs}
+        return line | {name: value for name, value in more.items() if value}
 
 
 def gather(lines: list[dict], runtime: Runtime) -> list[dict]:
@@ -270,7 +271,7 @@ def _check_line(encoded: bytes, expected: dict, *, name: str) -> dict:
         raise UserError(
             f"{name}: not a line of this script's output; remove it, or name another file with --output"
         )
-    different = [key for key in COMPARED if line[key] != expected[key]]
+    different = [key for key in COMPARED if line.get(key) != expected.get(key)]
     if different:
         difference = _describe_difference(different[0], line, expected)
         raise UserError(f"{name}: its {difference}; --resume needs the same prompts and flags")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 import shutil
 import warnings
@@ -22,7 +23,7 @@ import torch
 
 from common import bert, model_files, sources, speedups
 from common.errors import UnknownModel, UserError, shorten
-from common.files import replace_folder
+from common.files import replace_file, replace_folder
 from common.runtime import Runtime
 from common.training.data import TokenConfig, name_sha256
 from common.training.run import (
@@ -538,6 +539,7 @@ def saved_settings(name: str) -> dict:
         "truncation": settings.get("truncation") in TRUNCATIONS,
         "seed": type(seed) is int and 0 <= seed < 2**32,
         "thresholds": _are_thresholds(settings.get("thresholds", [])),
+        "temperature": _is_temperature(settings.get("temperature", 1.0)),
         "split_seed": split_seed is None or (type(split_seed) is int and 0 <= split_seed < 2**32),
     }
     for setting, is_usable in is_known.items():
@@ -552,6 +554,30 @@ def saved_settings(name: str) -> dict:
 def _are_thresholds(values: object) -> bool:
     is_list = isinstance(values, list)
     return is_list and all(type(value) in (int, float) and 0 <= value <= 1 for value in values)
+
+
+def _is_temperature(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def saved_temperature(name: str) -> float:
+    """Return by what the logits of a saved model are divided before they become probabilities."""
+    return saved_settings(name).get("temperature", 1.0)
+
+
+def save_temperature(folder: Path, temperature: float) -> None:
+    """Add a temperature to a saved model, and move its thresholds so that its answers stay the same.
+
+    Its settings become a new file: the old one may have a second name in a checkpoint.
+    """
+    from common.training.calibration import moved_thresholds
+
+    settings = saved_settings(str(folder))
+    if settings.get("thresholds"):
+        settings["thresholds"] = moved_thresholds(settings["thresholds"], temperature)
+    replace_file(
+        folder / SETTINGS_FILE, json.dumps({**settings, "temperature": temperature}, indent=2) + "\n"
+    )
 
 
 def saved_thresholds(name: str, task: Task) -> tuple[float, ...] | float:

@@ -22,7 +22,7 @@ from common.files import read_json
 from common.intervals import Interval, bootstrap, holm, mcnemar, p_value, percentiles
 from common.training.resampling import Answers, score_intervals
 from common.training.run import CONFIG, MULTI, REGRESSION, RESULTS, SINGLE, Kind
-from common.training.study import latex_table
+from common.training.study import headline_scores, latex_table
 
 PREDICTIONS = "predictions.csv"
 # of config.json: what a run is called or when it was, and no setting of it
@@ -271,8 +271,7 @@ def _in_words(value: object) -> str:
 def _score_table(runs: list[FinishedRun]) -> tuple[list[str], list[list[str]]]:
     """Return the table of settings that differ, scores with their intervals, and times."""
     settings = differing_settings(runs)
-    scores = [name for name in runs[0].results if name.startswith("test_")]
-    scores = [name for name in scores if all(_is_number(run.results.get(name)) for run in runs)]
+    scores = headline_scores([run.results for run in runs])
     headers = ["run", *settings, *(name.removeprefix("test_").replace("_", " ") for name in scores)]
     rows = []
     for number, run in enumerate(runs):

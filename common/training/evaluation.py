@@ -35,9 +35,10 @@ def evaluate(
     *,
     batch_size: int,
     scoring: Scoring,
+    temperature: float = 1.0,
     signals: StopSignals | None = None,
 ) -> tuple[dict, torch.Tensor]:
-    """Return the scores of a model on a tokenised split, and its logits (N, C).
+    """Return the scores of a model on a tokenised split, and its logits (N, C), divided by a temperature.
 
     The scores are those of `compute_scores`, the other arguments those of `predict_logits`.
     """
@@ -45,6 +46,7 @@ def evaluate(
     from common.training.metrics import compute_scores
 
     logits = predict_logits(model, rows, tokenizer, runtime, batch_size=batch_size, signals=signals)
+    logits = logits / temperature
     task = task_of_rows(rows)
     return compute_scores(task, logits, task.targets(rows["label"][:]), scoring), logits
 
@@ -121,10 +123,12 @@ def predict_texts(
     *,
     batch_size: int,
     thresholds: float | tuple[float, ...] = 0.5,
+    temperature: float = 1.0,
 ) -> Iterator[dict]:
     """Yield an answer for each text, in order: a dict with its `row` (from 1), and what `answer` says.
 
-    `thresholds` are the probabilities from which on a text has a label: one for all, or (C).
+    `thresholds` are the probabilities from which on a text has a label: one for all, or (C). Logits are
+    divided by `temperature`.
     """
     task = task_of_model(model)
     for start in range(0, len(texts), PREDICT_BLOCK):
@@ -134,7 +138,7 @@ def predict_texts(
         )
         rows = batching.Columns(columns)
         logits = predict_logits(model, rows, tokenizer, runtime, batch_size=batch_size)
-        for row, scores in enumerate(task.scores(logits).tolist(), start=start + 1):
+        for row, scores in enumerate(task.scores(logits / temperature).tolist(), start=start + 1):
             yield {"row": row, **answer(task, scores, thresholds)}
 
 

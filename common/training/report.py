@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import csv
+import functools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tabulate import tabulate
 
 from common.errors import printable, shorten
+from common.intervals import Interval
 from common.runtime import Runtime
 from common.training import batching
 from common.training.batching import BatchConfig
+from common.training.calibration import Bin, calibration_error, decisions, reliability
 from common.training.data import Splits, TokenConfig
+from common.training.resampling import Answers, score_intervals
 from common.training.run import HEADLINES, MULTI, REGRESSION, SCORES, SINGLE
 from common.training.task import Task, task_of_rows
 from common.training.tracking import Log
@@ -62,6 +67,13 @@ SHOWN_CHARACTERS = 60
 MARKDOWN = re.compile(r"[\\`*<&\[|]")  # what is more than a character in a line of Markdown
 MOST_CLASSES, WORST_CLASSES = 30, 20  # of more classes than the first, a table shows the second
 NUM_SHOWN, NUM_IN_TENSORBOARD = 5, 50  # texts with right or wrong answers
+FEW_TEXTS = 1000  # of a split: a single text is worth 0.1 points or more
+TEXTS_OF_AN_AXIS = 20  # that the axis of validation scores spans at least, so that one is no valley
+# of decisions: what is compared with what
+RELIABILITY = {
+    SINGLE: ("the confidence in the predicted class", "the share of texts for which it is right"),
+    MULTI: ("the probability of a label", "the share of texts that have it"),
+}
 EXAMPLES = {
     SINGLE: ("Five right", "Five wrong"),
     MULTI: ("Five right", "Five wrong"),
@@ -135,17 +147,38 @@ def epoch_table(epochs: list[dict], task: Task, best_metric: str, style: str = "
     return tabulate(rows, called, tablefmt=style, disable_numparse=True, colalign=align)
 
 
-def score_lines(scores: dict, task: Task) -> str:
-    """Return all scores in two lines: first those that the screen shows of each evaluation and the loss,
-    then the others.
+def score_lines(scores: dict, predictions: Predictions) -> str:
+    """Return all scores with their intervals in two lines: first those that the screen shows of each
+    evaluation and the loss, then the others.
     """
+    task, intervals = predictions.task, predictions.intervals
     first = [*HEADLINES[task.kind], "loss"]
     others = [name for name in SCORES[task.kind] if name not in first and name in scores]
     lines = (first, others) if others else (first,)
     return "\n".join(
-        ", ".join(f"{words(name, task)} {_four_decimals(scores.get(name))}" for name in line)
+        ", ".join(f"{words(name, task)} {_with_interval(name, scores, intervals)}" for name in line)
         for line in lines
     )
+
+
+def _with_interval(name: str, scores: dict, intervals: dict[str, Interval], mark: str = "") -> str:
+    """Return a score, within marks of Markdown, and its interval."""
+    score = f"{mark}{_four_decimals(scores.get(name))}{mark}"
+    return f"{score} [{intervals[name][0]:.4f}, {intervals[name][1]:.4f}]" if name in intervals else score
+
+
+def certainty_line(predictions: Predictions) -> str:
+    """Return what the intervals are, what a single text is worth on a small split, and how far the
+    probabilities can be trusted.
+    """
+    parts, count, kind = ["in brackets: 95 % intervals"], len(predictions.labels), predictions.task.kind
+    if kind != REGRESSION and count <= FEW_TEXTS:
+        share = SCORES[kind][HEADLINES[kind][0]]
+        parts.append(f"one text is {100 / count:.2g} points of {share}")
+    if kind != REGRESSION:
+        error = calibration_error(predictions.reliability())
+        parts.append(f"expected calibration error {error:.4f}")
+    return "; ".join(parts)
 
 
 # a column of a table of classes: its header, its key in the scores, how its numbers are written
@@ -216,9 +249,14 @@ class Predictions:
     """
 
     def __init__(
-        self, rows: datasets.Dataset, logits: torch.Tensor, thresholds: list[float] | None = None
+        self,
+        rows: datasets.Dataset,
+        logits: torch.Tensor,
+        thresholds: list[float] | None = None,
+        positive_class: str | None = None,
     ) -> None:
-        self.rows, self.task = rows, task_of_rows(rows)
+        self.rows, self.task, self.positive_class = rows, task_of_rows(rows), positive_class
+        self.logits = logits
         self.names = list(self.task.names)
         self.labels = self.task.targets(rows["label"][:])  # (N) or (N, C)
         self.num_tokens = torch.tensor(rows["num_tokens"][:])  # (N)
@@ -229,6 +267,36 @@ class Predictions:
         elif self.task.kind == MULTI:
             limits = torch.tensor(thresholds or [0.5] * len(self.names), dtype=torch.float64)
             self.predicted = (self.scores >= limits).double()  # (N, C)
+
+    @functools.cached_property
+    def answers(self) -> Answers:
+        """The same as arrays of NumPy: what intervals are made of."""
+        task, logits, labels = self.task, self.logits.double(), self.labels
+        if task.kind == REGRESSION:
+            numbers = (labels.double().numpy(), logits.numpy())
+            return Answers(task.kind, *numbers, num_classes=len(self.names))
+        predicted, losses = self.predicted, F.cross_entropy
+        if task.kind == MULTI:
+            labels, predicted, losses = labels.double(), predicted > 0, F.binary_cross_entropy_with_logits
+        each = losses(logits, labels, reduction="none").numpy()
+        return Answers(
+            task.kind,
+            labels.numpy() if task.kind == SINGLE else labels.numpy() > 0,
+            predicted.numpy(),
+            num_classes=len(self.names),
+            probabilities=task.scores(logits).numpy(),
+            losses=each if each.ndim == 1 else each.mean(axis=1),
+            positive=None if self.positive_class is None else self.names.index(self.positive_class),
+        )
+
+    @functools.cached_property
+    def intervals(self) -> dict[str, Interval]:
+        """The interval of each score."""
+        return score_intervals(self.answers)
+
+    def reliability(self) -> list[Bin]:
+        """Return how often decisions are right, by their probability."""
+        return reliability(*decisions(self.answers))
 
     def right(self) -> torch.Tensor:
         """Return whether the answer to each text (N) is right: its class, or all of its labels."""
@@ -382,21 +450,40 @@ class Outcome:
     best: dict  # that of the best one
     scores: dict  # on the test split
     predictions: Predictions
+    temperature: float  # by which logits are divided
+    num_texts: dict[str, int]  # of each split
     peak_memory_bytes: int
 
     @property
-    def results(self) -> dict[str, float]:
+    def results(self) -> dict[str, Any]:
         """The content of metrics.json."""
         epochs = [entry for entry in self.history if isinstance(entry["epoch"], int)] or self.history
         seconds_per_example = [1 / entry["examples_per_second"] for entry in epochs]
+        mean_seconds = sum(seconds_per_example) / len(epochs)
         names = SCORES[self.predictions.task.kind]
         return {
             **{f"test_{name}": self.scores[name] for name in names if name in self.scores},
             "best_epoch": self.best["epoch"],
             **{f"best_validation_{name}": self.best[name] for name in names if name in self.best},
-            "train_examples_per_second": len(epochs) / sum(seconds_per_example),
+            "train_examples_per_second": 1 / mean_seconds,
+            # of the steps alone, without evaluations
+            "train_seconds": mean_seconds * self.num_texts["train"] * self.history[-1]["epoch"],
             "peak_memory_bytes": self.peak_memory_bytes,
+            **self._calibration(),
+            "test_intervals": self.predictions.intervals,
         }
+
+    def _calibration(self) -> dict[str, float]:
+        """Return the error of the probabilities, and without the temperature too, if there is one."""
+        if self.predictions.task.kind == REGRESSION:
+            return {}
+        found = {"test_calibration_error": calibration_error(self.predictions.reliability())}
+        if self.temperature == 1:
+            return found
+        # of what the model answers; thresholds play no part in it
+        plain = Predictions(self.predictions.rows, self.predictions.logits * self.temperature)
+        before = calibration_error(plain.reliability())
+        return {**found, "test_calibration_error_before": before, "temperature": self.temperature}
 
 
 def log_outcome(log: Log, outcome: Outcome) -> None:
@@ -437,10 +524,15 @@ def write_report(folder: Path, outcome: Outcome) -> None:
 
     task = outcome.predictions.task
     shown = {name: words(name, task) for name in shown_scores(task, outcome.settings["best_metric"])}
-    curve = figures.learning_curve(outcome.history, outcome.best["epoch"], shown)
+    shares = task.kind != REGRESSION
+    least = TEXTS_OF_AN_AXIS / outcome.num_texts["validation"] if shares else 0.0
+    curve = figures.learning_curve(outcome.history, outcome.best["epoch"], shown, least=least)
     figures.save(curve, folder / "learning_curve.png")
     picture = answer_picture(outcome.scores, outcome.predictions, title="test split")
     figures.save(picture, folder / PICTURES[task.kind][0])
+    if task.kind != REGRESSION:
+        bins = [(one.probability, one.share, one.count) for one in outcome.predictions.reliability()]
+        figures.save(figures.reliability(bins, called=RELIABILITY[task.kind]), folder / "reliability.png")
     outcome.predictions.write_csv(folder / "predictions.csv")
     (folder / "report.md").write_text(_report_text(outcome), encoding="utf-8")
 
@@ -449,8 +541,9 @@ def _headline(outcome: Outcome) -> str:
     """Return the first scores of the test split in a sentence's part, the first one in bold."""
     task = outcome.predictions.task
     first, *others = HEADLINES[task.kind]
-    parts = [f"{words(first, task)} **{_four_decimals(outcome.scores.get(first))}**"]
-    parts += [f"{words(name, task)} {_four_decimals(outcome.scores.get(name))}" for name in others]
+    intervals = outcome.predictions.intervals
+    parts = [f"{words(first, task)} {_with_interval(first, outcome.scores, intervals, mark='**')}"]
+    parts += [f"{words(name, task)} {_with_interval(name, outcome.scores, intervals)}" for name in others]
     return ", ".join(parts)
 
 
@@ -468,6 +561,7 @@ def _report_text(outcome: Outcome) -> str:
 Test {_headline(outcome)}
 ({len(predictions.labels)} texts), with the weights of epoch {results["best_epoch"]:g},
 the best by validation {words(best_metric, task)}. Seed {settings["seed"]}.
+{_sentence(certainty_line(predictions))}
 {results["train_examples_per_second"]:.1f} training examples a second.
 
 ## Epochs
@@ -478,12 +572,12 @@ the best by validation {words(best_metric, task)}. Seed {settings["seed"]}.
 
 ## {answers} of the test split
 
-{_score_table(outcome.scores, task)}
+{_score_table(outcome)}
 
 {answer_table(outcome.scores, task, "github")}
 
 ![{description}]({picture})
-
+{_calibration_section(outcome)}
 ## By length
 
 A text is read up to {settings["eval_max_length"]} tokens; of a longer one,
@@ -509,9 +603,34 @@ Every row of the test split is in [predictions.csv](predictions.csv).
 """
 
 
-def _score_table(scores: dict, task: Task) -> str:
+def _score_table(outcome: Outcome) -> str:
     """Return all scores as a sentence of Markdown."""
-    return score_lines(scores, task).replace("\n", ",\n") + "."
+    return score_lines(outcome.scores, outcome.predictions).replace("\n", ",\n") + "."
+
+
+def _sentence(line: str) -> str:
+    return f"{line[0].upper()}{line[1:]}."
+
+
+def _calibration_section(outcome: Outcome) -> str:
+    """Return the section of the report on the probabilities, "" for numbers, which have none."""
+    kind, results = outcome.predictions.task.kind, outcome.results
+    if kind == REGRESSION:
+        return ""
+    about = "Nothing was calibrated; `--calibrate` fits a temperature on the validation split."
+    if "temperature" in results:
+        about = (
+            f"Logits are divided by the temperature {results['temperature']:.4f}, which was fitted on the"
+            f" validation split; without it, the error is {results['test_calibration_error_before']:.4f}."
+        )
+    return f"""
+## Calibration
+
+Expected calibration error **{results["test_calibration_error"]:.4f}** on the test split: by so much do
+{RELIABILITY[kind][0]} and {RELIABILITY[kind][1]} differ, on average. {about}
+
+![How often decisions are right, by their probability](reliability.png)
+"""
 
 
 def _cell(value: object) -> str:
@@ -584,12 +703,13 @@ classify = pipeline("text-classification", model="this folder or its name on the
 print(classify({_example_call(task)}))
 ```
 
-{_answers(task, outcome.scores)}
+{_answers(task, outcome.scores)}{_about_temperature(outcome)}
 
 ## Results
 
 On {len(predictions.labels):,} texts of the test split, {_novelty(splits)}:
-{_score_table(outcome.scores, task)} The weights are those after epoch {results["best_epoch"]:g},
+{_score_table(outcome)}
+{_sentence(certainty_line(predictions))} The weights are those after epoch {results["best_epoch"]:g},
 the best by validation {words(settings["best_metric"], task)}.
 
 {answer_table(outcome.scores, task, "github")}
@@ -637,6 +757,17 @@ def _example_call(task: Task) -> str:
     return f'"a text", {options}'
 
 
+def _about_temperature(outcome: Outcome) -> str:
+    """Return a sentence on the temperature of a calibrated model."""
+    if outcome.temperature == 1:
+        return ""
+    return (
+        f" Probabilities are calibrated: `--predict` divides the logits by the temperature"
+        f" {outcome.temperature:.4f} (in `training.json`), fitted on the validation split. The pipeline does"
+        " not: its best class is the same, its score another."
+    )
+
+
 def _answers(task: Task, scores: dict) -> str:
     """Return a sentence on what the answers of the pipeline mean."""
     if task.kind == SINGLE:
@@ -661,8 +792,9 @@ def epoch_line(epoch: dict, num_epochs: int, task: Task, best_metric: str) -> st
 def show(scores: dict, predictions: Predictions, max_length: int, runtime: Runtime) -> None:
     """Print scores, the tables of answers and lengths, and five right and five wrong answers."""
     task = predictions.task
-    first, *others = score_lines(scores, task).splitlines()
-    runtime.say("\n".join([f"{first} on {len(predictions.labels):,} texts", *others]) + "\n")
+    first, *others = score_lines(scores, predictions).splitlines()
+    about = certainty_line(predictions)
+    runtime.say("\n".join([f"{first} on {len(predictions.labels):,} texts", *others, about]) + "\n")
     runtime.say(answer_table(scores, task))
     runtime.say(
         f"\nby length of the text, which is read up to {max_length} tokens:\n"

@@ -98,6 +98,7 @@ FREE_FLAGS = {
     "precision",
     "num_workers",
     "save_every",
+    "calibrate",
     "keep",
     "keep_after",
     "max_minutes",
@@ -115,9 +116,9 @@ def check_task(kind: Kind, flags: Mapping[str, Any]) -> None:
         known = ", ".join(SCORES[kind])
         raise UserError(f"--best-metric {best_metric}: --task {kind} has no such score; use one of {known}")
     if kind == REGRESSION:
-        for name, neutral in (("label_smoothing", 0.0), ("class_weights", "none")):
+        for name, neutral in (("label_smoothing", 0.0), ("class_weights", "none"), ("calibrate", False)):
             if flags[name] != neutral:
-                flag = f"--{name.replace('_', '-')} {flags[name]}"
+                flag = f"--{name.replace('_', '-')} {flags[name]}".removesuffix(" True")
                 raise UserError(
                     f"{flag}: it is for classes and labels, and --task regression has numbers; leave it out"
                 )

@@ -20,7 +20,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -31,6 +31,7 @@ from common.errors import Interrupted, UserError, shorten
 from common.files import only_writer, read_json, replace_file
 from common.training.run import (
     CONFIG,
+    HEADLINES,
     LOWER_IS_BETTER,
     RESULTS,
     STUDY,
@@ -432,7 +433,7 @@ def show(study: Study, finished: list[Planned]) -> None:
 
 def _table(lines: list[Line], metric: str, best: Line) -> tuple[list[str], list[list[str]]]:
     """Return the headers and the rows of the table of settings; a star marks the best one."""
-    names = [name for name in lines[0].results if name.startswith("test_")]
+    names = headline_scores([line.results for line in lines])
     names = [f"best_validation_{metric}", *names]
     axes = list(lines[0].setting)
     headers = [
@@ -446,6 +447,15 @@ def _table(lines: list[Line], metric: str, best: Line) -> tuple[list[str], list[
         cells = [_in_words(line.results[name]) if name in line.results else "" for name in names]
         rows.append([*line.setting.values(), f"{len(line.seeds)}{mark}", *cells])
     return headers, rows
+
+
+def headline_scores(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the results that a table has room for: the first scores of the task and the loss."""
+    for names in HEADLINES.values():
+        wanted = [f"test_{name}" for name in (*names, "loss")]
+        if all(name in values for name in wanted for values in results):
+            return wanted
+    return [name for name in results[0] if name.startswith("test_") and name != "test_intervals"]
 
 
 def _in_words(spread: Spread) -> str:

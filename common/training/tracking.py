@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
@@ -162,7 +162,7 @@ class RunLog:
         """Add a text panel."""
         self.writer.add_text(tag, markdown, step)
 
-    def finish(self, results: dict[str, float], *, curves: list[str]) -> None:
+    def finish(self, results: dict[str, Any], *, curves: list[str]) -> None:
         """Write metrics.json and, for TensorBoard's HParams, the settings beside the named curves.
 
         SummaryWriter.add_hparams would write each result once more, as a curve of one point.
@@ -170,7 +170,7 @@ class RunLog:
         from torch.utils.tensorboard.summary import hparams
 
         text = json.dumps(results, indent=2) + "\n"
-        (self.folder / RESULTS).write_text(text, encoding="utf-8")
+        replace_file(self.folder / RESULTS, text)  # once it is there, the run is finished
         plain = (bool, int, float, str)
         settings = {name: value for name, value in self.settings.items() if isinstance(value, plain)}
         file_writer = self.writer._get_file_writer()
@@ -202,7 +202,7 @@ class NullLog:
     def text(self, step: int, tag: str, markdown: str) -> None:
         pass
 
-    def finish(self, results: dict[str, float], *, curves: list[str]) -> None:
+    def finish(self, results: dict[str, Any], *, curves: list[str]) -> None:
         pass
 
     def close(self) -> None:

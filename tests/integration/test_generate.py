@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import generate
 from common import bundled, cli
 from common.generation import explain
-from common.generation.chat import Chat
+from common.generation.conversation import Chat
 from common.generation.fast_decoding import find_compiler
 from conftest import ROOT, exit_code_in_process, heavy, with_defaults
 from hub_server import HubServer

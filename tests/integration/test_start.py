@@ -31,7 +31,7 @@ LARGE = {
     "llguidance",
     *("torch", "numpy", "scipy", "sklearn", "pandas", "pyarrow", "datasets", "evaluate", "matplotlib"),
     *("transformers", "sentence_transformers", "tokenizers", "peft", "tensorboard", "huggingface_hub"),
-    *("duckdb", "faiss", "bm25s", "tabulate", "pytrec_eval", "rouge_score"),
+    *("duckdb", "faiss", "bm25s", "tabulate", "pytrec_eval", "rouge_score", "aiohttp"),
 }
 STORE = {"numpy", "pyarrow"}  # what an index is read with
 COMPUTE = {*STORE, "torch", "tabulate"}
@@ -131,6 +131,8 @@ QUICK = [  # help and mistakes: (command, exit code)
     ([GENERATE, *PROMPT, "--output", "texts.txt"], 2),
     ([GENERATE, *PROMPT, "--output", "texts.txt", "--resume"], 2),
     ([GENERATE, *PROMPT, "--output", "nowhere/new.jsonl"], 2),
+    ([GENERATE, "--serve", "--port", "x"], 2),
+    ([GENERATE, "--serve", *PROMPT], 2),
 ]
 
 

@@ -384,7 +384,13 @@ def test_the_model_card_tells_data_settings_and_results(plain, sentences_csv):
     card = (plain / "best" / "README.md").read_text()
     results = json.loads((plain / "metrics.json").read_text())
     assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: text-classification\n")
-    assert f"accuracy {results['test_accuracy']:.4f}, macro-F1 {results['test_macro_f1']:.4f}" in card
+    low, high = results["test_intervals"]["accuracy"]
+    share = f"accuracy {results['test_accuracy']:.4f} [{low:.4f}, {high:.4f}], macro-F1"
+    assert f"{share} {results['test_macro_f1']:.4f}" in card
+    assert (
+        f"Test {share}".replace(f"{results['test_accuracy']:.4f}", f"**{results['test_accuracy']:.4f}**")
+        in (plain / "report.md").read_text()
+    )
     assert re.search(r"\| `lr` +\| 0\.003 +\|", card) and "`neg`, `pos`" in card
     assert (
         "84 texts for training, 12 for validation." in card
@@ -457,3 +463,33 @@ def test_the_model_card_does_not_call_texts_new_that_are_not(forked, tmp_path):
 def test_a_flag_out_of_range_is_one_line(flags, said, forked, tmp_path):
     assert forked.run(tmp_path / "run", *flags) == [2]
     assert said in forked.said() and len(forked.said().splitlines()) == 1 and not (tmp_path / "run").exists()
+
+
+def test_a_calibrated_model_says_how_sure_it_is(forked, plain, call_script, tmp_path, sentences_csv):
+    """Oracle: the temperature that SciPy finds on the logits of the validation split; --predict and
+    --evaluate-only use the one that is saved, and answers stay the same.
+    """
+    run = tmp_path / "run"
+    assert forked.run(run, "--calibrate") == [0], forked.said()
+    results, before = (json.loads((folder / "metrics.json").read_text()) for folder in (run, plain))
+    temperature = json.loads((run / "best" / "training.json").read_text())["temperature"]
+    assert results["temperature"] == temperature and temperature != 1 and "temperature" not in before
+    assert results["test_accuracy"] == before["test_accuracy"] and results["test_loss"] != before["test_loss"]
+    assert results["test_calibration_error_before"] == pytest.approx(before["test_calibration_error"])
+    assert close(run, plain), "the weights are those of a run without it"
+    assert "--predict` divides the logits" in (run / "best" / "README.md").read_text()
+    assert "## Calibration" in (run / "report.md").read_text() and (run / "reliability.png").exists()
+    (tmp_path / "texts.txt").write_text("good film\nawful story\n")
+    said = []
+    for folder in (plain, run):
+        flags = ["--model", folder / "best", "--predict", tmp_path / "texts.txt"]
+        lines = call_script("train_classifier.py", *flags).stdout.splitlines()
+        said.append([json.loads(line) for line in lines])
+    for one, calibrated in zip(*said):
+        logits = torch.tensor(list(one["scores"].values())).log() / temperature
+        assert list(calibrated["scores"].values()) == pytest.approx(logits.softmax(0).tolist(), abs=1e-4)
+        assert one["label"] == calibrated["label"]
+    flags = ["--model", run / "best", "--dataset", sentences_csv, "--evaluate-only"]
+    scored = call_script("train_classifier.py", *flags).stdout
+    assert f"loss {results['test_loss']:.4f} [" in scored
+    assert f"expected calibration error {results['test_calibration_error']:.4f}" in scored

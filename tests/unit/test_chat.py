@@ -2,6 +2,8 @@
 oracle is each answer to the whole conversation without a cache.
 """
 
+import dataclasses
+import re
 from collections.abc import Callable
 
 import pytest
@@ -10,8 +12,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 import generate
 from common.errors import UserError
-from common.generation.chat import Chat, encode_chats, render
+from common.generation.chat import ChatFormat, choose_template, read_format, render
 from common.generation.completion import Options, Prompt, Run
+from common.generation.conversation import Chat, Console, after_interruption
 from common.generation.language_model import LanguageModel
 from common.generation.sampling import Settings
 from common.runtime import Runtime
@@ -38,16 +41,27 @@ def run_of(kind: str, *, context: int = 512) -> Run:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3)
-    return Run(
-        LanguageModel(kind, model, tokenizer, (2,), 0, context),
-        Options(Settings(max_new_tokens=12, end_ids=(2,))),
-    )
+    language_model = LanguageModel(kind, model, tokenizer, (2,), 0, context)
+    options = Options(Settings(max_new_tokens=12, end_ids=(2,)))
+    return Run(language_model, options, chat=format_of(language_model))
+
+
+def format_of(language_model: LanguageModel, **more) -> ChatFormat:
+    """Return how its conversations are written, as flags that are not given leave it."""
+    return read_format(language_model, **{"wanted": None, "options": {}, "prefill": "", **more})
+
+
+def model_with(template: str | dict | None) -> LanguageModel:
+    """Return a model that is only asked for its words."""
+    run = run_of("llama")
+    run.language_model.tokenizer.chat_template = template
+    return run.language_model
 
 
 def without_cache(chat: Chat, text: str) -> list[int]:
     """Return the tokens of the answer to the conversation so far and one more text."""
     messages = [*chat.messages, {"role": "user", "content": text}]
-    [ids] = encode_chats([messages], chat.run.language_model)
+    ids = chat.format.encode(messages)
     rows = chat.run.rows([Prompt(0, text, ids)])
     list(generate.complete(chat.run, rows, seed=0))
     return rows[0].token_ids
@@ -93,9 +107,33 @@ def test_an_interrupted_turn_leaves_nothing(kind, monkeypatch):
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(generate, "show", interrupt_after(3))
         answer(chat, TURNS[1], patched)
-    assert chat.messages == before
+    assert chat.messages == before and chat.take_back() == TURNS[1]
     expected = without_cache(chat, TURNS[2])
     assert answer(chat, TURNS[2], monkeypatch) == expected
+
+
+def test_what_was_said_before_an_interruption_can_be_kept(monkeypatch):
+    chat = Chat(run_of("llama"), None)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(generate, "show", interrupt_after(8))
+        answer(chat, TURNS[0], patched)
+    monkeypatch.setattr(Console, "confirm", lambda self, question: True)
+    after_interruption(chat)
+    ask, said = chat.messages
+    assert ask["content"] == TURNS[0] and said["role"] == "assistant" and said["content"]
+    expected = without_cache(chat, TURNS[1])
+    assert answer(chat, TURNS[1], monkeypatch) == expected
+
+
+def test_a_question_is_answered_again_with_other_random_numbers(monkeypatch):
+    run = run_of("llama")
+    settings = Settings(max_new_tokens=12, end_ids=(2,), sample=True, temperature=1.5)
+    chat = Chat(dataclasses.replace(run, options=Options(settings)), "Be short.")
+    answer(chat, TURNS[0], monkeypatch)
+    first = answer(chat, TURNS[1], monkeypatch)
+    before = chat.messages[:-2]
+    assert chat.take_back() == TURNS[1] and chat.messages == before
+    assert answer(chat, TURNS[1], monkeypatch) != first
 
 
 def test_a_full_context_is_reported_and_a_new_conversation_can_start(monkeypatch):
@@ -147,24 +185,130 @@ def test_a_template_writes_what_the_library_writes(name):
     """Or is refused by both."""
     tokenizer = train_byte_bpe()
     tokenizer.chat_template = TEMPLATES[name]
+    template = choose_template(LanguageModel("x", None, tokenizer, (2,), 0, 99), None, {})
     conversation = [
         {"role": "system", "content": "Be <short> & kind."},
         {"role": "user", "content": "你好"},
         {"role": "assistant", "content": "  Hello. "},
     ]
-    refused = expected = None
-    try:
-        expected = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # of the template
-        refused = error
-    if refused is None:
-        assert render([conversation], tokenizer, name="x") == [expected]
-        return
-    with pytest.raises(UserError, match="the template of x fails"):
-        render([conversation], tokenizer, name="x")
+    for number, how in ((2, "add_generation_prompt"), (3, "continue_final_message")):
+        messages, refused, expected = conversation[:number], None, None
+        try:
+            expected = tokenizer.apply_chat_template(messages, tokenize=False, **{how: True})
+        except Exception as error:  # of the template
+            refused = error
+        if refused is None:
+            assert render([messages], template) == [expected]
+            continue
+        if "not an accepted field" in str(refused):  # only the library looks for the word "content"
+            continue
+        with pytest.raises(UserError, match="the template of x fails"):
+            render([messages], template)
 
 
-def test_of_several_templates_the_default_is_taken():
-    tokenizer = train_byte_bpe()
-    tokenizer.chat_template = {"tool_use": "tool", "default": "{{ messages[0].content }}"}
-    assert render([[{"role": "user", "content": "a"}]], tokenizer, name="x") == ["a"]
+SEVERAL = {"tool_use": "tool", "default": "{{ messages[0].content }}"}
+
+
+def test_of_several_templates_the_default_or_the_named_one_is_taken(tmp_path):
+    ask = [{"role": "user", "content": "a"}]
+    (tmp_path / "own.jinja").write_text("own {{ messages[0].content }}\n")
+    for wanted, text in ((None, "a"), ("tool_use", "tool"), (str(tmp_path / "own.jinja"), "own a")):
+        assert render([ask], choose_template(model_with(SEVERAL), wanted, {})) == [text]
+    with pytest.raises(UserError, match=r"--chat-template x: .*tool_use, default.* nor a file"):
+        choose_template(model_with(SEVERAL), "x", {})
+    with pytest.raises(UserError, match="a, b.*name one with --chat-template"):
+        choose_template(model_with({"a": "1", "b": "2"}), None, {})
+    template = choose_template(model_with(None), str(tmp_path / "own.jinja"), {})
+    assert render([ask], template) == ["own a"]
+
+
+THINKING = CHAT_TEMPLATE + "{% if enable_thinking is defined and not enable_thinking %}<no>{% endif %}"
+
+
+def test_options_reach_the_template_and_an_unknown_one_is_refused():
+    ask, model = [{"role": "user", "content": "a"}], model_with(THINKING)
+    plain, off = (
+        render([ask], choose_template(model, None, options)) for options in ({}, {"enable_thinking": False})
+    )
+    assert off == [plain[0] + "<no>"]
+    with pytest.raises(UserError, match="does not read 'thinking'; it reads enable_thinking;.*option"):
+        render([ask], choose_template(model, None, {"thinking": False}))
+    with pytest.raises(UserError, match="--template-option messages: every template"):
+        choose_template(model, None, {"messages": []})
+
+
+TURNS_OF = "{% for m in messages %}[{{ m.role }}]{{ m.content }}"
+ENDS = {  # what a template writes after an answer: the end ids of a model that ends on 2, eos being 2
+    "the end token of the config": (CHAT_TEMPLATE, [2]),
+    "another token": (TURNS_OF + "<|endoftext|>{% endfor %}", [2, 0]),
+    "on a line of its own": (TURNS_OF + "\n<|endoftext|>{% endfor %}", [2, 0]),
+    "the token before the next turn": (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% endfor %}",
+        [2, 1],
+    ),
+    "nothing but text": (TURNS_OF + "\n{% endfor %}", [2]),
+    "one question only": (
+        "{% if messages|length > 1 %}{{ raise_exception('one') }}{% endif %}{{ messages[0].content }}",
+        [2],
+    ),
+}
+
+
+@pytest.mark.parametrize("template, expected", ENDS.values(), ids=ENDS)
+def test_an_answer_ends_where_the_template_ends_it(template, expected):
+    assert list(format_of(model_with(template)).end_ids) == expected
+
+
+def test_an_answer_ends_at_the_end_token_of_the_tokenizer_too():
+    """A model whose config ends on one token while its tokenizer names another."""
+    model = dataclasses.replace(model_with(TURNS_OF + "{% endfor %}"), end_ids=(0,))
+    assert format_of(model).end_ids == (0, 2)
+
+
+NO_SYSTEM = {  # templates without a system role: one refuses it, one leaves it out
+    "refused": "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    + CHAT_TEMPLATE,
+    "left out": "{% set messages = messages | rejectattr('role', 'equalto', 'system') | list %}"
+    + CHAT_TEMPLATE,
+}
+
+
+@pytest.mark.parametrize("template", NO_SYSTEM.values(), ids=NO_SYSTEM)
+def test_a_system_text_goes_into_the_first_question_where_there_is_no_role_for_it(template, capsys):
+    model = model_with(template)
+    system, ask = {"role": "system", "content": "Be short."}, {"role": "user", "content": "Why?"}
+    more = [{"role": "assistant", "content": "So."}, {"role": "user", "content": "And?"}]
+    expected = model.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Be short.\n\nWhy?"}, *more],
+        add_generation_prompt=True,
+        return_dict=True,
+    )["input_ids"]
+    chat_format = format_of(model)
+    assert chat_format.encode([system, ask, *more]) == expected
+    chat_format.note_system()
+    assert re.fullmatch(r"note: .*takes no system message.*\n", capsys.readouterr().err)
+    with_role = format_of(model_with(CHAT_TEMPLATE))
+    with_role.note_system()
+    assert with_role.takes_system and capsys.readouterr().err == ""
+
+
+def test_an_answer_that_was_begun_goes_on(monkeypatch):
+    """Oracle: the library's continue_final_message; in a conversation the beginning is part of the
+    answer.
+    """
+    run = run_of("llama")
+    chat_format = format_of(run.language_model, prefill="The light ")
+    chat = Chat(dataclasses.replace(run, chat=chat_format), None)
+    messages = [{"role": "user", "content": TURNS[0]}, {"role": "assistant", "content": "The light "}]
+    ids = run.language_model.tokenizer.apply_chat_template(
+        messages, continue_final_message=True, return_dict=True
+    )["input_ids"]
+    assert chat_format.encode(messages[:1]) == ids
+    expected = without_cache(chat, TURNS[0])
+    assert answer(chat, TURNS[0], monkeypatch) == expected
+    said = run.language_model.tokenizer.decode(ids + expected, skip_special_tokens=True)
+    assert said.endswith(chat.messages[-1]["content"]) and chat.messages[-1]["content"].startswith(
+        "The light "
+    )
+    with pytest.raises(UserError, match="--prefill: the conversation ends with an answer"):
+        chat_format.encode(messages)

@@ -14,9 +14,11 @@ from language_models import TEXTS, train_byte_bpe
 BPE = train_byte_bpe()
 
 
-def stream(ids: list[int], tokenizer=BPE, stops: tuple[str, ...] = ()) -> tuple[list[str], TextStream]:
+def stream(
+    ids: list[int], tokenizer=BPE, stops: tuple[str, ...] = (), before: tuple[int, ...] = ()
+) -> tuple[list[str], TextStream]:
     """Return the pieces of a text, and the stream."""
-    found = TextStream(tokenizer, stops)
+    found = TextStream(tokenizer, stops, before)
     pieces = []
     for token in ids:
         pieces.append(found.add(token))
@@ -48,6 +50,16 @@ def test_any_tokens_come_through(ids):
     assert "".join(stream(ids)[0]) == BPE.decode(ids, skip_special_tokens=True)
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    st.text(st.characters(codec="utf-8"), max_size=20), st.lists(st.integers(3, len(BPE) - 1), max_size=20)
+)
+def test_a_text_is_what_its_tokens_add_to_the_prompt(prompt, ids):
+    before = BPE(prompt)["input_ids"]
+    text = "".join(stream(ids, before=before)[0])
+    assert BPE.decode(before) + text == BPE.decode(before + ids)
+
+
 def test_a_space_at_the_start_of_a_word_survives():
     """Tokenizers of SentencePiece's kind strip the space of the first token that they decode:
     token by token all words would run together.
@@ -57,6 +69,9 @@ def test_a_space_at_the_start_of_a_word_survives():
     backend.decoder = decoders.Metaspace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
     assert "".join(stream([1, 2, 3, 4], tokenizer)[0]) == tokenizer.decode([1, 2, 3, 4]) == "the cats sat"
+    # after a prompt, the space is part of the text: what is decoded together, without the prompt
+    whole, prompt = tokenizer.decode([1, 2, 3, 4]), tokenizer.decode([1, 2, 3])
+    assert "".join(stream([4], tokenizer, before=(1, 2, 3))[0]) == whole.removeprefix(prompt) == " sat"
 
 
 CASES = {  # text, stops, what is shown

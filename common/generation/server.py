@@ -1,0 +1,858 @@
+"""A server on this machine that speaks OpenAI's protocol: /v1/models, /v1/completions and
+/v1/chat/completions, also as streams.
+
+Requests wait in a bounded queue. One thread takes those that wait, as many as fit into a batch, and
+decodes them together. Each row has its own sampler, random numbers and end, so that its text is that
+of the command line and does not depend on its neighbours, but for how sums are rounded.
+
+What a request can't do: reach the server from another machine or from a page in a browser, name a
+file, or ask for something that is not done and be answered as if it were.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import json
+import os
+import re
+import secrets
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+# a child process writes each chat by its template: what it imports is imported here, because importing
+# is not safe in the child of a process with threads
+import jinja2.ext
+import jinja2.meta
+import jinja2.sandbox  # noqa: F401
+import torch
+from aiohttp import web
+from torch import Tensor
+
+from common.cli import fault_of_system, stop_signals
+from common.errors import UserError, shorten
+from common.generation import decoding, fast_sampling, language_model, sampling
+from common.generation.chat import Message, check_messages
+from common.generation.completion import REPLACEMENT, Completion, Prompt, Run, TextStream, logprobs
+from common.generation.decoding import Batch, Step
+from common.generation.language_model import LanguageModel
+from common.generation.sampling import Sampler, Settings
+from common.runtime import free_memory_bytes
+
+HOST, KEY_VARIABLE = "127.0.0.1", "GENERATE_API_KEY"
+OWN_NAMES = re.compile(r"(127\.0\.0\.1|localhost)(:\d+)?")  # in the header Host of an honest request
+BODY_BYTES = 4 << 20  # of a request; a context of 100,000 tokens has about a tenth of it
+SECONDS_TO_FINISH = 10.0  # for the texts that are being generated when a signal comes
+MOST_STOPS, MOST_LOGPROBS, MOST_PROMPTS = 16, 20, 64
+
+USAGE = web.RequestKey("usage", dict)  # the tokens of a request, for its line
+Send = Callable[[dict[str, Any]], Awaitable[None]]  # an event of a stream
+Decode = Callable[[LanguageModel, Batch, Sampler, Settings], Iterator[Step]]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the server takes on at a time."""
+
+    batch_size: int  # texts that are decoded together
+    waiting: int  # texts that wait for their turn
+    seconds: float  # from a request to the end of its answer
+    api_key: str | None = None
+
+
+class ApiError(Exception):
+    """A request that is refused, as OpenAI's clients read it."""
+
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.param, self.code = status, param, code
+
+    def content(self) -> dict[str, Any]:
+        """Return the error as JSON takes it."""
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+
+# What is asked for --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of a request: what it may be."""
+
+    accepts: Callable[[Any], bool]
+    wanted: str
+
+
+def number(accepts: Callable[[Any], bool], wanted: str, *, whole: bool = False) -> Parameter:
+    """Return a parameter that is a number; true and false are none."""
+    kinds = (int,) if whole else (int, float)
+    return Parameter(lambda value: type(value) in kinds and accepts(value), wanted)
+
+
+def only(*values: Any) -> Parameter:
+    """Return a parameter of OpenAI's protocol that is taken only where it changes nothing."""
+    wanted = f"only {' or '.join(map(json.dumps, values))}, since nothing else is done here"
+    return Parameter(lambda value: any(value == one and type(value) is type(one) for one in values), wanted)
+
+
+def texts_of(value: Any, most: int) -> list[str] | None:
+    """Return a text or a list of up to `most` texts as a list, None for anything else."""
+    texts = [value] if isinstance(value, str) else value
+    is_list = isinstance(texts, list) and 1 <= len(texts) <= most
+    return texts if is_list and all(isinstance(text, str) and text for text in texts) else None
+
+
+def is_bias(value: Any) -> bool:
+    """Return whether a value is an object with a number from -100 to 100 for some ids of tokens."""
+    return isinstance(value, dict) and all(
+        re.fullmatch(r"\d{1,9}", name) and type(bias) in (int, float) and -100 <= bias <= 100
+        for name, bias in value.items()
+    )
+
+
+FLAG = Parameter(lambda value: type(value) is bool, "true or false")
+TEXT = Parameter(lambda value: isinstance(value, str), "a text")
+AT_LEAST_1 = number(lambda value: 1 <= value < 2**31, "a whole number above 0", whole=True)
+FEW = number(lambda value: 0 <= value <= MOST_LOGPROBS, f"a whole number up to {MOST_LOGPROBS}", whole=True)
+COMMON = {
+    "model": TEXT,
+    "max_tokens": AT_LEAST_1,
+    "temperature": number(lambda value: value == 0 or 1e-6 <= value <= 1e6, "0, or a number from 1e-6"),
+    "top_p": number(lambda value: 0 < value <= 1, "a number above 0 and at most 1"),
+    "top_k": number(lambda value: 0 <= value < 2**31, "a whole number of at least 0", whole=True),
+    "min_p": number(lambda value: 0 <= value < 1, "a number from 0 up to, not including, 1"),
+    "repetition_penalty": number(lambda value: 1e-3 <= value <= 1e3, "a number from 0.001 to 1000"),
+    "seed": number(lambda value: -(2**63) <= value < 2**63, "a whole number of 64 bits", whole=True),
+    "stop": Parameter(
+        lambda value: texts_of(value, MOST_STOPS) is not None,
+        f"a text or up to {MOST_STOPS} texts, none of them empty",
+    ),
+    "stream": FLAG,
+    "stream_options": Parameter(
+        lambda value: (
+            isinstance(value, dict)
+            and value.keys() <= {"include_usage"}
+            and all(type(flag) is bool for flag in value.values())
+        ),
+        'an object with "include_usage" of true or false',
+    ),
+    "user": TEXT,  # for whom a text is: it is not meant to change it
+    "n": only(1),
+    "presence_penalty": number(lambda value: -2 <= value <= 2, "a number from -2 to 2"),
+    "frequency_penalty": number(lambda value: -2 <= value <= 2, "a number from -2 to 2"),
+    "logit_bias": Parameter(lambda value: is_bias(value), "an object of ids and numbers from -100 to 100"),
+}
+COMPLETION = COMMON | {
+    "prompt": Parameter(
+        lambda value: texts_of(value, MOST_PROMPTS) is not None,
+        f"a text or up to {MOST_PROMPTS} texts, none of them empty",
+    ),
+    "logprobs": FEW,
+    "best_of": only(1),
+    "echo": only(False),
+    "suffix": only(""),
+}
+CHAT = COMMON | {
+    "messages": Parameter(lambda value: isinstance(value, list), "a list of messages"),
+    "max_completion_tokens": AT_LEAST_1,
+    "logprobs": FLAG,
+    "top_logprobs": FEW,
+    "response_format": only({"type": "text"}),
+    "modalities": only(["text"]),
+    "tools": only([]),
+    "tool_choice": only("none", "auto"),
+    "store": only(False),
+}
+DRAWING = ("temperature", "top_k", "top_p", "min_p")  # any of them given: not greedy
+
+
+def check_parameters(body: Any, known: dict[str, Parameter], *needed: str) -> dict[str, Any]:
+    """Return the parameters that a request gives; one that is null is not given. Raises ApiError for
+    one that is unknown, for a value that can't be taken, and where one of `needed` is missing.
+    """
+    if not isinstance(body, dict):
+        raise ApiError(400, "the body is not an object of JSON")
+    given = {name: value for name, value in body.items() if value is not None}
+    for name, value in given.items():
+        if name not in known:
+            raise unsupported(name)
+        if not known[name].accepts(value):
+            problem = f"{name}: {shorten(json.dumps(value), 60)} can't be used; give {known[name].wanted}"
+            raise ApiError(400, problem, param=name, code="invalid_value")
+    for name in needed:
+        if name not in given:
+            raise ApiError(400, f"{name} is missing; give it", param=name, code="missing_parameter")
+    return given
+
+
+def unsupported(name: str) -> ApiError:
+    """Return that a parameter is not known here."""
+    shown = shorten(name, 80)
+    problem = f"{shown}: unknown or unsupported here, and nothing is ignored; leave it out"
+    return ApiError(400, problem, param=shown, code="unsupported_parameter")
+
+
+def plain_messages(messages: list[Any]) -> list[Message]:
+    """Return the messages of a request as templates take them: the parts of a text joined, and a
+    developer's message as that of the system. Raises ApiError for one that holds more than a text.
+    """
+    plain = []
+    for number, message in enumerate(messages):
+        place = f"messages[{number}]"
+        if not isinstance(message, dict):
+            raise ApiError(400, f"{place}: not an object with role and content", param=place)
+        given = {name: value for name, value in message.items() if value not in (None, [])}
+        if unknown := sorted(given.keys() - {"role", "content"}):
+            raise unsupported(f"{place}.{unknown[0]}")
+        content, role = given.get("content", ""), given.get("role")
+        if isinstance(content, list):
+            content = "".join(text_of_part(part, f"{place}.content") for part in content)
+        plain.append({"role": "system" if role == "developer" else role, "content": content})
+    try:
+        return check_messages(plain, "messages")
+    except UserError as error:
+        raise ApiError(400, str(error), param="messages", code="invalid_value") from error
+
+
+def text_of_part(part: Any, place: str) -> str:
+    """Return the text of a part of a message. Raises ApiError for an image, a sound or a file."""
+    is_text = isinstance(part, dict) and part.keys() == {"type", "text"} and part["type"] == "text"
+    if is_text and isinstance(part["text"], str):
+        return part["text"]
+    raise ApiError(400, f"{place}: only parts of text are read here", param=place, code="invalid_value")
+
+
+# Texts to generate --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a token adds to a text, and with its last one that it has ended."""
+
+    text: str
+    logprobs: list[dict]
+    offset: int  # of the token, in characters of the text
+    is_last: bool = False
+
+
+@dataclass
+class Job:
+    """A text that is being generated for a request, which takes its pieces from a queue."""
+
+    number: int  # among the texts of its request
+    row: Completion
+    settings: Settings
+    seed: int
+    num_logprobs: int | None
+    tell: Callable[[int, Piece | Exception], None]
+    is_wanted: bool = True  # False: the client has left, or waited long enough
+
+    @property
+    def num_columns(self) -> int:
+        """How many tokens there can be, with the prompt."""
+        return len(self.row.prompt.ids) + self.settings.max_new_tokens
+
+    def add(self, step: Step, index: int, language_model: LanguageModel) -> bool:
+        """Add the token of a row of a step; return whether the text has ended with it."""
+        row, token = self.row, step.tokens[index]
+        shown, offset = len(row.text), len(row.text) + len(row.stream.held)
+        has_ended = row.add(token, self.settings.end_ids)
+        has_ended |= len(row.token_ids) == self.settings.max_new_tokens
+        entries = []
+        if self.num_logprobs is not None and row.finish_reason != "end":
+            own = Step([token], step.logits[index : index + 1])
+            entries = logprobs(own, self.num_logprobs, language_model.tokenizer)
+        if has_ended:
+            row.finish()
+        self.tell(self.number, Piece(row.text[shown:], entries, offset, has_ended))
+        return has_ended
+
+
+class Engine:
+    """The thread that generates texts, and the jobs that wait for it."""
+
+    def __init__(self, run: Run, decode: Decode, limits: Limits) -> None:
+        self.run, self.decode, self.limits = run, decode, limits
+        self.waiting: deque[Job] = deque()
+        self.running: list[Job] = []
+        self.changed = threading.Condition()
+        self.is_closed = False
+        self.thread = threading.Thread(target=self._work, daemon=True)
+        self.thread.start()
+
+    def submit(self, jobs: list[Job]) -> None:
+        """Let jobs wait for their turn. Raises ApiError if too many wait, or the server stops."""
+        with self.changed:
+            self.waiting = deque(job for job in self.waiting if job.is_wanted)
+            if self.is_closed:
+                raise ApiError(503, "the server is stopping", code="stopping")
+            if len(self.waiting) + len(jobs) > self.limits.waiting:
+                problem = (
+                    f"{len(self.waiting)} texts wait, and at most {self.limits.waiting} may; try again later"
+                )
+                raise ApiError(429, problem, code="queue_full")
+            self.waiting.extend(jobs)
+            self.changed.notify()
+
+    def close(self) -> None:
+        """Refuse what waits and what comes; the texts that are being generated go on."""
+        with self.changed:
+            self.is_closed = True
+            refused, self.waiting = self.waiting, deque()
+            self.changed.notify()
+        for job in refused:
+            job.tell(job.number, ApiError(503, "the server is stopping", code="stopping"))
+
+    def drop(self) -> None:
+        """End the texts that are being generated."""
+        for job in self.running:
+            job.is_wanted = False
+
+    def _work(self) -> None:
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.waiting or self.is_closed)
+                if not self.waiting:
+                    return
+                self.running = self._take()
+            try:
+                self._generate(self.running)
+            except Exception as error:  # whatever it is, it ends these texts and not the server
+                if not isinstance(error, UserError) and fault_of_system(error) is None:
+                    traceback.print_exc()
+                for job in self.running:
+                    job.tell(job.number, error)
+            self.running = []
+
+    def _take(self) -> list[Job]:
+        """Return the jobs of the next batch, in the order in which they came: as many as there is
+        memory for, and whose columns, longest prompt and longest text together, fit into the context.
+        """
+        taken: list[Job] = []
+        context, free = self.run.language_model.context, free_memory_bytes(self.run.language_model.device)
+        while self.waiting and len(taken) < self.limits.batch_size:
+            jobs = [*taken, self.waiting[0]]
+            prompt = max(len(job.row.prompt.ids) for job in jobs)
+            columns = prompt + max(job.settings.max_new_tokens for job in jobs)
+            needed = len(jobs) * self.run.bytes_per_row(columns)
+            fits = (context is None or columns <= context) and (free is None or needed <= free)
+            if taken and not fits:
+                break
+            job = self.waiting.popleft()
+            if job.is_wanted and fits:
+                taken.append(job)
+            elif job.is_wanted:
+                job.tell(job.number, ApiError(503, "too little memory for this text; lower max_tokens"))
+        return taken
+
+    def _generate(self, jobs: list[Job]) -> None:
+        """Generate the texts of a batch, each to its own end."""
+        if not jobs:
+            return
+        model = self.run.language_model
+        most = max(job.settings.max_new_tokens for job in jobs)
+        batch = decoding.left_pad([job.row.prompt.ids for job in jobs], model, room=most)
+        # each text ends by its own settings, and the loop when all have ended
+        shared = Settings(max_new_tokens=most)
+        for step in self.decode(model, batch, row_sampler(jobs, batch, model.pad_id), shared):
+            for index, job in enumerate(jobs):
+                if not batch.ended[index]:
+                    batch.ended[index] = not job.is_wanted or job.add(step, index, model)
+
+
+def row_sampler(jobs: list[Job], batch: Batch, pad_id: int) -> Sampler:
+    """Return a sampler that draws each row as if it were alone: from its own settings, random numbers
+    and tokens, without the padding.
+    """
+    starts = batch.starts.tolist()
+    samplers = [
+        sampling.exact_sampler(
+            job.settings,
+            prompt_length=len(job.row.prompt.ids),
+            starts=batch.starts.new_zeros(1),
+            seed=job.seed,
+            draw=fast_sampling.draw_exactly,
+        )
+        for job in jobs
+    ]
+
+    def sample(logits: Tensor, ids: Tensor) -> Tensor:
+        tokens = torch.full((len(logits),), pad_id, device=logits.device)
+        for row, sampler in enumerate(samplers):
+            if not batch.ended[row]:
+                tokens[row] = sampler(logits[row : row + 1], ids[row : row + 1, starts[row] :])[0]
+        return tokens
+
+    return sample
+
+
+# Requests -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How the answers of an address are written."""
+
+    name: str  # of a whole answer, and of a piece of one
+    piece_name: str
+    id_prefix: str
+    is_chat: bool
+
+
+SHAPES = {
+    "/v1/completions": Shape("text_completion", "text_completion", "cmpl", is_chat=False),
+    "/v1/chat/completions": Shape("chat.completion", "chat.completion.chunk", "chatcmpl", is_chat=True),
+}
+
+
+class Asked:
+    """A request, its texts, and how they are told."""
+
+    def __init__(self, given: dict[str, Any], shape: Shape, model_name: str) -> None:
+        self.given, self.shape, self.model_name = given, shape, model_name
+        self.identity = f"{shape.id_prefix}-{secrets.token_hex(12)}"
+        self.created = int(time.time())
+        self.jobs: list[Job] = []
+        self.pieces: list[list[Piece]] = []  # of each text, so far
+        self.events: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue()
+        self.loop = asyncio.get_running_loop()
+
+    def tell(self, number: int, event: Piece | Exception) -> None:
+        """Take a piece of a text from the thread that generates."""
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and with it whoever asked
+            self.loop.call_soon_threadsafe(self.events.put_nowait, (number, event))
+
+    def add_jobs(self, prompts: list[Prompt], run: Run) -> None:
+        """Make a job of each prompt. Raises ApiError for what the model can't do."""
+        settings, stops = choose_settings(self.given, self.shape, run)
+        for number, prompt in enumerate(prompts):
+            row = Completion(prompt, 0, TextStream(run.language_model.tokenizer, stops, prompt.ids))
+            fitting = fit(settings, prompt, "max_tokens" in self.given, run.language_model)
+            seed = self.given.get("seed", secrets.randbits(32))
+            self.jobs.append(Job(number, row, fitting, seed, self.num_logprobs, self.tell))
+            self.pieces.append([])
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many of the likeliest tokens are told with each; None: not even its own probability."""
+        if not self.shape.is_chat:
+            return self.given.get("logprobs")
+        return self.given.get("top_logprobs", 0) if self.given.get("logprobs") else None
+
+    def usage(self) -> dict[str, int]:
+        """Return how many tokens were read and written; an end token is counted."""
+        prompt = sum(len(job.row.prompt.ids) for job in self.jobs)
+        new = sum(len(job.row.token_ids) for job in self.jobs)
+        return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+
+    def whole(self) -> dict[str, Any]:
+        """Return the answer, when all texts have ended."""
+        choices = []
+        for job, pieces in zip(self.jobs, self.pieces):
+            said = {"message": {"role": "assistant", "content": job.row.text, "refusal": None}}
+            content = said if self.shape.is_chat else {"text": job.row.text}
+            choices.append(self._choice(job, content, pieces, has_ended=True))
+        return {**self._head(self.shape.name), "choices": choices, "usage": self.usage()}
+
+    def chunks(self, job: Job, piece: Piece) -> Iterator[dict[str, Any]]:
+        """Yield what a stream tells of a piece."""
+        if piece.text or piece.logprobs or (piece.is_last and not self.shape.is_chat):
+            content = {"delta": {"content": piece.text}} if self.shape.is_chat else {"text": piece.text}
+            ends_here = piece.is_last and not self.shape.is_chat
+            yield self._chunk([self._choice(job, content, [piece], has_ended=ends_here)])
+        if piece.is_last and self.shape.is_chat:
+            yield self._chunk([self._choice(job, {"delta": {}}, [], has_ended=True)])
+
+    def first_chunks(self) -> Iterator[dict[str, Any]]:
+        """Yield what a stream begins with: in a chat, who speaks."""
+        for job in self.jobs if self.shape.is_chat else ():
+            content = {"delta": {"role": "assistant", "content": ""}}
+            yield self._chunk([self._choice(job, content, [], has_ended=False)])
+
+    def last_chunks(self) -> Iterator[dict[str, Any]]:
+        """Yield what a stream ends with: how many tokens there were, if that was asked for."""
+        if self.given.get("stream_options", {}).get("include_usage"):
+            yield {**self._chunk([]), "usage": self.usage()}
+
+    def _head(self, name: str) -> dict[str, Any]:
+        return {"id": self.identity, "object": name, "created": self.created, "model": self.model_name}
+
+    def _chunk(self, choices: list[dict]) -> dict[str, Any]:
+        return {**self._head(self.shape.piece_name), "choices": choices}
+
+    def _choice(self, job: Job, content: dict, pieces: list[Piece], *, has_ended: bool) -> dict[str, Any]:
+        reason = "length" if job.row.finish_reason == "length" else "stop"
+        return {
+            "index": job.number,
+            **content,
+            "finish_reason": reason if has_ended else None,
+            "logprobs": None if self.num_logprobs is None else self._logprobs(pieces),
+        }
+
+    def _logprobs(self, pieces: list[Piece]) -> dict[str, Any]:
+        entries = [(piece.offset, entry) for piece in pieces for entry in piece.logprobs]
+        if self.shape.is_chat:
+            return {"content": [chat_entry(entry) for _, entry in entries], "refusal": None}
+        return {
+            "tokens": [entry["token"] for _, entry in entries],
+            "token_logprobs": [entry["logprob"] for _, entry in entries],
+            "top_logprobs": [{top["token"]: top["logprob"] for top in entry["top"]} for _, entry in entries],
+            "text_offset": [offset for offset, _ in entries],
+        }
+
+
+def chat_entry(entry: dict) -> dict[str, Any]:
+    """Return the log-probability of a token as a chat tells it; of a part of a character, the bytes
+    are not known.
+    """
+
+    def own(token: dict) -> dict[str, Any]:
+        text = token["token"]
+        known = None if REPLACEMENT in text else [*text.encode()]
+        return {"token": text, "logprob": token["logprob"], "bytes": known}
+
+    return {**own(entry), "top_logprobs": [own(token) for token in entry["top"]]}
+
+
+def choose_settings(given: dict[str, Any], shape: Shape, run: Run) -> tuple[Settings, tuple[str, ...]]:
+    """Return how the tokens of a request are chosen, and its stop strings: what it does not say is as
+    the flags of the server say. Raises ApiError for what contradicts itself.
+    """
+    if "max_tokens" in given and "max_completion_tokens" in given:
+        raise ApiError(400, "max_tokens and max_completion_tokens: give one of them", param="max_tokens")
+    if "top_logprobs" in given and not given.get("logprobs"):
+        raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
+    if "stream_options" in given and not given.get("stream"):
+        raise ApiError(400, "stream_options needs stream: true", param="stream_options")
+    if "max_completion_tokens" in given:
+        given["max_tokens"] = given.pop("max_completion_tokens")
+    own = run.options.settings
+    names = (*DRAWING, "repetition_penalty", "presence_penalty", "frequency_penalty")
+    chosen: dict[str, Any] = {name: given[name] for name in names if name in given}
+    if "logit_bias" in given:
+        chosen["logit_bias"] = tuple((int(name), float(bias)) for name, bias in given["logit_bias"].items())
+        if any(number >= run.language_model.vocabulary for number, _ in chosen["logit_bias"]):
+            most = run.language_model.vocabulary - 1
+            raise ApiError(400, f"logit_bias: the ids of tokens go from 0 to {most}", param="logit_bias")
+    if "max_tokens" in given:
+        chosen["max_new_tokens"] = given["max_tokens"]
+    chosen["sample"] = own.sample or any(name in given for name in DRAWING)
+    if given.get("temperature") == 0:  # greedy
+        chosen |= {"sample": False, "temperature": 1.0}
+    if shape.is_chat and run.chat is not None:
+        chosen["end_ids"] = tuple(dict.fromkeys((*own.end_ids, *run.chat.end_ids)))
+    stops = tuple(texts_of(given["stop"], MOST_STOPS) or ()) if "stop" in given else run.options.stops
+    try:
+        language_model.check_stops(list(stops), run.language_model)
+    except UserError as error:
+        raise ApiError(400, str(error), param="stop", code="invalid_value") from error
+    return replace(own, **chosen), stops
+
+
+def fit(settings: Settings, prompt: Prompt, is_given: bool, model: LanguageModel) -> Settings:
+    """Return settings whose tokens fit into the context after a prompt: as many as were asked for, or
+    fewer than the flags say. Raises ApiError where they do not.
+    """
+    room = settings.max_new_tokens
+    if model.context is not None and not is_given:
+        room = max(1, min(room, model.context - len(prompt.ids)))
+    try:
+        language_model.check_length(prompt.ids, room, model, name="the prompt")
+    except UserError as error:
+        problem = str(error).replace("--max-new-tokens", "max_tokens")
+        raise ApiError(400, problem, param="max_tokens", code="context_length_exceeded") from error
+    return replace(settings, max_new_tokens=room)
+
+
+# The server ---------------------------------------------------------------------------------------
+
+
+class Server:
+    """The handlers of all addresses."""
+
+    def __init__(self, run: Run, engine: Engine, limits: Limits, name: str) -> None:
+        self.run, self.engine, self.limits, self.name = run, engine, limits, name
+        self.started = int(time.time())
+        self.encoding = asyncio.Lock()  # one request at a time
+
+    def app(self) -> web.Application:
+        """Return what answers requests."""
+        app = web.Application(middlewares=[self.answer_errors], client_max_size=BODY_BYTES)
+        app.router.add_get("/health", self.health)
+        app.router.add_get("/v1/models", self.models)
+        app.router.add_get("/v1/models/{name:.+}", self.model)
+        for path in SHAPES:
+            app.router.add_post(path, self.generate)
+        return app
+
+    @web.middleware
+    async def answer_errors(
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        """Check who asks, answer what goes wrong as JSON, and write a line about each request."""
+        began, status = time.perf_counter(), 499  # the client has left
+        try:
+            try:
+                self.check_sender(request)
+                response = await handler(request)
+            except ApiError as error:
+                response = web.json_response(error.content(), status=error.status)
+            except web.HTTPException as error:
+                known = ApiError(
+                    error.status, f"{error.reason}: {request.method} {shorten(request.path, 60)}"
+                )
+                if error.status == 413:
+                    known = ApiError(413, f"the body has more than {BODY_BYTES:,} bytes", code="too_large")
+                response = web.json_response(known.content(), status=error.status)
+            status = response.status
+            return response
+        except Exception:  # a bug, which ends this request and not the server
+            traceback.print_exc()
+            status = 500
+            return web.json_response(
+                ApiError(500, "a fault of the server; see what it wrote").content(), status=500
+            )
+        finally:
+            counted = request.get(USAGE)
+            tokens = (
+                f", {counted['prompt_tokens']} + {counted['completion_tokens']} tokens" if counted else ""
+            )
+            line = f"{request.method} {shorten(request.path, 60)} {status}{tokens}"
+            print(f"{line}, {time.perf_counter() - began:.2f} s", file=sys.stderr, flush=True)
+
+    def check_sender(self, request: web.Request) -> None:
+        """Raise ApiError for a request that did not come to this machine's own name, as one of a page
+        whose name was bound to this address, and for one without the key.
+        """
+        if not OWN_NAMES.fullmatch(request.headers.get("Host", "")):
+            raise ApiError(403, f"this server answers to {HOST} and localhost only", code="wrong_host")
+        if self.limits.api_key is not None:
+            wanted, given = f"Bearer {self.limits.api_key}", request.headers.get("Authorization", "")
+            if not hmac.compare_digest(wanted.encode(), given.encode(errors="replace")):
+                raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
+
+    async def health(self, request: web.Request) -> web.Response:
+        """Say that the model is loaded."""
+        return web.json_response({"status": "ok"})
+
+    async def models(self, request: web.Request) -> web.Response:
+        """List the one model."""
+        return web.json_response({"object": "list", "data": [self._model()]})
+
+    async def model(self, request: web.Request) -> web.Response:
+        """Describe the model, if it is asked for by its name."""
+        self.check_model(request.match_info["name"])
+        return web.json_response(self._model())
+
+    def _model(self) -> dict[str, Any]:
+        return {"id": self.name, "object": "model", "created": self.started, "owned_by": "local"}
+
+    def check_model(self, name: str) -> None:
+        """Raise ApiError for another model than the one that is served."""
+        if name != self.name:
+            problem = f"there is no model {shorten(repr(name), 60)}; {self.name!r} is served"
+            raise ApiError(404, problem, param="model", code="model_not_found")
+
+    async def generate(self, request: web.Request) -> web.StreamResponse:
+        """Answer a request for texts. Where its client leaves or its time is up, they end."""
+        until = asyncio.get_running_loop().time() + self.limits.seconds
+        asked = None
+        try:
+            async with asyncio.timeout_at(until):
+                asked = await self.read(request)
+                self.engine.submit(asked.jobs)
+                if not asked.given.get("stream"):
+                    await self.collect(asked, None)
+                    return web.json_response(asked.whole())
+            return await self.stream(request, asked, until)
+        except TimeoutError as error:
+            raise self._time_is_up() from error
+        finally:
+            for job in asked.jobs if asked is not None else ():
+                job.is_wanted = False
+            if asked is not None:
+                request[USAGE] = asked.usage()
+
+    def _time_is_up(self) -> ApiError:
+        problem = f"a request may take {self.limits.seconds:g} seconds; lower max_tokens"
+        return ApiError(504, problem, code="timeout")
+
+    async def read(self, request: web.Request) -> Asked:
+        """Return a request with its jobs. Raises ApiError for one that can't be answered."""
+        if request.content_type != "application/json":  # what a page of another site can't send unasked
+            raise ApiError(415, "the Content-Type is not application/json")
+        try:
+            body = json.loads(await request.read(), parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as error:
+            raise ApiError(400, "the body is not JSON in UTF-8") from error
+        shape = SHAPES[request.path]
+        known, content = (CHAT, "messages") if shape.is_chat else (COMPLETION, "prompt")
+        given = check_parameters(body, known, "model", content)
+        self.check_model(given["model"])
+        asked = Asked(given, shape, self.name)
+        asked.add_jobs(await self.encode(given, shape), self.run)
+        return asked
+
+    async def encode(self, given: dict[str, Any], shape: Shape) -> list[Prompt]:
+        """Return the prompts of a request with their tokens, which take a while in a long one. Raises
+        ApiError for one that can't be used.
+        """
+        try:
+            async with self.encoding:
+                return await asyncio.to_thread(self._encode, given, shape)
+        except UserError as error:
+            name = "messages" if shape.is_chat else "prompt"
+            raise ApiError(400, str(error), param=name, code="invalid_value") from error
+
+    def _encode(self, given: dict[str, Any], shape: Shape) -> list[Prompt]:
+        model, chat = self.run.language_model, self.run.chat
+        if not shape.is_chat:
+            texts = texts_of(given["prompt"], MOST_PROMPTS) or []
+            all_ids = [language_model.encode_prompt(text, model, name="prompt") for text in texts]
+            return [Prompt(number, text, ids) for number, (text, ids) in enumerate(zip(texts, all_ids))]
+        if chat is None:
+            raise UserError(f"{self.name} has no chat template; use /v1/completions")
+        messages = plain_messages(given["messages"])
+        return [Prompt(0, messages[-1]["content"], chat.encode(messages))]
+
+    async def stream(self, request: web.Request, asked: Asked, until: float) -> web.StreamResponse:
+        """Send the texts piece by piece, as server-sent events."""
+        headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
+        response = web.StreamResponse(headers=headers)
+        await response.prepare(request)
+
+        async def send(content: dict[str, Any] | str) -> None:
+            text = content if isinstance(content, str) else json.dumps(content)
+            await response.write(f"data: {text}\n\n".encode())
+
+        try:
+            try:
+                async with asyncio.timeout_at(until):
+                    for chunk in asked.first_chunks():
+                        await send(chunk)
+                    await self.collect(asked, send)
+                    for chunk in asked.last_chunks():
+                        await send(chunk)
+                    await send("[DONE]")
+            except TimeoutError as error:
+                if request.transport is not None and request.transport.get_write_buffer_size():
+                    request.transport.abort()  # it does not read what it is sent
+                raise self._time_is_up() from error
+        except ApiError as error:  # the status is sent already
+            with contextlib.suppress(ConnectionError):
+                await send(error.content())
+        except ConnectionError:  # the client has left
+            pass
+        return response
+
+    async def collect(self, asked: Asked, send: Send | None) -> None:
+        """Take the pieces of all texts until they have ended, and send each. Raises ApiError if one
+        can't be generated.
+        """
+        num_running = len(asked.jobs)
+        while num_running:
+            number, event = await asked.events.get()
+            if isinstance(event, ApiError):
+                raise event
+            if isinstance(event, Exception):
+                is_known = isinstance(event, UserError)
+                raise ApiError(
+                    500, str(event) if is_known else fault_of_system(event) or "a bug of the server"
+                )
+            asked.pieces[number].append(event)
+            num_running -= event.is_last
+            if send is not None:
+                for chunk in asked.chunks(asked.jobs[number], event):
+                    await send(chunk)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def key_from_environment() -> str | None:
+    """Return the key that requests must give, None for none: on the command line, every user of this
+    machine could read it. Raises UserError for an empty one.
+    """
+    key = os.environ.get(KEY_VARIABLE)
+    if key is not None and not key.strip():
+        raise UserError(f"{KEY_VARIABLE}: the key is empty; set it, or unset the variable for no key")
+    return key
+
+
+def bind(port: int) -> socket.socket:
+    """Return a socket at a port of this machine, 0 being any free one. Raises UserError where it is
+    taken.
+    """
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((HOST, port))
+    except OSError as error:
+        raise UserError(
+            f"--port {port}: {error.strerror}; name another port, or 0 for any free one"
+        ) from error
+    return listener
+
+
+def served_name(model: str) -> str:
+    """Return the name of a model as requests give it: without the folders of this machine."""
+    return (
+        os.path.basename(os.path.normpath(model)) if os.path.exists(model) else model.removeprefix("bundled/")
+    )
+
+
+def serve(run: Run, decode: Decode, limits: Limits, listener: socket.socket) -> int:
+    """Serve a model until a signal comes, and return its number. `decode` is the loop that generates."""
+    return asyncio.run(_serve(run, decode, limits, listener))
+
+
+async def _serve(run: Run, decode: Decode, limits: Limits, listener: socket.socket) -> int:
+    came, numbers = asyncio.Event(), list[int]()
+
+    def stop(number: int) -> None:
+        if numbers:  # the second one does not wait
+            os._exit(128 + number)
+        numbers.append(number)
+        came.set()
+
+    for number in stop_signals():
+        asyncio.get_running_loop().add_signal_handler(number, stop, number)
+    async with running(run, decode, limits, listener) as name:
+        address = f"http://{HOST}:{listener.getsockname()[1]}/v1"
+        print(f"serving {name} at {address} (Ctrl-C ends)", flush=True)
+        await came.wait()
+    return numbers[0]
+
+
+@contextlib.asynccontextmanager
+async def running(run: Run, decode: Decode, limits: Limits, listener: socket.socket) -> AsyncIterator[str]:
+    """Answer requests within the block, in which the server has a name. At its end it takes no more of
+    them, and those that are being answered have some seconds.
+    """
+    engine, name = Engine(run, decode, limits), served_name(run.language_model.name)
+    app = Server(run, engine, limits, name).app()
+    # a client that leaves cancels its handler
+    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0)
+    await runner.setup()
+    site = web.SockSite(runner, listener)
+    await site.start()
+    try:
+        yield name
+    finally:
+        await site.stop()
+        engine.close()
+        await asyncio.to_thread(engine.thread.join, SECONDS_TO_FINISH)
+        engine.drop()
+        await runner.cleanup()
