@@ -983,7 +983,7 @@ def test(loaded: Loaded, state: TrainingState, run: Run, runtime: Runtime) -> No
     answers = []
     if loaded.found.unlabelled is not None:  # a test split of a competition
         unlabelled = loaded.found.unlabelled
-        answers = predict_rows(model, tokenizer, unlabelled, config, scoring, runtime)
+        answers = predict_rows(model, tokenizer, unlabelled, config, scoring, temperature, runtime)
     if runtime.is_main:
         if answers:
             predictions.write_csv(folder / "unlabelled.csv", answers)
@@ -1003,6 +1003,7 @@ def predict_rows(
     rows: datasets.Dataset,
     config: TrainConfig,
     scoring: Scoring,
+    temperature: float,
     runtime: Runtime,
 ) -> list[dict]:
     """Return the answers for a split without labels, with the numbers of its rows."""
@@ -1015,6 +1016,7 @@ def predict_rows(
         runtime,
         batch_size=config.eval_batch_size,
         thresholds=scoring.threshold,
+        temperature=temperature,
     )
     return [{**answer, "row": row} for answer, row in zip(answers, rows["row"][:], strict=True)]
 
