@@ -22,14 +22,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import importlib.util
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from common import bundled, cli, sources
 from common.errors import Interrupted, UserError, first_repeated
@@ -37,6 +38,8 @@ from common.files import check_new, only_writer
 from common.search.manifest import (
     DEFAULT_LIMITS,
     MANIFEST,
+    MILVUS,
+    MILVUS_INSTALL,
     PAIR_COLUMNS,
     PER_QUERY_COLUMNS,
     STORES,
@@ -47,6 +50,7 @@ from common.search.manifest import (
     check_folder,
     check_settings,
     num_live_rows,
+    parse_target,
     read_manifest,
     store_of,
 )
@@ -123,7 +127,8 @@ def similarity(args: argparse.Namespace) -> None:
 def add_index_flags(command: cli.Parser) -> None:
     flag = command.add_argument
     flag("texts", nargs="+", help="texts to put into the index: files, patterns, folders, -")
-    flag("--index", metavar="DIR", type=cli.folder, required=True, help="the folder of the index")
+    where = f"the folder of the index, or {MILVUS}URI/COLLECTION"
+    flag("--index", metavar="DIR", type=index_name, required=True, help=where)
     flag("--id-column", help="the column of ids (default: the index's, else a hash of the text)")
     flag("--update", action="store_true", help="replace rows whose text or columns changed")
     flag("--chunk", action="store_true", help="split texts that the model can't read whole")
@@ -432,25 +437,29 @@ def add_hit_flags(command: cli.Parser) -> None:
 
 
 def check_search(args: argparse.Namespace) -> None:
-    # what stands without a flag is searched for in an index, or else what is searched
-    args.texts, args.queries = ([], args.names) if args.index else (args.names, [])
-    args.queries = [*args.queries, *args.query]
-    if args.queries and args.queries_file:
-        raise UserError("search: name either queries or --queries FILE")
+    check_queries(args)
     if not args.index and not args.texts:
         raise UserError("search: name an index with --index, or the texts to search and a --query")
     if args.language != AUTO and not args.hybrid:
         raise UserError(f"--language {args.language}: only --hybrid looks at words; give it too")
-    for number, query in enumerate(args.queries, start=1):
-        sources.check_query(query, f"query {number}")
-    if args.queries_file:
-        sources.check_text_file(args.queries_file)
     check_source(args, encodes=True)
     if args.index and not num_live_rows(read_manifest(Path(args.index))):
         command = f"embed_search.py index TEXTS --index {args.index}"
         raise UserError(f"--index {args.index}: it has no rows; add some with: {command}")
     if args.rerank:
         check_model(args.rerank, flag="--rerank")
+
+
+def check_queries(args: argparse.Namespace) -> None:
+    # what stands without a flag is searched for in an index, or else what is searched
+    args.texts, args.queries = ([], args.names) if args.index else (args.names, [])
+    args.queries = [*args.queries, *args.query]
+    if args.queries and args.queries_file:
+        raise UserError("search: name either queries or --queries FILE")
+    for number, query in enumerate(args.queries, start=1):
+        sources.check_query(query, f"query {number}")
+    if args.queries_file:
+        sources.check_text_file(args.queries_file)
 
 
 def search(args: argparse.Namespace) -> None:
@@ -779,6 +788,178 @@ def task_fingerprint(encoder: Encoder, args: argparse.Namespace) -> str:
     return model_scores.fingerprint(encoder.identity(), files, settings)
 
 
+# The same commands where --index names a collection in Milvus: `milvus:URI/COLLECTION`
+
+
+def check_milvus(args: argparse.Namespace) -> None:
+    target = parse_target(args.index)
+    if args.command not in MILVUS_COMMANDS:
+        advice = f"export the rows into an index first; Milvus has {', '.join(MILVUS_COMMANDS)}"
+        raise UserError(f"--index {args.index}: {args.command} needs the vectors on this machine; {advice}")
+    if importlib.util.find_spec("pymilvus") is None:
+        raise UserError(f"--index {args.index}: this needs Milvus' client; run: {MILVUS_INSTALL}")
+    refused = {"vectors": None, "store": None, "approximate": False, "language": AUTO}
+    for name, usual in refused.items():
+        if getattr(args, name, usual) not in (usual, []):
+            problem = "the engine keeps vectors, words and its indexes in its own way"
+            raise UserError(f"--{name}: Milvus does not take it, because {problem}; leave it out")
+    if args.command == "index":
+        check_texts(args)
+        check_model(args.model)
+        if "-" in args.texts and not target.is_file and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError("-: each process reads the texts; name a file")
+    elif args.command == "delete" and bool(args.ids) == bool(args.where):
+        raise UserError("delete: name either ids or --where")
+    elif args.command == "search":
+        check_queries(args)
+    elif args.command == "evaluate" and not (args.queries and args.qrels):
+        raise UserError(f"--index {args.index}: say what to find with --queries and --qrels")
+
+
+def milvus_index(args: argparse.Namespace) -> None:
+    """Write texts to a collection. Under torchrun each process encodes and writes its share; a file of
+    Milvus Lite is written by the main process, and all encode.
+    """
+    from common.search import milvus
+    from common.search.builder import load_index_encoder
+    from common.search.encoder import load_encoder
+
+    runtime, screen = start(args)
+    target, source, config = parse_target(args.index), source_of(args), encoder_config(args)
+    existing = runtime.broadcast_from_main(lambda: milvus.settings_there(target))
+    id_column, overlap = args.id_column, overlap_of(args)
+    if existing:
+        id_column = id_column or existing["id_column"]
+        overlap = existing["chunk_overlap"] if overlap is None else overlap
+        encoder = load_index_encoder(config, runtime, args.index, existing)
+    else:
+        encoder = load_encoder(config, runtime)
+    shares = runtime.world_size > 1 and not target.is_file
+    if not (shares or runtime.is_main):
+        encoder.follow()
+        return
+    for number in cli.stop_signals():
+        signal.signal(number, stop)
+    try:
+        job = milvus.Job(id_column, overlap, args.update, args.skip_bad, args.block, shares)
+        milvus.index_texts(target, source.read(id_column), encoder, screen, job)
+    except SystemExit as stopped:
+        message = f"stopped; what was written is in {args.index}, and the same command continues"
+        raise Interrupted(message, int(stopped.code or 0)) from None
+    finally:
+        if not shares and sys.exc_info()[0] in (None, UserError):
+            encoder.release()
+
+
+def milvus_delete(args: argparse.Namespace) -> None:
+    from common.search import milvus
+    from common.search.display import Screen
+
+    screen = Screen(as_json=args.json)
+    with milvus.connected(parse_target(args.index)) as client:
+        store = milvus.existing_collection(client, parse_target(args.index))
+        condition = milvus.translate(args.where, store.columns)
+        unknown = milvus.unknown_ids(store, args.ids)
+        if unknown and not args.skip_bad:
+            problem = f"no text with id {unknown[0]!r}; nothing is deleted"
+            raise UserError(f"--index {args.index}: {problem}; correct it, or give --skip-bad")
+        deleted = milvus.delete_rows(store, args.ids, condition)
+        more = f"; {len(unknown):,} ids are not in the index" if unknown else ""
+        screen.say(f"deleted  {deleted:,} rows{more}")
+        milvus.show_collection(screen, store, deleted=deleted, unknown=len(unknown))
+
+
+def milvus_search(args: argparse.Namespace) -> None:
+    from common.search import display
+    from common.search.searcher import Page
+
+    runtime, screen = start(args)
+    queries = args.queries
+    if args.queries_file:
+        queries = read_queries(args.queries_file, args.encoding)
+    with milvus_searcher(args, runtime, screen, hybrid=args.hybrid, where=args.where) as searcher:
+        page = Page(args.top_k, args.offset, args.min_score)
+        if queries:
+            hits = searcher.search(queries, page.depth)
+            display.show_hits(screen, searcher.snapshot, queries, hits, page)
+        else:
+            display.answer_prompt(screen, searcher, page)
+
+
+def milvus_evaluate(args: argparse.Namespace) -> None:
+    from common.search import display, milvus, relevance
+
+    runtime, screen = start(args)
+    task = relevance.read_task(args.queries, args.qrels, args.encoding)
+    with milvus_searcher(args, runtime, screen) as searcher:
+        relevance.check_documents(task, lambda ids: milvus.unknown_ids(searcher.snapshot, ids), screen.say)
+        ways = {"exact": searcher, "hybrid": dataclasses.replace(searcher, hybrid=True)}
+        if searcher.reranker:
+            ways["reranked"] = searcher
+            ways["exact"] = dataclasses.replace(searcher, reranker=None)
+            ways["hybrid"] = dataclasses.replace(searcher, hybrid=True, reranker=None)
+        scores = {name: relevance.score(way, task) for name, way in ways.items()}
+        display.show_scores(screen, task, scores, {})
+
+
+@contextlib.contextmanager
+def milvus_searcher(
+    args: argparse.Namespace,
+    runtime: Runtime,
+    screen: Screen,
+    *,
+    hybrid: bool = False,
+    where: str | None = None,
+) -> Iterator[Any]:
+    """Yield how a collection is searched, until the connection ends."""
+    from common.search import milvus
+    from common.search.builder import load_index_encoder
+    from common.search.encoder import load_reranker
+
+    reranker = None
+    if args.rerank:
+        reranker = load_reranker(args.rerank, runtime, cache_dir=args.cache_dir)
+    with milvus.connected(parse_target(args.index)) as client:
+        store = milvus.existing_collection(client, parse_target(args.index))
+        encoder = load_index_encoder(encoder_config(args), runtime, args.index, store.settings)
+        condition = milvus.translate(where, store.columns)
+        options = {"hybrid": hybrid, "reranker": reranker, "rerank_depth": args.rerank_depth}
+        yield milvus.searcher_of(store, encoder, condition, say=screen.say, **options)
+
+
+def milvus_list(args: argparse.Namespace) -> None:
+    from common.search import display, milvus
+
+    with milvus.connected(parse_target(args.index)) as client:
+        store = milvus.existing_collection(client, parse_target(args.index))
+        condition = milvus.translate(args.where, store.columns)
+        total, entries = milvus.listed(store, condition, offset=args.offset, count=args.top_k)
+        columns, screen = list(store.columns), display.Screen(as_json=args.json)
+        display.show_entries(screen, args.index, columns, entries, offset=args.offset, total=total)
+
+
+def milvus_export(args: argparse.Namespace) -> None:
+    from common.search import display, milvus
+
+    with milvus.connected(parse_target(args.index)) as client:
+        store = milvus.existing_collection(client, parse_target(args.index))
+        condition = milvus.translate(args.where, store.columns) or ""
+        count = store.count(condition)
+        if not count:
+            raise UserError(f"--index {args.index}: no rows to export; widen --where or index some texts")
+        display.write_export(display.Screen(as_json=args.json), store.parts(condition), count, args.to)
+
+
+MILVUS_COMMANDS = {
+    "index": milvus_index,
+    "delete": milvus_delete,
+    "list": milvus_list,
+    "search": milvus_search,
+    "evaluate": milvus_evaluate,
+    "export": milvus_export,
+}
+
+
 # project: an index for TensorBoard
 
 
@@ -937,6 +1118,11 @@ def output_file(text: str) -> str:
         reason = "no file can be written there; name one in a folder that exists"
         raise argparse.ArgumentTypeError(f"{text}: {reason}")
     return text
+
+
+def index_name(text: str) -> str:
+    """Parse the folder of an index that exists or can be made, or the name of a collection."""
+    return text if text.startswith(MILVUS) else cli.folder(text)
 
 
 def export_file(text: str) -> str:
@@ -1133,14 +1319,24 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.command not in ("index", "sync") and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         problem = "only index and sync run in several processes"
         raise UserError(f"torchrun: {problem}; run {args.command} with python")
-    COMMANDS[args.command].check(args)
+    if is_milvus(args):
+        check_milvus(args)
+    else:
+        COMMANDS[args.command].check(args)
+
+
+def is_milvus(args: argparse.Namespace) -> bool:
+    return bool(args.index) and args.index.startswith(MILVUS)
 
 
 def main(args: argparse.Namespace) -> None:
     computes = "device" in args
     if computes:
         cli.loading()  # until start()
-    COMMANDS[args.command].run(args)
+    if is_milvus(args):
+        MILVUS_COMMANDS[args.command](args)
+    else:
+        COMMANDS[args.command].run(args)
     if computes:
         from common.runtime import stop_runtime
 

@@ -948,6 +948,9 @@ def load_all(args: argparse.Namespace) -> tuple[Run, list[Prompt], list[str] | N
         raise UserError("--skip-bad: no prompt is left; correct them")
     longest = max(usable, key=lambda prompt: len(prompt.ids))
     size = min(args.batch_size, len(usable))
+    if args.sampler == "independent" and size > 1 and run.language_model.reads_padding:
+        problem = f"{run.language_model.name} takes the padding of a batch for text"
+        raise UserError(f"--sampler independent: {problem}; use --batch-size 1")
     run.check_memory([longest] * size, free_memory_bytes(runtime.device))
     return run, prompts, references, runtime
 

@@ -189,7 +189,7 @@ def table(number: int, question: Question, choices: list[Scored]) -> str:
             for measure, value in MEASURES.items()
         ]
         mark = "=" if place == question.answer else ""
-        rows.append([mark, repr(shorten(scored.text, SHOWN)), scored.num_tokens, *values])
+        rows.append([mark, shorten(repr(scored.text), SHOWN), scored.num_tokens, *values])
     names = ["", "continuation", "tokens", *MEASURES]
     head = f"--- prompt {number}: {shorten(question.prompt, SHOWN)}"
     return f"{head}\n{tabulate(rows, names, disable_numparse=True, tablefmt='plain', stralign='right')}"

@@ -143,9 +143,12 @@ class Chat:
                 break
             num_same += 1
         num_same = min(num_same, len(ids) - 1)  # at least one token must be read to get logits
+        if not all(getattr(layer, "is_croppable", True) for layer in self.cache.layers):
+            # a recurrent state can't be taken back, and not every model reads several tokens from one
+            return decoding.new_cache(self.run.language_model)
         if num_same == len(self.cached_ids):
             return self.cache
-        if any(getattr(layer, "is_sliding", False) for layer in self.cache.layers):
+        if any(hasattr(layer, "activate_past_recording") for layer in self.cache.layers):
             # a sliding window has forgotten what would be needed again
             return decoding.new_cache(self.run.language_model)
         self.cache.crop(num_same - len(self.cached_ids))

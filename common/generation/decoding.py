@@ -222,6 +222,9 @@ class PromptLookup:
         batch.cache.activate_past_recording()
         remaining = settings.max_new_tokens
         logits, guess = prefill(language_model, batch), []  # (1 + guessed, V)
+        if not all(getattr(layer, "is_croppable", True) for layer in batch.cache.layers):
+            problem = f"{language_model.name} keeps a state that can't take back a wrong guess"
+            raise UserError(f"--lookup {self.ahead}: {problem}; leave it out")
         while True:
             known = batch.length - len(guess)  # columns that hold final tokens
             accepted = 0

@@ -55,6 +55,11 @@ class LanguageModel:
         return CPU if self.model is None else self.model.device
 
     @property
+    def reads_padding(self) -> bool:
+        """Whether a text of a batch depends on the lengths of the others, in the library's code."""
+        return self.model is not None and self.model.config.model_type == "recurrent_gemma"
+
+    @property
     def dtype(self) -> torch.dtype:
         """The type of the numbers that are computed with."""
         return torch.float32 if self.model is None else self.model.dtype

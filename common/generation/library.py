@@ -31,7 +31,7 @@ from common.runtime import free_memory_bytes
 
 def load(folder: Path, dtype: torch.dtype, device: torch.device, *, name: str) -> PreTrainedModel:
     """Return the causal language model of a folder. Raises UserError if it can't be loaded, is of
-    another kind, or takes no cache.
+    another kind, or takes no cache, such as models that are nothing but a recurrent state.
     """
     config = models.load(AutoConfig, folder, name=name)
     check_trained_to_generate(config, name=name)
@@ -39,7 +39,7 @@ def load(folder: Path, dtype: torch.dtype, device: torch.device, *, name: str) -
     kind = type(model).__name__
     if model.config.is_encoder_decoder or not model.can_generate():
         raise UserError(f"--model {name}: {kind} does not continue texts; name a causal language model")
-    is_refused = model._is_stateful or "past_key_values" not in accepted_inputs(type(model))
+    is_refused = "past_key_values" not in accepted_inputs(type(model))
     with models.load_errors(name, reader=kind):
         if is_refused or not uses_cache(model):
             problem = f"{kind} reads on without a key-value cache, which this script needs"

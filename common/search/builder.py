@@ -61,6 +61,13 @@ def load_index_encoder(config: EncoderConfig, runtime: Runtime, index: str, sett
     return encoder
 
 
+def hashes_of(table: pa.Table) -> list[bytes]:
+    """Return for each row the hash of its text (16 bytes) and of its columns (16 bytes)."""
+    texts, rows = table[TEXT].to_pylist(), table.drop_columns([TEXT]).to_pylist()
+    metadata = [json.dumps(_plain(row), default=str, sort_keys=True) for row in rows]
+    return [digest(text) + digest(more) for text, more in zip(texts, metadata)]
+
+
 @dataclass
 class Counts:
     """What became of the texts of a run."""
@@ -221,9 +228,7 @@ class Builder:
         added.
         """
         table = self._fitted(table)
-        texts, rows = table[TEXT].to_pylist(), table.drop_columns([TEXT]).to_pylist()
-        metadata = [json.dumps(_plain(row), default=str, sort_keys=True) for row in rows]
-        hashes = [digest(text) + digest(more) for text, more in zip(texts, metadata)]
+        hashes = hashes_of(table)
         ids = ids_of(table, self.id_column)
         keys = [digest(key) for key in ids]
         known = self.documents.find(keys)

@@ -285,18 +285,25 @@ def show_list(screen: Screen, selection: Selection, *, offset: int, count: int) 
     snapshot, shown = selection.snapshot, rows[offset : offset + count]
     names = list(snapshot.manifest["columns"])
     entries = snapshot.take(shown, [ID, TEXT, *names])
+    show_entries(screen, str(snapshot.folder), names, entries, offset=offset, total=len(rows))
+
+
+def show_entries(
+    screen: Screen, index: str, names: list[str], entries: list[dict], *, offset: int, total: int
+) -> None:
+    """Show some of the `total` texts of an index, with the columns that are named."""
     lines = []
     for entry in entries:
         cells = ["" if entry[name] is None else cut(str(entry[name]), CELL_WIDTH) for name in names]
         lines.append([short_id(entry[ID]), cut(entry[TEXT], CENTRAL_WIDTH), *cells])
-    first = min(offset + 1, len(rows))
-    title = f"{snapshot.folder}: {first:,} to {offset + len(shown):,} of {len(rows):,} texts"
+    first = min(offset + 1, total)
+    title = f"{index}: {first:,} to {offset + len(entries):,} of {total:,} texts"
     screen.table(lines, ["id", "text", *(cut(name, CELL_WIDTH) for name in names)], title=title)
     texts = [
         {"id": entry[ID], "text": entry[TEXT], "columns": {name: entry[name] for name in names}}
         for entry in entries
     ]
-    screen.document({"index": str(snapshot.folder), "of": len(rows), "texts": texts})
+    screen.document({"index": index, "of": total, "texts": texts})
 
 
 def show_texts(screen: Screen, snapshot: Snapshot, documents: list[np.ndarray], *, vector: bool) -> None:

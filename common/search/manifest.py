@@ -99,6 +99,37 @@ PAIR_COLUMNS = ("first", "second", "similarity")
 PER_QUERY_COLUMNS = ("model", "fingerprint", "width", "texts_per_second", "query")
 
 
+MILVUS = "milvus:"  # begins the name of an index in Milvus
+MILVUS_INSTALL = "pip install pymilvus==3.0.2 milvus-lite==3.2.2"
+MILVUS_NAME = re.compile(rf"{MILVUS}(?P<uri>.+)/(?P<collection>[A-Za-z_][A-Za-z0-9_]*)")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A collection in Milvus: on a server, or in a file of Milvus Lite, which one process can open."""
+
+    name: str  # as on the command line
+    uri: str
+    collection: str
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it is a file of Milvus Lite."""
+        return "://" not in self.uri
+
+
+def parse_target(name: str) -> Target:
+    """Return the collection that a name stands for. Raises UserError for one that is none."""
+    found = MILVUS_NAME.fullmatch(name)
+    if not found:
+        example = f"{MILVUS}http://localhost:19530/news or {MILVUS}file.db/news"
+        raise UserError(f"--index {name}: write {MILVUS}URI/COLLECTION, such as {example}")
+    target = Target(name, found["uri"], found["collection"])
+    if target.is_file and not target.uri.endswith(".db"):
+        raise UserError(f"--index {name}: a file of Milvus Lite ends with .db, and a server is http://...")
+    return target
+
+
 class FileEntry(TypedDict):
     """A file that a manifest names: a segment, or the numbers of the rows deleted from one.
 
@@ -169,9 +200,7 @@ def check_manifest(manifest: Mapping[str, Any]) -> None:
     settings, columns, segments = (manifest.get(name) for name in ("settings", "columns", "segments"))
     if not isinstance(settings, dict):
         raise ValueError("settings are missing")
-    for name, is_valid in VALID_SETTINGS.items():
-        if not is_valid(settings.get(name)):
-            raise ValueError(f"the setting {name} is {shorten(repr(settings.get(name)), 40)}")
+    check_values(settings)
     if not _is_count(manifest.get("generation")):
         raise ValueError("generation is no number")
     if not isinstance(columns, dict) or not all(isinstance(kind, str) for kind in columns.values()):
@@ -188,6 +217,13 @@ def check_manifest(manifest: Mapping[str, Any]) -> None:
     names += [entry["deleted"]["file"] for entry in segments if entry.get("deleted")]
     if len(set(names)) < len(names):
         raise ValueError("it names a file twice")
+
+
+def check_values(settings: Mapping[str, Any]) -> None:
+    """Raise ValueError, saying which one, for a setting that no index can have."""
+    for name, is_valid in VALID_SETTINGS.items():
+        if not is_valid(settings.get(name)):
+            raise ValueError(f"the setting {name} is {shorten(repr(settings.get(name)), 40)}")
 
 
 def _check_entry(entry: object, kind: str) -> None:

@@ -251,17 +251,19 @@ def open_task(
             encoder, started = encoder or load_encoder(source.encoder, runtime), time.perf_counter()
             snapshot = build_temporary(source, collection, encoder, folder, say=say, id_column=id_column)
             seconds = time.perf_counter() - started
-        check_documents(task, snapshot, say)
+        check_documents(task, lambda ids: rows_with_ids(snapshot, ids)[1], say)
         yield OpenTask(task, snapshot, encoder, seconds)
 
 
-def check_documents(task: Task, snapshot: Snapshot, say: Callable[[str], None]) -> None:
-    """Say how many of the documents that are judged relevant the index does not have. Raises
-    UserError when it has none of them.
+def check_documents(
+    task: Task, missing_of: Callable[[list[str]], list[str]], say: Callable[[str], None]
+) -> None:
+    """Say how many of the documents that are judged relevant the index does not have; `missing_of`
+    returns those of some ids. Raises UserError when it has none of them.
     """
     judged = [item for documents in task.judgements.values() for item in documents.items()]
     relevant = list({document for document, relevance in judged if relevance > 0})
-    _, missing = rows_with_ids(snapshot, relevant)
+    missing = missing_of(relevant)
     example = f", such as {missing[0]!r}" if missing else ""
     if len(missing) == len(relevant):
         raise UserError(

@@ -76,8 +76,8 @@ def class_statistics(answers: Answers) -> Statistics:
     true, said = (_one_hot(numbers, count) for numbers in (labels, predicted))  # (N, C)
     hits = _one_hot(labels, count, is_right)
     positive = 1 if answers.positive is None and count == 2 else answers.positive
-    has_class = labels[:, None] == np.arange(count)  # (N, C)
     curves = np.arange(count) if count != 2 else np.array([positive])
+    has_class = labels[:, None] == curves if _has_curves(answers) else None  # (N, columns)
 
     def statistics(weights: np.ndarray) -> dict[str, np.ndarray]:
         right, having, given = (weights @ matrix for matrix in (hits, true, said))  # (R, C)
@@ -94,9 +94,9 @@ def class_statistics(answers: Answers) -> Statistics:
             scores["binary_f1"] = f1[:, positive]
         if answers.losses is not None:
             scores["loss"] = means(weights, answers.losses)
-        if _has_curves(answers):
+        if has_class is not None:
             assert answers.probabilities is not None
-            scores |= area_statistics(weights, answers.probabilities[:, curves], has_class[:, curves])
+            scores |= area_statistics(weights, answers.probabilities[:, curves], has_class)
         return scores
 
     return statistics

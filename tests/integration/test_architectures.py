@@ -2,6 +2,7 @@
 refused with one line.
 """
 
+import io
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,10 @@ import torch
 import transformers
 
 import generate
+from common.generation import decoding
+from common.generation.conversation import Chat
 from conftest import exit_code_in_process
-from language_models import train_byte_bpe
+from language_models import CHAT_TEMPLATE, train_byte_bpe
 
 COMMON = {
     "hidden_size": 32,
@@ -25,6 +28,15 @@ COMMON = {
 KEYS = {"num_key_value_heads": 2}
 GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "bos_token_id": 1, "eos_token_id": 2}
 SERVED = {  # model_type: its settings
+    "bart": {  # alone: its decoder
+        "d_model": 32,
+        "decoder_layers": 2,
+        "decoder_ffn_dim": 64,
+        "decoder_attention_heads": 4,
+        "max_position_embeddings": 128,
+        "is_encoder_decoder": False,
+        "is_decoder": True,
+    },
     "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4, "eos_token_id": 2},
     "codegen": {**GPT, "n_ctx": 128, "rotary_dim": 4},
     "cohere": {**COMMON, **KEYS},
@@ -56,7 +68,50 @@ SERVED = {  # model_type: its settings
     "stablelm": {**COMMON, **KEYS},
     "starcoder2": {**COMMON, **KEYS},
 }
+# Models with a recurrent state beside their keys and values: it can't be taken back.
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 8}
+LINEAR = {
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+HYBRID = {
+    "qwen3_5_text": {**COMMON, **KEYS, **LINEAR, "head_dim": 8},
+    "qwen3_next": {
+        **{**COMMON, **KEYS, **LINEAR, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2},
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+    },
+    "falcon_h1": {**COMMON, **KEYS, **MAMBA, "mamba_d_ssm": 64},
+    "bamba": {**COMMON, **KEYS, **MAMBA, "attn_layer_indices": [1]},
+    "jamba": {
+        **{**COMMON, **KEYS, "mamba_d_state": 4, "mamba_dt_rank": 4, "use_mamba_kernels": False},
+        **{"num_experts": 4, "attn_layer_period": 2, "attn_layer_offset": 1},
+    },
+    "zamba2": {
+        **{**COMMON, "layers_block_type": ["mamba", "hybrid"], "mamba_d_state": 8, "n_mamba_heads": 4},
+        **{"chunk_size": 8, "use_mamba_kernels": False},
+    },
+    "granitemoehybrid": {
+        **{**COMMON, **KEYS, **MAMBA, "layer_types": ["mamba", "attention"]},
+        **{"num_local_experts": 4, "shared_intermediate_size": 32},
+    },
+    "olmo_hybrid": {**COMMON, **KEYS, **LINEAR},
+    "recurrent_gemma": {
+        **{**COMMON, "num_key_value_heads": 1, "num_hidden_layers": 3},
+        **{"lru_width": 32, "attention_window_size": 16},
+    },
+}
 REFUSED = {
+    "falcon_mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+    "minimax": {
+        **{**COMMON, **KEYS, "num_local_experts": 4, "block_size": 8},
+        "layer_types": ["full_attention", "linear_attention"],
+    },
+    "xlnet": {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64},
+    "xlstm": {"hidden_size": 64, "num_hidden_layers": 2, "num_heads": 4, "chunk_size": 8},
     "openai-gpt": GPT,
     "rwkv": {"hidden_size": 32, "attention_hidden_size": 32, "num_hidden_layers": 2, "context_length": 128},
     "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
@@ -93,6 +148,47 @@ def test_its_tokens_are_those_of_generate(model_type, tmp_path, capsys):
     for flags in ([], ["--top-k", "20", "--repetition-penalty", "1.2"], ["--lookup", "3"]):
         code, stdout, stderr = run(capsys, folder, *flags, "--check")
         assert code == 0, stdout + stderr
+
+
+@pytest.mark.parametrize("model_type", HYBRID)
+def test_a_hybrids_tokens_are_those_of_generate_and_guesses_are_refused(model_type, tmp_path, capsys):
+    """Texts of different lengths in a batch, beams that swap their states; a wrong guess would stay in the
+    state, and with it in the text.
+    """
+    folder = save(tmp_path / model_type, model_type, HYBRID[model_type])
+    for flags in ([], ["--top-k", "20", "--repetition-penalty", "1.2"], ["--num-beams", "3"]):
+        code, stdout, stderr = run(capsys, folder, *flags, "--check")
+        assert code == 0, stdout + stderr
+    code, _, stderr = run(capsys, folder, "--lookup", "3")
+    assert code == 2 and "--lookup 3" in stderr and len(stderr.splitlines()) == 1, stderr
+    code, together, stderr = run(capsys, folder, "--top-k", "20", "--sampler", "independent")
+    alone = run(capsys, folder, "--top-k", "20", "--sampler", "independent", "--batch-size", "1")
+    if model_type == "recurrent_gemma":
+        assert code == 2 and "--batch-size 1" in stderr and alone[0] == 0
+    else:
+        assert together == alone[1]  # the padding of its neighbours is no text
+
+
+@pytest.mark.parametrize("model_type", [*HYBRID, "bart", "llama", "mistral"])
+def test_a_conversation_reads_only_what_is_new_where_its_cache_can_forget(
+    model_type, tmp_path, capsys, monkeypatch
+):
+    """Oracle: a cache that is made anew for each turn."""
+    folder = save(tmp_path / model_type, model_type, {**SERVED, **HYBRID}[model_type])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    command = ["--model", str(folder), "--device", "cpu", "--precision", "fp32", "--max-new-tokens", "6"]
+    answers = []
+    for _ in range(2):
+        lines = io.StringIO("Why is it?\nThe quick\nWhy\n")
+        monkeypatch.setattr("sys.stdin", lines)
+        assert exit_code_in_process(generate, [*command, "--plain-step", "--interactive"]) == 0
+        answers.append(capsys.readouterr().out)
+        monkeypatch.setattr(
+            Chat, "_reusable_cache", lambda chat, ids: decoding.new_cache(chat.run.language_model)
+        )
+    assert answers[0] == answers[1] != ""
 
 
 @pytest.mark.parametrize("model_type", REFUSED)

@@ -156,7 +156,7 @@ def test_the_report_holds_what_the_screen_shows_with_pictures(finished):
     for picture in re.findall(r"\]\((\S+\.png)\)", report):
         pixels = matplotlib.image.imread(folder / picture)
         assert min(pixels.shape[:2]) > 200 and pixels.std() > 0.05, "not a blank picture"
-    assert report.count(".png") == 2
+    assert report.count(".png") == 3
     assert f"| torch           | {torch.__version__}" in re.sub(r"torch +\|", "torch           |", report)
     assert "`seed`" in report
 

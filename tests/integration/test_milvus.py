@@ -1,0 +1,258 @@
+"""The commands over a collection in Milvus, which is Milvus Lite here: the answers of an index on this
+machine, also after kills; conditions in its own words; and what it refuses.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from common.errors import UserError
+from conftest import ROOT, make_sentences, write_lines
+
+pytest.importorskip("pymilvus", reason="Milvus' client is not installed: pip install pymilvus milvus-lite")
+pytest.importorskip("milvus_lite", reason="Milvus Lite is not installed: pip install milvus-lite")
+from common.search.milvus import translate
+
+COLUMNS = {"label": "VARCHAR", "n": "INT64", "part": "DOUBLE", "odd": "BOOL"}
+CONDITIONS = {
+    "label = 'pos'": 30,
+    "'pos' = label AND n < 10": 5,
+    "n > 50 OR n <= 2": 12,
+    "n BETWEEN 3 AND 5": 3,
+    "n NOT BETWEEN 3 AND 57": 5,
+    "NOT (label = 'pos')": 30,
+    "label <> 'pos' AND n >= 58.0": 1,
+    "n IN (1, 2, 99)": 2,
+    "label NOT IN ('pos', 'x')": 30,
+    "part IS NULL": 12,
+    "part IS NOT NULL AND part > 10": 31,
+    "part = 0.5": 1,
+    "NOT (part > 10)": 17,
+    "odd": 30,
+    "odd = false AND n < 4": 2,
+    "label LIKE 'p%'": 30,
+    "LABEL NOT LIKE '%e%'": 30,
+    "_index_id = 's7'": 1,
+    "_index_id IN ('s7', 'it''s \"odd\"')": 1,
+}
+REFUSED = {
+    "lower(label) = 'pos'": "lower",
+    "n + 1 > 2": r"\+",
+    "label = 3": "3",
+    "n = 'x'": "x",
+    "label ILIKE 'P%'": r"~~\*",
+    "label LIKE 'p_s'": "wildcard",
+    "n = (SELECT 1)": "subquery",
+    "nothing = 1": "nothing",
+    "n = 1 GROUP BY n": "more than one",
+    "n = 1; DROP TABLE rows": "",
+    "n =": "",
+    "n = part": "",
+    "n = CAST('2' AS INTEGER)": "cast",
+}
+
+
+def rows_csv(path, count=60, changed=()):
+    texts = [text for text, _ in make_sentences(count)]
+    rows = ["id,text,label,n,part,odd"]
+    for n, text in enumerate(texts):
+        part = "" if n % 5 == 4 else n / 2
+        text = f"changed {text}" if n in changed else text
+        rows.append(f"s{n},{text},{'pos' if n % 2 else 'neg'},{n},{part},{'true' if n % 2 else 'false'}")
+    return write_lines(path, rows)
+
+
+@pytest.fixture(scope="module")
+def stores(embed, tmp_path_factory):
+    """An index and a collection of the same rows."""
+    folder = tmp_path_factory.mktemp("stores")
+    rows, names = rows_csv(folder / "rows.csv"), (str(folder / "ix"), f"milvus:{folder}/x.db/docs")
+    for name in names:
+        code, _, stderr = embed("index", rows, "--index", name, "--id-column", "id", "--block", 16)
+        assert code == 0, stderr
+    return names
+
+
+def hits(ok, index, *flags):
+    found = ok("search", "--index", index, *flags, "--json")["queries"]
+    return [
+        [(hit["id"], round(hit["score"], 6), hit["text"], hit["columns"]) for hit in q["hits"]] for q in found
+    ]
+
+
+def test_both_stores_give_the_same_answers(ok, stores):
+    queries = [part for text, _ in make_sentences(30, seed=5) for part in ("--query", text)]
+    for flags in ((), ("--where", "label = 'pos' AND n > 7"), ("--offset", 2, "--top-k", 70)):
+        ours, theirs = (hits(ok, name, *queries, *flags) for name in stores)
+        assert ours == theirs and len(ours) == 30 and all(ours)
+    found = hits(ok, stores[1], "--query", "good film", "--hybrid")
+    assert len(found[0]) == 5
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_a_condition_in_the_words_of_milvus(condition, ok, stores):
+    found = [ok("list", "--index", name, "--where", condition, "--top-k", 60, "--json") for name in stores]
+    assert [document["of"] for document in found] == [CONDITIONS[condition]] * 2
+    ids = [sorted(text["id"] for text in document["texts"]) for document in found]
+    assert ids[0] == ids[1]
+
+
+@pytest.mark.parametrize("condition", REFUSED)
+def test_what_milvus_has_no_words_for_is_refused_by_name(condition):
+    with pytest.raises(UserError, match=f"--where .*{REFUSED[condition]}"):
+        translate(condition, COLUMNS)
+
+
+def test_a_collection_over_its_life(ok, embed, tmp_path):
+    ix = f"milvus:{tmp_path}/x.db/docs"
+    rows = rows_csv(tmp_path / "rows.csv")
+    ok("index", rows, "--index", ix, "--id-column", "id")
+    again = ok("index", rows, "--index", ix, "--json")
+    assert (again["counts"]["unchanged"], again["counts"]["encoded"], again["rows"]) == (60, 0, 60)
+    changed = rows_csv(tmp_path / "changed.csv", changed=(3, 8))
+    code, _, stderr = embed("index", changed, "--index", ix)
+    assert code == 2 and "'s3'" in stderr and "--update" in stderr
+    assert ok("index", changed, "--index", ix, "--update", "--json")["counts"]["updated"] == 2
+    code, _, stderr = embed("delete", "--index", ix, "s1", "none")
+    assert code == 2 and "'none'" in stderr
+    assert ok("delete", "--index", ix, "s1", "none", "--skip-bad", "--json")["deleted"] == 1
+    assert ok("delete", "--index", ix, "--where", "n >= 50", "--json")["rows"] == 49
+    folder = str(tmp_path / "ix")
+    ok("index", changed, "--index", folder, "--id-column", "id")
+    ok("delete", "--index", folder, "--where", "n >= 50 OR n = 1")
+    for name, kind in ((ix, "theirs"), (folder, "ours")):
+        to = ("--to", tmp_path / f"{kind}.parquet", "--to", tmp_path / f"{kind}.npy")
+        assert ok("export", "--index", name, *to, "--json")["rows"] == 49
+    tables = [pq.read_table(tmp_path / f"{kind}.parquet").sort_by("n") for kind in ("theirs", "ours")]
+    vectors = [np.array(table["vector"].to_pylist()) for table in tables]
+    assert np.abs(vectors[0] - vectors[1]).max() < 1e-6  # some were encoded among others
+    plain = [table.drop_columns(["vector"]).to_pylist() for table in tables]
+    assert plain[0] == plain[1] and len(plain[0]) == 49
+    judged = [json.dumps({"id": f"q{n}", "text": text}) for n, (text, _) in enumerate(make_sentences(6))]
+    task = ("--queries", write_lines(tmp_path / "queries.jsonl", judged))
+    task += ("--qrels", write_lines(tmp_path / "qrels.txt", [f"q{n} 0 s{n} 1" for n in range(6)]))
+    scores = [ok("evaluate", "--index", name, *task, "--json")["scores"] for name in (ix, folder)]
+    assert scores[0]["exact"] == scores[1]["exact"] and set(scores[0]) == {"exact", "hybrid"}
+
+
+def test_chunks_of_long_texts(ok, tmp_path):
+    """A shorter document loses the chunks that it no longer has."""
+    ix = f"milvus:{tmp_path}/x.db/docs"
+    long, short = "good film and a story " * 40, "good film"
+    rows = write_lines(tmp_path / "a.csv", ["id,text", f"a,{long}", f"b,{short}"])
+    flags = ("--index", ix, "--id-column", "id", "--chunk", "--max-length", 24, "--chunk-overlap", 4)
+    many = ok("index", rows, *flags, "--json")["rows"]
+    assert many > 5
+    folder = str(tmp_path / "ix")
+    ok("index", rows, *flags[:1], folder, *flags[2:])
+    assert hits(ok, ix, "--query", "a story") == hits(ok, folder, "--query", "a story")
+    rows = write_lines(tmp_path / "b.csv", ["id,text", f"a,{short}", f"b,{long}"])
+    assert ok("index", rows, "--index", ix, "--update", "--json")["rows"] == many
+    assert ok("list", "--index", ix, "--json")["of"] == 2
+    assert ok("delete", "--index", ix, "b", "--json")["rows"] == 1
+
+
+def test_what_is_refused(ok, embed, tiny_model, stores, tmp_path):
+    ix, more = stores[1], write_lines(tmp_path / "more.csv", ["id,text,date", "x,good film,1"])
+    wrong = {
+        ("search", "--index", "milvus:docs", "x"): "URI/COLLECTION",
+        ("search", "--index", f"milvus:{tmp_path}/x/docs", "x"): ".db",
+        ("search", "--index", f"milvus:{tmp_path}/new.db/docs", "x"): "no such collection",
+        ("search", "--index", ix, "x", "--approximate"): "--approximate",
+        ("index", more, "--index", ix, "--store", "int8"): "--store",
+        ("pairs", "--index", ix): "pairs needs",
+        ("index", more, "--index", ix): "'date'",
+        ("index", more, "--index", ix, "--id-column", "date"): "--id-column",
+        ("search", "--index", ix, "x", "--model", tiny_model): "fingerprint",
+        ("search", "--index", ix, "x", "--max-length", 9): "max_length",
+    }
+    for command, message in wrong.items():
+        code, _, stderr = embed(*command)
+        assert code == 2 and message in stderr and len(stderr.splitlines()) <= 2, (command, stderr)
+    from pymilvus import MilvusClient
+
+    client = MilvusClient(f"{tmp_path}/other.db")
+    client.create_collection("docs", dimension=4)
+    client.close()
+    code, _, stderr = embed("search", "--index", f"milvus:{tmp_path}/other.db/docs", "x")
+    assert code == 2 and "not a collection that embed_search.py made" in stderr
+
+
+KILLED = """
+import os, runpy, signal, sys
+from pymilvus import MilvusClient
+upsert, left = MilvusClient.upsert, [int(sys.argv.pop(1))]
+def until(*args, **options):
+    done = upsert(*args, **options) if left[0] else os.kill(os.getpid(), signal.SIGKILL)
+    left[0] -= 1
+    return done
+MilvusClient.upsert = until
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_killed_run_goes_on(ok, stores, tiny_embedder, tmp_path):
+    """SIGKILL after each of the first writes; then the same answers as an index that was never killed."""
+    ix, rows = f"milvus:{tmp_path}/x.db/docs", rows_csv(tmp_path / "rows.csv")
+    flags = [
+        "--index",
+        ix,
+        "--id-column",
+        "id",
+        "--block",
+        "16",
+        "--model",
+        tiny_embedder,
+        "--precision",
+        "fp32",
+    ]
+    command = ["embed_search.py", "index", rows, *flags, "--device", "cpu"]
+    for writes in (1, 0, 2):  # none of the second run: all of the first is kept
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [sys.executable, "-c", KILLED, str(writes), *map(str, command)], cwd=ROOT, env=environment
+        )
+        assert done.returncode == -signal.SIGKILL
+    last = ok("index", rows, *flags, "--json")
+    assert last["rows"] == 60 and last["counts"]["unchanged"] == 48
+    queries = [part for text, _ in make_sentences(30, seed=5) for part in ("--query", text)]
+    assert hits(ok, ix, *queries) == hits(ok, stores[0], *queries)
+
+
+@pytest.mark.slow
+def test_each_process_of_a_job_writes_its_share(ok, stores, tiny_embedder, run_script, tmp_path):
+    """To a server, which is Milvus Lite's own here; and to a file, which the main process writes."""
+    server = subprocess.Popen(
+        [
+            str(os.path.join(os.path.dirname(sys.executable), "milvus-lite")),
+            "server",
+            "--data-dir",
+            str(tmp_path / "s"),
+            "--port",
+            "19555",
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    try:
+        time.sleep(8)
+        rows = rows_csv(tmp_path / "rows.csv")
+        for name in ("milvus:http://127.0.0.1:19555/docs", f"milvus:{tmp_path}/x.db/docs"):
+            flags = ("--index", name, "--id-column", "id", "--block", 8, "--model", tiny_embedder)
+            script = ("embed_search.py", "index", rows, *flags, "--precision", "fp32", "--json")
+            done = run_script("torchrun", "--nproc-per-node", 2, *script)
+            built = json.loads(done.stdout)
+            assert built["rows"] == 60 and built["counts"]["added"] == 60
+            queries = [part for text, _ in make_sentences(30, seed=5) for part in ("--query", text)]
+            assert hits(ok, name, *queries) == hits(ok, stores[0], *queries)
+    finally:
+        server.kill()
+        server.wait()
