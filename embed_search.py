@@ -5,8 +5,8 @@ over a durable index.
 Texts come from a file with one per line, from standard input ("-"), a CSV/TSV/JSON/JSONL/Parquet
 file with --text-column, a folder of .txt files, or a bundled set. Models are those of
 sentence-transformers, local or from the Hub; without --model, an index is searched with the model
-that made it, and everything else uses bundled/all-MiniLM-L6-v2. Left out on purpose: a server,
-embeddings made by other programs, images.
+that made it, and everything else uses bundled/all-MiniLM-L6-v2. An index
+beyond one machine is a collection in Milvus (milvus:URI/COLLECTION). Left out on purpose: images.
 
   python embed_search.py similarity sentences.txt --query "Artificial intelligence" --figure map.png
   python embed_search.py index bundled/bbc-news --index news
@@ -54,18 +54,22 @@ from common.search.manifest import (
     read_manifest,
     store_of,
 )
-from common.search.words import AUTO, LANGUAGES, Words
+from common.search.words import AUTO, LANGUAGES, Words, stop_words
 
 # Each command imports its libraries itself, after the flags are checked: PyTorch takes seconds.
 if TYPE_CHECKING:
+    import numpy as np
+
     from common.runtime import Runtime
     from common.search.display import Screen
     from common.search.encoder import Encoder
+    from common.search.mining import Selection
     from common.search.model_scores import ModelScores
     from common.search.texts import Source
 
 DEFAULT_OVERLAP = 32
 PICTURES = (".png", ".pdf", ".svg", ".jpg")
+DEEPEST = 10_000  # rank at which a measure stops
 EXPORTS = (".parquet", ".npy", ".faiss")
 LARGEST_MATRIX = 5_000  # texts whose matrix of similarities is shown or written
 WAIT = {"type": cli.duration, "default": 10.0, "help": "seconds to wait for another writer"}
@@ -615,11 +619,41 @@ def dedupe(args: argparse.Namespace) -> None:
 def add_cluster_flags(command: cli.Parser) -> None:
     add_source_flags(command)
     how = command.add_mutually_exclusive_group(required=True)
-    how.add_argument("--num-clusters", type=cli.positive_int, help="the clusters of k-means")
+    numbers = "the clusters of k-means; auto: as many as the silhouette is highest for, up to 20"
+    how.add_argument("--num-clusters", "--clusters", type=count_or_auto, metavar="N|auto", help=numbers)
     how.add_argument("--threshold", type=cosine, help="group neighbours of at least this cosine")
+    how.add_argument("--hdbscan", action="store_true", help="groups of any shape, by density")
     flag = command.add_argument
-    flag("--min-size", type=cli.positive_int, default=2, help="drop smaller clusters (--threshold)")
+    smallest = "drop smaller clusters (default: 2 with --threshold, 5 with --hdbscan)"
+    flag("--min-size", type=cli.positive_int, help=smallest)
+    flag("--assign", action="store_true", help="put what is in no cluster into the nearest one")
+    stop = "words that mark no cluster: a file with one on each line, or a language such as de"
+    flag("--stop-words", metavar="FILE|CODE", type=cli.name, help=stop)
+    flag("--output", metavar="CSV", type=new_csv, help="write the cluster of each id")
+    kept = "keep the numbers in the index, as a column of this name"
+    flag("--column", metavar="NAME", type=cli.name, help=kept)
+    flag("--wait", **WAIT)
     flag("--figure", metavar="PNG", type=picture_file, help="write a map of the clusters")
+
+
+def check_cluster(args: argparse.Namespace) -> None:
+    if args.min_size and args.num_clusters:
+        raise UserError(f"--min-size {args.min_size}: it belongs to --threshold and --hdbscan; leave it out")
+    if args.hdbscan and args.min_size == 1:
+        raise UserError("--min-size 1: density needs at least two texts; give 2 or more")
+    if args.column and not args.index:
+        raise UserError(f"--column {args.column}: texts have no place for it; name an --index, or --output")
+    if args.column and args.column.lower().startswith("_index_"):
+        raise UserError(f"--column {args.column}: names like this are our own; choose another")
+    if args.stop_words and args.stop_words not in LANGUAGES:
+        sources.check_text_file(args.stop_words)
+    if args.column:
+        kind = read_manifest(Path(args.index))["columns"].get(args.column, "null")
+        if kind not in ("null", "int64"):
+            raise UserError(
+                f"--column {args.column}: the index has one of {kind} already; choose another name"
+            )
+    check_source(args)
 
 
 def cluster(args: argparse.Namespace) -> None:
@@ -627,22 +661,22 @@ def cluster(args: argparse.Namespace) -> None:
     from common.search import display, mining
 
     runtime, screen = start(args)
+    stop = None if args.stop_words is None else stop_words(args.stop_words)
     with mining.open_source(source_of(args), runtime, say=screen.say, least=2) as (selection, _):
-        count, wanted = len(selection), args.num_clusters or 0
-        if wanted > count:
-            raise UserError(
-                f"--num-clusters {wanted}: there are {count} {selection.unit}; use fewer clusters"
-            )
-        if wanted:
-            labels = mining.k_means(selection, wanted, block=args.block, seed=args.seed)
-        else:
-            threshold, least = args.threshold, args.min_size
-            labels = mining.communities(selection, threshold, min_size=least, block=args.block)
-        words = mining.typical_words(selection, labels, display.NUM_WORDS)
-        if len(words) < wanted:
+        labels = labels_of(selection, args, screen)
+        if args.assign:
+            labels = mining.assigned(selection, labels, block=args.block)
+        words = mining.typical_words(selection, labels, display.NUM_WORDS, stop)
+        wanted = args.num_clusters or 0
+        if wanted != AUTO and len(words) < wanted:
             reason = f"the {selection.unit} have no more different embeddings"
             screen.say(f"only {len(words)} clusters, not {wanted}: {reason}")
         display.show_clusters(screen, selection, labels, words)
+        if args.output:
+            display.write_clusters(selection, labels, args.output, screen)
+        if args.column:
+            keep_clusters(selection, labels, args)
+            screen.say(f"column   {args.column}: the numbers, in {args.index}")
         if args.figure:
             from common import figures
 
@@ -652,21 +686,68 @@ def cluster(args: argparse.Namespace) -> None:
             display.save_figure(figure, args.figure, screen)
 
 
+def labels_of(selection: Selection, args: argparse.Namespace, screen: Screen) -> np.ndarray:
+    """Return the number of the cluster (n) of each row, -1 for none, in the way that the flags name."""
+    from common.search import mining
+
+    wanted, options = args.num_clusters, {"block": args.block, "seed": args.seed}
+    if args.hdbscan:
+        return mining.density_clusters(selection, min_size=args.min_size or 5)
+    if args.threshold is not None:
+        least = args.min_size or 2
+        return mining.communities(selection, args.threshold, min_size=least, block=args.block)
+    if wanted == AUTO:
+        labels, silhouettes = mining.choose_clusters(selection, **options)
+        shown = ", ".join(f"{count}: {value:.3f}" for count, value in silhouettes.items())
+        screen.say(f"silhouette by the number of clusters: {shown or 'none: the embeddings are alike'}")
+        return labels
+    if wanted > len(selection):
+        problem = f"there are {len(selection)} {selection.unit}"
+        raise UserError(f"--num-clusters {wanted}: {problem}; use fewer clusters")
+    return mining.k_means(selection, wanted, **options)
+
+
+def keep_clusters(selection: Selection, labels: np.ndarray, args: argparse.Namespace) -> None:
+    """Write the numbers of clusters, from 1, to the index as a column; rows that were not looked at
+    keep theirs, and those in no cluster have none.
+    """
+    import numpy as np
+
+    from common.search.store import open_store
+
+    with open_store(args.index, wait=args.wait) as store:
+        snapshot = store.snapshot
+        if snapshot.stamp != selection.snapshot.stamp:
+            raise UserError(f"--index {args.index}: it has changed meanwhile; run the same command again")
+        before = [None] * snapshot.num_rows
+        if args.column in snapshot.columns:
+            before = [row[args.column] for row in snapshot.take(np.arange(snapshot.num_rows), [args.column])]
+        known = np.array([value is not None for value in before], bool)
+        values = np.array([value or 0 for value in before], np.int64)
+        values[selection.rows], known[selection.rows] = labels + 1, labels >= 0
+        store.set_column(args.column, values, known)
+
+
 # evaluate, compare-models: how good a search or a model is
 
 
 def add_evaluate_flags(command: cli.Parser) -> None:
     command.add_argument("--index", metavar="DIR", type=cli.name, help="where to search")
+    flag = command.add_argument
     others = "score vectors that are kept so as well; may be repeated"
-    command.add_argument("--store", choices=list(STORES), action="append", default=[], help=others)
-    command.add_argument("--language", **LANGUAGE)
+    flag("--store", choices=list(STORES), action="append", default=[], help=others)
+    flag("--language", **LANGUAGE)
+    cuts = "the ranks at which the measures stop (default: 10, and 1, 10 and 100 for recall)"
+    flag("--at", nargs="+", type=rank_of_cut, metavar="K", help=cuts)
+    flag("--per-query", metavar="CSV", type=new_csv, help="write the measures of each query")
     add_rerank_flags(command)
     add_task_flags(command)
 
 
 def check_evaluate(args: argparse.Namespace) -> None:
-    if args.sts and (args.queries or args.qrels or args.texts or args.index or args.rerank):
-        others = "--queries, --qrels, --texts, --index and --rerank"
+    of_search = (args.queries, args.qrels, args.texts, args.index, args.rerank, args.at, args.per_query)
+    if args.sts and any(of_search):
+        others = "--queries, --qrels, --texts, --index, --rerank, --at and --per-query"
         raise UserError(f"--sts {args.sts}: it is a task of its own; leave {others} out")
     check_task(args)
     if args.rerank:
@@ -676,8 +757,10 @@ def check_evaluate(args: argparse.Namespace) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Score an index (nDCG, MRR, recall), sentence pairs (Spearman) or the bundled task."""
-    from common.search import display, relevance
+    """Score an index (nDCG, MRR, MAP, precision, recall), sentence pairs (Spearman) or the bundled
+    task, with intervals and tests of what differs.
+    """
+    from common.search import display, model_scores, relevance
     from common.search.encoder import load_encoder, load_reranker
     from common.search.searcher import Searcher
 
@@ -696,9 +779,13 @@ def evaluate(args: argparse.Namespace) -> None:
         words = Words(args.language)
         options = {"words": words, "rerank_depth": depth, "say": screen.say}
         searcher = Searcher(snapshot, opened.encoder, allowed, **options)
-        scores = relevance.score_all(searcher, opened.task, reranker=reranker)
-        stores = relevance.score_stores(searcher, opened.task, args.store)
-        display.show_scores(screen, opened.task, scores, stores)
+        measures = relevance.measures_at(args.at)
+        values = relevance.score_all(searcher, opened.task, reranker=reranker, measures=measures)
+        searches = model_scores.of_searches(list(opened.task.judgements), values)
+        stores = relevance.score_stores(searcher, opened.task, args.store, measures)
+        display.show_scores(screen, opened.task, searches, model_scores.differences(searches), stores)
+        if args.per_query:
+            display.write_query_scores(searches, args.per_query, screen)
 
 
 def add_compare_flags(command: cli.Parser) -> None:
@@ -782,7 +869,7 @@ def task_fingerprint(encoder: Encoder, args: argparse.Namespace) -> str:
     """Return what tells the scores of a model on a task from all others."""
     from common.search import model_scores
 
-    files = [args.queries, args.qrels, args.sts, args.index, *args.texts]
+    files = [args.queries, args.qrels, args.sts, args.index, *sources.expanded(args.texts)]
     names = ("id_column", "sts_columns", "text_column", "columns", "delimiter", "quoting", "encoding")
     settings = {name: getattr(args, name) for name in (*names, "skip_bad")}
     return model_scores.fingerprint(encoder.identity(), files, settings)
@@ -887,7 +974,7 @@ def milvus_search(args: argparse.Namespace) -> None:
 
 
 def milvus_evaluate(args: argparse.Namespace) -> None:
-    from common.search import display, milvus, relevance
+    from common.search import display, milvus, model_scores, relevance
 
     runtime, screen = start(args)
     task = relevance.read_task(args.queries, args.qrels, args.encoding)
@@ -898,8 +985,12 @@ def milvus_evaluate(args: argparse.Namespace) -> None:
             ways["reranked"] = searcher
             ways["exact"] = dataclasses.replace(searcher, reranker=None)
             ways["hybrid"] = dataclasses.replace(searcher, hybrid=True, reranker=None)
-        scores = {name: relevance.score(way, task) for name, way in ways.items()}
-        display.show_scores(screen, task, scores, {})
+        measures = relevance.measures_at(args.at)
+        values = {name: relevance.scores_of(way, task, measures) for name, way in ways.items()}
+        searches = model_scores.of_searches(list(task.judgements), values)
+        display.show_scores(screen, task, searches, model_scores.differences(searches), {})
+        if args.per_query:
+            display.write_query_scores(searches, args.per_query, screen)
 
 
 @contextlib.contextmanager
@@ -1066,6 +1157,24 @@ def finite(text: str) -> float:
         if float("-inf") < float(text) < float("inf"):
             return float(text)
     raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+
+
+def count_or_auto(text: str) -> int | str:
+    """Parse a number of clusters, or auto."""
+    return AUTO if text == AUTO else cli.positive_int(text)
+
+
+def rank_of_cut(text: str) -> int:
+    """Parse a rank at which a measure stops."""
+    rank = cli.positive_int(text)
+    if rank > DEEPEST:
+        raise argparse.ArgumentTypeError(f"{text!r} is more than {DEEPEST:,}; name a lower rank")
+    return rank
+
+
+def new_csv(text: str) -> str:
+    """Parse the path of a new CSV file."""
+    return _new_file(text, (".csv",))
 
 
 def rows_file(text: str) -> str:
@@ -1294,7 +1403,7 @@ COMMANDS = {
     "pairs": Command(pairs, add_pairs_flags, check_source),
     "duplicates": Command(duplicates, add_duplicates_flags, check_source),
     "dedupe": Command(dedupe, add_dedupe_flags, check_source),
-    "cluster": Command(cluster, add_cluster_flags, check_source),
+    "cluster": Command(cluster, add_cluster_flags, check_cluster),
     "evaluate": Command(evaluate, add_evaluate_flags, check_evaluate),
     "compare-models": Command(compare_models, add_compare_flags, check_compare),
     "project": Command(project, add_project_flags, check_project),

@@ -740,6 +740,8 @@ def serve(args: argparse.Namespace) -> None:
 
     key, listener = server.key_from_environment(), server.bind(args.port)
     run, _ = load(args)
+    if run.chat is not None:
+        run.chat.note_system()
     limits = server.Limits(args.batch_size, args.max_waiting, args.request_seconds, key)
     number = server.serve(run, decode, limits, listener)
     raise Interrupted(f"stopped by {signal.Signals(number).name}", 128 + number)

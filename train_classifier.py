@@ -28,7 +28,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Literal, TypeVar, cast
 
 from common import bundled, cli, sources
 from common.errors import Interrupted, UserError
@@ -38,12 +38,16 @@ from common.training.run import (
     CONFIG,
     DEFAULT_MAX_LENGTH,
     DEFAULT_TRUNCATION,
+    JOIN,
     METRICS,
     NEWEST,
+    PAIR,
+    SCHEDULES,
     TASKS,
     TRUNCATIONS,
     RunLocation,
     check_task,
+    check_text_columns,
     compare_flags,
     finished_runs,
     is_finished,
@@ -68,6 +72,10 @@ def make_parser() -> cli.Parser:
         prog="train_classifier.py", description=__doc__, check=check_flags, complete=flags_of_resumed_run
     )
     cli.add_shared_flags(parser, model="bundled/all-MiniLM-L6-v2")
+    revision = "commit, branch or tag of a Hub model, for its weights, configuration and tokenizer"
+    parser.add_argument("--revision", type=cli.name, help=revision)
+    other = "another tokenizer than the model's: bundled name, folder or Hub id"
+    parser.add_argument("--tokenizer", type=cli.name, metavar="NAME", help=other)
     parser.add_argument(
         "--output-dir", type=cli.folder, help="folder of the run (default: runs/<data set>-<model>-<time>)"
     )
@@ -93,8 +101,21 @@ def add_data_flags(parser: cli.Parser) -> None:
     flag("--validation-file", type=cli.file, metavar="FILE", help=f"{own}, in place of the data set's")
     flag("--test-file", type=cli.file, metavar="FILE", help=f"{own}, in place of the data set's")
     cli.add_file_flags(group)
+    flag("--dataset-revision", type=cli.name, help="commit, branch or tag of a Hub data set")
     flag("--dataset-config", help="configuration of a Hub data set that has several")
-    flag("--text-column", default="text", help="column of the texts")
+    flag(
+        "--text-column",
+        type=column_names,
+        default="text",
+        help="column of the texts; or two or more, separated by commas, with --text-mode",
+    )
+    flag(
+        "--text-mode",
+        choices=[PAIR, JOIN],
+        help="what several columns are: two texts that are read together (pair), or parts of one text"
+        " (join; default: one column, or as a saved model was trained)",
+    )
+    flag("--join-with", default=" ", help="with --text-mode join: what stands between the parts")
     flag(
         "--label-column",
         type=column_names,
@@ -151,6 +172,7 @@ def add_training_flags(parser: cli.Parser) -> None:
     flag = parser.add_argument_group("training").add_argument
     count, share = cli.positive_int, cli.fraction
     flag("--epochs", type=count, default=3, help="passes over the training split")
+    flag("--max-steps", type=count, metavar="N", help="optimizer steps, in place of --epochs")
     flag("--batch-size", type=count, default=16, help="texts per process and micro-batch")
     flag("--eval-batch-size", type=count, default=32, help="chunks per process in evaluation")
     flag("--grad-accum", type=count, default=1, help="micro-batches per optimizer step")
@@ -161,6 +183,12 @@ def add_training_flags(parser: cli.Parser) -> None:
         action=study.OneOrSeveral,
         default=1e-4,
         help="highest learning rate; several: a run with each",
+    )
+    flag(
+        "--schedule",
+        choices=SCHEDULES,
+        default="linear",
+        help="of the learning rate after the warm-up: it falls to 0 in a line or as a cosine, or stays",
     )
     flag("--warmup-ratio", type=share, default=0.1, help="share of steps with a rising learning rate")
     flag(
@@ -207,6 +235,19 @@ def add_training_flags(parser: cli.Parser) -> None:
         " class accuracy, macro_f1, micro_f1, weighted_f1, binary_f1, matthews, roc_auc,"
         " average_precision; of labels also subset_accuracy, label_accuracy; of numbers rmse, mae, pearson,"
         " spearman",
+    )
+    flag(
+        "--positive-class",
+        type=cli.name,
+        metavar="NAME",
+        help="class whose F1 is binary_f1 (default: of two classes the second in their order)",
+    )
+    flag(
+        "--threshold",
+        type=threshold,
+        metavar="P",
+        help="probability from which on a text has a label: a number, or auto: for each label the one with"
+        " the highest F1 on the validation split (default: 0.5; for a saved model, as it was scored)",
     )
     flag(
         "--eval-every",
@@ -372,6 +413,7 @@ def check_flags(args: argparse.Namespace) -> None:
         check_compared(args)
         return
     sources.check_model(args.model, kind="encoder")
+    check_hub_flags(args)
     if args.compare_tokenizer is not None:
         if not args.inspect:
             raise UserError(
@@ -380,6 +422,8 @@ def check_flags(args: argparse.Namespace) -> None:
             )
         kind = bundled.MODELS.get(args.compare_tokenizer, "encoder")
         sources.check_model(args.compare_tokenizer, kind=kind, flag="--compare-tokenizer")
+    if not args.evaluate_only and args.predict is None:  # else as the saved model was trained
+        check_text_columns(args.text_column, args.text_mode)
     is_table = FileOptions(columns=args.columns, delimiter=args.delimiter).is_table
     if args.predict is not None:  # an empty name is a mistake, not a wish to train
         sources.check_texts(args.predict, any_suffix=is_table)
@@ -393,6 +437,30 @@ def check_flags(args: argparse.Namespace) -> None:
         if args.task != "auto":  # else when the labels have told it
             check_task(args.task, vars(args))
         check_training_flags(args)
+
+
+def check_hub_flags(args: argparse.Namespace) -> None:
+    """Raise UserError for a revision of what does not come from the Hub, and for a tokenizer that can be
+    none.
+    """
+    for name, flag, value in (
+        (args.model, "--revision", args.revision),
+        (args.dataset, "--dataset-revision", args.dataset_revision),
+    ):
+        if value is not None and (bundled.is_bundled(name) or Path(name).exists()):
+            raise UserError(
+                f"{flag} {value}: {name} is not on the Hub, which alone has revisions; leave it out"
+            )
+    if args.tokenizer is not None:
+        if args.evaluate_only or args.predict is not None:
+            raise UserError(f"--tokenizer {args.tokenizer}: a saved model has its own; leave the flag out")
+        kind = bundled.MODELS.get(args.tokenizer, "encoder")
+        sources.check_model(args.tokenizer, kind=kind, flag="--tokenizer")
+
+
+def threshold(text: str) -> float | Literal["auto"]:
+    """Parse a probability from which on a text has a label, or auto."""
+    return "auto" if text == "auto" else cli.probability(text)
 
 
 def check_output_flags(args: argparse.Namespace) -> None:
@@ -556,7 +624,9 @@ class TrainConfig:
     task: Task
     scoring: Scoring
     epochs: int
+    max_steps: int | None
     lr: float
+    schedule: str
     warmup_ratio: float
     weight_decay: float
     max_grad_norm: float
@@ -586,6 +656,33 @@ def config_from_flags(config_class: type[Config], args: argparse.Namespace, **gi
     """Return a config whose fields are those `given`, and else the flags of the same names."""
     names = [field.name for field in dataclasses.fields(config_class) if field.name not in given]
     return config_class(**given, **{name: getattr(args, name) for name in names})
+
+
+def saved_scoring(args: argparse.Namespace, task: Task) -> Scoring:
+    """Return how the answers of a saved model are scored: as in its training, where flags say nothing
+    else. Raises UserError for flags that have no meaning in its task.
+    """
+    if args.threshold == "auto":
+        raise UserError("--threshold auto: it is chosen in training, and saved with the model; leave it out")
+    positive_class = args.positive_class or classifier.saved_settings(args.model).get("positive_class")
+    flags = {**vars(args), "best_metric": "loss", "label_separator": None, "positive_class": positive_class}
+    check_task(task.kind, {**flags, "label_smoothing": 0.0, "class_weights": "none"}, task.names)
+    limits = classifier.saved_thresholds(args.model, task) if args.threshold is None else args.threshold
+    return Scoring(positive_class, limits)
+
+
+def saved_texts(args: argparse.Namespace) -> TextConfig:
+    """Return which columns hold the texts for a saved model: as it was trained, where flags say nothing
+    else.
+    """
+    trained, texts = classifier.saved_settings(args.model), config_from_flags(TextConfig, args)
+    if texts.text_mode is None and trained.get("text_mode") in (PAIR, JOIN):
+        mode, join_with = trained["text_mode"], str(trained.get("join_with", " "))
+        texts = dataclasses.replace(texts, text_mode=mode, join_with=join_with)
+        if len(texts.columns) == 1:
+            texts = dataclasses.replace(texts, text_column=str(trained.get("text_column")))
+    check_text_columns(texts.text_column, texts.text_mode)
+    return texts
 
 
 def data_config(args: argparse.Namespace) -> DataConfig:
@@ -622,7 +719,7 @@ def load(args: argparse.Namespace, runtime: Runtime, found: Found | None = None)
     splits = data.load_splits(data_config(args), runtime, found)
     # what is asked: one class of several, several labels, or numbers; and the names of the answers
     task = task_of_rows(splits["train"])
-    check_task(task.kind, vars(args))
+    check_task(task.kind, vars(args), task.names)
 
     # a pretrained encoder with a head for these answers
     model_config = config_from_flags(ModelConfig, args)
@@ -635,14 +732,19 @@ def load(args: argparse.Namespace, runtime: Runtime, found: Found | None = None)
         max_length=args.max_length,
         eval_max_length=args.eval_max_length,
         truncation=args.truncation,
+        is_pair=args.text_mode == PAIR,
     )
     tokenized = data.tokenize_splits(splits, tokenizer, tokens, runtime, cache_dir=args.cache_dir)
 
     batches = config_from_flags(BatchConfig, args)
     runtime.say(report.token_lines(tokenized, tokens, batches, runtime))
+    scoring = Scoring(args.positive_class, 0.5 if args.threshold is None else args.threshold)
     config = config_from_flags(
-        TrainConfig, args, model=model_config, batches=batches, tokens=tokens, task=task, scoring=Scoring()
+        TrainConfig, args, model=model_config, batches=batches, tokens=tokens, task=task, scoring=scoring
     )
+    if config.max_steps is not None:  # as many epochs as they take, of which the last may be a part
+        epochs = math.ceil(config.max_steps / steps_in_epoch(tokenized["train"], config, runtime))
+        config = dataclasses.replace(config, epochs=epochs)
     return Loaded(splits, tokenized, tokenizer, model, config, found)
 
 
@@ -676,7 +778,8 @@ def prepare(
         )
 
     optimizer = make_optimizer(trainable, config)
-    scheduler = make_scheduler(optimizer, steps_in_epoch(rows, config, runtime), config)
+    last_step = config.max_steps or config.epochs * steps_in_epoch(rows, config, runtime)
+    scheduler = make_scheduler(optimizer, last_step, config)
     # without it, small gradients would be 0 in fp16; in other precisions it does nothing
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
 
@@ -697,6 +800,7 @@ def prepare(
         meter=tracking.LossMeter(runtime, scaler),
         class_weights=class_weights,
         micro_batch=micro_batch,
+        last_step=last_step,
     )
 
 
@@ -712,14 +816,17 @@ def make_optimizer(trainable: list[torch.nn.Parameter], config: TrainConfig) -> 
 
 
 def make_scheduler(
-    optimizer: torch.optim.Optimizer, steps_per_epoch: int, config: TrainConfig
+    optimizer: torch.optim.Optimizer, num_steps: int, config: TrainConfig
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """Return the schedule of the learning rate, which rises from 0, then falls to 0."""
-    from transformers import get_linear_schedule_with_warmup  # seconds, which --predict needs not wait
+    """Return the schedule of the learning rate, which rises from 0, then falls to 0 or stays."""
+    import transformers  # seconds, which --predict needs not wait
 
-    num_steps = steps_per_epoch * config.epochs
     num_warmup_steps = round(config.warmup_ratio * num_steps)
-    return get_linear_schedule_with_warmup(optimizer, num_warmup_steps, num_steps)
+    if config.schedule == "constant":
+        return transformers.get_constant_schedule_with_warmup(optimizer, num_warmup_steps)
+    if config.schedule == "cosine":
+        return transformers.get_cosine_schedule_with_warmup(optimizer, num_warmup_steps, num_steps)
+    return transformers.get_linear_schedule_with_warmup(optimizer, num_warmup_steps, num_steps)
 
 
 def steps_in_epoch(rows: datasets.Dataset, config: TrainConfig, runtime: Runtime) -> int:
@@ -795,7 +902,8 @@ def train(state: TrainingState, tokenized: Splits, run: Run, config: TrainConfig
         state.steps_of_epoch = len(steps)
         loader = batching.step_loader(
             rows,
-            steps[state.step_of_epoch :],  # a resumed epoch skips those that are done
+            # a resumed epoch skips those that are done, and --max-steps may end within one
+            steps[state.step_of_epoch :][: state.steps_left()],
             state.tokenizer,
             num_workers=config.batches.num_workers,
             pin_memory=runtime.device.type == "cuda",
@@ -1007,15 +1115,14 @@ def predict_rows(
     runtime: Runtime,
 ) -> list[dict]:
     """Return the answers for a split without labels, with the numbers of its rows."""
-    assert scoring.threshold != "auto"
     answers = predict_texts(
         model,
         tokenizer,
-        rows["text"][:],
+        data.texts_of(rows),
         config.tokens,
         runtime,
         batch_size=config.eval_batch_size,
-        thresholds=scoring.threshold,
+        scoring=scoring,
         temperature=temperature,
     )
     return [{**answer, "row": row} for answer, row in zip(answers, rows["row"][:], strict=True)]
@@ -1050,7 +1157,7 @@ def fit(args: argparse.Namespace, runtime: Runtime) -> None:
 def fit_in(location: RunLocation, args: argparse.Namespace, clock: tracking.Clock, runtime: Runtime) -> None:
     """Load, prepare, train and test, from the beginning or from a checkpoint."""
     loaded = load(args, runtime)
-    classifier.require_match(loaded.model, loaded.tokenizer, name=args.model)
+    classifier.require_match(loaded.model, loaded.tokenizer, name=args.model, other=args.tokenizer)
 
     # the identity of the run: it can only be resumed from checkpoints with the same one
     # with the defaults that were chosen
@@ -1086,13 +1193,16 @@ def fit_in(location: RunLocation, args: argparse.Namespace, clock: tracking.Cloc
 
 def evaluate_only(args: argparse.Namespace, runtime: Runtime) -> None:
     """Score a saved model on the test split, or on all rows of a data set that has none."""
-    model, tokenizer = classifier.load_saved(args.model, runtime, cache_dir=args.cache_dir)
+    model, tokenizer = classifier.load_saved(
+        args.model, runtime, cache_dir=args.cache_dir, revision=args.revision
+    )
     tokens = saved_tokens(model, tokenizer, args)
     task, trained = classifier.task_of_model(model), classifier.saved_settings(args.model)
-    rows = data.load_rows_for_scoring(data_config(args), task, trained, runtime)
+    config = dataclasses.replace(data_config(args), texts=saved_texts(args))
+    rows = data.load_rows_for_scoring(config, task, trained, runtime)
     splits = data.tokenize_splits({"test": rows}, tokenizer, tokens, runtime, cache_dir=args.cache_dir)
     tokenized = splits["test"]
-    scoring = Scoring(threshold=classifier.saved_thresholds(args.model, task))
+    scoring = saved_scoring(args, task)
     scores, logits = evaluate(
         model,
         tokenized,
@@ -1111,14 +1221,17 @@ def predict(args: argparse.Namespace, runtime: Runtime) -> None:
     """Answer for each text, with its row, label, confidence and the score of every class: a JSON line on
     the screen, or a row of --output.
     """
-    model, tokenizer = classifier.load_to_predict(args.model, runtime, cache_dir=args.cache_dir)
+    model, tokenizer = classifier.load_to_predict(
+        args.model, runtime, cache_dir=args.cache_dir, revision=args.revision
+    )
     tokens = saved_tokens(model, tokenizer, args)
     options = config_from_flags(FileOptions, args)
-    thresholds = classifier.saved_thresholds(args.model, classifier.task_of_model(model))
+    scoring, text_config = saved_scoring(args, classifier.task_of_model(model)), saved_texts(args)
     temperature = classifier.saved_temperature(args.model)
     with reading.open_texts(
         args.predict,
-        column=args.text_column,
+        columns=text_config.columns,
+        join_with=text_config.join_with if text_config.text_mode == JOIN else None,
         kept=kept_columns(args),
         options=options,
         cache_dir=args.cache_dir,
@@ -1138,7 +1251,7 @@ def predict(args: argparse.Namespace, runtime: Runtime) -> None:
                 tokens,
                 runtime,
                 batch_size=args.eval_batch_size,
-                thresholds=thresholds,
+                scoring=scoring,
                 temperature=temperature,
             )
             return [{**answer, "row": row} for row, answer in zip(block.rows, answers)]
@@ -1151,9 +1264,9 @@ def predict(args: argparse.Namespace, runtime: Runtime) -> None:
         identity = {
             "text": texts.sha256(),
             "model": tensors_sha256(model.state_dict()),
-            "thresholds": str(thresholds),
+            "thresholds": str(scoring.threshold),
             "temperature": temperature,
-            "--text-column": args.text_column,
+            "--text-column": str(text_config),
             "--keep-columns": texts.kept,
             "--eval-batch-size": args.eval_batch_size,
             "precision or device": f"{runtime.precision} {runtime.device.type} {runtime.world_size}",

@@ -24,8 +24,10 @@ from common.errors import shorten  # noqa: E402
 MAX_CLASSES, NAME_CHARACTERS = 20, 30
 # rows of a similarity matrix, for the same reason
 MAX_SIMILARITY_NUMBERS, MAX_SIMILARITY_NAMES = 12, 40
+MAX_LEGEND = 24  # clusters; a longer legend would hide the map
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "o^sDvPX*<>"
 MAX_PANELS = 6
-MAX_LEGEND = 12  # clusters; a longer legend would hide the map
 
 # a character that the font lacks is drawn as a box; nobody can do anything about it
 warnings.filterwarnings("ignore", message="Glyph [0-9]+ .*missing from")
@@ -190,15 +192,25 @@ def cluster_map(points: ArrayLike, labels: ArrayLike, names: list[str]) -> Figur
     positions, clusters = np.asarray(points), np.asarray(labels)
     figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
     axes.scatter(*positions[clusters < 0].T, s=8, color="lightgrey")
-    palette = plt.get_cmap("tab20")
     for number in np.unique(clusters[clusters >= 0]):
         legend = names[number] if number < MAX_LEGEND else None
-        colour = palette(int(number) % palette.N)
-        axes.scatter(*positions[clusters == number].T, s=12, color=colour, label=legend)
+        colour, marker = cluster_style(int(number))
+        own = positions[clusters == number]
+        axes.scatter(*own.T, s=14, color=colour, marker=marker, label=legend)
+        outline = {"boxstyle": "circle,pad=0.15", "facecolor": "white", "edgecolor": colour, "alpha": 0.8}
+        x, y = np.median(own, axis=0)
+        axes.text(x, y, str(number + 1), fontsize=7, ha="center", va="center", bbox=outline)
     axes.set(xticks=[], yticks=[], title="texts by similarity, coloured by cluster")
     if (clusters >= 0).any():
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
     return figure
+
+
+def cluster_style(number: int) -> tuple[str, str]:
+    """Return the colour and the marker of a cluster: the colours can be told apart also by the
+    colour-blind (Okabe and Ito 2008), and the next ones have another marker.
+    """
+    return COLOURS[number % len(COLOURS)], MARKERS[number // len(COLOURS) % len(MARKERS)]
 
 
 def save(figure: Figure, path: Path | str) -> None:

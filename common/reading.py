@@ -53,6 +53,7 @@ SECONDS_FOR_A_PIPE = 10
 # the column with the number of each row in its file, where those that can't be used are collected
 ROW = "__row__"
 SAMPLE = 64 << 10  # bytes from which an encoding is found out
+NO_PAIR = "the model reads pairs, and the line has no two texts with a tab between"
 AS_FOUND = FileOptions()  # nothing but what name and content of a file show
 
 
@@ -75,6 +76,7 @@ def read(
     as_text: Sequence[str] = (),
     options: FileOptions = AS_FOUND,
     config: str | None = None,
+    revision: str | None = None,
     cache_dir: str | None = None,
     faults: list[Fault] | None = None,
 ) -> datasets.DatasetDict:
@@ -82,7 +84,8 @@ def read(
 
     `name`: a bundled name; a data file (one split, `train`); a folder with one folder of text files
     per class, or with `train`, `validation`, `test` folders of such folders; a folder of data files
-    named after their splits; a Hub id, with `config` where it has several configurations. `as_text`
+    named after their splits; a Hub id, with `config` where it has several configurations, of a
+    `revision` (a commit, branch or tag). `as_text`
     are the columns of texts and labels, which stay as they are written; "a.b" is the field b of
     column a. With a list `faults`, rows that can't be read are added to it and left out, and the
     others of a local file have their number in a column ROW. Raises UserError when the data can't be
@@ -101,7 +104,7 @@ def read(
         return datasets.DatasetDict({"train": rows})
     if kind == "folder":
         return _read_folder(path, as_text, options, cache_dir, faults)
-    splits = _read_hub(name, config, cache_dir)
+    splits = _read_hub(name, config, revision, cache_dir)
     return _as_splits({str(split): _with_fields(rows, as_text) for split, rows in splits.items()})
 
 
@@ -291,7 +294,7 @@ class TextBlock:
     """Some texts of a source in their order, their numbers from 1, and the cells beside them."""
 
     rows: list[int]
-    texts: list[str]
+    texts: list[str] | list[tuple[str, str]]
     columns: pa.Table | None
 
 
@@ -299,7 +302,8 @@ class TextBlock:
 def open_texts(
     name: str,
     *,
-    column: str,
+    columns: Sequence[str],
+    join_with: str | None = None,
     kept: Sequence[str] | None,
     options: FileOptions,
     cache_dir: str | None,
@@ -308,14 +312,25 @@ def open_texts(
     """Yield the texts of a data file, or the lines of any other file or of standard input ("-")."""
     sources.check_texts(name, any_suffix=options.is_table)
     with open_plain(name, encoding=options.encoding, folder=cache_dir) as file:
-        yield Texts(file, name, column=column, kept=kept, options=options, cache_dir=cache_dir, faults=faults)
+        yield Texts(
+            file,
+            name,
+            columns=columns,
+            join_with=join_with,
+            kept=kept,
+            options=options,
+            cache_dir=cache_dir,
+            faults=faults,
+        )
 
 
 class Texts:
     """The texts of an open source, read block by block, so that memory does not grow with their number.
 
-    A data file has them in `column`, and `kept` are other columns of it, None for all. Rows whose
-    text can't be used are added to `faults`; where that is None, the first raises UserError.
+    A data file has them in one of its `columns`, or pairs of them in two; with `join_with` a text is
+    made of all of them. In lines a tab parts the texts of a pair. `kept` are other columns, None for
+    all. Rows whose text can't be used are added to `faults`; where that is None, the first raises
+    UserError.
     """
 
     def __init__(
@@ -323,42 +338,59 @@ class Texts:
         file: BinaryIO,
         name: str,
         *,
-        column: str,
+        columns: Sequence[str],
+        join_with: str | None,
         kept: Sequence[str] | None,
         options: FileOptions,
         cache_dir: str | None,
         faults: list[Fault] | None,
     ) -> None:
-        self.file, self.source, self.column, self.faults = file, source_name(name), column, faults
+        self.file, self.source, self.columns, self.faults = file, source_name(name), list(columns), faults
+        self.is_pair = len(columns) == 2 and join_with is None
         self.kept: list[str] = list(kept or [])
         self.table: Any = None
         if not is_table(file, name, options):
+            if join_with is not None:
+                raise UserError(
+                    f"{self.source}: --text-mode join needs columns, and it has lines; name a data file"
+                )
             if kept != []:
                 problem = "its lines have no columns that could be kept"
                 raise UserError(f"{self.source}: {problem}; leave --id-column and --keep-columns out")
             return
-        as_text = [column, *([sources.EVERY_COLUMN] if kept is None else kept)]
+        as_text = [*columns, *([sources.EVERY_COLUMN] if kept is None else kept)]
         rows = read_table(
             file, self.source, as_text=as_text, options=options, cache_dir=cache_dir, faults=faults
         )
-        require_column(rows.column_names, column, source=self.source, flag="--text-column")
-        check_kind(rows, column, source=self.source)
+        for column in columns:
+            require_column(rows.column_names, column, source=self.source, flag="--text-column")
+            check_kind(rows, column, source=self.source)
         if kept is None:
-            self.kept = [name for name in rows.column_names if name not in (column, ROW)]
+            self.kept = [name for name in rows.column_names if name not in (*columns, ROW)]
         for name in self.kept:
             require_column(rows.column_names, name, source=self.source, flag="--keep-columns")
+        if join_with is not None:
+            for column in columns:
+                check_characters(rows.with_format("arrow")[column], f"{self.source}, row", first=1)
+            self.columns = [",".join(columns)]
+            joined = join_cells([rows[column][:] for column in columns], join_with)
+            rows = rows.add_column(self.columns[0], joined)
         self.table = rows.with_format("arrow")
 
     def find_faults(self) -> set[int]:
         """Return the numbers of the texts that can't be used, after looking at all: these are faults."""
         bad: set[int] = set()
         for number, text, cell in self._all():
+            if number in bad:  # its row is a fault already, for the other text of a pair
+                continue
             if text is None or sources.is_blank(text):
                 problem = "the text is missing" if text is None else "the text is empty"
             elif len(text) > LONGEST_TEXT:
                 problem = f"the text has more than {LONGEST_TEXT:,} characters"
             elif "\ufffd" in text and not _is_utf8(cell):
                 problem = "not UTF-8"
+            elif self.is_pair and self.table is None and split_pair(text) is None:
+                problem = NO_PAIR
             else:
                 continue
             bad.add(number)
@@ -379,12 +411,16 @@ class Texts:
         if self.faults is not None:
             return self.find_faults()
         if self.table is not None:
-            check_texts(self.table.with_format(None), self.column, source=self.source)
+            for column in self.columns:
+                check_texts(self.table.with_format(None), column, source=self.source)
             return set()
         for number, line in enumerate(lines_of(self.file, self.source), start=1):
             if sources.is_blank(line):
                 raise UserError(f"{self.source}, line {number}: the text is empty; remove the line")
             check_length(line, f"{self.source}, line {number}")
+            if self.is_pair and split_pair(line) is None:
+                advice = "correct it, or name a data file and its --text-column"
+                raise UserError(f"{self.source}, line {number}: {NO_PAIR}; {advice}")
         return set()
 
     def blocks(self, size: int, *, without: set[int], skipped: int = 0) -> Iterator[TextBlock]:
@@ -395,7 +431,8 @@ class Texts:
             good = ((number, line.decode("utf-8-sig")) for number, line in lines if number not in without)
             good = itertools.islice(good, skipped, None)
             while block := list(itertools.islice(good, size)):
-                yield TextBlock([number for number, _ in block], [text for _, text in block], None)
+                texts: Any = [split_pair(text) if self.is_pair else text for _, text in block]
+                yield TextBlock([number for number, _ in block], texts, None)
             return
         numbers = itertools.islice(numbers, skipped, None)
         numbers = itertools.takewhile(lambda number: number <= len(self.table), numbers)
@@ -403,7 +440,9 @@ class Texts:
             part = self.table[rows[0] - 1 : rows[-1]]
             part = part.take([row - rows[0] for row in rows])
             shown = part[ROW].to_pylist() if ROW in part.column_names else rows
-            yield TextBlock(shown, part[self.column].to_pylist(), part.select(self.kept))
+            cells = [part[column].to_pylist() for column in self.columns]
+            texts = list(zip(*cells)) if self.is_pair else cells[0]
+            yield TextBlock(shown, texts, part.select(self.kept))
 
     def _lines(self) -> Iterator[bytes]:
         return raw_lines(self.file)
@@ -422,9 +461,26 @@ class Texts:
         import pyarrow as pa
 
         for start in range(0, len(self.table), 10_000):
-            block = self.table[start : start + 10_000][self.column].cast(pa.large_binary())
-            for number, cell in enumerate(block.to_pylist(), start=start + 1):
-                yield number, None if cell is None else cell.decode("utf-8", "replace"), cell or b""
+            for column in self.columns:
+                block = self.table[start : start + 10_000][column].cast(pa.large_binary())
+                for number, cell in enumerate(block.to_pylist(), start=start + 1):
+                    yield number, None if cell is None else cell.decode("utf-8", "replace"), cell or b""
+
+
+def join_cells(cells: list[list[str | None]], join_with: str) -> list[str]:
+    """Return one text for each row of several columns (columns x N), without blank cells."""
+    return [
+        join_with.join(cell for cell in row if cell is not None and not sources.is_blank(cell))
+        for row in zip(*cells)
+    ]
+
+
+def split_pair(line: str) -> tuple[str, str] | None:
+    """Return the two texts of a line, None unless one tab parts them."""
+    first, *second = line.split("\t")
+    if len(second) != 1 or sources.is_blank(first) or sources.is_blank(second[0]):
+        return None
+    return first, second[0]
 
 
 def _is_utf8(content: bytes) -> bool:
@@ -960,7 +1016,9 @@ def _encoding_by_zeros(head: bytes) -> str | None:
 # The Hub ------------------------------------------------------------------------------------------
 
 
-def _read_hub(name: str, config: str | None, cache_dir: str | None) -> datasets.DatasetDict:
+def _read_hub(
+    name: str, config: str | None, revision: str | None, cache_dir: str | None
+) -> datasets.DatasetDict:
     import datasets
     import httpx2
     import huggingface_hub.errors
@@ -974,7 +1032,7 @@ def _read_hub(name: str, config: str | None, cache_dir: str | None) -> datasets.
     reachable = sources.is_reachable()
     try:
         with sources.downloads_in(cache_dir):
-            splits = _load_undamaged(name, config, cache_dir)
+            splits = _load_undamaged(name, config, revision, cache_dir)
     except (
         datasets.exceptions.DatasetNotFoundError,
         huggingface_hub.errors.HfHubHTTPError,
@@ -1013,7 +1071,9 @@ def _read_hub(name: str, config: str | None, cache_dir: str | None) -> datasets.
     return splits
 
 
-def _load_undamaged(name: str, config: str | None, cache_dir: str | None) -> datasets.DatasetDict:
+def _load_undamaged(
+    name: str, config: str | None, revision: str | None, cache_dir: str | None
+) -> datasets.DatasetDict:
     """Return a data set of the Hub; if the copy in the library's cache is damaged, made anew from
     what was downloaded.
     """
@@ -1024,7 +1084,9 @@ def _load_undamaged(name: str, config: str | None, cache_dir: str | None) -> dat
     reason = ""
     for mode in (None, "reuse_cache_if_exists"):
         try:
-            splits = datasets.load_dataset(name, config, cache_dir=cache_dir, download_mode=mode)
+            splits = datasets.load_dataset(
+                name, config, revision=revision, cache_dir=cache_dir, download_mode=mode
+            )
             for rows in splits.values():
                 # the library maps its files unchecked, and a wrong offset would end the process
                 rows.data.table.validate(full=True)

@@ -76,14 +76,16 @@ def find_folder(
     flag: str = "--model",
     cache_dir: str | None = None,
     organization: str | None = None,
+    revision: str | None = None,
 ) -> Path:
     """Return the local folder of a model: a bundled name, a folder, or a Hub id, which is
     downloaded first; a language model can also be a GGUF file.
 
     `kind` says which bundled models are meant, and `organization` whose model on the Hub is meant by
-    a name alone, such as all-MiniLM-L6-v2. Weights that are only pickled are converted, and the
-    folder is that of the conversion. Raises UserError, naming `flag`, when there is no such model,
-    it can't be reached, or its pickled weights are refused.
+    a name alone, such as all-MiniLM-L6-v2; `revision` is a commit, branch or tag there.
+    Weights that are only pickled are converted, and the folder is that of the conversion. Raises
+    UserError, naming `flag`, when there is no such model, it can't be reached, or its pickled weights
+    are refused.
     """
     check_model(name, kind=kind, flag=flag)
     if bundled.is_bundled(name):
@@ -94,7 +96,7 @@ def find_folder(
     if not folder.exists():
         if organization is not None and "/" not in name and name.lower() not in WITHOUT_ORGANIZATION:
             name = f"{organization}/{name}"
-        folder = _download(name, kind=kind, flag=flag, cache_dir=cache_dir)
+        folder = _download(name, kind=kind, flag=flag, cache_dir=cache_dir, revision=revision)
         model_files.check(folder, f"{flag} {name}")
     return model_files.without_pickles(folder, f"{flag} {name}", cache_dir=cache_dir)
 
@@ -126,7 +128,9 @@ def check_model(name: str, *, kind: bundled.Kind, flag: str = "--model") -> None
         raise UserError(f"{flag} {name}: no such folder; check the path, or use {bundled.names(kind)}")
 
 
-def _download(name: str, *, kind: bundled.Kind, flag: str, cache_dir: str | None) -> Path:
+def _download(
+    name: str, *, kind: bundled.Kind, flag: str, cache_dir: str | None, revision: str | None
+) -> Path:
     """Return the folder of a Hub model's files, downloaded or from the cache."""
     import huggingface_hub
     import huggingface_hub.errors
@@ -134,7 +138,7 @@ def _download(name: str, *, kind: bundled.Kind, flag: str, cache_dir: str | None
     reachable = is_reachable()
 
     def download(patterns: list[str]) -> Path:
-        options = {"ignore_patterns": FILES_IGNORED, "local_files_only": not reachable}
+        options = {"ignore_patterns": FILES_IGNORED, "local_files_only": not reachable, "revision": revision}
         return Path(
             huggingface_hub.snapshot_download(name, cache_dir=cache_dir, allow_patterns=patterns, **options)
         )
@@ -149,6 +153,10 @@ def _download(name: str, *, kind: bundled.Kind, flag: str, cache_dir: str | None
         raise UserError(
             f"{flag} {name}: no such folder, and the Hub can't be reached; use a local folder or"
             f" {bundled.names(kind)}"
+        ) from error
+    except huggingface_hub.errors.RevisionNotFoundError as error:
+        raise UserError(
+            f"--revision {revision}: {name} has no such commit, branch or tag on the Hub; check it there"
         ) from error
     except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.HFValidationError) as error:
         raise UserError(

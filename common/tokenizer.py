@@ -37,6 +37,10 @@ class Tokens(dict[str, list]):
         """Return the word of each token of a text, None for special tokens."""
         return self.encodings[number].word_ids
 
+    def sequence_ids(self, number: int) -> list[int | None]:
+        """Return for each token of a pair which of its texts it is of, 0 or 1, None for special tokens."""
+        return self.encodings[number].sequence_ids
+
 
 class Tokenizer:
     """A tokenizer of the `tokenizers` library, called as transformers' tokenizers are.
@@ -99,13 +103,14 @@ class Tokenizer:
         """Return the id of each token."""
         return self.backend_tokenizer.get_vocab(with_added_tokens=True)
 
-    def num_special_tokens_to_add(self) -> int:
-        """Return how many tokens are put around a text."""
-        return self.backend_tokenizer.num_special_tokens_to_add(False)
+    def num_special_tokens_to_add(self, pair: bool = False) -> int:
+        """Return how many tokens are put around a text, or around and between two."""
+        return self.backend_tokenizer.num_special_tokens_to_add(pair)
 
     def __call__(
         self,
         texts: str | list[str],
+        text_pair: list[str] | None = None,
         *,
         add_special_tokens: bool = True,
         truncation: bool = False,
@@ -115,7 +120,8 @@ class Tokenizer:
         padding: bool = False,
         verbose: bool = False,
     ) -> Tokens:
-        """Return the tokens of texts, or of one text, cut at `max_length` with `truncation`.
+        """Return the tokens of texts, or of one text, cut at `max_length` with `truncation`; of pairs,
+        where each text has a second one in `text_pair`.
 
         Nothing is padded or printed: the last two arguments are there because transformers has them.
         """
@@ -124,7 +130,9 @@ class Tokenizer:
             self.backend_tokenizer.enable_truncation(max_length or self.model_max_length)
         else:
             self.backend_tokenizer.no_truncation()
-        batch = [texts] if isinstance(texts, str) else texts
+        batch: list = [texts] if isinstance(texts, str) else texts
+        if text_pair is not None:
+            batch = list(zip(texts, text_pair, strict=True))
         encodings = self.backend_tokenizer.encode_batch(batch, add_special_tokens=add_special_tokens)
         columns: dict[str, list] = {"input_ids": [encoding.ids for encoding in encodings]}
         if "token_type_ids" in self.model_input_names:

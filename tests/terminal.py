@@ -54,11 +54,21 @@ class OnTerminal:
         """Wait until a text is shown after what was waited for before."""
         until = time.monotonic() + seconds
         while (place := self.written.find(text.encode(), self.seen)) < 0:
-            ready = select.select([self.terminal], [], [], until - time.monotonic())[0]
-            if not ready or not self._read():
-                self.process.kill()
-                raise AssertionError(f"no {text!r} after {self.written[self.seen :].decode()!r}")
+            self._read_until(until, repr(text))
         self.seen = place + len(text.encode())
+
+    def wait_for_more(self, count: int, seconds: float = 60) -> None:
+        """Wait until so many bytes are shown after what was waited for before."""
+        until = time.monotonic() + seconds
+        while len(self.written) < self.seen + count:
+            self._read_until(until, f"{count} bytes")
+        self.seen = len(self.written)
+
+    def _read_until(self, until: float, wanted: str) -> None:
+        ready = select.select([self.terminal], [], [], max(until - time.monotonic(), 0))[0]
+        if not ready or not self._read():
+            self.process.kill()
+            raise AssertionError(f"no {wanted} after {self.written[self.seen :]!r}")
 
     def end(self) -> tuple[int, str]:
         """Wait for the end; return the exit code and all that was written."""

@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # a command shows only what it has loaded itself
 
     from common.search.builder import Builder
     from common.search.mining import Groups, Pair, Selection
+    from common.search.model_scores import ModelScores
     from common.search.relevance import Task
     from common.search.searcher import Hit, Page, Searcher
     from common.search.texts import Collection
@@ -37,6 +38,7 @@ TEXT_WIDTH, CENTRAL_WIDTH = 76, 60  # columns of the screen for a text in a tabl
 CHARACTERS = 1_000  # of a text, looked at to cut it
 CELL_WIDTH = 24  # columns of the screen for a column of an index
 FIRST_NUMBERS = 10  # of an embedding, as the tutorial prints them
+SIGNIFICANT = 0.05
 ROWS_AT_ONCE = 10_000  # written to a file
 NUM_WORDS, NUM_CENTRAL = 6, 3  # of a cluster: its typical words, the texts nearest to its centre
 MATRIX_COLUMNS = 20  # of a matrix that still fits a screen
@@ -528,6 +530,16 @@ def show_clusters(screen: Screen, selection: Selection, labels: np.ndarray, word
     screen.document({"clusters": documents, "in_none": list(dict.fromkeys(alone))})
 
 
+def write_clusters(selection: Selection, labels: np.ndarray, path: str, screen: Screen) -> None:
+    """Write a new CSV file of each row's id and the number of its cluster, empty for none, and say so."""
+    with _whole_file(path, "--output") as new, open(new, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", "cluster"])
+        for key, label in zip(ids_of(selection), labels.tolist()):
+            writer.writerow([key, "" if label < 0 else label + 1])
+    screen.say(f"clusters {path}: the number of each id")
+
+
 def save_figure(figure: Figure, path: str, screen: Screen) -> None:
     """Write a picture and say so."""
     from common import figures
@@ -538,19 +550,59 @@ def save_figure(figure: Figure, path: str, screen: Screen) -> None:
 
 
 def show_scores(
-    screen: Screen, task: Task, scores: dict[str, dict[str, float]], stores: dict[str, dict[str, float]]
+    screen: Screen,
+    task: Task,
+    searches: list[ModelScores],
+    differences: list[dict],
+    stores: dict[str, dict[str, float]],
 ) -> None:
-    """Show the measures of each way of searching, and of each way to keep vectors."""
-    rows = [[name, *values.values()] for name, values in scores.items()]
-    headers = ["search", *next(iter(scores.values()))]
-    screen.table(rows, headers, title=f"{task.name}: {len(task.judgements):,} queries")
-    document = {"task": task.name, "queries": len(task.judgements), "scores": scores}
+    """Show the measures of each way of searching, a star where one differs from the first, and how
+    sure the first measure is; and the measures of each way to keep vectors.
+    """
+    scores = {one.model: one.scores() for one in searches}
+    intervals = {one.model: one.intervals() for one in searches}
+    against = {(one["model"], one["measure"]): one for one in differences}
+    first, measures = searches[0].model, list(searches[0].values)
+    rows, lines = [], []
+    for name, values in scores.items():
+        stars = {one: "*" if _differs(against.get((name, one))) else "" for one in measures}
+        rows.append([name, *(f"{values[one]:.3f}{stars[one]}" for one in measures)])
+        lines.append([name, f"{values[measures[0]]:.3f}", _range(intervals[name][measures[0]], "{:.3f}")])
+        if one := against.get((name, measures[0])):
+            interval = _range(one["interval"], "{:+.3f}")
+            lines[-1] += [f"{one['difference']:+.3f}", interval, f"{one['p_holm']:.4f}"]
+    queries = len(task.judgements)
+    screen.table(rows, ["search", *measures], title=f"{task.name}: {queries:,} queries")
+    screen.say(f"* differs from {first}: p < {SIGNIFICANT} (paired bootstrap over the queries, Holm)")
+    headers = ["search", measures[0], "95 % interval", f"minus {first}", "95 % interval", "p (Holm)"]
+    screen.table([line + [""] * (len(headers) - len(line)) for line in lines], headers)
+    document = {"task": task.name, "queries": queries, "scores": scores}
+    document |= {"intervals": intervals, "differences": differences}
     if stores:
         rows = [[name, *values.values()] for name, values in stores.items()]
         headers = ["store", *next(iter(stores.values()))]
         screen.table(rows, headers, title="exact search over vectors that are kept in fewer bits")
         document["stores"] = stores
     screen.document(document)
+
+
+def _differs(difference: dict | None) -> bool:
+    return difference is not None and difference["p_holm"] < SIGNIFICANT
+
+
+def _range(interval: tuple[float, float] | None, form: str) -> str:
+    return "-" if interval is None else f"{form} to {form}".format(*interval)
+
+
+def write_query_scores(searches: list[ModelScores], path: str, screen: Screen) -> None:
+    """Write the measures of each query and way of searching to a new CSV file, and say so."""
+    with _whole_file(path, "--per-query") as new, open(new, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["search", "query", *searches[0].values])
+        for one in searches:
+            columns = [values.tolist() for values in one.values.values()]
+            writer.writerows([one.model, *line] for line in zip(one.queries, *columns))
+    screen.say(f"scores   {path}: those of each query")
 
 
 def show_sts(screen: Screen, file: str, scores: dict[str, int | float]) -> None:
@@ -566,7 +618,7 @@ def show_models(screen: Screen, lines: list[dict], differences: list[dict]) -> N
     if differences:
         rows = []
         for one in differences:
-            interval = "-" if one["interval"] is None else "{:+.3f} to {:+.3f}".format(*one["interval"])
+            interval = _range(one["interval"], "{:+.3f}")
             p_values = [f"{one[name]:.4f}" for name in ("p", "p_holm")]
             rows.append([one["model"], one["measure"], f"{one['difference']:+.3f}", interval, *p_values])
         headers = ["model", "measure", "difference", "95 % interval", "p", "p (Holm)"]

@@ -37,6 +37,7 @@ ITERATIONS = 300  # of k-means, at most
 CANDIDATES = 256  # rows whose neighbours are looked up at once
 READ_FOR_WORDS = 20_000  # texts that the words of clusters come from
 MAPPED = 2_000  # texts on the map
+MOST_CLUSTERS, SILHOUETTE_ROWS = 20, 2_000  # tried, and looked at, to choose their number
 NO_CLUSTER = -1  # the label of a text in no cluster
 
 Pair = tuple[int, int, float]  # two positions and their cosine
@@ -298,6 +299,57 @@ def k_means(selection: Selection, num_clusters: int, *, block: int, seed: int) -
     return by_size(labels)
 
 
+def choose_clusters(selection: Selection, *, block: int, seed: int) -> tuple[np.ndarray, dict[int, float]]:
+    """Return the clusters (n) of k-means for the k, from 2 to 20, with the highest mean silhouette
+    (Rousseeuw 1987), by the cosine, of at most 2,000 rows; and the silhouette of each k.
+    """
+    from sklearn.metrics import silhouette_score
+
+    sample = evenly_spaced(len(selection), SILHOUETTE_ROWS)
+    vectors = selection.vectors(sample)
+    best, silhouettes = np.zeros(len(selection), np.int64), {}
+    for count in range(2, min(MOST_CLUSTERS, len(selection) - 1) + 1):
+        labels = k_means(selection, count, block=block, seed=seed)
+        if not 2 <= len(np.unique(labels[sample])) < len(sample):
+            continue  # too few different embeddings, for which no silhouette is defined
+        value = float(silhouette_score(vectors, labels[sample], metric="cosine"))
+        if value > max(silhouettes.values(), default=-np.inf):
+            best = labels
+        silhouettes[count] = value
+    return best, silhouettes
+
+
+def density_clusters(selection: Selection, *, min_size: int) -> np.ndarray:
+    """Return a cluster number (n) for each row by HDBSCAN (Campello, Moulavi, Sander 2013), -1 where it
+    is in none; cluster 0 is the largest. All vectors are held in memory.
+    """
+    from sklearn.cluster import HDBSCAN  # pyrefly: ignore [missing-module-attribute]  (found at run time)
+
+    # on unit vectors the distance orders pairs as the cosine does
+    vectors = selection.vectors(slice(None)).astype(np.float64)
+    return by_size(HDBSCAN(min_cluster_size=min_size, copy=False).fit_predict(vectors))
+
+
+def assigned(selection: Selection, labels: np.ndarray, *, block: int) -> np.ndarray:
+    """Return labels (n) in which a row in no cluster has the one whose mean is nearest by the cosine;
+    of equal ones the first.
+    """
+    count = int(labels.max(initial=NO_CLUSTER)) + 1
+    if not count:
+        return labels
+    means = torch.zeros(count, selection.snapshot.width, dtype=torch.float64)
+    for start, vectors in selection.blocks(block):
+        own = torch.from_numpy(labels[start : start + len(vectors)])
+        means.index_add_(0, own[own != NO_CLUSTER], vectors[own != NO_CLUSTER].double())
+    means /= means.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    found = labels.copy()
+    for start, vectors in selection.blocks(block):
+        nearest = (vectors.double() @ means.T).argmax(1).numpy()
+        here = found[start : start + len(vectors)]
+        here[:] = np.where(here == NO_CLUSTER, nearest, here)
+    return found
+
+
 def lloyd(selection: Selection, centres: np.ndarray, *, block: int) -> tuple[np.ndarray, float]:
     """Return (labels (n), sum of squared distances) of k-means from given centres (k, width), run
     until no row changes its cluster.
@@ -408,19 +460,25 @@ def nearest_to_centre(selection: Selection, members: np.ndarray, *, count: int) 
     return [(int(members[number]), float(scores[number])) for number in order]
 
 
-def typical_words(selection: Selection, labels: np.ndarray, count: int) -> list[list[str]]:
+def typical_words(
+    selection: Selection, labels: np.ndarray, count: int, stop: frozenset[str] | None = None
+) -> list[list[str]]:
     """Return for each cluster the words that are frequent in it and not elsewhere, by class-based
-    TF-IDF (Grootendorst 2022, with BERTopic's reduction of frequent words).
+    TF-IDF (Grootendorst 2022, with BERTopic's reduction of frequent words), without stop words, by
+    default those of English.
 
     They come from at most 20,000 texts, evenly spaced.
     """
     import scipy.sparse
-    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, CountVectorizer
+
+    from common.search.words import marking_words
 
     sample = evenly_spaced(len(selection), READ_FOR_WORDS)
     sample = sample[labels[sample] != NO_CLUSTER]
     num_clusters = int(labels.max(initial=-1)) + 1
-    counter = CountVectorizer(stop_words="english", token_pattern=r"(?u)\b[^\W\d_]{3,}\b")
+    stop = ENGLISH_STOP_WORDS if stop is None else stop
+    counter = CountVectorizer(analyzer=lambda text: marking_words(text, stop))
     try:
         texts = selection.snapshot.texts(selection.rows[sample])
         counts = counter.fit_transform(texts)  # (texts, words)

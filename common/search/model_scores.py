@@ -19,7 +19,7 @@ import numpy as np
 
 from common.errors import UserError
 from common.files import replace_file, sha256
-from common.intervals import bootstrap, correlations, holm, means, p_value, percentiles, ranks
+from common.intervals import Interval, bootstrap, correlations, holm, means, p_value, percentiles, ranks
 from common.search.manifest import PER_QUERY_COLUMNS
 
 SPEARMAN = "spearman"
@@ -53,12 +53,26 @@ class ModelScores:
         whole = np.ones((1, len(self.queries)), dtype=int)
         return {name: float(values[0]) for name, values in self.resampled(whole).items()}
 
+    def intervals(self) -> dict[str, Interval | None]:
+        """Return the 95 % interval of each score, by a bootstrap over the queries."""
+        resampled = bootstrap(self.resampled, len(self.queries))
+        return {name: percentiles(values) for name, values in resampled.items()}
+
     def resampled(self, weights: np.ndarray) -> dict[str, np.ndarray]:
         """Return the scores (R) of resamples (R, Q) of the queries."""
         if HUMAN in self.values:
             both = (ranks(weights, self.values[name]) for name in (COSINE, HUMAN))
             return {SPEARMAN: correlations(weights, *both)}
         return {name: means(weights, values) for name, values in self.values.items()}
+
+
+def of_searches(queries: list[str], values: Mapping[str, Mapping[str, list[float]]]) -> list[ModelScores]:
+    """Return what several ways of searching with one model came to, by the names of these."""
+    searches = []
+    for name, measures in values.items():
+        arrays = {measure: np.array(scores) for measure, scores in measures.items()}
+        searches.append(ModelScores(name, "", 0, None, queries, arrays))
+    return searches
 
 
 def fingerprint(identity: Mapping[str, Any], files: Sequence[str | None], settings: Mapping[str, Any]) -> str:

@@ -32,17 +32,40 @@ from common.search.texts import ANY_ID, Collection, Source
 if TYPE_CHECKING:
     from sentence_transformers import CrossEncoder
 
-DEPTH = 100  # documents looked at for recall@100
-MEASURES = {
-    "nDCG@10": "ndcg_cut_10",
-    "MRR@10": "recip_rank",
-    "recall@1": "recall_1",
-    "recall@10": "recall_10",
-    "recall@100": "recall_100",
-}
+DEPTH = 100  # documents looked at for each query, or more for a measure that stops later
 QRELS_HEADERS = ("score", "relevance", "rel", "label")  # names of the last column, in the first line
 BUNDLED_IDS = "id"  # the column of the ids of the bundled task
 Judgements = dict[str, dict[str, int]]  # query id -> document id -> relevance (0: not relevant)
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Which measures are taken: the ranks at which nDCG, MRR and precision stop, and those of recall."""
+
+    cuts: tuple[int, ...] = (10,)
+    recall_cuts: tuple[int, ...] = (1, 10, 100)
+
+    @property
+    def depth(self) -> int:
+        """How many documents are looked at."""
+        return max(DEPTH, *self.cuts, *self.recall_cuts)
+
+    @property
+    def keys(self) -> dict[str, str]:
+        """The name of each measure, and that which trec_eval gives it."""
+        keys = {f"nDCG@{cut}": f"ndcg_cut_{cut}" for cut in self.cuts}
+        keys |= {f"MRR@{cut}": f"recip_rank_{cut}" for cut in self.cuts}
+        keys |= {f"MAP@{self.depth}": "map"} | {f"P@{cut}": f"P_{cut}" for cut in self.cuts}
+        return keys | {f"recall@{cut}": f"recall_{cut}" for cut in self.recall_cuts}
+
+
+USUAL = Measures()
+
+
+def measures_at(cuts: list[int] | None) -> Measures:
+    """Return the measures that stop at some ranks, by default the usual ones."""
+    chosen = tuple(sorted(set(cuts or ())))
+    return Measures(chosen, chosen) if chosen else USUAL
 
 
 @dataclass(frozen=True)
@@ -73,39 +96,48 @@ class TaskFiles:
     id_column: str | None = None
 
 
-def retrieval_scores(judgements: Judgements, hits: dict[str, list[str]]) -> dict[str, float]:
+def retrieval_scores(
+    judgements: Judgements, hits: dict[str, list[str]], measures: Measures = USUAL
+) -> dict[str, float]:
     """Return the mean of each measure over the judged queries; the arguments are those of
     `query_scores`.
     """
-    return {name: float(np.mean(values)) for name, values in query_scores(judgements, hits).items()}
+    return {name: float(np.mean(scores)) for name, scores in query_scores(judgements, hits, measures).items()}
 
 
-def query_scores(judgements: Judgements, hits: dict[str, list[str]]) -> dict[str, list[float]]:
+def query_scores(
+    judgements: Judgements, hits: dict[str, list[str]], measures: Measures = USUAL
+) -> dict[str, list[float]]:
     """Return each measure of all judged queries, in their order, by trec_eval; a query without hits
-    counts 0.
-
-    `hits`: query id -> document ids, best first. MRR looks at the first ten.
+    counts 0. `hits`: query id -> document ids, best first.
     """
     import pytrec_eval
 
-    # scores that never tie: minus the rank
-    ranked = {
-        query: {document: float(-rank) for rank, document in enumerate(hits.get(query, []))}
-        for query in judgements
+    ranked = {query: _ranked(hits.get(query, [])) for query in judgements}
+    cuts, recalls = (",".join(map(str, numbers)) for numbers in (measures.cuts, measures.recall_cuts))
+    wanted = {f"ndcg_cut.{cuts}", f"P.{cuts}", f"recall.{recalls}", "map"}
+    found = pytrec_eval.RelevanceEvaluator(judgements, wanted).evaluate(ranked)
+    for cut in measures.cuts:  # trec_eval's reciprocal rank has none
+        first = {query: _ranked(hits.get(query, [])[:cut]) for query in judgements}
+        short = pytrec_eval.RelevanceEvaluator(judgements, {"recip_rank"}).evaluate(first)
+        for query, scores in short.items():
+            found.setdefault(query, {})[f"recip_rank_{cut}"] = scores["recip_rank"]
+    return {
+        name: [found.get(query, {}).get(key, 0.0) for query in judgements]
+        for name, key in measures.keys.items()
     }
-    first_ten = {query: dict(list(documents.items())[:10]) for query, documents in ranked.items()}
-    evaluator = pytrec_eval.RelevanceEvaluator(judgements, {"ndcg_cut.10", "recall.1,10,100"})
-    whole = evaluator.evaluate(ranked)
-    short = pytrec_eval.RelevanceEvaluator(judgements, {"recip_rank"}).evaluate(first_ten)
-    merged = [{**whole.get(query, {}), **short.get(query, {})} for query in judgements]
-    return {name: [scores.get(key, 0.0) for scores in merged] for name, key in MEASURES.items()}
+
+
+def _ranked(documents: list[str]) -> dict[str, float]:
+    """Return scores that never tie: minus the rank."""
+    return {document: float(-rank) for rank, document in enumerate(documents)}
 
 
 def score_all(
-    searcher: Searcher, task: Task, *, reranker: CrossEncoder | None = None
-) -> dict[str, dict[str, float]]:
-    """Return the measures of exact, approximate and hybrid search, and of exact search reranked by
-    a cross-encoder.
+    searcher: Searcher, task: Task, *, reranker: CrossEncoder | None = None, measures: Measures = USUAL
+) -> dict[str, dict[str, list[float]]]:
+    """Return the measures of each query for exact, approximate and hybrid search, and for exact search
+    reranked by a cross-encoder.
     """
     searchers = {
         "exact": searcher,
@@ -114,24 +146,26 @@ def score_all(
     }
     if reranker:
         searchers["reranked"] = dataclasses.replace(searcher, reranker=reranker)
-    return {name: score(own, task) for name, own in searchers.items()}
+    return {name: scores_of(own, task, measures) for name, own in searchers.items()}
 
 
-def score(searcher: Searcher, task: Task) -> dict[str, float]:
-    """Return the measures of one way of searching."""
-    return retrieval_scores(task.judgements, find(searcher, task))
+def scores_of(searcher: Searcher, task: Task, measures: Measures) -> dict[str, list[float]]:
+    """Return the measures of each query for one way of searching."""
+    return query_scores(task.judgements, find(searcher, task, measures.depth), measures)
 
 
-def find(searcher: Searcher, task: Task) -> dict[str, list[str]]:
+def find(searcher: Searcher, task: Task, depth: int = DEPTH) -> dict[str, list[str]]:
     """Return the ids of the documents that a search finds for each judged query, best first."""
-    hits = searcher.search([task.queries[query] for query in task.judgements], DEPTH)
+    hits = searcher.search([task.queries[query] for query in task.judgements], depth)
     ids = {}
     for query, best in zip(task.judgements, hits):
         ids[query] = [row[ID] for row in searcher.snapshot.take([hit.row for hit in best], [ID])]
     return ids
 
 
-def score_stores(searcher: Searcher, task: Task, stores: list[str]) -> dict[str, dict[str, float]]:
+def score_stores(
+    searcher: Searcher, task: Task, stores: list[str], measures: Measures = USUAL
+) -> dict[str, dict[str, float]]:
     """Return for each way to keep vectors the measures of exact search over what is kept, the share of
     the ten best documents of fp32 that are among its ten best, and the bytes of a vector.
 
@@ -148,12 +182,13 @@ def score_stores(searcher: Searcher, task: Task, stores: list[str]) -> dict[str,
         whole = find(searcher, task)
     lines = {}
     for store in stores:
-        hits = find(dataclasses.replace(searcher, snapshot=Rounded(snapshot, store)), task)
+        rounded = dataclasses.replace(searcher, snapshot=Rounded(snapshot, store))
+        hits = find(rounded, task, measures.depth)
         shared = [
             len(set(hits[query][:10]) & set(best[:10])) / len(best[:10]) for query, best in whole.items()
         ]
         size = {"top 10 of fp32": float(np.mean(shared)), "bytes": bytes_of_vector(store, snapshot.width)}
-        lines[store] = retrieval_scores(task.judgements, hits) | size
+        lines[store] = retrieval_scores(task.judgements, hits, measures) | size
     return lines
 
 

@@ -21,7 +21,6 @@ from common import files
 from common.errors import UserError, quoted
 from common.reading import evenly_spaced
 from common.search import kernel
-from common.search.encoder import Encoder
 from common.search.index import CACHE_PREFIX, CACHE_STAMP, ID, TEXT, Snapshot, cache_stamp
 from common.search.kernel import Ranking
 from common.search.words import Words
@@ -30,6 +29,8 @@ if TYPE_CHECKING:  # each is imported by the step that needs it
     import bm25s
     import faiss
     from sentence_transformers import CrossEncoder
+
+    from common.search.encoder import Encoder
 
 QUERIES = 64  # searched at once
 FUSED = 100  # best rows of each ranking that are fused, or more if more are wanted

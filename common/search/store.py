@@ -12,7 +12,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +90,13 @@ class Store:
         """Rewrite the live rows, in their order, into few large files without deleted rows."""
         self._rewrite(0, np.flatnonzero(self.snapshot.alive()))
 
+    def set_column(self, name: str, values: np.ndarray, known: np.ndarray) -> None:
+        """Commit whole numbers (num_rows) as a column, null where `known` is False; the hashes stay
+        those of the source, so that its rows count as unchanged.
+        """
+        column = pa.array([int(value) if here else None for value, here in zip(values, known)], pa.int64())
+        self._rewrite(0, np.arange(self.snapshot.num_rows), {name: column})
+
     def _first_small_segment(self) -> int:
         """Return the number of the first of the small files at the end, if there are enough to be
         merged; otherwise the number of all files.
@@ -104,11 +111,13 @@ class Store:
                 return first
         return len(segments)
 
-    def _rewrite(self, first: int, rows: np.ndarray) -> None:
+    def _rewrite(self, first: int, rows: np.ndarray, more: Mapping[str, pa.Array] | None = None) -> None:
         """Replace all files from number `first` on by `rows` (ascending), in as few files as the
-        limits allow; deleted rows among them stay deleted.
+        limits allow; deleted rows among them stay deleted. `more` (num_rows): columns in the place of
+        those of the same name.
         """
-        snapshot, columns = self.snapshot, self.snapshot.columns
+        snapshot, more = self.snapshot, more or {}
+        columns = {**snapshot.columns, **{name: values.type for name, values in more.items()}}
         segments, alive = snapshot.segments[:first], snapshot.alive()
         row_bytes = np.array([part.num_bytes / max(len(part), 1) for part in snapshot.segments])
         # the share of a full file that each row takes; the shares before a row tell its file
@@ -117,7 +126,11 @@ class Store:
         file_starts = np.flatnonzero(np.diff(file_numbers)) + 1
         for part in np.split(rows, file_starts):
             if len(part):
-                segment = self._write_segment(self._table(part), len(segments), columns)
+                table = self._table(part)
+                for name, values in more.items():
+                    kept = [other for other in table.column_names if other != name]
+                    table = table.select(kept).append_column(name, values.take(number_array(part)))
+                segment = self._write_segment(table, len(segments), columns)
                 segments.append(self._with_deleted(segment, len(segments), alive[part]))
         self._publish(segments, columns)
 

@@ -88,6 +88,8 @@ TOKEN = rf"""(?x)
   | (?P<name> {SIGN}{{1,3}} (?: & {SIGN}{{1,3}} )+ (?!{SIGN}) | {SIGN}+ (?: \+\+ | \# ) )  # AT&T, C++, C#
   | (?P<word> {SIGN}+ )
 """
+MARK = rf"[[\p{{L}}\p{{M}}]--[{RUNS}\u3005\u30fc]]"
+MARKING = rf"(?P<run>[{RUNS}\u3005\u30fc]+)|(?<![\p{{N}}_])(?P<word>{MARK}{{3,}})(?![\p{{N}}_])"
 # what is left of Latin and Greek letters without their accents, and of Arabic and Hebrew ones without
 # the signs for their vowels; in other scripts a mark is a letter of its own
 ACCENTS = r"(?<=[a-z\u03b1-\u03c9])\p{Mn}+|[\u0591-\u05c7\u0640\u064b-\u065f\u0670]"
@@ -174,6 +176,20 @@ def _pattern(text: str) -> regex.Pattern[str]:
     import regex  # not Python's, whose \w lacks the vowels of Hindi and which knows no scripts
 
     return regex.compile(text, regex.V1)
+
+
+def marking_words(text: str, stop: frozenset[str]) -> list[str]:
+    """Return the words of a text that may mark a cluster, in lower case as they are written: of three
+    letters or more, or two characters of a script without spaces.
+    """
+    found = []
+    for match in _pattern(MARKING).finditer(unicodedata.normalize("NFKC", text).lower()):
+        word = match[0]
+        if match.lastgroup == "run":
+            found += _grams(word, range(MIN_GRAM, MIN_GRAM + 1))
+        elif word not in stop:
+            found.append(word)
+    return found
 
 
 def stop_words(name: str) -> frozenset[str]:

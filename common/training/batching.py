@@ -39,7 +39,7 @@ OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 # with what lies between the activations in the heap, freed and kept (`keep_large_blocks`): 1.57 with
 # the bundled model and texts
 CPU_OVERHEAD = 1.5
-NOT_MODEL_INPUTS = ("text", "label", "row", "chunk_lengths", "num_tokens", "num_read")
+NOT_MODEL_INPUTS = ("text", "text_pair", "label", "row", "chunk_lengths", "num_tokens", "num_read")
 
 
 @dataclass(frozen=True)

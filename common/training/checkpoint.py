@@ -92,13 +92,18 @@ class TrainingState:
     epoch: int = 1
     step_of_epoch: int = 0
     steps_of_epoch: int = 0
+    last_step: int | None = None  # of the run; None: that of its last epoch
     step: int = 0
     history: list[dict] = field(default_factory=list)  # the scores of each evaluation
     best: dict | None = None
 
     def ends_epoch(self) -> bool:
-        """Tell whether the last step of the epoch is done."""
-        return self.step_of_epoch == self.steps_of_epoch
+        """Tell whether the last step of the epoch, or of the run, is done."""
+        return self.step_of_epoch == self.steps_of_epoch or self.step == self.last_step
+
+    def steps_left(self) -> int | None:
+        """Return how many steps of the run are left, None where its epochs alone tell."""
+        return None if self.last_step is None else self.last_step - self.step
 
     def is_due(self, every: int | None) -> bool:
         """Tell whether what happens after `every` steps, and after each epoch, is due."""
@@ -110,12 +115,14 @@ class TrainingState:
 
     def epochs_done(self) -> float:
         """Return how many epochs are done: a whole number at the end of one, else two decimals."""
-        if self.ends_epoch():
+        if self.step_of_epoch == self.steps_of_epoch:
             return self.epoch
         return round(self.epoch - 1 + self.step_of_epoch / self.steps_of_epoch, 2)
 
     def epochs_left(self, epochs: int) -> float:
         """Return how many of `epochs` are left, as a fraction within one."""
+        if self.last_step is not None:
+            return (self.last_step - self.step) / self.steps_of_epoch
         return epochs - (self.epoch - 1 + self.step_of_epoch / self.steps_of_epoch)
 
     def is_finished(self, epochs: int, patience: int | None) -> bool:

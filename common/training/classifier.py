@@ -10,6 +10,7 @@ by a model that common/bert.py knows does not.
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
 import re
@@ -53,7 +54,10 @@ REMEMBERED = (
     "eval_max_length",
     "truncation",
     "text_column",
+    "text_mode",
+    "join_with",
     "label_column",
+    "positive_class",
 )
 UNLIMITED = 1_000_000  # tokenizers without a limit say 1e30
 # of BERT, DistilBERT, GPT-2
@@ -77,6 +81,8 @@ class ModelConfig:
     """Which pretrained model, and what to change about it; the fields are named as their flags."""
 
     model: str
+    revision: str | None
+    tokenizer: str | None  # another one than the model's
     cache_dir: str | None
     dropout: float | None
     attention_dropout: float | None
@@ -101,9 +107,9 @@ def load_pretrained(
     from common import models
 
     name = config.model
-    folder = sources.find_folder(name, kind="encoder", cache_dir=config.cache_dir)
+    folder = sources.find_folder(name, kind="encoder", cache_dir=config.cache_dir, revision=config.revision)
     saved = models.load(AutoConfig, folder, name=name)
-    tokenizer = models.load_tokenizer(folder, name=name)
+    tokenizer = load_tokenizer(config, folder)
     has_padding_token = tokenizer.pad_token is not None  # of its own
     ensure_padding_token(tokenizer, name=name)
     dropout = dropout_options(
@@ -121,6 +127,17 @@ def load_pretrained(
             f"         the tokenizer has no padding token: padding with its end token {tokenizer.pad_token!r}"
         )
     return model, tokenizer
+
+
+def load_tokenizer(config: ModelConfig, folder: Path) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of the model in a folder, or the one that is named in its place."""
+    from common import bundled, models
+
+    if config.tokenizer is None:
+        return models.load_tokenizer(folder, name=config.model)
+    kind, flag = bundled.MODELS.get(config.tokenizer, "encoder"), "--tokenizer"
+    other = sources.find_folder(config.tokenizer, kind=kind, flag=flag, cache_dir=config.cache_dir)
+    return models.load_tokenizer(other, name=config.tokenizer, flag=flag)
 
 
 def ensure_padding_token(tokenizer: PreTrainedTokenizerBase, *, name: str) -> None:
@@ -275,13 +292,14 @@ def choose_max_length(
     tokenizer: PreTrainedTokenizerBase | Tokenizer,
     *,
     flag: str,
+    is_pair: bool = False,
 ) -> int:
     """Return how many tokens a chunk may have: `wanted`, else `default` or what the model holds.
 
     Raises UserError when more is wanted than the model holds, or so little that no word fits.
     """
     holds = _positions(model) or UNLIMITED
-    num_special = tokenizer.num_special_tokens_to_add()
+    num_special = tokenizer.num_special_tokens_to_add(pair=is_pair) + is_pair  # one token of each text
     if wanted is None:
         return min(default, holds, tokenizer.model_max_length)
     if wanted > holds:
@@ -307,10 +325,17 @@ def choose_tokens(
     max_length: int | None,
     eval_max_length: int | None,
     truncation: str | None,
+    is_pair: bool = False,
 ) -> TokenConfig:
-    """Return how texts are read in training; None stands for a default."""
-    length = choose_max_length(max_length, DEFAULT_MAX_LENGTH, model, tokenizer, flag="--max-length")
-    eval_length = choose_max_length(eval_max_length, length, model, tokenizer, flag="--eval-max-length")
+    """Return how texts are read in training; None stands for a default. Raises UserError for pairs of
+    texts where the tokenizer can't tell their tokens apart.
+    """
+    if is_pair and not tokenizer.is_fast:
+        problem = f"{type(tokenizer).__name__} does not tell which token is of which text"
+        raise UserError(f"--text-mode pair: {problem}; join the columns, or use another model")
+    choose = functools.partial(choose_max_length, model=model, tokenizer=tokenizer, is_pair=is_pair)
+    length = choose(max_length, DEFAULT_MAX_LENGTH, flag="--max-length")
+    eval_length = choose(eval_max_length, length, flag="--eval-max-length")
     return TokenConfig(length, eval_length, truncation or DEFAULT_TRUNCATION)
 
 
@@ -357,14 +382,17 @@ def count_embeddings(model: PreTrainedModel) -> int | None:
         return None
 
 
-def require_match(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str) -> None:
+def require_match(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str, other: str | None = None
+) -> None:
     """Raise UserError unless a tokenizer and a model belong together, and the model can read a padded
     batch of texts.
     """
     from common import models
 
     if problems := mismatches(model, tokenizer):
-        raise UserError(f"--model {name}: {problems[0]}; --inspect shows more")
+        named = f"--model {name}" if other is None else f"--tokenizer {other}"
+        raise UserError(f"{named}: {problems[0]}; --inspect shows more")
     if (kind := model.config.model_type) in UNSERVED:
         raise UserError(f"--model {name}: a {kind} {UNSERVED[kind]}; name another model")
     if "attention_mask" not in tokenizer.model_input_names:
@@ -598,7 +626,7 @@ def saved_thresholds(name: str, task: Task) -> tuple[float, ...] | float:
 
 
 def load_saved(
-    name: str, runtime: Runtime, *, cache_dir: str | None
+    name: str, runtime: Runtime, *, cache_dir: str | None, revision: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return a classifier with the head that it was saved with, on its device, and its tokenizer.
 
@@ -608,7 +636,7 @@ def load_saved(
 
     from common import models
 
-    folder = sources.find_folder(name, kind="encoder", cache_dir=cache_dir)
+    folder = sources.find_folder(name, kind="encoder", cache_dir=cache_dir, revision=revision)
     config = models.load(AutoConfig, folder, name=name)
     model, new = models.load_model(
         AutoModelForSequenceClassification, folder, name=name, config=config, dtype=torch.float32
@@ -629,20 +657,20 @@ def load_saved(
 
 
 def load_to_predict(
-    name: str, runtime: Runtime, *, cache_dir: str | None
+    name: str, runtime: Runtime, *, cache_dir: str | None, revision: str | None = None
 ) -> tuple[PreTrainedModel | bert.BertClassifier, PreTrainedTokenizerBase | Tokenizer]:
     """Return a saved classifier and its tokenizer as `load_saved` does, without transformers where
     the project knows the model itself: it is ready in a fraction of the time.
     """
     from common.tokenizer import read_tokenizer
 
-    folder = sources.find_folder(name, kind="encoder", cache_dir=cache_dir)
+    folder = sources.find_folder(name, kind="encoder", cache_dir=cache_dir, revision=revision)
     try:
         model, tokenizer = bert.load_classifier(folder), read_tokenizer(folder)
     except UnknownModel:
-        return load_saved(name, runtime, cache_dir=cache_dir)
+        return load_saved(name, runtime, cache_dir=cache_dir, revision=revision)
     if tokenizer.pad_token is None or not _is_sound(model):
-        return load_saved(name, runtime, cache_dir=cache_dir)
+        return load_saved(name, runtime, cache_dir=cache_dir, revision=revision)
     return model.to(runtime.device).eval(), tokenizer
 
 

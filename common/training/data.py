@@ -30,7 +30,7 @@ from common.files import replace_file, sha256
 from common.runtime import Runtime
 from common.sources import INVISIBLE, FileOptions, note
 from common.training.faults import clean, has_labels, note_faults, text_problems, without_rare
-from common.training.run import MULTI, REGRESSION, SINGLE
+from common.training.run import JOIN, MULTI, REGRESSION, SINGLE
 from common.training.task import (
     DESCRIPTIONS,
     WHOLE,
@@ -74,7 +74,9 @@ FORMAT = 2  # of the cached Arrow files; counts up when their columns change
 class TextConfig:
     """Which columns hold the texts; the fields are named as their flags."""
 
-    text_column: str = "text"
+    text_column: str = "text"  # or several, separated by commas
+    text_mode: str | None = None  # what several are: PAIR, two texts that are read together; or JOIN
+    join_with: str = " "
 
     @property
     def columns(self) -> list[str]:
@@ -90,6 +92,7 @@ class DataConfig:
     validation_file: str | None  # in place of the data set's own split
     test_file: str | None
     dataset_config: str | None
+    dataset_revision: str | None
     train_split: str | None
     validation_split: str | None
     test_split: str | None
@@ -115,7 +118,7 @@ class Found:
     """What a data set holds beside the splits that are trained and scored."""
 
     faults: list[Fault] = field(default_factory=list)  # rows that can't be used
-    unlabelled: datasets.Dataset | None = None  # a test split without labels: `text` and `row`
+    unlabelled: datasets.Dataset | None = None  # a test split without labels: its texts and `row`
     whole: Splits = field(default_factory=dict)  # before rare classes are left out and splits are cut
 
 
@@ -153,7 +156,7 @@ def load_splits(config: DataConfig, runtime: Runtime, found: Found | None = None
     labels = config.labels
     if faults is not None:
         _check_names(splits, config.texts, config.labels)
-        splits, labels = clean(splits, config.texts.columns, config.labels, faults, None)
+        splits, labels = clean(splits, config.texts, config.labels, faults, None)
     splits, rare = validate(splits, config.texts, labels), []
     found.whole = splits
     if config.drop_rare is not None or config.merge_rare is not None:
@@ -198,15 +201,16 @@ def load_splits(config: DataConfig, runtime: Runtime, found: Found | None = None
 
 def _unlabelled(rows: datasets.Dataset, texts: TextConfig, faults: list[Fault] | None) -> datasets.Dataset:
     """Return the texts of a split without labels, but for those that can't be used and become faults."""
-    for column in texts.columns:
-        reading.require_column(rows.column_names, column, source="split test", flag="--text-column")
-        if faults is None:
-            reading.check_texts(rows, column, source="split test")
-    problems = list(text_problems(rows, texts.columns))
-    if faults is not None:
-        note_faults("split test", rows, problems, texts.columns, faults)
-    good = np.array([number for number, problem in enumerate(problems) if not problem], np.int64)
-    return _with_texts(_take(rows, good), texts)
+    source = "split test"
+    if faults is None:
+        _check_texts(rows, texts, source)
+    else:
+        for column in texts.columns:
+            reading.require_column(rows.column_names, column, source=source, flag="--text-column")
+        problems = list(text_problems(rows, texts))
+        note_faults(source, rows, problems, texts.columns, faults)
+        rows = _take(rows, np.array([n for n, problem in enumerate(problems) if not problem], np.int64))
+    return _as_dataset(_with_texts(rows, texts).add_column("row", _row_numbers(rows)))
 
 
 def load_rows_for_scoring(
@@ -231,7 +235,7 @@ def load_rows_for_scoring(
         raise UserError("split test: it has no labels to compare with; --predict answers for its texts")
     if faults is not None:
         _check_names(splits, config.texts, config.labels)
-        splits, _ = clean(splits, config.texts.columns, config.labels, faults, task)
+        splits, _ = clean(splits, config.texts, config.labels, faults, task)
         runtime.say(f"skipped  {len(faults):,} rows that can't be used")
     splits = validate(splits, config.texts, config.labels, trained=task)
     if "test" not in splits and name_sha256(config.dataset) == trained.get("dataset_sha256"):
@@ -256,6 +260,7 @@ def _read_source(config: DataConfig, faults: list[Fault] | None) -> datasets.Dat
         as_text=config.columns,
         options=config.files,
         config=config.dataset_config,
+        revision=config.dataset_revision,
         cache_dir=config.cache_dir,
         faults=faults,
     )
@@ -327,8 +332,7 @@ def validate(
     """
     _check_names(splits, texts, labels)
     for split, rows in splits.items():
-        for column in texts.columns:
-            reading.check_texts(rows, column, source=f"split {split}")
+        _check_texts(rows, texts, f"split {split}")
         for column in labels.columns:
             reading.check_characters(rows.with_format("arrow")[column], f"split {split}, row", first=1)
     kind = find_kind(splits["train"], labels) if trained is None else trained.kind
@@ -436,22 +440,40 @@ def _check_names(splits: Splits, texts: TextConfig, labels: LabelConfig) -> None
             raise UserError(f"split {split}: it has no rows; choose another with --{split}-split")
 
 
-def _with_labels(
-    rows: datasets.Dataset, labels: list[Label], task: Task, texts: TextConfig
-) -> datasets.Dataset:
-    result = _as_dataset(_with_texts(rows, texts).remove_columns("row"))
-    result = _as_dataset(result.add_column("label", task.cells(labels), feature=task.feature()))
-    return _as_dataset(result.add_column("row", _row_numbers(rows)))
+def _check_texts(rows: datasets.Dataset, texts: TextConfig, source: str) -> None:
+    """Raise UserError, naming `source` and the row, unless each row has its text, or both of a pair."""
+    for column in texts.columns:
+        reading.require_column(rows.column_names, column, source=source, flag="--text-column")
+    if texts.text_mode != JOIN:
+        for column in texts.columns:
+            reading.check_texts(rows, column, source=source)
+        return
+    for column in texts.columns:
+        reading.check_kind(rows, column, source=source)
+        reading.check_characters(rows.with_format("arrow")[column], f"{source}, row", first=1)
+    joined = _with_texts(rows, texts).rename_column("text", texts.text_column)
+    reading.check_texts(joined, texts.text_column, source=source)
 
 
 def _with_texts(rows: datasets.Dataset, texts: TextConfig) -> datasets.Dataset:
+    """Return only the texts of rows: the column `text`, and of pairs `text_pair`."""
     import datasets
 
-    [text_column] = texts.columns
-    result = rows.select_columns([text_column])
-    if text_column != "text":
-        result = result.rename_column(text_column, "text")
-    result = _as_dataset(result.cast_column("text", datasets.Value("string")))
+    if texts.text_mode == JOIN:
+        joined = reading.join_cells([rows[column][:] for column in texts.columns], texts.join_with)
+        return datasets.Dataset.from_dict({"text": joined})
+    result = rows.select_columns(texts.columns)
+    result = result.rename_columns(dict(zip(texts.columns, ("text", "text_pair"))))
+    for column in result.column_names:
+        result = result.cast_column(column, datasets.Value("string"))
+    return _as_dataset(result)
+
+
+def _with_labels(
+    rows: datasets.Dataset, labels: list[Label], task: Task, texts: TextConfig
+) -> datasets.Dataset:
+    result = _with_texts(rows, texts)
+    result = _as_dataset(result.add_column("label", task.cells(labels), feature=task.feature()))
     return _as_dataset(result.add_column("row", _row_numbers(rows)))
 
 
@@ -576,12 +598,19 @@ def count_shared_texts(splits: Splits) -> dict[str, int]:
 
     The scores of such rows say little about new texts.
     """
-    train = set(splits["train"]["text"])
+    train = set(texts_of(splits["train"]))
     return {
-        split: sum(text in train for text in rows["text"])
+        split: sum(text in train for text in texts_of(rows))
         for split, rows in splits.items()
         if split != "train"
     }
+
+
+def texts_of(rows: datasets.Dataset) -> list[str] | list[tuple[str, str]]:
+    """Return the text of each row (N), or both texts of a pair."""
+    if "text_pair" in rows.column_names:
+        return list(zip(rows["text"][:], rows["text_pair"][:]))
+    return rows["text"][:]
 
 
 # Chunks of tokens ---------------------------------------------------------------------------------
@@ -612,28 +641,58 @@ def cut_chunks(num_tokens: int, size: int, truncation: str) -> list[np.ndarray]:
     return [positions[start : start + size] for start in starts]
 
 
+def cut_pair(first: int, second: int, size: int, truncation: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return the chunks of a pair of texts of so many tokens, together at most `size`: the positions in
+    each of the two.
+
+    The longer text is cut first, until both are equally long. With `chunks`, the longer one is read
+    in chunks, each beside the shorter text, of which at most half a chunk is read.
+    """
+    shorter, longer = min(first, second), max(first, second)
+    if first + second <= size:
+        kept, pieces = np.arange(shorter), [np.arange(longer)]
+    elif truncation == "chunks":
+        kept = np.arange(min(shorter, size // 2))
+        pieces = cut_chunks(longer, size - len(kept), truncation)
+    else:
+        room = min(shorter, size // 2)
+        kept, pieces = cut_chunks(shorter, room, truncation)[0], cut_chunks(longer, size - room, truncation)
+    return [(kept, piece) if first <= second else (piece, kept) for piece in pieces]
+
+
 def encode(
-    texts: list[str], tokenizer: PreTrainedTokenizerBase | Tokenizer, *, max_length: int, truncation: str
+    texts: list[str],
+    tokenizer: PreTrainedTokenizerBase | Tokenizer,
+    *,
+    max_length: int,
+    truncation: str,
+    pairs: list[str] | None = None,
 ) -> dict[str, list]:
-    """Return the columns of tokenised texts: `input_ids`, and whatever else the model takes.
+    """Return the columns of tokenised texts, of each with its second one where there are `pairs`:
+    `input_ids`, and whatever else the model takes.
 
     Each cell is a list of chunks. A chunk stands between the special tokens and has at most
     `max_length` tokens including them. Three more columns count tokens, special tokens included:
     `chunk_lengths`; `num_tokens`, the length of the whole text; and `num_read`, how many of these
     are in any chunk.
     """
-    whole = tokenizer(texts, truncation=False, padding=False, return_special_tokens_mask=True, verbose=False)
+    whole = tokenizer(
+        texts,
+        text_pair=pairs,
+        truncation=False,
+        padding=False,
+        return_special_tokens_mask=True,
+        verbose=False,
+    )
     # the collator makes the attention mask
     names = [name for name in whole if name not in ("attention_mask", "special_tokens_mask")]
     counts = ("chunk_lengths", "num_tokens", "num_read")
     columns: dict[str, list] = {name: [] for name in (*names, *counts)}
     for number, mask in enumerate(whole["special_tokens_mask"]):
-        # positions: the text from `first` up to `last`, special tokens before and after it
-        words = np.flatnonzero(np.asarray(mask) == 0)
-        first, last = (words[0], words[-1] + 1) if len(words) else (len(mask), len(mask))
-        before, after = np.arange(first), np.arange(last, len(mask))
-        cut = cut_chunks(last - first, max_length - len(before) - len(after), truncation)
-        chunks = [np.concatenate([before, first + positions, after]) for positions in cut]
+        if pairs is not None:
+            chunks = _chunks_of_pair(whole.sequence_ids(number), max_length, truncation)
+        else:
+            chunks = _chunks_of_text(mask, max_length, truncation)
         for name in names:
             values = np.asarray(whole[name][number])
             columns[name].append([values[chunk].tolist() for chunk in chunks])
@@ -641,6 +700,25 @@ def encode(
         columns["num_tokens"].append(len(mask))
         columns["num_read"].append(len(np.unique(np.concatenate(chunks))))
     return columns
+
+
+def _chunks_of_text(mask: list[int], max_length: int, truncation: str) -> list[np.ndarray]:
+    """Return the positions of the tokens of each chunk of a text, given which of them are special."""
+    # positions: the text from `first` up to `last`, special tokens before and after it
+    words = np.flatnonzero(np.asarray(mask) == 0)
+    first, last = (words[0], words[-1] + 1) if len(words) else (len(mask), len(mask))
+    before, after = np.arange(first), np.arange(last, len(mask))
+    cut = cut_chunks(last - first, max_length - len(before) - len(after), truncation)
+    return [np.concatenate([before, first + positions, after]) for positions in cut]
+
+
+def _chunks_of_pair(sequence_ids: list[int | None], max_length: int, truncation: str) -> list[np.ndarray]:
+    """Return the positions of the tokens of each chunk of a pair, given which text each is of."""
+    texts = np.array([-1 if text is None else text for text in sequence_ids])
+    special, first, second = (np.flatnonzero(texts == text) for text in (-1, 0, 1))
+    cut = cut_pair(len(first), len(second), max_length - len(special), truncation)
+    # the tokens of a chunk keep their order, with the special ones around and between them
+    return [np.sort(np.concatenate([special, first[one], second[other]])) for one, other in cut]
 
 
 def tokenize(
@@ -673,7 +751,13 @@ def tokenize(
     cached = folder / f"{key}-{FORMAT}-{datasets.__version__}.arrow"
     _remove_if_damaged(cached)
     tokenized = rows.map(
-        lambda batch: encode(batch["text"], tokenizer, max_length=max_length, truncation=truncation),
+        lambda batch: encode(
+            batch["text"],
+            tokenizer,
+            max_length=max_length,
+            truncation=truncation,
+            pairs=batch["text_pair"] if "text_pair" in rows.column_names else None,
+        ),
         batched=True,
         desc="tokenising",
         cache_file_name=str(cached),

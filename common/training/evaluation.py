@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from common.bert import BertClassifier
@@ -104,12 +105,14 @@ def predict_logits(
 
 
 def is_better(scores: dict, best: dict | None, metric: str) -> bool:
-    """Tell whether an evaluation beats the best one so far: not on a tie, and never with a score that is
-    undefined, left out or NaN.
+    """Tell whether an evaluation beats the best one so far: not on a tie, and never with a NaN. One whose
+    score is undefined, and left out, is better than none and worse than any other.
     """
-    if math.isnan(scores.get(metric, math.nan)):
+    if metric not in scores:
+        return best is None
+    if math.isnan(scores[metric]):
         return False
-    if best is None or math.isnan(best.get(metric, math.nan)):
+    if best is None or metric not in best:
         return True
     return scores[metric] < best[metric] if metric in LOWER_IS_BETTER else scores[metric] > best[metric]
 
@@ -117,32 +120,31 @@ def is_better(scores: dict, best: dict | None, metric: str) -> bool:
 def predict_texts(
     model: PreTrainedModel | BertClassifier,
     tokenizer: batching.AnyTokenizer,
-    texts: list[str],
+    texts: list[str] | list[tuple[str, str]],
     tokens: data.TokenConfig,
     runtime: Runtime,
     *,
     batch_size: int,
-    thresholds: float | tuple[float, ...] = 0.5,
+    scoring: Scoring = Scoring(),  # noqa: B008  (frozen)
     temperature: float = 1.0,
 ) -> Iterator[dict]:
-    """Yield an answer for each text, in order: a dict with its `row` (from 1), and what `answer` says.
-
-    `thresholds` are the probabilities from which on a text has a label: one for all, or (C). Logits are
-    divided by `temperature`.
+    """Yield an answer for each text, or pair of texts, in order: a dict with its `row` (from 1), and what
+    `answer` says. Logits are divided by `temperature`.
     """
     task = task_of_model(model)
     for start in range(0, len(texts), PREDICT_BLOCK):
         block = texts[start : start + PREDICT_BLOCK]
+        firsts, pairs = (block, None) if isinstance(block[0], str) else map(list, zip(*block))
         columns = data.encode(
-            block, tokenizer, max_length=tokens.eval_max_length, truncation=tokens.truncation
+            firsts, tokenizer, max_length=tokens.eval_max_length, truncation=tokens.truncation, pairs=pairs
         )
         rows = batching.Columns(columns)
         logits = predict_logits(model, rows, tokenizer, runtime, batch_size=batch_size)
         for row, scores in enumerate(task.scores(logits / temperature).tolist(), start=start + 1):
-            yield {"row": row, **answer(task, scores, thresholds)}
+            yield {"row": row, **answer(task, scores, scoring)}
 
 
-def answer(task: Task, scores: list[float], thresholds: float | tuple[float, ...]) -> dict:
+def answer(task: Task, scores: list[float], scoring: Scoring) -> dict:
     """Return what the scores (C) of a text say: `scores` by name, and before it the best `label` with
     its `confidence`, or those `labels` whose probability reaches its threshold.
     """
@@ -150,7 +152,8 @@ def answer(task: Task, scores: list[float], thresholds: float | tuple[float, ...
     if task.kind == REGRESSION:
         return {"scores": rounded}
     if task.kind == MULTI:
-        limits = thresholds if isinstance(thresholds, tuple) else (thresholds,) * len(scores)
+        assert scoring.threshold != "auto"
+        limits = np.broadcast_to(scoring.threshold, len(scores)).tolist()
         chosen = [name for name, score, limit in zip(task.names, scores, limits) if score >= limit]
         return {"labels": chosen, "scores": rounded}
     best = task.names[max(range(len(scores)), key=scores.__getitem__)]

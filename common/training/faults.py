@@ -18,7 +18,7 @@ import numpy as np
 from common import reading
 from common.errors import Fault, UserError, quoted, shorten
 from common.sources import is_blank
-from common.training.run import MULTI, REGRESSION, SINGLE, Kind
+from common.training.run import JOIN, MULTI, REGRESSION, SINGLE, Kind
 from common.training.task import (
     DECIMAL,
     FLAGS,
@@ -36,7 +36,7 @@ from common.training.task import (
 if TYPE_CHECKING:
     import datasets
 
-    from common.training.data import Splits
+    from common.training.data import Splits, TextConfig
 
 TYPICAL = 0.9  # share of the rows that tells what kind of labels a column has
 SHOWN_ROWS, SHOWN_GROUPS = 5, 10
@@ -47,11 +47,7 @@ RARE = 10  # texts of a class in training, below which it is said
 
 
 def clean(
-    splits: Splits,
-    text_columns: Sequence[str],
-    labels: LabelConfig,
-    faults: list[Fault],
-    trained: Task | None,
+    splits: Splits, texts: TextConfig, labels: LabelConfig, faults: list[Fault], trained: Task | None
 ) -> tuple[Splits, LabelConfig]:
     """Return the splits without the rows whose text or label can't be used, which are added to `faults`,
     and the labels with the task that the other rows have.
@@ -64,7 +60,7 @@ def clean(
         split: [
             text or label
             for text, label in zip(
-                text_problems(rows, text_columns), _label_problems(rows, kind, labels), strict=True
+                text_problems(rows, texts), _label_problems(rows, kind, labels), strict=True
             )
         ]
         for split, rows in splits.items()
@@ -73,7 +69,7 @@ def clean(
     for split, rows in splits.items():
         if known is not None and (split != "train" or trained is not None):
             _mark_unknown(rows, problems[split], kind, labels, known)
-        note_faults(f"split {split}", rows, problems[split], [*text_columns, *labels.columns], faults)
+        note_faults(f"split {split}", rows, problems[split], [*texts.columns, *labels.columns], faults)
         good: Any = rows.select([n for n, problem in enumerate(problems[split]) if not problem])
         splits = {**splits, split: good}
         if not len(splits[split]):
@@ -122,30 +118,37 @@ def _is_numeric(value: str) -> bool:
     return DECIMAL.fullmatch(value) is not None or _is_flag(value)
 
 
-def text_problems(rows: datasets.Dataset, columns: Sequence[str]) -> Iterator[str]:
-    """Yield what is wrong with the text of each row, "" if nothing is."""
+def text_problems(rows: datasets.Dataset, texts: TextConfig) -> Iterator[str]:
+    """Yield what is wrong with the text of each row, or with one of a pair; "" if nothing is.
+
+    Of columns that are joined, a cell may be empty: the text that they make together may not.
+    """
     import pyarrow as pa
 
+    columns = texts.columns
     for column in columns:
         reading.check_kind(rows, column, source="the data")
-    table: Any = rows.select_columns(list(columns)).with_format("arrow")
+    table: Any = rows.select_columns(columns).with_format("arrow")
     for block in table.iter(batch_size=10_000):
         cells = [block[column].cast(pa.large_binary()).to_pylist() for column in columns]
         for row in zip(*cells):
-            yield next((problem for cell in row if (problem := _text_problem(cell))), "")
+            yield _text_problem(row, texts)
 
 
-def _text_problem(cell: bytes | None) -> str:
-    if cell is None:
-        return "the text is missing"
+def _text_problem(cells: Sequence[bytes | None], texts: TextConfig) -> str:
     try:
-        text = cell.decode()
+        parts = [None if cell is None else cell.decode() for cell in cells]
     except UnicodeDecodeError:
         return "not UTF-8"
-    if is_blank(text):
-        return "the text is empty"
-    if len(text) > reading.LONGEST_TEXT:
-        return f"the text has more than {reading.LONGEST_TEXT:,} characters"
+    if texts.text_mode == JOIN:
+        parts = reading.join_cells([[part] for part in parts], texts.join_with)
+    for text in parts:
+        if text is None:
+            return "the text is missing"
+        if is_blank(text):
+            return "the text is empty"
+        if len(text) > reading.LONGEST_TEXT:
+            return f"the text has more than {reading.LONGEST_TEXT:,} characters"
     return ""
 
 

@@ -181,6 +181,8 @@ def _show_text(row: dict, tokenized: dict, tokenizer: PreTrainedTokenizerBase) -
         f" {tokenized['num_read']}; the first {len(shown)} are shown)"
     )
     print("text     " + repr(row["text"][:120]))
+    if "text_pair" in row:
+        print("pair     " + repr(row["text_pair"][:120]))
     print("tokens   " + " ".join(tokenizer.convert_ids_to_tokens(shown)))
     print("ids      " + " ".join(map(str, shown)))
     print("decoded  " + repr(tokenizer.decode(shown)))

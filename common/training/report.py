@@ -21,7 +21,7 @@ from common.runtime import Runtime
 from common.training import batching
 from common.training.batching import BatchConfig
 from common.training.calibration import Bin, calibration_error, decisions, reliability
-from common.training.data import Splits, TokenConfig
+from common.training.data import Splits, TokenConfig, texts_of
 from common.training.resampling import Answers, score_intervals
 from common.training.run import HEADLINES, MULTI, REGRESSION, SCORES, SINGLE
 from common.training.task import Task, task_of_rows
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 CARD_SETTINGS = {  # each with what is shown for a flag that was not given
     "text_column": "",
+    "text_mode": "one text",
     "label_column": "",
     "task": "",
     "max_train_samples": "all",
@@ -44,6 +45,8 @@ CARD_SETTINGS = {  # each with what is shown for a flag that was not given
     "processes": "",
     "batching": "",
     "lr": "",
+    "schedule": "",
+    "max_steps": "as the epochs have",
     "warmup_ratio": "",
     "weight_decay": "",
     "max_grad_norm": "",
@@ -258,6 +261,8 @@ class Predictions:
         self.rows, self.task, self.positive_class = rows, task_of_rows(rows), positive_class
         self.logits = logits
         self.names = list(self.task.names)
+        # of each row its text, or both texts of a pair
+        self.texts = [(text,) if isinstance(text, str) else text for text in texts_of(rows)]
         self.labels = self.task.targets(rows["label"][:])  # (N) or (N, C)
         self.num_tokens = torch.tensor(rows["num_tokens"][:])  # (N)
         self.num_read = torch.tensor(rows["num_read"][:])  # (N)
@@ -341,7 +346,7 @@ class Predictions:
             last = "error"
         rows = [
             [
-                _in_cell(self.rows[number]["text"], style),
+                _in_cell(" / ".join(self.texts[number]), style),
                 _in_cell(self.answer(number), style),
                 _in_cell(self.true(number), style),
                 values[number].item(),
@@ -399,9 +404,10 @@ class Predictions:
         """
         with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow(["row", *self._csv_columns(), "text"])
-            for number, (row, text) in enumerate(zip(self.rows["row"][:], self.rows["text"][:])):
-                writer.writerow([row, *self._csv_cells(number), text])
+            texts = ("text", "text_pair")[: len(self.texts[0])]
+            writer.writerow(["row", *self._csv_columns(), *texts])
+            for number, row in enumerate(self.rows["row"][:]):
+                writer.writerow([row, *self._csv_cells(number), *self.texts[number]])
 
     def _csv_columns(self) -> list[str]:
         if self.task.kind == REGRESSION:
@@ -658,8 +664,8 @@ def _listed(names: list[str]) -> str:
 
 
 def _novelty(splits: Splits) -> str:
-    seen = {*splits["train"]["text"], *splits["validation"]["text"]}
-    count = sum(text in seen for text in splits["test"]["text"])
+    seen = {*texts_of(splits["train"]), *texts_of(splits["validation"])}
+    count = sum(text in seen for text in texts_of(splits["test"]))
     if count == 0:
         return "which were used neither for training nor for choosing the weights"
     return (
@@ -700,7 +706,7 @@ pipeline_tag: text-classification
 from transformers import pipeline
 
 classify = pipeline("text-classification", model="this folder or its name on the Hub")
-print(classify({_example_call(task)}))
+print(classify({_example_call(task, is_pair="text_pair" in splits["test"].column_names)}))
 ```
 
 {_answers(task, outcome.scores)}{_about_temperature(outcome)}
@@ -751,10 +757,11 @@ def _title(task: Task) -> tuple[str, str]:
     return f"A model that gives texts {count} number{'s' * (count > 1)}", "predict"
 
 
-def _example_call(task: Task) -> str:
+def _example_call(task: Task, *, is_pair: bool) -> str:
     """Return the arguments with which the pipeline shows all that the model answers."""
     options = "truncation=True" if task.kind == SINGLE else "truncation=True, top_k=None"
-    return f'"a text", {options}'
+    text = '{"text": "a text", "text_pair": "another"}' if is_pair else '"a text"'
+    return f"{text}, {options}"
 
 
 def _about_temperature(outcome: Outcome) -> str:

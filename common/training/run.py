@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from common.errors import UserError, one_line, shorten
+from common.errors import UserError, listed, one_line, shorten
 from common.files import LOCK, find_damage, member, only_writer, read_json
 
 TRUNCATIONS = ("head", "tail", "head-tail", "chunks")
@@ -59,6 +59,8 @@ HEADLINES = {
     REGRESSION: ("rmse", "pearson", "spearman"),
 }
 
+SCHEDULES = ("linear", "cosine", "constant")
+PAIR, JOIN = "pair", "join"  # of --text-mode: what several columns of texts are
 LEFT_OPEN = (None, "auto")  # the values of flags whose default depends on the data or the model
 NEWEST = ""  # the value of --resume given alone: the newest checkpoint
 CONFIG = "config.json"  # once it exists, it is complete and the run can be resumed
@@ -84,7 +86,12 @@ FREE_FLAGS = {
     "quoting",
     "encoding",
     "dataset_config",
+    "dataset_revision",
+    "revision",
+    "tokenizer",
     "text_column",
+    "text_mode",
+    "join_with",
     "label_column",
     "label_separator",
     "train_split",
@@ -109,8 +116,25 @@ FREE_FLAGS = {
 NO_FLAGS = ("output_dir", "device", "precision", "max_minutes")
 
 
-def check_task(kind: Kind, flags: Mapping[str, Any]) -> None:
-    """Raise UserError for a flag that has no meaning in a task."""
+def check_text_columns(columns: str, mode: str | None) -> None:
+    """Raise UserError unless it is said what several columns of texts are, and there are as many as that
+    takes.
+    """
+    count = columns.count(",") + 1
+    if mode is None and count > 1:
+        raise UserError(
+            f"--text-column {columns}: say with --text-mode pair that two texts are read together, or with"
+            " --text-mode join that they are one text"
+        )
+    if (mode == PAIR and count != 2) or (mode == JOIN and count < 2):
+        wanted = "two columns" if mode == PAIR else "several columns"
+        raise UserError(f"--text-mode {mode}: name {wanted}, as in --text-column title,body; not {columns!r}")
+
+
+def check_task(kind: Kind, flags: Mapping[str, Any], names: Sequence[str] = ()) -> None:
+    """Raise UserError for a flag that has no meaning in a task, the `names` of whose answers are known as
+    soon as the data is.
+    """
     best_metric = flags["best_metric"]
     if best_metric not in SCORES[kind]:
         known = ", ".join(SCORES[kind])
@@ -122,6 +146,16 @@ def check_task(kind: Kind, flags: Mapping[str, Any]) -> None:
                 raise UserError(
                     f"{flag}: it is for classes and labels, and --task regression has numbers; leave it out"
                 )
+    positive, threshold = flags["positive_class"], flags["threshold"]
+    if positive is not None and (kind != SINGLE or (names and positive not in names)):
+        known = listed(names, most=10) if kind == SINGLE else f"none in --task {kind}"
+        raise UserError(f"--positive-class {positive}: no such class; the classes are {known}")
+    if threshold is not None and kind != MULTI:
+        raise UserError(f"--threshold {threshold}: it is for labels, and this is --task {kind}; leave it out")
+    if best_metric == "binary_f1" and len(names) > 2 and positive is None:
+        raise UserError(
+            "--best-metric binary_f1: name the class with --positive-class, because there are several"
+        )
     separator = flags["label_separator"]
     if separator is not None and (kind != MULTI or "," in flags["label_column"]):
         raise UserError(

@@ -216,7 +216,7 @@ def main(args: argparse.Namespace):
     print(
         tabulate(
             [[name, *measures.values()] for name, measures in scores.items()],
-            ["search", *relevance.MEASURES],
+            ["search", *relevance.USUAL.keys],
             floatfmt=".3f",
         )
     )

@@ -2,6 +2,7 @@
 a dictionary, brute force, and the values as they stand in the files.
 """
 
+import csv
 import io
 import json
 import re
@@ -221,6 +222,28 @@ def test_a_task_of_beir_is_read_as_it_is(ok, beir, tmp_path):
     ]
     assert values(tmp_path / "ix", "title") == ["Wings", "", "Awful"]
     assert where(tmp_path / "ix", "_id = 'd2' AND title = ''") == {"d2"}
+
+
+def test_a_task_is_scored_at_chosen_ranks_query_by_query(ok, embed, beir, tmp_path):
+    task = ("--queries", beir / "queries.jsonl", "--qrels", beir / "qrels" / "test.tsv")
+    corpus = ("--texts", beir / "corpus.jsonl", "--text-column", "title,text")
+    flags = ("evaluate", *corpus, *task, "--at", 1, 3, "--per-query", tmp_path / "scores.csv")
+    found = ok(*flags, "--json")
+    names = ["nDCG@1", "nDCG@3", "MRR@1", "MRR@3", "MAP@100", "P@1", "P@3", "recall@1", "recall@3"]
+    assert list(found["scores"]["exact"]) == names
+    lines = list(csv.DictReader(io.StringIO((tmp_path / "scores.csv").read_text())))
+    assert [(line["search"], line["query"]) for line in lines] == [
+        (search, query) for search in ("exact", "approximate", "hybrid") for query in ("q1", "q2")
+    ]
+    for search, scores in found["scores"].items():
+        own = [line for line in lines if line["search"] == search]
+        means = {name: sum(float(line[name]) for line in own) / 2 for name in names}
+        assert means == pytest.approx(scores) and set(found["intervals"][search]) == set(names)
+    assert {one["model"] for one in found["differences"]} == {"approximate", "hybrid"}
+    code, _, stderr = embed(*flags)
+    assert code == 2 and "it exists" in stderr
+    shown = ok(*flags[:-2])
+    assert "minus exact" in shown and "p < 0.05" in shown and "recall@3" in shown
 
 
 def test_columns_that_mongo_and_others_have(ok, tmp_path):

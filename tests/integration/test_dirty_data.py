@@ -195,3 +195,33 @@ def test_a_test_split_without_labels_is_predicted(labels, run, tmp_path):
         rows = list(csv.DictReader(file))
     assert [row["row"] for row in rows] == [str(number) for number in range(1, 7)]
     assert all(row["label"] in ("0", "1") for row in rows)
+
+
+@pytest.mark.parametrize("mode, bad", [("join", [43]), ("pair", [42, 43])])
+def test_an_empty_cell_is_a_fault_of_a_pair_but_not_of_a_text_that_is_joined(mode, bad, run, tmp_path):
+    """Oracle of the split without labels: --predict on its file, with the model of the run."""
+    folder, output = tmp_path / "splits", tmp_path / "run"
+    folder.mkdir()
+    rows = [f"title {n},{text},{label}" for n, (text, label) in enumerate(make_sentences(40))]
+    (folder / "train.csv").write_text("\n".join(["title,body,label", *rows, ",a film,pos", ",,neg"]) + "\n")
+    rows = [row.rpartition(",")[0] for row in rows]
+    (folder / "test.csv").write_text("\n".join(["title,body", *rows, ",a film", ",  "]) + "\n")
+    columns = ["--text-column", "title,body", "--text-mode", mode]
+    code, _, said = run(folder, *columns, "--output-dir", output, *SHORT)
+    assert code == 2 and f"split test, row {bad[0] - 1}" in said and not output.exists()
+    code, printed, said = run(folder, *columns, "--skip-bad", "--output-dir", output, *SHORT)
+    assert code == 0 and f"{2 * len(bad)} rows can't be used and are left out" in printed, said
+    faults = [json.loads(line) for line in (output / "bad-rows.jsonl").read_text().splitlines()]
+    assert sorted((row["source"], row["row"]) for row in faults) == [
+        (split, row) for split in ("split test", "split train") for row in bad
+    ]
+    answers = tmp_path / "answers.csv"
+    flags = ["--predict", folder / "test.csv", "--skip-bad", "--output", answers, "--eval-max-length", 32]
+    code, _, said = run(folder, "--model", output / "best", *flags)
+    assert code == 0 and f"{len(bad):,} rows can't be used and are left out" in said, said
+    with open(output / "unlabelled.csv") as one, open(answers) as other:
+        ours, theirs = list(csv.DictReader(one)), list(csv.DictReader(other))
+    assert [int(row["row"]) for row in ours] == [row for row in range(2, 44) if row not in bad]
+    for row, expected in zip(ours, theirs, strict=True):
+        assert row["row"] == expected["row"] and row["label"] == expected["label"]
+        assert float(row["confidence"]) == pytest.approx(float(expected["confidence"]), abs=1e-4)

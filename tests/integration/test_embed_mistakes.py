@@ -326,6 +326,31 @@ FLAGS = {
         ["cluster", "--index", "HOME/ix", "--num-clusters", "13"],
         ("--num-clusters 13", "12 texts"),
     ),
+    "clusters in a column of texts": (
+        ["cluster", "--index", "HOME/ix", "--num-clusters", "2", "--column", "label"],
+        ("--column label", "string", "another name"),
+    ),
+    "clusters in a column of our own": (
+        ["cluster", "--index", "HOME/ix", "--num-clusters", "2", "--column", "_index_id"],
+        ("--column _index_id", "our own"),
+    ),
+    "clusters in a column of no index": (
+        ["cluster", "HOME/good.csv", "--num-clusters", "2", "--column", "topic"],
+        ("--column topic", "--index", "--output"),
+    ),
+    "stop words of nowhere": (
+        ["cluster", "--index", "HOME/ix", "--hdbscan", "--stop-words", "HOME/nope"],
+        ("HOME/nope", "can't be read"),
+    ),
+    "stop words that nobody knows": (
+        ["cluster", "--index", "HOME/ix", "--hdbscan", "--stop-words", "th"],
+        ("no stop words of Thai", "name a file"),
+    ),
+    "a size that k-means has not": (
+        ["cluster", "--index", "HOME/ix", "--num-clusters", "2", "--min-size", "3"],
+        ("--min-size 3", "--hdbscan"),
+    ),
+    "measures that stop nowhere": (["evaluate", "--at", "0"], ("--at", "'0'")),
     "clusters of no kind": (["cluster", "--index", "HOME/ix"], ("--num-clusters", "--threshold", "required")),
     "threshold 2": (
         ["duplicates", "--index", "HOME/ix", "--threshold", "2"],

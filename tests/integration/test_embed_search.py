@@ -516,6 +516,8 @@ def test_the_bundled_task_finds_articles_by_their_headlines(ok, tiny_embedder, m
     expected = {
         "nDCG@10": np.where(ranks <= 10, 1 / np.log2(1 + ranks), 0),
         "MRR@10": np.where(ranks <= 10, 1 / ranks, 0),
+        "MAP@100": 1 / ranks,
+        "P@10": (ranks <= 10) / 10,
         "recall@1": ranks <= 1,
         "recall@10": ranks <= 10,
         "recall@100": ranks <= 100,

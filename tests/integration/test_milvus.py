@@ -236,11 +236,13 @@ def test_each_process_of_a_job_writes_its_share(ok, stores, tiny_embedder, run_s
             "server",
             "--data-dir",
             str(tmp_path / "s"),
+            "--host",
+            "127.0.0.1",
             "--port",
             "19555",
         ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     try:
         time.sleep(8)

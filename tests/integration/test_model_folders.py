@@ -119,7 +119,7 @@ def use(task: str, folder: str | Path) -> None:
         assert decoding.prefill(loaded, decoding.left_pad([ids], loaded, room=1)).isfinite().all()
     else:
         if task == "train":
-            config = classifier.ModelConfig(name, None, None, None, 0, None, False, False)
+            config = classifier.ModelConfig(name, None, None, None, None, None, 0, None, False, False)
             model, tokenizer = classifier.load_pretrained(config, Task(SINGLE, ("neg", "pos")), runtime)
         else:
             model, tokenizer = classifier.load_saved(name, runtime, cache_dir=None)

@@ -164,7 +164,7 @@ def test_memory_does_not_grow_with_the_number_of_texts(tmp_path):
         path.write_text("".join(f"a text of some words, the number {number}\n" for number in range(count)))
         tracemalloc.start()
         with reading.open_texts(
-            str(path), column="text", kept=[], options=FileOptions(), cache_dir=None
+            str(path), columns=["text"], kept=[], options=FileOptions(), cache_dir=None
         ) as texts:
             assert texts.check() == set()
             blocks = texts.blocks(evaluation.PREDICT_BLOCK, without=set(), skipped=5)

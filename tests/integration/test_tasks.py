@@ -5,6 +5,7 @@ pipeline, --predict, a second look and a second process answer as the run did.
 import csv
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,13 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from scipy import stats
 from sklearn import metrics as sklearn_metrics
-from transformers import AutoConfig, pipeline
+from transformers import AutoConfig, AutoTokenizer, pipeline
 
-from conftest import POSITIVE, make_sentences
+from conftest import POSITIVE, make_sentences, train_wordpiece
 
 TOXIC = ("toxic", "severe_toxic", "obscene", "threat", "insult", "identity_hate")
 FLAGS = ["--epochs", 2, "--max-length", 32, "--lr", "5e-3", "--precision", "fp32", "--log-every", 3]
@@ -46,6 +48,38 @@ def scored_texts(path: Path) -> None:
     path.write_text("\n".join(rows) + "\n")
 
 
+def pairs_of_texts() -> list[tuple[str, str, bool]]:
+    """Return pairs of texts, each with whether both are good or both bad; some with a quotation mark that
+    is not closed.
+    """
+    texts = make_sentences(240)
+    pairs = []
+    for number in range(120):
+        (first, label), (second, other) = texts[number], texts[239 - number if number % 3 else 238 - number]
+        marks = ('"', "") if number % 7 == 0 else ("", "")
+        pairs.append((marks[0] + first, second + ' he said "so' * (number % 5 == 0), label == other))
+    return pairs
+
+
+def paraphrases(path: Path) -> None:
+    """Write the shape of MRPC: tabs, a header of odd names, quotation marks that are text."""
+    rows = ["Quality\t#1 ID\t#2 ID\t#1 String\t#2 String"]
+    for number, (first, second, same) in enumerate(pairs_of_texts()):
+        rows.append(f"{int(same)}\t{number}\t{number + 1000}\t{first}\t{second}")
+    path.write_text("\n".join(rows) + "\n")
+
+
+def similar_texts(path: Path) -> None:
+    """Write the shape of STS-B: ten columns between tabs, scores from 0.000 to 5.000."""
+    names = "index genre filename year old_index source1 source2 sentence1 sentence2 score"
+    rows = ["\t".join(names.split())]
+    for number, (first, second, same) in enumerate(pairs_of_texts()):
+        score = 3 * same + (number * 8 % 21) / 10
+        cells = ["main-news", "headlines", "2012", f"{number:04}", "none", "none"]
+        rows.append("\t".join([str(number), *cells, first, second, f"{score:.3f}"]))
+    path.write_text("\n".join(rows) + "\n")
+
+
 @dataclass(frozen=True)
 class Case:
     """A file of a task, the flags that read it, and what its answers are called."""
@@ -67,6 +101,30 @@ MULTI = Case(
 REGRESSION = Case(
     "regression", scored_texts, "scores.csv", ("--label-column", "score", "--best-metric", "rmse"), ("score",)
 )
+PAIR = ("--text-mode", "pair", "--max-length", "48")
+MRPC = Case(
+    "single",
+    paraphrases,
+    "msr_paraphrase_train.tsv",
+    (
+        "--text-column",
+        "#1 String,#2 String",
+        *PAIR,
+        "--label-column",
+        "Quality",
+        "--best-metric",
+        "binary_f1",
+    ),
+    ("0", "1"),
+)
+STS_B = Case(
+    "regression",
+    similar_texts,
+    "train.tsv",
+    ("--text-column", "sentence1,sentence2", *PAIR, "--label-column", "score", "--best-metric", "pearson"),
+    ("score",),
+)
+PAIRS = [pytest.param(case, id=case.file) for case in (MRPC, STS_B)]
 CASES = [pytest.param(case, id=case.kind) for case in (MULTI, REGRESSION)]
 
 
@@ -96,13 +154,13 @@ def finished(forked_runs, tmp_path_factory):
     forked_runs.flags, made = FLAGS, {}
 
     def get(case: Case) -> Finished:
-        if case.kind not in made:
+        if case not in made:
             folder = tmp_path_factory.mktemp(case.kind)
             case.write(folder / case.file)
             data = ["--dataset", folder / case.file, *case.flags]
             assert forked_runs.run(folder / "run", *data) == [0], forked_runs.said()
-            made[case.kind] = Finished(folder / "run", data, forked_runs.said("stdout"))
-        return made[case.kind]
+            made[case] = Finished(folder / "run", data, forked_runs.said("stdout"))
+        return made[case]
 
     return get
 
@@ -213,6 +271,147 @@ def test_pipeline_answers_as_predict_and_the_run_do(case, finished, call_script)
     assert num_short >= 3
 
 
+@pytest.mark.parametrize("case", PAIRS)
+def test_a_pair_is_read_by_pipeline_and_predict_as_the_run_read_it(case, finished, call_script, tmp_path):
+    """Predicted without flags from lines with a tab, and from the file itself."""
+    run = finished(case)
+    assert re.search(rf"^task     {case.kind}: ", run.said, re.M)
+    rows, model = run.rows, run.folder / "best"
+    source = [line.split("\t") for line in Path(run.data[1]).read_text().splitlines()[1:]]
+    texts = [
+        tuple(source[int(row["row"]) - 1][column] for column in ((3, 4) if case is MRPC else (7, 8)))
+        for row in rows
+    ]
+    assert [(row["text"], row["text_pair"]) for row in rows] == texts
+    classify = pipeline("text-classification", model=str(model), device="cpu", top_k=None)
+    common = ("train_classifier.py", "--model", model, "--precision", "fp32", "--predict")
+    lines = call_script(*common, "-", stdin="".join(f"{first}\t{second}\n" for first, second in texts)).stdout
+    whole = call_script(*common, run.data[1]).stdout.splitlines()
+    num_short = 0
+    for row, (first, second), line in zip(rows, texts, lines.splitlines(), strict=True):
+        answer = json.loads(line)
+        assert json.loads(whole[int(row["row"]) - 1])["scores"] == pytest.approx(answer["scores"], abs=1e-4)
+        name = case.names[-1]
+        written = "predicted score" if case.kind == "regression" else f"score {name}"
+        assert float(row[written]) == pytest.approx(answer["scores"][name], abs=1e-4)
+        if len(classify.tokenizer(first, second)["input_ids"]) <= 48:
+            num_short += 1
+            expected = classify({"text": first, "text_pair": second}, truncation=True)
+            assert answer["scores"] == pytest.approx(
+                {one["label"]: one["score"] for one in expected}, abs=1e-4
+            )
+    assert num_short >= 2
+    assert '"text_pair"' in (model / "README.md").read_text()
+
+
+def test_parts_of_a_text_are_joined_and_a_blank_one_left_out(call_script, tiny_model, cache_dir, tmp_path):
+    rows = ["title,body,label"]
+    rows += [
+        f"{text if n % 4 else ''},{label} {text},{label}"
+        for n, (text, label) in enumerate(make_sentences(40))
+    ]
+    (tmp_path / "news.csv").write_text("\n".join(rows) + "\n")
+    flags = ["--dataset", tmp_path / "news.csv", "--text-column", "title,body", "--text-mode", "join"]
+    flags += ["--join-with", " | ", "--cache-dir", cache_dir, "--epochs", 1, "--precision", "fp32"]
+    common = ("train_classifier.py", "--model")
+    call_script(*common, tiny_model, *flags, "--output-dir", tmp_path / "run")
+    run = Finished(tmp_path / "run", [], "")
+    for row in run.rows:
+        title, body, _ = rows[int(row["row"])].split(",")
+        assert row["text"] == (f"{title} | {body}" if title else body)
+    done = call_script(
+        *common, tmp_path / "run" / "best", "--predict", tmp_path / "news.csv", "--precision", "fp32"
+    )
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    for row in run.rows:
+        assert answers[int(row["row"]) - 1]["confidence"] == pytest.approx(float(row["confidence"]), abs=1e-4)
+
+
+def test_thresholds_are_chosen_on_validation_saved_and_used(finished, forked_runs, call_script, tmp_path):
+    """Oracle: the F1 of scikit-learn on the validation texts, which --evaluate-only scores too."""
+    run, folder = finished(MULTI), tmp_path / "run"
+    assert forked_runs.run(folder, *run.data, "--threshold", "auto") == [0], forked_runs.said()
+    settings = json.loads((folder / "best" / "training.json").read_text())
+    chosen = dict(zip(TOXIC, settings["thresholds"], strict=True))
+    assert len(set(chosen.values())) > 1
+    again = Finished(folder, run.data, "")
+    true, predicted, scores = truth_of(again.rows, MULTI)
+    assert ((scores >= np.array(list(chosen.values()))) == predicted).all()
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    best = again.results["best_epoch"]
+    [found] = [line for line in lines if "validation/loss" in line][best - 1 : best]
+    assert {name: found[f"validation_threshold/{name}"] for name in TOXIC} == chosen
+    plain = [line for line in map(json.loads, (run.folder / "metrics.jsonl").read_text().splitlines())]
+    [before] = [line for line in plain if "validation/loss" in line][best - 1 : best]
+    assert before["validation/loss"] == found["validation/loss"]
+    assert before["validation/macro_f1"] < found["validation/macro_f1"]
+    text = again.rows[0]["text"].replace("\n", " ")
+    common = ("train_classifier.py", "--model", folder / "best", "--predict", "-", "--precision", "fp32")
+    for flags, limits in (([], chosen), (["--threshold", 0.2], dict.fromkeys(TOXIC, 0.2))):
+        answer = json.loads(call_script(*common, *flags, stdin=text + "\n").stdout)
+        assert answer["labels"] == [name for name in TOXIC if answer["scores"][name] >= limits[name]]
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_a_run_has_as_many_steps_as_asked_for_on_its_schedule(schedule, finished, forked_runs, tmp_path):
+    """It ends within an epoch, killed and continued too. Oracle: transformers' schedules."""
+    data, flags = finished(REGRESSION).data, ["--max-steps", 15, "--log-every", 1, "--warmup-ratio", 0.2]
+    flags += ["--schedule", schedule]
+    assert forked_runs.run(tmp_path / "run", *data, *flags) == [0], forked_runs.said()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rates = [line["train/learning_rate"] for line in lines if "train/loss" in line]
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=5e-3)
+    options = {} if schedule == "constant" else {"num_training_steps": 15}
+    scheduler = transformers.get_scheduler(
+        f"{schedule}_with_warmup" if schedule == "constant" else schedule, optimizer, 3, **options
+    )
+    expected = []
+    for _ in range(15):
+        optimizer.step()
+        scheduler.step()
+        expected.append(scheduler.get_last_lr()[0])
+    assert rates == pytest.approx(expected)
+    assert [line["step"] for line in lines if "validation/loss" in line] == [12, 15]
+    assert "epoch 1.25/2" in forked_runs.said("stdout")
+    if schedule == "linear":
+        killed = tmp_path / "killed"
+        assert forked_runs.run(killed, *data, *flags, "--save-every", 4, event=160) == [-9]
+        assert forked_runs.run(killed, *data, *flags, "--save-every", 4, "--resume") == [0], (
+            forked_runs.said()
+        )
+        first, second = (
+            load_file(path / "best" / "model.safetensors") for path in (tmp_path / "run", killed)
+        )
+        assert all(torch.equal(first[name], second[name]) for name in first | second)
+
+
+def test_another_tokenizer_is_used_and_saved_and_refused_where_its_ids_do_not_fit(
+    call_script, tiny_model, sentences_csv, cache_dir, tmp_path
+):
+    other = tmp_path / "other"
+    train_wordpiece([text for text, _ in make_sentences(50, seed=5)], vocab_size=120).save_pretrained(other)
+    shutil.copy(tiny_model / "config.json", other)
+    shutil.copy(tiny_model / "model.safetensors", other)
+    common = (
+        "train_classifier.py",
+        "--model",
+        tiny_model,
+        "--dataset",
+        sentences_csv,
+        "--cache-dir",
+        cache_dir,
+    )
+    call_script(*common, "--tokenizer", other, "--epochs", 1, "--output-dir", tmp_path / "run")
+    saved = AutoTokenizer.from_pretrained(tmp_path / "run" / "best")
+    assert saved.get_vocab() == AutoTokenizer.from_pretrained(other).get_vocab()
+    bundled = "bundled/all-MiniLM-L6-v2"
+    done = call_script(*common, "--tokenizer", bundled, "--output-dir", tmp_path / "none", check=False)
+    assert (
+        done.returncode == 2 and f"--tokenizer {bundled}: the tokenizer's ids go up to 30521" in done.stderr
+    )
+    assert not (tmp_path / "none").exists()
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_evaluate_only_and_inspect_know_the_task(case, finished, call_script, tiny_model, cache_dir):
     run = finished(case)
@@ -263,6 +462,11 @@ def test_two_processes_learn_what_one_does(case, finished, forked_runs, tmp_path
         (REGRESSION, ["--label-smoothing", 0.1], ["--label-smoothing 0.1", "regression"]),
         (REGRESSION, ["--class-weights", "balanced"], ["--class-weights balanced", "regression"]),
         (REGRESSION, ["--label-separator", ";"], ["--label-separator ;", "multi"]),
+        (REGRESSION, ["--threshold", 0.3], ["--threshold 0.3", "regression"]),
+        (MULTI, ["--positive-class", "toxic"], ["--positive-class toxic", "multi"]),
+        (MULTI, ["--text-mode", "pair"], ["--text-mode pair", "two columns", "comment_text"]),
+        (MULTI, ["--text-column", "id,comment_text"], ["--text-column id,comment_text", "pair", "join"]),
+        (MULTI, ["--revision", "main"], ["--revision main", "Hub"]),
     ],
 )
 @pytest.mark.parametrize("given", [True, False], ids=["named", "found"])

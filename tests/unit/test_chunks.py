@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from common.bundled import model_folder
+from common.tokenizer import read_tokenizer
 from common.training import data
 from common.training.run import TRUNCATIONS
 from conftest import make_sentences
@@ -83,3 +85,46 @@ def test_each_chunk_stands_between_the_special_tokens(tokenizer, truncation):
             # 10 tokens: a quarter, rounded, from the beginning
             assert found[0][1:-1] == own[:2] + own[-8:] and read == 12
         assert len(np.unique([len(chunk) for chunk in found])) == 1
+
+
+# Pairs --------------------------------------------------------------------------------------------
+
+WORDS = " ".join(f"w{number}" for number in range(40))
+
+
+@pytest.mark.parametrize("lengths", [(3, 4), (3, 30), (30, 3), (20, 30), (30, 30), (9, 8), (1, 40)])
+@pytest.mark.parametrize("max_length", [8, 15, 20])
+@pytest.mark.parametrize("name", ["tiny", "bundled/all-MiniLM-L6-v2"])
+def test_the_head_of_a_pair_is_the_librarys_longest_first(lengths, max_length, name, tiny_model):
+    tokenizer = AutoTokenizer.from_pretrained(
+        tiny_model if name == "tiny" else model_folder(name, kind="encoder")
+    )
+    first, second = (" ".join(["the film was"] * 40).split()[:length] for length in lengths)
+    pair = (" ".join(first), " ".join(second))
+    expected = tokenizer(*pair, truncation="longest_first", max_length=max_length)
+    columns = data.encode([pair[0]], tokenizer, max_length=max_length, truncation="head", pairs=[pair[1]])
+    for column in ("input_ids", "token_type_ids"):
+        assert columns[column] == [[expected[column]]]
+    assert columns["num_tokens"] == [len(tokenizer(*pair)["input_ids"])]
+    assert columns["num_read"] == [len(expected["input_ids"])]
+
+
+@pytest.mark.parametrize("first, second", [(3, 40), (40, 3), (30, 40), (40, 30), (2, 3)])
+@pytest.mark.parametrize("size", [6, 11])
+def test_the_chunks_of_a_pair_read_all_of_the_longer_text_beside_the_shorter_one(first, second, size):
+    chunks = data.cut_pair(first, second, size, "chunks")
+    longer = 0 if first > second else 1
+    read = set().union(*(chunk[longer].tolist() for chunk in chunks))
+    assert read == set(range(max(first, second)))
+    kept = min(first, second, size // 2) if first + second > size else min(first, second)
+    assert all(chunk[1 - longer].tolist() == list(range(kept)) for chunk in chunks)
+    assert all(len(one) + len(other) <= size for one, other in chunks)
+
+
+@pytest.mark.parametrize("truncation", ["head", "tail", "head-tail", "chunks"])
+def test_a_pair_is_read_alike_by_both_tokenizers(truncation):
+    folder = model_folder("bundled/all-MiniLM-L6-v2", kind="encoder")
+    texts = (["a film " * 20, "short"], ["b story " * 9, "another text " * 12])
+    options = {"max_length": 24, "truncation": truncation, "pairs": texts[1]}
+    own = data.encode(texts[0], read_tokenizer(folder), **options)
+    assert own == data.encode(texts[0], AutoTokenizer.from_pretrained(folder), **options)
