@@ -135,6 +135,19 @@ def add_data_flags(parser: cli.Parser) -> None:
     flag("--test-split", help="its name in the data set; cut from train if there is none")
     seed = "seed that cuts and samples splits (default: --seed)"
     flag("--split-seed", type=cli.non_negative_int, help=seed)
+    flag(
+        "--skip-bad",
+        action="store_true",
+        help="leave out rows that can't be used, and write them to bad-rows.jsonl in the run folder, or"
+        " beside --output; --inspect lists them",
+    )
+    flag("--drop-rare", type=count, metavar="N", help="leave out classes with fewer than N training texts")
+    flag(
+        "--merge-rare",
+        type=cli.name,
+        metavar="NAME",
+        help="make one class of them instead (without --drop-rare: of those with fewer than 10)",
+    )
     flag("--max-train-samples", type=count, help="most texts to train on: a stratified sample")
     flag("--max-eval-samples", type=count, help="the same for validation and test")
     flag("--max-length", type=count, help=f"tokens read at once in training (default: {DEFAULT_MAX_LENGTH})")
@@ -453,6 +466,8 @@ def threshold(text: str) -> float | Literal["auto"]:
 def check_output_flags(args: argparse.Namespace) -> None:
     """Raise UserError unless the file of predictions can be written."""
     resumes = args.resume is not None
+    if args.skip_bad and args.output is None:
+        raise UserError("--skip-bad: with --predict it writes the bad rows beside --output; name that")
     if args.output is not None:
         predictions.check_output(args.output, resume=resumes)
     elif resumes:
@@ -585,7 +600,7 @@ from common.training import batching, checkpoint, classifier, data, report, trac
 from common.training.batching import BatchConfig, count_examples, pool_chunks, sync_gradients
 from common.training.checkpoint import TIME_IS_UP, Checkpoints, StopSignals, TrainingState
 from common.training.classifier import ModelConfig
-from common.training.data import DataConfig, Splits, TextConfig, TokenConfig
+from common.training.data import DataConfig, Found, Splits, TextConfig, TokenConfig
 from common.training.evaluation import PREDICT_BLOCK, evaluate, is_better, predict_logits, predict_texts
 from common.training.task import LabelConfig, Scoring, Task, balanced_weights, sum_losses, task_of_rows
 
@@ -676,6 +691,7 @@ def data_config(args: argparse.Namespace) -> DataConfig:
         DataConfig,
         args,
         seed=args.seed if args.split_seed is None else args.split_seed,
+        skip_bad=args.skip_bad or args.inspect,
         files=config_from_flags(FileOptions, args),
         texts=config_from_flags(TextConfig, args),
         labels=config_from_flags(LabelConfig, args),
@@ -694,11 +710,13 @@ class Loaded:
     tokenizer: PreTrainedTokenizerBase
     model: PreTrainedModel
     config: TrainConfig
+    found: Found  # what the data holds beside the splits
 
 
-def load(args: argparse.Namespace, runtime: Runtime) -> Loaded:
+def load(args: argparse.Namespace, runtime: Runtime, found: Found | None = None) -> Loaded:
     """Read the data, load tokenizer and model, and tokenise the data."""
-    splits = data.load_splits(data_config(args), runtime)
+    found = Found() if found is None else found
+    splits = data.load_splits(data_config(args), runtime, found)
     # what is asked: one class of several, several labels, or numbers; and the names of the answers
     task = task_of_rows(splits["train"])
     check_task(task.kind, vars(args), task.names)
@@ -727,7 +745,7 @@ def load(args: argparse.Namespace, runtime: Runtime) -> Loaded:
     if config.max_steps is not None:  # as many epochs as they take, of which the last may be a part
         epochs = math.ceil(config.max_steps / steps_in_epoch(tokenized["train"], config, runtime))
         config = dataclasses.replace(config, epochs=epochs)
-    return Loaded(splits, tokenized, tokenizer, model, config)
+    return Loaded(splits, tokenized, tokenizer, model, config, found)
 
 
 # Optimizer, schedule, loss scaler, DDP ------------------------------------------------------------
@@ -1070,13 +1088,44 @@ def test(loaded: Loaded, state: TrainingState, run: Run, runtime: Runtime) -> No
     runtime.say(f"\n{report.epoch_table(state.history, config.task, config.best_metric)}")
     runtime.say(f"\nbest epoch {state.best['epoch']}, reloaded and scored on the test split:")
     report.show(scores, outcome.predictions, config.tokens.eval_max_length, runtime)
+    answers = []
+    if loaded.found.unlabelled is not None:  # a test split of a competition
+        unlabelled = loaded.found.unlabelled
+        answers = predict_rows(model, tokenizer, unlabelled, config, scoring, temperature, runtime)
     if runtime.is_main:
+        if answers:
+            predictions.write_csv(folder / "unlabelled.csv", answers)
         report.write_report(folder, outcome)
         report.write_card(folder / "best", outcome, loaded.splits)
     report.log_outcome(run.log, outcome)  # the last: metrics.json tells that the run is finished
     run.checkpoints.prune_finished()
     paths = f"model: {folder}/best   every test row: {folder}/predictions.csv"
     runtime.say(f"\nreport: {folder}/report.md   {paths}")
+    if answers:
+        runtime.say(f"the test split without labels, predicted: {folder}/unlabelled.csv")
+
+
+def predict_rows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: datasets.Dataset,
+    config: TrainConfig,
+    scoring: Scoring,
+    temperature: float,
+    runtime: Runtime,
+) -> list[dict]:
+    """Return the answers for a split without labels, with the numbers of its rows."""
+    answers = predict_texts(
+        model,
+        tokenizer,
+        data.texts_of(rows),
+        config.tokens,
+        runtime,
+        batch_size=config.eval_batch_size,
+        scoring=scoring,
+        temperature=temperature,
+    )
+    return [{**answer, "row": row} for answer, row in zip(answers, rows["row"][:], strict=True)]
 
 
 def calibrate(
@@ -1126,6 +1175,8 @@ def fit_in(location: RunLocation, args: argparse.Namespace, clock: tracking.Cloc
     if start is not None:
         checkpoints.restore(start, state)
     log = checkpoints.open_log(flags, state.model, start)
+    if args.skip_bad and runtime.is_main:
+        predictions.write_bad_rows(log.folder / "bad-rows.jsonl", loaded.found.faults)
     advice = f"continue with --resume {location.folder}"
     if args.keep == 0:
         advice = f"nothing is saved (--keep 0): --resume {location.folder} starts from the beginning"
@@ -1184,8 +1235,13 @@ def predict(args: argparse.Namespace, runtime: Runtime) -> None:
         kept=kept_columns(args),
         options=options,
         cache_dir=args.cache_dir,
+        faults=(faults := [] if args.skip_bad else None),
     ) as texts:
         bad = texts.check()
+        if faults and runtime.is_main:
+            path = predictions.bad_rows_file(Path(args.output))
+            predictions.write_bad_rows(path, faults)
+            sources.note(f"{len(faults):,} rows can't be used and are left out: {path}")
 
         def answer(block: reading.TextBlock) -> list[dict]:
             answers = predict_texts(
@@ -1252,7 +1308,11 @@ def inspect(args: argparse.Namespace, runtime: Runtime) -> None:
     name, other = args.compare_tokenizer, None
     if name is not None:
         other = inspection.load_other_tokenizer(name, cache_dir=args.cache_dir)
-    loaded = load(args, runtime)
+    found = Found()
+    try:
+        loaded = load(args, runtime, found)
+    finally:  # also where too little is left to go on
+        inspection.show_faults(found)
     inspection.show(
         loaded.splits,
         loaded.tokenized,

@@ -370,6 +370,8 @@ class Texts:
         for name in self.kept:
             require_column(rows.column_names, name, source=self.source, flag="--keep-columns")
         if join_with is not None:
+            for column in columns:
+                check_characters(rows.with_format("arrow")[column], f"{self.source}, row", first=1)
             self.columns = [",".join(columns)]
             joined = join_cells([rows[column][:] for column in columns], join_with)
             rows = rows.add_column(self.columns[0], joined)
@@ -379,6 +381,8 @@ class Texts:
         """Return the numbers of the texts that can't be used, after looking at all: these are faults."""
         bad: set[int] = set()
         for number, text, cell in self._all():
+            if number in bad:  # its row is a fault already, for the other text of a pair
+                continue
             if text is None or sources.is_blank(text):
                 problem = "the text is missing" if text is None else "the text is empty"
             elif len(text) > LONGEST_TEXT:

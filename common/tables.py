@@ -98,7 +98,7 @@ class DataFile:
     def note(self, row: int, problem: str, content: str) -> None:
         """Note a row that can't be read."""
         assert self.faults is not None
-        readable = content.encode("utf-8", "backslashreplace").decode()
+        readable = content.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
         self.faults.append(Fault(self.name, row, problem, readable))
 
 

@@ -18,17 +18,18 @@ import math
 import re
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
 from common import reading
-from common.errors import UserError, listed, quoted
+from common.errors import Fault, UserError, listed, quoted
 from common.files import replace_file, sha256
 from common.runtime import Runtime
 from common.sources import INVISIBLE, FileOptions, note
+from common.training.faults import clean, has_labels, note_faults, text_problems, without_rare
 from common.training.run import JOIN, MULTI, REGRESSION, SINGLE
 from common.training.task import (
     DESCRIPTIONS,
@@ -99,6 +100,9 @@ class DataConfig:
     max_eval_samples: int | None
     seed: int
     cache_dir: str | None
+    skip_bad: bool  # rows that can't be used are left out
+    drop_rare: int | None
+    merge_rare: str | None
     files: FileOptions  # how data files are written
     texts: TextConfig
     labels: LabelConfig
@@ -107,6 +111,15 @@ class DataConfig:
     def columns(self) -> list[str]:
         """The columns of texts and labels, which stay as they are written."""
         return [*self.texts.columns, *self.labels.columns]
+
+
+@dataclass
+class Found:
+    """What a data set holds beside the splits that are trained and scored."""
+
+    faults: list[Fault] = field(default_factory=list)  # rows that can't be used
+    unlabelled: datasets.Dataset | None = None  # a test split without labels: its texts and `row`
+    whole: Splits = field(default_factory=dict)  # before rare classes are left out and splits are cut
 
 
 @dataclass(frozen=True)
@@ -125,14 +138,29 @@ class TokenConfig:
 # Labelled splits ----------------------------------------------------------------------------------
 
 
-def load_splits(config: DataConfig, runtime: Runtime) -> Splits:
-    """Return the labelled splits train, validation and test, and print where they come from."""
+def load_splits(config: DataConfig, runtime: Runtime, found: Found | None = None) -> Splits:
+    """Return the labelled splits train, validation and test, and print where they come from.
+
+    What else there is, such as the rows that --skip-bad leaves out, is put into `found`. Raises
+    UserError as `validate` does.
+    """
+    found = Found() if found is None else found
+    faults = found.faults if config.skip_bad else None
     wanted = {"train": config.train_split, "validation": config.validation_split, "test": config.test_split}
-    source = _read_source(config)
+    source = _read_source(config, faults)
     splits = choose_splits(source, wanted)
     unused = [str(name) for name, rows in source.items() if all(rows is not one for one in splits.values())]
-    splits |= _read_split_files(config)
-    splits = validate(splits, config.texts, config.labels)
+    splits |= _read_split_files(config, faults)
+    if "test" in splits and not has_labels(splits["test"], config.labels):
+        found.unlabelled = _unlabelled(splits.pop("test"), config.texts, faults)
+    labels = config.labels
+    if faults is not None:
+        _check_names(splits, config.texts, config.labels)
+        splits, labels = clean(splits, config.texts, config.labels, faults, None)
+    splits, rare = validate(splits, config.texts, labels), []
+    found.whole = splits
+    if config.drop_rare is not None or config.merge_rare is not None:
+        splits, rare = without_rare(splits, config.drop_rare, config.merge_rare)
     splits, cut = cut_missing_splits(splits, seed=config.seed)
     splits["train"] = sample(
         splits["train"], config.max_train_samples, seed=config.seed, flag="--max-train-samples"
@@ -144,14 +172,21 @@ def load_splits(config: DataConfig, runtime: Runtime) -> Splits:
     sizes = ", ".join(f"{len(rows):,} {split}" for split, rows in splits.items())
     task = task_of_rows(splits["train"])
     runtime.say(f"data     {config.dataset}: {sizes} texts, {task.counted()}")
-    found = ", found from the labels; --task chooses another" if config.labels.task == "auto" else ""
-    runtime.say(f"task     {task.kind}: {DESCRIPTIONS[task.kind]}{found}")
+    how = ", found from the labels; --task chooses another" if config.labels.task == "auto" else ""
+    runtime.say(f"task     {task.kind}: {DESCRIPTIONS[task.kind]}{how}")
     if unused:
         advice = "name one with --train-split, --validation-split or --test-split to use it"
         runtime.say(f"         not used: {listed(unused)}; {advice}")
     for names in near_equal_names(task.names):
         alike = " and ".join(map(quoted, names))
         runtime.say(f"         {alike} are different classes; if one is meant, correct the labels")
+    if found.faults:
+        runtime.say(f"         {len(found.faults):,} rows can't be used and are left out")
+    if found.unlabelled is not None:
+        runtime.say("         the test split has no labels: it is predicted, and not scored")
+    if rare:
+        into = "left out" if config.merge_rare is None else f"one class {quoted(config.merge_rare)}"
+        runtime.say(f"         rare classes, {into}: {listed(rare)}")
     if cut:
         names = " and ".join(cut)
         runtime.say(f"         {names} cut from train: 10 % each, stratified, with seed {config.seed}")
@@ -164,6 +199,20 @@ def load_splits(config: DataConfig, runtime: Runtime) -> Splits:
     return splits
 
 
+def _unlabelled(rows: datasets.Dataset, texts: TextConfig, faults: list[Fault] | None) -> datasets.Dataset:
+    """Return the texts of a split without labels, but for those that can't be used and become faults."""
+    source = "split test"
+    if faults is None:
+        _check_texts(rows, texts, source)
+    else:
+        for column in texts.columns:
+            reading.require_column(rows.column_names, column, source=source, flag="--text-column")
+        problems = list(text_problems(rows, texts))
+        note_faults(source, rows, problems, texts.columns, faults)
+        rows = _take(rows, np.array([n for n, problem in enumerate(problems) if not problem], np.int64))
+    return _as_dataset(_with_texts(rows, texts).add_column("row", _row_numbers(rows)))
+
+
 def load_rows_for_scoring(
     config: DataConfig, task: Task, trained: dict, runtime: Runtime
 ) -> datasets.Dataset:
@@ -174,13 +223,20 @@ def load_rows_for_scoring(
     split is cut again. Raises UserError when the seed would cut another one, most of whose rows the
     model was trained on.
     """
-    splits = _read_split_files(dataclasses.replace(config, validation_file=None))
+    faults: list[Fault] | None = [] if config.skip_bad else None
+    splits = _read_split_files(dataclasses.replace(config, validation_file=None), faults)
     if not splits:
-        source = _read_source(config)
+        source = _read_source(config, faults)
         splits = choose_splits(source, {"test": config.test_split})
         if not splits:
             wanted = {"train": config.train_split, "validation": config.validation_split}
             splits = choose_splits(source, wanted)
+    if "test" in splits and not has_labels(splits["test"], config.labels):
+        raise UserError("split test: it has no labels to compare with; --predict answers for its texts")
+    if faults is not None:
+        _check_names(splits, config.texts, config.labels)
+        splits, _ = clean(splits, config.texts, config.labels, faults, task)
+        runtime.say(f"skipped  {len(faults):,} rows that can't be used")
     splits = validate(splits, config.texts, config.labels, trained=task)
     if "test" not in splits and name_sha256(config.dataset) == trained.get("dataset_sha256"):
         flag = "--seed" if trained.get("split_seed") is None else "--split-seed"
@@ -198,7 +254,7 @@ def load_rows_for_scoring(
     return rows
 
 
-def _read_source(config: DataConfig) -> datasets.DatasetDict:
+def _read_source(config: DataConfig, faults: list[Fault] | None) -> datasets.DatasetDict:
     return reading.read(
         config.dataset,
         as_text=config.columns,
@@ -206,15 +262,20 @@ def _read_source(config: DataConfig) -> datasets.DatasetDict:
         config=config.dataset_config,
         revision=config.dataset_revision,
         cache_dir=config.cache_dir,
+        faults=faults,
     )
 
 
-def _read_split_files(config: DataConfig) -> Splits:
+def _read_split_files(config: DataConfig, faults: list[Fault] | None) -> Splits:
     """Return the splits that have a file of their own."""
     files = {"validation": config.validation_file, "test": config.test_file}
     return {
         split: reading.read_file(
-            Path(file), as_text=config.columns, options=config.files, cache_dir=config.cache_dir
+            Path(file),
+            as_text=config.columns,
+            options=config.files,
+            cache_dir=config.cache_dir,
+            faults=faults,
         )
         for split, file in files.items()
         if file is not None
@@ -269,14 +330,9 @@ def validate(
     UserError, naming split and row, for a missing column, a null or blank text, a missing label, a
     label that is not one of the task's, and a training split with only one class.
     """
-    both = [column for column in texts.columns if column in labels.columns]
-    if both:
-        raise UserError(
-            f"--text-column {both[0]}: --label-column names the same column; a text can't be its own"
-            " label, so name two columns"
-        )
+    _check_names(splits, texts, labels)
     for split, rows in splits.items():
-        _check_columns(split, rows, texts, labels)
+        _check_texts(rows, texts, f"split {split}")
         for column in labels.columns:
             reading.check_characters(rows.with_format("arrow")[column], f"split {split}, row", first=1)
     kind = find_kind(splits["train"], labels) if trained is None else trained.kind
@@ -368,14 +424,20 @@ def near_equal_names(names: Sequence[str]) -> list[list[str]]:
     return [group for group in groups.values() if len(group) > 1]
 
 
-def _check_columns(split: str, rows: datasets.Dataset, texts: TextConfig, labels: LabelConfig) -> None:
-    """Raise UserError unless the columns of texts and labels are there, and each row has a text."""
-    for flag, columns in (("--text-column", texts.columns), ("--label-column", labels.columns)):
-        for column in columns:
-            reading.require_column(rows.column_names, column, source=f"split {split}", flag=flag)
-    if len(rows) == 0:
-        raise UserError(f"split {split}: it has no rows; choose another with --{split}-split")
-    _check_texts(rows, texts, f"split {split}")
+def _check_names(splits: Splits, texts: TextConfig, labels: LabelConfig) -> None:
+    """Raise UserError unless the columns of texts and labels are there, and none is both."""
+    both = [column for column in texts.columns if column in labels.columns]
+    if both:
+        raise UserError(
+            f"--text-column {both[0]}: --label-column names the same column; a text can't be its own"
+            " label, so name two columns"
+        )
+    for split, rows in splits.items():
+        for flag, columns in (("--text-column", texts.columns), ("--label-column", labels.columns)):
+            for column in columns:
+                reading.require_column(rows.column_names, column, source=f"split {split}", flag=flag)
+        if len(rows) == 0:
+            raise UserError(f"split {split}: it has no rows; choose another with --{split}-split")
 
 
 def _check_texts(rows: datasets.Dataset, texts: TextConfig, source: str) -> None:
@@ -388,6 +450,7 @@ def _check_texts(rows: datasets.Dataset, texts: TextConfig, source: str) -> None
         return
     for column in texts.columns:
         reading.check_kind(rows, column, source=source)
+        reading.check_characters(rows.with_format("arrow")[column], f"{source}, row", first=1)
     joined = _with_texts(rows, texts).rename_column("text", texts.text_column)
     reading.check_texts(joined, texts.text_column, source=source)
 
@@ -411,7 +474,13 @@ def _with_labels(
 ) -> datasets.Dataset:
     result = _with_texts(rows, texts)
     result = _as_dataset(result.add_column("label", task.cells(labels), feature=task.feature()))
-    return _as_dataset(result.add_column("row", np.arange(1, len(rows) + 1)))
+    return _as_dataset(result.add_column("row", _row_numbers(rows)))
+
+
+def _row_numbers(rows: datasets.Dataset) -> np.ndarray:
+    """Return the number of each row (N): from 1, or where bad rows were left out, as its file has it."""
+    has_numbers = reading.ROW in rows.column_names
+    return np.asarray(rows[reading.ROW][:]) if has_numbers else np.arange(1, len(rows) + 1)
 
 
 def cut_missing_splits(splits: Splits, *, seed: int) -> tuple[Splits, list[str]]:

@@ -86,6 +86,11 @@ def with_columns(columns: pa.Table | None, answers: list[dict]) -> list[dict]:
     return [{"row": answer["row"], **dict(zip(names, row)), **answer} for row, answer in zip(rows, answers)]
 
 
+def write_csv(path: Path, answers: list[dict]) -> None:
+    """Write answers as a table."""
+    path.write_bytes(_csv_block(answers, with_header=True))
+
+
 class Predictions:
     """A file of predictions that is being written: whole blocks of rows, and how many they are.
 

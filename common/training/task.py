@@ -236,7 +236,7 @@ def find_kind(rows: datasets.Dataset, config: LabelConfig) -> Kind:
     if config.label_separator is not None:
         return MULTI
     if len(config.columns) > 1:
-        is_yes_or_no = all(map(_is_yes_or_no, (_names(rows, column) for column in config.columns)))
+        is_yes_or_no = all(map(_is_yes_or_no, (cells_as_names(rows, column) for column in config.columns)))
         return MULTI if is_yes_or_no else REGRESSION
     [column] = config.columns
     kind, values = reading.kind(rows, column), rows[column][:]
@@ -274,7 +274,7 @@ def _are_flags(values: Sequence[list | None]) -> bool:
     return is_long and all(item in (0, 1) for value in values if value is not None for item in value)
 
 
-def _names(rows: datasets.Dataset, column: str) -> list[str | None]:
+def cells_as_names(rows: datasets.Dataset, column: str) -> list[str | None]:
     """Return the cells of a column of strings, numbers or classes as strings, None for a missing one."""
     import datasets
 
@@ -354,7 +354,7 @@ def read_numbers(split: str, rows: datasets.Dataset, columns: Sequence[str]) -> 
                 problem = f"the list in column {column!r} has {size} numbers, that of row 1 {length}"
                 raise UserError(f"split {split}, row {row}: {problem}; correct or remove the row")
         return [[_number(item, split, row, column) for item in cell] for row, cell in enumerate(cells, 1)]
-    cells = zip(*(_names(rows, column) for column in columns))
+    cells = zip(*(cells_as_names(rows, column) for column in columns))
     return [
         [_number(value, split, row, column) for value, column in zip(values, columns)]
         for row, values in enumerate(cells, start=1)
@@ -364,17 +364,20 @@ def read_numbers(split: str, rows: datasets.Dataset, columns: Sequence[str]) -> 
 def _number(value: str | float | None, split: str, row: int, column: str) -> float:
     if value is None or is_blank(str(value)):
         raise _missing(split, row, column)
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    # so large that its square, the loss, would be infinite
-    if not abs(number) < 1e18:
+    if not is_number(value):
         raise UserError(
             f"split {split}, row {row}: the label {quoted(str(value))} in column {column!r} is no number, but"
             " --task regression needs one; correct the row, or choose another --task"
         )
-    return number
+    return float(value)
+
+
+def is_number(value: Any) -> bool:
+    """Tell whether a label is a finite number, not so large that its square, the loss, would be infinite."""
+    try:
+        return abs(float(value)) < 1e18
+    except (TypeError, ValueError):
+        return False
 
 
 def read_label_lists(split: str, rows: datasets.Dataset, config: LabelConfig) -> list[list[str]]:
@@ -389,9 +392,9 @@ def read_label_lists(split: str, rows: datasets.Dataset, config: LabelConfig) ->
     if len(columns) == 1 and reading.kind(rows, column) in LISTS:
         return _listed_labels(split, rows, column)
     if config.label_separator is not None:
-        parts = [(text or "").split(config.label_separator) for text in _names(rows, column)]
+        parts = [(text or "").split(config.label_separator) for text in cells_as_names(rows, column)]
         return [[part.strip() for part in cell if not is_blank(part)] for cell in parts]
-    if len(columns) == 1 and not _is_yes_or_no(_names(rows, column)):
+    if len(columns) == 1 and not _is_yes_or_no(cells_as_names(rows, column)):
         return [[label] for label in read_classes(split, rows, column)]
     flags = {column: _read_flags(split, rows, column) for column in columns}
     return [[column for column in columns if flags[column][row]] for row in range(len(rows))]
@@ -400,7 +403,7 @@ def read_label_lists(split: str, rows: datasets.Dataset, config: LabelConfig) ->
 def _read_flags(split: str, rows: datasets.Dataset, column: str) -> list[bool]:
     """Return whether each row (N) has 1 or true in a column, and not 0 or false."""
     flags = []
-    for row, value in enumerate(_names(rows, column), start=1):
+    for row, value in enumerate(cells_as_names(rows, column), start=1):
         if value is None or is_blank(value):
             raise _missing(split, row, column)
         flag = FLAGS.get(value.strip().lower())
@@ -460,7 +463,7 @@ def label_names(
     if not known:
         raise _only_one("no row has a label")
     is_separated = is_list or config.label_separator is not None
-    if not is_separated and (len(columns) > 1 or _is_yes_or_no(_names(rows, columns[0]))):
+    if not is_separated and (len(columns) > 1 or _is_yes_or_no(cells_as_names(rows, columns[0]))):
         return columns
     if is_list and getattr(feature.feature, "names", None) is not None:
         return list(feature.feature.names)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import train_classifier
+from common import reading
 from common.errors import UserError
 from common.runtime import Runtime
 from common.training import classifier, data
@@ -606,14 +607,24 @@ def test_a_run_notices_a_file_that_changed_with_the_same_size_and_time(tiny_mode
     assert len(fingerprints) == 2
 
 
-@pytest.mark.parametrize("column", ["text", "label"])
+@pytest.mark.parametrize("column", ["text", "label", "part of a text"])
 def test_parquet_that_is_no_utf8_is_refused_with_its_row(column, tmp_path, cache_dir):
     """Arrow writes and reads it unchecked."""
+    names = ("text", "label", "part of a text")
     broken = pa.array([b"a", b"sch\xf6n", b"a", b"b"])
     broken = pa.Array.from_buffers(pa.string(), 4, broken.buffers())
-    table = pa.table({name: broken if name == column else ["a", "b", "c", "d"] for name in ("text", "label")})
+    table = pa.table({name: broken if name == column else ["a", "b", "c", "d"] for name in names})
     pq.write_table(table, tmp_path / "t.parquet")
     flags = ["--dataset", str(tmp_path / "t.parquet"), "--cache-dir", str(cache_dir)]
+    if column == "part of a text":
+        flags += ["--text-column", f"text,{column}", "--text-mode", "join"]
     config = train_classifier.data_config(train_classifier.make_parser().parse_args(flags))
     with pytest.raises(UserError, match="split train, row 2: not UTF-8"):
         data.load_splits(config, Runtime(torch.device("cpu"), "fp32"))
+    if column == "part of a text":  # as --predict reads it
+        options = {"join_with": " ", "kept": [], "options": config.files, "cache_dir": None}
+        with (
+            pytest.raises(UserError, match="t.parquet, row 2: not UTF-8"),
+            reading.open_texts(config.dataset, columns=["text", column], **options),
+        ):
+            pass

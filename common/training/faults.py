@@ -1,0 +1,383 @@
+"""What is wrong with the rows of a data set, found in one look: rows that can't be used, by kind; texts
+that are alike in several rows; classes that are rare.
+
+The rows that can't even be read are collected by `common/reading.py`. Here are those whose text or
+label can't be used. `clean` leaves both out.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from common import reading
+from common.errors import Fault, UserError, quoted, shorten
+from common.sources import is_blank
+from common.training.run import JOIN, MULTI, REGRESSION, SINGLE, Kind
+from common.training.task import (
+    DECIMAL,
+    FLAGS,
+    LISTS,
+    WHOLE,
+    LabelConfig,
+    Task,
+    cells_as_names,
+    find_kind,
+    is_number,
+    task_of_rows,
+    whole,
+)
+
+if TYPE_CHECKING:
+    import datasets
+
+    from common.training.data import Splits, TextConfig
+
+TYPICAL = 0.9  # share of the rows that tells what kind of labels a column has
+SHOWN_ROWS, SHOWN_GROUPS = 5, 10
+RARE = 10  # texts of a class in training, below which it is said
+
+
+# Rows that can't be used ----------------------------------------------------------------------------
+
+
+def clean(
+    splits: Splits, texts: TextConfig, labels: LabelConfig, faults: list[Fault], trained: Task | None
+) -> tuple[Splits, LabelConfig]:
+    """Return the splits without the rows whose text or label can't be used, which are added to `faults`,
+    and the labels with the task that the other rows have.
+
+    The columns must be there. Labels of other splits must occur in training, or be those of the
+    task of a `trained` model.
+    """
+    kind = trained.kind if trained is not None else _kind(splits["train"], labels)
+    problems = {
+        split: [
+            text or label
+            for text, label in zip(
+                text_problems(rows, texts), _label_problems(rows, kind, labels), strict=True
+            )
+        ]
+        for split, rows in splits.items()
+    }
+    known = _known(splits, problems, kind, labels) if trained is None else set(trained.names)
+    for split, rows in splits.items():
+        if known is not None and (split != "train" or trained is not None):
+            _mark_unknown(rows, problems[split], kind, labels, known)
+        note_faults(f"split {split}", rows, problems[split], [*texts.columns, *labels.columns], faults)
+        good: Any = rows.select([n for n, problem in enumerate(problems[split]) if not problem])
+        splits = {**splits, split: good}
+        if not len(splits[split]):
+            raise UserError(f"split {split}: none of its {len(rows):,} rows can be used; --inspect lists why")
+    return splits, LabelConfig(labels.label_column, kind, labels.label_separator)
+
+
+def has_labels(rows: datasets.Dataset, labels: LabelConfig) -> bool:
+    """Tell whether any row of a split has a label: that of a competition has none, or -1 in each."""
+    present = [column for column in labels.columns if column in rows.column_names]
+    if len(present) < len(labels.columns):
+        return False
+    for column in present:
+        if reading.kind(rows, column) in LISTS:
+            return any(cell is not None for cell in rows[column][:])
+        if any(
+            not (value is None or is_blank(value) or value == "-1") for value in cells_as_names(rows, column)
+        ):
+            return True
+    return False
+
+
+def _kind(rows: datasets.Dataset, labels: LabelConfig) -> Kind:
+    """Return the task of labels some of which may be wrong: that of those that are alike in nearly all
+    rows.
+    """
+    if labels.task != "auto" or any(reading.kind(rows, column) in LISTS for column in labels.columns):
+        return find_kind(rows, labels)
+    cells = list(zip(*(cells_as_names(rows, column) for column in labels.columns)))
+    present = [number for number, row in enumerate(cells) if not any(v is None or is_blank(v) for v in row)]
+    typical = present
+    for is_typical in (_is_flag, _is_numeric) if len(labels.columns) > 1 else (_is_numeric,):
+        alike_rows = [number for number in present if all(map(is_typical, cells[number]))]
+        if len(alike_rows) >= TYPICAL * len(present):
+            typical = alike_rows
+            break
+    some: Any = rows.select(typical)
+    return find_kind(some, labels) if typical else SINGLE
+
+
+def _is_flag(value: str) -> bool:
+    return value.strip().lower() in FLAGS
+
+
+def _is_numeric(value: str) -> bool:
+    return DECIMAL.fullmatch(value) is not None or _is_flag(value)
+
+
+def text_problems(rows: datasets.Dataset, texts: TextConfig) -> Iterator[str]:
+    """Yield what is wrong with the text of each row, or with one of a pair; "" if nothing is.
+
+    Of columns that are joined, a cell may be empty: the text that they make together may not.
+    """
+    import pyarrow as pa
+
+    columns = texts.columns
+    for column in columns:
+        reading.check_kind(rows, column, source="the data")
+    table: Any = rows.select_columns(columns).with_format("arrow")
+    for block in table.iter(batch_size=10_000):
+        cells = [block[column].cast(pa.large_binary()).to_pylist() for column in columns]
+        for row in zip(*cells):
+            yield _text_problem(row, texts)
+
+
+def _text_problem(cells: Sequence[bytes | None], texts: TextConfig) -> str:
+    try:
+        parts = [None if cell is None else cell.decode() for cell in cells]
+    except UnicodeDecodeError:
+        return "not UTF-8"
+    if texts.text_mode == JOIN:
+        parts = reading.join_cells([[part] for part in parts], texts.join_with)
+    for text in parts:
+        if text is None:
+            return "the text is missing"
+        if is_blank(text):
+            return "the text is empty"
+        if len(text) > reading.LONGEST_TEXT:
+            return f"the text has more than {reading.LONGEST_TEXT:,} characters"
+    return ""
+
+
+def _label_problems(rows: datasets.Dataset, kind: Kind, labels: LabelConfig) -> list[str]:
+    """Return what is wrong with the label of each row (N) on its own, "" if nothing is."""
+    columns = labels.columns
+    if len(columns) == 1 and reading.kind(rows, columns[0]) in LISTS:
+        cells = rows[columns[0]][:]
+        lengths = Counter(len(cell) for cell in cells if cell)
+        usual = lengths.most_common(1)[0][0] if lengths else 0
+        return [_list_problem(cell, kind, usual) for cell in cells]
+    problems = [""] * len(rows)
+    is_flag = kind == MULTI and labels.label_separator is None
+    for column in columns:
+        values = cells_as_names(rows, column)
+        numeric = [value for value in values if value is not None and _is_flag(value)]
+        flags = is_flag and (len(columns) > 1 or len(numeric) >= TYPICAL * len(values))
+        for number, value in enumerate(values):
+            problems[number] = problems[number] or _cell_problem(value, kind, labels, is_flag=flags)
+    return problems
+
+
+def _cell_problem(value: str | None, kind: Kind, labels: LabelConfig, *, is_flag: bool) -> str:
+    if labels.label_separator is not None:
+        return ""  # no label is a label there
+    if value is None or is_blank(value):
+        return "the label is missing"
+    if kind == REGRESSION and not is_number(value):
+        return "the label is no number"
+    if is_flag and not _is_flag(value):
+        return "the label is neither 0 nor 1"
+    return ""
+
+
+def _list_problem(cell: list | None, kind: Kind, usual: int) -> str:
+    if cell is None or any(item is None or is_blank(str(item)) for item in cell):
+        return "the label is missing"
+    if kind == REGRESSION and len(cell) != usual:
+        return f"the label has another count of numbers than {usual}"
+    if kind == REGRESSION and not all(map(is_number, cell)):
+        return "the label is no number"
+    return ""
+
+
+def _names_of(rows: datasets.Dataset, kind: Kind, labels: LabelConfig) -> list[list[str]] | None:
+    """Return the names of labels in each row (N), None where the names are those of columns or numbers."""
+    if kind == REGRESSION or len(labels.columns) > 1:
+        return None
+    [column] = labels.columns
+    if reading.kind(rows, column) in LISTS:
+        return None  # their names are in the type, or counted
+    values = cells_as_names(rows, column)
+    if labels.label_separator is not None:
+        parts = [(value or "").split(labels.label_separator) for value in values]
+        return [[part.strip() for part in cell if not is_blank(part)] for cell in parts]
+    if kind == MULTI:
+        return None
+    return [[] if value is None else [value] for value in values]
+
+
+def _known(
+    splits: Splits, problems: dict[str, list[str]], kind: Kind, labels: LabelConfig
+) -> set[str] | None:
+    """Return the names of the training labels that can be used; None where they are not names."""
+    names = _names_of(splits["train"], kind, labels)
+    if names is None:
+        return None
+    known = {name for row, problem in zip(names, problems["train"]) if not problem for name in row}
+    return set(map(whole, known)) if all(map(WHOLE.fullmatch, known)) else known
+
+
+def _mark_unknown(
+    rows: datasets.Dataset, problems: list[str], kind: Kind, labels: LabelConfig, known: set[str]
+) -> None:
+    names = _names_of(rows, kind, labels)
+    for number, row in enumerate(names or []):
+        if not problems[number] and any(name not in known and whole(name) not in known for name in row):
+            problems[number] = "the label does not occur in training"
+
+
+def note_faults(
+    source: str, rows: datasets.Dataset, problems: list[str], columns: Sequence[str], faults: list[Fault]
+) -> None:
+    """Add the rows (N) with a problem to the faults, with what is in their `columns`."""
+    has_numbers = reading.ROW in rows.column_names
+    for number, problem in enumerate(problems):
+        if problem:
+            part: Any = rows.select_columns([*columns, *([reading.ROW] if has_numbers else [])])
+            cells = part.with_format("arrow")[number : number + 1]
+            row = cells[reading.ROW][0].as_py() if has_numbers else number + 1
+            content = " | ".join(_readable(cells[column][0]) for column in columns)
+            faults.append(Fault(source, row, problem, content))
+
+
+def _readable(cell: Any) -> str:
+    try:
+        value = cell.as_py()
+    except UnicodeDecodeError:
+        return cell.as_buffer().to_pybytes().decode("utf-8", "backslashreplace")
+    return "" if value is None else str(value)
+
+
+def fault_table(faults: Sequence[Fault]) -> str:
+    """Return the kinds of faults as a table: how many rows, and the first of them."""
+    from tabulate import tabulate
+
+    kinds: dict[tuple[str, str], list[Fault]] = {}
+    for fault in faults:
+        kinds.setdefault((fault.problem, fault.source), []).append(fault)
+    lines = []
+    for (problem, source), found in kinds.items():
+        rows = ", ".join(str(fault.row) for fault in found[:SHOWN_ROWS])
+        more = ", ..." if len(found) > SHOWN_ROWS else ""
+        example = shorten(found[0].content, 40)
+        lines.append([shorten(problem, 60), shorten(source, 60), f"{len(found):,}", rows + more, example])
+    headers = ["what is wrong", "where", "rows", "first rows", "the first holds"]
+    return tabulate(lines, headers, disable_numparse=True, colalign=("left", "left", "right", "left", "left"))
+
+
+# Texts that are alike, and rare classes ---------------------------------------------------------------
+
+
+def alike(text: str) -> str:
+    """Return what is left of a text when only its letters and digits count, and no capitals."""
+    plain = unicodedata.normalize("NFKC", text).casefold()
+    return " ".join(re.findall(r"\w+", plain)) or plain
+
+
+def similar_texts(splits: Splits) -> list[list[tuple[str, int, str, Any]]]:
+    """Return the groups of rows with texts that are alike, each row as split, number, text and label."""
+    groups: dict[str, list[tuple[str, int, str, Any]]] = {}
+    for split, rows in splits.items():
+        pairs = rows["text_pair"][:] if "text_pair" in rows.column_names else [""] * len(rows)
+        for number, text, pair, label in zip(rows["row"][:], rows["text"][:], pairs, rows["label"][:]):
+            key = f"{alike(text)}\0{alike(pair)}" if pair else alike(text)
+            groups.setdefault(key, []).append((split, number, text, label))
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def describe(splits: Splits) -> str:
+    """Return what else is to be known of labelled splits: alike texts, contradictions, rare classes."""
+    from common.training.data import near_equal_names
+
+    task = task_of_rows(splits["train"])
+    groups = similar_texts(splits)
+    contradictory = [group for group in groups if any(row[3] != group[0][3] for row in group)]
+    across = [
+        group
+        for group in groups
+        if group not in contradictory and any(row[0] != group[0][0] for row in group)
+    ]
+    within = [group for group in groups if group not in contradictory and group not in across]
+    lines = []
+    for names in near_equal_names(task.names):
+        lines.append(f"nearly the same name: {' and '.join(map(quoted, names))}; if one is meant, correct it")
+    for what, found in (
+        ("texts that are alike and have different labels", contradictory),
+        ("texts that are alike in several splits: their scores say little about new texts", across),
+        ("texts that are alike within a split", within),
+    ):
+        if found:
+            lines += [
+                f"{what}: {len(found):,}",
+                *(_group_line(group, task) for group in found[:SHOWN_GROUPS]),
+            ]
+            if len(found) > SHOWN_GROUPS:
+                lines.append("  ...")
+    if task.kind == SINGLE:
+        counts = np.bincount(splits["train"]["label"][:], minlength=len(task.names))
+        rare = {task.names[number]: int(counts[number]) for number in np.argsort(counts, kind="stable")}
+        rare = {name: count for name, count in rare.items() if count < RARE}
+        if rare:
+            shown = ", ".join(f"{quoted(name)} {count}" for name, count in list(rare.items())[:SHOWN_GROUPS])
+            more = ", ..." if len(rare) > SHOWN_GROUPS else ""
+            lines.append(
+                f"classes with fewer than {RARE} texts in training: {shown}{more}; --drop-rare {RARE} leaves"
+                " them out, --merge-rare NAME makes one class of them"
+            )
+    return "\n".join(lines) or "nothing: no alike texts, no contradictions, no rare classes"
+
+
+def _group_line(group: list[tuple[str, int, str, Any]], task: Task) -> str:
+    rows = ", ".join(
+        f"{split} row {row} ({_label(label, task)})" for split, row, _, label in group[:SHOWN_ROWS]
+    )
+    more = f", ... ({len(group):,} in all)" if len(group) > SHOWN_ROWS else ""
+    return f"  {rows}{more}: {shorten(group[0][2], 60)}"
+
+
+def _label(label: Any, task: Task) -> str:
+    if task.kind == SINGLE:
+        return shorten(task.names[label], 30)
+    if task.kind == MULTI:
+        return shorten(", ".join(task.names[number] for number in label) or "no label", 30)
+    return ", ".join(f"{value:g}" for value in label.values())
+
+
+def without_rare(splits: Splits, least: int | None, name: str | None) -> tuple[Splits, list[str]]:
+    """Return the splits without the classes that have fewer than `least` texts in training (None: RARE),
+    or with one class `name` in their place; and these classes.
+
+    Raises UserError for another task than one class of several, and when one class is left.
+    """
+    import datasets
+
+    task = task_of_rows(splits["train"])
+    flag = f"--drop-rare {least}" if name is None else f"--merge-rare {name}"
+    if task.kind != SINGLE:
+        raise UserError(f"{flag}: it is for classes, and --task {task.kind} has none; leave it out")
+    counts = np.bincount(splits["train"]["label"][:], minlength=len(task.names))
+    rare = [
+        task.names[n] for n, count in enumerate(counts) if count < (least or RARE) and task.names[n] != name
+    ]
+    if not rare:
+        return splits, []
+    names = [label for label in task.names if label not in rare]
+    if name is not None and name not in names:
+        names.append(name)
+    if len(names) < 2:
+        raise UserError(f"{flag}: it leaves {len(names)} class; a classifier needs two, so use less")
+    feature, result = datasets.ClassLabel(names=names), {}
+    for split, rows in splits.items():
+        labels = [task.names[label] for label in rows["label"][:]]
+        kept = [number for number, label in enumerate(labels) if name is not None or label not in rare]
+        if not kept:
+            raise UserError(f"{flag}: it leaves no row of split {split}; use less")
+        numbers = [names.index(name if labels[n] in rare else labels[n]) for n in kept]  # pyrefly: ignore
+        order = rows.column_names
+        some: Any = rows.select(kept)
+        changed = some.remove_columns("label").add_column("label", numbers, feature=feature)
+        result[split] = changed.select_columns(order)
+    return result, rare

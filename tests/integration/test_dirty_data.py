@@ -1,0 +1,227 @@
+"""Data as it comes: --inspect lists every kind of fault in one look, --skip-bad goes on without the rows
+that can't be used, and rare classes and splits without labels are no end.
+"""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+import train_classifier
+from conftest import exit_code_in_process, make_sentences
+
+CPU = ["--device", "cpu", "--precision", "fp32"]
+SHORT = ["--epochs", 1, "--max-train-samples", 16, "--max-eval-samples", 8, "--max-length", 32]
+
+
+@pytest.fixture
+def run(tiny_model, cache_dir, capsys):
+    """Return a function that runs the script on a data set and returns code, stdout and stderr."""
+
+    def call(source: Path, *flags) -> tuple[int, str, str]:
+        capsys.readouterr()
+        command = ["--model", tiny_model, "--cache-dir", cache_dir, *CPU, *flags]
+        dataset = [] if "--predict" in flags else ["--dataset", source]
+        code = exit_code_in_process(train_classifier, [*command, *dataset])
+        return code, *capsys.readouterr()
+
+    return call
+
+
+DIRTY = b"""text,label
+%s
+,pos
+   ,neg
+a good film,
+a film, with a comma,pos
+caf\xe9 was fine,pos
+only text
+a good film said twice,pos
+A good film -- said twice!,neg
+something rare,once
+nearly named,POS
+"a quotation mark that is never closed,pos
+the last film was great,pos
+"""
+
+
+@pytest.fixture
+def dirty(tmp_path) -> Path:
+    """A CSV file with a fault of each kind behind 60 good rows: the first bad row is 62 in a spreadsheet."""
+    good = "\n".join(f"{text},{label}" for text, label in make_sentences(60)).encode()
+    path = tmp_path / "dirty.csv"
+    path.write_bytes(DIRTY % good)
+    return path
+
+
+FAULTS = {  # what is said -> rows of a spreadsheet
+    "the text is missing": [],
+    "the text is empty": [62, 63],
+    "the label is missing": [64],
+    "not as many cells as columns (3 for 2)": [65],
+    "not UTF-8": [66],
+    "not as many cells as columns (1 for 2)": [67],
+    "a quotation mark is opened and never closed": [72],
+}
+
+
+def test_inspect_lists_every_kind_of_fault_with_its_rows(dirty, run):
+    code, printed, said = run(dirty, "--inspect", "--drop-rare", 3)
+    assert code == 0, said
+    table = printed[printed.index("ROWS THAT CAN'T BE USED") : printed.index("ROWS THAT CAN BE USED")]
+    for problem, rows in FAULTS.items():
+        lines = [line for line in table.splitlines() if line.startswith(problem)]
+        assert len(lines) == bool(rows), (problem, table)
+        assert all(str(row) in line for line in lines for row in rows), (problem, table)
+    assert "7 rows can't be used" in printed
+    rest = printed[printed.index("WHAT ELSE IS TO BE KNOWN") : printed.index("\nSPLITS")]
+    assert "nearly the same name: 'POS' and 'pos'" in rest
+    assert "train row 68 (pos), train row 69 (neg): a good film said twice" in rest
+    assert "'POS' 1" in rest and "'once' 1" in rest and "--drop-rare" in rest and "--merge-rare" in rest
+
+
+def test_inspect_ends_with_the_fault_that_leaves_too_little_after_it_has_listed_all(dirty, run):
+    """A class with one row can't be cut into three splits."""
+    code, printed, said = run(dirty, "--inspect")
+    assert code == 2 and "ROWS THAT CAN'T BE USED" in printed and "'once'" in printed
+    assert said.count("\n") == 1 and "class" in said
+
+
+def test_skip_bad_trains_without_the_bad_rows_and_keeps_them(dirty, run, tmp_path):
+    output = tmp_path / "run"
+    code, printed, said = run(dirty, "--output-dir", output, *SHORT)
+    assert code == 2 and "line" in said and not output.exists()
+    flags = ["--skip-bad", "--drop-rare", 3, "--output-dir", output]
+    code, printed, said = run(dirty, *flags, *SHORT)
+    assert code == 0 and "7 rows can't be used and are left out" in printed, said
+    bad = [json.loads(line) for line in (output / "bad-rows.jsonl").read_text().splitlines()]
+    assert sorted((row["problem"], row["row"]) for row in bad) == sorted(
+        (problem, row) for problem, rows in FAULTS.items() for row in rows
+    )
+    contents = {row["row"]: row["content"] for row in bad}
+    assert contents[65] == "a film, with a comma,pos" and contents[66] == "caf\\xe9 was fine,pos"
+    with open(output / "predictions.csv") as file:  # the rows that are left keep their numbers
+        texts = {int(row["row"]): row["text"] for row in csv.DictReader(file)}
+    lines = dirty.read_bytes().splitlines()
+    assert texts and all(lines[row - 1].decode().startswith(text) for row, text in texts.items())
+
+
+def test_skip_bad_predicts_without_the_bad_rows(run, tmp_path):
+    source, output = tmp_path / "new.jsonl", tmp_path / "answers.jsonl"
+    source.write_bytes(b'{"text": "good"}\n{"text": ""}\n{"text": 3\n[1]\n{"no": 1}\n{"text": "bad"}\n')
+    code, _, said = run(source, "--predict", source, "--output", output)
+    assert code == 2 and "line 3" in said
+    code, _, said = run(source, "--predict", source, "--skip-bad")
+    assert code == 2 and "--output" in said
+    code, _, said = run(source, "--predict", source, "--skip-bad", "--output", output)
+    bad = tmp_path / "answers.bad-rows.jsonl"
+    assert code == 0 and f"4 rows can't be used and are left out: {bad}" in said
+    assert [json.loads(line)["row"] for line in output.read_text().splitlines()] == [1, 6]
+    found = {row["row"]: row["problem"] for row in map(json.loads, bad.read_text().splitlines())}
+    assert found == {
+        2: "the text is empty",
+        3: "not readable as json",
+        4: "not a JSON object",
+        5: "the text is missing",
+    }
+
+
+def test_skip_bad_predicts_lines(run, tmp_path):
+    source, output = tmp_path / "new.txt", tmp_path / "answers.csv"
+    source.write_bytes(b"good\n\nca\xe9\nbad\n")
+    assert run(source, "--predict", source, "--skip-bad", "--output", output)[0] == 0
+    with open(output) as file:
+        assert [row["row"] for row in csv.DictReader(file)] == ["1", "4"]
+
+
+def test_labels_of_other_tasks_have_faults_of_their_own(run, tmp_path):
+    sentences = make_sentences(40)
+    several = tmp_path / "several.csv"
+    rows = [f"{text},{int(label == 'pos')},{number % 2}" for number, (text, label) in enumerate(sentences)]
+    several.write_text("\n".join(["text,good,odd", *rows, "a film,1,", "a story,2,0"]) + "\n")
+    code, printed, said = run(several, "--inspect", "--label-column", "good,odd")
+    assert code == 0 and "task     multi" in printed, said
+    assert "the label is missing" in printed and "the label is neither 0 nor 1" in printed
+    scores = tmp_path / "scores.csv"
+    rows = [f"{text},{number / 7:.3f}" for number, (text, _) in enumerate(sentences)]
+    scores.write_text("\n".join(["text,label", *rows, "a film,many", "a story,inf"]) + "\n")
+    code, printed, said = run(scores, "--inspect")
+    assert code == 0 and "task     regression" in printed, said
+    line = next(line for line in printed.splitlines() if line.startswith("the label is no number"))
+    assert "42, 43" in line
+
+
+def test_rare_classes_become_one(run, tmp_path):
+    source = tmp_path / "rare.csv"
+    rows = [*make_sentences(40), *((f"a rare text {n}", f"rare{n % 4}") for n in range(12))]
+    source.write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in rows))
+    code, printed, said = run(source, "--inspect", "--merge-rare", "other", "--drop-rare", 5)
+    assert code == 0 and "id2label   {0: 'neg', 1: 'pos', 2: 'other'}" in printed, said
+    assert "one class 'other': rare0, rare1, rare2, rare3" in printed
+    code, printed, said = run(source, "--inspect", "--drop-rare", 5)
+    assert code == 0 and "id2label   {0: 'neg', 1: 'pos'}" in printed, said
+    code, _, said = run(source, "--inspect", "--drop-rare", 100)
+    assert code == 2 and "--drop-rare 100" in said
+
+
+def test_labels_that_training_lacks_are_faults_of_the_other_splits(run, tmp_path):
+    folder = tmp_path / "splits"
+    folder.mkdir()
+    for split in ("train", "validation", "test"):
+        rows = [*make_sentences(20, seed=len(split)), *([("new", "never")] if split == "test" else [])]
+        (folder / f"{split}.csv").write_text("text,label\n" + "".join(f"{t},{label}\n" for t, label in rows))
+    code, printed, said = run(folder, "--inspect")
+    assert code == 0 and "the label does not occur in training" in printed and "split test" in printed, said
+
+
+@pytest.mark.parametrize("labels", ["", "-1", None])
+def test_a_test_split_without_labels_is_predicted(labels, run, tmp_path):
+    folder = tmp_path / "splits"
+    folder.mkdir()
+    for split in ("train", "validation"):
+        rows = make_sentences(20, seed=len(split))
+        number = {"neg": 0, "pos": 1}
+        (folder / f"{split}.csv").write_text(
+            "text,label\n" + "".join(f"{t},{number[label]}\n" for t, label in rows)
+        )
+    cells = ["text", *(text for text, _ in make_sentences(6, seed=9))]
+    added = ["" if labels is None else ",label", *([""] * 6 if labels is None else [f",{labels}"] * 6)]
+    (folder / "test.csv").write_text("".join(f"{cell}{more}\n" for cell, more in zip(cells, added)))
+    output = tmp_path / "run"
+    code, printed, said = run(folder, "--output-dir", output, "--epochs", 1, "--max-length", 32)
+    assert code == 0 and "the test split has no labels: it is predicted" in printed, said
+    with open(output / "unlabelled.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["row"] for row in rows] == [str(number) for number in range(1, 7)]
+    assert all(row["label"] in ("0", "1") for row in rows)
+
+
+@pytest.mark.parametrize("mode, bad", [("join", [43]), ("pair", [42, 43])])
+def test_an_empty_cell_is_a_fault_of_a_pair_but_not_of_a_text_that_is_joined(mode, bad, run, tmp_path):
+    """Oracle of the split without labels: --predict on its file, with the model of the run."""
+    folder, output = tmp_path / "splits", tmp_path / "run"
+    folder.mkdir()
+    rows = [f"title {n},{text},{label}" for n, (text, label) in enumerate(make_sentences(40))]
+    (folder / "train.csv").write_text("\n".join(["title,body,label", *rows, ",a film,pos", ",,neg"]) + "\n")
+    rows = [row.rpartition(",")[0] for row in rows]
+    (folder / "test.csv").write_text("\n".join(["title,body", *rows, ",a film", ",  "]) + "\n")
+    columns = ["--text-column", "title,body", "--text-mode", mode]
+    code, _, said = run(folder, *columns, "--output-dir", output, *SHORT)
+    assert code == 2 and f"split test, row {bad[0] - 1}" in said and not output.exists()
+    code, printed, said = run(folder, *columns, "--skip-bad", "--output-dir", output, *SHORT)
+    assert code == 0 and f"{2 * len(bad)} rows can't be used and are left out" in printed, said
+    faults = [json.loads(line) for line in (output / "bad-rows.jsonl").read_text().splitlines()]
+    assert sorted((row["source"], row["row"]) for row in faults) == [
+        (split, row) for split in ("split test", "split train") for row in bad
+    ]
+    answers = tmp_path / "answers.csv"
+    flags = ["--predict", folder / "test.csv", "--skip-bad", "--output", answers, "--eval-max-length", 32]
+    code, _, said = run(folder, "--model", output / "best", *flags)
+    assert code == 0 and f"{len(bad):,} rows can't be used and are left out" in said, said
+    with open(output / "unlabelled.csv") as one, open(answers) as other:
+        ours, theirs = list(csv.DictReader(one)), list(csv.DictReader(other))
+    assert [int(row["row"]) for row in ours] == [row for row in range(2, 44) if row not in bad]
+    for row, expected in zip(ours, theirs, strict=True):
+        assert row["row"] == expected["row"] and row["label"] == expected["label"]
+        assert float(row["confidence"]) == pytest.approx(float(expected["confidence"]), abs=1e-4)
