@@ -235,7 +235,8 @@ def _check_entry(entry: object, kind: str) -> None:
         raise ValueError(f"{shorten(repr(file), 60)} is not the name of a {kind} file of an index")
     if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
         raise ValueError(f"the SHA-256 of {file} is missing")
-    if not re.fullmatch("([0-9a-f]{16})*", str(entry.get("checksums"))):
+    sums = entry.get("checksums")
+    if not isinstance(sums, str) or not re.fullmatch("([0-9a-f]{16})*", sums):
         raise ValueError(f"the checksums of {file} are none")
     body = entry.get("body", [0, 0])
     if not isinstance(body, list) or len(body) != 2 or not all(map(_is_count, body)) or body[0] > body[1]:
