@@ -44,10 +44,9 @@ def test_gradient_checkpointing_computes_a_layer_again_in_the_backward_pass(mode
 
 
 def test_compile_puts_a_compiled_module_around_the_model_and_leaves_the_model_plain(model, tiny_model):
-    rows, tokenizer = (
-        datasets.Dataset.from_dict({"label": [0, 1, 1]}),
-        AutoTokenizer.from_pretrained(tiny_model),
-    )
+    features = datasets.Features(label=datasets.ClassLabel(names=["no", "yes"]))
+    rows = datasets.Dataset.from_dict({"label": [0, 1, 1]}, features)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     compiled = train_classifier.prepare(model, tokenizer, rows, config_of("--compile"), RUNTIME)
     assert isinstance(compiled.parallel, torch._dynamo.OptimizedModule) and compiled.model is model
     assert train_classifier.prepare(model, tokenizer, rows, config_of(), RUNTIME).parallel is model
