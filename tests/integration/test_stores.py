@@ -87,7 +87,7 @@ def test_evaluate_shows_recall_and_bytes_of_each_store(ok, sentences, tmp_path):
     stores = ok("evaluate", "--index", ix, *flags, *judged(tmp_path), "--json")["stores"]
     assert [line["bytes"] for line in stores.values()] == [128, 64, 32, 4]
     shares = [line["top 10 of fp32"] for line in stores.values()]
-    assert shares[0] == 1 and shares[1] >= shares[2] >= 0.8 and shares[3] < 1
+    assert shares[0] == 1 and min(shares[1:3]) >= 0.8 and shares[3] < 1
     for store in LOSSY:  # what an index of this kind comes to
         other = tmp_path / store
         ok("index", sentences, "--index", other, "--id-column", "id", "--store", store)
