@@ -1,0 +1,545 @@
+"""The flags of train_classifier.py, and what they and the files that they name show at once.
+
+Importing it is quick: a mistake is said before PyTorch is loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from common import bundled, cli, sources
+from common.errors import UserError
+from common.sources import FileOptions
+from common.training import predictions, study
+from common.training.run import (
+    CONFIG,
+    DEFAULT_MAX_LENGTH,
+    DEFAULT_TRUNCATION,
+    JOIN,
+    METRICS,
+    NEWEST,
+    PAIR,
+    SCHEDULES,
+    TASKS,
+    TRUNCATIONS,
+    check_task,
+    check_text_columns,
+    compare_flags,
+    finished_runs,
+    is_finished,
+    locate_run,
+    read_config,
+    require_same_flags,
+    resumed_flags,
+)
+
+# flags that are no settings of a run: they choose what to do instead of it, or where to continue
+INSTEAD = ("inspect", "compare_tokenizer", "evaluate_only", "predict", "compare")
+OF_PREDICTIONS = ("output", "id_column", "keep_columns")
+NOT_SETTINGS = (*INSTEAD, *OF_PREDICTIONS, "resume", "resume_or_start", "seeds", "grid", "debug")
+
+
+# All flags -----------------------------------------------------------------------------------------
+
+
+def make_parser(description: str | None = None) -> cli.Parser:
+    """Return the parser of all flags, with their defaults."""
+    parser = cli.Parser(
+        prog="train_classifier.py", description=description, check=check_flags, complete=flags_of_resumed_run
+    )
+    cli.add_shared_flags(parser, model="bundled/all-MiniLM-L6-v2")
+    revision = "commit, branch or tag of a Hub model, for its weights, configuration and tokenizer"
+    parser.add_argument("--revision", type=cli.name, help=revision)
+    other = "another tokenizer than the model's: bundled name, folder or Hub id"
+    parser.add_argument("--tokenizer", type=cli.name, metavar="NAME", help=other)
+    parser.add_argument(
+        "--output-dir", type=cli.folder, help="folder of the run (default: runs/<data set>-<model>-<time>)"
+    )
+    add_data_flags(parser)
+    add_training_flags(parser)
+    add_run_flags(parser)
+    return parser
+
+
+def add_data_flags(parser: cli.Parser) -> None:
+    """Add the flags that say which texts to read, and how much of each."""
+    group = parser.add_argument_group("data")
+    flag = group.add_argument
+    count = cli.positive_int
+    either = group.add_mutually_exclusive_group().add_argument
+    either(
+        "--dataset",
+        default="bundled/bbc-news",
+        help="bundled name, CSV/TSV/JSON/JSONL/Parquet file, folder of class folders, or Hub id",
+    )
+    own = "the data file of one split"
+    either("--train-file", dest="dataset", type=cli.file, metavar="FILE", help=own)
+    flag("--validation-file", type=cli.file, metavar="FILE", help=f"{own}, in place of the data set's")
+    flag("--test-file", type=cli.file, metavar="FILE", help=f"{own}, in place of the data set's")
+    cli.add_file_flags(group)
+    flag("--dataset-revision", type=cli.name, help="commit, branch or tag of a Hub data set")
+    flag("--dataset-config", help="configuration of a Hub data set that has several")
+    flag(
+        "--text-column",
+        type=column_names,
+        default="text",
+        help="column of the texts; or two or more, separated by commas, with --text-mode",
+    )
+    flag(
+        "--text-mode",
+        choices=[PAIR, JOIN],
+        help="what several columns are: two texts that are read together (pair), or parts of one text"
+        " (join; default: one column, or as a saved model was trained)",
+    )
+    flag("--join-with", default=" ", help="with --text-mode join: what stands between the parts")
+    flag(
+        "--label-column",
+        type=column_names,
+        default="label",
+        help="column of the labels; several, separated by commas, hold 0 or 1 for each label, or numbers",
+    )
+    flag(
+        "--task",
+        choices=["auto", *TASKS],
+        default="auto",
+        help="what a text has: one class (single), any number of labels (multi) or numbers (regression);"
+        " auto: found from the labels",
+    )
+    flag("--label-separator", type=cli.name, help="what stands between the labels of a text in one cell")
+    flag("--train-split", help="its name in the data set")
+    flag("--validation-split", help="its name in the data set; cut from train if there is none")
+    flag("--test-split", help="its name in the data set; cut from train if there is none")
+    seed = "seed that cuts and samples splits (default: --seed)"
+    flag("--split-seed", type=cli.non_negative_int, help=seed)
+    flag(
+        "--skip-bad",
+        action="store_true",
+        help="leave out rows that can't be used, and write them to bad-rows.jsonl in the run folder, or"
+        " beside --output; --inspect lists them",
+    )
+    flag("--drop-rare", type=count, metavar="N", help="leave out classes with fewer than N training texts")
+    flag(
+        "--merge-rare",
+        type=cli.name,
+        metavar="NAME",
+        help="make one class of them instead (without --drop-rare: of those with fewer than 10)",
+    )
+    flag("--max-train-samples", type=count, help="most texts to train on: a stratified sample")
+    flag("--max-eval-samples", type=count, help="the same for validation and test")
+    flag("--max-length", type=count, help=f"tokens read at once in training (default: {DEFAULT_MAX_LENGTH})")
+    flag("--eval-max-length", type=count, help="the same in scoring (default: --max-length)")
+    flag(
+        "--truncation",
+        choices=TRUNCATIONS,
+        help="what to read of a longer text: its beginning, its end, a quarter from the beginning"
+        " and the rest from the end, or all of it in overlapping chunks whose logits are averaged"
+        f" (default: {DEFAULT_TRUNCATION}; for a saved model, as it was scored)",
+    )
+    flag(
+        "--max-chunks",
+        type=count,
+        default=1,
+        help="chunks of a text in a training step, drawn again in each epoch; scoring reads all",
+    )
+
+
+def add_training_flags(parser: cli.Parser) -> None:
+    """Add the flags that say how to train."""
+    flag = parser.add_argument_group("training").add_argument
+    count, share = cli.positive_int, cli.fraction
+    flag("--epochs", type=count, default=3, help="passes over the training split")
+    flag("--max-steps", type=count, metavar="N", help="optimizer steps, in place of --epochs")
+    flag("--batch-size", type=count, default=16, help="texts per process and micro-batch")
+    flag("--eval-batch-size", type=count, default=32, help="chunks per process in evaluation")
+    flag("--grad-accum", type=count, default=1, help="micro-batches per optimizer step")
+    flag(
+        "--lr",
+        type=cli.positive_float,
+        nargs="+",
+        action=study.OneOrSeveral,
+        default=1e-4,
+        help="highest learning rate; several: a run with each",
+    )
+    flag(
+        "--schedule",
+        choices=SCHEDULES,
+        default="linear",
+        help="of the learning rate after the warm-up: it falls to 0 in a line or as a cosine, or stays",
+    )
+    flag("--warmup-ratio", type=share, default=0.1, help="share of steps with a rising learning rate")
+    flag(
+        "--weight-decay",
+        type=cli.non_negative_float,
+        default=0.01,
+        help="decay of the matrices; biases and norms have none",
+    )
+    flag("--max-grad-norm", type=cli.positive_float, default=1.0, help="clip the gradient to this norm")
+    flag(
+        "--dropout",
+        type=share,
+        help="dropout rate everywhere in the model (default: as pretrained, but 0 in attention)",
+    )
+    flag(
+        "--attention-dropout",
+        type=share,
+        help="above 0, slower on CPUs (default: --dropout if given, else 0)",
+    )
+    flag(
+        "--label-smoothing",
+        type=share,
+        default=0.0,
+        help="share of each label that is spread over all classes",
+    )
+    flag(
+        "--class-weights",
+        choices=["none", "balanced"],
+        default="none",
+        help="balanced: every class counts the same, however few texts it has",
+    )
+    flag(
+        "--batching",
+        choices=["buckets", "random"],
+        default="buckets",
+        help="buckets: texts of similar length share a batch",
+    )
+    flag(
+        "--best-metric",
+        choices=METRICS,
+        default="loss",
+        metavar="SCORE",
+        help="validation score that tells which weights are best; on ties, the earliest are: loss; of one"
+        " class accuracy, macro_f1, micro_f1, weighted_f1, binary_f1, matthews, roc_auc,"
+        " average_precision; of labels also subset_accuracy, label_accuracy; of numbers rmse, mae, pearson,"
+        " spearman",
+    )
+    flag(
+        "--positive-class",
+        type=cli.name,
+        metavar="NAME",
+        help="class whose F1 is binary_f1 (default: of two classes the second in their order)",
+    )
+    flag(
+        "--threshold",
+        type=threshold,
+        metavar="P",
+        help="probability from which on a text has a label: a number, or auto: for each label the one with"
+        " the highest F1 on the validation split (default: 0.5; for a saved model, as it was scored)",
+    )
+    flag(
+        "--eval-every",
+        type=count,
+        metavar="STEPS",
+        help="evaluate after every so many optimizer steps too, not only after each epoch",
+    )
+    flag(
+        "--early-stopping-patience",
+        type=count,
+        metavar="N",
+        help="stop after N evaluations in a row that were no better than the best",
+    )
+    flag(
+        "--freeze-layers",
+        type=cli.non_negative_int,
+        default=0,
+        metavar="N",
+        help="do not train the embeddings and the N lowest layers (0: train all)",
+    )
+    flag(
+        "--lora-rank",
+        type=count,
+        metavar="R",
+        help="train low-rank adapters and the head only; best/ has them merged",
+    )
+    flag(
+        "--gradient-checkpointing",
+        action="store_true",
+        help="compute activations twice: less memory, a third more time",
+    )
+    flag(
+        "--auto-batch-size",
+        action="store_true",
+        help="if a micro-batch does not fit into memory, halve it and accumulate: the same steps",
+    )
+    flag("--compile", action="store_true", help="torch.compile: slow start, faster steps on GPUs")
+    flag(
+        "--nondeterministic",
+        action="store_true",
+        help="on a GPU: a little faster, and two runs differ in their last digits",
+    )
+    flag(
+        "--num-workers",
+        type=cli.non_negative_int,
+        default=0,
+        help="processes that make batches; the texts are tokenised before, so few are enough",
+    )
+    flag(
+        "--calibrate",
+        action="store_true",
+        help="in the end, fit one temperature on the validation split, so that a confidence of 0.8 is right"
+        " in 80 of 100 texts; it is saved with the model",
+    )
+    flag("--log-every", type=count, default=10, help="optimizer steps between points of a curve")
+
+
+def add_run_flags(parser: cli.Parser) -> None:
+    """Add the flags that stop and resume a run, or do something else instead."""
+    flag = parser.add_argument_group("stopping and resuming").add_argument
+    count = cli.positive_int
+    flag(
+        "--save-every",
+        type=count,
+        metavar="STEPS",
+        help="write a checkpoint after every so many optimizer steps, not only after each epoch",
+    )
+    flag(
+        "--max-minutes",
+        type=cli.positive_duration,
+        metavar="N",
+        help="stop N minutes after the start, save and evaluate; --resume continues",
+    )
+    flag(
+        "--keep",
+        type=cli.non_negative_int,
+        default=2,
+        help="checkpoints to keep; with two, damage to the newest one costs little; 0: write none",
+    )
+    flag(
+        "--keep-after",
+        type=cli.non_negative_int,
+        metavar="N",
+        help="checkpoints to keep of a finished run (default: --keep; of each run of several: 0)",
+    )
+    flag(
+        "--resume",
+        nargs="?",
+        const=NEWEST,
+        metavar="RUN",
+        help="continue the run in this folder (or in --output-dir) from its newest undamaged"
+        " checkpoint, or from a given one, runs/<name>/checkpoints/step-<number>; the other flags"
+        " are those of the run",
+    )
+    flag(
+        "--resume-or-start",
+        action="store_true",
+        help="for a job that is started again: continue the run in --output-dir if there is one",
+    )
+
+    flag = parser.add_argument_group("several runs, and a table of their scores").add_argument
+    flag("--seeds", type=cli.non_negative_int, nargs="+", metavar="N", help="a run with each of these seeds")
+    flag(
+        "--grid",
+        type=study.grid_axis,
+        action="append",
+        metavar="FLAG=A,B",
+        help="a run with each value of a flag, such as batch-size=8,16; may be repeated",
+    )
+
+    group = parser.add_argument_group("instead of training")
+    flag = group.add_mutually_exclusive_group().add_argument
+    flag("--inspect", action="store_true", help="show data, tokenizer, model and a batch")
+    flag(
+        "--compare",
+        nargs="+",
+        type=cli.name,
+        metavar="RUN",
+        help="show finished runs (or those of a study) side by side, each tested against the first;"
+        " --output-dir takes the tables",
+    )
+    flag("--evaluate-only", action="store_true", help="score a saved --model on the test split")
+    flag(
+        "--predict",
+        metavar="FILE",
+        help="classify the lines of a text file (- for standard input), or the rows of a data file",
+    )
+    group.add_argument(
+        "--output",
+        metavar="FILE",
+        help="with --predict: a new file, .jsonl, .csv or .parquet; --resume goes on with one that was left",
+    )
+    group.add_argument(
+        "--id-column", metavar="NAME", help="with --predict: a column that stays beside each answer"
+    )
+    group.add_argument(
+        "--keep-columns",
+        type=cli.columns,
+        metavar="NAMES",
+        help="with --predict: other columns that stay, such as author,date; all: every one",
+    )
+    group.add_argument(
+        "--compare-tokenizer",
+        metavar="NAME",
+        help="with --inspect: a second tokenizer on a sentence (bundled name, folder or Hub id)",
+    )
+
+
+# What they show at once ---------------------------------------------------------------------------
+
+
+def flags_of_resumed_run(parser: cli.Parser, argv: Sequence[str]) -> list[str]:
+    """Return the flags of the run that is to be continued, but for those in `argv`."""
+    given = parser.given(argv)
+    if any(given.get(name) for name in INSTEAD):
+        return []
+    resume, saved = resumed_flags(given)
+    not_saved = {*given, *NOT_SETTINGS} - ({"seeds", "grid"} - given.keys())
+    others = {name: value for name, value in saved.items() if name not in not_saved}
+    return parser.as_flags({"resume": resume, **others})
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Raise UserError for a mistake that the flags show, or the files that they name."""
+    if args.compare is not None:
+        check_compared(args)
+        return
+    sources.check_model(args.model, kind="encoder")
+    check_hub_flags(args)
+    if args.compare_tokenizer is not None:
+        if not args.inspect:
+            raise UserError(
+                f"--compare-tokenizer {args.compare_tokenizer}: it works with --inspect only; add"
+                " --inspect, or leave it out"
+            )
+        kind = bundled.MODELS.get(args.compare_tokenizer, "encoder")
+        sources.check_model(args.compare_tokenizer, kind=kind, flag="--compare-tokenizer")
+    if not args.evaluate_only and args.predict is None:  # else as the saved model was trained
+        check_text_columns(args.text_column, args.text_mode)
+    is_table = FileOptions(columns=args.columns, delimiter=args.delimiter).is_table
+    if args.predict is not None:  # an empty name is a mistake, not a wish to train
+        sources.check_texts(args.predict, any_suffix=is_table)
+        check_output_flags(args)
+        return
+    for flag in OF_PREDICTIONS:
+        if getattr(args, flag) is not None:
+            raise UserError(f"--{flag.replace('_', '-')}: it works with --predict only; leave it out")
+    sources.check_data(args.dataset, any_suffix=is_table)
+    if not args.inspect and not args.evaluate_only:
+        if args.task != "auto":  # else when the labels have told it
+            check_task(args.task, vars(args))
+        check_training_flags(args)
+
+
+def check_hub_flags(args: argparse.Namespace) -> None:
+    """Raise UserError for a revision of what does not come from the Hub, and for a tokenizer that can be
+    none.
+    """
+    for name, flag, value in (
+        (args.model, "--revision", args.revision),
+        (args.dataset, "--dataset-revision", args.dataset_revision),
+    ):
+        if value is not None and (bundled.is_bundled(name) or Path(name).exists()):
+            raise UserError(
+                f"{flag} {value}: {name} is not on the Hub, which alone has revisions; leave it out"
+            )
+    if args.tokenizer is not None:
+        if args.evaluate_only or args.predict is not None:
+            raise UserError(f"--tokenizer {args.tokenizer}: a saved model has its own; leave the flag out")
+        kind = bundled.MODELS.get(args.tokenizer, "encoder")
+        sources.check_model(args.tokenizer, kind=kind, flag="--tokenizer")
+
+
+def threshold(text: str) -> float | Literal["auto"]:
+    """Parse a probability from which on a text has a label, or auto."""
+    return "auto" if text == "auto" else cli.probability(text)
+
+
+def check_output_flags(args: argparse.Namespace) -> None:
+    """Raise UserError unless the file of predictions can be written."""
+    resumes = args.resume is not None
+    if args.skip_bad and args.output is None:
+        raise UserError("--skip-bad: with --predict it writes the bad rows beside --output; name that")
+    if args.output is not None:
+        predictions.check_output(args.output, resume=resumes)
+    elif resumes:
+        raise UserError("--resume: with --predict it goes on with the file of --output; name it")
+
+
+def column_names(text: str) -> str:
+    """Check names of columns, separated by commas, and return them as they are."""
+    cli.columns(text)
+    return text
+
+
+def check_compared(args: argparse.Namespace) -> None:
+    """Raise UserError unless --compare names finished runs, and --output-dir a place for tables."""
+    finished_runs(args.compare)
+    if args.output_dir is not None and (Path(args.output_dir) / CONFIG).exists():
+        raise UserError(f"--output-dir {args.output_dir}: it holds a run; name another folder for tables")
+
+
+def check_training_flags(args: argparse.Namespace) -> None:
+    """Raise UserError when flags exclude each other, or a run can't be kept where they say."""
+    if args.max_chunks > 1 and args.truncation not in (None, "chunks"):
+        raise UserError(
+            f"--max-chunks {args.max_chunks}: --truncation {args.truncation} reads one chunk of a"
+            " text; leave one of the two out"
+        )
+    if args.max_chunks > args.batch_size:
+        raise UserError(
+            f"--max-chunks {args.max_chunks}: a micro-batch holds at most --batch-size"
+            f" {args.batch_size} chunks, and those of a text stay together; lower the one or"
+            " raise the other"
+        )
+    if args.keep == 0 and args.save_every is not None:
+        raise UserError(f"--save-every {args.save_every}: --keep 0 writes no checkpoint; leave one out")
+    if study.is_study(args):
+        check_study(args)
+    # several processes decide together where the run lies, when they have found each other
+    elif is_done(args):
+        compare_flags(Path(args.output_dir), read_config(Path(args.output_dir)), settings_of(args))
+    elif "RANK" not in os.environ:
+        location = locate_run(args.output_dir, args.resume, name=run_name(args))
+        if location.is_resumed:
+            require_same_flags(location, settings_of(args))
+
+
+def check_study(args: argparse.Namespace) -> None:
+    """Raise UserError unless each of several runs can be started with these flags."""
+    if cli.TORCHRUN in os.environ:
+        raise UserError(
+            "--seeds, --grid and several --lr: each run is a process of its own; start the script with python"
+        )
+    for run in plan_study(args).runs:
+        make_parser().parse_args(run.flags)
+
+
+def plan_study(args: argparse.Namespace) -> study.Study:
+    """Return the runs that --seeds, --grid and --lr ask for."""
+    return study.make_plan(make_parser(), args, {*NOT_SETTINGS} - {"seeds", "grid"}, name=run_name(args))
+
+
+def is_done(args: argparse.Namespace) -> bool:
+    """Tell whether --resume-or-start finds a finished run."""
+    return args.resume_or_start and args.resume is not None and is_finished(Path(args.output_dir))
+
+
+def run_name(args: argparse.Namespace) -> str:
+    """Return the name of a run's folder where the flags give none; the time is added to it."""
+    return f"{Path(args.dataset).stem}-{Path(args.model).name}"
+
+
+def settings_of(args: argparse.Namespace) -> dict:
+    """Return the flags that are settings of a run."""
+    return {flag: value for flag, value in vars(args).items() if flag not in NOT_SETTINGS}
+
+
+def what_is_read(args: argparse.Namespace) -> str | None:
+    """Return the names of the model and of the texts, to be shown while the libraries are loaded; None
+    if none is needed.
+    """
+    if needs_no_model(args):
+        return None
+    return f"{args.model} and {args.dataset if args.predict is None else args.predict}"
+
+
+def is_training(args: argparse.Namespace) -> bool:
+    """Tell whether the flags ask for a training, and nothing instead of it."""
+    return not any(getattr(args, name) for name in INSTEAD)
+
+
+def needs_no_model(args: argparse.Namespace) -> bool:
+    """Tell whether nothing is to be trained or scored in this process."""
+    return args.compare is not None or (is_training(args) and (study.is_study(args) or is_done(args)))
