@@ -65,7 +65,6 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
-from common import reading
 from common.files import tensors_sha256
 from common.runtime import (
     Runtime,
@@ -75,7 +74,7 @@ from common.runtime import (
     start_runtime,
     stop_runtime,
 )
-from common.training import batching, checkpoint, classifier, data, report, tracking
+from common.training import batching, checkpoint, classifier, data, report, tracking, unlabelled
 from common.training.batching import BatchConfig, count_examples, pool_chunks, sync_gradients
 from common.training.checkpoint import TIME_IS_UP, Checkpoints, StopSignals, TrainingState
 from common.training.classifier import ModelConfig
@@ -707,7 +706,7 @@ def predict(args: argparse.Namespace, runtime: Runtime) -> None:
     options = config_from_flags(FileOptions, args)
     scoring, text_config = saved_scoring(args, classifier.task_of_model(model)), saved_texts(args)
     temperature = classifier.saved_temperature(args.model)
-    with reading.open_texts(
+    with unlabelled.open_texts(
         args.predict,
         columns=text_config.columns,
         join_with=text_config.join_with if text_config.text_mode == JOIN else None,
@@ -722,7 +721,7 @@ def predict(args: argparse.Namespace, runtime: Runtime) -> None:
             predictions.write_bad_rows(path, faults)
             sources.note(f"{len(faults):,} rows can't be used and are left out: {path}")
 
-        def answer(block: reading.TextBlock) -> list[dict]:
+        def answer(block: unlabelled.TextBlock) -> list[dict]:
             answers = predict_texts(
                 model,
                 tokenizer,

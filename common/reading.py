@@ -14,8 +14,6 @@ import csv
 import dataclasses
 import functools
 import gzip
-import hashlib
-import itertools
 import json
 import lzma
 import os
@@ -26,7 +24,6 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, cast
 
@@ -53,7 +50,6 @@ SECONDS_FOR_A_PIPE = 10
 # the column with the number of each row in its file, where those that can't be used are collected
 ROW = "__row__"
 SAMPLE = 64 << 10  # bytes from which an encoding is found out
-NO_PAIR = "the model reads pairs, and the line has no two texts with a tab between"
 AS_FOUND = FileOptions()  # nothing but what name and content of a file show
 
 
@@ -289,206 +285,12 @@ def texts_of(
     return [text or "" for text in rows[column][:]]
 
 
-@dataclass(frozen=True)
-class TextBlock:
-    """Some texts of a source in their order, their numbers from 1, and the cells beside them."""
-
-    rows: list[int]
-    texts: list[str] | list[tuple[str, str]]
-    columns: pa.Table | None
-
-
-@contextlib.contextmanager
-def open_texts(
-    name: str,
-    *,
-    columns: Sequence[str],
-    join_with: str | None = None,
-    kept: Sequence[str] | None,
-    options: FileOptions,
-    cache_dir: str | None,
-    faults: list[Fault] | None = None,
-) -> Iterator[Texts]:
-    """Yield the texts of a data file, or the lines of any other file or of standard input ("-")."""
-    sources.check_texts(name, any_suffix=options.is_table)
-    with open_plain(name, encoding=options.encoding, folder=cache_dir) as file:
-        yield Texts(
-            file,
-            name,
-            columns=columns,
-            join_with=join_with,
-            kept=kept,
-            options=options,
-            cache_dir=cache_dir,
-            faults=faults,
-        )
-
-
-class Texts:
-    """The texts of an open source, read block by block, so that memory does not grow with their number.
-
-    A data file has them in one of its `columns`, or pairs of them in two; with `join_with` a text is
-    made of all of them. In lines a tab parts the texts of a pair. `kept` are other columns, None for
-    all. Rows whose text can't be used are added to `faults`; where that is None, the first raises
-    UserError.
-    """
-
-    def __init__(
-        self,
-        file: BinaryIO,
-        name: str,
-        *,
-        columns: Sequence[str],
-        join_with: str | None,
-        kept: Sequence[str] | None,
-        options: FileOptions,
-        cache_dir: str | None,
-        faults: list[Fault] | None,
-    ) -> None:
-        self.file, self.source, self.columns, self.faults = file, source_name(name), list(columns), faults
-        self.is_pair = len(columns) == 2 and join_with is None
-        self.kept: list[str] = list(kept or [])
-        self.table: Any = None
-        if not is_table(file, name, options):
-            if join_with is not None:
-                raise UserError(
-                    f"{self.source}: --text-mode join needs columns, and it has lines; name a data file"
-                )
-            if kept != []:
-                problem = "its lines have no columns that could be kept"
-                raise UserError(f"{self.source}: {problem}; leave --id-column and --keep-columns out")
-            return
-        as_text = [*columns, *([sources.EVERY_COLUMN] if kept is None else kept)]
-        rows = read_table(
-            file, self.source, as_text=as_text, options=options, cache_dir=cache_dir, faults=faults
-        )
-        for column in columns:
-            require_column(rows.column_names, column, source=self.source, flag="--text-column")
-            check_kind(rows, column, source=self.source)
-        if kept is None:
-            self.kept = [name for name in rows.column_names if name not in (*columns, ROW)]
-        for name in self.kept:
-            require_column(rows.column_names, name, source=self.source, flag="--keep-columns")
-        if join_with is not None:
-            for column in columns:
-                check_characters(rows.with_format("arrow")[column], f"{self.source}, row", first=1)
-            self.columns = [",".join(columns)]
-            joined = join_cells([rows[column][:] for column in columns], join_with)
-            rows = rows.add_column(self.columns[0], joined)
-        self.table = rows.with_format("arrow")
-
-    def find_faults(self) -> set[int]:
-        """Return the numbers of the texts that can't be used, after looking at all: these are faults."""
-        bad: set[int] = set()
-        for number, text, cell in self._all():
-            if number in bad:  # its row is a fault already, for the other text of a pair
-                continue
-            if text is None or sources.is_blank(text):
-                problem = "the text is missing" if text is None else "the text is empty"
-            elif len(text) > LONGEST_TEXT:
-                problem = f"the text has more than {LONGEST_TEXT:,} characters"
-            elif "\ufffd" in text and not _is_utf8(cell):
-                problem = "not UTF-8"
-            elif self.is_pair and self.table is None and split_pair(text) is None:
-                problem = NO_PAIR
-            else:
-                continue
-            bad.add(number)
-            assert self.faults is not None
-            row = number if self.table is None else self._source_row(number)
-            self.faults.append(Fault(self.source, row, problem, text or ""))
-        return bad
-
-    def sha256(self) -> str:
-        """Return the SHA-256 of the source's plain content in hexadecimal."""
-        self.file.seek(0)
-        return hashlib.file_digest(cast(Any, self.file), "sha256").hexdigest()
-
-    def check(self) -> set[int]:
-        """Return the numbers of the texts that can't be used; without a list of faults raise UserError for
-        the first.
-        """
-        if self.faults is not None:
-            return self.find_faults()
-        if self.table is not None:
-            for column in self.columns:
-                check_texts(self.table.with_format(None), column, source=self.source)
-            return set()
-        for number, line in enumerate(lines_of(self.file, self.source), start=1):
-            if sources.is_blank(line):
-                raise UserError(f"{self.source}, line {number}: the text is empty; remove the line")
-            check_length(line, f"{self.source}, line {number}")
-            if self.is_pair and split_pair(line) is None:
-                advice = "correct it, or name a data file and its --text-column"
-                raise UserError(f"{self.source}, line {number}: {NO_PAIR}; {advice}")
-        return set()
-
-    def blocks(self, size: int, *, without: set[int], skipped: int = 0) -> Iterator[TextBlock]:
-        """Yield the texts but those `without` and the first `skipped` of the rest, `size` at a time."""
-        numbers = (number for number in itertools.count(1) if number not in without)
-        if self.table is None:
-            lines = enumerate(self._lines(), start=1)
-            good = ((number, line.decode("utf-8-sig")) for number, line in lines if number not in without)
-            good = itertools.islice(good, skipped, None)
-            while block := list(itertools.islice(good, size)):
-                texts: Any = [split_pair(text) if self.is_pair else text for _, text in block]
-                yield TextBlock([number for number, _ in block], texts, None)
-            return
-        numbers = itertools.islice(numbers, skipped, None)
-        numbers = itertools.takewhile(lambda number: number <= len(self.table), numbers)
-        while rows := list(itertools.islice(numbers, size)):
-            part = self.table[rows[0] - 1 : rows[-1]]
-            part = part.take([row - rows[0] for row in rows])
-            shown = part[ROW].to_pylist() if ROW in part.column_names else rows
-            cells = [part[column].to_pylist() for column in self.columns]
-            texts = list(zip(*cells)) if self.is_pair else cells[0]
-            yield TextBlock(shown, texts, part.select(self.kept))
-
-    def _lines(self) -> Iterator[bytes]:
-        return raw_lines(self.file)
-
-    def _source_row(self, number: int) -> int:
-        if ROW in self.table.column_names:
-            return self.table[number - 1 : number][ROW][0].as_py()
-        return number
-
-    def _all(self) -> Iterator[tuple[int, str | None, bytes]]:
-        """Yield the number of each text, the text, and its bytes."""
-        if self.table is None:
-            for number, line in enumerate(self._lines(), start=1):
-                yield number, line.decode("utf-8-sig", "replace"), line
-            return
-        import pyarrow as pa
-
-        for start in range(0, len(self.table), 10_000):
-            for column in self.columns:
-                block = self.table[start : start + 10_000][column].cast(pa.large_binary())
-                for number, cell in enumerate(block.to_pylist(), start=start + 1):
-                    yield number, None if cell is None else cell.decode("utf-8", "replace"), cell or b""
-
-
 def join_cells(cells: list[list[str | None]], join_with: str) -> list[str]:
     """Return one text for each row of several columns (columns x N), without blank cells."""
     return [
         join_with.join(cell for cell in row if cell is not None and not sources.is_blank(cell))
         for row in zip(*cells)
     ]
-
-
-def split_pair(line: str) -> tuple[str, str] | None:
-    """Return the two texts of a line, None unless one tab parts them."""
-    first, *second = line.split("\t")
-    if len(second) != 1 or sources.is_blank(first) or sources.is_blank(second[0]):
-        return None
-    return first, second[0]
-
-
-def _is_utf8(content: bytes) -> bool:
-    try:
-        content.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def is_table(file: BinaryIO, name: str, options: FileOptions) -> bool:

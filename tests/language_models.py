@@ -45,6 +45,14 @@ TEXTS = [
     "def add(left, right):\n    return left + right",
     "Straße, naïve, façade, 東京",
 ]
+PROMPTS = [
+    "The quick brown fox",
+    "Why is the sky",
+    "def add(left",
+    "你好",
+    "I like",
+    "dog. Because the lazy light",
+]
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{%"
     " endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from common.training.data import Splits, TextConfig
 
+NOT_UTF8 = "not UTF-8"
 TYPICAL = 0.9  # share of the rows that tells what kind of labels a column has
 SHOWN_ROWS, SHOWN_GROUPS = 5, 10
 RARE = 10  # texts of a class in training, below which it is said
@@ -132,23 +133,27 @@ def text_problems(rows: datasets.Dataset, texts: TextConfig) -> Iterator[str]:
     for block in table.iter(batch_size=10_000):
         cells = [block[column].cast(pa.large_binary()).to_pylist() for column in columns]
         for row in zip(*cells):
-            yield _text_problem(row, texts)
+            yield _row_problem(row, texts)
 
 
-def _text_problem(cells: Sequence[bytes | None], texts: TextConfig) -> str:
+def _row_problem(cells: Sequence[bytes | None], texts: TextConfig) -> str:
     try:
         parts = [None if cell is None else cell.decode() for cell in cells]
     except UnicodeDecodeError:
-        return "not UTF-8"
+        return NOT_UTF8
     if texts.text_mode == JOIN:
         parts = reading.join_cells([[part] for part in parts], texts.join_with)
-    for text in parts:
-        if text is None:
-            return "the text is missing"
-        if is_blank(text):
-            return "the text is empty"
-        if len(text) > reading.LONGEST_TEXT:
-            return f"the text has more than {reading.LONGEST_TEXT:,} characters"
+    return next(filter(None, map(text_problem, parts)), "")
+
+
+def text_problem(text: str | None) -> str:
+    """Return what is wrong with a text, "" if nothing is."""
+    if text is None:
+        return "the text is missing"
+    if is_blank(text):
+        return "the text is empty"
+    if len(text) > reading.LONGEST_TEXT:
+        return f"the text has more than {reading.LONGEST_TEXT:,} characters"
     return ""
 
 

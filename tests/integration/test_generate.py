@@ -29,16 +29,8 @@ from common.generation.conversation import Chat
 from common.generation.fast_decoding import find_compiler
 from conftest import ROOT, exit_code_in_process, heavy, with_defaults
 from hub_server import HubServer
-from language_models import needs_compiler, save_tiny_model
+from language_models import PROMPTS, needs_compiler, save_tiny_model
 
-PROMPTS = [
-    "The quick brown fox",
-    "Why is the sky",
-    "def add(left",
-    "你好",
-    "I like",
-    "dog. Because the lazy light",
-]
 REAL = "bundled/SmolLM2-135M-Instruct"
 TUTORIAL = "Natural Language Processing is"
 

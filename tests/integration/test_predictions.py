@@ -9,9 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import train_classifier
-from common import reading
 from common.sources import FileOptions
-from common.training import evaluation, predictions
+from common.training import evaluation, predictions, unlabelled
 from conftest import exit_code_in_process, make_sentences
 
 CPU = ["--device", "cpu", "--precision", "fp32"]
@@ -163,7 +162,7 @@ def test_memory_does_not_grow_with_the_number_of_texts(tmp_path):
         path = tmp_path / f"{count}.txt"
         path.write_text("".join(f"a text of some words, the number {number}\n" for number in range(count)))
         tracemalloc.start()
-        with reading.open_texts(
+        with unlabelled.open_texts(
             str(path), columns=["text"], kept=[], options=FileOptions(), cache_dir=None
         ) as texts:
             assert texts.check() == set()

@@ -23,17 +23,9 @@ import generate
 from common.generation import server
 from common.generation.completion import Run
 from conftest import ROOT, exit_code_in_process
-from language_models import save_tiny_model
+from language_models import PROMPTS, save_tiny_model
 
 ASK = [{"role": "user", "content": "Why is the sky blue?"}]
-PROMPTS = [
-    "The quick brown fox",
-    "Why is the sky",
-    "def add(left",
-    "你好",
-    "I like",
-    "dog. Because the lazy light",
-]
 SHARED = ["--device", "cpu", "--precision", "fp32", "--max-new-tokens", "16"]
 
 

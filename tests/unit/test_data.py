@@ -17,10 +17,9 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import train_classifier
-from common import reading
 from common.errors import UserError
 from common.runtime import Runtime
-from common.training import classifier, data
+from common.training import classifier, data, unlabelled
 from common.training.data import TextConfig
 from common.training.run import SINGLE
 from common.training.task import LabelConfig, Task
@@ -625,6 +624,6 @@ def test_parquet_that_is_no_utf8_is_refused_with_its_row(column, tmp_path, cache
         options = {"join_with": " ", "kept": [], "options": config.files, "cache_dir": None}
         with (
             pytest.raises(UserError, match="t.parquet, row 2: not UTF-8"),
-            reading.open_texts(config.dataset, columns=["text", column], **options),
+            unlabelled.open_texts(config.dataset, columns=["text", column], **options),
         ):
             pass
