@@ -20,12 +20,9 @@ import re
 import secrets
 import socket
 import sys
-import threading
 import time
 import traceback
-from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from dataclasses import dataclass, replace
 from typing import Any
 
 # a child process writes each chat by its template: what it imports is imported here, because importing
@@ -33,387 +30,37 @@ from typing import Any
 import jinja2.ext
 import jinja2.meta
 import jinja2.sandbox  # noqa: F401
-import torch
 from aiohttp import web
-from torch import Tensor
 
 from common.cli import fault_of_system, stop_signals
 from common.errors import UserError, shorten
-from common.generation import decoding, fast_sampling, language_model, sampling
-from common.generation.chat import Message, check_messages
-from common.generation.completion import REPLACEMENT, Completion, Prompt, Run, TextStream, logprobs
-from common.generation.decoding import Batch, Step
-from common.generation.language_model import LanguageModel
-from common.generation.sampling import Sampler, Settings
-from common.runtime import free_memory_bytes
+from common.generation import language_model
+from common.generation.completion import REPLACEMENT, Completion, Prompt, Run, TextStream
+from common.generation.engine import Decode, Engine, Job, Limits, Piece
+from common.generation.protocol import (
+    CHAT,
+    COMPLETION,
+    MOST_PROMPTS,
+    SHAPES,
+    ApiError,
+    Shape,
+    check_parameters,
+    choose_settings,
+    fit,
+    plain_messages,
+    texts_of,
+)
 
 HOST, KEY_VARIABLE = "127.0.0.1", "GENERATE_API_KEY"
 OWN_NAMES = re.compile(r"(127\.0\.0\.1|localhost)(:\d+)?")  # in the header Host of an honest request
 BODY_BYTES = 4 << 20  # of a request; a context of 100,000 tokens has about a tenth of it
 SECONDS_TO_FINISH = 10.0  # for the texts that are being generated when a signal comes
-MOST_STOPS, MOST_LOGPROBS, MOST_PROMPTS = 16, 20, 64
 
 USAGE = web.RequestKey("usage", dict)  # the tokens of a request, for its line
 Send = Callable[[dict[str, Any]], Awaitable[None]]  # an event of a stream
-Decode = Callable[[LanguageModel, Batch, Sampler, Settings], Iterator[Step]]
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What the server takes on at a time."""
-
-    batch_size: int  # texts that are decoded together
-    waiting: int  # texts that wait for their turn
-    seconds: float  # from a request to the end of its answer
-    api_key: str | None = None
-
-
-class ApiError(Exception):
-    """A request that is refused, as OpenAI's clients read it."""
-
-    def __init__(
-        self, status: int, message: str, *, param: str | None = None, code: str | None = None
-    ) -> None:
-        super().__init__(message)
-        self.status, self.param, self.code = status, param, code
-
-    def content(self) -> dict[str, Any]:
-        """Return the error as JSON takes it."""
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
-
-
-# What is asked for --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """A parameter of a request: what it may be."""
-
-    accepts: Callable[[Any], bool]
-    wanted: str
-
-
-def number(accepts: Callable[[Any], bool], wanted: str, *, whole: bool = False) -> Parameter:
-    """Return a parameter that is a number; true and false are none."""
-    kinds = (int,) if whole else (int, float)
-    return Parameter(lambda value: type(value) in kinds and accepts(value), wanted)
-
-
-def only(*values: Any) -> Parameter:
-    """Return a parameter of OpenAI's protocol that is taken only where it changes nothing."""
-    wanted = f"only {' or '.join(map(json.dumps, values))}, since nothing else is done here"
-    return Parameter(lambda value: any(value == one and type(value) is type(one) for one in values), wanted)
-
-
-def texts_of(value: Any, most: int) -> list[str] | None:
-    """Return a text or a list of up to `most` texts as a list, None for anything else."""
-    texts = [value] if isinstance(value, str) else value
-    is_list = isinstance(texts, list) and 1 <= len(texts) <= most
-    return texts if is_list and all(isinstance(text, str) and text for text in texts) else None
-
-
-def is_bias(value: Any) -> bool:
-    """Return whether a value is an object with a number from -100 to 100 for some ids of tokens."""
-    return isinstance(value, dict) and all(
-        re.fullmatch(r"\d{1,9}", name) and type(bias) in (int, float) and -100 <= bias <= 100
-        for name, bias in value.items()
-    )
-
-
-FLAG = Parameter(lambda value: type(value) is bool, "true or false")
-TEXT = Parameter(lambda value: isinstance(value, str), "a text")
-AT_LEAST_1 = number(lambda value: 1 <= value < 2**31, "a whole number above 0", whole=True)
-FEW = number(lambda value: 0 <= value <= MOST_LOGPROBS, f"a whole number up to {MOST_LOGPROBS}", whole=True)
-COMMON = {
-    "model": TEXT,
-    "max_tokens": AT_LEAST_1,
-    "temperature": number(lambda value: value == 0 or 1e-6 <= value <= 1e6, "0, or a number from 1e-6"),
-    "top_p": number(lambda value: 0 < value <= 1, "a number above 0 and at most 1"),
-    "top_k": number(lambda value: 0 <= value < 2**31, "a whole number of at least 0", whole=True),
-    "min_p": number(lambda value: 0 <= value < 1, "a number from 0 up to, not including, 1"),
-    "repetition_penalty": number(lambda value: 1e-3 <= value <= 1e3, "a number from 0.001 to 1000"),
-    "seed": number(lambda value: -(2**63) <= value < 2**63, "a whole number of 64 bits", whole=True),
-    "stop": Parameter(
-        lambda value: texts_of(value, MOST_STOPS) is not None,
-        f"a text or up to {MOST_STOPS} texts, none of them empty",
-    ),
-    "stream": FLAG,
-    "stream_options": Parameter(
-        lambda value: (
-            isinstance(value, dict)
-            and value.keys() <= {"include_usage"}
-            and all(type(flag) is bool for flag in value.values())
-        ),
-        'an object with "include_usage" of true or false',
-    ),
-    "user": TEXT,  # for whom a text is: it is not meant to change it
-    "n": only(1),
-    "presence_penalty": number(lambda value: -2 <= value <= 2, "a number from -2 to 2"),
-    "frequency_penalty": number(lambda value: -2 <= value <= 2, "a number from -2 to 2"),
-    "logit_bias": Parameter(lambda value: is_bias(value), "an object of ids and numbers from -100 to 100"),
-}
-COMPLETION = COMMON | {
-    "prompt": Parameter(
-        lambda value: texts_of(value, MOST_PROMPTS) is not None,
-        f"a text or up to {MOST_PROMPTS} texts, none of them empty",
-    ),
-    "logprobs": FEW,
-    "best_of": only(1),
-    "echo": only(False),
-    "suffix": only(""),
-}
-CHAT = COMMON | {
-    "messages": Parameter(lambda value: isinstance(value, list), "a list of messages"),
-    "max_completion_tokens": AT_LEAST_1,
-    "logprobs": FLAG,
-    "top_logprobs": FEW,
-    "response_format": only({"type": "text"}),
-    "modalities": only(["text"]),
-    "tools": only([]),
-    "tool_choice": only("none", "auto"),
-    "store": only(False),
-}
-DRAWING = ("temperature", "top_k", "top_p", "min_p")  # any of them given: not greedy
-
-
-def check_parameters(body: Any, known: dict[str, Parameter], *needed: str) -> dict[str, Any]:
-    """Return the parameters that a request gives; one that is null is not given. Raises ApiError for
-    one that is unknown, for a value that can't be taken, and where one of `needed` is missing.
-    """
-    if not isinstance(body, dict):
-        raise ApiError(400, "the body is not an object of JSON")
-    given = {name: value for name, value in body.items() if value is not None}
-    for name, value in given.items():
-        if name not in known:
-            raise unsupported(name)
-        if not known[name].accepts(value):
-            problem = f"{name}: {shorten(json.dumps(value), 60)} can't be used; give {known[name].wanted}"
-            raise ApiError(400, problem, param=name, code="invalid_value")
-    for name in needed:
-        if name not in given:
-            raise ApiError(400, f"{name} is missing; give it", param=name, code="missing_parameter")
-    return given
-
-
-def unsupported(name: str) -> ApiError:
-    """Return that a parameter is not known here."""
-    shown = shorten(name, 80)
-    problem = f"{shown}: unknown or unsupported here, and nothing is ignored; leave it out"
-    return ApiError(400, problem, param=shown, code="unsupported_parameter")
-
-
-def plain_messages(messages: list[Any]) -> list[Message]:
-    """Return the messages of a request as templates take them: the parts of a text joined, and a
-    developer's message as that of the system. Raises ApiError for one that holds more than a text.
-    """
-    plain = []
-    for number, message in enumerate(messages):
-        place = f"messages[{number}]"
-        if not isinstance(message, dict):
-            raise ApiError(400, f"{place}: not an object with role and content", param=place)
-        given = {name: value for name, value in message.items() if value not in (None, [])}
-        if unknown := sorted(given.keys() - {"role", "content"}):
-            raise unsupported(f"{place}.{unknown[0]}")
-        content, role = given.get("content", ""), given.get("role")
-        if isinstance(content, list):
-            content = "".join(text_of_part(part, f"{place}.content") for part in content)
-        plain.append({"role": "system" if role == "developer" else role, "content": content})
-    try:
-        return check_messages(plain, "messages")
-    except UserError as error:
-        raise ApiError(400, str(error), param="messages", code="invalid_value") from error
-
-
-def text_of_part(part: Any, place: str) -> str:
-    """Return the text of a part of a message. Raises ApiError for an image, a sound or a file."""
-    is_text = isinstance(part, dict) and part.keys() == {"type", "text"} and part["type"] == "text"
-    if is_text and isinstance(part["text"], str):
-        return part["text"]
-    raise ApiError(400, f"{place}: only parts of text are read here", param=place, code="invalid_value")
-
-
-# Texts to generate --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What a token adds to a text, and with its last one that it has ended."""
-
-    text: str
-    logprobs: list[dict]
-    offset: int  # of the token, in characters of the text
-    is_last: bool = False
-
-
-@dataclass
-class Job:
-    """A text that is being generated for a request, which takes its pieces from a queue."""
-
-    number: int  # among the texts of its request
-    row: Completion
-    settings: Settings
-    seed: int
-    num_logprobs: int | None
-    tell: Callable[[int, Piece | Exception], None]
-    is_wanted: bool = True  # False: the client has left, or waited long enough
-
-    @property
-    def num_columns(self) -> int:
-        """How many tokens there can be, with the prompt."""
-        return len(self.row.prompt.ids) + self.settings.max_new_tokens
-
-    def add(self, step: Step, index: int, language_model: LanguageModel) -> bool:
-        """Add the token of a row of a step; return whether the text has ended with it."""
-        row, token = self.row, step.tokens[index]
-        shown, offset = len(row.text), len(row.text) + len(row.stream.held)
-        has_ended = row.add(token, self.settings.end_ids)
-        has_ended |= len(row.token_ids) == self.settings.max_new_tokens
-        entries = []
-        if self.num_logprobs is not None and row.finish_reason != "end":
-            own = Step([token], step.logits[index : index + 1])
-            entries = logprobs(own, self.num_logprobs, language_model.tokenizer)
-        if has_ended:
-            row.finish()
-        self.tell(self.number, Piece(row.text[shown:], entries, offset, has_ended))
-        return has_ended
-
-
-class Engine:
-    """The thread that generates texts, and the jobs that wait for it."""
-
-    def __init__(self, run: Run, decode: Decode, limits: Limits) -> None:
-        self.run, self.decode, self.limits = run, decode, limits
-        self.waiting: deque[Job] = deque()
-        self.running: list[Job] = []
-        self.changed = threading.Condition()
-        self.is_closed = False
-        self.thread = threading.Thread(target=self._work, daemon=True)
-        self.thread.start()
-
-    def submit(self, jobs: list[Job]) -> None:
-        """Let jobs wait for their turn. Raises ApiError if too many wait, or the server stops."""
-        with self.changed:
-            self.waiting = deque(job for job in self.waiting if job.is_wanted)
-            if self.is_closed:
-                raise ApiError(503, "the server is stopping", code="stopping")
-            if len(self.waiting) + len(jobs) > self.limits.waiting:
-                problem = (
-                    f"{len(self.waiting)} texts wait, and at most {self.limits.waiting} may; try again later"
-                )
-                raise ApiError(429, problem, code="queue_full")
-            self.waiting.extend(jobs)
-            self.changed.notify()
-
-    def close(self) -> None:
-        """Refuse what waits and what comes; the texts that are being generated go on."""
-        with self.changed:
-            self.is_closed = True
-            refused, self.waiting = self.waiting, deque()
-            self.changed.notify()
-        for job in refused:
-            job.tell(job.number, ApiError(503, "the server is stopping", code="stopping"))
-
-    def drop(self) -> None:
-        """End the texts that are being generated."""
-        for job in self.running:
-            job.is_wanted = False
-
-    def _work(self) -> None:
-        while True:
-            with self.changed:
-                self.changed.wait_for(lambda: self.waiting or self.is_closed)
-                if not self.waiting:
-                    return
-                self.running = self._take()
-            try:
-                self._generate(self.running)
-            except Exception as error:  # whatever it is, it ends these texts and not the server
-                if not isinstance(error, UserError) and fault_of_system(error) is None:
-                    traceback.print_exc()
-                for job in self.running:
-                    job.tell(job.number, error)
-            self.running = []
-
-    def _take(self) -> list[Job]:
-        """Return the jobs of the next batch, in the order in which they came: as many as there is
-        memory for, and whose columns, longest prompt and longest text together, fit into the context.
-        """
-        taken: list[Job] = []
-        context, free = self.run.language_model.context, free_memory_bytes(self.run.language_model.device)
-        while self.waiting and len(taken) < self.limits.batch_size:
-            jobs = [*taken, self.waiting[0]]
-            prompt = max(len(job.row.prompt.ids) for job in jobs)
-            columns = prompt + max(job.settings.max_new_tokens for job in jobs)
-            needed = len(jobs) * self.run.bytes_per_row(columns)
-            fits = (context is None or columns <= context) and (free is None or needed <= free)
-            if taken and not fits:
-                break
-            job = self.waiting.popleft()
-            if job.is_wanted and fits:
-                taken.append(job)
-            elif job.is_wanted:
-                job.tell(job.number, ApiError(503, "too little memory for this text; lower max_tokens"))
-        return taken
-
-    def _generate(self, jobs: list[Job]) -> None:
-        """Generate the texts of a batch, each to its own end."""
-        if not jobs:
-            return
-        model = self.run.language_model
-        most = max(job.settings.max_new_tokens for job in jobs)
-        batch = decoding.left_pad([job.row.prompt.ids for job in jobs], model, room=most)
-        # each text ends by its own settings, and the loop when all have ended
-        shared = Settings(max_new_tokens=most)
-        for step in self.decode(model, batch, row_sampler(jobs, batch, model.pad_id), shared):
-            for index, job in enumerate(jobs):
-                if not batch.ended[index]:
-                    batch.ended[index] = not job.is_wanted or job.add(step, index, model)
-
-
-def row_sampler(jobs: list[Job], batch: Batch, pad_id: int) -> Sampler:
-    """Return a sampler that draws each row as if it were alone: from its own settings, random numbers
-    and tokens, without the padding.
-    """
-    starts = batch.starts.tolist()
-    samplers = [
-        sampling.exact_sampler(
-            job.settings,
-            prompt_length=len(job.row.prompt.ids),
-            starts=batch.starts.new_zeros(1),
-            seed=job.seed,
-            draw=fast_sampling.draw_exactly,
-        )
-        for job in jobs
-    ]
-
-    def sample(logits: Tensor, ids: Tensor) -> Tensor:
-        tokens = torch.full((len(logits),), pad_id, device=logits.device)
-        for row, sampler in enumerate(samplers):
-            if not batch.ended[row]:
-                tokens[row] = sampler(logits[row : row + 1], ids[row : row + 1, starts[row] :])[0]
-        return tokens
-
-    return sample
 
 
 # Requests -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Shape:
-    """How the answers of an address are written."""
-
-    name: str  # of a whole answer, and of a piece of one
-    piece_name: str
-    id_prefix: str
-    is_chat: bool
-
-
-SHAPES = {
-    "/v1/completions": Shape("text_completion", "text_completion", "cmpl", is_chat=False),
-    "/v1/chat/completions": Shape("chat.completion", "chat.completion.chunk", "chatcmpl", is_chat=True),
-}
 
 
 class Asked:
@@ -523,56 +170,6 @@ def chat_entry(entry: dict) -> dict[str, Any]:
         return {"token": text, "logprob": token["logprob"], "bytes": known}
 
     return {**own(entry), "top_logprobs": [own(token) for token in entry["top"]]}
-
-
-def choose_settings(given: dict[str, Any], shape: Shape, run: Run) -> tuple[Settings, tuple[str, ...]]:
-    """Return how the tokens of a request are chosen, and its stop strings: what it does not say is as
-    the flags of the server say. Raises ApiError for what contradicts itself.
-    """
-    if "max_tokens" in given and "max_completion_tokens" in given:
-        raise ApiError(400, "max_tokens and max_completion_tokens: give one of them", param="max_tokens")
-    if "top_logprobs" in given and not given.get("logprobs"):
-        raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
-    if "stream_options" in given and not given.get("stream"):
-        raise ApiError(400, "stream_options needs stream: true", param="stream_options")
-    if "max_completion_tokens" in given:
-        given["max_tokens"] = given.pop("max_completion_tokens")
-    own = run.options.settings
-    names = (*DRAWING, "repetition_penalty", "presence_penalty", "frequency_penalty")
-    chosen: dict[str, Any] = {name: given[name] for name in names if name in given}
-    if "logit_bias" in given:
-        chosen["logit_bias"] = tuple((int(name), float(bias)) for name, bias in given["logit_bias"].items())
-        if any(number >= run.language_model.vocabulary for number, _ in chosen["logit_bias"]):
-            most = run.language_model.vocabulary - 1
-            raise ApiError(400, f"logit_bias: the ids of tokens go from 0 to {most}", param="logit_bias")
-    if "max_tokens" in given:
-        chosen["max_new_tokens"] = given["max_tokens"]
-    chosen["sample"] = own.sample or any(name in given for name in DRAWING)
-    if given.get("temperature") == 0:  # greedy
-        chosen |= {"sample": False, "temperature": 1.0}
-    if shape.is_chat and run.chat is not None:
-        chosen["end_ids"] = tuple(dict.fromkeys((*own.end_ids, *run.chat.end_ids)))
-    stops = tuple(texts_of(given["stop"], MOST_STOPS) or ()) if "stop" in given else run.options.stops
-    try:
-        language_model.check_stops(list(stops), run.language_model)
-    except UserError as error:
-        raise ApiError(400, str(error), param="stop", code="invalid_value") from error
-    return replace(own, **chosen), stops
-
-
-def fit(settings: Settings, prompt: Prompt, is_given: bool, model: LanguageModel) -> Settings:
-    """Return settings whose tokens fit into the context after a prompt: as many as were asked for, or
-    fewer than the flags say. Raises ApiError where they do not.
-    """
-    room = settings.max_new_tokens
-    if model.context is not None and not is_given:
-        room = max(1, min(room, model.context - len(prompt.ids)))
-    try:
-        language_model.check_length(prompt.ids, room, model, name="the prompt")
-    except UserError as error:
-        problem = str(error).replace("--max-new-tokens", "max_tokens")
-        raise ApiError(400, problem, param="max_tokens", code="context_length_exceeded") from error
-    return replace(settings, max_new_tokens=room)
 
 
 # The server ---------------------------------------------------------------------------------------

@@ -1,0 +1,252 @@
+"""What a request of OpenAI's protocol may ask for, and what that means for the texts of its answer."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from common.errors import UserError, shorten
+from common.generation import language_model
+from common.generation.chat import Message, check_messages
+from common.generation.completion import Prompt, Run
+from common.generation.language_model import LanguageModel
+from common.generation.sampling import Settings
+
+MOST_STOPS, MOST_LOGPROBS, MOST_PROMPTS = 16, 20, 64
+
+
+class ApiError(Exception):
+    """A request that is refused, as OpenAI's clients read it."""
+
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.param, self.code = status, param, code
+
+    def content(self) -> dict[str, Any]:
+        """Return the error as JSON takes it."""
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+
+# What may be asked for --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of a request: what it may be."""
+
+    accepts: Callable[[Any], bool]
+    wanted: str
+
+
+def number(accepts: Callable[[Any], bool], wanted: str, *, whole: bool = False) -> Parameter:
+    """Return a parameter that is a number; true and false are none."""
+    kinds = (int,) if whole else (int, float)
+    return Parameter(lambda value: type(value) in kinds and accepts(value), wanted)
+
+
+def only(*values: Any) -> Parameter:
+    """Return a parameter of OpenAI's protocol that is taken only where it changes nothing."""
+    wanted = f"only {' or '.join(map(json.dumps, values))}, since nothing else is done here"
+    return Parameter(lambda value: any(value == one and type(value) is type(one) for one in values), wanted)
+
+
+def texts_of(value: Any, most: int) -> list[str] | None:
+    """Return a text or a list of up to `most` texts as a list, None for anything else."""
+    texts = [value] if isinstance(value, str) else value
+    is_list = isinstance(texts, list) and 1 <= len(texts) <= most
+    return texts if is_list and all(isinstance(text, str) and text for text in texts) else None
+
+
+def is_bias(value: Any) -> bool:
+    """Return whether a value is an object with a number from -100 to 100 for some ids of tokens."""
+    return isinstance(value, dict) and all(
+        re.fullmatch(r"\d{1,9}", name) and type(bias) in (int, float) and -100 <= bias <= 100
+        for name, bias in value.items()
+    )
+
+
+FLAG = Parameter(lambda value: type(value) is bool, "true or false")
+TEXT = Parameter(lambda value: isinstance(value, str), "a text")
+AT_LEAST_1 = number(lambda value: 1 <= value < 2**31, "a whole number above 0", whole=True)
+FEW = number(lambda value: 0 <= value <= MOST_LOGPROBS, f"a whole number up to {MOST_LOGPROBS}", whole=True)
+COMMON = {
+    "model": TEXT,
+    "max_tokens": AT_LEAST_1,
+    "temperature": number(lambda value: value == 0 or 1e-6 <= value <= 1e6, "0, or a number from 1e-6"),
+    "top_p": number(lambda value: 0 < value <= 1, "a number above 0 and at most 1"),
+    "top_k": number(lambda value: 0 <= value < 2**31, "a whole number of at least 0", whole=True),
+    "min_p": number(lambda value: 0 <= value < 1, "a number from 0 up to, not including, 1"),
+    "repetition_penalty": number(lambda value: 1e-3 <= value <= 1e3, "a number from 0.001 to 1000"),
+    "seed": number(lambda value: -(2**63) <= value < 2**63, "a whole number of 64 bits", whole=True),
+    "stop": Parameter(
+        lambda value: texts_of(value, MOST_STOPS) is not None,
+        f"a text or up to {MOST_STOPS} texts, none of them empty",
+    ),
+    "stream": FLAG,
+    "stream_options": Parameter(
+        lambda value: (
+            isinstance(value, dict)
+            and value.keys() <= {"include_usage"}
+            and all(type(flag) is bool for flag in value.values())
+        ),
+        'an object with "include_usage" of true or false',
+    ),
+    "user": TEXT,  # for whom a text is: it is not meant to change it
+    "n": only(1),
+    "presence_penalty": number(lambda value: -2 <= value <= 2, "a number from -2 to 2"),
+    "frequency_penalty": number(lambda value: -2 <= value <= 2, "a number from -2 to 2"),
+    "logit_bias": Parameter(lambda value: is_bias(value), "an object of ids and numbers from -100 to 100"),
+}
+COMPLETION = COMMON | {
+    "prompt": Parameter(
+        lambda value: texts_of(value, MOST_PROMPTS) is not None,
+        f"a text or up to {MOST_PROMPTS} texts, none of them empty",
+    ),
+    "logprobs": FEW,
+    "best_of": only(1),
+    "echo": only(False),
+    "suffix": only(""),
+}
+CHAT = COMMON | {
+    "messages": Parameter(lambda value: isinstance(value, list), "a list of messages"),
+    "max_completion_tokens": AT_LEAST_1,
+    "logprobs": FLAG,
+    "top_logprobs": FEW,
+    "response_format": only({"type": "text"}),
+    "modalities": only(["text"]),
+    "tools": only([]),
+    "tool_choice": only("none", "auto"),
+    "store": only(False),
+}
+DRAWING = ("temperature", "top_k", "top_p", "min_p")  # any of them given: not greedy
+
+
+def check_parameters(body: Any, known: dict[str, Parameter], *needed: str) -> dict[str, Any]:
+    """Return the parameters that a request gives; one that is null is not given. Raises ApiError for
+    one that is unknown, for a value that can't be taken, and where one of `needed` is missing.
+    """
+    if not isinstance(body, dict):
+        raise ApiError(400, "the body is not an object of JSON")
+    given = {name: value for name, value in body.items() if value is not None}
+    for name, value in given.items():
+        if name not in known:
+            raise unsupported(name)
+        if not known[name].accepts(value):
+            problem = f"{name}: {shorten(json.dumps(value), 60)} can't be used; give {known[name].wanted}"
+            raise ApiError(400, problem, param=name, code="invalid_value")
+    for name in needed:
+        if name not in given:
+            raise ApiError(400, f"{name} is missing; give it", param=name, code="missing_parameter")
+    return given
+
+
+def unsupported(name: str) -> ApiError:
+    """Return that a parameter is not known here."""
+    shown = shorten(name, 80)
+    problem = f"{shown}: unknown or unsupported here, and nothing is ignored; leave it out"
+    return ApiError(400, problem, param=shown, code="unsupported_parameter")
+
+
+def plain_messages(messages: list[Any]) -> list[Message]:
+    """Return the messages of a request as templates take them: the parts of a text joined, and a
+    developer's message as that of the system. Raises ApiError for one that holds more than a text.
+    """
+    plain = []
+    for number, message in enumerate(messages):
+        place = f"messages[{number}]"
+        if not isinstance(message, dict):
+            raise ApiError(400, f"{place}: not an object with role and content", param=place)
+        given = {name: value for name, value in message.items() if value not in (None, [])}
+        if unknown := sorted(given.keys() - {"role", "content"}):
+            raise unsupported(f"{place}.{unknown[0]}")
+        content, role = given.get("content", ""), given.get("role")
+        if isinstance(content, list):
+            content = "".join(text_of_part(part, f"{place}.content") for part in content)
+        plain.append({"role": "system" if role == "developer" else role, "content": content})
+    try:
+        return check_messages(plain, "messages")
+    except UserError as error:
+        raise ApiError(400, str(error), param="messages", code="invalid_value") from error
+
+
+def text_of_part(part: Any, place: str) -> str:
+    """Return the text of a part of a message. Raises ApiError for an image, a sound or a file."""
+    is_text = isinstance(part, dict) and part.keys() == {"type", "text"} and part["type"] == "text"
+    if is_text and isinstance(part["text"], str):
+        return part["text"]
+    raise ApiError(400, f"{place}: only parts of text are read here", param=place, code="invalid_value")
+
+
+# What it means -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How the answers of an address are written."""
+
+    name: str  # of a whole answer, and of a piece of one
+    piece_name: str
+    id_prefix: str
+    is_chat: bool
+
+
+SHAPES = {
+    "/v1/completions": Shape("text_completion", "text_completion", "cmpl", is_chat=False),
+    "/v1/chat/completions": Shape("chat.completion", "chat.completion.chunk", "chatcmpl", is_chat=True),
+}
+
+
+def choose_settings(given: dict[str, Any], shape: Shape, run: Run) -> tuple[Settings, tuple[str, ...]]:
+    """Return how the tokens of a request are chosen, and its stop strings: what it does not say is as
+    the flags of the server say. Raises ApiError for what contradicts itself.
+    """
+    if "max_tokens" in given and "max_completion_tokens" in given:
+        raise ApiError(400, "max_tokens and max_completion_tokens: give one of them", param="max_tokens")
+    if "top_logprobs" in given and not given.get("logprobs"):
+        raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
+    if "stream_options" in given and not given.get("stream"):
+        raise ApiError(400, "stream_options needs stream: true", param="stream_options")
+    if "max_completion_tokens" in given:
+        given["max_tokens"] = given.pop("max_completion_tokens")
+    own = run.options.settings
+    names = (*DRAWING, "repetition_penalty", "presence_penalty", "frequency_penalty")
+    chosen: dict[str, Any] = {name: given[name] for name in names if name in given}
+    if "logit_bias" in given:
+        chosen["logit_bias"] = tuple((int(name), float(bias)) for name, bias in given["logit_bias"].items())
+        if any(number >= run.language_model.vocabulary for number, _ in chosen["logit_bias"]):
+            most = run.language_model.vocabulary - 1
+            raise ApiError(400, f"logit_bias: the ids of tokens go from 0 to {most}", param="logit_bias")
+    if "max_tokens" in given:
+        chosen["max_new_tokens"] = given["max_tokens"]
+    chosen["sample"] = own.sample or any(name in given for name in DRAWING)
+    if given.get("temperature") == 0:  # greedy
+        chosen |= {"sample": False, "temperature": 1.0}
+    if shape.is_chat and run.chat is not None:
+        chosen["end_ids"] = tuple(dict.fromkeys((*own.end_ids, *run.chat.end_ids)))
+    stops = tuple(texts_of(given["stop"], MOST_STOPS) or ()) if "stop" in given else run.options.stops
+    try:
+        language_model.check_stops(list(stops), run.language_model)
+    except UserError as error:
+        raise ApiError(400, str(error), param="stop", code="invalid_value") from error
+    return replace(own, **chosen), stops
+
+
+def fit(settings: Settings, prompt: Prompt, is_given: bool, model: LanguageModel) -> Settings:
+    """Return settings whose tokens fit into the context after a prompt: as many as were asked for, or
+    fewer than the flags say. Raises ApiError where they do not.
+    """
+    room = settings.max_new_tokens
+    if model.context is not None and not is_given:
+        room = max(1, min(room, model.context - len(prompt.ids)))
+    try:
+        language_model.check_length(prompt.ids, room, model, name="the prompt")
+    except UserError as error:
+        problem = str(error).replace("--max-new-tokens", "max_tokens")
+        raise ApiError(400, problem, param="max_tokens", code="context_length_exceeded") from error
+    return replace(settings, max_new_tokens=room)
