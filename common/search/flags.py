@@ -1,0 +1,338 @@
+"""Flags that several commands of embed_search.py share, what they show before the libraries are loaded, and
+what they become for the wing.
+
+Importing it is quick: a mistake is said before PyTorch is loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common import bundled, cli, sources
+from common.errors import UserError
+from common.search.manifest import (
+    DEFAULT_LIMITS,
+    MILVUS,
+    PAIR_COLUMNS,
+    PER_QUERY_COLUMNS,
+    EncoderConfig,
+    Limits,
+    Settings,
+    check_files,
+    check_settings,
+)
+from common.search.words import AUTO
+
+if TYPE_CHECKING:
+    from common.runtime import Runtime
+    from common.search.display import Screen
+    from common.search.texts import Source
+
+PICTURES = (".png", ".pdf", ".svg", ".jpg")
+DEEPEST = 10_000  # rank at which a measure stops
+EXPORTS = (".parquet", ".npy", ".faiss")
+SKIP_BAD = {"action": "store_true", "help": "skip rows and ids that can't be used"}
+
+
+def add_model_flags(command: cli.Parser) -> None:
+    cli.add_shared_flags(command, model=None)
+    flag = command.add_argument
+    length = "tokens that the model reads of a text (default: the index's, else the model's own)"
+    flag("--max-length", type=cli.positive_int, help=length)
+    flag("--batch-tokens", type=cli.positive_int, help="positions per batch (default: by device)")
+    kept = "the first numbers of each embedding that are kept, for a Matryoshka model (default: all)"
+    flag("--dimensions", type=cli.positive_int, metavar="N", help=kept)
+    before = "put before each {} (default: the index's, else what the model says)"
+    flag("--query-prompt", metavar="TEXT", help=before.format("query"))
+    flag("--document-prompt", metavar="TEXT", help=before.format("text that is no query"))
+
+
+def add_text_flags(command: cli.Parser) -> None:
+    flag = command.add_argument
+    columns = "where the texts are in a data file; title,text joins two columns"
+    flag("--text-column", default="text", help=columns)
+    cli.add_file_flags(command)
+    block = "texts encoded and committed at once; rows compared at once"
+    flag("--block", type=cli.positive_int, default=1024, help=block)
+    flag("--skip-bad", **SKIP_BAD)
+    add_model_flags(command)
+
+
+def add_source_flags(command: cli.Parser) -> None:
+    flag = command.add_argument
+    flag("texts", nargs="*", help="texts to look at, or name an index with --index")
+    flag("--index", metavar="DIR", type=cli.name, help="an index made before")
+    add_where_flags(command)
+    add_text_flags(command)
+
+
+def add_where_flags(
+    command: cli.Parser, what: str = "only rows where this holds, such as \"label = 'tech'\""
+) -> None:
+    flag = command.add_argument
+    flag("--where", metavar="SQL", type=cli.name, help=what)
+    most, seconds = "the most time that --where may take", DEFAULT_LIMITS.seconds
+    flag("--where-seconds", type=cli.positive_duration, default=seconds, metavar="N", help=most)
+    most, megabytes = "the most memory that --where may take", DEFAULT_LIMITS.megabytes
+    flag("--where-megabytes", type=cli.positive_int, default=megabytes, metavar="N", help=most)
+
+
+def add_task_flags(command: cli.Parser) -> None:
+    flag = command.add_argument
+    documents = "the documents, with --queries and --qrels"
+    flag("--texts", metavar="TEXTS", nargs="+", default=[], type=cli.name, help=documents)
+    flag("--id-column", help="the column of the documents' ids (default: id, or else _id)")
+    flag("--queries", metavar="JSONL", type=cli.name, help='one {"id": ..., "text": ...} per line')
+    qrels = "judgements: query 0 document relevance (TREC), or query document relevance (BEIR)"
+    flag("--qrels", metavar="FILE", type=cli.name, help=qrels)
+    flag("--sts", metavar="FILE", type=cli.name, help="a data file of sentence pairs with human scores")
+    columns = ["sentence1", "sentence2", "score"]
+    flag("--sts-columns", nargs=3, default=columns, metavar="COLUMN", help="its texts and score")
+    add_text_flags(command)
+
+
+def add_rerank_flags(command: cli.Parser) -> None:
+    flag = command.add_argument
+    flag("--rerank", metavar="MODEL", type=cli.name, help="reorder the best hits with a cross-encoder")
+    flag("--rerank-depth", type=cli.positive_int, default=100, help="how many of the best it reads")
+
+
+def cosine(text: str) -> float:
+    """Parse a number from -1 to 1."""
+    with contextlib.suppress(ValueError):
+        if -1 <= float(text) <= 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number from -1 to 1")
+
+
+def finite(text: str) -> float:
+    """Parse a finite number."""
+    with contextlib.suppress(ValueError):
+        if float("-inf") < float(text) < float("inf"):
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+
+
+def count_or_auto(text: str) -> int | str:
+    """Parse a number of clusters, or auto."""
+    return AUTO if text == AUTO else cli.positive_int(text)
+
+
+def rank_of_cut(text: str) -> int:
+    """Parse a rank at which a measure stops."""
+    rank = cli.positive_int(text)
+    if rank > DEEPEST:
+        raise argparse.ArgumentTypeError(f"{text!r} is more than {DEEPEST:,}; name a lower rank")
+    return rank
+
+
+def new_csv(text: str) -> str:
+    """Parse the path of a new CSV file."""
+    return _new_file(text, (".csv",))
+
+
+def rows_file(text: str) -> str:
+    """Parse the path of a file of rows, whose suffix is a format; it is new or empty."""
+    return _new_file(text, (".jsonl", ".csv", ".parquet"))
+
+
+def vectors_file(text: str) -> str:
+    """Parse the path of a new file of NumPy's."""
+    return _new_file(text, (".npy",))
+
+
+def _new_file(text: str, suffixes: tuple[str, ...]) -> str:
+    path = Path(text)
+    if path.suffix.lower() not in suffixes:
+        reason = f"the suffix is not one of {', '.join(suffixes)}; name such a file"
+        raise argparse.ArgumentTypeError(f"{text}: {reason}")
+    if path.exists() and not path.is_dir() and not (path.is_file() and path.stat().st_size == 0):
+        raise argparse.ArgumentTypeError(f"{text}: it exists; name a new file")
+    return output_file(text)
+
+
+def pairs_file(text: str) -> str:
+    """Parse the path of a file of pairs, which is new, empty, or one that was written before."""
+    return table_file(text, PAIR_COLUMNS)
+
+
+def table_file(text: str, columns: tuple[str, ...]) -> str:
+    """Parse the path of a CSV, which is new, empty, or one whose first line begins with `columns`."""
+    path = Path(text)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: this is a device or a pipe; name a file")
+    if path.is_file() and path.stat().st_size:
+        with open(path, "rb") as file:
+            header = file.readline().rstrip().decode(errors="replace").split(",")
+            if tuple(header[: len(columns)]) != columns:
+                raise argparse.ArgumentTypeError(f"{text}: it holds something else; name a new file")
+    return output_file(text)
+
+
+def per_query_file(text: str) -> str:
+    """Parse the path of a file of scores, which is new, empty, or one that was written before."""
+    return table_file(text, PER_QUERY_COLUMNS)
+
+
+def output_file(text: str) -> str:
+    """Parse the path of a file in a folder that exists and can be written to."""
+    folder = Path(text).absolute().parent
+    if Path(text).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        reason = "no file can be written there; name one in a folder that exists"
+        raise argparse.ArgumentTypeError(f"{text}: {reason}")
+    return text
+
+
+def index_name(text: str) -> str:
+    """Parse the folder of an index that exists or can be made, or the name of a collection."""
+    return text if text.startswith(MILVUS) else cli.folder(text)
+
+
+def export_file(text: str) -> str:
+    """Parse the path of a new file, whose suffix is a format of export."""
+    if Path(text).suffix not in EXPORTS:
+        raise argparse.ArgumentTypeError(f"{text}: the suffix is not one of {', '.join(EXPORTS)}")
+    if Path(text).exists():
+        raise argparse.ArgumentTypeError(f"{text}: it exists; name a new file")
+    return output_file(text)
+
+
+def picture_file(text: str) -> str:
+    """Parse the path of a picture, whose suffix is a format."""
+    if Path(text).suffix.lower() not in PICTURES:
+        reason = f"the suffix is not one of {', '.join(PICTURES)}; name a .png file"
+        raise argparse.ArgumentTypeError(f"{text}: {reason}")
+    return output_file(text)
+
+
+# what the flags and the file system show, before the libraries are loaded
+
+
+def check_source(args: argparse.Namespace, *, encodes: bool = False) -> None:
+    """Check the flags of a command that reads texts or an index; `encodes` tells whether it needs a
+    model in both cases.
+    """
+    if bool(args.texts) == bool(args.index):
+        raise UserError(f"name either texts or --index, not {'both' if args.texts else 'neither'}")
+    if args.index:
+        check_index(args, encodes=encodes)
+    else:
+        check_texts(args)
+        check_model(args.model)
+
+
+def check_index(args: argparse.Namespace, *, encodes: bool) -> None:
+    """Check an index, and the model that is named or, where one is needed, recorded."""
+    settings = check_files(Path(args.index))["settings"]
+    if encodes or args.model:
+        check_model(args.model or recorded_model(args.index, settings))
+    wanted = {"max_length": args.max_length, "width": args.dimensions}
+    wanted["document_prompt"] = args.document_prompt
+    given = {name: value for name, value in wanted.items() if value is not None}
+    check_settings(args.index, given, settings)
+
+
+def recorded_model(index: str, settings: Settings) -> str:
+    """Return the model that an index names. Raises UserError for a folder that is not there any
+    more: the index belongs to the model's fingerprint, wherever its files are.
+    """
+    model = settings["model"]
+    if Path(model).is_absolute() and not Path(model).exists():
+        known = f"(its fingerprint begins with {settings['fingerprint'][:12]})"
+        problem = f"its model {known} was in {model}, which is not there"
+        raise UserError(f"--index {index}: {problem}; name the folder where it is now with --model")
+    return model
+
+
+def check_texts(args: argparse.Namespace) -> None:
+    """Check the names of a collection of texts."""
+    for name in sources.expanded(args.texts):
+        if bundled.is_bundled(name):
+            sources.check_data(name, flag="TEXTS")
+        elif not Path(name).is_dir():
+            sources.check_texts(name, any_suffix=file_options(args).is_table)
+
+
+def check_model(name: str | None, *, flag: str = "--model") -> None:
+    """Check the name of a model, by default that of the bundled one."""
+    sources.check_model(name or bundled.MINILM, kind="encoder", flag=flag)
+
+
+def check_task(args: argparse.Namespace) -> None:
+    """Check the flags and files of what a search is scored on."""
+    if args.sts:
+        if not Path(args.sts).is_file():
+            raise UserError(f"--sts {args.sts}: no such file; check the path")
+        sources.check_data_file(Path(args.sts))
+        if len(set(args.sts_columns)) < len(args.sts_columns):
+            columns = " ".join(args.sts_columns)
+            raise UserError(f"--sts-columns {columns}: one of them twice; name two texts and a score")
+        return
+    documents = f"--texts {' '.join(args.texts)}" if args.texts else f"--index {args.index}"
+    if bool(args.queries) != bool(args.qrels):
+        raise UserError("--queries and --qrels: each needs the other")
+    if args.queries and bool(args.texts) == bool(args.index):
+        raise UserError("--queries and --qrels: name the documents with --texts or --index")
+    if not args.queries and (args.texts or args.index):
+        reason = "the bundled task, which is scored without them, has its own texts"
+        raise UserError(f"{documents}: say what to find with --queries and --qrels; {reason}")
+    if args.queries:
+        sources.check_text_file(args.queries)
+        sources.check_text_file(args.qrels)
+    if args.texts:
+        check_texts(args)
+    if args.index:
+        check_index(args, encodes=True)
+
+
+# from the flags to what the wing needs
+
+
+def start(args: argparse.Namespace) -> tuple[Runtime, Screen]:
+    """Return where a command computes, and where its output goes. Its libraries are loaded now."""
+    from common.runtime import start_runtime
+    from common.search.display import Screen
+
+    cli.loaded()
+    runtime = start_runtime(args.device, args.precision, args.seed)
+    return runtime, Screen(as_json=args.json, shown=runtime.is_main)
+
+
+def encoder_config(args: argparse.Namespace) -> EncoderConfig:
+    return EncoderConfig(
+        args.model,
+        args.max_length,
+        args.batch_tokens,
+        args.cache_dir,
+        dimensions=args.dimensions,
+        query_prompt=args.query_prompt,
+        document_prompt=args.document_prompt,
+    )
+
+
+def file_options(args: argparse.Namespace) -> sources.FileOptions:
+    return sources.FileOptions(args.columns, args.delimiter, args.quoting, args.encoding)
+
+
+def limits_of(args: argparse.Namespace) -> Limits:
+    return Limits(args.where_seconds, args.where_megabytes)
+
+
+def source_of(args: argparse.Namespace) -> Source:
+    from common.search.texts import Source
+
+    return Source(
+        encoder=encoder_config(args),
+        texts=tuple(sources.expanded(args.texts)),
+        index=args.index,
+        where=args.where,
+        limits=limits_of(args),
+        text_column=args.text_column,
+        options=file_options(args),
+        skip_bad=args.skip_bad,
+        block=args.block,
+    )
