@@ -21,8 +21,11 @@ def flags(tiny_model, sentences_csv, tmp_path_factory):
 
 
 def lines_of(text: str) -> list[str]:
-    """Return the lines of a text without trailing blanks, and with each figure that varies as #."""
-    return FIGURES.sub("#", re.sub(r" +$", "", text, flags=re.M)).rstrip("\n").split("\n")
+    """Return the lines of a text without trailing blanks, and with each figure that varies, and the blanks
+    before it, as #.
+    """
+    text = FIGURES.sub("#", re.sub(r" +$", "", text, flags=re.M))
+    return re.sub(" +#", " #", text).rstrip("\n").split("\n")
 
 
 def test_the_final_screen_of_a_run_is_what_a_file_would_hold(flags, call_script, tmp_path):
