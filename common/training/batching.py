@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 MAX_POOL_BATCHES, MIN_POOLS = 50, 4
 # from the messages of PyTorch's allocators for CPU, CUDA and MPS
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+# all that is left of oneDNN's status where it has no memory for a kernel of its own (seen with bf16)
+ONEDNN_OUT_OF_MEMORY = "could not create a primitive"
 # with what lies between the activations in the heap, freed and kept (`keep_large_blocks`): 1.57 with
 # the bundled model and texts
 CPU_OVERHEAD = 1.5
@@ -431,7 +433,9 @@ def memory_advice(config: BatchConfig, max_length: int, *, is_auto: bool) -> str
 def _is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+    if not isinstance(error, RuntimeError):
+        return False
+    return str(error) == ONEDNN_OUT_OF_MEMORY or any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def activation_bytes(model: torch.nn.Module, batches: PaddedBatches, size: int, runtime: Runtime) -> int:
