@@ -15,6 +15,7 @@ beyond one machine is a collection in Milvus (milvus:URI/COLLECTION). Left out o
   python embed_search.py cluster --index news --num-clusters 5 --figure clusters.png
   python embed_search.py evaluate
   torchrun --nproc-per-node 2 embed_search.py index texts.csv --index texts  # one process per GPU
+  torchrun --nproc-per-node 2 embed_search.py duplicates --index texts  # they share the pairs
 """
 
 from __future__ import annotations
