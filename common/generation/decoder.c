@@ -901,11 +901,11 @@ static void run_step(Pool *pool, int thread) {
     SHARE(group, rows *((count_of_row) / GROUP), 4)                                                          \
     to_digits((x) + (int64_t)group * GROUP, s.groups + group);                                               \
     wait_for_all(pool)
-#define NORMALIZE(weights, next_matrix)                                                                      \
+#define NORMALIZE(weights, is_read_in_digits)                                                                \
     SHARE(row, rows, 1) {                                                                                    \
         float *to = s.normed + (int64_t)row * width;                                                         \
         normalize(s.x + (int64_t)row * width, weights, model->epsilon, width, to);                           \
-        if (is_grouped(next_matrix) && (!widens || (next_matrix) == &model->head))                           \
+        if (is_read_in_digits)                                                                               \
             for (int g = 0; g < width / GROUP; g++)                                                          \
                 to_digits(to + g * GROUP, s.groups + (int64_t)row * (width / GROUP) + g);                    \
     }                                                                                                        \
@@ -917,7 +917,9 @@ static void run_step(Pool *pool, int thread) {
         const Layer *layer = model->layers + number;
         Rows normed = {rows, width, s.normed, s.groups, step->wide};
 
-        NORMALIZE(layer->attention_norm, &layer->query);
+        // a file may store each matrix in a format of its own
+        int in_digits = is_grouped(&layer->query) || is_grouped(&layer->key) || is_grouped(&layer->value);
+        NORMALIZE(layer->attention_norm, in_digits && !widens);
         const Matrix *matrices[3] = {&layer->query, &layer->key, &layer->value};
         float *results[3] = {s.query, s.key, s.value};
         int tiles[3] = {num_tiles(&layer->query), num_tiles(&layer->key), num_tiles(&layer->value)};
@@ -988,7 +990,8 @@ static void run_step(Pool *pool, int thread) {
         }
         wait_for_all(pool);
 
-        NORMALIZE(layer->mlp_norm, &layer->gate);
+        in_digits = is_grouped(&layer->gate) || is_grouped(&layer->up);
+        NORMALIZE(layer->mlp_norm, in_digits && !widens);
         SHARE(i, num_tiles(&layer->gate), chunk_of(pool, num_tiles(&layer->gate))) {
             multiply(&layer->gate, i, &normed, tile);
             multiply(&layer->up, i, &normed, tile2);
@@ -1012,7 +1015,7 @@ static void run_step(Pool *pool, int thread) {
         }
         wait_for_all(pool);
     }
-    NORMALIZE(model->norm, &model->head);
+    NORMALIZE(model->norm, is_grouped(&model->head));
     int skipped = step->first_logits;
     Rows last = {rows - skipped, width, s.normed + (int64_t)skipped * width,
                  s.groups + (int64_t)skipped * (width / GROUP), step->wide};
