@@ -496,8 +496,9 @@ def test_a_file_of_a_split_takes_the_place_of_the_data_sets_own(tmp_path, cache_
         ([1.0, 0.0, 1.0], ["0", "1"]),
         (["1.0", "0"], ["0", "1"]),
         (["007", "7", "7.0"], ["007", "7", "7.0"]),
-        (["1.0", "1.1"] * 3, ["1.0", "1.1"]),
-        (["1.10", "1.1"] * 3, ["1.1", "1.10"]),
+        (["1.10", "1.1"] * 3, ["1.1", "1.10"]),  # versions
+        (["1.1.0", "1.2"] * 3, ["1.1.0", "1.2"]),
+        (["01.5", "02.5"], ["01.5", "02.5"]),
         (["1e3", "2"], ["2", "1e3"]),
         (["Rain", "rain ", " rain"], [" rain", "Rain", "rain "]),
     ],
@@ -516,6 +517,12 @@ def test_whole_labels_agree_between_splits_and_with_a_trained_model():
         0,
         2,
     ]
+
+
+@pytest.mark.parametrize("labels", [["0.5", "1.0", "1.5"] * 1000, [0.5, 1.0, 1.5] * 1000])
+def test_few_numbers_with_decimals_are_classes_only_where_that_is_said(labels):
+    rows = data.validate(datasets.DatasetDict(train=make(labels)), labels=LabelConfig(task=SINGLE))["train"]
+    assert rows.features["label"].names == ["0.5", "1.0", "1.5"]
 
 
 @pytest.mark.parametrize("labels", [[f"{n / 7:.3f}" for n in range(1, 31)], ["1.5", "2.0"], ["0.25", "3"]])
