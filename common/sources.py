@@ -154,8 +154,8 @@ def _download(
     except huggingface_hub.errors.LocalEntryNotFoundError as error:
         if revision is not None:
             raise UserError(
-                f"--revision {revision}: the Hub can't be reached, and the cache does not hold this revision of"
-                f" {name}; name a whole commit that it holds, or leave it out"
+                f"--revision {revision}: the Hub can't be reached, and the cache does not hold this revision"
+                f" of {name}; name a whole commit that it holds, or leave it out"
             ) from error
         raise UserError(
             f"{flag} {name}: no such folder, and the Hub can't be reached; use a local folder or"

@@ -81,7 +81,7 @@ def test_inspect_lists_every_kind_of_fault_with_its_rows(dirty, run):
     assert "nearly the same name: 'POS' and 'pos'" in rest
     assert "train row 68 (pos), train row 69 (neg): a good film said twice" in rest
     near = rest[rest.index("texts that are nearly alike within a split: 2") :].splitlines()[1]
-    assert near.startswith("  train row 72 (pos), train row 73 (pos): 0.81 alike: this film has a story")
+    assert near.startswith("  train row 72 (pos), train row 73 (pos): 0.82 alike: this film has a story")
     assert "'POS' 1" in rest and "'once' 1" in rest and "--drop-rare" in rest and "--merge-rare" in rest
 
 
@@ -104,10 +104,12 @@ def test_inspect_names_texts_that_are_nearly_alike_across_splits(run, tmp_path):
         rest = printed[printed.index("WHAT ELSE IS TO BE KNOWN") : printed.index("\nSPLITS")]
         lines = rest.splitlines()
         apart = lines.index("texts that are nearly alike and have different labels: 2")
-        assert lines[apart + 1].startswith("  train row 41 (pos), validation row 11 (neg): 0.8"), rest
+        assert lines[apart + 1].startswith("  train row 42 (pos), validation row 12 (neg): 0.82 alike: "), (
+            rest
+        )
         across = lines.index("texts that are nearly alike in several splits: 2")
-        assert lines[across + 1].startswith("  train row 41 (pos), test row 11 (pos): 0.8"), rest
-        assert "  validation row 11 (neg), test row 11 (pos): " in rest  # alike but for capitals
+        assert lines[across + 1].startswith("  train row 42 (pos), test row 12 (pos): 0.82 alike: "), rest
+        assert "  validation row 12 (neg), test row 12 (pos): " in rest  # alike but for capitals
 
 
 def test_inspect_ends_with_the_fault_that_leaves_too_little_after_it_has_listed_all(dirty, run):

@@ -393,6 +393,31 @@ def test_an_unknown_revision_is_one_line(flag, hub, published, tagged):
     assert not (published.root / "none").exists()
 
 
+def test_a_model_from_the_hub_predicts_as_its_folder_does(published, tagged):
+    """With the temperature of its training.json; a file of another tool with this name is none of ours."""
+    settings = {
+        "mine": {"temperature": 4.0},
+        "plain": {},
+        "foreign": {"dataset_sha256": ..., "seed": "none"},
+        "damaged": {"temperature": -1},
+    }
+    texts, answers = published.root / "texts.txt", {}
+    texts.write_text("Physics with actors\nElectricity and a film\n")
+    for name, changes in settings.items():
+        folder = published.root / "models/owner" / name
+        shutil.copytree(published.root / "main/best", folder)
+        content = json.loads((folder / "training.json").read_text()) | changes
+        content = {key: value for key, value in content.items() if value is not ...}
+        (folder / "training.json").write_text(json.dumps(content))
+        answers[name] = published.call("--model", f"owner/{name}", "--predict", texts)
+        local = published.call("--model", folder, "--predict", texts)
+        assert (local.returncode, local.stdout) == (answers[name].returncode, answers[name].stdout)
+    assert answers["mine"].stdout != answers["plain"].stdout == answers["foreign"].stdout != ""
+    damaged = answers["damaged"]
+    assert damaged.returncode == 2 and "--model owner/damaged" in damaged.stderr and "-1" in damaged.stderr
+    assert damaged.stderr.count("\n") == 1
+
+
 def test_a_run_is_resumed_from_its_commits_also_when_the_branch_has_moved(published, tagged):
     run, hub = published.root / "main", published.hub
     weights = (run / "best/model.safetensors").read_bytes()

@@ -59,7 +59,8 @@ def test_long_texts_are_compared_by_a_sample_of_their_words():
 
 
 def test_a_text_that_many_rows_have_in_common_takes_work_in_proportion():
-    texts = [f"this is a letter that everybody gets with all its many words for {n} now" for n in range(500)]
+    letter = "this is a letter that everybody gets with all of its many words, but for the number {} in it"
+    texts = [letter.format(number) for number in range(500)]
     found = nearly_alike(texts)
     assert {text for pair in found for text in pair[:2]} == set(range(500))
     assert len(found) <= 500 * NEIGHBOURS * 20
