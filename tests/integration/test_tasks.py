@@ -147,6 +147,11 @@ class Finished:
         """The content of its metrics.json."""
         return json.loads((self.folder / "metrics.json").read_text())
 
+    @property
+    def intervals(self) -> dict[str, list[float]]:
+        """The intervals of its test scores."""
+        return self.results["test_intervals"]
+
 
 @pytest.fixture(scope="module")
 def finished(forked_runs, tmp_path_factory):
@@ -491,13 +496,15 @@ def require_same_outcome(run: Finished, other: Finished, *, exact: bool) -> None
     for name in one | two:
         torch.testing.assert_close(one[name], two[name], rtol=10 * tolerance, atol=tolerance, msg=name)
     scores = [
-        {name: value for name, value in path.results.items() if name.startswith("test_")}
+        {**path.results, **{f"test_{name} from, to": limits for name, limits in path.intervals.items()}}
         for path in (run, other)
     ]
-    scores = [{name: value for name, value in each.items() if "second" not in name} for each in scores]
-    assert len(scores[0]) > 4
-    for name, value in scores[0].items():
-        assert scores[1][name] == pytest.approx(value, rel=10 * tolerance, abs=tolerance), name
+    names = [name for name in scores[0] if name.startswith("test_") and "second" not in name]
+    names.remove("test_intervals")
+    assert len(names) > 8
+    for name in names:
+        expected = pytest.approx(scores[0][name], rel=10 * tolerance, abs=tolerance)
+        assert scores[1][name] == expected, name
     for row, same in zip(run.rows, other.rows, strict=True):
         for name, cell in row.items():
             if cell != same[name]:
