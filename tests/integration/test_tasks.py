@@ -503,7 +503,8 @@ def require_same_outcome(run: Finished, other: Finished, *, exact: bool) -> None
     names.remove("test_intervals")
     assert len(names) > 8
     for name in names:
-        expected = pytest.approx(scores[0][name], rel=10 * tolerance, abs=tolerance)
+        # correlations of few numbers magnify their last digits
+        expected = pytest.approx(scores[0][name], rel=10 * tolerance, abs=10 * tolerance)
         assert scores[1][name] == expected, name
     for row, same in zip(run.rows, other.rows, strict=True):
         for name, cell in row.items():

@@ -22,7 +22,7 @@ from common.runtime import Runtime
 from common.training import classifier, data, unlabelled
 from common.training.data import TextConfig
 from common.training.run import SINGLE
-from common.training.task import LabelConfig, Task
+from common.training.task import LabelConfig, Task, task_of_rows
 
 PER_CLASS = st.lists(st.integers(3, 40), min_size=2, max_size=5)
 
@@ -417,6 +417,12 @@ REAL = {
         'Go until "jurong0',
     ),
     "fastText": ({"cooking.train": FASTTEXT}, "--dataset cooking.train", ["a", "b"], "how much 0 , salt ?"),
+    "fastText with several labels": (
+        {"cooking.train": FASTTEXT.replace("__label__b", "__label__food-safety __label__b")},
+        "--dataset cooking.train",
+        ["a", "b", "food-safety"],
+        "how much 1 , salt ?",
+    ),
     "IMDb": (
         {
             f"aclImdb/{split}/{label}/{number}_1.txt": f"{split} {label}<br />{number}"
@@ -464,7 +470,7 @@ def test_a_real_file_is_read_as_it_is(files, flags, classes, text, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     args = train_classifier.make_parser().parse_args([*shlex.split(flags), "--cache-dir", str(cache_dir)])
     splits = data.load_splits(train_classifier.data_config(args), Runtime(torch.device("cpu"), "fp32"))
-    assert splits["train"].features["label"].names == classes
+    assert list(task_of_rows(splits["train"]).names) == classes
     assert text in [text for rows in splits.values() for text in rows["text"][:]]
 
 
