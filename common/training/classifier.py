@@ -346,7 +346,7 @@ def _reads_ends(model: PreTrainedModel | bert.BertClassifier) -> bool:
     """Tell whether a model reads the one end token of each text, as BART and T5 do, and can't read a text
     that holds another.
     """
-    return not isinstance(model, bert.BertClassifier) and bool(model.config.is_encoder_decoder)
+    return not isinstance(model, bert.BertClassifier) and getattr(model.config, "is_encoder_decoder", False)
 
 
 def choose_saved_tokens(
