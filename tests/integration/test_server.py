@@ -22,6 +22,7 @@ import pytest
 import generate
 from common.generation import server
 from common.generation.completion import Run
+from common.local_server import bind
 from conftest import ROOT, exit_code_in_process
 from language_models import PROMPTS, save_tiny_model
 
@@ -343,7 +344,7 @@ def with_server(loaded: Run, gate: Gate, act: Callable, **limits) -> None:
     taken = server.Limits(**{"batch_size": 2, "waiting": 2, "seconds": 60.0, **limits})
 
     async def run() -> None:
-        listener = server.bind(0)
+        listener = bind(0)
         address = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
         async with server.running(loaded, gate.decode, taken, listener) as name:
             client = openai.AsyncOpenAI(base_url=address, api_key="none", max_retries=0)
