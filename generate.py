@@ -267,6 +267,8 @@ def recorded_settings(args: argparse.Namespace, run: Run) -> dict:
     given = {name: getattr(args, name) for name in newer.split() if getattr(args, name)}
     if args.xtc_probability:
         given["xtc_threshold"] = args.xtc_threshold
+    if args.adapter:
+        given["adapter"] = reading.full_name(args.adapter)
     if args.template_option:
         given["template_option"] = dict(args.template_option)
     if args.num_beams:
@@ -452,7 +454,7 @@ def load(args: argparse.Namespace) -> tuple[Run, Runtime]:
     runtime = start_runtime(args.device, args.precision, args.seed)
     # --precision auto leaves it open how a step computes, so that the one in C may compute in fp32
     in_fp32 = args.precision == "auto" or runtime.precision == "fp32"
-    loading = Loading(args.weights, in_fp32=in_fp32, uses_fast_step=not args.plain_step)
+    loading = Loading(args.weights, in_fp32, uses_fast_step=not args.plain_step, adapter=args.adapter)
     model = language_model.load(args.model, runtime, cache_dir=args.cache_dir, loading=loading)
     if args.sampler == "independent" and model.device.type == "mps":
         problem = "it draws in fp64, which Apple's GPUs do not have"

@@ -37,6 +37,12 @@ SENTENCE_SETTINGS = tuple(
 PICKLE, PICKLED_LIST = "pytorch_model.bin", "pytorch_model.bin.index.json"
 PICKLED_FILES = (PICKLE, "pytorch_model-*.bin")
 PICKLED = ("*.bin", "*.pt", "*.pkl")
+# a LoRA adapter, as peft writes it
+ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_PICKLE = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+)
 NOT_WEIGHTS = ("training_args.bin",)
 WITHOUT_WEIGHTS = ("Pooling", "Normalize", "Dropout")  # modules of sentence-transformers
 # the JSON files that are read here, and what each holds; tokenizer.json is left to `tokenizers`
@@ -56,8 +62,9 @@ JSON_TYPES: dict[str, type] = {
     "processor_config.json": dict,
     "preprocessor_config.json": dict,
     "training.json": dict,
+    ADAPTER_CONFIG: dict,
 }
-WEIGHT_FILES = ("*.safetensors", *PICKLED_FILES)
+WEIGHT_FILES = ("*.safetensors", *PICKLED_FILES, ADAPTER_PICKLE)
 OTHER_FILES = (*WEIGHT_FILES, "*.model", "*.jinja", "tokenizer.json", "vocab.txt", "merges.txt")
 # settings that make transformers read other files than those that are checked here: (file, setting)
 REDIRECTIONS = (
@@ -122,6 +129,27 @@ def check(folder: Path, source: str) -> None:
             f"{source}: {error.filename or folder} can't be read: {error.strerror}; repair it or name another"
             " model"
         ) from error
+
+
+def check_adapter(folder: Path, source: str) -> None:
+    """Raise UserError, beginning with `source`, unless a folder holds a LoRA adapter whose files can be
+    opened without a risk.
+    """
+    path = folder / ADAPTER_CONFIG
+    try:
+        _check_files(folder, folder, source)
+        if not path.is_file():
+            problem = f"the folder has no {ADAPTER_CONFIG}"
+            raise _refuse(source, problem, "name the folder of a LoRA adapter, as peft writes it")
+        if (kind := read_json(path, source).get("peft_type")) != "LORA":
+            problem = f"{path}: its peft_type is {kind!r:.60}, and only LoRA is merged here"
+            raise _refuse(source, problem, "name another adapter")
+        if not (folder / ADAPTER_WEIGHTS).exists() and not (folder / ADAPTER_PICKLE).exists():
+            problem = f"the folder has neither {ADAPTER_WEIGHTS} nor {ADAPTER_PICKLE}"
+            raise _refuse(source, problem, "copy the whole adapter")
+    except OSError as error:
+        problem = f"{error.filename or folder} can't be read: {error.strerror}"
+        raise _refuse(source, problem, "repair it or name another adapter") from error
 
 
 def _refuse(source: str, problem: str, advice: str = "repair it or name another model") -> UserError:
@@ -211,9 +239,9 @@ def _check_part(folder: Path, source: str) -> None:
             f"{source}: {folder / pickled[0]} holds pickled weights, which can run code and are read under"
             f" the name {PICKLE} only; use a version with safetensors"
         )
-    if os.path.lexists(folder / "adapter_config.json"):
+    if os.path.lexists(folder / ADAPTER_CONFIG):
         advice = "merge them into it first (merge_and_unload of peft) and name that folder"
-        raise _refuse(source, f"{folder} holds adapters for another model (adapter_config.json)", advice)
+        raise _refuse(source, f"{folder} holds adapters for another model ({ADAPTER_CONFIG})", advice)
     if any(folder.glob("shard-*-model-*.safetensors")):
         problem = f"{folder} holds the pieces of a distributed checkpoint (shard-*)"
         raise _refuse(source, problem, f"save it as one {WEIGHTS}")
@@ -481,11 +509,38 @@ def without_pickles(folder: Path, source: str, *, cache_dir: str | None) -> Path
         lambda scratch: make(_made(scratch / "model")),
         source=source,
         needed_bytes=2 * size,
-        note=f"{source}: its weights are pickled ({pickled[0].name}); they are read once, by a reader that"
-        f" runs no code, and kept as safetensors in {copy}",
+        note=_note(pickled[0], copy, source),
     )
     check(copy, source)
     return copy
+
+
+def _note(pickled: Path, copy: Path, source: str) -> str:
+    return (
+        f"{source}: its weights are pickled ({pickled.name}); they are read once, by a reader that"
+        f" runs no code, and kept as safetensors in {copy}"
+    )
+
+
+def adapter_weights(folder: Path, source: str, *, cache_dir: str | None) -> Path:
+    """Return the file with the weights of a LoRA adapter; of one whose weights are pickled, a copy in
+    the cache as safetensors, found by the pickle's SHA-256.
+
+    Raises UserError, beginning with `source`, when torch's check refuses a pickle.
+    """
+    if (folder / ADAPTER_WEIGHTS).exists():
+        return folder / ADAPTER_WEIGHTS
+    pickled = folder / ADAPTER_PICKLE
+    copy = cache_home(cache_dir) / "converted" / seal({ADAPTER_PICKLE: sha256(pickled)})
+
+    def make(scratch: Path) -> Path:
+        made = _made(scratch / "adapter")
+        _convert_in_child(pickled, made / ADAPTER_WEIGHTS, source)
+        write_manifest(made)
+        return made
+
+    needed, note = 2 * pickled.stat().st_size, _note(pickled, copy, source)
+    return make_once(copy, make, source=source, needed_bytes=needed, note=note) / ADAPTER_WEIGHTS
 
 
 def parts_without_weights(folder: Path, source: str) -> list[str]:

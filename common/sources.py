@@ -128,31 +128,75 @@ def check_model(name: str, *, kind: bundled.Kind, flag: str = "--model") -> None
         raise UserError(f"{flag} {name}: no such folder; check the path, or use {bundled.names(kind)}")
 
 
+def check_adapter(name: str) -> None:
+    """Raise UserError for a name that can be no LoRA adapter as far as this machine's files show."""
+    source = f"--adapter {name}"
+    kind = kind_of_path(name) if name else "nothing"
+    if kind == "folder":
+        model_files.check_adapter(Path(name), source)
+    elif kind != "nothing":
+        raise UserError(f"{source}: this is a file; name the folder of a LoRA adapter")
+    elif not name or name.startswith((".", "/")) or name.count("/") != 1:
+        raise UserError(f"{source}: no such folder; check the path")
+
+
+def find_adapter(name: str, *, cache_dir: str | None) -> Path:
+    """Return the local folder of a LoRA adapter: a folder, or one on the Hub, which is downloaded
+    first, pickled weights only where there are no others. Raises UserError when there is none.
+    """
+    check_adapter(name)
+    if Path(name).exists():
+        return Path(name)
+    reachable = is_reachable()
+    with _hub_errors(name, flag="--adapter", what="an adapter", revision=None, others="a local one"):
+        files = [model_files.ADAPTER_CONFIG, model_files.ADAPTER_WEIGHTS]
+        folder = _snapshot(name, files, reachable=reachable, cache_dir=cache_dir)
+        if not (folder / model_files.ADAPTER_WEIGHTS).exists() and reachable:
+            folder = _snapshot(name, [model_files.ADAPTER_PICKLE], reachable=True, cache_dir=cache_dir)
+        model_files.check_adapter(folder, f"--adapter {name}")
+    if not reachable:
+        say_cached(f"--adapter {name}")
+    return folder
+
+
 def _download(
     name: str, *, kind: bundled.Kind, flag: str, cache_dir: str | None, revision: str | None
 ) -> Path:
     """Return the folder of a Hub model's files, downloaded or from the cache."""
-    import huggingface_hub
-    import huggingface_hub.errors
-
-    reachable = is_reachable()
-
-    def download(patterns: list[str]) -> Path:
-        options = {"ignore_patterns": FILES_IGNORED, "local_files_only": not reachable, "revision": revision}
-        return Path(
-            huggingface_hub.snapshot_download(name, cache_dir=cache_dir, allow_patterns=patterns, **options)
-        )
-
-    try:
-        folder = download(FILES_READ)
+    reachable, others = is_reachable(), f"a local folder or {bundled.names(kind)}"
+    with _hub_errors(name, flag=flag, what="a model", revision=revision, others=others):
+        folder = _snapshot(name, FILES_READ, reachable=reachable, cache_dir=cache_dir, revision=revision)
         model_files.check(folder, f"{flag} {name}")
         parts = model_files.parts_without_weights(folder, f"{flag} {name}")
         if parts and reachable:
-            folder = download([f"{part}{file}" for part in parts for file in model_files.PICKLED_FILES])
+            pickled = [f"{part}{file}" for part in parts for file in model_files.PICKLED_FILES]
+            folder = _snapshot(name, pickled, reachable=True, cache_dir=cache_dir, revision=revision)
+    if not reachable:
+        say_cached(f"{flag} {name}")
+    return folder
+
+
+def _snapshot(
+    name: str, patterns: list[str], *, reachable: bool, cache_dir: str | None, revision: str | None = None
+) -> Path:
+    import huggingface_hub
+
+    options = {"ignore_patterns": FILES_IGNORED, "local_files_only": not reachable, "revision": revision}
+    return Path(
+        huggingface_hub.snapshot_download(name, cache_dir=cache_dir, allow_patterns=patterns, **options)
+    )
+
+
+@contextlib.contextmanager
+def _hub_errors(name: str, *, flag: str, what: str, revision: str | None, others: str) -> Iterator[None]:
+    """Turn what goes wrong within the block, where something comes from the Hub, into a UserError."""
+    import huggingface_hub.errors
+
+    try:
+        yield
     except huggingface_hub.errors.LocalEntryNotFoundError as error:
         raise UserError(
-            f"{flag} {name}: no such folder, and the Hub can't be reached; use a local folder or"
-            f" {bundled.names(kind)}"
+            f"{flag} {name}: no such folder, and the Hub can't be reached; use {others}"
         ) from error
     except huggingface_hub.errors.RevisionNotFoundError as error:
         raise UserError(
@@ -160,8 +204,8 @@ def _download(
         ) from error
     except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.HFValidationError) as error:
         raise UserError(
-            f"{flag} {name}: neither a local folder nor a model on the Hub that you may read; check the name"
-            f" (a private one needs `hf auth login`), or use {bundled.names(kind)}"
+            f"{flag} {name}: neither a local folder nor {what} on the Hub that you may read; check"
+            f" the name (a private one needs `hf auth login`), or use {others}"
         ) from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):  # said by common.cli
@@ -170,9 +214,6 @@ def _download(
             f"{flag} {name}: can't be stored in the cache: {error.filename}: {error.strerror}; name a folder"
             " with --cache-dir"
         ) from error
-    if not reachable:
-        say_cached(f"{flag} {name}")
-    return folder
 
 
 # Texts --------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@
 enum { FP32, FP16, BF16, GROUPS4, GROUPS8 };  // how a matrix is stored
 enum { MAX_ROWS = 128, TILE = 16, GROUP = 32, PARTS = TILE / LANES };
 enum { WIDE_ROWS = 8, WIDE_COLUMNS = 512 };  // fewer rows are not worth widening; columns widened at once
-enum { QUERIES = 32 };                        // rows of a text whose attention is computed together
+enum { QUERIES = 32 };                       // rows of a text whose attention is computed together
 #if LANES == 16
 enum { BLOCK = 12 };  // rows whose sums stay in registers
 #elif LANES == 8
@@ -71,8 +71,8 @@ typedef struct {
 typedef struct {
     Matrix query, key, value, output, gate, up, down;
     const float *attention_norm, *mlp_norm, *query_norm, *key_norm;  // the last two: NULL if none
-    float *keys, *values;                                           // (texts, key heads, capacity, head size)
-    int32_t window;                                                 // columns that a token sees, 0: all
+    float *keys, *values;  // (texts, key heads, capacity, head size)
+    int32_t window;        // columns that a token sees, 0: all
 } Layer;
 
 typedef struct {
@@ -87,7 +87,7 @@ typedef struct {
 // column of its text. Logits are computed for the rows from `first_logits` on.
 typedef struct {
     int32_t rows, capacity, first_logits;
-    int32_t wide;   // whether weights are widened: the rows are those of a prompt
+    int32_t wide;    // whether weights are widened: the rows are those of a prompt
     int32_t stride;  // the number of texts; row + stride is the next column of the same text
     const int32_t *tokens, *texts, *columns, *starts;  // (rows)
     const float *cosines, *sines;                      // (rows, head size), of each row's position
@@ -107,7 +107,9 @@ INLINE Floats load(const float *from) { return *(const AnyFloats *)from; }
 INLINE void store(float *to, Floats numbers) { *(AnyFloats *)to = numbers; }
 INLINE Floats splat(float number) { return (Floats){0} + number; }
 INLINE Floats to_floats(Ints numbers) { return __builtin_convertvector(numbers, Floats); }
-INLINE Floats choose(Ints mask, Floats yes, Floats no) { return (Floats)((mask & (Ints)yes) | (~mask & (Ints)no)); }
+INLINE Floats choose(Ints mask, Floats yes, Floats no) {
+    return (Floats)((mask & (Ints)yes) | (~mask & (Ints)no));
+}
 
 INLINE float sum_of(Floats numbers) {
     for (int half = LANES / 2; half; half /= 2)  // in pairs, which need not wait for each other
@@ -139,7 +141,8 @@ INLINE Floats from_fp16(const uint16_t *from) {
 
 INLINE Floats from(int kind, const void *data, int64_t index) {
     if (kind == FP32) return load((const float *)data + index);
-    return kind == FP16 ? from_fp16((const uint16_t *)data + index) : from_bf16((const uint16_t *)data + index);
+    return kind == FP16 ? from_fp16((const uint16_t *)data + index)
+                        : from_bf16((const uint16_t *)data + index);
 }
 
 INLINE void prefetch(int kind, const void *data, int64_t index) {
@@ -209,7 +212,8 @@ static void to_digits(const float *x, Group *group) {
     for (int i = 0; i < GROUP; i++) {
         float scaled = finite ? x[i] * factor : 0.0f;
         int32_t number = (int32_t)(scaled + (scaled < 0 ? -0.5f : 0.5f));
-        int32_t first = (int8_t)number, rest = (number - first) >> 8, second = (int8_t)rest, third = (rest - second) >> 8;
+        int32_t first = (int8_t)number, rest = (number - first) >> 8, second = (int8_t)rest,
+                third = (rest - second) >> 8;
         group->digits[0][i] = (int8_t)first;
         group->digits[1][i] = (int8_t)second;
         group->digits[2][i] = (int8_t)third;
@@ -259,7 +263,8 @@ INLINE Bytes load_bytes(const uint8_t *from) { return vld1q_u8(from); }
 INLINE Bytes low_halves(Bytes bytes) { return vandq_u8(bytes, vdupq_n_u8(15)); }
 INLINE Bytes high_halves(Bytes bytes) { return vshrq_n_u8(bytes, 4); }
 INLINE Ints add_products(Ints sum, Bytes bytes, int32_t digits) {
-    return (Ints)vdotq_s32((int32x4_t)sum, vreinterpretq_s8_u8(bytes), vreinterpretq_s8_s32(vdupq_n_s32(digits)));
+    return (Ints)vdotq_s32((int32x4_t)sum, vreinterpretq_s8_u8(bytes),
+                           vreinterpretq_s8_s32(vdupq_n_s32(digits)));
 }
 #else
 typedef struct {
@@ -361,7 +366,8 @@ INLINE void dot8(const uint8_t *numbers, const Group *group, Floats result[PARTS
             hi[part] += (Ints)_mm256_madd_epi16(odd, _mm256_set1_epi32(hi_odd));
         }
     }
-    for (int part = 0; part < PARTS; part++) result[part] = to_floats(hi[part]) * 65536.0f + to_floats(lo[part]);
+    for (int part = 0; part < PARTS; part++)
+        result[part] = to_floats(hi[part]) * 65536.0f + to_floats(lo[part]);
 #else
     Ints sums[3][PARTS];
     for (int d = 0; d < 3; d++)
@@ -387,7 +393,8 @@ typedef struct {
 } Rows;
 
 // Products of the 16 rows of a tile with each of `count` rows.
-INLINE void multiply_groups(int bits, const uint8_t *tile, const Rows *rows, int count, float (*result)[TILE]) {
+INLINE void multiply_groups(int bits, const uint8_t *tile, const Rows *rows, int count,
+                            float (*result)[TILE]) {
     Floats sums[MAX_ROWS][PARTS];
     for (int row = 0; row < count; row++)
         for (int part = 0; part < PARTS; part++) sums[row][part] = (Floats){0};
@@ -399,8 +406,10 @@ INLINE void multiply_groups(int bits, const uint8_t *tile, const Rows *rows, int
         for (int row = 0; row < count; row++) {
             const Group *group = rows->groups + (int64_t)row * num_groups + g;
             Floats dots[PARTS];
-            if (bits == 4) dot4(tile + 4 * TILE, group, dots);
-            else dot8(tile + 2 * TILE, group, dots);
+            if (bits == 4)
+                dot4(tile + 4 * TILE, group, dots);
+            else
+                dot8(tile + 2 * TILE, group, dots);
             for (int part = 0; part < PARTS; part++) {
                 const uint16_t *scales = (const uint16_t *)tile + part * LANES;
                 sums[row][part] += from_fp16(scales) * (dots[part] * group->scale);
@@ -422,7 +431,8 @@ INLINE void multiply_four(int kind, const Matrix *matrix, const int64_t *begins,
             for (int i = 0; i < 4; i++) {
                 prefetch(kind, matrix->data, begins[i] + 4 * width + column);
                 for (int half = 0; half < 2; half++)
-                    sums[half][i] += from(kind, matrix->data, begins[i] + column + half * LANES) * load(x + column + half * LANES);
+                    sums[half][i] += from(kind, matrix->data, begins[i] + column + half * LANES) *
+                                     load(x + column + half * LANES);
             }
         for (int i = 0; i < 4; i++) sums[0][i] += sums[1][i];
     }
@@ -443,7 +453,8 @@ INLINE void multiply_four(int kind, const Matrix *matrix, const int64_t *begins,
         }
 }
 
-INLINE void multiply_floats(int kind, const Matrix *matrix, int tile, const Rows *rows, float (*result)[TILE]) {
+INLINE void multiply_floats(int kind, const Matrix *matrix, int tile, const Rows *rows,
+                            float (*result)[TILE]) {
     for (int first = 0; first < TILE; first += 4) {
         int64_t begins[4];
         for (int i = 0; i < 4; i++) {
@@ -453,37 +464,43 @@ INLINE void multiply_floats(int kind, const Matrix *matrix, int tile, const Rows
         int row = 0;
         for (; row + 2 <= rows->count; row += 2)
             multiply_four(kind, matrix, begins, rows->x + (int64_t)row * rows->width, 2,
-                          (float(*)[TILE])(result[row] + first));
+                          (float (*)[TILE])(result[row] + first));
         if (row < rows->count)
             multiply_four(kind, matrix, begins, rows->x + (int64_t)row * rows->width, 1,
-                          (float(*)[TILE])(result[row] + first));
+                          (float (*)[TILE])(result[row] + first));
     }
 }
 
 // result[row][i] += the sum over columns of x[row][column] * weights[column][i], for `rows` rows and 16 i
-INLINE void add_block(const float *weights, int64_t stride, int columns, const float *x, int64_t x_stride, int rows,
-                      float *result, int64_t result_stride) {
+INLINE void add_block(const float *weights, int64_t stride, int columns, const float *x, int64_t x_stride,
+                      int rows, float *result, int64_t result_stride) {
     Floats sums[BLOCK][PARTS];
     for (int row = 0; row < rows; row++)
-        for (int part = 0; part < PARTS; part++) sums[row][part] = load(result + row * result_stride + part * LANES);
+        for (int part = 0; part < PARTS; part++)
+            sums[row][part] = load(result + row * result_stride + part * LANES);
     for (int column = 0; column < columns; column++) {
         Floats numbers[PARTS];
-        for (int part = 0; part < PARTS; part++) numbers[part] = load(weights + column * stride + part * LANES);
+        for (int part = 0; part < PARTS; part++)
+            numbers[part] = load(weights + column * stride + part * LANES);
         for (int row = 0; row < rows; row++)
-            for (int part = 0; part < PARTS; part++) sums[row][part] += numbers[part] * x[row * x_stride + column];
+            for (int part = 0; part < PARTS; part++)
+                sums[row][part] += numbers[part] * x[row * x_stride + column];
     }
     for (int row = 0; row < rows; row++)
-        for (int part = 0; part < PARTS; part++) store(result + row * result_stride + part * LANES, sums[row][part]);
+        for (int part = 0; part < PARTS; part++)
+            store(result + row * result_stride + part * LANES, sums[row][part]);
 }
 
 // The same for any number of rows.
-static void add_products_of(const float *weights, int64_t stride, int columns, const float *x, int64_t x_stride,
-                            int rows, float *result, int64_t result_stride) {
+static void add_products_of(const float *weights, int64_t stride, int columns, const float *x,
+                            int64_t x_stride, int rows, float *result, int64_t result_stride) {
     int row = 0;
     for (; row + BLOCK <= rows; row += BLOCK)
-        add_block(weights, stride, columns, x + row * x_stride, x_stride, BLOCK, result + row * result_stride, result_stride);
+        add_block(weights, stride, columns, x + row * x_stride, x_stride, BLOCK, result + row * result_stride,
+                  result_stride);
     for (; row < rows; row++)
-        add_block(weights, stride, columns, x + row * x_stride, x_stride, 1, result + row * result_stride, result_stride);
+        add_block(weights, stride, columns, x + row * x_stride, x_stride, 1, result + row * result_stride,
+                  result_stride);
 }
 
 // Columns of a tile in fp32, (columns, 16): all rows of a column together. `first` is a multiple of 32.
@@ -497,12 +514,14 @@ static void widen_columns(const Matrix *matrix, int tile, int first, int columns
                 Floats numbers = from(matrix->kind, matrix->data, begin + column);
                 for (int lane = 0; lane < LANES; lane++) result[(column + lane) * TILE + i] = numbers[lane];
             }
-            for (; column < columns; column++) result[column * TILE + i] = one_from(matrix->kind, matrix->data, begin + column);
+            for (; column < columns; column++)
+                result[column * TILE + i] = one_from(matrix->kind, matrix->data, begin + column);
         }
         return;
     }
     int bits4 = matrix->kind == GROUPS4, bytes = bits4 ? BYTES4 : BYTES8;
-    const uint8_t *data = (const uint8_t *)matrix->data + ((int64_t)tile * matrix->columns + first) / GROUP * bytes;
+    const uint8_t *data =
+        (const uint8_t *)matrix->data + ((int64_t)tile * matrix->columns + first) / GROUP * bytes;
     for (int column = 0; column < columns; column += GROUP, data += bytes)
         for (int part = 0; part < PARTS; part++) {
             const uint16_t *scales = (const uint16_t *)data + part * LANES;
@@ -539,16 +558,24 @@ static void multiply(const Matrix *matrix, int tile, const Rows *rows, float (*r
     const uint8_t *tile8 = (const uint8_t *)matrix->data + tile * num_groups * BYTES8;
     if (rows->wide && rows->count >= WIDE_ROWS) multiply_widened(matrix, tile, rows, result);
     // with a known number of rows, all sums stay in registers
-    else if (matrix->kind == GROUPS4 && rows->count == 1) multiply_groups(4, tile4, rows, 1, result);
-    else if (matrix->kind == GROUPS4) multiply_groups(4, tile4, rows, rows->count, result);
-    else if (matrix->kind == GROUPS8 && rows->count == 1) multiply_groups(8, tile8, rows, 1, result);
-    else if (matrix->kind == GROUPS8) multiply_groups(8, tile8, rows, rows->count, result);
-    else if (matrix->kind == FP32) multiply_floats(FP32, matrix, tile, rows, result);
-    else if (matrix->kind == FP16) multiply_floats(FP16, matrix, tile, rows, result);
-    else multiply_floats(BF16, matrix, tile, rows, result);
+    else if (matrix->kind == GROUPS4 && rows->count == 1)
+        multiply_groups(4, tile4, rows, 1, result);
+    else if (matrix->kind == GROUPS4)
+        multiply_groups(4, tile4, rows, rows->count, result);
+    else if (matrix->kind == GROUPS8 && rows->count == 1)
+        multiply_groups(8, tile8, rows, 1, result);
+    else if (matrix->kind == GROUPS8)
+        multiply_groups(8, tile8, rows, rows->count, result);
+    else if (matrix->kind == FP32)
+        multiply_floats(FP32, matrix, tile, rows, result);
+    else if (matrix->kind == FP16)
+        multiply_floats(FP16, matrix, tile, rows, result);
+    else
+        multiply_floats(BF16, matrix, tile, rows, result);
     if (matrix->bias)
         for (int row = 0; row < rows->count; row++)
-            for (int i = 0; i < TILE && tile * TILE + i < matrix->rows; i++) result[row][i] += matrix->bias[tile * TILE + i];
+            for (int i = 0; i < TILE && tile * TILE + i < matrix->rows; i++)
+                result[row][i] += matrix->bias[tile * TILE + i];
 }
 
 // The 32 numbers of one row of a tile's group in fp32.
@@ -564,10 +591,12 @@ INLINE void widen_group(int bits4, const uint8_t *group, int row, float scale, f
 
 // The 16 rows of a tile in fp32, (16, columns), as far as the matrix has them.
 static void widen_tile(const Matrix *matrix, int tile, float *result) {
-    int columns = matrix->columns, count = matrix->rows - tile * TILE < TILE ? matrix->rows - tile * TILE : TILE;
+    int columns = matrix->columns,
+        count = matrix->rows - tile * TILE < TILE ? matrix->rows - tile * TILE : TILE;
     if (matrix->kind < GROUPS4) {
         int64_t begin = (int64_t)tile * TILE * columns, size = (int64_t)count * columns, index = 0;
-        for (; index + LANES <= size; index += LANES) store(result + index, from(matrix->kind, matrix->data, begin + index));
+        for (; index + LANES <= size; index += LANES)
+            store(result + index, from(matrix->kind, matrix->data, begin + index));
         for (; index < size; index++) result[index] = one_from(matrix->kind, matrix->data, begin + index);
         return;
     }
@@ -575,9 +604,11 @@ static void widen_tile(const Matrix *matrix, int tile, float *result) {
     const uint8_t *data = (const uint8_t *)matrix->data + (int64_t)tile * (columns / GROUP) * bytes;
     for (int first = 0; first < columns; first += GROUP, data += bytes) {
         float scales[2 * TILE];
-        for (int i = 0; i < (bits4 ? 2 : 1) * TILE; i += LANES) store(scales + i, from_fp16((const uint16_t *)data + i));
+        for (int i = 0; i < (bits4 ? 2 : 1) * TILE; i += LANES)
+            store(scales + i, from_fp16((const uint16_t *)data + i));
         for (int row = 0; row < count; row++)
-            widen_group(bits4, data, row, scales[row], bits4 ? scales[TILE + row] : 0, result + (int64_t)row * columns + first);
+            widen_group(bits4, data, row, scales[row], bits4 ? scales[TILE + row] : 0,
+                        result + (int64_t)row * columns + first);
     }
 }
 
@@ -585,7 +616,8 @@ static void widen_tile(const Matrix *matrix, int tile, float *result) {
 static void widen_row(const Matrix *matrix, int row, float *result) {
     int columns = matrix->columns;
     if (matrix->kind < GROUPS4) {
-        for (int i = 0; i < columns; i++) result[i] = one_from(matrix->kind, matrix->data, (int64_t)row * columns + i);
+        for (int i = 0; i < columns; i++)
+            result[i] = one_from(matrix->kind, matrix->data, (int64_t)row * columns + i);
         return;
     }
     int bits4 = matrix->kind == GROUPS4, bytes = bits4 ? BYTES4 : BYTES8, lane = row % TILE;
@@ -640,8 +672,8 @@ static void wait_for_all(Pool *pool) {
 }
 
 // for (i = 0; i < count; i++), shared by all threads, `chunk` numbers at a time
-#define SHARE(i, count, chunk)                                                               \
-    for (int i##_first; (i##_first = atomic_fetch_add(&pool->next, chunk)) < (count);)       \
+#define SHARE(i, count, chunk)                                                                               \
+    for (int i##_first; (i##_first = atomic_fetch_add(&pool->next, chunk)) < (count);)                       \
         for (int i = i##_first; i < i##_first + (chunk) && i < (count); i++)
 
 static int chunk_of(const Pool *pool, int count) {
@@ -696,8 +728,8 @@ static void rotate(float *head, const float *cosines, const float *sines, int si
 }
 
 // Attention of one head of a row over the columns of its text.
-static void attend(const float *query, const float *keys, const float *values, int count, int size, float scaling,
-                   float *scores, float *result) {
+static void attend(const float *query, const float *keys, const float *values, int count, int size,
+                   float scaling, float *scores, float *result) {
     float highest = -INFINITY, total = 0;
     for (int column = 0; column < count; column++) {
         scores[column] = scaling * dot(query, keys + (int64_t)column * size, size);
@@ -718,12 +750,14 @@ static void attend(const float *query, const float *keys, const float *values, i
     int first = 0;
     for (; first + LANES <= size; first += LANES) {
         Floats sum = {0};
-        for (column = 0; column < count; column++) sum += scores[column] * load(values + (int64_t)column * size + first);
+        for (column = 0; column < count; column++)
+            sum += scores[column] * load(values + (int64_t)column * size + first);
         store(result + first, sum / total);
     }
     for (; first < size; first++) {
         float sum = 0;
-        for (column = 0; column < count; column++) sum += scores[column] * values[(int64_t)column * size + first];
+        for (column = 0; column < count; column++)
+            sum += scores[column] * values[(int64_t)column * size + first];
         result[first] = sum / total;
     }
 }
@@ -732,13 +766,15 @@ static float largest_of(const float *numbers, int count) {
     float highest = -INFINITY;
     Floats highests = splat(-INFINITY);
     int i = 0;
-    for (; i + LANES <= count; i += LANES) highests = choose(load(numbers + i) > highests, load(numbers + i), highests);
+    for (; i + LANES <= count; i += LANES)
+        highests = choose(load(numbers + i) > highests, load(numbers + i), highests);
     for (; i < count; i++) highest = numbers[i] > highest ? numbers[i] : highest;
     for (int lane = 0; lane < LANES; lane++) highest = highests[lane] > highest ? highests[lane] : highest;
     return highest;
 }
 
-// Turn scores of the columns first to last into weights that sum up to the result; others of `count` become 0.
+// Turn scores of the columns first to last into weights that sum up to the result; others of `count`
+// become 0.
 static float soften(float *scores, int first, int last, int count, float scaling) {
     float highest = largest_of(scores + first, last + 1 - first), total = 0;
     int column = first;
@@ -757,10 +793,12 @@ static float soften(float *scores, int first, int last, int count, float scaling
     return total + sum_of(totals);
 }
 
-// Attention of up to QUERIES rows of a text, `row`, row + stride, ..., for all heads that share a head of keys.
+// Attention of up to QUERIES rows of a text, `row`, row + stride, ..., for all heads that share a head
+// of keys.
 static void attend_together(const Model *model, const Layer *layer, const Step *step, int row, int key_head,
                             const float *queries, float *scores, float *results) {
-    int size = model->head_size, groups = model->heads / model->key_heads, width = model->heads * size, firsts[QUERIES];
+    int size = model->head_size, groups = model->heads / model->key_heads, width = model->heads * size,
+        firsts[QUERIES];
     int count = (step->rows - row + step->stride - 1) / step->stride, begin = step->columns[row];
     count = count > QUERIES ? QUERIES : count;
     for (int i = 0; i < count; i++) {  // what each row sees
@@ -770,7 +808,8 @@ static void attend_together(const Model *model, const Layer *layer, const Step *
         begin = first < begin ? first : begin;
     }
     int columns = step->columns[row] + count - begin, padded = (columns + TILE - 1) / TILE * TILE;
-    int64_t own = ((int64_t)step->texts[row] * model->key_heads + key_head) * step->capacity + begin, next = (int64_t)width * step->stride;
+    int64_t own = ((int64_t)step->texts[row] * model->key_heads + key_head) * step->capacity + begin,
+            next = (int64_t)width * step->stride;
     const float *keys = layer->keys + own * size, *values = layer->values + own * size;
     float by_column[TILE * WIDE_COLUMNS];  // 16 keys, as the weights of a matrix
     memset(scores, 0, (size_t)groups * count * padded * sizeof *scores);
@@ -780,15 +819,17 @@ static void attend_together(const Model *model, const Layer *layer, const Step *
             for (int j = 0; j < size; j++) by_column[j * TILE + i] = key[j];
         }
         for (int group = 0; group < groups; group++)
-            add_products_of(by_column, TILE, size, queries + (int64_t)row * width + (key_head * groups + group) * size, next,
-                            count, scores + (int64_t)group * count * padded + first, padded);
+            add_products_of(by_column, TILE, size,
+                            queries + (int64_t)row * width + (key_head * groups + group) * size, next, count,
+                            scores + (int64_t)group * count * padded + first, padded);
     }
     for (int group = 0; group < groups; group++) {
         float *own_scores = scores + (int64_t)group * count * padded, totals[QUERIES];
         float *result = results + (int64_t)row * width + (key_head * groups + group) * size;
         for (int i = 0; i < count; i++) {
             int last = step->columns[row] + i - begin;
-            totals[i] = soften(own_scores + (int64_t)i * padded, firsts[i] - begin, last, padded, model->scaling);
+            totals[i] =
+                soften(own_scores + (int64_t)i * padded, firsts[i] - begin, last, padded, model->scaling);
             memset(result + i * next, 0, size * sizeof *result);
         }
         for (int first = 0; first < size; first += TILE)
@@ -817,16 +858,25 @@ static size_t num_scores(const Model *model, const Step *step) {
 }
 
 // Lay the arrays of a step out one after the other from `begin` on; return how many floats they take.
-static size_t lay_out(const Pool *pool, const Model *model, const Step *step, float *begin, Scratch *scratch) {
+static size_t lay_out(const Pool *pool, const Model *model, const Step *step, float *begin,
+                      Scratch *scratch) {
     size_t rows = step->rows, width = model->width, heads = (size_t)model->heads * model->head_size;
     size_t key_heads = (size_t)model->key_heads * model->head_size, inner = model->inner;
     size_t widest = width > inner ? width : inner;
     widest = widest > heads ? widest : heads;
     size_t groups = rows * (widest / GROUP + 1) * sizeof(Group) / sizeof(float);
-    float **fields[] = {&scratch->x, &scratch->normed, &scratch->query, &scratch->key, &scratch->value,
-                        &scratch->attended, &scratch->inner, &scratch->scores, (float **)&scratch->groups};
-    size_t counts[] = {rows * width, rows * width, rows * heads, rows * key_heads, rows * key_heads,
-                       rows * heads, rows * inner, pool->num_threads * num_scores(model, step), groups};
+    float **fields[] = {&scratch->x,     &scratch->normed, &scratch->query,
+                        &scratch->key,   &scratch->value,  &scratch->attended,
+                        &scratch->inner, &scratch->scores, (float **)&scratch->groups};
+    size_t counts[] = {rows * width,
+                       rows * width,
+                       rows * heads,
+                       rows * key_heads,
+                       rows * key_heads,
+                       rows * heads,
+                       rows * inner,
+                       pool->num_threads * num_scores(model, step),
+                       groups};
     size_t total = 0;
     for (int i = 0; i < 9; i++) {
         *fields[i] = begin + total;
@@ -847,16 +897,18 @@ static void run_step(Pool *pool, int thread) {
     lay_out(pool, model, step, pool->scratch, &s);
     float *scores = s.scores + thread * num_scores(model, step), tile[MAX_ROWS][TILE], tile2[MAX_ROWS][TILE];
 
-#define TO_DIGITS(x, count_of_row)                                                             \
-    SHARE(group, rows * ((count_of_row) / GROUP), 4) to_digits((x) + (int64_t)group * GROUP, s.groups + group); \
+#define TO_DIGITS(x, count_of_row)                                                                           \
+    SHARE(group, rows *((count_of_row) / GROUP), 4)                                                          \
+    to_digits((x) + (int64_t)group * GROUP, s.groups + group);                                               \
     wait_for_all(pool)
-#define NORMALIZE(weights, next_matrix)                                                        \
-    SHARE(row, rows, 1) {                                                                      \
-        float *to = s.normed + (int64_t)row * width;                                           \
-        normalize(s.x + (int64_t)row * width, weights, model->epsilon, width, to);             \
-        if (is_grouped(next_matrix) && (!widens || (next_matrix) == &model->head)) \
-            for (int g = 0; g < width / GROUP; g++) to_digits(to + g * GROUP, s.groups + (int64_t)row * (width / GROUP) + g); \
-    }                                                                                          \
+#define NORMALIZE(weights, is_read_in_digits)                                                                \
+    SHARE(row, rows, 1) {                                                                                    \
+        float *to = s.normed + (int64_t)row * width;                                                         \
+        normalize(s.x + (int64_t)row * width, weights, model->epsilon, width, to);                           \
+        if (is_read_in_digits)                                                                               \
+            for (int g = 0; g < width / GROUP; g++)                                                          \
+                to_digits(to + g * GROUP, s.groups + (int64_t)row * (width / GROUP) + g);                    \
+    }                                                                                                        \
     wait_for_all(pool)
 
     SHARE(row, rows, 1) widen_row(&model->embedding, step->tokens[row], s.x + (int64_t)row * width);
@@ -865,14 +917,17 @@ static void run_step(Pool *pool, int thread) {
         const Layer *layer = model->layers + number;
         Rows normed = {rows, width, s.normed, s.groups, step->wide};
 
-        NORMALIZE(layer->attention_norm, &layer->query);
+        // a file may store each matrix in a format of its own
+        int in_digits = is_grouped(&layer->query) || is_grouped(&layer->key) || is_grouped(&layer->value);
+        NORMALIZE(layer->attention_norm, in_digits && !widens);
         const Matrix *matrices[3] = {&layer->query, &layer->key, &layer->value};
         float *results[3] = {s.query, s.key, s.value};
         int tiles[3] = {num_tiles(&layer->query), num_tiles(&layer->key), num_tiles(&layer->value)};
         int all_tiles = tiles[0] + tiles[1] + tiles[2];
         SHARE(i, all_tiles, chunk_of(pool, all_tiles)) {
             int which = i < tiles[0] ? 0 : i < tiles[0] + tiles[1] ? 1 : 2;
-            int own = i - (which > 0 ? tiles[0] : 0) - (which > 1 ? tiles[1] : 0), columns = matrices[which]->rows;
+            int own = i - (which > 0 ? tiles[0] : 0) - (which > 1 ? tiles[1] : 0),
+                columns = matrices[which]->rows;
             multiply(matrices[which], own, &normed, tile);
             for (int row = 0; row < rows; row++)
                 for (int j = 0; j < TILE && own * TILE + j < columns; j++)
@@ -880,10 +935,12 @@ static void run_step(Pool *pool, int thread) {
         }
         wait_for_all(pool);
 
-        // each head of queries and keys: its norm if there is one, and its position; keys and values go into the cache
+        // each head of queries and keys: its norm if there is one, and its position; keys and values go into
+        // the cache
         SHARE(i, rows * (model->heads + model->key_heads), 4) {
             int row = i / (model->heads + model->key_heads), head = i % (model->heads + model->key_heads);
-            const float *cosines = step->cosines + (int64_t)row * size, *sines = step->sines + (int64_t)row * size;
+            const float *cosines = step->cosines + (int64_t)row * size,
+                        *sines = step->sines + (int64_t)row * size;
             int is_key = head >= model->heads, key_head = head - model->heads;
             float *numbers = is_key ? s.key + (int64_t)row * keys_width + key_head * size
                                     : s.query + (int64_t)row * heads_width + head * size;
@@ -891,38 +948,50 @@ static void run_step(Pool *pool, int thread) {
             if (weights) normalize(numbers, weights, model->epsilon, size, numbers);
             rotate(numbers, cosines, sines, size);
             if (is_key) {
-                int64_t column = ((int64_t)step->texts[row] * model->key_heads + key_head) * step->capacity + step->columns[row];
+                int64_t column = ((int64_t)step->texts[row] * model->key_heads + key_head) * step->capacity +
+                                 step->columns[row];
                 memcpy(layer->keys + column * size, numbers, size * sizeof(float));
-                memcpy(layer->values + column * size, s.value + (int64_t)row * keys_width + key_head * size, size * sizeof(float));
+                memcpy(layer->values + column * size, s.value + (int64_t)row * keys_width + key_head * size,
+                       size * sizeof(float));
             }
         }
         wait_for_all(pool);
 
         int together = attends_together(model, step), texts = step->stride < rows ? step->stride : rows;
-        int parts = (rows + texts * QUERIES - 1) / (texts * QUERIES) * texts;  // of up to QUERIES rows of a text
+        int parts =
+            (rows + texts * QUERIES - 1) / (texts * QUERIES) * texts;  // of up to QUERIES rows of a text
         if (together) SHARE(i, parts * model->key_heads, 1) {
-            int part = i / model->key_heads, row = part / texts * texts * QUERIES + part % texts;
-            if (row < rows) attend_together(model, layer, step, row, i % model->key_heads, s.query, scores, s.attended);
-        }
-        else SHARE(i, rows * model->heads, 1) {
-            int row = i / model->heads, head = i % model->heads, column = step->columns[row], first = step->starts[row];
-            if (layer->window && column - layer->window + 1 > first) first = column - layer->window + 1;
-            int key_head = head / (model->heads / model->key_heads);
-            int64_t begin = (((int64_t)step->texts[row] * model->key_heads + key_head) * step->capacity + first) * size;
-            attend(s.query + (int64_t)row * heads_width + head * size, layer->keys + begin, layer->values + begin,
-                   column - first + 1, size, model->scaling, scores, s.attended + (int64_t)row * heads_width + head * size);
-        }
+                int part = i / model->key_heads, row = part / texts * texts * QUERIES + part % texts;
+                if (row < rows)
+                    attend_together(model, layer, step, row, i % model->key_heads, s.query, scores,
+                                    s.attended);
+            }
+        else
+            SHARE(i, rows * model->heads, 1) {
+                int row = i / model->heads, head = i % model->heads, column = step->columns[row],
+                    first = step->starts[row];
+                if (layer->window && column - layer->window + 1 > first) first = column - layer->window + 1;
+                int key_head = head / (model->heads / model->key_heads);
+                int64_t begin =
+                    (((int64_t)step->texts[row] * model->key_heads + key_head) * step->capacity + first) *
+                    size;
+                attend(s.query + (int64_t)row * heads_width + head * size, layer->keys + begin,
+                       layer->values + begin, column - first + 1, size, model->scaling, scores,
+                       s.attended + (int64_t)row * heads_width + head * size);
+            }
         wait_for_all(pool);
         if (is_grouped(&layer->output) && !widens) { TO_DIGITS(s.attended, heads_width); }
         Rows attended = {rows, heads_width, s.attended, s.groups, step->wide};
         SHARE(i, num_tiles(&layer->output), chunk_of(pool, num_tiles(&layer->output))) {
             multiply(&layer->output, i, &attended, tile);
             for (int row = 0; row < rows; row++)
-                for (int j = 0; j < TILE && i * TILE + j < width; j++) s.x[(int64_t)row * width + i * TILE + j] += tile[row][j];
+                for (int j = 0; j < TILE && i * TILE + j < width; j++)
+                    s.x[(int64_t)row * width + i * TILE + j] += tile[row][j];
         }
         wait_for_all(pool);
 
-        NORMALIZE(layer->mlp_norm, &layer->gate);
+        in_digits = is_grouped(&layer->gate) || is_grouped(&layer->up);
+        NORMALIZE(layer->mlp_norm, in_digits && !widens);
         SHARE(i, num_tiles(&layer->gate), chunk_of(pool, num_tiles(&layer->gate))) {
             multiply(&layer->gate, i, &normed, tile);
             multiply(&layer->up, i, &normed, tile2);
@@ -931,7 +1000,8 @@ static void run_step(Pool *pool, int thread) {
                     Floats gate = load(tile[row] + j);
                     store(tile[row] + j, gate / (1.0f + exponential(-gate)) * load(tile2[row] + j));
                 }
-                for (int j = 0; j < TILE && i * TILE + j < inner; j++) s.inner[(int64_t)row * inner + i * TILE + j] = tile[row][j];
+                for (int j = 0; j < TILE && i * TILE + j < inner; j++)
+                    s.inner[(int64_t)row * inner + i * TILE + j] = tile[row][j];
             }
         }
         wait_for_all(pool);
@@ -940,20 +1010,21 @@ static void run_step(Pool *pool, int thread) {
         SHARE(i, num_tiles(&layer->down), chunk_of(pool, num_tiles(&layer->down))) {
             multiply(&layer->down, i, &inner_rows, tile);
             for (int row = 0; row < rows; row++)
-                for (int j = 0; j < TILE && i * TILE + j < width; j++) s.x[(int64_t)row * width + i * TILE + j] += tile[row][j];
+                for (int j = 0; j < TILE && i * TILE + j < width; j++)
+                    s.x[(int64_t)row * width + i * TILE + j] += tile[row][j];
         }
         wait_for_all(pool);
     }
-    NORMALIZE(model->norm, &model->head);
+    NORMALIZE(model->norm, is_grouped(&model->head));
     int skipped = step->first_logits;
-    Rows last = {rows - skipped, width, s.normed + (int64_t)skipped * width, s.groups + (int64_t)skipped * (width / GROUP),
-                 step->wide};
+    Rows last = {rows - skipped, width, s.normed + (int64_t)skipped * width,
+                 s.groups + (int64_t)skipped * (width / GROUP), step->wide};
     if (last.count > 0) SHARE(i, num_tiles(&model->head), chunk_of(pool, num_tiles(&model->head))) {
-        multiply(&model->head, i, &last, tile);
-        for (int row = 0; row < last.count; row++)
-            for (int j = 0; j < TILE && i * TILE + j < model->vocabulary; j++)
-                step->logits[(int64_t)row * model->vocabulary + i * TILE + j] = tile[row][j];
-    }
+            multiply(&model->head, i, &last, tile);
+            for (int row = 0; row < last.count; row++)
+                for (int j = 0; j < TILE && i * TILE + j < model->vocabulary; j++)
+                    step->logits[(int64_t)row * model->vocabulary + i * TILE + j] = tile[row][j];
+        }
     wait_for_all(pool);
 }
 
@@ -968,7 +1039,7 @@ static void run_widening(Pool *pool, int thread) {
     (void)thread;
     int first = widening->first_row / TILE, count = (widening->rows + TILE - 1) / TILE;
     SHARE(i, count, chunk_of(pool, count))
-        widen_tile(widening->matrix, first + i, widening->result + (int64_t)i * TILE * widening->matrix->columns);
+    widen_tile(widening->matrix, first + i, widening->result + (int64_t)i * TILE * widening->matrix->columns);
     wait_for_all(pool);
 }
 

@@ -116,18 +116,24 @@ def library_processors(
 
 def library_model(language_model: LanguageModel) -> PreTrainedModel:
     """Return the model of transformers: for one that the step in C computes, the library's over the
-    same weights, widened to fp32.
+    same weights, widened to fp32; in fp32, with an adapter beside the weights, as peft computes it.
     """
-    if language_model.model is not None:
-        return language_model.model
-    from transformers import AutoConfig
-
-    from common import models
+    own, adapter = language_model.model, language_model.adapter
+    # in 16 bits, what is merged is rounded, and no longer comparable
+    if own is not None and (adapter is None or language_model.dtype != torch.float32):
+        return own
     from common.generation import library
 
     name, folder = language_model.name, language_model.folder
-    config = models.load(AutoConfig, folder, name=name)
-    return library.over_weights(config, folder, language_model.weights, torch.float32, name=name).eval()
+    if own is None:
+        plain = library.over_folder(folder, language_model.weights, torch.float32, name=name)
+    else:
+        plain = library.load(folder, torch.float32, language_model.device, name=name)
+    if adapter is not None:
+        from common.generation import adapters
+
+        adapters.attach(plain, adapter, name=name)
+    return plain
 
 
 @torch.inference_mode()

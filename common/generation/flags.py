@@ -39,6 +39,9 @@ def make_parser(description: str | None = None) -> cli.Parser:
     help_text = "no step in C: each token by the library's forward, bit for bit as model.generate computes it"
     add("--plain-step", action="store_true", help=help_text)
 
+    help_text = "a LoRA adapter of peft, in a folder or on the Hub, which is merged into the model's weights"
+    parser.add_argument_group("adapter").add_argument("--adapter", metavar="FOLDER|NAME", help=help_text)
+
     add = parser.add_argument_group("prompts").add_argument
     add("--prompt", action="append", metavar="TEXT", help="a text to continue; repeat it for more")
     add("--prompts-file", metavar="FILE", help="one prompt per line (-: standard input), or a data file")
@@ -251,6 +254,7 @@ CONFLICTS = (  # flags that cannot be used together, and why; torchrun counts as
     ),
     ("--skip-bad", MODES, "this mode leaves out no prompts"),
     ("--use-model-defaults", NO_TEXTS, "no text is generated"),
+    ("--adapter", ("--score",), "no model is loaded"),
     ("--lookup", ONE_PROMPT, "this mode uses no prompt lookup"),
     ("--num-beams", DRAWING_FLAGS, "a beam search draws nothing"),
     ("--num-beams", ("--use-model-defaults",), "the model's settings choose token by token"),
@@ -295,6 +299,13 @@ def check_flags(args: argparse.Namespace) -> None:
     check_given_texts(args)
     if args.score is None:
         sources.check_model(args.model, kind="language model")
+    if args.adapter is not None:
+        sources.check_adapter(args.adapter)
+        if args.weights == "file":
+            problem = "what it is merged into is no longer as in the file"
+            raise UserError(
+                f"--adapter {args.adapter} and --weights file: {problem}; leave one of the two out"
+            )
     for name in (args.prompts_file, args.references, args.score):
         if name is not None:
             sources.check_texts(name, any_suffix=file_options(args).is_table)

@@ -26,6 +26,8 @@ from common.tokenizer import Tokenizer, read_language_tokenizer
 if TYPE_CHECKING:  # importing it takes seconds
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from common.generation.adapters import Adapter
+
 MOST_CHARACTERS_PER_TOKEN = 1000  # far more than any tokenizer's longest token has
 Weights = Literal["auto", "file", "fp32", "bf16"]  # of --weights
 CPU = torch.device("cpu")
@@ -48,6 +50,7 @@ class LanguageModel:
     step_name: str = "PyTorch"  # how steps are computed, for the summary
     folder: Path = Path()
     weights: dict[str, Matrix | Tensor] = field(default_factory=dict)  # as stored, under their names
+    adapter: Adapter | None = None  # is merged into what is computed with, not into `weights`
 
     @property
     def device(self) -> torch.device:
@@ -93,6 +96,7 @@ class Loading:
     # False: --precision asks for 16 bits, so that activations are rounded too
     in_fp32: bool = True
     uses_fast_step: bool = True
+    adapter: str | None = None  # a LoRA adapter that is merged into them
 
 
 def load(
@@ -106,18 +110,41 @@ def load(
     """
     loading = loading or Loading(in_fp32=runtime.precision == "fp32")
     folder = stored_weights.model_folder(name, cache_dir)
+    adapter = find_adapter(loading.adapter, cache_dir)
     try:
-        return load_for_step(folder, runtime, loading, name=name, cache_dir=cache_dir)
+        found = load_for_step(folder, runtime, loading, name=name, cache_dir=cache_dir, adapter=adapter)
     except (NotCovered, UnknownModel) as reason:
         if loading.weights == "file":
             raise UserError(f"--weights file: {name}: {reason}; leave the flag out") from reason
+        dtype = DTYPES[loading.weights if loading.weights in DTYPES else runtime.precision]
         step_name = f"PyTorch ({reason})"
-    dtype = DTYPES[loading.weights if loading.weights in DTYPES else runtime.precision]
-    return load_from_library(folder, dtype, runtime.device, name=name, step_name=step_name)
+        found = load_from_library(
+            folder, dtype, runtime.device, name=name, step_name=step_name, adapter=adapter
+        )
+    if adapter is not None:
+        from common.generation import adapters
+
+        adapters.note(adapter, found)
+    return found
+
+
+def find_adapter(name: str | None, cache_dir: str | None) -> Adapter | None:
+    """Return the adapter that --adapter names, None without one."""
+    if name is None:
+        return None
+    from common.generation import adapters
+
+    return adapters.find(name, cache_dir=cache_dir)
 
 
 def load_for_step(
-    folder: Path, runtime: Runtime, loading: Loading, *, name: str, cache_dir: str | None
+    folder: Path,
+    runtime: Runtime,
+    loading: Loading,
+    *,
+    name: str,
+    cache_dir: str | None,
+    adapter: Adapter | None,
 ) -> LanguageModel:
     """Return the model of a folder for the step in C. Raises NotCovered or UnknownModel, with the
     reason, for one that it does not compute, and where it can't be used.
@@ -134,13 +161,18 @@ def load_for_step(
             key: stored_weights.convert(weight, dtype) if isinstance(weight, Matrix) else weight
             for key, weight in weights.items()
         }
-    step = FastStep(read_transformer(config, weights), kernel)
+    transformer = read_transformer(config, weights)
+    if adapter is not None:
+        from common.generation import adapters
+
+        transformer = read_transformer(config, adapters.merge_stored(folder, adapter, weights, name=name))
+    step = FastStep(transformer, kernel)
     words = load_tokenizer(folder, name=name)
     ids = read_special_ids(folder, config)
     end_ids = find_end_ids(ids, words)
     pad_id = find_pad_id(ids, words, end_ids)
     context = step.model.context
-    found = LanguageModel(name, None, words, end_ids, pad_id, context, step, "C", folder, weights)
+    found = LanguageModel(name, None, words, end_ids, pad_id, context, step, "C", folder, weights, adapter)
     check_ids((*end_ids, pad_id), found)
     return found
 
@@ -186,19 +218,31 @@ def wanted_dtype(folder: Path, runtime: Runtime, loading: Loading) -> torch.dtyp
 
 
 def load_from_library(
-    folder: Path, dtype: torch.dtype, device: torch.device, *, name: str, step_name: str
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    name: str,
+    step_name: str,
+    adapter: Adapter | None,
 ) -> LanguageModel:
     """Return the model of a folder as transformers reads and computes it."""
     from common import models
     from common.generation import library
 
     model = library.load(folder, dtype, device, name=name)
+    if adapter is not None:
+        from common.generation import adapters
+
+        model = adapters.merge(model, adapter, name=name)
     words = models.load_tokenizer(folder, name=name)
     ids = {role: getattr(model.generation_config, role) for role in ("eos_token_id", "pad_token_id")}
     end_ids = find_end_ids(ids, words)
     pad_id = find_pad_id(ids, words, end_ids)
     context = models.max_positions(model)
-    found = LanguageModel(name, model, words, end_ids, pad_id, context, step_name=step_name, folder=folder)
+    found = LanguageModel(
+        name, model, words, end_ids, pad_id, context, step_name=step_name, folder=folder, adapter=adapter
+    )
     check_ids((*end_ids, pad_id), found)
     models.try_out(model, words, name=name)
     return found

@@ -71,7 +71,8 @@ def read(config: PreTrainedConfig, folder: Path, dtype: torch.dtype, *, name: st
     if (folder / stored_weights.WEIGHTS_FILE).exists():
         weights = stored_weights.read_folder(folder, f"--model {name}")
         return over_weights(config, folder, weights, dtype, name=name)
-    check_memory(folder, dtype, name=name)
+    shapes = model_files.weight_shapes(folder, f"--model {name}")
+    check_memory(sum(map(math.prod, shapes.values())), dtype, name=name)
     model, new = models.load_model(AutoModelForCausalLM, folder, name=name, config=config, dtype=dtype)
     if new:
         raise UserError(
@@ -81,17 +82,25 @@ def read(config: PreTrainedConfig, folder: Path, dtype: torch.dtype, *, name: st
     return model
 
 
-def check_memory(folder: Path, dtype: torch.dtype, *, name: str) -> None:
+def check_memory(num_weights: int, dtype: torch.dtype, *, name: str) -> None:
     """Raise UserError for a model whose weights do not fit into the memory that is free: else the system
     would end this process, without a word.
     """
-    free = free_memory_bytes(torch.device("cpu"))
-    shapes = model_files.weight_shapes(folder, f"--model {name}")
-    needed = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
+    free, needed = free_memory_bytes(torch.device("cpu")), num_weights * dtype.itemsize
     if free is not None and needed > free:
         taken = f"in {str(dtype).removeprefix('torch.')} its weights take about {needed / 1e9:,.1f} GB"
         helps = "name a smaller model" if dtype.itemsize == 2 else "use --precision bf16, or a smaller model"
         raise UserError(f"--model {name}: {taken}, and {free / 1e9:,.1f} GB are free; {helps}")
+
+
+def over_folder(
+    folder: Path, weights: dict[str, Matrix | Tensor], dtype: torch.dtype, *, name: str
+) -> PreTrainedModel:
+    """Return the model of a folder over weights that are read already, widened to a dtype."""
+    sizes = [w.rows * w.columns if isinstance(w, Matrix) else w.numel() for w in weights.values()]
+    check_memory(sum(sizes), dtype, name=name)
+    config = models.load(AutoConfig, folder, name=name)
+    return over_weights(config, folder, weights, dtype, name=name).eval()
 
 
 def over_weights(

