@@ -315,7 +315,7 @@ window.addEventListener("popstate", followAddress);
 ask("/about", {}).then((about) => {
   document.title = `${about.index}: search`;
   get("index").textContent = about.index;
-  get("about").textContent = `${many(about.rows, "texts")}, ${about.model}`;
+  get("about").textContent = `${many(about.rows, about.unit)}, ${about.model}`;
   get("columns").textContent = `Columns: ${Object.keys(about.columns).join(", ")}`;
 }).catch((error) => tell("", error.message));
 followAddress();

@@ -153,6 +153,7 @@ class ServedIndex:
         return {
             "index": self.name,
             "rows": int(self.shown.sum()),
+            "unit": mining.Selection(self.snapshot, np.flatnonzero(self.shown)).unit,
             "columns": {ID: "string", TEXT: "string", **self.snapshot.manifest["columns"]},
             "model": Path(self.snapshot.settings["model"]).name,
             "language": self.searcher.words.language,

@@ -121,6 +121,11 @@ def test_an_answer_is_that_of_the_command_line(query, parameters, flags, serving
     assert re.search(expected, " ".join(notes))
 
 
+def test_a_query_that_is_cut_is_said(serving):
+    _, _, found = serving.get("/search", query="film " * 100)
+    assert found["notes"] == ["the query is longer than 64 tokens and was cut there"]
+
+
 def test_similar_texts_are_those_of_the_command_line(serving, index, ok):
     for where in ({}, {"where": "label = 'pos'"}):
         _, _, found = serving.get("/like", id="s3", top_k=5, **where)
@@ -240,37 +245,43 @@ def test_one_thread_computes_and_what_waits_has_an_end():
     """A full queue refuses, who has left is not computed for, and at the end whoever waits is told."""
 
     async def act() -> None:
-        worker, may_go, computed = Worker(), threading.Event(), []
-        first = asyncio.create_task(worker.run(lambda: may_go.wait(30)))
-        while not worker.calls.empty() or not first.get_coro():
-            await asyncio.sleep(0.01)
-        await asyncio.sleep(0.05)
-        waiting = [
-            asyncio.create_task(worker.run(lambda n=n: computed.append(n))) for n in range(MOST_WAITING)
-        ]
-        await asyncio.sleep(0.05)
+        worker, computed = Worker(), []
+
+        async def block() -> tuple[asyncio.Task, threading.Event]:
+            """Let the thread compute until an event is set."""
+            has_begun, may_end = threading.Event(), threading.Event()
+            task = asyncio.create_task(worker.run(lambda: (has_begun.set(), may_end.wait(30))[1]))
+            assert await asyncio.to_thread(has_begun.wait, 30)
+            return task, may_end
+
+        async def wait_for_turn(name: object) -> asyncio.Task:
+            size = worker.calls.qsize()
+            task = asyncio.create_task(worker.run(lambda: computed.append(name)))
+            while worker.calls.qsize() == size:
+                await asyncio.sleep(0.001)
+            return task
+
+        first, may_end = await block()
+        waiting = [await wait_for_turn(number) for number in range(MOST_WAITING)]
         with pytest.raises(Refused, match="16 requests wait") as refused:
-            await worker.run(lambda: None)
+            await worker.run(lambda: computed.append("too many"))
         assert refused.value.status == 429
         waiting[0].cancel()
-        await asyncio.sleep(0.05)
-        may_go.set()
+        await asyncio.wait(waiting[:1])
+        may_end.set()
         assert await first is True
         await asyncio.gather(*waiting[1:])
         assert computed == list(range(1, MOST_WAITING))
         with pytest.raises(ZeroDivisionError):
             await worker.run(lambda: 1 / 0)
-        may_go.clear()
-        running = asyncio.create_task(worker.run(lambda: may_go.wait(30)))
-        await asyncio.sleep(0.05)
-        late = asyncio.create_task(worker.run(lambda: computed.append("late")))
-        await asyncio.sleep(0.05)
+        last, may_end = await block()
+        late = await wait_for_turn("late")
         closing = asyncio.create_task(asyncio.to_thread(worker.close))
         with pytest.raises(Refused, match="stopping"):
             await late
-        may_go.set()
+        may_end.set()
         await closing
-        assert await running is True and "late" not in computed and not worker.thread.is_alive()
+        assert await last is True and "late" not in computed and not worker.thread.is_alive()
 
     asyncio.run(act())
 
