@@ -16,6 +16,7 @@ beyond one machine is a collection in Milvus (milvus:URI/COLLECTION). Left out o
   python embed_search.py cluster --index news --num-clusters 5 --figure clusters.png
   python embed_search.py evaluate
   torchrun --nproc-per-node 2 embed_search.py index texts.csv --index texts  # one process per GPU
+  torchrun --nproc-per-node 2 embed_search.py duplicates --index texts  # they share the pairs
 """
 
 from __future__ import annotations
@@ -23,20 +24,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import importlib.util
-import os
-import signal
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NamedTuple
 
 from common import cli, sources
 from common.errors import Interrupted, UserError, first_repeated
 from common.files import check_new, only_writer
 from common.search.flags import (
+    DEFAULT_OVERLAP,
     EXPORTS,
     SKIP_BAD,
     add_model_flags,
@@ -46,7 +43,10 @@ from common.search.flags import (
     add_text_flags,
     add_where_flags,
     check_index,
+    check_milvus,
     check_model,
+    check_processes,
+    check_queries,
     check_source,
     check_task,
     check_texts,
@@ -56,12 +56,15 @@ from common.search.flags import (
     export_file,
     finite,
     index_name,
+    is_milvus,
     limits_of,
     new_csv,
+    overlap_of,
     pairs_file,
     per_query_file,
     picture_file,
     rank_of_cut,
+    read_queries,
     recorded_model,
     rows_file,
     source_of,
@@ -71,13 +74,11 @@ from common.search.flags import (
 from common.search.manifest import (
     MANIFEST,
     MILVUS,
-    MILVUS_INSTALL,
     STORES,
     check_files,
     check_folder,
     check_settings,
     num_live_rows,
-    parse_target,
     read_manifest,
     store_of,
 )
@@ -93,7 +94,6 @@ if TYPE_CHECKING:
     from common.search.mining import Selection
     from common.search.model_scores import ModelScores
 
-DEFAULT_OVERLAP = 32
 LARGEST_MATRIX = 5_000  # texts whose matrix of similarities is shown or written
 WAIT = {"type": cli.duration, "default": 10.0, "help": "seconds to wait for another writer"}
 LANGUAGE = {"choices": list(LANGUAGES), "default": AUTO, "metavar": "CODE"}
@@ -206,11 +206,6 @@ def check_vectors(path: str) -> None:
         raise UserError(f"--vectors {path}: not a .npy file; write one with numpy.save")
 
 
-def overlap_of(args: argparse.Namespace) -> int | None:
-    """Return how many tokens neighbouring chunks share, None where no flag asks for chunks."""
-    return DEFAULT_OVERLAP if args.chunk and args.chunk_overlap is None else args.chunk_overlap
-
-
 def index(args: argparse.Namespace) -> None:
     """Build an index, or bring it up to date."""
     from common.search import display
@@ -244,8 +239,7 @@ def index(args: argparse.Namespace) -> None:
     settings = settings_of(encoder, id_column=id_column, chunk_overlap=overlap, store=kept)
     started = time.perf_counter()
     builder = None
-    for number in cli.stop_signals():
-        signal.signal(number, stop)
+    cli.exit_at_signals()
     try:
         if collection is None:
             collection = source.read(id_column, as_text=codes)
@@ -279,14 +273,6 @@ def sync(args: argparse.Namespace) -> None:
     that are gone from the source are deleted.
     """
     index(args)
-
-
-def stop(number: int, _: FrameType | None) -> NoReturn:
-    """End the process; what is committed stays. Later signals are ignored: torchrun sends two."""
-    for other in cli.stop_signals():
-        signal.signal(other, signal.SIG_IGN)
-    cli.warn_of_stop()
-    sys.exit(128 + number)
 
 
 # delete, compact, verify: an index over its life
@@ -482,18 +468,6 @@ def check_has_rows(index: str) -> None:
         raise UserError(f"--index {index}: it has no rows; add some with: {command}")
 
 
-def check_queries(args: argparse.Namespace) -> None:
-    # what stands without a flag is searched for in an index, or else what is searched
-    args.texts, args.queries = ([], args.names) if args.index else (args.names, [])
-    args.queries = [*args.queries, *args.query]
-    if args.queries and args.queries_file:
-        raise UserError("search: name either queries or --queries FILE")
-    for number, query in enumerate(args.queries, start=1):
-        sources.check_query(query, f"query {number}")
-    if args.queries_file:
-        sources.check_text_file(args.queries_file)
-
-
 def search(args: argparse.Namespace) -> None:
     """Find the texts that are nearest to queries, in an index or among a few texts without one;
     without a query, ask for them.
@@ -505,7 +479,7 @@ def search(args: argparse.Namespace) -> None:
     runtime, screen = start(args)
     queries, reranker = args.queries, None
     if args.queries_file:
-        queries = read_queries(args.queries_file, args.encoding)
+        queries = runtime.broadcast_from_main(lambda: read_queries(args.queries_file, args.encoding))
     options = {"say": screen.say, "least": 0, "role": "document"}
     with mining.open_source(source_of(args), runtime, **options) as (selection, encoder):
         if args.rerank:
@@ -616,24 +590,7 @@ def serve(args: argparse.Namespace) -> None:
         rerank_depth=args.rerank_depth,
     )
 
-    def announce(address: str) -> None:
-        screen.say(f"serving {args.index} at {address} (Ctrl-C ends)")
-        screen.document({"index": args.index, "address": address})
-        sys.stdout.flush()
-
-    index = page.ServedIndex(searcher, limits=limits_of(args), seed=args.seed)
-    number = page.serve(index, listener, announce)
-    raise Interrupted(f"stopped by {signal.Signals(number).name}", 128 + number)
-
-
-def read_queries(file: str, encoding: str | None) -> list[str]:
-    """Return the lines of a file. Raises UserError, naming the line, for one that can't be encoded."""
-    from common import reading
-
-    queries = reading.read_lines(file, encoding=encoding)
-    for number, query in enumerate(queries, start=1):
-        sources.check_query(query, f"{file}, line {number}")
-    return queries
+    page.serve(page.ServedIndex(searcher, limits=limits_of(args), seed=args.seed), listener, screen)
 
 
 # pairs, duplicates, cluster: similar texts without a query
@@ -668,7 +625,7 @@ def duplicates(args: argparse.Namespace) -> None:
     runtime, screen = start(args)
     with mining.open_source(source_of(args), runtime, say=screen.say, least=2) as (selection, _):
         similar = mining.similar_pairs(selection, args.threshold, block=args.block)
-        with display.open_output(args.pairs_file) as file:
+        with display.open_output(args.pairs_file if runtime.is_main else None) as file:
             groups, kept = display.collect_groups(selection, similar, file, keep=screen.as_json)
         display.show_groups(screen, selection, groups, kept, threshold=args.threshold)
 
@@ -694,9 +651,12 @@ def dedupe(args: argparse.Namespace) -> None:
             raise UserError(f"dedupe --index {args.index}: {problem}; name the texts themselves")
         similar = mining.similar_pairs(selection, args.threshold, block=args.block)
         groups, _ = display.collect_groups(selection, similar, None, keep=False)
-        kept = mining.one_of_each(selection, groups, args.keep)
-        count = display.write_rows(selection, kept, args.output, text_column=args.text_column)
-        display.show_dedupe(screen, selection, groups, args.output, count=count, threshold=args.threshold)
+        with runtime.raised_on_all():  # the other processes wait for the first, which writes
+            if runtime.is_main:
+                kept = mining.one_of_each(selection, groups, args.keep)
+                count = display.write_rows(selection, kept, args.output, text_column=args.text_column)
+                options = {"count": count, "threshold": args.threshold}
+                display.show_dedupe(screen, selection, groups, args.output, **options)
 
 
 def add_cluster_flags(command: cli.Parser) -> None:
@@ -741,44 +701,60 @@ def check_cluster(args: argparse.Namespace) -> None:
 
 def cluster(args: argparse.Namespace) -> None:
     """Find clusters, the texts nearest to each centre and the words typical of it."""
-    from common.search import display, mining
+    from common.search import mining
 
     runtime, screen = start(args)
     stop = None if args.stop_words is None else stop_words(args.stop_words)
     with mining.open_source(source_of(args), runtime, say=screen.say, least=2) as (selection, _):
-        labels = labels_of(selection, args, screen)
-        if args.assign:
-            labels = mining.assigned(selection, labels, block=args.block)
-        words = mining.typical_words(selection, labels, display.NUM_WORDS, stop)
-        wanted = args.num_clusters or 0
-        if wanted != AUTO and len(words) < wanted:
-            reason = f"the {selection.unit} have no more different embeddings"
-            screen.say(f"only {len(words)} clusters, not {wanted}: {reason}")
-        display.show_clusters(screen, selection, labels, words)
-        if args.output:
-            display.write_clusters(selection, labels, args.output, screen)
-        if args.column:
-            keep_clusters(selection, labels, args)
-            screen.say(f"column   {args.column}: the numbers, in {args.index}")
-        if args.figure:
-            from common import figures
+        labels = None
+        if args.threshold is not None:  # it alone looks at all pairs, which the processes share
+            options = {"min_size": args.min_size or 2, "block": args.block}
+            labels = mining.communities(selection, args.threshold, **options)
+        with runtime.raised_on_all():  # the others wait for the first, which does the rest
+            if runtime.is_main:
+                labels = labels_of(selection, args, screen) if labels is None else labels
+                show_clusters(selection, labels, args, screen, stop)
 
-            positions, points = mining.map_points(selection, seed=args.seed)
-            names = [f"{number}: {', '.join(own[:3])}" for number, own in enumerate(words, start=1)]
-            figure = figures.cluster_map(points, labels[positions], names)
-            display.save_figure(figure, args.figure, screen)
+
+def show_clusters(
+    selection: Selection,
+    labels: np.ndarray,
+    args: argparse.Namespace,
+    screen: Screen,
+    stop: frozenset[str] | None,
+) -> None:
+    """Show clusters with the words that mark them, none of them in `stop`, and write what the flags name."""
+    from common.search import display, mining
+
+    if args.assign:
+        labels = mining.assigned(selection, labels, block=args.block)
+    words = mining.typical_words(selection, labels, display.NUM_WORDS, stop)
+    wanted = args.num_clusters or 0
+    if wanted != AUTO and len(words) < wanted:
+        reason = f"the {selection.unit} have no more different embeddings"
+        screen.say(f"only {len(words)} clusters, not {wanted}: {reason}")
+    display.show_clusters(screen, selection, labels, words)
+    if args.output:
+        display.write_clusters(selection, labels, args.output, screen)
+    if args.column:
+        keep_clusters(selection, labels, args)
+        screen.say(f"column   {args.column}: the numbers, in {args.index}")
+    if args.figure:
+        from common import figures
+
+        positions, points = mining.map_points(selection, seed=args.seed)
+        names = [f"{number}: {', '.join(own[:3])}" for number, own in enumerate(words, start=1)]
+        figure = figures.cluster_map(points, labels[positions], names)
+        display.save_figure(figure, args.figure, screen)
 
 
 def labels_of(selection: Selection, args: argparse.Namespace, screen: Screen) -> np.ndarray:
-    """Return the number of the cluster (n) of each row, -1 for none, in the way that the flags name."""
+    """Return the number of the cluster (n) of each row, -1 for none, by HDBSCAN or k-means."""
     from common.search import mining
 
     wanted, options = args.num_clusters, {"block": args.block, "seed": args.seed}
     if args.hdbscan:
         return mining.density_clusters(selection, min_size=args.min_size or 5)
-    if args.threshold is not None:
-        least = args.min_size or 2
-        return mining.communities(selection, args.threshold, min_size=least, block=args.block)
     if wanted == AUTO:
         labels, silhouettes = mining.choose_clusters(selection, **options)
         shown = ", ".join(f"{count}: {value:.3f}" for count, value in silhouettes.items())
@@ -864,11 +840,13 @@ def evaluate(args: argparse.Namespace) -> None:
         searcher = Searcher(snapshot, opened.encoder, allowed, **options)
         measures = relevance.measures_at(args.at)
         values = relevance.score_all(searcher, opened.task, reranker=reranker, measures=measures)
-        searches = model_scores.of_searches(list(opened.task.judgements), values)
         stores = relevance.score_stores(searcher, opened.task, args.store, measures)
-        display.show_scores(screen, opened.task, searches, model_scores.differences(searches), stores)
-        if args.per_query:
-            display.write_query_scores(searches, args.per_query, screen)
+        with runtime.raised_on_all():  # the other processes have helped to search, and wait
+            if runtime.is_main:
+                searches = model_scores.of_searches(list(opened.task.judgements), values)
+                display.show_scores(screen, opened.task, searches, model_scores.differences(searches), stores)
+                if args.per_query:
+                    display.write_query_scores(searches, args.per_query, screen)
 
 
 def add_compare_flags(command: cli.Parser) -> None:
@@ -958,182 +936,6 @@ def task_fingerprint(encoder: Encoder, args: argparse.Namespace) -> str:
     return model_scores.fingerprint(encoder.identity(), files, settings)
 
 
-# The same commands where --index names a collection in Milvus: `milvus:URI/COLLECTION`
-
-
-def check_milvus(args: argparse.Namespace) -> None:
-    target = parse_target(args.index)
-    if args.command not in MILVUS_COMMANDS:
-        advice = f"export the rows into an index first; Milvus has {', '.join(MILVUS_COMMANDS)}"
-        raise UserError(f"--index {args.index}: {args.command} needs the vectors on this machine; {advice}")
-    if importlib.util.find_spec("pymilvus") is None:
-        raise UserError(f"--index {args.index}: this needs Milvus' client; run: {MILVUS_INSTALL}")
-    refused = {"vectors": None, "store": None, "approximate": False, "language": AUTO}
-    for name, usual in refused.items():
-        if getattr(args, name, usual) not in (usual, []):
-            problem = "the engine keeps vectors, words and its indexes in its own way"
-            raise UserError(f"--{name}: Milvus does not take it, because {problem}; leave it out")
-    if args.command == "index":
-        check_texts(args)
-        check_model(args.model)
-        if "-" in args.texts and not target.is_file and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise UserError("-: each process reads the texts; name a file")
-    elif args.command == "delete" and bool(args.ids) == bool(args.where):
-        raise UserError("delete: name either ids or --where")
-    elif args.command == "search":
-        check_queries(args)
-    elif args.command == "evaluate" and not (args.queries and args.qrels):
-        raise UserError(f"--index {args.index}: say what to find with --queries and --qrels")
-
-
-def milvus_index(args: argparse.Namespace) -> None:
-    """Write texts to a collection. Under torchrun each process encodes and writes its share; a file of
-    Milvus Lite is written by the main process, and all encode.
-    """
-    from common.search import milvus
-    from common.search.builder import load_index_encoder
-    from common.search.encoder import load_encoder
-
-    runtime, screen = start(args)
-    target, source, config = parse_target(args.index), source_of(args), encoder_config(args)
-    existing = runtime.broadcast_from_main(lambda: milvus.settings_there(target))
-    id_column, overlap = args.id_column, overlap_of(args)
-    if existing:
-        id_column = id_column or existing["id_column"]
-        overlap = existing["chunk_overlap"] if overlap is None else overlap
-        encoder = load_index_encoder(config, runtime, args.index, existing)
-    else:
-        encoder = load_encoder(config, runtime)
-    shares = runtime.world_size > 1 and not target.is_file
-    if not (shares or runtime.is_main):
-        encoder.follow()
-        return
-    for number in cli.stop_signals():
-        signal.signal(number, stop)
-    try:
-        job = milvus.Job(id_column, overlap, args.update, args.skip_bad, args.block, shares)
-        milvus.index_texts(target, source.read(id_column), encoder, screen, job)
-    except SystemExit as stopped:
-        message = f"stopped; what was written is in {args.index}, and the same command continues"
-        raise Interrupted(message, int(stopped.code or 0)) from None
-    finally:
-        if not shares and sys.exc_info()[0] in (None, UserError):
-            encoder.release()
-
-
-def milvus_delete(args: argparse.Namespace) -> None:
-    from common.search import milvus
-    from common.search.display import Screen
-
-    screen = Screen(as_json=args.json)
-    with milvus.connected(parse_target(args.index)) as client:
-        store = milvus.existing_collection(client, parse_target(args.index))
-        condition = milvus.translate(args.where, store.columns)
-        unknown = milvus.unknown_ids(store, args.ids)
-        if unknown and not args.skip_bad:
-            problem = f"no text with id {unknown[0]!r}; nothing is deleted"
-            raise UserError(f"--index {args.index}: {problem}; correct it, or give --skip-bad")
-        deleted = milvus.delete_rows(store, args.ids, condition)
-        more = f"; {len(unknown):,} ids are not in the index" if unknown else ""
-        screen.say(f"deleted  {deleted:,} rows{more}")
-        milvus.show_collection(screen, store, deleted=deleted, unknown=len(unknown))
-
-
-def milvus_search(args: argparse.Namespace) -> None:
-    from common.search import display
-    from common.search.searcher import Page
-
-    runtime, screen = start(args)
-    queries = args.queries
-    if args.queries_file:
-        queries = read_queries(args.queries_file, args.encoding)
-    with milvus_searcher(args, runtime, screen, hybrid=args.hybrid, where=args.where) as searcher:
-        page = Page(args.top_k, args.offset, args.min_score)
-        if queries:
-            hits = searcher.search(queries, page.depth)
-            display.show_hits(screen, searcher.snapshot, queries, hits, page)
-        else:
-            display.answer_prompt(screen, searcher, page)
-
-
-def milvus_evaluate(args: argparse.Namespace) -> None:
-    from common.search import display, milvus, model_scores, relevance
-
-    runtime, screen = start(args)
-    task = relevance.read_task(args.queries, args.qrels, args.encoding)
-    with milvus_searcher(args, runtime, screen) as searcher:
-        relevance.check_documents(task, lambda ids: milvus.unknown_ids(searcher.snapshot, ids), screen.say)
-        ways = {"exact": searcher, "hybrid": dataclasses.replace(searcher, hybrid=True)}
-        if searcher.reranker:
-            ways["reranked"] = searcher
-            ways["exact"] = dataclasses.replace(searcher, reranker=None)
-            ways["hybrid"] = dataclasses.replace(searcher, hybrid=True, reranker=None)
-        measures = relevance.measures_at(args.at)
-        values = {name: relevance.scores_of(way, task, measures) for name, way in ways.items()}
-        searches = model_scores.of_searches(list(task.judgements), values)
-        display.show_scores(screen, task, searches, model_scores.differences(searches), {})
-        if args.per_query:
-            display.write_query_scores(searches, args.per_query, screen)
-
-
-@contextlib.contextmanager
-def milvus_searcher(
-    args: argparse.Namespace,
-    runtime: Runtime,
-    screen: Screen,
-    *,
-    hybrid: bool = False,
-    where: str | None = None,
-) -> Iterator[Any]:
-    """Yield how a collection is searched, until the connection ends."""
-    from common.search import milvus
-    from common.search.builder import load_index_encoder
-    from common.search.encoder import load_reranker
-
-    reranker = None
-    if args.rerank:
-        reranker = load_reranker(args.rerank, runtime, cache_dir=args.cache_dir)
-    with milvus.connected(parse_target(args.index)) as client:
-        store = milvus.existing_collection(client, parse_target(args.index))
-        encoder = load_index_encoder(encoder_config(args), runtime, args.index, store.settings)
-        condition = milvus.translate(where, store.columns)
-        options = {"hybrid": hybrid, "reranker": reranker, "rerank_depth": args.rerank_depth}
-        yield milvus.searcher_of(store, encoder, condition, say=screen.say, **options)
-
-
-def milvus_list(args: argparse.Namespace) -> None:
-    from common.search import display, milvus
-
-    with milvus.connected(parse_target(args.index)) as client:
-        store = milvus.existing_collection(client, parse_target(args.index))
-        condition = milvus.translate(args.where, store.columns)
-        total, entries = milvus.listed(store, condition, offset=args.offset, count=args.top_k)
-        columns, screen = list(store.columns), display.Screen(as_json=args.json)
-        display.show_entries(screen, args.index, columns, entries, offset=args.offset, total=total)
-
-
-def milvus_export(args: argparse.Namespace) -> None:
-    from common.search import display, milvus
-
-    with milvus.connected(parse_target(args.index)) as client:
-        store = milvus.existing_collection(client, parse_target(args.index))
-        condition = milvus.translate(args.where, store.columns) or ""
-        count = store.count(condition)
-        if not count:
-            raise UserError(f"--index {args.index}: no rows to export; widen --where or index some texts")
-        display.write_export(display.Screen(as_json=args.json), store.parts(condition), count, args.to)
-
-
-MILVUS_COMMANDS = {
-    "index": milvus_index,
-    "delete": milvus_delete,
-    "list": milvus_list,
-    "search": milvus_search,
-    "evaluate": milvus_evaluate,
-    "export": milvus_export,
-}
-
-
 # project: an index for TensorBoard
 
 
@@ -1206,25 +1008,21 @@ def make_parser() -> cli.Parser:
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raise UserError for what the flags and the file system show to be wrong."""
-    if args.command not in ("index", "sync") and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        problem = "only index and sync run in several processes"
-        raise UserError(f"torchrun: {problem}; run {args.command} with python")
     if is_milvus(args):
         check_milvus(args)
     else:
         COMMANDS[args.command].check(args)
-
-
-def is_milvus(args: argparse.Namespace) -> bool:
-    return bool(args.index) and args.index.startswith(MILVUS)
+    check_processes(args)
 
 
 def main(args: argparse.Namespace) -> None:
     computes = "device" in args
     if computes:
         cli.loading()  # until start()
-    if is_milvus(args):
-        MILVUS_COMMANDS[args.command](args)
+    if is_milvus(args):  # beyond one machine the same commands are those of another store
+        from common.search import milvus
+
+        milvus.COMMANDS[args.command](args)
     else:
         COMMANDS[args.command].run(args)
     if computes:

@@ -371,7 +371,7 @@ def serve(args: argparse.Namespace) -> None:
     if run.chat is not None:
         run.chat.note_system()
     limits = server.Limits(args.batch_size, args.max_waiting, args.request_seconds, key)
-    number = server.serve(run, decode, limits, listener)
+    number = server.serve(run, limits, listener)
     raise Interrupted(f"stopped by {signal.Signals(number).name}", 128 + number)
 
 

@@ -445,6 +445,21 @@ def warn_of_stop(line: str = "") -> None:
         os.write(2, line.encode())
 
 
+def exit_at_signals() -> None:
+    """Let a signal that asks to stop end the process from now on, with SystemExit of 128 and its number;
+    what is committed stays. Later signals are ignored: torchrun sends two.
+    """
+    for number in stop_signals():
+        signal.signal(number, _exit_at_signal)
+
+
+def _exit_at_signal(number: int, _: FrameType | None) -> NoReturn:
+    for other in stop_signals():
+        signal.signal(other, signal.SIG_IGN)
+    warn_of_stop()
+    sys.exit(128 + number)
+
+
 def json_line(value: object) -> str:
     """Return a value's JSON on one line; what stdout's encoding does not have is escaped, and NaN
     and infinity, which JSON lacks, are null.
@@ -555,7 +570,7 @@ def _endings(prog: str, *, debug: bool = False) -> Iterator[None]:
     except Interrupted as interrupted:
         _exit(f"{prog}: {interrupted}" if is_rank_0() else "", interrupted.code)
     except KeyboardInterrupt:
-        _exit(f"{prog}: interrupted", 130)
+        _exit(f"{prog}: interrupted" if is_rank_0() else "", 130)
     except BrokenPipeError:  # the reader of stdout has left, as in `... | head`
         _drop_stdout()
         _exit("", 141)

@@ -3,6 +3,7 @@
 import logging
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import matplotlib  # noqa: E402
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the choice of the backend)
 import numpy as np  # noqa: E402
+import wcwidth  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from numpy.typing import ArrayLike  # noqa: E402
@@ -28,6 +30,7 @@ MAX_LEGEND = 24  # clusters; a longer legend would hide the map
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "o^sDvPX*<>"
 MAX_PANELS = 6
+INCHES_PER_COLUMN = 0.085  # of a name beside an axis; wide characters have two columns
 
 # a character that the font lacks is drawn as a box; nobody can do anything about it
 warnings.filterwarnings("ignore", message="Glyph [0-9]+ .*missing from")
@@ -43,16 +46,16 @@ def confusion_matrix(counts: list[list[int]], names: list[str], *, title: str) -
     if len(shown) < len(table):
         title = f"{title}: the {len(shown)} most confused of {len(table):,} classes"
     table, shares = table[np.ix_(shown, shown)], shares[np.ix_(shown, shown)]
-    side = max(4.5, 0.7 * len(shown) + 2)
-    figure, axes = plt.subplots(figsize=(side, side * 0.88), layout="constrained")
-    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    axes.set(title=title, xlabel="predicted class", ylabel="true class")
-    _name_rows_and_columns(axes, [names[number] for number in shown])
+    names = [shorten(names[number], NAME_CHARACTERS) for number in shown]
+    side = max(2.5, 0.6 * len(shown))
+    figure, [[axes]] = _panels(1, 1, side, side, names=names)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.set(title=title, xlabel="predicted class", ylabel="true class (colour: share of it)")
+    _name_rows_and_columns(axes, names)
     for (row, column), count in np.ndenumerate(table):
         if count:
             colour = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, str(count), ha="center", va="center", color=colour)
-    figure.colorbar(image, label="share of the true class", shrink=0.8)
     return figure
 
 
@@ -77,13 +80,14 @@ def label_bars(per_label: dict[str, list[Any]], names: list[str], *, title: str)
     shown = np.sort(np.argsort(-(missed + false_alarms), kind="stable")[:MAX_CLASSES])
     if len(shown) < len(names):
         title = f"{title}: the {len(shown)} of {len(names):,} labels with the most mistakes"
-    figure, axes = plt.subplots(figsize=(7.5, 0.35 * len(shown) + 1.8), layout="constrained")
+    labels = [shorten(names[number], NAME_CHARACTERS) for number in shown]
+    left_margin = 0.3 + _width(labels)
+    figure, [[axes]] = _panels(1, 1, 5.5, max(1.5, 0.35 * len(shown)), left=left_margin)
     rows, left = np.arange(len(shown)), np.zeros(len(shown))
     parts = {"found": (found, "tab:blue"), "missed": (missed, "tab:orange")}
     for name, (counts, colour) in {**parts, "false alarms": (false_alarms, "tab:red")}.items():
         axes.barh(rows, counts[shown], left=left, label=name, color=colour)
         left = left + counts[shown]
-    labels = [shorten(names[number], NAME_CHARACTERS) for number in shown]
     axes.set_yticks(rows, labels, parse_math=False)
     axes.invert_yaxis()
     axes.set(title=title, xlabel="texts")
@@ -101,9 +105,7 @@ def scatter(true: ArrayLike, predicted: ArrayLike, names: list[str], *, title: s
         title = f"{title}: {len(shown)} of {len(names):,} numbers"
     columns = min(len(shown), 3)
     lines = -(-len(shown) // columns)
-    figure, panels = plt.subplots(
-        lines, columns, figsize=(4.2 * columns, 4 * lines), layout="constrained", squeeze=False
-    )
+    figure, panels = _panels(lines, columns, 3.4, 3.2, top=0.6)
     figure.suptitle(title)
     for panel in panels.flat[len(shown) :]:
         panel.remove()
@@ -127,7 +129,7 @@ def learning_curve(
     scores that `scores` gives names for the legend; one that is undefined is left out. The axis of
     the scores spans at least `least`, so that a difference of a single text does not look like much.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    figure, [(left, right)] = _panels(1, 2, 3.6, 2.7, top=0.15)
     numbers = [epoch["epoch"] for epoch in epochs]
     losses = {"train_loss": "training", "loss": "validation"}
     for axes, curves, label in ((left, losses, "loss"), (right, scores, "validation score")):
@@ -151,8 +153,8 @@ def reliability(bins: list[tuple[float, float, int]], *, called: tuple[str, str]
 
     A bin has its mean probability, the share that is right, and its size; `called` names the two.
     """
-    figure, (upper, lower) = plt.subplots(
-        2, 1, figsize=(4.8, 5.4), height_ratios=(3, 1), sharex=True, layout="constrained"
+    figure, [[upper], [lower]] = _panels(
+        2, 1, 4.0, 2.2, top=0.15, between=0.15, height_ratios=(3, 1), sharex=True
     )
     probabilities, shares, counts = zip(*bins)
     upper.plot([0, 1], [0, 1], color="grey", linestyle=":", label="calibrated")
@@ -171,17 +173,20 @@ def similarity_map(matrix: ArrayLike, names: list[str]) -> Figure:
     there is room.
     """
     cosines = np.asarray(matrix)
-    side = min(max(4.5, 0.55 * len(names) + 2), 12)
-    figure, axes = plt.subplots(figsize=(side, side * 0.88), layout="constrained")
+    shown = [shorten(name, NAME_CHARACTERS) for name in names if len(names) <= MAX_SIMILARITY_NAMES]
+    side = min(max(3.0, 0.55 * len(names)), 10)
+    figure, [[axes]] = _panels(1, 1, side, side, names=shown, right=1.2)
     image = axes.imshow(cosines, cmap="RdBu_r", vmin=-1, vmax=1)
     axes.set(title="cosine similarity")
-    if len(names) <= MAX_SIMILARITY_NAMES:
-        _name_rows_and_columns(axes, names)
+    if shown:
+        _name_rows_and_columns(axes, shown)
     if len(names) <= MAX_SIMILARITY_NUMBERS:
         for (row, column), value in np.ndenumerate(cosines):
             colour = "white" if abs(value) > 0.6 else "black"
             axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour)
-    figure.colorbar(image, label="cosine", shrink=0.8)
+    width = figure.get_figwidth()
+    bar = figure.add_axes((1 - 1.1 / width, axes.get_position().y0, 0.15 / width, 0.3))
+    figure.colorbar(image, cax=bar, label="cosine")
     return figure
 
 
@@ -225,9 +230,53 @@ def save(figure: Figure, path: Path | str) -> None:
         plt.close(figure)
 
 
+def _panels(
+    lines: int,
+    columns: int,
+    width: float,
+    height: float,
+    *,
+    names: Sequence[str] = (),
+    left: float = 0.75,
+    right: float = 0.2,
+    top: float = 0.4,
+    between: float = 0.8,
+    **options: Any,
+) -> tuple[Figure, np.ndarray]:
+    """Return a figure and its panels (lines, columns), each `width` x `height`; all in inches.
+
+    `names` will stand beside the rows and below the columns of a single panel. Margins are counted,
+    not measured: matplotlib's layouts draw every text several times, which took a third of the time
+    of a small run.
+    """
+    bottom = 0.6
+    if names:
+        left, bottom = (
+            left + _width(names),
+            bottom + 0.7 * _width(names),
+        )  # the latter are turned by 40 degrees
+    whole_width = left + columns * width + (columns - 1) * between + right
+    whole_height = bottom + lines * height + (lines - 1) * between + top
+    margins = {
+        "left": left / whole_width,
+        "right": 1 - right / whole_width,
+        "bottom": bottom / whole_height,
+        "top": 1 - top / whole_height,
+        "wspace": between / width,
+        "hspace": between / height,
+    }
+    return plt.subplots(
+        lines, columns, figsize=(whole_width, whole_height), squeeze=False, gridspec_kw=margins, **options
+    )
+
+
+def _width(names: Sequence[str]) -> float:
+    """Return about how many inches the longest of some names takes."""
+    return INCHES_PER_COLUMN * max(wcwidth.width(name) for name in names)
+
+
 def _name_rows_and_columns(axes: Axes, names: list[str]) -> None:
     """Label both axes; parse_math=False shows a dollar sign in a name as it is."""
     options = {"parse_math": False}
-    names = [shorten(name, NAME_CHARACTERS) for name in names]
     axes.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor", **options)
     axes.set_yticks(range(len(names)), names, **options)

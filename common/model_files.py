@@ -413,7 +413,8 @@ def weight_shapes(folder: Path, source: str) -> Shapes:
         try:
             shapes |= _read_header(path)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise _refuse(source, f"{path} can't be read as safetensors: its header is broken") from error
+            problem = f"{path} can't be read as safetensors: its header is broken, or the file was cut off"
+            raise _refuse(source, problem) from error
     return shapes
 
 
@@ -464,6 +465,8 @@ def _read_header(path: Path) -> Shapes:
     # the smallest type has 4 bits
     if sum(map(math.prod, shapes.values())) > 2 * size or any(min(s, default=0) < 0 for s in shapes.values()):
         raise ValueError("the tensors are larger than the file")
+    if 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0) > size:
+        raise ValueError("the file ends before its tensors do")
     return shapes
 
 

@@ -4,8 +4,10 @@ torchrun.
 
 import contextlib
 import ctypes
+import dataclasses
 import datetime
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -14,10 +16,10 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -35,6 +37,7 @@ WAIT_FOR_WORK = datetime.timedelta(days=1)
 JOIN_SECONDS, POLL_SECONDS = 1800.0, 0.05  # the first is PyTorch's own default
 CONNECT_SECONDS = 60.0  # to torchrun's store on another machine
 SHARED_FILE_TRIES = 90  # one a second; network file systems cache what they saw for up to 60
+Piece = TypeVar("Piece")
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,17 @@ class Runtime:
     def is_main(self) -> bool:
         """True in the one process that prints and writes."""
         return self.rank == 0
+
+    @property
+    def alone(self) -> "Runtime":
+        """The same device, for work that this process does without the others."""
+        return dataclasses.replace(self, rank=0, world_size=1)
+
+    def share(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
+        """Yield this process's share of the pieces of some work: every `world_size`-th. Each piece is
+        that of one process; where there are fewer pieces than processes, some have none.
+        """
+        return itertools.islice(pieces, self.rank, None, self.world_size)
 
     def say(self, *parts: object) -> None:
         """Print on the main process only, above the progress bar if one is open."""
@@ -86,14 +100,55 @@ class Runtime:
         """
         if self.world_size == 1:
             return [text]
-        content = torch.tensor(list(text.encode("utf-8")), dtype=torch.uint8)
+        content = torch.from_numpy(np.frombuffer(text.encode("utf-8"), np.uint8).copy())
+        return [part.numpy().tobytes().decode("utf-8") for part in self._all_gather(content)]
+
+    def _all_gather(self, own: torch.Tensor) -> list[torch.Tensor]:
+        """Return the tensors (n, ...) of all processes, in the order of their ranks; each may have
+        another n.
+        """
         sizes = [torch.zeros(1, dtype=torch.long) for _ in range(self.world_size)]
-        torch.distributed.all_gather(sizes, torch.tensor([len(content)]))
+        torch.distributed.all_gather(sizes, torch.tensor([len(own)]))
         longest = max(int(size) for size in sizes)
-        padded = torch.nn.functional.pad(content, (0, longest - len(content)))
-        blocks = [content.new_zeros(longest) for _ in sizes]
-        torch.distributed.all_gather(blocks, padded)
-        return [bytes(block[: int(size)].tolist()).decode("utf-8") for block, size in zip(blocks, sizes)]
+        padded = own.new_zeros(longest, *own.shape[1:])
+        padded[: len(own)] = own
+        parts = [torch.empty_like(padded) for _ in sizes]
+        if longest:
+            torch.distributed.all_gather(parts, padded)
+        return [part[: int(size)] for part, size in zip(parts, sizes)]
+
+    def gather_rows(self, compute: Callable[[], np.ndarray]) -> np.ndarray:
+        """Return on every process the rows (n, columns) in float64 that `compute` returns on all of
+        them, those of the first process first. A UserError of one is raised on all.
+        """
+        if self.world_size == 1:
+            return compute().astype(np.float64, copy=False)
+        with self.raised_on_all():
+            own = compute().astype(np.float64, copy=False)
+        return np.concatenate([part.numpy() for part in self._all_gather(torch.from_numpy(own))])
+
+    @contextlib.contextmanager
+    def raised_on_all(self) -> Iterator[None]:
+        """Raise a UserError of the block, which every process runs, on all of them: one says it, and
+        none waits for one that has ended.
+        """
+        if self.world_size == 1:
+            yield
+            return
+        error = ""
+        try:
+            yield
+        except UserError as raised:
+            error = str(raised)
+        if told := next(filter(None, self.all_gather_texts(error)), None):
+            raise UserError(told)
+
+    def require_same(self, state: str, problem: str) -> None:
+        """Raise UserError on every process unless all of them have the same state of something."""
+        states = self.all_gather_texts(state)
+        others = [str(rank) for rank, other in enumerate(states) if other != states[0]]
+        if others:
+            raise UserError(f"torchrun: process {', '.join(others)} {problem}")
 
     def broadcast_from_main(self, choose: Callable[[], Any]) -> Any:
         """Return on every process what `choose` returns on the main one; the value must be JSON.
@@ -121,13 +176,15 @@ class Runtime:
     @contextlib.contextmanager
     def local_main_first(self) -> Iterator[None]:
         """Run the block in one process of each machine first; the others then find its results in
-        the cache.
+        the cache. A UserError of the first ones is raised on all.
         """
-        if self.local_rank:
-            self.barrier()
-        yield
         if not self.local_rank:
-            self.barrier()
+            with self.raised_on_all():
+                yield
+            return
+        with self.raised_on_all():
+            pass  # until the first ones are done
+        yield
 
     def began_run(self, folder: Path) -> bool:
         """Return whether this job, before a restart by torchrun, began the run in this folder;

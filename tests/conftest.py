@@ -26,6 +26,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertTokenize
 
 import embed_search
 from common import cli
+from common.runtime import Runtime
 from common.search.index import ID, TEXT, open_snapshot
 
 # two tests run at a time: each, and every process that it starts, has one core
@@ -238,13 +239,19 @@ class Forker:
             )
         return json.loads(self.process.stdout.readline())
 
-    def call(self, *command, stdin: str = "", check: bool = True) -> subprocess.CompletedProcess:
-        """Run a script as its own process would run, and return what it did."""
+    def call(
+        self, *command, stdin: str = "", check: bool = True, world: int = 1
+    ) -> subprocess.CompletedProcess:
+        """Run a script as its own process would run, or as the processes of a job would, and return what
+        the first of them did.
+        """
         command = list(map(str, command))
         Path(f"{self.log}.stdin").write_text(stdin)
-        [code] = self.do(command=command, stdin=f"{self.log}.stdin")
-        done = subprocess.CompletedProcess(command, code, self.said("stdout"), self.said())
-        assert not check or code == 0, done
+        codes = self.do(world, command=command, stdin=f"{self.log}.stdin")
+        done = subprocess.CompletedProcess(command, codes[0], self.said("stdout"), self.said())
+        others = [self.said(stream, rank) for rank in range(1, world) for stream in ("stdout", "stderr")]
+        assert not check or set(codes) == {0}, (done, others)
+        assert not check or not any(others), others
         return done
 
     def said(self, stream: str = "stderr", rank: int = 0) -> str:
@@ -336,6 +343,7 @@ class StubEncoder:
 
     def __init__(self, width: int = 8):
         self.name, self.width, self.max_length, self.num_encoded, self.num_cut = "stub", width, 16, 0, 0
+        self.runtime = Runtime(torch.device("cpu"), "fp32")
         self.prompts: dict[str, str] = {}
 
     def identity(self) -> dict:

@@ -150,8 +150,6 @@ def child(job: dict, rank: int):
     sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115  (to the end of the process)
     for descriptor, stream in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{job['log']}.{rank}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
-    if "command" in job:
-        end(called(job["command"]))
     if job["world"] > 1:
         os.environ.update(
             RANK=str(rank),
@@ -162,6 +160,8 @@ def child(job: dict, rank: int):
             TORCHELASTIC_RUN_ID="forked",
         )
     os.environ.update(job.get("environment", {}))
+    if "command" in job:
+        end(called(job["command"]))
     counted = count_events(job if rank == job.get("rank", 0) else {**job, "event": None})
     # the control: a comparison that does not see this sees nothing
     if job.get("forget_random_state"):

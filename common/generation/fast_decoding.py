@@ -4,7 +4,8 @@ that it runs on, and called through ctypes.
 It is kept because a step of the library's forward spends most of its time on reading weights in
 fp32 and on dispatch: with the bundled model's own 4-bit numbers, a token takes a fraction of that
 time (docs/benchmarks.md). It is not used before it has computed what the plain step computes: with
-a small model of every kind of weights, once after it was compiled.
+a small model of every kind of weights, once after it was compiled, and with the first layer of each
+model that is loaded.
 
 Shapes: B texts, T columns, V tokens in the vocabulary.
 """
@@ -21,6 +22,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -38,6 +40,7 @@ COMPILE_SECONDS = 120  # it takes 2 to 4
 MAX_ROWS = 128  # of decoder.c
 WIDE_COLUMNS = 17  # a prompt of so many tokens is read with weights widened to fp32
 LARGEST_DIFFERENCE = 1e-3  # between two logits of the self-check; usual is 1e-5
+CHECKED_TOKENS = 64  # whose logits are compared when a model is loaded
 ROOM = 256  # a cache grows by so many columns
 
 
@@ -256,6 +259,22 @@ class RoomyCache:
         shape = (len(model.layers), 0, model.key_heads, 0, model.head_size)  # (L, B, K, T, D)
         self.keys, self.values = torch.empty(shape), torch.empty(shape)
 
+    @classmethod
+    def of_texts(
+        cls, model: Transformer, texts: list[tuple["RoomyCache", int, int]], columns: int
+    ) -> "RoomyCache":
+        """Return a cache with a copy of texts of other ones, with room for so many columns: of each, its
+        cache, its row there and its first column. All end at the same column.
+        """
+        cache = cls(model)
+        cache.length = max(old.length - start for old, _, start in texts)
+        cache.reserve(len(texts), columns)
+        for row, (old, old_row, start) in enumerate(texts):
+            first = cache.length - (old.length - start)
+            cache.keys[:, row, :, first : cache.length] = old.keys[:, old_row, :, start : old.length]
+            cache.values[:, row, :, first : cache.length] = old.values[:, old_row, :, start : old.length]
+        return cache
+
     @property
     def capacity(self) -> int:
         """The columns that there is room for."""
@@ -406,6 +425,34 @@ def self_check(library: ctypes.CDLL) -> float:
         difference = (torch.cat(ours, 1) - torch.stack(theirs, 1)).abs().max().item()
         largest = max(largest, difference) if difference == difference else math.inf  # NaN is no number
     return largest
+
+
+@torch.inference_mode()
+def check_step(model: Transformer, kernel: Kernel) -> None:
+    """Raise NotCovered unless the compiled step computes what the plain one does with the first layer of a
+    loaded model and some rows of its embedding and head: for a prompt and a token.
+
+    It takes some hundredths of a second, and is done at each start: the compiled file may have been
+    damaged since it was checked, and no small model has the sizes of this one.
+    """
+    head = Linear(model.head.matrix.first(CHECKED_TOKENS), None)
+    small = replace(
+        model, layers=model.layers[:1], embedding=model.embedding.first(CHECKED_TOKENS), head=head
+    )
+    length = WIDE_COLUMNS + 1
+    ids, starts = torch.arange(length)[None] % small.embedding.rows, torch.zeros(1, dtype=torch.long)
+    step, cache = FastStep(small, kernel), RoomyCache(small)
+    parts = ((0, length - 1), (length - 1, length))
+    ours = torch.cat(
+        [step.forward(ids[:, :end], starts, cache, first=first, keep=end - first)[0] for first, end in parts]
+    )
+    keys, values = torch.zeros(2, 1, 1, model.key_heads, length, model.head_size)
+    one = torch.zeros(length, dtype=torch.long)
+    theirs = plain_step(small, keys, values, ids[0], Places(one, torch.arange(length), one))
+    both = torch.isclose(ours, theirs, rtol=0, atol=max(LARGEST_DIFFERENCE, 1e-5 * float(theirs.abs().max())))
+    if not both.all() and theirs.isfinite().all():  # else the model has no logits to compare
+        difference = (ours - theirs).abs().max().item()
+        raise NotCovered(f"the compiled step is wrong: a logit differs by {difference:.1g}")
 
 
 DTYPE_OF_KIND = {kind: dtype for dtype, kind in KIND_OF_DTYPE.items()}

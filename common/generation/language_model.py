@@ -166,6 +166,7 @@ def load_for_step(
         from common.generation import adapters
 
         transformer = read_transformer(config, adapters.merge_stored(folder, adapter, weights, name=name))
+    fast_decoding.check_step(transformer, kernel)
     step = FastStep(transformer, kernel)
     words = load_tokenizer(folder, name=name)
     ids = read_special_ids(folder, config)

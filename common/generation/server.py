@@ -2,7 +2,7 @@
 /v1/chat/completions, also as streams.
 
 Requests wait in a bounded queue. One thread takes those that wait, as many as fit into a batch, and
-decodes them together. Each row has its own sampler, random numbers and end, so that its text is that
+decodes them together (engine.py). Each text has its own sampler, random numbers and end, so that it is that
 of the command line and does not depend on its neighbours, but for how sums are rounded.
 
 What a request can't do: reach the server from another machine or from a page in a browser, name a
@@ -35,7 +35,7 @@ from common.cli import fault_of_system
 from common.errors import UserError, shorten
 from common.generation import language_model
 from common.generation.completion import REPLACEMENT, Completion, Prompt, Run, TextStream
-from common.generation.engine import Decode, Engine, Job, Limits, Piece
+from common.generation.engine import Engine, Job, Limits, Piece
 from common.generation.protocol import (
     CHAT,
     COMPLETION,
@@ -176,8 +176,8 @@ def chat_entry(entry: dict) -> dict[str, Any]:
 class Server:
     """The handlers of all addresses."""
 
-    def __init__(self, run: Run, engine: Engine, limits: Limits, name: str) -> None:
-        self.run, self.engine, self.limits, self.name = run, engine, limits, name
+    def __init__(self, engine: Engine, name: str) -> None:
+        self.run, self.engine, self.limits, self.name = engine.run, engine, engine.limits, name
         self.started = int(time.time())
         self.encoding = asyncio.Lock()  # one request at a time
 
@@ -393,25 +393,25 @@ def served_name(model: str) -> str:
     )
 
 
-def serve(run: Run, decode: Decode, limits: Limits, listener: socket.socket) -> int:
-    """Serve a model until a signal comes, and return its number. `decode` is the loop that generates."""
-    return asyncio.run(_serve(run, decode, limits, listener))
+def serve(run: Run, limits: Limits, listener: socket.socket) -> int:
+    """Serve a model until a signal comes, and return its number."""
+    return asyncio.run(_serve(Engine(run, limits), listener))
 
 
-async def _serve(run: Run, decode: Decode, limits: Limits, listener: socket.socket) -> int:
+async def _serve(engine: Engine, listener: socket.socket) -> int:
     came = coming_signal()
-    async with running(run, decode, limits, listener) as name:
+    async with running(engine, listener) as name:
         print(f"serving {name} at {address_of(listener)}/v1 (Ctrl-C ends)", flush=True)
         return await came
 
 
 @contextlib.asynccontextmanager
-async def running(run: Run, decode: Decode, limits: Limits, listener: socket.socket) -> AsyncIterator[str]:
+async def running(engine: Engine, listener: socket.socket) -> AsyncIterator[str]:
     """Answer requests within the block, in which the server has a name. At its end it takes no more of
     them, and those that are being answered have some seconds.
     """
-    engine, name = Engine(run, decode, limits), served_name(run.language_model.name)
-    app = Server(run, engine, limits, name).app()
+    name = served_name(engine.model.name)
+    app = Server(engine, name).app()
     # a client that leaves cancels its handler
     runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0)
     await runner.setup()

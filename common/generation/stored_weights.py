@@ -65,6 +65,16 @@ class Matrix:
         weights = numbers.float().view(self.rows, -1, GROUP) * scales.float()[..., None]
         return (weights + minimums.float()[..., None]).view(self.rows, self.columns)
 
+    def first(self, rows: int) -> "Matrix":
+        """Return the first rows, without copying them; as many as fill tiles, all if there are fewer."""
+        if rows >= self.rows:
+            return self
+        rows = rows // TILE * TILE
+        num_tiles = -(-self.rows // TILE)
+        is_grouped = self.kind in ("groups4", "groups8")
+        data = self.data.view(num_tiles, -1)[: rows // TILE].flatten() if is_grouped else self.data[:rows]
+        return Matrix(self.kind, rows, self.columns, data)
+
 
 def matrix_of(weight: Tensor) -> Matrix:
     """Return a tensor (rows, columns) of a floating-point dtype as a matrix, without copying it."""

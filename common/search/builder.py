@@ -3,6 +3,7 @@ chunks and encoded, and each block is committed before the next begins.
 """
 
 import dataclasses
+import hashlib
 import json
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
+from common import cli
 from common.errors import UserError, reading
 from common.reading import evenly_spaced
 from common.runtime import Runtime
@@ -383,7 +385,7 @@ def fill(builder: Builder, collection: Collection, *, block: int) -> None:
         leave=False,
         file=sys.stderr,
         dynamic_ncols=True,
-        disable=None,  # no bar where stderr is not a terminal
+        disable=None if cli.is_rank_0() else True,  # nor where stderr is not a terminal
     ) as bar:
         for numbers, table in collection.blocks(block):
             builder.add(numbers, table, collection)
@@ -403,6 +405,7 @@ def build_temporary(
     """Return an index of a collection that lasts for one command. Without `id_column` the ids are
     the rows' numbers from 1, and equal texts stay separate rows.
     """
+    check_same_texts(collection, encoder.runtime)
     id_column = id_column or collection.id_column
     if id_column is None:
         id_column = unused_name("_number", collection.rows.column_names)
@@ -416,6 +419,16 @@ def build_temporary(
     for note in notes(collection, encoder.num_cut, encoder.max_length):
         say(note)
     return store.snapshot
+
+
+def check_same_texts(collection: Collection, runtime: Runtime) -> None:
+    """Raise UserError under torchrun unless all processes, which encode together, have read the same
+    texts.
+    """
+    if runtime.world_size > 1:
+        hashes = [digest for _, table in collection.blocks(SCAN) for digest in hashes_of(table)]
+        problem = "has read other texts than process 0; name a file that all machines share"
+        runtime.require_same(hashlib.sha256(b"".join(hashes)).hexdigest(), problem)
 
 
 def notes(collection: Collection, num_cut: int, max_length: int) -> list[str]:

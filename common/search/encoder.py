@@ -95,7 +95,7 @@ class Encoder:
 
     def encode(self, texts: list[str], *, role: str | None = None) -> np.ndarray:
         """Return the embeddings (texts, width) in float32, as the model gives them. Under torchrun
-        the other processes must be in follow().
+        the other processes must be in follow(), or encode the same texts now.
         """
         if self.runtime.world_size > 1:
             self.runtime.broadcast_from_main(lambda: [texts, role])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from common.errors import UserError
 from common.search.manifest import (
     DEFAULT_LIMITS,
     MILVUS,
+    MILVUS_INSTALL,
     PAIR_COLUMNS,
     PER_QUERY_COLUMNS,
     EncoderConfig,
@@ -24,6 +26,7 @@ from common.search.manifest import (
     Settings,
     check_files,
     check_settings,
+    parse_target,
 )
 from common.search.words import AUTO
 
@@ -34,6 +37,10 @@ if TYPE_CHECKING:
 
 PICTURES = (".png", ".pdf", ".svg", ".jpg")
 DEEPEST = 10_000  # rank at which a measure stops
+DEFAULT_OVERLAP = 32  # tokens that neighbouring chunks share
+# what the processes of torchrun do together, and what a collection in Milvus can do
+SHARED = ("index", "sync", "search", "pairs", "duplicates", "dedupe", "cluster", "evaluate")
+MILVUS_COMMANDS = ("index", "delete", "list", "search", "evaluate", "export")
 EXPORTS = (".parquet", ".npy", ".faiss")
 SKIP_BAD = {"action": "store_true", "help": "skip rows and ids that can't be used"}
 
@@ -289,6 +296,66 @@ def check_task(args: argparse.Namespace) -> None:
         check_index(args, encodes=True)
 
 
+def check_queries(args: argparse.Namespace) -> None:
+    """Check the queries of a search, and set `texts` and `queries` to what the names stand for."""
+    # what stands without a flag is searched for in an index, or else what is searched
+    args.texts, args.queries = ([], args.names) if args.index else (args.names, [])
+    args.queries = [*args.queries, *args.query]
+    if args.queries and args.queries_file:
+        raise UserError("search: name either queries or --queries FILE")
+    for number, query in enumerate(args.queries, start=1):
+        sources.check_query(query, f"query {number}")
+    if args.queries_file:
+        sources.check_text_file(args.queries_file)
+
+
+def is_milvus(args: argparse.Namespace) -> bool:
+    """Return whether --index names a collection in Milvus."""
+    return bool(args.index) and args.index.startswith(MILVUS)
+
+
+def check_milvus(args: argparse.Namespace) -> None:
+    """Check the flags of a command over a collection in Milvus."""
+    target = parse_target(args.index)
+    if args.command not in MILVUS_COMMANDS:
+        advice = f"export the rows into an index first; Milvus has {', '.join(MILVUS_COMMANDS)}"
+        raise UserError(f"--index {args.index}: {args.command} needs the vectors on this machine; {advice}")
+    if importlib.util.find_spec("pymilvus") is None:
+        raise UserError(f"--index {args.index}: this needs Milvus' client; run: {MILVUS_INSTALL}")
+    refused = {"vectors": None, "store": None, "approximate": False, "language": AUTO}
+    for name, usual in refused.items():
+        if getattr(args, name, usual) not in (usual, []):
+            problem = "the engine keeps vectors, words and its indexes in its own way"
+            raise UserError(f"--{name}: Milvus does not take it, because {problem}; leave it out")
+    if args.command == "index":
+        check_texts(args)
+        check_model(args.model)
+        if "-" in args.texts and not target.is_file and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError("-: each process reads the texts; name a file")
+    elif args.command == "delete" and bool(args.ids) == bool(args.where):
+        raise UserError("delete: name either ids or --where")
+    elif args.command == "search":
+        check_queries(args)
+    elif args.command == "evaluate" and not (args.queries and args.qrels):
+        raise UserError(f"--index {args.index}: say what to find with --queries and --qrels")
+
+
+def check_processes(args: argparse.Namespace) -> None:
+    """Raise UserError for what the processes of torchrun do not do together."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    if args.command not in SHARED or (is_milvus(args) and args.command != "index"):
+        what = f"{args.command} --index {args.index}" if is_milvus(args) else args.command
+        raise UserError(f"torchrun: {what} runs in one process; run it with python")
+    if args.command in ("index", "sync"):  # the first process reads the texts
+        return
+    if args.command == "search" and not (args.queries or args.queries_file):
+        raise UserError("torchrun: search asks for queries in one process; name them, or run it with python")
+    files = [args.queries, args.qrels, args.sts] if args.command == "evaluate" else []
+    if "-" in (*args.texts, *files):
+        raise UserError("torchrun: each process reads the texts, and - can be read once; name a file")
+
+
 # from the flags to what the wing needs
 
 
@@ -320,6 +387,21 @@ def file_options(args: argparse.Namespace) -> sources.FileOptions:
 
 def limits_of(args: argparse.Namespace) -> Limits:
     return Limits(args.where_seconds, args.where_megabytes)
+
+
+def overlap_of(args: argparse.Namespace) -> int | None:
+    """Return how many tokens neighbouring chunks share, None where no flag asks for chunks."""
+    return DEFAULT_OVERLAP if args.chunk and args.chunk_overlap is None else args.chunk_overlap
+
+
+def read_queries(file: str, encoding: str | None) -> list[str]:
+    """Return the lines of a file. Raises UserError, naming the line, for one that can't be encoded."""
+    from common import reading
+
+    queries = reading.read_lines(file, encoding=encoding)
+    for number, query in enumerate(queries, start=1):
+        sources.check_query(query, f"{file}, line {number}")
+    return queries
 
 
 def source_of(args: argparse.Namespace) -> Source:

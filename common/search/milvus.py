@@ -9,12 +9,14 @@ embeddings were made is kept in the collection's properties.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import json
 import logging
 import os
 import re
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,18 +27,29 @@ import pyarrow as pa
 import torch
 from tqdm import tqdm
 
-from common.errors import UserError, one_line
-from common.search.builder import Counts, hashes_of, notes, settings_of
+from common import cli
+from common.errors import Interrupted, UserError, one_line
+from common.search import display, flags
+from common.search.builder import Counts, hashes_of, load_index_encoder, notes, settings_of
 from common.search.display import Screen
-from common.search.encoder import Chunk, Encoder, chunk_size, split_into_chunks
+from common.search.encoder import Chunk, Encoder, chunk_size, load_encoder, load_reranker, split_into_chunks
 from common.search.index import CHUNK, HASH, ID, NUM_CHUNKS, START, TEXT, VECTOR
 from common.search.kernel import Ranking, exact_scores
-from common.search.manifest import MILVUS_INSTALL, Settings, Target, check_settings, check_values
-from common.search.searcher import FUSED, RRF_K, Searcher
+from common.search.manifest import (
+    MILVUS_INSTALL,
+    Settings,
+    Target,
+    check_settings,
+    check_values,
+    parse_target,
+)
+from common.search.searcher import FUSED, RRF_K, Page, Searcher
 from common.search.texts import Collection, digest, ids_of
 
 if TYPE_CHECKING:
     from pymilvus import MilvusClient
+
+    from common.runtime import Runtime
 
 SETTINGS, COLUMNS = "embed_search.settings", "embed_search.columns"  # properties of a collection
 KEY, WORDS = "_index_key", "_index_words"  # the primary key; the words that Milvus' BM25 counts
@@ -406,7 +419,7 @@ def index_texts(target: Target, collection: Collection, encoder: Encoder, screen
     with connected(target) as client:
         if job.shares:
             runtime.broadcast_from_main(prepare)  # the others wait
-            encoder = dataclasses.replace(encoder, runtime=dataclasses.replace(runtime, rank=0, world_size=1))
+            encoder = dataclasses.replace(encoder, runtime=runtime.alone)
         else:
             prepare()
         store = existing_collection(client, target)
@@ -677,3 +690,140 @@ def _value(node: dict[str, Any], kind: str) -> str:
         raise ValueError(f"{shown!r} is compared with a column of type {kind}; Milvus converts nothing")
     text = literal["text"]
     return json.dumps(text, ensure_ascii=False) if kind == "VARCHAR" else text
+
+
+# The commands over a collection -------------------------------------------------------------------
+
+
+def run_index(args: argparse.Namespace) -> None:
+    """Write texts to a collection. Under torchrun each process encodes and writes its share; a file of
+    Milvus Lite is written by the main process, and all encode.
+    """
+    runtime, screen = flags.start(args)
+    target, source, config = parse_target(args.index), flags.source_of(args), flags.encoder_config(args)
+    existing = runtime.broadcast_from_main(lambda: settings_there(target))
+    id_column, overlap = args.id_column, flags.overlap_of(args)
+    if existing:
+        id_column = id_column or existing["id_column"]
+        overlap = existing["chunk_overlap"] if overlap is None else overlap
+        encoder = load_index_encoder(config, runtime, args.index, existing)
+    else:
+        encoder = load_encoder(config, runtime)
+    shares = runtime.world_size > 1 and not target.is_file
+    if not (shares or runtime.is_main):
+        encoder.follow()
+        return
+    cli.exit_at_signals()
+    try:
+        job = Job(id_column, overlap, args.update, args.skip_bad, args.block, shares)
+        index_texts(target, source.read(id_column), encoder, screen, job)
+    except SystemExit as stopped:
+        message = f"stopped; what was written is in {args.index}, and the same command continues"
+        raise Interrupted(message, int(stopped.code or 0)) from None
+    finally:
+        if not shares and sys.exc_info()[0] in (None, UserError):
+            encoder.release()
+
+
+def run_delete(args: argparse.Namespace) -> None:
+    """Delete documents, by their ids or by a condition."""
+    screen = Screen(as_json=args.json)
+    with connected(parse_target(args.index)) as client:
+        store = existing_collection(client, parse_target(args.index))
+        condition = translate(args.where, store.columns)
+        unknown = unknown_ids(store, args.ids)
+        if unknown and not args.skip_bad:
+            problem = f"no text with id {unknown[0]!r}; nothing is deleted"
+            raise UserError(f"--index {args.index}: {problem}; correct it, or give --skip-bad")
+        deleted = delete_rows(store, args.ids, condition)
+        more = f"; {len(unknown):,} ids are not in the index" if unknown else ""
+        screen.say(f"deleted  {deleted:,} rows{more}")
+        show_collection(screen, store, deleted=deleted, unknown=len(unknown))
+
+
+def run_search(args: argparse.Namespace) -> None:
+    """Find the texts that are nearest to queries; without a query, ask for them."""
+    runtime, screen = flags.start(args)
+    queries = args.queries
+    if args.queries_file:
+        queries = flags.read_queries(args.queries_file, args.encoding)
+    with opened_searcher(args, runtime, screen, hybrid=args.hybrid, where=args.where) as searcher:
+        page = Page(args.top_k, args.offset, args.min_score)
+        if queries:
+            hits = searcher.search(queries, page.depth)
+            display.show_hits(screen, searcher.snapshot, queries, hits, page)
+        else:
+            display.answer_prompt(screen, searcher, page)
+
+
+def run_evaluate(args: argparse.Namespace) -> None:
+    """Score the ways in which a collection is searched, with intervals and tests of what differs."""
+    from common.search import model_scores, relevance
+
+    runtime, screen = flags.start(args)
+    task = relevance.read_task(args.queries, args.qrels, args.encoding)
+    with opened_searcher(args, runtime, screen) as searcher:
+        relevance.check_documents(task, lambda ids: unknown_ids(searcher.snapshot, ids), screen.say)
+        ways = {"exact": searcher, "hybrid": dataclasses.replace(searcher, hybrid=True)}
+        if searcher.reranker:
+            ways["reranked"] = searcher
+            ways["exact"] = dataclasses.replace(searcher, reranker=None)
+            ways["hybrid"] = dataclasses.replace(searcher, hybrid=True, reranker=None)
+        measures = relevance.measures_at(args.at)
+        values = {name: relevance.scores_of(way, task, measures) for name, way in ways.items()}
+        searches = model_scores.of_searches(list(task.judgements), values)
+        display.show_scores(screen, task, searches, model_scores.differences(searches), {})
+        if args.per_query:
+            display.write_query_scores(searches, args.per_query, screen)
+
+
+@contextlib.contextmanager
+def opened_searcher(
+    args: argparse.Namespace,
+    runtime: Runtime,
+    screen: Screen,
+    *,
+    hybrid: bool = False,
+    where: str | None = None,
+) -> Iterator[Any]:
+    """Yield how a collection is searched, until the connection ends."""
+    reranker = None
+    if args.rerank:
+        reranker = load_reranker(args.rerank, runtime, cache_dir=args.cache_dir)
+    with connected(parse_target(args.index)) as client:
+        store = existing_collection(client, parse_target(args.index))
+        encoder = load_index_encoder(flags.encoder_config(args), runtime, args.index, store.settings)
+        condition = translate(where, store.columns)
+        options = {"hybrid": hybrid, "reranker": reranker, "rerank_depth": args.rerank_depth}
+        yield searcher_of(store, encoder, condition, say=screen.say, **options)
+
+
+def run_list(args: argparse.Namespace) -> None:
+    """List documents with their columns."""
+    with connected(parse_target(args.index)) as client:
+        store = existing_collection(client, parse_target(args.index))
+        condition = translate(args.where, store.columns)
+        total, entries = listed(store, condition, offset=args.offset, count=args.top_k)
+        columns, screen = list(store.columns), Screen(as_json=args.json)
+        display.show_entries(screen, args.index, columns, entries, offset=args.offset, total=total)
+
+
+def run_export(args: argparse.Namespace) -> None:
+    """Write rows and vectors for other programs."""
+    with connected(parse_target(args.index)) as client:
+        store = existing_collection(client, parse_target(args.index))
+        condition = translate(args.where, store.columns) or ""
+        count = store.count(condition)
+        if not count:
+            raise UserError(f"--index {args.index}: no rows to export; widen --where or index some texts")
+        display.write_export(Screen(as_json=args.json), store.parts(condition), count, args.to)
+
+
+COMMANDS = {  # those of flags.MILVUS_COMMANDS
+    "index": run_index,
+    "delete": run_delete,
+    "list": run_list,
+    "search": run_search,
+    "evaluate": run_evaluate,
+    "export": run_export,
+}

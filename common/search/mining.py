@@ -3,6 +3,9 @@
 Every pair is compared once, on the triangle, block against block: of n rows and a block of b at
 most a few matrices of b x b are in memory. Scores are fp32 products first; what is near a threshold
 is computed again in float64, so that pairs and groups are those of float64 brute force.
+
+Under torchrun every process runs the same command over the same rows, and computes its share of the
+blocks. What they find is gathered on all of them, in the order that one process finds it in.
 """
 
 from __future__ import annotations
@@ -10,6 +13,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import hashlib
+import itertools
+import operator
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -40,17 +46,20 @@ MAPPED = 2_000  # texts on the map
 MOST_CLUSTERS, SILHOUETTE_ROWS = 20, 2_000  # tried, and looked at, to choose their number
 NO_CLUSTER = -1  # the label of a text in no cluster
 
+ONE_PROCESS = Runtime(torch.device("cpu"), "fp32")
+
 Pair = tuple[int, int, float]  # two positions and their cosine
 
 
 @dataclass(frozen=True)
 class Selection:
     """The rows of an index that a command looks at, by their position from 0: `rows` (n) are their
-    numbers in the index, ascending.
+    numbers in the index, ascending. The processes of `runtime` look at them together.
     """
 
     snapshot: Snapshot
     rows: np.ndarray
+    runtime: Runtime = ONE_PROCESS
     added: str | None = None  # the column of numbers that texts without an index have as ids
 
     @functools.cached_property
@@ -87,6 +96,11 @@ class Selection:
         for start in range(0, len(self), size):
             yield start, torch.from_numpy(self.vectors(slice(start, start + size)))
 
+    def block(self, start: int, size: int) -> torch.Tensor:
+        """Return the vectors (at most `size`, width) from a position on, on a GPU if there is one."""
+        vectors = torch.from_numpy(self.vectors(slice(start, start + size)))
+        return vectors.to(self.runtime.device) if self.runtime.device.type == "cuda" else vectors
+
     @property
     def margin(self) -> float:
         """The largest error of an fp32 score."""
@@ -113,7 +127,7 @@ def open_source(
             snapshot = open_snapshot(source.index)
             selection = select(snapshot, source.where, limits=source.limits, least=least)
             check_size(len(selection), most)
-            yield selection, lambda: _index_encoder(source, runtime, snapshot)
+            yield shared(selection, runtime), lambda: _index_encoder(source, runtime, snapshot)
         else:
             from common.search.builder import build_temporary
             from common.search.encoder import load_encoder
@@ -125,13 +139,21 @@ def open_source(
             options = {"limits": source.limits, "least": least, "name": collection.name}
             selection = select(snapshot, source.where, **options)
             added = snapshot.settings["id_column"]
-            yield dataclasses.replace(selection, added=added), lambda: encoder
+            yield dataclasses.replace(shared(selection, runtime), added=added), lambda: encoder
 
 
 def _index_encoder(source: Source, runtime: Runtime, snapshot: Snapshot) -> Encoder:
     from common.search.builder import load_index_encoder  # it loads what only encoding needs
 
     return load_index_encoder(source.encoder, runtime, str(snapshot.folder), snapshot.settings)
+
+
+def shared(selection: Selection, runtime: Runtime) -> Selection:
+    """Return rows that all processes look at together. Raises UserError unless they have the same."""
+    state = f"{selection.snapshot.stamp} {hashlib.sha256(selection.rows.tobytes()).hexdigest()}"
+    cause = "another program has written to the index meanwhile, or --where is true by chance"
+    runtime.require_same(state, f"sees other rows than process 0: {cause}; run the same command again")
+    return dataclasses.replace(selection, runtime=runtime)
 
 
 def select(
@@ -157,25 +179,33 @@ def check_size(count: int, most: int | None) -> None:
         raise UserError(f"similarity: {count:,} texts, but the matrix holds {most:,} at most; {advice}")
 
 
+def triangle_blocks(count: int, block: int) -> Iterator[tuple[int, int]]:
+    """Yield (first position of the rows, of the columns) of each block of the triangle of all pairs,
+    rows before columns, one row of blocks after the other.
+    """
+    return itertools.combinations_with_replacement(range(0, count, block), 2)
+
+
 def triangle(selection: Selection, block: int) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """Yield (first position of the rows, of the columns, fp32 scores (b, b)) for all pairs of
-    blocks, rows before columns.
+    """Yield (first position of the rows, of the columns, fp32 scores (b, b)) for this process's share
+    of the blocks.
 
     The score is -inf where i >= j, and for two chunks of one document: they are similar because
     they overlap.
     """
     documents = None if selection.documents is None else torch.from_numpy(selection.documents)
-    for first, left in selection.blocks(block):
-        for second in range(first, len(selection), block):
-            right = left
-            if second > first:
-                right = torch.from_numpy(selection.vectors(slice(second, second + block)))
+    own = selection.runtime.share(triangle_blocks(len(selection), block))
+    for first, row_of_blocks in itertools.groupby(own, key=operator.itemgetter(0)):
+        left = selection.block(first, block)
+        for _, second in row_of_blocks:
+            right = left if second == first else selection.block(second, block)
             scores = left @ right.T
             if second == first:
-                scores.masked_fill_(torch.ones(scores.shape, dtype=torch.bool).tril(), -torch.inf)
+                scores.masked_fill_(torch.ones_like(scores, dtype=torch.bool).tril(), -torch.inf)
             if documents is not None and documents[second] <= documents[first + len(left) - 1]:
                 rows = documents[first : first + len(left), None]
-                scores.masked_fill_(rows == documents[second : second + len(right)], -torch.inf)
+                same = rows == documents[second : second + len(right)]
+                scores.masked_fill_(same.to(scores.device), -torch.inf)
             yield first, second, scores
 
 
@@ -192,6 +222,15 @@ def best_pairs(selection: Selection, k: int, *, block: int) -> list[Pair]:
     """Return the k most similar pairs as (position, higher position, cosine), best first; equal
     ones are ordered by position.
     """
+    pairs = selection.runtime.gather_rows(lambda: _best_of_share(selection, k, block=block))
+    order = np.lexsort((pairs[:, 1], pairs[:, 0], -pairs[:, 2]))[:k]
+    return [(int(left), int(right), score) for left, right, score in pairs[order].tolist()]
+
+
+def _best_of_share(selection: Selection, k: int, *, block: int) -> np.ndarray:
+    """Return the k best pairs of this process's share of the triangle, as rows of two positions and
+    their cosine.
+    """
     best, left, right = np.zeros(0), np.zeros(0, np.int64), np.zeros(0, np.int64)  # exact scores
     bound = -np.inf
     for first, second, scores in triangle(selection, block):
@@ -199,30 +238,40 @@ def best_pairs(selection: Selection, k: int, *, block: int) -> list[Pair]:
             continue
         here = scores.flatten().topk(min(k, scores.numel())).values
         bound_here = float(here[-1]) - 2 * selection.margin if len(here) == k else -np.inf
-        pairs = (scores >= max(bound, bound_here, LOWEST)).nonzero().numpy()
+        pairs = (scores >= max(bound, bound_here, LOWEST)).nonzero().cpu().numpy()
         new_left, new_right = pairs[:, 0] + first, pairs[:, 1] + second
         best = np.concatenate([best, exact_pairs(selection, new_left, new_right)])
         left, right = np.concatenate([left, new_left]), np.concatenate([right, new_right])
         order = np.lexsort((right, left, -best))[:k]
         best, left, right = best[order], left[order], right[order]
         bound = best[-1] - selection.margin if len(best) == k else -np.inf
-    return list(zip(left.tolist(), right.tolist(), best.tolist()))
+    return np.column_stack([left, right, best])
 
 
 def similar_pairs(
     selection: Selection, threshold: float, *, block: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Yield (positions, higher positions, cosines) of all pairs with a cosine of at least
-    `threshold`, each pair once, a part at a time.
+    `threshold`, each pair once, a part at a time, in the order of the blocks.
     """
-    for first, second, scores in triangle(selection, block):
-        pairs = (scores >= threshold - selection.margin).nonzero().numpy()
-        for at in range(0, len(pairs), PENDING):
-            left, right = pairs[at : at + PENDING, 0] + first, pairs[at : at + PENDING, 1] + second
-            exact = exact_pairs(selection, left, right)
-            kept = exact >= threshold
-            if kept.any():
-                yield left[kept], right[kept], exact[kept]
+    own = triangle(selection, block)
+
+    def next_block() -> np.ndarray:
+        found = [np.zeros((0, 3))]
+        for first, second, scores in itertools.islice(own, 1):
+            pairs = (scores >= threshold - selection.margin).nonzero().cpu().numpy()
+            for at in range(0, len(pairs), PENDING):
+                left, right = pairs[at : at + PENDING, 0] + first, pairs[at : at + PENDING, 1] + second
+                exact = exact_pairs(selection, left, right)
+                found.append(np.column_stack([left, right, exact])[exact >= threshold])
+        return np.concatenate(found)
+
+    starts = -(-len(selection) // block)
+    rounds = -(-(starts * (starts + 1) // 2) // selection.runtime.world_size)
+    for _ in range(rounds):  # in each round one block of every process, so that memory stays bounded
+        pairs = selection.runtime.gather_rows(next_block)
+        if len(pairs):
+            yield pairs[:, 0].astype(np.int64), pairs[:, 1].astype(np.int64), pairs[:, 2]
 
 
 class Groups:
@@ -409,14 +458,15 @@ def num_neighbours(selection: Selection, threshold: float, *, block: int) -> np.
     `threshold` with each row.
     """
     counts = np.zeros(len(selection), np.int64)
-    for first, second, scores in triangle(selection, block):
-        near = scores >= threshold - selection.margin
-        unsure = (near & (scores < threshold + selection.margin)).nonzero().numpy()
-        exact = exact_pairs(selection, unsure[:, 0] + first, unsure[:, 1] + second)
-        near[tuple(unsure[exact < threshold].T)] = False
-        counts[first : first + len(near)] += near.sum(1).numpy()
-        counts[second : second + near.shape[1]] += near.sum(0).numpy()
-    return counts
+    with selection.runtime.raised_on_all():
+        for first, second, scores in triangle(selection, block):
+            near = scores >= threshold - selection.margin
+            unsure = (near & (scores < threshold + selection.margin)).nonzero().cpu().numpy()
+            exact = exact_pairs(selection, unsure[:, 0] + first, unsure[:, 1] + second)
+            near[tuple(unsure[exact < threshold].T)] = False
+            counts[first : first + len(near)] += near.sum(1).cpu().numpy()
+            counts[second : second + near.shape[1]] += near.sum(0).cpu().numpy()
+    return selection.runtime.all_reduce_sum(torch.from_numpy(counts)).numpy()
 
 
 def neighbours(
@@ -427,15 +477,21 @@ def neighbours(
     """
     if not len(centres):
         return []
-    vectors_of_centres = torch.from_numpy(selection.vectors(centres))
-    near: list[list[np.ndarray]] = [[centre[None]] for centre in centres]
-    for start, vectors in selection.blocks(block):
-        scores = vectors_of_centres @ vectors.T  # (centres, b)
-        pairs = (scores >= threshold - selection.margin).nonzero().numpy()
-        kept = exact_pairs(selection, centres[pairs[:, 0]], pairs[:, 1] + start) >= threshold
-        for number in np.unique(pairs[kept, 0]):
-            near[number].append(pairs[kept & (pairs[:, 0] == number), 1] + start)
-    return [np.unique(np.concatenate(parts)) for parts in near]
+
+    def near_in_share() -> np.ndarray:
+        vectors_of_centres, found = torch.from_numpy(selection.vectors(centres)), [np.zeros((0, 2))]
+        for start in selection.runtime.share(range(0, len(selection), block)):
+            vectors = selection.block(start, block)
+            scores = vectors_of_centres.to(vectors.device) @ vectors.T  # (centres, b)
+            pairs = (scores >= threshold - selection.margin).nonzero().cpu().numpy()
+            kept = exact_pairs(selection, centres[pairs[:, 0]], pairs[:, 1] + start) >= threshold
+            found.append(np.column_stack([pairs[kept, 0], pairs[kept, 1] + start]).astype(np.float64))
+        return np.concatenate(found)
+
+    near = selection.runtime.gather_rows(near_in_share).astype(np.int64)  # number of a centre, position
+    near = near[np.argsort(near[:, 0], kind="stable")]
+    parts = np.split(near[:, 1], np.searchsorted(near[:, 0], np.arange(1, len(centres))))
+    return [np.union1d(centre, members) for centre, members in zip(centres, parts)]
 
 
 def by_size(labels: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ import concurrent.futures
 import contextlib
 import functools
 import queue
+import signal
 import socket
 import sys
 import threading
@@ -21,7 +22,7 @@ import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 # --where is evaluated in a child process: what it imports is imported here, because importing is not
 # safe in the child of a process with threads
@@ -30,11 +31,11 @@ import numpy as np
 from aiohttp import web
 
 from common import cli, sources
-from common.errors import UserError, shorten
+from common.errors import Interrupted, UserError, shorten
 from common.local_server import SECONDS_TO_FINISH, WRONG_HOST, address_of, coming_signal, is_own_name
 from common.reading import evenly_spaced
 from common.search import mining
-from common.search.display import hit_documents
+from common.search.display import Screen, hit_documents
 from common.search.flags import finite
 from common.search.index import ID, TEXT, known_rows, matching
 from common.search.manifest import Limits
@@ -358,15 +359,18 @@ def problem(status: int, message: str) -> web.Response:
     return web.json_response(text=cli.json_line(content), status=status)
 
 
-def serve(index: ServedIndex, listener: socket.socket, announce: Callable[[str], None]) -> int:
-    """Serve an index until a signal comes, and return its number; `announce` gets the address."""
-    return asyncio.run(_serve(index, listener, announce))
+def serve(index: ServedIndex, listener: socket.socket, screen: Screen) -> NoReturn:
+    """Serve an index until a signal comes, and say where. Raises Interrupted at the end."""
+    number = asyncio.run(_serve(index, listener, screen))
+    raise Interrupted(f"stopped by {signal.Signals(number).name}", 128 + number)
 
 
-async def _serve(index: ServedIndex, listener: socket.socket, announce: Callable[[str], None]) -> int:
-    came = coming_signal()
+async def _serve(index: ServedIndex, listener: socket.socket, screen: Screen) -> int:
+    came, folder = coming_signal(), str(index.snapshot.folder)
     async with running(index, listener):
-        announce(address_of(listener))
+        screen.say(f"serving {folder} at {address_of(listener)} (Ctrl-C ends)")
+        screen.document({"index": folder, "address": address_of(listener)})
+        sys.stdout.flush()
         return await came
 
 

@@ -5,6 +5,7 @@ BM25, reranked by a cross-encoder, filtered by an SQL condition.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import shutil
@@ -101,6 +102,8 @@ class Searcher:
         follow in their own order. Raises UserError for a query without a usable embedding.
         """
         assert self.encoder is not None
+        if self.encoder.runtime.world_size > 1:
+            return self._search_together(self.encoder, queries, k)
         hits: list[list[Hit]] = []
         if self.hybrid:
             self._say_wordless(queries)
@@ -112,6 +115,39 @@ class Searcher:
                 raise UserError(f"query {block[number]!r}: {problem}; reword it, or try --precision fp32")
             hits += self._best_documents(block, vectors, k)
         return hits
+
+    def _search_together(self, encoder: Encoder, queries: list[str], k: int) -> list[list[Hit]]:
+        """Return what one process would find, on every process of torchrun, all of which have the same
+        queries: each searches for its share of the blocks that one process goes through.
+        """
+        runtime = encoder.runtime
+        with runtime.local_main_first():
+            self._make_caches()
+        if self.hybrid:
+            self._say_wordless(queries)
+        model = dataclasses.replace(encoder, runtime=runtime.alone, num_encoded=0, num_cut=0)
+        alone = dataclasses.replace(self, encoder=model, say=lambda line: None)
+        blocks = runtime.share(range(0, len(queries), QUERIES))
+        numbers = [number for start in blocks for number in range(len(queries))[start : start + QUERIES]]
+
+        def own_hits() -> np.ndarray:
+            found = zip(numbers, alone.search([queries[number] for number in numbers], k))
+            rows = [(number, hit.row, hit.score) for number, hits in found for hit in hits]
+            return np.array(rows, np.float64).reshape(-1, 3)
+
+        hits: list[list[Hit]] = [[] for _ in queries]
+        for number, row, score in runtime.gather_rows(own_hits).tolist():
+            hits[int(number)].append(Hit(int(row), score))
+        counts = runtime.all_reduce_sum(torch.tensor([model.num_encoded, model.num_cut])).tolist()
+        encoder.num_encoded, encoder.num_cut = encoder.num_encoded + counts[0], encoder.num_cut + counts[1]
+        return hits
+
+    def _make_caches(self) -> None:
+        """Make the caches that this way of searching reads, where they are missing."""
+        if self.hybrid:
+            _ = self._bm25
+        if self._scans:
+            _ = self._codes
 
     def nearest(self, vector: np.ndarray, k: int) -> list[Hit]:
         """Return the k documents with the highest cosine to a vector (width) of norm 1."""
@@ -165,11 +201,17 @@ class Searcher:
         return [fuse([by_cosine, by_words]) for (by_cosine, _), (by_words, _) in zip(dense, sparse)]
 
     def _rank_by_cosine(self, vectors: np.ndarray, depth: int) -> list[Ranking]:
-        if self.approximate:
-            alive = self.snapshot.alive()
-            if (self.allowed & alive).sum() >= SMALL_SHARE * alive.sum():
-                return self._rank_approximately(vectors, depth)
+        if self._scans:
+            return self._rank_approximately(vectors, depth)
         return self._rank_exactly(vectors, depth)
+
+    @property
+    def _scans(self) -> bool:
+        """Whether codes are looked through: a filter that leaves few rows is quicker without them."""
+        if not self.approximate:
+            return False
+        alive = self.snapshot.alive()
+        return bool((self.allowed & alive).sum() >= SMALL_SHARE * alive.sum())
 
     def _rank_exactly(self, vectors: np.ndarray, depth: int) -> list[Ranking]:
         blocks, vectors_of = self.snapshot.vector_blocks(kernel.BLOCK), self.snapshot.vectors_of

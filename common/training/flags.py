@@ -59,17 +59,27 @@ def make_parser(description: str | None = None) -> cli.Parser:
     parser.add_argument(
         "--output-dir", type=cli.folder, help="folder of the run (default: runs/<data set>-<model>-<time>)"
     )
-    add_data_flags(parser)
-    add_training_flags(parser)
-    add_run_flags(parser)
+    for add_flags in (
+        add_data_flags,
+        add_text_flags,
+        add_split_flags,
+        add_length_flags,
+        add_training_flags,
+        add_loss_flags,
+        add_score_flags,
+        add_capacity_flags,
+        add_run_flags,
+        add_study_flags,
+        add_other_work_flags,
+    ):
+        add_flags(parser)
     return parser
 
 
 def add_data_flags(parser: cli.Parser) -> None:
-    """Add the flags that say which texts to read, and how much of each."""
+    """Add the flags that say where the texts are."""
     group = parser.add_argument_group("data")
     flag = group.add_argument
-    count = cli.positive_int
     either = group.add_mutually_exclusive_group().add_argument
     either(
         "--dataset",
@@ -83,6 +93,11 @@ def add_data_flags(parser: cli.Parser) -> None:
     cli.add_file_flags(group)
     flag("--dataset-revision", type=cli.name, help="commit, branch or tag of a Hub data set")
     flag("--dataset-config", help="configuration of a Hub data set that has several")
+
+
+def add_text_flags(parser: cli.Parser) -> None:
+    """Add the flags that say what a text is, and what its label."""
+    flag = parser.add_argument_group("texts and labels").add_argument
     flag(
         "--text-column",
         type=column_names,
@@ -110,6 +125,12 @@ def add_data_flags(parser: cli.Parser) -> None:
         " auto: found from the labels",
     )
     flag("--label-separator", type=cli.name, help="what stands between the labels of a text in one cell")
+
+
+def add_split_flags(parser: cli.Parser) -> None:
+    """Add the flags that say which rows each split has."""
+    flag = parser.add_argument_group("splits").add_argument
+    count = cli.positive_int
     flag("--train-split", help="its name in the data set")
     flag("--validation-split", help="its name in the data set; cut from train if there is none")
     flag("--test-split", help="its name in the data set; cut from train if there is none")
@@ -130,6 +151,12 @@ def add_data_flags(parser: cli.Parser) -> None:
     )
     flag("--max-train-samples", type=count, help="most texts to train on: a stratified sample")
     flag("--max-eval-samples", type=count, help="the same for validation and test")
+
+
+def add_length_flags(parser: cli.Parser) -> None:
+    """Add the flags that say how much of a text is read."""
+    flag = parser.add_argument_group("lengths").add_argument
+    count = cli.positive_int
     flag("--max-length", type=count, help=f"tokens read at once in training (default: {DEFAULT_MAX_LENGTH})")
     flag("--eval-max-length", type=count, help="the same in scoring (default: --max-length)")
     flag(
@@ -148,7 +175,7 @@ def add_data_flags(parser: cli.Parser) -> None:
 
 
 def add_training_flags(parser: cli.Parser) -> None:
-    """Add the flags that say how to train."""
+    """Add the flags of the optimizer, its batches and its schedule."""
     flag = parser.add_argument_group("training").add_argument
     count, share = cli.positive_int, cli.fraction
     flag("--epochs", type=count, default=3, help="passes over the training split")
@@ -178,6 +205,12 @@ def add_training_flags(parser: cli.Parser) -> None:
         help="decay of the matrices; biases and norms have none",
     )
     flag("--max-grad-norm", type=cli.positive_float, default=1.0, help="clip the gradient to this norm")
+
+
+def add_loss_flags(parser: cli.Parser) -> None:
+    """Add the flags of dropout, of the loss, and of the order in which texts are read."""
+    flag = parser.add_argument_group("dropout, loss and order").add_argument
+    share = cli.fraction
     flag(
         "--dropout",
         type=share,
@@ -206,6 +239,12 @@ def add_training_flags(parser: cli.Parser) -> None:
         default="buckets",
         help="buckets: texts of similar length share a batch",
     )
+
+
+def add_score_flags(parser: cli.Parser) -> None:
+    """Add the flags that say when to evaluate, and what the scores are."""
+    flag = parser.add_argument_group("evaluation").add_argument
+    count = cli.positive_int
     flag(
         "--best-metric",
         choices=METRICS,
@@ -242,6 +281,19 @@ def add_training_flags(parser: cli.Parser) -> None:
         help="stop after N evaluations in a row that were no better than the best",
     )
     flag(
+        "--calibrate",
+        action="store_true",
+        help="in the end, fit one temperature on the validation split, so that a confidence of 0.8 is right"
+        " in 80 of 100 texts; it is saved with the model",
+    )
+    flag("--log-every", type=count, default=10, help="optimizer steps between points of a curve")
+
+
+def add_capacity_flags(parser: cli.Parser) -> None:
+    """Add the flags that say which weights are trained, and in how much memory and time."""
+    flag = parser.add_argument_group("trained weights, memory and speed").add_argument
+    count = cli.positive_int
+    flag(
         "--freeze-layers",
         type=cli.non_negative_int,
         default=0,
@@ -276,17 +328,10 @@ def add_training_flags(parser: cli.Parser) -> None:
         default=0,
         help="processes that make batches; the texts are tokenised before, so few are enough",
     )
-    flag(
-        "--calibrate",
-        action="store_true",
-        help="in the end, fit one temperature on the validation split, so that a confidence of 0.8 is right"
-        " in 80 of 100 texts; it is saved with the model",
-    )
-    flag("--log-every", type=count, default=10, help="optimizer steps between points of a curve")
 
 
 def add_run_flags(parser: cli.Parser) -> None:
-    """Add the flags that stop and resume a run, or do something else instead."""
+    """Add the flags that stop and resume a run."""
     flag = parser.add_argument_group("stopping and resuming").add_argument
     count = cli.positive_int
     flag(
@@ -328,6 +373,9 @@ def add_run_flags(parser: cli.Parser) -> None:
         help="for a job that is started again: continue the run in --output-dir if there is one",
     )
 
+
+def add_study_flags(parser: cli.Parser) -> None:
+    """Add the flags that make several runs."""
     flag = parser.add_argument_group("several runs, and a table of their scores").add_argument
     flag("--seeds", type=cli.non_negative_int, nargs="+", metavar="N", help="a run with each of these seeds")
     flag(
@@ -338,6 +386,9 @@ def add_run_flags(parser: cli.Parser) -> None:
         help="a run with each value of a flag, such as batch-size=8,16; may be repeated",
     )
 
+
+def add_other_work_flags(parser: cli.Parser) -> None:
+    """Add the flags that do something else instead of training."""
     group = parser.add_argument_group("instead of training")
     flag = group.add_mutually_exclusive_group().add_argument
     flag("--inspect", action="store_true", help="show data, tokenizer, model and a batch")

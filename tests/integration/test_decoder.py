@@ -4,6 +4,7 @@ PyTorch and the library's forward, and how it is compiled.
 
 import functools
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -14,11 +15,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from common.generation import fast_decoding
+from common.generation import fast_decoding, language_model
 from common.generation.fast_decoding import FastStep, Kernel, RoomyCache
 from common.generation.llama import NotCovered, Places, plain_step
 from common.generation.stored_weights import KIND_OF_DTYPE, KINDS, Matrix, convert, matrix_of, pack
-from language_models import SIZES, VOCABULARY, needs_compiler, own_transformer
+from common.runtime import Runtime
+from language_models import SIZES, VOCABULARY, needs_compiler, own_transformer, save_tiny_model
 
 pytestmark = needs_compiler
 
@@ -374,6 +376,37 @@ def test_a_step_that_computes_something_else_is_refused(load_anew, tmp_path, mon
         with pytest.raises(NotCovered, match="a logit differs by"):
             load_anew(tmp_path)
     assert not list((tmp_path / "kernels").iterdir())
+
+
+def test_a_compiled_file_that_was_exchanged_is_not_used(load_anew, tmp_path):
+    """What lies in the cache is not checked anew with small models, but with each model that is loaded:
+    here it has an RMSNorm without its epsilon.
+    """
+    cache, model = tmp_path / "cache", save_tiny_model(tmp_path / "tiny")
+    load_anew(cache)
+    [compiled] = (cache / "kernels").iterdir()
+    other = tmp_path / "other.c"
+    other.write_text(fast_decoding.SOURCE.read_text().replace(" + epsilon", " + 2 * epsilon + 0.001f"))
+    compiled.unlink()  # this process has it mapped
+    command = [*fast_decoding.find_compiler(), *fast_decoding.FLAGS, "-march=native", str(other)]
+    subprocess.run([*command, "-o", str(compiled), "-lm"], check=True)
+    cpu = Runtime(torch.device("cpu"), "fp32")
+    loaded = language_model.load(str(model), cpu, cache_dir=str(cache))
+    assert loaded.fast_step is None
+    assert re.fullmatch(r"PyTorch \(the compiled step is wrong: a logit differs by \S+\)", loaded.step_name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["llama", "mistral, window"])
+def test_a_model_is_checked_with_its_first_rows(name, kind, kernel):
+    model = random_model(name)
+    transformer = own_transformer(model, in_kind(model, kind))
+    fast_decoding.check_step(transformer, kernel)
+    matrix = transformer.embedding
+    for rows in (16, 37, VOCABULARY - 1, VOCABULARY, 500):
+        first = matrix.first(rows)
+        assert first.rows == (rows // 16 * 16 if rows < VOCABULARY else VOCABULARY)
+        assert torch.equal(first.widen(), matrix.widen()[: first.rows])
 
 
 def test_a_small_model_of_each_kind_is_checked():

@@ -11,6 +11,7 @@ import math
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -700,6 +701,32 @@ def test_perplexity_of_a_file(script, tmp_path):
         r"perplexity ([\d.,]+) over (\d+) tokens \(window 64, stride 32\); [\d.]+ bits per byte\n", stdout
     )
     assert code == 0 and float(found[1].replace(",", "")) > 1
+
+
+def test_weights_in_several_files_are_those_of_one(script, tiny, tmp_path):
+    """In C and in the library's forward; a file that is missing, cut off or not listed is one line."""
+    folder, text = tmp_path / "in-parts", ("--prompt", PROMPTS[0])
+    AutoModelForCausalLM.from_pretrained(tiny).save_pretrained(folder, max_shard_size="40KB")
+    for file in tiny.iterdir():
+        if not (folder / file.name).exists() and file.name != "model.safetensors":
+            shutil.copy(file, folder)
+    shards, listed = sorted(folder.glob("model-*.safetensors")), folder / "model.safetensors.index.json"
+    assert len(shards) > 2
+    for flags in (text, (*text, "--plain-step"), (*text, "--top-k", 5, "--check")):
+        assert script(*flags, "--model", folder)[:2] == script(*flags)[:2] and script(*flags)[0] == 0
+    index = json.loads(listed.read_text())
+    part = {name: file for name, file in index["weight_map"].items() if file != shards[1].name}
+    listed.write_text(json.dumps(index | {"weight_map": part}))
+    code, stdout, stderr = script(*text, "--model", folder)
+    assert (code, stdout) == (2, "") and "its weights lack" in stderr and stderr.count("\n") == 1, stderr
+    listed.write_text(json.dumps(index))
+    shards[1].write_bytes(shards[1].read_bytes()[:-100])
+    code, stdout, stderr = script(*text, "--model", folder)
+    assert (code, stdout) == (2, "") and shards[1].name in stderr and stderr.count("\n") == 1, stderr
+    shards[1].unlink()
+    code, stdout, stderr = script(*text, "--model", folder)
+    wanted = f"names {shards[1].name}, which is missing"
+    assert (code, stdout) == (2, "") and wanted in stderr and stderr.count("\n") == 1, stderr
 
 
 def test_the_tutorials_command_loads_a_model_from_the_hub(run_script, call_script, tmp_path):

@@ -2,11 +2,15 @@
 ties and every size of block.
 """
 
+import dataclasses
+import itertools
 import math
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 from test_kernel import unit
 
@@ -300,3 +304,19 @@ def test_the_texts_nearest_to_a_centre(live):
     assert [place for place, _ in mining.nearest_to_centre(rows, members, count=3)] == members[
         expected
     ].tolist()
+
+
+@given(st.integers(0, 30), st.integers(1, 12), st.integers(1, 9))
+def test_the_shares_of_the_triangle_have_each_pair_once(count, block, world):
+    """Also where there are more processes than blocks; no process has two blocks more than another."""
+    own = [dataclasses.replace(mining.ONE_PROCESS, rank=rank, world_size=world) for rank in range(world)]
+    shares = [list(runtime.share(mining.triangle_blocks(count, block))) for runtime in own]
+    pairs = [
+        (left, right)
+        for share in shares
+        for first, second in share
+        for left in range(first, min(first + block, count))
+        for right in range(max(second, left + 1), min(second + block, count))
+    ]
+    assert sorted(pairs) == list(itertools.combinations(range(count), 2))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1

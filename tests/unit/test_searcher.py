@@ -2,10 +2,8 @@
 of an index.
 """
 
-import contextlib
 import os
 import time
-import types
 
 import numpy as np
 import pytest
@@ -13,6 +11,7 @@ import torch
 from test_kernel import unit
 
 from common.errors import UserError
+from common.runtime import Runtime
 from common.search import store
 from common.search.builder import Builder, fill, settings_of
 from common.search.searcher import Searcher, cached, fuse
@@ -26,6 +25,7 @@ class Given:
     """
 
     name, width, max_length, num_encoded, num_cut = "given", 16, 16, 0, 0
+    runtime = Runtime(torch.device("cpu"), "fp32")
     prompts: dict[str, str] = {}
 
     def __init__(self, vectors, query=None):
@@ -95,7 +95,6 @@ def test_reranking_stops_at_its_depth_and_the_rest_stays_behind(tmp_path):
     # row 0 is the nearest, row 8 the farthest
     vectors = unit(np.stack([np.r_[1, number / 10, np.zeros(14)] for number in range(9)]))
     plain = searcher(tmp_path / "index", vectors, vectors[0])
-    plain.encoder.runtime = types.SimpleNamespace(autocast=contextlib.nullcontext)
     reranked = Searcher(plain.snapshot, plain.encoder, plain.allowed, reranker=Backwards(), rerank_depth=4)
     assert rows(plain.search(["x"], 7)) == [0, 1, 2, 3, 4, 5, 6]
     assert rows(reranked.search(["x"], 7)) == [3, 2, 1, 0, 4, 5, 6]
