@@ -88,9 +88,7 @@ def serving(index) -> Iterator[Serving]:
     stdout, stderr = serving.process.communicate(timeout=60)
     assert serving.process.returncode == 130 and stderr.endswith("stopped by SIGINT\n"), stderr
     assert stdout == "" and "Traceback" not in stderr
-    assert (
-        re.search(r"GET /\w* 200, ", stderr) and "good" not in stderr
-    )  # what was searched for is nobody's business
+    assert re.search(r"GET /\w* 200, ", stderr) and "good" not in stderr  # nor what was searched for
 
 
 # As JSON ------------------------------------------------------------------------------------------
