@@ -243,7 +243,6 @@ CONFLICTS = (  # flags that cannot be used together, and why; torchrun counts as
     ),
     ("--resume", ("--score-continuations",), "its file is written at once"),
     ("--logprobs", ("--score-continuations",), "it writes those of whole texts"),
-    ("--chat", ("--score-continuations",), "its prompts go on as they are"),
     ("--stop", ("--perplexity", "--score-continuations"), "no text is generated that could stop"),
     ("--stream", ("--output",), "the texts go to a file, not to the screen"),
     ("--lookup", (*DRAWING_FLAGS, "--use-model-defaults"), "prompt lookup is for greedy decoding"),

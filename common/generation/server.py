@@ -35,6 +35,7 @@ from common.cli import fault_of_system
 from common.errors import UserError, shorten
 from common.generation import language_model
 from common.generation.completion import REPLACEMENT, Completion, Prompt, Run, TextStream
+from common.generation.constraints import Forms
 from common.generation.engine import Engine, Job, Limits, Piece
 from common.generation.protocol import (
     CHAT,
@@ -49,6 +50,7 @@ from common.generation.protocol import (
     plain_messages,
     texts_of,
 )
+from common.generation.sampling import Settings
 from common.local_server import SECONDS_TO_FINISH, WRONG_HOST, address_of, coming_signal, is_own_name
 
 KEY_VARIABLE = "GENERATE_API_KEY"
@@ -78,9 +80,8 @@ class Asked:
         with contextlib.suppress(RuntimeError):  # the loop has ended, and with it whoever asked
             self.loop.call_soon_threadsafe(self.events.put_nowait, (number, event))
 
-    def add_jobs(self, prompts: list[Prompt], run: Run) -> None:
-        """Make a job of each prompt. Raises ApiError for what the model can't do."""
-        settings, stops = choose_settings(self.given, self.shape, run)
+    def add_jobs(self, prompts: list[Prompt], settings: Settings, stops: tuple[str, ...], run: Run) -> None:
+        """Make a job of each prompt. Raises ApiError for what does not fit into the model."""
         for number, prompt in enumerate(prompts):
             row = Completion(prompt, 0, TextStream(run.language_model.tokenizer, stops, prompt.ids))
             fitting = fit(settings, prompt, "max_tokens" in self.given, run.language_model)
@@ -180,6 +181,7 @@ class Server:
         self.run, self.engine, self.limits, self.name = engine.run, engine, engine.limits, name
         self.started = int(time.time())
         self.encoding = asyncio.Lock()  # one request at a time
+        self.forms = Forms(self.run.language_model)
 
     def app(self) -> web.Application:
         """Return what answers requests."""
@@ -296,7 +298,9 @@ class Server:
         given = check_parameters(body, known, "model", content)
         self.check_model(given["model"])
         asked = Asked(given, shape, self.name)
-        asked.add_jobs(await self.encode(given, shape), self.run)
+        async with self.encoding:  # a form takes a while, as a long prompt does
+            chosen = await asyncio.to_thread(choose_settings, given, shape, self.run, self.forms)
+        asked.add_jobs(await self.encode(given, shape), *chosen, self.run)
         return asked
 
     async def encode(self, given: dict[str, Any], shape: Shape) -> list[Prompt]:
