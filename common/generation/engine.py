@@ -8,11 +8,13 @@ forms, of which rows can't be put together: there, the next texts begin when all
 
 from __future__ import annotations
 
+import functools
 import threading
 import traceback
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,14 +72,14 @@ class Job:
         """How many tokens can still come."""
         return self.settings.max_new_tokens - len(self.row.token_ids)
 
-    def sampler(self) -> Sampler:
+    def sampler(self, device: torch.device) -> Sampler:
         """Return a sampler that draws this text as if it were alone: from its own settings, random
         numbers and tokens, without padding.
         """
         return sampling.exact_sampler(
             self.settings,
             prompt_length=len(self.row.prompt.ids),
-            starts=torch.zeros(1, dtype=torch.long),
+            starts=torch.zeros(1, dtype=torch.long, device=device),
             seed=self.seed,
             draw=fast_sampling.draw_exactly,
         )
@@ -93,6 +95,7 @@ class Job:
             own = Step([token], step.logits[index : index + 1])
             entries = logprobs(own, self.num_logprobs, language_model.tokenizer)
         if has_ended:
+            row.mark_whole(self.settings)
             row.finish()
         self.tell(self.number, Piece(row.text[shown:], entries, offset, has_ended))
         return has_ended
@@ -166,7 +169,7 @@ class Engine:
             jobs = [*(self.group.jobs if self.group else ()), *(fresh.jobs if fresh else ())]
             self.group = self._tried(jobs, self.go_on, fresh)
 
-    def _tried(self, jobs: list[Job], act: Callable[..., Group | None], given: object) -> Group | None:
+    def _tried(self, jobs: list[Job], act: Callable[..., Any], given: object) -> Any:
         """Return what a function returns; whatever it raises is told to these jobs, and ends their texts
         and not the server.
         """
@@ -207,7 +210,7 @@ class Engine:
         """Read the prompts of new texts."""
         room = max(job.num_left for job in jobs)
         batch = decoding.left_pad([job.row.prompt.ids for job in jobs], self.model, room=room)
-        samplers = [job.sampler() for job in jobs]
+        samplers = [job.sampler(self.model.device) for job in jobs]
         return Group(jobs, samplers, batch, decoding.prefill(self.model, batch))
 
     def go_on(self, fresh: Group | None) -> Group | None:
@@ -216,7 +219,7 @@ class Engine:
         if group is None:
             return None
         self.group = group  # what `drop` ends
-        tokens = choose(group, self.model)
+        tokens = self.choose(group)
         step = Step(tokens, group.logits)
         for row in group.going_on:
             job = group.jobs[row]
@@ -225,6 +228,24 @@ class Engine:
             return None
         group.logits = decoding.step(self.model, group.batch, tokens)
         return group
+
+    def choose(self, group: Group) -> list[int]:
+        """Return the next token of each text, the padding id where it has ended: also where its sampler
+        fails, as over a form that takes too long. Raises UserError when the model's logits are not numbers.
+        """
+        batch, logits = group.batch, group.logits
+        chosen = torch.full((len(logits),), self.model.pad_id, device=logits.device)
+        for row in group.going_on:
+            token = self._tried([group.jobs[row]], functools.partial(draw_one, group), row)
+            batch.ended[row] = token is None
+            chosen[row] = self.model.pad_id if token is None else token
+        return decoding.fetch_ids(chosen, logits, self.model)
+
+
+def draw_one(group: Group, row: int) -> Tensor:
+    """Return the next token of a text, from its own logits and tokens, without the padding."""
+    own_ids = group.batch.tokens[row : row + 1, int(group.batch.starts[row]) :]
+    return group.samplers[row](group.logits[row : row + 1], own_ids)[0]
 
 
 def join(group: Group | None, fresh: Group | None, model: LanguageModel) -> Group | None:
@@ -242,15 +263,3 @@ def join(group: Group | None, fresh: Group | None, model: LanguageModel) -> Grou
     )
     samplers = [part.samplers[row] for part, rows in parts for row in rows]
     return Group(jobs, samplers, batch, torch.cat([part.logits[rows] for part, rows in parts]))
-
-
-def choose(group: Group, model: LanguageModel) -> list[int]:
-    """Return the next token of each text, the padding id where it has ended. Raises UserError when the
-    model's logits are not numbers.
-    """
-    batch, logits = group.batch, group.logits
-    chosen = torch.full((len(logits),), model.pad_id, device=logits.device)
-    for row in group.going_on:
-        own_ids = batch.tokens[row : row + 1, int(batch.starts[row]) :]
-        chosen[row] = group.samplers[row](logits[row : row + 1], own_ids)[0]
-    return decoding.fetch_ids(chosen, logits, model)

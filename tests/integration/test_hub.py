@@ -18,7 +18,7 @@ import pytest
 import torch
 from transformers import DistilBertConfig, DistilBertForMaskedLM
 
-from conftest import COMMON, Forker, train_wordpiece
+from conftest import COMMON, Forker, start_forker, train_wordpiece
 from hub_server import HubServer
 
 RECIPE = shlex.split(
@@ -198,7 +198,7 @@ class Refusal:
 def run_refused(folder: Path, command_lines: dict[str, list], **variables: str) -> dict[str, Refusal]:
     """Run command lines one after the other, with variables, and return how each ended."""
     common = ["--cache-dir", folder / "cache", "--output-dir", folder / "run"]
-    forker, ends = Forker(folder / "said", **variables), {}
+    forker, ends = Forker(start_forker(**variables), folder / "said"), {}
     for name, line in command_lines.items():
         start = time.monotonic()
         done = forker.call("train_classifier.py", *line, *common, check=False)

@@ -22,8 +22,10 @@ import pytest
 import generate
 from common.generation import server
 from common.generation.completion import Completion, Prompt, Run, TextStream
+from common.generation.constraints import Forms
 from common.generation.engine import Engine, Job, Limits, Piece
 from common.generation.protocol import SHAPES, choose_settings
+from common.local_server import bind
 from conftest import ROOT, exit_code_in_process
 from language_models import PROMPTS, save_tiny_model
 
@@ -109,6 +111,14 @@ ASKED = {  # name: (parameters, the same as flags)
             "--logit-bias",
             "41=5.5",
         ],
+    ),
+    "one of several texts": (
+        {"extra_body": {"structured_outputs": {"choice": ["sky", "sea", "sky blue"]}}, **DRAWN},
+        ["--choices", "sky,sea,sky blue", "--temperature", 0.9, "--top-p", 0.95, "--seed", 5],
+    ),
+    "a text of a form": (
+        {"extra_body": {"structured_outputs": {"regex": "[0-9]{3}(a|b)"}}, "max_tokens": 4},
+        ["--regex", "[0-9]{3}(a|b)", "--max-new-tokens", 4],
     ),
     "more than OpenAI's": (
         {"extra_body": {"top_k": 9, "repetition_penalty": 1.3}, "seed": 1},
@@ -222,6 +232,21 @@ REFUSED = {  # name: (address, body, status, parameter that the error names)
         400,
         "messages[0].name",
     ),
+    "a form of another name": ("completions", {"guided_regex": "a"}, 400, "guided_regex"),
+    "two forms": (
+        "completions",
+        {"structured_outputs": {"regex": "a", "choice": ["a"]}},
+        400,
+        "structured_outputs",
+    ),
+    "no choices": ("completions", {"structured_outputs": {"choice": []}}, 400, "structured_outputs"),
+    "an expression that is none": (
+        "completions",
+        {"structured_outputs": {"regex": "("}},
+        400,
+        "structured_outputs",
+    ),
+    "a form and an end": ("completions", {"structured_outputs": {"regex": "a+"}, "stop": "a"}, 400, "stop"),
     "no such address": ("embeddings", {}, 404, None),
     "likeliest tokens without any": ("chat/completions", {"top_logprobs": 2}, 400, "top_logprobs"),
 }
@@ -337,7 +362,7 @@ def test_texts_come_and_go_and_each_is_what_it_is_alone(flags, tiny, told):
     shape, has_ended, may_begin = SHAPES["/v1/completions"], threading.Semaphore(0), threading.Event()
 
     def make_job(prompt: str, name: str) -> Job:
-        settings, stops = choose_settings({**ASKED[name][0]}, shape, run)
+        settings, stops = choose_settings({**ASKED[name][0]}, shape, run, Forms(run.language_model))
         asked = Prompt(0, prompt, run.language_model.tokenizer(prompt)["input_ids"])
         row = Completion(asked, 0, TextStream(run.language_model.tokenizer, stops, asked.ids))
         return Job(0, row, settings, ASKED[name][0].get("seed", 0), None, tell)
@@ -416,7 +441,7 @@ def with_server(
     taken = Limits(**{"batch_size": 2, "waiting": 2, "seconds": 60.0, **limits})
 
     async def run() -> None:
-        listener = server.bind(0)
+        listener = bind(0)
         address = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
         async with server.running(engine(loaded, taken, gate), listener) as name:
             client = openai.AsyncOpenAI(base_url=address, api_key="none", max_retries=0)
@@ -509,6 +534,32 @@ def test_a_fault_ends_its_texts_and_not_the_server(loaded, capsys):
 
     with_server(loaded, gate, act, Failing)
     assert "ValueError: a bug" in capsys.readouterr().err
+
+
+def test_a_text_whose_sampler_fails_ends_alone(loaded, capsys):
+    """As over a form that takes too long: those beside it go on."""
+    gate, failing = Gate(), [True]
+
+    class Failing(GatedEngine):
+        def read(self, jobs):
+            group = super().read(jobs)
+            if failing and failing.pop():
+                group.samplers[0] = lambda logits, ids: 1 / 0
+            return group
+
+    async def act(client, name):
+        ask = {"model": name, "prompt": PROMPTS[0], "max_tokens": 4}
+        first = asyncio.create_task(client.completions.create(**ask))
+        await until(gate.has_begun.is_set)
+        second = asyncio.create_task(client.completions.create(**ask))
+        gate.may_go.set()
+        with pytest.raises(openai.InternalServerError, match="a bug of the server"):
+            await first
+        alone = await client.completions.create(**ask)
+        assert (await second).choices[0].text == alone.choices[0].text
+
+    with_server(loaded, gate, act, Failing)
+    assert "ZeroDivisionError" in capsys.readouterr().err
 
 
 def test_a_model_without_a_template_continues_texts_only(tmp_path):
