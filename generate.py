@@ -363,9 +363,10 @@ def converse(args: argparse.Namespace) -> None:
 
 def serve(args: argparse.Namespace) -> None:
     """Serve the model to programs that speak OpenAI's protocol, until a signal comes."""
+    from common import local_server
     from common.generation import server
 
-    key, listener = server.key_from_environment(), server.bind(args.port)
+    key, listener = server.key_from_environment(), local_server.bind(args.port)
     run, _ = load(args)
     if run.chat is not None:
         run.chat.note_system()

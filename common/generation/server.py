@@ -16,7 +16,6 @@ import contextlib
 import hmac
 import json
 import os
-import re
 import secrets
 import socket
 import sys
@@ -32,7 +31,7 @@ import jinja2.meta
 import jinja2.sandbox  # noqa: F401
 from aiohttp import web
 
-from common.cli import fault_of_system, stop_signals
+from common.cli import fault_of_system
 from common.errors import UserError, shorten
 from common.generation import language_model
 from common.generation.completion import REPLACEMENT, Completion, Prompt, Run, TextStream
@@ -52,11 +51,10 @@ from common.generation.protocol import (
     texts_of,
 )
 from common.generation.sampling import Settings
+from common.local_server import SECONDS_TO_FINISH, WRONG_HOST, address_of, coming_signal, is_own_name
 
-HOST, KEY_VARIABLE = "127.0.0.1", "GENERATE_API_KEY"
-OWN_NAMES = re.compile(r"(127\.0\.0\.1|localhost)(:\d+)?")  # in the header Host of an honest request
+KEY_VARIABLE = "GENERATE_API_KEY"
 BODY_BYTES = 4 << 20  # of a request; a context of 100,000 tokens has about a tenth of it
-SECONDS_TO_FINISH = 10.0  # for the texts that are being generated when a signal comes
 
 USAGE = web.RequestKey("usage", dict)  # the tokens of a request, for its line
 Send = Callable[[dict[str, Any]], Awaitable[None]]  # an event of a stream
@@ -234,8 +232,8 @@ class Server:
         """Raise ApiError for a request that did not come to this machine's own name, as one of a page
         whose name was bound to this address, and for one without the key.
         """
-        if not OWN_NAMES.fullmatch(request.headers.get("Host", "")):
-            raise ApiError(403, f"this server answers to {HOST} and localhost only", code="wrong_host")
+        if not is_own_name(request.headers.get("Host", "")):
+            raise ApiError(403, WRONG_HOST, code="wrong_host")
         if self.limits.api_key is not None:
             wanted, given = f"Bearer {self.limits.api_key}", request.headers.get("Authorization", "")
             if not hmac.compare_digest(wanted.encode(), given.encode(errors="replace")):
@@ -392,21 +390,6 @@ def key_from_environment() -> str | None:
     return key
 
 
-def bind(port: int) -> socket.socket:
-    """Return a socket at a port of this machine, 0 being any free one. Raises UserError where it is
-    taken.
-    """
-    listener = socket.socket()
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((HOST, port))
-    except OSError as error:
-        raise UserError(
-            f"--port {port}: {error.strerror}; name another port, or 0 for any free one"
-        ) from error
-    return listener
-
-
 def served_name(model: str) -> str:
     """Return the name of a model as requests give it: without the folders of this machine."""
     return (
@@ -420,21 +403,10 @@ def serve(run: Run, limits: Limits, listener: socket.socket) -> int:
 
 
 async def _serve(engine: Engine, listener: socket.socket) -> int:
-    came, numbers = asyncio.Event(), list[int]()
-
-    def stop(number: int) -> None:
-        if numbers:  # the second one does not wait
-            os._exit(128 + number)
-        numbers.append(number)
-        came.set()
-
-    for number in stop_signals():
-        asyncio.get_running_loop().add_signal_handler(number, stop, number)
+    came = coming_signal()
     async with running(engine, listener) as name:
-        address = f"http://{HOST}:{listener.getsockname()[1]}/v1"
-        print(f"serving {name} at {address} (Ctrl-C ends)", flush=True)
-        await came.wait()
-    return numbers[0]
+        print(f"serving {name} at {address_of(listener)}/v1 (Ctrl-C ends)", flush=True)
+        return await came
 
 
 @contextlib.asynccontextmanager

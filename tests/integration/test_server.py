@@ -25,6 +25,7 @@ from common.generation.completion import Completion, Prompt, Run, TextStream
 from common.generation.constraints import Forms
 from common.generation.engine import Engine, Job, Limits, Piece
 from common.generation.protocol import SHAPES, choose_settings
+from common.local_server import bind
 from conftest import ROOT, exit_code_in_process
 from language_models import PROMPTS, save_tiny_model
 
@@ -440,7 +441,7 @@ def with_server(
     taken = Limits(**{"batch_size": 2, "waiting": 2, "seconds": 60.0, **limits})
 
     async def run() -> None:
-        listener = server.bind(0)
+        listener = bind(0)
         address = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
         async with server.running(engine(loaded, taken, gate), listener) as name:
             client = openai.AsyncOpenAI(base_url=address, api_key="none", max_retries=0)
