@@ -80,9 +80,7 @@ def connected(target: Target) -> Iterator[MilvusClient]:
     except (MilvusException, OSError) as error:
         advice = "check the address, the server and MILVUS_TOKEN"
         if target.is_file:
-            advice = (
-                "one process at a time can open it: check that no other does, and that it is Milvus Lite's"
-            )
+            advice = "check that it is Milvus Lite's, and that no other process has it open"
         raise UserError(f"--index {target.name}: Milvus says: {one_line(error)}; {advice}") from error
 
 
