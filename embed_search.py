@@ -11,6 +11,7 @@ beyond one machine is a collection in Milvus (milvus:URI/COLLECTION). Left out o
   python embed_search.py similarity sentences.txt --query "Artificial intelligence" --figure map.png
   python embed_search.py index bundled/bbc-news --index news
   python embed_search.py search --index news "interest rates" --where "label = 'business'" --hybrid
+  python embed_search.py serve --index news  # a page for a browser, at http://127.0.0.1:8000
   python embed_search.py duplicates --index news --threshold 0.9
   python embed_search.py cluster --index news --num-clusters 5 --figure clusters.png
   python embed_search.py evaluate
@@ -35,11 +36,13 @@ from common.search.flags import (
     DEFAULT_OVERLAP,
     EXPORTS,
     SKIP_BAD,
+    add_model_flags,
     add_rerank_flags,
     add_source_flags,
     add_task_flags,
     add_text_flags,
     add_where_flags,
+    check_index,
     check_milvus,
     check_model,
     check_processes,
@@ -95,6 +98,7 @@ LARGEST_MATRIX = 5_000  # texts whose matrix of similarities is shown or written
 WAIT = {"type": cli.duration, "default": 10.0, "help": "seconds to wait for another writer"}
 LANGUAGE = {"choices": list(LANGUAGES), "default": AUTO, "metavar": "CODE"}
 LANGUAGE["help"] = f"whose words --hybrid counts: {', '.join(LANGUAGES)}"
+APPROXIMATE = {"action": "store_true", "help": "find candidates by FAISS codes, kept beside the index"}
 OFFSET = {"type": cli.non_negative_int, "default": 0, "help": "leave out so many of the first"}
 
 
@@ -418,7 +422,7 @@ def export(args: argparse.Namespace) -> None:
     display.write_export(screen, snapshot.parts(rows), len(rows), args.to)
 
 
-# search, like: queries or liked texts -> hits
+# search, like, serve: queries or liked texts -> hits, in a terminal or a browser
 
 
 def add_search_flags(command: cli.Parser) -> None:
@@ -432,7 +436,7 @@ def add_search_flags(command: cli.Parser) -> None:
     add_hit_flags(command)
     flag("--hybrid", action="store_true", help="fuse cosine and BM25 by reciprocal rank")
     flag("--language", **LANGUAGE)
-    flag("--approximate", action="store_true", help="find candidates by FAISS codes, kept beside the index")
+    flag("--approximate", **APPROXIMATE)
     add_where_flags(command)
     add_rerank_flags(command)
     add_text_flags(command)
@@ -452,11 +456,16 @@ def check_search(args: argparse.Namespace) -> None:
     if args.language != AUTO and not args.hybrid:
         raise UserError(f"--language {args.language}: only --hybrid looks at words; give it too")
     check_source(args, encodes=True)
-    if args.index and not num_live_rows(read_manifest(Path(args.index))):
-        command = f"embed_search.py index TEXTS --index {args.index}"
-        raise UserError(f"--index {args.index}: it has no rows; add some with: {command}")
+    if args.index:
+        check_has_rows(args.index)
     if args.rerank:
         check_model(args.rerank, flag="--rerank")
+
+
+def check_has_rows(index: str) -> None:
+    if not num_live_rows(read_manifest(Path(index))):
+        command = f"embed_search.py index TEXTS --index {index}"
+        raise UserError(f"--index {index}: it has no rows; add some with: {command}")
 
 
 def search(args: argparse.Namespace) -> None:
@@ -532,6 +541,54 @@ def like(args: argparse.Namespace) -> None:
     title = f"like {', '.join(args.ids)}" + (f", unlike {', '.join(args.unlike)}" if args.unlike else "")
     screen = display.Screen(as_json=args.json)
     display.show_hits(screen, snapshot, [title], [hits], page, heading="")
+
+
+def add_serve_flags(command: cli.Parser) -> None:
+    flag = command.add_argument
+    flag("--index", metavar="DIR", type=cli.name, required=True, help="what is searched")
+    flag("--port", type=cli.port, default=8000, help="of 127.0.0.1; 0: any free one")
+    language = f"whose words are marked, and counted by hybrid search: {', '.join(LANGUAGES)}"
+    flag("--language", **{**LANGUAGE, "help": language})
+    flag("--approximate", **APPROXIMATE)
+    add_where_flags(command)
+    add_rerank_flags(command)
+    add_model_flags(command)
+
+
+def check_serve(args: argparse.Namespace) -> None:
+    check_index(args, encodes=True)
+    check_has_rows(args.index)
+    if args.rerank:
+        check_model(args.rerank, flag="--rerank")
+
+
+def serve(args: argparse.Namespace) -> None:
+    """Open a local page over an index: search, conditions, similar texts, a map of clusters; the same
+    answers as JSON. It runs until a signal comes.
+    """
+    from common import local_server
+
+    listener = local_server.bind(args.port)  # before the libraries are loaded
+    from common.search import mining, page
+    from common.search.builder import load_index_encoder
+    from common.search.encoder import load_reranker
+    from common.search.index import open_snapshot
+    from common.search.searcher import Searcher
+
+    runtime, screen = start(args)
+    selection = mining.select(open_snapshot(args.index), args.where, limits=limits_of(args))
+    snapshot = selection.snapshot
+    searcher = Searcher(
+        snapshot,
+        load_index_encoder(encoder_config(args), runtime, args.index, snapshot.settings),
+        selection.mask,
+        approximate=args.approximate,
+        words=Words(args.language),
+        reranker=load_reranker(args.rerank, runtime, cache_dir=args.cache_dir) if args.rerank else None,
+        rerank_depth=args.rerank_depth,
+    )
+
+    page.serve(page.ServedIndex(searcher, limits=limits_of(args), seed=args.seed), listener, screen)
 
 
 # pairs, duplicates, cluster: similar texts without a query
@@ -923,6 +980,7 @@ COMMANDS = {
     "export": Command(export, add_export_flags, check_existing),
     "search": Command(search, add_search_flags, check_search),
     "like": Command(like, add_like_flags, check_like),
+    "serve": Command(serve, add_serve_flags, check_serve),
     "pairs": Command(pairs, add_pairs_flags, check_source),
     "duplicates": Command(duplicates, add_duplicates_flags, check_source),
     "dedupe": Command(dedupe, add_dedupe_flags, check_source),

@@ -140,10 +140,10 @@ def complete(run: Run, rows: list[Completion], batch: Batch | None = None, *, se
             run.add_step(rows, current, batch)
             yield rows[0].text[num_shown:]
             num_shown = len(rows[0].text)
-    run.mark_whole(rows)
-    run.timing.add(rows, stopwatch, lookup)
     for row in rows:
+        row.mark_whole(settings)
         row.finish()
+    run.timing.add(rows, stopwatch, lookup)
     yield rows[0].text[num_shown:]
 
 
@@ -363,14 +363,15 @@ def converse(args: argparse.Namespace) -> None:
 
 def serve(args: argparse.Namespace) -> None:
     """Serve the model to programs that speak OpenAI's protocol, until a signal comes."""
+    from common import local_server
     from common.generation import server
 
-    key, listener = server.key_from_environment(), server.bind(args.port)
+    key, listener = server.key_from_environment(), local_server.bind(args.port)
     run, _ = load(args)
     if run.chat is not None:
         run.chat.note_system()
     limits = server.Limits(args.batch_size, args.max_waiting, args.request_seconds, key)
-    number = server.serve(run, decode, limits, listener)
+    number = server.serve(run, limits, listener)
     raise Interrupted(f"stopped by {signal.Signals(number).name}", 128 + number)
 
 
@@ -417,7 +418,9 @@ def score_continuations(args: argparse.Namespace) -> None:
     with output.open_file(args.output, resume=False) as file:
         run, _ = load(args)
         questions = questions or read()  # nothing reads standard input before the model is loaded
-        scored = continuations.score(questions, run.language_model, batch_size=args.batch_size)
+        written = written_prompts(args, [question.prompt for question in questions], run)
+        model, size = run.language_model, args.batch_size
+        scored = continuations.score(questions, model, batch_size=size, written=written)
         numbered = list(zip(range(1, len(questions) + 1), questions, scored))
         if file:
             file.write([continuations.line(*row) for row in numbered])
@@ -425,6 +428,24 @@ def score_continuations(args: argparse.Namespace) -> None:
             print("\n".join(continuations.table(*row) for row in numbered))
     if questions[0].answer is not None:
         print(continuations.accuracy(questions, scored))
+
+
+def written_prompts(args: argparse.Namespace, prompts: list[str], run: Run) -> list[str] | None:
+    """Return the prompts of questions as the chat template writes them, None without --chat. Raises
+    UserError for one that it refuses.
+    """
+    if run.chat is None:
+        return None
+    from common.generation import chat
+
+    conversations = [chat.as_conversation(prompt, args.system) for prompt in prompts]
+    if args.system:
+        run.chat.note_system()
+    texts = run.chat.write(conversations, [f"prompt {number}" for number in range(1, len(prompts) + 1)])
+    for text in texts:
+        if isinstance(text, UserError):
+            raise text
+    return [str(text) for text in texts]
 
 
 def score_file(args: argparse.Namespace) -> None:

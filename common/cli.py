@@ -207,6 +207,13 @@ def _number(text: str, convert: Callable[[str], Any], accept: Callable[[Any], bo
     return value
 
 
+def port(text: str) -> int:
+    """Parse the number of a port."""
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{shorten(text, 60)!r} is not a number from 0 to 65535")
+    return int(text)
+
+
 def penalty(text: str) -> float:
     """Parse a number from -2 to 2, the range of OpenAI's API."""
     return _number(text, float, lambda value: -2 <= value <= 2, "a number from -2 to 2")

@@ -208,24 +208,27 @@ SECONDS_FOR_A_JOB = 120
 WITHOUT_A_GPU = "No CUDA runtime is found"
 
 
+def start_forker(**variables: str) -> subprocess.Popen:
+    """Start a process of tests/forked.py, with more variables in its environment."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, ROOT / "tests" / "forked.py"],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment | variables,
+        start_new_session=True,
+    )
+
+
 class Forker:
     """A process of tests/forked.py, and jobs for it: the scripts without the seconds of their
     imports.
     """
 
-    def __init__(self, log: Path, **variables: str):
-        self.log = log
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        environment |= variables
-        self.process = subprocess.Popen(
-            [sys.executable, ROOT / "tests" / "forked.py"],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-            start_new_session=True,
-        )
+    def __init__(self, process: subprocess.Popen, log: Path):
+        self.process, self.log = process, log
 
     def do(self, world: int = 1, **job) -> list[int]:
         """Run a job, and return the exit codes of its processes."""
@@ -271,8 +274,8 @@ class Forker:
 class ForkedRuns(Forker):
     """Runs of train_classifier.py that share flags."""
 
-    def __init__(self, shared_flags: list, log: Path):
-        super().__init__(log)
+    def __init__(self, process: subprocess.Popen, shared_flags: list, log: Path):
+        super().__init__(process, log)
         self.shared_flags, self.flags = shared_flags, []
 
     def run(self, folder: Path, *flags, kind: str = "one process", **job) -> list[int]:
@@ -303,26 +306,26 @@ class ForkedRuns(Forker):
 
 
 @pytest.fixture(scope="session")
-def call_script(tmp_path_factory):
-    """Return a function that runs a script in a forked process, whose parent has paid for the
-    imports, and returns what it did.
-    """
-    forker = Forker(tmp_path_factory.mktemp("printed") / "call")
-    yield forker.call
+def forking(tmp_path_factory):
+    """A process that has paid for the imports, and forks others that run the scripts."""
+    forker = Forker(start_forker(), tmp_path_factory.mktemp("printed") / "call")
+    yield forker
     forker.stop()
 
 
+@pytest.fixture(scope="session")
+def call_script(forking):
+    """Return a function that runs a script in a forked process, and returns what it did."""
+    return forking.call
+
+
 @pytest.fixture(scope="module")
-def forked_runs(tiny_model, sentences_csv, cache_dir, tmp_path_factory):
+def forked_runs(forking, tiny_model, sentences_csv, cache_dir, tmp_path_factory):
     """Jobs of train_classifier.py on the small model and data; a module may set more flags for all
     of its jobs.
     """
-    runs = ForkedRuns(
-        ["--model", tiny_model, "--dataset", sentences_csv, "--cache-dir", cache_dir],
-        tmp_path_factory.mktemp("printed") / "job",
-    )
-    yield runs
-    runs.stop()
+    shared = ["--model", tiny_model, "--dataset", sentences_csv, "--cache-dir", cache_dir]
+    return ForkedRuns(forking.process, shared, tmp_path_factory.mktemp("printed") / "job")
 
 
 @pytest.fixture(scope="session")

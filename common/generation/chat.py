@@ -264,10 +264,14 @@ class ChatFormat:
         The template writes all special tokens itself; if the tokenizer added its own, the text would
         start with two. Raises UserError if it breaks a limit.
         """
+        texts = self.write(conversations, names)
+        return [self._tokens(text, name) for text, name in zip(texts, names)]
+
+    def write(self, conversations: list[list[Message]], names: list[str]) -> list[str | UserError]:
+        """Return the texts of conversations, or why one has none. Raises UserError as `try_to_encode`."""
         if self.prefill and (begun := [n for n, given in zip(names, conversations) if is_begun(given)]):
             raise UserError(f"--prefill: {begun[0]} ends with an answer that is begun; leave one of them out")
-        texts = try_to_render([self._as_written(messages) for messages in conversations], self.template)
-        return [self._tokens(text, name) for text, name in zip(texts, names)]
+        return try_to_render([self._as_written(messages) for messages in conversations], self.template)
 
     def _tokens(self, text: str | UserError, name: str) -> list[int] | UserError:
         if isinstance(text, UserError):

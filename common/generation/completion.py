@@ -156,6 +156,16 @@ class Completion:
             self.finish_reason = "stop"
         return self.stream.stopped
 
+    def mark_whole(self, settings: Settings) -> None:
+        """Let the text count as ended if it has the most tokens and the whole form that it must have: only
+        its end token is missing.
+        """
+        if settings.constraint is None or self.finish_reason != "length":
+            return
+        may_follow = settings.constraint.start()(self.token_ids)  # (V)
+        if may_follow[settings.end_ids[0]]:
+            self.finish_reason = "end"
+
     def finish(self) -> None:
         """Add to the text what was held back."""
         self.stream.finish()
@@ -326,18 +336,6 @@ class Run:
             batch.ended[index] = row.add(token, self.options.settings.end_ids)
             if row_logprobs is not None:
                 row.logprobs.append(row_logprobs[index])
-
-    def mark_whole(self, rows: list[Completion]) -> None:
-        """Let the texts count as ended that have the most tokens and the whole form of --choices or
-        --regex: only their end token is missing.
-        """
-        settings = self.options.settings
-        for row in rows:
-            if settings.constraint is None or row.finish_reason != "length":
-                continue
-            may_follow = settings.constraint.start()(row.token_ids)  # (V)
-            if may_follow[settings.end_ids[0]]:
-                row.finish_reason = "end"
 
     def summary(self, peak_memory_bytes: int) -> str:
         """Return one line for a person: tokens per second, time to the first token, memory, how many

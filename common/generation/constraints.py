@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ from torch import Tensor
 
 from common.errors import UserError, one_line
 from common.generation.language_model import LanguageModel, token_ids
+
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
 
 END = -1  # in a trie: a choice is complete here
 Trie = dict[int, Any]  # token -> the trie of what may follow it
@@ -52,13 +55,13 @@ def make_choices(texts: list[str], language_model: LanguageModel, end_ids: tuple
     """
     check_end(end_ids, language_model, flag="--choices")
     trie: Trie = {}
+    before = token_ids("\n", language_model)
     for text in texts:
         ids = token_ids(text, language_model)
         place = trie
         for token in ids:
             place = place.setdefault(token, {})
         place[END] = {}
-        before = token_ids("\n", language_model)
         spelled = _decode([*before, *ids], language_model).removeprefix(_decode(before, language_model))
         if spelled != text:
             problem = f"the tokens of {language_model.name} spell it {spelled!r}"
@@ -78,6 +81,41 @@ def _decode(ids: list[int], language_model: LanguageModel) -> str:
     return str(language_model.tokenizer.decode(ids, **options))
 
 
+def make_tokenizer(language_model: LanguageModel, end_ids: tuple[int, ...]) -> LLTokenizer:
+    """Return what llguidance needs to know of a vocabulary. Raises UserError for a model without an end
+    token, or without a tokenizer of the `tokenizers` library.
+    """
+    from llguidance import LLTokenizer
+
+    check_end(end_ids, language_model, flag="--regex")
+    backend = getattr(language_model.tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        name = language_model.name
+        raise UserError(f"--regex: {name} has no tokenizer of the tokenizers library; leave it out")
+    size = max(language_model.vocabulary, backend.get_vocab_size())
+    return LLTokenizer(backend.to_str(), n_vocab=size, eos_token=list(end_ids))
+
+
+class Forms:
+    """Makes the forms of many texts of a model: what expressions need of its vocabulary, which takes half a
+    second, is made once.
+    """
+
+    def __init__(self, language_model: LanguageModel) -> None:
+        self.language_model = language_model
+        self.tokenizers: dict[tuple[int, ...], LLTokenizer] = {}  # by the end tokens
+
+    def choices(self, texts: list[str], end_ids: tuple[int, ...]) -> Choices:
+        """Return the constraint of some choices. Raises UserError as `make_choices`."""
+        return make_choices(texts, self.language_model, end_ids)
+
+    def regex(self, pattern: str, end_ids: tuple[int, ...]) -> Regex:
+        """Return the constraint of an expression. Raises UserError as `Regex`."""
+        if end_ids not in self.tokenizers:
+            self.tokenizers[end_ids] = make_tokenizer(self.language_model, end_ids)
+        return Regex(pattern, self.language_model, end_ids, self.tokenizers[end_ids])
+
+
 class Regex:
     """A text matches a regular expression from its beginning to its end.
 
@@ -85,20 +123,20 @@ class Regex:
     token of the vocabulary.
     """
 
-    def __init__(self, pattern: str, language_model: LanguageModel, end_ids: tuple[int, ...]) -> None:
-        """Raise UserError for an expression that llguidance refuses, and for a model without an end
-        token, or without a tokenizer of the `tokenizers` library.
+    def __init__(
+        self,
+        pattern: str,
+        language_model: LanguageModel,
+        end_ids: tuple[int, ...],
+        tokenizer: LLTokenizer | None = None,
+    ) -> None:
+        """Raise UserError for an expression that llguidance refuses, and as `make_tokenizer`, which makes
+        the tokenizer where none is given.
         """
-        from llguidance import LLMatcher, LLTokenizer
+        from llguidance import LLMatcher
 
-        check_end(end_ids, language_model, flag="--regex")
-        backend = getattr(language_model.tokenizer, "backend_tokenizer", None)
-        if backend is None:
-            name = language_model.name
-            raise UserError(f"--regex: {name} has no tokenizer of the tokenizers library; leave it out")
         self.name, self.end_ids, self.vocabulary = "regex", end_ids, language_model.vocabulary
-        size = max(self.vocabulary, backend.get_vocab_size())
-        tokenizer = LLTokenizer(backend.to_str(), n_vocab=size, eos_token=list(end_ids))
+        tokenizer = tokenizer or make_tokenizer(language_model, end_ids)
         grammar = LLMatcher.grammar_from_regex(pattern)
         self.make_matcher = lambda: LLMatcher(tokenizer, grammar, log_level=0)
         matcher = self.make_matcher()

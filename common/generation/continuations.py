@@ -92,16 +92,19 @@ def _read_question(line: str, place: str) -> Question:
     return Question(row["prompt"], choices, answer)
 
 
-def encode_pair(prompt: str, continuation: str, model: LanguageModel, *, name: str) -> tuple[list[int], int]:
+def encode_pair(
+    prompt: str, continuation: str, model: LanguageModel, *, name: str, is_written: bool = False
+) -> tuple[list[int], int]:
     """Return the tokens of a prompt with its continuation, and how many of them are the prompt's.
 
     Spaces at the end of the prompt go to the continuation, since most tokenizers put a space before a
     word into the word's token. A token that holds the end of the prompt and the beginning of the
     continuation counts as the continuation's. Nothing predicts the first token of a text: an empty prompt
-    is the token that begins texts, or else one that ends them.
+    is the token that begins texts, or else one that ends them. `is_written`: a chat template has written the
+    prompt, with all special tokens.
     """
     check_characters(prompt + continuation, model, name=name)
-    start = start_token(model)
+    start = None if is_written else start_token(model)
     first = [] if start is None else [start]
     both, before = (
         [*first, *model.tokenizer(text, add_special_tokens=False)["input_ids"]] if text else first
@@ -118,8 +121,11 @@ def encode_pair(prompt: str, continuation: str, model: LanguageModel, *, name: s
 
 
 @torch.inference_mode()
-def score(questions: list[Question], model: LanguageModel, *, batch_size: int) -> list[list[Scored]]:
-    """Return the scored choices of each question, `batch_size` texts at a time.
+def score(
+    questions: list[Question], model: LanguageModel, *, batch_size: int, written: list[str] | None = None
+) -> list[list[Scored]]:
+    """Return the scored choices of each question, `batch_size` texts at a time; `written` are the prompts as
+    a chat template writes them.
 
     Raises UserError for a text that does not fit into the model's context.
     """
@@ -127,7 +133,8 @@ def score(questions: list[Question], model: LanguageModel, *, batch_size: int) -
     for number, question in enumerate(questions):
         for which, text in enumerate(question.choices, start=1):
             name = f"prompt {number + 1} with choice {which}"
-            ids, num_before = encode_pair(question.prompt, text, model, name=name)
+            prompt, is_chat = (written[number], True) if written else (question.prompt, False)
+            ids, num_before = encode_pair(prompt, text, model, name=name, is_written=is_chat)
             check_length(ids, 0, model, name=name)
             pairs.append((number, text, ids, num_before))
     found: dict[int, Scored] = {}

@@ -83,6 +83,22 @@ def left_pad(
     )
 
 
+def regroup(rows: list[tuple[Batch, int]], language_model: LanguageModel, *, room: int) -> Batch:
+    """Return rows of several batches, each with its number, as one batch with `room` more columns for new
+    tokens; what is cached of them is copied. For the step in C only.
+    """
+    assert language_model.fast_step is not None
+    texts, cached = [], []
+    for batch, row in rows:
+        assert isinstance(batch.cache, RoomyCache)
+        start = int(batch.starts[row])
+        texts.append(batch.tokens[row, start:].tolist())
+        cached.append((batch.cache, row, start))
+    columns = max(map(len, texts)) + room
+    cache = RoomyCache.of_texts(language_model.fast_step.model, cached, columns)
+    return left_pad(texts, language_model, room=room, cache=cache)
+
+
 def new_cache(language_model: LanguageModel) -> Cache:
     """Return an empty cache, which forgets what a sliding-window model can no longer see; for the
     step in C, one with room for more.

@@ -1,14 +1,20 @@
-"""The thread that generates the texts of requests: those that wait are decoded together, each with its own
-sampler, random numbers and end.
+"""The thread that generates the texts of requests: they are decoded together, each with its own sampler,
+random numbers and end.
+
+With the step in C, a text that waits joins those that are being generated at the next token, and one that
+has ended leaves (continuous batching; Yu et al. 2022, "Orca"). The caches of the library's models have many
+forms, of which rows can't be put together: there, the next texts begin when all of a batch have ended.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,8 +28,6 @@ from common.generation.language_model import LanguageModel
 from common.generation.protocol import ApiError
 from common.generation.sampling import Sampler, Settings
 from common.runtime import free_memory_bytes
-
-Decode = Callable[[LanguageModel, Batch, Sampler, Settings], Iterator[Step]]
 
 
 @dataclass(frozen=True)
@@ -59,9 +63,26 @@ class Job:
     is_wanted: bool = True  # False: the client has left, or waited long enough
 
     @property
-    def num_columns(self) -> int:
-        """How many tokens there can be, with the prompt."""
-        return len(self.row.prompt.ids) + self.settings.max_new_tokens
+    def length(self) -> int:
+        """How many tokens there are, with the prompt."""
+        return len(self.row.prompt.ids) + len(self.row.token_ids)
+
+    @property
+    def num_left(self) -> int:
+        """How many tokens can still come."""
+        return self.settings.max_new_tokens - len(self.row.token_ids)
+
+    def sampler(self, device: torch.device) -> Sampler:
+        """Return a sampler that draws this text as if it were alone: from its own settings, random
+        numbers and tokens, without padding.
+        """
+        return sampling.exact_sampler(
+            self.settings,
+            prompt_length=len(self.row.prompt.ids),
+            starts=torch.zeros(1, dtype=torch.long, device=device),
+            seed=self.seed,
+            draw=fast_sampling.draw_exactly,
+        )
 
     def add(self, step: Step, index: int, language_model: LanguageModel) -> bool:
         """Add the token of a row of a step; return whether the text has ended with it."""
@@ -74,18 +95,34 @@ class Job:
             own = Step([token], step.logits[index : index + 1])
             entries = logprobs(own, self.num_logprobs, language_model.tokenizer)
         if has_ended:
+            row.mark_whole(self.settings)
             row.finish()
         self.tell(self.number, Piece(row.text[shown:], entries, offset, has_ended))
         return has_ended
 
 
+@dataclass
+class Group:
+    """The texts that are decoded together, one in each row of a batch."""
+
+    jobs: list[Job]
+    samplers: list[Sampler]
+    batch: Batch
+    logits: Tensor  # (B, V), from which the next tokens are chosen
+
+    @property
+    def going_on(self) -> list[int]:
+        """The rows whose texts have not ended."""
+        return [row for row, has_ended in enumerate(self.batch.ended) if not has_ended]
+
+
 class Engine:
     """The thread that generates texts, and the jobs that wait for it."""
 
-    def __init__(self, run: Run, decode: Decode, limits: Limits) -> None:
-        self.run, self.decode, self.limits = run, decode, limits
+    def __init__(self, run: Run, limits: Limits) -> None:
+        self.run, self.limits, self.model = run, limits, run.language_model
         self.waiting: deque[Job] = deque()
-        self.running: list[Job] = []
+        self.group: Group | None = None  # what is being generated; the thread's own
         self.changed = threading.Condition()
         self.is_closed = False
         self.thread = threading.Thread(target=self._work, daemon=True)
@@ -116,38 +153,51 @@ class Engine:
 
     def drop(self) -> None:
         """End the texts that are being generated."""
-        for job in self.running:
+        group = self.group
+        for job in group.jobs if group else ():
             job.is_wanted = False
 
+    @torch.inference_mode()
     def _work(self) -> None:
         while True:
             with self.changed:
-                self.changed.wait_for(lambda: self.waiting or self.is_closed)
-                if not self.waiting:
+                self.changed.wait_for(lambda: self.waiting or self.group or self.is_closed)
+                if not self.waiting and not self.group:
                     return
-                self.running = self._take()
-            try:
-                self._generate(self.running)
-            except Exception as error:  # whatever it is, it ends these texts and not the server
-                if not isinstance(error, UserError) and fault_of_system(error) is None:
-                    traceback.print_exc()
-                for job in self.running:
-                    job.tell(job.number, error)
-            self.running = []
+                taken = self._take()
+            fresh = self._tried(taken, self.read, taken) if taken else None
+            jobs = [*(self.group.jobs if self.group else ()), *(fresh.jobs if fresh else ())]
+            self.group = self._tried(jobs, self.go_on, fresh)
+
+    def _tried(self, jobs: list[Job], act: Callable[..., Any], given: object) -> Any:
+        """Return what a function returns; whatever it raises is told to these jobs, and ends their texts
+        and not the server.
+        """
+        try:
+            return act(given)
+        except Exception as error:
+            if not isinstance(error, UserError) and fault_of_system(error) is None:
+                traceback.print_exc()
+            for job in jobs:
+                job.tell(job.number, error)
+            return None
 
     def _take(self) -> list[Job]:
-        """Return the jobs of the next batch, in the order in which they came: as many as there is
-        memory for, and whose columns, longest prompt and longest text together, fit into the context.
+        """Return the jobs that begin now, in the order in which they came: as many as there is memory for
+        beside those that are being generated, and with a library's model only when none is, and if their
+        columns, longest prompt and longest text together, fit into the context.
         """
+        running = [self.group.jobs[row] for row in self.group.going_on] if self.group else []
         taken: list[Job] = []
-        context, free = self.run.language_model.context, free_memory_bytes(self.run.language_model.device)
-        while self.waiting and len(taken) < self.limits.batch_size:
-            jobs = [*taken, self.waiting[0]]
-            prompt = max(len(job.row.prompt.ids) for job in jobs)
-            columns = prompt + max(job.settings.max_new_tokens for job in jobs)
+        joins = self.model.fast_step is not None
+        context = None if joins else self.model.context
+        free = free_memory_bytes(self.model.device)
+        while self.waiting and len(running) + len(taken) < self.limits.batch_size and (joins or not running):
+            jobs = [*running, *taken, self.waiting[0]]
+            columns = max(job.length for job in jobs) + max(job.num_left for job in jobs)
             needed = len(jobs) * self.run.bytes_per_row(columns)
             fits = (context is None or columns <= context) and (free is None or needed <= free)
-            if taken and not fits:
+            if len(jobs) > 1 and not fits:
                 break
             job = self.waiting.popleft()
             if job.is_wanted and fits:
@@ -156,42 +206,60 @@ class Engine:
                 job.tell(job.number, ApiError(503, "too little memory for this text; lower max_tokens"))
         return taken
 
-    def _generate(self, jobs: list[Job]) -> None:
-        """Generate the texts of a batch, each to its own end."""
-        if not jobs:
-            return
-        model = self.run.language_model
-        most = max(job.settings.max_new_tokens for job in jobs)
-        batch = decoding.left_pad([job.row.prompt.ids for job in jobs], model, room=most)
-        # each text ends by its own settings, and the loop when all have ended
-        shared = Settings(max_new_tokens=most)
-        for step in self.decode(model, batch, row_sampler(jobs, batch, model.pad_id), shared):
-            for index, job in enumerate(jobs):
-                if not batch.ended[index]:
-                    batch.ended[index] = not job.is_wanted or job.add(step, index, model)
+    def read(self, jobs: list[Job]) -> Group:
+        """Read the prompts of new texts."""
+        room = max(job.num_left for job in jobs)
+        batch = decoding.left_pad([job.row.prompt.ids for job in jobs], self.model, room=room)
+        samplers = [job.sampler(self.model.device) for job in jobs]
+        return Group(jobs, samplers, batch, decoding.prefill(self.model, batch))
+
+    def go_on(self, fresh: Group | None) -> Group | None:
+        """Let new texts join, add a token to each text, and return those that go on, None if none does."""
+        group = join(self.group, fresh, self.model)
+        if group is None:
+            return None
+        self.group = group  # what `drop` ends
+        tokens = self.choose(group)
+        step = Step(tokens, group.logits)
+        for row in group.going_on:
+            job = group.jobs[row]
+            group.batch.ended[row] = not job.is_wanted or job.add(step, row, self.model)
+        if not group.going_on:
+            return None
+        group.logits = decoding.step(self.model, group.batch, tokens)
+        return group
+
+    def choose(self, group: Group) -> list[int]:
+        """Return the next token of each text, the padding id where it has ended: also where its sampler
+        fails, as over a form that takes too long. Raises UserError when the model's logits are not numbers.
+        """
+        batch, logits = group.batch, group.logits
+        chosen = torch.full((len(logits),), self.model.pad_id, device=logits.device)
+        for row in group.going_on:
+            token = self._tried([group.jobs[row]], functools.partial(draw_one, group), row)
+            batch.ended[row] = token is None
+            chosen[row] = self.model.pad_id if token is None else token
+        return decoding.fetch_ids(chosen, logits, self.model)
 
 
-def row_sampler(jobs: list[Job], batch: Batch, pad_id: int) -> Sampler:
-    """Return a sampler that draws each row as if it were alone: from its own settings, random numbers
-    and tokens, without the padding.
-    """
-    starts = batch.starts.tolist()
-    samplers = [
-        sampling.exact_sampler(
-            job.settings,
-            prompt_length=len(job.row.prompt.ids),
-            starts=batch.starts.new_zeros(1),
-            seed=job.seed,
-            draw=fast_sampling.draw_exactly,
-        )
-        for job in jobs
-    ]
+def draw_one(group: Group, row: int) -> Tensor:
+    """Return the next token of a text, from its own logits and tokens, without the padding."""
+    own_ids = group.batch.tokens[row : row + 1, int(group.batch.starts[row]) :]
+    return group.samplers[row](group.logits[row : row + 1], own_ids)[0]
 
-    def sample(logits: Tensor, ids: Tensor) -> Tensor:
-        tokens = torch.full((len(logits),), pad_id, device=logits.device)
-        for row, sampler in enumerate(samplers):
-            if not batch.ended[row]:
-                tokens[row] = sampler(logits[row : row + 1], ids[row : row + 1, starts[row] :])[0]
-        return tokens
 
-    return sample
+def join(group: Group | None, fresh: Group | None, model: LanguageModel) -> Group | None:
+    """Return the texts that go on, and new ones, as one group."""
+    if group is None:
+        return fresh
+    if model.fast_step is None or (fresh is None and all(not ended for ended in group.batch.ended)):
+        return group
+    parts = [(group, group.going_on)] + ([(fresh, fresh.going_on)] if fresh else [])
+    jobs = [part.jobs[row] for part, rows in parts for row in rows]
+    batch = decoding.regroup(
+        [(part.batch, row) for part, rows in parts for row in rows],
+        model,
+        room=max(job.num_left for job in jobs),
+    )
+    samplers = [part.samplers[row] for part, rows in parts for row in rows]
+    return Group(jobs, samplers, batch, torch.cat([part.logits[rows] for part, rows in parts]))

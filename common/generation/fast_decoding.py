@@ -259,6 +259,22 @@ class RoomyCache:
         shape = (len(model.layers), 0, model.key_heads, 0, model.head_size)  # (L, B, K, T, D)
         self.keys, self.values = torch.empty(shape), torch.empty(shape)
 
+    @classmethod
+    def of_texts(
+        cls, model: Transformer, texts: list[tuple["RoomyCache", int, int]], columns: int
+    ) -> "RoomyCache":
+        """Return a cache with a copy of texts of other ones, with room for so many columns: of each, its
+        cache, its row there and its first column. All end at the same column.
+        """
+        cache = cls(model)
+        cache.length = max(old.length - start for old, _, start in texts)
+        cache.reserve(len(texts), columns)
+        for row, (old, old_row, start) in enumerate(texts):
+            first = cache.length - (old.length - start)
+            cache.keys[:, row, :, first : cache.length] = old.keys[:, old_row, :, start : old.length]
+            cache.values[:, row, :, first : cache.length] = old.values[:, old_row, :, start : old.length]
+        return cache
+
     @property
     def capacity(self) -> int:
         """The columns that there is room for."""

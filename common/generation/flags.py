@@ -149,7 +149,7 @@ def make_parser(description: str | None = None) -> cli.Parser:
     group.add_argument("--stride", type=positive_int, help=help_text)
 
     add = parser.add_argument_group("limits of --serve").add_argument
-    add("--port", type=port, default=8000, help="of 127.0.0.1; 0: any free one")
+    add("--port", type=cli.port, default=8000, help="of 127.0.0.1; 0: any free one")
     help_text = "texts that wait for their turn; more are refused (429)"
     add("--max-waiting", type=positive_int, default=64, help=help_text)
     help_text = "seconds from a request to the end of its answer"
@@ -166,13 +166,6 @@ def unescape(text: str) -> str:
 
 
 EARLY_STOPPING: dict[str, Any] = {"true": True, "false": False, "never": "never"}
-
-
-def port(text: str) -> int:
-    """Parse the number of a port."""
-    if not text.isdecimal() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"{shorten(text, 60)!r} is not a number from 0 to 65535")
-    return int(text)
 
 
 def template_option(text: str) -> tuple[str, object]:
@@ -250,7 +243,6 @@ CONFLICTS = (  # flags that cannot be used together, and why; torchrun counts as
     ),
     ("--resume", ("--score-continuations",), "its file is written at once"),
     ("--logprobs", ("--score-continuations",), "it writes those of whole texts"),
-    ("--chat", ("--score-continuations",), "its prompts go on as they are"),
     ("--stop", ("--perplexity", "--score-continuations"), "no text is generated that could stop"),
     ("--stream", ("--output",), "the texts go to a file, not to the screen"),
     ("--lookup", (*DRAWING_FLAGS, "--use-model-defaults"), "prompt lookup is for greedy decoding"),

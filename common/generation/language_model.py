@@ -386,9 +386,11 @@ def token_ids(text: str, language_model: LanguageModel) -> list[int]:
 
     Some tokenizers put a space before each text that they encode: behind a line break they do not.
     """
-    vocabulary, tokenizer = language_model.tokenizer.get_vocab(), language_model.tokenizer
-    if text in vocabulary:
-        return [vocabulary[text]]
+    tokenizer: Any = language_model.tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # asks without listing the whole vocabulary
+    own = tokenizer.get_vocab().get(text) if backend is None else backend.token_to_id(text)
+    if own is not None:
+        return [own]
     alone = tokenizer(text, add_special_tokens=False)["input_ids"]
     before = tokenizer("\n", add_special_tokens=False)["input_ids"]
     both = tokenizer("\n" + text, add_special_tokens=False)["input_ids"]

@@ -12,10 +12,12 @@ from common.errors import UserError, shorten
 from common.generation import language_model
 from common.generation.chat import Message, check_messages
 from common.generation.completion import Prompt, Run
+from common.generation.constraints import Forms
 from common.generation.language_model import LanguageModel
-from common.generation.sampling import Settings
+from common.generation.sampling import Constraint, Settings
 
 MOST_STOPS, MOST_LOGPROBS, MOST_PROMPTS = 16, 20, 64
+MOST_CHOICES, MOST_PATTERN = 256, 2000  # texts, characters
 
 
 class ApiError(Exception):
@@ -71,6 +73,16 @@ def is_bias(value: Any) -> bool:
     )
 
 
+def is_form(value: Any) -> bool:
+    """Return whether a value is an object with choices or with an expression."""
+    if not isinstance(value, dict) or len(value) != 1:
+        return False
+    if "choice" in value:
+        return isinstance(value["choice"], list) and texts_of(value["choice"], MOST_CHOICES) is not None
+    pattern = value.get("regex")
+    return isinstance(pattern, str) and 0 < len(pattern) <= MOST_PATTERN
+
+
 FLAG = Parameter(lambda value: type(value) is bool, "true or false")
 TEXT = Parameter(lambda value: isinstance(value, str), "a text")
 AT_LEAST_1 = number(lambda value: 1 <= value < 2**31, "a whole number above 0", whole=True)
@@ -102,6 +114,11 @@ COMMON = {
     "presence_penalty": number(lambda value: -2 <= value <= 2, "a number from -2 to 2"),
     "frequency_penalty": number(lambda value: -2 <= value <= 2, "a number from -2 to 2"),
     "logit_bias": Parameter(lambda value: is_bias(value), "an object of ids and numbers from -100 to 100"),
+    "structured_outputs": Parameter(
+        is_form,
+        f'an object with "choice", a list of up to {MOST_CHOICES} texts, or "regex", a text of up to'
+        f" {MOST_PATTERN:,} characters",
+    ),
 }
 COMPLETION = COMMON | {
     "prompt": Parameter(
@@ -202,7 +219,9 @@ SHAPES = {
 }
 
 
-def choose_settings(given: dict[str, Any], shape: Shape, run: Run) -> tuple[Settings, tuple[str, ...]]:
+def choose_settings(
+    given: dict[str, Any], shape: Shape, run: Run, forms: Forms
+) -> tuple[Settings, tuple[str, ...]]:
     """Return how the tokens of a request are chosen, and its stop strings: what it does not say is as
     the flags of the server say. Raises ApiError for what contradicts itself.
     """
@@ -234,7 +253,27 @@ def choose_settings(given: dict[str, Any], shape: Shape, run: Run) -> tuple[Sett
         language_model.check_stops(list(stops), run.language_model)
     except UserError as error:
         raise ApiError(400, str(error), param="stop", code="invalid_value") from error
-    return replace(own, **chosen), stops
+    settings = replace(own, **chosen)
+    if "structured_outputs" in given:
+        return replace(settings, constraint=chosen_form(given, settings, forms)), ()
+    return settings, stops
+
+
+def chosen_form(given: dict[str, Any], settings: Settings, forms: Forms) -> Constraint:
+    """Return the form that a request asks for. Raises ApiError for one that can't be had."""
+    form, name = given["structured_outputs"], "structured_outputs"
+    if "stop" in given:
+        raise ApiError(400, f"stop and {name}: the text ends where its form does", param="stop")
+    if settings.min_new_tokens or settings.no_repeat_ngram_size or settings.banned:
+        problem = "this server forbids tokens that a form could need (--ban-words and such)"
+        raise ApiError(400, f"{name}: {problem}", param=name)
+    try:
+        if "choice" in form:
+            return forms.choices(form["choice"], settings.end_ids)
+        return forms.regex(form["regex"], settings.end_ids)
+    except UserError as error:
+        problem = str(error).replace("--choices", "choice").replace("--regex", "regex")
+        raise ApiError(400, f"{name}: {problem}", param=name, code="invalid_value") from error
 
 
 def fit(settings: Settings, prompt: Prompt, is_given: bool, model: LanguageModel) -> Settings:

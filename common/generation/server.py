@@ -2,7 +2,7 @@
 /v1/chat/completions, also as streams.
 
 Requests wait in a bounded queue. One thread takes those that wait, as many as fit into a batch, and
-decodes them together. Each row has its own sampler, random numbers and end, so that its text is that
+decodes them together (engine.py). Each text has its own sampler, random numbers and end, so that it is that
 of the command line and does not depend on its neighbours, but for how sums are rounded.
 
 What a request can't do: reach the server from another machine or from a page in a browser, name a
@@ -16,7 +16,6 @@ import contextlib
 import hmac
 import json
 import os
-import re
 import secrets
 import socket
 import sys
@@ -32,11 +31,12 @@ import jinja2.meta
 import jinja2.sandbox  # noqa: F401
 from aiohttp import web
 
-from common.cli import fault_of_system, stop_signals
+from common.cli import fault_of_system
 from common.errors import UserError, shorten
 from common.generation import language_model
 from common.generation.completion import REPLACEMENT, Completion, Prompt, Run, TextStream
-from common.generation.engine import Decode, Engine, Job, Limits, Piece
+from common.generation.constraints import Forms
+from common.generation.engine import Engine, Job, Limits, Piece
 from common.generation.protocol import (
     CHAT,
     COMPLETION,
@@ -50,11 +50,11 @@ from common.generation.protocol import (
     plain_messages,
     texts_of,
 )
+from common.generation.sampling import Settings
+from common.local_server import SECONDS_TO_FINISH, WRONG_HOST, address_of, coming_signal, is_own_name
 
-HOST, KEY_VARIABLE = "127.0.0.1", "GENERATE_API_KEY"
-OWN_NAMES = re.compile(r"(127\.0\.0\.1|localhost)(:\d+)?")  # in the header Host of an honest request
+KEY_VARIABLE = "GENERATE_API_KEY"
 BODY_BYTES = 4 << 20  # of a request; a context of 100,000 tokens has about a tenth of it
-SECONDS_TO_FINISH = 10.0  # for the texts that are being generated when a signal comes
 
 USAGE = web.RequestKey("usage", dict)  # the tokens of a request, for its line
 Send = Callable[[dict[str, Any]], Awaitable[None]]  # an event of a stream
@@ -80,9 +80,8 @@ class Asked:
         with contextlib.suppress(RuntimeError):  # the loop has ended, and with it whoever asked
             self.loop.call_soon_threadsafe(self.events.put_nowait, (number, event))
 
-    def add_jobs(self, prompts: list[Prompt], run: Run) -> None:
-        """Make a job of each prompt. Raises ApiError for what the model can't do."""
-        settings, stops = choose_settings(self.given, self.shape, run)
+    def add_jobs(self, prompts: list[Prompt], settings: Settings, stops: tuple[str, ...], run: Run) -> None:
+        """Make a job of each prompt. Raises ApiError for what does not fit into the model."""
         for number, prompt in enumerate(prompts):
             row = Completion(prompt, 0, TextStream(run.language_model.tokenizer, stops, prompt.ids))
             fitting = fit(settings, prompt, "max_tokens" in self.given, run.language_model)
@@ -178,10 +177,11 @@ def chat_entry(entry: dict) -> dict[str, Any]:
 class Server:
     """The handlers of all addresses."""
 
-    def __init__(self, run: Run, engine: Engine, limits: Limits, name: str) -> None:
-        self.run, self.engine, self.limits, self.name = run, engine, limits, name
+    def __init__(self, engine: Engine, name: str) -> None:
+        self.run, self.engine, self.limits, self.name = engine.run, engine, engine.limits, name
         self.started = int(time.time())
         self.encoding = asyncio.Lock()  # one request at a time
+        self.forms = Forms(self.run.language_model)
 
     def app(self) -> web.Application:
         """Return what answers requests."""
@@ -232,8 +232,8 @@ class Server:
         """Raise ApiError for a request that did not come to this machine's own name, as one of a page
         whose name was bound to this address, and for one without the key.
         """
-        if not OWN_NAMES.fullmatch(request.headers.get("Host", "")):
-            raise ApiError(403, f"this server answers to {HOST} and localhost only", code="wrong_host")
+        if not is_own_name(request.headers.get("Host", "")):
+            raise ApiError(403, WRONG_HOST, code="wrong_host")
         if self.limits.api_key is not None:
             wanted, given = f"Bearer {self.limits.api_key}", request.headers.get("Authorization", "")
             if not hmac.compare_digest(wanted.encode(), given.encode(errors="replace")):
@@ -298,7 +298,9 @@ class Server:
         given = check_parameters(body, known, "model", content)
         self.check_model(given["model"])
         asked = Asked(given, shape, self.name)
-        asked.add_jobs(await self.encode(given, shape), self.run)
+        async with self.encoding:  # a form takes a while, as a long prompt does
+            chosen = await asyncio.to_thread(choose_settings, given, shape, self.run, self.forms)
+        asked.add_jobs(await self.encode(given, shape), *chosen, self.run)
         return asked
 
     async def encode(self, given: dict[str, Any], shape: Shape) -> list[Prompt]:
@@ -388,21 +390,6 @@ def key_from_environment() -> str | None:
     return key
 
 
-def bind(port: int) -> socket.socket:
-    """Return a socket at a port of this machine, 0 being any free one. Raises UserError where it is
-    taken.
-    """
-    listener = socket.socket()
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((HOST, port))
-    except OSError as error:
-        raise UserError(
-            f"--port {port}: {error.strerror}; name another port, or 0 for any free one"
-        ) from error
-    return listener
-
-
 def served_name(model: str) -> str:
     """Return the name of a model as requests give it: without the folders of this machine."""
     return (
@@ -410,36 +397,25 @@ def served_name(model: str) -> str:
     )
 
 
-def serve(run: Run, decode: Decode, limits: Limits, listener: socket.socket) -> int:
-    """Serve a model until a signal comes, and return its number. `decode` is the loop that generates."""
-    return asyncio.run(_serve(run, decode, limits, listener))
+def serve(run: Run, limits: Limits, listener: socket.socket) -> int:
+    """Serve a model until a signal comes, and return its number."""
+    return asyncio.run(_serve(Engine(run, limits), listener))
 
 
-async def _serve(run: Run, decode: Decode, limits: Limits, listener: socket.socket) -> int:
-    came, numbers = asyncio.Event(), list[int]()
-
-    def stop(number: int) -> None:
-        if numbers:  # the second one does not wait
-            os._exit(128 + number)
-        numbers.append(number)
-        came.set()
-
-    for number in stop_signals():
-        asyncio.get_running_loop().add_signal_handler(number, stop, number)
-    async with running(run, decode, limits, listener) as name:
-        address = f"http://{HOST}:{listener.getsockname()[1]}/v1"
-        print(f"serving {name} at {address} (Ctrl-C ends)", flush=True)
-        await came.wait()
-    return numbers[0]
+async def _serve(engine: Engine, listener: socket.socket) -> int:
+    came = coming_signal()
+    async with running(engine, listener) as name:
+        print(f"serving {name} at {address_of(listener)}/v1 (Ctrl-C ends)", flush=True)
+        return await came
 
 
 @contextlib.asynccontextmanager
-async def running(run: Run, decode: Decode, limits: Limits, listener: socket.socket) -> AsyncIterator[str]:
+async def running(engine: Engine, listener: socket.socket) -> AsyncIterator[str]:
     """Answer requests within the block, in which the server has a name. At its end it takes no more of
     them, and those that are being answered have some seconds.
     """
-    engine, name = Engine(run, decode, limits), served_name(run.language_model.name)
-    app = Server(run, engine, limits, name).app()
+    name = served_name(engine.model.name)
+    app = Server(engine, name).app()
     # a client that leaves cancels its handler
     runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0)
     await runner.setup()

@@ -7,10 +7,11 @@ another, in which the processor reads them best (decoder.c). `Matrix.widen` is t
 fp32.
 """
 
+import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -164,9 +165,32 @@ def read_gguf(path: Path) -> tuple[str, dict[str, Matrix | Tensor]]:
     Formats other than F32, F16, BF16, Q4_0, Q4_1 and Q8_0 are widened to fp32. Raises UserError for
     an architecture or a tensor that is not known here, and ValueError for a damaged file.
     """
+    with _read_once(path) as reader:
+        return _read_content(reader, path)
+
+
+@contextlib.contextmanager
+def _read_once(path: Path) -> Iterator[Any]:
+    """Give the gguf library's reader of a file, and give transformers the same one in the block: it
+    would read all tokens again for the config and for the tokenizer, which takes seconds each.
+    """
     import gguf  # takes half a second, and only the first use of a file needs it
 
-    reader = gguf.GGUFReader(path)
+    library: Any = gguf
+    reader_class = gguf.GGUFReader
+    reader = reader_class(path)
+
+    def read(other: Path | str, *arguments: Any) -> Any:
+        return reader if Path(other).samefile(path) else reader_class(other, *arguments)
+
+    library.GGUFReader = read
+    try:
+        yield reader
+    finally:
+        library.GGUFReader = reader_class
+
+
+def _read_content(reader: Any, path: Path) -> tuple[str, dict[str, Matrix | Tensor]]:
     fields = {name: field.contents() for name, field in reader.fields.items() if "tokens" not in name}
     architecture = str(fields.get("general.architecture"))
     if architecture not in GGUF_ARCHITECTURES:
@@ -360,8 +384,8 @@ def convert_gguf(path: Path, folder: Path, *, name: str) -> Path:
 
     from common import models
 
-    with models.load_errors(name):
-        _, weights = read_gguf(path)
+    with models.load_errors(name), _read_once(path) as reader:
+        _, weights = _read_content(reader, path)
         options: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False}
         config = transformers.AutoConfig.from_pretrained(path.parent, **options)
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path.parent, **options)

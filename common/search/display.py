@@ -253,14 +253,11 @@ def show_hits(
 ) -> None:
     """Show a page of the hits of each query, best first."""
     documents = []
-    columns = [ID, TEXT, CHUNK, NUM_CHUNKS, START, *snapshot.manifest["columns"]]
     for query, answer in zip(queries, answers):
-        hits = page.of(answer)
-        rows = snapshot.take([hit.row for hit in hits], columns)
-        hit_documents = [_hit_document(row, hit) for row, hit in zip(rows, hits)]
-        documents.append({"query": query, "hits": hit_documents})
+        found = hit_documents(snapshot, page.of(answer))
+        documents.append({"query": query, "hits": found})
         lines = []
-        for rank, document in enumerate(hit_documents, start=page.offset + 1):
+        for rank, document in enumerate(found, start=page.offset + 1):
             text = cut(document["text"], TEXT_WIDTH)
             if chunk := document.get("chunk"):
                 text = f"[chunk {chunk['number']} of {chunk['of']}] {text}"
@@ -273,6 +270,13 @@ def say_cut_queries(screen: Screen, encoder: Encoder, count: int) -> None:
     """Say how many queries were longer than the model reads, if there are any."""
     if count:
         screen.say(f"{count:,} queries are longer than {encoder.max_length} tokens and were cut there")
+
+
+def hit_documents(snapshot: Snapshot, hits: list[Hit]) -> list[dict]:
+    """Return hits as `--json` and the page have them."""
+    columns = [ID, TEXT, CHUNK, NUM_CHUNKS, START, *snapshot.manifest["columns"]]
+    rows = snapshot.take([hit.row for hit in hits], columns)
+    return [_hit_document(row, hit) for row, hit in zip(rows, hits)]
 
 
 def _hit_document(row: dict, hit: Hit) -> dict:

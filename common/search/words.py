@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -124,10 +124,35 @@ class Words:
             kind, token = match.lastgroup, match[0]
             if kind == "run":
                 yield from _grams(token.casefold(), sizes)
-            elif kind != "word":  # a name, which has no ending
-                yield fold(token.replace(".", "") if kind == "letters" else token)
-            elif word := self._stem(token):
+            elif word := self._counted(kind, token):
                 yield word
+
+    def _counted(self, kind: str | None, token: str) -> str:
+        """Return what is counted of a token that is no run, "" for a stop word."""
+        if kind != "word":  # a name, which has no ending
+            return fold(token.replace(".", "") if kind == "letters" else token)
+        return self._stem(token)
+
+    def places(self, text: str, wanted: Set[str]) -> list[tuple[int, int]]:
+        """Return where a text has words that are `wanted`, such as those of a query: of each place the
+        first character and the one after its last, ascending; places that touch are one.
+        """
+        plain, origins = _normalized(text)
+        spans = []
+        for match in _pattern(TOKEN).finditer(plain):
+            kind, token, start = match.lastgroup, match[0], match.start()
+            if kind == "run":
+                spans += [(start + first, start + last) for first, last in _grams_in(token, wanted)]
+            elif self._counted(kind, token) in wanted:
+                spans.append(match.span())
+        joined: list[tuple[int, int]] = []
+        for first, last in spans:
+            start, end = origins[first][0], origins[last - 1][1]
+            if joined and start <= joined[-1][1]:
+                joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
+            else:
+                joined.append((start, end))
+        return joined
 
     @functools.cached_property
     def _stem(self) -> Callable[[str], str]:
@@ -169,6 +194,30 @@ def _grams(run: str, sizes: range) -> Iterator[str]:
     for size in sizes:
         for start in range(len(characters) - size + 1):
             yield "".join(characters[start : start + size])
+
+
+def _grams_in(run: str, wanted: Set[str]) -> list[tuple[int, int]]:
+    """Return where a run has pieces that are `wanted`, ascending by their first character."""
+    spans = [match.span() for match in _pattern(r"\X").finditer(run)]
+    found = []
+    for number, (first, _) in enumerate(spans):
+        for _, last in spans[number : number + MAX_GRAM]:
+            if run[first:last].casefold() in wanted:
+                found.append((first, last))
+    return found
+
+
+def _normalized(text: str) -> tuple[str, list[tuple[int, int]]]:
+    """Return a text in NFKC, and for each character of it where that comes from: the first character in
+    `text` and the one after the last. What a reader takes for one character stays together.
+    """
+    if unicodedata.is_normalized("NFKC", text):
+        return text, [(place, place + 1) for place in range(len(text))]
+    parts, origins = [], []
+    for match in _pattern(r"\X").finditer(text):
+        parts.append(unicodedata.normalize("NFKC", match[0]))
+        origins += [match.span()] * len(parts[-1])
+    return "".join(parts), origins
 
 
 @functools.cache

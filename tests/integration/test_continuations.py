@@ -110,6 +110,26 @@ def test_scores_are_those_of_one_token_at_a_time_in_any_batch(script, folder, tm
     assert [float(share) for share in found.groups()] == pytest.approx(shares, abs=1e-4)
 
 
+def test_in_a_chat_the_template_writes_the_prompt(tmp_path, capsys):
+    """The scores are those of the prompt that it writes."""
+    folder = save_tiny_model(tmp_path / "model")
+    said = (
+        "<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\nSo"
+    )
+    scores = []
+    for prompt, flags in (
+        ("Why?", ["--chat", "--system", "Be short.", "--prefill", "So"]),
+        (said, []),
+        ("Why?", []),
+    ):
+        path, out = tmp_path / "questions.jsonl", tmp_path / f"{len(scores)}.jsonl"
+        write_questions(path, [(prompt, [" it is", ", the lazy dog"], 0)])
+        given = ["--model", folder, "--score-continuations", path, "--output", out, "--device", "cpu", *flags]
+        assert exit_code_in_process(generate, given) == 0, capsys.readouterr()
+        scores.append(json.loads(out.read_text())["choices"])
+    assert scores[0] == scores[1] != scores[2]
+
+
 def test_the_table_marks_the_likeliest_and_the_right_one(script, tmp_path):
     path = write_questions(tmp_path / "questions.jsonl", QUESTIONS[:2])
     code, stdout, _ = script("--score-continuations", path)

@@ -36,6 +36,7 @@ ONLY_PARSED = {
     "--index news": "needs that index",
     "embed_search.py index texts.csv": "the reader's own file, and a model of the Hub",
     "--serve": "runs until it is stopped; tests/integration/test_server.py asks it",
+    "127.0.0.1:8000/search": "asks the page's server; tests/integration/test_page.py does",
     "--predict new.csv": "the reader's own file",
     "--dataset train.csv": "the reader's own file; test_tasks.py makes some of such shapes",
     "--dataset train.tsv": "the reader's own file",

@@ -21,7 +21,11 @@ import pytest
 
 import generate
 from common.generation import server
-from common.generation.completion import Run
+from common.generation.completion import Completion, Prompt, Run, TextStream
+from common.generation.constraints import Forms
+from common.generation.engine import Engine, Job, Limits, Piece
+from common.generation.protocol import SHAPES, choose_settings
+from common.local_server import bind
 from conftest import ROOT, exit_code_in_process
 from language_models import PROMPTS, save_tiny_model
 
@@ -107,6 +111,14 @@ ASKED = {  # name: (parameters, the same as flags)
             "--logit-bias",
             "41=5.5",
         ],
+    ),
+    "one of several texts": (
+        {"extra_body": {"structured_outputs": {"choice": ["sky", "sea", "sky blue"]}}, **DRAWN},
+        ["--choices", "sky,sea,sky blue", "--temperature", 0.9, "--top-p", 0.95, "--seed", 5],
+    ),
+    "a text of a form": (
+        {"extra_body": {"structured_outputs": {"regex": "[0-9]{3}(a|b)"}}, "max_tokens": 4},
+        ["--regex", "[0-9]{3}(a|b)", "--max-new-tokens", 4],
     ),
     "more than OpenAI's": (
         {"extra_body": {"top_k": 9, "repetition_penalty": 1.3}, "seed": 1},
@@ -220,6 +232,21 @@ REFUSED = {  # name: (address, body, status, parameter that the error names)
         400,
         "messages[0].name",
     ),
+    "a form of another name": ("completions", {"guided_regex": "a"}, 400, "guided_regex"),
+    "two forms": (
+        "completions",
+        {"structured_outputs": {"regex": "a", "choice": ["a"]}},
+        400,
+        "structured_outputs",
+    ),
+    "no choices": ("completions", {"structured_outputs": {"choice": []}}, 400, "structured_outputs"),
+    "an expression that is none": (
+        "completions",
+        {"structured_outputs": {"regex": "("}},
+        400,
+        "structured_outputs",
+    ),
+    "a form and an end": ("completions", {"structured_outputs": {"regex": "a+"}, "stop": "a"}, 400, "stop"),
     "no such address": ("embeddings", {}, 404, None),
     "likeliest tokens without any": ("chat/completions", {"top_logprobs": 2}, 400, "top_logprobs"),
 }
@@ -313,22 +340,91 @@ def test_a_key_is_asked_for_and_a_signal_lets_texts_end(tiny):
     assert "secret" not in written and "Traceback" not in written
 
 
+# The thread that generates --------------------------------------------------------------------------
+
+COMING = [  # (at which token of the others it comes, prompt, what is asked for)
+    (0, "dog. Because the lazy light " * 3, "temperature 0"),
+    (2, PROMPTS[3], "drawn"),
+    (3, "The quick brown fox " * 20, "greedy"),
+    (9, PROMPTS[1], "a stop string"),
+    (14, PROMPTS[2], "penalties and a bias"),
+    (14, "a", "drawn"),
+]
+
+
+@pytest.mark.parametrize("flags", [[], ["--plain-step"]], ids=["in C", "in PyTorch"])
+def test_texts_come_and_go_and_each_is_what_it_is_alone(flags, tiny, told):
+    """At any token of others, longer and shorter ones; without the step in C, texts that come wait until
+    all before them have ended.
+    """
+    args = generate.make_parser().parse_args(["--serve", "--model", str(tiny), *SHARED, *flags])
+    run, sizes, jobs = generate.load(args)[0], [], []
+    shape, has_ended, may_begin = SHAPES["/v1/completions"], threading.Semaphore(0), threading.Event()
+
+    def make_job(prompt: str, name: str) -> Job:
+        settings, stops = choose_settings({**ASKED[name][0]}, shape, run, Forms(run.language_model))
+        asked = Prompt(0, prompt, run.language_model.tokenizer(prompt)["input_ids"])
+        row = Completion(asked, 0, TextStream(run.language_model.tokenizer, stops, asked.ids))
+        return Job(0, row, settings, ASKED[name][0].get("seed", 0), None, tell)
+
+    def tell(number: int, event: Piece | Exception) -> None:
+        assert isinstance(event, Piece), event
+        if event.is_last:
+            has_ended.release()
+
+    class Counting(Engine):
+        """An engine to which texts come at given tokens."""
+
+        def go_on(self, fresh):
+            may_begin.wait(60)
+            sizes.append((len(self.group.going_on) if self.group else 0, len(fresh.jobs) if fresh else 0))
+            for when, prompt, name in COMING:
+                if when == len(sizes) and when:
+                    jobs.append(make_job(prompt, name))
+                    self.submit(jobs[-1:])
+            return super().go_on(fresh)
+
+    engine = Counting(run, Limits(batch_size=3, waiting=9, seconds=60.0))
+    jobs.append(make_job(*COMING[0][1:]))
+    engine.submit(jobs[:])
+    may_begin.set()
+    for _ in COMING:
+        assert has_ended.acquire(timeout=60)
+    engine.close()
+    engine.thread.join()
+    for job, (_, prompt, name) in zip(jobs, COMING, strict=True):
+        assert job.row.text == told(prompt, *ASKED[name][1], *flags)["text"], name
+    joined = [size for size in sizes if size[0] and size[1]]
+    assert max(map(sum, sizes)) == 3 and bool(joined) == (not flags), sizes
+
+
 # With a loop that waits ---------------------------------------------------------------------------
 
 
 class Gate:
-    """The decoding loop, each of whose steps waits until it may go on; it counts them."""
+    """What each step of an engine waits for; it counts the steps, and the texts of each."""
 
     def __init__(self):
-        self.steps, self.sizes, self.may_go, self.has_begun = 0, [], threading.Event(), threading.Event()
+        self.sizes, self.may_go, self.has_begun = [], threading.Event(), threading.Event()
 
-    def decode(self, model, batch, sampler, settings):
-        self.sizes.append(len(batch.ended))
-        self.has_begun.set()
-        for step in generate.decode(model, batch, sampler, settings):
-            self.may_go.wait(60)
-            self.steps += 1
-            yield step
+    @property
+    def steps(self) -> int:
+        return len(self.sizes)
+
+
+class GatedEngine(Engine):
+    """An engine whose steps wait until they may go on."""
+
+    def __init__(self, run: Run, limits: Limits, gate: Gate):
+        self.gate = gate
+        super().__init__(run, limits)
+
+    def go_on(self, fresh):
+        going_on = len(self.group.going_on) if self.group else 0
+        self.gate.sizes.append(going_on + len(fresh.jobs if fresh else ()))
+        self.gate.has_begun.set()
+        self.gate.may_go.wait(60)
+        return super().go_on(fresh)
 
 
 @pytest.fixture(scope="module")
@@ -338,14 +434,16 @@ def loaded(tiny) -> Run:
     return generate.load(args)[0]
 
 
-def with_server(loaded: Run, gate: Gate, act: Callable, **limits) -> None:
+def with_server(
+    loaded: Run, gate: Gate, act: Callable, engine: type[GatedEngine] = GatedEngine, **limits
+) -> None:
     """Run a coroutine function with a client of a server in this process, whose loop waits."""
-    taken = server.Limits(**{"batch_size": 2, "waiting": 2, "seconds": 60.0, **limits})
+    taken = Limits(**{"batch_size": 2, "waiting": 2, "seconds": 60.0, **limits})
 
     async def run() -> None:
-        listener = server.bind(0)
+        listener = bind(0)
         address = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
-        async with server.running(loaded, gate.decode, taken, listener) as name:
+        async with server.running(engine(loaded, taken, gate), listener) as name:
             client = openai.AsyncOpenAI(base_url=address, api_key="none", max_retries=0)
             try:
                 await act(client, name)
@@ -379,7 +477,7 @@ def test_a_full_queue_refuses_and_what_waited_is_decoded_together(loaded):
         assert len({answer.choices[0].text for answer in answers}) == 1
 
     with_server(loaded, gate, act)
-    assert gate.sizes == [1, 2]
+    assert gate.sizes[:2] == [1, 2] and max(gate.sizes) == 2
 
 
 @pytest.mark.parametrize("streams", [True, False])
@@ -423,20 +521,45 @@ def test_a_fault_ends_its_texts_and_not_the_server(loaded, capsys):
     gate.may_go.set()
     fail = [True]
 
-    def decode(model, batch, sampler, settings):
-        if fail.pop() if fail else False:
-            raise ValueError("a bug")
-        yield from generate.decode(model, batch, sampler, settings)
-
-    gate.decode = decode
+    class Failing(GatedEngine):
+        def go_on(self, fresh):
+            if fail.pop() if fail else False:
+                raise ValueError("a bug")
+            return super().go_on(fresh)
 
     async def act(client, name):
         with pytest.raises(openai.InternalServerError, match="a bug of the server"):
             await client.completions.create(model=name, prompt="a")
         assert (await client.completions.create(model=name, prompt="a")).choices[0].text
 
-    with_server(loaded, gate, act)
+    with_server(loaded, gate, act, Failing)
     assert "ValueError: a bug" in capsys.readouterr().err
+
+
+def test_a_text_whose_sampler_fails_ends_alone(loaded, capsys):
+    """As over a form that takes too long: those beside it go on."""
+    gate, failing = Gate(), [True]
+
+    class Failing(GatedEngine):
+        def read(self, jobs):
+            group = super().read(jobs)
+            if failing and failing.pop():
+                group.samplers[0] = lambda logits, ids: 1 / 0
+            return group
+
+    async def act(client, name):
+        ask = {"model": name, "prompt": PROMPTS[0], "max_tokens": 4}
+        first = asyncio.create_task(client.completions.create(**ask))
+        await until(gate.has_begun.is_set)
+        second = asyncio.create_task(client.completions.create(**ask))
+        gate.may_go.set()
+        with pytest.raises(openai.InternalServerError, match="a bug of the server"):
+            await first
+        alone = await client.completions.create(**ask)
+        assert (await second).choices[0].text == alone.choices[0].text
+
+    with_server(loaded, gate, act, Failing)
+    assert "ZeroDivisionError" in capsys.readouterr().err
 
 
 def test_a_model_without_a_template_continues_texts_only(tmp_path):

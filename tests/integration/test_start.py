@@ -106,6 +106,8 @@ QUICK = [  # help and mistakes: (command, exit code)
     ([EMBED, "export", "--index", "ix", "--to", "rows.xlsx"], 2),
     ([EMBED, "export", "--index", "ix", "--to", "texts.csv"], 2),
     ([EMBED, "index", "texts.csv", "--index", "new", "--vectors", "texts.csv"], 2),
+    ([EMBED, "serve", "--index", "damaged"], 2),
+    ([EMBED, "serve", "--index", "ix", "--port", "x"], 2),
     ([EMBED, "pairs"], 2),
     ([EMBED, "similarity", "texts.txt", "--figure", "no/map.png"], 2),
     ([EMBED, "similarity", "bundled/nope"], 2),

@@ -218,6 +218,7 @@ def test_a_signal_stops_the_runs_and_says_how_to_go_on(number, code, stand_in, t
 
 
 @pytest.mark.timeout(600)  # two processes that import everything, on a machine that may be busy
+@pytest.mark.slow
 def test_runs_of_a_study_are_those_of_single_commands_to_the_bit(
     call_script, run_script, tiny_model, sentences_csv, cache_dir, tmp_path
 ):
@@ -225,7 +226,8 @@ def test_runs_of_a_study_are_those_of_single_commands_to_the_bit(
     shared = ["--model", tiny_model, "--dataset", sentences_csv, "--cache-dir", cache_dir, "--split-seed", 5]
     shared += ["--epochs", 1, "--max-train-samples", 40, "--max-length", 20, "--dropout", 0.1, "--lr", "3e-3"]
     folder = tmp_path / "study"
-    done = run_script("train_classifier.py", *shared, "--seeds", 1, 2, "--output-dir", folder, timeout=500)
+    study_flags = [*shared, "--seeds", 1, 2, "--output-dir", folder]
+    done = run_script("train_classifier.py", *study_flags, OMP_NUM_THREADS="1")  # as the single commands
     assert "run 2 of 2: seed 2, in" in done.stdout
     weights = []
     for seed in (1, 2):

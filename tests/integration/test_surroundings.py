@@ -96,6 +96,7 @@ def test_accented_labels_on_a_terminal_without_accents(flags, tmp_path):
         assert "caf\u00e9" in content and "\u732b" in content
 
 
+@pytest.mark.slow
 def test_jobs_that_start_at_once_get_folders_of_their_own(flags, tmp_path):
     command = [sys.executable, ROOT / "train_classifier.py", *flags]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}

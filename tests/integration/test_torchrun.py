@@ -107,6 +107,7 @@ def whole(flags, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_job_whose_worker_is_killed_goes_on_from_the_last_checkpoint_by_itself(flags, whole, tmp_path):
     job = start(tmp_path / "run", flags, "--max-restarts", 1)
     wait_for_checkpoint(tmp_path / "run", job)

@@ -153,3 +153,44 @@ def test_what_is_cut_still_shows_its_beginning():
     assert display.cut("e\u0301" * 76, 76) == "e\u0301" * 76
     assert display.cut("北京" * 19, 76) == "北京" * 19
     assert display.short_id("標準化" * 9) == "標準化標準..."
+
+
+PLACES = [  # language, query, text, what is marked in it
+    ("auto", "interest rates", "Rates of INTEREST, rate.", ["Rates", "INTEREST"]),
+    ("en", "running", "They run; a runner runs.", ["run", "runs"]),
+    ("en", "the bank of England", "The Bank of the north", ["Bank"]),
+    ("auto", "cafe", "Un CAFÉ, un cafe\u0301 et du thé", ["CAFÉ", "cafe\u0301"]),
+    ("auto", "サーバー", "これはｻｰﾊﾞｰの設定", ["ｻｰﾊﾞｰ"]),
+    ("auto", "標準化", "国際標準化機構", ["標準化"]),
+    ("auto", "東京", "東京に行く。京都、東の京", ["東京"]),
+    ("auto", "猫", "黒猫と犬", ["猫"]),
+    ("auto", "kg", "3 ㎏, 5 kg", ["㎏", "kg"]),
+    ("auto", "الفائدة", "ارتفعت أسعار الفائدة اليوم", ["الفائدة"]),
+    ("auto", "दिल्ली", "नई दिल्ली में", ["दिल्ली"]),
+    ("auto", "C++", "C and C++, c++", ["C++", "c++"]),
+    ("auto", "U.S.", "the U.S. and us", ["U.S", "us"]),
+    ("auto", "x", "😀 x 😀", ["x"]),
+    ("auto", "nothing", "", []),
+]
+
+
+@pytest.mark.parametrize("language, query, text, marked", PLACES, ids=[one[1] for one in PLACES])
+def test_the_words_of_a_query_have_their_places_in_a_text(language, query, text, marked):
+    words = Words(language)
+    places = words.places(text, set(words.of_query(query)))
+    assert [text[first:last] for first, last in places] == marked
+
+
+@given(
+    st.text(alphabet="aB éé́ﬀ½東京がカﾞ①.&+#한국ไทย्दि\n", max_size=30), st.text("aB éﬀ½東京カ한ไท", max_size=6)
+)
+def test_there_is_a_place_where_bm25_counts_a_word(text, query):
+    """And what is at each place has a word of the query."""
+    words = Words()
+    wanted = set(words.of_query(query))
+    places = words.places(text, wanted)
+    assert bool(places) == bool(wanted & set(words.of_text(text)))
+    ends = [end for place in places for end in place]
+    assert ends == sorted(set(ends)) and all(0 <= end <= len(text) for end in ends)
+    for first, last in places:
+        assert wanted & set(words.of_text(text[first:last]))
