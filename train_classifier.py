@@ -32,7 +32,7 @@ from common import cli, sources
 from common.errors import Interrupted, UserError
 from common.sources import FileOptions
 from common.training import flags, predictions, study
-from common.training.flags import needs_no_model, plan_study, run_name, settings_of, what_is_read
+from common.training.flags import commits_of, needs_no_model, plan_study, run_name, settings_of, what_is_read
 from common.training.run import JOIN, PAIR, RunLocation, check_task, check_text_columns, finished_runs
 
 
@@ -136,24 +136,26 @@ def config_from_flags(config_class: type[Config], args: argparse.Namespace, **gi
     return config_class(**given, **{name: getattr(args, name) for name in names})
 
 
-def saved_scoring(args: argparse.Namespace, task: Task) -> Scoring:
-    """Return how the answers of a saved model are scored: as in its training, where flags say nothing
+def saved_scoring(args: argparse.Namespace, trained: dict, task: Task) -> Scoring:
+    """Return how the answers of a saved model are scored: as its settings tell, where flags say nothing
     else. Raises UserError for flags that have no meaning in its task.
     """
     if args.threshold == "auto":
         raise UserError("--threshold auto: it is chosen in training, and saved with the model; leave it out")
-    positive_class = args.positive_class or classifier.saved_settings(args.model).get("positive_class")
+    positive_class = args.positive_class or trained.get("positive_class")
     given = {**vars(args), "best_metric": "loss", "label_separator": None, "positive_class": positive_class}
     check_task(task.kind, {**given, "label_smoothing": 0.0, "class_weights": "none"}, task.names)
-    limits = classifier.saved_thresholds(args.model, task) if args.threshold is None else args.threshold
+    limits = args.threshold
+    if limits is None:
+        limits = classifier.saved_thresholds(trained, task, name=args.model)
     return Scoring(positive_class, limits)
 
 
-def saved_texts(args: argparse.Namespace) -> TextConfig:
-    """Return which columns hold the texts for a saved model: as it was trained, where flags say nothing
-    else.
+def saved_texts(args: argparse.Namespace, trained: dict) -> TextConfig:
+    """Return which columns hold the texts for a saved model: as its settings tell, where flags say
+    nothing else.
     """
-    trained, texts = classifier.saved_settings(args.model), config_from_flags(TextConfig, args)
+    texts = config_from_flags(TextConfig, args)
     if texts.text_mode is None and trained.get("text_mode") in (PAIR, JOIN):
         mode, join_with = trained["text_mode"], str(trained.get("join_with", " "))
         texts = dataclasses.replace(texts, text_mode=mode, join_with=join_with)
@@ -216,6 +218,8 @@ def load(args: argparse.Namespace, runtime: Runtime, found: Found | None = None)
 
     batches = config_from_flags(BatchConfig, args)
     runtime.say(report.token_lines(tokenized, tokens, batches, runtime))
+    if marks := data.describe_marks(splits, tokenizer, tokens):
+        runtime.say(f"         {marks}")
     scoring = Scoring(args.positive_class, 0.5 if args.threshold is None else args.threshold)
     config = config_from_flags(
         TrainConfig, args, model=model_config, batches=batches, tokens=tokens, task=task, scoring=scoring
@@ -541,14 +545,16 @@ def test(loaded: Loaded, state: TrainingState, run: Run, runtime: Runtime) -> No
     runtime.barrier()  # the main process has written them
     config, rows, folder = loaded.config, loaded.tokenized["test"], run.log.folder
     best, cache_dir = str(folder / "best"), config.model.cache_dir
-    model, tokenizer = classifier.load_saved(best, runtime, cache_dir=cache_dir)
+    model, tokenizer, _ = classifier.load_saved(best, runtime, cache_dir=cache_dir)
     options = {"batch_size": config.eval_batch_size, "signals": run.signals}
     if config.calibrate:
         validation = loaded.tokenized["validation"]
         logits = predict_logits(model, validation, tokenizer, runtime, **options)
         calibrate(logits, validation, folder / "best", config.task, runtime)
-    scoring = dataclasses.replace(config.scoring, threshold=classifier.saved_thresholds(best, config.task))
-    temperature = classifier.saved_temperature(best)
+    trained = classifier.saved_settings(folder / "best", best)  # with the temperature
+    thresholds = classifier.saved_thresholds(trained, config.task, name=best)
+    scoring = dataclasses.replace(config.scoring, threshold=thresholds)
+    temperature = classifier.saved_temperature(trained)
     scores, logits = evaluate(
         model, rows, tokenizer, runtime, scoring=scoring, temperature=temperature, **options
     )
@@ -640,7 +646,7 @@ def fit_in(location: RunLocation, args: argparse.Namespace, clock: tracking.Cloc
     # the identity of the run: it can only be resumed from checkpoints with the same one
     # with the defaults that were chosen
     chosen = {**dataclasses.asdict(loaded.config.tokens), "task": loaded.config.task.kind}
-    flags = {**settings_of(args), **chosen}
+    flags = {**settings_of(args), **chosen, **commits_of(args)}
     identity = checkpoint.identity(flags, loaded.model, loaded.tokenized, runtime)
     checkpoints = Checkpoints(location, identity, keep=args.keep, keep_after=args.keep_after, runtime=runtime)
     start = checkpoints.choose()  # None: from the beginning
@@ -671,16 +677,15 @@ def fit_in(location: RunLocation, args: argparse.Namespace, clock: tracking.Cloc
 
 def evaluate_only(args: argparse.Namespace, runtime: Runtime) -> None:
     """Score a saved model on the test split, or on all rows of a data set that has none."""
-    model, tokenizer = classifier.load_saved(
+    model, tokenizer, trained = classifier.load_saved(
         args.model, runtime, cache_dir=args.cache_dir, revision=args.revision
     )
-    tokens = saved_tokens(model, tokenizer, args)
-    task, trained = classifier.task_of_model(model), classifier.saved_settings(args.model)
-    config = dataclasses.replace(data_config(args), texts=saved_texts(args))
+    tokens, task = saved_tokens(model, tokenizer, trained, args), classifier.task_of_model(model)
+    config = dataclasses.replace(data_config(args), texts=saved_texts(args, trained))
     rows = data.load_rows_for_scoring(config, task, trained, runtime)
     splits = data.tokenize_splits({"test": rows}, tokenizer, tokens, runtime, cache_dir=args.cache_dir)
     tokenized = splits["test"]
-    scoring = saved_scoring(args, task)
+    scoring = saved_scoring(args, trained, task)
     scores, logits = evaluate(
         model,
         tokenized,
@@ -688,7 +693,7 @@ def evaluate_only(args: argparse.Namespace, runtime: Runtime) -> None:
         runtime,
         batch_size=args.eval_batch_size,
         scoring=scoring,
-        temperature=classifier.saved_temperature(args.model),
+        temperature=classifier.saved_temperature(trained),
     )
     thresholds = report.thresholds_of(scores)
     predictions = report.Predictions(tokenized, logits, thresholds, scoring.positive_class)
@@ -699,13 +704,13 @@ def predict(args: argparse.Namespace, runtime: Runtime) -> None:
     """Answer for each text, with its row, label, confidence and the score of every class: a JSON line on
     the screen, or a row of --output.
     """
-    model, tokenizer = classifier.load_to_predict(
+    model, tokenizer, trained = classifier.load_to_predict(
         args.model, runtime, cache_dir=args.cache_dir, revision=args.revision
     )
-    tokens = saved_tokens(model, tokenizer, args)
+    tokens = saved_tokens(model, tokenizer, trained, args)
     options = config_from_flags(FileOptions, args)
-    scoring, text_config = saved_scoring(args, classifier.task_of_model(model)), saved_texts(args)
-    temperature = classifier.saved_temperature(args.model)
+    scoring = saved_scoring(args, trained, classifier.task_of_model(model))
+    text_config, temperature = saved_texts(args, trained), classifier.saved_temperature(trained)
     with unlabelled.open_texts(
         args.predict,
         columns=text_config.columns,
@@ -771,11 +776,14 @@ def kept_columns(args: argparse.Namespace) -> list[str] | None:
 
 
 def saved_tokens(
-    model: PreTrainedModel | BertClassifier, tokenizer: batching.AnyTokenizer, args: argparse.Namespace
+    model: PreTrainedModel | BertClassifier,
+    tokenizer: batching.AnyTokenizer,
+    trained: dict,
+    args: argparse.Namespace,
 ) -> TokenConfig:
-    """Return how texts are read by a saved model."""
+    """Return how texts are read by a saved model: as its settings tell, where flags say nothing else."""
     return classifier.choose_saved_tokens(
-        model, tokenizer, args.model, eval_max_length=args.eval_max_length, truncation=args.truncation
+        model, tokenizer, trained, eval_max_length=args.eval_max_length, truncation=args.truncation
     )
 
 

@@ -834,7 +834,13 @@ def _read_hub(
     reachable = sources.is_reachable()
     try:
         with sources.downloads_in(cache_dir):
-            splits = _load_undamaged(name, config, revision, cache_dir)
+            commit = _commit_of(name, revision, cache_dir, is_reachable=reachable)
+            splits = _load_undamaged(name, config, commit, cache_dir)
+    except huggingface_hub.errors.RevisionNotFoundError as error:
+        raise UserError(
+            f"--dataset-revision {revision}: {name} has no such commit, branch or tag on the Hub; check it"
+            " there"
+        ) from error
     except (
         datasets.exceptions.DatasetNotFoundError,
         huggingface_hub.errors.HfHubHTTPError,
@@ -869,8 +875,46 @@ def _read_hub(
         hint = "use a Parquet version of it"
         raise UserError(f"--dataset {name}: it needs remote code, which is never run here; {hint}") from error
     if not reachable:
+        if commit is not None and not _is_of_commit(splits, commit):
+            asked = "--dataset" if revision is None else f"--dataset-revision {revision} of --dataset"
+            raise UserError(
+                f"{asked} {name}: this is commit {commit}, which is not in the cache, and the Hub can't be"
+                " reached; name another revision"
+            )
         sources.say_cached(f"--dataset {name}")
     return splits
+
+
+def _commit_of(name: str, revision: str | None, cache_dir: str | None, *, is_reachable: bool) -> str | None:
+    """Return the commit that is meant by a branch, a tag or the beginning of its number: as the Hub says,
+    or as it was when it was last asked; None if it never was.
+
+    Without the Hub the library would take whatever commit it has used last, so that one is made the
+    last. Raises UserError for a revision of which nothing is known.
+    """
+    import datasets
+    import huggingface_hub
+
+    if is_reachable:  # a small file, beside which the library keeps what the revision means
+        huggingface_hub.snapshot_download(
+            name, repo_type="dataset", revision=revision, cache_dir=cache_dir, allow_patterns=["README.md"]
+        )
+    commit = sources.hub_commit(name, kind="dataset", revision=revision, cache_dir=cache_dir)
+    if commit is None and revision is not None:
+        raise UserError(
+            f"--dataset-revision {revision}: the Hub can't be reached, and the cache does not know this"
+            f" revision of {name}; name a whole commit, or leave it out"
+        )
+    if not is_reachable:
+        for folder in Path(cache_dir or datasets.config.HF_DATASETS_CACHE).glob(f"*/*/*/{commit}"):
+            os.utime(folder)
+    return commit
+
+
+def _is_of_commit(splits: datasets.DatasetDict, commit: str) -> bool:
+    """Tell whether a data set comes from a commit's folder in the library's cache."""
+    files = [Path(file["filename"]) for rows in splits.values() for file in rows.cache_files]
+    return all(file.parent.name == commit for file in files)
 
 
 def _load_undamaged(

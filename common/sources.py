@@ -10,6 +10,7 @@ import errno
 import functools
 import glob
 import os
+import re
 import stat
 import sys
 import unicodedata
@@ -35,6 +36,7 @@ FASTTEXT_LABEL = "__label__"  # each line of fastText's files begins with it
 FILES_READ = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 FILES_IGNORED = ["onnx/*", "openvino/*"]
 CONNECT_SECONDS = 5.0
+COMMIT = re.compile(r"[0-9a-f]{40}")  # the whole number of one
 # the models on the Hub that belong to no organization: sentence-transformers takes any other name
 # without one for that of a model of its own
 WITHOUT_ORGANIZATION = """
@@ -195,6 +197,11 @@ def _hub_errors(name: str, *, flag: str, what: str, revision: str | None, others
     try:
         yield
     except huggingface_hub.errors.LocalEntryNotFoundError as error:
+        if revision is not None:
+            raise UserError(
+                f"--revision {revision}: the Hub can't be reached, and the cache does not hold this revision"
+                f" of {name}; name a whole commit that it holds, or leave it out"
+            ) from error
         raise UserError(
             f"{flag} {name}: no such folder, and the Hub can't be reached; use {others}"
         ) from error
@@ -420,6 +427,25 @@ def is_reachable() -> bool:
         huggingface_hub.constants.HF_HUB_OFFLINE = True
         datasets.config.HF_HUB_OFFLINE = True
         return False
+
+
+def hub_commit(
+    name: str, *, kind: Literal["model", "dataset"], revision: str | None, cache_dir: str | None
+) -> str | None:
+    """Return the whole number of the commit that a revision (None: the branch main) of a Hub's model or
+    data set was when the Hub was last asked; None for what does not come from there.
+    """
+    if bundled.is_bundled(name) or Path(name).exists():
+        return None
+    import huggingface_hub.constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    cache = Path(cache_dir or huggingface_hub.constants.HF_HUB_CACHE)
+    folder = cache / repo_folder_name(repo_id=name, repo_type=kind)
+    reference = folder / "refs" / (revision or huggingface_hub.constants.DEFAULT_REVISION)
+    if reference.is_file():
+        return reference.read_text(encoding="utf-8").strip()
+    return revision if revision is not None and COMMIT.fullmatch(revision) else None
 
 
 @functools.cache  # once per name: the parts of a model are read one by one

@@ -549,20 +549,26 @@ def read_split_lines(data: DataFile, columns: Sequence[str], separators: str) ->
 
 def read_fasttext(data: DataFile) -> pa.Table:
     """Return a table of a file of fastText, whose lines are "__label__sports The match ...", with
-    the columns `label` and `text`.
+    the columns `label` and `text`. If any line has several labels, each cell is a list of them.
 
-    Raises UserError, naming the line, for a line that has no label, or several.
+    Raises UserError, naming the line, for a line that has no label.
     """
+    import pyarrow.compute as pc
 
     def parse(line: str) -> list[str]:
-        label, _, text = line.partition(" ")
-        if not label.startswith(FASTTEXT_LABEL) or label == FASTTEXT_LABEL:
+        labels, text = [], line
+        while text.startswith(FASTTEXT_LABEL):
+            label, _, text = text.partition(" ")
+            labels.append(label.removeprefix(FASTTEXT_LABEL))
+        if not labels or "" in labels:
             raise UserError(f"it does not begin with {FASTTEXT_LABEL} and a label; correct it")
-        if text.startswith(FASTTEXT_LABEL):
-            raise UserError("it has several labels; leave one of them")
-        return [label.removeprefix(FASTTEXT_LABEL), text]
+        return [" ".join(labels), text]
 
-    return _parsed_lines(data, parse, ["label", "text"])
+    table = _parsed_lines(data, parse, ["label", "text"])
+    if pc.any(pc.match_substring(table["label"], " ")).as_py():
+        lists = pc.split_pattern(table["label"], " ")
+        table = table.set_column(table.column_names.index("label"), "label", lists)
+    return table
 
 
 def _parsed_lines(data: DataFile, parse: Callable[[str], list[str]], columns: list[str]) -> pa.Table:

@@ -20,14 +20,13 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 LARGE_FILES = (".safetensors", ".parquet", ".bin")
 API = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?")
 RESOLVE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
-STORAGE = re.compile(r"/storage/(models|datasets)/([^/]+/[^/]+)/(.+)")
+STORAGE = re.compile(r"/storage/(models|datasets)/([^/]+/[^/]+)/([^/]+)/(.+)")
+MAIN = "main"
 
 
 @dataclass
 class Repository:
-    """A folder served as a repository with one commit, whose number is the hash of all that is in
-    it.
-    """
+    """A folder served as one commit of a repository, whose number is the hash of all that is in it."""
 
     name: str
     folder: Path
@@ -65,6 +64,8 @@ class Repository:
 class HubServer(ThreadingHTTPServer):
     """Serves `root`/models/<owner>/<name> and `root`/datasets/<owner>/<name> on a free port; a
     context manager that stops it.
+
+    The folder is the branch main, and <name>@<revision> beside it another branch, or a tag.
     """
 
     daemon_threads = True
@@ -79,12 +80,21 @@ class HubServer(ThreadingHTTPServer):
         self.shutdown()
         super().__exit__(*error)
 
-    def repository(self, kind: str, name: str) -> Repository | None:
-        """Return a repository, None where there is no folder of that name."""
+    def revisions(self, kind: str, name: str) -> dict[str, Repository]:
+        """Return the commits of a repository by branch or tag, {} where there is no folder of that name."""
         folder = self.root / kind / name
         if (kind, name) not in self.repositories and folder.is_dir():
-            self.repositories[kind, name] = Repository(name, folder)
-        return self.repositories.get((kind, name))
+            found = {MAIN: folder} | {
+                path.name.partition("@")[2]: path for path in folder.parent.glob(f"{folder.name}@*")
+            }
+            self.repositories[kind, name] = {key: Repository(name, path) for key, path in found.items()}
+        return self.repositories.get((kind, name), {})
+
+    def repository(self, kind: str, name: str, revision: str | None) -> Repository | None:
+        """Return the commit that a branch, a tag, or its own number names, None where there is none."""
+        revisions = self.revisions(kind, name)
+        commits = {repository.commit: repository for repository in revisions.values()}
+        return (revisions | commits).get(revision or MAIN)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -105,7 +115,7 @@ class Handler(BaseHTTPRequestHandler):
         elif match := RESOLVE.fullmatch(path):
             self.answer_resolve("datasets" if match[1] else "models", *match.groups()[1:])
         elif match := STORAGE.fullmatch(path):
-            self.send_file(self.server.repository(match[1], match[2]), match[3])
+            self.send_file(self.server.repository(*match.groups()[:3]), match[4])
         else:
             self.missing("NotFound")
 
@@ -145,7 +155,8 @@ class Handler(BaseHTTPRequestHandler):
                 "X-Linked-Size": (repository.folder / path).stat().st_size,
                 "X-Linked-ETag": f'"{repository.etags[path]}"',
             }
-            where = f"{self.server.endpoint}/storage/{kind}/{quote(name)}/{quote(path)}"
+            stored = f"/storage/{kind}/{quote(name)}/{repository.commit}/{quote(path)}"
+            where = self.server.endpoint + stored
             self.reply(302, headers={"Location": where, "X-Repo-Commit": repository.commit, **linked})
         else:
             self.send_file(repository, path)
@@ -154,13 +165,11 @@ class Handler(BaseHTTPRequestHandler):
         """Return a repository; where it or its revision is missing, say so to the client and
         return None.
         """
-        repository = self.server.repository(kind, name)
+        repository = self.server.repository(kind, name, revision)
         if repository is None:
-            self.missing("RepoNotFound")
-        elif revision not in (None, "main", repository.commit):
-            self.missing("RevisionNotFound")
-        else:
-            return repository
+            is_known = self.server.revisions(kind, name)
+            self.missing("RevisionNotFound" if is_known else "RepoNotFound")
+        return repository
 
     def send_file(self, repository: Repository, path: str):
         """Send a file, or the part of it that the client asks for."""

@@ -31,6 +31,7 @@ from common.training.run import (
     DEFAULT_MAX_LENGTH,
     DEFAULT_TRUNCATION,
     MULTI,
+    PAIR,
     REGRESSION,
     SINGLE,
     TRUNCATIONS,
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from common.tokenizer import Tokenizer
 
 SETTINGS_FILE = "training.json"  # beside the saved model: how it was trained
+OWN_SETTING = "dataset_sha256"  # is in each of ours
 # the settings of a run that a saved model remembers, so that it is used and scored in the same way
 REMEMBERED = (
     "dataset_config",
@@ -336,23 +338,32 @@ def choose_tokens(
     choose = functools.partial(choose_max_length, model=model, tokenizer=tokenizer, is_pair=is_pair)
     length = choose(max_length, DEFAULT_MAX_LENGTH, flag="--max-length")
     eval_length = choose(eval_max_length, length, flag="--eval-max-length")
-    return TokenConfig(length, eval_length, truncation or DEFAULT_TRUNCATION)
+    hides_special = is_pair or _reads_ends(model)
+    return TokenConfig(length, eval_length, truncation or DEFAULT_TRUNCATION, hides_special)
+
+
+def _reads_ends(model: PreTrainedModel | bert.BertClassifier) -> bool:
+    """Tell whether a model reads the one end token of each text, as BART and T5 do, and can't read a text
+    that holds another.
+    """
+    return not isinstance(model, bert.BertClassifier) and getattr(model.config, "is_encoder_decoder", False)
 
 
 def choose_saved_tokens(
     model: PreTrainedModel | bert.BertClassifier,
     tokenizer: PreTrainedTokenizerBase | Tokenizer,
-    name: str,
+    trained: dict,
     *,
     eval_max_length: int | None,
     truncation: str | None,
 ) -> TokenConfig:
-    """Return how texts are read by a saved model; None stands for how it was scored."""
+    """Return how texts are read by a saved model; None stands for how it was scored, as its settings tell."""
     length = choose_max_length(
         eval_max_length, tokenizer.model_max_length, model, tokenizer, flag="--eval-max-length"
     )
+    hides_special = trained.get("text_mode") == PAIR or _reads_ends(model)
     return TokenConfig(
-        length, length, truncation or saved_settings(name).get("truncation", DEFAULT_TRUNCATION)
+        length, length, truncation or trained.get("truncation", DEFAULT_TRUNCATION), hides_special
     )
 
 
@@ -546,22 +557,23 @@ def save(
     model.save_pretrained(fresh)
     tokenizer.save_pretrained(fresh)
     remembered = {name: settings[name] for name in REMEMBERED}
-    remembered = {"dataset_sha256": name_sha256(settings["dataset"]), **remembered}
+    remembered = {OWN_SETTING: name_sha256(settings["dataset"]), **remembered}
     if thresholds is not None:
         remembered["thresholds"] = thresholds
     (fresh / SETTINGS_FILE).write_text(json.dumps(remembered, indent=2) + "\n", encoding="utf-8")
     replace_folder(fresh, folder)
 
 
-def saved_settings(name: str) -> dict:
-    """Return the `training.json` of a saved model, {} if this script did not train it.
+def saved_settings(folder: Path, name: str) -> dict:
+    """Return the `training.json` in the folder of a model, {} if this script did not train it.
 
-    Raises UserError when it is damaged: the model would be scored in another way than before.
+    Raises UserError, naming the model, when it is damaged: it would be scored in another way than
+    before.
     """
-    path = Path(name) / SETTINGS_FILE
-    if not path.is_file():
+    path = folder / SETTINGS_FILE
+    settings = model_files.read_json(path, f"--model {name}") if path.is_file() else {}
+    if OWN_SETTING not in settings:  # on the Hub, others may call a file of theirs so
         return {}
-    settings = model_files.read_json(path, f"--model {name}")
     seed, split_seed = settings.get("seed"), settings.get("split_seed")
     is_known = {
         "truncation": settings.get("truncation") in TRUNCATIONS,
@@ -588,9 +600,11 @@ def _is_temperature(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
-def saved_temperature(name: str) -> float:
-    """Return by what the logits of a saved model are divided before they become probabilities."""
-    return saved_settings(name).get("temperature", 1.0)
+def saved_temperature(trained: dict) -> float:
+    """Return by what the logits of a model with these settings are divided before they become
+    probabilities.
+    """
+    return trained.get("temperature", 1.0)
 
 
 def save_temperature(folder: Path, temperature: float) -> None:
@@ -600,7 +614,7 @@ def save_temperature(folder: Path, temperature: float) -> None:
     """
     from common.training.calibration import moved_thresholds
 
-    settings = saved_settings(str(folder))
+    settings = saved_settings(folder, str(folder))
     if settings.get("thresholds"):
         settings["thresholds"] = moved_thresholds(settings["thresholds"], temperature)
     replace_file(
@@ -608,13 +622,13 @@ def save_temperature(folder: Path, temperature: float) -> None:
     )
 
 
-def saved_thresholds(name: str, task: Task) -> tuple[float, ...] | float:
+def saved_thresholds(trained: dict, task: Task, *, name: str) -> tuple[float, ...] | float:
     """Return from which probability on a text has a label: a number for each, as they were chosen in
-    training, or 0.5 for a model that this script did not train.
+    the training that left these settings, or 0.5 for a model that this script did not train.
 
-    Raises UserError when there are more or fewer numbers than labels.
+    Raises UserError, naming the model, when there are more or fewer numbers than labels.
     """
-    thresholds = saved_settings(name).get("thresholds")
+    thresholds = trained.get("thresholds")
     if not thresholds or task.kind != MULTI:
         return 0.5
     if len(thresholds) != len(task.names):
@@ -627,8 +641,9 @@ def saved_thresholds(name: str, task: Task) -> tuple[float, ...] | float:
 
 def load_saved(
     name: str, runtime: Runtime, *, cache_dir: str | None, revision: str | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return a classifier with the head that it was saved with, on its device, and its tokenizer.
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict]:
+    """Return a classifier with the head that it was saved with, on its device, its tokenizer, and its
+    `saved_settings`.
 
     Raises UserError when it was never trained to classify.
     """
@@ -653,14 +668,14 @@ def load_saved(
     ensure_padding_token(tokenizer, name=name)
     pad_at_unread_end(model, tokenizer)
     require_match(model, tokenizer, name=name)
-    return model, tokenizer
+    return model, tokenizer, saved_settings(folder, name)
 
 
 def load_to_predict(
     name: str, runtime: Runtime, *, cache_dir: str | None, revision: str | None = None
-) -> tuple[PreTrainedModel | bert.BertClassifier, PreTrainedTokenizerBase | Tokenizer]:
-    """Return a saved classifier and its tokenizer as `load_saved` does, without transformers where
-    the project knows the model itself: it is ready in a fraction of the time.
+) -> tuple[PreTrainedModel | bert.BertClassifier, PreTrainedTokenizerBase | Tokenizer, dict]:
+    """Return a saved classifier, its tokenizer and its settings as `load_saved` does, without
+    transformers where the project knows the model itself: it is ready in a fraction of the time.
     """
     from common.tokenizer import read_tokenizer
 
@@ -671,7 +686,7 @@ def load_to_predict(
         return load_saved(name, runtime, cache_dir=cache_dir, revision=revision)
     if tokenizer.pad_token is None or not _is_sound(model):
         return load_saved(name, runtime, cache_dir=cache_dir, revision=revision)
-    return model.to(runtime.device).eval(), tokenizer
+    return model.to(runtime.device).eval(), tokenizer, saved_settings(folder, name)
 
 
 def _is_sound(model: bert.BertClassifier) -> bool:

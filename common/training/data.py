@@ -37,6 +37,7 @@ from common.training.task import (
     Label,
     LabelConfig,
     Task,
+    are_few,
     find_kind,
     label_names,
     natural_order,
@@ -67,6 +68,8 @@ HEAD_SHARE = 0.25
 # whole in the other
 OVERLAP = 0.25
 NUMBER = re.compile(r"[+-]?\d{1,15}(\.\d{0,15})?(e[+-]?\d{1,2})?")  # with no more digits than a float has
+# special tokens that tell a model where a text begins, ends or is padding
+MARKS = ("bos_token", "eos_token", "cls_token", "sep_token", "pad_token")
 FORMAT = 2  # of the cached Arrow files; counts up when their columns change
 
 
@@ -129,6 +132,8 @@ class TokenConfig:
     max_length: int  # tokens of a chunk in training
     eval_max_length: int  # in evaluation and prediction
     truncation: str
+    # special tokens that a text holds, such as </s>, are read as the unknown token
+    hides_special: bool = False
 
     def length_of(self, split: str) -> int:
         """Return the number of tokens at which a split is truncated."""
@@ -172,7 +177,7 @@ def load_splits(config: DataConfig, runtime: Runtime, found: Found | None = None
     sizes = ", ".join(f"{len(rows):,} {split}" for split, rows in splits.items())
     task = task_of_rows(splits["train"])
     runtime.say(f"data     {config.dataset}: {sizes} texts, {task.counted()}")
-    how = ", found from the labels; --task chooses another" if config.labels.task == "auto" else ""
+    how = _how_it_was_found(splits["train"], task) if config.labels.task == "auto" else ""
     runtime.say(f"task     {task.kind}: {DESCRIPTIONS[task.kind]}{how}")
     if unused:
         advice = "name one with --train-split, --validation-split or --test-split to use it"
@@ -197,6 +202,17 @@ def load_splits(config: DataConfig, runtime: Runtime, found: Found | None = None
                 " little about new texts"
             )
     return splits
+
+
+def _how_it_was_found(rows: datasets.Dataset, task: Task) -> str:
+    """Return why `--task auto` took the labels of training rows for those of a task, and what says
+    otherwise.
+    """
+    if task.kind == REGRESSION and len(task.names) == 1:
+        [name] = task.names
+        if are_few([cell[name] for cell in rows["label"][:]]):
+            return ", because the labels have decimals; --task single makes classes of them"
+    return ", found from the labels; --task chooses another"
 
 
 def _unlabelled(rows: datasets.Dataset, texts: TextConfig, faults: list[Fault] | None) -> datasets.Dataset:
@@ -606,6 +622,30 @@ def count_shared_texts(splits: Splits) -> dict[str, int]:
     }
 
 
+def describe_marks(
+    splits: Splits, tokenizer: PreTrainedTokenizerBase | Tokenizer, tokens: TokenConfig
+) -> str:
+    """Return a line on the texts that hold tokens with which the tokenizer marks beginnings, ends and
+    padding, and what becomes of these; "" if there are none.
+    """
+    marks = [token for role, token in tokenizer.special_tokens_map.items() if role in MARKS]
+    found = [
+        (split, row, mark)
+        for split, rows in splits.items()
+        for column in ("text", "text_pair")
+        if column in rows.column_names
+        for row, text in zip(rows["row"][:], rows[column][:])
+        for mark in marks
+        if mark in text
+    ]
+    if not found:
+        return ""
+    count, (split, row, mark) = len({place[:2] for place in found}), found[0]
+    texts = "1 text holds a mark" if count == 1 else f"{count:,} texts hold marks"
+    becomes = "the unknown token is read in its place" if tokens.hides_special else "it is read as that"
+    return f"{texts} of the tokenizer, as {quoted(mark)} in {split} row {row}: {becomes}"
+
+
 def texts_of(rows: datasets.Dataset) -> list[str] | list[tuple[str, str]]:
     """Return the text of each row (N), or both texts of a pair."""
     if "text_pair" in rows.column_names:
@@ -667,6 +707,7 @@ def encode(
     max_length: int,
     truncation: str,
     pairs: list[str] | None = None,
+    hides_special: bool = False,
 ) -> dict[str, list]:
     """Return the columns of tokenised texts, of each with its second one where there are `pairs`:
     `input_ids`, and whatever else the model takes.
@@ -674,7 +715,8 @@ def encode(
     Each cell is a list of chunks. A chunk stands between the special tokens and has at most
     `max_length` tokens including them. Three more columns count tokens, special tokens included:
     `chunk_lengths`; `num_tokens`, the length of the whole text; and `num_read`, how many of these
-    are in any chunk.
+    are in any chunk. With `hides_special`, what a text holds of the tokens that mark beginnings, ends
+    and padding becomes the unknown token.
     """
     whole = tokenizer(
         texts,
@@ -688,6 +730,8 @@ def encode(
     names = [name for name in whole if name not in ("attention_mask", "special_tokens_mask")]
     counts = ("chunk_lengths", "num_tokens", "num_read")
     columns: dict[str, list] = {name: [] for name in (*names, *counts)}
+    if hides_special:
+        _hide_special(whole["input_ids"], whole["special_tokens_mask"], tokenizer)
     for number, mask in enumerate(whole["special_tokens_mask"]):
         if pairs is not None:
             chunks = _chunks_of_pair(whole.sequence_ids(number), max_length, truncation)
@@ -700,6 +744,25 @@ def encode(
         columns["num_tokens"].append(len(mask))
         columns["num_read"].append(len(np.unique(np.concatenate(chunks))))
     return columns
+
+
+def _hide_special(
+    ids: list[list[int]], masks: list[list[int]], tokenizer: PreTrainedTokenizerBase | Tokenizer
+) -> None:
+    """Put the unknown token in the place of marks within texts, given their ids and which of these are
+    around them. Without an unknown token that is no mark itself, they stay.
+    """
+    special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids))
+    roles = tokenizer.special_tokens_map
+    unknown = special.get(roles.get("unk_token", ""))
+    marks = {special[token] for role, token in roles.items() if role in MARKS and token in special}
+    if unknown is None or unknown in marks:
+        return
+    for text, mask in zip(ids, masks):
+        if not marks.isdisjoint(text):
+            text[:] = [
+                unknown if token in marks and not is_around else token for token, is_around in zip(text, mask)
+            ]
 
 
 def _chunks_of_text(mask: list[int], max_length: int, truncation: str) -> list[np.ndarray]:
@@ -728,6 +791,7 @@ def tokenize(
     max_length: int,
     truncation: str,
     cache_dir: str | None,
+    hides_special: bool = False,
 ) -> datasets.Dataset:
     """Return the rows with the columns of `encode`.
 
@@ -738,6 +802,7 @@ def tokenize(
     import datasets
 
     what_it_does = f"{tokenizer_json(tokenizer)} {max_length} {truncation} {HEAD_SHARE} {OVERLAP}"
+    what_it_does += f" {MARKS}" if hides_special else ""
     digest = hashlib.sha256(what_it_does.encode())
     # the values of a label are numbers: its names are what they mean
     for feature in rows.features.values():
@@ -757,6 +822,7 @@ def tokenize(
             max_length=max_length,
             truncation=truncation,
             pairs=batch["text_pair"] if "text_pair" in rows.column_names else None,
+            hides_special=hides_special,
         ),
         batched=True,
         desc="tokenising",
@@ -811,6 +877,7 @@ def tokenize_splits(
                 tokenizer,
                 max_length=config.length_of(split),
                 truncation=config.truncation,
+                hides_special=config.hides_special,
                 cache_dir=cache_dir,
             )
             for split, rows in splits.items()

@@ -136,7 +136,12 @@ def predict_texts(
         block = texts[start : start + PREDICT_BLOCK]
         firsts, pairs = (block, None) if isinstance(block[0], str) else map(list, zip(*block))
         columns = data.encode(
-            firsts, tokenizer, max_length=tokens.eval_max_length, truncation=tokens.truncation, pairs=pairs
+            firsts,
+            tokenizer,
+            max_length=tokens.eval_max_length,
+            truncation=tokens.truncation,
+            pairs=pairs,
+            hides_special=tokens.hides_special,
         )
         rows = batching.Columns(columns)
         logits = predict_logits(model, rows, tokenizer, runtime, batch_size=batch_size)

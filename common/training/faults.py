@@ -7,11 +7,12 @@ label can't be used. `clean` leaves both out.
 
 from __future__ import annotations
 
+import itertools
 import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -35,12 +36,14 @@ from common.training.task import (
 
 if TYPE_CHECKING:
     import datasets
+    import scipy.sparse
 
     from common.training.data import Splits, TextConfig
 
 NOT_UTF8 = "not UTF-8"
 TYPICAL = 0.9  # share of the rows that tells what kind of labels a column has
 SHOWN_ROWS, SHOWN_GROUPS = 5, 10
+Row: TypeAlias = "tuple[str, int, str, Any]"  # its split, number, text and label
 RARE = 10  # texts of a class in training, below which it is said
 
 
@@ -282,15 +285,160 @@ def alike(text: str) -> str:
     return " ".join(re.findall(r"\w+", plain)) or plain
 
 
-def similar_texts(splits: Splits) -> list[list[tuple[str, int, str, Any]]]:
-    """Return the groups of rows with texts that are alike, each row as split, number, text and label."""
-    groups: dict[str, list[tuple[str, int, str, Any]]] = {}
+def similar_texts(splits: Splits) -> dict[str, list[Row]]:
+    """Return all rows in groups whose texts are alike, by what is alike in them."""
+    groups: dict[str, list[Row]] = {}
     for split, rows in splits.items():
         pairs = rows["text_pair"][:] if "text_pair" in rows.column_names else [""] * len(rows)
         for number, text, pair, label in zip(rows["row"][:], rows["text"][:], pairs, rows["label"][:]):
             key = f"{alike(text)}\0{alike(pair)}" if pair else alike(text)
             groups.setdefault(key, []).append((split, number, text, label))
-    return [group for group in groups.values() if len(group) > 1]
+    return groups
+
+
+# Texts that are nearly alike. They are compared by the pairs of neighbouring words that they hold, as sets:
+# the similarity of two texts is the share of the pairs that both hold among those that any of them holds
+# (Jaccard's). From NEAR on they are shown: of 19 words, one may be another.
+NEAR = 0.8
+SKETCH = 128  # pairs of words of a text that are looked at: those with the lowest hashes, a random sample
+MOST_COMPARED = 200_000  # texts: 100,000 of 120 words took a minute and 600 MB
+HASHES = 2**31 - 1  # different ones
+NEIGHBOURS = 20  # texts that share a pair are compared with so many others that do, which bounds the work
+SHINGLE_BLOCK = 2000  # texts whose pairs of words are in memory at the same time
+# each Han character and each kana is a word: nothing parts the words of Chinese and Japanese
+WORD = r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+"
+
+
+def word_pairs(texts: Sequence[str]) -> scipy.sparse.csr_array:
+    """Return which pairs of neighbouring words, by their hashes, each text holds: a sparse matrix with a
+    row for each text and at most SKETCH ones in it, those of its lowest hashes.
+    """
+    import scipy.sparse
+    from sklearn.feature_extraction.text import HashingVectorizer
+
+    hashing = HashingVectorizer(
+        lowercase=False,
+        token_pattern=WORD,
+        ngram_range=(2, 2),
+        n_features=HASHES,
+        alternate_sign=False,
+        norm=None,  # pyrefly: ignore [bad-argument-type]
+        binary=True,
+        dtype=np.uint8,
+    )
+    values, lengths = [np.empty(0, np.int64)], []
+    for start in range(0, len(texts), SHINGLE_BLOCK):
+        block: Any = hashing.transform(texts[start : start + SHINGLE_BLOCK])
+        block.sort_indices()
+        for first, last in itertools.pairwise(block.indptr):
+            own = block.indices[first : min(last, first + SKETCH)]
+            values.append(own.astype(np.int64))
+            lengths.append(len(own))
+    indices = np.concatenate(values)
+    starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    ones = np.ones(len(indices), np.uint8)
+    return scipy.sparse.csr_array((ones, indices, starts), shape=(len(texts), HASHES))
+
+
+def nearly_alike(texts: Sequence[str]) -> list[tuple[int, int, float]]:
+    """Return pairs of texts (N) that share at least NEAR of their pairs of words, each as two numbers of
+    texts and their similarity, the most similar first.
+
+    Of texts with at most SKETCH pairs the similarity is exact; of others it is that of a random sample.
+    Two such texts share one of their rarest pairs (Bayardo et al. 2007, "Scaling up all pairs similarity
+    search"): only texts that do are compared. Where more than NEIGHBOURS share one, each is compared with
+    that many, so that the work grows with the number of texts and not with its square.
+    """
+    sketches = word_pairs(texts)
+    lengths = np.diff(sketches.indptr)  # (N)
+    candidates = _share_a_rare_pair(sketches.indices, lengths)  # (P, 2)
+    found = []
+    for start in range(0, len(candidates), SHINGLE_BLOCK * 10):
+        block = candidates[start : start + SHINGLE_BLOCK * 10]
+        similarity = _similarity(sketches, block)
+        is_near = similarity >= NEAR
+        found += zip(*block[is_near].T.tolist(), similarity[is_near].tolist())
+    return sorted(found, key=lambda pair: (-pair[2], pair[0], pair[1]))
+
+
+def _share_a_rare_pair(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Return the pairs of texts (P, 2) that share one of their rarest values: of the values of all texts in
+    their order, and how many each text has (N).
+    """
+    texts = np.repeat(np.arange(len(lengths)), lengths)
+    _, numbers, counts = np.unique(values, return_inverse=True, return_counts=True)
+    order = np.lexsort((numbers, counts[numbers], texts))  # in each text the rarest first
+    # of n values, two similar sets share NEAR * n, so one is among the n - NEAR * n + 1 rarest; two
+    # samples of sets of which one is larger may share only NEAR times as many
+    shared = np.where(lengths < SKETCH, NEAR, NEAR**2) * lengths
+    rarest = lengths - np.ceil(shared - 1e-9).astype(int) + 1
+    starts = np.cumsum(lengths) - lengths
+    place = np.arange(len(texts)) - np.repeat(starts, lengths)
+    order = order[(place < np.repeat(rarest, lengths)) & (counts[numbers[order]] > 1)]
+    numbers, texts = numbers[order], texts[order]
+    order = np.lexsort((texts, numbers))
+    numbers, texts = numbers[order], texts[order]
+    found = np.empty(0, np.int64)
+    for distance in range(1, NEIGHBOURS + 1):
+        both = numbers[:-distance] == numbers[distance:]
+        pairs = texts[:-distance][both] * len(lengths) + texts[distance:][both]
+        found = np.union1d(found, pairs)
+    return np.stack(np.divmod(found, max(len(lengths), 1)), axis=1)
+
+
+def _similarity(sketches: scipy.sparse.csr_array, pairs: np.ndarray) -> np.ndarray:
+    """Return the similarity of each pair of texts (P, 2), from the hashes up to which both are complete."""
+    first, second = pairs.T
+    matrix: Any = sketches
+    shared = matrix[first].multiply(matrix[second]).astype(np.int64).sum(axis=1)
+    ends = sketches.indptr[1:]
+    lengths = np.diff(sketches.indptr)
+    last = np.where(lengths < SKETCH, HASHES, sketches.indices[np.maximum(ends - 1, 0)])  # (N)
+    limit = np.minimum(last[first], last[second])
+    # the hashes of all texts in one ascending order
+    keys = np.repeat(np.arange(len(lengths), dtype=np.int64), lengths) * (HASHES + 1) + sketches.indices
+    sizes = [
+        np.searchsorted(keys, texts * (HASHES + 1) + limit, side="right") - sketches.indptr[texts]
+        for texts in (first, second)
+    ]
+    return shared / (sizes[0] + sizes[1] - shared)
+
+
+def near_lines(groups: dict[str, list[Row]], task: Task) -> list[str]:
+    """Return lines on the texts that are nearly alike, of groups of rows whose texts are alike."""
+    # of those, one for each split and label
+    rows = {(key, row[0], str(row[3])): (key, row) for key, group in groups.items() for row in group}
+    keys, rows = zip(*rows.values())
+    if len(keys) > MOST_COMPARED:
+        return [f"not looked for: nearly alike texts, because {len(keys):,} are more than {MOST_COMPARED:,}"]
+    found = [
+        (rows[first], rows[second], similarity)
+        for first, second, similarity in nearly_alike(keys)
+        if keys[first] != keys[second]
+    ]
+    kinds: dict[str, list[tuple[Row, Row, float]]] = {
+        "nearly alike and have different labels": [],
+        "nearly alike in several splits": [],
+        "nearly alike within a split": [],
+    }
+    contradictory, across, within = kinds.values()
+    for pair in found:
+        first, second, _ = pair
+        if first[3] != second[3]:
+            contradictory.append(pair)
+        else:
+            (across if first[0] != second[0] else within).append(pair)
+    lines = []
+    for what, pairs in kinds.items():
+        if pairs:
+            count = len({row[:2] for pair in pairs for row in pair[:2]})
+            lines.append(f"texts that are {what}: {count:,}")
+            lines += [
+                f"  {_group_line([first, second], task)}: {similarity:.2f} alike: {shorten(first[2], 60)}"
+                for first, second, similarity in pairs[:SHOWN_GROUPS]
+            ]
+            lines += ["  ..."] * (len(pairs) > SHOWN_GROUPS)
+    return lines
 
 
 def describe(splits: Splits) -> str:
@@ -299,28 +447,28 @@ def describe(splits: Splits) -> str:
 
     task = task_of_rows(splits["train"])
     groups = similar_texts(splits)
-    contradictory = [group for group in groups if any(row[3] != group[0][3] for row in group)]
-    across = [
-        group
-        for group in groups
-        if group not in contradictory and any(row[0] != group[0][0] for row in group)
-    ]
-    within = [group for group in groups if group not in contradictory and group not in across]
+    kinds: dict[str, list[list[Row]]] = {
+        "and have different labels": [],
+        "in several splits: their scores say little about new texts": [],
+        "within a split": [],
+    }
+    contradictory, across, within = kinds.values()
+    for group in groups.values():
+        if any(row[3] != group[0][3] for row in group):
+            contradictory.append(group)
+        elif len(group) > 1:
+            (across if any(row[0] != group[0][0] for row in group) else within).append(group)
     lines = []
     for names in near_equal_names(task.names):
         lines.append(f"nearly the same name: {' and '.join(map(quoted, names))}; if one is meant, correct it")
-    for what, found in (
-        ("texts that are alike and have different labels", contradictory),
-        ("texts that are alike in several splits: their scores say little about new texts", across),
-        ("texts that are alike within a split", within),
-    ):
+    for what, found in kinds.items():
         if found:
+            lines.append(f"texts that are alike {what}: {len(found):,}")
             lines += [
-                f"{what}: {len(found):,}",
-                *(_group_line(group, task) for group in found[:SHOWN_GROUPS]),
+                f"  {_group_line(group, task)}: {shorten(group[0][2], 60)}" for group in found[:SHOWN_GROUPS]
             ]
-            if len(found) > SHOWN_GROUPS:
-                lines.append("  ...")
+            lines += ["  ..."] * (len(found) > SHOWN_GROUPS)
+    lines += near_lines(groups, task)
     if task.kind == SINGLE:
         counts = np.bincount(splits["train"]["label"][:], minlength=len(task.names))
         rare = {task.names[number]: int(counts[number]) for number in np.argsort(counts, kind="stable")}
@@ -335,12 +483,12 @@ def describe(splits: Splits) -> str:
     return "\n".join(lines) or "nothing: no alike texts, no contradictions, no rare classes"
 
 
-def _group_line(group: list[tuple[str, int, str, Any]], task: Task) -> str:
+def _group_line(group: Sequence[Row], task: Task) -> str:
     rows = ", ".join(
         f"{split} row {row} ({_label(label, task)})" for split, row, _, label in group[:SHOWN_ROWS]
     )
     more = f", ... ({len(group):,} in all)" if len(group) > SHOWN_ROWS else ""
-    return f"  {rows}{more}: {shorten(group[0][2], 60)}"
+    return rows + more
 
 
 def _label(label: Any, task: Task) -> str:

@@ -437,6 +437,12 @@ def flags_of_resumed_run(parser: cli.Parser, argv: Sequence[str]) -> list[str]:
         return []
     resume, saved = resumed_flags(given)
     not_saved = {*given, *NOT_SETTINGS} - ({"seeds", "grid"} - given.keys())
+    # another name may be that of a local copy, which has no commits
+    not_saved |= {
+        revision
+        for name, revision in (("model", "revision"), ("dataset", "dataset_revision"))
+        if given.get(name, saved.get(name)) != saved.get(name)
+    }
     others = {name: value for name, value in saved.items() if name not in not_saved}
     return parser.as_flags({"resume": resume, **others})
 
@@ -575,6 +581,21 @@ def run_name(args: argparse.Namespace) -> str:
 def settings_of(args: argparse.Namespace) -> dict:
     """Return the flags that are settings of a run."""
     return {flag: value for flag, value in vars(args).items() if flag not in NOT_SETTINGS}
+
+
+def commits_of(args: argparse.Namespace) -> dict[str, str]:
+    """Return the commits of model and data that come from the Hub, by the flags that name them: a branch
+    may mean another one when the run is resumed.
+    """
+    commits = {
+        "revision": sources.hub_commit(
+            args.model, kind="model", revision=args.revision, cache_dir=args.cache_dir
+        ),
+        "dataset_revision": sources.hub_commit(
+            args.dataset, kind="dataset", revision=args.dataset_revision, cache_dir=args.cache_dir
+        ),
+    }
+    return {flag: commit for flag, commit in commits.items() if commit is not None}
 
 
 def what_is_read(args: argparse.Namespace) -> str | None:

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CARD_SETTINGS = {  # each with what is shown for a flag that was not given
+    "revision": "none: the model is not from the Hub",
+    "dataset_revision": "none: the data is not from the Hub",
     "text_column": "",
     "text_mode": "one text",
     "label_column": "",

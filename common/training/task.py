@@ -40,8 +40,9 @@ PROBLEM_TYPES: dict[Kind, str] = {
     REGRESSION: "regression",
 }
 # labels that are whole numbers, if need be with decimals that say nothing; 007 is a name
-WHOLE, DECIMAL = re.compile(r"-?(0|[1-9]\d*)(\.0+)?"), re.compile(r"-?\d+(\.\d+)?")
-MOST_DECIMALS = 20  # different decimal numbers; more are scores and no classes
+WHOLE = re.compile(r"-?(0|[1-9]\d*)(\.0+)?")
+DECIMAL = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")  # 1e-05, as pandas writes a small one
+MOST_DECIMALS = 20  # different numbers with decimals that may be the names of classes
 FLAGS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
 # lists of so many zeros and ones each hold one number for each label; shorter ones could be two labels
 LEAST_FLAGS = 3
@@ -229,7 +230,7 @@ def find_kind(rows: datasets.Dataset, config: LabelConfig) -> Kind:
     """Return the kind of task that labels ask for where `--task auto` leaves it open.
 
     Several columns, or lists, are labels if they hold names, or nothing but 0 and 1; else numbers.
-    One column holds numbers if these have decimals that no names of classes have; else classes.
+    One column holds numbers if these have decimals, and not each of them is whole; else classes.
     """
     if config.task in TASKS:
         return cast(Kind, config.task)
@@ -245,20 +246,26 @@ def find_kind(rows: datasets.Dataset, config: LabelConfig) -> Kind:
         return REGRESSION if is_decimal and not _are_flags(values) else MULTI
     if kind.startswith("float"):
         return SINGLE if all(value is None or float(value).is_integer() for value in values) else REGRESSION
-    if kind.endswith("string") and _are_scores(values):
-        return REGRESSION
-    return SINGLE
+    return REGRESSION if kind.endswith("string") and _are_decimals(values) else SINGLE
 
 
-def _are_scores(labels: Sequence[str | None]) -> bool:
-    """Return whether labels are scores and no classes: decimal numbers, of which nearly each row
-    has its own.
+def _are_decimals(labels: Iterable[str | None]) -> bool:
+    """Return whether labels are numbers of which not all are whole, each written in one way: 1.1 beside
+    1.10 are names, as versions have them.
     """
     different = {label for label in labels if label}
     if not all(map(DECIMAL.fullmatch, different)):
         return False
-    has_fractions = any("." in label and not WHOLE.fullmatch(label) for label in different)
-    return has_fractions and (len(different) > MOST_DECIMALS or 2 * len(different) > len(labels))
+    fractions = [label for label in different if not float(label).is_integer()]
+    return len(fractions) > 0 and len(set(map(float, fractions))) == len(fractions)
+
+
+def are_few(labels: Sequence[Any]) -> bool:
+    """Return whether labels (N) repeat themselves as those of classes do: where nearly each row has its
+    own, these are scores.
+    """
+    different = {label for label in labels if label is not None}
+    return len(different) <= MOST_DECIMALS and 2 * len(different) <= len(labels)
 
 
 def _is_yes_or_no(values: Sequence[str | None]) -> bool:
@@ -320,7 +327,9 @@ def read_classes(split: str, rows: datasets.Dataset, column: str) -> list[str]:
         values = [None if value is None or math.isnan(value) else value for value in values]
         if all(value is None or value.is_integer() for value in values):
             kind, values = "int64", [None if value is None else int(value) for value in values]
-    elif kind.endswith("string") and _are_scores(values):
+        elif are_few(values):
+            kind, values = "string", [None if value is None else str(value) for value in values]
+    elif kind.endswith("string") and _are_decimals(values) and not are_few(values):
         kind = "decimal numbers"
     if not re.fullmatch(r"(large_)?string|bool|u?int\d+", kind):
         raise UserError(

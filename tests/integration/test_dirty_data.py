@@ -41,6 +41,8 @@ a good film said twice,pos
 A good film -- said twice!,neg
 something rare,once
 nearly named,POS
+this film has a story that I saw on monday with all the actors that were so very good in it,pos
+This film has a story that I saw on tuesday with all the actors that were so very good in it!,pos
 "a quotation mark that is never closed,pos
 the last film was great,pos
 """
@@ -62,7 +64,7 @@ FAULTS = {  # what is said -> rows of a spreadsheet
     "not as many cells as columns (3 for 2)": [65],
     "not UTF-8": [66],
     "not as many cells as columns (1 for 2)": [67],
-    "a quotation mark is opened and never closed": [72],
+    "a quotation mark is opened and never closed": [74],
 }
 
 
@@ -78,7 +80,35 @@ def test_inspect_lists_every_kind_of_fault_with_its_rows(dirty, run):
     rest = printed[printed.index("WHAT ELSE IS TO BE KNOWN") : printed.index("\nSPLITS")]
     assert "nearly the same name: 'POS' and 'pos'" in rest
     assert "train row 68 (pos), train row 69 (neg): a good film said twice" in rest
+    near = rest[rest.index("texts that are nearly alike within a split: 2") :].splitlines()[1]
+    assert near.startswith("  train row 72 (pos), train row 73 (pos): 0.82 alike: this film has a story")
     assert "'POS' 1" in rest and "'once' 1" in rest and "--drop-rare" in rest and "--merge-rare" in rest
+
+
+def test_inspect_names_texts_that_are_nearly_alike_across_splits(run, tmp_path):
+    """A copy of a text in another split, with and without another label; of pairs both texts count."""
+    folder, rows = tmp_path / "splits", make_sentences(60)
+    folder.mkdir()
+    story = "the film was a story with actors that I saw on monday and so it was very good for what it was"
+    other = story.replace("monday", "friday")
+    for split, part, added in (
+        ("train", rows[:40], [(story, "pos")]),
+        ("validation", rows[40:50], [(other.upper(), "neg")]),
+        ("test", rows[50:], [(other, "pos")]),
+    ):
+        lines = [f"{text},{text},{label}" for text, label in [*part, *added]]
+        (folder / f"{split}.csv").write_text("\n".join(["text,second,label", *lines]) + "\n")
+    for flags in ([], ["--text-column", "text,second", "--text-mode", "pair"]):
+        code, printed, said = run(folder, "--inspect", *flags)
+        assert code == 0, said
+        rest = printed[printed.index("WHAT ELSE IS TO BE KNOWN") : printed.index("\nSPLITS")]
+        lines = rest.splitlines()
+        apart = lines.index("texts that are nearly alike and have different labels: 2")
+        first = "  train row 42 (pos), validation row 12 (neg): 0.8"
+        assert lines[apart + 1].startswith(first), rest
+        across = lines.index("texts that are nearly alike in several splits: 2")
+        assert lines[across + 1].startswith("  train row 42 (pos), test row 12 (pos): 0.8"), rest
+        assert "  validation row 12 (neg), test row 12 (pos): " in rest  # alike but for capitals
 
 
 def test_inspect_ends_with_the_fault_that_leaves_too_little_after_it_has_listed_all(dirty, run):

@@ -39,10 +39,10 @@ PATENT_CLASSES = [
 SIZES = {"train": 270, "validation": 90, "test": 90}
 
 
-def make_patents(split: str) -> datasets.Dataset:
+def make_patents(split: str, size: int | None = None) -> datasets.Dataset:
     """Return texts that name their class among common words, as many of each class."""
     generator = random.Random(split)
-    labels = [number % len(PATENT_CLASSES) for number in range(SIZES[split])]
+    labels = [number % len(PATENT_CLASSES) for number in range(size or SIZES[split])]
     texts = [
         " ".join(
             [
@@ -59,7 +59,7 @@ def make_patents(split: str) -> datasets.Dataset:
     return datasets.Dataset.from_dict({"text": texts, "label": labels}, features=features)
 
 
-def write_parquet(folder: Path, configs: list[str]):
+def write_parquet(folder: Path, configs: list[str], *, size: int | None = None):
     """Write the patents as Parquet with a card that lists the configurations, as `push_to_hub`
     does.
     """
@@ -69,17 +69,17 @@ def write_parquet(folder: Path, configs: list[str]):
         (folder / place).mkdir(parents=True)
         card += [f"- config_name: {config}", "  data_files:"]
         for split in SIZES:
-            make_patents(split).to_parquet(folder / place / f"{split}-00000-of-00001.parquet")
+            make_patents(split, size).to_parquet(folder / place / f"{split}-00000-of-00001.parquet")
             card += [f"  - split: {split}", f"    path: {place}/{split}-*"]
     (folder / "README.md").write_text("\n".join([*card, "---", "# Patents"]), encoding="utf-8")
 
 
-def write_distilbert(folder: Path) -> DistilBertForMaskedLM:
+def write_distilbert(folder: Path, *, seed: int = 0) -> DistilBertForMaskedLM:
     """Write a DistilBERT of two layers, 32 wide, with the files of distilbert-base-uncased: a
     masked language model, so without a classifier.
     """
     tokenizer = train_wordpiece(make_patents("train")["text"][:])
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = DistilBertForMaskedLM(
         DistilBertConfig(vocab_size=len(tokenizer), dim=32, hidden_dim=64, n_layers=2, n_heads=4)
     )
@@ -303,3 +303,135 @@ def test_without_a_hub_what_is_not_cached_is_one_line_at_once(refusals_without_h
         and way_out in end.stderr
     )
     assert end.seconds < 60  # the Hub library alone would try again for minutes
+
+
+SHORT = ["--model", "owner/model", "--dataset", "owner/data", "--max-steps", 2, "--batch-size", 4]
+SHORT += ["--max-train-samples", 18, "--max-eval-samples", 9, "--max-length", 16, "--save-every", 1]
+
+
+class Published:
+    """A model and a data set on a Hub of our own, with a tag each, and commands that use them."""
+
+    def __init__(self, root: Path, hub: HubServer):
+        self.root, self.hub, self.cache = root, hub, root / "cache"
+        self.forkers = {
+            name: Forker(
+                start_forker(**{**environment(hub, root / "home"), "HF_HUB_OFFLINE": offline}), root / name
+            )
+            for name, offline in (("with-hub", "0"), ("without-hub", "1"))
+        }
+
+    def commit(self, kind: str, name: str, revision: str) -> str:
+        return self.hub.repository(kind, name, revision).commit
+
+    def call(self, *flags, hub: str = "with-hub"):
+        flags = ["train_classifier.py", *flags, "--cache-dir", self.cache]
+        return self.forkers[hub].call(*flags, check=False)
+
+    def train(self, name: str, *flags, hub: str = "with-hub") -> dict:
+        """Return the settings of a run."""
+        done = self.call(*SHORT, *flags, "--output-dir", self.root / name, hub=hub)
+        assert done.returncode == 0, done
+        return json.loads((self.root / name / "config.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    root = tmp_path_factory.mktemp("published")
+    for number, name in enumerate(("model", "model@v1", "model@new")):
+        write_distilbert(root / "models/owner" / name, seed=number)
+    for name, size in (("data", 54), ("data@v1", 27), ("data@new", 36)):
+        write_parquet(root / "datasets/owner" / name, ["default"], size=size)
+    with HubServer(root) as hub:
+        made = Published(root, hub)
+        yield made
+        for forker in made.forkers.values():
+            forker.stop()
+
+
+@pytest.fixture(scope="module")
+def tagged(published) -> dict:
+    """The settings of runs of a tag, of the commit that it means, of the main branch, and of the tag
+    without the Hub.
+    """
+    model = published.commit("models", "owner/model", "v1")
+    texts = published.commit("datasets", "owner/data", "v1")
+    tag = ["--revision", "v1", "--dataset-revision", "v1"]
+    return {
+        "tag": published.train("tag", *tag),
+        "commit": published.train("commit", "--revision", model, "--dataset-revision", texts),
+        "main": published.train("main"),
+        "tag without the Hub": published.train("tag-cached", *tag, hub="without-hub"),
+        "main without the Hub": published.train("main-cached", hub="without-hub"),
+    }
+
+
+def test_a_revision_is_a_tag_a_branch_or_a_commit_and_the_run_keeps_its_commit(published, tagged):
+    """Without the Hub, the cache holds both, and the library alone would take the one that it used last."""
+    for name, settings in tagged.items():
+        revision = "main" if name.startswith("main") else "v1"
+        for flag, kind, source in (
+            ("revision", "models", "owner/model"),
+            ("dataset_revision", "datasets", "owner/data"),
+        ):
+            assert settings[flag] == published.commit(kind, source, revision), (name, flag)
+            card = (Path(settings["output_dir"]) / "best/README.md").read_text()
+            assert settings[flag] in card, (name, flag)
+    loaded = {
+        name: [settings["identity"][part] for part in ("the model", "the data")]
+        for name, settings in tagged.items()
+    }
+    assert loaded["tag"] == loaded["commit"] == loaded["tag without the Hub"]
+    assert loaded["main"] == loaded["main without the Hub"]
+    assert all(one != other for one, other in zip(loaded["tag"], loaded["main"]))
+
+
+@pytest.mark.parametrize("hub", ["with-hub", "without-hub"])
+@pytest.mark.parametrize("flag", ["--revision", "--dataset-revision"])
+def test_an_unknown_revision_is_one_line(flag, hub, published, tagged):
+    done = published.call(*SHORT, flag, "nothing", "--output-dir", published.root / "none", hub=hub)
+    said = [line for line in done.stderr.splitlines() if "cached copy" not in line]
+    assert done.returncode == 2 and len(said) == 1 and f"{flag} nothing" in said[0], done
+    assert not (published.root / "none").exists()
+
+
+def test_a_model_from_the_hub_predicts_as_its_folder_does(published, tagged):
+    """With the temperature of its training.json; a file of another tool with this name is none of ours."""
+    settings = {
+        "mine": {"temperature": 4.0},
+        "plain": {},
+        "foreign": {"dataset_sha256": ..., "seed": "none"},
+        "damaged": {"temperature": -1},
+    }
+    texts, answers = published.root / "texts.txt", {}
+    texts.write_text("Physics with actors\nElectricity and a film\n")
+    for name, changes in settings.items():
+        folder = published.root / "models/owner" / name
+        shutil.copytree(published.root / "main/best", folder)
+        content = json.loads((folder / "training.json").read_text()) | changes
+        content = {key: value for key, value in content.items() if value is not ...}
+        (folder / "training.json").write_text(json.dumps(content))
+        answers[name] = published.call("--model", f"owner/{name}", "--predict", texts)
+        local = published.call("--model", folder, "--predict", texts)
+        assert (local.returncode, local.stdout) == (answers[name].returncode, answers[name].stdout)
+    assert answers["mine"].stdout != answers["plain"].stdout == answers["foreign"].stdout != ""
+    damaged = answers["damaged"]
+    assert damaged.returncode == 2 and "--model owner/damaged" in damaged.stderr and "-1" in damaged.stderr
+    assert damaged.stderr.count("\n") == 1
+
+
+def test_a_run_is_resumed_from_its_commits_also_when_the_branch_has_moved(published, tagged):
+    run, hub = published.root / "main", published.hub
+    weights = (run / "best/model.safetensors").read_bytes()
+    for folder in (published.root / "models/owner/model", published.root / "datasets/owner/data"):
+        folder.rename(folder.with_name(f"{folder.name}@old"))
+        folder.with_name(f"{folder.name}@new").rename(folder)
+    hub.repositories.clear()
+    first = min((run / "checkpoints").iterdir())
+    for flag in ("--revision", "--dataset-revision"):
+        done = published.call("--resume", first, flag, "main")
+        assert done.returncode == 2 and "differ" in done.stderr and done.stderr.count("\n") == 1, done
+    done = published.call("--resume", first)
+    assert done.returncode == 0 and "resume   " in done.stdout, done
+    assert (run / "best/model.safetensors").read_bytes() == weights
+    assert json.loads((run / "config.json").read_text())["revision"] == tagged["main"]["revision"]

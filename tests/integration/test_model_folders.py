@@ -122,8 +122,8 @@ def use(task: str, folder: str | Path) -> None:
             config = classifier.ModelConfig(name, None, None, None, None, None, 0, None, False, False)
             model, tokenizer = classifier.load_pretrained(config, Task(SINGLE, ("neg", "pos")), runtime)
         else:
-            model, tokenizer = classifier.load_saved(name, runtime, cache_dir=None)
-            classifier.choose_saved_tokens(model, tokenizer, name, eval_max_length=None, truncation=None)
+            model, tokenizer, trained = classifier.load_saved(name, runtime, cache_dir=None)
+            classifier.choose_saved_tokens(model, tokenizer, trained, eval_max_length=None, truncation=None)
         classifier.require_match(model, tokenizer, name=name)
         model.eval()(**tokenizer("a good film", return_tensors="pt"))
 
@@ -603,7 +603,7 @@ def odd_settings() -> dict[str, Case]:
     lengths["model_max_length: none"] = Case(
         changed("tokenizer_config.json", model_max_length=None), TASKS, None
     )
-    usual = {"truncation": "tail", "seed": 1}
+    usual = {"dataset_sha256": "0" * 64, "truncation": "tail", "seed": 1}
     saved_settings = {
         f"training.json, {name}: {value!r}": Case(
             changed("training.json", **(usual | {name: value})), ("predict",), (name,)

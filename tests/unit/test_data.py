@@ -22,7 +22,7 @@ from common.runtime import Runtime
 from common.training import classifier, data, unlabelled
 from common.training.data import TextConfig
 from common.training.run import SINGLE
-from common.training.task import LabelConfig, Task
+from common.training.task import LabelConfig, Task, task_of_rows
 
 PER_CLASS = st.lists(st.integers(3, 40), min_size=2, max_size=5)
 
@@ -417,6 +417,12 @@ REAL = {
         'Go until "jurong0',
     ),
     "fastText": ({"cooking.train": FASTTEXT}, "--dataset cooking.train", ["a", "b"], "how much 0 , salt ?"),
+    "fastText with several labels": (
+        {"cooking.train": FASTTEXT.replace("__label__b", "__label__food-safety __label__b")},
+        "--dataset cooking.train",
+        ["a", "b", "food-safety"],
+        "how much 1 , salt ?",
+    ),
     "IMDb": (
         {
             f"aclImdb/{split}/{label}/{number}_1.txt": f"{split} {label}<br />{number}"
@@ -464,7 +470,7 @@ def test_a_real_file_is_read_as_it_is(files, flags, classes, text, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     args = train_classifier.make_parser().parse_args([*shlex.split(flags), "--cache-dir", str(cache_dir)])
     splits = data.load_splits(train_classifier.data_config(args), Runtime(torch.device("cpu"), "fp32"))
-    assert splits["train"].features["label"].names == classes
+    assert list(task_of_rows(splits["train"]).names) == classes
     assert text in [text for rows in splits.values() for text in rows["text"][:]]
 
 
@@ -496,8 +502,9 @@ def test_a_file_of_a_split_takes_the_place_of_the_data_sets_own(tmp_path, cache_
         ([1.0, 0.0, 1.0], ["0", "1"]),
         (["1.0", "0"], ["0", "1"]),
         (["007", "7", "7.0"], ["007", "7", "7.0"]),
-        (["1.0", "1.1"] * 3, ["1.0", "1.1"]),
-        (["1.10", "1.1"] * 3, ["1.1", "1.10"]),
+        (["1.10", "1.1"] * 3, ["1.1", "1.10"]),  # versions
+        (["1.1.0", "1.2"] * 3, ["1.1.0", "1.2"]),
+        (["01.5", "02.5"], ["01.5", "02.5"]),
         (["1e3", "2"], ["2", "1e3"]),
         (["Rain", "rain ", " rain"], [" rain", "Rain", "rain "]),
     ],
@@ -516,6 +523,12 @@ def test_whole_labels_agree_between_splits_and_with_a_trained_model():
         0,
         2,
     ]
+
+
+@pytest.mark.parametrize("labels", [["0.5", "1.0", "1.5"] * 1000, [0.5, 1.0, 1.5] * 1000])
+def test_few_numbers_with_decimals_are_classes_only_where_that_is_said(labels):
+    rows = data.validate(datasets.DatasetDict(train=make(labels)), labels=LabelConfig(task=SINGLE))["train"]
+    assert rows.features["label"].names == ["0.5", "1.0", "1.5"]
 
 
 @pytest.mark.parametrize("labels", [[f"{n / 7:.3f}" for n in range(1, 31)], ["1.5", "2.0"], ["0.25", "3"]])

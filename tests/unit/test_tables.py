@@ -190,6 +190,12 @@ READ = {
         {},
         {"label": ["a", "b"], "text": ["x y", "z"]},
     ),
+    "fastText with several labels": (
+        "t.train",
+        "__label__a x y\n__label__b __label__c-d z\n",
+        {},
+        {"label": [["a"], ["b", "c-d"]], "text": ["x y", "z"]},
+    ),
     "UTF-16": (
         "t.csv",
         "text,label\nschön,x\n".encode("utf-16"),
@@ -411,7 +417,6 @@ REFUSED = {
         {"encoding": "ascii"},
         ("line 3", "ascii", "0xc3"),
     ),
-    "several labels": ("t.ft", "__label__a x\n__label__a __label__b x\n", {}, ("line 2", "several labels")),
     "no label": ("t.ft", "__label__a x\nno label\n", {}, ("line 2", "__label__")),
     "no separator": (
         "t.label",

@@ -38,6 +38,8 @@ def validated(columns: dict[str, list], labels: LabelConfig, **features) -> data
         ({"label": ["b", "a", "b", "c"]}, {}, SINGLE, "abc", [1, 0, 1, 2]),
         ({"label": [5, 1, 1, 3]}, {}, SINGLE, "135", [2, 0, 0, 1]),
         ({"label": SCORE_TEXTS}, {}, REGRESSION, ["label"], [5.0, 3.8, 0.4, 2.6]),
+        ({"label": ["0.5", "1.0", "5.0"] * 1000}, {}, REGRESSION, ["label"], [0.5, 1.0, 5.0] * 1000),
+        ({"label": ["1e-05", "2", "2"]}, {}, REGRESSION, ["label"], [1e-05, 2.0, 2.0]),
         ({"label": [0.5, 1.0, 2.0, 2.0]}, {}, REGRESSION, ["label"], [0.5, 1.0, 2.0, 2.0]),
         ({"label": [5, 1, 1, 3]}, {"task": REGRESSION}, REGRESSION, ["label"], [5.0, 1.0, 1.0, 3.0]),
         (FLAGS, {"label_column": "toxic,insult"}, MULTI, ["toxic", "insult"], [[], [0], [1], [0, 1]]),
