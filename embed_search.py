@@ -503,9 +503,7 @@ def search(args: argparse.Namespace) -> None:
         num_cut = model.num_cut  # of the texts, which are told already
         hits = searcher.search(queries, page.depth)
         display.show_hits(screen, searcher.snapshot, queries, hits, page)
-        if model.num_cut > num_cut:
-            limit = f"{model.max_length} tokens"
-            screen.say(f"{model.num_cut - num_cut:,} queries are longer than {limit} and were cut there")
+        display.say_cut_queries(screen, model, model.num_cut - num_cut)
 
 
 def add_like_flags(command: cli.Parser) -> None:

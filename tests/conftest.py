@@ -339,6 +339,28 @@ def tiny_embedder(tiny_model, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_reranker(tmp_path_factory) -> Path:
+    """A folder with a cross-encoder of one layer and its tokenizer."""
+    folder, tokenizer = (
+        tmp_path_factory.mktemp("models") / "tiny-reranker",
+        train_wordpiece([text for text, _ in make_sentences(200)]),
+    )
+    torch.manual_seed(5)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        num_labels=1,
+    )
+    BertForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 class StubEncoder:
     """Stands for an encoder where only the store is under test: a text's vector is made of its
     hash, at once.

@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # a command shows only what it has loaded itself
     from matplotlib.figure import Figure
 
     from common.search.builder import Builder
+    from common.search.encoder import Encoder
     from common.search.mining import Groups, Pair, Selection
     from common.search.model_scores import ModelScores
     from common.search.relevance import Task
@@ -263,6 +264,12 @@ def show_hits(
             lines.append([rank, document["score"], short_id(document["id"]), text])
         screen.table(lines, ["", "score", "id", "text"], title=f"{heading}{query}")
     screen.document({"queries": documents})
+
+
+def say_cut_queries(screen: Screen, encoder: Encoder, count: int) -> None:
+    """Say how many queries were longer than the model reads, if there are any."""
+    if count:
+        screen.say(f"{count:,} queries are longer than {encoder.max_length} tokens and were cut there")
 
 
 def hit_documents(snapshot: Snapshot, hits: list[Hit]) -> list[dict]:

@@ -322,6 +322,8 @@ def check_milvus(args: argparse.Namespace) -> None:
         raise UserError(f"--index {args.index}: {args.command} needs the vectors on this machine; {advice}")
     if importlib.util.find_spec("pymilvus") is None:
         raise UserError(f"--index {args.index}: this needs Milvus' client; run: {MILVUS_INSTALL}")
+    if getattr(args, "rerank", None):
+        check_model(args.rerank, flag="--rerank")
     refused = {"vectors": None, "store": None, "approximate": False, "language": AUTO}
     for name, usual in refused.items():
         if getattr(args, name, usual) not in (usual, []):

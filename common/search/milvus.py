@@ -69,7 +69,8 @@ def connected(target: Target) -> Iterator[MilvusClient]:
         from pymilvus import MilvusClient, MilvusException
     except ImportError as error:
         raise UserError(f"--index {target.name}: this needs Milvus' client; run: {MILVUS_INSTALL}") from error
-    logging.getLogger("pymilvus").setLevel(logging.CRITICAL + 1)  # it logs what it raises
+    for library in ("pymilvus", "milvus_lite"):  # they log what they raise
+        logging.getLogger(library).setLevel(logging.CRITICAL + 1)
     try:
         client = MilvusClient(target.uri, token=os.environ.get("MILVUS_TOKEN", ""))
         try:
@@ -78,6 +79,8 @@ def connected(target: Target) -> Iterator[MilvusClient]:
             client.close()
     except (MilvusException, OSError) as error:
         advice = "check the address, the server and MILVUS_TOKEN"
+        if target.is_file:
+            advice = "check that it is Milvus Lite's, and that no other process has it open"
         raise UserError(f"--index {target.name}: Milvus says: {one_line(error)}; {advice}") from error
 
 
@@ -752,6 +755,7 @@ def run_search(args: argparse.Namespace) -> None:
         if queries:
             hits = searcher.search(queries, page.depth)
             display.show_hits(screen, searcher.snapshot, queries, hits, page)
+            display.say_cut_queries(screen, searcher.encoder, searcher.encoder.num_cut)
         else:
             display.answer_prompt(screen, searcher, page)
 

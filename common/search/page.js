@@ -181,6 +181,7 @@ async function go(path, parameters, { isNew = true, after = 0 } = {}) {
 
 // The map ------------------------------------------------------------------------------------------
 
+let isDrawing = false;
 let points = []; // {id, text, cluster, place: [x, y], dot}
 
 function marker(cluster, attributes) {
@@ -256,21 +257,23 @@ function hideTip() {
 async function toggleMap() {
   const isOpen = get("draw").getAttribute("aria-expanded") === "true";
   if (!isOpen && !points.length) {
+    if (isDrawing) return;
+    isDrawing = true;
     tell("Drawing the map: this takes some seconds the first time ...");
-    get("draw").disabled = true;
     try {
       drawMap(await ask("/map", {}));
     } catch (error) {
       tell("", error.message);
       return;
     } finally {
-      get("draw").disabled = false;
+      isDrawing = false;
     }
   }
   get("draw").setAttribute("aria-expanded", String(!isOpen));
   get("map").hidden = isOpen;
   tell(isOpen ? "" : `A map of ${many(points.length, "points")}`);
-  if (!isOpen) get("map-title").focus();
+  // who is somewhere else by now, as in the search box, stays there
+  if (!isOpen && [document.body, get("draw")].includes(document.activeElement)) get("map-title").focus();
 }
 
 // The form, the keys, the address ------------------------------------------------------------------

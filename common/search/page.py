@@ -2,7 +2,8 @@
 clusters; the same answers as JSON.
 
 It is reached at the loopback only, and by its own name only. A browser may load and run nothing but the
-three files beside this one. One thread computes, for one request after the other.
+three files beside this one. One thread computes, for one request after the other; another one draws the
+map, which takes long.
 """
 
 from __future__ import annotations
@@ -135,6 +136,16 @@ def _score(values: dict[str, str]) -> float | None:
 # What is answered ----------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Clusters:
+    """The rows that are on the map, the cluster (n) of each, the words of each cluster, ids and texts."""
+
+    drawn: mining.Selection
+    labels: np.ndarray
+    words: list[list[str]]
+    entries: list[dict]
+
+
 class ServedIndex:
     """An index as it is shown: one state of it, and how it is searched. Only rows that `searcher` allows
     are shown.
@@ -189,12 +200,18 @@ class ServedIndex:
 
     def map(self, asked: Asked) -> dict[str, Any]:
         """Return the map of clusters, which is computed once: points from 0 to 1 of at most 2,000 rows,
-        evenly spaced, and the words of each cluster.
+        evenly spaced, and the words of each cluster. Their `clusters` are known before.
         """
         return self._map
 
     @functools.cached_property
-    def _map(self) -> dict[str, Any]:
+    def clusters(self) -> Clusters:
+        """What is on the map, but for where: all that is read from the index for it."""
+        # imported here and not by the thread that draws: --where is evaluated in a child process, and
+        # while it is made no other thread may import
+        import sklearn.decomposition
+        import sklearn.manifold  # noqa: F401
+
         rows = np.flatnonzero(self.shown)
         if len(rows) < 2:
             raise UserError(f"{self.name}: {len(rows)} texts, at least 2 needed for a map; add more texts")
@@ -203,12 +220,17 @@ class ServedIndex:
         language = self.searcher.words.language
         stop = stop_words(language) if LANGUAGES[language].stop_words else None
         words = mining.typical_words(drawn, labels, NUM_WORDS, stop)
+        return Clusters(drawn, labels, words, self.snapshot.take(drawn.rows, [ID, TEXT]))
+
+    @functools.cached_property
+    def _map(self) -> dict[str, Any]:
+        drawn, labels = self.clusters.drawn, self.clusters.labels
         _, points = mining.map_points(drawn, seed=self.seed)
         lowest, highest = points.min(0), points.max(0)
         places = (points - lowest) / np.maximum(highest - lowest, 1e-9)
-        entries = self.snapshot.take(drawn.rows, [ID, TEXT])
+        entries = self.clusters.entries
         return {
-            "of": len(rows),
+            "of": int(self.shown.sum()),
             "unit": drawn.unit,
             "points": [
                 {"id": row[ID], "text": shorten(row[TEXT], SHOWN), "x": x, "y": y, "cluster": label + 1}
@@ -216,7 +238,7 @@ class ServedIndex:
             ],
             "clusters": [
                 {"cluster": number, "size": int((labels == number - 1).sum()), "words": own}
-                for number, own in enumerate(words, start=1)
+                for number, own in enumerate(self.clusters.words, start=1)
             ],
         }
 
@@ -230,7 +252,6 @@ class ServedIndex:
 ANSWERS: dict[str, Callable[[ServedIndex, Asked], dict[str, Any]]] = {
     "/search": ServedIndex.search,
     "/like": ServedIndex.like,
-    "/map": ServedIndex.map,
     "/about": ServedIndex.about,
 }
 
@@ -239,7 +260,7 @@ ANSWERS: dict[str, Callable[[ServedIndex, Asked], dict[str, Any]]] = {
 
 
 class Worker:
-    """The one thread that computes, and what waits for it."""
+    """A thread that computes, and what waits for it."""
 
     def __init__(self) -> None:
         self.calls: queue.Queue[tuple[concurrent.futures.Future, Callable[[], Any]] | None]
@@ -280,8 +301,8 @@ class Worker:
 class Server:
     """The handlers of all addresses."""
 
-    def __init__(self, index: ServedIndex, worker: Worker) -> None:
-        self.index, self.worker = index, worker
+    def __init__(self, index: ServedIndex, worker: Worker, drawer: Worker) -> None:
+        self.index, self.worker, self.drawer = index, worker, drawer
         folder = Path(__file__).parent
         self.files = {path: (folder / name).read_text("utf-8") for path, (name, _) in FILES.items()}
 
@@ -293,6 +314,7 @@ class Server:
             app.router.add_get(path, self.file)
         for path in ANSWERS:
             app.router.add_get(path, self.answer)
+        app.router.add_get("/map", self.map)
         return app
 
     @web.middleware
@@ -333,6 +355,13 @@ class Server:
         text = await self.worker.run(lambda: cli.json_line(compute(self.index, asked)))
         return web.json_response(text=text)
 
+    async def map(self, request: web.Request) -> web.Response:
+        """Answer with the map, which another thread draws: meanwhile texts are found."""
+        asked = read(request.path, list(request.query.items()))
+        await self.worker.run(lambda: self.index.clusters)
+        text = await self.drawer.run(lambda: cli.json_line(self.index.map(asked)))
+        return web.json_response(text=text)
+
     async def file(self, request: web.Request) -> web.Response:
         """Send a file of the page."""
         return web.Response(text=self.files[request.path], content_type=FILES[request.path][1])
@@ -349,7 +378,7 @@ def check_sender(request: web.Request) -> None:
     if not is_own_name(request.headers.get("Host", "")):
         raise Refused(403, WRONG_HOST)
     asker = request.headers.get("Sec-Fetch-Site", "none")  # a browser's own word; other programs lack it
-    if request.path in ANSWERS and asker not in ("none", "same-origin"):
+    if request.path in PARAMETERS and asker not in ("none", "same-origin"):
         raise Refused(403, "this server answers its own page only, and programs on this machine")
 
 
@@ -376,11 +405,11 @@ async def _serve(index: ServedIndex, listener: socket.socket, screen: Screen) ->
 
 @contextlib.asynccontextmanager
 async def running(index: ServedIndex, listener: socket.socket) -> AsyncIterator[None]:
-    """Answer requests within the block. At its end it takes no more of them, and the one that is being
-    computed has some seconds.
+    """Answer requests within the block. At its end it takes no more of them, and what is being computed
+    has some seconds.
     """
-    worker = Worker()
-    app = Server(index, worker).app()
+    worker, drawer = Worker(), Worker()
+    app = Server(index, worker, drawer).app()
     # a client that leaves cancels its handler
     options: dict[str, Any] = {"handler_cancellation": True, "max_line_size": LINE_BYTES}
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0, **options)
@@ -391,5 +420,5 @@ async def running(index: ServedIndex, listener: socket.socket) -> AsyncIterator[
         yield
     finally:
         await site.stop()
-        await asyncio.to_thread(worker.close)
+        await asyncio.gather(*(asyncio.to_thread(one.close) for one in (worker, drawer)))
         await runner.cleanup()

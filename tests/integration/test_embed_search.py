@@ -10,7 +10,6 @@ import re
 import shutil
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +17,6 @@ import torch
 from scipy.stats import bootstrap, spearmanr
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-from transformers import BertConfig, BertForSequenceClassification
 
 import embed_search
 from common import bundled
@@ -26,7 +24,7 @@ from common.errors import UserError
 from common.runtime import Runtime
 from common.search.encoder import EncoderConfig, load_encoder
 from common.search.index import ID, TEXT, open_snapshot
-from conftest import make_sentences, rows_by_id, train_wordpiece, write_lines
+from conftest import make_sentences, rows_by_id, write_lines
 from hub_server import HubServer
 
 BUNDLED = "bundled/all-MiniLM-L6-v2"
@@ -285,28 +283,6 @@ def test_a_stale_or_damaged_cache_is_made_anew(ok, sentences, tmp_path):
     second = ok(*flags)["queries"][0]["hits"]
     # stale
     assert [hit["id"] for hit in second][:2] == [hit["id"] for hit in first["queries"][0]["hits"]][1:]
-
-
-@pytest.fixture(scope="session")
-def tiny_reranker(tmp_path_factory) -> Path:
-    """A folder with a cross-encoder of one layer and its tokenizer."""
-    folder, tokenizer = (
-        tmp_path_factory.mktemp("models") / "tiny-reranker",
-        train_wordpiece([text for text, _ in make_sentences(200)]),
-    )
-    torch.manual_seed(5)
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=64,
-        num_labels=1,
-    )
-    BertForSequenceClassification(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def test_reranking_orders_the_best_by_the_cross_encoder(ok, sentences, tiny_reranker, tmp_path):

@@ -315,7 +315,9 @@ class Published:
     def __init__(self, root: Path, hub: HubServer):
         self.root, self.hub, self.cache = root, hub, root / "cache"
         self.forkers = {
-            name: Forker(root / name, **{**environment(hub, root / "home"), "HF_HUB_OFFLINE": offline})
+            name: Forker(
+                start_forker(**{**environment(hub, root / "home"), "HF_HUB_OFFLINE": offline}), root / name
+            )
             for name, offline in (("with-hub", "0"), ("without-hub", "1"))
         }
 

@@ -2,6 +2,7 @@
 machine, also after kills; conditions in its own words; and what it refuses.
 """
 
+import fcntl
 import json
 import os
 import signal
@@ -96,6 +97,34 @@ def test_both_stores_give_the_same_answers(ok, stores):
     assert len(found[0]) == 5
 
 
+def test_both_stores_are_reranked_alike(ok, embed, stores, tiny_reranker, tmp_path):
+    queries = [part for text, _ in make_sentences(30, seed=5) for part in ("--query", text)]
+    flags, rerank = (*queries, "--top-k", 12), ("--rerank", tiny_reranker, "--rerank-depth", 8)
+    ours, theirs = (hits(ok, name, *flags, *rerank) for name in stores)
+    assert ours == theirs
+    for reranked, plain in zip(theirs, hits(ok, stores[1], *flags)):
+        ids, before = ([hit[0] for hit in found] for found in (reranked, plain))
+        assert sorted(ids[:8]) == sorted(before[:8]) and ids[8:] == before[8:]
+        scores = [score for _, score, *_ in reranked[:8]]
+        assert scores == sorted(scores, reverse=True)
+    both = hits(ok, stores[1], "--query", "good film", "--hybrid", *rerank)[0]
+    by_words = hits(ok, stores[1], "--query", "good film", "--hybrid", "--top-k", 8)[0]
+    assert {hit[0] for hit in both} <= {hit[0] for hit in by_words}
+    judged = [json.dumps({"id": f"q{n}", "text": text}) for n, text in enumerate(queries[1::2])]
+    task = ("--queries", write_lines(tmp_path / "queries.jsonl", judged))
+    task += ("--qrels", write_lines(tmp_path / "qrels.txt", [f"q{n} 0 s{n} 1" for n in range(30)]))
+    scores = [ok("evaluate", "--index", name, *task, *rerank, "--json")["scores"] for name in stores]
+    for way in ("exact", "reranked"):
+        assert scores[0][way] == scores[1][way]
+    code, _, stderr = embed("search", "--index", stores[1], "x", "--rerank", "./nope")
+    assert code == 2 and "--rerank ./nope" in stderr
+
+
+def test_long_queries_are_counted(ok, stores):
+    found = ok("search", "--index", stores[1], "--query", "good film " * 90, "--query", "good film")
+    assert "1 queries are longer than 64 tokens and were cut there" in found
+
+
 @pytest.mark.parametrize("condition", CONDITIONS)
 def test_a_condition_in_the_words_of_milvus(condition, ok, stores):
     found = [ok("list", "--index", name, "--where", condition, "--top-k", 60, "--json") for name in stores]
@@ -176,6 +205,11 @@ def test_what_is_refused(ok, embed, tiny_model, stores, tmp_path):
     for command, message in wrong.items():
         code, _, stderr = embed(*command)
         assert code == 2 and message in stderr and len(stderr.splitlines()) <= 2, (command, stderr)
+    (tmp_path / "locked.db").mkdir()
+    with open(tmp_path / "locked.db" / "LOCK", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        code, _, stderr = embed("search", "--index", f"milvus:{tmp_path}/locked.db/docs", "x")
+    assert code == 2 and "no other process has it open" in stderr and len(stderr.splitlines()) == 1
     from pymilvus import MilvusClient
 
     client = MilvusClient(f"{tmp_path}/other.db")
@@ -225,6 +259,30 @@ def test_a_killed_run_goes_on(ok, stores, tiny_embedder, tmp_path):
     assert last["rows"] == 60 and last["counts"]["unchanged"] == 48
     queries = [part for text, _ in make_sentences(30, seed=5) for part in ("--query", text)]
     assert hits(ok, ix, *queries) == hits(ok, stores[0], *queries)
+
+
+@pytest.mark.slow
+def test_a_killed_update_of_chunks_goes_on(ok, tiny_embedder, tmp_path):
+    """SIGKILL before and after the later chunks of documents are written: without their first chunk they
+    count as not yet written, and what is left over of longer ones goes.
+    """
+    long, ix, folder = "good film and a story " * 20, f"milvus:{tmp_path}/x.db/docs", str(tmp_path / "ix")
+    old = write_lines(tmp_path / "a.csv", ["id,text", *(f"s{n},{long * (n % 3)} n{n}" for n in range(9))])
+    new = write_lines(tmp_path / "b.csv", ["id,text", *(f"s{n},{long * (2 - n % 3)} m{n}" for n in range(9))])
+    flags = ["--id-column", "id", "--chunk", "--max-length", 24, "--chunk-overlap", 4, "--block", 3]
+    flags += ["--model", tiny_embedder, "--precision", "fp32", "--device", "cpu"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    for rows, writes, code in ((old, -1, 0), *((new, writes, -signal.SIGKILL) for writes in (0, 1, 2))):
+        command = [str(writes), "embed_search.py", "index", rows, "--index", ix, "--update", *flags]
+        done = subprocess.run([sys.executable, "-c", KILLED, *map(str, command)], cwd=ROOT, env=environment)
+        assert done.returncode == code
+    last = ok("index", new, "--index", ix, "--update", *flags, "--json")
+    assert ok("index", new, "--index", folder, *flags, "--json")["rows"] == last["rows"]
+    queries = [part for text, _ in make_sentences(30, seed=5) for part in ("--query", text)]
+    found = [hits(ok, name, *queries, "--top-k", 9) for name in (folder, ix)]
+    # equal scores are in another order there
+    ours, theirs = ([sorted(hit[:2] for hit in own) for own in answers] for answers in found)
+    assert ours == theirs and len(ours[0]) == 9
 
 
 @pytest.mark.slow

@@ -18,13 +18,17 @@ from urllib.error import HTTPError
 from urllib.parse import urlencode, urlsplit
 from urllib.request import Request, urlopen
 
+import aiohttp
 import numpy as np
 import pytest
 import torch
 
-from common.search import mining
+from common.local_server import address_of, bind
+from common.search import mining, page
 from common.search.index import ID, open_snapshot
+from common.search.manifest import DEFAULT_LIMITS
 from common.search.page import MOST_WAITING, Refused, Worker
+from common.search.searcher import Searcher
 from conftest import ROOT, make_sentences
 
 HTML = "<script>document.title = 'hacked'</script> <img src=x onerror=alert(1)> a good film & <b>story</b>"
@@ -301,6 +305,34 @@ def test_one_thread_computes_and_what_waits_has_an_end():
         may_end.set()
         await closing
         assert await last is True and "late" not in computed and not worker.thread.is_alive()
+
+    asyncio.run(act())
+
+
+def test_texts_are_found_while_the_map_is_drawn(index, monkeypatch):
+    """With a drawing that waits; a condition makes a child process meanwhile."""
+    snapshot, draw = open_snapshot(index), mining.map_points
+    has_begun, may_end = threading.Event(), threading.Event()
+
+    def wait_and_draw(*args, **options):
+        has_begun.set()
+        assert may_end.wait(30)
+        return draw(*args, **options)
+
+    monkeypatch.setattr(mining, "map_points", wait_and_draw)
+    served = page.ServedIndex(Searcher(snapshot, None, snapshot.alive()), limits=DEFAULT_LIMITS, seed=0)
+
+    async def act() -> None:
+        listener = bind(0)
+        async with page.running(served, listener), aiohttp.ClientSession(address_of(listener)) as client:
+            drawing = [asyncio.create_task(client.get("/map")) for _ in range(2)]
+            assert await asyncio.to_thread(has_begun.wait, 30)
+            async with client.get("/like", params={"id": "s3", "where": "n > 5"}) as answer:
+                assert answer.status == 200 and len((await answer.json())["hits"]) == 10
+            assert not any(task.done() for task in drawing)
+            may_end.set()
+            first, second = [await (await task).json() for task in drawing]
+            assert first == second and len(first["points"]) == COUNT + 4
 
     asyncio.run(act())
 

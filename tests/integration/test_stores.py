@@ -108,3 +108,19 @@ def test_rows_of_another_store_are_refused(ok, embed, sentences, tmp_path):
     path.write_text(json.dumps({**manifest, "sha256": seal({**manifest, "sha256": None})}))
     code, _, stderr = embed("search", "--index", tmp_path / "ix", "x")
     assert code == 2 and "not 4 of uint8" in stderr
+
+
+@pytest.mark.parametrize("store", LOSSY)
+def test_cluster_numbers_as_a_column_change_no_vector(store, ok, sentences, tmp_path):
+    ix = tmp_path / "ix"
+    ok("index", sentences, "--index", ix, "--id-column", "id", "--block", 16, "--store", store)
+    before = rows_by_id(ix)
+    found = ok("cluster", "--index", ix, "--clusters", 3, "--column", "topic", "--json")["clusters"]
+    ok("verify", "--index", ix)
+    assert rows_by_id(ix) == before and len(found) == 3
+    for cluster in found:
+        flags = ("--where", f"topic = {cluster['cluster']}", "--top-k", 60, "--json")
+        listed = ok("list", "--index", ix, *flags)["texts"]
+        assert sorted(text["id"] for text in listed) == sorted(cluster["ids"])
+    again = ok("index", sentences, "--index", ix, "--store", store, "--json")["counts"]
+    assert (again["unchanged"], again["encoded"]) == (60, 0)
