@@ -400,6 +400,7 @@ FAULTS = {  # what is computed wrongly: (right, wrong)
     "many columns": ("rows->x + first, rows->width", "rows->x, rows->width"),
     "bias": ("result[row][i] += matrix->bias", "result[row][i] -= matrix->bias"),
     "an embedding in 8 bits": ("(bits4 ? 0 : 128)", "(bits4 ? 0 : 127)"),
+    "an embedding in 4 bits": ("one_from(FP16, data, TILE + lane)", "one_from(FP16, data, lane)"),
     "a tile in 4 bits": ("bits4 ? scales[TILE + row] : 0", "bits4 ? scales[row] : 0"),
     "norm": (" + epsilon", " + 2 * epsilon + 0.001f"),
     "rotation": ("second * cosines[i + half] + first", "second * cosines[i + half] - first"),
@@ -427,7 +428,11 @@ def compute_with(kernel: Kernel) -> None:
         step = FastStep(own_transformer(random_model(name)), kernel)
         compare_steps(step, 1, [0], [1, 2, 9, 10])
         compare_steps(step, 2, [0, 3], [29, 30])
-    for name, kind in (("llama, tied, biases, scaled positions", "fp32"), ("llama", "groups8")):
+    for name, kind in (
+        ("llama, tied, biases, scaled positions", "fp32"),
+        ("llama", "groups4"),
+        ("llama", "groups8"),
+    ):
         model = random_model(name)
         step = FastStep(own_transformer(model, in_kind(model, kind)), kernel)
         compare_steps(step, 2, [0, 3], [4, 5])
