@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import generate
 from common import bundled, cli
-from common.generation import explain
+from common.generation import explain, scoring
 from common.generation.conversation import Chat
 from common.generation.fast_decoding import find_compiler
 from conftest import ROOT, exit_code_in_process, heavy, with_defaults
@@ -904,6 +904,28 @@ def test_the_real_model_gives_the_tokens_of_generate(flags, real, script):
     assert bool(guesses) == ("--lookup" in flags) and (
         not guesses or 0 < int(guesses[1]) < int(guesses[2])
     ), "some guesses are right and some are wrong"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@needs_compiler
+def test_the_real_models_loss_is_that_of_its_weights_in_fp32(real, tmp_path):
+    """2,000 tokens with the file's 4-bit numbers in C, and in the library's model with the same numbers
+    widened to fp32: the same natural logarithm a token, within 0.00001.
+    """
+    lines, losses = (ROOT / "docs/tutorial.md").read_text("utf-8").splitlines(), []
+    for flags in ([], ["--plain-step"]):
+        args = generate.make_parser().parse_args(
+            ["--model", REAL, "--perplexity", "README.md", "--precision", "fp32", "--device", "cpu", *flags]
+        )
+        model = generate.load(args)[0].language_model
+        assert (model.fast_step is None) == bool(flags)
+        text = model.tokenizer.decode(model.tokenizer("\n".join(lines))["input_ids"][:2000])
+        window = scoring.choose_window(model, None, None, most=1024)
+        found = scoring.text_likelihood(model, text, window, name="the tutorial")
+        assert found.num_tokens > 1900
+        losses.append(math.log(found.perplexity))
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
 def test_the_real_models_texts_do_not_depend_on_their_neighbours(real, script):
