@@ -377,3 +377,15 @@ def test_vectors_are_those_of_the_cpu(precision, lowest, run_script, tiny_embedd
     one, other = found.values()
     assert len(one) == 60 and max(abs(one[text] - other[text]) for text in one) < 1 - lowest
     assert np.ptp(list(one.values())) > 0.01, "else the comparison sees nothing"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("pairs", "--top-k", 99), ("duplicates", "--threshold", 0.95), ("cluster", "--threshold", 0.98)],
+)
+def test_pairs_of_a_gpu_are_those_of_a_cpu(command, ok, sentences, tmp_path):
+    """fp32 products of another order of addition, and the same float64 scores of what is near."""
+    ok("index", sentences, "--index", tmp_path / "ix", "--id-column", "id")
+    for index in (("--index", tmp_path / "ix", "--block", 7), ("--index", tmp_path / "ix")):
+        found = [ok(*command, *index, "--device", device, "--json") for device in (DEVICE, "cpu")]
+        assert found[0] == found[1]
