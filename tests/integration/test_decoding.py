@@ -124,23 +124,23 @@ def settings_of(flags: dict, language_model: LanguageModel) -> Settings:
 
 
 @pytest.mark.parametrize(
-    "kind, dtype",
+    "kind, dtype, seeds",
     [
-        ("llama", torch.float32),
-        ("mistral", torch.float32),
-        ("gpt2", torch.bfloat16),
-        heavy("llama", torch.bfloat16),
-        heavy("mistral", torch.bfloat16),
-        heavy("gpt2", torch.float32),
+        ("llama", torch.float32, (0,)),
+        ("mistral", torch.float32, (0,)),
+        ("gpt2", torch.bfloat16, (0,)),
+        heavy("llama", torch.bfloat16, (0, 1)),
+        heavy("mistral", torch.bfloat16, (0, 1)),
+        heavy("gpt2", torch.float32, (0, 1)),
     ],
 )
-def test_every_token_is_the_one_of_generate(kind: str, dtype: torch.dtype) -> None:
-    """3 models x 2 precisions x one text, 4 left-padded and 3 unpadded ones x 13 settings x 2
-    seeds: 468 runs.
+def test_every_token_is_the_one_of_generate(kind: str, dtype: torch.dtype, seeds: tuple[int, ...]) -> None:
+    """3 models x 2 precisions x one text, 4 left-padded and 3 unpadded ones x 13 settings x one seed
+    or two: 351 runs.
     """
     language_model, ended_early, different = tiny_language_model(kind, dtype), 0, []
     for (name, flags), prompts, seed in itertools.product(
-        SETTINGS.items(), (PROMPTS[:1], PROMPTS, UNPADDED), (0, 1)
+        SETTINGS.items(), (PROMPTS[:1], PROMPTS, UNPADDED), seeds
     ):
         settings = settings_of(flags, language_model)
         rows = ours(language_model, prompts, settings, exact(seed))
@@ -161,22 +161,22 @@ def kernel(tmp_path_factory) -> Kernel:
 
 @needs_compiler
 @pytest.mark.parametrize(
-    "kind, stored",
+    "kind, stored, seeds",
     [
-        ("llama", torch.float32),
-        ("mistral", torch.bfloat16),
-        heavy("llama", torch.bfloat16),
-        heavy("mistral", torch.float32),
+        ("llama", torch.float32, (0,)),
+        ("mistral", torch.bfloat16, (0,)),
+        heavy("llama", torch.bfloat16, (0, 1)),
+        heavy("mistral", torch.float32, (0, 1)),
     ],
 )
-def test_every_token_of_the_step_in_c_is_the_one_of_generate(kind, stored, kernel):
-    """The same matrix, 312 runs: its sums are rounded in another order, and no draw is that close."""
+def test_every_token_of_the_step_in_c_is_the_one_of_generate(kind, stored, seeds, kernel):
+    """The same matrix, 234 runs: its sums are rounded in another order, and no draw is that close."""
     language_model, different = tiny_language_model(kind), []
     for parameter in language_model.model.parameters():
         parameter.data = parameter.data.to(stored).float()
     fast = in_c(language_model, kernel, stored)
     for (name, flags), prompts, seed in itertools.product(
-        SETTINGS.items(), (PROMPTS[:1], PROMPTS, UNPADDED), (0, 1)
+        SETTINGS.items(), (PROMPTS[:1], PROMPTS, UNPADDED), seeds
     ):
         settings = settings_of(flags, language_model)
         if ours(fast, prompts, settings, exact(seed)) != library(

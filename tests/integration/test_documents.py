@@ -35,6 +35,7 @@ ONLY_PARSED = {
     "bundled/bbc-news": "encodes for minutes on one core",
     "--index news": "needs that index",
     "embed_search.py index texts.csv": "the reader's own file, and a model of the Hub",
+    "me/my-adapter": "the reader's own model and adapter; tests/integration/test_adapters.py makes some",
     "--serve": "runs until it is stopped; tests/integration/test_server.py asks it",
     "127.0.0.1:8000/search": "asks the page's server; tests/integration/test_page.py does",
     "--predict new.csv": "the reader's own file",

@@ -175,8 +175,17 @@ def test_the_comparison_sees_a_random_state_that_is_not_restored(forked, whole, 
     assert any("model.safetensors" in name for name in differing(tmp_path / "run", folder))
 
 
-@pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGINT", 130), ("SIGHUP", 129)])
-@pytest.mark.parametrize("share", [0.3, 0.5])
+@pytest.mark.parametrize(
+    "name, code, share",
+    [
+        ("SIGTERM", 143, 0.3),
+        ("SIGINT", 130, 0.5),
+        heavy("SIGHUP", 129, 0.3),
+        heavy("SIGTERM", 143, 0.5),
+        heavy("SIGINT", 130, 0.3),
+        heavy("SIGHUP", 129, 0.5),
+    ],
+)
 def test_a_signal_saves_and_says_how_to_go_on(name, code, share, forked, whole, tmp_path):
     folder, events = whole("one process")
     assert forked.run(tmp_path / "run", event=int(events * share), signal=name) == [code]
@@ -212,7 +221,12 @@ def test_a_signal_in_an_evaluation_does_not_wait_for_its_end(kind, forked, whole
 
 @pytest.mark.parametrize(
     "kind, share",
-    [("one process", 0.2), ("two processes", 0.55), heavy("one process", 0.55), heavy("two processes", 0.2)],
+    [
+        ("one process", 0.2),
+        heavy("one process", 0.55),
+        heavy("two processes", 0.2),
+        heavy("two processes", 0.55),
+    ],
 )
 def test_a_time_limit_saves_evaluates_and_says_how_to_go_on(kind, share, forked, whole, tmp_path):
     """The signal that the system sends when the time is up comes at an event here; with two
@@ -606,6 +620,7 @@ def test_a_folder_without_a_run_can_not_be_resumed(forked, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.slow
 def test_a_kill_within_the_write_of_a_large_file_leaves_the_checkpoint_before(forked, tmp_path, tiny_model):
     """By what stands on the disk, not at an event: the file is being written when the process
     dies, under the name that safetensors gives it until it is whole.

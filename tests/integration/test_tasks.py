@@ -473,7 +473,7 @@ JOINED = Case(
     ("neg", "pos"),
 )
 IN_TWO = [
-    pytest.param(case, id=case.file, marks=[] if case in (MULTI, STS_B) else pytest.mark.slow)
+    pytest.param(case, id=case.file, marks=[] if case is MULTI else pytest.mark.slow)
     for case in (MULTI, STS_B, REGRESSION, SEVERAL, MRPC, JOINED)
 ]
 

@@ -178,7 +178,7 @@ def in_shards(tensors: dict, folder: Path) -> None:
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
 
 
-@pytest.mark.parametrize("make", [heavy(in_one_file), as_before_2020, in_shards])
+@pytest.mark.parametrize("make", [heavy(in_one_file), as_before_2020, heavy(in_shards)])
 def test_pickled_weights_are_converted_once_and_said(make, folder, tmp_path, capsys):
     weights = AutoModel.from_pretrained(folder).state_dict()
     pickled(folder, make)
