@@ -5,6 +5,7 @@ settings, and what is typed into a conversation.
 import json
 import re
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -274,6 +275,7 @@ def test_a_conversation_at_a_terminal(tmp_path, cache_dir):
     talk.wait_for(PROMPT)
     talk.type("half a line")
     talk.wait_for("half a line")
+    time.sleep(0.5)  # readline waits for a key again: CPython sees a signal before that with the next key
     talk.type(CTRL_C)
     talk.wait_for("ends the conversation")
     talk.wait_for(PROMPT)
