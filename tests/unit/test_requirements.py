@@ -1,6 +1,7 @@
 """requirements.txt lists what the project imports: every package, pinned, with a reason."""
 
 import ast
+import functools
 import importlib.metadata
 import re
 import sys
@@ -30,6 +31,7 @@ def normalized(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
+@functools.cache
 def required() -> dict[str, str]:
     """Return name -> version of each line of requirements.txt. Each line must have both and a reason."""
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
@@ -38,6 +40,7 @@ def required() -> dict[str, str]:
     return {normalized(match["name"]): match["version"] for match in matches}
 
 
+@functools.cache
 def imported_packages() -> dict[str, str]:
     """Return top-level package -> a file that imports it, without the standard library and our own files."""
     sources = [
@@ -63,8 +66,14 @@ def imported_packages() -> dict[str, str]:
     }
 
 
+@functools.cache
+def distributions_of_packages() -> dict[str, list[str]]:
+    """Return top-level package -> the distributions that have it."""
+    return dict(importlib.metadata.packages_distributions())
+
+
 def test_every_imported_package_is_required():
-    distributions = importlib.metadata.packages_distributions()
+    distributions = distributions_of_packages()
     missing = {
         name: path
         for name, path in imported_packages().items()
@@ -74,7 +83,7 @@ def test_every_imported_package_is_required():
 
 
 def test_every_required_package_is_imported_or_has_another_use():
-    distributions = importlib.metadata.packages_distributions()
+    distributions = distributions_of_packages()
     imported = {normalized(found) for name in imported_packages() for found in distributions.get(name, [])}
     assert set(required()) - imported == set(NOT_IMPORTED)
 
