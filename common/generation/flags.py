@@ -33,6 +33,21 @@ def make_parser(description: str | None = None) -> cli.Parser:
     """Return the parser of all flags."""
     parser = cli.Parser(prog="generate.py", description=description, check=check_flags)
     cli.add_shared_flags(parser, model="bundled/SmolLM2-135M-Instruct")
+    for add_flags in (
+        add_model_flags,
+        add_prompt_flags,
+        add_sampling_flags,
+        add_search_flags,
+        add_end_flags,
+        add_output_flags,
+        add_other_work_flags,
+    ):
+        add_flags(parser)
+    return parser
+
+
+def add_model_flags(parser: cli.Parser) -> None:
+    """Add the flags that say how the model computes, and with which adapter."""
     add = parser.add_argument_group("how a CPU computes").add_argument
     help_text = "auto: as the model's file stores them (GGUF: 4 or 8 bits), where the step in C covers it"
     add("--weights", choices=["auto", "file", "fp32", "bf16"], default="auto", help=help_text)
@@ -42,6 +57,9 @@ def make_parser(description: str | None = None) -> cli.Parser:
     help_text = "a LoRA adapter of peft, in a folder or on the Hub, which is merged into the model's weights"
     parser.add_argument_group("adapter").add_argument("--adapter", metavar="FOLDER|NAME", help=help_text)
 
+
+def add_prompt_flags(parser: cli.Parser) -> None:
+    """Add the flags that say what is to be continued."""
     add = parser.add_argument_group("prompts").add_argument
     add("--prompt", action="append", metavar="TEXT", help="a text to continue; repeat it for more")
     add("--prompts-file", metavar="FILE", help="one prompt per line (-: standard input), or a data file")
@@ -56,6 +74,9 @@ def make_parser(description: str | None = None) -> cli.Parser:
     help_text = "what the template reads, such as enable_thinking=false; repeat it for more"
     add("--template-option", action="append", metavar="NAME=VALUE", type=template_option, help=help_text)
 
+
+def add_sampling_flags(parser: cli.Parser) -> None:
+    """Add the flags of the sampler's filters."""
     title = "choice of tokens (greedy unless a flag from --temperature to --xtc-probability is given)"
     add = parser.add_argument_group(title).add_argument
     help_text = "what generation_config.json says, for each flag below that is not given"
@@ -84,6 +105,11 @@ def make_parser(description: str | None = None) -> cli.Parser:
     add("--ban-words", action="extend", metavar="WORD,...", type=listed, help=help_text)
     help_text = "no sequence of this many tokens occurs twice; 0: off"
     add("--no-repeat-ngram-size", type=non_negative_int, help=help_text)
+
+
+def add_search_flags(parser: cli.Parser) -> None:
+    """Add the flags that say from which random numbers a token is drawn, or how it is searched."""
+    add = parser.add_argument_group("draw or search").add_argument
     help_text = (
         "exact: the random numbers of model.generate, in each batch from its batch_seed; "
         "independent: each text has its own random numbers and does not depend on its batch"
@@ -98,6 +124,9 @@ def make_parser(description: str | None = None) -> cli.Parser:
     help_text = "true: end with the Nth text that ends; false: when no better one is likely; never: possible"
     add("--early-stopping", choices=list(EARLY_STOPPING), default="false", help=help_text)
 
+
+def add_end_flags(parser: cli.Parser) -> None:
+    """Add the flags of a text's form and end."""
     add = parser.add_argument_group("form of a text").add_argument
     help_text = r"the text is exactly one of these, separated by commas; \, is a comma, \n a line break"
     add("--choices", action="extend", metavar="TEXT,...", type=listed, help=help_text)
@@ -112,6 +141,9 @@ def make_parser(description: str | None = None) -> cli.Parser:
     help_text = "another token that ends a text, such as '<|endoftext|>'"
     add("--end-token", action="append", metavar="TOKEN", help=help_text)
 
+
+def add_output_flags(parser: cli.Parser) -> None:
+    """Add the flags of the output."""
     add = parser.add_argument_group("output").add_argument
     add("--num-samples", type=positive_int, default=1, help="texts per prompt")
     add("--batch-size", type=positive_int, default=8, help="prompts per batch")
@@ -128,6 +160,9 @@ def make_parser(description: str | None = None) -> cli.Parser:
     title = "how the files of prompts, references and texts to score are written"
     cli.add_file_flags(parser.add_argument_group(title))
 
+
+def add_other_work_flags(parser: cli.Parser) -> None:
+    """Add the flags that do something else instead, and the limits of what they do."""
     group = parser.add_argument_group("instead of plain generation")
     add = group.add_mutually_exclusive_group().add_argument
     help_text = "a server on this machine that speaks OpenAI's protocol (GENERATE_API_KEY: its key)"
@@ -154,7 +189,6 @@ def make_parser(description: str | None = None) -> cli.Parser:
     add("--max-waiting", type=positive_int, default=64, help=help_text)
     help_text = "seconds from a request to the end of its answer"
     add("--request-seconds", type=positive_duration, default=600.0, help=help_text)
-    return parser
 
 
 ESCAPED = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}  # what nobody can type into a command line as it is
