@@ -87,14 +87,14 @@ UNPACKED = 8_192  # rows whose vectors are made of what is kept at once
 def pack(vectors: np.ndarray, store: str) -> np.ndarray:
     """Return what is kept of unit vectors (n, width): numbers of 32 or 16 bits, of 8 bits as parts of the
     largest of each vector, or the sign of each number, eight to a byte. To pack what was unpacked changes
-    nothing.
+    nothing. In fp32 the vectors themselves come back, not a copy.
     """
     if store == "binary":
         return np.packbits(vectors > 0, axis=1)
     if store == "int8":
         largest = np.abs(vectors).max(1, keepdims=True, initial=np.finfo(np.float32).tiny)
         return np.rint(vectors / largest * 127).astype(np.int8)
-    return vectors.astype(STORED_TYPES[store])
+    return vectors.astype(STORED_TYPES[store], copy=False)
 
 
 def unpack(stored: np.ndarray, store: str, width: int) -> np.ndarray:

@@ -126,19 +126,19 @@ class Store:
         file_starts = np.flatnonzero(np.diff(file_numbers)) + 1
         for part in np.split(rows, file_starts):
             if len(part):
-                table = self._table(part)
-                for name, values in more.items():
-                    kept = [other for other in table.column_names if other != name]
-                    table = table.select(kept).append_column(name, values.take(number_array(part)))
-                segment = self._write_segment(table, len(segments), columns)
+                # in one expression: the rows of one file are let go before those of the next are read
+                segment = self._write_segment(self._table(part, more), len(segments), columns)
                 segments.append(self._with_deleted(segment, len(segments), alive[part]))
         self._publish(segments, columns)
 
-    def _table(self, rows: np.ndarray) -> pa.Table:
-        """Return some rows (ascending) with their vectors."""
+    def _table(self, rows: np.ndarray, more: Mapping[str, pa.Array]) -> pa.Table:
+        """Return some rows (ascending) with their vectors, and with the columns of `more`."""
         parts = self.snapshot.by_segment(rows)
         tables = [segment.rows(None, offsets) for segment, _, offsets in parts]
         table = pa.concat_tables(tables)
+        for name, values in more.items():
+            kept = [other for other in table.column_names if other != name]
+            table = table.select(kept).append_column(name, values.take(number_array(rows)))
         vectors = pack(self.snapshot.vectors_of(rows), store_of(self.snapshot.settings))
         return table.append_column(VECTOR, vector_array(vectors))
 
