@@ -66,6 +66,8 @@ WORDS = {
     "not enough memory": errno.ENOMEM,
     **{os.strerror(number): number for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM)},
 }
+# all that is left of oneDNN's status where it has no memory for a kernel of its own (seen with bf16)
+ONEDNN_LACKS_MEMORY = "could not create a primitive"
 LONGEST_WAIT = 1e6  # seconds: poll() counts milliseconds in 32 bits
 FEW_PROCESSES = 4096  # a limit of processes below this is tried out before the libraries are loaded
 # address space in bytes that loading the libraries takes, most of it never used
@@ -606,7 +608,7 @@ def fault_of_system(error: BaseException | None) -> str | None:
             number = int(match[1] or match[2])
         if number not in ADVICE:
             number = next((number for words, number in WORDS.items() if words in str(error)), None)
-        if isinstance(error, MemoryError):
+        if isinstance(error, MemoryError) or str(error) == ONEDNN_LACKS_MEMORY:
             number = errno.ENOMEM
         if number in ADVICE:
             named = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""

@@ -27,6 +27,7 @@ import torch.distributed
 from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
+from common.cli import lacks_memory
 from common.errors import UserError, reading
 from common.files import sha256
 
@@ -410,6 +411,13 @@ def free_memory_bytes(device: torch.device) -> int | None:
     except OSError:
         return None
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an exception stands for a lack of memory, on any device."""
+    if isinstance(error, torch.OutOfMemoryError) or lacks_memory(error):
+        return True
+    return isinstance(error, RuntimeError) and "out of memory" in str(error)  # MPS
 
 
 def _join_processes(store: torch.distributed.Store, rank: int, world_size: int, backend: str) -> None:

@@ -116,27 +116,30 @@ def train_wordpiece(texts: list[str], vocab_size: int = 300) -> BertTokenizerFas
     return BertTokenizerFast(tokenizer_object=tokenizer, model_max_length=64)
 
 
+def save_bert(folder: Path, *, seed: int = 0, **options) -> Path:
+    """Write a random BERT, 32 wide, with its own trained tokenizer, and return its folder."""
+    tokenizer = train_wordpiece([text for text, _ in make_sentences(200)])
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        **options,
+    )
+    BertForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     """A folder with a BERT of two layers, 32 wide, 64 positions, no dropout, and its own trained
     tokenizer.
     """
-    folder = tmp_path_factory.mktemp("models") / "tiny-bert"
-    tokenizer = train_wordpiece([text for text, _ in make_sentences(200)])
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=64,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    BertForSequenceClassification(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    options = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return save_bert(tmp_path_factory.mktemp("models") / "tiny-bert", num_hidden_layers=2, **options)
 
 
 @pytest.fixture(scope="session")
@@ -342,23 +345,8 @@ def tiny_embedder(tiny_model, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_reranker(tmp_path_factory) -> Path:
     """A folder with a cross-encoder of one layer and its tokenizer."""
-    folder, tokenizer = (
-        tmp_path_factory.mktemp("models") / "tiny-reranker",
-        train_wordpiece([text for text, _ in make_sentences(200)]),
-    )
-    torch.manual_seed(5)
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=64,
-        num_labels=1,
-    )
-    BertForSequenceClassification(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    folder = tmp_path_factory.mktemp("models") / "tiny-reranker"
+    return save_bert(folder, seed=5, num_hidden_layers=1, num_labels=1)
 
 
 class StubEncoder:

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from common.cli import lacks_memory
 from common.errors import UserError
 from common.generation import decoding
 from common.generation.decoding import Batch, PromptLookup, Step
 from common.generation.language_model import LanguageModel
 from common.generation.sampling import Settings
+from common.runtime import is_out_of_memory
 
 if TYPE_CHECKING:  # importing it takes a second
     from transformers import PreTrainedTokenizerBase
@@ -298,7 +298,7 @@ class Run:
         try:
             yield
         except Exception as error:
-            if not isinstance(error, torch.OutOfMemoryError) and not lacks_memory(error):
+            if not is_out_of_memory(error):
                 raise
             helps = "--max-new-tokens, or name a smaller model"
             helps = f"--batch-size, --num-samples or {helps}" if num_rows > 1 else helps

@@ -7,7 +7,8 @@ const LONG = 600, EXCERPT = 400, BEFORE = 80; // characters: shown whole up to t
 const WIDTH = 1000, HEIGHT = 600, EDGE = 20, NEAR = 16; // of the map, in its own units
 // the marker of each cluster: colours are not all that tells them apart
 const MARKERS = [
-  "M-6 0a6 6 0 1 0 12 0a6 6 0 1 0 -12 0", "M-5.5 -5.5h11v11h-11z", "M0 -7L7 5.5H-7z", "M0 -8L6.5 0L0 8L-6.5 0z",
+  "M-6 0a6 6 0 1 0 12 0a6 6 0 1 0 -12 0", "M-5.5 -5.5h11v11h-11z",
+  "M0 -7L7 5.5H-7z", "M0 -8L6.5 0L0 8L-6.5 0z",
   "M-2.2 -7h4.4v4.8h4.8v4.4h-4.8v4.8h-4.4v-4.8h-4.8v-4.4h4.8z", "M0 7L7 -5.5H-7z",
   "M-7 -4l3 -3l4 4l4 -4l3 3l-4 4l4 4l-3 3l-4 -4l-4 4l-3 -3l4 -4z", "M-7 -3.5h14v7h-14z",
 ];
@@ -85,7 +86,8 @@ function similarButton(id, label) {
 
 // a column of a text, which narrows the search to texts that have the same there
 function columnButton(name, value) {
-  const button = make("button", { type: "button" }, `${name}: `, make("bdi", {}, short(String(value ?? "none"), 40)));
+  const shownValue = make("bdi", {}, short(String(value ?? "none"), 40));
+  const button = make("button", { type: "button" }, `${name}: `, shownValue);
   button.setAttribute("aria-label", `${name}: ${value ?? "none"}, show only such texts`);
   button.addEventListener("click", () => {
     const column = `"${name.replaceAll('"', '""')}"`;
@@ -104,9 +106,12 @@ function textItem(hit) {
   const [first, last] = excerpt(characters, marks);
   const text = make("p", { className: "text", dir: "auto" });
   fill(text, characters, marks, first, last);
-  const head = make("div", { className: "head" }, make("h3", { title: hit.id }, make("bdi", {}, short(hit.id, 24))));
+  const title = make("h3", { title: hit.id }, make("bdi", {}, short(hit.id, 24)));
+  const head = make("div", { className: "head" }, title);
   head.append(make("span", { className: "quiet" }, `score ${hit.score.toFixed(3)}`));
-  if (hit.chunk) head.append(make("span", { className: "quiet" }, `chunk ${hit.chunk.number} of ${hit.chunk.of}`));
+  if (hit.chunk) {
+    head.append(make("span", { className: "quiet" }, `chunk ${hit.chunk.number} of ${hit.chunk.of}`));
+  }
   const similar = similarButton(hit.id, "Similar texts");
   similar.setAttribute("aria-label", `Similar texts to ${short(hit.id, 24)}`);
   const actions = make("div", { className: "actions" }, similar);
@@ -140,7 +145,8 @@ function show(found, after) {
   else get("hits").replaceChildren(...items);
   get("notes").replaceChildren(...found.notes.map((note) => make("li", {}, note)));
   get("notes").hidden = !found.notes.length;
-  const title = shown.path === "/like" ? `Similar to ${short(found.id, 24)}` : `Texts for “${short(found.query, 80)}”`;
+  const isLike = shown.path === "/like";
+  const title = isLike ? `Similar to ${short(found.id, 24)}` : `Texts for “${short(found.query, 80)}”`;
   get("found").textContent = title;
   get("found").hidden = false;
   get("more").hidden = found.hits.length < Number(shown.parameters.top_k) || after + found.hits.length > 1000;
@@ -208,15 +214,16 @@ function drawMap(found) {
   });
   get("points").replaceChildren(...points.map(({ dot }) => dot), ...labels);
   const part = points.length < found.of ? `, evenly spaced among ${many(found.of, found.unit)}` : "";
-  get("map-about").textContent = `${many(points.length, found.unit)}${part}: near each other where they are ` +
-    "similar. Point at one to read it, and click it for similar texts. The lists below hold the same.";
+  get("map-about").textContent = `${many(points.length, found.unit)}${part}: near each other where they ` +
+    "are similar. Point at one to read it, and click it for similar texts. The lists below hold the same.";
   get("clusters").replaceChildren(...found.clusters.map((cluster) => clusterItem(cluster, found.unit)));
 }
 
 function clusterItem({ cluster, size, words }, unit) {
   const sign = drawn("svg", { viewBox: "-9 -9 18 18", "aria-hidden": "true" });
   sign.append(marker(cluster, {}));
-  const title = make("summary", {}, sign, ` ${cluster}: `, make("bdi", {}, words.join(", ")), ` (${many(size, unit)})`);
+  const named = make("bdi", {}, words.join(", "));
+  const title = make("summary", {}, sign, ` ${cluster}: `, named, ` (${many(size, unit)})`);
   const texts = points.filter((point) => point.cluster === cluster);
   const list = make("ul", {}, ...texts.map(({ id, text }) => {
     const button = similarButton(id, text);
@@ -239,7 +246,8 @@ function point(event) {
   if (nearest === null) return null;
   nearest.dot.classList.add("pointed");
   const tip = get("tip");
-  const head = make("div", { className: "quiet" }, `cluster ${nearest.cluster}, `, make("bdi", {}, short(nearest.id, 24)));
+  const id = make("bdi", {}, short(nearest.id, 24));
+  const head = make("div", { className: "quiet" }, `cluster ${nearest.cluster}, `, id);
   tip.replaceChildren(head, make("div", { dir: "auto" }, nearest.text));
   tip.hidden = false;
   const [left, top] = nearest.place.map((place) => place / scale);

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from common.errors import UserError
-from common.runtime import Runtime, used_memory_bytes
+from common.runtime import Runtime, is_out_of_memory, used_memory_bytes
 from common.training.task import count_targets, task_of_rows
 from common.training.tracking import file_size
 
@@ -34,10 +34,6 @@ if TYPE_CHECKING:
 # texts are sorted by length only within pools of at most 50 batches, and an epoch has at least four
 # pools if it has four batches, so that it stays shuffled
 MAX_POOL_BATCHES, MIN_POOLS = 50, 4
-# from the messages of PyTorch's allocators for CPU, CUDA and MPS
-OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
-# all that is left of oneDNN's status where it has no memory for a kernel of its own (seen with bf16)
-ONEDNN_OUT_OF_MEMORY = "could not create a primitive"
 # with what lies between the activations in the heap, freed and kept (`keep_large_blocks`): 1.57 with
 # the bundled model and texts
 CPU_OVERHEAD = 1.5
@@ -411,7 +407,7 @@ def explain_out_of_memory(message: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise UserError(message) from error
 
@@ -428,14 +424,6 @@ def memory_advice(config: BatchConfig, max_length: int, *, is_auto: bool) -> str
     if is_auto:
         return advice
     return f"{advice}, or let --auto-batch-size halve it without changing a step"
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    if not isinstance(error, RuntimeError):
-        return False
-    return str(error) == ONEDNN_OUT_OF_MEMORY or any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def activation_bytes(model: torch.nn.Module, batches: PaddedBatches, size: int, runtime: Runtime) -> int:
@@ -540,7 +528,7 @@ def _fits(
         runtime.synchronize()
         return True
     except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         return False
     finally:

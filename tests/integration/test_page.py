@@ -392,7 +392,7 @@ def shown_ids(page) -> list[str]:
 
 def test_a_query_shows_texts_scores_and_marks(open_page, serving, index):
     page = open_page()
-    assert page.title() == "films: search"
+    page.wait_for_function("document.title === 'films: search'")  # the index's name comes after the page
     search(page, "a good story")
     _, _, found = serving.get("/search", query="a good story")
     assert shown_ids(page) == [hit["id"] for hit in found["hits"]]

@@ -182,6 +182,7 @@ FAULTS = {  # name: (the error, what the line must hold)
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
         ("ulimit -v",),
     ),
+    "no memory for oneDNN": (RuntimeError("could not create a primitive"), ("ulimit -v",)),
     "no thread": (RuntimeError("can't start new thread"), ("ulimit -u",)),
     "no process": (BlockingIOError(errno.EAGAIN, "x"), ("ulimit -u",)),
     "broken disk": (OSError(errno.EIO, "x", "weights"), ("weights", "Input/output error")),
