@@ -156,6 +156,39 @@ def rotate(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
 # --- From config.json and named weights to a model
 
 
+class NamedWeights:
+    """The weights of a model under their names in transformers, and which of them were not used."""
+
+    def __init__(self, weights: Mapping[str, Tensor | Matrix]) -> None:
+        self.weights = weights
+        # the frequencies of the first Llamas are among them, and follow from the config too
+        self.unused = {name for name in weights if not name.endswith("rotary_emb.inv_freq")}
+
+    def matrix(self, name: str) -> Matrix:
+        """Return a matrix; raise NotCovered unless it is one."""
+        weight = self._take(name)
+        if not isinstance(weight, Matrix):
+            raise NotCovered(f"{name} is no matrix of a known kind")
+        return weight
+
+    def vector(self, name: str) -> Tensor:
+        """Return a vector in fp32; raise NotCovered unless it is one."""
+        weight = self._take(name)
+        if isinstance(weight, Matrix) or weight.dim() != 1 or not weight.is_floating_point():
+            raise NotCovered(f"{name} is no vector of numbers")
+        return weight.float().contiguous()
+
+    def linear(self, name: str, *, has_bias: bool) -> Linear:
+        """Return a linear layer."""
+        return Linear(self.matrix(f"{name}.weight"), self.vector(f"{name}.bias") if has_bias else None)
+
+    def _take(self, name: str) -> Tensor | Matrix:
+        if name not in self.weights:
+            raise NotCovered(f"it has no {name}")
+        self.unused.discard(name)
+        return self.weights[name]
+
+
 def read_transformer(config: Mapping[str, Any], weights: Mapping[str, Tensor | Matrix]) -> Transformer:
     """Return a model from its config.json and its weights, under their names in transformers.
 
@@ -166,60 +199,14 @@ def read_transformer(config: Mapping[str, Any], weights: Mapping[str, Tensor | M
     num_layers, heads = number_of(config, "num_hidden_layers"), number_of(config, "num_attention_heads")
     if config["model_type"] == "llama" and config.get("num_key_value_heads") is None:
         config = {**config, "num_key_value_heads": heads}  # the first Llamas
-    unused = {name for name in weights if not name.endswith("rotary_emb.inv_freq")}  # follow from the config
-
-    def take(name: str) -> Tensor | Matrix:
-        if name not in weights:
-            raise NotCovered(f"it has no {name}")
-        unused.discard(name)
-        return weights[name]
-
-    def matrix(name: str) -> Matrix:
-        weight = take(name)
-        if not isinstance(weight, Matrix):
-            raise NotCovered(f"{name} is no matrix of a known kind")
-        return weight
-
-    def vector(name: str) -> Tensor:
-        weight = take(name)
-        if isinstance(weight, Matrix) or weight.dim() != 1 or not weight.is_floating_point():
-            raise NotCovered(f"{name} is no vector of numbers")
-        return weight.float().contiguous()
-
-    def linear(name: str, *, has_bias: bool) -> Linear:
-        return Linear(matrix(f"{name}.weight"), vector(f"{name}.bias") if has_bias else None)
-
-    def layer(number: int) -> Layer:
-        prefix = f"model.layers.{number}"
-        attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
-        biases = biased_layers(config)
-        has_norms = config["model_type"] == "qwen3"
-        return Layer(
-            query=linear(f"{attention}.q_proj", has_bias="query" in biases),
-            key=linear(f"{attention}.k_proj", has_bias="key" in biases),
-            value=linear(f"{attention}.v_proj", has_bias="value" in biases),
-            output=linear(f"{attention}.o_proj", has_bias="output" in biases),
-            gate=linear(f"{mlp}.gate_proj", has_bias="mlp" in biases),
-            up=linear(f"{mlp}.up_proj", has_bias="mlp" in biases),
-            down=linear(f"{mlp}.down_proj", has_bias="mlp" in biases),
-            attention_norm=vector(f"{prefix}.input_layernorm.weight"),
-            mlp_norm=vector(f"{prefix}.post_attention_layernorm.weight"),
-            query_norm=vector(f"{attention}.q_norm.weight") if has_norms else None,
-            key_norm=vector(f"{attention}.k_norm.weight") if has_norms else None,
-            window=window_of(config, number),
-        )
-
-    embedding = matrix("model.embed_tokens.weight")
-    head = Linear(embedding, None)
-    if not config.get("tie_word_embeddings", False):
-        head = linear("lm_head", has_bias=False)
-    elif "lm_head.weight" in weights and not torch.equal(matrix("lm_head.weight").data, embedding.data):
-        raise NotCovered("its head is tied to the embedding and differs from it")
-    found = Transformer(
-        layers=[layer(number) for number in range(num_layers)],
+    named = NamedWeights(weights)
+    embedding = named.matrix("model.embed_tokens.weight")
+    head = read_head(config, named, embedding)
+    model = Transformer(
+        layers=[read_layer(config, named, number) for number in range(num_layers)],
         embedding=embedding,
         head=head,
-        norm=vector("model.norm.weight"),
+        norm=named.vector("model.norm.weight"),
         heads=heads,
         key_heads=number_of(config, "num_key_value_heads"),
         head_size=head_size_of(config),
@@ -227,14 +214,41 @@ def read_transformer(config: Mapping[str, Any], weights: Mapping[str, Tensor | M
         rotary=read_rotary(config),
         context=number_of(config, "max_position_embeddings"),
     )
-    if unused:
-        raise NotCovered(f"{min(unused)} is not used")
-    sizes = (found.embedding.rows, found.embedding.columns, found.layers[0].gate.matrix.rows)
-    for name, size in zip(("vocab_size", "hidden_size", "intermediate_size"), sizes):
-        if number_of(config, name) != size:
-            raise NotCovered(f"its {name} is {config[name]}, and its weights have {size}")
-    check_sizes(found)
-    return found
+    if named.unused:
+        raise NotCovered(f"{min(named.unused)} is not used")
+    check_sizes(model, config)
+    return model
+
+
+def read_head(config: Mapping[str, Any], named: NamedWeights, embedding: Matrix) -> Linear:
+    """Return what turns the last layer into logits: often the embedding, tied to it."""
+    if not config.get("tie_word_embeddings", False):
+        return named.linear("lm_head", has_bias=False)
+    has_own = "lm_head.weight" in named.weights  # a copy, in some files
+    if has_own and not torch.equal(named.matrix("lm_head.weight").data, embedding.data):
+        raise NotCovered("its head is tied to the embedding and differs from it")
+    return Linear(embedding, None)
+
+
+def read_layer(config: Mapping[str, Any], named: NamedWeights, number: int) -> Layer:
+    """Return one layer, counted from 0."""
+    prefix = f"model.layers.{number}"
+    attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+    biases, has_norms = biased_layers(config), config["model_type"] == "qwen3"
+    return Layer(
+        query=named.linear(f"{attention}.q_proj", has_bias="query" in biases),
+        key=named.linear(f"{attention}.k_proj", has_bias="key" in biases),
+        value=named.linear(f"{attention}.v_proj", has_bias="value" in biases),
+        output=named.linear(f"{attention}.o_proj", has_bias="output" in biases),
+        gate=named.linear(f"{mlp}.gate_proj", has_bias="mlp" in biases),
+        up=named.linear(f"{mlp}.up_proj", has_bias="mlp" in biases),
+        down=named.linear(f"{mlp}.down_proj", has_bias="mlp" in biases),
+        attention_norm=named.vector(f"{prefix}.input_layernorm.weight"),
+        mlp_norm=named.vector(f"{prefix}.post_attention_layernorm.weight"),
+        query_norm=named.vector(f"{attention}.q_norm.weight") if has_norms else None,
+        key_norm=named.vector(f"{attention}.k_norm.weight") if has_norms else None,
+        window=window_of(config, number),
+    )
 
 
 def check_config(config: Mapping[str, Any]) -> None:
@@ -353,8 +367,12 @@ def scale_as_yarn(frequencies: Tensor, base: float, size: int, settings: Mapping
     return Rotary(scaled, 0.1 * math.log(factor) + 1 if factor > 1 else 1.0)
 
 
-def check_sizes(model: Transformer) -> None:
-    """Raise NotCovered for sizes that do not fit each other, as those of a broken file."""
+def check_sizes(model: Transformer, config: Mapping[str, Any]) -> None:
+    """Raise NotCovered for sizes that do not fit the config or each other, as those of a broken file."""
+    sizes = (model.embedding.rows, model.embedding.columns, model.layers[0].gate.matrix.rows)
+    for name, expected in zip(("vocab_size", "hidden_size", "intermediate_size"), sizes):
+        if number_of(config, name) != expected:
+            raise NotCovered(f"its {name} is {config[name]}, and its weights have {expected}")
     width, size = model.embedding.columns, model.head_size
     queries, keys = model.heads * size, model.key_heads * size
     if model.heads % model.key_heads or size % 2:

@@ -274,13 +274,6 @@ def history_filters(
         num_new_tokens = ids.shape[-1] - prompt_length
         return forbid(logits, end_ids) if num_new_tokens < minimum else logits
 
-    constraint, walks = settings.constraint, []
-
-    def keep_to_form(logits: Tensor, ids: Tensor) -> Tensor:
-        assert constraint is not None
-        walks.extend(constraint.start() for _ in range(len(walks), len(logits)))
-        return keep_allowed(logits, ids[:, prompt_length:], walks)
-
     all_filters = (  # name, function of logits and ids, whether it does anything
         ("logit bias", lambda logits, _: add_bias(logits, settings.logit_bias), settings.logit_bias),
         (
@@ -300,9 +293,22 @@ def history_filters(
             lambda logits, ids: penalize_presence(logits, ids[:, prompt_length:], presence, frequency),
             presence or frequency,
         ),
-        (constraint.name if constraint else "", keep_to_form, constraint is not None),
     )
-    return [Filter(name, function) for name, function, is_on in all_filters if is_on]
+    filters = [Filter(name, function) for name, function, is_on in all_filters if is_on]
+    if settings.constraint is not None:
+        filters.append(constraint_filter(settings.constraint, prompt_length))
+    return filters
+
+
+def constraint_filter(constraint: Constraint, prompt_length: int) -> Filter:
+    """Return the filter that keeps new tokens to a form; it remembers how far each row has come."""
+    walks: list[Callable[[list[int]], Tensor]] = []
+
+    def keep_to_form(logits: Tensor, ids: Tensor) -> Tensor:
+        walks.extend(constraint.start() for _ in range(len(walks), len(logits)))
+        return keep_allowed(logits, ids[:, prompt_length:], walks)
+
+    return Filter(constraint.name, keep_to_form)
 
 
 def distribution_filters(settings: Settings, strikes: Tensor | None = None) -> list[Filter]:
