@@ -242,6 +242,7 @@ def stored_folder() -> Path:
     return stored_weights.model_folder(bundled.SMOLLM2, None)
 
 
+@pytest.mark.slow
 def test_the_content_of_the_bundled_file_is_known_whatever_made_the_folder(tmp_path, monkeypatch):
     """Made anew, elsewhere and with the Hub within reach, all its files are the same."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
