@@ -107,6 +107,28 @@ def test_activations_have_the_precision_of_fp32(kernel):
     assert (error <= (0.5 / 8_355_000 + 3 * 2**-24) * x.abs().amax(1)).all()
 
 
+@pytest.mark.parametrize("kind", ["groups4", "groups8"])
+def test_whole_numbers_come_out_as_they_are_and_others_rounded(kind, kernel):
+    """The largest of a group is 8,355,000, so that its scale is 1; others are not cut, which would make them
+    smaller on the average, and what is below 1e-30 counts as 0.
+    """
+    eye = identity(kind, 64)
+    x = torch.randint(-8_355_000, 8_355_001, (20, 64), generator=torch.Generator().manual_seed(1)).float()
+    x[:, ::32] = 8_355_000
+    assert torch.equal(kernel.product(eye, x), x)
+    x = torch.randn(50, 64, generator=torch.Generator().manual_seed(1))
+    growth = (kernel.product(eye, x) - x) * x.sign() / x.abs().amax(1, keepdim=True)
+    assert abs(growth.double().mean().item()) < 3e-8  # half a step is 6e-8
+    assert (kernel.product(eye, torch.full((2, 64), 1e-38)) == 0).all()
+
+
+def identity(kind: str, size: int) -> Matrix:
+    """Return a matrix of groups with ones in its diagonal, and zeros."""
+    scales = torch.ones(size, size // 32).half()
+    numbers = torch.eye(size, dtype=torch.int16)
+    return pack(kind, numbers, scales, torch.zeros_like(scales) if kind == "groups4" else None)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_zeros_give_zero_and_what_is_no_number_gives_none(kind, kernel):
     matrix = random_matrix(kind, 20, 64)
@@ -156,6 +178,7 @@ CONFIGS = {
     "llama, tied, biases, scaled positions": LlamaConfig(
         **COMMON, tie_word_embeddings=True, attention_bias=True, mlp_bias=True, rope_parameters=LLAMA3
     ),
+    "llama, several groups of 32": LlamaConfig(**{**COMMON, "hidden_size": 64, "intermediate_size": 96}),
     "llama, odd sizes": LlamaConfig(
         vocab_size=101,
         hidden_size=36,
@@ -206,6 +229,13 @@ def in_kind(model: Any, kind: str) -> dict[str, Matrix]:
             packed = numbers.short().flatten(1), scales, None
         matrices[name] = pack(kind, *packed)
     return matrices
+
+
+def in_mixed_kinds(model: Any, shift: int) -> dict[str, Matrix]:
+    """Return the matrices of a model, each in the next kind of storage; the first is in the `shift`-th."""
+    kinds = {kind: in_kind(model, kind) for kind in KINDS}
+    names = enumerate(kinds["fp32"])
+    return {name: kinds[KINDS[(place + shift) % len(KINDS)]][name] for place, name in names}
 
 
 def compare_steps(step: FastStep, texts: int, starts: list[int], splits: list[int]) -> None:
@@ -273,7 +303,9 @@ def test_products_with_widened_weights_are_those_of_float64(kind, rows, kernel):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["llama", "qwen3, norms of queries and keys, a window in one layer"])
+@pytest.mark.parametrize(
+    "name", ["llama, several groups of 32", "qwen3, norms of queries and keys, a window in one layer"]
+)
 def test_a_step_over_weights_of_each_kind(name, kind, kernel):
     model = random_model(name)
     step = FastStep(own_transformer(model, in_kind(model, kind)), kernel)
@@ -284,10 +316,8 @@ def test_a_step_over_weights_of_each_kind(name, kind, kernel):
 @pytest.mark.parametrize("shift", range(len(KINDS)))
 def test_each_matrix_may_be_stored_in_a_kind_of_its_own(shift, kernel):
     """As in a file of several formats, or where an adapter was merged into some of them."""
-    model = random_model("llama")
-    kinds = {kind: in_kind(model, kind) for kind in KINDS}
-    names = list(kinds["fp32"])
-    mixed = {name: kinds[KINDS[(place + shift) % len(KINDS)]][name] for place, name in enumerate(names)}
+    model = random_model("llama, several groups of 32")
+    mixed = in_mixed_kinds(model, shift)
     step = FastStep(own_transformer(model, mixed), kernel)
     compare_steps(step, 2, [0, 3], [1, 6, 7, 30, 31])
 
