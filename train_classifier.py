@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from common import cli, sources
-from common.errors import Interrupted, UserError
+from common.errors import Fault, Interrupted, UserError
 from common.sources import FileOptions
 from common.training import flags, predictions, study
 from common.training.flags import commits_of, needs_no_model, plan_study, run_name, settings_of, what_is_read
@@ -700,6 +700,33 @@ def evaluate_only(args: argparse.Namespace, runtime: Runtime) -> None:
     report.show(scores, predictions, tokens.eval_max_length, runtime)
 
 
+@dataclass(frozen=True)
+class SavedModel:
+    """A model that was trained before, how it reads texts, and what its answers mean."""
+
+    model: PreTrainedModel | BertClassifier
+    tokenizer: batching.AnyTokenizer
+    texts: TextConfig
+    tokens: TokenConfig
+    scoring: Scoring
+    temperature: float
+    batch_size: int
+
+    def answers(self, block: unlabelled.TextBlock, runtime: Runtime) -> list[dict]:
+        """Return an answer for each text of a block, with its row."""
+        answers = predict_texts(
+            self.model,
+            self.tokenizer,
+            block.texts,
+            self.tokens,
+            runtime,
+            batch_size=self.batch_size,
+            scoring=self.scoring,
+            temperature=self.temperature,
+        )
+        return [{**answer, "row": row} for row, answer in zip(block.rows, answers)]
+
+
 def predict(args: argparse.Namespace, runtime: Runtime) -> None:
     """Answer for each text, with its row, label, confidence and the score of every class: a JSON line on
     the screen, or a row of --output.
@@ -707,64 +734,67 @@ def predict(args: argparse.Namespace, runtime: Runtime) -> None:
     model, tokenizer, trained = classifier.load_to_predict(
         args.model, runtime, cache_dir=args.cache_dir, revision=args.revision
     )
-    tokens = saved_tokens(model, tokenizer, trained, args)
-    options = config_from_flags(FileOptions, args)
-    scoring = saved_scoring(args, trained, classifier.task_of_model(model))
-    text_config, temperature = saved_texts(args, trained), classifier.saved_temperature(trained)
+    saved = SavedModel(
+        model,
+        tokenizer,
+        tokens=saved_tokens(model, tokenizer, trained, args),
+        scoring=saved_scoring(args, trained, classifier.task_of_model(model)),
+        texts=saved_texts(args, trained),
+        temperature=classifier.saved_temperature(trained),
+        batch_size=args.eval_batch_size,
+    )
+    faults: list[Fault] | None = [] if args.skip_bad else None
     with unlabelled.open_texts(
         args.predict,
-        columns=text_config.columns,
-        join_with=text_config.join_with if text_config.text_mode == JOIN else None,
+        columns=saved.texts.columns,
+        join_with=saved.texts.join_with if saved.texts.text_mode == JOIN else None,
         kept=kept_columns(args),
-        options=options,
+        options=config_from_flags(FileOptions, args),
         cache_dir=args.cache_dir,
-        faults=(faults := [] if args.skip_bad else None),
+        faults=faults,
     ) as texts:
         bad = texts.check()
         if faults and runtime.is_main:
             path = predictions.bad_rows_file(Path(args.output))
             predictions.write_bad_rows(path, faults)
             sources.note(f"{len(faults):,} rows can't be used and are left out: {path}")
-
-        def answer(block: unlabelled.TextBlock) -> list[dict]:
-            answers = predict_texts(
-                model,
-                tokenizer,
-                block.texts,
-                tokens,
-                runtime,
-                batch_size=args.eval_batch_size,
-                scoring=scoring,
-                temperature=temperature,
-            )
-            return [{**answer, "row": row} for row, answer in zip(block.rows, answers)]
-
-        if args.output is None:
-            for block in texts.blocks(PREDICT_BLOCK, without=bad):
-                for line in predictions.with_columns(block.columns, answer(block)):
-                    runtime.say(cli.json_line(line))
+        if args.output is not None:
+            write_predictions(saved, texts, bad, args, runtime)
             return
-        identity = {
-            "text": texts.sha256(),
-            "model": tensors_sha256(model.state_dict()),
-            "thresholds": str(scoring.threshold),
-            "temperature": temperature,
-            "--text-column": str(text_config),
-            "--keep-columns": texts.kept,
-            "--eval-batch-size": args.eval_batch_size,
-            "precision or device": f"{runtime.precision} {runtime.device.type} {runtime.world_size}",
-            "way to read texts": f"{tokens.eval_max_length} {tokens.truncation} {options}",
-        }
-        with predictions.open_predictions(
-            args.output, identity=identity, resume=args.resume is not None, runtime=runtime
-        ) as file:
-            if file.is_complete:
-                runtime.say(f"{args.output} is complete already")
-                return
-            for block in texts.blocks(PREDICT_BLOCK, without=bad, skipped=file.num_rows):
-                file.add(answer(block), block.columns)
-            file.finish()
-        runtime.say(f"{file.num_rows:,} predictions: {args.output}")
+        for block in texts.blocks(PREDICT_BLOCK, without=bad):
+            for line in predictions.with_columns(block.columns, saved.answers(block, runtime)):
+                runtime.say(cli.json_line(line))
+
+
+def write_predictions(
+    saved: SavedModel, texts: unlabelled.Texts, bad: set[int], args: argparse.Namespace, runtime: Runtime
+) -> None:
+    """Write an answer for each text but the `bad` ones to --output; with --resume go on with a file that
+    was begun, if whatever its answers depend on is the same.
+    """
+    tokens, options = saved.tokens, config_from_flags(FileOptions, args)
+    identity = {
+        "text": texts.sha256(),
+        "model": tensors_sha256(saved.model.state_dict()),
+        "thresholds": str(saved.scoring.threshold),
+        "temperature": saved.temperature,
+        "--text-column": str(saved.texts),
+        "--keep-columns": texts.kept,
+        "--eval-batch-size": saved.batch_size,
+        "precision or device": f"{runtime.precision} {runtime.device.type} {runtime.world_size}",
+        "way to read texts": f"{tokens.eval_max_length} {tokens.truncation} {options}",
+    }
+    is_resumed = args.resume is not None
+    with predictions.open_predictions(
+        args.output, identity=identity, resume=is_resumed, runtime=runtime
+    ) as file:
+        if file.is_complete:
+            runtime.say(f"{args.output} is complete already")
+            return
+        for block in texts.blocks(PREDICT_BLOCK, without=bad, skipped=file.num_rows):
+            file.add(saved.answers(block, runtime), block.columns)
+        file.finish()
+    runtime.say(f"{file.num_rows:,} predictions: {args.output}")
 
 
 def kept_columns(args: argparse.Namespace) -> list[str] | None:

@@ -822,58 +822,17 @@ def _read_hub(
     name: str, config: str | None, revision: str | None, cache_dir: str | None
 ) -> datasets.DatasetDict:
     import datasets
-    import httpx2
-    import huggingface_hub.errors
 
-    local = ", ".join(bundled.DATASETS)
     if name in datasets.packaged_modules._PACKAGED_DATASETS_MODULES:
         # the library would read every file of this kind in the working directory
         problem = "this is the name of a format, not of a data set"
-        raise UserError(f"--dataset {name}: {problem}; name a file or folder, or use {local}")
+        advice = f"name a file or folder, or use {', '.join(bundled.DATASETS)}"
+        raise UserError(f"--dataset {name}: {problem}; {advice}")
     # if not, cached data is still used, and anything else fails at once
     reachable = sources.is_reachable()
-    try:
-        with sources.downloads_in(cache_dir):
-            commit = _commit_of(name, revision, cache_dir, is_reachable=reachable)
-            splits = _load_undamaged(name, config, commit, cache_dir)
-    except huggingface_hub.errors.RevisionNotFoundError as error:
-        raise UserError(
-            f"--dataset-revision {revision}: {name} has no such commit, branch or tag on the Hub; check it"
-            " there"
-        ) from error
-    except (
-        datasets.exceptions.DatasetNotFoundError,
-        huggingface_hub.errors.HfHubHTTPError,
-        huggingface_hub.errors.HFValidationError,
-    ) as error:
-        raise UserError(
-            f"--dataset {name}: neither a local file or folder nor a data set on the Hub"
-            f" ({one_line(error).rstrip('.')}); check the name (a private one needs `hf auth login`), or use"
-            f" {local}"
-        ) from error
-    except (
-        datasets.data_files.EmptyDatasetError,
-        datasets.exceptions.DataFilesNotFoundError,
-        datasets.exceptions.DatasetGenerationError,
-    ) as error:
-        reason = one_line(error.__cause__ or error)
-        raise UserError(
-            f"--dataset {name}: it has no data files on the Hub that can be read: {reason}"
-        ) from error
-    except (ConnectionError, httpx2.TransportError) as error:
-        raise UserError(
-            f"--dataset {name}: no such file or folder, and the Hub can't be reached ({one_line(error)});"
-            f" without a network, use a local file or {local}"
-        ) from error
-    except ValueError as error:
-        if "config" not in str(error).lower():  # not about the choice of a configuration: a bug
-            raise
-        raise UserError(f"--dataset {name}: choose with --dataset-config: {one_line(error)}") from error
-    except RuntimeError as error:
-        if "script" not in str(error).lower():
-            raise
-        hint = "use a Parquet version of it"
-        raise UserError(f"--dataset {name}: it needs remote code, which is never run here; {hint}") from error
+    with _hub_mistakes(name, revision), sources.downloads_in(cache_dir):
+        commit = _commit_of(name, revision, cache_dir, is_reachable=reachable)
+        splits = _load_undamaged(name, config, commit, cache_dir)
     if not reachable:
         if commit is not None and not _is_of_commit(splits, commit):
             asked = "--dataset" if revision is None else f"--dataset-revision {revision} of --dataset"
@@ -883,6 +842,49 @@ def _read_hub(
             )
         sources.say_cached(f"--dataset {name}")
     return splits
+
+
+@contextlib.contextmanager
+def _hub_mistakes(name: str, revision: str | None) -> Iterator[None]:
+    """Raise UserError for what the libraries raise in this block about a data set of the Hub."""
+    import datasets
+    import httpx2
+    import huggingface_hub.errors
+
+    local = ", ".join(bundled.DATASETS)
+    try:
+        yield
+    except huggingface_hub.errors.RevisionNotFoundError as error:
+        problem = f"{name} has no such commit, branch or tag on the Hub; check it there"
+        raise UserError(f"--dataset-revision {revision}: {problem}") from error
+    except (
+        datasets.exceptions.DatasetNotFoundError,
+        huggingface_hub.errors.HfHubHTTPError,
+        huggingface_hub.errors.HFValidationError,
+    ) as error:
+        problem = f"neither a local file or folder nor a data set on the Hub ({one_line(error).rstrip('.')})"
+        advice = f"check the name (a private one needs `hf auth login`), or use {local}"
+        raise UserError(f"--dataset {name}: {problem}; {advice}") from error
+    except (
+        datasets.data_files.EmptyDatasetError,
+        datasets.exceptions.DataFilesNotFoundError,
+        datasets.exceptions.DatasetGenerationError,
+    ) as error:
+        problem = f"it has no data files on the Hub that can be read: {one_line(error.__cause__ or error)}"
+        raise UserError(f"--dataset {name}: {problem}") from error
+    except (ConnectionError, httpx2.TransportError) as error:
+        problem = f"no such file or folder, and the Hub can't be reached ({one_line(error)})"
+        advice = f"without a network, use a local file or {local}"
+        raise UserError(f"--dataset {name}: {problem}; {advice}") from error
+    except ValueError as error:
+        if "config" not in str(error).lower():  # not about the choice of a configuration: a bug
+            raise
+        raise UserError(f"--dataset {name}: choose with --dataset-config: {one_line(error)}") from error
+    except RuntimeError as error:
+        if "script" not in str(error).lower():
+            raise
+        problem = "it needs remote code, which is never run here; use a Parquet version of it"
+        raise UserError(f"--dataset {name}: {problem}") from error
 
 
 def _commit_of(name: str, revision: str | None, cache_dir: str | None, *, is_reachable: bool) -> str | None:

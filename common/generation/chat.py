@@ -187,6 +187,18 @@ def unread_options(template: Template, environment: jinja2.Environment) -> str:
     return f"it does not read {unread[0]!r}; it reads {known}" if unread else ""
 
 
+def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+    """Return a value as JSON, in which jinja's own filter would escape HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+
+def raise_exception(message: str) -> None:
+    """End a template that refuses a conversation, with its reason."""
+    import jinja2.exceptions
+
+    raise jinja2.exceptions.TemplateError(message)
+
+
 def make_environment() -> jinja2.Environment:
     """Return what compiles chat templates as transformers does: in a sandbox that lets them change
     nothing, with the few functions that such templates use.
@@ -215,12 +227,6 @@ def make_environment() -> jinja2.Environment:
             if str(name).startswith("_"):
                 raise jinja2.exceptions.SecurityError(f"a name that begins with an underscore: {name}")
             super().__setitem__(name, value)
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.exceptions.TemplateError(message)
-
-    def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:  # jinja's own escapes HTML
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]

@@ -657,8 +657,6 @@ def matching(snapshot: Snapshot, condition: str | None, limits: Limits = DEFAULT
     alive = snapshot.alive()
     if condition is None:
         return alive
-    import multiprocessing
-
     columns = [ID, TEXT, *snapshot.manifest["columns"]]
     lowered = [name.lower() for name in columns]
     ambiguous = [name for name in columns if lowered.count(name.lower()) > 1]
@@ -667,23 +665,7 @@ def matching(snapshot: Snapshot, condition: str | None, limits: Limits = DEFAULT
         advice = "rename one and index the texts again, or write a condition without them"
         problem = f"columns {used} differ only in case, which SQL ignores"
         raise UserError(f"--where {condition!r}: {problem}; {advice}")
-    # forked, the child has the rows already
-    fork = multiprocessing.get_context("fork")
-    receiver, sender = fork.Pipe(duplex=False)
-    child = fork.Process(target=_answer, args=(snapshot, condition, limits, sender), daemon=True)
-    child.start()
-    sender.close()
-    try:
-        if not receiver.poll(limits.seconds):
-            problem = f"not done after {limits.seconds:g} seconds; simplify it, or raise --where-seconds"
-            raise UserError(f"--where {condition!r}: {problem}")
-        kind, answer = receiver.recv_bytes(), receiver.recv_bytes()
-    except EOFError:  # it has ended without an answer
-        kind, answer = NO_MEMORY, b""
-    finally:
-        child.kill()
-        child.join()
-        receiver.close()
+    kind, answer = _ask_child(snapshot, condition, limits)
     if kind == DAMAGE:
         raise UserError(answer.decode())
     if kind == BUG:
@@ -695,6 +677,31 @@ def matching(snapshot: Snapshot, condition: str | None, limits: Limits = DEFAULT
         advice = f"write a condition over {', '.join(columns)}, with texts in single quotes"
         raise UserError(f"--where {condition!r}: {answer.decode('utf-8')}; {advice}")
     return alive & np.unpackbits(np.frombuffer(answer, np.uint8), count=len(alive)).astype(bool)
+
+
+def _ask_child(snapshot: Snapshot, condition: str, limits: Limits) -> tuple[bytes, bytes]:
+    """Return what a child process answers about a condition: the kind of the answer, and its content.
+    Raises UserError when it takes too long.
+    """
+    import multiprocessing
+
+    # forked, the child has the rows already
+    fork = multiprocessing.get_context("fork")
+    receiver, sender = fork.Pipe(duplex=False)
+    child = fork.Process(target=_answer, args=(snapshot, condition, limits, sender), daemon=True)
+    child.start()
+    sender.close()
+    try:
+        if not receiver.poll(limits.seconds):
+            problem = f"not done after {limits.seconds:g} seconds; simplify it, or raise --where-seconds"
+            raise UserError(f"--where {condition!r}: {problem}")
+        return receiver.recv_bytes(), receiver.recv_bytes()
+    except EOFError:  # it has ended without an answer
+        return NO_MEMORY, b""
+    finally:
+        child.kill()
+        child.join()
+        receiver.close()
 
 
 def _answer(snapshot: Snapshot, condition: str, limits: Limits, sender: "Connection") -> None:

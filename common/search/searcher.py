@@ -424,21 +424,28 @@ def cached(
             return load(folder)
     say(f"cache    {folder}: built for this state of the index")
     try:
-        with tempfile.TemporaryDirectory(
-            prefix=f"{folder.name}.", dir=snapshot.folder, ignore_cleanup_errors=True
-        ) as parent:
-            # a temporary folder is private; this one has the permissions of the index
-            fresh = Path(parent) / name
-            fresh.mkdir()
-            build(fresh)
-            (fresh / CACHE_STAMP).write_text(stamp, encoding="utf-8")
-            files.write_manifest(fresh)
-            loaded = load(fresh)
-            shutil.rmtree(folder, ignore_errors=True)
-            with contextlib.suppress(OSError):  # another process was faster
-                fresh.rename(folder)
-            return loaded
+        return _built(folder, stamp, build=build, load=load)
     except OSError as error:
         problem = f"the cache can't be written: {error.strerror or error}"
         advice = "correct that, or copy the index to a folder of your own"
         raise UserError(f"{folder}: {problem}; {advice}") from error
+
+
+def _built(
+    folder: Path, stamp: str, *, build: Callable[[Path], None], load: Callable[[Path], Cached]
+) -> Cached:
+    """Return what is loaded from a cache that is built anew beside `folder`, and takes its place."""
+    with tempfile.TemporaryDirectory(
+        prefix=f"{folder.name}.", dir=folder.parent, ignore_cleanup_errors=True
+    ) as parent:
+        # a temporary folder is private; this one has the permissions of the index
+        fresh = Path(parent) / "cache"
+        fresh.mkdir()
+        build(fresh)
+        (fresh / CACHE_STAMP).write_text(stamp, encoding="utf-8")
+        files.write_manifest(fresh)
+        loaded = load(fresh)
+        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another process was faster
+            fresh.rename(folder)
+        return loaded

@@ -176,14 +176,26 @@ SETTINGS_FILES = "sentence_*_config.json"  # of the first module; older ones hav
 
 @dataclass(frozen=True)
 class Part:
-    """A module that follows the transformer."""
+    """A module of a model."""
 
     module: nn.Module
     kind: str  # its class
     settings: dict[str, Any]  # as the library would save them
     weights: bert.Tensors  # by the library's names
     width: int | None  # of its output, None: that of its input
-    pooling: str
+    pooling: str  # the same in a word or two, "" for a transformer
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """What a model says of itself as a whole."""
+
+    prompts: dict[str, str]
+    default_prompt_name: str | None = None
+    truncate_dim: int | None = None  # the first numbers of an embedding that are kept
+
+
+NO_PROMPTS = {"query": "", "document": ""}
 
 
 def read_model(folder: Path) -> SentenceModel:
@@ -192,15 +204,13 @@ def read_model(folder: Path) -> SentenceModel:
     """
     if found := [name for name in OTHER_FILES if (folder / name).exists()]:
         raise UnknownModel(", ".join(found))
-    prompts, default_prompt_name, truncate_dim = {"query": "", "document": ""}, None, None
-    limit, lower_case, listed = None, False, []
     if is_static(folder):
         return read_static_model(folder)
-    is_plain = not (folder / "modules.json").is_file()
-    if not is_plain:
+    settings, limit, lower_case, listed = ModelSettings(NO_PROMPTS), None, False, None
+    if (folder / "modules.json").is_file():
         _, *listed = _read_list(folder)
         limit, lower_case = _read_transformer_settings(folder)
-        prompts, default_prompt_name, truncate_dim = _read_model_settings(folder, prompts)
+        settings = _read_model_settings(folder)
     transformer, weights = bert.load_encoder(folder)
     config = transformer.config
     tokenizer = read_tokenizer(folder, max_length=limit)
@@ -210,32 +220,46 @@ def read_model(folder: Path) -> SentenceModel:
         raise UnknownModel("a tokenizer without words")
     if lower_case:
         _lower_case(tokenizer)
-    if is_plain:
-        parts = {"1": _pooling({"embedding_dimension": config.width})}
+    if listed is None:  # a plain encoder
+        others = {"1": _pooling({"embedding_dimension": config.width})}
     else:
-        parts = {name: _read_part(kind, folder / path) for name, kind, path in listed}
-    if not any(part.kind == "Pooling" for part in parts.values()):
+        others = {name: _read_part(kind, folder / path) for name, kind, path in listed}
+    if not any(part.kind == "Pooling" for part in others.values()):
         raise UnknownModel("no pooling")
+    named = {f"model.{name}": value for name, value in weights.items()}
+    first = Part(Transformer(transformer), "Transformer", TRANSFORMER_ONLY, named, config.width, "")
+    positions = config.num_positions - config.first_position
+    return _assembled(first, others, tokenizer, settings, positions=positions, config=_settings(config))
+
+
+def _assembled(
+    first: Part,
+    others: dict[str, Part],
+    tokenizer: Tokenizer,
+    settings: ModelSettings,
+    *,
+    positions: int | None,
+    config: dict[str, Any],
+) -> SentenceModel:
+    """Return the model of which these are the modules, after trying whether they fit each other."""
+    parts = {"0": first, **others}
     width = [part.width for part in parts.values() if part.width is not None][-1]
-    _try_out([part.module for part in parts.values()], config.width, width)
-    tensors = {f"0.model.{name}": value for name, value in weights.items()}
-    for name, part in parts.items():
-        tensors |= {f"{name}.{key}": value for key, value in part.weights.items()}
-    settings = [["Transformer", TRANSFORMER_ONLY], *([part.kind, part.settings] for part in parts.values())]
-    modules = [Transformer(transformer), *(part.module for part in parts.values())]
+    assert first.width is not None
+    _try_out([part.module for part in others.values()], first.width, width)
+    weights = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.weights.items()}
+    kinds = [[part.kind, part.settings] for part in parts.values()]
+    prompts, default = settings.prompts, settings.default_prompt_name
     return SentenceModel(
-        modules=[module.eval().requires_grad_(False) for module in modules],
+        modules=[part.module.eval().requires_grad_(False) for part in parts.values()],
         tokenizer=tokenizer,
         max_length=tokenizer.model_max_length,
-        positions=config.num_positions - config.first_position,
-        width=min(width, truncate_dim or width),
-        truncate_dim=truncate_dim,
+        positions=positions,
+        width=min(width, settings.truncate_dim or width),
+        truncate_dim=settings.truncate_dim,
         prompts=prompts,
-        default_prompt_name=default_prompt_name,
-        pooling=", ".join(part.pooling for part in parts.values()),
-        fingerprint=_digest(
-            _vocabulary(tokenizer), settings, _settings(config), prompts, default_prompt_name, tensors
-        ),
+        default_prompt_name=default,
+        pooling=", ".join(part.pooling for part in parts.values() if part.pooling),
+        fingerprint=_digest(_vocabulary(tokenizer), kinds, config, prompts, default, weights),
     )
 
 
@@ -253,40 +277,23 @@ def read_static_model(folder: Path) -> SentenceModel:
     """Return a static model: tokens, their vectors, and the modules that follow, such as a
     normalisation. Raises UserError when its files don't fit each other.
     """
-    prompts, default_prompt_name, truncate_dim = {"query": "", "document": ""}, None, None
-    home, listed = folder, []
+    settings, home, listed = ModelSettings(NO_PROMPTS), folder, []
     if (folder / "modules.json").is_file():
         (_, _, path), *listed = _read_list(folder)
         home = folder / path
-        prompts, default_prompt_name, truncate_dim = _read_model_settings(folder, prompts)
+        settings = _read_model_settings(folder)
     elif read_settings(folder / "config.json").get("normalize", True):
         listed = [("1", "Normalize", "1_Normalize")]
     tokenizer, vectors = _read_static_tokenizer(home), _read_static_vectors(home)
     if len(vectors) < tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=True):
         problem = f"its tokenizer has more tokens than there are vectors ({len(vectors):,})"
         raise UserError(f"{home}: {problem}; repair it or name another model")
-    parts = {name: _read_part(kind, folder / path) for name, kind, path in listed}
-    if any(part.kind == "Pooling" for part in parts.values()):
+    others = {name: _read_part(kind, folder / path) for name, kind, path in listed}
+    if any(part.kind == "Pooling" for part in others.values()):
         raise UnknownModel("pooling of what is no sequence")
-    width = [vectors.shape[1], *(part.width for part in parts.values() if part.width is not None)][-1]
-    _try_out([part.module for part in parts.values()], vectors.shape[1], width)
-    tensors = {"0.embedding.weight": vectors}
-    for name, part in parts.items():
-        tensors |= {f"{name}.{key}": value for key, value in part.weights.items()}
-    settings = [["StaticEmbedding", {}], *([part.kind, part.settings] for part in parts.values())]
-    modules = [StaticEmbedding(vectors), *(part.module for part in parts.values())]
-    return SentenceModel(
-        modules=[module.eval().requires_grad_(False) for module in modules],
-        tokenizer=tokenizer,
-        max_length=tokenizer.model_max_length,
-        positions=None,
-        width=min(width, truncate_dim or width),
-        truncate_dim=truncate_dim,
-        prompts=prompts,
-        default_prompt_name=default_prompt_name,
-        pooling=", ".join(["static mean", *(part.pooling for part in parts.values())]),
-        fingerprint=_digest(_vocabulary(tokenizer), settings, {}, prompts, default_prompt_name, tensors),
-    )
+    weights = {"embedding.weight": vectors}
+    first = Part(StaticEmbedding(vectors), "StaticEmbedding", {}, weights, vectors.shape[1], "static mean")
+    return _assembled(first, others, tokenizer, settings, positions=None, config={})
 
 
 def _read_static_tokenizer(folder: Path) -> Tokenizer:
@@ -387,10 +394,8 @@ def _read_transformer_settings(folder: Path) -> tuple[int | None, bool]:
     return limit, lower_case
 
 
-def _read_model_settings(
-    folder: Path, defaults: dict[str, str]
-) -> tuple[dict[str, str], str | None, int | None]:
-    """Return the prompts by name, the name of the default one, and the dimensions that are kept."""
+def _read_model_settings(folder: Path) -> ModelSettings:
+    """Return what a folder says of its model as a whole."""
     path = folder / "config_sentence_transformers.json"
     settings = read_settings(path) if path.is_file() else {}
     prompts, default = settings.get("prompts", {}), settings.get("default_prompt_name")
@@ -400,7 +405,7 @@ def _read_model_settings(
         raise UnknownModel(f"{path.name} with {', '.join(settings)}")
     if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
         raise UnknownModel(f"the prompts {prompts!r}")
-    prompts = defaults | prompts
+    prompts = NO_PROMPTS | prompts
     version = settings.get("__version__", {})
     if not _is_version(version):
         raise UnknownModel(f"__version__ {version!r}")
@@ -408,7 +413,7 @@ def _read_model_settings(
         raise UnknownModel(f"default_prompt_name {default!r}")
     if truncate_dim is not None and (type(truncate_dim) is not int or truncate_dim < 1):
         raise UnknownModel(f"truncate_dim {truncate_dim!r}")
-    return prompts, default, truncate_dim
+    return ModelSettings(prompts, default, truncate_dim)
 
 
 def _is_version(versions: Any) -> bool:
@@ -553,10 +558,9 @@ def load_with_library(folder: Path, name: str) -> SentenceModel:
         return _opaque(model, name)
     for setting in ROLE_SETTINGS:
         if getattr(first, setting, None) is not None:
+            problem = f"its first module sets {setting}, which is unsupported"
             advice = "use another model, or remove it from a copy of sentence_bert_config.json"
-            raise UserError(
-                f"--model {name}: its first module sets {setting}, which is unsupported; {advice}"
-            )
+            raise UserError(f"--model {name}: {problem}; {advice}")
     tokenizer, width = first.tokenizer, model.get_embedding_dimension()
     assert tokenizer is not None and not isinstance(tokenizer, tokenizers.Tokenizer) and width is not None
     models.check_tokenizer(tokenizer, name=name, flag="--model")

@@ -20,7 +20,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -123,6 +123,9 @@ class Found:
     faults: list[Fault] = field(default_factory=list)  # rows that can't be used
     unlabelled: datasets.Dataset | None = None  # a test split without labels: its texts and `row`
     whole: Splits = field(default_factory=dict)  # before rare classes are left out and splits are cut
+    unused: list[str] = field(default_factory=list)  # splits of the source that nothing asks for
+    rare: list[str] = field(default_factory=list)  # classes that are left out or merged
+    cut: list[str] = field(default_factory=list)  # splits that had to be cut from train
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,9 @@ def load_splits(config: DataConfig, runtime: Runtime, found: Found | None = None
     wanted = {"train": config.train_split, "validation": config.validation_split, "test": config.test_split}
     source = _read_source(config, faults)
     splits = choose_splits(source, wanted)
-    unused = [str(name) for name, rows in source.items() if all(rows is not one for one in splits.values())]
+    found.unused = [
+        str(name) for name, rows in source.items() if all(rows is not one for one in splits.values())
+    ]
     splits |= _read_split_files(config, faults)
     if "test" in splits and not has_labels(splits["test"], config.labels):
         found.unlabelled = _unlabelled(splits.pop("test"), config.texts, faults)
@@ -162,46 +167,51 @@ def load_splits(config: DataConfig, runtime: Runtime, found: Found | None = None
     if faults is not None:
         _check_names(splits, config.texts, config.labels)
         splits, labels = clean(splits, config.texts, config.labels, faults, None)
-    splits, rare = validate(splits, config.texts, labels), []
-    found.whole = splits
+    splits = found.whole = validate(splits, config.texts, labels)
     if config.drop_rare is not None or config.merge_rare is not None:
-        splits, rare = without_rare(splits, config.drop_rare, config.merge_rare)
-    splits, cut = cut_missing_splits(splits, seed=config.seed)
-    splits["train"] = sample(
-        splits["train"], config.max_train_samples, seed=config.seed, flag="--max-train-samples"
-    )
-    for split in ("validation", "test"):
-        splits[split] = sample(
-            splits[split], config.max_eval_samples, seed=config.seed, flag="--max-eval-samples"
-        )
+        splits, found.rare = without_rare(splits, config.drop_rare, config.merge_rare)
+    splits, found.cut = cut_missing_splits(splits, seed=config.seed)
+    limits = {"train": config.max_train_samples}
+    limits |= dict.fromkeys(("validation", "test"), config.max_eval_samples)
+    for split, size in limits.items():
+        flag = "--max-train-samples" if split == "train" else "--max-eval-samples"
+        splits[split] = sample(splits[split], size, seed=config.seed, flag=flag)
+    runtime.say(describe_splits(splits, config, found))
+    return splits
+
+
+def describe_splits(splits: Splits, config: DataConfig, found: Found) -> str:
+    """Return what was read in some lines: sizes, task, and whatever a reader should know."""
     sizes = ", ".join(f"{len(rows):,} {split}" for split, rows in splits.items())
     task = task_of_rows(splits["train"])
-    runtime.say(f"data     {config.dataset}: {sizes} texts, {task.counted()}")
     how = _how_it_was_found(splits["train"], task) if config.labels.task == "auto" else ""
-    runtime.say(f"task     {task.kind}: {DESCRIPTIONS[task.kind]}{how}")
-    if unused:
+    about = []
+    if found.unused:
         advice = "name one with --train-split, --validation-split or --test-split to use it"
-        runtime.say(f"         not used: {listed(unused)}; {advice}")
+        about.append(f"not used: {listed(found.unused)}; {advice}")
     for names in near_equal_names(task.names):
         alike = " and ".join(map(quoted, names))
-        runtime.say(f"         {alike} are different classes; if one is meant, correct the labels")
+        about.append(f"{alike} are different classes; if one is meant, correct the labels")
     if found.faults:
-        runtime.say(f"         {len(found.faults):,} rows can't be used and are left out")
+        about.append(f"{len(found.faults):,} rows can't be used and are left out")
     if found.unlabelled is not None:
-        runtime.say("         the test split has no labels: it is predicted, and not scored")
-    if rare:
+        about.append("the test split has no labels: it is predicted, and not scored")
+    if found.rare:
         into = "left out" if config.merge_rare is None else f"one class {quoted(config.merge_rare)}"
-        runtime.say(f"         rare classes, {into}: {listed(rare)}")
-    if cut:
-        names = " and ".join(cut)
-        runtime.say(f"         {names} cut from train: 10 % each, stratified, with seed {config.seed}")
+        about.append(f"rare classes, {into}: {listed(found.rare)}")
+    if found.cut:
+        names = " and ".join(found.cut)
+        about.append(f"{names} cut from train: 10 % each, stratified, with seed {config.seed}")
     for split, count in count_shared_texts(splits).items():
         if count:
-            runtime.say(
-                f"         {count:,} of the {split} texts also occur in train: their scores say"
-                " little about new texts"
-            )
-    return splits
+            says_little = "also occur in train: their scores say little about new texts"
+            about.append(f"{count:,} of the {split} texts {says_little}")
+    lines = [
+        f"data     {config.dataset}: {sizes} texts, {task.counted()}",
+        f"task     {task.kind}: {DESCRIPTIONS[task.kind]}{how}",
+        *(f"         {line}" for line in about),
+    ]
+    return "\n".join(lines)
 
 
 def _how_it_was_found(rows: datasets.Dataset, task: Task) -> str:
@@ -718,14 +728,8 @@ def encode(
     are in any chunk. With `hides_special`, what a text holds of the tokens that mark beginnings, ends
     and padding becomes the unknown token.
     """
-    whole = tokenizer(
-        texts,
-        text_pair=pairs,
-        truncation=False,
-        padding=False,
-        return_special_tokens_mask=True,
-        verbose=False,
-    )
+    options: dict[str, Any] = {"truncation": False, "padding": False, "verbose": False}
+    whole = tokenizer(texts, text_pair=pairs, return_special_tokens_mask=True, **options)
     # the collator makes the attention mask
     names = [name for name in whole if name not in ("attention_mask", "special_tokens_mask")]
     counts = ("chunk_lengths", "num_tokens", "num_read")
@@ -795,22 +799,14 @@ def tokenize(
 ) -> datasets.Dataset:
     """Return the rows with the columns of `encode`.
 
-    The result is cached as a memory-mapped Arrow file under the SHA-256 of texts, labels, class
-    names, tokenizer, length and truncation, which is its fingerprint too. The file name also has
-    the version of `datasets`, because one version may not read what another wrote.
+    The result is cached as a memory-mapped Arrow file under the SHA-256 of all that it depends on,
+    its fingerprint too, and the version of `datasets`: one may not read what another wrote.
     """
     import datasets
 
     what_it_does = f"{tokenizer_json(tokenizer)} {max_length} {truncation} {HEAD_SHARE} {OVERLAP}"
     what_it_does += f" {MARKS}" if hides_special else ""
-    digest = hashlib.sha256(what_it_does.encode())
-    # the values of a label are numbers: its names are what they mean
-    for feature in rows.features.values():
-        digest.update(f"{feature}\0".encode())
-    for name in rows.column_names:  # labels and row numbers are in the file as well
-        for value in rows[name][:]:
-            digest.update(f"{value}\0".encode())
-    key = digest.hexdigest()
+    key = _sha256_of_rows(rows, what_it_does)
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "tokenized"
     folder.mkdir(parents=True, exist_ok=True)
     cached = folder / f"{key}-{FORMAT}-{datasets.__version__}.arrow"
@@ -832,6 +828,18 @@ def tokenize(
     if not _proof_of(cached).exists():
         replace_file(_proof_of(cached), f"{sha256(cached)}\n")
     return _as_dataset(tokenized)
+
+
+def _sha256_of_rows(rows: datasets.Dataset, what_is_done: str) -> str:
+    """Return the SHA-256 of rows, and of what is done to them, in hexadecimal."""
+    digest = hashlib.sha256(what_is_done.encode())
+    # the values of a label are numbers: its names are what they mean
+    for feature in rows.features.values():
+        digest.update(f"{feature}\0".encode())
+    for name in rows.column_names:  # labels and row numbers are in the file as well
+        for value in rows[name][:]:
+            digest.update(f"{value}\0".encode())
+    return digest.hexdigest()
 
 
 def _proof_of(cached: Path) -> Path:

@@ -145,10 +145,7 @@ def label_scores(
     (texts with the label), missed and false_alarms (texts).
     """
     probabilities, truth = logits.sigmoid().numpy(), targets.numpy() > 0.5
-    if threshold == "auto":
-        thresholds = best_thresholds(probabilities, truth)
-    else:
-        thresholds = np.broadcast_to(np.asarray(threshold, float), truth.shape[1:])
+    thresholds = chosen_thresholds(threshold, probabilities, truth)
     predicted = probabilities >= thresholds
     hits, support = (truth & predicted).sum(axis=0), truth.sum(axis=0)  # (C)
     false_alarms = (predicted & ~truth).sum(axis=0)
@@ -182,6 +179,15 @@ def label_scores(
 def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     """Return part / whole, 0 where there is nothing of which it could be a part."""
     return np.where(whole > 0, part / np.maximum(whole, 1), 0.0)
+
+
+def chosen_thresholds(
+    threshold: float | tuple[float, ...] | Literal["auto"], probabilities: np.ndarray, truth: np.ndarray
+) -> np.ndarray:
+    """Return the threshold of each label (C): one for all, one of each, or the best ones."""
+    if threshold == "auto":
+        return best_thresholds(probabilities, truth)
+    return np.broadcast_to(np.asarray(threshold, float), truth.shape[1:])
 
 
 def best_thresholds(probabilities: np.ndarray, truth: np.ndarray) -> np.ndarray:

@@ -558,11 +558,6 @@ def _headline(outcome: Outcome) -> str:
 def _report_text(outcome: Outcome) -> str:
     settings, results, predictions = outcome.settings, outcome.results, outcome.predictions
     task, best_metric = predictions.task, settings["best_metric"]
-    shown = [key for key in settings if key not in ("identity", "versions")]
-    described = _settings_table([(f"`{key}`", _cell(settings[key])) for key in shown], "setting", "value")
-    packages = _settings_table(settings["versions"].items(), "package", "version")
-    picture, description = PICTURES[task.kind]
-    answers = {SINGLE: "Classes", MULTI: "Labels", REGRESSION: "Numbers"}[task.kind]
     right, wrong = EXAMPLES[task.kind]
     return f"""# {_cell(settings["model"])} on {_cell(settings["dataset"])}
 
@@ -577,15 +572,7 @@ the best by validation {words(best_metric, task)}. Seed {settings["seed"]}.
 {epoch_table(outcome.history, task, best_metric, "github")}
 
 ![Losses and validation scores of each epoch](learning_curve.png)
-
-## {answers} of the test split
-
-{_score_table(outcome)}
-
-{answer_table(outcome.scores, task, "github")}
-
-![{description}]({picture})
-{_calibration_section(outcome)}
+{_answers_section(outcome)}{_calibration_section(outcome)}
 ## By length
 
 A text is read up to {settings["eval_max_length"]} tokens; of a longer one,
@@ -602,12 +589,35 @@ A text is read up to {settings["eval_max_length"]} tokens; of a longer one,
 {predictions.examples(right=False, style="github")}
 
 Every row of the test split is in [predictions.csv](predictions.csv).
+{_settings_section(settings)}"""
 
+
+def _answers_section(outcome: Outcome) -> str:
+    """Return the section of the report on each class, label or number."""
+    task = outcome.predictions.task
+    called = {SINGLE: "Classes", MULTI: "Labels", REGRESSION: "Numbers"}[task.kind]
+    picture, description = PICTURES[task.kind]
+    return f"""
+## {called} of the test split
+
+{_score_table(outcome)}
+
+{answer_table(outcome.scores, task, "github")}
+
+![{description}]({picture})
+"""
+
+
+def _settings_section(settings: dict) -> str:
+    """Return the section of the report on the flags and the versions of the packages."""
+    shown = [key for key in settings if key not in ("identity", "versions")]
+    described = [(f"`{key}`", _cell(settings[key])) for key in shown]
+    return f"""
 ## Settings
 
-{described}
+{_settings_table(described, "setting", "value")}
 
-{packages}
+{_settings_table(settings["versions"].items(), "package", "version")}
 """
 
 
@@ -685,13 +695,7 @@ def write_card(folder: Path, outcome: Outcome, splits: Splits) -> None:
 
 
 def _card_text(outcome: Outcome, splits: Splits) -> str:
-    settings, results, predictions = outcome.settings, outcome.results, outcome.predictions
-    task = predictions.task
-    values = {
-        f"`{key}`": unset if settings[key] is None else _cell(settings[key])
-        for key, unset in CARD_SETTINGS.items()
-    }
-    shown = _settings_table([*values.items(), *settings["versions"].items()], "setting", "value")
+    settings, task = outcome.settings, outcome.predictions.task
     title, purpose = _title(task)
     return f"""---
 library_name: transformers
@@ -702,7 +706,7 @@ pipeline_tag: text-classification
 # {title}
 
 {_code(_public(settings["model"]))}, fine-tuned on {_code(_public(settings["dataset"]))} to {purpose}
-{_listed(predictions.names)}.
+{_listed(list(task.names))}.
 
 ```python
 from transformers import pipeline
@@ -712,30 +716,45 @@ print(classify({_example_call(task, is_pair="text_pair" in splits["test"].column
 ```
 
 {_answers(task, outcome.scores)}{_about_temperature(outcome)}
-
-## Results
-
-On {len(predictions.labels):,} texts of the test split, {_novelty(splits)}:
-{_score_table(outcome)}
-{_sentence(certainty_line(predictions))} The weights are those after epoch {results["best_epoch"]:g},
-the best by validation {words(settings["best_metric"], task)}.
-
-{answer_table(outcome.scores, task, "github")}
-
-{predictions.length_table(settings["eval_max_length"], "github")}
-
-## Training
-
-{len(splits["train"]):,} texts for training, {len(splits["validation"]):,} for validation.
-
-{shown}
-
+{_card_results(outcome, splits)}{_card_training(outcome, splits)}
 ## Limits
 
 The scores hold for texts like those of the data set. A text beyond {settings["eval_max_length"]} tokens was
 read in scoring by `--truncation {settings["truncation"]}`; the pipeline above reads its beginning only.
 Biases of the pretrained model and of the labels were not examined. Licence: that of the pretrained model and
 the data allow; see both before passing this on.
+"""
+
+
+def _card_results(outcome: Outcome, splits: Splits) -> str:
+    settings, predictions = outcome.settings, outcome.predictions
+    return f"""
+## Results
+
+On {len(predictions.labels):,} texts of the test split, {_novelty(splits)}:
+{_score_table(outcome)}
+{_sentence(certainty_line(predictions))} The weights are those after epoch {outcome.best["epoch"]:g},
+the best by validation {words(settings["best_metric"], predictions.task)}.
+
+{answer_table(outcome.scores, predictions.task, "github")}
+
+{predictions.length_table(settings["eval_max_length"], "github")}
+"""
+
+
+def _card_training(outcome: Outcome, splits: Splits) -> str:
+    settings = outcome.settings
+    values = {
+        f"`{key}`": unset if settings[key] is None else _cell(settings[key])
+        for key, unset in CARD_SETTINGS.items()
+    }
+    shown = _settings_table([*values.items(), *settings["versions"].items()], "setting", "value")
+    return f"""
+## Training
+
+{len(splits["train"]):,} texts for training, {len(splits["validation"]):,} for validation.
+
+{shown}
 """
 
 
