@@ -263,7 +263,7 @@ def build(
     try:
         collection = read()
         if settings["chunk_overlap"] is not None:
-            chunk_size(encoder, settings["chunk_overlap"])  # refuses one too large, before any writing
+            chunk_size(encoder, settings["chunk_overlap"])  # refuses one that is too large
         with open_store(folder, settings=settings, wait=args.wait) as store:
             check_settings(args.index, settings, store.snapshot.settings)
             if store.snapshot.num_rows and settings["model"] != store.snapshot.settings["model"]:
@@ -582,8 +582,8 @@ def check_serve(args: argparse.Namespace) -> None:
 
 
 def serve(args: argparse.Namespace) -> None:
-    """Open a local page over an index: search, conditions, similar texts, a map of clusters; the same
-    answers as JSON. It runs until a signal comes.
+    """Open a local page over an index: search, conditions, similar texts, a map of clusters; the
+    same answers as JSON. It runs until a signal comes.
     """
     from common import local_server
 
@@ -894,7 +894,7 @@ def compare_models(args: argparse.Namespace) -> None:
     runtime, screen = start(args)
     configs = [dataclasses.replace(encoder_config(args), model=name) for name in args.models]
     fingerprints = []
-    for config in configs:  # all, before the first is scored: one that can't be loaded costs no hours
+    for config in configs:  # all before the first is scored: a missing one costs no hours
         fingerprints.append(task_fingerprint(load_encoder(config, runtime), args))
     path = None if args.per_query is None else Path(args.per_query)
     kept = {} if path is None else model_scores.read_scores(path)

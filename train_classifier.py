@@ -137,8 +137,8 @@ def config_from_flags(config_class: type[Config], args: argparse.Namespace, **gi
 
 
 def saved_scoring(args: argparse.Namespace, trained: dict, task: Task) -> Scoring:
-    """Return how the answers of a saved model are scored: as its settings tell, where flags say nothing
-    else. Raises UserError for flags that have no meaning in its task.
+    """Return how the answers of a saved model are scored: as its settings tell, where flags say
+    nothing else. Raises UserError for flags that have no meaning in its task.
     """
     if args.threshold == "auto":
         raise UserError("--threshold auto: it is chosen in training, and saved with the model; leave it out")
@@ -615,7 +615,7 @@ def predict_rows(
 def calibrate(
     logits: torch.Tensor, rows: datasets.Dataset, folder: Path, task: Task, runtime: Runtime
 ) -> None:
-    """Fit a temperature to the logits (N, C) of the validation split, and save it with the model."""
+    """Fit a temperature to the logits (N, C) of the validation split; save it with the model."""
     from common.training import calibration
 
     truth = task.targets(rows["label"][:]).numpy()
@@ -728,8 +728,8 @@ class SavedModel:
 
 
 def predict(args: argparse.Namespace, runtime: Runtime) -> None:
-    """Answer for each text, with its row, label, confidence and the score of every class: a JSON line on
-    the screen, or a row of --output.
+    """Answer for each text, with its row, label, confidence and the score of every class: a JSON
+    line on the screen, or a row of --output.
     """
     model, tokenizer, trained = classifier.load_to_predict(
         args.model, runtime, cache_dir=args.cache_dir, revision=args.revision
@@ -769,8 +769,8 @@ def predict(args: argparse.Namespace, runtime: Runtime) -> None:
 def write_predictions(
     saved: SavedModel, texts: unlabelled.Texts, bad: set[int], args: argparse.Namespace, runtime: Runtime
 ) -> None:
-    """Write an answer for each text but the `bad` ones to --output; with --resume go on with a file that
-    was begun, if whatever its answers depend on is the same.
+    """Write an answer for each text but the `bad` ones to --output; with --resume go on with a file
+    that was begun, if whatever its answers depend on is the same.
     """
     tokens, options = saved.tokens, config_from_flags(FileOptions, args)
     identity = {
@@ -811,7 +811,7 @@ def saved_tokens(
     trained: dict,
     args: argparse.Namespace,
 ) -> TokenConfig:
-    """Return how texts are read by a saved model: as its settings tell, where flags say nothing else."""
+    """Return how a saved model reads texts: as its settings tell, where no flag says else."""
     return classifier.choose_saved_tokens(
         model, tokenizer, trained, eval_max_length=args.eval_max_length, truncation=args.truncation
     )

@@ -276,7 +276,7 @@ def make_once(
         folder.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(folder.parent / LOCK):
             if not folder.is_dir():  # another process may have made it while this one waited
-                for leftover in folder.parent.glob(".making-*"):  # of a killed process: the lock is ours
+                for leftover in folder.parent.glob(".making-*"):  # of a killed process
                     shutil.rmtree(leftover, ignore_errors=True)
                 _make(folder, make, source=source, needed_bytes=needed_bytes, note=note)
     if damage := find_damage(folder):
@@ -298,8 +298,8 @@ def _make(folder: Path, make: Callable[[Path], Path], *, source: str, needed_byt
 
 
 def cache_home(cache_dir: str | None) -> Path:
-    """Return the folder of the cache: --cache-dir, or else that of the Hugging Face libraries, found
-    as they find it. (Importing them takes a tenth of a second.)
+    """Return the folder of the cache: --cache-dir, or else that of the Hugging Face libraries,
+    found as they find it. (Importing them takes a tenth of a second.)
     """
     if cache_dir is not None:
         return Path(cache_dir)

@@ -49,8 +49,8 @@ class Template:
 
 
 def choose_template(language_model: LanguageModel, wanted: str | None, options: dict[str, Any]) -> Template:
-    """Return the model's own template, or the one that `wanted` names: one of several of the model's,
-    or a file. Raises UserError if there is none.
+    """Return the model's own template, or the one that `wanted` names: one of several of the
+    model's, or a file. Raises UserError if there is none.
     """
     tokenizer, name = language_model.tokenizer, language_model.name
     found = tokenizer.chat_template or {}
@@ -72,8 +72,8 @@ def choose_template(language_model: LanguageModel, wanted: str | None, options: 
     if sources_by_name:
         raise UserError(f"--chat: {name} has several chat templates ({has}); name one with --chat-template")
     raise UserError(
-        f"--chat: {name} has no chat template; leave --chat out, name a file with --chat-template, or a "
-        "model that was trained for chats"
+        f"--chat: {name} has no chat template; leave --chat out, name a file with --chat-template,"
+        " or a model that was trained for chats"
     )
 
 
@@ -265,16 +265,17 @@ class ChatFormat:
     def try_to_encode(
         self, conversations: list[list[Message]], names: list[str]
     ) -> list[list[int] | UserError]:
-        """Return the token ids of conversations, or why one has none; `names` are those of messages.
+        """Return the token ids of conversations, or why one has none;
+        `names` are those of messages.
 
-        The template writes all special tokens itself; if the tokenizer added its own, the text would
-        start with two. Raises UserError if it breaks a limit.
+        The template writes all special tokens itself; if the tokenizer added its own, the text
+        would start with two. Raises UserError if it breaks a limit.
         """
         texts = self.write(conversations, names)
         return [self._tokens(text, name) for text, name in zip(texts, names)]
 
     def write(self, conversations: list[list[Message]], names: list[str]) -> list[str | UserError]:
-        """Return the texts of conversations, or why one has none. Raises UserError as `try_to_encode`."""
+        """Return the texts of conversations, or why one has none; it raises as `try_to_encode`."""
         if self.prefill and (begun := [n for n, given in zip(names, conversations) if is_begun(given)]):
             raise UserError(f"--prefill: {begun[0]} ends with an answer that is begun; leave one of them out")
         return try_to_render([self._as_written(messages) for messages in conversations], self.template)
@@ -339,8 +340,8 @@ def token_after_turn(text: str, tokenizer: PreTrainedTokenizerBase | Tokenizer) 
 
 
 def as_conversation(given: str | list[Message], system: str | None) -> list[Message]:
-    """Return a question or a conversation as one that begins with a system message, if there is one;
-    its own goes before `system`.
+    """Return a question or a conversation as one that begins with a system message, if there is
+    one; its own goes before `system`.
     """
     messages = [{"role": "user", "content": given}] if isinstance(given, str) else given
     if not system or messages[0]["role"] == "system":
@@ -363,7 +364,7 @@ def system_in_question(messages: list[Message]) -> list[Message]:
 
 
 def check_messages(value: Any, name: str) -> list[Message]:
-    """Return a value as the messages of a conversation. Raises UserError, naming it, for another one."""
+    """Return the messages of a conversation; raise UserError, naming it, for any other value."""
     if not isinstance(value, list) or not value:
         raise UserError(f"{name}: a conversation is a list of messages with role and content")
     for number, message in enumerate(value, start=1):

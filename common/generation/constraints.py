@@ -1,7 +1,8 @@
 """Texts that must have a form: one of several choices, or what a regular expression describes.
 
-At each step, a constraint tells which tokens may follow the new tokens of a text; all others are
-removed before the draw (`keep_allowed` in sampling.py). At the end of the form, only end tokens may.
+At each step, a constraint tells which tokens may follow the new tokens of a
+text; all others are removed before the draw (`keep_allowed` in sampling.py). At
+the end of the form, only end tokens may.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ class Choices:
 
 
 def make_choices(texts: list[str], language_model: LanguageModel, end_ids: tuple[int, ...]) -> Choices:
-    """Return the constraint of --choices. Raises UserError for a text that no tokens spell, and for a
-    model without an end token.
+    """Return the constraint of --choices. Raises UserError for a text that no tokens spell, and for
+    a model without an end token.
     """
     check_end(end_ids, language_model, flag="--choices")
     trie: Trie = {}
@@ -82,8 +83,8 @@ def _decode(ids: list[int], language_model: LanguageModel) -> str:
 
 
 def make_tokenizer(language_model: LanguageModel, end_ids: tuple[int, ...]) -> LLTokenizer:
-    """Return what llguidance needs to know of a vocabulary. Raises UserError for a model without an end
-    token, or without a tokenizer of the `tokenizers` library.
+    """Return what llguidance needs to know of a vocabulary. Raises UserError for a model without an
+    end token, or without a tokenizer of the `tokenizers` library.
     """
     from llguidance import LLTokenizer
 
@@ -97,8 +98,8 @@ def make_tokenizer(language_model: LanguageModel, end_ids: tuple[int, ...]) -> L
 
 
 class Forms:
-    """Makes the forms of many texts of a model: what expressions need of its vocabulary, which takes half a
-    second, is made once.
+    """Makes the forms of many texts of a model: what expressions need of its vocabulary, which
+    takes half a second, is made once.
     """
 
     def __init__(self, language_model: LanguageModel) -> None:
@@ -119,8 +120,8 @@ class Forms:
 class Regex:
     """A text matches a regular expression from its beginning to its end.
 
-    llguidance turns the expression into an automaton over bytes, and walks it with the bytes of each
-    token of the vocabulary.
+    llguidance turns the expression into an automaton over bytes, and walks it with the bytes of
+    each token of the vocabulary.
     """
 
     def __init__(
@@ -130,8 +131,8 @@ class Regex:
         end_ids: tuple[int, ...],
         tokenizer: LLTokenizer | None = None,
     ) -> None:
-        """Raise UserError for an expression that llguidance refuses, and as `make_tokenizer`, which makes
-        the tokenizer where none is given.
+        """Raise UserError for an expression that llguidance refuses, and as `make_tokenizer`, which
+        makes the tokenizer where none is given.
         """
         from llguidance import LLMatcher
 
@@ -151,7 +152,7 @@ class Regex:
         def allowed(new_tokens: list[int]) -> Tensor:
             if not set(self.end_ids).isdisjoint(new_tokens):  # padding may follow
                 return torch.ones(self.vocabulary, dtype=torch.bool)
-            if new_tokens[: len(known)] != known:  # the text goes another way, as after a wrong guess
+            if new_tokens[: len(known)] != known:  # another way, as after a wrong guess
                 matcher.reset()
                 known.clear()
             following = new_tokens[len(known) :]

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 DEFAULT_MODEL = "bundled/all-MiniLM-L6-v2"
-# larger batches fall out of a CPU's cache, and each of its threads has one; smaller ones leave a GPU
-# idle
+# larger batches fall out of a CPU's cache, and each of its threads has
+# one; smaller ones leave a GPU idle
 BATCH_TOKENS = {"cpu": 2048, "cuda": 131_072, "mps": 16_384}
 STATIC_TOKENS = 65_536  # of a model without a transformer, which only looks vectors up
 SPLIT_AT_ONCE = 256  # texts that are split into chunks together
@@ -206,11 +206,11 @@ class Encoder:
         return features["sentence_embedding"][:, : self.width]  # (B, width)
 
     def _forward_static(self, ids: list[list[int]]) -> torch.Tensor:
-        """Return the embeddings (B, width) of texts by a model without a transformer: their tokens lie one
-        after the other, not padded.
+        """Return the embeddings (B, width) of texts by a model without a transformer: their tokens
+        lie one after the other, not padded.
         """
         flat = torch.tensor([token for tokens in ids for token in tokens], dtype=torch.long)
-        offsets = torch.from_numpy(np.cumsum([0, *map(len, ids)])[:-1])  # (B), where each text begins
+        offsets = torch.from_numpy(np.cumsum([0, *map(len, ids)])[:-1])  # (B): where texts begin
         inputs = {"input_ids": flat, "offsets": offsets}
         features = {name: value.to(self.runtime.device) for name, value in inputs.items()}
         for module in self.model.modules:
@@ -218,8 +218,8 @@ class Encoder:
         return features["sentence_embedding"][:, : self.width]
 
     def _forward_by_library(self, texts: list[str], prompt: str, role: str | None) -> torch.Tensor:
-        """Return the embeddings (texts, width) of a model that sentence-transformers computes: it may
-        have a part of its own for each role.
+        """Return the embeddings (texts, width) of a model that sentence-transformers computes: it
+        may have a part of its own for each role.
         """
         library: Any = self.model.library
         task = {} if role is None else {"task": role}
@@ -398,8 +398,9 @@ def load_encoder(config: EncoderConfig, runtime: Runtime) -> Encoder:
 
 
 def _chosen_length(model: SentenceModel, wanted: int | None) -> int:
-    """Return how many tokens of a text a model reads: as many as `wanted`, or by default as it was made
-    for. Raises UserError for fewer than its special tokens take, and for more than it can take.
+    """Return how many tokens of a text a model reads: as many as `wanted`, or by
+    default as it was made for. Raises UserError for fewer than its special tokens
+    take, and for more than it can take.
     """
     if wanted is None:
         return min(model.max_length, model.positions or model.max_length)

@@ -1,8 +1,9 @@
 """A sentence-transformers model, read from its folder: its modules, tokenizer and prompts, and a
 fingerprint of all that determines its embeddings.
 
-A folder with something that is not known here is read by the library, which takes seconds to import.
-Only the classes listed here or those of that library are ever made, and no code of a folder is run.
+A folder with something that is not known here is read by the library, which takes
+seconds to import. Only the classes listed here or those of that library are ever
+made, and no code of a folder is run.
 """
 
 import hashlib
@@ -69,7 +70,7 @@ class SentenceModel:
     default_prompt_name: str | None
     pooling: str  # what follows the transformer, in a few words
     fingerprint: str  # of all that determines its embeddings
-    library: "SentenceTransformer | None" = None  # computes a model whose modules are not a sequence
+    library: "SentenceTransformer | None" = None  # where the modules are no sequence
 
 
 def load_model(name: str, *, cache_dir: str | None) -> SentenceModel:
@@ -95,7 +96,7 @@ def load_model(name: str, *, cache_dir: str | None) -> SentenceModel:
 
 @dataclass(frozen=True)
 class Family:
-    """Models that were trained with a prompt before each text, which most of them were saved without."""
+    """Models that were trained with prompts before texts; most were saved without them."""
 
     name: str  # a regular expression
     query: str
@@ -171,7 +172,7 @@ MODEL_SETTINGS = {  # searches compare by the cosine, whatever `similarity_fn_na
 }
 VERSION = re.compile(r"\d+(\.\d+)*(\.?(dev|rc|a|b|post)\d+)?")
 MOST_TOKENS = 2**31 - 1  # of a text, where nothing limits it
-SETTINGS_FILES = "sentence_*_config.json"  # of the first module; older ones have the model's type in it
+SETTINGS_FILES = "sentence_*_config.json"  # of the first module; older names hold the model's type
 
 
 @dataclass(frozen=True)
@@ -199,8 +200,8 @@ NO_PROMPTS = {"query": "", "document": ""}
 
 
 def read_model(folder: Path) -> SentenceModel:
-    """Return the model of a folder. Raises UnknownModel when the library is needed to read it, or to
-    say what is wrong with it.
+    """Return the model of a folder. Raises UnknownModel when the library is needed to read it, or
+    to say what is wrong with it.
     """
     if found := [name for name in OTHER_FILES if (folder / name).exists()]:
         raise UnknownModel(", ".join(found))
@@ -264,8 +265,8 @@ def _assembled(
 
 
 def is_static(folder: Path) -> bool:
-    """Tell whether a model has a fixed vector for each token instead of a transformer: its first module
-    is a StaticEmbedding, or, in an older folder, config.json is that of model2vec.
+    """Tell whether a model has a fixed vector for each token instead of a transformer: its first
+    module is a StaticEmbedding, or, in an older folder, config.json is that of model2vec.
     """
     if (folder / "modules.json").is_file():
         return _read_list(folder)[0][1] == "StaticEmbedding"
@@ -297,8 +298,8 @@ def read_static_model(folder: Path) -> SentenceModel:
 
 
 def _read_static_tokenizer(folder: Path) -> Tokenizer:
-    """Return the tokenizer of a static model, which puts nothing around a text and cuts it only where
-    tokenizer.json says so.
+    """Return the tokenizer of a static model, which puts nothing around a text and cuts it only
+    where tokenizer.json says so.
     """
     description = read_settings(folder / "tokenizer.json")
     cut = description.get("truncation") or {}
@@ -313,8 +314,8 @@ def _read_static_tokenizer(folder: Path) -> Tokenizer:
 
 
 def _read_static_vectors(folder: Path) -> torch.Tensor:
-    """Return the vector (V, width) of each token in fp32. A model2vec model may share vectors between
-    tokens (`mapping`) and weigh them (`weights`).
+    """Return the vector (V, width) of each token in fp32. A model2vec model may share vectors
+    between tokens (`mapping`) and weigh them (`weights`).
     """
     path = folder / "model.safetensors"
     try:
@@ -337,7 +338,7 @@ def _try_out(modules: list[nn.Module], width: int, said: int) -> None:
     run. `width` is that of the tokens' embeddings, `said` what the settings say of the text's.
     """
     features = {"token_embeddings": torch.ones(1, 2, width), "attention_mask": torch.ones(1, 2).long()}
-    features["sentence_embedding"] = torch.ones(1, width)  # of a static model; pooling makes its own
+    features["sentence_embedding"] = torch.ones(1, width)  # pooling makes its own
     try:
         for module in modules:
             features = module(features)
@@ -539,8 +540,8 @@ def _layer_norm(settings: dict[str, Any], folder: Path) -> Part:
 
 
 def load_with_library(folder: Path, name: str) -> SentenceModel:
-    """Return the model of a folder, read by sentence-transformers. Raises UserError when it can't be
-    read, or reads something other than texts.
+    """Return the model of a folder, read by sentence-transformers. Raises UserError when it can't
+    be read, or reads something other than texts.
     """
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.base.modules import Router
@@ -581,8 +582,8 @@ def load_with_library(folder: Path, name: str) -> SentenceModel:
 
 
 def _opaque(model: "SentenceTransformer", name: str) -> SentenceModel:
-    """Return a model that the library computes as a whole: a Router with a part for queries and one for
-    documents, or CLIP, of which texts take a part.
+    """Return a model that the library computes as a whole: a Router with a part for queries and one
+    for documents, or CLIP, of which texts take a part.
     """
     from common import models
 
@@ -615,7 +616,7 @@ def _opaque(model: "SentenceTransformer", name: str) -> SentenceModel:
 
 
 def _opaque_fingerprint(model: "SentenceTransformer") -> str:
-    """Return the SHA-256 of all that determines the embeddings of a model that the library computes."""
+    """Return the fingerprint of a model that the library computes."""
     settings, vocabularies, configs = [], {}, {}
     named: Iterable[tuple[str, Any]] = model.named_modules()
     for name, module in named:
@@ -649,8 +650,8 @@ def describe_pooling(model: "SentenceTransformer") -> str:
 
 
 def fingerprint(model: Any) -> str:
-    """Return the SHA-256 of all that determines a SentenceTransformer's embeddings: weights, configuration,
-    tokenizer, its modules' settings and its prompts.
+    """Return the SHA-256 of all that determines a SentenceTransformer's embeddings: weights,
+    configuration, tokenizer, its modules' settings and its prompts.
 
     It does not cover the length at which texts are cut, the precision, and what doesn't change an
     embedding (names, paths, versions).

@@ -39,7 +39,8 @@ def evaluate(
     temperature: float = 1.0,
     signals: StopSignals | None = None,
 ) -> tuple[dict, torch.Tensor]:
-    """Return the scores of a model on a tokenised split, and its logits (N, C), divided by a temperature.
+    """Return the scores of a model on a tokenised split, and its
+    logits (N, C), divided by a temperature.
 
     The scores are those of `compute_scores`, the other arguments those of `predict_logits`.
     """
@@ -120,8 +121,8 @@ def _logits_of_chunks(
 
 
 def is_better(scores: dict, best: dict | None, metric: str) -> bool:
-    """Tell whether an evaluation beats the best one so far: not on a tie, and never with a NaN. One whose
-    score is undefined, and left out, is better than none and worse than any other.
+    """Tell whether an evaluation beats the best one so far: not on a tie, and never with a NaN. One
+    whose score is undefined, and left out, is better than none and worse than any other.
     """
     if metric not in scores:
         return best is None
@@ -143,8 +144,8 @@ def predict_texts(
     scoring: Scoring = Scoring(),  # noqa: B008  (frozen)
     temperature: float = 1.0,
 ) -> Iterator[dict]:
-    """Yield an answer for each text, or pair of texts, in order: a dict with its `row` (from 1), and what
-    `answer` says. Logits are divided by `temperature`.
+    """Yield an answer for each text, or pair of texts, in order: a dict with its `row` (from 1),
+    and what `answer` says. Logits are divided by `temperature`.
     """
     task = task_of_model(model)
     for start in range(0, len(texts), PREDICT_BLOCK):
@@ -165,8 +166,8 @@ def predict_texts(
 
 
 def answer(task: Task, scores: list[float], scoring: Scoring) -> dict:
-    """Return what the scores (C) of a text say: `scores` by name, and before it the best `label` with
-    its `confidence`, or those `labels` whose probability reaches its threshold.
+    """Return what the scores (C) of a text say: `scores` by name, and before it the best `label`
+    with its `confidence`, or those `labels` whose probability reaches its threshold.
     """
     rounded = dict(zip(task.names, (round(score, 6) for score in scores)))
     if task.kind == REGRESSION:

@@ -252,8 +252,8 @@ def add_score_flags(parser: cli.Parser) -> None:
         metavar="SCORE",
         help="validation score that tells which weights are best; on ties, the earliest are: loss; of one"
         " class accuracy, macro_f1, micro_f1, weighted_f1, binary_f1, matthews, roc_auc,"
-        " average_precision; of labels also subset_accuracy, label_accuracy; of numbers rmse, mae, pearson,"
-        " spearman",
+        " average_precision; of labels also subset_accuracy, label_accuracy; of numbers rmse, mae,"
+        " pearson, spearman",
     )
     positive = "class whose F1 is binary_f1 (default: of two classes the second in their order)"
     flag("--positive-class", type=cli.name, metavar="NAME", help=positive)
@@ -464,8 +464,8 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 def check_hub_flags(args: argparse.Namespace) -> None:
-    """Raise UserError for a revision of what does not come from the Hub, and for a tokenizer that can be
-    none.
+    """Raise UserError for a revision of what does not come from the Hub,
+    and for a tokenizer that can be none.
     """
     for name, flag, value in (
         (args.model, "--revision", args.revision),
@@ -568,8 +568,8 @@ def settings_of(args: argparse.Namespace) -> dict:
 
 
 def commits_of(args: argparse.Namespace) -> dict[str, str]:
-    """Return the commits of model and data that come from the Hub, by the flags that name them: a branch
-    may mean another one when the run is resumed.
+    """Return the commits of model and data that come from the Hub, by the flags that name them: a
+    branch may mean another one when the run is resumed.
     """
     commits = {
         "revision": sources.hub_commit(
@@ -583,8 +583,8 @@ def commits_of(args: argparse.Namespace) -> dict[str, str]:
 
 
 def what_is_read(args: argparse.Namespace) -> str | None:
-    """Return the names of the model and of the texts, to be shown while the libraries are loaded; None
-    if none is needed.
+    """Return the names of the model and of the texts, to be shown while the libraries
+    are loaded; None if none is needed.
     """
     if needs_no_model(args):
         return None

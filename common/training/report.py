@@ -153,8 +153,8 @@ def epoch_table(epochs: list[dict], task: Task, best_metric: str, style: str = "
 
 
 def score_lines(scores: dict, predictions: Predictions) -> str:
-    """Return all scores with their intervals in two lines: first those that the screen shows of each
-    evaluation and the loss, then the others.
+    """Return all scores with their intervals in two lines: first those that the screen shows of
+    each evaluation and the loss, then the others.
     """
     task, intervals = predictions.task, predictions.intervals
     first = [*HEADLINES[task.kind], "loss"]
@@ -207,7 +207,7 @@ ANSWER_COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
 
 
 def thresholds_of(scores: dict) -> list[float] | None:
-    """Return the thresholds (C) of the labels with which scores were computed; None for other tasks."""
+    """Return the thresholds (C) with which labels were scored; None for other tasks."""
     return scores.get("per_class", {}).get("threshold")
 
 
@@ -311,7 +311,7 @@ class Predictions:
         return is_right if self.task.kind == SINGLE else is_right.all(dim=1)
 
     def errors(self) -> torch.Tensor:
-        """Return by how much the numbers of each text (N) are wrong: the root of their mean square."""
+        """Return the error of each text (N): the root of the mean square of its numbers' errors."""
         return (self.scores - self.labels).square().mean(dim=1).sqrt()
 
     def true(self, number: int) -> str:
@@ -330,8 +330,8 @@ class Predictions:
         return ", ".join(f"{value:.4g}" for value in values.tolist())
 
     def examples(self, *, right: bool, most: int = NUM_SHOWN, style: str = "simple") -> str:
-        """Return at most `most` texts with a right (or wrong) answer, over the split, as a table; of
-        numbers those with the smallest (or largest) errors.
+        """Return at most `most` texts with a right (or wrong) answer, over the split, as a table;
+        of numbers those with the smallest (or largest) errors.
 
         Returns "none" when there are none.
         """
@@ -361,8 +361,8 @@ class Predictions:
         return tabulate(rows, headers, tablefmt=style, floatfmt=".3f", disable_numparse=[0, 1, 2])
 
     def _certainty(self) -> torch.Tensor:
-        """Return the last number of each example (N): the confidence in a class, or in the least certain
-        of the decisions about labels; or the error of a number.
+        """Return the last number of each example (N): the confidence in a class, or in the least
+        certain of the decisions about labels; or the error of a number.
         """
         if self.task.kind == REGRESSION:
             return self.errors()
@@ -401,8 +401,8 @@ class Predictions:
         return self.right()[chosen].double().mean().item()
 
     def write_csv(self, path: Path) -> None:
-        """Write one line per row: its number in the source, the classes, labels (separated by a bar) or
-        numbers, the scores, the text.
+        """Write one line per row: its number in the source, the classes, labels (separated by a
+        bar) or numbers, the scores, the text.
         """
         with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
@@ -482,7 +482,7 @@ class Outcome:
         }
 
     def _calibration(self) -> dict[str, float]:
-        """Return the error of the probabilities, and without the temperature too, if there is one."""
+        """Return the error of the probabilities, also without the temperature if there is one."""
         if self.predictions.task.kind == REGRESSION:
             return {}
         found = {"test_calibration_error": calibration_error(self.predictions.reliability())}
@@ -505,8 +505,8 @@ def log_outcome(log: Log, outcome: Outcome) -> None:
 
 
 def answer_picture(scores: dict, predictions: Predictions, *, title: str) -> Figure:
-    """Return the picture of all answers on a split: a confusion matrix of classes; texts found, missed
-    and falsely reported of each label; predicted over true numbers.
+    """Return the picture of all answers on a split: a confusion matrix of classes; texts found,
+    missed and falsely reported of each label; predicted over true numbers.
     """
     from common import figures
 
@@ -791,8 +791,8 @@ def _about_temperature(outcome: Outcome) -> str:
         return ""
     return (
         f" Probabilities are calibrated: `--predict` divides the logits by the temperature"
-        f" {outcome.temperature:.4f} (in `training.json`), fitted on the validation split. The pipeline does"
-        " not: its best class is the same, its score another."
+        f" {outcome.temperature:.4f} (in `training.json`), fitted on the validation split. The"
+        " pipeline does not: its best class is the same, its score another."
     )
 
 
@@ -836,8 +836,8 @@ def show(scores: dict, predictions: Predictions, max_length: int, runtime: Runti
 
 
 def log_scores(log: Log, step: int, split: str, scores: dict, predictions: Predictions) -> None:
-    """Write a split's scores to the run's log as curves, also those of each class, label or number, and
-    the picture of its answers.
+    """Write a split's scores to the run's log as curves, also those of each class, label or number,
+    and the picture of its answers.
     """
     task = predictions.task
     values = {f"{split}/{name}": scores[name] for name in SCORES[task.kind] if name in scores}

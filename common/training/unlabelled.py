@@ -1,5 +1,5 @@
-"""Texts without labels, which are to be predicted: checked first, then read block by block, so that memory
-does not grow with their number.
+"""Texts without labels, which are to be predicted: checked first, then read block by block, so that
+memory does not grow with their number.
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ def open_texts(
 class Texts:
     """The texts of an open source.
 
-    A data file has them in one of its `columns`, or pairs of them in two; with `join_with` a text is
-    made of all of them. In lines a tab parts the texts of a pair. `kept` are other columns, None for
-    all. Rows whose text can't be used are added to `faults`; where that is None, the first raises
-    UserError.
+    A data file has them in one of its `columns`, or pairs of them in two; with `join_with`
+    a text is made of all of them. In lines a tab parts the texts of a pair. `kept` are
+    other columns, None for all. Rows whose text can't be used are added to `faults`; where
+    that is None, the first raises UserError.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class Texts:
         return cast("datasets.Dataset", rows.add_column(self.columns[0], joined))
 
     def find_faults(self) -> set[int]:
-        """Return the numbers of the texts that can't be used, after looking at all: these are faults."""
+        """Return the numbers of the texts that can't be used, after adding all of them to the faults."""
         bad: set[int] = set()
         for number, text, cell in self._all():
             if number in bad:  # its row is a fault already, for the other text of a pair
@@ -145,8 +145,8 @@ class Texts:
         return hashlib.file_digest(cast(Any, self.file), "sha256").hexdigest()
 
     def check(self) -> set[int]:
-        """Return the numbers of the texts that can't be used; without a list of faults raise UserError for
-        the first.
+        """Return the numbers of the texts that can't be used; without a list of
+        faults raise UserError for the first.
         """
         if self.faults is not None:
             return self.find_faults()
@@ -164,7 +164,7 @@ class Texts:
         return set()
 
     def blocks(self, size: int, *, without: set[int], skipped: int = 0) -> Iterator[TextBlock]:
-        """Yield the texts but those `without` and the first `skipped` of the rest, `size` at a time."""
+        """Yield `size` texts at a time, but those `without` and the first `skipped` of the rest."""
         numbers = (number for number in itertools.count(1) if number not in without)
         if self.table is None:
             lines = enumerate(reading.raw_lines(self.file), start=1)
