@@ -566,7 +566,7 @@ def chosen_form(
 
     if args.choices is not None:
         return constraints.make_choices(args.choices, model, end_ids)
-    return constraints.Regex(args.regex, model, end_ids)
+    return constraints.Forms(model).regex(args.regex, end_ids)
 
 
 def chosen_beams(args: argparse.Namespace) -> Beams | None:

@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
@@ -83,6 +84,19 @@ def with_defaults(flags: tuple, defaults: dict) -> list:
 def heavy(*values, **options):
     """Return one of a test's many cases that is left to the heavy proofs (`-m slow`)."""
     return pytest.param(*values, marks=pytest.mark.slow, **options)
+
+
+def quick(cases: Iterable[str] | dict[str, tuple], *names: str) -> list:
+    """Return a test's cases, all but the named ones left to the heavy proofs. `cases`: names, or
+    values with a name each.
+    """
+    values = cases if isinstance(cases, dict) else {name: (name,) for name in cases}
+    missing = set(names) - set(values)
+    assert not missing, missing
+    return [
+        pytest.param(*given, id=name) if name in names else heavy(*given, id=name)
+        for name, given in values.items()
+    ]
 
 
 def make_sentences(count: int, seed: int = 0) -> list[tuple[str, str]]:

@@ -5,6 +5,8 @@ trained tokenizer and a chat template.
 import dataclasses
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -152,7 +154,9 @@ def train_byte_bpe(size: int = 400) -> PreTrainedTokenizerFast:
     )
 
 
-def save_tiny_model(folder: Path, *, chat_template: str | None = CHAT_TEMPLATE, context: int = 256) -> Path:
+def save_tiny_model(
+    folder: Path, *, chat_template: str | None = CHAT_TEMPLATE, context: int = 256, **sizes: int
+) -> Path:
     """Write a random Llama of two layers with its tokenizer."""
     tokenizer = train_byte_bpe()
     tokenizer.chat_template = chat_template
@@ -163,7 +167,7 @@ def save_tiny_model(folder: Path, *, chat_template: str | None = CHAT_TEMPLATE, 
         pad_token_id=0,
         eos_token_id=2,
         bos_token_id=1,
-        **SIZES,
+        **{**SIZES, **sizes},
     )
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
@@ -173,3 +177,24 @@ def save_tiny_model(folder: Path, *, chat_template: str | None = CHAT_TEMPLATE, 
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+K_QUANTS = {  # GGUF formats that the gguf library reads and does not write: where the fp16 scales of a block
+    # are, and about how large they are for weights of some hundredths
+    "Q2_K": ((80, 82), 3e-3),
+    "Q3_K": ((108,), 1e-3),
+    "Q4_K": ((0, 2), 1.5e-4),
+    "Q5_K": ((0, 2), 8e-5),
+    "Q6_K": ((208,), 4e-5),
+}
+
+
+def random_blocks(name: str, rows: int, columns: int, generator: np.random.Generator) -> np.ndarray:
+    """Return random bytes as a matrix in one of K_QUANTS: all but the scales can be anything."""
+    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
+    data = generator.integers(0, 256, (rows, columns // block, size), dtype=np.uint8)
+    places, usual = K_QUANTS[name]
+    for place in places:
+        scales = (usual * generator.uniform(0.5, 1.5, data.shape[:2])).astype(np.float16)
+        data[..., place : place + 2] = scales[..., None].view(np.uint8)
+    return data.reshape(rows, -1)

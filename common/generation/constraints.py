@@ -1,13 +1,14 @@
-"""Texts that must have a form: one of several choices, or what a regular expression describes.
+"""Texts that must have a form: one of several choices, or what a regular expression or a JSON schema
+describes.
 
-At each step, a constraint tells which tokens may follow the new tokens of a
-text; all others are removed before the draw (`keep_allowed` in sampling.py). At
-the end of the form, only end tokens may.
+At each step, a constraint tells which tokens may follow the new tokens of a text; all others are
+removed before the draw (`keep_allowed` in sampling.py). At the end of the form, only end tokens may.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +20,11 @@ from common.errors import UserError, one_line
 from common.generation.language_model import LanguageModel, token_ids
 
 if TYPE_CHECKING:
-    from llguidance import LLTokenizer
+    from llguidance import LLMatcher, LLTokenizer
 
 END = -1  # in a trie: a choice is complete here
+# in JSON, wherever it may be: without a limit, some models write nothing else
+WHITESPACE = r"[ \n]{1,16}"
 Trie = dict[int, Any]  # token -> the trie of what may follow it
 
 
@@ -51,8 +54,8 @@ class Choices:
 
 
 def make_choices(texts: list[str], language_model: LanguageModel, end_ids: tuple[int, ...]) -> Choices:
-    """Return the constraint of --choices. Raises UserError for a text that no tokens spell, and for
-    a model without an end token.
+    """Return the constraint of --choices. Raises UserError for a text that no tokens spell, and for a
+    model without an end token.
     """
     check_end(end_ids, language_model, flag="--choices")
     trie: Trie = {}
@@ -82,24 +85,41 @@ def _decode(ids: list[int], language_model: LanguageModel) -> str:
     return str(language_model.tokenizer.decode(ids, **options))
 
 
-def make_tokenizer(language_model: LanguageModel, end_ids: tuple[int, ...]) -> LLTokenizer:
-    """Return what llguidance needs to know of a vocabulary. Raises UserError for a model without an
-    end token, or without a tokenizer of the `tokenizers` library.
-    """
-    from llguidance import LLTokenizer
+@dataclass(frozen=True)
+class Grammar:
+    """A text follows a grammar of llguidance, such as a regular expression, from its beginning to its end.
 
-    check_end(end_ids, language_model, flag="--regex")
-    backend = getattr(language_model.tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        name = language_model.name
-        raise UserError(f"--regex: {name} has no tokenizer of the tokenizers library; leave it out")
-    size = max(language_model.vocabulary, backend.get_vocab_size())
-    return LLTokenizer(backend.to_str(), n_vocab=size, eos_token=list(end_ids))
+    llguidance turns the grammar into an automaton over bytes, and walks it with the bytes of each token of
+    the vocabulary.
+    """
+
+    name: str
+    make_matcher: Callable[[], LLMatcher]
+    end_ids: tuple[int, ...]
+    vocabulary: int
+
+    def start(self) -> Callable[[list[int]], Tensor]:
+        """Return what tells, for the new tokens of one text, which tokens (V) may follow them."""
+        matcher, known = self.make_matcher(), []
+
+        def allowed(new_tokens: list[int]) -> Tensor:
+            if not set(self.end_ids).isdisjoint(new_tokens):  # padding may follow
+                return torch.ones(self.vocabulary, dtype=torch.bool)
+            if new_tokens[: len(known)] != known:  # the text goes another way, as after a wrong guess
+                matcher.reset()
+                known.clear()
+            following = new_tokens[len(known) :]
+            known.extend(following)
+            assert matcher.consume_tokens(following), matcher.get_error()
+            bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)  # eight tokens in each
+            return torch.from_numpy(np.unpackbits(bits, bitorder="little")[: self.vocabulary]).bool()
+
+        return allowed
 
 
 class Forms:
-    """Makes the forms of many texts of a model: what expressions need of its vocabulary, which
-    takes half a second, is made once.
+    """Makes the forms of many texts of a model: what grammars need of its vocabulary, which takes half a
+    second, is made once.
     """
 
     def __init__(self, language_model: LanguageModel) -> None:
@@ -110,55 +130,47 @@ class Forms:
         """Return the constraint of some choices. Raises UserError as `make_choices`."""
         return make_choices(texts, self.language_model, end_ids)
 
-    def regex(self, pattern: str, end_ids: tuple[int, ...]) -> Regex:
-        """Return the constraint of an expression. Raises UserError as `Regex`."""
-        if end_ids not in self.tokenizers:
-            self.tokenizers[end_ids] = make_tokenizer(self.language_model, end_ids)
-        return Regex(pattern, self.language_model, end_ids, self.tokenizers[end_ids])
-
-
-class Regex:
-    """A text matches a regular expression from its beginning to its end.
-
-    llguidance turns the expression into an automaton over bytes, and walks it with the bytes of
-    each token of the vocabulary.
-    """
-
-    def __init__(
-        self,
-        pattern: str,
-        language_model: LanguageModel,
-        end_ids: tuple[int, ...],
-        tokenizer: LLTokenizer | None = None,
-    ) -> None:
-        """Raise UserError for an expression that llguidance refuses, and as `make_tokenizer`, which
-        makes the tokenizer where none is given.
+    def regex(self, pattern: str, end_ids: tuple[int, ...]) -> Grammar:
+        """Return the constraint of an expression, which the whole text matches. Raises UserError for one
+        that llguidance refuses, and as `make_tokenizer`.
         """
         from llguidance import LLMatcher
 
-        self.name, self.end_ids, self.vocabulary = "regex", end_ids, language_model.vocabulary
-        tokenizer = tokenizer or make_tokenizer(language_model, end_ids)
         grammar = LLMatcher.grammar_from_regex(pattern)
-        self.make_matcher = lambda: LLMatcher(tokenizer, grammar, log_level=0)
-        matcher = self.make_matcher()
+        return self._grammar("regex", grammar, end_ids, f"--regex {pattern!r}", "write another expression")
+
+    def json(self, schema: Mapping[str, Any], end_ids: tuple[int, ...]) -> Grammar:
+        """Return the constraint of a text that is JSON of a schema. Raises UserError for a schema with what
+        llguidance does not know, whose keywords it would otherwise have to ignore, and as `make_tokenizer`.
+        """
+        from llguidance import LLMatcher
+
+        grammar = LLMatcher.grammar_from_json_schema(dict(schema), {"whitespace_pattern": WHITESPACE})
+        return self._grammar("json", grammar, end_ids, "schema", "leave that out")
+
+    def _grammar(self, name: str, grammar: str, end_ids: tuple[int, ...], shown: str, help: str) -> Grammar:
+        from llguidance import LLMatcher
+
+        if end_ids not in self.tokenizers:
+            self.tokenizers[end_ids] = make_tokenizer(self.language_model, end_ids, flag=shown.split()[0])
+        make_matcher = functools.partial(LLMatcher, self.tokenizers[end_ids], grammar, log_level=0)
+        matcher = make_matcher()
         if matcher.is_error():
             reason = one_line(ValueError(matcher.get_error().partition("\n\n")[0]))
-            raise UserError(f"--regex {pattern!r}: {reason}; write another expression")
+            raise UserError(f"{shown}: {reason}; {help}")
+        return Grammar(name, make_matcher, end_ids, self.language_model.vocabulary)
 
-    def start(self) -> Callable[[list[int]], Tensor]:
-        """Return what tells, for the new tokens of one text, which tokens (V) may follow them."""
-        matcher, known = self.make_matcher(), []
 
-        def allowed(new_tokens: list[int]) -> Tensor:
-            if not set(self.end_ids).isdisjoint(new_tokens):  # padding may follow
-                return torch.ones(self.vocabulary, dtype=torch.bool)
-            if new_tokens[: len(known)] != known:  # another way, as after a wrong guess
-                matcher.reset()
-                known.clear()
-            following = new_tokens[len(known) :]
-            known.extend(following)
-            assert matcher.consume_tokens(following), matcher.get_error()
-            bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)  # eight tokens in each
-            return torch.from_numpy(np.unpackbits(bits, bitorder="little")[: self.vocabulary]).bool()
+def make_tokenizer(language_model: LanguageModel, end_ids: tuple[int, ...], *, flag: str) -> LLTokenizer:
+    """Return what llguidance needs to know of a vocabulary. Raises UserError for a model without an end
+    token, or without a tokenizer of the `tokenizers` library.
+    """
+    from llguidance import LLTokenizer
 
-        return allowed
+    check_end(end_ids, language_model, flag=flag)
+    backend = getattr(language_model.tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        name = language_model.name
+        raise UserError(f"{flag}: {name} has no tokenizer of the tokenizers library; leave it out")
+    size = max(language_model.vocabulary, backend.get_vocab_size())
+    return LLTokenizer(backend.to_str(), n_vocab=size, eos_token=list(end_ids))

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import NoneType
 from typing import Any
 
 from common.errors import UserError, shorten
@@ -17,7 +18,7 @@ from common.generation.language_model import LanguageModel
 from common.generation.sampling import Constraint, Settings
 
 MOST_STOPS, MOST_LOGPROBS, MOST_PROMPTS = 16, 20, 64
-MOST_CHOICES, MOST_PATTERN = 256, 2000  # texts, characters
+MOST_CHOICES, MOST_PATTERN, MOST_SCHEMA = 256, 2000, 20_000  # texts, characters, characters
 
 
 class ApiError(Exception):
@@ -83,6 +84,28 @@ def is_form(value: Any) -> bool:
     return isinstance(pattern, str) and 0 < len(pattern) <= MOST_PATTERN
 
 
+def is_format(value: Any) -> bool:
+    """Return whether a value is an object that asks for any text, for an object of JSON, or for JSON of a
+    schema.
+    """
+    if value in ({"type": "text"}, {"type": "json_object"}):
+        return True
+    if (
+        not isinstance(value, dict)
+        or value.keys() != {"type", "json_schema"}
+        or value["type"] != "json_schema"
+    ):
+        return False
+    asked = value["json_schema"]
+    kinds = {"name": str, "description": (str, NoneType), "strict": (bool, NoneType), "schema": dict}
+    return (
+        isinstance(asked, dict)
+        and {"name", "schema"} <= asked.keys() <= kinds.keys()
+        and all(isinstance(content, kinds[name]) for name, content in asked.items())
+        and len(json.dumps(asked["schema"])) <= MOST_SCHEMA
+    )
+
+
 FLAG = Parameter(lambda value: type(value) is bool, "true or false")
 TEXT = Parameter(lambda value: isinstance(value, str), "a text")
 AT_LEAST_1 = number(lambda value: 1 <= value < 2**31, "a whole number above 0", whole=True)
@@ -135,12 +158,17 @@ CHAT = COMMON | {
     "max_completion_tokens": AT_LEAST_1,
     "logprobs": FLAG,
     "top_logprobs": FEW,
-    "response_format": only({"type": "text"}),
+    "response_format": Parameter(
+        is_format,
+        'an object with "type": "text", "json_object", or "json_schema" with "json_schema", an object of'
+        f' "name" and "schema" of up to {MOST_SCHEMA:,} characters',
+    ),
     "modalities": only(["text"]),
     "tools": only([]),
     "tool_choice": only("none", "auto"),
     "store": only(False),
 }
+FORMS = ("structured_outputs", "response_format")  # what says which form a text has
 DRAWING = ("temperature", "top_k", "top_p", "min_p")  # any of them given: not greedy
 
 
@@ -254,14 +282,17 @@ def choose_settings(
     except UserError as error:
         raise ApiError(400, str(error), param="stop", code="invalid_value") from error
     settings = replace(own, **chosen)
-    if "structured_outputs" in given:
-        return replace(settings, constraint=chosen_form(given, settings, forms)), ()
+    asked = [name for name in FORMS if given.get(name, {"type": "text"}) != {"type": "text"}]
+    if len(asked) > 1:
+        raise ApiError(400, f"{' and '.join(asked)}: give one of them", param=asked[0])
+    if asked:
+        return replace(settings, constraint=chosen_form(given, asked[0], settings, forms)), ()
     return settings, stops
 
 
-def chosen_form(given: dict[str, Any], settings: Settings, forms: Forms) -> Constraint:
-    """Return the form that a request asks for. Raises ApiError for one that can't be had."""
-    form, name = given["structured_outputs"], "structured_outputs"
+def chosen_form(given: dict[str, Any], name: str, settings: Settings, forms: Forms) -> Constraint:
+    """Return the form that a parameter of a request asks for. Raises ApiError for one that can't be had."""
+    form = given[name]
     if "stop" in given:
         raise ApiError(400, f"stop and {name}: the text ends where its form does", param="stop")
     if settings.min_new_tokens or settings.no_repeat_ngram_size or settings.banned:
@@ -270,7 +301,10 @@ def chosen_form(given: dict[str, Any], settings: Settings, forms: Forms) -> Cons
     try:
         if "choice" in form:
             return forms.choices(form["choice"], settings.end_ids)
-        return forms.regex(form["regex"], settings.end_ids)
+        if "regex" in form:
+            return forms.regex(form["regex"], settings.end_ids)
+        schema = form["json_schema"]["schema"] if "json_schema" in form else {"type": "object"}
+        return forms.json(schema, settings.end_ids)
     except UserError as error:
         problem = str(error).replace("--choices", "choice").replace("--regex", "regex")
         raise ApiError(400, f"{name}: {problem}", param=name, code="invalid_value") from error

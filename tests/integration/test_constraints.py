@@ -3,6 +3,7 @@ it.
 """
 
 import dataclasses
+import json
 import re
 
 import pytest
@@ -95,7 +96,7 @@ REGEXES = st.lists(st.tuples(ATOMS, REPEATS), min_size=1, max_size=5).map(
 @given(st.one_of(st.sampled_from(PATTERNS), REGEXES), st.booleans())
 def test_each_text_matches_the_expression(model, pattern, sample):
     """As Python's own `re` understands it, from the beginning to the end."""
-    form = constraints.Regex(pattern, model, model.end_ids)
+    form = constraints.Forms(model).regex(pattern, model.end_ids)
     flags = {"sample": True, "top_k": 30, "temperature": 1.5} if sample else {}
     for row in texts_of(model, PROMPTS, constraint=form, max_new_tokens=60, **flags):
         assert row.finish_reason == "end", (pattern, row.text)
@@ -103,9 +104,63 @@ def test_each_text_matches_the_expression(model, pattern, sample):
     assert regex.fullmatch(pattern, row.text), (pattern, row.text)
 
 
+ROW = {"type": "object", "properties": {"a": {"type": "boolean"}, "b": {"$ref": "#/$defs/few"}}}
+SCHEMAS = {  # name: (schema, whether a value is of it)
+    "a whole number": (
+        {"type": "integer", "minimum": -3, "maximum": 120},
+        lambda value: value in range(-3, 121),
+    ),
+    "values": ({"enum": ["a", 2, None, [1]]}, lambda value: value in ("a", 2, None, [1])),
+    "a pattern": (
+        {"type": "string", "pattern": "^[a-c]{2,4}$"},
+        lambda value: regex.fullmatch("[a-c]{2,4}", value),
+    ),
+    "lists of either kind": (
+        {
+            "type": "array",
+            "items": {"anyOf": [{"type": "boolean"}, {"type": "string", "maxLength": 2}]},
+            "minItems": 1,
+            "maxItems": 3,
+        },
+        lambda value: (
+            1 <= len(value) <= 3
+            and all(type(one) is bool or (len(one) <= 2 and one + "") == one for one in value)
+        ),
+    ),
+    "an object": (
+        {
+            **ROW,
+            "required": ["a"],
+            "additionalProperties": False,
+            "$defs": {"few": {"type": "array", "items": {"const": "x"}, "maxItems": 2}},
+        },
+        lambda value: (
+            type(value["a"]) is bool
+            and value.keys() <= {"a", "b"}
+            and value.get("b", []) in ([], ["x"], ["x", "x"])
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("schema, is_of_it", SCHEMAS.values(), ids=SCHEMAS)
+def test_each_text_is_json_of_the_schema(model, schema, is_of_it):
+    """As Python's own parser reads it, greedy and drawn."""
+    form = constraints.Forms(model).json(schema, model.end_ids)
+    for flags in ({}, {"sample": True, "temperature": 2.0}):
+        for row in texts_of(model, PROMPTS, constraint=form, max_new_tokens=300, **flags):
+            assert row.finish_reason == "end" and is_of_it(json.loads(row.text)), row.text
+
+
+@pytest.mark.parametrize("schema", [{"type": "object", "propertyNames": {"maxLength": 2}}, {"type": "word"}])
+def test_a_schema_with_what_is_not_known_is_refused(model, schema):
+    with pytest.raises(UserError, match="^schema: .*; leave that out"):
+        constraints.Forms(model).json(schema, model.end_ids)
+
+
 def test_a_text_that_is_cut_says_so_and_a_whole_one_does_not(model):
     def finish(pattern: str, limit: int) -> tuple[str, str]:
-        form = constraints.Regex(pattern, model, model.end_ids)
+        form = constraints.Forms(model).regex(pattern, model.end_ids)
         [row] = texts_of(model, PROMPTS[:1], constraint=form, max_new_tokens=limit)
         return row.text, row.finish_reason
 
@@ -116,7 +171,7 @@ def test_a_text_that_is_cut_says_so_and_a_whole_one_does_not(model):
 
 def test_guesses_and_end_tokens_keep_the_form(model):
     """Prompt lookup asks what follows a guess, also a wrong one; the text is the same."""
-    form = constraints.Regex("(ab){1,9}(cd){2,9}", model, model.end_ids)
+    form = constraints.Forms(model).regex("(ab){1,9}(cd){2,9}", model.end_ids)
     expected = texts_of(model, PROMPTS[:1], constraint=form)[0].token_ids
     settings = Settings(max_new_tokens=40, end_ids=model.end_ids, constraint=form)
     batch = decoding.left_pad([PROMPTS[0]], model, room=40)
@@ -128,7 +183,7 @@ def test_a_model_without_an_end_and_a_text_that_no_token_spells_are_refused(mode
     with pytest.raises(UserError, match="--choices.*--end-token"):
         constraints.make_choices(["a"], model, ())
     with pytest.raises(UserError, match="--regex.*--end-token"):
-        constraints.Regex("a", model, ())
+        constraints.Forms(model).regex("a", ())
     with pytest.raises(UserError, match="--choices.*spell it"):
         constraints.make_choices(["a<|im_start|>"], model, model.end_ids)
 

@@ -21,6 +21,7 @@ from common.generation.fast_decoding import FastStep, Kernel, RoomyCache
 from common.generation.llama import NotCovered, Places, plain_step
 from common.generation.stored_weights import KIND_OF_DTYPE, KINDS, Matrix, convert, matrix_of, pack
 from common.runtime import Runtime
+from conftest import heavy
 from language_models import SIZES, VOCABULARY, needs_compiler, own_transformer, save_tiny_model
 
 pytestmark = needs_compiler
@@ -560,6 +561,7 @@ def test_the_compiler_of_the_user_comes_first(monkeypatch, tmp_path):
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 
 
+@pytest.mark.slow
 def test_two_processes_that_compile_at_once(tmp_path):
     code = (
         "from common.generation.fast_decoding import *;"
@@ -578,7 +580,11 @@ def test_two_processes_that_compile_at_once(tmp_path):
 
 @pytest.mark.parametrize(
     "flags",
-    [["-march=cascadelake"], ["-mavx2", "-mfma", "-mf16c", "-mavxvnni"], ["-mavx2", "-mfma", "-mf16c"]],
+    [
+        ["-march=cascadelake"],
+        heavy(["-mavx2", "-mfma", "-mf16c", "-mavxvnni"]),
+        heavy(["-mavx2", "-mfma", "-mf16c"]),
+    ],
 )
 def test_the_other_variants_of_this_kind_of_processor_compile(flags, tmp_path):
     if os.uname().machine != "x86_64":

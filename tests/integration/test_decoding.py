@@ -127,8 +127,8 @@ def settings_of(flags: dict, language_model: LanguageModel) -> Settings:
     "kind, dtype, seeds",
     [
         ("llama", torch.float32, (0,)),
-        ("mistral", torch.float32, (0,)),
-        ("gpt2", torch.bfloat16, (0,)),
+        heavy("mistral", torch.float32, (0,)),
+        heavy("gpt2", torch.bfloat16, (0,)),
         heavy("llama", torch.bfloat16, (0, 1)),
         heavy("mistral", torch.bfloat16, (0, 1)),
         heavy("gpt2", torch.float32, (0, 1)),
@@ -164,7 +164,7 @@ def kernel(tmp_path_factory) -> Kernel:
     "kind, stored, seeds",
     [
         ("llama", torch.float32, (0,)),
-        ("mistral", torch.bfloat16, (0,)),
+        heavy("mistral", torch.bfloat16, (0,)),
         heavy("llama", torch.bfloat16, (0, 1)),
         heavy("mistral", torch.float32, (0, 1)),
     ],
@@ -246,10 +246,12 @@ BEAM_SETTINGS = {
     "kind",
     [
         "mistral",
-        pytest.param("llama in C", marks=needs_compiler),
+        *(
+            pytest.param(kind, marks=[pytest.mark.slow, needs_compiler])
+            for kind in ("llama in C", "mistral in C")
+        ),
         heavy("llama"),
         heavy("gpt2"),
-        heavy("mistral in C"),
     ],
 )
 def test_beams_are_those_of_generate(kind, request):

@@ -23,6 +23,7 @@ from common.search.manifest import entries_of, read_manifest
 from conftest import ROOT, heavy, make_sentences, rows_by_id, write_lines
 
 
+@pytest.mark.slow
 def test_torchrun_gives_the_same_index(ok, sentences, tiny_embedder, cache_dir, run_script, tmp_path):
     sentences.write_text(sentences.read_text() + "copy,good film,pos,1\ncopy2,good film,pos,2\n")
     flags = (
@@ -230,7 +231,7 @@ def kill_at_random_moments(times: int, tiny_embedder, cache_dir, tmp_path, seed:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forked")
 def test_kills_lose_nothing(tiny_embedder, cache_dir, tmp_path):
-    kill_at_random_moments(4, tiny_embedder, cache_dir, tmp_path, seed=0)
+    kill_at_random_moments(2, tiny_embedder, cache_dir, tmp_path, seed=0)
 
 
 @pytest.mark.slow
@@ -326,7 +327,7 @@ def kill_at_events(events, command: str, tiny_embedder, cache_dir, tmp_path):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forked")
 @pytest.mark.parametrize(
-    "command, events", [heavy("update", (17, 44)), ("delete", (12, 17)), ("compact", (14,))]
+    "command, events", [heavy("update", (17, 44)), ("delete", (12, 17)), heavy("compact", (14,))]
 )
 def test_kills_of_every_writer_lose_nothing(command, events, tiny_embedder, cache_dir, tmp_path):
     assert kill_at_events(events, command, tiny_embedder, cache_dir, tmp_path) == len(events)

@@ -660,14 +660,20 @@ def test_a_model_from_the_hub_goes_into_the_cache(tiny_embedder, sentences, tmp_
     assert json.loads(done.stdout)["rows"] == 60 and list((tmp_path / "cache").rglob("model.safetensors"))
 
 
-def test_the_bundled_model_in_fp32_and_bf16():
+def test_the_bundled_model_in_fp32():
     texts = bundled.bbc_news()["text"][:300:60] + ["Interest rates rise", "x"]
     folder = bundled.model_folder("bundled/all-MiniLM-L6-v2", kind="encoder")
     oracle = SentenceTransformer(str(folder), device="cpu").encode(texts)
     encoder = load_encoder(EncoderConfig(), Runtime(torch.device("cpu"), "fp32"))
     assert np.abs(encoder.encode(texts) - oracle).max() < 1e-5
-    # emulated where the processor has none: slower, but as exact
-    encoder.runtime = Runtime(torch.device("cpu"), "bf16")
+
+
+@pytest.mark.slow  # emulated where the processor has none: slower, but as exact
+def test_the_bundled_model_in_bf16():
+    texts = bundled.bbc_news()["text"][:300:60] + ["Interest rates rise", "x"]
+    folder = bundled.model_folder("bundled/all-MiniLM-L6-v2", kind="encoder")
+    oracle = SentenceTransformer(str(folder), device="cpu").encode(texts)
+    encoder = load_encoder(EncoderConfig(), Runtime(torch.device("cpu"), "bf16"))
     plain = encoder.encode_unit(texts)
     assert (plain * oracle).sum(1).min() >= 0.9999
     # the weights are cast once

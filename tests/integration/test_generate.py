@@ -729,6 +729,7 @@ def test_weights_in_several_files_are_those_of_one(script, tiny, tmp_path):
     assert (code, stdout) == (2, "") and wanted in stderr and stderr.count("\n") == 1, stderr
 
 
+@pytest.mark.slow
 def test_the_tutorials_command_loads_a_model_from_the_hub(run_script, call_script, tmp_path):
     """HuggingFaceTB/SmolLM-1.7B, here a small Llama behind a Hub of our own."""
     save_tiny_model(tmp_path / "hub" / "models" / "HuggingFaceTB" / "SmolLM-1.7B", chat_template=None)
@@ -887,7 +888,7 @@ REAL_CHECKS = {
 }
 
 
-QUICK_CHECKS = ("greedy, fp32", "chat", "few likely tokens, bf16")
+QUICK_CHECKS = ("greedy, fp32",)
 
 
 @pytest.mark.parametrize(

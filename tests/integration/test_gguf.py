@@ -2,6 +2,7 @@
 the same file.
 """
 
+import itertools
 import json
 import os
 import re
@@ -20,7 +21,7 @@ from common.generation.fast_decoding import FastStep
 from common.generation.language_model import Loading
 from common.generation.stored_weights import Matrix
 from common.runtime import Runtime
-from language_models import TEXTS, needs_compiler, save_tiny_model
+from language_models import K_QUANTS, TEXTS, needs_compiler, random_blocks, save_tiny_model
 
 CPU = Runtime(torch.device("cpu"), "fp32")
 FORMATS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q8_0", "Q5_0")
@@ -60,8 +61,10 @@ def gguf_name(name: str) -> str:
     return f"{NAMES['.'.join(parts[:-1])]}.{parts[-1]}"
 
 
-def write_gguf(folder: Path, path: Path, kind: str) -> None:
-    """Write a small Llama with its tokenizer as llama.cpp's conversion does."""
+def write_gguf(folder: Path, path: Path, *kinds: str) -> None:
+    """Write a small Llama with its tokenizer as llama.cpp's conversion does: its matrices in some formats in
+    turn, in those of K_QUANTS with other numbers.
+    """
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     config, writer = model.config, gguf.GGUFWriter(path, "llama")
     writer.add_context_length(config.max_position_embeddings)
@@ -77,6 +80,7 @@ def write_gguf(folder: Path, path: Path, kind: str) -> None:
     tokens = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
     special = set(tokenizer.all_special_tokens) | {"<|im_start|>"}
     merges = [" ".join(merge) for merge in _merges(folder)]
+    in_turn, generator = itertools.cycle(kinds), np.random.default_rng(0)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
@@ -94,8 +98,11 @@ def write_gguf(folder: Path, path: Path, kind: str) -> None:
                     numbers.reshape(heads, 2, -1, numbers.shape[1]).swapaxes(1, 2).reshape(numbers.shape)
                 )
         numbers = np.ascontiguousarray(numbers)
-        wanted = gguf.GGMLQuantizationType[kind if parameter.dim() == 2 else "F32"]
-        writer.add_tensor(gguf_name(name), gguf.quantize(numbers, wanted), raw_dtype=wanted)
+        kind = next(in_turn) if parameter.dim() == 2 else "F32"
+        wanted = gguf.GGMLQuantizationType[kind]
+        is_random = kind in K_QUANTS
+        data = random_blocks(kind, *numbers.shape, generator) if is_random else gguf.quantize(numbers, wanted)
+        writer.add_tensor(gguf_name(name), data, raw_dtype=wanted)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -131,6 +138,37 @@ def test_a_file_is_the_model_that_transformers_reads_from_it(kind, tiny, cache, 
     logits = [decoding.prefill(ours, batch)]
     logits += [decoding.step(ours, batch, [token]) for token in ids[0, 80:].tolist()]
     torch.testing.assert_close(torch.cat(logits), expected[79:], rtol=1e-4, atol=1e-4)
+
+
+@needs_compiler
+def test_a_file_of_k_quants_is_computed_as_float64_computes_it(cache, tmp_path):
+    """The weights are those of the gguf library, and the logits those of its weights in float64: all five
+    formats in one model.
+    """
+    folder = save_tiny_model(tmp_path / "tiny", hidden_size=256, intermediate_size=512)
+    path = tmp_path / "k.gguf"
+    write_gguf(folder, path, *K_QUANTS)
+    ours = language_model.load(str(path), CPU, cache_dir=cache)
+    assert ours.step_name == "C"
+    seen = set()
+    for tensor in gguf.GGUFReader(path).tensors:
+        name = stored_weights._name_in_transformers(tensor.name, path)
+        weight = ours.weights[name]
+        if not isinstance(weight, Matrix) or name.endswith(("q_proj.weight", "k_proj.weight")):
+            continue  # rows of these are in another order; the logits show it
+        seen.add(tensor.tensor_type.name)
+        expected = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type)).double()
+        assert weight.kind == "fp32" and torch.equal(weight.widen().double(), expected), name
+        assert 0.01 < expected.std() < 0.2, name
+    assert seen == set(K_QUANTS)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32)
+    theirs = theirs.double().eval()
+    ids = torch.randint(3, 300, (1, 40), generator=torch.Generator().manual_seed(0))
+    batch = decoding.left_pad([ids[0, :30].tolist()], ours, room=10)
+    logits = [decoding.prefill(ours, batch)]
+    logits += [decoding.step(ours, batch, [token]) for token in ids[0, 30:].tolist()]
+    expected = theirs(ids).logits[0, 29:]
+    torch.testing.assert_close(torch.cat(logits).double(), expected, rtol=1e-5, atol=1e-4)
 
 
 def test_a_file_that_changed_with_the_same_size_and_time_is_read_again(tiny, cache, tmp_path):
@@ -204,6 +242,7 @@ def stored_folder() -> Path:
     return stored_weights.model_folder(bundled.SMOLLM2, None)
 
 
+@pytest.mark.slow
 def test_the_content_of_the_bundled_file_is_known_whatever_made_the_folder(tmp_path, monkeypatch):
     """Made anew, elsewhere and with the Hub within reach, all its files are the same."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")

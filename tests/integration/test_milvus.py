@@ -233,6 +233,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(ok, stores, tiny_embedder, tmp_path):
     """SIGKILL after each of the first writes; then the same answers as an index that was never killed."""
     ix, rows = f"milvus:{tmp_path}/x.db/docs", rows_csv(tmp_path / "rows.csv")

@@ -468,6 +468,7 @@ def test_an_output_folder_that_is_a_file_or_below_one(below, refused, sentences_
     assert (tmp_path / "file").read_text() == "precious"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not may_mount(), reason="no right to mount a small file system here")
 def test_a_disk_without_space(tiny_model, cache_dir, sentences_csv, tmp_path):
     """A 64 kB file system at /mnt, seen by one process only, holds neither a run nor what the
@@ -787,6 +788,7 @@ def test_the_process_ends_with_code_2_and_one_line(run_script, cache_dir, tmp_pa
     assert re.fullmatch(r"train_classifier\.py: error: [^\n]*rows\.csv, line 3: [^\n]+\n", done.stderr)
 
 
+@pytest.mark.slow
 def test_a_run_without_a_mistake_leaves_stderr_empty(
     call_script, tiny_model, cache_dir, sentences_csv, tmp_path
 ):

@@ -156,6 +156,7 @@ def test_flags_that_need_others(table, predict, tmp_path, capsys):
     assert "--predict" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_texts(tmp_path):
     peaks = []
     for count in (20_000, 200_000):

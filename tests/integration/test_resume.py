@@ -179,7 +179,7 @@ def test_the_comparison_sees_a_random_state_that_is_not_restored(forked, whole, 
     "name, code, share",
     [
         ("SIGTERM", 143, 0.3),
-        ("SIGINT", 130, 0.5),
+        heavy("SIGINT", 130, 0.5),
         heavy("SIGHUP", 129, 0.3),
         heavy("SIGTERM", 143, 0.5),
         heavy("SIGINT", 130, 0.3),
@@ -251,6 +251,7 @@ def test_a_time_limit_saves_evaluates_and_says_how_to_go_on(kind, share, forked,
     assert differing(tmp_path / "run", folder) == []
 
 
+@pytest.mark.slow
 def test_a_time_limit_stops_after_the_first_step_at_the_earliest(forked, whole, tmp_path):
     """By the clock, without --output-dir given again: one step with each command, to the end."""
     folder, _ = whole("one process")
@@ -263,6 +264,7 @@ def test_a_time_limit_stops_after_the_first_step_at_the_earliest(forked, whole, 
     assert differing(tmp_path / "run", folder) == []
 
 
+@pytest.mark.slow
 def test_a_time_limit_lets_an_evaluation_end(forked, whole, tmp_path):
     folder, _ = whole("one process")
     flags = ["--eval-batch-size", 2, "--max-minutes", 999]
@@ -273,6 +275,7 @@ def test_a_time_limit_lets_an_evaluation_end(forked, whole, tmp_path):
     assert [name for name in differing(tmp_path / "run", folder) if "safetensors" in name] == []
 
 
+@pytest.mark.slow
 def test_a_signal_in_the_evaluation_at_a_time_limit_changes_nothing(forked, whole, tmp_path):
     """The checkpoint was saved before it, and stays as it is."""
     folder, events = whole("one process")
@@ -283,6 +286,7 @@ def test_a_signal_in_the_evaluation_at_a_time_limit_changes_nothing(forked, whol
     assert [name for name in differing(tmp_path / "run", folder) if "safetensors" in name] == []
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_for_the_process_in_charge_not_for_its_loader_workers(
     tiny_model, sentences_csv, cache_dir, tmp_path
 ):
@@ -471,6 +475,7 @@ def test_a_finished_run_without_its_checkpoints_is_not_begun_again(flags, forked
     assert files(tmp_path / "run") == before
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_its_first_checkpoint_begins_again_as_it_was_only(forked, whole, tmp_path):
     folder, events = whole("one process")
     assert forked.run(tmp_path / "run", "--save-every", 50, event=events // 8) == [-9]

@@ -15,8 +15,10 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import openai
+import pydantic
 import pytest
 
 import generate
@@ -27,7 +29,7 @@ from common.generation.engine import Engine, Job, Limits, Piece
 from common.generation.protocol import SHAPES, choose_settings
 from common.local_server import bind
 from conftest import ROOT, exit_code_in_process
-from language_models import PROMPTS, save_tiny_model
+from language_models import PROMPTS, save_tiny_model, train_byte_bpe
 
 ASK = [{"role": "user", "content": "Why is the sky blue?"}]
 SHARED = ["--device", "cpu", "--precision", "fp32", "--max-new-tokens", "16"]
@@ -161,6 +163,36 @@ def test_a_text_is_that_of_the_command_line(parameters, flags, serving, told):
     assert pieces[-1].choices == [] and pieces[-1].usage == done.usage
 
 
+class Sky(pydantic.BaseModel):
+    """What an answer can be read into."""
+
+    color: Literal["blue", "red"]
+    hours: int = pydantic.Field(ge=0, le=24)
+    clouds: list[bool] = pydantic.Field(min_length=1, max_length=3)
+    name: str | None = pydantic.Field(max_length=5)
+
+
+@pytest.mark.parametrize("seed", [None, 1, 2])
+def test_an_answer_is_json_of_a_schema(seed, serving):
+    """Read by the client itself, and the same as a stream; without a schema it is an object."""
+    client = serving.client()
+    ask = {"model": serving.name, "messages": ASK, "max_tokens": 400}
+    ask |= {} if seed is None else {"seed": seed, "temperature": 1.5}
+    [choice] = client.chat.completions.parse(**ask, response_format=Sky).choices
+    assert isinstance(choice.message.parsed, Sky) and choice.finish_reason == "stop"
+    with client.chat.completions.stream(**ask, response_format=Sky) as stream:
+        final = stream.get_final_completion()
+    assert final.choices[0].message.content == choice.message.content
+    assert final.choices[0].message.parsed == choice.message.parsed
+
+    close = train_byte_bpe().get_vocab()["}"]
+    ask |= {"response_format": {"type": "json_object"}, "logit_bias": {str(close): 100}}
+    [choice] = client.chat.completions.create(**ask).choices
+    assert (json.loads(choice.message.content), choice.finish_reason) == ({}, "stop")
+    cut = client.chat.completions.create(**{**ask, "max_tokens": 1}).choices[0]
+    assert (cut.message.content, cut.finish_reason) == ("{", "length")
+
+
 def test_the_model_has_a_name_without_folders(serving):
     client = serving.client()
     [model] = client.models.list().data
@@ -186,11 +218,58 @@ def test_clients_at_the_same_time_get_what_each_gets_alone(serving, told):
     assert [choice.text for choice in several.choices] == [texts[prompt, "greedy"] for prompt in PROMPTS]
 
 
+def schema_format(schema: dict) -> dict:
+    """Return what asks for JSON of a schema."""
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+
+
 REFUSED = {  # name: (address, body, status, parameter that the error names)
     "an unknown parameter": ("chat/completions", {"topp": 0.5}, 400, "topp"),
     "tools": ("chat/completions", {"tools": [{"type": "function"}]}, 400, "tools"),
-    "a format of JSON": (
+    "a format that is not JSON": (
         "chat/completions",
+        {"response_format": {"type": "xml"}},
+        400,
+        "response_format",
+    ),
+    "a schema without a name": (
+        "chat/completions",
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}},
+        400,
+        "response_format",
+    ),
+    "a schema of what is not computed": (
+        "chat/completions",
+        {"response_format": schema_format({"type": "object", "propertyNames": {"pattern": "^a"}})},
+        400,
+        "response_format",
+    ),
+    "a schema elsewhere": (
+        "chat/completions",
+        {"response_format": schema_format({"$ref": "http://127.0.0.1/schema.json"})},
+        400,
+        "response_format",
+    ),
+    "a schema that is too long": (
+        "chat/completions",
+        {"response_format": schema_format({"enum": ["a" * 20_000]})},
+        400,
+        "response_format",
+    ),
+    "a schema and an end": (
+        "chat/completions",
+        {"response_format": {"type": "json_object"}, "stop": "a"},
+        400,
+        "stop",
+    ),
+    "a schema and a form": (
+        "chat/completions",
+        {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}},
+        400,
+        "structured_outputs",
+    ),
+    "a format of a raw text": (
+        "completions",
         {"response_format": {"type": "json_object"}},
         400,
         "response_format",

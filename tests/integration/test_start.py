@@ -15,7 +15,7 @@ from common import bundled
 from common.files import cache_home
 from common.generation import language_model
 from common.runtime import Runtime
-from conftest import ROOT, make_sentences, write_lines
+from conftest import ROOT, make_sentences, quick, write_lines
 from language_models import needs_compiler, save_tiny_model
 
 # Runs a script as the main program, and at its end writes down which packages are loaded.
@@ -181,7 +181,11 @@ LOADED |= {
 }
 
 
-@pytest.mark.parametrize("command, allowed", LOADED.values(), ids=LOADED)
+# each is a process of its own
+QUICK = ("delete", "export", "search", "cluster --figure", "train --compare", "generate, no compiler")
+
+
+@pytest.mark.parametrize("command, allowed", quick(LOADED, *QUICK))
 def test_a_command_loads_what_it_needs(command, allowed, home):
     code, packages, stderr = packages_of(command, home)
     assert code == 0, stderr
@@ -202,7 +206,7 @@ STEP = {  # the modes whose model the step in C computes: without transformers, 
 
 
 @needs_compiler
-@pytest.mark.parametrize("flags, allowed", STEP.values(), ids=STEP)
+@pytest.mark.parametrize("flags, allowed", quick(STEP, "one text", "--chat"))
 def test_a_model_that_the_step_in_c_computes_needs_no_transformers(flags, allowed, home):
     code, packages, stderr = packages_of([GENERATE, *flags], home, PATH=os.environ["PATH"])
     assert code == 0, stderr

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT, make_sentences
+from conftest import ROOT, heavy, make_sentences
 
 SCRIPTS = {
     "train_classifier.py": [],
@@ -61,12 +61,14 @@ def test_the_reader_of_the_help_may_leave(script):
     assert done.returncode in (0, 141) and done.stderr == "" and len(done.stdout) == 1
 
 
+@pytest.mark.slow
 def test_a_limit_of_file_size_is_one_line(flags, tmp_path):
     """TensorBoard's thread meets it as well."""
     done = in_shell("ulimit -f 8;", "train_classifier.py", *flags, "--output-dir", tmp_path / "run")
     assert is_one_line(done, "ulimit -f"), done.stderr
 
 
+@pytest.mark.slow
 def test_a_machine_without_a_compiler_is_told_before_the_data_are_read(flags, tmp_path):
     nowhere = {"PATH": str(tmp_path), "CXX": str(tmp_path / "c++"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(
@@ -81,6 +83,7 @@ def test_a_machine_without_a_compiler_is_told_before_the_data_are_read(flags, tm
     assert not (tmp_path / "run").exists() and "texts" not in done.stdout
 
 
+@pytest.mark.slow
 def test_accented_labels_on_a_terminal_without_accents(flags, tmp_path):
     """The files are UTF-8; the backend of a notebook and closed streams do not matter either."""
     names = {"pos": "caf\u00e9", "neg": "\u732b"}
@@ -148,7 +151,7 @@ def closed(tmp_path):
 @pytest.mark.parametrize(
     "command",
     [
-        ["train_classifier.py", "--model", "MODEL", "--dataset", "ROWS", "--output-dir", "OUT"],
+        heavy(["train_classifier.py", "--model", "MODEL", "--dataset", "ROWS", "--output-dir", "OUT"]),
         ["generate.py", "--prompt", "x"],
     ],
 )
@@ -161,12 +164,14 @@ def test_a_home_that_can_not_be_written_is_one_line_with_the_flag(command, tiny_
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @needs_permissions
 def test_a_home_that_can_not_be_written_is_not_needed(flags, closed, tmp_path):
     done = run_unprivileged("train_classifier.py", *flags, "--output-dir", tmp_path / "run", HOME=str(closed))
     assert (done.returncode, done.stderr) == (0, ""), done
 
 
+@pytest.mark.slow
 @needs_permissions
 def test_folders_for_temporary_files_are_not_needed(closed, tmp_path):
     (tmp_path / "texts.txt").write_text("one\ntwo\n")
@@ -218,7 +223,7 @@ def test_a_model_that_can_not_be_read_is_one_line(script, name, tiny_model, sent
 
 
 @needs_permissions
-@pytest.mark.parametrize("closed_part", ["rows.csv", "classes", "classes/a", "classes/a/1.txt"])
+@pytest.mark.parametrize("closed_part", ["rows.csv", heavy("classes"), "classes/a", heavy("classes/a/1.txt")])
 def test_data_that_can_not_be_read_are_one_line(closed_part, tmp_path):
     """A class whose folder can't be entered is not left out."""
     (tmp_path / "rows.csv").write_text("text,label\ngood,a\nbad,b\n")

@@ -20,7 +20,7 @@ from scipy import stats
 from sklearn import metrics as sklearn_metrics
 from transformers import AutoConfig, AutoTokenizer, pipeline
 
-from conftest import POSITIVE, make_sentences, train_wordpiece
+from conftest import POSITIVE, heavy, make_sentences, train_wordpiece
 
 TOXIC = ("toxic", "severe_toxic", "obscene", "threat", "insult", "identity_hate")
 FLAGS = ["--epochs", 2, "--max-length", 32, "--lr", "5e-3", "--precision", "fp32", "--log-every", 3]
@@ -124,7 +124,7 @@ STS_B = Case(
     ("--text-column", "sentence1,sentence2", *PAIR, "--label-column", "score", "--best-metric", "pearson"),
     ("score",),
 )
-PAIRS = [pytest.param(case, id=case.file) for case in (MRPC, STS_B)]
+PAIRS = [heavy(MRPC, id=MRPC.file), pytest.param(STS_B, id=STS_B.file)]
 CASES = [pytest.param(case, id=case.kind) for case in (MULTI, REGRESSION)]
 
 

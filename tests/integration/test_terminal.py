@@ -47,6 +47,7 @@ def test_the_final_screen_of_a_run_is_what_a_file_would_hold(flags, call_script,
         assert not re.search(r"[\r\x1b\b]|it/s|step/s", (tmp_path / "first" / name).read_text()), name
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_no_bar_on_the_screen(flags, tmp_path):
     """As the terminal sends it, in the second epoch."""
     folder = tmp_path / "run"

@@ -215,6 +215,7 @@ cli.run(train_classifier.make_parser(), train_classifier.main)
 """
 
 
+@pytest.mark.slow
 def test_a_failing_process_ends_the_others_with_its_own_message(flags, run_script, tmp_path):
     (tmp_path / "one_fails.py").write_text(ONE_FAILS)
     started = time.monotonic()

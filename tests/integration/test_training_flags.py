@@ -17,7 +17,7 @@ from transformers import (
     BigBirdForSequenceClassification,
 )
 
-from conftest import make_sentences, train_wordpiece
+from conftest import heavy, make_sentences, train_wordpiece
 
 # bytes that a process may take beyond what it has when it starts: 84 texts take some 2,600 MB, 21
 # a quarter
@@ -91,7 +91,7 @@ def files(folder) -> list[str]:
     return [*sorted(names), len((folder / "metrics.jsonl").read_text().splitlines())]
 
 
-@pytest.mark.parametrize("flags", [["--class-weights", "balanced"], ["--label-smoothing", 0.3]])
+@pytest.mark.parametrize("flags", [["--class-weights", "balanced"], heavy(["--label-smoothing", 0.3])])
 def test_what_changes_the_loss_changes_what_is_learned(flags, forked, lopsided, tmp_path):
     for name, given in (("with", flags), ("without", [])):
         assert forked.run(tmp_path / name, "--dataset", lopsided, *given) == [0], forked.said()
@@ -102,9 +102,9 @@ def test_what_changes_the_loss_changes_what_is_learned(flags, forked, lopsided, 
     "flags",
     [
         ["--class-weights", "balanced", "--max-train-samples", 92],
-        ["--label-smoothing", 0.1],
+        heavy(["--label-smoothing", 0.1]),
         ["--truncation", "chunks", "--max-chunks", 3],
-        [],
+        heavy([]),
     ],
 )
 def test_accumulation_equals_a_batch_as_large(flags, forked, lopsided, tmp_path):
@@ -119,7 +119,10 @@ def test_accumulation_equals_a_batch_as_large(flags, forked, lopsided, tmp_path)
 
 @pytest.mark.parametrize(
     "flags",
-    [["--class-weights", "balanced", "--grad-accum", 2], ["--truncation", "chunks", "--max-chunks", 3]],
+    [
+        ["--class-weights", "balanced", "--grad-accum", 2],
+        heavy(["--truncation", "chunks", "--max-chunks", 3]),
+    ],
 )
 def test_two_processes_equal_one(flags, forked, lopsided, tmp_path):
     """Over a whole run, evaluation with a remainder for rank 1 too; dropout is 0 in the small
@@ -197,7 +200,7 @@ def test_dropout_is_set_everywhere_and_attentions_apart(forked, plain, tmp_path)
     assert not close(tmp_path / "run", plain, atol=1e-3)
 
 
-@pytest.mark.parametrize("number", [0, 1, 2])
+@pytest.mark.parametrize("number", [heavy(0), 1, heavy(2)])
 def test_frozen_layers_stay_as_they_were(number, forked, tiny_model, tmp_path):
     assert forked.run(tmp_path / "run", "--freeze-layers", number) == [0]
     before, after = load_file(tiny_model / "model.safetensors"), weights(tmp_path / "run")
@@ -231,6 +234,7 @@ def test_low_rank_adapters_are_merged_into_a_plain_model(forked, tiny_model, tmp
     assert f"loss {results['test_loss']:.4f}" in forked.said("stdout")
 
 
+@pytest.mark.slow
 def test_low_rank_adapters_with_two_processes_and_after_a_stop(forked, tmp_path):
     """The stopped run ends with the bits of the whole one; two processes with those of one, but
     for rounding.
@@ -248,6 +252,7 @@ def test_low_rank_adapters_with_two_processes_and_after_a_stop(forked, tmp_path)
     assert close(tmp_path / "stopped", tmp_path / "whole", rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_two_processes_train_a_model_that_leaves_parameters_without_a_gradient(forked, tiny_model, tmp_path):
     """BigBird has a pooler that its classifier does not use; DDP would wait for it in the second
     step.
@@ -287,6 +292,7 @@ def test_a_compiled_model_learns_the_same_and_is_saved_plain(forked, plain, tmp_
     assert close(tmp_path / "run", plain, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_fit_is_halved_and_the_steps_stay_the_same(forked, tmp_path):
     """Under a limit on the process's memory: 84 texts of 60 tokens through layers of 16,384 need
     more than it.
@@ -343,7 +349,8 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_steps_stay_the_same(forked,
 
 
 @pytest.mark.parametrize(
-    "truncation, reads_all", [("head", False), ("tail", False), ("head-tail", False), ("chunks", True)]
+    "truncation, reads_all",
+    [("head", False), heavy("tail", False), heavy("head-tail", False), ("chunks", True)],
 )
 def test_each_truncation_trains_scores_reports_and_predicts(truncation, reads_all, forked, tmp_path):
     assert forked.run(tmp_path / "run", "--truncation", truncation, "--max-length", 12) == [0], forked.said()

@@ -99,6 +99,7 @@ def test_a_prediction_loads_nothing_that_only_training_needs(trained, loads):
     assert loaded & {*FOR_REPORTS, "transformers", "scipy", "peft"} == set()
 
 
+@pytest.mark.slow
 def test_a_prediction_by_a_model_that_the_project_does_not_know_is_the_librarys(trained, loads, tmp_path):
     """ELECTRA has a head of its own; the answer is that of a pipeline."""
     folder, _ = trained
@@ -126,6 +127,7 @@ def test_a_prediction_by_a_model_that_the_project_does_not_know_is_the_librarys(
     )
 
 
+@pytest.mark.slow
 def test_scoring_loads_nothing_that_only_reports_need(trained, loads, sentences_csv):
     folder, _ = trained
     flags = ["--model", folder / "best", "--dataset", sentences_csv, "--evaluate-only"]

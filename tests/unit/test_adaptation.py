@@ -43,6 +43,7 @@ def test_gradient_checkpointing_computes_a_layer_again_in_the_backward_pass(mode
     assert forward_calls(adapt(another, "--gradient-checkpointing")) == 2
 
 
+@pytest.mark.slow
 def test_compile_puts_a_compiled_module_around_the_model_and_leaves_the_model_plain(model, tiny_model):
     features = datasets.Features(label=datasets.ClassLabel(names=["no", "yes"]))
     rows = datasets.Dataset.from_dict({"label": [0, 1, 1]}, features)

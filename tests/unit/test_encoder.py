@@ -185,6 +185,7 @@ def test_lengths_by_role_are_refused(setting, value, tiny_embedder, tmp_path):
         load_model(str(tmp_path / "other"), cache_dir=None)
 
 
+@pytest.mark.slow
 def test_pickled_weights_of_every_module_are_converted(tiny_embedder, tmp_path):
     """As most models of sentence-transformers from before 2023 have them."""
     parts = [Transformer(str(tiny_embedder)), Pooling(32), Dense(32, 8), Normalize()]
