@@ -8,6 +8,7 @@ removed before the draw (`keep_allowed` in sampling.py). At the end of the form,
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -99,7 +100,9 @@ class Grammar:
     vocabulary: int
 
     def start(self) -> Callable[[list[int]], Tensor]:
-        """Return what tells, for the new tokens of one text, which tokens (V) may follow them."""
+        """Return what tells, for the new tokens of one text, which tokens (V) may follow them. It raises
+        UserError where llguidance needs too much to find out.
+        """
         matcher, known = self.make_matcher(), []
 
         def allowed(new_tokens: list[int]) -> Tensor:
@@ -110,8 +113,10 @@ class Grammar:
                 known.clear()
             following = new_tokens[len(known) :]
             known.extend(following)
-            assert matcher.consume_tokens(following), matcher.get_error()
+            matcher.consume_tokens(following)
             bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)  # eight tokens in each
+            if matcher.is_error():  # a limit on what it may take to walk on
+                raise UserError(f"{self.name}: {_reason(matcher)}; ask for something simpler")
             return torch.from_numpy(np.unpackbits(bits, bitorder="little")[: self.vocabulary]).bool()
 
         return allowed
@@ -155,10 +160,18 @@ class Forms:
             self.tokenizers[end_ids] = make_tokenizer(self.language_model, end_ids, flag=shown.split()[0])
         make_matcher = functools.partial(LLMatcher, self.tokenizers[end_ids], grammar, log_level=0)
         matcher = make_matcher()
-        if matcher.is_error():
-            reason = one_line(ValueError(matcher.get_error().partition("\n\n")[0]))
+        has_a_text = any(matcher.compute_bitmask())
+        reason = _reason(matcher) if matcher.is_error() else ""
+        if reason.startswith("NoExtension") or not (has_a_text or reason):
+            raise UserError(f"{shown}: no text has this form; correct it")
+        if reason:
             raise UserError(f"{shown}: {reason}; {help}")
         return Grammar(name, make_matcher, end_ids, self.language_model.vocabulary)
+
+
+def _reason(matcher: LLMatcher) -> str:
+    """Return why llguidance goes no further, without the state that it prints."""
+    return one_line(ValueError(re.split(r"\n\n|\n<state>", matcher.get_error())[0]))
 
 
 def make_tokenizer(language_model: LanguageModel, end_ids: tuple[int, ...], *, flag: str) -> LLTokenizer:

@@ -152,10 +152,27 @@ def test_each_text_is_json_of_the_schema(model, schema, is_of_it):
             assert row.finish_reason == "end" and is_of_it(json.loads(row.text)), row.text
 
 
-@pytest.mark.parametrize("schema", [{"type": "object", "propertyNames": {"maxLength": 2}}, {"type": "word"}])
-def test_a_schema_with_what_is_not_known_is_refused(model, schema):
-    with pytest.raises(UserError, match="^schema: .*; leave that out"):
+LOOP = {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}
+
+
+@pytest.mark.parametrize(
+    "schema, problem",
+    [
+        ({"type": "object", "propertyNames": {"maxLength": 2}}, "propertyNames.*; leave that out"),
+        ({"type": "word"}, "word.*; leave that out"),
+        (LOOP, "no text has this form; correct it"),
+    ],
+)
+def test_a_schema_that_is_not_known_or_has_no_text_is_refused(model, schema, problem):
+    with pytest.raises(UserError, match=f"^schema: .*{problem}"):
         constraints.Forms(model).json(schema, model.end_ids)
+
+
+def test_a_schema_that_takes_too_much_ends_its_text_with_the_reason(model):
+    schema = {"type": "object", "properties": {f"p{number}": {"type": "string"} for number in range(550)}}
+    form = constraints.Forms(model).json(schema, model.end_ids)
+    with pytest.raises(UserError, match=r"^json: .*max is 2000.*; ask for something simpler$"):
+        texts_of(model, PROMPTS[:1], constraint=form)
 
 
 def test_a_text_that_is_cut_says_so_and_a_whole_one_does_not(model):
