@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -75,6 +76,7 @@ from common.search.manifest import (
     MANIFEST,
     MILVUS,
     STORES,
+    Settings,
     check_files,
     check_folder,
     check_settings,
@@ -93,6 +95,7 @@ if TYPE_CHECKING:
     from common.search.encoder import Encoder
     from common.search.mining import Selection
     from common.search.model_scores import ModelScores
+    from common.search.texts import Collection
 
 LARGEST_MATRIX = 5_000  # texts whose matrix of similarities is shown or written
 WAIT = {"type": cli.duration, "default": 10.0, "help": "seconds to wait for another writer"}
@@ -208,25 +211,27 @@ def check_vectors(path: str) -> None:
 
 def index(args: argparse.Namespace) -> None:
     """Build an index, or bring it up to date."""
-    from common.search import display
-    from common.search.builder import Builder, fill, load_index_encoder, read_vectors, settings_of
-    from common.search.encoder import chunk_size, load_encoder
-    from common.search.store import open_store
+    from common.search.builder import load_index_encoder, settings_of
+    from common.search.encoder import load_encoder
 
     runtime, screen = start(args)
-    folder, source, config = Path(args.index), source_of(args), encoder_config(args)
+    source, config = source_of(args), encoder_config(args)
     id_column, overlap, existing, codes = args.id_column, overlap_of(args), None, ()
-    if (folder / MANIFEST).is_file():  # the index exists: what no flag names stays as it was made
-        manifest = read_manifest(folder)
+    if (Path(args.index) / MANIFEST).is_file():  # what no flag names stays as the index was made
+        manifest = read_manifest(Path(args.index))
         existing = manifest["settings"]
         # digits in a column of texts are texts
         codes = [name for name, kind in manifest["columns"].items() if kind == "string"]
         id_column = id_column or existing["id_column"]
         if overlap is None:
             overlap = existing["chunk_overlap"]
-    collection = None
+
+    @functools.cache
+    def read() -> Collection:
+        return source.read(id_column, as_text=codes)
+
     if runtime.world_size == 1:  # mistakes in the texts are reported before the model is loaded
-        collection = source.read(id_column, as_text=codes)
+        read()
     if existing:
         encoder = load_index_encoder(config, runtime, args.index, existing)
     else:
@@ -237,14 +242,28 @@ def index(args: argparse.Namespace) -> None:
         return
     kept = args.store or (store_of(existing) if existing else None)
     settings = settings_of(encoder, id_column=id_column, chunk_overlap=overlap, store=kept)
-    started = time.perf_counter()
-    builder = None
+    build(read, encoder, settings, args, screen)
+
+
+def build(
+    read: Callable[[], Collection],
+    encoder: Encoder,
+    settings: Settings,
+    args: argparse.Namespace,
+    screen: Screen,
+) -> None:
+    """Write the texts of a collection to the index, and let the other processes go."""
+    from common.search import display
+    from common.search.builder import Builder, fill, read_vectors
+    from common.search.encoder import chunk_size
+    from common.search.store import open_store
+
+    folder, started, builder = Path(args.index), time.perf_counter(), None
     cli.exit_at_signals()
     try:
-        if collection is None:
-            collection = source.read(id_column, as_text=codes)
-        if overlap is not None:
-            chunk_size(encoder, overlap)  # refuses an overlap that is too large, before any writing
+        collection = read()
+        if settings["chunk_overlap"] is not None:
+            chunk_size(encoder, settings["chunk_overlap"])  # refuses one that is too large
         with open_store(folder, settings=settings, wait=args.wait) as store:
             check_settings(args.index, settings, store.snapshot.settings)
             if store.snapshot.num_rows and settings["model"] != store.snapshot.settings["model"]:
@@ -563,8 +582,8 @@ def check_serve(args: argparse.Namespace) -> None:
 
 
 def serve(args: argparse.Namespace) -> None:
-    """Open a local page over an index: search, conditions, similar texts, a map of clusters; the same
-    answers as JSON. It runs until a signal comes.
+    """Open a local page over an index: search, conditions, similar texts, a map of clusters; the
+    same answers as JSON. It runs until a signal comes.
     """
     from common import local_server
 
@@ -875,7 +894,7 @@ def compare_models(args: argparse.Namespace) -> None:
     runtime, screen = start(args)
     configs = [dataclasses.replace(encoder_config(args), model=name) for name in args.models]
     fingerprints = []
-    for config in configs:  # all, before the first is scored: one that can't be loaded costs no hours
+    for config in configs:  # all before the first is scored: a missing one costs no hours
         fingerprints.append(task_fingerprint(load_encoder(config, runtime), args))
     path = None if args.per_query is None else Path(args.per_query)
     kept = {} if path is None else model_scores.read_scores(path)

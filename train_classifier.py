@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from common import cli, sources
-from common.errors import Interrupted, UserError
+from common.errors import Fault, Interrupted, UserError
 from common.sources import FileOptions
 from common.training import flags, predictions, study
 from common.training.flags import commits_of, needs_no_model, plan_study, run_name, settings_of, what_is_read
@@ -137,8 +137,8 @@ def config_from_flags(config_class: type[Config], args: argparse.Namespace, **gi
 
 
 def saved_scoring(args: argparse.Namespace, trained: dict, task: Task) -> Scoring:
-    """Return how the answers of a saved model are scored: as its settings tell, where flags say nothing
-    else. Raises UserError for flags that have no meaning in its task.
+    """Return how the answers of a saved model are scored: as its settings tell, where flags say
+    nothing else. Raises UserError for flags that have no meaning in its task.
     """
     if args.threshold == "auto":
         raise UserError("--threshold auto: it is chosen in training, and saved with the model; leave it out")
@@ -615,7 +615,7 @@ def predict_rows(
 def calibrate(
     logits: torch.Tensor, rows: datasets.Dataset, folder: Path, task: Task, runtime: Runtime
 ) -> None:
-    """Fit a temperature to the logits (N, C) of the validation split, and save it with the model."""
+    """Fit a temperature to the logits (N, C) of the validation split; save it with the model."""
     from common.training import calibration
 
     truth = task.targets(rows["label"][:]).numpy()
@@ -700,71 +700,101 @@ def evaluate_only(args: argparse.Namespace, runtime: Runtime) -> None:
     report.show(scores, predictions, tokens.eval_max_length, runtime)
 
 
+@dataclass(frozen=True)
+class SavedModel:
+    """A model that was trained before, how it reads texts, and what its answers mean."""
+
+    model: PreTrainedModel | BertClassifier
+    tokenizer: batching.AnyTokenizer
+    texts: TextConfig
+    tokens: TokenConfig
+    scoring: Scoring
+    temperature: float
+    batch_size: int
+
+    def answers(self, block: unlabelled.TextBlock, runtime: Runtime) -> list[dict]:
+        """Return an answer for each text of a block, with its row."""
+        answers = predict_texts(
+            self.model,
+            self.tokenizer,
+            block.texts,
+            self.tokens,
+            runtime,
+            batch_size=self.batch_size,
+            scoring=self.scoring,
+            temperature=self.temperature,
+        )
+        return [{**answer, "row": row} for row, answer in zip(block.rows, answers)]
+
+
 def predict(args: argparse.Namespace, runtime: Runtime) -> None:
-    """Answer for each text, with its row, label, confidence and the score of every class: a JSON line on
-    the screen, or a row of --output.
+    """Answer for each text, with its row, label, confidence and the score of every class: a JSON
+    line on the screen, or a row of --output.
     """
     model, tokenizer, trained = classifier.load_to_predict(
         args.model, runtime, cache_dir=args.cache_dir, revision=args.revision
     )
-    tokens = saved_tokens(model, tokenizer, trained, args)
-    options = config_from_flags(FileOptions, args)
-    scoring = saved_scoring(args, trained, classifier.task_of_model(model))
-    text_config, temperature = saved_texts(args, trained), classifier.saved_temperature(trained)
+    saved = SavedModel(
+        model,
+        tokenizer,
+        tokens=saved_tokens(model, tokenizer, trained, args),
+        scoring=saved_scoring(args, trained, classifier.task_of_model(model)),
+        texts=saved_texts(args, trained),
+        temperature=classifier.saved_temperature(trained),
+        batch_size=args.eval_batch_size,
+    )
+    faults: list[Fault] | None = [] if args.skip_bad else None
     with unlabelled.open_texts(
         args.predict,
-        columns=text_config.columns,
-        join_with=text_config.join_with if text_config.text_mode == JOIN else None,
+        columns=saved.texts.columns,
+        join_with=saved.texts.join_with if saved.texts.text_mode == JOIN else None,
         kept=kept_columns(args),
-        options=options,
+        options=config_from_flags(FileOptions, args),
         cache_dir=args.cache_dir,
-        faults=(faults := [] if args.skip_bad else None),
+        faults=faults,
     ) as texts:
         bad = texts.check()
         if faults and runtime.is_main:
             path = predictions.bad_rows_file(Path(args.output))
             predictions.write_bad_rows(path, faults)
             sources.note(f"{len(faults):,} rows can't be used and are left out: {path}")
-
-        def answer(block: unlabelled.TextBlock) -> list[dict]:
-            answers = predict_texts(
-                model,
-                tokenizer,
-                block.texts,
-                tokens,
-                runtime,
-                batch_size=args.eval_batch_size,
-                scoring=scoring,
-                temperature=temperature,
-            )
-            return [{**answer, "row": row} for row, answer in zip(block.rows, answers)]
-
-        if args.output is None:
-            for block in texts.blocks(PREDICT_BLOCK, without=bad):
-                for line in predictions.with_columns(block.columns, answer(block)):
-                    runtime.say(cli.json_line(line))
+        if args.output is not None:
+            write_predictions(saved, texts, bad, args, runtime)
             return
-        identity = {
-            "text": texts.sha256(),
-            "model": tensors_sha256(model.state_dict()),
-            "thresholds": str(scoring.threshold),
-            "temperature": temperature,
-            "--text-column": str(text_config),
-            "--keep-columns": texts.kept,
-            "--eval-batch-size": args.eval_batch_size,
-            "precision or device": f"{runtime.precision} {runtime.device.type} {runtime.world_size}",
-            "way to read texts": f"{tokens.eval_max_length} {tokens.truncation} {options}",
-        }
-        with predictions.open_predictions(
-            args.output, identity=identity, resume=args.resume is not None, runtime=runtime
-        ) as file:
-            if file.is_complete:
-                runtime.say(f"{args.output} is complete already")
-                return
-            for block in texts.blocks(PREDICT_BLOCK, without=bad, skipped=file.num_rows):
-                file.add(answer(block), block.columns)
-            file.finish()
-        runtime.say(f"{file.num_rows:,} predictions: {args.output}")
+        for block in texts.blocks(PREDICT_BLOCK, without=bad):
+            for line in predictions.with_columns(block.columns, saved.answers(block, runtime)):
+                runtime.say(cli.json_line(line))
+
+
+def write_predictions(
+    saved: SavedModel, texts: unlabelled.Texts, bad: set[int], args: argparse.Namespace, runtime: Runtime
+) -> None:
+    """Write an answer for each text but the `bad` ones to --output; with --resume go on with a file
+    that was begun, if whatever its answers depend on is the same.
+    """
+    tokens, options = saved.tokens, config_from_flags(FileOptions, args)
+    identity = {
+        "text": texts.sha256(),
+        "model": tensors_sha256(saved.model.state_dict()),
+        "thresholds": str(saved.scoring.threshold),
+        "temperature": saved.temperature,
+        "--text-column": str(saved.texts),
+        "--keep-columns": texts.kept,
+        "--eval-batch-size": saved.batch_size,
+        "precision or device": f"{runtime.precision} {runtime.device.type} {runtime.world_size}",
+        "way to read texts": f"{tokens.eval_max_length} {tokens.truncation} {options}",
+    }
+    is_resumed = args.resume is not None
+    with predictions.open_predictions(
+        args.output, identity=identity, resume=is_resumed, runtime=runtime
+    ) as file:
+        if file.is_complete:
+            runtime.say(f"{args.output} is complete already")
+            return
+        for block in texts.blocks(PREDICT_BLOCK, without=bad, skipped=file.num_rows):
+            file.add(saved.answers(block, runtime), block.columns)
+        file.finish()
+    runtime.say(f"{file.num_rows:,} predictions: {args.output}")
 
 
 def kept_columns(args: argparse.Namespace) -> list[str] | None:
@@ -781,7 +811,7 @@ def saved_tokens(
     trained: dict,
     args: argparse.Namespace,
 ) -> TokenConfig:
-    """Return how texts are read by a saved model: as its settings tell, where flags say nothing else."""
+    """Return how a saved model reads texts: as its settings tell, where no flag says else."""
     return classifier.choose_saved_tokens(
         model, tokenizer, trained, eval_max_length=args.eval_max_length, truncation=args.truncation
     )

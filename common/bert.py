@@ -1,9 +1,9 @@
 """BERT written out, and read from a Hugging Face folder.
 
-`BertModel` is Devlin et al. 2018 in plain PyTorch: embeddings of words, positions and segments, then
-layers of self-attention and a feed-forward network, each followed by a residual connection and a
-layer normalisation. RoBERTa and XLM-RoBERTa count positions from the padding id on, DistilBERT has
-no segments. The one change is that queries, keys and values come from one matrix product: it is
+`BertModel` is Devlin et al. 2018 in plain PyTorch: embeddings of words, positions and segments,
+then layers of self-attention and a feed-forward network, each followed by a residual connection and
+a layer normalisation. RoBERTa and XLM-RoBERTa count positions from the padding id on, DistilBERT
+has no segments. The one change is that queries, keys and values come from one matrix product: it is
 wider than three small ones, and faster. There is no dropout: the models here are not trained.
 
 transformers has the same models, but importing one takes seconds; this file needs only PyTorch and
@@ -76,8 +76,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }
-# Another value would change what is computed here. (Whether DistilBERT's positions were made of sines
-# doesn't matter: they are in the file.)
+# Another value would change what is computed here. (Whether DistilBERT's positions were made of
+# sines doesn't matter: they are in the file.)
 COMMON = {  # settings of every kind of model
     "output_hidden_states": False,
     "output_attentions": False,
@@ -168,8 +168,8 @@ def _is_known(key: str, value: Any, defaults: dict[str, Any]) -> bool:
 
 
 def read_config(folder: Path) -> BertConfig:
-    """Return the configuration of the model in a folder. Raises UnknownModel for a setting that is not
-    computed here.
+    """Return the configuration of the model in a folder. Raises UnknownModel for a
+    setting that is not computed here.
     """
     given = read_settings(folder / "config.json")
     model_type = given.get("model_type")
@@ -225,8 +225,8 @@ class BertLayer(nn.Module):
         self.output_norm = nn.LayerNorm(width, eps=config.norm_eps)
 
     def forward(self, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """Return the next hidden states (B, T, width); `mask` (B, 1, 1, T) is True at texts' tokens,
-        None if there is no padding.
+        """Return the next hidden states (B, T, width); `mask` (B, 1, 1, T) is True at texts'
+        tokens, None if there is no padding.
         """
         batch, tokens, width = hidden.shape
         projected = self.query_key_value(hidden)  # (B, T, 3 x width)
@@ -239,7 +239,8 @@ class BertLayer(nn.Module):
 
 
 def _embedding(rows: int, width: int, **options: Any) -> nn.Embedding:
-    # nn.Embedding() draws numbers, and on the "meta" device that imports PyTorch's compiler: two seconds
+    # nn.Embedding() draws numbers, and on the "meta" device that
+    # imports PyTorch's compiler: two seconds
     return nn.Embedding.from_pretrained(torch.empty(rows, width), **options)
 
 
@@ -367,7 +368,7 @@ HEADS = {  # the names of BertClassifier's pooler and classifier
     "xlm-roberta": ("classifier.dense", "classifier.out_proj"),
     "distilbert": ("pre_classifier", "classifier"),
 }
-BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")  # in older files; they hold no weights
+BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")  # in older files; no weights
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 Tensors = dict[str, torch.Tensor]
@@ -428,8 +429,8 @@ def load_classifier(folder: Path) -> BertClassifier:
 
 
 def read_weights(folder: Path) -> Tensors:
-    """Return all weights of a folder in fp32, from one file or from several. Raises UnknownModel when they
-    are not safetensors of floating point numbers.
+    """Return all weights of a folder in fp32, from one file or from several. Raises UnknownModel
+    when they are not safetensors of floating point numbers.
     """
     file, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     names = [file.name]

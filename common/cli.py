@@ -66,7 +66,8 @@ WORDS = {
     "not enough memory": errno.ENOMEM,
     **{os.strerror(number): number for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM)},
 }
-# all that is left of oneDNN's status where it has no memory for a kernel of its own (seen with bf16)
+# all that is left of oneDNN's status where it has no memory for a
+# kernel of its own (seen with bf16)
 ONEDNN_LACKS_MEMORY = "could not create a primitive"
 LONGEST_WAIT = 1e6  # seconds: poll() counts milliseconds in 32 bits
 FEW_PROCESSES = 4096  # a limit of processes below this is tried out before the libraries are loaded
@@ -74,8 +75,8 @@ FEW_PROCESSES = 4096  # a limit of processes below this is tried out before the 
 NEEDED_ADDRESSES = 3 << 30
 TORCHRUN = "TORCHELASTIC_RUN_ID"  # set in every process that torchrun starts
 
-# The libraries' progress bars vanish when their work is done, as our own do: read by tqdm when it is
-# imported.
+# The libraries' progress bars vanish when their work is done, as our own do:
+# read by tqdm when it is imported.
 os.environ.setdefault("TQDM_LEAVE", "")
 
 DELIMITERS = {"comma": ",", "tab": "\t", "\\t": "\t", "semicolon": ";", "pipe": "|", "space": " "}
@@ -124,7 +125,7 @@ class Parser(argparse.ArgumentParser):
         return {name: value for name, value in vars(found).items() if value not in (absent, None)}
 
     def as_flags(self, values: Mapping[str, Any]) -> list[str]:
-        """Return values, by the names that parsing gives them, as they are written on a command line."""
+        """Return values, by their names after parsing, as they are written on a command line."""
         flags, left = [], dict(values)
         for action in self._actions:
             value = left.pop(action.dest, None)  # of two flags with one name the first is written
@@ -258,7 +259,7 @@ def columns(text: str) -> tuple[str, ...]:
 
 
 def delimiter(text: str) -> str:
-    """Parse a delimiter: a character, its name, or several characters for lines of several parts."""
+    """Parse a delimiter: a character or its name, or several characters for lines of parts."""
     text = DELIMITERS.get(text, text)
     if not text or any(character in '\r\n"' or ord(character) > 0xFFFF for character in text):
         known = ", ".join(DELIMITERS)
@@ -391,7 +392,7 @@ def run_main(main: Callable[[argparse.Namespace], None], args: argparse.Namespac
 def run(
     parser: Parser, main: Callable[[argparse.Namespace], None], argv: Sequence[str] | None = None
 ) -> None:
-    """Parse `argv` (the process's own when None) and call `main`, with the endings of `run_main`."""
+    """Parse `argv` (None: the process's own) and call `main`, with the endings of `run_main`."""
     run_main(main, parse(parser, argv), prog=parser.prog)
 
 
@@ -418,8 +419,8 @@ def check_job() -> None:
     missing = [variable for variable in ("MASTER_ADDR", "MASTER_PORT") if variable not in os.environ]
     if world_size > 1 and (TORCHRUN not in os.environ or missing):
         raise UserError(
-            f"{job}: left over from a job, because torchrun did not start this process; unset both, or"
-            " start all processes with torchrun"
+            f"{job}: left over from a job, because torchrun did not start this process; unset both,"
+            " or start all processes with torchrun"
         )
 
 
@@ -448,8 +449,8 @@ def warn_of_stop(line: str = "") -> None:
 
 
 def exit_at_signals() -> None:
-    """Let a signal that asks to stop end the process from now on, with SystemExit of 128 and its number;
-    what is committed stays. Later signals are ignored: torchrun sends two.
+    """Let a signal that asks to stop end the process from now on, with SystemExit of 128 and its
+    number; what is committed stays. Later signals are ignored: torchrun sends two.
     """
     for number in stop_signals():
         signal.signal(number, _exit_at_signal)

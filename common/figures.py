@@ -69,9 +69,9 @@ def most_confused(counts: ArrayLike, most: int) -> np.ndarray:
 
 
 def label_bars(per_label: dict[str, list[Any]], names: list[str], *, title: str) -> Figure:
-    """Return a figure with a bar for each label: the texts that have it and were found, those that were
-    missed, and those that were reported and don't have it. Of more than 20 labels it shows the 20
-    with the most mistakes.
+    """Return a figure with a bar for each label: the texts that have it and were found, those that
+    were missed, and those that were reported and don't have it. Of more than 20 labels it shows the
+    20 with the most mistakes.
 
     `per_label` has lists (C) `support`, `missed` and `false_alarms`.
     """
@@ -96,8 +96,8 @@ def label_bars(per_label: dict[str, list[Any]], names: list[str], *, title: str)
 
 
 def scatter(true: ArrayLike, predicted: ArrayLike, names: list[str], *, title: str) -> Figure:
-    """Return a figure with predicted over true numbers, both (N, C): a panel for each of the first 6
-    numbers, and in it a line on which all points would lie if all were right.
+    """Return a figure with predicted over true numbers, both (N, C): a panel for each of the first
+    6 numbers, and in it a line on which all points would lie if all were right.
     """
     truth, answers = np.asarray(true), np.asarray(predicted)
     shown = range(min(len(names), MAX_PANELS))
@@ -125,9 +125,10 @@ def learning_curve(
 ) -> Figure:
     """Return a figure of the losses (left) and the validation scores (right) of each epoch.
 
-    A line marks the best epoch. Each epoch is a dict with `epoch`, `train_loss`, `loss`, and the
-    scores that `scores` gives names for the legend; one that is undefined is left out. The axis of
-    the scores spans at least `least`, so that a difference of a single text does not look like much.
+    A line marks the best epoch. Each epoch is a dict with `epoch`, `train_loss`, `loss`,
+    and the scores that `scores` gives names for the legend; one that is undefined is
+    left out. The axis of the scores spans at least `least`, so that a difference of a
+    single text does not look like much.
     """
     figure, [(left, right)] = _panels(1, 2, 3.6, 2.7, top=0.15)
     numbers = [epoch["epoch"] for epoch in epochs]
@@ -148,8 +149,8 @@ def learning_curve(
 
 
 def reliability(bins: list[tuple[float, float, int]], *, called: tuple[str, str]) -> Figure:
-    """Return a figure of how often decisions are right (above) and how many there are (below), by their
-    probability.
+    """Return a figure of how often decisions are right (above) and how many there
+    are (below), by their probability.
 
     A bin has its mean probability, the share that is right, and its size; `called` names the two.
     """
@@ -219,7 +220,7 @@ def cluster_style(number: int) -> tuple[str, str]:
 
 
 def save(figure: Figure, path: Path | str) -> None:
-    """Write a figure in the format of the path's ending, whole or not at all, and free its memory."""
+    """Write a figure, whole or not at all, in the format of the path's ending; free its memory."""
     path = Path(path)
     new = path.with_name(f".{os.getpid()}-{path.name}")
     try:

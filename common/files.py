@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from common.errors import UnknownModel, UserError, shorten
 
 if TYPE_CHECKING:
+    import filelock
     import torch
 
 MANIFEST = "manifest.json"
@@ -44,17 +45,12 @@ def only_writer(path: Path, *, flag: str, wait: float = 0.0) -> Iterator[None]:
     real = Path(os.path.realpath(path))  # a link is another name of the same file
     lock_file = real / LOCK if real.is_dir() else real.with_name(f".{real.name}{LOCK}")
     lock = filelock.FileLock(lock_file, on_acquired=_sign)
-    held = False
     try:
-        with contextlib.suppress(filelock.Timeout):
-            lock.acquire(timeout=0)
-            held = True
+        held = _acquire(lock, 0)
         if wait and not held:
             waiting = f"{flag} {path}: {_holder(lock_file)} is writing to it; waiting {wait:g} s"
             print(waiting, file=sys.stderr, flush=True)
-            with contextlib.suppress(filelock.Timeout):
-                lock.acquire(timeout=wait)
-                held = True
+            held = _acquire(lock, wait)
     except OSError as error:
         if error.errno not in NO_LOCKS:
             problem = f"can't be written: {error.strerror or error}"
@@ -74,6 +70,16 @@ def only_writer(path: Path, *, flag: str, wait: float = 0.0) -> Iterator[None]:
         with contextlib.suppress(OSError):
             lock_file.unlink()
         lock.release()
+
+
+def _acquire(lock: "filelock.BaseFileLock", seconds: float) -> bool:
+    """Take a lock, waiting for it at most so long; return whether it is held."""
+    import filelock
+
+    with contextlib.suppress(filelock.Timeout):
+        lock.acquire(timeout=seconds)
+        return True
+    return False
 
 
 @contextlib.contextmanager
@@ -270,7 +276,7 @@ def make_once(
         folder.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(folder.parent / LOCK):
             if not folder.is_dir():  # another process may have made it while this one waited
-                for leftover in folder.parent.glob(".making-*"):  # of a killed process: the lock is ours
+                for leftover in folder.parent.glob(".making-*"):  # of a killed process
                     shutil.rmtree(leftover, ignore_errors=True)
                 _make(folder, make, source=source, needed_bytes=needed_bytes, note=note)
     if damage := find_damage(folder):
@@ -292,8 +298,8 @@ def _make(folder: Path, make: Callable[[Path], Path], *, source: str, needed_byt
 
 
 def cache_home(cache_dir: str | None) -> Path:
-    """Return the folder of the cache: --cache-dir, or else that of the Hugging Face libraries, found
-    as they find it. (Importing them takes a tenth of a second.)
+    """Return the folder of the cache: --cache-dir, or else that of the Hugging Face libraries,
+    found as they find it. (Importing them takes a tenth of a second.)
     """
     if cache_dir is not None:
         return Path(cache_dir)

@@ -1,8 +1,8 @@
 """How sure a number is: intervals around a score, and tests of a difference between two.
 
-All of them are of 95 %. A bootstrap draws the rows of a split again with replacement, always with the
-same seed, so that a report says the same when it is made again. A resample is a row of whole numbers
-(N): how often it has each of the N rows; R resamples are an array (R, N).
+All of them are of 95 %. A bootstrap draws the rows of a split again with replacement, always with
+the same seed, so that a report says the same when it is made again. A resample is a row of whole
+numbers (N): how often it has each of the N rows; R resamples are an array (R, N).
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def wilson(successes: int, count: int) -> Interval:
 
 @dataclass(frozen=True)
 class Spread:
-    """The mean of some values, their standard deviation, and the interval of the mean by Student's t;
-    of one value there is no spread (None).
+    """The mean of some values, their standard deviation, and the interval of the mean by Student's
+    t; of one value there is no spread (None).
     """
 
     count: int
@@ -65,13 +65,13 @@ def resamples(num_rows: int) -> Iterator[np.ndarray]:
 def bootstrap(
     statistics: Callable[[np.ndarray], dict[str, np.ndarray]], num_rows: int
 ) -> dict[str, np.ndarray]:
-    """Return the values (R) that statistics of resamples have; `statistics` returns them of a block."""
+    """Return the statistics (R) of resamples; `statistics` computes those of a block."""
     blocks = [statistics(block) for block in resamples(num_rows)]
     return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
 
 
 def percentiles(values: np.ndarray) -> Interval | None:
-    """Return the interval of bootstrapped values (R), None if a statistic is mostly undefined (NaN)."""
+    """Return the interval of bootstrapped values (R), None if most of them are undefined (NaN)."""
     defined = values[np.isfinite(values)]
     if len(defined) < len(values) / 2:
         return None
@@ -121,8 +121,8 @@ def means(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def correlations(weights: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Return Pearson's correlation (R) of values (N) or (R, N) in each resample (R, N), NaN where it is
-    not defined.
+    """Return Pearson's correlation (R) of values (N) or (R, N) in each resample
+    (R, N), NaN where it is not defined.
     """
     total = weights.sum(axis=1, keepdims=True)
     deviations = [

@@ -11,7 +11,7 @@ from common.cli import stop_signals
 from common.errors import UserError
 
 HOST = "127.0.0.1"
-OWN_NAMES = re.compile(r"(127\.0\.0\.1|localhost)(:\d+)?")  # in the header Host of an honest request
+OWN_NAMES = re.compile(r"(127\.0\.0\.1|localhost)(:\d+)?")  # in an honest header Host
 WRONG_HOST = f"this server answers to {HOST} and localhost only"
 SECONDS_TO_FINISH = 10.0  # for what is being computed when a signal comes
 
@@ -44,8 +44,8 @@ def is_own_name(host: str) -> bool:
 
 
 def coming_signal() -> asyncio.Future[int]:
-    """Return what will be the number of the first signal that asks this process to stop; a second one
-    ends it at once.
+    """Return what will be the number of the first signal that asks this process to
+    stop; a second one ends it at once.
     """
     loop = asyncio.get_running_loop()
     came: asyncio.Future[int] = loop.create_future()

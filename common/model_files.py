@@ -126,14 +126,14 @@ def check(folder: Path, source: str) -> None:
             _check_part(part, source)
     except OSError as error:
         raise UserError(
-            f"{source}: {error.filename or folder} can't be read: {error.strerror}; repair it or name another"
-            " model"
+            f"{source}: {error.filename or folder} can't be read: {error.strerror}; repair it or"
+            " name another model"
         ) from error
 
 
 def check_adapter(folder: Path, source: str) -> None:
-    """Raise UserError, beginning with `source`, unless a folder holds a LoRA adapter whose files can be
-    opened without a risk.
+    """Raise UserError, beginning with `source`, unless a folder holds a LoRA adapter whose files
+    can be opened without a risk.
     """
     path = folder / ADAPTER_CONFIG
     try:
@@ -236,8 +236,8 @@ def _check_part(folder: Path, source: str) -> None:
     pickled = [file for file in pickled if file not in NOT_WEIGHTS]
     if not pickled_files(folder, source) and pickled and not any(folder.glob("*.safetensors")):
         raise UserError(
-            f"{source}: {folder / pickled[0]} holds pickled weights, which can run code and are read under"
-            f" the name {PICKLE} only; use a version with safetensors"
+            f"{source}: {folder / pickled[0]} holds pickled weights, which can run code and are"
+            f" read under the name {PICKLE} only; use a version with safetensors"
         )
     if os.path.lexists(folder / ADAPTER_CONFIG):
         advice = "merge them into it first (merge_and_unload of peft) and name that folder"
@@ -381,7 +381,7 @@ def check_config(config: dict, folder: Path, source: str) -> None:
 
 
 def _check_types(config: dict, path: Path, source: str) -> None:
-    """Raise UserError when the settings that are read here are of another type than they must be."""
+    """Raise UserError when a setting that is read here is of another type than it must be."""
     kinds = config.get("architectures")
     if kinds is not None and not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
         raise _refuse(source, f"{path}: architectures is no list of names")
@@ -426,8 +426,8 @@ def weight_files(folder: Path, source: str) -> list[Path]:
 
 
 def pickled_files(folder: Path, source: str) -> list[Path]:
-    """Return the files with the weights of a folder that has them only pickled, as transformers finds
-    them; none if it has others, or no weights.
+    """Return the files with the weights of a folder that has them only pickled, as transformers
+    finds them; none if it has others, or no weights.
     """
     if any(folder.glob("*.safetensors")):
         return []
@@ -481,8 +481,8 @@ TIMES_THE_FILE, MORE_BYTES = 4, 1 << 30
 
 
 def without_pickles(folder: Path, source: str, *, cache_dir: str | None) -> Path:
-    """Return a model's folder; for one whose weights, or those of a module, are only pickled, a copy of
-    it in the cache with safetensors in their place.
+    """Return a model's folder; for one whose weights, or those of a module, are only pickled, a
+    copy of it in the cache with safetensors in their place.
 
     The copy is found by the SHA-256 of all files that it is made from. Raises UserError, beginning
     with `source`, when torch's check refuses a pickle, and when the disk is too full.
@@ -526,8 +526,8 @@ def _note(pickled: Path, copy: Path, source: str) -> str:
 
 
 def adapter_weights(folder: Path, source: str, *, cache_dir: str | None) -> Path:
-    """Return the file with the weights of a LoRA adapter; of one whose weights are pickled, a copy in
-    the cache as safetensors, found by the pickle's SHA-256.
+    """Return the file with the weights of a LoRA adapter; of one whose weights are pickled, a copy
+    in the cache as safetensors, found by the pickle's SHA-256.
 
     Raises UserError, beginning with `source`, when torch's check refuses a pickle.
     """
@@ -547,8 +547,8 @@ def adapter_weights(folder: Path, source: str, *, cache_dir: str | None) -> Path
 
 
 def parts_without_weights(folder: Path, source: str) -> list[str]:
-    """Return the beginnings ("" or "2_Dense/") of the names of a model's parts that should have weights
-    and have no safetensors.
+    """Return the beginnings ("" or "2_Dense/") of the names of a model's parts that should have
+    weights and have no safetensors.
     """
     parts = [("", "Transformer")]
     if (folder / MODULES).exists():
@@ -595,8 +595,8 @@ def _convert_list(folder: Path, copy: Path, source: str) -> None:
 
 
 def _convert_in_child(pickled: Path, target: Path, source: str) -> None:
-    """Write a file of safetensors for one that is pickled, in a process of its own. Raises UserError
-    with that process's reason.
+    """Write a file of safetensors for one that is pickled, in a process of its own. Raises
+    UserError with that process's reason.
     """
     command = [sys.executable, "-c", CONVERT, str(pickled.absolute()), str(target.absolute())]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -611,8 +611,8 @@ def _convert_in_child(pickled: Path, target: Path, source: str) -> None:
 
 
 def convert(pickled: str, target: str) -> str | None:
-    """Write the tensors of a pickled file as safetensors: what the process of `_convert_in_child` does.
-    Return why it can't, None if it could.
+    """Write the tensors of a pickled file as safetensors: what the process of `_convert_in_child`
+    does. Return why it can't, None if it could.
     """
     import torch
     from safetensors.torch import save_file

@@ -83,9 +83,9 @@ def load_model(
 
 
 def own_memory(model: torch.nn.Module) -> None:
-    """Give each weight that is a part of a larger tensor memory of its own: the library cuts what some
-    models' files hold as one (the queries, keys and values of NomicBERT), and safetensors can't
-    write such parts.
+    """Give each weight that is a part of a larger tensor memory of its own: the library cuts
+    what some models' files hold as one (the queries, keys and values of NomicBERT), and
+    safetensors can't write such parts.
     """
     for parameter in model.parameters():
         if parameter.untyped_storage().nbytes() > parameter.nbytes:
@@ -93,8 +93,8 @@ def own_memory(model: torch.nn.Module) -> None:
 
 
 def load_sentence_model(model_class: Any, folder: Path, *, name: str, flag: str = "--model") -> Any:
-    """Return a model of sentence-transformers of the class `model_class` on the CPU in fp32, without
-    running any code from the folder.
+    """Return a model of sentence-transformers of the class `model_class` on the CPU in fp32,
+    without running any code from the folder.
 
     Raises UserError, naming `flag` and `name`, for a model of another kind, and as load_model()
     does. Nothing may be new, but for the pooler of an encoder, which is not used.
@@ -173,8 +173,8 @@ def check_size(
     described = sum(tensor.numel() for tensor in (*skeleton.parameters(), *skeleton.buffers()))
     if described > NUMBERS_PER_SAVED * saved + MORE_NUMBERS:
         raise UserError(
-            f"{flag} {name}: its config.json describes a model of {described:,} numbers, and its weights hold"
-            f" {saved:,}; repair it or name another model"
+            f"{flag} {name}: its config.json describes a model of {described:,} numbers, and its"
+            f" weights hold {saved:,}; repair it or name another model"
         )
 
 
@@ -204,7 +204,7 @@ def check_weights(model: PreTrainedModel, report: dict, *, name: str, flag: str 
     for key, parameter in model.named_parameters():
         # the types of one byte are those of quantised weights
         if parameter.is_floating_point() and parameter.element_size() > 1 and parameter.numel():
-            extremes = torch.stack(torch.aminmax(parameter.detach()))  # one pass, and NaN goes through it
+            extremes = torch.stack(torch.aminmax(parameter.detach()))  # one pass, which keeps NaN
             if not extremes.isfinite().all():
                 kind = str(parameter.dtype).removeprefix("torch.")
                 raise UserError(f"{flag} {name}: {key} is not finite in {kind}; name another model")
@@ -330,8 +330,8 @@ def _is_ours(error: BaseException) -> bool:
 def _reason(error: BaseException, reader: str) -> str:
     if "file named model.safetensors" in str(error):
         return (
-            "it has no weights that are read here (model.safetensors or pytorch_model.bin, or a list of their"
-            " shards); name another model"
+            "it has no weights that are read here (model.safetensors or pytorch_model.bin, or a"
+            " list of their shards); name another model"
         )
     if "trust_remote_code" in str(error):
         return "it needs remote code, which is never run here; use a model that transformers itself supports"

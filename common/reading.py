@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})$")  # as in train-00000-of-00002.parquet
 TEXT_SUFFIXES = (".txt", ".md")  # of the files in folders of texts
-UNLABELLED = ("unsup", "unlabeled", "unlabelled")  # no class: IMDb has texts without labels in unsup/
+UNLABELLED = ("unsup", "unlabeled", "unlabelled")  # no class: IMDb's texts without labels
 TEXT_KINDS = ("string", "large_string")
 LONGEST_TEXT = 10_000_000  # characters; more is no text but a file in a single line
 STREAM_BYTES, STREAM_LINES = 4 << 30, 10_000_000  # of a stream; a longer one may have no end
@@ -81,11 +81,10 @@ def read(
     `name`: a bundled name; a data file (one split, `train`); a folder with one folder of text files
     per class, or with `train`, `validation`, `test` folders of such folders; a folder of data files
     named after their splits; a Hub id, with `config` where it has several configurations, of a
-    `revision` (a commit, branch or tag). `as_text`
-    are the columns of texts and labels, which stay as they are written; "a.b" is the field b of
-    column a. With a list `faults`, rows that can't be read are added to it and left out, and the
-    others of a local file have their number in a column ROW. Raises UserError when the data can't be
-    found, reached or read.
+    `revision` (a commit, branch or tag). `as_text` are the columns of texts and labels, which stay
+    as they are written; "a.b" is the field b of column a. With a list `faults`, rows that can't be
+    read are added to it and left out, and the others of a local file have their number in a column
+    ROW. Raises UserError when the data can't be found, reached or read.
     """
     import datasets
 
@@ -443,7 +442,7 @@ def _read_folder(
     cache_dir: str | None,
     faults: list[Fault] | None = None,
 ) -> datasets.DatasetDict:
-    """Return the splits of a folder. Raises UserError for one of which only a part would be read."""
+    """Return the splits of a folder; raise UserError where only a part of it would be read."""
     entries = entries_of(root)
     files = [path for path in entries if sources.suffix(path) in DATA_SUFFIXES and path.is_file()]
     folders = [path for path in entries if path.is_dir()]
@@ -463,8 +462,8 @@ def _read_folder(
         lone = next((folder for folder in classes if folder not in splits), None)
         if lone is not None:
             raise UserError(
-                f"--dataset {root}: {lone.name} holds texts, and {splits[0].name} holds folders of texts: are"
-                " these classes or splits? Move one of them"
+                f"--dataset {root}: {lone.name} holds texts, and {splits[0].name} holds folders of"
+                " texts: are these classes or splits? Move one of them"
             )
         encoding = options.encoding
         return _as_splits({path.name: _read_class_folders(path, encoding, faults) for path in splits})
@@ -472,8 +471,8 @@ def _read_folder(
         return _as_splits({"train": _read_class_folders(root, options.encoding, faults)})
     known = ", ".join(DATA_SUFFIXES)
     raise UserError(
-        f"--dataset {root}: it has neither class folders of .txt files nor data files ({known}); name a"
-        " folder that has them"
+        f"--dataset {root}: it has neither class folders of .txt files nor data files ({known});"
+        " name a folder that has them"
     )
 
 
@@ -547,8 +546,8 @@ def _check_shards(root: Path, split: str, parts: list[Path]) -> None:
         return
     if None in numbers or len({sources.suffix(part) for part in parts}) > 1:
         raise UserError(
-            f"--dataset {root}: {parts[0].name} and {parts[1].name} are both the split {split!r}; keep one of"
-            " them, or name it with --train-file"
+            f"--dataset {root}: {parts[0].name} and {parts[1].name} are both the split {split!r};"
+            " keep one of them, or name it with --train-file"
         )
     found = [(int(match[1]), int(match[2])) for match in numbers if match is not None]
     total = found[0][1]
@@ -689,8 +688,8 @@ def _open_pipe(name: str) -> BinaryIO:
     if not poll.poll(SECONDS_FOR_A_PIPE * 1000):
         os.close(descriptor)
         raise UserError(
-            f"{name}: nothing came through this pipe in {SECONDS_FOR_A_PIPE} seconds; name a file, or - for"
-            " standard input"
+            f"{name}: nothing came through this pipe in {SECONDS_FOR_A_PIPE} seconds; name a file,"
+            " or - for standard input"
         )
     os.set_blocking(descriptor, True)
     return open(descriptor, "rb")
@@ -702,8 +701,8 @@ def _copy_stream(stream: BinaryIO, file: BinaryIO, source: str) -> None:
         size, lines = size + len(chunk), lines + chunk.count(b"\n")
         if size > STREAM_BYTES or lines > STREAM_LINES:
             raise UserError(
-                f"{source}: more than {STREAM_LINES:,} lines or {STREAM_BYTES >> 30} GB have come, and it may"
-                " have no end; name a file"
+                f"{source}: more than {STREAM_LINES:,} lines or {STREAM_BYTES >> 30} GB have come,"
+                " and it may have no end; name a file"
             )
         file.write(chunk)
     file.flush()
@@ -728,7 +727,7 @@ def _decompress(file: BinaryIO, target: BinaryIO, compression: str, source: str)
 
 
 def _refuse_growth(source: str, size: int, most: int) -> NoReturn:
-    """Raise UserError for a compressed file that becomes too large: it may be made to fill the disk."""
+    """Raise UserError for a compressed file that grows too large: it may be meant to fill the disk."""
     was = f"its {size:,} bytes" if size else "it"
     advice = "if that is right, decompress it yourself and name the plain file"
     raise UserError(f"{source}: decompressed, {was} became more than {most >> 20:,} MB; {advice}")
@@ -837,8 +836,8 @@ def _read_hub(
         if commit is not None and not _is_of_commit(splits, commit):
             asked = "--dataset" if revision is None else f"--dataset-revision {revision} of --dataset"
             raise UserError(
-                f"{asked} {name}: this is commit {commit}, which is not in the cache, and the Hub can't be"
-                " reached; name another revision"
+                f"{asked} {name}: this is commit {commit}, which is not in the cache, and the Hub"
+                " can't be reached; name another revision"
             )
         sources.say_cached(f"--dataset {name}")
     return splits
@@ -888,8 +887,8 @@ def _hub_mistakes(name: str, revision: str | None) -> Iterator[None]:
 
 
 def _commit_of(name: str, revision: str | None, cache_dir: str | None, *, is_reachable: bool) -> str | None:
-    """Return the commit that is meant by a branch, a tag or the beginning of its number: as the Hub says,
-    or as it was when it was last asked; None if it never was.
+    """Return the commit that is meant by a branch, a tag or the beginning of its number: as the Hub
+    says, or as it was when it was last asked; None if it never was.
 
     Without the Hub the library would take whatever commit it has used last, so that one is made the
     last. Raises UserError for a revision of which nothing is known.
@@ -904,8 +903,8 @@ def _commit_of(name: str, revision: str | None, cache_dir: str | None, *, is_rea
     commit = sources.hub_commit(name, kind="dataset", revision=revision, cache_dir=cache_dir)
     if commit is None and revision is not None:
         raise UserError(
-            f"--dataset-revision {revision}: the Hub can't be reached, and the cache does not know this"
-            f" revision of {name}; name a whole commit, or leave it out"
+            f"--dataset-revision {revision}: the Hub can't be reached, and the cache does not know"
+            f" this revision of {name}; name a whole commit, or leave it out"
         )
     if not is_reachable:
         for folder in Path(cache_dir or datasets.config.HF_DATASETS_CACHE).glob(f"*/*/*/{commit}"):

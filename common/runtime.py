@@ -64,8 +64,8 @@ class Runtime:
         return dataclasses.replace(self, rank=0, world_size=1)
 
     def share(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
-        """Yield this process's share of the pieces of some work: every `world_size`-th. Each piece is
-        that of one process; where there are fewer pieces than processes, some have none.
+        """Yield this process's share of the pieces of some work: every `world_size`-th. Each piece
+        is that of one process; where there are fewer pieces than processes, some have none.
         """
         return itertools.islice(pieces, self.rank, None, self.world_size)
 
@@ -130,8 +130,8 @@ class Runtime:
 
     @contextlib.contextmanager
     def raised_on_all(self) -> Iterator[None]:
-        """Raise a UserError of the block, which every process runs, on all of them: one says it, and
-        none waits for one that has ended.
+        """Raise a UserError of the block, which every process runs, on all of them: one says it,
+        and none waits for one that has ended.
         """
         if self.world_size == 1:
             yield
@@ -213,8 +213,8 @@ class Runtime:
                 return
             time.sleep(1)  # a network file system can show a new file late
         raise UserError(
-            f"{flag}: process {', '.join(others)} does not see {path} as process 0 does; name a folder on a"
-            " file system that all machines share"
+            f"{flag}: process {', '.join(others)} does not see {path} as process 0 does; name a"
+            " folder on a file system that all machines share"
         )
 
     def synchronize(self) -> None:
@@ -263,8 +263,8 @@ def _connect_to_torchrun() -> torch.distributed.Store:
     address = f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
     advice = "start the job with torchrun again; if this is none, unset TORCHELASTIC_RUN_ID"
     with reading(f"torchrun: nothing answers at {address}", advice):
-        # torchrun's own store is there before its processes, and PyTorch would wait half an hour for
-        # it; without torchrun, process 0 makes one, perhaps later
+        # torchrun's own store is there before its processes, and PyTorch would wait half an hour
+        # for it; without torchrun, process 0 makes one, perhaps later
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()
@@ -301,8 +301,8 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         raise UserError(f"--device {name}: PyTorch finds none on this machine; use --device auto")
     if name == "cuda" and local_rank >= torch.cuda.device_count():
         raise UserError(
-            f"torchrun --nproc-per-node: there is no GPU for process {local_rank} of this machine, which has"
-            f" {torch.cuda.device_count()}; start one process per GPU, or use --device cpu"
+            f"torchrun --nproc-per-node: there is no GPU for process {local_rank} of this machine,"
+            f" which has {torch.cuda.device_count()}; start one process per GPU, or use --device cpu"
         )
     return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
 
@@ -466,6 +466,6 @@ def attempt_name(store: torch.distributed.Store, rank: int, world_size: int) -> 
         time.sleep(POLL_SECONDS)
     missing = ", ".join(str(other) for other, key in enumerate(awaited) if not store.check([key]))
     raise UserError(
-        f"torchrun: process {missing} of {world_size} has not joined within {JOIN_SECONDS / 60:.0f} minutes;"
-        " look at its machine"
+        f"torchrun: process {missing} of {world_size} has not joined within {JOIN_SECONDS / 60:.0f}"
+        " minutes; look at its machine"
     )

@@ -32,7 +32,8 @@ INVISIBLE = ("Cc", "Cf")  # categories of Unicode
 BLANK = r"^[\s\p{Z}\p{Cc}\p{Cf}]*$"  # as Arrow writes it; see is_blank
 EVERY_COLUMN = "*"  # among columns that stay as they are written: all of them
 FASTTEXT_LABEL = "__label__"  # each line of fastText's files begins with it
-# Files of a Hub model that are downloaded: no ONNX, no code; pickles only where there is nothing else.
+# Files of a Hub model that are downloaded: no ONNX, no code; pickles
+# only where there is nothing else.
 FILES_READ = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 FILES_IGNORED = ["onnx/*", "openvino/*"]
 CONNECT_SECONDS = 5.0
@@ -60,8 +61,8 @@ xlm-roberta-large-finetuned-conll03-english xlm-roberta-large-finetuned-conll03-
 xlm-roberta-large xlnet-base-cased xlnet-large-cased
 """.split()  # noqa: SIM905
 
-# Without this, the progress bars of libraries would stay on the screen when their work is done. tqdm
-# reads its defaults from such variables when it is imported; an empty one is False.
+# Without this, the progress bars of libraries would stay on the screen when their work is done.
+# tqdm reads its defaults from such variables when it is imported; an empty one is False.
 os.environ["TQDM_LEAVE"] = ""
 # Without this, transformers sends the name of a model without safetensors, and the user's token,
 # to a conversion service on the Hub and waits for it.
@@ -83,11 +84,11 @@ def find_folder(
     """Return the local folder of a model: a bundled name, a folder, or a Hub id, which is
     downloaded first; a language model can also be a GGUF file.
 
-    `kind` says which bundled models are meant, and `organization` whose model on the Hub is meant by
-    a name alone, such as all-MiniLM-L6-v2; `revision` is a commit, branch or tag there.
-    Weights that are only pickled are converted, and the folder is that of the conversion. Raises
-    UserError, naming `flag`, when there is no such model, it can't be reached, or its pickled weights
-    are refused.
+    `kind` says which bundled models are meant, and `organization` whose model on the Hub is
+    meant by a name alone, such as all-MiniLM-L6-v2; `revision` is a commit, branch or tag
+    there. Weights that are only pickled are converted, and the folder is that of the
+    conversion. Raises UserError, naming `flag`, when there is no such model, it can't be
+    reached, or its pickled weights are refused.
     """
     check_model(name, kind=kind, flag=flag)
     if bundled.is_bundled(name):
@@ -131,7 +132,7 @@ def check_model(name: str, *, kind: bundled.Kind, flag: str = "--model") -> None
 
 
 def check_adapter(name: str) -> None:
-    """Raise UserError for a name that can be no LoRA adapter as far as this machine's files show."""
+    """Raise UserError for a name that is no LoRA adapter, as far as this machine's files show."""
     source = f"--adapter {name}"
     kind = kind_of_path(name) if name else "nothing"
     if kind == "folder":
@@ -191,7 +192,7 @@ def _snapshot(
 
 @contextlib.contextmanager
 def _hub_errors(name: str, *, flag: str, what: str, revision: str | None, others: str) -> Iterator[None]:
-    """Turn what goes wrong within the block, where something comes from the Hub, into a UserError."""
+    """Turn what goes wrong with the Hub within the block into a UserError."""
     import huggingface_hub.errors
 
     try:
@@ -199,8 +200,8 @@ def _hub_errors(name: str, *, flag: str, what: str, revision: str | None, others
     except huggingface_hub.errors.LocalEntryNotFoundError as error:
         if revision is not None:
             raise UserError(
-                f"--revision {revision}: the Hub can't be reached, and the cache does not hold this revision"
-                f" of {name}; name a whole commit that it holds, or leave it out"
+                f"--revision {revision}: the Hub can't be reached, and the cache does not hold this"
+                f" revision of {name}; name a whole commit that it holds, or leave it out"
             ) from error
         raise UserError(
             f"{flag} {name}: no such folder, and the Hub can't be reached; use {others}"
@@ -218,8 +219,8 @@ def _hub_errors(name: str, *, flag: str, what: str, revision: str | None, others
         if error.errno in (errno.ENOSPC, errno.EDQUOT):  # said by common.cli
             raise
         raise UserError(
-            f"{flag} {name}: can't be stored in the cache: {error.filename}: {error.strerror}; name a folder"
-            " with --cache-dir"
+            f"{flag} {name}: can't be stored in the cache: {error.filename}: {error.strerror}; name"
+            " a folder with --cache-dir"
         ) from error
 
 
@@ -298,8 +299,8 @@ def check_data(name: str, *, flag: str = "--dataset", any_suffix: bool = False) 
 
 def expanded(names: Iterable[str], *, flag: str = "TEXTS") -> list[str]:
     """Return the names of sources, with the files that a pattern such as "part-*.jsonl" stands for,
-    sorted, in its place. Raises UserError, naming `flag`, for a pattern without files, a source that
-    is named twice, and standard input among others.
+    sorted, in its place. Raises UserError, naming `flag`, for a pattern without files, a source
+    that is named twice, and standard input among others.
     """
     found = []
     for name in names:
@@ -340,8 +341,8 @@ def check_data_file(path: Path, *, any_suffix: bool = False) -> None:
     if suffix(path) not in DATA_SUFFIXES and not any_suffix and not is_fasttext(path):
         known = ", ".join(DATA_SUFFIXES)
         raise UserError(
-            f"{path}: the file name ends with {path.suffix!r}, not with one of {known}; convert it, or"
-            " name the columns of a table with --columns"
+            f"{path}: the file name ends with {path.suffix!r}, not with one of {known}; convert it,"
+            " or name the columns of a table with --columns"
         )
     if not os.access(path, os.R_OK):
         raise UserError(f"{path}: no permission to read it; change that with chmod or name another file")
@@ -432,8 +433,8 @@ def is_reachable() -> bool:
 def hub_commit(
     name: str, *, kind: Literal["model", "dataset"], revision: str | None, cache_dir: str | None
 ) -> str | None:
-    """Return the whole number of the commit that a revision (None: the branch main) of a Hub's model or
-    data set was when the Hub was last asked; None for what does not come from there.
+    """Return the whole number of the commit that a revision (None: the branch main) of a Hub's
+    model or data set was when the Hub was last asked; None for what does not come from there.
     """
     if bundled.is_bundled(name) or Path(name).exists():
         return None

@@ -331,8 +331,8 @@ def read_rows(data: DataFile, dialect: Dialect) -> Iterator[list[str]]:
 
 
 def read_sound_rows(data: DataFile, dialect: Dialect) -> Iterator[list[str]]:
-    """Yield the rows of `read_rows`, and behind the cells of each its number; note those that it would
-    refuse as faults.
+    """Yield the rows of `read_rows`, and behind the cells of each its number; note
+    those that it would refuse as faults.
 
     A quotation mark that is never closed costs its own line only.
     """
@@ -496,8 +496,8 @@ def _warn_of_long_cells(content: np.ndarray, quotes: np.ndarray, name: str, dial
 
 def _warn_of_long_cell(name: str, line: int, count: int) -> None:
     note(
-        f"{name}, line {line}: a cell in quotation marks spans {count} lines; if its mark is one that"
-        " was never closed, close it or use --quoting none"
+        f"{name}, line {line}: a cell in quotation marks spans {count} lines; if its mark is one"
+        " that was never closed, close it or use --quoting none"
     )
 
 
@@ -531,8 +531,8 @@ def read_split_lines(data: DataFile, columns: Sequence[str], separators: str) ->
     between = separators if len(separators) > 1 else separators * (len(columns) - 1)
     if len(between) != len(columns) - 1:
         raise UserError(
-            f"--delimiter {separators!r}: {len(separators)} separators between the {len(columns)} columns"
-            f" {', '.join(columns)}; give one for all, or one between each two"
+            f"--delimiter {separators!r}: {len(separators)} separators between the {len(columns)}"
+            f" columns {', '.join(columns)}; give one for all, or one between each two"
         )
 
     def parse(line: str) -> list[str]:
@@ -572,8 +572,8 @@ def read_fasttext(data: DataFile) -> pa.Table:
 
 
 def _parsed_lines(data: DataFile, parse: Callable[[str], list[str]], columns: list[str]) -> pa.Table:
-    """Return the table of what `parse` makes of each line that is not blank. What it raises names the
-    line, or is noted.
+    """Return the table of what `parse` makes of each line that is not blank. What it
+    raises names the line, or is noted.
     """
 
     def rows() -> Iterator[list[str]]:
@@ -620,8 +620,8 @@ Row = tuple[str, int, dict]  # where it is: "line" or "row", and its number
 
 
 def _sound_objects(data: DataFile) -> Iterator[Row]:
-    """Yield the objects of a file with one on each line, with their number in the column ROW, and note
-    other lines as faults. A list of objects can be read only as a whole.
+    """Yield the objects of a file with one on each line, with their number in the column ROW, and
+    note other lines as faults. A list of objects can be read only as a whole.
     """
     head = _head(data.file).lstrip()
     if head.startswith("[") or not head.split("\n", 1)[0].rstrip().endswith("}"):

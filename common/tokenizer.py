@@ -1,8 +1,9 @@
-"""The tokenizer of BERT, RoBERTa, XLM-RoBERTa, DistilBERT or a Llama, made from the files of a model's
-folder by the `tokenizers` library alone.
+"""The tokenizer of BERT, RoBERTa, XLM-RoBERTa, DistilBERT or a Llama, made from the files of a
+model's folder by the `tokenizers` library alone.
 
 transformers makes the same one, but importing it takes seconds. `Tokenizer` has what this project
-uses of that library's tokenizers, so that one can stand for the other (tests/unit/test_tokenizer.py).
+uses of that library's tokenizers, so that one can stand for the other
+(tests/unit/test_tokenizer.py).
 """
 
 import base64
@@ -25,8 +26,8 @@ UNLIMITED = int(1e30)  # the model_max_length of a tokenizer without a limit, in
 
 
 class Tokens(dict[str, list]):
-    """Tokenised texts: columns such as `input_ids` with a list for each text. It has what this project
-    uses of transformers' BatchEncoding.
+    """Tokenised texts: columns such as `input_ids` with a list for each text. It has what this
+    project uses of transformers' BatchEncoding.
     """
 
     def __init__(self, columns: dict[str, list], encodings: list[Encoding]) -> None:
@@ -38,15 +39,16 @@ class Tokens(dict[str, list]):
         return self.encodings[number].word_ids
 
     def sequence_ids(self, number: int) -> list[int | None]:
-        """Return for each token of a pair which of its texts it is of, 0 or 1, None for special tokens."""
+        """Return which text of a pair each token belongs to, 0 or 1; None for special tokens."""
         return self.encodings[number].sequence_ids
 
 
 class Tokenizer:
     """A tokenizer of the `tokenizers` library, called as transformers' tokenizers are.
 
-    `special_tokens_map` is role -> token, such as "pad_token" -> "[PAD]"; `model_input_names` the
-    columns that the model takes; `model_max_length` the most tokens of a text, special ones included.
+    `special_tokens_map` is role -> token, such as "pad_token" -> "[PAD]";
+    `model_input_names` the columns that the model takes; `model_max_length` the most
+    tokens of a text, special ones included.
     """
 
     is_fast = True  # what transformers says of a tokenizer of that library
@@ -120,10 +122,11 @@ class Tokenizer:
         padding: bool = False,
         verbose: bool = False,
     ) -> Tokens:
-        """Return the tokens of texts, or of one text, cut at `max_length` with `truncation`; of pairs,
-        where each text has a second one in `text_pair`.
+        """Return the tokens of texts, or of one text, cut at `max_length` with `truncation`; of
+        pairs, where each text has a second one in `text_pair`.
 
-        Nothing is padded or printed: the last two arguments are there because transformers has them.
+        Nothing is padded or printed: the last two arguments are there
+        because transformers has them.
         """
         assert not padding
         if truncation:
@@ -150,8 +153,8 @@ class Tokenizer:
     def decode(
         self, ids: list[int], *, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool = False
     ) -> str:
-        """Return the text of tokens. Its spaces are never cleaned up: the last argument is there because
-        transformers has it.
+        """Return the text of tokens. Its spaces are never cleaned up: the last argument is there
+        because transformers has it.
         """
         assert not clean_up_tokenization_spaces
         return self.backend_tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
@@ -159,8 +162,8 @@ class Tokenizer:
     def pad(
         self, rows: list[dict[str, list[int]]], *, padding: bool = True, return_tensors: str = "pt"
     ) -> dict[str, torch.Tensor]:
-        """Return tokenised texts, a dictionary of columns for each, as tensors (B, T): filled up at the
-        right, with an `attention_mask` that is 0 there.
+        """Return tokenised texts, a dictionary of columns for each, as tensors (B, T): filled up at
+        the right, with an `attention_mask` that is 0 there.
         """
         assert padding and return_tensors == "pt" and self.pad_token_id is not None
         longest = max(len(row["input_ids"]) for row in rows)
@@ -222,12 +225,12 @@ class Parts:
 
 
 def read_tokenizer(folder: Path, *, max_length: int | None = None) -> Tokenizer:
-    """Return the tokenizer of a model's folder, as transformers' AutoTokenizer makes it; `max_length`
-    stands for the limit that the folder gives.
+    """Return the tokenizer of a model's folder, as transformers' AutoTokenizer makes it;
+    `max_length` stands for the limit that the folder gives.
 
-    That library builds the tokenizers of BERT and RoBERTa anew: from tokenizer.json it takes only the
-    vocabulary, the rest from its own class and from tokenizer_config.json. Raises UnknownModel when
-    it would make one in another way, or none.
+    That library builds the tokenizers of BERT and RoBERTa anew: from tokenizer.json it takes only
+    the vocabulary, the rest from its own class and from tokenizer_config.json. Raises UnknownModel
+    when it would make one in another way, or none.
     """
     description = read_settings(folder / "tokenizer.json")
     settings = _read_tokenizer_settings(folder)
@@ -284,8 +287,8 @@ def _fields(token: AddedToken) -> dict[str, Any]:
 
 
 def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
-    """Return the template that writes a conversation as a text: the one in a file of its own goes before
-    the one in the settings.
+    """Return the template that writes a conversation as a text: the one in a file of its own goes
+    before the one in the settings.
     """
     file = folder / "chat_template.jinja"
     template = file.read_text("utf-8") if file.exists() else settings.get("chat_template")
@@ -295,7 +298,7 @@ def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
 
 
 def _check_settings(settings: dict[str, Any], options: Sequence[str]) -> None:
-    """Raise UnknownModel for a setting of tokenizer_config.json that is neither known nor an option."""
+    """Raise UnknownModel for a setting of tokenizer_config.json that is not known here."""
     for name, value in settings.items():
         known = name in NO_MATTER or name in NAMED_TOKENS or name in options
         if not known and (name not in ONLY or value != ONLY[name]):

@@ -1,9 +1,9 @@
-"""LoRA adapters (Hu et al. 2021) of other trainings: read from their folder, put into a language model
-by peft, and merged into its weights, so that each token costs what it costs without.
+"""LoRA adapters (Hu et al. 2021) of other trainings: read from their folder, put into a language
+model by peft, and merged into its weights, so that each token costs what it costs without.
 
 peft knows the variants (DoRA, rank-stabilised scales, ranks of single layers, whole modules) and is
-the oracle of `--check`. It reads neither the files nor the settings itself: those are read here, and
-a setting that is not known here is refused. Importing peft takes seconds, so that this file is
+the oracle of `--check`. It reads neither the files nor the settings itself: those are read here,
+and a setting that is not known here is refused. Importing peft takes seconds, so that this file is
 imported only where there is an adapter.
 """
 
@@ -40,7 +40,8 @@ WITHOUT_EFFECT = (
     *("peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version"),
     *("auto_mapping", "lora_dropout", "eva_config", "loftq_config", "megatron_core", "runtime_config"),
 )
-# what a training may begin with; all others (PiSSA, OLoRA, CorDA, LoftQ) also change the model itself
+# what a training may begin with; all others (PiSSA, OLoRA, CorDA,
+# LoftQ) also change the model itself
 BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
@@ -77,7 +78,8 @@ def find(name: str, *, cache_dir: str | None) -> Adapter:
 
 
 def attach(model: PreTrainedModel, adapter: Adapter, *, name: str) -> peft.PeftModel:
-    """Return a language model with an adapter beside its weights: the model itself gets peft's layers.
+    """Return a language model with an adapter beside its weights: the
+    model itself gets peft's layers.
 
     Raises UserError for an adapter that does not fit the model, of which `name` is the name.
     """
@@ -85,7 +87,7 @@ def attach(model: PreTrainedModel, adapter: Adapter, *, name: str) -> peft.PeftM
     with _errors(adapter):
         config = peft.LoraConfig(**known, init_lora_weights=False, inference_mode=True)
         tensors = safetensors.torch.load_file(adapter.weights)
-        with torch.device("meta"):  # without numbers at first, so that a rank of millions takes no memory
+        with torch.device("meta"):  # no numbers yet: a rank of millions takes no memory
             adapted = peft.PeftModel(model, config, low_cpu_mem_usage=True)
         needed = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
         allowed = peft.get_peft_model_state_dict(adapted, save_embedding_layers=True)
@@ -93,8 +95,8 @@ def attach(model: PreTrainedModel, adapter: Adapter, *, name: str) -> peft.PeftM
     if problem:
         told = f" (it was made for {shorten(adapter.made_for, 80)})" if adapter.made_for else ""
         raise UserError(
-            f"--adapter {adapter.name}: it does not fit {name}{told}: {problem}; name the model that it"
-            " was made for with --model, or another adapter"
+            f"--adapter {adapter.name}: it does not fit {name}{told}: {problem}; name the model"
+            " that it was made for with --model, or another adapter"
         )
     with _errors(adapter):
         rounded = {key: tensor.to(allowed[key].dtype) for key, tensor in tensors.items()}
@@ -110,8 +112,8 @@ def _errors(adapter: Adapter) -> contextlib.AbstractContextManager[None]:
 def first_problem(
     tensors: dict[str, Tensor], needed: dict[str, Tensor], allowed: dict[str, Tensor]
 ) -> str | None:
-    """Return in what the tensors of a file differ from those that a model needs, None if in nothing;
-    `allowed` has more, whole embeddings, which may be there.
+    """Return in what the tensors of a file differ from those that a model needs, None if in
+    nothing; `allowed` has more, whole embeddings, which may be there.
     """
     for key, tensor in tensors.items():
         if key not in allowed:
@@ -126,8 +128,8 @@ def first_problem(
 
 
 def tied_layer(model: PreTrainedModel) -> str | None:
-    """Return that a layer with an adapter shares its weights with another one, None if none does: what is
-    merged into one would change the other.
+    """Return that a layer with an adapter shares its weights with another one, None if none does:
+    what is merged into one would change the other.
     """
     shared = [parameter.data_ptr() for _, parameter in model.named_parameters(remove_duplicate=False)]
     for key, module in model.named_modules():
@@ -148,13 +150,14 @@ def merge(model: PreTrainedModel, adapter: Adapter, *, name: str) -> PreTrainedM
 def merge_stored(
     folder: Path, adapter: Adapter, weights: dict[str, Matrix | Tensor], *, name: str
 ) -> dict[str, Matrix | Tensor]:
-    """Return the weights of a folder as they are stored, with those that an adapter changes in fp32.
+    """Return the weights of a folder as they are stored, with those
+    that an adapter changes in fp32.
 
     Raises UserError as `attach` does.
     """
     model = library.over_folder(folder, weights, torch.float32, name=name)
     for parameter in model.parameters():
-        parameter.data = parameter.data.clone()  # peft adds in place, and `weights` must stay as they are
+        parameter.data = parameter.data.clone()  # peft adds in place; `weights` must stay
     merged = dict(weights)
     for key, parameter in merge(model, adapter, name=name).named_parameters():
         stored, own = weights.get(key), parameter.detach()

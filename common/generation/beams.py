@@ -1,9 +1,9 @@
 """Beam search: several texts of a prompt grow side by side, and those that are likeliest as a whole
 are kept.
 
-`BeamSearch.steps` is the whole algorithm, in the order in which `model.generate` has it, whose tokens
-it gives. Shapes: P prompts, N beams of each, V tokens in the vocabulary; the rows of the batch are the
-beams of the first prompt, those of the second, and so on.
+`BeamSearch.steps` is the whole algorithm, in the order in which `model.generate` has it, whose
+tokens it gives. Shapes: P prompts, N beams of each, V tokens in the vocabulary; the rows of the
+batch are the beams of the first prompt, those of the second, and so on.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Beams:
     size: int  # N: texts that grow side by side
     # a text's score is the sum of its log-probabilities, divided by its length to this power
     length_penalty: float = 1.0
-    # True: it ends when N texts have ended; False: when no running text would beat the worst of them
-    # at its length of now; "never": at the length that is best for it
+    # True: it ends when N texts have ended; False: when no running text would beat the worst of
+    # them at its length of now; "never": at the length that is best for it
     early_stopping: bool | Literal["never"] = False
 
 
@@ -45,8 +45,8 @@ class Hypothesis:
 
 
 class BeamSearch:
-    """A search for some prompts; after its last step, `finished` holds the N best texts of each, the
-    best first.
+    """A search for some prompts; after its last step, `finished` holds the N
+    best texts of each, the best first.
     """
 
     def __init__(self, beams: Beams, num_prompts: int) -> None:
@@ -105,8 +105,8 @@ class BeamSearch:
             del finished[size:]
 
     def _end_hopeless(self, best_scores: list[float], length: int, most: int) -> None:
-        """End the prompts whose running texts can't beat those that have ended; `best_scores` (P) are
-        the sums of their best running texts.
+        """End the prompts whose running texts can't beat those that have ended; `best_scores` (P)
+        are the sums of their best running texts.
         """
         beams = self.beams
         at_most = beams.early_stopping == "never" and beams.length_penalty > 0
@@ -119,8 +119,8 @@ class BeamSearch:
 
 
 def complete(run: Run, rows: list[Completion], beams: Beams) -> Iterator[str]:
-    """Fill completions with the best texts of their prompts; yield nothing to show but the first text,
-    at its end: until then, it can be replaced by another one.
+    """Fill completions with the best texts of their prompts; yield nothing to show but the first
+    text, at its end: until then, it can be replaced by another one.
     """
     num_samples, settings = run.options.num_samples, run.options.settings
     firsts = rows[::num_samples]  # of each prompt

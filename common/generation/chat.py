@@ -49,8 +49,8 @@ class Template:
 
 
 def choose_template(language_model: LanguageModel, wanted: str | None, options: dict[str, Any]) -> Template:
-    """Return the model's own template, or the one that `wanted` names: one of several of the model's,
-    or a file. Raises UserError if there is none.
+    """Return the model's own template, or the one that `wanted` names: one of several of the
+    model's, or a file. Raises UserError if there is none.
     """
     tokenizer, name = language_model.tokenizer, language_model.name
     found = tokenizer.chat_template or {}
@@ -72,8 +72,8 @@ def choose_template(language_model: LanguageModel, wanted: str | None, options: 
     if sources_by_name:
         raise UserError(f"--chat: {name} has several chat templates ({has}); name one with --chat-template")
     raise UserError(
-        f"--chat: {name} has no chat template; leave --chat out, name a file with --chat-template, or a "
-        "model that was trained for chats"
+        f"--chat: {name} has no chat template; leave --chat out, name a file with --chat-template,"
+        " or a model that was trained for chats"
     )
 
 
@@ -187,6 +187,18 @@ def unread_options(template: Template, environment: jinja2.Environment) -> str:
     return f"it does not read {unread[0]!r}; it reads {known}" if unread else ""
 
 
+def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+    """Return a value as JSON, in which jinja's own filter would escape HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+
+def raise_exception(message: str) -> None:
+    """End a template that refuses a conversation, with its reason."""
+    import jinja2.exceptions
+
+    raise jinja2.exceptions.TemplateError(message)
+
+
 def make_environment() -> jinja2.Environment:
     """Return what compiles chat templates as transformers does: in a sandbox that lets them change
     nothing, with the few functions that such templates use.
@@ -215,12 +227,6 @@ def make_environment() -> jinja2.Environment:
             if str(name).startswith("_"):
                 raise jinja2.exceptions.SecurityError(f"a name that begins with an underscore: {name}")
             super().__setitem__(name, value)
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.exceptions.TemplateError(message)
-
-    def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:  # jinja's own escapes HTML
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
@@ -259,16 +265,17 @@ class ChatFormat:
     def try_to_encode(
         self, conversations: list[list[Message]], names: list[str]
     ) -> list[list[int] | UserError]:
-        """Return the token ids of conversations, or why one has none; `names` are those of messages.
+        """Return the token ids of conversations, or why one has none;
+        `names` are those of messages.
 
-        The template writes all special tokens itself; if the tokenizer added its own, the text would
-        start with two. Raises UserError if it breaks a limit.
+        The template writes all special tokens itself; if the tokenizer added its own, the text
+        would start with two. Raises UserError if it breaks a limit.
         """
         texts = self.write(conversations, names)
         return [self._tokens(text, name) for text, name in zip(texts, names)]
 
     def write(self, conversations: list[list[Message]], names: list[str]) -> list[str | UserError]:
-        """Return the texts of conversations, or why one has none. Raises UserError as `try_to_encode`."""
+        """Return the texts of conversations, or why one has none; it raises as `try_to_encode`."""
         if self.prefill and (begun := [n for n, given in zip(names, conversations) if is_begun(given)]):
             raise UserError(f"--prefill: {begun[0]} ends with an answer that is begun; leave one of them out")
         return try_to_render([self._as_written(messages) for messages in conversations], self.template)
@@ -333,8 +340,8 @@ def token_after_turn(text: str, tokenizer: PreTrainedTokenizerBase | Tokenizer) 
 
 
 def as_conversation(given: str | list[Message], system: str | None) -> list[Message]:
-    """Return a question or a conversation as one that begins with a system message, if there is one;
-    its own goes before `system`.
+    """Return a question or a conversation as one that begins with a system message, if there is
+    one; its own goes before `system`.
     """
     messages = [{"role": "user", "content": given}] if isinstance(given, str) else given
     if not system or messages[0]["role"] == "system":
@@ -357,7 +364,7 @@ def system_in_question(messages: list[Message]) -> list[Message]:
 
 
 def check_messages(value: Any, name: str) -> list[Message]:
-    """Return a value as the messages of a conversation. Raises UserError, naming it, for another one."""
+    """Return the messages of a conversation; raise UserError, naming it, for any other value."""
     if not isinstance(value, list) or not value:
         raise UserError(f"{name}: a conversation is a list of messages with role and content")
     for number, message in enumerate(value, start=1):

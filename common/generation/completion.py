@@ -32,11 +32,11 @@ REPLACEMENT = "\ufffd"  # what a decoder shows for bytes that are not (yet) a wh
 class TextStream:
     """Turns one text's tokens into pieces of text that can be shown at once.
 
-    Call `add` for each token and `finish` once at the end. All pieces joined are what the tokens add
-    to the text of `before`, the tokens of the prompt: decoded without them, a text of SentencePiece
-    would lose the space that it begins with. A character can take several tokens, and a stop string
-    can lie across tokens: both are held back until they are whole. The search for stop strings looks
-    at the new text only, never at the prompt (transformers #31435).
+    Call `add` for each token and `finish` once at the end. All pieces joined are what the tokens
+    add to the text of `before`, the tokens of the prompt: decoded without them, a text of
+    SentencePiece would lose the space that it begins with. A character can take several tokens, and
+    a stop string can lie across tokens: both are held back until they are whole. The search for
+    stop strings looks at the new text only, never at the prompt (transformers #31435).
     """
 
     def __init__(
@@ -157,8 +157,8 @@ class Completion:
         return self.stream.stopped
 
     def mark_whole(self, settings: Settings) -> None:
-        """Let the text count as ended if it has the most tokens and the whole form that it must have: only
-        its end token is missing.
+        """Let the text count as ended if it has the most tokens and the whole form that it must
+        have: only its end token is missing.
         """
         if settings.constraint is None or self.finish_reason != "length":
             return
@@ -213,7 +213,7 @@ class Timing:
     new_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
-    decode_tokens: int = 0  # new_tokens without the first of each text, which comes from the prefill
+    decode_tokens: int = 0  # new_tokens but the first of each text, the prefill's
     first_token_seconds: float = 0.0  # in the first batch
     num_texts: int = 0
     num_cut: int = 0  # texts that ended because they had the most tokens
@@ -294,7 +294,7 @@ class Run:
 
     @contextlib.contextmanager
     def told_if_out_of_memory(self, num_rows: int) -> Iterator[None]:
-        """Turn what is raised within the block where memory runs out, on a GPU too, into a UserError."""
+        """Turn what the block raises where memory runs out, on a GPU too, into a UserError."""
         try:
             yield
         except Exception as error:
@@ -338,8 +338,8 @@ class Run:
                 row.logprobs.append(row_logprobs[index])
 
     def summary(self, peak_memory_bytes: int) -> str:
-        """Return one line for a person: tokens per second, time to the first token, memory, how many
-        texts were cut, and with prompt lookup how many guesses were accepted.
+        """Return one line for a person: tokens per second, time to the first token, memory, how
+        many texts were cut, and with prompt lookup how many guesses were accepted.
         """
         timing = self.timing
         parts = [

@@ -27,7 +27,7 @@ ADVICE = 'write {"prompt": "...", "choices": ["...", "..."], "answer": 0}; answe
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt, the texts that may follow it, and the number of the right one, from 0, if it is known."""
+    """A prompt, texts that may follow it, and the number of the right one, from 0, if known."""
 
     prompt: str
     choices: list[str]
@@ -97,11 +97,11 @@ def encode_pair(
 ) -> tuple[list[int], int]:
     """Return the tokens of a prompt with its continuation, and how many of them are the prompt's.
 
-    Spaces at the end of the prompt go to the continuation, since most tokenizers put a space before a
-    word into the word's token. A token that holds the end of the prompt and the beginning of the
-    continuation counts as the continuation's. Nothing predicts the first token of a text: an empty prompt
-    is the token that begins texts, or else one that ends them. `is_written`: a chat template has written the
-    prompt, with all special tokens.
+    Spaces at the end of the prompt go to the continuation, since most tokenizers put a space before
+    a word into the word's token. A token that holds the end of the prompt and the beginning of the
+    continuation counts as the continuation's. Nothing predicts the first token of a text: an empty
+    prompt is the token that begins texts, or else one that ends them. `is_written`: a chat template
+    has written the prompt, with all special tokens.
     """
     check_characters(prompt + continuation, model, name=name)
     start = None if is_written else start_token(model)
@@ -124,8 +124,8 @@ def encode_pair(
 def score(
     questions: list[Question], model: LanguageModel, *, batch_size: int, written: list[str] | None = None
 ) -> list[list[Scored]]:
-    """Return the scored choices of each question, `batch_size` texts at a time; `written` are the prompts as
-    a chat template writes them.
+    """Return the scored choices of each question, `batch_size` texts at a time; `written` are the
+    prompts as a chat template writes them.
 
     Raises UserError for a text that does not fit into the model's context.
     """
@@ -138,7 +138,7 @@ def score(
             check_length(ids, 0, model, name=name)
             pairs.append((number, text, ids, num_before))
     found: dict[int, Scored] = {}
-    order = sorted(range(len(pairs)), key=lambda place: len(pairs[place][2]))  # so that few are padded
+    order = sorted(range(len(pairs)), key=lambda place: len(pairs[place][2]))  # little padding
     while order:
         chosen, order = order[:batch_size], order[batch_size:]
         longest = max(len(pairs[place][2]) - pairs[place][3] for place in chosen)
@@ -187,7 +187,7 @@ def line(number: int, question: Question, choices: list[Scored]) -> dict:
 
 
 def table(number: int, question: Question, choices: list[Scored]) -> str:
-    """Return the table of a question: the likeliest choice is marked, by each measure, and the right one."""
+    """Return the table of a question, with marks at the likeliest and the right choice."""
     best = {measure: likeliest(choices, measure) for measure in MEASURES}
     rows = []
     for place, scored in enumerate(choices):

@@ -144,7 +144,8 @@ class Chat:
             num_same += 1
         num_same = min(num_same, len(ids) - 1)  # at least one token must be read to get logits
         if not all(getattr(layer, "is_croppable", True) for layer in self.cache.layers):
-            # a recurrent state can't be taken back, and not every model reads several tokens from one
+            # a recurrent state can't be taken back, and not every
+            # model reads several tokens from one
             return decoding.new_cache(self.run.language_model)
         if num_same == len(self.cached_ids):
             return self.cache

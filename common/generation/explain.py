@@ -89,8 +89,8 @@ def own_filters(settings: Settings) -> bool:
 def library_processors(
     settings: Settings, *, prompt_length: int, num_rows: int, seed: int
 ) -> LogitsProcessorList:
-    """Return what `generate` must be given for filters that the library does not have: ours, which then
-    run inside `generate`; with one that shapes the distribution, all of those, in our order.
+    """Return what `generate` must be given for filters that the library does not have: ours, which
+    then run inside `generate`; with one that shapes the distribution, all of those, in our order.
     """
     from transformers import LogitsProcessorList
 
@@ -268,8 +268,8 @@ def stages(
 
 
 def step_table(step: Step, ids: Tensor, settings: Settings, row: Completion, strikes: Tensor | None) -> str:
-    """Return the table of a row's next token; `ids` (1, T) are the tokens before it, `strikes` (1) tells
-    whether XTC strikes.
+    """Return the table of a row's next token; `ids` (1, T) are the tokens before it, `strikes` (1)
+    tells whether XTC strikes.
     """
     shown = stages(step.logits, ids, settings, prompt_length=len(row.prompt.ids), strikes=strikes)
     number = len(row.token_ids) + 1

@@ -191,7 +191,7 @@ def add_other_work_flags(parser: cli.Parser) -> None:
     add("--request-seconds", type=positive_duration, default=600.0, help=help_text)
 
 
-ESCAPED = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}  # what nobody can type into a command line as it is
+ESCAPED = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}  # what nobody can type as it is
 
 
 def unescape(text: str) -> str:

@@ -355,7 +355,8 @@ def end_token_ids(tokens: list[str], language_model: LanguageModel) -> tuple[int
 def read_bias(biases: list[str], language_model: LanguageModel) -> tuple[tuple[int, float], ...]:
     """Return (id, number) for each TOKEN=NUMBER of --logit-bias; a TOKEN of digits is an id.
 
-    Raises UserError for a text that is not a single token, and for an id that the model does not have.
+    Raises UserError for a text that is not a single token, and for an
+    id that the model does not have.
     """
     numbers: dict[int, float] = {}
     for bias in biases:
@@ -376,7 +377,7 @@ def read_bias(biases: list[str], language_model: LanguageModel) -> tuple[tuple[i
 
 
 def banned_runs(words: list[str], language_model: LanguageModel) -> tuple[tuple[int, ...], ...]:
-    """Return the tokens of each word of --ban-words, at the beginning of a text and after a space."""
+    """Return the tokens of each word of --ban-words: at the start of a text, and after a space."""
     runs = [tuple(token_ids(before + word.strip(), language_model)) for word in words for before in ("", " ")]
     return tuple(dict.fromkeys(runs))
 
@@ -387,7 +388,7 @@ def token_ids(text: str, language_model: LanguageModel) -> list[int]:
     Some tokenizers put a space before each text that they encode: behind a line break they do not.
     """
     tokenizer: Any = language_model.tokenizer
-    backend = getattr(tokenizer, "backend_tokenizer", None)  # asks without listing the whole vocabulary
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # asks without a list of all tokens
     own = tokenizer.get_vocab().get(text) if backend is None else backend.token_to_id(text)
     if own is not None:
         return [own]
@@ -444,8 +445,8 @@ def check_tokens(ids: list[int], language_model: LanguageModel, *, name: str) ->
     if highest >= size:
         token = language_model.tokenizer.decode([highest])
         raise UserError(
-            f"{name}: its token {token!r} has the id {highest}, and the ids of {language_model.name} go "
-            f"from 0 to {size - 1}; copy the tokenizer that belongs to the model"
+            f"{name}: its token {token!r} has the id {highest}, and the ids of"
+            f" {language_model.name} go from 0 to {size - 1}; copy the tokenizer that belongs to the model"
         )
 
 

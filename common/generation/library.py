@@ -1,8 +1,8 @@
-"""Language models of transformers: those that the step in C does not cover, and the twin of one that
-it does, for `--check`.
+"""Language models of transformers: those that the step in C does not cover, and the twin of one
+that it does, for `--check`.
 
-Importing the library's code of a model takes seconds, so that this file is imported only where it is
-needed.
+Importing the library's code of a model takes seconds, so that this file
+is imported only where it is needed.
 """
 
 import math
@@ -49,8 +49,8 @@ def load(folder: Path, dtype: torch.dtype, device: torch.device, *, name: str) -
 
 @torch.inference_mode()
 def uses_cache(model: PreTrainedModel) -> bool:
-    """Return whether a model fills the cache that it is given, or its logits depend on it: some take
-    one, and then read each token as if it were the first.
+    """Return whether a model fills the cache that it is given, or its logits depend on it: some
+    take one, and then read each token as if it were the first.
     """
     config = model.config.get_text_config(decoder=True)
     ids = torch.tensor([[1, 2, 3]], device=model.device) % config.vocab_size
@@ -76,15 +76,15 @@ def read(config: PreTrainedConfig, folder: Path, dtype: torch.dtype, *, name: st
     model, new = models.load_model(AutoModelForCausalLM, folder, name=name, config=config, dtype=dtype)
     if new:
         raise UserError(
-            f"--model {name}: it was never trained to generate (no weights for {', '.join(new[:3])}); name a "
-            "causal language model"
+            f"--model {name}: it was never trained to generate (no weights for"
+            f" {', '.join(new[:3])}); name a causal language model"
         )
     return model
 
 
 def check_memory(num_weights: int, dtype: torch.dtype, *, name: str) -> None:
-    """Raise UserError for a model whose weights do not fit into the memory that is free: else the system
-    would end this process, without a word.
+    """Raise UserError for a model whose weights do not fit into the memory that is free: else the
+    system would end this process, without a word.
     """
     free, needed = free_memory_bytes(torch.device("cpu")), num_weights * dtype.itemsize
     if free is not None and needed > free:
@@ -140,6 +140,6 @@ def check_trained_to_generate(config: PreTrainedConfig, *, name: str) -> None:
     is_known = not known.isdisjoint(saved) or any(kind.endswith("ForCausalLM") for kind in saved)
     if saved and not is_known and not config.is_encoder_decoder:
         raise UserError(
-            f"--model {name}: it was never trained to generate (it was saved as {', '.join(saved)}); name a"
-            " causal language model"
+            f"--model {name}: it was never trained to generate (it was saved as"
+            f" {', '.join(saved)}); name a causal language model"
         )

@@ -193,13 +193,13 @@ class OutputFile:
         found = self.file.read(len(start))
         if found and not resume:
             raise UserError(
-                f"--output {self.path}: it already holds texts; continue after them with --resume, or "
-                "name a new file"
+                f"--output {self.path}: it already holds texts; continue after them with --resume,"
+                " or name a new file"
             )
         if not start.startswith(found):
             raise UserError(
-                f"--output {self.path}, line 1: not a line of this script's output, so --resume cannot "
-                "continue it; name another file"
+                f"--output {self.path}, line 1: not a line of this script's output, so --resume"
+                " cannot continue it; name another file"
             )
 
     def resume(self, rows: Iterable[Completion], record: Record, *, texts_per_batch: int) -> None:
@@ -217,8 +217,8 @@ class OutputFile:
             wanted = next(expected, None)
             if wanted is None:
                 raise UserError(
-                    f"{self.path}: it holds {len(encoded):,} texts and this run has {number - 1:,}; "
-                    "--resume needs the same prompts and flags"
+                    f"{self.path}: it holds {len(encoded):,} texts and this run has {number - 1:,};"
+                    " --resume needs the same prompts and flags"
                 )
             lines.append(_check_line(line, wanted, name=f"{self.path}, line {number}"))
         following = next(expected, None)
@@ -236,8 +236,8 @@ class OutputFile:
             start = _encode(known).removesuffix(b"}") + b', "text": "'
         if not start.startswith(rest) and not (start and rest.startswith(start)):
             raise UserError(
-                f"{self.path}: its last {len(rest):,} bytes are not of this script's output; remove "
-                "them, or name another file with --output"
+                f"{self.path}: its last {len(rest):,} bytes are not of this script's output; remove"
+                " them, or name another file with --output"
             )
 
     def write(self, lines: list[dict]) -> None:
@@ -250,8 +250,8 @@ class OutputFile:
             os.fsync(self.file.fileno())
         except OSError as error:
             raise UserError(
-                f"--output {self.path}: it can't be written: {error.strerror}; after that is mended, "
-                "continue with --resume"
+                f"--output {self.path}: it can't be written: {error.strerror}; after that is"
+                " mended, continue with --resume"
             ) from error
 
     def num_lines(self) -> int:

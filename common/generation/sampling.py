@@ -259,20 +259,18 @@ def forbid(logits: Tensor, ids: tuple[int, ...]) -> Tensor:
 def history_filters(
     settings: Settings, *, prompt_length: int, starts: Tensor | None, padding_is_text: bool
 ) -> list[Filter]:
-    """Return the filters that depend on the tokens so far, in order.
-
-    `padding_is_text` lets n-grams reach into the padding, as `generate` does.
+    """Return the filters that depend on the tokens so far, in order; `padding_is_text` lets n-grams
+    reach into the padding, as `generate` does.
     """
     penalty, size = settings.repetition_penalty, settings.no_repeat_ngram_size
     minimum, end_ids = settings.min_new_tokens, settings.end_ids
     presence, frequency = settings.presence_penalty, settings.frequency_penalty
-    # a text must be able to end
+    # not the end tokens: a text must be able to end
     banned = tuple(run for run in settings.banned if len(run) > 1 or run[0] not in end_ids)
     ngram_starts = None if padding_is_text else starts
 
     def forbid_early_end(logits: Tensor, ids: Tensor) -> Tensor:
-        num_new_tokens = ids.shape[-1] - prompt_length
-        return forbid(logits, end_ids) if num_new_tokens < minimum else logits
+        return forbid(logits, end_ids) if ids.shape[-1] - prompt_length < minimum else logits
 
     all_filters = (  # name, function of logits and ids, whether it does anything
         ("logit bias", lambda logits, _: add_bias(logits, settings.logit_bias), settings.logit_bias),

@@ -55,7 +55,7 @@ def settings_of(
 
 
 def load_index_encoder(config: EncoderConfig, runtime: Runtime, index: str, settings: Settings) -> Encoder:
-    """Return the encoder of an index with these settings; flags that name another one are refused."""
+    """Return the encoder of an index with these settings; refuse flags that name another."""
     encoder = load_encoder(config.with_defaults(settings), runtime)
     if config.dimensions is None:  # as many of the model's as the index was made with
         encoder.model.width = min(encoder.width, settings["width"])
@@ -300,8 +300,9 @@ class Builder:
 def read_vectors(
     path: str, collection: Collection, encoder: Encoder, *, skip_bad: bool, say: Callable[[str], None]
 ) -> np.ndarray:
-    """Return vectors that were made elsewhere, one for each row of a collection, as they lie in a .npy
-    file; and say how far some of them are from the encoder's own, with which they will be searched.
+    """Return vectors that were made elsewhere, one for each row of a collection, as
+    they lie in a .npy file; and say how far some of them are from the encoder's
+    own, with which they will be searched.
 
     Raises UserError when they have another width or number, or when one has no direction.
     """
@@ -327,8 +328,8 @@ def read_vectors(
 
 
 def _norms(path: str, vectors: np.ndarray, collection: Collection, *, skip_bad: bool) -> tuple[float, float]:
-    """Return the lowest and the highest norm. Raises UserError for a vector without a direction, unless
-    such rows are skipped.
+    """Return the lowest and the highest norm. Raises UserError for a vector without a direction,
+    unless such rows are skipped.
     """
     lowest, highest = np.inf, 0.0
     for start in range(0, len(vectors), SCAN):
@@ -346,7 +347,7 @@ def _norms(path: str, vectors: np.ndarray, collection: Collection, *, skip_bad: 
 
 
 def unit_vectors(vectors: np.ndarray) -> np.ndarray:
-    """Return vectors (n, width) at norm 1 in fp32; those that have it stay as they are, to the bit."""
+    """Return vectors (n, width) at norm 1 in fp32; those that have it stay the same to the bit."""
     exact = vectors.astype(np.float64)
     norms = np.linalg.norm(exact, axis=1, keepdims=True)
     return np.where(np.abs(norms - 1) < NORM_TOLERANCE, vectors, exact / norms).astype(np.float32)
@@ -422,8 +423,8 @@ def build_temporary(
 
 
 def check_same_texts(collection: Collection, runtime: Runtime) -> None:
-    """Raise UserError under torchrun unless all processes, which encode together, have read the same
-    texts.
+    """Raise UserError under torchrun unless all processes, which encode
+    together, have read the same texts.
     """
     if runtime.world_size > 1:
         hashes = [digest for _, table in collection.blocks(SCAN) for digest in hashes_of(table)]

@@ -93,8 +93,8 @@ def ids_of(selection: Selection) -> list[str]:
 
 def cut(text: str, columns: int, end: int | None = None) -> str:
     """Return a text as one line of at most so many columns of a terminal, in which a character of
-    Chinese takes two and an accent none. A longer one ends with "...", after the characters that fit,
-    or after `end` columns.
+    Chinese takes two and an accent none. A longer one ends with "...", after the characters that
+    fit, or after `end` columns.
     """
     import wcwidth
 
@@ -291,7 +291,7 @@ def _hit_document(row: dict, hit: Hit) -> dict:
 
 
 def show_list(screen: Screen, selection: Selection, *, offset: int, count: int) -> None:
-    """Show texts in the order of their rows, with their columns; of a document in chunks the first."""
+    """Show texts in the order of rows, with their columns; the first chunk of each document."""
     rows, documents = selection.rows, selection.documents
     if documents is not None:
         rows = rows[np.unique(documents, return_index=True)[1]]
@@ -457,8 +457,8 @@ def show_dedupe(
 
 
 def write_rows(selection: Selection, positions: np.ndarray, path: str, *, text_column: str) -> int:
-    """Write the texts at some positions with their columns to a new JSONL, CSV or Parquet file, whole
-    or not at all, and return how many they are. The texts have the column that they came in.
+    """Write the texts at some positions with their columns to a new JSONL, CSV or Parquet file,
+    whole or not at all, and return how many they are. The texts have the column that they came in.
     """
     snapshot = selection.snapshot
     columns = {name: kind for name, kind in snapshot.columns.items() if name != selection.added}
@@ -542,7 +542,7 @@ def show_clusters(screen: Screen, selection: Selection, labels: np.ndarray, word
 
 
 def write_clusters(selection: Selection, labels: np.ndarray, path: str, screen: Screen) -> None:
-    """Write a new CSV file of each row's id and the number of its cluster, empty for none, and say so."""
+    """Write each row's id and its cluster's number, empty for none, to a new CSV; say so."""
     with _whole_file(path, "--output") as new, open(new, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["id", "cluster"])
@@ -641,8 +641,9 @@ def show_models(screen: Screen, lines: list[dict], differences: list[dict]) -> N
 def write_export(
     screen: Screen, parts: Iterable[tuple[pa.Table, np.ndarray]], total: int, paths: list[str]
 ) -> None:
-    """Write `total` rows and their vectors to new files, each complete or not there at all: Parquet with a
-    column `vector`, an array of NumPy, an index of FAISS (inner product, exact). All have the same order.
+    """Write `total` rows and their vectors to new files, each complete or not there at
+    all: Parquet with a column `vector`, an array of NumPy, an index of FAISS (inner
+    product, exact). All have the same order.
     """
     fresh = {path: f"{path}.{os.getpid()}.part" for path in paths}
     try:

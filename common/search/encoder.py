@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 DEFAULT_MODEL = "bundled/all-MiniLM-L6-v2"
-# larger batches fall out of a CPU's cache, and each of its threads has one; smaller ones leave a GPU
-# idle
+# larger batches fall out of a CPU's cache, and each of its threads has
+# one; smaller ones leave a GPU idle
 BATCH_TOKENS = {"cpu": 2048, "cuda": 131_072, "mps": 16_384}
 STATIC_TOKENS = 65_536  # of a model without a transformer, which only looks vectors up
 SPLIT_AT_ONCE = 256  # texts that are split into chunks together
@@ -206,11 +206,11 @@ class Encoder:
         return features["sentence_embedding"][:, : self.width]  # (B, width)
 
     def _forward_static(self, ids: list[list[int]]) -> torch.Tensor:
-        """Return the embeddings (B, width) of texts by a model without a transformer: their tokens lie one
-        after the other, not padded.
+        """Return the embeddings (B, width) of texts by a model without a transformer: their tokens
+        lie one after the other, not padded.
         """
         flat = torch.tensor([token for tokens in ids for token in tokens], dtype=torch.long)
-        offsets = torch.from_numpy(np.cumsum([0, *map(len, ids)])[:-1])  # (B), where each text begins
+        offsets = torch.from_numpy(np.cumsum([0, *map(len, ids)])[:-1])  # (B): where texts begin
         inputs = {"input_ids": flat, "offsets": offsets}
         features = {name: value.to(self.runtime.device) for name, value in inputs.items()}
         for module in self.model.modules:
@@ -218,8 +218,8 @@ class Encoder:
         return features["sentence_embedding"][:, : self.width]
 
     def _forward_by_library(self, texts: list[str], prompt: str, role: str | None) -> torch.Tensor:
-        """Return the embeddings (texts, width) of a model that sentence-transformers computes: it may
-        have a part of its own for each role.
+        """Return the embeddings (texts, width) of a model that sentence-transformers computes: it
+        may have a part of its own for each role.
         """
         library: Any = self.model.library
         task = {} if role is None else {"task": role}
@@ -371,19 +371,9 @@ def load_encoder(config: EncoderConfig, runtime: Runtime) -> Encoder:
     """Return the encoder of a sentence-transformers model. Raises UserError when the model can't be
     read, or can't take texts of `max_length` tokens.
     """
-    name, max_length = config.model or DEFAULT_MODEL, config.max_length
+    name = config.model or DEFAULT_MODEL
     model = load_model(name, cache_dir=config.cache_dir)
-    positions = model.positions
-    if max_length is None:
-        max_length = min(model.max_length, positions or model.max_length)
-    else:
-        special = model.tokenizer.num_special_tokens_to_add()
-        if model.library is not None:
-            positions = model.max_length  # one of its parts may have no more
-        if max_length <= special or (positions and max_length > positions):
-            most = f" and at most {positions}" if positions else ""
-            limits = f"more than {special} (the special tokens){most}"
-            raise UserError(f"--max-length {max_length}: the model reads {limits} tokens")
+    max_length = _chosen_length(model, config.max_length)
     if config.dimensions is not None:
         if config.dimensions > model.width:
             problem = f"the model's embeddings have {model.width} numbers"
@@ -393,18 +383,8 @@ def load_encoder(config: EncoderConfig, runtime: Runtime) -> Encoder:
     prompts = {role: prompt for role, prompt in given.items() if prompt is not None}
     if flags := missing_prompts(name, model, prompts):
         sources.note(f"--model {name}: it was trained with prompts that no file of it names; give {flags}")
-    if model.library is not None:
-        model.library.to(runtime.device)
-        parts: Iterable[Any] = model.library.modules()
-        for part in parts:
-            if hasattr(part, "auto_model"):
-                part.max_seq_length = min(max_length, part.max_seq_length or max_length)
-    model.modules = [module.to(runtime.device) for module in model.modules]
+    _move(model, runtime, max_length)
     is_static = bool(model.modules) and isinstance(model.modules[0], StaticEmbedding)
-    if model.modules and isinstance(model.modules[0], Transformer) and runtime.precision != "fp32":
-        for module in model.modules[0].modules():
-            if isinstance(module, torch.nn.Linear):  # autocast would do it again for each batch
-                module.to(DTYPES[runtime.precision])
     return Encoder(
         reading.full_name(name),
         model,
@@ -415,6 +395,38 @@ def load_encoder(config: EncoderConfig, runtime: Runtime) -> Encoder:
         cache_dir=config.cache_dir,
         prompts=prompts,
     )
+
+
+def _chosen_length(model: SentenceModel, wanted: int | None) -> int:
+    """Return how many tokens of a text a model reads: as many as `wanted`, or by
+    default as it was made for. Raises UserError for fewer than its special tokens
+    take, and for more than it can take.
+    """
+    if wanted is None:
+        return min(model.max_length, model.positions or model.max_length)
+    special = model.tokenizer.num_special_tokens_to_add()
+    # one of the parts of a model that the library computes may have no more
+    positions = model.positions if model.library is None else model.max_length
+    if wanted <= special or (positions and wanted > positions):
+        most = f" and at most {positions}" if positions else ""
+        limits = f"more than {special} (the special tokens){most}"
+        raise UserError(f"--max-length {wanted}: the model reads {limits} tokens")
+    return wanted
+
+
+def _move(model: SentenceModel, runtime: Runtime, max_length: int) -> None:
+    """Put a model onto the device, in the precision of the runtime, to read `max_length` tokens."""
+    if model.library is not None:
+        model.library.to(runtime.device)
+        parts: Iterable[Any] = model.library.modules()
+        for part in parts:
+            if hasattr(part, "auto_model"):
+                part.max_seq_length = min(max_length, part.max_seq_length or max_length)
+    model.modules = [module.to(runtime.device) for module in model.modules]
+    if model.modules and isinstance(model.modules[0], Transformer) and runtime.precision != "fp32":
+        for module in model.modules[0].modules():
+            if isinstance(module, torch.nn.Linear):  # autocast would do it again for each batch
+                module.to(DTYPES[runtime.precision])
 
 
 def load_reranker(name: str, runtime: Runtime, *, cache_dir: str | None) -> "CrossEncoder":

@@ -1,5 +1,5 @@
-"""Flags that several commands of embed_search.py share, what they show before the libraries are loaded, and
-what they become for the wing.
+"""Flags that several commands of embed_search.py share, what they show before the libraries are
+loaded, and what they become for the wing.
 
 Importing it is quick: a mistake is said before PyTorch is loaded.
 """
@@ -168,7 +168,7 @@ def pairs_file(text: str) -> str:
 
 
 def table_file(text: str, columns: tuple[str, ...]) -> str:
-    """Parse the path of a CSV, which is new, empty, or one whose first line begins with `columns`."""
+    """Parse the path of a CSV that is new, empty, or begins with a line of these `columns`."""
     path = Path(text)
     if path.exists() and not path.is_file() and not path.is_dir():
         raise argparse.ArgumentTypeError(f"{text}: this is a device or a pipe; name a file")
@@ -397,7 +397,7 @@ def overlap_of(args: argparse.Namespace) -> int | None:
 
 
 def read_queries(file: str, encoding: str | None) -> list[str]:
-    """Return the lines of a file. Raises UserError, naming the line, for one that can't be encoded."""
+    """Return the lines of a file; raise UserError, naming it, for one that can't be encoded."""
     from common import reading
 
     queries = reading.read_lines(file, encoding=encoding)

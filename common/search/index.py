@@ -85,9 +85,9 @@ UNPACKED = 8_192  # rows whose vectors are made of what is kept at once
 
 
 def pack(vectors: np.ndarray, store: str) -> np.ndarray:
-    """Return what is kept of unit vectors (n, width): numbers of 32 or 16 bits, of 8 bits as parts of the
-    largest of each vector, or the sign of each number, eight to a byte. To pack what was unpacked changes
-    nothing. In fp32 the vectors themselves come back, not a copy.
+    """Return what is kept of unit vectors (n, width): numbers of 32 or 16 bits, of 8 bits as parts
+    of the largest of each vector, or the sign of each number, eight to a byte. To pack what was
+    unpacked changes nothing. In fp32 the vectors themselves come back, not a copy.
     """
     if store == "binary":
         return np.packbits(vectors > 0, axis=1)
@@ -98,7 +98,7 @@ def pack(vectors: np.ndarray, store: str) -> np.ndarray:
 
 
 def unpack(stored: np.ndarray, store: str, width: int) -> np.ndarray:
-    """Return the fp32 vectors (n, width) of what is kept of them; their norm is 1, in 16 bits nearly."""
+    """Return fp32 vectors (n, width) from what is kept of them: of norm 1, in 16 bits nearly."""
     if store == "binary":
         signs = np.unpackbits(stored, axis=1, count=width).astype(np.float32)
         return (2 * signs - 1) / np.float32(width**0.5)
@@ -168,7 +168,8 @@ class CheckedFile:
 
 
 def checksums(content: mmap.mmap | bytearray) -> str:
-    """Return the XXH3 checksum (16 hexadecimal digits) of each block of a file, one after the other.
+    """Return the XXH3 checksum (16 hexadecimal digits) of each block
+    of a file, one after the other.
 
     They reveal damage, at the speed of memory. They are no proof against an attacker, who could
     write a new manifest as well.
@@ -224,7 +225,7 @@ class Segment:
         return self._table.nbytes + self._stored.nbytes
 
     def vectors(self, first: int, last: int) -> np.ndarray:
-        """Return the vectors of the rows from `first` up to `last`: in fp32 a view into the file."""
+        """Return the vectors of rows `first` up to `last`: in fp32 a view into the file."""
         self._check_vectors(np.array([first]), last - first)
         vectors = unpack(self._stored[first:last], self.store, self.width)
         if not self._valid_vectors[first:last].all():
@@ -232,8 +233,8 @@ class Segment:
         return vectors
 
     def blocks(self, size: int) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield (first row, vectors (at most `size`, width)) over all rows, in fp32 as views into the
-        file, else fewer at a time.
+        """Yield (first row, vectors (at most `size`, width)) over all rows, in fp32 as views into
+        the file, else fewer at a time.
 
         Vectors that are read for the first time come in small blocks, which are checked while they
         are in the processor's cache, and whose memory is then given back: a process that goes
@@ -393,9 +394,9 @@ class Snapshot:
         return taken
 
     def parts(self, rows: np.ndarray, *, size: int = 10_000) -> Iterator[tuple[pa.Table, np.ndarray]]:
-        """Yield some rows (ascending), at most `size` at a time, under names for other programs, and
-        their vectors (rows, width): `id` where no column of the texts holds the ids, `text`, with
-        chunks the number of each in its document, and the columns of the texts.
+        """Yield some rows (ascending), at most `size` at a time, under names for other programs,
+        and their vectors (rows, width): `id` where no column of the texts holds the ids, `text`,
+        with chunks the number of each in its document, and the columns of the texts.
         """
         columns = list(self.manifest["columns"])
         own = {TEXT: "text"} if self.settings["id_column"] else {ID: "id", TEXT: "text"}
@@ -426,7 +427,7 @@ class Snapshot:
 
 
 class Rounded(Snapshot):
-    """A snapshot whose vectors are read as if they were kept in another way, to see what that costs."""
+    """A snapshot whose vectors are read as if they were kept in another way, to see its cost."""
 
     def __init__(self, snapshot: Snapshot, store: str) -> None:
         super().__init__(snapshot.folder, snapshot.manifest, snapshot.segments)
@@ -657,8 +658,6 @@ def matching(snapshot: Snapshot, condition: str | None, limits: Limits = DEFAULT
     alive = snapshot.alive()
     if condition is None:
         return alive
-    import multiprocessing
-
     columns = [ID, TEXT, *snapshot.manifest["columns"]]
     lowered = [name.lower() for name in columns]
     ambiguous = [name for name in columns if lowered.count(name.lower()) > 1]
@@ -667,23 +666,7 @@ def matching(snapshot: Snapshot, condition: str | None, limits: Limits = DEFAULT
         advice = "rename one and index the texts again, or write a condition without them"
         problem = f"columns {used} differ only in case, which SQL ignores"
         raise UserError(f"--where {condition!r}: {problem}; {advice}")
-    # forked, the child has the rows already
-    fork = multiprocessing.get_context("fork")
-    receiver, sender = fork.Pipe(duplex=False)
-    child = fork.Process(target=_answer, args=(snapshot, condition, limits, sender), daemon=True)
-    child.start()
-    sender.close()
-    try:
-        if not receiver.poll(limits.seconds):
-            problem = f"not done after {limits.seconds:g} seconds; simplify it, or raise --where-seconds"
-            raise UserError(f"--where {condition!r}: {problem}")
-        kind, answer = receiver.recv_bytes(), receiver.recv_bytes()
-    except EOFError:  # it has ended without an answer
-        kind, answer = NO_MEMORY, b""
-    finally:
-        child.kill()
-        child.join()
-        receiver.close()
+    kind, answer = _ask_child(snapshot, condition, limits)
     if kind == DAMAGE:
         raise UserError(answer.decode())
     if kind == BUG:
@@ -695,6 +678,31 @@ def matching(snapshot: Snapshot, condition: str | None, limits: Limits = DEFAULT
         advice = f"write a condition over {', '.join(columns)}, with texts in single quotes"
         raise UserError(f"--where {condition!r}: {answer.decode('utf-8')}; {advice}")
     return alive & np.unpackbits(np.frombuffer(answer, np.uint8), count=len(alive)).astype(bool)
+
+
+def _ask_child(snapshot: Snapshot, condition: str, limits: Limits) -> tuple[bytes, bytes]:
+    """Return what a child process answers about a condition: the kind of the answer, and its
+    content. Raises UserError when it takes too long.
+    """
+    import multiprocessing
+
+    # forked, the child has the rows already
+    fork = multiprocessing.get_context("fork")
+    receiver, sender = fork.Pipe(duplex=False)
+    child = fork.Process(target=_answer, args=(snapshot, condition, limits, sender), daemon=True)
+    child.start()
+    sender.close()
+    try:
+        if not receiver.poll(limits.seconds):
+            problem = f"not done after {limits.seconds:g} seconds; simplify it, or raise --where-seconds"
+            raise UserError(f"--where {condition!r}: {problem}")
+        return receiver.recv_bytes(), receiver.recv_bytes()
+    except EOFError:  # it has ended without an answer
+        return NO_MEMORY, b""
+    finally:
+        child.kill()
+        child.join()
+        receiver.close()
 
 
 def _answer(snapshot: Snapshot, condition: str, limits: Limits, sender: "Connection") -> None:

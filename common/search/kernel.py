@@ -64,8 +64,8 @@ def search(
 ) -> list[Ranking]:
     """Return what `rank` returns for each query over all rows; fewer than k where there are fewer.
 
-    `blocks` yields (first row, unit vectors (n, width) in fp32), one block after the other; `queries`
-    (q, width) are unit vectors; `allowed` (rows) is False for rows that are left out.
+    `blocks` yields (first row, unit vectors (n, width) in fp32), one block after the other;
+    `queries` (q, width) are unit vectors; `allowed` (rows) is False for rows that are left out.
     """
     candidates = Candidates(len(queries), k, margin=2 * rounding_error(queries.shape[1]))
     for first, scores in _scores(blocks, queries, allowed):
@@ -114,8 +114,8 @@ def _multiply(vectors: np.ndarray, columns: np.ndarray, scores: np.ndarray, pool
     if columns.shape[1] > 1:
         torch.mm(torch.from_numpy(vectors), torch.from_numpy(columns), out=torch.from_numpy(scores))
         return
-    # One dot product after the other reads the vectors nearly at the speed of memory. The libraries'
-    # product of a matrix and a vector takes half as long again.
+    # One dot product after the other reads the vectors nearly at the speed of memory. The
+    # libraries' product of a matrix and a vector takes half as long again.
     query, count = columns[:, 0], min(torch.get_num_threads(), len(vectors) // ROWS_OF_THREAD)
     if count < 2:
         np.vecdot(vectors, query, scores[:, 0])

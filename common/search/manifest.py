@@ -33,14 +33,14 @@ class Identity(TypedDict):
 
 
 class Settings(Identity):
-    """How an index is made; `chunk_overlap` is None for whole texts. `query_prompt` is what searches
-    put before a query unless they say otherwise.
+    """How an index is made; `chunk_overlap` is None for whole texts. `query_prompt` is what
+    searches put before a query unless they say otherwise.
     """
 
     id_column: str | None
     chunk_overlap: int | None
     query_prompt: NotRequired[str | None]
-    store: NotRequired[str | None]  # how vectors are kept, one of STORES; missing in older indexes: fp32
+    store: NotRequired[str | None]  # one of STORES; missing in older indexes: fp32
 
 
 # the settings of an index, and the flag that must agree with each
@@ -106,7 +106,7 @@ MILVUS_NAME = re.compile(rf"{MILVUS}(?P<uri>.+)/(?P<collection>[A-Za-z_][A-Za-z0
 
 @dataclass(frozen=True)
 class Target:
-    """A collection in Milvus: on a server, or in a file of Milvus Lite, which one process can open."""
+    """A collection in Milvus: on a server, or in a file of Milvus Lite for one process."""
 
     name: str  # as on the command line
     uri: str
@@ -186,7 +186,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _other_format(name: object) -> str:
-    """Return what is wrong with the manifest of something else, or of an index of another version."""
+    """Return what is wrong with a manifest of something else, or of another version."""
     if isinstance(name, str) and name.startswith(FORMAT_NAME):
         made = f"it was made by another version of this script ({shorten(name, 40)}, not {FORMAT})"
         return f"{made}; index its texts anew, into a new folder"

@@ -1,10 +1,10 @@
-"""A collection in Milvus in the place of an index on this machine: `--index milvus:URI/COLLECTION`, or
-`milvus:file.db/COLLECTION` for Milvus Lite, which is embedded.
+"""A collection in Milvus in the place of an index on this machine: `--index milvus:URI/COLLECTION`,
+or `milvus:file.db/COLLECTION` for Milvus Lite, which is embedded.
 
-A row's key is the hash of its document's id and the number of its chunk, so that writing a row twice
-changes nothing and a killed run goes on. The first chunk of a document, which carries the hash of its
-content, is written last: as long as it is missing or old, the document is written again. How the
-embeddings were made is kept in the collection's properties.
+A row's key is the hash of its document's id and the number of its chunk, so that writing a row
+twice changes nothing and a killed run goes on. The first chunk of a document, which carries the
+hash of its content, is written last: as long as it is missing or old, the document is written
+again. How the embeddings were made is kept in the collection's properties.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ NAME = re.compile("[A-Za-z_][A-Za-z0-9_]*")
 
 @contextlib.contextmanager
 def connected(target: Target) -> Iterator[MilvusClient]:
-    """Yield a client. Whatever Milvus refuses within the block becomes a UserError with its words."""
+    """Yield a client; what Milvus refuses within the block becomes a UserError with its words."""
     # a condition over an index forks, after which gRPC would start its threads anew in the parent
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
     try:
@@ -85,8 +85,8 @@ def connected(target: Target) -> Iterator[MilvusClient]:
 
 
 class MilvusCollection:
-    """An open collection: its settings, the columns of its texts (name -> type of Milvus), and the rows
-    that searches have found, which have numbers as those of an index have.
+    """An open collection: its settings, the columns of its texts (name -> type of Milvus), and the
+    rows that searches have found, which have numbers as those of an index have.
     """
 
     def __init__(
@@ -169,8 +169,8 @@ ARROW_TYPES = {"VARCHAR": pa.string(), "BOOL": pa.bool_(), "INT64": pa.int64(), 
 
 
 def open_collection(client: MilvusClient, target: Target) -> MilvusCollection | None:
-    """Return a collection that was made here, None where there is none. Raises UserError for one that
-    another program made, or whose properties are damaged.
+    """Return a collection that was made here, None where there is none. Raises UserError for one
+    that another program made, or whose properties are damaged.
     """
     if not client.has_collection(target.collection):
         return None
@@ -200,7 +200,7 @@ def existing_collection(client: MilvusClient, target: Target) -> MilvusCollectio
 
 
 def columns_of(collection: Collection) -> dict[str, str]:
-    """Return the columns of texts with their types in Milvus. Raises UserError for what it can't keep."""
+    """Return the columns of texts with their types in Milvus; refuse what it can't keep."""
     columns = {}
     for column in collection.rows.schema:
         if column.name == TEXT:
@@ -217,8 +217,8 @@ def columns_of(collection: Collection) -> dict[str, str]:
 def make_collection(
     client: MilvusClient, target: Target, settings: Settings, columns: dict[str, str]
 ) -> None:
-    """Make a collection: exact search by inner product, which is the cosine of unit vectors, and Milvus'
-    own BM25 over the texts.
+    """Make a collection: exact search by inner product, which is the cosine of unit vectors, and
+    Milvus' own BM25 over the texts.
     """
     from pymilvus import DataType, Function, FunctionType
 
@@ -357,8 +357,8 @@ class Writer:
         return None
 
     def _write(self, rows: list[dict[str, Any]], surplus: list[str]) -> None:
-        """Write the later chunks of documents, delete those that are too many, and then write the first
-        chunks: without these, or with old ones, a document counts as not yet written.
+        """Write the later chunks of documents, delete those that are too many, and then write the
+        first chunks: without these, or with old ones, a document counts as not yet written.
         """
         missing = [name for name in self.store.columns if rows and name not in rows[0]]
         rows = [{**row, **dict.fromkeys(missing)} for row in rows]
@@ -392,7 +392,7 @@ def settings_there(target: Target) -> Settings | None:
 
 @dataclass(frozen=True)
 class Job:
-    """How texts are written; with `shares` each process encodes and writes its share of the blocks."""
+    """How texts are written; with `shares`, each process encodes and writes some of the blocks."""
 
     id_column: str | None
     chunk_overlap: int | None
@@ -403,8 +403,8 @@ class Job:
 
 
 def index_texts(target: Target, collection: Collection, encoder: Encoder, screen: Screen, job: Job) -> None:
-    """Write texts to a collection, which is made if it is not there. Raises UserError when it was made
-    with other settings.
+    """Write texts to a collection, which is made if it is not there. Raises UserError
+    when it was made with other settings.
     """
     settings = settings_of(encoder, id_column=job.id_column, chunk_overlap=job.chunk_overlap)
     if job.chunk_overlap is not None:
@@ -480,8 +480,8 @@ def delete_rows(store: MilvusCollection, ids: list[str], condition: str | None) 
 def listed(
     store: MilvusCollection, condition: str | None, *, offset: int, count: int
 ) -> tuple[int, list[dict[str, Any]]]:
-    """Return how many documents there are where a condition holds for their first chunk, and some of
-    them, in the order that Milvus gives.
+    """Return how many documents there are where a condition holds for their first chunk, and some
+    of them, in the order that Milvus gives.
     """
     if offset + count > LONGEST_RESULT:
         raise UserError(f"--offset {offset}: Milvus lists {LONGEST_RESULT:,} texts; narrow them with --where")
@@ -531,7 +531,7 @@ class MilvusSearcher(Searcher):
     def _rank_by_cosine_there(
         self, store: MilvusCollection, vectors: np.ndarray, depth: int
     ) -> list[Ranking]:
-        """Return the rows that Milvus finds, by their exact scores; equal ones are ordered by id."""
+        """Return the rows that Milvus finds by their exact scores, equal ones by id."""
         answers = store.client.search(
             store.target.collection,
             data=[vector.tolist() for vector in vectors],
@@ -602,8 +602,8 @@ MIRRORED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "==": "==", "!=": "!="}
 def translate(condition: str | None, columns: dict[str, str]) -> str | None:
     """Return an SQL condition in the words of Milvus; None stays None.
 
-    DuckDB parses it, without evaluating anything. Raises UserError for what is no condition over the
-    columns, and for what Milvus has no words for, by its name.
+    DuckDB parses it, without evaluating anything. Raises UserError for what is no condition over
+    the columns, and for what Milvus has no words for, by its name.
     """
     if condition is None:
         return None
@@ -699,8 +699,8 @@ def _value(node: dict[str, Any], kind: str) -> str:
 
 
 def run_index(args: argparse.Namespace) -> None:
-    """Write texts to a collection. Under torchrun each process encodes and writes its share; a file of
-    Milvus Lite is written by the main process, and all encode.
+    """Write texts to a collection. Under torchrun each process encodes and writes its share; a file
+    of Milvus Lite is written by the main process, and all encode.
     """
     runtime, screen = flags.start(args)
     target, source, config = parse_target(args.index), flags.source_of(args), flags.encoder_config(args)
@@ -761,7 +761,7 @@ def run_search(args: argparse.Namespace) -> None:
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
-    """Score the ways in which a collection is searched, with intervals and tests of what differs."""
+    """Score the ways to search a collection, with intervals and tests of what differs."""
     from common.search import model_scores, relevance
 
     runtime, screen = flags.start(args)

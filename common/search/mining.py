@@ -97,7 +97,7 @@ class Selection:
             yield start, torch.from_numpy(self.vectors(slice(start, start + size)))
 
     def block(self, start: int, size: int) -> torch.Tensor:
-        """Return the vectors (at most `size`, width) from a position on, on a GPU if there is one."""
+        """Return at most `size` vectors (n, width) from a position on, on a GPU if there is one."""
         vectors = torch.from_numpy(self.vectors(slice(start, start + size)))
         return vectors.to(self.runtime.device) if self.runtime.device.type == "cuda" else vectors
 
@@ -149,7 +149,7 @@ def _index_encoder(source: Source, runtime: Runtime, snapshot: Snapshot) -> Enco
 
 
 def shared(selection: Selection, runtime: Runtime) -> Selection:
-    """Return rows that all processes look at together. Raises UserError unless they have the same."""
+    """Return rows that all processes share; raise UserError unless they have the same."""
     state = f"{selection.snapshot.stamp} {hashlib.sha256(selection.rows.tobytes()).hexdigest()}"
     cause = "another program has written to the index meanwhile, or --where is true by chance"
     runtime.require_same(state, f"sees other rows than process 0: {cause}; run the same command again")
@@ -180,15 +180,15 @@ def check_size(count: int, most: int | None) -> None:
 
 
 def triangle_blocks(count: int, block: int) -> Iterator[tuple[int, int]]:
-    """Yield (first position of the rows, of the columns) of each block of the triangle of all pairs,
-    rows before columns, one row of blocks after the other.
+    """Yield (first position of the rows, of the columns) of each block of the triangle of all
+    pairs, rows before columns, one row of blocks after the other.
     """
     return itertools.combinations_with_replacement(range(0, count, block), 2)
 
 
 def triangle(selection: Selection, block: int) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """Yield (first position of the rows, of the columns, fp32 scores (b, b)) for this process's share
-    of the blocks.
+    """Yield (first position of the rows, of the columns, fp32 scores (b, b)) for
+    this process's share of the blocks.
 
     The score is -inf where i >= j, and for two chunks of one document: they are similar because
     they overlap.
@@ -268,7 +268,7 @@ def similar_pairs(
 
     starts = -(-len(selection) // block)
     rounds = -(-(starts * (starts + 1) // 2) // selection.runtime.world_size)
-    for _ in range(rounds):  # in each round one block of every process, so that memory stays bounded
+    for _ in range(rounds):  # one block of every process at a time, which bounds memory
         pairs = selection.runtime.gather_rows(next_block)
         if len(pairs):
             yield pairs[:, 0].astype(np.int64), pairs[:, 1].astype(np.int64), pairs[:, 2]
@@ -319,8 +319,8 @@ class Groups:
 
 
 def one_of_each(selection: Selection, groups: Groups, keep: str) -> np.ndarray:
-    """Return the positions, ascending, without all but one of each group: the first, the last, or the
-    one with the longest text, the first of equals.
+    """Return the positions, ascending, without all but one of each group: the first, the last, or
+    the one with the longest text, the first of equals.
     """
     kept = np.ones(len(selection), bool)
     for members in groups.lists():
@@ -369,8 +369,8 @@ def choose_clusters(selection: Selection, *, block: int, seed: int) -> tuple[np.
 
 
 def density_clusters(selection: Selection, *, min_size: int) -> np.ndarray:
-    """Return a cluster number (n) for each row by HDBSCAN (Campello, Moulavi, Sander 2013), -1 where it
-    is in none; cluster 0 is the largest. All vectors are held in memory.
+    """Return a cluster number (n) for each row by HDBSCAN (Campello, Moulavi, Sander 2013), -1
+    where it is in none; cluster 0 is the largest. All vectors are held in memory.
     """
     from sklearn.cluster import HDBSCAN  # pyrefly: ignore [missing-module-attribute]  (found at run time)
 
@@ -380,8 +380,8 @@ def density_clusters(selection: Selection, *, min_size: int) -> np.ndarray:
 
 
 def assigned(selection: Selection, labels: np.ndarray, *, block: int) -> np.ndarray:
-    """Return labels (n) in which a row in no cluster has the one whose mean is nearest by the cosine;
-    of equal ones the first.
+    """Return labels (n) in which a row in no cluster has the one whose mean is nearest by the
+    cosine; of equal ones the first.
     """
     count = int(labels.max(initial=NO_CLUSTER)) + 1
     if not count:

@@ -1,7 +1,8 @@
-"""Several models on one task: the scores of each query, kept in a file, and tests of the differences.
+"""Several models on one task: the scores of each query, kept in a
+file, and tests of the differences.
 
-The file is a CSV with a line for each model and query. It is replaced as a whole whenever a model is
-done, so that a failure or a kill leaves the models before; these are not scored again.
+The file is a CSV with a line for each model and query. It is replaced as a whole whenever a model
+is done, so that a failure or a kill leaves the models before; these are not scored again.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ COSINE, HUMAN = "cosine", "human"  # the columns of sentence pairs, whose score 
 
 @dataclass(frozen=True)
 class ModelScores:
-    """What a model came to on a task: a line of the table, and the values (Q) of each measure, in the
-    order of the queries. Of sentence pairs these are the cosine and the human score.
+    """What a model came to on a task: a line of the table, and the values (Q) of each measure, in
+    the order of the queries. Of sentence pairs these are the cosine and the human score.
     """
 
     model: str
@@ -91,8 +92,8 @@ def _content(path: Path) -> list[str]:
 
 
 def read_scores(path: Path) -> dict[str, ModelScores]:
-    """Return the models in a file, by their fingerprints, {} when there is none. Raises UserError when
-    it holds something else.
+    """Return the models in a file, by their fingerprints, {} when there is none. Raises UserError
+    when it holds something else.
     """
     if not path.exists() or path.stat().st_size == 0:
         return {}
@@ -140,8 +141,8 @@ def write_scores(path: Path, models: Sequence[ModelScores]) -> None:
 
 
 def differences(models: Sequence[ModelScores]) -> list[dict[str, Any]]:
-    """Return each model's scores minus those of the first one, with the interval and the p-value of a
-    paired bootstrap over the queries; p-values of a measure are also adjusted by Holm's method.
+    """Return each model's scores minus those of the first one, with the interval and the p-value of
+    a paired bootstrap over the queries; p-values of a measure are also adjusted by Holm's method.
     """
     first, found = models[0], []
     for model in models[1:]:

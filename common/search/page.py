@@ -1,9 +1,9 @@
 """A page over an index for a browser on this machine: search, conditions, similar texts, a map of
 clusters; the same answers as JSON.
 
-It is reached at the loopback only, and by its own name only. A browser may load and run nothing but the
-three files beside this one. One thread computes, for one request after the other; another one draws the
-map, which takes long.
+It is reached at the loopback only, and by its own name only. A browser may load and run nothing but
+the three files beside this one. One thread computes, for one request after the other; another one
+draws the map, which takes long.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-# --where is evaluated in a child process: what it imports is imported here, because importing is not
-# safe in the child of a process with threads
+# --where is evaluated in a child process: what it imports is imported here, because importing is
+# not safe in the child of a process with threads
 import duckdb  # noqa: F401
 import numpy as np
 from aiohttp import web
@@ -138,7 +138,7 @@ def _score(values: dict[str, str]) -> float | None:
 
 @dataclass(frozen=True)
 class Clusters:
-    """The rows that are on the map, the cluster (n) of each, the words of each cluster, ids and texts."""
+    """The rows on the map, the cluster (n) of each, the words of each cluster, ids and texts."""
 
     drawn: mining.Selection
     labels: np.ndarray
@@ -147,8 +147,8 @@ class Clusters:
 
 
 class ServedIndex:
-    """An index as it is shown: one state of it, and how it is searched. Only rows that `searcher` allows
-    are shown.
+    """An index as it is shown: one state of it, and how it is searched. Only
+    rows that `searcher` allows are shown.
     """
 
     def __init__(self, searcher: Searcher, *, limits: Limits, seed: int) -> None:
@@ -172,8 +172,8 @@ class ServedIndex:
         }
 
     def search(self, asked: Asked) -> dict[str, Any]:
-        """Return the texts that are nearest to a query, as `search --json` does, with the places of its
-        words and the notes that a terminal would show.
+        """Return the texts that are nearest to a query, as `search --json` does, with the places of
+        its words and the notes that a terminal would show.
         """
         notes: list[str] = []
         searcher, encoder = self.searcher, self.searcher.encoder
@@ -199,16 +199,16 @@ class ServedIndex:
         return {"id": asked.id, "hits": hit_documents(self.snapshot, asked.page.of(hits)), "notes": []}
 
     def map(self, asked: Asked) -> dict[str, Any]:
-        """Return the map of clusters, which is computed once: points from 0 to 1 of at most 2,000 rows,
-        evenly spaced, and the words of each cluster. Their `clusters` are known before.
+        """Return the map of clusters, which is computed once: points from 0 to 1 of at most 2,000
+        rows, evenly spaced, and the words of each cluster. Their `clusters` are known before.
         """
         return self._map
 
     @functools.cached_property
     def clusters(self) -> Clusters:
         """What is on the map, but for where: all that is read from the index for it."""
-        # imported here and not by the thread that draws: --where is evaluated in a child process, and
-        # while it is made no other thread may import
+        # imported here and not by the thread that draws: --where is evaluated in a child process,
+        # and while it is made no other thread may import
         import sklearn.decomposition
         import sklearn.manifold  # noqa: F401
 
@@ -321,8 +321,8 @@ class Server:
     async def answer_errors(
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
-        """Check who asks, answer what goes wrong as JSON, and write a line about each request, without
-        what was searched for.
+        """Check who asks, answer what goes wrong as JSON, and write a line about each request,
+        without what was searched for.
         """
         began, status = time.perf_counter(), 499  # the client has left
         try:
@@ -336,7 +336,7 @@ class Server:
             except web.HTTPException as error:
                 named = f"{error.reason}: {request.method} {shorten(request.path, 60)}"
                 response = problem(error.status, named)
-            except Exception as error:  # a bug or a lack, which ends this request and not the server
+            except Exception as error:  # a bug or a lack ends this request, not the server
                 reason = cli.fault_of_system(error)
                 if reason is None:
                     traceback.print_exc()
@@ -372,12 +372,12 @@ class Server:
 
 
 def check_sender(request: web.Request) -> None:
-    """Raise Refused for a request that did not come to this machine's own name, as one of a page whose
-    name was bound to this address, and for a question that a page of another site asks.
+    """Raise Refused for a request that did not come to this machine's own name, as one of a page
+    whose name was bound to this address, and for a question that a page of another site asks.
     """
     if not is_own_name(request.headers.get("Host", "")):
         raise Refused(403, WRONG_HOST)
-    asker = request.headers.get("Sec-Fetch-Site", "none")  # a browser's own word; other programs lack it
+    asker = request.headers.get("Sec-Fetch-Site", "none")  # a browser's word
     if request.path in PARAMETERS and asker not in ("none", "same-origin"):
         raise Refused(403, "this server answers its own page only, and programs on this machine")
 
@@ -405,8 +405,8 @@ async def _serve(index: ServedIndex, listener: socket.socket, screen: Screen) ->
 
 @contextlib.asynccontextmanager
 async def running(index: ServedIndex, listener: socket.socket) -> AsyncIterator[None]:
-    """Answer requests within the block. At its end it takes no more of them, and what is being computed
-    has some seconds.
+    """Answer requests within the block. At its end it takes no more of them, and what is being
+    computed has some seconds.
     """
     worker, drawer = Worker(), Worker()
     app = Server(index, worker, drawer).app()

@@ -1,5 +1,5 @@
-"""What makes one embedding of a text: a transformer, then pooling, dense layers and normalisation, as
-modules that pass on a dictionary of tensors.
+"""What makes one embedding of a text: a transformer, then pooling, dense layers and normalisation,
+as modules that pass on a dictionary of tensors.
 
 For the same embeddings of tokens they give the numbers of sentence-transformers bit for bit
 (tests/unit/test_sentence_model.py).
@@ -34,8 +34,8 @@ class Transformer(nn.Module):
 
 
 class StaticEmbedding(nn.Module):
-    """The first module of a model without a transformer: a text's embedding is the mean of one fixed
-    vector for each of its tokens (Tulkens, van Dongen: Model2Vec, 2024).
+    """The first module of a model without a transformer: a text's embedding is the mean of one
+    fixed vector for each of its tokens (Tulkens, van Dongen: Model2Vec, 2024).
     """
 
     def __init__(self, weights: torch.Tensor) -> None:
@@ -43,8 +43,8 @@ class StaticEmbedding(nn.Module):
         self.weight = nn.Parameter(weights, requires_grad=False)  # (V, width)
 
     def forward(self, features: Features) -> Features:
-        """Add `sentence_embedding` (B, width); `input_ids` are those of all texts one after the other, and
-        `offsets` (B) tell where each text begins. A text without tokens gets zeros.
+        """Add `sentence_embedding` (B, width); `input_ids` are those of all texts one after the
+        other, and `offsets` (B) tell where each text begins. A text without tokens gets zeros.
         """
         means = F.embedding_bag(features["input_ids"], self.weight, features["offsets"], mode="mean")
         return {**features, "sentence_embedding": means}
@@ -121,8 +121,8 @@ class Pooling(nn.Module):
         self.modes, self.include_prompt = modes, include_prompt
 
     def forward(self, features: Features) -> Features:
-        """Add `sentence_embedding` (B, width x kinds). `prompt_length` is how many tokens a prompt has,
-        which some models leave out.
+        """Add `sentence_embedding` (B, width x kinds). `prompt_length` is how many tokens a prompt
+        has, which some models leave out.
         """
         tokens, whole = features["token_embeddings"], features["attention_mask"]
         first = whole.int().argmax(dim=1)  # (B), not 0 where the padding is at the left
@@ -138,8 +138,8 @@ class Pooling(nn.Module):
 
 
 class Dense(nn.Module):
-    """A linear layer with an activation; with `residual`, the input is added to its output, itself or
-    through a linear layer where the widths differ.
+    """A linear layer with an activation; with `residual`, the input is added to its output, itself
+    or through a linear layer where the widths differ.
     """
 
     def __init__(

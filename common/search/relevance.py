@@ -33,14 +33,14 @@ if TYPE_CHECKING:
     from sentence_transformers import CrossEncoder
 
 DEPTH = 100  # documents looked at for each query, or more for a measure that stops later
-QRELS_HEADERS = ("score", "relevance", "rel", "label")  # names of the last column, in the first line
+QRELS_HEADERS = ("score", "relevance", "rel", "label")  # of the last column
 BUNDLED_IDS = "id"  # the column of the ids of the bundled task
 Judgements = dict[str, dict[str, int]]  # query id -> document id -> relevance (0: not relevant)
 
 
 @dataclass(frozen=True)
 class Measures:
-    """Which measures are taken: the ranks at which nDCG, MRR and precision stop, and those of recall."""
+    """The ranks at which nDCG, MRR and precision stop, and those of recall."""
 
     cuts: tuple[int, ...] = (10,)
     recall_cuts: tuple[int, ...] = (1, 10, 100)
@@ -136,8 +136,8 @@ def _ranked(documents: list[str]) -> dict[str, float]:
 def score_all(
     searcher: Searcher, task: Task, *, reranker: CrossEncoder | None = None, measures: Measures = USUAL
 ) -> dict[str, dict[str, list[float]]]:
-    """Return the measures of each query for exact, approximate and hybrid search, and for exact search
-    reranked by a cross-encoder.
+    """Return the measures of each query for exact, approximate and hybrid search, and for exact
+    search reranked by a cross-encoder.
     """
     searchers = {
         "exact": searcher,
@@ -166,8 +166,8 @@ def find(searcher: Searcher, task: Task, depth: int = DEPTH) -> dict[str, list[s
 def score_stores(
     searcher: Searcher, task: Task, stores: list[str], measures: Measures = USUAL
 ) -> dict[str, dict[str, float]]:
-    """Return for each way to keep vectors the measures of exact search over what is kept, the share of
-    the ten best documents of fp32 that are among its ten best, and the bytes of a vector.
+    """Return for each way to keep vectors the measures of exact search over what is kept, the share
+    of the ten best documents of fp32 that are among its ten best, and the bytes of a vector.
 
     Raises UserError when the index itself keeps less.
     """
@@ -302,8 +302,8 @@ def check_documents(
     example = f", such as {missing[0]!r}" if missing else ""
     if len(missing) == len(relevant):
         raise UserError(
-            f"{task.name}: none of the {len(relevant):,} documents that are judged relevant is there"
-            f"{example}; name their texts or their index, with the ids of the judgements"
+            f"{task.name}: none of the {len(relevant):,} documents that are judged relevant is"
+            f" there{example}; name their texts or their index, with the ids of the judgements"
         )
     if missing:
         say(
@@ -323,8 +323,8 @@ def sts_score(encoder: Encoder, file: str, columns: list[str], *, block: int) ->
 def sts_cosines(
     encoder: Encoder, file: str, columns: list[str], *, block: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the cosine and the human score (N) of each pair of texts. Raises UserError where they have
-    no correlation: equal numbers have no ranks.
+    """Return the cosine and the human score (N) of each pair of texts. Raises UserError where they
+    have no correlation: equal numbers have no ranks.
     """
     rows = reading.read_file(Path(file), as_text=columns[:2], cache_dir=encoder.cache_dir)
     for column in columns:

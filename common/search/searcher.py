@@ -59,8 +59,8 @@ class Hit:
 
 @dataclass(frozen=True)
 class Page:
-    """Which of the best documents are shown: `count`, after the first `offset`, of those that have a
-    score of at least `min_score`.
+    """Which of the best documents are shown: `count`, after the first `offset`, of those that have
+    a score of at least `min_score`.
     """
 
     count: int
@@ -117,8 +117,8 @@ class Searcher:
         return hits
 
     def _search_together(self, encoder: Encoder, queries: list[str], k: int) -> list[list[Hit]]:
-        """Return what one process would find, on every process of torchrun, all of which have the same
-        queries: each searches for its share of the blocks that one process goes through.
+        """Return what one process would find, on every process of torchrun, all of which have the
+        same queries: each searches for its share of the blocks that one process goes through.
         """
         runtime = encoder.runtime
         with runtime.local_main_first():
@@ -207,7 +207,7 @@ class Searcher:
 
     @property
     def _scans(self) -> bool:
-        """Whether codes are looked through: a filter that leaves few rows is quicker without them."""
+        """Whether codes are searched: it is quicker without if a filter leaves few rows."""
         if not self.approximate:
             return False
         alive = self.snapshot.alive()
@@ -412,8 +412,8 @@ def cached(
     """Return `load(folder)` of the cache `cache-<name>` in the index's folder; `build(folder)`
     fills it where it is missing, stale or damaged.
 
-    A cache carries the stamp of the state that it was made of, and of what it was `made_with`, and is
-    never used for another state. Raises UserError when the folder can't be written.
+    A cache carries the stamp of the state that it was made of, and of what it was `made_with`, and
+    is never used for another state. Raises UserError when the folder can't be written.
     """
     folder = snapshot.folder / f"{CACHE_PREFIX}{name}"
     stamp = f"{snapshot.stamp} {made_with}".rstrip()
@@ -424,21 +424,28 @@ def cached(
             return load(folder)
     say(f"cache    {folder}: built for this state of the index")
     try:
-        with tempfile.TemporaryDirectory(
-            prefix=f"{folder.name}.", dir=snapshot.folder, ignore_cleanup_errors=True
-        ) as parent:
-            # a temporary folder is private; this one has the permissions of the index
-            fresh = Path(parent) / name
-            fresh.mkdir()
-            build(fresh)
-            (fresh / CACHE_STAMP).write_text(stamp, encoding="utf-8")
-            files.write_manifest(fresh)
-            loaded = load(fresh)
-            shutil.rmtree(folder, ignore_errors=True)
-            with contextlib.suppress(OSError):  # another process was faster
-                fresh.rename(folder)
-            return loaded
+        return _built(folder, stamp, build=build, load=load)
     except OSError as error:
         problem = f"the cache can't be written: {error.strerror or error}"
         advice = "correct that, or copy the index to a folder of your own"
         raise UserError(f"{folder}: {problem}; {advice}") from error
+
+
+def _built(
+    folder: Path, stamp: str, *, build: Callable[[Path], None], load: Callable[[Path], Cached]
+) -> Cached:
+    """Return what is loaded from a cache that is built anew beside `folder`, and takes its place."""
+    with tempfile.TemporaryDirectory(
+        prefix=f"{folder.name}.", dir=folder.parent, ignore_cleanup_errors=True
+    ) as parent:
+        # a temporary folder is private; this one has the permissions of the index
+        fresh = Path(parent) / "cache"
+        fresh.mkdir()
+        build(fresh)
+        (fresh / CACHE_STAMP).write_text(stamp, encoding="utf-8")
+        files.write_manifest(fresh)
+        loaded = load(fresh)
+        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another process was faster
+            fresh.rename(folder)
+        return loaded

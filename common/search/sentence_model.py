@@ -1,8 +1,9 @@
 """A sentence-transformers model, read from its folder: its modules, tokenizer and prompts, and a
 fingerprint of all that determines its embeddings.
 
-A folder with something that is not known here is read by the library, which takes seconds to import.
-Only the classes listed here or those of that library are ever made, and no code of a folder is run.
+A folder with something that is not known here is read by the library, which takes
+seconds to import. Only the classes listed here or those of that library are ever
+made, and no code of a folder is run.
 """
 
 import hashlib
@@ -69,7 +70,7 @@ class SentenceModel:
     default_prompt_name: str | None
     pooling: str  # what follows the transformer, in a few words
     fingerprint: str  # of all that determines its embeddings
-    library: "SentenceTransformer | None" = None  # computes a model whose modules are not a sequence
+    library: "SentenceTransformer | None" = None  # where the modules are no sequence
 
 
 def load_model(name: str, *, cache_dir: str | None) -> SentenceModel:
@@ -95,7 +96,7 @@ def load_model(name: str, *, cache_dir: str | None) -> SentenceModel:
 
 @dataclass(frozen=True)
 class Family:
-    """Models that were trained with a prompt before each text, which most of them were saved without."""
+    """Models that were trained with prompts before texts; most were saved without them."""
 
     name: str  # a regular expression
     query: str
@@ -171,36 +172,46 @@ MODEL_SETTINGS = {  # searches compare by the cosine, whatever `similarity_fn_na
 }
 VERSION = re.compile(r"\d+(\.\d+)*(\.?(dev|rc|a|b|post)\d+)?")
 MOST_TOKENS = 2**31 - 1  # of a text, where nothing limits it
-SETTINGS_FILES = "sentence_*_config.json"  # of the first module; older ones have the model's type in it
+SETTINGS_FILES = "sentence_*_config.json"  # of the first module; older names hold the model's type
 
 
 @dataclass(frozen=True)
 class Part:
-    """A module that follows the transformer."""
+    """A module of a model."""
 
     module: nn.Module
     kind: str  # its class
     settings: dict[str, Any]  # as the library would save them
     weights: bert.Tensors  # by the library's names
     width: int | None  # of its output, None: that of its input
-    pooling: str
+    pooling: str  # the same in a word or two, "" for a transformer
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """What a model says of itself as a whole."""
+
+    prompts: dict[str, str]
+    default_prompt_name: str | None = None
+    truncate_dim: int | None = None  # the first numbers of an embedding that are kept
+
+
+NO_PROMPTS = {"query": "", "document": ""}
 
 
 def read_model(folder: Path) -> SentenceModel:
-    """Return the model of a folder. Raises UnknownModel when the library is needed to read it, or to
-    say what is wrong with it.
+    """Return the model of a folder. Raises UnknownModel when the library is needed to read it, or
+    to say what is wrong with it.
     """
     if found := [name for name in OTHER_FILES if (folder / name).exists()]:
         raise UnknownModel(", ".join(found))
-    prompts, default_prompt_name, truncate_dim = {"query": "", "document": ""}, None, None
-    limit, lower_case, listed = None, False, []
     if is_static(folder):
         return read_static_model(folder)
-    is_plain = not (folder / "modules.json").is_file()
-    if not is_plain:
+    settings, limit, lower_case, listed = ModelSettings(NO_PROMPTS), None, False, None
+    if (folder / "modules.json").is_file():
         _, *listed = _read_list(folder)
         limit, lower_case = _read_transformer_settings(folder)
-        prompts, default_prompt_name, truncate_dim = _read_model_settings(folder, prompts)
+        settings = _read_model_settings(folder)
     transformer, weights = bert.load_encoder(folder)
     config = transformer.config
     tokenizer = read_tokenizer(folder, max_length=limit)
@@ -210,38 +221,52 @@ def read_model(folder: Path) -> SentenceModel:
         raise UnknownModel("a tokenizer without words")
     if lower_case:
         _lower_case(tokenizer)
-    if is_plain:
-        parts = {"1": _pooling({"embedding_dimension": config.width})}
+    if listed is None:  # a plain encoder
+        others = {"1": _pooling({"embedding_dimension": config.width})}
     else:
-        parts = {name: _read_part(kind, folder / path) for name, kind, path in listed}
-    if not any(part.kind == "Pooling" for part in parts.values()):
+        others = {name: _read_part(kind, folder / path) for name, kind, path in listed}
+    if not any(part.kind == "Pooling" for part in others.values()):
         raise UnknownModel("no pooling")
+    named = {f"model.{name}": value for name, value in weights.items()}
+    first = Part(Transformer(transformer), "Transformer", TRANSFORMER_ONLY, named, config.width, "")
+    positions = config.num_positions - config.first_position
+    return _assembled(first, others, tokenizer, settings, positions=positions, config=_settings(config))
+
+
+def _assembled(
+    first: Part,
+    others: dict[str, Part],
+    tokenizer: Tokenizer,
+    settings: ModelSettings,
+    *,
+    positions: int | None,
+    config: dict[str, Any],
+) -> SentenceModel:
+    """Return the model of which these are the modules, after trying whether they fit each other."""
+    parts = {"0": first, **others}
     width = [part.width for part in parts.values() if part.width is not None][-1]
-    _try_out([part.module for part in parts.values()], config.width, width)
-    tensors = {f"0.model.{name}": value for name, value in weights.items()}
-    for name, part in parts.items():
-        tensors |= {f"{name}.{key}": value for key, value in part.weights.items()}
-    settings = [["Transformer", TRANSFORMER_ONLY], *([part.kind, part.settings] for part in parts.values())]
-    modules = [Transformer(transformer), *(part.module for part in parts.values())]
+    assert first.width is not None
+    _try_out([part.module for part in others.values()], first.width, width)
+    weights = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.weights.items()}
+    kinds = [[part.kind, part.settings] for part in parts.values()]
+    prompts, default = settings.prompts, settings.default_prompt_name
     return SentenceModel(
-        modules=[module.eval().requires_grad_(False) for module in modules],
+        modules=[part.module.eval().requires_grad_(False) for part in parts.values()],
         tokenizer=tokenizer,
         max_length=tokenizer.model_max_length,
-        positions=config.num_positions - config.first_position,
-        width=min(width, truncate_dim or width),
-        truncate_dim=truncate_dim,
+        positions=positions,
+        width=min(width, settings.truncate_dim or width),
+        truncate_dim=settings.truncate_dim,
         prompts=prompts,
-        default_prompt_name=default_prompt_name,
-        pooling=", ".join(part.pooling for part in parts.values()),
-        fingerprint=_digest(
-            _vocabulary(tokenizer), settings, _settings(config), prompts, default_prompt_name, tensors
-        ),
+        default_prompt_name=default,
+        pooling=", ".join(part.pooling for part in parts.values() if part.pooling),
+        fingerprint=_digest(_vocabulary(tokenizer), kinds, config, prompts, default, weights),
     )
 
 
 def is_static(folder: Path) -> bool:
-    """Tell whether a model has a fixed vector for each token instead of a transformer: its first module
-    is a StaticEmbedding, or, in an older folder, config.json is that of model2vec.
+    """Tell whether a model has a fixed vector for each token instead of a transformer: its first
+    module is a StaticEmbedding, or, in an older folder, config.json is that of model2vec.
     """
     if (folder / "modules.json").is_file():
         return _read_list(folder)[0][1] == "StaticEmbedding"
@@ -253,45 +278,28 @@ def read_static_model(folder: Path) -> SentenceModel:
     """Return a static model: tokens, their vectors, and the modules that follow, such as a
     normalisation. Raises UserError when its files don't fit each other.
     """
-    prompts, default_prompt_name, truncate_dim = {"query": "", "document": ""}, None, None
-    home, listed = folder, []
+    settings, home, listed = ModelSettings(NO_PROMPTS), folder, []
     if (folder / "modules.json").is_file():
         (_, _, path), *listed = _read_list(folder)
         home = folder / path
-        prompts, default_prompt_name, truncate_dim = _read_model_settings(folder, prompts)
+        settings = _read_model_settings(folder)
     elif read_settings(folder / "config.json").get("normalize", True):
         listed = [("1", "Normalize", "1_Normalize")]
     tokenizer, vectors = _read_static_tokenizer(home), _read_static_vectors(home)
     if len(vectors) < tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=True):
         problem = f"its tokenizer has more tokens than there are vectors ({len(vectors):,})"
         raise UserError(f"{home}: {problem}; repair it or name another model")
-    parts = {name: _read_part(kind, folder / path) for name, kind, path in listed}
-    if any(part.kind == "Pooling" for part in parts.values()):
+    others = {name: _read_part(kind, folder / path) for name, kind, path in listed}
+    if any(part.kind == "Pooling" for part in others.values()):
         raise UnknownModel("pooling of what is no sequence")
-    width = [vectors.shape[1], *(part.width for part in parts.values() if part.width is not None)][-1]
-    _try_out([part.module for part in parts.values()], vectors.shape[1], width)
-    tensors = {"0.embedding.weight": vectors}
-    for name, part in parts.items():
-        tensors |= {f"{name}.{key}": value for key, value in part.weights.items()}
-    settings = [["StaticEmbedding", {}], *([part.kind, part.settings] for part in parts.values())]
-    modules = [StaticEmbedding(vectors), *(part.module for part in parts.values())]
-    return SentenceModel(
-        modules=[module.eval().requires_grad_(False) for module in modules],
-        tokenizer=tokenizer,
-        max_length=tokenizer.model_max_length,
-        positions=None,
-        width=min(width, truncate_dim or width),
-        truncate_dim=truncate_dim,
-        prompts=prompts,
-        default_prompt_name=default_prompt_name,
-        pooling=", ".join(["static mean", *(part.pooling for part in parts.values())]),
-        fingerprint=_digest(_vocabulary(tokenizer), settings, {}, prompts, default_prompt_name, tensors),
-    )
+    weights = {"embedding.weight": vectors}
+    first = Part(StaticEmbedding(vectors), "StaticEmbedding", {}, weights, vectors.shape[1], "static mean")
+    return _assembled(first, others, tokenizer, settings, positions=None, config={})
 
 
 def _read_static_tokenizer(folder: Path) -> Tokenizer:
-    """Return the tokenizer of a static model, which puts nothing around a text and cuts it only where
-    tokenizer.json says so.
+    """Return the tokenizer of a static model, which puts nothing around a text and cuts it only
+    where tokenizer.json says so.
     """
     description = read_settings(folder / "tokenizer.json")
     cut = description.get("truncation") or {}
@@ -306,8 +314,8 @@ def _read_static_tokenizer(folder: Path) -> Tokenizer:
 
 
 def _read_static_vectors(folder: Path) -> torch.Tensor:
-    """Return the vector (V, width) of each token in fp32. A model2vec model may share vectors between
-    tokens (`mapping`) and weigh them (`weights`).
+    """Return the vector (V, width) of each token in fp32. A model2vec model may share vectors
+    between tokens (`mapping`) and weigh them (`weights`).
     """
     path = folder / "model.safetensors"
     try:
@@ -330,7 +338,7 @@ def _try_out(modules: list[nn.Module], width: int, said: int) -> None:
     run. `width` is that of the tokens' embeddings, `said` what the settings say of the text's.
     """
     features = {"token_embeddings": torch.ones(1, 2, width), "attention_mask": torch.ones(1, 2).long()}
-    features["sentence_embedding"] = torch.ones(1, width)  # of a static model; pooling makes its own
+    features["sentence_embedding"] = torch.ones(1, width)  # pooling makes its own
     try:
         for module in modules:
             features = module(features)
@@ -387,10 +395,8 @@ def _read_transformer_settings(folder: Path) -> tuple[int | None, bool]:
     return limit, lower_case
 
 
-def _read_model_settings(
-    folder: Path, defaults: dict[str, str]
-) -> tuple[dict[str, str], str | None, int | None]:
-    """Return the prompts by name, the name of the default one, and the dimensions that are kept."""
+def _read_model_settings(folder: Path) -> ModelSettings:
+    """Return what a folder says of its model as a whole."""
     path = folder / "config_sentence_transformers.json"
     settings = read_settings(path) if path.is_file() else {}
     prompts, default = settings.get("prompts", {}), settings.get("default_prompt_name")
@@ -400,7 +406,7 @@ def _read_model_settings(
         raise UnknownModel(f"{path.name} with {', '.join(settings)}")
     if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
         raise UnknownModel(f"the prompts {prompts!r}")
-    prompts = defaults | prompts
+    prompts = NO_PROMPTS | prompts
     version = settings.get("__version__", {})
     if not _is_version(version):
         raise UnknownModel(f"__version__ {version!r}")
@@ -408,7 +414,7 @@ def _read_model_settings(
         raise UnknownModel(f"default_prompt_name {default!r}")
     if truncate_dim is not None and (type(truncate_dim) is not int or truncate_dim < 1):
         raise UnknownModel(f"truncate_dim {truncate_dim!r}")
-    return prompts, default, truncate_dim
+    return ModelSettings(prompts, default, truncate_dim)
 
 
 def _is_version(versions: Any) -> bool:
@@ -534,8 +540,8 @@ def _layer_norm(settings: dict[str, Any], folder: Path) -> Part:
 
 
 def load_with_library(folder: Path, name: str) -> SentenceModel:
-    """Return the model of a folder, read by sentence-transformers. Raises UserError when it can't be
-    read, or reads something other than texts.
+    """Return the model of a folder, read by sentence-transformers. Raises UserError when it can't
+    be read, or reads something other than texts.
     """
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.base.modules import Router
@@ -553,10 +559,9 @@ def load_with_library(folder: Path, name: str) -> SentenceModel:
         return _opaque(model, name)
     for setting in ROLE_SETTINGS:
         if getattr(first, setting, None) is not None:
+            problem = f"its first module sets {setting}, which is unsupported"
             advice = "use another model, or remove it from a copy of sentence_bert_config.json"
-            raise UserError(
-                f"--model {name}: its first module sets {setting}, which is unsupported; {advice}"
-            )
+            raise UserError(f"--model {name}: {problem}; {advice}")
     tokenizer, width = first.tokenizer, model.get_embedding_dimension()
     assert tokenizer is not None and not isinstance(tokenizer, tokenizers.Tokenizer) and width is not None
     models.check_tokenizer(tokenizer, name=name, flag="--model")
@@ -577,8 +582,8 @@ def load_with_library(folder: Path, name: str) -> SentenceModel:
 
 
 def _opaque(model: "SentenceTransformer", name: str) -> SentenceModel:
-    """Return a model that the library computes as a whole: a Router with a part for queries and one for
-    documents, or CLIP, of which texts take a part.
+    """Return a model that the library computes as a whole: a Router with a part for queries and one
+    for documents, or CLIP, of which texts take a part.
     """
     from common import models
 
@@ -611,7 +616,7 @@ def _opaque(model: "SentenceTransformer", name: str) -> SentenceModel:
 
 
 def _opaque_fingerprint(model: "SentenceTransformer") -> str:
-    """Return the SHA-256 of all that determines the embeddings of a model that the library computes."""
+    """Return the fingerprint of a model that the library computes."""
     settings, vocabularies, configs = [], {}, {}
     named: Iterable[tuple[str, Any]] = model.named_modules()
     for name, module in named:
@@ -645,8 +650,8 @@ def describe_pooling(model: "SentenceTransformer") -> str:
 
 
 def fingerprint(model: Any) -> str:
-    """Return the SHA-256 of all that determines a SentenceTransformer's embeddings: weights, configuration,
-    tokenizer, its modules' settings and its prompts.
+    """Return the SHA-256 of all that determines a SentenceTransformer's embeddings: weights,
+    configuration, tokenizer, its modules' settings and its prompts.
 
     It does not cover the length at which texts are cut, the precision, and what doesn't change an
     embedding (names, paths, versions).

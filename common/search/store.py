@@ -113,8 +113,8 @@ class Store:
 
     def _rewrite(self, first: int, rows: np.ndarray, more: Mapping[str, pa.Array] | None = None) -> None:
         """Replace all files from number `first` on by `rows` (ascending), in as few files as the
-        limits allow; deleted rows among them stay deleted. `more` (num_rows): columns in the place of
-        those of the same name.
+        limits allow; deleted rows among them stay deleted. `more` (num_rows): columns in the place
+        of those of the same name.
         """
         snapshot, more = self.snapshot, more or {}
         columns = {**snapshot.columns, **{name: values.type for name, values in more.items()}}
@@ -126,7 +126,8 @@ class Store:
         file_starts = np.flatnonzero(np.diff(file_numbers)) + 1
         for part in np.split(rows, file_starts):
             if len(part):
-                # in one expression: the rows of one file are let go before those of the next are read
+                # in one expression: the rows of one file are let go
+                # before those of the next are read
                 segment = self._write_segment(self._table(part, more), len(segments), columns)
                 segments.append(self._with_deleted(segment, len(segments), alive[part]))
         self._publish(segments, columns)
@@ -264,7 +265,7 @@ def _full_disk_explained(folder: Path) -> Iterator[None]:
 
 
 def vector_array(vectors: np.ndarray) -> pa.FixedSizeListArray:
-    """Return vectors (rows, numbers), or what is kept of them, as an Arrow array, without a copy."""
+    """Return vectors (rows, numbers), or what is kept of them, as an Arrow array without a copy."""
     values = number_array(vectors.reshape(-1))
     return pa.FixedSizeListArray.from_arrays(values, vectors.shape[1])
 

@@ -188,8 +188,8 @@ def read(
 def _read_parts(
     wanted: list[Wanted], bad: BadRows
 ) -> tuple[tuple[tuple[int, str, str], ...], list[pa.Table]]:
-    """Return the first row, name and unit of each source, and its rows. A column that holds texts in
-    one of them is read as texts from all: 007 and 12 are codes if they stand beside A12.
+    """Return the first row, name and unit of each source, and its rows. A column that holds texts
+    in one of them is read as texts from all: 007 and 12 are codes if they stand beside A12.
     """
     while True:
         bad.reasons.clear()

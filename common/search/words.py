@@ -90,8 +90,8 @@ TOKEN = rf"""(?x)
 """
 MARK = rf"[[\p{{L}}\p{{M}}]--[{RUNS}\u3005\u30fc]]"
 MARKING = rf"(?P<run>[{RUNS}\u3005\u30fc]+)|(?<![\p{{N}}_])(?P<word>{MARK}{{3,}})(?![\p{{N}}_])"
-# what is left of Latin and Greek letters without their accents, and of Arabic and Hebrew ones without
-# the signs for their vowels; in other scripts a mark is a letter of its own
+# what is left of Latin and Greek letters without their accents, and of Arabic and Hebrew ones
+# without the signs for their vowels; in other scripts a mark is a letter of its own
 ACCENTS = r"(?<=[a-z\u03b1-\u03c9])\p{Mn}+|[\u0591-\u05c7\u0640\u064b-\u065f\u0670]"
 PLAIN = str.maketrans({"ø": "o", "ł": "l", "đ": "d", "æ": "ae", "œ": "oe", "ı": "i", "ё": "е"})
 
@@ -134,8 +134,8 @@ class Words:
         return self._stem(token)
 
     def places(self, text: str, wanted: Set[str]) -> list[tuple[int, int]]:
-        """Return where a text has words that are `wanted`, such as those of a query: of each place the
-        first character and the one after its last, ascending; places that touch are one.
+        """Return where a text has words that are `wanted`, such as those of a query: of each place
+        the first character and the one after its last, ascending; places that touch are one.
         """
         plain, origins = _normalized(text)
         spans = []
@@ -184,8 +184,8 @@ def fold(word: str) -> str:
 
 
 def _grams(run: str, sizes: range) -> Iterator[str]:
-    """Yield the pieces of a run that have these numbers of characters, as a reader counts them; of a
-    single character itself.
+    """Yield the pieces of a run that have these numbers of characters, as a reader counts them; of
+    a single character itself.
     """
     characters = _pattern(r"\X").findall(run)
     if len(characters) == 1:
@@ -208,8 +208,9 @@ def _grams_in(run: str, wanted: Set[str]) -> list[tuple[int, int]]:
 
 
 def _normalized(text: str) -> tuple[str, list[tuple[int, int]]]:
-    """Return a text in NFKC, and for each character of it where that comes from: the first character in
-    `text` and the one after the last. What a reader takes for one character stays together.
+    """Return a text in NFKC, and for each character of it where that comes
+    from: the first character in `text` and the one after the last. What a
+    reader takes for one character stays together.
     """
     if unicodedata.is_normalized("NFKC", text):
         return text, [(place, place + 1) for place in range(len(text))]
@@ -228,8 +229,8 @@ def _pattern(text: str) -> regex.Pattern[str]:
 
 
 def marking_words(text: str, stop: frozenset[str]) -> list[str]:
-    """Return the words of a text that may mark a cluster, in lower case as they are written: of three
-    letters or more, or two characters of a script without spaces.
+    """Return the words of a text that may mark a cluster, in lower case as they are written: of
+    three letters or more, or two characters of a script without spaces.
     """
     found = []
     for match in _pattern(MARKING).finditer(unicodedata.normalize("NFKC", text).lower()):

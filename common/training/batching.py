@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 # texts are sorted by length only within pools of at most 50 batches, and an epoch has at least four
 # pools if it has four batches, so that it stays shuffled
 MAX_POOL_BATCHES, MIN_POOLS = 50, 4
-# with what lies between the activations in the heap, freed and kept (`keep_large_blocks`): 1.57 with
-# the bundled model and texts
+# with what lies between the activations in the heap, freed and kept (`keep_large_blocks`): 1.57
+# with the bundled model and texts
 CPU_OVERHEAD = 1.5
 NOT_MODEL_INPUTS = ("text", "text_pair", "label", "row", "chunk_lengths", "num_tokens", "num_read")
 
@@ -231,9 +231,9 @@ class PaddedBatches(torch.utils.data.Dataset):
     """A tokenised data set whose items are padded batches: indexed by picks, it gives their batch.
 
     A batch holds what the model takes, above all `input_ids` and `attention_mask` (K, T), with one
-    row for each chunk. It also holds `labels` (B) or (B, C), the targets of the loss (none for texts
-    to predict), `row` (B), the rows' numbers in the source, and `text_of_chunk` (K), which of the B
-    texts each chunk belongs to.
+    row for each chunk. It also holds `labels` (B) or (B, C), the targets of the loss (none for
+    texts to predict), `row` (B), the rows' numbers in the source, and `text_of_chunk` (K), which of
+    the B texts each chunk belongs to.
     """
 
     def __init__(self, rows: Rows, tokenizer: AnyTokenizer) -> None:
@@ -356,8 +356,8 @@ def count_tokens(micro_batches: list[BatchEncoding]) -> int:
 
 
 def num_tokens(rows: datasets.Dataset, *, max_chunks: int | None = None) -> float:
-    """Return the number of tokens of a split, with at most `max_chunks` chunks of each text, drawn at
-    random, if given: their expected number.
+    """Return the number of tokens of a split, with at most `max_chunks` chunks of each text, drawn
+    at random, if given: their expected number.
     """
     total = 0.0
     for lengths in rows["chunk_lengths"][:]:

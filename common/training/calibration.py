@@ -1,10 +1,10 @@
-"""Whether a model is as sure as it is right: the expected calibration error, and one temperature that
-makes up for a model that is too sure or too modest (Guo et al. 2017, "On Calibration of Modern Neural
-Networks").
+"""Whether a model is as sure as it is right: the expected calibration error, and one
+temperature that makes up for a model that is too sure or too modest (Guo et al. 2017, "On
+Calibration of Modern Neural Networks").
 
-The probability of what is predicted is compared with how often that is right; of several labels, the
-probability of each label with how often texts have it. In the letters of the shapes: M decisions, N
-texts, C classes or labels.
+The probability of what is predicted is compared with how often that is right; of several labels,
+the probability of each label with how often texts have it. In the letters of the shapes: M
+decisions, N texts, C classes or labels.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from common.training.resampling import Answers
 from common.training.run import SINGLE, Kind
 
 NUM_BINS = 15
-LARGEST_TEMPERATURE = 50.0  # and the smallest is its inverse: beyond, every answer is a guess, or sure
+LARGEST_TEMPERATURE = 50.0  # its inverse is the smallest: beyond, all answers are guesses, or sure
 
 
 @dataclass(frozen=True)
 class Bin:
-    """The decisions whose probability lies in a part of 0 to 1: how many, their mean probability, and
-    the share of them that is right.
+    """The decisions whose probability lies in a part of 0 to 1: how many, their mean probability,
+    and the share of them that is right.
     """
 
     count: int
@@ -59,8 +59,8 @@ def calibration_error(bins: list[Bin]) -> float:
 
 
 def fit_temperature(logits: np.ndarray, truth: np.ndarray, kind: Kind) -> float:
-    """Return the temperature by which logits (N, C) are divided so that their loss against the classes
-    (N) or labels (N, C) of the same texts is least.
+    """Return the temperature by which logits (N, C) are divided so that their loss against the
+    classes (N) or labels (N, C) of the same texts is least.
     """
     from scipy.optimize import minimize_scalar
     from scipy.special import log_softmax

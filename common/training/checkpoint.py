@@ -212,8 +212,8 @@ class Checkpoints:
         return log
 
     def save(self, state: TrainingState, log: Log) -> None:
-        """Write a checkpoint with every process's part, then remove those beyond `keep`; with a `keep` of
-        0, write none.
+        """Write a checkpoint with every process's part, then remove those beyond
+        `keep`; with a `keep` of 0, write none.
 
         On an error, such as a full disk, what was written of it is removed, and the earlier ones
         stay.
@@ -418,7 +418,8 @@ def _load_optimizer(start: Checkpoint, state: TrainingState) -> None:
 
 
 def disk_bytes(model: torch.nn.Module, *, keep: int, keep_after: int) -> tuple[int, int]:
-    """Return the most bytes that a run of a model takes on the disk, while it goes on and in the end.
+    """Return the most bytes that a run of a model takes on the disk,
+    while it goes on and in the end.
 
     A checkpoint holds the weights, AdamW's two averages of what is trained, and the best model of
     its time, which may be another one in each; the oldest is removed when a new one is complete.
@@ -474,10 +475,10 @@ class StopSignals:
     """Notes the first signal to stop (SIGINT, SIGTERM, SIGHUP) instead of ending the process; used
     as a context.
 
-    A second one ends the process at once, unless there are several: these leave together, after a
-    step or a batch, because one that left alone would keep the others waiting. torchrun gives them
-    30 seconds. After `seconds`, if given, the system sends TIME_IS_UP. `saves` tells whether the run
-    writes checkpoints.
+    A second one ends the process at once, unless there are several: these leave together, after
+    a step or a batch, because one that left alone would keep the others waiting. torchrun gives
+    them 30 seconds. After `seconds`, if given, the system sends TIME_IS_UP. `saves` tells
+    whether the run writes checkpoints.
     """
 
     def __init__(

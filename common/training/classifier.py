@@ -155,11 +155,11 @@ def ensure_padding_token(tokenizer: PreTrainedTokenizerBase, *, name: str) -> No
 
 
 def pad_at_unread_end(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Let a tokenizer pad at the left for a model that reads the last token, as XLNet does: it would
-    read padding. (Decoders find the last token that is none.)
+    """Let a tokenizer pad at the left for a model that reads the last token, as XLNet does: it
+    would read padding. (Decoders find the last token that is none.)
     """
     if getattr(model.config, "summary_type", None) == "last":
-        tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # the second is saved
+        tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # which is saved
 
 
 def load_classifier(
@@ -197,8 +197,8 @@ def load_classifier(
 
 
 def choose_head(model: PreTrainedModel, new: list[str], saved: PreTrainedConfig, task: Task) -> str:
-    """Give a loaded model a head for a task, whose logits are in the order of its names, and return in
-    a few words what it is.
+    """Give a loaded model a head for a task, whose logits are in the order of its names, and return
+    in a few words what it is.
 
     `new` lists the tensors that the files lacked, and `saved` is the configuration in them.
     """
@@ -219,8 +219,8 @@ def choose_head(model: PreTrainedModel, new: list[str], saved: PreTrainedConfig,
 
 
 def saved_kind(config: PreTrainedConfig) -> Kind:
-    """Return for what kind of task a model was saved; without a word about it, one output is a number
-    and several are classes.
+    """Return for what kind of task a model was saved; without a word about it, one output is a
+    number and several are classes.
     """
     return _kind_of(config.problem_type, config.num_labels or 0)
 
@@ -301,7 +301,7 @@ def choose_max_length(
     Raises UserError when more is wanted than the model holds, or so little that no word fits.
     """
     holds = _positions(model) or UNLIMITED
-    num_special = tokenizer.num_special_tokens_to_add(pair=is_pair) + is_pair  # one token of each text
+    num_special = tokenizer.num_special_tokens_to_add(pair=is_pair) + is_pair  # one of each text
     if wanted is None:
         return min(default, holds, tokenizer.model_max_length)
     if wanted > holds:
@@ -329,8 +329,8 @@ def choose_tokens(
     truncation: str | None,
     is_pair: bool = False,
 ) -> TokenConfig:
-    """Return how texts are read in training; None stands for a default. Raises UserError for pairs of
-    texts where the tokenizer can't tell their tokens apart.
+    """Return how texts are read in training; None stands for a default. Raises UserError for pairs
+    of texts where the tokenizer can't tell their tokens apart.
     """
     if is_pair and not tokenizer.is_fast:
         problem = f"{type(tokenizer).__name__} does not tell which token is of which text"
@@ -343,8 +343,8 @@ def choose_tokens(
 
 
 def _reads_ends(model: PreTrainedModel | bert.BertClassifier) -> bool:
-    """Tell whether a model reads the one end token of each text, as BART and T5 do, and can't read a text
-    that holds another.
+    """Tell whether a model reads the one end token of each text, as BART and T5 do, and can't read
+    a text that holds another.
     """
     return not isinstance(model, bert.BertClassifier) and getattr(model.config, "is_encoder_decoder", False)
 
@@ -357,7 +357,7 @@ def choose_saved_tokens(
     eval_max_length: int | None,
     truncation: str | None,
 ) -> TokenConfig:
-    """Return how texts are read by a saved model; None stands for how it was scored, as its settings tell."""
+    """Return how a saved model reads texts; None: as it was scored, which its settings tell."""
     length = choose_max_length(
         eval_max_length, tokenizer.model_max_length, model, tokenizer, flag="--eval-max-length"
     )
@@ -386,7 +386,7 @@ def mismatches(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
 
 
 def count_embeddings(model: PreTrainedModel) -> int | None:
-    """Return the rows of a model's embedding table, None if it has none: CANINE hashes characters."""
+    """Return the rows of a model's embedding table; None without one: CANINE hashes characters."""
     try:
         return getattr(model.get_input_embeddings(), "num_embeddings", None)
     except NotImplementedError:
@@ -396,8 +396,8 @@ def count_embeddings(model: PreTrainedModel) -> int | None:
 def require_match(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str, other: str | None = None
 ) -> None:
-    """Raise UserError unless a tokenizer and a model belong together, and the model can read a padded
-    batch of texts.
+    """Raise UserError unless a tokenizer and a model belong together, and the
+    model can read a padded batch of texts.
     """
     from common import models
 
@@ -523,7 +523,7 @@ def task_of_model(model: PreTrainedModel | bert.BertClassifier) -> Task:
 
 
 def _kind_of_settings(model: bert.BertClassifier) -> Kind:
-    """Return the kind of task of a model that is read without transformers, as `saved_kind` does."""
+    """Return, as `saved_kind` does, the task of a model that is read without transformers."""
     return _kind_of(model.config.settings.get("problem_type"), model.classifier.out_features)
 
 
@@ -543,8 +543,8 @@ def save(
     settings: dict,
     thresholds: list[float] | None = None,
 ) -> None:
-    """Write model, tokenizer and `training.json`, with the labels' thresholds, as a plain Hugging Face
-    folder.
+    """Write model, tokenizer and `training.json`, with the labels'
+    thresholds, as a plain Hugging Face folder.
 
     An older folder is replaced only by a complete one. Of the run's `settings` the model remembers
     those that it takes to score it again, and of the data set, whose path is nobody else's
@@ -585,8 +585,8 @@ def saved_settings(folder: Path, name: str) -> dict:
     for setting, is_usable in is_known.items():
         if not is_usable:
             raise UserError(
-                f"--model {name}: {path} has no usable {setting} ({settings.get(setting)!r:.40}); copy it"
-                " from the run once more"
+                f"--model {name}: {path} has no usable {setting} ({settings.get(setting)!r:.40});"
+                " copy it from the run once more"
             )
     return settings
 
@@ -608,7 +608,8 @@ def saved_temperature(trained: dict) -> float:
 
 
 def save_temperature(folder: Path, temperature: float) -> None:
-    """Add a temperature to a saved model, and move its thresholds so that its answers stay the same.
+    """Add a temperature to a saved model, and move its thresholds so
+    that its answers stay the same.
 
     Its settings become a new file: the old one may have a second name in a checkpoint.
     """
@@ -623,8 +624,8 @@ def save_temperature(folder: Path, temperature: float) -> None:
 
 
 def saved_thresholds(trained: dict, task: Task, *, name: str) -> tuple[float, ...] | float:
-    """Return from which probability on a text has a label: a number for each, as they were chosen in
-    the training that left these settings, or 0.5 for a model that this script did not train.
+    """Return from which probability on a text has a label: a number for each, as they were chosen
+    in the training that left these settings, or 0.5 for a model that this script did not train.
 
     Raises UserError, naming the model, when there are more or fewer numbers than labels.
     """
@@ -633,8 +634,8 @@ def saved_thresholds(trained: dict, task: Task, *, name: str) -> tuple[float, ..
         return 0.5
     if len(thresholds) != len(task.names):
         raise UserError(
-            f"--model {name}: {SETTINGS_FILE} has {len(thresholds)} thresholds for {len(task.names)} labels;"
-            " copy it from the run once more"
+            f"--model {name}: {SETTINGS_FILE} has {len(thresholds)} thresholds for"
+            f" {len(task.names)} labels; copy it from the run once more"
         )
     return tuple(thresholds)
 
@@ -642,8 +643,8 @@ def saved_thresholds(trained: dict, task: Task, *, name: str) -> tuple[float, ..
 def load_saved(
     name: str, runtime: Runtime, *, cache_dir: str | None, revision: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict]:
-    """Return a classifier with the head that it was saved with, on its device, its tokenizer, and its
-    `saved_settings`.
+    """Return a classifier with the head that it was saved with, on its device, its
+    tokenizer, and its `saved_settings`.
 
     Raises UserError when it was never trained to classify.
     """
@@ -658,8 +659,8 @@ def load_saved(
     )
     if new:
         raise UserError(
-            f"--model {name}: it was never trained to classify (no weights for {', '.join(new)}); name the"
-            " folder runs/<name>/best of a finished run"
+            f"--model {name}: it was never trained to classify (no weights for {', '.join(new)});"
+            " name the folder runs/<name>/best of a finished run"
         )
     check_classes(config, name=name)
     model = model.to(runtime.device)
@@ -690,8 +691,8 @@ def load_to_predict(
 
 
 def _is_sound(model: bert.BertClassifier) -> bool:
-    """Tell whether a model's outputs have names, and nothing contradicts them; else `load_saved` says
-    what is wrong.
+    """Tell whether a model's outputs have names, and nothing contradicts them;
+    else `load_saved` says what is wrong.
     """
     settings = model.config.settings
     numbers = {name: number for number, name in enumerate(model.class_names)}
@@ -705,8 +706,8 @@ def _is_sound(model: bert.BertClassifier) -> bool:
 
 
 def check_classes(config: PreTrainedConfig, *, name: str) -> None:
-    """Raise UserError unless a saved model tells the names of its classes, labels or numbers without a
-    contradiction.
+    """Raise UserError unless a saved model tells the names of its classes, labels
+    or numbers without a contradiction.
     """
     if saved_kind(config) == SINGLE and config.num_labels == 1:
         raise UserError(

@@ -1,8 +1,8 @@
 """Finished runs side by side: their settings and scores, tests of the differences, and the texts on
 which they disagree.
 
-All of it is read from the folders of the runs, without PyTorch. Each run is tested against the first
-one, on the test rows that both have: the same text with the same label.
+All of it is read from the folders of the runs, without PyTorch. Each run is tested against the
+first one, on the test rows that both have: the same text with the same label.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Key = tuple[str, tuple[str, ...], int]  # a text, what is true of it, and how of
 
 @dataclass(frozen=True)
 class Row:
-    """A test row of a run: what is true, what the run says, and how sure it is, as it is written."""
+    """A test row of a run as it is written: what is true, what the run says, how sure it is."""
 
     text: str
     number: str
@@ -83,7 +83,7 @@ def read_run(folder: Path) -> FinishedRun:
 
 
 def _kind_of(columns: Sequence[str]) -> tuple[Kind, list[str]]:
-    """Return what the run predicts, and the names of its answers, by the columns of its predictions."""
+    """Return the task of a run and the names of its answers, by the columns of its predictions."""
     numbers = [name.removeprefix("true ") for name in columns if name.startswith("true ")]
     if numbers and "true" not in columns:
         return REGRESSION, numbers
@@ -226,8 +226,8 @@ def compare(folders: list[Path], output_dir: str | None) -> None:
     for run in runs[1:]:
         if run.kind != first.kind or (run.kind == REGRESSION and run.names != first.names):
             raise UserError(
-                f"--compare: {first.name} predicts {_task(first)}, {run.name} {_task(run)}; compare runs"
-                " of one task"
+                f"--compare: {first.name} predicts {_task(first)}, {run.name} {_task(run)}; compare"
+                " runs of one task"
             )
     headers, rows = _score_table(runs)
     print(tabulate(rows, headers, disable_numparse=True))
@@ -293,7 +293,7 @@ def _is_number(value: object) -> bool:
 
 
 def _intervals(run: FinishedRun) -> dict[str, Sequence[float]]:
-    """Return the intervals of a run's scores: those of its report, or else what its predictions tell."""
+    """Return the intervals of a run's scores: of its report, or else from its predictions."""
     written = run.results.get("test_intervals")
     if isinstance(written, dict):
         return written

@@ -1,9 +1,10 @@
 """Read a data set as labelled splits, and turn their texts into chunks of tokens.
 
-A labelled split has the columns `text` (string), `label` (its type tells the task, the same for all
-splits: common/training/task.py) and `row` (the number of the row in its source, counted from 1, so
-that a message or a prediction can be traced back). A text longer than the model reads becomes one
-or more chunks of tokens (`--truncation`). In this code, `rows[name][:]` is a whole column as a list.
+A labelled split has the columns `text` (string), `label` (its type tells the task, the same
+for all splits: common/training/task.py) and `row` (the number of the row in its source,
+counted from 1, so that a message or a prediction can be traced back). A text longer than the
+model reads becomes one or more chunks of tokens (`--truncation`). In this code,
+`rows[name][:]` is a whole column as a list.
 
 `datasets` and scikit-learn, which take a second to import, are imported by the functions that need
 them: `encode` does not.
@@ -20,7 +21,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -67,7 +68,7 @@ HEAD_SHARE = 0.25
 # least share of a chunk that the chunk before it holds too, so that what one of them cuts apart is
 # whole in the other
 OVERLAP = 0.25
-NUMBER = re.compile(r"[+-]?\d{1,15}(\.\d{0,15})?(e[+-]?\d{1,2})?")  # with no more digits than a float has
+NUMBER = re.compile(r"[+-]?\d{1,15}(\.\d{0,15})?(e[+-]?\d{1,2})?")  # no more digits than floats have
 # special tokens that tell a model where a text begins, ends or is padding
 MARKS = ("bos_token", "eos_token", "cls_token", "sep_token", "pad_token")
 FORMAT = 2  # of the cached Arrow files; counts up when their columns change
@@ -122,7 +123,7 @@ class Found:
 
     faults: list[Fault] = field(default_factory=list)  # rows that can't be used
     unlabelled: datasets.Dataset | None = None  # a test split without labels: its texts and `row`
-    whole: Splits = field(default_factory=dict)  # before rare classes are left out and splits are cut
+    whole: Splits = field(default_factory=dict)  # before splits are cut and rare classes left out
     unused: list[str] = field(default_factory=list)  # splits of the source that nothing asks for
     rare: list[str] = field(default_factory=list)  # classes that are left out or merged
     cut: list[str] = field(default_factory=list)  # splits that had to be cut from train
@@ -226,7 +227,7 @@ def _how_it_was_found(rows: datasets.Dataset, task: Task) -> str:
 
 
 def _unlabelled(rows: datasets.Dataset, texts: TextConfig, faults: list[Fault] | None) -> datasets.Dataset:
-    """Return the texts of a split without labels, but for those that can't be used and become faults."""
+    """Return the texts of a split without labels; those that can't be used become faults."""
     source = "split test"
     if faults is None:
         _check_texts(rows, texts, source)
@@ -348,8 +349,8 @@ def validate(
     *,
     trained: Task | None = None,
 ) -> Splits:
-    """Return the splits with the columns `text`, `label` and `row`, and with pairs `text_pair`, after
-    checking every row.
+    """Return the splits with the columns `text`, `label` and `row`, and with pairs
+    `text_pair`, after checking every row.
 
     The type of the column `label` tells the task (`task_of_rows`). It and its names are those of a
     `trained` model if given; else they follow from the labels of the training split. Raises
@@ -381,21 +382,21 @@ def _require_same_task(trained: Task, labels: LabelConfig) -> None:
     """Raise UserError unless the labels are for the task that a model was trained for."""
     if labels.task not in ("auto", trained.kind):
         raise UserError(
-            f"--task {labels.task}: the model was trained for --task {trained.kind}; leave the flag out, or"
-            " name another model"
+            f"--task {labels.task}: the model was trained for --task {trained.kind}; leave the flag"
+            " out, or name another model"
         )
     columns, known = labels.columns, set(trained.names)
     is_by_column = trained.kind == MULTI and len(columns) > 1
     if is_by_column and set(columns) != known:
         raise UserError(
-            f"--label-column {labels.label_column}: the model's labels are {listed(trained.names)}; name a"
-            " column for each"
+            f"--label-column {labels.label_column}: the model's labels are {listed(trained.names)};"
+            " name a column for each"
         )
 
 
 def _in_order(values: list[Label], task: Task, labels: LabelConfig) -> list[Label]:
-    """Return labels as a trained model orders them. Numbers are those of columns with the names of its
-    outputs; if there are others, of as many columns in their order.
+    """Return labels as a trained model orders them. Numbers are those of columns with the names of
+    its outputs; if there are others, of as many columns in their order.
 
     Raises UserError for another count of numbers than the model answers.
     """
@@ -403,8 +404,8 @@ def _in_order(values: list[Label], task: Task, labels: LabelConfig) -> list[Labe
         return values
     if len(values[0]) != len(task.names):
         raise UserError(
-            f"--label-column {labels.label_column}: {len(values[0])} numbers a row, and the model answers"
-            f" {len(task.names)}: {listed(task.names)}; name a column for each"
+            f"--label-column {labels.label_column}: {len(values[0])} numbers a row, and the model"
+            f" answers {len(task.names)}: {listed(task.names)}; name a column for each"
         )
     if sorted(labels.columns) != sorted(task.names):
         return values
@@ -413,7 +414,7 @@ def _in_order(values: list[Label], task: Task, labels: LabelConfig) -> list[Labe
 
 
 def _known_labels(split: str, values: list[Label], task: Task, complaint: str) -> list[Label]:
-    """Return labels as the task names them. Raises UserError, naming the row, for an unknown one."""
+    """Return labels as the task names them; raise UserError, naming the row, for an unknown one."""
     if task.kind == REGRESSION:
         return values
     known = set(task.names)
@@ -455,8 +456,8 @@ def _check_names(splits: Splits, texts: TextConfig, labels: LabelConfig) -> None
     both = [column for column in texts.columns if column in labels.columns]
     if both:
         raise UserError(
-            f"--text-column {both[0]}: --label-column names the same column; a text can't be its own"
-            " label, so name two columns"
+            f"--text-column {both[0]}: --label-column names the same column; a text can't be its"
+            " own label, so name two columns"
         )
     for split, rows in splits.items():
         for flag, columns in (("--text-column", texts.columns), ("--label-column", labels.columns)):
@@ -467,7 +468,7 @@ def _check_names(splits: Splits, texts: TextConfig, labels: LabelConfig) -> None
 
 
 def _check_texts(rows: datasets.Dataset, texts: TextConfig, source: str) -> None:
-    """Raise UserError, naming `source` and the row, unless each row has its text, or both of a pair."""
+    """Raise UserError, naming `source` and row, unless each row has its text, or both of a pair."""
     for column in texts.columns:
         reading.require_column(rows.column_names, column, source=source, flag="--text-column")
     if texts.text_mode != JOIN:
@@ -504,7 +505,7 @@ def _with_labels(
 
 
 def _row_numbers(rows: datasets.Dataset) -> np.ndarray:
-    """Return the number of each row (N): from 1, or where bad rows were left out, as its file has it."""
+    """Return the number of each row (N): from 1, or as in its file where bad rows were left out."""
     has_numbers = reading.ROW in rows.column_names
     return np.asarray(rows[reading.ROW][:]) if has_numbers else np.arange(1, len(rows) + 1)
 
@@ -539,8 +540,8 @@ def stratified_cut(
     if task_of_rows(rows).kind != SINGLE:
         if len(rows) < 2 * size:
             raise UserError(
-                f"can't cut {purpose} of {size} rows from {len(rows)}; add rows, or supply the split, for"
-                " example as a folder with train.csv, validation.csv and test.csv"
+                f"can't cut {purpose} of {size} rows from {len(rows)}; add rows, or supply the"
+                " split, for example as a folder with train.csv, validation.csv and test.csv"
             )
         is_part = np.zeros(len(rows), bool)
         is_part[_one_of_each_stretch(strata(rows), size, seed=seed)] = True
@@ -555,8 +556,8 @@ def stratified_cut(
         name = rows.features["label"].names[present[counts.argmin()]]
         raise UserError(
             f"can't cut {purpose} of {size} rows from {len(rows)} with every class in both parts:"
-            f" class {quoted(name)} has {counts.min()}; add rows of it, or supply the split, for example"
-            " as a folder with train.csv, validation.csv and test.csv"
+            f" class {quoted(name)} has {counts.min()}; add rows of it, or supply the split, for"
+            " example as a folder with train.csv, validation.csv and test.csv"
         ) from error
     return _take(rows, rest), _take(rows, part)
 
@@ -582,8 +583,8 @@ def sample(rows: datasets.Dataset, size: int | None, *, seed: int, flag: str) ->
 
 
 def strata(rows: datasets.Dataset) -> np.ndarray:
-    """Return a number for each row (N), in whose order rows with like labels are together: that of its
-    class, or of its rarest label, so that this one is shared out evenly; or its first number.
+    """Return a number for each row (N), in whose order rows with like labels are together: that of
+    its class, or of its rarest label, so that this one is shared out evenly; or its first number.
     """
     task, cells = task_of_rows(rows), rows["label"][:]
     if task.kind == SINGLE:
@@ -635,8 +636,8 @@ def count_shared_texts(splits: Splits) -> dict[str, int]:
 def describe_marks(
     splits: Splits, tokenizer: PreTrainedTokenizerBase | Tokenizer, tokens: TokenConfig
 ) -> str:
-    """Return a line on the texts that hold tokens with which the tokenizer marks beginnings, ends and
-    padding, and what becomes of these; "" if there are none.
+    """Return a line on the texts that hold tokens with which the tokenizer marks beginnings, ends
+    and padding, and what becomes of these; "" if there are none.
     """
     marks = [token for role, token in tokenizer.special_tokens_map.items() if role in MARKS]
     found = [
@@ -692,8 +693,8 @@ def cut_chunks(num_tokens: int, size: int, truncation: str) -> list[np.ndarray]:
 
 
 def cut_pair(first: int, second: int, size: int, truncation: str) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return the chunks of a pair of texts of so many tokens, together at most `size`: the positions in
-    each of the two.
+    """Return the chunks of a pair of texts of so many tokens, together at most `size`: the
+    positions in each of the two.
 
     The longer text is cut first, until both are equally long. With `chunks`, the longer one is read
     in chunks, each beside the shorter text, of which at most half a chunk is read.
@@ -725,17 +726,11 @@ def encode(
     Each cell is a list of chunks. A chunk stands between the special tokens and has at most
     `max_length` tokens including them. Three more columns count tokens, special tokens included:
     `chunk_lengths`; `num_tokens`, the length of the whole text; and `num_read`, how many of these
-    are in any chunk. With `hides_special`, what a text holds of the tokens that mark beginnings, ends
-    and padding becomes the unknown token.
+    are in any chunk. With `hides_special`, what a text holds of the tokens that mark beginnings,
+    ends and padding becomes the unknown token.
     """
-    whole = tokenizer(
-        texts,
-        text_pair=pairs,
-        truncation=False,
-        padding=False,
-        return_special_tokens_mask=True,
-        verbose=False,
-    )
+    options: dict[str, Any] = {"truncation": False, "padding": False, "verbose": False}
+    whole = tokenizer(texts, text_pair=pairs, return_special_tokens_mask=True, **options)
     # the collator makes the attention mask
     names = [name for name in whole if name not in ("attention_mask", "special_tokens_mask")]
     counts = ("chunk_lengths", "num_tokens", "num_read")
@@ -759,8 +754,8 @@ def encode(
 def _hide_special(
     ids: list[list[int]], masks: list[list[int]], tokenizer: PreTrainedTokenizerBase | Tokenizer
 ) -> None:
-    """Put the unknown token in the place of marks within texts, given their ids and which of these are
-    around them. Without an unknown token that is no mark itself, they stay.
+    """Put the unknown token in the place of marks within texts, given their ids and which of these
+    are around them. Without an unknown token that is no mark itself, they stay.
     """
     special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids))
     roles = tokenizer.special_tokens_map
@@ -776,7 +771,7 @@ def _hide_special(
 
 
 def _chunks_of_text(mask: list[int], max_length: int, truncation: str) -> list[np.ndarray]:
-    """Return the positions of the tokens of each chunk of a text, given which of them are special."""
+    """Return the positions of each chunk's tokens in a text, given which tokens are special."""
     # positions: the text from `first` up to `last`, special tokens before and after it
     words = np.flatnonzero(np.asarray(mask) == 0)
     first, last = (words[0], words[-1] + 1) if len(words) else (len(mask), len(mask))
@@ -805,22 +800,14 @@ def tokenize(
 ) -> datasets.Dataset:
     """Return the rows with the columns of `encode`.
 
-    The result is cached as a memory-mapped Arrow file under the SHA-256 of texts, labels, class
-    names, tokenizer, length and truncation, which is its fingerprint too. The file name also has
-    the version of `datasets`, because one version may not read what another wrote.
+    The result is cached as a memory-mapped Arrow file under the SHA-256 of all that it depends on,
+    its fingerprint too, and the version of `datasets`: one may not read what another wrote.
     """
     import datasets
 
     what_it_does = f"{tokenizer_json(tokenizer)} {max_length} {truncation} {HEAD_SHARE} {OVERLAP}"
     what_it_does += f" {MARKS}" if hides_special else ""
-    digest = hashlib.sha256(what_it_does.encode())
-    # the values of a label are numbers: its names are what they mean
-    for feature in rows.features.values():
-        digest.update(f"{feature}\0".encode())
-    for name in rows.column_names:  # labels and row numbers are in the file as well
-        for value in rows[name][:]:
-            digest.update(f"{value}\0".encode())
-    key = digest.hexdigest()
+    key = _sha256_of_rows(rows, what_it_does)
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "tokenized"
     folder.mkdir(parents=True, exist_ok=True)
     cached = folder / f"{key}-{FORMAT}-{datasets.__version__}.arrow"
@@ -842,6 +829,18 @@ def tokenize(
     if not _proof_of(cached).exists():
         replace_file(_proof_of(cached), f"{sha256(cached)}\n")
     return _as_dataset(tokenized)
+
+
+def _sha256_of_rows(rows: datasets.Dataset, what_is_done: str) -> str:
+    """Return the SHA-256 of rows, and of what is done to them, in hexadecimal."""
+    digest = hashlib.sha256(what_is_done.encode())
+    # the values of a label are numbers: its names are what they mean
+    for feature in rows.features.values():
+        digest.update(f"{feature}\0".encode())
+    for name in rows.column_names:  # labels and row numbers are in the file as well
+        for value in rows[name][:]:
+            digest.update(f"{value}\0".encode())
+    return digest.hexdigest()
 
 
 def _proof_of(cached: Path) -> Path:

@@ -39,7 +39,8 @@ def evaluate(
     temperature: float = 1.0,
     signals: StopSignals | None = None,
 ) -> tuple[dict, torch.Tensor]:
-    """Return the scores of a model on a tokenised split, and its logits (N, C), divided by a temperature.
+    """Return the scores of a model on a tokenised split, and its
+    logits (N, C), divided by a temperature.
 
     The scores are those of `compute_scores`, the other arguments those of `predict_logits`.
     """
@@ -74,12 +75,9 @@ def predict_logits(
     lengths = rows["chunk_lengths"][:]
     all_batches = batching.evaluation_batches(lengths, batch_size=batch_size)
     batches = all_batches[runtime.rank :: runtime.world_size]
-    is_own = isinstance(model, BertClassifier)  # not transformers'
-    num_classes = model.classifier.out_features if is_own else model.config.num_labels or 0
-    sums = torch.zeros(len(rows), num_classes, device=runtime.device)  # (N, C)
+    sums = torch.zeros(len(rows), num_outputs(model), device=runtime.device)  # (N, C)
     counts = torch.zeros(len(rows), dtype=torch.int64, device=runtime.device)  # (N), chunks scored
-    is_gpu = runtime.device.type == "cuda"
-    loader = batching.batch_loader(rows, batches, tokenizer, pin_memory=is_gpu)
+    loader = batching.batch_loader(rows, batches, tokenizer, pin_memory=runtime.device.type == "cuda")
     with batching.explain_out_of_memory(
         f"--eval-batch-size {batch_size}: a batch does not fit into memory; use less"
     ):
@@ -87,14 +85,8 @@ def predict_logits(
         for picks, batch in zip(batches, bar):
             if signals is not None:
                 signals.check()
-            batch = {name: tensor.to(runtime.device, non_blocking=True) for name, tensor in batch.items()}
-            numbers = torch.tensor([pick.row for pick in picks], device=runtime.device)  # (B)
-            row_of_chunk = numbers[batch.pop("text_of_chunk")]  # (K)
-            for name in ("labels", "row"):
-                batch.pop(name, None)
-            with runtime.autocast():
-                logits = model(**batch).logits  # (K, C)
-            sums.index_add_(0, row_of_chunk, logits.float())
+            row_of_chunk, logits = _logits_of_chunks(model, batch, picks, runtime)  # (K), (K, C)
+            sums.index_add_(0, row_of_chunk, logits)
             counts.index_add_(0, row_of_chunk, torch.ones_like(row_of_chunk))
     most_batches = -(-len(all_batches) // runtime.world_size)
     if signals is not None and len(batches) < most_batches:
@@ -104,9 +96,33 @@ def predict_logits(
     return (sums / counts.unsqueeze(1)).cpu()
 
 
+def num_outputs(model: PreTrainedModel | BertClassifier) -> int:
+    """Return how many classes, labels or numbers a model answers with."""
+    if isinstance(model, BertClassifier):  # our own, not transformers'
+        return model.classifier.out_features
+    return model.config.num_labels or 0
+
+
+def _logits_of_chunks(
+    model: PreTrainedModel | BertClassifier,
+    batch: dict[str, torch.Tensor],
+    picks: list[batching.Pick],
+    runtime: Runtime,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the row that each chunk of a batch belongs to (K), and its logits (K, C) in fp32."""
+    batch = {name: tensor.to(runtime.device, non_blocking=True) for name, tensor in batch.items()}
+    numbers = torch.tensor([pick.row for pick in picks], device=runtime.device)  # (B)
+    row_of_chunk = numbers[batch.pop("text_of_chunk")]  # (K)
+    for name in ("labels", "row"):
+        batch.pop(name, None)
+    with runtime.autocast():
+        logits = model(**batch).logits
+    return row_of_chunk, logits.float()
+
+
 def is_better(scores: dict, best: dict | None, metric: str) -> bool:
-    """Tell whether an evaluation beats the best one so far: not on a tie, and never with a NaN. One whose
-    score is undefined, and left out, is better than none and worse than any other.
+    """Tell whether an evaluation beats the best one so far: not on a tie, and never with a NaN. One
+    whose score is undefined, and left out, is better than none and worse than any other.
     """
     if metric not in scores:
         return best is None
@@ -128,8 +144,8 @@ def predict_texts(
     scoring: Scoring = Scoring(),  # noqa: B008  (frozen)
     temperature: float = 1.0,
 ) -> Iterator[dict]:
-    """Yield an answer for each text, or pair of texts, in order: a dict with its `row` (from 1), and what
-    `answer` says. Logits are divided by `temperature`.
+    """Yield an answer for each text, or pair of texts, in order: a dict with its `row` (from 1),
+    and what `answer` says. Logits are divided by `temperature`.
     """
     task = task_of_model(model)
     for start in range(0, len(texts), PREDICT_BLOCK):
@@ -150,8 +166,8 @@ def predict_texts(
 
 
 def answer(task: Task, scores: list[float], scoring: Scoring) -> dict:
-    """Return what the scores (C) of a text say: `scores` by name, and before it the best `label` with
-    its `confidence`, or those `labels` whose probability reaches its threshold.
+    """Return what the scores (C) of a text say: `scores` by name, and before it the best `label`
+    with its `confidence`, or those `labels` whose probability reaches its threshold.
     """
     rounded = dict(zip(task.names, (round(score, 6) for score in scores)))
     if task.kind == REGRESSION:

@@ -1,5 +1,5 @@
-"""What is wrong with the rows of a data set, found in one look: rows that can't be used, by kind; texts
-that are alike in several rows; classes that are rare.
+"""What is wrong with the rows of a data set, found in one look: rows that can't be used, by kind;
+texts that are alike in several rows; classes that are rare.
 
 The rows that can't even be read are collected by `common/reading.py`. Here are those whose text or
 label can't be used. `clean` leaves both out.
@@ -53,8 +53,8 @@ RARE = 10  # texts of a class in training, below which it is said
 def clean(
     splits: Splits, texts: TextConfig, labels: LabelConfig, faults: list[Fault], trained: Task | None
 ) -> tuple[Splits, LabelConfig]:
-    """Return the splits without the rows whose text or label can't be used, which are added to `faults`,
-    and the labels with the task that the other rows have.
+    """Return the splits without the rows whose text or label can't be used, which are added to
+    `faults`, and the labels with the task that the other rows have.
 
     The columns must be there. Labels of other splits must occur in training, or be those of the
     task of a `trained` model.
@@ -82,7 +82,7 @@ def clean(
 
 
 def has_labels(rows: datasets.Dataset, labels: LabelConfig) -> bool:
-    """Tell whether any row of a split has a label: that of a competition has none, or -1 in each."""
+    """Tell whether any row of a split has a label: in competitions none has, or -1 in each."""
     present = [column for column in labels.columns if column in rows.column_names]
     if len(present) < len(labels.columns):
         return False
@@ -97,8 +97,8 @@ def has_labels(rows: datasets.Dataset, labels: LabelConfig) -> bool:
 
 
 def _kind(rows: datasets.Dataset, labels: LabelConfig) -> Kind:
-    """Return the task of labels some of which may be wrong: that of those that are alike in nearly all
-    rows.
+    """Return the task of labels some of which may be wrong: that of those
+    that are alike in nearly all rows.
     """
     if labels.task != "auto" or any(reading.kind(rows, column) in LISTS for column in labels.columns):
         return find_kind(rows, labels)
@@ -202,7 +202,7 @@ def _list_problem(cell: list | None, kind: Kind, usual: int) -> str:
 
 
 def _names_of(rows: datasets.Dataset, kind: Kind, labels: LabelConfig) -> list[list[str]] | None:
-    """Return the names of labels in each row (N), None where the names are those of columns or numbers."""
+    """Return the names of labels in each row (N), None where names are of columns or numbers."""
     if kind == REGRESSION or len(labels.columns) > 1:
         return None
     [column] = labels.columns
@@ -296,22 +296,22 @@ def similar_texts(splits: Splits) -> dict[str, list[Row]]:
     return groups
 
 
-# Texts that are nearly alike. They are compared by the pairs of neighbouring words that they hold, as sets:
-# the similarity of two texts is the share of the pairs that both hold among those that any of them holds
-# (Jaccard's). From NEAR on they are shown: of 19 words, one may be another.
+# Texts that are nearly alike. They are compared by the pairs of neighbouring words that they hold,
+# as sets: the similarity of two texts is the share of the pairs that both hold among those that any
+# of them holds (Jaccard's). From NEAR on they are shown: of 19 words, one may be another.
 NEAR = 0.8
-SKETCH = 128  # pairs of words of a text that are looked at: those with the lowest hashes, a random sample
+SKETCH = 128  # pairs of words that are looked at in a text: those with the lowest hashes, at random
 MOST_COMPARED = 200_000  # texts: 100,000 of 120 words took a minute and 600 MB
 HASHES = 2**31 - 1  # different ones
-NEIGHBOURS = 20  # texts that share a pair are compared with so many others that do, which bounds the work
+NEIGHBOURS = 20  # so many of the texts that share a pair are compared, which bounds the work
 SHINGLE_BLOCK = 2000  # texts whose pairs of words are in memory at the same time
 # each Han character and each kana is a word: nothing parts the words of Chinese and Japanese
 WORD = r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+"
 
 
 def word_pairs(texts: Sequence[str]) -> scipy.sparse.csr_array:
-    """Return which pairs of neighbouring words, by their hashes, each text holds: a sparse matrix with a
-    row for each text and at most SKETCH ones in it, those of its lowest hashes.
+    """Return which pairs of neighbouring words, by their hashes, each text holds: a sparse matrix
+    with a row for each text and at most SKETCH ones in it, those of its lowest hashes.
     """
     import scipy.sparse
     from sklearn.feature_extraction.text import HashingVectorizer
@@ -341,13 +341,14 @@ def word_pairs(texts: Sequence[str]) -> scipy.sparse.csr_array:
 
 
 def nearly_alike(texts: Sequence[str]) -> list[tuple[int, int, float]]:
-    """Return pairs of texts (N) that share at least NEAR of their pairs of words, each as two numbers of
-    texts and their similarity, the most similar first.
+    """Return pairs of texts (N) that share at least NEAR of their pairs of words, each as two
+    numbers of texts and their similarity, the most similar first.
 
-    Of texts with at most SKETCH pairs the similarity is exact; of others it is that of a random sample.
-    Two such texts share one of their rarest pairs (Bayardo et al. 2007, "Scaling up all pairs similarity
-    search"): only texts that do are compared. Where more than NEIGHBOURS share one, each is compared with
-    that many, so that the work grows with the number of texts and not with its square.
+    Of texts with at most SKETCH pairs the similarity is exact; of others it is that of a
+    random sample. Two such texts share one of their rarest pairs (Bayardo et al. 2007,
+    "Scaling up all pairs similarity search"): only texts that do are compared. Where more than
+    NEIGHBOURS share one, each is compared with that many, so that the work grows with the
+    number of texts and not with its square.
     """
     sketches = word_pairs(texts)
     lengths = np.diff(sketches.indptr)  # (N)
@@ -362,8 +363,8 @@ def nearly_alike(texts: Sequence[str]) -> list[tuple[int, int, float]]:
 
 
 def _share_a_rare_pair(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Return the pairs of texts (P, 2) that share one of their rarest values: of the values of all texts in
-    their order, and how many each text has (N).
+    """Return the pairs of texts (P, 2) that share one of their rarest values: of the values of all
+    texts in their order, and how many each text has (N).
     """
     texts = np.repeat(np.arange(len(lengths)), lengths)
     _, numbers, counts = np.unique(values, return_inverse=True, return_counts=True)
@@ -387,7 +388,7 @@ def _share_a_rare_pair(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 
 def _similarity(sketches: scipy.sparse.csr_array, pairs: np.ndarray) -> np.ndarray:
-    """Return the similarity of each pair of texts (P, 2), from the hashes up to which both are complete."""
+    """Return the similarity (P) of pairs of texts (P, 2), by hashes that both sketches cover."""
     first, second = pairs.T
     matrix: Any = sketches
     shared = matrix[first].multiply(matrix[second]).astype(np.int64).sum(axis=1)
@@ -442,7 +443,7 @@ def near_lines(groups: dict[str, list[Row]], task: Task) -> list[str]:
 
 
 def describe(splits: Splits) -> str:
-    """Return what else is to be known of labelled splits: alike texts, contradictions, rare classes."""
+    """Return what else to know of labelled splits: alike texts, contradictions, rare classes."""
     from common.training.data import near_equal_names
 
     task = task_of_rows(splits["train"])
@@ -477,8 +478,8 @@ def describe(splits: Splits) -> str:
             shown = ", ".join(f"{quoted(name)} {count}" for name, count in list(rare.items())[:SHOWN_GROUPS])
             more = ", ..." if len(rare) > SHOWN_GROUPS else ""
             lines.append(
-                f"classes with fewer than {RARE} texts in training: {shown}{more}; --drop-rare {RARE} leaves"
-                " them out, --merge-rare NAME makes one class of them"
+                f"classes with fewer than {RARE} texts in training: {shown}{more}; --drop-rare"
+                f" {RARE} leaves them out, --merge-rare NAME makes one class of them"
             )
     return "\n".join(lines) or "nothing: no alike texts, no contradictions, no rare classes"
 
@@ -500,8 +501,8 @@ def _label(label: Any, task: Task) -> str:
 
 
 def without_rare(splits: Splits, least: int | None, name: str | None) -> tuple[Splits, list[str]]:
-    """Return the splits without the classes that have fewer than `least` texts in training (None: RARE),
-    or with one class `name` in their place; and these classes.
+    """Return the splits without the classes that have fewer than `least` texts in training (None:
+    RARE), or with one class `name` in their place; and these classes.
 
     Raises UserError for another task than one class of several, and when one class is left.
     """

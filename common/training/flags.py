@@ -252,15 +252,11 @@ def add_score_flags(parser: cli.Parser) -> None:
         metavar="SCORE",
         help="validation score that tells which weights are best; on ties, the earliest are: loss; of one"
         " class accuracy, macro_f1, micro_f1, weighted_f1, binary_f1, matthews, roc_auc,"
-        " average_precision; of labels also subset_accuracy, label_accuracy; of numbers rmse, mae, pearson,"
-        " spearman",
+        " average_precision; of labels also subset_accuracy, label_accuracy; of numbers rmse, mae,"
+        " pearson, spearman",
     )
-    flag(
-        "--positive-class",
-        type=cli.name,
-        metavar="NAME",
-        help="class whose F1 is binary_f1 (default: of two classes the second in their order)",
-    )
+    positive = "class whose F1 is binary_f1 (default: of two classes the second in their order)"
+    flag("--positive-class", type=cli.name, metavar="NAME", help=positive)
     flag(
         "--threshold",
         type=threshold,
@@ -268,18 +264,10 @@ def add_score_flags(parser: cli.Parser) -> None:
         help="probability from which on a text has a label: a number, or auto: for each label the one with"
         " the highest F1 on the validation split (default: 0.5; for a saved model, as it was scored)",
     )
-    flag(
-        "--eval-every",
-        type=count,
-        metavar="STEPS",
-        help="evaluate after every so many optimizer steps too, not only after each epoch",
-    )
-    flag(
-        "--early-stopping-patience",
-        type=count,
-        metavar="N",
-        help="stop after N evaluations in a row that were no better than the best",
-    )
+    every = "evaluate after every so many optimizer steps too, not only after each epoch"
+    flag("--eval-every", type=count, metavar="STEPS", help=every)
+    patience = "stop after N evaluations in a row that were no better than the best"
+    flag("--early-stopping-patience", type=count, metavar="N", help=patience)
     flag(
         "--calibrate",
         action="store_true",
@@ -334,12 +322,8 @@ def add_run_flags(parser: cli.Parser) -> None:
     """Add the flags that stop and resume a run."""
     flag = parser.add_argument_group("stopping and resuming").add_argument
     count = cli.positive_int
-    flag(
-        "--save-every",
-        type=count,
-        metavar="STEPS",
-        help="write a checkpoint after every so many optimizer steps, not only after each epoch",
-    )
+    every = "write a checkpoint after every so many optimizer steps, not only after each epoch"
+    flag("--save-every", type=count, metavar="STEPS", help=every)
     flag(
         "--max-minutes",
         type=cli.positive_duration,
@@ -480,8 +464,8 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 def check_hub_flags(args: argparse.Namespace) -> None:
-    """Raise UserError for a revision of what does not come from the Hub, and for a tokenizer that can be
-    none.
+    """Raise UserError for a revision of what does not come from the Hub,
+    and for a tokenizer that can be none.
     """
     for name, flag, value in (
         (args.model, "--revision", args.revision),
@@ -584,8 +568,8 @@ def settings_of(args: argparse.Namespace) -> dict:
 
 
 def commits_of(args: argparse.Namespace) -> dict[str, str]:
-    """Return the commits of model and data that come from the Hub, by the flags that name them: a branch
-    may mean another one when the run is resumed.
+    """Return the commits of model and data that come from the Hub, by the flags that name them: a
+    branch may mean another one when the run is resumed.
     """
     commits = {
         "revision": sources.hub_commit(
@@ -599,8 +583,8 @@ def commits_of(args: argparse.Namespace) -> dict[str, str]:
 
 
 def what_is_read(args: argparse.Namespace) -> str | None:
-    """Return the names of the model and of the texts, to be shown while the libraries are loaded; None
-    if none is needed.
+    """Return the names of the model and of the texts, to be shown while the libraries
+    are loaded; None if none is needed.
     """
     if needs_no_model(args):
         return None

@@ -70,8 +70,8 @@ def show_faults(found: Found) -> None:
 
 
 def split_table(splits: Splits) -> str:
-    """Return the number of texts of each class or label in each split as a table, of more than 30 only
-    of the 20 rarest; of numbers their range.
+    """Return the number of texts of each class or label in each split as a table, of more than 30
+    only of the 20 rarest; of numbers their range.
     """
     task = task_of_rows(splits["train"])
     if task.kind == REGRESSION:

@@ -1,8 +1,8 @@
 """The metrics of classes, labels and numbers.
 
-They are those of scikit-learn and scipy. Accuracy and macro-F1 are metrics of the `evaluate` library,
-which adds up batches and combines metrics. They are defined here because `evaluate.load("accuracy")`
-downloads a Python script and runs it.
+They are those of scikit-learn and scipy. Accuracy and macro-F1 are metrics of the `evaluate`
+library, which adds up batches and combines metrics. They are defined here because
+`evaluate.load("accuracy")` downloads a Python script and runs it.
 
 A score that is not defined, such as the area under a curve for a class that no text has, is left
 out. In the letters of the shapes: N texts, C classes, labels or numbers.
@@ -75,7 +75,8 @@ def compute_scores(task: Task, logits: torch.Tensor, targets: torch.Tensor, scor
 def class_scores(
     logits: torch.Tensor, labels: torch.Tensor, names: tuple[str, ...], positive_class: str | None = None
 ) -> dict:
-    """Return the scores of logits (N, C) against the numbers of classes (N), `per_class`, `confusion`.
+    """Return the scores of logits (N, C) against the numbers of
+    classes (N), `per_class`, `confusion`.
 
     `loss` is the mean cross-entropy. Of two classes, `binary_f1`, `roc_auc` and
     `average_precision` are those of the positive class; of more, the latter two are means over the
@@ -145,10 +146,7 @@ def label_scores(
     (texts with the label), missed and false_alarms (texts).
     """
     probabilities, truth = logits.sigmoid().numpy(), targets.numpy() > 0.5
-    if threshold == "auto":
-        thresholds = best_thresholds(probabilities, truth)
-    else:
-        thresholds = np.broadcast_to(np.asarray(threshold, float), truth.shape[1:])
+    thresholds = chosen_thresholds(threshold, probabilities, truth)
     predicted = probabilities >= thresholds
     hits, support = (truth & predicted).sum(axis=0), truth.sum(axis=0)  # (C)
     false_alarms = (predicted & ~truth).sum(axis=0)
@@ -184,10 +182,19 @@ def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     return np.where(whole > 0, part / np.maximum(whole, 1), 0.0)
 
 
+def chosen_thresholds(
+    threshold: float | tuple[float, ...] | Literal["auto"], probabilities: np.ndarray, truth: np.ndarray
+) -> np.ndarray:
+    """Return the threshold of each label (C): one for all, one of each, or the best ones."""
+    if threshold == "auto":
+        return best_thresholds(probabilities, truth)
+    return np.broadcast_to(np.asarray(threshold, float), truth.shape[1:])
+
+
 def best_thresholds(probabilities: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Return for each label the threshold (C) of the highest F1 on texts with probabilities and truth
-    (N, C): in the middle between two probabilities; of equally good ones the nearest to 0.5, which
-    it is too for a label that all or no texts have.
+    """Return for each label the threshold (C) of the highest F1 on texts with probabilities and
+    truth (N, C): in the middle between two probabilities; of equally good ones the nearest to 0.5,
+    which it is too for a label that all or no texts have.
     """
     return np.array([_best_threshold(column, true) for column, true in zip(probabilities.T, truth.T)])
 
@@ -216,9 +223,9 @@ def number_scores(outputs: torch.Tensor, targets: torch.Tensor) -> dict:
     """Return the scores of outputs (N, C) against targets (N, C): means over the C numbers, and
     `per_number`, lists of length C.
 
-    `loss` is the mean squared error, `rmse` the root of that of each number, `mae` the mean absolute
-    error; `pearson` and `spearman` are correlations, which are undefined (None) where all outputs or
-    all targets are equal.
+    `loss` is the mean squared error, `rmse` the root of that of each number, `mae` the mean
+    absolute error; `pearson` and `spearman` are correlations, which are undefined (None) where all
+    outputs or all targets are equal.
     """
     answers, truth = outputs.numpy(), targets.numpy()
     errors = answers - truth

@@ -1,5 +1,5 @@
-"""The file of predictions: JSON lines, CSV or Parquet, written block by block beside its name and moved
-to it when it is complete, so that a prediction that was killed can go on.
+"""The file of predictions: JSON lines, CSV or Parquet, written block by block beside its name and
+moved to it when it is complete, so that a prediction that was killed can go on.
 
 Importing it is quick: `check_output` is called before PyTorch is loaded.
 """
@@ -187,8 +187,8 @@ def _read_state(output: Path, identity: dict) -> dict:
     changed = [key for key in {**before, **identity} if before.get(key) != identity.get(key)]
     if changed:
         raise UserError(
-            f"--output {output}: its part was written with another {', '.join(sorted(changed))}; use the same"
-            f" again, or remove {path.name}"
+            f"--output {output}: its part was written with another {', '.join(sorted(changed))};"
+            f" use the same again, or remove {path.name}"
         )
     if not is_whole or size < state["bytes"]:
         raise damaged

@@ -153,8 +153,8 @@ def epoch_table(epochs: list[dict], task: Task, best_metric: str, style: str = "
 
 
 def score_lines(scores: dict, predictions: Predictions) -> str:
-    """Return all scores with their intervals in two lines: first those that the screen shows of each
-    evaluation and the loss, then the others.
+    """Return all scores with their intervals in two lines: first those that the screen shows of
+    each evaluation and the loss, then the others.
     """
     task, intervals = predictions.task, predictions.intervals
     first = [*HEADLINES[task.kind], "loss"]
@@ -207,7 +207,7 @@ ANSWER_COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
 
 
 def thresholds_of(scores: dict) -> list[float] | None:
-    """Return the thresholds (C) of the labels with which scores were computed; None for other tasks."""
+    """Return the thresholds (C) with which labels were scored; None for other tasks."""
     return scores.get("per_class", {}).get("threshold")
 
 
@@ -311,7 +311,7 @@ class Predictions:
         return is_right if self.task.kind == SINGLE else is_right.all(dim=1)
 
     def errors(self) -> torch.Tensor:
-        """Return by how much the numbers of each text (N) are wrong: the root of their mean square."""
+        """Return the error of each text (N): the root of the mean square of its numbers' errors."""
         return (self.scores - self.labels).square().mean(dim=1).sqrt()
 
     def true(self, number: int) -> str:
@@ -330,8 +330,8 @@ class Predictions:
         return ", ".join(f"{value:.4g}" for value in values.tolist())
 
     def examples(self, *, right: bool, most: int = NUM_SHOWN, style: str = "simple") -> str:
-        """Return at most `most` texts with a right (or wrong) answer, over the split, as a table; of
-        numbers those with the smallest (or largest) errors.
+        """Return at most `most` texts with a right (or wrong) answer, over the split, as a table;
+        of numbers those with the smallest (or largest) errors.
 
         Returns "none" when there are none.
         """
@@ -361,8 +361,8 @@ class Predictions:
         return tabulate(rows, headers, tablefmt=style, floatfmt=".3f", disable_numparse=[0, 1, 2])
 
     def _certainty(self) -> torch.Tensor:
-        """Return the last number of each example (N): the confidence in a class, or in the least certain
-        of the decisions about labels; or the error of a number.
+        """Return the last number of each example (N): the confidence in a class, or in the least
+        certain of the decisions about labels; or the error of a number.
         """
         if self.task.kind == REGRESSION:
             return self.errors()
@@ -401,8 +401,8 @@ class Predictions:
         return self.right()[chosen].double().mean().item()
 
     def write_csv(self, path: Path) -> None:
-        """Write one line per row: its number in the source, the classes, labels (separated by a bar) or
-        numbers, the scores, the text.
+        """Write one line per row: its number in the source, the classes, labels (separated by a
+        bar) or numbers, the scores, the text.
         """
         with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
@@ -482,7 +482,7 @@ class Outcome:
         }
 
     def _calibration(self) -> dict[str, float]:
-        """Return the error of the probabilities, and without the temperature too, if there is one."""
+        """Return the error of the probabilities, also without the temperature if there is one."""
         if self.predictions.task.kind == REGRESSION:
             return {}
         found = {"test_calibration_error": calibration_error(self.predictions.reliability())}
@@ -505,8 +505,8 @@ def log_outcome(log: Log, outcome: Outcome) -> None:
 
 
 def answer_picture(scores: dict, predictions: Predictions, *, title: str) -> Figure:
-    """Return the picture of all answers on a split: a confusion matrix of classes; texts found, missed
-    and falsely reported of each label; predicted over true numbers.
+    """Return the picture of all answers on a split: a confusion matrix of classes; texts found,
+    missed and falsely reported of each label; predicted over true numbers.
     """
     from common import figures
 
@@ -558,11 +558,6 @@ def _headline(outcome: Outcome) -> str:
 def _report_text(outcome: Outcome) -> str:
     settings, results, predictions = outcome.settings, outcome.results, outcome.predictions
     task, best_metric = predictions.task, settings["best_metric"]
-    shown = [key for key in settings if key not in ("identity", "versions")]
-    described = _settings_table([(f"`{key}`", _cell(settings[key])) for key in shown], "setting", "value")
-    packages = _settings_table(settings["versions"].items(), "package", "version")
-    picture, description = PICTURES[task.kind]
-    answers = {SINGLE: "Classes", MULTI: "Labels", REGRESSION: "Numbers"}[task.kind]
     right, wrong = EXAMPLES[task.kind]
     return f"""# {_cell(settings["model"])} on {_cell(settings["dataset"])}
 
@@ -577,15 +572,7 @@ the best by validation {words(best_metric, task)}. Seed {settings["seed"]}.
 {epoch_table(outcome.history, task, best_metric, "github")}
 
 ![Losses and validation scores of each epoch](learning_curve.png)
-
-## {answers} of the test split
-
-{_score_table(outcome)}
-
-{answer_table(outcome.scores, task, "github")}
-
-![{description}]({picture})
-{_calibration_section(outcome)}
+{_answers_section(outcome)}{_calibration_section(outcome)}
 ## By length
 
 A text is read up to {settings["eval_max_length"]} tokens; of a longer one,
@@ -602,12 +589,35 @@ A text is read up to {settings["eval_max_length"]} tokens; of a longer one,
 {predictions.examples(right=False, style="github")}
 
 Every row of the test split is in [predictions.csv](predictions.csv).
+{_settings_section(settings)}"""
 
+
+def _answers_section(outcome: Outcome) -> str:
+    """Return the section of the report on each class, label or number."""
+    task = outcome.predictions.task
+    called = {SINGLE: "Classes", MULTI: "Labels", REGRESSION: "Numbers"}[task.kind]
+    picture, description = PICTURES[task.kind]
+    return f"""
+## {called} of the test split
+
+{_score_table(outcome)}
+
+{answer_table(outcome.scores, task, "github")}
+
+![{description}]({picture})
+"""
+
+
+def _settings_section(settings: dict) -> str:
+    """Return the section of the report on the flags and the versions of the packages."""
+    shown = [key for key in settings if key not in ("identity", "versions")]
+    described = [(f"`{key}`", _cell(settings[key])) for key in shown]
+    return f"""
 ## Settings
 
-{described}
+{_settings_table(described, "setting", "value")}
 
-{packages}
+{_settings_table(settings["versions"].items(), "package", "version")}
 """
 
 
@@ -685,13 +695,7 @@ def write_card(folder: Path, outcome: Outcome, splits: Splits) -> None:
 
 
 def _card_text(outcome: Outcome, splits: Splits) -> str:
-    settings, results, predictions = outcome.settings, outcome.results, outcome.predictions
-    task = predictions.task
-    values = {
-        f"`{key}`": unset if settings[key] is None else _cell(settings[key])
-        for key, unset in CARD_SETTINGS.items()
-    }
-    shown = _settings_table([*values.items(), *settings["versions"].items()], "setting", "value")
+    settings, task = outcome.settings, outcome.predictions.task
     title, purpose = _title(task)
     return f"""---
 library_name: transformers
@@ -702,7 +706,7 @@ pipeline_tag: text-classification
 # {title}
 
 {_code(_public(settings["model"]))}, fine-tuned on {_code(_public(settings["dataset"]))} to {purpose}
-{_listed(predictions.names)}.
+{_listed(list(task.names))}.
 
 ```python
 from transformers import pipeline
@@ -712,30 +716,45 @@ print(classify({_example_call(task, is_pair="text_pair" in splits["test"].column
 ```
 
 {_answers(task, outcome.scores)}{_about_temperature(outcome)}
-
-## Results
-
-On {len(predictions.labels):,} texts of the test split, {_novelty(splits)}:
-{_score_table(outcome)}
-{_sentence(certainty_line(predictions))} The weights are those after epoch {results["best_epoch"]:g},
-the best by validation {words(settings["best_metric"], task)}.
-
-{answer_table(outcome.scores, task, "github")}
-
-{predictions.length_table(settings["eval_max_length"], "github")}
-
-## Training
-
-{len(splits["train"]):,} texts for training, {len(splits["validation"]):,} for validation.
-
-{shown}
-
+{_card_results(outcome, splits)}{_card_training(outcome, splits)}
 ## Limits
 
 The scores hold for texts like those of the data set. A text beyond {settings["eval_max_length"]} tokens was
 read in scoring by `--truncation {settings["truncation"]}`; the pipeline above reads its beginning only.
 Biases of the pretrained model and of the labels were not examined. Licence: that of the pretrained model and
 the data allow; see both before passing this on.
+"""
+
+
+def _card_results(outcome: Outcome, splits: Splits) -> str:
+    settings, predictions = outcome.settings, outcome.predictions
+    return f"""
+## Results
+
+On {len(predictions.labels):,} texts of the test split, {_novelty(splits)}:
+{_score_table(outcome)}
+{_sentence(certainty_line(predictions))} The weights are those after epoch {outcome.best["epoch"]:g},
+the best by validation {words(settings["best_metric"], predictions.task)}.
+
+{answer_table(outcome.scores, predictions.task, "github")}
+
+{predictions.length_table(settings["eval_max_length"], "github")}
+"""
+
+
+def _card_training(outcome: Outcome, splits: Splits) -> str:
+    settings = outcome.settings
+    values = {
+        f"`{key}`": unset if settings[key] is None else _cell(settings[key])
+        for key, unset in CARD_SETTINGS.items()
+    }
+    shown = _settings_table([*values.items(), *settings["versions"].items()], "setting", "value")
+    return f"""
+## Training
+
+{len(splits["train"]):,} texts for training, {len(splits["validation"]):,} for validation.
+
+{shown}
 """
 
 
@@ -772,8 +791,8 @@ def _about_temperature(outcome: Outcome) -> str:
         return ""
     return (
         f" Probabilities are calibrated: `--predict` divides the logits by the temperature"
-        f" {outcome.temperature:.4f} (in `training.json`), fitted on the validation split. The pipeline does"
-        " not: its best class is the same, its score another."
+        f" {outcome.temperature:.4f} (in `training.json`), fitted on the validation split. The"
+        " pipeline does not: its best class is the same, its score another."
     )
 
 
@@ -817,8 +836,8 @@ def show(scores: dict, predictions: Predictions, max_length: int, runtime: Runti
 
 
 def log_scores(log: Log, step: int, split: str, scores: dict, predictions: Predictions) -> None:
-    """Write a split's scores to the run's log as curves, also those of each class, label or number, and
-    the picture of its answers.
+    """Write a split's scores to the run's log as curves, also those of each class, label or number,
+    and the picture of its answers.
     """
     task = predictions.task
     values = {f"{split}/{name}": scores[name] for name in SCORES[task.kind] if name in scores}

@@ -1,8 +1,8 @@
 """The scores of a split that is drawn again and again: what their intervals, and the tests of a
 difference between two runs, are made of.
 
-A resample is a row of whole numbers (N), how often it has each text, and all scores are computed for
-many of them at once. They are those of common/training/metrics.py on the texts of the resample.
+A resample is a row of whole numbers (N), how often it has each text, and all scores are computed
+for many of them at once. They are those of common/training/metrics.py on the texts of the resample.
 NumPy and SciPy are all that this takes, so that runs are compared without PyTorch.
 
 In the letters of the shapes: R resamples, N texts, C classes, labels or numbers.
@@ -28,8 +28,9 @@ Statistics: TypeAlias = "Callable[[np.ndarray], dict[str, np.ndarray]]"  # (R, N
 class Answers:
     """What is true of the texts of a split, and what a model says.
 
-    `truth` and `predicted` are numbers of classes (N), or for each label whether a text has it (N, C),
-    or numbers (N, C). `probabilities` (N, C) and `losses` (N) are None where nothing is known of them.
+    `truth` and `predicted` are numbers of classes (N), or for each label whether a
+    text has it (N, C), or numbers (N, C). `probabilities` (N, C) and `losses` (N) are
+    None where nothing is known of them.
     """
 
     kind: Kind
@@ -154,8 +155,8 @@ def number_statistics(answers: Answers) -> Statistics:
 def area_statistics(
     weights: np.ndarray, probabilities: np.ndarray, is_true: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Return the areas under the ROC curve and under precision over recall: means over those columns
-    of (N, C) in which a resample has both yes and no.
+    """Return the areas under the ROC curve and under precision over recall: means over those
+    columns of (N, C) in which a resample has both yes and no.
     """
     columns = [_areas(weights, *pair) for pair in zip(probabilities.T, is_true.T)]
     roc, precision = zip(*columns)

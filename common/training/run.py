@@ -1,5 +1,5 @@
-"""A run before PyTorch is loaded: which of its flags may change, where it lies, and whether it can be
-continued.
+"""A run before PyTorch is loaded: which of its flags may change, where it
+lies, and whether it can be continued.
 
 Nothing here takes time to import, so that the script can answer mistakes at once.
 """
@@ -69,7 +69,7 @@ STUDY = "study.json"  # of several runs: their flags
 # the only file that a run leaves behind when it is killed at its very beginning
 UNFINISHED_CONFIG = re.compile(r"config\.json\.\d+")
 CHECKPOINTS, CHECKPOINT_PREFIX, STATE = "checkpoints", "step-", "state.json"
-PARTS = (STATE, "model.safetensors", "optimizer.safetensors")  # and those of each process, and best/
+PARTS = (STATE, "model.safetensors", "optimizer.safetensors")  # and each process's, and best/
 # the names that we give; `.old` is the only copy after a kill while a checkpoint was replaced
 OWN_NAME = re.compile(rf"{CHECKPOINT_PREFIX}(\d{{8,}})(\.old)?")
 # files of a checkpoint up to this size are read in a first look at it, larger ones only measured
@@ -117,14 +117,14 @@ NO_FLAGS = ("output_dir", "device", "precision", "max_minutes")
 
 
 def check_text_columns(columns: str, mode: str | None) -> None:
-    """Raise UserError unless it is said what several columns of texts are, and there are as many as that
-    takes.
+    """Raise UserError unless it is said what several columns of texts are,
+    and there are as many as that takes.
     """
     count = columns.count(",") + 1
     if mode is None and count > 1:
         raise UserError(
-            f"--text-column {columns}: say with --text-mode pair that two texts are read together, or with"
-            " --text-mode join that they are one text"
+            f"--text-column {columns}: say with --text-mode pair that two texts are read together,"
+            " or with --text-mode join that they are one text"
         )
     if (mode == PAIR and count != 2) or (mode == JOIN and count < 2):
         wanted = "two columns" if mode == PAIR else "several columns"
@@ -132,8 +132,8 @@ def check_text_columns(columns: str, mode: str | None) -> None:
 
 
 def check_task(kind: Kind, flags: Mapping[str, Any], names: Sequence[str] = ()) -> None:
-    """Raise UserError for a flag that has no meaning in a task, the `names` of whose answers are known as
-    soon as the data is.
+    """Raise UserError for a flag that has no meaning in a task, the `names` of whose answers are
+    known as soon as the data is.
     """
     best_metric = flags["best_metric"]
     if best_metric not in SCORES[kind]:
@@ -382,7 +382,7 @@ def state_problem(path: Path) -> str | None:
 
 
 def _is_evaluation(entry: object) -> bool:
-    """Tell whether a value is an entry of the history, with the scores that are compared and shown."""
+    """Tell whether a value is an entry of the history with all scores that are shown."""
     names = ("epoch", "step", "train_loss", "loss", "examples_per_second")
     return isinstance(entry, dict) and all(is_like(entry.get(name), 0.0) for name in names)
 
@@ -417,8 +417,8 @@ def read_config(run_folder: Path) -> dict:
 
 
 def resumed_flags(given: Mapping[str, Any]) -> tuple[str | None, dict[str, object]]:
-    """Return the value of --resume for the flags that are given, None for a new run, and the flags of
-    the run that it continues.
+    """Return the value of --resume for the flags that are given, None for a new run, and the flags
+    of the run that it continues.
 
     With --resume-or-start it is the run in --output-dir, if there is one. Raises UserError when
     flags contradict each other, and when the run's config.json is damaged.
@@ -459,8 +459,8 @@ def finished_runs(names: Sequence[str]) -> list[Path]:
 
 
 def saved_flags(output_dir: str | None, resume: str) -> dict[str, object]:
-    """Return the flags of the run, or of the study, that `--resume` and `--output-dir` name, {} where
-    there is none, which `locate_run` says. Raises UserError when its config.json is damaged.
+    """Return the flags of the run, or of the study, that `--resume` and `--output-dir` name, {}
+    where there is none, which `locate_run` says. Raises UserError when its config.json is damaged.
     """
     run = _named_run(output_dir, resume)
     if run is None or not any((run.folder / name).is_file() for name in (CONFIG, STUDY)):
@@ -506,8 +506,8 @@ def require_same_flags(run: RunLocation, flags: Mapping[str, object]) -> None:
 
 
 def compare_flags(path: Path, written: dict, flags: Mapping[str, object]) -> None:
-    """Raise UserError unless the identity that is `written` in `path` is that of these flags; one that
-    was not given (None) is not compared.
+    """Raise UserError unless the identity that is `written` in `path` is that of these flags; one
+    that was not given (None) is not compared.
     """
     now = {name: value for name, value in identity_of_flags(flags).items() if value not in LEFT_OPEN}
     before = written.get("identity", {})

@@ -46,7 +46,8 @@ from common.training.run import (
 if TYPE_CHECKING:
     from common.intervals import Spread
 
-# flags that a grid can't vary: those that belong to the study, and the seed, which has a flag of its own
+# flags that a grid can't vary: those that belong to the study, and the
+# seed, which has a flag of its own
 NOT_IN_GRIDS = ("output_dir", "seed", "seeds", "grid", "keep", "keep_after", "max_minutes", "cache_dir")
 STOPPED = (129, 130, 143)  # exit codes of a run that a signal has stopped
 TABLES = ("runs.csv", "study.csv", "study.tex")
@@ -88,7 +89,7 @@ class OneOrSeveral(argparse.Action):
 
 
 def grid_axis(text: str) -> str:
-    """Parse FLAG=a,b: a flag without its dashes, or with them, and the values that it is to have."""
+    """Parse FLAG=a,b: a flag, with or without its dashes, and the values that it is to have."""
     name, _, values = text.removeprefix("--").partition("=")
     if not name or not all(value.strip() for value in values.split(",")):
         raise argparse.ArgumentTypeError(f"{text!r}: write a flag and its values, as in batch-size=8,16")
@@ -135,7 +136,7 @@ def make_plan(
 def _plan_runs(
     parser: cli.Parser, folder: Path, given: dict[str, Any], axes: dict[str, list[str]], seeds: list[int]
 ) -> Iterator[Planned]:
-    """Yield a run for each combination of the values, the last axis changing first, and each seed."""
+    """Yield a run for each combination of values, the last axis changing first, and each seed."""
     base = {flag: value for flag, value in given.items() if flag not in {*axes, "seeds", "grid"}}
     for values in itertools.product(*axes.values()):
         setting = dict(zip(axes, values))
@@ -187,13 +188,13 @@ def _as_flags(parser: cli.Parser, setting: dict[str, str]) -> list[str]:
 
 
 def _require_same_study(study: Study, axes: dict[str, list[str]]) -> None:
-    """Raise UserError, naming what differs, when a study is continued with other flags; more seeds and
-    more values of an axis are welcome.
+    """Raise UserError, naming what differs, when a study is continued with other flags; more seeds
+    and more values of an axis are welcome.
     """
     if not (study.folder / STUDY).is_file():
         raise UserError(
-            f"--resume: {study.folder} holds no study; leave --resume out to start one, or --seeds, --grid"
-            " and all but one --lr to continue a run"
+            f"--resume: {study.folder} holds no study; leave --resume out to start one, or --seeds,"
+            " --grid and all but one --lr to continue a run"
         )
     before = read_study(study.folder)
     varying = {*axes, "seeds", "grid", "lr"}
@@ -211,8 +212,8 @@ def _require_same_study(study: Study, axes: dict[str, list[str]]) -> None:
 
 
 def gpus(device: str) -> list[str]:
-    """Return the names of the GPUs on which runs can go on at the same time, as CUDA_VISIBLE_DEVICES
-    names them: those that it lists, else those that nvidia-smi finds.
+    """Return the names of the GPUs on which runs can go on at the same time, as
+    CUDA_VISIBLE_DEVICES names them: those that it lists, else those that nvidia-smi finds.
     """
     if device not in ("auto", "cuda"):
         return []
@@ -235,8 +236,8 @@ class Runner:
         self.received: int | None = None
 
     def run_all(self) -> None:
-        """Run what is not finished. Raises Interrupted when a signal or the time limit ends it before,
-        and UserError when a run failed before it began.
+        """Run what is not finished. Raises Interrupted when a signal or the time limit ends it
+        before, and UserError when a run failed before it began.
         """
         waiting = []
         for run in self.study.runs:
@@ -336,7 +337,7 @@ class Runner:
 
 
 def _end_with_parent() -> None:
-    """Let a run save and stop when the process of its study is killed, where the system can do that."""
+    """Let a run save and stop when its study's process is killed, where the system can."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGTERM)
 
@@ -365,8 +366,8 @@ def run_study(study: Study, script: Path, *, device: str, max_minutes: float | N
     if runner.failed:
         names = "; ".join(f"{name} (exit code {code})" for name, code in runner.failed.items())
         raise UserError(
-            f"{len(runner.failed)} of {len(study.runs)} runs failed: {shorten(names, 200)}; --resume"
-            f" {study.folder} tries them again"
+            f"{len(runner.failed)} of {len(study.runs)} runs failed: {shorten(names, 200)};"
+            f" --resume {study.folder} tries them again"
         )
 
 
@@ -476,7 +477,7 @@ def latex_table(headers: list[str], rows: list[list[str]]) -> str:
 def _write_tables(
     folder: Path, lines: list[Line], runs: list[Planned], results: list[dict[str, Any]], latex: str
 ) -> None:
-    """Write runs.csv (a line for each run), study.csv (one for each setting and result), study.tex."""
+    """Write runs.csv (a line per run), study.csv (one per setting and result) and study.tex."""
     axes = list(lines[0].setting)
     numbers = [name for name, value in results[0].items() if isinstance(value, int | float)]
     with open(folder / TABLES[0], "w", newline="", encoding="utf-8") as file:

@@ -1,9 +1,9 @@
 """What a model is asked about a text: one class of several, any number of labels, or numbers.
 
 These are the three problems that transformers calls `single_label_classification`,
-`multi_label_classification` and `regression`. Here is what differs between them: how the labels of a
-file are read, the target that the loss compares with the logits, the loss, and its weights. The loop
-in train_classifier.py is the same for all three.
+`multi_label_classification` and `regression`. Here is what differs between them: how the labels of
+a file are read, the target that the loss compares with the logits, the loss, and its weights. The
+loop in train_classifier.py is the same for all three.
 
 In the letters of the shapes: B texts in a batch, N in a split, C classes, labels or numbers.
 """
@@ -41,10 +41,11 @@ PROBLEM_TYPES: dict[Kind, str] = {
 }
 # labels that are whole numbers, if need be with decimals that say nothing; 007 is a name
 WHOLE = re.compile(r"-?(0|[1-9]\d*)(\.0+)?")
-DECIMAL = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")  # 1e-05, as pandas writes a small one
+DECIMAL = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")  # 1e-05, as pandas writes it
 MOST_DECIMALS = 20  # different numbers with decimals that may be the names of classes
 FLAGS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
-# lists of so many zeros and ones each hold one number for each label; shorter ones could be two labels
+# lists of so many zeros and ones each hold one number for each label;
+# shorter ones could be two labels
 LEAST_FLAGS = 3
 LISTS = ("List", "LargeList")  # kinds of columns
 # of a class: its name; of labels: the names of those that a text has; of numbers: all of them
@@ -74,7 +75,7 @@ class Task:
         return f"{count:,} {one if count == 1 else several}"
 
     def feature(self) -> Any:
-        """Return the type of the column `label` of a split, from which `task_of_rows` reads the task."""
+        """Return the type of a split's column `label`, from which `task_of_rows` reads the task."""
         import datasets
 
         if self.kind == REGRESSION:
@@ -83,8 +84,8 @@ class Task:
         return classes if self.kind == SINGLE else datasets.List(classes)
 
     def cells(self, labels: Sequence[Any]) -> list[Any]:
-        """Return labels (N), whose names are known ones, as the column `label` holds them: the number of
-        a class, those of several labels, or number by name.
+        """Return labels (N), whose names are known ones, as the column `label` holds them: the
+        number of a class, those of several labels, or number by name.
         """
         if self.kind == REGRESSION:
             return [dict(zip(self.names, numbers)) for numbers in labels]
@@ -108,13 +109,14 @@ class Task:
         return IGNORED_CLASS if self.kind == SINGLE else [math.nan] * len(self.names)
 
     def targets(self, cells: Iterable[Any]) -> torch.Tensor:
-        """Return the targets of a column `label`: (N) whole numbers, or (N, C) in double precision."""
+        """Return the targets of a column `label`: whole numbers (N), or fp64 (N, C)."""
         values = [self.target(cell) for cell in cells]
         return torch.tensor(values, dtype=torch.int64 if self.kind == SINGLE else torch.float64)
 
     def scores(self, logits: torch.Tensor) -> torch.Tensor:
-        """Return what logits (N, C) mean, as `pipeline` does: the probability of each class, that of each
-        label (in double precision, in which thresholds are chosen), or the numbers themselves.
+        """Return what logits (N, C) mean, as `pipeline` does: the probability of each
+        class, that of each label (in double precision, in which thresholds are
+        chosen), or the numbers themselves.
         """
         if self.kind == REGRESSION:
             return logits
@@ -126,8 +128,8 @@ class Scoring:
     """What scores depend on beside logits and targets; the fields are named as their flags."""
 
     positive_class: str | None = None  # None: of two classes the second
-    # from which probability on a text has a label: one number for all labels, one for each, or "auto":
-    # those with the highest F1 on the texts that are scored
+    # from which probability on a text has a label: one number for all labels, one for each, or
+    # "auto": those with the highest F1 on the texts that are scored
     threshold: float | tuple[float, ...] | Literal["auto"] = 0.5
 
 
@@ -168,8 +170,8 @@ def sum_losses(
 
 
 def count_targets(targets: torch.Tensor, class_weights: torch.Tensor | None) -> tuple[int, float]:
-    """Return how many texts count among targets (B) or (B, C), and by what the sum of their losses is
-    divided to be a mean.
+    """Return how many texts count among targets (B) or (B, C), and by what the sum of
+    their losses is divided to be a mean.
 
     Of classes that is their number, or the sum of their weights (C). Of labels and numbers it is
     the number of texts times C, whatever the weights of the labels: as in PyTorch, these weigh the
@@ -185,7 +187,8 @@ def count_targets(targets: torch.Tensor, class_weights: torch.Tensor | None) -> 
 
 
 def balanced_weights(task: Task, targets: torch.Tensor) -> torch.Tensor:
-    """Return weights (C), fp32, that make up for rare classes or labels, from targets (N) or (N, C).
+    """Return weights (C), fp32, that make up for rare classes or
+    labels, from targets (N) or (N, C).
 
     Of classes they are scikit-learn's "balanced" ones: the fewer rows a class has, the higher; 0
     without any. Of a label it is what its yes weighs against its no, the number of texts without
@@ -250,8 +253,8 @@ def find_kind(rows: datasets.Dataset, config: LabelConfig) -> Kind:
 
 
 def _are_decimals(labels: Iterable[str | None]) -> bool:
-    """Return whether labels are numbers of which not all are whole, each written in one way: 1.1 beside
-    1.10 are names, as versions have them.
+    """Return whether labels are numbers of which not all are whole, each written in one way: 1.1
+    beside 1.10 are names, as versions have them.
     """
     different = {label for label in labels if label}
     if not all(map(DECIMAL.fullmatch, different)):
@@ -261,8 +264,8 @@ def _are_decimals(labels: Iterable[str | None]) -> bool:
 
 
 def are_few(labels: Sequence[Any]) -> bool:
-    """Return whether labels (N) repeat themselves as those of classes do: where nearly each row has its
-    own, these are scores.
+    """Return whether labels (N) repeat themselves as those of classes do: where nearly each row has
+    its own, these are scores.
     """
     different = {label for label in labels if label is not None}
     return len(different) <= MOST_DECIMALS and 2 * len(different) <= len(labels)
@@ -273,8 +276,8 @@ def _is_yes_or_no(values: Sequence[str | None]) -> bool:
 
 
 def _are_flags(values: Sequence[list | None]) -> bool:
-    """Return whether lists hold a 0 or 1 for each label: as many in each, and none is a list of names,
-    in which no name comes twice.
+    """Return whether lists hold a 0 or 1 for each label: as many in each, and none is a list of
+    names, in which no name comes twice.
     """
     lengths = {len(value) for value in values if value is not None}
     is_long = len(lengths) == 1 and lengths.pop() >= LEAST_FLAGS
@@ -282,7 +285,7 @@ def _are_flags(values: Sequence[list | None]) -> bool:
 
 
 def cells_as_names(rows: datasets.Dataset, column: str) -> list[str | None]:
-    """Return the cells of a column of strings, numbers or classes as strings, None for a missing one."""
+    """Return the cells of a column (strings, numbers, classes) as strings, None where missing."""
     import datasets
 
     feature, values = rows.features[column], rows[column][:]
@@ -293,8 +296,8 @@ def cells_as_names(rows: datasets.Dataset, column: str) -> list[str | None]:
 
 
 def read_labels(split: str, rows: datasets.Dataset, kind: Kind, config: LabelConfig) -> list[Label]:
-    """Return the label of each row (N). Raises UserError, naming split and row, for one that is missing
-    or of another kind.
+    """Return the label of each row (N). Raises UserError, naming split and row, for one that is
+    missing or of another kind.
     """
     if kind == SINGLE:
         return read_classes(split, rows, config.label_column)
@@ -309,8 +312,8 @@ def read_classes(split: str, rows: datasets.Dataset, column: str) -> list[str]:
 
     if "," in column:
         raise UserError(
-            f"--label-column {column}: a text has one class (--task single), so name one column; --task multi"
-            " or regression takes several"
+            f"--label-column {column}: a text has one class (--task single), so name one column;"
+            " --task multi or regression takes several"
         )
     feature, values = rows.features[column], rows[column][:]
     if isinstance(feature, datasets.ClassLabel):
@@ -348,7 +351,8 @@ def _missing(split: str, row: int, column: str) -> UserError:
 
 
 def read_numbers(split: str, rows: datasets.Dataset, columns: Sequence[str]) -> list[list[float]]:
-    """Return the numbers of each row (N, C): those of its columns, or of the list in its only column.
+    """Return the numbers of each row (N, C): those of its columns, or
+    of the list in its only column.
 
     Raises UserError for one that is missing, no number or not finite, and for lists that differ in
     length.
@@ -375,14 +379,14 @@ def _number(value: str | float | None, split: str, row: int, column: str) -> flo
         raise _missing(split, row, column)
     if not is_number(value):
         raise UserError(
-            f"split {split}, row {row}: the label {quoted(str(value))} in column {column!r} is no number, but"
-            " --task regression needs one; correct the row, or choose another --task"
+            f"split {split}, row {row}: the label {quoted(str(value))} in column {column!r} is no"
+            " number, but --task regression needs one; correct the row, or choose another --task"
         )
     return float(value)
 
 
 def is_number(value: Any) -> bool:
-    """Tell whether a label is a finite number, not so large that its square, the loss, would be infinite."""
+    """Tell whether a label is a number whose square, the loss, is finite."""
     try:
         return abs(float(value)) < 1e18
     except (TypeError, ValueError):
@@ -438,8 +442,8 @@ def _listed_labels(split: str, rows: datasets.Dataset, column: str) -> list[list
     kind = getattr(item, "dtype", type(item).__name__)
     if not re.fullmatch(r"(large_)?string|u?int\d+|null", kind):
         raise UserError(
-            f"split {split}: column {column!r} holds lists of {kind}, but labels are strings or whole"
-            " numbers; name the right one with --label-column, or choose another --task"
+            f"split {split}: column {column!r} holds lists of {kind}, but labels are strings or"
+            " whole numbers; name the right one with --label-column, or choose another --task"
         )
     return [[str(name) for name in cell] for cell in cells]
 
@@ -450,8 +454,8 @@ def _listed_labels(split: str, rows: datasets.Dataset, column: str) -> list[list
 def label_names(
     rows: datasets.Dataset, kind: Kind, labels: Sequence[Label], config: LabelConfig
 ) -> list[str]:
-    """Return the names of the answers that the labels (N) of a training split ask for, in order: those
-    of its columns; those that the data set lists; else strings sorted, and numbers by value.
+    """Return the names of the answers that the labels (N) of a training split ask for, in order:
+    those of its columns; those that the data set lists; else strings sorted, and numbers by value.
 
     Raises UserError when there is nothing to learn.
     """

@@ -128,7 +128,7 @@ class RunLog:
     """Writes a run's numbers, texts and pictures to metrics.jsonl and TensorBoard as they come."""
 
     def __init__(self, folder: Path, settings: dict, resume_at: LogPosition | None = None) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # only runs need it, and it takes a second
+        from torch.utils.tensorboard import SummaryWriter  # takes a second, and only runs need it
 
         for path in folder.iterdir():
             if UNFINISHED_CONFIG.fullmatch(path.name):

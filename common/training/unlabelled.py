@@ -1,5 +1,5 @@
-"""Texts without labels, which are to be predicted: checked first, then read block by block, so that memory
-does not grow with their number.
+"""Texts without labels, which are to be predicted: checked first, then read block by block, so that
+memory does not grow with their number.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from common.sources import FileOptions
 from common.training.faults import NOT_UTF8, text_problem
 
 if TYPE_CHECKING:
+    import datasets
     import pyarrow as pa
 
 NO_PAIR = "the model reads pairs, and the line has no two texts with a tab between"
@@ -60,10 +61,10 @@ def open_texts(
 class Texts:
     """The texts of an open source.
 
-    A data file has them in one of its `columns`, or pairs of them in two; with `join_with` a text is
-    made of all of them. In lines a tab parts the texts of a pair. `kept` are other columns, None for
-    all. Rows whose text can't be used are added to `faults`; where that is None, the first raises
-    UserError.
+    A data file has them in one of its `columns`, or pairs of them in two; with `join_with`
+    a text is made of all of them. In lines a tab parts the texts of a pair. `kept` are
+    other columns, None for all. Rows whose text can't be used are added to `faults`; where
+    that is None, the first raises UserError.
     """
 
     def __init__(
@@ -78,23 +79,12 @@ class Texts:
         cache_dir: str | None,
         faults: list[Fault] | None,
     ) -> None:
-        self.file, self.source, self.columns, self.faults = (
-            file,
-            reading.source_name(name),
-            list(columns),
-            faults,
-        )
+        self.file, self.source, self.faults = file, reading.source_name(name), faults
+        self.columns, self.kept = list(columns), list(kept or [])
         self.is_pair = len(columns) == 2 and join_with is None
-        self.kept: list[str] = list(kept or [])
         self.table: Any = None
         if not reading.is_table(file, name, options):
-            if join_with is not None:
-                raise UserError(
-                    f"{self.source}: --text-mode join needs columns, and it has lines; name a data file"
-                )
-            if kept != []:
-                problem = "its lines have no columns that could be kept"
-                raise UserError(f"{self.source}: {problem}; leave --id-column and --keep-columns out")
+            self._refuse_columns(join_with, kept)
             return
         as_text = [*columns, *([sources.EVERY_COLUMN] if kept is None else kept)]
         rows = reading.read_table(
@@ -107,16 +97,29 @@ class Texts:
             self.kept = [name for name in rows.column_names if name not in (*columns, reading.ROW)]
         for name in self.kept:
             reading.require_column(rows.column_names, name, source=self.source, flag="--keep-columns")
+        self.table = (rows if join_with is None else self._joined(rows, join_with)).with_format("arrow")
+
+    def _refuse_columns(self, join_with: str | None, kept: Sequence[str] | None) -> None:
+        """Raise UserError for flags that name columns: lines have none."""
         if join_with is not None:
-            for column in columns:
-                reading.check_characters(rows.with_format("arrow")[column], f"{self.source}, row", first=1)
-            self.columns = [",".join(columns)]
-            joined = reading.join_cells([rows[column][:] for column in columns], join_with)
-            rows = rows.add_column(self.columns[0], joined)
-        self.table = rows.with_format("arrow")
+            problem = "--text-mode join needs columns, and it has lines"
+            raise UserError(f"{self.source}: {problem}; name a data file")
+        if kept != []:
+            problem = "its lines have no columns that could be kept"
+            raise UserError(f"{self.source}: {problem}; leave --id-column and --keep-columns out")
+
+    def _joined(self, rows: datasets.Dataset, join_with: str) -> datasets.Dataset:
+        """Return the rows with a column more, which holds the texts of all `columns` and is read
+        instead of these.
+        """
+        for column in self.columns:
+            reading.check_characters(rows.with_format("arrow")[column], f"{self.source}, row", first=1)
+        joined = reading.join_cells([rows[column][:] for column in self.columns], join_with)
+        self.columns = [",".join(self.columns)]
+        return cast("datasets.Dataset", rows.add_column(self.columns[0], joined))
 
     def find_faults(self) -> set[int]:
-        """Return the numbers of the texts that can't be used, after looking at all: these are faults."""
+        """Return the numbers of the texts that can't be used, after adding all of them to the faults."""
         bad: set[int] = set()
         for number, text, cell in self._all():
             if number in bad:  # its row is a fault already, for the other text of a pair
@@ -142,8 +145,8 @@ class Texts:
         return hashlib.file_digest(cast(Any, self.file), "sha256").hexdigest()
 
     def check(self) -> set[int]:
-        """Return the numbers of the texts that can't be used; without a list of faults raise UserError for
-        the first.
+        """Return the numbers of the texts that can't be used; without a list of
+        faults raise UserError for the first.
         """
         if self.faults is not None:
             return self.find_faults()
@@ -161,7 +164,7 @@ class Texts:
         return set()
 
     def blocks(self, size: int, *, without: set[int], skipped: int = 0) -> Iterator[TextBlock]:
-        """Yield the texts but those `without` and the first `skipped` of the rest, `size` at a time."""
+        """Yield `size` texts at a time, but those `without` and the first `skipped` of the rest."""
         numbers = (number for number in itertools.count(1) if number not in without)
         if self.table is None:
             lines = enumerate(reading.raw_lines(self.file), start=1)
