@@ -582,7 +582,7 @@ def commits_of(args: argparse.Namespace) -> dict[str, str]:
     return {flag: commit for flag, commit in commits.items() if commit is not None}
 
 
-def what_is_read(args: argparse.Namespace) -> str | None:
+def shown_while_loading(args: argparse.Namespace) -> str | None:
     """Return the names of the model and of the texts, to be shown while the libraries
     are loaded; None if none is needed.
     """
