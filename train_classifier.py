@@ -32,7 +32,14 @@ from common import cli, sources
 from common.errors import Fault, Interrupted, UserError
 from common.sources import FileOptions
 from common.training import flags, predictions, study
-from common.training.flags import commits_of, needs_no_model, plan_study, run_name, settings_of, shown_while_loading
+from common.training.flags import (
+    commits_of,
+    needs_no_model,
+    plan_study,
+    run_name,
+    settings_of,
+    shown_while_loading,
+)
 from common.training.run import JOIN, PAIR, RunLocation, check_task, check_text_columns, finished_runs
 
 

@@ -194,9 +194,7 @@ def read(
     return collection
 
 
-def _read_parts(
-    wanted: list[Wanted], bad: BadRows
-) -> tuple[tuple[Part, ...], list[pa.Table]]:
+def _read_parts(wanted: list[Wanted], bad: BadRows) -> tuple[tuple[Part, ...], list[pa.Table]]:
     """Return what is known of each source, and its rows. A column that holds texts in one of
     them is read as texts from all: 007 and 12 are codes if they stand beside A12.
     """

@@ -474,7 +474,8 @@ def describe(splits: Splits) -> str:
         if found:
             lines.append(f"texts that are alike {what}: {len(found):,}")
             lines += [
-                f"  {_group_line(group, task)}: {shorten(group[0].text, 60)}" for group in found[:SHOWN_GROUPS]
+                f"  {_group_line(group, task)}: {shorten(group[0].text, 60)}"
+                for group in found[:SHOWN_GROUPS]
             ]
             lines += ["  ..."] * (len(found) > SHOWN_GROUPS)
     lines += near_lines(groups, task)
