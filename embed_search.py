@@ -216,19 +216,19 @@ def index(args: argparse.Namespace) -> None:
 
     runtime, screen = start(args)
     source, config = source_of(args), encoder_config(args)
-    id_column, overlap, existing, codes = args.id_column, overlap_of(args), None, ()
+    id_column, overlap, existing, text_columns = args.id_column, overlap_of(args), None, ()
     if (Path(args.index) / MANIFEST).is_file():  # what no flag names stays as the index was made
         manifest = read_manifest(Path(args.index))
         existing = manifest["settings"]
-        # digits in a column of texts are texts
-        codes = [name for name, kind in manifest["columns"].items() if kind == "string"]
+        # where a column holds texts, digits are texts too
+        text_columns = [name for name, kind in manifest["columns"].items() if kind == "string"]
         id_column = id_column or existing["id_column"]
         if overlap is None:
             overlap = existing["chunk_overlap"]
 
     @functools.cache
     def read() -> Collection:
-        return source.read(id_column, as_text=codes)
+        return source.read(id_column, as_text=text_columns)
 
     if runtime.world_size == 1:  # mistakes in the texts are reported before the model is loaded
         read()
@@ -547,7 +547,7 @@ def like(args: argparse.Namespace) -> None:
     """Recommend texts that are similar to one or several, and unlike others; needs no model."""
     from common.search import display, mining
     from common.search.index import known_rows, open_snapshot
-    from common.search.searcher import Page, Searcher, taste
+    from common.search.searcher import Page, Searcher, liked_vector
 
     snapshot = open_snapshot(args.index)
     liked, unliked = ([known_rows(snapshot, key) for key in keys] for keys in (args.ids, args.unlike))
@@ -556,7 +556,7 @@ def like(args: argparse.Namespace) -> None:
     for rows in [*liked, *unliked]:
         allowed[rows] = False
     page = Page(args.top_k, args.offset, args.min_score)
-    hits = Searcher(snapshot, None, allowed).nearest(taste(snapshot, liked, unliked), page.depth)
+    hits = Searcher(snapshot, None, allowed).nearest(liked_vector(snapshot, liked, unliked), page.depth)
     title = f"like {', '.join(args.ids)}" + (f", unlike {', '.join(args.unlike)}" if args.unlike else "")
     screen = display.Screen(as_json=args.json)
     display.show_hits(screen, snapshot, [title], [hits], page, heading="")

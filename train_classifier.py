@@ -32,7 +32,14 @@ from common import cli, sources
 from common.errors import Fault, Interrupted, UserError
 from common.sources import FileOptions
 from common.training import flags, predictions, study
-from common.training.flags import commits_of, needs_no_model, plan_study, run_name, settings_of, what_is_read
+from common.training.flags import (
+    commits_of,
+    needs_no_model,
+    plan_study,
+    run_name,
+    settings_of,
+    shown_while_loading,
+)
 from common.training.run import JOIN, PAIR, RunLocation, check_task, check_text_columns, finished_runs
 
 
@@ -56,7 +63,7 @@ def do_without_model(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     # before the libraries are imported, which takes seconds: help and mistakes are answered at once
-    ARGS = cli.parse(make_parser(), then=what_is_read)
+    ARGS = cli.parse(make_parser(), then=shown_while_loading)
     if needs_no_model(ARGS):
         cli.run_main(do_without_model, ARGS, prog="train_classifier.py")
         sys.exit()
@@ -78,7 +85,7 @@ from common.training import batching, checkpoint, classifier, data, report, trac
 from common.training.batching import BatchConfig, count_examples, pool_chunks, sync_gradients
 from common.training.checkpoint import TIME_IS_UP, Checkpoints, StopSignals, TrainingState
 from common.training.classifier import ModelConfig
-from common.training.data import DataConfig, Found, Splits, TextConfig, TokenConfig
+from common.training.data import DataConfig, DataNotes, Splits, TextConfig, TokenConfig
 from common.training.evaluation import PREDICT_BLOCK, evaluate, is_better, predict_logits, predict_texts
 from common.training.task import LabelConfig, Scoring, Task, balanced_weights, sum_losses, task_of_rows
 
@@ -190,13 +197,13 @@ class Loaded:
     tokenizer: PreTrainedTokenizerBase
     model: PreTrainedModel
     config: TrainConfig
-    found: Found  # what the data holds beside the splits
+    notes: DataNotes  # what else is known of the data
 
 
-def load(args: argparse.Namespace, runtime: Runtime, found: Found | None = None) -> Loaded:
+def load(args: argparse.Namespace, runtime: Runtime, notes: DataNotes | None = None) -> Loaded:
     """Read the data, load tokenizer and model, and tokenise the data."""
-    found = Found() if found is None else found
-    splits = data.load_splits(data_config(args), runtime, found)
+    notes = DataNotes() if notes is None else notes
+    splits = data.load_splits(data_config(args), runtime, notes)
     # what is asked: one class of several, several labels, or numbers; and the names of the answers
     task = task_of_rows(splits["train"])
     check_task(task.kind, vars(args), task.names)
@@ -227,7 +234,7 @@ def load(args: argparse.Namespace, runtime: Runtime, found: Found | None = None)
     if config.max_steps is not None:  # as many epochs as they take, of which the last may be a part
         epochs = math.ceil(config.max_steps / steps_in_epoch(tokenized["train"], config, runtime))
         config = dataclasses.replace(config, epochs=epochs)
-    return Loaded(splits, tokenized, tokenizer, model, config, found)
+    return Loaded(splits, tokenized, tokenizer, model, config, notes)
 
 
 # Optimizer, schedule, loss scaler, DDP ------------------------------------------------------------
@@ -524,7 +531,7 @@ def score_and_keep(
     runtime.say(line)
 
 
-def leave(
+def show_unfinished(
     state: TrainingState, rows: datasets.Dataset, run: Run, config: TrainConfig, runtime: Runtime
 ) -> None:
     """Show the scores of a run whose time is up before its end, and how it is continued.
@@ -573,8 +580,8 @@ def test(loaded: Loaded, state: TrainingState, run: Run, runtime: Runtime) -> No
     runtime.say(f"\nbest epoch {state.best['epoch']}, reloaded and scored on the test split:")
     report.show(scores, outcome.predictions, config.tokens.eval_max_length, runtime)
     answers = []
-    if loaded.found.unlabelled is not None:  # a test split of a competition
-        unlabelled = loaded.found.unlabelled
+    if loaded.notes.unlabelled is not None:  # a test split of a competition
+        unlabelled = loaded.notes.unlabelled
         answers = predict_rows(model, tokenizer, unlabelled, config, scoring, temperature, runtime)
     if runtime.is_main:
         if answers:
@@ -643,8 +650,8 @@ def fit_in(location: RunLocation, args: argparse.Namespace, clock: tracking.Cloc
     loaded = load(args, runtime)
     classifier.require_match(loaded.model, loaded.tokenizer, name=args.model, other=args.tokenizer)
 
-    # the identity of the run: it can only be resumed from checkpoints with the same one
-    # with the defaults that were chosen
+    # a run can only be resumed from checkpoints with its identity: the flags, with the defaults that
+    # were chosen, the model and the data
     chosen = {**dataclasses.asdict(loaded.config.tokens), "task": loaded.config.task.kind}
     flags = {**settings_of(args), **chosen, **commits_of(args)}
     identity = checkpoint.identity(flags, loaded.model, loaded.tokenized, runtime)
@@ -660,7 +667,7 @@ def fit_in(location: RunLocation, args: argparse.Namespace, clock: tracking.Cloc
         checkpoints.restore(start, state)
     log = checkpoints.open_log(flags, state.model, start)
     if args.skip_bad and runtime.is_main:
-        predictions.write_bad_rows(log.folder / "bad-rows.jsonl", loaded.found.faults)
+        predictions.write_bad_rows(log.folder / "bad-rows.jsonl", loaded.notes.faults)
     advice = f"continue with --resume {location.folder}"
     if args.keep == 0:
         advice = f"nothing is saved (--keep 0): --resume {location.folder} starts from the beginning"
@@ -671,7 +678,7 @@ def fit_in(location: RunLocation, args: argparse.Namespace, clock: tracking.Cloc
         if train(state, loaded.tokenized, run, loaded.config, runtime):
             test(loaded, state, run, runtime)
         else:
-            leave(state, loaded.tokenized["validation"], run, loaded.config, runtime)
+            show_unfinished(state, loaded.tokenized["validation"], run, loaded.config, runtime)
     runtime.say(f"time     {tracking.duration(clock.seconds())} in all")
 
 
@@ -824,11 +831,11 @@ def inspect(args: argparse.Namespace, runtime: Runtime) -> None:
     name, other = args.compare_tokenizer, None
     if name is not None:
         other = inspection.load_other_tokenizer(name, cache_dir=args.cache_dir)
-    found = Found()
+    notes = DataNotes()
     try:
-        loaded = load(args, runtime, found)
+        loaded = load(args, runtime, notes)
     finally:  # also where too little is left to go on
-        inspection.show_faults(found)
+        inspection.show_faults(notes)
     inspection.show(
         loaded.splits,
         loaded.tokenized,

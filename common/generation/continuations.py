@@ -35,6 +35,21 @@ class Question:
 
 
 @dataclass(frozen=True)
+class Pair:
+    """A prompt and one of its continuations as tokens."""
+
+    question: int  # its number, from 0
+    text: str  # the continuation
+    ids: list[int]
+    num_before: int  # tokens of the prompt
+
+    @property
+    def num_scored(self) -> int:
+        """The number of tokens of the continuation."""
+        return len(self.ids) - self.num_before
+
+
+@dataclass(frozen=True)
 class Scored:
     """A continuation with its log-probability, a natural logarithm."""
 
@@ -129,33 +144,33 @@ def score(
 
     Raises UserError for a text that does not fit into the model's context.
     """
-    pairs = []  # (question, text, ids, tokens of the prompt)
+    pairs = []
     for number, question in enumerate(questions):
         for which, text in enumerate(question.choices, start=1):
             name = f"prompt {number + 1} with choice {which}"
             prompt, is_chat = (written[number], True) if written else (question.prompt, False)
             ids, num_before = encode_pair(prompt, text, model, name=name, is_written=is_chat)
             check_length(ids, 0, model, name=name)
-            pairs.append((number, text, ids, num_before))
+            pairs.append(Pair(number, text, ids, num_before))
     found: dict[int, Scored] = {}
-    order = sorted(range(len(pairs)), key=lambda place: len(pairs[place][2]))  # little padding
+    order = sorted(range(len(pairs)), key=lambda place: len(pairs[place].ids))  # little padding
     while order:
         chosen, order = order[:batch_size], order[batch_size:]
-        longest = max(len(pairs[place][2]) - pairs[place][3] for place in chosen)
+        longest = max(pairs[place].num_scored for place in chosen)
         fitting = max(1, MOST_LOGITS // (model.vocabulary * (longest + 1)))
         chosen, order = chosen[:fitting], chosen[fitting:] + order
-        batch = decoding.left_pad([pairs[place][2] for place in chosen], model, room=0)
+        batch = decoding.left_pad([pairs[place].ids for place in chosen], model, room=0)
         # from the column before the first token that is scored
         logits = decoding.forward(model, batch, first=0, keep=min(longest + 1, batch.length))
         for place, row in zip(chosen, logits):
-            _, text, ids, num_before = pairs[place]
-            targets = torch.tensor(ids[num_before:], device=row.device)
+            pair = pairs[place]
+            targets = torch.tensor(pair.ids[pair.num_before :], device=row.device)
             predicting = row[-len(targets) - 1 : -1].float().log_softmax(-1)  # (N, V)
             logprob = predicting.gather(-1, targets[:, None]).double().sum().item()
-            found[place] = Scored(text, logprob, len(targets))
+            found[place] = Scored(pair.text, logprob, len(targets))
     result: list[list[Scored]] = [[] for _ in questions]
-    for place, (number, *_) in enumerate(pairs):
-        result[number].append(found[place])
+    for place, pair in enumerate(pairs):
+        result[pair.question].append(found[place])
     return result
 
 

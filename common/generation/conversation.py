@@ -256,7 +256,7 @@ def carry_out(name: str, text: str, chat: Chat, console: Console) -> str | None:
         way_out = "/help lists them (a message may begin with a space)"
         raise UserError(f"{shorten(name, 60)}: no such command; {meant}{way_out}")
     wanted, _ = COMMANDS[name]
-    if text and not wanted or not text and wanted == "FILE":
+    if (text and not wanted) or (not text and wanted == "FILE"):
         raise UserError(f"{name}: write {f'{name} {wanted}'.strip()}")
     if name == "/help":
         for command, (argument, what) in COMMANDS.items():

@@ -40,7 +40,7 @@ from common.search.display import Screen, hit_documents
 from common.search.flags import finite
 from common.search.index import ID, TEXT, known_rows, matching
 from common.search.manifest import Limits
-from common.search.searcher import Page, Searcher, taste
+from common.search.searcher import Page, Searcher, liked_vector
 from common.search.words import LANGUAGES, stop_words
 
 FILES = {"/": ("page.html", "text/html"), "/page.css": ("page.css", "text/css")}
@@ -195,7 +195,7 @@ class ServedIndex:
         rows, allowed = known_rows(self.snapshot, asked.id), self._allowed(asked)
         allowed[rows] = False
         nearest = Searcher(self.snapshot, None, allowed).nearest
-        hits = nearest(taste(self.snapshot, [rows], []), asked.page.depth)
+        hits = nearest(liked_vector(self.snapshot, [rows], []), asked.page.depth)
         return {"id": asked.id, "hits": hit_documents(self.snapshot, asked.page.of(hits)), "notes": []}
 
     def map(self, asked: Asked) -> dict[str, Any]:

@@ -344,7 +344,7 @@ class Searcher:
         return [Hit(hits[number].row, scores[number]) for number in order]
 
 
-def taste(snapshot: Snapshot, liked: list[np.ndarray], unliked: list[np.ndarray]) -> np.ndarray:
+def liked_vector(snapshot: Snapshot, liked: list[np.ndarray], unliked: list[np.ndarray]) -> np.ndarray:
     """Return the vector (width) at norm 1 that is near to liked documents and far from others, each
     given by its rows: twice the mean of the liked ones less the mean of the others, after Rocchio
     (1971), with the weights that Qdrant gives them. A document is the mean of its chunks.

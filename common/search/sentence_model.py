@@ -269,7 +269,8 @@ def is_static(folder: Path) -> bool:
     module is a StaticEmbedding, or, in an older folder, config.json is that of model2vec.
     """
     if (folder / "modules.json").is_file():
-        return _read_list(folder)[0][1] == "StaticEmbedding"
+        _, kind, _ = _read_list(folder)[0]
+        return kind == "StaticEmbedding"
     config = folder / "config.json"
     return config.is_file() and read_settings(config).get("model_type") == "model2vec"
 
@@ -369,10 +370,10 @@ def _read_list(folder: Path) -> list[tuple[str, str, str]]:
     names = [name for name, _, _ in parts]
     if not is_known or names[:1] != ["0"] or len(set(names)) < len(names):
         raise UnknownModel("modules.json")
-    kinds = [kind for _, kind, _ in parts]
+    kinds, first_path = [kind for _, kind, _ in parts], parts[0][2]
     if kinds[0] not in FIRST_MODULES or set(FIRST_MODULES) & set(kinds[1:]):
         raise UnknownModel(f"the modules {', '.join(kinds)}")
-    if kinds[0] == "Transformer" and parts[0][2] != "":
+    if kinds[0] == "Transformer" and first_path != "":
         raise UnknownModel("a transformer in a folder of its own")
     return parts
 

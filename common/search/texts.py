@@ -17,7 +17,7 @@ import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, cast
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
@@ -42,6 +42,16 @@ USUAL_IDS = ("id", "_id")  # the second is that of BEIR and Mongo
 ANY_ID = "id or _id"  # stands for the first of them that is there
 
 
+class Part(NamedTuple):
+    """One of the sources of a collection. `unit` is what a row is there: "line", "row", "file" of a
+    folder, or "text": all of it.
+    """
+
+    first_row: int
+    name: str
+    unit: str
+
+
 @dataclass(frozen=True)
 class Collection:
     """Texts and where they come from. `rows` is an Arrow table: the texts in the column TEXT, and
@@ -50,16 +60,15 @@ class Collection:
 
     name: str
     rows: pa.Table
-    unit: str  # what a row is in the source: "line", "row", "file" of a folder, or "text": all of it
+    unit: str  # as in Part
     bad: dict[int, str]
     id_column: str | None = None
-    # the first row, name and unit of each of several sources
-    parts: tuple[tuple[int, str, str], ...] = ()
+    parts: tuple[Part, ...] = ()  # one for each of several sources
 
     def location(self, row: int) -> str:
         """Return where a row is in its source, for a person."""
-        parts = [part for part in self.parts if part[0] <= row]
-        first, name, unit = parts[-1] if parts else (0, self.name, self.unit)
+        parts = [part for part in self.parts if part.first_row <= row]
+        first, name, unit = parts[-1] if parts else Part(0, self.name, self.unit)
         if unit == "text":
             return name
         if unit == "file":
@@ -176,7 +185,7 @@ def read(
     columns = [column for column in rows.column_names if column != TEXT]
     if id_column == ANY_ID:
         id_column = next((name for name in USUAL_IDS if name in columns), USUAL_IDS[0])
-    collection = Collection(shown, rows, parts[0][2], bad.reasons, id_column, parts)
+    collection = Collection(shown, rows, parts[0].unit, bad.reasons, id_column, parts)
     if id_column is not None:
         reading.require_column(columns, id_column, source=collection.name, flag="--id-column")
     _check_rows(collection, id_column, bad)
@@ -185,11 +194,9 @@ def read(
     return collection
 
 
-def _read_parts(
-    wanted: list[Wanted], bad: BadRows
-) -> tuple[tuple[tuple[int, str, str], ...], list[pa.Table]]:
-    """Return the first row, name and unit of each source, and its rows. A column that holds texts
-    in one of them is read as texts from all: 007 and 12 are codes if they stand beside A12.
+def _read_parts(wanted: list[Wanted], bad: BadRows) -> tuple[tuple[Part, ...], list[pa.Table]]:
+    """Return what is known of each source, and its rows. A column that holds texts in one of
+    them is read as texts from all: 007 and 12 are codes if they stand beside A12.
     """
     while True:
         bad.reasons.clear()
@@ -198,7 +205,7 @@ def _read_parts(
             own = BadRows(bad.skip)
             rows, unit = _read_rows(one, own)
             bad.reasons |= {first + row: reason for row, reason in own.reasons.items()}
-            parts.append((first, reading.source_name(one.name), unit))
+            parts.append(Part(first, reading.source_name(one.name), unit))
             tables.append(rows)
             first += len(rows)
         texts = {field.name for rows in tables for field in rows.schema if pa.types.is_string(field.type)}

@@ -28,6 +28,7 @@ from common.files import replace_file, replace_folder
 from common.runtime import Runtime
 from common.training.data import TokenConfig, name_sha256
 from common.training.run import (
+    DEFAULT_CHUNK_LENGTH,
     DEFAULT_MAX_LENGTH,
     DEFAULT_TRUNCATION,
     MULTI,
@@ -336,10 +337,13 @@ def choose_tokens(
         problem = f"{type(tokenizer).__name__} does not tell which token is of which text"
         raise UserError(f"--text-mode pair: {problem}; join the columns, or use another model")
     choose = functools.partial(choose_max_length, model=model, tokenizer=tokenizer, is_pair=is_pair)
-    length = choose(max_length, DEFAULT_MAX_LENGTH, flag="--max-length")
-    eval_length = choose(eval_max_length, length, flag="--eval-max-length")
+    truncation = truncation or DEFAULT_TRUNCATION
+    default = DEFAULT_CHUNK_LENGTH if truncation == "chunks" else DEFAULT_MAX_LENGTH
+    length = choose(max_length, default, flag="--max-length")
+    eval_default = max_length or DEFAULT_MAX_LENGTH
+    eval_length = choose(eval_max_length, eval_default, flag="--eval-max-length")
     hides_special = is_pair or _reads_ends(model)
-    return TokenConfig(length, eval_length, truncation or DEFAULT_TRUNCATION, hides_special)
+    return TokenConfig(length, eval_length, truncation, hides_special)
 
 
 def _reads_ends(model: PreTrainedModel | bert.BertClassifier) -> bool:

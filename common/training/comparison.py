@@ -237,9 +237,10 @@ def compare(folders: list[Path], output_dir: str | None) -> None:
     tested = [difference for run in runs[1:] for difference in differences(first, run)]
     tables = [(headers, rows)]
     if tested:
-        tables.append(_difference_table(tested))
+        headers, rows = _difference_table(tested)
+        tables.append((headers, rows))
         print(f"\nagainst {first.name}, row by row:")
-        print(tabulate(tables[1][1], tables[1][0], disable_numparse=True))
+        print(tabulate(rows, headers, disable_numparse=True))
     keys = disagreements(runs)
     _show_disagreements(runs, keys)
     if output_dir is not None:

@@ -118,7 +118,7 @@ class DataConfig:
 
 
 @dataclass
-class Found:
+class DataNotes:
     """What a data set holds beside the splits that are trained and scored."""
 
     faults: list[Fault] = field(default_factory=list)  # rows that can't be used
@@ -147,61 +147,61 @@ class TokenConfig:
 # Labelled splits ----------------------------------------------------------------------------------
 
 
-def load_splits(config: DataConfig, runtime: Runtime, found: Found | None = None) -> Splits:
+def load_splits(config: DataConfig, runtime: Runtime, notes: DataNotes | None = None) -> Splits:
     """Return the labelled splits train, validation and test, and print where they come from.
 
-    What else there is, such as the rows that --skip-bad leaves out, is put into `found`. Raises
+    What else there is, such as the rows that --skip-bad leaves out, is put into `notes`. Raises
     UserError as `validate` does.
     """
-    found = Found() if found is None else found
-    faults = found.faults if config.skip_bad else None
+    notes = DataNotes() if notes is None else notes
+    faults = notes.faults if config.skip_bad else None
     wanted = {"train": config.train_split, "validation": config.validation_split, "test": config.test_split}
     source = _read_source(config, faults)
     splits = choose_splits(source, wanted)
-    found.unused = [
+    notes.unused = [
         str(name) for name, rows in source.items() if all(rows is not one for one in splits.values())
     ]
     splits |= _read_split_files(config, faults)
     if "test" in splits and not has_labels(splits["test"], config.labels):
-        found.unlabelled = _unlabelled(splits.pop("test"), config.texts, faults)
+        notes.unlabelled = _unlabelled(splits.pop("test"), config.texts, faults)
     labels = config.labels
     if faults is not None:
         _check_names(splits, config.texts, config.labels)
         splits, labels = clean(splits, config.texts, config.labels, faults, None)
-    splits = found.whole = validate(splits, config.texts, labels)
+    splits = notes.whole = validate(splits, config.texts, labels)
     if config.drop_rare is not None or config.merge_rare is not None:
-        splits, found.rare = without_rare(splits, config.drop_rare, config.merge_rare)
-    splits, found.cut = cut_missing_splits(splits, seed=config.seed)
+        splits, notes.rare = without_rare(splits, config.drop_rare, config.merge_rare)
+    splits, notes.cut = cut_missing_splits(splits, seed=config.seed)
     limits = {"train": config.max_train_samples}
     limits |= dict.fromkeys(("validation", "test"), config.max_eval_samples)
     for split, size in limits.items():
         flag = "--max-train-samples" if split == "train" else "--max-eval-samples"
         splits[split] = sample(splits[split], size, seed=config.seed, flag=flag)
-    runtime.say(describe_splits(splits, config, found))
+    runtime.say(describe_splits(splits, config, notes))
     return splits
 
 
-def describe_splits(splits: Splits, config: DataConfig, found: Found) -> str:
+def describe_splits(splits: Splits, config: DataConfig, notes: DataNotes) -> str:
     """Return what was read in some lines: sizes, task, and whatever a reader should know."""
     sizes = ", ".join(f"{len(rows):,} {split}" for split, rows in splits.items())
     task = task_of_rows(splits["train"])
     how = _how_it_was_found(splits["train"], task) if config.labels.task == "auto" else ""
     about = []
-    if found.unused:
+    if notes.unused:
         advice = "name one with --train-split, --validation-split or --test-split to use it"
-        about.append(f"not used: {listed(found.unused)}; {advice}")
+        about.append(f"not used: {listed(notes.unused)}; {advice}")
     for names in near_equal_names(task.names):
         alike = " and ".join(map(quoted, names))
         about.append(f"{alike} are different classes; if one is meant, correct the labels")
-    if found.faults:
-        about.append(f"{len(found.faults):,} rows can't be used and are left out")
-    if found.unlabelled is not None:
+    if notes.faults:
+        about.append(f"{len(notes.faults):,} rows can't be used and are left out")
+    if notes.unlabelled is not None:
         about.append("the test split has no labels: it is predicted, and not scored")
-    if found.rare:
+    if notes.rare:
         into = "left out" if config.merge_rare is None else f"one class {quoted(config.merge_rare)}"
-        about.append(f"rare classes, {into}: {listed(found.rare)}")
-    if found.cut:
-        names = " and ".join(found.cut)
+        about.append(f"rare classes, {into}: {listed(notes.rare)}")
+    if notes.cut:
+        names = " and ".join(notes.cut)
         about.append(f"{names} cut from train: 10 % each, stratified, with seed {config.seed}")
     for split, count in count_shared_texts(splits).items():
         if count:
@@ -640,7 +640,7 @@ def describe_marks(
     and padding, and what becomes of these; "" if there are none.
     """
     marks = [token for role, token in tokenizer.special_tokens_map.items() if role in MARKS]
-    found = [
+    occurrences = [
         (split, row, mark)
         for split, rows in splits.items()
         for column in ("text", "text_pair")
@@ -649,9 +649,9 @@ def describe_marks(
         for mark in marks
         if mark in text
     ]
-    if not found:
+    if not occurrences:
         return ""
-    count, (split, row, mark) = len({place[:2] for place in found}), found[0]
+    count, (split, row, mark) = len({place[:2] for place in occurrences}), occurrences[0]
     texts = "1 text holds a mark" if count == 1 else f"{count:,} texts hold marks"
     becomes = "the unknown token is read in its place" if tokens.hides_special else "it is read as that"
     return f"{texts} of the tokenizer, as {quoted(mark)} in {split} row {row}: {becomes}"

@@ -12,7 +12,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -43,8 +43,16 @@ if TYPE_CHECKING:
 NOT_UTF8 = "not UTF-8"
 TYPICAL = 0.9  # share of the rows that tells what kind of labels a column has
 SHOWN_ROWS, SHOWN_GROUPS = 5, 10
-Row: TypeAlias = "tuple[str, int, str, Any]"  # its split, number, text and label
 RARE = 10  # texts of a class in training, below which it is said
+
+
+class Row(NamedTuple):
+    """A row of labelled splits; its number is that of its source."""
+
+    split: str
+    number: int
+    text: str
+    label: Any
 
 
 # Rows that can't be used ----------------------------------------------------------------------------
@@ -292,7 +300,7 @@ def similar_texts(splits: Splits) -> dict[str, list[Row]]:
         pairs = rows["text_pair"][:] if "text_pair" in rows.column_names else [""] * len(rows)
         for number, text, pair, label in zip(rows["row"][:], rows["text"][:], pairs, rows["label"][:]):
             key = f"{alike(text)}\0{alike(pair)}" if pair else alike(text)
-            groups.setdefault(key, []).append((split, number, text, label))
+            groups.setdefault(key, []).append(Row(split, number, text, label))
     return groups
 
 
@@ -408,7 +416,7 @@ def _similarity(sketches: scipy.sparse.csr_array, pairs: np.ndarray) -> np.ndarr
 def near_lines(groups: dict[str, list[Row]], task: Task) -> list[str]:
     """Return lines on the texts that are nearly alike, of groups of rows whose texts are alike."""
     # of those, one for each split and label
-    rows = {(key, row[0], str(row[3])): (key, row) for key, group in groups.items() for row in group}
+    rows = {(key, row.split, str(row.label)): (key, row) for key, group in groups.items() for row in group}
     keys, rows = zip(*rows.values())
     if len(keys) > MOST_COMPARED:
         return [f"not looked for: nearly alike texts, because {len(keys):,} are more than {MOST_COMPARED:,}"]
@@ -425,17 +433,17 @@ def near_lines(groups: dict[str, list[Row]], task: Task) -> list[str]:
     contradictory, across, within = kinds.values()
     for pair in found:
         first, second, _ = pair
-        if first[3] != second[3]:
+        if first.label != second.label:
             contradictory.append(pair)
         else:
-            (across if first[0] != second[0] else within).append(pair)
+            (across if first.split != second.split else within).append(pair)
     lines = []
     for what, pairs in kinds.items():
         if pairs:
-            count = len({row[:2] for pair in pairs for row in pair[:2]})
+            count = len({(row.split, row.number) for first, second, _ in pairs for row in (first, second)})
             lines.append(f"texts that are {what}: {count:,}")
             lines += [
-                f"  {_group_line([first, second], task)}: {similarity:.2f} alike: {shorten(first[2], 60)}"
+                f"  {_group_line([first, second], task)}: {similarity:.2f} alike: {shorten(first.text, 60)}"
                 for first, second, similarity in pairs[:SHOWN_GROUPS]
             ]
             lines += ["  ..."] * (len(pairs) > SHOWN_GROUPS)
@@ -455,10 +463,10 @@ def describe(splits: Splits) -> str:
     }
     contradictory, across, within = kinds.values()
     for group in groups.values():
-        if any(row[3] != group[0][3] for row in group):
+        if any(row.label != group[0].label for row in group):
             contradictory.append(group)
         elif len(group) > 1:
-            (across if any(row[0] != group[0][0] for row in group) else within).append(group)
+            (across if any(row.split != group[0].split for row in group) else within).append(group)
     lines = []
     for names in near_equal_names(task.names):
         lines.append(f"nearly the same name: {' and '.join(map(quoted, names))}; if one is meant, correct it")
@@ -466,7 +474,8 @@ def describe(splits: Splits) -> str:
         if found:
             lines.append(f"texts that are alike {what}: {len(found):,}")
             lines += [
-                f"  {_group_line(group, task)}: {shorten(group[0][2], 60)}" for group in found[:SHOWN_GROUPS]
+                f"  {_group_line(group, task)}: {shorten(group[0].text, 60)}"
+                for group in found[:SHOWN_GROUPS]
             ]
             lines += ["  ..."] * (len(found) > SHOWN_GROUPS)
     lines += near_lines(groups, task)

@@ -17,6 +17,7 @@ from common.sources import FileOptions
 from common.training import predictions, study
 from common.training.run import (
     CONFIG,
+    DEFAULT_CHUNK_LENGTH,
     DEFAULT_MAX_LENGTH,
     DEFAULT_TRUNCATION,
     JOIN,
@@ -157,8 +158,17 @@ def add_length_flags(parser: cli.Parser) -> None:
     """Add the flags that say how much of a text is read."""
     flag = parser.add_argument_group("lengths").add_argument
     count = cli.positive_int
-    flag("--max-length", type=count, help=f"tokens read at once in training (default: {DEFAULT_MAX_LENGTH})")
-    flag("--eval-max-length", type=count, help="the same in scoring (default: --max-length)")
+    flag(
+        "--max-length",
+        type=count,
+        help=f"tokens read at once in training (default: {DEFAULT_CHUNK_LENGTH} of chunks, else"
+        f" {DEFAULT_MAX_LENGTH})",
+    )
+    flag(
+        "--eval-max-length",
+        type=count,
+        help=f"the same in scoring (default: --max-length if it is given, else {DEFAULT_MAX_LENGTH})",
+    )
     flag(
         "--truncation",
         choices=TRUNCATIONS,
@@ -582,7 +592,7 @@ def commits_of(args: argparse.Namespace) -> dict[str, str]:
     return {flag: commit for flag, commit in commits.items() if commit is not None}
 
 
-def what_is_read(args: argparse.Namespace) -> str | None:
+def shown_while_loading(args: argparse.Namespace) -> str | None:
     """Return the names of the model and of the texts, to be shown while the libraries
     are loaded; None if none is needed.
     """

@@ -19,7 +19,7 @@ from common.errors import shorten
 from common.training import faults
 from common.training.batching import PaddedBatches, Pick
 from common.training.classifier import count_embeddings, mismatches
-from common.training.data import Found, Splits, TokenConfig
+from common.training.data import DataNotes, Splits, TokenConfig
 from common.training.report import CALLED, MOST_CLASSES, WORST_CLASSES
 from common.training.run import MULTI, REGRESSION
 from common.training.task import Task, task_of_rows
@@ -58,15 +58,15 @@ def show(
     _show_match(model, tokenizer)
 
 
-def show_faults(found: Found) -> None:
+def show_faults(notes: DataNotes) -> None:
     """Print the rows that can't be used by kind, and what else is odd about the others."""
-    if not found.whole and not found.faults:
+    if not notes.whole and not notes.faults:
         return
     print("\nROWS THAT CAN'T BE USED, numbered as in a spreadsheet (--skip-bad leaves them out)")
-    print(faults.fault_table(found.faults) if found.faults else "none")
-    if found.whole:
-        print(f"\nROWS THAT CAN BE USED\n{split_table(found.whole)}")
-        print(f"\nWHAT ELSE IS TO BE KNOWN\n{faults.describe(found.whole)}")
+    print(faults.fault_table(notes.faults) if notes.faults else "none")
+    if notes.whole:
+        print(f"\nROWS THAT CAN BE USED\n{split_table(notes.whole)}")
+        print(f"\nWHAT ELSE IS TO BE KNOWN\n{faults.describe(notes.whole)}")
 
 
 def split_table(splits: Splits) -> str:

@@ -1,16 +1,17 @@
 """What is read of a long text, against the definitions and the tokenizer's own truncation."""
 
+import copy
 import math
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from common.bundled import model_folder
 from common.tokenizer import read_tokenizer
-from common.training import data
+from common.training import classifier, data
 from common.training.run import TRUNCATIONS
 from conftest import make_sentences
 
@@ -128,3 +129,26 @@ def test_a_pair_is_read_alike_by_both_tokenizers(truncation):
     options = {"max_length": 24, "truncation": truncation, "pairs": texts[1]}
     own = data.encode(texts[0], read_tokenizer(folder), **options)
     assert own == data.encode(texts[0], AutoTokenizer.from_pretrained(folder), **options)
+
+
+@pytest.mark.parametrize(
+    "flags, lengths",
+    [
+        ({}, (128, 256)),
+        ({"truncation": "head"}, (256, 256)),
+        ({"max_length": 40}, (40, 40)),
+        ({"max_length": 300, "truncation": "tail"}, (300, 300)),
+        ({"eval_max_length": 64}, (128, 64)),
+        ({"max_length": 40, "eval_max_length": 80}, (40, 80)),
+        ({"positions": 100}, (100, 100)),
+    ],
+)
+def test_how_many_tokens_are_read_at_once(flags, lengths, tokenizer):
+    """In training and in scoring, with what is left to the defaults and to the model."""
+    given = {"max_length": None, "eval_max_length": None, "truncation": None, "positions": 512} | flags
+    size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    config = BertConfig(vocab_size=9, max_position_embeddings=given.pop("positions"), **size)
+    long_tokenizer = copy.copy(tokenizer)
+    long_tokenizer.model_max_length = 512
+    tokens = classifier.choose_tokens(BertForSequenceClassification(config), long_tokenizer, **given)
+    assert (tokens.max_length, tokens.eval_max_length) == lengths
