@@ -371,6 +371,7 @@ def note(parts: dict):
 
 
 def main(flags):
+    os.environ.setdefault("GOMP_SPINCOUNT", generate.GOMP_SPINS)  # the contenders are processes of their own
     installed = importlib.util.find_spec("llama_cpp") is not None
     flags.contenders = flags.contenders or [
         "generate",
