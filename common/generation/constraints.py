@@ -153,7 +153,7 @@ class Forms:
         grammar = LLMatcher.grammar_from_json_schema(dict(schema), {"whitespace_pattern": WHITESPACE})
         return self._grammar("json", grammar, end_ids, "schema", "leave that out")
 
-    def _grammar(self, name: str, grammar: str, end_ids: tuple[int, ...], shown: str, help: str) -> Grammar:
+    def _grammar(self, name: str, grammar: str, end_ids: tuple[int, ...], shown: str, advice: str) -> Grammar:
         from llguidance import LLMatcher
 
         if end_ids not in self.tokenizers:
@@ -165,7 +165,7 @@ class Forms:
         if reason.startswith("NoExtension") or not (has_a_text or reason):
             raise UserError(f"{shown}: no text has this form; correct it")
         if reason:
-            raise UserError(f"{shown}: {reason}; {help}")
+            raise UserError(f"{shown}: {reason}; {advice}")
         return Grammar(name, make_matcher, end_ids, self.language_model.vocabulary)
 
 

@@ -39,8 +39,8 @@ def evaluate(
     temperature: float = 1.0,
     signals: StopSignals | None = None,
 ) -> tuple[dict, torch.Tensor]:
-    """Return the scores of a model on a tokenised split, and its
-    logits (N, C), divided by a temperature.
+    """Return the scores of a model on a tokenised split, and its logits (N, C), divided by a
+    temperature.
 
     The scores are those of `compute_scores`, the other arguments those of `predict_logits`.
     """

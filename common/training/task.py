@@ -44,8 +44,8 @@ WHOLE = re.compile(r"-?(0|[1-9]\d*)(\.0+)?")
 DECIMAL = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")  # 1e-05, as pandas writes it
 MOST_DECIMALS = 20  # different numbers with decimals that may be the names of classes
 FLAGS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
-# lists of so many zeros and ones each hold one number for each label;
-# shorter ones could be two labels
+# lists of so many zeros and ones each hold one number for each label; shorter ones could be two
+# labels
 LEAST_FLAGS = 3
 LISTS = ("List", "LargeList")  # kinds of columns
 # of a class: its name; of labels: the names of those that a text has; of numbers: all of them
@@ -114,9 +114,8 @@ class Task:
         return torch.tensor(values, dtype=torch.int64 if self.kind == SINGLE else torch.float64)
 
     def scores(self, logits: torch.Tensor) -> torch.Tensor:
-        """Return what logits (N, C) mean, as `pipeline` does: the probability of each
-        class, that of each label (in double precision, in which thresholds are
-        chosen), or the numbers themselves.
+        """Return what logits (N, C) mean, as `pipeline` does: the probability of each class, that of
+        each label (in double precision, in which thresholds are chosen), or the numbers themselves.
         """
         if self.kind == REGRESSION:
             return logits
@@ -170,8 +169,8 @@ def sum_losses(
 
 
 def count_targets(targets: torch.Tensor, class_weights: torch.Tensor | None) -> tuple[int, float]:
-    """Return how many texts count among targets (B) or (B, C), and by what the sum of
-    their losses is divided to be a mean.
+    """Return how many texts count among targets (B) or (B, C), and by what the sum of their losses
+    is divided to be a mean.
 
     Of classes that is their number, or the sum of their weights (C). Of labels and numbers it is
     the number of texts times C, whatever the weights of the labels: as in PyTorch, these weigh the
@@ -187,8 +186,7 @@ def count_targets(targets: torch.Tensor, class_weights: torch.Tensor | None) -> 
 
 
 def balanced_weights(task: Task, targets: torch.Tensor) -> torch.Tensor:
-    """Return weights (C), fp32, that make up for rare classes or
-    labels, from targets (N) or (N, C).
+    """Return weights (C), fp32, that make up for rare classes or labels, from targets (N) or (N, C).
 
     Of classes they are scikit-learn's "balanced" ones: the fewer rows a class has, the higher; 0
     without any. Of a label it is what its yes weighs against its no, the number of texts without

@@ -24,7 +24,7 @@ from common.errors import UserError
 from common.runtime import Runtime
 from common.search.encoder import EncoderConfig, load_encoder
 from common.search.index import ID, TEXT, open_snapshot
-from conftest import make_sentences, rows_by_id, write_lines
+from conftest import heavy, make_sentences, rows_by_id, write_lines
 from hub_server import HubServer
 
 BUNDLED = "bundled/all-MiniLM-L6-v2"
@@ -660,20 +660,18 @@ def test_a_model_from_the_hub_goes_into_the_cache(tiny_embedder, sentences, tmp_
     assert json.loads(done.stdout)["rows"] == 60 and list((tmp_path / "cache").rglob("model.safetensors"))
 
 
-def test_the_bundled_model_in_fp32():
+@pytest.mark.parametrize(
+    "precision",
+    ["fp32", heavy("bf16")],  # bf16 is emulated where the processor has none: slower, but as exact
+)
+def test_the_bundled_model(precision):
     texts = bundled.bbc_news()["text"][:300:60] + ["Interest rates rise", "x"]
     folder = bundled.model_folder("bundled/all-MiniLM-L6-v2", kind="encoder")
     oracle = SentenceTransformer(str(folder), device="cpu").encode(texts)
-    encoder = load_encoder(EncoderConfig(), Runtime(torch.device("cpu"), "fp32"))
-    assert np.abs(encoder.encode(texts) - oracle).max() < 1e-5
-
-
-@pytest.mark.slow  # emulated where the processor has none: slower, but as exact
-def test_the_bundled_model_in_bf16():
-    texts = bundled.bbc_news()["text"][:300:60] + ["Interest rates rise", "x"]
-    folder = bundled.model_folder("bundled/all-MiniLM-L6-v2", kind="encoder")
-    oracle = SentenceTransformer(str(folder), device="cpu").encode(texts)
-    encoder = load_encoder(EncoderConfig(), Runtime(torch.device("cpu"), "bf16"))
+    encoder = load_encoder(EncoderConfig(), Runtime(torch.device("cpu"), precision))
+    if precision == "fp32":
+        assert np.abs(encoder.encode(texts) - oracle).max() < 1e-5
+        return
     plain = encoder.encode_unit(texts)
     assert (plain * oracle).sum(1).min() >= 0.9999
     # the weights are cast once

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import generate
 from common import bundled
 from common.files import cache_home
 from common.generation import language_model
@@ -222,3 +223,21 @@ def test_the_bundled_language_model_needs_no_transformers(home):
     code, packages, stderr = packages_of([GENERATE, *flags], home, **known)
     assert code == 0 and "step in C" in stderr, stderr
     assert packages <= IN_C
+
+
+@pytest.mark.parametrize("own, expected", [({}, generate.GOMP_SPINS), ({"GOMP_SPINCOUNT": "7"}, "7")])
+def test_pytorchs_threads_soon_give_up_their_cores_unless_told_otherwise(own, expected, home):
+    """Before PyTorch reads it: two threads of the step in C were slower than one without it."""
+    code = (
+        "import os, runpy, sys; sys.argv = sys.argv[1:]\n"
+        "class Torch:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'torch': sys.exit(os.environ.get('GOMP_SPINCOUNT'))\n"
+        "sys.meta_path.insert(0, Torch())\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    command = [sys.executable, "-c", code, ROOT / GENERATE, *PROMPT]
+    environment = {key: value for key, value in os.environ.items() if key != "GOMP_SPINCOUNT"}
+    environment |= {"PYTHONPATH": str(ROOT), **own}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=home, env=environment)
+    assert done.stderr.strip() == expected
