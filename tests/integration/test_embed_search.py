@@ -487,21 +487,29 @@ def test_the_bundled_task_finds_articles_by_their_headlines(ok, tiny_embedder, m
     model = SentenceTransformer(str(tiny_embedder), device="cpu")
     scores = model.encode(headlines, batch_size=1) @ model.encode(articles, batch_size=1).T
     ahead = scores - scores.diagonal()[:, None]
-    # equal ones: the lower row first
-    ranks = 1 + ((ahead > 1e-6) | (np.abs(ahead) <= 1e-6) & np.tri(50, k=-1, dtype=bool)).sum(1)
-    expected = {
-        "nDCG@10": np.where(ranks <= 10, 1 / np.log2(1 + ranks), 0),
-        "MRR@10": np.where(ranks <= 10, 1 / ranks, 0),
-        "MAP@100": 1 / ranks,
-        "P@10": (ranks <= 10) / 10,
-        "recall@1": ranks <= 1,
-        "recall@10": ranks <= 10,
-        "recall@100": ranks <= 100,
-    }
+
+    def measures(ranks):
+        each = {
+            "nDCG@10": np.where(ranks <= 10, 1 / np.log2(1 + ranks), 0),
+            "MRR@10": np.where(ranks <= 10, 1 / ranks, 0),
+            "MAP@100": 1 / ranks,
+            "P@10": (ranks <= 10) / 10,
+            "recall@1": ranks <= 1,
+            "recall@10": ranks <= 10,
+            "recall@100": ranks <= 100,
+        }
+        return {name: float(values.mean()) for name, values in each.items()}
+
+    # Processors round differently: two scores (4e-6 apart were seen) may then change places. Every
+    # measure falls with the rank, so that the best and the worst ranks bound it.
+    best, worst = ((1 + (ahead > gap).sum(1)) for gap in (2e-5, -2e-5))
+    worst -= 1  # an article is not ahead of itself
+    assert (worst - best).sum() <= 5
     assert found["queries"] == 50 and list(found["scores"]) == ["exact", "approximate", "hybrid"]
-    assert found["scores"]["exact"] == pytest.approx(
-        {name: float(values.mean()) for name, values in expected.items()}
-    )
+    exact, highest, lowest = found["scores"]["exact"], measures(best), measures(worst)
+    assert exact.keys() == highest.keys()
+    for name, value in exact.items():
+        assert lowest[name] - 1e-9 <= value <= highest[name] + 1e-9, name
     assert 0 < found["scores"]["exact"]["recall@10"] < 1
 
 
