@@ -117,10 +117,22 @@ GOALS = [
         "--lookup 5, a text that repeats itself: speed, times without", "lookup", "repeating speed", "c_file"
     ),
     Goal("--lookup 5, ordinary texts: speed, times without", "lookup", "one speed", "c_file"),
-    Goal("4-bit file: share of the speed at which memory is read", "c_file", "share of memory", None),
-    Goal("bf16 weights: the same", "c_bf16", "share of memory", None),
-    Goal("fp32 weights: the same", "c_fp32", "share of memory", None),
-    Goal("llama.cpp: the same", "llama_cpp", "share of memory", None),
+    *(
+        Goal(f"share of the speed at which memory is read: {what}", name, "share of memory", None)
+        for name, what in (
+            ("c_file", "4-bit file"),
+            ("c_bf16", "bf16 weights"),
+            ("c_fp32", "fp32 weights"),
+            ("generate", "generate in fp32"),
+            ("llama_cpp", "llama.cpp"),
+        )
+    ),
+    *(
+        Goal(f"{sampler}{end}, {what}: speed, times generate{end}", sampler + end, figure, "generate" + end)
+        for end in ("", "_bf16")
+        for sampler in ("exact", "independent")
+        for what, figure in (("1 text", "one speed"), ("16 texts", "batch speed"))
+    ),
 ]
 
 
