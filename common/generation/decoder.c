@@ -8,7 +8,7 @@
 // at most 8,355,000, which is about the precision of fp32. Each is written with three digits in base
 // 256 from -128 to 127, so that the processor's dot product of bytes multiplies it, exactly. A step
 // reads all weights once, whatever the number of rows: with few rows, memory is the limit. With the many
-// rows of a prompt, arithmetic is: each tile of weights is widened to fp32 once for all of them.
+// rows of a prompt or a batch, arithmetic is: each tile of weights is widened to fp32 once for all of them.
 //
 // One thread per core runs `run_step`. Each part of a layer is split into small pieces of work, which
 // the threads take one by one; a barrier ends the part.
@@ -87,7 +87,7 @@ typedef struct {
 // column of its text. Logits are computed for the rows from `first_logits` on.
 typedef struct {
     int32_t rows, capacity, first_logits;
-    int32_t wide;    // whether weights are widened: the rows are those of a prompt
+    int32_t wide;    // whether weights are widened: worth it for the rows of a prompt, or of many texts
     int32_t stride;  // the number of texts; row + stride is the next column of the same text
     const int32_t *tokens, *texts, *columns, *starts;  // (rows)
     const float *cosines, *sines;                      // (rows, head size), of each row's position
@@ -491,16 +491,45 @@ INLINE void add_block(const float *weights, int64_t stride, int columns, const f
             store(result + row * result_stride + part * LANES, sums[row][part]);
 }
 
-// The same for any number of rows.
+// The same for the rows from `row` on, `size` at a time; returns the first one that is left over.
+INLINE int add_blocks(int size, const float *weights, int64_t stride, int columns, const float *x,
+                      int64_t x_stride, int row, int rows, float *result, int64_t result_stride) {
+    for (; row + size <= rows; row += size)
+        add_block(weights, stride, columns, x + row * x_stride, x_stride, size, result + row * result_stride,
+                  result_stride);
+    return row;
+}
+
+// The same for any number of rows. The sums of several rows need not wait for each other.
 static void add_products_of(const float *weights, int64_t stride, int columns, const float *x,
                             int64_t x_stride, int rows, float *result, int64_t result_stride) {
-    int row = 0;
-    for (; row + BLOCK <= rows; row += BLOCK)
-        add_block(weights, stride, columns, x + row * x_stride, x_stride, BLOCK, result + row * result_stride,
-                  result_stride);
-    for (; row < rows; row++)
-        add_block(weights, stride, columns, x + row * x_stride, x_stride, 1, result + row * result_stride,
-                  result_stride);
+    int row = add_blocks(BLOCK, weights, stride, columns, x, x_stride, 0, rows, result, result_stride);
+    if (BLOCK > 8)
+        row = add_blocks(8, weights, stride, columns, x, x_stride, row, rows, result, result_stride);
+    if (BLOCK > 4)
+        row = add_blocks(4, weights, stride, columns, x, x_stride, row, rows, result, result_stride);
+    row = add_blocks(2, weights, stride, columns, x, x_stride, row, rows, result, result_stride);
+    add_blocks(1, weights, stride, columns, x, x_stride, row, rows, result, result_stride);
+}
+
+// 32 columns of a tile of groups in fp32, (32, 16): all rows of a column together.
+INLINE void widen_group_of_tile(int bits4, const uint8_t *group, float *result) {
+    for (int part = 0; part < PARTS; part++) {
+        const uint16_t *scales = (const uint16_t *)group + part * LANES;
+        Floats scale = from_fp16(scales), minimum = bits4 ? from_fp16(scales + TILE) : -128.0f * scale;
+        const uint8_t *numbers = group + (bits4 ? 4 : 2) * TILE + 4 * LANES * part;
+#pragma GCC unroll 8
+        for (int n = 0; n < 8; n++) {  // 4 columns each
+            Ints four_columns;
+            memcpy(&four_columns, numbers + 64 * (bits4 ? n / 2 : n), sizeof four_columns);
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) {
+                int shift = bits4 ? 8 * i + n % 2 * 4 : 8 * i;
+                Floats number = to_floats(four_columns >> shift & (bits4 ? 15 : 255));
+                store(result + (4 * n + i) * TILE + part * LANES, scale * number + minimum);
+            }
+        }
+    }
 }
 
 // Columns of a tile in fp32, (columns, 16): all rows of a column together. `first` is a multiple of 32.
@@ -523,20 +552,10 @@ static void widen_columns(const Matrix *matrix, int tile, int first, int columns
     const uint8_t *data =
         (const uint8_t *)matrix->data + ((int64_t)tile * matrix->columns + first) / GROUP * bytes;
     for (int column = 0; column < columns; column += GROUP, data += bytes)
-        for (int part = 0; part < PARTS; part++) {
-            const uint16_t *scales = (const uint16_t *)data + part * LANES;
-            Floats scale = from_fp16(scales), minimum = bits4 ? from_fp16(scales + TILE) : -128.0f * scale;
-            const uint8_t *numbers = data + (bits4 ? 4 : 2) * TILE + 4 * LANES * part;
-            for (int n = 0; n < 8; n++) {  // 4 columns each
-                Ints four_columns;
-                memcpy(&four_columns, numbers + 64 * (bits4 ? n / 2 : n), sizeof four_columns);
-                for (int i = 0; i < 4; i++) {
-                    int shift = bits4 ? 8 * i + n % 2 * 4 : 8 * i;
-                    Floats number = to_floats(four_columns >> shift & (bits4 ? 15 : 255));
-                    store(result + (column + 4 * n + i) * TILE + part * LANES, scale * number + minimum);
-                }
-            }
-        }
+        if (bits4)  // a known kind, so that the numbers of bits are constants
+            widen_group_of_tile(1, data, result + column * TILE);
+        else
+            widen_group_of_tile(0, data, result + column * TILE);
 }
 
 static void multiply_widened(const Matrix *matrix, int tile, const Rows *rows, float (*result)[TILE]) {

@@ -200,7 +200,7 @@ def product_checks() -> Iterator[Check]:
             weights = matrix.widen()
             yield lambda kernel, m=matrix, w=weights: torch.equal(kernel.widen(m), w)
             yield lambda kernel, m=matrix, w=weights: torch.equal(kernel.widen_rows(m, [*range(m.rows)]), w)
-            for rows, wide in ((1, False), (2, False), (3, False), (7, True), (13, True)):
+            for rows, wide in ((1, False), (2, False), (3, False), (7, True), (14, True), (17, True)):
                 x = torch.randn(rows, size[1], generator=torch.Generator().manual_seed(rows))
                 yield product_check(matrix, x * torch.logspace(-3, 3, rows)[:, None], wide=wide)
         matrix = random_matrix(kind, 37, 96)
