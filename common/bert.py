@@ -224,16 +224,21 @@ class BertLayer(nn.Module):
         self.output = nn.Linear(config.inner_width, width)
         self.output_norm = nn.LayerNorm(width, eps=config.norm_eps)
 
-    def forward(self, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """Return the next hidden states (B, T, width); `mask` (B, 1, 1, T) is True at texts'
+    def forward(
+        self, hidden: torch.Tensor, mask: torch.Tensor | None, *, only_first: bool = False
+    ) -> torch.Tensor:
+        """Return the next hidden states (B, T, width), or (B, 1, width) with `only_first`, which
+        leaves out what the first token's does not need; `mask` (B, 1, 1, T) is True at texts'
         tokens, None if there is no padding.
         """
         batch, tokens, width = hidden.shape
         projected = self.query_key_value(hidden)  # (B, T, 3 x width)
         heads = projected.view(batch, tokens, 3, self.num_heads, width // self.num_heads)
         query, key, value = heads.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        if only_first:  # from here on, T of the queries is 1
+            hidden, query = hidden[:, :1], query[:, :, :1]
         attended = speedups.attention(query, key, value, mask)  # (B, H, T, D)
-        attended = attended.transpose(1, 2).reshape(batch, tokens, width)
+        attended = attended.transpose(1, 2).flatten(2)  # (B, T, width)
         hidden = self.attention_norm(self.attention_output(attended) + hidden)
         return self.output_norm(self.output(self.activation(self.inner(hidden))) + hidden)
 
@@ -262,9 +267,11 @@ class BertModel(nn.Module):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         token_type_ids: torch.Tensor | None = None,
+        *,
+        only_first: bool = False,
     ) -> torch.Tensor:
-        """Return the hidden states (B, T, width) of the last layer. All three arguments are (B, T);
-        `attention_mask` is 0 at padding.
+        """Return the hidden states (B, T, width) of the last layer, or (B, 1, width), the first
+        token's, with `only_first`. All three tensors are (B, T); `attention_mask` is 0 at padding.
         """
         hidden = self.word_embeddings(input_ids)  # (B, T, width)
         if self.token_type_embeddings is not None:
@@ -274,9 +281,10 @@ class BertModel(nn.Module):
         hidden = self.embedding_norm(hidden)
         # without a mask, the fused kernel of attention is faster
         mask = None if attention_mask.all() else attention_mask.bool()[:, None, None, :]
-        for layer in self.layers:
+        *lower, last = self.layers
+        for layer in lower:
             hidden = layer(hidden, mask)
-        return hidden
+        return last(hidden, mask, only_first=only_first)
 
     def _positions(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Return the number of each token's position, (T) or (B, T)."""
@@ -317,10 +325,13 @@ class BertClassifier(nn.Module):
 
     def forward(self, **inputs: torch.Tensor) -> Logits:
         """Return the logits (B, C) of texts; the inputs are those of BertModel."""
-        first = self.bert(**inputs)[:, 0]  # (B, width)
+        return Logits(self.head(self.bert(**inputs, only_first=True)[:, 0]))
+
+    def head(self, first: torch.Tensor) -> torch.Tensor:
+        """Return the logits (B, C) of the hidden states of the first tokens (B, width)."""
         pooled = self.pooler(first)
         is_distilled = self.config.model_type == "distilbert"
-        return Logits(self.classifier(pooled.relu() if is_distilled else pooled.tanh()))
+        return self.classifier(pooled.relu() if is_distilled else pooled.tanh())
 
 
 # The weights ------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from matplotlib.figure import Figure  # noqa: E402
 from numpy.typing import ArrayLike  # noqa: E402
 
 from common.errors import shorten  # noqa: E402
+from common.intervals import wilson  # noqa: E402
 
 # rows of a confusion matrix: more would be neither readable nor small
 MAX_CLASSES, NAME_CHARACTERS = 20, 30
@@ -153,13 +154,16 @@ def reliability(bins: list[tuple[float, float, int]], *, called: tuple[str, str]
     are (below), by their probability.
 
     A bin has its mean probability, the share that is right, and its size; `called` names the two.
+    The vertical lines are 95 % intervals of the shares: of few decisions, a share says little.
     """
     figure, [[upper], [lower]] = _panels(
         2, 1, 4.0, 2.2, top=0.15, between=0.15, height_ratios=(3, 1), sharex=True
     )
     probabilities, shares, counts = zip(*bins)
     upper.plot([0, 1], [0, 1], color="grey", linestyle=":", label="calibrated")
-    upper.plot(probabilities, shares, marker="o", label="test split")
+    intervals = np.array([wilson(round(share * count), count) for _, share, count in bins])
+    below_and_above = np.abs(intervals.T - shares)
+    upper.errorbar(probabilities, shares, below_and_above, fmt="o", capsize=3, label="test split, 95 %")
     upper.set(ylabel=called[1], ylim=(-0.02, 1.02), xlim=(-0.02, 1.02))
     upper.legend()
     lower.bar(probabilities, counts, width=0.03)

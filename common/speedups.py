@@ -1,9 +1,13 @@
-"""Faster twins of two PyTorch modules on CPUs: attention as matrix products, and dropout with
-packed draws.
+"""Faster twins of what models compute: the last layer for the first token alone, and on CPUs
+attention as matrix products and dropout with packed draws.
 
-Each is switched on by one line (`use_fast_attention(model)`, `use_fast_dropout(model)`) and proven
-equal to PyTorch's own by tests/unit/test_speedups.py: attention to rounding, dropout in
-distribution.
+Each is switched on by one line (`use_first_token(model)`, `use_fast_attention(model)`,
+`use_fast_dropout(model)`) and proven equal to the plain one by tests/unit/test_speedups.py and
+tests/unit/test_dropout.py: the first two to rounding, dropout in distribution.
+
+The head of BERT and its relatives reads one hidden state, that of the first token. The last layer's
+queries, feed-forward network and residuals at all other tokens are computed and thrown away: an
+eighth of a model of six layers. Only keys and values are needed there.
 
 PyTorch's fused attention kernel works in blocks that fit into the cache, which makes long texts
 possible. On a CPU its small products leave most of the speed of bf16 unused: two batched products
@@ -12,6 +16,7 @@ pass (tests/benchmarks/attention.py). They keep the probabilities of all pairs o
 hence the limit on the length.
 """
 
+import functools
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +29,11 @@ if TYPE_CHECKING:
 NAME = "matrix_products"
 MAX_TOKENS = 512  # the probabilities take 2 bytes x heads x tokens for each token and layer
 DRAWS_PER_INT64, LEVELS = 4, 1 << 16  # a 64-bit draw holds four 16-bit decisions
+# Classes of transformers whose head reads the first token alone, and whose layers have these parts.
+BERT_LIKE = tuple(
+    f"{name}ForSequenceClassification" for name in ("Bert", "Roberta", "XLMRoberta", "Camembert", "Electra")
+)
+DISTILBERT = "DistilBertForSequenceClassification"
 
 
 def use_fast_attention(model: "PreTrainedModel") -> None:
@@ -110,6 +120,61 @@ def _bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     With -inf, a row that attends to nothing would be NaN (transformers #32390).
     """
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+
+
+def use_first_token(model: "PreTrainedModel") -> None:
+    """Compute the last layer of a classifier for the first token alone, if its head reads no other.
+
+    Another model, a decoder, or one whose attention is not computed here stays unchanged.
+    """
+    kind, config = type(model).__name__, model.config
+    is_known = kind in (*BERT_LIKE, DISTILBERT) and config._attn_implementation in ("sdpa", NAME)
+    if not is_known or getattr(config, "is_decoder", False):
+        return
+    is_distilled = kind == DISTILBERT
+    body: Any = model.base_model
+    layer = (body.transformer if is_distilled else body.encoder).layer[-1]
+    layer.forward = functools.partial(_first_of_distilbert if is_distilled else _first_of_bert, layer)
+
+
+def _first_of_bert(
+    layer: Any, hidden: torch.Tensor, mask: torch.Tensor | None = None, *_: Any, **__: Any
+) -> torch.Tensor:
+    """Return the hidden state (B, 1, width) of the first token after a layer of a BertModel."""
+    first, attention = hidden[:, :1], layer.attention.self
+    attended = _attend_from_first(
+        attention, attention.query(first), attention.key(hidden), attention.value(hidden), mask
+    )
+    return layer.feed_forward_chunk(layer.attention.output(attended, first))
+
+
+def _first_of_distilbert(
+    layer: Any, hidden: torch.Tensor, mask: torch.Tensor | None = None, **_: Any
+) -> torch.Tensor:
+    """Return the hidden state (B, 1, width) of the first token after a layer of a DistilBertModel."""
+    first, attention = hidden[:, :1], layer.attention
+    attended = _attend_from_first(
+        attention, attention.q_lin(first), attention.k_lin(hidden), attention.v_lin(hidden), mask
+    )
+    first = layer.sa_layer_norm(attention.out_lin(attended) + first)
+    return layer.output_layer_norm(layer.ffn(first) + first)
+
+
+def _attend_from_first(
+    attention: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Return the output of attention (B, 1, width); `query` (B, 1, width), `key` and `value`
+    (B, T, width), `mask` None or (B, 1, T or 1, T).
+    """
+    # (B, T, width) -> (B, H, T, D)
+    query, key, value = (
+        part.unflatten(-1, (-1, attention.attention_head_size)).transpose(1, 2)
+        for part in (query, key, value)
+    )
+    dropout = attention.dropout.p if attention.training else 0.0
+    row = None if mask is None else mask[:, :, :1]
+    output, _ = attend(attention, query, key, value, row, dropout, attention.scaling)  # (B, 1, H, D)
+    return output.flatten(2)
 
 
 class PackedDropout(torch.nn.Dropout):

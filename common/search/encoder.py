@@ -446,4 +446,5 @@ def load_reranker(name: str, runtime: Runtime, *, cache_dir: str | None) -> "Cro
         advice = "name a cross-encoder with one, such as cross-encoder/ms-marco-MiniLM-L6-v2"
         raise UserError(f"--rerank {name}: it gives {model.num_labels} scores per pair; {advice}")
     speedups.use_fast_attention(model[0].auto_model)
+    speedups.use_first_token(model[0].auto_model)
     return model

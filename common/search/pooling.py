@@ -20,17 +20,17 @@ Features = dict[str, Any]
 
 
 class Transformer(nn.Module):
-    """The first module: token ids -> `token_embeddings`."""
+    """The first module: token ids -> `token_embeddings`, with `only_first` those of first tokens."""
 
-    def __init__(self, model: BertModel) -> None:
+    def __init__(self, model: BertModel, *, only_first: bool = False) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.only_first = model, only_first
 
     def forward(self, features: Features) -> Features:
-        """Add `token_embeddings` (B, T, width)."""
+        """Add `token_embeddings` (B, T, width), or (B, 1, width) with `only_first`."""
         names = ("input_ids", "attention_mask", "token_type_ids")
         inputs = {name: features[name] for name in names if name in features}
-        return {**features, "token_embeddings": self.model(**inputs)}
+        return {**features, "token_embeddings": self.model(**inputs, only_first=self.only_first)}
 
 
 class StaticEmbedding(nn.Module):
@@ -119,6 +119,11 @@ class Pooling(nn.Module):
     def __init__(self, modes: list[str], *, include_prompt: bool) -> None:
         super().__init__()
         self.modes, self.include_prompt = modes, include_prompt
+
+    @property
+    def reads_first_position(self) -> bool:
+        """Whether nothing is read but the first position: texts are padded at the right here."""
+        return self.modes == ["cls"] and self.include_prompt
 
     def forward(self, features: Features) -> Features:
         """Add `sentence_embedding` (B, width x kinds). `prompt_length` is how many tokens a prompt

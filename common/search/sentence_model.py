@@ -225,10 +225,13 @@ def read_model(folder: Path) -> SentenceModel:
         others = {"1": _pooling({"embedding_dimension": config.width})}
     else:
         others = {name: _read_part(kind, folder / path) for name, kind, path in listed}
-    if not any(part.kind == "Pooling" for part in others.values()):
+    pooling = [part.module for part in others.values() if isinstance(part.module, Pooling)]
+    if not pooling:
         raise UnknownModel("no pooling")
+    only_first = all(part.reads_first_position for part in pooling)
+    module = Transformer(transformer, only_first=only_first)
     named = {f"model.{name}": value for name, value in weights.items()}
-    first = Part(Transformer(transformer), "Transformer", TRANSFORMER_ONLY, named, config.width, "")
+    first = Part(module, "Transformer", TRANSFORMER_ONLY, named, config.width, "")
     positions = config.num_positions - config.first_position
     return _assembled(first, others, tokenizer, settings, positions=positions, config=_settings(config))
 

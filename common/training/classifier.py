@@ -424,11 +424,12 @@ def require_match(
 def adapt(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
     """Return the model as the flags want it: frozen layers, recomputed activations, adapters.
 
-    Attention and dropout are replaced by versions that cost less on CPUs.
+    Attention, dropout and the last layer are replaced by versions that cost less.
     """
     if not config.compile:  # torch.compile fuses them itself
         speedups.use_fast_attention(model)
         speedups.use_fast_dropout(model)
+        speedups.use_first_token(model)
     if config.gradient_checkpointing:
         recompute_activations(model)
     adapted = add_adapters(model, config.lora_rank) if config.lora_rank else model
@@ -669,6 +670,7 @@ def load_saved(
     check_classes(config, name=name)
     model = model.to(runtime.device)
     speedups.use_fast_attention(model)
+    speedups.use_first_token(model)
     tokenizer = models.load_tokenizer(folder, name=name)
     ensure_padding_token(tokenizer, name=name)
     pad_at_unread_end(model, tokenizer)

@@ -75,6 +75,12 @@ NUM_SHOWN, NUM_IN_TENSORBOARD = 5, 50  # texts with right or wrong answers
 FEW_TEXTS = 1000  # of a split: a single text is worth 0.1 points or more
 TEXTS_OF_AN_AXIS = 20  # that the axis of validation scores spans at least, so that one is no valley
 # of decisions: what is compared with what
+OF_LONGER_TEXTS = {
+    "chunks": "a longer text is read whole, in chunks",
+    "head": "of a longer text it reads the beginning",
+    "tail": "of a longer text it reads the end",
+    "head-tail": "of a longer text it reads a quarter from the beginning and the rest from the end",
+}
 RELIABILITY = {
     SINGLE: ("the confidence in the predicted class", "the share of texts for which it is right"),
     MULTI: ("the probability of a label", "the share of texts that have it"),
@@ -575,8 +581,8 @@ the best by validation {words(best_metric, task)}. Seed {settings["seed"]}.
 {_answers_section(outcome)}{_calibration_section(outcome)}
 ## By length
 
-A text is read up to {settings["eval_max_length"]} tokens; of a longer one,
-`--truncation {settings["truncation"]}`.
+The model reads up to {settings["eval_max_length"]} tokens at once; {OF_LONGER_TEXTS[settings["truncation"]]}
+(`--truncation {settings["truncation"]}`).
 
 {predictions.length_table(settings["eval_max_length"], "github")}
 
@@ -825,7 +831,7 @@ def show(scores: dict, predictions: Predictions, max_length: int, runtime: Runti
     runtime.say("\n".join([f"{first} on {len(predictions.labels):,} texts", *others, about]) + "\n")
     runtime.say(answer_table(scores, task))
     runtime.say(
-        f"\nby length of the text, which is read up to {max_length} tokens:\n"
+        f"\nby length of the text; the model reads up to {max_length} tokens at once:\n"
         + predictions.length_table(max_length)
     )
     right, wrong = "five right answers, spread over the split", "five wrong answers, spread over the split"

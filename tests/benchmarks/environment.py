@@ -98,9 +98,9 @@ def moment(device: torch.device) -> np.ndarray:
     return np.array([time.perf_counter(), time.process_time()])
 
 
-def run_child(script: str, *arguments: str) -> dict:
-    """Run a benchmark again in a process of its own, with the same flags and `arguments`; return
-    the JSON line that it prints last.
+def run_child(script: str, *arguments: str, **variables: str) -> dict:
+    """Run a benchmark again in a process of its own, with the same flags and `arguments`, and with
+    `variables` in its environment unless they are set there; return the JSON line that it prints last.
 
     Allocator settings, peak memory and library state belong to a process: contenders that share
     one change each other's figures. A child that fails ends the benchmark, with all that it wrote
@@ -108,7 +108,7 @@ def run_child(script: str, *arguments: str) -> dict:
     """
     # Trainer spreads over all GPUs that it sees
     first_gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    child_environment = {"HF_HUB_OFFLINE": "1", **os.environ, "CUDA_VISIBLE_DEVICES": first_gpu}
+    child_environment = {"HF_HUB_OFFLINE": "1", **variables, **os.environ, "CUDA_VISIBLE_DEVICES": first_gpu}
     done = subprocess.run(
         [sys.executable, script, *sys.argv[1:], *arguments],
         capture_output=True,

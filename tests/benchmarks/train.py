@@ -366,21 +366,20 @@ def training_flops(model, lengths: np.ndarray) -> float:
     forward, and twice that backward.
 
     A matrix weight is 2 a token; attention's two products are 4 x width x length a token and layer
-    (Kaplan et al. 2020, section 2.1).
+    (Kaplan et al. 2020, section 2.1). Of the last layer, keys and values alone must be computed for
+    all tokens (common/speedups.py); what it and the pooler do for one token a text is left out.
     """
-    weights = sum(
-        module.weight.numel()
+    last = classifier.encoder_layers(model)[-1]
+    needed = {
+        module: module.weight.numel()
         for name, module in model.base_model.named_modules()
-        # the pooler sees one token a text
         if isinstance(module, torch.nn.Linear) and "pooler" not in name
-    )
-    lengths = lengths.astype(float)
-    return float(
-        3
-        * (
-            2 * weights * lengths + 4 * model.config.num_hidden_layers * model.config.hidden_size * lengths**2
-        ).sum()
-    )
+    }
+    for module in last.modules():
+        needed.pop(module, None)
+    weights = sum(needed.values()) + 2 * model.config.hidden_size**2
+    lengths, layers = lengths.astype(float), model.config.num_hidden_layers - 1
+    return float(3 * (2 * weights * lengths + 4 * layers * model.config.hidden_size * lengths**2).sum())
 
 
 def train_fully(contender: str, flags, folder: str) -> dict:

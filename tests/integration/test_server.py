@@ -654,3 +654,29 @@ def test_a_model_without_a_template_continues_texts_only(tmp_path):
         assert (await client.completions.create(model=name, prompt="a")).usage.prompt_tokens == 1
 
     with_server(run, gate, act)
+
+
+class Person(pydantic.BaseModel):
+    """What can be read from a sentence."""
+
+    name: str
+    age: int
+    likes: list[str]
+
+
+def test_the_bundled_model_answers_in_json_of_a_schema():
+    """What its sentence says, whole and as a stream."""
+    args = generate.make_parser().parse_args(["--serve", "--device", "cpu", "--precision", "fp32"])
+    run, gate = generate.load(args)[0], Gate()
+    gate.may_go.set()
+    sentence = "Anna is 31 years old and likes tea, rain and books. Give her data as JSON."
+
+    async def act(client, name):
+        ask = {"model": name, "messages": [{"role": "user", "content": sentence}], "max_tokens": 80}
+        [choice] = (await client.chat.completions.parse(**ask, response_format=Person)).choices
+        assert choice.message.parsed == Person(name="Anna", age=31, likes=["tea", "rain", "books"])
+        async with client.chat.completions.stream(**ask, response_format=Person) as stream:
+            final = await stream.get_final_completion()
+        assert final.choices[0].message.content == choice.message.content
+
+    with_server(run, gate, act)

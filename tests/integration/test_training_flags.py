@@ -359,7 +359,8 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_steps_stay_the_same(forked,
 def test_each_truncation_trains_scores_reports_and_predicts(truncation, reads_all, forked, tmp_path):
     assert forked.run(tmp_path / "run", "--truncation", truncation, "--max-length", 12) == [0], forked.said()
     said, report = forked.said("stdout"), (tmp_path / "run" / "report.md").read_text()
-    assert "by length of the text, which is read up to 12 tokens" in said and "## By length" in report
+    assert "by length of the text; the model reads up to 12 tokens" in said and "## By length" in report
+    assert f"(`--truncation {truncation}`)" in report
     rows = re.findall(r"^(1-12|13-24|25-48) +(\d+) +([\d.]+)% +([\d.]+)$", said, re.M)
     assert sum(int(texts) for _, texts, _, _ in rows) == 12
     results = json.loads((tmp_path / "run" / "metrics.json").read_text())

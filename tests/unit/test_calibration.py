@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy.special import expit, softmax
 from sklearn.calibration import _TemperatureScaling, calibration_curve
+from statsmodels.stats.proportion import proportion_confint
 
 from common import figures
 from common.training import calibration
@@ -64,6 +65,18 @@ def test_the_bins_are_those_of_scikit_learn_and_the_error_is_their_mean():
     labels = calibration.decisions(Answers("multi", truth, truth, 3, probabilities))
     assert [len(part) for part in labels] == [1500, 1500]
     assert calibration.reliability(np.array([0.0, 1.0]), np.array([False, True]))[-1].count == 1
+
+
+def test_the_picture_shows_how_little_the_share_of_few_decisions_says():
+    bins = [(0.7, 2 / 3, 3), (0.9, 0.0, 1), (0.95, 190 / 200, 200)]
+    figure = figures.reliability(bins, called=("confidence", "share"))
+    (lines,) = figure.axes[0].containers[0].lines[2]
+    ends = [(low, high) for (_, low), (_, high) in lines.get_segments()]
+    expected = [
+        proportion_confint(right, count, method="wilson") for right, count in ((2, 3), (0, 1), (190, 200))
+    ]
+    assert np.allclose(ends, expected)
+    figures.plt.close(figure)
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,19 @@ def test_vectors_are_those_of_sentence_transformers(folder):
     assert encoder.width == oracle.shape[1]
 
 
+@pytest.mark.parametrize("modes, only_first", [("cls", True), ("mean", False), (("mean", "cls"), False)])
+def test_where_the_first_token_alone_is_read_the_last_layer_computes_no_other(
+    modes, only_first, tiny_model, tmp_path
+):
+    modules = [Transformer(str(tiny_model), max_seq_length=64), Pooling(32, modes)]
+    SentenceTransformer(modules=modules, device="cpu").save(str(tmp_path))
+    encoder, shapes = load_encoder(EncoderConfig(str(tmp_path)), CPU), []
+    last = encoder.model.modules[0].model.layers[-1]
+    last.register_forward_hook(lambda *call: shapes.append(call[-1].shape[1]))
+    encoder.encode(["one two three"])
+    assert (shapes == [1]) == only_first
+
+
 @pytest.mark.parametrize("dimensions", [5, 500])
 def test_a_saved_model_keeps_the_first_dimensions(tiny_embedder, tmp_path, dimensions):
     shutil.copytree(tiny_embedder, tmp_path / "short")
@@ -66,9 +79,10 @@ def test_a_saved_model_keeps_the_first_dimensions(tiny_embedder, tmp_path, dimen
     assert np.abs(encoder.encode(TEXTS) - oracle).max() < 1e-5
 
 
+@pytest.mark.parametrize("mode", ["mean", "cls"])
 @pytest.mark.parametrize("include", [True, False])
-def test_prompts_are_put_before_queries_and_documents(tiny_model, tmp_path, include):
-    modules = [Transformer(str(tiny_model), max_seq_length=64), Pooling(32, include_prompt=include)]
+def test_prompts_are_put_before_queries_and_documents(tiny_model, tmp_path, include, mode):
+    modules = [Transformer(str(tiny_model), max_seq_length=64), Pooling(32, mode, include_prompt=include)]
     model = SentenceTransformer(
         modules=modules, device="cpu", prompts={"query": "what: ", "document": "story: "}
     )

@@ -1,10 +1,12 @@
 """Attention by matrix products against float64, the library's textbook form and PyTorch's fused
-kernel; and when it is taken.
+kernel; and when it is taken. The last layer for the first token alone against the whole one.
 """
+
+import copy
 
 import pytest
 import torch
-from transformers import AutoModel
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.bert.modeling_bert import eager_attention_forward
 
@@ -126,3 +128,94 @@ def test_a_saved_model_does_not_ask_for_this_attention(tiny_model, tmp_path):
     speedups.use_fast_attention(model)
     model.save_pretrained(tmp_path)
     assert speedups.NAME not in (tmp_path / "config.json").read_text()
+
+
+SIZES = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24, "vocab_size": 50}
+KINDS = {
+    "bert": {},
+    "roberta": {},
+    "xlm-roberta": {},
+    "camembert": {},
+    "electra": {"embedding_size": 8},
+    "distilbert": {"dim": 16, "n_layers": 2, "n_heads": 4, "hidden_dim": 24},
+    # the last layer of this one stays as it is
+    "modernbert": {"global_attn_every_n_layers": 2, "local_attention": 8},
+}
+
+
+def make_classifier(kind, *, dropout=0.0, attention="sdpa"):
+    """Return a classifier of float64 in training mode."""
+    torch.manual_seed(0)
+    names = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout")
+    names = (*names, "seq_classif_dropout", "classifier_dropout")
+    options = {**SIZES, "hidden_size": 16, "num_labels": 3, "pad_token_id": 0, **KINDS[kind]}
+    config = AutoConfig.for_model(kind, **options, **dict.fromkeys(names, dropout))
+    config._attn_implementation = attention
+    model = AutoModelForSequenceClassification.from_config(config)
+    # biases and norms begin at 0 and 1, which would hide one that is left out
+    for weights in model.parameters():
+        torch.nn.init.normal_(weights, std=0.3)
+    return model.double().train()
+
+
+def padded_batch():
+    ids = torch.randint(5, 50, (3, 11), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(11) < torch.tensor([[11], [6], [2]])).long()
+    return {"input_ids": ids * mask, "attention_mask": mask, "labels": torch.tensor([0, 2, 1])}
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_last_layer_of_the_first_token_gives_the_losses_and_gradients_of_the_whole(kind, checkpointed):
+    whole = make_classifier(kind)
+    fast = copy.deepcopy(whole)
+    speedups.use_fast_attention(fast)
+    speedups.use_first_token(fast)
+    states = []
+    for model in (whole, fast):
+        if checkpointed:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        layers = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+        layers[0][-1].register_forward_hook(lambda *call: states.append(call[-1]))
+        model(**padded_batch()).loss.backward()
+    tokens = [state.shape[1] for state in states if isinstance(state, torch.Tensor)]
+    assert set(tokens) == ({11} if kind == "modernbert" else {11, 1})
+    assert fast.state_dict().keys() == whole.state_dict().keys()
+    for batch in (padded_batch(), {"input_ids": padded_batch()["input_ids"]}):
+        torch.testing.assert_close(fast(**batch).logits, whole(**batch).logits, rtol=0, atol=1e-12)
+    for (name, ours), theirs in zip(fast.named_parameters(), whole.parameters()):
+        assert (ours.grad is None) == (theirs.grad is None), name
+        if theirs.grad is not None:
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["bert", "distilbert"])
+@pytest.mark.parametrize("where", ["hidden", "attention"])
+def test_the_first_tokens_dropout_is_that_of_the_whole_layer(kind, where):
+    """The logits of many passes have the mean and spread of those of the whole layer."""
+    whole, samples = make_classifier(kind, dropout=0.3), []
+    for module in whole.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    last = (whole.distilbert.transformer if kind == "distilbert" else whole.bert.encoder).layer[-1]
+    attention = last.attention if kind == "distilbert" else last.attention.self
+    for module in last.modules():
+        if isinstance(module, torch.nn.Dropout) and (module is attention.dropout) == (where == "attention"):
+            module.p = 0.3
+    fast = copy.deepcopy(whole)
+    speedups.use_first_token(fast)
+    batch = {name: rows[:1].expand(4000, -1) for name, rows in padded_batch().items() if name != "labels"}
+    for model in (whole, fast):
+        with torch.no_grad():
+            samples.append(model(**batch).logits)
+    theirs, ours = samples
+    assert ours.std(dim=0).min() > 1e-3
+    error = 5 * theirs.std(dim=0) / 4000**0.5
+    assert ((ours.mean(dim=0) - theirs.mean(dim=0)).abs() < error * 2**0.5).all()
+    torch.testing.assert_close(ours.std(dim=0), theirs.std(dim=0), rtol=0.1, atol=0)
+
+
+def test_a_model_with_attention_of_another_kind_keeps_its_last_layer():
+    model = make_classifier("bert", attention="eager")
+    speedups.use_first_token(model)
+    assert "forward" not in vars(model.bert.encoder.layer[-1])
