@@ -1,12 +1,20 @@
 """What a GPU needs for the same bits each time, with an operation for CPUs that PyTorch can't
-repeat either.
+repeat either; and the memory that a process keeps.
 """
+
+import sys
 
 import pytest
 import torch
 
 from common.errors import UserError
-from common.runtime import choose_device, deterministic
+from common.runtime import (
+    choose_device,
+    deterministic,
+    give_back_memory,
+    keep_large_blocks,
+    used_memory_bytes,
+)
 
 GPU = torch.device("cuda")
 
@@ -53,3 +61,15 @@ def test_a_process_too_many_for_the_gpus_of_a_machine_is_refused(local_rank, ref
             choose_device("auto", local_rank)
     else:
         assert choose_device("auto", local_rank) == torch.device("cuda", local_rank)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's heap")
+def test_freed_memory_is_kept_until_it_is_given_back():
+    """Of some blocks, the last one stays: the heap can't just end earlier."""
+    keep_large_blocks()
+    blocks, cpu = [b"x" * (1 << 20) for _ in range(64)], torch.device("cpu")
+    whole = used_memory_bytes(cpu)
+    del blocks[:-1]
+    kept = used_memory_bytes(cpu)
+    give_back_memory()
+    assert whole - kept < 16 << 20 and kept - used_memory_bytes(cpu) > 48 << 20
