@@ -391,7 +391,10 @@ def run_main(main: Callable[[argparse.Namespace], None], args: argparse.Namespac
     loaded()
     threading.excepthook = _explain_thread
     with _endings(prog, debug=getattr(args, "debug", False)):
-        main(args)
+        try:
+            main(args)
+        finally:
+            gc.unfreeze()  # some libraries tell of what the interpreter does not tidy up
         sys.stdout.flush()
 
 
