@@ -28,7 +28,7 @@ FLAGS = [
     "--batch-size",
     8,
     "--lr",
-    "3e-3",
+    "8e-3",
     "--log-every",
     3,
     "--dropout",
@@ -103,13 +103,13 @@ def test_the_run_folder_holds_results_that_agree_with_each_other(finished):
     losses = [line["validation/loss"] for line in validation]
     assert results["best_epoch"] == losses.index(min(losses)) + 1
     config = json.loads((folder / "config.json").read_text())
-    assert config["lr"] == 3e-3 and config["seed"] == 0 and config["versions"]["torch"] == torch.__version__
+    assert config["lr"] == 8e-3 and config["seed"] == 0 and config["versions"]["torch"] == torch.__version__
 
 
 def test_the_learning_rate_rises_then_falls_to_zero(finished):
     lines = [json.loads(line) for line in (finished[0] / "metrics.jsonl").read_text().splitlines()]
     rates = {line["step"]: line["train/learning_rate"] for line in lines if "train/loss" in line}
-    warmup, total, peak = 2, 24, 3e-3  # 10 % of 24 steps, rounded
+    warmup, total, peak = 2, 24, 8e-3  # 10 % of 24 steps, rounded
     assert rates == pytest.approx(
         {step: peak * min(step / warmup, (total - step) / (total - warmup)) for step in rates}
     )
