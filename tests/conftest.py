@@ -2,6 +2,10 @@
 scripts as a user calls them.
 """
 
+import gc
+
+gc.disable()  # until all tests are collected: what they import is no garbage, and the search takes time
+
 import contextlib
 import hashlib
 import io
@@ -64,6 +68,17 @@ def pytest_configure(config):
     """
     if "gpu" not in config.option.markexpr.replace("not gpu", ""):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_collection_finish():
+    """Search for garbage among what the tests make, and not among what they have imported."""
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_sessionfinish():
+    """Let the interpreter tidy up as it always does: some libraries tell of what it leaves."""
+    gc.unfreeze()
 
 
 def exit_code_in_process(script: ModuleType, flags: list) -> int:
@@ -247,10 +262,26 @@ class Forker:
     def __init__(self, process: subprocess.Popen, log: Path):
         self.process, self.log = process, log
 
-    def do(self, world: int = 1, **job) -> list[int]:
+    def do(self, **job) -> list[int]:
         """Run a job, and return the exit codes of its processes."""
+        self.begin(**job)
+        return self.wait()
+
+    def begin(self, *, world: int = 1, **job) -> None:
+        """Begin a job."""
         self.process.stdin.write(json.dumps({**job, "world": world, "log": str(self.log)}) + "\n")
         self.process.stdin.flush()
+
+    def processes(self) -> list[int]:
+        """Return the numbers of the processes of a job that has begun, [] if it has ended."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        while not (found := children.read_text().split()):
+            if select.select([self.process.stdout], [], [], 0.001)[0]:
+                break
+        return list(map(int, found))
+
+    def wait(self) -> list[int]:
+        """Wait for the end of a job, and return the exit codes of its processes."""
         if not select.select([self.process.stdout], [], [], SECONDS_FOR_A_JOB)[0]:
             os.killpg(self.process.pid, signal.SIGKILL)
             raise TimeoutError(
@@ -260,14 +291,14 @@ class Forker:
         return json.loads(self.process.stdout.readline())
 
     def call(
-        self, *command, stdin: str = "", check: bool = True, world: int = 1
+        self, *command, stdin: str = "", check: bool = True, world: int = 1, **environment: str
     ) -> subprocess.CompletedProcess:
         """Run a script as its own process would run, or as the processes of a job would, and return what
         the first of them did.
         """
         command = list(map(str, command))
         Path(f"{self.log}.stdin").write_text(stdin)
-        codes = self.do(world, command=command, stdin=f"{self.log}.stdin")
+        codes = self.do(world=world, command=command, stdin=f"{self.log}.stdin", environment=environment)
         done = subprocess.CompletedProcess(command, codes[0], self.said("stdout"), self.said())
         others = [self.said(stream, rank) for rank in range(1, world) for stream in ("stdout", "stderr")]
         assert not check or set(codes) == {0}, (done, others)
@@ -311,7 +342,7 @@ class ForkedRuns(Forker):
             folder,
             *flags,
         ]
-        codes = self.do(world, flags=list(map(str, given)), run=str(folder), **job)
+        codes = self.do(world=world, flags=list(map(str, given)), run=str(folder), **job)
         complaints = [
             line
             for rank in range(world)

@@ -8,6 +8,7 @@ these events; the script itself runs unchanged.
 """
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -16,6 +17,7 @@ import runpy
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -24,15 +26,15 @@ from pathlib import Path
 from typing import NoReturn
 
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 import train_classifier
-from common import cli
+from common import cli, figures
 from common.training import checkpoint
 from common.training.tracking import LossMeter
 
 # what the steps of a run load when they come to it: here once, instead of in each child
 LOADED_BY_STEPS = (
-    "common.figures",
     "common.models",
     "common.tables",
     "common.training.inspection",
@@ -42,7 +44,9 @@ LOADED_BY_STEPS = (
     "sklearn.model_selection",
     "torch._dynamo",
     "torch.utils.tensorboard",
+    "tensorboard.plugins.hparams.plugin_data_pb2",
     "transformers.models.bert.modeling_bert",
+    "transformers.models.bert.tokenization_bert",
     "transformers.optimization",
 )
 FILE_EVENTS = ("open", "os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
@@ -142,14 +146,33 @@ def limit_memory(room: int):
     LossMeter.end_step = unlimit_step
 
 
-def child(job: dict, rank: int):
-    """Be one process of a job: run the script and end with its exit code, without the seconds that
-    Python takes to tidy up.
-    """
+def take_files(job: dict, rank: int):
+    """Read from the job's file, and write to files of this process."""
     os.dup2(os.open(job.get("stdin", os.devnull), os.O_RDONLY), 0)
     sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115  (to the end of the process)
     for descriptor, stream in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{job['log']}.{rank}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+
+
+def take_terminal(path: str):
+    """Read from a terminal and write to it, which becomes the one of this process: the first that the
+    leader of a session opens.
+    """
+    os.setsid()
+    terminal = os.open(path, os.O_RDWR)
+    for descriptor, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        os.dup2(terminal, descriptor)
+        setattr(sys, name, open(descriptor, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+
+
+def child(job: dict, rank: int):
+    """Be one process of a job: run the script and end with its exit code, without the seconds that
+    Python takes to tidy up.
+    """
+    if "terminal" in job:
+        take_terminal(job["terminal"])
+    else:
+        take_files(job, rank)
     if job["world"] > 1:
         os.environ.update(
             RANK=str(rank),
@@ -160,9 +183,10 @@ def child(job: dict, rank: int):
             TORCHELASTIC_RUN_ID="forked",
         )
     os.environ.update(job.get("environment", {}))
+    if "run" in job:
+        counted = count_events(job if rank == job.get("rank", 0) else {**job, "event": None})
     if "command" in job:
         end(called(job["command"]))
-    counted = count_events(job if rank == job.get("rank", 0) else {**job, "event": None})
     # the control: a comparison that does not see this sees nothing
     if job.get("forget_random_state"):
         checkpoint.restore_random_states = lambda *_: None
@@ -239,9 +263,18 @@ def run(job: dict) -> list[int]:
 
 
 def load_libraries() -> None:
-    """Load what children would load one by one."""
+    """Load what children would load one by one, and let them share it: a search for unreachable objects
+    would copy nearly all of it into each child.
+    """
+    gc.disable()
     for name in LOADED_BY_STEPS:
         importlib.import_module(name)
+    # what these make once, and keep: a thousand patterns, the fonts and the writers of pictures
+    get_checkpoint_conversion_mapping("bert")
+    with tempfile.TemporaryDirectory() as folder:
+        figures.save(figures.confusion_matrix([[1]], ["a"], title="a"), Path(folder) / "a.png")
+    gc.freeze()
+    gc.enable()
 
 
 if __name__ == "__main__":

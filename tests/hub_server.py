@@ -6,9 +6,11 @@ reads of it): small files from their `resolve` address, weights and Parquet by a
 storage, missing things by X-Error-Code.
 """
 
+import contextlib
 import hashlib
 import json
 import re
+import socket
 import threading
 from dataclasses import dataclass
 from functools import cached_property
@@ -74,11 +76,28 @@ class HubServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.root, self.requests, self.repositories = root, [], {}
         self.endpoint = f"http://127.0.0.1:{self.server_port}"
+        self.start()
+
+    def start(self):
+        """Answer, in a thread."""
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
 
     def __exit__(self, *error):
         self.shutdown()
         super().__exit__(*error)
+
+    @contextlib.contextmanager
+    def away(self):
+        """Let nothing listen at the address in this block."""
+        self.shutdown()
+        self.server_close()
+        try:
+            yield
+        finally:
+            self.socket = socket.socket(self.address_family, self.socket_type)
+            self.server_bind()
+            self.server_activate()
+            self.start()
 
     def revisions(self, kind: str, name: str) -> dict[str, Repository]:
         """Return the commits of a repository by branch or tag, {} where there is no folder of that name."""

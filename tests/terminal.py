@@ -1,27 +1,23 @@
 """What a person sees: a command in a pseudo-terminal, and the screen that it leaves."""
 
-import fcntl
 import os
 import pty
 import select
-import subprocess
-import sys
 import termios
 import time
-from pathlib import Path
 
 import pyte
 
-ROOT = Path(__file__).resolve().parent.parent
+from conftest import Forker
 
 
 def run_on_terminal(
-    *command, columns: int = 400, rows: int = 120, environment: dict[str, str] | None = None
+    forker: Forker, *command, columns: int = 400, rows: int = 120
 ) -> tuple[int, str, list[str]]:
     """Run a script with a terminal as its standard streams; return its exit code, all that it wrote,
     and the lines of the screen at the end, without empty ones below the last.
     """
-    running = OnTerminal(*command, columns=columns, rows=rows, environment=environment)
+    running = OnTerminal(forker, *command, columns=columns, rows=rows)
     code, text = running.end()
     return code, text, final_screen(text, columns=columns, rows=rows)
 
@@ -29,21 +25,13 @@ def run_on_terminal(
 class OnTerminal:
     """A running script with a terminal of its own as its standard streams, at which somebody types."""
 
-    def __init__(
-        self, *command, columns: int = 400, rows: int = 120, environment: dict[str, str] | None = None
-    ):
-        self.terminal, streams = pty.openpty()
-        termios.tcsetwinsize(streams, (rows, columns))
-        self.process = subprocess.Popen(
-            [sys.executable, *map(str, command)],
-            cwd=ROOT,
-            stdin=streams,
-            stdout=streams,
-            stderr=streams,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": str(columns), **(environment or {})},
-            preexec_fn=lambda: (os.setsid(), fcntl.ioctl(0, termios.TIOCSCTTY, 0)),
-        )
-        os.close(streams)
+    def __init__(self, forker: Forker, *command, columns: int = 400, rows: int = 120, **environment: str):
+        self.forker = forker
+        self.terminal, self.streams = pty.openpty()
+        termios.tcsetwinsize(self.streams, (rows, columns))
+        variables = {"COLUMNS": str(columns), **environment}
+        command = list(map(str, command))
+        forker.begin(command=command, terminal=os.ttyname(self.streams), environment=variables)
         self.written, self.seen = b"", 0
 
     def type(self, keys: str) -> None:
@@ -67,7 +55,8 @@ class OnTerminal:
     def _read_until(self, until: float, wanted: str) -> None:
         ready = select.select([self.terminal], [], [], max(until - time.monotonic(), 0))[0]
         if not ready or not self._read():
-            self.process.kill()
+            os.close(self.terminal)  # the line is dead: the script gets SIGHUP
+            self.forker.wait()
             raise AssertionError(f"no {wanted} after {self.written[self.seen :]!r}")
 
     def end(self) -> tuple[int, str]:
@@ -75,12 +64,17 @@ class OnTerminal:
         while self._read():
             pass
         os.close(self.terminal)
-        return self.process.wait(), self.written.decode()
+        [code] = self.forker.wait()
+        return code, self.written.decode()
 
     def _read(self) -> bool:
+        ended = self.forker.process.stdout
+        if self.streams is not None and self.terminal not in select.select([self.terminal, ended], [], [])[0]:
+            os.close(self.streams)  # it was open until now, for the script might not have opened its own
+            self.streams = None
         try:
             chunk = os.read(self.terminal, 65536)
-        except OSError:  # a pseudo-terminal ends with EIO when its other side closes
+        except OSError:  # a pseudo-terminal ends with EIO when its other side is closed
             chunk = b""
         self.written += chunk
         return bool(chunk)

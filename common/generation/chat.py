@@ -137,7 +137,7 @@ def _render_and_exit(conversations: list[list[Message]], template: Template, wri
             resource.setrlimit(resource.RLIMIT_AS, (size + TEMPLATE_BYTES,) * 2)
         with open(writer, "w", encoding="utf-8") as pipe:
             for conversation in conversations:
-                signal.alarm(TEMPLATE_SECONDS)  # its default action ends this process
+                signal.setitimer(signal.ITIMER_REAL, TEMPLATE_SECONDS)  # SIGALRM ends this process
                 pipe.write(json.dumps(_render(conversation, template)) + "\n")
     finally:
         os._exit(0)

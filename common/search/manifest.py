@@ -337,9 +337,12 @@ def _missing(folder: Path, manifest: Manifest) -> Path | None:
 
 
 def _is_empty(folder: Path) -> bool:
-    """Tell whether a folder has at most the files of a writer that never wrote its manifest."""
+    """Tell whether a folder has at most the files of a writer that never wrote its manifest, or has not
+    yet: its rows are written before, in a folder with a lock.
+    """
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else [folder.name]
-    return all(name == LOCK or name.startswith(f"{MANIFEST}.") for name in names)
+    own = (f"{MANIFEST}.", "segment-") if LOCK in names else (f"{MANIFEST}.",)
+    return all(name == LOCK or name.startswith(own) for name in names)
 
 
 def check_settings(index: str, wanted: Mapping[str, object], settings: Settings) -> None:

@@ -255,7 +255,7 @@ PROMPT = "\x1b[?2004h> "  # readline has the terminal
 PASTED = "\x1b[200~{}\x1b[201~"  # how a terminal marks what is pasted
 
 
-def test_a_conversation_at_a_terminal(tmp_path, cache_dir):
+def test_a_conversation_at_a_terminal(forking, tmp_path, cache_dir):
     """Arrow keys edit a line and bring back the last one, pasted lines are one message, Ctrl-C ends
     an answer, of which what was said stays if it is wanted, and at the prompt it takes back the line.
     """
@@ -265,7 +265,7 @@ def test_a_conversation_at_a_terminal(tmp_path, cache_dir):
         ["--max-new-tokens", 4000, "--min-new-tokens", 4000, "--temperature", 1],
     )
     flags = ["--model", model, "--precision", "fp32", "--cache-dir", cache_dir, "--interactive", *long]
-    talk = OnTerminal("generate.py", *flags, environment={"TERM": "xterm", "OMP_NUM_THREADS": "1"})
+    talk = OnTerminal(forking, "generate.py", *flags, TERM="xterm")
     answer_and_stop(talk, f"a sky{LEFT * 3}blue \r", keep="y")
     answer_and_stop(talk, f"{UP}!\r", keep="y")
     answer_and_stop(talk, PASTED.format("first\nsecond") + "\r", keep="n")

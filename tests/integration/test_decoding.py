@@ -17,11 +17,12 @@ from common.generation.decoding import Batch, PromptLookup, TokenHistory
 from common.generation.fast_decoding import Kernel, load_library
 from common.generation.language_model import LanguageModel
 from common.generation.sampling import Sampler, Settings
-from conftest import heavy
+from conftest import heavy, quick
 from language_models import KINDS, in_c, needs_compiler, tiny_language_model, train_byte_bpe
 
 PROMPTS = [[7, 8, 9, 10, 11, 12, 9, 10], [4], list(range(20, 35)), [100, 101, 100, 101, 100]]
 UNPADDED = [[7, 8, 9, 10, 11], [100, 101, 100, 101, 100], [30, 31, 32, 33, 34]]
+ALL_TEXTS = (PROMPTS[:1], PROMPTS, UNPADDED)
 NEW_TOKENS = 24
 SETTINGS = {
     "greedy": {},
@@ -124,24 +125,25 @@ def settings_of(flags: dict, language_model: LanguageModel) -> Settings:
 
 
 @pytest.mark.parametrize(
-    "kind, dtype, seeds",
+    "kind, dtype, texts, seeds",
     [
-        ("llama", torch.float32, (0,)),
-        heavy("mistral", torch.float32, (0,)),
-        heavy("gpt2", torch.bfloat16, (0,)),
-        heavy("llama", torch.bfloat16, (0, 1)),
-        heavy("mistral", torch.bfloat16, (0, 1)),
-        heavy("gpt2", torch.float32, (0, 1)),
+        ("llama", torch.float32, (PROMPTS,), (0,)),
+        heavy("llama", torch.float32, ALL_TEXTS, (0,)),
+        heavy("mistral", torch.float32, ALL_TEXTS, (0,)),
+        heavy("gpt2", torch.bfloat16, ALL_TEXTS, (0,)),
+        heavy("llama", torch.bfloat16, ALL_TEXTS, (0, 1)),
+        heavy("mistral", torch.bfloat16, ALL_TEXTS, (0, 1)),
+        heavy("gpt2", torch.float32, ALL_TEXTS, (0, 1)),
     ],
 )
-def test_every_token_is_the_one_of_generate(kind: str, dtype: torch.dtype, seeds: tuple[int, ...]) -> None:
+def test_every_token_is_the_one_of_generate(
+    kind: str, dtype: torch.dtype, texts: tuple[list[list[int]], ...], seeds: tuple[int, ...]
+) -> None:
     """3 models x 2 precisions x one text, 4 left-padded and 3 unpadded ones x 13 settings x one seed
     or two: 351 runs.
     """
     language_model, ended_early, different = tiny_language_model(kind, dtype), 0, []
-    for (name, flags), prompts, seed in itertools.product(
-        SETTINGS.items(), (PROMPTS[:1], PROMPTS, UNPADDED), seeds
-    ):
+    for (name, flags), prompts, seed in itertools.product(SETTINGS.items(), texts, seeds):
         settings = settings_of(flags, language_model)
         rows = ours(language_model, prompts, settings, exact(seed))
         ended_early += sum(len(row) < NEW_TOKENS for row in rows)
@@ -152,32 +154,31 @@ def test_every_token_is_the_one_of_generate(kind: str, dtype: torch.dtype, seeds
 
 
 @pytest.fixture(scope="module")
-def kernel(tmp_path_factory) -> Kernel:
+def kernel(cache_dir) -> Kernel:
     """The step in C, on one thread: another number gives the same bits (test_decoder.py), and two tests
     run at a time.
     """
-    return Kernel(load_library(str(tmp_path_factory.mktemp("cache"))), 1)
+    return Kernel(load_library(str(cache_dir)), 1)
 
 
 @needs_compiler
 @pytest.mark.parametrize(
-    "kind, stored, seeds",
+    "kind, stored, texts, seeds",
     [
-        ("llama", torch.float32, (0,)),
-        heavy("mistral", torch.bfloat16, (0,)),
-        heavy("llama", torch.bfloat16, (0, 1)),
-        heavy("mistral", torch.float32, (0, 1)),
+        ("llama", torch.float32, (PROMPTS,), (0,)),
+        heavy("llama", torch.float32, ALL_TEXTS, (0,)),
+        heavy("mistral", torch.bfloat16, ALL_TEXTS, (0,)),
+        heavy("llama", torch.bfloat16, ALL_TEXTS, (0, 1)),
+        heavy("mistral", torch.float32, ALL_TEXTS, (0, 1)),
     ],
 )
-def test_every_token_of_the_step_in_c_is_the_one_of_generate(kind, stored, seeds, kernel):
+def test_every_token_of_the_step_in_c_is_the_one_of_generate(kind, stored, texts, seeds, kernel):
     """The same matrix, 234 runs: its sums are rounded in another order, and no draw is that close."""
     language_model, different = tiny_language_model(kind), []
     for parameter in language_model.model.parameters():
         parameter.data = parameter.data.to(stored).float()
     fast = in_c(language_model, kernel, stored)
-    for (name, flags), prompts, seed in itertools.product(
-        SETTINGS.items(), (PROMPTS[:1], PROMPTS, UNPADDED), seeds
-    ):
+    for (name, flags), prompts, seed in itertools.product(SETTINGS.items(), texts, seeds):
         settings = settings_of(flags, language_model)
         if ours(fast, prompts, settings, exact(seed)) != library(
             language_model, prompts, Options(settings), seed
@@ -186,7 +187,7 @@ def test_every_token_of_the_step_in_c_is_the_one_of_generate(kind, stored, seeds
     assert different == []
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", quick(KINDS, "llama"))
 def test_the_plain_draw_gives_the_same_tokens(kind: str) -> None:
     language_model = tiny_language_model(kind)
     for flags in SETTINGS.values():
@@ -372,7 +373,7 @@ def test_logits_that_are_no_numbers_are_refused():
         ours(language_model, PROMPTS[:1], settings, exact(0))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", quick(KINDS, "mistral"))
 @pytest.mark.parametrize(
     "flags",
     [{}, {"repetition_penalty": 1.3}, {"no_repeat_ngram_size": 4, "min_new_tokens": 20}],

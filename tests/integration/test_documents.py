@@ -12,6 +12,7 @@ import embed_search
 import generate
 import train_classifier
 from common import cli
+from conftest import heavy
 from documents import COLUMNS, PAGES, commands, make_workspace, run, script_calls, shortened, without_figures
 
 SCRIPTS = {"train_classifier.py": train_classifier, "generate.py": generate, "embed_search.py": embed_search}
@@ -84,7 +85,12 @@ def run_in_this_process(text: str, folder: Path) -> list[str]:
     return [line.rstrip() for line in stdout.getvalue().strip("\n").splitlines()]
 
 
-@pytest.mark.parametrize("text", RUN)
+# trains for a quarter of a minute; other tests train and predict with less
+HEAVY = ("--output-dir runs/reviews", "--model runs/reviews/best")
+CASES = [heavy(text) if any(part in text for part in HEAVY) else text for text in RUN]
+
+
+@pytest.mark.parametrize("text", CASES)
 def test_a_command_prints_what_the_pages_show(text, workspace, monkeypatch):
     monkeypatch.chdir(workspace)
     monkeypatch.setenv("COLUMNS", COLUMNS)

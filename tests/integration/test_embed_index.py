@@ -134,111 +134,54 @@ def test_a_signal_to_one_of_two_processes_ends_both_and_leaves_the_index(
     assert 0 <= open_snapshot(tmp_path / "ix").num_rows - count <= 64
 
 
-FORKING_INDEXER = """
-import json, os, signal, sys
-import embed_search
-from common import cli
-
-def kill_at(event: int, folder: str):  # the how manieth file of a folder that is opened, renamed or removed
-    left = [event]
-    def audit(name, arguments):
-        if name in ("open", "os.rename", "os.remove") and str(arguments[0]).startswith(folder):
-            left[0] -= 1
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-    sys.addaudithook(audit)
-
-# each line is a command line and when it dies; the answer is the number of the process, then how it
-# ended
-for line in sys.stdin:
-    job = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        kill_at(job.get("event", 0), job.get("folder", ""))
-        cli.run(embed_search.make_parser(), embed_search.main, job["command"])
-        os._exit(0)
-    print(child, flush=True)
-    print(os.waitpid(child, 0)[1], flush=True)
-"""
-
-
-def kill_at_random_moments(times: int, tiny_embedder, cache_dir, tmp_path, seed: int):
+def kill_at_random_moments(times: int, forking, tiny_embedder, cache_dir, tmp_path, seed: int):
     """Kill `index` `times` times, going on with the same command; after each kill all that was
     committed is there, and nothing wrong is.
     """
     texts = [text for text, _ in make_sentences(400)]
     write_lines(tmp_path / "texts.txt", texts)
-    command = [
-        "index",
-        str(tmp_path / "texts.txt"),
-        "--model",
-        str(tiny_embedder),
-        "--cache-dir",
-        str(cache_dir),
-        "--precision",
-        "fp32",
-        "--device",
-        "cpu",
-        "--block",
-        "4",
-    ]
+    command = ["embed_search.py", "index", tmp_path / "texts.txt", "--model", tiny_embedder]
+    command += ["--cache-dir", cache_dir, "--precision", "fp32", "--device", "cpu", "--block", "4"]
     generator, kills = random.Random(seed), 0
-    with subprocess.Popen(
-        [sys.executable, "-c", FORKING_INDEXER],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    ) as runner:
 
-        def start(name: str) -> int:
-            print(
-                json.dumps({"command": [*command, "--index", str(tmp_path / name)]}),
-                file=runner.stdin,
-                flush=True,
-            )
-            return int(runner.stdout.readline())
+    def start(name: str) -> int:
+        forking.begin(command=list(map(str, [*command, "--index", tmp_path / name])))
+        return forking.processes()[0]
 
-        for name in ("warm-up", "whole"):
-            moment = time.monotonic()
-            start(name)
-            assert runner.stdout.readline() == "0\n"
-        seconds, expected = time.monotonic() - moment, rows_by_id(tmp_path / "whole")
-        assert sorted(text for text, _ in expected.values()) == sorted(texts)
-        for run in range(10 * times):
-            name = f"killed-{run}"
-            while kills < times:
-                child = start(name)
-                time.sleep(generator.uniform(0, 0.6 * seconds))
-                before = rows_by_id(tmp_path / name) if (tmp_path / name / "manifest.json").exists() else {}
-                with contextlib.suppress(ProcessLookupError):  # it is done
-                    os.kill(child, signal.SIGKILL)
-                ended = runner.stdout.readline()
-                if ended == "0\n":  # it was done before the kill
-                    break
-                kills += 1
-                after = rows_by_id(tmp_path / name) if (tmp_path / name / "manifest.json").exists() else {}
-                assert before.items() <= after.items() and after.items() <= expected.items()
-            start(name)
-            assert runner.stdout.readline() == "0\n" and rows_by_id(tmp_path / name) == expected
-            if kills == times:
+    for name in ("warm-up", "whole"):
+        moment = time.monotonic()
+        start(name)
+        assert forking.wait() == [0]
+    seconds, expected = time.monotonic() - moment, rows_by_id(tmp_path / "whole")
+    assert sorted(text for text, _ in expected.values()) == sorted(texts)
+    for run in range(10 * times):
+        name = f"killed-{run}"
+        while kills < times:
+            child = start(name)
+            time.sleep(generator.uniform(0, 0.6 * seconds))
+            before = rows_by_id(tmp_path / name) if (tmp_path / name / "manifest.json").exists() else {}
+            with contextlib.suppress(ProcessLookupError):  # it is done
+                os.kill(child, signal.SIGKILL)
+            if forking.wait() == [0]:  # it was done before the kill
                 break
-        runner.stdin.close()
+            kills += 1
+            after = rows_by_id(tmp_path / name) if (tmp_path / name / "manifest.json").exists() else {}
+            assert before.items() <= after.items() and after.items() <= expected.items()
+        start(name)
+        assert forking.wait() == [0] and rows_by_id(tmp_path / name) == expected
+        if kills == times:
+            break
     assert kills == times
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forked")
-def test_kills_lose_nothing(tiny_embedder, cache_dir, tmp_path):
-    kill_at_random_moments(2, tiny_embedder, cache_dir, tmp_path, seed=0)
+def test_kills_lose_nothing(forking, tiny_embedder, cache_dir, tmp_path):
+    kill_at_random_moments(2, forking, tiny_embedder, cache_dir, tmp_path, seed=0)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forked")
-def test_thirty_kills_lose_nothing(tiny_embedder, cache_dir, tmp_path):
-    kill_at_random_moments(30, tiny_embedder, cache_dir, tmp_path, seed=1)
+def test_thirty_kills_lose_nothing(forking, tiny_embedder, cache_dir, tmp_path):
+    kill_at_random_moments(30, forking, tiny_embedder, cache_dir, tmp_path, seed=1)
 
 
 WRITERS = {
@@ -248,7 +191,7 @@ WRITERS = {
 }
 
 
-def kill_at_events(events, command: str, tiny_embedder, cache_dir, tmp_path):
+def kill_at_events(events, command: str, forking, tiny_embedder, cache_dir, tmp_path):
     """Kill a command at the given events: each row is as it was or as it is to be, and the same
     command ends in the same rows and files.
     """
@@ -261,151 +204,84 @@ def kill_at_events(events, command: str, tiny_embedder, cache_dir, tmp_path):
                 *(f"s{number},{text}{mark if number % 3 == 0 else ''}" for number, text in enumerate(texts)),
             ],
         )
-    model = [
-        "--id-column",
-        "id",
-        "--model",
-        str(tiny_embedder),
-        "--cache-dir",
-        str(cache_dir),
-        "--precision",
-        "fp32",
-        "--device",
-        "cpu",
-    ]
+    model = ["--id-column", "id", "--model", tiny_embedder, "--cache-dir", cache_dir]
+    model += ["--precision", "fp32", "--device", "cpu"]
     commands = {
-        "update": ["index", str(tmp_path / "new.csv"), *model],
+        "update": ["index", tmp_path / "new.csv", *model],
         "delete": ["delete"],
         "compact": ["compact"],
     }
-    with subprocess.Popen(
-        [sys.executable, "-c", FORKING_INDEXER],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    ) as runner:
 
-        def run(folder: Path, *flags: str, event: int = 0) -> int:
-            print(
-                json.dumps(
-                    {"command": [*flags, "--index", str(folder)], "event": event, "folder": str(folder)}
-                ),
-                file=runner.stdin,
-                flush=True,
+    def run(folder: Path, *flags, event: int = 0) -> int:
+        line = ["embed_search.py", *map(str, flags), "--index", str(folder)]
+        return forking.do(command=line, run=str(folder), event=event)[0]
+
+    assert run(tmp_path / "start", "index", tmp_path / "old.csv", *model, "--block", "3") == 0
+    assert run(tmp_path / "start", "delete", "s4") == 0
+    before, kills = rows_by_id(tmp_path / "start"), 0
+    shutil.copytree(tmp_path / "start", tmp_path / "whole")
+    assert run(tmp_path / "whole", *commands[command], *WRITERS[command]) == 0
+    after = rows_by_id(tmp_path / "whole")
+    for event in events:
+        folder = tmp_path / f"killed-{event}"
+        shutil.copytree(tmp_path / "start", folder)
+        if run(folder, *commands[command], *WRITERS[command], event=event) == 0:
+            break  # it has fewer events
+        kills, found = kills + 1, rows_by_id(folder)
+        if command == "update":
+            assert found.keys() - {"s4"} == before.keys() and all(
+                row in (before.get(key), after[key]) for key, row in found.items()
             )
-            runner.stdout.readline()
-            return int(runner.stdout.readline())
-
-        assert run(tmp_path / "start", "index", str(tmp_path / "old.csv"), *model, "--block", "3") == 0
-        assert run(tmp_path / "start", "delete", "s4") == 0
-        before, kills = rows_by_id(tmp_path / "start"), 0
-        shutil.copytree(tmp_path / "start", tmp_path / "whole")
-        assert run(tmp_path / "whole", *commands[command], *WRITERS[command]) == 0
-        after = rows_by_id(tmp_path / "whole")
-        for event in events:
-            folder = tmp_path / f"killed-{event}"
-            shutil.copytree(tmp_path / "start", folder)
-            if run(folder, *commands[command], *WRITERS[command], event=event) == 0:
-                break  # it has fewer events
-            kills, found = kills + 1, rows_by_id(folder)
-            if command == "update":
-                assert found.keys() - {"s4"} == before.keys() and all(
-                    row in (before.get(key), after[key]) for key, row in found.items()
-                )
-            else:
-                assert found in (before, after)
-            assert run(folder, *commands[command], *WRITERS[command]) == 0 and rows_by_id(folder) == after
-            assert {path.name for path in folder.iterdir()} == {
-                *entries_of(read_manifest(folder)),
-                "manifest.json",
-            }, "a writer removes its lock"
-        runner.stdin.close()
+        else:
+            assert found in (before, after)
+        assert run(folder, *commands[command], *WRITERS[command]) == 0 and rows_by_id(folder) == after
+        entries = {*entries_of(read_manifest(folder)), "manifest.json"}
+        assert {path.name for path in folder.iterdir()} == entries, "a writer removes its lock"
     return kills
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forked")
 @pytest.mark.parametrize(
     "command, events", [heavy("update", (17, 44)), ("delete", (12, 17)), heavy("compact", (14,))]
 )
-def test_kills_of_every_writer_lose_nothing(command, events, tiny_embedder, cache_dir, tmp_path):
-    assert kill_at_events(events, command, tiny_embedder, cache_dir, tmp_path) == len(events)
+def test_kills_of_every_writer_lose_nothing(command, events, forking, tiny_embedder, cache_dir, tmp_path):
+    assert kill_at_events(events, command, forking, tiny_embedder, cache_dir, tmp_path) == len(events)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forked")
 @pytest.mark.parametrize("command, least", [("update", 60), ("delete", 15), ("compact", 15)])
 def test_kills_of_every_writer_at_every_event_lose_nothing(
-    command, least, tiny_embedder, cache_dir, tmp_path
+    command, least, forking, tiny_embedder, cache_dir, tmp_path
 ):
-    assert kill_at_events(range(1, 1000), command, tiny_embedder, cache_dir, tmp_path) >= least
+    assert kill_at_events(range(1, 1000), command, forking, tiny_embedder, cache_dir, tmp_path) >= least
 
 
-def test_two_processes_make_one_index(tiny_embedder, cache_dir, tmp_path):
+def test_two_processes_make_one_index(forking, embed, tiny_embedder, cache_dir, tmp_path):
     """Both find no index, both make one: the second waits and adds to what the first made."""
     texts = [text for text, _ in make_sentences(60)]
-    flags = [
-        "--model",
-        tiny_embedder,
-        "--cache-dir",
-        cache_dir,
-        "--device",
-        "cpu",
-        "--block",
-        "4",
-        "--index",
-        tmp_path / "ix",
-        "--wait",
-        "100",
-    ]
+    flags = ["--model", tiny_embedder, "--cache-dir", cache_dir, "--device", "cpu", "--precision", "fp32"]
+    flags += ["--block", "4", "--index", tmp_path / "ix", "--wait", "100"]
     for name, own in (("a", texts[:40]), ("b", texts[20:])):
         write_lines(tmp_path / f"{name}.txt", own)
-    both = [
-        subprocess.Popen(
-            [sys.executable, ROOT / "embed_search.py", "index", tmp_path / f"{name}.txt", *flags],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        )
-        for name in "ab"
-    ]
-    ends = [(process.communicate(timeout=200), process.returncode) for process in both]
-    assert [code for _, code in ends] == [0, 0], ends
+    forking.begin(command=list(map(str, ["embed_search.py", "index", tmp_path / "a.txt", *flags])))
+    code, _, stderr = embed("index", tmp_path / "b.txt", *flags)
+    assert (forking.wait(), code) == ([0], 0), forking.said() + stderr
     assert sorted(text for text, _ in rows_by_id(tmp_path / "ix").values()) == sorted(texts)
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), heavy(signal.SIGINT, 130)])
-def test_an_interrupted_index_says_how_to_go_on(number, code, tiny_embedder, cache_dir, embed, tmp_path):
+def test_an_interrupted_index_says_how_to_go_on(
+    number, code, forking, tiny_embedder, cache_dir, embed, tmp_path
+):
     write_lines(tmp_path / "texts.txt", [text for text, _ in make_sentences(3000)])
-    flags = [
-        "index",
-        tmp_path / "texts.txt",
-        "--model",
-        tiny_embedder,
-        "--cache-dir",
-        cache_dir,
-        "--device",
-        "cpu",
-        "--block",
-        "4",
-        "--index",
-        tmp_path / "ix",
-    ]
-    with subprocess.Popen(
-        [sys.executable, ROOT / "embed_search.py", *flags],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    ) as process:
-        while not (tmp_path / "ix" / "manifest.json").exists() or not open_snapshot(tmp_path / "ix").num_rows:
-            time.sleep(0.05)
-        process.send_signal(number)
-        _, stderr = process.communicate(timeout=60)
-    assert process.returncode == code and "the same command" in stderr and "Traceback" not in stderr
+    flags = ["index", tmp_path / "texts.txt", "--model", tiny_embedder, "--cache-dir", cache_dir]
+    flags += ["--device", "cpu", "--block", "4", "--index", tmp_path / "ix"]
+    forking.begin(command=list(map(str, ["embed_search.py", *flags])))
+    while not (tmp_path / "ix" / "manifest.json").exists() or not open_snapshot(tmp_path / "ix").num_rows:
+        time.sleep(0.05)
+    os.kill(forking.processes()[0], number)
+    codes, stderr = forking.wait(), forking.said()
+    assert codes == [code] and "the same command" in stderr and "Traceback" not in stderr
     said = int(re.search(r"([\d,]+) texts of this run", stderr)[1].replace(",", ""))
     committed = rows_by_id(tmp_path / "ix")
     assert 0 <= len(committed) - said <= 4  # a block may have been committed and not yet counted

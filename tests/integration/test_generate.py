@@ -11,9 +11,9 @@ import math
 import os
 import pty
 import re
+import select
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import tty
@@ -438,81 +438,39 @@ def test_an_interrupted_output_goes_on(cut, flags, script, prompts_file, tmp_pat
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), heavy(signal.SIGINT, 130)])
-def test_a_signal_keeps_the_finished_lines_and_says_how_to_go_on(number, code, tiny, tmp_path):
-    """A process of its own, stopped while it writes; then the same command with --resume gives the
-    file of an uninterrupted run.
-    """
+def test_a_signal_keeps_the_finished_lines_and_says_how_to_go_on(number, code, forking, tiny, tmp_path):
+    """Stopped while it writes; then the same command with --resume gives the file of an uninterrupted run."""
     prompts, part, whole = tmp_path / "many.txt", tmp_path / "part.jsonl", tmp_path / "whole.jsonl"
     prompts.write_text(
-        "\n".join(f"{prompt} {number}" for number in range(40) for prompt in PROMPTS) + "\n", encoding="utf-8"
+        "\n".join(f"{prompt} {number}" for number in range(20) for prompt in PROMPTS) + "\n", encoding="utf-8"
     )
-    command = [
-        sys.executable,
-        "generate.py",
-        "--model",
-        tiny,
-        "--device",
-        "cpu",
-        "--precision",
-        "fp32",
-        "--prompts-file",
-        prompts,
-        "--batch-size",
-        4,
-        "--max-new-tokens",
-        40,
-        "--top-k",
-        20,
-    ]
-    running = subprocess.Popen(
-        [*map(str, command), "--output", str(part)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    command = ["--model", tiny, "--device", "cpu", "--precision", "fp32", "--prompts-file", prompts]
+    command = list(map(str, [*command, "--batch-size", 4, "--max-new-tokens", 40, "--top-k", 20, "--output"]))
+    forking.begin(command=["generate.py", *command, str(part)])
+    [process] = forking.processes()
     deadline = time.monotonic() + 120
-    while (
-        running.poll() is None
-        and time.monotonic() < deadline
-        and not (part.exists() and part.read_bytes().count(b"\n") >= 8)
-    ):
-        time.sleep(0.02)
-    running.send_signal(number)
-    _, stderr = running.communicate(timeout=60)
-    kept = lines_of(part)
-    assert running.returncode == code and 8 <= len(kept) < 240 and len(kept) % 4 == 0
+    while time.monotonic() < deadline and not (part.exists() and part.read_bytes().count(b"\n") >= 8):
+        time.sleep(0.002)
+    os.kill(process, number)
+    codes, stderr, kept = forking.wait(), forking.said(), lines_of(part)
+    assert codes == [code] and 8 <= len(kept) < 120 and len(kept) % 4 == 0, stderr
     assert (
-        f"{part} holds {len(kept)} of 240 texts;" in stderr
+        f"{part} holds {len(kept)} of 120 texts;" in stderr
         and "--resume" in stderr
         and stderr.endswith("generate.py: interrupted\n")
     )
-    for extra in (["--output", part, "--resume"], ["--output", whole]):
-        cli.run(generate.make_parser(), generate.main, [str(word) for word in (*command[2:], *extra)])
+    for extra in ([part, "--resume"], [whole]):
+        cli.run(generate.make_parser(), generate.main, [*command, *map(str, extra)])
     assert part.read_bytes() == whole.read_bytes()
 
 
-def test_torchrun_gives_the_same_file_in_the_same_order(run_script, script, tiny, prompts_file, tmp_path):
+def test_two_processes_give_the_same_file_in_the_same_order(
+    call_script, script, tiny, prompts_file, tmp_path
+):
     flags = ["--prompts-file", prompts_file, "--batch-size", 2, "--top-k", 20]
     script(*flags, "--output", tmp_path / "one.jsonl")
-    run_script(
-        "torchrun",
-        "--nproc-per-node",
-        2,
-        "generate.py",
-        "--model",
-        tiny,
-        "--device",
-        "cpu",
-        "--precision",
-        "fp32",
-        "--max-new-tokens",
-        16,
-        *flags,
-        "--output",
-        tmp_path / "two.jsonl",
-        OMP_NUM_THREADS="1",
-    )
+    flags += ["--model", tiny, "--device", "cpu", "--precision", "fp32", "--max-new-tokens", 16]
+    call_script("generate.py", *flags, "--output", tmp_path / "two.jsonl", world=2)
     assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
 
 
@@ -548,31 +506,32 @@ def test_torchrun_goes_on_after_what_is_there(run_script, script, tiny, prompts_
     assert part.read_bytes() == whole.read_bytes() and f"{part}: it already holds 2 of 6 texts" in done.stdout
 
 
-def test_on_a_terminal_the_first_text_of_each_batch_grows(script, tiny):
+WITHOUT_STDERR = """
+import os, runpy, sys
+os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_on_a_terminal_the_first_text_of_each_batch_grows(forking, script, tiny, tmp_path):
     """A terminal of its own: what it shows is what a pipe gets, and it comes in pieces."""
     flags = [*prompt_flags(3), "--top-k", 20, "--max-new-tokens", 100]
     piped = script(*flags)[1].encode()
-    command = [
-        sys.executable,
-        "generate.py",
-        "--model",
-        tiny,
-        "--device",
-        "cpu",
-        "--precision",
-        "fp32",
-        *flags,
-    ]
     ours, theirs = pty.openpty()
     tty.setraw(theirs)  # it changes no byte
-    running = subprocess.Popen([*map(str, command)], cwd=ROOT, stdout=theirs, stderr=subprocess.DEVNULL)
+    flags += ["--model", tiny, "--device", "cpu", "--precision", "fp32"]
+    quiet, pieces = tmp_path / "quiet.py", []
+    quiet.write_text(WITHOUT_STDERR)
+    forking.begin(command=list(map(str, [quiet, "generate.py", *flags])), terminal=os.ttyname(theirs))
+    while select.select([ours, forking.process.stdout], [], [])[0] != [forking.process.stdout]:
+        pieces.append(os.read(ours, 1 << 16))
     os.close(theirs)
-    pieces = []
     with contextlib.suppress(OSError):  # how Linux says that the other end is closed
         while piece := os.read(ours, 1 << 16):
             pieces.append(piece)
     os.close(ours)
-    assert running.wait() == 0 and b"".join(pieces) == piped
+    assert forking.wait() == [0] and b"".join(pieces) == piped
     assert sum(b"--- prompt 2" not in piece for piece in pieces) > 5  # prompt 1 grew
 
 

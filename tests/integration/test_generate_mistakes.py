@@ -480,7 +480,8 @@ TEMPLATES = {  # name: (template, what the line must hold)
 
 @pytest.mark.parametrize("template, parts", TEMPLATES.values(), ids=TEMPLATES)
 def test_a_template_that_can_not_be_used(template, parts, refused, tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(chat, "TEMPLATE_SECONDS", 10 if parts else 1)  # those without an own reason never end
+    # those without an own reason never end
+    monkeypatch.setattr(chat, "TEMPLATE_SECONDS", 10 if parts else 0.3)
     shutil.copytree(tiny, tmp_path / "model")
     (tmp_path / "model" / "chat_template.jinja").write_text(template)
     for flags in (["--chat", *P], ["--interactive"]):

@@ -5,10 +5,12 @@ The Hub is a server of our own on the loopback; what it serves is made here, in 
 real repositories.
 """
 
+import contextlib
 import json
 import random
 import shlex
 import shutil
+import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +38,7 @@ PATENT_CLASSES = [
     "Electricity",
     "General tagging of new or cross-sectional technology",
 ]
-SIZES = {"train": 270, "validation": 90, "test": 90}
+SIZES = {"train": 90, "validation": 36, "test": 36}
 
 
 def make_patents(split: str, size: int | None = None) -> datasets.Dataset:
@@ -94,12 +96,8 @@ def write_distilbert(folder: Path, *, seed: int = 0) -> DistilBertForMaskedLM:
     return model
 
 
-@pytest.fixture(scope="module")
-def repositories(tmp_path_factory) -> Path:
-    """The folder that the server serves: what the tutorial needs, and repositories that must be
-    refused.
-    """
-    root = tmp_path_factory.mktemp("hub")
+def write_repositories(root: Path) -> None:
+    """Write what the tutorial needs, and repositories that must be refused."""
     write_parquet(root / "datasets/ccdv/patent-classification", ["default"])
     write_parquet(root / "datasets/owner/two-configs", ["abstract", "patent"])
     for name, file, content in [
@@ -116,7 +114,6 @@ def repositories(tmp_path_factory) -> Path:
     shutil.copytree(distilbert, pickled)
     (pickled / "model.safetensors").unlink()
     torch.save(model.state_dict(), pickled / "pytorch_model.bin")
-    return root
 
 
 def environment(hub: HubServer, home: Path) -> dict[str, str]:
@@ -133,23 +130,44 @@ def environment(hub: HubServer, home: Path) -> dict[str, str]:
     }
 
 
+class Served:
+    """A Hub of our own, and a process with an empty home that knows no other, and forks others like it."""
+
+    def __init__(self, folder: Path, hub: HubServer):
+        self.root, self.hub, self.home = hub.root, hub, folder / "home"
+        self.forker = Forker(start_forker(**environment(hub, self.home)), folder / "said")
+
+    def call(self, *flags, check: bool = False) -> subprocess.CompletedProcess:
+        return self.forker.call("train_classifier.py", *flags, check=check)
+
+
 @pytest.fixture(scope="module")
-def recipe(repositories, run_script, tmp_path_factory):
+def served(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("served")
+    write_repositories(folder / "hub")
+    with HubServer(folder / "hub") as hub:
+        made = Served(folder, hub)
+        yield made
+        made.forker.stop()
+
+
+@pytest.fixture(scope="module")
+def recipe(served, tmp_path_factory):
     """The folder of two runs of the tutorial's command, `first` with the Hub and `again` when it
     is gone, and what they printed.
     """
     folder = tmp_path_factory.mktemp("recipe")
-    command = ["train_classifier.py", *RECIPE, "--cache-dir", folder / "cache", "--output-dir"]
-    with HubServer(repositories) as hub:
-        first = run_script(*command, folder / "first", **environment(hub, folder / "home"))
-    again = run_script(*command, folder / "again", **environment(hub, folder / "home"))
+    command = [*RECIPE, "--cache-dir", folder / "cache", "--output-dir"]
+    first = served.call(*command, folder / "first", check=True)
+    with served.hub.away():
+        again = served.call(*command, folder / "again", check=True)
     return folder, first, again
 
 
 def test_the_tutorials_command_downloads_trains_and_scores(recipe):
     folder, first, _ = recipe
     assert (
-        "270 train, 90 validation, 90 test texts, 9 classes" in first.stdout
+        "90 train, 36 validation, 36 test texts, 9 classes" in first.stdout
         and "cut from train" not in first.stdout
     )
     assert "DistilBertForSequenceClassification" in first.stdout and first.stderr == ""
@@ -158,7 +176,7 @@ def test_the_tutorials_command_downloads_trains_and_scores(recipe):
     assert 0 <= json.loads((folder / "first/metrics.json").read_text())["test_accuracy"] <= 1
 
 
-def test_all_downloads_lie_in_the_cache_dir(recipe):
+def test_all_downloads_lie_in_the_cache_dir(recipe, served):
     folder, *_ = recipe
     repositories = {path.name for path in (folder / "cache").iterdir() if "--" in path.name}
     assert repositories == {
@@ -166,7 +184,7 @@ def test_all_downloads_lie_in_the_cache_dir(recipe):
         "datasets--ccdv--patent-classification",
     }
     assert [
-        path for path in folder.glob("home/**/*") if "patent" in path.name or "distilbert" in path.name
+        path for path in served.home.glob("**/*") if "patent" in path.name or "distilbert" in path.name
     ] == []
 
 
@@ -195,38 +213,35 @@ class Refusal:
     stderr: str
 
 
-def run_refused(folder: Path, command_lines: dict[str, list], **variables: str) -> dict[str, Refusal]:
-    """Run command lines one after the other, with variables, and return how each ended."""
-    common = ["--cache-dir", folder / "cache", "--output-dir", folder / "run"]
-    forker, ends = Forker(start_forker(**variables), folder / "said"), {}
+def run_refused(served: Served, folder: Path, command_lines: dict[str, list]) -> dict[str, Refusal]:
+    """Run command lines one after the other, and return how each ended."""
+    common, ends = ["--cache-dir", folder / "cache", "--output-dir", folder / "run"], {}
     for name, line in command_lines.items():
         start = time.monotonic()
-        done = forker.call("train_classifier.py", *line, *common, check=False)
+        done = served.call(*line, *common)
         ends[name] = Refusal(done.returncode, time.monotonic() - start, done.stdout, done.stderr)
-    forker.stop()
     return ends
 
 
 @pytest.fixture(scope="module")
-def refusals(repositories, sentences_csv, tmp_path_factory):
+def refusals(served, sentences_csv, tmp_path_factory):
     """What the Hub does not have, or has in a form that is not taken, by the name of the case; and
     the requests that the Hub got.
     """
-    folder = tmp_path_factory.mktemp("refusals")
-    with HubServer(repositories) as hub:
-        ends = run_refused(
-            folder,
-            {
-                "unknown model": ["--model", "nobody/nothing", "--dataset", sentences_csv],
-                "unknown data set": ["--dataset", "nobody/nothing"],
-                "pickle": ["--model", "owner/only-pickle", "--dataset", sentences_csv, "--inspect"],
-                "script": ["--dataset", "owner/only-script"],
-                "no data": ["--dataset", "owner/only-card"],
-                "no configuration": ["--dataset", "owner/two-configs"],
-            },
-            **environment(hub, folder / "home"),
-        )
-    return ends, hub.requests
+    known = len(served.hub.requests)
+    ends = run_refused(
+        served,
+        tmp_path_factory.mktemp("refusals"),
+        {
+            "unknown model": ["--model", "nobody/nothing", "--dataset", sentences_csv],
+            "unknown data set": ["--dataset", "nobody/nothing"],
+            "pickle": ["--model", "owner/only-pickle", "--dataset", sentences_csv, "--inspect"],
+            "script": ["--dataset", "owner/only-script"],
+            "no data": ["--dataset", "owner/only-card"],
+            "no configuration": ["--dataset", "owner/two-configs"],
+        },
+    )
+    return ends, served.hub.requests[known:]
 
 
 @pytest.mark.parametrize(
@@ -267,19 +282,17 @@ def test_foreign_code_is_not_run_and_nothing_is_converted_elsewhere(refusals):
 
 
 @pytest.fixture(scope="module")
-def refusals_without_hub(repositories, sentences_csv, tmp_path_factory):
+def refusals_without_hub(served, sentences_csv, tmp_path_factory):
     """What is neither cached nor to be had, for nothing listens at the Hub's address."""
-    folder = tmp_path_factory.mktemp("without-hub")
-    with HubServer(repositories) as hub:
-        pass
-    return run_refused(
-        folder,
-        {
-            "model": ["--model", "distilbert/distilbert-base-uncased", "--dataset", sentences_csv],
-            "dataset": ["--dataset", "ccdv/patent-classification"],
-        },
-        **environment(hub, folder / "home"),
-    )
+    with served.hub.away():
+        return run_refused(
+            served,
+            tmp_path_factory.mktemp("without-hub"),
+            {
+                "model": ["--model", "distilbert/distilbert-base-uncased", "--dataset", sentences_csv],
+                "dataset": ["--dataset", "ccdv/patent-classification"],
+            },
+        )
 
 
 @pytest.mark.parametrize(
@@ -310,43 +323,32 @@ SHORT += ["--max-train-samples", 18, "--max-eval-samples", 9, "--max-length", 16
 
 
 class Published:
-    """A model and a data set on a Hub of our own, with a tag each, and commands that use them."""
+    """A model and a data set on the Hub, with a tag each, and commands that use them."""
 
-    def __init__(self, root: Path, hub: HubServer):
-        self.root, self.hub, self.cache = root, hub, root / "cache"
-        self.forkers = {
-            name: Forker(
-                start_forker(**{**environment(hub, root / "home"), "HF_HUB_OFFLINE": offline}), root / name
-            )
-            for name, offline in (("with-hub", "0"), ("without-hub", "1"))
-        }
+    def __init__(self, served: Served, folder: Path):
+        self.served, self.hub, self.folder = served, served.hub, folder
 
     def commit(self, kind: str, name: str, revision: str) -> str:
         return self.hub.repository(kind, name, revision).commit
 
     def call(self, *flags, hub: str = "with-hub"):
-        flags = ["train_classifier.py", *flags, "--cache-dir", self.cache]
-        return self.forkers[hub].call(*flags, check=False)
+        with self.hub.away() if hub == "without-hub" else contextlib.nullcontext():
+            return self.served.call(*flags, "--cache-dir", self.folder / "cache")
 
     def train(self, name: str, *flags, hub: str = "with-hub") -> dict:
         """Return the settings of a run."""
-        done = self.call(*SHORT, *flags, "--output-dir", self.root / name, hub=hub)
+        done = self.call(*SHORT, *flags, "--output-dir", self.folder / name, hub=hub)
         assert done.returncode == 0, done
-        return json.loads((self.root / name / "config.json").read_text())
+        return json.loads((self.folder / name / "config.json").read_text())
 
 
 @pytest.fixture(scope="module")
-def published(tmp_path_factory):
-    root = tmp_path_factory.mktemp("published")
+def published(served, tmp_path_factory):
     for number, name in enumerate(("model", "model@v1", "model@new")):
-        write_distilbert(root / "models/owner" / name, seed=number)
+        write_distilbert(served.root / "models/owner" / name, seed=number)
     for name, size in (("data", 54), ("data@v1", 27), ("data@new", 36)):
-        write_parquet(root / "datasets/owner" / name, ["default"], size=size)
-    with HubServer(root) as hub:
-        made = Published(root, hub)
-        yield made
-        for forker in made.forkers.values():
-            forker.stop()
+        write_parquet(served.root / "datasets/owner" / name, ["default"], size=size)
+    return Published(served, tmp_path_factory.mktemp("published"))
 
 
 @pytest.fixture(scope="module")
@@ -389,10 +391,10 @@ def test_a_revision_is_a_tag_a_branch_or_a_commit_and_the_run_keeps_its_commit(p
 @pytest.mark.parametrize("hub", ["with-hub", "without-hub"])
 @pytest.mark.parametrize("flag", ["--revision", "--dataset-revision"])
 def test_an_unknown_revision_is_one_line(flag, hub, published, tagged):
-    done = published.call(*SHORT, flag, "nothing", "--output-dir", published.root / "none", hub=hub)
+    done = published.call(*SHORT, flag, "nothing", "--output-dir", published.folder / "none", hub=hub)
     said = [line for line in done.stderr.splitlines() if "cached copy" not in line]
     assert done.returncode == 2 and len(said) == 1 and f"{flag} nothing" in said[0], done
-    assert not (published.root / "none").exists()
+    assert not (published.folder / "none").exists()
 
 
 def test_a_model_from_the_hub_predicts_as_its_folder_does(published, tagged):
@@ -403,11 +405,11 @@ def test_a_model_from_the_hub_predicts_as_its_folder_does(published, tagged):
         "foreign": {"dataset_sha256": ..., "seed": "none"},
         "damaged": {"temperature": -1},
     }
-    texts, answers = published.root / "texts.txt", {}
+    texts, answers = published.folder / "texts.txt", {}
     texts.write_text("Physics with actors\nElectricity and a film\n")
     for name, changes in settings.items():
-        folder = published.root / "models/owner" / name
-        shutil.copytree(published.root / "main/best", folder)
+        folder = published.served.root / "models/owner" / name
+        shutil.copytree(published.folder / "main/best", folder)
         content = json.loads((folder / "training.json").read_text()) | changes
         content = {key: value for key, value in content.items() if value is not ...}
         (folder / "training.json").write_text(json.dumps(content))
@@ -421,9 +423,10 @@ def test_a_model_from_the_hub_predicts_as_its_folder_does(published, tagged):
 
 
 def test_a_run_is_resumed_from_its_commits_also_when_the_branch_has_moved(published, tagged):
-    run, hub = published.root / "main", published.hub
+    run, hub = published.folder / "main", published.hub
     weights = (run / "best/model.safetensors").read_bytes()
-    for folder in (published.root / "models/owner/model", published.root / "datasets/owner/data"):
+    for source in ("models/owner/model", "datasets/owner/data"):
+        folder = published.served.root / source
         folder.rename(folder.with_name(f"{folder.name}@old"))
         folder.with_name(f"{folder.name}@new").rename(folder)
     hub.repositories.clear()

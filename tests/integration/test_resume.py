@@ -609,7 +609,9 @@ def test_a_finished_run_keeps_what_it_was_told_to(forked, whole, tmp_path):
     folder, _ = whole("one process")
     for number in (0, 1):
         run = tmp_path / f"run-{number}"
-        assert forked.run(run, "--keep-after", number) == [0], forked.said()
+        shutil.copytree(folder, run)
+        shutil.rmtree(max((run / "checkpoints").iterdir()))  # a step and its checkpoint are left to be done
+        assert forked.run(run, "--resume", "--keep-after", number) == [0], forked.said()
         left = [path.name for path in (run / "checkpoints").glob("*")]
         assert left == ["step-00000008"][:number] and same_model(run, folder)
         assert f"(--keep-after {number})" in forked.said("stdout")
@@ -654,12 +656,21 @@ def test_a_kill_within_the_write_of_a_large_file_leaves_the_checkpoint_before(fo
 
 
 FULL_DISK = """
-import contextlib, sys
+import contextlib, ctypes, os, sys
 from pathlib import Path
 import train_classifier
 from common import cli
 from common.files import find_damage
 from common.training.checkpoint import Checkpoints
+
+# as `unshare -rm` and `mount -t tmpfs -o size=3m none /mnt`
+NEW_USER, NEW_MOUNTS, PRIVATE = 0x10000000, 0x20000, 0x44000
+system, user, group = ctypes.CDLL(None), os.getuid(), os.getgid()
+assert system.unshare(NEW_USER | NEW_MOUNTS) == 0
+for file, text in ("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1"):
+    Path("/proc/self", file).write_text(text)
+assert system.mount(b"none", b"/", None, PRIVATE, None) == 0
+assert system.mount(b"none", b"/mnt", b"tmpfs", 0, b"size=3m") == 0
 
 save, saves = Checkpoints.save, 0
 
@@ -687,40 +698,15 @@ except SystemExit as end:
 
 @pytest.mark.skipif(not may_mount(), reason="no right to mount a small file system here")
 def test_a_disk_that_fills_up_during_a_save_leaves_the_earlier_checkpoints_whole(
-    tiny_model, sentences_csv, cache_dir
+    call_script, tiny_model, sentences_csv, cache_dir, tmp_path
 ):
     """A file system of 3 MB at /mnt, seen by one process only: room for a run of the small
     model.
     """
-    command = [
-        sys.executable,
-        "-c",
-        FULL_DISK,
-        "--model",
-        tiny_model,
-        "--dataset",
-        sentences_csv,
-        "--cache-dir",
-        cache_dir,
-        *FLAGS,
-        "--output-dir",
-        "/mnt/run",
-    ]
-    done = subprocess.run(
-        [
-            "unshare",
-            "-rm",
-            "sh",
-            "-c",
-            'mount -t tmpfs -o size=3m none /mnt && "$@"',
-            "sh",
-            *map(str, command),
-        ],
-        text=True,
-        capture_output=True,
-        cwd=ROOT,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-    )
+    script = tmp_path / "full_disk.py"
+    script.write_text(FULL_DISK)
+    flags = ["--model", tiny_model, "--dataset", sentences_csv, "--cache-dir", cache_dir, *FLAGS]
+    done = call_script(script, *flags, "--output-dir", "/mnt/run")
     assert done.stdout.endswith("save 2 failed\ncode 2 [('step-00000002', None)]\n"), (
         done.stdout + done.stderr
     )

@@ -14,11 +14,18 @@ COLUMNS = 130
 BAR = re.compile(r"\d+%\||it/s|token/s|text/s|\[\d\d:\d\d<")
 
 
-def on_terminal(*command: object, code: int = 0) -> tuple[list[str], str]:
-    """Run a script in a terminal. Return the lines of its final screen, and all that was written."""
-    ended_with, written, lines = run_on_terminal(*command, columns=COLUMNS)
-    assert ended_with == code, written
-    return lines, written
+@pytest.fixture
+def on_terminal(forking):
+    """Return a function that runs a script in a terminal, and returns the lines of its final screen and
+    all that was written.
+    """
+
+    def run(*command: object, code: int = 0) -> tuple[list[str], str]:
+        ended_with, written, lines = run_on_terminal(forking, *command, columns=COLUMNS)
+        assert ended_with == code, written
+        return lines, written
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +33,7 @@ def tiny(tmp_path_factory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny-llama")
 
 
-def test_generate_leaves_whole_lines_and_no_bar(tiny, tmp_path):
+def test_generate_leaves_whole_lines_and_no_bar(on_terminal, tiny, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("".join(f"The quick brown fox {number}\n" for number in range(60)))
     flags = ["--model", tiny, "--device", "cpu", "--precision", "fp32", "--batch-size", 4]
@@ -39,26 +46,27 @@ def test_generate_leaves_whole_lines_and_no_bar(tiny, tmp_path):
     assert not re.search(rb"\x1b|\r|\d%\|", (tmp_path / "out.jsonl").read_bytes())
 
 
-def test_an_error_while_a_bar_is_open_is_a_line_of_its_own(tiny, tmp_path):
+LIMITED = """
+import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))
+sys.argv = sys.argv[1:]
+runpy.run_path("generate.py", run_name="__main__")
+"""
+
+
+def test_an_error_while_a_bar_is_open_is_a_line_of_its_own(on_terminal, tiny, tmp_path):
     """The file may not grow: the error comes while the bar stands."""
     flags = ["--model", tiny, "--device", "cpu", "--precision", "fp32", "--batch-size", 1]
     flags += [flag for number in range(8) for flag in ("--prompt", f"The quick {number}")]
-    code = "\n".join(
-        [
-            "import resource, runpy, sys",
-            "resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))",
-            "sys.argv = sys.argv[1:]",
-            "runpy.run_path('generate.py', run_name='__main__')",
-        ]
-    )
-    out = tmp_path / "out.jsonl"
-    lines, written = on_terminal("-c", code, "generate.py", *flags, "--output", out, code=2)
+    limited, out = tmp_path / "limited.py", tmp_path / "out.jsonl"
+    limited.write_text(LIMITED)
+    lines, written = on_terminal(limited, "generate.py", *flags, "--output", out, code=2)
     assert BAR.search(written)
     [line] = [line for line in "".join(lines).split("generate.py: error: ") if line]
     assert line.startswith(f"--output {out}") and not BAR.search(line)
 
 
-def test_index_leaves_whole_lines_and_no_bar(tiny_embedder, tmp_path, cache_dir):
+def test_index_leaves_whole_lines_and_no_bar(on_terminal, tiny_embedder, tmp_path, cache_dir):
     texts = tmp_path / "texts.csv"
     texts.write_text("text\n" + "".join(f"The quick brown fox {number}\n" for number in range(400)))
     flags = [

@@ -434,7 +434,7 @@ def test_evaluate_only_and_inspect_know_the_task(case, finished, call_script, ti
         assert re.search(r"^toxic +\d+ +\d+ +\d+$", shown, re.M) and "no label" in shown
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(MULTI, id="multi"), heavy(REGRESSION, id="regression")])
 def test_a_killed_run_ends_as_one_that_was_never_stopped(case, finished, forked_runs, tmp_path):
     run, folder = finished(case), tmp_path / "run"
     flags = [*run.data, "--save-every", 4]
@@ -513,21 +513,29 @@ def require_same_outcome(run: Finished, other: Finished, *, exact: bool) -> None
 
 
 @pytest.mark.parametrize("case", IN_TWO)
-def test_two_processes_learn_what_one_does_and_resume_to_the_bit(case, forked_runs, tmp_path):
+def test_two_processes_learn_what_one_does(case, forked_runs, tmp_path):
+    forked_runs.flags = FLAGS
+    data = in_steps(case, tmp_path)
+    assert forked_runs.run(tmp_path / "one", *data) == [0], forked_runs.said()
+    assert forked_runs.run(tmp_path / "two", *data, kind="two processes") == [0, 0], forked_runs.said()
+    require_same_outcome(*(Finished(tmp_path / name, data, "") for name in ("one", "two")), exact=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [pytest.param(*case.values, id=case.id) for case in IN_TWO])
+def test_two_processes_resume_to_the_bit(case, forked_runs, tmp_path):
+    """test_resume.py kills such a run of classes by default."""
     forked_runs.flags = FLAGS
     data, two = in_steps(case, tmp_path), "two processes"
-    assert forked_runs.run(tmp_path / "one", *data) == [0], forked_runs.said()
     assert forked_runs.run(tmp_path / "two", *data, kind=two) == [0, 0], forked_runs.said()
     event = forked_runs.num_events() // 3
-    runs = {name: Finished(tmp_path / name, data, "") for name in ("one", "two", "killed")}
-    require_same_outcome(runs["one"], runs["two"], exact=False)
     assert -9 in forked_runs.run(tmp_path / "killed", *data, kind=two, event=event)
     assert (
         list(tmp_path.glob("killed/checkpoints/step-*")) and not (tmp_path / "killed/metrics.json").exists()
     )
     assert forked_runs.run(tmp_path / "killed", *data, "--resume", kind=two) == [0, 0], forked_runs.said()
     assert ": after step" in forked_runs.said("stdout")
-    require_same_outcome(runs["two"], runs["killed"], exact=True)
+    require_same_outcome(*(Finished(tmp_path / name, data, "") for name in ("two", "killed")), exact=True)
 
 
 @pytest.mark.slow

@@ -28,19 +28,18 @@ def lines_of(text: str) -> list[str]:
     return re.sub(" +#", " #", text).rstrip("\n").split("\n")
 
 
-def test_the_final_screen_of_a_run_is_what_a_file_would_hold(flags, call_script, tmp_path):
+def test_the_final_screen_of_a_run_is_what_a_file_would_hold(flags, forking, tmp_path):
     """The epoch lines are whole, no bar is left, and colours and bars never reach the file."""
     folder = tmp_path / "run"
-    code, written, screen = run_on_terminal(
-        "train_classifier.py", *flags, "--output-dir", folder, environment={"OMP_NUM_THREADS": "1"}
-    )
+    command = ["train_classifier.py", *flags, "--output-dir", folder]
+    code, written, screen = run_on_terminal(forking, *command)
     assert code == 0, written
     bars = [bar for bar in ("tokenising", "epoch 1/2:", "epoch 2/2:", "evaluating:") if bar in written]
     assert bars == ["tokenising", "epoch 1/2:", "epoch 2/2:", "evaluating:"]
     assert re.search(r"epoch 2/2:.*loss \d\.\d+, [\d.]+ examples/s, \d+ seconds left", written)
 
     folder.rename(tmp_path / "first")
-    done = call_script("train_classifier.py", *flags, "--output-dir", folder)
+    done = forking.call(*command)
     assert done.stderr == "" and not re.search(r"[\r\x1b\b]", done.stdout)
     assert lines_of("\n".join(screen)) == lines_of(done.stdout)
     for name in ("report.md", "predictions.csv", "metrics.jsonl", "config.json"):
@@ -48,17 +47,11 @@ def test_the_final_screen_of_a_run_is_what_a_file_would_hold(flags, call_script,
 
 
 @pytest.mark.slow
-def test_ctrl_c_leaves_no_bar_on_the_screen(flags, tmp_path):
+def test_ctrl_c_leaves_no_bar_on_the_screen(flags, forking, tmp_path):
     """As the terminal sends it, in the second epoch."""
-    folder = tmp_path / "run"
-    code, written, screen = run_on_terminal(
-        "-c",
-        INTERRUPTED_IN_EPOCH_2,
-        *flags,
-        "--output-dir",
-        folder,
-        environment={"OMP_NUM_THREADS": "1", "PYTHONPATH": "."},
-    )
+    folder, interrupted = tmp_path / "run", tmp_path / "interrupted.py"
+    interrupted.write_text(INTERRUPTED_IN_EPOCH_2)
+    code, written, screen = run_on_terminal(forking, interrupted, *flags, "--output-dir", folder)
     assert code == 130, written
     assert screen[-2:] == [
         "SIGINT: saving after this step; a second one ends the run at once",

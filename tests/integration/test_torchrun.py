@@ -184,7 +184,7 @@ def test_sigterm_to_torchrun_saves_and_the_run_can_be_resumed(flags, whole, tmp_
     assert job.returncode == 0 and same_end(tmp_path / "run", whole), stderr
 
 
-def test_a_mistake_is_said_once_and_restarts_want_a_folder_to_find_their_run_in(flags, run_script, tmp_path):
+def test_a_mistake_is_said_once(flags, run_script):
     done = run_script(
         "torchrun", "--nproc-per-node", 2, "train_classifier.py", *flags, "--text-column", "txt", check=False
     )
@@ -193,12 +193,21 @@ def test_a_mistake_is_said_once_and_restarts_want_a_folder_to_find_their_run_in(
     assert line.startswith("train_classifier.py: error: split train: no column 'txt'")
     # torchrun's own forty lines end with it
     assert done.stderr.splitlines()[-2].endswith(line) and set(done.stderr.splitlines()[-1]) == {"="}
-    done = run_script(
-        "torchrun", "--nproc-per-node", 1, "--max-restarts", 1, "train_classifier.py", *flags, check=False
-    )
-    assert (
-        done.returncode != 0 and "error: --output-dir: torchrun with --max-restarts needs it" in done.stderr
-    )
+
+
+RESTARTS = "error: --output-dir: torchrun with --max-restarts needs it"
+
+
+def test_restarts_want_a_folder_to_find_their_run_in(flags, call_script):
+    done = call_script("train_classifier.py", *flags, check=False, TORCHELASTIC_MAX_RESTARTS="1")
+    assert done.returncode == 2 and RESTARTS in done.stderr
+
+
+@pytest.mark.slow
+def test_torchrun_tells_of_its_restarts(flags, run_script):
+    torchrun = ["torchrun", "--nproc-per-node", 1, "--max-restarts", 1]
+    done = run_script(*torchrun, "train_classifier.py", *flags, check=False)
+    assert done.returncode != 0 and RESTARTS in done.stderr
 
 
 ONE_FAILS = """

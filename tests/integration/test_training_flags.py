@@ -98,12 +98,16 @@ def test_what_changes_the_loss_changes_what_is_learned(flags, forked, lopsided, 
     assert not close(tmp_path / "with", tmp_path / "without", atol=1e-3)
 
 
+WEIGHTED = ["--class-weights", "balanced", "--max-train-samples", 92]
+
+
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--class-weights", "balanced", "--max-train-samples", 92],
+        [*WEIGHTED, "--truncation", "chunks", "--max-chunks", 3],
+        heavy(WEIGHTED),
         heavy(["--label-smoothing", 0.1]),
-        ["--truncation", "chunks", "--max-chunks", 3],
+        heavy(["--truncation", "chunks", "--max-chunks", 3]),
         heavy([]),
     ],
 )

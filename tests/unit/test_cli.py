@@ -4,6 +4,7 @@ process ends, whatever surrounds it.
 
 import argparse
 import errno
+import gc
 import io
 import json
 import os
@@ -375,6 +376,15 @@ def test_a_terminal_without_accents_shows_what_it_can():
     plain = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
     done = in_shell("", mode="accents", **plain)
     assert (done.returncode, done.stdout, done.stderr) == (0, "caf? ?\n", "")
+
+
+def test_libraries_are_not_searched_for_garbage(monkeypatch):
+    monkeypatch.delitem(sys.modules, "torch")
+    frozen = gc.get_freeze_count()
+    cli.loading()
+    was_enabled = gc.isenabled()
+    cli.loaded()
+    assert not was_enabled and gc.isenabled() and gc.get_freeze_count() > frozen
 
 
 def test_a_limit_below_what_the_libraries_need_is_said_before_they_are_loaded():

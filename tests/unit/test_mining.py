@@ -17,17 +17,18 @@ from test_kernel import unit
 from common.search import mining
 from common.search.builder import Builder, fill, settings_of
 from common.search.display import level
-from common.search.index import CHUNK, HASH, ID, NUM_CHUNKS, START, TEXT, VECTOR
+from common.search.index import CHUNK, HASH, ID, NUM_CHUNKS, START, TEXT, VECTOR, open_snapshot
 from common.search.store import open_store, vector_array
+from conftest import heavy
 from index_rows import collection, numbered
 
 
-@pytest.fixture(params=[0, 1, 2])
-def live(request, tmp_path):
-    """Rows around a few centres, some of them equal, some deleted; `exact` is their matrix of
-    exactly rounded cosines.
+@pytest.fixture(scope="module", params=[0, heavy(1), heavy(2)])
+def made(request, tmp_path_factory):
+    """The folder of an index with rows around a few centres, some of them equal, some deleted; the numbers of
+    the others, and their matrix of exactly rounded cosines.
     """
-    generator = np.random.default_rng(request.param)
+    folder, generator = tmp_path_factory.mktemp("made") / "index", np.random.default_rng(request.param)
     centres = generator.standard_normal((5, 24))
     vectors = unit(centres[generator.integers(0, 5, 160)] + 0.5 * generator.standard_normal((160, 24)))
     vectors[[30, 77, 150]] = vectors[3]
@@ -49,17 +50,21 @@ def live(request, tmp_path):
         def encode_unit(self, texts, *, role=None):
             return np.array([vectors[int(text.split()[1])] for text in texts])
 
-    with open_store(
-        tmp_path / "index", settings=settings_of(Given(), id_column="key", chunk_overlap=None)
-    ) as opened:
+    settings = settings_of(Given(), id_column="key", chunk_overlap=None)
+    with open_store(folder, settings=settings) as opened:
         fill(Builder(opened, Given()), collection(numbered(0, 160)), block=37)
         opened.commit(None, [5, 6, 100])
-        snapshot = opened.snapshot
-    rows = np.flatnonzero(snapshot.alive())
+        rows = np.flatnonzero(opened.snapshot.alive())
     kept = vectors[rows].astype(np.float64)
-    found = mining.Selection(snapshot, rows)
     exact = np.array([[math.fsum((left * right).tolist()) for right in kept] for left in kept])
-    return found, exact
+    return folder, rows, exact
+
+
+@pytest.fixture
+def live(made):
+    """The rows of that index, opened anew, and the matrix of their cosines."""
+    folder, rows, exact = made
+    return mining.Selection(open_snapshot(folder), rows), exact
 
 
 @pytest.mark.parametrize("block", [7, 64, 1000])

@@ -48,6 +48,11 @@ TEXTS = [
 LABELS = ["pos", "neg", "NA"] * 4 + ["pos"]
 
 
+def xz(content: bytes) -> bytes:
+    """Compress bytes in a tenth of the time that the library takes by default."""
+    return lzma.compress(content, preset=0)
+
+
 def write(path: Path, texts: list[str], labels: list) -> Path:
     """Write texts and labels as a data file of the kind that the path's ending names."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -396,9 +401,7 @@ def test_standard_input_as_it_comes(content, options, texts, monkeypatch):
     assert reading.read_texts("-", column="text", cache_dir=None, options=options) == texts
 
 
-@pytest.mark.parametrize(
-    "ending, pack", [(".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress)]
-)
+@pytest.mark.parametrize("ending, pack", [(".gz", gzip.compress), (".bz2", bz2.compress), (".xz", xz)])
 def test_lines_that_are_compressed(ending, pack, tmp_path):
     (tmp_path / f"t.txt{ending}").write_bytes(pack(b"one\ntwo\n"))
     assert reading.read_lines(str(tmp_path / f"t.txt{ending}")) == ["one", "two"]
@@ -425,8 +428,7 @@ def test_a_compressed_file_that_would_fill_the_disk_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "ending, pack",
-    [(".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress), (".zst", zstandard)],
+    "ending, pack", [(".gz", gzip.compress), (".bz2", bz2.compress), (".xz", xz), (".zst", zstandard)]
 )
 def test_how_far_a_compressed_file_may_expand(ending, pack, tmp_path, monkeypatch):
     monkeypatch.setattr(reading, "ANY_SIZE", 1 << 20)
