@@ -422,7 +422,7 @@ EQUIVALENT = {
     r"\[TILE \+ WIDE_COLUMNS\]|together \+ round_up": "memory that is too small, which no number shows",
     r"largest \+ 1 < 0x7f800000": "the largest number of fp32 alone counts as infinite",
     r"largest = 1;": "the smallest number of fp32 counts as 0 anyway",
-    r"add_products_of.*(if \(BLOCK|row = add_blocks\([24],.*-> (;|row = add_blocks\(\d))": "smaller blocks follow",
+    r"add_products_of.*(if \(BLOCK|row = add_blocks\([24],.*-> (;|row = add_blocks\(\d))": "others follow",
     r"portable.*(lo|hi)_sum|AVX2.*to_digits.*sums": "what only the other variant reads",
 }
 
