@@ -92,8 +92,12 @@ MARK = rf"[[\p{{L}}\p{{M}}]--[{RUNS}\u3005\u30fc]]"
 MARKING = rf"(?P<run>[{RUNS}\u3005\u30fc]+)|(?<![\p{{N}}_])(?P<word>{MARK}{{3,}})(?![\p{{N}}_])"
 # what is left of Latin and Greek letters without their accents, and of Arabic and Hebrew ones
 # without the signs for their vowels; in other scripts a mark is a letter of its own
-ACCENTS = r"(?<=[a-z\u03b1-\u03c9])\p{Mn}+|[\u0591-\u05c7\u0640\u064b-\u065f\u0670]"
-PLAIN = str.maketrans({"ø": "o", "ł": "l", "đ": "d", "æ": "ae", "œ": "oe", "ı": "i", "ё": "е"})
+ACCENTS = (
+    r"(?<=[a-z\u03b1-\u03c9])\p{Mn}+|(?<=\u0435)\u0308+"  # Latin, Greek, and the points of the Cyrillic yo
+)
+# the points of Hebrew and Arabic, with the stroke that makes words longer
+POINTS = (*range(0x591, 0x5C8), 0x640, *range(0x64B, 0x660), 0x670)
+PLAIN = str.maketrans({"ø": "o", "ł": "l", "đ": "d", "æ": "ae", "œ": "oe", "ı": "i"}) | dict.fromkeys(POINTS)
 
 
 @dataclass(frozen=True)
@@ -179,8 +183,8 @@ class Words:
 
 def fold(word: str) -> str:
     """Return a word without case and accents."""
-    folded = _pattern(ACCENTS).sub("", unicodedata.normalize("NFD", word.casefold()))
-    return unicodedata.normalize("NFC", folded).translate(PLAIN)
+    letters = unicodedata.normalize("NFD", word.casefold()).translate(PLAIN)  # accents stand apart
+    return unicodedata.normalize("NFC", _pattern(ACCENTS).sub("", letters))
 
 
 def _grams(run: str, sizes: range) -> Iterator[str]:

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 import wcwidth
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from common.errors import UserError
@@ -78,6 +78,9 @@ def test_every_language_knows_its_stemmer_and_stop_words():
 
 
 @given(st.text(max_size=40))
+@example("Ø\u0300")  # an accent on a letter that becomes a plain one
+@example("a\u0640\u0301")  # and after a sign that is left out
+@example("\u0435\u05b0\u0308")
 def test_whatever_a_text_is_it_shares_the_words_of_its_own(text):
     words = Words()
     assert set(words.of_query(text)) <= set(words.of_text(text))
