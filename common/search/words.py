@@ -20,7 +20,7 @@ from common.errors import UserError
 if TYPE_CHECKING:
     import regex
 
-VERSION = 1  # of these rules: words that were made by others are made anew
+VERSION = 2  # of these rules: words that were made by others are made anew
 AUTO = "auto"  # no language is known
 MAX_GRAM, MIN_GRAM = 3, 2  # characters of a run that are one word
 REMEMBERED = 1 << 17  # different words whose stems are kept
