@@ -140,7 +140,10 @@ def use_first_token(model: "PreTrainedModel") -> None:
 def _first_of_bert(
     layer: Any, hidden: torch.Tensor, mask: torch.Tensor | None = None, *_: Any, **__: Any
 ) -> torch.Tensor:
-    """Return the hidden state (B, 1, width) of the first token after a layer of a BertModel."""
+    """Return the hidden state (B, 1, width) of the first token after a layer of a BertModel.
+
+    What transformers passes beside `hidden` (B, T, width) and `mask` concerns decoders.
+    """
     first, attention = hidden[:, :1], layer.attention.self
     attended = _attend_from_first(
         attention, attention.query(first), attention.key(hidden), attention.value(hidden), mask

@@ -92,12 +92,10 @@ MARK = rf"[[\p{{L}}\p{{M}}]--[{RUNS}\u3005\u30fc]]"
 MARKING = rf"(?P<run>[{RUNS}\u3005\u30fc]+)|(?<![\p{{N}}_])(?P<word>{MARK}{{3,}})(?![\p{{N}}_])"
 # what is left of Latin and Greek letters without their accents, and of Arabic and Hebrew ones
 # without the signs for their vowels; in other scripts a mark is a letter of its own
-ACCENTS = (
-    r"(?<=[a-z\u03b1-\u03c9])\p{Mn}+|(?<=\u0435)\u0308+"  # Latin, Greek, and the points of the Cyrillic yo
-)
-# the points of Hebrew and Arabic, with the stroke that makes words longer
-POINTS = (*range(0x591, 0x5C8), 0x640, *range(0x64B, 0x660), 0x670)
-PLAIN = str.maketrans({"ø": "o", "ł": "l", "đ": "d", "æ": "ae", "œ": "oe", "ı": "i"}) | dict.fromkeys(POINTS)
+ACCENTS = r"(?<=[a-z\u03b1-\u03c9])\p{Mn}+|(?<=\u0435)\u0308+"  # the last: a Cyrillic yo is a ye
+VOWEL_SIGNS = (*range(0x591, 0x5C8), 0x640, *range(0x64B, 0x660), 0x670)
+LETTERS = {"ø": "o", "ł": "l", "đ": "d", "æ": "ae", "œ": "oe", "ı": "i"}
+PLAIN = str.maketrans({**LETTERS, **dict.fromkeys(map(chr, VOWEL_SIGNS))})
 
 
 @dataclass(frozen=True)

@@ -74,13 +74,14 @@ MOST_CLASSES, WORST_CLASSES = 30, 20  # of more classes than the first, a table 
 NUM_SHOWN, NUM_IN_TENSORBOARD = 5, 50  # texts with right or wrong answers
 FEW_TEXTS = 1000  # of a split: a single text is worth 0.1 points or more
 TEXTS_OF_AN_AXIS = 20  # that the axis of validation scores spans at least, so that one is no valley
-# of decisions: what is compared with what
+# what is read of a text that is longer than the model reads at once
 OF_LONGER_TEXTS = {
     "chunks": "a longer text is read whole, in chunks",
     "head": "of a longer text it reads the beginning",
     "tail": "of a longer text it reads the end",
     "head-tail": "of a longer text it reads a quarter from the beginning and the rest from the end",
 }
+# of decisions: what is compared with what
 RELIABILITY = {
     SINGLE: ("the confidence in the predicted class", "the share of texts for which it is right"),
     MULTI: ("the probability of a label", "the share of texts that have it"),
