@@ -1,9 +1,12 @@
 """The pictures of a report, drawn without a display."""
 
+from __future__ import annotations
+
 import logging
 import os
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +52,7 @@ def confusion_matrix(counts: list[list[int]], names: list[str], *, title: str) -
     table, shares = table[np.ix_(shown, shown)], shares[np.ix_(shown, shown)]
     names = [shorten(names[number], NAME_CHARACTERS) for number in shown]
     side = max(2.5, 0.6 * len(shown))
-    figure, [[axes]] = _panels(1, 1, side, side, names=names)
+    figure, [[axes]] = _panels(1, 1, side, side, Margins.for_names(names))
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axes.set(title=title, xlabel="predicted class", ylabel="true class (colour: share of it)")
     _name_rows_and_columns(axes, names)
@@ -82,8 +85,8 @@ def label_bars(per_label: dict[str, list[Any]], names: list[str], *, title: str)
     if len(shown) < len(names):
         title = f"{title}: the {len(shown)} of {len(names):,} labels with the most mistakes"
     labels = [shorten(names[number], NAME_CHARACTERS) for number in shown]
-    left_margin = 0.3 + _width(labels)
-    figure, [[axes]] = _panels(1, 1, 5.5, max(1.5, 0.35 * len(shown)), left=left_margin)
+    margins = Margins(left=0.3 + _width(labels))
+    figure, [[axes]] = _panels(1, 1, 5.5, max(1.5, 0.35 * len(shown)), margins)
     rows, left = np.arange(len(shown)), np.zeros(len(shown))
     parts = {"found": (found, "tab:blue"), "missed": (missed, "tab:orange")}
     for name, (counts, colour) in {**parts, "false alarms": (false_alarms, "tab:red")}.items():
@@ -106,7 +109,7 @@ def scatter(true: ArrayLike, predicted: ArrayLike, names: list[str], *, title: s
         title = f"{title}: {len(shown)} of {len(names):,} numbers"
     columns = min(len(shown), 3)
     lines = -(-len(shown) // columns)
-    figure, panels = _panels(lines, columns, 3.4, 3.2, top=0.6)
+    figure, panels = _panels(lines, columns, 3.4, 3.2, Margins(top=0.6))
     figure.suptitle(title)
     for panel in panels.flat[len(shown) :]:
         panel.remove()
@@ -131,7 +134,7 @@ def learning_curve(
     left out. The axis of the scores spans at least `least`, so that a difference of a
     single text does not look like much.
     """
-    figure, [(left, right)] = _panels(1, 2, 3.6, 2.7, top=0.15)
+    figure, [(left, right)] = _panels(1, 2, 3.6, 2.7, Margins(top=0.15))
     numbers = [epoch["epoch"] for epoch in epochs]
     losses = {"train_loss": "training", "loss": "validation"}
     for axes, curves, label in ((left, losses, "loss"), (right, scores, "validation score")):
@@ -156,9 +159,8 @@ def reliability(bins: list[tuple[float, float, int]], *, called: tuple[str, str]
     A bin has its mean probability, the share that is right, and its size; `called` names the two.
     The vertical lines are 95 % intervals of the shares: of few decisions, a share says little.
     """
-    figure, [[upper], [lower]] = _panels(
-        2, 1, 4.0, 2.2, top=0.15, between=0.15, height_ratios=(3, 1), sharex=True
-    )
+    margins = Margins(top=0.15, between=0.15)
+    figure, [[upper], [lower]] = _panels(2, 1, 4.0, 2.2, margins, height_ratios=(3, 1), sharex=True)
     probabilities, shares, counts = zip(*bins)
     upper.plot([0, 1], [0, 1], color="grey", linestyle=":", label="calibrated")
     intervals = np.array([wilson(round(share * count), count) for _, share, count in bins])
@@ -180,7 +182,7 @@ def similarity_map(matrix: ArrayLike, names: list[str]) -> Figure:
     cosines = np.asarray(matrix)
     shown = [shorten(name, NAME_CHARACTERS) for name in names if len(names) <= MAX_SIMILARITY_NAMES]
     side = min(max(3.0, 0.55 * len(names)), 10)
-    figure, [[axes]] = _panels(1, 1, side, side, names=shown, right=1.2)
+    figure, [[axes]] = _panels(1, 1, side, side, Margins.for_names(shown, right=1.2))
     image = axes.imshow(cosines, cmap="RdBu_r", vmin=-1, vmax=1)
     axes.set(title="cosine similarity")
     if shown:
@@ -235,43 +237,45 @@ def save(figure: Figure, path: Path | str) -> None:
         plt.close(figure)
 
 
+@dataclass(frozen=True)
+class Margins:
+    """The room around panels, and between two of them, in inches."""
+
+    left: float = 0.75
+    right: float = 0.2
+    top: float = 0.4
+    bottom: float = 0.6
+    between: float = 0.8
+
+    @classmethod
+    def for_names(cls, names: Sequence[str], *, right: float = 0.2) -> Margins:
+        """Return margins with room for names beside the rows, and below the columns, where they are
+        turned by 40 degrees.
+        """
+        width = _width(names) if names else 0.0
+        return cls(left=cls.left + width, right=right, bottom=cls.bottom + 0.7 * width)
+
+
 def _panels(
-    lines: int,
-    columns: int,
-    width: float,
-    height: float,
-    *,
-    names: Sequence[str] = (),
-    left: float = 0.75,
-    right: float = 0.2,
-    top: float = 0.4,
-    between: float = 0.8,
-    **options: Any,
+    lines: int, columns: int, width: float, height: float, margins: Margins, **options: Any
 ) -> tuple[Figure, np.ndarray]:
     """Return a figure and its panels (lines, columns), each `width` x `height`; all in inches.
 
-    `names` will stand beside the rows and below the columns of a single panel. Margins are counted,
-    not measured: matplotlib's layouts draw every text several times, which took a third of the time
-    of a small run.
+    Margins are counted, not measured: matplotlib's layouts draw every text several times, which took
+    a third of the time of a small run.
     """
-    bottom = 0.6
-    if names:
-        left, bottom = (
-            left + _width(names),
-            bottom + 0.7 * _width(names),
-        )  # the latter are turned by 40 degrees
-    whole_width = left + columns * width + (columns - 1) * between + right
-    whole_height = bottom + lines * height + (lines - 1) * between + top
-    margins = {
-        "left": left / whole_width,
-        "right": 1 - right / whole_width,
-        "bottom": bottom / whole_height,
-        "top": 1 - top / whole_height,
-        "wspace": between / width,
-        "hspace": between / height,
+    whole_width = margins.left + columns * width + (columns - 1) * margins.between + margins.right
+    whole_height = margins.bottom + lines * height + (lines - 1) * margins.between + margins.top
+    grid = {
+        "left": margins.left / whole_width,
+        "right": 1 - margins.right / whole_width,
+        "bottom": margins.bottom / whole_height,
+        "top": 1 - margins.top / whole_height,
+        "wspace": margins.between / width,
+        "hspace": margins.between / height,
     }
     return plt.subplots(
-        lines, columns, figsize=(whole_width, whole_height), squeeze=False, gridspec_kw=margins, **options
+        lines, columns, figsize=(whole_width, whole_height), squeeze=False, gridspec_kw=grid, **options
     )
 
 

@@ -253,22 +253,14 @@ def choose_settings(
     """Return how the tokens of a request are chosen, and its stop strings: what it does not say is as
     the flags of the server say. Raises ApiError for what contradicts itself.
     """
-    if "max_tokens" in given and "max_completion_tokens" in given:
-        raise ApiError(400, "max_tokens and max_completion_tokens: give one of them", param="max_tokens")
-    if "top_logprobs" in given and not given.get("logprobs"):
-        raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
-    if "stream_options" in given and not given.get("stream"):
-        raise ApiError(400, "stream_options needs stream: true", param="stream_options")
+    check_pairs(given)
     if "max_completion_tokens" in given:
         given["max_tokens"] = given.pop("max_completion_tokens")
     own = run.options.settings
     names = (*DRAWING, "repetition_penalty", "presence_penalty", "frequency_penalty")
     chosen: dict[str, Any] = {name: given[name] for name in names if name in given}
     if "logit_bias" in given:
-        chosen["logit_bias"] = tuple((int(name), float(bias)) for name, bias in given["logit_bias"].items())
-        if any(number >= run.language_model.vocabulary for number, _ in chosen["logit_bias"]):
-            most = run.language_model.vocabulary - 1
-            raise ApiError(400, f"logit_bias: the ids of tokens go from 0 to {most}", param="logit_bias")
+        chosen["logit_bias"] = read_bias(given["logit_bias"], run.language_model)
     if "max_tokens" in given:
         chosen["max_new_tokens"] = given["max_tokens"]
     chosen["sample"] = own.sample or any(name in given for name in DRAWING)
@@ -276,18 +268,45 @@ def choose_settings(
         chosen |= {"sample": False, "temperature": 1.0}
     if shape.is_chat and run.chat is not None:
         chosen["end_ids"] = tuple(dict.fromkeys((*own.end_ids, *run.chat.end_ids)))
-    stops = tuple(texts_of(given["stop"], MOST_STOPS) or ()) if "stop" in given else run.options.stops
-    try:
-        language_model.check_stops(list(stops), run.language_model)
-    except UserError as error:
-        raise ApiError(400, str(error), param="stop", code="invalid_value") from error
-    settings = replace(own, **chosen)
+    settings, stops = replace(own, **chosen), chosen_stops(given, run)
     asked = [name for name in FORMS if given.get(name, {"type": "text"}) != {"type": "text"}]
     if len(asked) > 1:
         raise ApiError(400, f"{' and '.join(asked)}: give one of them", param=asked[0])
     if asked:
         return replace(settings, constraint=chosen_form(given, asked[0], settings, forms)), ()
     return settings, stops
+
+
+def check_pairs(given: dict[str, Any]) -> None:
+    """Raise ApiError for parameters that exclude each other, and for one without what it needs."""
+    if "max_tokens" in given and "max_completion_tokens" in given:
+        raise ApiError(400, "max_tokens and max_completion_tokens: give one of them", param="max_tokens")
+    for name, needed in (("top_logprobs", "logprobs"), ("stream_options", "stream")):
+        if name in given and not given.get(needed):
+            raise ApiError(400, f"{name} needs {needed}: true", param=name)
+
+
+def read_bias(given: dict[str, float], model: LanguageModel) -> tuple[tuple[int, float], ...]:
+    """Return (id, number) for each token of a request's logit_bias. Raises ApiError for an id that
+    the model does not have.
+    """
+    biases = tuple((int(token), float(bias)) for token, bias in given.items())
+    if any(token >= model.vocabulary for token, _ in biases):
+        most = model.vocabulary - 1
+        raise ApiError(400, f"logit_bias: the ids of tokens go from 0 to {most}", param="logit_bias")
+    return biases
+
+
+def chosen_stops(given: dict[str, Any], run: Run) -> tuple[str, ...]:
+    """Return the stop strings of a request, else those of the server. Raises ApiError for one that
+    holds a special token.
+    """
+    stops = tuple(texts_of(given["stop"], MOST_STOPS) or ()) if "stop" in given else run.options.stops
+    try:
+        language_model.check_stops(list(stops), run.language_model)
+    except UserError as error:
+        raise ApiError(400, str(error), param="stop", code="invalid_value") from error
+    return stops
 
 
 def chosen_form(given: dict[str, Any], name: str, settings: Settings, forms: Forms) -> Constraint:

@@ -11,7 +11,7 @@ import itertools
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -420,34 +420,56 @@ def near_lines(groups: dict[str, list[Row]], task: Task) -> list[str]:
     keys, rows = zip(*rows.values())
     if len(keys) > MOST_COMPARED:
         return [f"not looked for: nearly alike texts, because {len(keys):,} are more than {MOST_COMPARED:,}"]
-    found = [
-        (rows[first], rows[second], similarity)
+    pairs = [
+        Alike([rows[first], rows[second]], f"{similarity:.2f} alike: ")
         for first, second, similarity in nearly_alike(keys)
         if keys[first] != keys[second]
     ]
-    kinds: dict[str, list[tuple[Row, Row, float]]] = {
-        "nearly alike and have different labels": [],
-        "nearly alike in several splits": [],
-        "nearly alike within a split": [],
+    contradictory, across, within = _by_relation(pairs)
+    kinds = {
+        "nearly alike and have different labels": contradictory,
+        "nearly alike in several splits": across,
+        "nearly alike within a split": within,
     }
-    contradictory, across, within = kinds.values()
-    for pair in found:
-        first, second, _ = pair
-        if first.label != second.label:
-            contradictory.append(pair)
-        else:
-            (across if first.split != second.split else within).append(pair)
     lines = []
-    for what, pairs in kinds.items():
-        if pairs:
-            count = len({(row.split, row.number) for first, second, _ in pairs for row in (first, second)})
-            lines.append(f"texts that are {what}: {count:,}")
-            lines += [
-                f"  {_group_line([first, second], task)}: {similarity:.2f} alike: {shorten(first.text, 60)}"
-                for first, second, similarity in pairs[:SHOWN_GROUPS]
-            ]
-            lines += ["  ..."] * (len(pairs) > SHOWN_GROUPS)
+    for what, found in kinds.items():
+        count = len({(row.split, row.number) for pair in found for row in pair.rows})
+        lines += _alike_lines(what, count, found, task)
     return lines
+
+
+class Alike(NamedTuple):
+    """Rows whose texts are alike, and what is said of these before the first of them is shown."""
+
+    rows: list[Row]
+    remark: str = ""
+
+
+def _by_relation(groups: Iterable[Alike]) -> tuple[list[Alike], list[Alike], list[Alike]]:
+    """Return the groups that have different labels, those of the others that lie in several splits,
+    and those within a split.
+    """
+    contradictory, across, within = [], [], []
+    for group in groups:
+        first = group.rows[0]
+        if any(row.label != first.label for row in group.rows):
+            contradictory.append(group)
+        elif any(row.split != first.split for row in group.rows):
+            across.append(group)
+        else:
+            within.append(group)
+    return contradictory, across, within
+
+
+def _alike_lines(what: str, count: int, found: list[Alike], task: Task) -> list[str]:
+    """Return lines on how many texts are alike in some way, and on the first groups of them."""
+    if not found:
+        return []
+    shown = [
+        f"  {_group_line(group.rows, task)}: {group.remark}{shorten(group.rows[0].text, 60)}"
+        for group in found[:SHOWN_GROUPS]
+    ]
+    return [f"texts that are {what}: {count:,}", *shown, *["  ..."] * (len(found) > SHOWN_GROUPS)]
 
 
 def describe(splits: Splits) -> str:
@@ -455,42 +477,37 @@ def describe(splits: Splits) -> str:
     from common.training.data import near_equal_names
 
     task = task_of_rows(splits["train"])
-    groups = similar_texts(splits)
-    kinds: dict[str, list[list[Row]]] = {
-        "and have different labels": [],
-        "in several splits: their scores say little about new texts": [],
-        "within a split": [],
-    }
-    contradictory, across, within = kinds.values()
-    for group in groups.values():
-        if any(row.label != group[0].label for row in group):
-            contradictory.append(group)
-        elif len(group) > 1:
-            (across if any(row.split != group[0].split for row in group) else within).append(group)
     lines = []
     for names in near_equal_names(task.names):
         lines.append(f"nearly the same name: {' and '.join(map(quoted, names))}; if one is meant, correct it")
+    groups = similar_texts(splits)
+    contradictory, across, within = _by_relation(Alike(rows) for rows in groups.values() if len(rows) > 1)
+    kinds = {
+        "alike and have different labels": contradictory,
+        "alike in several splits: their scores say little about new texts": across,
+        "alike within a split": within,
+    }
     for what, found in kinds.items():
-        if found:
-            lines.append(f"texts that are alike {what}: {len(found):,}")
-            lines += [
-                f"  {_group_line(group, task)}: {shorten(group[0].text, 60)}"
-                for group in found[:SHOWN_GROUPS]
-            ]
-            lines += ["  ..."] * (len(found) > SHOWN_GROUPS)
+        lines += _alike_lines(what, len(found), found, task)
     lines += near_lines(groups, task)
-    if task.kind == SINGLE:
-        counts = np.bincount(splits["train"]["label"][:], minlength=len(task.names))
-        rare = {task.names[number]: int(counts[number]) for number in np.argsort(counts, kind="stable")}
-        rare = {name: count for name, count in rare.items() if count < RARE}
-        if rare:
-            shown = ", ".join(f"{quoted(name)} {count}" for name, count in list(rare.items())[:SHOWN_GROUPS])
-            more = ", ..." if len(rare) > SHOWN_GROUPS else ""
-            lines.append(
-                f"classes with fewer than {RARE} texts in training: {shown}{more}; --drop-rare"
-                f" {RARE} leaves them out, --merge-rare NAME makes one class of them"
-            )
+    lines += _rare_lines(splits["train"], task)
     return "\n".join(lines) or "nothing: no alike texts, no contradictions, no rare classes"
+
+
+def _rare_lines(rows: datasets.Dataset, task: Task) -> list[str]:
+    """Return a line on the classes that few texts of the training split have, the rarest first."""
+    if task.kind != SINGLE:
+        return []
+    counts = np.bincount(rows["label"][:], minlength=len(task.names))
+    rarest = (int(number) for number in np.argsort(counts, kind="stable") if counts[number] < RARE)
+    rare = [f"{quoted(task.names[number])} {counts[number]}" for number in rarest]
+    if not rare:
+        return []
+    shown = ", ".join(rare[:SHOWN_GROUPS]) + ", ..." * (len(rare) > SHOWN_GROUPS)
+    return [
+        f"classes with fewer than {RARE} texts in training: {shown}; --drop-rare {RARE} leaves them"
+        " out, --merge-rare NAME makes one class of them"
+    ]
 
 
 def _group_line(group: Sequence[Row], task: Task) -> str:
