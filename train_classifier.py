@@ -86,7 +86,14 @@ from common.training.batching import BatchConfig, count_examples, pool_chunks, s
 from common.training.checkpoint import TIME_IS_UP, Checkpoints, StopSignals, TrainingState
 from common.training.classifier import ModelConfig
 from common.training.data import DataConfig, DataNotes, Splits, TextConfig, TokenConfig
-from common.training.evaluation import PREDICT_BLOCK, evaluate, is_better, predict_logits, predict_texts
+from common.training.evaluation import (
+    PREDICT_BLOCK,
+    TextClassifier,
+    evaluate,
+    is_better,
+    predict_logits,
+    predict_texts,
+)
 from common.training.task import LabelConfig, Scoring, Task, balanced_weights, sum_losses, task_of_rows
 
 if TYPE_CHECKING:
@@ -141,35 +148,6 @@ def config_from_flags(config_class: type[Config], args: argparse.Namespace, **gi
     """Return a config whose fields are those `given`, and else the flags of the same names."""
     names = [field.name for field in dataclasses.fields(config_class) if field.name not in given]
     return config_class(**given, **{name: getattr(args, name) for name in names})
-
-
-def saved_scoring(args: argparse.Namespace, trained: dict, task: Task) -> Scoring:
-    """Return how the answers of a saved model are scored: as its settings tell, where flags say
-    nothing else. Raises UserError for flags that have no meaning in its task.
-    """
-    if args.threshold == "auto":
-        raise UserError("--threshold auto: it is chosen in training, and saved with the model; leave it out")
-    positive_class = args.positive_class or trained.get("positive_class")
-    given = {**vars(args), "best_metric": "loss", "label_separator": None, "positive_class": positive_class}
-    check_task(task.kind, {**given, "label_smoothing": 0.0, "class_weights": "none"}, task.names)
-    limits = args.threshold
-    if limits is None:
-        limits = classifier.saved_thresholds(trained, task, name=args.model)
-    return Scoring(positive_class, limits)
-
-
-def saved_texts(args: argparse.Namespace, trained: dict) -> TextConfig:
-    """Return which columns hold the texts for a saved model: as its settings tell, where flags say
-    nothing else.
-    """
-    texts = config_from_flags(TextConfig, args)
-    if texts.text_mode is None and trained.get("text_mode") in (PAIR, JOIN):
-        mode, join_with = trained["text_mode"], str(trained.get("join_with", " "))
-        texts = dataclasses.replace(texts, text_mode=mode, join_with=join_with)
-        if len(texts.columns) == 1:
-            texts = dataclasses.replace(texts, text_column=str(trained.get("text_column")))
-    check_text_columns(texts.text_column, texts.text_mode)
-    return texts
 
 
 def data_config(args: argparse.Namespace) -> DataConfig:
@@ -501,15 +479,10 @@ def score_and_keep(
 ) -> None:
     """Score the model on the validation split, and keep it in best/ if it is the best so far."""
     train_scores = state.meter.so_far()
-    scores, logits = evaluate(
-        state.model,
-        rows,
-        state.tokenizer,
-        runtime,
-        batch_size=config.eval_batch_size,
-        scoring=config.scoring,
-        signals=run.signals,
+    learned = TextClassifier(
+        state.model, state.tokenizer, config.tokens, config.eval_batch_size, config.scoring
     )
+    scores, logits = evaluate(learned, rows, runtime, signals=run.signals)
     run.forecast.add_validation()
     # the losses of the last steps were finite, but these steps can have ruined the weights
     if not math.isfinite(scores["loss"]):
@@ -549,40 +522,28 @@ def show_unfinished(
 
 def test(loaded: Loaded, state: TrainingState, run: Run, runtime: Runtime) -> None:
     """Reload the best weights, score them once on the test split, and write the report."""
-    runtime.barrier()  # the main process has written them
     config, rows, folder = loaded.config, loaded.tokenized["test"], run.log.folder
-    best, cache_dir = str(folder / "best"), config.model.cache_dir
-    model, tokenizer, _ = classifier.load_saved(best, runtime, cache_dir=cache_dir)
-    options = {"batch_size": config.eval_batch_size, "signals": run.signals}
-    if config.calibrate:
-        validation = loaded.tokenized["validation"]
-        logits = predict_logits(model, validation, tokenizer, runtime, **options)
-        calibrate(logits, validation, folder / "best", config.task, runtime)
-    trained = classifier.saved_settings(folder / "best", best)  # with the temperature
-    thresholds = classifier.saved_thresholds(trained, config.task, name=best)
-    scoring = dataclasses.replace(config.scoring, threshold=thresholds)
-    temperature = classifier.saved_temperature(trained)
-    scores, logits = evaluate(
-        model, rows, tokenizer, runtime, scoring=scoring, temperature=temperature, **options
-    )
+    best = reload_best(loaded, run, runtime)
+    scores, logits = evaluate(best, rows, runtime, signals=run.signals)
+    thresholds, positive_class = report.thresholds_of(scores), config.scoring.positive_class
     assert state.best is not None
     outcome = report.Outcome(
         settings=run.log.settings,
         history=state.history,
         best=state.best,
         scores=scores,
-        predictions=report.Predictions(rows, logits, report.thresholds_of(scores), scoring.positive_class),
-        temperature=temperature,
+        predictions=report.Predictions(rows, logits, thresholds, positive_class),
+        temperature=best.temperature,
         num_texts={split: len(loaded.tokenized[split]) for split in loaded.tokenized},
         peak_memory_bytes=peak_memory_bytes(runtime.device),
     )
     runtime.say(f"\n{report.epoch_table(state.history, config.task, config.best_metric)}")
     runtime.say(f"\nbest epoch {state.best['epoch']}, reloaded and scored on the test split:")
     report.show(scores, outcome.predictions, config.tokens.eval_max_length, runtime)
+
     answers = []
     if loaded.notes.unlabelled is not None:  # a test split of a competition
-        unlabelled = loaded.notes.unlabelled
-        answers = predict_rows(model, tokenizer, unlabelled, config, scoring, temperature, runtime)
+        answers = predict_rows(best, loaded.notes.unlabelled, runtime)
     if runtime.is_main:
         if answers:
             predictions.write_csv(folder / "unlabelled.csv", answers)
@@ -596,27 +557,29 @@ def test(loaded: Loaded, state: TrainingState, run: Run, runtime: Runtime) -> No
         runtime.say(f"the test split without labels, predicted: {folder}/unlabelled.csv")
 
 
-def predict_rows(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: datasets.Dataset,
-    config: TrainConfig,
-    scoring: Scoring,
-    temperature: float,
-    runtime: Runtime,
-) -> list[dict]:
+def reload_best(loaded: Loaded, run: Run, runtime: Runtime) -> TextClassifier:
+    """Return the best weights of a run, with the thresholds that were chosen for them, and with
+    --calibrate a temperature.
+    """
+    runtime.barrier()  # the main process has written them
+    config, folder = loaded.config, run.log.folder / "best"
+    name, batch_size = str(folder), config.eval_batch_size
+    model, tokenizer, _ = classifier.load_saved(name, runtime, cache_dir=config.model.cache_dir)
+    if config.calibrate:
+        rows = loaded.tokenized["validation"]
+        logits = predict_logits(model, rows, tokenizer, runtime, batch_size=batch_size, signals=run.signals)
+        calibrate(logits, rows, folder, config.task, runtime)
+    trained = classifier.saved_settings(folder, name)  # with the temperature
+    thresholds = classifier.saved_thresholds(trained, config.task, name=name)
+    scoring = dataclasses.replace(config.scoring, threshold=thresholds)
+    temperature = trained.get("temperature", 1.0)
+    return TextClassifier(model, tokenizer, config.tokens, batch_size, scoring, temperature)
+
+
+def predict_rows(best: TextClassifier, rows: datasets.Dataset, runtime: Runtime) -> list[dict]:
     """Return the answers for a split without labels, with the numbers of its rows."""
-    answers = predict_texts(
-        model,
-        tokenizer,
-        data.texts_of(rows),
-        config.tokens,
-        runtime,
-        batch_size=config.eval_batch_size,
-        scoring=scoring,
-        temperature=temperature,
-    )
-    return [{**answer, "row": row} for answer, row in zip(answers, rows["row"][:], strict=True)]
+    answers = predict_texts(best, data.texts_of(rows), runtime)
+    return [{"row": row, **answer} for row, answer in zip(rows["row"][:], answers, strict=True)]
 
 
 def calibrate(
@@ -633,7 +596,7 @@ def calibrate(
     runtime.say(f"\ncalibrated on the validation split: logits are divided by {temperature:.4f}")
 
 
-# What the flags ask for ---------------------------------------------------------------------------
+# A run in its folder ------------------------------------------------------------------------------
 
 
 def fit(args: argparse.Namespace, runtime: Runtime) -> None:
@@ -682,56 +645,76 @@ def fit_in(location: RunLocation, args: argparse.Namespace, clock: tracking.Cloc
     runtime.say(f"time     {tracking.duration(clock.seconds())} in all")
 
 
+# A saved model ------------------------------------------------------------------------------------
+
+
+def saved_scoring(args: argparse.Namespace, trained: dict, task: Task) -> Scoring:
+    """Return how the answers of a saved model are scored: as its settings tell, where flags say
+    nothing else. Raises UserError for flags that have no meaning in its task.
+    """
+    if args.threshold == "auto":
+        raise UserError("--threshold auto: it is chosen in training, and saved with the model; leave it out")
+    positive_class = args.positive_class or trained.get("positive_class")
+    given = {**vars(args), "best_metric": "loss", "label_separator": None, "positive_class": positive_class}
+    check_task(task.kind, {**given, "label_smoothing": 0.0, "class_weights": "none"}, task.names)
+    limits = args.threshold
+    if limits is None:
+        limits = classifier.saved_thresholds(trained, task, name=args.model)
+    return Scoring(positive_class, limits)
+
+
+def saved_texts(args: argparse.Namespace, trained: dict) -> TextConfig:
+    """Return which columns hold the texts for a saved model: as its settings tell, where flags say
+    nothing else.
+    """
+    texts = config_from_flags(TextConfig, args)
+    if texts.text_mode is None and trained.get("text_mode") in (PAIR, JOIN):
+        mode, join_with = trained["text_mode"], str(trained.get("join_with", " "))
+        texts = dataclasses.replace(texts, text_mode=mode, join_with=join_with)
+        if len(texts.columns) == 1:
+            texts = dataclasses.replace(texts, text_column=str(trained.get("text_column")))
+    check_text_columns(texts.text_column, texts.text_mode)
+    return texts
+
+
+def saved_classifier(
+    model: PreTrainedModel | BertClassifier,
+    tokenizer: batching.AnyTokenizer,
+    trained: dict,
+    args: argparse.Namespace,
+) -> TextClassifier:
+    """Return a saved model that reads texts, and whose answers are scored, as its settings tell,
+    where no flag says else.
+    """
+    tokens = classifier.choose_saved_tokens(
+        model, tokenizer, trained, eval_max_length=args.eval_max_length, truncation=args.truncation
+    )
+    scoring = saved_scoring(args, trained, classifier.task_of_model(model))
+    temperature = trained.get("temperature", 1.0)
+    return TextClassifier(model, tokenizer, tokens, args.eval_batch_size, scoring, temperature)
+
+
 def evaluate_only(args: argparse.Namespace, runtime: Runtime) -> None:
     """Score a saved model on the test split, or on all rows of a data set that has none."""
     model, tokenizer, trained = classifier.load_saved(
         args.model, runtime, cache_dir=args.cache_dir, revision=args.revision
     )
-    tokens, task = saved_tokens(model, tokenizer, trained, args), classifier.task_of_model(model)
+    saved, task = saved_classifier(model, tokenizer, trained, args), classifier.task_of_model(model)
     config = dataclasses.replace(data_config(args), texts=saved_texts(args, trained))
     rows = data.load_rows_for_scoring(config, task, trained, runtime)
-    splits = data.tokenize_splits({"test": rows}, tokenizer, tokens, runtime, cache_dir=args.cache_dir)
-    tokenized = splits["test"]
-    scoring = saved_scoring(args, trained, task)
-    scores, logits = evaluate(
-        model,
-        tokenized,
-        tokenizer,
-        runtime,
-        batch_size=args.eval_batch_size,
-        scoring=scoring,
-        temperature=classifier.saved_temperature(trained),
-    )
-    thresholds = report.thresholds_of(scores)
-    predictions = report.Predictions(tokenized, logits, thresholds, scoring.positive_class)
-    report.show(scores, predictions, tokens.eval_max_length, runtime)
+    splits = data.tokenize_splits({"test": rows}, tokenizer, saved.tokens, runtime, cache_dir=args.cache_dir)
+    scores, logits = evaluate(saved, splits["test"], runtime)
+    thresholds, positive_class = report.thresholds_of(scores), saved.scoring.positive_class
+    predictions = report.Predictions(splits["test"], logits, thresholds, positive_class)
+    report.show(scores, predictions, saved.tokens.eval_max_length, runtime)
 
 
-@dataclass(frozen=True)
-class SavedModel:
-    """A model that was trained before, how it reads texts, and what its answers mean."""
-
-    model: PreTrainedModel | BertClassifier
-    tokenizer: batching.AnyTokenizer
-    texts: TextConfig
-    tokens: TokenConfig
-    scoring: Scoring
-    temperature: float
-    batch_size: int
-
-    def answers(self, block: unlabelled.TextBlock, runtime: Runtime) -> list[dict]:
-        """Return an answer for each text of a block, with its row."""
-        answers = predict_texts(
-            self.model,
-            self.tokenizer,
-            block.texts,
-            self.tokens,
-            runtime,
-            batch_size=self.batch_size,
-            scoring=self.scoring,
-            temperature=self.temperature,
-        )
-        return [{**answer, "row": row} for row, answer in zip(block.rows, answers)]
+def kept_columns(args: argparse.Namespace) -> list[str] | None:
+    """Return the columns that predictions keep, None for all."""
+    if args.keep_columns == ("all",):
+        return None
+    ids = [] if args.id_column is None else [args.id_column]
+    return list(dict.fromkeys([*ids, *(args.keep_columns or ())]))
 
 
 def predict(args: argparse.Namespace, runtime: Runtime) -> None:
@@ -741,20 +724,11 @@ def predict(args: argparse.Namespace, runtime: Runtime) -> None:
     model, tokenizer, trained = classifier.load_to_predict(
         args.model, runtime, cache_dir=args.cache_dir, revision=args.revision
     )
-    saved = SavedModel(
-        model,
-        tokenizer,
-        tokens=saved_tokens(model, tokenizer, trained, args),
-        scoring=saved_scoring(args, trained, classifier.task_of_model(model)),
-        texts=saved_texts(args, trained),
-        temperature=classifier.saved_temperature(trained),
-        batch_size=args.eval_batch_size,
-    )
+    saved = saved_classifier(model, tokenizer, trained, args)
     faults: list[Fault] | None = [] if args.skip_bad else None
     with unlabelled.open_texts(
         args.predict,
-        columns=saved.texts.columns,
-        join_with=saved.texts.join_with if saved.texts.text_mode == JOIN else None,
+        saved_texts(args, trained),
         kept=kept_columns(args),
         options=config_from_flags(FileOptions, args),
         cache_dir=args.cache_dir,
@@ -769,12 +743,18 @@ def predict(args: argparse.Namespace, runtime: Runtime) -> None:
             write_predictions(saved, texts, bad, args, runtime)
             return
         for block in texts.blocks(PREDICT_BLOCK, without=bad):
-            for line in predictions.with_columns(block.columns, saved.answers(block, runtime)):
+            for line in predictions.with_columns(block.columns, answer_block(saved, block, runtime)):
                 runtime.say(cli.json_line(line))
 
 
+def answer_block(saved: TextClassifier, block: unlabelled.TextBlock, runtime: Runtime) -> list[dict]:
+    """Return an answer for each text of a block, with its row."""
+    answers = predict_texts(saved, block.texts, runtime)
+    return [{"row": row, **answer} for row, answer in zip(block.rows, answers)]
+
+
 def write_predictions(
-    saved: SavedModel, texts: unlabelled.Texts, bad: set[int], args: argparse.Namespace, runtime: Runtime
+    saved: TextClassifier, texts: unlabelled.Texts, bad: set[int], args: argparse.Namespace, runtime: Runtime
 ) -> None:
     """Write an answer for each text but the `bad` ones to --output; with --resume go on with a file
     that was begun, if whatever its answers depend on is the same.
@@ -785,7 +765,7 @@ def write_predictions(
         "model": tensors_sha256(saved.model.state_dict()),
         "thresholds": str(saved.scoring.threshold),
         "temperature": saved.temperature,
-        "--text-column": str(saved.texts),
+        "--text-column": str(texts.config),
         "--keep-columns": texts.kept,
         "--eval-batch-size": saved.batch_size,
         "precision or device": f"{runtime.precision} {runtime.device.type} {runtime.world_size}",
@@ -799,29 +779,12 @@ def write_predictions(
             runtime.say(f"{args.output} is complete already")
             return
         for block in texts.blocks(PREDICT_BLOCK, without=bad, skipped=file.num_rows):
-            file.add(saved.answers(block, runtime), block.columns)
+            file.add(answer_block(saved, block, runtime), block.columns)
         file.finish()
     runtime.say(f"{file.num_rows:,} predictions: {args.output}")
 
 
-def kept_columns(args: argparse.Namespace) -> list[str] | None:
-    """Return the columns that predictions keep, None for all."""
-    if args.keep_columns == ("all",):
-        return None
-    ids = [] if args.id_column is None else [args.id_column]
-    return list(dict.fromkeys([*ids, *(args.keep_columns or ())]))
-
-
-def saved_tokens(
-    model: PreTrainedModel | BertClassifier,
-    tokenizer: batching.AnyTokenizer,
-    trained: dict,
-    args: argparse.Namespace,
-) -> TokenConfig:
-    """Return how a saved model reads texts: as its settings tell, where no flag says else."""
-    return classifier.choose_saved_tokens(
-        model, tokenizer, trained, eval_max_length=args.eval_max_length, truncation=args.truncation
-    )
+# What the flags ask for ---------------------------------------------------------------------------
 
 
 def inspect(args: argparse.Namespace, runtime: Runtime) -> None:

@@ -605,13 +605,6 @@ def _is_temperature(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
-def saved_temperature(trained: dict) -> float:
-    """Return by what the logits of a model with these settings are divided before they become
-    probabilities.
-    """
-    return trained.get("temperature", 1.0)
-
-
 def save_temperature(folder: Path, temperature: float) -> None:
     """Add a temperature to a saved model, and move its thresholds so
     that its answers stay the same.

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,35 +23,42 @@ from common.training.tracking import progress
 
 if TYPE_CHECKING:
     import datasets
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 # texts held at a time: enough to sort by length, with little memory and early first answers
 PREDICT_BLOCK = 2048
 
 
+@dataclass(frozen=True)
+class TextClassifier:
+    """A model that classifies texts: how it reads them, and what its logits mean."""
+
+    model: PreTrainedModel | BertClassifier
+    tokenizer: batching.AnyTokenizer
+    tokens: data.TokenConfig
+    batch_size: int  # the most chunks at a time
+    scoring: Scoring = Scoring()  # noqa: RUF009  (frozen)
+    temperature: float = 1.0  # by which logits are divided
+
+
 def evaluate(
-    model: PreTrainedModel,
+    classifier: TextClassifier,
     rows: datasets.Dataset,
-    tokenizer: PreTrainedTokenizerBase,
     runtime: Runtime,
     *,
-    batch_size: int,
-    scoring: Scoring,
-    temperature: float = 1.0,
     signals: StopSignals | None = None,
 ) -> tuple[dict, torch.Tensor]:
-    """Return the scores of a model on a tokenised split, and its logits (N, C), divided by a
-    temperature.
-
-    The scores are those of `compute_scores`, the other arguments those of `predict_logits`.
+    """Return the scores of a model on a tokenised split, which are those of `compute_scores`, and its
+    logits (N, C), divided by its temperature. Raises what `predict_logits` raises.
     """
     # with the libraries of metrics, which take a second to import and no prediction needs
     from common.training.metrics import compute_scores
 
+    model, tokenizer, batch_size = classifier.model, classifier.tokenizer, classifier.batch_size
     logits = predict_logits(model, rows, tokenizer, runtime, batch_size=batch_size, signals=signals)
-    logits = logits / temperature
+    logits = logits / classifier.temperature
     task = task_of_rows(rows)
-    return compute_scores(task, logits, task.targets(rows["label"][:]), scoring), logits
+    return compute_scores(task, logits, task.targets(rows["label"][:]), classifier.scoring), logits
 
 
 @torch.inference_mode()
@@ -134,19 +142,10 @@ def is_better(scores: dict, best: dict | None, metric: str) -> bool:
 
 
 def predict_texts(
-    model: PreTrainedModel | BertClassifier,
-    tokenizer: batching.AnyTokenizer,
-    texts: list[str] | list[tuple[str, str]],
-    tokens: data.TokenConfig,
-    runtime: Runtime,
-    *,
-    batch_size: int,
-    scoring: Scoring = Scoring(),  # noqa: B008  (frozen)
-    temperature: float = 1.0,
+    classifier: TextClassifier, texts: list[str] | list[tuple[str, str]], runtime: Runtime
 ) -> Iterator[dict]:
-    """Yield an answer for each text, or pair of texts, in order: a dict with its `row` (from 1),
-    and what `answer` says. Logits are divided by `temperature`.
-    """
+    """Yield an answer for each text, or pair of texts, in order: what `answer` says."""
+    model, tokenizer, tokens = classifier.model, classifier.tokenizer, classifier.tokens
     task = task_of_model(model)
     for start in range(0, len(texts), PREDICT_BLOCK):
         block = texts[start : start + PREDICT_BLOCK]
@@ -160,9 +159,9 @@ def predict_texts(
             hides_special=tokens.hides_special,
         )
         rows = batching.Columns(columns)
-        logits = predict_logits(model, rows, tokenizer, runtime, batch_size=batch_size)
-        for row, scores in enumerate(task.scores(logits / temperature).tolist(), start=start + 1):
-            yield {"row": row, **answer(task, scores, scoring)}
+        logits = predict_logits(model, rows, tokenizer, runtime, batch_size=classifier.batch_size)
+        for scores in task.scores(logits / classifier.temperature).tolist():
+            yield answer(task, scores, classifier.scoring)
 
 
 def answer(task: Task, scores: list[float], scoring: Scoring) -> dict:

@@ -15,10 +15,13 @@ from common import reading, sources
 from common.errors import Fault, UserError
 from common.sources import FileOptions
 from common.training.faults import NOT_UTF8, text_problem
+from common.training.run import JOIN
 
 if TYPE_CHECKING:
     import datasets
     import pyarrow as pa
+
+    from common.training.data import TextConfig
 
 NO_PAIR = "the model reads pairs, and the line has no two texts with a tab between"
 
@@ -35,86 +38,77 @@ class TextBlock:
 @contextlib.contextmanager
 def open_texts(
     name: str,
+    config: TextConfig,
     *,
-    columns: Sequence[str],
-    join_with: str | None = None,
     kept: Sequence[str] | None,
     options: FileOptions,
     cache_dir: str | None,
     faults: list[Fault] | None = None,
 ) -> Iterator[Texts]:
-    """Yield the texts of a data file, or the lines of any other file or of standard input ("-")."""
+    """Yield the texts of a data file, or the lines of any other file or of standard input ("-"), as
+    `Texts` with the same arguments.
+    """
     sources.check_texts(name, any_suffix=options.is_table)
     with reading.open_plain(name, encoding=options.encoding, folder=cache_dir) as file:
-        yield Texts(
-            file,
-            name,
-            columns=columns,
-            join_with=join_with,
-            kept=kept,
-            options=options,
-            cache_dir=cache_dir,
-            faults=faults,
-        )
+        texts = Texts(file, reading.source_name(name), config, faults)
+        if reading.is_table(file, name, options):
+            texts.read_table(kept, options, cache_dir)
+        else:
+            texts.refuse_columns(kept)
+        yield texts
 
 
 class Texts:
     """The texts of an open source.
 
-    A data file has them in one of its `columns`, or pairs of them in two; with `join_with`
-    a text is made of all of them. In lines a tab parts the texts of a pair. `kept` are
-    other columns, None for all. Rows whose text can't be used are added to `faults`; where
-    that is None, the first raises UserError.
+    A data file has them in the columns that `config` names: a text, a pair of them, or the parts of a
+    text. In lines a tab parts the texts of a pair. Rows whose text can't be used are added to
+    `faults`; where that is None, the first raises UserError.
     """
 
-    def __init__(
-        self,
-        file: BinaryIO,
-        name: str,
-        *,
-        columns: Sequence[str],
-        join_with: str | None,
-        kept: Sequence[str] | None,
-        options: FileOptions,
-        cache_dir: str | None,
-        faults: list[Fault] | None,
-    ) -> None:
-        self.file, self.source, self.faults = file, reading.source_name(name), faults
-        self.columns, self.kept = list(columns), list(kept or [])
-        self.is_pair = len(columns) == 2 and join_with is None
-        self.table: Any = None
-        if not reading.is_table(file, name, options):
-            self._refuse_columns(join_with, kept)
-            return
+    def __init__(self, file: BinaryIO, source: str, config: TextConfig, faults: list[Fault] | None) -> None:
+        self.file, self.source, self.config, self.faults = file, source, config, faults
+        self.columns = config.columns  # that texts are read from
+        self.kept: list[str] = []  # other columns, which stand beside the answers
+        self.is_pair = len(config.columns) == 2 and config.text_mode != JOIN
+        self.table: Any = None  # of lines
+
+    def read_table(self, kept: Sequence[str] | None, options: FileOptions, cache_dir: str | None) -> None:
+        """Read the source as a data file; `kept` are the columns to keep, None for all. Raises
+        UserError for a column that is not there, or that holds no texts.
+        """
+        columns = self.columns
         as_text = [*columns, *([sources.EVERY_COLUMN] if kept is None else kept)]
         rows = reading.read_table(
-            file, self.source, as_text=as_text, options=options, cache_dir=cache_dir, faults=faults
+            self.file, self.source, as_text=as_text, options=options, cache_dir=cache_dir, faults=self.faults
         )
         for column in columns:
             reading.require_column(rows.column_names, column, source=self.source, flag="--text-column")
             reading.check_kind(rows, column, source=self.source)
         if kept is None:
-            self.kept = [name for name in rows.column_names if name not in (*columns, reading.ROW)]
-        for name in self.kept:
+            kept = [name for name in rows.column_names if name not in (*columns, reading.ROW)]
+        for name in kept:
             reading.require_column(rows.column_names, name, source=self.source, flag="--keep-columns")
-        self.table = (rows if join_with is None else self._joined(rows, join_with)).with_format("arrow")
+        self.kept = list(kept)
+        is_joined = self.config.text_mode == JOIN
+        self.table = (self._joined(rows) if is_joined else rows).with_format("arrow")
 
-    def _refuse_columns(self, join_with: str | None, kept: Sequence[str] | None) -> None:
+    def refuse_columns(self, kept: Sequence[str] | None) -> None:
         """Raise UserError for flags that name columns: lines have none."""
-        if join_with is not None:
+        if self.config.text_mode == JOIN:
             problem = "--text-mode join needs columns, and it has lines"
             raise UserError(f"{self.source}: {problem}; name a data file")
         if kept != []:
             problem = "its lines have no columns that could be kept"
             raise UserError(f"{self.source}: {problem}; leave --id-column and --keep-columns out")
 
-    def _joined(self, rows: datasets.Dataset, join_with: str) -> datasets.Dataset:
+    def _joined(self, rows: datasets.Dataset) -> datasets.Dataset:
         """Return the rows with a column more, which holds the texts of all `columns` and is read
         instead of these.
         """
         for column in self.columns:
             reading.check_characters(rows.with_format("arrow")[column], f"{self.source}, row", first=1)
-        joined = reading.join_cells([rows[column][:] for column in self.columns], join_with)
+        joined = reading.join_cells([rows[column][:] for column in self.columns], self.config.join_with)
         self.columns = [",".join(self.columns)]
         return cast("datasets.Dataset", rows.add_column(self.columns[0], joined))
 

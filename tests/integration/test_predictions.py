@@ -11,6 +11,7 @@ import pytest
 import train_classifier
 from common.sources import FileOptions
 from common.training import evaluation, predictions, unlabelled
+from common.training.data import TextConfig
 from conftest import exit_code_in_process, make_sentences
 
 CPU = ["--device", "cpu", "--precision", "fp32"]
@@ -164,7 +165,7 @@ def test_memory_does_not_grow_with_the_number_of_texts(tmp_path):
         path.write_text("".join(f"a text of some words, the number {number}\n" for number in range(count)))
         tracemalloc.start()
         with unlabelled.open_texts(
-            str(path), columns=["text"], kept=[], options=FileOptions(), cache_dir=None
+            str(path), TextConfig(), kept=[], options=FileOptions(), cache_dir=None
         ) as texts:
             assert texts.check() == set()
             blocks = texts.blocks(evaluation.PREDICT_BLOCK, without=set(), skipped=5)

@@ -634,9 +634,9 @@ def test_parquet_that_is_no_utf8_is_refused_with_its_row(column, tmp_path, cache
     with pytest.raises(UserError, match="split train, row 2: not UTF-8"):
         data.load_splits(config, Runtime(torch.device("cpu"), "fp32"))
     if column == "part of a text":  # as --predict reads it
-        options = {"join_with": " ", "kept": [], "options": config.files, "cache_dir": None}
+        options = {"kept": [], "options": config.files, "cache_dir": None}
         with (
             pytest.raises(UserError, match="t.parquet, row 2: not UTF-8"),
-            unlabelled.open_texts(config.dataset, columns=["text", column], **options),
+            unlabelled.open_texts(config.dataset, config.texts, **options),
         ):
             pass

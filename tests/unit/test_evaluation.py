@@ -12,7 +12,7 @@ from common.runtime import Runtime
 from common.training import batching, data
 from common.training.batching import BatchConfig
 from common.training.data import TokenConfig
-from common.training.evaluation import is_better, predict_logits, predict_texts
+from common.training.evaluation import TextClassifier, is_better, predict_logits, predict_texts
 from conftest import make_sentences
 
 RUNTIME = Runtime(torch.device("cpu"), "fp32")
@@ -66,12 +66,9 @@ def test_predictions_come_in_the_order_of_the_texts(scored, monkeypatch):
     # so that 37 texts take several blocks
     monkeypatch.setattr("common.training.evaluation.PREDICT_BLOCK", 10)
     model.config.id2label = {0: "neg", 1: "pos"}
-    answers = list(
-        predict_texts(
-            model, tokenizer, tokenized["text"][:], TokenConfig(20, 20, "head"), RUNTIME, batch_size=4
-        )
-    )
-    assert [answer["row"] for answer in answers] == list(range(1, 38))
+    classifier = TextClassifier(model, tokenizer, TokenConfig(20, 20, "head"), batch_size=4)
+    answers = list(predict_texts(classifier, tokenized["text"][:], RUNTIME))
+    assert len(answers) == 37
     for answer, probabilities in zip(answers, alone.softmax(-1).tolist()):
         assert list(answer["scores"].values()) == pytest.approx(probabilities, abs=1e-5)
         assert answer["scores"][answer["label"]] == answer["confidence"] == max(answer["scores"].values())
