@@ -44,6 +44,7 @@ from common.search.flags import (
     add_text_flags,
     add_where_flags,
     check_index,
+    check_known,
     check_milvus,
     check_model,
     check_processes,
@@ -330,9 +331,7 @@ def delete(args: argparse.Namespace) -> None:
             rows = whole_documents(store.snapshot, matched)
         else:
             rows, unknown = rows_with_ids(store.snapshot, args.ids)
-        if unknown and not args.skip_bad:
-            problem = f"no text with id {unknown[0]!r}; nothing is deleted"
-            raise UserError(f"--index {args.index}: {problem}; correct it, or give --skip-bad")
+        check_known(args, unknown)
         if len(rows):
             store.commit(None, rows)
         display.show_deletion(screen, store.snapshot, deleted=len(rows), unknown=len(unknown))
@@ -496,13 +495,12 @@ def search(args: argparse.Namespace) -> None:
     from common.search.searcher import Page, Searcher
 
     runtime, screen = start(args)
-    queries, reranker = args.queries, None
+    queries = args.queries
     if args.queries_file:
         queries = runtime.broadcast_from_main(lambda: read_queries(args.queries_file, args.encoding))
     options = {"say": screen.say, "least": 0, "role": "document"}
     with mining.open_source(source_of(args), runtime, **options) as (selection, encoder):
-        if args.rerank:
-            reranker = load_reranker(args.rerank, runtime, cache_dir=args.cache_dir)
+        reranker = load_reranker(args.rerank, runtime, cache_dir=args.cache_dir)
         model = encoder()
         searcher = Searcher(
             selection.snapshot,
@@ -603,7 +601,7 @@ def serve(args: argparse.Namespace) -> None:
         selection.mask,
         approximate=args.approximate,
         words=Words(args.language),
-        reranker=load_reranker(args.rerank, runtime, cache_dir=args.cache_dir) if args.rerank else None,
+        reranker=load_reranker(args.rerank, runtime, cache_dir=args.cache_dir),
         rerank_depth=args.rerank_depth,
     )
 
@@ -847,13 +845,11 @@ def evaluate(args: argparse.Namespace) -> None:
         display.show_sts(screen, args.sts, scores)
         return
     files = relevance.TaskFiles(args.queries, args.qrels, args.id_column)
-    reranker, depth = None, args.rerank_depth
-    if args.rerank:
-        reranker = load_reranker(args.rerank, runtime, cache_dir=args.cache_dir)
+    reranker = load_reranker(args.rerank, runtime, cache_dir=args.cache_dir)
     with relevance.open_task(files, source_of(args), runtime, say=screen.say) as opened:
         snapshot, allowed = opened.snapshot, opened.snapshot.alive()
         words = Words(args.language)
-        options = {"words": words, "rerank_depth": depth, "say": screen.say}
+        options = {"words": words, "rerank_depth": args.rerank_depth, "say": screen.say}
         searcher = Searcher(snapshot, opened.encoder, allowed, **options)
         measures = relevance.measures_at(args.at)
         values = relevance.score_all(searcher, opened.task, reranker=reranker, measures=measures)

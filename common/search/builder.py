@@ -417,8 +417,7 @@ def build_temporary(
     with open_store(Path(folder) / "index", settings=settings) as store:
         fill(Builder(store, encoder, role=role), collection, block=source.block)
     say(f"texts    {collection.name}: {len(collection):,}")
-    for note in notes(collection, encoder.num_cut, encoder.max_length):
-        say(note)
+    say_notes(say, collection, encoder.num_cut, encoder.max_length)
     return store.snapshot
 
 
@@ -432,14 +431,12 @@ def check_same_texts(collection: Collection, runtime: Runtime) -> None:
         runtime.require_same(hashlib.sha256(b"".join(hashes)).hexdigest(), problem)
 
 
-def notes(collection: Collection, num_cut: int, max_length: int) -> list[str]:
-    """Return lines for a person about the texts that were skipped or cut."""
-    lines = []
+def say_notes(say: Callable[[str], None], collection: Collection, num_cut: int, max_length: int) -> None:
+    """Say how many texts were skipped, and how many were cut, if any were."""
     if collection.bad:
         row, reason = min(collection.bad.items())
         first = f"{collection.location(row)}: {reason}"
-        lines.append(f"         {len(collection.bad):,} skipped; the first: {first}")
+        say(f"         {len(collection.bad):,} skipped; the first: {first}")
     if num_cut:
         cut = f"{num_cut:,} are longer than {max_length} tokens and were cut there"
-        lines.append(f"         {cut}; index --chunk reads them whole")
-    return lines
+        say(f"         {cut}; index --chunk reads them whole")

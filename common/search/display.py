@@ -26,7 +26,7 @@ from common.search.manifest import PAIR_COLUMNS
 if TYPE_CHECKING:  # a command shows only what it has loaded itself
     from matplotlib.figure import Figure
 
-    from common.search.builder import Builder
+    from common.search.builder import Builder, Counts
     from common.search.encoder import Encoder
     from common.search.mining import Groups, Pair, Selection
     from common.search.model_scores import ModelScores
@@ -185,22 +185,26 @@ def _show_pairs(screen: Screen, selection: Selection, pairs: list[Pair]) -> list
 
 def show_build(screen: Screen, builder: Builder, collection: Collection, *, seconds: float) -> None:
     """Say what became of the texts."""
-    from common.search.builder import notes
+    from common.search.builder import say_notes
 
     counts, snapshot = builder.counts, builder.store.snapshot
-    screen.say(
-        f"texts    {collection.name}: {counts.added:,} added, {counts.updated:,} updated,"
-        f" {counts.unchanged:,} unchanged, {counts.repeated:,} repeated, {counts.bad:,} skipped"
-    )
+    say_counts(screen, collection, counts)
     if counts.deleted:
         screen.say(f"         {counts.deleted:,} deleted, which are gone from there")
     if counts.encoded:
         speed = f"{counts.encoded / seconds:,.1f} texts/s on {builder.encoder.runtime.describe()}"
         screen.say(f"         {counts.encoded:,} different texts encoded, {speed}")
-    for note in notes(collection, counts.cut, snapshot.settings["max_length"]):
-        screen.say(note)
+    say_notes(screen.say, collection, counts.cut, snapshot.settings["max_length"])
     _say_index(screen, snapshot)
     screen.document({**_index_document(snapshot), "counts": vars(counts) | {"seconds": seconds}})
+
+
+def say_counts(screen: Screen, collection: Collection, counts: Counts) -> None:
+    """Say how many texts were added, and how many were not, and why."""
+    screen.say(
+        f"texts    {collection.name}: {counts.added:,} added, {counts.updated:,} updated,"
+        f" {counts.unchanged:,} unchanged, {counts.repeated:,} repeated, {counts.bad:,} skipped"
+    )
 
 
 def show_index(screen: Screen, snapshot: Snapshot, *, verified: bool = False) -> None:
@@ -215,10 +219,15 @@ def show_index(screen: Screen, snapshot: Snapshot, *, verified: bool = False) ->
 
 def show_deletion(screen: Screen, snapshot: Snapshot, *, deleted: int, unknown: int) -> None:
     """Say how many rows were deleted, and how many ids were not in the index."""
-    more = f"; {unknown:,} ids are not in the index" if unknown else ""
-    screen.say(f"deleted  {deleted:,} rows{more}")
+    say_deleted(screen, deleted, unknown)
     _say_index(screen, snapshot)
     screen.document({**_index_document(snapshot), "deleted": deleted, "unknown": unknown})
+
+
+def say_deleted(screen: Screen, deleted: int, unknown: int) -> None:
+    """Say how many rows were deleted, and how many ids were not in the index."""
+    more = f"; {unknown:,} ids are not in the index" if unknown else ""
+    screen.say(f"deleted  {deleted:,} rows{more}")
 
 
 def _say_index(screen: Screen, snapshot: Snapshot) -> None:
@@ -674,7 +683,6 @@ def _parquet(
 ) -> Callable[[pa.Table, np.ndarray], None]:
     import pyarrow.parquet as pq
 
-    from common.search.index import unused_name
     from common.search.store import vector_array
 
     name = unused_name("vector", table.column_names)

@@ -429,10 +429,12 @@ def _move(model: SentenceModel, runtime: Runtime, max_length: int) -> None:
                 module.to(DTYPES[runtime.precision])
 
 
-def load_reranker(name: str, runtime: Runtime, *, cache_dir: str | None) -> "CrossEncoder":
-    """Return a cross-encoder with one output on its device. Raises UserError when it can't be read,
-    or gives several scores per pair.
+def load_reranker(name: str | None, runtime: Runtime, *, cache_dir: str | None) -> "CrossEncoder | None":
+    """Return the cross-encoder that --rerank names, on its device; None stays None. Raises UserError
+    when it can't be read, or gives several scores per pair.
     """
+    if name is None:
+        return None
     from sentence_transformers import CrossEncoder  # seconds, and only this needs it
 
     from common import models

@@ -309,6 +309,13 @@ def check_queries(args: argparse.Namespace) -> None:
         sources.check_text_file(args.queries_file)
 
 
+def check_known(args: argparse.Namespace, unknown: list[str]) -> None:
+    """Raise UserError for ids to delete that are `unknown`, unless --skip-bad leaves them out."""
+    if unknown and not args.skip_bad:
+        problem = f"no text with id {unknown[0]!r}; nothing is deleted"
+        raise UserError(f"--index {args.index}: {problem}; correct it, or give --skip-bad")
+
+
 def is_milvus(args: argparse.Namespace) -> bool:
     """Return whether --index names a collection in Milvus."""
     return bool(args.index) and args.index.startswith(MILVUS)

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from common import cli
 from common.errors import Interrupted, UserError, one_line
 from common.search import display, flags
-from common.search.builder import Counts, hashes_of, load_index_encoder, notes, settings_of
+from common.search.builder import Counts, hashes_of, load_index_encoder, say_notes, settings_of
 from common.search.display import Screen
 from common.search.encoder import Chunk, Encoder, chunk_size, load_encoder, load_reranker, split_into_chunks
 from common.search.index import CHUNK, HASH, ID, NUM_CHUNKS, START, TEXT, VECTOR
@@ -112,13 +112,11 @@ class MilvusCollection:
         [answer] = self.query(condition, ["count(*)"])
         return int(answer["count(*)"])
 
-    def query(self, condition: str, fields: list[str]) -> list[dict[str, Any]]:
-        """Return fields of the rows where a condition holds."""
-        return list(
-            self.client.query(
-                self.target.collection, filter=condition, output_fields=fields, consistency_level="Strong"
-            )
-        )
+    def query(self, condition: str, fields: list[str], **page: int) -> list[dict[str, Any]]:
+        """Return fields of the rows where a condition holds; `page` is an offset and a limit."""
+        name = self.target.collection
+        options: dict[str, Any] = {"consistency_level": "Strong", **page}
+        return list(self.client.query(name, filter=condition, output_fields=fields, **options))
 
     def stored(self, keys: Sequence[str], fields: list[str]) -> dict[str, dict[str, Any]]:
         """Return key -> fields of the rows that are there."""
@@ -188,6 +186,14 @@ def open_collection(client: MilvusClient, target: Target) -> MilvusCollection | 
         raise UserError(f"--index {target.name}: {problem}; name another collection") from error
     client.load_collection(target.collection)
     return MilvusCollection(client, target, settings, columns)
+
+
+@contextlib.contextmanager
+def opened(name: str) -> Iterator[MilvusCollection]:
+    """Yield the collection that --index names. Raises UserError where there is none."""
+    target = parse_target(name)
+    with connected(target) as client:
+        yield existing_collection(client, target)
 
 
 def existing_collection(client: MilvusClient, target: Target) -> MilvusCollection:
@@ -435,20 +441,10 @@ def index_texts(target: Target, collection: Collection, encoder: Encoder, screen
             total = runtime.all_reduce_sum(torch.tensor(list(vars(counts).values()), device=runtime.device))
             counts = Counts(*total.tolist())
         if runtime.is_main:
-            show_written(screen, store, collection, counts, seconds=time.perf_counter() - started)
-
-
-def show_written(
-    screen: Screen, store: MilvusCollection, collection: Collection, counts: Counts, *, seconds: float
-) -> None:
-    """Say what became of the texts."""
-    screen.say(
-        f"texts    {collection.name}: {counts.added:,} added, {counts.updated:,} updated,"
-        f" {counts.unchanged:,} unchanged, {counts.repeated:,} repeated, {counts.bad:,} skipped"
-    )
-    for note in notes(collection, counts.cut, store.settings["max_length"]):
-        screen.say(note)
-    show_collection(screen, store, counts=vars(counts) | {"seconds": seconds})
+            display.say_counts(screen, collection, counts)
+            say_notes(screen.say, collection, counts.cut, store.settings["max_length"])
+            seconds = time.perf_counter() - started
+            show_collection(screen, store, counts=vars(counts) | {"seconds": seconds})
 
 
 def show_collection(screen: Screen, store: MilvusCollection, **more: Any) -> None:
@@ -486,14 +482,7 @@ def listed(
     if offset + count > LONGEST_RESULT:
         raise UserError(f"--offset {offset}: Milvus lists {LONGEST_RESULT:,} texts; narrow them with --where")
     first = f"{CHUNK} == 0" + (f" and ({condition})" if condition else "")
-    rows = store.client.query(
-        store.target.collection,
-        filter=first,
-        output_fields=[ID, TEXT, *store.columns],
-        offset=offset,
-        limit=count,
-        consistency_level="Strong",
-    )
+    rows = store.query(first, [ID, TEXT, *store.columns], offset=offset, limit=count)
     return store.count(first), [dict(row) for row in rows]
 
 
@@ -620,9 +609,7 @@ def translate(condition: str | None, columns: dict[str, str]) -> str | None:
             raise ValueError(parsed["error_message"])
         [statement] = parsed["statements"]
         node = statement["node"]
-        extra = [
-            part for part in ("group_expressions", "group_sets", "having", "qualify", "sample", "modifiers")
-        ]
+        extra = ("group_expressions", "group_sets", "having", "qualify", "sample", "modifiers")
         if node["type"] != "SELECT_NODE" or any(node.get(part) for part in extra):
             raise ValueError("it is more than one condition")
         return _words(node["where_clause"], names, types)
@@ -731,16 +718,12 @@ def run_index(args: argparse.Namespace) -> None:
 def run_delete(args: argparse.Namespace) -> None:
     """Delete documents, by their ids or by a condition."""
     screen = Screen(as_json=args.json)
-    with connected(parse_target(args.index)) as client:
-        store = existing_collection(client, parse_target(args.index))
+    with opened(args.index) as store:
         condition = translate(args.where, store.columns)
         unknown = unknown_ids(store, args.ids)
-        if unknown and not args.skip_bad:
-            problem = f"no text with id {unknown[0]!r}; nothing is deleted"
-            raise UserError(f"--index {args.index}: {problem}; correct it, or give --skip-bad")
+        flags.check_known(args, unknown)
         deleted = delete_rows(store, args.ids, condition)
-        more = f"; {len(unknown):,} ids are not in the index" if unknown else ""
-        screen.say(f"deleted  {deleted:,} rows{more}")
+        display.say_deleted(screen, deleted, len(unknown))
         show_collection(screen, store, deleted=deleted, unknown=len(unknown))
 
 
@@ -791,11 +774,8 @@ def opened_searcher(
     where: str | None = None,
 ) -> Iterator[Any]:
     """Yield how a collection is searched, until the connection ends."""
-    reranker = None
-    if args.rerank:
-        reranker = load_reranker(args.rerank, runtime, cache_dir=args.cache_dir)
-    with connected(parse_target(args.index)) as client:
-        store = existing_collection(client, parse_target(args.index))
+    reranker = load_reranker(args.rerank, runtime, cache_dir=args.cache_dir)
+    with opened(args.index) as store:
         encoder = load_index_encoder(flags.encoder_config(args), runtime, args.index, store.settings)
         condition = translate(where, store.columns)
         options = {"hybrid": hybrid, "reranker": reranker, "rerank_depth": args.rerank_depth}
@@ -804,8 +784,7 @@ def opened_searcher(
 
 def run_list(args: argparse.Namespace) -> None:
     """List documents with their columns."""
-    with connected(parse_target(args.index)) as client:
-        store = existing_collection(client, parse_target(args.index))
+    with opened(args.index) as store:
         condition = translate(args.where, store.columns)
         total, entries = listed(store, condition, offset=args.offset, count=args.top_k)
         columns, screen = list(store.columns), Screen(as_json=args.json)
@@ -814,8 +793,7 @@ def run_list(args: argparse.Namespace) -> None:
 
 def run_export(args: argparse.Namespace) -> None:
     """Write rows and vectors for other programs."""
-    with connected(parse_target(args.index)) as client:
-        store = existing_collection(client, parse_target(args.index))
+    with opened(args.index) as store:
         condition = translate(args.where, store.columns) or ""
         count = store.count(condition)
         if not count:
