@@ -49,13 +49,7 @@ def load(auto_class: Any, folder: Path, *, name: str, flag: str = "--model", **o
 
 
 def load_model(
-    auto_class: Any,
-    folder: Path,
-    *,
-    name: str,
-    flag: str = "--model",
-    config: PreTrainedConfig | None = None,
-    **options: Any,
+    auto_class: Any, folder: Path, *, name: str, config: PreTrainedConfig | None = None, **options: Any
 ) -> tuple[Any, list[str]]:
     """Return a model in evaluation mode, and the names of the tensors that its files lack and that
     are therefore new: those of its head.
@@ -65,13 +59,12 @@ def load_model(
     weights.
     """
     if config is None:
-        config = load(AutoConfig, folder, name=name, flag=flag)
-    check_size(auto_class, config, folder, name=name, flag=flag)
+        config = load(AutoConfig, folder, name=name)
+    check_size(auto_class, config, folder, name=name)
     model, report = load(
         auto_class,
         folder,
         name=name,
-        flag=flag,
         config=config,
         use_safetensors=True,
         ignore_mismatched_sizes=True,  # reported, and refused below unless it is the head
@@ -79,7 +72,7 @@ def load_model(
         **options,
     )
     own_memory(model)
-    return model, check_weights(model, report, name=name, flag=flag)
+    return model, check_weights(model, report, name=name)
 
 
 def own_memory(model: torch.nn.Module) -> None:
@@ -116,11 +109,11 @@ def load_sentence_model(model_class: Any, folder: Path, *, name: str, flag: str 
         if lacking:
             problem = f"it was never trained for this (no weights for {_names(lacking)})"
             raise UserError(f"{flag} {name}: {problem}; name another model")
-    _try_out(model, name=name, flag=flag)
+    _try_out_sentences(model, name=name, flag=flag)
     return model
 
 
-def _try_out(model: Any, *, name: str, flag: str) -> None:
+def _try_out_sentences(model: Any, *, name: str, flag: str) -> None:
     """Let a model of sentence-transformers read a word, because its modules look at their settings
     only then. Raises UserError when they don't fit each other.
     """
@@ -271,13 +264,11 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, *, name: str, flag: str 
         )
 
 
-def try_out(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str, flag: str = "--model"
-) -> None:
+def try_out(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str) -> None:
     """Let a model read a word, because many settings are looked at only then. Raises UserError when
     they don't fit.
     """
-    with load_errors(name, flag=flag, reader=type(model).__name__), torch.no_grad():
+    with load_errors(name, reader=type(model).__name__), torch.no_grad():
         model(**tokenizer("word", return_tensors="pt").to(model.device))
 
 

@@ -297,23 +297,23 @@ def check_data(name: str, *, flag: str = "--dataset", any_suffix: bool = False) 
             raise UserError(f"{flag} {name}: no such file or folder; check the path")
 
 
-def expanded(names: Iterable[str], *, flag: str = "TEXTS") -> list[str]:
+def expanded(names: Iterable[str]) -> list[str]:
     """Return the names of sources, with the files that a pattern such as "part-*.jsonl" stands for,
-    sorted, in its place. Raises UserError, naming `flag`, for a pattern without files, a source
-    that is named twice, and standard input among others.
+    sorted, in its place. Raises UserError for a pattern without files, a source that is named twice,
+    and standard input among others.
     """
     found = []
     for name in names:
         is_pattern = any(sign in name for sign in "*?[") and not os.path.exists(name)
         matches = sorted(glob.glob(name, recursive=True)) if is_pattern else [name]
         if not matches:
-            raise UserError(f"{flag} {name}: no file has such a name; check the pattern")
+            raise UserError(f"TEXTS {name}: no file has such a name; check the pattern")
         found += matches
     twice = first_repeated(found)
     if twice is not None:
-        raise UserError(f"{flag} {twice}: it is named twice; name each source once")
+        raise UserError(f"TEXTS {twice}: it is named twice; name each source once")
     if "-" in found and len(found) > 1:
-        raise UserError(f"{flag} -: standard input can't be one of several sources; save it to a file")
+        raise UserError("TEXTS -: standard input can't be one of several sources; save it to a file")
     return found
 
 

@@ -553,7 +553,6 @@ def read_fasttext(data: DataFile) -> pa.Table:
 
     Raises UserError, naming the line, for a line that has no label.
     """
-    import pyarrow.compute as pc
 
     def parse(line: str) -> list[str]:
         labels, text = [], line

@@ -21,7 +21,6 @@ from common.generation.scoring import start_token
 
 MOST_LOGITS = 1 << 27  # numbers of a batch's logits: 512 MB
 SHOWN = 60  # characters of a text in a table
-FIELDS = {"prompt", "choices", "answer"}
 ADVICE = 'write {"prompt": "...", "choices": ["...", "..."], "answer": 0}; answer may be left out'
 
 

@@ -31,7 +31,7 @@ from torch import Tensor
 from common.errors import one_line
 from common.files import cache_home
 from common.generation.llama import Layer, Linear, NotCovered, Places, Rotary, Transformer, plain_step
-from common.generation.stored_weights import GROUP, KIND_OF_DTYPE, KINDS, TILE, Kind, Matrix, convert, pack
+from common.generation.stored_weights import GROUP, KIND_OF_DTYPE, KINDS, Kind, Matrix, convert, pack
 
 SOURCE = Path(__file__).with_name("decoder.c")
 # contracting lets the compiler use fused multiply-add; numbers keep their order otherwise
@@ -214,33 +214,6 @@ class Kernel:
     def __del__(self) -> None:
         if getattr(self, "pool", None):
             self.library.stop(self.pool)
-
-    def widen(self, matrix: Matrix, first_row: int = 0, rows: int | None = None) -> Tensor:
-        """Return `rows` rows of a matrix from `first_row` on, a multiple of 16, in fp32."""
-        count = matrix.rows - first_row if rows is None else rows
-        whole_tiles = min(-(-count // TILE) * TILE, matrix.rows - first_row)
-        result = torch.empty(whole_tiles, matrix.columns)
-        self.library.widen(self.pool, c_matrix(matrix), first_row, whole_tiles, result.data_ptr())
-        return result[:count]
-
-    def widen_rows(self, matrix: Matrix, rows: list[int]) -> Tensor:
-        """Return some rows of a matrix in fp32."""
-        result, source = torch.empty(len(rows), matrix.columns), c_matrix(matrix)
-        for target, row in enumerate(rows):
-            self.library.widen_one(source, row, result[target].data_ptr())
-        return result
-
-    def product(self, matrix: Matrix, x: Tensor, *, wide: bool = False) -> Tensor:
-        """Return x (R, columns) times a matrix: (R, rows). For up to 128 rows R; `wide` as for those of a
-        prompt.
-        """
-        result = torch.empty(len(x), matrix.rows)
-        failed = self.library.product(
-            self.pool, c_matrix(matrix), x.contiguous().data_ptr(), len(x), wide, result.data_ptr()
-        )
-        if failed:
-            raise MemoryError
-        return result
 
 
 # --- The cache of keys and values

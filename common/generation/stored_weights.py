@@ -158,19 +158,8 @@ GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3")  # Mistral's files say llama
 DERIVED = ("rope_freqs.weight",)  # follows from the config
 
 
-def read_gguf(path: Path) -> tuple[str, dict[str, Matrix | Tensor]]:
-    """Return the architecture of a GGUF file, and its weights under their names in transformers:
-    matrices as they are stored, vectors in fp32.
-
-    Formats other than F32, F16, BF16, Q4_0, Q4_1 and Q8_0 are widened to fp32. Raises UserError for
-    an architecture or a tensor that is not known here, and ValueError for a damaged file.
-    """
-    with _read_once(path) as reader:
-        return _read_content(reader, path)
-
-
 @contextlib.contextmanager
-def _read_once(path: Path) -> Iterator[Any]:
+def open_gguf(path: Path) -> Iterator[Any]:
     """Give the gguf library's reader of a file, and give transformers the same one in the block: it
     would read all tokens again for the config and for the tokenizer, which takes seconds each.
     """
@@ -190,7 +179,13 @@ def _read_once(path: Path) -> Iterator[Any]:
         library.GGUFReader = reader_class
 
 
-def _read_content(reader: Any, path: Path) -> tuple[str, dict[str, Matrix | Tensor]]:
+def read_gguf(reader: Any, path: Path) -> dict[str, Matrix | Tensor]:
+    """Return the weights of a GGUF file under their names in transformers: matrices as they are
+    stored, vectors in fp32.
+
+    Formats other than F32, F16, BF16, Q4_0, Q4_1 and Q8_0 are widened to fp32. Raises UserError for
+    an architecture or a tensor that is not known here, and ValueError for a damaged file.
+    """
     fields = {name: field.contents() for name, field in reader.fields.items() if "tokens" not in name}
     architecture = str(fields.get("general.architecture"))
     if architecture not in GGUF_ARCHITECTURES:
@@ -209,7 +204,7 @@ def _read_content(reader: Any, path: Path) -> tuple[str, dict[str, Matrix | Tens
         if architecture == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
             weight = _reorder(weight, heads if "q_proj" in name else key_heads)
         weights[name] = _packed(weight)
-    return architecture, weights
+    return weights
 
 
 def _name_in_transformers(name: str, path: Path) -> str:
@@ -384,8 +379,8 @@ def convert_gguf(path: Path, folder: Path, *, name: str) -> Path:
 
     from common import models
 
-    with models.load_errors(name), _read_once(path) as reader:
-        _, weights = _read_content(reader, path)
+    with models.load_errors(name), open_gguf(path) as reader:
+        weights = read_gguf(reader, path)
         options: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False}
         config = transformers.AutoConfig.from_pretrained(path.parent, **options)
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path.parent, **options)

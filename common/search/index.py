@@ -426,23 +426,6 @@ class Snapshot:
         return np.searchsorted(self.starts, rows, side="right") - 1
 
 
-class Rounded(Snapshot):
-    """A snapshot whose vectors are read as if they were kept in another way, to see its cost."""
-
-    def __init__(self, snapshot: Snapshot, store: str) -> None:
-        super().__init__(snapshot.folder, snapshot.manifest, snapshot.segments)
-        self.store = store
-
-    def vector_blocks(self, size: int) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield what the snapshot yields, in fewer numbers."""
-        for start, vectors in super().vector_blocks(size):
-            yield start, unpack(pack(vectors, self.store), self.store, self.width)
-
-    def vectors_of(self, rows: np.ndarray | Sequence[int]) -> np.ndarray:
-        """Return what the snapshot returns, in fewer numbers."""
-        return unpack(pack(super().vectors_of(rows), self.store), self.store, self.width)
-
-
 def open_snapshot(folder: str | Path) -> Snapshot:
     """Return the last committed state of an index. Raises UserError when the folder is not an
     index, or a file is missing or damaged; damage within a column is found when that is read.

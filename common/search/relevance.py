@@ -10,7 +10,7 @@ import json
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +23,7 @@ from common.errors import UserError
 from common.runtime import Runtime
 from common.search.builder import build_temporary, load_index_encoder
 from common.search.encoder import Encoder, load_encoder
-from common.search.index import ID, TEXT, Rounded, Snapshot, open_snapshot, rows_with_ids
+from common.search.index import ID, TEXT, Snapshot, open_snapshot, pack, rows_with_ids, unpack
 from common.search.kernel import exact_scores
 from common.search.manifest import bytes_of_vector, store_of
 from common.search.searcher import Searcher
@@ -161,6 +161,23 @@ def find(searcher: Searcher, task: Task, depth: int = DEPTH) -> dict[str, list[s
     for query, best in zip(task.judgements, hits):
         ids[query] = [row[ID] for row in searcher.snapshot.take([hit.row for hit in best], [ID])]
     return ids
+
+
+class Rounded(Snapshot):
+    """A snapshot whose vectors are read as if they were kept in another way, to see its cost."""
+
+    def __init__(self, snapshot: Snapshot, store: str) -> None:
+        super().__init__(snapshot.folder, snapshot.manifest, snapshot.segments)
+        self.store = store
+
+    def vector_blocks(self, size: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield what the snapshot yields, in fewer numbers."""
+        for start, vectors in super().vector_blocks(size):
+            yield start, unpack(pack(vectors, self.store), self.store, self.width)
+
+    def vectors_of(self, rows: np.ndarray | Sequence[int]) -> np.ndarray:
+        """Return what the snapshot returns, in fewer numbers."""
+        return unpack(pack(super().vectors_of(rows), self.store), self.store, self.width)
 
 
 def score_stores(

@@ -22,7 +22,17 @@ from typing import Any
 
 import pytest
 import torch
-from test_decoder import ROUNDING, identity, in_kind, in_mixed_kinds, random_matrix, random_model
+from test_decoder import (
+    ROUNDING,
+    identity,
+    in_kind,
+    in_mixed_kinds,
+    multiply,
+    random_matrix,
+    random_model,
+    widen,
+    widen_rows,
+)
 from torch import Tensor
 
 from common.generation import fast_decoding
@@ -198,14 +208,14 @@ def product_checks() -> Iterator[Check]:
         for size in sizes:
             matrix = random_matrix(kind, *size)
             weights = matrix.widen()
-            yield lambda kernel, m=matrix, w=weights: torch.equal(kernel.widen(m), w)
-            yield lambda kernel, m=matrix, w=weights: torch.equal(kernel.widen_rows(m, [*range(m.rows)]), w)
+            yield lambda kernel, m=matrix, w=weights: torch.equal(widen(kernel, m), w)
+            yield lambda kernel, m=matrix, w=weights: torch.equal(widen_rows(kernel, m), w)
             for rows, wide in ((1, False), (2, False), (3, False), (7, True), (14, True), (17, True)):
                 x = torch.randn(rows, size[1], generator=torch.Generator().manual_seed(rows))
                 yield product_check(matrix, x * torch.logspace(-3, 3, rows)[:, None], wide=wide)
         matrix = random_matrix(kind, 37, 96)
         second = matrix.widen()[16:]
-        yield lambda kernel, m=matrix, w=second: torch.equal(kernel.widen(m, 16), w)
+        yield lambda kernel, m=matrix, w=second: torch.equal(widen(kernel, m, 16), w)
 
 
 def product_check(matrix: Matrix, x: Tensor, *, wide: bool = False) -> Check:
@@ -213,7 +223,7 @@ def product_check(matrix: Matrix, x: Tensor, *, wide: bool = False) -> Check:
     weights = matrix.widen().double()
     expected = x.double() @ weights.T
     tolerance = ROUNDING * (x.double().abs() @ weights.abs().T).clamp(min=1e-300)
-    return lambda kernel: is_near(kernel.product(matrix, x, wide=wide), expected, tolerance)
+    return lambda kernel: is_near(multiply(kernel, matrix, x, wide=wide), expected, tolerance)
 
 
 def digit_checks() -> Iterator[Check]:
@@ -231,7 +241,7 @@ def digit_checks() -> Iterator[Check]:
         x[0], x[1, 40], x[2, 3] = 0.0, torch.inf, torch.nan
         yield (
             lambda kernel, m=matrix, x=x: (
-                bool((product := kernel.product(m, x))[0].eq(0).all())
+                bool((product := multiply(kernel, m, x))[0].eq(0).all())
                 and bool(product[3].isfinite().all())
                 and bool(product[1:3].isnan().all())
             )
@@ -241,20 +251,20 @@ def digit_checks() -> Iterator[Check]:
             -8_355_000, 8_355_001, (9, 64), generator=torch.Generator().manual_seed(1)
         ).float()
         whole[:, ::32] = 8_355_000
-        yield lambda kernel, m=eye, x=whole: torch.equal(kernel.product(m, x), x)
-        yield lambda kernel, m=eye: bool((kernel.product(m, torch.full((2, 64), 1e-38)) == 0).all())
+        yield lambda kernel, m=eye, x=whole: torch.equal(multiply(kernel, m, x), x)
+        yield lambda kernel, m=eye: bool((multiply(kernel, m, torch.full((2, 64), 1e-38)) == 0).all())
         x = torch.randn(50, 64, generator=torch.Generator().manual_seed(1))
         size = x.abs().amax(1, keepdim=True)
         bound = (0.5 / 8_355_000 + 3 * 2**-24) * size
-        yield lambda kernel, m=eye, x=x, bound=bound: is_near(kernel.product(m, x), x.double(), bound)
+        yield lambda kernel, m=eye, x=x, bound=bound: is_near(multiply(kernel, m, x), x.double(), bound)
         yield (
             lambda kernel, m=eye, x=x, size=size: (
-                abs(((kernel.product(m, x) - x) * x.sign() / size).double().mean().item()) < 3e-8
+                abs(((multiply(kernel, m, x) - x) * x.sign() / size).double().mean().item()) < 3e-8
             )
         )
     halves = torch.tensor([[6e-8, -6e-8, 3e-5, 6e-5, 65504.0, -0.0, 1.0, 2.0]]).half()
     matrix = matrix_of(halves)
-    yield lambda kernel: torch.equal(kernel.widen(matrix), halves.float())
+    yield lambda kernel: torch.equal(widen(kernel, matrix), halves.float())
 
 
 STEPS = (  # model, kind of the weights (a number: mixed), first columns of texts, how columns come, threads

@@ -1,5 +1,8 @@
 """Weights as they are stored, against the formulas of the formats and the gguf library."""
 
+from pathlib import Path
+from typing import Any
+
 import gguf
 import numpy as np
 import pytest
@@ -70,11 +73,15 @@ def write_gguf(path, name: str, rows: int = 48, columns: int = 256, *, architect
     return torch.from_numpy(gguf.dequantize(data, kind).copy()).view(rows, columns)
 
 
+def read_gguf(path: Path) -> dict[str, Any]:
+    with stored_weights.open_gguf(path) as reader:
+        return stored_weights.read_gguf(reader, path)
+
+
 @pytest.mark.parametrize("name", [*PYTHON_WRITES, *K_QUANTS])
 def test_every_format_is_read_as_the_gguf_library_reads_it(name, tmp_path):
     expected = write_gguf(tmp_path / "model.gguf", name)
-    architecture, weights = stored_weights.read_gguf(tmp_path / "model.gguf")
-    assert architecture == "llama"
+    weights = read_gguf(tmp_path / "model.gguf")
     up, norm = weights["model.layers.0.mlp.up_proj.weight"], weights["model.layers.0.input_layernorm.weight"]
     kinds = {"Q4_0": "groups4", "Q4_1": "groups4", "Q8_0": "groups8", "F16": "fp16", "BF16": "bf16"}
     assert isinstance(up, Matrix) and up.kind == kinds.get(name, "fp32")
@@ -92,14 +99,14 @@ def test_every_format_is_read_as_the_gguf_library_reads_it(name, tmp_path):
 
 def test_only_the_files_of_llama_have_their_heads_reordered(tmp_path):
     expected = write_gguf(tmp_path / "model.gguf", "Q8_0", architecture="qwen2")
-    _, weights = stored_weights.read_gguf(tmp_path / "model.gguf")
+    weights = read_gguf(tmp_path / "model.gguf")
     assert torch.equal(weights["model.layers.0.self_attn.q_proj.weight"].widen(), expected)
 
 
 def test_an_unknown_architecture_or_tensor_is_named(tmp_path):
     write_gguf(tmp_path / "gpt2.gguf", "F32", architecture="gpt2")
     with pytest.raises(UserError, match="gpt2"):
-        stored_weights.read_gguf(tmp_path / "gpt2.gguf")
+        read_gguf(tmp_path / "gpt2.gguf")
     writer = gguf.GGUFWriter(tmp_path / "odd.gguf", "llama")
     writer.add_head_count(4)
     writer.add_tensor("blk.0.ssm_conv.weight", np.zeros((4, 4), np.float32))
@@ -108,7 +115,7 @@ def test_an_unknown_architecture_or_tensor_is_named(tmp_path):
     writer.write_tensors_to_file()
     writer.close()
     with pytest.raises(UserError, match=r"blk\.0\.ssm_conv\.weight"):
-        stored_weights.read_gguf(tmp_path / "odd.gguf")
+        read_gguf(tmp_path / "odd.gguf")
 
 
 def test_a_folder_of_weights_is_read_as_it_was_written(tmp_path):
