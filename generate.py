@@ -25,10 +25,10 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from common import cli, sources
 from common.errors import Interrupted, UserError, outcome
@@ -398,11 +398,10 @@ def measure_perplexity(args: argparse.Namespace) -> None:
     """Print the model's perplexity on a whole text file."""
     from common.generation import scoring
 
-    uses_stdin = args.perplexity == "-"
-    lines = [] if uses_stdin else reading.read_lines(args.perplexity, encoding=args.encoding)
-    run, _ = load(args)
-    if uses_stdin:  # nothing reads it before the model is loaded
-        lines = reading.read_lines(args.perplexity, encoding=args.encoding)
+    def read() -> list[str]:
+        return reading.read_lines(args.perplexity, encoding=args.encoding)
+
+    lines, run, _ = read_and_load(args, read, from_stdin=args.perplexity == "-")
     window = scoring.choose_window(run.language_model, args.window, args.stride, most=DEFAULT_WINDOW)
     result = scoring.text_likelihood(run.language_model, "\n".join(lines), window, name=args.perplexity)
     passes = f"window {window.size:,}, stride {window.stride:,}"
@@ -416,16 +415,14 @@ def score_continuations(args: argparse.Namespace) -> None:
     """Show or write how likely the given continuations of prompts are, and which is the likeliest."""
     from common.generation import continuations
 
-    name, uses_stdin = args.score_continuations, args.score_continuations == "-"
+    name = args.score_continuations
 
     def read() -> list[continuations.Question]:
         lines = reading.read_lines(name, encoding=args.encoding)
         return continuations.read_questions(lines, reading.source_name(name))
 
-    questions = [] if uses_stdin else read()
     with output.open_file(args.output, resume=False) as file:
-        run, _ = load(args)
-        questions = questions or read()  # nothing reads standard input before the model is loaded
+        questions, run, _ = read_and_load(args, read, from_stdin=name == "-")
         written = written_prompts(args, [question.prompt for question in questions], run)
         model, size = run.language_model, args.batch_size
         scored = continuations.score(questions, model, batch_size=size, written=written)
@@ -489,24 +486,11 @@ def load(args: argparse.Namespace) -> tuple[Run, Runtime]:
         raise UserError(f"--sampler independent: {problem}; use --sampler exact or --device cpu")
     language_model.check_stops(args.stop or [], model)
     chat_format = load_format(args, model)
-    is_chat = chat_format is not None and not args.serve  # a server also continues texts
-    end_ids = chat_format.end_ids if is_chat else model.end_ids
-    end_ids = tuple(dict.fromkeys(end_ids + language_model.end_token_ids(args.end_token or [], model)))
+    end_ids = chosen_end_ids(args, model, chat_format)
     if args.use_model_defaults:
         take_model_defaults(args, model)
-    names = ["max_new_tokens", "min_new_tokens", "repetition_penalty", "presence_penalty"]
-    names += ["frequency_penalty", "no_repeat_ngram_size", "xtc_threshold"]
-    names += DRAWING if is_drawing(args) else ()
-    settings = Settings(
-        sample=is_drawing(args),
-        end_ids=end_ids,
-        constraint=chosen_form(args, model, end_ids),
-        logit_bias=language_model.read_bias(args.logit_bias or [], model),
-        banned=language_model.banned_runs(args.ban_words or [], model),
-        **{name: getattr(args, name) for name in names if getattr(args, name) is not None},
-    )
     options = Options(
-        settings,
+        chosen_settings(args, model, end_ids),
         seed=args.seed,
         sampler=args.sampler,
         num_samples=args.num_samples,
@@ -516,6 +500,30 @@ def load(args: argparse.Namespace) -> tuple[Run, Runtime]:
         beams=chosen_beams(args),
     )
     return Run(model, options, chat=chat_format), runtime
+
+
+def chosen_end_ids(
+    args: argparse.Namespace, model: LanguageModel, chat_format: ChatFormat | None
+) -> tuple[int, ...]:
+    """Return the tokens that end a text: the model's, or those of its chat template, and the flags'."""
+    is_chat = chat_format is not None and not args.serve  # a server also continues texts
+    own = chat_format.end_ids if is_chat else model.end_ids
+    return tuple(dict.fromkeys(own + language_model.end_token_ids(args.end_token or [], model)))
+
+
+def chosen_settings(args: argparse.Namespace, model: LanguageModel, end_ids: tuple[int, ...]) -> Settings:
+    """Return how tokens are chosen: as the flags say, where one is given."""
+    names = ["max_new_tokens", "min_new_tokens", "repetition_penalty", "presence_penalty"]
+    names += ["frequency_penalty", "no_repeat_ngram_size", "xtc_threshold"]
+    names += DRAWING if is_drawing(args) else ()
+    return Settings(
+        sample=is_drawing(args),
+        end_ids=end_ids,
+        constraint=chosen_form(args, model, end_ids),
+        logit_bias=language_model.read_bias(args.logit_bias or [], model),
+        banned=language_model.banned_runs(args.ban_words or [], model),
+        **{name: getattr(args, name) for name in names if getattr(args, name) is not None},
+    )
 
 
 def load_format(args: argparse.Namespace, model: LanguageModel) -> ChatFormat | None:
@@ -584,19 +592,30 @@ def chosen_beams(args: argparse.Namespace) -> Beams | None:
     return Beams(args.num_beams, args.length_penalty, EARLY_STOPPING[args.early_stopping])
 
 
+T = TypeVar("T")
+
+
+def read_and_load(
+    args: argparse.Namespace, read: Callable[[], T], *, from_stdin: bool
+) -> tuple[T, Run, Runtime]:
+    """Return what `read` returns, and the loaded model.
+
+    Files are read first, so that a mistake in them is told at once. Standard input is read only when
+    the model is loaded, so that no question of a library can take its answer from it.
+    """
+    content = None if from_stdin else read()
+    run, runtime = load(args)
+    return (read() if content is None else content), run, runtime
+
+
 def load_all(args: argparse.Namespace) -> tuple[Run, list[Prompt], list[str] | None, Runtime]:
     """Read the prompts and references, load the model, and encode the prompts.
 
-    Files are read first, so that a mistake in them is told at once. Standard input is read only
-    when the model is loaded, so that no question of a library can take its answer from it. Raises
-    UserError for a text that can't be used, and for prompts that do not fit into the model or the
-    memory.
+    Raises UserError for a text that can't be used, and for prompts that do not fit into the model or
+    the memory.
     """
-    uses_stdin = "-" in (args.prompts_file, args.references)
-    given, references = ([], None) if uses_stdin else read_texts(args)
-    run, runtime = load(args)
-    if uses_stdin:
-        given, references = read_texts(args)
+    read, from_stdin = functools.partial(read_texts, args), "-" in (args.prompts_file, args.references)
+    (given, references), run, runtime = read_and_load(args, read, from_stdin=from_stdin)
     prompts = encode_prompts(args, given, run)
     usable = [prompt for prompt in prompts if not prompt.problem]
     for prompt in prompts if runtime.is_main else ():

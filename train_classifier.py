@@ -178,9 +178,10 @@ class Loaded:
     notes: DataNotes  # what else is known of the data
 
 
-def load(args: argparse.Namespace, runtime: Runtime, notes: DataNotes | None = None) -> Loaded:
-    """Read the data, load tokenizer and model, and tokenise the data."""
-    notes = DataNotes() if notes is None else notes
+def load(args: argparse.Namespace, runtime: Runtime, notes: DataNotes) -> Loaded:
+    """Read the data, load tokenizer and model, and tokenise the data. What else the data holds is put
+    into `notes`.
+    """
     splits = data.load_splits(data_config(args), runtime, notes)
     # what is asked: one class of several, several labels, or numbers; and the names of the answers
     task = task_of_rows(splits["train"])
@@ -610,14 +611,14 @@ def fit(args: argparse.Namespace, runtime: Runtime) -> None:
 
 def fit_in(location: RunLocation, args: argparse.Namespace, clock: tracking.Clock, runtime: Runtime) -> None:
     """Load, prepare, train and test, from the beginning or from a checkpoint."""
-    loaded = load(args, runtime)
+    loaded = load(args, runtime, DataNotes())
     classifier.require_match(loaded.model, loaded.tokenizer, name=args.model, other=args.tokenizer)
 
     # a run can only be resumed from checkpoints with its identity: the flags, with the defaults that
     # were chosen, the model and the data
     chosen = {**dataclasses.asdict(loaded.config.tokens), "task": loaded.config.task.kind}
-    flags = {**settings_of(args), **chosen, **commits_of(args)}
-    identity = checkpoint.identity(flags, loaded.model, loaded.tokenized, runtime)
+    settings = {**settings_of(args), **chosen, **commits_of(args)}
+    identity = checkpoint.identity(settings, loaded.model, loaded.tokenized, runtime)
     checkpoints = Checkpoints(location, identity, keep=args.keep, keep_after=args.keep_after, runtime=runtime)
     start = checkpoints.choose()  # None: from the beginning
 
@@ -628,7 +629,7 @@ def fit_in(location: RunLocation, args: argparse.Namespace, clock: tracking.Cloc
         runtime.say(batching.memory_line(state.model, batches, state.micro_batch, runtime))
     if start is not None:
         checkpoints.restore(start, state)
-    log = checkpoints.open_log(flags, state.model, start)
+    log = checkpoints.open_log(settings, state.model, start)
     if args.skip_bad and runtime.is_main:
         predictions.write_bad_rows(log.folder / "bad-rows.jsonl", loaded.notes.faults)
     advice = f"continue with --resume {location.folder}"
@@ -705,8 +706,8 @@ def evaluate_only(args: argparse.Namespace, runtime: Runtime) -> None:
     splits = data.tokenize_splits({"test": rows}, tokenizer, saved.tokens, runtime, cache_dir=args.cache_dir)
     scores, logits = evaluate(saved, splits["test"], runtime)
     thresholds, positive_class = report.thresholds_of(scores), saved.scoring.positive_class
-    predictions = report.Predictions(splits["test"], logits, thresholds, positive_class)
-    report.show(scores, predictions, saved.tokens.eval_max_length, runtime)
+    answers = report.Predictions(splits["test"], logits, thresholds, positive_class)
+    report.show(scores, answers, saved.tokens.eval_max_length, runtime)
 
 
 def kept_columns(args: argparse.Namespace) -> list[str] | None:

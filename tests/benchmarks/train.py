@@ -54,6 +54,7 @@ from common.runtime import (
 from common.training import batching, classifier, tracking
 from common.training.batching import Pick
 from common.training.checkpoint import TrainingState
+from common.training.data import DataNotes
 
 # their names in the ratios
 CONTENDERS = {
@@ -179,7 +180,7 @@ def load(contender: str, flags) -> Setup:
         device = choose_device(args.device)
         runtime = Runtime(device, choose_precision(args.precision, device))
         seed_everything(args.seed)
-    loaded = train_classifier.load(args, runtime)
+    loaded = train_classifier.load(args, runtime, DataNotes())
     model, tokenized = loaded.model, loaded.tokenized
     if contender == "trainer":  # the model as the tutorial loads it
         seed_everything(args.seed)
