@@ -56,7 +56,6 @@ from common.search.flags import (
     count_or_auto,
     encoder_config,
     export_file,
-    finite,
     index_name,
     is_milvus,
     limits_of,
@@ -464,7 +463,7 @@ def add_hit_flags(command: cli.Parser) -> None:
     flag = command.add_argument
     flag("--top-k", type=cli.positive_int, default=5, help="texts to find")
     flag("--offset", **OFFSET)
-    flag("--min-score", type=finite, metavar="N", help="leave out what has a lower score")
+    flag("--min-score", type=cli.finite_float, metavar="N", help="leave out what has a lower score")
 
 
 def check_search(args: argparse.Namespace) -> None:

@@ -10,8 +10,6 @@ from __future__ import annotations
 import bz2
 import codecs
 import contextlib
-import csv
-import dataclasses
 import functools
 import gzip
 import json
@@ -23,7 +21,7 @@ import shutil
 import sys
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, cast
 
@@ -93,12 +91,14 @@ def read(
     path = Path(name)
     if bundled.is_bundled(name):
         return datasets.DatasetDict({"train": bundled.DATASETS[name]()})
+    read_one = functools.partial(
+        read_file, as_text=as_text, options=options, cache_dir=cache_dir, faults=faults
+    )
     kind = sources.kind_of_path(path)
     if kind in ("file", "pipe"):
-        rows = read_file(path, as_text=as_text, options=options, cache_dir=cache_dir, faults=faults)
-        return datasets.DatasetDict({"train": rows})
+        return datasets.DatasetDict({"train": read_one(path)})
     if kind == "folder":
-        return _read_folder(path, as_text, options, cache_dir, faults)
+        return _read_folder(path, read_one, encoding=options.encoding, faults=faults)
     splits = _read_hub(name, config, revision, cache_dir)
     return _as_splits({str(split): _with_fields(rows, as_text) for split, rows in splits.items()})
 
@@ -305,23 +305,6 @@ def is_table(file: BinaryIO, name: str, options: FileOptions) -> bool:
     return re.match(rb'\s*(\[\s*)?\{\s*"', head) is not None
 
 
-def options_of_stream(file: BinaryIO, options: FileOptions, columns: Sequence[str]) -> FileOptions:
-    """Return the options of what has come through standard input: with the delimiter of a table if
-    its first line names one of the `columns` of texts, among others.
-    """
-    if options.is_table:
-        return options
-    file.seek(0)
-    head = file.readline(SAMPLE).removeprefix(codecs.BOM_UTF8).decode("utf-8", "replace").strip()
-    file.seek(0)
-    for delimiter in ",\t;|":
-        cells = next(csv.reader([head], delimiter=delimiter), [])
-        if len(cells) > 1 and set(columns) & set(cells):
-            note(f"standard input: read as a table, because its first line names {', '.join(cells)}")
-            return dataclasses.replace(options, delimiter=delimiter)
-    return options
-
-
 def check_length(text: str, location: str) -> None:
     """Raise UserError, naming `location`, for a text that is too long to be one."""
     if len(text) > LONGEST_TEXT:
@@ -437,12 +420,14 @@ def _blocks(rows: datasets.Dataset, column: str) -> Iterator[tuple[int, pa.Chunk
 
 def _read_folder(
     root: Path,
-    as_text: Sequence[str],
-    options: FileOptions,
-    cache_dir: str | None,
-    faults: list[Fault] | None = None,
+    read_one: Callable[[Path], datasets.Dataset],
+    *,
+    encoding: str | None,
+    faults: list[Fault] | None,
 ) -> datasets.DatasetDict:
-    """Return the splits of a folder; raise UserError where only a part of it would be read."""
+    """Return the splits of a folder, whose data files `read_one` reads; raise UserError where only a
+    part of it would be read.
+    """
     entries = entries_of(root)
     files = [path for path in entries if sources.suffix(path) in DATA_SUFFIXES and path.is_file()]
     folders = [path for path in entries if path.is_dir()]
@@ -457,7 +442,7 @@ def _read_folder(
     if files and odd:
         raise UserError(f"--dataset {root}: {odd[0].name} is no file; move it, or name one of the files")
     if files:
-        return _read_split_files(root, files, as_text, options, cache_dir, faults)
+        return _read_split_files(root, files, read_one)
     if splits:  # as in the IMDb archive: train/pos, train/neg, test/pos, test/neg
         lone = next((folder for folder in classes if folder not in splits), None)
         if lone is not None:
@@ -465,10 +450,9 @@ def _read_folder(
                 f"--dataset {root}: {lone.name} holds texts, and {splits[0].name} holds folders of"
                 " texts: are these classes or splits? Move one of them"
             )
-        encoding = options.encoding
         return _as_splits({path.name: _read_class_folders(path, encoding, faults) for path in splits})
     if classes:
-        return _as_splits({"train": _read_class_folders(root, options.encoding, faults)})
+        return _as_splits({"train": _read_class_folders(root, encoding, faults)})
     known = ", ".join(DATA_SUFFIXES)
     raise UserError(
         f"--dataset {root}: it has neither class folders of .txt files nor data files ({known});"
@@ -511,12 +495,7 @@ def _folders_in(folder: Path) -> list[Path]:
 
 
 def _read_split_files(
-    root: Path,
-    files: list[Path],
-    as_text: Sequence[str],
-    options: FileOptions,
-    cache_dir: str | None,
-    faults: list[Fault] | None,
+    root: Path, files: list[Path], read_one: Callable[[Path], datasets.Dataset]
 ) -> datasets.DatasetDict:
     """Return the splits of a folder of data files, each of one file or of a complete set of
     shards.
@@ -528,15 +507,7 @@ def _read_split_files(
     for split, parts in shards.items():
         _check_shards(root, split, parts)
     return _as_splits(
-        {
-            split: _below_each_other(
-                [
-                    read_file(part, as_text=as_text, options=options, cache_dir=cache_dir, faults=faults)
-                    for part in parts
-                ]
-            )
-            for split, parts in shards.items()
-        }
+        {split: _below_each_other(list(map(read_one, parts))) for split, parts in shards.items()}
     )
 
 
@@ -566,9 +537,7 @@ def _below_each_other(parts: list[datasets.Dataset]) -> datasets.Dataset:
     return _as_dataset(tables.joined([part.data.table for part in parts]), "", [])
 
 
-def _read_class_folders(
-    root: Path, encoding: str | None, faults: list[Fault] | None = None
-) -> datasets.Dataset:
+def _read_class_folders(root: Path, encoding: str | None, faults: list[Fault] | None) -> datasets.Dataset:
     import datasets
 
     texts, labels = [], []

@@ -116,14 +116,6 @@ def cosine(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r} is not a number from -1 to 1")
 
 
-def finite(text: str) -> float:
-    """Parse a finite number."""
-    with contextlib.suppress(ValueError):
-        if float("-inf") < float(text) < float("inf"):
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number")
-
-
 def count_or_auto(text: str) -> int | str:
     """Parse a number of clusters, or auto."""
     return AUTO if text == AUTO else cli.positive_int(text)

@@ -37,7 +37,6 @@ from common.local_server import SECONDS_TO_FINISH, WRONG_HOST, address_of, comin
 from common.reading import evenly_spaced
 from common.search import mining
 from common.search.display import Screen, hit_documents
-from common.search.flags import finite
 from common.search.index import ID, TEXT, known_rows, matching
 from common.search.manifest import Limits
 from common.search.searcher import Page, Searcher, liked_vector
@@ -128,7 +127,7 @@ def _number(values: dict[str, str], name: str, usual: int, lowest: int, highest:
 def _score(values: dict[str, str]) -> float | None:
     text = values.get("min_score")
     try:
-        return None if text is None else finite(text)
+        return None if text is None else cli.finite_float(text)
     except argparse.ArgumentTypeError as error:
         raise UserError(f"min_score: {error}") from error
 

@@ -7,7 +7,9 @@ when they are read.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
+import csv
 import dataclasses
 import hashlib
 import itertools
@@ -348,7 +350,7 @@ def _read_rows(wanted: Wanted, bad: BadRows) -> tuple[pa.Table, str]:
     sources.check_texts(name, any_suffix=options.is_table)
     with reading.open_plain(name, encoding=options.encoding, folder=wanted.cache_dir) as file:
         if name == "-":
-            options = reading.options_of_stream(file, options, wanted.text_columns)
+            options = _options_of_stream(file, options, wanted.text_columns)
             wanted = dataclasses.replace(wanted, options=options)
         if sources.suffix(name) == MARKDOWN and not options.is_table:
             row = {TEXT: _decode(file.read(), name, 0, bad), "file": Path(name).name}
@@ -368,6 +370,25 @@ def _read_rows(wanted: Wanted, bad: BadRows) -> tuple[pa.Table, str]:
         if not is_text:
             _check_parquet(rows, name, bad)
         return rows, "row"
+
+
+def _options_of_stream(
+    file: BinaryIO, options: sources.FileOptions, columns: Sequence[str]
+) -> sources.FileOptions:
+    """Return the options of what has come through standard input: with the delimiter of a table if
+    its first line names one of the `columns` of texts, among others.
+    """
+    if options.is_table:
+        return options
+    file.seek(0)
+    head = file.readline(reading.SAMPLE).removeprefix(codecs.BOM_UTF8).decode("utf-8", "replace").strip()
+    file.seek(0)
+    for delimiter in ",\t;|":
+        cells = next(csv.reader([head], delimiter=delimiter), [])
+        if len(cells) > 1 and set(columns) & set(cells):
+            sources.note(f"standard input: read as a table, because its first line names {', '.join(cells)}")
+            return dataclasses.replace(options, delimiter=delimiter)
+    return options
 
 
 def _read_table(file: BinaryIO, wanted: Wanted) -> pa.Table:

@@ -30,6 +30,7 @@ from common.training.task import (
     cells_as_names,
     find_kind,
     is_number,
+    separated,
     task_of_rows,
     whole,
 )
@@ -218,8 +219,7 @@ def _names_of(rows: datasets.Dataset, kind: Kind, labels: LabelConfig) -> list[l
         return None  # their names are in the type, or counted
     values = cells_as_names(rows, column)
     if labels.label_separator is not None:
-        parts = [(value or "").split(labels.label_separator) for value in values]
-        return [[part.strip() for part in cell if not is_blank(part)] for cell in parts]
+        return separated(values, labels.label_separator)
     if kind == MULTI:
         return None
     return [[] if value is None else [value] for value in values]

@@ -403,12 +403,17 @@ def read_label_lists(split: str, rows: datasets.Dataset, config: LabelConfig) ->
     if len(columns) == 1 and reading.kind(rows, column) in LISTS:
         return _listed_labels(split, rows, column)
     if config.label_separator is not None:
-        parts = [(text or "").split(config.label_separator) for text in cells_as_names(rows, column)]
-        return [[part.strip() for part in cell if not is_blank(part)] for cell in parts]
+        return separated(cells_as_names(rows, column), config.label_separator)
     if len(columns) == 1 and not _is_yes_or_no(cells_as_names(rows, column)):
         return [[label] for label in read_classes(split, rows, column)]
     flags = {column: _read_flags(split, rows, column) for column in columns}
     return [[column for column in columns if flags[column][row]] for row in range(len(rows))]
+
+
+def separated(cells: Iterable[str | None], separator: str) -> list[list[str]]:
+    """Return the labels that each cell (N) names, with a separator between two."""
+    parts = [(cell or "").split(separator) for cell in cells]
+    return [[part.strip() for part in cell if not is_blank(part)] for cell in parts]
 
 
 def _read_flags(split: str, rows: datasets.Dataset, column: str) -> list[bool]:
