@@ -182,7 +182,7 @@ class Checkpoints:
         self.folder, self.best = run.folder / CHECKPOINTS, run.folder / "best"
 
     def open_log(self, flags: dict, model: PreTrainedModel, start: Checkpoint | None) -> Log:
-        """Create the run's folder and return its log, which continues where `start` was saved.
+        """Return the run's log, which continues where `start` was saved.
 
         What was saved after `start` is removed first. Raises UserError when the disk has no room
         for the run, and when the processes do not share its folder.
@@ -191,7 +191,7 @@ class Checkpoints:
         log: Log = tracking.NullLog(run_folder)
         if self.runtime.is_main:
             needed_bytes, left_bytes = disk_bytes(model, keep=self.keep, keep_after=self.keep_after)
-            free_bytes = tracking.make_folder(run_folder, needed_bytes=needed_bytes)
+            free_bytes = tracking.check_room(run_folder, needed_bytes=needed_bytes)
             self.runtime.note_run(run_folder)
             if start is not None:
                 self._remove_after(start)

@@ -42,25 +42,16 @@ REPORTED_PACKAGES = ("transformers", "datasets", "tokenizers", "evaluate", "scik
 # The run's folder ---------------------------------------------------------------------------------
 
 
-def make_folder(folder: Path, *, needed_bytes: int) -> int:
-    """Create the run folder unless it exists, and return how many bytes its disk has free.
-
-    Raises UserError, and creates nothing, when the disk has no room for `needed_bytes` in it,
-    counting those that the folder already holds.
+def check_room(folder: Path, *, needed_bytes: int) -> int:
+    """Return how many bytes the disk of the run folder has free. Raises UserError when that is no room
+    for `needed_bytes` in it, counting those that the folder already holds.
     """
-    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free, needed = shutil.disk_usage(parent).free, needed_bytes - _bytes_in(folder)
+    free, needed = shutil.disk_usage(folder).free, needed_bytes - _bytes_in(folder)
     if free < needed:
         raise UserError(
             f"--output-dir {folder}: the run needs {file_size(needed)}, the disk has"
             f" {file_size(free)} free; free some space or name a folder on another disk"
         )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"--output-dir {folder}: can't be created: {error.strerror}; name another folder"
-        ) from error
     return free
 
 

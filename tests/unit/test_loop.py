@@ -242,9 +242,9 @@ def test_a_run_that_goes_on_needs_no_space_for_what_it_has(free, refused, monkey
     monkeypatch.setattr(shutil, "disk_usage", lambda _: argparse.Namespace(free=free))
     if refused:
         with pytest.raises(UserError, match="the run needs 2 kB, the disk has 2 kB free"):
-            tracking.make_folder(tmp_path, needed_bytes=4000)
+            tracking.check_room(tmp_path, needed_bytes=4000)
     else:
-        tracking.make_folder(tmp_path, needed_bytes=4000)
+        tracking.check_room(tmp_path, needed_bytes=4000)
 
 
 def test_the_meter_reports_means_over_examples():
