@@ -542,9 +542,10 @@ def test(loaded: Loaded, state: TrainingState, run: Run, runtime: Runtime) -> No
     runtime.say(f"\nbest epoch {state.best['epoch']}, reloaded and scored on the test split:")
     report.show(scores, outcome.predictions, config.tokens.eval_max_length, runtime)
 
-    answers = []
-    if loaded.notes.unlabelled is not None:  # a test split of a competition
-        answers = predict_rows(best, loaded.notes.unlabelled, runtime)
+    answers, unlabelled_rows = [], loaded.notes.unlabelled
+    if unlabelled_rows is not None:  # a test split of a competition
+        texts, numbers = data.texts_of(unlabelled_rows), unlabelled_rows["row"][:]
+        answers = list(predict_texts(best, texts, numbers, runtime))
     if runtime.is_main:
         if answers:
             predictions.write_csv(folder / "unlabelled.csv", answers)
@@ -575,12 +576,6 @@ def reload_best(loaded: Loaded, run: Run, runtime: Runtime) -> TextClassifier:
     scoring = dataclasses.replace(config.scoring, threshold=thresholds)
     temperature = trained.get("temperature", 1.0)
     return TextClassifier(model, tokenizer, config.tokens, batch_size, scoring, temperature)
-
-
-def predict_rows(best: TextClassifier, rows: datasets.Dataset, runtime: Runtime) -> list[dict]:
-    """Return the answers for a split without labels, with the numbers of its rows."""
-    answers = predict_texts(best, data.texts_of(rows), runtime)
-    return [{"row": row, **answer} for row, answer in zip(rows["row"][:], answers, strict=True)]
 
 
 def calibrate(
@@ -744,14 +739,9 @@ def predict(args: argparse.Namespace, runtime: Runtime) -> None:
             write_predictions(saved, texts, bad, args, runtime)
             return
         for block in texts.blocks(PREDICT_BLOCK, without=bad):
-            for line in predictions.with_columns(block.columns, answer_block(saved, block, runtime)):
+            answers = list(predict_texts(saved, block.texts, block.rows, runtime))
+            for line in predictions.with_columns(block.columns, answers):
                 runtime.say(cli.json_line(line))
-
-
-def answer_block(saved: TextClassifier, block: unlabelled.TextBlock, runtime: Runtime) -> list[dict]:
-    """Return an answer for each text of a block, with its row."""
-    answers = predict_texts(saved, block.texts, runtime)
-    return [{"row": row, **answer} for row, answer in zip(block.rows, answers)]
 
 
 def write_predictions(
@@ -780,7 +770,7 @@ def write_predictions(
             runtime.say(f"{args.output} is complete already")
             return
         for block in texts.blocks(PREDICT_BLOCK, without=bad, skipped=file.num_rows):
-            file.add(answer_block(saved, block, runtime), block.columns)
+            file.add(list(predict_texts(saved, block.texts, block.rows, runtime)), block.columns)
         file.finish()
     runtime.say(f"{file.num_rows:,} predictions: {args.output}")
 

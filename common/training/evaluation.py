@@ -5,7 +5,7 @@ processes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -142,9 +142,14 @@ def is_better(scores: dict, best: dict | None, metric: str) -> bool:
 
 
 def predict_texts(
-    classifier: TextClassifier, texts: list[str] | list[tuple[str, str]], runtime: Runtime
+    classifier: TextClassifier,
+    texts: list[str] | list[tuple[str, str]],
+    rows: Sequence[int],
+    runtime: Runtime,
 ) -> Iterator[dict]:
-    """Yield an answer for each text, or pair of texts, in order: what `answer` says."""
+    """Yield an answer for each text, or pair of texts, in order: a dict with its `row`, which is one of
+    `rows` (N), and what `answer` says.
+    """
     model, tokenizer, tokens = classifier.model, classifier.tokenizer, classifier.tokens
     task = task_of_model(model)
     for start in range(0, len(texts), PREDICT_BLOCK):
@@ -158,10 +163,11 @@ def predict_texts(
             pairs=pairs,
             hides_special=tokens.hides_special,
         )
-        rows = batching.Columns(columns)
-        logits = predict_logits(model, rows, tokenizer, runtime, batch_size=classifier.batch_size)
-        for scores in task.scores(logits / classifier.temperature).tolist():
-            yield answer(task, scores, classifier.scoring)
+        tokenized, size = batching.Columns(columns), classifier.batch_size
+        logits = predict_logits(model, tokenized, tokenizer, runtime, batch_size=size)
+        scores = task.scores(logits / classifier.temperature).tolist()
+        for row, own in zip(rows[start : start + PREDICT_BLOCK], scores, strict=True):
+            yield {"row": row, **answer(task, own, classifier.scoring)}
 
 
 def answer(task: Task, scores: list[float], scoring: Scoring) -> dict:

@@ -67,8 +67,8 @@ def test_predictions_come_in_the_order_of_the_texts(scored, monkeypatch):
     monkeypatch.setattr("common.training.evaluation.PREDICT_BLOCK", 10)
     model.config.id2label = {0: "neg", 1: "pos"}
     classifier = TextClassifier(model, tokenizer, TokenConfig(20, 20, "head"), batch_size=4)
-    answers = list(predict_texts(classifier, tokenized["text"][:], RUNTIME))
-    assert len(answers) == 37
+    answers = list(predict_texts(classifier, tokenized["text"][:], range(1, 38), RUNTIME))
+    assert [answer["row"] for answer in answers] == list(range(1, 38))
     for answer, probabilities in zip(answers, alone.softmax(-1).tolist()):
         assert list(answer["scores"].values()) == pytest.approx(probabilities, abs=1e-5)
         assert answer["scores"][answer["label"]] == answer["confidence"] == max(answer["scores"].values())
