@@ -474,6 +474,22 @@ def test_two_processes_give_the_same_file_in_the_same_order(
     assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
 
 
+def under_torchrun(run_script, model, *flags):
+    """Run generate.py in two processes, as torchrun starts them, and return what it did."""
+    torchrun = ["torchrun", "--nproc-per-node", 2, "generate.py", "--model", model, "--device", "cpu"]
+    flags = ["--precision", "fp32", "--max-new-tokens", 16, *flags]
+    return run_script(*torchrun, *flags, OMP_NUM_THREADS="1")
+
+
+@pytest.mark.slow
+def test_torchrun_gives_the_same_file_in_the_same_order(run_script, script, tiny, prompts_file, tmp_path):
+    """The processes of the test above, started as users start them."""
+    flags = ["--prompts-file", prompts_file, "--batch-size", 2, "--top-k", 20, "--output"]
+    script(*flags, tmp_path / "one.jsonl")
+    under_torchrun(run_script, tiny, *flags, tmp_path / "two.jsonl")
+    assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
+
+
 @pytest.mark.slow
 def test_torchrun_goes_on_after_what_is_there(run_script, script, tiny, prompts_file, tmp_path):
     """One batch of three is there: of the two processes, each has one left."""
@@ -484,25 +500,7 @@ def test_torchrun_goes_on_after_what_is_there(run_script, script, tiny, prompts_
     )
     script(*flags, "--output", whole)
     part.write_bytes(b"".join(whole.read_bytes().splitlines(keepends=True)[:3])[:-9])
-    done = run_script(
-        "torchrun",
-        "--nproc-per-node",
-        2,
-        "generate.py",
-        "--model",
-        tiny,
-        "--device",
-        "cpu",
-        "--precision",
-        "fp32",
-        "--max-new-tokens",
-        16,
-        *flags,
-        "--output",
-        part,
-        "--resume",
-        OMP_NUM_THREADS="1",
-    )
+    done = under_torchrun(run_script, tiny, *flags, "--output", part, "--resume")
     assert part.read_bytes() == whole.read_bytes() and f"{part}: it already holds 2 of 6 texts" in done.stdout
 
 

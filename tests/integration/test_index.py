@@ -270,8 +270,8 @@ def readings(folder) -> list:
     return found
 
 
-@pytest.mark.parametrize("step", [701, heavy(97)])
-def test_no_byte_that_was_changed_is_ever_served(step, many_blocks):
+@pytest.mark.parametrize("step, least", [(701, 10), heavy(97, 70)])
+def test_no_byte_that_was_changed_is_ever_served(step, least, many_blocks):
     """Whatever byte changes: each way of reading gives what it gave before, or refuses."""
     expected, refused = readings(many_blocks), 0
     for path in sorted(many_blocks.glob("*.arrow")):
@@ -286,7 +286,7 @@ def test_no_byte_that_was_changed_is_ever_served(step, many_blocks):
                 assert found in (before, "refused")
                 refused += found == "refused"
         path.write_bytes(intact)
-    assert refused > 10 and readings(many_blocks) == expected
+    assert refused > least and readings(many_blocks) == expected
     assert verify(many_blocks).num_rows == 60
 
 

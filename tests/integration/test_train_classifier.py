@@ -17,7 +17,7 @@ from tensorboard import program
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from common.bundled import model_folder
-from conftest import make_sentences
+from conftest import heavy, make_sentences
 from terminal import run_on_terminal
 
 FLAGS = [
@@ -404,10 +404,17 @@ def test_the_main_command_reaches_98_percent(run_script, tmp_path):
     assert sorted(accuracies)[1] >= 0.98, accuracies
 
 
-def test_the_main_command_learns_on_a_sample_of_the_bundled_news(call_script, tmp_path, cache_dir):
-    """The real encoder on real texts, few and short ones, so that every test run covers the defaults."""
-    sizes = ["--epochs", 1, "--max-train-samples", 128, "--max-eval-samples", 15, "--max-length", 32]
-    flags = ["--lr", "5e-4", "--cache-dir", cache_dir, "--output-dir", tmp_path / "news"]
+# of the main command: epochs, texts for training and of each other split, tokens, learning rate
+@pytest.mark.parametrize(
+    "epochs, num_texts, others, tokens, lr", [(1, 128, 10, 32, 5e-4), heavy(2, 128, 24, 64, 3e-4)]
+)
+def test_the_main_command_learns_on_a_sample_of_the_bundled_news(
+    epochs, num_texts, others, tokens, lr, call_script, tmp_path, cache_dir
+):
+    """The real encoder on real texts; few and short ones, so that every test run covers the defaults."""
+    sizes = ["--epochs", epochs, "--max-train-samples", num_texts, "--max-eval-samples", others]
+    sizes += ["--max-length", tokens]
+    flags = ["--lr", lr, "--cache-dir", cache_dir, "--output-dir", tmp_path / "news"]
     done = call_script("train_classifier.py", *sizes, *flags)
     results = json.loads((tmp_path / "news" / "metrics.json").read_text())
     assert done.stderr == "" and results["test_accuracy"] > 0.8, results

@@ -7,6 +7,7 @@ import re
 import pytest
 
 from common.training.faults import NEAR, NEIGHBOURS, SKETCH, WORD, nearly_alike
+from conftest import heavy
 
 
 def all_pairs(texts: list[str]) -> dict[tuple[int, int], float]:
@@ -46,10 +47,11 @@ def test_nearly_alike_texts_are_those_that_brute_force_finds(seed):
     assert list(found.values()) == sorted(found.values(), reverse=True)
 
 
-def test_long_texts_are_compared_by_a_sample_of_their_words():
+@pytest.mark.parametrize("num_groups", [15, heavy(30)])
+def test_long_texts_are_compared_by_a_sample_of_their_words(num_groups):
     """Also where one is longer, by a part that the other lacks: its sample is a smaller share of it."""
     generator = random.Random(0)
-    groups = [variants(generator, length=1500, count=1, share=0.03) for _ in range(15)]
+    groups = [variants(generator, length=1500, count=1, share=0.03) for _ in range(num_groups)]
     more = " ".join(f"new{number}" for number in range(225))
     groups += [[text, f"{text} {more}"] for text, _ in groups]
     texts = [text for group in groups for text in group]
