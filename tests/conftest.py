@@ -68,6 +68,9 @@ def pytest_configure(config):
     """
     if "gpu" not in config.option.markexpr.replace("not gpu", ""):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    # by default forked trainings draw what a test looks at; the heavy proofs draw all
+    if "slow" in config.option.markexpr.replace("not slow", ""):
+        os.environ["DRAW_ALL_PICTURES"] = "1"
 
 
 def pytest_collection_finish():
@@ -291,14 +294,21 @@ class Forker:
         return json.loads(self.process.stdout.readline())
 
     def call(
-        self, *command, stdin: str = "", check: bool = True, world: int = 1, **environment: str
+        self,
+        *command,
+        stdin: str = "",
+        check: bool = True,
+        world: int = 1,
+        pictures: bool = False,
+        **environment: str,
     ) -> subprocess.CompletedProcess:
         """Run a script as its own process would run, or as the processes of a job would, and return what
-        the first of them did.
+        the first of them did. Without `pictures`, those of a training are blank.
         """
         command = list(map(str, command))
         Path(f"{self.log}.stdin").write_text(stdin)
-        codes = self.do(world=world, command=command, stdin=f"{self.log}.stdin", environment=environment)
+        job = {"stdin": f"{self.log}.stdin", "environment": environment, "pictures": pictures}
+        codes = self.do(world=world, command=command, **job)
         done = subprocess.CompletedProcess(command, codes[0], self.said("stdout"), self.said())
         others = [self.said(stream, rank) for rank in range(1, world) for stream in ("stdout", "stderr")]
         assert not check or set(codes) == {0}, (done, others)

@@ -163,7 +163,7 @@ def finished(forked_runs, tmp_path_factory):
             folder = tmp_path_factory.mktemp(case.kind)
             case.write(folder / case.file)
             data = ["--dataset", folder / case.file, *case.flags]
-            assert forked_runs.run(folder / "run", *data) == [0], forked_runs.said()
+            assert forked_runs.run(folder / "run", *data, pictures=True) == [0], forked_runs.said()
             made[case] = Finished(folder / "run", data, forked_runs.said("stdout"))
         return made[case]
 
