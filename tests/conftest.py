@@ -1,6 +1,11 @@
 """What the tests share: small real models with trained tokenizers, a small labelled file, and the
 scripts as a user calls them.
+
+Large libraries are imported where they are needed: the process that hands the tests to others reads
+this file too, and runs none; the others wait for it.
 """
+
+from __future__ import annotations
 
 import gc
 
@@ -20,24 +25,17 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
-import numpy as np
 import pytest
-import torch
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
-import embed_search
-from common import cli
-from common.runtime import Runtime
-from common.search.index import ID, TEXT, open_snapshot
+if TYPE_CHECKING:
+    import numpy as np
+    from transformers import BertTokenizerFast
 
 # two tests run at a time: each, and every process that it starts, has one core
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # PyTorch reads it when it is imported
 
 ROOT = Path(__file__).resolve().parent.parent
 POSITIVE, NEGATIVE = ["good", "fine", "great", "lovely"], ["bad", "awful", "poor", "grim"]
@@ -86,6 +84,8 @@ def pytest_sessionfinish():
 
 def exit_code_in_process(script: ModuleType, flags: list) -> int:
     """Run a script in this process, without the seconds of its imports, and return its exit code."""
+    from common import cli
+
     try:
         cli.run(script.make_parser(), script.main, [str(flag) for flag in flags])
     except SystemExit as exit:
@@ -135,6 +135,9 @@ def make_sentences(count: int, seed: int = 0) -> list[tuple[str, str]]:
 
 def train_wordpiece(texts: list[str], vocab_size: int = 300) -> BertTokenizerFast:
     """Train a WordPiece tokenizer of BERT's kind with the `tokenizers` library."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import BertTokenizerFast
+
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = (
         normalizers.BertNormalizer(),
@@ -150,6 +153,9 @@ def train_wordpiece(texts: list[str], vocab_size: int = 300) -> BertTokenizerFas
 
 def save_bert(folder: Path, *, seed: int = 0, **options) -> Path:
     """Write a random BERT, 32 wide, with its own trained tokenizer, and return its folder."""
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification
+
     tokenizer = train_wordpiece([text for text, _ in make_sentences(200)])
     torch.manual_seed(seed)
     config = BertConfig(
@@ -391,6 +397,9 @@ def tiny_embedder(tiny_model, tmp_path_factory) -> Path:
     """A folder with a sentence-transformers model over the tiny BERT: mean pooling and vectors of
     length 1, 32 wide.
     """
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+
     folder = tmp_path_factory.mktemp("models") / "tiny-embedder"
     transformer = Transformer(str(tiny_model), max_seq_length=64)
     SentenceTransformer(modules=[transformer, Pooling(32), Normalize()], device="cpu").save(str(folder))
@@ -410,6 +419,10 @@ class StubEncoder:
     """
 
     def __init__(self, width: int = 8):
+        import torch
+
+        from common.runtime import Runtime
+
         self.name, self.width, self.max_length, self.num_encoded, self.num_cut = "stub", width, 16, 0, 0
         self.runtime = Runtime(torch.device("cpu"), "fp32")
         self.prompts: dict[str, str] = {}
@@ -424,6 +437,8 @@ class StubEncoder:
         }
 
     def encode_unit(self, texts: list[str], *, role: str | None = None) -> np.ndarray:
+        import numpy as np
+
         self.num_encoded += len(set(texts))
         numbers = [
             np.frombuffer(hashlib.shake_128(text.encode()).digest(2 * self.width), np.int16) for text in texts
@@ -441,6 +456,7 @@ def embed(tiny_embedder, cache_dir):
     """Return a function that runs embed_search.py in this process, with the tiny model in fp32 on
     the CPU; returns code, stdout, stderr.
     """
+    import embed_search
 
     def run(command: str, *flags) -> tuple[int, str, str]:
         flags = [str(flag) for flag in flags]
@@ -492,6 +508,10 @@ def write_lines(path: Path, lines: list[str]) -> Path:
 
 def rows_by_id(folder: Path) -> dict[str, tuple]:
     """Return id -> (text, vector as bytes) of an index."""
+    import numpy as np
+
+    from common.search.index import ID, TEXT, open_snapshot
+
     snapshot = open_snapshot(folder)
     rows = np.flatnonzero(snapshot.alive())
     return {
