@@ -384,12 +384,32 @@ def test_a_cache_grows_and_shrinks_without_losing_anything(kernel):
 # --- Compiling
 
 
+@pytest.fixture(scope="module")
+def made_before() -> dict[tuple, bytes]:
+    """What the compiler has made of a source with a command."""
+    return {}
+
+
 @pytest.fixture
-def load_anew(monkeypatch):
+def load_anew(monkeypatch, made_before):
     """Return a function that loads the library as a new process does, with another environment. It
-    is compiled without optimisations, which takes a quarter of the time.
+    is compiled without optimisations, which takes a quarter of the time; and a compiler that has made
+    a library gives the same one for the same source and flags, at once.
     """
     monkeypatch.setattr(fast_decoding, "FLAGS", ["-O0", *fast_decoding.FLAGS[1:]])
+    really_compile = fast_decoding._compile
+
+    def compile_once(command: list[str]):
+        *start, source, _, library, _ = command
+        made = (*start, Path(source).read_text())
+        if made in made_before:
+            Path(library).write_bytes(made_before[made])
+            return
+        really_compile(command)
+        if Path(library).exists():
+            made_before[made] = Path(library).read_bytes()
+
+    monkeypatch.setattr(fast_decoding, "_compile", compile_once)
 
     def load(cache_dir: Path, **environment: str):
         for name, value in environment.items():

@@ -81,53 +81,70 @@ def test_a_mistake_under_torchrun_is_said_once(run_script, tmp_path):
     assert done.returncode != 0 and len(said) == 1, done.stderr
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), heavy(signal.SIGTERM, 143)])
+class RealJob:
+    """Two processes of a script as torchrun starts them; a test's forked ones end without the seconds that
+    Python takes to tidy up.
+    """
+
+    def begin(self, *, command: list[str], world: int) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        environment = {
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+            "WORLD_SIZE": str(world),
+            "TORCHELASTIC_RUN_ID": "as torchrun sets it",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        self.running = [
+            subprocess.Popen(
+                [sys.executable, *command],
+                cwd=ROOT,
+                stderr=subprocess.PIPE,
+                text=True,
+                env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            )
+            for rank in range(world)
+        ]
+
+    def processes(self) -> list[int]:
+        return [process.pid for process in self.running]
+
+    def wait(self) -> list[int]:
+        self.stderr = [process.communicate(timeout=120)[1] for process in self.running]
+        return [process.returncode for process in self.running]
+
+    def said(self, *, rank: int = 0) -> str:
+        return self.stderr[rank]
+
+
+@pytest.mark.parametrize(
+    "is_forked, number, code",
+    [
+        (True, signal.SIGINT, 130),
+        heavy(True, signal.SIGTERM, 143),
+        heavy(False, signal.SIGINT, 130),
+        heavy(False, signal.SIGTERM, 143),
+    ],
+)
 def test_a_signal_to_one_of_two_processes_ends_both_and_leaves_the_index(
-    number, code, tiny_embedder, cache_dir, tmp_path
+    is_forked, number, code, forking, tiny_embedder, cache_dir, tmp_path
 ):
     write_lines(tmp_path / "texts.txt", [text for text, _ in make_sentences(3000)])
-    flags = [
-        "index",
-        tmp_path / "texts.txt",
-        "--model",
-        tiny_embedder,
-        "--cache-dir",
-        cache_dir,
-        "--device",
-        "cpu",
-        "--block",
-        "64",
-        "--index",
-        tmp_path / "ix",
-    ]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "WORLD_SIZE": "2",
-        "TORCHELASTIC_RUN_ID": "as torchrun sets it",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    main, other = (
-        subprocess.Popen(
-            [sys.executable, ROOT / "embed_search.py", *flags],
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    )
+    flags = ["index", tmp_path / "texts.txt", "--model", tiny_embedder, "--cache-dir", cache_dir]
+    flags += ["--device", "cpu", "--block", 64, "--index", tmp_path / "ix"]
+    job = forking if is_forked else RealJob()
+    job.begin(command=["embed_search.py", *map(str, flags)], world=2)
     while not (tmp_path / "ix" / "manifest.json").exists() or not open_snapshot(tmp_path / "ix").num_rows:
         time.sleep(0.02)
     # Ctrl-C reaches both, kill one
-    for process in (main, other) if number == signal.SIGINT else (main,):
-        process.send_signal(number)
-    said, said_by_other = (process.communicate(timeout=120)[1] for process in (main, other))
-    assert (main.returncode, other.returncode) == (code, 1), said + said_by_other
+    for process in job.processes()[: 2 if number == signal.SIGINT else 1]:
+        os.kill(process, number)
+    codes, said, said_by_other = job.wait(), job.said(), job.said(rank=1)
+    assert codes == [code, 1], said + said_by_other
     assert "the same command" in said and said_by_other.count("lost another process") == 1
     assert "Traceback" not in said + said_by_other and "terminate" not in said + said_by_other
     count = int(re.search(r"([\d,]+) texts of this run", said)[1].replace(",", ""))

@@ -25,7 +25,6 @@ from common.runtime import Runtime
 from common.search.encoder import EncoderConfig, load_encoder
 from common.search.index import ID, TEXT, open_snapshot
 from conftest import heavy, make_sentences, rows_by_id, write_lines
-from hub_server import HubServer
 
 BUNDLED = "bundled/all-MiniLM-L6-v2"
 SENTENCES = [
@@ -645,27 +644,6 @@ def test_the_projector_reads_what_project_writes(ok, sentences, tmp_path):
     snapshot = open_snapshot(tmp_path / "ix")
     last = next(row for row in range(60) if snapshot.take([row])[0][ID] == metadata[-1][0])
     assert np.allclose(vectors[-1], snapshot.vectors_of([last])[0], atol=1e-6)
-
-
-def test_a_model_from_the_hub_goes_into_the_cache(tiny_embedder, sentences, tmp_path, run_script):
-    target = tmp_path / "hub" / "models" / "some" / "embedder"
-    target.parent.mkdir(parents=True)
-    target.symlink_to(tiny_embedder)
-    with HubServer(tmp_path / "hub") as server:
-        flags = (
-            "embed_search.py",
-            "index",
-            sentences,
-            "--model",
-            "some/embedder",
-            "--cache-dir",
-            tmp_path / "cache",
-            "--index",
-            tmp_path / "ix",
-            "--json",
-        )
-        done = run_script(*flags, HF_ENDPOINT=server.endpoint, HF_HUB_OFFLINE="0")
-    assert json.loads(done.stdout)["rows"] == 60 and list((tmp_path / "cache").rglob("model.safetensors"))
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ PATENT_CLASSES = [
     "Electricity",
     "General tagging of new or cross-sectional technology",
 ]
-SIZES = {"train": 90, "validation": 36, "test": 36}
+SIZES = {"train": 45, "validation": 18, "test": 18}
 
 
 def make_patents(split: str, size: int | None = None) -> datasets.Dataset:
@@ -167,7 +167,7 @@ def recipe(served, tmp_path_factory):
 def test_the_tutorials_command_downloads_trains_and_scores(recipe):
     folder, first, _ = recipe
     assert (
-        "90 train, 36 validation, 36 test texts, 9 classes" in first.stdout
+        "45 train, 18 validation, 18 test texts, 9 classes" in first.stdout
         and "cut from train" not in first.stdout
     )
     assert "DistilBertForSequenceClassification" in first.stdout and first.stderr == ""
@@ -201,6 +201,14 @@ def test_the_same_command_runs_from_the_cache_when_the_hub_is_gone_and_says_so(r
     assert [results[name] for name in ("test_accuracy", "test_loss")] == [
         first_results[name] for name in ("test_accuracy", "test_loss")
     ]
+
+
+def test_an_embedding_model_goes_into_the_cache(served, tiny_embedder, sentences, tmp_path):
+    (served.root / "models/some").mkdir()
+    (served.root / "models/some/embedder").symlink_to(tiny_embedder)
+    flags = ["--model", "some/embedder", "--cache-dir", tmp_path / "cache", "--index", tmp_path / "ix"]
+    done = served.forker.call("embed_search.py", "index", sentences, *flags, "--json")
+    assert json.loads(done.stdout)["rows"] == 60 and list((tmp_path / "cache").rglob("model.safetensors"))
 
 
 @dataclass

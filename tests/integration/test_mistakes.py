@@ -29,7 +29,15 @@ from transformers import (
 
 import train_classifier
 from common import cli
-from conftest import ROOT, exit_code_in_process, make_sentences, may_mount, train_wordpiece, with_defaults
+from conftest import (
+    ROOT,
+    exit_code_in_process,
+    heavy,
+    make_sentences,
+    may_mount,
+    train_wordpiece,
+    with_defaults,
+)
 
 GOOD = "text,label\n" + "".join(f"{text},{label}\n" for text, label in make_sentences(120))
 BUNDLED = "bundled/all-MiniLM-L6-v2"
@@ -778,12 +786,12 @@ def test_a_tokenizer_without_a_padding_token_gets_its_end_token(script, sentence
     assert (code, stderr, answers.count("\n")) == (0, "", 2)
 
 
-def test_the_process_ends_with_code_2_and_one_line(run_script, cache_dir, tmp_path):
+@pytest.mark.parametrize("process", ["call_script", heavy("run_script")])
+def test_the_process_ends_with_code_2_and_one_line(process, request, cache_dir, tmp_path):
     # one that the library would log too
     (tmp_path / "rows.csv").write_text("text,label\na,b\nc,d,e,f\n")
-    done = run_script(
-        "train_classifier.py", "--dataset", tmp_path / "rows.csv", "--cache-dir", cache_dir, check=False
-    )
+    flags = ["--dataset", tmp_path / "rows.csv", "--cache-dir", cache_dir]
+    done = request.getfixturevalue(process)("train_classifier.py", *flags, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(r"train_classifier\.py: error: [^\n]*rows\.csv, line 3: [^\n]+\n", done.stderr)
 

@@ -9,8 +9,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -23,7 +21,6 @@ import train_classifier
 from common.errors import UserError
 from common.training import study
 from common.training.run import identity_of_flags
-from conftest import ROOT
 
 # accuracies on the test split of learning rate and seed; by validation the first rate is the better one
 SCORES = {("0.1", 0): 0.5, ("0.1", 1): 0.6, ("0.2", 0): 0.9, ("0.2", 1): 0.7}
@@ -44,7 +41,8 @@ if behaviour == f"bad {{seed}} {{lr}}":
     sys.exit(2)
 if behaviour == f"wait {{seed}}":
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
-    (folder / "waiting").touch()
+    (folder / "noted").write_text(str(os.getpid()))
+    (folder / "noted").rename(folder / "waiting")
     time.sleep(60)
 if behaviour == "slow":
     time.sleep(0.5)
@@ -177,43 +175,47 @@ def test_a_run_on_each_gpu_at_the_same_time(stand_in, tmp_path, monkeypatch, cap
     assert study.gpus("auto") == []
 
 
+RUN_A_STUDY = """
+import sys
+from pathlib import Path
+import train_classifier
+from common import cli
+from common.training import study
+args = train_classifier.make_parser().parse_args(sys.argv[2:])
+plan = train_classifier.plan_study(args)
+run = lambda args: study.run_study(plan, Path(sys.argv[1]), device="cpu", max_minutes=None)
+cli.run_main(run, args, prog="study")
+"""
+
+
+def is_alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
-def test_a_signal_stops_the_runs_and_says_how_to_go_on(number, code, stand_in, tmp_path):
+def test_a_signal_stops_the_runs_and_says_how_to_go_on(number, code, stand_in, forking, tmp_path):
     """Also SIGKILL, which a process can't pass on: the system ends the run."""
-    folder = tmp_path / "s"
-    program = (
-        "import sys; sys.path[:0] = sys.argv[1:3]\n"
-        "from pathlib import Path; import train_classifier\n"
-        "from common import cli; from common.training import study\n"
-        "args = train_classifier.make_parser().parse_args(sys.argv[4:])\n"
-        "plan = train_classifier.plan_study(args)\n"
-        "run = lambda args: study.run_study(plan, Path(sys.argv[3]), device='cpu', max_minutes=None)\n"
-        "cli.run_main(run, args, prog='study')\n"
-    )
-    command = [
-        sys.executable,
-        "-c",
-        program,
-        ROOT,
-        ROOT / "tests",
-        stand_in,
-        "--seeds",
-        "0",
-        "1",
-        "--output-dir",
-        folder,
-    ]
-    process = subprocess.Popen(
-        list(map(str, command)), env={**os.environ, "BEHAVIOUR": "wait 0"}, stderr=subprocess.PIPE, text=True
-    )
-    while not (folder / "seed-0" / "waiting").exists():
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.05)
-    process.send_signal(number)
-    _, stderr = process.communicate(timeout=60)  # the run holds the pipe as long as it lives
-    assert process.returncode == code
+    folder, program = tmp_path / "s", tmp_path / "run_a_study.py"
+    waiting = folder / "seed-0" / "waiting"
+    program.write_text(RUN_A_STUDY)
+    command = [program, stand_in, "--seeds", 0, 1, "--output-dir", folder]
+    behaviour = {"BEHAVIOUR": "wait 0", "IDENTITIES": "{}"}
+    forking.begin(command=list(map(str, command)), environment=behaviour)
+    [process] = forking.processes()
+    while not waiting.exists():
+        assert forking.processes() == [process], forking.said()
+        time.sleep(0.01)
+    os.kill(process, number)
+    assert forking.wait() == [code]
+    deadline, run = time.monotonic() + 30, int(waiting.read_text())
+    while is_alive(run):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     if number == signal.SIGTERM:
-        assert f"stopped by SIGTERM; continue with --resume {folder}" in stderr
+        assert f"stopped by SIGTERM; continue with --resume {folder}" in forking.said()
     assert starts(folder) == {"seed-0": 1}
 
 

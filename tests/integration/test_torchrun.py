@@ -184,13 +184,23 @@ def test_sigterm_to_torchrun_saves_and_the_run_can_be_resumed(flags, whole, tmp_
     assert job.returncode == 0 and same_end(tmp_path / "run", whole), stderr
 
 
-def test_a_mistake_is_said_once(flags, run_script):
-    done = run_script(
-        "torchrun", "--nproc-per-node", 2, "train_classifier.py", *flags, "--text-column", "txt", check=False
-    )
+MISTAKE = ["--text-column", "txt"]
+SAID = "train_classifier.py: error: split train: no column 'txt'"
+
+
+def test_a_mistake_is_said_once(flags, forking):
+    done = forking.call("train_classifier.py", *flags, *MISTAKE, world=2, check=False)
+    [line] = [*said_by_us(done.stderr), *said_by_us(forking.said(rank=1))]
+    assert done.returncode == 2 and line.startswith(SAID)
+
+
+@pytest.mark.slow
+def test_torchrun_ends_with_a_mistake_that_is_said_once(flags, run_script):
+    torchrun = ["torchrun", "--nproc-per-node", 2]
+    done = run_script(*torchrun, "train_classifier.py", *flags, *MISTAKE, check=False)
     assert done.returncode != 0
     [line] = said_by_us(done.stderr)
-    assert line.startswith("train_classifier.py: error: split train: no column 'txt'")
+    assert line.startswith(SAID)
     # torchrun's own forty lines end with it
     assert done.stderr.splitlines()[-2].endswith(line) and set(done.stderr.splitlines()[-1]) == {"="}
 
