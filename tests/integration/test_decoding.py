@@ -243,19 +243,23 @@ BEAM_SETTINGS = {
 }
 
 
+ONE_OR_MORE = (PROMPTS[:1], PROMPTS)
+
+
 @pytest.mark.parametrize(
-    "kind",
+    "kind, texts",
     [
-        "mistral",
+        ("mistral", (PROMPTS,)),
         *(
-            pytest.param(kind, marks=[pytest.mark.slow, needs_compiler])
+            pytest.param(kind, ONE_OR_MORE, marks=[pytest.mark.slow, needs_compiler])
             for kind in ("llama in C", "mistral in C")
         ),
-        heavy("llama"),
-        heavy("gpt2"),
+        heavy("mistral", ONE_OR_MORE),
+        heavy("llama", ONE_OR_MORE),
+        heavy("gpt2", ONE_OR_MORE),
     ],
 )
-def test_beams_are_those_of_generate(kind, request):
+def test_beams_are_those_of_generate(kind, texts, request):
     """6 searches x one text and 4 left-padded ones x 4 settings for each model; some texts end before
     the limit. All beams of a prompt, not the best one alone.
     """
@@ -265,7 +269,7 @@ def test_beams_are_those_of_generate(kind, request):
     library_model = explain.library_model(language_model)
     if is_in_c:
         language_model = in_c(language_model, request.getfixturevalue("kernel"))
-    for beams, prompts, flags in itertools.product(BEAMS, (PROMPTS[:1], PROMPTS), BEAM_SETTINGS.values()):
+    for beams, prompts, flags in itertools.product(BEAMS, texts, BEAM_SETTINGS.values()):
         options = Options(
             dataclasses.replace(settings_of(flags, language_model), max_new_tokens=14),
             num_samples=beams.size,

@@ -85,8 +85,9 @@ def run_in_this_process(text: str, folder: Path) -> list[str]:
     return [line.rstrip() for line in stdout.getvalue().strip("\n").splitlines()]
 
 
-# trains for a quarter of a minute; other tests train and predict with less
-HEAVY = ("--output-dir runs/reviews", "--model runs/reviews/best")
+# these train for a quarter of a minute, or read the words of a GGUF file with transformers for half of
+# that; other tests train, predict and compare with less
+HEAVY = ("--output-dir runs/reviews", "--model runs/reviews/best", "--compare-tokenizer")
 CASES = [heavy(text) if any(part in text for part in HEAVY) else text for text in RUN]
 
 

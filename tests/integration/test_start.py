@@ -183,7 +183,7 @@ LOADED |= {
 
 
 # each is a process of its own
-QUICK = ("delete", "export", "search", "train --compare", "generate, no compiler")
+QUICK = ("delete", "export", "search", "train --compare")
 
 
 @pytest.mark.parametrize("command, allowed", quick(LOADED, *QUICK))
@@ -207,7 +207,7 @@ STEP = {  # the modes whose model the step in C computes: without transformers, 
 
 
 @needs_compiler
-@pytest.mark.parametrize("flags, allowed", quick(STEP, "one text", "--chat"))
+@pytest.mark.parametrize("flags, allowed", quick(STEP, "--chat"))
 def test_a_model_that_the_step_in_c_computes_needs_no_transformers(flags, allowed, home):
     known = {"PATH": os.environ["PATH"], "HF_HOME": str(cache_home(None))}  # where it is compiled already
     code, packages, stderr = packages_of([GENERATE, *flags], home, **known)

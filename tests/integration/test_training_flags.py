@@ -379,11 +379,9 @@ def test_each_truncation_trains_scores_reports_and_predicts(truncation, reads_al
 
 
 def test_buckets_pad_less_than_random_batches_and_the_screen_says_so(forked, tmp_path):
-    shares = {}
+    shares, sizes = {}, ["--max-length", 60, "--batch-size", 2, "--max-steps", 1]
     for batching in ("buckets", "random"):
-        assert forked.run(
-            tmp_path / batching, "--batching", batching, "--max-length", 60, "--batch-size", 2
-        ) == [0]
+        assert forked.run(tmp_path / batching, "--batching", batching, *sizes) == [0]
         shares[batching] = float(
             re.search(
                 rf"([\d.]+)% of a training batch is padding \(--batching {batching}\)", forked.said("stdout")
