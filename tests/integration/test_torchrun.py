@@ -189,9 +189,16 @@ SAID = "train_classifier.py: error: split train: no column 'txt'"
 
 
 def test_a_mistake_is_said_once(flags, forking):
-    done = forking.call("train_classifier.py", *flags, *MISTAKE, world=2, check=False)
-    [line] = [*said_by_us(done.stderr), *said_by_us(forking.said(rank=1))]
-    assert done.returncode == 2 and line.startswith(SAID)
+    """By the first process; the second waits for torchrun, which ends all when one has failed."""
+    forking.begin(command=list(map(str, ["train_classifier.py", *flags, *MISTAKE])), world=2)
+    [first, *_] = forking.processes()
+    while (left := forking.processes())[:1] == [first]:
+        time.sleep(0.01)
+    [second] = left
+    os.kill(second, signal.SIGTERM)
+    assert forking.wait() == [2, -signal.SIGTERM]
+    [line] = [*said_by_us(forking.said()), *said_by_us(forking.said(rank=1))]
+    assert line.startswith(SAID)
 
 
 @pytest.mark.slow
