@@ -101,6 +101,8 @@ typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Shorts __attribute__((vector_size(2 * LANES)));
 typedef Floats AnyFloats __attribute__((aligned(1), may_alias));
 typedef Shorts AnyShorts __attribute__((aligned(1), may_alias));
+typedef int8_t Digits __attribute__((vector_size(LANES)));
+typedef Digits AnyDigits __attribute__((aligned(1), may_alias));
 #define INLINE static inline __attribute__((always_inline))
 
 INLINE Floats load(const float *from) { return *(const AnyFloats *)from; }
@@ -115,6 +117,18 @@ INLINE float sum_of(Floats numbers) {
     for (int half = LANES / 2; half; half /= 2)  // in pairs, which need not wait for each other
         for (int lane = 0; lane < half; lane++) numbers[lane] += numbers[lane + half];
     return numbers[0];
+}
+
+INLINE int32_t sum_of_ints(Ints numbers) {
+    for (int half = LANES / 2; half; half /= 2)
+        for (int lane = 0; lane < half; lane++) numbers[lane] += numbers[lane + half];
+    return numbers[0];
+}
+
+INLINE int32_t largest_int(Ints numbers) {
+    int32_t largest = numbers[0];
+    for (int lane = 1; lane < LANES; lane++) largest = numbers[lane] > largest ? numbers[lane] : largest;
+    return largest;
 }
 
 INLINE Floats from_bf16(const uint16_t *from) {  // the upper half of an fp32 number
@@ -184,6 +198,12 @@ static float dot(const float *left, const float *right, int count) {
 
 // --- Activations as whole numbers
 
+#if defined(PAIRS)
+typedef int64_t Longs __attribute__((vector_size(4 * LANES)));
+typedef int16_t Pairs __attribute__((vector_size(LANES)));  // LANES / 2 numbers
+typedef Pairs AnyPairs __attribute__((aligned(1), may_alias));
+#endif
+
 typedef struct {  // a group of 32 activations of a row
     int8_t digits[3][GROUP];
 #if defined(PAIRS)
@@ -197,43 +217,43 @@ typedef struct {  // a group of 32 activations of a row
 // Write 32 activations as whole numbers with three digits each, times a scale. NaN and infinity become
 // a scale of NaN, so that every product with them is NaN.
 static void to_digits(const float *x, Group *group) {
-    int32_t bits[GROUP], largest = 0;
-    memcpy(bits, x, sizeof bits);
-    for (int i = 0; i < GROUP; i++) {
-        int32_t size = bits[i] & 0x7fffffff;  // sizes of floats are in the order of their bits
-        largest = size > largest ? size : largest;
+    Ints largest = {0};
+    for (int i = 0; i < GROUP; i += LANES) {
+        Ints sizes = (Ints)load(x + i) & 0x7fffffff;  // sizes of floats are in the order of their bits
+        largest = (Ints)choose(sizes > largest, (Floats)sizes, (Floats)largest);
     }
+    int32_t bits = largest_int(largest);
     float size;
-    memcpy(&size, &largest, sizeof size);
-    int finite = largest < 0x7f800000;
+    memcpy(&size, &bits, sizeof size);
+    int finite = bits < 0x7f800000;
     float factor = finite && size > 1e-30f ? LARGEST / size : 0.0f;  // what is smaller counts as 0
     group->scale = finite ? size / LARGEST : NAN;
-    int32_t sum = 0, sums[3] = {0}, lo_sum = 0, hi_sum = 0;
-    for (int i = 0; i < GROUP; i++) {
-        float scaled = finite ? x[i] * factor : 0.0f;
-        int32_t number = (int32_t)(scaled + (scaled < 0 ? -0.5f : 0.5f));
-        int32_t first = (int8_t)number, rest = (number - first) >> 8, second = (int8_t)rest,
-                third = (rest - second) >> 8;
-        group->digits[0][i] = (int8_t)first;
-        group->digits[1][i] = (int8_t)second;
-        group->digits[2][i] = (int8_t)third;
+    Ints sum = {0}, sums[3] = {{0}}, lo_sum = {0}, hi_sum = {0};
+    for (int i = 0; i < GROUP; i += LANES) {
+        Floats scaled = finite ? load(x + i) * factor : splat(0.0f);
+        Floats half = (Floats)(((Ints)scaled & INT32_MIN) | (Ints)splat(0.5f));  // of the same sign
+        Ints number = __builtin_convertvector(scaled + half, Ints);
+        Ints first = number << 24 >> 24, rest = (number - first) >> 8, second = rest << 24 >> 24;
+        Ints digits[3] = {first, second, (rest - second) >> 8};
+        for (int d = 0; d < 3; d++) {
+            *(AnyDigits *)(group->digits[d] + i) = __builtin_convertvector(digits[d], Digits);
+            sums[d] += digits[d];
+        }
         sum += number;
-        sums[0] += first;
-        sums[1] += second;
-        sums[2] += third;
 #if defined(PAIRS)
-        int32_t lo = (int16_t)number, hi = (number - lo) >> 16;
-        int place = i / 4 * 2 + i % 4 / 2;
-        group->pairs[i % 2][place] = (int16_t)lo;
-        group->pairs[2 + i % 2][place] = (int16_t)hi;
+        Ints lo = number << 16 >> 16, hi = (number - lo) >> 16;
+        // as numbers of 64 bits: the lower half is an even column, the upper half an odd one
+        Longs pairs[4] = {(Longs)lo, (Longs)lo >> 32, (Longs)hi, (Longs)hi >> 32};
+        for (int n = 0; n < 4; n++)
+            *(AnyPairs *)(group->pairs[n] + i / 2) = __builtin_convertvector(pairs[n], Pairs);
         lo_sum += lo;
         hi_sum += hi;
 #endif
     }
-    group->sum = group->scale * (float)sum;
-    memcpy(group->digit_sums, sums, sizeof sums);
-    group->lo_sum = lo_sum;
-    group->hi_sum = hi_sum;
+    group->sum = group->scale * (float)sum_of_ints(sum);
+    for (int d = 0; d < 3; d++) group->digit_sums[d] = sum_of_ints(sums[d]);
+    group->lo_sum = sum_of_ints(lo_sum);
+    group->hi_sum = sum_of_ints(hi_sum);
 }
 
 // --- Dot products of 32 columns: LANES rows of a tile with one group of activations
@@ -652,6 +672,10 @@ static void widen_row(const Matrix *matrix, int row, float *result) {
 struct Pool;
 typedef void Work(struct Pool *pool, int thread);
 
+typedef struct {
+    _Alignas(64) atomic_int taken;  // on a cache line of its own, because all threads may write it
+} Part;
+
 typedef struct Pool {
     int num_threads, stopping;
     pthread_t *threads;
@@ -666,7 +690,7 @@ typedef struct Pool {
     _Alignas(64) atomic_int job;      // the number of the current piece of work
     _Alignas(64) atomic_int arrived;  // threads that wait at the barrier
     _Alignas(64) atomic_int barrier;  // barriers passed so far
-    _Alignas(64) atomic_int next;     // the next piece of the current part that no thread has taken
+    Part *parts;                      // (num_threads): how much of each thread's part of the work is taken
 } Pool;
 
 static void pause_or_yield(int *spins) {
@@ -683,20 +707,42 @@ static void wait_for_all(Pool *pool) {
     int passed = atomic_load(&pool->barrier), spins = 0;
     if (atomic_fetch_add(&pool->arrived, 1) == pool->num_threads - 1) {
         atomic_store(&pool->arrived, 0);
-        atomic_store(&pool->next, 0);
+        for (int i = 0; i < pool->num_threads; i++) atomic_store(&pool->parts[i].taken, 0);
         atomic_fetch_add(&pool->barrier, 1);
     } else {
         while (atomic_load(&pool->barrier) == passed) pause_or_yield(&spins);
     }
 }
 
+typedef struct {
+    int count, turn;  // of all numbers; parts that this thread has seen the end of
+    int first, end;   // what it took last
+} Share;
+
+// Take up to `chunk` of the numbers from 0 to share->count - 1; return whether there were any left. Each
+// thread has a part of them, and takes from the others' when its own is done. So it reads weights in the
+// order in which they are stored, which the processor fetches ahead, and still waits for none that is slower.
+static int take(Pool *pool, int thread, int chunk, Share *share) {
+    for (int threads = pool->num_threads; share->turn < threads; share->turn++) {
+        int owner = (thread + share->turn) % threads;
+        int begin = (int)((int64_t)owner * share->count / threads);
+        int end = (int)((int64_t)(owner + 1) * share->count / threads);
+        atomic_int *taken = &pool->parts[owner].taken;
+        if (begin + atomic_load(taken) >= end) continue;
+        share->first = begin + atomic_fetch_add(taken, chunk);
+        share->end = share->first + chunk < end ? share->first + chunk : end;
+        if (share->first < end) return 1;
+    }
+    return 0;
+}
+
 // for (i = 0; i < count; i++), shared by all threads, `chunk` numbers at a time
 #define SHARE(i, count, chunk)                                                                               \
-    for (int i##_first; (i##_first = atomic_fetch_add(&pool->next, chunk)) < (count);)                       \
-        for (int i = i##_first; i < i##_first + (chunk) && i < (count); i++)
+    for (Share i##_share = {count, 0, 0, 0}; take(pool, thread, chunk, &i##_share);)                         \
+        for (int i = i##_share.first; i < i##_share.end; i++)
 
 static int chunk_of(const Pool *pool, int count) {
-    int chunk = count / (pool->num_threads * 6);
+    int chunk = count / (pool->num_threads * 8);
     return chunk < 1 ? 1 : chunk > 16 ? 16 : chunk;
 }
 
@@ -746,6 +792,18 @@ static void rotate(float *head, const float *cosines, const float *sines, int si
     }
 }
 
+// The sum of `vectors` * LANES numbers of each column times its weight, divided by a total. The sums need
+// not wait for each other.
+INLINE void add_values(int vectors, const float *weights, const float *values, int count, int size,
+                       float total, float *result) {
+    Floats sums[8];
+    for (int i = 0; i < vectors; i++) sums[i] = (Floats){0};
+    for (int column = 0; column < count; column++)
+        for (int i = 0; i < vectors; i++)
+            sums[i] += weights[column] * load(values + (int64_t)column * size + i * LANES);
+    for (int i = 0; i < vectors; i++) store(result + i * LANES, sums[i] / total);
+}
+
 // Attention of one head of a row over the columns of its text.
 static void attend(const float *query, const float *keys, const float *values, int count, int size,
                    float scaling, float *scores, float *result) {
@@ -767,12 +825,12 @@ static void attend(const float *query, const float *keys, const float *values, i
     }
     total += sum_of(totals);
     int first = 0;
-    for (; first + LANES <= size; first += LANES) {
-        Floats sum = {0};
-        for (column = 0; column < count; column++)
-            sum += scores[column] * load(values + (int64_t)column * size + first);
-        store(result + first, sum / total);
-    }
+    for (; first + 8 * LANES <= size; first += 8 * LANES)
+        add_values(8, scores, values + first, count, size, total, result + first);
+    for (; first + 4 * LANES <= size; first += 4 * LANES)
+        add_values(4, scores, values + first, count, size, total, result + first);
+    for (; first + LANES <= size; first += LANES)
+        add_values(1, scores, values + first, count, size, total, result + first);
     for (; first < size; first++) {
         float sum = 0;
         for (column = 0; column < count; column++)
@@ -867,7 +925,8 @@ static size_t round_up(size_t count) { return (count + 63) / 64 * 64; }
 
 // Whether the attention of a prompt's rows is computed together: heads are whole tiles.
 static int attends_together(const Model *model, const Step *step) {
-    return step->wide && model->head_size % TILE == 0 && model->head_size <= WIDE_COLUMNS;
+    return step->wide && step->rows > step->stride && model->head_size % TILE == 0 &&
+           model->head_size <= WIDE_COLUMNS;
 }
 
 // The scores that a thread keeps.
@@ -1055,7 +1114,6 @@ typedef struct {
 
 static void run_widening(Pool *pool, int thread) {
     const Widening *widening = pool->input;
-    (void)thread;
     int first = widening->first_row / TILE, count = (widening->rows + TILE - 1) / TILE;
     SHARE(i, count, chunk_of(pool, count))
     widen_tile(widening->matrix, first + i, widening->result + (int64_t)i * TILE * widening->matrix->columns);
@@ -1070,6 +1128,7 @@ void stop(Pool *pool) {
     for (int thread = 1; thread < pool->num_threads; thread++) pthread_join(pool->threads[thread], NULL);
     free(pool->scratch);
     free(pool->threads);
+    free(pool->parts);
     free(pool);
 }
 
@@ -1080,6 +1139,8 @@ Pool *start(int num_threads) {
     memset(pool, 0, sizeof *pool);
     pool->num_threads = 1;
     pool->threads = calloc(num_threads, sizeof(pthread_t));
+    pool->parts = aligned_alloc(64, num_threads * sizeof(Part));
+    memset(pool->parts, 0, num_threads * sizeof(Part));
     pthread_mutex_init(&pool->mutex, NULL);
     pthread_cond_init(&pool->wake, NULL);
     for (int thread = 1; thread < num_threads; thread++) {
@@ -1145,7 +1206,6 @@ typedef struct {
 static void run_product(Pool *pool, int thread) {
     const Product *p = pool->input;
     const Matrix *matrix = p->matrix;
-    (void)thread;
     float tile[MAX_ROWS][TILE];
     int num_groups = is_grouped(matrix) ? p->count * (matrix->columns / GROUP) : 0;
     SHARE(group, num_groups, 4) to_digits(p->x + (int64_t)group * GROUP, p->groups + group);

@@ -25,6 +25,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -315,7 +316,7 @@ class FastStep:
             norm=_pointer(model.norm),
             layers=self.layers,
         )
-        self.cosines = self.sines = torch.empty(0, model.head_size)  # (positions, D)
+        self.cosines = self.sines = np.empty((0, model.head_size), np.float32)  # (positions, D)
         self.storage: Tensor | None = None  # the cache whose addresses are in self.layers
 
     def forward(self, ids: Tensor, starts: Tensor, cache: RoomyCache, *, first: int, keep: int) -> Tensor:
@@ -328,28 +329,31 @@ class FastStep:
         new = length - first
         cache.reserve(texts, length)
         self._use(cache)
-        # column by column, so that a text's rows come in order
-        tokens = ids[:, first:].T.reshape(-1).int()
-        columns = torch.arange(first, length, dtype=torch.int32).repeat_interleave(texts)
-        row_starts = torch.minimum(starts.int().repeat(new), columns)
-        row_texts = torch.arange(texts, dtype=torch.int32).repeat(new)
+        # column by column, so that a text's rows come in order; by numpy, because a call of PyTorch takes
+        # some microseconds, and this is done for each token
+        rows = np.empty((4, new, texts), np.int32)
+        rows[0] = ids[:, first:].numpy().T
+        rows[1] = np.arange(texts)
+        rows[2] = np.arange(first, length)[:, None]
+        rows[3] = np.minimum(starts.numpy(), rows[2])
+        tokens, row_texts, columns, row_starts = rows.reshape(4, -1)
         cosines, sines = self._angles(columns - row_starts)
         logits = torch.empty(keep * texts, self.c_model.vocabulary)
         num_skipped = len(tokens) - len(logits)  # rows without logits
         for begin in range(0, len(tokens), MAX_ROWS):
-            rows = slice(begin, min(begin + MAX_ROWS, len(tokens)))
+            count = min(MAX_ROWS, len(tokens) - begin)
             step = CStep(
-                rows=rows.stop - begin,
+                rows=count,
                 capacity=cache.capacity,
-                first_logits=min(max(num_skipped - begin, 0), rows.stop - begin),
-                wide=new >= WIDE_COLUMNS or (self.is_grouped and rows.stop - begin >= MANY_ROWS),
+                first_logits=min(max(num_skipped - begin, 0), count),
+                wide=new >= WIDE_COLUMNS or (self.is_grouped and count >= MANY_ROWS),
                 stride=texts,
-                tokens=tokens[rows].data_ptr(),
-                texts=row_texts[rows].data_ptr(),
-                columns=columns[rows].data_ptr(),
-                starts=row_starts[rows].data_ptr(),
-                cosines=cosines[rows].data_ptr(),
-                sines=sines[rows].data_ptr(),
+                tokens=tokens[begin:].ctypes.data,
+                texts=row_texts[begin:].ctypes.data,
+                columns=columns[begin:].ctypes.data,
+                starts=row_starts[begin:].ctypes.data,
+                cosines=cosines[begin:].ctypes.data,
+                sines=sines[begin:].ctypes.data,
                 logits=logits[max(begin - num_skipped, 0) :].data_ptr(),
             )
             if self.kernel.library.step(self.kernel.pool, self.c_model, step):
@@ -366,11 +370,12 @@ class FastStep:
             layer.values = cache.values[number].data_ptr()
         self.storage = cache.keys
 
-    def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def _angles(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the cosines and sines (R, D) of positions (R)."""
         needed = int(positions.max()) + 1
         if needed > len(self.cosines):
-            self.cosines, self.sines = self.model.rotary(torch.arange(2 * needed))
+            cosines, sines = self.model.rotary(torch.arange(2 * needed))
+            self.cosines, self.sines = cosines.numpy(), sines.numpy()
         return self.cosines[positions], self.sines[positions]
 
 

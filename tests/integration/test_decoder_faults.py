@@ -50,8 +50,8 @@ VARIANTS = {  # what is defined when it is compiled, and how
 SECONDS = 20  # for all comparisons; usual are some tenths
 # functions in which no number of a text is computed: threads, memory, how work is shared
 NOT_COMPUTING = {
-    *("prefetch", "pause_or_yield", "wait_for_all", "chunk_of", "serve", "run", "stop", "start", "step"),
-    *("round_up", "lay_out", "instructions", "widen", "product"),
+    *("prefetch", "pause_or_yield", "wait_for_all", "take", "chunk_of", "serve", "run", "stop", "start"),
+    *("step", "round_up", "lay_out", "instructions", "widen", "product"),
 }
 Check = Callable[[Kernel], bool]
 
