@@ -169,10 +169,9 @@ def fetch_ids(tokens: Tensor, logits: Tensor, language_model: LanguageModel) -> 
     Raises UserError when a row of the logits (B, V) holds NaN or infinity, which argmax would
     silently choose.
     """
-    if logits.is_cpu:  # numpy's maximum, on this thread alone: to wake PyTorch's others takes longer
-        highest = torch.from_numpy(logits.numpy().max(-1))  # (B), NaN for a row that holds one
-    else:
-        highest = logits.amax(-1)
+    # (B), NaN for a row that holds one; numpy computes on this thread alone, and to wake PyTorch's others
+    # takes longer than the work
+    highest = torch.from_numpy(logits.numpy().max(-1)) if logits.is_cpu else logits.amax(-1)
     broken = ~highest.isfinite().all()
     # tokens and check travel together, in the one sync with a GPU per token; the sync is
     # deliberate, because the text is shown as it grows
