@@ -388,6 +388,7 @@ def passes(compiled: Path) -> bool:
         code = 1
         try:
             faulthandler.disable()
+            torch.set_num_threads(1)  # the parent's other threads are not here, and would be waited for
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.alarm(SECONDS)
