@@ -217,7 +217,7 @@ CONFIGS = {
     "mistral, window": MistralConfig(**COMMON, sliding_window=5),
     "qwen2, biases": Qwen2Config(**COMMON),
     "mistral, a window and heads of whole tiles": MistralConfig(**COMMON, head_dim=32, sliding_window=21),
-    "llama, large heads": LlamaConfig(**COMMON, head_dim=232),
+    "llama, large heads": LlamaConfig(**COMMON, head_dim=244),
     "qwen3, norms of queries and keys, a window in one layer": Qwen3Config(
         **COMMON, head_dim=16, sliding_window=6, use_sliding_window=True, max_window_layers=1
     ),
