@@ -101,8 +101,6 @@ typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Shorts __attribute__((vector_size(2 * LANES)));
 typedef Floats AnyFloats __attribute__((aligned(1), may_alias));
 typedef Shorts AnyShorts __attribute__((aligned(1), may_alias));
-typedef int8_t Digits __attribute__((vector_size(LANES)));
-typedef Digits AnyDigits __attribute__((aligned(1), may_alias));
 #define INLINE static inline __attribute__((always_inline))
 
 INLINE Floats load(const float *from) { return *(const AnyFloats *)from; }
@@ -117,18 +115,6 @@ INLINE float sum_of(Floats numbers) {
     for (int half = LANES / 2; half; half /= 2)  // in pairs, which need not wait for each other
         for (int lane = 0; lane < half; lane++) numbers[lane] += numbers[lane + half];
     return numbers[0];
-}
-
-INLINE int32_t sum_of_ints(Ints numbers) {
-    for (int half = LANES / 2; half; half /= 2)
-        for (int lane = 0; lane < half; lane++) numbers[lane] += numbers[lane + half];
-    return numbers[0];
-}
-
-INLINE int32_t largest_int(Ints numbers) {
-    int32_t largest = numbers[0];
-    for (int lane = 1; lane < LANES; lane++) largest = numbers[lane] > largest ? numbers[lane] : largest;
-    return largest;
 }
 
 INLINE Floats from_bf16(const uint16_t *from) {  // the upper half of an fp32 number
@@ -198,12 +184,6 @@ static float dot(const float *left, const float *right, int count) {
 
 // --- Activations as whole numbers
 
-#if defined(PAIRS)
-typedef int64_t Longs __attribute__((vector_size(4 * LANES)));
-typedef int16_t Pairs __attribute__((vector_size(LANES)));  // LANES / 2 numbers
-typedef Pairs AnyPairs __attribute__((aligned(1), may_alias));
-#endif
-
 typedef struct {  // a group of 32 activations of a row
     int8_t digits[3][GROUP];
 #if defined(PAIRS)
@@ -217,43 +197,49 @@ typedef struct {  // a group of 32 activations of a row
 // Write 32 activations as whole numbers with three digits each, times a scale. NaN and infinity become
 // a scale of NaN, so that every product with them is NaN.
 static void to_digits(const float *x, Group *group) {
-    Ints largest = {0};
-    for (int i = 0; i < GROUP; i += LANES) {
-        Ints sizes = (Ints)load(x + i) & 0x7fffffff;  // sizes of floats are in the order of their bits
-        largest = (Ints)choose(sizes > largest, (Floats)sizes, (Floats)largest);
+    int32_t bits[GROUP], numbers[GROUP], largest = 0;
+    memcpy(bits, x, sizeof bits);
+    for (int i = 0; i < GROUP; i++) {
+        int32_t size = bits[i] & 0x7fffffff;  // sizes of floats are in the order of their bits
+        largest = size > largest ? size : largest;
     }
-    int32_t bits = largest_int(largest);
     float size;
-    memcpy(&size, &bits, sizeof size);
-    int finite = bits < 0x7f800000;
+    memcpy(&size, &largest, sizeof size);
+    int finite = largest < 0x7f800000;
     float factor = finite && size > 1e-30f ? LARGEST / size : 0.0f;  // what is smaller counts as 0
     group->scale = finite ? size / LARGEST : NAN;
-    Ints sum = {0}, sums[3] = {{0}}, lo_sum = {0}, hi_sum = {0};
-    for (int i = 0; i < GROUP; i += LANES) {
-        Floats scaled = finite ? load(x + i) * factor : splat(0.0f);
-        Floats half = (Floats)(((Ints)scaled & INT32_MIN) | (Ints)splat(0.5f));  // of the same sign
-        Ints number = __builtin_convertvector(scaled + half, Ints);
-        Ints first = number << 24 >> 24, rest = (number - first) >> 8, second = rest << 24 >> 24;
-        Ints digits[3] = {first, second, (rest - second) >> 8};
-        for (int d = 0; d < 3; d++) {
-            *(AnyDigits *)(group->digits[d] + i) = __builtin_convertvector(digits[d], Digits);
-            sums[d] += digits[d];
-        }
-        sum += number;
-#if defined(PAIRS)
-        Ints lo = number << 16 >> 16, hi = (number - lo) >> 16;
-        // as numbers of 64 bits: the lower half is an even column, the upper half an odd one
-        Longs pairs[4] = {(Longs)lo, (Longs)lo >> 32, (Longs)hi, (Longs)hi >> 32};
-        for (int n = 0; n < 4; n++)
-            *(AnyPairs *)(group->pairs[n] + i / 2) = __builtin_convertvector(pairs[n], Pairs);
-        lo_sum += lo;
-        hi_sum += hi;
-#endif
+    // in short loops, which the compiler turns into vectors
+    for (int i = 0; i < GROUP; i++) {
+        float scaled = finite ? x[i] * factor : 0.0f;
+        numbers[i] = (int32_t)(scaled + (scaled < 0 ? -0.5f : 0.5f));
     }
-    group->sum = group->scale * (float)sum_of_ints(sum);
-    for (int d = 0; d < 3; d++) group->digit_sums[d] = sum_of_ints(sums[d]);
-    group->lo_sum = sum_of_ints(lo_sum);
-    group->hi_sum = sum_of_ints(hi_sum);
+    int32_t sum = 0;
+    for (int i = 0; i < GROUP; i++) sum += numbers[i];
+    group->sum = group->scale * (float)sum;
+#if defined(PAIRS)
+    int32_t hi_sum = 0;
+    for (int i = 0; i < GROUP / 2; i++) {
+        int32_t even = numbers[2 * i], odd = numbers[2 * i + 1];
+        int32_t even_hi = (even - (int16_t)even) >> 16, odd_hi = (odd - (int16_t)odd) >> 16;
+        group->pairs[0][i] = (int16_t)even;
+        group->pairs[1][i] = (int16_t)odd;
+        group->pairs[2][i] = (int16_t)even_hi;
+        group->pairs[3][i] = (int16_t)odd_hi;
+        hi_sum += even_hi + odd_hi;
+    }
+    group->hi_sum = hi_sum;
+    group->lo_sum = sum - (hi_sum << 16);
+#endif
+    for (int d = 0; d < 3; d++) {
+        int32_t digit_sum = 0;
+        for (int i = 0; i < GROUP; i++) {
+            int32_t digit = (int8_t)numbers[i];
+            group->digits[d][i] = (int8_t)digit;
+            digit_sum += digit;
+            numbers[i] = (numbers[i] - digit) >> 8;
+        }
+        group->digit_sums[d] = digit_sum;
+    }
 }
 
 // --- Dot products of 32 columns: LANES rows of a tile with one group of activations

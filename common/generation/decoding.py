@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -169,13 +170,14 @@ def fetch_ids(tokens: Tensor, logits: Tensor, language_model: LanguageModel) -> 
     Raises UserError when a row of the logits (B, V) holds NaN or infinity, which argmax would
     silently choose.
     """
-    # (B), NaN for a row that holds one; numpy computes on this thread alone, and to wake PyTorch's others
-    # takes longer than the work
-    highest = torch.from_numpy(logits.numpy().max(-1)) if logits.is_cpu else logits.amax(-1)
-    broken = ~highest.isfinite().all()
-    # tokens and check travel together, in the one sync with a GPU per token; the sync is
-    # deliberate, because the text is shown as it grows
-    *ids, is_broken = torch.cat([tokens, broken[None]]).tolist()
+    if logits.is_cpu:  # by numpy, on this thread alone: to wake PyTorch's others takes longer than the work
+        ids = tokens.tolist()
+        is_broken = not np.isfinite(logits.numpy().max(-1)).all()  # NaN for a row that holds one
+    else:
+        broken = ~logits.amax(-1).isfinite().all()
+        # tokens and check travel together, in the one sync with a GPU per token; the sync is
+        # deliberate, because the text is shown as it grows
+        *ids, is_broken = torch.cat([tokens, broken[None]]).tolist()
     if is_broken:
         raise UserError(
             f"--model {language_model.name}: its logits are not numbers (NaN or infinite); use "

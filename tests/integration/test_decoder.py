@@ -142,10 +142,19 @@ def test_whole_numbers_come_out_as_they_are_and_others_rounded(kind, kernel):
     x = torch.randint(-8_355_000, 8_355_001, (20, 64), generator=torch.Generator().manual_seed(1)).float()
     x[:, ::32] = 8_355_000
     assert torch.equal(multiply(kernel, eye, x), x)
+    assert torch.equal(multiply(kernel, eye, around_zero()), around_zero().round())
     x = torch.randn(50, 64, generator=torch.Generator().manual_seed(1))
     growth = (multiply(kernel, eye, x) - x) * x.sign() / x.abs().amax(1, keepdim=True)
     assert abs(growth.double().mean().item()) < 3e-8  # half a step is 6e-8
     assert (multiply(kernel, eye, torch.full((2, 64), 1e-38)) == 0).all()
+
+
+def around_zero() -> torch.Tensor:
+    """Return numbers (1, 64) from -1.6 to 1.5 in groups whose scale is 1; none is halfway between two."""
+    x = (torch.arange(64) % 32)[None] / 10 - 1.6
+    x[:, ::32] = 8_355_000
+    x[(x - x.round()).abs() == 0.5] = 0.4
+    return x
 
 
 def identity(kind: str, size: int) -> Matrix:
