@@ -412,7 +412,8 @@ def weight_shapes(folder: Path, source: str) -> Shapes:
     for path in weight_files(folder, source):
         try:
             shapes |= _read_header(path)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        # an OverflowError is a size of Infinity, which Python's JSON knows
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             problem = f"{path} can't be read as safetensors: its header is broken, or the file was cut off"
             raise _refuse(source, problem) from error
     return shapes

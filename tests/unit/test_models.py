@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from sentence_transformers import CrossEncoder, SentenceTransformer
@@ -338,6 +338,7 @@ def test_any_setting_is_accepted_or_refused_in_one_line(changes, folder):
     header=SHORT_JSON | st.fixed_dictionaries({"x": st.fixed_dictionaries({"shape": SHORT_JSON})}),
     length=st.none() | st.integers(0, 2**64 - 1),
 )
+@example(header={"x": {"shape": [float("inf")]}}, length=None)
 def test_any_header_of_the_weights_is_read_or_refused_in_one_line(header, length, folder):
     """Never more than the file has is read, whatever the header says of its own length."""
     text = json.dumps(header).encode()
