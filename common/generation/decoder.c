@@ -189,9 +189,11 @@ typedef struct {  // a group of 32 activations of a row
 #if defined(PAIRS)
     // the numbers as hi * 65536 + lo: lo of columns 4n and 4n + 2, then of 4n + 1 and 4n + 3; hi likewise
     int16_t pairs[4][GROUP / 2];
+    int32_t lo_sum, hi_sum;
+#else
+    int32_t digit_sums[3];
 #endif
     float scale, sum;  // of the activations, as rounded
-    int32_t digit_sums[3], lo_sum, hi_sum;
 } __attribute__((aligned(64))) Group;
 
 // Write 32 activations as whole numbers with three digits each, times a scale. NaN and infinity become
@@ -230,16 +232,18 @@ static void to_digits(const float *x, Group *group) {
     group->hi_sum = hi_sum;
     group->lo_sum = sum - (hi_sum << 16);
 #endif
-    for (int d = 0; d < 3; d++) {
-        int32_t digit_sum = 0;
+    for (int d = 0; d < 3; d++)
         for (int i = 0; i < GROUP; i++) {
-            int32_t digit = (int8_t)numbers[i];
-            group->digits[d][i] = (int8_t)digit;
-            digit_sum += digit;
+            int8_t digit = (int8_t)numbers[i];
+            group->digits[d][i] = digit;
             numbers[i] = (numbers[i] - digit) >> 8;
         }
-        group->digit_sums[d] = digit_sum;
+#if !defined(PAIRS)
+    for (int d = 0; d < 3; d++) {
+        group->digit_sums[d] = 0;
+        for (int i = 0; i < GROUP; i++) group->digit_sums[d] += group->digits[d][i];
     }
+#endif
 }
 
 // --- Dot products of 32 columns: LANES rows of a tile with one group of activations
@@ -665,6 +669,7 @@ typedef struct {
 typedef struct Pool {
     int num_threads, stopping;
     pthread_t *threads;
+    Part *parts;  // (num_threads): how much of each thread's part of the work is taken
     pthread_mutex_t mutex;
     pthread_cond_t wake;
     Work *work;
@@ -676,7 +681,6 @@ typedef struct Pool {
     _Alignas(64) atomic_int job;      // the number of the current piece of work
     _Alignas(64) atomic_int arrived;  // threads that wait at the barrier
     _Alignas(64) atomic_int barrier;  // barriers passed so far
-    Part *parts;                      // (num_threads): how much of each thread's part of the work is taken
 } Pool;
 
 static void pause_or_yield(int *spins) {

@@ -441,7 +441,6 @@ EQUIVALENT = {
     r"to_digits, .* (hi_)?sum = 1;": "less than what is rounded",
     r"largest = 1;": "the smallest number of fp32 counts as 0 anyway",
     r"add_products_of.*(if \(BLOCK|row = add_blocks\([24],.*-> (;|row = add_blocks\(\d))": "others follow",
-    r"portable.*(lo|hi)_sum|AVX2.*to_digits.*digit_sum": "what only the other variant reads",
 }
 
 
