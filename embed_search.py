@@ -585,13 +585,16 @@ def serve(args: argparse.Namespace) -> None:
     from common import local_server
 
     listener = local_server.bind(args.port)  # before the libraries are loaded
-    from common.search import mining, page
+    from common.search import mining
     from common.search.builder import load_index_encoder
     from common.search.encoder import load_reranker
     from common.search.index import open_snapshot
     from common.search.searcher import Searcher
 
     runtime, screen = start(args)
+    # not before: duckdb tells at the end of what the interpreter does not tidy up (cli.loaded)
+    from common.search import page
+
     selection = mining.select(open_snapshot(args.index), args.where, limits=limits_of(args))
     snapshot = selection.snapshot
     searcher = Searcher(

@@ -372,7 +372,7 @@ def loading(line: str = LOADING) -> None:
 def loaded() -> None:
     """End what `loading` began; the line that it showed is erased."""
     if not gc.isenabled():
-        gc.freeze()  # what was loaded stays, and need not be searched later either
+        gc.freeze()  # what was loaded stays, and need not be searched later either, nor at the end
         gc.enable()
     if signal.getsignal(signal.SIGINT) is _leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -391,10 +391,7 @@ def run_main(main: Callable[[argparse.Namespace], None], args: argparse.Namespac
     loaded()
     threading.excepthook = _explain_thread
     with _endings(prog, debug=getattr(args, "debug", False)):
-        try:
-            main(args)
-        finally:
-            gc.unfreeze()  # some libraries tell of what the interpreter does not tidy up
+        main(args)
         sys.stdout.flush()
 
 

@@ -383,8 +383,10 @@ def test_libraries_are_not_searched_for_garbage(monkeypatch):
     frozen = gc.get_freeze_count()
     cli.loading()
     was_enabled = gc.isenabled()
-    cli.loaded()
-    assert not was_enabled and gc.isenabled() and gc.get_freeze_count() > frozen
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    cli.run_main(lambda args: None, argparse.Namespace(), prog="program")
+    assert not was_enabled and gc.isenabled() and gc.get_freeze_count() > frozen  # also at the end
 
 
 def test_a_limit_below_what_the_libraries_need_is_said_before_they_are_loaded():
