@@ -98,8 +98,7 @@ class Tokenizer:
     @property
     def all_special_ids(self) -> list[int]:
         """Their ids."""
-        vocabulary = self.get_vocab()
-        return [vocabulary[token] for token in self.all_special_tokens]
+        return [_id_of(token, self.backend_tokenizer) for token in self.all_special_tokens]
 
     def get_vocab(self) -> dict[str, int]:
         """Return the id of each token."""
@@ -452,7 +451,10 @@ def _build_from_file(parts: Parts) -> tokenizers.Tokenizer:
 
 
 def _id_of(token: str, backend: tokenizers.Tokenizer) -> int:
-    return backend.get_vocab(with_added_tokens=True)[token]
+    number = backend.token_to_id(token)  # to ask for the whole vocabulary takes 20 ms
+    if number is None:
+        raise UnknownModel(f"no token {token}")
+    return number
 
 
 INPUT_NAMES = ("input_ids", "token_type_ids", "attention_mask")

@@ -31,6 +31,7 @@ from common.search.index import (
     Snapshot,
     number_array,
     pack,
+    text_array,
     unused_name,
     whole_documents,
     wider,
@@ -254,13 +255,14 @@ class Builder:
         # for each chunk its number within its text, and the row of `table` that it comes from
         numbers = np.concatenate([np.arange(size) for size in sizes])
         origins = np.repeat(chosen, sizes)
+        hashes = b"".join(plan.hashes[row] for row in origins)
         columns = {
-            ID: pa.array([plan.ids[row] for row in origins]),
-            HASH: pa.array([plan.hashes[row] for row in origins], pa.binary(32)),
+            ID: text_array([plan.ids[row] for row in origins]).cast(pa.string()),
+            HASH: pa.Array.from_buffers(pa.binary(32), len(origins), [None, pa.py_buffer(hashes)]),
             CHUNK: number_array(numbers.astype(np.int32)),
             NUM_CHUNKS: number_array(np.repeat(sizes, sizes).astype(np.int32)),
-            START: pa.array([chunk.start for chunk in flat], pa.int32()),
-            TEXT: pa.array([chunk.text for chunk in flat], pa.large_string()),
+            START: number_array(np.array([chunk.start for chunk in flat], np.int32)),
+            TEXT: text_array([chunk.text for chunk in flat]),
         }
         metadata = self._fitted(table).drop_columns([TEXT]).take(number_array(origins))
         columns |= {name: metadata[name] for name in metadata.column_names}

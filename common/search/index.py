@@ -598,6 +598,17 @@ def number_array(numbers: np.ndarray) -> pa.Array:
     return pa.Array.from_buffers(kind, len(numbers), [None, pa.py_buffer(numbers)])
 
 
+def text_array(texts: Sequence[str | None]) -> pa.Array:
+    """Return texts, None where one is missing, as an Arrow array of large strings, without
+    `pa.array` as `number_array` does.
+    """
+    contents = [b"" if text is None else text.encode() for text in texts]
+    ends = np.cumsum([0, *map(len, contents)], dtype=np.int64)
+    known = np.packbits(np.array([text is not None for text in texts], bool), bitorder="little")
+    buffers = [pa.py_buffer(part) for part in (known, ends, b"".join(contents))]
+    return pa.Array.from_buffers(pa.large_string(), len(texts), buffers)
+
+
 def rows_with_ids(snapshot: Snapshot, ids: list[str]) -> tuple[np.ndarray, list[str]]:
     """Return the live rows of some documents, and the ids that the index does not have."""
     rows, wanted, known = [np.zeros(0, np.int64)], set(ids), set()

@@ -217,7 +217,8 @@ def read_model(folder: Path) -> SentenceModel:
     tokenizer = read_tokenizer(folder, max_length=limit)
     if limit is None:
         tokenizer.model_max_length = min(tokenizer.model_max_length, config.num_positions)
-    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+    num_tokens = tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=True)
+    if num_tokens <= len(tokenizer.all_special_tokens):
         raise UnknownModel("a tokenizer without words")
     if lower_case:
         _lower_case(tokenizer)

@@ -27,7 +27,7 @@ import pyarrow.compute as pc
 
 from common import bundled, reading, sources
 from common.errors import UserError
-from common.search.index import RESERVED_COLUMNS, TEXT, number_array
+from common.search.index import RESERVED_COLUMNS, TEXT, number_array, text_array
 from common.search.manifest import DEFAULT_LIMITS, EncoderConfig, Limits
 
 if TYPE_CHECKING:
@@ -281,10 +281,11 @@ def _check_rows(collection: Collection, id_column: str | None, bad: BadRows) -> 
     for start in range(0, len(rows), BATCH):
         block = rows.slice(start, BATCH)
         # rows that could not be decoded are bad already, and their values mean nothing
-        good = np.array([start + row not in bad.reasons for row in range(len(block))])
+        good = np.array([row for row in range(len(block)) if start + row not in bad.reasons], np.int64)
         problems = _text_problems(block, good)
         if id_column is not None:
-            problems |= _id_problems(block, id_column, good, problems, known_ids)
+            good = np.setdiff1d(good, list(problems))
+            problems |= _id_problems(block, id_column, good, known_ids)
         for row, reason in sorted(problems.items()):
             location = collection.location(start + row)
             bad.add(start + row, reason, error=f"{location}: {reason}; correct or remove it")
@@ -297,42 +298,41 @@ def _check_id_type(collection: Collection, id_column: str) -> None:
         raise UserError(f"{collection.name}: column {id_column!r} holds {kind}, not ids; {advice}")
 
 
+def _values(column: pa.ChunkedArray, rows: np.ndarray) -> list:
+    """Return some of the values of a column."""
+    return column.take(number_array(rows)).to_pylist()
+
+
 def _text_problems(block: pa.Table, good: np.ndarray) -> dict[int, str]:
-    """Return row -> what is wrong with its text."""
-    texts = pc.if_else(pa.array(good.tolist()), block[TEXT], None)
-    missing = texts.is_null().to_numpy()
-    # true for missing texts too
-    blank = pc.match_substring_regex(texts, sources.BLANK).fill_null(True).to_numpy()
-    problems = {
-        int(row): "the text is missing" if missing[row] else "the text is empty"
-        for row in np.flatnonzero(blank & good)
-    }
-    lengths = pc.utf8_length(texts).fill_null(0).to_numpy()
-    too_long = f"the text has more than {reading.LONGEST_TEXT:,} characters"
-    return problems | {int(row): too_long for row in np.flatnonzero(lengths > reading.LONGEST_TEXT)}
+    """Return row -> what is wrong with its text, for those of the rows that are `good`."""
+    problems = {}
+    for row, text in zip(good.tolist(), _values(block[TEXT], good)):
+        if text is None:
+            problems[row] = "the text is missing"
+        elif sources.is_blank(text):
+            problems[row] = "the text is empty"
+        elif len(text) > reading.LONGEST_TEXT:
+            problems[row] = f"the text has more than {reading.LONGEST_TEXT:,} characters"
+    return problems
 
 
-def _id_problems(
-    block: pa.Table, id_column: str, good: np.ndarray, problems: dict[int, str], known_ids: RowTable
-) -> dict[int, str]:
-    """Return row -> what is wrong with its id. Rows with other `problems` are left out; good ids
-    are added to `known_ids`.
+def _id_problems(block: pa.Table, id_column: str, good: np.ndarray, known_ids: RowTable) -> dict[int, str]:
+    """Return row -> what is wrong with its id, for those of the rows that are `good`; good ids are
+    added to `known_ids`.
     """
-    keys = pc.if_else(pa.array(good.tolist()), block[id_column], None).to_pylist()
+    keys = _values(block[id_column], good)
     digests = [digest(str(key)) for key in keys]
-    new_problems: dict[int, str] = {}
+    problems: dict[int, str] = {}
     here: dict[bytes, int] = {}  # the good ids of this block
-    for row, (key, before) in enumerate(zip(keys, known_ids.find(digests))):
-        if not good[row] or row in problems:
-            continue
+    for row, key, own, before in zip(good.tolist(), keys, digests, known_ids.find(digests)):
         if key is None or sources.is_blank(str(key)):
-            new_problems[row] = f"the id in column {id_column!r} is missing"
-        elif before >= 0 or digests[row] in here:
-            new_problems[row] = f"the id {key!r} in column {id_column!r} is not unique: it occurs above"
+            problems[row] = f"the id in column {id_column!r} is missing"
+        elif before >= 0 or own in here:
+            problems[row] = f"the id {key!r} in column {id_column!r} is not unique: it occurs above"
         else:
-            here[digests[row]] = row
+            here[own] = row
     known_ids.add(here, here.values())
-    return new_problems
+    return problems
 
 
 def _read_rows(wanted: Wanted, bad: BadRows) -> tuple[pa.Table, str]:
@@ -591,7 +591,13 @@ def _gather(rows: Iterator[dict[str, str | None]], folder: str | None) -> pa.Tab
     from common import tables
 
     first = next(rows)  # names the columns
-    schema = pa.schema([(name, pa.large_string() if name == TEXT else pa.string()) for name in first])
     rows = itertools.chain([first], rows)
     blocks = iter(lambda: list(itertools.islice(rows, BATCH)), [])
-    return tables.gather((pa.Table.from_pylist(block, schema) for block in blocks), folder)
+    return tables.gather((_to_block(block) for block in blocks), folder)
+
+
+def _to_block(rows: list[dict[str, str | None]]) -> pa.Table:
+    """Return some rows as a table."""
+    columns = {name: text_array([row[name] for row in rows]) for name in rows[0]}
+    strings = {name: values.cast(pa.string()) for name, values in columns.items() if name != TEXT}
+    return pa.table({**columns, **strings})

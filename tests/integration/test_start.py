@@ -148,6 +148,7 @@ def test_help_and_mistakes_load_nothing_large(command, code, home):
 
 INDEX = ("--index", "ix")
 LOADED = {  # name: (command, the large packages that it may load)
+    "similarity": ([EMBED, "similarity", "texts.txt"], {*COMPUTE, "tokenizers"}),
     "delete": ([EMBED, "delete", *INDEX, "nope", "--skip-bad"], STORE),
     "delete --where": ([EMBED, "delete", *INDEX, "--where", "label = 'no'"], {*STORE, "duckdb"}),
     "compact": ([EMBED, "compact", *INDEX], STORE),
@@ -183,7 +184,7 @@ LOADED |= {
 
 
 # each is a process of its own
-QUICK = ("delete", "export", "search", "train --compare")
+QUICK = ("similarity", "delete", "export", "search", "train --compare")
 
 
 @pytest.mark.parametrize("command, allowed", quick(LOADED, *QUICK))

@@ -23,7 +23,7 @@ from common import sources
 from common.errors import UserError
 from common.search import texts
 from common.search.encoder import EncoderConfig, load_encoder, split_into_chunks, token_spans
-from common.search.index import TEXT
+from common.search.index import TEXT, text_array
 from common.sources import FileOptions
 
 
@@ -51,6 +51,15 @@ def test_data_files_give_the_same_texts(tmp_path, cache_dir):
     for name in ("rows.jsonl", "rows.csv", "rows.parquet"):
         found = rows_of(read(tmp_path / name, cache_dir))
         assert [(row[TEXT], row["year"]) for row in found] == [(row["text"], row["year"]) for row in ROWS]
+
+
+@given(st.lists(st.none() | st.text(), max_size=20))
+def test_texts_become_the_array_that_arrow_makes_of_them(values):
+    expected = pa.array(values, pa.large_string())
+    found = text_array(values)
+    found.validate(full=True)
+    assert found.equals(expected) and found.null_count == expected.null_count
+    assert found.cast(pa.string()).to_pylist() == values
 
 
 def test_lines_folders_standard_input_and_the_bundled_set(tmp_path, cache_dir, monkeypatch):
