@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, TypeVar
 
-from common import cli, sources
+from common import bundled, cli, sources
 from common.errors import Interrupted, UserError, outcome
 from common.generation import flags, output
 from common.generation.flags import (
@@ -62,6 +62,7 @@ if __name__ == "__main__":
     # before the libraries are imported, which takes seconds: help and mistakes are answered at once
     ARGS = cli.parse(make_parser())
     os.environ.setdefault("GOMP_SPINCOUNT", GOMP_SPINS)
+    bundled.verify_ahead(ARGS.model, ARGS.cache_dir)  # by another thread, while this one imports PyTorch
 
 import torch
 from tqdm import tqdm

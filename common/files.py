@@ -10,6 +10,7 @@ import datetime
 import errno
 import hashlib
 import json
+import mmap
 import os
 import platform
 import shutil
@@ -23,12 +24,15 @@ from typing import TYPE_CHECKING, Any
 from common.errors import UnknownModel, UserError, shorten
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     import filelock
     import torch
 
 MANIFEST = "manifest.json"
 LOCK = ".lock"  # in a folder that is being written; of a file it is .<its name>.lock
 HOLDER_CHARACTERS = 100  # of a lock's file, which says who holds it
+HASHED_AHEAD: "dict[Path, Future[str]]" = {}  # their SHA-256, as threads compute it
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # of file systems that have none
 
 
@@ -146,8 +150,28 @@ def member(folder: Path, name: object) -> Path:
     return path
 
 
+def hash_ahead(path: Path) -> None:
+    """Let a thread compute the SHA-256 of a large file while this one imports libraries: the next
+    call of `sha256` for the file returns it.
+    """
+    from concurrent.futures import ThreadPoolExecutor  # as PyTorch does, but --help need not
+
+    pool = ThreadPoolExecutor(1)
+    HASHED_AHEAD[path] = pool.submit(_mapped_sha256, path)
+    pool.shutdown(wait=False)
+
+
+def _mapped_sha256(path: Path) -> str:
+    # in one call, not block by block: after each the thread would wait for Python's lock, which an
+    # import gives up only every 5 ms
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return hashlib.sha256(content).hexdigest()
+
+
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file's content in hexadecimal."""
+    if path in HASHED_AHEAD:
+        return HASHED_AHEAD.pop(path).result()
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from common import bundled
 from common.errors import UnknownModel, UserError, shorten
 from common.files import read_settings
 from common.generation import fast_decoding, stored_weights
@@ -213,7 +214,7 @@ def wanted_dtype(folder: Path, runtime: Runtime, loading: Loading) -> torch.dtyp
     """Return the dtype of the weights for the step in C; None: as they are stored."""
     if loading.weights in ("fp32", "bf16"):
         return DTYPES[loading.weights]
-    is_from_gguf = (folder / stored_weights.WEIGHTS_FILE).exists()
+    is_from_gguf = (folder / bundled.STORED_FILE).exists()
     if loading.weights == "file" or runtime.precision == "fp32" or is_from_gguf:
         return None
     return DTYPES[runtime.precision]  # where bf16 is fast, fp32 would take twice the time to read

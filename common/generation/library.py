@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from common import model_files, models
+from common import bundled, model_files, models
 from common.errors import UserError
 from common.generation import stored_weights
 from common.generation.decoding import accepted_inputs
@@ -68,7 +68,7 @@ def uses_cache(model: PreTrainedModel) -> bool:
 
 def read(config: PreTrainedConfig, folder: Path, dtype: torch.dtype, *, name: str) -> PreTrainedModel:
     """Return the model of a folder with weights of a dtype."""
-    if (folder / stored_weights.WEIGHTS_FILE).exists():
+    if (folder / bundled.STORED_FILE).exists():
         weights = stored_weights.read_folder(folder, f"--model {name}")
         return over_weights(config, folder, weights, dtype, name=name)
     shapes = model_files.weight_shapes(folder, f"--model {name}")

@@ -8,7 +8,6 @@ fp32.
 """
 
 import contextlib
-import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from common import bundled, model_files, sources
 from common.errors import UnknownModel, UserError
-from common.files import MANIFEST, cache_home, make_once, read_json, sha256, sync_file, write_manifest
+from common.files import MANIFEST, make_once, read_json, sha256, sync_file, write_manifest
 from common.sources import GGUF_SUFFIX
 
 Kind = Literal["fp32", "fp16", "bf16", "groups4", "groups8"]
@@ -40,8 +39,6 @@ BYTES4 = 2 * 2 * TILE + TILE * GROUP // 2  # of a tile's group: scales, minimums
 BYTES8 = 2 * TILE + TILE * GROUP
 ZERO8 = 128  # is added to numbers of 8 bits
 
-WEIGHTS_FILE = "stored.safetensors"  # in the folder of a GGUF model, instead of model.safetensors
-FORMAT = "stored-2"  # changes whenever the files of a GGUF model's folder do
 # settings that say how a folder was made, not what it holds
 CIRCUMSTANCES = ("transformers_version", "is_local", "local_files_only", "_from_model_config")
 
@@ -332,7 +329,7 @@ def bundled_folder(cache_dir: str | None) -> Path:
         return convert_gguf(original() / bundled.GGUF, scratch / "model", name=bundled.SMOLLM2)
 
     stem, size = bundled.SMOLLM2.rpartition("/")[2], 2 * bundled.MEMBER_BYTES
-    if not converted_path(stem, bundled.MEMBER_SHA256, cache_dir).is_dir():
+    if not bundled.stored_path(stem, bundled.MEMBER_SHA256, cache_dir).is_dir():
         original()  # first: a download takes the longest, and is said before what follows it
     folder = converted_folder(stem, bundled.MEMBER_SHA256, make, cache_dir, needed_bytes=size)
     if sha256(folder / MANIFEST) != bundled.STORED_SHA256:
@@ -353,19 +350,13 @@ def converted_folder(
     UserError when the disk is too full, and for a folder with damaged files or with others than
     those of its manifest.
     """
-    folder = converted_path(stem, digest, cache_dir)
+    folder = bundled.stored_path(stem, digest, cache_dir)
     note = f"{stem}: reading its GGUF file into {folder}, once"
     make_once(folder, make, source=f"--model {stem}", needed_bytes=needed_bytes, note=note)
     others = {path.name for path in folder.iterdir()} - {MANIFEST, *read_json(folder / MANIFEST)["files"]}
     if others:
         raise UserError(f"{folder}: {min(others)} does not belong there; remove the folder")
     return folder
-
-
-def converted_path(stem: str, digest: str, cache_dir: str | None) -> Path:
-    """Return where the content of a GGUF file lies in the cache, if it is there."""
-    key = hashlib.sha256(f"{digest} {FORMAT}".encode()).hexdigest()[:16]
-    return cache_home(cache_dir) / "stored" / f"{stem}-{key}"
 
 
 def convert_gguf(path: Path, folder: Path, *, name: str) -> Path:
@@ -393,7 +384,7 @@ def convert_gguf(path: Path, folder: Path, *, name: str) -> Path:
     for file in ("config.json", "generation_config.json", "tokenizer_config.json"):
         settings = {key: value for key, value in read_json(folder / file).items() if key not in CIRCUMSTANCES}
         (folder / file).write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    write_weights(folder / WEIGHTS_FILE, weights)
+    write_weights(folder / bundled.STORED_FILE, weights)
     for file in folder.iterdir():
         sync_file(file)
     write_manifest(folder)
@@ -407,8 +398,8 @@ def read_folder(folder: Path, source: str) -> dict[str, Matrix | Tensor]:
     `source` begins the message for a list of shards that is broken. Raises UnknownModel for files
     that can't be read, and for a weight that is not finite.
     """
-    if (folder / WEIGHTS_FILE).exists():
-        return read_weights(folder / WEIGHTS_FILE)
+    if (folder / bundled.STORED_FILE).exists():
+        return read_weights(folder / bundled.STORED_FILE)
     paths = model_files.weight_files(folder, source)
     if not paths or (paths[0].name != model_files.WEIGHTS and not _shards_are_described(folder)):
         raise UnknownModel("no model.safetensors, nor a list of its parts")

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import gguf
@@ -279,6 +280,24 @@ def test_a_planted_folder_does_not_stand_for_the_bundled_model(what, vouched, tm
         files.write_manifest(folder)
     with pytest.raises(UserError, match=re.escape(str(folder)) + ".*remove the folder"):
         stored_weights.model_folder(bundled.SMOLLM2, str(tmp_path))
+
+
+def test_a_folder_that_was_hashed_ahead_is_refused_all_the_same(tmp_path):
+    known = stored_folder()
+    folder = tmp_path / "stored" / known.name
+    folder.parent.mkdir()
+    files.link_folder(known, folder)
+    weights = folder / bundled.STORED_FILE
+    weights.unlink()
+    shutil.copy(known / weights.name, weights)
+    with open(weights, "r+b") as file:
+        file.seek(50_000_000)
+        file.write(b"x")
+    bundled.verify_ahead(bundled.SMOLLM2, str(tmp_path))
+    assert weights in files.HASHED_AHEAD
+    with pytest.raises(UserError, match=f"{weights.name} is corrupt; remove the folder"):
+        stored_weights.model_folder(bundled.SMOLLM2, str(tmp_path))
+    assert weights not in files.HASHED_AHEAD
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"no such file" * 100])

@@ -227,17 +227,29 @@ def test_the_bundled_language_model_needs_no_transformers(home):
     assert packages <= IN_C
 
 
+BEFORE_TORCH = (  # runs a script up to its import of PyTorch, and says on stderr what is {asked} then
+    "import os, runpy, sys; sys.argv = sys.argv[1:]\n"
+    "class Torch:\n"
+    "    def find_spec(self, name, *_):\n"
+    "        if name == 'torch': sys.exit({asked})\n"
+    "sys.meta_path.insert(0, Torch())\n"
+    "runpy.run_path(sys.argv[0], run_name='__main__')"
+)
+
+
+def test_the_bundled_language_model_is_verified_while_pytorch_is_imported(home):
+    language_model.load(bundled.SMOLLM2, Runtime(torch.device("cpu"), "fp32"), cache_dir=None)  # is stored
+    code = BEFORE_TORCH.format(asked="str([path.name for path in sys.modules['common.files'].HASHED_AHEAD])")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, ROOT / GENERATE, *PROMPT]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=home, env=environment)
+    assert done.stderr.strip() == str([bundled.STORED_FILE])
+
+
 @pytest.mark.parametrize("own, expected", [({}, generate.GOMP_SPINS), ({"GOMP_SPINCOUNT": "7"}, "7")])
 def test_pytorchs_threads_soon_give_up_their_cores_unless_told_otherwise(own, expected, home):
     """Before PyTorch reads it: two threads of the step in C were slower than one without it."""
-    code = (
-        "import os, runpy, sys; sys.argv = sys.argv[1:]\n"
-        "class Torch:\n"
-        "    def find_spec(self, name, *_):\n"
-        "        if name == 'torch': sys.exit(os.environ.get('GOMP_SPINCOUNT'))\n"
-        "sys.meta_path.insert(0, Torch())\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
+    code = BEFORE_TORCH.format(asked="os.environ.get('GOMP_SPINCOUNT')")
     command = [sys.executable, "-c", code, ROOT / GENERATE, *PROMPT]
     environment = {key: value for key, value in os.environ.items() if key != "GOMP_SPINCOUNT"}
     environment |= {"PYTHONPATH": str(ROOT), **own}

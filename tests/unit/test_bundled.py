@@ -16,7 +16,7 @@ import pytest
 
 from common import bundled, reading
 from common.errors import UserError
-from common.files import sha256
+from common.files import HASHED_AHEAD, hash_ahead, sha256
 from common.training import data
 
 
@@ -175,6 +175,16 @@ def test_sha256_is_the_librarys(tmp_path):
     content = bytes(range(256)) * 5000
     (tmp_path / "file").write_bytes(content)
     assert sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()
+
+
+def test_a_hash_that_a_thread_computes_stands_for_one_call(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"some content")
+    hash_ahead(path)
+    HASHED_AHEAD[path].result()
+    path.write_bytes(b"other content")
+    found = [sha256(path), sha256(path)]
+    assert found == [hashlib.sha256(content).hexdigest() for content in (b"some content", b"other content")]
 
 
 @pytest.mark.parametrize(
