@@ -37,6 +37,7 @@ from common.generation.flags import (
     DEFAULT_WINDOW,
     DRAWING,
     EARLY_STOPPING,
+    RECORDED,
     check_ranges,
     file_options,
     is_drawing,
@@ -267,32 +268,20 @@ def generate_round(job: Job, first: int, *, streams: bool, bar: tqdm) -> list[di
 
 
 def recorded_settings(args: argparse.Namespace, run: Run) -> dict:
-    """Return what a text depends on, as the output file names it."""
-    names = "chat system temperature top_k top_p min_p typical_p sampler lookup max_new_tokens"
-    names += " min_new_tokens stop end_token num_samples batch_size logprobs weights plain_step"
-    # only where they are given, so that files of earlier versions can be continued
-    newer = "epsilon_cutoff eta_cutoff top_n_sigma xtc_probability presence_penalty frequency_penalty"
-    newer += " logit_bias ban_words choices regex chat_template prefill use_model_defaults"
-    given = {name: getattr(args, name) for name in newer.split() if getattr(args, name)}
-    if args.xtc_probability:
-        given["xtc_threshold"] = args.xtc_threshold
-    if args.adapter:
+    """Return what a text depends on, as the output file names it, without flags that are not given."""
+    given = {name: getattr(args, name) for name in (*DRAWING, *RECORDED.split())}
+    given = {name: value for name, value in given.items() if value is not None and value is not False}
+    if args.adapter is not None:
         given["adapter"] = reading.full_name(args.adapter)
-    if args.template_option:
-        given["template_option"] = dict(args.template_option)
-    if args.num_beams:
-        of_beams = ("num_beams", "length_penalty", "early_stopping")
-        given |= {name: getattr(args, name) for name in of_beams}
-    model, settings = run.language_model, run.options.settings
+    if args.template_option is not None:
+        given["template_option"] = dict(args.template_option)  # JSON has no tuples
+    model = run.language_model
     return {
         "model": reading.full_name(args.model),
         "precision": str(model.dtype).removeprefix("torch."),
-        **{name: getattr(args, name) for name in names.split()},
-        "repetition_penalty": settings.repetition_penalty,
-        "no_repeat_ngram_size": settings.no_repeat_ngram_size,
-        **given,
         "device": model.device.type,
-        "end_ids": list(settings.end_ids),
+        **given,
+        "end_ids": list(run.options.settings.end_ids),
     }
 
 

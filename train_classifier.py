@@ -574,7 +574,7 @@ def reload_best(loaded: Loaded, run: Run, runtime: Runtime) -> TextClassifier:
     trained = classifier.saved_settings(folder, name)  # with the temperature
     thresholds = classifier.saved_thresholds(trained, config.task, name=name)
     scoring = dataclasses.replace(config.scoring, threshold=thresholds)
-    temperature = trained.get("temperature", 1.0)
+    temperature = classifier.saved_temperature(trained)
     return TextClassifier(model, tokenizer, config.tokens, batch_size, scoring, temperature)
 
 
@@ -686,7 +686,7 @@ def saved_classifier(
         model, tokenizer, trained, eval_max_length=args.eval_max_length, truncation=args.truncation
     )
     scoring = saved_scoring(args, trained, classifier.task_of_model(model))
-    temperature = trained.get("temperature", 1.0)
+    temperature = classifier.saved_temperature(trained)
     return TextClassifier(model, tokenizer, tokens, args.eval_batch_size, scoring, temperature)
 
 

@@ -238,6 +238,12 @@ DRAWING = (  # any of them given: not greedy
     "top_n_sigma",
     "xtc_probability",
 )
+RECORDED = (  # with DRAWING, what a text depends on beside its prompt, the model and the seed
+    "xtc_threshold repetition_penalty presence_penalty frequency_penalty no_repeat_ngram_size"
+    " logit_bias ban_words use_model_defaults sampler lookup num_beams length_penalty early_stopping"
+    " choices regex max_new_tokens min_new_tokens stop end_token num_samples batch_size logprobs"
+    " weights plain_step chat system prefill chat_template"
+)
 DRAWING_FLAGS = tuple("--" + name.replace("_", "-") for name in DRAWING)
 NO_PROMPT = ("--serve", "--interactive", "--perplexity", "--score", "--score-continuations")
 ONE_PROMPT = ("--explain", "--compare")

@@ -584,7 +584,7 @@ def saved_settings(folder: Path, name: str) -> dict:
         "truncation": settings.get("truncation") in TRUNCATIONS,
         "seed": type(seed) is int and 0 <= seed < 2**32,
         "thresholds": _are_thresholds(settings.get("thresholds", [])),
-        "temperature": _is_temperature(settings.get("temperature", 1.0)),
+        "temperature": _is_temperature(saved_temperature(settings)),
         "split_seed": split_seed is None or (type(split_seed) is int and 0 <= split_seed < 2**32),
     }
     for setting, is_usable in is_known.items():
@@ -619,6 +619,11 @@ def save_temperature(folder: Path, temperature: float) -> None:
     replace_file(
         folder / SETTINGS_FILE, json.dumps({**settings, "temperature": temperature}, indent=2) + "\n"
     )
+
+
+def saved_temperature(trained: dict) -> float:
+    """Return by what the logits of a saved model are divided: 1 unless it was calibrated."""
+    return trained.get("temperature", 1.0)
 
 
 def saved_thresholds(trained: dict, task: Task, *, name: str) -> tuple[float, ...] | float:

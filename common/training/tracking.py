@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 METRICS = "metrics.jsonl"
 COST_OF_TRAINING = 3  # of a token, beside that of a token in evaluation
 STEPS_BEFORE_FORECAST = 5
-METRICS = "metrics.jsonl"
 REPORTED_PACKAGES = ("transformers", "datasets", "tokenizers", "evaluate", "scikit-learn")
 
 
