@@ -101,7 +101,7 @@ LARGEST_MATRIX = 5_000  # texts whose matrix of similarities is shown or written
 WAIT = {"type": cli.duration, "default": 10.0, "help": "seconds to wait for another writer"}
 LANGUAGE = {"choices": list(LANGUAGES), "default": AUTO, "metavar": "CODE"}
 LANGUAGE["help"] = f"whose words --hybrid counts: {', '.join(LANGUAGES)}"
-APPROXIMATE = {"action": "store_true", "help": "find candidates by FAISS codes, kept beside the index"}
+APPROXIMATE = {"action": "store_true", "help": "find candidates by FAISS codes, kept with the index"}
 OFFSET = {"type": cli.non_negative_int, "default": 0, "help": "leave out so many of the first"}
 
 
@@ -164,7 +164,7 @@ def add_index_flags(command: cli.Parser) -> None:
     flag("--chunk", action="store_true", help="split texts that the model can't read whole")
     overlap = f"tokens that neighbouring chunks share (default: {DEFAULT_OVERLAP})"
     flag("--chunk-overlap", type=cli.non_negative_int, help=overlap)
-    kept = "how vectors are kept; searches are exact over what is kept (default: the index's, else fp32)"
+    kept = "how vectors are kept; searches are exact over these (default: the index's, else fp32)"
     flag("--store", choices=list(STORES), help=kept)
     flag("--wait", **WAIT)
     given = "embeddings made elsewhere with --model, one for each row of TEXTS; nothing is encoded"
@@ -435,7 +435,7 @@ def export(args: argparse.Namespace) -> None:
     screen, snapshot = display.Screen(as_json=args.json), open_snapshot(args.index)
     rows = np.flatnonzero(matching(snapshot, args.where, limits_of(args)))
     if not len(rows):
-        raise UserError(f"--index {args.index}: no rows to export; widen --where or index some texts")
+        raise UserError(f"--index {args.index}: no rows to export; widen --where or index texts")
     display.write_export(screen, snapshot.parts(rows), len(rows), args.to)
 
 
@@ -444,7 +444,7 @@ def export(args: argparse.Namespace) -> None:
 
 def add_search_flags(command: cli.Parser) -> None:
     flag = command.add_argument
-    what = "a text to search for in --index (without any, a prompt); without --index, texts to search"
+    what = "a text to search for in --index (none: a prompt); without --index, texts to search"
     flag("names", nargs="*", metavar="QUERY|TEXTS", help=what)
     flag("--index", metavar="DIR", type=cli.name, help="where to search; a few texts need none")
     flag("--query", action="append", default=[], help="a text to search for; may be repeated")
@@ -496,7 +496,8 @@ def search(args: argparse.Namespace) -> None:
     runtime, screen = start(args)
     queries = args.queries
     if args.queries_file:
-        queries = runtime.broadcast_from_main(lambda: read_queries(args.queries_file, args.encoding))
+        read = functools.partial(read_queries, args.queries_file, args.encoding)
+        queries = runtime.broadcast_from_main(read)
     options = {"say": screen.say, "least": 0, "role": "document"}
     with mining.open_source(source_of(args), runtime, **options) as (selection, encoder):
         reranker = load_reranker(args.rerank, runtime, cache_dir=args.cache_dir)
@@ -547,14 +548,17 @@ def like(args: argparse.Namespace) -> None:
     from common.search.searcher import Page, Searcher, liked_vector
 
     snapshot = open_snapshot(args.index)
-    liked, unliked = ([known_rows(snapshot, key) for key in keys] for keys in (args.ids, args.unlike))
+    liked = [known_rows(snapshot, key) for key in args.ids]
+    unliked = [known_rows(snapshot, key) for key in args.unlike]
     selection = mining.select(snapshot, args.where, limits=limits_of(args), least=0)
     allowed = selection.mask
     for rows in [*liked, *unliked]:
         allowed[rows] = False
     page = Page(args.top_k, args.offset, args.min_score)
-    hits = Searcher(snapshot, None, allowed).nearest(liked_vector(snapshot, liked, unliked), page.depth)
-    title = f"like {', '.join(args.ids)}" + (f", unlike {', '.join(args.unlike)}" if args.unlike else "")
+    vector = liked_vector(snapshot, liked, unliked)
+    hits = Searcher(snapshot, None, allowed).nearest(vector, page.depth)
+    unlike = f", unlike {', '.join(args.unlike)}" if args.unlike else ""
+    title = f"like {', '.join(args.ids)}{unlike}"
     screen = display.Screen(as_json=args.json)
     display.show_hits(screen, snapshot, [title], [hits], page, heading="")
 
@@ -650,7 +654,7 @@ def duplicates(args: argparse.Namespace) -> None:
 def add_dedupe_flags(command: cli.Parser) -> None:
     add_source_flags(command)
     flag = command.add_argument
-    flag("--threshold", type=cosine, default=0.9, help="the lowest cosine of two texts that are the same")
+    flag("--threshold", type=cosine, default=0.9, help="the lowest cosine of texts that are the same")
     rules = "which of a group is kept: the first or last row, or the longest text"
     flag("--keep", choices=["first", "last", "longest"], default="first", help=rules)
     kinds = "where what is kept is written: .jsonl, .csv or .parquet"
@@ -658,7 +662,7 @@ def add_dedupe_flags(command: cli.Parser) -> None:
 
 
 def dedupe(args: argparse.Namespace) -> None:
-    """Write the texts without those that are nearly the same as another: one of each group is kept."""
+    """Write the texts without those that are nearly the same as another: one of each group stays."""
     from common.search import display, mining
 
     runtime, screen = start(args)
@@ -671,16 +675,18 @@ def dedupe(args: argparse.Namespace) -> None:
         with runtime.raised_on_all():  # the other processes wait for the first, which writes
             if runtime.is_main:
                 kept = mining.one_of_each(selection, groups, args.keep)
-                count = display.write_rows(selection, kept, args.output, text_column=args.text_column)
+                path, text = args.output, args.text_column
+                count = display.write_rows(selection, kept, path, text_column=text)
                 options = {"count": count, "threshold": args.threshold}
-                display.show_dedupe(screen, selection, groups, args.output, **options)
+                display.show_dedupe(screen, selection, groups, path, **options)
 
 
 def add_cluster_flags(command: cli.Parser) -> None:
     add_source_flags(command)
     how = command.add_mutually_exclusive_group(required=True)
     numbers = "the clusters of k-means; auto: as many as the silhouette is highest for, up to 20"
-    how.add_argument("--num-clusters", "--clusters", type=count_or_auto, metavar="N|auto", help=numbers)
+    names = ("--num-clusters", "--clusters")
+    how.add_argument(*names, type=count_or_auto, metavar="N|auto", help=numbers)
     how.add_argument("--threshold", type=cosine, help="group neighbours of at least this cosine")
     how.add_argument("--hdbscan", action="store_true", help="groups of any shape, by density")
     flag = command.add_argument
@@ -698,11 +704,12 @@ def add_cluster_flags(command: cli.Parser) -> None:
 
 def check_cluster(args: argparse.Namespace) -> None:
     if args.min_size and args.num_clusters:
-        raise UserError(f"--min-size {args.min_size}: it belongs to --threshold and --hdbscan; leave it out")
+        others = "--threshold and --hdbscan"
+        raise UserError(f"--min-size {args.min_size}: it belongs to {others}; leave it out")
     if args.hdbscan and args.min_size == 1:
         raise UserError("--min-size 1: density needs at least two texts; give 2 or more")
     if args.column and not args.index:
-        raise UserError(f"--column {args.column}: texts have no place for it; name an --index, or --output")
+        raise UserError(f"--column {args.column}: texts have no place for it; name an --index")
     if args.column and args.column.lower().startswith("_index_"):
         raise UserError(f"--column {args.column}: names like this are our own; choose another")
     if args.stop_words and args.stop_words not in LANGUAGES:
@@ -710,9 +717,8 @@ def check_cluster(args: argparse.Namespace) -> None:
     if args.column:
         kind = read_manifest(Path(args.index))["columns"].get(args.column, "null")
         if kind not in ("null", "int64"):
-            raise UserError(
-                f"--column {args.column}: the index has one of {kind} already; choose another name"
-            )
+            problem = f"the index has one of {kind} already"
+            raise UserError(f"--column {args.column}: {problem}; choose another name")
     check_source(args)
 
 
@@ -740,7 +746,7 @@ def show_clusters(
     screen: Screen,
     stop: frozenset[str] | None,
 ) -> None:
-    """Show clusters with the words that mark them, none of them in `stop`, and write what the flags name."""
+    """Show clusters with the words that mark them, none of them in `stop`; write what flags name."""
     from common.search import display, mining
 
     if args.assign:
@@ -775,7 +781,8 @@ def labels_of(selection: Selection, args: argparse.Namespace, screen: Screen) ->
     if wanted == AUTO:
         labels, silhouettes = mining.choose_clusters(selection, **options)
         shown = ", ".join(f"{count}: {value:.3f}" for count, value in silhouettes.items())
-        screen.say(f"silhouette by the number of clusters: {shown or 'none: the embeddings are alike'}")
+        shown = shown or "none: the embeddings are alike"
+        screen.say(f"silhouette by the number of clusters: {shown}")
         return labels
     if wanted > len(selection):
         problem = f"there are {len(selection)} {selection.unit}"
@@ -794,10 +801,11 @@ def keep_clusters(selection: Selection, labels: np.ndarray, args: argparse.Names
     with open_store(args.index, wait=args.wait) as store:
         snapshot = store.snapshot
         if snapshot.stamp != selection.snapshot.stamp:
-            raise UserError(f"--index {args.index}: it has changed meanwhile; run the same command again")
+            raise UserError(f"--index {args.index}: it has changed meanwhile; run the command again")
         before = [None] * snapshot.num_rows
         if args.column in snapshot.columns:
-            before = [row[args.column] for row in snapshot.take(np.arange(snapshot.num_rows), [args.column])]
+            rows = snapshot.take(np.arange(snapshot.num_rows), [args.column])
+            before = [row[args.column] for row in rows]
         known = np.array([value is not None for value in before], bool)
         values = np.array([value or 0 for value in before], np.int64)
         values[selection.rows], known[selection.rows] = labels + 1, labels >= 0
@@ -821,8 +829,8 @@ def add_evaluate_flags(command: cli.Parser) -> None:
 
 
 def check_evaluate(args: argparse.Namespace) -> None:
-    of_search = (args.queries, args.qrels, args.texts, args.index, args.rerank, args.at, args.per_query)
-    if args.sts and any(of_search):
+    of_search = (args.queries, args.qrels, args.texts, args.index, args.rerank)
+    if args.sts and any((*of_search, args.at, args.per_query)):
         others = "--queries, --qrels, --texts, --index, --rerank, --at and --per-query"
         raise UserError(f"--sts {args.sts}: it is a task of its own; leave {others} out")
     check_task(args)
@@ -859,7 +867,8 @@ def evaluate(args: argparse.Namespace) -> None:
         with runtime.raised_on_all():  # the other processes have helped to search, and wait
             if runtime.is_main:
                 searches = model_scores.of_searches(list(opened.task.judgements), values)
-                display.show_scores(screen, opened.task, searches, model_scores.differences(searches), stores)
+                differences = model_scores.differences(searches)
+                display.show_scores(screen, opened.task, searches, differences, stores)
                 if args.per_query:
                     display.write_query_scores(searches, args.per_query, screen)
 
@@ -903,16 +912,18 @@ def compare_models(args: argparse.Namespace) -> None:
                 if fingerprint in kept:
                     screen.say(f"model    {config.model}: its scores are in {path}")
                 else:
-                    scores = score_model(load_encoder(config, runtime), fingerprint, args, runtime, screen)
-                    kept[fingerprint] = scores
-                    numbers = ", ".join(f"{name} {value:.3f}" for name, value in scores.scores().items())
-                    screen.say(f"model    {config.model}: {numbers}")
+                    encoder = load_encoder(config, runtime)
+                    model = score_model(encoder, fingerprint, args, runtime, screen)
+                    kept[fingerprint] = model
+                    scores = [f"{name} {value:.3f}" for name, value in model.scores().items()]
+                    screen.say(f"model    {config.model}: {', '.join(scores)}")
                     if path is not None:
                         model_scores.write_scores(path, list(kept.values()))
                 done.append(kept[fingerprint])
         finally:  # of those that are finished, whatever stops the others
             if done:
-                display.show_models(screen, [model.line() for model in done], model_scores.differences(done))
+                lines = [model.line() for model in done]
+                display.show_models(screen, lines, model_scores.differences(done))
 
 
 def score_model(
@@ -927,7 +938,8 @@ def score_model(
 
     own = (encoder.name, fingerprint, encoder.width)
     if args.sts:
-        cosines, human = relevance.sts_cosines(encoder, args.sts, args.sts_columns, block=args.block)
+        columns = args.sts_columns
+        cosines, human = relevance.sts_cosines(encoder, args.sts, columns, block=args.block)
         pairs = [str(row) for row in range(1, len(human) + 1)]
         return ModelScores(*own, None, pairs, {COSINE: cosines, HUMAN: human})
     files = relevance.TaskFiles(args.queries, args.qrels, args.id_column)
@@ -946,8 +958,8 @@ def task_fingerprint(encoder: Encoder, args: argparse.Namespace) -> str:
     from common.search import model_scores
 
     files = [args.queries, args.qrels, args.sts, args.index, *sources.expanded(args.texts)]
-    names = ("id_column", "sts_columns", "text_column", "columns", "delimiter", "quoting", "encoding")
-    settings = {name: getattr(args, name) for name in (*names, "skip_bad")}
+    names = "id_column sts_columns text_column columns delimiter quoting encoding skip_bad"
+    settings = {name: getattr(args, name) for name in names.split()}
     return model_scores.fingerprint(encoder.identity(), files, settings)
 
 

@@ -5,7 +5,7 @@ The loop is `decode`: prefill, sampler, stop, step. Its parts are in
 common/generation: decoding.py (prefill, step), sampling.py (filters, draw), completion.py (from
 tokens to text). Left out on purpose: encoder-decoder models.
 
-  python generate.py --prompt "Natural Language Processing is"  # greedy, bundled SmolLM2-135M-Instruct
+  python generate.py --prompt "Natural Language Processing is"  # greedy, SmolLM2-135M-Instruct
   python generate.py --prompt "Natural Language Processing is" --top-k 50 --seed 1
   python generate.py --prompt "Natural Language Processing is" --top-k 50 --check
   python generate.py --chat --prompt "Why is the sky blue?" --system "Answer in one sentence."
@@ -48,9 +48,9 @@ if TYPE_CHECKING:
     from common.generation.conversation import Chat
 
 
-# After each of PyTorch's loops its threads (GNU OpenMP's) wait for the next one without giving up their
-# cores, by default for milliseconds. The threads of the step in C need these cores: so they wait for
-# some 100 microseconds, which made the step 1.6 times as fast (docs/benchmarks.md)
+# After each of PyTorch's loops its threads (GNU OpenMP's) wait for the next one without giving up
+# their cores, by default for milliseconds. The threads of the step in C need these cores: so they
+# wait for some 100 microseconds, which made the step 1.6 times as fast (docs/benchmarks.md)
 GOMP_SPINS = "10000"
 
 
@@ -104,20 +104,19 @@ def decode(model: LanguageModel, batch: Batch, sampler: Sampler, settings: Setti
 def make_sampler(options: Options, batch: Batch, rows: list[Completion], seed: int) -> Sampler:
     """Return the sampler that the options name, for a batch before its prefill."""
     draws = fast_sampling  # the plain version is `draws = sampling`
-    settings = options.settings
+    settings, length, starts = options.settings, batch.length, batch.starts
     if options.sampler == "exact":
         return sampling.exact_sampler(
-            settings, prompt_length=batch.length, starts=batch.starts, seed=seed, draw=draws.draw_exactly
+            settings, prompt_length=length, starts=starts, seed=seed, draw=draws.draw_exactly
         )
     names = [(row.prompt.number, row.sample) for row in rows]
     uniforms = sampling.row_uniforms(options.seed, names, settings.max_new_tokens)
-    coins = sampling.xtc_coins(settings, options.seed, names)
     return sampling.independent_sampler(
         settings,
-        prompt_length=batch.length,
-        starts=batch.starts,
+        prompt_length=length,
+        starts=starts,
         uniforms=uniforms.to(batch.ids.device),
-        coins=coins,
+        coins=sampling.xtc_coins(settings, options.seed, names),
         draw=draws.draw_independently,
     )
 
@@ -236,7 +235,8 @@ def find_first_batch(job: Job, file: output.OutputFile | None) -> int:
 
     num_finished = job.runtime.broadcast_from_main(count_finished)
     if num_finished and file is not None:
-        print(f"{file.path}: it already holds {num_finished:,} of {job.num_texts:,} texts", flush=True)
+        held = f"{num_finished:,} of {job.num_texts:,} texts"
+        print(f"{file.path}: it already holds {held}", flush=True)
     return math.ceil(num_finished / texts_per_batch)
 
 
@@ -268,9 +268,9 @@ def generate_round(job: Job, first: int, *, streams: bool, bar: tqdm) -> list[di
 
 
 def recorded_settings(args: argparse.Namespace, run: Run) -> dict:
-    """Return what a text depends on, as the output file names it, without flags that are not given."""
-    given = {name: getattr(args, name) for name in (*DRAWING, *RECORDED.split())}
-    given = {name: value for name, value in given.items() if value is not None and value is not False}
+    """Return what a text depends on, as the output file names it; of flags, those that are given."""
+    values = ((name, getattr(args, name)) for name in (*DRAWING, *RECORDED.split()))
+    given = {name: value for name, value in values if not (value is None or value is False)}
     if args.adapter is not None:
         given["adapter"] = reading.full_name(args.adapter)
     if args.template_option is not None:
@@ -301,7 +301,8 @@ def check_tokens(args: argparse.Namespace) -> None:
     for number, prompts in enumerate(split_batches(args, all_prompts)):
         rows, seed = run.rows(prompts), sampling.batch_seed(args.seed, number)
         list(complete(run, rows, seed=seed))
-        for row, theirs in zip(rows, explain.library_tokens(model, library, prompts, options, seed=seed)):
+        tokens = explain.library_tokens(model, library, prompts, options, seed=seed)
+        for row, theirs in zip(rows, tokens):
             difference = explain.first_difference(row, theirs, pad_id=pad_id)
             if difference:
                 print(explain.describe_difference(difference, model))
@@ -392,8 +393,9 @@ def measure_perplexity(args: argparse.Namespace) -> None:
         return reading.read_lines(args.perplexity, encoding=args.encoding)
 
     lines, run, _ = read_and_load(args, read, from_stdin=args.perplexity == "-")
-    window = scoring.choose_window(run.language_model, args.window, args.stride, most=DEFAULT_WINDOW)
-    result = scoring.text_likelihood(run.language_model, "\n".join(lines), window, name=args.perplexity)
+    model = run.language_model
+    window = scoring.choose_window(model, args.window, args.stride, most=DEFAULT_WINDOW)
+    result = scoring.text_likelihood(model, "\n".join(lines), window, name=args.perplexity)
     passes = f"window {window.size:,}, stride {window.stride:,}"
     print(
         f"perplexity {result.perplexity:.4f} over {result.num_tokens:,} tokens ({passes}); "
@@ -402,7 +404,7 @@ def measure_perplexity(args: argparse.Namespace) -> None:
 
 
 def score_continuations(args: argparse.Namespace) -> None:
-    """Show or write how likely the given continuations of prompts are, and which is the likeliest."""
+    """Show or write how likely given continuations of prompts are, and which is the likeliest."""
     from common.generation import continuations
 
     name = args.score_continuations
@@ -436,7 +438,8 @@ def written_prompts(args: argparse.Namespace, prompts: list[str], run: Run) -> l
     conversations = [chat.as_conversation(prompt, args.system) for prompt in prompts]
     if args.system:
         run.chat.note_system()
-    texts = run.chat.write(conversations, [f"prompt {number}" for number in range(1, len(prompts) + 1)])
+    names = [f"prompt {number}" for number in range(1, len(prompts) + 1)]
+    texts = run.chat.write(conversations, names)
     for text in texts:
         if isinstance(text, UserError):
             raise text
@@ -469,7 +472,8 @@ def load(args: argparse.Namespace) -> tuple[Run, Runtime]:
     runtime = start_runtime(args.device, args.precision, args.seed)
     # --precision auto leaves it open how a step computes, so that the one in C may compute in fp32
     in_fp32 = args.precision == "auto" or runtime.precision == "fp32"
-    loading = Loading(args.weights, in_fp32, uses_fast_step=not args.plain_step, adapter=args.adapter)
+    fast = not args.plain_step
+    loading = Loading(args.weights, in_fp32, uses_fast_step=fast, adapter=args.adapter)
     model = language_model.load(args.model, runtime, cache_dir=args.cache_dir, loading=loading)
     if args.sampler == "independent" and model.device.type == "mps":
         problem = "it draws in fp64, which Apple's GPUs do not have"
@@ -495,7 +499,7 @@ def load(args: argparse.Namespace) -> tuple[Run, Runtime]:
 def chosen_end_ids(
     args: argparse.Namespace, model: LanguageModel, chat_format: ChatFormat | None
 ) -> tuple[int, ...]:
-    """Return the tokens that end a text: the model's, or those of its chat template, and the flags'."""
+    """Return the tokens that end a text: the model's or its chat template's, and the flags'."""
     is_chat = chat_format is not None and not args.serve  # a server also continues texts
     own = chat_format.end_ids if is_chat else model.end_ids
     return tuple(dict.fromkeys(own + language_model.end_token_ids(args.end_token or [], model)))
@@ -524,8 +528,8 @@ def load_format(args: argparse.Namespace, model: LanguageModel) -> ChatFormat | 
         return None
     from common.generation import chat
 
-    options = dict(args.template_option or [])
-    return chat.read_format(model, wanted=args.chat_template, options=options, prefill=args.prefill or "")
+    options, prefill = dict(args.template_option or []), args.prefill or ""
+    return chat.read_format(model, wanted=args.chat_template, options=options, prefill=prefill)
 
 
 def take_model_defaults(args: argparse.Namespace, model: LanguageModel) -> None:
@@ -551,10 +555,8 @@ def take_model_defaults(args: argparse.Namespace, model: LanguageModel) -> None:
         setattr(args, name, parsed)
     left_out = [name for name in defaults if name not in known]
     if args.num_samples > 1 and not is_drawing(args):
-        raise UserError(
-            f"--num-samples {args.num_samples}: {model.name} decodes greedily, which gives the same text "
-            "each time; give --temperature"
-        )
+        problem = f"{model.name} decodes greedily, which gives the same text each time"
+        raise UserError(f"--num-samples {args.num_samples}: {problem}; give --temperature")
     check_ranges(args)
     settings = ", ".join(f"{name} {value}" for name, value in taken.items()) or "nothing"
     missing = f"; not taken: {', '.join(left_out)}" if left_out else ""
@@ -590,8 +592,8 @@ def read_and_load(
 ) -> tuple[T, Run, Runtime]:
     """Return what `read` returns, and the loaded model.
 
-    Files are read first, so that a mistake in them is told at once. Standard input is read only when
-    the model is loaded, so that no question of a library can take its answer from it.
+    Files are read first, so that a mistake in them is told at once. Standard input is read only
+    when the model is loaded, so that no question of a library can take its answer from it.
     """
     content = None if from_stdin else read()
     run, runtime = load(args)
@@ -601,10 +603,11 @@ def read_and_load(
 def load_all(args: argparse.Namespace) -> tuple[Run, list[Prompt], list[str] | None, Runtime]:
     """Read the prompts and references, load the model, and encode the prompts.
 
-    Raises UserError for a text that can't be used, and for prompts that do not fit into the model or
-    the memory.
+    Raises UserError for a text that can't be used, and for prompts that do not fit into the model
+    or the memory.
     """
-    read, from_stdin = functools.partial(read_texts, args), "-" in (args.prompts_file, args.references)
+    from_stdin = "-" in (args.prompts_file, args.references)
+    read = functools.partial(read_texts, args)
     (given, references), run, runtime = read_and_load(args, read, from_stdin=from_stdin)
     prompts = encode_prompts(args, given, run)
     usable = [prompt for prompt in prompts if not prompt.problem]

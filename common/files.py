@@ -245,7 +245,8 @@ def write_tensors(path: Path, tensors: "dict[str, torch.Tensor]") -> None:
     """Write a safetensors file and sync it to the disk."""
     import safetensors.torch
 
-    safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    safetensors.torch.save_file(contiguous, path)
     sync_file(path)
 
 
@@ -313,7 +314,8 @@ def _make(folder: Path, make: Callable[[Path], Path], *, source: str, needed_byt
     if free < needed_bytes:
         raise UserError(
             f"{source}: its first use needs {needed_bytes / 1e6:,.0f} MB in {folder.parent}, and"
-            f" {free / 1e6:,.0f} MB are free; free some space or name another disk's folder with --cache-dir"
+            f" {free / 1e6:,.0f} MB are free; free some space, or name another disk's folder with"
+            " --cache-dir"
         )
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(note, file=sys.stderr, flush=True)

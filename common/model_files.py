@@ -26,7 +26,8 @@ from common.files import cache_home, make_once, seal, sha256, sync_file, write_m
 
 PROJECT = Path(__file__).resolve().parent.parent
 TEMPLATES = "additional_chat_templates"  # a folder of files in Jinja, beside chat_template.jinja
-CONFIG, MODULES, SENTENCE_CONFIG = "config.json", "modules.json", "config_sentence_transformers.json"
+CONFIG, MODULES = "config.json", "modules.json"
+SENTENCE_CONFIG = "config_sentence_transformers.json"
 ROUTES = "router_config.json"
 WEIGHTS, SHARD_LIST = "model.safetensors", "model.safetensors.index.json"
 SENTENCE_SETTINGS = tuple(
@@ -118,7 +119,7 @@ def check(folder: Path, source: str) -> None:
     try:
         if not (folder / CONFIG).is_file() and not (folder / MODULES).is_file():
             _check_files(folder, folder, source)  # a link that leads nowhere is no missing file
-            raise UserError(f"{source}: the folder has no {CONFIG}; name the folder of a saved model")
+            raise _refuse(source, f"the folder has no {CONFIG}", "name the folder of a saved model")
         if (templates := folder / TEMPLATES).is_dir():
             _check_files(templates, folder, source)
         for part in (folder, *_module_folders(folder, source)):
@@ -170,7 +171,8 @@ def _check_files(folder: Path, root: Path, source: str) -> None:
         try:
             status = path.stat()
         except FileNotFoundError:
-            raise _refuse(source, f"{path} is a link to {os.readlink(path)}, which does not exist") from None
+            target = os.readlink(path)
+            raise _refuse(source, f"{path} is a link to {target}, which does not exist") from None
         if not stat.S_ISREG(status.st_mode):
             raise _refuse(source, f"{path} is not a file")
         if not os.access(path, os.R_OK):
@@ -179,10 +181,11 @@ def _check_files(folder: Path, root: Path, source: str) -> None:
         # for the words of a tokenizer, and be saved and published with it.
         if not any(fnmatch.fnmatch(path.name, pattern) for pattern in WEIGHT_FILES):
             if not path.resolve().is_relative_to(_home(root)):
-                advice = "replace it by the file itself, if you trust it"
-                raise _refuse(source, f"{path} is a link out of the folder, to {path.resolve()}", advice)
+                problem = f"{path} is a link out of the folder, to {path.resolve()}"
+                raise _refuse(source, problem, "replace it by the file itself, if you trust it")
             if status.st_size > MOST_TEXT_BYTES:
-                raise _refuse(source, f"{path} has {status.st_size:,} bytes, more than any model needs")
+                size = f"{status.st_size:,} bytes"
+                raise _refuse(source, f"{path} has {size}, more than any model needs")
 
 
 def _home(root: Path) -> Path:
@@ -206,7 +209,8 @@ def _module_folders(folder: Path, source: str) -> list[Path]:
     parts += [inner for part in parts for inner in _routed_folders(part, source)]
     for part in parts:
         if not part.resolve().is_relative_to(folder.resolve()):
-            raise _refuse(source, f"{listed} names a folder outside the model: {part}", "name another model")
+            problem = f"{listed} names a folder outside the model: {part}"
+            raise _refuse(source, problem, "name another model")
     return [part for part in parts if part.is_dir() and part.resolve() != folder.resolve()]
 
 
@@ -241,14 +245,17 @@ def _check_part(folder: Path, source: str) -> None:
         )
     if os.path.lexists(folder / ADAPTER_CONFIG):
         advice = "merge them into it first (merge_and_unload of peft) and name that folder"
-        raise _refuse(source, f"{folder} holds adapters for another model ({ADAPTER_CONFIG})", advice)
+        problem = f"{folder} holds adapters for another model ({ADAPTER_CONFIG})"
+        raise _refuse(source, problem, advice)
     if any(folder.glob("shard-*-model-*.safetensors")):
         problem = f"{folder} holds the pieces of a distributed checkpoint (shard-*)"
         raise _refuse(source, problem, f"save it as one {WEIGHTS}")
-    content = {name: read_json(folder / name, source) for name in JSON_TYPES if (folder / name).exists()}
+    present = [name for name in JSON_TYPES if (folder / name).exists()]
+    content = {name: read_json(folder / name, source) for name in present}
     for file, setting in REDIRECTIONS:
         if value := content.get(file, {}).get(setting):
-            problem = f"{folder / file}: {setting} names other files to read ({shorten(repr(value), 80)})"
+            named = shorten(repr(value), 80)
+            problem = f"{folder / file}: {setting} names other files to read ({named})"
             raise _refuse(source, problem, "remove the setting or name another model")
     for file in (CONFIG, SENTENCE_CONFIG, *SENTENCE_SETTINGS):
         for name, value in _settings(content.get(file, {})):
@@ -257,12 +264,14 @@ def _check_part(folder: Path, source: str) -> None:
         for name, value in _settings(content.get(file, {})):
             is_id = value is None or (isinstance(value, int) and -1 <= value < MOST_TOKENS)
             if name in TOKEN_IDS and (not is_id or isinstance(value, bool)):
-                raise _refuse(source, f"{folder / file}: {name} is {value!r:.80}, not the number of a token")
+                problem = f"{name} is {value!r:.80}, not the number of a token"
+                raise _refuse(source, f"{folder / file}: {problem}")
     for file, setting in LENGTHS:
         length = content.get(file, {}).get(setting)
         is_length = length is None or (isinstance(length, int | float) and length >= 1)
         if not is_length or isinstance(length, bool):
-            raise _refuse(source, f"{folder / file}: {setting} is {length!r:.80}, not a number of tokens")
+            problem = f"{setting} is {length!r:.80}, not a number of tokens"
+            raise _refuse(source, f"{folder / file}: {problem}")
     if CONFIG in content:
         check_config(content[CONFIG], folder, source)
 
@@ -274,7 +283,8 @@ def _check_code(name: str, value: Any, path: Path, source: str) -> None:
     is_code = name in ACTIVATION_SETTINGS and "." in value and not ACTIVATIONS.fullmatch(value)
     is_method = name == "method" and path.name in SENTENCE_SETTINGS  # of the transformer
     is_code = is_code or (is_method and not re.fullmatch(r"forward|get_\w+_features", value))
-    is_code = is_code or (name.endswith(("attn_implementation", "experts_implementation")) and "/" in value)
+    is_implementation = name.endswith(("attn_implementation", "experts_implementation"))
+    is_code = is_code or (is_implementation and "/" in value)
     if is_code:
         problem = f"{path} asks for code by its name ({name}: {shorten(value, 80)})"
         raise _refuse(source, problem, "remove the setting or name another model")
@@ -291,8 +301,8 @@ def check_kind(folder: Path, wanted: str, source: str) -> None:
         config = read_json(folder / CONFIG, source)
         kinds = config.get("architectures") or []
         if wanted == "SentenceTransformer" and _gives_one_score(config):
-            problem = f"it is a cross-encoder (a {kinds[0]} with one label), which makes no embeddings"
-            raise _refuse(source, problem, "name a sentence encoder, and a cross-encoder with --rerank")
+            problem = f"it is a cross-encoder (a {kinds[0]} with one label) and makes no embeddings"
+            raise _refuse(source, problem, "name a sentence encoder, and this one with --rerank")
         if wanted == "CrossEncoder" and kinds and not any(kind.endswith(RANKING) for kind in kinds):
             problem = f"it was never trained to rank (it was saved as {', '.join(kinds)})"
             raise _refuse(
@@ -333,7 +343,8 @@ def read_json(path: Path, source: str) -> Any:
     for.
     """
     if path.stat().st_size > MOST_JSON_BYTES:
-        raise _refuse(source, f"{path} has {path.stat().st_size:,} bytes, more than any model needs")
+        size = f"{path.stat().st_size:,} bytes"
+        raise _refuse(source, f"{path} has {size}, more than any model needs")
     try:
         value = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -341,7 +352,8 @@ def read_json(path: Path, source: str) -> Any:
     wanted = JSON_TYPES.get(path.name, object)
     if not isinstance(value, wanted):
         kinds = {dict: "an object", list: "a list"}
-        raise _refuse(source, f"{path} holds {kinds.get(type(value), repr(value)[:40])}, not {kinds[wanted]}")
+        found = kinds.get(type(value), repr(value)[:40])
+        raise _refuse(source, f"{path} holds {found}, not {kinds[wanted]}")
     return value
 
 
@@ -383,7 +395,8 @@ def check_config(config: dict, folder: Path, source: str) -> None:
 def _check_types(config: dict, path: Path, source: str) -> None:
     """Raise UserError when a setting that is read here is of another type than it must be."""
     kinds = config.get("architectures")
-    if kinds is not None and not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
+    are_names = isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)
+    if kinds is not None and not are_names:
         raise _refuse(source, f"{path}: architectures is no list of names")
     for setting in ("id2label", "label2id"):
         if not isinstance(config.get(setting), dict | NoneType):
@@ -414,7 +427,8 @@ def weight_shapes(folder: Path, source: str) -> Shapes:
             shapes |= _read_header(path)
         # an OverflowError is a size of Infinity, which Python's JSON knows
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            problem = f"{path} can't be read as safetensors: its header is broken, or the file was cut off"
+            fault = "its header is broken, or the file was cut off"
+            problem = f"{path} can't be read as safetensors: {fault}"
             raise _refuse(source, problem) from error
     return shapes
 
@@ -443,13 +457,15 @@ def _weight_files(folder: Path, single: str, shard_list: str, source: str) -> li
         return []
     shards = read_json(listed, source).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-        raise _refuse(source, f"{listed} is not a list of shards: it has no weight_map of file names")
+        problem = "it has no weight_map of file names"
+        raise _refuse(source, f"{listed} is not a list of shards: {problem}")
     for name in sorted(set(shards.values())):
         if name != Path(name).name or not name.endswith(ending):
-            problem = f"{listed} names {name!r}, which is no {ending.removeprefix('.')} file in the folder"
-            raise _refuse(source, problem, "name another model")
+            problem = f"which is no {ending.removeprefix('.')} file in the folder"
+            raise _refuse(source, f"{listed} names {name!r}, {problem}", "name another model")
         if not (folder / name).is_file():
-            raise _refuse(source, f"{listed} names {name}, which is missing", "copy it into the folder")
+            problem = f"{listed} names {name}, which is missing"
+            raise _refuse(source, problem, "copy it into the folder")
     return [folder / name for name in sorted(set(shards.values()))]
 
 
@@ -464,9 +480,11 @@ def _read_header(path: Path) -> Shapes:
     header.pop("__metadata__", None)
     shapes = {name: tuple(map(int, tensor["shape"])) for name, tensor in header.items()}
     # the smallest type has 4 bits
-    if sum(map(math.prod, shapes.values())) > 2 * size or any(min(s, default=0) < 0 for s in shapes.values()):
+    is_negative = any(min(shape, default=0) < 0 for shape in shapes.values())
+    if is_negative or sum(map(math.prod, shapes.values())) > 2 * size:
         raise ValueError("the tensors are larger than the file")
-    if 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0) > size:
+    ends = [tensor["data_offsets"][1] for tensor in header.values()]
+    if 8 + length + max(ends, default=0) > size:
         raise ValueError("the file ends before its tensors do")
     return shapes
 
@@ -589,7 +607,8 @@ def _convert_list(folder: Path, copy: Path, source: str) -> None:
     ):
         return
     listed = read_json(folder / PICKLED_LIST, source)
-    weight_map = {key: _converted_name(Path(name)).name for key, name in listed["weight_map"].items()}
+    files = {key: Path(name) for key, name in listed["weight_map"].items()}
+    weight_map = {key: _converted_name(file).name for key, file in files.items()}
     metadata = listed.get("metadata") if isinstance(listed.get("metadata"), dict) else {}
     content = {"metadata": metadata, "weight_map": weight_map}
     (copy / SHARD_LIST).write_text(json.dumps(content), encoding="utf-8")
@@ -638,7 +657,8 @@ def convert(pickled: str, target: str) -> str | None:
         if stopped := re.search(r"WeightsUnpickler error:\s+(.+)", str(error)):
             return f"torch's check stops: {shorten(stopped[1], 200)}"
         if isinstance(error, MemoryError) or "alloc" in str(error):
-            return f"it takes more than {most >> 20:,} MiB to read its {os.path.getsize(pickled):,} bytes"
+            size = os.path.getsize(pickled)
+            return f"it takes more than {most >> 20:,} MiB to read its {size:,} bytes"
         return f"not readable as a file of tensors: {one_line(error)}"
     return None
 
@@ -646,7 +666,9 @@ def convert(pickled: str, target: str) -> str | None:
 def _is_tensor(item: tuple[Any, Any]) -> bool:
     import torch
 
-    return isinstance(item[0], str) and isinstance(item[1], torch.Tensor) and item[1].layout == torch.strided
+    name, tensor = item
+    is_dense = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
+    return isinstance(name, str) and is_dense
 
 
 def _limit_memory(more: int) -> None:

@@ -94,7 +94,8 @@ def load_sentence_model(model_class: Any, folder: Path, *, name: str, flag: str 
     """
     model_files.check_kind(folder, model_class.__name__, f"{flag} {name}")
     if (folder / model_files.CONFIG).exists():
-        check_size(AutoModel, load(AutoConfig, folder, name=name, flag=flag), folder, name=name, flag=flag)
+        config = load(AutoConfig, folder, name=name, flag=flag)
+        check_size(AutoModel, config, folder, name=name, flag=flag)
     with load_errors(name, flag=flag, reader=model_class.__name__), _loading_reports() as reports:
         model = model_class(
             str(folder),
@@ -121,7 +122,8 @@ def _try_out_sentences(model: Any, *, name: str, flag: str) -> None:
         if hasattr(model, "predict"):  # a cross-encoder
             model.predict([("word", "word")], show_progress_bar=False)
             return
-        width, said = model.encode("word", show_progress_bar=False).size, model.get_embedding_dimension()
+        width = model.encode("word", show_progress_bar=False).size
+        said = model.get_embedding_dimension()
     if width != said:
         problem = f"its modules make vectors of {width} numbers, and their settings say {said}"
         raise UserError(f"{flag} {name}: {problem}; repair it or name another model")
@@ -178,7 +180,8 @@ def check_weights(model: PreTrainedModel, report: dict, *, name: str, flag: str 
     Raises UserError when the pretrained part lacks a tensor, has one of another shape, or has fewer
     layers than the weights; and for a weight that is NaN or infinite.
     """
-    other_shapes = {key: (tuple(saved), tuple(wanted)) for key, saved, wanted in report["mismatched_keys"]}
+    mismatched = report["mismatched_keys"]
+    other_shapes = {key: (tuple(saved), tuple(wanted)) for key, saved, wanted in mismatched}
     new = {*report["missing_keys"], *other_shapes}
     loaded = {_module(key) for key in model.state_dict() if key not in new}
     # a part of the head that is only half there is damaged, not new
@@ -187,7 +190,7 @@ def check_weights(model: PreTrainedModel, report: dict, *, name: str, flag: str 
         problem = f"its weights lack {_names(lacking)}"
         if lacking[0] in other_shapes:
             saved, wanted = other_shapes[lacking[0]]
-            problem = f"{lacking[0]} has the shape {saved} in its weights, and {wanted} in config.json"
+            problem = f"{lacking[0]} has the shape {saved}, and {wanted} in config.json"
         raise UserError(f"{flag} {name}: {problem}; copy the whole model, or name another")
     if surplus := _surplus(model, report["unexpected_keys"]):
         raise UserError(
@@ -259,9 +262,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, *, name: str, flag: str 
     are missing.
     """
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
-        raise UserError(
-            f"{flag} {name}: its tokenizer is missing or has no words; copy its files into the folder"
-        )
+        problem = "its tokenizer is missing or has no words"
+        raise UserError(f"{flag} {name}: {problem}; copy its files into the folder")
 
 
 def try_out(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str) -> None:
@@ -325,12 +327,13 @@ def _reason(error: BaseException, reader: str) -> str:
             " list of their shards); name another model"
         )
     if "trust_remote_code" in str(error):
-        return "it needs remote code, which is never run here; use a model that transformers itself supports"
+        return "it needs remote code, which is never run here; use a model that transformers supports"
     if kind := re.search(
         r"Unrecognized configuration class <class '(?:\w+\.)*(\w+?)(?:Config)?'>", str(error)
     ):
         return f"this kind of model ({kind[1]}) can't do what the script does; name another model"
     # "'version'" says nothing without the KeyError
-    kind = "" if isinstance(error, OSError | ValueError | ImportError) else f"{type(error).__name__}: "
+    is_plain = isinstance(error, OSError | ValueError | ImportError)
+    kind = "" if is_plain else f"{type(error).__name__}: "
     reason = f"{kind}{one_line(error).rstrip('.')}"
     return f"can't be read as {reader}: {reason}; repair its files or name another model"

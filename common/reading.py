@@ -144,7 +144,8 @@ def read_table(
     data = tables.DataFile(file, name, options, tuple(as_text), cache_dir, faults)
     rows = _as_dataset(tables.read(data), name, as_text)
     if len(rows) == 0 and faults:
-        raise UserError(f"{name}: none of its rows can be read: {faults[0].problem}; correct the file")
+        problem = f"none of its rows can be read: {faults[0].problem}"
+        raise UserError(f"{name}: {problem}; correct the file")
     if len(rows) == 0:
         raise UserError(f"{name}: the file has no rows; name one that has rows")
     return _with_fields(rows, as_text)
@@ -188,7 +189,8 @@ def _with_fields(rows: datasets.Dataset, wanted: Sequence[str]) -> datasets.Data
         rows = rows.flatten()
         twice = first_repeated(rows.data.column_names)
         if twice is not None:
-            raise UserError(f"a column and a field of a column have the name {twice!r}; rename one of them")
+            problem = f"a column and a field of a column have the name {twice!r}"
+            raise UserError(f"{problem}; rename one of them")
     return rows
 
 
@@ -308,9 +310,8 @@ def is_table(file: BinaryIO, name: str, options: FileOptions) -> bool:
 def check_length(text: str, location: str) -> None:
     """Raise UserError, naming `location`, for a text that is too long to be one."""
     if len(text) > LONGEST_TEXT:
-        raise UserError(
-            f"{location}: the text has {len(text):,} characters, more than {LONGEST_TEXT:,}; cut it up"
-        )
+        problem = f"the text has {len(text):,} characters, more than {LONGEST_TEXT:,}"
+        raise UserError(f"{location}: {problem}; cut it up")
 
 
 def decode_utf8(content: bytes, source: str) -> str:
@@ -351,10 +352,8 @@ def check_texts(rows: datasets.Dataset, column: str, *, source: str) -> None:
         row = pc.index(blank, True).as_py()
         if row >= 0:
             state = "empty" if block[row].is_valid else "missing"
-            row_source = f"{source}, row {start + row + 1}"
-            raise UserError(
-                f"{row_source}: the text in column {column!r} is {state}; remove the row or fill it in"
-            )
+            problem = f"the text in column {column!r} is {state}; remove the row or fill it in"
+            raise UserError(f"{source}, row {start + row + 1}: {problem}")
         longest = pc.max(pc.utf8_length(block)).as_py()
         if longest > LONGEST_TEXT:
             row = pc.index(pc.utf8_length(block), longest).as_py()
@@ -382,9 +381,8 @@ def check_kind(rows: datasets.Dataset, column: str, *, source: str, flag: str = 
     """Raise UserError, naming `source`, unless a column holds texts."""
     actual = kind(rows, column)
     if actual not in TEXT_KINDS:
-        raise UserError(
-            f"{source}: column {column!r} holds {actual}, not texts; name the right one with {flag}"
-        )
+        problem = f"column {column!r} holds {actual}, not texts"
+        raise UserError(f"{source}: {problem}; name the right one with {flag}")
 
 
 def kind(rows: datasets.Dataset, column: str) -> str:
@@ -425,8 +423,8 @@ def _read_folder(
     encoding: str | None,
     faults: list[Fault] | None,
 ) -> datasets.DatasetDict:
-    """Return the splits of a folder, whose data files `read_one` reads; raise UserError where only a
-    part of it would be read.
+    """Return the splits of a folder, whose data files `read_one` reads; raise UserError where only
+    a part of it would be read.
     """
     entries = entries_of(root)
     files = [path for path in entries if sources.suffix(path) in DATA_SUFFIXES and path.is_file()]
@@ -440,7 +438,7 @@ def _read_folder(
         )
     odd = [path for path in entries if sources.suffix(path) in DATA_SUFFIXES and not path.is_file()]
     if files and odd:
-        raise UserError(f"--dataset {root}: {odd[0].name} is no file; move it, or name one of the files")
+        raise UserError(f"--dataset {root}: {odd[0].name} is no file; move it, or name one file")
     if files:
         return _read_split_files(root, files, read_one)
     if splits:  # as in the IMDb archive: train/pos, train/neg, test/pos, test/neg
@@ -450,7 +448,8 @@ def _read_folder(
                 f"--dataset {root}: {lone.name} holds texts, and {splits[0].name} holds folders of"
                 " texts: are these classes or splits? Move one of them"
             )
-        return _as_splits({path.name: _read_class_folders(path, encoding, faults) for path in splits})
+        parts = {path.name: _read_class_folders(path, encoding, faults) for path in splits}
+        return _as_splits(parts)
     if classes:
         return _as_splits({"train": _read_class_folders(root, encoding, faults)})
     known = ", ".join(DATA_SUFFIXES)
@@ -477,8 +476,12 @@ def entries_of(folder: Path) -> list[Path]:
         for path in entries:
             path.stat()
     except OSError as error:
-        raise UserError(f"{error.filename}: can't be read: {error.strerror}; correct or remove it") from error
+        raise _unreadable(str(error.filename), error) from error
     return entries
+
+
+def _unreadable(name: str, error: OSError) -> UserError:
+    return UserError(f"{name}: can't be read: {error.strerror}; correct or remove it")
 
 
 def texts_in(folder: Path) -> list[Path]:
@@ -502,8 +505,7 @@ def _read_split_files(
     """
     shards: dict[str, list[Path]] = {}
     for file in files:
-        stem = file.name[: file.name.lower().rindex(sources.suffix(file))]
-        shards.setdefault(SHARD.sub("", stem), []).append(file)
+        shards.setdefault(SHARD.sub("", _stem(file)), []).append(file)
     for split, parts in shards.items():
         _check_shards(root, split, parts)
     return _as_splits(
@@ -511,8 +513,12 @@ def _read_split_files(
     )
 
 
+def _stem(file: Path) -> str:
+    return file.name[: file.name.lower().rindex(sources.suffix(file))]
+
+
 def _check_shards(root: Path, split: str, parts: list[Path]) -> None:
-    numbers = [SHARD.search(part.name[: part.name.lower().rindex(sources.suffix(part))]) for part in parts]
+    numbers = [SHARD.search(_stem(part)) for part in parts]
     if len(parts) == 1 and numbers[0] is None:
         return
     if None in numbers or len({sources.suffix(part) for part in parts}) > 1:
@@ -523,9 +529,8 @@ def _check_shards(root: Path, split: str, parts: list[Path]) -> None:
     found = [(int(match[1]), int(match[2])) for match in numbers if match is not None]
     total = found[0][1]
     if sorted(found) != [(number, total) for number in range(total)]:
-        raise UserError(
-            f"--dataset {root}: {len(found)} of {total} parts of the split {split!r} are there; add the rest"
-        )
+        problem = f"{len(found)} of {total} parts of the split {split!r} are there"
+        raise UserError(f"--dataset {root}: {problem}; add the rest")
 
 
 def _below_each_other(parts: list[datasets.Dataset]) -> datasets.Dataset:
@@ -572,8 +577,8 @@ def _note_unread(folder: Path, found: list[Path], *, what: str) -> None:
     others = [path for path in entries_of(folder) if path not in found]
     others = [path for path in others if not path.name.lower().startswith(("readme", "licen"))]
     if others:
-        problem = f"{len(others)} of its entries are no {what} and not read, such as {others[0].name}"
-        note(f"{folder}: {problem}")
+        problem = f"{len(others)} of its entries are no {what} and not read"
+        note(f"{folder}: {problem}, such as {others[0].name}")
 
 
 def read_text(file: Path, encoding: str | None) -> str:
@@ -583,7 +588,7 @@ def read_text(file: Path, encoding: str | None) -> str:
     try:
         content = file.read_bytes()
     except OSError as error:
-        raise UserError(f"{file}: can't be read: {error.strerror}; correct or remove it") from error
+        raise _unreadable(str(file), error) from error
     if encoding is None:
         refuse_utf16(content, str(file))
         return decode_utf8(content, str(file))
@@ -616,7 +621,8 @@ def open_plain(name: str, *, encoding: str | None = None, folder: str | None = N
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(_open_decompressed(name, source, folder))
         if os.fstat(file.fileno()).st_size == 0:
-            raise UserError(f"{source}: it is empty; write one text on each line, or rows with their columns")
+            advice = "write one text on each line, or rows with their columns"
+            raise UserError(f"{source}: it is empty; {advice}")
         if sources.suffix(name) != ".parquet":
             file = stack.enter_context(_as_utf8(file, source, encoding, folder))
         yield file
@@ -632,7 +638,7 @@ def _open_decompressed(name: str, source: str, folder: str | None) -> Iterator[B
         file = cast(BinaryIO, sys.stdin.buffer)
         if name != "-":
             try:
-                opened = _open_pipe(name) if is_pipe else open(name, "rb")  # noqa: SIM115 (stack closes)
+                opened = _open_pipe(name) if is_pipe else open(name, "rb")  # noqa: SIM115
                 file = stack.enter_context(opened)
             except OSError as error:
                 advice = "name a text file, a data file, or - for standard input"
@@ -678,7 +684,8 @@ def _copy_stream(stream: BinaryIO, file: BinaryIO, source: str) -> None:
 
 
 def _decompress(file: BinaryIO, target: BinaryIO, compression: str, source: str) -> None:
-    openers: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zstandard}
+    openers: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    openers[".zst"] = _open_zstandard
     size = os.fstat(file.fileno()).st_size  # 0 for a pipe
     most = max(ANY_SIZE, TIMES_ITS_SIZE * size) if size else STREAM_BYTES
     try:
@@ -691,12 +698,12 @@ def _decompress(file: BinaryIO, target: BinaryIO, compression: str, source: str)
     except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the disk's fault
-        kind = compression.removeprefix(".")
-        raise UserError(f"{source}: not readable as {kind}: {one_line(error)}; correct the file") from error
+        problem = f"not readable as {compression.removeprefix('.')}: {one_line(error)}"
+        raise UserError(f"{source}: {problem}; correct the file") from error
 
 
 def _refuse_growth(source: str, size: int, most: int) -> NoReturn:
-    """Raise UserError for a compressed file that grows too large: it may be meant to fill the disk."""
+    """Raise UserError for a compressed file that grows too large: to fill the disk may be its aim."""
     was = f"its {size:,} bytes" if size else "it"
     advice = "if that is right, decompress it yourself and name the plain file"
     raise UserError(f"{source}: decompressed, {was} became more than {most >> 20:,} MB; {advice}")
@@ -755,9 +762,8 @@ def refuse_utf16(head: bytes, source: str) -> None:
     encoding = next((name for mark, name in marks.items() if head.startswith(mark)), None)
     encoding = encoding or _encoding_by_zeros(head)
     if encoding is not None:
-        raise UserError(
-            f"{source}, line 1: not UTF-8 but {encoding.upper()}; convert it, or give --encoding {encoding}"
-        )
+        advice = f"convert it, or give --encoding {encoding}"
+        raise UserError(f"{source}, line 1: not UTF-8 but {encoding.upper()}; {advice}")
 
 
 def _encoding_by_zeros(head: bytes) -> str | None:
@@ -803,10 +809,10 @@ def _read_hub(
         splits = _load_undamaged(name, config, commit, cache_dir)
     if not reachable:
         if commit is not None and not _is_of_commit(splits, commit):
-            asked = "--dataset" if revision is None else f"--dataset-revision {revision} of --dataset"
+            asked = "" if revision is None else f"--dataset-revision {revision} of "
             raise UserError(
-                f"{asked} {name}: this is commit {commit}, which is not in the cache, and the Hub"
-                " can't be reached; name another revision"
+                f"{asked}--dataset {name}: this is commit {commit}, which is not in the cache, and"
+                " the Hub can't be reached; name another revision"
             )
         sources.say_cached(f"--dataset {name}")
     return splits
@@ -830,16 +836,18 @@ def _hub_mistakes(name: str, revision: str | None) -> Iterator[None]:
         huggingface_hub.errors.HfHubHTTPError,
         huggingface_hub.errors.HFValidationError,
     ) as error:
-        problem = f"neither a local file or folder nor a data set on the Hub ({one_line(error).rstrip('.')})"
+        problem = "neither a local file or folder nor a data set on the Hub"
+        reason = one_line(error).rstrip(".")
         advice = f"check the name (a private one needs `hf auth login`), or use {local}"
-        raise UserError(f"--dataset {name}: {problem}; {advice}") from error
+        raise UserError(f"--dataset {name}: {problem} ({reason}); {advice}") from error
     except (
         datasets.data_files.EmptyDatasetError,
         datasets.exceptions.DataFilesNotFoundError,
         datasets.exceptions.DatasetGenerationError,
     ) as error:
-        problem = f"it has no data files on the Hub that can be read: {one_line(error.__cause__ or error)}"
-        raise UserError(f"--dataset {name}: {problem}") from error
+        problem = "it has no data files on the Hub that can be read"
+        reason = one_line(error.__cause__ or error)
+        raise UserError(f"--dataset {name}: {problem}: {reason}") from error
     except (ConnectionError, httpx2.TransportError) as error:
         problem = f"no such file or folder, and the Hub can't be reached ({one_line(error)})"
         advice = f"without a network, use a local file or {local}"
@@ -847,7 +855,8 @@ def _hub_mistakes(name: str, revision: str | None) -> Iterator[None]:
     except ValueError as error:
         if "config" not in str(error).lower():  # not about the choice of a configuration: a bug
             raise
-        raise UserError(f"--dataset {name}: choose with --dataset-config: {one_line(error)}") from error
+        problem = f"choose with --dataset-config: {one_line(error)}"
+        raise UserError(f"--dataset {name}: {problem}") from error
     except RuntimeError as error:
         if "script" not in str(error).lower():
             raise
@@ -866,8 +875,9 @@ def _commit_of(name: str, revision: str | None, cache_dir: str | None, *, is_rea
     import huggingface_hub
 
     if is_reachable:  # a small file, beside which the library keeps what the revision means
+        card = ["README.md"]
         huggingface_hub.snapshot_download(
-            name, repo_type="dataset", revision=revision, cache_dir=cache_dir, allow_patterns=["README.md"]
+            name, repo_type="dataset", revision=revision, cache_dir=cache_dir, allow_patterns=card
         )
     commit = sources.hub_commit(name, kind="dataset", revision=revision, cache_dir=cache_dir)
     if commit is None and revision is not None:
@@ -917,4 +927,5 @@ def _load_undamaged(
                     json.loads(information.read_bytes())
                 except ValueError:  # the library reads it before it thinks of making anything anew
                     shutil.rmtree(information.parent)
-    raise UserError(f"--dataset {name}: its copy in {folder} is damaged ({reason}); remove it and try again")
+    problem = f"its copy in {folder} is damaged ({reason})"
+    raise UserError(f"--dataset {name}: {problem}; remove it and try again")

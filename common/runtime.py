@@ -294,7 +294,8 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     Raises UserError when this machine has none, or not enough for this process.
     """
     # in the order in which `auto` tries them
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    has_mps = torch.backends.mps.is_available()
+    available = {"cuda": torch.cuda.is_available(), "mps": has_mps, "cpu": True}
     if name == "auto":
         name = next(candidate for candidate, is_available in available.items() if is_available)
     if not available[name]:
@@ -302,7 +303,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     if name == "cuda" and local_rank >= torch.cuda.device_count():
         raise UserError(
             f"torchrun --nproc-per-node: there is no GPU for process {local_rank} of this machine,"
-            f" which has {torch.cuda.device_count()}; start one process per GPU, or use --device cpu"
+            f" which has {torch.cuda.device_count()}; start one per GPU, or use --device cpu"
         )
     return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
 
@@ -322,7 +323,7 @@ def choose_precision(name: str, device: torch.device) -> str:
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    has_bf16 = any(capabilities.get(instructions) for instructions in ("avx512_bf16", "amx_bf16", "bf16"))
+    has_bf16 = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return "bf16" if has_bf16 else "fp32"
 
 
@@ -378,8 +379,8 @@ def keep_large_blocks(threshold: int = 2**30) -> None:
 
 
 def give_back_memory() -> None:
-    """Return to the system what glibc keeps of freed memory, with `keep_large_blocks` all of it: after a
-    model was read, some 30 MB. Other C libraries have no such call.
+    """Return to the system what glibc keeps of freed memory, with `keep_large_blocks` all of it:
+    after a model was read, some 30 MB. Other C libraries have no such call.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
@@ -464,9 +465,8 @@ def attempt_name(store: torch.distributed.Store, rank: int, world_size: int) -> 
         if store.check(number_keys):
             numbers = [number.decode() for number in store.multi_get(number_keys)]
             if numbers[rank] != own_number:
-                raise UserError(
-                    f"torchrun: another process has taken rank {rank} of {world_size}; start the job again"
-                )
+                problem = f"another process has taken rank {rank} of {world_size}"
+                raise UserError(f"torchrun: {problem}; start the job again")
             name = hashlib.sha256(" ".join(numbers).encode()).hexdigest()
             awaited = [f"{name} {other}" for other in range(world_size)]
             store.set(awaited[rank], "acknowledged")

@@ -97,7 +97,8 @@ def find_folder(
     if folder.is_file():
         return folder
     if not folder.exists():
-        if organization is not None and "/" not in name and name.lower() not in WITHOUT_ORGANIZATION:
+        is_short = "/" not in name and name.lower() not in WITHOUT_ORGANIZATION
+        if organization is not None and is_short:
             name = f"{organization}/{name}"
         folder = _download(name, kind=kind, flag=flag, cache_dir=cache_dir, revision=revision)
         model_files.check(folder, f"{flag} {name}")
@@ -126,9 +127,11 @@ def check_model(name: str, *, kind: bundled.Kind, flag: str = "--model") -> None
     elif mode is not None:
         raise UserError(f"{flag} {name}: this is a file; name the folder of a saved model")
     elif folder.is_symlink():
-        raise UserError(f"{flag} {name}: a link to {os.readlink(folder)}, which does not exist; check it")
+        target = os.readlink(folder)
+        raise UserError(f"{flag} {name}: a link to {target}, which does not exist; check it")
     elif not name or name.startswith((".", "/")) or name.count("/") > 1:
-        raise UserError(f"{flag} {name}: no such folder; check the path, or use {bundled.names(kind)}")
+        advice = f"check the path, or use {bundled.names(kind)}"
+        raise UserError(f"{flag} {name}: no such folder; {advice}")
 
 
 def check_adapter(name: str) -> None:
@@ -155,7 +158,8 @@ def find_adapter(name: str, *, cache_dir: str | None) -> Path:
         files = [model_files.ADAPTER_CONFIG, model_files.ADAPTER_WEIGHTS]
         folder = _snapshot(name, files, reachable=reachable, cache_dir=cache_dir)
         if not (folder / model_files.ADAPTER_WEIGHTS).exists() and reachable:
-            folder = _snapshot(name, [model_files.ADAPTER_PICKLE], reachable=True, cache_dir=cache_dir)
+            files = [model_files.ADAPTER_PICKLE]
+            folder = _snapshot(name, files, reachable=True, cache_dir=cache_dir)
         model_files.check_adapter(folder, f"--adapter {name}")
     if not reachable:
         say_cached(f"--adapter {name}")
@@ -167,13 +171,14 @@ def _download(
 ) -> Path:
     """Return the folder of a Hub model's files, downloaded or from the cache."""
     reachable, others = is_reachable(), f"a local folder or {bundled.names(kind)}"
+    options = {"cache_dir": cache_dir, "revision": revision}
     with _hub_errors(name, flag=flag, what="a model", revision=revision, others=others):
-        folder = _snapshot(name, FILES_READ, reachable=reachable, cache_dir=cache_dir, revision=revision)
+        folder = _snapshot(name, FILES_READ, reachable=reachable, **options)
         model_files.check(folder, f"{flag} {name}")
         parts = model_files.parts_without_weights(folder, f"{flag} {name}")
         if parts and reachable:
             pickled = [f"{part}{file}" for part in parts for file in model_files.PICKLED_FILES]
-            folder = _snapshot(name, pickled, reachable=True, cache_dir=cache_dir, revision=revision)
+            folder = _snapshot(name, pickled, reachable=True, **options)
     if not reachable:
         say_cached(f"{flag} {name}")
     return folder
@@ -184,10 +189,15 @@ def _snapshot(
 ) -> Path:
     import huggingface_hub
 
-    options = {"ignore_patterns": FILES_IGNORED, "local_files_only": not reachable, "revision": revision}
-    return Path(
-        huggingface_hub.snapshot_download(name, cache_dir=cache_dir, allow_patterns=patterns, **options)
+    folder = huggingface_hub.snapshot_download(
+        name,
+        revision=revision,
+        cache_dir=cache_dir,
+        allow_patterns=patterns,
+        ignore_patterns=FILES_IGNORED,
+        local_files_only=not reachable,
     )
+    return Path(folder)
 
 
 @contextlib.contextmanager
@@ -207,9 +217,8 @@ def _hub_errors(name: str, *, flag: str, what: str, revision: str | None, others
             f"{flag} {name}: no such folder, and the Hub can't be reached; use {others}"
         ) from error
     except huggingface_hub.errors.RevisionNotFoundError as error:
-        raise UserError(
-            f"--revision {revision}: {name} has no such commit, branch or tag on the Hub; check it there"
-        ) from error
+        problem = f"{name} has no such commit, branch or tag on the Hub"
+        raise UserError(f"--revision {revision}: {problem}; check it there") from error
     except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.HFValidationError) as error:
         raise UserError(
             f"{flag} {name}: neither a local folder nor {what} on the Hub that you may read; check"
@@ -264,7 +273,8 @@ def kind_of_path(name: str | Path) -> Literal["file", "folder", "pipe", "nothing
     except (FileNotFoundError, NotADirectoryError) as error:
         if os.path.islink(name):
             target = os.readlink(name)
-            raise UserError(f"{shown}: a link to {target}, which is not there; correct the link") from error
+            problem = f"a link to {target}, which is not there"
+            raise UserError(f"{shown}: {problem}; correct the link") from error
         return "nothing"
     except OSError as error:
         raise UserError(f"{shown}: can't be read: {error.strerror}; name another file") from error
@@ -299,8 +309,8 @@ def check_data(name: str, *, flag: str = "--dataset", any_suffix: bool = False) 
 
 def expanded(names: Iterable[str]) -> list[str]:
     """Return the names of sources, with the files that a pattern such as "part-*.jsonl" stands for,
-    sorted, in its place. Raises UserError for a pattern without files, a source that is named twice,
-    and standard input among others.
+    sorted, in its place. Raises UserError for a pattern without files, a source that is named
+    twice, and standard input among others.
     """
     found = []
     for name in names:
@@ -313,7 +323,7 @@ def expanded(names: Iterable[str]) -> list[str]:
     if twice is not None:
         raise UserError(f"TEXTS {twice}: it is named twice; name each source once")
     if "-" in found and len(found) > 1:
-        raise UserError("TEXTS -: standard input can't be one of several sources; save it to a file")
+        raise UserError("TEXTS -: standard input can't be one of several; save it to a file")
     return found
 
 
@@ -345,7 +355,8 @@ def check_data_file(path: Path, *, any_suffix: bool = False) -> None:
             " or name the columns of a table with --columns"
         )
     if not os.access(path, os.R_OK):
-        raise UserError(f"{path}: no permission to read it; change that with chmod or name another file")
+        advice = "change that with chmod or name another file"
+        raise UserError(f"{path}: no permission to read it; {advice}")
     if kind == "file" and path.stat().st_size == 0:
         raise UserError(f"{path}: the file is empty; name one that has rows")
 
@@ -371,15 +382,15 @@ def check_text_file(name: str) -> None:
         with open(name, "rb") as file:
             size = os.fstat(file.fileno()).st_size
     except OSError as error:
-        hint = "name a text file, or - for standard input"
-        raise UserError(f"{name or 'the empty name'}: can't be read: {error.strerror}; {hint}") from error
+        shown, hint = name or "the empty name", "name a text file, or - for standard input"
+        raise UserError(f"{shown}: can't be read: {error.strerror}; {hint}") from error
     if size == 0:
         raise UserError(f"{name}: it is empty; write one text on each line")
 
 
 def is_blank(text: str) -> bool:
     """Return whether a text has nothing that could be seen."""
-    return all(character.isspace() or unicodedata.category(character) in INVISIBLE for character in text)
+    return all(sign.isspace() or unicodedata.category(sign) in INVISIBLE for sign in text)
 
 
 def check_query(text: str, location: str) -> None:
@@ -418,7 +429,8 @@ def is_reachable() -> bool:
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         return False
     try:
-        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=CONNECT_SECONDS)
+        session, address = huggingface_hub.get_session(), huggingface_hub.constants.ENDPOINT
+        session.head(address, timeout=CONNECT_SECONDS)
         return True
     except (ImportError, ValueError) as error:  # of the client, before it asks anything
         problem = f"the proxy that HTTPS_PROXY or ALL_PROXY names can't be used: {one_line(error)}"

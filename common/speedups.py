@@ -30,9 +30,8 @@ NAME = "matrix_products"
 MAX_TOKENS = 512  # the probabilities take 2 bytes x heads x tokens for each token and layer
 DRAWS_PER_INT64, LEVELS = 4, 1 << 16  # a 64-bit draw holds four 16-bit decisions
 # Classes of transformers whose head reads the first token alone, and whose layers have these parts.
-BERT_LIKE = tuple(
-    f"{name}ForSequenceClassification" for name in ("Bert", "Roberta", "XLMRoberta", "Camembert", "Electra")
-)
+KINDS = ("Bert", "Roberta", "XLMRoberta", "Camembert", "Electra")
+BERT_LIKE = tuple(f"{name}ForSequenceClassification" for name in KINDS)
 DISTILBERT = "DistilBertForSequenceClassification"
 
 
@@ -134,7 +133,8 @@ def use_first_token(model: "PreTrainedModel") -> None:
     is_distilled = kind == DISTILBERT
     body: Any = model.base_model
     layer = (body.transformer if is_distilled else body.encoder).layer[-1]
-    layer.forward = functools.partial(_first_of_distilbert if is_distilled else _first_of_bert, layer)
+    first = _first_of_distilbert if is_distilled else _first_of_bert
+    layer.forward = functools.partial(first, layer)
 
 
 def _first_of_bert(
@@ -154,7 +154,7 @@ def _first_of_bert(
 def _first_of_distilbert(
     layer: Any, hidden: torch.Tensor, mask: torch.Tensor | None = None, **_: Any
 ) -> torch.Tensor:
-    """Return the hidden state (B, 1, width) of the first token after a layer of a DistilBertModel."""
+    """Return the hidden state (B, 1, width) of the first token after a layer of DistilBERT."""
     first, attention = hidden[:, :1], layer.attention
     attended = _attend_from_first(
         attention, attention.q_lin(first), attention.k_lin(hidden), attention.v_lin(hidden), mask
@@ -176,8 +176,8 @@ def _attend_from_first(
     )
     dropout = attention.dropout.p if attention.training else 0.0
     row = None if mask is None else mask[:, :, :1]
-    output, _ = attend(attention, query, key, value, row, dropout, attention.scaling)  # (B, 1, H, D)
-    return output.flatten(2)
+    output, _ = attend(attention, query, key, value, row, dropout, attention.scaling)
+    return output.flatten(2)  # (B, 1, H * D)
 
 
 class PackedDropout(torch.nn.Dropout):

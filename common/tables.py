@@ -122,8 +122,10 @@ def explained(name: str, kind: str) -> Iterator[None]:
     except FAULTS as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise  # the disk's fault
-        reason = "it is nested too deep" if isinstance(error, RecursionError) else one_line(error)
-        raise UserError(f"{name}: not readable as {kind}: {reason.rstrip('.')}; correct the file") from error
+        reason = one_line(error).rstrip(".")
+        if isinstance(error, RecursionError):
+            reason = "it is nested too deep"
+        raise UserError(f"{name}: not readable as {kind}: {reason}; correct the file") from error
 
 
 def read(data: DataFile) -> pa.Table:
@@ -138,7 +140,8 @@ def read(data: DataFile) -> pa.Table:
     separators = options.delimiter or ""
     if separators == " " or len(separators) > 1:
         if options.columns is None:
-            raise UserError(f"--delimiter {separators!r}: name the columns of a line with --columns")
+            advice = "name the columns of a line with --columns"
+            raise UserError(f"--delimiter {separators!r}: {advice}")
         return read_split_lines(data, options.columns, separators)
     if ending in DATA_SUFFIXES or options.is_table:
         return read_delimited(data)
@@ -191,10 +194,10 @@ def joined(tables: list[pa.Table]) -> pa.Table:
 
 def _joined_column(tables: list[pa.Table], name: str) -> pa.ChunkedArray:
     """Return one column of all tables: of the type that holds the values of all, or as text."""
-    parts = [
-        table.select([name]) if name in table.column_names else pa.table({name: pa.nulls(len(table))})
-        for table in tables
-    ]
+    parts = []
+    for table in tables:
+        has_it = name in table.column_names
+        parts.append(table.select([name]) if has_it else pa.table({name: pa.nulls(len(table))}))
     try:
         return pa.concat_tables(parts, promote_options="permissive")[name]
     except (pa.ArrowInvalid, pa.ArrowTypeError):
@@ -262,9 +265,9 @@ def find_delimiter(head: str, default: str, *, columns: Sequence[str] | None, as
     gives the columns that are wanted, or more than one.
     """
     candidates = [default, *(other for other in ",\t;|" if other != default)]
-    rows = {candidate: _first_row(head, candidate, quoted=candidate != "\t") for candidate in candidates}
+    rows = {one: _first_row(head, one, quoted=one != "\t") for one in candidates}
     if columns is not None:
-        return next((candidate for candidate in candidates if len(rows[candidate]) == len(columns)), default)
+        return next((one for one in candidates if len(rows[one]) == len(columns)), default)
     # the first of those with most of the wanted columns, then of those with more than one column
     return max(candidates, key=lambda one: (len({*as_text} & {*rows[one]}), len(rows[one]) > 1))
 
@@ -374,9 +377,8 @@ def _ragged(name: str, line: int, row: list[str], dialect: Dialect) -> UserError
     help = "correct the row"
     if dialect.quoted and len(row) > len(dialect.names):
         help = f"put a cell that holds {dialect.delimiter!r} into quotation marks"
-    return UserError(
-        f"{name}, line {line}: {cells}, but {len(dialect.names)} columns in the {source} ({names}); {help}"
-    )
+    problem = f"{cells}, but {len(dialect.names)} columns in the {source} ({names})"
+    return UserError(f"{name}, line {line}: {problem}; {help}")
 
 
 def is_well_formed(content: np.ndarray, quotes: np.ndarray, delimiter: str) -> bool:
@@ -403,6 +405,7 @@ def is_well_formed(content: np.ndarray, quotes: np.ndarray, delimiter: str) -> b
 def read_fast(content: np.ndarray, dialect: Dialect) -> Iterator[pa.Table]:
     """Yield the rows of `read_rows` in blocks, for a file that is well formed: the fast twin."""
     keys = [str(number) for number in range(len(dialect.names))]
+    types = dict.fromkeys(keys, pa.string())
     reader = pyarrow.csv.open_csv(
         pa.BufferReader(pa.py_buffer(content)),
         pyarrow.csv.ReadOptions(column_names=keys, block_size=BLOCK_BYTES, use_threads=False),
@@ -411,7 +414,7 @@ def read_fast(content: np.ndarray, dialect: Dialect) -> Iterator[pa.Table]:
             quote_char='"' if dialect.quoted else False,
             newlines_in_values=dialect.quoted,
         ),
-        pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(keys, pa.string()), strings_can_be_null=False),
+        pyarrow.csv.ConvertOptions(column_types=types, strings_can_be_null=False),
     )
     is_header = dialect.has_header
     for batch in reader:
@@ -487,9 +490,9 @@ def _warn_of_long_cells(content: np.ndarray, quotes: np.ndarray, name: str, dial
     lines, spans = _line_spans(content, quotes)
     longest = int(spans.argmax())
     inner = content[quotes[2 * longest] : quotes[2 * longest + 1]].tobytes().split(b"\n")[1:-1]
-    separators = len(dialect.names) - 1
-    like_rows = separators and inner
-    like_rows = like_rows and all(line.count(dialect.delimiter.encode()) == separators for line in inner)
+    delimiter, separators = dialect.delimiter.encode(), len(dialect.names) - 1
+    like_rows = separators > 0 and len(inner) > 0
+    like_rows = like_rows and all(line.count(delimiter) == separators for line in inner)
     if spans[longest] >= MANY_LINES or like_rows:
         _warn_of_long_cell(name, int(lines[longest]) + 1, int(spans[longest]) + 1)
 
@@ -627,7 +630,8 @@ def _sound_objects(data: DataFile) -> Iterator[Row]:
         for unit, number, row in _objects(data):
             yield unit, number, {**row, ROW: number}
         return
-    for number, line in enumerate(_text(data.file, newline=None, errors="surrogateescape"), start=1):
+    lines = _text(data.file, newline=None, errors="surrogateescape")
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
@@ -689,7 +693,8 @@ def _require_once(data: DataFile, location: str) -> Callable[[list[tuple[str, An
         if len(row) != len(pairs):
             twice = first_repeated(key for key, _ in pairs if key in data.as_text)
             if twice is not None:
-                first, second, *_ = [shorten(str(value), 40) for key, value in pairs if key == twice]
+                values = [shorten(str(value), 40) for key, value in pairs if key == twice]
+                first, second, *_ = values
                 problem = f"{twice!r} has two values, {first!r} and {second!r}"
                 raise UserError(f"{location}: {problem}; remove one of them")
         return row
@@ -705,7 +710,8 @@ def _listed_objects(text: str, data: DataFile) -> Iterator[Row]:
         raise _not_json(name, error.lineno, error) from error
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
-            raise UserError(f"{name}, row {number}: not a JSON object; the list must hold objects only")
+            advice = "the list must hold objects only"
+            raise UserError(f"{name}, row {number}: not a JSON object; {advice}")
         yield "row", number, row
 
 

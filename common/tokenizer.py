@@ -77,7 +77,8 @@ class Tokenizer:
     @property
     def pad_token_id(self) -> int | None:
         """Its id."""
-        return None if self.pad_token is None else self.backend_tokenizer.token_to_id(self.pad_token)
+        token = self.pad_token
+        return None if token is None else self.backend_tokenizer.token_to_id(token)
 
     @property
     def eos_token_id(self) -> int | None:
@@ -135,14 +136,15 @@ class Tokenizer:
         batch: list = [texts] if isinstance(texts, str) else texts
         if text_pair is not None:
             batch = list(zip(texts, text_pair, strict=True))
-        encodings = self.backend_tokenizer.encode_batch(batch, add_special_tokens=add_special_tokens)
+        options = {"add_special_tokens": add_special_tokens}
+        encodings = self.backend_tokenizer.encode_batch(batch, **options)
         columns: dict[str, list] = {"input_ids": [encoding.ids for encoding in encodings]}
         if "token_type_ids" in self.model_input_names:
             columns["token_type_ids"] = [encoding.type_ids for encoding in encodings]
         if "attention_mask" in self.model_input_names:
             columns["attention_mask"] = [encoding.attention_mask for encoding in encodings]
         if return_special_tokens_mask:
-            columns["special_tokens_mask"] = [encoding.special_tokens_mask for encoding in encodings]
+            columns["special_tokens_mask"] = [one.special_tokens_mask for one in encodings]
         if return_offsets_mapping:
             columns["offset_mapping"] = [encoding.offsets for encoding in encodings]
         if isinstance(texts, str):
@@ -177,7 +179,7 @@ class Tokenizer:
 
 # Made from the files of a folder ----------------------------------------------------------------
 
-NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+NAMED_TOKENS = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 # Another value would change what a text becomes.
 ONLY = {
     "pad_token_type_id": 0,
@@ -244,9 +246,11 @@ def read_tokenizer(folder: Path, *, max_length: int | None = None) -> Tokenizer:
         special = _special_tokens(settings)
         parts = Parts(description, settings, special, _added_tokens(description, settings, special))
         backend = kind.build(parts)
-    if wrong := [t.content for number, t in parts.added.items() if backend.token_to_id(t.content) != number]:
+    added = [(number, token.content) for number, token in parts.added.items()]
+    if wrong := [token for number, token in added if backend.token_to_id(token) != number]:
         raise UnknownModel(f"other ids of {', '.join(wrong)}")
-    limit, names = settings.get("model_max_length"), settings.get("model_input_names", [*kind.input_names])
+    limit = settings.get("model_max_length")
+    names = settings.get("model_input_names", [*kind.input_names])
     if not (limit is None or (type(limit) is int and limit > 0)):
         raise UnknownModel(f"model_max_length {limit!r}")
     if not isinstance(names, list) or not set(map(str, names)) <= set(INPUT_NAMES):
@@ -268,9 +272,10 @@ def read_language_tokenizer(folder: Path) -> Tokenizer:
     with _unknown_if_broken():
         backend = tokenizers.Tokenizer.from_buffer((folder / "tokenizer.json").read_bytes())
         special, added = _special_tokens(settings), backend.get_added_tokens_decoder()
-        described = {"added_tokens": [{"id": number, **_fields(token)} for number, token in added.items()]}
-        listed = _added_tokens(described, settings, special)
-    if {number: repr(token) for number, token in listed.items()} != {n: repr(t) for n, t in added.items()}:
+        described = [{"id": number, **_fields(token)} for number, token in added.items()]
+        listed = _added_tokens({"added_tokens": described}, settings, special)
+    written, read = ({number: repr(token) for number, token in tokens.items()} for tokens in (listed, added))
+    if written != read:
         raise UnknownModel("added tokens that differ between the tokenizer's files")
     if not isinstance(backend.model, BPE):  # spaces of others may be cleaned up
         raise UnknownModel("a tokenizer that merges no pairs")
@@ -355,13 +360,16 @@ def _added_tokens(
         listed = {token["id"]: token for token in description["added_tokens"]}
     added = {}
     for number in sorted(listed, key=int):
-        fields = {name: value for name, value in listed[number].items() if name not in ("id", "__type")}
+        fields = {**listed[number]}
+        for other in ("id", "__type"):
+            fields.pop(other, None)
         token = AddedToken(**fields)
         token.special = token.special or token.content in special.values()
         added[int(number)] = token
     missing = set(special.values()) - {token.content for token in added.values()}
     if missing:
-        raise UnknownModel(f"special tokens that are not in the vocabulary: {', '.join(sorted(missing))}")
+        names = ", ".join(sorted(missing))
+        raise UnknownModel(f"special tokens that are not in the vocabulary: {names}")
     return added
 
 
@@ -390,7 +398,8 @@ def _build_wordpiece(parts: Parts) -> tokenizers.Tokenizer:
 
 def _build_byte_level(parts: Parts) -> tokenizers.Tokenizer:
     """RoBERTa's: bytes, and pairs of pieces that were often neighbours are merged."""
-    model, begins_with_space = parts.description["model"], parts.settings.get("add_prefix_space", False)
+    model = parts.description["model"]
+    begins_with_space = parts.settings.get("add_prefix_space", False)
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     backend = tokenizers.Tokenizer(
         BPE(

@@ -48,47 +48,41 @@ def evaluate(
     *,
     signals: StopSignals | None = None,
 ) -> tuple[dict, torch.Tensor]:
-    """Return the scores of a model on a tokenised split, which are those of `compute_scores`, and its
-    logits (N, C), divided by its temperature. Raises what `predict_logits` raises.
+    """Return the scores of a model on a tokenised split, which are those of `compute_scores`, and
+    its logits (N, C). Raises what `predict_logits` raises.
     """
     # with the libraries of metrics, which take a second to import and no prediction needs
     from common.training.metrics import compute_scores
 
-    model, tokenizer, batch_size = classifier.model, classifier.tokenizer, classifier.batch_size
-    logits = predict_logits(model, rows, tokenizer, runtime, batch_size=batch_size, signals=signals)
-    logits = logits / classifier.temperature
+    logits = predict_logits(classifier, rows, runtime, signals=signals)
     task = task_of_rows(rows)
     return compute_scores(task, logits, task.targets(rows["label"][:]), classifier.scoring), logits
 
 
 @torch.inference_mode()
 def predict_logits(
-    model: PreTrainedModel | BertClassifier,
-    rows: batching.Rows,
-    tokenizer: batching.AnyTokenizer,
-    runtime: Runtime,
-    *,
-    batch_size: int,
-    signals: StopSignals | None = None,
+    classifier: TextClassifier, rows: batching.Rows, runtime: Runtime, *, signals: StopSignals | None = None
 ) -> torch.Tensor:
-    """Return the logits (N, C), fp32 on the CPU, of tokenised rows: the mean over a row's chunks.
+    """Return the logits (N, C), fp32 on the CPU, of tokenised rows: the mean over a row's chunks,
+    divided by the temperature.
 
     Batches of at most `batch_size` chunks go from long to short. Each process takes every
     `world_size`-th batch, none twice and without padding rows (a padded DistributedSampler counts
-    some twice, pytorch #25162), and the parts of all processes are added up. `model` is the bare
+    some twice, pytorch #25162), and the parts of all processes are added up. The model is the bare
     one, without DDP. Before each batch all processes check `signals`. Raises Interrupted when one
     of them was asked to stop, and UserError when a batch does not fit into memory.
     """
+    model, batch_size = classifier.model, classifier.batch_size
     model.eval()
     lengths = rows["chunk_lengths"][:]
     all_batches = batching.evaluation_batches(lengths, batch_size=batch_size)
     batches = all_batches[runtime.rank :: runtime.world_size]
     sums = torch.zeros(len(rows), num_outputs(model), device=runtime.device)  # (N, C)
     counts = torch.zeros(len(rows), dtype=torch.int64, device=runtime.device)  # (N), chunks scored
-    loader = batching.batch_loader(rows, batches, tokenizer, pin_memory=runtime.device.type == "cuda")
-    with batching.explain_out_of_memory(
-        f"--eval-batch-size {batch_size}: a batch does not fit into memory; use less"
-    ):
+    pin_memory = runtime.device.type == "cuda"
+    loader = batching.batch_loader(rows, batches, classifier.tokenizer, pin_memory=pin_memory)
+    advice = f"--eval-batch-size {batch_size}: a batch does not fit into memory; use less"
+    with batching.explain_out_of_memory(advice):
         bar = progress(loader, label="evaluating", shown=runtime.is_main)
         for picks, batch in zip(batches, bar):
             if signals is not None:
@@ -101,7 +95,7 @@ def predict_logits(
         signals.check()  # another process has one batch more, and every process must check as often
     sums, counts = runtime.all_reduce_sum(sums), runtime.all_reduce_sum(counts)
     assert counts.tolist() == list(map(len, lengths)), "each chunk must be scored exactly once"
-    return (sums / counts.unsqueeze(1)).cpu()
+    return (sums / counts.unsqueeze(1)).cpu() / classifier.temperature
 
 
 def num_outputs(model: PreTrainedModel | BertClassifier) -> int:
@@ -138,7 +132,8 @@ def is_better(scores: dict, best: dict | None, metric: str) -> bool:
         return False
     if best is None or metric not in best:
         return True
-    return scores[metric] < best[metric] if metric in LOWER_IS_BETTER else scores[metric] > best[metric]
+    difference = scores[metric] - best[metric]
+    return difference < 0 if metric in LOWER_IS_BETTER else difference > 0
 
 
 def predict_texts(
@@ -147,25 +142,23 @@ def predict_texts(
     rows: Sequence[int],
     runtime: Runtime,
 ) -> Iterator[dict]:
-    """Yield an answer for each text, or pair of texts, in order: a dict with its `row`, which is one of
-    `rows` (N), and what `answer` says.
+    """Yield an answer for each text, or pair of texts, in order: a dict with its `row`, which is
+    one of `rows` (N), and what `answer` says.
     """
-    model, tokenizer, tokens = classifier.model, classifier.tokenizer, classifier.tokens
-    task = task_of_model(model)
+    tokens, task = classifier.tokens, task_of_model(classifier.model)
     for start in range(0, len(texts), PREDICT_BLOCK):
         block = texts[start : start + PREDICT_BLOCK]
         firsts, pairs = (block, None) if isinstance(block[0], str) else map(list, zip(*block))
         columns = data.encode(
             firsts,
-            tokenizer,
+            classifier.tokenizer,
             max_length=tokens.eval_max_length,
             truncation=tokens.truncation,
             pairs=pairs,
             hides_special=tokens.hides_special,
         )
-        tokenized, size = batching.Columns(columns), classifier.batch_size
-        logits = predict_logits(model, tokenized, tokenizer, runtime, batch_size=size)
-        scores = task.scores(logits / classifier.temperature).tolist()
+        logits = predict_logits(classifier, batching.Columns(columns), runtime)
+        scores = task.scores(logits).tolist()
         for row, own in zip(rows[start : start + PREDICT_BLOCK], scores, strict=True):
             yield {"row": row, **answer(task, own, classifier.scoring)}
 

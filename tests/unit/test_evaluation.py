@@ -16,6 +16,7 @@ from common.training.evaluation import TextClassifier, is_better, predict_logits
 from conftest import make_sentences
 
 RUNTIME = Runtime(torch.device("cpu"), "fp32")
+TOKENS = TokenConfig(20, 20, "head")
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +54,10 @@ def scored(tiny_model, tmp_path_factory):
 @pytest.mark.parametrize("batch_size", [1, 5, 64])
 def test_logits_are_those_of_each_text_alone_in_the_rows_order(scored, batch_size):
     model, tokenizer, tokenized, alone = scored
-    torch.testing.assert_close(
-        predict_logits(model, tokenized, tokenizer, RUNTIME, batch_size=batch_size),
-        alone,
-        rtol=1e-4,
-        atol=1e-6,
-    )
+    logits = predict_logits(TextClassifier(model, tokenizer, TOKENS, batch_size), tokenized, RUNTIME)
+    torch.testing.assert_close(logits, alone, rtol=1e-4, atol=1e-6)
+    divided = TextClassifier(model, tokenizer, TOKENS, batch_size, temperature=2.0)
+    assert torch.equal(predict_logits(divided, tokenized, RUNTIME), logits / 2)
 
 
 def test_predictions_come_in_the_order_of_the_texts(scored, monkeypatch):
@@ -66,7 +65,7 @@ def test_predictions_come_in_the_order_of_the_texts(scored, monkeypatch):
     # so that 37 texts take several blocks
     monkeypatch.setattr("common.training.evaluation.PREDICT_BLOCK", 10)
     model.config.id2label = {0: "neg", 1: "pos"}
-    classifier = TextClassifier(model, tokenizer, TokenConfig(20, 20, "head"), batch_size=4)
+    classifier = TextClassifier(model, tokenizer, TOKENS, batch_size=4)
     answers = list(predict_texts(classifier, tokenized["text"][:], range(1, 38), RUNTIME))
     assert [answer["row"] for answer in answers] == list(range(1, 38))
     for answer, probabilities in zip(answers, alone.softmax(-1).tolist()):
@@ -89,12 +88,8 @@ def test_chunks_give_the_mean_of_the_chunks_logits_also_when_a_batch_parts_a_tex
                 for chunks in chunked["input_ids"]
             ]
         )
-    torch.testing.assert_close(
-        predict_logits(model, chunked, tokenizer, RUNTIME, batch_size=batch_size),
-        expected,
-        rtol=1e-4,
-        atol=1e-6,
-    )
+    logits = predict_logits(TextClassifier(model, tokenizer, TOKENS, batch_size), chunked, RUNTIME)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +110,7 @@ def test_too_little_memory_names_the_flag_that_helps(error, scored):
             raise error
 
     with pytest.raises(UserError, match="--eval-batch-size 4: a batch does not fit into memory; use less"):
-        predict_logits(Large(), tokenized, tokenizer, RUNTIME, batch_size=4)
+        predict_logits(TextClassifier(Large(), tokenizer, TOKENS, batch_size=4), tokenized, RUNTIME)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +130,7 @@ def test_another_error_of_the_model_stays_what_it_is(message, scored):
             raise RuntimeError(message)
 
     with pytest.raises(RuntimeError, match=message):
-        predict_logits(Broken(), tokenized, tokenizer, RUNTIME, batch_size=4)
+        predict_logits(TextClassifier(Broken(), tokenizer, TOKENS, batch_size=4), tokenized, RUNTIME)
 
 
 @pytest.mark.parametrize("max_chunks, tried", [(1, [12, 6, 3, 1]), (5, [12, 6, 5]), (12, [12])])
