@@ -142,8 +142,8 @@ def train_wordpiece(texts: list[str], vocab_size: int = 300) -> BertTokenizerFas
     from transformers import BertTokenizerFast
 
     specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    # the trainer numbers pieces in an order that differs from run to run, and ties follow the numbers;
-    # so they get theirs before
+    # the trainer numbers pieces in an order that differs from run to run, and ties follow the
+    # numbers; so they get theirs before
     pieces = [f"##{character}" for character in sorted(set("".join(texts).lower()) - {" "})]
     trained = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     trained.normalizer = normalizers.BertNormalizer()
@@ -314,8 +314,8 @@ class Forker:
         pictures: bool = False,
         **environment: str,
     ) -> subprocess.CompletedProcess:
-        """Run a script as its own process would run, or as the processes of a job would, and return what
-        the first of them did. Without `pictures`, those of a training are blank.
+        """Run a script as its own process would run, or as the processes of a job would, and return
+        what the first of them did. Without `pictures`, those of a training are blank.
         """
         command = list(map(str, command))
         Path(f"{self.log}.stdin").write_text(stdin)

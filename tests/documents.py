@@ -11,13 +11,13 @@ A page shows commands in two kinds of fenced blocks:
   ```bash       each line is a command, and no output is shown
 
 A line that ends with a backslash continues on the next one. An output that the author shortened has
-lines of three dots, and a refresh keeps its shape: as many lines as before from the beginning, as many
-from the end, and between two lines of dots as many as before, from the line that is equal to the first
-of them but for its figures. A block that begins with "```console by-hand" is left as it is: it shows a
-key press or a state that a new run does not meet.
+lines of three dots, and a refresh keeps its shape: as many lines as before from the beginning, as
+many from the end, and between two lines of dots as many as before, from the line that is equal to
+the first of them but for its figures. A block that begins with "```console by-hand" is left as it
+is: it shows a key press or a state that a new run does not meet.
 
-All commands of one call run in one folder, which has a link to each file of the project, in the order
-of the pages; a command that stands on several pages runs once.
+All commands of one call run in one folder, which has a link to each file of the project, in the
+order of the pages; a command that stands on several pages runs once.
 """
 
 import argparse

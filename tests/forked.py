@@ -166,8 +166,8 @@ def take_files(job: dict, rank: int):
 
 
 def take_terminal(path: str):
-    """Read from a terminal and write to it, which becomes the one of this process: the first that the
-    leader of a session opens.
+    """Read from a terminal and write to it, which becomes the one of this process: the first that
+    the leader of a session opens.
     """
     os.setsid()
     terminal = os.open(path, os.O_RDWR)
@@ -276,8 +276,8 @@ def run(job: dict) -> list[int]:
 
 
 def load_libraries() -> None:
-    """Load what children would load one by one, and let them share it: a search for unreachable objects
-    would copy nearly all of it into each child.
+    """Load what children would load one by one, and let them share it: a search for unreachable
+    objects would copy nearly all of it into each child.
     """
     gc.disable()
     for name in LOADED_BY_STEPS:

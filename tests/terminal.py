@@ -14,8 +14,8 @@ from conftest import Forker
 def run_on_terminal(
     forker: Forker, *command, columns: int = 400, rows: int = 120
 ) -> tuple[int, str, list[str]]:
-    """Run a script with a terminal as its standard streams; return its exit code, all that it wrote,
-    and the lines of the screen at the end, without empty ones below the last.
+    """Run a script with a terminal as its standard streams; return its exit code, all that it
+    wrote, and the lines of the screen at the end, without empty ones below the last.
     """
     running = OnTerminal(forker, *command, columns=columns, rows=rows)
     code, text = running.end()

@@ -1,8 +1,9 @@
-"""Texts that must have a form: one of several choices, or what a regular expression or a JSON schema
-describes.
+"""Texts that must have a form: one of several choices, or what a regular expression or a JSON
+schema describes.
 
 At each step, a constraint tells which tokens may follow the new tokens of a text; all others are
-removed before the draw (`keep_allowed` in sampling.py). At the end of the form, only end tokens may.
+removed before the draw (`keep_allowed` in sampling.py). At the end of the form, only end tokens
+may.
 """
 
 from __future__ import annotations
@@ -55,8 +56,8 @@ class Choices:
 
 
 def make_choices(texts: list[str], language_model: LanguageModel, end_ids: tuple[int, ...]) -> Choices:
-    """Return the constraint of --choices. Raises UserError for a text that no tokens spell, and for a
-    model without an end token.
+    """Return the constraint of --choices. Raises UserError for a text that no tokens spell, and for
+    a model without an end token.
     """
     check_end(end_ids, language_model, flag="--choices")
     trie: Trie = {}
@@ -88,10 +89,11 @@ def _decode(ids: list[int], language_model: LanguageModel) -> str:
 
 @dataclass(frozen=True)
 class Grammar:
-    """A text follows a grammar of llguidance, such as a regular expression, from its beginning to its end.
+    """A text follows a grammar of llguidance, such as a regular expression, from its beginning to
+    its end.
 
-    llguidance turns the grammar into an automaton over bytes, and walks it with the bytes of each token of
-    the vocabulary.
+    llguidance turns the grammar into an automaton over bytes, and walks it with the bytes of each
+    token of the vocabulary.
     """
 
     name: str
@@ -100,8 +102,8 @@ class Grammar:
     vocabulary: int
 
     def start(self) -> Callable[[list[int]], Tensor]:
-        """Return what tells, for the new tokens of one text, which tokens (V) may follow them. It raises
-        UserError where llguidance needs too much to find out.
+        """Return what tells, for the new tokens of one text, which tokens (V) may follow them. It
+        raises UserError where llguidance needs too much to find out.
         """
         matcher, known = self.make_matcher(), []
 
@@ -123,8 +125,8 @@ class Grammar:
 
 
 class Forms:
-    """Makes the forms of many texts of a model: what grammars need of its vocabulary, which takes half a
-    second, is made once.
+    """Makes the forms of many texts of a model: what grammars need of its vocabulary, which takes
+    half a second, is made once.
     """
 
     def __init__(self, language_model: LanguageModel) -> None:
@@ -136,8 +138,8 @@ class Forms:
         return make_choices(texts, self.language_model, end_ids)
 
     def regex(self, pattern: str, end_ids: tuple[int, ...]) -> Grammar:
-        """Return the constraint of an expression, which the whole text matches. Raises UserError for one
-        that llguidance refuses, and as `make_tokenizer`.
+        """Return the constraint of an expression, which the whole text matches. Raises UserError
+        for one that llguidance refuses, and as `make_tokenizer`.
         """
         from llguidance import LLMatcher
 
@@ -145,8 +147,9 @@ class Forms:
         return self._grammar("regex", grammar, end_ids, f"--regex {pattern!r}", "write another expression")
 
     def json(self, schema: Mapping[str, Any], end_ids: tuple[int, ...]) -> Grammar:
-        """Return the constraint of a text that is JSON of a schema. Raises UserError for a schema with what
-        llguidance does not know, whose keywords it would otherwise have to ignore, and as `make_tokenizer`.
+        """Return the constraint of a text that is JSON of a schema. Raises UserError for a schema
+        with what llguidance does not know, whose keywords it would otherwise have to ignore, and as
+        `make_tokenizer`.
         """
         from llguidance import LLMatcher
 
@@ -175,8 +178,8 @@ def _reason(matcher: LLMatcher) -> str:
 
 
 def make_tokenizer(language_model: LanguageModel, end_ids: tuple[int, ...], *, flag: str) -> LLTokenizer:
-    """Return what llguidance needs to know of a vocabulary. Raises UserError for a model without an end
-    token, or without a tokenizer of the `tokenizers` library.
+    """Return what llguidance needs to know of a vocabulary. Raises UserError for a model without an
+    end token, or without a tokenizer of the `tokenizers` library.
     """
     from llguidance import LLTokenizer
 

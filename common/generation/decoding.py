@@ -85,8 +85,8 @@ def left_pad(
 
 
 def regroup(rows: list[tuple[Batch, int]], language_model: LanguageModel, *, room: int) -> Batch:
-    """Return rows of several batches, each with its number, as one batch with `room` more columns for new
-    tokens; what is cached of them is copied. For the step in C only.
+    """Return rows of several batches, each with its number, as one batch with `room` more columns
+    for new tokens; what is cached of them is copied. For the step in C only.
     """
     assert language_model.fast_step is not None
     texts, cached = [], []
@@ -129,8 +129,8 @@ def step(language_model: LanguageModel, batch: Batch, tokens: list[int]) -> Tens
 def forward(language_model: LanguageModel, batch: Batch, *, first: int, keep: int = 1) -> Tensor:
     """Run the model over the columns from `first` to the end.
 
-    Return the logits of the last `keep` columns, (B, keep, V), in the model's precision. The step in C
-    computes what `llama.plain_step` does.
+    Return the logits of the last `keep` columns, (B, keep, V), in the model's precision. The step
+    in C computes what `llama.plain_step` does.
     """
     cache, fast_step, model = batch.cache, language_model.fast_step, language_model.model
     if isinstance(cache, RoomyCache) and fast_step is not None:

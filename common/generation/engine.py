@@ -1,9 +1,10 @@
-"""The thread that generates the texts of requests: they are decoded together, each with its own sampler,
-random numbers and end.
+"""The thread that generates the texts of requests: they are decoded together, each with its own
+sampler, random numbers and end.
 
-With the step in C, a text that waits joins those that are being generated at the next token, and one that
-has ended leaves (continuous batching; Yu et al. 2022, "Orca"). The caches of the library's models have many
-forms, of which rows can't be put together: there, the next texts begin when all of a batch have ended.
+With the step in C, a text that waits joins those that are being generated at the next token, and
+one that has ended leaves (continuous batching; Yu et al. 2022, "Orca"). The caches of the library's
+models have many forms, of which rows can't be put together: there, the next texts begin when all of
+a batch have ended.
 """
 
 from __future__ import annotations
@@ -170,8 +171,8 @@ class Engine:
             self.group = self._tried(jobs, self.go_on, fresh)
 
     def _tried(self, jobs: list[Job], act: Callable[..., Any], given: object) -> Any:
-        """Return what a function returns; whatever it raises is told to these jobs, and ends their texts
-        and not the server.
+        """Return what a function returns; whatever it raises is told to these jobs, and ends their
+        texts and not the server.
         """
         try:
             return act(given)
@@ -183,9 +184,9 @@ class Engine:
             return None
 
     def _take(self) -> list[Job]:
-        """Return the jobs that begin now, in the order in which they came: as many as there is memory for
-        beside those that are being generated, and with a library's model only when none is, and if their
-        columns, longest prompt and longest text together, fit into the context.
+        """Return the jobs that begin now, in the order in which they came: as many as there is
+        memory for beside those that are being generated, and with a library's model only when none
+        is, and if their columns, longest prompt and longest text together, fit into the context.
         """
         running = [self.group.jobs[row] for row in self.group.going_on] if self.group else []
         taken: list[Job] = []
@@ -230,8 +231,9 @@ class Engine:
         return group
 
     def choose(self, group: Group) -> list[int]:
-        """Return the next token of each text, the padding id where it has ended: also where its sampler
-        fails, as over a form that takes too long. Raises UserError when the model's logits are not numbers.
+        """Return the next token of each text, the padding id where it has ended: also where its
+        sampler fails, as over a form that takes too long. Raises UserError when the model's logits
+        are not numbers.
         """
         batch, logits = group.batch, group.logits
         chosen = torch.full((len(logits),), self.model.pad_id, device=logits.device)

@@ -75,8 +75,8 @@ def processor() -> str:
 @functools.cache
 def load_library(cache_dir: str | None) -> ctypes.CDLL:
     """Return the compiled decoder.c, from the cache if it is there for this source, these flags and
-    this processor. Raises NotCovered, with the reason, when there is no compiler, when it fails, and
-    when what it has compiled computes something else than the plain step.
+    this processor. Raises NotCovered, with the reason, when there is no compiler, when it fails,
+    and when what it has compiled computes something else than the plain step.
 
     Two processes at once each compile their own file and rename it to the same name. Where the
     cache can't be written, the file lives as long as it takes to load it.
@@ -238,8 +238,8 @@ class RoomyCache:
     def of_texts(
         cls, model: Transformer, texts: list[tuple["RoomyCache", int, int]], columns: int
     ) -> "RoomyCache":
-        """Return a cache with a copy of texts of other ones, with room for so many columns: of each, its
-        cache, its row there and its first column. All end at the same column.
+        """Return a cache with a copy of texts of other ones, with room for so many columns: of
+        each, its cache, its row there and its first column. All end at the same column.
         """
         cache = cls(model)
         cache.length = max(old.length - start for old, _, start in texts)
@@ -329,8 +329,8 @@ class FastStep:
         new = length - first
         cache.reserve(texts, length)
         self._use(cache)
-        # column by column, so that a text's rows come in order; by numpy, because a call of PyTorch takes
-        # some microseconds, and this is done for each token
+        # column by column, so that a text's rows come in order; by numpy, because a call of PyTorch
+        # takes some microseconds, and this is done for each token
         rows = np.empty((4, new, texts), np.int32)
         rows[0] = ids[:, first:].numpy().T
         rows[1] = np.arange(texts)
@@ -384,8 +384,8 @@ class FastStep:
 
 @torch.inference_mode()
 def self_check(library: ctypes.CDLL) -> float:
-    """Return the largest difference between a logit of the compiled step and of the plain one: for a
-    small model of each kind of weights, two texts, some tokens, a prompt and a token.
+    """Return the largest difference between a logit of the compiled step and of the plain one: for
+    a small model of each kind of weights, two texts, some tokens, a prompt and a token.
     """
     kernel, starts = Kernel(library, 2), torch.tensor([0, 2])
     length = 3 + WIDE_COLUMNS + 1
@@ -409,8 +409,8 @@ def self_check(library: ctypes.CDLL) -> float:
 
 @torch.inference_mode()
 def check_step(model: Transformer, kernel: Kernel) -> None:
-    """Raise NotCovered unless the compiled step computes what the plain one does with the first layer of a
-    loaded model and some rows of its embedding and head: for a prompt and a token.
+    """Raise NotCovered unless the compiled step computes what the plain one does with the first
+    layer of a loaded model and some rows of its embedding and head: for a prompt and a token.
 
     It takes some hundredths of a second, and is done at each start: the compiled file may have been
     damaged since it was checked, and no small model has the sizes of this one.

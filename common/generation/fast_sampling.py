@@ -41,8 +41,8 @@ def draw_exactly(
     """Return the tokens (B) of `sampling.draw_exactly`, and leave the generator in the same state.
 
     The noise is computed only for the candidates, from the same random bits. Rows where a rounding
-    error or the order of equal logits could decide are drawn again in the plain way, and so are those
-    in which XTC strikes.
+    error or the order of equal logits could decide are drawn again in the plain way, and so are
+    those in which XTC strikes.
     """
     if not noise_is_known(logits.device.type):
         return sampling.draw_exactly(logits, settings, generator, strikes)
@@ -90,8 +90,8 @@ def draw_row(logits: np.ndarray, bits: np.ndarray, settings: Settings) -> int | 
         weights = np.exp(candidate_logits.astype(np.float64) - candidate_logits[0])
         try:
             num_kept = count_kept(logits, candidate_logits, weights, settings)
-            # If a candidate is removed, no token outside the candidates is kept. All that top-k keeps
-            # are candidates.
+            # If a candidate is removed, no token outside the candidates is kept. All that top-k
+            # keeps are candidates.
             if num_kept < len(ids) or settings.top_k or len(ids) == len(logits):
                 return draw_kept(ids, candidate_logits, weights, bits, num_kept)
         except TooClose:
@@ -157,8 +157,8 @@ def count_kept(
 
 
 def count_from(numbers: np.ndarray, limit: float, tolerance: float) -> int:
-    """Return how many of some descending numbers are at least `limit`. Raises TooClose for one that is
-    nearer to it than a tolerance.
+    """Return how many of some descending numbers are at least `limit`. Raises TooClose for one that
+    is nearer to it than a tolerance.
     """
     if (np.abs(numbers - limit) <= tolerance).any():
         raise TooClose
@@ -175,11 +175,12 @@ def eta_of(weights: np.ndarray, epsilon: float) -> float:
 def draw_kept(
     ids: np.ndarray, candidate_logits: np.ndarray, weights: np.ndarray, bits: np.ndarray, num_kept: int
 ) -> int:
-    """Return the token with the largest quotient of probability and noise among the first candidates.
+    """Return the token with the largest quotient of probability and noise among the first
+    candidates.
 
-    Raises TooClose in two cases: a rounding error could swap the two largest quotients, or the border
-    separates tokens of equal logits and one of them wins. Which of these are kept, only the full sort
-    of the plain draw tells.
+    Raises TooClose in two cases: a rounding error could swap the two largest quotients, or the
+    border separates tokens of equal logits and one of them wins. Which of these are kept, only the
+    full sort of the plain draw tells.
     """
     border = candidate_logits[num_kept - 1]
     num_tied = int(np.count_nonzero(candidate_logits >= border))  # with all that tie at the border
@@ -277,8 +278,8 @@ def candidate_distribution(logits: Tensor, settings: Settings) -> tuple[Tensor, 
 
 
 def find_candidates(logits: Tensor, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the logits (B, V) after top-n-sigma and the temperature, and the candidates' logits and
-    ids (B, C).
+    """Return the logits (B, V) after top-n-sigma and the temperature, and the candidates' logits
+    and ids (B, C).
 
     Sorting 50,000 logits takes 4 ms on one core, finding the 1,024 highest 0.8 ms.
     """

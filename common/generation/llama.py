@@ -314,8 +314,8 @@ def window_of(config: Mapping[str, Any], layer: int) -> int | None:
 
 
 def read_rotary(config: Mapping[str, Any]) -> Rotary:
-    """Return the angles that a config asks for. Raises NotCovered for a kind that is not known here,
-    such as those whose angles depend on the length of the text.
+    """Return the angles that a config asks for. Raises NotCovered for a kind that is not known
+    here, such as those whose angles depend on the length of the text.
 
     Versions of transformers before 5 write `rope_theta` and `rope_scaling` for `rope_parameters`.
     """

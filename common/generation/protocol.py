@@ -85,8 +85,8 @@ def is_form(value: Any) -> bool:
 
 
 def is_format(value: Any) -> bool:
-    """Return whether a value is an object that asks for any text, for an object of JSON, or for JSON of a
-    schema.
+    """Return whether a value is an object that asks for any text, for an object of JSON, or for
+    JSON of a schema.
     """
     if value in ({"type": "text"}, {"type": "json_object"}):
         return True
@@ -173,8 +173,8 @@ DRAWING = ("temperature", "top_k", "top_p", "min_p")  # any of them given: not g
 
 
 def check_parameters(body: Any, known: dict[str, Parameter], *needed: str) -> dict[str, Any]:
-    """Return the parameters that a request gives; one that is null is not given. Raises ApiError for
-    one that is unknown, for a value that can't be taken, and where one of `needed` is missing.
+    """Return the parameters that a request gives; one that is null is not given. Raises ApiError
+    for one that is unknown, for a value that can't be taken, and where one of `needed` is missing.
     """
     if not isinstance(body, dict):
         raise ApiError(400, "the body is not an object of JSON")
@@ -250,8 +250,8 @@ SHAPES = {
 def choose_settings(
     given: dict[str, Any], shape: Shape, run: Run, forms: Forms
 ) -> tuple[Settings, tuple[str, ...]]:
-    """Return how the tokens of a request are chosen, and its stop strings: what it does not say is as
-    the flags of the server say. Raises ApiError for what contradicts itself.
+    """Return how the tokens of a request are chosen, and its stop strings: what it does not say is
+    as the flags of the server say. Raises ApiError for what contradicts itself.
     """
     check_pairs(given)
     if "max_completion_tokens" in given:
@@ -330,8 +330,8 @@ def chosen_form(given: dict[str, Any], name: str, settings: Settings, forms: For
 
 
 def fit(settings: Settings, prompt: Prompt, is_given: bool, model: LanguageModel) -> Settings:
-    """Return settings whose tokens fit into the context after a prompt: as many as were asked for, or
-    fewer than the flags say. Raises ApiError where they do not.
+    """Return settings whose tokens fit into the context after a prompt: as many as were asked for,
+    or fewer than the flags say. Raises ApiError where they do not.
     """
     room = settings.max_new_tokens
     if model.context is not None and not is_given:

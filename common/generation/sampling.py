@@ -434,8 +434,8 @@ def independent_sampler(
 ) -> Sampler:
     """Return the sampler whose texts do not depend on the other texts of the batch.
 
-    `uniforms` (B, max_new_tokens) are each row's own random numbers, from `row_uniforms`, `coins` those
-    of XTC, from `xtc_coins`.
+    `uniforms` (B, max_new_tokens) are each row's own random numbers, from `row_uniforms`, `coins`
+    those of XTC, from `xtc_coins`.
     """
     filters = history_filters(settings, prompt_length=prompt_length, starts=starts, padding_is_text=False)
 
@@ -479,7 +479,8 @@ def row_uniforms(seed: int, rows: list[tuple[int, int]], count: int, *, purpose:
 
 
 def xtc_coins(settings: Settings, seed: int, rows: list[tuple[int, int]]) -> Tensor | None:
-    """Return whether XTC strikes, for each row and new token (rows, max_new_tokens); None without XTC.
+    """Return whether XTC strikes, for each row and new token (rows, max_new_tokens); None without
+    XTC.
 
     Its random numbers are its own, so that it takes none of those of `generate`.
     """

@@ -2,8 +2,8 @@
 /v1/chat/completions, also as streams.
 
 Requests wait in a bounded queue. One thread takes those that wait, as many as fit into a batch, and
-decodes them together (engine.py). Each text has its own sampler, random numbers and end, so that it is that
-of the command line and does not depend on its neighbours, but for how sums are rounded.
+decodes them together (engine.py). Each text has its own sampler, random numbers and end, so that it
+is that of the command line and does not depend on its neighbours, but for how sums are rounded.
 
 What a request can't do: reach the server from another machine or from a page in a browser, name a
 file, or ask for something that is not done and be answered as if it were.
@@ -24,8 +24,8 @@ import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
-# a child process writes each chat by its template: what it imports is imported here, because importing
-# is not safe in the child of a process with threads
+# a child process writes each chat by its template: what it imports is imported here, because
+# importing is not safe in the child of a process with threads
 import jinja2.ext
 import jinja2.meta
 import jinja2.sandbox  # noqa: F401
@@ -229,8 +229,8 @@ class Server:
             print(f"{line}, {time.perf_counter() - began:.2f} s", file=sys.stderr, flush=True)
 
     def check_sender(self, request: web.Request) -> None:
-        """Raise ApiError for a request that did not come to this machine's own name, as one of a page
-        whose name was bound to this address, and for one without the key.
+        """Raise ApiError for a request that did not come to this machine's own name, as one of a
+        page whose name was bound to this address, and for one without the key.
         """
         if not is_own_name(request.headers.get("Host", "")):
             raise ApiError(403, WRONG_HOST, code="wrong_host")
@@ -304,8 +304,8 @@ class Server:
         return asked
 
     async def encode(self, given: dict[str, Any], shape: Shape) -> list[Prompt]:
-        """Return the prompts of a request with their tokens, which take a while in a long one. Raises
-        ApiError for one that can't be used.
+        """Return the prompts of a request with their tokens, which take a while in a long one.
+        Raises ApiError for one that can't be used.
         """
         try:
             async with self.encoding:
@@ -381,8 +381,8 @@ def _refuse_constant(name: str) -> None:
 
 
 def key_from_environment() -> str | None:
-    """Return the key that requests must give, None for none: on the command line, every user of this
-    machine could read it. Raises UserError for an empty one.
+    """Return the key that requests must give, None for none: on the command line, every user of
+    this machine could read it. Raises UserError for an empty one.
     """
     key = os.environ.get(KEY_VARIABLE)
     if key is not None and not key.strip():
@@ -411,8 +411,8 @@ async def _serve(engine: Engine, listener: socket.socket) -> int:
 
 @contextlib.asynccontextmanager
 async def running(engine: Engine, listener: socket.socket) -> AsyncIterator[str]:
-    """Answer requests within the block, in which the server has a name. At its end it takes no more of
-    them, and those that are being answered have some seconds.
+    """Answer requests within the block, in which the server has a name. At its end it takes no more
+    of them, and those that are being answered have some seconds.
     """
     name = served_name(engine.model.name)
     app = Server(engine, name).app()

@@ -430,8 +430,8 @@ def _move(model: SentenceModel, runtime: Runtime, max_length: int) -> None:
 
 
 def load_reranker(name: str | None, runtime: Runtime, *, cache_dir: str | None) -> "CrossEncoder | None":
-    """Return the cross-encoder that --rerank names, on its device; None stays None. Raises UserError
-    when it can't be read, or gives several scores per pair.
+    """Return the cross-encoder that --rerank names, on its device; None stays None. Raises
+    UserError when it can't be read, or gives several scores per pair.
     """
     if name is None:
         return None

@@ -337,8 +337,8 @@ def _missing(folder: Path, manifest: Manifest) -> Path | None:
 
 
 def _is_empty(folder: Path) -> bool:
-    """Tell whether a folder has at most the files of a writer that never wrote its manifest, or has not
-    yet: its rows are written before, in a folder with a lock.
+    """Tell whether a folder has at most the files of a writer that never wrote its manifest, or has
+    not yet: its rows are written before, in a folder with a lock.
     """
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else [folder.name]
     own = (f"{MANIFEST}.", "segment-") if LOCK in names else (f"{MANIFEST}.",)

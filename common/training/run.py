@@ -22,8 +22,8 @@ TRUNCATIONS = ("head", "tail", "head-tail", "chunks")
 # (docs/benchmarks.md)
 DEFAULT_TRUNCATION = "chunks"
 DEFAULT_MAX_LENGTH = 256  # in scoring, and in training on texts that are cut off
-# in training on chunks, which are drawn again in each epoch: as accurate there as chunks of 256 tokens,
-# in 0.6 of the time
+# in training on chunks, which are drawn again in each epoch: as accurate there as chunks of 256
+# tokens, in 0.6 of the time
 DEFAULT_CHUNK_LENGTH = 128
 
 Kind = Literal["single", "multi", "regression"]  # of a task: one class, several labels, or numbers

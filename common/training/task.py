@@ -114,8 +114,9 @@ class Task:
         return torch.tensor(values, dtype=torch.int64 if self.kind == SINGLE else torch.float64)
 
     def scores(self, logits: torch.Tensor) -> torch.Tensor:
-        """Return what logits (N, C) mean, as `pipeline` does: the probability of each class, that of
-        each label (in double precision, in which thresholds are chosen), or the numbers themselves.
+        """Return what logits (N, C) mean, as `pipeline` does: the probability of each class, that
+        of each label (in double precision, in which thresholds are chosen), or the numbers
+        themselves.
         """
         if self.kind == REGRESSION:
             return logits
@@ -186,7 +187,8 @@ def count_targets(targets: torch.Tensor, class_weights: torch.Tensor | None) -> 
 
 
 def balanced_weights(task: Task, targets: torch.Tensor) -> torch.Tensor:
-    """Return weights (C), fp32, that make up for rare classes or labels, from targets (N) or (N, C).
+    """Return weights (C), fp32, that make up for rare classes or labels, from targets (N) or (N,
+    C).
 
     Of classes they are scikit-learn's "balanced" ones: the fewer rows a class has, the higher; 0
     without any. Of a label it is what its yes weighs against its no, the number of texts without

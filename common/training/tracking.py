@@ -42,8 +42,8 @@ REPORTED_PACKAGES = ("transformers", "datasets", "tokenizers", "evaluate", "scik
 
 
 def check_room(folder: Path, *, needed_bytes: int) -> int:
-    """Return how many bytes the disk of the run folder has free. Raises UserError when that is no room
-    for `needed_bytes` in it, counting those that the folder already holds.
+    """Return how many bytes the disk of the run folder has free. Raises UserError when that is no
+    room for `needed_bytes` in it, counting those that the folder already holds.
     """
     free, needed = shutil.disk_usage(folder).free, needed_bytes - _bytes_in(folder)
     if free < needed:

@@ -45,8 +45,8 @@ def open_texts(
     cache_dir: str | None,
     faults: list[Fault] | None = None,
 ) -> Iterator[Texts]:
-    """Yield the texts of a data file, or the lines of any other file or of standard input ("-"). `kept`
-    are the columns of a data file that stay beside the answers, None for all.
+    """Yield the texts of a data file, or the lines of any other file or of standard input ("-").
+    `kept` are the columns of a data file that stay beside the answers, None for all.
     """
     sources.check_texts(name, any_suffix=options.is_table)
     with reading.open_plain(name, encoding=options.encoding, folder=cache_dir) as file:
@@ -61,8 +61,8 @@ def open_texts(
 class Texts:
     """The texts of an open source.
 
-    A data file has them in the columns that `config` names: a text, a pair of them, or the parts of a
-    text. In lines a tab parts the texts of a pair. Rows whose text can't be used are added to
+    A data file has them in the columns that `config` names: a text, a pair of them, or the parts of
+    a text. In lines a tab parts the texts of a pair. Rows whose text can't be used are added to
     `faults`; where that is None, the first raises UserError.
     """
 
@@ -74,8 +74,8 @@ class Texts:
         self.table: Any = None  # of lines
 
     def read_table(self, kept: Sequence[str] | None, options: FileOptions, cache_dir: str | None) -> None:
-        """Read the source as a data file. Raises UserError for a column that is not there, or that holds
-        no texts.
+        """Read the source as a data file. Raises UserError for a column that is not there, or that
+        holds no texts.
         """
         columns = self.columns
         as_text = [*columns, *([sources.EVERY_COLUMN] if kept is None else kept)]

@@ -100,7 +100,8 @@ def moment(device: torch.device) -> np.ndarray:
 
 def run_child(script: str, *arguments: str, **variables: str) -> dict:
     """Run a benchmark again in a process of its own, with the same flags and `arguments`, and with
-    `variables` in its environment unless they are set there; return the JSON line that it prints last.
+    `variables` in its environment unless they are set there; return the JSON line that it prints
+    last.
 
     Allocator settings, peak memory and library state belong to a process: contenders that share
     one change each other's figures. A child that fails ends the benchmark, with all that it wrote

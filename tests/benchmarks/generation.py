@@ -1,18 +1,19 @@
 #!/usr/bin/env python
-"""Generation speed: generate.py beside `model.generate` and llama.cpp, with the weights of one model.
+"""Generation speed: generate.py beside `model.generate` and llama.cpp, with the weights of one
+model.
 
-Contenders: `generate`, model.generate with its defaults for a dynamic cache, over weights widened to
-fp32; `c_file`, `c_bf16` and `c_fp32`, generate.py's step in C over the weights as the model's file has
-them (4 bits), in bf16 and in fp32; `lookup`, c_file with prompt lookup; `llama_cpp`, llama.cpp on the
-same file, where llama-cpp-python is installed; `start`, generate.py as a command. By name only:
-`exact` and `independent`, the two samplers with the library's forward, and what ends with `_bf16`, in
-that precision.
+Contenders: `generate`, model.generate with its defaults for a dynamic cache, over weights widened
+to fp32; `c_file`, `c_bf16` and `c_fp32`, generate.py's step in C over the weights as the model's
+file has them (4 bits), in bf16 and in fp32; `lookup`, c_file with prompt lookup; `llama_cpp`,
+llama.cpp on the same file, where llama-cpp-python is installed; `start`, generate.py as a command.
+By name only: `exact` and `independent`, the two samplers with the library's forward, and what ends
+with `_bf16`, in that precision.
 
-Tasks (--only): `one` text at a time, a `batch` of texts, a text that is `repeating` itself (c_file and
-lookup only), and a `long` prompt, until its first token. Each round runs every contender in a process
-of its own, one after the other, and measures how fast the memory can be read. Nothing ends a text
-early. A speed is the tokens after the first ones over the time that they took: the prompt is not in
-it. The last line on stdout is one JSON object.
+Tasks (--only): `one` text at a time, a `batch` of texts, a text that is `repeating` itself (c_file
+and lookup only), and a `long` prompt, until its first token. Each round runs every contender in a
+process of its own, one after the other, and measures how fast the memory can be read. Nothing ends
+a text early. A speed is the tokens after the first ones over the time that they took: the prompt is
+not in it. The last line on stdout is one JSON object.
 
   python tests/benchmarks/generation.py                             # about 8 minutes on two cores
   python tests/benchmarks/generation.py --rounds 1 --new-tokens 16  # a quick look
@@ -511,8 +512,8 @@ def goal_rows(rounds: dict[str, list[dict]]) -> list[dict]:
 
 
 def show_equal(texts: dict[str, dict]) -> dict[str, int]:
-    """Print, and return, how many texts of each contender and task have the tokens of `generate`; of texts
-    that repeat themselves, those of `c_file`.
+    """Print, and return, how many texts of each contender and task have the tokens of `generate`;
+    of texts that repeat themselves, those of `c_file`.
     """
     found = {}
     for name, own in texts.items():
@@ -530,8 +531,8 @@ def show_equal(texts: dict[str, dict]) -> dict[str, int]:
 
 @torch.inference_mode()
 def time_parts(flags) -> dict:
-    """Return for each precision and number of texts the milliseconds of one token: its matrix products
-    alone, the other kernels, dispatch, and the exact sampler.
+    """Return for each precision and number of texts the milliseconds of one token: its matrix
+    products alone, the other kernels, dispatch, and the exact sampler.
 
     Dispatch is the step of a model with as many layers and heads, and next to nothing to compute
     in them.

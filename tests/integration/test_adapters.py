@@ -1,5 +1,5 @@
-"""LoRA adapters: merged by generate.py, they give the texts that peft generates with them beside the
-weights, and what does not fit is refused in one line.
+"""LoRA adapters: merged by generate.py, they give the texts that peft generates with them beside
+the weights, and what does not fit is refused in one line.
 """
 
 import json

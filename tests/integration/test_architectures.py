@@ -156,8 +156,8 @@ def test_its_tokens_are_those_of_generate(model_type, tmp_path, capsys):
 
 @pytest.mark.parametrize("model_type", quick(list(HYBRID), "falcon_h1", "recurrent_gemma"))
 def test_a_hybrids_tokens_are_those_of_generate_and_guesses_are_refused(model_type, tmp_path, capsys):
-    """Texts of different lengths in a batch, beams that swap their states; a wrong guess would stay in the
-    state, and with it in the text.
+    """Texts of different lengths in a batch, beams that swap their states; a wrong guess would stay
+    in the state, and with it in the text.
     """
     folder = save(tmp_path / model_type, model_type, HYBRID[model_type])
     for flags in ([], ["--top-k", "20", "--repetition-penalty", "1.2"], ["--num-beams", "3"]):

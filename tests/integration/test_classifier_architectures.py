@@ -142,8 +142,8 @@ def test_it_trains_resumes_and_predicts(kind, sentences_csv, tmp_path, capsys):
 
 
 def save_t5_tokenizer(folder: Path) -> int:
-    """Write a tokenizer as T5 has it, whose vocabulary of pieces holds the mark of an end, and return its
-    size.
+    """Write a tokenizer as T5 has it, whose vocabulary of pieces holds the mark of an end, and
+    return its size.
     """
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.NFKC(), pre_tokenizers.Metaspace()
@@ -166,8 +166,8 @@ def save_t5_tokenizer(folder: Path) -> int:
     ],
 )
 def test_a_mark_of_the_tokenizer_in_a_text_is_no_mark(kind, mark, is_pair, tmp_path, capsys):
-    """BART and T5 can't read two ends, and a pair would have three parts. Oracle: the library's model on the
-    text with its unknown token in the place of the mark.
+    """BART and T5 can't read two ends, and a pair would have three parts. Oracle: the library's
+    model on the text with its unknown token in the place of the mark.
     """
     model = save(tmp_path / kind, kind)
     if kind == "t5":

@@ -21,8 +21,8 @@ SIZES = (30, 20, 12, 8)
 
 
 def groups(generator: np.random.Generator, noise: int = 15) -> tuple[np.ndarray, np.ndarray]:
-    """Return unit vectors (n, 16) of groups around four directions and of some that lie anywhere, in
-    any order, and the group of each, -1 for none.
+    """Return unit vectors (n, 16) of groups around four directions and of some that lie anywhere,
+    in any order, and the group of each, -1 for none.
     """
     truth = np.repeat([0, 1, 2, 3, -1], [*SIZES, noise])
     centres = np.linalg.qr(generator.standard_normal((16, 16)))[0][:4]

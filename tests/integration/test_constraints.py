@@ -1,5 +1,5 @@
-"""--choices and --regex: each text has the form that was asked for, and is the model's own choice within
-it.
+"""--choices and --regex: each text has the form that was asked for, and is the model's own choice
+within it.
 """
 
 import dataclasses

@@ -39,8 +39,8 @@ def folder(request, tmp_path_factory):
 
 
 def expected_score(folder, prompt: str, text: str) -> tuple[float, int]:
-    """Return the log-probability of a text, token by token, each from a pass of its own in float64, and its
-    number of tokens.
+    """Return the log-probability of a text, token by token, each from a pass of its own in float64,
+    and its number of tokens.
     """
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()

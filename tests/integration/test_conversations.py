@@ -1,5 +1,5 @@
-"""Chats through the command line: conversations from files, prompts that do not fit, the model's own
-settings, and what is typed into a conversation.
+"""Chats through the command line: conversations from files, prompts that do not fit, the model's
+own settings, and what is typed into a conversation.
 """
 
 import json
@@ -49,8 +49,8 @@ def write_prompts(path: Path, *rows: dict) -> Path:
 
 
 def test_conversations_come_from_a_file(script, tiny, tmp_path):
-    """Oracle: the library's template and generate, for each line alone; a conversation that ends with
-    an answer goes on with it.
+    """Oracle: the library's template and generate, for each line alone; a conversation that ends
+    with an answer goes on with it.
     """
     conversations = [[ASK, SAID, MORE], [SYSTEM, ASK], [ASK], [SYSTEM, MORE, SAID]]
     rows = [{"messages": messages, "id": 7} for messages in conversations]
@@ -95,8 +95,8 @@ def test_a_system_text_is_for_conversations_that_have_none(script, tmp_path):
 
 
 def test_prompts_that_do_not_fit_are_left_out(script, tmp_path):
-    """Each has a line with its reason, and what else is in the file, also after --resume, is as if it
-    were not there, but for its number.
+    """Each has a line with its reason, and what else is in the file, also after --resume, is as if
+    it were not there, but for its number.
     """
     good = [ASK["content"], MORE["content"], "I like the fox"]
     texts = [good[0], "$%" * 200, good[1], good[2], "%$" * 200]
@@ -257,7 +257,8 @@ PASTED = "\x1b[200~{}\x1b[201~"  # how a terminal marks what is pasted
 
 def test_a_conversation_at_a_terminal(forking, tmp_path, cache_dir):
     """Arrow keys edit a line and bring back the last one, pasted lines are one message, Ctrl-C ends
-    an answer, of which what was said stays if it is wanted, and at the prompt it takes back the line.
+    an answer, of which what was said stays if it is wanted, and at the prompt it takes back the
+    line.
     """
     model = save_tiny_model(tmp_path / "model", context=9000)
     file, long = (

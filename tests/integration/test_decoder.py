@@ -55,8 +55,8 @@ def widen(kernel: Kernel, matrix: Matrix, first_row: int = 0, rows: int | None =
 
 
 def multiply(kernel: Kernel, matrix: Matrix, x: torch.Tensor, *, wide: bool = False) -> torch.Tensor:
-    """Return x (R, columns) times a matrix: (R, rows). For up to 128 rows R; `wide` as for those of a
-    prompt.
+    """Return x (R, columns) times a matrix: (R, rows). For up to 128 rows R; `wide` as for those of
+    a prompt.
     """
     result, source, x = torch.empty(len(x), matrix.rows), fast_decoding.c_matrix(matrix), x.contiguous()
     assert not kernel.library.product(kernel.pool, source, x.data_ptr(), len(x), wide, result.data_ptr())
@@ -135,8 +135,8 @@ def test_activations_have_the_precision_of_fp32(kernel):
 
 @pytest.mark.parametrize("kind", ["groups4", "groups8"])
 def test_whole_numbers_come_out_as_they_are_and_others_rounded(kind, kernel):
-    """The largest of a group is 8,355,000, so that its scale is 1; others are not cut, which would make them
-    smaller on the average, and what is below 1e-30 counts as 0.
+    """The largest of a group is 8,355,000, so that its scale is 1; others are not cut, which would
+    make them smaller on the average, and what is below 1e-30 counts as 0.
     """
     eye = identity(kind, 64)
     x = torch.randint(-8_355_000, 8_355_001, (20, 64), generator=torch.Generator().manual_seed(1)).float()
@@ -403,8 +403,8 @@ def made_before() -> dict[tuple, bytes]:
 @pytest.fixture
 def load_anew(monkeypatch, made_before):
     """Return a function that loads the library as a new process does, with another environment. It
-    is compiled without optimisations, which takes a quarter of the time; and a compiler that has made
-    a library gives the same one for the same source and flags, at once.
+    is compiled without optimisations, which takes a quarter of the time; and a compiler that has
+    made a library gives the same one for the same source and flags, at once.
     """
     monkeypatch.setattr(fast_decoding, "FLAGS", ["-O0", *fast_decoding.FLAGS[1:]])
     really_compile = fast_decoding._compile
@@ -477,8 +477,8 @@ def test_a_step_that_computes_something_else_is_refused(load_anew, tmp_path, mon
 
 
 def test_a_compiled_file_that_was_exchanged_is_not_used(load_anew, tmp_path):
-    """What lies in the cache is not checked anew with small models, but with each model that is loaded:
-    here it has an RMSNorm without its epsilon.
+    """What lies in the cache is not checked anew with small models, but with each model that is
+    loaded: here it has an RMSNorm without its epsilon.
     """
     cache, model = tmp_path / "cache", save_tiny_model(tmp_path / "tiny")
     load_anew(cache)

@@ -1,8 +1,8 @@
-"""Faults in decoder.c, made one at a time in every statement that computes: each must show when what it
-computes is compared with float64.
+"""Faults in decoder.c, made one at a time in every statement that computes: each must show when
+what it computes is compared with float64.
 
-A fault is a statement left out, another operator, or a whole number one larger. Each is compiled by itself,
-without optimisations, and runs in a child process, since it may crash or never end.
+A fault is a statement left out, another operator, or a whole number one larger. Each is compiled by
+itself, without optimisations, and runs in a child process, since it may crash or never end.
 """
 
 import ctypes
@@ -61,8 +61,8 @@ Check = Callable[[Kernel], bool]
 
 
 def source_of(defined: set[str]) -> str:
-    """Return decoder.c without comments and without what is not compiled where some names are defined; lines
-    stay where they are. Nothing is inlined, which halves the time to compile it.
+    """Return decoder.c without comments and without what is not compiled where some names are
+    defined; lines stay where they are. Nothing is inlined, which halves the time to compile it.
     """
     text = re.sub(r"//[^\n]*|#pragma.*", "", fast_decoding.SOURCE.read_text())
     text, num_inlined = re.subn(r"(#define INLINE) .*", r"\1 static __attribute__((unused))", text)
@@ -107,8 +107,8 @@ def functions_of(source: str) -> Iterator[tuple[str, int, int]]:
 
 
 def statements_of(source: str, begin: int, end: int) -> Iterator[tuple[int, int]]:
-    """Yield where each statement of a function's body begins and ends; the head of a loop or a condition is
-    one with what follows it, or one of its own before a block.
+    """Yield where each statement of a function's body begins and ends; the head of a loop or a
+    condition is one with what follows it, or one of its own before a block.
     """
     depth, first = 0, begin
     for index in range(begin, end):
@@ -180,8 +180,8 @@ def faults_of(source: str, function: str, begin: int, end: int) -> list[Fault]:
 
 
 def chosen_faults(source: str, each: int | None) -> list[Fault]:
-    """Return up to `each` faults of every statement that computes, None: all. They are drawn at random, those
-    of a statement in the same way whatever else changes in the file.
+    """Return up to `each` faults of every statement that computes, None: all. They are drawn at
+    random, those of a statement in the same way whatever else changes in the file.
     """
     chosen = []
     for function, begin, end in functions_of(source):
@@ -201,8 +201,8 @@ def is_near(found: Tensor, expected: Tensor, tolerance: Tensor | float) -> bool:
 
 
 def product_checks() -> Iterator[Check]:
-    """Yield products with each kind of matrix, by the rows of a token, of guesses and of a prompt, and the
-    matrices in fp32.
+    """Yield products with each kind of matrix, by the rows of a token, of guesses and of a prompt,
+    and the matrices in fp32.
     """
     for kind in KINDS:
         sizes = [(37, 96), (20, 1056)] + ([] if kind.startswith("groups") else [(21, 37), (3, 5)])

@@ -139,8 +139,8 @@ def settings_of(flags: dict, language_model: LanguageModel) -> Settings:
 def test_every_token_is_the_one_of_generate(
     kind: str, dtype: torch.dtype, texts: tuple[list[list[int]], ...], seeds: tuple[int, ...]
 ) -> None:
-    """3 models x 2 precisions x one text, 4 left-padded and 3 unpadded ones x 13 settings x one seed
-    or two: 351 runs.
+    """3 models x 2 precisions x one text, 4 left-padded and 3 unpadded ones x 13 settings x one
+    seed or two: 351 runs.
     """
     language_model, ended_early, different = tiny_language_model(kind, dtype), 0, []
     for (name, flags), prompts, seed in itertools.product(SETTINGS.items(), texts, seeds):
@@ -155,8 +155,8 @@ def test_every_token_is_the_one_of_generate(
 
 @pytest.fixture(scope="module")
 def kernel(cache_dir) -> Kernel:
-    """The step in C, on one thread: another number gives the same bits (test_decoder.py), and two tests
-    run at a time.
+    """The step in C, on one thread: another number gives the same bits (test_decoder.py), and two
+    tests run at a time.
     """
     return Kernel(load_library(str(cache_dir)), 1)
 
@@ -260,8 +260,8 @@ ONE_OR_MORE = (PROMPTS[:1], PROMPTS)
     ],
 )
 def test_beams_are_those_of_generate(kind, texts, request):
-    """6 searches x one text and 4 left-padded ones x 4 settings for each model; some texts end before
-    the limit. All beams of a prompt, not the best one alone.
+    """6 searches x one text and 4 left-padded ones x 4 settings for each model; some texts end
+    before the limit. All beams of a prompt, not the best one alone.
     """
     name, _, is_in_c = kind.partition(" ")
     language_model, tokenizer = tiny_language_model(name, scale=2.0), train_byte_bpe()

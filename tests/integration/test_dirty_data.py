@@ -1,5 +1,5 @@
-"""Data as it comes: --inspect lists every kind of fault in one look, --skip-bad goes on without the rows
-that can't be used, and rare classes and splits without labels are no end.
+"""Data as it comes: --inspect lists every kind of fault in one look, --skip-bad goes on without the
+rows that can't be used, and rare classes and splits without labels are no end.
 """
 
 import csv

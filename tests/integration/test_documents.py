@@ -85,8 +85,8 @@ def run_in_this_process(text: str, folder: Path) -> list[str]:
     return [line.rstrip() for line in stdout.getvalue().strip("\n").splitlines()]
 
 
-# these train for a quarter of a minute, or read the words of a GGUF file with transformers for half of
-# that; other tests train, predict and compare with less
+# these train for a quarter of a minute, or read the words of a GGUF file with transformers for half
+# of that; other tests train, predict and compare with less
 HEAVY = ("--output-dir runs/reviews", "--model runs/reviews/best", "--compare-tokenizer")
 CASES = [heavy(text) if any(part in text for part in HEAVY) else text for text in RUN]
 

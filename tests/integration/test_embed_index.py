@@ -82,8 +82,8 @@ def test_a_mistake_under_torchrun_is_said_once(run_script, tmp_path):
 
 
 class RealJob:
-    """Two processes of a script as torchrun starts them; a test's forked ones end without the seconds that
-    Python takes to tidy up.
+    """Two processes of a script as torchrun starts them; a test's forked ones end without the
+    seconds that Python takes to tidy up.
     """
 
     def begin(self, *, command: list[str], world: int) -> None:

@@ -317,8 +317,8 @@ def test_prompts_come_from_flags_files_and_standard_input(script, prompts_file, 
 
 
 def test_files_are_read_as_their_flags_say(script, tmp_path):
-    """A table without a header or an ending, in another encoding, with quotation marks as text: prompts,
-    references, texts to score. Oracle: the same texts as flags and as lines.
+    """A table without a header or an ending, in another encoding, with quotation marks as text:
+    prompts, references, texts to score. Oracle: the same texts as flags and as lines.
     """
     rows = ['1|Straße "A|it is blue', "2|naïve|it is not"]
     (tmp_path / "table").write_text("\n".join(rows) + "\n", encoding="latin-1")
@@ -868,8 +868,8 @@ def test_the_real_model_gives_the_tokens_of_generate(flags, real, script):
 @pytest.mark.timeout(900)
 @needs_compiler
 def test_the_real_models_loss_is_that_of_its_weights_in_fp32(real, tmp_path):
-    """2,000 tokens with the file's 4-bit numbers in C, and in the library's model with the same numbers
-    widened to fp32: the same natural logarithm a token, within 0.00001.
+    """2,000 tokens with the file's 4-bit numbers in C, and in the library's model with the same
+    numbers widened to fp32: the same natural logarithm a token, within 0.00001.
     """
     lines, losses = (ROOT / "docs/tutorial.md").read_text("utf-8").splitlines(), []
     for flags in ([], ["--plain-step"]):

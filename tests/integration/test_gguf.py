@@ -63,8 +63,8 @@ def gguf_name(name: str) -> str:
 
 
 def write_gguf(folder: Path, path: Path, *kinds: str) -> None:
-    """Write a small Llama with its tokenizer as llama.cpp's conversion does: its matrices in some formats in
-    turn, in those of K_QUANTS with other numbers.
+    """Write a small Llama with its tokenizer as llama.cpp's conversion does: its matrices in some
+    formats in turn, in those of K_QUANTS with other numbers.
     """
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     config, writer = model.config, gguf.GGUFWriter(path, "llama")
@@ -143,8 +143,8 @@ def test_a_file_is_the_model_that_transformers_reads_from_it(kind, tiny, cache, 
 
 @needs_compiler
 def test_a_file_of_k_quants_is_computed_as_float64_computes_it(cache, tmp_path):
-    """The weights are those of the gguf library, and the logits those of its weights in float64: all five
-    formats in one model.
+    """The weights are those of the gguf library, and the logits those of its weights in float64:
+    all five formats in one model.
     """
     folder = save_tiny_model(tmp_path / "tiny", hidden_size=256, intermediate_size=512)
     path = tmp_path / "k.gguf"

@@ -361,8 +361,8 @@ def published(served, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tagged(published) -> dict:
-    """The settings of runs of a tag, of the commit that it means, of the main branch, and of the tag
-    without the Hub.
+    """The settings of runs of a tag, of the commit that it means, of the main branch, and of the
+    tag without the Hub.
     """
     model = published.commit("models", "owner/model", "v1")
     texts = published.commit("datasets", "owner/data", "v1")

@@ -1,5 +1,5 @@
-"""The commands over a collection in Milvus, which is Milvus Lite here: the answers of an index on this
-machine, also after kills; conditions in its own words; and what it refuses.
+"""The commands over a collection in Milvus, which is Milvus Lite here: the answers of an index on
+this machine, also after kills; conditions in its own words; and what it refuses.
 """
 
 import fcntl
@@ -264,8 +264,8 @@ def test_a_killed_run_goes_on(ok, stores, tiny_embedder, tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_update_of_chunks_goes_on(ok, tiny_embedder, tmp_path):
-    """SIGKILL before and after the later chunks of documents are written: without their first chunk they
-    count as not yet written, and what is left over of longer ones goes.
+    """SIGKILL before and after the later chunks of documents are written: without their first chunk
+    they count as not yet written, and what is left over of longer ones goes.
     """
     long, ix, folder = "good film and a story " * 20, f"milvus:{tmp_path}/x.db/docs", str(tmp_path / "ix")
     old = write_lines(tmp_path / "a.csv", ["id,text", *(f"s{n},{long * (n % 3)} n{n}" for n in range(9))])

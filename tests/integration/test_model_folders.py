@@ -670,8 +670,8 @@ CASES = {
 
 
 def in_turn() -> list:
-    """Return the cases: each damage to one of the tasks that read it, in turn, all others left to the heavy
-    proofs.
+    """Return the cases: each damage to one of the tasks that read it, in turn, all others left to
+    the heavy proofs.
     """
     damages = list(dict.fromkeys((kind, name) for kind, name, _ in CASES))
     turns = {damage: number for number, damage in enumerate(damages)}

@@ -1,5 +1,5 @@
-"""`embed_search.py serve`: the answers are those of the command line, nobody else is answered, and a real
-browser shows them: to a pointer, to a keyboard, to a screen reader.
+"""`embed_search.py serve`: the answers are those of the command line, nobody else is answered, and
+a real browser shows them: to a pointer, to a keyboard, to a screen reader.
 """
 
 import asyncio
@@ -356,8 +356,8 @@ def chromium():
 
 @pytest.fixture
 def open_page(chromium, serving):
-    """Return a function that opens the page. At the end nothing was loaded from elsewhere and nothing
-    was amiss.
+    """Return a function that opens the page. At the end nothing was loaded from elsewhere and
+    nothing was amiss.
     """
     contexts, asked, complaints = [], [], []
 

@@ -1,5 +1,5 @@
-"""What the processes of torchrun do together comes to what one process does: the same answers, files and
-ties, and one line for a mistake.
+"""What the processes of torchrun do together comes to what one process does: the same answers,
+files and ties, and one line for a mistake.
 """
 
 import json
@@ -20,8 +20,8 @@ MODEL_FLAGS = ("--precision", "fp32", "--device", "cpu")
 
 @pytest.fixture(scope="module")
 def given(embed, tiny_embedder, tmp_path_factory) -> Path:
-    """A folder with texts, some of them equal, an index of them and one of their chunks, queries, and
-    judgements.
+    """A folder with texts, some of them equal, an index of them and one of their chunks, queries,
+    and judgements.
     """
     folder = tmp_path_factory.mktemp("together")
     texts = [text for text, _ in make_sentences(60)]
@@ -205,8 +205,8 @@ def test_a_process_that_dies_ends_the_job(given, tmp_path):
 
 @pytest.mark.slow
 def test_torchrun_itself(given, run_script):
-    """Two processes under torchrun, and mistakes that are said once: one that all find, one that the
-    first alone finds, after the others have helped.
+    """Two processes under torchrun, and mistakes that are said once: one that all find, one that
+    the first alone finds, after the others have helped.
     """
     flags = ["embed_search.py", "pairs", "--index", given / "ix", "--block", "7", *MODEL_FLAGS, "--json"]
     one = run_script(*flags, OMP_NUM_THREADS="1")

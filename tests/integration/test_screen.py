@@ -1,5 +1,5 @@
-"""What a person sees on a terminal: no line is torn by a progress bar, no bar stays when its work is
-done, and neither bars nor colours reach a file.
+"""What a person sees on a terminal: no line is torn by a progress bar, no bar stays when its work
+is done, and neither bars nor colours reach a file.
 """
 
 import re
@@ -16,8 +16,8 @@ BAR = re.compile(r"\d+%\||it/s|token/s|text/s|\[\d\d:\d\d<")
 
 @pytest.fixture
 def on_terminal(forking):
-    """Return a function that runs a script in a terminal, and returns the lines of its final screen and
-    all that was written.
+    """Return a function that runs a script in a terminal, and returns the lines of its final screen
+    and all that was written.
     """
 
     def run(*command: object, code: int = 0) -> tuple[list[str], str]:

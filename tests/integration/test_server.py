@@ -1,5 +1,5 @@
-"""`generate.py --serve`, asked by the official client: its texts are those of the command line, nothing
-that is asked for is ignored, and no client can hold up the others.
+"""`generate.py --serve`, asked by the official client: its texts are those of the command line,
+nothing that is asked for is ignored, and no client can hold up the others.
 """
 
 import asyncio
@@ -433,8 +433,8 @@ COMING = [  # (at which token of the others it comes, prompt, what is asked for)
 
 @pytest.mark.parametrize("flags", [[], ["--plain-step"]], ids=["in C", "in PyTorch"])
 def test_texts_come_and_go_and_each_is_what_it_is_alone(flags, tiny, told):
-    """At any token of others, longer and shorter ones; without the step in C, texts that come wait until
-    all before them have ended.
+    """At any token of others, longer and shorter ones; without the step in C, texts that come wait
+    until all before them have ended.
     """
     args = generate.make_parser().parse_args(["--serve", "--model", str(tiny), *SHARED, *flags])
     run, sizes, jobs = generate.load(args)[0], [], []

@@ -1,5 +1,5 @@
-"""Vectors that are kept in 16, 8 or 1 bits a number: searches are exact over what is kept, files are as
-small as they can be, rewriting changes nothing; and `evaluate --store`.
+"""Vectors that are kept in 16, 8 or 1 bits a number: searches are exact over what is kept, files
+are as small as they can be, rewriting changes nothing; and `evaluate --store`.
 """
 
 import json

@@ -1,7 +1,8 @@
-"""Several runs for one table: what is run, in which order, what is repeated, and what the table says.
+"""Several runs for one table: what is run, in which order, what is repeated, and what the table
+says.
 
-Where only the order of the processes is under test, a small script stands for the training: it notes
-its flags and writes the results of a run.
+Where only the order of the processes is under test, a small script stands for the training: it
+notes its flags and writes the results of a run.
 """
 
 import csv
@@ -22,7 +23,8 @@ from common.errors import UserError
 from common.training import study
 from common.training.run import identity_of_flags
 
-# accuracies on the test split of learning rate and seed; by validation the first rate is the better one
+# accuracies on the test split of learning rate and seed; by validation the first rate is the better
+# one
 SCORES = {("0.1", 0): 0.5, ("0.1", 1): 0.6, ("0.2", 0): 0.9, ("0.2", 1): 0.7}
 STAND_IN = f"""
 import json, os, signal, sys, time

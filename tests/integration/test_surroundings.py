@@ -1,5 +1,5 @@
-"""The scripts in surroundings that are not as they should be: terminals, limits, left-over variables,
-a second job. Each works, or ends with one line and exit code 2.
+"""The scripts in surroundings that are not as they should be: terminals, limits, left-over
+variables, a second job. Each works, or ends with one line and exit code 2.
 """
 
 import os
@@ -117,7 +117,8 @@ def test_jobs_that_start_at_once_get_folders_of_their_own(flags, tmp_path):
         assert (folder / "report.md").exists() and not (folder / ".lock").exists()
 
 
-# Permissions: the administrator's power to pass over them is laid down first, where the tests have it
+# Permissions: the administrator's power to pass over them is laid down first, where the tests have
+# it
 UNPRIVILEGED = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
 needs_permissions = pytest.mark.skipif(
     bool(UNPRIVILEGED) and shutil.which("setpriv") is None, reason="the administrator may read everything"

@@ -1,5 +1,5 @@
-"""Several labels, numbers and pairs through the command line: what a run leaves, and that transformers'
-pipeline, --predict, a second look and a second process answer as the run did.
+"""Several labels, numbers and pairs through the command line: what a run leaves, and that
+transformers' pipeline, --predict, a second look and a second process answer as the run did.
 """
 
 import csv
@@ -27,8 +27,8 @@ FLAGS = ["--epochs", 2, "--max-length", 32, "--lr", "5e-3", "--precision", "fp32
 
 
 def toxic_comments(path: Path) -> None:
-    """Write the shape of the toxic comments of Kaggle: a text in quotation marks, and six columns of 0
-    and 1.
+    """Write the shape of the toxic comments of Kaggle: a text in quotation marks, and six columns
+    of 0 and 1.
     """
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, quoting=csv.QUOTE_MINIMAL)
@@ -49,8 +49,8 @@ def scored_texts(path: Path) -> None:
 
 
 def pairs_of_texts() -> list[tuple[str, str, bool]]:
-    """Return pairs of texts, each with whether both are good or both bad; some with a quotation mark that
-    is not closed.
+    """Return pairs of texts, each with whether both are good or both bad; some with a quotation
+    mark that is not closed.
     """
     texts = make_sentences(240)
     pairs = []
@@ -479,8 +479,8 @@ IN_TWO = [
 
 
 def in_steps(case: Case, folder: Path) -> list:
-    """Write the data of a case, and return the flags of a run of 12 steps: 93 texts in steps of 8 leave 5 for
-    the last, of which one of two processes gets 3.
+    """Write the data of a case, and return the flags of a run of 12 steps: 93 texts in steps of 8
+    leave 5 for the last, of which one of two processes gets 3.
     """
     case.write(folder / case.file)
     data = ["--dataset", folder / case.file, *case.flags, "--save-every", 4]
@@ -488,8 +488,8 @@ def in_steps(case: Case, folder: Path) -> list:
 
 
 def require_same_outcome(run: Finished, other: Finished, *, exact: bool) -> None:
-    """Compare weights, all test scores and predictions: bit by bit, or but for what another order of sums
-    changes.
+    """Compare weights, all test scores and predictions: bit by bit, or but for what another order
+    of sums changes.
     """
     one, two = (load_file(path.folder / "best" / "model.safetensors") for path in (run, other))
     tolerance = 0.0 if exact else 1e-4

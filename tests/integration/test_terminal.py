@@ -21,8 +21,8 @@ def flags(tiny_model, sentences_csv, tmp_path_factory):
 
 
 def lines_of(text: str) -> list[str]:
-    """Return the lines of a text without trailing blanks, and with each figure that varies, and the blanks
-    before it, as #.
+    """Return the lines of a text without trailing blanks, and with each figure that varies, and the
+    blanks before it, as #.
     """
     text = FIGURES.sub("#", re.sub(r" +$", "", text, flags=re.M))
     return re.sub(" +#", " #", text).rstrip("\n").split("\n")

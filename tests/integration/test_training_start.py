@@ -1,5 +1,5 @@
-"""What the commands of train_classifier.py load: --help, and mistakes that flags and files show, need
-no large library, and a command loads only those that it needs.
+"""What the commands of train_classifier.py load: --help, and mistakes that flags and files show,
+need no large library, and a command loads only those that it needs.
 
 Each command runs in a process of its own, which tells at its end what it has loaded.
 """

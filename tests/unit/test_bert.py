@@ -1,7 +1,9 @@
-"""The BERT that is written out against that of transformers, and which models are left to that library.
+"""The BERT that is written out against that of transformers, and which models are left to that
+library.
 
-With queries, keys and values from three products instead of one, it must give the same bits. With one
-product the numbers are the same on the processors that we know, but BLAS promises only rounding.
+With queries, keys and values from three products instead of one, it must give the same bits. With
+one product the numbers are the same on the processors that we know, but BLAS promises only
+rounding.
 """
 
 import copy

@@ -1,5 +1,5 @@
-"""Calibration against scikit-learn: its temperature, and its curve of how often probabilities are right;
-and the axis of validation scores.
+"""Calibration against scikit-learn: its temperature, and its curve of how often probabilities are
+right; and the axis of validation scores.
 """
 
 import numpy as np

@@ -1,5 +1,5 @@
-"""Checkpoints that somebody has changed, and what lies beside them: damage and nonsense are refused in
-one line, also when the manifest vouches for them; only our own names count.
+"""Checkpoints that somebody has changed, and what lies beside them: damage and nonsense are refused
+in one line, also when the manifest vouches for them; only our own names count.
 """
 
 import json

@@ -43,8 +43,8 @@ class SimulatedClock:
 
 @pytest.mark.parametrize("eval_every, is_resumed", [(None, False), (7, False), (None, True)])
 def test_a_forecast_after_six_steps_is_what_the_run_then_takes(eval_every, is_resumed):
-    """Steps of very different length, a slow first step, and evaluations: on a machine that takes the
-    same time for each token, forward, and twice that backward.
+    """Steps of very different length, a slow first step, and evaluations: on a machine that takes
+    the same time for each token, forward, and twice that backward.
     """
     seconds_per_token, epochs, steps = 1e-3, 3, 40
     clock = SimulatedClock()

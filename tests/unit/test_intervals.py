@@ -1,5 +1,5 @@
-"""Intervals and tests of differences, against statsmodels and SciPy; the scores of resamples, against
-scikit-learn on the texts of each resample.
+"""Intervals and tests of differences, against statsmodels and SciPy; the scores of resamples,
+against scikit-learn on the texts of each resample.
 """
 
 import warnings

@@ -95,8 +95,8 @@ SOME_LABELS = torch.tensor(
 def test_labels_and_numbers_have_the_gradient_of_transformers_loss_of_one_batch(
     tiny_model, kind, num_outputs, weighted, smoothing
 ):
-    """Batches of unequal size, in each a text that only fills it up, and a short last step. With weights
-    the oracle is PyTorch's own mean.
+    """Batches of unequal size, in each a text that only fills it up, and a short last step. With
+    weights the oracle is PyTorch's own mean.
     """
     sizes, grad_accum = [4, 1, 3, 5, 2], 3
     task = Task(kind, tuple("abc"[:num_outputs]))

@@ -25,8 +25,8 @@ from index_rows import collection, numbered
 
 @pytest.fixture(scope="module", params=[0, heavy(1), heavy(2)])
 def made(request, tmp_path_factory):
-    """The folder of an index with rows around a few centres, some of them equal, some deleted; the numbers of
-    the others, and their matrix of exactly rounded cosines.
+    """The folder of an index with rows around a few centres, some of them equal, some deleted; the
+    numbers of the others, and their matrix of exactly rounded cosines.
     """
     folder, generator = tmp_path_factory.mktemp("made") / "index", np.random.default_rng(request.param)
     centres = generator.standard_normal((5, 24))

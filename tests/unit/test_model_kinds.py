@@ -1,5 +1,5 @@
-"""Models that are not one transformer with pooling: static ones, those with a part for queries and one
-for documents, CLIP's texts; prompts and dimensions by flag; and what is refused or said.
+"""Models that are not one transformer with pooling: static ones, those with a part for queries and
+one for documents, CLIP's texts; prompts and dimensions by flag; and what is refused or said.
 """
 
 import json

@@ -112,8 +112,8 @@ def test_named_flags_exist(page, monkeypatch):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_quoted_code_is_the_code(page):
-    """A block of Python begins with a comment that names its file; its lines stand there in this order,
-    with lines left out where it has three dots.
+    """A block of Python begins with a comment that names its file; its lines stand there in this
+    order, with lines left out where it has three dots.
     """
     missing = []
     for block in blocks(page):

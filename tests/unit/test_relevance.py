@@ -54,8 +54,8 @@ def test_deeply_nested_queries_are_one_line(content, tmp_path):
 
 @pytest.fixture
 def cranfield(tmp_path):
-    """A task like Cranfield's in BEIR's form: 40 queries, 200 documents, grades from -1 to 4; and what
-    two searches find, of which one is better.
+    """A task like Cranfield's in BEIR's form: 40 queries, 200 documents, grades from -1 to 4; and
+    what two searches find, of which one is better.
     """
     generator = np.random.default_rng(0)
     lines, hits = ["query-id\tcorpus-id\tscore"], ({}, {})

@@ -1,5 +1,5 @@
-"""Models read from their folders against sentence-transformers: the modules after the transformer bit
-for bit, the settings, the fingerprints; and what is left to the library.
+"""Models read from their folders against sentence-transformers: the modules after the transformer
+bit for bit, the settings, the fingerprints; and what is left to the library.
 """
 
 import json

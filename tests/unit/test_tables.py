@@ -577,7 +577,8 @@ def test_any_csv_gives_the_rows_of_the_csv_module(cells, width):
 )
 def test_both_readers_of_a_table_give_what_was_written(rows, delimiter, line_end):
     target = io.StringIO(newline="")
-    # the writer leaves a character that ends lines without marks unless it ends its own lines with it
+    # the writer leaves a character that ends lines without marks unless it ends its own lines with
+    # it
     quoting = csv.QUOTE_MINIMAL if line_end == "\r\n" else csv.QUOTE_ALL
     writer = csv.writer(target, delimiter=delimiter, lineterminator=line_end, quoting=quoting)
     writer.writerows([["text", "label"], *rows])

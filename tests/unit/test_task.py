@@ -1,5 +1,5 @@
-"""What a text has, classes, labels or numbers: found from the labels, read, refused with its place, and
-scored as scikit-learn and scipy score.
+"""What a text has, classes, labels or numbers: found from the labels, read, refused with its place,
+and scored as scikit-learn and scipy score.
 """
 
 import datasets

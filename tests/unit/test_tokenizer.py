@@ -1,5 +1,5 @@
-"""Tokenizers made by the `tokenizers` library alone against transformers' AutoTokenizer: the same ids
-for any text, and everything else that a caller sees.
+"""Tokenizers made by the `tokenizers` library alone against transformers' AutoTokenizer: the same
+ids for any text, and everything else that a caller sees.
 """
 
 import base64

@@ -1,5 +1,5 @@
-"""The words of BM25 in every language: which text a query finds by a word that both have, for scripts
-with and without spaces; and what a screen shows of such texts.
+"""The words of BM25 in every language: which text a query finds by a word that both have, for
+scripts with and without spaces; and what a screen shows of such texts.
 """
 
 import time
