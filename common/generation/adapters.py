@@ -72,8 +72,8 @@ def find(name: str, *, cache_dir: str | None) -> Adapter:
         if key == "init_lora_weights":
             is_known = value in BEGINNINGS
         if not is_known and value != getattr(usual, key, None):
-            problem = f"{model_files.ADAPTER_CONFIG}: {key} is {value!r:.80}, which is not known here"
-            raise UserError(f"--adapter {name}: {problem}; merge it with peft, or name another adapter")
+            problem = f"{model_files.ADAPTER_CONFIG}: {key} is {value!r:.80}, which is unknown here"
+            raise UserError(f"--adapter {name}: {problem}; merge it with peft, or name another")
     return Adapter(name, settings, weights)
 
 
@@ -119,9 +119,8 @@ def first_problem(
         if key not in allowed:
             return f"it has {key}, and the model has no such place"
         if tensor.shape != allowed[key].shape:
-            return (
-                f"{key} has the shape {tuple(tensor.shape)}, and the model needs {tuple(allowed[key].shape)}"
-            )
+            saved, wanted = tuple(tensor.shape), tuple(allowed[key].shape)
+            return f"{key} has the shape {saved}, and the model needs {wanted}"
         if not tensor.is_floating_point() or not tensor.isfinite().all():
             return f"{key} is not finite"
     return next((f"it has no {key}" for key in needed if key not in tensors), None)
@@ -131,12 +130,13 @@ def tied_layer(model: PreTrainedModel) -> str | None:
     """Return that a layer with an adapter shares its weights with another one, None if none does:
     what is merged into one would change the other.
     """
-    shared = [parameter.data_ptr() for _, parameter in model.named_parameters(remove_duplicate=False)]
+    named = model.named_parameters(remove_duplicate=False)
+    shared = [parameter.data_ptr() for _, parameter in named]
     for key, module in model.named_modules():
         if isinstance(module, peft.tuners.lora.LoraLayer):
             layer: Any = module.get_base_layer()
             if shared.count(layer.weight.data_ptr()) > 1:
-                return f"{key} shares its weights with another layer, so that nothing can be merged into it"
+                return f"{key} shares its weights with another layer: nothing can be merged into it"
     return None
 
 

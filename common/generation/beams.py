@@ -62,17 +62,18 @@ class BeamSearch:
             settings, prompt_length=first, starts=batch.starts, padding_is_text=True
         )
         end_ids = torch.tensor(settings.end_ids, dtype=torch.long, device=batch.ids.device)
+        device = batch.ids.device
         # so many candidates that N of them go on, even if all N beams can end with each end token
         num_candidates = max(2, 1 + len(end_ids)) * size
-        scores = torch.full((len(self.finished), size), IMPOSSIBLE, device=batch.ids.device)  # (P, N)
+        scores = torch.full((len(self.finished), size), IMPOSSIBLE, device=device)  # (P, N)
         scores[:, 0] = 0  # the beams of a prompt are still equal: only the first one counts
         offsets = torch.arange(len(scores), device=batch.ids.device)[:, None] * size  # (P, 1)
         logits = decoding.prefill(model, batch)  # (P * N, V)
         for length in range(1, settings.max_new_tokens + 1):
-            decoding.fetch_ids(logits.argmax(-1), logits, model)  # refuses logits that are not numbers
+            decoding.fetch_ids(logits.argmax(-1), logits, model)  # refuses what are not numbers
             new = sampling.apply_filters(filters, logits.log_softmax(-1), batch.tokens)
             totals = (new.view(*scores.shape, -1) + scores[..., None]).flatten(1)  # (P, N * V)
-            best, places = totals.topk(min(num_candidates, totals.shape[-1]))  # (P, K), the best first
+            best, places = totals.topk(min(num_candidates, totals.shape[-1]))  # (P, K), best first
             beams, tokens = places // new.shape[-1], places % new.shape[-1]
             ends = torch.isin(tokens, end_ids) | (length == settings.max_new_tokens)
             self._finish(batch, best, beams + offsets, tokens, ends, length=length)
@@ -81,7 +82,7 @@ class BeamSearch:
             scores, columns = going_on
             rows = (beams.gather(-1, columns) + offsets).flatten()
             batch.ids = batch.ids[rows]
-            batch.cache.reorder_cache(rows)  # pyrefly: ignore[bad-argument-type]  (it is a LongTensor)
+            batch.cache.reorder_cache(rows)  # pyrefly: ignore[bad-argument-type]  (a LongTensor)
             self._end_hopeless(scores[:, 0].tolist(), length, settings.max_new_tokens)
             yield
             if all(self.is_done) or length == settings.max_new_tokens:

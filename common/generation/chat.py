@@ -44,7 +44,7 @@ class Template:
 
     source: str
     name: str  # as messages call it
-    special: dict[str, str] = field(default_factory=dict)  # role -> token, such as "eos_token" -> "</s>"
+    special: dict[str, str] = field(default_factory=dict)  # role -> token: "eos_token" -> "</s>"
     options: dict[str, Any] = field(default_factory=dict)  # of --template-option
 
 
@@ -66,11 +66,11 @@ def choose_template(language_model: LanguageModel, wanted: str | None, options: 
         return Template(text, f"the template {wanted}", special, options)
     has = f"it has {listed(sources_by_name)}" if sources_by_name else "it has none"
     if wanted is not None:
-        raise UserError(
-            f"--chat-template {wanted}: neither a template of {name} ({has}) nor a file; name one of these"
-        )
+        problem = f"neither a template of {name} ({has}) nor a file"
+        raise UserError(f"--chat-template {wanted}: {problem}; name one of these")
     if sources_by_name:
-        raise UserError(f"--chat: {name} has several chat templates ({has}); name one with --chat-template")
+        problem = f"{name} has several chat templates ({has})"
+        raise UserError(f"--chat: {problem}; name one with --chat-template")
     raise UserError(
         f"--chat: {name} has no chat template; leave --chat out, name a file with --chat-template,"
         " or a model that was trained for chats"
@@ -107,7 +107,8 @@ def try_to_render(conversations: list[list[Message]], template: Template) -> lis
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
     if len(results) < len(conversations):
-        limits = f"{TEMPLATE_SECONDS} seconds, {TEMPLATE_BYTES >> 20} MiB, {TEMPLATE_CHARACTERS:,} characters"
+        limits = f"{TEMPLATE_SECONDS} seconds, {TEMPLATE_BYTES >> 20} MiB, "
+        limits += f"{TEMPLATE_CHARACTERS:,} characters"
         raise _failure(template, f"it breaks a limit ({limits})", conversations[len(results)])
     return [
         result["text"] if "text" in result else _failure(template, result["reason"], messages)
@@ -122,7 +123,8 @@ def _failure(template: Template, reason: str, messages: list[Message]) -> UserEr
         "leave --prefill out": is_begun(messages),
         "correct --template-option": bool(template.options),
     }
-    advice = ", ".join([*(text for text, is_given in helps.items() if is_given), "or name another model"])
+    given = [text for text, is_given in helps.items() if is_given]
+    advice = ", ".join([*given, "or name another model"])
     return UserError(f"--chat: {template.name} fails: {reason}; {advice.removeprefix('or ')}")
 
 
@@ -225,7 +227,8 @@ def make_environment() -> jinja2.Environment:
 
         def __setitem__(self, name: str, value: Any) -> None:
             if str(name).startswith("_"):
-                raise jinja2.exceptions.SecurityError(f"a name that begins with an underscore: {name}")
+                problem = f"a name that begins with an underscore: {name}"
+                raise jinja2.exceptions.SecurityError(problem)
             super().__setitem__(name, value)
 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
@@ -240,7 +243,7 @@ def make_environment() -> jinja2.Environment:
     return environment
 
 
-# How a model's conversations are written ------------------------------------------------------------
+# How a model's conversations are written ----------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -276,9 +279,11 @@ class ChatFormat:
 
     def write(self, conversations: list[list[Message]], names: list[str]) -> list[str | UserError]:
         """Return the texts of conversations, or why one has none; it raises as `try_to_encode`."""
-        if self.prefill and (begun := [n for n, given in zip(names, conversations) if is_begun(given)]):
-            raise UserError(f"--prefill: {begun[0]} ends with an answer that is begun; leave one of them out")
-        return try_to_render([self._as_written(messages) for messages in conversations], self.template)
+        begun = [name for name, given in zip(names, conversations) if is_begun(given)]
+        if self.prefill and begun:
+            problem = f"{begun[0]} ends with an answer that is begun"
+            raise UserError(f"--prefill: {problem}; leave one of them out")
+        return try_to_render([self._as_written(given) for given in conversations], self.template)
 
     def _tokens(self, text: str | UserError, name: str) -> list[int] | UserError:
         if isinstance(text, UserError):
@@ -298,7 +303,7 @@ class ChatFormat:
     def note_system(self) -> None:
         """Say where a system text goes, if the template takes none."""
         if not self.takes_system:
-            where = "the system text goes before the first question, after which an empty line follows"
+            where = "the system text goes before the first question, and an empty line follows"
             sources.note(f"note: {self.template.name} takes no system message: {where}")
 
 
@@ -320,7 +325,8 @@ def read_format(
     ]
     tokenizer = language_model.tokenizer
     ends = (tokenizer.eos_token_id, token_after_turn(written[1], tokenizer))
-    possible = [number for number in ends if number is not None and number < language_model.vocabulary]
+    known = range(language_model.vocabulary)
+    possible = [number for number in ends if number is not None and number in known]
     end_ids = tuple(dict.fromkeys((*language_model.end_ids, *possible)))
     return ChatFormat(language_model, template, prefill, MARK.strip() in written[0], end_ids)
 
@@ -370,7 +376,7 @@ def check_messages(value: Any, name: str) -> list[Message]:
     for number, message in enumerate(value, start=1):
         place = f"{name}, message {number}"
         if not isinstance(message, dict) or message.keys() != {"role", "content"}:
-            raise UserError(f"{place}: a message has role and content, and nothing else; correct it")
+            raise UserError(f"{place}: a message has role and content, and no more; correct it")
         if message["role"] not in ROLES:
             role = message["role"]
             raise UserError(f"{place}: the role is {role!r:.60}; use {', '.join(ROLES)}")

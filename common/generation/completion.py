@@ -283,13 +283,15 @@ class Run:
         num_rows = len(prompts) * self.options.num_samples
         if self.options.beams is not None:
             num_rows = len(prompts) * self.options.beams.size
-        num_columns = max(len(prompt.ids) for prompt in prompts) + self.options.settings.max_new_tokens
+        longest = max(len(prompt.ids) for prompt in prompts)
+        num_columns = longest + self.options.settings.max_new_tokens
         needed = num_rows * self.bytes_per_row(num_columns)
         if free_bytes is not None and needed > free_bytes:
             raise UserError(
-                f"--num-samples {self.options.num_samples}: a batch of {num_rows:,} texts of up to "
-                f"{num_columns:,} tokens needs about {needed / 1e9:,.1f} GB, and {free_bytes / 1e9:,.1f} GB "
-                "are free; lower it, --batch-size, --max-new-tokens or --logprobs"
+                f"--num-samples {self.options.num_samples}: a batch of {num_rows:,} texts of up to"
+                f" {num_columns:,} tokens needs about {needed / 1e9:,.1f} GB, and"
+                f" {free_bytes / 1e9:,.1f} GB are free; lower it, --batch-size, --max-new-tokens or"
+                " --logprobs"
             )
 
     @contextlib.contextmanager
@@ -303,7 +305,8 @@ class Run:
             helps = "--max-new-tokens, or name a smaller model"
             helps = f"--batch-size, --num-samples or {helps}" if num_rows > 1 else helps
             texts = f"{num_rows:,} texts" if num_rows > 1 else "the text"
-            raise UserError(f"there is too little memory to generate {texts}; lower {helps}") from error
+            problem = f"there is too little memory to generate {texts}"
+            raise UserError(f"{problem}; lower {helps}") from error
 
     def bytes_per_row(self, num_columns: int) -> int:
         """Return about how much memory a text takes: its cache, ids and mask; its logits and their
@@ -343,27 +346,30 @@ class Run:
         """
         timing = self.timing
         parts = [
-            f"prompt {timing.prompt_tokens:,} tokens, {_rate(timing.prompt_tokens, timing.prefill_seconds)}",
-            f"text {timing.new_tokens:,} tokens, {_rate(timing.decode_tokens, timing.decode_seconds)}",
+            f"prompt {_counted(timing.prompt_tokens, timing.prompt_tokens, timing.prefill_seconds)}",
+            f"text {_counted(timing.new_tokens, timing.decode_tokens, timing.decode_seconds)}",
             f"first token after {timing.first_token_seconds:.2f} s",
             f"peak memory {peak_memory_bytes / 1e6:,.0f} MB",
             f"step in {self.language_model.step_name}",
         ]
         if self.language_model.fast_step is not None and self.options.settings.sample:
-            parts[-1] += " (rounding can change a drawn token; --plain-step draws as model.generate)"
+            parts[-1] += " (rounding can change a draw; --plain-step draws as model.generate)"
         if timing.num_cut:
             cut = f"cut at {self.options.settings.max_new_tokens:,} tokens"
             constraint = self.options.settings.constraint
             cut += f", before the end of its {constraint.name}" if constraint else ""
-            parts.append(
-                cut if timing.num_texts == 1 else f"{timing.num_cut:,} of {timing.num_texts:,} {cut}"
-            )
+            several = f"{timing.num_cut:,} of {timing.num_texts:,} "
+            parts.append(cut if timing.num_texts == 1 else several + cut)
         if self.options.lookup:
             guessed, accepted = timing.num_guessed, timing.num_accepted
             share = accepted / max(guessed, 1)
-            parts.append(f"lookup: {accepted:,} of {guessed:,} guessed tokens accepted ({share:.0%})")
+            guesses = f"{accepted:,} of {guessed:,} guessed tokens accepted"
+            parts.append(f"lookup: {guesses} ({share:.0%})")
         return "; ".join(parts)
 
 
-def _rate(tokens: int, seconds: float) -> str:
-    return f"{tokens / seconds:,.1f} tokens/s" if tokens and seconds > 0 else "no rate"
+def _counted(tokens: int, timed_tokens: int, seconds: float) -> str:
+    """Return a number of tokens, and the speed of those that were timed."""
+    is_known = timed_tokens > 0 and seconds > 0
+    speed = f"{timed_tokens / seconds:,.1f} tokens/s" if is_known else "no rate"
+    return f"{tokens:,} tokens, {speed}"

@@ -1,5 +1,5 @@
-"""Texts that must have a form: one of several choices, or what a regular expression or a JSON
-schema describes.
+"""Texts that must have a form: one of several choices, or what a regular expression or a schema of
+JSON describes.
 
 At each step, a constraint tells which tokens may follow the new tokens of a text; all others are
 removed before the draw (`keep_allowed` in sampling.py). At the end of the form, only end tokens
@@ -68,7 +68,8 @@ def make_choices(texts: list[str], language_model: LanguageModel, end_ids: tuple
         for token in ids:
             place = place.setdefault(token, {})
         place[END] = {}
-        spelled = _decode([*before, *ids], language_model).removeprefix(_decode(before, language_model))
+        both, prompt = (_decode(own, language_model) for own in ([*before, *ids], before))
+        spelled = both.removeprefix(prompt)
         if spelled != text:
             problem = f"the tokens of {language_model.name} spell it {spelled!r}"
             raise UserError(f"--choices {text!r}: {problem}; write it so")
@@ -110,7 +111,7 @@ class Grammar:
         def allowed(new_tokens: list[int]) -> Tensor:
             if not set(self.end_ids).isdisjoint(new_tokens):  # padding may follow
                 return torch.ones(self.vocabulary, dtype=torch.bool)
-            if new_tokens[: len(known)] != known:  # the text goes another way, as after a wrong guess
+            if new_tokens[: len(known)] != known:  # the text goes another way: a wrong guess
                 matcher.reset()
                 known.clear()
             following = new_tokens[len(known) :]
@@ -119,7 +120,8 @@ class Grammar:
             bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)  # eight tokens in each
             if matcher.is_error():  # a limit on what it may take to walk on
                 raise UserError(f"{self.name}: {_reason(matcher)}; ask for something simpler")
-            return torch.from_numpy(np.unpackbits(bits, bitorder="little")[: self.vocabulary]).bool()
+            allowed = np.unpackbits(bits, bitorder="little")[: self.vocabulary]
+            return torch.from_numpy(allowed).bool()
 
         return allowed
 
@@ -144,7 +146,8 @@ class Forms:
         from llguidance import LLMatcher
 
         grammar = LLMatcher.grammar_from_regex(pattern)
-        return self._grammar("regex", grammar, end_ids, f"--regex {pattern!r}", "write another expression")
+        shown, advice = f"--regex {pattern!r}", "write another expression"
+        return self._grammar("regex", grammar, end_ids, shown, advice)
 
     def json(self, schema: Mapping[str, Any], end_ids: tuple[int, ...]) -> Grammar:
         """Return the constraint of a text that is JSON of a schema. Raises UserError for a schema
@@ -153,15 +156,18 @@ class Forms:
         """
         from llguidance import LLMatcher
 
-        grammar = LLMatcher.grammar_from_json_schema(dict(schema), {"whitespace_pattern": WHITESPACE})
+        options = {"whitespace_pattern": WHITESPACE}
+        grammar = LLMatcher.grammar_from_json_schema(dict(schema), options)
         return self._grammar("json", grammar, end_ids, "schema", "leave that out")
 
     def _grammar(self, name: str, grammar: str, end_ids: tuple[int, ...], shown: str, advice: str) -> Grammar:
         from llguidance import LLMatcher
 
-        if end_ids not in self.tokenizers:
-            self.tokenizers[end_ids] = make_tokenizer(self.language_model, end_ids, flag=shown.split()[0])
-        make_matcher = functools.partial(LLMatcher, self.tokenizers[end_ids], grammar, log_level=0)
+        tokenizers = self.tokenizers
+        if end_ids not in tokenizers:
+            flag = shown.split()[0]
+            tokenizers[end_ids] = make_tokenizer(self.language_model, end_ids, flag=flag)
+        make_matcher = functools.partial(LLMatcher, tokenizers[end_ids], grammar, log_level=0)
         matcher = make_matcher()
         has_a_text = any(matcher.compute_bitmask())
         reason = _reason(matcher) if matcher.is_error() else ""

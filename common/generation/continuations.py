@@ -77,10 +77,12 @@ MEASURES = {
 
 def read_questions(lines: list[str], source: str) -> list[Question]:
     """Return the questions of a JSONL file. Raises UserError, naming the line, for what is none."""
-    questions = [_read_question(line, f"{source}, line {number}") for number, line in enumerate(lines, 1)]
+    named = ((line, f"{source}, line {number}") for number, line in enumerate(lines, start=1))
+    questions = [_read_question(line, place) for line, place in named]
     if len({question.answer is None for question in questions}) > 1:
         number = next(n for n, question in enumerate(questions, 1) if question.answer is None)
-        raise UserError(f"{source}, line {number}: no answer, and other lines have one; give all or none")
+        problem = "no answer, and other lines have one"
+        raise UserError(f"{source}, line {number}: {problem}; give all or none")
     return questions
 
 
@@ -92,7 +94,8 @@ def _read_question(line: str, place: str) -> Question:
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
         raise UserError(f"{place}: no JSON object with a prompt; {ADVICE}")
     choices = row.get("choices")
-    if not isinstance(choices, list) or not choices or not all(isinstance(text, str) for text in choices):
+    are_texts = isinstance(choices, list) and all(isinstance(text, str) for text in choices)
+    if not choices or not are_texts:
         raise UserError(f"{place}: its choices are no list of texts; {ADVICE}")
     if "" in choices:
         raise UserError(f"{place}: choice {choices.index('') + 1} is empty; write a text")
@@ -195,7 +198,7 @@ def line(number: int, question: Question, choices: list[Scored]) -> dict:
         "prompt_number": number,
         "prompt": question.prompt,
         "choices": scores,
-        "likeliest": {measure.replace(" ", "_"): likeliest(choices, measure) for measure in MEASURES},
+        "likeliest": {name.replace(" ", "_"): likeliest(choices, name) for name in MEASURES},
         "answer": question.answer,
     }
 
@@ -213,15 +216,15 @@ def table(number: int, question: Question, choices: list[Scored]) -> str:
         rows.append([mark, shorten(repr(scored.text), SHOWN), scored.num_tokens, *values])
     names = ["", "continuation", "tokens", *MEASURES]
     head = f"--- prompt {number}: {shorten(question.prompt, SHOWN)}"
-    return f"{head}\n{tabulate(rows, names, disable_numparse=True, tablefmt='plain', stralign='right')}"
+    options = {"disable_numparse": True, "tablefmt": "plain", "stralign": "right"}
+    return f"{head}\n{tabulate(rows, names, **options)}"
 
 
 def accuracy(questions: list[Question], scored: list[list[Scored]]) -> str:
     """Return in one line how often the likeliest choice is the right one, by each measure."""
     parts = []
     for measure in MEASURES:
-        right = sum(
-            likeliest(choices, measure) == question.answer for question, choices in zip(questions, scored)
-        )
+        pairs = zip(questions, scored)
+        right = sum(likeliest(choices, measure) == one.answer for one, choices in pairs)
         parts.append(f"{right / len(questions):.4f} {measure}")
     return f"accuracy over {len(questions):,} prompts: {', '.join(parts)}"

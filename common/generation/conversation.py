@@ -32,7 +32,7 @@ LINES_OF_JSON = (".jsonl", ".ndjson")
 PROMPT_KEYS = ("messages", "prompt")  # of which a line of prompts has one
 
 
-# A conversation with a cache -----------------------------------------------------------------------
+# A conversation with a cache ----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,8 @@ class Chat:
         """Give the conversation another system message, from its next answer on; "" is none."""
         self.system = text or None
         first = [{"role": "system", "content": text}] if text else []
-        self.messages = [*first, *(message for message in self.messages if message["role"] != "system")]
+        others = [message for message in self.messages if message["role"] != "system"]
+        self.messages = [*first, *others]
 
     def replace(self, messages: list[Message]) -> None:
         """Put another conversation in the place of this one."""
@@ -93,7 +94,8 @@ class Chat:
         messages = [*self.messages, {"role": "user", "content": text}]
         ids = self.format.encode(messages)
         try:
-            check_length(ids, options.settings.max_new_tokens, language_model, name="the conversation")
+            most = options.settings.max_new_tokens
+            check_length(ids, most, language_model, name="the conversation")
         except UserError as error:
             raise UserError(f"{error}; /reset starts a new one") from error
         cache = self._reusable_cache(ids)
@@ -125,10 +127,10 @@ class Chat:
         """
         if self.turn is not None:  # interrupted, and not kept
             return self.turn.messages[-1]["content"]
-        last = max((n for n, message in enumerate(self.messages) if message["role"] == "user"), default=None)
-        if last is None:
+        asked = [n for n, message in enumerate(self.messages) if message["role"] == "user"]
+        if not asked:
             return None
-        text, self.messages = self.messages[last]["content"], self.messages[:last]
+        text, self.messages = self.messages[asked[-1]]["content"], self.messages[: asked[-1]]
         return text
 
     def _forget_cache(self) -> None:
@@ -343,7 +345,8 @@ def holds_prompts(file: BinaryIO, name: str, column: str) -> bool:
     file.seek(0)
     with contextlib.suppress(ValueError, RecursionError):
         row = json.loads(head)
-        return isinstance(row, dict) and column not in row and not row.keys().isdisjoint(PROMPT_KEYS)
+        has_prompts = isinstance(row, dict) and not row.keys().isdisjoint(PROMPT_KEYS)
+        return has_prompts and column not in row
     return False
 
 
@@ -358,7 +361,8 @@ def read_prompts(
     sources.check_texts(name, any_suffix=options.is_table)
     with reading.open_plain(name, encoding=options.encoding, folder=cache_dir) as file:
         if options.is_table or not holds_prompts(file, name, column):
-            return [*reading.texts_of(file, name, column=column, cache_dir=cache_dir, options=options)]
+            texts = reading.texts_of(file, name, column=column, cache_dir=cache_dir, options=options)
+            return [*texts]
         source = reading.source_name(name)
         lines = enumerate(reading.lines_of(file, source), start=1)
         return [_prompt(line, f"{source}, line {number}") for number, line in lines]

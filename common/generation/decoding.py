@@ -170,7 +170,7 @@ def fetch_ids(tokens: Tensor, logits: Tensor, language_model: LanguageModel) -> 
     Raises UserError when a row of the logits (B, V) holds NaN or infinity, which argmax would
     silently choose.
     """
-    if logits.is_cpu:  # by numpy, on this thread alone: to wake PyTorch's others takes longer than the work
+    if logits.is_cpu:  # by numpy, on this thread: to wake PyTorch's others takes longer than this
         ids = tokens.tolist()
         is_broken = not np.isfinite(logits.numpy().max(-1)).all()  # NaN for a row that holds one
     else:

@@ -136,9 +136,8 @@ class Engine:
             if self.is_closed:
                 raise ApiError(503, "the server is stopping", code="stopping")
             if len(self.waiting) + len(jobs) > self.limits.waiting:
-                problem = (
-                    f"{len(self.waiting)} texts wait, and at most {self.limits.waiting} may; try again later"
-                )
+                waiting, most = len(self.waiting), self.limits.waiting
+                problem = f"{waiting} texts wait, and at most {most} may; try again later"
                 raise ApiError(429, problem, code="queue_full")
             self.waiting.extend(jobs)
             self.changed.notify()
@@ -193,7 +192,8 @@ class Engine:
         joins = self.model.fast_step is not None
         context = None if joins else self.model.context
         free = free_memory_bytes(self.model.device)
-        while self.waiting and len(running) + len(taken) < self.limits.batch_size and (joins or not running):
+        room = self.limits.batch_size - len(running) if joins or not running else 0
+        while self.waiting and len(taken) < room:
             jobs = [*running, *taken, self.waiting[0]]
             columns = max(job.length for job in jobs) + max(job.num_left for job in jobs)
             needed = len(jobs) * self.run.bytes_per_row(columns)
@@ -204,7 +204,8 @@ class Engine:
             if job.is_wanted and fits:
                 taken.append(job)
             elif job.is_wanted:
-                job.tell(job.number, ApiError(503, "too little memory for this text; lower max_tokens"))
+                refusal = ApiError(503, "too little memory for this text; lower max_tokens")
+                job.tell(job.number, refusal)
         return taken
 
     def read(self, jobs: list[Job]) -> Group:
@@ -215,7 +216,7 @@ class Engine:
         return Group(jobs, samplers, batch, decoding.prefill(self.model, batch))
 
     def go_on(self, fresh: Group | None) -> Group | None:
-        """Let new texts join, add a token to each text, and return those that go on, None if none does."""
+        """Let new texts join, add a token to each text, and return those that go on, or None."""
         group = join(self.group, fresh, self.model)
         if group is None:
             return None

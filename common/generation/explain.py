@@ -55,8 +55,8 @@ def generation_config(options: Options, language_model: LanguageModel) -> Genera
     settings = options.settings
     drawing = {}
     if settings.sample:
-        names = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
-        drawing = {name: getattr(settings, name) for name in names}
+        names = "temperature top_k top_p min_p typical_p epsilon_cutoff eta_cutoff"
+        drawing = {name: getattr(settings, name) for name in names.split()}
         if own_filters(settings):  # they have their own place among the library's
             drawing = {"top_k": 0}
     searching: dict[str, Any] = {"num_beams": 1}
@@ -106,12 +106,13 @@ def library_processors(
     def apply(ids: Tensor, logits: Tensor) -> Tensor:
         logits = sampling.apply_filters(filters, logits, ids)
         if own_filters(settings):
-            strikes = None if coins is None else coins[:, ids.shape[-1] - prompt_length].to(logits.device)
+            step = ids.shape[-1] - prompt_length
+            strikes = None if coins is None else coins[:, step].to(logits.device)
             shaping = sampling.distribution_filters(settings, strikes)
             logits = sampling.apply_filters(shaping, logits, ids)
         return logits
 
-    return LogitsProcessorList([apply])  # pyrefly: ignore[bad-argument-type]  (any function will do)
+    return LogitsProcessorList([apply])  # pyrefly: ignore[bad-argument-type]  (a function will do)
 
 
 def library_model(language_model: LanguageModel) -> PreTrainedModel:
@@ -236,7 +237,7 @@ def describe_difference(difference: Difference, language_model: LanguageModel) -
         f"{'generate':<9} {describe(difference.theirs, difference.their_ids)}",
     ]
     if language_model.fast_step is not None:
-        lines.append("the step in C rounds sums in another order; --plain-step computes as generate does")
+        lines.append("the step in C rounds sums in another order; --plain-step is as generate")
     return "\n".join(lines)
 
 
@@ -290,7 +291,8 @@ def token_table(
     lines = []
     for candidate in shown:
         mark, text = ">" if candidate == token else "", repr(tokenizer.decode([candidate]))
-        lines.append([mark, text, *(_cell(stage.probabilities[candidate].item()) for stage in stages)])
+        values = [_cell(stage.probabilities[candidate].item()) for stage in stages]
+        lines.append([mark, text, *values])
     columns = torch.tensor(shown, device=first.device)
     others = [stage.probabilities.index_fill(0, columns, 0.0).sum().item() for stage in stages]
     lines.append(["", "all others", *(_cell(value) for value in others)])

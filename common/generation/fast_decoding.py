@@ -103,7 +103,8 @@ def load_library(cache_dir: str | None) -> ctypes.CDLL:
         try:
             library = _declare(ctypes.CDLL(str(compiled)))  # stays loaded when the file is gone
         except (OSError, AttributeError) as error:
-            raise NotCovered(f"the C compiler {compiler[0]} made no library: {one_line(error)}") from error
+            problem = f"the C compiler {compiler[0]} made no library: {one_line(error)}"
+            raise NotCovered(problem) from error
         difference = self_check(library)
         if difference > LARGEST_DIFFERENCE:
             raise NotCovered(f"the compiled step is wrong: a logit differs by {difference:.1g}")
@@ -118,7 +119,8 @@ def _compile(command: list[str]) -> None:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise NotCovered(f"the C compiler failed: {one_line(error)}") from error
     if done.returncode != 0:
-        lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"code {done.returncode}"]
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        lines = lines or [f"code {done.returncode}"]
         reason = next((line for line in lines if "error" in line), lines[0])
         raise NotCovered(f"the C compiler {command[0]} failed: {reason.strip()}")
 
@@ -186,7 +188,8 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     library.step.argtypes = [pointer, ctypes.POINTER(CModel), ctypes.POINTER(CStep)]
     library.widen.argtypes = [pointer, ctypes.POINTER(CMatrix), number, number, pointer]
     library.widen.restype = None
-    library.widen_one.argtypes, library.widen_one.restype = [ctypes.POINTER(CMatrix), number, pointer], None
+    library.widen_one.argtypes = [ctypes.POINTER(CMatrix), number, pointer]
+    library.widen_one.restype = None
     library.product.argtypes = [pointer, ctypes.POINTER(CMatrix), pointer, number, number, pointer]
     library.instructions.restype = ctypes.c_char_p
     return library
@@ -245,9 +248,10 @@ class RoomyCache:
         cache.length = max(old.length - start for old, _, start in texts)
         cache.reserve(len(texts), columns)
         for row, (old, old_row, start) in enumerate(texts):
-            first = cache.length - (old.length - start)
-            cache.keys[:, row, :, first : cache.length] = old.keys[:, old_row, :, start : old.length]
-            cache.values[:, row, :, first : cache.length] = old.values[:, old_row, :, start : old.length]
+            here = slice(cache.length - (old.length - start), cache.length)
+            there = slice(start, old.length)
+            cache.keys[:, row, :, here] = old.keys[:, old_row, :, there]
+            cache.values[:, row, :, here] = old.values[:, old_row, :, there]
         return cache
 
     @property
@@ -394,7 +398,8 @@ def self_check(library: ctypes.CDLL) -> float:
     for kind in KINDS:
         model = random_transformer(kind)
         step, cache = FastStep(model, kernel), RoomyCache(model)
-        keys, values = torch.zeros(2, len(model.layers), 2, model.key_heads, length, model.head_size)
+        shape = (len(model.layers), 2, model.key_heads, length, model.head_size)
+        keys, values = torch.zeros(2, *shape)
         ours, theirs = [], []
         for first, end in ((0, 3), (3, length - 1), (length - 1, length)):
             ours.append(step.forward(ids[:, :end], starts, cache, first=first, keep=end - first))
@@ -403,7 +408,8 @@ def self_check(library: ctypes.CDLL) -> float:
             places = Places(torch.arange(2), columns, torch.minimum(starts, columns))
             theirs.append(plain_step(model, keys, values, ids[:, column], places))
         difference = (torch.cat(ours, 1) - torch.stack(theirs, 1)).abs().max().item()
-        largest = max(largest, difference) if difference == difference else math.inf  # NaN is no number
+        is_number = difference == difference
+        largest = max(largest, difference) if is_number else math.inf
     return largest
 
 
@@ -420,7 +426,8 @@ def check_step(model: Transformer, kernel: Kernel) -> None:
         model, layers=model.layers[:1], embedding=model.embedding.first(CHECKED_TOKENS), head=head
     )
     length = WIDE_COLUMNS + 1
-    ids, starts = torch.arange(length)[None] % small.embedding.rows, torch.zeros(1, dtype=torch.long)
+    ids = torch.arange(length)[None] % small.embedding.rows
+    starts = torch.zeros(1, dtype=torch.long)
     step, cache = FastStep(small, kernel), RoomyCache(small)
     parts = ((0, length - 1), (length - 1, length))
     ours = torch.cat(
@@ -429,18 +436,20 @@ def check_step(model: Transformer, kernel: Kernel) -> None:
     keys, values = torch.zeros(2, 1, 1, model.key_heads, length, model.head_size)
     one = torch.zeros(length, dtype=torch.long)
     theirs = plain_step(small, keys, values, ids[0], Places(one, torch.arange(length), one))
-    both = torch.isclose(ours, theirs, rtol=0, atol=max(LARGEST_DIFFERENCE, 1e-5 * float(theirs.abs().max())))
+    most = max(LARGEST_DIFFERENCE, 1e-5 * float(theirs.abs().max()))
+    both = torch.isclose(ours, theirs, rtol=0, atol=most)
     if not both.all() and theirs.isfinite().all():  # else the model has no logits to compare
         difference = (ours - theirs).abs().max().item()
         raise NotCovered(f"the compiled step is wrong: a logit differs by {difference:.1g}")
 
 
 DTYPE_OF_KIND = {kind: dtype for dtype, kind in KIND_OF_DTYPE.items()}
-CHECKED_SIZES = {"width": 64, "inner": 96, "heads": 4, "key_heads": 2, "head_size": 16, "vocabulary": 50}
+CHECKED_SIZES = {"width": 64, "inner": 96, "heads": 4, "key_heads": 2}
+CHECKED_SIZES |= {"head_size": 16, "vocabulary": 50}
 
 
 def random_transformer(kind: Kind) -> Transformer:
-    """Return a small model with random weights of a kind, and with everything that a layer can have."""
+    """Return a small model with random weights of a kind, and with all that a layer can have."""
     generator = torch.Generator().manual_seed(0)
     width, inner, heads, key_heads, size, vocabulary = CHECKED_SIZES.values()
 

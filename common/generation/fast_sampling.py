@@ -247,7 +247,8 @@ def draw_independently(
     rows = is_plain.nonzero()[:, 0]
     if len(rows):
         own_strikes = None if strikes is None else strikes[rows]
-        tokens[rows] = sampling.draw_independently(logits[rows], settings, uniforms[rows], own_strikes)
+        own = logits[rows], settings, uniforms[rows], own_strikes
+        tokens[rows] = sampling.draw_independently(*own)
     return tokens
 
 

@@ -49,22 +49,24 @@ def make_parser(description: str | None = None) -> cli.Parser:
 def add_model_flags(parser: cli.Parser) -> None:
     """Add the flags that say how the model computes, and with which adapter."""
     add = parser.add_argument_group("how a CPU computes").add_argument
-    help_text = "auto: as the model's file stores them (GGUF: 4 or 8 bits), where the step in C covers it"
+    help_text = "auto: as the file stores them (GGUF: 4 or 8 bits), where the step in C covers it"
     add("--weights", choices=["auto", "file", "fp32", "bf16"], default="auto", help=help_text)
-    help_text = "no step in C: each token by the library's forward, bit for bit as model.generate computes it"
+    help_text = "no step in C: each token by the library's forward, bit for bit as model.generate"
     add("--plain-step", action="store_true", help=help_text)
 
-    help_text = "a LoRA adapter of peft, in a folder or on the Hub, which is merged into the model's weights"
-    parser.add_argument_group("adapter").add_argument("--adapter", metavar="FOLDER|NAME", help=help_text)
+    help_text = "a LoRA adapter of peft, in a folder or on the Hub, merged into the model's weights"
+    add = parser.add_argument_group("adapter").add_argument
+    add("--adapter", metavar="FOLDER|NAME", help=help_text)
 
 
 def add_prompt_flags(parser: cli.Parser) -> None:
     """Add the flags that say what is to be continued."""
     add = parser.add_argument_group("prompts").add_argument
     add("--prompt", action="append", metavar="TEXT", help="a text to continue; repeat it for more")
-    add("--prompts-file", metavar="FILE", help="one prompt per line (-: standard input), or a data file")
+    help_text = "one prompt per line (-: standard input), or a data file"
+    add("--prompts-file", metavar="FILE", help=help_text)
     add("--text-column", default="text", help="column of the prompts in a data file")
-    help_text = "leave out prompts that do not fit, or that the template refuses, and say so in the output"
+    help_text = "leave out prompts that do not fit, or that the template refuses; the output says so"
     add("--skip-bad", action="store_true", help=help_text)
     add("--chat", action="store_true", help="prompts are questions, in the model's chat template")
     add("--system", metavar="TEXT", help="system message of a chat")
@@ -72,18 +74,19 @@ def add_prompt_flags(parser: cli.Parser) -> None:
     help_text = "another template: one of several that the model has, or a file in Jinja"
     add("--chat-template", metavar="NAME|FILE", type=cli.name, help=help_text)
     help_text = "what the template reads, such as enable_thinking=false; repeat it for more"
-    add("--template-option", action="append", metavar="NAME=VALUE", type=template_option, help=help_text)
+    option = {"action": "append", "metavar": "NAME=VALUE", "type": template_option}
+    add("--template-option", **option, help=help_text)
 
 
 def add_sampling_flags(parser: cli.Parser) -> None:
     """Add the flags of the sampler's filters."""
-    title = "choice of tokens (greedy unless a flag from --temperature to --xtc-probability is given)"
+    title = "choice of tokens (greedy without a flag from --temperature to --xtc-probability)"
     add = parser.add_argument_group(title).add_argument
     help_text = "what generation_config.json says, for each flag below that is not given"
     add("--use-model-defaults", action="store_true", help=help_text)
-    add("--temperature", type=non_negative_float, help="below 1 sharpens, above 1 flattens; 0: greedy")
+    add("--temperature", type=non_negative_float, help="sharpens below 1, flattens above; 0: greedy")
     add("--top-k", type=non_negative_int, help="keep the k most likely tokens; 0: off")
-    add("--top-p", type=probability, help="keep the fewest tokens that together reach this probability")
+    add("--top-p", type=probability, help="keep the fewest tokens that reach this probability")
     add("--min-p", type=fraction, help="keep tokens at least this likely, relative to the best one")
     add("--typical-p", type=probability, help="keep the most typical tokens up to this probability")
     add("--epsilon-cutoff", type=fraction, help="keep tokens that are at least this likely")
@@ -93,14 +96,16 @@ def add_sampling_flags(parser: cli.Parser) -> None:
     add("--top-n-sigma", type=non_negative_float, metavar="N", help=help_text)
     help_text = "so often, leave out all tokens above --xtc-threshold but the least likely of them"
     add("--xtc-probability", type=probability, help=help_text)
-    add("--xtc-threshold", type=probability, default=0.1, help="how likely a token is that XTC leaves out")
+    help_text = "how likely a token is that XTC leaves out"
+    add("--xtc-threshold", type=probability, default=0.1, help=help_text)
     add("--repetition-penalty", type=positive_float, help="above 1 discourages repetition; 1: off")
     help_text = "subtract this from the logit of each token that the text has already"
     add("--presence-penalty", type=penalty, default=0.0, help=help_text)
     help_text = "subtract this from the logit of each token, times how often the text has it"
     add("--frequency-penalty", type=penalty, default=0.0, help=help_text)
-    help_text = "add a number to the logit of a token, or of the token with this id; repeat it for more"
-    add("--logit-bias", action="append", metavar="TOKEN=NUMBER", type=token_and_number, help=help_text)
+    help_text = "add a number to the logit of a token, or of that with this id; repeat it for more"
+    option = {"action": "append", "metavar": "TOKEN=NUMBER", "type": token_and_number}
+    add("--logit-bias", **option, help=help_text)
     help_text = r"words, separated by commas, whose tokens may not be generated; \, is a comma"
     add("--ban-words", action="extend", metavar="WORD,...", type=listed, help=help_text)
     help_text = "no sequence of this many tokens occurs twice; 0: off"
@@ -117,18 +122,18 @@ def add_search_flags(parser: cli.Parser) -> None:
     add("--sampler", choices=["exact", "independent"], default="exact", help=help_text)
     help_text = "greedy only: guess up to N tokens ahead from the text so far"
     add("--lookup", type=positive_int, metavar="N", help=help_text)
-    help_text = "search for the likeliest text with N beams; --num-samples shows more than the best one"
+    help_text = "search for the likeliest text with N beams; --num-samples shows more than the best"
     add("--num-beams", type=positive_int, metavar="N", help=help_text)
     help_text = "above 0 prefers longer texts, below 0 shorter ones"
     add("--length-penalty", type=finite_float, default=1.0, help=help_text)
-    help_text = "true: end with the Nth text that ends; false: when no better one is likely; never: possible"
+    help_text = "true: after N ended texts; false: when no better one is likely; never: possible"
     add("--early-stopping", choices=list(EARLY_STOPPING), default="false", help=help_text)
 
 
 def add_end_flags(parser: cli.Parser) -> None:
     """Add the flags of a text's form and end."""
     add = parser.add_argument_group("form of a text").add_argument
-    help_text = r"the text is exactly one of these, separated by commas; \, is a comma, \n a line break"
+    help_text = r"the text is exactly one of these, separated by commas; \, is a comma, \n a new line"
     add("--choices", action="extend", metavar="TEXT,...", type=listed, help=help_text)
     add("--regex", metavar="PATTERN", help="the text matches this regular expression as a whole")
 
@@ -136,7 +141,7 @@ def add_end_flags(parser: cli.Parser) -> None:
     add("--max-new-tokens", type=positive_int, default=200, help="the most tokens of a text")
     help_text = "no end token before this many tokens; a stop string still ends the text"
     add("--min-new-tokens", type=non_negative_int, default=0, help=help_text)
-    help_text = r"end before this text; \n is a line break, \t a tab, \\ a backslash; repeat it for more"
+    help_text = r"end before this text; \n is a line break, \t a tab, \\ a backslash; may be repeated"
     add("--stop", action="append", metavar="TEXT", type=unescape, help=help_text)
     help_text = "another token that ends a text, such as '<|endoftext|>'"
     add("--end-token", action="append", metavar="TOKEN", help=help_text)
@@ -149,7 +154,8 @@ def add_output_flags(parser: cli.Parser) -> None:
     add("--batch-size", type=positive_int, default=8, help="prompts per batch")
     help_text = "show the first text of each batch as it grows (default: on a terminal)"
     add("--stream", action=argparse.BooleanOptionalAction, help=help_text)
-    add("--output", metavar="FILE", type=cli.name, help="write one JSON line per text instead of showing it")
+    help_text = "write one JSON line per text instead of showing it"
+    add("--output", metavar="FILE", type=cli.name, help=help_text)
     add("--resume", action="store_true", help="continue after the texts in the output file")
     help_text = "with --output: log-probabilities of each token and of the K most likely ones"
     add("--logprobs", type=non_negative_int, metavar="K", help=help_text)
@@ -173,9 +179,7 @@ def add_other_work_flags(parser: cli.Parser) -> None:
     add("--explain", action="store_true", help="show for each token what every filter does")
     add("--compare", action="store_true", help="show greedy, top-k and top-p side by side")
     add("--perplexity", metavar="FILE", help="the model's perplexity on a file (-: standard input)")
-    help_text = (
-        "how likely given texts are: JSONL with prompt, choices and perhaps answer (-: standard input)"
-    )
+    help_text = "how likely texts are: JSONL with prompt, choices, perhaps answer (-: standard input)"
     add("--score-continuations", metavar="FILE", help=help_text)
     add("--score", metavar="FILE", help="ROUGE of a file's texts against --references; no model")
     help_text = f"tokens per pass of --perplexity (default: {DEFAULT_WINDOW}, if they fit)"
@@ -221,7 +225,8 @@ def listed(text: str) -> list[str]:
 def token_and_number(text: str) -> str:
     """Check a value of --logit-bias, TOKEN=NUMBER; the model's vocabulary is not known yet."""
     token, _, number = text.rpartition("=")
-    if not token or not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)", number) or abs(float(number)) > MOST_BIAS:
+    is_number = re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)", number)
+    if not token or not is_number or abs(float(number)) > MOST_BIAS:
         wanted = f"TOKEN=NUMBER with a number from -{MOST_BIAS} to {MOST_BIAS}"
         raise argparse.ArgumentTypeError(f"{shorten(text, 60)!r} is not {wanted}")
     return text
@@ -247,7 +252,8 @@ RECORDED = (  # with DRAWING, what a text depends on beside its prompt, the mode
 DRAWING_FLAGS = tuple("--" + name.replace("_", "-") for name in DRAWING)
 NO_PROMPT = ("--serve", "--interactive", "--perplexity", "--score", "--score-continuations")
 ONE_PROMPT = ("--explain", "--compare")
-NO_SCORE = ("--check", *ONE_PROMPT, "--serve", "--interactive", "--perplexity", "--score-continuations")
+NO_SCORE = ("--check", *ONE_PROMPT, "--serve", "--interactive")
+NO_SCORE += ("--perplexity", "--score-continuations")
 NO_TEXTS = ("--perplexity", "--score", "--score-continuations")
 FORMS = ("--choices", "--regex")
 FORMLESS = ("--min-new-tokens", "--no-repeat-ngram-size", "--ban-words")
@@ -334,7 +340,8 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.num_beams == 1:
         raise UserError("--num-beams 1: that is greedy decoding; use at least 2, or leave it out")
     if args.num_beams is not None and args.num_samples > args.num_beams:
-        raise UserError(f"--num-samples {args.num_samples}: --num-beams {args.num_beams} has no more texts")
+        both = f"--num-samples {args.num_samples}: --num-beams {args.num_beams}"
+        raise UserError(f"{both} has no more texts")
     check_given_texts(args)
     if args.score is None:
         sources.check_model(args.model, kind="language model")
@@ -366,7 +373,7 @@ def check_ranges(args: argparse.Namespace) -> None:
         limits = f"from {LOWEST_PENALTY:g} to {1 / LOWEST_PENALTY:g}"
         raise UserError(f"--repetition-penalty {args.repetition_penalty}: use a number {limits}")
     if args.xtc_threshold > MOST_THRESHOLD:
-        reason = f"no two tokens are so likely that XTC could leave one out; use at most {MOST_THRESHOLD}"
+        reason = f"no two tokens are so likely; use at most {MOST_THRESHOLD}"
         raise UserError(f"--xtc-threshold {args.xtc_threshold}: {reason}")
 
 
@@ -388,11 +395,13 @@ def file_options(args: argparse.Namespace) -> FileOptions:
 def check_combinations(given: dict[str, str]) -> None:
     """Raise UserError for flags that contradict each other, or that need another one."""
     if not given.keys() & {"--prompt", "--prompts-file", *NO_PROMPT}:
-        raise UserError("no prompt: give --prompt TEXT, --prompts-file FILE, --interactive or --serve")
+        advice = "give --prompt TEXT, --prompts-file FILE, --interactive or --serve"
+        raise UserError(f"no prompt: {advice}")
     for flag, needed in NEEDS.items():
         if flag in given and not given.keys() & set(needed):
             others = " or ".join(needed)
-            raise UserError(f"{given[flag]}: it works only with {others}; add that, or leave it out")
+            problem = f"it works only with {others}"
+            raise UserError(f"{given[flag]}: {problem}; add that, or leave it out")
     for flag, others, reason in CONFLICTS:
         for other in others:
             if flag in given and other in given:
@@ -408,7 +417,8 @@ def check_given_texts(args: argparse.Namespace) -> None:
     if "" in (args.stop or []):
         raise UserError("--stop '': every text contains the empty string; leave it out")
     if args.prefill is not None and not args.prefill.strip():
-        raise UserError("--prefill: the text is empty; write how the answer begins, or leave it out")
+        advice = "write how the answer begins, or leave it out"
+        raise UserError(f"--prefill: the text is empty; {advice}")
     if any(not word.strip() for word in args.ban_words or []):
         raise UserError("--ban-words: a word is empty; name words between the commas")
     if "" in (args.choices or []):

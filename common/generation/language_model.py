@@ -50,7 +50,7 @@ class LanguageModel:
     fast_step: FastStep | None = None
     step_name: str = "PyTorch"  # how steps are computed, for the summary
     folder: Path = Path()
-    weights: dict[str, Matrix | Tensor] = field(default_factory=dict)  # as stored, under their names
+    weights: dict[str, Matrix | Tensor] = field(default_factory=dict)  # as stored, by name
     adapter: Adapter | None = None  # is merged into what is computed with, not into `weights`
 
     @property
@@ -113,7 +113,8 @@ def load(
     folder = stored_weights.model_folder(name, cache_dir)
     adapter = find_adapter(loading.adapter, cache_dir)
     try:
-        found = load_for_step(folder, runtime, loading, name=name, cache_dir=cache_dir, adapter=adapter)
+        options = {"name": name, "cache_dir": cache_dir, "adapter": adapter}
+        found = load_for_step(folder, runtime, loading, **options)
     except (NotCovered, UnknownModel) as reason:
         if loading.weights == "file":
             raise UserError(f"--weights file: {name}: {reason}; leave the flag out") from reason
@@ -167,7 +168,8 @@ def load_for_step(
     if adapter is not None:
         from common.generation import adapters
 
-        transformer = read_transformer(config, adapters.merge_stored(folder, adapter, weights, name=name))
+        merged = adapters.merge_stored(folder, adapter, weights, name=name)
+        transformer = read_transformer(config, merged)
     fast_decoding.check_step(transformer, kernel)
     step = FastStep(transformer, kernel)
     words = load_tokenizer(folder, name=name)
@@ -239,7 +241,8 @@ def load_from_library(
 
         model = adapters.merge(model, adapter, name=name)
     words = models.load_tokenizer(folder, name=name)
-    ids = {role: getattr(model.generation_config, role) for role in ("eos_token_id", "pad_token_id")}
+    roles = ("eos_token_id", "pad_token_id")
+    ids = {role: getattr(model.generation_config, role) for role in roles}
     end_ids = find_end_ids(ids, words)
     pad_id = find_pad_id(ids, words, end_ids)
     context = models.max_positions(model)
@@ -288,7 +291,8 @@ ONLY_WHEN_DRAWING = (
     "epsilon_cutoff",
     "eta_cutoff",
 )
-NO_EFFECT = {"num_beams": 1, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "encoder_repetition_penalty": 1.0}
+NO_EFFECT = {"num_beams": 1, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
+NO_EFFECT |= {"encoder_repetition_penalty": 1.0}
 
 
 def sampling_defaults(language_model: LanguageModel) -> dict[str, Any]:
@@ -348,9 +352,8 @@ def end_token_ids(tokens: list[str], language_model: LanguageModel) -> tuple[int
     vocabulary = language_model.tokenizer.get_vocab() if tokens else {}  # takes 50 ms
     for token in tokens:
         if token not in vocabulary:
-            raise UserError(
-                f"--end-token {token!r}: no token of {language_model.name}; use --stop for other texts"
-            )
+            problem = f"no token of {language_model.name}"
+            raise UserError(f"--end-token {token!r}: {problem}; use --stop for other texts")
     return tuple(vocabulary[token] for token in tokens)
 
 
@@ -367,7 +370,8 @@ def read_bias(biases: list[str], language_model: LanguageModel) -> tuple[tuple[i
             token_id = int(token)
             if token_id >= language_model.vocabulary:
                 most = language_model.vocabulary - 1
-                raise UserError(f"--logit-bias {bias}: the ids of {language_model.name} go from 0 to {most}")
+                problem = f"the ids of {language_model.name} go from 0 to {most}"
+                raise UserError(f"--logit-bias {bias}: {problem}")
         else:
             ids = token_ids(token, language_model)
             if len(ids) != 1:
@@ -380,7 +384,8 @@ def read_bias(biases: list[str], language_model: LanguageModel) -> tuple[tuple[i
 
 def banned_runs(words: list[str], language_model: LanguageModel) -> tuple[tuple[int, ...], ...]:
     """Return the tokens of each word of --ban-words: at the start of a text, and after a space."""
-    runs = [tuple(token_ids(before + word.strip(), language_model)) for word in words for before in ("", " ")]
+    texts = (before + word.strip() for word in words for before in ("", " "))
+    runs = [tuple(token_ids(text, language_model)) for text in texts]
     return tuple(dict.fromkeys(runs))
 
 
@@ -447,8 +452,8 @@ def check_tokens(ids: list[int], language_model: LanguageModel, *, name: str) ->
     if highest >= size:
         token = language_model.tokenizer.decode([highest])
         raise UserError(
-            f"{name}: its token {token!r} has the id {highest}, and the ids of"
-            f" {language_model.name} go from 0 to {size - 1}; copy the tokenizer that belongs to the model"
+            f"{name}: its token {token!r} has the id {highest}, and the ids of {language_model.name}"
+            f" go from 0 to {size - 1}; copy the tokenizer that belongs to the model"
         )
 
 

@@ -38,7 +38,8 @@ def load(folder: Path, dtype: torch.dtype, device: torch.device, *, name: str) -
     model = read(config, folder, dtype, name=name).eval().to(device)  # pyrefly: ignore[bad-argument-type]
     kind = type(model).__name__
     if model.config.is_encoder_decoder or not model.can_generate():
-        raise UserError(f"--model {name}: {kind} does not continue texts; name a causal language model")
+        problem = f"{kind} does not continue texts"
+        raise UserError(f"--model {name}: {problem}; name a causal language model")
     is_refused = "past_key_values" not in accepted_inputs(type(model))
     with models.load_errors(name, reader=kind):
         if is_refused or not uses_cache(model):
@@ -57,8 +58,9 @@ def uses_cache(model: PreTrainedModel) -> bool:
 
     def read(first: int, cache: DynamicCache) -> Tensor:
         options = {"position_ids": torch.arange(first, 3, device=model.device)[None]}
-        accepted = {key: value for key, value in options.items() if key in accepted_inputs(type(model))}
-        return model(ids[:, first:], past_key_values=cache, use_cache=True, **accepted).logits[:, -1]
+        names = accepted_inputs(type(model))
+        options = {key: value for key, value in options.items() if key in names}
+        return model(ids[:, first:], past_key_values=cache, use_cache=True, **options).logits[:, -1]
 
     filled, empty = DynamicCache(config=config), DynamicCache(config=config)
     model(ids[:, :2], past_key_values=filled, use_cache=True)
@@ -73,7 +75,8 @@ def read(config: PreTrainedConfig, folder: Path, dtype: torch.dtype, *, name: st
         return over_weights(config, folder, weights, dtype, name=name)
     shapes = model_files.weight_shapes(folder, f"--model {name}")
     check_memory(sum(map(math.prod, shapes.values())), dtype, name=name)
-    model, new = models.load_model(AutoModelForCausalLM, folder, name=name, config=config, dtype=dtype)
+    options = {"config": config, "dtype": dtype}
+    model, new = models.load_model(AutoModelForCausalLM, folder, name=name, **options)
     if new:
         raise UserError(
             f"--model {name}: it was never trained to generate (no weights for"
@@ -88,8 +91,10 @@ def check_memory(num_weights: int, dtype: torch.dtype, *, name: str) -> None:
     """
     free, needed = free_memory_bytes(torch.device("cpu")), num_weights * dtype.itemsize
     if free is not None and needed > free:
-        taken = f"in {str(dtype).removeprefix('torch.')} its weights take about {needed / 1e9:,.1f} GB"
-        helps = "name a smaller model" if dtype.itemsize == 2 else "use --precision bf16, or a smaller model"
+        precision, size = str(dtype).removeprefix("torch."), f"{needed / 1e9:,.1f} GB"
+        taken = f"in {precision} its weights take about {size}"
+        helps = "name a smaller model"
+        helps = helps if dtype.itemsize == 2 else "use --precision bf16, or a smaller model"
         raise UserError(f"--model {name}: {taken}, and {free / 1e9:,.1f} GB are free; {helps}")
 
 

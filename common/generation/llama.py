@@ -75,7 +75,7 @@ class Transformer:
 
 @dataclass(frozen=True)
 class Rotary:
-    """The angles by which heads are rotated: position times frequency, for D / 2 pairs of numbers."""
+    """The angles by which heads are rotated: position times frequency, for D / 2 pairs."""
 
     frequencies: Tensor  # (D / 2)
     scaling: float = 1.0  # of cosines and sines
@@ -180,7 +180,8 @@ class NamedWeights:
 
     def linear(self, name: str, *, has_bias: bool) -> Linear:
         """Return a linear layer."""
-        return Linear(self.matrix(f"{name}.weight"), self.vector(f"{name}.bias") if has_bias else None)
+        bias = self.vector(f"{name}.bias") if has_bias else None
+        return Linear(self.matrix(f"{name}.weight"), bias)
 
     def _take(self, name: str) -> Tensor | Matrix:
         if name not in self.weights:
@@ -196,7 +197,8 @@ def read_transformer(config: Mapping[str, Any], weights: Mapping[str, Tensor | M
     kind of model, a weight that is not used here, a weight that is missing.
     """
     check_config(config)
-    num_layers, heads = number_of(config, "num_hidden_layers"), number_of(config, "num_attention_heads")
+    num_layers = number_of(config, "num_hidden_layers")
+    heads = number_of(config, "num_attention_heads")
     if config["model_type"] == "llama" and config.get("num_key_value_heads") is None:
         config = {**config, "num_key_value_heads": heads}  # the first Llamas
     named = NamedWeights(weights)
@@ -264,7 +266,8 @@ def check_config(config: Mapping[str, Any]) -> None:
         if config.get(name) not in (None, "eager", "sdpa"):
             raise NotCovered(f"its attention is {config[name]!r:.40}")
     pad_id = config.get("pad_token_id")
-    if not (pad_id is None or (type(pad_id) is int and -1 <= pad_id < number_of(config, "vocab_size"))):
+    is_id = type(pad_id) is int and -1 <= pad_id < number_of(config, "vocab_size")
+    if pad_id is not None and not is_id:
         raise NotCovered(f"its pad_token_id is {pad_id!r:.40}")
     read_rotary(config)
 
@@ -297,7 +300,8 @@ def biased_layers(config: Mapping[str, Any]) -> set[str]:
     if config["model_type"] == "qwen2":
         return {"query", "key", "value"}
     attention = {"query", "key", "value", "output"} if config.get("attention_bias") else set()
-    return attention | ({"mlp"} if config.get("mlp_bias") and config["model_type"] == "llama" else set())
+    has_mlp = config.get("mlp_bias") and config["model_type"] == "llama"
+    return attention | ({"mlp"} if has_mlp else set())
 
 
 def window_of(config: Mapping[str, Any], layer: int) -> int | None:
@@ -343,8 +347,10 @@ def scale_as_llama3(frequencies: Tensor, settings: Mapping[str, Any]) -> Tensor:
     """Return frequencies (D / 2) for longer texts: slow ones divided by a factor, quick ones kept,
     and between the two a mixture (Llama 3.1).
     """
-    factor, length = positive_of(settings, "factor"), number_of(settings, "original_max_position_embeddings")
-    slow, quick = positive_of(settings, "low_freq_factor"), positive_of(settings, "high_freq_factor")
+    factor = positive_of(settings, "factor")
+    length = number_of(settings, "original_max_position_embeddings")
+    slow = positive_of(settings, "low_freq_factor")
+    quick = positive_of(settings, "high_freq_factor")
     turns = length * frequencies / (2 * math.pi)  # full turns within a text of the training
     share = ((turns - slow) / (quick - slow)).clamp(0, 1)  # of the unscaled frequency
     return (1 - share) * frequencies / factor + share * frequencies
@@ -354,7 +360,8 @@ def scale_as_yarn(frequencies: Tensor, base: float, size: int, settings: Mapping
     """Return angles for longer texts: as in Llama 3.1, but the share falls with the number of the
     pair, and cosines and sines grow a little (Peng et al. 2023).
     """
-    factor, length = positive_of(settings, "factor"), number_of(settings, "original_max_position_embeddings")
+    factor = positive_of(settings, "factor")
+    length = number_of(settings, "original_max_position_embeddings")
     known = {"rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings"}
     if unknown := set(settings) - known:
         raise NotCovered(f"its positions have the setting {min(unknown)}")
@@ -368,7 +375,7 @@ def scale_as_yarn(frequencies: Tensor, base: float, size: int, settings: Mapping
 
 
 def check_sizes(model: Transformer, config: Mapping[str, Any]) -> None:
-    """Raise NotCovered for sizes that do not fit the config or each other, as those of a broken file."""
+    """Raise NotCovered for sizes that do not fit the config or each other, as of a broken file."""
     sizes = (model.embedding.rows, model.embedding.columns, model.layers[0].gate.matrix.rows)
     for name, expected in zip(("vocab_size", "hidden_size", "intermediate_size"), sizes):
         if number_of(config, name) != expected:
@@ -380,9 +387,9 @@ def check_sizes(model: Transformer, config: Mapping[str, Any]) -> None:
     pairs: list[tuple[Linear, int, int]] = [(model.head, model.embedding.rows, width)]
     for layer in model.layers:
         inner = layer.gate.matrix.rows
-        pairs += [(layer.query, queries, width), (layer.key, keys, width), (layer.value, keys, width)]
-        pairs += [(layer.output, width, queries), (layer.gate, inner, width), (layer.up, inner, width)]
-        pairs += [(layer.down, width, inner)]
+        pairs += [(layer.query, queries, width), (layer.key, keys, width)]
+        pairs += [(layer.value, keys, width), (layer.output, width, queries)]
+        pairs += [(layer.gate, inner, width), (layer.up, inner, width), (layer.down, width, inner)]
         for norm, expected in ((layer.query_norm, size), (layer.key_norm, size)):
             if norm is not None and norm.shape != (expected,):
                 raise NotCovered(f"a norm of {norm.shape[0]} numbers for heads of {expected}")
@@ -391,6 +398,7 @@ def check_sizes(model: Transformer, config: Mapping[str, Any]) -> None:
     for linear, rows, columns in pairs:
         matrix = linear.matrix
         if (matrix.rows, matrix.columns) != (rows, columns):
-            raise NotCovered(f"a matrix of {matrix.rows} x {matrix.columns} instead of {rows} x {columns}")
+            found = f"{matrix.rows} x {matrix.columns}"
+            raise NotCovered(f"a matrix of {found} instead of {rows} x {columns}")
         if matrix.kind.startswith("groups") and columns % GROUP:
             raise NotCovered(f"groups of {GROUP} in rows of {columns}")

@@ -44,7 +44,8 @@ def show_lines(lines: list[dict], *, with_headings: bool, first_is_shown: bool) 
         if index == 0 and first_is_shown:
             print(flush=True)  # only its line break is missing
             continue
-        above = heading(line["prompt_number"], line["sample"], line["prompt"]) if with_headings else ""
+        named = line["prompt_number"], line["sample"], line["prompt"]
+        above = heading(*named) if with_headings else ""
         print(above + line["text"], flush=True)
 
 
@@ -86,7 +87,8 @@ class Record:
             "batch_seed": batch_seed,
             "settings": self.settings,
         }
-        more = {"messages": row.prompt.messages, "error": row.prompt.problem, "logprobs": row.logprobs}
+        prompt = row.prompt
+        more = {"messages": prompt.messages, "error": prompt.problem, "logprobs": row.logprobs}
         return line | {name: value for name, value in more.items() if value}
 
 
@@ -133,7 +135,8 @@ def _check_new(path: str) -> None:
     """Raise UserError unless a file can be made at `path`."""
     file = Path(path)
     if file.is_symlink():
-        raise UserError(f"--output {path}: it is a link to a file that is not there; name another file")
+        problem = "it is a link to a file that is not there"
+        raise UserError(f"--output {path}: {problem}; name another file")
     if path.endswith(os.sep):
         example = file / "texts.jsonl"
         raise UserError(f"--output {path}: it is a folder; name a file in it, such as {example}")
@@ -268,9 +271,8 @@ def _check_line(encoded: bytes, expected: dict, *, name: str) -> dict:
     except (ValueError, RecursionError):
         line = None
     if not isinstance(line, dict) or line.keys() - {"logprobs"} != expected.keys():
-        raise UserError(
-            f"{name}: not a line of this script's output; remove it, or name another file with --output"
-        )
+        problem = "not a line of this script's output"
+        raise UserError(f"{name}: {problem}; remove it, or name another file with --output")
     different = [key for key in COMPARED if line.get(key) != expected.get(key)]
     if different:
         difference = _describe_difference(different[0], line, expected)

@@ -1,4 +1,4 @@
-"""What a request of OpenAI's protocol may ask for, and what that means for the texts of its answer."""
+"""What a request of OpenAI's protocol may ask for, and what it means for the texts of its answer."""
 
 from __future__ import annotations
 
@@ -33,10 +33,11 @@ class ApiError(Exception):
     def content(self) -> dict[str, Any]:
         """Return the error as JSON takes it."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+        about = {"param": self.param, "code": self.code}
+        return {"error": {"message": str(self), "type": kind, **about}}
 
 
-# What may be asked for --------------------------------------------------------------------------------
+# What may be asked for ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,11 @@ def number(accepts: Callable[[Any], bool], wanted: str, *, whole: bool = False) 
 def only(*values: Any) -> Parameter:
     """Return a parameter of OpenAI's protocol that is taken only where it changes nothing."""
     wanted = f"only {' or '.join(map(json.dumps, values))}, since nothing else is done here"
-    return Parameter(lambda value: any(value == one and type(value) is type(one) for one in values), wanted)
+
+    def accepts(value: Any) -> bool:
+        return any(value == one and type(value) is type(one) for one in values)
+
+    return Parameter(accepts, wanted)
 
 
 def texts_of(value: Any, most: int) -> list[str] | None:
@@ -79,7 +84,8 @@ def is_form(value: Any) -> bool:
     if not isinstance(value, dict) or len(value) != 1:
         return False
     if "choice" in value:
-        return isinstance(value["choice"], list) and texts_of(value["choice"], MOST_CHOICES) is not None
+        choices = value["choice"]
+        return isinstance(choices, list) and texts_of(choices, MOST_CHOICES) is not None
     pattern = value.get("regex")
     return isinstance(pattern, str) and 0 < len(pattern) <= MOST_PATTERN
 
@@ -97,7 +103,8 @@ def is_format(value: Any) -> bool:
     ):
         return False
     asked = value["json_schema"]
-    kinds = {"name": str, "description": (str, NoneType), "strict": (bool, NoneType), "schema": dict}
+    kinds = {"name": str, "schema": dict}
+    kinds |= {"description": (str, NoneType), "strict": (bool, NoneType)}
     return (
         isinstance(asked, dict)
         and {"name", "schema"} <= asked.keys() <= kinds.keys()
@@ -109,7 +116,8 @@ def is_format(value: Any) -> bool:
 FLAG = Parameter(lambda value: type(value) is bool, "true or false")
 TEXT = Parameter(lambda value: isinstance(value, str), "a text")
 AT_LEAST_1 = number(lambda value: 1 <= value < 2**31, "a whole number above 0", whole=True)
-FEW = number(lambda value: 0 <= value <= MOST_LOGPROBS, f"a whole number up to {MOST_LOGPROBS}", whole=True)
+MANY = f"a whole number up to {MOST_LOGPROBS}"
+FEW = number(lambda value: 0 <= value <= MOST_LOGPROBS, MANY, whole=True)
 COMMON = {
     "model": TEXT,
     "max_tokens": AT_LEAST_1,
@@ -136,7 +144,7 @@ COMMON = {
     "n": only(1),
     "presence_penalty": number(lambda value: -2 <= value <= 2, "a number from -2 to 2"),
     "frequency_penalty": number(lambda value: -2 <= value <= 2, "a number from -2 to 2"),
-    "logit_bias": Parameter(lambda value: is_bias(value), "an object of ids and numbers from -100 to 100"),
+    "logit_bias": Parameter(is_bias, "an object of ids and numbers from -100 to 100"),
     "structured_outputs": Parameter(
         is_form,
         f'an object with "choice", a list of up to {MOST_CHOICES} texts, or "regex", a text of up to'
@@ -183,7 +191,8 @@ def check_parameters(body: Any, known: dict[str, Parameter], *needed: str) -> di
         if name not in known:
             raise unsupported(name)
         if not known[name].accepts(value):
-            problem = f"{name}: {shorten(json.dumps(value), 60)} can't be used; give {known[name].wanted}"
+            shown, wanted = shorten(json.dumps(value), 60), known[name].wanted
+            problem = f"{name}: {shown} can't be used; give {wanted}"
             raise ApiError(400, problem, param=name, code="invalid_value")
     for name in needed:
         if name not in given:
@@ -225,10 +234,11 @@ def text_of_part(part: Any, place: str) -> str:
     is_text = isinstance(part, dict) and part.keys() == {"type", "text"} and part["type"] == "text"
     if is_text and isinstance(part["text"], str):
         return part["text"]
-    raise ApiError(400, f"{place}: only parts of text are read here", param=place, code="invalid_value")
+    problem = f"{place}: only parts of text are read here"
+    raise ApiError(400, problem, param=place, code="invalid_value")
 
 
-# What it means -------------------------------------------------------------------------------------
+# What it means ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -280,7 +290,8 @@ def choose_settings(
 def check_pairs(given: dict[str, Any]) -> None:
     """Raise ApiError for parameters that exclude each other, and for one without what it needs."""
     if "max_tokens" in given and "max_completion_tokens" in given:
-        raise ApiError(400, "max_tokens and max_completion_tokens: give one of them", param="max_tokens")
+        problem = "max_tokens and max_completion_tokens: give one of them"
+        raise ApiError(400, problem, param="max_tokens")
     for name, needed in (("top_logprobs", "logprobs"), ("stream_options", "stream")):
         if name in given and not given.get(needed):
             raise ApiError(400, f"{name} needs {needed}: true", param=name)
@@ -293,7 +304,8 @@ def read_bias(given: dict[str, float], model: LanguageModel) -> tuple[tuple[int,
     biases = tuple((int(token), float(bias)) for token, bias in given.items())
     if any(token >= model.vocabulary for token, _ in biases):
         most = model.vocabulary - 1
-        raise ApiError(400, f"logit_bias: the ids of tokens go from 0 to {most}", param="logit_bias")
+        problem = f"logit_bias: the ids of tokens go from 0 to {most}"
+        raise ApiError(400, problem, param="logit_bias")
     return biases
 
 
@@ -301,7 +313,9 @@ def chosen_stops(given: dict[str, Any], run: Run) -> tuple[str, ...]:
     """Return the stop strings of a request, else those of the server. Raises ApiError for one that
     holds a special token.
     """
-    stops = tuple(texts_of(given["stop"], MOST_STOPS) or ()) if "stop" in given else run.options.stops
+    stops = run.options.stops
+    if "stop" in given:
+        stops = tuple(texts_of(given["stop"], MOST_STOPS) or ())
     try:
         language_model.check_stops(list(stops), run.language_model)
     except UserError as error:
@@ -310,7 +324,7 @@ def chosen_stops(given: dict[str, Any], run: Run) -> tuple[str, ...]:
 
 
 def chosen_form(given: dict[str, Any], name: str, settings: Settings, forms: Forms) -> Constraint:
-    """Return the form that a parameter of a request asks for. Raises ApiError for one that can't be had."""
+    """Return the form that a parameter of a request asks for. Raises ApiError where it can't be."""
     form = given[name]
     if "stop" in given:
         raise ApiError(400, f"stop and {name}: the text ends where its form does", param="stop")

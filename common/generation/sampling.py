@@ -135,7 +135,7 @@ def keep_typical(logits: Tensor, mass: float) -> Tensor:
 
 
 def keep_above_epsilon(logits: Tensor, epsilon: float) -> Tensor:
-    """Keep the tokens that are at least `epsilon` likely, and the most likely one (Hewitt et al. 2022)."""
+    """Keep tokens at least `epsilon` likely, and the most likely one (Hewitt et al. 2022)."""
     removed = logits.softmax(-1) < epsilon
     return logits.masked_fill(removed & (logits < logits.amax(-1, keepdim=True)), -torch.inf)
 
@@ -237,12 +237,13 @@ def penalize_presence(logits: Tensor, new_ids: Tensor, presence: float, frequenc
 
     The prompt does not count. Negative penalties encourage repetition.
     """
-    counts = torch.zeros_like(logits).scatter_add(-1, new_ids, torch.ones_like(new_ids, dtype=logits.dtype))
+    ones = torch.ones_like(new_ids, dtype=logits.dtype)
+    counts = torch.zeros_like(logits).scatter_add(-1, new_ids, ones)
     return logits - frequency * counts - presence * (counts > 0)
 
 
 def keep_allowed(logits: Tensor, new_ids: Tensor, walks: list[Callable[[list[int]], Tensor]]) -> Tensor:
-    """Keep the tokens that a constraint lets follow the new tokens (B, N); `walks` has one of each row."""
+    """Keep the tokens that a constraint lets follow the new tokens (B, N); each row has a walk."""
     allowed = torch.stack([walk(new) for walk, new in zip(walks, new_ids.tolist())])  # (B, V)
     return logits.masked_fill(~allowed.to(logits.device), -torch.inf)
 
@@ -330,12 +331,11 @@ def distribution_filters(settings: Settings, strikes: Tensor | None = None) -> l
         ("epsilon", keep_above_epsilon, settings.epsilon_cutoff, settings.epsilon_cutoff > 0),
         ("eta", keep_above_eta, settings.eta_cutoff, settings.eta_cutoff > 0),
     )
-    filters = [make_filter(name, function, value) for name, function, value, is_on in all_filters if is_on]
+    filters = [make_filter(name, keep, value) for name, keep, value, is_on in all_filters if is_on]
     if strikes is not None:
         threshold, rows = settings.xtc_threshold, strikes
-        filters.append(
-            Filter(f"XTC {threshold:g}", lambda logits, ids: exclude_top_choices(logits, threshold, rows))
-        )
+        name = f"XTC {threshold:g}"
+        filters.append(Filter(name, lambda logits, ids: exclude_top_choices(logits, threshold, rows)))
     return filters
 
 
@@ -417,7 +417,8 @@ def exact_sampler(
         logits = apply_filters(filters, logits, ids)
         if not settings.sample:
             return logits.argmax(-1)
-        strikes = None if coins is None else coins[:, ids.shape[-1] - prompt_length].to(logits.device)
+        step = ids.shape[-1] - prompt_length
+        strikes = None if coins is None else coins[:, step].to(logits.device)
         return draw(logits, settings, generator, strikes)
 
     return sample
@@ -486,4 +487,5 @@ def xtc_coins(settings: Settings, seed: int, rows: list[tuple[int, int]]) -> Ten
     """
     if not settings.sample or settings.xtc_probability == 0:
         return None
-    return row_uniforms(seed, rows, settings.max_new_tokens, purpose="XTC ") < settings.xtc_probability
+    uniforms = row_uniforms(seed, rows, settings.max_new_tokens, purpose="XTC ")
+    return uniforms < settings.xtc_probability

@@ -37,7 +37,8 @@ def rouge(texts: list[str], references: list[str]) -> dict[str, float]:
 
     scorer = RougeScorer(ROUGE_TYPES)
     scores = [scorer.score(reference, text) for text, reference in zip(texts, references)]
-    return {name: statistics.fmean(score[name].fmeasure for score in scores) for name in ROUGE_TYPES}
+    f1 = {name: [score[name].fmeasure for score in scores] for name in ROUGE_TYPES}
+    return {name: statistics.fmean(values) for name, values in f1.items()}
 
 
 def read_references(
@@ -127,9 +128,8 @@ def choose_window(
     if size is None:
         size = min(most, context or most)
     if context is not None and size > context:
-        raise UserError(
-            f"--window {size}: {language_model.name} holds {context:,} tokens; use at most {context}"
-        )
+        problem = f"{language_model.name} holds {context:,} tokens"
+        raise UserError(f"--window {size}: {problem}; use at most {context}")
     if size < 2:
         raise UserError(
             f"--window {size}: each token is predicted from at least one before it; use at least 2"

@@ -91,7 +91,7 @@ class Asked:
 
     @property
     def num_logprobs(self) -> int | None:
-        """How many of the likeliest tokens are told with each; None: not even its own probability."""
+        """How many of the likeliest tokens are told with each; None: not even its own."""
         if not self.shape.is_chat:
             return self.given.get("logprobs")
         return self.given.get("top_logprobs", 0) if self.given.get("logprobs") else None
@@ -114,7 +114,8 @@ class Asked:
     def chunks(self, job: Job, piece: Piece) -> Iterator[dict[str, Any]]:
         """Yield what a stream tells of a piece."""
         if piece.text or piece.logprobs or (piece.is_last and not self.shape.is_chat):
-            content = {"delta": {"content": piece.text}} if self.shape.is_chat else {"text": piece.text}
+            text = piece.text
+            content = {"delta": {"content": text}} if self.shape.is_chat else {"text": text}
             ends_here = piece.is_last and not self.shape.is_chat
             yield self._chunk([self._choice(job, content, [piece], has_ended=ends_here)])
         if piece.is_last and self.shape.is_chat:
@@ -132,7 +133,8 @@ class Asked:
             yield {**self._chunk([]), "usage": self.usage()}
 
     def _head(self, name: str) -> dict[str, Any]:
-        return {"id": self.identity, "object": name, "created": self.created, "model": self.model_name}
+        about = {"created": self.created, "model": self.model_name}
+        return {"id": self.identity, "object": name, **about}
 
     def _chunk(self, choices: list[dict]) -> dict[str, Any]:
         return {**self._head(self.shape.piece_name), "choices": choices}
@@ -210,7 +212,8 @@ class Server:
                     error.status, f"{error.reason}: {request.method} {shorten(request.path, 60)}"
                 )
                 if error.status == 413:
-                    known = ApiError(413, f"the body has more than {BODY_BYTES:,} bytes", code="too_large")
+                    problem = f"the body has more than {BODY_BYTES:,} bytes"
+                    known = ApiError(413, problem, code="too_large")
                 response = web.json_response(known.content(), status=error.status)
             status = response.status
             return response
@@ -221,10 +224,10 @@ class Server:
                 ApiError(500, "a fault of the server; see what it wrote").content(), status=500
             )
         finally:
-            counted = request.get(USAGE)
-            tokens = (
-                f", {counted['prompt_tokens']} + {counted['completion_tokens']} tokens" if counted else ""
-            )
+            tokens = ""
+            if counted := request.get(USAGE):
+                sizes = counted["prompt_tokens"], counted["completion_tokens"]
+                tokens = f", {sizes[0]} + {sizes[1]} tokens"
             line = f"{request.method} {shorten(request.path, 60)} {status}{tokens}"
             print(f"{line}, {time.perf_counter() - began:.2f} s", file=sys.stderr, flush=True)
 
@@ -235,7 +238,8 @@ class Server:
         if not is_own_name(request.headers.get("Host", "")):
             raise ApiError(403, WRONG_HOST, code="wrong_host")
         if self.limits.api_key is not None:
-            wanted, given = f"Bearer {self.limits.api_key}", request.headers.get("Authorization", "")
+            wanted = f"Bearer {self.limits.api_key}"
+            given = request.headers.get("Authorization", "")
             if not hmac.compare_digest(wanted.encode(), given.encode(errors="replace")):
                 raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
 
@@ -287,7 +291,7 @@ class Server:
 
     async def read(self, request: web.Request) -> Asked:
         """Return a request with its jobs. Raises ApiError for one that can't be answered."""
-        if request.content_type != "application/json":  # what a page of another site can't send unasked
+        if request.content_type != "application/json":  # what another site can't send unasked
             raise ApiError(415, "the Content-Type is not application/json")
         try:
             body = json.loads(await request.read(), parse_constant=_refuse_constant)
@@ -319,7 +323,8 @@ class Server:
         if not shape.is_chat:
             texts = texts_of(given["prompt"], MOST_PROMPTS) or []
             all_ids = [language_model.encode_prompt(text, model, name="prompt") for text in texts]
-            return [Prompt(number, text, ids) for number, (text, ids) in enumerate(zip(texts, all_ids))]
+            numbered = enumerate(zip(texts, all_ids))
+            return [Prompt(number, text, ids) for number, (text, ids) in numbered]
         if chat is None:
             raise UserError(f"{self.name} has no chat template; use /v1/completions")
         messages = plain_messages(given["messages"])
@@ -386,15 +391,16 @@ def key_from_environment() -> str | None:
     """
     key = os.environ.get(KEY_VARIABLE)
     if key is not None and not key.strip():
-        raise UserError(f"{KEY_VARIABLE}: the key is empty; set it, or unset the variable for no key")
+        advice = "set it, or unset the variable for no key"
+        raise UserError(f"{KEY_VARIABLE}: the key is empty; {advice}")
     return key
 
 
 def served_name(model: str) -> str:
     """Return the name of a model as requests give it: without the folders of this machine."""
-    return (
-        os.path.basename(os.path.normpath(model)) if os.path.exists(model) else model.removeprefix("bundled/")
-    )
+    if os.path.exists(model):
+        return os.path.basename(os.path.normpath(model))
+    return model.removeprefix("bundled/")
 
 
 def serve(run: Run, limits: Limits, listener: socket.socket) -> int:

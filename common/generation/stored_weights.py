@@ -27,7 +27,8 @@ from common.files import MANIFEST, make_once, read_json, sha256, sync_file, writ
 from common.sources import GGUF_SUFFIX
 
 Kind = Literal["fp32", "fp16", "bf16", "groups4", "groups8"]
-KINDS: tuple[Kind, ...] = ("fp32", "fp16", "bf16", "groups4", "groups8")  # in the order of decoder.c
+# in the order of decoder.c
+KINDS: tuple[Kind, ...] = ("fp32", "fp16", "bf16", "groups4", "groups8")
 KIND_OF_DTYPE: dict[torch.dtype, Kind] = {
     torch.float32: "fp32",
     torch.float16: "fp16",
@@ -64,19 +65,21 @@ class Matrix:
         return (weights + minimums.float()[..., None]).view(self.rows, self.columns)
 
     def first(self, rows: int) -> "Matrix":
-        """Return the first rows, without copying them; as many as fill tiles, all if there are fewer."""
+        """Return the first rows, without a copy; as many as fill tiles, all if there are fewer."""
         if rows >= self.rows:
             return self
         rows = rows // TILE * TILE
         num_tiles = -(-self.rows // TILE)
-        is_grouped = self.kind in ("groups4", "groups8")
-        data = self.data.view(num_tiles, -1)[: rows // TILE].flatten() if is_grouped else self.data[:rows]
+        data = self.data[:rows]
+        if self.kind in ("groups4", "groups8"):
+            data = self.data.view(num_tiles, -1)[: rows // TILE].flatten()
         return Matrix(self.kind, rows, self.columns, data)
 
 
 def matrix_of(weight: Tensor) -> Matrix:
     """Return a tensor (rows, columns) of a floating-point dtype as a matrix, without copying it."""
-    return Matrix(KIND_OF_DTYPE[weight.dtype], weight.shape[0], weight.shape[1], weight.contiguous())
+    rows, columns = weight.shape
+    return Matrix(KIND_OF_DTYPE[weight.dtype], rows, columns, weight.contiguous())
 
 
 def pack(kind: Kind, numbers: Tensor, scales: Tensor, minimums: Tensor | None) -> Matrix:
@@ -123,7 +126,8 @@ def unpack(matrix: Matrix) -> tuple[Tensor, Tensor, Tensor]:
     minimums = rows_of(data[..., 2 * TILE : 4 * TILE]) if is_4 else torch.zeros_like(scales)
     if is_4:
         bytes4 = data[..., 4 * TILE :].view(-1, num_groups, 4, TILE, 4)
-        by_four = torch.stack([bytes4 & 15, bytes4 >> 4], 3).flatten(2, 3).view(-1, num_groups, 8, TILE, 4)
+        halves = torch.stack([bytes4 & 15, bytes4 >> 4], 3).flatten(2, 3)
+        by_four = halves.view(-1, num_groups, 8, TILE, 4)
     else:
         by_four = data[..., 2 * TILE :].view(-1, num_groups, 8, TILE, 4)
     numbers = by_four.permute(0, 3, 1, 2, 4).reshape(-1, matrix.columns)[: matrix.rows]
@@ -183,7 +187,8 @@ def read_gguf(reader: Any, path: Path) -> dict[str, Matrix | Tensor]:
     Formats other than F32, F16, BF16, Q4_0, Q4_1 and Q8_0 are widened to fp32. Raises UserError for
     an architecture or a tensor that is not known here, and ValueError for a damaged file.
     """
-    fields = {name: field.contents() for name, field in reader.fields.items() if "tokens" not in name}
+    names = [name for name in reader.fields if "tokens" not in name]
+    fields = {name: reader.fields[name].contents() for name in names}
     architecture = str(fields.get("general.architecture"))
     if architecture not in GGUF_ARCHITECTURES:
         raise UserError(
@@ -210,7 +215,8 @@ def _name_in_transformers(name: str, path: Path) -> str:
         return f"{GGUF_ENDS[stem]}.{ending}"
     match = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
     if not match or match[2] not in GGUF_NAMES or ending not in ("weight", "bias"):
-        raise UserError(f"--model {path}: the tensor {name!r} is unknown here; name the folder of the model")
+        problem = f"the tensor {name!r} is unknown here"
+        raise UserError(f"--model {path}: {problem}; name the folder of the model")
     return f"model.layers.{match[1]}.{GGUF_NAMES[match[2]]}.{ending}"
 
 
@@ -253,8 +259,9 @@ def _read_groups(data: np.ndarray, name: str) -> _Groups:
     """
     header = 4 if name == "Q4_1" else 2  # bytes
     groups = data.reshape(len(data), -1, header + (32 if name == "Q8_0" else 16))  # (R, G, bytes)
-    header_numbers = torch.from_numpy(np.ascontiguousarray(groups[..., :header])).view(torch.float16)
-    scales, numbers = header_numbers[..., 0], np.ascontiguousarray(groups[..., header:])
+    headers, numbers = map(np.ascontiguousarray, (groups[..., :header], groups[..., header:]))
+    header_numbers = torch.from_numpy(headers).view(torch.float16)
+    scales = header_numbers[..., 0]
     if name == "Q8_0":
         signed = torch.from_numpy(numbers.view(np.int8)).to(torch.int16)
         return _Groups("groups8", signed.flatten(1), scales, None)
@@ -313,7 +320,8 @@ def model_folder(name: str, cache_dir: str | None) -> Path:
     def make(scratch: Path) -> Path:
         return convert_gguf(gguf, scratch / "model", name=name)
 
-    return converted_folder(gguf.stem, sha256(gguf), make, cache_dir, needed_bytes=2 * gguf.stat().st_size)
+    needed_bytes = 2 * gguf.stat().st_size
+    return converted_folder(gguf.stem, sha256(gguf), make, cache_dir, needed_bytes=needed_bytes)
 
 
 def bundled_folder(cache_dir: str | None) -> Path:
@@ -335,8 +343,8 @@ def bundled_folder(cache_dir: str | None) -> Path:
     folder = converted_folder(stem, bundled.MEMBER_SHA256, make, cache_dir, needed_bytes=size)
     if sha256(folder / MANIFEST) != bundled.STORED_SHA256:
         raise UserError(
-            f"{folder}: it holds other files than the known ones; remove the folder and run the command"
-            " again, and if that does not help, pip install -r requirements.txt"
+            f"{folder}: it holds other files than the known ones; remove the folder and run the"
+            " command again, and if that does not help, pip install -r requirements.txt"
         )
     return folder
 
@@ -354,7 +362,8 @@ def converted_folder(
     folder = bundled.stored_path(stem, digest, cache_dir)
     note = f"{stem}: reading its GGUF file into {folder}, once"
     make_once(folder, make, source=f"--model {stem}", needed_bytes=needed_bytes, note=note)
-    others = {path.name for path in folder.iterdir()} - {MANIFEST, *read_json(folder / MANIFEST)["files"]}
+    known = {MANIFEST, *read_json(folder / MANIFEST)["files"]}
+    others = {path.name for path in folder.iterdir()} - known
     if others:
         raise UserError(f"{folder}: {min(others)} does not belong there; remove the folder")
     return folder
@@ -383,8 +392,10 @@ def convert_gguf(path: Path, folder: Path, *, name: str) -> Path:
         model.generation_config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     for file in ("config.json", "generation_config.json", "tokenizer_config.json"):
-        settings = {key: value for key, value in read_json(folder / file).items() if key not in CIRCUMSTANCES}
-        (folder / file).write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        settings = read_json(folder / file)
+        settings = {key: settings[key] for key in settings if key not in CIRCUMSTANCES}
+        text = json.dumps(settings, indent=1, sort_keys=True) + "\n"
+        (folder / file).write_text(text, encoding="utf-8")
     write_weights(folder / bundled.STORED_FILE, weights)
     for file in folder.iterdir():
         sync_file(file)
