@@ -218,7 +218,8 @@ class Columns:
         return self.columns[name]
 
     def __getitems__(self, numbers: list[int]) -> list[dict]:
-        return [{name: values[number] for name, values in self.columns.items()} for number in numbers]
+        columns = self.columns.items()
+        return [{name: values[number] for name, values in columns} for number in numbers]
 
 
 Rows: TypeAlias = "datasets.Dataset | Columns"
@@ -249,7 +250,8 @@ class PaddedBatches(torch.utils.data.Dataset):
             chunks += [{name: text[name][chunk] for name in self.inputs} for chunk in pick.chunks]
             # texts to predict have neither labels nor row numbers
             if self.task is not None:
-                targets.append(self.task.no_target() if pick.is_filler else self.task.target(text["label"]))
+                target = self.task.target(text["label"])
+                targets.append(self.task.no_target() if pick.is_filler else target)
             row_numbers.append(text.get("row", pick.row))
         batch = self.tokenizer.pad(chunks, padding=True, return_tensors="pt")  # (K, T)
         if targets:
@@ -351,8 +353,11 @@ def count_tokens(micro_batches: list[BatchEncoding]) -> int:
     """Return the number of tokens of a step in this process, without padding, while it is still on
     the CPU.
     """
-    masks = [batch.get("attention_mask", torch.ones_like(batch["input_ids"])) for batch in micro_batches]
-    return sum(int(mask.sum()) for mask in masks)
+    count = 0
+    for batch in micro_batches:
+        mask = batch.get("attention_mask")
+        count += batch["input_ids"].numel() if mask is None else int(mask.sum())
+    return count
 
 
 def num_tokens(rows: datasets.Dataset, *, max_chunks: int | None = None) -> float:
@@ -441,7 +446,8 @@ def activation_bytes(model: torch.nn.Module, batches: PaddedBatches, size: int, 
 
 
 def _kept_bytes(model: torch.nn.Module, batch: Batch, runtime: Runtime) -> int:
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    tensors = (*model.parameters(), *model.buffers())
+    own = {tensor.untyped_storage().data_ptr() for tensor in tensors}
     kept: dict[int, int] = {}  # the memory of each saved tensor, once
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -451,13 +457,14 @@ def _kept_bytes(model: torch.nn.Module, batch: Batch, runtime: Runtime) -> int:
         return tensor
 
     inputs = {name: batch[name] for name in batch if name not in ("labels", "row", "text_of_chunk")}
+    inputs = {name: tensor.to(runtime.device) for name, tensor in inputs.items()}
     gpus = [runtime.device] if runtime.device.type == "cuda" else []
     with (
         torch.random.fork_rng(gpus),
         torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
         runtime.autocast(),
     ):
-        logits = model(**{name: tensor.to(runtime.device) for name, tensor in inputs.items()}).logits
+        logits = model(**inputs).logits
     del logits  # until here the graph held all of them, so that no address was used twice
     return sum(kept.values())
 

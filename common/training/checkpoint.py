@@ -163,12 +163,14 @@ def open_location(
         def locate() -> list[str | bool | None]:
             location = locate_run(output_dir, resume, name=name, is_of_this_job=runtime.began_run)
             wait = RESTART_SECONDS if runtime.began_run(location.folder) else 0.0
-            location = held.enter_context(only_run(location, is_named=output_dir is not None, wait=wait))
+            run = only_run(location, is_named=output_dir is not None, wait=wait)
+            location = held.enter_context(run)
             checkpoint = None if location.checkpoint is None else str(location.checkpoint)
             return [str(location.folder), location.is_resumed, checkpoint]
 
         folder, is_resumed, checkpoint = runtime.broadcast_from_main(locate)
-        yield RunLocation(Path(folder), is_resumed, None if checkpoint is None else Path(checkpoint))
+        chosen = None if checkpoint is None else Path(checkpoint)
+        yield RunLocation(Path(folder), is_resumed, chosen)
 
 
 class Checkpoints:
@@ -352,7 +354,7 @@ class Checkpoints:
 
         Raises UserError for one with other tensors or numbers than this training has.
         """
-        advice = f"--resume {self.run.folder} takes the newest one, another --output-dir starts a new run"
+        advice = f"--resume {self.run.folder} takes the newest one, another --output-dir starts anew"
         with reading(f"--resume {start.path}: not a checkpoint of this training", advice):
             _load_model(start, state)
             _load_optimizer(start, state)
@@ -521,7 +523,8 @@ class StopSignals:
         # on a terminal in the place of the progress bar, which is drawn again below it
         begin = ERASE_LINE if sys.stderr.isatty() else "\n"
         what = "saving" if self.saves else "ending"
-        cli.warn_of_stop(f"{begin}{name}: {what} after this step; a second one ends the run at once\n")
+        after = f"{what} after this step; a second one ends the run at once"
+        cli.warn_of_stop(f"{begin}{name}: {after}\n")
 
     def requested(self) -> int | None:
         """Return the signal by which any process was asked to stop, TIME_IS_UP if only the time is

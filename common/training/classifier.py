@@ -110,7 +110,8 @@ def load_pretrained(
     from common import models
 
     name = config.model
-    folder = sources.find_folder(name, kind="encoder", cache_dir=config.cache_dir, revision=config.revision)
+    options = {"cache_dir": config.cache_dir, "revision": config.revision}
+    folder = sources.find_folder(name, kind="encoder", **options)
     saved = models.load(AutoConfig, folder, name=name)
     tokenizer = load_tokenizer(config, folder)
     has_padding_token = tokenizer.pad_token is not None  # of its own
@@ -126,9 +127,8 @@ def load_pretrained(
     kind = type(model).__name__
     runtime.say(f"model    {name}: {kind}, {size / 1e6:.1f} million parameters, with {head}")
     if not has_padding_token:
-        runtime.say(
-            f"         the tokenizer has no padding token: padding with its end token {tokenizer.pad_token!r}"
-        )
+        padding = f"padding with its end token {tokenizer.pad_token!r}"
+        runtime.say(f"         the tokenizer has no padding token: {padding}")
     return model, tokenizer
 
 
@@ -204,7 +204,8 @@ def choose_head(model: PreTrainedModel, new: list[str], saved: PreTrainedConfig,
     `new` lists the tensors that the files lacked, and `saved` is the configuration in them.
     """
     if new:
-        return "a new head and a new pooler" if any(".pooler." in f".{key}" for key in new) else "a new head"
+        has_pooler = any(".pooler." in f".{key}" for key in new)
+        return "a new head and a new pooler" if has_pooler else "a new head"
     if saved_kind(saved) != task.kind:
         renew_head(model)
         return f"a new head, because the saved one was for {PROBLEMS[saved_kind(saved)]}"
@@ -213,7 +214,8 @@ def choose_head(model: PreTrainedModel, new: list[str], saved: PreTrainedConfig,
         return "the head that it was saved with"
     if all(UNNAMED.fullmatch(label) for label in classes):
         return "the head that it was saved with, whose classes have no names"
-    if sorted(classes) == sorted(names) and reorder_head(model, [classes.index(label) for label in names]):
+    order = [classes.index(label) for label in names if label in classes]
+    if sorted(classes) == sorted(names) and reorder_head(model, order):
         return "the head that it was saved with, its classes put into another order"
     renew_head(model)
     return f"a new head, because the saved one was for {shorten(', '.join(classes), 60)}"
@@ -276,10 +278,12 @@ def dropout_options(
     that is asked for.
     """
     # layerdrop is another thing: it skips whole layers
-    options = [option for option in config.to_dict() if "drop" in option and "layerdrop" not in option]
+    settings = config.to_dict()
+    options = [name for name in settings if "drop" in name and "layerdrop" not in name]
     attention = [option for option in ATTENTION_DROPOUT_NAMES if hasattr(config, option)]
     if attention_dropout and not attention:
-        raise UserError(f"--attention-dropout {attention_dropout}: {name} has none; leave the flag out")
+        asked = f"--attention-dropout {attention_dropout}"
+        raise UserError(f"{asked}: {name} has none; leave the flag out")
     if dropout and not options:
         raise UserError(f"--dropout {dropout}: {name} has none; leave the flag out")
     values = {} if dropout is None else dict.fromkeys(options, dropout)
@@ -350,7 +354,8 @@ def _reads_ends(model: PreTrainedModel | bert.BertClassifier) -> bool:
     """Tell whether a model reads the one end token of each text, as BART and T5 do, and can't read
     a text that holds another.
     """
-    return not isinstance(model, bert.BertClassifier) and getattr(model.config, "is_encoder_decoder", False)
+    is_own = isinstance(model, bert.BertClassifier)
+    return not is_own and getattr(model.config, "is_encoder_decoder", False)
 
 
 def choose_saved_tokens(
@@ -411,7 +416,8 @@ def require_match(
     if (kind := model.config.model_type) in UNSERVED:
         raise UserError(f"--model {name}: a {kind} {UNSERVED[kind]}; name another model")
     if "attention_mask" not in tokenizer.model_input_names:
-        raise UserError(f"--model {name}: {type(model).__name__} reads padding as text; name another model")
+        problem = f"{type(model).__name__} reads padding as text"
+        raise UserError(f"--model {name}: {problem}; name another model")
     models.try_out(model, tokenizer, name=name)
     with models.load_errors(name, reader=type(model).__name__), torch.no_grad():
         texts = [dict(tokenizer(text)) for text in ("word", "three more words")]
@@ -458,9 +464,8 @@ def encoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
     for module in model.base_model.modules():
         if isinstance(module, torch.nn.ModuleList) and len(module) == number:
             return module
-    raise UserError(
-        f"--freeze-layers: {type(model).__name__} has no list of layers to count; leave the flag out"
-    )
+    problem = f"{type(model).__name__} has no list of layers to count"
+    raise UserError(f"--freeze-layers: {problem}; leave the flag out")
 
 
 def recompute_activations(model: PreTrainedModel) -> None:
@@ -469,9 +474,8 @@ def recompute_activations(model: PreTrainedModel) -> None:
     It saves memory and takes a third more time. Raises UserError when the model can't.
     """
     if not model.supports_gradient_checkpointing:
-        raise UserError(
-            f"--gradient-checkpointing: {type(model).__name__} does not support it; leave the flag out"
-        )
+        problem = f"{type(model).__name__} does not support it"
+        raise UserError(f"--gradient-checkpointing: {problem}; leave the flag out")
     # the reentrant variant gives no gradient under frozen embeddings, and none to DDP
     model.activation_checkpointing_enable({"use_reentrant": False})
 
@@ -495,7 +499,8 @@ def add_adapters(model: PreTrainedModel, rank: int) -> PreTrainedModel:
     }
     highest = max((min(module.weight.shape) for module in modules.values()), default=rank)
     if rank > highest:
-        raise UserError(f"--lora-rank {rank}: no matrix has a rank above {highest}; give at most that")
+        problem = f"no matrix has a rank above {highest}"
+        raise UserError(f"--lora-rank {rank}: {problem}; give at most that")
     config = peft.LoraConfig(
         r=rank,
         lora_alpha=LORA_ALPHA * rank,
@@ -616,9 +621,8 @@ def save_temperature(folder: Path, temperature: float) -> None:
     settings = saved_settings(folder, str(folder))
     if settings.get("thresholds"):
         settings["thresholds"] = moved_thresholds(settings["thresholds"], temperature)
-    replace_file(
-        folder / SETTINGS_FILE, json.dumps({**settings, "temperature": temperature}, indent=2) + "\n"
-    )
+    settings["temperature"] = temperature
+    replace_file(folder / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
 
 
 def saved_temperature(trained: dict) -> float:
@@ -724,4 +728,5 @@ def check_classes(config: PreTrainedConfig, *, name: str) -> None:
         problem = "id2label and label2id contradict each other"
     else:
         return
-    raise UserError(f"--model {name}: {problem} in its config.json; repair it or name another model")
+    advice = "repair it or name another model"
+    raise UserError(f"--model {name}: {problem} in its config.json; {advice}")

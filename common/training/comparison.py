@@ -26,8 +26,8 @@ from common.training.study import headline_scores, latex_table
 
 PREDICTIONS = "predictions.csv"
 # of config.json: what a run is called or when it was, and no setting of it
-NO_SETTINGS = ("output_dir", "started", "identity", "versions", "cache_dir", "save_every", "max_minutes")
-NO_SETTINGS += ("keep", "keep_after")
+NO_SETTINGS = ("output_dir", "started", "identity", "versions", "cache_dir", "save_every")
+NO_SETTINGS += ("max_minutes", "keep", "keep_after")
 NUM_SHOWN, TEXT_WIDTH, NAME_WIDTH = 10, 60, 30
 # scores of the table of differences; the share of right texts is tested by McNemar's test
 TESTED: dict[Kind, tuple[str, ...]] = {
@@ -79,7 +79,8 @@ def read_run(folder: Path) -> FinishedRun:
             raise ValueError("a file of it is empty")
         return FinishedRun(str(folder), settings, results, kind, names, rows)
     except (OSError, ValueError, RecursionError, KeyError, TypeError, csv.Error) as error:
-        raise UserError(f"--compare {folder}: no whole run ({one_line(error)}); name another") from error
+        problem = f"no whole run ({one_line(error)})"
+        raise UserError(f"--compare {folder}: {problem}; name another") from error
 
 
 def _kind_of(columns: Sequence[str]) -> tuple[Kind, list[str]]:
@@ -185,7 +186,8 @@ def shared_lines(runs: list[FinishedRun]) -> Iterator[str]:
     texts = {row.text for row in first.rows.values()}
     for run in others:
         shared = len(run.rows.keys() & first.rows.keys())
-        relabelled = sum(row.text in texts for key, row in run.rows.items() if key not in first.rows)
+        others = [row for key, row in run.rows.items() if key not in first.rows]
+        relabelled = sum(row.text in texts for row in others)
         also = f"; {relabelled:,} others have its text and another label" if relabelled else ""
         tested = "; tested on these" if shared else "; nothing can be tested"
         of = f"{shared:,} of its {len(run.rows):,} test rows are among the {len(first.rows):,}"
@@ -206,7 +208,8 @@ def disagreements(runs: list[FinishedRun]) -> list[Key]:
         ]
 
     def distance(key: Key) -> float:
-        values = np.array([run.rows[key].predicted for run in runs if key in run.rows], dtype=np.float64)
+        predicted = [run.rows[key].predicted for run in runs if key in run.rows]
+        values = np.array(predicted, dtype=np.float64)
         return float(np.ptp(values, axis=0).max())
 
     shared = [key for key in first.rows if any(key in run.rows for run in others)]
@@ -249,7 +252,9 @@ def compare(folders: list[Path], output_dir: str | None) -> None:
 
 def _task(run: FinishedRun) -> str:
     words = {SINGLE: "one class", MULTI: "labels", REGRESSION: "numbers"}[run.kind]
-    return f"{words} ({shorten(', '.join(run.names), NAME_WIDTH)})" if run.kind == REGRESSION else words
+    if run.kind != REGRESSION:
+        return words
+    return f"{words} ({shorten(', '.join(run.names), NAME_WIDTH)})"
 
 
 def differing_settings(runs: list[FinishedRun]) -> dict[str, list[str]]:
@@ -258,7 +263,8 @@ def differing_settings(runs: list[FinishedRun]) -> dict[str, list[str]]:
     for run in runs:
         settings = {name: value for name, value in run.settings.items() if name not in NO_SETTINGS}
         versions = run.settings.get("versions", {})
-        flat.append({**settings, **{f"{name} (version)": value for name, value in versions.items()}})
+        named = {f"{name} (version)": value for name, value in versions.items()}
+        flat.append({**settings, **named})
     names = dict.fromkeys(name for settings in flat for name in settings)
     values = {name: [_in_words(settings.get(name)) for settings in flat] for name in names}
     return {name: row for name, row in values.items() if len(set(row)) > 1}
@@ -282,7 +288,8 @@ def _score_table(runs: list[FinishedRun]) -> tuple[list[str], list[list[str]]]:
         for name in scores:
             low_high = intervals.get(name.removeprefix("test_"))
             cell = f"{run.results[name]:.4f}"
-            cells.append(cell if low_high is None else f"{cell} ({low_high[0]:.4f} to {low_high[1]:.4f})")
+            interval = "" if low_high is None else f" ({low_high[0]:.4f} to {low_high[1]:.4f})"
+            cells.append(f"{cell}{interval}")
         seconds = run.results.get("train_seconds")
         time = f"{seconds:.0f}" if _is_number(seconds) else "-"
         rows.append([run.name, *(values[number] for values in settings.values()), *cells, time])
@@ -310,10 +317,12 @@ def _difference_table(tested: list[Difference]) -> tuple[list[str], list[list[st
         adjusted |= dict(zip(members, holm([tested[number].p for number in members])))
     rows = []
     for number, one in enumerate(tested):
-        interval = "-" if one.interval is None else f"{one.interval[0]:+.4f} to {one.interval[1]:+.4f}"
+        low_high = one.interval
+        interval = "-" if low_high is None else f"{low_high[0]:+.4f} to {low_high[1]:+.4f}"
         p_values = [f"{one.p:.4f}", *([f"{adjusted[number]:.4f}"] if several else [])]
         score = one.score.replace("_", " ")
-        rows.append([one.run, score, str(one.rows), f"{one.value:+.4f}", interval, *p_values, one.test])
+        values = [f"{one.value:+.4f}", interval, *p_values, one.test]
+        rows.append([one.run, score, str(one.rows), *values])
     headers = ["run", "score", "rows", "difference", "95 % interval", "p"]
     return [*headers, *(["p (Holm)"] if several else []), "test"], rows
 
@@ -366,7 +375,8 @@ def _write(
             writer.writerow([runs[0].rows[key].number, "|".join(key[1]), *cells, key[0]])
     latex = "\n".join(latex_table(*table) for table in tables)
     (folder / FILES[3]).write_text(latex, encoding="utf-8")
-    print(f"\ntables: {', '.join(str(folder / name) for name in FILES if (folder / name).exists())}")
+    written = [str(folder / name) for name in FILES if (folder / name).exists()]
+    print(f"\ntables: {', '.join(written)}")
 
 
 def _csv_cells(row: Row | None) -> list[str]:

@@ -45,7 +45,7 @@ from common.training.task import (
     read_labels,
     split_columns,
     task_of_rows,
-    whole,
+    without_decimals,
 )
 
 if TYPE_CHECKING:
@@ -68,7 +68,8 @@ HEAD_SHARE = 0.25
 # least share of a chunk that the chunk before it holds too, so that what one of them cuts apart is
 # whole in the other
 OVERLAP = 0.25
-NUMBER = re.compile(r"[+-]?\d{1,15}(\.\d{0,15})?(e[+-]?\d{1,2})?")  # no more digits than floats have
+# no more digits than floats have
+NUMBER = re.compile(r"[+-]?\d{1,15}(\.\d{0,15})?(e[+-]?\d{1,2})?")
 # special tokens that tell a model where a text begins, ends or is padding
 MARKS = ("bos_token", "eos_token", "cls_token", "sep_token", "pad_token")
 FORMAT = 2  # of the cached Arrow files; counts up when their columns change
@@ -79,7 +80,7 @@ class TextConfig:
     """Which columns hold the texts; the fields are named as their flags."""
 
     text_column: str = "text"  # or several, separated by commas
-    text_mode: str | None = None  # what several are: PAIR, two texts that are read together; or JOIN
+    text_mode: str | None = None  # of several: PAIR, two texts that are read together; or JOIN
     join_with: str = " "
 
     @property
@@ -155,12 +156,12 @@ def load_splits(config: DataConfig, runtime: Runtime, notes: DataNotes | None = 
     """
     notes = DataNotes() if notes is None else notes
     faults = notes.faults if config.skip_bad else None
-    wanted = {"train": config.train_split, "validation": config.validation_split, "test": config.test_split}
+    wanted = {"train": config.train_split, "validation": config.validation_split}
+    wanted["test"] = config.test_split
     source = _read_source(config, faults)
     splits = choose_splits(source, wanted)
-    notes.unused = [
-        str(name) for name, rows in source.items() if all(rows is not one for one in splits.values())
-    ]
+    used = [id(rows) for rows in splits.values()]
+    notes.unused = [str(name) for name, rows in source.items() if id(rows) not in used]
     splits |= _read_split_files(config, faults)
     if "test" in splits and not has_labels(splits["test"], config.labels):
         notes.unlabelled = _unlabelled(splits.pop("test"), config.texts, faults)
@@ -236,7 +237,8 @@ def _unlabelled(rows: datasets.Dataset, texts: TextConfig, faults: list[Fault] |
             reading.require_column(rows.column_names, column, source=source, flag="--text-column")
         problems = list(text_problems(rows, texts))
         note_faults(source, rows, problems, texts.columns, faults)
-        rows = _take(rows, np.array([n for n, problem in enumerate(problems) if not problem], np.int64))
+        good = [number for number, problem in enumerate(problems) if not problem]
+        rows = _take(rows, np.array(good, np.int64))
     return _as_dataset(_with_texts(rows, texts).add_column("row", _row_numbers(rows)))
 
 
@@ -259,7 +261,8 @@ def load_rows_for_scoring(
             wanted = {"train": config.train_split, "validation": config.validation_split}
             splits = choose_splits(source, wanted)
     if "test" in splits and not has_labels(splits["test"], config.labels):
-        raise UserError("split test: it has no labels to compare with; --predict answers for its texts")
+        problem = "it has no labels to compare with"
+        raise UserError(f"split test: {problem}; --predict answers for its texts")
     if faults is not None:
         _check_names(splits, config.texts, config.labels)
         splits, _ = clean(splits, config.texts, config.labels, faults, task)
@@ -275,7 +278,8 @@ def load_rows_for_scoring(
             )
         splits, _ = cut_missing_splits(splits, seed=config.seed)
     split = "test" if "test" in splits else "train"
-    rows = sample(splits[split], config.max_eval_samples, seed=config.seed, flag="--max-eval-samples")
+    size = config.max_eval_samples
+    rows = sample(splits[split], size, seed=config.seed, flag="--max-eval-samples")
     name = config.test_file or config.dataset
     runtime.say(f"data     {name}: {len(rows):,} texts of its {split} split")
     return rows
@@ -330,7 +334,7 @@ def choose_splits(source: datasets.DatasetDict, wanted: dict[str, str | None]) -
         candidates = [name] if name else SPLIT_SYNONYMS[split]
         present = next((candidate for candidate in candidates if candidate in source), None)
         if not name and present is None:  # Train.csv
-            present = next((known[candidate] for candidate in candidates if candidate in known), None)
+            present = next((known[one] for one in candidates if one in known), None)
         if present:
             chosen[split] = source[present]
         elif name or split == "train":
@@ -361,14 +365,15 @@ def validate(
     for split, rows in splits.items():
         _check_texts(rows, texts, f"split {split}")
         for column in labels.columns:
-            reading.check_characters(rows.with_format("arrow")[column], f"split {split}, row", first=1)
+            cells = rows.with_format("arrow")[column]
+            reading.check_characters(cells, f"split {split}, row", first=1)
     kind = find_kind(splits["train"], labels) if trained is None else trained.kind
     if trained is not None:
         _require_same_task(trained, labels)
     read = {split: read_labels(split, rows, kind, labels) for split, rows in splits.items()}
     if trained is None:
         if kind == SINGLE and all(map(WHOLE.fullmatch, read["train"])):
-            read["train"] = list(map(whole, read["train"]))
+            read["train"] = list(map(without_decimals, read["train"]))
         names = label_names(splits["train"], kind, read["train"], labels)
         task, complaint = Task(kind, tuple(names)), "does not occur in the training split"
     else:
@@ -420,7 +425,7 @@ def _known_labels(split: str, values: list[Label], task: Task, complaint: str) -
     known = set(task.names)
 
     def known_name(row: int, label: str) -> str:
-        name = label if label in known else whole(label)
+        name = label if label in known else without_decimals(label)
         if name in known:
             return name
         raise UserError(
@@ -430,7 +435,8 @@ def _known_labels(split: str, values: list[Label], task: Task, complaint: str) -
 
     if task.kind == SINGLE:
         return [known_name(row, label) for row, label in enumerate(values, start=1)]
-    return [[known_name(row, label) for label in names] for row, names in enumerate(values, start=1)]
+    numbered = enumerate(values, start=1)
+    return [[known_name(row, label) for label in names] for row, names in numbered]
 
 
 def near_equal_names(names: Sequence[str]) -> list[list[str]]:
@@ -460,9 +466,10 @@ def _check_names(splits: Splits, texts: TextConfig, labels: LabelConfig) -> None
             " own label, so name two columns"
         )
     for split, rows in splits.items():
+        source, known = f"split {split}", rows.column_names
         for flag, columns in (("--text-column", texts.columns), ("--label-column", labels.columns)):
             for column in columns:
-                reading.require_column(rows.column_names, column, source=f"split {split}", flag=flag)
+                reading.require_column(known, column, source=source, flag=flag)
         if len(rows) == 0:
             raise UserError(f"split {split}: it has no rows; choose another with --{split}-split")
 
@@ -575,7 +582,8 @@ def sample(rows: datasets.Dataset, size: int | None, *, seed: int, flag: str) ->
         return _take(rows, _one_of_each_stretch(labels, size, seed=seed))
     num_classes = len(np.unique(labels))
     if size < num_classes:
-        raise UserError(f"{flag} {size}: the rows have {num_classes} classes; use at least {num_classes}")
+        problem = f"the rows have {num_classes} classes"
+        raise UserError(f"{flag} {size}: {problem}; use at least {num_classes}")
     shuffled = np.random.default_rng(seed).permutation(len(rows))
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
     # evenly spaced over the classes: each has its share, within one row
@@ -592,8 +600,8 @@ def strata(rows: datasets.Dataset) -> np.ndarray:
     if task.kind == REGRESSION:
         return np.asarray([cell[task.names[0]] for cell in cells])
     counts = np.bincount([number for cell in cells for number in cell], minlength=len(task.names))
-    # without any label they come last
-    return np.asarray([min(cell, key=lambda number: counts[number], default=len(counts)) for cell in cells])
+    last = len(counts)  # where those without any label come
+    return np.asarray([min(cell, key=counts.__getitem__, default=last) for cell in cells])
 
 
 def _one_of_each_stretch(strata: np.ndarray, size: int, *, seed: int) -> np.ndarray:
@@ -653,7 +661,9 @@ def describe_marks(
         return ""
     count, (split, row, mark) = len({place[:2] for place in occurrences}), occurrences[0]
     texts = "1 text holds a mark" if count == 1 else f"{count:,} texts hold marks"
-    becomes = "the unknown token is read in its place" if tokens.hides_special else "it is read as that"
+    becomes = "it is read as that"
+    if tokens.hides_special:
+        becomes = "the unknown token is read in its place"
     return f"{texts} of the tokenizer, as {quoted(mark)} in {split} row {row}: {becomes}"
 
 
@@ -707,7 +717,8 @@ def cut_pair(first: int, second: int, size: int, truncation: str) -> list[tuple[
         pieces = cut_chunks(longer, size - len(kept), truncation)
     else:
         room = min(shorter, size // 2)
-        kept, pieces = cut_chunks(shorter, room, truncation)[0], cut_chunks(longer, size - room, truncation)
+        kept = cut_chunks(shorter, room, truncation)[0]
+        pieces = cut_chunks(longer, size - room, truncation)
     return [(kept, piece) if first <= second else (piece, kept) for piece in pieces]
 
 
@@ -765,9 +776,9 @@ def _hide_special(
         return
     for text, mask in zip(ids, masks):
         if not marks.isdisjoint(text):
-            text[:] = [
-                unknown if token in marks and not is_around else token for token, is_around in zip(text, mask)
-            ]
+            for position, (token, is_around) in enumerate(zip(text, mask)):
+                if token in marks and not is_around:
+                    text[position] = unknown
 
 
 def _chunks_of_text(mask: list[int], max_length: int, truncation: str) -> list[np.ndarray]:

@@ -32,7 +32,7 @@ from common.training.task import (
     is_number,
     separated,
     task_of_rows,
-    whole,
+    without_decimals,
 )
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Row(NamedTuple):
     label: Any
 
 
-# Rows that can't be used ----------------------------------------------------------------------------
+# Rows that can't be used --------------------------------------------------------------------------
 
 
 def clean(
@@ -82,11 +82,13 @@ def clean(
     for split, rows in splits.items():
         if known is not None and (split != "train" or trained is not None):
             _mark_unknown(rows, problems[split], kind, labels, known)
-        note_faults(f"split {split}", rows, problems[split], [*texts.columns, *labels.columns], faults)
+        columns = [*texts.columns, *labels.columns]
+        note_faults(f"split {split}", rows, problems[split], columns, faults)
         good: Any = rows.select([n for n, problem in enumerate(problems[split]) if not problem])
         splits = {**splits, split: good}
         if not len(splits[split]):
-            raise UserError(f"split {split}: none of its {len(rows):,} rows can be used; --inspect lists why")
+            problem = f"none of its {len(rows):,} rows can be used"
+            raise UserError(f"split {split}: {problem}; --inspect lists why")
     return splits, LabelConfig(labels.label_column, kind, labels.label_separator)
 
 
@@ -109,10 +111,12 @@ def _kind(rows: datasets.Dataset, labels: LabelConfig) -> Kind:
     """Return the task of labels some of which may be wrong: that of those
     that are alike in nearly all rows.
     """
-    if labels.task != "auto" or any(reading.kind(rows, column) in LISTS for column in labels.columns):
+    kinds = [reading.kind(rows, column) for column in labels.columns]
+    if labels.task != "auto" or any(kind in LISTS for kind in kinds):
         return find_kind(rows, labels)
     cells = list(zip(*(cells_as_names(rows, column) for column in labels.columns)))
-    present = [number for number, row in enumerate(cells) if not any(v is None or is_blank(v) for v in row)]
+    has_none = [any(cell is None or is_blank(cell) for cell in row) for row in cells]
+    present = [number for number, is_missing in enumerate(has_none) if not is_missing]
     typical = present
     for is_typical in (_is_flag, _is_numeric) if len(labels.columns) > 1 else (_is_numeric,):
         alike_rows = [number for number in present if all(map(is_typical, cells[number]))]
@@ -233,7 +237,7 @@ def _known(
     if names is None:
         return None
     known = {name for row, problem in zip(names, problems["train"]) if not problem for name in row}
-    return set(map(whole, known)) if all(map(WHOLE.fullmatch, known)) else known
+    return set(map(without_decimals, known)) if all(map(WHOLE.fullmatch, known)) else known
 
 
 def _mark_unknown(
@@ -241,7 +245,8 @@ def _mark_unknown(
 ) -> None:
     names = _names_of(rows, kind, labels)
     for number, row in enumerate(names or []):
-        if not problems[number] and any(name not in known and whole(name) not in known for name in row):
+        unknown = [name for name in row if known.isdisjoint((name, without_decimals(name)))]
+        if unknown and not problems[number]:
             problems[number] = "the label does not occur in training"
 
 
@@ -279,12 +284,14 @@ def fault_table(faults: Sequence[Fault]) -> str:
         rows = ", ".join(str(fault.row) for fault in found[:SHOWN_ROWS])
         more = ", ..." if len(found) > SHOWN_ROWS else ""
         example = shorten(found[0].content, 40)
-        lines.append([shorten(problem, 60), shorten(source, 60), f"{len(found):,}", rows + more, example])
+        line = [shorten(problem, 60), shorten(source, 60), f"{len(found):,}", rows + more]
+        lines.append([*line, example])
     headers = ["what is wrong", "where", "rows", "first rows", "the first holds"]
-    return tabulate(lines, headers, disable_numparse=True, colalign=("left", "left", "right", "left", "left"))
+    sides = ("left", "left", "right", "left", "left")
+    return tabulate(lines, headers, disable_numparse=True, colalign=sides)
 
 
-# Texts that are alike, and rare classes ---------------------------------------------------------------
+# Texts that are alike, and rare classes -----------------------------------------------------------
 
 
 def alike(text: str) -> str:
@@ -298,7 +305,8 @@ def similar_texts(splits: Splits) -> dict[str, list[Row]]:
     groups: dict[str, list[Row]] = {}
     for split, rows in splits.items():
         pairs = rows["text_pair"][:] if "text_pair" in rows.column_names else [""] * len(rows)
-        for number, text, pair, label in zip(rows["row"][:], rows["text"][:], pairs, rows["label"][:]):
+        numbers, texts, labels = (rows[name][:] for name in ("row", "text", "label"))
+        for number, text, pair, label in zip(numbers, texts, pairs, labels):
             key = f"{alike(text)}\0{alike(pair)}" if pair else alike(text)
             groups.setdefault(key, []).append(Row(split, number, text, label))
     return groups
@@ -405,7 +413,8 @@ def _similarity(sketches: scipy.sparse.csr_array, pairs: np.ndarray) -> np.ndarr
     last = np.where(lengths < SKETCH, HASHES, sketches.indices[np.maximum(ends - 1, 0)])  # (N)
     limit = np.minimum(last[first], last[second])
     # the hashes of all texts in one ascending order
-    keys = np.repeat(np.arange(len(lengths), dtype=np.int64), lengths) * (HASHES + 1) + sketches.indices
+    numbers = np.repeat(np.arange(len(lengths), dtype=np.int64), lengths)
+    keys = numbers * (HASHES + 1) + sketches.indices
     sizes = [
         np.searchsorted(keys, texts * (HASHES + 1) + limit, side="right") - sketches.indptr[texts]
         for texts in (first, second)
@@ -416,10 +425,12 @@ def _similarity(sketches: scipy.sparse.csr_array, pairs: np.ndarray) -> np.ndarr
 def near_lines(groups: dict[str, list[Row]], task: Task) -> list[str]:
     """Return lines on the texts that are nearly alike, of groups of rows whose texts are alike."""
     # of those, one for each split and label
-    rows = {(key, row.split, str(row.label)): (key, row) for key, group in groups.items() for row in group}
+    members = [(key, row) for key, group in groups.items() for row in group]
+    rows = {(key, row.split, str(row.label)): (key, row) for key, row in members}
     keys, rows = zip(*rows.values())
     if len(keys) > MOST_COMPARED:
-        return [f"not looked for: nearly alike texts, because {len(keys):,} are more than {MOST_COMPARED:,}"]
+        count = f"{len(keys):,} are more than {MOST_COMPARED:,}"
+        return [f"not looked for: nearly alike texts, because {count}"]
     pairs = [
         Alike([rows[first], rows[second]], f"{similarity:.2f} alike: ")
         for first, second, similarity in nearly_alike(keys)
@@ -479,9 +490,11 @@ def describe(splits: Splits) -> str:
     task = task_of_rows(splits["train"])
     lines = []
     for names in near_equal_names(task.names):
-        lines.append(f"nearly the same name: {' and '.join(map(quoted, names))}; if one is meant, correct it")
+        both = " and ".join(map(quoted, names))
+        lines.append(f"nearly the same name: {both}; if one is meant, correct it")
     groups = similar_texts(splits)
-    contradictory, across, within = _by_relation(Alike(rows) for rows in groups.values() if len(rows) > 1)
+    several = (Alike(rows) for rows in groups.values() if len(rows) > 1)
+    contradictory, across, within = _by_relation(several)
     kinds = {
         "alike and have different labels": contradictory,
         "alike in several splits: their scores say little about new texts": across,
@@ -539,20 +552,20 @@ def without_rare(splits: Splits, least: int | None, name: str | None) -> tuple[S
     if task.kind != SINGLE:
         raise UserError(f"{flag}: it is for classes, and --task {task.kind} has none; leave it out")
     counts = np.bincount(splits["train"]["label"][:], minlength=len(task.names))
-    rare = [
-        task.names[n] for n, count in enumerate(counts) if count < (least or RARE) and task.names[n] != name
-    ]
+    few = [task.names[n] for n, count in enumerate(counts) if count < (least or RARE)]
+    rare = [label for label in few if label != name]
     if not rare:
         return splits, []
     names = [label for label in task.names if label not in rare]
     if name is not None and name not in names:
         names.append(name)
     if len(names) < 2:
-        raise UserError(f"{flag}: it leaves {len(names)} class; a classifier needs two, so use less")
+        problem = f"it leaves {len(names)} class"
+        raise UserError(f"{flag}: {problem}; a classifier needs two, so use less")
     feature, result = datasets.ClassLabel(names=names), {}
     for split, rows in splits.items():
         labels = [task.names[label] for label in rows["label"][:]]
-        kept = [number for number, label in enumerate(labels) if name is not None or label not in rare]
+        kept = [n for n, label in enumerate(labels) if name is not None or label not in rare]
         if not kept:
             raise UserError(f"{flag}: it leaves no row of split {split}; use less")
         numbers = [names.index(name if labels[n] in rare else labels[n]) for n in kept]  # pyrefly: ignore

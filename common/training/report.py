@@ -176,14 +176,18 @@ def score_lines(scores: dict, predictions: Predictions) -> str:
 def _with_interval(name: str, scores: dict, intervals: dict[str, Interval], mark: str = "") -> str:
     """Return a score, within marks of Markdown, and its interval."""
     score = f"{mark}{_four_decimals(scores.get(name))}{mark}"
-    return f"{score} [{intervals[name][0]:.4f}, {intervals[name][1]:.4f}]" if name in intervals else score
+    if name not in intervals:
+        return score
+    lowest, highest = intervals[name]
+    return f"{score} [{lowest:.4f}, {highest:.4f}]"
 
 
 def certainty_line(predictions: Predictions) -> str:
     """Return what the intervals are, what a single text is worth on a small split, and how far the
     probabilities can be trusted.
     """
-    parts, count, kind = ["in brackets: 95 % intervals"], len(predictions.labels), predictions.task.kind
+    count, kind = len(predictions.labels), predictions.task.kind
+    parts = ["in brackets: 95 % intervals"]
     if kind != REGRESSION and count <= FEW_TEXTS:
         share = SCORES[kind][HEADLINES[kind][0]]
         parts.append(f"one text is {100 / count:.2g} points of {share}")
@@ -194,7 +198,8 @@ def certainty_line(predictions: Predictions) -> str:
 
 
 # a column of a table of classes: its header, its key in the scores, how its numbers are written
-CLASS_COLUMNS = {"precision": ("precision", ".4f"), "recall": ("recall", ".4f"), "F1": ("f1", ".4f")}
+CLASS_COLUMNS = {"precision": ("precision", ".4f"), "recall": ("recall", ".4f")}
+CLASS_COLUMNS["F1"] = ("f1", ".4f")
 ANSWER_COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
     SINGLE: {**CLASS_COLUMNS, "texts": ("support", "d")},
     MULTI: {
@@ -223,7 +228,8 @@ CALLED = {SINGLE: "class", MULTI: "label", REGRESSION: "number"}  # what an answ
 
 def answer_table(scores: dict, task: Task, style: str = "simple") -> str:
     """Return the scores of each class, label or number as a table."""
-    return class_table(scores["per_number" if task.kind == REGRESSION else "per_class"], task, style)
+    key = "per_number" if task.kind == REGRESSION else "per_class"
+    return class_table(scores[key], task, style)
 
 
 def class_table(per_class: dict[str, list], task: Task, style: str = "simple") -> str:
@@ -291,7 +297,8 @@ class Predictions:
             return Answers(task.kind, *numbers, num_classes=len(self.names))
         predicted, losses = self.predicted, F.cross_entropy
         if task.kind == MULTI:
-            labels, predicted, losses = labels.double(), predicted > 0, F.binary_cross_entropy_with_logits
+            labels, predicted = labels.double(), predicted > 0
+            losses = F.binary_cross_entropy_with_logits
         each = losses(logits, labels, reduction="none").numpy()
         return Answers(
             task.kind,
@@ -327,7 +334,8 @@ class Predictions:
 
     def answer(self, number: int) -> str:
         """Return the class, labels or numbers that the model gives a text in words."""
-        return self._in_words(self.scores[number] if self.task.kind == REGRESSION else self.predicted[number])
+        is_number = self.task.kind == REGRESSION
+        return self._in_words((self.scores if is_number else self.predicted)[number])
 
     def _in_words(self, values: torch.Tensor) -> str:
         if self.task.kind == SINGLE:
@@ -362,7 +370,8 @@ class Predictions:
             ]
             for number in numbers
         ]
-        called = {SINGLE: "class", MULTI: "labels", REGRESSION: "number" + "s" * (len(self.names) > 1)}
+        numbers_of = "numbers" if len(self.names) > 1 else "number"
+        called = {SINGLE: "class", MULTI: "labels", REGRESSION: numbers_of}
         answers = called[self.task.kind]
         headers = ["text", f"predicted {answers}", f"true {answers}", last]
         return tabulate(rows, headers, tablefmt=style, floatfmt=".3f", disable_numparse=[0, 1, 2])
@@ -472,7 +481,8 @@ class Outcome:
     @property
     def results(self) -> dict[str, Any]:
         """The content of metrics.json."""
-        epochs = [entry for entry in self.history if isinstance(entry["epoch"], int)] or self.history
+        whole = [entry for entry in self.history if isinstance(entry["epoch"], int)]
+        epochs = whole or self.history
         seconds_per_example = [1 / entry["examples_per_second"] for entry in epochs]
         mean_seconds = sum(seconds_per_example) / len(epochs)
         names = SCORES[self.predictions.task.kind]
@@ -522,7 +532,8 @@ def answer_picture(scores: dict, predictions: Predictions, *, title: str) -> Fig
         return figures.confusion_matrix(scores["confusion"], names, title=title)
     if predictions.task.kind == MULTI:
         return figures.label_bars(scores["per_class"], names, title=title)
-    return figures.scatter(predictions.labels.numpy(), predictions.scores.numpy(), names, title=title)
+    numbers = predictions.labels.numpy(), predictions.scores.numpy()
+    return figures.scatter(*numbers, names, title=title)
 
 
 # the file of that picture, and what it shows
@@ -538,7 +549,8 @@ def write_report(folder: Path, outcome: Outcome) -> None:
     from common import figures
 
     task = outcome.predictions.task
-    shown = {name: words(name, task) for name in shown_scores(task, outcome.settings["best_metric"])}
+    names = shown_scores(task, outcome.settings["best_metric"])
+    shown = {name: words(name, task) for name in names}
     shares = task.kind != REGRESSION
     least = TEXTS_OF_AN_AXIS / outcome.num_texts["validation"] if shares else 0.0
     curve = figures.learning_curve(outcome.history, outcome.best["epoch"], shown, least=least)
@@ -546,19 +558,21 @@ def write_report(folder: Path, outcome: Outcome) -> None:
     picture = answer_picture(outcome.scores, outcome.predictions, title="test split")
     figures.save(picture, folder / PICTURES[task.kind][0])
     if task.kind != REGRESSION:
-        bins = [(one.probability, one.share, one.count) for one in outcome.predictions.reliability()]
-        figures.save(figures.reliability(bins, called=RELIABILITY[task.kind]), folder / "reliability.png")
+        every = outcome.predictions.reliability()
+        bins = [(one.probability, one.share, one.count) for one in every]
+        picture = figures.reliability(bins, called=RELIABILITY[task.kind])
+        figures.save(picture, folder / "reliability.png")
     outcome.predictions.write_csv(folder / "predictions.csv")
     (folder / "report.md").write_text(_report_text(outcome), encoding="utf-8")
 
 
 def _headline(outcome: Outcome) -> str:
     """Return the first scores of the test split in a sentence's part, the first one in bold."""
-    task = outcome.predictions.task
-    first, *others = HEADLINES[task.kind]
-    intervals = outcome.predictions.intervals
-    parts = [f"{words(first, task)} {_with_interval(first, outcome.scores, intervals, mark='**')}"]
-    parts += [f"{words(name, task)} {_with_interval(name, outcome.scores, intervals)}" for name in others]
+    task, intervals = outcome.predictions.task, outcome.predictions.intervals
+    parts: list[str] = []
+    for name in HEADLINES[task.kind]:
+        mark = "" if parts else "**"
+        parts.append(f"{words(name, task)} {_with_interval(name, outcome.scores, intervals, mark)}")
     return ", ".join(parts)
 
 
@@ -644,9 +658,10 @@ def _calibration_section(outcome: Outcome) -> str:
         return ""
     about = "Nothing was calibrated; `--calibrate` fits a temperature on the validation split."
     if "temperature" in results:
+        before = results["test_calibration_error_before"]
         about = (
-            f"Logits are divided by the temperature {results['temperature']:.4f}, which was fitted on the"
-            f" validation split; without it, the error is {results['test_calibration_error_before']:.4f}."
+            f"Logits are divided by the temperature {results['temperature']:.4f}, which was fitted"
+            f" on the validation split; without it, the error is {before:.4f}."
         )
     return f"""
 ## Calibration
@@ -778,10 +793,8 @@ def _title(task: Task) -> tuple[str, str]:
     if task.kind == SINGLE:
         return f"A classifier of texts into {count} classes", "tell"
     if task.kind == MULTI:
-        return (
-            f"A classifier of texts by {count} label{'s' * (count > 1)}, of which a text can have several",
-            "find",
-        )
+        labels = f"{count} label{'s' * (count > 1)}, of which a text can have several"
+        return f"A classifier of texts by {labels}", "find"
     return f"A model that gives texts {count} number{'s' * (count > 1)}", "predict"
 
 
@@ -811,7 +824,8 @@ def _answers(task: Task, scores: dict) -> str:
         return "The scores are the numbers themselves."
     limits = zip(task.names, scores["per_class"]["threshold"])
     shown = ", ".join(f"{_code(name)} {threshold:.4g}" for name, threshold in limits)
-    return f"A score is the probability of a label. A text has it from this probability on: {shown}."
+    threshold = f"A text has it from this probability on: {shown}."
+    return f"A score is the probability of a label. {threshold}"
 
 
 def epoch_line(epoch: dict, num_epochs: int, task: Task, best_metric: str) -> str:
@@ -820,7 +834,8 @@ def epoch_line(epoch: dict, num_epochs: int, task: Task, best_metric: str) -> st
     scores = ", ".join(f"{words(name, task)} {_four_decimals(epoch.get(name))}" for name in names)
     return (
         f"epoch {epoch['epoch']:g}/{num_epochs}  training loss {epoch['train_loss']:.4f},"
-        f" validation loss {epoch['loss']:.4f}, {scores}, {epoch['examples_per_second']:.1f} examples/s"
+        f" validation loss {epoch['loss']:.4f}, {scores},"
+        f" {epoch['examples_per_second']:.1f} examples/s"
     )
 
 
@@ -835,7 +850,7 @@ def show(scores: dict, predictions: Predictions, max_length: int, runtime: Runti
         f"\nby length of the text; the model reads up to {max_length} tokens at once:\n"
         + predictions.length_table(max_length)
     )
-    right, wrong = "five right answers, spread over the split", "five wrong answers, spread over the split"
+    right, wrong = (f"five {kind} answers, spread over the split" for kind in ("right", "wrong"))
     if task.kind == REGRESSION:
         right, wrong = "five texts with the smallest errors", "five texts with the largest errors"
     runtime.say(f"\n{right}:\n" + predictions.examples(right=True))
@@ -855,4 +870,8 @@ def log_scores(log: Log, step: int, split: str, scores: dict, predictions: Predi
                 values[f"{split}_{key}/{name}"] = value
     log.numbers(step, values)
     name = {SINGLE: "confusion", MULTI: "labels", REGRESSION: "scatter"}[task.kind]
-    log.figure(step, f"{split}/{name}", lambda title: answer_picture(scores, predictions, title=title))
+
+    def draw(title: str) -> Figure:
+        return answer_picture(scores, predictions, title=title)
+
+    log.figure(step, f"{split}/{name}", draw)

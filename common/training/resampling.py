@@ -65,7 +65,8 @@ def score_intervals(answers: Answers) -> dict[str, Interval]:
     found = {name: percentiles(values) for name, values in bootstrapped.items()}
     share = wilson(int(answers.is_right().sum()), len(answers))
     # of one class per text, micro-F1 is the accuracy
-    for name in {SINGLE: ("accuracy", "micro_f1"), MULTI: ("subset_accuracy",)}.get(answers.kind, ()):
+    same = {SINGLE: ("accuracy", "micro_f1"), MULTI: ("subset_accuracy",)}
+    for name in same.get(answers.kind, ()):
         found[name] = share
     return {name: interval for name, interval in found.items() if interval is not None}
 
@@ -113,7 +114,8 @@ def label_statistics(answers: Answers) -> Statistics:
         right, having, given = (weights @ matrix for matrix in (hits, truth * 1.0, predicted * 1.0))
         f1, total = _f1(right, having, given), having.sum(axis=1)
         whole = _f1(*(part.sum(axis=1) for part in (right, having, given)))
-        weighted = np.divide((f1 * having).sum(axis=1), total, out=np.zeros(len(total)), where=total > 0)
+        sums, zeros = (f1 * having).sum(axis=1), np.zeros(len(total))
+        weighted = np.divide(sums, total, out=zeros, where=total > 0)
         scores = {
             "subset_accuracy": means(weights, same.all(axis=1)),
             "label_accuracy": means(weights, same.mean(axis=1)),
@@ -140,7 +142,8 @@ def number_statistics(answers: Answers) -> Statistics:
         squares = [means(weights, column**2) for column in errors.T]
         columns = list(zip(predicted.T, truth.T))
         pearson = [correlations(weights, *pair) for pair in columns]
-        spearman = [correlations(weights, *(ranks(weights, part) for part in pair)) for pair in columns]
+        ranked = [[ranks(weights, part) for part in pair] for pair in columns]
+        spearman = [correlations(weights, *pair) for pair in ranked]
         return {
             "loss": np.mean(squares, axis=0),
             "rmse": np.mean(np.sqrt(squares), axis=0),

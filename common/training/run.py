@@ -132,7 +132,8 @@ def check_text_columns(columns: str, mode: str | None) -> None:
         )
     if (mode == PAIR and count != 2) or (mode == JOIN and count < 2):
         wanted = "two columns" if mode == PAIR else "several columns"
-        raise UserError(f"--text-mode {mode}: name {wanted}, as in --text-column title,body; not {columns!r}")
+        advice = f"name {wanted}, as in --text-column title,body"
+        raise UserError(f"--text-mode {mode}: {advice}; not {columns!r}")
 
 
 def check_task(kind: Kind, flags: Mapping[str, Any], names: Sequence[str] = ()) -> None:
@@ -142,24 +143,25 @@ def check_task(kind: Kind, flags: Mapping[str, Any], names: Sequence[str] = ()) 
     best_metric = flags["best_metric"]
     if best_metric not in SCORES[kind]:
         known = ", ".join(SCORES[kind])
-        raise UserError(f"--best-metric {best_metric}: --task {kind} has no such score; use one of {known}")
+        problem = f"--task {kind} has no such score"
+        raise UserError(f"--best-metric {best_metric}: {problem}; use one of {known}")
     if kind == REGRESSION:
-        for name, neutral in (("label_smoothing", 0.0), ("class_weights", "none"), ("calibrate", False)):
+        neutral_values = {"label_smoothing": 0.0, "class_weights": "none", "calibrate": False}
+        for name, neutral in neutral_values.items():
             if flags[name] != neutral:
                 flag = f"--{name.replace('_', '-')} {flags[name]}".removesuffix(" True")
-                raise UserError(
-                    f"{flag}: it is for classes and labels, and --task regression has numbers; leave it out"
-                )
+                problem = "it is for classes and labels, and --task regression has numbers"
+                raise UserError(f"{flag}: {problem}; leave it out")
     positive, threshold = flags["positive_class"], flags["threshold"]
     if positive is not None and (kind != SINGLE or (names and positive not in names)):
         known = listed(names, most=10) if kind == SINGLE else f"none in --task {kind}"
         raise UserError(f"--positive-class {positive}: no such class; the classes are {known}")
     if threshold is not None and kind != MULTI:
-        raise UserError(f"--threshold {threshold}: it is for labels, and this is --task {kind}; leave it out")
+        problem = f"it is for labels, and this is --task {kind}"
+        raise UserError(f"--threshold {threshold}: {problem}; leave it out")
     if best_metric == "binary_f1" and len(names) > 2 and positive is None:
-        raise UserError(
-            "--best-metric binary_f1: name the class with --positive-class, because there are several"
-        )
+        advice = "name the class with --positive-class, because there are several"
+        raise UserError(f"--best-metric binary_f1: {advice}")
     separator = flags["label_separator"]
     if separator is not None and (kind != MULTI or "," in flags["label_column"]):
         raise UserError(
@@ -208,9 +210,8 @@ def locate_run(
     if named is None:
         raise UserError("--resume: which run? name its folder, as in --resume runs/news")
     if not (named.folder / CONFIG).is_file():
-        raise UserError(
-            f"--resume: {named.folder} holds no run; check the name, or leave --resume out to start one"
-        )
+        advice = "check the name, or leave --resume out to start one"
+        raise UserError(f"--resume: {named.folder} holds no run; {advice}")
     if named.checkpoint is not None and not named.checkpoint.is_dir():
         raise UserError(
             f"--resume {resume}: no such checkpoint; --resume {named.folder} takes the newest one"
@@ -223,12 +224,12 @@ def _named_run(output_dir: str | None, resume: str | None) -> RunLocation | None
     if not resume:
         return None if output_dir is None else RunLocation(Path(output_dir), is_resumed=True)
     path = Path(resume)
-    is_checkpoint = path.name.startswith(CHECKPOINT_PREFIX) and path.absolute().parent.name == CHECKPOINTS
+    is_in_checkpoints = path.absolute().parent.name == CHECKPOINTS
+    is_checkpoint = path.name.startswith(CHECKPOINT_PREFIX) and is_in_checkpoints
     folder = Path(os.path.normpath(path / ".." / "..")) if is_checkpoint else path
     if output_dir is not None and Path(output_dir).resolve() != folder.resolve():
-        raise UserError(
-            f"--output-dir {output_dir}: --resume {resume} continues in {folder}; leave one of the two out"
-        )
+        problem = f"--resume {resume} continues in {folder}"
+        raise UserError(f"--output-dir {output_dir}: {problem}; leave one of the two out")
     return RunLocation(folder, is_resumed=True, checkpoint=path if is_checkpoint else None)
 
 
@@ -365,7 +366,8 @@ def state_problem(path: Path) -> str | None:
         return f"{Path(error.filename).name} is missing"
     except (OSError, ValueError, RecursionError) as error:
         return f"{STATE}: {one_line(error)}"
-    kinds = {"identity": dict, "position": dict, "param_groups": list, "scheduler": dict, "scaler": dict}
+    kinds: dict[str, type] = dict.fromkeys(("identity", "position", "scheduler", "scaler"), dict)
+    kinds["param_groups"] = list
     for name, kind in kinds.items():
         if not isinstance(state, dict) or not isinstance(state.get(name), kind):
             return f"{STATE}: {name} is missing or no {kind.__name__}"
@@ -417,7 +419,8 @@ def read_config(run_folder: Path) -> dict:
             raise ValueError("it holds no settings")
         return config
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"--resume: {path} is damaged; start a new run with another --output-dir") from error
+        advice = "start a new run with another --output-dir"
+        raise UserError(f"--resume: {path} is damaged; {advice}") from error
 
 
 def resumed_flags(given: Mapping[str, Any]) -> tuple[str | None, dict[str, object]]:
@@ -430,7 +433,8 @@ def resumed_flags(given: Mapping[str, Any]) -> tuple[str | None, dict[str, objec
     output_dir, resume = given.get("output_dir"), given.get("resume")
     if given.get("resume_or_start"):
         if resume is not None:
-            raise UserError("--resume-or-start: --resume says to continue; leave one of the two out")
+            problem = "--resume says to continue"
+            raise UserError(f"--resume-or-start: {problem}; leave one of the two out")
         if output_dir is None:
             raise UserError("--resume-or-start: name the folder of the run with --output-dir")
         known = any((Path(output_dir) / name).is_file() for name in (CONFIG, STUDY))
@@ -455,10 +459,12 @@ def finished_runs(names: Sequence[str]) -> list[Path]:
         paths = sorted(folder.rglob(RESULTS) if is_study else folder.glob(RESULTS))
         runs = [path.parent for path in paths]
         if not runs:
-            raise UserError(f"--compare {name}: it holds no finished run; check the name, or finish it")
+            problem = "it holds no finished run"
+            raise UserError(f"--compare {name}: {problem}; check the name, or finish it")
         found += runs
     if len(found) < 2:
-        raise UserError(f"--compare {' '.join(names)}: one run; name at least two, or a study of several")
+        advice = "name at least two, or a study of several"
+        raise UserError(f"--compare {' '.join(names)}: one run; {advice}")
     return found
 
 
@@ -513,7 +519,8 @@ def compare_flags(path: Path, written: dict, flags: Mapping[str, object]) -> Non
     """Raise UserError unless the identity that is `written` in `path` is that of these flags; one
     that was not given (None) is not compared.
     """
-    now = {name: value for name, value in identity_of_flags(flags).items() if value not in LEFT_OPEN}
+    now = identity_of_flags(flags)
+    now = {name: value for name, value in now.items() if value not in LEFT_OPEN}
     before = written.get("identity", {})
     refuse_changes(path, changes({name: before.get(name) for name in now}, now))
 

@@ -48,7 +48,8 @@ if TYPE_CHECKING:
 
 # flags that a grid can't vary: those that belong to the study, and the
 # seed, which has a flag of its own
-NOT_IN_GRIDS = ("output_dir", "seed", "seeds", "grid", "keep", "keep_after", "max_minutes", "cache_dir")
+NOT_IN_GRIDS = ("output_dir", "cache_dir", "seed", "seeds", "grid", "keep", "keep_after")
+NOT_IN_GRIDS += ("max_minutes",)
 STOPPED = (129, 130, 143)  # exit codes of a run that a signal has stopped
 TABLES = ("runs.csv", "study.csv", "study.tex")
 POLL_SECONDS = 0.1
@@ -66,7 +67,8 @@ class Planned:
 
     def describe(self) -> str:
         """Return in a few words what sets the run apart."""
-        return ", ".join([*(f"{name} {value}" for name, value in self.setting.items()), f"seed {self.seed}"])
+        varied = [f"{name} {value}" for name, value in self.setting.items()]
+        return ", ".join([*varied, f"seed {self.seed}"])
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,8 @@ def grid_axis(text: str) -> str:
     """Parse FLAG=a,b: a flag, with or without its dashes, and the values that it is to have."""
     name, _, values = text.removeprefix("--").partition("=")
     if not name or not all(value.strip() for value in values.split(",")):
-        raise argparse.ArgumentTypeError(f"{text!r}: write a flag and its values, as in batch-size=8,16")
+        advice = "write a flag and its values, as in batch-size=8,16"
+        raise argparse.ArgumentTypeError(f"{text!r}: {advice}")
     return f"{name}={values}"
 
 
@@ -116,14 +119,16 @@ def make_plan(
     seeds = [args.seed] if args.seeds is None else args.seeds
     for flag, values in {"seeds": list(map(str, seeds)), **axes}.items():
         if len(set(values)) < len(values):
-            raise UserError(f"--{_flag(flag)} {' '.join(values)}: one of them twice; give each once")
+            shown = f"--{_flag(flag)} {' '.join(values)}"
+            raise UserError(f"{shown}: one of them twice; give each once")
     given = {
         flag: value
         for flag, value in vars(args).items()
         if value != parser.get_default(flag) and flag not in {*not_settings, "output_dir"}
     }
     folder = Path(args.resume or args.output_dir or new_run_folder(None, name))
-    study = Study(folder, list(_plan_runs(parser, folder, given, axes, seeds)), given, args.best_metric)
+    runs = list(_plan_runs(parser, folder, given, axes, seeds))
+    study = Study(folder, runs, given, args.best_metric)
     if len({run.folder for run in study.runs}) < len(study.runs):
         raise UserError("--grid: two of its values make the same name of a folder; leave one out")
     if args.resume is None:
@@ -162,7 +167,8 @@ def _axes(parser: cli.Parser, args: argparse.Namespace) -> dict[str, list[str]]:
         if name == "seed":
             raise UserError(f"--grid {text}: seeds have a flag of their own; use --seeds 0 1 2")
         if name not in known or name in NOT_IN_GRIDS or not hasattr(args, name):
-            raise UserError(f"--grid {text}: {flag} is no flag of a training that can be varied; see --help")
+            problem = f"{flag} is no flag of a training that can be varied"
+            raise UserError(f"--grid {text}: {problem}; see --help")
         if name in axes:
             raise UserError(f"--grid {text}: --{flag} is varied twice; give its values once")
         axes[name] = [value.strip() for value in values.split(",")]
@@ -172,7 +178,8 @@ def _axes(parser: cli.Parser, args: argparse.Namespace) -> dict[str, list[str]]:
 
 
 def _folder_name(setting: dict[str, str]) -> str:
-    parts = [f"{_flag(name)}-{re.sub(r'[^A-Za-z0-9.+]+', '-', value)}" for name, value in setting.items()]
+    named = [(_flag(name), re.sub(r"[^A-Za-z0-9.+]+", "-", value)) for name, value in setting.items()]
+    parts = [f"{name}-{value}" for name, value in named]
     return "_".join(parts)
 
 
@@ -204,7 +211,8 @@ def _require_same_study(study: Study, axes: dict[str, list[str]]) -> None:
     ]
     refuse_changes(study.folder, changes(*flags))
     if sorted(before["axes"]) != sorted(axes):
-        was, now = (", ".join(map(_flag, sorted(names))) or "none" for names in (before["axes"], axes))
+        both = (before["axes"], axes)
+        was, now = (", ".join(map(_flag, sorted(names))) or "none" for names in both)
         refuse_changes(study.folder, [f"the flags that are varied were {was}, are {now}"])
 
 
@@ -263,7 +271,8 @@ class Runner:
             raise Interrupted(f"stopped by {name}; {advice}", 128 + self.received)
         unfinished = [run for run in self.study.runs if not is_finished(run.folder)]
         if len(unfinished) > len(self.failed):
-            raise Interrupted(f"the time is up, {len(unfinished)} runs are not finished; {advice}", 0)
+            problem = f"the time is up, {len(unfinished)} runs are not finished"
+            raise Interrupted(f"{problem}; {advice}", 0)
 
     def _is_over(self) -> bool:
         return self.received is not None or self._minutes_left() <= 0
@@ -280,7 +289,8 @@ class Runner:
         if self.max_minutes is not None:
             flags = [*flags, f"--max-minutes={self._minutes_left()}"]
         number = self.study.runs.index(run) + 1
-        print(f"\nrun {number} of {len(self.study.runs)}: {run.describe()}, in {run.folder}", flush=True)
+        which = f"run {number} of {len(self.study.runs)}"
+        print(f"\n{which}: {run.describe()}, in {run.folder}", flush=True)
         with contextlib.ExitStack() as files:
             output = None
             if len(self.slots) > 1:  # their lines would mix
@@ -310,11 +320,13 @@ class Runner:
                 print(f"ended: {run.describe()}, exit code {code}", flush=True)
             if code == 0 or (self.received is not None and code in STOPPED):
                 continue
-            where = f"its last lines are in {run.folder}.log" if len(self.slots) > 1 else "see above"
+            name, where = run.describe(), "see above"
+            if len(self.slots) > 1:
+                where = f"its last lines are in {run.folder}.log"
             if not (run.folder / CONFIG).is_file():
-                raise UserError(f"the run with {run.describe()} failed before it began ({where}); mend it")
-            print(f"failed: {run.describe()}, exit code {code} ({where})", file=sys.stderr, flush=True)
-            self.failed[run.describe()] = code
+                raise UserError(f"the run with {name} failed before it began ({where}); mend it")
+            print(f"failed: {name}, exit code {code} ({where})", file=sys.stderr, flush=True)
+            self.failed[name] = code
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
@@ -354,9 +366,12 @@ def run_study(study: Study, script: Path, *, device: str, max_minutes: float | N
         for run in study.runs:
             for name, value in run.setting.items():
                 axes.setdefault(name.replace("-", "_"), []).append(value)
-        content = {"flags": study.flags, "axes": {name: list(dict.fromkeys(of)) for name, of in axes.items()}}
+        different = {name: list(dict.fromkeys(values)) for name, values in axes.items()}
+        content = {"flags": study.flags, "axes": different}
         replace_file(study.folder / STUDY, json.dumps(content, indent=2) + "\n")
-        at_once = f", {len(slots)} at a time, one on each GPU" if len(slots) > 1 else ", one after another"
+        at_once = ", one after another"
+        if len(slots) > 1:
+            at_once = f", {len(slots)} at a time, one on each GPU"
         print(f"study    {study.folder}: {len(study.runs)} runs{at_once}", flush=True)
         runner = Runner(study, script, slots, max_minutes)
         runner.run_all()
@@ -422,7 +437,8 @@ def show(study: Study, finished: list[Planned]) -> None:
     best = best_line(lines, study.metric)
     headers, rows = _table(lines, study.metric, best)
     print(f"\n{tabulate(rows, headers, disable_numparse=True)}\n")
-    print("mean ± standard deviation over the seeds, and the 95 % interval of the mean (Student's t)")
+    interval = "the 95 % interval of the mean (Student's t)"
+    print(f"mean ± standard deviation over the seeds, and {interval}")
     if len(lines) > 1:
         setting = ", ".join(f"{name} {value}" for name, value in best.setting.items())
         print(f"best setting by validation {study.metric}: {setting}")

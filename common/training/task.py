@@ -158,7 +158,8 @@ def sum_losses(
     smoothing spreads a share of each class over all classes, of each label over its yes and no.
     """
     if task.kind == SINGLE:
-        return F.cross_entropy(logits, targets, weight=weights, reduction="sum", label_smoothing=smoothing)
+        options = {"reduction": "sum", "label_smoothing": smoothing}
+        return F.cross_entropy(logits, targets, weight=weights, **options)
     is_filler = targets.isnan()
     targets = targets.nan_to_num()
     if task.kind == MULTI:
@@ -240,7 +241,8 @@ def find_kind(rows: datasets.Dataset, config: LabelConfig) -> Kind:
     if config.label_separator is not None:
         return MULTI
     if len(config.columns) > 1:
-        is_yes_or_no = all(map(_is_yes_or_no, (cells_as_names(rows, column) for column in config.columns)))
+        columns = [cells_as_names(rows, column) for column in config.columns]
+        is_yes_or_no = all(map(_is_yes_or_no, columns))
         return MULTI if is_yes_or_no else REGRESSION
     [column] = config.columns
     kind, values = reading.kind(rows, column), rows[column][:]
@@ -248,7 +250,8 @@ def find_kind(rows: datasets.Dataset, config: LabelConfig) -> Kind:
         is_decimal = any(isinstance(item, float) for value in values if value for item in value)
         return REGRESSION if is_decimal and not _are_flags(values) else MULTI
     if kind.startswith("float"):
-        return SINGLE if all(value is None or float(value).is_integer() for value in values) else REGRESSION
+        are_whole = all(value is None or float(value).is_integer() for value in values)
+        return SINGLE if are_whole else REGRESSION
     return REGRESSION if kind.endswith("string") and _are_decimals(values) else SINGLE
 
 
@@ -281,7 +284,8 @@ def _are_flags(values: Sequence[list | None]) -> bool:
     """
     lengths = {len(value) for value in values if value is not None}
     is_long = len(lengths) == 1 and lengths.pop() >= LEAST_FLAGS
-    return is_long and all(item in (0, 1) for value in values if value is not None for item in value)
+    items = (item for value in values if value is not None for item in value)
+    return is_long and all(item in (0, 1) for item in items)
 
 
 def cells_as_names(rows: datasets.Dataset, column: str) -> list[str | None]:
@@ -364,9 +368,10 @@ def read_numbers(split: str, rows: datasets.Dataset, columns: Sequence[str]) -> 
         for row, cell in enumerate(cells, start=1):
             if cell is None or len(cell) != length or not cell:
                 size = "no" if not cell else f"{len(cell)}"
-                problem = f"the list in column {column!r} has {size} numbers, that of row 1 {length}"
+                problem = f"the list in column {column!r} has {size} numbers, in row 1 {length}"
                 raise UserError(f"split {split}, row {row}: {problem}; correct or remove the row")
-        return [[_number(item, split, row, column) for item in cell] for row, cell in enumerate(cells, 1)]
+        rows_of_items = enumerate(cells, start=1)
+        return [[_number(item, split, row, column) for item in cell] for row, cell in rows_of_items]
     cells = zip(*(cells_as_names(rows, column) for column in columns))
     return [
         [_number(value, split, row, column) for value, column in zip(values, columns)]
@@ -427,7 +432,8 @@ def _read_flags(split: str, rows: datasets.Dataset, column: str) -> list[bool]:
         flag = FLAGS.get(value.strip().lower())
         if flag is None:
             problem = f"the label {quoted(value)} in column {column!r} is neither 0 nor 1"
-            raise UserError(f"split {split}, row {row}: {problem}; correct the row, or choose another --task")
+            advice = "correct the row, or choose another --task"
+            raise UserError(f"split {split}, row {row}: {problem}; {advice}")
         flags.append(flag)
     return flags
 
@@ -468,13 +474,13 @@ def label_names(
     feature: Any = rows.features[columns[0]]
     is_list = len(columns) == 1 and reading.kind(rows, columns[0]) in LISTS
     if kind == REGRESSION:
-        return [f"{columns[0]}_{number}" for number in range(len(labels[0]))] if is_list else columns
+        count = len(labels[0])
+        return [f"{columns[0]}_{number}" for number in range(count)] if is_list else columns
     if kind == SINGLE:
         known = set(labels)
         if len(known) < 2:
-            raise _only_one(
-                f"every row has the label {quoted(labels[0])}; a classifier needs at least two classes"
-            )
+            problem = f"every row has the label {quoted(labels[0])}"
+            raise _only_one(f"{problem}; a classifier needs at least two classes")
         listed_names = getattr(feature, "names", None)
         return list(listed_names) if listed_names is not None else sorted(known, key=natural_order)
     known = {name for label in labels for name in label}
@@ -503,7 +509,7 @@ def natural_order(name: str) -> tuple[int, int, str]:
     return (0, int(name), name) if re.fullmatch(r"-?\d{1,20}", name) else (1, 0, name)
 
 
-def whole(label: str) -> str:
+def without_decimals(label: str) -> str:
     """Return a label as it is, but a whole number that is written with decimals, as pandas writes
     one beside a missing value, without them.
     """

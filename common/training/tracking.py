@@ -162,7 +162,8 @@ class RunLog:
         text = json.dumps(results, indent=2) + "\n"
         replace_file(self.folder / RESULTS, text)  # once it is there, the run is finished
         plain = (bool, int, float, str)
-        settings = {name: value for name, value in self.settings.items() if isinstance(value, plain)}
+        numbered = self.settings.items()
+        settings = {name: value for name, value in numbered if isinstance(value, plain)}
         file_writer = self.writer._get_file_writer()
         assert file_writer is not None
         for summary in hparams(settings, dict.fromkeys(curves, 0.0)):
@@ -215,7 +216,7 @@ def progress(batches: Iterable, *, label: str, shown: bool = True, unit: str = "
     )
 
 
-# The time that a run takes -------------------------------------------------------------------------
+# The time that a run takes ------------------------------------------------------------------------
 
 
 def duration(seconds: float) -> str:
@@ -292,7 +293,8 @@ class Forecast:
         runtime.synchronize()  # once: a GPU may still be at work
         left = self.seconds_left(epochs_left)
         assert left is not None
-        return f"time     about {duration(self.clock.seconds() + left)}, of which {duration(left)} are left"
+        whole, rest = duration(self.clock.seconds() + left), duration(left)
+        return f"time     about {whole}, of which {rest} are left"
 
     def words_left(self, epochs_left: float) -> str:
         """Return what the progress bar says, "" as long as nothing is known."""

@@ -83,12 +83,14 @@ class Texts:
             self.file, self.source, as_text=as_text, options=options, cache_dir=cache_dir, faults=self.faults
         )
         for column in columns:
-            reading.require_column(rows.column_names, column, source=self.source, flag="--text-column")
+            names = rows.column_names
+            reading.require_column(names, column, source=self.source, flag="--text-column")
             reading.check_kind(rows, column, source=self.source)
         if kept is None:
             kept = [name for name in rows.column_names if name not in (*columns, reading.ROW)]
         for name in kept:
-            reading.require_column(rows.column_names, name, source=self.source, flag="--keep-columns")
+            names = rows.column_names
+            reading.require_column(names, name, source=self.source, flag="--keep-columns")
         self.kept = list(kept)
         is_joined = self.config.text_mode == JOIN
         self.table = (self._joined(rows) if is_joined else rows).with_format("arrow")
@@ -107,13 +109,15 @@ class Texts:
         instead of these.
         """
         for column in self.columns:
-            reading.check_characters(rows.with_format("arrow")[column], f"{self.source}, row", first=1)
-        joined = reading.join_cells([rows[column][:] for column in self.columns], self.config.join_with)
+            cells = rows.with_format("arrow")[column]
+            reading.check_characters(cells, f"{self.source}, row", first=1)
+        cells = [rows[column][:] for column in self.columns]
+        joined = reading.join_cells(cells, self.config.join_with)
         self.columns = [",".join(self.columns)]
         return cast("datasets.Dataset", rows.add_column(self.columns[0], joined))
 
     def find_faults(self) -> set[int]:
-        """Return the numbers of the texts that can't be used, after adding all of them to the faults."""
+        """Return the numbers of the texts that can't be used, after adding all to the faults."""
         bad: set[int] = set()
         for number, text, cell in self._all():
             if number in bad:  # its row is a fault already, for the other text of a pair
@@ -162,7 +166,8 @@ class Texts:
         numbers = (number for number in itertools.count(1) if number not in without)
         if self.table is None:
             lines = enumerate(reading.raw_lines(self.file), start=1)
-            good = ((number, line.decode("utf-8-sig")) for number, line in lines if number not in without)
+            lines = ((number, line) for number, line in lines if number not in without)
+            good = ((number, line.decode("utf-8-sig")) for number, line in lines)
             good = itertools.islice(good, skipped, None)
             while block := list(itertools.islice(good, size)):
                 texts: Any = [split_pair(text) if self.is_pair else text for _, text in block]
@@ -195,7 +200,8 @@ class Texts:
             for column in self.columns:
                 block = self.table[start : start + 10_000][column].cast(pa.large_binary())
                 for number, cell in enumerate(block.to_pylist(), start=start + 1):
-                    yield number, None if cell is None else cell.decode("utf-8", "replace"), cell or b""
+                    text = None if cell is None else cell.decode("utf-8", "replace")
+                    yield number, text, cell or b""
 
 
 def split_pair(line: str) -> tuple[str, str] | None:
