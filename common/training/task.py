@@ -368,7 +368,8 @@ def read_numbers(split: str, rows: datasets.Dataset, columns: Sequence[str]) -> 
         for row, cell in enumerate(cells, start=1):
             if cell is None or len(cell) != length or not cell:
                 size = "no" if not cell else f"{len(cell)}"
-                problem = f"the list in column {column!r} has {size} numbers, in row 1 {length}"
+                has = f"the list in column {column!r} has {size} numbers"
+                problem = f"{has}, that of row 1 {length}"
                 raise UserError(f"split {split}, row {row}: {problem}; correct or remove the row")
         rows_of_items = enumerate(cells, start=1)
         return [[_number(item, split, row, column) for item in cell] for row, cell in rows_of_items]
