@@ -93,8 +93,8 @@ if TYPE_CHECKING:
     from common.runtime import Runtime
     from common.search.display import Screen
     from common.search.encoder import Encoder
-    from common.search.mining import Selection
     from common.search.model_scores import ModelScores
+    from common.search.selection import Selection
     from common.search.texts import Collection
 
 LARGEST_MATRIX = 5_000  # texts whose matrix of similarities is shown or written
@@ -128,10 +128,11 @@ def similarity(args: argparse.Namespace) -> None:
     import numpy as np
 
     from common.search import display, mining
+    from common.search.selection import open_source
 
     runtime, screen = start(args)
     options = {"say": screen.say, "most": LARGEST_MATRIX}
-    with mining.open_source(source_of(args), runtime, **options) as (selection, encoder):
+    with open_source(source_of(args), runtime, **options) as (selection, encoder):
         vectors = selection.vectors(slice(None)).astype(np.float64)
         matrix = vectors @ vectors.T  # (N, N)
         best = mining.best_pairs(selection, args.top_k, block=args.block)
@@ -319,7 +320,8 @@ def delete(args: argparse.Namespace) -> None:
     import numpy as np
 
     from common.search import display
-    from common.search.index import matching, rows_with_ids, whole_documents
+    from common.search.index import rows_with_ids, whole_documents
+    from common.search.selection import matching
     from common.search.store import open_store
 
     screen = display.Screen(as_json=args.json)
@@ -381,11 +383,12 @@ def add_list_flags(command: cli.Parser) -> None:
 
 def list_texts(args: argparse.Namespace) -> None:
     """List the texts of an index with their columns, in the order of its rows."""
-    from common.search import display, mining
+    from common.search import display
     from common.search.index import open_snapshot
+    from common.search.selection import select
 
     snapshot = open_snapshot(args.index)
-    selection = mining.select(snapshot, args.where, limits=limits_of(args), least=0)
+    selection = select(snapshot, args.where, limits=limits_of(args), least=0)
     screen = display.Screen(as_json=args.json)
     display.show_list(screen, selection, offset=args.offset, count=args.top_k)
 
@@ -430,7 +433,8 @@ def export(args: argparse.Namespace) -> None:
     import numpy as np
 
     from common.search import display
-    from common.search.index import matching, open_snapshot
+    from common.search.index import open_snapshot
+    from common.search.selection import matching
 
     screen, snapshot = display.Screen(as_json=args.json), open_snapshot(args.index)
     rows = np.flatnonzero(matching(snapshot, args.where, limits_of(args)))
@@ -489,9 +493,10 @@ def search(args: argparse.Namespace) -> None:
     """Find the texts that are nearest to queries, in an index or among a few texts without one;
     without a query, ask for them.
     """
-    from common.search import display, mining
+    from common.search import display
     from common.search.encoder import load_reranker
     from common.search.searcher import Page, Searcher
+    from common.search.selection import open_source
 
     runtime, screen = start(args)
     queries = args.queries
@@ -499,7 +504,7 @@ def search(args: argparse.Namespace) -> None:
         read = functools.partial(read_queries, args.queries_file, args.encoding)
         queries = runtime.broadcast_from_main(read)
     options = {"say": screen.say, "least": 0, "role": "document"}
-    with mining.open_source(source_of(args), runtime, **options) as (selection, encoder):
+    with open_source(source_of(args), runtime, **options) as (selection, encoder):
         reranker = load_reranker(args.rerank, runtime, cache_dir=args.cache_dir)
         model = encoder()
         searcher = Searcher(
@@ -543,14 +548,15 @@ def check_like(args: argparse.Namespace) -> None:
 
 def like(args: argparse.Namespace) -> None:
     """Recommend texts that are similar to one or several, and unlike others; needs no model."""
-    from common.search import display, mining
+    from common.search import display
     from common.search.index import known_rows, open_snapshot
     from common.search.searcher import Page, Searcher, liked_vector
+    from common.search.selection import select
 
     snapshot = open_snapshot(args.index)
     liked = [known_rows(snapshot, key) for key in args.ids]
     unliked = [known_rows(snapshot, key) for key in args.unlike]
-    selection = mining.select(snapshot, args.where, limits=limits_of(args), least=0)
+    selection = select(snapshot, args.where, limits=limits_of(args), least=0)
     allowed = selection.mask
     for rows in [*liked, *unliked]:
         allowed[rows] = False
@@ -589,17 +595,17 @@ def serve(args: argparse.Namespace) -> None:
     from common import local_server
 
     listener = local_server.bind(args.port)  # before the libraries are loaded
-    from common.search import mining
     from common.search.builder import load_index_encoder
     from common.search.encoder import load_reranker
     from common.search.index import open_snapshot
     from common.search.searcher import Searcher
+    from common.search.selection import select
 
     runtime, screen = start(args)
     # not before: duckdb tells at the end of what the interpreter does not tidy up (cli.loaded)
     from common.search import page
 
-    selection = mining.select(open_snapshot(args.index), args.where, limits=limits_of(args))
+    selection = select(open_snapshot(args.index), args.where, limits=limits_of(args))
     snapshot = selection.snapshot
     searcher = Searcher(
         snapshot,
@@ -625,9 +631,10 @@ def add_pairs_flags(command: cli.Parser) -> None:
 def pairs(args: argparse.Namespace) -> None:
     """Find the most similar pairs."""
     from common.search import display, mining
+    from common.search.selection import open_source
 
     runtime, screen = start(args)
-    with mining.open_source(source_of(args), runtime, say=screen.say, least=2) as (selection, _):
+    with open_source(source_of(args), runtime, say=screen.say, least=2) as (selection, _):
         best = mining.best_pairs(selection, args.top_k, block=args.block)
         display.show_pairs(screen, selection, best)
 
@@ -642,9 +649,10 @@ def add_duplicates_flags(command: cli.Parser) -> None:
 def duplicates(args: argparse.Namespace) -> None:
     """Find groups of texts that are nearly the same."""
     from common.search import display, mining
+    from common.search.selection import open_source
 
     runtime, screen = start(args)
-    with mining.open_source(source_of(args), runtime, say=screen.say, least=2) as (selection, _):
+    with open_source(source_of(args), runtime, say=screen.say, least=2) as (selection, _):
         similar = mining.similar_pairs(selection, args.threshold, block=args.block)
         with display.open_output(args.pairs_file if runtime.is_main else None) as file:
             groups, kept = display.collect_groups(selection, similar, file, keep=screen.as_json)
@@ -664,9 +672,10 @@ def add_dedupe_flags(command: cli.Parser) -> None:
 def dedupe(args: argparse.Namespace) -> None:
     """Write the texts without those that are nearly the same as another: one of each group stays."""
     from common.search import display, mining
+    from common.search.selection import open_source
 
     runtime, screen = start(args)
-    with mining.open_source(source_of(args), runtime, say=screen.say) as (selection, _):
+    with open_source(source_of(args), runtime, say=screen.say) as (selection, _):
         if selection.documents is not None:
             problem = "it holds chunks, not whole texts"
             raise UserError(f"dedupe --index {args.index}: {problem}; name the texts themselves")
@@ -725,10 +734,11 @@ def check_cluster(args: argparse.Namespace) -> None:
 def cluster(args: argparse.Namespace) -> None:
     """Find clusters, the texts nearest to each centre and the words typical of it."""
     from common.search import mining
+    from common.search.selection import open_source
 
     runtime, screen = start(args)
     stop = None if args.stop_words is None else stop_words(args.stop_words)
-    with mining.open_source(source_of(args), runtime, say=screen.say, least=2) as (selection, _):
+    with open_source(source_of(args), runtime, say=screen.say, least=2) as (selection, _):
         labels = None
         if args.threshold is not None:  # it alone looks at all pairs, which the processes share
             options = {"min_size": args.min_size or 2, "block": args.block}
@@ -981,11 +991,12 @@ def check_project(args: argparse.Namespace) -> None:
 
 def project(args: argparse.Namespace) -> None:
     """Write an index for TensorBoard's projector."""
-    from common.search import display, mining
+    from common.search import display
     from common.search.index import open_snapshot
+    from common.search.selection import select
 
     screen = display.Screen(as_json=args.json)
-    selection = mining.select(open_snapshot(args.index), args.where, limits=limits_of(args))
+    selection = select(open_snapshot(args.index), args.where, limits=limits_of(args))
     display.write_projection(screen, selection, args.output_dir, most=args.max_points)
 
 

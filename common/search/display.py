@@ -28,10 +28,11 @@ if TYPE_CHECKING:  # a command shows only what it has loaded itself
 
     from common.search.builder import Builder, Counts
     from common.search.encoder import Encoder
-    from common.search.mining import Groups, Pair, Selection
+    from common.search.mining import Groups, Pair
     from common.search.model_scores import ModelScores
     from common.search.relevance import Task
     from common.search.searcher import Hit, Page, Searcher
+    from common.search.selection import Selection
     from common.search.texts import Collection
 
 HIGH, MODERATE = 0.7, 0.4  # the tutorial's thresholds of similarity

@@ -10,14 +10,9 @@ import copy
 import hashlib
 import mmap
 import os
-import resource
-import signal
-import sys
-import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -27,10 +22,8 @@ from common.errors import UserError, one_line, reading
 from common.files import member
 from common.search.manifest import (
     ADVICE,
-    DEFAULT_LIMITS,
     MANIFEST,
     FileEntry,
-    Limits,
     Manifest,
     Settings,
     bytes_of_vector,
@@ -39,9 +32,6 @@ from common.search.manifest import (
     read_manifest,
     store_of,
 )
-
-if TYPE_CHECKING:
-    from multiprocessing.connection import Connection
 
 CACHE_PREFIX = "cache-"  # of the folder of a cache
 CACHE_STAMP = "stamp"  # the file of a cache that says which state of the index it was made of
@@ -57,17 +47,6 @@ RESERVED_COLUMNS = (*ROW_COLUMNS, VECTOR)
 MAPPED = 65_536
 CHECKED = 1 << 18  # bytes of a file that have a checksum of their own: a part of the format
 UNREAD = 2_048  # rows whose vectors are read at once for the first time
-# DuckDB gets no access to files, network or extensions
-SAFE_SETTINGS: dict[str, bool | float | int | list[str] | str] = {
-    "enable_external_access": "false",
-    "autoload_known_extensions": "false",
-    "autoinstall_known_extensions": "false",
-    "temp_directory": "",  # nor does it write what does not fit into memory
-}
-# what the process that evaluates a condition answers; but for the last, with a mask, the library's
-# words, those of a damaged file, a traceback
-MASK, NO_CONDITION, DAMAGE, BUG, NO_MEMORY = b"mask", b"no condition", b"damage", b"bug", b"no memory"
-ADDRESSES_OF_THREAD = 128 << 20  # bytes of glibc's arena and of the stack
 # the columns of every index, as Arrow names their types
 ROW_TYPES = {
     ID: "string",
@@ -638,109 +617,6 @@ def whole_documents(snapshot: Snapshot, rows: np.ndarray) -> np.ndarray:
         raise damaged(snapshot.folder, "the chunks of a document are not numbered one after the other")
     all_rows = [first + number for first in sorted(sizes) for number in range(sizes[first])]
     return np.array(all_rows, dtype=np.int64)
-
-
-def matching(snapshot: Snapshot, condition: str | None, limits: Limits = DEFAULT_LIMITS) -> np.ndarray:
-    """Return a mask (rows) of the live rows for which an SQL condition such as "label = 'tech' AND
-    year > 2004" holds; None: of all live rows.
-
-    DuckDB parses the condition as one expression over the columns of the rows, so that it can read
-    but change nothing. It does so in a child process, because nothing else ends
-    "length(repeat('a', 4000000000)) > 1". Raises UserError when it is not a condition over the
-    columns of the index, and when it takes more than the limits.
-    """
-    alive = snapshot.alive()
-    if condition is None:
-        return alive
-    columns = [ID, TEXT, *snapshot.manifest["columns"]]
-    lowered = [name.lower() for name in columns]
-    ambiguous = [name for name in columns if lowered.count(name.lower()) > 1]
-    used = ", ".join(name for name in ambiguous if name.lower() in condition.lower())
-    if used:
-        advice = "rename one and index the texts again, or write a condition without them"
-        problem = f"columns {used} differ only in case, which SQL ignores"
-        raise UserError(f"--where {condition!r}: {problem}; {advice}")
-    kind, answer = _ask_child(snapshot, condition, limits)
-    if kind == DAMAGE:
-        raise UserError(answer.decode())
-    if kind == BUG:
-        raise RuntimeError(answer.decode())
-    if kind == NO_MEMORY:
-        problem = f"it needs more than {limits.megabytes:,} MB; simplify it, or raise --where-megabytes"
-        raise UserError(f"--where {condition!r}: {problem}")
-    if kind == NO_CONDITION:
-        advice = f"write a condition over {', '.join(columns)}, with texts in single quotes"
-        raise UserError(f"--where {condition!r}: {answer.decode('utf-8')}; {advice}")
-    return alive & np.unpackbits(np.frombuffer(answer, np.uint8), count=len(alive)).astype(bool)
-
-
-def _ask_child(snapshot: Snapshot, condition: str, limits: Limits) -> tuple[bytes, bytes]:
-    """Return what a child process answers about a condition: the kind of the answer, and its
-    content. Raises UserError when it takes too long.
-    """
-    import multiprocessing
-
-    # forked, the child has the rows already
-    fork = multiprocessing.get_context("fork")
-    receiver, sender = fork.Pipe(duplex=False)
-    child = fork.Process(target=_answer, args=(snapshot, condition, limits, sender), daemon=True)
-    child.start()
-    sender.close()
-    try:
-        if not receiver.poll(limits.seconds):
-            problem = f"not done after {limits.seconds:g} seconds; simplify it, or raise --where-seconds"
-            raise UserError(f"--where {condition!r}: {problem}")
-        return receiver.recv_bytes(), receiver.recv_bytes()
-    except EOFError:  # it has ended without an answer
-        return NO_MEMORY, b""
-    finally:
-        child.kill()
-        child.join()
-        receiver.close()
-
-
-def _answer(snapshot: Snapshot, condition: str, limits: Limits, sender: "Connection") -> None:
-    """Be the child process that evaluates a condition, and send what comes of it."""
-    import duckdb
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is told too, and ends this process
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # C++ has words of its own for a lack of memory
-    if sys.platform == "linux":
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        # each thread reserves addresses that it does not use
-        most = used + limits.megabytes * 10**6 + (os.cpu_count() or 1) * ADDRESSES_OF_THREAD
-        _, hard = resource.getrlimit(resource.RLIMIT_AS)
-        resource.setrlimit(resource.RLIMIT_AS, (most if hard < 0 else min(most, hard), hard))
-    try:
-        kind, answer = MASK, np.packbits(_holds(snapshot, condition, limits)).tobytes()
-    except (duckdb.OutOfMemoryException, MemoryError):
-        kind, answer = NO_MEMORY, b""
-    except UserError as error:
-        kind, answer = DAMAGE, str(error).encode("utf-8", "replace")
-    except duckdb.Error as error:
-        kind, answer = NO_CONDITION, one_line(error).encode("utf-8", "replace")
-    except Exception:
-        kind, answer = BUG, traceback.format_exc().encode("utf-8", "replace")
-    sender.send_bytes(kind)
-    sender.send_bytes(answer)
-
-
-def _holds(snapshot: Snapshot, condition: str, limits: Limits) -> np.ndarray:
-    """Return a mask (rows) of all rows for which a condition holds, deleted ones included."""
-    import duckdb
-
-    columns = [ID, TEXT, *snapshot.manifest["columns"]]
-    number = unused_name("_row", [*columns, *RESERVED_COLUMNS])
-    mask = np.zeros(snapshot.num_rows, bool)
-    settings = {**SAFE_SETTINGS, "memory_limit": f"{limits.megabytes}MB"}
-    with duckdb.connect(config=settings) as connection:
-        connection.execute("SET lock_configuration = true")
-        for start, segment in zip(snapshot.starts, snapshot.segments):
-            table = segment.rows().drop_columns([HASH])
-            table = table.append_column(number, number_array(np.arange(len(segment))))
-            matches = connection.from_arrow(table).filter(condition).project(number)
-            mask[start + np.asarray(matches.fetchnumpy()[number], np.int64)] = True
-    return mask
 
 
 def unused_name(wanted: str, taken: list[str]) -> str:

@@ -10,30 +10,16 @@ blocks. What they find is gathered on all of them, in the order that one process
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import functools
-import hashlib
 import itertools
 import operator
-import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 
-from common.errors import UserError
 from common.reading import evenly_spaced
-from common.runtime import Runtime
-from common.search.index import CHUNK, Snapshot, matching, open_snapshot
-from common.search.kernel import LOWEST, exact_scores, rounding_error
-from common.search.manifest import DEFAULT_LIMITS, Limits
-from common.search.texts import Source
-
-if TYPE_CHECKING:
-    from common.search.encoder import Encoder
+from common.search.kernel import LOWEST, exact_scores
+from common.search.selection import Selection
 
 RESCORED = 4_096  # pairs computed in float64 at once
 PENDING = 1_000_000  # pairs after which groups are joined, and candidates thinned out
@@ -46,137 +32,7 @@ MAPPED = 2_000  # texts on the map
 MOST_CLUSTERS, SILHOUETTE_ROWS = 20, 2_000  # tried, and looked at, to choose their number
 NO_CLUSTER = -1  # the label of a text in no cluster
 
-ONE_PROCESS = Runtime(torch.device("cpu"), "fp32")
-
 Pair = tuple[int, int, float]  # two positions and their cosine
-
-
-@dataclass(frozen=True)
-class Selection:
-    """The rows of an index that a command looks at, by their position from 0: `rows` (n) are their
-    numbers in the index, ascending. The processes of `runtime` look at them together.
-    """
-
-    snapshot: Snapshot
-    rows: np.ndarray
-    runtime: Runtime = ONE_PROCESS
-    added: str | None = None  # the column of numbers that texts without an index have as ids
-
-    @functools.cached_property
-    def documents(self) -> np.ndarray | None:
-        """The first row (n) of the document that each row is a chunk of, ascending; None in an
-        index of whole texts.
-        """
-        if self.snapshot.settings["chunk_overlap"] is None:
-            return None
-        numbers = [segment.rows([CHUNK])[CHUNK].to_numpy() for segment in self.snapshot.segments]
-        return self.rows - np.concatenate(numbers)[self.rows]
-
-    @property
-    def mask(self) -> np.ndarray:
-        """A mask over all rows of the index: True for these."""
-        mask = np.zeros(self.snapshot.num_rows, bool)
-        mask[self.rows] = True
-        return mask
-
-    @property
-    def unit(self) -> str:
-        """What a row is, for a person."""
-        return "texts" if self.documents is None else "chunks"
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def vectors(self, positions: np.ndarray | slice) -> np.ndarray:
-        """Return the vectors (positions, width) of some of the rows."""
-        return self.snapshot.vectors_of(self.rows[positions])
-
-    def blocks(self, size: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield (first position, vectors (at most `size`, width))."""
-        for start in range(0, len(self), size):
-            yield start, torch.from_numpy(self.vectors(slice(start, start + size)))
-
-    def block(self, start: int, size: int) -> torch.Tensor:
-        """Return at most `size` vectors (n, width) from a position on, on a GPU if there is one."""
-        vectors = torch.from_numpy(self.vectors(slice(start, start + size)))
-        return vectors.to(self.runtime.device) if self.runtime.device.type == "cuda" else vectors
-
-    @property
-    def margin(self) -> float:
-        """The largest error of an fp32 score."""
-        return rounding_error(self.snapshot.width)
-
-
-@contextlib.contextmanager
-def open_source(
-    source: Source,
-    runtime: Runtime,
-    *,
-    say: Callable[[str], None],
-    least: int = 1,
-    most: int | None = None,
-    role: str | None = None,
-) -> Iterator[tuple[Selection, Callable[[], Encoder]]]:
-    """Yield the rows where a condition holds, of an index or of one made of the texts for this
-    command, and a function that returns their encoder. `role`: how such texts are encoded.
-
-    Raises UserError when there are fewer than `least` or more than `most` rows.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        if source.index:
-            snapshot = open_snapshot(source.index)
-            selection = select(snapshot, source.where, limits=source.limits, least=least)
-            check_size(len(selection), most)
-            yield shared(selection, runtime), lambda: _index_encoder(source, runtime, snapshot)
-        else:
-            from common.search.builder import build_temporary
-            from common.search.encoder import load_encoder
-
-            collection = source.read()
-            check_size(len(collection), most)
-            encoder = load_encoder(source.encoder, runtime)
-            snapshot = build_temporary(source, collection, encoder, folder, say=say, role=role)
-            options = {"limits": source.limits, "least": least, "name": collection.name}
-            selection = select(snapshot, source.where, **options)
-            added = snapshot.settings["id_column"]
-            yield dataclasses.replace(shared(selection, runtime), added=added), lambda: encoder
-
-
-def _index_encoder(source: Source, runtime: Runtime, snapshot: Snapshot) -> Encoder:
-    from common.search.builder import load_index_encoder  # it loads what only encoding needs
-
-    return load_index_encoder(source.encoder, runtime, str(snapshot.folder), snapshot.settings)
-
-
-def shared(selection: Selection, runtime: Runtime) -> Selection:
-    """Return rows that all processes share; raise UserError unless they have the same."""
-    state = f"{selection.snapshot.stamp} {hashlib.sha256(selection.rows.tobytes()).hexdigest()}"
-    cause = "another program has written to the index meanwhile, or --where is true by chance"
-    runtime.require_same(state, f"sees other rows than process 0: {cause}; run the same command again")
-    return dataclasses.replace(selection, runtime=runtime)
-
-
-def select(
-    snapshot: Snapshot,
-    where: str | None,
-    *,
-    limits: Limits = DEFAULT_LIMITS,
-    least: int = 1,
-    name: str | None = None,
-) -> Selection:
-    """Return the live rows where a condition holds. Raises UserError when these are too few."""
-    rows = np.flatnonzero(matching(snapshot, where, limits))
-    if len(rows) < least:
-        advice = "widen --where" if where else "add more texts"
-        raise UserError(f"{name or snapshot.folder}: {len(rows)} texts, at least {least} needed; {advice}")
-    return Selection(snapshot, rows)
-
-
-def check_size(count: int, most: int | None) -> None:
-    """Raise UserError when a matrix of similarities would be too large."""
-    if most is not None and count > most:
-        advice = "use pairs, or index and search"
-        raise UserError(f"similarity: {count:,} texts, but the matrix holds {most:,} at most; {advice}")
 
 
 def triangle_blocks(count: int, block: int) -> Iterator[tuple[int, int]]:

@@ -37,9 +37,10 @@ from common.local_server import SECONDS_TO_FINISH, WRONG_HOST, address_of, comin
 from common.reading import evenly_spaced
 from common.search import mining
 from common.search.display import Screen, hit_documents
-from common.search.index import ID, TEXT, known_rows, matching
+from common.search.index import ID, TEXT, known_rows
 from common.search.manifest import Limits
 from common.search.searcher import Page, Searcher, liked_vector
+from common.search.selection import Selection, matching
 from common.search.words import LANGUAGES, stop_words
 
 FILES = {"/": ("page.html", "text/html"), "/page.css": ("page.css", "text/css")}
@@ -139,7 +140,7 @@ def _score(values: dict[str, str]) -> float | None:
 class Clusters:
     """The rows on the map, the cluster (n) of each, the words of each cluster, ids and texts."""
 
-    drawn: mining.Selection
+    drawn: Selection
     labels: np.ndarray
     words: list[list[str]]
     entries: list[dict]
@@ -164,7 +165,7 @@ class ServedIndex:
         return {
             "index": self.name,
             "rows": int(self.shown.sum()),
-            "unit": mining.Selection(self.snapshot, np.flatnonzero(self.shown)).unit,
+            "unit": Selection(self.snapshot, np.flatnonzero(self.shown)).unit,
             "columns": {ID: "string", TEXT: "string", **self.snapshot.manifest["columns"]},
             "model": Path(self.snapshot.settings["model"]).name,
             "language": self.searcher.words.language,
@@ -214,7 +215,7 @@ class ServedIndex:
         rows = np.flatnonzero(self.shown)
         if len(rows) < 2:
             raise UserError(f"{self.name}: {len(rows)} texts, at least 2 needed for a map; add more texts")
-        drawn = mining.Selection(self.snapshot, rows[evenly_spaced(len(rows), mining.MAPPED)])
+        drawn = Selection(self.snapshot, rows[evenly_spaced(len(rows), mining.MAPPED)])
         labels = mining.k_means(drawn, min(CLUSTERS, len(drawn)), block=BLOCK, seed=self.seed)
         language = self.searcher.words.language
         stop = stop_words(language) if LANGUAGES[language].stop_words else None

@@ -13,7 +13,8 @@ from sklearn.metrics import silhouette_score
 
 from common import figures
 from common.search import mining
-from common.search.index import ID, matching, open_snapshot
+from common.search.index import ID, open_snapshot
+from common.search.selection import matching, select
 from conftest import write_lines
 from index_rows import write_vectors
 
@@ -78,7 +79,7 @@ def test_the_silhouette_chooses_how_many(tmp_path, ok):
     write_vectors(tmp_path / "ix", vectors)
     found = labels_of(ok("cluster", "--index", tmp_path / "ix", "--clusters", "auto", "--json"), len(truth))
     assert (found == truth).all()
-    selection = mining.select(open_snapshot(tmp_path / "ix"), None)
+    selection = select(open_snapshot(tmp_path / "ix"), None)
     _, silhouettes = mining.choose_clusters(selection, block=50, seed=0)
     assert list(silhouettes) == list(range(2, 21)) and max(silhouettes, key=silhouettes.get) == 4
     assert silhouettes[4] == pytest.approx(silhouette_score(vectors, truth, metric="cosine"), abs=1e-6)

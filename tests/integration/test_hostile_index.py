@@ -18,22 +18,12 @@ from hypothesis import strategies as st
 
 from common.errors import UserError
 from common.files import seal, write_manifest
-from common.search import index, texts
+from common.search import index, selection, texts
 from common.search.builder import Builder, fill, settings_of
-from common.search.index import (
-    CHUNK,
-    HASH,
-    ID,
-    NUM_CHUNKS,
-    TEXT,
-    VECTOR,
-    Limits,
-    checksums,
-    matching,
-    open_snapshot,
-)
-from common.search.manifest import check_files, read_manifest
+from common.search.index import CHUNK, HASH, ID, NUM_CHUNKS, TEXT, VECTOR, checksums, open_snapshot
+from common.search.manifest import Limits, check_files, read_manifest
 from common.search.searcher import Searcher
+from common.search.selection import matching
 from common.search.store import open_store
 from conftest import StubEncoder
 
@@ -415,7 +405,7 @@ def test_a_condition_holds_for_the_live_rows_only(made):
 
 
 def test_a_bug_in_the_process_of_the_condition_is_no_mistake_of_the_user(made, monkeypatch):
-    monkeypatch.setattr(index, "_holds", None)
+    monkeypatch.setattr(selection, "_holds", None)
     with pytest.raises(RuntimeError, match="TypeError"):
         matching(open_snapshot(made), "label = 1")
 

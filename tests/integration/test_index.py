@@ -24,7 +24,8 @@ from common.errors import UserError
 from common.files import LOCK, seal
 from common.search import index, store, texts
 from common.search.builder import settings_of
-from common.search.index import ID, TEXT, VECTOR, matching, open_snapshot, rows_with_ids, verify
+from common.search.index import ID, TEXT, VECTOR, open_snapshot, rows_with_ids, verify
+from common.search.selection import matching
 from common.search.store import open_store
 from conftest import ROOT, StubEncoder, heavy
 from index_rows import COLUMNS, numbered, unit_vectors, write, write_vectors

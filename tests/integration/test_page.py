@@ -29,6 +29,7 @@ from common.search.index import ID, open_snapshot
 from common.search.manifest import DEFAULT_LIMITS
 from common.search.page import MOST_WAITING, Refused, Worker
 from common.search.searcher import Searcher
+from common.search.selection import select
 from conftest import ROOT, make_sentences
 
 HTML = "<script>document.title = 'hacked'</script> <img src=x onerror=alert(1)> a good film & <b>story</b>"
@@ -150,7 +151,7 @@ def test_the_map_has_the_clusters_of_the_command_line(serving, index, ok):
     assert [(one["cluster"], one["size"], one["words"]) for one in found["clusters"]] == sizes
     own = {key: one["cluster"] for one in told for key in one["ids"]}
     assert {point["id"]: point["cluster"] for point in found["points"]} == own
-    selection = mining.select(open_snapshot(index), None)
+    selection = select(open_snapshot(index), None)
     _, places = mining.map_points(selection, seed=0)
     places = (places - places.min(0)) / (places.max(0) - places.min(0))
     shown = {point["id"]: (point["x"], point["y"]) for point in found["points"]}

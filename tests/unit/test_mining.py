@@ -18,6 +18,7 @@ from common.search import mining
 from common.search.builder import Builder, fill, settings_of
 from common.search.display import level
 from common.search.index import CHUNK, HASH, ID, NUM_CHUNKS, START, TEXT, VECTOR, open_snapshot
+from common.search.selection import Selection, one_process
 from common.search.store import open_store, vector_array
 from conftest import heavy
 from index_rows import collection, numbered
@@ -64,7 +65,7 @@ def made(request, tmp_path_factory):
 def live(made):
     """The rows of that index, opened anew, and the matrix of their cosines."""
     folder, rows, exact = made
-    return mining.Selection(open_snapshot(folder), rows), exact
+    return Selection(open_snapshot(folder), rows), exact
 
 
 @pytest.mark.parametrize("block", [7, 64, 1000])
@@ -189,7 +190,7 @@ def test_k_means_is_repeatable_and_its_first_cluster_the_largest(live):
 
 
 def test_as_many_clusters_as_different_rows(live):
-    rows = mining.Selection(live[0].snapshot, live[0].rows[:4])
+    rows = Selection(live[0].snapshot, live[0].rows[:4])
     assert sorted(mining.k_means(rows, 4, block=2, seed=0).tolist()) == [0, 1, 2, 3]
 
 
@@ -232,7 +233,7 @@ def chunks_of_documents(tmp_path):
         snapshot = opened.snapshot
     rows = np.flatnonzero(snapshot.alive())
     kept = vectors[rows].astype(np.float64)
-    return mining.Selection(snapshot, rows), kept @ kept.T, documents[rows]
+    return Selection(snapshot, rows), kept @ kept.T, documents[rows]
 
 
 @pytest.mark.parametrize("block", [3, 17, 1000])
@@ -314,7 +315,7 @@ def test_the_texts_nearest_to_a_centre(live):
 @given(st.integers(0, 30), st.integers(1, 12), st.integers(1, 9))
 def test_the_shares_of_the_triangle_have_each_pair_once(count, block, world):
     """Also where there are more processes than blocks; no process has two blocks more than another."""
-    own = [dataclasses.replace(mining.ONE_PROCESS, rank=rank, world_size=world) for rank in range(world)]
+    own = [dataclasses.replace(one_process(), rank=rank, world_size=world) for rank in range(world)]
     shares = [list(runtime.share(mining.triangle_blocks(count, block))) for runtime in own]
     pairs = [
         (left, right)
