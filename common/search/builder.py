@@ -52,7 +52,8 @@ def settings_of(
     texts, `store` for vectors in fp32.
     """
     own: Settings = {**encoder.identity(), "id_column": id_column, "chunk_overlap": chunk_overlap}
-    return {**own, "query_prompt": encoder.prompts.get("query"), "store": store if store != "fp32" else None}
+    prompt, kept = encoder.prompts.get("query"), store if store != "fp32" else None
+    return {**own, "query_prompt": prompt, "store": kept}
 
 
 def load_index_encoder(config: EncoderConfig, runtime: Runtime, index: str, settings: Settings) -> Encoder:
@@ -312,12 +313,15 @@ def read_vectors(
     with reading(f"--vectors {path}: not an array of NumPy", advice):
         vectors = np.load(path, mmap_mode="r", allow_pickle=False)
     if vectors.ndim != 2 or vectors.dtype.kind != "f":
-        raise UserError(f"--vectors {path}: its shape is {vectors.shape}, of {vectors.dtype}; {advice}")
+        found = f"{vectors.shape}, of {vectors.dtype}"
+        raise UserError(f"--vectors {path}: its shape is {found}; {advice}")
     wanted = (len(collection.rows), encoder.width)
     if vectors.shape != wanted:
-        problem = f"it has {vectors.shape[0]:,} vectors of {vectors.shape[1]} numbers, not {wanted[0]:,}"
-        whose = f"of {wanted[1]}, as {collection.name} and {encoder.name} have"
-        raise UserError(f"--vectors {path}: {problem} {whose}; name the file of these texts and this model")
+        count, width = vectors.shape
+        problem = f"it has {count:,} vectors of {width} numbers, not {wanted[0]:,} of {wanted[1]}"
+        whose = f"as {collection.name} and {encoder.name} have"
+        advice = "name the file of these texts and this model"
+        raise UserError(f"--vectors {path}: {problem}, {whose}; {advice}")
     lowest, highest = _norms(path, vectors, collection, skip_bad=skip_bad)
     numbers, table = next(collection.blocks(SCAN))
     sample = evenly_spaced(len(table), COMPARED)

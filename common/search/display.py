@@ -72,7 +72,8 @@ class Screen:
         aligned = ["right" if number else "left" for number in is_number]
         texts = [column for column, number in enumerate(is_number) if not number]
         # a text that looks like a number, such as an id 1.10 or 2e3, stays as it is
-        print(tabulate(rows, headers, floatfmt=".3f", colalign=aligned, disable_numparse=texts), flush=True)
+        options = {"floatfmt": ".3f", "colalign": aligned, "disable_numparse": texts}
+        print(tabulate(rows, headers, **options), flush=True)
 
     def document(self, content: dict) -> None:
         """Print the JSON document, if one is wanted."""
@@ -234,9 +235,10 @@ def say_deleted(screen: Screen, deleted: int, unknown: int) -> None:
 def _say_index(screen: Screen, snapshot: Snapshot) -> None:
     """Say how many rows an index has, and of what kind."""
     live = int(snapshot.alive().sum())
+    deleted, files = snapshot.num_rows - live, len(snapshot.segments)
     screen.say(
-        f"index    {snapshot.folder}: {live:,} rows, {snapshot.num_rows - live:,} deleted rows,"
-        f" {len(snapshot.segments):,} files, {snapshot.width} dimensions, {snapshot.settings['model']}"
+        f"index    {snapshot.folder}: {live:,} rows, {deleted:,} deleted rows, {files:,} files,"
+        f" {snapshot.width} dimensions, {snapshot.settings['model']}"
     )
 
 
@@ -279,7 +281,8 @@ def show_hits(
 def say_cut_queries(screen: Screen, encoder: Encoder, count: int) -> None:
     """Say how many queries were longer than the model reads, if there are any."""
     if count:
-        screen.say(f"{count:,} queries are longer than {encoder.max_length} tokens and were cut there")
+        longer = f"longer than {encoder.max_length} tokens and were cut there"
+        screen.say(f"{count:,} queries are {longer}")
 
 
 def hit_documents(snapshot: Snapshot, hits: list[Hit]) -> list[dict]:
@@ -296,7 +299,8 @@ def _hit_document(row: dict, hit: Hit) -> dict:
     columns = {name: value for name, value in row.items() if name not in RESERVED_COLUMNS}
     document = {"id": row[ID], "score": hit.score, "text": row[TEXT], "columns": columns}
     if row[NUM_CHUNKS] > 1:
-        document["chunk"] = {"number": row[CHUNK] + 1, "of": row[NUM_CHUNKS], "first_character": row[START]}
+        document["chunk"] = {"number": row[CHUNK] + 1, "of": row[NUM_CHUNKS]}
+        document["chunk"]["first_character"] = row[START]
     return document
 
 
@@ -372,7 +376,8 @@ def answer_prompt(screen: Screen, searcher: Searcher, page: Page) -> None:
             return
         try:
             sources.check_query(query, f"query {number}")
-            show_hits(screen, searcher.snapshot, [query], searcher.search([query], page.depth), page)
+            hits = searcher.search([query], page.depth)
+            show_hits(screen, searcher.snapshot, [query], hits, page)
         except UserError as error:  # a mistake at a prompt is no reason to load everything again
             print(error, file=sys.stderr)
 
@@ -479,7 +484,8 @@ def write_rows(selection: Selection, positions: np.ndarray, path: str, *, text_c
     def blocks() -> Iterator[list[dict]]:
         for start in range(0, len(rows), ROWS_AT_ONCE):
             entries = snapshot.take(rows[start : start + ROWS_AT_ONCE], [*columns, TEXT])
-            yield [{**{name: entry[name] for name in columns}, text: entry[TEXT]} for entry in entries]
+            kept = [{name: entry[name] for name in columns} for entry in entries]
+            yield [{**row, text: entry[TEXT]} for row, entry in zip(kept, entries)]
 
     with _whole_file(path, "--output") as new:
         _write_blocks(new, Path(path).suffix.lower(), schema, blocks())
@@ -502,14 +508,16 @@ def _write_blocks(path: Path, kind: str, schema: pa.Schema, blocks: Iterator[lis
             if table:
                 table.writerows(rows)
             else:
-                file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+                encoded = (json.dumps(row, ensure_ascii=False, default=str) for row in rows)
+                file.writelines(f"{line}\n" for line in encoded)
 
 
 def save_vectors(vectors: np.ndarray, path: str, screen: Screen) -> None:
     """Write vectors (N, width) for NumPy, and say so."""
     with _whole_file(path, "--output") as new, open(new, "wb") as file:
         np.save(file, vectors, allow_pickle=False)
-    screen.say(f"vectors  {path}: {len(vectors):,} of {vectors.shape[1]} numbers, in the order of the texts")
+    size = f"{len(vectors):,} of {vectors.shape[1]} numbers"
+    screen.say(f"vectors  {path}: {size}, in the order of the texts")
 
 
 @contextlib.contextmanager
@@ -588,14 +596,17 @@ def show_scores(
     for name, values in scores.items():
         stars = {one: "*" if _differs(against.get((name, one))) else "" for one in measures}
         rows.append([name, *(f"{values[one]:.3f}{stars[one]}" for one in measures)])
-        lines.append([name, f"{values[measures[0]]:.3f}", _range(intervals[name][measures[0]], "{:.3f}")])
+        interval = _range(intervals[name][measures[0]], "{:.3f}")
+        lines.append([name, f"{values[measures[0]]:.3f}", interval])
         if one := against.get((name, measures[0])):
             interval = _range(one["interval"], "{:+.3f}")
             lines[-1] += [f"{one['difference']:+.3f}", interval, f"{one['p_holm']:.4f}"]
     queries = len(task.judgements)
     screen.table(rows, ["search", *measures], title=f"{task.name}: {queries:,} queries")
-    screen.say(f"* differs from {first}: p < {SIGNIFICANT} (paired bootstrap over the queries, Holm)")
-    headers = ["search", measures[0], "95 % interval", f"minus {first}", "95 % interval", "p (Holm)"]
+    test = "paired bootstrap over the queries, Holm"
+    screen.say(f"* differs from {first}: p < {SIGNIFICANT} ({test})")
+    interval = "95 % interval"
+    headers = ["search", measures[0], interval, f"minus {first}", interval, "p (Holm)"]
     screen.table([line + [""] * (len(headers) - len(line)) for line in lines], headers)
     document = {"task": task.name, "queries": queries, "scores": scores}
     document |= {"intervals": intervals, "differences": differences}
@@ -617,7 +628,8 @@ def _range(interval: tuple[float, float] | None, form: str) -> str:
 
 def write_query_scores(searches: list[ModelScores], path: str, screen: Screen) -> None:
     """Write the measures of each query and way of searching to a new CSV file, and say so."""
-    with _whole_file(path, "--per-query") as new, open(new, "w", encoding="utf-8", newline="") as file:
+    new_file = _whole_file(path, "--per-query")
+    with new_file as new, open(new, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["search", "query", *searches[0].values])
         for one in searches:
@@ -640,8 +652,9 @@ def show_models(screen: Screen, lines: list[dict], differences: list[dict]) -> N
         rows = []
         for one in differences:
             interval = _range(one["interval"], "{:+.3f}")
-            p_values = [f"{one[name]:.4f}" for name in ("p", "p_holm")]
-            rows.append([one["model"], one["measure"], f"{one['difference']:+.3f}", interval, *p_values])
+            values = [f"{one['difference']:+.3f}", interval]
+            values += [f"{one[name]:.4f}" for name in ("p", "p_holm")]
+            rows.append([one["model"], one["measure"], *values])
         headers = ["model", "measure", "difference", "95 % interval", "p", "p (Holm)"]
         title = f"against {lines[0]['model']}, query by query (paired bootstrap)"
         screen.table(rows, headers, title=title)
@@ -663,7 +676,8 @@ def write_export(
                 for path, part in fresh.items():
                     if path not in writers:
                         files.enter_context(named_in_errors(Path(path)))
-                        writers[path] = EXPORTERS[Path(path).suffix](part, table, vectors, total, files)
+                        make = EXPORTERS[Path(path).suffix]
+                        writers[path] = make(part, table, vectors, total, files)
                     writers[path](table, vectors)
         for path, part in fresh.items():
             os.rename(part, path)

@@ -12,6 +12,7 @@ Weights are read from safetensors only. Code that comes with a model is never ru
 be those of sentence-transformers.
 """
 
+import functools
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -134,7 +135,8 @@ class Encoder:
         own = batches[self.runtime.rank :: self.runtime.world_size]
         prompt_length = self._prompt_length(prompt)
         if self.model.library is None:
-            computed = self._in_threads(lambda batch: self._forward(tokens, batch, prompt_length), own)
+            compute = functools.partial(self._forward, tokens, prompt_length=prompt_length)
+            computed = self._in_threads(compute, own)
         else:
             different = list(row_of)
             parts = ([different[row] for row in batch] for batch in own)
@@ -382,7 +384,8 @@ def load_encoder(config: EncoderConfig, runtime: Runtime) -> Encoder:
     given = {"query": config.query_prompt, "document": config.document_prompt}
     prompts = {role: prompt for role, prompt in given.items() if prompt is not None}
     if flags := missing_prompts(name, model, prompts):
-        sources.note(f"--model {name}: it was trained with prompts that no file of it names; give {flags}")
+        problem = "it was trained with prompts that no file of it names"
+        sources.note(f"--model {name}: {problem}; give {flags}")
     _move(model, runtime, max_length)
     is_static = bool(model.modules) and isinstance(model.modules[0], StaticEmbedding)
     return Encoder(

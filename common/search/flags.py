@@ -51,7 +51,7 @@ def add_model_flags(command: cli.Parser) -> None:
     length = "tokens that the model reads of a text (default: the index's, else the model's own)"
     flag("--max-length", type=cli.positive_int, help=length)
     flag("--batch-tokens", type=cli.positive_int, help="positions per batch (default: by device)")
-    kept = "the first numbers of each embedding that are kept, for a Matryoshka model (default: all)"
+    kept = "the first numbers of each embedding, for a Matryoshka model (default: all)"
     flag("--dimensions", type=cli.positive_int, metavar="N", help=kept)
     before = "put before each {} (default: the index's, else what the model says)"
     flag("--query-prompt", metavar="TEXT", help=before.format("query"))
@@ -96,7 +96,8 @@ def add_task_flags(command: cli.Parser) -> None:
     flag("--queries", metavar="JSONL", type=cli.name, help='one {"id": ..., "text": ...} per line')
     qrels = "judgements: query 0 document relevance (TREC), or query document relevance (BEIR)"
     flag("--qrels", metavar="FILE", type=cli.name, help=qrels)
-    flag("--sts", metavar="FILE", type=cli.name, help="a data file of sentence pairs with human scores")
+    pairs = "a data file of sentence pairs with human scores"
+    flag("--sts", metavar="FILE", type=cli.name, help=pairs)
     columns = ["sentence1", "sentence2", "score"]
     flag("--sts-columns", nargs=3, default=columns, metavar="COLUMN", help="its texts and score")
     add_text_flags(command)
@@ -104,7 +105,8 @@ def add_task_flags(command: cli.Parser) -> None:
 
 def add_rerank_flags(command: cli.Parser) -> None:
     flag = command.add_argument
-    flag("--rerank", metavar="MODEL", type=cli.name, help="reorder the best hits with a cross-encoder")
+    reorders = "reorder the best hits with a cross-encoder"
+    flag("--rerank", metavar="MODEL", type=cli.name, help=reorders)
     flag("--rerank-depth", type=cli.positive_int, default=100, help="how many of the best it reads")
 
 
@@ -168,7 +170,8 @@ def table_file(text: str, columns: tuple[str, ...]) -> str:
         with open(path, "rb") as file:
             header = file.readline().rstrip().decode(errors="replace").split(",")
             if tuple(header[: len(columns)]) != columns:
-                raise argparse.ArgumentTypeError(f"{text}: it holds something else; name a new file")
+                problem = "it holds something else"
+                raise argparse.ArgumentTypeError(f"{text}: {problem}; name a new file")
     return output_file(text)
 
 
@@ -269,7 +272,8 @@ def check_task(args: argparse.Namespace) -> None:
         sources.check_data_file(Path(args.sts))
         if len(set(args.sts_columns)) < len(args.sts_columns):
             columns = " ".join(args.sts_columns)
-            raise UserError(f"--sts-columns {columns}: one of them twice; name two texts and a score")
+            problem = "one of them twice"
+            raise UserError(f"--sts-columns {columns}: {problem}; name two texts and a score")
         return
     documents = f"--texts {' '.join(args.texts)}" if args.texts else f"--index {args.index}"
     if bool(args.queries) != bool(args.qrels):
@@ -318,7 +322,8 @@ def check_milvus(args: argparse.Namespace) -> None:
     target = parse_target(args.index)
     if args.command not in MILVUS_COMMANDS:
         advice = f"export the rows into an index first; Milvus has {', '.join(MILVUS_COMMANDS)}"
-        raise UserError(f"--index {args.index}: {args.command} needs the vectors on this machine; {advice}")
+        problem = f"{args.command} needs the vectors on this machine"
+        raise UserError(f"--index {args.index}: {problem}; {advice}")
     if importlib.util.find_spec("pymilvus") is None:
         raise UserError(f"--index {args.index}: this needs Milvus' client; run: {MILVUS_INSTALL}")
     if getattr(args, "rerank", None):
@@ -351,10 +356,12 @@ def check_processes(args: argparse.Namespace) -> None:
     if args.command in ("index", "sync"):  # the first process reads the texts
         return
     if args.command == "search" and not (args.queries or args.queries_file):
-        raise UserError("torchrun: search asks for queries in one process; name them, or run it with python")
+        problem = "search asks for queries in one process"
+        raise UserError(f"torchrun: {problem}; name them, or run it with python")
     files = [args.queries, args.qrels, args.sts] if args.command == "evaluate" else []
     if "-" in (*args.texts, *files):
-        raise UserError("torchrun: each process reads the texts, and - can be read once; name a file")
+        problem = "each process reads the texts, and - can be read once"
+        raise UserError(f"torchrun: {problem}; name a file")
 
 
 # from the flags to what the wing needs

@@ -153,7 +153,8 @@ def checksums(content: mmap.mmap | bytearray) -> str:
     They reveal damage, at the speed of memory. They are no proof against an attacker, who could
     write a new manifest as well.
     """
-    blocks = (memoryview(content)[start : start + CHECKED] for start in range(0, len(content), CHECKED))
+    whole = memoryview(content)
+    blocks = (whole[start : start + CHECKED] for start in range(0, len(content), CHECKED))
     return "".join(xxhash.xxh3_64_hexdigest(block) for block in blocks)
 
 
@@ -249,7 +250,8 @@ class Segment:
         wrong = np.flatnonzero(~(np.abs(squares - 1) < SQUARE_TOLERANCE))
         if len(wrong):
             norm = float(squares[wrong[0]]) ** 0.5
-            raise damaged(self.file.path, f"the vector of row {rows[wrong[0]] + 1} has norm {norm:g}, not 1")
+            row = rows[wrong[0]] + 1
+            raise damaged(self.file.path, f"the vector of row {row} has norm {norm:g}, not 1")
         self._valid_vectors[rows] = True
 
     def rows(self, columns: list[str] | None = None, numbers: np.ndarray | None = None) -> pa.Table:
@@ -384,7 +386,8 @@ class Snapshot:
         names = [*(unused_name(name, columns) for name in own.values()), *columns]
         for start in range(0, len(rows), size):
             here = rows[start : start + size]
-            tables = [part.rows([*own, *columns], offsets) for part, _, offsets in self.by_segment(here)]
+            here_by_segment = self.by_segment(here)
+            tables = [part.rows([*own, *columns], offsets) for part, _, offsets in here_by_segment]
             yield pa.concat_tables(tables).rename_columns(names), self.vectors_of(here)
 
     def texts(self, rows: np.ndarray | None = None, *, size: int = 10_000) -> Iterator[str]:
@@ -425,7 +428,8 @@ def open_snapshot(folder: str | Path) -> Snapshot:
         if deleted := entry.get("deleted"):
             deleted_file = files[deleted["file"]]
             with reading(f"{deleted_file.path}: not the deleted rows of this index", ADVICE):
-                rows = _deleted_rows(read_arrow(deleted_file.content), deleted["rows"], len(segment))
+                table = read_arrow(deleted_file.content)
+                rows = _deleted_rows(table, deleted["rows"], len(segment))
             segment.alive[rows] = False
         segments.append(segment)
     return Snapshot(Path(folder), manifest, segments)
@@ -473,10 +477,11 @@ def _column_types(kinds: dict[str, str], tables: list[pa.Table]) -> ColumnTypes:
     for name, kind in kinds.items() if tables else ():
         found = {table.schema.field(name).type for table in tables if name in table.column_names}
         known = {str(one): one for one in [*found, pa.null()]}
+        types = ", ".join(map(str, found)) or "missing"
         if kind not in known:
-            raise ValueError(f"column {name} is {', '.join(map(str, found)) or 'missing'}, not {kind}")
+            raise ValueError(f"column {name} is {types}, not {kind}")
         if any(wider(one, known[kind]) != known[kind] for one in found):
-            raise ValueError(f"column {name} is {', '.join(map(str, found))}, which {kind} does not hold")
+            raise ValueError(f"column {name} is {types}, which {kind} does not hold")
         columns[name] = known[kind]
     return columns
 
@@ -489,7 +494,8 @@ def wider(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
         return one
     if pa.types.is_null(one):
         return other
-    texts = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
+    is_text, is_binary = pa.types.is_string, pa.types.is_binary
+    texts = (is_text, is_binary, pa.types.is_large_string, pa.types.is_large_binary)
     if any(is_kind(one) or is_kind(other) for is_kind in texts):
         return None
     fields = [pa.schema([pa.field("column", kind)]) for kind in (one, other)]
@@ -548,7 +554,8 @@ def _open_files(folder: Path) -> tuple[Manifest, dict[str, CheckedFile]]:
             return manifest, files
         except FileNotFoundError as error:
             if read_manifest(folder)["sha256"] == manifest["sha256"]:
-                raise UserError(f"{error.filename}: a file of the index is missing; {ADVICE}") from error
+                problem = "a file of the index is missing"
+                raise UserError(f"{error.filename}: {problem}; {ADVICE}") from error
             # a writer has committed meanwhile: read its state
         except (OSError, ValueError) as error:
             raise damaged(folder / MANIFEST, one_line(error)) from error
@@ -604,7 +611,8 @@ def known_rows(snapshot: Snapshot, key: str) -> np.ndarray:
     rows, unknown = rows_with_ids(snapshot, [key])
     if unknown:
         command = f"embed_search.py list --index {snapshot.folder}"
-        raise UserError(f"--index {snapshot.folder}: no text with id {key!r}; {command} shows the ids")
+        problem = f"no text with id {key!r}"
+        raise UserError(f"--index {snapshot.folder}: {problem}; {command} shows the ids")
     return rows
 
 
@@ -613,8 +621,10 @@ def whole_documents(snapshot: Snapshot, rows: np.ndarray) -> np.ndarray:
     entries = snapshot.take(rows, [CHUNK, NUM_CHUNKS])
     # first row of a document -> its number of chunks, which are consecutive rows
     sizes = {int(row) - entry[CHUNK]: entry[NUM_CHUNKS] for row, entry in zip(rows, entries)}
-    if any(first < 0 or size < 1 or first + size > snapshot.num_rows for first, size in sizes.items()):
-        raise damaged(snapshot.folder, "the chunks of a document are not numbered one after the other")
+    last = snapshot.num_rows
+    if any(first < 0 or size < 1 or first + size > last for first, size in sizes.items()):
+        problem = "the chunks of a document are not numbered one after the other"
+        raise damaged(snapshot.folder, problem)
     all_rows = [first + number for first in sorted(sizes) for number in range(sizes[first])]
     return np.array(all_rows, dtype=np.int64)
 

@@ -134,7 +134,8 @@ def _rank_all(candidates: "Candidates", queries: np.ndarray, vectors_of: Vectors
     score = np.concatenate(scores)
     order = np.lexsort((row, -score, query))
     ends = np.searchsorted(query[order], np.arange(1, len(queries)))
-    return [(row[own], score[own]) for own in (part[: candidates.k] for part in np.split(order, ends))]
+    parts = [part[: candidates.k] for part in np.split(order, ends)]
+    return [(row[own], score[own]) for own in parts]
 
 
 def rounding_error(width: int) -> float:

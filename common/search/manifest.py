@@ -126,7 +126,8 @@ def parse_target(name: str) -> Target:
         raise UserError(f"--index {name}: write {MILVUS}URI/COLLECTION, such as {example}")
     target = Target(name, found["uri"], found["collection"])
     if target.is_file and not target.uri.endswith(".db"):
-        raise UserError(f"--index {name}: a file of Milvus Lite ends with .db, and a server is http://...")
+        problem = "a file of Milvus Lite ends with .db, and a server is http://..."
+        raise UserError(f"--index {name}: {problem}")
     return target
 
 
@@ -197,7 +198,8 @@ def check_manifest(manifest: Mapping[str, Any]) -> None:
     """Raise ValueError, saying what is wrong, unless a manifest says what a store writes: settings,
     columns, and files under the names that a store gives.
     """
-    settings, columns, segments = (manifest.get(name) for name in ("settings", "columns", "segments"))
+    parts = ("settings", "columns", "segments")
+    settings, columns, segments = (manifest.get(name) for name in parts)
     if not isinstance(settings, dict):
         raise ValueError("settings are missing")
     check_values(settings)
@@ -231,7 +233,8 @@ def _check_entry(entry: object, kind: str) -> None:
     if not isinstance(entry, dict):
         raise ValueError(f"an entry of its {kind} files is {shorten(repr(entry), 40)}")
     file, digest = entry.get("file"), entry.get("sha256")
-    if not isinstance(file, str) or not re.fullmatch(rf"{kind}-[0-9]{{8,20}}-[0-9]{{4,20}}\.arrow", file):
+    pattern = rf"{kind}-[0-9]{{8,20}}-[0-9]{{4,20}}\.arrow"
+    if not isinstance(file, str) or not re.fullmatch(pattern, file):
         raise ValueError(f"{shorten(repr(file), 60)} is not the name of a {kind} file of an index")
     if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
         raise ValueError(f"the SHA-256 of {file} is missing")
@@ -239,7 +242,8 @@ def _check_entry(entry: object, kind: str) -> None:
     if not isinstance(sums, str) or not re.fullmatch("([0-9a-f]{16})*", sums):
         raise ValueError(f"the checksums of {file} are none")
     body = entry.get("body", [0, 0])
-    if not isinstance(body, list) or len(body) != 2 or not all(map(_is_count, body)) or body[0] > body[1]:
+    is_pair = isinstance(body, list) and len(body) == 2 and all(map(_is_count, body))
+    if not is_pair or body[0] > body[1]:
         raise ValueError(f"the body of {file} is {shorten(repr(body), 40)}")
     if not _is_count(entry.get("rows")) or not entry["rows"]:
         raise ValueError(f"the rows of {file} are {shorten(repr(entry.get('rows')), 40)}")

@@ -68,7 +68,8 @@ def connected(target: Target) -> Iterator[MilvusClient]:
     try:
         from pymilvus import MilvusClient, MilvusException
     except ImportError as error:
-        raise UserError(f"--index {target.name}: this needs Milvus' client; run: {MILVUS_INSTALL}") from error
+        problem = "this needs Milvus' client"
+        raise UserError(f"--index {target.name}: {problem}; run: {MILVUS_INSTALL}") from error
     for library in ("pymilvus", "milvus_lite"):  # they log what they raise
         logging.getLogger(library).setLevel(logging.CRITICAL + 1)
     try:
@@ -81,7 +82,8 @@ def connected(target: Target) -> Iterator[MilvusClient]:
         advice = "check the address, the server and MILVUS_TOKEN"
         if target.is_file:
             advice = "check that it is Milvus Lite's, and that no other process has it open"
-        raise UserError(f"--index {target.name}: Milvus says: {one_line(error)}; {advice}") from error
+        problem = f"Milvus says: {one_line(error)}"
+        raise UserError(f"--index {target.name}: {problem}; {advice}") from error
 
 
 class MilvusCollection:
@@ -161,9 +163,11 @@ class MilvusCollection:
 # Opening and making a collection ------------------------------------------------------------------
 
 MILVUS_TYPES = {"string": "VARCHAR", "large_string": "VARCHAR", "bool": "BOOL"}
-MILVUS_TYPES |= dict.fromkeys(("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32"), "INT64")
+WHOLE = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32")
+MILVUS_TYPES |= dict.fromkeys(WHOLE, "INT64")
 MILVUS_TYPES |= dict.fromkeys(("halffloat", "float", "double"), "DOUBLE")
-ARROW_TYPES = {"VARCHAR": pa.string(), "BOOL": pa.bool_(), "INT64": pa.int64(), "DOUBLE": pa.float64()}
+ARROW_TYPES = {"VARCHAR": pa.string(), "BOOL": pa.bool_(), "INT64": pa.int64()}
+ARROW_TYPES["DOUBLE"] = pa.float64()
 
 
 def open_collection(client: MilvusClient, target: Target) -> MilvusCollection | None:
@@ -179,7 +183,8 @@ def open_collection(client: MilvusClient, target: Target) -> MilvusCollection | 
         check_values(settings)
         if not set(columns.values()) <= set(ARROW_TYPES):
             raise ValueError("its columns have other types")
-        if {entry["name"] for entry in description["fields"]} < {*columns, KEY, ID, HASH, TEXT, VECTOR}:
+        present = {entry["name"] for entry in description["fields"]}
+        if present < {*columns, KEY, ID, HASH, TEXT, VECTOR}:
             raise ValueError("fields are missing")
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         problem = f"not a collection that embed_search.py made ({one_line(error)})"
@@ -310,12 +315,13 @@ class Writer:
         hashes = [value.hex() for value in hashes_of(table)]
         stored = self.store.stored([key_of(key, 0) for key in ids], [HASH, NUM_CHUNKS])
         known = [stored.get(key_of(key, 0)) for key in ids]
+        is_other = [bool(row) and row[HASH] != own for row, own in zip(known, hashes)]
         return Plan(
             ids,
             hashes,
             sizes=[row[NUM_CHUNKS] if row else 0 for row in known],
             new=np.array([row is None for row in known], bool),
-            changed=np.array([bool(row) and row[HASH] != own for row, own in zip(known, hashes)], bool),
+            changed=np.array(is_other, bool),
         )
 
     def _add(self, numbers: np.ndarray, table: pa.Table, collection: Collection) -> None:
@@ -326,7 +332,8 @@ class Writer:
         chunks = [[Chunk(0, text)] for text in texts]
         if overlap is not None:
             chunks = split_into_chunks(texts, self.encoder, overlap=overlap)
-        vectors = self.encoder.encode_unit([c.text for parts in chunks for c in parts], role="document")
+        flat = [chunk.text for parts in chunks for chunk in parts]
+        vectors = self.encoder.encode_unit(flat, role="document")
         ends = np.cumsum([len(parts) for parts in chunks])
         rows: list[dict[str, Any]] = []
         surplus: list[str] = []
@@ -343,7 +350,8 @@ class Writer:
                 self.counts.repeated += not reason
                 continue
             written.add(plan.ids[row])
-            shared = {ID: plan.ids[row], HASH: plan.hashes[row], NUM_CHUNKS: len(parts), **metadata[row]}
+            shared = {ID: plan.ids[row], HASH: plan.hashes[row], NUM_CHUNKS: len(parts)}
+            shared |= metadata[row]
             for number, (chunk, vector) in enumerate(zip(parts, own)):
                 place = {KEY: key_of(plan.ids[row], number), CHUNK: number, START: chunk.start}
                 rows.append({**shared, **place, TEXT: chunk.text, VECTOR: vector.tolist()})
@@ -358,7 +366,8 @@ class Writer:
         """Return why a document can't be written, None if it can."""
         if not np.isfinite(vectors).all():
             return "the embedding of this text has norm zero, NaN or infinity"
-        if any(len(text.encode()) > LONGEST_TEXT for text in (document, *(chunk.text for chunk in parts))):
+        texts = [document, *(chunk.text for chunk in parts)]
+        if any(len(text.encode()) > LONGEST_TEXT for text in texts):
             return f"Milvus keeps at most {LONGEST_TEXT:,} bytes of a text; --chunk splits long ones"
         return None
 
@@ -438,7 +447,8 @@ def index_texts(target: Target, collection: Collection, encoder: Encoder, screen
         writer.fill(collection, block=job.block)
         counts = writer.counts
         if job.shares:
-            total = runtime.all_reduce_sum(torch.tensor(list(vars(counts).values()), device=runtime.device))
+            own = torch.tensor(list(vars(counts).values()), device=runtime.device)
+            total = runtime.all_reduce_sum(own)
             counts = Counts(*total.tolist())
         if runtime.is_main:
             display.say_counts(screen, collection, counts)
@@ -480,7 +490,8 @@ def listed(
     of them, in the order that Milvus gives.
     """
     if offset + count > LONGEST_RESULT:
-        raise UserError(f"--offset {offset}: Milvus lists {LONGEST_RESULT:,} texts; narrow them with --where")
+        problem = f"Milvus lists {LONGEST_RESULT:,} texts"
+        raise UserError(f"--offset {offset}: {problem}; narrow them with --where")
     first = f"{CHUNK} == 0" + (f" and ({condition})" if condition else "")
     rows = store.query(first, [ID, TEXT, *store.columns], offset=offset, limit=count)
     return store.count(first), [dict(row) for row in rows]
@@ -533,9 +544,10 @@ class MilvusSearcher(Searcher):
         rankings = []
         for vector, hits in zip(vectors, answers):
             entities = [dict(hit["entity"]) for hit in hits]
-            found = np.array([entity[VECTOR] for entity in entities], np.float32).reshape(-1, store.width)
+            vectors_found = np.array([entity[VECTOR] for entity in entities], np.float32)
+            found = vectors_found.reshape(-1, store.width)
             scores = exact_scores(found, vector)
-            order = sorted(range(len(entities)), key=lambda n: (-scores[n], entities[n][KEY]))[:depth]
+            order = sorted(range(len(found)), key=lambda n: (-scores[n], entities[n][KEY]))[:depth]
             rows = np.array([store.remember(entities[n]) for n in order], np.int64)
             rankings.append((rows, scores[order]))
         return rankings
@@ -545,9 +557,10 @@ class MilvusSearcher(Searcher):
         from pymilvus import AnnSearchRequest, RRFRanker
 
         limit = min(max(depth, FUSED), LONGEST_RESULT)
+        options = {"limit": limit, "expr": self.condition or None}
         requests = [
-            AnnSearchRequest([vector.tolist()], VECTOR, {}, limit=limit, expr=self.condition or None),
-            AnnSearchRequest([query], WORDS, {}, limit=limit, expr=self.condition or None),
+            AnnSearchRequest([vector.tolist()], VECTOR, {}, **options),
+            AnnSearchRequest([query], WORDS, {}, **options),
         ]
         [hits] = store.client.hybrid_search(
             store.target.collection,
@@ -571,8 +584,9 @@ def searcher_of(
 ) -> MilvusSearcher:
     """Return how a collection is searched."""
     snapshot: Any = store  # it has what a searcher asks of an index
-    num_rows = min(store.count(condition or ""), LONGEST_RESULT)
-    return MilvusSearcher(snapshot, encoder, np.ones(num_rows, bool), condition=condition or "", **options)
+    condition = condition or ""
+    allowed = np.ones(min(store.count(condition), LONGEST_RESULT), bool)
+    return MilvusSearcher(snapshot, encoder, allowed, condition=condition, **options)
 
 
 # Conditions ---------------------------------------------------------------------------------------
@@ -602,7 +616,8 @@ def translate(condition: str | None, columns: dict[str, str]) -> str | None:
     types = {ID: "VARCHAR", TEXT: "VARCHAR", **columns}
     with duckdb.connect() as connection:
         question = "SELECT json_serialize_sql(?)"
-        [answer] = connection.execute(question, [f"SELECT 1 FROM rows WHERE {condition}"]).fetchone() or [""]
+        selected = [f"SELECT 1 FROM rows WHERE {condition}"]
+        [answer] = connection.execute(question, selected).fetchone() or [""]
     parsed = json.loads(answer)
     try:
         if parsed["error"]:
@@ -614,9 +629,8 @@ def translate(condition: str | None, columns: dict[str, str]) -> str | None:
             raise ValueError("it is more than one condition")
         return _words(node["where_clause"], names, types)
     except (ValueError, RecursionError) as error:
-        advice = (
-            f"write a condition over {', '.join(names.values())} with =, <, IN, LIKE, IS NULL, AND, OR, NOT"
-        )
+        columns_known = ", ".join(names.values())
+        advice = f"write a condition over {columns_known} with =, <, IN, LIKE, IS NULL, AND, OR, NOT"
         raise UserError(f"--where {condition!r}: {one_line(error)}; {advice}") from error
 
 
@@ -657,14 +671,14 @@ def _words(node: dict[str, Any], names: dict[str, str], types: dict[str, str]) -
         return f"{'not ' if node['function_name'] == '!~~' else ''}({column} like {text})"
     if kind == "COLUMN_REF" and types[_column(node, names)] == "BOOL":
         return f"{_column(node, names)} == true"
-    raise ValueError(f"Milvus has nothing for {node.get('function_name') or kind.lower().replace('_', ' ')}")
+    lacking = node.get("function_name") or kind.lower().replace("_", " ")
+    raise ValueError(f"Milvus has nothing for {lacking}")
 
 
 def _column(node: dict[str, Any], names: dict[str, str]) -> str:
     if node["type"] != "COLUMN_REF":
-        raise ValueError(
-            f"Milvus compares a column with a value, not {node.get('function_name') or node['type']}"
-        )
+        found = node.get("function_name") or node["type"]
+        raise ValueError(f"Milvus compares a column with a value, not {found}")
     name = node["column_names"][-1]
     if len(node["column_names"]) > 1 or name.lower() not in names:
         raise ValueError(f"there is no column {'.'.join(node['column_names'])!r}")
@@ -677,7 +691,8 @@ def _value(node: dict[str, Any], kind: str) -> str:
     wanted = {"VARCHAR": ("STRING",), "BOOL": ("BOOLEAN",)}.get(kind, ("INTEGER", "NUMERIC"))
     if node["type"] != "VALUE_CONSTANT" or literal.get("kind") not in wanted:
         shown = literal.get("text") or node.get("function_name") or node["type"].lower()
-        raise ValueError(f"{shown!r} is compared with a column of type {kind}; Milvus converts nothing")
+        problem = f"{shown!r} is compared with a column of type {kind}"
+        raise ValueError(f"{problem}; Milvus converts nothing")
     text = literal["text"]
     return json.dumps(text, ensure_ascii=False) if kind == "VARCHAR" else text
 
@@ -690,7 +705,8 @@ def run_index(args: argparse.Namespace) -> None:
     of Milvus Lite is written by the main process, and all encode.
     """
     runtime, screen = flags.start(args)
-    target, source, config = parse_target(args.index), flags.source_of(args), flags.encoder_config(args)
+    target, source = parse_target(args.index), flags.source_of(args)
+    config = flags.encoder_config(args)
     existing = runtime.broadcast_from_main(lambda: settings_there(target))
     id_column, overlap = args.id_column, flags.overlap_of(args)
     if existing:
@@ -776,7 +792,8 @@ def opened_searcher(
     """Yield how a collection is searched, until the connection ends."""
     reranker = load_reranker(args.rerank, runtime, cache_dir=args.cache_dir)
     with opened(args.index) as store:
-        encoder = load_index_encoder(flags.encoder_config(args), runtime, args.index, store.settings)
+        config = flags.encoder_config(args)
+        encoder = load_index_encoder(config, runtime, args.index, store.settings)
         condition = translate(where, store.columns)
         options = {"hybrid": hybrid, "reranker": reranker, "rerank_depth": args.rerank_depth}
         yield searcher_of(store, encoder, condition, say=screen.say, **options)
@@ -797,7 +814,8 @@ def run_export(args: argparse.Namespace) -> None:
         condition = translate(args.where, store.columns) or ""
         count = store.count(condition)
         if not count:
-            raise UserError(f"--index {args.index}: no rows to export; widen --where or index some texts")
+            problem = "no rows to export"
+            raise UserError(f"--index {args.index}: {problem}; widen --where or index some texts")
         display.write_export(Screen(as_json=args.json), store.parts(condition), count, args.to)
 
 

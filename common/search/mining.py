@@ -117,7 +117,7 @@ def similar_pairs(
         for first, second, scores in itertools.islice(own, 1):
             pairs = (scores >= threshold - selection.margin).nonzero().cpu().numpy()
             for at in range(0, len(pairs), PENDING):
-                left, right = pairs[at : at + PENDING, 0] + first, pairs[at : at + PENDING, 1] + second
+                left, right = (pairs[at : at + PENDING] + (first, second)).T
                 exact = exact_pairs(selection, left, right)
                 found.append(np.column_stack([left, right, exact])[exact >= threshold])
         return np.concatenate(found)
@@ -341,10 +341,12 @@ def neighbours(
             scores = vectors_of_centres.to(vectors.device) @ vectors.T  # (centres, b)
             pairs = (scores >= threshold - selection.margin).nonzero().cpu().numpy()
             kept = exact_pairs(selection, centres[pairs[:, 0]], pairs[:, 1] + start) >= threshold
-            found.append(np.column_stack([pairs[kept, 0], pairs[kept, 1] + start]).astype(np.float64))
+            near = np.column_stack([pairs[kept, 0], pairs[kept, 1] + start])
+            found.append(near.astype(np.float64))
         return np.concatenate(found)
 
-    near = selection.runtime.gather_rows(near_in_share).astype(np.int64)  # number of a centre, position
+    # number of a centre, position
+    near = selection.runtime.gather_rows(near_in_share).astype(np.int64)
     near = near[np.argsort(near[:, 0], kind="stable")]
     parts = np.split(near[:, 1], np.searchsorted(near[:, 0], np.arange(1, len(centres))))
     return [np.union1d(centre, members) for centre, members in zip(centres, parts)]

@@ -42,7 +42,8 @@ class ModelScores:
 
     def line(self) -> dict[str, object]:
         """Return the line of a table: what the model takes, and its scores."""
-        line: dict[str, object] = {"model": self.model, "width": self.width, "bytes_a_vector": 4 * self.width}
+        line: dict[str, object] = {"model": self.model, "width": self.width}
+        line["bytes_a_vector"] = 4 * self.width
         if self.texts_per_second is not None:
             line["texts_per_second"] = self.texts_per_second
         if HUMAN in self.values:
@@ -88,7 +89,8 @@ def _content(path: Path) -> list[str]:
     if path.is_file():
         return [sha256(path)]
     found = sorted(member for member in path.rglob("*") if member.is_file())
-    return [str(path), *(f"{member} {member.stat().st_size} {member.stat().st_mtime_ns}" for member in found)]
+    states = [(member, member.stat()) for member in found]
+    return [str(path), *(f"{member} {state.st_size} {state.st_mtime_ns}" for member, state in states)]
 
 
 def read_scores(path: Path) -> dict[str, ModelScores]:
@@ -105,7 +107,8 @@ def read_scores(path: Path) -> dict[str, ModelScores]:
             groups.setdefault(line["fingerprint"], []).append(line)
         return {name: _read_model(name, members) for name, members in groups.items()}
     except (ValueError, KeyError, TypeError, csv.Error) as error:
-        raise UserError(f"--per-query {path}: it can't be read ({error}); name a new file") from error
+        problem = f"it can't be read ({error})"
+        raise UserError(f"--per-query {path}: {problem}; name a new file") from error
 
 
 def _read_model(name: str, lines: list[dict[str, str]]) -> ModelScores:

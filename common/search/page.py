@@ -56,7 +56,8 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
-MOST, FARTHEST, USUAL = 100, 1_000, 10  # texts of an answer, texts left out before them; without top_k
+# texts of an answer, texts left out before them; without top_k
+MOST, FARTHEST, USUAL = 100, 1_000, 10
 LONGEST = 4_000  # characters of a parameter
 LINE_BYTES = 1 << 17  # of a request's first line: two parameters, each character escaped
 MOST_WAITING = 16  # requests that wait for the one that is computed
@@ -74,7 +75,7 @@ class Refused(Exception):
         self.status = status
 
 
-# What is asked -------------------------------------------------------------------------------------
+# What is asked ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,8 @@ class Asked:
 
 
 PAGED = {"where", "top_k", "offset", "min_score"}
-PARAMETERS = {"/search": {"query", "hybrid", *PAGED}, "/like": {"id", *PAGED}, "/map": set(), "/about": set()}
+PARAMETERS = {"/search": {"query", "hybrid", *PAGED}, "/like": {"id", *PAGED}}
+PARAMETERS |= {"/map": set(), "/about": set()}
 NEEDED = {"/search": "query", "/like": "id"}
 
 
@@ -112,16 +114,17 @@ def read(path: str, given: list[tuple[str, str]]) -> Asked:
     hybrid = values.get("hybrid", "false")
     if hybrid not in ("true", "false"):
         raise UserError(f"hybrid: {shorten(hybrid, 40)!r} is neither true nor false")
-    page = Page(
-        _number(values, "top_k", USUAL, 1, MOST), _number(values, "offset", 0, 0, FARTHEST), _score(values)
-    )
-    return Asked(page, values.get("query", ""), values.get("id", ""), values.get("where"), hybrid == "true")
+    count = _number(values, "top_k", USUAL, 1, MOST)
+    offset = _number(values, "offset", 0, 0, FARTHEST)
+    texts = values.get("query", ""), values.get("id", "")
+    return Asked(Page(count, offset, _score(values)), *texts, values.get("where"), hybrid == "true")
 
 
 def _number(values: dict[str, str], name: str, usual: int, lowest: int, highest: int) -> int:
     text = values.get(name, str(usual))
     if not (text.isascii() and text.isdigit() and len(text) < 9 and lowest <= int(text) <= highest):
-        raise UserError(f"{name}: {shorten(text, 40)!r} is not a number from {lowest} to {highest:,}")
+        problem = f"{shorten(text, 40)!r} is not a number from {lowest} to {highest:,}"
+        raise UserError(f"{name}: {problem}")
     return int(text)
 
 
@@ -133,7 +136,7 @@ def _score(values: dict[str, str]) -> float | None:
         raise UserError(f"min_score: {error}") from error
 
 
-# What is answered ----------------------------------------------------------------------------------
+# What is answered ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -179,7 +182,8 @@ class ServedIndex:
         searcher, encoder = self.searcher, self.searcher.encoder
         assert encoder is not None
         # changed and not copied: what it has cached of the words stays
-        searcher.allowed, searcher.hybrid, searcher.say = self._allowed(asked), asked.hybrid, notes.append
+        searcher.allowed, searcher.hybrid = self._allowed(asked), asked.hybrid
+        searcher.say = notes.append
         num_cut = encoder.num_cut
         [hits] = searcher.search([asked.query], asked.page.depth)
         if encoder.num_cut > num_cut:
@@ -188,7 +192,8 @@ class ServedIndex:
         wanted = set(searcher.words.of_query(asked.query))
         for document in documents:
             document["marks"] = searcher.words.places(document["text"][:MARKED], wanted)
-        return {"query": asked.query, "hits": documents, "notes": [" ".join(note.split()) for note in notes]}
+        lines = [" ".join(note.split()) for note in notes]
+        return {"query": asked.query, "hits": documents, "notes": lines}
 
     def like(self, asked: Asked) -> dict[str, Any]:
         """Return the texts that are similar to one of the index, as `like --json` does."""
@@ -196,7 +201,8 @@ class ServedIndex:
         allowed[rows] = False
         nearest = Searcher(self.snapshot, None, allowed).nearest
         hits = nearest(liked_vector(self.snapshot, [rows], []), asked.page.depth)
-        return {"id": asked.id, "hits": hit_documents(self.snapshot, asked.page.of(hits)), "notes": []}
+        documents = hit_documents(self.snapshot, asked.page.of(hits))
+        return {"id": asked.id, "hits": documents, "notes": []}
 
     def map(self, asked: Asked) -> dict[str, Any]:
         """Return the map of clusters, which is computed once: points from 0 to 1 of at most 2,000
@@ -214,7 +220,8 @@ class ServedIndex:
 
         rows = np.flatnonzero(self.shown)
         if len(rows) < 2:
-            raise UserError(f"{self.name}: {len(rows)} texts, at least 2 needed for a map; add more texts")
+            problem = f"{len(rows)} texts, at least 2 needed for a map"
+            raise UserError(f"{self.name}: {problem}; add more texts")
         drawn = Selection(self.snapshot, rows[evenly_spaced(len(rows), mining.MAPPED)])
         labels = mining.k_means(drawn, min(CLUSTERS, len(drawn)), block=BLOCK, seed=self.seed)
         language = self.searcher.words.language
@@ -256,7 +263,7 @@ ANSWERS: dict[str, Callable[[ServedIndex, Asked], dict[str, Any]]] = {
 }
 
 
-# The server ----------------------------------------------------------------------------------------
+# The server ---------------------------------------------------------------------------------------
 
 
 class Worker:

@@ -102,7 +102,8 @@ def retrieval_scores(
     """Return the mean of each measure over the judged queries; the arguments are those of
     `query_scores`.
     """
-    return {name: float(np.mean(scores)) for name, scores in query_scores(judgements, hits, measures).items()}
+    scores = query_scores(judgements, hits, measures)
+    return {name: float(np.mean(values)) for name, values in scores.items()}
 
 
 def query_scores(
@@ -114,7 +115,8 @@ def query_scores(
     import pytrec_eval
 
     ranked = {query: _ranked(hits.get(query, [])) for query in judgements}
-    cuts, recalls = (",".join(map(str, numbers)) for numbers in (measures.cuts, measures.recall_cuts))
+    all_cuts = (measures.cuts, measures.recall_cuts)
+    cuts, recalls = (",".join(map(str, numbers)) for numbers in all_cuts)
     wanted = {f"ndcg_cut.{cuts}", f"P.{cuts}", f"recall.{recalls}", "map"}
     found = pytrec_eval.RelevanceEvaluator(judgements, wanted).evaluate(ranked)
     for cut in measures.cuts:  # trec_eval's reciprocal rank has none
@@ -201,10 +203,11 @@ def score_stores(
     for store in stores:
         rounded = dataclasses.replace(searcher, snapshot=Rounded(snapshot, store))
         hits = find(rounded, task, measures.depth)
-        shared = [
-            len(set(hits[query][:10]) & set(best[:10])) / len(best[:10]) for query, best in whole.items()
-        ]
-        size = {"top 10 of fp32": float(np.mean(shared)), "bytes": bytes_of_vector(store, snapshot.width)}
+        shared = []
+        for query, best in whole.items():
+            shared.append(len(set(hits[query][:10]) & set(best[:10])) / len(best[:10]))
+        size = {"top 10 of fp32": float(np.mean(shared))}
+        size["bytes"] = bytes_of_vector(store, snapshot.width)
         lines[store] = retrieval_scores(task.judgements, hits, measures) | size
     return lines
 
@@ -243,7 +246,8 @@ def read_task(queries_file: str, judgements_file: str, encoding: str | None = No
             key, text = str(entry.get("id", entry.get("_id", ""))), entry["text"]
         except (ValueError, KeyError, AttributeError, RecursionError) as error:
             example = '{"id": "q1", "text": "..."}'
-            raise UserError(f"{location}: not a query; write one JSON object per line: {example}") from error
+            problem = "not a query; write one JSON object per line"
+            raise UserError(f"{location}: {problem}: {example}") from error
         if key in queries:
             raise UserError(f"{location}: the id {key!r} is not unique: it occurs above; change it")
         if not key or not isinstance(text, str):
@@ -262,9 +266,8 @@ def _read_judgements(file: str, queries: dict[str, str], encoding: str | None) -
             continue
         if len(fields) not in (3, 4) or not re.fullmatch("-?[0-9]{1,9}", fields[-1]):
             form = "query 0 document relevance, the relevance a whole number"
-            raise UserError(
-                f"{file}, line {number}: not a judgement of TREC or BEIR; write: {form} (or leave the 0 out)"
-            )
+            advice = f"write: {form} (or leave the 0 out)"
+            raise UserError(f"{file}, line {number}: not a judgement of TREC or BEIR; {advice}")
         if fields[0] not in queries:
             problem = f"no query {fields[0]!r} in the file of queries"
             raise UserError(f"{file}, line {number}: {problem}; add it or remove the line")
@@ -301,7 +304,8 @@ def open_task(
             encoder = load_index_encoder(source.encoder, runtime, index, snapshot.settings)
         else:
             encoder, started = encoder or load_encoder(source.encoder, runtime), time.perf_counter()
-            snapshot = build_temporary(source, collection, encoder, folder, say=say, id_column=id_column)
+            options = {"say": say, "id_column": id_column}
+            snapshot = build_temporary(source, collection, encoder, folder, **options)
             seconds = time.perf_counter() - started
         check_documents(task, lambda ids: rows_with_ids(snapshot, ids)[1], say)
         yield OpenTask(task, snapshot, encoder, seconds)
@@ -367,7 +371,8 @@ def sts_cosines(
     for values, what in ((human, "human scores"), (found, "cosines")):
         if not np.isfinite(values).all() or np.ptp(values) == 0:
             problem = f"the {what} of its {len(values)} pairs are all equal or not numbers"
-            raise UserError(f"{file}: {problem}, so they have no correlation; name pairs that differ")
+            advice = "so they have no correlation; name pairs that differ"
+            raise UserError(f"{file}: {problem}, {advice}")
     return found, human
 
 

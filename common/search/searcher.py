@@ -74,8 +74,8 @@ class Page:
 
     def of(self, hits: list[Hit]) -> list[Hit]:
         """Return the hits that are shown."""
-        lowest = self.min_score
-        return [hit for hit in hits[self.offset : self.depth] if lowest is None or hit.score >= lowest]
+        lowest, shown = self.min_score, hits[self.offset : self.depth]
+        return [hit for hit in shown if lowest is None or hit.score >= lowest]
 
 
 @dataclass
@@ -112,7 +112,8 @@ class Searcher:
             vectors = self.encoder.encode_unit(block, role="query")
             for number in np.flatnonzero(~np.isfinite(vectors).all(1)):
                 problem = "its embedding has norm zero, NaN or infinity"
-                raise UserError(f"query {block[number]!r}: {problem}; reword it, or try --precision fp32")
+                advice = "reword it, or try --precision fp32"
+                raise UserError(f"query {block[number]!r}: {problem}; {advice}")
             hits += self._best_documents(block, vectors, k)
         return hits
 
@@ -128,7 +129,8 @@ class Searcher:
         model = dataclasses.replace(encoder, runtime=runtime.alone, num_encoded=0, num_cut=0)
         alone = dataclasses.replace(self, encoder=model, say=lambda line: None)
         blocks = runtime.share(range(0, len(queries), QUERIES))
-        numbers = [number for start in blocks for number in range(len(queries))[start : start + QUERIES]]
+        all_numbers = range(len(queries))
+        numbers = [number for start in blocks for number in all_numbers[start : start + QUERIES]]
 
         def own_hits() -> np.ndarray:
             found = zip(numbers, alone.search([queries[number] for number in numbers], k))
@@ -138,8 +140,10 @@ class Searcher:
         hits: list[list[Hit]] = [[] for _ in queries]
         for number, row, score in runtime.gather_rows(own_hits).tolist():
             hits[int(number)].append(Hit(int(row), score))
-        counts = runtime.all_reduce_sum(torch.tensor([model.num_encoded, model.num_cut])).tolist()
-        encoder.num_encoded, encoder.num_cut = encoder.num_encoded + counts[0], encoder.num_cut + counts[1]
+        counts = torch.tensor([model.num_encoded, model.num_cut])
+        num_encoded, num_cut = runtime.all_reduce_sum(counts).tolist()
+        encoder.num_encoded += num_encoded
+        encoder.num_cut += num_cut
         return hits
 
     def _make_caches(self) -> None:
@@ -274,7 +278,8 @@ class Searcher:
         live = np.flatnonzero(self.snapshot.alive())
         bm25, rankings = self._bm25, []
         for query in queries:
-            known = [word for word in self.words.of_query(query) if bm25 and word in bm25.vocab_dict]
+            known = self.words.of_query(query)
+            known = [word for word in known if bm25 and word in bm25.vocab_dict]
             scores = bm25.get_scores(known) if bm25 and known else np.zeros(len(live))
             sharing = np.flatnonzero((scores > 0) & self.allowed[live])
             order = sharing[np.lexsort((sharing, -scores[sharing]))[:depth]]
@@ -311,13 +316,15 @@ class Searcher:
                 without.append(query)
             elif not bm25 or not any(word in bm25.vocab_dict for word in words):
                 unknown.append(query)
-        for found, problem in ((without, "no word that counts"), (unknown, "no word that a text has")):
-            if found:
-                language = f"(--language {self.words.language})"
-                many = f"{len(found):,} of {len(queries):,} queries have" if len(queries) > 1 else "has"
-                example = f", such as {quoted(found[0])}" if len(queries) > 1 else ""
-                one = f"{quoted(found[0])} " if len(queries) == 1 else ""
-                self.say(f"words    {one}{many} {problem} {language}{example}: found by meaning alone")
+        several, language = len(queries) > 1, f"(--language {self.words.language})"
+        reasons = {"no word that counts": without, "no word that a text has": unknown}
+        for problem, found in reasons.items():
+            if found and several:
+                which = f"{len(found):,} of {len(queries):,} queries have {problem} {language}"
+                self.say(f"words    {which}, such as {quoted(found[0])}: found by meaning alone")
+            elif found:
+                which = f"{quoted(found[0])} has {problem} {language}"
+                self.say(f"words    {which}: found by meaning alone")
 
     def _rerank(self, reranker: CrossEncoder, query: str, hits: list[Hit]) -> list[Hit]:
         """Order hits by the cross-encoder's score of the query and their text; equal ones keep
@@ -354,7 +361,8 @@ def liked_vector(snapshot: Snapshot, liked: list[np.ndarray], unliked: list[np.n
     means = []
     for documents in (liked, unliked):
         vectors = [snapshot.vectors_of(rows).mean(0, dtype=np.float64) for rows in documents]
-        means.append(np.mean([vector / max(np.linalg.norm(vector), 1e-12) for vector in vectors], axis=0))
+        units = [vector / max(np.linalg.norm(vector), 1e-12) for vector in vectors]
+        means.append(np.mean(units, axis=0))
         if not unliked:
             break
     vector = 2 * means[0] - means[1] if unliked else means[0]
@@ -434,7 +442,7 @@ def cached(
 def _built(
     folder: Path, stamp: str, *, build: Callable[[Path], None], load: Callable[[Path], Cached]
 ) -> Cached:
-    """Return what is loaded from a cache that is built anew beside `folder`, and takes its place."""
+    """Return what is loaded from a cache that is built anew beside `folder` and takes its place."""
     with tempfile.TemporaryDirectory(
         prefix=f"{folder.name}.", dir=folder.parent, ignore_cleanup_errors=True
     ) as parent:

@@ -57,7 +57,8 @@ SAFE_SETTINGS: dict[str, bool | float | int | list[str] | str] = {
 }
 # what the process that evaluates a condition answers; but for the last, with a mask, the library's
 # words, those of a damaged file, a traceback
-MASK, NO_CONDITION, DAMAGE, BUG, NO_MEMORY = b"mask", b"no condition", b"damage", b"bug", b"no memory"
+MASK, NO_CONDITION, DAMAGE = b"mask", b"no condition", b"damage"
+BUG, NO_MEMORY = b"bug", b"no memory"
 ADDRESSES_OF_THREAD = 128 << 20  # bytes of glibc's arena and of the stack
 
 
@@ -181,7 +182,8 @@ def shared(selection: Selection, runtime: Runtime) -> Selection:
     """Return rows that all processes share; raise UserError unless they have the same."""
     state = f"{selection.snapshot.stamp} {hashlib.sha256(selection.rows.tobytes()).hexdigest()}"
     cause = "another program has written to the index meanwhile, or --where is true by chance"
-    runtime.require_same(state, f"sees other rows than process 0: {cause}; run the same command again")
+    problem = f"sees other rows than process 0: {cause}"
+    runtime.require_same(state, f"{problem}; run the same command again")
     return dataclasses.replace(selection, runtime=runtime)
 
 
@@ -197,7 +199,8 @@ def select(
     rows = np.flatnonzero(matching(snapshot, where, limits))
     if len(rows) < least:
         advice = "widen --where" if where else "add more texts"
-        raise UserError(f"{name or snapshot.folder}: {len(rows)} texts, at least {least} needed; {advice}")
+        problem = f"{len(rows)} texts, at least {least} needed"
+        raise UserError(f"{name or snapshot.folder}: {problem}; {advice}")
     return Selection(snapshot, rows)
 
 
@@ -205,7 +208,8 @@ def check_size(count: int, most: int | None) -> None:
     """Raise UserError when a matrix of similarities would be too large."""
     if most is not None and count > most:
         advice = "use pairs, or index and search"
-        raise UserError(f"similarity: {count:,} texts, but the matrix holds {most:,} at most; {advice}")
+        problem = f"{count:,} texts, but the matrix holds {most:,} at most"
+        raise UserError(f"similarity: {problem}; {advice}")
 
 
 # Conditions ---------------------------------------------------------------------------------------
@@ -237,8 +241,8 @@ def matching(snapshot: Snapshot, condition: str | None, limits: Limits = DEFAULT
     if kind == BUG:
         raise RuntimeError(answer.decode())
     if kind == NO_MEMORY:
-        problem = f"it needs more than {limits.megabytes:,} MB; simplify it, or raise --where-megabytes"
-        raise UserError(f"--where {condition!r}: {problem}")
+        problem = f"it needs more than {limits.megabytes:,} MB"
+        raise UserError(f"--where {condition!r}: {problem}; simplify it, or raise --where-megabytes")
     if kind == NO_CONDITION:
         advice = f"write a condition over {', '.join(columns)}, with texts in single quotes"
         raise UserError(f"--where {condition!r}: {answer.decode('utf-8')}; {advice}")
@@ -259,8 +263,8 @@ def _ask_child(snapshot: Snapshot, condition: str, limits: Limits) -> tuple[byte
     sender.close()
     try:
         if not receiver.poll(limits.seconds):
-            problem = f"not done after {limits.seconds:g} seconds; simplify it, or raise --where-seconds"
-            raise UserError(f"--where {condition!r}: {problem}")
+            problem = f"not done after {limits.seconds:g} seconds"
+            raise UserError(f"--where {condition!r}: {problem}; simplify it, or raise --where-seconds")
         return receiver.recv_bytes(), receiver.recv_bytes()
     except EOFError:  # it has ended without an answer
         return NO_MEMORY, b""

@@ -88,9 +88,8 @@ def load_model(name: str, *, cache_dir: str | None) -> SentenceModel:
     except UnknownModel:
         model = load_with_library(folder, name)
     if not ((folder / "modules.json").is_file() or is_static(folder)):
-        sources.note(
-            f"--model {name}: no sentence encoder (no modules.json): mean pooling, untrained for this"
-        )
+        problem = "no sentence encoder (no modules.json)"
+        sources.note(f"--model {name}: {problem}: mean pooling, untrained for this")
     return model
 
 
@@ -119,7 +118,8 @@ def missing_prompts(name: str, model: SentenceModel, given: dict[str, str]) -> s
     """Return the flags with the prompts that a model of a known family needs and that neither its
     files nor flags (`given`, by role) name; "" where nothing is missing.
     """
-    own = {role: any(model.prompts.get(key) for key in PROMPT_NAMES[role]) for role in ("query", "document")}
+    roles = ("query", "document")
+    own = {role: any(model.prompts.get(key) for key in PROMPT_NAMES[role]) for role in roles}
     for family in FAMILIES:
         if re.search(family.name, Path(name).name.lower()):
             wanted = {"query": family.query, "document": family.document}
@@ -251,7 +251,9 @@ def _assembled(
     width = [part.width for part in parts.values() if part.width is not None][-1]
     assert first.width is not None
     _try_out([part.module for part in others.values()], first.width, width)
-    weights = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.weights.items()}
+    weights = {}
+    for name, part in parts.items():
+        weights |= {f"{name}.{key}": value for key, value in part.weights.items()}
     kinds = [[part.kind, part.settings] for part in parts.values()]
     prompts, default = settings.prompts, settings.default_prompt_name
     return SentenceModel(
@@ -298,7 +300,8 @@ def read_static_model(folder: Path) -> SentenceModel:
     if any(part.kind == "Pooling" for part in others.values()):
         raise UnknownModel("pooling of what is no sequence")
     weights = {"embedding.weight": vectors}
-    first = Part(StaticEmbedding(vectors), "StaticEmbedding", {}, weights, vectors.shape[1], "static mean")
+    width = vectors.shape[1]
+    first = Part(StaticEmbedding(vectors), "StaticEmbedding", {}, weights, width, "static mean")
     return _assembled(first, others, tokenizer, settings, positions=None, config={})
 
 
@@ -311,7 +314,8 @@ def _read_static_tokenizer(folder: Path) -> Tokenizer:
     if cut.get("direction", "Right") != "Right":
         raise UnknownModel("truncation at the left")
     try:
-        text = json.dumps({**description, "post_processor": None, "truncation": None, "padding": None})
+        unused = dict.fromkeys(("post_processor", "truncation", "padding"))
+        text = json.dumps({**description, **unused})
         backend = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises nothing more special
         raise UnknownModel(f"{folder / 'tokenizer.json'}: {error}") from error
@@ -332,7 +336,8 @@ def _read_static_vectors(folder: Path) -> torch.Tensor:
         if "weights" in tensors:
             vectors = vectors * tensors["weights"].float()[:, None]
     except (OSError, SafetensorError, KeyError, IndexError, RuntimeError) as error:
-        raise UserError(f"{path}: not the vectors of a static model: {one_line(error)}; repair it") from error
+        problem = f"not the vectors of a static model: {one_line(error)}"
+        raise UserError(f"{path}: {problem}; repair it") from error
     if vectors.dim() != 2 or not vectors.isfinite().all():
         raise UserError(f"{path}: its vectors are no table of finite numbers; repair it")
     return vectors.contiguous()
@@ -342,7 +347,8 @@ def _try_out(modules: list[nn.Module], width: int, said: int) -> None:
     """Raise UnknownModel when modules don't fit each other: they look at their input only when they
     run. `width` is that of the tokens' embeddings, `said` what the settings say of the text's.
     """
-    features = {"token_embeddings": torch.ones(1, 2, width), "attention_mask": torch.ones(1, 2).long()}
+    tokens, mask = torch.ones(1, 2, width), torch.ones(1, 2).long()
+    features = {"token_embeddings": tokens, "attention_mask": mask}
     features["sentence_embedding"] = torch.ones(1, width)  # pooling makes its own
     try:
         for module in modules:
@@ -367,7 +373,8 @@ def _read_list(folder: Path) -> list[tuple[str, str, str]]:
         base, _, file = package.rpartition(".")
         known = package in PACKAGES or (base in PACKAGES and file in MODULE_FILES)
         named = isinstance(name, str) and name and "." not in name
-        inside = isinstance(path, str) and not Path(path).is_absolute() and ".." not in Path(path).parts
+        inside = isinstance(path, str) and not Path(path).is_absolute()
+        inside = inside and ".." not in Path(path).parts
         if kind not in MODULES or not (known and named and inside):
             raise UnknownModel(f"the module {name!r}, {reference!r} in {path!r}")
         parts.append((name, kind, path))
@@ -389,7 +396,8 @@ def _read_transformer_settings(folder: Path) -> tuple[int | None, bool]:
         raise UnknownModel(", ".join(files))
     settings = read_settings(folder / files[0]) if files else {}
     for name, value in settings.items():
-        known = name in ("max_seq_length", "do_lower_case") or (name in ROLE_SETTINGS and value is None)
+        known = name in ("max_seq_length", "do_lower_case")
+        known = known or (name in ROLE_SETTINGS and value is None)
         if not known and (name not in TRANSFORMER_ONLY or value != TRANSFORMER_ONLY[name]):
             raise UnknownModel(f"the transformer's {name} {value!r}")
     if ("modality_config" in settings) != ("module_output_name" in settings):
@@ -559,7 +567,8 @@ def load_with_library(folder: Path, name: str) -> SentenceModel:
     readers = (modules.Transformer, Router, modules.StaticEmbedding)
     if not isinstance(first, readers) or "text" not in first.modalities:
         kind = type(first).__name__
-        raise UserError(f"--model {name}: its first module is {kind}, not a transformer that reads texts")
+        problem = f"its first module is {kind}"
+        raise UserError(f"--model {name}: {problem}, not a transformer that reads texts")
     if not isinstance(first, modules.Transformer) or first.modality_config.get("text") != PLAIN_TEXT:
         return _opaque(model, name)
     for setting in ROLE_SETTINGS:
@@ -626,9 +635,8 @@ def _opaque_fingerprint(model: "SentenceTransformer") -> str:
     named: Iterable[tuple[str, Any]] = model.named_modules()
     for name, module in named:
         if hasattr(module, "get_config_dict"):
-            values = {
-                key: value for key, value in module.get_config_dict().items() if key != "max_seq_length"
-            }
+            values = module.get_config_dict()
+            values = {key: values[key] for key in values if key != "max_seq_length"}
             settings.append([name, type(module).__name__, str(sorted(values.items(), key=str))])
         if hasattr(module, "auto_model"):
             changed = module.auto_model.config.to_diff_dict()

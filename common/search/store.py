@@ -94,7 +94,8 @@ class Store:
         """Commit whole numbers (num_rows) as a column, null where `known` is False; the hashes stay
         those of the source, so that its rows count as unchanged.
         """
-        column = pa.array([int(value) if here else None for value, here in zip(values, known)], pa.int64())
+        numbers = [int(value) if here else None for value, here in zip(values, known)]
+        column = pa.array(numbers, pa.int64())
         self._rewrite(0, np.arange(self.snapshot.num_rows), {name: column})
 
     def _first_small_segment(self) -> int:
@@ -121,7 +122,8 @@ class Store:
         segments, alive = snapshot.segments[:first], snapshot.alive()
         row_bytes = np.array([part.num_bytes / max(len(part), 1) for part in snapshot.segments])
         # the share of a full file that each row takes; the shares before a row tell its file
-        shares = np.maximum(1 / SEGMENT_ROWS, row_bytes / SEGMENT_BYTES)[snapshot.segment_numbers(rows)]
+        share_of_row = np.maximum(1 / SEGMENT_ROWS, row_bytes / SEGMENT_BYTES)
+        shares = share_of_row[snapshot.segment_numbers(rows)]
         file_numbers = np.floor(np.cumsum(shares) - shares)
         file_starts = np.flatnonzero(np.diff(file_numbers)) + 1
         for part in np.split(rows, file_starts):
@@ -165,10 +167,12 @@ class Store:
         """Return a segment with other live rows, after writing the file of its deleted ones."""
         if alive.all():
             return segment
-        table = pa.Table.from_arrays([number_array(np.flatnonzero(~alive).astype(np.uint32))], ["row"])
+        deleted = np.flatnonzero(~alive).astype(np.uint32)
+        table = pa.Table.from_arrays([number_array(deleted)], ["row"])
         path = self.folder / f"deleted-{self._generation:08d}-{number:04d}.arrow"
         _write_arrow(path, table)
-        return segment.with_alive({**segment.entry, "deleted": _new_file(path, len(table)).entry}, alive)
+        entry: FileEntry = {**segment.entry, "deleted": _new_file(path, len(table)).entry}
+        return segment.with_alive(entry, alive)
 
     def record_model(self, name: str) -> None:
         """Commit another name of the model, which is where it lies now."""
@@ -197,7 +201,8 @@ class Store:
         """
         named = entries_of(self.snapshot.manifest)
         for path in self.folder.iterdir():
-            if path.name.startswith(("segment-", "deleted-", f"{MANIFEST}.")) and path.name not in named:
+            is_ours = path.name.startswith(("segment-", "deleted-", f"{MANIFEST}."))
+            if is_ours and path.name not in named:
                 path.unlink()
         for path in self.folder.glob(f"{CACHE_PREFIX}*"):
             with contextlib.suppress(FileNotFoundError):  # another process removed it
@@ -224,7 +229,8 @@ def open_store(folder: str | Path, *, settings: Settings | None = None, wait: fl
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(f"--index {folder}: can't be written: {reason}; name another folder") from error
+        problem = f"can't be written: {reason}"
+        raise UserError(f"--index {folder}: {problem}; name another folder") from error
     with only_writer(folder, flag="--index", wait=wait), _full_disk_explained(folder):
         if settings is not None and not (folder / MANIFEST).is_file():
             empty = Manifest(

@@ -155,7 +155,8 @@ class Wanted:
     def is_json(self) -> bool:
         """Whether a data file of this name is JSON."""
         is_table = self.options.is_table
-        return sources.suffix(self.name) in sources.JSON_SUFFIXES or (self.name == "-" and not is_table)
+        is_json_stream = self.name == "-" and not is_table
+        return is_json_stream or sources.suffix(self.name) in sources.JSON_SUFFIXES
 
 
 def read(
@@ -179,7 +180,8 @@ def read(
     an id that is missing or not unique; with `skip_bad` these rows are skipped.
     """
     names, bad = [names] if isinstance(names, str) else list(names), BadRows(skip_bad)
-    wanted = [Wanted(name, text_column, id_column, options, cache_dir, tuple(as_text)) for name in names]
+    read_as = (text_column, id_column, options, cache_dir, tuple(as_text))
+    wanted = [Wanted(name, *read_as) for name in names]
     parts, tables = _read_parts(wanted, bad)
     more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
     shown = f"{reading.source_name(names[0])}{more}"
@@ -210,7 +212,8 @@ def _read_parts(wanted: list[Wanted], bad: BadRows) -> tuple[tuple[Part, ...], l
             parts.append(Part(first, reading.source_name(one.name), unit))
             tables.append(rows)
             first += len(rows)
-        texts = {field.name for rows in tables for field in rows.schema if pa.types.is_string(field.type)}
+        fields = [field for rows in tables for field in rows.schema]
+        texts = {field.name for field in fields if pa.types.is_string(field.type)}
         mixed = {name for name in texts if any(_has_numbers(rows, name) for rows in tables)}
         again = mixed - set(wanted[0].as_text)
         if not again:
@@ -293,7 +296,8 @@ def _check_rows(collection: Collection, id_column: str | None, bad: BadRows) -> 
 
 def _check_id_type(collection: Collection, id_column: str) -> None:
     kind = collection.rows.schema.field(id_column).type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind)):
+    kinds = (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer)
+    if not any(is_kind(kind) for is_kind in kinds):
         advice = "name a column of texts or whole numbers with --id-column"
         raise UserError(f"{collection.name}: column {id_column!r} holds {kind}, not ids; {advice}")
 
@@ -381,12 +385,14 @@ def _options_of_stream(
     if options.is_table:
         return options
     file.seek(0)
-    head = file.readline(reading.SAMPLE).removeprefix(codecs.BOM_UTF8).decode("utf-8", "replace").strip()
+    line = file.readline(reading.SAMPLE).removeprefix(codecs.BOM_UTF8)
+    head = line.decode("utf-8", "replace").strip()
     file.seek(0)
     for delimiter in ",\t;|":
         cells = next(csv.reader([head], delimiter=delimiter), [])
         if len(cells) > 1 and set(columns) & set(cells):
-            sources.note(f"standard input: read as a table, because its first line names {', '.join(cells)}")
+            names = ", ".join(cells)
+            sources.note(f"standard input: read as a table, because its first line names {names}")
             return dataclasses.replace(options, delimiter=delimiter)
     return options
 
@@ -449,7 +455,8 @@ def _joined_texts(columns: list[pa.ChunkedArray]) -> pa.ChunkedArray:
     columns = [column.cast(pa.large_string()) for column in columns]
     if len(columns) == 1:
         return columns[0]
-    filled = [pc.if_else(pc.match_substring_regex(column, sources.BLANK), None, column) for column in columns]
+    blank = [pc.match_substring_regex(column, sources.BLANK) for column in columns]
+    filled = [pc.if_else(is_blank, None, column) for is_blank, column in zip(blank, columns)]
     space = pa.scalar(" ", pa.large_string())
     return pc.binary_join_element_wise(*filled, space, null_handling="skip")
 
@@ -554,7 +561,8 @@ def _folder_rows(root: Path, encoding: str | None, bad: BadRows) -> Iterator[dic
     if len(files) < len(paths):
         other = next(path for path in paths if path not in files)
         count = len(paths) - len(files)
-        sources.note(f"{root}: {count:,} of its files are no .txt or .md and not read, such as {other.name}")
+        problem = f"{count:,} of its files are no .txt or .md and not read"
+        sources.note(f"{root}: {problem}, such as {other.name}")
     files = sorted(path.relative_to(root) for path in files)
     has_classes = all(len(file.parts) == 2 for file in files)  # a folder of class folders
     for row, file in enumerate(files):

@@ -255,7 +255,8 @@ def stop_words(name: str) -> frozenset[str]:
         return frozenset(line.strip().casefold() for line in reading.read_lines(name)) - {""}
     if known.stop_words is None:
         languages = ", ".join(code for code, language in LANGUAGES.items() if language.stop_words)
-        raise UserError(f"{name}: no stop words of {known.name} are known, but of {languages}; name a file")
+        problem = f"no stop words of {known.name} are known, but of {languages}"
+        raise UserError(f"{name}: {problem}; name a file")
     from bm25s import stopwords
 
     return frozenset(word.casefold() for word in getattr(stopwords, known.stop_words))
