@@ -131,8 +131,8 @@ def similarity(args: argparse.Namespace) -> None:
     from common.search.selection import open_source
 
     runtime, screen = start(args)
-    options = {"say": screen.say, "most": LARGEST_MATRIX}
-    with open_source(source_of(args), runtime, **options) as (selection, encoder):
+    opened = open_source(source_of(args), runtime, say=screen.say, most=LARGEST_MATRIX)
+    with opened as (selection, encoder):
         vectors = selection.vectors(slice(None)).astype(np.float64)
         matrix = vectors @ vectors.T  # (N, N)
         best = mining.best_pairs(selection, args.top_k, block=args.block)
@@ -503,8 +503,9 @@ def search(args: argparse.Namespace) -> None:
     if args.queries_file:
         read = functools.partial(read_queries, args.queries_file, args.encoding)
         queries = runtime.broadcast_from_main(read)
-    options = {"say": screen.say, "least": 0, "role": "document"}
-    with open_source(source_of(args), runtime, **options) as (selection, encoder):
+    source = source_of(args)
+    opened = open_source(source, runtime, say=screen.say, least=0, role="document")
+    with opened as (selection, encoder):
         reranker = load_reranker(args.rerank, runtime, cache_dir=args.cache_dir)
         model = encoder()
         searcher = Searcher(

@@ -319,11 +319,8 @@ def add_shared_flags(parser: argparse.ArgumentParser, *, model: str | None) -> N
     """Add the flags that every script has; `model` is the script's default model."""
     group = parser.add_argument_group("model and machine")
     group.add_argument("--model", default=model, help="a bundled name, a local folder or a Hub id")
-    group.add_argument(
-        "--cache-dir",
-        type=folder,
-        help="folder for downloads and tokenised texts (default: the Hugging Face cache)",
-    )
+    help_text = "folder for downloads and tokenised texts (default: the Hugging Face cache)"
+    group.add_argument("--cache-dir", type=folder, help=help_text)
     group.add_argument(
         "--device",
         choices=["auto", "cpu", "cuda", "mps"],

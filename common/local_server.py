@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TYPE_CHECKING, Any
 
 from common.cli import stop_signals
 from common.errors import UserError
+
+if TYPE_CHECKING:
+    from aiohttp import web
 
 HOST = "127.0.0.1"
 OWN_NAMES = re.compile(r"(127\.0\.0\.1|localhost)(:\d+)?")  # in an honest header Host
@@ -58,3 +64,26 @@ def coming_signal() -> asyncio.Future[int]:
     for number in stop_signals():
         loop.add_signal_handler(number, stop, number)
     return came
+
+
+@contextlib.asynccontextmanager
+async def answering(
+    app: web.Application, listener: socket.socket, finish: Callable[[], Awaitable[object]], **options: Any
+) -> AsyncIterator[None]:
+    """Answer requests within the block. At its end no more are taken, and `finish` ends what is
+    being computed.
+    """
+    from aiohttp import web
+
+    # a client that leaves cancels its handler
+    options |= {"handler_cancellation": True, "access_log": None, "shutdown_timeout": 1.0}
+    runner = web.AppRunner(app, **options)
+    await runner.setup()
+    site = web.SockSite(runner, listener)
+    await site.start()
+    try:
+        yield
+    finally:
+        await site.stop()
+        await finish()
+        await runner.cleanup()

@@ -51,7 +51,14 @@ from common.generation.protocol import (
     texts_of,
 )
 from common.generation.sampling import Settings
-from common.local_server import SECONDS_TO_FINISH, WRONG_HOST, address_of, coming_signal, is_own_name
+from common.local_server import (
+    SECONDS_TO_FINISH,
+    WRONG_HOST,
+    address_of,
+    answering,
+    coming_signal,
+    is_own_name,
+)
 
 KEY_VARIABLE = "GENERATE_API_KEY"
 BODY_BYTES = 4 << 20  # of a request; a context of 100,000 tokens has about a tenth of it
@@ -421,17 +428,11 @@ async def running(engine: Engine, listener: socket.socket) -> AsyncIterator[str]
     of them, and those that are being answered have some seconds.
     """
     name = served_name(engine.model.name)
-    app = Server(engine, name).app()
-    # a client that leaves cancels its handler
-    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0)
-    await runner.setup()
-    site = web.SockSite(runner, listener)
-    await site.start()
-    try:
-        yield name
-    finally:
-        await site.stop()
+
+    async def finish() -> None:
         engine.close()
         await asyncio.to_thread(engine.thread.join, SECONDS_TO_FINISH)
         engine.drop()
-        await runner.cleanup()
+
+    async with answering(Server(engine, name).app(), listener, finish):
+        yield name

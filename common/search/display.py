@@ -671,14 +671,14 @@ def write_export(
     fresh = {path: f"{path}.{os.getpid()}.part" for path in paths}
     try:
         with contextlib.ExitStack() as files:
-            writers: dict[str, Callable[[pa.Table, np.ndarray], None]] = {}
+            add: dict[str, Callable[[pa.Table, np.ndarray], object]] = {}
             for table, vectors in parts:
                 for path, part in fresh.items():
-                    if path not in writers:
+                    if path not in add:
                         files.enter_context(named_in_errors(Path(path)))
-                        make = EXPORTERS[Path(path).suffix]
-                        writers[path] = make(part, table, vectors, total, files)
-                    writers[path](table, vectors)
+                        kind, size = Path(path).suffix, (total, vectors.shape[1])
+                        add[path] = files.enter_context(_open_export(part, kind, table.schema, size))
+                    add[path](table, vectors)
         for path, part in fresh.items():
             os.rename(part, path)
             screen.say(f"export   {path}: {total:,} rows")
@@ -688,48 +688,33 @@ def write_export(
     screen.document({"rows": total, "files": paths})
 
 
-Exporter = Callable[
-    [str, pa.Table, np.ndarray, int, contextlib.ExitStack], Callable[[pa.Table, np.ndarray], None]
-]
+@contextlib.contextmanager
+def _open_export(
+    path: str, kind: str, schema: pa.Schema, size: tuple[int, int]
+) -> Iterator[Callable[[pa.Table, np.ndarray], object]]:
+    """Yield the function that adds rows and their vectors to a file of some kind, which will hold
+    rows of a schema and vectors of this size (rows, width).
+    """
+    if kind == ".npy":
+        with open(path, "wb") as file:
+            header = {"descr": "<f4", "fortran_order": False, "shape": size}
+            np.lib.format.write_array_header_1_0(file, header)
+            yield lambda _, vectors: vectors.astype("<f4").tofile(file)
+    elif kind == ".faiss":
+        import faiss
 
+        index = faiss.IndexFlatIP(size[1])
+        yield lambda _, vectors: index.add(np.ascontiguousarray(vectors))
+        faiss.write_index(index, path)
+    else:
+        import pyarrow.parquet as pq
 
-def _parquet(
-    path: str, table: pa.Table, vectors: np.ndarray, total: int, files: contextlib.ExitStack
-) -> Callable[[pa.Table, np.ndarray], None]:
-    import pyarrow.parquet as pq
+        from common.search.store import vector_array
 
-    from common.search.store import vector_array
-
-    name = unused_name("vector", table.column_names)
-    field = pa.field(name, pa.list_(pa.float32(), vectors.shape[1]))
-    writer = files.enter_context(pq.ParquetWriter(path, table.schema.append(field)))
-
-    def write(table: pa.Table, vectors: np.ndarray) -> None:
-        writer.write_table(table.append_column(field, vector_array(vectors)))
-
-    return write
-
-
-def _numpy(
-    path: str, table: pa.Table, vectors: np.ndarray, total: int, files: contextlib.ExitStack
-) -> Callable[[pa.Table, np.ndarray], None]:
-    file = files.enter_context(Path(path).open("wb"))  # noqa: SIM115
-    header = {"descr": "<f4", "fortran_order": False, "shape": (total, vectors.shape[1])}
-    np.lib.format.write_array_header_1_0(file, header)
-    return lambda table, vectors: vectors.astype("<f4").tofile(file)
-
-
-def _faiss(
-    path: str, table: pa.Table, vectors: np.ndarray, total: int, files: contextlib.ExitStack
-) -> Callable[[pa.Table, np.ndarray], None]:
-    import faiss
-
-    index = faiss.IndexFlatIP(vectors.shape[1])
-    files.callback(lambda: faiss.write_index(index, path))
-    return lambda table, vectors: index.add(np.ascontiguousarray(vectors))
-
-
-EXPORTERS: dict[str, Exporter] = {".parquet": _parquet, ".npy": _numpy, ".faiss": _faiss}
+        name = unused_name("vector", schema.names)
+        field = pa.field(name, pa.list_(pa.float32(), size[1]))
+        with pq.ParquetWriter(path, schema.append(field)) as file:
+            yield lambda table, vectors: file.write_table(table.append_column(field, vector_array(vectors)))
 
 
 def write_projection(screen: Screen, selection: Selection, folder: str, *, most: int) -> None:

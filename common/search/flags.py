@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import importlib.util
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -131,53 +132,37 @@ def rank_of_cut(text: str) -> int:
     return rank
 
 
-def new_csv(text: str) -> str:
-    """Parse the path of a new CSV file."""
-    return _new_file(text, (".csv",))
+def new_file(*suffixes: str) -> Callable[[str], str]:
+    """Return the parser of the path of a new or empty file, whose suffix is one of these."""
+
+    def parse(text: str) -> str:
+        path = Path(text)
+        if path.suffix.lower() not in suffixes:
+            reason = f"the suffix is not one of {', '.join(suffixes)}; name such a file"
+            raise argparse.ArgumentTypeError(f"{text}: {reason}")
+        if path.exists() and not path.is_dir() and not (path.is_file() and path.stat().st_size == 0):
+            raise argparse.ArgumentTypeError(f"{text}: it exists; name a new file")
+        return output_file(text)
+
+    return parse
 
 
-def rows_file(text: str) -> str:
-    """Parse the path of a file of rows, whose suffix is a format; it is new or empty."""
-    return _new_file(text, (".jsonl", ".csv", ".parquet"))
+def table_file(columns: tuple[str, ...]) -> Callable[[str], str]:
+    """Return the parser of the path of a CSV that is new, empty, or begins with these columns."""
 
-
-def vectors_file(text: str) -> str:
-    """Parse the path of a new file of NumPy's."""
-    return _new_file(text, (".npy",))
-
-
-def _new_file(text: str, suffixes: tuple[str, ...]) -> str:
-    path = Path(text)
-    if path.suffix.lower() not in suffixes:
-        reason = f"the suffix is not one of {', '.join(suffixes)}; name such a file"
-        raise argparse.ArgumentTypeError(f"{text}: {reason}")
-    if path.exists() and not path.is_dir() and not (path.is_file() and path.stat().st_size == 0):
-        raise argparse.ArgumentTypeError(f"{text}: it exists; name a new file")
-    return output_file(text)
-
-
-def pairs_file(text: str) -> str:
-    """Parse the path of a file of pairs, which is new, empty, or one that was written before."""
-    return table_file(text, PAIR_COLUMNS)
-
-
-def table_file(text: str, columns: tuple[str, ...]) -> str:
-    """Parse the path of a CSV that is new, empty, or begins with a line of these `columns`."""
-    path = Path(text)
-    if path.exists() and not path.is_file() and not path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text}: this is a device or a pipe; name a file")
-    if path.is_file() and path.stat().st_size:
-        with open(path, "rb") as file:
-            header = file.readline().rstrip().decode(errors="replace").split(",")
+    def parse(text: str) -> str:
+        path = Path(text)
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise argparse.ArgumentTypeError(f"{text}: this is a device or a pipe; name a file")
+        if path.is_file() and path.stat().st_size:
+            with open(path, "rb") as file:
+                header = file.readline().rstrip().decode(errors="replace").split(",")
             if tuple(header[: len(columns)]) != columns:
                 problem = "it holds something else"
                 raise argparse.ArgumentTypeError(f"{text}: {problem}; name a new file")
-    return output_file(text)
+        return output_file(text)
 
-
-def per_query_file(text: str) -> str:
-    """Parse the path of a file of scores, which is new, empty, or one that was written before."""
-    return table_file(text, PER_QUERY_COLUMNS)
+    return parse
 
 
 def output_file(text: str) -> str:
@@ -209,6 +194,11 @@ def picture_file(text: str) -> str:
         reason = f"the suffix is not one of {', '.join(PICTURES)}; name a .png file"
         raise argparse.ArgumentTypeError(f"{text}: {reason}")
     return output_file(text)
+
+
+new_csv, vectors_file = new_file(".csv"), new_file(".npy")
+rows_file = new_file(".jsonl", ".csv", ".parquet")
+pairs_file, per_query_file = table_file(PAIR_COLUMNS), table_file(PER_QUERY_COLUMNS)
 
 
 # what the flags and the file system show, before the libraries are loaded

@@ -33,7 +33,14 @@ from aiohttp import web
 
 from common import cli, sources
 from common.errors import Interrupted, UserError, shorten
-from common.local_server import SECONDS_TO_FINISH, WRONG_HOST, address_of, coming_signal, is_own_name
+from common.local_server import (
+    SECONDS_TO_FINISH,
+    WRONG_HOST,
+    address_of,
+    answering,
+    coming_signal,
+    is_own_name,
+)
 from common.reading import evenly_spaced
 from common.search import mining
 from common.search.display import Screen, hit_documents
@@ -416,16 +423,10 @@ async def running(index: ServedIndex, listener: socket.socket) -> AsyncIterator[
     computed has some seconds.
     """
     worker, drawer = Worker(), Worker()
-    app = Server(index, worker, drawer).app()
-    # a client that leaves cancels its handler
-    options: dict[str, Any] = {"handler_cancellation": True, "max_line_size": LINE_BYTES}
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0, **options)
-    await runner.setup()
-    site = web.SockSite(runner, listener)
-    await site.start()
-    try:
-        yield
-    finally:
-        await site.stop()
+
+    async def finish() -> None:
         await asyncio.gather(*(asyncio.to_thread(one.close) for one in (worker, drawer)))
-        await runner.cleanup()
+
+    app = Server(index, worker, drawer).app()
+    async with answering(app, listener, finish, max_line_size=LINE_BYTES):
+        yield

@@ -44,22 +44,20 @@ OF_PREDICTIONS = ("output", "id_column", "keep_columns")
 NOT_SETTINGS = (*INSTEAD, *OF_PREDICTIONS, "resume", "resume_or_start", "seeds", "grid", "debug")
 
 
-# All flags -----------------------------------------------------------------------------------------
+# All flags ----------------------------------------------------------------------------------------
 
 
 def make_parser(description: str | None = None) -> cli.Parser:
     """Return the parser of all flags, with their defaults."""
-    parser = cli.Parser(
-        prog="train_classifier.py", description=description, check=check_flags, complete=flags_of_resumed_run
-    )
+    after = {"check": check_flags, "complete": flags_of_resumed_run}
+    parser = cli.Parser(prog="train_classifier.py", description=description, **after)
     cli.add_shared_flags(parser, model="bundled/all-MiniLM-L6-v2")
     revision = "commit, branch or tag of a Hub model, for its weights, configuration and tokenizer"
     parser.add_argument("--revision", type=cli.name, help=revision)
     other = "another tokenizer than the model's: bundled name, folder or Hub id"
     parser.add_argument("--tokenizer", type=cli.name, metavar="NAME", help=other)
-    parser.add_argument(
-        "--output-dir", type=cli.folder, help="folder of the run (default: runs/<data set>-<model>-<time>)"
-    )
+    help_text = "folder of the run (default: runs/<data set>-<model>-<time>)"
+    parser.add_argument("--output-dir", type=cli.folder, help=help_text)
     for add_flags in (
         add_data_flags,
         add_text_flags,
@@ -82,11 +80,8 @@ def add_data_flags(parser: cli.Parser) -> None:
     group = parser.add_argument_group("data")
     flag = group.add_argument
     either = group.add_mutually_exclusive_group().add_argument
-    either(
-        "--dataset",
-        default="bundled/bbc-news",
-        help="bundled name, CSV/TSV/JSON/JSONL/Parquet file, folder of class folders, or Hub id",
-    )
+    help_text = "bundled name, CSV/TSV/JSON/JSONL/Parquet file, folder of class folders, or Hub id"
+    either("--dataset", default="bundled/bbc-news", help=help_text)
     own = "the data file of one split"
     either("--train-file", dest="dataset", type=cli.file, metavar="FILE", help=own)
     flag("--validation-file", type=cli.file, metavar="FILE", help=f"{own}, in place of the data set's")
@@ -99,33 +94,22 @@ def add_data_flags(parser: cli.Parser) -> None:
 def add_text_flags(parser: cli.Parser) -> None:
     """Add the flags that say what a text is, and what its label."""
     flag = parser.add_argument_group("texts and labels").add_argument
-    flag(
-        "--text-column",
-        type=column_names,
-        default="text",
-        help="column of the texts; or two or more, separated by commas, with --text-mode",
+    help_text = "column of the texts; or two or more, separated by commas, with --text-mode"
+    flag("--text-column", type=column_names, default="text", help=help_text)
+    help_text = (
+        "what several columns are: two texts that are read together (pair), or parts of one text"
+        " (join; default: one column, or as a saved model was trained)"
     )
-    flag(
-        "--text-mode",
-        choices=[PAIR, JOIN],
-        help="what several columns are: two texts that are read together (pair), or parts of one text"
-        " (join; default: one column, or as a saved model was trained)",
-    )
+    flag("--text-mode", choices=[PAIR, JOIN], help=help_text)
     flag("--join-with", default=" ", help="with --text-mode join: what stands between the parts")
-    flag(
-        "--label-column",
-        type=column_names,
-        default="label",
-        help="column of the labels; several, separated by commas, hold 0 or 1 for each label, or numbers",
+    help_text = "column of the labels; several, separated by commas, hold 0 or 1 for each, or numbers"
+    flag("--label-column", type=column_names, default="label", help=help_text)
+    help_text = (
+        "what a text has: one class (single), any number of labels (multi) or numbers (regression);"
+        " auto: found from the labels"
     )
-    flag(
-        "--task",
-        choices=["auto", *TASKS],
-        default="auto",
-        help="what a text has: one class (single), any number of labels (multi) or numbers (regression);"
-        " auto: found from the labels",
-    )
-    flag("--label-separator", type=cli.name, help="what stands between the labels of a text in one cell")
+    flag("--task", choices=["auto", *TASKS], default="auto", help=help_text)
+    flag("--label-separator", type=cli.name, help="what stands between the labels of one cell")
 
 
 def add_split_flags(parser: cli.Parser) -> None:
@@ -137,19 +121,15 @@ def add_split_flags(parser: cli.Parser) -> None:
     flag("--test-split", help="its name in the data set; cut from train if there is none")
     seed = "seed that cuts and samples splits (default: --seed)"
     flag("--split-seed", type=cli.non_negative_int, help=seed)
-    flag(
-        "--skip-bad",
-        action="store_true",
-        help="leave out rows that can't be used, and write them to bad-rows.jsonl in the run folder, or"
-        " beside --output; --inspect lists them",
+    help_text = (
+        "leave out rows that can't be used, and write them to bad-rows.jsonl in the run folder, or"
+        " beside --output; --inspect lists them"
     )
-    flag("--drop-rare", type=count, metavar="N", help="leave out classes with fewer than N training texts")
-    flag(
-        "--merge-rare",
-        type=cli.name,
-        metavar="NAME",
-        help="make one class of them instead (without --drop-rare: of those with fewer than 10)",
-    )
+    flag("--skip-bad", action="store_true", help=help_text)
+    help_text = "leave out classes with fewer than N training texts"
+    flag("--drop-rare", type=count, metavar="N", help=help_text)
+    help_text = "make one class of them instead (without --drop-rare: of those with fewer than 10)"
+    flag("--merge-rare", type=cli.name, metavar="NAME", help=help_text)
     flag("--max-train-samples", type=count, help="most texts to train on: a stratified sample")
     flag("--max-eval-samples", type=count, help="the same for validation and test")
 
@@ -158,30 +138,21 @@ def add_length_flags(parser: cli.Parser) -> None:
     """Add the flags that say how much of a text is read."""
     flag = parser.add_argument_group("lengths").add_argument
     count = cli.positive_int
-    flag(
-        "--max-length",
-        type=count,
-        help=f"tokens read at once in training (default: {DEFAULT_CHUNK_LENGTH} of chunks, else"
-        f" {DEFAULT_MAX_LENGTH})",
+    help_text = (
+        f"tokens read at once in training (default: {DEFAULT_CHUNK_LENGTH} of chunks, else"
+        f" {DEFAULT_MAX_LENGTH})"
     )
-    flag(
-        "--eval-max-length",
-        type=count,
-        help=f"the same in scoring (default: --max-length if it is given, else {DEFAULT_MAX_LENGTH})",
-    )
-    flag(
-        "--truncation",
-        choices=TRUNCATIONS,
-        help="what to read of a longer text: its beginning, its end, a quarter from the beginning"
+    flag("--max-length", type=count, help=help_text)
+    help_text = f"the same in scoring (default: --max-length if given, else {DEFAULT_MAX_LENGTH})"
+    flag("--eval-max-length", type=count, help=help_text)
+    help_text = (
+        "what to read of a longer text: its beginning, its end, a quarter from the beginning"
         " and the rest from the end, or all of it in overlapping chunks whose logits are averaged"
-        f" (default: {DEFAULT_TRUNCATION}; for a saved model, as it was scored)",
+        f" (default: {DEFAULT_TRUNCATION}; for a saved model, as it was scored)"
     )
-    flag(
-        "--max-chunks",
-        type=count,
-        default=1,
-        help="chunks of a text in a training step, drawn again in each epoch; scoring reads all",
-    )
+    flag("--truncation", choices=TRUNCATIONS, help=help_text)
+    help_text = "chunks of a text in a training step, drawn again in each epoch; scoring reads all"
+    flag("--max-chunks", type=count, default=1, help=help_text)
 
 
 def add_training_flags(parser: cli.Parser) -> None:
@@ -201,89 +172,58 @@ def add_training_flags(parser: cli.Parser) -> None:
         default=1e-4,
         help="highest learning rate; several: a run with each",
     )
-    flag(
-        "--schedule",
-        choices=SCHEDULES,
-        default="linear",
-        help="of the learning rate after the warm-up: it falls to 0 in a line or as a cosine, or stays",
-    )
-    flag("--warmup-ratio", type=share, default=0.1, help="share of steps with a rising learning rate")
-    flag(
-        "--weight-decay",
-        type=cli.non_negative_float,
-        default=0.01,
-        help="decay of the matrices; biases and norms have none",
-    )
-    flag("--max-grad-norm", type=cli.positive_float, default=1.0, help="clip the gradient to this norm")
+    help_text = "of the learning rate after the warm-up: it falls to 0 in a line or a cosine, or stays"
+    flag("--schedule", choices=SCHEDULES, default="linear", help=help_text)
+    flag("--warmup-ratio", type=share, default=0.1, help="share of steps in which the rate rises")
+    help_text = "decay of the matrices; biases and norms have none"
+    flag("--weight-decay", type=cli.non_negative_float, default=0.01, help=help_text)
+    help_text = "clip the gradient to this norm"
+    flag("--max-grad-norm", type=cli.positive_float, default=1.0, help=help_text)
 
 
 def add_loss_flags(parser: cli.Parser) -> None:
     """Add the flags of dropout, of the loss, and of the order in which texts are read."""
     flag = parser.add_argument_group("dropout, loss and order").add_argument
     share = cli.fraction
-    flag(
-        "--dropout",
-        type=share,
-        help="dropout rate everywhere in the model (default: as pretrained, but 0 in attention)",
-    )
-    flag(
-        "--attention-dropout",
-        type=share,
-        help="above 0, slower on CPUs (default: --dropout if given, else 0)",
-    )
-    flag(
-        "--label-smoothing",
-        type=share,
-        default=0.0,
-        help="share of each label that is spread over all classes",
-    )
-    flag(
-        "--class-weights",
-        choices=["none", "balanced"],
-        default="none",
-        help="balanced: every class counts the same, however few texts it has",
-    )
-    flag(
-        "--batching",
-        choices=["buckets", "random"],
-        default="buckets",
-        help="buckets: texts of similar length share a batch",
-    )
+    help_text = "dropout rate everywhere in the model (default: as pretrained, but 0 in attention)"
+    flag("--dropout", type=share, help=help_text)
+    help_text = "above 0, slower on CPUs (default: --dropout if given, else 0)"
+    flag("--attention-dropout", type=share, help=help_text)
+    help_text = "share of each label that is spread over all classes"
+    flag("--label-smoothing", type=share, default=0.0, help=help_text)
+    help_text = "balanced: every class counts the same, however few texts it has"
+    flag("--class-weights", choices=["none", "balanced"], default="none", help=help_text)
+    help_text = "buckets: texts of similar length share a batch"
+    flag("--batching", choices=["buckets", "random"], default="buckets", help=help_text)
 
 
 def add_score_flags(parser: cli.Parser) -> None:
     """Add the flags that say when to evaluate, and what the scores are."""
     flag = parser.add_argument_group("evaluation").add_argument
     count = cli.positive_int
-    flag(
-        "--best-metric",
-        choices=METRICS,
-        default="loss",
-        metavar="SCORE",
-        help="validation score that tells which weights are best; on ties, the earliest are: loss; of one"
-        " class accuracy, macro_f1, micro_f1, weighted_f1, binary_f1, matthews, roc_auc,"
+    help_text = (
+        "validation score that tells which weights are best; on ties, the earliest are: loss; of"
+        " one class accuracy, macro_f1, micro_f1, weighted_f1, binary_f1, matthews, roc_auc,"
         " average_precision; of labels also subset_accuracy, label_accuracy; of numbers rmse, mae,"
-        " pearson, spearman",
+        " pearson, spearman"
     )
+    flag("--best-metric", choices=METRICS, default="loss", metavar="SCORE", help=help_text)
     positive = "class whose F1 is binary_f1 (default: of two classes the second in their order)"
     flag("--positive-class", type=cli.name, metavar="NAME", help=positive)
-    flag(
-        "--threshold",
-        type=threshold,
-        metavar="P",
-        help="probability from which on a text has a label: a number, or auto: for each label the one with"
-        " the highest F1 on the validation split (default: 0.5; for a saved model, as it was scored)",
+    help_text = (
+        "probability from which on a text has a label: a number, or auto: for each label the one"
+        " with the highest F1 on the validation split (default: 0.5; for a saved model, as scored)"
     )
+    flag("--threshold", type=threshold, metavar="P", help=help_text)
     every = "evaluate after every so many optimizer steps too, not only after each epoch"
     flag("--eval-every", type=count, metavar="STEPS", help=every)
     patience = "stop after N evaluations in a row that were no better than the best"
     flag("--early-stopping-patience", type=count, metavar="N", help=patience)
-    flag(
-        "--calibrate",
-        action="store_true",
-        help="in the end, fit one temperature on the validation split, so that a confidence of 0.8 is right"
-        " in 80 of 100 texts; it is saved with the model",
+    help_text = (
+        "in the end, fit one temperature on the validation split, so that a confidence of 0.8 is"
+        " right in 80 of 100 texts; it is saved with the model"
     )
+    flag("--calibrate", action="store_true", help=help_text)
     flag("--log-every", type=count, default=10, help="optimizer steps between points of a curve")
 
 
@@ -291,41 +231,19 @@ def add_capacity_flags(parser: cli.Parser) -> None:
     """Add the flags that say which weights are trained, and in how much memory and time."""
     flag = parser.add_argument_group("trained weights, memory and speed").add_argument
     count = cli.positive_int
-    flag(
-        "--freeze-layers",
-        type=cli.non_negative_int,
-        default=0,
-        metavar="N",
-        help="do not train the embeddings and the N lowest layers (0: train all)",
-    )
-    flag(
-        "--lora-rank",
-        type=count,
-        metavar="R",
-        help="train low-rank adapters and the head only; best/ has them merged",
-    )
-    flag(
-        "--gradient-checkpointing",
-        action="store_true",
-        help="compute activations twice: less memory, a third more time",
-    )
-    flag(
-        "--auto-batch-size",
-        action="store_true",
-        help="if a micro-batch does not fit into memory, halve it and accumulate: the same steps",
-    )
+    help_text = "do not train the embeddings and the N lowest layers (0: train all)"
+    flag("--freeze-layers", type=cli.non_negative_int, default=0, metavar="N", help=help_text)
+    help_text = "train low-rank adapters and the head only; best/ has them merged"
+    flag("--lora-rank", type=count, metavar="R", help=help_text)
+    help_text = "compute activations twice: less memory, a third more time"
+    flag("--gradient-checkpointing", action="store_true", help=help_text)
+    help_text = "if a micro-batch does not fit into memory, halve it and accumulate: the same steps"
+    flag("--auto-batch-size", action="store_true", help=help_text)
     flag("--compile", action="store_true", help="torch.compile: slow start, faster steps on GPUs")
-    flag(
-        "--nondeterministic",
-        action="store_true",
-        help="on a GPU: a little faster, and two runs differ in their last digits",
-    )
-    flag(
-        "--num-workers",
-        type=cli.non_negative_int,
-        default=0,
-        help="processes that make batches; the texts are tokenised before, so few are enough",
-    )
+    help_text = "on a GPU: a little faster, and two runs differ in their last digits"
+    flag("--nondeterministic", action="store_true", help=help_text)
+    help_text = "processes that make batches; the texts are tokenised before, so few are enough"
+    flag("--num-workers", type=cli.non_negative_int, default=0, help=help_text)
 
 
 def add_run_flags(parser: cli.Parser) -> None:
@@ -334,51 +252,33 @@ def add_run_flags(parser: cli.Parser) -> None:
     count = cli.positive_int
     every = "write a checkpoint after every so many optimizer steps, not only after each epoch"
     flag("--save-every", type=count, metavar="STEPS", help=every)
-    flag(
-        "--max-minutes",
-        type=cli.positive_duration,
-        metavar="N",
-        help="stop N minutes after the start, save and evaluate; --resume continues",
-    )
+    help_text = "stop N minutes after the start, save and evaluate; --resume continues"
+    flag("--max-minutes", type=cli.positive_duration, metavar="N", help=help_text)
     flag(
         "--keep",
         type=cli.non_negative_int,
         default=2,
         help="checkpoints to keep; with two, damage to the newest one costs little; 0: write none",
     )
-    flag(
-        "--keep-after",
-        type=cli.non_negative_int,
-        metavar="N",
-        help="checkpoints to keep of a finished run (default: --keep; of each run of several: 0)",
-    )
-    flag(
-        "--resume",
-        nargs="?",
-        const=NEWEST,
-        metavar="RUN",
-        help="continue the run in this folder (or in --output-dir) from its newest undamaged"
+    help_text = "checkpoints to keep of a finished run (default: --keep; of each run of several: 0)"
+    flag("--keep-after", type=cli.non_negative_int, metavar="N", help=help_text)
+    help_text = (
+        "continue the run in this folder (or in --output-dir) from its newest undamaged"
         " checkpoint, or from a given one, runs/<name>/checkpoints/step-<number>; the other flags"
-        " are those of the run",
+        " are those of the run"
     )
-    flag(
-        "--resume-or-start",
-        action="store_true",
-        help="for a job that is started again: continue the run in --output-dir if there is one",
-    )
+    flag("--resume", nargs="?", const=NEWEST, metavar="RUN", help=help_text)
+    help_text = "for a job that is started again: continue the run in --output-dir if there is one"
+    flag("--resume-or-start", action="store_true", help=help_text)
 
 
 def add_study_flags(parser: cli.Parser) -> None:
     """Add the flags that make several runs."""
     flag = parser.add_argument_group("several runs, and a table of their scores").add_argument
-    flag("--seeds", type=cli.non_negative_int, nargs="+", metavar="N", help="a run with each of these seeds")
-    flag(
-        "--grid",
-        type=study.grid_axis,
-        action="append",
-        metavar="FLAG=A,B",
-        help="a run with each value of a flag, such as batch-size=8,16; may be repeated",
-    )
+    help_text = "a run with each of these seeds"
+    flag("--seeds", type=cli.non_negative_int, nargs="+", metavar="N", help=help_text)
+    help_text = "a run with each value of a flag, such as batch-size=8,16; may be repeated"
+    flag("--grid", type=study.grid_axis, action="append", metavar="FLAG=A,B", help=help_text)
 
 
 def add_other_work_flags(parser: cli.Parser) -> None:
@@ -386,39 +286,25 @@ def add_other_work_flags(parser: cli.Parser) -> None:
     group = parser.add_argument_group("instead of training")
     flag = group.add_mutually_exclusive_group().add_argument
     flag("--inspect", action="store_true", help="show data, tokenizer, model and a batch")
-    flag(
-        "--compare",
-        nargs="+",
-        type=cli.name,
-        metavar="RUN",
-        help="show finished runs (or those of a study) side by side, each tested against the first;"
-        " --output-dir takes the tables",
+    help_text = (
+        "show finished runs (or those of a study) side by side, each tested against the first;"
+        " --output-dir takes the tables"
     )
+    flag("--compare", nargs="+", type=cli.name, metavar="RUN", help=help_text)
     flag("--evaluate-only", action="store_true", help="score a saved --model on the test split")
     flag(
         "--predict",
         metavar="FILE",
         help="classify the lines of a text file (- for standard input), or the rows of a data file",
     )
-    group.add_argument(
-        "--output",
-        metavar="FILE",
-        help="with --predict: a new file, .jsonl, .csv or .parquet; --resume goes on with one that was left",
-    )
-    group.add_argument(
-        "--id-column", metavar="NAME", help="with --predict: a column that stays beside each answer"
-    )
-    group.add_argument(
-        "--keep-columns",
-        type=cli.columns,
-        metavar="NAMES",
-        help="with --predict: other columns that stay, such as author,date; all: every one",
-    )
-    group.add_argument(
-        "--compare-tokenizer",
-        metavar="NAME",
-        help="with --inspect: a second tokenizer on a sentence (bundled name, folder or Hub id)",
-    )
+    help_text = "with --predict: a new .jsonl, .csv or .parquet; --resume goes on with one that was left"
+    group.add_argument("--output", metavar="FILE", help=help_text)
+    help_text = "with --predict: a column that stays beside each answer"
+    group.add_argument("--id-column", metavar="NAME", help=help_text)
+    help_text = "with --predict: other columns that stay, such as author,date; all: every one"
+    group.add_argument("--keep-columns", type=cli.columns, metavar="NAMES", help=help_text)
+    help_text = "with --inspect: a second tokenizer on a sentence (bundled name, folder or Hub id)"
+    group.add_argument("--compare-tokenizer", metavar="NAME", help=help_text)
 
 
 # What they show at once ---------------------------------------------------------------------------
@@ -465,7 +351,8 @@ def check_flags(args: argparse.Namespace) -> None:
         return
     for flag in OF_PREDICTIONS:
         if getattr(args, flag) is not None:
-            raise UserError(f"--{flag.replace('_', '-')}: it works with --predict only; leave it out")
+            name = flag.replace("_", "-")
+            raise UserError(f"--{name}: it works with --predict only; leave it out")
     sources.check_data(args.dataset, any_suffix=is_table)
     if not args.inspect and not args.evaluate_only:
         if args.task != "auto":  # else when the labels have told it
@@ -487,7 +374,8 @@ def check_hub_flags(args: argparse.Namespace) -> None:
             )
     if args.tokenizer is not None:
         if args.evaluate_only or args.predict is not None:
-            raise UserError(f"--tokenizer {args.tokenizer}: a saved model has its own; leave the flag out")
+            problem = "a saved model has its own"
+            raise UserError(f"--tokenizer {args.tokenizer}: {problem}; leave the flag out")
         kind = bundled.MODELS.get(args.tokenizer, "encoder")
         sources.check_model(args.tokenizer, kind=kind, flag="--tokenizer")
 
@@ -501,7 +389,8 @@ def check_output_flags(args: argparse.Namespace) -> None:
     """Raise UserError unless the file of predictions can be written."""
     resumes = args.resume is not None
     if args.skip_bad and args.output is None:
-        raise UserError("--skip-bad: with --predict it writes the bad rows beside --output; name that")
+        problem = "with --predict it writes the bad rows beside --output"
+        raise UserError(f"--skip-bad: {problem}; name that")
     if args.output is not None:
         predictions.check_output(args.output, resume=resumes)
     elif resumes:
@@ -518,7 +407,8 @@ def check_compared(args: argparse.Namespace) -> None:
     """Raise UserError unless --compare names finished runs, and --output-dir a place for tables."""
     finished_runs(args.compare)
     if args.output_dir is not None and (Path(args.output_dir) / CONFIG).exists():
-        raise UserError(f"--output-dir {args.output_dir}: it holds a run; name another folder for tables")
+        advice = "name another folder for tables"
+        raise UserError(f"--output-dir {args.output_dir}: it holds a run; {advice}")
 
 
 def check_training_flags(args: argparse.Namespace) -> None:
@@ -535,7 +425,8 @@ def check_training_flags(args: argparse.Namespace) -> None:
             " raise the other"
         )
     if args.keep == 0 and args.save_every is not None:
-        raise UserError(f"--save-every {args.save_every}: --keep 0 writes no checkpoint; leave one out")
+        problem = "--keep 0 writes no checkpoint"
+        raise UserError(f"--save-every {args.save_every}: {problem}; leave one out")
     if study.is_study(args):
         check_study(args)
     # several processes decide together where the run lies, when they have found each other
@@ -550,16 +441,16 @@ def check_training_flags(args: argparse.Namespace) -> None:
 def check_study(args: argparse.Namespace) -> None:
     """Raise UserError unless each of several runs can be started with these flags."""
     if cli.TORCHRUN in os.environ:
-        raise UserError(
-            "--seeds, --grid and several --lr: each run is a process of its own; start the script with python"
-        )
+        problem = "each run is a process of its own"
+        raise UserError(f"--seeds, --grid and several --lr: {problem}; start the script with python")
     for run in plan_study(args).runs:
         make_parser().parse_args(run.flags)
 
 
 def plan_study(args: argparse.Namespace) -> study.Study:
     """Return the runs that --seeds, --grid and --lr ask for."""
-    return study.make_plan(make_parser(), args, {*NOT_SETTINGS} - {"seeds", "grid"}, name=run_name(args))
+    left_out = {*NOT_SETTINGS} - {"seeds", "grid"}
+    return study.make_plan(make_parser(), args, left_out, name=run_name(args))
 
 
 def is_done(args: argparse.Namespace) -> bool:
@@ -608,4 +499,5 @@ def is_training(args: argparse.Namespace) -> bool:
 
 def needs_no_model(args: argparse.Namespace) -> bool:
     """Tell whether nothing is to be trained or scored in this process."""
-    return args.compare is not None or (is_training(args) and (study.is_study(args) or is_done(args)))
+    only_compares = args.compare is not None
+    return only_compares or (is_training(args) and (study.is_study(args) or is_done(args)))
