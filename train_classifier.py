@@ -380,7 +380,7 @@ def train(state: TrainingState, tokenized: Splits, run: Run, config: TrainConfig
             batching.explain_out_of_memory(config.memory_advice()),
         ):
             meter.start_epoch(is_resumed=state.step_of_epoch > 0)
-            # only after a signal has stopped the run in an evaluation: it is made again first
+            # the evaluation in which a signal has stopped the run, if it did
             if state.is_due(config.eval_every) and not state.is_evaluated():
                 validate(state, tokenized["validation"], run, config, runtime)
 
@@ -463,12 +463,13 @@ def log_step(state: TrainingState, run: Run, grad_norm: torch.Tensor, config: Tr
 def validate(
     state: TrainingState, rows: datasets.Dataset, run: Run, config: TrainConfig, runtime: Runtime
 ) -> None:
-    """Score the model on the validation split, and save it if it is the best so far."""
+    """Do `score_and_keep` while the clock of the training stands. Where a signal ends it, the state
+    before it is saved, so that a resumed run begins with this evaluation.
+    """
     with state.meter.paused():
         try:
             score_and_keep(state, rows, run, config, runtime)
         except Interrupted:
-            # in the state before the evaluation, which a resumed run makes again
             run.checkpoints.save(state, run.log)
             raise
 
@@ -498,9 +499,9 @@ def score_and_keep(
     if is_better(entry, state.best, config.best_metric):
         state.best, line = entry, f"{line}, the best so far"
         if runtime.is_main:
-            plain = classifier.merge_adapters(state.model)
+            plain, settings = classifier.merge_adapters(state.model), run.log.settings
             folder = run.log.folder / "best"
-            classifier.save(plain, state.tokenizer, folder, settings=run.log.settings, thresholds=thresholds)
+            classifier.save(plain, state.tokenizer, folder, settings=settings, thresholds=thresholds)
     runtime.say(line)
 
 

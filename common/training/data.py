@@ -124,7 +124,7 @@ class DataNotes:
 
     faults: list[Fault] = field(default_factory=list)  # rows that can't be used
     unlabelled: datasets.Dataset | None = None  # a test split without labels: its texts and `row`
-    whole: Splits = field(default_factory=dict)  # before splits are cut and rare classes left out
+    uncut: Splits = field(default_factory=dict)  # before splits are cut and rare classes left out
     unused: list[str] = field(default_factory=list)  # splits of the source that nothing asks for
     rare: list[str] = field(default_factory=list)  # classes that are left out or merged
     cut: list[str] = field(default_factory=list)  # splits that had to be cut from train
@@ -169,7 +169,7 @@ def load_splits(config: DataConfig, runtime: Runtime, notes: DataNotes | None = 
     if faults is not None:
         _check_names(splits, config.texts, config.labels)
         splits, labels = clean(splits, config.texts, config.labels, faults, None)
-    splits = notes.whole = validate(splits, config.texts, labels)
+    splits = notes.uncut = validate(splits, config.texts, labels)
     if config.drop_rare is not None or config.merge_rare is not None:
         splits, notes.rare = without_rare(splits, config.drop_rare, config.merge_rare)
     splits, notes.cut = cut_missing_splits(splits, seed=config.seed)
@@ -741,20 +741,20 @@ def encode(
     ends and padding becomes the unknown token.
     """
     options: dict[str, Any] = {"truncation": False, "padding": False, "verbose": False}
-    whole = tokenizer(texts, text_pair=pairs, return_special_tokens_mask=True, **options)
+    encoded = tokenizer(texts, text_pair=pairs, return_special_tokens_mask=True, **options)
     # the collator makes the attention mask
-    names = [name for name in whole if name not in ("attention_mask", "special_tokens_mask")]
+    names = [name for name in encoded if name not in ("attention_mask", "special_tokens_mask")]
     counts = ("chunk_lengths", "num_tokens", "num_read")
     columns: dict[str, list] = {name: [] for name in (*names, *counts)}
     if hides_special:
-        _hide_special(whole["input_ids"], whole["special_tokens_mask"], tokenizer)
-    for number, mask in enumerate(whole["special_tokens_mask"]):
+        _hide_special(encoded["input_ids"], encoded["special_tokens_mask"], tokenizer)
+    for number, mask in enumerate(encoded["special_tokens_mask"]):
         if pairs is not None:
-            chunks = _chunks_of_pair(whole.sequence_ids(number), max_length, truncation)
+            chunks = _chunks_of_pair(encoded.sequence_ids(number), max_length, truncation)
         else:
             chunks = _chunks_of_text(mask, max_length, truncation)
         for name in names:
-            values = np.asarray(whole[name][number])
+            values = np.asarray(encoded[name][number])
             columns[name].append([values[chunk].tolist() for chunk in chunks])
         columns["chunk_lengths"].append([len(chunk) for chunk in chunks])
         columns["num_tokens"].append(len(mask))

@@ -60,13 +60,13 @@ def show(
 
 def show_faults(notes: DataNotes) -> None:
     """Print the rows that can't be used by kind, and what else is odd about the others."""
-    if not notes.whole and not notes.faults:
+    if not notes.uncut and not notes.faults:
         return
     print("\nROWS THAT CAN'T BE USED, numbered as in a spreadsheet (--skip-bad leaves them out)")
     print(faults.fault_table(notes.faults) if notes.faults else "none")
-    if notes.whole:
-        print(f"\nROWS THAT CAN BE USED\n{split_table(notes.whole)}")
-        print(f"\nWHAT ELSE IS TO BE KNOWN\n{faults.describe(notes.whole)}")
+    if notes.uncut:
+        print(f"\nROWS THAT CAN BE USED\n{split_table(notes.uncut)}")
+        print(f"\nWHAT ELSE IS TO BE KNOWN\n{faults.describe(notes.uncut)}")
 
 
 def split_table(splits: Splits) -> str:

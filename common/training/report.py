@@ -31,40 +31,22 @@ if TYPE_CHECKING:
     import datasets
     from matplotlib.figure import Figure
 
-CARD_SETTINGS = {  # each with what is shown for a flag that was not given
+CARD_SETTINGS = (
+    "revision dataset_revision text_column text_mode label_column task max_train_samples seed split_seed"
+    " epochs batch_size grad_accum processes batching lr schedule max_steps warmup_ratio weight_decay"
+    " max_grad_norm dropout attention_dropout label_smoothing class_weights lora_rank freeze_layers"
+    " max_length eval_max_length truncation max_chunks best_metric precision device"
+)
+UNSET = {  # what a card shows for a flag that was not given
     "revision": "none: the model is not from the Hub",
     "dataset_revision": "none: the data is not from the Hub",
-    "text_column": "",
     "text_mode": "one text",
-    "label_column": "",
-    "task": "",
     "max_train_samples": "all",
-    "seed": "",
     "split_seed": "seed",
-    "epochs": "",
-    "batch_size": "",
-    "grad_accum": "",
-    "processes": "",
-    "batching": "",
-    "lr": "",
-    "schedule": "",
     "max_steps": "as the epochs have",
-    "warmup_ratio": "",
-    "weight_decay": "",
-    "max_grad_norm": "",
     "dropout": "as in the pretrained model",
     "attention_dropout": "as dropout if given, else 0",
-    "label_smoothing": "",
-    "class_weights": "",
     "lora_rank": "none",
-    "freeze_layers": "",
-    "max_length": "",
-    "eval_max_length": "",
-    "truncation": "",
-    "max_chunks": "",
-    "best_metric": "",
-    "precision": "",
-    "device": "",
 }
 LOST = {"head": "lose their end", "tail": "lose their beginning", "head-tail": "lose their middle"}
 HUB_NAMES = {"bundled/all-MiniLM-L6-v2": "sentence-transformers/all-MiniLM-L6-v2"}
@@ -767,8 +749,8 @@ the best by validation {words(settings["best_metric"], predictions.task)}.
 def _card_training(outcome: Outcome, splits: Splits) -> str:
     settings = outcome.settings
     values = {
-        f"`{key}`": unset if settings[key] is None else _cell(settings[key])
-        for key, unset in CARD_SETTINGS.items()
+        f"`{key}`": UNSET.get(key, "") if settings[key] is None else _cell(settings[key])
+        for key in CARD_SETTINGS.split()
     }
     shown = _settings_table([*values.items(), *settings["versions"].items()], "setting", "value")
     return f"""

@@ -419,7 +419,7 @@ def test_a_key_is_asked_for_and_a_signal_lets_texts_end(tiny):
     assert "secret" not in written and "Traceback" not in written
 
 
-# The thread that generates --------------------------------------------------------------------------
+# The thread that generates ------------------------------------------------------------------------
 
 COMING = [  # (at which token of the others it comes, prompt, what is asked for)
     (0, "dog. Because the lazy light " * 3, "temperature 0"),

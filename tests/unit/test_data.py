@@ -366,7 +366,7 @@ def test_a_head_of_as_many_classes_stays_and_is_not_called_new(tiny_model):
     )
 
 
-# Real files, as they are: small ones of exactly their shapes ---------------------------------------
+# Real files, as they are: small ones of exactly their shapes --------------------------------------
 
 AG_NEWS = "".join(
     f'"{number % 4 + 1}","Title {number}, again","Text {number}: a ""quoted"" part #36;{number}\\, more"\n'

@@ -81,7 +81,7 @@ def test_pickled_weights_are_refused_in_every_folder_that_a_module_names(part, f
         find(folder)
 
 
-# Folders with a vocabulary and no tokenizer.json ----------------------------------------------------
+# Folders with a vocabulary and no tokenizer.json --------------------------------------------------
 
 SPECIAL = ["<mask>", "<sep>", "<cls>", "[CLS]", "[SEP]", "[MASK]"]
 SENTENCEPIECE = {  # model_type: the file that its models come with
