@@ -719,7 +719,8 @@ def check_cluster(args: argparse.Namespace) -> None:
     if args.hdbscan and args.min_size == 1:
         raise UserError("--min-size 1: density needs at least two texts; give 2 or more")
     if args.column and not args.index:
-        raise UserError(f"--column {args.column}: texts have no place for it; name an --index")
+        problem = "texts have no place for it"
+        raise UserError(f"--column {args.column}: {problem}; name an --index, or --output")
     if args.column and args.column.lower().startswith("_index_"):
         raise UserError(f"--column {args.column}: names like this are our own; choose another")
     if args.stop_words and args.stop_words not in LANGUAGES:

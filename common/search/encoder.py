@@ -12,7 +12,6 @@ Weights are read from safetensors only. Code that comes with a model is never ru
 be those of sentence-transformers.
 """
 
-import functools
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -133,10 +132,9 @@ class Encoder:
         vectors = torch.zeros(len(row_of), self.width, device=self.runtime.device)
         batches = token_batches([len(ids) for ids in tokens["input_ids"]], self.batch_tokens)
         own = batches[self.runtime.rank :: self.runtime.world_size]
-        prompt_length = self._prompt_length(prompt)
+        length = self._prompt_length(prompt)
         if self.model.library is None:
-            compute = functools.partial(self._forward, tokens, prompt_length=prompt_length)
-            computed = self._in_threads(compute, own)
+            computed = self._in_threads(lambda batch: self._forward(tokens, batch, length), own)
         else:
             different = list(row_of)
             parts = ([different[row] for row in batch] for batch in own)
