@@ -260,6 +260,13 @@ def _check_part(folder: Path, source: str) -> None:
     for file in (CONFIG, SENTENCE_CONFIG, *SENTENCE_SETTINGS):
         for name, value in _settings(content.get(file, {})):
             _check_code(name, value, folder / file, source)
+    _check_numbers(content, folder, source)
+    if CONFIG in content:
+        check_config(content[CONFIG], folder, source)
+
+
+def _check_numbers(content: dict[str, Any], folder: Path, source: str) -> None:
+    """Raise UserError for the id of a token, or a length, that is none."""
     for file in (CONFIG, "generation_config.json"):
         for name, value in _settings(content.get(file, {})):
             is_id = value is None or (isinstance(value, int) and -1 <= value < MOST_TOKENS)
@@ -272,8 +279,6 @@ def _check_part(folder: Path, source: str) -> None:
         if not is_length or isinstance(length, bool):
             problem = f"{setting} is {length!r:.80}, not a number of tokens"
             raise _refuse(source, f"{folder / file}: {problem}")
-    if CONFIG in content:
-        check_config(content[CONFIG], folder, source)
 
 
 def _check_code(name: str, value: Any, path: Path, source: str) -> None:

@@ -453,10 +453,8 @@ def _read_folder(
     if classes:
         return _as_splits({"train": _read_class_folders(root, encoding, faults)})
     known = ", ".join(DATA_SUFFIXES)
-    raise UserError(
-        f"--dataset {root}: it has neither class folders of .txt files nor data files ({known});"
-        " name a folder that has them"
-    )
+    problem = f"it has neither class folders of .txt files nor data files ({known})"
+    raise UserError(f"--dataset {root}: {problem}; name a folder that has them")
 
 
 def _as_splits(parts: dict[str, datasets.Dataset]) -> datasets.DatasetDict:
@@ -821,47 +819,41 @@ def _read_hub(
 @contextlib.contextmanager
 def _hub_mistakes(name: str, revision: str | None) -> Iterator[None]:
     """Raise UserError for what the libraries raise in this block about a data set of the Hub."""
-    import datasets
     import httpx2
-    import huggingface_hub.errors
+    from datasets import data_files, exceptions
+    from huggingface_hub import errors
 
-    local = ", ".join(bundled.DATASETS)
+    local, asked = ", ".join(bundled.DATASETS), f"--dataset {name}"
     try:
         yield
-    except huggingface_hub.errors.RevisionNotFoundError as error:
+    except errors.RevisionNotFoundError as error:
         problem = f"{name} has no such commit, branch or tag on the Hub; check it there"
         raise UserError(f"--dataset-revision {revision}: {problem}") from error
-    except (
-        datasets.exceptions.DatasetNotFoundError,
-        huggingface_hub.errors.HfHubHTTPError,
-        huggingface_hub.errors.HFValidationError,
-    ) as error:
+    except (exceptions.DatasetNotFoundError, errors.HfHubHTTPError, errors.HFValidationError) as error:
         problem = "neither a local file or folder nor a data set on the Hub"
         reason = one_line(error).rstrip(".")
         advice = f"check the name (a private one needs `hf auth login`), or use {local}"
-        raise UserError(f"--dataset {name}: {problem} ({reason}); {advice}") from error
+        raise UserError(f"{asked}: {problem} ({reason}); {advice}") from error
     except (
-        datasets.data_files.EmptyDatasetError,
-        datasets.exceptions.DataFilesNotFoundError,
-        datasets.exceptions.DatasetGenerationError,
+        data_files.EmptyDatasetError,
+        exceptions.DataFilesNotFoundError,
+        exceptions.DatasetGenerationError,
     ) as error:
-        problem = "it has no data files on the Hub that can be read"
         reason = one_line(error.__cause__ or error)
-        raise UserError(f"--dataset {name}: {problem}: {reason}") from error
+        raise UserError(f"{asked}: it has no data files on the Hub that can be read: {reason}") from error
     except (ConnectionError, httpx2.TransportError) as error:
         problem = f"no such file or folder, and the Hub can't be reached ({one_line(error)})"
         advice = f"without a network, use a local file or {local}"
-        raise UserError(f"--dataset {name}: {problem}; {advice}") from error
+        raise UserError(f"{asked}: {problem}; {advice}") from error
     except ValueError as error:
         if "config" not in str(error).lower():  # not about the choice of a configuration: a bug
             raise
-        problem = f"choose with --dataset-config: {one_line(error)}"
-        raise UserError(f"--dataset {name}: {problem}") from error
+        raise UserError(f"{asked}: choose with --dataset-config: {one_line(error)}") from error
     except RuntimeError as error:
         if "script" not in str(error).lower():
             raise
         problem = "it needs remote code, which is never run here; use a Parquet version of it"
-        raise UserError(f"--dataset {name}: {problem}") from error
+        raise UserError(f"{asked}: {problem}") from error
 
 
 def _commit_of(name: str, revision: str | None, cache_dir: str | None, *, is_reachable: bool) -> str | None:

@@ -125,8 +125,7 @@ class Tokenizer:
         """Return the tokens of texts, or of one text, cut at `max_length` with `truncation`; of
         pairs, where each text has a second one in `text_pair`.
 
-        Nothing is padded or printed: the last two arguments are there
-        because transformers has them.
+        Nothing is padded or printed: the last two arguments are there as transformers has them.
         """
         assert not padding
         if truncation:

@@ -563,12 +563,11 @@ def load_with_library(folder: Path, name: str) -> SentenceModel:
     from common import models
 
     model = models.load_sentence_model(SentenceTransformer, folder, name=name)
-    first = model[0]
-    readers = (modules.Transformer, Router, modules.StaticEmbedding)
+    first, readers = model[0], (modules.Transformer, Router, modules.StaticEmbedding)
     if not isinstance(first, readers) or "text" not in first.modalities:
         kind = type(first).__name__
-        problem = f"its first module is {kind}"
-        raise UserError(f"--model {name}: {problem}, not a transformer that reads texts")
+        problem = f"its first module is {kind}, not a transformer that reads texts"
+        raise UserError(f"--model {name}: {problem}")
     if not isinstance(first, modules.Transformer) or first.modality_config.get("text") != PLAIN_TEXT:
         return _opaque(model, name)
     for setting in ROLE_SETTINGS:

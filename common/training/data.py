@@ -272,10 +272,8 @@ def load_rows_for_scoring(
         flag = "--seed" if trained.get("split_seed") is None else "--split-seed"
         seed = trained["seed"] if flag == "--seed" else trained["split_seed"]
         if seed != config.seed:
-            raise UserError(
-                f"{flag} {config.seed}: the model was trained with {flag} {seed}, which"
-                " cuts a different test split; use that seed"
-            )
+            problem = f"the model was trained with {flag} {seed}, which cuts a different test split"
+            raise UserError(f"{flag} {config.seed}: {problem}; use that seed")
         splits, _ = cut_missing_splits(splits, seed=config.seed)
     split = "test" if "test" in splits else "train"
     size = config.max_eval_samples
