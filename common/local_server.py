@@ -1,4 +1,4 @@
-"""A server that this machine alone reaches: its socket, whom it answers, how it ends."""
+"""A server that this machine alone reaches: its socket, whom it answers, how it begins and ends."""
 
 from __future__ import annotations
 

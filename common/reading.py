@@ -438,7 +438,8 @@ def _read_folder(
         )
     odd = [path for path in entries if sources.suffix(path) in DATA_SUFFIXES and not path.is_file()]
     if files and odd:
-        raise UserError(f"--dataset {root}: {odd[0].name} is no file; move it, or name one file")
+        advice = "move it, or name one of the files"
+        raise UserError(f"--dataset {root}: {odd[0].name} is no file; {advice}")
     if files:
         return _read_split_files(root, files, read_one)
     if splits:  # as in the IMDb archive: train/pos, train/neg, test/pos, test/neg
