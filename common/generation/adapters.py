@@ -72,7 +72,8 @@ def find(name: str, *, cache_dir: str | None) -> Adapter:
         if key == "init_lora_weights":
             is_known = value in BEGINNINGS
         if not is_known and value != getattr(usual, key, None):
-            problem = f"{model_files.ADAPTER_CONFIG}: {key} is {value!r:.80}, which is unknown here"
+            setting = f"{model_files.ADAPTER_CONFIG}: {key} is {value!r:.80}"
+            problem = f"{setting}, which is not known here"
             raise UserError(f"--adapter {name}: {problem}; merge it with peft, or name another")
     return Adapter(name, settings, weights)
 

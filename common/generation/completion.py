@@ -353,7 +353,8 @@ class Run:
             f"step in {self.language_model.step_name}",
         ]
         if self.language_model.fast_step is not None and self.options.settings.sample:
-            parts[-1] += " (rounding can change a draw; --plain-step draws as model.generate)"
+            reason = "rounding can change a drawn token; --plain-step draws as model.generate"
+            parts[-1] += f" ({reason})"
         if timing.num_cut:
             cut = f"cut at {self.options.settings.max_new_tokens:,} tokens"
             constraint = self.options.settings.constraint
