@@ -43,14 +43,15 @@
 
 enum { FP32, FP16, BF16, GROUPS4, GROUPS8 };  // how a matrix is stored
 enum { MAX_ROWS = 128, TILE = 16, GROUP = 32, PARTS = TILE / LANES };
-enum { WIDE_ROWS = 8, WIDE_COLUMNS = 512 };  // fewer rows are not worth widening; columns widened at once
+enum { WIDE_ROWS = 8, WIDE_COLUMNS = 192 };  // fewer rows are not worth widening; columns widened at once
 enum { QUERIES = 32 };                       // rows of a text whose attention is computed together
+enum { LARGEST_HEAD = 512 };                 // of those whose attention is computed together
 #if LANES == 16
-enum { BLOCK = 12 };  // rows whose sums stay in registers
+#define BLOCK 16  // rows whose sums stay in registers
 #elif LANES == 8
-enum { BLOCK = 6 };
+#define BLOCK 6
 #else
-enum { BLOCK = 2 };
+#define BLOCK 2
 #endif
 enum { BYTES4 = 2 * 2 * TILE + TILE * GROUP / 2, BYTES8 = 2 * TILE + TILE * GROUP };  // of a tile's group
 static const float LARGEST = 8355000.0f;  // 127 * (1 + 256 + 65536) = 8,355,711, less what fp32 rounds
@@ -501,25 +502,42 @@ INLINE void add_block(const float *weights, int64_t stride, int columns, const f
             store(result + row * result_stride + part * LANES, sums[row][part]);
 }
 
-// The same for the rows from `row` on, `size` at a time; returns the first one that is left over.
-INLINE int add_blocks(int size, const float *weights, int64_t stride, int columns, const float *x,
-                      int64_t x_stride, int row, int rows, float *result, int64_t result_stride) {
-    for (; row + size <= rows; row += size)
-        add_block(weights, stride, columns, x + row * x_stride, x_stride, size, result + row * result_stride,
-                  result_stride);
-    return row;
-}
-
-// The same for any number of rows. The sums of several rows need not wait for each other.
+// The same for any number of rows, in blocks of about the same size: the additions to a sum wait for each
+// other, so that a block of few sums takes as long as one of many.
 static void add_products_of(const float *weights, int64_t stride, int columns, const float *x,
                             int64_t x_stride, int rows, float *result, int64_t result_stride) {
-    int row = add_blocks(BLOCK, weights, stride, columns, x, x_stride, 0, rows, result, result_stride);
-    if (BLOCK > 8)
-        row = add_blocks(8, weights, stride, columns, x, x_stride, row, rows, result, result_stride);
-    if (BLOCK > 4)
-        row = add_blocks(4, weights, stride, columns, x, x_stride, row, rows, result, result_stride);
-    row = add_blocks(2, weights, stride, columns, x, x_stride, row, rows, result, result_stride);
-    add_blocks(1, weights, stride, columns, x, x_stride, row, rows, result, result_stride);
+    for (int blocks = (rows + BLOCK - 1) / BLOCK, size; blocks; blocks--, rows -= size) {
+        size = (rows + blocks - 1) / blocks;
+        switch (size) {  // a known number of rows, so that all sums stay in registers
+#define CASE(n)                                                                                              \
+    case n:                                                                                                  \
+        add_block(weights, stride, columns, x, x_stride, n, result, result_stride);                          \
+        break
+            CASE(1);
+            CASE(2);
+#if BLOCK > 2
+            CASE(3);
+            CASE(4);
+            CASE(5);
+            CASE(6);
+#endif
+#if BLOCK > 6
+            CASE(7);
+            CASE(8);
+            CASE(9);
+            CASE(10);
+            CASE(11);
+            CASE(12);
+            CASE(13);
+            CASE(14);
+            CASE(15);
+            CASE(16);
+#endif
+#undef CASE
+        }
+        x += size * x_stride;
+        result += size * result_stride;
+    }
 }
 
 // 32 columns of a tile of groups in fp32, (32, 16): all rows of a column together.
@@ -568,12 +586,21 @@ static void widen_columns(const Matrix *matrix, int tile, int first, int columns
             widen_group_of_tile(0, data, result + column * TILE);
 }
 
+// Fetch columns of a tile that are read next, of a matrix of groups: fp32 is read in larger pieces.
+static void fetch_ahead(const Matrix *matrix, int tile, int first, int columns) {
+    if (matrix->kind < GROUPS4) return;
+    int bytes = matrix->kind == GROUPS4 ? BYTES4 : BYTES8;
+    const char *from = (const char *)matrix->data + ((int64_t)tile * matrix->columns + first) / GROUP * bytes;
+    for (int line = 0; line < columns / GROUP * bytes; line += 64) __builtin_prefetch(from + line);
+}
+
 static void multiply_widened(const Matrix *matrix, int tile, const Rows *rows, float (*result)[TILE]) {
     float widened[WIDE_COLUMNS * TILE] __attribute__((aligned(64)));
     memset(result, 0, rows->count * sizeof *result);
     for (int first = 0; first < matrix->columns; first += WIDE_COLUMNS) {
         int columns = matrix->columns - first < WIDE_COLUMNS ? matrix->columns - first : WIDE_COLUMNS;
         widen_columns(matrix, tile, first, columns, widened);
+        fetch_ahead(matrix, tile, first + columns, columns);  // while these are multiplied
         add_products_of(widened, TILE, columns, rows->x + first, rows->width, rows->count, result[0], TILE);
     }
 }
@@ -794,41 +821,6 @@ INLINE void add_values(int vectors, const float *weights, const float *values, i
     for (int i = 0; i < vectors; i++) store(result + i * LANES, sums[i] / total);
 }
 
-// Attention of one head of a row over the columns of its text.
-static void attend(const float *query, const float *keys, const float *values, int count, int size,
-                   float scaling, float *scores, float *result) {
-    float highest = -INFINITY, total = 0;
-    for (int column = 0; column < count; column++) {
-        scores[column] = scaling * dot(query, keys + (int64_t)column * size, size);
-        highest = scores[column] > highest ? scores[column] : highest;
-    }
-    int column = 0;
-    Floats totals = {0};
-    for (; column + LANES <= count; column += LANES) {
-        Floats weights = exponential(load(scores + column) - highest);
-        store(scores + column, weights);
-        totals += weights;
-    }
-    for (; column < count; column++) {
-        scores[column] = exponential(splat(scores[column] - highest))[0];
-        total += scores[column];
-    }
-    total += sum_of(totals);
-    int first = 0;
-    for (; first + 8 * LANES <= size; first += 8 * LANES)
-        add_values(8, scores, values + first, count, size, total, result + first);
-    for (; first + 4 * LANES <= size; first += 4 * LANES)
-        add_values(4, scores, values + first, count, size, total, result + first);
-    for (; first + LANES <= size; first += LANES)
-        add_values(1, scores, values + first, count, size, total, result + first);
-    for (; first < size; first++) {
-        float sum = 0;
-        for (column = 0; column < count; column++)
-            sum += scores[column] * values[(int64_t)column * size + first];
-        result[first] = sum / total;
-    }
-}
-
 static float largest_of(const float *numbers, int count) {
     float highest = -INFINITY;
     Floats highests = splat(-INFINITY);
@@ -860,6 +852,51 @@ static float soften(float *scores, int first, int last, int count, float scaling
     return total + sum_of(totals);
 }
 
+// Products of a query with LANES keys, which need not wait for each other.
+INLINE Floats products_with_keys(const float *query, const float *keys, int size) {
+    Floats sums[LANES], result;
+    for (int key = 0; key < LANES; key++) sums[key] = (Floats){0};
+    int i = 0;
+    for (; i + LANES <= size; i += LANES)
+        for (int key = 0; key < LANES; key++)
+            sums[key] += load(query + i) * load(keys + (int64_t)key * size + i);
+    for (int key = 0; key < LANES; key++) result[key] = sum_of(sums[key]);
+    for (; i < size; i++)
+        for (int key = 0; key < LANES; key++) result[key] += query[i] * keys[(int64_t)key * size + i];
+    return result;
+}
+
+// Attention of some heads of a row, which share a head of keys, over the columns of its text.
+static void attend(const float *queries, int heads, const float *keys, const float *values, int count,
+                   int size, float scaling, float *scores, float *results) {
+    int column = 0, padded = (count + LANES - 1) / LANES * LANES;
+    for (; column + LANES <= count; column += LANES) {
+        const float *own = keys + (int64_t)column * size;
+        for (int i = 0; i < LANES * size; i += 64 / sizeof *own) __builtin_prefetch(own + LANES * size + i);
+        for (int head = 0; head < heads; head++)
+            store(scores + head * padded + column, products_with_keys(queries + head * size, own, size));
+    }
+    for (; column < count; column++)
+        for (int head = 0; head < heads; head++)
+            scores[head * padded + column] = dot(queries + head * size, keys + (int64_t)column * size, size);
+    for (int head = 0; head < heads; head++, scores += padded, results += size) {
+        float total = soften(scores, 0, count - 1, count, scaling);
+        int first = 0;
+        for (; first + 8 * LANES <= size; first += 8 * LANES)
+            add_values(8, scores, values + first, count, size, total, results + first);
+        for (; first + 4 * LANES <= size; first += 4 * LANES)
+            add_values(4, scores, values + first, count, size, total, results + first);
+        for (; first + LANES <= size; first += LANES)
+            add_values(1, scores, values + first, count, size, total, results + first);
+        for (; first < size; first++) {
+            float sum = 0;
+            for (column = 0; column < count; column++)
+                sum += scores[column] * values[(int64_t)column * size + first];
+            results[first] = sum / total;
+        }
+    }
+}
+
 // Attention of up to QUERIES rows of a text, `row`, row + stride, ..., for all heads that share a head
 // of keys.
 static void attend_together(const Model *model, const Layer *layer, const Step *step, int row, int key_head,
@@ -878,7 +915,7 @@ static void attend_together(const Model *model, const Layer *layer, const Step *
     int64_t own = ((int64_t)step->texts[row] * model->key_heads + key_head) * step->capacity + begin,
             next = (int64_t)width * step->stride;
     const float *keys = layer->keys + own * size, *values = layer->values + own * size;
-    float by_column[TILE * WIDE_COLUMNS];  // 16 keys, as the weights of a matrix
+    float by_column[TILE * LARGEST_HEAD];  // 16 keys, as the weights of a matrix
     memset(scores, 0, (size_t)groups * count * padded * sizeof *scores);
     for (int first = 0; first < columns; first += TILE) {
         for (int i = 0; i < TILE; i++) {
@@ -916,13 +953,13 @@ static size_t round_up(size_t count) { return (count + 63) / 64 * 64; }
 // Whether the attention of a prompt's rows is computed together: heads are whole tiles.
 static int attends_together(const Model *model, const Step *step) {
     return step->wide && step->rows > step->stride && model->head_size % TILE == 0 &&
-           model->head_size <= WIDE_COLUMNS;
+           model->head_size <= LARGEST_HEAD;
 }
 
 // The scores that a thread keeps.
 static size_t num_scores(const Model *model, const Step *step) {
-    size_t together = attends_together(model, step) ? (size_t)QUERIES * (model->heads / model->key_heads) : 1;
-    return together * round_up(step->capacity);
+    size_t together = attends_together(model, step) ? QUERIES : 1;
+    return together * (model->heads / model->key_heads) * round_up(step->capacity);
 }
 
 // Lay the arrays of a step out one after the other from `begin` on; return how many floats they take.
@@ -1025,6 +1062,8 @@ static void run_step(Pool *pool, int thread) {
         }
         wait_for_all(pool);
 
+        // the heads that share keys read them once, where there is other work for every thread
+        int at_once = rows * model->key_heads < 4 * pool->num_threads ? 1 : model->heads / model->key_heads;
         int together = attends_together(model, step), texts = step->stride < rows ? step->stride : rows;
         int parts =
             (rows + texts * QUERIES - 1) / (texts * QUERIES) * texts;  // of up to QUERIES rows of a text
@@ -1035,17 +1074,17 @@ static void run_step(Pool *pool, int thread) {
                                     s.attended);
             }
         else
-            SHARE(i, rows * model->heads, 1) {
-                int row = i / model->heads, head = i % model->heads, column = step->columns[row],
-                    first = step->starts[row];
+            SHARE(i, rows * model->heads / at_once, 1) {
+                int head = i * at_once % model->heads, row = i * at_once / model->heads,
+                    column = step->columns[row], first = step->starts[row];
                 if (layer->window && column - layer->window + 1 > first) first = column - layer->window + 1;
                 int key_head = head / (model->heads / model->key_heads);
                 int64_t begin =
                     (((int64_t)step->texts[row] * model->key_heads + key_head) * step->capacity + first) *
                     size;
-                attend(s.query + (int64_t)row * heads_width + head * size, layer->keys + begin,
-                       layer->values + begin, column - first + 1, size, model->scaling, scores,
-                       s.attended + (int64_t)row * heads_width + head * size);
+                int64_t own = (int64_t)row * heads_width + head * size;
+                attend(s.query + own, at_once, layer->keys + begin, layer->values + begin, column - first + 1,
+                       size, model->scaling, scores, s.attended + own);
             }
         wait_for_all(pool);
         if (is_grouped(&layer->output) && !widens) { TO_DIGITS(s.attended, heads_width); }
