@@ -596,6 +596,7 @@ def serve(args: argparse.Namespace) -> None:
     from common import local_server
 
     listener = local_server.bind(args.port)  # before the libraries are loaded
+    from common.search import page
     from common.search.builder import load_index_encoder
     from common.search.encoder import load_reranker
     from common.search.index import open_snapshot
@@ -603,9 +604,6 @@ def serve(args: argparse.Namespace) -> None:
     from common.search.selection import select
 
     runtime, screen = start(args)
-    # not before: duckdb tells at the end of what the interpreter does not tidy up (cli.loaded)
-    from common.search import page
-
     selection = select(open_snapshot(args.index), args.where, limits=limits_of(args))
     snapshot = selection.snapshot
     searcher = Searcher(

@@ -25,9 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-# --where is evaluated in a child process: what it imports is imported here, because importing is
-# not safe in the child of a process with threads
-import duckdb  # noqa: F401
 import numpy as np
 from aiohttp import web
 

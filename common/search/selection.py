@@ -255,6 +255,10 @@ def _ask_child(snapshot: Snapshot, condition: str, limits: Limits) -> tuple[byte
     """
     import multiprocessing
 
+    # the child has it then: importing is not safe in the child of a process with threads (of serve), and
+    # without the package it would end as if it lacked memory
+    import duckdb  # noqa: F401
+
     # forked, the child has the rows already
     fork = multiprocessing.get_context("fork")
     receiver, sender = fork.Pipe(duplex=False)

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import faiss
@@ -407,6 +408,12 @@ def test_a_condition_holds_for_the_live_rows_only(made):
 def test_a_bug_in_the_process_of_the_condition_is_no_mistake_of_the_user(made, monkeypatch):
     monkeypatch.setattr(selection, "_holds", None)
     with pytest.raises(RuntimeError, match="TypeError"):
+        matching(open_snapshot(made), "label = 1")
+
+
+def test_duckdb_that_is_not_installed_is_no_lack_of_memory(made, monkeypatch):
+    monkeypatch.setitem(sys.modules, "duckdb", None)
+    with pytest.raises(ModuleNotFoundError, match="duckdb"):
         matching(open_snapshot(made), "label = 1")
 
 

@@ -171,7 +171,8 @@ LOADED = {  # name: (command, the large packages that it may load)
 
 LOADED["train --compare"] = ([TRAIN, "--compare", "run-a", "run-b"], {"numpy", "scipy", "tabulate"})
 
-TINY = (*PROMPT, "--model", "llama", "--max-new-tokens", "2", "--precision", "fp32")
+CPU = ("--device", "cpu", "--precision", "fp32")  # there the step in C computes, also where there is a GPU
+TINY = (*PROMPT, "--model", "llama", "--max-new-tokens", "2", *CPU)
 # transformers' code of a model imports scikit-learn, SciPy and pandas, and torch._dynamo tabulate
 MODEL = {"torch", "numpy", "transformers", "tokenizers", "huggingface_hub", "tabulate", *SKLEARN}
 LOADED |= {
@@ -202,8 +203,8 @@ STEP = {  # the modes whose model the step in C computes: without transformers, 
     "--output": ([*TINY, "--output", "new.jsonl"], IN_C),
     "--lookup": ([*TINY, "--lookup", "3"], IN_C),
     "--explain": ([*TINY, "--explain"], {*IN_C, "tabulate"}),
-    "--interactive": (["--model", "llama", "--precision", "fp32", "--interactive"], IN_C),
-    "--perplexity": (["--perplexity", "texts.txt", "--model", "llama", "--precision", "fp32"], IN_C),
+    "--interactive": (["--model", "llama", *CPU, "--interactive"], IN_C),
+    "--perplexity": (["--perplexity", "texts.txt", "--model", "llama", *CPU], IN_C),
 }
 
 
@@ -220,7 +221,7 @@ def test_a_model_that_the_step_in_c_computes_needs_no_transformers(flags, allowe
 def test_the_bundled_language_model_needs_no_transformers(home):
     """Once its file has been fetched and read, in an earlier run: here, by the first of two."""
     known = {"PATH": os.environ["PATH"], "HF_HOME": str(cache_home(None))}
-    flags = [*PROMPT, "--max-new-tokens", "2", "--precision", "fp32"]
+    flags = [*PROMPT, "--max-new-tokens", "2", *CPU]
     language_model.load(bundled.SMOLLM2, Runtime(torch.device("cpu"), "fp32"), cache_dir=None)
     code, packages, stderr = packages_of([GENERATE, *flags], home, **known)
     assert code == 0 and "step in C" in stderr, stderr
