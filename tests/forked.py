@@ -25,6 +25,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+os.environ["TQDM_LEAVE"] = ""  # before transformers imports tqdm, which reads it then: see common/sources.py
+
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
