@@ -839,8 +839,8 @@ def add_evaluate_flags(command: cli.Parser) -> None:
 
 
 def check_evaluate(args: argparse.Namespace) -> None:
-    of_search = (args.queries, args.qrels, args.texts, args.index, args.rerank)
-    if args.sts and any((*of_search, args.at, args.per_query)):
+    of_search = (args.queries, args.qrels, args.texts, args.index, args.rerank, args.at, args.per_query)
+    if args.sts and any(of_search):
         others = "--queries, --qrels, --texts, --index, --rerank, --at and --per-query"
         raise UserError(f"--sts {args.sts}: it is a task of its own; leave {others} out")
     check_task(args)

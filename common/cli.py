@@ -119,9 +119,9 @@ class Parser(argparse.ArgumentParser):
 
     def given(self, argv: Sequence[str]) -> dict[str, Any]:
         """Return the values of the flags in `argv`, without those that have only a default."""
-        absent, adds = object(), argparse._AppendAction
+        absent = object()
         # a flag that may be repeated adds to a list
-        once = [action for action in self._actions if not isinstance(action, adds)]
+        once = [action for action in self._actions if not isinstance(action, argparse._AppendAction)]
         values = argparse.Namespace(**{action.dest: absent for action in once})
         found = super().parse_args(argv, values)
         return {name: value for name, value in vars(found).items() if value not in (absent, None)}

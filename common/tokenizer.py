@@ -359,9 +359,7 @@ def _added_tokens(
         listed = {token["id"]: token for token in description["added_tokens"]}
     added = {}
     for number in sorted(listed, key=int):
-        fields = {**listed[number]}
-        for other in ("id", "__type"):
-            fields.pop(other, None)
+        fields = {name: value for name, value in listed[number].items() if name not in ("id", "__type")}
         token = AddedToken(**fields)
         token.special = token.special or token.content in special.values()
         added[int(number)] = token

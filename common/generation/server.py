@@ -31,6 +31,7 @@ import jinja2.meta
 import jinja2.sandbox  # noqa: F401
 from aiohttp import web
 
+from common import local_server
 from common.cli import fault_of_system
 from common.errors import UserError, shorten
 from common.generation import language_model
@@ -51,14 +52,6 @@ from common.generation.protocol import (
     texts_of,
 )
 from common.generation.sampling import Settings
-from common.local_server import (
-    SECONDS_TO_FINISH,
-    WRONG_HOST,
-    address_of,
-    answering,
-    coming_signal,
-    is_own_name,
-)
 
 KEY_VARIABLE = "GENERATE_API_KEY"
 BODY_BYTES = 4 << 20  # of a request; a context of 100,000 tokens has about a tenth of it
@@ -242,8 +235,8 @@ class Server:
         """Raise ApiError for a request that did not come to this machine's own name, as one of a
         page whose name was bound to this address, and for one without the key.
         """
-        if not is_own_name(request.headers.get("Host", "")):
-            raise ApiError(403, WRONG_HOST, code="wrong_host")
+        if not local_server.is_own_name(request.headers.get("Host", "")):
+            raise ApiError(403, local_server.WRONG_HOST, code="wrong_host")
         if self.limits.api_key is not None:
             wanted = f"Bearer {self.limits.api_key}"
             given = request.headers.get("Authorization", "")
@@ -416,9 +409,9 @@ def serve(run: Run, limits: Limits, listener: socket.socket) -> int:
 
 
 async def _serve(engine: Engine, listener: socket.socket) -> int:
-    came = coming_signal()
+    came = local_server.coming_signal()
     async with running(engine, listener) as name:
-        print(f"serving {name} at {address_of(listener)}/v1 (Ctrl-C ends)", flush=True)
+        print(f"serving {name} at {local_server.address_of(listener)}/v1 (Ctrl-C ends)", flush=True)
         return await came
 
 
@@ -431,8 +424,8 @@ async def running(engine: Engine, listener: socket.socket) -> AsyncIterator[str]
 
     async def finish() -> None:
         engine.close()
-        await asyncio.to_thread(engine.thread.join, SECONDS_TO_FINISH)
+        await asyncio.to_thread(engine.thread.join, local_server.SECONDS_TO_FINISH)
         engine.drop()
 
-    async with answering(Server(engine, name).app(), listener, finish):
+    async with local_server.answering(Server(engine, name).app(), listener, finish):
         yield name

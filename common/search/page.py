@@ -28,16 +28,8 @@ from typing import Any, NoReturn
 import numpy as np
 from aiohttp import web
 
-from common import cli, sources
+from common import cli, local_server, sources
 from common.errors import Interrupted, UserError, shorten
-from common.local_server import (
-    SECONDS_TO_FINISH,
-    WRONG_HOST,
-    address_of,
-    answering,
-    coming_signal,
-    is_own_name,
-)
 from common.reading import evenly_spaced
 from common.search import mining
 from common.search.display import Screen, hit_documents
@@ -296,7 +288,7 @@ class Worker:
                 if job[0].set_running_or_notify_cancel():
                     job[0].set_exception(Refused(503, "the server is stopping"))
         self.calls.put(None)
-        self.thread.join(SECONDS_TO_FINISH)
+        self.thread.join(local_server.SECONDS_TO_FINISH)
 
     def _work(self) -> None:
         while job := self.calls.get():
@@ -386,8 +378,8 @@ def check_sender(request: web.Request) -> None:
     """Raise Refused for a request that did not come to this machine's own name, as one of a page
     whose name was bound to this address, and for a question that a page of another site asks.
     """
-    if not is_own_name(request.headers.get("Host", "")):
-        raise Refused(403, WRONG_HOST)
+    if not local_server.is_own_name(request.headers.get("Host", "")):
+        raise Refused(403, local_server.WRONG_HOST)
     asker = request.headers.get("Sec-Fetch-Site", "none")  # a browser's word
     if request.path in PARAMETERS and asker not in ("none", "same-origin"):
         raise Refused(403, "this server answers its own page only, and programs on this machine")
@@ -406,10 +398,10 @@ def serve(index: ServedIndex, listener: socket.socket, screen: Screen) -> NoRetu
 
 
 async def _serve(index: ServedIndex, listener: socket.socket, screen: Screen) -> int:
-    came, folder = coming_signal(), str(index.snapshot.folder)
+    came, folder = local_server.coming_signal(), str(index.snapshot.folder)
     async with running(index, listener):
-        screen.say(f"serving {folder} at {address_of(listener)} (Ctrl-C ends)")
-        screen.document({"index": folder, "address": address_of(listener)})
+        screen.say(f"serving {folder} at {local_server.address_of(listener)} (Ctrl-C ends)")
+        screen.document({"index": folder, "address": local_server.address_of(listener)})
         sys.stdout.flush()
         return await came
 
@@ -425,5 +417,5 @@ async def running(index: ServedIndex, listener: socket.socket) -> AsyncIterator[
         await asyncio.gather(*(asyncio.to_thread(one.close) for one in (worker, drawer)))
 
     app = Server(index, worker, drawer).app()
-    async with answering(app, listener, finish, max_line_size=LINE_BYTES):
+    async with local_server.answering(app, listener, finish, max_line_size=LINE_BYTES):
         yield

@@ -180,8 +180,7 @@ def read(
     an id that is missing or not unique; with `skip_bad` these rows are skipped.
     """
     names, bad = [names] if isinstance(names, str) else list(names), BadRows(skip_bad)
-    read_as = (text_column, id_column, options, cache_dir, tuple(as_text))
-    wanted = [Wanted(name, *read_as) for name in names]
+    wanted = [Wanted(name, text_column, id_column, options, cache_dir, tuple(as_text)) for name in names]
     parts, tables = _read_parts(wanted, bad)
     more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
     shown = f"{reading.source_name(names[0])}{more}"

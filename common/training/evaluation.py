@@ -132,8 +132,7 @@ def is_better(scores: dict, best: dict | None, metric: str) -> bool:
         return False
     if best is None or metric not in best:
         return True
-    difference = scores[metric] - best[metric]
-    return difference < 0 if metric in LOWER_IS_BETTER else difference > 0
+    return scores[metric] < best[metric] if metric in LOWER_IS_BETTER else scores[metric] > best[metric]
 
 
 def predict_texts(

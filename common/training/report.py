@@ -180,8 +180,7 @@ def certainty_line(predictions: Predictions) -> str:
 
 
 # a column of a table of classes: its header, its key in the scores, how its numbers are written
-CLASS_COLUMNS = {"precision": ("precision", ".4f"), "recall": ("recall", ".4f")}
-CLASS_COLUMNS["F1"] = ("f1", ".4f")
+CLASS_COLUMNS = {"precision": ("precision", ".4f"), "recall": ("recall", ".4f"), "F1": ("f1", ".4f")}
 ANSWER_COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
     SINGLE: {**CLASS_COLUMNS, "texts": ("support", "d")},
     MULTI: {

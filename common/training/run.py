@@ -80,13 +80,42 @@ OWN_NAME = re.compile(rf"{CHECKPOINT_PREFIX}(\d{{8,}})(\.old)?")
 QUICKLY_READ_BYTES = 2**20
 # flags that may differ when a run is resumed: the names of data and model, because their contents
 # are compared, and flags that change no number
-FREE_FLAGS = (
-    "model revision tokenizer dataset dataset_config dataset_revision validation_file test_file"
-    " train_split validation_split test_split max_train_samples max_eval_samples"
-    " columns delimiter quoting encoding text_column text_mode join_with label_column label_separator"
-    " cache_dir output_dir device precision num_workers auto_batch_size nondeterministic calibrate"
-    " save_every keep keep_after max_minutes"
-)
+FREE_FLAGS = {
+    "model",
+    "revision",
+    "tokenizer",
+    "dataset",
+    "dataset_config",
+    "dataset_revision",
+    "validation_file",
+    "test_file",
+    "train_split",
+    "validation_split",
+    "test_split",
+    "max_train_samples",
+    "max_eval_samples",
+    "columns",
+    "delimiter",
+    "quoting",
+    "encoding",
+    "text_column",
+    "text_mode",
+    "join_with",
+    "label_column",
+    "label_separator",
+    "cache_dir",
+    "output_dir",
+    "device",
+    "precision",
+    "num_workers",
+    "auto_batch_size",
+    "nondeterministic",
+    "calibrate",
+    "save_every",
+    "keep",
+    "keep_after",
+    "max_minutes",
+}
 # what config.json says in other words than a flag does, and the limit of one process of a run
 NO_FLAGS = ("output_dir", "device", "precision", "max_minutes")
 
@@ -337,8 +366,7 @@ def state_problem(path: Path) -> str | None:
         return f"{Path(error.filename).name} is missing"
     except (OSError, ValueError, RecursionError) as error:
         return f"{STATE}: {one_line(error)}"
-    kinds: dict[str, type] = dict.fromkeys(("identity", "position", "scheduler", "scaler"), dict)
-    kinds["param_groups"] = list
+    kinds = {"identity": dict, "position": dict, "param_groups": list, "scheduler": dict, "scaler": dict}
     for name, kind in kinds.items():
         if not isinstance(state, dict) or not isinstance(state.get(name), kind):
             return f"{STATE}: {name} is missing or no {kind.__name__}"
@@ -469,8 +497,7 @@ def read_study(folder: Path) -> dict[str, Any]:
 
 def identity_of_flags(flags: Mapping[str, object]) -> dict[str, object]:
     """Return the flags that change the outcome of a run, by their names on the command line."""
-    free = FREE_FLAGS.split()
-    kept = {name: value for name, value in sorted(flags.items()) if name not in free}
+    kept = {name: value for name, value in sorted(flags.items()) if name not in FREE_FLAGS}
     return {f"--{name.replace('_', '-')}": value for name, value in kept.items()}
 
 
