@@ -30,7 +30,7 @@ class Words(BertTokenizerFast):
 MODEL_CLASSES = ("AutoModel", "AutoModelForSequenceClassification", "AutoModelForCausalLM")
 # name: (script, flags; MODEL and TEXTS stand for paths, what it reads of a model first)
 COMMANDS = {
-    "train": (train_classifier, ["--dataset", "TEXTS", "--model", "MODEL"]),
+    "train": (train_classifier, ["--dataset", "TEXTS", "--model", "MODEL", "--output-dir", "RUN"]),
     "inspect": (train_classifier, ["--dataset", "TEXTS", "--model", "MODEL", "--inspect"]),
     "predict": (train_classifier, ["--predict", "-", "--model", "MODEL"]),
     "evaluate only": (train_classifier, ["--dataset", "TEXTS", "--evaluate-only", "--model", "MODEL"]),
@@ -80,7 +80,7 @@ def test_code_of_a_model_never_runs(
     else:
         shutil.copytree(tiny_embedder if script is embed_search else tiny_model, model)
     marker = add_code(model, part)
-    paths = {"MODEL": model, "TEXTS": sentences_csv, "INDEX": tmp_path / "index"}
+    paths = {"MODEL": model, "TEXTS": sentences_csv, "INDEX": tmp_path / "index", "RUN": tmp_path / "run"}
     code = run(
         script,
         [*(str(paths.get(flag, flag)) for flag in flags), "--cache-dir", str(cache_dir), "--device", "cpu"],
