@@ -200,23 +200,26 @@ typedef struct {  // a group of 32 activations of a row
 // Write 32 activations as whole numbers with three digits each, times a scale. NaN and infinity become
 // a scale of NaN, so that every product with them is NaN.
 static void to_digits(const float *x, Group *group) {
-    int32_t bits[GROUP], numbers[GROUP], largest = 0;
+    int32_t bits[GROUP], numbers[GROUP], largest = 0, sum = 0;
     memcpy(bits, x, sizeof bits);
+    // in short loops, which the compiler turns into vectors
     for (int i = 0; i < GROUP; i++) {
         int32_t size = bits[i] & 0x7fffffff;  // sizes of floats are in the order of their bits
         largest = size > largest ? size : largest;
     }
+    if (largest >= 0x7f800000) {
+        memset(group, 0, sizeof *group);
+        group->scale = group->sum = NAN;
+        return;
+    }
     float size;
     memcpy(&size, &largest, sizeof size);
-    int finite = largest < 0x7f800000;
-    float factor = finite && size > 1e-30f ? LARGEST / size : 0.0f;  // what is smaller counts as 0
-    group->scale = finite ? size / LARGEST : NAN;
-    // in short loops, which the compiler turns into vectors
+    float factor = size > 1e-30f ? LARGEST / size : 0.0f;  // what is smaller counts as 0
+    group->scale = size / LARGEST;
     for (int i = 0; i < GROUP; i++) {
-        float scaled = finite ? x[i] * factor : 0.0f;
-        numbers[i] = (int32_t)(scaled + (scaled < 0 ? -0.5f : 0.5f));
+        float scaled = x[i] * factor;
+        numbers[i] = (int32_t)(scaled + copysignf(0.5f, scaled));
     }
-    int32_t sum = 0;
     for (int i = 0; i < GROUP; i++) sum += numbers[i];
     group->sum = group->scale * (float)sum;
 #if defined(PAIRS)
@@ -233,12 +236,10 @@ static void to_digits(const float *x, Group *group) {
     group->hi_sum = hi_sum;
     group->lo_sum = sum - (hi_sum << 16);
 #endif
+    // with 128 added to each, the digits are the bytes of the number
+    for (int i = 0; i < GROUP; i++) numbers[i] = (numbers[i] + 0x808080) ^ 0x808080;
     for (int d = 0; d < 3; d++)
-        for (int i = 0; i < GROUP; i++) {
-            int8_t digit = (int8_t)numbers[i];
-            group->digits[d][i] = digit;
-            numbers[i] = (numbers[i] - digit) >> 8;
-        }
+        for (int i = 0; i < GROUP; i++) group->digits[d][i] = (int8_t)(numbers[i] >> 8 * d);
 #if !defined(PAIRS)
     for (int d = 0; d < 3; d++) {
         group->digit_sums[d] = 0;
@@ -632,6 +633,15 @@ static void multiply(const Matrix *matrix, int tile, const Rows *rows, float (*r
         for (int row = 0; row < rows->count; row++)
             for (int i = 0; i < TILE && tile * TILE + i < matrix->rows; i++)
                 result[row][i] += matrix->bias[tile * TILE + i];
+}
+
+// Write the products of a tile with each row to `result` (rows, rows of the matrix), or add them to it.
+INLINE void put(const Matrix *matrix, int tile, int rows, float (*products)[TILE], int adds, float *result) {
+    int first = tile * TILE, count = matrix->rows - first < TILE ? matrix->rows - first : TILE;
+    for (int row = 0; row < rows; row++) {
+        float *to = result + (int64_t)row * matrix->rows + first;
+        for (int i = 0; i < count; i++) to[i] = adds ? to[i] + products[row][i] : products[row][i];
+    }
 }
 
 // The 32 numbers of one row of a tile's group in fp32.
@@ -1031,12 +1041,9 @@ static void run_step(Pool *pool, int thread) {
         int all_tiles = tiles[0] + tiles[1] + tiles[2];
         SHARE(i, all_tiles, chunk_of(pool, all_tiles)) {
             int which = i < tiles[0] ? 0 : i < tiles[0] + tiles[1] ? 1 : 2;
-            int own = i - (which > 0 ? tiles[0] : 0) - (which > 1 ? tiles[1] : 0),
-                columns = matrices[which]->rows;
+            int own = i - (which > 0 ? tiles[0] : 0) - (which > 1 ? tiles[1] : 0);
             multiply(matrices[which], own, &normed, tile);
-            for (int row = 0; row < rows; row++)
-                for (int j = 0; j < TILE && own * TILE + j < columns; j++)
-                    results[which][(int64_t)row * columns + own * TILE + j] = tile[row][j];
+            put(matrices[which], own, rows, tile, 0, results[which]);
         }
         wait_for_all(pool);
 
@@ -1091,9 +1098,7 @@ static void run_step(Pool *pool, int thread) {
         Rows attended = {rows, heads_width, s.attended, s.groups, step->wide};
         SHARE(i, num_tiles(&layer->output), chunk_of(pool, num_tiles(&layer->output))) {
             multiply(&layer->output, i, &attended, tile);
-            for (int row = 0; row < rows; row++)
-                for (int j = 0; j < TILE && i * TILE + j < width; j++)
-                    s.x[(int64_t)row * width + i * TILE + j] += tile[row][j];
+            put(&layer->output, i, rows, tile, 1, s.x);
         }
         wait_for_all(pool);
 
@@ -1102,23 +1107,19 @@ static void run_step(Pool *pool, int thread) {
         SHARE(i, num_tiles(&layer->gate), chunk_of(pool, num_tiles(&layer->gate))) {
             multiply(&layer->gate, i, &normed, tile);
             multiply(&layer->up, i, &normed, tile2);
-            for (int row = 0; row < rows; row++) {
+            for (int row = 0; row < rows; row++)
                 for (int j = 0; j < TILE; j += LANES) {  // SiLU(gate) * up
                     Floats gate = load(tile[row] + j);
                     store(tile[row] + j, gate / (1.0f + exponential(-gate)) * load(tile2[row] + j));
                 }
-                for (int j = 0; j < TILE && i * TILE + j < inner; j++)
-                    s.inner[(int64_t)row * inner + i * TILE + j] = tile[row][j];
-            }
+            put(&layer->gate, i, rows, tile, 0, s.inner);
         }
         wait_for_all(pool);
         if (is_grouped(&layer->down) && !widens) { TO_DIGITS(s.inner, inner); }
         Rows inner_rows = {rows, inner, s.inner, s.groups, step->wide};
         SHARE(i, num_tiles(&layer->down), chunk_of(pool, num_tiles(&layer->down))) {
             multiply(&layer->down, i, &inner_rows, tile);
-            for (int row = 0; row < rows; row++)
-                for (int j = 0; j < TILE && i * TILE + j < width; j++)
-                    s.x[(int64_t)row * width + i * TILE + j] += tile[row][j];
+            put(&layer->down, i, rows, tile, 1, s.x);
         }
         wait_for_all(pool);
     }
@@ -1128,9 +1129,7 @@ static void run_step(Pool *pool, int thread) {
                  s.groups + (int64_t)skipped * (width / GROUP), step->wide};
     if (last.count > 0) SHARE(i, num_tiles(&model->head), chunk_of(pool, num_tiles(&model->head))) {
             multiply(&model->head, i, &last, tile);
-            for (int row = 0; row < last.count; row++)
-                for (int j = 0; j < TILE && i * TILE + j < model->vocabulary; j++)
-                    step->logits[(int64_t)row * model->vocabulary + i * TILE + j] = tile[row][j];
+            put(&model->head, i, last.count, tile, 0, step->logits);
         }
     wait_for_all(pool);
 }
@@ -1242,9 +1241,7 @@ static void run_product(Pool *pool, int thread) {
     Rows rows = {p->count, matrix->columns, p->x, p->groups, p->wide};
     SHARE(i, num_tiles(matrix), chunk_of(pool, num_tiles(matrix))) {
         multiply(matrix, i, &rows, tile);
-        for (int row = 0; row < p->count; row++)
-            for (int j = 0; j < TILE && i * TILE + j < matrix->rows; j++)
-                p->result[(int64_t)row * matrix->rows + i * TILE + j] = tile[row][j];
+        put(matrix, i, p->count, tile, 0, p->result);
     }
     wait_for_all(pool);
 }

@@ -40,7 +40,7 @@ FLAGS = ["-O3", "-std=gnu11", "-ffp-contract=fast", "-shared", "-fPIC", "-pthrea
 COMPILE_SECONDS = 120  # it takes 2 to 4
 MAX_ROWS = 128  # of decoder.c
 WIDE_COLUMNS = 17  # a prompt of so many tokens is read with weights widened to fp32,
-MANY_ROWS = 12  # and so is a step of so many rows, where the weights are groups
+MANY_ROWS = 10  # and so is a step of so many rows, where the weights are groups
 LARGEST_DIFFERENCE = 1e-3  # between two logits of the self-check; usual is 1e-5
 CHECKED_TOKENS = 64  # whose logits are compared when a model is loaded
 ROOM = 256  # a cache grows by so many columns

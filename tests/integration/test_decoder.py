@@ -328,11 +328,11 @@ def test_a_prompt_over_weights_of_each_kind(kind, kernel):
 
 @pytest.mark.parametrize("kind", ["groups4", "groups8", "bf16"])
 def test_many_texts_step_with_weights_of_each_kind(kind, kernel):
-    """From 12 texts on, those of groups are widened."""
+    """From 10 texts on, those of groups are widened."""
     model = random_model("qwen3, norms of queries and keys, a window in one layer")
     step = FastStep(own_transformer(model, in_kind(model, kind)), kernel)
     assert step.is_grouped == kind.startswith("groups")
-    for texts in (11, 12, 17):
+    for texts in (9, 10, 17):
         compare_steps(step, texts, list(range(texts)), [19, 20, 21])
 
 
