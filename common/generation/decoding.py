@@ -227,10 +227,14 @@ class PromptLookup:
     one, so the text is that of greedy decoding. In 16-bit precision, a pass over several tokens
     rounds differently from a pass over one, and two nearly equal logits can swap places: `--check`
     shows it.
+
+    Where arithmetic is the limit, a wrong guess costs half a pass. So the first guess is one token;
+    after guesses that were all right, twice as many are made, else as many as were right, or one.
     """
 
     def __init__(self, ahead: int) -> None:
         self.ahead = ahead  # the most tokens to guess at once
+        self.num_next = 1  # how many are guessed next
         self.num_guessed = 0
         self.num_accepted = 0
 
@@ -266,9 +270,11 @@ class PromptLookup:
             if batch.ended[0] or remaining == 0:
                 return
             wrong = len(guess) - accepted
+            if guess:
+                self.num_next = max(accepted, 1) if wrong else min(2 * accepted, self.ahead)
             batch.cache.crop(-wrong)
             batch.length -= wrong
-            guess = history.guess(min(self.ahead, remaining - 1))
+            guess = history.guess(min(self.num_next, remaining - 1))
             logits = check_guess(language_model, batch, [token, *guess])
 
 

@@ -403,6 +403,42 @@ def test_looked_up_tokens_are_greedys(kind, flags, ahead):
     assert num_accepted < num_guessed and (num_accepted > 0 or flags)
 
 
+def test_as_many_tokens_are_guessed_as_were_right_or_twice_as_many(monkeypatch):
+    """Oracle: the rule, over the tokens that greedy decoding chooses; with guesses of which all,
+    some and none are right.
+    """
+    language_model = dataclasses.replace(tiny_language_model("llama", scale=1.0), end_ids=())
+    settings = dataclasses.replace(settings_of({}, language_model), max_new_tokens=80)
+    counted, check, ahead, seen = [], decoding.check_guess, 6, set()
+
+    def count(model, batch, tokens):
+        counted.append(len(tokens) - 1)
+        return check(model, batch, tokens)
+
+    monkeypatch.setattr(decoding, "check_guess", count)
+    for prompt in (*PROMPTS, [30, 31, 32, 33, 34, 35, 30, 31, 32, 33, 34, 99, 30, 31]):
+        [greedy] = ours(language_model, [prompt], settings, exact(0))
+        history, num_next, expected, done = TokenHistory([*prompt, greedy[0]]), 1, [], 1
+        while done < len(greedy):
+            guess = history.guess(min(num_next, len(greedy) - done - 1))
+            right = 0
+            while right < len(guess) and guess[right] == greedy[done + right]:
+                right += 1
+            if guess:
+                seen.add("all" if right == len(guess) else "some" if right else "none")
+                num_next = min(2 * right, ahead) if right == len(guess) else max(right, 1)
+            expected.append(len(guess))
+            for token in greedy[done : done + right + 1]:
+                history.add(token)
+            done += right + 1
+        seen |= {"the most"} if ahead in expected else set()
+        counted.clear()
+        batch = decoding.left_pad([prompt], language_model, room=80)
+        list(PromptLookup(ahead).decode(language_model, batch, settings))
+        assert counted == expected
+    assert seen == {"all", "some", "none", "the most"}
+
+
 def test_guesses_are_what_followed_the_longest_run_that_occurred_before():
     """Oracle: a search by eye over the whole history."""
     generator = torch.Generator().manual_seed(0)
