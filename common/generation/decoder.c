@@ -208,7 +208,6 @@ static void to_digits(const float *x, Group *group) {
         largest = size > largest ? size : largest;
     }
     if (largest >= 0x7f800000) {
-        memset(group, 0, sizeof *group);
         group->scale = group->sum = NAN;
         return;
     }
