@@ -3,8 +3,9 @@
 
 Each command runs in a process of its own, round after round: seconds until it ends and until its
 first output, processor seconds, peak memory, and how many modules it has loaded. The index that is
-searched has random vectors, and the identity of the bundled model. The last line on stdout is one
-JSON object; the seconds in its `ratios` are medians, of help the slowest.
+searched has random vectors, and the identity of the bundled model. PyTorch's import alone is
+measured in the same rounds: nothing that computes starts before it has ended. The last line on
+stdout is one JSON object; the seconds in its `ratios` are medians, of help the slowest.
 
   python tests/benchmarks/start.py                  # about two minutes on two cores
   python tests/benchmarks/start.py --rounds 1 --only search
@@ -29,9 +30,11 @@ ROOT = Path(__file__).resolve().parents[2]
 SENTENCES = str(ROOT / "docs" / "examples" / "sentences.txt")
 WIDTH = 384
 
+IMPORT = "import of PyTorch"
 # name: the script and its flags; INDEX, CLASSIFIER and HOME are put in. Those whose name ends with
 # "help" give `help_seconds`.
 COMMANDS = {
+    IMPORT: ["HOME/import.py"],
     "search help": ["embed_search.py", "search", "--help"],
     "embed_search help": ["embed_search.py", "--help"],
     "no such index": ["embed_search.py", "search", "--index", "HOME/nowhere", "a query"],
@@ -140,9 +143,10 @@ def make_classifier(folder: Path):
 def run(name: str, home: Path, *launcher: str) -> str:
     """Run a command; return what the launcher prints."""
     places = {"INDEX": str(home / "index"), "CLASSIFIER": str(home / "classifier"), "HOME": str(home)}
-    script, *flags = COMMANDS[name]
+    command = COMMANDS[name]
     for place, path in places.items():
-        flags = [flag.replace(place, path) for flag in flags]
+        command = [part.replace(place, path) for part in command]
+    script, *flags = command
     command = [*launcher, str(ROOT / script), *flags]
     # Python keeps what it has compiled, as it does by default: the first run compiles for the others
     known = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
@@ -183,7 +187,7 @@ def measure(flags, home: Path) -> dict[str, list[dict]]:
     """Run the rounds, interleaved; the first run of each command, which counts its modules, warms
     the disk's cache.
     """
-    names = [name for name in COMMANDS if flags.only in name]
+    names = [name for name in COMMANDS if flags.only in name or name == IMPORT]
     modules = {name: count_modules(name, home) for name in names}
     rounds: dict[str, list[dict]] = {name: [] for name in names}
     for _ in range(flags.rounds):
@@ -206,12 +210,22 @@ def main(flags):
         chosen = [command for name, command in COMMANDS.items() if flags.only in name]
         if any({"INDEX", "CLASSIFIER"} & set(command) for command in chosen):
             environment.run_child(__file__, "--prepare", folder)
+        (Path(folder) / "import.py").write_text("import torch\nprint(torch.__version__)\n")
         rounds = measure(flags, Path(folder))
     medians = {name: environment.median_of(measured) for name, measured in rounds.items()}
-    keys = ("seconds", "first_output_seconds", "cpu_seconds", "peak_memory_mb", "modules")
-    lines = [[name, *(figures[key] for key in keys)] for name, figures in medians.items()]
-    headers = ["command", "seconds", "to the first output", "CPU seconds", "peak MB", "modules"]
-    print("\n" + tabulate(lines, headers, floatfmt=("", ".2f", ".2f", ".2f", ".0f", ".0f")))
+    for figures in medians.values():
+        figures["times_import"] = figures["seconds"] / medians[IMPORT]["first_output_seconds"]
+    columns = {
+        "seconds": "seconds",
+        "times_import": "times the import",
+        "first_output_seconds": "to the first output",
+        "cpu_seconds": "CPU seconds",
+        "peak_memory_mb": "peak MB",
+        "modules": "modules",
+    }
+    lines = [[name, *(figures[key] for key in columns)] for name, figures in medians.items()]
+    headers = ["command", *columns.values()]
+    print("\n" + tabulate(lines, headers, floatfmt=("", ".2f", ".2f", ".2f", ".2f", ".0f", ".0f")))
     print(f"\nmedians over {flags.rounds} rounds; an index of {flags.rows:,} rows, {WIDTH} dimensions")
     lowest = {name: min(entry["cpu_seconds"] for entry in measured) for name, measured in rounds.items()}
     found = ratios(medians)
