@@ -14,7 +14,7 @@ from conftest import ROOT
 from documents import DOTS, PAGES, SCRIPTS, blocks, commands, script_calls, shortened, without_figures
 
 MAX_README_LINES = 250
-MAX_COLUMNS = 110  # of README.md, but for tables
+MAX_COLUMNS = 110
 PARSERS = {"train_classifier.py": train_classifier, "generate.py": generate, "embed_search.py": embed_search}
 OTHER_PROGRAMS = {"clang-format", "curl", "head", "pip", "ruff", "tensorboard"}
 # flags of other programs that the pages mention outside of commands
@@ -137,6 +137,13 @@ def test_readme_is_short():
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     assert len(lines) <= MAX_README_LINES
     assert [line for line in lines if len(line) > MAX_COLUMNS and not line.startswith("|")] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_lines_of_prose_are_short(page):
+    """But for tables, and what has no space to be broken at."""
+    lines = prose(page).splitlines()
+    assert [line for line in lines if len(line) > MAX_COLUMNS and line[0] != "|" and " " in line.strip()] == []
 
 
 def test_readme_has_the_commands_that_ci_runs():
