@@ -32,8 +32,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from common import bundled, cli, sources
 from common.errors import Interrupted, UserError, outcome
-from common.generation import flags, output
-from common.generation.flags import (
+from common.generation import generation_flags, output
+from common.generation.generation_flags import (
     DEFAULT_WINDOW,
     DRAWING,
     EARLY_STOPPING,
@@ -55,8 +55,8 @@ GOMP_SPINS = "10000"
 
 
 def make_parser() -> cli.Parser:
-    """Return the parser of all flags, which common/generation/flags.py lists."""
-    return flags.make_parser(__doc__)
+    """Return the parser of all flags, which common/generation/generation_flags.py lists."""
+    return generation_flags.make_parser(__doc__)
 
 
 if __name__ == "__main__":
