@@ -21,7 +21,6 @@ import argparse
 import dataclasses
 import functools
 import math
-import os
 import shutil
 import signal
 import sys
@@ -48,12 +47,6 @@ if TYPE_CHECKING:
     from common.generation.conversation import Chat
 
 
-# After each of PyTorch's loops its threads (GNU OpenMP's) wait for the next one without giving up
-# their cores, by default for milliseconds. The threads of the step in C need these cores: so they
-# wait for some 100 microseconds, which made the step 1.6 times as fast (docs/benchmarks.md)
-GOMP_SPINS = "10000"
-
-
 def make_parser() -> cli.Parser:
     """Return the parser of all flags, which common/generation/generation_flags.py lists."""
     return generation_flags.make_parser(__doc__)
@@ -62,7 +55,6 @@ def make_parser() -> cli.Parser:
 if __name__ == "__main__":
     # before the libraries are imported, which takes seconds: help and mistakes are answered at once
     ARGS = cli.parse(make_parser())
-    os.environ.setdefault("GOMP_SPINCOUNT", GOMP_SPINS)
     bundled.verify_ahead(ARGS.model, ARGS.cache_dir)  # by another thread, while this one imports PyTorch
 
 import torch

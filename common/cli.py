@@ -30,6 +30,11 @@ from common.errors import Interrupted, UserError, printable, shorten
 # All processes of a job find the same mistake. Rank 0 reports it at once; when it has ended,
 # torchrun ends the others before they report it too.
 SECONDS_FOR_RANK_0 = 5.0
+# After each of PyTorch's loops its threads (GNU OpenMP's) wait for the next one without giving up
+# their cores, by default for milliseconds. Other threads need these cores, those of the decoding step
+# in C and of an exact search above all: so they wait for some 100 microseconds
+# (docs/benchmarks.md).
+GOMP_SPINS = "10000"
 LOADING, ERASE_LINE = "loading PyTorch", "\r\x1b[K"
 LOST_PEER = (  # what gloo and NCCL say when another process has ended
     "Connection closed by peer",
@@ -355,6 +360,7 @@ def parse(
         _check_limits()
     # that of a notebook may need packages that a script has no use for
     os.environ["MPLBACKEND"] = "Agg"
+    os.environ.setdefault("GOMP_SPINCOUNT", GOMP_SPINS)
     if not debug:
         sys.excepthook = functools.partial(_explain_import, parser.prog)
     read = "" if then is None else then(args)

@@ -23,6 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from common import cli
 from common.runtime import choose_precision
 from common.training.tracking import versions
 
@@ -123,6 +124,13 @@ def run_child(script: str, *arguments: str, **variables: str) -> dict:
         )
         sys.exit(max(done.returncode, 1))
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def variables(contender: str) -> dict[str, str]:
+    """Return what our scripts set for PyTorch's threads before they import it, for our contenders
+    only.
+    """
+    return {"GOMP_SPINCOUNT": cli.GOMP_SPINS} if contender.startswith("ours") else {}
 
 
 def median_of(rounds: list[dict]) -> dict:

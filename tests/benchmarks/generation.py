@@ -434,11 +434,11 @@ def child(flags) -> dict:
 
 
 def run_contender(name: str) -> dict:
-    """Return what a contender measures, with threads that wait as generate.py has them, in its own
+    """Return what a contender measures, with threads that wait as our scripts have them, in its own
     contenders only.
     """
     is_ours = name in WAYS and WAYS[name].loop != "generate"
-    setting = {"GOMP_SPINCOUNT": generate.GOMP_SPINS} if is_ours else {}
+    setting = {"GOMP_SPINCOUNT": cli.GOMP_SPINS} if is_ours else {}
     return environment.run_child(__file__, "--child", name, **setting)
 
 

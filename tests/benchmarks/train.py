@@ -426,7 +426,11 @@ def compare_speeds(flags) -> dict:
     for number in range(flags.rounds):
         # interleaved: a slow hour of the machine is slow for all
         for name, measured in rounds.items():
-            measured.append(environment.run_child(__file__, "--child", name, "--round", str(number)))
+            measured.append(
+                environment.run_child(
+                    __file__, "--child", name, "--round", str(number), **environment.variables(name)
+                )
+            )
             if name != "limits":
                 print(
                     f"round {number + 1}/{flags.rounds}  {name:<28} {measured[-1]['examples_per_second']:.2f}"
@@ -530,7 +534,9 @@ def compare_accuracies(flags) -> dict:
     for seed in flags.seeds:
         for name, measured in accuracies.items():
             measured.append(
-                environment.run_child(__file__, "--child", name, "--seed", str(seed))["test_accuracy"]
+                environment.run_child(
+                    __file__, "--child", name, "--seed", str(seed), **environment.variables(name)
+                )["test_accuracy"]
             )
             print(f"seed {seed}  {name:<28} test accuracy {measured[-1]:.4f}", flush=True)
     first = flags.contenders[0]

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import generate
-from common import bundled
+from common import bundled, cli
 from common.files import cache_home
 from common.generation import language_model
 from common.runtime import Runtime
@@ -247,12 +246,18 @@ def test_the_bundled_language_model_is_verified_while_pytorch_is_imported(home):
     assert done.stderr.strip() == str([bundled.STORED_FILE])
 
 
-@pytest.mark.parametrize("own, expected", [({}, generate.GOMP_SPINS), ({"GOMP_SPINCOUNT": "7"}, "7")])
-def test_pytorchs_threads_soon_give_up_their_cores_unless_told_otherwise(own, expected, home):
+@pytest.mark.parametrize("own, expected", [({}, cli.GOMP_SPINS), ({"GOMP_SPINCOUNT": "7"}, "7")])
+@pytest.mark.parametrize(
+    "command",
+    [[GENERATE, *PROMPT], ["embed_search.py", "similarity", ROOT / "docs/examples/sentences.txt"]],
+    ids=lambda c: c[0],
+)
+def test_pytorchs_threads_soon_give_up_their_cores_unless_told_otherwise(command, own, expected, home):
     """Before PyTorch reads it: two threads of the step in C were slower than one without it."""
+    script, *flags = command
     code = BEFORE_TORCH.format(asked="os.environ.get('GOMP_SPINCOUNT')")
-    command = [sys.executable, "-c", code, ROOT / GENERATE, *PROMPT]
     environment = {key: value for key, value in os.environ.items() if key != "GOMP_SPINCOUNT"}
     environment |= {"PYTHONPATH": str(ROOT), **own}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=home, env=environment)
+    called = [sys.executable, "-c", code, ROOT / script, *flags]
+    done = subprocess.run(called, capture_output=True, text=True, cwd=home, env=environment)
     assert done.stderr.strip() == expected
