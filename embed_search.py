@@ -25,8 +25,9 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -105,6 +106,59 @@ APPROXIMATE = {"action": "store_true", "help": "find candidates by FAISS codes, 
 OFFSET = {"type": cli.non_negative_int, "default": 0, "help": "leave out so many of the first"}
 
 
+# what is compared or searched: rows of an index, or of one that is made for this command
+
+
+@contextlib.contextmanager
+def open_rows(
+    args: argparse.Namespace,
+    runtime: Runtime,
+    screen: Screen,
+    *,
+    encodes: bool = False,
+    least: int = 1,
+    most: int | None = None,
+    role: str | None = None,
+) -> Iterator[tuple[Selection, Encoder | None]]:
+    """Yield the rows where --where holds, of an index or of texts, and their encoder, which an index
+    needs only where the command `encodes`. `role`: how texts without an index are encoded.
+
+    Raises UserError when there are fewer than `least` or more than `most` rows.
+    """
+    from common.search.selection import select, shared
+
+    with tempfile.TemporaryDirectory() as folder:
+        if args.index:
+            from common.search.index import open_snapshot
+
+            snapshot, encoder, name, added = open_snapshot(args.index), None, None, None
+        else:
+            from common.search.builder import build_temporary
+            from common.search.encoder import load_encoder
+
+            collection = source_of(args).read()
+            check_size(len(collection), most)
+            encoder, name = load_encoder(encoder_config(args), runtime), collection.name
+            options = {"block": args.block, "say": screen.say, "role": role}
+            snapshot = build_temporary(collection, encoder, folder, **options)
+            added = snapshot.settings["id_column"]
+        selection = select(snapshot, args.where, limits=limits_of(args), least=least, name=name)
+        check_size(len(selection), most)
+        if encoder is None and encodes:
+            from common.search.encoder import load_index_encoder
+
+            encoder = load_index_encoder(encoder_config(args), runtime, args.index, snapshot.settings)
+        yield dataclasses.replace(shared(selection, runtime), added=added), encoder
+
+
+def check_size(count: int, most: int | None) -> None:
+    """Raise UserError when a matrix of similarities would be too large."""
+    if most is not None and count > most:
+        advice = "use pairs, or index and search"
+        problem = f"{count:,} texts, but the matrix holds {most:,} at most"
+        raise UserError(f"similarity: {problem}; {advice}")
+
+
 # similarity: the cosine of every text with every other
 
 
@@ -128,19 +182,19 @@ def similarity(args: argparse.Namespace) -> None:
     import numpy as np
 
     from common.search import display, mining
-    from common.search.selection import open_source
 
     runtime, screen = start(args)
-    opened = open_source(source_of(args), runtime, say=screen.say, most=LARGEST_MATRIX)
+    opened = open_rows(args, runtime, screen, encodes=bool(args.query), most=LARGEST_MATRIX)
     with opened as (selection, encoder):
         vectors = selection.vectors(slice(None)).astype(np.float64)
         matrix = vectors @ vectors.T  # (N, N)
         best = mining.best_pairs(selection, args.top_k, block=args.block)
         queries = []
         if args.query:
+            assert encoder is not None
             # encoded like the texts, so that the same text has the cosine 1
             role = "document" if args.index else None
-            embeddings = encoder().encode_unit(args.query, role=role).astype(np.float64)
+            embeddings = encoder.encode_unit(args.query, role=role).astype(np.float64)
             queries = list(zip(args.query, embeddings @ vectors.T))
         display.show_similarity(screen, selection, matrix, best, queries)
         if args.output:
@@ -212,8 +266,8 @@ def check_vectors(path: str) -> None:
 
 def index(args: argparse.Namespace) -> None:
     """Build an index, or bring it up to date."""
-    from common.search.builder import load_index_encoder, settings_of
-    from common.search.encoder import load_encoder
+    from common.search.builder import settings_of
+    from common.search.encoder import load_encoder, load_index_encoder
 
     runtime, screen = start(args)
     source, config = source_of(args), encoder_config(args)
@@ -496,26 +550,23 @@ def search(args: argparse.Namespace) -> None:
     from common.search import display
     from common.search.encoder import load_reranker
     from common.search.searcher import Page, Searcher
-    from common.search.selection import open_source
 
     runtime, screen = start(args)
     queries = args.queries
     if args.queries_file:
         read = functools.partial(read_queries, args.queries_file, args.encoding)
         queries = runtime.broadcast_from_main(read)
-    source = source_of(args)
-    opened = open_source(source, runtime, say=screen.say, least=0, role="document")
+    opened = open_rows(args, runtime, screen, encodes=True, least=0, role="document")
     with opened as (selection, encoder):
-        reranker = load_reranker(args.rerank, runtime, cache_dir=args.cache_dir)
-        model = encoder()
+        assert encoder is not None
         searcher = Searcher(
             selection.snapshot,
-            model,
+            encoder,
             selection.mask,
             approximate=args.approximate,
             hybrid=args.hybrid,
             words=Words(args.language),
-            reranker=reranker,
+            reranker=load_reranker(args.rerank, runtime, cache_dir=args.cache_dir),
             rerank_depth=args.rerank_depth,
             say=screen.say,
         )
@@ -523,10 +574,10 @@ def search(args: argparse.Namespace) -> None:
         if not queries:
             display.answer_prompt(screen, searcher, page)
             return
-        num_cut = model.num_cut  # of the texts, which are told already
+        num_cut = encoder.num_cut  # of the texts, which are told already
         hits = searcher.search(queries, page.depth)
         display.show_hits(screen, searcher.snapshot, queries, hits, page)
-        display.say_cut_queries(screen, model, model.num_cut - num_cut)
+        display.say_cut_queries(screen, encoder, encoder.num_cut - num_cut)
 
 
 def add_like_flags(command: cli.Parser) -> None:
@@ -597,8 +648,7 @@ def serve(args: argparse.Namespace) -> None:
 
     listener = local_server.bind(args.port)  # before the libraries are loaded
     from common.search import page
-    from common.search.builder import load_index_encoder
-    from common.search.encoder import load_reranker
+    from common.search.encoder import load_index_encoder, load_reranker
     from common.search.index import open_snapshot
     from common.search.searcher import Searcher
     from common.search.selection import select
@@ -630,10 +680,9 @@ def add_pairs_flags(command: cli.Parser) -> None:
 def pairs(args: argparse.Namespace) -> None:
     """Find the most similar pairs."""
     from common.search import display, mining
-    from common.search.selection import open_source
 
     runtime, screen = start(args)
-    with open_source(source_of(args), runtime, say=screen.say, least=2) as (selection, _):
+    with open_rows(args, runtime, screen, least=2) as (selection, _):
         best = mining.best_pairs(selection, args.top_k, block=args.block)
         display.show_pairs(screen, selection, best)
 
@@ -648,10 +697,9 @@ def add_duplicates_flags(command: cli.Parser) -> None:
 def duplicates(args: argparse.Namespace) -> None:
     """Find groups of texts that are nearly the same."""
     from common.search import display, mining
-    from common.search.selection import open_source
 
     runtime, screen = start(args)
-    with open_source(source_of(args), runtime, say=screen.say, least=2) as (selection, _):
+    with open_rows(args, runtime, screen, least=2) as (selection, _):
         similar = mining.similar_pairs(selection, args.threshold, block=args.block)
         with display.open_output(args.pairs_file if runtime.is_main else None) as file:
             groups, kept = display.collect_groups(selection, similar, file, keep=screen.as_json)
@@ -671,10 +719,9 @@ def add_dedupe_flags(command: cli.Parser) -> None:
 def dedupe(args: argparse.Namespace) -> None:
     """Write the texts without those that are nearly the same as another: one of each group stays."""
     from common.search import display, mining
-    from common.search.selection import open_source
 
     runtime, screen = start(args)
-    with open_source(source_of(args), runtime, say=screen.say) as (selection, _):
+    with open_rows(args, runtime, screen) as (selection, _):
         if selection.documents is not None:
             problem = "it holds chunks, not whole texts"
             raise UserError(f"dedupe --index {args.index}: {problem}; name the texts themselves")
@@ -734,11 +781,10 @@ def check_cluster(args: argparse.Namespace) -> None:
 def cluster(args: argparse.Namespace) -> None:
     """Find clusters, the texts nearest to each centre and the words typical of it."""
     from common.search import mining
-    from common.search.selection import open_source
 
     runtime, screen = start(args)
     stop = None if args.stop_words is None else stop_words(args.stop_words)
-    with open_source(source_of(args), runtime, say=screen.say, least=2) as (selection, _):
+    with open_rows(args, runtime, screen, least=2) as (selection, _):
         labels = None
         if args.threshold is not None:  # it alone looks at all pairs, which the processes share
             options = {"min_size": args.min_size or 2, "block": args.block}

@@ -19,7 +19,8 @@ from common import cli
 from common.errors import UserError, reading
 from common.reading import evenly_spaced
 from common.runtime import Runtime
-from common.search.encoder import Chunk, Encoder, load_encoder, split_into_chunks
+from common.search.display import say_notes
+from common.search.encoder import Chunk, Encoder, split_into_chunks
 from common.search.index import (
     CHUNK,
     HASH,
@@ -36,9 +37,9 @@ from common.search.index import (
     whole_documents,
     wider,
 )
-from common.search.manifest import EncoderConfig, Settings, check_settings, store_of
+from common.search.manifest import Settings, store_of
 from common.search.store import Store, open_store, vector_array
-from common.search.texts import Collection, RowTable, Source, digest, ids_of
+from common.search.texts import Collection, RowTable, digest, ids_of
 
 SCAN = 10_000  # rows read at once
 COMPARED = 8  # given vectors that are compared with the model's own
@@ -54,15 +55,6 @@ def settings_of(
     own: Settings = {**encoder.identity(), "id_column": id_column, "chunk_overlap": chunk_overlap}
     prompt, kept = encoder.prompts.get("query"), store if store != "fp32" else None
     return {**own, "query_prompt": prompt, "store": kept}
-
-
-def load_index_encoder(config: EncoderConfig, runtime: Runtime, index: str, settings: Settings) -> Encoder:
-    """Return the encoder of an index with these settings; refuse flags that name another."""
-    encoder = load_encoder(config.with_defaults(settings), runtime)
-    if config.dimensions is None:  # as many of the model's as the index was made with
-        encoder.model.width = min(encoder.width, settings["width"])
-    check_settings(index, encoder.identity(), settings)
-    return encoder
 
 
 def hashes_of(table: pa.Table) -> list[bytes]:
@@ -400,11 +392,11 @@ def fill(builder: Builder, collection: Collection, *, block: int) -> None:
 
 
 def build_temporary(
-    source: Source,
     collection: Collection,
     encoder: Encoder,
     folder: str,
     *,
+    block: int,
     say: Callable[[str], None],
     id_column: str | None = None,
     role: str | None = "document",
@@ -421,7 +413,7 @@ def build_temporary(
         collection = dataclasses.replace(collection, rows=rows)
     settings = settings_of(encoder, id_column=id_column, chunk_overlap=None)
     with open_store(Path(folder) / "index", settings=settings) as store:
-        fill(Builder(store, encoder, role=role), collection, block=source.block)
+        fill(Builder(store, encoder, role=role), collection, block=block)
     say(f"texts    {collection.name}: {len(collection):,}")
     say_notes(say, collection, encoder.num_cut, encoder.max_length)
     return store.snapshot
@@ -435,14 +427,3 @@ def check_same_texts(collection: Collection, runtime: Runtime) -> None:
         hashes = [digest for _, table in collection.blocks(SCAN) for digest in hashes_of(table)]
         problem = "has read other texts than process 0; name a file that all machines share"
         runtime.require_same(hashlib.sha256(b"".join(hashes)).hexdigest(), problem)
-
-
-def say_notes(say: Callable[[str], None], collection: Collection, num_cut: int, max_length: int) -> None:
-    """Say how many texts were skipped, and how many were cut, if any were."""
-    if collection.bad:
-        row, reason = min(collection.bad.items())
-        first = f"{collection.location(row)}: {reason}"
-        say(f"         {len(collection.bad):,} skipped; the first: {first}")
-    if num_cut:
-        cut = f"{num_cut:,} are longer than {max_length} tokens and were cut there"
-        say(f"         {cut}; index --chunk reads them whole")

@@ -187,8 +187,6 @@ def _show_pairs(screen: Screen, selection: Selection, pairs: list[Pair]) -> list
 
 def show_build(screen: Screen, builder: Builder, collection: Collection, *, seconds: float) -> None:
     """Say what became of the texts."""
-    from common.search.builder import say_notes
-
     counts, snapshot = builder.counts, builder.store.snapshot
     say_counts(screen, collection, counts)
     if counts.deleted:
@@ -207,6 +205,17 @@ def say_counts(screen: Screen, collection: Collection, counts: Counts) -> None:
         f"texts    {collection.name}: {counts.added:,} added, {counts.updated:,} updated,"
         f" {counts.unchanged:,} unchanged, {counts.repeated:,} repeated, {counts.bad:,} skipped"
     )
+
+
+def say_notes(say: Callable[[str], None], collection: Collection, num_cut: int, max_length: int) -> None:
+    """Say how many texts were skipped, and how many were cut, if any were."""
+    if collection.bad:
+        row, reason = min(collection.bad.items())
+        first = f"{collection.location(row)}: {reason}"
+        say(f"         {len(collection.bad):,} skipped; the first: {first}")
+    if num_cut:
+        cut = f"{num_cut:,} are longer than {max_length} tokens and were cut there"
+        say(f"         {cut}; index --chunk reads them whole")
 
 
 def show_index(screen: Screen, snapshot: Snapshot, *, verified: bool = False) -> None:

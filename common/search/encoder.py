@@ -24,7 +24,7 @@ import torch
 from common import reading, sources, speedups
 from common.errors import UserError
 from common.runtime import DTYPES, Runtime
-from common.search.manifest import EncoderConfig, Identity
+from common.search.manifest import EncoderConfig, Identity, Settings, check_settings
 from common.search.pooling import StaticEmbedding, Transformer
 from common.search.sentence_model import PROMPT_NAMES, SentenceModel, load_model, missing_prompts
 from common.tokenizer import Tokenizer, Tokens
@@ -396,6 +396,15 @@ def load_encoder(config: EncoderConfig, runtime: Runtime) -> Encoder:
         cache_dir=config.cache_dir,
         prompts=prompts,
     )
+
+
+def load_index_encoder(config: EncoderConfig, runtime: Runtime, index: str, settings: Settings) -> Encoder:
+    """Return the encoder of an index with these settings; refuse flags that name another."""
+    encoder = load_encoder(config.with_defaults(settings), runtime)
+    if config.dimensions is None:  # as many of the model's as the index was made with
+        encoder.model.width = min(encoder.width, settings["width"])
+    check_settings(index, encoder.identity(), settings)
+    return encoder
 
 
 def _chosen_length(model: SentenceModel, wanted: int | None) -> int:

@@ -409,8 +409,6 @@ def source_of(args: argparse.Namespace) -> Source:
         encoder=encoder_config(args),
         texts=tuple(sources.expanded(args.texts)),
         index=args.index,
-        where=args.where,
-        limits=limits_of(args),
         text_column=args.text_column,
         options=file_options(args),
         skip_bad=args.skip_bad,

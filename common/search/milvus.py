@@ -30,9 +30,17 @@ from tqdm import tqdm
 from common import cli
 from common.errors import Interrupted, UserError, one_line
 from common.search import display, flags
-from common.search.builder import Counts, hashes_of, load_index_encoder, say_notes, settings_of
-from common.search.display import Screen
-from common.search.encoder import Chunk, Encoder, chunk_size, load_encoder, load_reranker, split_into_chunks
+from common.search.builder import Counts, hashes_of, settings_of
+from common.search.display import Screen, say_notes
+from common.search.encoder import (
+    Chunk,
+    Encoder,
+    chunk_size,
+    load_encoder,
+    load_index_encoder,
+    load_reranker,
+    split_into_chunks,
+)
 from common.search.index import CHUNK, HASH, ID, NUM_CHUNKS, START, TEXT, VECTOR
 from common.search.kernel import Ranking, exact_scores
 from common.search.manifest import (

@@ -21,8 +21,8 @@ import pyarrow as pa
 from common import bundled, reading, sources
 from common.errors import UserError
 from common.runtime import Runtime
-from common.search.builder import build_temporary, load_index_encoder
-from common.search.encoder import Encoder, load_encoder
+from common.search.builder import build_temporary
+from common.search.encoder import Encoder, load_encoder, load_index_encoder
 from common.search.index import ID, TEXT, Snapshot, open_snapshot, pack, rows_with_ids, unpack
 from common.search.kernel import exact_scores
 from common.search.manifest import bytes_of_vector, store_of
@@ -304,8 +304,8 @@ def open_task(
             encoder = load_index_encoder(source.encoder, runtime, index, snapshot.settings)
         else:
             encoder, started = encoder or load_encoder(source.encoder, runtime), time.perf_counter()
-            options = {"say": say, "id_column": id_column}
-            snapshot = build_temporary(source, collection, encoder, folder, **options)
+            options = {"block": source.block, "say": say, "id_column": id_column}
+            snapshot = build_temporary(collection, encoder, folder, **options)
             seconds = time.perf_counter() - started
         check_documents(task, lambda ids: rows_with_ids(snapshot, ids)[1], say)
         yield OpenTask(task, snapshot, encoder, seconds)

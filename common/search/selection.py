@@ -1,5 +1,4 @@
-"""The rows that a command looks at: those of an index where a condition holds, or those of a few
-texts without an index.
+"""The rows of an index that a command looks at: those where a condition holds.
 
 A condition is one SQL expression, which DuckDB evaluates over the rows in a child process without
 access to anything else. PyTorch, which takes seconds to import, is imported by the functions that
@@ -8,7 +7,6 @@ need it: a condition does not.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -16,9 +14,8 @@ import os
 import resource
 import signal
 import sys
-import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,19 +23,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from common.errors import UserError, one_line
-from common.search.index import (
-    CHUNK,
-    HASH,
-    ID,
-    RESERVED_COLUMNS,
-    TEXT,
-    Snapshot,
-    number_array,
-    open_snapshot,
-    unused_name,
-)
+from common.search.index import CHUNK, HASH, ID, RESERVED_COLUMNS, TEXT, Snapshot, number_array, unused_name
 from common.search.manifest import DEFAULT_LIMITS, Limits
-from common.search.texts import Source
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -46,7 +32,6 @@ if TYPE_CHECKING:
     import torch
 
     from common.runtime import Runtime
-    from common.search.encoder import Encoder
 
 # DuckDB gets no access to files, network or extensions
 SAFE_SETTINGS: dict[str, bool | float | int | list[str] | str] = {
@@ -137,47 +122,6 @@ class Selection:
         return rounding_error(self.snapshot.width)
 
 
-@contextlib.contextmanager
-def open_source(
-    source: Source,
-    runtime: Runtime,
-    *,
-    say: Callable[[str], None],
-    least: int = 1,
-    most: int | None = None,
-    role: str | None = None,
-) -> Iterator[tuple[Selection, Callable[[], Encoder]]]:
-    """Yield the rows where a condition holds, of an index or of one made of the texts for this
-    command, and a function that returns their encoder. `role`: how such texts are encoded.
-
-    Raises UserError when there are fewer than `least` or more than `most` rows.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        if source.index:
-            snapshot = open_snapshot(source.index)
-            selection = select(snapshot, source.where, limits=source.limits, least=least)
-            check_size(len(selection), most)
-            yield shared(selection, runtime), lambda: _index_encoder(source, runtime, snapshot)
-        else:
-            from common.search.builder import build_temporary
-            from common.search.encoder import load_encoder
-
-            collection = source.read()
-            check_size(len(collection), most)
-            encoder = load_encoder(source.encoder, runtime)
-            snapshot = build_temporary(source, collection, encoder, folder, say=say, role=role)
-            options = {"limits": source.limits, "least": least, "name": collection.name}
-            selection = select(snapshot, source.where, **options)
-            added = snapshot.settings["id_column"]
-            yield dataclasses.replace(shared(selection, runtime), added=added), lambda: encoder
-
-
-def _index_encoder(source: Source, runtime: Runtime, snapshot: Snapshot) -> Encoder:
-    from common.search.builder import load_index_encoder  # it loads what only encoding needs
-
-    return load_index_encoder(source.encoder, runtime, str(snapshot.folder), snapshot.settings)
-
-
 def shared(selection: Selection, runtime: Runtime) -> Selection:
     """Return rows that all processes share; raise UserError unless they have the same."""
     state = f"{selection.snapshot.stamp} {hashlib.sha256(selection.rows.tobytes()).hexdigest()}"
@@ -202,14 +146,6 @@ def select(
         problem = f"{len(rows)} texts, at least {least} needed"
         raise UserError(f"{name or snapshot.folder}: {problem}; {advice}")
     return Selection(snapshot, rows)
-
-
-def check_size(count: int, most: int | None) -> None:
-    """Raise UserError when a matrix of similarities would be too large."""
-    if most is not None and count > most:
-        advice = "use pairs, or index and search"
-        problem = f"{count:,} texts, but the matrix holds {most:,} at most"
-        raise UserError(f"similarity: {problem}; {advice}")
 
 
 # Conditions ---------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ import pyarrow.compute as pc
 from common import bundled, reading, sources
 from common.errors import UserError
 from common.search.index import RESERVED_COLUMNS, TEXT, number_array, text_array
-from common.search.manifest import DEFAULT_LIMITS, EncoderConfig, Limits
+from common.search.manifest import EncoderConfig
 
 if TYPE_CHECKING:
     import datasets
@@ -107,19 +107,15 @@ class BadRows:
 
 @dataclass(frozen=True)
 class Source:
-    """What a command reads: texts, or the rows of an index where a condition holds; and how texts
-    are encoded.
-    """
+    """What a command reads: texts or an index; and how texts are encoded."""
 
     encoder: EncoderConfig
     texts: tuple[str, ...]
     index: str | None
-    where: str | None
     text_column: str
     options: sources.FileOptions  # how data files are written
     skip_bad: bool
     block: int  # texts encoded and committed at once
-    limits: Limits = DEFAULT_LIMITS  # of `where`
 
     def read(self, id_column: str | None = None, *, as_text: Sequence[str] = ()) -> Collection:
         """Return the texts; not for a command that reads an index."""
