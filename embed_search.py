@@ -311,7 +311,7 @@ def build(
     from common.search import display
     from common.search.builder import Builder, fill, read_vectors
     from common.search.encoder import chunk_size
-    from common.search.store import open_store
+    from common.search.index import open_store
 
     folder, started, builder = Path(args.index), time.perf_counter(), None
     cli.exit_at_signals()
@@ -374,9 +374,8 @@ def delete(args: argparse.Namespace) -> None:
     import numpy as np
 
     from common.search import display
-    from common.search.index import rows_with_ids, whole_documents
+    from common.search.index import open_store, rows_with_ids, whole_documents
     from common.search.selection import matching
-    from common.search.store import open_store
 
     screen = display.Screen(as_json=args.json)
     unknown: list[str] = []
@@ -405,7 +404,7 @@ def check_existing(args: argparse.Namespace) -> None:
 def compact(args: argparse.Namespace) -> None:
     """Free the space of deleted rows and merge small files."""
     from common.search import display
-    from common.search.store import open_store
+    from common.search.index import open_store
 
     with open_store(args.index, wait=args.wait) as store:
         store.compact()
@@ -852,7 +851,7 @@ def keep_clusters(selection: Selection, labels: np.ndarray, args: argparse.Names
     """
     import numpy as np
 
-    from common.search.store import open_store
+    from common.search.index import open_store
 
     with open_store(args.index, wait=args.wait) as store:
         snapshot = store.snapshot

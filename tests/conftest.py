@@ -516,7 +516,8 @@ def rows_by_id(folder: Path) -> dict[str, tuple]:
     """Return id -> (text, vector as bytes) of an index."""
     import numpy as np
 
-    from common.search.index import ID, TEXT, open_snapshot
+    from common.search.index import open_snapshot
+    from common.search.segments import ID, TEXT
 
     snapshot = open_snapshot(folder)
     rows = np.flatnonzero(snapshot.alive())

@@ -5,8 +5,8 @@ import pyarrow as pa
 
 from common.search import texts
 from common.search.builder import Builder, Counts, fill, settings_of
-from common.search.index import CHUNK, HASH, ID, NUM_CHUNKS, START, TEXT, VECTOR
-from common.search.store import open_store, vector_array
+from common.search.index import open_store
+from common.search.segments import CHUNK, HASH, ID, NUM_CHUNKS, START, TEXT, VECTOR, vector_array
 from conftest import StubEncoder
 
 COLUMNS = ("key", TEXT, "label")

@@ -21,7 +21,9 @@ from common.reading import evenly_spaced
 from common.runtime import Runtime
 from common.search.display import say_notes
 from common.search.encoder import Chunk, Encoder, split_into_chunks
-from common.search.index import (
+from common.search.index import Snapshot, Store, open_store, whole_documents
+from common.search.manifest import Settings, store_of
+from common.search.segments import (
     CHUNK,
     HASH,
     ID,
@@ -29,16 +31,13 @@ from common.search.index import (
     START,
     TEXT,
     VECTOR,
-    Snapshot,
     number_array,
     pack,
     text_array,
     unused_name,
-    whole_documents,
+    vector_array,
     wider,
 )
-from common.search.manifest import Settings, store_of
-from common.search.store import Store, open_store, vector_array
 from common.search.texts import Collection, RowTable, digest, ids_of
 
 SCAN = 10_000  # rows read at once

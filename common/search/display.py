@@ -20,8 +20,9 @@ import pyarrow as pa
 from common import cli, sources
 from common.errors import UserError, printable, shorten
 from common.files import check_new, named_in_errors, only_writer
-from common.search.index import CHUNK, ID, NUM_CHUNKS, RESERVED_COLUMNS, START, TEXT, Snapshot, unused_name
+from common.search.index import Snapshot
 from common.search.manifest import PAIR_COLUMNS
+from common.search.segments import CHUNK, ID, NUM_CHUNKS, RESERVED_COLUMNS, START, TEXT, unused_name
 
 if TYPE_CHECKING:  # a command shows only what it has loaded itself
     from matplotlib.figure import Figure
@@ -718,7 +719,7 @@ def _open_export(
     else:
         import pyarrow.parquet as pq
 
-        from common.search.store import vector_array
+        from common.search.segments import vector_array
 
         name = unused_name("vector", schema.names)
         field = pa.field(name, pa.list_(pa.float32(), size[1]))

@@ -1,315 +1,75 @@
-"""An index on disk, as it is read: a `Snapshot` is one committed state of it.
+"""An index on disk: a `Snapshot` is one committed state of it, a `Store` makes the next.
 
 The folder of an index holds `manifest.json` and the immutable Arrow files that the manifest names,
-each with its checksums; any Arrow reader can read them. A block of a file is checked before a
-process first uses it. Readers need no lock: a writer adds files first and then renames a new
-manifest into place, so that a reader always has one complete state.
+each with its checksums; any Arrow reader can read them. Readers need no lock: a writer adds files
+first and then renames a new manifest into place, so that a reader always has one complete state.
+
+A crash at any moment leaves the last committed manifest and all of its files: each file, the
+manifest and the folder are fsynced in that order. As an index grows, small files are merged,
+because each takes a file descriptor. One writer at a time holds a lock, which ends with its
+process.
 """
 
-import copy
-import hashlib
-import mmap
-import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import contextlib
+import errno
+import json
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import xxhash
 
 from common.errors import UserError, one_line, reading
-from common.files import member
+from common.files import member, only_writer, replace_file, seal
 from common.search.manifest import (
     ADVICE,
+    FORMAT,
     MANIFEST,
     FileEntry,
     Manifest,
     Settings,
-    bytes_of_vector,
+    check_folder,
     damaged,
     entries_of,
     read_manifest,
     store_of,
 )
+from common.search.segments import (
+    CHUNK,
+    ID,
+    NUM_CHUNKS,
+    ROW_COLUMNS,
+    START,
+    TEXT,
+    VECTOR,
+    CheckedFile,
+    ColumnTypes,
+    Segment,
+    check_table,
+    column_types,
+    deleted_rows,
+    map_file,
+    new_file,
+    number_array,
+    pack,
+    read_arrow,
+    unused_name,
+    vector_array,
+    with_columns_of,
+    write_arrow,
+)
 
 CACHE_PREFIX = "cache-"  # of the folder of a cache
 CACHE_STAMP = "stamp"  # the file of a cache that says which state of the index it was made of
-# our own columns, under names that no data set has: BEIR and Mongo have an _id, others a _vector
-ID, HASH, TEXT, VECTOR = "_index_id", "_index_hash", "_index_text", "_index_vector"
-# a chunk's number in its document, the document's number of chunks, and the chunk's first character
-# in the document
-CHUNK, NUM_CHUNKS, START = "_index_chunk", "_index_chunks", "_index_start"
-ROW_COLUMNS = (ID, HASH, CHUNK, NUM_CHUNKS, START, TEXT)  # before the metadata; the vector is last
-RESERVED_COLUMNS = (*ROW_COLUMNS, VECTOR)
-# a smaller file (bytes) is read, not mapped: a map holds a descriptor, and a process may have
-# only 256
-MAPPED = 65_536
-CHECKED = 1 << 18  # bytes of a file that have a checksum of their own: a part of the format
-UNREAD = 2_048  # rows whose vectors are read at once for the first time
-# the columns of every index, as Arrow names their types
-ROW_TYPES = {
-    ID: "string",
-    HASH: "fixed_size_binary[32]",
-    CHUNK: "int32",
-    NUM_CHUNKS: "int32",
-    START: "int32",
-    TEXT: "large_string",
-}
-SQUARE_TOLERANCE = 0.01  # how far the square of a norm may be from 1
-ColumnTypes = dict[str, pa.DataType]
-# of each way to keep vectors, the type of what lies on the disk
-STORED_TYPES = {"fp32": np.float32, "fp16": np.float16, "int8": np.int8, "binary": np.uint8}
-UNPACKED = 8_192  # rows whose vectors are made of what is kept at once
-
-
-def pack(vectors: np.ndarray, store: str) -> np.ndarray:
-    """Return what is kept of unit vectors (n, width): numbers of 32 or 16 bits, of 8 bits as parts
-    of the largest of each vector, or the sign of each number, eight to a byte. To pack what was
-    unpacked changes nothing. In fp32 the vectors themselves come back, not a copy.
-    """
-    if store == "binary":
-        return np.packbits(vectors > 0, axis=1)
-    if store == "int8":
-        largest = np.abs(vectors).max(1, keepdims=True, initial=np.finfo(np.float32).tiny)
-        return np.rint(vectors / largest * 127).astype(np.int8)
-    return vectors.astype(STORED_TYPES[store], copy=False)
-
-
-def unpack(stored: np.ndarray, store: str, width: int) -> np.ndarray:
-    """Return fp32 vectors (n, width) from what is kept of them: of norm 1, in 16 bits nearly."""
-    if store == "binary":
-        signs = np.unpackbits(stored, axis=1, count=width).astype(np.float32)
-        return (2 * signs - 1) / np.float32(width**0.5)
-    if store == "int8":
-        numbers = stored.astype(np.float32)
-        squares = np.einsum("ij,ij->i", numbers, numbers)  # whole numbers, and so exact
-        with np.errstate(invalid="ignore"):  # zeros become NaN, which _check_norms finds
-            return numbers / np.sqrt(squares)[:, None]
-    return stored if store == "fp32" else stored.astype(np.float32)
-
-
-@dataclass
-class CheckedFile:
-    """A file of an index whose blocks of bytes are checked before they are first used."""
-
-    path: Path
-    entry: FileEntry
-    content: mmap.mmap | bytearray
-
-    def __post_init__(self) -> None:
-        self.expected = np.frombuffer(bytes.fromhex(self.entry["checksums"]), ">u8")
-        self.unchecked = np.ones(len(self.expected), bool)
-
-    def check_frame(self) -> None:
-        """Check what lies around the columns: what Arrow reads in order to find them.
-
-        The whole file is checked if it has no body. Raises UserError when it is damaged, or not as
-        long as it was.
-        """
-        size = len(self.content)
-        if len(self.expected) != -(-size // CHECKED):
-            raise damaged(self.path, f"its size is not the one in {MANIFEST}")
-        start, end = self.entry.get("body", (size, size))
-        if end > size:
-            raise damaged(self.path, f"its body is not where {MANIFEST} says")
-        self.check(np.array([0, end]), np.array([start, size]))
-
-    def check(self, starts: np.ndarray, ends: np.ndarray) -> None:
-        """Check the blocks that hold the bytes from each of `starts` up to the one of `ends`.
-        Raises UserError when one is damaged.
-        """
-        if not self.unchecked.any():
-            return
-        # 1 at the first block of each range, -1 behind its last: sums are the ranges over a block
-        changes = np.zeros(len(self.unchecked) + 1, np.int64)
-        np.add.at(changes, starts // CHECKED, 1)
-        np.add.at(changes, -(-ends // CHECKED), -1)
-        for number in np.flatnonzero((changes.cumsum()[:-1] > 0) & self.unchecked):
-            block = memoryview(self.content)[number * CHECKED : (number + 1) * CHECKED]
-            if xxhash.xxh3_64_intdigest(block) != self.expected[number]:
-                raise damaged(self.path, f"a checksum is not the one in {MANIFEST}")
-            self.unchecked[number] = False
-
-    def release(self, start: int, end: int) -> None:
-        """Give the memory of some bytes back to the system, which reads them again when they are
-        used. Nothing writes to them.
-        """
-        if isinstance(self.content, mmap.mmap):
-            first, last = (place // mmap.PAGESIZE * mmap.PAGESIZE for place in (start, end))
-            if last > first:
-                self.content.madvise(mmap.MADV_DONTNEED, first, last - first)
-
-    def check_whole(self) -> None:
-        """Raise UserError unless the file has the SHA-256 of the manifest."""
-        if hashlib.sha256(self.content).hexdigest() != self.entry["sha256"]:
-            raise damaged(self.path, f"its SHA-256 is not the one in {MANIFEST}")
-
-
-def checksums(content: mmap.mmap | bytearray) -> str:
-    """Return the XXH3 checksum (16 hexadecimal digits) of each block
-    of a file, one after the other.
-
-    They reveal damage, at the speed of memory. They are no proof against an attacker, who could
-    write a new manifest as well.
-    """
-    whole = memoryview(content)
-    blocks = (whole[start : start + CHECKED] for start in range(0, len(content), CHECKED))
-    return "".join(xxhash.xxh3_64_hexdigest(block) for block in blocks)
-
-
-class Segment:
-    """An immutable file of rows: its `entry` in the manifest, and `alive` (rows), False where
-    deleted. Whatever is read from it is checked before.
-
-    `columns` are those of the index, in their order: what the file lacks is null, and narrower
-    numbers become what the index has.
-    """
-
-    def __init__(self, file: CheckedFile, columns: ColumnTypes, settings: Settings) -> None:
-        self.file, self.entry, self.columns = file, file.entry, columns
-        self.store, self.width = store_of(settings), settings["width"]
-        table = read_arrow(file.content)
-        lists = table.column(VECTOR).chunk(0)  # one list of numbers per row
-        count, size = len(lists), lists.type.list_size
-        # an array over the content itself: Arrow's own view is read-only, about which torch warns
-        _, floats = lists.values.buffers()  # the first buffer marks missing values
-        self.first_byte = floats.address - self._base
-        kind = STORED_TYPES[self.store]
-        stored = np.frombuffer(file.content, kind, count=count * size, offset=self.first_byte)
-        self._stored = stored.reshape(count, size)  # unpacked when it is read
-        self.row_bytes = size * stored.itemsize  # of a vector
-        self._table = table.drop_columns([VECTOR])
-        self.alive = np.ones(count, bool)
-        # what has been found valid: it can be nonsense although it has its checksum
-        self._valid_vectors, self._valid_columns = np.zeros(count, bool), set()
-
-    def with_alive(self, entry: FileEntry, alive: np.ndarray) -> "Segment":
-        """Return the segment with other live rows, and the entry that says so."""
-        segment = copy.copy(self)
-        segment.entry, segment.alive = entry, alive
-        return segment
-
-    def with_columns(self, columns: ColumnTypes) -> "Segment":
-        """Return the segment in an index with more columns, or wider ones."""
-        segment = copy.copy(self)
-        segment.columns = columns
-        return segment
-
-    def __len__(self) -> int:
-        return len(self.alive)
-
-    @property
-    def num_bytes(self) -> int:
-        """The space that its rows take."""
-        return self._table.nbytes + self._stored.nbytes
-
-    def vectors(self, first: int, last: int) -> np.ndarray:
-        """Return the vectors of rows `first` up to `last`: in fp32 a view into the file."""
-        self._check_vectors(np.array([first]), last - first)
-        vectors = unpack(self._stored[first:last], self.store, self.width)
-        if not self._valid_vectors[first:last].all():
-            self._check_norms(vectors, first + np.arange(last - first))
-        return vectors
-
-    def blocks(self, size: int) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield (first row, vectors (at most `size`, width)) over all rows, in fp32 as views into
-        the file, else fewer at a time.
-
-        Vectors that are read for the first time come in small blocks, which are checked while they
-        are in the processor's cache, and whose memory is then given back: a process that goes
-        through an index once never holds all of it. From the second time on it stays.
-        """
-        first, size = 0, size if self.store == "fp32" else min(size, UNPACKED)
-        while first < len(self):
-            is_read = self._valid_vectors[first : first + size].all()
-            last = min(first + (size if is_read else min(size, UNREAD)), len(self))
-            yield first, self.vectors(first, last)
-            if not is_read:
-                start = self.first_byte + self.row_bytes * first
-                self.file.release(start, start + self.row_bytes * (last - first))
-            first = last
-
-    def vectors_of(self, rows: np.ndarray) -> np.ndarray:
-        """Return a copy of the vectors of some rows."""
-        self._check_vectors(rows, 1)
-        vectors = unpack(self._stored[rows], self.store, self.width)
-        if not self._valid_vectors[rows].all():
-            self._check_norms(vectors, rows)
-        return vectors
-
-    def _check_vectors(self, rows: np.ndarray, count: int) -> None:
-        """Check `count` vectors from each of some rows on."""
-        starts = self.first_byte + self.row_bytes * rows
-        self.file.check(starts, starts + self.row_bytes * count)
-
-    def _check_norms(self, vectors: np.ndarray, rows: np.ndarray) -> None:
-        """Raise UserError unless the vectors of some rows have norm 1, once for each row."""
-        squares = np.einsum("ij,ij->i", vectors, vectors)
-        # NaN and infinity fail this comparison too
-        wrong = np.flatnonzero(~(np.abs(squares - 1) < SQUARE_TOLERANCE))
-        if len(wrong):
-            norm = float(squares[wrong[0]]) ** 0.5
-            row = rows[wrong[0]] + 1
-            raise damaged(self.file.path, f"the vector of row {row} has norm {norm:g}, not 1")
-        self._valid_vectors[rows] = True
-
-    def rows(self, columns: list[str] | None = None, numbers: np.ndarray | None = None) -> pa.Table:
-        """Return some rows (default: all) as a table, without the vectors; all columns or those
-        named.
-        """
-        names = [*ROW_COLUMNS, *self.columns] if columns is None else columns
-        table = self._table.select([name for name in names if name in self._table.column_names])
-        for name, column in zip(table.column_names, table.columns):
-            self._check_column(name, column.chunk(0), numbers)
-        if numbers is not None:
-            table = table.take(number_array(numbers))
-        for place, name in enumerate(names):
-            kind = self.columns.get(name)
-            if place == table.num_columns or table.column_names[place] != name:  # the file lacks it
-                count = len(self) if numbers is None else len(numbers)
-                table = table.add_column(place, name, pa.nulls(count, kind))
-            elif kind is not None and table.field(place).type != kind:
-                table = table.set_column(place, name, table.column(place).cast(kind, safe=False))
-        return table
-
-    def _check_column(self, name: str, column: pa.Array, rows: np.ndarray | None) -> None:
-        """Check a column; of texts only those of some rows, if they are given."""
-        is_large, buffers = pa.types.is_large_string(column.type), column.buffers()
-        if rows is None or not (is_large or pa.types.is_string(column.type)):
-            self._check_buffers(buffers)
-            if name not in self._valid_columns:
-                with reading(f"{self.file.path}: column {name!r} is damaged", ADVICE):
-                    column.validate(full=True)
-                self._valid_columns.add(name)
-            return
-        _, positions, content = buffers  # the first marks missing texts
-        self._check_buffers(buffers[:-1])
-        if content:
-            ends = np.frombuffer(positions, np.int64 if is_large else np.int32)
-            firsts, lasts = ends[rows], ends[rows + 1]
-            if ((firsts < 0) | (firsts > lasts) | (lasts > content.size)).any():
-                raise damaged(self.file.path, f"the texts of column {name!r} are not where it says")
-            start = content.address - self._base
-            self.file.check(start + firsts, start + lasts)
-
-    def _check_buffers(self, buffers: list[pa.Buffer | None]) -> None:
-        present = [buffer for buffer in buffers if buffer]  # neither missing nor empty
-        starts = np.array([buffer.address for buffer in present], np.int64) - self._base
-        self.file.check(starts, starts + np.array([buffer.size for buffer in present], np.int64))
-
-    @property
-    def _base(self) -> int:
-        """The address of the file's first byte."""
-        return pa.py_buffer(self.file.content).address
-
-    def body(self) -> list[int]:
-        """Return where the bytes of the columns begin and end in the file."""
-        columns = read_arrow(self.file.content).columns
-        buffers = [buffer for column in columns for buffer in column.chunk(0).buffers() if buffer]
-        first = min(buffer.address for buffer in buffers)
-        last = max(buffer.address + buffer.size for buffer in buffers)
-        return [first - self._base, last - self._base]
+ABANDONED = 86_400  # seconds after which an unfinished cache must be that of a killed process
+# the limits of a merged file, which is put together in memory: 65,536 rows, 64 MiB
+SEGMENT_ROWS, SEGMENT_BYTES = 65_536, 64 << 20
+MERGED = 32  # this many small files in a row are merged
+# A file with fewer rows is small. Files below the first size are merged first, then those below
+# the next, so that no row is rewritten often.
+SIZES = (32, 1_024, SEGMENT_ROWS)
 
 
 class Snapshot:
@@ -420,109 +180,19 @@ def open_snapshot(folder: str | Path) -> Snapshot:
         file = files[entry["file"]]
         with reading(f"{file.path}: not the rows of this index", ADVICE):
             tables.append(read_arrow(file.content))
-            _check_table(tables[-1], file.content, entry, manifest)
+            check_table(tables[-1], file.content, entry, manifest)
     with reading(f"{Path(folder) / MANIFEST}: its columns are not those of its files", ADVICE):
-        columns = _column_types(manifest["columns"], tables)
+        columns = column_types(manifest["columns"], tables)
     for entry in manifest["segments"]:
         segment = Segment(files[entry["file"]], columns, manifest["settings"])
         if deleted := entry.get("deleted"):
             deleted_file = files[deleted["file"]]
             with reading(f"{deleted_file.path}: not the deleted rows of this index", ADVICE):
                 table = read_arrow(deleted_file.content)
-                rows = _deleted_rows(table, deleted["rows"], len(segment))
+                rows = deleted_rows(table, deleted["rows"], len(segment))
             segment.alive[rows] = False
         segments.append(segment)
     return Snapshot(Path(folder), manifest, segments)
-
-
-def _check_table(
-    table: pa.Table, content: mmap.mmap | bytearray, entry: FileEntry, manifest: Manifest
-) -> None:
-    """Raise an error unless a table has the columns, types and rows that a store writes, in the
-    file's own memory. A file of another program can have the SHA-256 that a manifest names.
-    """
-    table.validate()
-    settings, columns = manifest["settings"], manifest["columns"]
-    store, width = store_of(settings), settings["width"]
-    number = pa.from_numpy_dtype(np.dtype(STORED_TYPES[store]))
-    size = bytes_of_vector(store, width) * 8 // number.bit_width
-    names = table.column_names
-    known = {*RESERVED_COLUMNS, *columns}
-    if len(set(names)) < len(names) or not set(RESERVED_COLUMNS) <= set(names) <= known:
-        raise ValueError(f"its columns are {', '.join(names)}")
-    if len(table) != entry["rows"] or any(column.num_chunks != 1 for column in table.columns):
-        raise ValueError(f"it has {len(table):,} rows, not {entry['rows']:,} in one batch")
-    for name, kind in ROW_TYPES.items():
-        if str(table.schema.field(name).type) != kind:
-            raise ValueError(f"column {name} is {table.schema.field(name).type}, not {kind}")
-    lists = table.column(VECTOR).chunk(0)
-    is_list = pa.types.is_fixed_size_list(lists.type)
-    if not is_list or lists.type.value_type != number or lists.type.list_size != size:
-        raise ValueError(f"column {VECTOR} is {lists.type}, not {size} of {number}")
-    required = [table.column(name).chunk(0) for name in RESERVED_COLUMNS]
-    if any(column.null_count or column.buffers()[0] for column in (*required, lists.values)):
-        raise ValueError("values are missing")
-    start = pa.py_buffer(content).address
-    for column in table.columns:
-        for buffer in filter(None, column.chunk(0).buffers()):
-            if not start <= buffer.address <= buffer.address + buffer.size <= start + len(content):
-                raise ValueError("it is compressed")  # so that its memory is another
-
-
-def _column_types(kinds: dict[str, str], tables: list[pa.Table]) -> ColumnTypes:
-    """Return the types of the columns of an index, which a manifest names: one of its files has
-    each. Raises ValueError where none has, or where one has a type that does not fit.
-    """
-    columns: ColumnTypes = {}
-    for name, kind in kinds.items() if tables else ():
-        found = {table.schema.field(name).type for table in tables if name in table.column_names}
-        known = {str(one): one for one in [*found, pa.null()]}
-        types = ", ".join(map(str, found)) or "missing"
-        if kind not in known:
-            raise ValueError(f"column {name} is {types}, not {kind}")
-        if any(wider(one, known[kind]) != known[kind] for one in found):
-            raise ValueError(f"column {name} is {types}, which {kind} does not hold")
-        columns[name] = known[kind]
-    return columns
-
-
-def wider(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
-    """Return the type that holds the values of two, such as that of 3 and of 3.5; None where there
-    is none, as for numbers and texts.
-    """
-    if one == other or pa.types.is_null(other):
-        return one
-    if pa.types.is_null(one):
-        return other
-    is_text, is_binary = pa.types.is_string, pa.types.is_binary
-    texts = (is_text, is_binary, pa.types.is_large_string, pa.types.is_large_binary)
-    if any(is_kind(one) or is_kind(other) for is_kind in texts):
-        return None
-    fields = [pa.schema([pa.field("column", kind)]) for kind in (one, other)]
-    try:
-        kind = pa.unify_schemas(fields, promote_options="permissive").field(0).type
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError):
-        return None
-    has_integers = pa.types.is_integer(one) or pa.types.is_integer(other)
-    return pa.float64() if has_integers and pa.types.is_floating(kind) else kind
-
-
-def _deleted_rows(table: pa.Table, count: int, num_rows: int) -> np.ndarray:
-    """Return the numbers of the rows deleted from a segment. Raises an error for others than it
-    has.
-    """
-    table.validate(full=True)
-    if table.schema != pa.schema([("row", pa.uint32())]) or table.column("row").null_count:
-        raise ValueError(f"its columns are {', '.join(table.column_names)}, not row numbers")
-    wrong = ValueError(f"it does not name {count:,} of the {num_rows:,} rows")
-    if len(table) != count or table.column("row").num_chunks != 1:
-        raise wrong
-    # Arrow's to_numpy() would import pandas
-    rows = np.frombuffer(table.column("row").chunk(0).buffers()[1], np.uint32, count=count)
-    rows = rows.astype(np.int64)
-    if (np.diff(rows) <= 0).any() or rows[-1] >= num_rows:
-        raise wrong
-    return rows
 
 
 def verify(folder: str | Path) -> Snapshot:
@@ -561,38 +231,12 @@ def _open_files(folder: Path) -> tuple[Manifest, dict[str, CheckedFile]]:
             raise damaged(folder / MANIFEST, one_line(error)) from error
 
 
-def map_file(path: Path) -> mmap.mmap | bytearray:
-    """Return the content of a file: memory-mapped, or a copy if it is small."""
-    with open(path, "rb") as file:
-        if os.fstat(file.fileno()).st_size < MAPPED:
-            return bytearray(file.read())
-        # copy-on-write: torch wants writable memory, and the file stays as it is
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-
-
-def read_arrow(content: mmap.mmap | bytearray) -> pa.Table:
-    return pa.ipc.open_file(pa.py_buffer(content)).read_all()
-
-
-def number_array(numbers: np.ndarray) -> pa.Array:
-    """Return numbers as an Arrow array over the same memory.
-
-    `pa.array`, given anything at all, imports pandas, which takes half a second.
-    """
-    numbers = np.ascontiguousarray(numbers)
-    kind = pa.from_numpy_dtype(numbers.dtype)
-    return pa.Array.from_buffers(kind, len(numbers), [None, pa.py_buffer(numbers)])
-
-
-def text_array(texts: Sequence[str | None]) -> pa.Array:
-    """Return texts, None where one is missing, as an Arrow array of large strings, without
-    `pa.array` as `number_array` does.
-    """
-    contents = [b"" if text is None else text.encode() for text in texts]
-    ends = np.cumsum([0, *map(len, contents)], dtype=np.int64)
-    known = np.packbits(np.array([text is not None for text in texts], bool), bitorder="little")
-    buffers = [pa.py_buffer(part) for part in (known, ends, b"".join(contents))]
-    return pa.Array.from_buffers(pa.large_string(), len(texts), buffers)
+def cache_stamp(folder: Path) -> str | None:
+    """Return the state of the index that a cache was made of, None if it can't be read."""
+    try:
+        return member(folder, CACHE_STAMP).read_text("utf-8")
+    except (OSError, ValueError):
+        return None
 
 
 def rows_with_ids(snapshot: Snapshot, ids: list[str]) -> tuple[np.ndarray, list[str]]:
@@ -629,19 +273,201 @@ def whole_documents(snapshot: Snapshot, rows: np.ndarray) -> np.ndarray:
     return np.array(all_rows, dtype=np.int64)
 
 
-def unused_name(wanted: str, taken: list[str]) -> str:
-    """Return the wanted column name, with "_" added until it is none of `taken`. SQL ignores case,
-    and so does this.
+class Store:
+    """An index that is open for writing: `snapshot` is its committed state, which every commit
+    replaces.
     """
-    lowered = [name.lower() for name in taken]
-    while wanted.lower() in lowered:
-        wanted += "_"
-    return wanted
+
+    def __init__(self, folder: Path, snapshot: Snapshot) -> None:
+        self.folder, self.snapshot = folder, snapshot
+
+    def commit(self, added: pa.Table | None, deleted_rows: np.ndarray | Sequence[int] = ()) -> None:
+        """Add rows (None: no rows) and delete others, both or neither; when this returns, they are
+        on disk. The other rows keep their numbers.
+        """
+        columns, segments = self.snapshot.columns, list(self.snapshot.segments)
+        rows = np.asarray(deleted_rows, dtype=np.int64)
+        numbers = self.snapshot.segment_numbers(rows)
+        for number in np.unique(numbers):
+            alive = segments[number].alive.copy()
+            alive[rows[numbers == number] - self.snapshot.starts[number]] = False
+            segments[number] = self._with_deleted(segments[number], number, alive)
+        if added is not None and len(added):
+            columns = with_columns_of(added.schema, columns if self.snapshot.num_rows else {})
+            segments = [segment.with_columns(columns) for segment in segments]
+            segments.append(self._write_segment(added, len(segments), columns))
+        self._publish(segments, columns)
+        # merge the small files at the end, if there are enough of them
+        first = self._first_small_segment()
+        if first < len(segments):
+            self._rewrite(first, np.arange(self.snapshot.starts[first], self.snapshot.num_rows))
+
+    def compact(self) -> None:
+        """Rewrite the live rows, in their order, into few large files without deleted rows."""
+        self._rewrite(0, np.flatnonzero(self.snapshot.alive()))
+
+    def set_column(self, name: str, values: np.ndarray, known: np.ndarray) -> None:
+        """Commit whole numbers (num_rows) as a column, null where `known` is False; the hashes stay
+        those of the source, so that its rows count as unchanged.
+        """
+        numbers = [int(value) if here else None for value, here in zip(values, known)]
+        column = pa.array(numbers, pa.int64())
+        self._rewrite(0, np.arange(self.snapshot.num_rows), {name: column})
+
+    def _first_small_segment(self) -> int:
+        """Return the number of the first of the small files at the end, if there are enough to be
+        merged; otherwise the number of all files.
+        """
+        segments = self.snapshot.segments
+        light = [segment.num_bytes < SEGMENT_BYTES // 2 for segment in segments]
+        for rows in SIZES:
+            first = len(segments)
+            while first and light[first - 1] and len(segments[first - 1]) < rows:
+                first -= 1
+            if len(segments) - first >= MERGED:
+                return first
+        return len(segments)
+
+    def _rewrite(self, first: int, rows: np.ndarray, more: Mapping[str, pa.Array] | None = None) -> None:
+        """Replace all files from number `first` on by `rows` (ascending), in as few files as the
+        limits allow; deleted rows among them stay deleted. `more` (num_rows): columns in the place
+        of those of the same name.
+        """
+        snapshot, more = self.snapshot, more or {}
+        columns = {**snapshot.columns, **{name: values.type for name, values in more.items()}}
+        segments, alive = snapshot.segments[:first], snapshot.alive()
+        row_bytes = np.array([part.num_bytes / max(len(part), 1) for part in snapshot.segments])
+        # the share of a full file that each row takes; the shares before a row tell its file
+        share_of_row = np.maximum(1 / SEGMENT_ROWS, row_bytes / SEGMENT_BYTES)
+        shares = share_of_row[snapshot.segment_numbers(rows)]
+        file_numbers = np.floor(np.cumsum(shares) - shares)
+        file_starts = np.flatnonzero(np.diff(file_numbers)) + 1
+        for part in np.split(rows, file_starts):
+            if len(part):
+                # in one expression: the rows of one file are let go
+                # before those of the next are read
+                segment = self._write_segment(self._table(part, more), len(segments), columns)
+                segments.append(self._with_deleted(segment, len(segments), alive[part]))
+        self._publish(segments, columns)
+
+    def _table(self, rows: np.ndarray, more: Mapping[str, pa.Array]) -> pa.Table:
+        """Return some rows (ascending) with their vectors, and with the columns of `more`."""
+        parts = self.snapshot.by_segment(rows)
+        tables = [segment.rows(None, offsets) for segment, _, offsets in parts]
+        table = pa.concat_tables(tables)
+        for name, values in more.items():
+            kept = [other for other in table.column_names if other != name]
+            table = table.select(kept).append_column(name, values.take(number_array(rows)))
+        vectors = pack(self.snapshot.vectors_of(rows), store_of(self.snapshot.settings))
+        return table.append_column(VECTOR, vector_array(vectors))
+
+    @property
+    def _generation(self) -> int:
+        """The number of the next state."""
+        return self.snapshot.manifest["generation"] + 1
+
+    def _write_segment(self, rows: pa.Table, number: int, columns: ColumnTypes) -> Segment:
+        """Write rows to a new file, their metadata in the order of `columns`, without those that
+        have no value at all.
+        """
+        path = self.folder / f"segment-{self._generation:08d}-{number:04d}.arrow"
+        present = [name for name in columns if name in rows.column_names]
+        present = [name for name in present if not pa.types.is_null(rows.schema.field(name).type)]
+        write_arrow(path, rows.select([*ROW_COLUMNS, *present, VECTOR]))
+        file = new_file(path, len(rows))
+        segment = Segment(file, columns, self.snapshot.settings)
+        segment.entry["body"], segment.entry["deleted"] = segment.body(), None
+        return segment
+
+    def _with_deleted(self, segment: Segment, number: int, alive: np.ndarray) -> Segment:
+        """Return a segment with other live rows, after writing the file of its deleted ones."""
+        if alive.all():
+            return segment
+        deleted = np.flatnonzero(~alive).astype(np.uint32)
+        table = pa.Table.from_arrays([number_array(deleted)], ["row"])
+        path = self.folder / f"deleted-{self._generation:08d}-{number:04d}.arrow"
+        write_arrow(path, table)
+        entry: FileEntry = {**segment.entry, "deleted": new_file(path, len(table)).entry}
+        return segment.with_alive(entry, alive)
+
+    def record_model(self, name: str) -> None:
+        """Commit another name of the model, which is where it lies now."""
+        settings: Settings = {**self.snapshot.settings, "model": name}
+        self.snapshot.manifest = {**self.snapshot.manifest, "settings": settings}
+        self._publish(self.snapshot.segments, self.snapshot.columns)
+
+    def begin(self) -> None:
+        """Commit an index without rows, if nothing was committed yet."""
+        if not (self.folder / MANIFEST).is_file():
+            self._publish([], {})
+
+    def _publish(self, segments: list[Segment], columns: ColumnTypes) -> None:
+        """Commit: from the rename on, readers see the new state. Then remove the old files."""
+        manifest: Manifest = {**self.snapshot.manifest, "generation": self._generation}
+        manifest["columns"] = {name: str(kind) for name, kind in columns.items()}
+        manifest["segments"] = [segment.entry for segment in segments]
+        manifest["sha256"] = seal({**manifest, "sha256": None})
+        replace_file(self.folder / MANIFEST, json.dumps(manifest, indent=1))
+        self.snapshot = Snapshot(self.folder, manifest, segments)
+        self.clean()
+
+    def clean(self) -> None:
+        """Remove the files and caches of older states and of crashed writers: also old caches,
+        because they hold deleted texts. A reader that has a file open can still read it.
+        """
+        named = entries_of(self.snapshot.manifest)
+        for path in self.folder.iterdir():
+            is_ours = path.name.startswith(("segment-", "deleted-", f"{MANIFEST}."))
+            if is_ours and path.name not in named:
+                path.unlink()
+        for path in self.folder.glob(f"{CACHE_PREFIX}*"):
+            with contextlib.suppress(FileNotFoundError):  # another process removed it
+                if "." in path.name:  # unfinished
+                    stale = time.time() - path.stat().st_mtime > ABANDONED
+                else:
+                    stale = not (cache_stamp(path) or "").startswith(self.snapshot.stamp)
+                if stale:
+                    shutil.rmtree(path, ignore_errors=True)
 
 
-def cache_stamp(folder: Path) -> str | None:
-    """Return the state of the index that a cache was made of, None if it can't be read."""
+@contextlib.contextmanager
+def open_store(folder: str | Path, *, settings: Settings | None = None, wait: float = 0.0) -> Iterator[Store]:
+    """Open an index as its only writer. With `settings`, a folder that is missing or empty becomes
+    a new index: with the first commit, or else when the block ends well. What fails before that
+    binds the folder to nothing.
+
+    Raises UserError when the folder is something else, when one of its files is damaged, or when
+    another writer holds the lock for longer than `wait` seconds.
+    """
+    folder = Path(folder)
+    check_folder(folder, new=settings is not None)
     try:
-        return member(folder, CACHE_STAMP).read_text("utf-8")
-    except (OSError, ValueError):
-        return None
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror or error
+        problem = f"can't be written: {reason}"
+        raise UserError(f"--index {folder}: {problem}; name another folder") from error
+    with only_writer(folder, flag="--index", wait=wait), _full_disk_explained(folder):
+        if settings is not None and not (folder / MANIFEST).is_file():
+            empty = Manifest(
+                format=FORMAT, generation=0, settings=settings, columns={}, segments=[], sha256=None
+            )
+            store = Store(folder, Snapshot(folder, empty, []))
+        else:
+            store = Store(folder, open_snapshot(folder))
+        store.clean()
+        yield store
+        store.begin()
+
+
+@contextlib.contextmanager
+def _full_disk_explained(folder: Path) -> Iterator[None]:
+    """Turn the error of a full disk within the block into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        advice = "free some space and run the same command again"
+        problem = f"{error.strerror}: what was committed stays"
+        raise UserError(f"--index {folder}: {problem}; {advice}") from error

@@ -41,7 +41,6 @@ from common.search.encoder import (
     load_reranker,
     split_into_chunks,
 )
-from common.search.index import CHUNK, HASH, ID, NUM_CHUNKS, START, TEXT, VECTOR
 from common.search.kernel import Ranking, exact_scores
 from common.search.manifest import (
     MILVUS_INSTALL,
@@ -52,6 +51,7 @@ from common.search.manifest import (
     parse_target,
 )
 from common.search.searcher import FUSED, RRF_K, Page, Searcher
+from common.search.segments import CHUNK, HASH, ID, NUM_CHUNKS, START, TEXT, VECTOR
 from common.search.texts import Collection, digest, ids_of
 
 if TYPE_CHECKING:

@@ -23,10 +23,11 @@ from common.errors import UserError
 from common.runtime import Runtime
 from common.search.builder import build_temporary
 from common.search.encoder import Encoder, load_encoder, load_index_encoder
-from common.search.index import ID, TEXT, Snapshot, open_snapshot, pack, rows_with_ids, unpack
+from common.search.index import Snapshot, open_snapshot, rows_with_ids
 from common.search.kernel import exact_scores
 from common.search.manifest import bytes_of_vector, store_of
 from common.search.searcher import Searcher
+from common.search.segments import ID, TEXT, pack, unpack
 from common.search.texts import ANY_ID, Collection, Source
 
 if TYPE_CHECKING:

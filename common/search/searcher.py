@@ -22,8 +22,9 @@ from common import files
 from common.errors import UserError, quoted
 from common.reading import evenly_spaced
 from common.search import kernel
-from common.search.index import CACHE_PREFIX, CACHE_STAMP, ID, TEXT, Snapshot, cache_stamp
+from common.search.index import CACHE_PREFIX, CACHE_STAMP, Snapshot, cache_stamp
 from common.search.kernel import Ranking
+from common.search.segments import ID, TEXT
 from common.search.words import Words
 
 if TYPE_CHECKING:  # each is imported by the step that needs it

@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from common.errors import UserError, one_line
-from common.search.index import CHUNK, HASH, ID, RESERVED_COLUMNS, TEXT, Snapshot, number_array, unused_name
+from common.search.index import Snapshot
 from common.search.manifest import DEFAULT_LIMITS, Limits
+from common.search.segments import CHUNK, HASH, ID, RESERVED_COLUMNS, TEXT, number_array, unused_name
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection

@@ -27,8 +27,8 @@ import pyarrow.compute as pc
 
 from common import bundled, reading, sources
 from common.errors import UserError
-from common.search.index import RESERVED_COLUMNS, TEXT, number_array, text_array
 from common.search.manifest import EncoderConfig
+from common.search.segments import RESERVED_COLUMNS, TEXT, number_array, text_array
 
 if TYPE_CHECKING:
     import datasets

@@ -28,7 +28,7 @@ from common import bundled, cli, speedups
 from common.runtime import start_runtime
 from common.search import kernel, relevance
 from common.search.encoder import EncoderConfig, load_encoder
-from common.search.index import TEXT
+from common.search.segments import TEXT
 from common.speedups import use_fast_dropout
 from common.training import tracking
 

@@ -102,11 +102,12 @@ def make_index(folder: Path, rows: int):
     import pyarrow as pa
 
     from common.runtime import start_runtime
-    from common.search import index
+    from common.search import segments
     from common.search.builder import settings_of
     from common.search.encoder import load_encoder
+    from common.search.index import open_store
     from common.search.manifest import EncoderConfig
-    from common.search.store import open_store, vector_array
+    from common.search.segments import vector_array
 
     encoder = load_encoder(EncoderConfig(), start_runtime("cpu", "fp32", 0))
     settings = settings_of(encoder, id_column=None, chunk_overlap=None)
@@ -118,13 +119,13 @@ def make_index(folder: Path, rows: int):
             vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
             texts = [f"text number {number} says a few words about nothing at all" for number in numbers]
             columns = {
-                index.ID: pa.array([f"id {number}" for number in numbers]),
-                index.HASH: pa.array([bytes(32)] * len(numbers), pa.binary(32)),
-                index.CHUNK: pa.array([0] * len(numbers), pa.int32()),
-                index.NUM_CHUNKS: pa.array([1] * len(numbers), pa.int32()),
-                index.START: pa.array([0] * len(numbers), pa.int32()),
-                index.TEXT: pa.array(texts, pa.large_string()),
-                index.VECTOR: vector_array(vectors),
+                segments.ID: pa.array([f"id {number}" for number in numbers]),
+                segments.HASH: pa.array([bytes(32)] * len(numbers), pa.binary(32)),
+                segments.CHUNK: pa.array([0] * len(numbers), pa.int32()),
+                segments.NUM_CHUNKS: pa.array([1] * len(numbers), pa.int32()),
+                segments.START: pa.array([0] * len(numbers), pa.int32()),
+                segments.TEXT: pa.array(texts, pa.large_string()),
+                segments.VECTOR: vector_array(vectors),
             }
             store.commit(pa.table(columns))
 

@@ -13,7 +13,8 @@ from sklearn.metrics import silhouette_score
 
 from common import figures
 from common.search import mining
-from common.search.index import ID, open_snapshot
+from common.search.index import open_snapshot
+from common.search.segments import ID
 from common.search.selection import matching, select
 from conftest import write_lines
 from index_rows import write_vectors

@@ -21,9 +21,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from common.search import texts
 from common.search.builder import Builder, fill, settings_of
 from common.search.encoder import Encoder
-from common.search.index import ID, TEXT, open_snapshot, wider
+from common.search.index import open_snapshot, open_store
+from common.search.segments import ID, TEXT, wider
 from common.search.selection import matching
-from common.search.store import open_store
 from conftest import StubEncoder, write_lines
 
 NAMES = ("n", "code", "more")

@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from sentence_transformers import SentenceTransformer
 
-from common.search.index import ID, open_snapshot
+from common.search.index import open_snapshot
+from common.search.segments import ID
 from conftest import make_sentences, rows_by_id, write_lines
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.search import store
+from common.search import index
 from common.search.encoder import Encoder
 from conftest import make_sentences
 from hub_server import HubServer
@@ -493,7 +493,7 @@ def test_a_vector_that_is_nan_is_named_or_passed_over(embed, refused, home, tmp_
 def test_a_full_disk_is_said_without_flags_that_are_not_there(refused, tmp_path, monkeypatch):
     (tmp_path / "t.csv").write_text("id,text,label\na,fine,x\n")
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    monkeypatch.setattr(store, "_write_arrow", lambda *_: (_ for _ in ()).throw(full))
+    monkeypatch.setattr(index, "write_arrow", lambda *_: (_ for _ in ()).throw(full))
     refused(
         "index",
         tmp_path / "t.csv",

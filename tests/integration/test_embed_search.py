@@ -23,7 +23,8 @@ from common import bundled
 from common.errors import UserError
 from common.runtime import Runtime
 from common.search.encoder import EncoderConfig, load_encoder
-from common.search.index import ID, TEXT, open_snapshot
+from common.search.index import open_snapshot
+from common.search.segments import ID, TEXT
 from conftest import heavy, make_sentences, rows_by_id, write_lines
 
 BUNDLED = "bundled/all-MiniLM-L6-v2"

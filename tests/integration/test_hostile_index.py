@@ -21,11 +21,11 @@ from common.errors import UserError
 from common.files import seal, write_manifest
 from common.search import index, selection, texts
 from common.search.builder import Builder, fill, settings_of
-from common.search.index import CHUNK, HASH, ID, NUM_CHUNKS, TEXT, VECTOR, checksums, open_snapshot
+from common.search.index import open_snapshot, open_store
 from common.search.manifest import Limits, check_files, read_manifest
 from common.search.searcher import Searcher
+from common.search.segments import CHUNK, HASH, ID, NUM_CHUNKS, TEXT, VECTOR, checksums
 from common.search.selection import matching
-from common.search.store import open_store
 from conftest import StubEncoder
 
 WIDTH, ROWS = 8, 9

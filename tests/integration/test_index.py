@@ -22,11 +22,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from common.errors import UserError
 from common.files import LOCK, seal
-from common.search import index, store, texts
+from common.search import index, segments, texts
 from common.search.builder import settings_of
-from common.search.index import ID, TEXT, VECTOR, open_snapshot, rows_with_ids, verify
+from common.search.index import open_snapshot, open_store, rows_with_ids, verify
+from common.search.segments import ID, TEXT, VECTOR
 from common.search.selection import matching
-from common.search.store import open_store
 from conftest import ROOT, StubEncoder, heavy
 from index_rows import COLUMNS, numbered, unit_vectors, write, write_vectors
 
@@ -243,8 +243,8 @@ def test_a_flipped_byte_anywhere_is_found(tmp_path, seed):
 @pytest.fixture
 def many_blocks(tmp_path, monkeypatch) -> Path:
     """An index whose files have a checksum every 256 bytes."""
-    monkeypatch.setattr(index, "CHECKED", 256)
-    monkeypatch.setattr(index, "MAPPED", 0)
+    monkeypatch.setattr(segments, "CHECKED", 256)
+    monkeypatch.setattr(segments, "MAPPED", 0)
     write(tmp_path / "index", numbered(0, 60), block=60)
     with open_store(tmp_path / "index") as opened:
         opened.commit(None, [4])
@@ -362,7 +362,7 @@ def test_an_index_that_never_got_its_first_manifest_can_be_begun_again(tmp_path)
 MANY_COMMITS = """
 import resource, sys
 sys.path[:0] = [sys.argv[2], sys.argv[2] + "/tests"]
-from common.search.store import open_store
+from common.search.index import (open_store)
 from index_rows import numbered, write
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
 write(sys.argv[1], numbered(0, 300), block=1)
@@ -390,8 +390,8 @@ def test_hundreds_of_commits_leave_few_files(tmp_path):
 
 
 def test_joined_files_keep_their_rows_numbers_and_are_cut_by_rows_and_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "SEGMENT_ROWS", 100)
-    monkeypatch.setattr(store, "SIZES", (32, 100))
+    monkeypatch.setattr(index, "SEGMENT_ROWS", 100)
+    monkeypatch.setattr(index, "SIZES", (32, 100))
     write(tmp_path / "index", numbered(0, 20), block=1)
     with open_store(tmp_path / "index") as opened:
         opened.commit(None, [4, 11])
@@ -401,7 +401,7 @@ def test_joined_files_keep_their_rows_numbers_and_are_cut_by_rows_and_bytes(tmp_
     assert snapshot.take(range(20)) == before and np.flatnonzero(~snapshot.alive()).tolist() == [4, 11]
     assert len(snapshot.segments) < 32 and max(len(segment.alive) for segment in snapshot.segments) == 100
     monkeypatch.setattr(
-        store, "SEGMENT_BYTES", 40 * snapshot.segments[0].num_bytes // len(snapshot.segments[0].alive)
+        index, "SEGMENT_BYTES", 40 * snapshot.segments[0].num_bytes // len(snapshot.segments[0].alive)
     )
     with open_store(tmp_path / "index") as opened:
         opened.compact()
@@ -415,7 +415,7 @@ def test_a_commit_reads_no_file_that_was_there(tmp_path, monkeypatch):
     write(tmp_path / "index", numbered(0, 9))
     with open_store(tmp_path / "index") as opened, monkeypatch.context() as patched:
         patched.setattr(index, "map_file", None)
-        patched.setattr(index.CheckedFile, "check", None)
+        patched.setattr(segments.CheckedFile, "check", None)
         opened.commit(None, [4])
         opened.commit(None, [5])
     assert len(contents(open_snapshot(tmp_path / "index"))) == 7
@@ -426,7 +426,7 @@ def test_a_writer_takes_no_file_from_a_reader_that_checks_them(tmp_path, monkeyp
     anew, twenty times.
     """
     write(tmp_path / "index", numbered(0, 4))
-    changed, check_frame = [], index.CheckedFile.check_frame
+    changed, check_frame = [], segments.CheckedFile.check_frame
 
     def check(file):
         if not changed:
@@ -436,7 +436,7 @@ def test_a_writer_takes_no_file_from_a_reader_that_checks_them(tmp_path, monkeyp
                 opened.compact()
         return check_frame(file)
 
-    monkeypatch.setattr(index.CheckedFile, "check_frame", check)
+    monkeypatch.setattr(segments.CheckedFile, "check_frame", check)
     assert contents(open_snapshot(tmp_path / "index"))["0"] == ("text 0 0", 0) and changed
     assert contents(open_snapshot(tmp_path / "index"))["0"] == ("text 0 1", 1)
 
@@ -466,7 +466,7 @@ import json, sys, threading, time
 sys.path[:0] = [sys.argv[2], sys.argv[2] + "/tests"]
 from common.search import texts
 from common.search.builder import Builder, fill, settings_of
-from common.search.store import open_store
+from common.search.index import (open_store)
 from conftest import StubEncoder
 def private():
     line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))

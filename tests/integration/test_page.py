@@ -25,10 +25,11 @@ import torch
 
 from common.local_server import address_of, bind
 from common.search import mining, page
-from common.search.index import ID, open_snapshot
+from common.search.index import open_snapshot
 from common.search.manifest import DEFAULT_LIMITS
 from common.search.page import MOST_WAITING, Refused, Worker
 from common.search.searcher import Searcher
+from common.search.segments import ID
 from common.search.selection import select
 from conftest import ROOT, make_sentences
 

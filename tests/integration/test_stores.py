@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from common.runtime import Runtime
 from common.search.encoder import EncoderConfig, load_encoder
-from common.search.index import STORED_TYPES, VECTOR, pack, unpack
 from common.search.manifest import bytes_of_vector
+from common.search.segments import STORED_TYPES, VECTOR, pack, unpack
 from conftest import make_sentences, rows_by_id, write_lines
 
 LOSSY = ("fp16", "int8", "binary")

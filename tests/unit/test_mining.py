@@ -17,9 +17,9 @@ from test_kernel import unit
 from common.search import mining
 from common.search.builder import Builder, fill, settings_of
 from common.search.display import level
-from common.search.index import CHUNK, HASH, ID, NUM_CHUNKS, START, TEXT, VECTOR, open_snapshot
+from common.search.index import open_snapshot, open_store
+from common.search.segments import CHUNK, HASH, ID, NUM_CHUNKS, START, TEXT, VECTOR, vector_array
 from common.search.selection import Selection, one_process
-from common.search.store import open_store, vector_array
 from conftest import heavy
 from index_rows import collection, numbered
 

@@ -12,10 +12,10 @@ from test_kernel import unit
 
 from common.errors import UserError
 from common.runtime import Runtime
-from common.search import store
+from common.search import index
 from common.search.builder import Builder, fill, settings_of
+from common.search.index import open_store
 from common.search.searcher import Searcher, cached, fuse
-from common.search.store import open_store
 from index_rows import collection, numbered
 
 
@@ -128,7 +128,7 @@ def test_caches_of_older_states_and_of_killed_processes_go(tmp_path):
     killed, working = tmp_path / "index" / "cache-faiss.killed", tmp_path / "index" / "cache-faiss.working"
     killed.mkdir()
     working.mkdir()
-    os.utime(killed, (time.time() - 2 * store.ABANDONED,) * 2)
+    os.utime(killed, (time.time() - 2 * index.ABANDONED,) * 2)
     assert (tmp_path / "index" / "cache-faiss").is_dir()
     with open_store(tmp_path / "index") as opened:
         assert (tmp_path / "index" / "cache-faiss").is_dir() and not killed.exists() and working.exists()

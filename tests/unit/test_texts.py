@@ -23,7 +23,7 @@ from common import sources
 from common.errors import UserError
 from common.search import texts
 from common.search.encoder import EncoderConfig, load_encoder, split_into_chunks, token_spans
-from common.search.index import TEXT, text_array
+from common.search.segments import TEXT, text_array
 from common.sources import FileOptions
 
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from common.errors import UserError
 from common.search import display
 from common.search.builder import Builder, fill, settings_of
-from common.search.index import TEXT
+from common.search.index import open_store
 from common.search.searcher import Searcher
-from common.search.store import open_store
+from common.search.segments import TEXT
 from common.search.words import LANGUAGES, Words, fold, stop_words
 from conftest import StubEncoder
 from index_rows import collection
