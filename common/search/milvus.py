@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -520,81 +521,69 @@ def _all_rows(store: MilvusCollection, condition: str, fields: list[str]) -> Ite
 # Searching ----------------------------------------------------------------------------------------
 
 
-@dataclass
-class MilvusSearcher(Searcher):
-    """A collection and the way in which it is searched; `condition` is Milvus' own."""
+def rank(
+    store: MilvusCollection, condition: str, queries: list[str], vectors: np.ndarray, depth: int, hybrid: bool
+) -> list[Ranking]:
+    """Return the best rows of each query where a condition of Milvus holds, at most as many as
+    Milvus returns.
+    """
+    if hybrid:
+        return [_rank_hybrid(store, condition, *pair, depth) for pair in zip(queries, vectors)]
+    return _rank_by_cosine(store, condition, vectors, depth)
 
-    condition: str = ""
 
-    def _rank(self, queries: list[str], vectors: np.ndarray, depth: int) -> list[Ranking]:
-        """Return the best rows of each query, at most as many as Milvus returns."""
-        store: Any = self.snapshot
-        if self.hybrid:
-            return [self._rank_hybrid(store, *pair, depth) for pair in zip(queries, vectors)]
-        return self._rank_by_cosine_there(store, vectors, depth)
+def _rank_by_cosine(
+    store: MilvusCollection, condition: str, vectors: np.ndarray, depth: int
+) -> list[Ranking]:
+    """Return the rows that Milvus finds by their exact scores, equal ones by id."""
+    answers = store.client.search(
+        store.target.collection,
+        data=[vector.tolist() for vector in vectors],
+        anns_field=VECTOR,
+        filter=condition,
+        limit=min(depth + MORE, LONGEST_RESULT),
+        output_fields=_fields(store, VECTOR),
+        consistency_level="Strong",
+    )
+    rankings = []
+    for vector, hits in zip(vectors, answers):
+        entities = [dict(hit["entity"]) for hit in hits]
+        vectors_found = np.array([entity[VECTOR] for entity in entities], np.float32)
+        found = vectors_found.reshape(-1, store.width)
+        scores = exact_scores(found, vector)
+        order = sorted(range(len(found)), key=lambda n: (-scores[n], entities[n][KEY]))[:depth]
+        rows = np.array([store.remember(entities[n]) for n in order], np.int64)
+        rankings.append((rows, scores[order]))
+    return rankings
 
-    def _say_wordless(self, queries: list[str]) -> None:
-        """Say nothing: Milvus decides which words count."""
 
-    def _rank_by_cosine_there(
-        self, store: MilvusCollection, vectors: np.ndarray, depth: int
-    ) -> list[Ranking]:
-        """Return the rows that Milvus finds by their exact scores, equal ones by id."""
-        answers = store.client.search(
-            store.target.collection,
-            data=[vector.tolist() for vector in vectors],
-            anns_field=VECTOR,
-            filter=self.condition,
-            limit=min(depth + MORE, LONGEST_RESULT),
-            output_fields=_fields(store, VECTOR),
-            consistency_level="Strong",
-        )
-        rankings = []
-        for vector, hits in zip(vectors, answers):
-            entities = [dict(hit["entity"]) for hit in hits]
-            vectors_found = np.array([entity[VECTOR] for entity in entities], np.float32)
-            found = vectors_found.reshape(-1, store.width)
-            scores = exact_scores(found, vector)
-            order = sorted(range(len(found)), key=lambda n: (-scores[n], entities[n][KEY]))[:depth]
-            rows = np.array([store.remember(entities[n]) for n in order], np.int64)
-            rankings.append((rows, scores[order]))
-        return rankings
+def _rank_hybrid(
+    store: MilvusCollection, condition: str, query: str, vector: np.ndarray, depth: int
+) -> Ranking:
+    """Return the rows that Milvus' ranker makes of the cosine and of its BM25."""
+    from pymilvus import AnnSearchRequest, RRFRanker
 
-    def _rank_hybrid(self, store: MilvusCollection, query: str, vector: np.ndarray, depth: int) -> Ranking:
-        """Return the rows that Milvus' ranker makes of the cosine and of its BM25."""
-        from pymilvus import AnnSearchRequest, RRFRanker
-
-        limit = min(max(depth, FUSED), LONGEST_RESULT)
-        options = {"limit": limit, "expr": self.condition or None}
-        requests = [
-            AnnSearchRequest([vector.tolist()], VECTOR, {}, **options),
-            AnnSearchRequest([query], WORDS, {}, **options),
-        ]
-        [hits] = store.client.hybrid_search(
-            store.target.collection,
-            requests,
-            RRFRanker(RRF_K),
-            limit=limit,
-            output_fields=_fields(store),
-            consistency_level="Strong",
-        )
-        ranked = sorted(hits, key=lambda hit: (-hit["distance"], hit["entity"][KEY]))
-        rows = np.array([store.remember(dict(hit["entity"])) for hit in ranked], np.int64)
-        return rows, np.array([hit["distance"] for hit in ranked])
+    limit = min(max(depth, FUSED), LONGEST_RESULT)
+    options = {"limit": limit, "expr": condition or None}
+    requests = [
+        AnnSearchRequest([vector.tolist()], VECTOR, {}, **options),
+        AnnSearchRequest([query], WORDS, {}, **options),
+    ]
+    [hits] = store.client.hybrid_search(
+        store.target.collection,
+        requests,
+        RRFRanker(RRF_K),
+        limit=limit,
+        output_fields=_fields(store),
+        consistency_level="Strong",
+    )
+    ranked = sorted(hits, key=lambda hit: (-hit["distance"], hit["entity"][KEY]))
+    rows = np.array([store.remember(dict(hit["entity"])) for hit in ranked], np.int64)
+    return rows, np.array([hit["distance"] for hit in ranked])
 
 
 def _fields(store: MilvusCollection, *more: str) -> list[str]:
     return [KEY, ID, TEXT, CHUNK, NUM_CHUNKS, START, *store.columns, *more]
-
-
-def searcher_of(
-    store: MilvusCollection, encoder: Encoder, condition: str | None, **options: Any
-) -> MilvusSearcher:
-    """Return how a collection is searched."""
-    snapshot: Any = store  # it has what a searcher asks of an index
-    condition = condition or ""
-    allowed = np.ones(min(store.count(condition), LONGEST_RESULT), bool)
-    return MilvusSearcher(snapshot, encoder, allowed, condition=condition, **options)
 
 
 # Conditions ---------------------------------------------------------------------------------------
@@ -802,9 +791,18 @@ def opened_searcher(
     with opened(args.index) as store:
         config = flags.encoder_config(args)
         encoder = load_index_encoder(config, runtime, args.index, store.settings)
-        condition = translate(where, store.columns)
-        options = {"hybrid": hybrid, "reranker": reranker, "rerank_depth": args.rerank_depth}
-        yield searcher_of(store, encoder, condition, say=screen.say, **options)
+        condition = translate(where, store.columns) or ""
+        snapshot: Any = store  # it has what a searcher asks of an index
+        yield Searcher(
+            snapshot,
+            encoder,
+            allowed=np.ones(min(store.count(condition), LONGEST_RESULT), bool),
+            hybrid=hybrid,
+            reranker=reranker,
+            rerank_depth=args.rerank_depth,
+            say=screen.say,
+            ranked_there=functools.partial(rank, store, condition),
+        )
 
 
 def run_list(args: argparse.Namespace) -> None:

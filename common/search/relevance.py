@@ -10,7 +10,7 @@ import json
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,7 +27,7 @@ from common.search.index import Snapshot, open_snapshot, rows_with_ids
 from common.search.kernel import exact_scores
 from common.search.manifest import bytes_of_vector, store_of
 from common.search.searcher import Searcher
-from common.search.segments import ID, TEXT, pack, unpack
+from common.search.segments import ID, TEXT
 from common.search.texts import ANY_ID, Collection, Source
 
 if TYPE_CHECKING:
@@ -166,23 +166,6 @@ def find(searcher: Searcher, task: Task, depth: int = DEPTH) -> dict[str, list[s
     return ids
 
 
-class Rounded(Snapshot):
-    """A snapshot whose vectors are read as if they were kept in another way, to see its cost."""
-
-    def __init__(self, snapshot: Snapshot, store: str) -> None:
-        super().__init__(snapshot.folder, snapshot.manifest, snapshot.segments)
-        self.store = store
-
-    def vector_blocks(self, size: int) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield what the snapshot yields, in fewer numbers."""
-        for start, vectors in super().vector_blocks(size):
-            yield start, unpack(pack(vectors, self.store), self.store, self.width)
-
-    def vectors_of(self, rows: np.ndarray | Sequence[int]) -> np.ndarray:
-        """Return what the snapshot returns, in fewer numbers."""
-        return unpack(pack(super().vectors_of(rows), self.store), self.store, self.width)
-
-
 def score_stores(
     searcher: Searcher, task: Task, stores: list[str], measures: Measures = USUAL
 ) -> dict[str, dict[str, float]]:
@@ -202,8 +185,9 @@ def score_stores(
         whole = find(searcher, task)
     lines = {}
     for store in stores:
-        rounded = dataclasses.replace(searcher, snapshot=Rounded(snapshot, store))
-        hits = find(rounded, task, measures.depth)
+        segments = [segment.repacked(store) for segment in snapshot.segments]
+        repacked = Snapshot(snapshot.folder, snapshot.manifest, segments)
+        hits = find(dataclasses.replace(searcher, snapshot=repacked), task, measures.depth)
         shared = []
         for query, best in whole.items():
             shared.append(len(set(hits[query][:10]) & set(best[:10])) / len(best[:10]))

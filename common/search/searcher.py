@@ -94,6 +94,8 @@ class Searcher:
     reranker: CrossEncoder | None = None
     rerank_depth: int = 100
     say: Callable[[str], None] = print
+    # (queries, vectors, depth, hybrid) -> rankings, where Milvus ranks and not this process
+    ranked_there: Callable[[list[str], np.ndarray, int, bool], list[Ranking]] | None = None
 
     def search(self, queries: list[str], k: int) -> list[list[Hit]]:
         """Return the k best documents for each query, best first, or all if there are fewer; of
@@ -106,7 +108,7 @@ class Searcher:
         if self.encoder.runtime.world_size > 1:
             return self._search_together(self.encoder, queries, k)
         hits: list[list[Hit]] = []
-        if self.hybrid:
+        if self.hybrid and self.ranked_there is None:  # else Milvus decides which words count
             self._say_wordless(queries)
         for start in range(0, len(queries), QUERIES):
             block = queries[start : start + QUERIES]
@@ -198,6 +200,8 @@ class Searcher:
 
     def _rank(self, queries: list[str], vectors: np.ndarray, depth: int) -> list[Ranking]:
         """Return at least the `depth` best rows for each query, or all if there are fewer."""
+        if self.ranked_there is not None:
+            return self.ranked_there(queries, vectors, depth, self.hybrid)
         if not self.hybrid:
             return self._rank_by_cosine(vectors, depth)
         depth = max(depth, FUSED)

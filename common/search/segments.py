@@ -190,6 +190,12 @@ class Segment:
         segment.columns = columns
         return segment
 
+    def repacked(self, store: str) -> "Segment":
+        """Return the segment as if its vectors were kept in another way: in memory, as many bytes."""
+        segment = copy.copy(self)
+        segment.store, segment._stored = store, pack(self.vectors(0, len(self)), store)
+        return segment
+
     def __len__(self) -> int:
         return len(self.alive)
 
