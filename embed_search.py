@@ -67,9 +67,9 @@ from common.search.flags import (
     picture_file,
     rank_of_cut,
     read_queries,
+    read_texts,
     recorded_model,
     rows_file,
-    source_of,
     start,
     vectors_file,
 )
@@ -95,6 +95,7 @@ if TYPE_CHECKING:
     from common.search.display import Screen
     from common.search.encoder import Encoder
     from common.search.model_scores import ModelScores
+    from common.search.relevance import Task
     from common.search.selection import Selection
     from common.search.texts import Collection
 
@@ -136,7 +137,7 @@ def open_rows(
             from common.search.builder import build_temporary
             from common.search.encoder import load_encoder
 
-            collection = source_of(args).read()
+            collection = read_texts(args)
             check_size(len(collection), most)
             encoder, name = load_encoder(encoder_config(args), runtime), collection.name
             options = {"block": args.block, "say": screen.say, "role": role}
@@ -270,7 +271,7 @@ def index(args: argparse.Namespace) -> None:
     from common.search.encoder import load_encoder, load_index_encoder
 
     runtime, screen = start(args)
-    source, config = source_of(args), encoder_config(args)
+    config = encoder_config(args)
     id_column, overlap, existing, text_columns = args.id_column, overlap_of(args), None, ()
     if (Path(args.index) / MANIFEST).is_file():  # what no flag names stays as the index was made
         manifest = read_manifest(Path(args.index))
@@ -283,7 +284,7 @@ def index(args: argparse.Namespace) -> None:
 
     @functools.cache
     def read() -> Collection:
-        return source.read(id_column, as_text=text_columns)
+        return read_texts(args, id_column, as_text=text_columns)
 
     if runtime.world_size == 1:  # mistakes in the texts are reported before the model is loaded
         read()
@@ -323,10 +324,10 @@ def build(
             check_settings(args.index, settings, store.snapshot.settings)
             if store.snapshot.num_rows and settings["model"] != store.snapshot.settings["model"]:
                 store.record_model(settings["model"])  # the same one, which has moved
-            builder = Builder(store, encoder, update=args.update, skip_bad=args.skip_bad)
+            options, given = {"skip_bad": args.skip_bad}, None
             if args.vectors:
-                options = {"skip_bad": args.skip_bad, "say": screen.say}
-                builder.given = read_vectors(args.vectors, collection, encoder, **options)
+                given = read_vectors(args.vectors, collection, encoder, **options, say=screen.say)
+            builder = Builder(store, encoder, update=args.update, given=given, **options)
             fill(builder, collection, block=args.block)
             if args.command == "sync":
                 builder.remove_unseen()
@@ -849,22 +850,12 @@ def keep_clusters(selection: Selection, labels: np.ndarray, args: argparse.Names
     """Write the numbers of clusters, from 1, to the index as a column; rows that were not looked at
     keep theirs, and those in no cluster have none.
     """
-    import numpy as np
-
     from common.search.index import open_store
 
     with open_store(args.index, wait=args.wait) as store:
-        snapshot = store.snapshot
-        if snapshot.stamp != selection.snapshot.stamp:
+        if store.snapshot.stamp != selection.snapshot.stamp:
             raise UserError(f"--index {args.index}: it has changed meanwhile; run the command again")
-        before = [None] * snapshot.num_rows
-        if args.column in snapshot.columns:
-            rows = snapshot.take(np.arange(snapshot.num_rows), [args.column])
-            before = [row[args.column] for row in rows]
-        known = np.array([value is not None for value in before], bool)
-        values = np.array([value or 0 for value in before], np.int64)
-        values[selection.rows], known[selection.rows] = labels + 1, labels >= 0
-        store.set_column(args.column, values, known)
+        store.set_column(args.column, selection.rows, labels + 1)  # 0: in no cluster
 
 
 # evaluate, compare-models: how good a search or a model is
@@ -909,23 +900,37 @@ def evaluate(args: argparse.Namespace) -> None:
         scores = relevance.sts_score(encoder, args.sts, args.sts_columns, block=args.block)
         display.show_sts(screen, args.sts, scores)
         return
-    files = relevance.TaskFiles(args.queries, args.qrels, args.id_column)
+    task, source = read_task(args)
     reranker = load_reranker(args.rerank, runtime, cache_dir=args.cache_dir)
-    with relevance.open_task(files, source_of(args), runtime, say=screen.say) as opened:
-        snapshot, allowed = opened.snapshot, opened.snapshot.alive()
+    options = {"block": args.block, "say": screen.say}
+    with relevance.open_documents(task, source, encoder_config(args), runtime, **options) as documents:
+        snapshot, allowed = documents.snapshot, documents.snapshot.alive()
         words = Words(args.language)
         options = {"words": words, "rerank_depth": args.rerank_depth, "say": screen.say}
-        searcher = Searcher(snapshot, opened.encoder, allowed, **options)
+        searcher = Searcher(snapshot, documents.encoder, allowed, **options)
         measures = relevance.measures_at(args.at)
-        values = relevance.score_all(searcher, opened.task, reranker=reranker, measures=measures)
-        stores = relevance.score_stores(searcher, opened.task, args.store, measures)
+        values = relevance.score_all(searcher, task, reranker=reranker, measures=measures)
+        stores = relevance.score_stores(searcher, task, args.store, measures)
         with runtime.raised_on_all():  # the other processes have helped to search, and wait
             if runtime.is_main:
-                searches = model_scores.of_searches(list(opened.task.judgements), values)
+                searches = model_scores.of_searches(list(task.judgements), values)
                 differences = model_scores.differences(searches)
-                display.show_scores(screen, opened.task, searches, differences, stores)
+                display.show_scores(screen, task, searches, differences, stores)
                 if args.per_query:
                     display.write_query_scores(searches, args.per_query, screen)
+
+
+def read_task(args: argparse.Namespace) -> tuple[Task, Collection | str]:
+    """Return what a search is scored on, and its documents: texts, or the name of an index. Without
+    files it is the bundled task.
+    """
+    from common.search import relevance
+    from common.search.texts import ANY_ID
+
+    if not args.queries:
+        return relevance.bundled_task()
+    task = relevance.read_task(args.queries, args.qrels, args.encoding)
+    return task, read_texts(args, args.id_column or ANY_ID) if args.texts else args.index
 
 
 def add_compare_flags(command: cli.Parser) -> None:
@@ -997,12 +1002,12 @@ def score_model(
         cosines, human = relevance.sts_cosines(encoder, args.sts, columns, block=args.block)
         pairs = [str(row) for row in range(1, len(human) + 1)]
         return ModelScores(*own, None, pairs, {COSINE: cosines, HUMAN: human})
-    files = relevance.TaskFiles(args.queries, args.qrels, args.id_column)
-    options = {"say": screen.say, "encoder": encoder}
-    with relevance.open_task(files, source_of(args), runtime, **options) as opened:
-        snapshot, task = opened.snapshot, opened.task
+    task, source = read_task(args)
+    options = {"block": args.block, "say": screen.say, "encoder": encoder}
+    with relevance.open_documents(task, source, encoder_config(args), runtime, **options) as documents:
+        snapshot = documents.snapshot
         searcher = Searcher(snapshot, encoder, snapshot.alive(), say=screen.say)
-        speed = snapshot.num_rows / opened.seconds if opened.seconds else None
+        speed = snapshot.num_rows / documents.seconds if documents.seconds else None
         values = relevance.query_scores(task.judgements, relevance.find(searcher, task))
     arrays = {name: np.array(of_queries) for name, of_queries in values.items()}
     return ModelScores(*own, speed, list(task.judgements), arrays)
@@ -1083,8 +1088,7 @@ def make_parser() -> cli.Parser:
     for name, (run, add_flags, _) in COMMANDS.items():
         command = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
         command.add_argument("--json", action="store_true", help="print JSON instead of tables")
-        # what source_of() and check_task() read, for commands that lack these flags
-        command.set_defaults(index=None, where=None, where_seconds=0.0, where_megabytes=0)
+        command.set_defaults(index=None)  # for commands that lack the flag
         add_flags(command)
     return parser
 

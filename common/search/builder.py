@@ -123,10 +123,11 @@ class Builder:
         update: bool = False,
         skip_bad: bool = False,
         role: str | None = "document",
+        given: np.ndarray | None = None,
     ) -> None:
         self.store, self.encoder, self.counts = store, encoder, Counts()
         self.update, self.skip_bad, self.role = update, skip_bad, role
-        self.given: np.ndarray | None = None  # vectors of the collection's rows: nothing is encoded
+        self.given = given  # vectors of the collection's rows: nothing is encoded
         self.id_column = store.snapshot.settings["id_column"]
         self.chunk_overlap = store.snapshot.settings["chunk_overlap"]
         self.documents = RowTable()  # id of a document -> its first row in the index
@@ -397,14 +398,13 @@ def build_temporary(
     *,
     block: int,
     say: Callable[[str], None],
-    id_column: str | None = None,
     role: str | None = "document",
 ) -> Snapshot:
-    """Return an index of a collection that lasts for one command. Without `id_column` the ids are
-    the rows' numbers from 1, and equal texts stay separate rows.
+    """Return an index of a collection that lasts for one command. Without a column of ids these
+    are the rows' numbers from 1, and equal texts stay separate rows.
     """
     check_same_texts(collection, encoder.runtime)
-    id_column = id_column or collection.id_column
+    id_column = collection.id_column
     if id_column is None:
         id_column = unused_name("_number", collection.rows.column_names)
         numbers = number_array(np.arange(1, len(collection.rows) + 1))

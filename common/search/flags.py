@@ -10,7 +10,7 @@ import argparse
 import contextlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,7 +34,7 @@ from common.search.words import AUTO
 if TYPE_CHECKING:
     from common.runtime import Runtime
     from common.search.display import Screen
-    from common.search.texts import Source
+    from common.search.texts import Collection
 
 PICTURES = (".png", ".pdf", ".svg", ".jpg")
 DEEPEST = 10_000  # rank at which a measure stops
@@ -402,15 +402,18 @@ def read_queries(file: str, encoding: str | None) -> list[str]:
     return queries
 
 
-def source_of(args: argparse.Namespace) -> Source:
-    from common.search.texts import Source
+def read_texts(
+    args: argparse.Namespace, id_column: str | None = None, *, as_text: Sequence[str] = ()
+) -> Collection:
+    """Return the texts that are named, as `texts.read` does."""
+    from common.search import texts
 
-    return Source(
-        encoder=encoder_config(args),
-        texts=tuple(sources.expanded(args.texts)),
-        index=args.index,
+    return texts.read(
+        sources.expanded(args.texts),
         text_column=args.text_column,
-        options=file_options(args),
+        id_column=id_column,
+        as_text=as_text,
         skip_bad=args.skip_bad,
-        block=args.block,
+        options=file_options(args),
+        cache_dir=args.cache_dir,
     )

@@ -306,13 +306,17 @@ class Store:
         """Rewrite the live rows, in their order, into few large files without deleted rows."""
         self._rewrite(0, np.flatnonzero(self.snapshot.alive()))
 
-    def set_column(self, name: str, values: np.ndarray, known: np.ndarray) -> None:
-        """Commit whole numbers (num_rows) as a column, null where `known` is False; the hashes stay
-        those of the source, so that its rows count as unchanged.
+    def set_column(self, name: str, rows: np.ndarray, numbers: np.ndarray) -> None:
+        """Commit whole numbers (n) of some rows (n) as a column, null in the place of 0; other rows
+        keep theirs. The hashes stay those of the source, so that its rows count as unchanged.
         """
-        numbers = [int(value) if here else None for value, here in zip(values, known)]
-        column = pa.array(numbers, pa.int64())
-        self._rewrite(0, np.arange(self.snapshot.num_rows), {name: column})
+        all_rows = np.arange(self.snapshot.num_rows)
+        values: list[int | None] = [None] * len(all_rows)
+        if name in self.snapshot.columns:
+            values = [row[name] for row in self.snapshot.take(all_rows, [name])]
+        for row, number in zip(rows.tolist(), numbers.tolist()):
+            values[row] = number or None
+        self._rewrite(0, all_rows, {name: pa.array(values, pa.int64())})
 
     def _first_small_segment(self) -> int:
         """Return the number of the first of the small files at the end, if there are enough to be

@@ -702,8 +702,7 @@ def run_index(args: argparse.Namespace) -> None:
     of Milvus Lite is written by the main process, and all encode.
     """
     runtime, screen = flags.start(args)
-    target, source = parse_target(args.index), flags.source_of(args)
-    config = flags.encoder_config(args)
+    target, config = parse_target(args.index), flags.encoder_config(args)
     existing = runtime.broadcast_from_main(lambda: settings_there(target))
     id_column, overlap = args.id_column, flags.overlap_of(args)
     if existing:
@@ -719,7 +718,7 @@ def run_index(args: argparse.Namespace) -> None:
     cli.exit_at_signals()
     try:
         job = Job(id_column, overlap, args.update, args.skip_bad, args.block, shares)
-        index_texts(target, source.read(id_column), encoder, screen, job)
+        index_texts(target, flags.read_texts(args, id_column), encoder, screen, job)
     except SystemExit as stopped:
         message = f"stopped; what was written is in {args.index}, and the same command continues"
         raise Interrupted(message, int(stopped.code or 0)) from None

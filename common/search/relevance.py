@@ -25,10 +25,10 @@ from common.search.builder import build_temporary
 from common.search.encoder import Encoder, load_encoder, load_index_encoder
 from common.search.index import Snapshot, open_snapshot, rows_with_ids
 from common.search.kernel import exact_scores
-from common.search.manifest import bytes_of_vector, store_of
+from common.search.manifest import EncoderConfig, bytes_of_vector, store_of
 from common.search.searcher import Searcher
 from common.search.segments import ID, TEXT
-from common.search.texts import ANY_ID, Collection, Source
+from common.search.texts import Collection
 
 if TYPE_CHECKING:
     from sentence_transformers import CrossEncoder
@@ -79,22 +79,12 @@ class Task:
 
 
 @dataclass(frozen=True)
-class OpenTask:
-    """A task with the documents to search, and the seconds that encoding took (0 for an index)."""
+class Documents:
+    """What a task searches, its encoder, and the seconds that encoding took (0 for an index)."""
 
-    task: Task
     snapshot: Snapshot
     encoder: Encoder
     seconds: float
-
-
-@dataclass(frozen=True)
-class TaskFiles:
-    """The files of a task, and the column of its documents' ids."""
-
-    queries: str | None  # JSONL
-    qrels: str | None  # judgements as TREC or BEIR writes them
-    id_column: str | None = None
 
 
 def retrieval_scores(
@@ -197,12 +187,11 @@ def score_stores(
     return lines
 
 
-def bundled_task(name: str) -> tuple[Task, Collection]:
-    """Return the task of finding each article of a bundled set of news by its headline, and the
-    articles without their headlines, whose ids are their rows.
+def bundled_task() -> tuple[Task, Collection]:
+    """Return the task of finding each article of the bundled news by its headline, and the articles
+    without their headlines, whose ids are their rows.
     """
-    if name not in bundled.DATASETS:
-        raise UserError(f"{name}: no such bundled data set; there is {', '.join(bundled.DATASETS)}")
+    name = "bundled/bbc-news"
     articles, queries, judgements = [], {}, {}
     for row, text in enumerate(bundled.DATASETS[name]()["text"][:]):
         headline, _, article = text.partition("\n")
@@ -213,7 +202,7 @@ def bundled_task(name: str) -> tuple[Task, Collection]:
     rows = pa.Table.from_pylist(articles, schema)
     title = f"{name}: headlines as queries, the articles without them as texts"
     task = Task(title, queries, judgements)
-    return task, Collection(name, rows, "row", {})
+    return task, Collection(name, rows, "row", {}, BUNDLED_IDS)
 
 
 def read_task(queries_file: str, judgements_file: str, encoding: str | None = None) -> Task:
@@ -264,36 +253,30 @@ def _read_judgements(file: str, queries: dict[str, str], encoding: str | None) -
 
 
 @contextlib.contextmanager
-def open_task(
-    files: TaskFiles,
-    source: Source,
+def open_documents(
+    task: Task,
+    source: Collection | str,
+    config: EncoderConfig,
     runtime: Runtime,
     *,
+    block: int,
     say: Callable[[str], None],
     encoder: Encoder | None = None,
-) -> Iterator[OpenTask]:
-    """Yield a task, the documents to search, their encoder, and the seconds that encoding took (0
-    for an index). Without files it is the bundled task.
+) -> Iterator[Documents]:
+    """Yield the documents of a task, which are texts or in an index of this name. Raises UserError
+    when none that is judged relevant is there.
     """
-    id_column, collection = files.id_column, None
-    if not (files.queries and files.qrels):
-        (task, collection), id_column = bundled_task("bundled/bbc-news"), BUNDLED_IDS
-    else:
-        task = read_task(files.queries, files.qrels, source.options.encoding)
-        collection = source.read(id_column or ANY_ID) if source.texts else None
     with tempfile.TemporaryDirectory() as folder:
         seconds = 0.0
-        if collection is None:
-            snapshot = open_snapshot(source.index or "")
-            index = str(snapshot.folder)
-            encoder = load_index_encoder(source.encoder, runtime, index, snapshot.settings)
+        if isinstance(source, str):
+            snapshot = open_snapshot(source)
+            encoder = load_index_encoder(config, runtime, source, snapshot.settings)
         else:
-            encoder, started = encoder or load_encoder(source.encoder, runtime), time.perf_counter()
-            options = {"block": source.block, "say": say, "id_column": id_column}
-            snapshot = build_temporary(collection, encoder, folder, **options)
+            encoder, started = encoder or load_encoder(config, runtime), time.perf_counter()
+            snapshot = build_temporary(source, encoder, folder, block=block, say=say)
             seconds = time.perf_counter() - started
         check_documents(task, lambda ids: rows_with_ids(snapshot, ids)[1], say)
-        yield OpenTask(task, snapshot, encoder, seconds)
+        yield Documents(snapshot, encoder, seconds)
 
 
 def check_documents(

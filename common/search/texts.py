@@ -27,7 +27,6 @@ import pyarrow.compute as pc
 
 from common import bundled, reading, sources
 from common.errors import UserError
-from common.search.manifest import EncoderConfig
 from common.search.segments import RESERVED_COLUMNS, TEXT, number_array, text_array
 
 if TYPE_CHECKING:
@@ -103,32 +102,6 @@ class BadRows:
         if not self.skip:
             raise UserError(f"{error}, or skip it with --skip-bad")
         self.reasons[row] = reason
-
-
-@dataclass(frozen=True)
-class Source:
-    """What a command reads: texts or an index; and how texts are encoded."""
-
-    encoder: EncoderConfig
-    texts: tuple[str, ...]
-    index: str | None
-    text_column: str
-    options: sources.FileOptions  # how data files are written
-    skip_bad: bool
-    block: int  # texts encoded and committed at once
-
-    def read(self, id_column: str | None = None, *, as_text: Sequence[str] = ()) -> Collection:
-        """Return the texts; not for a command that reads an index."""
-        assert self.texts
-        return read(
-            self.texts,
-            text_column=self.text_column,
-            id_column=id_column,
-            as_text=as_text,
-            skip_bad=self.skip_bad,
-            options=self.options,
-            cache_dir=self.encoder.cache_dir,
-        )
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,7 @@ def write_task(
 def main(args: argparse.Namespace):
     runtime = start_runtime(args.device, args.precision, args.seed)
     environment.show(environment.describe(runtime.device))
-    task, collection = relevance.bundled_task("bundled/bbc-news")
+    task, collection = relevance.bundled_task()
     articles = {row["id"]: row[TEXT] for row in collection.rows.to_pylist()}
     names = np.random.default_rng(args.seed).permutation(list(task.queries))[: args.most].tolist()
     learned, held_out = names[: len(names) // 2], names[len(names) // 2 :]
