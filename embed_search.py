@@ -34,7 +34,19 @@ from typing import TYPE_CHECKING, NamedTuple
 from common import cli, sources
 from common.errors import Interrupted, UserError, first_repeated
 from common.files import check_new, only_writer
-from common.search.flags import (
+from common.search.manifest import (
+    MANIFEST,
+    MILVUS,
+    STORES,
+    Settings,
+    check_files,
+    check_folder,
+    check_settings,
+    num_live_rows,
+    read_manifest,
+    store_of,
+)
+from common.search.search_flags import (
     DEFAULT_OVERLAP,
     EXPORTS,
     SKIP_BAD,
@@ -72,18 +84,6 @@ from common.search.flags import (
     rows_file,
     start,
     vectors_file,
-)
-from common.search.manifest import (
-    MANIFEST,
-    MILVUS,
-    STORES,
-    Settings,
-    check_files,
-    check_folder,
-    check_settings,
-    num_live_rows,
-    read_manifest,
-    store_of,
 )
 from common.search.words import AUTO, LANGUAGES, Words, stop_words
 

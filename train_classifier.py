@@ -31,8 +31,9 @@ from typing import TYPE_CHECKING, TypeVar, cast
 from common import cli, sources
 from common.errors import Fault, Interrupted, UserError
 from common.sources import FileOptions
-from common.training import flags, predictions, study
-from common.training.flags import (
+from common.training import predictions, study, training_flags
+from common.training.run import JOIN, PAIR, RunLocation, check_task, check_text_columns, finished_runs
+from common.training.training_flags import (
     commits_of,
     needs_no_model,
     plan_study,
@@ -40,12 +41,11 @@ from common.training.flags import (
     settings_of,
     shown_while_loading,
 )
-from common.training.run import JOIN, PAIR, RunLocation, check_task, check_text_columns, finished_runs
 
 
 def make_parser() -> cli.Parser:
-    """Return the parser of all flags, which common/training/flags.py lists."""
-    return flags.make_parser(__doc__)
+    """Return the parser of all flags, which common/training/training_flags.py lists."""
+    return training_flags.make_parser(__doc__)
 
 
 def do_without_model(args: argparse.Namespace) -> None:

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from common import cli
 from common.errors import Interrupted, UserError, one_line
-from common.search import display, flags
+from common.search import display, search_flags
 from common.search.builder import Counts, hashes_of, settings_of
 from common.search.display import Screen, say_notes
 from common.search.encoder import (
@@ -701,10 +701,10 @@ def run_index(args: argparse.Namespace) -> None:
     """Write texts to a collection. Under torchrun each process encodes and writes its share; a file
     of Milvus Lite is written by the main process, and all encode.
     """
-    runtime, screen = flags.start(args)
-    target, config = parse_target(args.index), flags.encoder_config(args)
+    runtime, screen = search_flags.start(args)
+    target, config = parse_target(args.index), search_flags.encoder_config(args)
     existing = runtime.broadcast_from_main(lambda: settings_there(target))
-    id_column, overlap = args.id_column, flags.overlap_of(args)
+    id_column, overlap = args.id_column, search_flags.overlap_of(args)
     if existing:
         id_column = id_column or existing["id_column"]
         overlap = existing["chunk_overlap"] if overlap is None else overlap
@@ -718,7 +718,7 @@ def run_index(args: argparse.Namespace) -> None:
     cli.exit_at_signals()
     try:
         job = Job(id_column, overlap, args.update, args.skip_bad, args.block, shares)
-        index_texts(target, flags.read_texts(args, id_column), encoder, screen, job)
+        index_texts(target, search_flags.read_texts(args, id_column), encoder, screen, job)
     except SystemExit as stopped:
         message = f"stopped; what was written is in {args.index}, and the same command continues"
         raise Interrupted(message, int(stopped.code or 0)) from None
@@ -733,7 +733,7 @@ def run_delete(args: argparse.Namespace) -> None:
     with opened(args.index) as store:
         condition = translate(args.where, store.columns)
         unknown = unknown_ids(store, args.ids)
-        flags.check_known(args, unknown)
+        search_flags.check_known(args, unknown)
         deleted = delete_rows(store, args.ids, condition)
         display.say_deleted(screen, deleted, len(unknown))
         show_collection(screen, store, deleted=deleted, unknown=len(unknown))
@@ -741,10 +741,10 @@ def run_delete(args: argparse.Namespace) -> None:
 
 def run_search(args: argparse.Namespace) -> None:
     """Find the texts that are nearest to queries; without a query, ask for them."""
-    runtime, screen = flags.start(args)
+    runtime, screen = search_flags.start(args)
     queries = args.queries
     if args.queries_file:
-        queries = flags.read_queries(args.queries_file, args.encoding)
+        queries = search_flags.read_queries(args.queries_file, args.encoding)
     with opened_searcher(args, runtime, screen, hybrid=args.hybrid, where=args.where) as searcher:
         page = Page(args.top_k, args.offset, args.min_score)
         if queries:
@@ -759,7 +759,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
     """Score the ways to search a collection, with intervals and tests of what differs."""
     from common.search import model_scores, relevance
 
-    runtime, screen = flags.start(args)
+    runtime, screen = search_flags.start(args)
     task = relevance.read_task(args.queries, args.qrels, args.encoding)
     with opened_searcher(args, runtime, screen) as searcher:
         relevance.check_documents(task, lambda ids: unknown_ids(searcher.snapshot, ids), screen.say)
@@ -788,7 +788,7 @@ def opened_searcher(
     """Yield how a collection is searched, until the connection ends."""
     reranker = load_reranker(args.rerank, runtime, cache_dir=args.cache_dir)
     with opened(args.index) as store:
-        config = flags.encoder_config(args)
+        config = search_flags.encoder_config(args)
         encoder = load_index_encoder(config, runtime, args.index, store.settings)
         condition = translate(where, store.columns) or ""
         snapshot: Any = store  # it has what a searcher asks of an index
