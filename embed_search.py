@@ -902,8 +902,10 @@ def evaluate(args: argparse.Namespace) -> None:
         return
     task, source = read_task(args)
     reranker = load_reranker(args.rerank, runtime, cache_dir=args.cache_dir)
-    options = {"block": args.block, "say": screen.say}
-    with relevance.open_documents(task, source, encoder_config(args), runtime, **options) as documents:
+    opened = relevance.open_documents(
+        task, source, encoder_config(args), runtime, block=args.block, say=screen.say
+    )
+    with opened as documents:
         snapshot, allowed = documents.snapshot, documents.snapshot.alive()
         words = Words(args.language)
         options = {"words": words, "rerank_depth": args.rerank_depth, "say": screen.say}

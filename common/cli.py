@@ -31,9 +31,8 @@ from common.errors import Interrupted, UserError, printable, shorten
 # torchrun ends the others before they report it too.
 SECONDS_FOR_RANK_0 = 5.0
 # After each of PyTorch's loops its threads (GNU OpenMP's) wait for the next one without giving up
-# their cores, by default for milliseconds. Other threads need these cores, those of the decoding step
-# in C and of an exact search above all: so they wait for some 100 microseconds
-# (docs/benchmarks.md).
+# their cores, by default for milliseconds. The threads of the decoding step in C and of an exact search
+# need these cores: so they wait for some 100 microseconds (docs/benchmarks.md).
 GOMP_SPINS = "10000"
 LOADING, ERASE_LINE = "loading PyTorch", "\r\x1b[K"
 LOST_PEER = (  # what gloo and NCCL say when another process has ended

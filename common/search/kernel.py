@@ -9,7 +9,7 @@ Equal scores: the lower row comes first.
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,8 +18,7 @@ import torch
 BLOCK = 65_536  # rows that are read at once
 # scores filtered at once: at 64 queries those of 16,384 rows, in 4 MB
 SCORES = 1_048_576
-# rows that a thread takes at once: with one large part for each, who is done first would wait
-ROWS_OF_THREAD = 16_384
+ROWS_OF_THREAD = 4_096  # the fewest rows for which another thread is worth its start
 PAIRS = 4_096  # vectors scored in float64 at once
 # when all queries together have more candidates, only the k best of each query are kept: in an
 # index full of equal vectors every row would stay a candidate
@@ -85,31 +84,21 @@ def _scores(
     columns = np.ascontiguousarray(queries.T, np.float32)  # (width, q)
     size, end = max(SCORES // len(queries) // GROUP, 1) * GROUP, 0
     buffer = np.empty((size, len(queries)), np.float32)
-    working: list[Future] = []  # threads that multiply the last block, while the next one is read
-
-    def finish(first: int, end: int) -> tuple[int, np.ndarray]:
-        for part in working:
-            part.result()
-        count = end - first
-        if allowed is not None:
-            buffer[:count][~allowed[first:end]] = -np.inf
-        whole = -(-count // GROUP) * GROUP
-        buffer[count:whole] = -np.inf
-        return first, buffer[:whole]
-
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for start, vectors in _cut(blocks, size):
             end = start + len(vectors)
-            begun: list[Future] = []
-            if allowed is None or allowed[start:end].any():
-                begun = _multiply(vectors, columns, buffer[start % size :][: len(vectors)], pool)
-            for part in working:
-                part.result()
-            working = begun
+            scores = buffer[start % size :][: len(vectors)]
+            wanted = None if allowed is None else allowed[start:end]
+            if wanted is None or wanted.any():
+                _multiply(vectors, columns, scores, pool)
+            if wanted is not None and not wanted.all():
+                scores[~wanted] = -np.inf
             if end % size == 0:
-                yield finish(end - size, end)
-        if rest := end % size:
-            yield finish(end - rest, end)
+                yield end - size, buffer
+    if rest := end % size:
+        whole = -(-rest // GROUP) * GROUP
+        buffer[rest:whole] = -np.inf
+        yield end - rest, buffer[:whole]
 
 
 def _cut(blocks: Iterable[tuple[int, np.ndarray]], size: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -120,19 +109,19 @@ def _cut(blocks: Iterable[tuple[int, np.ndarray]], size: int) -> Iterator[tuple[
             yield start, vectors[start - first : end - first]
 
 
-def _multiply(
-    vectors: np.ndarray, columns: np.ndarray, scores: np.ndarray, pool: ThreadPoolExecutor
-) -> list[Future]:
-    """Write the dot products of vectors (n, width) and queries (width, q) to `scores` (n, q); return
-    what is still at work on them.
-    """
+def _multiply(vectors: np.ndarray, columns: np.ndarray, scores: np.ndarray, pool: ThreadPoolExecutor) -> None:
+    """Write the dot products of vectors (n, width) and queries (width, q) to `scores` (n, q)."""
     if columns.shape[1] > 1:
         torch.mm(torch.from_numpy(vectors), torch.from_numpy(columns), out=torch.from_numpy(scores))
-        return []
+        return
     # One dot product after the other reads the vectors nearly at the speed of memory. The
     # libraries' product of a matrix and a vector takes half as long again.
-    parts = (slice(start, start + ROWS_OF_THREAD) for start in range(0, len(vectors), ROWS_OF_THREAD))
-    return [pool.submit(np.vecdot, vectors[part], columns[:, 0], scores[part, 0]) for part in parts]
+    query, count = columns[:, 0], min(torch.get_num_threads(), len(vectors) // ROWS_OF_THREAD)
+    if count < 2:
+        np.vecdot(vectors, query, scores[:, 0])
+        return
+    parts, results = np.array_split(vectors, count), np.array_split(scores[:, 0], count)
+    list(pool.map(np.vecdot, parts, itertools.repeat(query), results))
 
 
 def _rank_all(candidates: "Candidates", queries: np.ndarray, vectors_of: VectorsOf) -> list[Ranking]:

@@ -824,7 +824,7 @@ def run_export(args: argparse.Namespace) -> None:
         display.write_export(Screen(as_json=args.json), store.parts(condition), count, args.to)
 
 
-COMMANDS = {  # those of flags.MILVUS_COMMANDS
+COMMANDS = {  # those of search_flags.MILVUS_COMMANDS
     "index": run_index,
     "delete": run_delete,
     "list": run_list,

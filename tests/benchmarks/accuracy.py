@@ -44,8 +44,9 @@ PRESETS = {
     ],
 }
 # column: its name in metrics.json
+TESTED = "test accuracy"
 FIGURES = {
-    "test accuracy": "test_accuracy",
+    TESTED: "test_accuracy",
     "validation accuracy": "best_validation_accuracy",
     "validation loss": "best_validation_loss",
     "training seconds": "train_seconds",
@@ -74,27 +75,23 @@ def run(setting: str, seed: int, flags) -> dict[str, float]:
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     metrics = json.loads((folder / "metrics.json").read_text())
     found = {column: metrics[name] for column, name in FIGURES.items()}
-    print(f"seed {seed}  {setting or 'the defaults':<40} " + describe(found), flush=True)
+    shown = ", ".join(f"{column} {value:.4g}" for column, value in found.items())
+    print(f"seed {seed}  {setting or 'the defaults':<40} {shown}", flush=True)
     return found
-
-
-def describe(figures: dict[str, float]) -> str:
-    """Return the figures of a run in a line."""
-    return ", ".join(f"{name} {value:.{0 if 'seconds' in name else 4}f}" for name, value in figures.items())
 
 
 def table(runs: dict[str, list[dict[str, float]]]) -> list[list]:
     """Return a row for each setting: means over the seeds, the median of the test accuracies, and
     their mean difference to the first setting with its 95 % interval, in points.
     """
-    rows, tested = [], next(iter(FIGURES))
+    rows = []
     accuracies = {
-        setting: [100 * figures[tested] for figures in measured] for setting, measured in runs.items()
+        setting: [100 * figures[TESTED] for figures in measured] for setting, measured in runs.items()
     }
     first, *_ = accuracies.values()
     for setting, measured in runs.items():
         means = [statistics.mean(figures[column] for figures in measured) for column in FIGURES]
-        median = statistics.median(figures[tested] for figures in measured)
+        median = statistics.median(figures[TESTED] for figures in measured)
         difference = environment.paired_difference(accuracies[setting], first)
         shown = f"{difference['mean']:+.2f}"
         if difference["low"] is not None:

@@ -193,7 +193,9 @@ def measure(flags) -> dict[str, list[dict]]:
     rounds = {f"{kind} {name}": [] for kind, name in names}
     for number in range(flags.rounds):
         for kind, name in names:
-            found = environment.run_child(__file__, "--child", kind, name, **environment.variables(name))
+            found = environment.run_child(
+                __file__, "--child", kind, name, **environment.variables(is_ours=name.startswith("ours"))
+            )
             rounds[f"{kind} {name}"].append(found)
             shown = {key: round(value, 4) for key, value in found.items() if isinstance(value, float)}
             print(f"round {number + 1}/{flags.rounds}  {kind} {name:<16} {shown}", flush=True)

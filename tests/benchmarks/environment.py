@@ -126,11 +126,11 @@ def run_child(script: str, *arguments: str, **variables: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def variables(contender: str) -> dict[str, str]:
+def variables(*, is_ours: bool) -> dict[str, str]:
     """Return what our scripts set for PyTorch's threads before they import it, for our contenders
     only.
     """
-    return {"GOMP_SPINCOUNT": cli.GOMP_SPINS} if contender.startswith("ours") else {}
+    return {"GOMP_SPINCOUNT": cli.GOMP_SPINS} if is_ours else {}
 
 
 def median_of(rounds: list[dict]) -> dict:

@@ -438,8 +438,7 @@ def run_contender(name: str) -> dict:
     contenders only.
     """
     is_ours = name in WAYS and WAYS[name].loop != "generate"
-    setting = {"GOMP_SPINCOUNT": cli.GOMP_SPINS} if is_ours else {}
-    return environment.run_child(__file__, "--child", name, **setting)
+    return environment.run_child(__file__, "--child", name, **environment.variables(is_ours=is_ours))
 
 
 # --- The rounds, and what they show

@@ -428,7 +428,12 @@ def compare_speeds(flags) -> dict:
         for name, measured in rounds.items():
             measured.append(
                 environment.run_child(
-                    __file__, "--child", name, "--round", str(number), **environment.variables(name)
+                    __file__,
+                    "--child",
+                    name,
+                    "--round",
+                    str(number),
+                    **environment.variables(is_ours=name.startswith("ours")),
                 )
             )
             if name != "limits":
@@ -535,7 +540,12 @@ def compare_accuracies(flags) -> dict:
         for name, measured in accuracies.items():
             measured.append(
                 environment.run_child(
-                    __file__, "--child", name, "--seed", str(seed), **environment.variables(name)
+                    __file__,
+                    "--child",
+                    name,
+                    "--seed",
+                    str(seed),
+                    **environment.variables(is_ours=name.startswith("ours")),
                 )["test_accuracy"]
             )
             print(f"seed {seed}  {name:<28} test accuracy {measured[-1]:.4f}", flush=True)

@@ -75,6 +75,21 @@ def test_a_forecast_after_six_steps_is_what_the_run_then_takes(eval_every, is_re
     assert foretold == pytest.approx(clock.now, rel=0.02)
 
 
+@pytest.mark.parametrize(
+    "seconds_before, said", [(1, "about 1 minute"), (600, "about 11 minutes, with 1 minute left")]
+)
+def test_what_is_left_is_said_where_it_is_not_all(seconds_before, said):
+    """After two steps of 60, of a second each."""
+    clock = SimulatedClock()
+    tokens = {"train_tokens": 60 * 100, "validation_tokens": 0, "test_tokens": 0}
+    forecast = Forecast(**tokens, validations=0, clock=clock)
+    clock.now = seconds_before
+    forecast.add_step(100, RUNTIME)
+    clock.now += 1
+    forecast.add_step(100, RUNTIME)
+    assert forecast.line(1.0, RUNTIME) == f"time     {said}"
+
+
 class TwoProducts(torch.nn.Module):
     """Keeps its inputs of width 8 and 32 for the backward pass: 40 numbers of each token."""
 
