@@ -82,7 +82,7 @@ from common.runtime import (
     stop_runtime,
 )
 from common.training import batching, checkpoint, classifier, data, report, tracking, unlabelled
-from common.training.batching import BatchConfig, count_examples, pool_chunks, sync_gradients
+from common.training.batching import BatchConfig, count_examples, model_inputs, pool_chunks, sync_gradients
 from common.training.checkpoint import TIME_IS_UP, Checkpoints, StopSignals, TrainingState
 from common.training.classifier import ModelConfig
 from common.training.data import DataConfig, DataNotes, Splits, TextConfig, TokenConfig
@@ -225,10 +225,10 @@ def prepare(
     runtime: Runtime,
 ) -> TrainingState:
     """Return everything that an optimizer step needs and changes, for epochs of `rows`."""
-    adapted = classifier.adapt(model, config.model)  # frozen layers, LoRA, ...
+    model = classifier.adapt(model, config.model)  # frozen layers, LoRA, ...
     # pyrefly: ignore [bad-argument-type]  (transformers wraps to() so that its types are lost)
-    adapted = adapted.to(runtime.device)
-    trainable = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    model = model.to(runtime.device)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if config.model.freeze_layers or config.model.lora_rank:
         runtime.say(f"learns   {sum(parameter.numel() for parameter in trainable):,} parameters")
 
@@ -236,37 +236,37 @@ def prepare(
     if config.class_weights == "balanced":
         class_weights = balanced_weights(config.task, config.task.targets(rows["label"][:]))  # (C)
 
-    batches = batching.PaddedBatches(rows, tokenizer)  # to try the model on some
     micro_batch = config.batches.batch_size
     if config.auto_batch_size:
+        max_length = config.tokens.max_length
         micro_batch = batching.largest_micro_batch(
-            adapted, batches, config.batches, config.tokens.max_length, runtime
+            model, rows, tokenizer, config.batches, max_length=max_length, runtime=runtime
         )
 
     optimizer = make_optimizer(trainable, config)
-    last_step = config.max_steps or config.epochs * steps_in_epoch(rows, config, runtime)
-    scheduler = make_scheduler(optimizer, last_step, config)
+    num_steps = config.max_steps or config.epochs * steps_in_epoch(rows, config, runtime)
+    scheduler = make_scheduler(optimizer, num_steps, config)
     # without it, small gradients would be 0 in fp16; in other precisions it does nothing
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
 
-    parallel = adapted if runtime.world_size == 1 else distribute(adapted, batches, runtime)
+    wrapped = model if runtime.world_size == 1 else distribute(model, rows, tokenizer, runtime)
     if config.model.compile:
         # dynamic: compiled once for texts of all lengths
-        parallel = cast(torch.nn.Module, torch.compile(parallel, dynamic=True))
+        wrapped = cast(torch.nn.Module, torch.compile(wrapped, dynamic=True))
 
     # each process draws its own dropout masks
     torch.manual_seed(config.batches.seed + runtime.rank)
     return TrainingState(
-        model=adapted,
+        model=model,
         tokenizer=tokenizer,
-        parallel=parallel,
+        wrapped=wrapped,
         optimizer=optimizer,
         scheduler=scheduler,
         scaler=scaler,
         meter=tracking.LossMeter(runtime, scaler),
         class_weights=class_weights,
         micro_batch=micro_batch,
-        last_step=last_step,
+        num_steps=num_steps,
     )
 
 
@@ -301,21 +301,21 @@ def steps_in_epoch(rows: datasets.Dataset, config: TrainConfig, runtime: Runtime
 
 
 def distribute(
-    model: PreTrainedModel, batches: batching.PaddedBatches, runtime: Runtime
+    model: PreTrainedModel, rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, runtime: Runtime
 ) -> DistributedDataParallel:
     """Return the model in DDP, which averages gradients over all processes."""
     first_chunk = batching.Pick(row=0, chunks=(0,))
-    batch = batches[[first_chunk]]
-    parallel = DistributedDataParallel(
+    batch = batching.pad_batch([first_chunk], rows, tokenizer)
+    wrapped = DistributedDataParallel(
         model,
         find_unused_parameters=batching.has_unused_parameters(model, batch, runtime),
         forward_sync_buffers=False,  # they are constant in encoders
     )
-    # after its first backward pass DDP adds gradients up in another order, in which more than two
-    # processes get other last digits: a resumed run must not have that pass a second time
-    batching.backward_once(parallel, batch, runtime)
+    # after its first backward pass DDP changes the order in which it adds up gradients, and with
+    # more than two processes the last digits: it is done here, so that a resumed run is bit-identical
+    batching.backward_once(wrapped, batch, runtime)
     model.zero_grad()
-    return parallel
+    return wrapped
 
 
 # The loop -----------------------------------------------------------------------------------------
@@ -352,12 +352,12 @@ def train(state: TrainingState, tokenized: Splits, run: Run, config: TrainConfig
     Return whether it came to the end: with --max-minutes, the time may be up before.
     """
     rows = tokenized["train"]
-    model = state.parallel  # with DDP around it if there are several processes
+    model = state.wrapped  # with DDP around it if there are several processes
     optimizer, scheduler, scaler = state.optimizer, state.scheduler, state.scaler
     meter, patience = state.meter, config.early_stopping_patience
-    loss_weights = state.class_weights  # (C)
-    if loss_weights is not None:
-        loss_weights = loss_weights.to(runtime.device)
+    class_weights = state.class_weights  # (C)
+    if class_weights is not None:
+        class_weights = class_weights.to(runtime.device)
 
     # the shapes in comments: B texts, K chunks of these texts, C classes, labels or numbers
     while state.epoch <= config.epochs and not state.is_out_of_patience(patience):
@@ -365,49 +365,50 @@ def train(state: TrainingState, tokenized: Splits, run: Run, config: TrainConfig
         steps = batching.plan_epoch(
             rows, config.batches, epoch=state.epoch, micro_batch=state.micro_batch, runtime=runtime
         )
-        state.steps_of_epoch = len(steps)
-        loader = batching.step_loader(
+        state.steps_per_epoch = len(steps)
+        # a resumed epoch skips those that are done, and --max-steps may end within one
+        steps = steps[state.step_of_epoch :][: state.steps_left()]
+        loader = batching.make_loader(
             rows,
-            # a resumed epoch skips those that are done, and --max-steps may end within one
-            steps[state.step_of_epoch :][: state.steps_left()],
+            [picks for step in steps for picks in step],
             state.tokenizer,
             num_workers=config.batches.num_workers,
             pin_memory=runtime.device.type == "cuda",
         )
         label = f"epoch {state.epoch}/{config.epochs}"
         with (
-            tracking.progress(loader, label=label, unit="step", shown=runtime.is_main) as bar,
+            tracking.progress(steps, label=label, unit="step", shown=runtime.is_main) as bar,
             batching.explain_out_of_memory(config.memory_advice()),
         ):
             meter.start_epoch(is_resumed=state.step_of_epoch > 0)
-            # the evaluation in which a signal has stopped the run, if it did
+            # an evaluation that a signal interrupted, and with it the run, is done again
             if state.is_due(config.eval_every) and not state.is_evaluated():
                 validate(state, tokenized["validation"], run, config, runtime)
 
-            for micro_batches in bar:
+            batches = iter(loader)
+            for step in bar:
                 model.train()
+                micro_batches = [next(batches) for _ in step]
                 # the loss is a mean over the examples of all micro-batches and processes: their
                 # number (times that of labels), or the sum of their class weights, divides the sum
-                examples, divisor = count_examples(micro_batches, state.class_weights, runtime)
+                num_examples, divisor = count_examples(micro_batches, state.class_weights, runtime)
                 num_tokens = batching.count_tokens(micro_batches)
                 for number, batch in enumerate(micro_batches, start=1):
                     batch = batch.to(runtime.device, non_blocking=True)
-                    targets = batch.pop("labels")  # (B), or of labels and numbers (B, C)
-                    row_numbers = batch.pop("row")  # (B)
-                    text_of_chunk = batch.pop("text_of_chunk")  # (K)
+                    targets = batch["labels"]  # (B), or of labels and numbers (B, C)
                     # DDP exchanges gradients once, in the last backward pass of the step
                     with sync_gradients(model, when=number == len(micro_batches)):
                         with runtime.autocast():
-                            logits = model(**batch).logits  # (K, C)
-                        logits = pool_chunks(logits.float(), text_of_chunk, len(targets))  # (B, C)
+                            logits = model(**model_inputs(batch, runtime.device)).logits  # (K, C)
+                        logits = pool_chunks(logits.float(), batch["text_of_chunk"], len(targets))  # (B, C)
                         # cross-entropy of classes or labels, squared error of numbers
                         summed_loss = sum_losses(
-                            config.task, logits, targets, loss_weights, config.label_smoothing
+                            config.task, logits, targets, class_weights, config.label_smoothing
                         )
                         # times world_size, because DDP divides by it when it averages gradients
                         loss_share = summed_loss / divisor * runtime.world_size
                         scaler.scale(loss_share).backward()
-                    meter.add(summed_loss, row_numbers)
+                    meter.add(summed_loss, batch["row"])
                 scaler.unscale_(optimizer)  # before clipping: the norm is the true gradient's
                 grad_norm = clip_grad_norm_(model.parameters(), config.max_grad_norm)
                 scale_before = scaler.get_scale()
@@ -422,10 +423,10 @@ def train(state: TrainingState, tokenized: Splits, run: Run, config: TrainConfig
                 state.step += 1
                 state.step_of_epoch += 1
 
-                meter.end_step(state.step, examples=examples, divisor=divisor, grad_norm=grad_norm)
+                meter.end_step(state.step, examples=num_examples, divisor=divisor, grad_norm=grad_norm)
                 run.forecast.add_step(num_tokens * runtime.world_size, runtime)
                 if run.forecast.is_due():  # once, after a few steps
-                    runtime.say(run.forecast.line(state.epochs_left(config.epochs), runtime))
+                    runtime.say(run.forecast.line(state.epochs_left(), runtime))
                 if state.step % config.log_every == 0:  # not always: reading a loss waits for a GPU
                     bar.set_postfix_str(log_step(state, run, grad_norm, config))
 
@@ -439,7 +440,7 @@ def train(state: TrainingState, tokenized: Splits, run: Run, config: TrainConfig
                         run.checkpoints.save(state, run.log)
                 if stop and stop != TIME_IS_UP:
                     run.signals.stop()
-                if stop and not state.is_finished(config.epochs, patience):
+                if stop and not state.is_finished(patience):
                     return False
                 if state.is_out_of_patience(patience):
                     break
@@ -456,7 +457,7 @@ def log_step(state: TrainingState, run: Run, grad_norm: torch.Tensor, config: Tr
         values["train/grad_norm"] = grad_norm.item()
     run.log.numbers(state.step, values)
     loss, speed = values["train/loss"], values["train/examples_per_second"]
-    left = run.forecast.words_left(state.epochs_left(config.epochs))
+    left = run.forecast.words_left(state.epochs_left())
     return f"loss {loss:.4f}, {speed:.1f} examples/s{left}"
 
 
@@ -622,8 +623,8 @@ def fit_in(location: RunLocation, args: argparse.Namespace, clock: tracking.Cloc
     rows = loaded.tokenized["train"]
     state = prepare(loaded.model, loaded.tokenizer, rows, loaded.config, runtime)
     with batching.explain_out_of_memory(loaded.config.memory_advice()):
-        batches = batching.PaddedBatches(rows, state.tokenizer)
-        runtime.say(batching.memory_line(state.model, batches, state.micro_batch, runtime))
+        line = batching.memory_line(state.model, rows, state.tokenizer, state.micro_batch, runtime)
+        runtime.say(line)
     if start is not None:
         checkpoints.restore(start, state)
     log = checkpoints.open_log(settings, state.model, start)
@@ -684,9 +685,7 @@ def saved_classifier(
     trained: dict,
     args: argparse.Namespace,
 ) -> TextClassifier:
-    """Return a saved model that reads texts, and whose answers are scored, as its settings tell,
-    where no flag says else.
-    """
+    """Return a saved model with the settings that were saved with it; flags override them."""
     tokens = classifier.choose_saved_tokens(
         model, tokenizer, trained, eval_max_length=args.eval_max_length, truncation=args.truncation
     )

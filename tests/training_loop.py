@@ -67,7 +67,8 @@ def make_state(
     """Return a training state of these parts; the schedule changes nothing by default."""
     scheduler = scheduler or torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1)
     meter = LossMeter(RUNTIME, scaler)
-    return TrainingState(model, None, model, optimizer, scheduler, scaler, meter, class_weights)
+    num_steps = 10**6  # more than any test takes
+    return TrainingState(model, None, model, optimizer, scheduler, scaler, meter, num_steps, class_weights)
 
 
 class EveryStep:
@@ -98,7 +99,7 @@ def run_loop(
     config = config_of("--epochs", 1, "--log-every", 100, *flags, task=task)
     with (
         mock.patch.object(train_classifier.batching, "plan_epoch", lambda *_, **__: steps),
-        mock.patch.object(train_classifier.batching, "step_loader", lambda *_, **__: steps),
+        mock.patch.object(train_classifier.batching, "make_loader", lambda _, batches, *__, **___: batches),
         mock.patch.object(train_classifier, "validate", lambda *_: None),
     ):
         train_classifier.train(state, {"train": None, "validation": None}, run, config, RUNTIME)

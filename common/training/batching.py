@@ -11,11 +11,12 @@ classes, and N rows of a data set.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
 # texts are sorted by length only within pools of at most 50 batches, and an epoch has at least four
 # pools if it has four batches, so that it stays shuffled
 MAX_POOL_BATCHES, MIN_POOLS = 50, 4
-# with what lies between the activations in the heap, freed and kept (`keep_large_blocks`): 1.57
-# with the bundled model and texts
+# peak memory in terms of the activations' size, as the heap does not return all that is freed
+# (`keep_large_blocks`): measured 1.57 with the bundled model and texts
 CPU_OVERHEAD = 1.5
 NOT_MODEL_INPUTS = ("text", "text_pair", "label", "row", "chunk_lengths", "num_tokens", "num_read")
 
@@ -61,7 +62,7 @@ class Pick(NamedTuple):
 
     row: int
     chunks: tuple[int, ...]
-    is_filler: bool = False  # work for a process without a row: its loss counts nowhere
+    is_filler: bool = False  # for a process without a row: its loss is ignored
 
 
 # The order of the data ----------------------------------------------------------------------------
@@ -228,75 +229,52 @@ AnyTokenizer: TypeAlias = "PreTrainedTokenizerBase | Tokenizer"
 Batch: TypeAlias = "BatchEncoding | dict[str, torch.Tensor]"
 
 
-class PaddedBatches(torch.utils.data.Dataset):
-    """A tokenised data set whose items are padded batches: indexed by picks, it gives their batch.
+def pad_batch(picks: list[Pick], rows: Rows, tokenizer: AnyTokenizer) -> Batch:
+    """Return the padded batch of the chunks that are picked.
 
     A batch holds what the model takes, above all `input_ids` and `attention_mask` (K, T), with one
     row for each chunk. It also holds `labels` (B) or (B, C), the targets of the loss (none for
     texts to predict), `row` (B), the rows' numbers in the source, and `text_of_chunk` (K), which of
     the B texts each chunk belongs to.
     """
-
-    def __init__(self, rows: Rows, tokenizer: AnyTokenizer) -> None:
-        self.rows, self.tokenizer = rows, tokenizer
-        self.inputs = [name for name in rows.column_names if name not in NOT_MODEL_INPUTS]
-        self.task = None if isinstance(rows, Columns) else task_of_rows(rows)
-
-    def __getitem__(self, index: list[Pick]) -> Batch:
-        picks = index  # `index` is the name that PyTorch gives it
-        texts = self.rows.__getitems__([pick.row for pick in picks])
-        chunks, targets, row_numbers = [], [], []
-        for text, pick in zip(texts, picks):
-            chunks += [{name: text[name][chunk] for name in self.inputs} for chunk in pick.chunks]
-            # texts to predict have neither labels nor row numbers
-            if self.task is not None:
-                target = self.task.target(text["label"])
-                targets.append(self.task.no_target() if pick.is_filler else target)
-            row_numbers.append(text.get("row", pick.row))
-        batch = self.tokenizer.pad(chunks, padding=True, return_tensors="pt")  # (K, T)
-        if targets:
-            batch["labels"] = torch.tensor(targets)  # (B), or in single precision (B, C)
-        batch["row"] = torch.tensor(row_numbers)  # (B)
-        num_chunks = torch.tensor([len(pick.chunks) for pick in picks])  # (B)
-        batch["text_of_chunk"] = torch.arange(len(picks)).repeat_interleave(num_chunks)  # (K)
-        return batch
+    inputs = [name for name in rows.column_names if name not in NOT_MODEL_INPUTS]
+    texts = rows.__getitems__([pick.row for pick in picks])
+    chunks = [
+        {name: text[name][chunk] for name in inputs}
+        for text, pick in zip(texts, picks)
+        for chunk in pick.chunks
+    ]
+    batch = tokenizer.pad(chunks, padding=True, return_tensors="pt")  # (K, T)
+    if not isinstance(rows, Columns):  # texts to predict have neither labels nor row numbers
+        task = task_of_rows(rows)
+        targets = [
+            task.no_target() if pick.is_filler else task.target(text["label"])
+            for text, pick in zip(texts, picks)
+        ]
+        batch["labels"] = torch.tensor(targets)  # (B), or in single precision (B, C)
+        batch["row"] = torch.tensor([text["row"] for text in texts])  # (B)
+    num_chunks = torch.tensor([len(pick.chunks) for pick in picks])  # (B)
+    batch["text_of_chunk"] = torch.arange(len(picks)).repeat_interleave(num_chunks)  # (K)
+    return batch
 
 
-def batch_loader(
-    rows: Rows, batches: list[list[Pick]], tokenizer: AnyTokenizer, *, pin_memory: bool = False
-) -> torch.utils.data.DataLoader:
-    """Return a loader of the given batches, one after the other. It draws no random number."""
-    return torch.utils.data.DataLoader(
-        PaddedBatches(rows, tokenizer),
-        sampler=batches,
-        batch_size=None,
-        collate_fn=_unchanged,
-        pin_memory=pin_memory,
-        # without its own generator, each iterator over it would draw from that of the run
-        generator=torch.Generator(),
-    )
-
-
-def step_loader(
-    rows: datasets.Dataset,
-    steps: list[list[list[Pick]]],
-    tokenizer: PreTrainedTokenizerBase,
+def make_loader(
+    rows: Rows,
+    batches: list[list[Pick]],
+    tokenizer: AnyTokenizer,
     *,
     num_workers: int = 0,
     pin_memory: bool = False,
 ) -> torch.utils.data.DataLoader:
-    """Return a loader of optimizer steps, lists of micro-batches. It draws no random number.
-
-    What PyTorch calls a sample is a micro-batch here, and what it calls a batch is a step.
-    """
+    """Return a loader of padded batches, in the order of `batches`. It draws no random number."""
     if num_workers:
         # with any value it prevents a warning of tokenizers when the workers start
         # (transformers #5486)
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     return torch.utils.data.DataLoader(
-        PaddedBatches(rows, tokenizer),
-        batch_sampler=steps,
-        collate_fn=_unchanged,
+        cast("torch.utils.data.Dataset", batches),  # a list will do: it has lengths and numbers
+        batch_size=None,  # its items are batches already
+        collate_fn=functools.partial(pad_batch, rows=rows, tokenizer=tokenizer),
         pin_memory=pin_memory,
         num_workers=num_workers,
         worker_init_fn=_leave_the_process_group,
@@ -305,11 +283,13 @@ def step_loader(
     )
 
 
-Batched: TypeAlias = "Batch | list[Batch]"
-
-
-def _unchanged(item: Batched) -> Batched:
-    return item  # it is padded and collated already
+def model_inputs(batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
+    """Return what of a batch a model takes, on its device."""
+    return {
+        name: tensor.to(device, non_blocking=True)
+        for name, tensor in batch.items()
+        if name not in ("labels", "row", "text_of_chunk")
+    }
 
 
 def _leave_the_process_group(_worker: int) -> None:
@@ -318,7 +298,7 @@ def _leave_the_process_group(_worker: int) -> None:
     os.setpgid(0, 0)
 
 
-# What the loss needs, and the clock ---------------------------------------------------------------
+# What the loss needs ------------------------------------------------------------------------------
 
 
 def pool_chunks(logits: torch.Tensor, text_of_chunk: torch.Tensor, num_texts: int) -> torch.Tensor:
@@ -384,11 +364,9 @@ def sync_gradients(model: torch.nn.Module, *, when: bool) -> contextlib.Abstract
 
 
 def backward_once(model: torch.nn.Module, batch: Batch, runtime: Runtime) -> None:
-    """Run a batch forward and backward, to leave gradients behind; the labels play no part."""
-    inputs = {name: batch[name] for name in batch if name not in ("labels", "row", "text_of_chunk")}
-    inputs = {name: tensor.to(runtime.device) for name, tensor in inputs.items()}
+    """Run one forward and one backward pass on the sum of a batch's logits, whatever its labels."""
     with runtime.autocast():
-        logits = model(**inputs).logits  # (K, C)
+        logits = model(**model_inputs(batch, runtime.device)).logits  # (K, C)
     logits.float().sum().backward()
 
 
@@ -431,17 +409,20 @@ def memory_advice(config: BatchConfig, max_length: int, *, is_auto: bool) -> str
     return f"{advice}, or let --auto-batch-size halve it without changing a step"
 
 
-def activation_bytes(model: torch.nn.Module, batches: PaddedBatches, size: int, runtime: Runtime) -> int:
+def activation_bytes(
+    model: torch.nn.Module, rows: Rows, tokenizer: AnyTokenizer, size: int, runtime: Runtime
+) -> int:
     """Return the bytes that a forward pass of `size` of the longest chunks keeps for its backward
     pass, beside the weights: what one and two of them keep, extrapolated.
 
     The passes have dropout, and leave the random state as it was.
     """
-    lengths = batches.rows["chunk_lengths"][:]
+    lengths = rows["chunk_lengths"][:]
     row = max(range(len(lengths)), key=lambda number: max(lengths[number]))
     longest = Pick(row, (lengths[row].index(max(lengths[row])),))
     model.train()
-    one, two = (_kept_bytes(model, batches[[longest] * number], runtime) for number in (1, 2))
+    batches = (pad_batch([longest] * number, rows, tokenizer) for number in (1, 2))
+    one, two = (_kept_bytes(model, batch, runtime) for batch in batches)
     return one + (size - 1) * (two - one)
 
 
@@ -456,8 +437,7 @@ def _kept_bytes(model: torch.nn.Module, batch: Batch, runtime: Runtime) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    inputs = {name: batch[name] for name in batch if name not in ("labels", "row", "text_of_chunk")}
-    inputs = {name: tensor.to(runtime.device) for name, tensor in inputs.items()}
+    inputs = model_inputs(batch, runtime.device)
     gpus = [runtime.device] if runtime.device.type == "cuda" else []
     with (
         torch.random.fork_rng(gpus),
@@ -469,10 +449,12 @@ def _kept_bytes(model: torch.nn.Module, batch: Batch, runtime: Runtime) -> int:
     return sum(kept.values())
 
 
-def memory_line(model: torch.nn.Module, batches: PaddedBatches, micro_batch: int, runtime: Runtime) -> str:
+def memory_line(
+    model: torch.nn.Module, rows: Rows, tokenizer: AnyTokenizer, micro_batch: int, runtime: Runtime
+) -> str:
     """Return one line on the memory that training will take, and what for."""
     trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-    activations = activation_bytes(model, batches, micro_batch, runtime)
+    activations = activation_bytes(model, rows, tokenizer, micro_batch, runtime)
     if runtime.device.type == "cpu":
         activations = round(CPU_OVERHEAD * activations)
     parts = {
@@ -486,7 +468,13 @@ def memory_line(model: torch.nn.Module, batches: PaddedBatches, micro_batch: int
 
 
 def largest_micro_batch(
-    model: torch.nn.Module, batches: PaddedBatches, config: BatchConfig, max_length: int, runtime: Runtime
+    model: torch.nn.Module,
+    rows: Rows,
+    tokenizer: AnyTokenizer,
+    config: BatchConfig,
+    *,
+    max_length: int,
+    runtime: Runtime,
 ) -> int:
     """Return the largest of the batch size, its half, its quarter, ... that fits into memory.
 
@@ -496,7 +484,7 @@ def largest_micro_batch(
     text fits.
     """
     size, least = config.batch_size, config.max_chunks
-    while size and not _fits(model, batches, size, least, runtime):
+    while size and not _fits(model, longest_batch(rows, tokenizer, size, least), runtime):
         size = max(size // 2, least) if size > least else 0
     size = -runtime.all_reduce_max(-size)
     if size == 0:
@@ -515,13 +503,16 @@ def largest_micro_batch(
     return size
 
 
-def _fits(
-    model: torch.nn.Module, batches: PaddedBatches, size: int, max_chunks: int, runtime: Runtime
-) -> bool:
-    """Tell whether `size` chunks of the longest texts go forward and backward at once."""
-    # as many chunks as a batch of `split_picks` can have, or more
-    lengths = [lengths[:max_chunks] for lengths in batches.rows["chunk_lengths"][:]]
-    picks = evaluation_batches(lengths, batch_size=size)[0]
+def longest_batch(rows: Rows, tokenizer: AnyTokenizer, size: int, max_chunks: int) -> Batch:
+    """Return a batch of `size` chunks of the longest texts, as many as a batch of `split_picks` can
+    have, or more.
+    """
+    lengths = [lengths[:max_chunks] for lengths in rows["chunk_lengths"][:]]
+    return pad_batch(evaluation_batches(lengths, batch_size=size)[0], rows, tokenizer)
+
+
+def _fits(model: torch.nn.Module, batch: Batch, runtime: Runtime) -> bool:
+    """Tell whether a batch goes forward and backward at once."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     room: list[torch.Tensor] = []
     try:
@@ -531,7 +522,7 @@ def _fits(
         model.train()
         # the second pass of an accumulated step needs more than the first: gradients exist by then
         for _ in range(2):
-            backward_once(model, batches[picks], runtime)
+            backward_once(model, batch, runtime)
         runtime.synchronize()
         return True
     except (RuntimeError, MemoryError) as error:

@@ -82,28 +82,28 @@ class TrainingState:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    parallel: torch.nn.Module  # the model itself, or DDP or a compiled module around it
+    wrapped: torch.nn.Module  # the model itself, or DDP or a compiled module around it
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler
     meter: LossMeter
+    num_steps: int  # optimizer steps of the run
     class_weights: torch.Tensor | None = None  # (C), on the CPU
-    micro_batch: int = 0  # chunks in a backward pass
+    micro_batch: int = 0  # the most chunks of a backward pass
     epoch: int = 1
     step_of_epoch: int = 0
-    steps_of_epoch: int = 0
-    last_step: int | None = None  # of the run; None: that of its last epoch
+    steps_per_epoch: int = 0
     step: int = 0
     history: list[dict] = field(default_factory=list)  # the scores of each evaluation
     best: dict | None = None
 
     def ends_epoch(self) -> bool:
         """Tell whether the last step of the epoch, or of the run, is done."""
-        return self.step_of_epoch == self.steps_of_epoch or self.step == self.last_step
+        return self.step_of_epoch == self.steps_per_epoch or self.step == self.num_steps
 
-    def steps_left(self) -> int | None:
-        """Return how many steps of the run are left, None where its epochs alone tell."""
-        return None if self.last_step is None else self.last_step - self.step
+    def steps_left(self) -> int:
+        """Return how many steps of the run are left."""
+        return self.num_steps - self.step
 
     def is_due(self, every: int | None) -> bool:
         """Tell whether what happens after `every` steps, and after each epoch, is due."""
@@ -115,19 +115,17 @@ class TrainingState:
 
     def epochs_done(self) -> float:
         """Return how many epochs are done: a whole number at the end of one, else two decimals."""
-        if self.step_of_epoch == self.steps_of_epoch:
+        if self.step_of_epoch == self.steps_per_epoch:
             return self.epoch
-        return round(self.epoch - 1 + self.step_of_epoch / self.steps_of_epoch, 2)
+        return round(self.epoch - 1 + self.step_of_epoch / self.steps_per_epoch, 2)
 
-    def epochs_left(self, epochs: int) -> float:
-        """Return how many of `epochs` are left, as a fraction within one."""
-        if self.last_step is not None:
-            return (self.last_step - self.step) / self.steps_of_epoch
-        return epochs - (self.epoch - 1 + self.step_of_epoch / self.steps_of_epoch)
+    def epochs_left(self) -> float:
+        """Return how many epochs are left, as a fraction within one."""
+        return self.steps_left() / self.steps_per_epoch
 
-    def is_finished(self, epochs: int, patience: int | None) -> bool:
+    def is_finished(self, patience: int | None) -> bool:
         """Tell whether the last step was the last one of the run."""
-        return (self.epoch == epochs and self.ends_epoch()) or self.is_out_of_patience(patience)
+        return self.step == self.num_steps or self.is_out_of_patience(patience)
 
     def is_out_of_patience(self, patience: int | None) -> bool:
         """Tell whether the last `patience` evaluations were no better than the best one."""

@@ -31,7 +31,7 @@ PREDICT_BLOCK = 2048
 
 @dataclass(frozen=True)
 class TextClassifier:
-    """A model that classifies texts: how it reads them, and what its logits mean."""
+    """A model with its tokenizer, how it reads texts, and how its logits are scored."""
 
     model: PreTrainedModel | BertClassifier
     tokenizer: batching.AnyTokenizer
@@ -80,7 +80,7 @@ def predict_logits(
     sums = torch.zeros(len(rows), num_outputs(model), device=runtime.device)  # (N, C)
     counts = torch.zeros(len(rows), dtype=torch.int64, device=runtime.device)  # (N), chunks scored
     pin_memory = runtime.device.type == "cuda"
-    loader = batching.batch_loader(rows, batches, classifier.tokenizer, pin_memory=pin_memory)
+    loader = batching.make_loader(rows, batches, classifier.tokenizer, pin_memory=pin_memory)
     advice = f"--eval-batch-size {batch_size}: a batch does not fit into memory; use less"
     with batching.explain_out_of_memory(advice):
         bar = progress(loader, label="evaluating", shown=runtime.is_main)
@@ -90,7 +90,7 @@ def predict_logits(
             row_of_chunk, logits = _logits_of_chunks(model, batch, picks, runtime)  # (K), (K, C)
             sums.index_add_(0, row_of_chunk, logits)
             counts.index_add_(0, row_of_chunk, torch.ones_like(row_of_chunk))
-    most_batches = -(-len(all_batches) // runtime.world_size)
+    most_batches = math.ceil(len(all_batches) / runtime.world_size)
     if signals is not None and len(batches) < most_batches:
         signals.check()  # another process has one batch more, and every process must check as often
     sums, counts = runtime.all_reduce_sum(sums), runtime.all_reduce_sum(counts)
@@ -112,13 +112,10 @@ def _logits_of_chunks(
     runtime: Runtime,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the row that each chunk of a batch belongs to (K), and its logits (K, C) in fp32."""
-    batch = {name: tensor.to(runtime.device, non_blocking=True) for name, tensor in batch.items()}
-    numbers = torch.tensor([pick.row for pick in picks], device=runtime.device)  # (B)
-    row_of_chunk = numbers[batch.pop("text_of_chunk")]  # (K)
-    for name in ("labels", "row"):
-        batch.pop(name, None)
+    numbers = torch.tensor([pick.row for pick in picks])  # (B)
+    row_of_chunk = numbers[batch["text_of_chunk"]].to(runtime.device)  # (K)
     with runtime.autocast():
-        logits = model(**batch).logits
+        logits = model(**batching.model_inputs(batch, runtime.device)).logits
     return row_of_chunk, logits.float()
 
 

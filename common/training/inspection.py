@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from common import bundled, models, sources
 from common.errors import shorten
 from common.training import faults
-from common.training.batching import PaddedBatches, Pick
+from common.training.batching import Pick, pad_batch
 from common.training.classifier import count_embeddings, mismatches
 from common.training.data import DataNotes, Splits, TokenConfig
 from common.training.report import CALLED, MOST_CLASSES, WORST_CLASSES
@@ -191,7 +191,7 @@ def _show_text(row: dict, tokenized: dict, tokenizer: PreTrainedTokenizerBase) -
 def _show_batch(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> None:
     count = min(batch_size, len(rows), 4)  # four rows show what padding does
     picks = [Pick(number, chunks=(0,)) for number in range(count)]
-    batch = PaddedBatches(rows, tokenizer)[picks]
+    batch = pad_batch(picks, rows, tokenizer)
     print(f"\nONE PADDED BATCH of {count} (training uses {batch_size}), as the model gets it")
     for name, value in batch.items():
         print(f"{name:<15} {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}")

@@ -49,8 +49,8 @@ def test_compile_puts_a_compiled_module_around_the_model_and_leaves_the_model_pl
     rows = datasets.Dataset.from_dict({"label": [0, 1, 1]}, features)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     compiled = train_classifier.prepare(model, tokenizer, rows, config_of("--compile"), RUNTIME)
-    assert isinstance(compiled.parallel, torch._dynamo.OptimizedModule) and compiled.model is model
-    assert train_classifier.prepare(model, tokenizer, rows, config_of(), RUNTIME).parallel is model
+    assert isinstance(compiled.wrapped, torch._dynamo.OptimizedModule) and compiled.model is model
+    assert train_classifier.prepare(model, tokenizer, rows, config_of(), RUNTIME).wrapped is model
 
 
 def test_layers_are_found_by_their_number(model):

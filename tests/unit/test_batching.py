@@ -237,7 +237,7 @@ def test_a_batch_holds_the_chosen_chunks_and_a_filler_row_counts_nowhere(rows, t
     tokenized = data.tokenize(rows, tokenizer, max_length=12, truncation="chunks", cache_dir=str(tmp_path))
     assert len(tokenized["chunk_lengths"][1]) >= 4
     picks = [Pick(1, (0, 3)), Pick(2, (0,)), Pick(0, (0,), is_filler=True)]
-    batch = batching.PaddedBatches(tokenized, tokenizer)[picks]
+    batch = batching.pad_batch(picks, tokenized, tokenizer)
     assert batch["labels"].tolist() == [0, 0, IGNORED_CLASS]
     assert batch["row"].tolist() == [2, 3, 1] and batch["text_of_chunk"].tolist() == [0, 0, 1, 2]
     expected = [
@@ -258,10 +258,10 @@ def test_a_loader_takes_no_random_number_from_the_run(rows, tiny_model, tmp_path
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     tokenized = data.tokenize(rows, tokenizer, max_length=12, truncation="head", cache_dir=str(tmp_path))
     state = torch.get_rng_state()
-    (step,) = batching.step_loader(tokenized, [[[Pick(0, (0,))], [Pick(1, (0,)), Pick(2, (0,))]]], tokenizer)
-    assert [len(batch["labels"]) for batch in step] == [1, 2], "a step is its micro-batches"
-    (batch,) = batching.batch_loader(tokenized, [[Pick(0, (0,))]], tokenizer)
-    assert len(batch["labels"]) == 1
+    batches = [[Pick(0, (0,))], [Pick(1, (0,)), Pick(2, (0,))]]
+    for num_workers in (0, 1):
+        loader = batching.make_loader(tokenized, batches, tokenizer, num_workers=num_workers)
+        assert [batch["row"].tolist() for batch in loader] == [[1], [2, 3]]
     assert torch.equal(torch.get_rng_state(), state)
 
 

@@ -45,7 +45,7 @@ def new_state() -> TrainingState:
     model(torch.ones(1, 4)).sum().backward()
     optimizer.step()
     state = TrainingState(model, None, model, optimizer, scheduler, scaler, meter)
-    state.micro_batch, state.step, state.step_of_epoch, state.steps_of_epoch = 8, 1, 1, 2
+    state.micro_batch, state.step, state.step_of_epoch, state.steps_per_epoch = 8, 1, 1, 2
     state.history, state.best = [dict(ENTRY)], dict(ENTRY)
     return state
 

@@ -136,10 +136,11 @@ def test_another_error_of_the_model_stays_what_it_is(message, scored):
 @pytest.mark.parametrize("max_chunks, tried", [(1, [12, 6, 3, 1]), (5, [12, 6, 5]), (12, [12])])
 def test_a_batch_is_halved_to_the_chunks_of_one_text_and_no_further(max_chunks, tried, monkeypatch):
     sizes = []
-    monkeypatch.setattr(batching, "_fits", lambda model, batches, size, least, runtime: sizes.append(size))
+    monkeypatch.setattr(batching, "longest_batch", lambda rows, tokenizer, size, least: sizes.append(size))
+    monkeypatch.setattr(batching, "_fits", lambda *_: False)
     config = BatchConfig(12, 1, max_chunks, "buckets", 0, 0)
     with pytest.raises(UserError, match="--auto-batch-size: not even one text"):
-        batching.largest_micro_batch(None, None, config, 20, RUNTIME)
+        batching.largest_micro_batch(None, None, None, config, max_length=20, runtime=RUNTIME)
     assert sizes == tried
 
 
