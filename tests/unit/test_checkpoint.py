@@ -44,7 +44,7 @@ def new_state() -> TrainingState:
     meter = LossMeter(RUNTIME, scaler)
     model(torch.ones(1, 4)).sum().backward()
     optimizer.step()
-    state = TrainingState(model, None, model, optimizer, scheduler, scaler, meter)
+    state = TrainingState(model, None, model, optimizer, scheduler, scaler, meter, num_steps=2)
     state.micro_batch, state.step, state.step_of_epoch, state.steps_per_epoch = 8, 1, 1, 2
     state.history, state.best = [dict(ENTRY)], dict(ENTRY)
     return state

@@ -103,24 +103,20 @@ class TwoProducts(torch.nn.Module):
         return BatchEncoding({"logits": self.head(hidden)})
 
 
-class OneLength:
-    """Stands for padded batches of chunks that all have 16 tokens."""
+class NoPadding:
+    """Stands for a tokenizer of texts that are all of one length."""
 
-    rows = {"chunk_lengths": [[16], [16, 16]]}
-
-    def __getitem__(self, picks):
-        shape = (len(picks), 16)
-        return BatchEncoding(
-            {"input_ids": torch.ones(shape, dtype=torch.long), "attention_mask": torch.ones(shape)}
-        )
+    def pad(self, chunks, **_):
+        return BatchEncoding({name: torch.tensor([chunk[name] for chunk in chunks]) for name in chunks[0]})
 
 
 def test_activations_are_those_that_the_backward_pass_needs():
     """The ids (8 bytes), the embeddings (8 numbers), what comes out of relu (32, kept once)."""
-    model = TwoProducts()
-    size = 10
+    model, size, ones = TwoProducts(), 10, [1] * 16
+    chunks = {name: [[ones], [ones, ones]] for name in ("input_ids", "attention_mask")}
+    rows = batching.Columns({"chunk_lengths": [[16], [16, 16]], **chunks})
     expected = size * 16 * (8 + 4 * 8 + 4 * 32)
-    assert batching.activation_bytes(model, OneLength(), size, RUNTIME) == expected
+    assert batching.activation_bytes(model, rows, NoPadding(), size, RUNTIME) == expected
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
