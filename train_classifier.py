@@ -94,7 +94,8 @@ from common.training.evaluation import (
     predict_logits,
     predict_texts,
 )
-from common.training.task import LabelConfig, Scoring, Task, balanced_weights, sum_losses, task_of_rows
+from common.training.labels import LabelConfig
+from common.training.task import Scoring, Task, balanced_weights, sum_losses, task_of_rows
 
 if TYPE_CHECKING:
     import datasets

@@ -31,22 +31,20 @@ from common.files import replace_file, sha256
 from common.runtime import Runtime
 from common.sources import INVISIBLE, FileOptions, note
 from common.training.faults import clean, has_labels, note_faults, text_problems, without_rare
-from common.training.run import JOIN, MULTI, REGRESSION, SINGLE
-from common.training.task import (
-    DESCRIPTIONS,
+from common.training.labels import (
     WHOLE,
     Label,
     LabelConfig,
-    Task,
     are_few,
     find_kind,
     label_names,
     natural_order,
     read_labels,
     split_columns,
-    task_of_rows,
     without_decimals,
 )
+from common.training.run import JOIN, MULTI, REGRESSION, SINGLE
+from common.training.task import DESCRIPTIONS, Task, task_of_rows
 
 if TYPE_CHECKING:
     import datasets

@@ -19,21 +19,20 @@ import numpy as np
 from common import reading
 from common.errors import Fault, UserError, quoted, shorten
 from common.sources import is_blank
-from common.training.run import JOIN, MULTI, REGRESSION, SINGLE, Kind
-from common.training.task import (
+from common.training.labels import (
     DECIMAL,
     FLAGS,
     LISTS,
     WHOLE,
     LabelConfig,
-    Task,
     cells_as_names,
     find_kind,
     is_number,
     separated,
-    task_of_rows,
     without_decimals,
 )
+from common.training.run import JOIN, MULTI, REGRESSION, SINGLE, Kind
+from common.training.task import Task, task_of_rows
 
 if TYPE_CHECKING:
     import datasets

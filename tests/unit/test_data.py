@@ -21,8 +21,9 @@ from common.errors import UserError
 from common.runtime import Runtime
 from common.training import classifier, data, unlabelled
 from common.training.data import TextConfig
+from common.training.labels import LabelConfig
 from common.training.run import SINGLE
-from common.training.task import LabelConfig, Task, task_of_rows
+from common.training.task import Task, task_of_rows
 
 PER_CLASS = st.lists(st.integers(3, 40), min_size=2, max_size=5)
 

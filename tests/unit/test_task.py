@@ -15,9 +15,10 @@ from transformers.loss.loss_utils import ForSequenceClassificationLoss
 
 from common.errors import UserError
 from common.training import data
+from common.training.labels import LabelConfig
 from common.training.metrics import areas, best_thresholds, class_scores, compute_scores
 from common.training.run import HEADLINES, MULTI, REGRESSION, SCORES, SINGLE
-from common.training.task import LabelConfig, Scoring, Task, task_of_rows
+from common.training.task import Scoring, Task, task_of_rows
 
 FLAGS = {"toxic": ["0", "1", "0", "1"], "insult": ["0", "0", "1", "1"]}
 SCORE_TEXTS = ["5.000", "3.800", "0.400", "2.600"]

@@ -1,0 +1,338 @@
+"""The labels of a file: which kind of task they ask for, what they say, and their names.
+
+In the letters of the shapes: N rows in a split, C classes, labels or numbers.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
+
+from common import reading
+from common.errors import UserError, quoted
+from common.sources import is_blank
+from common.training.run import MULTI, REGRESSION, SINGLE, TASKS, Kind
+
+if TYPE_CHECKING:
+    import datasets
+
+# labels that are whole numbers, if need be with decimals that say nothing; 007 is a name
+WHOLE = re.compile(r"-?(0|[1-9]\d*)(\.0+)?")
+DECIMAL = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")  # 1e-05, as pandas writes it
+MOST_DECIMALS = 20  # different numbers with decimals that may be the names of classes
+FLAGS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
+# lists of so many zeros and ones each hold one number for each label; shorter ones could be two
+# labels
+LEAST_FLAGS = 3
+LISTS = ("List", "LargeList")  # kinds of columns
+# of a class: its name; of labels: the names of those that a text has; of numbers: all of them
+Label: TypeAlias = "Any"  # str | list[str] | list[float]
+
+
+@dataclass(frozen=True)
+class LabelConfig:
+    """Which columns hold the labels, and what they mean; the fields are named as their flags."""
+
+    label_column: str = "label"  # or several, separated by commas
+    task: str = "auto"
+    label_separator: str | None = None
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns of the labels."""
+        return split_columns(self.label_column)
+
+
+def split_columns(text: str) -> list[str]:
+    """Return the columns that a flag names, separated by commas."""
+    return [name.strip() for name in text.split(",")]
+
+
+def find_kind(rows: datasets.Dataset, config: LabelConfig) -> Kind:
+    """Return the kind of task that labels ask for where `--task auto` leaves it open.
+
+    Several columns, or lists, are labels if they hold names, or nothing but 0 and 1; else numbers.
+    One column holds numbers if these have decimals, and not each of them is whole; else classes.
+    """
+    if config.task in TASKS:
+        return cast(Kind, config.task)
+    if config.label_separator is not None:
+        return MULTI
+    if len(config.columns) > 1:
+        columns = [cells_as_names(rows, column) for column in config.columns]
+        is_yes_or_no = all(map(_is_yes_or_no, columns))
+        return MULTI if is_yes_or_no else REGRESSION
+    [column] = config.columns
+    kind, values = reading.kind(rows, column), rows[column][:]
+    if kind in LISTS:
+        is_decimal = any(isinstance(item, float) for value in values if value for item in value)
+        return REGRESSION if is_decimal and not _are_flags(values) else MULTI
+    if kind.startswith("float"):
+        are_whole = all(value is None or float(value).is_integer() for value in values)
+        return SINGLE if are_whole else REGRESSION
+    return REGRESSION if kind.endswith("string") and _are_decimals(values) else SINGLE
+
+
+def _are_decimals(labels: Iterable[str | None]) -> bool:
+    """Return whether labels are numbers of which not all are whole, each written in one way: 1.1
+    beside 1.10 are names, as versions have them.
+    """
+    different = {label for label in labels if label}
+    if not all(map(DECIMAL.fullmatch, different)):
+        return False
+    fractions = [label for label in different if not float(label).is_integer()]
+    return len(fractions) > 0 and len(set(map(float, fractions))) == len(fractions)
+
+
+def are_few(labels: Sequence[Any]) -> bool:
+    """Return whether labels (N) repeat themselves as those of classes do: where nearly each row has
+    its own, these are scores.
+    """
+    different = {label for label in labels if label is not None}
+    return len(different) <= MOST_DECIMALS and 2 * len(different) <= len(labels)
+
+
+def _is_yes_or_no(values: Sequence[str | None]) -> bool:
+    return all(value is None or value.strip().lower() in FLAGS for value in values)
+
+
+def _are_flags(values: Sequence[list | None]) -> bool:
+    """Return whether lists hold a 0 or 1 for each label: as many in each, and none is a list of
+    names, in which no name comes twice.
+    """
+    lengths = {len(value) for value in values if value is not None}
+    is_long = len(lengths) == 1 and lengths.pop() >= LEAST_FLAGS
+    items = (item for value in values if value is not None for item in value)
+    return is_long and all(item in (0, 1) for item in items)
+
+
+def cells_as_names(rows: datasets.Dataset, column: str) -> list[str | None]:
+    """Return the cells of a column (strings, numbers, classes) as strings, None where missing."""
+    import datasets
+
+    feature, values = rows.features[column], rows[column][:]
+    if isinstance(feature, datasets.ClassLabel):
+        is_known = [value is not None and 0 <= value < len(feature.names) for value in values]
+        return [feature.names[value] if known else None for value, known in zip(values, is_known)]
+    return [None if value is None or value != value else str(value) for value in values]
+
+
+def read_labels(split: str, rows: datasets.Dataset, kind: Kind, config: LabelConfig) -> list[Label]:
+    """Return the label of each row (N). Raises UserError, naming split and row, for one that is
+    missing or of another kind.
+    """
+    if kind == SINGLE:
+        return read_classes(split, rows, config.label_column)
+    if kind == REGRESSION:
+        return read_numbers(split, rows, config.columns)
+    return read_label_lists(split, rows, config)
+
+
+def read_classes(split: str, rows: datasets.Dataset, column: str) -> list[str]:
+    """Return the class of each row (N) as a string. Raises UserError for one that is missing."""
+    import datasets
+
+    if "," in column:
+        raise UserError(
+            f"--label-column {column}: a text has one class (--task single), so name one column;"
+            " --task multi or regression takes several"
+        )
+    feature, values = rows.features[column], rows[column][:]
+    if isinstance(feature, datasets.ClassLabel):
+        num_classes = len(feature.names)
+        for row, value in enumerate(values, start=1):
+            if value is None or not 0 <= value < num_classes:
+                raise UserError(
+                    f"split {split}, row {row}: the label {value} is not one of the {num_classes}"
+                    f" classes; if this split has no labels, choose another with --{split}-split"
+                )
+        return [feature.names[value] for value in values]
+    kind = reading.kind(rows, column)
+    if kind.startswith("float"):
+        values = [None if value is None or math.isnan(value) else value for value in values]
+        if all(value is None or value.is_integer() for value in values):
+            kind, values = "int64", [None if value is None else int(value) for value in values]
+        elif are_few(values):
+            kind, values = "string", [None if value is None else str(value) for value in values]
+    elif kind.endswith("string") and _are_decimals(values) and not are_few(values):
+        kind = "decimal numbers"
+    if not re.fullmatch(r"(large_)?string|bool|u?int\d+", kind):
+        raise UserError(
+            f"split {split}: column {column!r} holds {kind}, but labels are strings or whole"
+            " numbers; name the right one with --label-column, or choose another --task"
+        )
+    for row, value in enumerate(values, start=1):
+        if value is None or is_blank(str(value)):
+            raise _missing(split, row, column)
+    return [str(value) for value in values]
+
+
+def _missing(split: str, row: int, column: str) -> UserError:
+    problem = f"the label in column {column!r} is missing"
+    return UserError(f"split {split}, row {row}: {problem}; remove the row or fill it in")
+
+
+def read_numbers(split: str, rows: datasets.Dataset, columns: Sequence[str]) -> list[list[float]]:
+    """Return the numbers of each row (N, C): those of its columns, or
+    of the list in its only column.
+
+    Raises UserError for one that is missing, no number or not finite, and for lists that differ in
+    length.
+    """
+    if len(columns) == 1 and reading.kind(rows, columns[0]) in LISTS:
+        [column] = columns
+        cells = rows[column][:]
+        length = len(cells[0] or [])
+        for row, cell in enumerate(cells, start=1):
+            if cell is None or len(cell) != length or not cell:
+                size = "no" if not cell else f"{len(cell)}"
+                has = f"the list in column {column!r} has {size} numbers"
+                problem = f"{has}, that of row 1 {length}"
+                raise UserError(f"split {split}, row {row}: {problem}; correct or remove the row")
+        rows_of_items = enumerate(cells, start=1)
+        return [[_number(item, split, row, column) for item in cell] for row, cell in rows_of_items]
+    cells = zip(*(cells_as_names(rows, column) for column in columns))
+    return [
+        [_number(value, split, row, column) for value, column in zip(values, columns)]
+        for row, values in enumerate(cells, start=1)
+    ]
+
+
+def _number(value: str | float | None, split: str, row: int, column: str) -> float:
+    if value is None or is_blank(str(value)):
+        raise _missing(split, row, column)
+    if not is_number(value):
+        raise UserError(
+            f"split {split}, row {row}: the label {quoted(str(value))} in column {column!r} is no"
+            " number, but --task regression needs one; correct the row, or choose another --task"
+        )
+    return float(value)
+
+
+def is_number(value: Any) -> bool:
+    """Tell whether a label is a number whose square, the loss, is finite."""
+    try:
+        return abs(float(value)) < 1e18
+    except (TypeError, ValueError):
+        return False
+
+
+def read_label_lists(split: str, rows: datasets.Dataset, config: LabelConfig) -> list[list[str]]:
+    """Return the labels of each row (N), each a list that may be empty.
+
+    They are the names of the columns that hold 1 or true; the items of a list, or of the 0 and 1 in
+    it the numbers of the ones; the parts of a string between separators; or the only string.
+    Raises UserError for a cell that is missing or none of these.
+    """
+    columns = config.columns
+    [column] = columns[:1]
+    if len(columns) == 1 and reading.kind(rows, column) in LISTS:
+        return _listed_labels(split, rows, column)
+    if config.label_separator is not None:
+        return separated(cells_as_names(rows, column), config.label_separator)
+    if len(columns) == 1 and not _is_yes_or_no(cells_as_names(rows, column)):
+        return [[label] for label in read_classes(split, rows, column)]
+    flags = {column: _read_flags(split, rows, column) for column in columns}
+    return [[column for column in columns if flags[column][row]] for row in range(len(rows))]
+
+
+def separated(cells: Iterable[str | None], separator: str) -> list[list[str]]:
+    """Return the labels that each cell (N) names, with a separator between two."""
+    parts = [(cell or "").split(separator) for cell in cells]
+    return [[part.strip() for part in cell if not is_blank(part)] for cell in parts]
+
+
+def _read_flags(split: str, rows: datasets.Dataset, column: str) -> list[bool]:
+    """Return whether each row (N) has 1 or true in a column, and not 0 or false."""
+    flags = []
+    for row, value in enumerate(cells_as_names(rows, column), start=1):
+        if value is None or is_blank(value):
+            raise _missing(split, row, column)
+        flag = FLAGS.get(value.strip().lower())
+        if flag is None:
+            problem = f"the label {quoted(value)} in column {column!r} is neither 0 nor 1"
+            advice = "correct the row, or choose another --task"
+            raise UserError(f"split {split}, row {row}: {problem}; {advice}")
+        flags.append(flag)
+    return flags
+
+
+def _listed_labels(split: str, rows: datasets.Dataset, column: str) -> list[list[str]]:
+    import datasets
+
+    feature, cells = rows.features[column], rows[column][:]
+    for row, cell in enumerate(cells, start=1):
+        if cell is None or any(item is None or is_blank(str(item)) for item in cell):
+            raise _missing(split, row, column)
+    item = feature.feature
+    if isinstance(item, datasets.ClassLabel):
+        return [[item.names[number] for number in cell] for cell in cells]
+    if _are_flags(cells):
+        return [[str(number) for number, flag in enumerate(cell) if flag] for cell in cells]
+    kind = getattr(item, "dtype", type(item).__name__)
+    if not re.fullmatch(r"(large_)?string|u?int\d+|null", kind):
+        raise UserError(
+            f"split {split}: column {column!r} holds lists of {kind}, but labels are strings or"
+            " whole numbers; name the right one with --label-column, or choose another --task"
+        )
+    return [[str(name) for name in cell] for cell in cells]
+
+
+# Their names --------------------------------------------------------------------------------------
+
+
+def label_names(
+    rows: datasets.Dataset, kind: Kind, labels: Sequence[Label], config: LabelConfig
+) -> list[str]:
+    """Return the names of the answers that the labels (N) of a training split ask for, in order:
+    those of its columns; those that the data set lists; else strings sorted, and numbers by value.
+
+    Raises UserError when there is nothing to learn.
+    """
+    columns = config.columns
+    feature: Any = rows.features[columns[0]]
+    is_list = len(columns) == 1 and reading.kind(rows, columns[0]) in LISTS
+    if kind == REGRESSION:
+        count = len(labels[0])
+        return [f"{columns[0]}_{number}" for number in range(count)] if is_list else columns
+    if kind == SINGLE:
+        known = set(labels)
+        if len(known) < 2:
+            problem = f"every row has the label {quoted(labels[0])}"
+            raise _only_one(f"{problem}; a classifier needs at least two classes")
+        listed_names = getattr(feature, "names", None)
+        return list(listed_names) if listed_names is not None else sorted(known, key=natural_order)
+    known = {name for label in labels for name in label}
+    if not known:
+        raise _only_one("no row has a label")
+    is_separated = is_list or config.label_separator is not None
+    if not is_separated and (len(columns) > 1 or _is_yes_or_no(cells_as_names(rows, columns[0]))):
+        return columns
+    if is_list and getattr(feature.feature, "names", None) is not None:
+        return list(feature.feature.names)
+    if is_list and _are_flags(rows[columns[0]][:]):
+        return [str(number) for number in range(len(rows[columns[0]][0]))]
+    return sorted(known, key=natural_order)
+
+
+def _only_one(problem: str) -> UserError:
+    advice = "add rows of another class, or name the right column with --label-column"
+    return UserError(f"split train: {problem}; {advice}")
+
+
+def natural_order(name: str) -> tuple[int, int, str]:
+    """Return a sort key: whole numbers by value, then all other names.
+
+    20 digits are enough for any 64-bit number.
+    """
+    return (0, int(name), name) if re.fullmatch(r"-?\d{1,20}", name) else (1, 0, name)
+
+
+def without_decimals(label: str) -> str:
+    """Return a label as it is, but a whole number that is written with decimals, as pandas writes
+    one beside a missing value, without them.
+    """
+    return label.partition(".")[0] if WHOLE.fullmatch(label) else label
