@@ -1,7 +1,7 @@
 // One decoding step of a Llama-like transformer, for up to 128 rows (tokens) at once.
 //
-// The plain version of the same step is `plain_step` in llama.py: read that first. This file is
-// compiled at first use by fast_decoding.py, for the processor that it runs on.
+// The same step in PyTorch is `reference_step` in llama.py: read that first; this file is compared with
+// it at each start. It is compiled at first use by fast_decoding.py, for the processor that it runs on.
 //
 // Weights are read as they are stored: fp32, fp16, bf16, or whole numbers of 4 or 8 bits in groups of
 // 32 with a scale (and a minimum). The activations of a group become whole numbers too, with one scale:

@@ -130,7 +130,7 @@ def forward(language_model: LanguageModel, batch: Batch, *, first: int, keep: in
     """Run the model over the columns from `first` to the end.
 
     Return the logits of the last `keep` columns, (B, keep, V), in the model's precision. The step
-    in C computes what `llama.plain_step` does.
+    in C computes what `llama.reference_step` does.
     """
     cache, fast_step, model = batch.cache, language_model.fast_step, language_model.model
     if isinstance(cache, RoomyCache) and fast_step is not None:

@@ -1,9 +1,9 @@
-"""The faster twin of `llama.plain_step`: decoder.c, compiled at its first use for the processor
-that it runs on, and called through ctypes.
+"""decoder.c, a step of a Llama-like model: compiled at its first use for the processor that it runs
+on, checked against `llama.reference_step`, and called through ctypes.
 
-It is kept because a step of the library's forward spends most of its time on reading weights in
-fp32 and on dispatch: with the bundled model's own 4-bit numbers, a token takes a fraction of that
-time (docs/benchmarks.md). It is not used before it has computed what the plain step computes: with
+It is kept because the library's forward spends most of its time on reading weights in fp32 and on
+dispatch: with the bundled model's own 4-bit numbers, a token takes a fraction of that
+time (docs/benchmarks.md). It is not used before it has computed what the reference computes: with
 a small model of every kind of weights, once after it was compiled, and with the first layer of each
 model that is loaded.
 
@@ -31,7 +31,7 @@ from torch import Tensor
 
 from common.errors import one_line
 from common.files import cache_home
-from common.generation.llama import Layer, Linear, NotCovered, Places, Rotary, Transformer, plain_step
+from common.generation.llama import Layer, Linear, NotCovered, Places, Rotary, Transformer, reference_step
 from common.generation.stored_weights import GROUP, KIND_OF_DTYPE, KINDS, Kind, Matrix, convert, pack
 
 SOURCE = Path(__file__).with_name("decoder.c")
@@ -76,7 +76,7 @@ def processor() -> str:
 def load_library(cache_dir: str | None) -> ctypes.CDLL:
     """Return the compiled decoder.c, from the cache if it is there for this source, these flags and
     this processor. Raises NotCovered, with the reason, when there is no compiler, when it fails,
-    and when what it has compiled computes something else than the plain step.
+    and when what it has compiled computes something else than `reference_step`.
 
     Two processes at once each compile their own file and rename it to the same name. Where the
     cache can't be written, the file lives as long as it takes to load it.
@@ -388,7 +388,7 @@ class FastStep:
 
 @torch.inference_mode()
 def self_check(library: ctypes.CDLL) -> float:
-    """Return the largest difference between a logit of the compiled step and of the plain one: for
+    """Return the largest difference between a logit of the compiled step and of the reference: for
     a small model of each kind of weights, two texts, some tokens, a prompt and a token.
     """
     kernel, starts = Kernel(library, 2), torch.tensor([0, 2])
@@ -406,7 +406,7 @@ def self_check(library: ctypes.CDLL) -> float:
         for column in range(length):
             columns = torch.full((2,), column)
             places = Places(torch.arange(2), columns, torch.minimum(starts, columns))
-            theirs.append(plain_step(model, keys, values, ids[:, column], places))
+            theirs.append(reference_step(model, keys, values, ids[:, column], places))
         difference = (torch.cat(ours, 1) - torch.stack(theirs, 1)).abs().max().item()
         largest = math.inf if math.isnan(difference) else max(largest, difference)
     return largest
@@ -414,7 +414,7 @@ def self_check(library: ctypes.CDLL) -> float:
 
 @torch.inference_mode()
 def check_step(model: Transformer, kernel: Kernel) -> None:
-    """Raise NotCovered unless the compiled step computes what the plain one does with the first
+    """Raise NotCovered unless the compiled step computes what the reference does with the first
     layer of a loaded model and some rows of its embedding and head: for a prompt and a token.
 
     It takes some hundredths of a second, and is done at each start: the compiled file may have been
@@ -434,7 +434,7 @@ def check_step(model: Transformer, kernel: Kernel) -> None:
     )
     keys, values = torch.zeros(2, 1, 1, model.key_heads, length, model.head_size)
     one = torch.zeros(length, dtype=torch.long)
-    theirs = plain_step(small, keys, values, ids[0], Places(one, torch.arange(length), one))
+    theirs = reference_step(small, keys, values, ids[0], Places(one, torch.arange(length), one))
     most = max(LARGEST_DIFFERENCE, 1e-5 * float(theirs.abs().max()))
     both = torch.isclose(ours, theirs, rtol=0, atol=most)
     if not both.all() and theirs.isfinite().all():  # else the model has no logits to compare

@@ -1,10 +1,13 @@
 """One decoding step of a Llama-like transformer, written out: embedding, attention with a cache,
 gated MLP, logits.
 
-`read_transformer` finds the weights of a model by their names and refuses what is not computed
-here. `plain_step` is the text to read, and the oracle of the tests for its faster twin in C,
-decoder.c. Llama, SmolLM, Mistral (a sliding window), Qwen2 (biases) and Qwen3 (norms of queries and
-keys) are all of this kind. transformers has the same models, but importing one takes seconds.
+`reference_step` generates no text. It says in PyTorch what decoder.c computes, which is compared
+with it when it was compiled, whenever a model is loaded, and in the tests. Where decoder.c is not
+used (`--plain-step`, a GPU, another kind of model), the forward of transformers computes each token.
+
+`read_transformer` finds the weights of a model by their names and refuses what is not computed here.
+Llama, SmolLM, Mistral (a sliding window), Qwen2 (biases) and Qwen3 (norms of queries and keys) are
+all of this kind. transformers has the same models, but importing one takes seconds.
 
 Shapes: R rows (one token each), T columns of the cache, E the width of the model, H heads of D
 numbers for queries and K for keys and values, V tokens in the vocabulary.
@@ -102,8 +105,11 @@ class Places:
 
 
 @torch.inference_mode()
-def plain_step(model: Transformer, keys: Tensor, values: Tensor, tokens: Tensor, places: Places) -> Tensor:
-    """Return the logits (R, V) that follow each token, and add its keys and values to the cache.
+def reference_step(
+    model: Transformer, keys: Tensor, values: Tensor, tokens: Tensor, places: Places
+) -> Tensor:
+    """Return the logits (R, V) that follow each token, and add its keys and values to the cache: the
+    reference that decoder.c is checked against, written to be read and not to be fast.
 
     `keys` and `values` (layers, texts, K, T, D) hold what was computed before; rows of the same
     text may follow each other, as guesses do.
@@ -193,7 +199,7 @@ class NamedWeights:
 def read_transformer(config: Mapping[str, Any], weights: Mapping[str, Tensor | Matrix]) -> Transformer:
     """Return a model from its config.json and its weights, under their names in transformers.
 
-    Raises NotCovered, with the reason, for a model that `plain_step` would compute wrongly: another
+    Raises NotCovered, with the reason, for a model that `reference_step` would compute wrongly: another
     kind of model, a weight that is not used here, a weight that is missing.
     """
     check_config(config)
@@ -254,7 +260,7 @@ def read_layer(config: Mapping[str, Any], named: NamedWeights, number: int) -> L
 
 
 def check_config(config: Mapping[str, Any]) -> None:
-    """Raise NotCovered for a config that asks for something else than `plain_step` computes."""
+    """Raise NotCovered for a config that asks for something else than `reference_step` computes."""
     kind = config.get("model_type")
     if kind not in MODEL_TYPES:
         raise NotCovered(f"{kind} is not one of {', '.join(MODEL_TYPES)}")

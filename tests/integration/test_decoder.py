@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 
 from common.generation import fast_decoding, language_model
 from common.generation.fast_decoding import FastStep, Kernel, RoomyCache
-from common.generation.llama import NotCovered, Places, plain_step
+from common.generation.llama import NotCovered, Places, reference_step
 from common.generation.stored_weights import KIND_OF_DTYPE, KINDS, TILE, Matrix, convert, matrix_of, pack
 from common.runtime import Runtime
 from conftest import heavy
@@ -252,7 +252,7 @@ def in_kind(model: Any, kind: str) -> dict[str, Matrix]:
         if not kind.startswith("groups"):
             matrices[name] = convert(matrix_of(parameter), DTYPES[kind])
             continue
-        # rounded to groups in the simplest way: the plain step gets the same numbers
+        # rounded to groups in the simplest way: the reference gets the same numbers
         groups = parameter.reshape(len(parameter), -1, 32)
         if kind == "groups4":
             minimums = groups.amin(-1)
@@ -286,7 +286,7 @@ def compare_steps(step: FastStep, texts: int, starts: list[int], splits: list[in
         for column in range(begin, end):
             columns = torch.full((texts,), column)
             places = Places(torch.arange(texts), columns, torch.minimum(first_columns, columns))
-            expected = plain_step(model, keys, values, ids[:, column], places)
+            expected = reference_step(model, keys, values, ids[:, column], places)
             torch.testing.assert_close(ours[:, column - begin], expected, rtol=2e-4, atol=2e-4)
     torch.testing.assert_close(cache.keys[:, :, :, :length], keys, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(cache.values[:, :, :, :length], values, rtol=1e-4, atol=1e-4)

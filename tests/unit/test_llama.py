@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from common.generation.llama import NotCovered, Places, plain_step, read_rotary, read_transformer
+from common.generation.llama import NotCovered, Places, read_rotary, read_transformer, reference_step
 from language_models import SIZES, VOCABULARY, own_transformer, own_weights, tiny_config
 
 COMMON: dict[str, Any] = {**SIZES, "vocab_size": VOCABULARY, "max_position_embeddings": 128}
@@ -65,7 +65,7 @@ def test_the_step_computes_the_librarys_logits(name):
     for column in range(17):
         rows = [text for text in range(3) if column >= starts[text]]
         places = Places(torch.tensor(rows), torch.full((len(rows),), column), starts[rows])
-        logits = plain_step(transformer, keys, values, ids[rows, column], places)
+        logits = reference_step(transformer, keys, values, ids[rows, column], places)
         torch.testing.assert_close(logits, expected[rows, column], rtol=1e-4, atol=1e-4)
 
 
@@ -78,7 +78,7 @@ def test_rows_of_the_same_text_are_guesses_that_follow_each_other(name):
     keys, values = empty_cache(transformer, 1, 12)
     for columns in (torch.arange(7), torch.arange(7, 12)):
         zeros = torch.zeros_like(columns)
-        logits = plain_step(transformer, keys, values, ids[0, columns], Places(zeros, columns, zeros))
+        logits = reference_step(transformer, keys, values, ids[0, columns], Places(zeros, columns, zeros))
         torch.testing.assert_close(logits, expected[columns], rtol=1e-4, atol=1e-4)
 
 
