@@ -8,7 +8,7 @@ wider than three small ones, and faster. There is no dropout: the models here ar
 
 transformers has the same models, but importing one takes seconds; this file needs only PyTorch and
 `safetensors`. It reads a folder only if it knows everything in it, and gives the numbers of
-transformers then (tests/unit/test_bert.py). Otherwise it raises `UnknownModel`, and the caller uses
+transformers then (tests/unit/test_bert.py). Otherwise it raises `NotSupported`, and the caller uses
 transformers.
 """
 
@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from common import speedups
-from common.errors import UnknownModel
+from common.errors import NotSupported
 from common.files import read_settings
 
 # The configuration ------------------------------------------------------------------------------
@@ -169,16 +169,16 @@ def _is_known(key: str, value: Any, defaults: dict[str, Any]) -> bool:
 
 
 def read_config(folder: Path) -> BertConfig:
-    """Return the configuration of the model in a folder. Raises UnknownModel for a
+    """Return the configuration of the model in a folder. Raises NotSupported for a
     setting that is not computed here.
     """
     given = read_settings(folder / "config.json")
     model_type = given.get("model_type")
     if not isinstance(model_type, str) or model_type not in DEFAULTS:
-        raise UnknownModel(f"model_type {model_type!r}")
+        raise NotSupported(f"model_type {model_type!r}")
     for key, value in given.items():
         if not _is_known(key, value, DEFAULTS[model_type]):
-            raise UnknownModel(f"the setting {key} {value!r}")
+            raise NotSupported(f"the setting {key} {value!r}")
     settings: dict[str, Any] = DEFAULTS[model_type] | given
     is_distilled = model_type == "distilbert"
 
@@ -189,14 +189,14 @@ def read_config(folder: Path) -> BertConfig:
     if not is_distilled:
         sizes["num_types"] = settings["type_vocab_size"]
     if not all(0 < size < LARGEST for size in sizes.values()):
-        raise UnknownModel(f"the sizes {sizes}")
+        raise NotSupported(f"the sizes {sizes}")
     if sizes["width"] % sizes["num_heads"]:
-        raise UnknownModel(f"{sizes['width']} dimensions for {sizes['num_heads']} heads")
+        raise NotSupported(f"{sizes['width']} dimensions for {sizes['num_heads']} heads")
     activation, pad = setting("hidden_act"), setting("pad_token_id")
     if activation not in ("gelu", "relu"):
-        raise UnknownModel(f"the activation {activation!r}")
+        raise NotSupported(f"the activation {activation!r}")
     if not 0 <= pad < sizes["vocabulary"]:
-        raise UnknownModel(f"pad_token_id {pad!r}")
+        raise NotSupported(f"pad_token_id {pad!r}")
     return BertConfig(
         **sizes,
         model_type=model_type,
@@ -391,7 +391,7 @@ def load_encoder(folder: Path) -> tuple[BertModel, Tensors]:
     """Return the encoder of a folder on the CPU in fp32, and its weights as transformers' AutoModel
     names them, with the pooler, which the encoder doesn't use.
 
-    Raises UnknownModel when that library is needed to read it, or to say what is wrong with it.
+    Raises NotSupported when that library is needed to read it, or to say what is wrong with it.
     """
     config, weights = read_config(folder), read_weights(folder)
     prefix = PREFIXES[config.model_type]
@@ -405,7 +405,7 @@ def load_encoder(folder: Path) -> tuple[BertModel, Tensors]:
         for part, shape in shapes.items():
             pooler = own_weights.pop(f"pooler.dense.{part}", None)
             if pooler is None or pooler.shape != shape:
-                raise UnknownModel("no weights of a pooler")
+                raise NotSupported("no weights of a pooler")
     with torch.device("meta"):  # without memory, and without drawing initial weights
         model = BertModel(config)
     _assign(model, _rename(own_weights, config))
@@ -415,24 +415,24 @@ def load_encoder(folder: Path) -> tuple[BertModel, Tensors]:
 def load_classifier(folder: Path) -> BertClassifier:
     """Return the classifier of a folder, with the head that it was saved with, on the CPU in fp32.
 
-    Raises UnknownModel when transformers is needed to read it, or to say what is wrong with it.
+    Raises NotSupported when transformers is needed to read it, or to say what is wrong with it.
     """
     config, weights = read_config(folder), read_weights(folder)
     if config.settings.get("architectures") != [ARCHITECTURES[config.model_type]]:
-        raise UnknownModel(f"architectures {config.settings.get('architectures')!r}")
+        raise NotSupported(f"architectures {config.settings.get('architectures')!r}")
     renamed = {}
     for own, theirs in zip(("pooler", "classifier"), HEADS[config.model_type]):
         for part in PARTS:
             if (value := weights.pop(f"{theirs}.{part}", None)) is None:
-                raise UnknownModel(f"no weights of {theirs}.{part}")
+                raise NotSupported(f"no weights of {theirs}.{part}")
             renamed[f"{own}.{part}"] = value
     num_classes = len(renamed["classifier.bias"])
     numbers = [str(number) for number in range(num_classes)]
     if sorted(config.settings.get("id2label") or ("0", "1")) != sorted(numbers):
-        raise UnknownModel(f"{num_classes} classes, and other names")
+        raise NotSupported(f"{num_classes} classes, and other names")
     encoder, others = _split(weights, PREFIXES[config.model_type])
     if others:
-        raise UnknownModel(f"the weights {', '.join(sorted(others))}")
+        raise NotSupported(f"the weights {', '.join(sorted(others))}")
     encoder = {name: value for name, value in encoder.items() if name not in BUFFERS}
     renamed |= {f"bert.{name}": value for name, value in _rename(encoder, config).items()}
     with torch.device("meta"):
@@ -442,34 +442,34 @@ def load_classifier(folder: Path) -> BertClassifier:
 
 
 def read_weights(folder: Path) -> Tensors:
-    """Return all weights of a folder in fp32, from one file or from several. Raises UnknownModel
+    """Return all weights of a folder in fp32, from one file or from several. Raises NotSupported
     when they are not safetensors of floating point numbers.
     """
     file, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     names = [file.name]
     if not file.is_file():
         if not index.is_file():
-            raise UnknownModel("weights that are not in model.safetensors")
+            raise NotSupported("weights that are not in model.safetensors")
         listed = read_settings(index)
         if not all(isinstance(listed.get(part), dict) for part in ("weight_map", "metadata")):
-            raise UnknownModel(f"the list of files {index.name}")
+            raise NotSupported(f"the list of files {index.name}")
         names = sorted({str(name) for name in listed["weight_map"].values()})
     weights: Tensors = {}
     for name in names:
         if Path(name).name != name:  # another folder
-            raise UnknownModel(f"the file of weights {name}")
+            raise NotSupported(f"the file of weights {name}")
         try:
             with safe_open(folder / name, framework="pt") as opened:
                 weights |= {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
-            raise UnknownModel(f"{name}: {error}") from error
+            raise NotSupported(f"{name}: {error}") from error
     for name, value in weights.items():
         if value.dtype not in DTYPES and not name.endswith(BUFFERS):
-            raise UnknownModel(f"{name} in {value.dtype}")
+            raise NotSupported(f"{name} in {value.dtype}")
         if value.is_floating_point() and value.numel():
             lowest, highest = torch.aminmax(value)
             if not (lowest.isfinite() and highest.isfinite()):
-                raise UnknownModel(f"{name}, which is not finite")
+                raise NotSupported(f"{name}, which is not finite")
     return {name: value.float() for name, value in weights.items()}
 
 
@@ -482,7 +482,7 @@ def _split(weights: Tensors, prefix: str) -> tuple[Tensors, Tensors]:
 
 def _rename(weights: Tensors, config: BertConfig) -> Tensors:
     """Return the weights of an encoder under the names of BertModel, queries, keys and values
-    together. Raises UnknownModel for one that BertModel doesn't have.
+    together. Raises NotSupported for one that BertModel doesn't have.
     """
     weights, renamed = dict(weights), {}
     is_distilled = config.model_type == "distilbert"
@@ -491,7 +491,7 @@ def _rename(weights: Tensors, config: BertConfig) -> Tensors:
 
     def take(name: str) -> torch.Tensor:
         if name not in weights:
-            raise UnknownModel(f"no weights of {name}")
+            raise NotSupported(f"no weights of {name}")
         return weights.pop(name)
 
     for own, theirs in EMBEDDING_NAMES.items():
@@ -505,19 +505,19 @@ def _rename(weights: Tensors, config: BertConfig) -> Tensors:
             values = {own: take(f"{prefix}.{name}.{part}") for own, name in layer_names.items()}
             fused = [values.pop(name) for name in FUSED]
             if len({value.shape for value in fused}) > 1:
-                raise UnknownModel("queries, keys and values of different widths")
+                raise NotSupported("queries, keys and values of different widths")
             renamed[f"layers.{number}.query_key_value.{part}"] = torch.cat(fused)
             renamed |= {f"layers.{number}.{name}.{part}": value for name, value in values.items()}
     if weights:
-        raise UnknownModel(f"the weights {', '.join(sorted(weights))}")
+        raise NotSupported(f"the weights {', '.join(sorted(weights))}")
     return renamed
 
 
 def _assign(model: nn.Module, weights: Tensors) -> None:
-    """Give a model its weights. Raises UnknownModel when a shape differs."""
+    """Give a model its weights. Raises NotSupported when a shape differs."""
     for name, value in model.state_dict().items():
         if value.shape != weights[name].shape:
             found, wanted = tuple(weights[name].shape), tuple(value.shape)
-            raise UnknownModel(f"{name} of shape {found}, not {wanted}")
+            raise NotSupported(f"{name} of shape {found}, not {wanted}")
     model.load_state_dict(weights, assign=True)
     model.eval().requires_grad_(False)

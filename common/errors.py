@@ -59,11 +59,10 @@ def printable(text: str) -> str:
     return CONTROL.sub("\ufffd", text)
 
 
-class UnknownModel(Exception):
-    """A model's files ask for something that is not written in this project; the message says what.
+class NotSupported(Exception):
+    """A model, or a use of it, that the code of this project does not cover; the message says why.
 
-    The caller then lets the library read them, which knows it or says what is wrong. No user sees
-    this exception.
+    The caller then uses the library, which covers it or says what is wrong.
     """
 
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.errors import UnknownModel, UserError, shorten
+from common.errors import NotSupported, UserError, shorten
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -275,13 +275,13 @@ def read_json(path: Path) -> Any:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Return the dictionary in a model's JSON file. Raises UnknownModel when there is none."""
+    """Return the dictionary in a model's JSON file. Raises NotSupported when there is none."""
     try:
         content = read_json(path)
     except (OSError, ValueError, RecursionError) as error:
-        raise UnknownModel(f"{path.name}: {error}") from error
+        raise NotSupported(f"{path.name}: {error}") from error
     if not isinstance(content, dict):
-        raise UnknownModel(f"{path.name}, which is not a dictionary")
+        raise NotSupported(f"{path.name}, which is not a dictionary")
     return content
 
 

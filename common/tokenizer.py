@@ -19,7 +19,7 @@ import torch
 from tokenizers import AddedToken, Encoding, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE, Unigram, WordPiece
 
-from common.errors import UnknownModel
+from common.errors import NotSupported
 from common.files import read_settings
 
 UNLIMITED = int(1e30)  # the model_max_length of a tokenizer without a limit, in transformers
@@ -229,31 +229,31 @@ def read_tokenizer(folder: Path, *, max_length: int | None = None) -> Tokenizer:
     `max_length` stands for the limit that the folder gives.
 
     That library builds the tokenizers of BERT and RoBERTa anew: from tokenizer.json it takes only
-    the vocabulary, the rest from its own class and from tokenizer_config.json. Raises UnknownModel
+    the vocabulary, the rest from its own class and from tokenizer_config.json. Raises NotSupported
     when it would make one in another way, or none.
     """
     description = read_settings(folder / "tokenizer.json")
     settings = _read_tokenizer_settings(folder)
     if (folder / "chat_template.jinja").exists():
-        raise UnknownModel("the tokenizer's chat_template.jinja")
+        raise NotSupported("the tokenizer's chat_template.jinja")
     kind = _kind(settings, read_settings(folder / "config.json"))
     _check_settings(settings, kind.options)
     for name in ("truncation", "padding"):
         if (description.get(name) or {}).get("direction", "Right") != "Right":
-            raise UnknownModel(f"{name} at the left")
+            raise NotSupported(f"{name} at the left")
     with _unknown_if_broken():
         special = _special_tokens(settings)
         parts = Parts(description, settings, special, _added_tokens(description, settings, special))
         backend = kind.build(parts)
     added = [(number, token.content) for number, token in parts.added.items()]
     if wrong := [token for number, token in added if backend.token_to_id(token) != number]:
-        raise UnknownModel(f"other ids of {', '.join(wrong)}")
+        raise NotSupported(f"other ids of {', '.join(wrong)}")
     limit = settings.get("model_max_length")
     names = settings.get("model_input_names", [*kind.input_names])
     if not (limit is None or (type(limit) is int and limit > 0)):
-        raise UnknownModel(f"model_max_length {limit!r}")
+        raise NotSupported(f"model_max_length {limit!r}")
     if not isinstance(names, list) or not set(map(str, names)) <= set(INPUT_NAMES):
-        raise UnknownModel(f"model_input_names {names!r}")
+        raise NotSupported(f"model_input_names {names!r}")
     return Tokenizer(backend, special, names, max_length or limit or UNLIMITED)
 
 
@@ -261,12 +261,12 @@ def read_language_tokenizer(folder: Path) -> Tokenizer:
     """Return the tokenizer of a Llama's folder, as transformers' AutoTokenizer makes it: what
     tokenizer.json says, and a chat template.
 
-    Raises UnknownModel when that library would make it in another way, or none.
+    Raises NotSupported when that library would make it in another way, or none.
     """
     settings, config = _read_tokenizer_settings(folder), read_settings(folder / "config.json")
     kind = (config.get("model_type"), settings.get("tokenizer_class"))
     if kind[0] != "llama" or kind[1] not in FROM_FILE_CLASSES or "tokenizer_class" in config:
-        raise UnknownModel(f"the tokenizer {kind[1]!r} of {kind[0]!r}")
+        raise NotSupported(f"the tokenizer {kind[1]!r} of {kind[0]!r}")
     _check_settings(settings, ("chat_template", "padding_side"))
     with _unknown_if_broken():
         backend = tokenizers.Tokenizer.from_buffer((folder / "tokenizer.json").read_bytes())
@@ -275,11 +275,11 @@ def read_language_tokenizer(folder: Path) -> Tokenizer:
         listed = _added_tokens({"added_tokens": described}, settings, special)
     written, read = ({number: repr(token) for number, token in tokens.items()} for tokens in (listed, added))
     if written != read:
-        raise UnknownModel("added tokens that differ between the tokenizer's files")
+        raise NotSupported("added tokens that differ between the tokenizer's files")
     if not isinstance(backend.model, BPE):  # spaces of others may be cleaned up
-        raise UnknownModel("a tokenizer that merges no pairs")
+        raise NotSupported("a tokenizer that merges no pairs")
     if backend.get_vocab_size(with_added_tokens=True) <= len(added):
-        raise UnknownModel("a tokenizer without words")
+        raise NotSupported("a tokenizer without words")
     template = _chat_template(folder, settings)
     return Tokenizer(backend, special, ("input_ids", "attention_mask"), UNLIMITED, template)
 
@@ -296,30 +296,30 @@ def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     template = file.read_text("utf-8") if file.exists() else settings.get("chat_template")
     if not isinstance(template, str | None):
-        raise UnknownModel("several chat templates")
+        raise NotSupported("several chat templates")
     return template
 
 
 def _check_settings(settings: dict[str, Any], options: Sequence[str]) -> None:
-    """Raise UnknownModel for a setting of tokenizer_config.json that is not known here."""
+    """Raise NotSupported for a setting of tokenizer_config.json that is not known here."""
     for name, value in settings.items():
         known = name in NO_MATTER or name in NAMED_TOKENS or name in options
         if not known and (name not in ONLY or value != ONLY[name]):
-            raise UnknownModel(f"the tokenizer's {name} {value!r:.80}")
+            raise NotSupported(f"the tokenizer's {name} {value!r:.80}")
 
 
 @contextlib.contextmanager
 def _unknown_if_broken() -> Iterator[None]:
-    """Turn whatever is raised within the block into UnknownModel: files can hold anything."""
+    """Turn whatever is raised within the block into NotSupported: files can hold anything."""
     try:
         yield
-    except UnknownModel:
+    except NotSupported:
         raise
     except BaseException as error:
         # the library in Rust ends with a PanicException, which is no Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise UnknownModel(f"the tokenizer: {error!r}") from error
+        raise NotSupported(f"the tokenizer: {error!r}") from error
 
 
 def _read_tokenizer_settings(folder: Path) -> dict[str, Any]:
@@ -333,7 +333,7 @@ def _read_tokenizer_settings(folder: Path) -> dict[str, Any]:
         if (folder / "special_tokens_map.json").is_file():
             settings |= read_settings(folder / "special_tokens_map.json")
     if found := [name for name in others if (folder / name).exists()]:
-        raise UnknownModel(f"the tokenizer's {', '.join(found)}")
+        raise NotSupported(f"the tokenizer's {', '.join(found)}")
     return settings
 
 
@@ -341,7 +341,7 @@ def _special_tokens(settings: dict[str, Any]) -> dict[str, str]:
     """Return role -> token."""
     for name in ("additional_special_tokens", "extra_special_tokens"):
         if settings.get(name):
-            raise UnknownModel(f"the tokenizer's {name}")
+            raise NotSupported(f"the tokenizer's {name}")
     special = {}
     for role in NAMED_TOKENS:
         token = settings.get(role)
@@ -366,7 +366,7 @@ def _added_tokens(
     missing = set(special.values()) - {token.content for token in added.values()}
     if missing:
         names = ", ".join(sorted(missing))
-        raise UnknownModel(f"special tokens that are not in the vocabulary: {names}")
+        raise NotSupported(f"special tokens that are not in the vocabulary: {names}")
     return added
 
 
@@ -449,17 +449,17 @@ def _build_from_file(parts: Parts) -> tokenizers.Tokenizer:
     """A tokenizer without a class of its own: what tokenizer.json says."""
     backend = tokenizers.Tokenizer.from_str(json.dumps(parts.description))
     if backend.post_processor is None:
-        raise UnknownModel("a tokenizer that puts nothing around a text")
+        raise NotSupported("a tokenizer that puts nothing around a text")
     known = {number: repr(token) for number, token in backend.get_added_tokens_decoder().items()}
     if known != {number: repr(token) for number, token in parts.added.items()}:
-        raise UnknownModel("added tokens that differ between the tokenizer's files")
+        raise NotSupported("added tokens that differ between the tokenizer's files")
     return backend
 
 
 def _id_of(token: str, backend: tokenizers.Tokenizer) -> int:
     number = backend.token_to_id(token)  # to ask for the whole vocabulary takes 20 ms
     if number is None:
-        raise UnknownModel(f"no token {token}")
+        raise NotSupported(f"no token {token}")
     return number
 
 
@@ -497,9 +497,9 @@ CLASSES = {  # model_type -> the class where none is named
 def _kind(settings: dict[str, Any], config: dict[str, Any]) -> Kind:
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in CLASSES or "tokenizer_class" in config:
-        raise UnknownModel(f"the tokenizer of model_type {model_type!r}")
+        raise NotSupported(f"the tokenizer of model_type {model_type!r}")
     name = str(settings.get("tokenizer_class") or CLASSES[model_type])
     kind = KINDS.get(name) or KINDS.get(name.removesuffix("Fast"))
     if kind is None:
-        raise UnknownModel(f"tokenizer_class {name!r}")
+        raise NotSupported(f"tokenizer_class {name!r}")
     return kind

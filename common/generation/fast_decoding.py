@@ -29,9 +29,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.errors import one_line
+from common.errors import NotSupported, one_line
 from common.files import cache_home
-from common.generation.llama import Layer, Linear, NotCovered, Places, Rotary, Transformer, reference_step
+from common.generation.llama import Layer, Linear, Places, Rotary, Transformer, reference_step
 from common.generation.stored_weights import GROUP, KIND_OF_DTYPE, KINDS, Kind, Matrix, convert, pack
 
 SOURCE = Path(__file__).with_name("decoder.c")
@@ -75,7 +75,7 @@ def processor() -> str:
 @functools.cache
 def load_library(cache_dir: str | None) -> ctypes.CDLL:
     """Return the compiled decoder.c, from the cache if it is there for this source, these flags and
-    this processor. Raises NotCovered, with the reason, when there is no compiler, when it fails,
+    this processor. Raises NotSupported, with the reason, when there is no compiler, when it fails,
     and when what it has compiled computes something else than `reference_step`.
 
     Two processes at once each compile their own file and rename it to the same name. Where the
@@ -91,7 +91,7 @@ def load_library(cache_dir: str | None) -> ctypes.CDLL:
         pass
     compiler = find_compiler()
     if compiler is None:
-        raise NotCovered("no C compiler (cc, gcc, clang, or pip install ziglang)")
+        raise NotSupported("no C compiler (cc, gcc, clang, or pip install ziglang)")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         scratch = tempfile.TemporaryDirectory(dir=folder, prefix=".making-")
@@ -104,10 +104,10 @@ def load_library(cache_dir: str | None) -> ctypes.CDLL:
             library = _declare(ctypes.CDLL(str(compiled)))  # stays loaded when the file is gone
         except (OSError, AttributeError) as error:
             problem = f"the C compiler {compiler[0]} made no library: {one_line(error)}"
-            raise NotCovered(problem) from error
+            raise NotSupported(problem) from error
         difference = self_check(library)
         if difference > LARGEST_DIFFERENCE:
-            raise NotCovered(f"the compiled step is wrong: a logit differs by {difference:.1g}")
+            raise NotSupported(f"the compiled step is wrong: a logit differs by {difference:.1g}")
         if compiled.parent.parent == folder:
             os.replace(compiled, folder / name)
     return library
@@ -117,12 +117,12 @@ def _compile(command: list[str]) -> None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise NotCovered(f"the C compiler failed: {one_line(error)}") from error
+        raise NotSupported(f"the C compiler failed: {one_line(error)}") from error
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         lines = lines or [f"code {done.returncode}"]
         reason = next((line for line in lines if "error" in line), lines[0])
-        raise NotCovered(f"the C compiler {command[0]} failed: {reason.strip()}")
+        raise NotSupported(f"the C compiler {command[0]} failed: {reason.strip()}")
 
 
 # --- What decoder.c reads, field by field
@@ -212,7 +212,7 @@ class Kernel:
         self.library, self.num_threads = library, num_threads
         self.pool = library.start(num_threads)
         if not self.pool:
-            raise NotCovered(f"the system gives no {num_threads} threads")
+            raise NotSupported(f"the system gives no {num_threads} threads")
         self.instructions = library.instructions().decode()
 
     def __del__(self) -> None:
@@ -414,7 +414,7 @@ def self_check(library: ctypes.CDLL) -> float:
 
 @torch.inference_mode()
 def check_step(model: Transformer, kernel: Kernel) -> None:
-    """Raise NotCovered unless the compiled step computes what the reference does with the first
+    """Raise NotSupported unless the compiled step computes what the reference does with the first
     layer of a loaded model and some rows of its embedding and head: for a prompt and a token.
 
     It takes some hundredths of a second, and is done at each start: the compiled file may have been
@@ -439,7 +439,7 @@ def check_step(model: Transformer, kernel: Kernel) -> None:
     both = torch.isclose(ours, theirs, rtol=0, atol=most)
     if not both.all() and theirs.isfinite().all():  # else the model has no logits to compare
         difference = (ours - theirs).abs().max().item()
-        raise NotCovered(f"the compiled step is wrong: a logit differs by {difference:.1g}")
+        raise NotSupported(f"the compiled step is wrong: a logit differs by {difference:.1g}")
 
 
 DTYPE_OF_KIND = {kind: dtype for dtype, kind in KIND_OF_DTYPE.items()}

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from common import bundled
-from common.errors import UnknownModel, UserError, shorten
+from common.errors import NotSupported, UserError, shorten
 from common.files import read_settings
 from common.generation import fast_decoding, stored_weights
 from common.generation.fast_decoding import FastStep, Kernel
-from common.generation.llama import NotCovered, check_config, read_transformer
+from common.generation.llama import check_config, read_transformer
 from common.generation.stored_weights import Matrix
 from common.runtime import DTYPES, Runtime, give_back_memory
 from common.tokenizer import Tokenizer, read_language_tokenizer
@@ -115,7 +115,7 @@ def load(
     try:
         options = {"name": name, "cache_dir": cache_dir, "adapter": adapter}
         found = load_for_step(folder, runtime, loading, **options)
-    except (NotCovered, UnknownModel) as reason:
+    except NotSupported as reason:
         if loading.weights == "file":
             raise UserError(f"--weights file: {name}: {reason}; leave the flag out") from reason
         dtype = DTYPES[loading.weights if loading.weights in DTYPES else runtime.precision]
@@ -149,8 +149,8 @@ def load_for_step(
     cache_dir: str | None,
     adapter: Adapter | None,
 ) -> LanguageModel:
-    """Return the model of a folder for the step in C. Raises NotCovered or UnknownModel, with the
-    reason, for one that it does not compute, and where it can't be used.
+    """Return the model of a folder for the step in C. Raises NotSupported, with the reason, for one
+    that it does not compute, and where it can't be used.
     """
     kernel = start_kernel(runtime, loading, cache_dir)
     config = read_settings(folder / "config.json")
@@ -183,33 +183,33 @@ def load_for_step(
 
 
 def start_kernel(runtime: Runtime, loading: Loading, cache_dir: str | None) -> Kernel:
-    """Return the compiled step with its threads. Raises NotCovered where it can't be used."""
+    """Return the compiled step with its threads. Raises NotSupported where it can't be used."""
     if not loading.uses_fast_step:
-        raise NotCovered("--plain-step")
+        raise NotSupported("--plain-step")
     if runtime.device.type != "cpu":
-        raise NotCovered(runtime.device.type)
+        raise NotSupported(runtime.device.type)
     if not loading.in_fp32:
-        raise NotCovered(f"--precision {runtime.precision}")
+        raise NotSupported(f"--precision {runtime.precision}")
     return Kernel(fast_decoding.load_library(cache_dir), torch.get_num_threads())
 
 
 def check_saved_to_generate(config: dict[str, Any]) -> None:
-    """Raise NotCovered for a model that was saved with another head than that of a language model:
+    """Raise NotSupported for a model that was saved with another head than that of a language model:
     the library says what it is.
     """
     saved = config.get("architectures") or ["ForCausalLM"]
     if not any(kind.endswith("ForCausalLM") for kind in saved):
-        raise NotCovered(f"it was saved as {', '.join(saved)}")
+        raise NotSupported(f"it was saved as {', '.join(saved)}")
 
 
 def check_stored_dtype(config: dict[str, Any], weights: dict[str, Matrix | Tensor]) -> None:
-    """Raise NotCovered where a config asks for weights of another type than the stored ones: the
+    """Raise NotSupported where a config asks for weights of another type than the stored ones: the
     library rounds them when it loads them.
     """
     asked = config.get("dtype", config.get("torch_dtype"))
     kinds = {weight.data.dtype for weight in weights.values() if isinstance(weight, Matrix)}
     if asked is not None and any(f"torch.{asked}" != str(dtype) for dtype in kinds - {torch.uint8}):
-        raise NotCovered(f"its weights are to be rounded to {asked}")
+        raise NotSupported(f"its weights are to be rounded to {asked}")
 
 
 def wanted_dtype(folder: Path, runtime: Runtime, loading: Loading) -> torch.dtype | None:
@@ -258,7 +258,7 @@ def load_tokenizer(folder: Path, *, name: str) -> PreTrainedTokenizerBase | Toke
     """Return the tokenizer of a folder: our own, or the library's where ours does not know it."""
     try:
         return read_language_tokenizer(folder)
-    except UnknownModel:
+    except NotSupported:
         from common import models
 
         return models.load_tokenizer(folder, name=name)

@@ -21,13 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.errors import NotSupported
 from common.generation.stored_weights import GROUP, Matrix
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-
-
-class NotCovered(Exception):
-    """Why a model is not computed by this step, in a few words."""
 
 
 @dataclass(frozen=True)
@@ -171,17 +168,17 @@ class NamedWeights:
         self.unused = {name for name in weights if not name.endswith("rotary_emb.inv_freq")}
 
     def matrix(self, name: str) -> Matrix:
-        """Return a matrix; raise NotCovered unless it is one."""
+        """Return a matrix; raise NotSupported unless it is one."""
         weight = self._take(name)
         if not isinstance(weight, Matrix):
-            raise NotCovered(f"{name} is no matrix of a known kind")
+            raise NotSupported(f"{name} is no matrix of a known kind")
         return weight
 
     def vector(self, name: str) -> Tensor:
-        """Return a vector in fp32; raise NotCovered unless it is one."""
+        """Return a vector in fp32; raise NotSupported unless it is one."""
         weight = self._take(name)
         if isinstance(weight, Matrix) or weight.dim() != 1 or not weight.is_floating_point():
-            raise NotCovered(f"{name} is no vector of numbers")
+            raise NotSupported(f"{name} is no vector of numbers")
         return weight.float().contiguous()
 
     def linear(self, name: str, *, has_bias: bool) -> Linear:
@@ -191,7 +188,7 @@ class NamedWeights:
 
     def _take(self, name: str) -> Tensor | Matrix:
         if name not in self.weights:
-            raise NotCovered(f"it has no {name}")
+            raise NotSupported(f"it has no {name}")
         self.unused.discard(name)
         return self.weights[name]
 
@@ -199,7 +196,7 @@ class NamedWeights:
 def read_transformer(config: Mapping[str, Any], weights: Mapping[str, Tensor | Matrix]) -> Transformer:
     """Return a model from its config.json and its weights, under their names in transformers.
 
-    Raises NotCovered, with the reason, for a model that `reference_step` would compute wrongly: another
+    Raises NotSupported, with the reason, for a model that `reference_step` would compute wrongly: another
     kind of model, a weight that is not used here, a weight that is missing.
     """
     check_config(config)
@@ -223,7 +220,7 @@ def read_transformer(config: Mapping[str, Any], weights: Mapping[str, Tensor | M
         context=number_of(config, "max_position_embeddings"),
     )
     if named.unused:
-        raise NotCovered(f"{min(named.unused)} is not used")
+        raise NotSupported(f"{min(named.unused)} is not used")
     check_sizes(model, config)
     return model
 
@@ -234,7 +231,7 @@ def read_head(config: Mapping[str, Any], named: NamedWeights, embedding: Matrix)
         return named.linear("lm_head", has_bias=False)
     has_own = "lm_head.weight" in named.weights  # a copy, in some files
     if has_own and not torch.equal(named.matrix("lm_head.weight").data, embedding.data):
-        raise NotCovered("its head is tied to the embedding and differs from it")
+        raise NotSupported("its head is tied to the embedding and differs from it")
     return Linear(embedding, None)
 
 
@@ -260,37 +257,37 @@ def read_layer(config: Mapping[str, Any], named: NamedWeights, number: int) -> L
 
 
 def check_config(config: Mapping[str, Any]) -> None:
-    """Raise NotCovered for a config that asks for something else than `reference_step` computes."""
+    """Raise NotSupported for a config that asks for something else than `reference_step` computes."""
     kind = config.get("model_type")
     if kind not in MODEL_TYPES:
-        raise NotCovered(f"{kind} is not one of {', '.join(MODEL_TYPES)}")
+        raise NotSupported(f"{kind} is not one of {', '.join(MODEL_TYPES)}")
     if config.get("hidden_act", "silu") != "silu":
-        raise NotCovered(f"its activation is {config['hidden_act']}, not silu")
+        raise NotSupported(f"its activation is {config['hidden_act']}, not silu")
     if config.get("quantization_config") is not None:
-        raise NotCovered("its weights are quantised in a format of their own")
+        raise NotSupported("its weights are quantised in a format of their own")
     for name in ("attn_implementation", "_attn_implementation"):
         if config.get(name) not in (None, "eager", "sdpa"):
-            raise NotCovered(f"its attention is {config[name]!r:.40}")
+            raise NotSupported(f"its attention is {config[name]!r:.40}")
     pad_id = config.get("pad_token_id")
     is_id = type(pad_id) is int and -1 <= pad_id < number_of(config, "vocab_size")
     if pad_id is not None and not is_id:
-        raise NotCovered(f"its pad_token_id is {pad_id!r:.40}")
+        raise NotSupported(f"its pad_token_id is {pad_id!r:.40}")
     read_rotary(config)
 
 
 def number_of(config: Mapping[str, Any], name: str) -> int:
-    """Return a setting that must be a positive whole number; raise NotCovered unless it is one."""
+    """Return a setting that must be a positive whole number; raise NotSupported unless it is one."""
     value = config.get(name)
     if type(value) is not int or value < 1:
-        raise NotCovered(f"its {name} is {value!r:.40}")
+        raise NotSupported(f"its {name} is {value!r:.40}")
     return value
 
 
 def positive_of(config: Mapping[str, Any], name: str) -> float:
-    """Return a setting that must be a positive number; raise NotCovered unless it is one."""
+    """Return a setting that must be a positive number; raise NotSupported unless it is one."""
     value = config.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise NotCovered(f"its {name} is {value!r:.40}")
+        raise NotSupported(f"its {name} is {value!r:.40}")
     return float(value)
 
 
@@ -324,18 +321,18 @@ def window_of(config: Mapping[str, Any], layer: int) -> int | None:
 
 
 def read_rotary(config: Mapping[str, Any]) -> Rotary:
-    """Return the angles that a config asks for. Raises NotCovered for a kind that is not known
+    """Return the angles that a config asks for. Raises NotSupported for a kind that is not known
     here, such as those whose angles depend on the length of the text.
 
     Versions of transformers before 5 write `rope_theta` and `rope_scaling` for `rope_parameters`.
     """
     settings = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(settings, Mapping):
-        raise NotCovered("its rope_parameters are no settings")
+        raise NotSupported("its rope_parameters are no settings")
     kind = settings.get("rope_type", settings.get("type", "default"))
     base = positive_of({"rope_theta": config.get("rope_theta"), **settings}, "rope_theta")
     if (settings.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise NotCovered("its heads are rotated in part")
+        raise NotSupported("its heads are rotated in part")
     size = head_size_of(config)
     frequencies = 1.0 / (base ** (torch.arange(0, size, 2, dtype=torch.float) / size))
     if kind == "linear":
@@ -345,7 +342,7 @@ def read_rotary(config: Mapping[str, Any]) -> Rotary:
     if kind == "yarn":
         return scale_as_yarn(frequencies, base, size, settings)
     if kind != "default":
-        raise NotCovered(f"its positions are of the kind {kind!r:.40}")
+        raise NotSupported(f"its positions are of the kind {kind!r:.40}")
     return Rotary(frequencies)
 
 
@@ -370,7 +367,7 @@ def scale_as_yarn(frequencies: Tensor, base: float, size: int, settings: Mapping
     length = number_of(settings, "original_max_position_embeddings")
     known = {"rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings"}
     if unknown := set(settings) - known:
-        raise NotCovered(f"its positions have the setting {min(unknown)}")
+        raise NotSupported(f"its positions have the setting {min(unknown)}")
     pair_of = {}  # turns within a text of the training -> the number of the pair that makes so many
     for turns in (32, 1):
         pair_of[turns] = size * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(base))
@@ -381,15 +378,15 @@ def scale_as_yarn(frequencies: Tensor, base: float, size: int, settings: Mapping
 
 
 def check_sizes(model: Transformer, config: Mapping[str, Any]) -> None:
-    """Raise NotCovered for sizes that do not fit the config or each other, as of a broken file."""
+    """Raise NotSupported for sizes that do not fit the config or each other, as of a broken file."""
     sizes = (model.embedding.rows, model.embedding.columns, model.layers[0].gate.matrix.rows)
     for name, expected in zip(("vocab_size", "hidden_size", "intermediate_size"), sizes):
         if number_of(config, name) != expected:
-            raise NotCovered(f"its {name} is {config[name]}, and its weights have {expected}")
+            raise NotSupported(f"its {name} is {config[name]}, and its weights have {expected}")
     width, size = model.embedding.columns, model.head_size
     queries, keys = model.heads * size, model.key_heads * size
     if model.heads % model.key_heads or size % 2:
-        raise NotCovered(f"{model.heads} heads, {model.key_heads} for keys, of {size} numbers")
+        raise NotSupported(f"{model.heads} heads, {model.key_heads} for keys, of {size} numbers")
     pairs: list[tuple[Linear, int, int]] = [(model.head, model.embedding.rows, width)]
     for layer in model.layers:
         inner = layer.gate.matrix.rows
@@ -398,13 +395,13 @@ def check_sizes(model: Transformer, config: Mapping[str, Any]) -> None:
         pairs += [(layer.gate, inner, width), (layer.up, inner, width), (layer.down, width, inner)]
         for norm, expected in ((layer.query_norm, size), (layer.key_norm, size)):
             if norm is not None and norm.shape != (expected,):
-                raise NotCovered(f"a norm of {norm.shape[0]} numbers for heads of {expected}")
+                raise NotSupported(f"a norm of {norm.shape[0]} numbers for heads of {expected}")
         if (layer.query_norm is None) != (layer.key_norm is None):
-            raise NotCovered("a norm of queries without one of keys, or the other way round")
+            raise NotSupported("a norm of queries without one of keys, or the other way round")
     for linear, rows, columns in pairs:
         matrix = linear.matrix
         if (matrix.rows, matrix.columns) != (rows, columns):
             found = f"{matrix.rows} x {matrix.columns}"
-            raise NotCovered(f"a matrix of {found} instead of {rows} x {columns}")
+            raise NotSupported(f"a matrix of {found} instead of {rows} x {columns}")
         if matrix.kind.startswith("groups") and columns % GROUP:
-            raise NotCovered(f"groups of {GROUP} in rows of {columns}")
+            raise NotSupported(f"groups of {GROUP} in rows of {columns}")

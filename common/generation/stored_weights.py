@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from common import bundled, model_files, sources
-from common.errors import UnknownModel, UserError
+from common.errors import NotSupported, UserError
 from common.files import MANIFEST, make_once, read_json, sha256, sync_file, write_manifest
 from common.sources import GGUF_SUFFIX
 
@@ -407,25 +407,25 @@ def read_folder(folder: Path, source: str) -> dict[str, Matrix | Tensor]:
     """Return the weights in a model's folder as they are stored: matrices, and vectors. The numbers
     are mapped, not copied: a weight is read from the disk when it is first used.
 
-    `source` begins the message for a list of shards that is broken. Raises UnknownModel for files
+    `source` begins the message for a list of shards that is broken. Raises NotSupported for files
     that can't be read, and for a weight that is not finite.
     """
     if (folder / bundled.STORED_FILE).exists():
         return read_weights(folder / bundled.STORED_FILE)
     paths = model_files.weight_files(folder, source)
     if not paths or (paths[0].name != model_files.WEIGHTS and not _shards_are_described(folder)):
-        raise UnknownModel("no model.safetensors, nor a list of its parts")
+        raise NotSupported("no model.safetensors, nor a list of its parts")
     weights: dict[str, Matrix | Tensor] = {}
     for path in paths:
         try:
             tensors = safetensors.torch.load_file(path)
         except (safetensors.SafetensorError, ValueError) as error:
-            raise UnknownModel(f"{path.name}: {error}") from error
+            raise NotSupported(f"{path.name}: {error}") from error
         for name, tensor in tensors.items():
             if tensor.dtype not in KIND_OF_DTYPE or not tensor.numel():
-                raise UnknownModel(f"{name}, of {tensor.numel()} numbers in {tensor.dtype}")
+                raise NotSupported(f"{name}, of {tensor.numel()} numbers in {tensor.dtype}")
             if not torch.stack(torch.aminmax(tensor)).isfinite().all():
-                raise UnknownModel(f"{name}, which is not finite")
+                raise NotSupported(f"{name}, which is not finite")
             weights[name] = matrix_of(tensor) if tensor.dim() == 2 else tensor
     return weights
 

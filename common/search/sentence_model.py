@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from common import bert, model_files, sources, speedups
-from common.errors import UnknownModel, UserError, one_line
+from common.errors import NotSupported, UserError, one_line
 from common.files import read_json, read_settings, tensors_sha256
 from common.search.pooling import (
     OLDER_MODES,
@@ -85,7 +85,7 @@ def load_model(name: str, *, cache_dir: str | None) -> SentenceModel:
     model_files.check_kind(folder, "SentenceTransformer", f"--model {name}")
     try:
         model = read_model(folder)
-    except UnknownModel:
+    except NotSupported:
         model = load_with_library(folder, name)
     if not ((folder / "modules.json").is_file() or is_static(folder)):
         problem = "no sentence encoder (no modules.json)"
@@ -200,11 +200,11 @@ NO_PROMPTS = {"query": "", "document": ""}
 
 
 def read_model(folder: Path) -> SentenceModel:
-    """Return the model of a folder. Raises UnknownModel when the library is needed to read it, or
+    """Return the model of a folder. Raises NotSupported when the library is needed to read it, or
     to say what is wrong with it.
     """
     if found := [name for name in OTHER_FILES if (folder / name).exists()]:
-        raise UnknownModel(", ".join(found))
+        raise NotSupported(", ".join(found))
     if is_static(folder):
         return read_static_model(folder)
     settings, limit, lower_case, listed = ModelSettings(NO_PROMPTS), None, False, None
@@ -219,7 +219,7 @@ def read_model(folder: Path) -> SentenceModel:
         tokenizer.model_max_length = min(tokenizer.model_max_length, config.num_positions)
     num_tokens = tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=True)
     if num_tokens <= len(tokenizer.all_special_tokens):
-        raise UnknownModel("a tokenizer without words")
+        raise NotSupported("a tokenizer without words")
     if lower_case:
         _lower_case(tokenizer)
     if listed is None:  # a plain encoder
@@ -228,7 +228,7 @@ def read_model(folder: Path) -> SentenceModel:
         others = {name: _read_part(kind, folder / path) for name, kind, path in listed}
     pooling = [part.module for part in others.values() if isinstance(part.module, Pooling)]
     if not pooling:
-        raise UnknownModel("no pooling")
+        raise NotSupported("no pooling")
     only_first = all(part.reads_first_position for part in pooling)
     module = Transformer(transformer, only_first=only_first)
     named = {f"model.{name}": value for name, value in weights.items()}
@@ -298,7 +298,7 @@ def read_static_model(folder: Path) -> SentenceModel:
         raise UserError(f"{home}: {problem}; repair it or name another model")
     others = {name: _read_part(kind, folder / path) for name, kind, path in listed}
     if any(part.kind == "Pooling" for part in others.values()):
-        raise UnknownModel("pooling of what is no sequence")
+        raise NotSupported("pooling of what is no sequence")
     weights = {"embedding.weight": vectors}
     width = vectors.shape[1]
     first = Part(StaticEmbedding(vectors), "StaticEmbedding", {}, weights, width, "static mean")
@@ -312,13 +312,13 @@ def _read_static_tokenizer(folder: Path) -> Tokenizer:
     description = read_settings(folder / "tokenizer.json")
     cut = description.get("truncation") or {}
     if cut.get("direction", "Right") != "Right":
-        raise UnknownModel("truncation at the left")
+        raise NotSupported("truncation at the left")
     try:
         unused = dict.fromkeys(("post_processor", "truncation", "padding"))
         text = json.dumps({**description, **unused})
         backend = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises nothing more special
-        raise UnknownModel(f"{folder / 'tokenizer.json'}: {error}") from error
+        raise NotSupported(f"{folder / 'tokenizer.json'}: {error}") from error
     return Tokenizer(backend, {}, ["input_ids"], int(cut.get("max_length", MOST_TOKENS)))
 
 
@@ -344,7 +344,7 @@ def _read_static_vectors(folder: Path) -> torch.Tensor:
 
 
 def _try_out(modules: list[nn.Module], width: int, said: int) -> None:
-    """Raise UnknownModel when modules don't fit each other: they look at their input only when they
+    """Raise NotSupported when modules don't fit each other: they look at their input only when they
     run. `width` is that of the tokens' embeddings, `said` what the settings say of the text's.
     """
     tokens, mask = torch.ones(1, 2, width), torch.ones(1, 2).long()
@@ -354,9 +354,9 @@ def _try_out(modules: list[nn.Module], width: int, said: int) -> None:
         for module in modules:
             features = module(features)
     except (KeyError, RuntimeError) as error:
-        raise UnknownModel(f"modules that don't fit each other: {error}") from error
+        raise NotSupported(f"modules that don't fit each other: {error}") from error
     if features["sentence_embedding"].shape != (1, said):
-        raise UnknownModel(f"modules that don't make {said} numbers")
+        raise NotSupported(f"modules that don't make {said} numbers")
 
 
 def _read_list(folder: Path) -> list[tuple[str, str, str]]:
@@ -366,7 +366,7 @@ def _read_list(folder: Path) -> list[tuple[str, str, str]]:
         listed = [(entry["name"], entry["type"], entry["path"]) for entry in entries]
         is_known = not any(set(entry) - {"idx", "name", "path", "type"} for entry in entries)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UnknownModel(f"modules.json: {error!r}") from error
+        raise NotSupported(f"modules.json: {error!r}") from error
     parts = []
     for name, reference, path in listed:
         package, _, kind = str(reference).rpartition(".")
@@ -376,16 +376,16 @@ def _read_list(folder: Path) -> list[tuple[str, str, str]]:
         inside = isinstance(path, str) and not Path(path).is_absolute()
         inside = inside and ".." not in Path(path).parts
         if kind not in MODULES or not (known and named and inside):
-            raise UnknownModel(f"the module {name!r}, {reference!r} in {path!r}")
+            raise NotSupported(f"the module {name!r}, {reference!r} in {path!r}")
         parts.append((name, kind, path))
     names = [name for name, _, _ in parts]
     if not is_known or names[:1] != ["0"] or len(set(names)) < len(names):
-        raise UnknownModel("modules.json")
+        raise NotSupported("modules.json")
     kinds, first_path = [kind for _, kind, _ in parts], parts[0][2]
     if kinds[0] not in FIRST_MODULES or set(FIRST_MODULES) & set(kinds[1:]):
-        raise UnknownModel(f"the modules {', '.join(kinds)}")
+        raise NotSupported(f"the modules {', '.join(kinds)}")
     if kinds[0] == "Transformer" and first_path != "":
-        raise UnknownModel("a transformer in a folder of its own")
+        raise NotSupported("a transformer in a folder of its own")
     return parts
 
 
@@ -393,18 +393,18 @@ def _read_transformer_settings(folder: Path) -> tuple[int | None, bool]:
     """Return the most tokens of a text, and whether it is put into lower case."""
     files = sorted(path.name for path in folder.glob(SETTINGS_FILES))
     if files and files != ["sentence_bert_config.json"]:
-        raise UnknownModel(", ".join(files))
+        raise NotSupported(", ".join(files))
     settings = read_settings(folder / files[0]) if files else {}
     for name, value in settings.items():
         known = name in ("max_seq_length", "do_lower_case")
         known = known or (name in ROLE_SETTINGS and value is None)
         if not known and (name not in TRANSFORMER_ONLY or value != TRANSFORMER_ONLY[name]):
-            raise UnknownModel(f"the transformer's {name} {value!r}")
+            raise NotSupported(f"the transformer's {name} {value!r}")
     if ("modality_config" in settings) != ("module_output_name" in settings):
-        raise UnknownModel("one of modality_config and module_output_name")
+        raise NotSupported("one of modality_config and module_output_name")
     limit, lower_case = settings.get("max_seq_length"), settings.get("do_lower_case", False)
     if not (limit is None or (type(limit) is int and limit > 0)) or type(lower_case) is not bool:
-        raise UnknownModel(f"max_seq_length {limit!r}, do_lower_case {lower_case!r}")
+        raise NotSupported(f"max_seq_length {limit!r}, do_lower_case {lower_case!r}")
     return limit, lower_case
 
 
@@ -416,17 +416,17 @@ def _read_model_settings(folder: Path) -> ModelSettings:
     truncate_dim = settings.get("truncate_dim")
     kind = settings.get("model_type", "SentenceTransformer")
     if set(settings) - MODEL_SETTINGS or kind != "SentenceTransformer":
-        raise UnknownModel(f"{path.name} with {', '.join(settings)}")
+        raise NotSupported(f"{path.name} with {', '.join(settings)}")
     if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
-        raise UnknownModel(f"the prompts {prompts!r}")
+        raise NotSupported(f"the prompts {prompts!r}")
     prompts = NO_PROMPTS | prompts
     version = settings.get("__version__", {})
     if not _is_version(version):
-        raise UnknownModel(f"__version__ {version!r}")
+        raise NotSupported(f"__version__ {version!r}")
     if default is not None and (not isinstance(default, str) or default not in prompts):
-        raise UnknownModel(f"default_prompt_name {default!r}")
+        raise NotSupported(f"default_prompt_name {default!r}")
     if truncate_dim is not None and (type(truncate_dim) is not int or truncate_dim < 1):
-        raise UnknownModel(f"truncate_dim {truncate_dim!r}")
+        raise NotSupported(f"truncate_dim {truncate_dim!r}")
     return ModelSettings(prompts, default, truncate_dim)
 
 
@@ -441,7 +441,7 @@ def _lower_case(tokenizer: Tokenizer) -> None:
 
     normalizer = tokenizer.backend_tokenizer.normalizer
     if isinstance(normalizer, (normalizers.Lowercase, normalizers.Sequence)):
-        raise UnknownModel("do_lower_case with such a normalizer")
+        raise NotSupported("do_lower_case with such a normalizer")
     steps = [normalizers.Lowercase(), *([] if normalizer is None else [normalizer])]
     tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(steps)
 
@@ -456,19 +456,19 @@ def _read_part(kind: str, folder: Path) -> Part:
             return _normalize(settings)
         return _dense(settings, folder) if kind == "Dense" else _layer_norm(settings, folder)
     except (KeyError, TypeError, RuntimeError) as error:
-        raise UnknownModel(f"{path}: {error!r}") from error
+        raise NotSupported(f"{path}: {error!r}") from error
 
 
 def _only(settings: dict[str, Any], known: tuple[str, ...]) -> None:
     if unknown := sorted(set(settings) - set(known)):
-        raise UnknownModel(f"the settings {', '.join(unknown)}")
+        raise NotSupported(f"the settings {', '.join(unknown)}")
 
 
 def _pooling(settings: dict[str, Any]) -> Part:
     own = ("embedding_dimension", "word_embedding_dimension", "pooling_mode", "include_prompt")
     _only(settings, (*own, *OLDER_MODES))
     if len({"embedding_dimension", "word_embedding_dimension"} & set(settings)) != 1:
-        raise UnknownModel("the width of the pooling")
+        raise NotSupported("the width of the pooling")
     width = settings.get("embedding_dimension", settings.get("word_embedding_dimension"))
     modes = settings.get("pooling_mode")
     if "pooling_mode" not in settings:
@@ -476,9 +476,9 @@ def _pooling(settings: dict[str, Any]) -> Part:
     modes = [modes] if isinstance(modes, str) else modes
     include_prompt = settings.get("include_prompt", True)
     if not isinstance(modes, list) or not modes or not set(modes) <= {*POOLING, WEIGHTED_MEAN}:
-        raise UnknownModel(f"the pooling {modes!r}")
+        raise NotSupported(f"the pooling {modes!r}")
     if type(width) is not int or type(include_prompt) is not bool:
-        raise UnknownModel(f"pooling of width {width!r}, include_prompt {include_prompt!r}")
+        raise NotSupported(f"pooling of width {width!r}, include_prompt {include_prompt!r}")
     saved = {
         "embedding_dimension": width,
         "pooling_mode": modes[0] if len(modes) == 1 else modes,
@@ -494,7 +494,7 @@ def _names(settings: dict[str, Any]) -> tuple[str, str]:
     target = settings.get("module_output_name")
     names = (source, source if target is None else target)
     if not set(names) <= {"sentence_embedding", "token_embeddings"}:
-        raise UnknownModel(f"the features {names}")
+        raise NotSupported(f"the features {names}")
     return names
 
 
@@ -537,7 +537,7 @@ def _activation(reference: str) -> nn.Module:
     if name == "Identity" and package in ("torch.nn", "torch.nn.modules.linear"):
         return nn.Identity()
     if name not in ACTIVATIONS or package not in ("torch.nn", "torch.nn.modules.activation"):
-        raise UnknownModel(f"the activation {reference}")
+        raise NotSupported(f"the activation {reference}")
     return getattr(nn, name)()
 
 

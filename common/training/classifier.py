@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from common import bert, model_files, sources, speedups
-from common.errors import UnknownModel, UserError, shorten
+from common.errors import NotSupported, UserError, shorten
 from common.files import replace_file, replace_folder
 from common.runtime import Runtime
 from common.training.data import TokenConfig, name_sha256
@@ -691,7 +691,7 @@ def load_to_predict(
     folder = sources.find_folder(name, kind="encoder", cache_dir=cache_dir, revision=revision)
     try:
         model, tokenizer = bert.load_classifier(folder), read_tokenizer(folder)
-    except UnknownModel:
+    except NotSupported:
         return load_saved(name, runtime, cache_dir=cache_dir, revision=revision)
     if tokenizer.pad_token is None or not _is_sound(model):
         return load_saved(name, runtime, cache_dir=cache_dir, revision=revision)

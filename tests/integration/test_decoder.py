@@ -15,9 +15,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
+from common.errors import NotSupported
 from common.generation import fast_decoding, language_model
 from common.generation.fast_decoding import FastStep, Kernel, RoomyCache
-from common.generation.llama import NotCovered, Places, reference_step
+from common.generation.llama import Places, reference_step
 from common.generation.stored_weights import KIND_OF_DTYPE, KINDS, TILE, Matrix, convert, matrix_of, pack
 from common.runtime import Runtime
 from conftest import heavy
@@ -471,7 +472,7 @@ def test_a_step_that_computes_something_else_is_refused(load_anew, tmp_path, mon
         assert right in text
         other.write_text(text.replace(right, wrong))
         monkeypatch.setattr(fast_decoding, "SOURCE", other)
-        with pytest.raises(NotCovered, match="a logit differs by"):
+        with pytest.raises(NotSupported, match="a logit differs by"):
             load_anew(tmp_path)
     assert not list((tmp_path / "kernels").iterdir())
 
@@ -536,7 +537,7 @@ def test_a_cache_that_is_no_folder(load_anew, counted, tmp_path):
 
 def test_without_a_compiler_the_reason_says_so(load_anew, tmp_path, monkeypatch):
     monkeypatch.setattr(fast_decoding.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(NotCovered, match="no C compiler"):
+    with pytest.raises(NotSupported, match="no C compiler"):
         load_anew(tmp_path, PATH=str(tmp_path), CC="")
 
 
@@ -545,13 +546,13 @@ def test_a_broken_compiler_is_named_with_its_message(script, load_anew, tmp_path
     compiler = tmp_path / "broken"
     compiler.write_text(f"#!/bin/sh\n{script}\n")
     compiler.chmod(0o755)
-    with pytest.raises(NotCovered, match="broken failed: " + ("x.c:1" if "echo" in script else "")):
+    with pytest.raises(NotSupported, match="broken failed: " + ("x.c:1" if "echo" in script else "")):
         load_anew(tmp_path / "cache", CC=f"{compiler} -O1")
     assert not list((tmp_path / "cache" / "kernels").iterdir())
 
 
 def test_a_compiler_that_ends_well_and_writes_nothing(load_anew, tmp_path):
-    with pytest.raises(NotCovered):
+    with pytest.raises(NotSupported):
         load_anew(tmp_path, CC="true")
 
 

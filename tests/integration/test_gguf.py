@@ -216,7 +216,7 @@ def test_without_a_compiler_the_weights_are_widened(tiny, cache, tmp_path, monke
 
 
 def _no_compiler(cache_dir):
-    raise language_model.NotCovered("no C compiler")
+    raise language_model.NotSupported("no C compiler")
 
 
 @needs_compiler

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from common import bert, bundled, models, speedups
-from common.errors import UnknownModel
+from common.errors import NotSupported
 
 VOCABULARY, POSITIONS = 90, 40
 SHAPE = {
@@ -187,7 +187,7 @@ def test_a_classifier_is_an_encoder_without_its_head(tmp_path, name):
     """RoBERTa's has no pooler, and the library would draw random numbers for one."""
     save(CONFIGS[name], tmp_path, AutoModelForSequenceClassification)
     if "roberta" in name:
-        with pytest.raises(UnknownModel):
+        with pytest.raises(NotSupported):
             bert.load_encoder(tmp_path)
         return
     ours, exact, theirs = load_three(tmp_path)
@@ -254,7 +254,7 @@ UNKNOWN_SETTINGS = [
 @pytest.mark.parametrize("changes", UNKNOWN_SETTINGS, ids=str)
 def test_other_settings_are_left_to_the_library(tmp_path, changes):
     edit(save(CONFIGS["bert"], tmp_path), **changes)
-    with pytest.raises(UnknownModel):
+    with pytest.raises(NotSupported):
         bert.load_encoder(tmp_path)
 
 
@@ -313,13 +313,13 @@ UNKNOWN_FILES = {
 def test_other_files_are_left_to_the_library(tmp_path, what):
     folder = save(CONFIGS["bert"], tmp_path / "model")
     UNKNOWN_FILES[what](folder)
-    with pytest.raises(UnknownModel):
+    with pytest.raises(NotSupported):
         bert.load_encoder(folder)
 
 
 def test_a_model_that_never_learned_to_classify_is_left_to_the_library(folders):
     for folder in folders.values():
-        with pytest.raises(UnknownModel):
+        with pytest.raises(NotSupported):
             bert.load_classifier(folder)
 
 
@@ -328,5 +328,5 @@ def test_a_model_that_never_learned_to_classify_is_left_to_the_library(folders):
 )
 def test_a_classifier_with_other_classes_is_left_to_the_library(tmp_path, change):
     edit(save(CONFIGS["bert"], tmp_path, AutoModelForSequenceClassification), **change)
-    with pytest.raises(UnknownModel):
+    with pytest.raises(NotSupported):
         bert.load_classifier(tmp_path)

@@ -16,7 +16,8 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from common.generation.llama import NotCovered, Places, read_rotary, read_transformer, reference_step
+from common.errors import NotSupported
+from common.generation.llama import Places, read_rotary, read_transformer, reference_step
 from language_models import SIZES, VOCABULARY, own_transformer, own_weights, tiny_config
 
 COMMON: dict[str, Any] = {**SIZES, "vocab_size": VOCABULARY, "max_position_embeddings": 128}
@@ -93,25 +94,25 @@ def test_rows_of_the_same_text_are_guesses_that_follow_each_other(name):
     ],
 )
 def test_another_kind_of_model_is_refused_with_its_reason(config, reason):
-    with pytest.raises(NotCovered, match=reason):
+    with pytest.raises(NotSupported, match=reason):
         own_transformer(random_model(config))
 
 
 def test_a_weight_that_would_not_be_used_or_is_missing_is_named():
     model = random_model(CONFIGS["llama"])
     model.model.layers[1].self_attn.register_parameter("extra", torch.nn.Parameter(torch.zeros(3)))
-    with pytest.raises(NotCovered, match=r"layers\.1\.self_attn\.extra"):
+    with pytest.raises(NotSupported, match=r"layers\.1\.self_attn\.extra"):
         own_transformer(model)
     model = random_model(CONFIGS["llama"])
     model.model.layers[0].mlp.up_proj = torch.nn.Identity()
-    with pytest.raises(NotCovered, match=r"layers\.0\.mlp\.up_proj\.weight"):
+    with pytest.raises(NotSupported, match=r"layers\.0\.mlp\.up_proj\.weight"):
         own_transformer(model)
 
 
 def test_sizes_that_do_not_fit_are_refused():
     model = random_model(CONFIGS["llama"])
     model.model.layers[0].mlp.down_proj.weight = torch.nn.Parameter(torch.zeros(32, 63))
-    with pytest.raises(NotCovered, match="63"):
+    with pytest.raises(NotSupported, match="63"):
         own_transformer(model)
 
 
@@ -151,7 +152,7 @@ def test_angles_are_the_librarys(kind, before_version_5):
 def test_a_tied_head_of_its_own_is_refused():
     model = random_model(LlamaConfig(**COMMON, tie_word_embeddings=False))
     config = model.config.to_dict() | {"tie_word_embeddings": True}
-    with pytest.raises(NotCovered, match="tied"):
+    with pytest.raises(NotSupported, match="tied"):
         read_transformer(config, own_weights(model))
 
 
@@ -176,5 +177,5 @@ def test_a_tied_head_of_its_own_is_refused():
 )
 def test_a_config_that_does_not_fit_is_refused_with_its_reason(changes, reason):
     model = random_model(CONFIGS["llama"])
-    with pytest.raises(NotCovered, match=reason):
+    with pytest.raises(NotSupported, match=reason):
         read_transformer(model.config.to_dict() | changes, own_weights(model))

@@ -23,7 +23,7 @@ from torch import nn
 from transformers import AutoModel, DistilBertConfig, RobertaConfig
 
 from common import bundled
-from common.errors import UnknownModel, UserError
+from common.errors import NotSupported, UserError
 from common.search.sentence_model import describe_pooling, fingerprint, load_model, read_model
 
 WIDTH = 32  # of the tiny model
@@ -296,7 +296,7 @@ def test_anything_else_is_left_to_the_library(what, tiny_embedder, tmp_path):
     folder = shutil.copytree(tiny_embedder, tmp_path / "model")
     assert read_model(folder).pooling == "mean, Normalize"
     UNKNOWN[what](folder)
-    with pytest.raises(UnknownModel):
+    with pytest.raises(NotSupported):
         read_model(folder)
 
 

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, RobertaTokenizer, XLMRobertaTokenizer
 
 from common import bundled
-from common.errors import UnknownModel
+from common.errors import NotSupported
 from common.tokenizer import read_language_tokenizer, read_tokenizer
 from conftest import make_sentences, train_wordpiece
 from language_models import CHAT_TEMPLATE, train_byte_bpe
@@ -284,7 +284,7 @@ UNKNOWN = {  # what makes transformers do something else, or fail
 @pytest.mark.parametrize("what", UNKNOWN)
 def test_what_is_not_known_is_left_to_the_library(tmp_path, what):
     UNKNOWN[what](make(tmp_path, "bert"))
-    with pytest.raises(UnknownModel):
+    with pytest.raises(NotSupported):
         read_tokenizer(tmp_path)
 
 
@@ -298,7 +298,7 @@ def test_what_is_not_known_is_left_to_the_library(tmp_path, what):
 )
 def test_a_file_that_is_not_complete_is_left_to_the_library(tmp_path, edit):
     edit(make(tmp_path, "from its file"))
-    with pytest.raises(UnknownModel):
+    with pytest.raises(NotSupported):
         read_tokenizer(tmp_path)
 
 
@@ -399,5 +399,5 @@ UNKNOWN_LANGUAGE = {
 def test_what_is_not_known_of_a_language_models_is_left_to_the_library(tmp_path, what):
     edits = (remove("chat_template.jinja"),) if "templates" in what else ()
     make_language(tmp_path, *edits, UNKNOWN_LANGUAGE[what])
-    with pytest.raises(UnknownModel):
+    with pytest.raises(NotSupported):
         read_language_tokenizer(tmp_path)
