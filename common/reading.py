@@ -47,6 +47,20 @@ ANY_SIZE, TIMES_ITS_SIZE = 256 << 20, 200
 SECONDS_FOR_A_PIPE = 10
 # the column with the number of each row in its file, where those that can't be used are collected
 ROW = "__row__"
+# how files begin that are no text -> what they are, and the way out
+SAVE_AS_CSV = "save its table as .csv"
+BINARY_FILES = {
+    b"PK\x03\x04": ("a zip archive or an Office file", f"unpack it, or {SAVE_AS_CSV}"),
+    b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1": ("an old Office file", SAVE_AS_CSV),
+    b"%PDF-": ("a PDF", "extract its text first"),
+    b"PAR1\x15": ("a Parquet file", "let its name end with .parquet"),
+    b"\x1f\x8b": ("compressed by gzip", "let its name end with .gz"),
+    b"BZh91AY&SY": ("compressed by bzip2", "let its name end with .bz2"),
+    b"\xfd7zXZ\x00": ("compressed by xz", "let its name end with .xz"),
+    b"\x28\xb5\x2f\xfd": ("compressed by Zstandard", "let its name end with .zst"),
+    b"7z\xbc\xaf\x27\x1c": ("a 7z archive", "unpack it"),
+    b"SQLite format 3\x00": ("a SQLite database", SAVE_AS_CSV),
+}
 SAMPLE = 64 << 10  # bytes from which an encoding is found out
 AS_FOUND = FileOptions()  # nothing but what name and content of a file show
 
@@ -334,7 +348,7 @@ def require_column(names: Iterable[str], column: str, *, source: str, flag: str)
     """Raise UserError, naming `source` and the `flag` that names the column, unless `column` is
     one of `names`.
     """
-    if column not in (names := list(names)):
+    if column not in (names := [name for name in names if name != ROW]):
         problem = f"no column {column!r} among {listed(names)}"
         raise UserError(f"{source}: {problem}; name the right one with {flag}")
 
@@ -623,6 +637,7 @@ def open_plain(name: str, *, encoding: str | None = None, folder: str | None = N
             advice = "write one text on each line, or rows with their columns"
             raise UserError(f"{source}: it is empty; {advice}")
         if sources.suffix(name) != ".parquet":
+            _refuse_binary(os.pread(file.fileno(), 16, 0), source)
             file = stack.enter_context(_as_utf8(file, source, encoding, folder))
         yield file
 
@@ -712,6 +727,13 @@ def _open_zstandard(file: BinaryIO) -> Any:
     import pyarrow as pa
 
     return pa.CompressedInputStream(pa.PythonFile(file, "r"), "zstd")
+
+
+def _refuse_binary(head: bytes, source: str) -> None:
+    """Raise UserError for the beginning of a file that holds no text, whatever its name says."""
+    for start, (kind, advice) in BINARY_FILES.items():
+        if head.startswith(start):
+            raise UserError(f"{source}: this is {kind}, and no text; {advice}")
 
 
 @contextlib.contextmanager

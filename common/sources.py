@@ -26,6 +26,8 @@ GGUF_SUFFIX = ".gguf"
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 DATA_SUFFIXES = (".csv", ".tsv", *JSON_SUFFIXES, ".parquet")
 COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
+ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".rar", ".7z")
+OFFICE_SUFFIXES = (".xlsx", ".xls", ".ods", ".docx", ".doc", ".odt")
 # a text of nothing but these is empty: spaces, control characters, and those of format, such as a
 # byte order mark or a space of no width
 INVISIBLE = ("Cc", "Cf")  # categories of Unicode
@@ -350,10 +352,13 @@ def check_data_file(path: Path, *, any_suffix: bool = False) -> None:
         raise UserError(f"{path}: this is a folder; name a file in it")
     if suffix(path) not in DATA_SUFFIXES and not any_suffix and not is_fasttext(path):
         known = ", ".join(DATA_SUFFIXES)
-        raise UserError(
-            f"{path}: the file name ends with {path.suffix!r}, not with one of {known}; convert it,"
-            " or name the columns of a table with --columns"
-        )
+        advice = "convert it, or name the columns of a table with --columns"
+        if path.suffix.lower() in ARCHIVE_SUFFIXES:
+            advice = "unpack it first"
+        elif path.suffix.lower() in OFFICE_SUFFIXES:
+            advice = "save its table as .csv"
+        problem = f"the file name ends with {path.suffix!r}, not with one of {known}"
+        raise UserError(f"{path}: {problem}; {advice}")
     if not os.access(path, os.R_OK):
         advice = "change that with chmod or name another file"
         raise UserError(f"{path}: no permission to read it; {advice}")

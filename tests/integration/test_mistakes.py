@@ -97,7 +97,7 @@ FILES = {  # name: (file's name, content, what the line must hold)
     "unknown ending": (
         "rows.xlsx",
         "PK",
-        ("rows.xlsx", "'.xlsx'", ".csv, .tsv, .json, .jsonl, .ndjson, .parquet", "convert it"),
+        ("rows.xlsx", "'.xlsx'", ".csv, .tsv, .json, .jsonl, .ndjson, .parquet", "as .csv"),
     ),
     "empty": ("rows.csv", "", ("rows.csv", "is empty", "name one")),
     "header only": ("rows.csv", "text,label\n", ("rows.csv", "no rows", "name one")),

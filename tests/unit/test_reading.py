@@ -3,6 +3,7 @@ source is named.
 """
 
 import bz2
+import contextlib
 import csv
 import gzip
 import io
@@ -11,10 +12,12 @@ import logging
 import lzma
 import os
 import socket
+import sqlite3
 import sys
 import tempfile
 import threading
 import time
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -425,6 +428,43 @@ def test_a_compressed_file_that_would_fill_the_disk_is_refused(tmp_path):
     ):
         pass
     assert time.monotonic() - started < 20
+
+
+def zipped(path, content):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.csv", content)
+
+
+def in_sqlite(path, _):
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.execute("create table a (text, label)")
+        database.commit()
+
+
+@pytest.mark.parametrize(
+    "write, kind",
+    [
+        (zipped, "zip"),
+        (in_sqlite, "SQLite"),
+        (lambda path, _: pq.write_table(pa.table({"text": ["a"], "label": ["b"]}), path), "Parquet"),
+        (lambda path, content: path.write_bytes(gzip.compress(content)), "gzip"),
+        (lambda path, content: path.write_bytes(bz2.compress(content)), "bzip2"),
+        (lambda path, content: path.write_bytes(lzma.compress(content)), "xz"),
+        (lambda path, content: path.write_bytes(pa.compress(content, "zstd", asbytes=True)), "Zstandard"),
+    ],
+)
+@pytest.mark.parametrize("name", ["rows.csv", "rows.txt"])
+def test_a_file_that_is_no_text_is_refused_by_what_it_is(name, write, kind, tmp_path):
+    """Its bytes are not read as a table, whatever its name and the flags say."""
+    path = tmp_path / name
+    write(path, b"text,label\na good film,pos\n")
+    with pytest.raises(UserError, match=f"{name}: this is .*{kind}"), reading.open_plain(str(path)):
+        pass
+
+
+def test_the_column_of_row_numbers_is_not_shown():
+    with pytest.raises(UserError, match="no column 'text' among Review, sentiment; "):
+        reading.require_column(["Review", "sentiment", reading.ROW], "text", source="", flag="--text-column")
 
 
 @pytest.mark.parametrize(

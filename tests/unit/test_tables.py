@@ -431,7 +431,7 @@ REFUSED = {
         ("--delimiter", "3"),
     ),
     "separators without columns": ("t.label", "a b\n", {"delimiter": " "}, ("--delimiter", "--columns")),
-    "unknown ending": ("t.xlsx", "PK", {}, ("'.xlsx'", ".csv", "--columns")),
+    "unknown ending": ("t.xlsx", "PK", {}, ("'.xlsx'", "save its table as .csv")),
     "JSONL broken at line 1,000": (
         "t.jsonl",
         '{"text": "a"}\n' * 999 + '{"text": \n{"text": "b"}\n',
