@@ -32,67 +32,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from common import cli, sources
-from common.errors import Interrupted, UserError, first_repeated
-from common.files import check_new, only_writer
-from common.search.manifest import (
-    MANIFEST,
-    MILVUS,
-    STORES,
-    Settings,
-    check_files,
-    check_folder,
-    check_settings,
-    num_live_rows,
-    read_manifest,
-    store_of,
-)
-from common.search.search_flags import (
-    DEFAULT_OVERLAP,
-    EXPORTS,
-    SKIP_BAD,
-    add_model_flags,
-    add_rerank_flags,
-    add_source_flags,
-    add_task_flags,
-    add_text_flags,
-    add_where_flags,
-    check_index,
-    check_known,
-    check_milvus,
-    check_model,
-    check_processes,
-    check_queries,
-    check_source,
-    check_task,
-    check_texts,
-    cosine,
-    count_or_auto,
-    encoder_config,
-    export_file,
-    index_name,
-    is_milvus,
-    limits_of,
-    new_csv,
-    overlap_of,
-    pairs_file,
-    per_query_file,
-    picture_file,
-    rank_of_cut,
-    read_queries,
-    read_texts,
-    recorded_model,
-    rows_file,
-    start,
-    vectors_file,
-)
-from common.search.words import AUTO, LANGUAGES, Words, stop_words
+from common.errors import Interrupted, UserError
+from common.files import only_writer
+from common.search import search_checks as checks
+from common.search import search_flags as flags
+from common.search.manifest import MANIFEST, Settings, check_settings, read_manifest, store_of
+from common.search.screen import Screen
+from common.search.search_flags import encoder_config, limits_of, overlap_of, read_queries, read_texts, start
+from common.search.words import AUTO, Words, stop_words
 
 # Each command imports its libraries itself, after the flags are checked: PyTorch takes seconds.
 if TYPE_CHECKING:
     import numpy as np
 
     from common.runtime import Runtime
-    from common.search.display import Screen
     from common.search.encoder import Encoder
     from common.search.model_scores import ModelScores
     from common.search.relevance import Task
@@ -100,11 +53,6 @@ if TYPE_CHECKING:
     from common.search.texts import Collection
 
 LARGEST_MATRIX = 5_000  # texts whose matrix of similarities is shown or written
-WAIT = {"type": cli.duration, "default": 10.0, "help": "seconds to wait for another writer"}
-LANGUAGE = {"choices": list(LANGUAGES), "default": AUTO, "metavar": "CODE"}
-LANGUAGE["help"] = f"whose words --hybrid counts: {', '.join(LANGUAGES)}"
-APPROXIMATE = {"action": "store_true", "help": "find candidates by FAISS codes, kept with the index"}
-OFFSET = {"type": cli.non_negative_int, "default": 0, "help": "leave out so many of the first"}
 
 
 # what is compared or searched: rows of an index, or of one that is made for this command
@@ -163,28 +111,13 @@ def check_size(count: int, most: int | None) -> None:
 # similarity: the cosine of every text with every other
 
 
-def add_similarity_flags(command: cli.Parser) -> None:
-    add_source_flags(command)
-    flag = command.add_argument
-    flag("--query", action="append", default=[], help="a text to compare with all; may be repeated")
-    flag("--top-k", type=cli.positive_int, default=3, help="the most similar pairs to show")
-    flag("--figure", metavar="PNG", type=picture_file, help="write the matrix as a picture")
-    flag("--output", metavar="NPY", type=vectors_file, help="write the embeddings at norm 1 for NumPy")
-
-
-def check_similarity(args: argparse.Namespace) -> None:
-    for number, query in enumerate(args.query, start=1):
-        sources.check_query(query, f"--query {number}")
-    check_source(args, encodes=bool(args.query))
-
-
-def similarity(args: argparse.Namespace) -> None:
+def similarity(args: argparse.Namespace, screen: Screen) -> None:
     """Compare all texts with each other, and with queries, by cosine."""
     import numpy as np
 
     from common.search import display, mining
 
-    runtime, screen = start(args)
+    runtime = start(args)
     opened = open_rows(args, runtime, screen, encodes=bool(args.query), most=LARGEST_MATRIX)
     with opened as (selection, encoder):
         vectors = selection.vectors(slice(None)).astype(np.float64)
@@ -210,67 +143,12 @@ def similarity(args: argparse.Namespace) -> None:
 # index: texts -> embeddings on disk, block by block
 
 
-def add_index_flags(command: cli.Parser) -> None:
-    flag = command.add_argument
-    flag("texts", nargs="+", help="texts to put into the index: files, patterns, folders, -")
-    where = f"the folder of the index, or {MILVUS}URI/COLLECTION"
-    flag("--index", metavar="DIR", type=index_name, required=True, help=where)
-    flag("--id-column", help="the column of ids (default: the index's, else a hash of the text)")
-    flag("--update", action="store_true", help="replace rows whose text or columns changed")
-    flag("--chunk", action="store_true", help="split texts that the model can't read whole")
-    overlap = f"tokens that neighbouring chunks share (default: {DEFAULT_OVERLAP})"
-    flag("--chunk-overlap", type=cli.non_negative_int, help=overlap)
-    kept = "how vectors are kept; searches are exact over these (default: the index's, else fp32)"
-    flag("--store", choices=list(STORES), help=kept)
-    flag("--wait", **WAIT)
-    given = "embeddings made elsewhere with --model, one for each row of TEXTS; nothing is encoded"
-    flag("--vectors", metavar="NPY", type=cli.name, help=given)
-    add_text_flags(command)
-
-
-def add_sync_flags(command: cli.Parser) -> None:
-    add_index_flags(command)
-    command.set_defaults(update=True)  # --update is implied
-
-
-def check_index_command(args: argparse.Namespace) -> None:
-    folder, model = Path(args.index), args.model
-    check_folder(folder, new=True)
-    if args.vectors:
-        check_vectors(args.vectors)
-        if overlap_of(args) is not None:
-            raise UserError(f"--vectors {args.vectors}: they are of whole texts; leave --chunk out")
-    if (folder / MANIFEST).is_file():
-        settings = read_manifest(folder)["settings"]
-        wanted = {"id_column": args.id_column, "max_length": args.max_length}
-        wanted["chunk_overlap"] = overlap_of(args)
-        wanted |= {"width": args.dimensions, "document_prompt": args.document_prompt}
-        if args.store and args.store != store_of(settings):
-            wanted["store"] = args.store
-        given = {name: value for name, value in wanted.items() if value is not None}
-        check_settings(args.index, given, settings)
-        model = model or recorded_model(args.index, settings)
-    check_texts(args)
-    check_model(model)
-
-
-def check_vectors(path: str) -> None:
-    """Raise UserError unless a file begins as NumPy's do."""
-    try:
-        with open(path, "rb") as file:
-            begins = file.read(6)
-    except OSError as error:
-        raise UserError(f"--vectors {path}: can't be read: {error.strerror}; check it") from error
-    if begins != b"\x93NUMPY":
-        raise UserError(f"--vectors {path}: not a .npy file; write one with numpy.save")
-
-
-def index(args: argparse.Namespace) -> None:
+def index(args: argparse.Namespace, screen: Screen) -> None:
     """Build an index, or bring it up to date."""
     from common.search.builder import settings_of
     from common.search.encoder import load_encoder, load_index_encoder
 
-    runtime, screen = start(args)
+    runtime = start(args)
     config = encoder_config(args)
     id_column, overlap, existing, text_columns = args.id_column, overlap_of(args), None, ()
     if (Path(args.index) / MANIFEST).is_file():  # what no flag names stays as the index was made
@@ -329,7 +207,7 @@ def build(
                 given = read_vectors(args.vectors, collection, encoder, **options, say=screen.say)
             builder = Builder(store, encoder, update=args.update, given=given, **options)
             fill(builder, collection, block=args.block)
-            if args.command == "sync":
+            if args.prune:
                 builder.remove_unseen()
             seconds = time.perf_counter() - started
             display.show_build(screen, builder, collection, seconds=seconds)
@@ -343,34 +221,17 @@ def build(
     encoder.release()
 
 
-def sync(args: argparse.Namespace) -> None:
+def sync(args: argparse.Namespace, screen: Screen) -> None:
     """Bring an index to the state of its source: new rows come, changed ones are replaced, and rows
     that are gone from the source are deleted.
     """
-    index(args)
+    index(args, screen)
 
 
 # delete, compact, verify: an index over its life
 
 
-def add_delete_flags(command: cli.Parser) -> None:
-    flag = command.add_argument
-    flag("ids", nargs="*", help="the ids of the texts to delete")
-    flag("--index", metavar="DIR", type=cli.name, required=True, help="the index to delete from")
-    add_where_flags(command, "delete every row for which this holds")
-    flag("--wait", **WAIT)
-    flag("--skip-bad", **SKIP_BAD)
-
-
-def check_delete(args: argparse.Namespace) -> None:
-    if bool(args.ids) == bool(args.where):
-        raise UserError("delete: name either ids or --where")
-    for number, key in enumerate(args.ids, start=1):
-        sources.check_query(key, f"id {number}")
-    check_existing(args)
-
-
-def delete(args: argparse.Namespace) -> None:
+def delete(args: argparse.Namespace, screen: Screen) -> None:
     """Delete rows of an index, by their ids or by a condition."""
     import numpy as np
 
@@ -378,7 +239,6 @@ def delete(args: argparse.Namespace) -> None:
     from common.search.index import open_store, rows_with_ids, whole_documents
     from common.search.selection import matching
 
-    screen = display.Screen(as_json=args.json)
     unknown: list[str] = []
     with open_store(args.index, wait=args.wait) as store:
         if args.where:
@@ -386,56 +246,34 @@ def delete(args: argparse.Namespace) -> None:
             rows = whole_documents(store.snapshot, matched)
         else:
             rows, unknown = rows_with_ids(store.snapshot, args.ids)
-        check_known(args, unknown)
+        checks.check_known(args, unknown)
         if len(rows):
             store.commit(None, rows)
         display.show_deletion(screen, store.snapshot, deleted=len(rows), unknown=len(unknown))
 
 
-def add_compact_flags(command: cli.Parser) -> None:
-    flag = command.add_argument
-    flag("--index", metavar="DIR", type=cli.name, required=True, help="the index to compact")
-    flag("--wait", **WAIT)
-
-
-def check_existing(args: argparse.Namespace) -> None:
-    check_folder(Path(args.index), new=False)
-
-
-def compact(args: argparse.Namespace) -> None:
+def compact(args: argparse.Namespace, screen: Screen) -> None:
     """Free the space of deleted rows and merge small files."""
     from common.search import display
     from common.search.index import open_store
 
     with open_store(args.index, wait=args.wait) as store:
         store.compact()
-        display.show_index(display.Screen(as_json=args.json), store.snapshot)
+        display.show_index(screen, store.snapshot)
 
 
-def add_verify_flags(command: cli.Parser) -> None:
-    command.add_argument("--index", metavar="DIR", type=cli.name, required=True, help="the index to verify")
-
-
-def verify(args: argparse.Namespace) -> None:
+def verify(args: argparse.Namespace, screen: Screen) -> None:
     """Read an index whole, and compare each of its files with its SHA-256."""
     from common.search import display
     from common.search import index as indexes
 
-    display.show_index(display.Screen(as_json=args.json), indexes.verify(args.index), verified=True)
+    display.show_index(screen, indexes.verify(args.index), verified=True)
 
 
 # list, show: what an index holds
 
 
-def add_list_flags(command: cli.Parser) -> None:
-    flag = command.add_argument
-    flag("--index", metavar="DIR", type=cli.name, required=True, help="the index to list")
-    flag("--top-k", type=cli.positive_int, default=20, help="the most texts to show")
-    flag("--offset", **OFFSET)
-    add_where_flags(command)
-
-
-def list_texts(args: argparse.Namespace) -> None:
+def list_texts(args: argparse.Namespace, screen: Screen) -> None:
     """List the texts of an index with their columns, in the order of its rows."""
     from common.search import display
     from common.search.index import open_snapshot
@@ -443,46 +281,23 @@ def list_texts(args: argparse.Namespace) -> None:
 
     snapshot = open_snapshot(args.index)
     selection = select(snapshot, args.where, limits=limits_of(args), least=0)
-    screen = display.Screen(as_json=args.json)
     display.show_list(screen, selection, offset=args.offset, count=args.top_k)
 
 
-def add_show_flags(command: cli.Parser) -> None:
-    flag = command.add_argument
-    flag("ids", nargs="+", metavar="ID", help="the ids of the texts to show")
-    flag("--index", metavar="DIR", type=cli.name, required=True, help="the index that has them")
-    numbers = "also show the embedding: its first ten numbers, with --json all"
-    flag("--vector", action="store_true", help=numbers)
-
-
-def check_show(args: argparse.Namespace) -> None:
-    for number, key in enumerate(args.ids, start=1):
-        sources.check_query(key, f"id {number}")
-    check_existing(args)
-
-
-def show(args: argparse.Namespace) -> None:
+def show(args: argparse.Namespace, screen: Screen) -> None:
     """Show whole texts of an index by their ids, with their columns."""
     from common.search import display
     from common.search.index import known_rows, open_snapshot
 
     snapshot = open_snapshot(args.index)
     rows = [known_rows(snapshot, key) for key in args.ids]
-    display.show_texts(display.Screen(as_json=args.json), snapshot, rows, vector=args.vector)
+    display.show_texts(screen, snapshot, rows, vector=args.vector)
 
 
 # export: an index -> files of other programs
 
 
-def add_export_flags(command: cli.Parser) -> None:
-    flag = command.add_argument
-    flag("--index", metavar="DIR", type=cli.name, required=True, help="the index to export")
-    to = f"a new file of rows and vectors: {', '.join(EXPORTS)}; may be repeated"
-    flag("--to", metavar="FILE", type=export_file, action="append", required=True, help=to)
-    add_where_flags(command)
-
-
-def export(args: argparse.Namespace) -> None:
+def export(args: argparse.Namespace, screen: Screen) -> None:
     """Write rows and vectors for other programs: Parquet, NumPy or FAISS."""
     import numpy as np
 
@@ -490,7 +305,7 @@ def export(args: argparse.Namespace) -> None:
     from common.search.index import open_snapshot
     from common.search.selection import matching
 
-    screen, snapshot = display.Screen(as_json=args.json), open_snapshot(args.index)
+    snapshot = open_snapshot(args.index)
     rows = np.flatnonzero(matching(snapshot, args.where, limits_of(args)))
     if not len(rows):
         raise UserError(f"--index {args.index}: no rows to export; widen --where or index texts")
@@ -500,50 +315,7 @@ def export(args: argparse.Namespace) -> None:
 # search, like, serve: queries or liked texts -> hits, in a terminal or a browser
 
 
-def add_search_flags(command: cli.Parser) -> None:
-    flag = command.add_argument
-    what = "a text to search for in --index (none: a prompt); without --index, texts to search"
-    flag("names", nargs="*", metavar="QUERY|TEXTS", help=what)
-    flag("--index", metavar="DIR", type=cli.name, help="where to search; a few texts need none")
-    flag("--query", action="append", default=[], help="a text to search for; may be repeated")
-    lines = "one query per line, - for standard input"
-    flag("--queries", dest="queries_file", metavar="FILE", type=cli.name, help=lines)
-    add_hit_flags(command)
-    flag("--hybrid", action="store_true", help="fuse cosine and BM25 by reciprocal rank")
-    flag("--language", **LANGUAGE)
-    flag("--approximate", **APPROXIMATE)
-    add_where_flags(command)
-    add_rerank_flags(command)
-    add_text_flags(command)
-
-
-def add_hit_flags(command: cli.Parser) -> None:
-    flag = command.add_argument
-    flag("--top-k", type=cli.positive_int, default=5, help="texts to find")
-    flag("--offset", **OFFSET)
-    flag("--min-score", type=cli.finite_float, metavar="N", help="leave out what has a lower score")
-
-
-def check_search(args: argparse.Namespace) -> None:
-    check_queries(args)
-    if not args.index and not args.texts:
-        raise UserError("search: name an index with --index, or the texts to search and a --query")
-    if args.language != AUTO and not args.hybrid:
-        raise UserError(f"--language {args.language}: only --hybrid looks at words; give it too")
-    check_source(args, encodes=True)
-    if args.index:
-        check_has_rows(args.index)
-    if args.rerank:
-        check_model(args.rerank, flag="--rerank")
-
-
-def check_has_rows(index: str) -> None:
-    if not num_live_rows(read_manifest(Path(index))):
-        command = f"embed_search.py index TEXTS --index {index}"
-        raise UserError(f"--index {index}: it has no rows; add some with: {command}")
-
-
-def search(args: argparse.Namespace) -> None:
+def search(args: argparse.Namespace, screen: Screen) -> None:
     """Find the texts that are nearest to queries, in an index or among a few texts without one;
     without a query, ask for them.
     """
@@ -551,7 +323,7 @@ def search(args: argparse.Namespace) -> None:
     from common.search.encoder import load_reranker
     from common.search.searcher import Page, Searcher
 
-    runtime, screen = start(args)
+    runtime = start(args)
     queries = args.queries
     if args.queries_file:
         read = functools.partial(read_queries, args.queries_file, args.encoding)
@@ -580,25 +352,7 @@ def search(args: argparse.Namespace) -> None:
         display.say_cut_queries(screen, encoder, encoder.num_cut - num_cut)
 
 
-def add_like_flags(command: cli.Parser) -> None:
-    flag = command.add_argument
-    flag("ids", nargs="+", metavar="ID", help="the ids of the texts that are liked")
-    flag("--unlike", nargs="+", default=[], metavar="ID", help="the ids of texts that are disliked")
-    flag("--index", metavar="DIR", type=cli.name, required=True, help="the index that has them")
-    add_hit_flags(command)
-    add_where_flags(command)
-
-
-def check_like(args: argparse.Namespace) -> None:
-    for number, key in enumerate([*args.ids, *args.unlike], start=1):
-        sources.check_query(key, f"id {number}")
-    both = next((key for key in args.ids if key in args.unlike), None)
-    if both is not None:
-        raise UserError(f"--unlike {both}: it is liked too; name it once")
-    check_existing(args)
-
-
-def like(args: argparse.Namespace) -> None:
+def like(args: argparse.Namespace, screen: Screen) -> None:
     """Recommend texts that are similar to one or several, and unlike others; needs no model."""
     from common.search import display
     from common.search.index import known_rows, open_snapshot
@@ -617,30 +371,10 @@ def like(args: argparse.Namespace) -> None:
     hits = Searcher(snapshot, None, allowed).nearest(vector, page.depth)
     unlike = f", unlike {', '.join(args.unlike)}" if args.unlike else ""
     title = f"like {', '.join(args.ids)}{unlike}"
-    screen = display.Screen(as_json=args.json)
     display.show_hits(screen, snapshot, [title], [hits], page, heading="")
 
 
-def add_serve_flags(command: cli.Parser) -> None:
-    flag = command.add_argument
-    flag("--index", metavar="DIR", type=cli.name, required=True, help="what is searched")
-    flag("--port", type=cli.port, default=8000, help="of 127.0.0.1; 0: any free one")
-    language = f"whose words are marked, and counted by hybrid search: {', '.join(LANGUAGES)}"
-    flag("--language", **{**LANGUAGE, "help": language})
-    flag("--approximate", **APPROXIMATE)
-    add_where_flags(command)
-    add_rerank_flags(command)
-    add_model_flags(command)
-
-
-def check_serve(args: argparse.Namespace) -> None:
-    check_index(args, encodes=True)
-    check_has_rows(args.index)
-    if args.rerank:
-        check_model(args.rerank, flag="--rerank")
-
-
-def serve(args: argparse.Namespace) -> None:
+def serve(args: argparse.Namespace, screen: Screen) -> None:
     """Open a local page over an index: search, conditions, similar texts, a map of clusters; the
     same answers as JSON. It runs until a signal comes.
     """
@@ -653,7 +387,7 @@ def serve(args: argparse.Namespace) -> None:
     from common.search.searcher import Searcher
     from common.search.selection import select
 
-    runtime, screen = start(args)
+    runtime = start(args)
     selection = select(open_snapshot(args.index), args.where, limits=limits_of(args))
     snapshot = selection.snapshot
     searcher = Searcher(
@@ -672,33 +406,21 @@ def serve(args: argparse.Namespace) -> None:
 # pairs, duplicates, cluster: similar texts without a query
 
 
-def add_pairs_flags(command: cli.Parser) -> None:
-    add_source_flags(command)
-    command.add_argument("--top-k", type=cli.positive_int, default=10, help="how many")
-
-
-def pairs(args: argparse.Namespace) -> None:
+def pairs(args: argparse.Namespace, screen: Screen) -> None:
     """Find the most similar pairs."""
     from common.search import display, mining
 
-    runtime, screen = start(args)
+    runtime = start(args)
     with open_rows(args, runtime, screen, least=2) as (selection, _):
         best = mining.best_pairs(selection, args.top_k, block=args.block)
         display.show_pairs(screen, selection, best)
 
 
-def add_duplicates_flags(command: cli.Parser) -> None:
-    add_source_flags(command)
-    flag = command.add_argument
-    flag("--threshold", type=cosine, default=0.9, help="the lowest cosine of a pair")
-    flag("--pairs-file", metavar="CSV", type=pairs_file, help="write every pair once")
-
-
-def duplicates(args: argparse.Namespace) -> None:
+def duplicates(args: argparse.Namespace, screen: Screen) -> None:
     """Find groups of texts that are nearly the same."""
     from common.search import display, mining
 
-    runtime, screen = start(args)
+    runtime = start(args)
     with open_rows(args, runtime, screen, least=2) as (selection, _):
         similar = mining.similar_pairs(selection, args.threshold, block=args.block)
         with display.open_output(args.pairs_file if runtime.is_main else None) as file:
@@ -706,21 +428,11 @@ def duplicates(args: argparse.Namespace) -> None:
         display.show_groups(screen, selection, groups, kept, threshold=args.threshold)
 
 
-def add_dedupe_flags(command: cli.Parser) -> None:
-    add_source_flags(command)
-    flag = command.add_argument
-    flag("--threshold", type=cosine, default=0.9, help="the lowest cosine of texts that are the same")
-    rules = "which of a group is kept: the first or last row, or the longest text"
-    flag("--keep", choices=["first", "last", "longest"], default="first", help=rules)
-    kinds = "where what is kept is written: .jsonl, .csv or .parquet"
-    flag("--output", metavar="FILE", type=rows_file, required=True, help=kinds)
-
-
-def dedupe(args: argparse.Namespace) -> None:
+def dedupe(args: argparse.Namespace, screen: Screen) -> None:
     """Write the texts without those that are nearly the same as another: one of each group stays."""
     from common.search import display, mining
 
-    runtime, screen = start(args)
+    runtime = start(args)
     with open_rows(args, runtime, screen) as (selection, _):
         if selection.documents is not None:
             problem = "it holds chunks, not whole texts"
@@ -736,53 +448,11 @@ def dedupe(args: argparse.Namespace) -> None:
                 display.show_dedupe(screen, selection, groups, path, **options)
 
 
-def add_cluster_flags(command: cli.Parser) -> None:
-    add_source_flags(command)
-    how = command.add_mutually_exclusive_group(required=True)
-    numbers = "the clusters of k-means; auto: as many as the silhouette is highest for, up to 20"
-    names = ("--num-clusters", "--clusters")
-    how.add_argument(*names, type=count_or_auto, metavar="N|auto", help=numbers)
-    how.add_argument("--threshold", type=cosine, help="group neighbours of at least this cosine")
-    how.add_argument("--hdbscan", action="store_true", help="groups of any shape, by density")
-    flag = command.add_argument
-    smallest = "drop smaller clusters (default: 2 with --threshold, 5 with --hdbscan)"
-    flag("--min-size", type=cli.positive_int, help=smallest)
-    flag("--assign", action="store_true", help="put what is in no cluster into the nearest one")
-    stop = "words that mark no cluster: a file with one on each line, or a language such as de"
-    flag("--stop-words", metavar="FILE|CODE", type=cli.name, help=stop)
-    flag("--output", metavar="CSV", type=new_csv, help="write the cluster of each id")
-    kept = "keep the numbers in the index, as a column of this name"
-    flag("--column", metavar="NAME", type=cli.name, help=kept)
-    flag("--wait", **WAIT)
-    flag("--figure", metavar="PNG", type=picture_file, help="write a map of the clusters")
-
-
-def check_cluster(args: argparse.Namespace) -> None:
-    if args.min_size and args.num_clusters:
-        others = "--threshold and --hdbscan"
-        raise UserError(f"--min-size {args.min_size}: it belongs to {others}; leave it out")
-    if args.hdbscan and args.min_size == 1:
-        raise UserError("--min-size 1: density needs at least two texts; give 2 or more")
-    if args.column and not args.index:
-        problem = "texts have no place for it"
-        raise UserError(f"--column {args.column}: {problem}; name an --index, or --output")
-    if args.column and args.column.lower().startswith("_index_"):
-        raise UserError(f"--column {args.column}: names like this are our own; choose another")
-    if args.stop_words and args.stop_words not in LANGUAGES:
-        sources.check_text_file(args.stop_words)
-    if args.column:
-        kind = read_manifest(Path(args.index))["columns"].get(args.column, "null")
-        if kind not in ("null", "int64"):
-            problem = f"the index has one of {kind} already"
-            raise UserError(f"--column {args.column}: {problem}; choose another name")
-    check_source(args)
-
-
-def cluster(args: argparse.Namespace) -> None:
+def cluster(args: argparse.Namespace, screen: Screen) -> None:
     """Find clusters, the texts nearest to each centre and the words typical of it."""
     from common.search import mining
 
-    runtime, screen = start(args)
+    runtime = start(args)
     stop = None if args.stop_words is None else stop_words(args.stop_words)
     with open_rows(args, runtime, screen, least=2) as (selection, _):
         labels = None
@@ -861,32 +531,7 @@ def keep_clusters(selection: Selection, labels: np.ndarray, args: argparse.Names
 # evaluate, compare-models: how good a search or a model is
 
 
-def add_evaluate_flags(command: cli.Parser) -> None:
-    command.add_argument("--index", metavar="DIR", type=cli.name, help="where to search")
-    flag = command.add_argument
-    others = "score vectors that are kept so as well; may be repeated"
-    flag("--store", choices=list(STORES), action="append", default=[], help=others)
-    flag("--language", **LANGUAGE)
-    cuts = "the ranks at which the measures stop (default: 10, and 1, 10 and 100 for recall)"
-    flag("--at", nargs="+", type=rank_of_cut, metavar="K", help=cuts)
-    flag("--per-query", metavar="CSV", type=new_csv, help="write the measures of each query")
-    add_rerank_flags(command)
-    add_task_flags(command)
-
-
-def check_evaluate(args: argparse.Namespace) -> None:
-    of_search = (args.queries, args.qrels, args.texts, args.index, args.rerank, args.at, args.per_query)
-    if args.sts and any(of_search):
-        others = "--queries, --qrels, --texts, --index, --rerank, --at and --per-query"
-        raise UserError(f"--sts {args.sts}: it is a task of its own; leave {others} out")
-    check_task(args)
-    if args.rerank:
-        check_model(args.rerank, flag="--rerank")
-    if not args.index:
-        check_model(args.model)
-
-
-def evaluate(args: argparse.Namespace) -> None:
+def evaluate(args: argparse.Namespace, screen: Screen) -> None:
     """Score an index (nDCG, MRR, MAP, precision, recall), sentence pairs (Spearman) or the bundled
     task, with intervals and tests of what differs.
     """
@@ -894,7 +539,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from common.search.encoder import load_encoder, load_reranker
     from common.search.searcher import Searcher
 
-    runtime, screen = start(args)
+    runtime = start(args)
     if args.sts:
         encoder = load_encoder(encoder_config(args), runtime)
         scores = relevance.sts_score(encoder, args.sts, args.sts_columns, block=args.block)
@@ -935,32 +580,12 @@ def read_task(args: argparse.Namespace) -> tuple[Task, Collection | str]:
     return task, read_texts(args, args.id_column or ANY_ID) if args.texts else args.index
 
 
-def add_compare_flags(command: cli.Parser) -> None:
-    models = "bundled names, local folders or Hub ids; the others are compared with the first"
-    command.add_argument("models", nargs="+", metavar="MODEL", help=models)
-    kept = "write each query's scores; models that are in the file already are not scored again"
-    command.add_argument("--per-query", metavar="CSV", type=per_query_file, help=kept)
-    add_task_flags(command)
-
-
-def check_compare(args: argparse.Namespace) -> None:
-    if args.model:
-        raise UserError(
-            f"--model {args.model}: compare-models takes its models without it; leave --model out"
-        )
-    if (twice := first_repeated(args.models)) is not None:
-        raise UserError(f"MODEL {twice}: it is named twice; name each model once")
-    check_task(args)
-    for name in args.models:
-        check_model(name, flag="MODEL")
-
-
-def compare_models(args: argparse.Namespace) -> None:
+def compare_models(args: argparse.Namespace, screen: Screen) -> None:
     """Evaluate several models: quality, texts/s, bytes per embedding; test what differs."""
     from common.search import display, model_scores
     from common.search.encoder import load_encoder
 
-    runtime, screen = start(args)
+    runtime = start(args)
     configs = [dataclasses.replace(encoder_config(args), model=name) for name in args.models]
     fingerprints = []
     for config in configs:  # all before the first is scored: a missing one costs no hours
@@ -1028,26 +653,12 @@ def task_fingerprint(encoder: Encoder, args: argparse.Namespace) -> str:
 # project: an index for TensorBoard
 
 
-def add_project_flags(command: cli.Parser) -> None:
-    flag = command.add_argument
-    flag("--index", metavar="DIR", type=cli.name, required=True, help="what to show")
-    flag("--output-dir", type=cli.folder, required=True, help="the folder for tensorboard --logdir")
-    flag("--max-points", type=cli.positive_int, default=10_000, help="the most rows, evenly spaced")
-    add_where_flags(command)
-
-
-def check_project(args: argparse.Namespace) -> None:
-    check_files(Path(args.index))
-    check_new(args.output_dir)
-
-
-def project(args: argparse.Namespace) -> None:
+def project(args: argparse.Namespace, screen: Screen) -> None:
     """Write an index for TensorBoard's projector."""
     from common.search import display
     from common.search.index import open_snapshot
     from common.search.selection import select
 
-    screen = display.Screen(as_json=args.json)
     selection = select(open_snapshot(args.index), args.where, limits=limits_of(args))
     display.write_projection(screen, selection, args.output_dir, most=args.max_points)
 
@@ -1055,65 +666,69 @@ def project(args: argparse.Namespace) -> None:
 class Command(NamedTuple):
     """A subcommand: what it does, its flags, and what is wrong with them."""
 
-    run: Callable[[argparse.Namespace], None]
+    run: Callable[[argparse.Namespace, Screen], None]
     add_flags: Callable[[cli.Parser], None]
     check: Callable[[argparse.Namespace], None]
 
 
 COMMANDS = {
-    "similarity": Command(similarity, add_similarity_flags, check_similarity),
-    "index": Command(index, add_index_flags, check_index_command),
-    "sync": Command(sync, add_sync_flags, check_index_command),
-    "list": Command(list_texts, add_list_flags, check_existing),
-    "show": Command(show, add_show_flags, check_show),
-    "delete": Command(delete, add_delete_flags, check_delete),
-    "compact": Command(compact, add_compact_flags, check_existing),
-    "verify": Command(verify, add_verify_flags, check_existing),
-    "export": Command(export, add_export_flags, check_existing),
-    "search": Command(search, add_search_flags, check_search),
-    "like": Command(like, add_like_flags, check_like),
-    "serve": Command(serve, add_serve_flags, check_serve),
-    "pairs": Command(pairs, add_pairs_flags, check_source),
-    "duplicates": Command(duplicates, add_duplicates_flags, check_source),
-    "dedupe": Command(dedupe, add_dedupe_flags, check_source),
-    "cluster": Command(cluster, add_cluster_flags, check_cluster),
-    "evaluate": Command(evaluate, add_evaluate_flags, check_evaluate),
-    "compare-models": Command(compare_models, add_compare_flags, check_compare),
-    "project": Command(project, add_project_flags, check_project),
+    "similarity": Command(similarity, flags.add_similarity_flags, checks.check_similarity),
+    "index": Command(index, flags.add_index_flags, checks.check_index_command),
+    "sync": Command(sync, flags.add_sync_flags, checks.check_index_command),
+    "list": Command(list_texts, flags.add_list_flags, checks.check_existing),
+    "show": Command(show, flags.add_show_flags, checks.check_show),
+    "delete": Command(delete, flags.add_delete_flags, checks.check_delete),
+    "compact": Command(compact, flags.add_compact_flags, checks.check_existing),
+    "verify": Command(verify, flags.add_verify_flags, checks.check_existing),
+    "export": Command(export, flags.add_export_flags, checks.check_existing),
+    "search": Command(search, flags.add_search_flags, checks.check_search),
+    "like": Command(like, flags.add_like_flags, checks.check_like),
+    "serve": Command(serve, flags.add_serve_flags, checks.check_serve),
+    "pairs": Command(pairs, flags.add_pairs_flags, checks.check_source),
+    "duplicates": Command(duplicates, flags.add_duplicates_flags, checks.check_source),
+    "dedupe": Command(dedupe, flags.add_dedupe_flags, checks.check_source),
+    "cluster": Command(cluster, flags.add_cluster_flags, checks.check_cluster),
+    "evaluate": Command(evaluate, flags.add_evaluate_flags, checks.check_evaluate),
+    "compare-models": Command(compare_models, flags.add_compare_flags, checks.check_compare),
+    "project": Command(project, flags.add_project_flags, checks.check_project),
 }
 
 
 def make_parser() -> cli.Parser:
     """Return the parser of the whole command line; a command's docstring is its help."""
-    parser = cli.Parser(prog="embed_search.py", description=__doc__, check=check_flags)
+    parser = cli.Parser(prog="embed_search.py", description=__doc__, check=complete_and_check)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (run, add_flags, _) in COMMANDS.items():
         command = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
         command.add_argument("--json", action="store_true", help="print JSON instead of tables")
-        command.set_defaults(index=None)  # for commands that lack the flag
+        command.set_defaults(index=None, rerank=None)  # for commands that lack these flags
         add_flags(command)
     return parser
 
 
-def check_flags(args: argparse.Namespace) -> None:
-    """Raise UserError for what the flags and the file system show to be wrong."""
-    if is_milvus(args):
-        check_milvus(args)
+def complete_and_check(args: argparse.Namespace) -> None:
+    """Finish the parsing, then raise UserError for what flags and file system show to be wrong."""
+    if args.command == "search":
+        flags.split_names(args)
+    if checks.is_milvus(args):
+        checks.check_milvus(args)
     else:
         COMMANDS[args.command].check(args)
-    check_processes(args)
+    if args.rerank:
+        checks.check_model(args.rerank, flag="--rerank")
+    checks.check_processes(args)
 
 
 def main(args: argparse.Namespace) -> None:
-    computes = "device" in args
+    screen, computes = Screen(as_json=args.json), "device" in args
     if computes:
         cli.loading()  # until start()
-    if is_milvus(args):  # beyond one machine the same commands are those of another store
+    if checks.is_milvus(args):  # beyond one machine the same commands are those of another store
         from common.search import milvus
 
-        milvus.COMMANDS[args.command](args)
+        milvus.COMMANDS[args.command](args, screen)
     else:
-        COMMANDS[args.command].run(args)
+        COMMANDS[args.command].run(args, screen)
     if computes:
         from common.runtime import stop_runtime
 

@@ -1,5 +1,5 @@
-"""What embed_search.py shows: tables for a person on stdout, or one JSON document on stdout and the
-rest on stderr; pictures; an index in TensorBoard's projector.
+"""What embed_search.py shows and writes: the tables and JSON of each command, pictures, an index in
+TensorBoard's projector.
 """
 
 from __future__ import annotations
@@ -10,18 +10,19 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 import numpy as np
 import pyarrow as pa
 
-from common import cli, sources
+from common import sources
 from common.errors import UserError, printable, shorten
 from common.files import check_new, named_in_errors, only_writer
 from common.search.index import Snapshot
 from common.search.manifest import PAIR_COLUMNS
+from common.search.screen import Screen
 from common.search.segments import CHUNK, ID, NUM_CHUNKS, RESERVED_COLUMNS, START, TEXT, unused_name
 
 if TYPE_CHECKING:  # a command shows only what it has loaded itself
@@ -46,40 +47,6 @@ ROWS_AT_ONCE = 10_000  # written to a file
 NUM_WORDS, NUM_CENTRAL = 6, 3  # of a cluster: its typical words, the texts nearest to its centre
 MATRIX_COLUMNS = 20  # of a matrix that still fits a screen
 PAIRS_IN_JSON = 1_000_000
-
-
-class Screen:
-    """Where the output of a command goes. `shown` is False on every process but the main one."""
-
-    def __init__(self, *, as_json: bool, shown: bool = True) -> None:
-        self.as_json, self.shown = as_json, shown
-
-    def say(self, line: str = "") -> None:
-        """Print a line for a person."""
-        if self.shown:
-            print(line, file=sys.stderr if self.as_json else sys.stdout, flush=True)
-
-    def table(self, rows: Sequence[Sequence[object]], headers: Sequence[str], *, title: str = "") -> None:
-        """Print a table for a person; floats have three decimals."""
-        if not self.shown or self.as_json:
-            return
-        print(f"\n{title}" if title else "")
-        if not rows:
-            print("(none)", flush=True)
-            return
-        from tabulate import tabulate
-
-        is_number = [isinstance(value, int | float) for value in rows[0]]
-        aligned = ["right" if number else "left" for number in is_number]
-        texts = [column for column, number in enumerate(is_number) if not number]
-        # a text that looks like a number, such as an id 1.10 or 2e3, stays as it is
-        options = {"floatfmt": ".3f", "colalign": aligned, "disable_numparse": texts}
-        print(tabulate(rows, headers, **options), flush=True)
-
-    def document(self, content: dict) -> None:
-        """Print the JSON document, if one is wanted."""
-        if self.shown and self.as_json:
-            print(cli.json_line(content))
 
 
 def level(similarity: float) -> str:

@@ -32,7 +32,7 @@ from common import cli
 from common.errors import Interrupted, UserError, one_line
 from common.search import display, search_flags
 from common.search.builder import Counts, hashes_of, settings_of
-from common.search.display import Screen, say_notes
+from common.search.display import say_notes
 from common.search.encoder import (
     Chunk,
     Encoder,
@@ -51,6 +51,8 @@ from common.search.manifest import (
     check_values,
     parse_target,
 )
+from common.search.screen import Screen
+from common.search.search_checks import check_known
 from common.search.searcher import FUSED, RRF_K, Page, Searcher
 from common.search.segments import CHUNK, HASH, ID, NUM_CHUNKS, START, TEXT, VECTOR
 from common.search.texts import Collection, digest, ids_of
@@ -697,11 +699,11 @@ def _value(node: dict[str, Any], kind: str) -> str:
 # The commands over a collection -------------------------------------------------------------------
 
 
-def run_index(args: argparse.Namespace) -> None:
+def run_index(args: argparse.Namespace, screen: Screen) -> None:
     """Write texts to a collection. Under torchrun each process encodes and writes its share; a file
     of Milvus Lite is written by the main process, and all encode.
     """
-    runtime, screen = search_flags.start(args)
+    runtime = search_flags.start(args)
     target, config = parse_target(args.index), search_flags.encoder_config(args)
     existing = runtime.broadcast_from_main(lambda: settings_there(target))
     id_column, overlap = args.id_column, search_flags.overlap_of(args)
@@ -727,21 +729,20 @@ def run_index(args: argparse.Namespace) -> None:
             encoder.release()
 
 
-def run_delete(args: argparse.Namespace) -> None:
+def run_delete(args: argparse.Namespace, screen: Screen) -> None:
     """Delete documents, by their ids or by a condition."""
-    screen = Screen(as_json=args.json)
     with opened(args.index) as store:
         condition = translate(args.where, store.columns)
         unknown = unknown_ids(store, args.ids)
-        search_flags.check_known(args, unknown)
+        check_known(args, unknown)
         deleted = delete_rows(store, args.ids, condition)
         display.say_deleted(screen, deleted, len(unknown))
         show_collection(screen, store, deleted=deleted, unknown=len(unknown))
 
 
-def run_search(args: argparse.Namespace) -> None:
+def run_search(args: argparse.Namespace, screen: Screen) -> None:
     """Find the texts that are nearest to queries; without a query, ask for them."""
-    runtime, screen = search_flags.start(args)
+    runtime = search_flags.start(args)
     queries = args.queries
     if args.queries_file:
         queries = search_flags.read_queries(args.queries_file, args.encoding)
@@ -755,11 +756,11 @@ def run_search(args: argparse.Namespace) -> None:
             display.answer_prompt(screen, searcher, page)
 
 
-def run_evaluate(args: argparse.Namespace) -> None:
+def run_evaluate(args: argparse.Namespace, screen: Screen) -> None:
     """Score the ways to search a collection, with intervals and tests of what differs."""
     from common.search import model_scores, relevance
 
-    runtime, screen = search_flags.start(args)
+    runtime = search_flags.start(args)
     task = relevance.read_task(args.queries, args.qrels, args.encoding)
     with opened_searcher(args, runtime, screen) as searcher:
         relevance.check_documents(task, lambda ids: unknown_ids(searcher.snapshot, ids), screen.say)
@@ -804,16 +805,16 @@ def opened_searcher(
         )
 
 
-def run_list(args: argparse.Namespace) -> None:
+def run_list(args: argparse.Namespace, screen: Screen) -> None:
     """List documents with their columns."""
     with opened(args.index) as store:
         condition = translate(args.where, store.columns)
         total, entries = listed(store, condition, offset=args.offset, count=args.top_k)
-        columns, screen = list(store.columns), Screen(as_json=args.json)
+        columns = list(store.columns)
         display.show_entries(screen, args.index, columns, entries, offset=args.offset, total=total)
 
 
-def run_export(args: argparse.Namespace) -> None:
+def run_export(args: argparse.Namespace, screen: Screen) -> None:
     """Write rows and vectors for other programs."""
     with opened(args.index) as store:
         condition = translate(args.where, store.columns) or ""
@@ -821,10 +822,10 @@ def run_export(args: argparse.Namespace) -> None:
         if not count:
             problem = "no rows to export"
             raise UserError(f"--index {args.index}: {problem}; widen --where or index some texts")
-        display.write_export(Screen(as_json=args.json), store.parts(condition), count, args.to)
+        display.write_export(screen, store.parts(condition), count, args.to)
 
 
-COMMANDS = {  # those of search_flags.MILVUS_COMMANDS
+COMMANDS = {  # those of search_checks.MILVUS_COMMANDS
     "index": run_index,
     "delete": run_delete,
     "list": run_list,

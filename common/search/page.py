@@ -32,9 +32,10 @@ from common import cli, local_server, sources
 from common.errors import Interrupted, UserError, shorten
 from common.reading import evenly_spaced
 from common.search import mining
-from common.search.display import Screen, hit_documents
+from common.search.display import hit_documents
 from common.search.index import known_rows
 from common.search.manifest import Limits
+from common.search.screen import Screen
 from common.search.searcher import Page, Searcher, liked_vector
 from common.search.segments import ID, TEXT
 from common.search.selection import Selection, matching

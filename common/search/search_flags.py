@@ -1,5 +1,5 @@
-"""Flags that several commands of embed_search.py share, what they show before the libraries are
-loaded, and what they become for the wing.
+"""The flags of embed_search.py, command by command, and what they become for the other files of
+search. What is wrong with them is in search_checks.py.
 
 Importing it is quick: a mistake is said before PyTorch is loaded.
 """
@@ -8,42 +8,257 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import bundled, cli, sources
-from common.errors import UserError
+from common import cli, sources
 from common.search.manifest import (
     DEFAULT_LIMITS,
     MILVUS,
-    MILVUS_INSTALL,
     PAIR_COLUMNS,
     PER_QUERY_COLUMNS,
+    STORES,
     EncoderConfig,
     Limits,
-    Settings,
-    check_files,
-    check_settings,
-    parse_target,
 )
-from common.search.words import AUTO
+from common.search.words import AUTO, LANGUAGES
 
 if TYPE_CHECKING:
     from common.runtime import Runtime
-    from common.search.display import Screen
     from common.search.texts import Collection
 
 PICTURES = (".png", ".pdf", ".svg", ".jpg")
 DEEPEST = 10_000  # rank at which a measure stops
 DEFAULT_OVERLAP = 32  # tokens that neighbouring chunks share
-# what the processes of torchrun do together, and what a collection in Milvus can do
-SHARED = ("index", "sync", "search", "pairs", "duplicates", "dedupe", "cluster", "evaluate")
-MILVUS_COMMANDS = ("index", "delete", "list", "search", "evaluate", "export")
 EXPORTS = (".parquet", ".npy", ".faiss")
-SKIP_BAD = {"action": "store_true", "help": "skip rows and ids that can't be used"}
+
+
+# The flags of each command ------------------------------------------------------------------------
+
+
+def add_similarity_flags(command: cli.Parser) -> None:
+    add_source_flags(command)
+    flag = command.add_argument
+    flag("--query", action="append", default=[], help="a text to compare with all; may be repeated")
+    flag("--top-k", type=cli.positive_int, default=3, help="the most similar pairs to show")
+    flag("--figure", metavar="PNG", type=picture_file, help="write the matrix as a picture")
+    flag("--output", metavar="NPY", type=vectors_file, help="write the embeddings at norm 1 for NumPy")
+
+
+def add_index_flags(command: cli.Parser) -> None:
+    flag = command.add_argument
+    flag("texts", nargs="+", help="texts to put into the index: files, patterns, folders, -")
+    where = f"the folder of the index, or {MILVUS}URI/COLLECTION"
+    flag("--index", metavar="DIR", type=index_name, required=True, help=where)
+    flag("--id-column", help="the column of ids (default: the index's, else a hash of the text)")
+    flag("--update", action="store_true", help="replace rows whose text or columns changed")
+    flag("--chunk", action="store_true", help="split texts that the model can't read whole")
+    overlap = f"tokens that neighbouring chunks share (default: {DEFAULT_OVERLAP})"
+    flag("--chunk-overlap", type=cli.non_negative_int, help=overlap)
+    kept = "how vectors are kept; searches are exact over these (default: the index's, else fp32)"
+    flag("--store", choices=list(STORES), help=kept)
+    add_wait_flag(command)
+    given = "embeddings made elsewhere with --model, one for each row of TEXTS; nothing is encoded"
+    flag("--vectors", metavar="NPY", type=cli.name, help=given)
+    add_text_flags(command)
+    command.set_defaults(prune=False)  # True: rows that are gone from the texts are deleted
+
+
+def add_sync_flags(command: cli.Parser) -> None:
+    add_index_flags(command)
+    command.set_defaults(update=True, prune=True)  # --update is implied
+
+
+def add_delete_flags(command: cli.Parser) -> None:
+    flag = command.add_argument
+    flag("ids", nargs="*", help="the ids of the texts to delete")
+    add_index_flag(command, "the index to delete from")
+    add_where_flags(command, "delete every row for which this holds")
+    add_wait_flag(command)
+    add_skip_flag(command)
+
+
+def add_compact_flags(command: cli.Parser) -> None:
+    add_index_flag(command, "the index to compact")
+    add_wait_flag(command)
+
+
+def add_verify_flags(command: cli.Parser) -> None:
+    add_index_flag(command, "the index to verify")
+
+
+def add_list_flags(command: cli.Parser) -> None:
+    flag = command.add_argument
+    add_index_flag(command, "the index to list")
+    flag("--top-k", type=cli.positive_int, default=20, help="the most texts to show")
+    add_offset_flag(command)
+    add_where_flags(command)
+
+
+def add_show_flags(command: cli.Parser) -> None:
+    flag = command.add_argument
+    flag("ids", nargs="+", metavar="ID", help="the ids of the texts to show")
+    add_index_flag(command, "the index that has them")
+    numbers = "also show the embedding: its first ten numbers, with --json all"
+    flag("--vector", action="store_true", help=numbers)
+
+
+def add_export_flags(command: cli.Parser) -> None:
+    flag = command.add_argument
+    add_index_flag(command, "the index to export")
+    to = f"a new file of rows and vectors: {', '.join(EXPORTS)}; may be repeated"
+    flag("--to", metavar="FILE", type=export_file, action="append", required=True, help=to)
+    add_where_flags(command)
+
+
+def add_search_flags(command: cli.Parser) -> None:
+    flag = command.add_argument
+    what = "a text to search for in --index (none: a prompt); without --index, texts to search"
+    flag("names", nargs="*", metavar="QUERY|TEXTS", help=what)
+    add_index_flag(command, "where to search; a few texts need none", required=False)
+    flag("--query", action="append", default=[], help="a text to search for; may be repeated")
+    lines = "one query per line, - for standard input"
+    flag("--queries", dest="queries_file", metavar="FILE", type=cli.name, help=lines)
+    add_hit_flags(command)
+    flag("--hybrid", action="store_true", help="fuse cosine and BM25 by reciprocal rank")
+    add_language_flag(command, "whose words --hybrid counts")
+    add_approximate_flag(command)
+    add_where_flags(command)
+    add_rerank_flags(command)
+    add_text_flags(command)
+
+
+def add_like_flags(command: cli.Parser) -> None:
+    flag = command.add_argument
+    flag("ids", nargs="+", metavar="ID", help="the ids of the texts that are liked")
+    flag("--unlike", nargs="+", default=[], metavar="ID", help="the ids of texts that are disliked")
+    add_index_flag(command, "the index that has them")
+    add_hit_flags(command)
+    add_where_flags(command)
+
+
+def add_serve_flags(command: cli.Parser) -> None:
+    flag = command.add_argument
+    add_index_flag(command, "what is searched")
+    flag("--port", type=cli.port, default=8000, help="of 127.0.0.1; 0: any free one")
+    add_language_flag(command, "whose words are marked, and counted by hybrid search")
+    add_approximate_flag(command)
+    add_where_flags(command)
+    add_rerank_flags(command)
+    add_model_flags(command)
+
+
+def add_pairs_flags(command: cli.Parser) -> None:
+    add_source_flags(command)
+    command.add_argument("--top-k", type=cli.positive_int, default=10, help="how many")
+
+
+def add_duplicates_flags(command: cli.Parser) -> None:
+    add_source_flags(command)
+    flag = command.add_argument
+    flag("--threshold", type=cosine, default=0.9, help="the lowest cosine of a pair")
+    flag("--pairs-file", metavar="CSV", type=pairs_file, help="write every pair once")
+
+
+def add_dedupe_flags(command: cli.Parser) -> None:
+    add_source_flags(command)
+    flag = command.add_argument
+    flag("--threshold", type=cosine, default=0.9, help="the lowest cosine of texts that are the same")
+    rules = "which of a group is kept: the first or last row, or the longest text"
+    flag("--keep", choices=["first", "last", "longest"], default="first", help=rules)
+    kinds = "where what is kept is written: .jsonl, .csv or .parquet"
+    flag("--output", metavar="FILE", type=rows_file, required=True, help=kinds)
+
+
+def add_cluster_flags(command: cli.Parser) -> None:
+    add_source_flags(command)
+    how = command.add_mutually_exclusive_group(required=True)
+    numbers = "the clusters of k-means; auto: as many as the silhouette is highest for, up to 20"
+    names = ("--num-clusters", "--clusters")
+    how.add_argument(*names, type=count_or_auto, metavar="N|auto", help=numbers)
+    how.add_argument("--threshold", type=cosine, help="group neighbours of at least this cosine")
+    how.add_argument("--hdbscan", action="store_true", help="groups of any shape, by density")
+    flag = command.add_argument
+    smallest = "drop smaller clusters (default: 2 with --threshold, 5 with --hdbscan)"
+    flag("--min-size", type=cli.positive_int, help=smallest)
+    flag("--assign", action="store_true", help="put what is in no cluster into the nearest one")
+    stop = "words that mark no cluster: a file with one on each line, or a language such as de"
+    flag("--stop-words", metavar="FILE|CODE", type=cli.name, help=stop)
+    flag("--output", metavar="CSV", type=new_csv, help="write the cluster of each id")
+    kept = "keep the numbers in the index, as a column of this name"
+    flag("--column", metavar="NAME", type=cli.name, help=kept)
+    add_wait_flag(command)
+    flag("--figure", metavar="PNG", type=picture_file, help="write a map of the clusters")
+
+
+def add_evaluate_flags(command: cli.Parser) -> None:
+    add_index_flag(command, "where to search", required=False)
+    flag = command.add_argument
+    others = "score vectors that are kept so as well; may be repeated"
+    flag("--store", choices=list(STORES), action="append", default=[], help=others)
+    add_language_flag(command, "whose words --hybrid counts")
+    cuts = "the ranks at which the measures stop (default: 10, and 1, 10 and 100 for recall)"
+    flag("--at", nargs="+", type=rank_of_cut, metavar="K", help=cuts)
+    flag("--per-query", metavar="CSV", type=new_csv, help="write the measures of each query")
+    add_rerank_flags(command)
+    add_task_flags(command)
+
+
+def add_compare_flags(command: cli.Parser) -> None:
+    models = "bundled names, local folders or Hub ids; the others are compared with the first"
+    command.add_argument("models", nargs="+", metavar="MODEL", help=models)
+    kept = "write each query's scores; models that are in the file already are not scored again"
+    command.add_argument("--per-query", metavar="CSV", type=per_query_file, help=kept)
+    add_task_flags(command)
+
+
+def add_project_flags(command: cli.Parser) -> None:
+    flag = command.add_argument
+    add_index_flag(command, "what to show")
+    flag("--output-dir", type=cli.folder, required=True, help="the folder for tensorboard --logdir")
+    flag("--max-points", type=cli.positive_int, default=10_000, help="the most rows, evenly spaced")
+    add_where_flags(command)
+
+
+# Flags that several commands share ----------------------------------------------------------------
+
+
+def add_index_flag(command: cli.Parser, what: str, *, required: bool = True) -> None:
+    command.add_argument("--index", metavar="DIR", type=cli.name, required=required, help=what)
+
+
+def add_offset_flag(command: cli.Parser) -> None:
+    skipped = "leave out so many of the first"
+    command.add_argument("--offset", type=cli.non_negative_int, default=0, help=skipped)
+
+
+def add_wait_flag(command: cli.Parser) -> None:
+    seconds = "seconds to wait for another writer"
+    command.add_argument("--wait", type=cli.duration, default=10.0, help=seconds)
+
+
+def add_skip_flag(command: cli.Parser) -> None:
+    skipped = "skip rows and ids that can't be used"
+    command.add_argument("--skip-bad", action="store_true", help=skipped)
+
+
+def add_language_flag(command: cli.Parser, what: str) -> None:
+    options = {"choices": list(LANGUAGES), "default": AUTO, "metavar": "CODE"}
+    command.add_argument("--language", **options, help=f"{what}: {', '.join(LANGUAGES)}")
+
+
+def add_approximate_flag(command: cli.Parser) -> None:
+    codes = "find candidates by FAISS codes, kept with the index"
+    command.add_argument("--approximate", action="store_true", help=codes)
+
+
+def add_hit_flags(command: cli.Parser) -> None:
+    flag = command.add_argument
+    flag("--top-k", type=cli.positive_int, default=5, help="texts to find")
+    add_offset_flag(command)
+    flag("--min-score", type=cli.finite_float, metavar="N", help="leave out what has a lower score")
 
 
 def add_model_flags(command: cli.Parser) -> None:
@@ -66,14 +281,14 @@ def add_text_flags(command: cli.Parser) -> None:
     cli.add_file_flags(command)
     block = "texts encoded and committed at once; rows compared at once"
     flag("--block", type=cli.positive_int, default=1024, help=block)
-    flag("--skip-bad", **SKIP_BAD)
+    add_skip_flag(command)
     add_model_flags(command)
 
 
 def add_source_flags(command: cli.Parser) -> None:
     flag = command.add_argument
     flag("texts", nargs="*", help="texts to look at, or name an index with --index")
-    flag("--index", metavar="DIR", type=cli.name, help="an index made before")
+    add_index_flag(command, "an index made before", required=False)
     add_where_flags(command)
     add_text_flags(command)
 
@@ -109,6 +324,9 @@ def add_rerank_flags(command: cli.Parser) -> None:
     reorders = "reorder the best hits with a cross-encoder"
     flag("--rerank", metavar="MODEL", type=cli.name, help=reorders)
     flag("--rerank-depth", type=cli.positive_int, default=100, help="how many of the best it reads")
+
+
+# What the text of a flag becomes ------------------------------------------------------------------
 
 
 def cosine(text: str) -> float:
@@ -201,170 +419,23 @@ rows_file = new_file(".jsonl", ".csv", ".parquet")
 pairs_file, per_query_file = table_file(PAIR_COLUMNS), table_file(PER_QUERY_COLUMNS)
 
 
-# what the flags and the file system show, before the libraries are loaded
+# What flags become for the other files of search --------------------------------------------------
 
 
-def check_source(args: argparse.Namespace, *, encodes: bool = False) -> None:
-    """Check the flags of a command that reads texts or an index; `encodes` tells whether it needs a
-    model in both cases.
+def split_names(args: argparse.Namespace) -> None:
+    """Set `texts` and `queries` of a search: what stands without a flag is searched for in an index,
+    or else it is what is searched.
     """
-    if bool(args.texts) == bool(args.index):
-        raise UserError(f"name either texts or --index, not {'both' if args.texts else 'neither'}")
-    if args.index:
-        check_index(args, encodes=encodes)
-    else:
-        check_texts(args)
-        check_model(args.model)
-
-
-def check_index(args: argparse.Namespace, *, encodes: bool) -> None:
-    """Check an index, and the model that is named or, where one is needed, recorded."""
-    settings = check_files(Path(args.index))["settings"]
-    if encodes or args.model:
-        check_model(args.model or recorded_model(args.index, settings))
-    wanted = {"max_length": args.max_length, "width": args.dimensions}
-    wanted["document_prompt"] = args.document_prompt
-    given = {name: value for name, value in wanted.items() if value is not None}
-    check_settings(args.index, given, settings)
-
-
-def recorded_model(index: str, settings: Settings) -> str:
-    """Return the model that an index names. Raises UserError for a folder that is not there any
-    more: the index belongs to the model's fingerprint, wherever its files are.
-    """
-    model = settings["model"]
-    if Path(model).is_absolute() and not Path(model).exists():
-        known = f"(its fingerprint begins with {settings['fingerprint'][:12]})"
-        problem = f"its model {known} was in {model}, which is not there"
-        raise UserError(f"--index {index}: {problem}; name the folder where it is now with --model")
-    return model
-
-
-def check_texts(args: argparse.Namespace) -> None:
-    """Check the names of a collection of texts."""
-    for name in sources.expanded(args.texts):
-        if bundled.is_bundled(name):
-            sources.check_data(name, flag="TEXTS")
-        elif not Path(name).is_dir():
-            sources.check_texts(name, any_suffix=file_options(args).is_table)
-
-
-def check_model(name: str | None, *, flag: str = "--model") -> None:
-    """Check the name of a model, by default that of the bundled one."""
-    sources.check_model(name or bundled.MINILM, kind="encoder", flag=flag)
-
-
-def check_task(args: argparse.Namespace) -> None:
-    """Check the flags and files of what a search is scored on."""
-    if args.sts:
-        if not Path(args.sts).is_file():
-            raise UserError(f"--sts {args.sts}: no such file; check the path")
-        sources.check_data_file(Path(args.sts))
-        if len(set(args.sts_columns)) < len(args.sts_columns):
-            columns = " ".join(args.sts_columns)
-            problem = "one of them twice"
-            raise UserError(f"--sts-columns {columns}: {problem}; name two texts and a score")
-        return
-    documents = f"--texts {' '.join(args.texts)}" if args.texts else f"--index {args.index}"
-    if bool(args.queries) != bool(args.qrels):
-        raise UserError("--queries and --qrels: each needs the other")
-    if args.queries and bool(args.texts) == bool(args.index):
-        raise UserError("--queries and --qrels: name the documents with --texts or --index")
-    if not args.queries and (args.texts or args.index):
-        reason = "the bundled task, which is scored without them, has its own texts"
-        raise UserError(f"{documents}: say what to find with --queries and --qrels; {reason}")
-    if args.queries:
-        sources.check_text_file(args.queries)
-        sources.check_text_file(args.qrels)
-    if args.texts:
-        check_texts(args)
-    if args.index:
-        check_index(args, encodes=True)
-
-
-def check_queries(args: argparse.Namespace) -> None:
-    """Check the queries of a search, and set `texts` and `queries` to what the names stand for."""
-    # what stands without a flag is searched for in an index, or else what is searched
     args.texts, args.queries = ([], args.names) if args.index else (args.names, [])
     args.queries = [*args.queries, *args.query]
-    if args.queries and args.queries_file:
-        raise UserError("search: name either queries or --queries FILE")
-    for number, query in enumerate(args.queries, start=1):
-        sources.check_query(query, f"query {number}")
-    if args.queries_file:
-        sources.check_text_file(args.queries_file)
 
 
-def check_known(args: argparse.Namespace, unknown: list[str]) -> None:
-    """Raise UserError for ids to delete that are `unknown`, unless --skip-bad leaves them out."""
-    if unknown and not args.skip_bad:
-        problem = f"no text with id {unknown[0]!r}; nothing is deleted"
-        raise UserError(f"--index {args.index}: {problem}; correct it, or give --skip-bad")
-
-
-def is_milvus(args: argparse.Namespace) -> bool:
-    """Return whether --index names a collection in Milvus."""
-    return bool(args.index) and args.index.startswith(MILVUS)
-
-
-def check_milvus(args: argparse.Namespace) -> None:
-    """Check the flags of a command over a collection in Milvus."""
-    target = parse_target(args.index)
-    if args.command not in MILVUS_COMMANDS:
-        advice = f"export the rows into an index first; Milvus has {', '.join(MILVUS_COMMANDS)}"
-        problem = f"{args.command} needs the vectors on this machine"
-        raise UserError(f"--index {args.index}: {problem}; {advice}")
-    if importlib.util.find_spec("pymilvus") is None:
-        raise UserError(f"--index {args.index}: this needs Milvus' client; run: {MILVUS_INSTALL}")
-    if getattr(args, "rerank", None):
-        check_model(args.rerank, flag="--rerank")
-    refused = {"vectors": None, "store": None, "approximate": False, "language": AUTO}
-    for name, usual in refused.items():
-        if getattr(args, name, usual) not in (usual, []):
-            problem = "the engine keeps vectors, words and its indexes in its own way"
-            raise UserError(f"--{name}: Milvus does not take it, because {problem}; leave it out")
-    if args.command == "index":
-        check_texts(args)
-        check_model(args.model)
-        if "-" in args.texts and not target.is_file and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise UserError("-: each process reads the texts; name a file")
-    elif args.command == "delete" and bool(args.ids) == bool(args.where):
-        raise UserError("delete: name either ids or --where")
-    elif args.command == "search":
-        check_queries(args)
-    elif args.command == "evaluate" and not (args.queries and args.qrels):
-        raise UserError(f"--index {args.index}: say what to find with --queries and --qrels")
-
-
-def check_processes(args: argparse.Namespace) -> None:
-    """Raise UserError for what the processes of torchrun do not do together."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return
-    if args.command not in SHARED or (is_milvus(args) and args.command != "index"):
-        what = f"{args.command} --index {args.index}" if is_milvus(args) else args.command
-        raise UserError(f"torchrun: {what} runs in one process; run it with python")
-    if args.command in ("index", "sync"):  # the first process reads the texts
-        return
-    if args.command == "search" and not (args.queries or args.queries_file):
-        problem = "search asks for queries in one process"
-        raise UserError(f"torchrun: {problem}; name them, or run it with python")
-    files = [args.queries, args.qrels, args.sts] if args.command == "evaluate" else []
-    if "-" in (*args.texts, *files):
-        problem = "each process reads the texts, and - can be read once"
-        raise UserError(f"torchrun: {problem}; name a file")
-
-
-# from the flags to what the wing needs
-
-
-def start(args: argparse.Namespace) -> tuple[Runtime, Screen]:
-    """Return where a command computes, and where its output goes. Its libraries are loaded now."""
+def start(args: argparse.Namespace) -> Runtime:
+    """Return where a command computes, once its libraries are loaded."""
     from common.runtime import start_runtime
-    from common.search.display import Screen
 
     cli.loaded()
-    runtime = start_runtime(args.device, args.precision, args.seed)
-    return runtime, Screen(as_json=args.json, shown=runtime.is_main)
+    return start_runtime(args.device, args.precision, args.seed)
 
 
 def encoder_config(args: argparse.Namespace) -> EncoderConfig:
