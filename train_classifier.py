@@ -81,7 +81,7 @@ from common.runtime import (
     start_runtime,
     stop_runtime,
 )
-from common.training import batching, checkpoint, classifier, data, report, tracking, unlabelled
+from common.training import batching, checkpoint, classifier, data, model_card, report, tracking, unlabelled
 from common.training.batching import BatchConfig, count_examples, model_inputs, pool_chunks, sync_gradients
 from common.training.checkpoint import TIME_IS_UP, Checkpoints, StopSignals, TrainingState
 from common.training.classifier import ModelConfig
@@ -552,7 +552,7 @@ def test(loaded: Loaded, state: TrainingState, run: Run, runtime: Runtime) -> No
         if answers:
             predictions.write_csv(folder / "unlabelled.csv", answers)
         report.write_report(folder, outcome)
-        report.write_card(folder / "best", outcome, loaded.splits)
+        model_card.write_card(folder / "best", outcome, loaded.splits)
     report.log_outcome(run.log, outcome)  # the last: metrics.json tells that the run is finished
     run.checkpoints.prune_finished()
     paths = f"model: {folder}/best   every test row: {folder}/predictions.csv"

@@ -153,7 +153,7 @@ def learning_curve(
     return figure
 
 
-def reliability(bins: list[tuple[float, float, int]], *, called: tuple[str, str]) -> Figure:
+def reliability(bins: Sequence[tuple[float, float, int]], *, called: tuple[str, str]) -> Figure:
     """Return a figure of how often decisions are right (above) and how many there
     are (below), by their probability.
 

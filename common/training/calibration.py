@@ -9,7 +9,7 @@ decisions, N texts, C classes or labels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,15 +20,14 @@ NUM_BINS = 15
 LARGEST_TEMPERATURE = 50.0  # its inverse is the smallest: beyond, all answers are guesses, or sure
 
 
-@dataclass(frozen=True)
-class Bin:
-    """The decisions whose probability lies in a part of 0 to 1: how many, their mean probability,
-    and the share of them that is right.
+class Bin(NamedTuple):
+    """The decisions whose probability lies in a part of 0 to 1: their mean probability, the share
+    of them that is right, and how many they are.
     """
 
-    count: int
     probability: float
     share: float
+    num_decisions: int
 
 
 def decisions(answers: Answers) -> tuple[np.ndarray, np.ndarray]:
@@ -44,7 +43,7 @@ def reliability(probabilities: np.ndarray, is_right: np.ndarray) -> list[Bin]:
     numbers = np.minimum((probabilities * NUM_BINS).astype(int), NUM_BINS - 1)
     chosen = (numbers == number for number in range(NUM_BINS))
     return [
-        Bin(int(own.sum()), float(probabilities[own].mean()), float(is_right[own].mean()))
+        Bin(float(probabilities[own].mean()), float(is_right[own].mean()), int(own.sum()))
         for own in chosen
         if own.any()
     ]
@@ -54,8 +53,8 @@ def calibration_error(bins: list[Bin]) -> float:
     """Return the expected calibration error: by how much probability and share differ in a bin, on
     average over all decisions.
     """
-    total = sum(one.count for one in bins)
-    return sum(one.count * abs(one.probability - one.share) for one in bins) / total
+    total = sum(one.num_decisions for one in bins)
+    return sum(one.num_decisions * abs(one.probability - one.share) for one in bins) / total
 
 
 def fit_temperature(logits: np.ndarray, truth: np.ndarray, kind: Kind) -> float:

@@ -20,9 +20,9 @@ from common.training import faults
 from common.training.batching import Pick, pad_batch
 from common.training.classifier import count_embeddings, mismatches
 from common.training.data import DataNotes, Splits, TokenConfig
-from common.training.report import CALLED, MOST_CLASSES, WORST_CLASSES
+from common.training.report import MOST_CLASSES, WORST_CLASSES
 from common.training.run import MULTI, REGRESSION
-from common.training.task import Task, task_of_rows
+from common.training.task import NOUNS, Task, task_of_rows
 
 if TYPE_CHECKING:
     import datasets
@@ -88,7 +88,7 @@ def split_table(splits: Splits) -> str:
             ["(no label)", *(sum(not cell for cell in rows["label"][:]) for rows in splits.values())]
         )
     lines.append(["all", *(len(rows) for rows in splits.values())])
-    return tabulate(lines, [CALLED[task.kind], *splits], disable_numparse=[0]) + note
+    return tabulate(lines, [NOUNS[task.kind][0], *splits], disable_numparse=[0]) + note
 
 
 def _texts_of_each(cells: list, count: int) -> np.ndarray:

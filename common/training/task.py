@@ -30,6 +30,12 @@ DESCRIPTIONS: dict[Kind, str] = {
     MULTI: "any number of labels for each text",
     REGRESSION: "numbers for each text",
 }
+# what an answer is called, and several
+NOUNS: dict[Kind, tuple[str, str]] = {
+    SINGLE: ("class", "classes"),
+    MULTI: ("label", "labels"),
+    REGRESSION: ("number", "numbers"),
+}
 PROBLEM_TYPES: dict[Kind, str] = {
     SINGLE: "single_label_classification",
     MULTI: "multi_label_classification",
@@ -49,15 +55,14 @@ class Task:
         """What transformers calls it: by this name `pipeline` turns logits into scores."""
         return PROBLEM_TYPES[self.kind]
 
+    def noun(self) -> str:
+        """Return what its answers are called: "class" if there is one, else "classes"."""
+        one, several = NOUNS[self.kind]
+        return one if len(self.names) == 1 else several
+
     def counted(self) -> str:
         """Return how many answers there are, such as "5 classes"."""
-        count = len(self.names)
-        one, several = {
-            SINGLE: ("class", "classes"),
-            MULTI: ("label", "labels"),
-            REGRESSION: ("number", "numbers"),
-        }[self.kind]
-        return f"{count:,} {one if count == 1 else several}"
+        return f"{len(self.names):,} {self.noun()}"
 
     def feature(self) -> Any:
         """Return the type of a split's column `label`, from which `task_of_rows` reads the task."""

@@ -58,13 +58,13 @@ def test_the_bins_are_those_of_scikit_learn_and_the_error_is_their_mean():
     shares, means = calibration_curve(is_right, confidence, n_bins=15)
     assert [one.share for one in bins] == pytest.approx(shares.tolist())
     assert [one.probability for one in bins] == pytest.approx(means.tolist())
-    assert sum(one.count for one in bins) == 500
-    error = sum(one.count * abs(one.share - one.probability) for one in bins) / 500
+    assert sum(one.num_decisions for one in bins) == 500
+    error = sum(one.num_decisions * abs(one.share - one.probability) for one in bins) / 500
     assert calibration.calibration_error(bins) == pytest.approx(error) and error > 0.1
     truth = probabilities > 0.5
     labels = calibration.decisions(Answers("multi", truth, truth, 3, probabilities))
     assert [len(part) for part in labels] == [1500, 1500]
-    assert calibration.reliability(np.array([0.0, 1.0]), np.array([False, True]))[-1].count == 1
+    assert calibration.reliability(np.array([0.0, 1.0]), np.array([False, True]))[-1].num_decisions == 1
 
 
 def test_the_picture_shows_how_little_the_share_of_few_decisions_says():

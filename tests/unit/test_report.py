@@ -9,7 +9,7 @@ import torch
 from markdown_it import MarkdownIt
 
 from common import figures
-from common.training.report import Predictions, class_table
+from common.training.report import Predictions, answer_table
 from common.training.run import SINGLE
 from common.training.task import Task
 from conftest import heavy
@@ -98,7 +98,7 @@ def test_tables_of_markdown_show_texts_and_names_as_they_are(predictions):
     """Oracle: a parser of Markdown, which allows HTML, as some viewers do."""
     predictions.names[:] = MARKED[:2]
     tables = [
-        class_table(scores_of(len(MARKED)), Task(SINGLE, tuple(MARKED)), "github"),
+        answer_table(scores_of(len(MARKED)), Task(SINGLE, tuple(MARKED)), "github"),
         predictions.examples(right=True, style="github"),
     ]
     for table, names in zip(tables, [MARKED, MARKED[:2]]):
@@ -116,15 +116,15 @@ def test_tables_of_markdown_show_texts_and_names_as_they_are(predictions):
 NAMES = ["1.10", "2e3", "007", "1_000", "nan", "inf", "0x10", "-5", "1e999", "True", " ", "a|b", "x\ty"]
 
 
-def scores_of(count: int) -> dict[str, list]:
+def scores_of(count: int) -> dict[str, dict[str, list]]:
     """Return scores of classes whose F1 rises with their number."""
     f1 = [number / count for number in range(count)]
-    return {"precision": f1, "recall": f1, "f1": f1, "support": [5] * count}
+    return {"per_class": {"precision": f1, "recall": f1, "f1": f1, "support": [5] * count}}
 
 
 @pytest.mark.parametrize("style", ["simple", "github"])
 def test_names_that_look_like_numbers_stay_as_they_are(style):
-    lines = class_table(scores_of(len(NAMES)), Task(SINGLE, tuple(NAMES)), style).splitlines()[2:]
+    lines = answer_table(scores_of(len(NAMES)), Task(SINGLE, tuple(NAMES)), style).splitlines()[2:]
     for name, line in zip(NAMES, lines, strict=True):
         expected = " ".join(name.split()).replace("|", "\\|" if style == "github" else "|")
         start = line.lstrip("| ") if style == "github" else line
@@ -142,7 +142,7 @@ def test_predictions_name_classes_as_they_are(predictions):
 @pytest.mark.parametrize("count, num_lines", [(2, 2), (30, 30), (31, 20), (1000, 20)])
 def test_of_many_classes_the_worst_are_shown(count, num_lines):
     names = [f"class {number}" for number in range(count)]
-    table, _, note = class_table(scores_of(count), Task(SINGLE, tuple(names))).partition("\n\n")
+    table, _, note = answer_table(scores_of(count), Task(SINGLE, tuple(names))).partition("\n\n")
     lines = table.splitlines()[2:]
     assert len(lines) == num_lines and lines[0].startswith("class 0 ")
     assert bool(note) == (count > 30) and (not note or f"{count:,} classes" in note)
