@@ -85,7 +85,7 @@ from common.training import batching, checkpoint, classifier, data, model_card, 
 from common.training.batching import BatchConfig, count_examples, model_inputs, pool_chunks, sync_gradients
 from common.training.checkpoint import TIME_IS_UP, Checkpoints, StopSignals, TrainingState
 from common.training.classifier import ModelConfig
-from common.training.data import DataConfig, DataNotes, Splits, TextConfig, TokenConfig
+from common.training.data import DataConfig, DataNotes, Splits, TextConfig
 from common.training.evaluation import (
     PREDICT_BLOCK,
     TextClassifier,
@@ -96,6 +96,7 @@ from common.training.evaluation import (
 )
 from common.training.labels import LabelConfig
 from common.training.task import Scoring, Task, balanced_weights, sum_losses, task_of_rows
+from common.training.tokenization import TokenConfig, describe_marks, tokenize_splits
 
 if TYPE_CHECKING:
     import datasets
@@ -199,11 +200,11 @@ def load(args: argparse.Namespace, runtime: Runtime, notes: DataNotes) -> Loaded
         truncation=args.truncation,
         is_pair=args.text_mode == PAIR,
     )
-    tokenized = data.tokenize_splits(splits, tokenizer, tokens, runtime, cache_dir=args.cache_dir)
+    tokenized = tokenize_splits(splits, tokenizer, tokens, runtime, cache_dir=args.cache_dir)
 
     batches = config_from_flags(BatchConfig, args)
     runtime.say(report.token_lines(tokenized, tokens, batches, runtime))
-    if marks := data.describe_marks(splits, tokenizer, tokens):
+    if marks := describe_marks(splits, tokenizer, tokens):
         runtime.say(f"         {marks}")
     scoring = Scoring(args.positive_class, 0.5 if args.threshold is None else args.threshold)
     config = config_from_flags(
@@ -703,7 +704,7 @@ def evaluate_only(args: argparse.Namespace, runtime: Runtime) -> None:
     saved, task = saved_classifier(model, tokenizer, trained, args), classifier.task_of_model(model)
     config = dataclasses.replace(data_config(args), texts=saved_texts(args, trained))
     rows = data.load_rows_for_scoring(config, task, trained, runtime)
-    splits = data.tokenize_splits({"test": rows}, tokenizer, saved.tokens, runtime, cache_dir=args.cache_dir)
+    splits = tokenize_splits({"test": rows}, tokenizer, saved.tokens, runtime, cache_dir=args.cache_dir)
     scores, logits = evaluate(saved, splits["test"], runtime)
     thresholds, positive_class = report.thresholds_of(scores), saved.scoring.positive_class
     answers = report.Predictions(splits["test"], logits, thresholds, positive_class)

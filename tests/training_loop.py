@@ -12,9 +12,9 @@ from common.runtime import Runtime
 from common.training.batching import BatchConfig
 from common.training.checkpoint import TrainingState
 from common.training.classifier import ModelConfig
-from common.training.data import TokenConfig
 from common.training.run import SINGLE
 from common.training.task import Scoring, Task
+from common.training.tokenization import TokenConfig
 from common.training.tracking import Clock, Forecast, LossMeter, NullLog
 from train_classifier import TrainConfig, config_from_flags
 

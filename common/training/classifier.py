@@ -26,7 +26,7 @@ from common import bert, model_files, sources, speedups
 from common.errors import NotSupported, UserError, shorten
 from common.files import replace_file, replace_folder
 from common.runtime import Runtime
-from common.training.data import TokenConfig, name_sha256
+from common.training.data import name_sha256
 from common.training.run import (
     DEFAULT_CHUNK_LENGTH,
     DEFAULT_MAX_LENGTH,
@@ -39,6 +39,7 @@ from common.training.run import (
     Kind,
 )
 from common.training.task import PROBLEM_TYPES, Task
+from common.training.tokenization import TokenConfig
 
 if TYPE_CHECKING:
     import peft

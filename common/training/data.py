@@ -1,24 +1,18 @@
-"""Read a data set as labelled splits, and turn their texts into chunks of tokens.
+"""Read a data set as labelled splits.
 
 A labelled split has the columns `text` (string), `label` (its type tells the task, the same
 for all splits: common/training/task.py) and `row` (the number of the row in its source,
-counted from 1, so that a message or a prediction can be traced back). A text longer than the
-model reads becomes one or more chunks of tokens (`--truncation`). In this code,
+counted from 1, so that a message or a prediction can be traced back). In this code,
 `rows[name][:]` is a whole column as a list.
 
 `datasets` and scikit-learn, which take a second to import, are imported by the functions that need
-them: `encode` does not.
+them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
-import math
-import re
-import unicodedata
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -27,10 +21,17 @@ import numpy as np
 
 from common import reading
 from common.errors import Fault, UserError, listed, quoted
-from common.files import replace_file, sha256
 from common.runtime import Runtime
-from common.sources import INVISIBLE, FileOptions, note
-from common.training.faults import clean, has_labels, note_faults, text_problems, without_rare
+from common.sources import FileOptions
+from common.training.faults import (
+    check_columns,
+    clean,
+    has_labels,
+    leave_out,
+    near_equal_names,
+    text_problems,
+    without_rare,
+)
 from common.training.labels import (
     WHOLE,
     Label,
@@ -48,9 +49,7 @@ from common.training.task import DESCRIPTIONS, Task, task_of_rows
 
 if TYPE_CHECKING:
     import datasets
-    from transformers import PreTrainedTokenizerBase
 
-    from common.tokenizer import Tokenizer
 
 # the names that public data sets use, in the order in which they are tried
 SPLIT_SYNONYMS = {
@@ -60,17 +59,6 @@ SPLIT_SYNONYMS = {
 }
 Splits: TypeAlias = "dict[str, datasets.Dataset]"
 CUT_SHARE = 0.1  # of the source's training rows, for each split that is missing
-# share of a chunk with head-tail: 128 of 510 tokens was best on IMDb (Sun et al. 2019, "How to
-# Fine-Tune BERT for Text Classification?")
-HEAD_SHARE = 0.25
-# least share of a chunk that the chunk before it holds too, so that what one of them cuts apart is
-# whole in the other
-OVERLAP = 0.25
-# no more digits than floats have
-NUMBER = re.compile(r"[+-]?\d{1,15}(\.\d{0,15})?(e[+-]?\d{1,2})?")
-# special tokens that tell a model where a text begins, ends or is padding
-MARKS = ("bos_token", "eos_token", "cls_token", "sep_token", "pad_token")
-FORMAT = 2  # of the cached Arrow files; counts up when their columns change
 
 
 @dataclass(frozen=True)
@@ -128,24 +116,6 @@ class DataNotes:
     cut: list[str] = field(default_factory=list)  # splits that had to be cut from train
 
 
-@dataclass(frozen=True)
-class TokenConfig:
-    """How many tokens the model reads at once, and which part of a longer text."""
-
-    max_length: int  # tokens of a chunk in training
-    eval_max_length: int  # in evaluation and prediction
-    truncation: str
-    # special tokens that a text holds, such as </s>, are read as the unknown token
-    hides_special: bool = False
-
-    def length_of(self, split: str) -> int:
-        """Return the number of tokens at which a split is truncated."""
-        return self.max_length if split == "train" else self.eval_max_length
-
-
-# Labelled splits ----------------------------------------------------------------------------------
-
-
 def load_splits(config: DataConfig, runtime: Runtime, notes: DataNotes | None = None) -> Splits:
     """Return the labelled splits train, validation and test, and print where they come from.
 
@@ -154,9 +124,8 @@ def load_splits(config: DataConfig, runtime: Runtime, notes: DataNotes | None = 
     """
     notes = DataNotes() if notes is None else notes
     faults = notes.faults if config.skip_bad else None
-    wanted = {"train": config.train_split, "validation": config.validation_split}
-    wanted["test"] = config.test_split
     source = _read_source(config, faults)
+    wanted = {"train": config.train_split, "validation": config.validation_split, "test": config.test_split}
     splits = choose_splits(source, wanted)
     used = [id(rows) for rows in splits.values()]
     notes.unused = [str(name) for name, rows in source.items() if id(rows) not in used]
@@ -165,17 +134,16 @@ def load_splits(config: DataConfig, runtime: Runtime, notes: DataNotes | None = 
         notes.unlabelled = _unlabelled(splits.pop("test"), config.texts, faults)
     labels = config.labels
     if faults is not None:
-        _check_names(splits, config.texts, config.labels)
-        splits, labels = clean(splits, config.texts, config.labels, faults, None)
+        splits, labels = clean(splits, config.texts, labels, faults)
     splits = notes.uncut = validate(splits, config.texts, labels)
     if config.drop_rare is not None or config.merge_rare is not None:
         splits, notes.rare = without_rare(splits, config.drop_rare, config.merge_rare)
     splits, notes.cut = cut_missing_splits(splits, seed=config.seed)
-    limits = {"train": config.max_train_samples}
-    limits |= dict.fromkeys(("validation", "test"), config.max_eval_samples)
-    for split, size in limits.items():
-        flag = "--max-train-samples" if split == "train" else "--max-eval-samples"
-        splits[split] = sample(splits[split], size, seed=config.seed, flag=flag)
+    for split, rows in splits.items():
+        size, flag = config.max_eval_samples, "--max-eval-samples"
+        if split == "train":
+            size, flag = config.max_train_samples, "--max-train-samples"
+        splits[split] = sample(rows, size, seed=config.seed, flag=flag)
     runtime.say(describe_splits(splits, config, notes))
     return splits
 
@@ -226,18 +194,16 @@ def _how_it_was_found(rows: datasets.Dataset, task: Task) -> str:
 
 
 def _unlabelled(rows: datasets.Dataset, texts: TextConfig, faults: list[Fault] | None) -> datasets.Dataset:
-    """Return the texts of a split without labels; those that can't be used become faults."""
+    """Return the texts of a split without labels, and their numbers."""
     source = "split test"
+    for column in texts.columns:
+        reading.require_column(rows.column_names, column, source=source, flag="--text-column")
     if faults is None:
         _check_texts(rows, texts, source)
     else:
-        for column in texts.columns:
-            reading.require_column(rows.column_names, column, source=source, flag="--text-column")
-        problems = list(text_problems(rows, texts))
-        note_faults(source, rows, problems, texts.columns, faults)
-        good = [number for number, problem in enumerate(problems) if not problem]
-        rows = _take(rows, np.array(good, np.int64))
-    return _as_dataset(_with_texts(rows, texts).add_column("row", _row_numbers(rows)))
+        rows = leave_out(source, rows, list(text_problems(rows, texts)), texts.columns, faults)
+    result: Any = _with_texts(rows, texts)
+    return result.add_column("row", _row_numbers(rows))
 
 
 def load_rows_for_scoring(
@@ -262,7 +228,6 @@ def load_rows_for_scoring(
         problem = "it has no labels to compare with"
         raise UserError(f"split test: {problem}; --predict answers for its texts")
     if faults is not None:
-        _check_names(splits, config.texts, config.labels)
         splits, _ = clean(splits, config.texts, config.labels, faults, task)
         runtime.say(f"skipped  {len(faults):,} rows that can't be used")
     splits = validate(splits, config.texts, config.labels, trained=task)
@@ -273,8 +238,7 @@ def load_rows_for_scoring(
             problem = f"the model was trained with {flag} {seed}, which cuts a different test split"
             raise UserError(f"{flag} {config.seed}: {problem}; use that seed")
         splits, _ = cut_missing_splits(splits, seed=config.seed)
-    split = "test" if "test" in splits else "train"
-    size = config.max_eval_samples
+    split, size = "test" if "test" in splits else "train", config.max_eval_samples
     rows = sample(splits[split], size, seed=config.seed, flag="--max-eval-samples")
     name = config.test_file or config.dataset
     runtime.say(f"data     {name}: {len(rows):,} texts of its {split} split")
@@ -357,7 +321,7 @@ def validate(
     UserError, naming split and row, for a missing column, a null or blank text, a missing label, a
     label that is not one of the task's, and a training split with only one class.
     """
-    _check_names(splits, texts, labels)
+    check_columns(splits, texts, labels)
     for split, rows in splits.items():
         _check_texts(rows, texts, f"split {split}")
         for column in labels.columns:
@@ -386,9 +350,8 @@ def _require_same_task(trained: Task, labels: LabelConfig) -> None:
             f"--task {labels.task}: the model was trained for --task {trained.kind}; leave the flag"
             " out, or name another model"
         )
-    columns, known = labels.columns, set(trained.names)
-    is_by_column = trained.kind == MULTI and len(columns) > 1
-    if is_by_column and set(columns) != known:
+    is_by_column = trained.kind == MULTI and len(labels.columns) > 1
+    if is_by_column and set(labels.columns) != set(trained.names):
         raise UserError(
             f"--label-column {labels.label_column}: the model's labels are {listed(trained.names)};"
             " name a column for each"
@@ -429,51 +392,16 @@ def _known_labels(split: str, values: list[Label], task: Task, complaint: str) -
             f" ({listed(sorted(known, key=natural_order), most=10)}); correct or remove the row"
         )
 
-    if task.kind == SINGLE:
-        return [known_name(row, label) for row, label in enumerate(values, start=1)]
     numbered = enumerate(values, start=1)
+    if task.kind == SINGLE:
+        return [known_name(row, label) for row, label in numbered]
     return [[known_name(row, label) for label in names] for row, names in numbered]
 
 
-def near_equal_names(names: Sequence[str]) -> list[list[str]]:
-    """Return the groups of class names that differ only in capital letters, spaces, characters that
-    can't be seen, the way in which Unicode writes a character, or in which a number is written.
-    """
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        seen = "".join(
-            character
-            for character in unicodedata.normalize("NFKC", name)
-            if character.isspace() or unicodedata.category(character) not in INVISIBLE
-        )
-        alike = " ".join(seen.casefold().split())
-        if NUMBER.fullmatch(alike):
-            alike = str(float(alike) + 0.0)  # not -0.0
-        groups.setdefault(re.sub(r"^0+(?=\d)", "", alike), []).append(name)
-    return [group for group in groups.values() if len(group) > 1]
-
-
-def _check_names(splits: Splits, texts: TextConfig, labels: LabelConfig) -> None:
-    """Raise UserError unless the columns of texts and labels are there, and none is both."""
-    both = [column for column in texts.columns if column in labels.columns]
-    if both:
-        raise UserError(
-            f"--text-column {both[0]}: --label-column names the same column; a text can't be its"
-            " own label, so name two columns"
-        )
-    for split, rows in splits.items():
-        source, known = f"split {split}", rows.column_names
-        for flag, columns in (("--text-column", texts.columns), ("--label-column", labels.columns)):
-            for column in columns:
-                reading.require_column(known, column, source=source, flag=flag)
-        if len(rows) == 0:
-            raise UserError(f"split {split}: it has no rows; choose another with --{split}-split")
-
-
 def _check_texts(rows: datasets.Dataset, texts: TextConfig, source: str) -> None:
-    """Raise UserError, naming `source` and row, unless each row has its text, or both of a pair."""
-    for column in texts.columns:
-        reading.require_column(rows.column_names, column, source=source, flag="--text-column")
+    """Raise UserError, naming `source` and row, unless each row has its text, or both of a pair; the
+    columns must be there.
+    """
     if texts.text_mode != JOIN:
         for column in texts.columns:
             reading.check_texts(rows, column, source=source)
@@ -492,19 +420,19 @@ def _with_texts(rows: datasets.Dataset, texts: TextConfig) -> datasets.Dataset:
     if texts.text_mode == JOIN:
         joined = reading.join_cells([rows[column][:] for column in texts.columns], texts.join_with)
         return datasets.Dataset.from_dict({"text": joined})
-    result = rows.select_columns(texts.columns)
+    result: Any = rows.select_columns(texts.columns)
     result = result.rename_columns(dict(zip(texts.columns, ("text", "text_pair"))))
     for column in result.column_names:
         result = result.cast_column(column, datasets.Value("string"))
-    return _as_dataset(result)
+    return result
 
 
 def _with_labels(
     rows: datasets.Dataset, labels: list[Label], task: Task, texts: TextConfig
 ) -> datasets.Dataset:
-    result = _with_texts(rows, texts)
-    result = _as_dataset(result.add_column("label", task.cells(labels), feature=task.feature()))
-    return _as_dataset(result.add_column("row", _row_numbers(rows)))
+    result: Any = _with_texts(rows, texts)
+    result = result.add_column("label", task.cells(labels), feature=task.feature())
+    return result.add_column("row", _row_numbers(rows))
 
 
 def _row_numbers(rows: datasets.Dataset) -> np.ndarray:
@@ -540,15 +468,13 @@ def stratified_cut(
     """
     from sklearn.model_selection import train_test_split
 
+    problem = f"can't cut {purpose} of {size} rows from {len(rows)}"
+    supply = "or supply the split, for example as a folder with train.csv, validation.csv and test.csv"
     if task_of_rows(rows).kind != SINGLE:
         if len(rows) < 2 * size:
-            raise UserError(
-                f"can't cut {purpose} of {size} rows from {len(rows)}; add rows, or supply the"
-                " split, for example as a folder with train.csv, validation.csv and test.csv"
-            )
-        is_part = np.zeros(len(rows), bool)
-        is_part[_one_of_each_stretch(strata(rows), size, seed=seed)] = True
-        return _take(rows, np.flatnonzero(~is_part)), _take(rows, np.flatnonzero(is_part))
+            raise UserError(f"{problem}; add rows, {supply}")
+        part = _one_of_each_stretch(rows, size, seed=seed)
+        return _take(rows, np.setdiff1d(np.arange(len(rows)), part)), _take(rows, part)
     labels = np.asarray(rows["label"][:])
     try:
         rest, part = train_test_split(
@@ -558,9 +484,8 @@ def stratified_cut(
         present, counts = np.unique(labels, return_counts=True)
         name = rows.features["label"].names[present[counts.argmin()]]
         raise UserError(
-            f"can't cut {purpose} of {size} rows from {len(rows)} with every class in both parts:"
-            f" class {quoted(name)} has {counts.min()}; add rows of it, or supply the split, for"
-            " example as a folder with train.csv, validation.csv and test.csv"
+            f"{problem} with every class in both parts: class {quoted(name)} has {counts.min()};"
+            f" add rows of it, {supply}"
         ) from error
     return _take(rows, rest), _take(rows, part)
 
@@ -573,15 +498,13 @@ def sample(rows: datasets.Dataset, size: int | None, *, seed: int, flag: str) ->
     """
     if size is None or size >= len(rows):
         return rows
-    labels = strata(rows)
     if task_of_rows(rows).kind != SINGLE:
-        return _take(rows, _one_of_each_stretch(labels, size, seed=seed))
-    num_classes = len(np.unique(labels))
+        return _take(rows, _one_of_each_stretch(rows, size, seed=seed))
+    num_classes = len(np.unique(rows["label"][:]))
     if size < num_classes:
         problem = f"the rows have {num_classes} classes"
         raise UserError(f"{flag} {size}: {problem}; use at least {num_classes}")
-    shuffled = np.random.default_rng(seed).permutation(len(rows))
-    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    by_class = _shuffled_by_stratum(rows, np.random.default_rng(seed))
     # evenly spaced over the classes: each has its share, within one row
     return _take(rows, by_class[reading.evenly_spaced(len(rows), size)])
 
@@ -600,28 +523,25 @@ def strata(rows: datasets.Dataset) -> np.ndarray:
     return np.asarray([min(cell, key=counts.__getitem__, default=last) for cell in cells])
 
 
-def _one_of_each_stretch(strata: np.ndarray, size: int, *, seed: int) -> np.ndarray:
-    """Return `size` row numbers: of the rows in the order of `strata` (N), cut into as many equal
-    stretches, one drawn from each.
+def _shuffled_by_stratum(rows: datasets.Dataset, generator: np.random.Generator) -> np.ndarray:
+    """Return all row numbers (N) in the order of `strata`, and at random within a stratum."""
+    shuffled = generator.permutation(len(rows))
+    return shuffled[np.argsort(strata(rows)[shuffled], kind="stable")]
+
+
+def _one_of_each_stretch(rows: datasets.Dataset, size: int, *, seed: int) -> np.ndarray:
+    """Return `size` row numbers: one drawn from each of as many equal stretches of the rows in the
+    order of `strata`.
     """
     generator = np.random.default_rng(seed)
-    shuffled = generator.permutation(len(strata))
-    order = shuffled[np.argsort(strata[shuffled], kind="stable")]
-    ends = np.arange(size + 1) * len(strata) // size
+    order = _shuffled_by_stratum(rows, generator)
+    ends = np.arange(size + 1) * len(rows) // size
     return order[generator.integers(ends[:-1], ends[1:])]
 
 
-def _take(rows: datasets.Dataset, numbers: np.ndarray) -> datasets.Dataset:
+def _take(rows: datasets.Dataset, numbers: np.ndarray) -> Any:
     """Return the rows with these numbers, in the order of the source."""
-    return _as_dataset(rows.select(np.sort(numbers)))
-
-
-def _as_dataset(rows: datasets.Dataset | datasets.DatasetDict) -> datasets.Dataset:
-    """Return the rows; the library's types leave open which of the two its methods return."""
-    import datasets
-
-    assert isinstance(rows, datasets.Dataset)
-    return rows
+    return rows.select(np.sort(numbers))
 
 
 def count_shared_texts(splits: Splits) -> dict[str, int]:
@@ -637,264 +557,8 @@ def count_shared_texts(splits: Splits) -> dict[str, int]:
     }
 
 
-def describe_marks(
-    splits: Splits, tokenizer: PreTrainedTokenizerBase | Tokenizer, tokens: TokenConfig
-) -> str:
-    """Return a line on the texts that hold tokens with which the tokenizer marks beginnings, ends
-    and padding, and what becomes of these; "" if there are none.
-    """
-    marks = [token for role, token in tokenizer.special_tokens_map.items() if role in MARKS]
-    occurrences = [
-        (split, row, mark)
-        for split, rows in splits.items()
-        for column in ("text", "text_pair")
-        if column in rows.column_names
-        for row, text in zip(rows["row"][:], rows[column][:])
-        for mark in marks
-        if mark in text
-    ]
-    if not occurrences:
-        return ""
-    count, (split, row, mark) = len({place[:2] for place in occurrences}), occurrences[0]
-    texts = "1 text holds a mark" if count == 1 else f"{count:,} texts hold marks"
-    becomes = "it is read as that"
-    if tokens.hides_special:
-        becomes = "the unknown token is read in its place"
-    return f"{texts} of the tokenizer, as {quoted(mark)} in {split} row {row}: {becomes}"
-
-
 def texts_of(rows: datasets.Dataset) -> list[str] | list[tuple[str, str]]:
     """Return the text of each row (N), or both texts of a pair."""
     if "text_pair" in rows.column_names:
         return list(zip(rows["text"][:], rows["text_pair"][:]))
     return rows["text"][:]
-
-
-# Chunks of tokens ---------------------------------------------------------------------------------
-
-
-def cut_chunks(num_tokens: int, size: int, truncation: str) -> list[np.ndarray]:
-    """Return the chunks of a text of `num_tokens` tokens as arrays of at most `size` positions.
-
-    `head` and `tail` read one end of the text, `head-tail` both; `chunks` reads everything, in
-    chunks of equal size that overlap.
-    """
-    positions = np.arange(num_tokens)
-    if num_tokens <= size:
-        return [positions]
-    if truncation == "head":
-        return [positions[:size]]
-    if truncation == "tail":
-        return [positions[-size:]]
-    if truncation == "head-tail":
-        head = round(size * HEAD_SHARE)
-        tail = size - head
-        return [np.concatenate([positions[:head], positions[-tail:]])]
-    # as few chunks as overlap enough, evenly spaced from the beginning of the text to its end
-    overlap = min(math.ceil(size * OVERLAP), size - 1)
-    last_start = num_tokens - size
-    count = math.ceil(last_start / (size - overlap)) + 1
-    starts = np.linspace(0, last_start, count).round().astype(int)
-    return [positions[start : start + size] for start in starts]
-
-
-def cut_pair(first: int, second: int, size: int, truncation: str) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return the chunks of a pair of texts of so many tokens, together at most `size`: the
-    positions in each of the two.
-
-    The longer text is cut first, until both are equally long. With `chunks`, the longer one is read
-    in chunks, each beside the shorter text, of which at most half a chunk is read.
-    """
-    shorter, longer = min(first, second), max(first, second)
-    if first + second <= size:
-        kept, pieces = np.arange(shorter), [np.arange(longer)]
-    elif truncation == "chunks":
-        kept = np.arange(min(shorter, size // 2))
-        pieces = cut_chunks(longer, size - len(kept), truncation)
-    else:
-        room = min(shorter, size // 2)
-        kept = cut_chunks(shorter, room, truncation)[0]
-        pieces = cut_chunks(longer, size - room, truncation)
-    return [(kept, piece) if first <= second else (piece, kept) for piece in pieces]
-
-
-def encode(
-    texts: list[str],
-    tokenizer: PreTrainedTokenizerBase | Tokenizer,
-    *,
-    max_length: int,
-    truncation: str,
-    pairs: list[str] | None = None,
-    hides_special: bool = False,
-) -> dict[str, list]:
-    """Return the columns of tokenised texts, of each with its second one where there are `pairs`:
-    `input_ids`, and whatever else the model takes.
-
-    Each cell is a list of chunks. A chunk stands between the special tokens and has at most
-    `max_length` tokens including them. Three more columns count tokens, special tokens included:
-    `chunk_lengths`; `num_tokens`, the length of the whole text; and `num_read`, how many of these
-    are in any chunk. With `hides_special`, what a text holds of the tokens that mark beginnings,
-    ends and padding becomes the unknown token.
-    """
-    options: dict[str, Any] = {"truncation": False, "padding": False, "verbose": False}
-    encoded = tokenizer(texts, text_pair=pairs, return_special_tokens_mask=True, **options)
-    # the collator makes the attention mask
-    names = [name for name in encoded if name not in ("attention_mask", "special_tokens_mask")]
-    counts = ("chunk_lengths", "num_tokens", "num_read")
-    columns: dict[str, list] = {name: [] for name in (*names, *counts)}
-    if hides_special:
-        _hide_special(encoded["input_ids"], encoded["special_tokens_mask"], tokenizer)
-    for number, mask in enumerate(encoded["special_tokens_mask"]):
-        if pairs is not None:
-            chunks = _chunks_of_pair(encoded.sequence_ids(number), max_length, truncation)
-        else:
-            chunks = _chunks_of_text(mask, max_length, truncation)
-        for name in names:
-            values = np.asarray(encoded[name][number])
-            columns[name].append([values[chunk].tolist() for chunk in chunks])
-        columns["chunk_lengths"].append([len(chunk) for chunk in chunks])
-        columns["num_tokens"].append(len(mask))
-        columns["num_read"].append(len(np.unique(np.concatenate(chunks))))
-    return columns
-
-
-def _hide_special(
-    ids: list[list[int]], masks: list[list[int]], tokenizer: PreTrainedTokenizerBase | Tokenizer
-) -> None:
-    """Put the unknown token in the place of marks within texts, given their ids and which of these
-    are around them. Without an unknown token that is no mark itself, they stay.
-    """
-    special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids))
-    roles = tokenizer.special_tokens_map
-    unknown = special.get(roles.get("unk_token", ""))
-    marks = {special[token] for role, token in roles.items() if role in MARKS and token in special}
-    if unknown is None or unknown in marks:
-        return
-    for text, mask in zip(ids, masks):
-        if not marks.isdisjoint(text):
-            for position, (token, is_around) in enumerate(zip(text, mask)):
-                if token in marks and not is_around:
-                    text[position] = unknown
-
-
-def _chunks_of_text(mask: list[int], max_length: int, truncation: str) -> list[np.ndarray]:
-    """Return the positions of each chunk's tokens in a text, given which tokens are special."""
-    # positions: the text from `first` up to `last`, special tokens before and after it
-    words = np.flatnonzero(np.asarray(mask) == 0)
-    first, last = (words[0], words[-1] + 1) if len(words) else (len(mask), len(mask))
-    before, after = np.arange(first), np.arange(last, len(mask))
-    cut = cut_chunks(last - first, max_length - len(before) - len(after), truncation)
-    return [np.concatenate([before, first + positions, after]) for positions in cut]
-
-
-def _chunks_of_pair(sequence_ids: list[int | None], max_length: int, truncation: str) -> list[np.ndarray]:
-    """Return the positions of the tokens of each chunk of a pair, given which text each is of."""
-    texts = np.array([-1 if text is None else text for text in sequence_ids])
-    special, first, second = (np.flatnonzero(texts == text) for text in (-1, 0, 1))
-    cut = cut_pair(len(first), len(second), max_length - len(special), truncation)
-    # the tokens of a chunk keep their order, with the special ones around and between them
-    return [np.sort(np.concatenate([special, first[one], second[other]])) for one, other in cut]
-
-
-def tokenize(
-    rows: datasets.Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_length: int,
-    truncation: str,
-    cache_dir: str | None,
-    hides_special: bool = False,
-) -> datasets.Dataset:
-    """Return the rows with the columns of `encode`.
-
-    The result is cached as a memory-mapped Arrow file under the SHA-256 of all that it depends on,
-    its fingerprint too, and the version of `datasets`: one may not read what another wrote.
-    """
-    import datasets
-
-    what_it_does = f"{tokenizer_json(tokenizer)} {max_length} {truncation} {HEAD_SHARE} {OVERLAP}"
-    what_it_does += f" {MARKS}" if hides_special else ""
-    key = _sha256_of_rows(rows, what_it_does)
-    folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "tokenized"
-    folder.mkdir(parents=True, exist_ok=True)
-    cached = folder / f"{key}-{FORMAT}-{datasets.__version__}.arrow"
-    _remove_if_damaged(cached)
-    tokenized = rows.map(
-        lambda batch: encode(
-            batch["text"],
-            tokenizer,
-            max_length=max_length,
-            truncation=truncation,
-            pairs=batch["text_pair"] if "text_pair" in rows.column_names else None,
-            hides_special=hides_special,
-        ),
-        batched=True,
-        desc="tokenising",
-        cache_file_name=str(cached),
-        new_fingerprint=key[:16],  # as long as those of `datasets`
-    )
-    if not _proof_of(cached).exists():
-        replace_file(_proof_of(cached), f"{sha256(cached)}\n")
-    return _as_dataset(tokenized)
-
-
-def _sha256_of_rows(rows: datasets.Dataset, what_is_done: str) -> str:
-    """Return the SHA-256 of rows, and of what is done to them, in hexadecimal."""
-    digest = hashlib.sha256(what_is_done.encode())
-    # the values of a label are numbers: its names are what they mean
-    for feature in rows.features.values():
-        digest.update(f"{feature}\0".encode())
-    for name in rows.column_names:  # labels and row numbers are in the file as well
-        for value in rows[name][:]:
-            digest.update(f"{value}\0".encode())
-    return digest.hexdigest()
-
-
-def _proof_of(cached: Path) -> Path:
-    return cached.with_suffix(".sha256")
-
-
-def _remove_if_damaged(cached: Path) -> None:
-    """Remove a cached file that is not what was written, and say so: Arrow maps it unchecked."""
-    proof = _proof_of(cached)
-    if cached.exists() and proof.exists() and proof.read_bytes() != f"{sha256(cached)}\n".encode():
-        note(f"{cached}: this cached file is damaged; the texts are tokenised again")
-        cached.unlink()
-    if not (cached.exists() and proof.exists()):  # or a kill came between the two
-        cached.unlink(missing_ok=True)
-        proof.unlink(missing_ok=True)
-
-
-def tokenizer_json(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return everything that a tokenizer does as one string, from which its fingerprint is made.
-
-    Truncation and padding are left out: each call sets them, so they describe the last call and not
-    the tokenizer.
-    """
-    if not tokenizer.is_fast:
-        return repr((type(tokenizer), sorted(tokenizer.get_vocab().items())))
-    description = json.loads(tokenizer.backend_tokenizer.to_str())
-    return json.dumps({**description, "truncation": None, "padding": None})
-
-
-def tokenize_splits(
-    splits: Splits,
-    tokenizer: PreTrainedTokenizerBase,
-    config: TokenConfig,
-    runtime: Runtime,
-    *,
-    cache_dir: str | None,
-) -> Splits:
-    """Return the tokenised splits: one process per machine fills the cache, the others read it."""
-    with runtime.local_main_first():
-        return {
-            split: tokenize(
-                rows,
-                tokenizer,
-                max_length=config.length_of(split),
-                truncation=config.truncation,
-                hides_special=config.hides_special,
-                cache_dir=cache_dir,
-            )
-            for split, rows in splits.items()
-        }

@@ -14,11 +14,12 @@ import torch
 
 from common.bert import BertClassifier
 from common.runtime import Runtime
-from common.training import batching, data
+from common.training import batching
 from common.training.checkpoint import StopSignals
 from common.training.classifier import task_of_model
 from common.training.run import LOWER_IS_BETTER, MULTI, REGRESSION
 from common.training.task import Scoring, Task, task_of_rows
+from common.training.tokenization import TokenConfig, encode
 from common.training.tracking import progress
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class TextClassifier:
 
     model: PreTrainedModel | BertClassifier
     tokenizer: batching.AnyTokenizer
-    tokens: data.TokenConfig
+    tokens: TokenConfig
     batch_size: int  # the most chunks at a time
     scoring: Scoring = Scoring()  # noqa: RUF009  (frozen)
     temperature: float = 1.0  # by which logits are divided
@@ -145,7 +146,7 @@ def predict_texts(
     for start in range(0, len(texts), PREDICT_BLOCK):
         block = texts[start : start + PREDICT_BLOCK]
         firsts, pairs = (block, None) if isinstance(block[0], str) else map(list, zip(*block))
-        columns = data.encode(
+        columns = encode(
             firsts,
             classifier.tokenizer,
             max_length=tokens.eval_max_length,

@@ -19,10 +19,11 @@ from common.errors import shorten
 from common.training import faults
 from common.training.batching import Pick, pad_batch
 from common.training.classifier import count_embeddings, mismatches
-from common.training.data import DataNotes, Splits, TokenConfig
+from common.training.data import DataNotes, Splits
 from common.training.report import MOST_CLASSES, WORST_CLASSES
 from common.training.run import MULTI, REGRESSION
 from common.training.task import NOUNS, Task, task_of_rows
+from common.training.tokenization import TokenConfig
 
 if TYPE_CHECKING:
     import datasets

@@ -21,10 +21,11 @@ from common.runtime import Runtime
 from common.training import batching
 from common.training.batching import BatchConfig
 from common.training.calibration import Bin, calibration_error, decisions, reliability
-from common.training.data import Splits, TokenConfig, texts_of
+from common.training.data import Splits, texts_of
 from common.training.resampling import Answers, score_intervals
 from common.training.run import HEADLINES, MULTI, REGRESSION, SCORES, SINGLE
 from common.training.task import NOUNS, Task, task_of_rows
+from common.training.tokenization import TokenConfig
 from common.training.tracking import Log
 
 if TYPE_CHECKING:

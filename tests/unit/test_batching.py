@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from common.runtime import Runtime
-from common.training import batching, data
+from common.training import batching
 from common.training.batching import BatchConfig, Pick
 from common.training.task import IGNORED_CLASS
+from common.training.tokenization import tokenize
 
 LENGTHS = st.lists(st.integers(1, 512), min_size=1, max_size=400)
 
@@ -181,7 +182,7 @@ def rows():
 
 def test_tokenize_truncates_counts_and_equals_the_tokenizer(rows, tiny_model, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    tokenized = data.tokenize(rows, tokenizer, max_length=12, truncation="head", cache_dir=str(tmp_path))
+    tokenized = tokenize(rows, tokenizer, max_length=12, truncation="head", cache_dir=str(tmp_path))
     for row, text in zip(tokenized, rows["text"]):
         whole = tokenizer(text)["input_ids"]
         assert row["input_ids"] == [tokenizer(text, truncation=True, max_length=12)["input_ids"]]
@@ -194,28 +195,28 @@ def test_tokenize_reuses_its_file_until_texts_length_truncation_or_tokenizer_cha
     rows, tiny_model, tmp_path, monkeypatch
 ):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    first = data.tokenize(rows, tokenizer, max_length=12, truncation="head", cache_dir=str(tmp_path))
+    first = tokenize(rows, tokenizer, max_length=12, truncation="head", cache_dir=str(tmp_path))
     tokenizer("a call with other settings", padding="max_length", max_length=20, truncation=True)
-    data.tokenize(rows, tokenizer, max_length=12, truncation="head", cache_dir=str(tmp_path))
+    tokenize(rows, tokenizer, max_length=12, truncation="head", cache_dir=str(tmp_path))
     assert len(list(tmp_path.rglob("*.arrow"))) == 1, (
         "a call in between changes the tokenizer's state, not what it does"
     )
-    data.tokenize(rows, tokenizer, max_length=13, truncation="head", cache_dir=str(tmp_path))
-    data.tokenize(
+    tokenize(rows, tokenizer, max_length=13, truncation="head", cache_dir=str(tmp_path))
+    tokenize(
         rows.map(lambda row: {"text": row["text"] + "!"}, load_from_cache_file=False),
         tokenizer,
         max_length=12,
         truncation="head",
         cache_dir=str(tmp_path),
     )
-    data.tokenize(rows, tokenizer, max_length=12, truncation="tail", cache_dir=str(tmp_path))
+    tokenize(rows, tokenizer, max_length=12, truncation="tail", cache_dir=str(tmp_path))
     renamed = rows.cast_column("label", datasets.ClassLabel(names=["bad", "good"]))
-    tokenized = data.tokenize(renamed, tokenizer, max_length=12, truncation="head", cache_dir=str(tmp_path))
+    tokenized = tokenize(renamed, tokenizer, max_length=12, truncation="head", cache_dir=str(tmp_path))
     assert tokenized.features["label"].names == ["bad", "good"], (
         "the same numbers for other classes are other labels"
     )
     tokenizer.add_tokens(["monday"])
-    data.tokenize(rows, tokenizer, max_length=12, truncation="head", cache_dir=str(tmp_path))
+    tokenize(rows, tokenizer, max_length=12, truncation="head", cache_dir=str(tmp_path))
     assert len(list(tmp_path.rglob("*.arrow"))) == 6
     assert first.cache_files[0]["filename"].startswith(str(tmp_path))
 
@@ -226,15 +227,15 @@ def test_the_fingerprint_of_tokens_outlives_another_version_of_the_library(
     """A run goes on after it; only the file is written anew."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     options = {"max_length": 12, "truncation": "head", "cache_dir": str(tmp_path)}
-    before = data.tokenize(rows, tokenizer, **options)._fingerprint
+    before = tokenize(rows, tokenizer, **options)._fingerprint
     monkeypatch.setattr(datasets, "__version__", "99")
-    assert data.tokenize(rows, tokenizer, **options)._fingerprint == before
+    assert tokenize(rows, tokenizer, **options)._fingerprint == before
     assert len(list(tmp_path.rglob("*.arrow"))) == 2
 
 
 def test_a_batch_holds_the_chosen_chunks_and_a_filler_row_counts_nowhere(rows, tiny_model, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    tokenized = data.tokenize(rows, tokenizer, max_length=12, truncation="chunks", cache_dir=str(tmp_path))
+    tokenized = tokenize(rows, tokenizer, max_length=12, truncation="chunks", cache_dir=str(tmp_path))
     assert len(tokenized["chunk_lengths"][1]) >= 4
     picks = [Pick(1, (0, 3)), Pick(2, (0,)), Pick(0, (0,), is_filler=True)]
     batch = batching.pad_batch(picks, tokenized, tokenizer)
@@ -256,7 +257,7 @@ def test_a_loader_takes_no_random_number_from_the_run(rows, tiny_model, tmp_path
     for its workers.
     """
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    tokenized = data.tokenize(rows, tokenizer, max_length=12, truncation="head", cache_dir=str(tmp_path))
+    tokenized = tokenize(rows, tokenizer, max_length=12, truncation="head", cache_dir=str(tmp_path))
     state = torch.get_rng_state()
     batches = [[Pick(0, (0,))], [Pick(1, (0,)), Pick(2, (0,))]]
     for num_workers in (0, 1):

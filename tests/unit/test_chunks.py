@@ -11,15 +11,16 @@ from transformers import AutoTokenizer, BertConfig, BertForSequenceClassificatio
 
 from common.bundled import model_folder
 from common.tokenizer import read_tokenizer
-from common.training import classifier, data
+from common.training import classifier
 from common.training.run import TRUNCATIONS
+from common.training.tokenization import cut_chunks, cut_pair, encode
 from conftest import make_sentences
 
 
 @settings(deadline=None, max_examples=200)
 @given(num_tokens=st.integers(0, 300), size=st.integers(1, 60), truncation=st.sampled_from(TRUNCATIONS))
 def test_chunks_are_what_their_name_says(num_tokens, size, truncation):
-    found = [chunk.tolist() for chunk in data.cut_chunks(num_tokens, size, truncation)]
+    found = [chunk.tolist() for chunk in cut_chunks(num_tokens, size, truncation)]
     everything = list(range(num_tokens))
     if num_tokens <= size:
         assert found == [everything]
@@ -60,7 +61,7 @@ def test_one_end_is_what_the_tokenizer_keeps(tokenizer, side, max_length):
         expected = tokenizer(TEXTS, truncation=True, max_length=max_length)
     finally:
         tokenizer.truncation_side = "right"
-    columns = data.encode(TEXTS, tokenizer, max_length=max_length, truncation=side)
+    columns = encode(TEXTS, tokenizer, max_length=max_length, truncation=side)
     for name in ("input_ids", "token_type_ids"):
         assert [row for (row,) in columns[name]] == expected[name]
     assert (
@@ -72,7 +73,7 @@ def test_one_end_is_what_the_tokenizer_keeps(tokenizer, side, max_length):
 
 @pytest.mark.parametrize("truncation", ["head-tail", "chunks"])
 def test_each_chunk_stands_between_the_special_tokens(tokenizer, truncation):
-    columns = data.encode(TEXTS, tokenizer, max_length=12, truncation=truncation)
+    columns = encode(TEXTS, tokenizer, max_length=12, truncation=truncation)
     for text, found, read, total in zip(
         TEXTS, columns["input_ids"], columns["num_read"], columns["num_tokens"]
     ):
@@ -103,7 +104,7 @@ def test_the_head_of_a_pair_is_the_librarys_longest_first(lengths, max_length, n
     first, second = (" ".join(["the film was"] * 40).split()[:length] for length in lengths)
     pair = (" ".join(first), " ".join(second))
     expected = tokenizer(*pair, truncation="longest_first", max_length=max_length)
-    columns = data.encode([pair[0]], tokenizer, max_length=max_length, truncation="head", pairs=[pair[1]])
+    columns = encode([pair[0]], tokenizer, max_length=max_length, truncation="head", pairs=[pair[1]])
     for column in ("input_ids", "token_type_ids"):
         assert columns[column] == [[expected[column]]]
     assert columns["num_tokens"] == [len(tokenizer(*pair)["input_ids"])]
@@ -113,7 +114,7 @@ def test_the_head_of_a_pair_is_the_librarys_longest_first(lengths, max_length, n
 @pytest.mark.parametrize("first, second", [(3, 40), (40, 3), (30, 40), (40, 30), (2, 3)])
 @pytest.mark.parametrize("size", [6, 11])
 def test_the_chunks_of_a_pair_read_all_of_the_longer_text_beside_the_shorter_one(first, second, size):
-    chunks = data.cut_pair(first, second, size, "chunks")
+    chunks = cut_pair(first, second, size, "chunks")
     longer = 0 if first > second else 1
     read = set().union(*(chunk[longer].tolist() for chunk in chunks))
     assert read == set(range(max(first, second)))
@@ -127,8 +128,8 @@ def test_a_pair_is_read_alike_by_both_tokenizers(truncation):
     folder = model_folder("bundled/all-MiniLM-L6-v2", kind="encoder")
     texts = (["a film " * 20, "short"], ["b story " * 9, "another text " * 12])
     options = {"max_length": 24, "truncation": truncation, "pairs": texts[1]}
-    own = data.encode(texts[0], read_tokenizer(folder), **options)
-    assert own == data.encode(texts[0], AutoTokenizer.from_pretrained(folder), **options)
+    own = encode(texts[0], read_tokenizer(folder), **options)
+    assert own == encode(texts[0], AutoTokenizer.from_pretrained(folder), **options)
 
 
 @pytest.mark.parametrize(

@@ -19,11 +19,12 @@ from transformers import AutoTokenizer
 import train_classifier
 from common.errors import UserError
 from common.runtime import Runtime
-from common.training import classifier, data, unlabelled
+from common.training import classifier, data, faults, unlabelled
 from common.training.data import TextConfig
 from common.training.labels import LabelConfig
 from common.training.run import SINGLE
 from common.training.task import Task, task_of_rows
+from common.training.tokenization import tokenize
 
 PER_CLASS = st.lists(st.integers(3, 40), min_size=2, max_size=5)
 
@@ -551,7 +552,7 @@ def test_scores_are_no_classes(labels):
     ],
 )
 def test_class_names_that_look_the_same(names, groups):
-    assert data.near_equal_names(names) == groups
+    assert faults.near_equal_names(names) == groups
 
 
 def test_class_names_that_look_the_same_are_said(tmp_path, cache_dir, capsys):
@@ -587,7 +588,7 @@ def test_damaged_tokens_are_made_anew_and_that_is_said(damage, tiny_model, tmp_p
     rows = labelled([5, 5])
 
     def tokens():
-        return data.tokenize(rows, tokenizer, max_length=8, truncation="head", cache_dir=str(tmp_path))[:]
+        return tokenize(rows, tokenizer, max_length=8, truncation="head", cache_dir=str(tmp_path))[:]
 
     expected = tokens()
     (cached,) = (tmp_path / "tokenized").glob("*.arrow")
@@ -616,7 +617,7 @@ def test_a_run_notices_a_file_that_changed_with_the_same_size_and_time(tiny_mode
         os.utime(path, ns=(1, 1))
         rows = data.load_splits(config, Runtime(torch.device("cpu"), "fp32"))["train"]
         options = {"max_length": 8, "truncation": "head", "cache_dir": str(cache_dir)}
-        fingerprints.add((word, data.tokenize(rows, tokenizer, **options)._fingerprint))
+        fingerprints.add((word, tokenize(rows, tokenizer, **options)._fingerprint))
     assert len(fingerprints) == 2
 
 

@@ -9,10 +9,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from common.errors import UserError
 from common.runtime import Runtime
-from common.training import batching, data
+from common.training import batching
 from common.training.batching import BatchConfig
-from common.training.data import TokenConfig
 from common.training.evaluation import TextClassifier, is_better, predict_logits, predict_texts
+from common.training.tokenization import TokenConfig, tokenize
 from conftest import make_sentences
 
 RUNTIME = Runtime(torch.device("cpu"), "fp32")
@@ -38,7 +38,7 @@ def scored(tiny_model, tmp_path_factory):
         {"text": [text for text, _ in pairs], "label": [label for _, label in pairs], "row": list(range(37))},
         features=features,
     )
-    tokenized = data.tokenize(
+    tokenized = tokenize(
         rows, tokenizer, max_length=20, truncation="head", cache_dir=str(tmp_path_factory.mktemp("cache"))
     )
     with torch.inference_mode():
@@ -79,7 +79,7 @@ def test_chunks_give_the_mean_of_the_chunks_logits_also_when_a_batch_parts_a_tex
 ):
     model, tokenizer, tokenized, _ = scored
     rows = tokenized.select_columns(["text", "label", "row"])
-    chunked = data.tokenize(rows, tokenizer, max_length=9, truncation="chunks", cache_dir=str(tmp_path))
+    chunked = tokenize(rows, tokenizer, max_length=9, truncation="chunks", cache_dir=str(tmp_path))
     assert max(map(len, chunked["input_ids"])) >= 4
     with torch.inference_mode():
         expected = torch.stack(

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from common.training.faults import NEAR, NEIGHBOURS, SKETCH, WORD, nearly_alike
+from common.training.duplicates import NEAR, NEIGHBOURS, SKETCH, WORD, nearly_alike
 from conftest import heavy
 
 
