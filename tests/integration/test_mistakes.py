@@ -596,6 +596,13 @@ def trained(script, sentences_csv, tmp_path_factory) -> Path:
     return folder / "best"
 
 
+@pytest.mark.parametrize("mode", [["--predict", __file__], ["--evaluate-only"], []])
+def test_the_folder_of_a_run_in_the_place_of_its_model(mode, refused, trained, sentences_csv):
+    source = [] if "--predict" in mode else ["--dataset", sentences_csv]
+    parts = (f"--model {trained.parent}", f"its model is {trained}")
+    refused(*mode, "--model", trained.parent, *source, parts=parts)
+
+
 @pytest.mark.parametrize("mode", [["--predict", __file__], ["--evaluate-only"]])
 def test_a_model_that_was_never_trained_to_classify(mode, refused, sentences_csv):
     refused(
