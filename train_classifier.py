@@ -82,6 +82,7 @@ from common.runtime import (
     stop_runtime,
 )
 from common.training import batching, checkpoint, classifier, data, model_card, report, tracking, unlabelled
+from common.training.adaptation import adapt, merge_adapters
 from common.training.batching import BatchConfig, count_examples, model_inputs, pool_chunks, sync_gradients
 from common.training.checkpoint import TIME_IS_UP, Checkpoints, StopSignals, TrainingState
 from common.training.classifier import ModelConfig
@@ -227,7 +228,7 @@ def prepare(
     runtime: Runtime,
 ) -> TrainingState:
     """Return everything that an optimizer step needs and changes, for epochs of `rows`."""
-    model = classifier.adapt(model, config.model)  # frozen layers, LoRA, ...
+    model = adapt(model, config.model)  # frozen layers, LoRA, ...
     # pyrefly: ignore [bad-argument-type]  (transformers wraps to() so that its types are lost)
     model = model.to(runtime.device)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -502,7 +503,7 @@ def score_and_keep(
     if is_better(entry, state.best, config.best_metric):
         state.best, line = entry, f"{line}, the best so far"
         if runtime.is_main:
-            plain, settings = classifier.merge_adapters(state.model), run.log.settings
+            plain, settings = merge_adapters(state.model), run.log.settings
             folder = run.log.folder / "best"
             classifier.save(plain, state.tokenizer, folder, settings=settings, thresholds=thresholds)
     runtime.say(line)
@@ -790,7 +791,7 @@ def inspect(args: argparse.Namespace, runtime: Runtime) -> None:
 
     name, other = args.compare_tokenizer, None
     if name is not None:
-        other = inspection.load_other_tokenizer(name, cache_dir=args.cache_dir)
+        other = classifier.load_tokenizer(name, flag="--compare-tokenizer", cache_dir=args.cache_dir)
     notes = DataNotes()
     try:
         loaded = load(args, runtime, notes)

@@ -1,7 +1,4 @@
-"""A pretrained encoder as a classifier: load it, adapt it, save it, load what was saved.
-
-Adapting is what flags change about the pretrained model: its dropout, which layers learn, low-rank
-adapters, recomputed activations.
+"""A pretrained encoder as a classifier: load it, save it, load what was saved.
 
 transformers, which takes seconds to import, is imported by the functions that need it: a prediction
 by a model that common/bert.py knows does not.
@@ -9,16 +6,14 @@ by a model that common/bert.py knows does not.
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import functools
 import json
-import math
 import re
 import shutil
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -26,6 +21,7 @@ from common import bert, model_files, sources, speedups
 from common.errors import NotSupported, UserError, shorten
 from common.files import replace_file, replace_folder
 from common.runtime import Runtime
+from common.training.adaptation import dropout_options, head_modules
 from common.training.data import name_sha256
 from common.training.run import (
     DEFAULT_CHUNK_LENGTH,
@@ -37,12 +33,12 @@ from common.training.run import (
     SINGLE,
     TRUNCATIONS,
     Kind,
+    is_like,
 )
 from common.training.task import PROBLEM_TYPES, Task
 from common.training.tokenization import TokenConfig
 
 if TYPE_CHECKING:
-    import peft
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from common.tokenizer import Tokenizer
@@ -64,8 +60,6 @@ REMEMBERED = (
     "positive_class",
 )
 UNLIMITED = 1_000_000  # tokenizers without a limit say 1e30
-# of BERT, DistilBERT, GPT-2
-ATTENTION_DROPOUT_NAMES = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
 # what a saved head may be for
 PROBLEMS = {
     SINGLE: "one class of several",
@@ -75,9 +69,6 @@ PROBLEMS = {
 # architectures that can't be trained or scored in padded batches of any length, and why
 UNSERVED = {"reformer": "trains on texts of one length only"}
 UNNAMED = re.compile(r"LABEL_\d+")  # names that transformers gives to classes
-LORA_ALPHA = 2  # times the rank: the scale by which the update is multiplied, as is usual
-# dropout in the adapters would be one more source of randomness; --dropout is the model's own
-LORA_DROPOUT = 0.0
 
 
 @dataclass(frozen=True)
@@ -114,7 +105,10 @@ def load_pretrained(
     options = {"cache_dir": config.cache_dir, "revision": config.revision}
     folder = sources.find_folder(name, kind="encoder", **options)
     saved = models.load(AutoConfig, folder, name=name)
-    tokenizer = load_tokenizer(config, folder)
+    if config.tokenizer is None:
+        tokenizer = models.load_tokenizer(folder, name=name)
+    else:
+        tokenizer = load_tokenizer(config.tokenizer, flag="--tokenizer", cache_dir=config.cache_dir)
     has_padding_token = tokenizer.pad_token is not None  # of its own
     ensure_padding_token(tokenizer, name=name)
     dropout = dropout_options(
@@ -133,15 +127,13 @@ def load_pretrained(
     return model, tokenizer
 
 
-def load_tokenizer(config: ModelConfig, folder: Path) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of the model in a folder, or the one that is named in its place."""
+def load_tokenizer(name: str, *, flag: str, cache_dir: str | None) -> PreTrainedTokenizerBase:
+    """Return the tokenizer that a flag names in place of the model's: of any model, an encoder or not."""
     from common import bundled, models
 
-    if config.tokenizer is None:
-        return models.load_tokenizer(folder, name=config.model)
-    kind, flag = bundled.MODELS.get(config.tokenizer, "encoder"), "--tokenizer"
-    other = sources.find_folder(config.tokenizer, kind=kind, flag=flag, cache_dir=config.cache_dir)
-    return models.load_tokenizer(other, name=config.tokenizer, flag=flag)
+    kind = bundled.MODELS.get(name, "encoder")
+    folder = sources.find_folder(name, kind=kind, flag=flag, cache_dir=cache_dir)
+    return models.load_tokenizer(folder, name=name, flag=flag)
 
 
 def ensure_padding_token(tokenizer: PreTrainedTokenizerBase, *, name: str) -> None:
@@ -229,14 +221,22 @@ def saved_kind(config: PreTrainedConfig) -> Kind:
     return _kind_of(config.problem_type, config.num_labels or 0)
 
 
+def _kind_of(problem_type: str | None, num_outputs: int) -> Kind:
+    kinds = {problem: kind for kind, problem in PROBLEM_TYPES.items()}
+    return kinds.get(problem_type or "", SINGLE if num_outputs > 1 else REGRESSION)
+
+
 def saved_classes(config: PreTrainedConfig) -> list[str]:
     """Return the names of a saved model's classes in the order of its logits."""
     return [str(label) for _, label in sorted((config.id2label or {}).items())]
 
 
-def head_modules(model: PreTrainedModel) -> list[torch.nn.Module]:
-    """Return the modules of a model beside its pretrained encoder or decoder."""
-    return [module for name, module in model.named_children() if name != model.base_model_prefix]
+def task_of_model(model: PreTrainedModel | bert.BertClassifier) -> Task:
+    """Return the task of a model, with its names in the order of its logits."""
+    if isinstance(model, bert.BertClassifier):
+        kind = _kind_of(model.config.settings.get("problem_type"), model.classifier.out_features)
+        return Task(kind, tuple(model.class_names))
+    return Task(saved_kind(model.config), tuple(saved_classes(model.config)))
 
 
 def renew_head(model: PreTrainedModel) -> None:
@@ -267,30 +267,6 @@ def reorder_head(model: PreTrainedModel, order: list[int]) -> bool:
         for parameter in last[0].parameters():
             parameter.copy_(parameter[order].clone())
     return True
-
-
-def dropout_options(
-    config: PreTrainedConfig, *, dropout: float | None, attention_dropout: float | None, name: str
-) -> dict[str, float]:
-    """Return values for a config's dropout options, as the flags ask for them.
-
-    `dropout` sets all of them where given; `attention_dropout` (default 0) sets attention's, where
-    a value above 0 takes the slow path on CPUs. Raises UserError when the model lacks an option
-    that is asked for.
-    """
-    # layerdrop is another thing: it skips whole layers
-    settings = config.to_dict()
-    options = [name for name in settings if "drop" in name and "layerdrop" not in name]
-    attention = [option for option in ATTENTION_DROPOUT_NAMES if hasattr(config, option)]
-    if attention_dropout and not attention:
-        asked = f"--attention-dropout {attention_dropout}"
-        raise UserError(f"{asked}: {name} has none; leave the flag out")
-    if dropout and not options:
-        raise UserError(f"--dropout {dropout}: {name} has none; leave the flag out")
-    values = {} if dropout is None else dict.fromkeys(options, dropout)
-    if attention_dropout is not None or dropout is None:
-        values.update(dict.fromkeys(attention, attention_dropout or 0.0))
-    return values
 
 
 def choose_max_length(
@@ -347,16 +323,14 @@ def choose_tokens(
     length = choose(max_length, default, flag="--max-length")
     eval_default = max_length or DEFAULT_MAX_LENGTH
     eval_length = choose(eval_max_length, eval_default, flag="--eval-max-length")
-    hides_special = is_pair or _reads_ends(model)
-    return TokenConfig(length, eval_length, truncation, hides_special)
+    return TokenConfig(length, eval_length, truncation, hides_special=is_pair or _reads_ends(model))
 
 
 def _reads_ends(model: PreTrainedModel | bert.BertClassifier) -> bool:
     """Tell whether a model reads the one end token of each text, as BART and T5 do, and can't read
     a text that holds another.
     """
-    is_own = isinstance(model, bert.BertClassifier)
-    return not is_own and getattr(model.config, "is_encoder_decoder", False)
+    return getattr(model.config, "is_encoder_decoder", False)
 
 
 def choose_saved_tokens(
@@ -371,10 +345,9 @@ def choose_saved_tokens(
     length = choose_max_length(
         eval_max_length, tokenizer.model_max_length, model, tokenizer, flag="--eval-max-length"
     )
+    truncation = truncation or trained.get("truncation", DEFAULT_TRUNCATION)
     hides_special = trained.get("text_mode") == PAIR or _reads_ends(model)
-    return TokenConfig(
-        length, length, truncation or trained.get("truncation", DEFAULT_TRUNCATION), hides_special
-    )
+    return TokenConfig(length, length, truncation, hides_special)
 
 
 def mismatches(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -425,124 +398,6 @@ def require_match(
         model(**tokenizer.pad(texts, padding=True, return_tensors="pt").to(model.device))
 
 
-# Adapt --------------------------------------------------------------------------------------------
-
-
-def adapt(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
-    """Return the model as the flags want it: frozen layers, recomputed activations, adapters.
-
-    Attention, dropout and the last layer are replaced by versions that cost less.
-    """
-    if not config.compile:  # torch.compile fuses them itself
-        speedups.use_fast_attention(model)
-        speedups.use_fast_dropout(model)
-        speedups.use_first_token(model)
-    if config.gradient_checkpointing:
-        recompute_activations(model)
-    adapted = add_adapters(model, config.lora_rank) if config.lora_rank else model
-    freeze_layers(model, config.freeze_layers)  # last, so that their adapters are frozen too
-    return adapted
-
-
-def freeze_layers(model: PreTrainedModel, number: int) -> None:
-    """Keep the embeddings and the `number` lowest layers of a model unchanged in training.
-
-    Raises UserError when it has fewer layers, or its layers can't be found.
-    """
-    if number == 0:
-        return
-    layers = encoder_layers(model)
-    if number > len(layers):
-        raise UserError(f"--freeze-layers {number}: the model has {len(layers)}; give at most that")
-    embeddings = getattr(model.base_model, "embeddings", None) or model.get_input_embeddings()
-    for module in (embeddings, *layers[:number]):
-        module.requires_grad_(False)
-
-
-def encoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
-    """Return the layers of a model: its first list of as many modules as its config has layers."""
-    number = model.config.num_hidden_layers
-    for module in model.base_model.modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == number:
-            return module
-    problem = f"{type(model).__name__} has no list of layers to count"
-    raise UserError(f"--freeze-layers: {problem}; leave the flag out")
-
-
-def recompute_activations(model: PreTrainedModel) -> None:
-    """Let the backward pass compute each layer's activations again (gradient checkpointing).
-
-    It saves memory and takes a third more time. Raises UserError when the model can't.
-    """
-    if not model.supports_gradient_checkpointing:
-        problem = f"{type(model).__name__} does not support it"
-        raise UserError(f"--gradient-checkpointing: {problem}; leave the flag out")
-    # the reentrant variant gives no gradient under frozen embeddings, and none to DDP
-    model.activation_checkpointing_enable({"use_reentrant": False})
-
-
-def add_adapters(model: PreTrainedModel, rank: int) -> PreTrainedModel:
-    """Return the model with low-rank adapters (LoRA, Hu et al. 2021) at its linear layers.
-
-    Only the adapters and the head, which has none, learn. The head is everything beside the
-    pretrained model: it is new and has one linear layer or, as in DistilBERT and ModernBERT,
-    several. peft is not told about it, because it finds modules by the ends of their names and
-    would take DistilBERT's `pre_classifier` for its `classifier` too. Raises UserError for a rank
-    that no matrix has.
-    """
-    import peft  # seconds to import, and only this needs it
-    from transformers.pytorch_utils import Conv1D
-
-    modules = {
-        f"{model.base_model_prefix}.{name}": module
-        for name, module in model.base_model.named_modules()
-        if isinstance(module, (torch.nn.Linear, Conv1D))
-    }
-    highest = max((min(module.weight.shape) for module in modules.values()), default=rank)
-    if rank > highest:
-        problem = f"no matrix has a rank above {highest}"
-        raise UserError(f"--lora-rank {rank}: {problem}; give at most that")
-    config = peft.LoraConfig(
-        r=rank,
-        lora_alpha=LORA_ALPHA * rank,
-        lora_dropout=LORA_DROPOUT,
-        target_modules=list(modules),
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
-    )
-    with warnings.catch_warnings():
-        # about what peft asks of transformers: nothing that the user can change
-        warnings.simplefilter("ignore", FutureWarning)
-        adapted = peft.get_peft_model(model, config)
-    for module in head_modules(model):
-        module.requires_grad_(True)
-    # peft's wrapper has all attributes of the model within
-    return cast("PreTrainedModel", adapted)
-
-
-def merge_adapters(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a plain model: a copy with the adapters merged into its weights, or itself."""
-    if not hasattr(model, "merge_and_unload"):
-        return model
-    return cast("peft.PeftModel", copy.deepcopy(model)).merge_and_unload()
-
-
-def task_of_model(model: PreTrainedModel | bert.BertClassifier) -> Task:
-    """Return the task of a model, with its names in the order of its logits."""
-    if isinstance(model, bert.BertClassifier):
-        return Task(_kind_of_settings(model), tuple(model.class_names))
-    return Task(saved_kind(model.config), tuple(saved_classes(model.config)))
-
-
-def _kind_of_settings(model: bert.BertClassifier) -> Kind:
-    """Return, as `saved_kind` does, the task of a model that is read without transformers."""
-    return _kind_of(model.config.settings.get("problem_type"), model.classifier.out_features)
-
-
-def _kind_of(problem_type: str | None, num_outputs: int) -> Kind:
-    kinds = {problem: kind for kind, problem in PROBLEM_TYPES.items()}
-    return kinds.get(problem_type or "", SINGLE if num_outputs > 1 else REGRESSION)
-
-
 # Save, and load what was saved --------------------------------------------------------------------
 
 
@@ -585,13 +440,14 @@ def saved_settings(folder: Path, name: str) -> dict:
     settings = model_files.read_json(path, f"--model {name}") if path.is_file() else {}
     if OWN_SETTING not in settings:  # on the Hub, others may call a file of theirs so
         return {}
-    seed, split_seed = settings.get("seed"), settings.get("split_seed")
+    split_seed, thresholds = settings.get("split_seed"), settings.get("thresholds", [])
     is_known = {
         "truncation": settings.get("truncation") in TRUNCATIONS,
-        "seed": type(seed) is int and 0 <= seed < 2**32,
-        "thresholds": _are_thresholds(settings.get("thresholds", [])),
-        "temperature": _is_temperature(saved_temperature(settings)),
-        "split_seed": split_seed is None or (type(split_seed) is int and 0 <= split_seed < 2**32),
+        "seed": _is_seed(settings.get("seed")),
+        "thresholds": isinstance(thresholds, list)
+        and all(is_like(value, 0.5) and 0 <= value <= 1 for value in thresholds),
+        "temperature": is_like(saved_temperature(settings), 1.0) and saved_temperature(settings) > 0,
+        "split_seed": split_seed is None or _is_seed(split_seed),
     }
     for setting, is_usable in is_known.items():
         if not is_usable:
@@ -602,18 +458,12 @@ def saved_settings(folder: Path, name: str) -> dict:
     return settings
 
 
-def _are_thresholds(values: object) -> bool:
-    is_list = isinstance(values, list)
-    return is_list and all(type(value) in (int, float) and 0 <= value <= 1 for value in values)
-
-
-def _is_temperature(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+def _is_seed(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**32
 
 
 def save_temperature(folder: Path, temperature: float) -> None:
-    """Add a temperature to a saved model, and move its thresholds so
-    that its answers stay the same.
+    """Add a temperature to a saved model, and move its thresholds so that its answers stay the same.
 
     Its settings become a new file: the old one may have a second name in a checkpoint.
     """
@@ -690,13 +540,11 @@ def load_to_predict(
     from common.tokenizer import read_tokenizer
 
     folder = sources.find_folder(name, kind="encoder", cache_dir=cache_dir, revision=revision)
-    try:
+    with contextlib.suppress(NotSupported):
         model, tokenizer = bert.load_classifier(folder), read_tokenizer(folder)
-    except NotSupported:
-        return load_saved(name, runtime, cache_dir=cache_dir, revision=revision)
-    if tokenizer.pad_token is None or not _is_sound(model):
-        return load_saved(name, runtime, cache_dir=cache_dir, revision=revision)
-    return model.to(runtime.device).eval(), tokenizer, saved_settings(folder, name)
+        if tokenizer.pad_token is not None and _is_sound(model):
+            return model.to(runtime.device).eval(), tokenizer, saved_settings(folder, name)
+    return load_saved(name, runtime, cache_dir=cache_dir, revision=revision)
 
 
 def _is_sound(model: bert.BertClassifier) -> bool:
@@ -708,7 +556,7 @@ def _is_sound(model: bert.BertClassifier) -> bool:
     return (
         settings.get("problem_type") in (None, *PROBLEM_TYPES.values())
         and len(numbers) == model.classifier.out_features
-        and (len(numbers) > 1 or _kind_of_settings(model) != SINGLE)
+        and (len(numbers) > 1 or task_of_model(model).kind != SINGLE)
         and (settings.get("label2id") or numbers) == numbers
         and all(bool(weights.isfinite().all()) for weights in model.parameters())
     )

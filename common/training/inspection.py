@@ -14,7 +14,7 @@ import torch
 from tabulate import tabulate
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from common import bundled, models, sources
+from common import models
 from common.errors import shorten
 from common.training import faults
 from common.training.batching import Pick, pad_batch
@@ -121,13 +121,6 @@ def length_table(tokenized: Splits) -> str:
     between = [f"{percentile} %" for percentile in PERCENTILES[1:-1]]
     headers = ["tokens", "min", *between, "max", "texts cut", "tokens cut"]
     return tabulate(lines, headers, stralign="right", disable_numparse=[0])
-
-
-def load_other_tokenizer(name: str, *, cache_dir: str | None) -> PreTrainedTokenizerBase:
-    """Return the tokenizer that --compare-tokenizer names: of any model, an encoder or not."""
-    flag, kind = "--compare-tokenizer", bundled.MODELS.get(name, "encoder")
-    folder = sources.find_folder(name, kind=kind, flag=flag, cache_dir=cache_dir)
-    return models.load_tokenizer(folder, name=name, flag=flag)
 
 
 def show_comparison(

@@ -51,7 +51,7 @@ from common.runtime import (
     seed_everything,
     start_runtime,
 )
-from common.training import batching, classifier, tracking
+from common.training import adaptation, batching, tracking
 from common.training.batching import Pick
 from common.training.checkpoint import TrainingState
 from common.training.data import DataNotes
@@ -158,7 +158,7 @@ def classifier_flags(contender: str, flags, **more):
     if contender == "ours_with_attention_dropout":
         config = model_config(flags)
         given["attention_dropout"] = next(
-            getattr(config, name) for name in classifier.ATTENTION_DROPOUT_NAMES if hasattr(config, name)
+            getattr(config, name) for name in adaptation.ATTENTION_DROPOUT_NAMES if hasattr(config, name)
         )
     arguments = [
         text
@@ -370,7 +370,7 @@ def training_flops(model, lengths: np.ndarray) -> float:
     (Kaplan et al. 2020, section 2.1). Of the last layer, keys and values alone must be computed for
     all tokens (common/speedups.py); what it and the pooler do for one token a text is left out.
     """
-    last = classifier.encoder_layers(model)[-1]
+    last = adaptation.encoder_layers(model)[-1]
     needed = {
         module: module.weight.numel()
         for name, module in model.base_model.named_modules()

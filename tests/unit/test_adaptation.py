@@ -13,7 +13,7 @@ from transformers import (
 
 import train_classifier
 from common.errors import UserError
-from common.training import classifier
+from common.training import adaptation
 from training_loop import RUNTIME, config_of
 
 
@@ -24,13 +24,13 @@ def model(tiny_model):
 
 def adapt(model, *flags):
     """Return the model as the script adapts it with these flags."""
-    return classifier.adapt(model, config_of(*flags).model)
+    return adaptation.adapt(model, config_of(*flags).model)
 
 
 def forward_calls(model) -> int:
     """Return how often a step calls the lowest layer."""
     calls = []
-    classifier.encoder_layers(model)[0].attention.register_forward_hook(lambda *_: calls.append(1))
+    adaptation.encoder_layers(model)[0].attention.register_forward_hook(lambda *_: calls.append(1))
     ids = torch.randint(5, 100, (2, 7))
     model.train()
     model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.sum().backward()
@@ -54,9 +54,9 @@ def test_compile_puts_a_compiled_module_around_the_model_and_leaves_the_model_pl
 
 
 def test_layers_are_found_by_their_number(model):
-    assert len(classifier.encoder_layers(model)) == model.config.num_hidden_layers == 2
+    assert len(adaptation.encoder_layers(model)) == model.config.num_hidden_layers == 2
     with pytest.raises(UserError, match="--freeze-layers 3: the model has 2"):
-        classifier.freeze_layers(model, 3)
+        adaptation.freeze_layers(model, 3)
 
 
 SMALL = {
@@ -108,7 +108,7 @@ def test_only_adapters_and_the_whole_head_learn(kind, head, num_matrices, recwar
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:  # zeros at first: the adapters change nothing
                 parameter.normal_()
-    learned, plain = adapted(**inputs).logits, classifier.merge_adapters(adapted).eval()
+    learned, plain = adapted(**inputs).logits, adaptation.merge_adapters(adapted).eval()
     assert set(plain.state_dict()) == names and any("lora" in name for name in adapted.state_dict()), (
         "training goes on with the adapters"
     )
@@ -155,13 +155,13 @@ def test_frozen_layers_stay_frozen_with_adapters(model):
 )
 def test_dropout_options_are_all_found(config, dropout, attention, expected):
     assert (
-        classifier.dropout_options(config, dropout=dropout, attention_dropout=attention, name="m") == expected
+        adaptation.dropout_options(config, dropout=dropout, attention_dropout=attention, name="m") == expected
     )
 
 
 def test_a_dropout_that_a_model_has_not_is_refused():
     config = PreTrainedConfig()
     with pytest.raises(UserError, match="--dropout 0.1: m has none"):
-        classifier.dropout_options(config, dropout=0.1, attention_dropout=None, name="m")
+        adaptation.dropout_options(config, dropout=0.1, attention_dropout=None, name="m")
     with pytest.raises(UserError, match="--attention-dropout 0.1: m has none"):
-        classifier.dropout_options(config, dropout=None, attention_dropout=0.1, name="m")
+        adaptation.dropout_options(config, dropout=None, attention_dropout=0.1, name="m")
