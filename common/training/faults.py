@@ -60,15 +60,16 @@ def clean(
     """
     check_columns(splits, texts, labels)
     kind = trained.kind if trained is not None else _kind(splits["train"], labels)
-    problems = {}
+    problems, names = {}, {}
     for split, rows in splits.items():
         pairs = zip(text_problems(rows, texts), _label_problems(rows, kind, labels), strict=True)
         problems[split] = [text or label for text, label in pairs]
-    known = _known(splits, problems, kind, labels) if trained is None else set(trained.names)
+        names[split] = _names_of(rows, kind, labels)
+    known = _usable(names["train"], problems["train"]) if trained is None else set(trained.names)
     cleaned = {}
     for split, rows in splits.items():
-        if known is not None and (split != "train" or trained is not None):
-            _mark_unknown(rows, problems[split], kind, labels, known)
+        if split != "train" or trained is not None:
+            _mark_unknown(names[split], problems[split], known)
         columns = [*texts.columns, *labels.columns]
         cleaned[split] = leave_out(f"split {split}", rows, problems[split], columns, faults)
         if not len(cleaned[split]):
@@ -216,37 +217,26 @@ def _list_problem(cell: list | None, kind: Kind, usual: int) -> str:
     return ""
 
 
-def _names_of(rows: datasets.Dataset, kind: Kind, labels: LabelConfig) -> list[list[str]] | None:
-    """Return the names of labels in each row (N), None where names are of columns or numbers."""
-    if kind == REGRESSION or len(labels.columns) > 1:
-        return None
-    [column] = labels.columns
-    if reading.kind(rows, column) in LISTS:
-        return None  # their names are in the type, or counted
-    values = cells_as_names(rows, column)
-    if labels.label_separator is not None:
-        return separated(values, labels.label_separator)
-    if kind == MULTI:
-        return None
-    return [[] if value is None else [value] for value in values]
+def _names_of(rows: datasets.Dataset, kind: Kind, labels: LabelConfig) -> list[list[str]]:
+    """Return the names of labels in each row (N), none where they are columns, numbers or lists."""
+    column = labels.columns[0]
+    if kind != REGRESSION and len(labels.columns) == 1 and reading.kind(rows, column) not in LISTS:
+        values = cells_as_names(rows, column)
+        if labels.label_separator is not None:
+            return separated(values, labels.label_separator)
+        if kind == SINGLE:
+            return [[] if value is None else [value] for value in values]
+    return [[] for _ in range(len(rows))]
 
 
-def _known(
-    splits: Splits, problems: dict[str, list[str]], kind: Kind, labels: LabelConfig
-) -> set[str] | None:
-    """Return the names of the training labels that can be used; None where they are not names."""
-    names = _names_of(splits["train"], kind, labels)
-    if names is None:
-        return None
-    known = {name for row, problem in zip(names, problems["train"]) if not problem for name in row}
+def _usable(names: list[list[str]], problems: list[str]) -> set[str]:
+    """Return the names in the rows (N) without a problem."""
+    known = {name for row, problem in zip(names, problems) if not problem for name in row}
     return set(map(without_decimals, known)) if all(map(WHOLE.fullmatch, known)) else known
 
 
-def _mark_unknown(
-    rows: datasets.Dataset, problems: list[str], kind: Kind, labels: LabelConfig, known: set[str]
-) -> None:
-    names = _names_of(rows, kind, labels)
-    for number, row in enumerate(names or []):
+def _mark_unknown(names: list[list[str]], problems: list[str], known: set[str]) -> None:
+    for number, row in enumerate(names):
         unknown = [name for name in row if known.isdisjoint((name, without_decimals(name)))]
         if unknown and not problems[number]:
             problems[number] = "the label does not occur in training"
