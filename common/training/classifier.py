@@ -379,8 +379,8 @@ def count_embeddings(model: PreTrainedModel) -> int | None:
 def require_match(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str, other: str | None = None
 ) -> None:
-    """Raise UserError unless a tokenizer and a model belong together, and the
-    model can read a padded batch of texts.
+    """Raise UserError unless a tokenizer and a model belong together, and the model can read a padded
+    batch of texts.
     """
     from common import models
 
@@ -409,8 +409,8 @@ def save(
     settings: dict,
     thresholds: list[float] | None = None,
 ) -> None:
-    """Write model, tokenizer and `training.json`, with the labels'
-    thresholds, as a plain Hugging Face folder.
+    """Write model, tokenizer and `training.json`, with the labels' thresholds, as a plain Hugging Face
+    folder.
 
     An older folder is replaced only by a complete one. Of the run's `settings` the model remembers
     those that it takes to score it again, and of the data set, whose path is nobody else's
@@ -501,10 +501,8 @@ def saved_thresholds(trained: dict, task: Task, *, name: str) -> tuple[float, ..
 def load_saved(
     name: str, runtime: Runtime, *, cache_dir: str | None, revision: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict]:
-    """Return a classifier with the head that it was saved with, on its device, its
-    tokenizer, and its `saved_settings`.
-
-    Raises UserError when it was never trained to classify.
+    """Return a classifier with the head that it was saved with, on its device, its tokenizer, and its
+    `saved_settings`. Raises UserError when it was never trained to classify.
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -548,9 +546,7 @@ def load_to_predict(
 
 
 def _is_sound(model: bert.BertClassifier) -> bool:
-    """Tell whether a model's outputs have names, and nothing contradicts them;
-    else `load_saved` says what is wrong.
-    """
+    """Tell whether a model's outputs have names that nothing contradicts; else `load_saved` says why."""
     settings = model.config.settings
     numbers = {name: number for number, name in enumerate(model.class_names)}
     return (
@@ -563,9 +559,7 @@ def _is_sound(model: bert.BertClassifier) -> bool:
 
 
 def check_classes(config: PreTrainedConfig, *, name: str) -> None:
-    """Raise UserError unless a saved model tells the names of its classes, labels
-    or numbers without a contradiction.
-    """
+    """Raise UserError unless a saved model names its classes, labels or numbers without contradiction."""
     if saved_kind(config) == SINGLE and config.num_labels == 1:
         raise UserError(
             f"--model {name}: it has only one class, so it can't tell anything; name another model"

@@ -18,6 +18,7 @@ import numpy as np
 from common import reading
 from common.errors import Fault, UserError, quoted, shorten
 from common.sources import INVISIBLE, is_blank
+from common.training.duplicates import duplicate_lines
 from common.training.labels import (
     DECIMAL,
     FLAGS,
@@ -103,17 +104,14 @@ def has_labels(rows: datasets.Dataset, labels: LabelConfig) -> bool:
     for column in present:
         if reading.kind(rows, column) in LISTS:
             return any(cell is not None for cell in rows[column][:])
-        if any(
-            not (value is None or is_blank(value) or value == "-1") for value in cells_as_names(rows, column)
-        ):
+        values = cells_as_names(rows, column)
+        if any(not (value is None or is_blank(value) or value == "-1") for value in values):
             return True
     return False
 
 
 def _kind(rows: datasets.Dataset, labels: LabelConfig) -> Kind:
-    """Return the task of labels some of which may be wrong: that of those
-    that are alike in nearly all rows.
-    """
+    """Return the task of labels some of which may be wrong: that which fits nearly all rows."""
     kinds = [reading.kind(rows, column) for column in labels.columns]
     if labels.task != "auto" or any(kind in LISTS for kind in kinds):
         return find_kind(rows, labels)
@@ -311,8 +309,6 @@ def near_equal_names(names: Sequence[str]) -> list[list[str]]:
 
 def describe(splits: Splits) -> str:
     """Return what else to know of labelled splits: alike texts, contradictions, rare classes."""
-    from common.training.duplicates import duplicate_lines
-
     task = task_of_rows(splits["train"])
     lines = []
     for names in near_equal_names(task.names):

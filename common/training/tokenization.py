@@ -54,32 +54,6 @@ class TokenConfig:
         return self.max_length if split == "train" else self.eval_max_length
 
 
-def describe_marks(
-    splits: Splits, tokenizer: PreTrainedTokenizerBase | Tokenizer, tokens: TokenConfig
-) -> str:
-    """Return a line on the texts that hold tokens with which the tokenizer marks beginnings, ends
-    and padding, and what becomes of these; "" if there are none.
-    """
-    marks = [token for role, token in tokenizer.special_tokens_map.items() if role in MARKS]
-    occurrences = [
-        (split, row, mark)
-        for split, rows in splits.items()
-        for column in ("text", "text_pair")
-        if column in rows.column_names
-        for row, text in zip(rows["row"][:], rows[column][:])
-        for mark in marks
-        if mark in text
-    ]
-    if not occurrences:
-        return ""
-    count, (split, row, mark) = len({place[:2] for place in occurrences}), occurrences[0]
-    texts = "1 text holds a mark" if count == 1 else f"{count:,} texts hold marks"
-    becomes = "it is read as that"
-    if tokens.hides_special:
-        becomes = "the unknown token is read in its place"
-    return f"{texts} of the tokenizer, as {quoted(mark)} in {split} row {row}: {becomes}"
-
-
 def cut_chunks(num_tokens: int, size: int, truncation: str) -> list[np.ndarray]:
     """Return the chunks of a text of `num_tokens` tokens as arrays of at most `size` positions.
 
@@ -225,7 +199,8 @@ def tokenize(
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "tokenized"
     folder.mkdir(parents=True, exist_ok=True)
     cached = folder / f"{key}-{FORMAT}-{datasets.__version__}.arrow"
-    _remove_if_damaged(cached)
+    proof = cached.with_suffix(".sha256")
+    _remove_if_damaged(cached, proof)
     tokenized: Any = rows.map(
         lambda batch: encode(
             batch["text"],
@@ -240,8 +215,8 @@ def tokenize(
         cache_file_name=str(cached),
         new_fingerprint=key[:16],  # as long as those of `datasets`
     )
-    if not _proof_of(cached).exists():
-        replace_file(_proof_of(cached), f"{sha256(cached)}\n")
+    if not proof.exists():
+        replace_file(proof, f"{sha256(cached)}\n")
     return tokenized
 
 
@@ -257,17 +232,13 @@ def _sha256_of_rows(rows: datasets.Dataset, what_is_done: str) -> str:
     return digest.hexdigest()
 
 
-def _proof_of(cached: Path) -> Path:
-    return cached.with_suffix(".sha256")
-
-
-def _remove_if_damaged(cached: Path) -> None:
+def _remove_if_damaged(cached: Path, proof: Path) -> None:
     """Remove a cached file that is not what was written, and say so: Arrow maps it unchecked."""
-    proof = _proof_of(cached)
-    if cached.exists() and proof.exists() and proof.read_bytes() != f"{sha256(cached)}\n".encode():
+    is_whole = cached.exists() and proof.exists()  # a kill can come between the two
+    if is_whole and proof.read_bytes() != f"{sha256(cached)}\n".encode():
         note(f"{cached}: this cached file is damaged; the texts are tokenised again")
-        cached.unlink()
-    if not (cached.exists() and proof.exists()):  # or a kill came between the two
+        is_whole = False
+    if not is_whole:
         cached.unlink(missing_ok=True)
         proof.unlink(missing_ok=True)
 
@@ -305,3 +276,29 @@ def tokenize_splits(
             )
             for split, rows in splits.items()
         }
+
+
+def describe_marks(
+    splits: Splits, tokenizer: PreTrainedTokenizerBase | Tokenizer, tokens: TokenConfig
+) -> str:
+    """Return a line on the texts that hold tokens with which the tokenizer marks beginnings, ends
+    and padding, and what becomes of these; "" if there are none.
+    """
+    marks = [token for role, token in tokenizer.special_tokens_map.items() if role in MARKS]
+    occurrences = [
+        (split, row, mark)
+        for split, rows in splits.items()
+        for column in ("text", "text_pair")
+        if column in rows.column_names
+        for row, text in zip(rows["row"][:], rows[column][:])
+        for mark in marks
+        if mark in text
+    ]
+    if not occurrences:
+        return ""
+    count, (split, row, mark) = len({place[:2] for place in occurrences}), occurrences[0]
+    texts = "1 text holds a mark" if count == 1 else f"{count:,} texts hold marks"
+    becomes = "it is read as that"
+    if tokens.hides_special:
+        becomes = "the unknown token is read in its place"
+    return f"{texts} of the tokenizer, as {quoted(mark)} in {split} row {row}: {becomes}"
