@@ -61,10 +61,11 @@ import torch
 from tqdm import tqdm
 
 from common import reading
-from common.generation import beams, fast_sampling, language_model, sampling
+from common.generation import beams, language_model, sampling
 from common.generation.beams import Beams
 from common.generation.completion import Completion, Options, Prompt, Run, Stopwatch
 from common.generation.decoding import Batch, PromptLookup, Step, fetch_ids, prefill, step
+from common.generation.fast_sampling import make_sampler  # the plain version: sampling.make_sampler
 from common.generation.language_model import LanguageModel, Loading
 from common.generation.sampling import Constraint, Sampler, Settings
 from common.runtime import Runtime, free_memory_bytes, start_runtime, stop_runtime
@@ -93,26 +94,6 @@ def decode(model: LanguageModel, batch: Batch, sampler: Sampler, settings: Setti
         logits = step(model, batch, tokens)  # (B, V)
 
 
-def make_sampler(options: Options, batch: Batch, rows: list[Completion], seed: int) -> Sampler:
-    """Return the sampler that the options name, for a batch before its prefill."""
-    draws = fast_sampling  # the plain version is `draws = sampling`
-    settings, length, starts = options.settings, batch.length, batch.starts
-    if options.sampler == "exact":
-        return sampling.exact_sampler(
-            settings, prompt_length=length, starts=starts, seed=seed, draw=draws.draw_exactly
-        )
-    names = [(row.prompt.number, row.sample) for row in rows]
-    uniforms = sampling.row_uniforms(options.seed, names, settings.max_new_tokens)
-    return sampling.independent_sampler(
-        settings,
-        prompt_length=length,
-        starts=starts,
-        uniforms=uniforms.to(batch.ids.device),
-        coins=sampling.xtc_coins(settings, options.seed, names),
-        draw=draws.draw_independently,
-    )
-
-
 def complete(run: Run, rows: list[Completion], batch: Batch | None = None, *, seed: int) -> Iterator[str]:
     """Generate the texts of completions; yield what each token adds to the first text, to show it.
 
@@ -131,7 +112,8 @@ def complete(run: Run, rows: list[Completion], batch: Batch | None = None, *, se
     if lookup:
         steps = lookup.decode(run.language_model, batch, settings)
     else:
-        sampler = make_sampler(options, batch, rows, seed)
+        seeds, starts = run.sampler_seed(rows, seed), batch.starts
+        sampler = make_sampler(settings, prompt_length=batch.length, starts=starts, seed=seeds)
         steps = decode(run.language_model, batch, sampler, settings)
     stopwatch = Stopwatch(batch)
     num_shown = 0  # characters of the first text that have been yielded
@@ -310,12 +292,11 @@ def explain_tokens(args: argparse.Namespace) -> None:
 
     run, prompts, _, _ = load_all(args)
     rows, settings = run.rows(prompts), run.options.settings
-    batch = run.left_pad(rows)
-    sampler = make_sampler(run.options, batch, rows, args.seed)
-    coins = sampling.xtc_coins(settings, args.seed, [(0, 0)])  # the same for both samplers
+    batch, seed = run.left_pad(rows), run.sampler_seed(rows, args.seed)
+    sampler = make_sampler(settings, prompt_length=batch.length, starts=batch.starts, seed=seed)
+    filters = explain.all_filters(settings, prompt_length=batch.length, seed=seed)
     for current in decode(run.language_model, batch, sampler, settings):
-        strikes = None if coins is None else coins[:, len(rows[0].token_ids)]
-        print(explain.step_table(current, batch.tokens, settings, rows[0], strikes), flush=True)
+        print(explain.step_table(current, batch.tokens, filters, rows[0]), flush=True)
         run.add_step(rows, current, batch)
     rows[0].finish()
     print(rows[0].text)

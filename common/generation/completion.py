@@ -328,6 +328,14 @@ class Run:
             cache=cache,
         )
 
+    def sampler_seed(self, rows: list[Completion], batch_seed: int) -> int | list[str]:
+        """Return the seed for `make_sampler`: the batch's for the exact sampler, a name of each text
+        for the independent one.
+        """
+        if self.options.sampler == "exact":
+            return batch_seed
+        return [f"{self.options.seed}/{row.prompt.number}/{row.sample}" for row in rows]
+
     def add_step(self, rows: list[Completion], step: Step, batch: Batch) -> None:
         """Add one token to each text that has not ended, and end the rows that end with it."""
         row_logprobs = None

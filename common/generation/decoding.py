@@ -241,7 +241,7 @@ class PromptLookup:
     @torch.inference_mode()
     def decode(self, language_model: LanguageModel, batch: Batch, settings: Settings) -> Iterator[Step]:
         """Yield one Step per token, like `generate.decode` with greedy sampling, for one row."""
-        sampler = sampling.greedy_sampler(settings, prompt_length=batch.length)
+        sampler = sampling.make_sampler(settings, prompt_length=batch.length, starts=batch.starts, seed=0)
         history = TokenHistory(batch.tokens[0].tolist())
         # a sliding window must not forget what a wrong guess has pushed out
         batch.cache.activate_past_recording()

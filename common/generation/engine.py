@@ -22,9 +22,10 @@ from torch import Tensor
 
 from common.cli import fault_of_system
 from common.errors import UserError
-from common.generation import decoding, fast_sampling, sampling
+from common.generation import decoding
 from common.generation.completion import Completion, Run, logprobs
 from common.generation.decoding import Batch, Step
+from common.generation.fast_sampling import make_sampler  # the plain version: sampling.make_sampler
 from common.generation.language_model import LanguageModel
 from common.generation.protocol import ApiError
 from common.generation.sampling import Sampler, Settings
@@ -77,13 +78,8 @@ class Job:
         """Return a sampler that draws this text as if it were alone: from its own settings, random
         numbers and tokens, without padding.
         """
-        return sampling.exact_sampler(
-            self.settings,
-            prompt_length=len(self.row.prompt.ids),
-            starts=torch.zeros(1, dtype=torch.long, device=device),
-            seed=self.seed,
-            draw=fast_sampling.draw_exactly,
-        )
+        starts, length = torch.zeros(1, dtype=torch.long, device=device), len(self.row.prompt.ids)
+        return make_sampler(self.settings, prompt_length=length, starts=starts, seed=self.seed)
 
     def add(self, step: Step, index: int, language_model: LanguageModel) -> bool:
         """Add the token of a row of a step; return whether the text has ended with it."""

@@ -17,7 +17,7 @@ from common.generation import decoding, sampling
 from common.generation.completion import Completion, Options, Prompt
 from common.generation.decoding import Step
 from common.generation.language_model import LanguageModel
-from common.generation.sampling import Settings
+from common.generation.sampling import Filter, Settings
 
 if TYPE_CHECKING:  # importing it takes seconds
     from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
@@ -101,16 +101,11 @@ def library_processors(
         constraint=settings.constraint,
     )
     filters = sampling.history_filters(own, prompt_length=prompt_length, starts=None, padding_is_text=True)
-    coins = sampling.xtc_coins(settings, seed, [(row, 0) for row in range(num_rows)])
+    if own_filters(settings):
+        filters += sampling.distribution_filters(settings, sampling.name_rows(seed, num_rows))
 
     def apply(ids: Tensor, logits: Tensor) -> Tensor:
-        logits = sampling.apply_filters(filters, logits, ids)
-        if own_filters(settings):
-            step = ids.shape[-1] - prompt_length
-            strikes = None if coins is None else coins[:, step].to(logits.device)
-            shaping = sampling.distribution_filters(settings, strikes)
-            logits = sampling.apply_filters(shaping, logits, ids)
-        return logits
+        return sampling.apply_filters(filters, logits, ids)
 
     return LogitsProcessorList([apply])  # pyrefly: ignore[bad-argument-type]  (a function will do)
 
@@ -252,27 +247,28 @@ class Stage:
     probabilities: Tensor  # (V)
 
 
-def stages(
-    logits: Tensor, ids: Tensor, settings: Settings, *, prompt_length: int, strikes: Tensor | None = None
-) -> list[Stage]:
-    """Return the model's own distribution and the one after each filter, for one text: logits
-    (1, V), tokens so far (1, T); whether XTC strikes (1).
-    """
+def all_filters(settings: Settings, *, prompt_length: int, seed: int | list[str]) -> list[Filter]:
+    """Return all filters of one text, with the random numbers of a sampler of this seed."""
     filters = sampling.history_filters(
         settings, prompt_length=prompt_length, starts=None, padding_is_text=True
     )
+    return filters + sampling.distribution_filters(settings, sampling.name_rows(seed, 1))
+
+
+def stages(logits: Tensor, ids: Tensor, filters: list[Filter]) -> list[Stage]:
+    """Return the model's own distribution and the one after each filter, for the next token of one
+    text: logits (1, V), tokens so far (1, T).
+    """
     result = [Stage("model", logits[0].softmax(-1))]
-    for stage in [*filters, *sampling.distribution_filters(settings, strikes)]:
+    for stage in filters:
         logits = stage.apply(logits, ids)
         result.append(Stage(stage.name, logits[0].softmax(-1)))
     return result
 
 
-def step_table(step: Step, ids: Tensor, settings: Settings, row: Completion, strikes: Tensor | None) -> str:
-    """Return the table of a row's next token; `ids` (1, T) are the tokens before it, `strikes` (1)
-    tells whether XTC strikes.
-    """
-    shown = stages(step.logits, ids, settings, prompt_length=len(row.prompt.ids), strikes=strikes)
+def step_table(step: Step, ids: Tensor, filters: list[Filter], row: Completion) -> str:
+    """Return the table of a row's next token; `ids` (1, T) are the tokens before it."""
+    shown = stages(step.logits, ids, filters)
     number = len(row.token_ids) + 1
     return token_table(number, step.tokens[0], shown, row.stream.tokenizer)
 

@@ -13,7 +13,7 @@ This is the plain version, and the oracle of the tests for its faster twin, fast
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 
 class Constraint(Protocol):
-    """A form that texts must have; constraints.py has two."""
+    """What texts must be, such as one of several choices; constraints.py has two kinds."""
 
     @property
     def name(self) -> str:
@@ -30,7 +30,7 @@ class Constraint(Protocol):
         ...
 
     def start(self) -> Callable[[list[int]], Tensor]:
-        """Return what tells, for the new tokens of one text, which tokens (V) may follow them."""
+        """Return a function for one text: its new tokens -> a mask (V) of the tokens that may follow."""
         ...
 
 
@@ -56,7 +56,7 @@ class Settings:
     frequency_penalty: float = 0.0
     no_repeat_ngram_size: int = 0
     logit_bias: tuple[tuple[int, float], ...] = ()  # (id, what is added to its logit)
-    banned: tuple[tuple[int, ...], ...] = ()  # runs of ids that no text may contain
+    banned: tuple[tuple[int, ...], ...] = ()  # sequences of ids that no text may contain
     end_ids: tuple[int, ...] = ()
     constraint: Constraint | None = None
 
@@ -166,16 +166,16 @@ def keep_top_n_sigma(logits: Tensor, n: float) -> Tensor:
     return logits.masked_fill(logits < logits.amax(-1, keepdim=True) - n * sigma, -torch.inf)
 
 
-def exclude_top_choices(logits: Tensor, threshold: float, strikes: Tensor) -> Tensor:
+def exclude_top_choices(logits: Tensor, threshold: float, active: Tensor) -> Tensor:
     """Remove all tokens that are at least `threshold` likely, but for the least likely of them: XTC
-    (exclude top choices, p-e-w 2024). Only in the rows where it strikes, `strikes` (B).
+    (exclude top choices, p-e-w 2024). Applied to the rows where `active` (B) is True.
 
     So a text leaves the beaten track where there are several good ways to go on, and only there.
     """
     probabilities = logits.softmax(-1)
     likely = probabilities.masked_fill(probabilities < threshold, torch.inf)
     least = likely.amin(-1, keepdim=True)  # (B, 1), infinity where no token is likely enough
-    return logits.masked_fill((probabilities > least) & strikes[:, None], -torch.inf)
+    return logits.masked_fill((probabilities > least) & active[:, None], -torch.inf)
 
 
 # --- Filters that depend on the tokens so far, used when sampling and in greedy decoding
@@ -220,10 +220,10 @@ def forbid_repeated_ngrams(logits: Tensor, ids: Tensor, size: int, starts: Tenso
     return logits.masked_fill(removed[:, :vocabulary], -torch.inf)
 
 
-def forbid_runs(logits: Tensor, ids: Tensor, runs: tuple[tuple[int, ...], ...]) -> Tensor:
-    """Forbid each token that would complete one of some runs of tokens, such as those of a word."""
+def forbid_sequences(logits: Tensor, ids: Tensor, sequences: tuple[tuple[int, ...], ...]) -> Tensor:
+    """Forbid each token that would complete one of some sequences of tokens, such as a word's."""
     removed = torch.zeros_like(logits, dtype=torch.bool)
-    for *before, last in runs:
+    for *before, last in sequences:
         if len(before) > ids.shape[-1]:
             continue
         start = torch.tensor(before, dtype=torch.long, device=ids.device)
@@ -242,13 +242,13 @@ def penalize_presence(logits: Tensor, new_ids: Tensor, presence: float, frequenc
     return logits - frequency * counts - presence * (counts > 0)
 
 
-def keep_allowed(logits: Tensor, new_ids: Tensor, walks: list[Callable[[list[int]], Tensor]]) -> Tensor:
-    """Keep the tokens that a constraint lets follow the new tokens (B, N); each row has a walk."""
-    allowed = torch.stack([walk(new) for walk, new in zip(walks, new_ids.tolist())])  # (B, V)
+def keep_allowed(logits: Tensor, new_ids: Tensor, matchers: list[Callable[[list[int]], Tensor]]) -> Tensor:
+    """Keep the tokens that a constraint lets follow the new tokens (B, N); each row has a matcher."""
+    allowed = torch.stack([match(new) for match, new in zip(matchers, new_ids.tolist())])  # (B, V)
     return logits.masked_fill(~allowed.to(logits.device), -torch.inf)
 
 
-def forbid(logits: Tensor, ids: tuple[int, ...]) -> Tensor:
+def forbid_tokens(logits: Tensor, ids: tuple[int, ...]) -> Tensor:
     """Forbid the given tokens: the end ids, while a text is shorter than its minimum."""
     columns = torch.tensor(ids, dtype=torch.long, device=logits.device)
     return logits.index_fill(-1, columns, -torch.inf)
@@ -267,76 +267,92 @@ def history_filters(
     minimum, end_ids = settings.min_new_tokens, settings.end_ids
     presence, frequency = settings.presence_penalty, settings.frequency_penalty
     # not the end tokens: a text must be able to end
-    banned = tuple(run for run in settings.banned if len(run) > 1 or run[0] not in end_ids)
+    banned = tuple(ids for ids in settings.banned if len(ids) > 1 or ids[0] not in end_ids)
     ngram_starts = None if padding_is_text else starts
+    filters: list[Filter] = []
+
+    def add(name: str, apply: Callable[[Tensor, Tensor], Tensor]) -> None:
+        filters.append(Filter(name, apply))
 
     def forbid_early_end(logits: Tensor, ids: Tensor) -> Tensor:
-        return forbid(logits, end_ids) if ids.shape[-1] - prompt_length < minimum else logits
+        return forbid_tokens(logits, end_ids) if ids.shape[-1] - prompt_length < minimum else logits
 
-    all_filters = (  # name, function of logits and ids, whether it does anything
-        ("logit bias", lambda logits, _: add_bias(logits, settings.logit_bias), settings.logit_bias),
-        (
-            f"repetition penalty {penalty:g}",
-            lambda logits, ids: penalize_repetition(logits, ids, penalty, starts),
-            penalty != 1.0,
-        ),
-        (
-            f"no repeated {size}-gram",
-            lambda logits, ids: forbid_repeated_ngrams(logits, ids, size, ngram_starts),
-            size > 0,
-        ),
-        ("banned words", lambda logits, ids: forbid_runs(logits, ids, banned), banned),
-        (f"min {minimum} new tokens", forbid_early_end, minimum > 0 and end_ids),
-        (
-            f"presence {presence:g}, frequency {frequency:g}",
-            lambda logits, ids: penalize_presence(logits, ids[:, prompt_length:], presence, frequency),
-            presence or frequency,
-        ),
-    )
-    filters = [Filter(name, function) for name, function, is_on in all_filters if is_on]
+    def penalize_new(logits: Tensor, ids: Tensor) -> Tensor:
+        return penalize_presence(logits, ids[:, prompt_length:], presence, frequency)
+
+    if settings.logit_bias:
+        add("logit bias", lambda logits, _: add_bias(logits, settings.logit_bias))
+    if penalty != 1.0:
+        name = f"repetition penalty {penalty:g}"
+        add(name, lambda logits, ids: penalize_repetition(logits, ids, penalty, starts))
+    if size > 0:
+        name = f"no repeated {size}-gram"
+        add(name, lambda logits, ids: forbid_repeated_ngrams(logits, ids, size, ngram_starts))
+    if banned:
+        add("banned words", lambda logits, ids: forbid_sequences(logits, ids, banned))
+    if minimum > 0 and end_ids:
+        add(f"min {minimum} new tokens", forbid_early_end)
+    if presence or frequency:
+        add(f"presence {presence:g}, frequency {frequency:g}", penalize_new)
     if settings.constraint is not None:
         filters.append(constraint_filter(settings.constraint, prompt_length))
     return filters
 
 
 def constraint_filter(constraint: Constraint, prompt_length: int) -> Filter:
-    """Return the filter that keeps new tokens to a form; it remembers how far each row has come."""
-    walks: list[Callable[[list[int]], Tensor]] = []
+    """Return the filter that keeps new tokens to a constraint; it remembers how far each row has
+    come.
+    """
+    matchers: list[Callable[[list[int]], Tensor]] = []
 
-    def keep_to_form(logits: Tensor, ids: Tensor) -> Tensor:
-        walks.extend(constraint.start() for _ in range(len(walks), len(logits)))
-        return keep_allowed(logits, ids[:, prompt_length:], walks)
+    def keep_to_constraint(logits: Tensor, ids: Tensor) -> Tensor:
+        matchers.extend(constraint.start() for _ in range(len(matchers), len(logits)))
+        return keep_allowed(logits, ids[:, prompt_length:], matchers)
 
-    return Filter(constraint.name, keep_to_form)
+    return Filter(constraint.name, keep_to_constraint)
 
 
-def distribution_filters(settings: Settings, strikes: Tensor | None = None) -> list[Filter]:
+def distribution_filters(settings: Settings, row_names: Sequence[str] = ()) -> list[Filter]:
     """Return the filters that shape the distribution to draw from, in order; none when greedy.
 
-    `strikes` (B) are the rows in which XTC strikes; None: in none.
+    `row_names` (B), from `name_rows`, are needed for XTC's random numbers alone.
     """
+    filters: list[Filter] = []
+
+    def add(name: str, function: Callable[..., Tensor], value: float) -> None:
+        filters.append(Filter(f"{name} {value:g}", lambda logits, _: function(logits, value)))
+
     if not settings.sample:
         return []
-
-    def make_filter(name: str, function: Callable[..., Tensor], value: float) -> Filter:
-        return Filter(f"{name} {value:g}", lambda logits, ids: function(logits, value))
-
-    all_filters = (  # name, function, its parameter, whether it does anything
-        ("top-n-sigma", keep_top_n_sigma, settings.top_n_sigma, settings.top_n_sigma > 0),
-        ("temperature", scale_by_temperature, settings.temperature, settings.temperature != 1.0),
-        ("top-k", keep_top_k, settings.top_k, settings.top_k > 0),
-        ("top-p", keep_top_p, settings.top_p, settings.top_p < 1.0),
-        ("min-p", keep_min_p, settings.min_p, settings.min_p > 0),
-        ("typical", keep_typical, settings.typical_p, settings.typical_p < 1.0),
-        ("epsilon", keep_above_epsilon, settings.epsilon_cutoff, settings.epsilon_cutoff > 0),
-        ("eta", keep_above_eta, settings.eta_cutoff, settings.eta_cutoff > 0),
-    )
-    filters = [make_filter(name, keep, value) for name, keep, value, is_on in all_filters if is_on]
-    if strikes is not None:
-        threshold, rows = settings.xtc_threshold, strikes
-        name = f"XTC {threshold:g}"
-        filters.append(Filter(name, lambda logits, ids: exclude_top_choices(logits, threshold, rows)))
+    if settings.top_n_sigma > 0:
+        add("top-n-sigma", keep_top_n_sigma, settings.top_n_sigma)
+    if settings.temperature != 1.0:
+        add("temperature", scale_by_temperature, settings.temperature)
+    if settings.top_k > 0:
+        add("top-k", keep_top_k, settings.top_k)
+    if settings.top_p < 1.0:
+        add("top-p", keep_top_p, settings.top_p)
+    if settings.min_p > 0:
+        add("min-p", keep_min_p, settings.min_p)
+    if settings.typical_p < 1.0:
+        add("typical", keep_typical, settings.typical_p)
+    if settings.epsilon_cutoff > 0:
+        add("epsilon", keep_above_epsilon, settings.epsilon_cutoff)
+    if settings.eta_cutoff > 0:
+        add("eta", keep_above_eta, settings.eta_cutoff)
+    if settings.xtc_probability > 0:
+        filters.append(xtc_filter(settings, row_names))
     return filters
+
+
+def xtc_filter(settings: Settings, row_names: Sequence[str]) -> Filter:
+    """Return XTC as a filter to be applied once per new token; it keeps its own random numbers."""
+    threshold, steps = settings.xtc_threshold, xtc_steps(settings, row_names)
+
+    def exclude_at_random(logits: Tensor, _: Tensor) -> Tensor:
+        return exclude_top_choices(logits, threshold, next(steps).to(logits.device))
+
+    return Filter(f"XTC {threshold:g}", exclude_at_random)
 
 
 def apply_filters(filters: list[Filter], logits: Tensor, ids: Tensor) -> Tensor:
@@ -349,106 +365,48 @@ def apply_filters(filters: list[Filter], logits: Tensor, ids: Tensor) -> Tensor:
 # --- The draw
 
 
-def distribution(logits: Tensor, settings: Settings, strikes: Tensor | None = None) -> Tensor:
-    """Return the probabilities (B, V) to draw from, after all filters of the distribution.
-
-    `strikes` (B), here and below, are the rows in which XTC strikes.
-    """
-    ids = logits.new_empty((len(logits), 0), dtype=torch.long)  # these filters use none
-    return apply_filters(distribution_filters(settings, strikes), logits, ids).softmax(-1)
-
-
-def draw_exactly(
-    logits: Tensor, settings: Settings, generator: torch.Generator, strikes: Tensor | None = None
-) -> Tensor:
-    """Return the tokens (B) that `generate` draws with a random generator in the same state.
+def draw_exactly(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """Return the tokens (B) that `generate` draws from probabilities (B, V) with a random generator
+    in the same state.
 
     These are the steps of `torch.multinomial` for one draw: divide each probability by a random
     number of the exponential distribution, and take the largest quotient. They use V random
     numbers for each row, also for rows that have ended. (On a GPU, `multinomial` itself would end
     the process over NaN, which `decoding.fetch_ids` reports.)
     """
-    probabilities = distribution(logits, settings, strikes)
     noise = torch.empty_like(probabilities).exponential_(1, generator=generator)
     return (probabilities / noise).argmax(-1)
 
 
-def draw_independently(
-    logits: Tensor, settings: Settings, uniforms: Tensor, strikes: Tensor | None = None
-) -> Tensor:
-    """Return tokens (B) drawn with one uniform random number in [0, 1) for each row (B), fp64."""
-    return invert_cumulative(distribution(logits, settings, strikes), uniforms)
-
-
-def invert_cumulative(probabilities: Tensor, uniforms: Tensor) -> Tensor:
-    """Return for each row the first column (B) whose cumulative probability exceeds its uniform."""
-    cumulative = probabilities.double().cumsum(-1)  # (B, C)
+def draw_independently(probabilities: Tensor, uniforms: Tensor) -> Tensor:
+    """Return tokens (B) drawn from probabilities (B, V) with one uniform random number in [0, 1) for
+    each row (B), fp64: the first token whose cumulative probability exceeds it.
+    """
+    cumulative = probabilities.double().cumsum(-1)  # (B, V)
     # a uniform is at most 1 - 2**-53, so that the product stays below the total, also when rounded
     return (cumulative <= uniforms[:, None] * cumulative[:, -1:]).sum(-1)
 
 
-# --- The samplers
+def make_sampler(settings: Settings, *, prompt_length: int, starts: Tensor, seed: int | list[str]) -> Sampler:
+    """Return the function that chooses each next token, for a batch before its prefill.
 
-
-def greedy_sampler(settings: Settings, *, prompt_length: int) -> Sampler:
-    """Return the sampler that takes the most likely token, for one row without padding."""
-    filters = history_filters(settings, prompt_length=prompt_length, starts=None, padding_is_text=True)
-    return lambda logits, ids: apply_filters(filters, logits, ids).argmax(-1)
-
-
-def exact_sampler(
-    settings: Settings,
-    *,
-    prompt_length: int,
-    starts: Tensor,
-    seed: int,
-    draw: Callable[..., Tensor] = draw_exactly,
-) -> Sampler:
-    """Return the sampler whose tokens are those of `generate` after `torch.manual_seed(seed)`.
-
-    It uses the same filters, sorts and random numbers. `starts` (B) is the column where each row's
-    text begins. `draw` is the plain `draw_exactly` or its fast twin.
+    With a number as seed, the sampler is exact: it uses the filters, sorts and random numbers of
+    `generate` after `torch.manual_seed(seed)`. With a name for each row, it is independent: a row
+    has random numbers of its own, and its text does not depend on the other texts of the batch.
+    `starts` (B) is the column where each row's text begins.
     """
-    filters = history_filters(settings, prompt_length=prompt_length, starts=starts, padding_is_text=True)
-    generator = torch.Generator(starts.device).manual_seed(seed)
-    coins = xtc_coins(settings, seed, [(row, 0) for row in range(len(starts))])
-
-    def sample(logits: Tensor, ids: Tensor) -> Tensor:
-        logits = apply_filters(filters, logits, ids)
-        if not settings.sample:
-            return logits.argmax(-1)
-        step = ids.shape[-1] - prompt_length
-        strikes = None if coins is None else coins[:, step].to(logits.device)
-        return draw(logits, settings, generator, strikes)
-
-    return sample
-
-
-def independent_sampler(
-    settings: Settings,
-    *,
-    prompt_length: int,
-    starts: Tensor,
-    uniforms: Tensor,
-    coins: Tensor | None = None,
-    draw: Callable[..., Tensor] = draw_independently,
-) -> Sampler:
-    """Return the sampler whose texts do not depend on the other texts of the batch.
-
-    `uniforms` (B, max_new_tokens) are each row's own random numbers, from `row_uniforms`, `coins`
-    those of XTC, from `xtc_coins`.
-    """
-    filters = history_filters(settings, prompt_length=prompt_length, starts=starts, padding_is_text=False)
-
-    def sample(logits: Tensor, ids: Tensor) -> Tensor:
-        logits = apply_filters(filters, logits, ids)
-        if not settings.sample:
-            return logits.argmax(-1)
-        step = ids.shape[-1] - prompt_length
-        strikes = None if coins is None else coins[:, step].to(logits.device)
-        return draw(logits, settings, uniforms[:, step], strikes)
-
-    return sample
+    is_exact, names = isinstance(seed, int), name_rows(seed, len(starts))
+    filters = history_filters(settings, prompt_length=prompt_length, starts=starts, padding_is_text=is_exact)
+    if not settings.sample:
+        return lambda logits, ids: apply_filters(filters, logits, ids).argmax(-1)
+    filters += distribution_filters(settings, names)
+    if isinstance(seed, int):
+        generator = torch.Generator(starts.device).manual_seed(seed)
+        return lambda logits, ids: draw_exactly(apply_filters(filters, logits, ids).softmax(-1), generator)
+    uniforms = uniform_steps(settings, names, starts.device)
+    return lambda logits, ids: draw_independently(
+        apply_filters(filters, logits, ids).softmax(-1), next(uniforms)
+    )
 
 
 # --- Seeds
@@ -466,26 +424,32 @@ def batch_seed(seed: int, number: int) -> int:
     return int.from_bytes(digest[:4])
 
 
-def row_uniforms(seed: int, rows: list[tuple[int, int]], count: int, *, purpose: str = "") -> Tensor:
-    """Return uniform random numbers (rows, count) in fp64, for the independent sampler.
+def name_rows(seed: int | list[str], num_rows: int) -> list[str]:
+    """Return the names of a batch's rows, from which their own random numbers come."""
+    return [f"{seed}/{row}/0" for row in range(num_rows)] if isinstance(seed, int) else seed
 
-    Each row is named by (prompt, sample) and has a generator of its own, another for each purpose.
+
+def row_uniforms(names: Sequence[str], count: int, *, purpose: str = "") -> Tensor:
+    """Return uniform random numbers in [0, 1), (rows, count) in fp64; each row has a generator of its
+    own, which its name seeds, and another one for each purpose.
     """
     uniforms = []
-    for prompt, sample in rows:
-        digest = hashlib.sha256(f"{purpose}{seed}/{prompt}/{sample}".encode()).digest()
+    for name in names:
+        digest = hashlib.sha256(f"{purpose}{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
         uniforms.append(torch.rand(count, generator=generator, dtype=torch.float64))
     return torch.stack(uniforms)
 
 
-def xtc_coins(settings: Settings, seed: int, rows: list[tuple[int, int]]) -> Tensor | None:
-    """Return whether XTC strikes, for each row and new token (rows, max_new_tokens); None without
-    XTC.
+def uniform_steps(settings: Settings, names: Sequence[str], device: torch.device) -> Iterator[Tensor]:
+    """Yield the random numbers (B) of the independent draw, for each new token."""
+    yield from row_uniforms(names, settings.max_new_tokens).to(device).unbind(1)
+
+
+def xtc_steps(settings: Settings, names: Sequence[str]) -> Iterator[Tensor]:
+    """Yield the rows (B) in which XTC is active, for each new token.
 
     Its random numbers are its own, so that it takes none of those of `generate`.
     """
-    if not settings.sample or settings.xtc_probability == 0:
-        return None
-    uniforms = row_uniforms(seed, rows, settings.max_new_tokens, purpose="XTC ")
-    return uniforms < settings.xtc_probability
+    uniforms = row_uniforms(names, settings.max_new_tokens, purpose="XTC ")
+    yield from (uniforms < settings.xtc_probability).unbind(1)

@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 
 import generate
 from common.errors import UserError
-from common.generation import decoding, explain, sampling
+from common.generation import decoding, explain, fast_sampling, sampling
 from common.generation.beams import Beams
 from common.generation.completion import Completion, Options, Prompt, Run, TextStream
 from common.generation.decoding import Batch, PromptLookup, TokenHistory
@@ -81,25 +81,25 @@ def ours(
 
 
 def exact(seed: int) -> Callable[[Settings, Batch], Sampler]:
-    """Return the exact sampler of the script, with the fast draw."""
-    return lambda settings, batch: generate.make_sampler(Options(settings), batch, [], seed)
+    """Return the exact sampler of the script, the fast one."""
+    return lambda settings, batch: fast_sampling.make_sampler(
+        settings, prompt_length=batch.length, starts=batch.starts, seed=seed
+    )
 
 
 def plain(seed: int) -> Callable[[Settings, Batch], Sampler]:
-    """Return the exact sampler with the plain draw."""
-    return lambda settings, batch: sampling.exact_sampler(
+    """Return the plain exact sampler."""
+    return lambda settings, batch: sampling.make_sampler(
         settings, prompt_length=batch.length, starts=batch.starts, seed=seed
     )
 
 
 def independent(*numbers: int) -> Callable[[Settings, Batch], Sampler]:
     """Return the independent sampler of the script for the prompts of these numbers, seed 3."""
-    rows = [Completion(Prompt(number, "", []), 0, TextStream(train_byte_bpe())) for number in numbers]
-
-    def sampler_of(settings: Settings, batch: Batch) -> Sampler:
-        return generate.make_sampler(Options(settings, seed=3, sampler="independent"), batch, rows, 0)
-
-    return sampler_of
+    names = [f"3/{number}/0" for number in numbers]
+    return lambda settings, batch: fast_sampling.make_sampler(
+        settings, prompt_length=batch.length, starts=batch.starts, seed=names
+    )
 
 
 def library(

@@ -2,13 +2,16 @@
 probabilities.
 """
 
+import dataclasses
+from types import ModuleType
+
 import pytest
 import scipy.stats
 import torch
 from transformers.generation import logits_process as library
 
 from common.generation import fast_sampling, sampling
-from common.generation.sampling import Settings
+from common.generation.sampling import Sampler, Settings
 from conftest import heavy
 
 INFINITY = float("inf")
@@ -83,9 +86,15 @@ def synthetic_rows(number: int, rows: int) -> torch.Tensor:
     return logits.bfloat16().float()
 
 
-def seeded(seed: int, count: int) -> list[torch.Generator]:
-    """Return generators in the same state."""
-    return [torch.Generator().manual_seed(seed) for _ in range(count)]
+def make(draws: ModuleType, settings: Settings, num_rows: int, seed: int | list[str]) -> Sampler:
+    """Return the plain or the fast sampler of a batch without padding, after prompts of one token."""
+    starts = torch.zeros(num_rows, dtype=torch.long)
+    return draws.make_sampler(settings, prompt_length=1, starts=starts, seed=seed)
+
+
+def ids_of(num_rows: int) -> torch.Tensor:
+    """Return the tokens so far, of which these filters need none."""
+    return torch.zeros(num_rows, 1, dtype=torch.long)
 
 
 @pytest.mark.parametrize(
@@ -93,22 +102,20 @@ def seeded(seed: int, count: int) -> list[torch.Generator]:
 )
 def test_the_exact_draws_take_the_librarys_tokens(name, num_batches):
     """360 rows a setting, 5,400 in all, with ties at top-k's border and at top-p's; most take the
-    short way, some have to take the whole one. The plain draw is checked on every third batch.
+    short way, some have to take the whole one.
     """
-    settings, certain = Settings(sample=True, **EXACT[name]), []
-    fast, plain, library_generator = seeded(1, 3)
+    settings, certain, ids = Settings(sample=True, **EXACT[name]), [], ids_of(20)
+    fast, plain = (make(draws, settings, 20, seed=1) for draws in (fast_sampling, sampling))
+    library_generator = torch.Generator().manual_seed(1)
     for number in range(num_batches):
         logits = synthetic_rows(number, 20)
-        bits = fast_sampling.random_bits(logits.shape, torch.Generator().set_state(fast.get_state()))
-        drawn = fast_sampling.draw_among_candidates(logits, settings, bits)
-        certain += [token is not None for token in drawn]
-        plain.set_state(fast.get_state())
+        state = torch.Generator().set_state(library_generator.get_state())
+        bits = fast_sampling.random_bits(logits.shape, state)
+        drawn = fast_sampling.draw_exactly(logits, settings, bits)
+        certain += (drawn != fast_sampling.UNDECIDED).tolist()
         tokens = draw_as_the_library(logits, settings, library_generator)
-        assert torch.equal(fast_sampling.draw_exactly(logits, settings, fast), tokens), number
-        if number % 3 == 0:
-            assert torch.equal(sampling.draw_exactly(logits, settings, plain), tokens), number
-            assert torch.equal(plain.get_state(), fast.get_state())
-    assert torch.equal(fast.get_state(), library_generator.get_state())
+        assert torch.equal(fast(logits, ids), tokens), number
+        assert torch.equal(plain(logits, ids), tokens), number
     share = sum(certain) / len(certain)
     if name in ("plain", "all and typical", "low top-p", "lowest top-p"):
         assert share == 0
@@ -136,7 +143,7 @@ def test_logits_that_are_not_numbers_are_left_to_the_plain_draw():
     logits[0, 7], logits[1, 8], logits[2] = torch.nan, torch.inf, -torch.inf
     bits = torch.ones(logits.shape, dtype=torch.int64)
     settings = Settings(sample=True, top_k=50)
-    assert fast_sampling.draw_among_candidates(logits, settings, bits) == [None] * 3
+    assert (fast_sampling.draw_exactly(logits, settings, bits) == fast_sampling.UNDECIDED).all()
 
 
 @pytest.mark.parametrize("every", [30, 2])
@@ -146,21 +153,41 @@ def test_ties_at_the_border_of_top_p_are_split_as_the_library_splits_them(every)
     """
     logits = torch.full((200, 300), -9.0)
     logits[:, ::every] = 5.0
-    settings, (fast, plain, library_generator) = Settings(sample=True, top_k=20, top_p=0.55), seeded(2, 3)
-    tokens = draw_as_the_library(logits, settings, library_generator)
-    assert torch.equal(fast_sampling.draw_exactly(logits, settings, fast), tokens)
-    assert torch.equal(sampling.draw_exactly(logits, settings, plain), tokens)
+    settings = Settings(sample=True, top_k=20, top_p=0.55)
+    tokens = draw_as_the_library(logits, settings, torch.Generator().manual_seed(2))
+    for draws in (fast_sampling, sampling):
+        assert torch.equal(make(draws, settings, 200, seed=2)(logits, ids_of(200)), tokens)
     bits = torch.full(logits.shape, 2**52)
-    assert set(fast_sampling.draw_among_candidates(logits, Settings(sample=True, top_k=5), bits)) == {None}
+    drawn = fast_sampling.draw_exactly(logits, Settings(sample=True, top_k=5), bits)
+    assert (drawn == fast_sampling.UNDECIDED).all()
 
 
 def test_where_the_noise_is_unknown_the_plain_draw_is_used(monkeypatch):
     """On a GPU, or if PyTorch ever changes its method."""
     monkeypatch.setattr(fast_sampling, "noise_is_known", lambda device: False)
-    settings, (ours, theirs) = Settings(sample=True, top_k=50, top_p=0.9), seeded(1, 2)
-    logits = synthetic_rows(1, 20)
-    tokens = draw_as_the_library(logits, settings, theirs)
-    assert torch.equal(fast_sampling.draw_exactly(logits, settings, ours), tokens)
+    settings, logits = Settings(sample=True, top_k=50, top_p=0.9), synthetic_rows(1, 20)
+    tokens = draw_as_the_library(logits, settings, torch.Generator().manual_seed(1))
+    assert torch.equal(make(fast_sampling, settings, 20, seed=1)(logits, ids_of(20)), tokens)
+
+
+@pytest.mark.parametrize("flags", [{"top_k": 50}, {"top_p": 0.9, "typical_p": 0.9}], ids=str)
+def test_with_xtc_the_fast_sampler_draws_the_plain_ones_tokens(flags):
+    """Some rows of each step are drawn with XTC, the others among the candidates. Without XTC the
+    tokens are others: it was active.
+    """
+    settings = Settings(sample=True, xtc_probability=0.5, xtc_threshold=0.02, max_new_tokens=6, **flags)
+    without = dataclasses.replace(settings, xtc_probability=0.0)
+    fast, plain, other = (
+        make(draws, options, 20, seed=1)
+        for draws, options in ((fast_sampling, settings), (sampling, settings), (sampling, without))
+    )
+    num_equal = 0
+    for number in range(6):
+        logits = synthetic_rows(number, 20)
+        tokens = plain(logits, ids_of(20))
+        assert torch.equal(fast(logits, ids_of(20)), tokens)
+        num_equal += int((other(logits, ids_of(20)) == tokens).sum())
+    assert 60 <= num_equal < 120
 
 
 DISTRIBUTIONS = {
@@ -181,6 +208,13 @@ DISTRIBUTIONS = {
     "eta and top-k": {"eta_cutoff": 0.01, "top_k": 50},
     "top-n-sigma": {"top_n_sigma": 1.5, "temperature": 0.8, "eta_cutoff": 0.001},
 }
+
+
+def distribution(logits: torch.Tensor, settings: Settings) -> torch.Tensor:
+    """Return the probabilities (B, V) after all filters."""
+    return sampling.apply_filters(sampling.distribution_filters(settings), logits, logits).softmax(-1)
+
+
 MANY_KEPT = [
     DISTRIBUTIONS[name]
     for name in (
@@ -210,7 +244,7 @@ def test_the_fast_independent_draw_has_the_plain_distribution(flags, kind):
         else logits
     )
     options = Settings(sample=True, **flags)
-    exact = sampling.distribution(logits, options)
+    exact = distribution(logits, options)
     found, ids, complete = fast_sampling.candidate_distribution(logits, options)
     full = torch.where(complete[:, None], torch.zeros_like(exact).scatter(-1, ids, found), exact)
     assert complete.all() or kind != "smooth" or flags in MANY_KEPT
@@ -238,46 +272,53 @@ def chi_square(drawn: torch.Tensor, probabilities: torch.Tensor) -> float:
     ).pvalue
 
 
+def draw_independently(
+    draws: ModuleType, logits: torch.Tensor, settings: Settings, uniforms: torch.Tensor, monkeypatch
+) -> torch.Tensor:
+    """Return the tokens (B) of an independent sampler with given random numbers (B)."""
+    monkeypatch.setattr(sampling, "row_uniforms", lambda names, count: uniforms[:, None])
+    return make(draws, settings, len(logits), [""] * len(logits))(logits, ids_of(len(logits)))
+
+
 @pytest.mark.parametrize("draws", [sampling, fast_sampling], ids=["plain", "fast"])
 @pytest.mark.parametrize("sampler", ["exact", "independent"])
 @pytest.mark.parametrize(
     "flags", [{}, heavy({"top_k": 12}), {"top_p": 0.9}, heavy({"temperature": 0.8, "min_p": 0.03})], ids=str
 )
-def test_draws_follow_the_probabilities(draws, sampler, flags):
+def test_draws_follow_the_probabilities(draws, sampler, flags, monkeypatch):
     """200,000 draws by chi-square; the same draws against a temperature that is off by 5 % must
     fail, or the test has no power.
     """
     logits = torch.randn(1, 60, generator=torch.Generator().manual_seed(2)) * 2
-    settings, generator = Settings(sample=True, **flags), torch.Generator().manual_seed(3)
+    settings, many = Settings(sample=True, **flags), logits.expand(DRAWS, -1)
+    probabilities = distribution(logits, settings)
     if sampler == "exact":
-        tokens = sampling.draw_exactly(logits.expand(DRAWS, -1), settings, generator)
+        tokens = make(sampling, settings, DRAWS, seed=3)(many, ids_of(DRAWS))
         if draws is fast_sampling:  # which goes row by row: the first rows, and they must be equal
-            generator = torch.Generator().manual_seed(3)
-            fast = fast_sampling.draw_exactly(logits.expand(5000, -1), settings, generator)
+            fast = make(fast_sampling, settings, 5000, seed=3)(logits.expand(5000, -1), ids_of(5000))
             assert torch.equal(fast, tokens[:5000])
     else:
-        uniforms = torch.rand(DRAWS, dtype=torch.float64, generator=generator)
-        tokens = draws.draw_independently(logits.expand(DRAWS, -1), settings, uniforms)
-    kept = sampling.apply_filters(sampling.distribution_filters(settings), logits, logits)
-    assert chi_square(tokens, kept[0].softmax(-1)) > 1e-3
-    assert chi_square(tokens, (kept[0] / 1.05).softmax(-1)) < 1e-6
+        uniforms = torch.rand(DRAWS, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+        tokens = draw_independently(draws, many, settings, uniforms, monkeypatch)
+    assert chi_square(tokens, probabilities[0]) > 1e-3
+    assert chi_square(tokens, (probabilities[0].log() / 1.05).softmax(-1)) < 1e-6
 
 
 @pytest.mark.parametrize("draws", [sampling, fast_sampling], ids=["plain", "fast"])
-def test_the_independent_draws_never_leave_the_support_at_the_edges(draws):
+def test_the_independent_draws_never_leave_the_support_at_the_edges(draws, monkeypatch):
     logits = torch.tensor([[-INFINITY, 0.0, -INFINITY, 0.0, -INFINITY]]).expand(3, -1)
     edges = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
-    assert draws.draw_independently(logits, Settings(sample=True), edges).tolist() == [1, 3, 3]
+    tokens = draw_independently(draws, logits, Settings(sample=True), edges, monkeypatch)
+    assert tokens.tolist() == [1, 3, 3]
 
 
 def test_random_numbers_of_a_row_do_not_depend_on_its_neighbours():
-    many = sampling.row_uniforms(7, [(0, 0), (0, 1), (5, 0)], 50)
-    assert torch.equal(many[2:], sampling.row_uniforms(7, [(5, 0)], 50)) and torch.equal(
-        many[:, :20], sampling.row_uniforms(7, [(0, 0), (0, 1), (5, 0)], 20)
-    )
-    assert (
-        len({tuple(row) for row in [*many.tolist(), *sampling.row_uniforms(8, [(0, 0)], 50).tolist()]}) == 4
-    )
+    names = ["7/0/0", "7/0/1", "7/5/0"]
+    many = sampling.row_uniforms(names, 50)
+    assert torch.equal(many[2:], sampling.row_uniforms(names[2:], 50))
+    assert torch.equal(many[:, :20], sampling.row_uniforms(names, 20))
+    rows = [*many.tolist(), *sampling.row_uniforms(["8/0/0"], 50).tolist()]
+    assert len(set(map(tuple, rows))) == 4
 
 
 @pytest.mark.parametrize("flags", [{"top_p": 0.9}, {"top_k": 20, "top_p": 0.9}, {"min_p": 0.02}], ids=str)
@@ -287,20 +328,13 @@ def test_a_row_draws_the_same_whatever_its_neighbours_keep(flags):
     """
     logits = torch.randn(40, 3000, generator=torch.Generator().manual_seed(1)) * 3
     logits[::2] *= 0.01
-    uniforms, options = (
-        torch.rand(40, dtype=torch.float64, generator=torch.Generator().manual_seed(2)),
-        Settings(sample=True, **flags),
-    )
-    together = fast_sampling.draw_independently(logits, options, uniforms)
-    assert torch.equal(
-        together,
-        torch.cat(
-            [
-                fast_sampling.draw_independently(logits[row : row + 1], options, uniforms[row : row + 1])
-                for row in range(40)
-            ]
-        ),
-    )
+    settings, names = Settings(sample=True, **flags), [str(row) for row in range(40)]
+    together = make(fast_sampling, settings, 40, names)(logits, ids_of(40))
+    alone = [
+        make(fast_sampling, settings, 1, [name])(logits[row : row + 1], ids_of(1))
+        for row, name in enumerate(names)
+    ]
+    assert torch.equal(together, torch.cat(alone))
 
 
 def test_runs_of_neighbouring_seeds_share_no_batch():

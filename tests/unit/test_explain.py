@@ -33,7 +33,7 @@ def test_stages_are_the_distribution_after_each_filter():
         torch.tensor([[5, 6, 7]]),
     )
     settings = Settings(sample=True, temperature=0.7, top_k=20, top_p=0.8, repetition_penalty=1.5)
-    found = explain.stages(logits, tokens, settings, prompt_length=3)
+    found = explain.stages(logits, tokens, explain.all_filters(settings, prompt_length=3, seed=0))
     assert [stage.name for stage in found] == [
         "model",
         "repetition penalty 1.5",
@@ -52,7 +52,8 @@ def test_a_table_shows_the_chosen_token_and_every_share():
     tokenizer = train_byte_bpe()
     logits = torch.zeros(1, len(tokenizer))
     logits[0, [40, 50, 60]] = torch.tensor([9.0, 8.0, 7.0])
-    found = explain.stages(logits, torch.tensor([[5]]), Settings(sample=True, top_k=2), prompt_length=1)
+    filters = explain.all_filters(Settings(sample=True, top_k=2), prompt_length=1, seed=0)
+    found = explain.stages(logits, torch.tensor([[5]]), filters)
     table = explain.token_table(3, 50, found, tokenizer)
     lines = table.splitlines()
     assert lines[0] == f"token 3: {tokenizer.decode([50])!r}, one of 2 kept of {len(tokenizer):,}"
@@ -69,9 +70,7 @@ def test_a_table_shows_the_chosen_token_and_every_share():
         assert sum(float(share.rstrip("%")) for share in shares if share != "-") == pytest.approx(
             100, abs=0.5
         ), "with all others"
-    unlikely = explain.token_table(
-        4, 200, explain.stages(logits, torch.tensor([[5]]), Settings(sample=True), prompt_length=1), tokenizer
-    )
+    unlikely = explain.token_table(4, 200, explain.stages(logits, torch.tensor([[5]]), []), tokenizer)
     assert re.search(rf"^> +{re.escape(repr(tokenizer.decode([200])))} ", unlikely, re.M), (
         "the chosen one, though others are likelier"
     )

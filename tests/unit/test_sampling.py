@@ -124,17 +124,17 @@ def test_history_filters_equal_the_librarys(ids, size, penalty, padding):
     st.lists(st.tuples(st.integers(0, 9), st.floats(-9, 9, width=32)), min_size=1, max_size=4, unique_by=min),
     st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=7), min_size=1, max_size=4),
 )
-def test_bias_and_banned_runs_equal_the_librarys(ids, bias, runs):
+def test_bias_and_banned_sequences_equal_the_librarys(ids, bias, sequences):
     bias = tuple({number: value for number, value in bias}.items())
     ids, logits = torch.tensor(ids), torch.randn(len(ids), 10, generator=torch.Generator().manual_seed(0))
     theirs = library.SequenceBiasLogitsProcessor([[[number], value] for number, value in bias])
     assert torch.equal(sampling.add_bias(logits, bias), theirs(ids, logits.clone()))
-    options = Settings(banned=tuple(map(tuple, runs)), end_ids=(2, 7))  # no end token alone is banned
+    options = Settings(banned=tuple(map(tuple, sequences)), end_ids=(2, 7))  # no end token alone is banned
     found = sampling.apply_filters(
         sampling.history_filters(options, prompt_length=3, starts=None, padding_is_text=True), logits, ids
     )
-    if [run for run in runs if run not in ([2], [7])]:
-        expected = library.NoBadWordsLogitsProcessor(runs, eos_token_id=[2, 7])(ids, logits.clone())
+    if [sequence for sequence in sequences if sequence not in ([2], [7])]:
+        expected = library.NoBadWordsLogitsProcessor(sequences, eos_token_id=[2, 7])(ids, logits.clone())
     else:
         expected = logits
     assert torch.equal(found, expected)
@@ -188,18 +188,29 @@ def test_xtc_leaves_the_least_likely_of_the_top_choices(threshold, left):
     logits = torch.tensor([XTC, XTC]).log()
     found = sampling.exclude_top_choices(logits, threshold, torch.tensor([True, False]))
     assert found[0][found[0] > -INFINITY].exp().tolist() == pytest.approx(left)
-    assert torch.equal(found[1], logits[1])  # where it does not strike
+    assert torch.equal(found[1], logits[1])  # where it is not active
 
 
-def test_xtc_strikes_as_often_as_it_is_asked_to():
+def test_xtc_is_active_as_often_as_it_is_asked_to_be():
     options = Settings(sample=True, xtc_probability=0.3, max_new_tokens=5000)
-    coins = sampling.xtc_coins(options, 1, [(0, 0), (1, 0)])
-    assert coins.float().mean(-1).tolist() == pytest.approx([0.3, 0.3], abs=0.03)
-    assert not torch.equal(coins[0], coins[1])
-    uniforms = sampling.row_uniforms(1, [(0, 0)], 5000)[0]
-    agreeing = ((uniforms < 0.3) == coins[0]).float().mean()  # the coins are not those of the draw
+    names = sampling.name_rows(1, 2)
+    active = torch.stack(list(sampling.xtc_steps(options, names)), -1)
+    assert active.shape == (2, 5000)
+    assert active.float().mean(-1).tolist() == pytest.approx([0.3, 0.3], abs=0.03)
+    assert not torch.equal(active[0], active[1])
+    uniforms = sampling.row_uniforms(names, 5000)[0]
+    agreeing = ((uniforms < 0.3) == active[0]).float().mean()  # its numbers are not those of the draw
     assert 0.5 < agreeing < 0.7
-    assert sampling.xtc_coins(dataclasses.replace(options, sample=False), 1, [(0, 0)]) is None
+
+
+def test_the_filter_xtc_is_active_in_the_rows_of_its_random_numbers():
+    """Oracle: the plain function, token by token."""
+    options = Settings(sample=True, xtc_probability=0.5, max_new_tokens=40)
+    [stage] = sampling.distribution_filters(options, ["a", "b"])
+    logits = torch.tensor([XTC, XTC]).log()
+    for active in sampling.xtc_steps(options, ["a", "b"]):
+        expected = sampling.exclude_top_choices(logits, options.xtc_threshold, active)
+        assert torch.equal(stage.apply(logits, logits), expected)
 
 
 @pytest.mark.parametrize("made", [0, 2, 3, 4])
@@ -236,7 +247,7 @@ def test_the_order_of_the_filters_is_the_documented_one():
         stage.name
         for stage in [
             *sampling.history_filters(options, prompt_length=1, starts=None, padding_is_text=True),
-            *sampling.distribution_filters(options, torch.tensor([True])),
+            *sampling.distribution_filters(options, ["a row"]),
         ]
     ]
     assert names == [
