@@ -77,9 +77,10 @@ from common.runtime import Runtime, free_memory_bytes, start_runtime, stop_runti
 def decode(model: LanguageModel, batch: Batch, sampler: Sampler, settings: Settings) -> Iterator[Step]:
     """Yield one Step per token until every row has ended or has `max_new_tokens` tokens.
 
-    Rows that have ended get padding and keep drawing random numbers, as in `generate`. While a Step
-    is out, the caller may end a row in `batch.ended`, because of a stop string. Raises UserError
-    when the model's logits are not numbers. Shapes: B rows (texts), V tokens in the vocabulary.
+    A row ends here at an end token; at a stop string, which only its text shows, in `Run.add_step`.
+    Rows that have ended get padding and keep drawing random numbers, as in `generate`. Raises
+    UserError when the model's logits are not numbers. Shapes: B rows (texts), V tokens in the
+    vocabulary.
     """
     logits = prefill(model, batch)  # (B, V)
     for number in range(1, settings.max_new_tokens + 1):

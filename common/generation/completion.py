@@ -337,14 +337,17 @@ class Run:
         return [f"{self.options.seed}/{row.prompt.number}/{row.sample}" for row in rows]
 
     def add_step(self, rows: list[Completion], step: Step, batch: Batch) -> None:
-        """Add one token to each text that has not ended, and end the rows that end with it."""
+        """Add one token to each text that has not ended, and end the rows of those with a stop string;
+        at end tokens, the decoding loop ends them.
+        """
         row_logprobs = None
         if self.options.num_logprobs is not None:
             row_logprobs = logprobs(step, self.options.num_logprobs, self.language_model.tokenizer)
         for index, (row, token) in enumerate(zip(rows, step.tokens)):
             if batch.ended[index]:
                 continue
-            batch.ended[index] = row.add(token, self.options.settings.end_ids)
+            row.add(token, self.options.settings.end_ids)
+            batch.ended[index] = row.stream.stopped
             if row_logprobs is not None:
                 row.logprobs.append(row_logprobs[index])
 

@@ -41,7 +41,7 @@ from tabulate import tabulate
 import generate
 from common import bundled, cli, sources
 from common.errors import UserError
-from common.generation import decoding, explain, stored_weights
+from common.generation import decoding, explain, fast_sampling, stored_weights
 from common.generation import language_model as models
 from common.generation.completion import Options, Prompt, Run
 from common.generation.decoding import PromptLookup
@@ -257,9 +257,10 @@ def own_loop(
     if loop == "lookup":
         steps = PromptLookup(AHEAD).decode(language_model, batch, settings)
     else:
-        steps = generate.decode(
-            language_model, batch, generate.make_sampler(options, batch, rows, seed), settings
+        sampler = fast_sampling.make_sampler(
+            settings, prompt_length=batch.length, starts=batch.starts, seed=run.sampler_seed(rows, seed)
         )
+        steps = generate.decode(language_model, batch, sampler, settings)
     columns = []
     for step in steps:
         columns.append(step.tokens)
@@ -550,7 +551,9 @@ def time_parts(flags) -> dict:
             [[0] * len(ids) for ids in prompts], hollow, room=environment.TIMES + 4
         )
         decoding.prefill(hollow, hollow_batch)
-        sampler = generate.make_sampler(Options(settings), batch, [], flags.seed)
+        sampler = fast_sampling.make_sampler(
+            settings, prompt_length=batch.length, starts=batch.starts, seed=flags.seed
+        )
         logits = decoding.prefill(language_model, batch)
         weights = [
             module.weight for module in language_model.model.modules() if isinstance(module, torch.nn.Linear)
