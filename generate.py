@@ -21,15 +21,13 @@ import argparse
 import dataclasses
 import functools
 import math
-import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from types import FrameType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
-from common import bundled, cli, sources
+from common import bundled, cli
 from common.errors import Interrupted, UserError, outcome
 from common.generation import generation_flags, output
 from common.generation.generation_flags import (
@@ -37,7 +35,6 @@ from common.generation.generation_flags import (
     DRAWING,
     EARLY_STOPPING,
     RECORDED,
-    check_ranges,
     file_options,
     is_drawing,
 )
@@ -63,7 +60,7 @@ from tqdm import tqdm
 from common import reading
 from common.generation import beams, language_model, sampling
 from common.generation.beams import Beams
-from common.generation.completion import Completion, Options, Prompt, Run, Stopwatch
+from common.generation.completion import Completion, Options, Prompt, Run
 from common.generation.decoding import Batch, PromptLookup, Step, fetch_ids, prefill, step
 from common.generation.fast_sampling import make_sampler  # the plain version: sampling.make_sampler
 from common.generation.language_model import LanguageModel, Loading
@@ -116,130 +113,130 @@ def complete(run: Run, rows: list[Completion], batch: Batch | None = None, *, se
         seeds, starts = run.sampler_seed(rows, seed), batch.starts
         sampler = make_sampler(settings, prompt_length=batch.length, starts=starts, seed=seeds)
         steps = decode(run.language_model, batch, sampler, settings)
-    stopwatch = Stopwatch(batch)
+    run.timing.start(batch)
     num_shown = 0  # characters of the first text that have been yielded
     with run.told_if_out_of_memory(len(rows)):
         for current in steps:
-            stopwatch.token()
+            run.timing.note_token()
             run.add_step(rows, current, batch)
             yield rows[0].text[num_shown:]
             num_shown = len(rows[0].text)
     for row in rows:
         row.mark_whole(settings)
         row.finish()
-    run.timing.add(rows, stopwatch, lookup)
+    run.timing.end(rows, lookup)
     yield rows[0].text[num_shown:]
 
 
 # --- Modes
 
 
-@dataclass(frozen=True)
-class Job:
-    """All texts of a run, in batches; in each round, every process generates one batch."""
-
-    run: Run
-    batches: list[list[Prompt]]
-    record: output.Record
-    runtime: Runtime
-
-    @property
-    def num_texts(self) -> int:
-        """How many texts there will be."""
-        return sum(map(len, self.batches)) * self.run.options.num_samples
-
-
 def generate_texts(args: argparse.Namespace) -> None:
     """Generate all texts; show or write them, score them, and print how fast it was."""
     with output.open_file(args.output, resume=args.resume) as file:
         run, prompts, references, runtime = load_all(args)
-        record = output.Record(args.seed, recorded_settings(args, run))
-        job = Job(run, split_batches(args, prompts), record, runtime)
-        first_batch = find_first_batch(job, file) if args.resume else 0
+        batches = split_batches(args, prompts)
         try:
-            generated = generate_batches(args, job, first_batch, file)
+            texts = generate_batches(args, run, batches, file, runtime)
         except (KeyboardInterrupt, Interrupted):
             # the signal can come while a batch is being written: only the file knows what it holds
             if file:
-                held = f"{args.output} holds {file.num_lines():,} of {job.num_texts:,} texts"
+                num_texts = len(prompts) * args.num_samples
+                held = f"{args.output} holds {file.num_lines():,} of {num_texts:,} texts"
                 print(f"{held}; continue after them with --resume", file=sys.stderr)
             raise
     output.show_summary(run, runtime)
     if references is not None and runtime.is_main:
         from common.generation import scoring
 
-        scoring.show_rouge(generated, references)
+        scoring.show_rouge(texts, references)
     stop_runtime()
 
 
 def generate_batches(
-    args: argparse.Namespace, job: Job, first_batch: int, file: output.OutputFile | None
+    args: argparse.Namespace,
+    run: Run,
+    batches: list[list[Prompt]],
+    file: output.OutputFile | None,
+    runtime: Runtime,
 ) -> list[str]:
-    """Generate the texts from batch `first_batch` on, and show or write them; return all texts for
-    --references, those before it included.
+    """Generate the texts of all batches, a batch on each process at a time, and show or write them;
+    with --resume, go on after those in the file. Return all texts for --references.
     """
+    record = output.Record(args.seed, recorded_settings(args, run))
+    first_batch = find_first_batch(run, batches, record, file, runtime) if args.resume else 0
+    texts = [line["text"] for line in file.lines] if file else []
     wants_stream = sys.stdout.isatty() if args.stream is None else args.stream
-    streams = wants_stream and not args.output and job.runtime.world_size == 1
-    generated = [line["text"] for line in file.lines] if file else []
-    rounds = range(first_batch, len(job.batches), job.runtime.world_size)
-    with progress_bar(job, rounds, shown=file is not None) as bar:
+    streams = wants_stream and not args.output and runtime.world_size == 1
+    has_several = sum(map(len, batches)) * args.num_samples > 1
+    rounds = range(first_batch, len(batches), runtime.world_size)
+    with progress_bar(run, len(rounds), shown=file is not None) as bar:
         for first in rounds:
-            lines = generate_round(job, first, streams=streams, bar=bar)
+            number = first + runtime.rank
+            rows = run.rows(batches[number]) if number < len(batches) else []
+            usable = [row for row in rows if not row.prompt.problem]
+            seed = sampling.batch_seed(args.seed, number)
+            if streams and usable and has_several:
+                show(output.heading(usable[0].prompt.number + 1, 1, usable[0].prompt.text))
+            generate_batch(run, usable, seed=seed, streams=streams, bar=bar)
+            lines = output.gather([record.line(row, batch_seed=seed) for row in rows], runtime)
             if args.references is not None:
-                generated += [line["text"] for line in lines]
+                texts += [line["text"] for line in lines]
             if file:
                 file.write(lines)
-            elif not args.output and job.runtime.is_main:
+            elif not args.output and runtime.is_main:
                 shown = [line for line in lines if line["finish_reason"] != "refused"]
-                output.show_lines(shown, with_headings=job.num_texts > 1, first_is_shown=streams)
-    return generated
+                output.show_lines(shown, with_headings=has_several, first_is_shown=streams)
+    return texts
 
 
-def find_first_batch(job: Job, file: output.OutputFile | None) -> int:
+def generate_batch(run: Run, rows: list[Completion], *, seed: int, streams: bool, bar: tqdm) -> None:
+    """Generate the texts of one batch; `streams` shows the first one while it grows."""
+    most = run.options.settings.max_new_tokens
+    end = bar.n + most
+    for count, new_text in enumerate(complete(run, rows, seed=seed), start=1):
+        if count <= most:  # the last piece of a text comes after its last token
+            bar.update()
+        if streams:
+            show(new_text)
+    bar.update(end - bar.n)  # the tokens that are left out where the texts have ended early
+
+
+def find_first_batch(
+    run: Run,
+    batches: list[list[Prompt]],
+    record: output.Record,
+    file: output.OutputFile | None,
+    runtime: Runtime,
+) -> int:
     """Return the number of the first batch that the output file does not hold yet.
 
     `file` is None on all processes but the main one, which may be the only one that sees the file.
     """
-    texts_per_batch = len(job.batches[0]) * job.run.options.num_samples
+    num_samples = run.options.num_samples
+    texts_per_batch = len(batches[0]) * num_samples
 
     def count_finished() -> int:
         assert file is not None
-        rows = (row for prompts in job.batches for row in job.run.rows(prompts))
-        file.resume(rows, job.record, texts_per_batch=texts_per_batch)
+        rows = (row for prompts in batches for row in run.rows(prompts))
+        file.resume(rows, record, texts_per_batch=texts_per_batch)
         return len(file.lines)
 
-    num_finished = job.runtime.broadcast_from_main(count_finished)
+    num_finished = runtime.broadcast_from_main(count_finished)
     if num_finished and file is not None:
-        held = f"{num_finished:,} of {job.num_texts:,} texts"
+        held = f"{num_finished:,} of {sum(map(len, batches)) * num_samples:,} texts"
         print(f"{file.path}: it already holds {held}", flush=True)
     return math.ceil(num_finished / texts_per_batch)
 
 
-def progress_bar(job: Job, rounds: range, *, shown: bool) -> tqdm:
+def progress_bar(run: Run, num_batches: int, *, shown: bool) -> tqdm:
     """Return a bar that counts the tokens of the first text of each batch, and shows how long the
     rest will take; it vanishes at its end.
     """
-    total = len(rounds) * job.run.options.settings.max_new_tokens
+    total = num_batches * run.options.settings.max_new_tokens
     # a bar only while a file is written: otherwise, the screen shows the texts
     hidden = None if shown else True  # None: where stderr is not a terminal
     return tqdm(total=total, unit="token", leave=False, dynamic_ncols=True, disable=hidden)
-
-
-def generate_round(job: Job, first: int, *, streams: bool, bar: tqdm) -> list[dict]:
-    """Generate one batch on every process, from batch `first` on; return the lines of all."""
-    number = first + job.runtime.rank
-    all_rows = job.run.rows(job.batches[number]) if number < len(job.batches) else []
-    rows = [row for row in all_rows if not row.prompt.problem]
-    if streams and rows and job.num_texts > 1:
-        show(output.heading(rows[0].prompt.number + 1, 1, rows[0].prompt.text))
-    seed = sampling.batch_seed(job.record.seed, number)
-    most = job.run.options.settings.max_new_tokens
-    for count, new_text in enumerate(complete(job.run, rows, seed=seed), start=1):
-        bar.update(count <= most)  # the last piece of a text comes after its last token
-        if streams:
-            show(new_text)
-    bar.update(-bar.n % most)  # what a batch that ended early has left out
-    return output.gather([job.record.line(row, batch_seed=seed) for row in all_rows], job.runtime)
 
 
 def recorded_settings(args: argparse.Namespace, run: Run) -> dict:
@@ -270,20 +267,13 @@ def check_tokens(args: argparse.Namespace) -> None:
     from common.generation import explain
 
     run, all_prompts, _, runtime = load_all(args)
-    model, options, num_equal = run.language_model, run.options, 0
-    pad_id = model.pad_id if options.settings.end_ids else None
-    library = explain.library_model(model)
+    check = explain.LibraryCheck(run)
     for number, prompts in enumerate(split_batches(args, all_prompts)):
         rows, seed = run.rows(prompts), sampling.batch_seed(args.seed, number)
         list(complete(run, rows, seed=seed))
-        tokens = explain.library_tokens(model, library, prompts, options, seed=seed)
-        for row, theirs in zip(rows, tokens):
-            difference = explain.first_difference(row, theirs, pad_id=pad_id)
-            if difference:
-                print(explain.describe_difference(difference, model))
-                sys.exit(1)
-            num_equal += len(row.token_ids)
-    print(f"equal: {num_equal:,} of {num_equal:,} tokens")
+        if not check.is_equal(prompts, rows, seed=seed):
+            sys.exit(1)
+    print(f"equal: {check.num_equal:,} of {check.num_equal:,} tokens")
     output.show_summary(run, runtime)
 
 
@@ -292,15 +282,11 @@ def explain_tokens(args: argparse.Namespace) -> None:
     from common.generation import explain
 
     run, prompts, _, _ = load_all(args)
-    rows, settings = run.rows(prompts), run.options.settings
-    batch, seed = run.left_pad(rows), run.sampler_seed(rows, args.seed)
+    [row], settings = run.rows(prompts), run.options.settings
+    batch, seed = run.left_pad([row]), run.sampler_seed([row], args.seed)
     sampler = make_sampler(settings, prompt_length=batch.length, starts=batch.starts, seed=seed)
-    filters = explain.all_filters(settings, prompt_length=batch.length, seed=seed)
-    for current in decode(run.language_model, batch, sampler, settings):
-        print(explain.step_table(current, batch.tokens, filters, rows[0]), flush=True)
-        run.add_step(rows, current, batch)
-    rows[0].finish()
-    print(rows[0].text)
+    steps = decode(run.language_model, batch, sampler, settings)
+    explain.show_steps(steps, run, row, batch, seed=seed)
 
 
 def compare_choices(args: argparse.Namespace) -> None:
@@ -314,7 +300,7 @@ def compare_choices(args: argparse.Namespace) -> None:
         [row] = other.rows(prompts)
         list(complete(other, [row], seed=args.seed))
         columns[name] = row.text
-    print(explain.side_by_side(columns, shutil.get_terminal_size((120, 24)).columns))
+    explain.show_side_by_side(columns)
 
 
 def converse(args: argparse.Namespace) -> None:
@@ -363,18 +349,11 @@ def measure_perplexity(args: argparse.Namespace) -> None:
     """Print the model's perplexity on a whole text file."""
     from common.generation import scoring
 
-    def read() -> list[str]:
-        return reading.read_lines(args.perplexity, encoding=args.encoding)
-
-    lines, run, _ = read_and_load(args, read, from_stdin=args.perplexity == "-")
-    model = run.language_model
-    window = scoring.choose_window(model, args.window, args.stride, most=DEFAULT_WINDOW)
-    result = scoring.text_likelihood(model, "\n".join(lines), window, name=args.perplexity)
-    passes = f"window {window.size:,}, stride {window.stride:,}"
-    print(
-        f"perplexity {result.perplexity:.4f} over {result.num_tokens:,} tokens ({passes}); "
-        f"{result.bits_per_byte:.4f} bits per byte"
-    )
+    name = args.perplexity
+    read = functools.cache(functools.partial(reading.read_lines, name, encoding=args.encoding))
+    run, _ = load_after(args, read, from_stdin=name == "-")
+    window = scoring.choose_window(run.language_model, args.window, args.stride, most=DEFAULT_WINDOW)
+    scoring.show_perplexity(run.language_model, "\n".join(read()), window, name=name)
 
 
 def score_continuations(args: argparse.Namespace) -> None:
@@ -382,42 +361,18 @@ def score_continuations(args: argparse.Namespace) -> None:
     from common.generation import continuations
 
     name = args.score_continuations
-
-    def read() -> list[continuations.Question]:
-        lines = reading.read_lines(name, encoding=args.encoding)
-        return continuations.read_questions(lines, reading.source_name(name))
-
+    read = functools.cache(functools.partial(continuations.read_file, name, encoding=args.encoding))
     with output.open_file(args.output, resume=False) as file:
-        questions, run, _ = read_and_load(args, read, from_stdin=name == "-")
-        written = written_prompts(args, [question.prompt for question in questions], run)
-        model, size = run.language_model, args.batch_size
-        scored = continuations.score(questions, model, batch_size=size, written=written)
-        numbered = list(zip(range(1, len(questions) + 1), questions, scored))
+        run, _ = load_after(args, read, from_stdin=name == "-")
+        questions, model = read(), run.language_model
+        written = continuations.write_prompts(questions, run.chat, args.system)
+        scored = continuations.score(questions, model, batch_size=args.batch_size, written=written)
         if file:
-            file.write([continuations.line(*row) for row in numbered])
+            file.write(continuations.lines(questions, scored))
         else:
-            print("\n".join(continuations.table(*row) for row in numbered))
+            print(continuations.tables(questions, scored))
     if questions[0].answer is not None:
         print(continuations.accuracy(questions, scored))
-
-
-def written_prompts(args: argparse.Namespace, prompts: list[str], run: Run) -> list[str] | None:
-    """Return the prompts of questions as the chat template writes them, None without --chat. Raises
-    UserError for one that it refuses.
-    """
-    if run.chat is None:
-        return None
-    from common.generation import chat
-
-    conversations = [chat.as_conversation(prompt, args.system) for prompt in prompts]
-    if args.system:
-        run.chat.note_system()
-    names = [f"prompt {number}" for number in range(1, len(prompts) + 1)]
-    texts = run.chat.write(conversations, names)
-    for text in texts:
-        if isinstance(text, UserError):
-            raise text
-    return [str(text) for text in texts]
 
 
 def score_file(args: argparse.Namespace) -> None:
@@ -453,24 +408,28 @@ def load(args: argparse.Namespace) -> tuple[Run, Runtime]:
         problem = "it draws in fp64, which Apple's GPUs do not have"
         raise UserError(f"--sampler independent: {problem}; use --sampler exact or --device cpu")
     language_model.check_stops(args.stop or [], model)
-    chat_format = load_format(args, model)
-    end_ids = chosen_end_ids(args, model, chat_format)
+    chat_format = load_chat_format(args, model)
+    end_ids = stop_token_ids(args, model, chat_format)
     if args.use_model_defaults:
-        take_model_defaults(args, model)
+        defaults = language_model.sampling_defaults(model)
+        generation_flags.take_model_defaults(args, defaults, name=model.name)
+    beam_search = None
+    if args.num_beams is not None:
+        beam_search = Beams(args.num_beams, args.length_penalty, EARLY_STOPPING[args.early_stopping])
     options = Options(
-        chosen_settings(args, model, end_ids),
+        sampling_settings(args, model, end_ids),
         seed=args.seed,
         sampler=args.sampler,
         num_samples=args.num_samples,
         stops=tuple(args.stop or ()),
         num_logprobs=args.logprobs,
         lookup=args.lookup or 0,
-        beams=chosen_beams(args),
+        beams=beam_search,
     )
     return Run(model, options, chat=chat_format), runtime
 
 
-def chosen_end_ids(
+def stop_token_ids(
     args: argparse.Namespace, model: LanguageModel, chat_format: ChatFormat | None
 ) -> tuple[int, ...]:
     """Return the tokens that end a text: the model's or its chat template's, and the flags'."""
@@ -479,7 +438,7 @@ def chosen_end_ids(
     return tuple(dict.fromkeys(own + language_model.end_token_ids(args.end_token or [], model)))
 
 
-def chosen_settings(args: argparse.Namespace, model: LanguageModel, end_ids: tuple[int, ...]) -> Settings:
+def sampling_settings(args: argparse.Namespace, model: LanguageModel, end_ids: tuple[int, ...]) -> Settings:
     """Return how tokens are chosen: as the flags say, where one is given."""
     names = ["max_new_tokens", "min_new_tokens", "repetition_penalty", "presence_penalty"]
     names += ["frequency_penalty", "no_repeat_ngram_size", "xtc_threshold"]
@@ -487,14 +446,14 @@ def chosen_settings(args: argparse.Namespace, model: LanguageModel, end_ids: tup
     return Settings(
         sample=is_drawing(args),
         end_ids=end_ids,
-        constraint=chosen_form(args, model, end_ids),
+        constraint=make_constraint(args, model, end_ids),
         logit_bias=language_model.read_bias(args.logit_bias or [], model),
         banned=language_model.banned_runs(args.ban_words or [], model),
         **{name: getattr(args, name) for name in names if getattr(args, name) is not None},
     )
 
 
-def load_format(args: argparse.Namespace, model: LanguageModel) -> ChatFormat | None:
+def load_chat_format(args: argparse.Namespace, model: LanguageModel) -> ChatFormat | None:
     """Return how the conversations of a model are written, None where there are none."""
     is_asked_for = args.chat or args.interactive or args.chat_template is not None
     # a model without a template is served all the same: it continues texts
@@ -506,42 +465,10 @@ def load_format(args: argparse.Namespace, model: LanguageModel) -> ChatFormat | 
     return chat.read_format(model, wanted=args.chat_template, options=options, prefill=prefill)
 
 
-def take_model_defaults(args: argparse.Namespace, model: LanguageModel) -> None:
-    """Set each flag of the choice of tokens that is not given to what the model's
-    generation_config.json says, and say in one line what that is.
-
-    Raises UserError for a value that its flag would not take, and for several samples of a model
-    that decodes greedily.
-    """
-    defaults = language_model.sampling_defaults(model)
-    parser = make_parser()
-    actions = {action.dest: action for action in parser._actions}
-    is_default = {name: getattr(args, name, None) == parser.get_default(name) for name in defaults}
-    known = [name for name in defaults if name in actions and name != "num_beams"]
-    taken = {name: defaults[name] for name in known if is_default[name]}
-    for name, value in taken.items():
-        place = f"--use-model-defaults: {model.name}: generation_config.json: {name}"
-        try:
-            parsed = actions[name].type(str(value))  # pyrefly: ignore[not-callable]  (a number type)
-        except argparse.ArgumentTypeError as error:
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{place}: {error}; give {flag}") from error
-        setattr(args, name, parsed)
-    left_out = [name for name in defaults if name not in known]
-    if args.num_samples > 1 and not is_drawing(args):
-        problem = f"{model.name} decodes greedily, which gives the same text each time"
-        raise UserError(f"--num-samples {args.num_samples}: {problem}; give --temperature")
-    check_ranges(args)
-    settings = ", ".join(f"{name} {value}" for name, value in taken.items()) or "nothing"
-    missing = f"; not taken: {', '.join(left_out)}" if left_out else ""
-    kind = "drawn" if is_drawing(args) else "greedy"
-    sources.note(f"note: the generation_config.json of {model.name}: {settings} ({kind}){missing}")
-
-
-def chosen_form(
+def make_constraint(
     args: argparse.Namespace, model: LanguageModel, end_ids: tuple[int, ...]
 ) -> Constraint | None:
-    """Return the form that the flags ask for, None if they do not."""
+    """Return the constraint of --choices or --regex, None without them."""
     if args.choices is None and args.regex is None:
         return None
     from common.generation import constraints
@@ -551,27 +478,15 @@ def chosen_form(
     return constraints.Forms(model).regex(args.regex, end_ids)
 
 
-def chosen_beams(args: argparse.Namespace) -> Beams | None:
-    """Return how the flags ask for a beam search, None if they do not."""
-    if args.num_beams is None:
-        return None
-    return Beams(args.num_beams, args.length_penalty, EARLY_STOPPING[args.early_stopping])
-
-
-T = TypeVar("T")
-
-
-def read_and_load(
-    args: argparse.Namespace, read: Callable[[], T], *, from_stdin: bool
-) -> tuple[T, Run, Runtime]:
-    """Return what `read` returns, and the loaded model.
-
-    Files are read first, so that a mistake in them is told at once. Standard input is read only
-    when the model is loaded, so that no question of a library can take its answer from it.
+def load_after(
+    args: argparse.Namespace, read: Callable[[], object], *, from_stdin: bool
+) -> tuple[Run, Runtime]:
+    """Load the model as `load` does, and call `read` first, so that a mistake in a file is told at
+    once. Standard input is left for later: a question of a library could take its answer from it.
     """
-    content = None if from_stdin else read()
-    run, runtime = load(args)
-    return (read() if content is None else content), run, runtime
+    if not from_stdin:
+        read()
+    return load(args)
 
 
 def load_all(args: argparse.Namespace) -> tuple[Run, list[Prompt], list[str] | None, Runtime]:
@@ -580,9 +495,9 @@ def load_all(args: argparse.Namespace) -> tuple[Run, list[Prompt], list[str] | N
     Raises UserError for a text that can't be used, and for prompts that do not fit into the model
     or the memory.
     """
-    from_stdin = "-" in (args.prompts_file, args.references)
-    read = functools.partial(read_texts, args)
-    (given, references), run, runtime = read_and_load(args, read, from_stdin=from_stdin)
+    read = functools.cache(functools.partial(read_texts, args))
+    run, runtime = load_after(args, read, from_stdin="-" in (args.prompts_file, args.references))
+    given, references = read()
     prompts = encode_prompts(args, given, run)
     usable = [prompt for prompt in prompts if not prompt.problem]
     for prompt in prompts if runtime.is_main else ():
@@ -669,7 +584,7 @@ def read_references(args: argparse.Namespace, num_texts: int) -> list[str] | Non
     )
 
 
-def stop(number: int, _frame: FrameType | None) -> None:
+def end_on_signal(number: int, _frame: FrameType | None) -> None:
     """End the run as Ctrl-C does, with the exit code of the signal."""
     cli.warn_of_stop()
     raise Interrupted("interrupted", 128 + number)
@@ -699,5 +614,5 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     for number in cli.stop_signals()[1:]:  # Ctrl-C is Python's own exception
-        signal.signal(number, stop)
+        signal.signal(number, end_on_signal)
     cli.run_main(main, ARGS, prog="generate.py")  # pyrefly: ignore[unbound-name]  (parsed above)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from common.generation import decoding, sampling
-from common.generation.completion import Completion, Run, Stopwatch
+from common.generation.completion import Completion, Run
 from common.generation.decoding import Batch
 from common.generation.language_model import LanguageModel
 from common.generation.sampling import Settings
@@ -126,13 +126,14 @@ def complete(run: Run, rows: list[Completion], beams: Beams) -> Iterator[str]:
     num_samples, settings = run.options.num_samples, run.options.settings
     firsts = rows[::num_samples]  # of each prompt
     batch = run.left_pad([row for row in firsts for _ in range(beams.size)])
-    stopwatch, search = Stopwatch(batch), BeamSearch(beams, len(firsts))
+    search = BeamSearch(beams, len(firsts))
+    run.timing.start(batch)
     for _ in search.steps(run.language_model, batch, settings):
-        stopwatch.token()
+        run.timing.note_token()
         yield ""
     for number, row in enumerate(rows):
         for token in search.finished[number // num_samples][number % num_samples].tokens:
             row.add(token, settings.end_ids)
         row.finish()
-    run.timing.add(rows, stopwatch, None)
+    run.timing.end(rows, None)
     yield rows[0].text

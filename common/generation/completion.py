@@ -191,23 +191,11 @@ def logprobs(step: Step, count: int, tokenizer: PreTrainedTokenizerBase | Tokeni
     ]
 
 
-class Stopwatch:
-    """Measures one batch, from before its prefill."""
-
-    def __init__(self, batch: Batch) -> None:
-        self.num_columns = batch.length - batch.cache.get_seq_length()  # that the prefill reads
-        self.started = time.perf_counter()
-        self.first_token: float | None = None
-
-    def token(self) -> None:
-        """Note that a token has arrived: with the first one, the prefill is over."""
-        if self.first_token is None:
-            self.first_token = time.perf_counter()
-
-
 @dataclass
 class Timing:
-    """Tokens and seconds of a run, for the summary line."""
+    """Tokens and seconds of a run, for the summary line. For each batch: `start` before its prefill,
+    `note_token` for each token, `end` after the last one.
+    """
 
     prompt_tokens: int = 0
     new_tokens: int = 0
@@ -219,22 +207,36 @@ class Timing:
     num_cut: int = 0  # texts that ended because they had the most tokens
     num_guessed: int = 0  # by prompt lookup
     num_accepted: int = 0
+    # of the batch that is being generated
+    num_columns: int = 0  # that its prefill reads
+    started: float = 0.0
+    first_token: float | None = None
 
-    def add(self, rows: list[Completion], stopwatch: Stopwatch, lookup: PromptLookup | None) -> None:
+    def start(self, batch: Batch) -> None:
+        """Begin with a batch, before its prefill."""
+        self.num_columns = batch.length - batch.cache.get_seq_length()
+        self.started, self.first_token = time.perf_counter(), None
+
+    def note_token(self) -> None:
+        """Note that a token has arrived: with the first one, the prefill is over."""
+        if self.first_token is None:
+            self.first_token = time.perf_counter()
+
+    def end(self, rows: list[Completion], lookup: PromptLookup | None) -> None:
         """Count a batch whose last token has just arrived.
 
         Of the prompts, only what the prefill read is counted, not what was in the cache before.
         """
-        ended, first_token = time.perf_counter(), stopwatch.first_token or stopwatch.started
+        ended, first_token = time.perf_counter(), self.first_token or self.started
         if self.new_tokens == 0:
-            self.first_token_seconds = first_token - stopwatch.started
+            self.first_token_seconds = first_token - self.started
         new_tokens = sum(len(row.token_ids) for row in rows)
-        self.prompt_tokens += sum(min(len(row.prompt.ids), stopwatch.num_columns) for row in rows)
+        self.prompt_tokens += sum(min(len(row.prompt.ids), self.num_columns) for row in rows)
         self.new_tokens += new_tokens
         self.decode_tokens += new_tokens - len(rows)
         self.num_texts += len(rows)
         self.num_cut += sum(row.finish_reason == "length" for row in rows)
-        self.prefill_seconds += first_token - stopwatch.started
+        self.prefill_seconds += first_token - self.started
         self.decode_seconds += ended - first_token
         if lookup is not None:
             self.num_guessed += lookup.num_guessed

@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tabulate import tabulate
 
+from common import reading
 from common.errors import UserError, shorten
 from common.generation import decoding
 from common.generation.language_model import LanguageModel, check_characters, check_length
 from common.generation.scoring import start_token
+
+if TYPE_CHECKING:
+    from common.generation.chat import ChatFormat
 
 MOST_LOGITS = 1 << 27  # numbers of a batch's logits: 512 MB
 SHOWN = 60  # characters of a text in a table
@@ -73,6 +77,12 @@ MEASURES = {
     "per token": lambda scored: scored.per_token,
     "per character": lambda scored: scored.per_character,
 }
+
+
+def read_file(name: str, *, encoding: str | None) -> list[Question]:
+    """Return the questions of a file, or of standard input ("-"); it raises as `read_questions`."""
+    lines = reading.read_lines(name, encoding=encoding)
+    return read_questions(lines, reading.source_name(name))
 
 
 def read_questions(lines: list[str], source: str) -> list[Question]:
@@ -137,6 +147,28 @@ def encode_pair(
     return [model.end_ids[0], *both], 1
 
 
+def write_prompts(
+    questions: list[Question], chat_format: ChatFormat | None, system: str | None
+) -> list[str] | None:
+    """Return the prompts of questions as the chat template writes them, None without one. Raises
+    UserError for one that it refuses.
+    """
+    if chat_format is None:
+        return None
+    from common.generation import chat
+
+    if system:
+        chat_format.note_system()
+    conversations = [chat.as_conversation(question.prompt, system) for question in questions]
+    names = [f"prompt {number}" for number in range(1, len(questions) + 1)]
+    texts = []
+    for text in chat_format.write(conversations, names):
+        if isinstance(text, UserError):
+            raise text
+        texts.append(text)
+    return texts
+
+
 @torch.inference_mode()
 def score(
     questions: list[Question], model: LanguageModel, *, batch_size: int, written: list[str] | None = None
@@ -182,6 +214,12 @@ def likeliest(choices: list[Scored], measure: str) -> int:
     return values.index(max(values))
 
 
+def lines(questions: list[Question], scored: list[list[Scored]]) -> list[dict]:
+    """Return what is written for all questions."""
+    numbered = zip(range(1, len(questions) + 1), questions, scored)
+    return [line(*row) for row in numbered]
+
+
 def line(number: int, question: Question, choices: list[Scored]) -> dict:
     """Return what is written for a question, as JSON takes it."""
     scores = [
@@ -201,6 +239,12 @@ def line(number: int, question: Question, choices: list[Scored]) -> dict:
         "likeliest": {name.replace(" ", "_"): likeliest(choices, name) for name in MEASURES},
         "answer": question.answer,
     }
+
+
+def tables(questions: list[Question], scored: list[list[Scored]]) -> str:
+    """Return the tables of all questions."""
+    numbered = zip(range(1, len(questions) + 1), questions, scored)
+    return "\n".join(table(*row) for row in numbered)
 
 
 def table(number: int, question: Question, choices: list[Scored]) -> str:

@@ -5,7 +5,9 @@ does, and greedy, top-k and top-p side by side.
 from __future__ import annotations
 
 import itertools
+import shutil
 import textwrap
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +16,8 @@ from tabulate import tabulate
 from torch import Tensor
 
 from common.generation import decoding, sampling
-from common.generation.completion import Completion, Options, Prompt
-from common.generation.decoding import Step
+from common.generation.completion import Completion, Options, Prompt, Run
+from common.generation.decoding import Batch, Step
 from common.generation.language_model import LanguageModel
 from common.generation.sampling import Filter, Settings
 
@@ -236,6 +238,28 @@ def describe_difference(difference: Difference, language_model: LanguageModel) -
     return "\n".join(lines)
 
 
+class LibraryCheck:
+    """Compares the texts of a run with those of `model.generate`, batch by batch."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.library = run, library_model(run.language_model)
+        self.num_equal = 0  # tokens
+
+    def is_equal(self, prompts: list[Prompt], rows: list[Completion], *, seed: int) -> bool:
+        """Return whether the completions of a batch are those of `generate`; print the first
+        difference.
+        """
+        model, options = self.run.language_model, self.run.options
+        pad_id = model.pad_id if options.settings.end_ids else None
+        for row, theirs in zip(rows, library_tokens(model, self.library, prompts, options, seed=seed)):
+            difference = first_difference(row, theirs, pad_id=pad_id)
+            if difference:
+                print(describe_difference(difference, model))
+                return False
+            self.num_equal += len(row.token_ids)
+        return True
+
+
 # --- --explain: what every filter does to the candidates for a token
 
 
@@ -266,11 +290,20 @@ def stages(logits: Tensor, ids: Tensor, filters: list[Filter]) -> list[Stage]:
     return result
 
 
-def step_table(step: Step, ids: Tensor, filters: list[Filter], row: Completion) -> str:
-    """Return the table of a row's next token; `ids` (1, T) are the tokens before it."""
-    shown = stages(step.logits, ids, filters)
-    number = len(row.token_ids) + 1
-    return token_table(number, step.tokens[0], shown, row.stream.tokenizer)
+def show_steps(
+    steps: Iterable[Step], run: Run, row: Completion, batch: Batch, *, seed: int | list[str]
+) -> None:
+    """Print a table for each token of a text, the only one of its batch, then the text. `seed` is
+    that of its sampler.
+    """
+    filters = all_filters(run.options.settings, prompt_length=batch.length, seed=seed)
+    for step in steps:
+        shown = stages(step.logits, batch.tokens, filters)
+        number = len(row.token_ids) + 1
+        print(token_table(number, step.tokens[0], shown, row.stream.tokenizer), flush=True)
+        run.add_step([row], step, batch)
+    row.finish()
+    print(row.text)
 
 
 def token_table(
@@ -337,6 +370,11 @@ def compared_settings(settings: Settings) -> dict[str, Settings]:
         f"top-k {k}": replace(plain, top_k=k),
         f"top-p {p:g}": replace(plain, top_p=p),
     }
+
+
+def show_side_by_side(texts: dict[str, str]) -> None:
+    """Print texts as columns under their names, over the whole width of the terminal."""
+    print(side_by_side(texts, shutil.get_terminal_size((120, 24)).columns))
 
 
 def side_by_side(texts: dict[str, str], width: int) -> str:

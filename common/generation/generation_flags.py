@@ -451,3 +451,33 @@ def given_flags(args: argparse.Namespace) -> dict[str, str]:
 def is_drawing(args: argparse.Namespace) -> bool:
     """Return whether tokens are drawn: a flag of drawing is given, and the temperature is not 0."""
     return args.temperature != 0 and any(getattr(args, name) is not None for name in DRAWING)
+
+
+def take_model_defaults(args: argparse.Namespace, defaults: dict[str, Any], *, name: str) -> None:
+    """Set each flag of the choice of tokens that is not given to what the generation_config.json of
+    a model says, and say in one line what that is.
+
+    Raises UserError for a value that its flag would not take, and for several samples of a model
+    that decodes greedily.
+    """
+    parser = make_parser()
+    actions = {action.dest: action for action in parser._actions}
+    known = [key for key in defaults if key in actions and key != "num_beams"]
+    taken = {key: defaults[key] for key in known if getattr(args, key) == parser.get_default(key)}
+    for key, value in taken.items():
+        place = f"--use-model-defaults: {name}: generation_config.json: {key}"
+        try:
+            parsed = actions[key].type(str(value))  # pyrefly: ignore[not-callable]  (a number type)
+        except argparse.ArgumentTypeError as error:
+            flag = "--" + key.replace("_", "-")
+            raise UserError(f"{place}: {error}; give {flag}") from error
+        setattr(args, key, parsed)
+    left_out = [key for key in defaults if key not in known]
+    if args.num_samples > 1 and not is_drawing(args):
+        problem = f"{name} decodes greedily, which gives the same text each time"
+        raise UserError(f"--num-samples {args.num_samples}: {problem}; give --temperature")
+    check_ranges(args)
+    settings = ", ".join(f"{key} {value}" for key, value in taken.items()) or "nothing"
+    missing = f"; not taken: {', '.join(left_out)}" if left_out else ""
+    kind = "drawn" if is_drawing(args) else "greedy"
+    sources.note(f"note: the generation_config.json of {name}: {settings} ({kind}){missing}")

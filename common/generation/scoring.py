@@ -177,6 +177,16 @@ def text_likelihood(
     return replace(result, num_bytes=len(scored.encode()))
 
 
+def show_perplexity(language_model: LanguageModel, text: str, window: SlidingWindow, *, name: str) -> None:
+    """Print the perplexity of a text; it raises as `text_likelihood`."""
+    result = text_likelihood(language_model, text, window, name=name)
+    passes = f"window {window.size:,}, stride {window.stride:,}"
+    print(
+        f"perplexity {result.perplexity:.4f} over {result.num_tokens:,} tokens ({passes}); "
+        f"{result.bits_per_byte:.4f} bits per byte"
+    )
+
+
 def start_token(language_model: LanguageModel) -> int | None:
     """Return the token that the tokenizer puts before a text, None if it puts none."""
     with_special = language_model.tokenizer("a")["input_ids"]
