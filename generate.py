@@ -475,7 +475,7 @@ def make_constraint(
 
     if args.choices is not None:
         return constraints.make_choices(args.choices, model, end_ids)
-    return constraints.Forms(model).regex(args.regex, end_ids)
+    return constraints.Constraints(model).regex(args.regex, end_ids)
 
 
 def load_after(
@@ -531,15 +531,20 @@ def encode_prompts(args: argparse.Namespace, given: list[str | list[Message]], r
         if any(messages[0]["role"] == "system" for messages in conversations):
             run.chat.note_system()
         encoded = run.chat.try_to_encode(conversations, names)
-    prompts, check = [], functools.partial(language_model.check_length, language_model=model)
-    for number, (item, ids, name) in enumerate(zip(given, encoded, names)):
-        most = args.max_new_tokens
-        problem = ids if isinstance(ids, UserError) else outcome(check, ids, most, name=name)
-        if problem is not None and not args.skip_bad:
-            raise problem
+    prompts = []
+    for number, (item, encoding, name) in enumerate(zip(given, encoded, names)):
+        ids, problem = [], ""
+        try:
+            if isinstance(encoding, UserError):
+                raise encoding
+            ids = encoding
+            language_model.check_length(ids, args.max_new_tokens, model, name=name)
+        except UserError as error:
+            if not args.skip_bad:
+                raise
+            problem = str(error)
         text, messages = (item, None) if isinstance(item, str) else (item[-1]["content"], item)
-        known = [] if isinstance(ids, UserError) else ids
-        prompts.append(Prompt(number, text, known, messages, problem=str(problem or "")))
+        prompts.append(Prompt(number, text, ids, messages, problem))
     return prompts
 
 

@@ -157,8 +157,8 @@ class Completion:
         return self.stream.stopped
 
     def mark_whole(self, settings: Settings) -> None:
-        """Let the text count as ended if it has the most tokens and the whole form that it must
-        have: only its end token is missing.
+        """Let the text count as ended if it has the most tokens and satisfies its constraint: only its
+        end token is missing.
         """
         if settings.constraint is None or self.finish_reason != "length":
             return

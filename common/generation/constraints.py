@@ -1,8 +1,8 @@
-"""Texts that must have a form: one of several choices, or what a regular expression or a schema of
-JSON describes.
+"""Constraints on texts (guided decoding): one of several choices, or what a regular expression or a
+schema of JSON describes.
 
 At each step, a constraint tells which tokens may follow the new tokens of a text; all others are
-removed before the draw (`keep_allowed` in sampling.py). At the end of the form, only end tokens
+removed before the draw (`keep_allowed` in sampling.py). At the end of what is allowed, only end tokens
 may.
 """
 
@@ -40,7 +40,7 @@ class Choices:
     name: str = "choices"
 
     def start(self) -> Callable[[list[int]], Tensor]:
-        """Return what tells, for the new tokens of one text, which tokens (V) may follow them."""
+        """Return a function for one text: its new tokens -> a mask (V) of the tokens that may follow."""
         return self.allowed
 
     def allowed(self, new_tokens: list[int]) -> Tensor:
@@ -103,8 +103,8 @@ class Grammar:
     vocabulary: int
 
     def start(self) -> Callable[[list[int]], Tensor]:
-        """Return what tells, for the new tokens of one text, which tokens (V) may follow them. It
-        raises UserError where llguidance needs too much to find out.
+        """Return a function for one text: its new tokens -> a mask (V) of the tokens that may follow.
+        It raises UserError where llguidance needs too much to find out.
         """
         matcher, known = self.make_matcher(), []
 
@@ -126,8 +126,8 @@ class Grammar:
         return allowed
 
 
-class Forms:
-    """Makes the forms of many texts of a model: what grammars need of its vocabulary, which takes
+class Constraints:
+    """Makes the constraints of many texts of a model: what grammars need of its vocabulary, which takes
     half a second, is made once.
     """
 

@@ -255,8 +255,8 @@ ONE_PROMPT = ("--explain", "--compare")
 NO_SCORE = ("--check", *ONE_PROMPT, "--serve", "--interactive")
 NO_SCORE += ("--perplexity", "--score-continuations")
 NO_TEXTS = ("--perplexity", "--score", "--score-continuations")
-FORMS = ("--choices", "--regex")
-FORMLESS = ("--min-new-tokens", "--no-repeat-ngram-size", "--ban-words")
+CONSTRAINTS = ("--choices", "--regex")
+MAY_FORBID = ("--min-new-tokens", "--no-repeat-ngram-size", "--ban-words")
 TABLES = ("--prompts-file", "--references", "--score")  # flags whose file may be a table
 MODES = ("--check", *ONE_PROMPT, *NO_PROMPT)
 CHATS = ("--chat", "--interactive")
@@ -294,7 +294,7 @@ CONFLICTS = (  # flags that cannot be used together, and why; torchrun counts as
     ("--lookup", (*DRAWING_FLAGS, "--use-model-defaults"), "prompt lookup is for greedy decoding"),
     (
         "--serve",
-        ("--chat", "--lookup", "--sampler", *FORMS),
+        ("--chat", "--lookup", "--sampler", *CONSTRAINTS),
         "each request says what it is, and is decoded as if alone",
     ),
     ("--skip-bad", MODES, "this mode leaves out no prompts"),
@@ -308,10 +308,10 @@ CONFLICTS = (  # flags that cannot be used together, and why; torchrun counts as
     ("--num-beams", ("--logprobs",), "the logits of a beam are not kept"),
     ("--num-beams", (*ONE_PROMPT, *NO_PROMPT), "this mode chooses token by token"),
     ("--choices", ("--regex",), "a text has one form"),
-    *((flag, FORMLESS, "it could forbid what the form needs") for flag in FORMS),
-    *((flag, ("--stop",), "the text ends where its form does") for flag in FORMS),
-    *((flag, ("--num-beams",), "a beam search knows no form") for flag in FORMS),
-    *((flag, NO_TEXTS, "this mode generates no texts") for flag in FORMS),
+    *((flag, MAY_FORBID, "it could forbid what the form needs") for flag in CONSTRAINTS),
+    *((flag, ("--stop",), "the text ends where its form does") for flag in CONSTRAINTS),
+    *((flag, ("--num-beams",), "a beam search knows no form") for flag in CONSTRAINTS),
+    *((flag, NO_TEXTS, "this mode generates no texts") for flag in CONSTRAINTS),
     ("--num-samples", (*ONE_PROMPT, *NO_PROMPT), "this mode takes one text per prompt"),
     ("--num-samples", ("--references",), "one text per prompt is scored"),
     ("--check", ("--sampler",), "only --sampler exact draws the random numbers of model.generate"),

@@ -13,7 +13,7 @@ from common.errors import UserError, shorten
 from common.generation import language_model
 from common.generation.chat import Message, check_messages
 from common.generation.completion import Prompt, Run
-from common.generation.constraints import Forms
+from common.generation.constraints import Constraints
 from common.generation.language_model import LanguageModel
 from common.generation.sampling import Constraint, Settings
 
@@ -176,7 +176,7 @@ CHAT = COMMON | {
     "tool_choice": only("none", "auto"),
     "store": only(False),
 }
-FORMS = ("structured_outputs", "response_format")  # what says which form a text has
+CONSTRAINTS = ("structured_outputs", "response_format")  # what says which constraint a text has
 DRAWING = ("temperature", "top_k", "top_p", "min_p")  # any of them given: not greedy
 
 
@@ -258,7 +258,7 @@ SHAPES = {
 
 
 def choose_settings(
-    given: dict[str, Any], shape: Shape, run: Run, forms: Forms
+    given: dict[str, Any], shape: Shape, run: Run, constraints: Constraints
 ) -> tuple[Settings, tuple[str, ...]]:
     """Return how the tokens of a request are chosen, and its stop strings: what it does not say is
     as the flags of the server say. Raises ApiError for what contradicts itself.
@@ -278,12 +278,12 @@ def choose_settings(
         chosen |= {"sample": False, "temperature": 1.0}
     if shape.is_chat and run.chat is not None:
         chosen["end_ids"] = tuple(dict.fromkeys((*own.end_ids, *run.chat.end_ids)))
-    settings, stops = replace(own, **chosen), chosen_stops(given, run)
-    asked = [name for name in FORMS if given.get(name, {"type": "text"}) != {"type": "text"}]
+    settings, stops = replace(own, **chosen), read_stops(given, run)
+    asked = [name for name in CONSTRAINTS if given.get(name, {"type": "text"}) != {"type": "text"}]
     if len(asked) > 1:
         raise ApiError(400, f"{' and '.join(asked)}: give one of them", param=asked[0])
     if asked:
-        return replace(settings, constraint=chosen_form(given, asked[0], settings, forms)), ()
+        return replace(settings, constraint=make_constraint(given, asked[0], settings, constraints)), ()
     return settings, stops
 
 
@@ -309,7 +309,7 @@ def read_bias(given: dict[str, float], model: LanguageModel) -> tuple[tuple[int,
     return biases
 
 
-def chosen_stops(given: dict[str, Any], run: Run) -> tuple[str, ...]:
+def read_stops(given: dict[str, Any], run: Run) -> tuple[str, ...]:
     """Return the stop strings of a request, else those of the server. Raises ApiError for one that
     holds a special token.
     """
@@ -323,21 +323,23 @@ def chosen_stops(given: dict[str, Any], run: Run) -> tuple[str, ...]:
     return stops
 
 
-def chosen_form(given: dict[str, Any], name: str, settings: Settings, forms: Forms) -> Constraint:
-    """Return the form that a parameter of a request asks for. Raises ApiError where it can't be."""
-    form = given[name]
+def make_constraint(
+    given: dict[str, Any], name: str, settings: Settings, constraints: Constraints
+) -> Constraint:
+    """Return the constraint that a parameter of a request asks for. Raises ApiError where it can't be."""
+    asked = given[name]
     if "stop" in given:
         raise ApiError(400, f"stop and {name}: the text ends where its form does", param="stop")
     if settings.min_new_tokens or settings.no_repeat_ngram_size or settings.banned:
         problem = "this server forbids tokens that a form could need (--ban-words and such)"
         raise ApiError(400, f"{name}: {problem}", param=name)
     try:
-        if "choice" in form:
-            return forms.choices(form["choice"], settings.end_ids)
-        if "regex" in form:
-            return forms.regex(form["regex"], settings.end_ids)
-        schema = form["json_schema"]["schema"] if "json_schema" in form else {"type": "object"}
-        return forms.json(schema, settings.end_ids)
+        if "choice" in asked:
+            return constraints.choices(asked["choice"], settings.end_ids)
+        if "regex" in asked:
+            return constraints.regex(asked["regex"], settings.end_ids)
+        schema = asked["json_schema"]["schema"] if "json_schema" in asked else {"type": "object"}
+        return constraints.json(schema, settings.end_ids)
     except UserError as error:
         problem = str(error).replace("--choices", "choice").replace("--regex", "regex")
         raise ApiError(400, f"{name}: {problem}", param=name, code="invalid_value") from error

@@ -36,7 +36,7 @@ from common.cli import fault_of_system
 from common.errors import UserError, shorten
 from common.generation import language_model
 from common.generation.completion import REPLACEMENT, Completion, Prompt, Run, TextStream
-from common.generation.constraints import Forms
+from common.generation.constraints import Constraints
 from common.generation.engine import Engine, Job, Limits, Piece
 from common.generation.protocol import (
     CHAT,
@@ -183,7 +183,7 @@ class Server:
         self.run, self.engine, self.limits, self.name = engine.run, engine, engine.limits, name
         self.started = int(time.time())
         self.encoding = asyncio.Lock()  # one request at a time
-        self.forms = Forms(self.run.language_model)
+        self.constraints = Constraints(self.run.language_model)
 
     def app(self) -> web.Application:
         """Return what answers requests."""
@@ -303,7 +303,7 @@ class Server:
         self.check_model(given["model"])
         asked = Asked(given, shape, self.name)
         async with self.encoding:  # a form takes a while, as a long prompt does
-            chosen = await asyncio.to_thread(choose_settings, given, shape, self.run, self.forms)
+            chosen = await asyncio.to_thread(choose_settings, given, shape, self.run, self.constraints)
         asked.add_jobs(await self.encode(given, shape), *chosen, self.run)
         return asked
 

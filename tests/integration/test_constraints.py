@@ -51,9 +51,9 @@ TEXTS = st.text("abcTheqy \n,", min_size=1, max_size=12)
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(TEXTS, min_size=1, max_size=5), st.booleans())
 def test_exactly_one_of_the_choices_comes_out(model, choices, sample):
-    form = constraints.make_choices(choices, model, model.end_ids)
+    constraint = constraints.make_choices(choices, model, model.end_ids)
     flags = {"sample": True, "temperature": 2.0} if sample else {}
-    for row in texts_of(model, PROMPTS, constraint=form, **flags):
+    for row in texts_of(model, PROMPTS, constraint=constraint, **flags):
         assert row.text in choices and row.finish_reason == "end" and row.token_ids[-1] in model.end_ids
 
 
@@ -61,9 +61,9 @@ def test_a_greedy_choice_is_the_models_token_by_token(model):
     """Oracle: the likeliest of the tokens that lead to a choice, each from one pass over the whole text."""
     choices = ["The", "The quick brown fox", "The lazy dog", "def", "dogs", "a,b"]
     runs = [TOKENIZER(text, add_special_tokens=False)["input_ids"] for text in choices]
-    form = constraints.make_choices(choices, model, model.end_ids)
+    constraint = constraints.make_choices(choices, model, model.end_ids)
     assert model.model is not None
-    for prompt, row in zip(PROMPTS, texts_of(model, PROMPTS, constraint=form)):
+    for prompt, row in zip(PROMPTS, texts_of(model, PROMPTS, constraint=constraint)):
         text: list[int] = []
         while not text or text[-1] not in model.end_ids:
             leading = [[*run, end] for run in runs for end in model.end_ids if run[: len(text)] == text]
@@ -96,9 +96,9 @@ REGEXES = st.lists(st.tuples(ATOMS, REPEATS), min_size=1, max_size=5).map(
 @given(st.one_of(st.sampled_from(PATTERNS), REGEXES), st.booleans())
 def test_each_text_matches_the_expression(model, pattern, sample):
     """As Python's own `re` understands it, from the beginning to the end."""
-    form = constraints.Forms(model).regex(pattern, model.end_ids)
+    constraint = constraints.Constraints(model).regex(pattern, model.end_ids)
     flags = {"sample": True, "top_k": 30, "temperature": 1.5} if sample else {}
-    for row in texts_of(model, PROMPTS, constraint=form, max_new_tokens=60, **flags):
+    for row in texts_of(model, PROMPTS, constraint=constraint, max_new_tokens=60, **flags):
         assert row.finish_reason == "end", (pattern, row.text)
         # not by re, whose Unicode is older than that of --regex and knows fewer digits
     assert regex.fullmatch(pattern, row.text), (pattern, row.text)
@@ -146,9 +146,9 @@ SCHEMAS = {  # name: (schema, whether a value is of it)
 @pytest.mark.parametrize("schema, is_of_it", SCHEMAS.values(), ids=SCHEMAS)
 def test_each_text_is_json_of_the_schema(model, schema, is_of_it):
     """As Python's own parser reads it, greedy and drawn."""
-    form = constraints.Forms(model).json(schema, model.end_ids)
+    constraint = constraints.Constraints(model).json(schema, model.end_ids)
     for flags in ({}, {"sample": True, "temperature": 2.0}):
-        for row in texts_of(model, PROMPTS, constraint=form, max_new_tokens=300, **flags):
+        for row in texts_of(model, PROMPTS, constraint=constraint, max_new_tokens=300, **flags):
             assert row.finish_reason == "end" and is_of_it(json.loads(row.text)), row.text
 
 
@@ -165,20 +165,20 @@ LOOP = {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}
 )
 def test_a_schema_that_is_not_known_or_has_no_text_is_refused(model, schema, problem):
     with pytest.raises(UserError, match=f"^schema: .*{problem}"):
-        constraints.Forms(model).json(schema, model.end_ids)
+        constraints.Constraints(model).json(schema, model.end_ids)
 
 
 def test_a_schema_that_takes_too_much_ends_its_text_with_the_reason(model):
     schema = {"type": "object", "properties": {f"p{number}": {"type": "string"} for number in range(550)}}
-    form = constraints.Forms(model).json(schema, model.end_ids)
+    constraint = constraints.Constraints(model).json(schema, model.end_ids)
     with pytest.raises(UserError, match=r"^json: .*max is 2000.*; ask for something simpler$"):
-        texts_of(model, PROMPTS[:1], constraint=form)
+        texts_of(model, PROMPTS[:1], constraint=constraint)
 
 
 def test_a_text_that_is_cut_says_so_and_a_whole_one_does_not(model):
     def finish(pattern: str, limit: int) -> tuple[str, str]:
-        form = constraints.Forms(model).regex(pattern, model.end_ids)
-        [row] = texts_of(model, PROMPTS[:1], constraint=form, max_new_tokens=limit)
+        constraint = constraints.Constraints(model).regex(pattern, model.end_ids)
+        [row] = texts_of(model, PROMPTS[:1], constraint=constraint, max_new_tokens=limit)
         return row.text, row.finish_reason
 
     assert finish("a{3}b{20}", 4)[1] == "length"
@@ -188,9 +188,9 @@ def test_a_text_that_is_cut_says_so_and_a_whole_one_does_not(model):
 
 def test_guesses_and_end_tokens_keep_the_form(model):
     """Prompt lookup asks what follows a guess, also a wrong one; the text is the same."""
-    form = constraints.Forms(model).regex("(ab){1,9}(cd){2,9}", model.end_ids)
-    expected = texts_of(model, PROMPTS[:1], constraint=form)[0].token_ids
-    settings = Settings(max_new_tokens=40, end_ids=model.end_ids, constraint=form)
+    constraint = constraints.Constraints(model).regex("(ab){1,9}(cd){2,9}", model.end_ids)
+    expected = texts_of(model, PROMPTS[:1], constraint=constraint)[0].token_ids
+    settings = Settings(max_new_tokens=40, end_ids=model.end_ids, constraint=constraint)
     batch = decoding.left_pad([PROMPTS[0]], model, room=40)
     steps = decoding.PromptLookup(3).decode(model, batch, settings)
     assert [step.tokens[0] for step in steps] == expected
@@ -200,7 +200,7 @@ def test_a_model_without_an_end_and_a_text_that_no_token_spells_are_refused(mode
     with pytest.raises(UserError, match="--choices.*--end-token"):
         constraints.make_choices(["a"], model, ())
     with pytest.raises(UserError, match="--regex.*--end-token"):
-        constraints.Forms(model).regex("a", ())
+        constraints.Constraints(model).regex("a", ())
     with pytest.raises(UserError, match="--choices.*spell it"):
         constraints.make_choices(["a<|im_start|>"], model, model.end_ids)
 

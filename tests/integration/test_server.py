@@ -24,7 +24,7 @@ import pytest
 import generate
 from common.generation import server
 from common.generation.completion import Completion, Prompt, Run, TextStream
-from common.generation.constraints import Forms
+from common.generation.constraints import Constraints
 from common.generation.engine import Engine, Job, Limits, Piece
 from common.generation.protocol import SHAPES, choose_settings
 from common.local_server import bind
@@ -441,7 +441,7 @@ def test_texts_come_and_go_and_each_is_what_it_is_alone(flags, tiny, told):
     shape, has_ended, may_begin = SHAPES["/v1/completions"], threading.Semaphore(0), threading.Event()
 
     def make_job(prompt: str, name: str) -> Job:
-        settings, stops = choose_settings({**ASKED[name][0]}, shape, run, Forms(run.language_model))
+        settings, stops = choose_settings({**ASKED[name][0]}, shape, run, Constraints(run.language_model))
         asked = Prompt(0, prompt, run.language_model.tokenizer(prompt)["input_ids"])
         row = Completion(asked, 0, TextStream(run.language_model.tokenizer, stops, asked.ids))
         return Job(0, row, settings, ASKED[name][0].get("seed", 0), None, tell)
