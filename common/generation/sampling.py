@@ -1,9 +1,9 @@
 """From the model's logits to the next token: filters, distribution, draw.
 
-Pure tensor functions, in the order in which `model.generate` applies them. Shapes: logits (B, V)
-in fp32; ids (B, T), the tokens so far; tokens (B), the next token of each row. The B rows are
-independent texts, and V is the size of the vocabulary. A filter returns new logits, with -inf for
-each token that it removes.
+Pure tensor functions, in the order in which `model.generate` applies them; `make_sampler` puts them
+together. Shapes: logits (B, V) in fp32; ids (B, T), the tokens so far; tokens (B), the next token
+of each row. The B rows are independent texts, and V is the size of the vocabulary. A filter
+returns new logits, with -inf for each token that it removes.
 
 Order of the filters: logit bias, repetition penalty, no repeated n-grams, banned words, minimum
 length, presence and frequency penalty, choices or regex; then, only when sampling: top-n-sigma,
@@ -400,13 +400,16 @@ def make_sampler(settings: Settings, *, prompt_length: int, starts: Tensor, seed
     if not settings.sample:
         return lambda logits, ids: apply_filters(filters, logits, ids).argmax(-1)
     filters += distribution_filters(settings, names)
-    if isinstance(seed, int):
-        generator = torch.Generator(starts.device).manual_seed(seed)
-        return lambda logits, ids: draw_exactly(apply_filters(filters, logits, ids).softmax(-1), generator)
+    generator = torch.Generator(starts.device).manual_seed(seed) if isinstance(seed, int) else None
     uniforms = uniform_steps(settings, names, starts.device)
-    return lambda logits, ids: draw_independently(
-        apply_filters(filters, logits, ids).softmax(-1), next(uniforms)
-    )
+
+    def sample(logits: Tensor, ids: Tensor) -> Tensor:
+        probabilities = apply_filters(filters, logits, ids).softmax(-1)
+        if generator is None:
+            return draw_independently(probabilities, next(uniforms))
+        return draw_exactly(probabilities, generator)
+
+    return sample
 
 
 # --- Seeds
