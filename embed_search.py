@@ -321,6 +321,7 @@ def search(args: argparse.Namespace, screen: Screen) -> None:
     """
     from common.search import display
     from common.search.encoder import load_reranker
+    from common.search.ranker import Ranker
     from common.search.searcher import Page, Searcher
 
     runtime = start(args)
@@ -331,17 +332,16 @@ def search(args: argparse.Namespace, screen: Screen) -> None:
     opened = open_rows(args, runtime, screen, encodes=True, least=0, role="document")
     with opened as (selection, encoder):
         assert encoder is not None
-        searcher = Searcher(
+        ranker = Ranker(
             selection.snapshot,
-            encoder,
             selection.mask,
             approximate=args.approximate,
             hybrid=args.hybrid,
             words=Words(args.language),
-            reranker=load_reranker(args.rerank, runtime, cache_dir=args.cache_dir),
-            rerank_depth=args.rerank_depth,
             say=screen.say,
         )
+        reranker = load_reranker(args.rerank, runtime, cache_dir=args.cache_dir)
+        searcher = Searcher(ranker, encoder, reranker=reranker, rerank_depth=args.rerank_depth)
         page = Page(args.top_k, args.offset, args.min_score)
         if not queries:
             display.answer_prompt(screen, searcher, page)
@@ -356,6 +356,7 @@ def like(args: argparse.Namespace, screen: Screen) -> None:
     """Recommend texts that are similar to one or several, and unlike others; needs no model."""
     from common.search import display
     from common.search.index import known_rows, open_snapshot
+    from common.search.ranker import Ranker
     from common.search.searcher import Page, Searcher, liked_vector
     from common.search.selection import select
 
@@ -368,7 +369,7 @@ def like(args: argparse.Namespace, screen: Screen) -> None:
         allowed[rows] = False
     page = Page(args.top_k, args.offset, args.min_score)
     vector = liked_vector(snapshot, liked, unliked)
-    hits = Searcher(snapshot, None, allowed).nearest(vector, page.depth)
+    hits = Searcher(Ranker(snapshot, allowed)).nearest(vector, page.depth)
     unlike = f", unlike {', '.join(args.unlike)}" if args.unlike else ""
     title = f"like {', '.join(args.ids)}{unlike}"
     display.show_hits(screen, snapshot, [title], [hits], page, heading="")
@@ -384,22 +385,17 @@ def serve(args: argparse.Namespace, screen: Screen) -> None:
     from common.search import page
     from common.search.encoder import load_index_encoder, load_reranker
     from common.search.index import open_snapshot
+    from common.search.ranker import Ranker
     from common.search.searcher import Searcher
     from common.search.selection import select
 
     runtime = start(args)
     selection = select(open_snapshot(args.index), args.where, limits=limits_of(args))
-    snapshot = selection.snapshot
-    searcher = Searcher(
-        snapshot,
-        load_index_encoder(encoder_config(args), runtime, args.index, snapshot.settings),
-        selection.mask,
-        approximate=args.approximate,
-        words=Words(args.language),
-        reranker=load_reranker(args.rerank, runtime, cache_dir=args.cache_dir),
-        rerank_depth=args.rerank_depth,
-    )
-
+    snapshot, words = selection.snapshot, Words(args.language)
+    ranker = Ranker(snapshot, selection.mask, approximate=args.approximate, words=words)
+    encoder = load_index_encoder(encoder_config(args), runtime, args.index, snapshot.settings)
+    reranker = load_reranker(args.rerank, runtime, cache_dir=args.cache_dir)
+    searcher = Searcher(ranker, encoder, reranker=reranker, rerank_depth=args.rerank_depth)
     page.serve(page.ServedIndex(searcher, limits=limits_of(args), seed=args.seed), listener, screen)
 
 
@@ -537,6 +533,7 @@ def evaluate(args: argparse.Namespace, screen: Screen) -> None:
     """
     from common.search import display, model_scores, relevance
     from common.search.encoder import load_encoder, load_reranker
+    from common.search.ranker import Ranker
     from common.search.searcher import Searcher
 
     runtime = start(args)
@@ -552,9 +549,8 @@ def evaluate(args: argparse.Namespace, screen: Screen) -> None:
     )
     with opened as documents:
         snapshot, allowed = documents.snapshot, documents.snapshot.alive()
-        words = Words(args.language)
-        options = {"words": words, "rerank_depth": args.rerank_depth, "say": screen.say}
-        searcher = Searcher(snapshot, documents.encoder, allowed, **options)
+        ranker = Ranker(snapshot, allowed, words=Words(args.language), say=screen.say)
+        searcher = Searcher(ranker, documents.encoder, rerank_depth=args.rerank_depth)
         measures = relevance.measures_at(args.at)
         values = relevance.score_all(searcher, task, reranker=reranker, measures=measures)
         stores = relevance.score_stores(searcher, task, args.store, measures)
@@ -621,6 +617,7 @@ def score_model(
 
     from common.search import relevance
     from common.search.model_scores import COSINE, HUMAN, ModelScores
+    from common.search.ranker import Ranker
     from common.search.searcher import Searcher
 
     own = (encoder.name, fingerprint, encoder.width)
@@ -633,7 +630,7 @@ def score_model(
     options = {"block": args.block, "say": screen.say, "encoder": encoder}
     with relevance.open_documents(task, source, encoder_config(args), runtime, **options) as documents:
         snapshot = documents.snapshot
-        searcher = Searcher(snapshot, encoder, snapshot.alive(), say=screen.say)
+        searcher = Searcher(Ranker(snapshot, snapshot.alive(), say=screen.say), encoder)
         speed = snapshot.num_rows / documents.seconds if documents.seconds else None
         values = relevance.query_scores(task.judgements, relevance.find(searcher, task))
     arrays = {name: np.array(of_queries) for name, of_queries in values.items()}

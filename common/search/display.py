@@ -340,7 +340,7 @@ def answer_prompt(screen: Screen, searcher: Searcher, page: Page) -> None:
     """Answer queries from standard input until it ends or an empty line comes; with --json one
     document per query.
     """
-    screen.say(f"{int(searcher.allowed.sum()):,} texts; an empty line ends")
+    screen.say(f"{int(searcher.ranker.allowed.sum()):,} texts; an empty line ends")
     for number in itertools.count(1):
         if sys.stdin.isatty():
             print("query> ", end="", file=sys.stderr, flush=True)

@@ -61,6 +61,7 @@ from common.search.segments import (
     write_arrow,
 )
 
+ROWS_AT_ONCE = 10_000  # whose texts are in memory
 CACHE_PREFIX = "cache-"  # of the folder of a cache
 CACHE_STAMP = "stamp"  # the file of a cache that says which state of the index it was made of
 ABANDONED = 86_400  # seconds after which an unfinished cache must be that of a killed process
@@ -134,8 +135,8 @@ class Snapshot:
                 taken[position] = row
         return taken
 
-    def parts(self, rows: np.ndarray, *, size: int = 10_000) -> Iterator[tuple[pa.Table, np.ndarray]]:
-        """Yield some rows (ascending), at most `size` at a time, under names for other programs,
+    def parts(self, rows: np.ndarray) -> Iterator[tuple[pa.Table, np.ndarray]]:
+        """Yield some rows (ascending), few at a time, under names for other programs,
         and their vectors (rows, width): `id` where no column of the texts holds the ids, `text`,
         with chunks the number of each in its document, and the columns of the texts.
         """
@@ -144,17 +145,17 @@ class Snapshot:
         if self.settings["chunk_overlap"] is not None:
             own |= {CHUNK: "chunk", NUM_CHUNKS: "chunks", START: "first_character"}
         names = [*(unused_name(name, columns) for name in own.values()), *columns]
-        for start in range(0, len(rows), size):
-            here = rows[start : start + size]
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            here = rows[start : start + ROWS_AT_ONCE]
             here_by_segment = self.by_segment(here)
             tables = [part.rows([*own, *columns], offsets) for part, _, offsets in here_by_segment]
             yield pa.concat_tables(tables).rename_columns(names), self.vectors_of(here)
 
-    def texts(self, rows: np.ndarray | None = None, *, size: int = 10_000) -> Iterator[str]:
-        """Yield the texts of some rows (default: the live ones), reading `size` at a time."""
+    def texts(self, rows: np.ndarray | None = None) -> Iterator[str]:
+        """Yield the texts of some rows (default: the live ones), reading few at a time."""
         rows = np.flatnonzero(self.alive()) if rows is None else rows
-        for start in range(0, len(rows), size):
-            yield from (row[TEXT] for row in self.take(rows[start : start + size], [TEXT]))
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            yield from (row[TEXT] for row in self.take(rows[start : start + ROWS_AT_ONCE], [TEXT]))
 
     def by_segment(self, rows: np.ndarray) -> Iterator[tuple[Segment, np.ndarray, np.ndarray]]:
         """Yield (segment, mask of the `rows` that lie in it, their offsets there)."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import functools
 import json
 import logging
 import os
@@ -51,9 +50,10 @@ from common.search.manifest import (
     check_values,
     parse_target,
 )
+from common.search.ranker import FUSED, RRF_K
 from common.search.screen import Screen
 from common.search.search_checks import check_known
-from common.search.searcher import FUSED, RRF_K, Page, Searcher
+from common.search.searcher import Page, Searcher
 from common.search.segments import CHUNK, HASH, ID, NUM_CHUNKS, START, TEXT, VECTOR
 from common.search.texts import Collection, digest, ids_of
 
@@ -523,15 +523,26 @@ def _all_rows(store: MilvusCollection, condition: str, fields: list[str]) -> Ite
 # Searching ----------------------------------------------------------------------------------------
 
 
-def rank(
-    store: MilvusCollection, condition: str, queries: list[str], vectors: np.ndarray, depth: int, hybrid: bool
-) -> list[Ranking]:
-    """Return the best rows of each query where a condition of Milvus holds, at most as many as
-    Milvus returns.
+@dataclass
+class MilvusRanker:
+    """The rows of a collection where a condition of Milvus holds, in the order of their scores, as
+    Milvus ranks them. `allowed` has a True for each, at most as many as Milvus returns.
     """
-    if hybrid:
-        return [_rank_hybrid(store, condition, *pair, depth) for pair in zip(queries, vectors)]
-    return _rank_by_cosine(store, condition, vectors, depth)
+
+    snapshot: Any  # a MilvusCollection, which has what a searcher asks of an index
+    condition: str
+    allowed: np.ndarray
+    hybrid: bool = False
+
+    def prepare(self, queries: list[str]) -> None:
+        """Do nothing: Milvus keeps its own indexes, and decides which words count."""
+
+    def rank(self, queries: list[str], vectors: np.ndarray, depth: int) -> list[Ranking]:
+        """Return the best rows of each query, at most as many as Milvus returns."""
+        store, condition = self.snapshot, self.condition
+        if self.hybrid:
+            return [_rank_hybrid(store, condition, *pair, depth) for pair in zip(queries, vectors)]
+        return _rank_by_cosine(store, condition, vectors, depth)
 
 
 def _rank_by_cosine(
@@ -746,7 +757,7 @@ def run_search(args: argparse.Namespace, screen: Screen) -> None:
     queries = args.queries
     if args.queries_file:
         queries = search_flags.read_queries(args.queries_file, args.encoding)
-    with opened_searcher(args, runtime, screen, hybrid=args.hybrid, where=args.where) as searcher:
+    with opened_searcher(args, runtime, hybrid=args.hybrid, where=args.where) as searcher:
         page = Page(args.top_k, args.offset, args.min_score)
         if queries:
             hits = searcher.search(queries, page.depth)
@@ -762,13 +773,13 @@ def run_evaluate(args: argparse.Namespace, screen: Screen) -> None:
 
     runtime = search_flags.start(args)
     task = relevance.read_task(args.queries, args.qrels, args.encoding)
-    with opened_searcher(args, runtime, screen) as searcher:
+    with opened_searcher(args, runtime) as searcher:
         relevance.check_documents(task, lambda ids: unknown_ids(searcher.snapshot, ids), screen.say)
-        ways = {"exact": searcher, "hybrid": dataclasses.replace(searcher, hybrid=True)}
+        ways = {"exact": searcher, "hybrid": searcher.ranked(hybrid=True)}
         if searcher.reranker:
             ways["reranked"] = searcher
             ways["exact"] = dataclasses.replace(searcher, reranker=None)
-            ways["hybrid"] = dataclasses.replace(searcher, hybrid=True, reranker=None)
+            ways["hybrid"] = dataclasses.replace(ways["hybrid"], reranker=None)
         measures = relevance.measures_at(args.at)
         values = {name: relevance.scores_of(way, task, measures) for name, way in ways.items()}
         searches = model_scores.of_searches(list(task.judgements), values)
@@ -779,12 +790,7 @@ def run_evaluate(args: argparse.Namespace, screen: Screen) -> None:
 
 @contextlib.contextmanager
 def opened_searcher(
-    args: argparse.Namespace,
-    runtime: Runtime,
-    screen: Screen,
-    *,
-    hybrid: bool = False,
-    where: str | None = None,
+    args: argparse.Namespace, runtime: Runtime, *, hybrid: bool = False, where: str | None = None
 ) -> Iterator[Any]:
     """Yield how a collection is searched, until the connection ends."""
     reranker = load_reranker(args.rerank, runtime, cache_dir=args.cache_dir)
@@ -792,17 +798,9 @@ def opened_searcher(
         config = search_flags.encoder_config(args)
         encoder = load_index_encoder(config, runtime, args.index, store.settings)
         condition = translate(where, store.columns) or ""
-        snapshot: Any = store  # it has what a searcher asks of an index
-        yield Searcher(
-            snapshot,
-            encoder,
-            allowed=np.ones(min(store.count(condition), LONGEST_RESULT), bool),
-            hybrid=hybrid,
-            reranker=reranker,
-            rerank_depth=args.rerank_depth,
-            say=screen.say,
-            ranked_there=functools.partial(rank, store, condition),
-        )
+        allowed = np.ones(min(store.count(condition), LONGEST_RESULT), bool)
+        ranker = MilvusRanker(store, condition, allowed, hybrid=hybrid)
+        yield Searcher(ranker, encoder, reranker=reranker, rerank_depth=args.rerank_depth)
 
 
 def run_list(args: argparse.Namespace, screen: Screen) -> None:

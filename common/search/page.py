@@ -35,6 +35,7 @@ from common.search import mining
 from common.search.display import hit_documents
 from common.search.index import known_rows
 from common.search.manifest import Limits
+from common.search.ranker import Ranker
 from common.search.screen import Screen
 from common.search.searcher import Page, Searcher, liked_vector
 from common.search.segments import ID, TEXT
@@ -153,7 +154,9 @@ class ServedIndex:
     """
 
     def __init__(self, searcher: Searcher, *, limits: Limits, seed: int) -> None:
-        self.searcher, self.snapshot, self.shown = searcher, searcher.snapshot, searcher.allowed
+        assert isinstance(searcher.ranker, Ranker)  # no page is served over Milvus
+        self.searcher, self.ranker, self.snapshot = searcher, searcher.ranker, searcher.snapshot
+        self.shown = searcher.ranker.allowed
         self.limits, self.seed = limits, seed
 
     @property
@@ -169,7 +172,7 @@ class ServedIndex:
             "unit": Selection(self.snapshot, np.flatnonzero(self.shown)).unit,
             "columns": {ID: "string", TEXT: "string", **self.snapshot.manifest["columns"]},
             "model": Path(self.snapshot.settings["model"]).name,
-            "language": self.searcher.words.language,
+            "language": self.ranker.words.language,
         }
 
     def search(self, asked: Asked) -> dict[str, Any]:
@@ -177,19 +180,19 @@ class ServedIndex:
         its words and the notes that a terminal would show.
         """
         notes: list[str] = []
-        searcher, encoder = self.searcher, self.searcher.encoder
+        searcher, ranker, encoder = self.searcher, self.ranker, self.searcher.encoder
         assert encoder is not None
         # changed and not copied: what it has cached of the words stays
-        searcher.allowed, searcher.hybrid = self._allowed(asked), asked.hybrid
-        searcher.say = notes.append
+        ranker.allowed, ranker.hybrid = self._allowed(asked), asked.hybrid
+        ranker.say = notes.append
         num_cut = encoder.num_cut
         [hits] = searcher.search([asked.query], asked.page.depth)
         if encoder.num_cut > num_cut:
             notes.append(f"the query is longer than {encoder.max_length} tokens and was cut there")
         documents = hit_documents(self.snapshot, asked.page.of(hits))
-        wanted = set(searcher.words.of_query(asked.query))
+        wanted = set(ranker.words.of_query(asked.query))
         for document in documents:
-            document["marks"] = searcher.words.places(document["text"][:MARKED], wanted)
+            document["marks"] = ranker.words.places(document["text"][:MARKED], wanted)
         lines = [" ".join(note.split()) for note in notes]
         return {"query": asked.query, "hits": documents, "notes": lines}
 
@@ -197,7 +200,7 @@ class ServedIndex:
         """Return the texts that are similar to one of the index, as `like --json` does."""
         rows, allowed = known_rows(self.snapshot, asked.id), self._allowed(asked)
         allowed[rows] = False
-        nearest = Searcher(self.snapshot, None, allowed).nearest
+        nearest = Searcher(Ranker(self.snapshot, allowed)).nearest
         hits = nearest(liked_vector(self.snapshot, [rows], []), asked.page.depth)
         documents = hit_documents(self.snapshot, asked.page.of(hits))
         return {"id": asked.id, "hits": documents, "notes": []}
@@ -222,7 +225,7 @@ class ServedIndex:
             raise UserError(f"{self.name}: {problem}; add more texts")
         drawn = Selection(self.snapshot, rows[evenly_spaced(len(rows), mining.MAPPED)])
         labels = mining.k_means(drawn, min(CLUSTERS, len(drawn)), block=BLOCK, seed=self.seed)
-        language = self.searcher.words.language
+        language = self.ranker.words.language
         stop = stop_words(language) if LANGUAGES[language].stop_words else None
         words = mining.typical_words(drawn, labels, NUM_WORDS, stop)
         return Clusters(drawn, labels, words, self.snapshot.take(drawn.rows, [ID, TEXT]))

@@ -134,8 +134,8 @@ def score_all(
     """
     searchers = {
         "exact": searcher,
-        "approximate": dataclasses.replace(searcher, approximate=True),
-        "hybrid": dataclasses.replace(searcher, hybrid=True),
+        "approximate": searcher.ranked(approximate=True),
+        "hybrid": searcher.ranked(hybrid=True),
     }
     if reranker:
         searchers["reranked"] = dataclasses.replace(searcher, reranker=reranker)
@@ -177,7 +177,7 @@ def score_stores(
     for store in stores:
         segments = [segment.repacked(store) for segment in snapshot.segments]
         repacked = Snapshot(snapshot.folder, snapshot.manifest, segments)
-        hits = find(dataclasses.replace(searcher, snapshot=repacked), task, measures.depth)
+        hits = find(searcher.ranked(snapshot=repacked), task, measures.depth)
         shared = []
         for query, best in whole.items():
             shared.append(len(set(hits[query][:10]) & set(best[:10])) / len(best[:10]))

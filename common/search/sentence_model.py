@@ -65,7 +65,6 @@ class SentenceModel:
     max_length: int  # the most tokens of a text that the model is made for, special ones included
     positions: int | None  # the most that it can take, None if nothing limits it
     width: int  # of its embeddings
-    truncate_dim: int | None  # the first numbers of an embedding that are kept
     prompts: dict[str, str]
     default_prompt_name: str | None
     pooling: str  # what follows the transformer, in a few words
@@ -262,7 +261,6 @@ def _assembled(
         max_length=tokenizer.model_max_length,
         positions=positions,
         width=min(width, settings.truncate_dim or width),
-        truncate_dim=settings.truncate_dim,
         prompts=prompts,
         default_prompt_name=default,
         pooling=", ".join(part.pooling for part in parts.values() if part.pooling),
@@ -586,7 +584,6 @@ def load_with_library(folder: Path, name: str) -> SentenceModel:
         max_length=model.max_seq_length or tokenizer.model_max_length,
         positions=models.max_positions(first.auto_model),
         width=width,
-        truncate_dim=model.truncate_dim,
         prompts=model.prompts,
         default_prompt_name=model.default_prompt_name,
         pooling=describe_pooling(model),
@@ -619,7 +616,6 @@ def _opaque(model: "SentenceTransformer", name: str) -> SentenceModel:
         max_length=int(min(limit or MOST_TOKENS, MOST_TOKENS)),
         positions=None,
         width=width,
-        truncate_dim=model.truncate_dim,
         prompts={key: prompt or "" for key, prompt in model.prompts.items()},
         default_prompt_name=model.default_prompt_name,
         pooling=", ".join(type(module).__name__ for module in model),

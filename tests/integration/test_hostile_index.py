@@ -23,6 +23,7 @@ from common.search import index, selection, texts
 from common.search.builder import Builder, fill, settings_of
 from common.search.index import open_snapshot, open_store
 from common.search.manifest import Limits, check_files, read_manifest
+from common.search.ranker import Ranker
 from common.search.searcher import Searcher
 from common.search.segments import CHUNK, HASH, ID, NUM_CHUNKS, TEXT, VECTOR, checksums
 from common.search.selection import matching
@@ -422,7 +423,7 @@ def test_duckdb_that_is_not_installed_is_no_lack_of_memory(made, monkeypatch):
 
 def searcher_of(folder: Path, **options) -> Searcher:
     snapshot = open_snapshot(folder)
-    return Searcher(snapshot, StubEncoder(WIDTH), snapshot.alive(), **options)
+    return Searcher(Ranker(snapshot, snapshot.alive(), **options), StubEncoder(WIDTH))
 
 
 def other_codes(cache: Path) -> None:

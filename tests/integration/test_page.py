@@ -28,6 +28,7 @@ from common.search import mining, page
 from common.search.index import open_snapshot
 from common.search.manifest import DEFAULT_LIMITS
 from common.search.page import MOST_WAITING, Refused, Worker
+from common.search.ranker import Ranker
 from common.search.searcher import Searcher
 from common.search.segments import ID
 from common.search.selection import select
@@ -322,7 +323,7 @@ def test_texts_are_found_while_the_map_is_drawn(index, monkeypatch):
         return draw(*args, **options)
 
     monkeypatch.setattr(mining, "map_points", wait_and_draw)
-    served = page.ServedIndex(Searcher(snapshot, None, snapshot.alive()), limits=DEFAULT_LIMITS, seed=0)
+    served = page.ServedIndex(Searcher(Ranker(snapshot, snapshot.alive())), limits=DEFAULT_LIMITS, seed=0)
 
     async def act() -> None:
         listener = bind(0)

@@ -15,7 +15,8 @@ from common.runtime import Runtime
 from common.search import index
 from common.search.builder import Builder, fill, settings_of
 from common.search.index import open_store
-from common.search.searcher import Searcher, cached, fuse
+from common.search.ranker import Ranker, cached, fuse
+from common.search.searcher import Searcher
 from index_rows import collection, numbered
 
 
@@ -52,9 +53,8 @@ def searcher(folder, vectors, query, *, allowed=None, **options):
     with open_store(folder, settings=settings_of(encoder, id_column="key", chunk_overlap=None)) as opened:
         fill(Builder(opened, encoder), collection(numbered(0, len(vectors))), block=700)
         snapshot = opened.snapshot
-    return Searcher(
-        snapshot, encoder, snapshot.alive() if allowed is None else allowed, say=lambda line: None, **options
-    )
+    allowed = snapshot.alive() if allowed is None else allowed
+    return Searcher(Ranker(snapshot, allowed, say=lambda line: None, **options), encoder)
 
 
 def rows(found):
@@ -66,7 +66,7 @@ def test_a_filter_takes_little_from_approximate_search(share, tmp_path):
     generator = np.random.default_rng(0)
     vectors, allowed = unit(generator.standard_normal((4000, 16))), generator.random(4000) < share
     exact = searcher(tmp_path / "index", vectors, vectors[7], allowed=allowed)
-    near = Searcher(exact.snapshot, exact.encoder, allowed, approximate=True, say=lambda line: None)
+    near = exact.ranked(approximate=True)
     assert len(set(rows(exact.search(["x"], 20))) & set(rows(near.search(["x"], 20)))) >= (
         20 if share < 0.1 else 19
     )
@@ -79,7 +79,7 @@ def test_equal_vectors_hide_nothing_from_approximate_search(tmp_path):
     vectors[generator.permutation(1000)[:700]] = vectors[3]
     for query in (vectors[3], unit(generator.standard_normal((1, 16)))[0]):
         exact = searcher(tmp_path / f"index-{query[0]}", vectors, query)
-        near = Searcher(exact.snapshot, exact.encoder, exact.allowed, approximate=True, say=lambda line: None)
+        near = exact.ranked(approximate=True)
         assert rows(near.search(["x"], 20)) == rows(exact.search(["x"], 20))
         assert rows(near.search(["x"], 1000)) == rows(exact.search(["x"], 1000))
 
@@ -95,7 +95,7 @@ def test_reranking_stops_at_its_depth_and_the_rest_stays_behind(tmp_path):
     # row 0 is the nearest, row 8 the farthest
     vectors = unit(np.stack([np.r_[1, number / 10, np.zeros(14)] for number in range(9)]))
     plain = searcher(tmp_path / "index", vectors, vectors[0])
-    reranked = Searcher(plain.snapshot, plain.encoder, plain.allowed, reranker=Backwards(), rerank_depth=4)
+    reranked = Searcher(plain.ranker, plain.encoder, reranker=Backwards(), rerank_depth=4)
     assert rows(plain.search(["x"], 7)) == [0, 1, 2, 3, 4, 5, 6]
     assert rows(reranked.search(["x"], 7)) == [3, 2, 1, 0, 4, 5, 6]
     assert rows(reranked.search(["x"], 2)) == [3, 2]

@@ -108,7 +108,6 @@ def assert_as_in_the_library(folder, ours=None, theirs=None):
     assert ours.width == theirs.get_embedding_dimension()
     assert ours.max_length == theirs.max_seq_length
     assert ours.prompts == theirs.prompts and ours.default_prompt_name == theirs.default_prompt_name
-    assert ours.truncate_dim == theirs.truncate_dim
 
 
 @pytest.mark.parametrize("name", MODULES)

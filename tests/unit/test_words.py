@@ -14,6 +14,7 @@ from common.errors import UserError
 from common.search import display
 from common.search.builder import Builder, fill, settings_of
 from common.search.index import open_store
+from common.search.ranker import Ranker
 from common.search.searcher import Searcher
 from common.search.segments import TEXT
 from common.search.words import LANGUAGES, Words, fold, stop_words
@@ -101,7 +102,8 @@ def searcher(folder, lines: list[str], said: list[str], **options) -> Searcher:
     with open_store(folder, settings=settings_of(encoder, id_column="key", chunk_overlap=None)) as opened:
         fill(Builder(opened, encoder), collection(rows), block=100)
         snapshot = opened.snapshot
-    return Searcher(snapshot, encoder, snapshot.alive(), hybrid=True, say=said.append, **options)
+    ranker = Ranker(snapshot, snapshot.alive(), hybrid=True, say=said.append, **options)
+    return Searcher(ranker, encoder)
 
 
 def test_bm25_ranks_by_these_words_as_by_hand(tmp_path):
@@ -118,7 +120,7 @@ def test_bm25_ranks_by_these_words_as_by_hand(tmp_path):
             for number, own in enumerate(words):
                 times = own.count(word)
                 scores[number] += idf * times / (times + 1.5 * (0.25 + 0.75 * len(own) / mean))
-        [(rows, given_scores)] = found._rank_by_words([query], 5)
+        [(rows, given_scores)] = found.ranker._rank_by_words([query], 5)
         expected = [row for row in np.lexsort((np.arange(5), -scores)) if scores[row] > 0]
         assert rows.tolist() == expected and given_scores == pytest.approx(scores[expected], rel=1e-5)
 
@@ -126,11 +128,10 @@ def test_bm25_ranks_by_these_words_as_by_hand(tmp_path):
 def test_the_words_of_an_index_belong_to_a_language(tmp_path):
     lines, said = ["they are running", "something else"], []
     plain = searcher(tmp_path / "ix", lines, said)
-    assert plain._rank_by_words(["run"], 5)[0][0].tolist() == [] and len(said) == 1
-    options = {"hybrid": True, "words": Words("en"), "say": said.append}
-    english = Searcher(plain.snapshot, plain.encoder, plain.allowed, **options)
-    assert english._rank_by_words(["run"], 5)[0][0].tolist() == [0] and len(said) == 2  # made anew
-    assert english._rank_by_words(["run"], 5) and len(said) == 2
+    assert plain.ranker._rank_by_words(["run"], 5)[0][0].tolist() == [] and len(said) == 1
+    english = plain.ranked(words=Words("en"))
+    assert english.ranker._rank_by_words(["run"], 5)[0][0].tolist() == [0] and len(said) == 2  # made anew
+    assert english.ranker._rank_by_words(["run"], 5) and len(said) == 2
     english.search(["to be or not to be"], 1)
     assert "'to be or not to be' has no word that counts (--language en)" in said[-1]
     english.search(["the run", "of the", "xyz"], 1)
