@@ -42,6 +42,7 @@ from common.training.labels import (
     natural_order,
     read_labels,
     split_columns,
+    tidy_labels,
     without_decimals,
 )
 from common.training.run import JOIN, MULTI, REGRESSION, SINGLE
@@ -114,6 +115,7 @@ class DataNotes:
     unused: list[str] = field(default_factory=list)  # splits of the source that nothing asks for
     rare: list[str] = field(default_factory=list)  # classes that are left out or merged
     cut: list[str] = field(default_factory=list)  # splits that had to be cut from train
+    cleaned: dict[str, str | None] = field(default_factory=dict)  # label -> how it is read, None: as none
 
 
 def load_splits(config: DataConfig, runtime: Runtime, notes: DataNotes | None = None) -> Splits:
@@ -130,6 +132,7 @@ def load_splits(config: DataConfig, runtime: Runtime, notes: DataNotes | None = 
     used = [id(rows) for rows in splits.values()]
     notes.unused = [str(name) for name, rows in source.items() if id(rows) not in used]
     splits |= _read_split_files(config, faults)
+    splits, notes.cleaned = tidy_labels(splits, config.labels)
     if "test" in splits and not has_labels(splits["test"], config.labels):
         notes.unlabelled = _unlabelled(splits.pop("test"), config.texts, faults)
     labels = config.labels
@@ -159,8 +162,15 @@ def describe_splits(splits: Splits, config: DataConfig, notes: DataNotes) -> str
         about.append(f"not used: {listed(notes.unused)}; {advice}")
     for names in near_equal_names(task.names):
         alike = " and ".join(map(quoted, names))
-        about.append(f"{alike} are different classes; if one is meant, correct the labels")
-    if notes.faults:
+        about.append(f"{alike} are different classes; if one is meant, add --clean-labels")
+    if notes.cleaned:
+        read_as = [
+            f"{quoted(old)} as {'none' if new is None else quoted(new)}" for old, new in notes.cleaned.items()
+        ]
+        about.append(f"labels that are read otherwise: {listed(read_as)}")
+    if len(notes.faults) == 1:
+        about.append("1 row can't be used and is left out")
+    elif notes.faults:
         about.append(f"{len(notes.faults):,} rows can't be used and are left out")
     if notes.unlabelled is not None:
         about.append("the test split has no labels: it is predicted, and not scored")
@@ -224,12 +234,13 @@ def load_rows_for_scoring(
         if not splits:
             wanted = {"train": config.train_split, "validation": config.validation_split}
             splits = choose_splits(source, wanted)
+    splits, _ = tidy_labels(splits, config.labels, task.names)
     if "test" in splits and not has_labels(splits["test"], config.labels):
         problem = "it has no labels to compare with"
         raise UserError(f"split test: {problem}; --predict answers for its texts")
     if faults is not None:
         splits, _ = clean(splits, config.texts, config.labels, faults, task)
-        runtime.say(f"skipped  {len(faults):,} rows that can't be used")
+        runtime.say(f"skipped  {len(faults):,} row{'' if len(faults) == 1 else 's'} that can't be used")
     splits = validate(splits, config.texts, config.labels, trained=task)
     if "test" not in splits and name_sha256(config.dataset) == trained.get("dataset_sha256"):
         flag = "--seed" if trained.get("split_seed") is None else "--split-seed"
@@ -242,6 +253,8 @@ def load_rows_for_scoring(
     rows = sample(splits[split], size, seed=config.seed, flag="--max-eval-samples")
     name = config.test_file or config.dataset
     runtime.say(f"data     {name}: {len(rows):,} texts of its {split} split")
+    if split == "train":
+        runtime.say("         the model may have been trained on some of them, which would raise its scores")
     return rows
 
 
@@ -449,6 +462,8 @@ def cut_missing_splits(splits: Splits, *, seed: int) -> tuple[Splits, list[str]]
     """
     cut, num_rows = dict(splits), len(splits["train"])
     missing = [split for split in ("validation", "test") if split not in splits]
+    if missing and task_of_rows(splits["train"]).kind == SINGLE:
+        _check_counts(splits["train"], missing)
     for split in missing:
         task = task_of_rows(splits["train"])
         size = max(round(num_rows * CUT_SHARE), len(task.names) if task.kind == SINGLE else 1)
@@ -457,10 +472,29 @@ def cut_missing_splits(splits: Splits, *, seed: int) -> tuple[Splits, list[str]]
     return {split: cut[split] for split in ("train", "validation", "test")}, missing
 
 
+def _check_counts(rows: datasets.Dataset, missing: list[str]) -> None:
+    """Raise UserError unless each class has a row for each split that is to be cut, and for train."""
+    names, least = task_of_rows(rows).names, len(missing) + 1
+    counts = np.bincount(rows["label"][:], minlength=len(names))
+    few = [f"{quoted(name)} has {count}" for name, count in zip(names, counts) if 0 < count < least]
+    if not few:
+        return
+    splits = " and ".join(f"a {split}" for split in missing)
+    advice = (
+        f"leave such classes out with --drop-rare {least}, put them together with --merge-rare, add rows,"
+        " or supply the splits, for example as a folder with train.csv, validation.csv and test.csv"
+    )
+    if 2 * len(few) > len(rows):
+        advice = f"if the labels are numbers, add --task regression (--decimal , for 1,5); else {advice}"
+    problem = f"{splits} split can't be cut with every class in each: class {listed(few)}"
+    raise UserError(f"{problem}, and {least} are needed; {advice}")
+
+
 def stratified_cut(
     rows: datasets.Dataset, size: int, *, seed: int, purpose: str
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Return the rows in two parts, the second of `size` rows, with the same shares of classes.
+    """Return the rows in two parts, the second of `size` rows, with the same shares of classes, and
+    of each class with two rows at least one in both.
 
     Rows with several labels, or with numbers, are drawn evenly from all of them in the order of
     `strata`. Both parts keep the order of the source. Raises UserError, naming the `purpose`, when
@@ -487,7 +521,23 @@ def stratified_cut(
             f"{problem} with every class in both parts: class {quoted(name)} has {counts.min()};"
             f" add rows of it, {supply}"
         ) from error
+    for one, other in ((part, rest), (rest, part)):
+        _give_each_class(one, other, labels)
     return _take(rows, rest), _take(rows, part)
+
+
+def _give_each_class(part: np.ndarray, other: np.ndarray, labels: np.ndarray) -> None:
+    """Exchange rows of two parts, in place, so that `part` has each class of `labels` (N): a rare
+    one, whose share was rounded to 0, takes the place of a row of the class that has most beyond
+    its share.
+    """
+    shares = np.bincount(labels) * len(part) / len(labels)  # (C)
+    for label in np.setdiff1d(labels, labels[part]):
+        counts = np.bincount(labels[part], minlength=len(shares))  # (C)
+        surplus = np.where(counts > 1, counts - shares, -np.inf)  # its last row is not given away
+        mine = np.flatnonzero(labels[part] == surplus.argmax())[0]
+        theirs = np.flatnonzero(labels[other] == label)[0]
+        part[mine], other[theirs] = other[theirs], part[mine]
 
 
 def sample(rows: datasets.Dataset, size: int | None, *, seed: int, flag: str) -> datasets.Dataset:

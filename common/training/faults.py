@@ -7,8 +7,6 @@ label can't be used. `clean` leaves both out.
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,7 +15,7 @@ import numpy as np
 
 from common import reading
 from common.errors import Fault, UserError, quoted, shorten
-from common.sources import INVISIBLE, is_blank
+from common.sources import is_blank
 from common.training.duplicates import duplicate_lines
 from common.training.labels import (
     DECIMAL,
@@ -28,6 +26,7 @@ from common.training.labels import (
     cells_as_names,
     find_kind,
     is_number,
+    seen_name,
     separated,
     without_decimals,
 )
@@ -39,8 +38,6 @@ if TYPE_CHECKING:
 
     from common.training.data import Splits, TextConfig
 
-# no more digits than floats have
-NUMBER = re.compile(r"[+-]?\d{1,15}(\.\d{0,15})?(e[+-]?\d{1,2})?")
 NOT_UTF8 = "not UTF-8"
 TYPICAL = 0.9  # share of the rows that tells what kind of labels a column has
 SHOWN_ROWS, SHOWN_GROUPS = 5, 10
@@ -295,15 +292,7 @@ def near_equal_names(names: Sequence[str]) -> list[list[str]]:
     """
     groups: dict[str, list[str]] = {}
     for name in names:
-        seen = "".join(
-            character
-            for character in unicodedata.normalize("NFKC", name)
-            if character.isspace() or unicodedata.category(character) not in INVISIBLE
-        )
-        alike = " ".join(seen.casefold().split())
-        if NUMBER.fullmatch(alike):
-            alike = str(float(alike) + 0.0)  # not -0.0
-        groups.setdefault(re.sub(r"^0+(?=\d)", "", alike), []).append(name)
+        groups.setdefault(seen_name(name), []).append(name)
     return [group for group in groups.values() if len(group) > 1]
 
 
@@ -313,7 +302,7 @@ def describe(splits: Splits) -> str:
     lines = []
     for names in near_equal_names(task.names):
         both = " and ".join(map(quoted, names))
-        lines.append(f"nearly the same name: {both}; if one is meant, correct it")
+        lines.append(f"nearly the same name: {both}; if one is meant, add --clean-labels, or correct it")
     lines += duplicate_lines(splits, task)
     lines += _rare_lines(splits["train"], task)
     return "\n".join(lines) or "nothing: no alike texts, no contradictions, no rare classes"

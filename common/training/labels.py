@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from common import reading
 from common.errors import UserError, quoted
-from common.sources import is_blank
+from common.sources import INVISIBLE, is_blank
 from common.training.run import MULTI, REGRESSION, SINGLE, TASKS, Kind
 
 if TYPE_CHECKING:
@@ -28,6 +30,11 @@ FLAGS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true
 # labels
 LEAST_FLAGS = 3
 LISTS = ("List", "LargeList")  # kinds of columns
+# no more digits than floats have
+NUMBER = re.compile(r"[+-]?\d{1,15}(\.\d{0,15})?(e[+-]?\d{1,2})?")
+DECIMAL_COMMA = re.compile(r"[+-]?\d*,\d+([eE][+-]?\d+)?")
+# what stands for a missing label in files of spreadsheets and of pandas, in small letters
+MISSING = ("", "nan", "na", "n/a", "#n/a", "null")  # "none" can be a class
 # of a class: its name; of labels: the names of those that a text has; of numbers: all of them
 Label: TypeAlias = "Any"  # str | list[str] | list[float]
 
@@ -39,6 +46,8 @@ class LabelConfig:
     label_column: str = "label"  # or several, separated by commas
     task: str = "auto"
     label_separator: str | None = None
+    clean_labels: bool = False
+    decimal: str = "."
 
     @property
     def columns(self) -> list[str]:
@@ -49,6 +58,88 @@ class LabelConfig:
 def split_columns(text: str) -> list[str]:
     """Return the columns that a flag names, separated by commas."""
     return [name.strip() for name in text.split(",")]
+
+
+# Labels that are written in several ways ----------------------------------------------------------
+
+
+def seen_name(name: str) -> str:
+    """Return a name as a reader sees it: without capital letters, needless spaces, characters that
+    can't be seen, and with characters and numbers written in one way.
+    """
+    visible = "".join(
+        character
+        for character in unicodedata.normalize("NFKC", name)
+        if character.isspace() or unicodedata.category(character) not in INVISIBLE
+    )
+    seen = " ".join(visible.casefold().split())
+    if NUMBER.fullmatch(seen):
+        seen = str(float(seen) + 0.0)  # not -0.0
+    return re.sub(r"^0+(?=\d)", "", seen)
+
+
+def tidy_labels(
+    splits: dict[str, datasets.Dataset], config: LabelConfig, trained: Sequence[str] | None = None
+) -> tuple[dict[str, datasets.Dataset], dict[str, str | None]]:
+    """Return the splits with the labels in their columns of strings written in one way, as
+    --clean-labels and --decimal ask for; and what was changed: label -> new label.
+
+    --clean-labels takes names that look the same for the most frequent of them in the first split,
+    or for that of a `trained` model, and the words of MISSING for no label. --decimal "," makes
+    numbers of 1,5.
+    """
+    if not config.clean_labels and config.decimal == ".":
+        return splits, {}
+    for split, rows in splits.items():
+        for column in _string_columns(rows, config):
+            reading.check_characters(rows.with_format("arrow")[column], f"split {split}, row", first=1)
+    usual: dict[str, str] = {}  # name as it is seen -> how it is written
+    changes: dict[str, str | None] = {}
+    separator = config.label_separator
+
+    def tidy(cell: str | None) -> str | None:
+        if cell is None:
+            return None
+        if separator is not None:
+            parts = [tidy_name(part) for part in cell.split(separator)]
+            return separator.join(part for part in parts if part is not None)
+        return tidy_name(cell)
+
+    def tidy_name(name: str) -> str | None:
+        tidied: str | None = name.strip() if config.clean_labels else name
+        if config.decimal == "," and DECIMAL_COMMA.fullmatch(name.strip()):
+            tidied = name.strip().replace(",", ".")
+        elif config.clean_labels:
+            seen = seen_name(name)
+            tidied = None if seen in MISSING else usual.get(seen, tidied)
+        if tidied != name:
+            changes[name] = tidied
+        return tidied
+
+    names = Counter(trained or [])
+    for rows in () if trained or not config.clean_labels else list(splits.values())[:1]:
+        for cell in (cell for column in _string_columns(rows, config) for cell in rows[column][:] if cell):
+            names.update(part.strip() for part in (cell.split(separator) if separator else [cell]))
+    for name, _ in sorted(names.items(), key=lambda item: (-item[1], item[0])):
+        usual.setdefault(seen_name(name), name)
+    tidied_splits = {}
+    for split, rows in splits.items():
+        changed: Any = rows
+        for column in _string_columns(rows, config):
+            cells, place = [tidy(cell) for cell in rows[column][:]], rows.column_names
+            feature = rows.features[column]
+            changed = changed.remove_columns(column).add_column(column, cells, feature=feature)
+            changed = changed.select_columns(place)
+        tidied_splits[split] = changed
+    return tidied_splits, changes
+
+
+def _string_columns(rows: datasets.Dataset, config: LabelConfig) -> list[str]:
+    present = [column for column in config.columns if column in rows.column_names]
+    return [column for column in present if reading.kind(rows, column).endswith("string")]
+
+
+# Which task labels ask for, and what they say -----------------------------------------------------
 
 
 def find_kind(rows: datasets.Dataset, config: LabelConfig) -> Kind:
@@ -205,9 +296,11 @@ def _number(value: str | float | None, split: str, row: int, column: str) -> flo
     if value is None or is_blank(str(value)):
         raise _missing(split, row, column)
     if not is_number(value):
+        has_comma = DECIMAL_COMMA.fullmatch(str(value)) is not None
+        advice = "add --decimal ," if has_comma else "correct the row, or choose another --task"
         raise UserError(
             f"split {split}, row {row}: the label {quoted(str(value))} in column {column!r} is no"
-            " number, but --task regression needs one; correct the row, or choose another --task"
+            f" number, but --task regression needs one; {advice}"
         )
     return float(value)
 

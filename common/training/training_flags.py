@@ -110,6 +110,13 @@ def add_text_flags(parser: cli.Parser) -> None:
     )
     flag("--task", choices=["auto", *TASKS], default="auto", help=help_text)
     flag("--label-separator", type=cli.name, help="what stands between the labels of one cell")
+    help_text = (
+        "take labels that differ in spaces and capital letters alone for one, and NaN, N/A, null and"
+        " the like for none"
+    )
+    flag("--clean-labels", action="store_true", help=help_text)
+    help_text = "what stands before the decimals of labels that are numbers"
+    flag("--decimal", choices=[".", ","], default=".", help=help_text)
 
 
 def add_split_flags(parser: cli.Parser) -> None:

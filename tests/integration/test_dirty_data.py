@@ -255,3 +255,40 @@ def test_an_empty_cell_is_a_fault_of_a_pair_but_not_of_a_text_that_is_joined(mod
     for row, expected in zip(ours, theirs, strict=True):
         assert row["row"] == expected["row"] and row["label"] == expected["label"]
         assert float(row["confidence"]) == pytest.approx(float(expected["confidence"]), abs=1e-4)
+
+
+def test_labels_of_a_spreadsheet_are_cleaned(run, tmp_path):
+    """Spelled in several ways, or missing in words; without the flag these are classes of their own."""
+    path = tmp_path / "sheet.csv"
+    lines = [f"{text},{label}" for text, label in make_sentences(60)]
+    lines += ["a good film indeed,POS", "a fine film, pos", "a grim film,neg ", "no label,NaN"]
+    path.write_text("\n".join(["text,label", *lines]) + "\n")
+    flags = ["--clean-labels", "--skip-bad", "--output-dir", tmp_path / "run", *SHORT]
+    code, stdout, stderr = run(path, *flags)
+    assert (code, stderr) == (0, "") and "2 classes" in stdout
+    assert "'POS' as 'pos'" in stdout and "'NaN' as none" in stdout
+    assert "1 row can't be used" in stdout
+    [bad] = (tmp_path / "run" / "bad-rows.jsonl").read_text().splitlines()
+    assert json.loads(bad)["problem"] == "the label is missing"
+    code, stdout, _ = run(path, "--evaluate-only", "--model", tmp_path / "run" / "best", *flags[:2])
+    assert code == 0 and "texts of its test split" in stdout, "its classes are those of the cleaned labels"
+    code, _, stderr = run(path, "--inspect")
+    assert code == 2 and "'NaN' has 1" in stderr and "--drop-rare 3" in stderr
+
+
+def test_decimal_commas_are_the_numbers_that_they_mean(run, tmp_path):
+    runs = []
+    for decimal in ".,":
+        path, folder = tmp_path / "prices.csv", tmp_path / f"run{len(runs)}"
+        rows = [(text, f"{number % 7 - 2.5:.2f}") for number, (text, _) in enumerate(make_sentences(60))]
+        with open(path, "w", newline="") as file:
+            csv.writer(file, delimiter=";").writerows(
+                [("text", "label"), *((text, price.replace(".", decimal)) for text, price in rows)]
+            )
+        code, _, _ = run(path, "--decimal", decimal, "--output-dir", folder, *SHORT)
+        assert code == 0
+        runs.append(json.loads((folder / "metrics.json").read_text()))
+    for name in ("test_rmse", "best_validation_loss"):
+        assert runs[0][name] == runs[1][name]
+    code, _, stderr = run(path, "--task", "regression", *SHORT)
+    assert code == 2 and "add --decimal ," in stderr

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
@@ -21,7 +21,7 @@ from common.errors import UserError
 from common.runtime import Runtime
 from common.training import classifier, data, faults, unlabelled
 from common.training.data import TextConfig
-from common.training.labels import LabelConfig
+from common.training.labels import LabelConfig, tidy_labels
 from common.training.run import SINGLE
 from common.training.task import Task, task_of_rows
 from common.training.tokenization import tokenize
@@ -131,16 +131,64 @@ def test_a_small_data_set_gets_a_row_of_each_class_in_every_split():
     assert all(set(part["label"]) == {0, 1, 2, 3} for part in splits.values())
 
 
+@given(per_class=st.lists(st.integers(3, 60), min_size=2, max_size=6), seed=st.integers(0, 2**32 - 1))
+@example(per_class=[100, 100, 3], seed=0)
+@settings(max_examples=25, deadline=None)
+def test_every_class_is_in_every_split_however_rare(per_class, seed):
+    rows = labelled(per_class)
+    splits, _ = data.cut_missing_splits(datasets.DatasetDict(train=rows), seed=seed)
+    assert all(set(part["label"]) == set(range(len(per_class))) for part in splits.values())
+    assert sorted(row for part in splits.values() for row in part["row"]) == rows["row"][:]
+    size = max(round(len(rows) / 10), len(per_class))
+    assert len(splits["validation"]) == len(splits["test"]) == size
+
+
 @pytest.mark.parametrize("labels", [["a"] * 20 + ["rare"], ["a"] * 3 + ["rare"] * 2, ["a", "rare", "a"]])
 def test_a_class_with_too_few_rows_to_cut_is_named(labels):
     rows = data.validate(datasets.DatasetDict(train=make(labels)))
-    with pytest.raises(
-        UserError,
-        match=(
-            "can't cut a (validation|test) split .* class 'rare' has 1; add rows of it, or supply the split"
-        ),
-    ):
+    has = f"'rare' has {labels.count('rare')}.* 3 are needed; .*--drop-rare 3.*--merge-rare"
+    with pytest.raises(UserError, match=f"a validation and a test split can't be cut .*{has}"):
         data.cut_missing_splits(rows, seed=0)
+
+
+def test_labels_that_may_be_numbers_are_said_to_be():
+    rows = data.validate(datasets.DatasetDict(train=make([f"{number},5" for number in range(30)])))
+    with pytest.raises(UserError, match="can't be cut .*add --task regression"):
+        data.cut_missing_splits(rows, seed=0)
+
+
+SPELLINGS = {"pos": ["pos", "pos", " pos", "POS ", "Pos"], "neg": ["neg", "neg", "nEg", "neg  "]}
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.permutations([spelled for group in SPELLINGS.values() for spelled in group]))
+def test_tidy_labels_are_the_most_frequent_spelling_or_none(labels):
+    missing = ["NaN", "n/a", " ", "NULL"]
+    splits = {"train": make([*labels, *missing, None]), "test": make(["PoS", "other", "NA"])}
+    config = LabelConfig(clean_labels=True)
+    tidied, changes = tidy_labels(splits, config)
+    expected = [name for label in labels for name, group in SPELLINGS.items() if label in group]
+    assert tidied["train"]["label"][:] == [*expected, *[None] * 5]
+    assert tidied["test"]["label"][:] == ["pos", "other", None]
+    assert changes["PoS"] == "pos" and changes["NA"] is None and "pos" not in changes
+    assert tidied["train"]["text"][:] == splits["train"]["text"][:]
+    trained, _ = tidy_labels(splits, config, ["POS ", "neg"])
+    assert set(trained["train"]["label"][:]) == {"POS ", "neg", None}
+    same, none = tidy_labels(splits, LabelConfig())
+    assert same["train"]["label"][:] == splits["train"]["label"][:] and not none
+
+
+def test_tidy_labels_of_a_cell_with_several():
+    rows = make(["a; B", "b ;a", "b", "NaN", ""])
+    config = LabelConfig(label_separator=";", clean_labels=True)
+    tidied, _ = tidy_labels({"train": rows}, config)
+    assert tidied["train"]["label"][:] == ["a;b", "b;a", "b", "", ""]
+
+
+def test_decimal_commas():
+    rows = make(["1,5", "-,25", "2", "1.5", "a,5", "1,5,2"])
+    tidied, _ = tidy_labels({"train": rows}, LabelConfig(decimal=","))
+    assert tidied["train"]["label"][:] == ["1.5", "-.25", "2", "1.5", "a,5", "1,5,2"]
 
 
 @pytest.mark.parametrize(
