@@ -401,8 +401,7 @@ def load(args: argparse.Namespace) -> tuple[Run, Runtime]:
     runtime = start_runtime(args.device, args.precision, args.seed)
     # --precision auto leaves it open how a step computes, so that the one in C may compute in fp32
     in_fp32 = args.precision == "auto" or runtime.precision == "fp32"
-    fast = not args.plain_step
-    loading = Loading(args.weights, in_fp32, uses_fast_step=fast, adapter=args.adapter)
+    loading = Loading(args.weights, in_fp32, may_compile=not args.plain_step, adapter=args.adapter)
     model = language_model.load(args.model, runtime, cache_dir=args.cache_dir, loading=loading)
     if args.sampler == "independent" and model.device.type == "mps":
         problem = "it draws in fp64, which Apple's GPUs do not have"
@@ -507,7 +506,7 @@ def load_all(args: argparse.Namespace) -> tuple[Run, list[Prompt], list[str] | N
         raise UserError("--skip-bad: no prompt is left; correct them")
     longest = max(usable, key=lambda prompt: len(prompt.ids))
     size = min(args.batch_size, len(usable))
-    if args.sampler == "independent" and size > 1 and run.language_model.reads_padding:
+    if args.sampler == "independent" and size > 1 and run.language_model.model.reads_padding:
         problem = f"{run.language_model.name} takes the padding of a batch for text"
         raise UserError(f"--sampler independent: {problem}; use --batch-size 1")
     run.check_memory([longest] * size, free_memory_bytes(runtime.device))

@@ -22,8 +22,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from common.generation.fast_decoding import FastStep, Kernel, find_compiler
+from common.generation.fast_decoding import CompiledModel, Kernel, find_compiler
 from common.generation.language_model import LanguageModel
+from common.generation.library import TransformersModel
 from common.generation.llama import Transformer, read_transformer
 from common.generation.stored_weights import Matrix, convert, matrix_of
 
@@ -101,7 +102,7 @@ def tiny_language_model(
         for parameter in model.parameters():
             parameter.mul_(scale)
     ends = (3,) if kind == "gpt2" else (3, 5)
-    return LanguageModel(kind, model, None, ends, 3 if kind == "gpt2" else 0, 128)
+    return LanguageModel(kind, TransformersModel(model), None, ends, 3 if kind == "gpt2" else 0, 128)
 
 
 def own_weights(model: PreTrainedModel) -> dict[str, Matrix | torch.Tensor]:
@@ -119,15 +120,15 @@ def own_transformer(model: PreTrainedModel, stored: dict[str, Matrix] | None = N
 
 def in_c(language_model: LanguageModel, kernel: Kernel, stored: torch.dtype = torch.float32) -> LanguageModel:
     """Return a language model of transformers as the step in C computes it, over weights of a dtype."""
-    model = language_model.model
-    assert model is not None
+    assert isinstance(language_model.model, TransformersModel)
+    module = language_model.model.module
     matrices = {
         name: convert(weight, stored)
-        for name, weight in own_weights(model).items()
+        for name, weight in own_weights(module).items()
         if isinstance(weight, Matrix)
     }
-    step = FastStep(own_transformer(model, matrices), kernel)
-    return dataclasses.replace(language_model, model=None, fast_step=step)
+    model = CompiledModel(own_transformer(module, matrices), kernel)
+    return dataclasses.replace(language_model, model=model)
 
 
 def train_byte_bpe(size: int = 400) -> PreTrainedTokenizerFast:

@@ -172,7 +172,7 @@ def note(adapter: Adapter, language_model: LanguageModel) -> None:
     """Say that an adapter was merged, and what that has changed."""
     name, given = adapter.made_for, language_model.name
     parts = [f"merged into the weights of {given}"]
-    if language_model.fast_step is not None:
+    if language_model.model.is_compiled:
         parts.append("those that it changes are in fp32, no longer as in the model's file")
     if name and name.rpartition("/")[2].lower() != given.rpartition("/")[2].lower():
         parts.append(f"it says that it was made for {shorten(name, 80)}")

@@ -314,7 +314,7 @@ class Run:
         """Return about how much memory a text takes: its cache, ids and mask; its logits and their
         copies in the sampler; its log-probabilities.
         """
-        vocabulary, cache = self.language_model.vocabulary, self.language_model.cache_bytes
+        vocabulary, cache = self.language_model.vocabulary, self.language_model.model.cache_bytes
         entries = 0
         if self.options.num_logprobs is not None:
             best = min(self.options.num_logprobs, vocabulary)
@@ -363,9 +363,9 @@ class Run:
             f"text {_counted(timing.new_tokens, timing.decode_tokens, timing.decode_seconds)}",
             f"first token after {timing.first_token_seconds:.2f} s",
             f"peak memory {peak_memory_bytes / 1e6:,.0f} MB",
-            f"step in {self.language_model.step_name}",
+            f"step in {self.language_model.backend}",
         ]
-        if self.language_model.fast_step is not None and self.options.settings.sample:
+        if self.language_model.model.is_compiled and self.options.settings.sample:
             reason = "rounding can change a drawn token; --plain-step draws as model.generate"
             parts[-1] += f" ({reason})"
         if timing.num_cut:

@@ -195,7 +195,7 @@ def score(
         chosen, order = chosen[:fitting], chosen[fitting:] + order
         batch = decoding.left_pad([pairs[place].ids for place in chosen], model, room=0)
         # from the column before the first token that is scored
-        logits = decoding.forward(model, batch, first=0, keep=min(longest + 1, batch.length))
+        logits = model.model.forward(batch, first=0, keep=min(longest + 1, batch.length))
         for place, row in zip(chosen, logits):
             pair = pairs[place]
             targets = torch.tensor(pair.ids[pair.num_before :], device=row.device)

@@ -17,7 +17,6 @@ from common import reading, sources
 from common.cli import check_encoding
 from common.errors import UserError, shorten
 from common.files import replace_file
-from common.generation import decoding
 from common.generation.chat import ChatFormat, Message, as_conversation, check_messages, is_begun
 from common.generation.completion import Completion, Prompt, Run
 from common.generation.decoding import Batch
@@ -135,7 +134,7 @@ class Chat:
 
     def _forget_cache(self) -> None:
         self.cached_ids: list[int] = []  # the tokens whose keys and values are in the cache
-        self.cache = decoding.new_cache(self.run.language_model)
+        self.cache = self.run.language_model.model.new_cache()
 
     def _reusable_cache(self, ids: list[int]) -> Cache:
         """Return a cache of as many of the first tokens as are the same as before."""
@@ -148,12 +147,12 @@ class Chat:
         if not all(getattr(layer, "is_croppable", True) for layer in self.cache.layers):
             # a recurrent state can't be taken back, and not every
             # model reads several tokens from one
-            return decoding.new_cache(self.run.language_model)
+            return self.run.language_model.model.new_cache()
         if num_same == len(self.cached_ids):
             return self.cache
         if any(hasattr(layer, "activate_past_recording") for layer in self.cache.layers):
             # a sliding window has forgotten what would be needed again
-            return decoding.new_cache(self.run.language_model)
+            return self.run.language_model.model.new_cache()
         self.cache.crop(num_same - len(self.cached_ids))
         return self.cache
 

@@ -2,18 +2,17 @@
 
 Three things go wrong in batched decoding, and each has a name here: the attention mask hides the
 padding, the positions count a row's own tokens (transformers #18478, #29419), and the cache holds
-what was computed before. `prefill` reads all prompts at once and `step` one token per row. Both are
-the library's forward, or for models that llama.py covers the step in C.
+what was computed before. `prefill` reads all prompts at once and `step` one token per row. Both call
+the model's `forward`: that of transformers (library.py), or the step in C (fast_decoding.py).
 
 Shapes: B rows (texts), T columns (tokens so far), V tokens in the vocabulary.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -21,14 +20,11 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.generation import sampling
-from common.generation.fast_decoding import RoomyCache
+from common.generation.fast_decoding import PreallocatedCache
 from common.generation.language_model import LanguageModel
 from common.generation.sampling import Settings
 
-if TYPE_CHECKING:  # importing it takes seconds
-    from transformers import DynamicCache, PreTrainedModel
-
-    Cache = DynamicCache | RoomyCache
+Cache: TypeAlias = Any  # the keys and values of a batch: what its model's `new_cache` returns
 
 
 @dataclass
@@ -79,42 +75,29 @@ def left_pad(
         mask=mask.to(device) if is_padded else None,
         starts=torch.tensor([length - len(prompt) for prompt in prompts], device=device),
         length=length,
-        cache=new_cache(language_model) if cache is None else cache,
+        cache=language_model.model.new_cache() if cache is None else cache,
         ended=[False] * len(prompts),
     )
 
 
 def regroup(rows: list[tuple[Batch, int]], language_model: LanguageModel, *, room: int) -> Batch:
     """Return rows of several batches, each with its number, as one batch with `room` more columns
-    for new tokens; what is cached of them is copied. For the step in C only.
+    for new tokens; what is cached of them is copied. For compiled models only.
     """
-    assert language_model.fast_step is not None
     texts, cached = [], []
     for batch, row in rows:
-        assert isinstance(batch.cache, RoomyCache)
         start = int(batch.starts[row])
         texts.append(batch.tokens[row, start:].tolist())
         cached.append((batch.cache, row, start))
     columns = max(map(len, texts)) + room
-    cache = RoomyCache.of_texts(language_model.fast_step.model, cached, columns)
+    cache = PreallocatedCache.of_texts(cached, columns)
     return left_pad(texts, language_model, room=room, cache=cache)
-
-
-def new_cache(language_model: LanguageModel) -> Cache:
-    """Return an empty cache, which forgets what a sliding-window model can no longer see; for the
-    step in C, one with room for more.
-    """
-    if language_model.fast_step is not None:
-        return RoomyCache(language_model.fast_step.model)
-    from transformers import DynamicCache
-
-    assert language_model.model is not None
-    return DynamicCache(config=language_model.model.config.get_text_config(decoder=True))
 
 
 def prefill(language_model: LanguageModel, batch: Batch) -> Tensor:
     """Read all tokens that are not in the cache yet; return the logits (B, V) that follow, fp32."""
-    logits = forward(language_model, batch, first=batch.cache.get_seq_length())  # (B, 1, V)
+    first = batch.cache.get_seq_length()
+    logits = language_model.model.forward(batch, first=first, keep=1)  # (B, 1, V)
     return logits[:, -1].float()
 
 
@@ -122,46 +105,8 @@ def step(language_model: LanguageModel, batch: Batch, tokens: list[int]) -> Tens
     """Add one token to each row, and return the logits (B, V) that follow, fp32."""
     batch.ids[:, batch.length] = torch.tensor(tokens, device=batch.ids.device)
     batch.length += 1
-    logits = forward(language_model, batch, first=batch.length - 1)  # (B, 1, V)
+    logits = language_model.model.forward(batch, first=batch.length - 1, keep=1)  # (B, 1, V)
     return logits[:, -1].float()
-
-
-def forward(language_model: LanguageModel, batch: Batch, *, first: int, keep: int = 1) -> Tensor:
-    """Run the model over the columns from `first` to the end.
-
-    Return the logits of the last `keep` columns, (B, keep, V), in the model's precision. The step
-    in C computes what `llama.reference_step` does.
-    """
-    cache, fast_step, model = batch.cache, language_model.fast_step, language_model.model
-    if isinstance(cache, RoomyCache) and fast_step is not None:
-        cache.reserve(*batch.ids.shape)
-        return fast_step.forward(batch.tokens, batch.starts, cache, first=first, keep=keep)
-    assert model is not None
-    columns = torch.arange(first, batch.length, device=batch.ids.device)
-    positions = columns - batch.starts[:, None]  # (B, T - first), negative in the padding
-    options = {"position_ids": positions.clamp(min=0), "logits_to_keep": keep}
-    accepted = accepted_inputs(type(model))
-    output = model(
-        input_ids=batch.ids[:, first : batch.length],
-        attention_mask=None if batch.mask is None else batch.mask[:, : batch.length],
-        past_key_values=batch.cache,
-        use_cache=True,
-        **{name: value for name, value in options.items() if name in accepted},
-    )
-    return output.logits[:, -keep:]  # a model without logits_to_keep returns all columns
-
-
-_ACCEPTED_INPUTS: dict[type[PreTrainedModel], frozenset[str]] = {}
-
-
-def accepted_inputs(model_class: type[PreTrainedModel]) -> frozenset[str]:
-    """Return the parameters of a model's forward: Bloom takes no positions, and old models no
-    logits_to_keep. Looked up once per class, not once per token.
-    """
-    if model_class not in _ACCEPTED_INPUTS:
-        parameters = inspect.signature(model_class.forward).parameters
-        _ACCEPTED_INPUTS[model_class] = frozenset(parameters)
-    return _ACCEPTED_INPUTS[model_class]
 
 
 def fetch_ids(tokens: Tensor, logits: Tensor, language_model: LanguageModel) -> list[int]:
@@ -286,4 +231,4 @@ def check_guess(language_model: LanguageModel, batch: Batch, tokens: list[int]) 
     first = batch.length
     batch.ids[0, first : first + len(tokens)] = torch.tensor(tokens, device=batch.ids.device)
     batch.length += len(tokens)
-    return forward(language_model, batch, first=first, keep=len(tokens))[0].float()
+    return language_model.model.forward(batch, first=first, keep=len(tokens))[0].float()

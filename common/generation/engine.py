@@ -185,7 +185,7 @@ class Engine:
         """
         running = [self.group.jobs[row] for row in self.group.going_on] if self.group else []
         taken: list[Job] = []
-        joins = self.model.fast_step is not None
+        joins = self.model.model.is_compiled
         context = None if joins else self.model.context
         free = free_memory_bytes(self.model.device)
         room = self.limits.batch_size - len(running) if joins or not running else 0
@@ -251,7 +251,7 @@ def join(group: Group | None, fresh: Group | None, model: LanguageModel) -> Grou
     """Return the texts that go on, and new ones, as one group."""
     if group is None:
         return fresh
-    if model.fast_step is None or (fresh is None and all(not ended for ended in group.batch.ended)):
+    if not model.model.is_compiled or (fresh is None and all(not ended for ended in group.batch.ended)):
         return group
     parts = [(group, group.going_on)] + ([(fresh, fresh.going_on)] if fresh else [])
     jobs = [part.jobs[row] for part, rows in parts for row in rows]

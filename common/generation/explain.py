@@ -116,17 +116,16 @@ def library_model(language_model: LanguageModel) -> PreTrainedModel:
     """Return the model of transformers: for one that the step in C computes, the library's over the
     same weights, widened to fp32; in fp32, with an adapter beside the weights, as peft computes it.
     """
-    own, adapter = language_model.model, language_model.adapter
-    # in 16 bits, what is merged is rounded, and no longer comparable
-    if own is not None and (adapter is None or language_model.dtype != torch.float32):
-        return own
     from common.generation import library
 
+    model, adapter = language_model.model, language_model.adapter
     name, folder = language_model.name, language_model.folder
-    if own is None:
+    if not isinstance(model, library.TransformersModel):
         plain = library.over_folder(folder, language_model.weights, torch.float32, name=name)
+    elif adapter is None or model.dtype != torch.float32:
+        return model.module  # in 16 bits, what is merged is rounded, and no longer comparable
     else:
-        plain = library.load(folder, torch.float32, language_model.device, name=name)
+        plain = library.load(folder, torch.float32, model.device, name=name)
     if adapter is not None:
         from common.generation import adapters
 
@@ -233,7 +232,7 @@ def describe_difference(difference: Difference, language_model: LanguageModel) -
         f"{'ours':<9} {describe(difference.ours, row.token_ids)}",
         f"{'generate':<9} {describe(difference.theirs, difference.their_ids)}",
     ]
-    if language_model.fast_step is not None:
+    if language_model.model.is_compiled:
         lines.append("the step in C rounds sums in another order; --plain-step is as generate")
     return "\n".join(lines)
 

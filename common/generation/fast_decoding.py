@@ -24,6 +24,7 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -33,6 +34,9 @@ from common.errors import NotSupported, one_line
 from common.files import cache_home
 from common.generation.llama import Layer, Linear, Places, Rotary, Transformer, reference_step
 from common.generation.stored_weights import GROUP, KIND_OF_DTYPE, KINDS, Kind, Matrix, convert, pack
+
+if TYPE_CHECKING:  # which imports this file
+    from common.generation.decoding import Batch
 
 SOURCE = Path(__file__).with_name("decoder.c")
 # contracting lets the compiler use fused multiply-add; numbers keep their order otherwise
@@ -223,8 +227,9 @@ class Kernel:
 # --- The cache of keys and values
 
 
-class RoomyCache:
-    """Keys and values with room for more, as decoder.c fills them.
+class PreallocatedCache:
+    """Keys and values, (L, B, K, T, D), with room for more columns than are in use, as decoder.c
+    fills them.
 
     It has what the decoder calls of transformers' caches. A sliding window forgets nothing here:
     what it can't see is masked.
@@ -232,19 +237,17 @@ class RoomyCache:
 
     layers = ()  # none of which forgets anything
 
-    def __init__(self, model: Transformer) -> None:
+    def __init__(self, num_layers: int, num_heads: int, head_size: int) -> None:
         self.length = 0  # the columns in use
-        shape = (len(model.layers), 0, model.key_heads, 0, model.head_size)  # (L, B, K, T, D)
-        self.keys, self.values = torch.empty(shape), torch.empty(shape)
+        self.keys, self.values = torch.empty(2, num_layers, 0, num_heads, 0, head_size)
 
     @classmethod
-    def of_texts(
-        cls, model: Transformer, texts: list[tuple["RoomyCache", int, int]], columns: int
-    ) -> "RoomyCache":
+    def of_texts(cls, texts: list[tuple["PreallocatedCache", int, int]], columns: int) -> "PreallocatedCache":
         """Return a cache with a copy of texts of other ones, with room for so many columns: of
         each, its cache, its row there and its first column. All end at the same column.
         """
-        cache = cls(model)
+        num_layers, _, num_heads, _, head_size = texts[0][0].keys.shape
+        cache = cls(num_layers, num_heads, head_size)
         cache.length = max(old.length - start for old, _, start in texts)
         cache.reserve(len(texts), columns)
         for row, (old, old_row, start) in enumerate(texts):
@@ -288,14 +291,18 @@ class RoomyCache:
             setattr(self, name, new)
 
 
-# --- The step
+# --- The model
 
 
-class FastStep:
-    """The step of a model in C."""
+class CompiledModel:
+    """A model that decoder.c computes, with what decoding asks of any model."""
+
+    is_compiled = True
+    device, dtype = torch.device("cpu"), torch.float32  # also over weights of fewer bits
+    reads_padding = False  # no text of a batch depends on the lengths of the others
 
     def __init__(self, model: Transformer, kernel: Kernel) -> None:
-        self.model, self.kernel = model, kernel
+        self.transformer, self.kernel = model, kernel
         self.is_grouped = model.layers[0].gate.matrix.kind in ("groups4", "groups8")
         self.layers = (CLayer * len(model.layers))()
         for own, layer in zip(self.layers, model.layers):
@@ -323,7 +330,32 @@ class FastStep:
         self.cosines = self.sines = np.empty((0, model.head_size), np.float32)  # (positions, D)
         self.storage: Tensor | None = None  # the cache whose addresses are in self.layers
 
-    def forward(self, ids: Tensor, starts: Tensor, cache: RoomyCache, *, first: int, keep: int) -> Tensor:
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the model knows."""
+        return self.c_model.vocabulary
+
+    @property
+    def cache_bytes(self) -> int:
+        """The memory of a token's keys and values."""
+        model = self.transformer
+        return 2 * len(model.layers) * model.key_heads * model.head_size * self.dtype.itemsize
+
+    def new_cache(self) -> PreallocatedCache:
+        """Return an empty cache."""
+        model = self.transformer
+        return PreallocatedCache(len(model.layers), model.key_heads, model.head_size)
+
+    def forward(self, batch: "Batch", *, first: int, keep: int) -> Tensor:
+        """Run the model over the columns of a batch from `first` to the end, and add them to its
+        cache. Return the logits of the last `keep` columns, (B, keep, V), in fp32.
+        """
+        batch.cache.reserve(*batch.ids.shape)  # room for all new tokens at once
+        return self.compute(batch.tokens, batch.starts, batch.cache, first=first, keep=keep)
+
+    def compute(
+        self, ids: Tensor, starts: Tensor, cache: PreallocatedCache, *, first: int, keep: int
+    ) -> Tensor:
         """Run the model over the columns of ids (B, T) from `first` on, and add them to the cache.
 
         Return the logits of the last `keep` columns, (B, keep, V), in fp32. `starts` (B) is the
@@ -365,7 +397,7 @@ class FastStep:
         cache.length = length
         return logits.view(keep, texts, -1).transpose(0, 1)
 
-    def _use(self, cache: RoomyCache) -> None:
+    def _use(self, cache: PreallocatedCache) -> None:
         """Let decoder.c read and write this cache."""
         if self.storage is cache.keys:
             return
@@ -378,7 +410,7 @@ class FastStep:
         """Return the cosines and sines (R, D) of positions (R)."""
         needed = int(positions.max()) + 1
         if needed > len(self.cosines):
-            cosines, sines = self.model.rotary(torch.arange(2 * needed))
+            cosines, sines = self.transformer.rotary(torch.arange(2 * needed))
             self.cosines, self.sines = cosines.numpy(), sines.numpy()
         return self.cosines[positions], self.sines[positions]
 
@@ -397,12 +429,13 @@ def self_check(library: ctypes.CDLL) -> float:
     largest = 0.0
     for kind in KINDS:
         model = random_transformer(kind)
-        step, cache = FastStep(model, kernel), RoomyCache(model)
+        compiled = CompiledModel(model, kernel)
+        cache = compiled.new_cache()
         shape = (len(model.layers), 2, model.key_heads, length, model.head_size)
         keys, values = torch.zeros(2, *shape)
         ours, theirs = [], []
         for first, end in ((0, 3), (3, length - 1), (length - 1, length)):
-            ours.append(step.forward(ids[:, :end], starts, cache, first=first, keep=end - first))
+            ours.append(compiled.compute(ids[:, :end], starts, cache, first=first, keep=end - first))
         for column in range(length):
             columns = torch.full((2,), column)
             places = Places(torch.arange(2), columns, torch.minimum(starts, columns))
@@ -413,7 +446,7 @@ def self_check(library: ctypes.CDLL) -> float:
 
 
 @torch.inference_mode()
-def check_step(model: Transformer, kernel: Kernel) -> None:
+def check_model(model: Transformer, kernel: Kernel) -> None:
     """Raise NotSupported unless the compiled step computes what the reference does with the first
     layer of a loaded model and some rows of its embedding and head: for a prompt and a token.
 
@@ -427,10 +460,14 @@ def check_step(model: Transformer, kernel: Kernel) -> None:
     length = WIDE_COLUMNS + 1
     ids = torch.arange(length)[None] % small.embedding.rows
     starts = torch.zeros(1, dtype=torch.long)
-    step, cache = FastStep(small, kernel), RoomyCache(small)
+    compiled = CompiledModel(small, kernel)
+    cache = compiled.new_cache()
     parts = ((0, length - 1), (length - 1, length))
     ours = torch.cat(
-        [step.forward(ids[:, :end], starts, cache, first=first, keep=end - first)[0] for first, end in parts]
+        [
+            compiled.compute(ids[:, :end], starts, cache, first=first, keep=end - first)[0]
+            for first, end in parts
+        ]
     )
     keys, values = torch.zeros(2, 1, 1, model.key_heads, length, model.head_size)
     one = torch.zeros(length, dtype=torch.long)

@@ -18,85 +18,62 @@ from common import bundled
 from common.errors import NotSupported, UserError, shorten
 from common.files import read_settings
 from common.generation import fast_decoding, stored_weights
-from common.generation.fast_decoding import FastStep, Kernel
+from common.generation.fast_decoding import CompiledModel, Kernel
 from common.generation.llama import check_config, read_transformer
 from common.generation.stored_weights import Matrix
 from common.runtime import DTYPES, Runtime, give_back_memory
 from common.tokenizer import Tokenizer, read_language_tokenizer
 
 if TYPE_CHECKING:  # importing it takes seconds
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
     from common.generation.adapters import Adapter
+    from common.generation.library import TransformersModel
 
 MOST_CHARACTERS_PER_TOKEN = 1000  # far more than any tokenizer's longest token has
 Weights = Literal["auto", "file", "fp32", "bf16"]  # of --weights
-CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A model, its tokenizer, and how a text ends with them.
-
-    It has either a model of transformers or a step in C, over `weights` from `folder`.
-    """
+    """A model, its tokenizer, and how a text ends with them."""
 
     name: str
-    model: PreTrainedModel | None
+    model: TransformersModel | CompiledModel  # both have what decoding asks of a model
     tokenizer: PreTrainedTokenizerBase | Tokenizer
     end_ids: tuple[int, ...]  # each of them ends a text; () if none does
     pad_id: int
     context: int | None  # the most tokens that fit; None if nothing limits it
-    fast_step: FastStep | None = None
-    step_name: str = "PyTorch"  # how steps are computed, for the summary
+    backend: str = "PyTorch"  # what computes, for the summary
     folder: Path = Path()
-    weights: dict[str, Matrix | Tensor] = field(default_factory=dict)  # as stored, by name
-    adapter: Adapter | None = None  # is merged into what is computed with, not into `weights`
+    # of a compiled model as stored, by name; an adapter is merged into others
+    weights: dict[str, Matrix | Tensor] = field(default_factory=dict)
+    adapter: Adapter | None = None
 
     @property
     def device(self) -> torch.device:
         """The device of the model."""
-        return CPU if self.model is None else self.model.device
-
-    @property
-    def reads_padding(self) -> bool:
-        """Whether a text of a batch depends on the lengths of the others, in the library's code."""
-        return self.model is not None and self.model.config.model_type == "recurrent_gemma"
+        return self.model.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The type of the numbers that are computed with."""
-        return torch.float32 if self.model is None else self.model.dtype
+        return self.model.dtype
 
     @property
     def vocabulary(self) -> int:
         """How many tokens the model knows."""
-        if self.fast_step is not None:
-            return self.fast_step.model.head.matrix.rows
-        assert self.model is not None
-        return self.model.config.get_text_config(decoder=True).vocab_size
-
-    @property
-    def cache_bytes(self) -> int:
-        """The memory of a token's keys and values."""
-        if self.fast_step is not None:
-            own = self.fast_step.model
-            return 2 * len(own.layers) * own.key_heads * own.head_size * self.dtype.itemsize
-        assert self.model is not None
-        config = self.model.config.get_text_config(decoder=True)
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return 2 * config.num_hidden_layers * heads * size * self.dtype.itemsize
+        return self.model.vocabulary
 
 
 @dataclass(frozen=True)
 class Loading:
-    """How the weights of a model are wanted."""
+    """Options of loading a model."""
 
     weights: Weights = "auto"
     # False: --precision asks for 16 bits, so that activations are rounded too
     in_fp32: bool = True
-    uses_fast_step: bool = True
+    may_compile: bool = True  # False: transformers computes, whatever the model
     adapter: str | None = None  # a LoRA adapter that is merged into them
 
 
@@ -114,15 +91,13 @@ def load(
     adapter = find_adapter(loading.adapter, cache_dir)
     try:
         options = {"name": name, "cache_dir": cache_dir, "adapter": adapter}
-        found = load_for_step(folder, runtime, loading, **options)
+        found = load_compiled(folder, runtime, loading, **options)
     except NotSupported as reason:
         if loading.weights == "file":
             raise UserError(f"--weights file: {name}: {reason}; leave the flag out") from reason
         dtype = DTYPES[loading.weights if loading.weights in DTYPES else runtime.precision]
-        step_name = f"PyTorch ({reason})"
-        found = load_from_library(
-            folder, dtype, runtime.device, name=name, step_name=step_name, adapter=adapter
-        )
+        backend = f"PyTorch ({reason})"
+        found = load_from_library(folder, dtype, runtime.device, name=name, backend=backend, adapter=adapter)
     if adapter is not None:
         from common.generation import adapters
 
@@ -140,7 +115,7 @@ def find_adapter(name: str | None, cache_dir: str | None) -> Adapter | None:
     return adapters.find(name, cache_dir=cache_dir)
 
 
-def load_for_step(
+def load_compiled(
     folder: Path,
     runtime: Runtime,
     loading: Loading,
@@ -149,8 +124,8 @@ def load_for_step(
     cache_dir: str | None,
     adapter: Adapter | None,
 ) -> LanguageModel:
-    """Return the model of a folder for the step in C. Raises NotSupported, with the reason, for one
-    that it does not compute, and where it can't be used.
+    """Return the model of a folder as decoder.c computes it. Raises NotSupported, with the reason,
+    for one that it does not compute, and where it can't be used.
     """
     kernel = start_kernel(runtime, loading, cache_dir)
     config = read_settings(folder / "config.json")
@@ -170,21 +145,18 @@ def load_for_step(
 
         merged = adapters.merge_stored(folder, adapter, weights, name=name)
         transformer = read_transformer(config, merged)
-    fast_decoding.check_step(transformer, kernel)
-    step = FastStep(transformer, kernel)
-    words = load_tokenizer(folder, name=name)
-    ids = read_special_ids(folder, config)
-    end_ids = find_end_ids(ids, words)
-    pad_id = find_pad_id(ids, words, end_ids)
-    context = step.model.context
-    found = LanguageModel(name, None, words, end_ids, pad_id, context, step, "C", folder, weights, adapter)
-    check_ids((*end_ids, pad_id), found)
-    return found
+    fast_decoding.check_model(transformer, kernel)
+    tokenizer = load_tokenizer(folder, name=name)
+    model = CompiledModel(transformer, kernel)
+    special_ids = read_special_ids(folder, config)
+    end_ids, pad_id = find_special_ids(special_ids, tokenizer, model, name=name)
+    context = transformer.context
+    return LanguageModel(name, model, tokenizer, end_ids, pad_id, context, "C", folder, weights, adapter)
 
 
 def start_kernel(runtime: Runtime, loading: Loading, cache_dir: str | None) -> Kernel:
     """Return the compiled step with its threads. Raises NotSupported where it can't be used."""
-    if not loading.uses_fast_step:
+    if not loading.may_compile:
         raise NotSupported("--plain-step")
     if runtime.device.type != "cpu":
         raise NotSupported(runtime.device.type)
@@ -228,30 +200,25 @@ def load_from_library(
     device: torch.device,
     *,
     name: str,
-    step_name: str,
+    backend: str,
     adapter: Adapter | None,
 ) -> LanguageModel:
     """Return the model of a folder as transformers reads and computes it."""
     from common import models
     from common.generation import library
 
-    model = library.load(folder, dtype, device, name=name)
+    module = library.load(folder, dtype, device, name=name)
     if adapter is not None:
         from common.generation import adapters
 
-        model = adapters.merge(model, adapter, name=name)
-    words = models.load_tokenizer(folder, name=name)
+        module = adapters.merge(module, adapter, name=name)
+    model, tokenizer = library.TransformersModel(module), models.load_tokenizer(folder, name=name)
     roles = ("eos_token_id", "pad_token_id")
-    ids = {role: getattr(model.generation_config, role) for role in roles}
-    end_ids = find_end_ids(ids, words)
-    pad_id = find_pad_id(ids, words, end_ids)
-    context = models.max_positions(model)
-    found = LanguageModel(
-        name, model, words, end_ids, pad_id, context, step_name=step_name, folder=folder, adapter=adapter
-    )
-    check_ids((*end_ids, pad_id), found)
-    models.try_out(model, words, name=name)
-    return found
+    special_ids = {role: getattr(module.generation_config, role) for role in roles}
+    end_ids, pad_id = find_special_ids(special_ids, tokenizer, model, name=name)
+    context = models.max_positions(module)
+    models.try_out(module, tokenizer, name=name)
+    return LanguageModel(name, model, tokenizer, end_ids, pad_id, context, backend, folder, adapter=adapter)
 
 
 def load_tokenizer(folder: Path, *, name: str) -> PreTrainedTokenizerBase | Tokenizer:
@@ -311,38 +278,35 @@ def sampling_defaults(language_model: LanguageModel) -> dict[str, Any]:
     }
 
 
-def find_end_ids(ids: dict[str, Any], words: PreTrainedTokenizerBase | Tokenizer) -> tuple[int, ...]:
-    """Return the ids that end a text: those of the model, else that of the tokenizer, else none.
+def find_special_ids(
+    special_ids: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase | Tokenizer,
+    model: TransformersModel | CompiledModel,
+    *,
+    name: str,
+) -> tuple[tuple[int, ...], int]:
+    """Return the ids that end a text, () if none does, and the id that pads it. Raises UserError
+    for one that the model does not have.
 
-    The model's can be a list (transformers #31362).
+    The end ids are those of the model, which can be a list (transformers #31362), else that of the
+    tokenizer. Padding is masked: any id would do.
     """
-    found = ids.get("eos_token_id")
-    if found is None:
-        found = words.eos_token_id
-    if found is None:
-        return ()
-    return tuple(found) if isinstance(found, list | tuple) else (found,)
-
-
-def find_pad_id(
-    ids: dict[str, Any], words: PreTrainedTokenizerBase | Tokenizer, end_ids: tuple[int, ...]
-) -> int:
-    """Return the id that fills up short texts; any would do, because it is masked."""
-    candidates = (ids.get("pad_token_id"), words.pad_token_id, *end_ids, 0)
+    ends = special_ids.get("eos_token_id")
+    if ends is None:
+        ends = tokenizer.eos_token_id
+    if ends is None:
+        ends = ()
+    end_ids = tuple(ends) if isinstance(ends, list | tuple) else (ends,)
+    candidates = (special_ids.get("pad_token_id"), tokenizer.pad_token_id, *end_ids, 0)
     # LLaMA's first models say -1 for none
-    return next(number for number in candidates if number not in (None, -1))
-
-
-def check_ids(ids: tuple, language_model: LanguageModel) -> None:
-    """Raise UserError unless all ids, which come from a model's files, are of its vocabulary."""
-    size = language_model.vocabulary
-    for number in ids:
-        if type(number) is not int or not 0 <= number < size:
+    pad_id = next(number for number in candidates if number not in (None, -1))
+    for number in (*end_ids, pad_id):
+        if type(number) is not int or not 0 <= number < model.vocabulary:
             raise UserError(
-                f"--model {language_model.name}: it ends or pads texts with the id"
-                f" {shorten(repr(number), 60)}, and its ids go from 0 to {size - 1}; correct its"
-                " generation_config.json"
+                f"--model {name}: it ends or pads texts with the id {shorten(repr(number), 60)}, and its"
+                f" ids go from 0 to {model.vocabulary - 1}; correct its generation_config.json"
             )
+    return end_ids, pad_id
 
 
 def end_token_ids(tokens: list[str], language_model: LanguageModel) -> tuple[int, ...]:

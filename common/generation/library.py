@@ -1,13 +1,16 @@
-"""Language models of transformers: those that the step in C does not cover, and the twin of one
-that it does, for `--check`.
+"""Language models of transformers: those that the step in C does not cover, and the library's own
+version of one that it does, for `--check`.
 
 Importing the library's code of a model takes seconds, so that this file
 is imported only where it is needed.
 """
 
+import functools
+import inspect
 import math
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,9 +27,81 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from common import bundled, model_files, models
 from common.errors import UserError
 from common.generation import stored_weights
-from common.generation.decoding import accepted_inputs
+from common.generation.decoding import Batch
 from common.generation.stored_weights import Matrix
 from common.runtime import free_memory_bytes
+
+
+@dataclass(frozen=True)
+class TransformersModel:
+    """A model of transformers, with what decoding asks of any model. Shapes: B texts, T columns, V
+    tokens in the vocabulary.
+    """
+
+    module: PreTrainedModel
+    is_compiled: ClassVar[bool] = False  # by fast_decoding.py
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The settings of the decoder."""
+        return self.module.config.get_text_config(decoder=True)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return self.module.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the numbers that are computed with."""
+        return self.module.dtype
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the model knows."""
+        return self.config.vocab_size
+
+    @property
+    def cache_bytes(self) -> int:
+        """The memory of a token's keys and values."""
+        config = self.config
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return 2 * config.num_hidden_layers * heads * size * self.dtype.itemsize
+
+    @property
+    def reads_padding(self) -> bool:
+        """Whether a text of a batch depends on the lengths of the others, in the library's code."""
+        return self.module.config.model_type == "recurrent_gemma"
+
+    def new_cache(self) -> DynamicCache:
+        """Return an empty cache, which forgets what a sliding-window model can no longer see."""
+        return DynamicCache(config=self.config)
+
+    def forward(self, batch: Batch, *, first: int, keep: int) -> Tensor:
+        """Run the model over the columns of a batch from `first` to the end, and add them to its
+        cache. Return the logits of the last `keep` columns, (B, keep, V), in the model's precision.
+        """
+        columns = torch.arange(first, batch.length, device=batch.ids.device)
+        positions = columns - batch.starts[:, None]  # (B, T - first), negative in the padding
+        options = {"position_ids": positions.clamp(min=0), "logits_to_keep": keep}
+        accepted = accepted_inputs(type(self.module))
+        output = self.module(
+            input_ids=batch.ids[:, first : batch.length],
+            attention_mask=None if batch.mask is None else batch.mask[:, : batch.length],
+            past_key_values=batch.cache,
+            use_cache=True,
+            **{name: value for name, value in options.items() if name in accepted},
+        )
+        return output.logits[:, -keep:]  # a model without logits_to_keep returns all columns
+
+
+@functools.cache
+def accepted_inputs(model_class: type[PreTrainedModel]) -> frozenset[str]:
+    """Return the parameters of a model's forward: Bloom takes no positions, and old models no
+    logits_to_keep. Looked up once per class, not once per token.
+    """
+    return frozenset(inspect.signature(model_class.forward).parameters)
 
 
 def load(folder: Path, dtype: torch.dtype, device: torch.device, *, name: str) -> PreTrainedModel:

@@ -214,7 +214,7 @@ def likelihood(
             kept = end - first + 1
             before = [start] if start is not None and begin > 0 else []
             batch = decoding.left_pad([before + ids[begin:end]], language_model, room=0)
-            logits = decoding.forward(language_model, batch, first=0, keep=kept)[0]  # (kept, V)
+            logits = language_model.model.forward(batch, first=0, keep=kept)[0]  # (kept, V)
             for place in range(first, end, SCORED_AT_ONCE):
                 targets = tokens[0, place : min(place + SCORED_AT_ONCE, end)]
                 # each token is predicted by the logits of the position before it

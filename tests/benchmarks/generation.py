@@ -47,6 +47,7 @@ from common.generation.completion import Options, Prompt, Run
 from common.generation.decoding import PromptLookup
 from common.generation.fast_decoding import CLayer
 from common.generation.language_model import LanguageModel, Weights
+from common.generation.library import TransformersModel
 from common.generation.sampling import Settings
 from common.runtime import Runtime, choose_device, choose_precision, keep_large_blocks
 
@@ -200,9 +201,9 @@ def settings_of(flags, new_tokens: int) -> Settings:
 def load(flags, way: Way) -> LanguageModel:
     """Return the model with weights as a contender has them."""
     runtime = Runtime(choose_device(flags.device), way.precision)
-    loading = models.Loading(way.weights, uses_fast_step=way.in_c)
+    loading = models.Loading(way.weights, may_compile=way.in_c)
     language_model = models.load(flags.model, runtime, cache_dir=flags.cache_dir, loading=loading)
-    assert (language_model.fast_step is not None) == way.in_c, language_model.step_name
+    assert language_model.model.is_compiled == way.in_c, language_model.backend
     return dataclasses.replace(language_model, end_ids=())
 
 
@@ -219,10 +220,10 @@ def torch_contender(flags, way: Way) -> Contender:
 
 def weight_bytes(language_model: LanguageModel) -> int:
     """Return the bytes of all matrices that a token is multiplied with."""
-    if language_model.fast_step is None:
-        linear = [part for part in language_model.model.modules() if isinstance(part, torch.nn.Linear)]
+    if not language_model.model.is_compiled:
+        linear = [part for part in language_model.model.module.modules() if isinstance(part, torch.nn.Linear)]
         return sum(part.weight.nbytes for part in linear)
-    model = language_model.fast_step.model
+    model = language_model.model.transformer
     linear = [model.head, *(getattr(layer, name) for layer in model.layers for name in CLayer.MATRICES)]
     return sum(part.matrix.data.nbytes for part in linear)
 
@@ -231,7 +232,7 @@ def library_loop(
     language_model: LanguageModel, prompts: list[list[int]], settings: Settings, loop: str, seed: int
 ) -> Written:
     """Write texts by model.generate: a token is there when the forward of the next one begins."""
-    model, moments = language_model.model, []
+    model, moments = language_model.model.module, []
     hook = model.register_forward_pre_hook(
         lambda *_: moments.append(environment.moment(language_model.device))
     )
@@ -555,9 +556,8 @@ def time_parts(flags) -> dict:
             settings, prompt_length=batch.length, starts=batch.starts, seed=flags.seed
         )
         logits = decoding.prefill(language_model, batch)
-        weights = [
-            module.weight for module in language_model.model.modules() if isinstance(module, torch.nn.Linear)
-        ]
+        modules = language_model.model.module.modules()
+        weights = [module.weight for module in modules if isinstance(module, torch.nn.Linear)]
         inputs = [
             torch.randn(size, weight.shape[1], dtype=weight.dtype, device=weight.device) for weight in weights
         ]
@@ -588,7 +588,7 @@ def hollow_model(language_model: LanguageModel) -> LanguageModel:
     """Return a model of the same class with as many layers and heads as another, but heads of two
     dimensions and hardly anything else.
     """
-    config = copy.deepcopy(language_model.model.config)
+    config = copy.deepcopy(language_model.model.module.config)
     config.hidden_size, config.head_dim, config.intermediate_size, config.vocab_size = (
         2 * config.num_attention_heads,
         2,
@@ -597,11 +597,11 @@ def hollow_model(language_model: LanguageModel) -> LanguageModel:
     )
     config.pad_token_id = config.bos_token_id = config.eos_token_id = 0
     model = (
-        type(language_model.model)(config)
-        .to(language_model.device, next(language_model.model.parameters()).dtype)
+        type(language_model.model.module)(config)
+        .to(language_model.device, next(language_model.model.module.parameters()).dtype)
         .eval()
     )
-    return dataclasses.replace(language_model, model=model, pad_id=0)
+    return dataclasses.replace(language_model, model=TransformersModel(model), pad_id=0)
 
 
 def show_parts(parts: dict):

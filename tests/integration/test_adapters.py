@@ -138,7 +138,7 @@ def test_what_an_adapter_does_not_change_stays_as_the_file_stores_it(models, scr
     assert f"it says that it was made for {models['llama']}" in stderr  # a file of another name
     loading = Loading(adapter=str(adapter))
     loaded = language_model.load(str(path), CPU, cache_dir=str(tmp_path / "cache"), loading=loading)
-    layer = loaded.fast_step.model.layers[0]
+    layer = loaded.model.transformer.layers[0]
     kinds = {name: getattr(layer, name).matrix.kind for name in ("query", "key", "value", "down", "up")}
     assert kinds == {"query": "fp32", "key": "groups4", "value": "fp32", "down": "fp32", "up": "groups4"}
     stored = {weight.kind for weight in loaded.weights.values() if isinstance(weight, Matrix)}

@@ -10,7 +10,6 @@ import torch
 import transformers
 
 import generate
-from common.generation import decoding
 from common.generation.conversation import Chat
 from conftest import exit_code_in_process, quick
 from language_models import CHAT_TEMPLATE, train_byte_bpe
@@ -190,7 +189,7 @@ def test_a_conversation_reads_only_what_is_new_where_its_cache_can_forget(
         assert exit_code_in_process(generate, [*command, "--plain-step", "--interactive"]) == 0
         answers.append(capsys.readouterr().out)
         monkeypatch.setattr(
-            Chat, "_reusable_cache", lambda chat, ids: decoding.new_cache(chat.run.language_model)
+            Chat, "_reusable_cache", lambda chat, ids: chat.run.language_model.model.new_cache()
         )
     assert answers[0] == answers[1] != ""
 

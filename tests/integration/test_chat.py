@@ -16,6 +16,7 @@ from common.generation.chat import ChatFormat, choose_template, read_format, ren
 from common.generation.completion import Options, Prompt, Run
 from common.generation.conversation import Chat, Console, after_interruption
 from common.generation.language_model import LanguageModel
+from common.generation.library import TransformersModel
 from common.generation.sampling import Settings
 from common.runtime import Runtime
 from language_models import CHAT_TEMPLATE, SIZES, train_byte_bpe
@@ -41,7 +42,7 @@ def run_of(kind: str, *, context: int = 512) -> Run:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3)
-    language_model = LanguageModel(kind, model, tokenizer, (2,), 0, context)
+    language_model = LanguageModel(kind, TransformersModel(model), tokenizer, (2,), 0, context)
     options = Options(Settings(max_new_tokens=12, end_ids=(2,)))
     return Run(language_model, options, chat=format_of(language_model))
 

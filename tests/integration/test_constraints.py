@@ -17,6 +17,7 @@ from common.errors import UserError
 from common.generation import constraints, decoding
 from common.generation.completion import Completion, Options, Prompt, Run, TextStream
 from common.generation.language_model import LanguageModel
+from common.generation.library import TransformersModel
 from common.generation.sampling import Settings
 from conftest import exit_code_in_process
 from language_models import VOCABULARY, save_tiny_model, tiny_language_model, train_byte_bpe
@@ -28,8 +29,8 @@ TOKENIZER = train_byte_bpe()
 def model() -> LanguageModel:
     """A random Llama whose vocabulary is somewhat larger than its tokenizer's."""
     found = tiny_language_model("llama", scale=2.0)
-    assert found.model is not None
-    found.model.resize_token_embeddings(len(TOKENIZER) + 5, mean_resizing=False)
+    assert isinstance(found.model, TransformersModel)
+    found.model.module.resize_token_embeddings(len(TOKENIZER) + 5, mean_resizing=False)
     return dataclasses.replace(found, tokenizer=TOKENIZER, end_ids=(2, 0), pad_id=0)
 
 
@@ -62,14 +63,14 @@ def test_a_greedy_choice_is_the_models_token_by_token(model):
     choices = ["The", "The quick brown fox", "The lazy dog", "def", "dogs", "a,b"]
     runs = [TOKENIZER(text, add_special_tokens=False)["input_ids"] for text in choices]
     constraint = constraints.make_choices(choices, model, model.end_ids)
-    assert model.model is not None
+    assert isinstance(model.model, TransformersModel)
     for prompt, row in zip(PROMPTS, texts_of(model, PROMPTS, constraint=constraint)):
         text: list[int] = []
         while not text or text[-1] not in model.end_ids:
             leading = [[*run, end] for run in runs for end in model.end_ids if run[: len(text)] == text]
             allowed = sorted({run[len(text)] for run in leading})
             with torch.inference_mode():
-                logits = model.model(torch.tensor([prompt + text])).logits[0, -1]
+                logits = model.model.module(torch.tensor([prompt + text])).logits[0, -1]
             text.append(allowed[int(logits[allowed].argmax())])
         assert row.token_ids == text
 

@@ -145,7 +145,7 @@ def test_the_table_marks_the_likeliest_and_the_right_one(script, tmp_path):
 
 def test_a_token_across_the_border_counts_as_the_continuations(folder):
     runtime = Runtime(torch.device("cpu"), "fp32")
-    model = language_model.load(str(folder), runtime, cache_dir=None, loading=Loading(uses_fast_step=False))
+    model = language_model.load(str(folder), runtime, cache_dir=None, loading=Loading(may_compile=False))
     decode = model.tokenizer.decode
     for prompt, text in (
         ("The quick bro", "wn fox"),

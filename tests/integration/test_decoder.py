@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 
 from common.errors import NotSupported
 from common.generation import fast_decoding, language_model
-from common.generation.fast_decoding import FastStep, Kernel, RoomyCache
+from common.generation.fast_decoding import CompiledModel, Kernel
 from common.generation.llama import Places, reference_step
 from common.generation.stored_weights import KIND_OF_DTYPE, KINDS, TILE, Matrix, convert, matrix_of, pack
 from common.runtime import Runtime
@@ -275,15 +275,15 @@ def in_mixed_kinds(model: Any, shift: int) -> dict[str, Matrix]:
     return {name: kinds[KINDS[(place + shift) % len(KINDS)]][name] for place, name in names}
 
 
-def compare_steps(step: FastStep, texts: int, starts: list[int], splits: list[int]) -> None:
+def compare_steps(compiled: CompiledModel, texts: int, starts: list[int], splits: list[int]) -> None:
     """Compare the logits of C and of PyTorch for padded texts whose columns come in parts."""
-    model, length = step.model, splits[-1]
+    model, length = compiled.transformer, splits[-1]
     ids = torch.randint(0, model.embedding.rows, (texts, length), generator=torch.Generator().manual_seed(2))
-    cache, first_columns = RoomyCache(model), torch.tensor(starts)
+    cache, first_columns = compiled.new_cache(), torch.tensor(starts)
     shape = (len(model.layers), texts, model.key_heads, length, model.head_size)
     keys, values = torch.full(shape, 1e9), torch.full(shape, 1e9)
     for begin, end in zip([0, *splits], splits):
-        ours = step.forward(ids[:, :end], first_columns, cache, first=begin, keep=end - begin)
+        ours = compiled.compute(ids[:, :end], first_columns, cache, first=begin, keep=end - begin)
         for column in range(begin, end):
             columns = torch.full((texts,), column)
             places = Places(torch.arange(texts), columns, torch.minimum(first_columns, columns))
@@ -296,11 +296,11 @@ def compare_steps(step: FastStep, texts: int, starts: list[int], splits: list[in
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_step_computes_what_is_written_out_in_pytorch(name, kernel):
     """One text token by token, then guesses; padded texts; more rows than fit into one call."""
-    step = FastStep(own_transformer(random_model(name)), kernel)
-    compare_steps(step, 1, [0], [1, 2, 3, 4, 9, 10, 15])
-    compare_steps(step, 3, [0, 2, 7], [9, 10, 11])
-    compare_steps(step, 5, [0, 1, 0, 3, 20], [21, 22])  # 105 rows
-    compare_steps(step, 70, list(range(10)) * 7, [10, 11])
+    compiled = CompiledModel(own_transformer(random_model(name)), kernel)
+    compare_steps(compiled, 1, [0], [1, 2, 3, 4, 9, 10, 15])
+    compare_steps(compiled, 3, [0, 2, 7], [9, 10, 11])
+    compare_steps(compiled, 5, [0, 1, 0, 3, 20], [21, 22])  # 105 rows
+    compare_steps(compiled, 70, list(range(10)) * 7, [10, 11])
 
 
 PROMPTS = {  # texts, the first column of each, how the columns come: those of a prompt at once
@@ -317,24 +317,24 @@ PROMPTS = {  # texts, the first column of each, how the columns come: those of a
 @pytest.mark.parametrize("name", ["llama, odd sizes", "mistral, a window and heads of whole tiles"])
 def test_the_rows_of_a_prompt_are_computed_as_those_of_tokens(name, case, kernel):
     """With weights that are widened for all of them, and heads of whole tiles together."""
-    compare_steps(FastStep(own_transformer(random_model(name)), kernel), *PROMPTS[case])
+    compare_steps(CompiledModel(own_transformer(random_model(name)), kernel), *PROMPTS[case])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_prompt_over_weights_of_each_kind(kind, kernel):
     model = random_model("qwen3, norms of queries and keys, a window in one layer")
-    step = FastStep(own_transformer(model, in_kind(model, kind)), kernel)
-    compare_steps(step, 2, [0, 3], [40, 41])
+    compiled = CompiledModel(own_transformer(model, in_kind(model, kind)), kernel)
+    compare_steps(compiled, 2, [0, 3], [40, 41])
 
 
 @pytest.mark.parametrize("kind", ["groups4", "groups8", "bf16"])
 def test_many_texts_step_with_weights_of_each_kind(kind, kernel):
     """From 10 texts on, those of groups are widened."""
     model = random_model("qwen3, norms of queries and keys, a window in one layer")
-    step = FastStep(own_transformer(model, in_kind(model, kind)), kernel)
-    assert step.is_grouped == kind.startswith("groups")
+    compiled = CompiledModel(own_transformer(model, in_kind(model, kind)), kernel)
+    assert compiled.is_grouped == kind.startswith("groups")
     for texts in (9, 10, 17):
-        compare_steps(step, texts, list(range(texts)), [19, 20, 21])
+        compare_steps(compiled, texts, list(range(texts)), [19, 20, 21])
 
 
 @pytest.mark.parametrize("rows", [8, 10, 17, 64, 128])
@@ -355,9 +355,9 @@ def test_products_with_widened_weights_are_those_of_float64(kind, rows, kernel):
 )
 def test_a_step_over_weights_of_each_kind(name, kind, kernel):
     model = random_model(name)
-    step = FastStep(own_transformer(model, in_kind(model, kind)), kernel)
-    compare_steps(step, 1, [0], [1, 2, 7])
-    compare_steps(step, 4, [0, 3, 0, 5], [6, 7])
+    compiled = CompiledModel(own_transformer(model, in_kind(model, kind)), kernel)
+    compare_steps(compiled, 1, [0], [1, 2, 7])
+    compare_steps(compiled, 4, [0, 3, 0, 5], [6, 7])
 
 
 @pytest.mark.parametrize("shift", range(len(KINDS)))
@@ -365,30 +365,30 @@ def test_each_matrix_may_be_stored_in_a_kind_of_its_own(shift, kernel):
     """As in a file of several formats, or where an adapter was merged into some of them."""
     model = random_model("llama, several groups of 32")
     mixed = in_mixed_kinds(model, shift)
-    step = FastStep(own_transformer(model, mixed), kernel)
-    compare_steps(step, 2, [0, 3], [1, 6, 7, 30, 31])
+    compiled = CompiledModel(own_transformer(model, mixed), kernel)
+    compare_steps(compiled, 2, [0, 3], [1, 6, 7, 30, 31])
 
 
 def test_a_tied_head_is_that_of_the_embedding(kernel):
-    step = FastStep(own_transformer(random_model("llama, tied, biases, scaled positions")), kernel)
-    assert step.c_model.head.data == step.c_model.embedding.data
+    compiled = CompiledModel(own_transformer(random_model("llama, tied, biases, scaled positions")), kernel)
+    assert compiled.c_model.head.data == compiled.c_model.embedding.data
 
 
 def test_a_cache_grows_and_shrinks_without_losing_anything(kernel):
     """Beyond its room for 256 columns, and back: the logits are those of one pass."""
     model = random_model("mistral, window")
-    step = FastStep(own_transformer(model), kernel)
+    compiled = CompiledModel(own_transformer(model), kernel)
     ids, starts = torch.randint(3, 200, (1, 300)), torch.zeros(1, dtype=torch.long)
     expected = model(ids).logits[0]
-    cache, column = RoomyCache(step.model), 0
+    cache, column = compiled.new_cache(), 0
     for end in (5, 255, 256, 257, 300):
-        logits = step.forward(ids[:, :end], starts, cache, first=column, keep=end - column)[0]
+        logits = compiled.compute(ids[:, :end], starts, cache, first=column, keep=end - column)[0]
         torch.testing.assert_close(logits, expected[column:end], rtol=1e-4, atol=1e-4)
         assert cache.get_seq_length() == end
         column = end
     cache.crop(-250)
     assert cache.get_seq_length() == 50
-    logits = step.forward(ids[:, :51], starts, cache, first=50, keep=1)[0]
+    logits = compiled.compute(ids[:, :51], starts, cache, first=50, keep=1)[0]
     torch.testing.assert_close(logits, expected[50:51], rtol=1e-4, atol=1e-4)
 
 
@@ -491,8 +491,8 @@ def test_a_compiled_file_that_was_exchanged_is_not_used(load_anew, tmp_path):
     subprocess.run([*command, "-o", str(compiled), "-lm"], check=True)
     cpu = Runtime(torch.device("cpu"), "fp32")
     loaded = language_model.load(str(model), cpu, cache_dir=str(cache))
-    assert loaded.fast_step is None
-    assert re.fullmatch(r"PyTorch \(the compiled step is wrong: a logit differs by \S+\)", loaded.step_name)
+    assert not loaded.model.is_compiled
+    assert re.fullmatch(r"PyTorch \(the compiled step is wrong: a logit differs by \S+\)", loaded.backend)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -500,7 +500,7 @@ def test_a_compiled_file_that_was_exchanged_is_not_used(load_anew, tmp_path):
 def test_a_model_is_checked_with_its_first_rows(name, kind, kernel):
     model = random_model(name)
     transformer = own_transformer(model, in_kind(model, kind))
-    fast_decoding.check_step(transformer, kernel)
+    fast_decoding.check_model(transformer, kernel)
     matrix = transformer.embedding
     for rows in (16, 37, VOCABULARY - 1, VOCABULARY, 500):
         first = matrix.first(rows)

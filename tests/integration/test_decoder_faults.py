@@ -37,7 +37,7 @@ from test_decoder import (
 from torch import Tensor
 
 from common.generation import fast_decoding
-from common.generation.fast_decoding import FastStep, Kernel, RoomyCache
+from common.generation.fast_decoding import CompiledModel, Kernel
 from common.generation.llama import Transformer
 from common.generation.stored_weights import KINDS, Matrix, matrix_of, pack
 from language_models import needs_compiler, own_transformer
@@ -310,13 +310,13 @@ class StepCheck:
 
     def __call__(self, kernel: Kernel) -> bool:
         """Return whether the logits are near to those expected, also where only the last are asked for."""
-        step = FastStep(self.transformer, Kernel(kernel.library, self.num_threads))
-        cache, length = RoomyCache(step.model), self.ids.shape[1]
+        model = CompiledModel(self.transformer, Kernel(kernel.library, self.num_threads))
+        cache, length = model.new_cache(), self.ids.shape[1]
         for begin, end in zip([0, *self.splits], self.splits):
-            logits = step.forward(self.ids[:, :end], self.starts, cache, first=begin, keep=end - begin)
+            logits = model.compute(self.ids[:, :end], self.starts, cache, first=begin, keep=end - begin)
             if not self.is_right(logits, begin, end):
                 return False
-        logits = step.forward(self.ids, self.starts, RoomyCache(step.model), first=0, keep=2)
+        logits = model.compute(self.ids, self.starts, model.new_cache(), first=0, keep=2)
         return self.is_right(logits, length - 2, length)
 
     def is_right(self, logits: Tensor, begin: int, end: int) -> bool:

@@ -175,7 +175,7 @@ def kernel(cache_dir) -> Kernel:
 def test_every_token_of_the_step_in_c_is_the_one_of_generate(kind, stored, texts, seeds, kernel):
     """The same matrix, 234 runs: its sums are rounded in another order, and no draw is that close."""
     language_model, different = tiny_language_model(kind), []
-    for parameter in language_model.model.parameters():
+    for parameter in language_model.model.module.parameters():
         parameter.data = parameter.data.to(stored).float()
     fast = in_c(language_model, kernel, stored)
     for (name, flags), prompts, seed in itertools.product(SETTINGS.items(), texts, seeds):
@@ -218,13 +218,13 @@ def test_generate_is_asked_for_what_the_flags_say_and_nothing_else(name, flags):
     the model has it again.
     """
     language_model = tiny_language_model("llama")
-    own = language_model.model.generation_config = GenerationConfig(
+    own = language_model.model.module.generation_config = GenerationConfig(
         pad_token_id=0, eos_token_id=[3, 5], **{name: OWN_DEFAULTS[name]}
     )
     settings = settings_of(flags, language_model)
     theirs = library(language_model, PROMPTS, Options(settings), 3)
     assert ours(language_model, PROMPTS, settings, exact(3)) == theirs
-    assert language_model.model.generation_config is own
+    assert language_model.model.module.generation_config is own
 
 
 BEAMS = [
@@ -371,7 +371,7 @@ def test_logits_that_are_no_numbers_are_refused():
     """argmax would pick NaN without a word."""
     language_model = tiny_language_model("llama")
     with torch.no_grad():
-        language_model.model.lm_head.weight[9] = float("nan")
+        language_model.model.module.lm_head.weight[9] = float("nan")
     settings = settings_of({}, language_model)
     with pytest.raises(UserError, match="NaN.*--precision fp32"):
         ours(language_model, PROMPTS[:1], settings, exact(0))

@@ -877,7 +877,7 @@ def test_the_real_models_loss_is_that_of_its_weights_in_fp32(real, tmp_path):
             ["--model", REAL, "--perplexity", "README.md", "--precision", "fp32", "--device", "cpu", *flags]
         )
         model = generate.load(args)[0].language_model
-        assert (model.fast_step is None) == bool(flags)
+        assert model.model.is_compiled != bool(flags)
         text = model.tokenizer.decode(model.tokenizer("\n".join(lines))["input_ids"][:2000])
         window = scoring.choose_window(model, None, None, most=1024)
         found = scoring.text_likelihood(model, text, window, name="the tutorial")

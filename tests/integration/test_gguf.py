@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from common import bundled, files
 from common.errors import UserError
 from common.generation import decoding, explain, language_model, stored_weights
-from common.generation.fast_decoding import FastStep
 from common.generation.language_model import Loading
 from common.generation.stored_weights import Matrix
 from common.runtime import Runtime
@@ -122,7 +121,7 @@ def test_a_file_is_the_model_that_transformers_reads_from_it(kind, tiny, cache, 
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32).eval()
     their_tokenizer = AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)
     ours = language_model.load(str(path), CPU, cache_dir=cache)
-    assert isinstance(ours.fast_step, FastStep) and ours.step_name == "C"
+    assert ours.model.is_compiled and ours.backend == "C"
     kinds = {weight.kind for weight in ours.weights.values() if isinstance(weight, Matrix)}
     stored = {"Q4_0": "groups4", "Q4_1": "groups4", "Q8_0": "groups8", "F16": "fp16", "BF16": "bf16"}
     assert kinds == {stored.get(kind, "fp32")}
@@ -150,7 +149,7 @@ def test_a_file_of_k_quants_is_computed_as_float64_computes_it(cache, tmp_path):
     path = tmp_path / "k.gguf"
     write_gguf(folder, path, *K_QUANTS)
     ours = language_model.load(str(path), CPU, cache_dir=cache)
-    assert ours.step_name == "C"
+    assert ours.backend == "C"
     seen = set()
     for tensor in gguf.GGUFReader(path).tensors:
         name = stored_weights._name_in_transformers(tensor.name, path)
@@ -180,9 +179,9 @@ def test_a_file_that_changed_with_the_same_size_and_time_is_read_again(tiny, cac
             content = path.read_bytes()
             path.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
         os.utime(path, ns=(1, 1))
-        loading = Loading("fp32", uses_fast_step=False)
+        loading = Loading("fp32", may_compile=False)
         loaded = language_model.load(str(path), CPU, cache_dir=cache, loading=loading)
-        weights.append(torch.cat([value.flatten() for value in loaded.model.state_dict().values()]))
+        weights.append(torch.cat([value.flatten() for value in loaded.model.module.state_dict().values()]))
     assert len(weights[0]) == len(weights[1]) and not torch.equal(*weights)
 
 
@@ -196,10 +195,10 @@ def test_the_weights_can_be_kept_in_another_dtype(weights, dtype, tiny, cache, t
             parameter.data = parameter.data.to(dtype).float()
     loading = Loading(weights)
     ours = language_model.load(str(tmp_path / "a.gguf"), CPU, cache_dir=cache, loading=loading)
-    assert ours.fast_step is not None
+    assert ours.model.is_compiled
     ids = torch.randint(3, 300, (1, 12))
     batch = decoding.left_pad(ids.tolist(), ours, room=1)
-    found = decoding.forward(ours, batch, first=0, keep=12)
+    found = ours.model.forward(batch, first=0, keep=12)
     torch.testing.assert_close(found, theirs(ids).logits, rtol=1e-4, atol=1e-4)
 
 
@@ -207,10 +206,10 @@ def test_without_a_compiler_the_weights_are_widened(tiny, cache, tmp_path, monke
     write_gguf(tiny, tmp_path / "a.gguf", "Q4_1")
     monkeypatch.setattr(language_model.fast_decoding, "load_library", _no_compiler)
     ours = language_model.load(str(tmp_path / "a.gguf"), CPU, cache_dir=cache)
-    assert ours.fast_step is None and "no C compiler" in ours.step_name
+    assert not ours.model.is_compiled and "no C compiler" in ours.backend
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="a.gguf", dtype=torch.float32).eval()
     ids = torch.randint(3, 300, (2, 12))
-    assert torch.equal(ours.model(ids).logits, theirs(ids).logits)
+    assert torch.equal(ours.model.module(ids).logits, theirs(ids).logits)
     with pytest.raises(UserError, match="--weights file.*no C compiler"):
         language_model.load(str(tmp_path / "a.gguf"), CPU, cache_dir=cache, loading=Loading("file"))
 
@@ -226,14 +225,12 @@ def test_a_folder_in_16_bits_stays_in_16_bits_and_is_computed_in_fp32(stored, ti
     model.save_pretrained(tmp_path / "half")
     AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path / "half")
     ours = language_model.load(str(tmp_path / "half"), CPU, cache_dir=cache)
-    assert ours.fast_step is not None and ours.dtype == torch.float32
-    assert ours.fast_step.model.head.matrix.data.dtype == stored
+    assert ours.model.is_compiled and ours.dtype == torch.float32
+    assert ours.model.transformer.head.matrix.data.dtype == stored
     ids = torch.randint(3, 300, (1, 12))
     expected = model.float()(ids).logits
     batch = decoding.left_pad(ids.tolist(), ours, room=1)
-    torch.testing.assert_close(
-        decoding.forward(ours, batch, first=0, keep=12), expected, rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(ours.model.forward(batch, first=0, keep=12), expected, rtol=1e-4, atol=1e-4)
     twin = explain.library_model(ours)
     torch.testing.assert_close(twin(ids).logits, expected, rtol=1e-6, atol=1e-6)
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from common.generation import decoding, scoring
 from common.generation.language_model import LanguageModel
+from common.generation.library import TransformersModel
 from common.generation.scoring import SlidingWindow
 from language_models import SIZES, tiny_language_model, train_byte_bpe
 
@@ -29,7 +30,7 @@ def test_each_token_but_the_first_is_scored_once_with_enough_before_it(length, w
 
 def test_the_overlap_of_windows_costs_no_logits():
     language_model, widths = tiny_language_model("llama"), []
-    language_model.model.lm_head.register_forward_hook(
+    language_model.model.module.lm_head.register_forward_hook(
         lambda module, given, logits: widths.append(logits.shape[1])
     )
     scoring.likelihood(language_model, list(range(5, 45)), SlidingWindow(16, 4))
@@ -46,7 +47,7 @@ def test_perplexity_is_the_definition(window, stride, at_once, start, monkeypatc
         torch.randint(0, 211, (50,), generator=torch.Generator().manual_seed(0)).tolist(),
     )
     found = scoring.likelihood(language_model, ids, SlidingWindow(window, stride), start=start)
-    language_model.model.double()
+    language_model.model.module.double()
     total = 0.0
     with torch.inference_mode():
         for begin, end, first in scoring.passes(
@@ -54,7 +55,7 @@ def test_perplexity_is_the_definition(window, stride, at_once, start, monkeypatc
         ):
             for place in range(first, end):
                 before = [start] if start is not None and begin > 0 else []
-                logits = language_model.model(torch.tensor([before + ids[begin:place]])).logits[0, -1]
+                logits = language_model.model.module(torch.tensor([before + ids[begin:place]])).logits[0, -1]
                 total -= logits.log_softmax(-1)[ids[place]].item()
     assert found.num_tokens == 49 and math.isclose(found.total, total, rel_tol=1e-5)
     assert math.isclose(found.perplexity, math.exp(total / 49), rel_tol=1e-4)
@@ -65,7 +66,7 @@ def test_every_window_begins_with_the_token_that_the_tokenizer_puts_before_a_tex
     tokenizer, given_ids = train_byte_bpe(), []
     config = LlamaConfig(**SIZES, vocab_size=len(tokenizer), max_position_embeddings=128)
     model = AutoModelForCausalLM.from_config(config).eval()
-    language_model = LanguageModel("tiny", model, tokenizer, (2,), 0, 128)
+    language_model = LanguageModel("tiny", TransformersModel(model), tokenizer, (2,), 0, 128)
     assert scoring.start_token(language_model) is None
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
