@@ -61,9 +61,10 @@ from common import reading
 from common.generation import beams, language_model, sampling
 from common.generation.beams import Beams
 from common.generation.completion import Completion, Options, Prompt, Run
-from common.generation.decoding import Batch, PromptLookup, Step, fetch_ids, prefill, step
+from common.generation.decoding import Batch, Step, fetch_ids, prefill, step
 from common.generation.fast_sampling import make_sampler  # the plain version: sampling.make_sampler
 from common.generation.language_model import LanguageModel, Loading
+from common.generation.lookup import PromptLookup
 from common.generation.sampling import Constraint, Sampler, Settings
 from common.runtime import Runtime, free_memory_bytes, start_runtime, stop_runtime
 

@@ -12,8 +12,9 @@ import torch
 
 from common.errors import UserError
 from common.generation import decoding
-from common.generation.decoding import Batch, PromptLookup, Step
+from common.generation.decoding import Batch, Step
 from common.generation.language_model import LanguageModel
+from common.generation.lookup import PromptLookup
 from common.generation.sampling import Settings
 from common.runtime import is_out_of_memory
 

@@ -44,10 +44,10 @@ from common.errors import UserError
 from common.generation import decoding, explain, fast_sampling, stored_weights
 from common.generation import language_model as models
 from common.generation.completion import Options, Prompt, Run
-from common.generation.decoding import PromptLookup
 from common.generation.fast_decoding import CLayer
 from common.generation.language_model import LanguageModel, Weights
 from common.generation.library import TransformersModel
+from common.generation.lookup import PromptLookup
 from common.generation.sampling import Settings
 from common.runtime import Runtime, choose_device, choose_precision, keep_large_blocks
 

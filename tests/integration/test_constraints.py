@@ -18,6 +18,7 @@ from common.generation import constraints, decoding
 from common.generation.completion import Completion, Options, Prompt, Run, TextStream
 from common.generation.language_model import LanguageModel
 from common.generation.library import TransformersModel
+from common.generation.lookup import PromptLookup
 from common.generation.sampling import Settings
 from conftest import exit_code_in_process
 from language_models import VOCABULARY, save_tiny_model, tiny_language_model, train_byte_bpe
@@ -193,7 +194,7 @@ def test_guesses_and_end_tokens_keep_the_form(model):
     expected = texts_of(model, PROMPTS[:1], constraint=constraint)[0].token_ids
     settings = Settings(max_new_tokens=40, end_ids=model.end_ids, constraint=constraint)
     batch = decoding.left_pad([PROMPTS[0]], model, room=40)
-    steps = decoding.PromptLookup(3).decode(model, batch, settings)
+    steps = PromptLookup(3).decode(model, batch, settings)
     assert [step.tokens[0] for step in steps] == expected
 
 

@@ -10,12 +10,13 @@ from transformers import GenerationConfig
 
 import generate
 from common.errors import UserError
-from common.generation import decoding, explain, fast_sampling, sampling
+from common.generation import decoding, explain, fast_sampling, lookup, sampling
 from common.generation.beams import Beams
 from common.generation.completion import Completion, Options, Prompt, Run, TextStream
-from common.generation.decoding import Batch, PromptLookup, TokenHistory
+from common.generation.decoding import Batch
 from common.generation.fast_decoding import Kernel, load_library
 from common.generation.language_model import LanguageModel
+from common.generation.lookup import PromptLookup, TokenHistory
 from common.generation.sampling import Sampler, Settings
 from conftest import heavy, quick
 from language_models import KINDS, in_c, needs_compiler, tiny_language_model, train_byte_bpe
@@ -409,13 +410,13 @@ def test_as_many_tokens_are_guessed_as_were_right_or_twice_as_many(monkeypatch):
     """
     language_model = dataclasses.replace(tiny_language_model("llama", scale=1.0), end_ids=())
     settings = dataclasses.replace(settings_of({}, language_model), max_new_tokens=80)
-    counted, check, ahead, seen = [], decoding.check_guess, 6, set()
+    counted, check, ahead, seen = [], lookup.check_guess, 6, set()
 
     def count(model, batch, tokens):
         counted.append(len(tokens) - 1)
         return check(model, batch, tokens)
 
-    monkeypatch.setattr(decoding, "check_guess", count)
+    monkeypatch.setattr(lookup, "check_guess", count)
     for prompt in (*PROMPTS, [30, 31, 32, 33, 34, 35, 30, 31, 32, 33, 34, 99, 30, 31]):
         [greedy] = ours(language_model, [prompt], settings, exact(0))
         history, num_next, expected, done = TokenHistory([*prompt, greedy[0]]), 1, [], 1
