@@ -25,7 +25,8 @@ from transformers import (
 from common.generation.fast_decoding import CompiledModel, Kernel, find_compiler
 from common.generation.language_model import LanguageModel
 from common.generation.library import TransformersModel
-from common.generation.llama import Transformer, read_transformer
+from common.generation.llama import Transformer
+from common.generation.llama_config import read_transformer
 from common.generation.stored_weights import Matrix, convert, matrix_of
 
 transformers.utils.logging.disable_progress_bar()  # of the tests' own models, on the stderr that is compared
@@ -114,7 +115,7 @@ def own_weights(model: PreTrainedModel) -> dict[str, Matrix | torch.Tensor]:
 
 
 def own_transformer(model: PreTrainedModel, stored: dict[str, Matrix] | None = None) -> Transformer:
-    """Return a model of transformers as llama.py reads it; matrices in `stored` replace its own."""
+    """Return a model of transformers as llama_config.py reads it; matrices in `stored` replace its own."""
     return read_transformer(model.config.to_dict(), own_weights(model) | (stored or {}))
 
 

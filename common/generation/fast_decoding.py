@@ -32,7 +32,7 @@ from torch import Tensor
 
 from common.errors import NotSupported, one_line
 from common.files import cache_home
-from common.generation.llama import Layer, Linear, Places, Rotary, Transformer, reference_step
+from common.generation.llama import Layer, Linear, Positions, Rotary, Transformer, reference_step
 from common.generation.stored_weights import GROUP, KIND_OF_DTYPE, KINDS, Kind, Matrix, convert, pack
 
 if TYPE_CHECKING:  # which imports this file
@@ -237,17 +237,17 @@ class PreallocatedCache:
 
     layers = ()  # none of which forgets anything
 
-    def __init__(self, num_layers: int, num_heads: int, head_size: int) -> None:
+    def __init__(self, num_layers: int, num_heads: int, head_dim: int) -> None:
         self.length = 0  # the columns in use
-        self.keys, self.values = torch.empty(2, num_layers, 0, num_heads, 0, head_size)
+        self.keys, self.values = torch.empty(2, num_layers, 0, num_heads, 0, head_dim)
 
     @classmethod
     def of_texts(cls, texts: list[tuple["PreallocatedCache", int, int]], columns: int) -> "PreallocatedCache":
         """Return a cache with a copy of texts of other ones, with room for so many columns: of
         each, its cache, its row there and its first column. All end at the same column.
         """
-        num_layers, _, num_heads, _, head_size = texts[0][0].keys.shape
-        cache = cls(num_layers, num_heads, head_size)
+        num_layers, _, num_heads, _, head_dim = texts[0][0].keys.shape
+        cache = cls(num_layers, num_heads, head_dim)
         cache.length = max(old.length - start for old, _, start in texts)
         cache.reserve(len(texts), columns)
         for row, (old, old_row, start) in enumerate(texts):
@@ -315,19 +315,19 @@ class CompiledModel:
         self.c_model = CModel(
             num_layers=len(model.layers),
             width=model.embedding.columns,
-            heads=model.heads,
-            key_heads=model.key_heads,
-            head_size=model.head_size,
+            heads=model.num_attention_heads,
+            key_heads=model.num_key_value_heads,
+            head_size=model.head_dim,
             inner=model.layers[0].gate.matrix.rows,
             vocabulary=model.head.matrix.rows,
-            epsilon=model.epsilon,
-            scaling=model.head_size**-0.5,
+            epsilon=model.rms_norm_eps,
+            scaling=model.head_dim**-0.5,
             embedding=c_matrix(model.embedding),
             head=c_matrix(model.head.matrix, model.head.bias),
             norm=_pointer(model.norm),
             layers=self.layers,
         )
-        self.cosines = self.sines = np.empty((0, model.head_size), np.float32)  # (positions, D)
+        self.cosines = self.sines = np.empty((0, model.head_dim), np.float32)  # (positions, D)
         self.storage: Tensor | None = None  # the cache whose addresses are in self.layers
 
     @property
@@ -339,12 +339,12 @@ class CompiledModel:
     def cache_bytes(self) -> int:
         """The memory of a token's keys and values."""
         model = self.transformer
-        return 2 * len(model.layers) * model.key_heads * model.head_size * self.dtype.itemsize
+        return 2 * len(model.layers) * model.num_key_value_heads * model.head_dim * self.dtype.itemsize
 
     def new_cache(self) -> PreallocatedCache:
         """Return an empty cache."""
         model = self.transformer
-        return PreallocatedCache(len(model.layers), model.key_heads, model.head_size)
+        return PreallocatedCache(len(model.layers), model.num_key_value_heads, model.head_dim)
 
     def forward(self, batch: "Batch", *, first: int, keep: int) -> Tensor:
         """Run the model over the columns of a batch from `first` to the end, and add them to its
@@ -431,15 +431,15 @@ def self_check(library: ctypes.CDLL) -> float:
         model = random_transformer(kind)
         compiled = CompiledModel(model, kernel)
         cache = compiled.new_cache()
-        shape = (len(model.layers), 2, model.key_heads, length, model.head_size)
+        shape = (len(model.layers), 2, model.num_key_value_heads, length, model.head_dim)
         keys, values = torch.zeros(2, *shape)
         ours, theirs = [], []
         for first, end in ((0, 3), (3, length - 1), (length - 1, length)):
             ours.append(compiled.compute(ids[:, :end], starts, cache, first=first, keep=end - first))
         for column in range(length):
             columns = torch.full((2,), column)
-            places = Places(torch.arange(2), columns, torch.minimum(starts, columns))
-            theirs.append(reference_step(model, keys, values, ids[:, column], places))
+            positions = Positions(torch.arange(2), columns, torch.minimum(starts, columns))
+            theirs.append(reference_step(model, keys, values, ids[:, column], positions))
         difference = (torch.cat(ours, 1) - torch.stack(theirs, 1)).abs().max().item()
         largest = math.inf if math.isnan(difference) else max(largest, difference)
     return largest
@@ -469,9 +469,10 @@ def check_model(model: Transformer, kernel: Kernel) -> None:
             for first, end in parts
         ]
     )
-    keys, values = torch.zeros(2, 1, 1, model.key_heads, length, model.head_size)
+    keys, values = torch.zeros(2, 1, 1, model.num_key_value_heads, length, model.head_dim)
     one = torch.zeros(length, dtype=torch.long)
-    theirs = reference_step(small, keys, values, ids[0], Places(one, torch.arange(length), one))
+    positions = Positions(one, torch.arange(length), one)
+    theirs = reference_step(small, keys, values, ids[0], positions)
     most = max(LARGEST_DIFFERENCE, 1e-5 * float(theirs.abs().max()))
     both = torch.isclose(ours, theirs, rtol=0, atol=most)
     if not both.all() and theirs.isfinite().all():  # else the model has no logits to compare
@@ -524,10 +525,10 @@ def random_transformer(kind: Kind) -> Transformer:
         embedding=matrix(vocabulary, width),
         head=linear(vocabulary, width),
         norm=norm(width),
-        heads=heads,
-        key_heads=key_heads,
-        head_size=size,
-        epsilon=0.1,
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
+        head_dim=size,
+        rms_norm_eps=0.1,
         rotary=Rotary(torch.logspace(0, -2, size // 2)),
-        context=64,
+        max_position_embeddings=64,
     )

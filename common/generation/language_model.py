@@ -19,7 +19,7 @@ from common.errors import NotSupported, UserError, shorten
 from common.files import read_settings
 from common.generation import fast_decoding, stored_weights
 from common.generation.fast_decoding import CompiledModel, Kernel
-from common.generation.llama import check_config, read_transformer
+from common.generation.llama_config import check_config, read_transformer
 from common.generation.stored_weights import Matrix
 from common.runtime import DTYPES, Runtime, give_back_memory
 from common.tokenizer import Tokenizer, read_language_tokenizer
@@ -150,7 +150,7 @@ def load_compiled(
     model = CompiledModel(transformer, kernel)
     special_ids = read_special_ids(folder, config)
     end_ids, pad_id = find_special_ids(special_ids, tokenizer, model, name=name)
-    context = transformer.context
+    context = transformer.max_position_embeddings
     return LanguageModel(name, model, tokenizer, end_ids, pad_id, context, "C", folder, weights, adapter)
 
 

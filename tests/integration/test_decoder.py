@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 from common.errors import NotSupported
 from common.generation import fast_decoding, language_model
 from common.generation.fast_decoding import CompiledModel, Kernel
-from common.generation.llama import Places, reference_step
+from common.generation.llama import Positions, reference_step
 from common.generation.stored_weights import KIND_OF_DTYPE, KINDS, TILE, Matrix, convert, matrix_of, pack
 from common.runtime import Runtime
 from conftest import heavy
@@ -280,14 +280,14 @@ def compare_steps(compiled: CompiledModel, texts: int, starts: list[int], splits
     model, length = compiled.transformer, splits[-1]
     ids = torch.randint(0, model.embedding.rows, (texts, length), generator=torch.Generator().manual_seed(2))
     cache, first_columns = compiled.new_cache(), torch.tensor(starts)
-    shape = (len(model.layers), texts, model.key_heads, length, model.head_size)
+    shape = (len(model.layers), texts, model.num_key_value_heads, length, model.head_dim)
     keys, values = torch.full(shape, 1e9), torch.full(shape, 1e9)
     for begin, end in zip([0, *splits], splits):
         ours = compiled.compute(ids[:, :end], first_columns, cache, first=begin, keep=end - begin)
         for column in range(begin, end):
             columns = torch.full((texts,), column)
-            places = Places(torch.arange(texts), columns, torch.minimum(first_columns, columns))
-            expected = reference_step(model, keys, values, ids[:, column], places)
+            positions = Positions(torch.arange(texts), columns, torch.minimum(first_columns, columns))
+            expected = reference_step(model, keys, values, ids[:, column], positions)
             torch.testing.assert_close(ours[:, column - begin], expected, rtol=2e-4, atol=2e-4)
     torch.testing.assert_close(cache.keys[:, :, :, :length], keys, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(cache.values[:, :, :, :length], values, rtol=1e-4, atol=1e-4)

@@ -17,7 +17,8 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from common.errors import NotSupported
-from common.generation.llama import Places, read_rotary, read_transformer, reference_step
+from common.generation.llama import Positions, reference_step
+from common.generation.llama_config import read_rotary, read_transformer
 from language_models import SIZES, VOCABULARY, own_transformer, own_weights, tiny_config
 
 COMMON: dict[str, Any] = {**SIZES, "vocab_size": VOCABULARY, "max_position_embeddings": 128}
@@ -47,7 +48,7 @@ def random_model(config) -> PreTrainedModel:
 
 def empty_cache(model, texts: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return keys and values without content; what is not written must not be read."""
-    shape = (len(model.layers), texts, model.key_heads, columns, model.head_size)
+    shape = (len(model.layers), texts, model.num_key_value_heads, columns, model.head_dim)
     return torch.full(shape, 1e9), torch.full(shape, 1e9)
 
 
@@ -65,8 +66,8 @@ def test_the_step_computes_the_librarys_logits(name):
     keys, values = empty_cache(transformer, 3, 20)
     for column in range(17):
         rows = [text for text in range(3) if column >= starts[text]]
-        places = Places(torch.tensor(rows), torch.full((len(rows),), column), starts[rows])
-        logits = reference_step(transformer, keys, values, ids[rows, column], places)
+        positions = Positions(torch.tensor(rows), torch.full((len(rows),), column), starts[rows])
+        logits = reference_step(transformer, keys, values, ids[rows, column], positions)
         torch.testing.assert_close(logits, expected[rows, column], rtol=1e-4, atol=1e-4)
 
 
@@ -79,7 +80,7 @@ def test_rows_of_the_same_text_are_guesses_that_follow_each_other(name):
     keys, values = empty_cache(transformer, 1, 12)
     for columns in (torch.arange(7), torch.arange(7, 12)):
         zeros = torch.zeros_like(columns)
-        logits = reference_step(transformer, keys, values, ids[0, columns], Places(zeros, columns, zeros))
+        logits = reference_step(transformer, keys, values, ids[0, columns], Positions(zeros, columns, zeros))
         torch.testing.assert_close(logits, expected[columns], rtol=1e-4, atol=1e-4)
 
 
@@ -117,9 +118,9 @@ def test_sizes_that_do_not_fit_are_refused():
 
 
 def test_the_positions_count_from_the_start_of_a_text():
-    places = Places(torch.zeros(2), torch.tensor([4, 7]), torch.tensor([0, 5]))
-    assert places.positions.tolist() == [4, 2]
-    assert dataclasses.replace(places, starts=torch.tensor([4, 7])).positions.tolist() == [0, 0]
+    positions = Positions(torch.zeros(2), torch.tensor([4, 7]), torch.tensor([0, 5]))
+    assert positions.position_ids.tolist() == [4, 2]
+    assert dataclasses.replace(positions, starts=torch.tensor([4, 7])).position_ids.tolist() == [0, 0]
 
 
 LONGER = {"factor": 8.0, "original_max_position_embeddings": 64}
