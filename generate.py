@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from common.generation.chat import ChatFormat, Message
     from common.generation.conversation import Chat
 
+    GivenPrompt = str | list[Message] | UserError  # or why it can't be used
+
 
 def make_parser() -> cli.Parser:
     """Return the parser of all flags, which common/generation/generation_flags.py lists."""
@@ -514,51 +516,65 @@ def load_all(args: argparse.Namespace) -> tuple[Run, list[Prompt], list[str] | N
     return run, prompts, references, runtime
 
 
-def encode_prompts(args: argparse.Namespace, given: list[str | list[Message]], run: Run) -> list[Prompt]:
-    """Return the prompts, which are texts or conversations, with their tokens.
+def encode_prompts(args: argparse.Namespace, given: list[GivenPrompt], run: Run) -> list[Prompt]:
+    """Return the prompts with their tokens.
 
     Raises UserError for one that does not fit into the model, or that the template refuses; with
-    --skip-bad it has a problem instead.
+    --skip-bad it has a problem instead, as one that could not be read has already.
     """
-    model, names = run.language_model, [f"prompt {number}" for number in range(1, len(given) + 1)]
-    if run.chat is None:
-        encode = functools.partial(language_model.encode_prompt, language_model=model)
-        encoded = [outcome(encode, str(text), name=name) for text, name in zip(given, names)]
-    else:
-        from common.generation import chat
-
-        conversations = [chat.as_conversation(item, args.system) for item in given]
-        if any(messages[0]["role"] == "system" for messages in conversations):
-            run.chat.note_system()
-        encoded = run.chat.try_to_encode(conversations, names)
-    prompts = []
-    for number, (item, encoding, name) in enumerate(zip(given, encoded, names)):
+    model, prompts = run.language_model, []
+    readable = [
+        (item, f"prompt {number}")
+        for number, item in enumerate(given, start=1)
+        if not isinstance(item, UserError)
+    ]
+    encodings = iter(encode_readable(args, readable, run))
+    for number, item in enumerate(given):
         ids, problem = [], ""
+        encoding = item if isinstance(item, UserError) else next(encodings)
         try:
             if isinstance(encoding, UserError):
                 raise encoding
             ids = encoding
-            language_model.check_length(ids, args.max_new_tokens, model, name=name)
+            language_model.check_length(ids, args.max_new_tokens, model, name=f"prompt {number + 1}")
         except UserError as error:
             if not args.skip_bad:
                 raise
             problem = str(error)
-        text, messages = (item, None) if isinstance(item, str) else (item[-1]["content"], item)
-        prompts.append(Prompt(number, text, ids, messages, problem))
+        messages = item if isinstance(item, list) else None
+        text = messages[-1]["content"] if messages else str(item)
+        prompts.append(Prompt(number, "" if isinstance(item, UserError) else text, ids, messages, problem))
     return prompts
 
 
-def read_texts(args: argparse.Namespace) -> tuple[list[str | list[Message]], list[str] | None]:
-    """Return the texts or conversations of all prompts, and their references, None without
-    --references.
+def encode_readable(
+    args: argparse.Namespace, named: list[tuple[str | list[Message], str]], run: Run
+) -> list[list[int] | UserError]:
+    """Return the token ids of texts or conversations, each with a name for messages, or why there
+    are none.
     """
-    given: list[str | list[Message]] = [*(args.prompt or [])]
+    if run.chat is None:
+        encode = functools.partial(language_model.encode_prompt, language_model=run.language_model)
+        return [outcome(encode, str(text), name=name) for text, name in named]
+    from common.generation import chat
+
+    conversations = [chat.as_conversation(item, args.system) for item, _ in named]
+    if any(messages[0]["role"] == "system" for messages in conversations):
+        run.chat.note_system()
+    return run.chat.try_to_encode(conversations, [name for _, name in named])
+
+
+def read_texts(args: argparse.Namespace) -> tuple[list[GivenPrompt], list[str] | None]:
+    """Return the texts or conversations of all prompts, with --skip-bad or why one can't be read, and
+    their references, None without --references.
+    """
+    given: list[GivenPrompt] = [*(args.prompt or [])]
     if args.prompts_file is not None:
         from common.generation import conversation
 
         column, cache_dir, options = args.text_column, args.cache_dir, file_options(args)
         given += conversation.read_prompts(
-            args.prompts_file, column=column, cache_dir=cache_dir, options=options
+            args.prompts_file, column=column, cache_dir=cache_dir, options=options, skip_bad=args.skip_bad
         )
     if not args.chat and any(isinstance(item, list) for item in given):
         raise UserError(f"--prompts-file {args.prompts_file}: it holds messages; add --chat")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from common import reading, sources
 from common.cli import check_encoding
-from common.errors import UserError, shorten
+from common.errors import UserError, outcome, shorten
 from common.files import replace_file
 from common.generation.chat import ChatFormat, Message, as_conversation, check_messages, is_begun
 from common.generation.completion import Completion, Prompt, Run
@@ -350,21 +350,29 @@ def holds_prompts(file: BinaryIO, name: str, column: str) -> bool:
 
 
 def read_prompts(
-    name: str, *, column: str, cache_dir: str | None, options: FileOptions
-) -> list[str | list[Message]]:
+    name: str, *, column: str, cache_dir: str | None, options: FileOptions, skip_bad: bool = False
+) -> list[str | list[Message] | UserError]:
     """Return the prompts of a file or of standard input ("-"): of JSON lines with `messages`
     conversations, of all others the texts, as `reading.read_texts` finds them.
 
-    Raises UserError, naming the row or line, for one that can't be used.
+    Raises UserError, naming the row or line, for one that can't be used; with `skip_bad` the error
+    stands in its place.
     """
     sources.check_texts(name, any_suffix=options.is_table)
+    source = reading.source_name(name)
     with reading.open_plain(name, encoding=options.encoding, folder=cache_dir) as file:
         if options.is_table or not holds_prompts(file, name, column):
-            texts = reading.texts_of(file, name, column=column, cache_dir=cache_dir, options=options)
-            return [*texts]
-        source = reading.source_name(name)
-        lines = enumerate(reading.lines_of(file, source), start=1)
-        return [_prompt(line, f"{source}, line {number}") for number, line in lines]
+            unit = "row" if reading.is_table(file, name, options) else "line"
+            reads = {"column": column, "cache_dir": cache_dir, "options": options}
+            texts = reading.texts_of(file, name, allow_empty=skip_bad, **reads)
+            return [
+                UserError(f"{source}, {unit} {number}: the text is missing or empty")
+                if sources.is_blank(text)
+                else text
+                for number, text in enumerate(texts, start=1)
+            ]
+        places = [(line, f"{source}, line {n}") for n, line in enumerate(reading.lines_of(file, source), 1)]
+        return [outcome(_prompt, *place) if skip_bad else _prompt(*place) for place in places]
 
 
 def _prompt(line: str, place: str) -> str | list[Message]:

@@ -66,7 +66,9 @@ def add_prompt_flags(parser: cli.Parser) -> None:
     help_text = "one prompt per line (-: standard input), or a data file"
     add("--prompts-file", metavar="FILE", help=help_text)
     add("--text-column", default="text", help="column of the prompts in a data file")
-    help_text = "leave out prompts that do not fit, or that the template refuses; the output says so"
+    help_text = (
+        "leave out prompts that are empty, do not fit, or that the template refuses; the output says so"
+    )
     add("--skip-bad", action="store_true", help=help_text)
     add("--chat", action="store_true", help="prompts are questions, in the model's chat template")
     add("--system", metavar="TEXT", help="system message of a chat")

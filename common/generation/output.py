@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from common.generation.completion import Completion, Run
     from common.runtime import Runtime
 
+OTHER_KINDS = (".csv", ".tsv", ".parquet", ".xlsx")  # endings that promise another kind of file
 PROMPT_WIDTH = 60  # characters of a prompt in the line above its text
 # what must be the same for a run to continue after a line
 COMPARED = ("prompt_number", "sample", "prompt", "messages", "seed", "settings", "error")
@@ -112,6 +113,9 @@ def check_path(path: str, *, resume: bool) -> None:
     resume.
     """
     file = Path(path)
+    if file.suffix.lower() in OTHER_KINDS:
+        like = file.with_suffix(".jsonl")
+        raise UserError(f"--output {path}: lines of JSON are written, not {file.suffix}; name it {like}")
     try:
         mode = file.stat().st_mode
     except FileNotFoundError:

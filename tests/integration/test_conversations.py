@@ -125,6 +125,32 @@ def test_prompts_that_do_not_fit_are_left_out(script, tmp_path):
     assert code == 2 and "no prompt is left" in stderr
 
 
+@pytest.mark.parametrize(
+    "name, content, place, flags",
+    [
+        ("x.txt", "%s\n\n%s\n", "line 2", []),
+        ("x.csv", "text,id\n%s,1\n,2\n%s,3\n", "row 2", []),
+        ("x.jsonl", '{"prompt": "%s"}\n{"prompt": ""}\n{"prompt": "%s"}\n', "line 2", []),
+        ("x.txt", "%s\n  \n%s\n", "line 2", ["--chat"]),
+        ("x.jsonl", '{"prompt": "%s"}\n{"messages": 1}\n{"prompt": "%s"}\n', "line 2", ["--chat"]),
+    ],
+)
+def test_a_prompt_that_is_missing_is_left_out(name, content, place, flags, script, tmp_path):
+    """The others are as in a file without it, but for their number."""
+    texts = (ASK["content"].replace(",", ""), "I like the fox")
+    file, out, alone = tmp_path / name, tmp_path / "out.jsonl", tmp_path / "alone.jsonl"
+    file.write_text(content % texts)
+    flags = [*flags, "--batch-size", 1]
+    code, _, stderr = script("--prompts-file", file, "--output", out, *flags)
+    assert code == 2 and f"{name}, {place}" in stderr and not out.exists()
+    code, _, stderr = script("--prompts-file", file, "--output", out, "--skip-bad", *flags)
+    assert code == 0 and f"left out: {file}, {place}" in stderr
+    first, bad, last = lines_of(out)
+    assert bad["finish_reason"] == "refused" and f"{name}, {place}" in bad["error"]
+    script("--prompts-file", write_lines(tmp_path / "y.txt", texts), "--output", alone, *flags)
+    assert [x["token_ids"] for x in (first, last)] == [x["token_ids"] for x in lines_of(alone)]
+
+
 def test_a_conversation_that_the_template_refuses_is_left_out(script, tmp_path):
     """A template that breaks a limit is another matter: it ends the run."""
     save_tiny_model(

@@ -130,6 +130,7 @@ FLAGS = {  # name: (flags, what the line must hold)
         [*P, "--chat", "--template-option", "thinking=false"],
         ("--chat", "does not read 'thinking'", "--template-option"),
     ),
+    "lines of JSON in a table": ([*P, "--output", "t.csv"], ("--output t.csv", "JSON", "t.jsonl")),
     "bad prompts without a file": ([*P, "--skip-bad"], ("--skip-bad", "--prompts-file")),
     "lookup with the model's settings": (
         [*P, "--lookup", 3, "--use-model-defaults"],
