@@ -739,9 +739,14 @@ def predict(args: argparse.Namespace, runtime: Runtime) -> None:
     ) as texts:
         bad = texts.check()
         if faults and runtime.is_main:
-            path = predictions.bad_rows_file(Path(args.output))
-            predictions.write_bad_rows(path, faults)
-            sources.note(f"{len(faults):,} rows can't be used and are left out: {path}")
+            unusable = f"{data.number_of_rows(len(faults))} can't be used"
+            if args.output is None:
+                first = faults[0]
+                sources.note(f"{unusable}, the first is {first.source}, row {first.row}: {first.problem}")
+            else:
+                path = predictions.bad_rows_file(Path(args.output))
+                predictions.write_bad_rows(path, faults)
+                sources.note(f"{unusable}: left out, see {path}")
         if args.output is not None:
             write_predictions(saved, texts, bad, args, runtime)
             return

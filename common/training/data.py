@@ -168,10 +168,8 @@ def describe_splits(splits: Splits, config: DataConfig, notes: DataNotes) -> str
             f"{quoted(old)} as {'none' if new is None else quoted(new)}" for old, new in notes.cleaned.items()
         ]
         about.append(f"labels that are read otherwise: {listed(read_as)}")
-    if len(notes.faults) == 1:
-        about.append("1 row can't be used and is left out")
-    elif notes.faults:
-        about.append(f"{len(notes.faults):,} rows can't be used and are left out")
+    if notes.faults:
+        about.append(f"{number_of_rows(len(notes.faults))} can't be used: left out")
     if notes.unlabelled is not None:
         about.append("the test split has no labels: it is predicted, and not scored")
     if notes.rare:
@@ -190,6 +188,11 @@ def describe_splits(splits: Splits, config: DataConfig, notes: DataNotes) -> str
         *(f"         {line}" for line in about),
     ]
     return "\n".join(lines)
+
+
+def number_of_rows(count: int) -> str:
+    """Return a number of rows in words."""
+    return "1 row" if count == 1 else f"{count:,} rows"
 
 
 def _how_it_was_found(rows: datasets.Dataset, task: Task) -> str:
@@ -240,7 +243,7 @@ def load_rows_for_scoring(
         raise UserError(f"split test: {problem}; --predict answers for its texts")
     if faults is not None:
         splits, _ = clean(splits, config.texts, config.labels, faults, task)
-        runtime.say(f"skipped  {len(faults):,} row{'' if len(faults) == 1 else 's'} that can't be used")
+        runtime.say(f"skipped  {number_of_rows(len(faults))} that can't be used")
     splits = validate(splits, config.texts, config.labels, trained=task)
     if "test" not in splits and name_sha256(config.dataset) == trained.get("dataset_sha256"):
         flag = "--seed" if trained.get("split_seed") is None else "--split-seed"

@@ -395,9 +395,6 @@ def threshold(text: str) -> float | Literal["auto"]:
 def check_output_flags(args: argparse.Namespace) -> None:
     """Raise UserError unless the file of predictions can be written."""
     resumes = args.resume is not None
-    if args.skip_bad and args.output is None:
-        problem = "with --predict it writes the bad rows beside --output"
-        raise UserError(f"--skip-bad: {problem}; name that")
     if args.output is not None:
         predictions.check_output(args.output, resume=resumes)
     elif resumes:
