@@ -128,7 +128,7 @@ def similarity(args: argparse.Namespace, screen: Screen) -> None:
             assert encoder is not None
             # encoded like the texts, so that the same text has the cosine 1
             role = "document" if args.index else None
-            embeddings = encoder.encode_unit(args.query, role=role).astype(np.float64)
+            embeddings = encoder.encode_normalized(args.query, role=role).astype(np.float64)
             queries = list(zip(args.query, embeddings @ vectors.T))
         display.show_similarity(screen, selection, matrix, best, queries)
         if args.output:
@@ -172,7 +172,7 @@ def index(args: argparse.Namespace, screen: Screen) -> None:
         encoder = load_encoder(config, runtime)
     # under torchrun every process encodes, but only the main one reads the texts and writes
     if not runtime.is_main:
-        encoder.follow()
+        encoder.run_worker()
         return
     kept = args.store or (store_of(existing) if existing else None)
     settings = settings_of(encoder, id_column=id_column, chunk_overlap=overlap, store=kept)
@@ -212,13 +212,13 @@ def build(
             seconds = time.perf_counter() - started
             display.show_build(screen, builder, collection, seconds=seconds)
     except UserError:
-        encoder.release()
+        encoder.stop_workers()
         raise
-    except SystemExit as stopped:  # no release(): the others may be in the middle of a block
+    except SystemExit as stopped:  # no stop_workers(): the others may be in the middle of a block
         done = builder.counts.committed if builder else 0
         message = f"stopped; {done:,} texts of this run are in {folder}; the same command continues"
         raise Interrupted(message, int(stopped.code or 0)) from None
-    encoder.release()
+    encoder.stop_workers()
 
 
 def sync(args: argparse.Namespace, screen: Screen) -> None:
@@ -322,7 +322,7 @@ def search(args: argparse.Namespace, screen: Screen) -> None:
     from common.search import display
     from common.search.encoder import load_reranker
     from common.search.ranker import Ranker
-    from common.search.searcher import Page, Searcher
+    from common.search.searcher import HitRange, Searcher
 
     runtime = start(args)
     queries = args.queries
@@ -342,13 +342,13 @@ def search(args: argparse.Namespace, screen: Screen) -> None:
         )
         reranker = load_reranker(args.rerank, runtime, cache_dir=args.cache_dir)
         searcher = Searcher(ranker, encoder, reranker=reranker, rerank_depth=args.rerank_depth)
-        page = Page(args.top_k, args.offset, args.min_score)
+        hit_range = HitRange(args.top_k, args.offset, args.min_score)
         if not queries:
-            display.answer_prompt(screen, searcher, page)
+            display.answer_prompt(screen, searcher, hit_range)
             return
         num_cut = encoder.num_cut  # of the texts, which are told already
-        hits = searcher.search(queries, page.depth)
-        display.show_hits(screen, searcher.snapshot, queries, hits, page)
+        hits = searcher.search(queries, hit_range.depth)
+        display.show_hits(screen, searcher.snapshot, queries, hits, hit_range)
         display.say_cut_queries(screen, encoder, encoder.num_cut - num_cut)
 
 
@@ -357,7 +357,7 @@ def like(args: argparse.Namespace, screen: Screen) -> None:
     from common.search import display
     from common.search.index import known_rows, open_snapshot
     from common.search.ranker import Ranker
-    from common.search.searcher import Page, Searcher, liked_vector
+    from common.search.searcher import HitRange, Searcher, liked_vector
     from common.search.selection import select
 
     snapshot = open_snapshot(args.index)
@@ -367,12 +367,12 @@ def like(args: argparse.Namespace, screen: Screen) -> None:
     allowed = selection.mask
     for rows in [*liked, *unliked]:
         allowed[rows] = False
-    page = Page(args.top_k, args.offset, args.min_score)
+    hit_range = HitRange(args.top_k, args.offset, args.min_score)
     vector = liked_vector(snapshot, liked, unliked)
-    hits = Searcher(Ranker(snapshot, allowed)).nearest(vector, page.depth)
+    hits = Searcher(Ranker(snapshot, allowed)).nearest(vector, hit_range.depth)
     unlike = f", unlike {', '.join(args.unlike)}" if args.unlike else ""
     title = f"like {', '.join(args.ids)}{unlike}"
-    display.show_hits(screen, snapshot, [title], [hits], page, heading="")
+    display.show_hits(screen, snapshot, [title], [hits], hit_range, heading="")
 
 
 def serve(args: argparse.Namespace, screen: Screen) -> None:
@@ -519,7 +519,7 @@ def keep_clusters(selection: Selection, labels: np.ndarray, args: argparse.Names
     from common.search.index import open_store
 
     with open_store(args.index, wait=args.wait) as store:
-        if store.snapshot.stamp != selection.snapshot.stamp:
+        if store.snapshot.sha256 != selection.snapshot.sha256:
             raise UserError(f"--index {args.index}: it has changed meanwhile; run the command again")
         store.set_column(args.column, selection.rows, labels + 1)  # 0: in no cluster
 
@@ -548,7 +548,7 @@ def evaluate(args: argparse.Namespace, screen: Screen) -> None:
         task, source, encoder_config(args), runtime, block=args.block, say=screen.say
     )
     with opened as documents:
-        snapshot, allowed = documents.snapshot, documents.snapshot.alive()
+        snapshot, allowed = documents.snapshot, documents.snapshot.is_live()
         ranker = Ranker(snapshot, allowed, words=Words(args.language), say=screen.say)
         searcher = Searcher(ranker, documents.encoder, rerank_depth=args.rerank_depth)
         measures = relevance.measures_at(args.at)
@@ -630,7 +630,7 @@ def score_model(
     options = {"block": args.block, "say": screen.say, "encoder": encoder}
     with relevance.open_documents(task, source, encoder_config(args), runtime, **options) as documents:
         snapshot = documents.snapshot
-        searcher = Searcher(Ranker(snapshot, snapshot.alive(), say=screen.say), encoder)
+        searcher = Searcher(Ranker(snapshot, snapshot.is_live(), say=screen.say), encoder)
         speed = snapshot.num_rows / documents.seconds if documents.seconds else None
         values = relevance.query_scores(task.judgements, relevance.find(searcher, task))
     arrays = {name: np.array(of_queries) for name, of_queries in values.items()}

@@ -442,7 +442,7 @@ class StubEncoder:
             "max_length": self.max_length,
         }
 
-    def encode_unit(self, texts: list[str], *, role: str | None = None) -> np.ndarray:
+    def encode_normalized(self, texts: list[str], *, role: str | None = None) -> np.ndarray:
         import numpy as np
 
         self.num_encoded += len(set(texts))
@@ -520,7 +520,7 @@ def rows_by_id(folder: Path) -> dict[str, tuple]:
     from common.search.segments import ID, TEXT
 
     snapshot = open_snapshot(folder)
-    rows = np.flatnonzero(snapshot.alive())
+    rows = np.flatnonzero(snapshot.is_live())
     return {
         row[ID]: (row[TEXT], vector.tobytes())
         for row, vector in zip(snapshot.take(rows), snapshot.vectors_of(rows))

@@ -84,30 +84,17 @@ class Counts:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to do with each row of a block: of rows with the same id the first counts, and the index
-    may have its document already.
+    """What to do with each row of a block, as masks: of rows with the same id the first counts, and
+    the index may have its document already.
     """
 
     ids: list[str]
     hashes: list[bytes]  # of the text (16 bytes) and of the metadata (16 bytes)
-    known: np.ndarray  # the first row of the document in the index, -1 for none
-    repeated: np.ndarray  # a mask: the id occurred before, in this run
-    same: np.ndarray  # a mask: the index has the document with this hash
-
-    @property
-    def new(self) -> np.ndarray:
-        """A mask of the rows to add."""
-        return (self.known < 0) & ~self.repeated
-
-    @property
-    def changed(self) -> np.ndarray:
-        """A mask of the rows that differ from their document in the index."""
-        return (self.known >= 0) & ~self.same & ~self.repeated
-
-    @property
-    def unchanged(self) -> np.ndarray:
-        """A mask of the rows that the index has already."""
-        return self.same & ~self.repeated
+    first_rows: np.ndarray  # the first row of the document in the index, -1 for none
+    new: np.ndarray  # the index has no document with this id
+    changed: np.ndarray  # it has one with another hash
+    unchanged: np.ndarray  # it has one with this hash
+    repeated: np.ndarray  # the id occurred before, in this run; none of the others
 
 
 class Builder:
@@ -133,7 +120,7 @@ class Builder:
         self.documents = RowTable()  # id of a document -> its first row in the index
         self.chunks = RowTable()  # text of a chunk -> a row in the index that has its embedding
         self.seen = RowTable()  # the ids of this run
-        rows = np.flatnonzero(store.snapshot.alive())
+        rows = np.flatnonzero(store.snapshot.is_live())
         for start in range(0, len(rows), SCAN):
             here = rows[start : start + SCAN]
             entries = store.snapshot.take(here, [ID, CHUNK, TEXT])
@@ -181,7 +168,7 @@ class Builder:
         if self.given is None:
             vectors = self._vectors([chunk.text for parts in chunks for chunk in parts])
         else:
-            vectors = unit_vectors(self.given[numbers[chosen]])
+            vectors = normalize(self.given[numbers[chosen]])
         unusable = np.unique(owners[~np.isfinite(vectors).all(1)])
         if len(unusable) and not self.skip_bad:
             location = collection.location(numbers[chosen[unusable[0]]])
@@ -198,7 +185,7 @@ class Builder:
 
     def remove_unseen(self) -> None:
         """Delete the documents that this run has not met, in one commit."""
-        rows, gone = np.flatnonzero(self.store.snapshot.alive()), []
+        rows, gone = np.flatnonzero(self.store.snapshot.is_live()), []
         for start in range(0, len(rows), SCAN):
             here = rows[start : start + SCAN]
             ids = [entry[ID] for entry in self.store.snapshot.take(here, [ID])]
@@ -227,9 +214,10 @@ class Builder:
         hashes = hashes_of(table)
         ids = ids_of(table, self.id_column)
         keys = [digest(key) for key in ids]
-        known = self.documents.find(keys)
-        indexed = np.flatnonzero(known >= 0)
-        same, entries = np.zeros(len(ids), bool), self.store.snapshot.take(known[indexed], [HASH])
+        first_rows = self.documents.find(keys)
+        indexed = np.flatnonzero(first_rows >= 0)
+        entries = self.store.snapshot.take(first_rows[indexed], [HASH])
+        same = np.zeros(len(ids), bool)
         same[indexed] = [entry[HASH] == hashes[row] for entry, row in zip(entries, indexed)]
         firsts: dict[bytes, int] = {}  # key -> its first row in this block
         for row, key in enumerate(keys):
@@ -237,7 +225,15 @@ class Builder:
         repeated_here = np.array([firsts[key] != row for row, key in enumerate(keys)])
         repeated = (seen.find(keys) >= 0) | repeated_here
         seen.add(keys, range(len(keys)))  # only the keys are asked for
-        return Plan(ids, hashes, known, repeated, same)
+        return Plan(
+            ids,
+            hashes,
+            first_rows,
+            new=(first_rows < 0) & ~repeated,
+            changed=(first_rows >= 0) & ~same & ~repeated,
+            unchanged=same & ~repeated,
+            repeated=repeated,
+        )
 
     def _commit(
         self, table: pa.Table, plan: Plan, chosen: np.ndarray, chunks: list[list[Chunk]], vectors: np.ndarray
@@ -260,7 +256,7 @@ class Builder:
         metadata = self._fitted(table).drop_columns([TEXT]).take(number_array(origins))
         columns |= {name: metadata[name] for name in metadata.column_names}
         columns[VECTOR] = vector_array(pack(vectors, store_of(self.store.snapshot.settings)))
-        replaced = plan.known[chosen][plan.changed[chosen]]
+        replaced = plan.first_rows[chosen][plan.changed[chosen]]
         first_row = self.store.snapshot.num_rows
         self.store.commit(pa.table(columns), whole_documents(self.store.snapshot, replaced))
         new_rows = first_row + np.arange(len(flat))
@@ -268,7 +264,7 @@ class Builder:
         self.documents.add([digest(plan.ids[row]) for row in chosen], new_rows[numbers == 0])
 
     def _vectors(self, texts: list[str]) -> np.ndarray:
-        """Return the embedding at norm 1 (texts, width) of each text: from the index if it has the
+        """Return the embedding (texts, width), normalized, of each text: from the index if it has the
         text already, else from the model.
         """
         known = self.chunks.find([digest(text) for text in texts])
@@ -277,7 +273,7 @@ class Builder:
         new = np.flatnonzero(known < 0)
         if len(new):
             new_texts = [texts[number] for number in new]
-            vectors[new] = self.encoder.encode_unit(new_texts, role=self.role)
+            vectors[new] = self.encoder.encode_normalized(new_texts, role=self.role)
         return vectors
 
     def _count(self, plan: Plan, chosen: np.ndarray) -> None:
@@ -317,8 +313,8 @@ def read_vectors(
     lowest, highest = _norms(path, vectors, collection, skip_bad=skip_bad)
     numbers, table = next(collection.blocks(SCAN))
     sample = evenly_spaced(len(table), COMPARED)
-    own = encoder.encode_unit(table[TEXT].take(number_array(sample)).to_pylist(), role="document")
-    cosines = (unit_vectors(vectors[numbers[sample]]) * own).sum(1)
+    own = encoder.encode_normalized(table[TEXT].take(number_array(sample)).to_pylist(), role="document")
+    cosines = (normalize(vectors[numbers[sample]]) * own).sum(1)
     say(f"vectors  {path}: norms from {lowest:.3f} to {highest:.3f}, which become 1")
     least = f"the lowest cosine is {np.nanmin(cosines):.3f}"
     say(f"         {len(sample)} of them beside the model's own: {least}")
@@ -344,7 +340,7 @@ def _norms(path: str, vectors: np.ndarray, collection: Collection, *, skip_bad: 
     return lowest, highest
 
 
-def unit_vectors(vectors: np.ndarray) -> np.ndarray:
+def normalize(vectors: np.ndarray) -> np.ndarray:
     """Return vectors (n, width) at norm 1 in fp32; those that have it stay the same to the bit."""
     exact = vectors.astype(np.float64)
     norms = np.linalg.norm(exact, axis=1, keepdims=True)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # a command shows only what it has loaded itself
     from common.search.mining import Groups, Pair
     from common.search.model_scores import ModelScores
     from common.search.relevance import Task
-    from common.search.searcher import Hit, Page, Searcher
+    from common.search.searcher import Hit, HitRange, Searcher
     from common.search.selection import Selection
     from common.search.texts import Collection
 
@@ -211,7 +211,7 @@ def say_deleted(screen: Screen, deleted: int, unknown: int) -> None:
 
 def _say_index(screen: Screen, snapshot: Snapshot) -> None:
     """Say how many rows an index has, and of what kind."""
-    live = int(snapshot.alive().sum())
+    live = int(snapshot.is_live().sum())
     deleted, files = snapshot.num_rows - live, len(snapshot.segments)
     screen.say(
         f"index    {snapshot.folder}: {live:,} rows, {deleted:,} deleted rows, {files:,} files,"
@@ -221,7 +221,7 @@ def _say_index(screen: Screen, snapshot: Snapshot) -> None:
 
 def _index_document(snapshot: Snapshot) -> dict[str, object]:
     """Return the same for JSON, with all settings."""
-    live = int(snapshot.alive().sum())
+    live = int(snapshot.is_live().sum())
     return {
         "index": str(snapshot.folder),
         "rows": live,
@@ -236,17 +236,17 @@ def show_hits(
     snapshot: Snapshot,
     queries: list[str],
     answers: list[list[Hit]],
-    page: Page,
+    hit_range: HitRange,
     *,
     heading: str = "query: ",
 ) -> None:
-    """Show a page of the hits of each query, best first."""
+    """Show the hits of each query within a range, best first."""
     documents = []
     for query, answer in zip(queries, answers):
-        found = hit_documents(snapshot, page.of(answer))
+        found = hit_documents(snapshot, hit_range.select(answer))
         documents.append({"query": query, "hits": found})
         lines = []
-        for rank, document in enumerate(found, start=page.offset + 1):
+        for rank, document in enumerate(found, start=hit_range.offset + 1):
             text = cut(document["text"], TEXT_WIDTH)
             if chunk := document.get("chunk"):
                 text = f"[chunk {chunk['number']} of {chunk['of']}] {text}"
@@ -336,7 +336,7 @@ def show_texts(screen: Screen, snapshot: Snapshot, documents: list[np.ndarray], 
     screen.document({"texts": found})
 
 
-def answer_prompt(screen: Screen, searcher: Searcher, page: Page) -> None:
+def answer_prompt(screen: Screen, searcher: Searcher, hit_range: HitRange) -> None:
     """Answer queries from standard input until it ends or an empty line comes; with --json one
     document per query.
     """
@@ -353,8 +353,8 @@ def answer_prompt(screen: Screen, searcher: Searcher, page: Page) -> None:
             return
         try:
             sources.check_query(query, f"query {number}")
-            hits = searcher.search([query], page.depth)
-            show_hits(screen, searcher.snapshot, [query], hits, page)
+            hits = searcher.search([query], hit_range.depth)
+            show_hits(screen, searcher.snapshot, [query], hits, hit_range)
         except UserError as error:  # a mistake at a prompt is no reason to load everything again
             print(error, file=sys.stderr)
 

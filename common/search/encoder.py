@@ -95,22 +95,22 @@ class Encoder:
 
     def encode(self, texts: list[str], *, role: str | None = None) -> np.ndarray:
         """Return the embeddings (texts, width) in float32, as the model gives them. Under torchrun
-        the other processes must be in follow(), or encode the same texts now.
+        the other processes must be in run_worker(), or encode the same texts now.
         """
         if self.runtime.world_size > 1:
             self.runtime.broadcast_from_main(lambda: [texts, role])
         return self._encode(texts, role)
 
-    def encode_unit(self, texts: list[str], *, role: str | None = None) -> np.ndarray:
-        """Return the embeddings at norm 1; one whose norm is zero or not finite becomes NaN."""
+    def encode_normalized(self, texts: list[str], *, role: str | None = None) -> np.ndarray:
+        """Return the normalized embeddings; one whose norm is zero or not finite becomes NaN."""
         vectors = self.encode(texts, role=role)
         norms = np.linalg.norm(vectors, axis=1, keepdims=True)
         usable = np.isfinite(norms) & (norms > 0)
         return np.divide(vectors, norms, out=np.full_like(vectors, np.nan), where=usable)
 
-    def follow(self) -> None:
+    def run_worker(self) -> None:
         """Compute this process's share of all that the main process encodes, until it calls
-        release().
+        stop_workers().
         """
         # Ctrl-C reaches every process, but this one ends only when the main one has ended
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -118,8 +118,8 @@ class Encoder:
             texts, role = job
             self._encode(texts, role)
 
-    def release(self) -> None:
-        """Let the other processes of torchrun leave follow()."""
+    def stop_workers(self) -> None:
+        """Let the other processes of torchrun leave run_worker()."""
         if self.runtime.world_size > 1 and self.runtime.is_main:
             self.runtime.broadcast_from_main(lambda: None)
 

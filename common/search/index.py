@@ -98,13 +98,13 @@ class Snapshot:
         return int(self.starts[-1])
 
     @property
-    def stamp(self) -> str:
+    def sha256(self) -> str:
         """The hash of this state, which a cache of it carries."""
         return str(self.manifest["sha256"])
 
-    def alive(self) -> np.ndarray:
+    def is_live(self) -> np.ndarray:
         """Return a mask (num_rows): False for deleted rows."""
-        return np.concatenate([np.zeros(0, bool), *(segment.alive for segment in self.segments)])
+        return np.concatenate([np.zeros(0, bool), *(segment.is_live for segment in self.segments)])
 
     def vector_blocks(self, size: int) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (first row, vectors (at most `size`, width)) over all rows, as views into the
@@ -153,7 +153,7 @@ class Snapshot:
 
     def texts(self, rows: np.ndarray | None = None) -> Iterator[str]:
         """Yield the texts of some rows (default: the live ones), reading few at a time."""
-        rows = np.flatnonzero(self.alive()) if rows is None else rows
+        rows = np.flatnonzero(self.is_live()) if rows is None else rows
         for start in range(0, len(rows), ROWS_AT_ONCE):
             yield from (row[TEXT] for row in self.take(rows[start : start + ROWS_AT_ONCE], [TEXT]))
 
@@ -191,7 +191,7 @@ def open_snapshot(folder: str | Path) -> Snapshot:
             with reading(f"{deleted_file.path}: not the deleted rows of this index", ADVICE):
                 table = read_arrow(deleted_file.content)
                 rows = deleted_rows(table, deleted["rows"], len(segment))
-            segment.alive[rows] = False
+            segment.is_live[rows] = False
         segments.append(segment)
     return Snapshot(Path(folder), manifest, segments)
 
@@ -245,7 +245,7 @@ def rows_with_ids(snapshot: Snapshot, ids: list[str]) -> tuple[np.ndarray, list[
     rows, wanted, known = [np.zeros(0, np.int64)], set(ids), set()
     for start, segment in zip(snapshot.starts, snapshot.segments):
         keys = segment.rows([ID])[ID].to_pylist()
-        here = [row for row in np.flatnonzero(segment.alive) if keys[row] in wanted]
+        here = [row for row in np.flatnonzero(segment.is_live) if keys[row] in wanted]
         rows.append(np.array(here, np.int64) + start)
         known.update(keys[row] for row in here)
     return np.concatenate(rows), [key for key in ids if key not in known]
@@ -290,9 +290,9 @@ class Store:
         rows = np.asarray(deleted_rows, dtype=np.int64)
         numbers = self.snapshot.segment_numbers(rows)
         for number in np.unique(numbers):
-            alive = segments[number].alive.copy()
-            alive[rows[numbers == number] - self.snapshot.starts[number]] = False
-            segments[number] = self._with_deleted(segments[number], number, alive)
+            is_live = segments[number].is_live.copy()
+            is_live[rows[numbers == number] - self.snapshot.starts[number]] = False
+            segments[number] = self._with_deleted(segments[number], number, is_live)
         if added is not None and len(added):
             columns = with_columns_of(added.schema, columns if self.snapshot.num_rows else {})
             segments = [segment.with_columns(columns) for segment in segments]
@@ -305,7 +305,7 @@ class Store:
 
     def compact(self) -> None:
         """Rewrite the live rows, in their order, into few large files without deleted rows."""
-        self._rewrite(0, np.flatnonzero(self.snapshot.alive()))
+        self._rewrite(0, np.flatnonzero(self.snapshot.is_live()))
 
     def set_column(self, name: str, rows: np.ndarray, numbers: np.ndarray) -> None:
         """Commit whole numbers (n) of some rows (n) as a column, null in the place of 0; other rows
@@ -340,7 +340,7 @@ class Store:
         """
         snapshot, more = self.snapshot, more or {}
         columns = {**snapshot.columns, **{name: values.type for name, values in more.items()}}
-        segments, alive = snapshot.segments[:first], snapshot.alive()
+        segments, is_live = snapshot.segments[:first], snapshot.is_live()
         row_bytes = np.array([part.num_bytes / max(len(part), 1) for part in snapshot.segments])
         # the share of a full file that each row takes; the shares before a row tell its file
         share_of_row = np.maximum(1 / SEGMENT_ROWS, row_bytes / SEGMENT_BYTES)
@@ -352,7 +352,7 @@ class Store:
                 # in one expression: the rows of one file are let go
                 # before those of the next are read
                 segment = self._write_segment(self._table(part, more), len(segments), columns)
-                segments.append(self._with_deleted(segment, len(segments), alive[part]))
+                segments.append(self._with_deleted(segment, len(segments), is_live[part]))
         self._publish(segments, columns)
 
     def _table(self, rows: np.ndarray, more: Mapping[str, pa.Array]) -> pa.Table:
@@ -384,16 +384,16 @@ class Store:
         segment.entry["body"], segment.entry["deleted"] = segment.body(), None
         return segment
 
-    def _with_deleted(self, segment: Segment, number: int, alive: np.ndarray) -> Segment:
+    def _with_deleted(self, segment: Segment, number: int, is_live: np.ndarray) -> Segment:
         """Return a segment with other live rows, after writing the file of its deleted ones."""
-        if alive.all():
+        if is_live.all():
             return segment
-        deleted = np.flatnonzero(~alive).astype(np.uint32)
+        deleted = np.flatnonzero(~is_live).astype(np.uint32)
         table = pa.Table.from_arrays([number_array(deleted)], ["row"])
         path = self.folder / f"deleted-{self._generation:08d}-{number:04d}.arrow"
         write_arrow(path, table)
         entry: FileEntry = {**segment.entry, "deleted": new_file(path, len(table)).entry}
-        return segment.with_alive(entry, alive)
+        return segment.with_live_rows(entry, is_live)
 
     def record_model(self, name: str) -> None:
         """Commit another name of the model, which is where it lies now."""
@@ -430,7 +430,7 @@ class Store:
                 if "." in path.name:  # unfinished
                     stale = time.time() - path.stat().st_mtime > ABANDONED
                 else:
-                    stale = not (cache_stamp(path) or "").startswith(self.snapshot.stamp)
+                    stale = not (cache_stamp(path) or "").startswith(self.snapshot.sha256)
                 if stale:
                     shutil.rmtree(path, ignore_errors=True)
 

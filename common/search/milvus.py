@@ -53,7 +53,7 @@ from common.search.manifest import (
 from common.search.ranker import FUSED, RRF_K
 from common.search.screen import Screen
 from common.search.search_checks import check_known
-from common.search.searcher import Page, Searcher
+from common.search.searcher import HitRange, Searcher
 from common.search.segments import CHUNK, HASH, ID, NUM_CHUNKS, START, TEXT, VECTOR
 from common.search.texts import Collection, digest, ids_of
 
@@ -125,10 +125,10 @@ class MilvusCollection:
         [answer] = self.query(condition, ["count(*)"])
         return int(answer["count(*)"])
 
-    def query(self, condition: str, fields: list[str], **page: int) -> list[dict[str, Any]]:
-        """Return fields of the rows where a condition holds; `page` is an offset and a limit."""
+    def query(self, condition: str, fields: list[str], **limits: int) -> list[dict[str, Any]]:
+        """Return fields of the rows where a condition holds; `limits`: an offset and a limit."""
         name = self.target.collection
-        options: dict[str, Any] = {"consistency_level": "Strong", **page}
+        options: dict[str, Any] = {"consistency_level": "Strong", **limits}
         return list(self.client.query(name, filter=condition, output_fields=fields, **options))
 
     def stored(self, keys: Sequence[str], fields: list[str]) -> dict[str, dict[str, Any]]:
@@ -344,7 +344,7 @@ class Writer:
         if overlap is not None:
             chunks = split_into_chunks(texts, self.encoder, overlap=overlap)
         flat = [chunk.text for parts in chunks for chunk in parts]
-        vectors = self.encoder.encode_unit(flat, role="document")
+        vectors = self.encoder.encode_normalized(flat, role="document")
         ends = np.cumsum([len(parts) for parts in chunks])
         rows: list[dict[str, Any]] = []
         surplus: list[str] = []
@@ -726,7 +726,7 @@ def run_index(args: argparse.Namespace, screen: Screen) -> None:
         encoder = load_encoder(config, runtime)
     shares = runtime.world_size > 1 and not target.is_file
     if not (shares or runtime.is_main):
-        encoder.follow()
+        encoder.run_worker()
         return
     cli.exit_at_signals()
     try:
@@ -737,7 +737,7 @@ def run_index(args: argparse.Namespace, screen: Screen) -> None:
         raise Interrupted(message, int(stopped.code or 0)) from None
     finally:
         if not shares and sys.exc_info()[0] in (None, UserError):
-            encoder.release()
+            encoder.stop_workers()
 
 
 def run_delete(args: argparse.Namespace, screen: Screen) -> None:
@@ -758,13 +758,13 @@ def run_search(args: argparse.Namespace, screen: Screen) -> None:
     if args.queries_file:
         queries = search_flags.read_queries(args.queries_file, args.encoding)
     with opened_searcher(args, runtime, hybrid=args.hybrid, where=args.where) as searcher:
-        page = Page(args.top_k, args.offset, args.min_score)
+        hit_range = HitRange(args.top_k, args.offset, args.min_score)
         if queries:
-            hits = searcher.search(queries, page.depth)
-            display.show_hits(screen, searcher.snapshot, queries, hits, page)
+            hits = searcher.search(queries, hit_range.depth)
+            display.show_hits(screen, searcher.snapshot, queries, hits, hit_range)
             display.say_cut_queries(screen, searcher.encoder, searcher.encoder.num_cut)
         else:
-            display.answer_prompt(screen, searcher, page)
+            display.answer_prompt(screen, searcher, hit_range)
 
 
 def run_evaluate(args: argparse.Namespace, screen: Screen) -> None:

@@ -37,7 +37,7 @@ from common.search.index import known_rows
 from common.search.manifest import Limits
 from common.search.ranker import Ranker
 from common.search.screen import Screen
-from common.search.searcher import Page, Searcher, liked_vector
+from common.search.searcher import HitRange, Searcher, liked_vector
 from common.search.segments import ID, TEXT
 from common.search.selection import Selection, matching
 from common.search.words import LANGUAGES, stop_words
@@ -81,7 +81,7 @@ class Refused(Exception):
 class Asked:
     """What a request asks for."""
 
-    page: Page
+    hit_range: HitRange
     query: str = ""
     id: str = ""
     where: str | None = None
@@ -116,7 +116,7 @@ def read(path: str, given: list[tuple[str, str]]) -> Asked:
     count = _number(values, "top_k", USUAL, 1, MOST)
     offset = _number(values, "offset", 0, 0, FARTHEST)
     texts = values.get("query", ""), values.get("id", "")
-    return Asked(Page(count, offset, _score(values)), *texts, values.get("where"), hybrid == "true")
+    return Asked(HitRange(count, offset, _score(values)), *texts, values.get("where"), hybrid == "true")
 
 
 def _number(values: dict[str, str], name: str, usual: int, lowest: int, highest: int) -> int:
@@ -186,10 +186,10 @@ class ServedIndex:
         ranker.allowed, ranker.hybrid = self._allowed(asked), asked.hybrid
         ranker.say = notes.append
         num_cut = encoder.num_cut
-        [hits] = searcher.search([asked.query], asked.page.depth)
+        [hits] = searcher.search([asked.query], asked.hit_range.depth)
         if encoder.num_cut > num_cut:
             notes.append(f"the query is longer than {encoder.max_length} tokens and was cut there")
-        documents = hit_documents(self.snapshot, asked.page.of(hits))
+        documents = hit_documents(self.snapshot, asked.hit_range.select(hits))
         wanted = set(ranker.words.of_query(asked.query))
         for document in documents:
             document["marks"] = ranker.words.places(document["text"][:MARKED], wanted)
@@ -201,8 +201,8 @@ class ServedIndex:
         rows, allowed = known_rows(self.snapshot, asked.id), self._allowed(asked)
         allowed[rows] = False
         nearest = Searcher(Ranker(self.snapshot, allowed)).nearest
-        hits = nearest(liked_vector(self.snapshot, [rows], []), asked.page.depth)
-        documents = hit_documents(self.snapshot, asked.page.of(hits))
+        hits = nearest(liked_vector(self.snapshot, [rows], []), asked.hit_range.depth)
+        documents = hit_documents(self.snapshot, asked.hit_range.select(hits))
         return {"id": asked.id, "hits": documents, "notes": []}
 
     def map(self, asked: Asked) -> dict[str, Any]:

@@ -82,8 +82,8 @@ class Ranker:
         """Whether FAISS's codes are searched: without is quicker where a filter leaves few rows."""
         if not self.approximate:
             return False
-        alive = self.snapshot.alive()
-        return bool((self.allowed & alive).sum() >= SMALL_SHARE * alive.sum())
+        is_live = self.snapshot.is_live()
+        return bool((self.allowed & is_live).sum() >= SMALL_SHARE * is_live.sum())
 
     def _rank_exactly(self, vectors: np.ndarray, depth: int) -> list[Ranking]:
         blocks, vectors_of = self.snapshot.vector_blocks(kernel.BLOCK), self.snapshot.vectors_of
@@ -91,7 +91,7 @@ class Ranker:
 
     def _rank_approximately(self, vectors: np.ndarray, depth: int) -> list[Ranking]:
         """Rank the rows whose codes FAISS finds to be the best, by their exact scores."""
-        live = np.flatnonzero(self.snapshot.alive())
+        live = np.flatnonzero(self.snapshot.is_live())
         chosen = np.flatnonzero(self.allowed[live])
         codes, code_of = self._codes
         wanted = max(SCANNED, SCANNED_FOR_EACH * depth)
@@ -123,15 +123,15 @@ class Ranker:
         """
         import faiss
 
-        width, live = self.snapshot.width, np.flatnonzero(self.snapshot.alive())
+        width, live = self.snapshot.width, np.flatnonzero(self.snapshot.is_live())
         sample = self.snapshot.vectors_of(live[evenly_spaced(len(live), TRAINED)])
         num_parts = width // CODE_WIDTH if width % CODE_WIDTH == 0 else width
         codes = faiss.IndexPQFastScan(width, num_parts, CODE_BITS, faiss.METRIC_INNER_PRODUCT)
         codes.pq.cp.min_points_per_centroid = 1  # no warning about few vectors
         codes.train(np.resize(sample, (max(len(sample), 1 << CODE_BITS), width)))
-        alive, code_of, known = self.snapshot.alive(), [], {}
+        is_live, code_of, known = self.snapshot.is_live(), [], {}
         for start, vectors in self.snapshot.vector_blocks(kernel.BLOCK):
-            vectors, before = vectors[alive[start : start + len(vectors)]], len(known)
+            vectors, before = vectors[is_live[start : start + len(vectors)]], len(known)
             keys = [hashlib.blake2b(vector, digest_size=16).digest() for vector in vectors]
             numbers = [known.setdefault(key, len(known)) for key in keys]
             _, firsts = np.unique(numbers, return_index=True)
@@ -143,7 +143,7 @@ class Ranker:
 
     def _rank_by_words(self, queries: list[str], depth: int) -> list[Ranking]:
         """Return (rows, BM25 scores) of the rows that share a word with each query."""
-        live = np.flatnonzero(self.snapshot.alive())
+        live = np.flatnonzero(self.snapshot.is_live())
         bm25, rankings = self._bm25, []
         for query in queries:
             known = self.words.of_query(query)
@@ -217,7 +217,7 @@ def _load_codes(folder: Path, snapshot: Snapshot) -> tuple[faiss.Index, np.ndarr
     code_of = np.load(folder / "codes.npy", allow_pickle=False)
     if not isinstance(codes, faiss.IndexPQFastScan) or codes.d != snapshot.width:
         raise ValueError("it is another index")
-    num_rows = int(snapshot.alive().sum())
+    num_rows = int(snapshot.is_live().sum())
     if code_of.shape != (num_rows,) or code_of.dtype != np.int64:
         raise ValueError("it is of other rows")
     if num_rows and not 0 <= code_of.min() <= code_of.max() < codes.ntotal:
@@ -247,7 +247,7 @@ def cached(
     is never used for another state. Raises UserError when the folder can't be written.
     """
     folder = snapshot.folder / f"{CACHE_PREFIX}{name}"
-    stamp = f"{snapshot.stamp} {made_with}".rstrip()
+    stamp = f"{snapshot.sha256} {made_with}".rstrip()
     if cache_stamp(folder) == stamp and files.find_damage(folder) is None:
         # whatever a library says of files that are none of its, or that another process replaces
         # meanwhile: it is built again

@@ -333,7 +333,7 @@ def sts_cosines(
     cosines = []
     for start in range(0, len(human), block):
         part = rows[start : start + block]
-        left, right = (encoder.encode_unit(part[column]) for column in columns[:2])
+        left, right = (encoder.encode_normalized(part[column]) for column in columns[:2])
         cosines.append(exact_scores(left, right))
     found = np.concatenate(cosines)
     for values, what in ((human, "human scores"), (found, "cosines")):

@@ -36,7 +36,7 @@ class Hit:
 
 
 @dataclass(frozen=True)
-class Page:
+class HitRange:
     """Which of the best documents are shown: `count`, after the first `offset`, of those that have
     a score of at least `min_score`.
     """
@@ -50,7 +50,7 @@ class Page:
         """How many documents have to be found."""
         return self.offset + self.count
 
-    def of(self, hits: list[Hit]) -> list[Hit]:
+    def select(self, hits: list[Hit]) -> list[Hit]:
         """Return the hits that are shown."""
         lowest, shown = self.min_score, hits[self.offset : self.depth]
         return [hit for hit in shown if lowest is None or hit.score >= lowest]
@@ -90,7 +90,7 @@ class Searcher:
         self.ranker.prepare(queries)
         for start in range(0, len(queries), QUERIES):
             block = queries[start : start + QUERIES]
-            vectors = self.encoder.encode_unit(block, role="query")
+            vectors = self.encoder.encode_normalized(block, role="query")
             for number in np.flatnonzero(~np.isfinite(vectors).all(1)):
                 problem = "its embedding has norm zero, NaN or infinity"
                 advice = "reword it, or try --precision fp32"
@@ -193,7 +193,7 @@ class Searcher:
 
 
 def liked_vector(snapshot: Snapshot, liked: list[np.ndarray], unliked: list[np.ndarray]) -> np.ndarray:
-    """Return the vector (width) at norm 1 that is near to liked documents and far from others, each
+    """Return the vector (width), normalized, that is near to liked documents and far from others, each
     given by its rows: twice the mean of the liked ones less the mean of the others, after Rocchio
     (1971), with the weights that Qdrant gives them. A document is the mean of its chunks.
 

@@ -153,7 +153,7 @@ def checksums(content: mmap.mmap | bytearray) -> str:
 
 
 class Segment:
-    """An immutable file of rows: its `entry` in the manifest, and `alive` (rows), False where
+    """An immutable file of rows: its `entry` in the manifest, and `is_live` (rows), False where
     deleted. Whatever is read from it is checked before.
 
     `columns` are those of the index, in their order: what the file lacks is null, and narrower
@@ -174,14 +174,14 @@ class Segment:
         self._stored = stored.reshape(count, size)  # unpacked when it is read
         self.row_bytes = size * stored.itemsize  # of a vector
         self._table = table.drop_columns([VECTOR])
-        self.alive = np.ones(count, bool)
+        self.is_live = np.ones(count, bool)
         # what has been found valid: it can be nonsense although it has its checksum
         self._valid_vectors, self._valid_columns = np.zeros(count, bool), set()
 
-    def with_alive(self, entry: FileEntry, alive: np.ndarray) -> "Segment":
+    def with_live_rows(self, entry: FileEntry, is_live: np.ndarray) -> "Segment":
         """Return the segment with other live rows, and the entry that says so."""
         segment = copy.copy(self)
-        segment.entry, segment.alive = entry, alive
+        segment.entry, segment.is_live = entry, is_live
         return segment
 
     def with_columns(self, columns: ColumnTypes) -> "Segment":
@@ -197,7 +197,7 @@ class Segment:
         return segment
 
     def __len__(self) -> int:
-        return len(self.alive)
+        return len(self.is_live)
 
     @property
     def num_bytes(self) -> int:

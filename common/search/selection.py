@@ -125,7 +125,7 @@ class Selection:
 
 def shared(selection: Selection, runtime: Runtime) -> Selection:
     """Return rows that all processes share; raise UserError unless they have the same."""
-    state = f"{selection.snapshot.stamp} {hashlib.sha256(selection.rows.tobytes()).hexdigest()}"
+    state = f"{selection.snapshot.sha256} {hashlib.sha256(selection.rows.tobytes()).hexdigest()}"
     cause = "another program has written to the index meanwhile, or --where is true by chance"
     problem = f"sees other rows than process 0: {cause}"
     runtime.require_same(state, f"{problem}; run the same command again")
@@ -161,9 +161,9 @@ def matching(snapshot: Snapshot, condition: str | None, limits: Limits = DEFAULT
     "length(repeat('a', 4000000000)) > 1". Raises UserError when it is not a condition over the
     columns of the index, and when it takes more than the limits.
     """
-    alive = snapshot.alive()
+    is_live = snapshot.is_live()
     if condition is None:
-        return alive
+        return is_live
     columns = [ID, TEXT, *snapshot.manifest["columns"]]
     lowered = [name.lower() for name in columns]
     ambiguous = [name for name in columns if lowered.count(name.lower()) > 1]
@@ -183,7 +183,7 @@ def matching(snapshot: Snapshot, condition: str | None, limits: Limits = DEFAULT
     if kind == NO_CONDITION:
         advice = f"write a condition over {', '.join(columns)}, with texts in single quotes"
         raise UserError(f"--where {condition!r}: {answer.decode('utf-8')}; {advice}")
-    return alive & np.unpackbits(np.frombuffer(answer, np.uint8), count=len(alive)).astype(bool)
+    return is_live & np.unpackbits(np.frombuffer(answer, np.uint8), count=len(is_live)).astype(bool)
 
 
 def _ask_child(snapshot: Snapshot, condition: str, limits: Limits) -> tuple[bytes, bytes]:

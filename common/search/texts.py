@@ -105,7 +105,7 @@ class BadRows:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class TextSource:
     """Which texts to read, and how. `as_text`: columns whose cells stay as they are written."""
 
     name: str
@@ -149,11 +149,13 @@ def read(
     an id that is missing or not unique; with `skip_bad` these rows are skipped.
     """
     names, bad = [names] if isinstance(names, str) else list(names), BadRows(skip_bad)
-    wanted = [Wanted(name, text_column, id_column, options, cache_dir, tuple(as_text)) for name in names]
-    parts, tables = _read_parts(wanted, bad)
+    all_sources = [
+        TextSource(name, text_column, id_column, options, cache_dir, tuple(as_text)) for name in names
+    ]
+    parts, tables = _read_parts(all_sources, bad)
     more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
     shown = f"{reading.source_name(names[0])}{more}"
-    rows = tables[0] if len(tables) == 1 else _below_each_other(tables)
+    rows = tables[0] if len(tables) == 1 else _concat_tables(tables)
     columns = [column for column in rows.column_names if column != TEXT]
     if id_column == ANY_ID:
         id_column = next((name for name in USUAL_IDS if name in columns), USUAL_IDS[0])
@@ -166,30 +168,32 @@ def read(
     return collection
 
 
-def _read_parts(wanted: list[Wanted], bad: BadRows) -> tuple[tuple[Part, ...], list[pa.Table]]:
+def _read_parts(all_sources: list[TextSource], bad: BadRows) -> tuple[tuple[Part, ...], list[pa.Table]]:
     """Return what is known of each source, and its rows. A column that holds texts in one of
     them is read as texts from all: 007 and 12 are codes if they stand beside A12.
     """
     while True:
         bad.reasons.clear()
         parts, tables, first = [], [], 0
-        for one in wanted:
+        for source in all_sources:
             own = BadRows(bad.skip)
-            rows, unit = _read_rows(one, own)
+            rows, unit = _read_rows(source, own)
             bad.reasons |= {first + row: reason for row, reason in own.reasons.items()}
-            parts.append(Part(first, reading.source_name(one.name), unit))
+            parts.append(Part(first, reading.source_name(source.name), unit))
             tables.append(rows)
             first += len(rows)
         fields = [field for rows in tables for field in rows.schema]
         texts = {field.name for field in fields if pa.types.is_string(field.type)}
         mixed = {name for name in texts if any(_has_numbers(rows, name) for rows in tables)}
-        again = mixed - set(wanted[0].as_text)
+        again = mixed - set(all_sources[0].as_text)
         if not again:
             return tuple(parts), tables
-        wanted = [dataclasses.replace(one, as_text=(*one.as_text, *again)) for one in wanted]
+        all_sources = [
+            dataclasses.replace(source, as_text=(*source.as_text, *again)) for source in all_sources
+        ]
 
 
-def _below_each_other(tables: list[pa.Table]) -> pa.Table:
+def _concat_tables(tables: list[pa.Table]) -> pa.Table:
     from common.tables import joined  # it loads what only data files need
 
     return joined(tables)
@@ -307,35 +311,35 @@ def _id_problems(block: pa.Table, id_column: str, good: np.ndarray, known_ids: R
     return problems
 
 
-def _read_rows(wanted: Wanted, bad: BadRows) -> tuple[pa.Table, str]:
+def _read_rows(source: TextSource, bad: BadRows) -> tuple[pa.Table, str]:
     """Return the rows of a source (TEXT, and the columns that came with it), and what a row is
     called there. Rows that are not UTF-8 are added to `bad`; their values mean nothing.
     """
-    name, options = wanted.name, wanted.options
+    name, options = source.name, source.options
     if bundled.is_bundled(name):
         if name not in bundled.DATASETS:
             names = ", ".join(bundled.DATASETS)
             raise UserError(f"{name}: no such bundled data set; there is {names}")
-        return _to_table(bundled.DATASETS[name](), wanted, name), "row"
+        return _to_table(bundled.DATASETS[name](), source, name), "row"
     if name and name != "-" and sources.kind_of_path(name) == "folder":
-        return _gather(_folder_rows(Path(name), options.encoding, bad), wanted.cache_dir), "file"
+        return _gather(_folder_rows(Path(name), options.encoding, bad), source.cache_dir), "file"
     sources.check_texts(name, any_suffix=options.is_table)
-    with reading.open_plain(name, encoding=options.encoding, folder=wanted.cache_dir) as file:
+    with reading.open_plain(name, encoding=options.encoding, folder=source.cache_dir) as file:
         if name == "-":
-            options = _options_of_stream(file, options, wanted.text_columns)
-            wanted = dataclasses.replace(wanted, options=options)
+            options = _options_of_stream(file, options, source.text_columns)
+            source = dataclasses.replace(source, options=options)
         if sources.suffix(name) == MARKDOWN and not options.is_table:
             row = {TEXT: _decode(file.read(), name, 0, bad), "file": Path(name).name}
-            return _gather(iter([row]), wanted.cache_dir), "text"
+            return _gather(iter([row]), source.cache_dir), "text"
         if not reading.is_table(file, name, options):
-            return _gather(_line_rows(file, name, bad), wanted.cache_dir), "line"
+            return _gather(_line_rows(file, name, bad), source.cache_dir), "line"
         is_text = sources.suffix(name) != ".parquet"
-        if bad.skip and is_text and _first_fault(file, wanted):
-            return _read_repaired(file, wanted, bad), "row"
+        if bad.skip and is_text and _first_fault(file, source):
+            return _read_repaired(file, source, bad), "row"
         try:
-            rows = _read_table(file, wanted)
+            rows = _read_table(file, source)
         except UserError:
-            fault = _first_fault(file, wanted) if is_text else None
+            fault = _first_fault(file, source) if is_text else None
             if fault is None:
                 raise
             raise UserError(f"{fault}, or skip the row with --skip-bad") from None
@@ -365,17 +369,17 @@ def _options_of_stream(
     return options
 
 
-def _read_table(file: BinaryIO, wanted: Wanted) -> pa.Table:
+def _read_table(file: BinaryIO, source: TextSource) -> pa.Table:
     """Return the rows of a data file that is open and plain."""
-    ids = USUAL_IDS if wanted.id_column == ANY_ID else (wanted.id_column or wanted.text_column,)
-    columns = list(dict.fromkeys([wanted.text_column, *wanted.text_columns, *ids]))
+    ids = USUAL_IDS if source.id_column == ANY_ID else (source.id_column or source.text_column,)
+    columns = list(dict.fromkeys([source.text_column, *source.text_columns, *ids]))
     # in JSON a text is one by its quotation marks
-    codes = [] if wanted.is_json else [name for name in wanted.as_text if name not in columns]
-    source = reading.source_name(wanted.name)
+    codes = [] if source.is_json else [name for name in source.as_text if name not in columns]
+    shown_name = reading.source_name(source.name)
     rows = reading.read_table(
-        file, source, as_text=[*columns, *codes], options=wanted.options, cache_dir=wanted.cache_dir
+        file, shown_name, as_text=[*columns, *codes], options=source.options, cache_dir=source.cache_dir
     )
-    table = _to_table(rows, wanted, source)
+    table = _to_table(rows, source, shown_name)
     for place, name in enumerate(table.column_names):
         if name in codes and pa.types.is_string(table.schema.field(name).type):
             # as in all other columns, a cell without anything in it is missing
@@ -384,23 +388,23 @@ def _read_table(file: BinaryIO, wanted: Wanted) -> pa.Table:
     return table
 
 
-def _to_table(rows: datasets.Dataset, wanted: Wanted, source: str) -> pa.Table:
+def _to_table(rows: datasets.Dataset, source: TextSource, shown_name: str) -> pa.Table:
     """Return a data set as a table whose text column is TEXT, with the names of classes in place of
     their numbers.
     """
     import datasets
 
     table = cast(pa.Table, rows.with_format("arrow")[:])
-    names = [wanted.text_column]
-    if wanted.text_column not in table.column_names:
-        names = list(wanted.text_columns)
+    names = [source.text_column]
+    if source.text_column not in table.column_names:
+        names = list(source.text_columns)
     for name in names:
-        reading.require_column(table.column_names, name, source=source, flag="--text-column")
-        reading.check_kind(rows, name, source=source)
+        reading.require_column(table.column_names, name, source=shown_name, flag="--text-column")
+        reading.check_kind(rows, name, source=shown_name)
     text_column = names[-1]
     taken = next((name for name in table.column_names if name.lower() in RESERVED_COLUMNS), None)
     if taken:
-        raise UserError(f"{source}: the column name {taken!r} is reserved; rename the column")
+        raise UserError(f"{shown_name}: the column name {taken!r} is reserved; rename the column")
     for number, name in enumerate(table.column_names):
         column, feature = table[name], rows.features[name]
         if isinstance(feature, datasets.ClassLabel):
@@ -449,14 +453,14 @@ def _is_valid(rows: pa.Table) -> bool:
     return True
 
 
-def _first_fault(file: BinaryIO, wanted: Wanted) -> str | None:
+def _first_fault(file: BinaryIO, source: TextSource) -> str | None:
     """Return what is wrong with the encoding of the first line of a CSV or JSON file that has a
     fault, None if no line has one.
     """
-    source = reading.source_name(wanted.name)
+    shown_name = reading.source_name(source.name)
     file.seek(0)
     for number, line in enumerate(file, start=1):
-        fault = _fault(line, f"{source}, line {number}", is_json=wanted.is_json)
+        fault = _fault(line, f"{shown_name}, line {number}", is_json=source.is_json)
         if fault is not None:
             return fault
     return None
@@ -480,25 +484,25 @@ def _fault(line: bytes, location: str, *, is_json: bool) -> str | None:
     return None
 
 
-def _read_repaired(file: BinaryIO, wanted: Wanted, bad: BadRows) -> pa.Table:
+def _read_repaired(file: BinaryIO, source: TextSource, bad: BadRows) -> pa.Table:
     """Return the rows of a CSV or JSON file with faults of encoding, after adding the rows that
     have one in any column to `bad`.
     """
     # takes the place of each fault and is then looked for in the rows: a row may span several lines
     mark = f"\ufffd{secrets.token_hex(8)}"
-    is_json = wanted.is_json
+    is_json = source.is_json
     file.seek(0)
-    with reading.temporary_file(wanted.cache_dir) as repaired:
+    with reading.temporary_file(source.cache_dir) as repaired:
         for line in file:
-            if _fault(line, wanted.name, is_json=is_json):
+            if _fault(line, source.name, is_json=is_json):
                 line = _mark_faults(line, mark, is_json=is_json)
             repaired.write(line)
         repaired.flush()
-        rows = _read_table(repaired, wanted)
+        rows = _read_table(repaired, source)
     for start in range(0, len(rows), BATCH):
         for row, values in enumerate(rows.slice(start, BATCH).to_pylist(), start=start):
             if any(mark in str(value) for value in values.values()):
-                bad.add(row, NOT_UTF8, error=f"{wanted.name}: not UTF-8")
+                bad.add(row, NOT_UTF8, error=f"{source.name}: not UTF-8")
     return rows
 
 

@@ -76,7 +76,7 @@ def nearest_wrong(headlines: list[str], articles: list[str], runtime, args) -> n
     its own left out.
     """
     encoder = load_encoder(EncoderConfig(args.model, cache_dir=args.cache_dir), runtime)
-    queries, vectors = encoder.encode_unit(headlines), encoder.encode_unit(articles)
+    queries, vectors = encoder.encode_normalized(headlines), encoder.encode_normalized(articles)
     blocks = (
         (start, vectors[start : start + kernel.BLOCK]) for start in range(0, len(vectors), kernel.BLOCK)
     )

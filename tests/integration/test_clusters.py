@@ -132,7 +132,7 @@ def test_the_numbers_become_a_column_or_a_file(made, ok, tmp_path):
     ok("cluster", "--index", folder, "--num-clusters", 1, "--where", "topic IS NULL", "--column", "topic")
     expected = [1 if label is None else label for label in expected]
     snapshot = open_snapshot(folder)
-    rows = np.flatnonzero(snapshot.alive())
+    rows = np.flatnonzero(snapshot.is_live())
     assert 7 not in rows and [row["topic"] for row in snapshot.take(rows)] == [expected[row] for row in rows]
 
 

@@ -75,7 +75,7 @@ class Columns(RuleBasedStateMachine):
         if not self.expected:
             return
         snapshot = open_snapshot(self.folder)
-        rows = np.flatnonzero(snapshot.alive())
+        rows = np.flatnonzero(snapshot.is_live())
         found = {row[ID]: row for row in snapshot.take(rows)}
         assert found.keys() == self.expected.keys()
         for key, row in self.expected.items():
@@ -88,7 +88,7 @@ test_columns_are_a_dictionary = Columns.TestCase
 
 def values(folder: Path, name: str) -> list:
     snapshot = open_snapshot(folder)
-    found = {row[ID]: row[name] for row in snapshot.take(np.flatnonzero(snapshot.alive()))}
+    found = {row[ID]: row[name] for row in snapshot.take(np.flatnonzero(snapshot.is_live()))}
     return [found[key] for key in sorted(found)]
 
 

@@ -28,7 +28,7 @@ def made(embed, tmp_path_factory):
 
 def vectors_of(folder) -> tuple[list[str], np.ndarray]:
     snapshot = open_snapshot(folder)
-    rows = np.flatnonzero(snapshot.alive())
+    rows = np.flatnonzero(snapshot.is_live())
     return [row[ID] for row in snapshot.take(rows)], snapshot.vectors_of(rows).astype(np.float64)
 
 

@@ -659,10 +659,10 @@ def test_the_bundled_model(precision):
     if precision == "fp32":
         assert np.abs(encoder.encode(texts) - oracle).max() < 1e-5
         return
-    plain = encoder.encode_unit(texts)
+    plain = encoder.encode_normalized(texts)
     assert (plain * oracle).sum(1).min() >= 0.9999
     # the weights are cast once
-    assert (load_encoder(EncoderConfig(), encoder.runtime).encode_unit(texts) == plain).all()
+    assert (load_encoder(EncoderConfig(), encoder.runtime).encode_normalized(texts) == plain).all()
 
 
 def test_more_hits_than_rows_are_all_rows_and_take_no_time(ok, sentences, tmp_path):

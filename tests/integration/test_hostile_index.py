@@ -423,7 +423,7 @@ def test_duckdb_that_is_not_installed_is_no_lack_of_memory(made, monkeypatch):
 
 def searcher_of(folder: Path, **options) -> Searcher:
     snapshot = open_snapshot(folder)
-    return Searcher(Ranker(snapshot, snapshot.alive(), **options), StubEncoder(WIDTH))
+    return Searcher(Ranker(snapshot, snapshot.is_live(), **options), StubEncoder(WIDTH))
 
 
 def other_codes(cache: Path) -> None:

@@ -35,11 +35,11 @@ def contents(snapshot) -> dict[str, tuple]:
     """Return id -> (text, label) of the live rows, after checking that each has the vector of its
     text.
     """
-    rows = np.flatnonzero(snapshot.alive())
+    rows = np.flatnonzero(snapshot.is_live())
     entries = snapshot.take(rows)
     if entries:
         assert (
-            snapshot.vectors_of(rows) == StubEncoder().encode_unit([entry[TEXT] for entry in entries])
+            snapshot.vectors_of(rows) == StubEncoder().encode_normalized([entry[TEXT] for entry in entries])
         ).all()
     assert len({entry[ID] for entry in entries}) == len(entries)
     return {entry[ID]: (entry[TEXT], entry["label"]) for entry in entries}
@@ -88,7 +88,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule()
     def compact(self):
         with open_store(self.folder) as opened:
-            before = [entry[ID] for entry in opened.snapshot.take(np.flatnonzero(opened.snapshot.alive()))]
+            before = [entry[ID] for entry in opened.snapshot.take(np.flatnonzero(opened.snapshot.is_live()))]
             opened.compact()
             assert [entry[ID] for entry in opened.snapshot.take(range(opened.snapshot.num_rows))] == before
 
@@ -398,15 +398,15 @@ def test_joined_files_keep_their_rows_numbers_and_are_cut_by_rows_and_bytes(tmp_
         before = opened.snapshot.take(range(20))
     write(tmp_path / "index", numbered(20, 260), block=10)
     snapshot = open_snapshot(tmp_path / "index")
-    assert snapshot.take(range(20)) == before and np.flatnonzero(~snapshot.alive()).tolist() == [4, 11]
-    assert len(snapshot.segments) < 32 and max(len(segment.alive) for segment in snapshot.segments) == 100
+    assert snapshot.take(range(20)) == before and np.flatnonzero(~snapshot.is_live()).tolist() == [4, 11]
+    assert len(snapshot.segments) < 32 and max(len(segment.is_live) for segment in snapshot.segments) == 100
     monkeypatch.setattr(
-        index, "SEGMENT_BYTES", 40 * snapshot.segments[0].num_bytes // len(snapshot.segments[0].alive)
+        index, "SEGMENT_BYTES", 40 * snapshot.segments[0].num_bytes // len(snapshot.segments[0].is_live)
     )
     with open_store(tmp_path / "index") as opened:
         opened.compact()
         assert (
-            35 < max(len(segment.alive) for segment in opened.snapshot.segments) < 45
+            35 < max(len(segment.is_live) for segment in opened.snapshot.segments) < 45
             and opened.snapshot.num_rows == 258
         )
 

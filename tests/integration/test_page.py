@@ -323,7 +323,7 @@ def test_texts_are_found_while_the_map_is_drawn(index, monkeypatch):
         return draw(*args, **options)
 
     monkeypatch.setattr(mining, "map_points", wait_and_draw)
-    served = page.ServedIndex(Searcher(Ranker(snapshot, snapshot.alive())), limits=DEFAULT_LIMITS, seed=0)
+    served = page.ServedIndex(Searcher(Ranker(snapshot, snapshot.is_live())), limits=DEFAULT_LIMITS, seed=0)
 
     async def act() -> None:
         listener = bind(0)

@@ -48,9 +48,9 @@ def test_an_index_over_its_life(store, ok, embed, tiny_embedder, sentences, tmp_
     ok("index", sentences, "--index", ix, "--id-column", "id", "--block", 7, "--store", store)
     theirs = load_encoder(EncoderConfig(str(tiny_embedder)), Runtime(torch.device("cpu"), "fp32"))
     texts = [text for text, _ in make_sentences(60)]
-    kept = unpack(pack(theirs.encode_unit(texts), store), store, 32).astype(np.float64)
+    kept = unpack(pack(theirs.encode_normalized(texts), store), store, 32).astype(np.float64)
     found = ok("search", "--index", ix, "good film", "--top-k", 60, "--json")["queries"][0]["hits"]
-    scores = kept @ theirs.encode_unit(["good film"])[0].astype(np.float64)
+    scores = kept @ theirs.encode_normalized(["good film"])[0].astype(np.float64)
     expected = [f"s{row}" for row in np.lexsort((np.arange(60), -scores))]
     assert [hit["id"] for hit in found] == expected
     assert np.abs(np.array([hit["score"] for hit in found]) - np.sort(scores)[::-1]).max() < 1e-5

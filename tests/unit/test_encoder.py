@@ -134,7 +134,7 @@ def test_an_embedding_of_norm_zero_is_nan(tiny_embedder, monkeypatch):
         "encode",
         lambda self, texts, role=None: np.array([[3, 4], [0, 0], [np.inf, 1], [np.nan, 1]], np.float32),
     )
-    unit = encoder.encode_unit(["a", "b", "c", "d"])
+    unit = encoder.encode_normalized(["a", "b", "c", "d"])
     assert np.allclose(unit[0], [0.6, 0.8]) and np.isnan(unit[1:]).all()
 
 

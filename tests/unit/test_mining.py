@@ -48,14 +48,14 @@ def made(request, tmp_path_factory):
                 "max_length": 16,
             }
 
-        def encode_unit(self, texts, *, role=None):
+        def encode_normalized(self, texts, *, role=None):
             return np.array([vectors[int(text.split()[1])] for text in texts])
 
     settings = settings_of(Given(), id_column="key", chunk_overlap=None)
     with open_store(folder, settings=settings) as opened:
         fill(Builder(opened, Given()), collection(numbered(0, 160)), block=37)
         opened.commit(None, [5, 6, 100])
-        rows = np.flatnonzero(opened.snapshot.alive())
+        rows = np.flatnonzero(opened.snapshot.is_live())
     kept = vectors[rows].astype(np.float64)
     exact = np.array([[math.fsum((left * right).tolist()) for right in kept] for left in kept])
     return folder, rows, exact
@@ -231,7 +231,7 @@ def chunks_of_documents(tmp_path):
         opened.commit(table)
         opened.commit(None, np.flatnonzero(documents == 3))
         snapshot = opened.snapshot
-    rows = np.flatnonzero(snapshot.alive())
+    rows = np.flatnonzero(snapshot.is_live())
     kept = vectors[rows].astype(np.float64)
     return Selection(snapshot, rows), kept @ kept.T, documents[rows]
 

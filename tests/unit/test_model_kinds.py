@@ -234,7 +234,7 @@ def test_dimensions_are_cut_and_then_normalised(tiny_embedder, tmp_path, embed, 
         0
     ]
     encoder = load_encoder(EncoderConfig(str(tiny_embedder), dimensions=6), CPU)
-    cosines = vectors @ encoder.encode_unit(["good film"], role="query")[0]
+    cosines = vectors @ encoder.encode_normalized(["good film"], role="query")[0]
     assert abs(hit["score"] - cosines.max()) < 1e-5
     more = write_lines(tmp_path / "more.txt", ["great story"])
     ok("index", more, "--index", tmp_path / "ix")

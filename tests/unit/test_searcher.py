@@ -41,7 +41,7 @@ class Given:
             "max_length": 16,
         }
 
-    def encode_unit(self, texts, *, role=None):
+    def encode_normalized(self, texts, *, role=None):
         return np.array(
             [self.query if role == "query" else self.vectors[int(text.split()[1])] for text in texts],
             np.float32,
@@ -53,7 +53,7 @@ def searcher(folder, vectors, query, *, allowed=None, **options):
     with open_store(folder, settings=settings_of(encoder, id_column="key", chunk_overlap=None)) as opened:
         fill(Builder(opened, encoder), collection(numbered(0, len(vectors))), block=700)
         snapshot = opened.snapshot
-    allowed = snapshot.alive() if allowed is None else allowed
+    allowed = snapshot.is_live() if allowed is None else allowed
     return Searcher(Ranker(snapshot, allowed, say=lambda line: None, **options), encoder)
 
 

@@ -102,7 +102,7 @@ def searcher(folder, lines: list[str], said: list[str], **options) -> Searcher:
     with open_store(folder, settings=settings_of(encoder, id_column="key", chunk_overlap=None)) as opened:
         fill(Builder(opened, encoder), collection(rows), block=100)
         snapshot = opened.snapshot
-    ranker = Ranker(snapshot, snapshot.alive(), hybrid=True, say=said.append, **options)
+    ranker = Ranker(snapshot, snapshot.is_live(), hybrid=True, say=said.append, **options)
     return Searcher(ranker, encoder)
 
 
