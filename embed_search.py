@@ -36,9 +36,9 @@ from common.errors import Interrupted, UserError
 from common.files import only_writer
 from common.search import search_checks as checks
 from common.search import search_flags as flags
-from common.search.manifest import MANIFEST, Settings, check_settings, read_manifest, store_of
+from common.search.manifest import MANIFEST, check_settings, read_manifest
 from common.search.screen import Screen
-from common.search.search_flags import encoder_config, limits_of, overlap_of, read_queries, read_texts, start
+from common.search.search_flags import encoder_config, limits_of, read_queries, read_source, read_texts, start
 from common.search.words import AUTO, Words, stop_words
 
 # Each command imports its libraries itself, after the flags are checked: PyTorch takes seconds.
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
     from common.runtime import Runtime
     from common.search.encoder import Encoder
+    from common.search.index import Snapshot
     from common.search.model_scores import ModelScores
     from common.search.relevance import Task
     from common.search.selection import Selection
@@ -59,53 +60,58 @@ LARGEST_MATRIX = 5_000  # texts whose matrix of similarities is shown or written
 
 
 @contextlib.contextmanager
-def open_rows(
+def open_source(
+    source: Collection | str,
     args: argparse.Namespace,
     runtime: Runtime,
     screen: Screen,
     *,
-    encodes: bool = False,
+    role: str | None = "document",
+) -> Iterator[tuple[Snapshot, Encoder | None]]:
+    """Yield the index of this name, or one of these texts that lasts for the command, and the encoder
+    of the texts, which they are encoded with in the `role`: None for an index, which may need none.
+    """
+    if isinstance(source, str):
+        from common.search.index import open_snapshot
+
+        yield open_snapshot(source), None
+        return
+    from common.search.builder import build_temporary
+    from common.search.encoder import load_encoder
+
+    with tempfile.TemporaryDirectory() as folder:
+        encoder = load_encoder(encoder_config(args), runtime)
+        options = {"block": args.block, "say": screen.say, "role": role}
+        yield build_temporary(source, encoder, folder, **options), encoder
+
+
+@contextlib.contextmanager
+def open_rows(
+    source: Collection | str,
+    args: argparse.Namespace,
+    runtime: Runtime,
+    screen: Screen,
+    *,
     least: int = 1,
-    most: int | None = None,
     role: str | None = None,
 ) -> Iterator[tuple[Selection, Encoder | None]]:
-    """Yield the rows where --where holds, of an index or of texts, and their encoder, which an index
-    needs only where the command `encodes`. `role`: how texts without an index are encoded.
-
-    Raises UserError when there are fewer than `least` or more than `most` rows.
+    """Yield the rows where --where holds, and what else `open_source` yields. Raises UserError when
+    there are fewer than `least`.
     """
     from common.search.selection import select, shared
 
-    with tempfile.TemporaryDirectory() as folder:
-        if args.index:
-            from common.search.index import open_snapshot
-
-            snapshot, encoder, name, added = open_snapshot(args.index), None, None, None
-        else:
-            from common.search.builder import build_temporary
-            from common.search.encoder import load_encoder
-
-            collection = read_texts(args)
-            check_size(len(collection), most)
-            encoder, name = load_encoder(encoder_config(args), runtime), collection.name
-            options = {"block": args.block, "say": screen.say, "role": role}
-            snapshot = build_temporary(collection, encoder, folder, **options)
-            added = snapshot.settings["id_column"]
+    with open_source(source, args, runtime, screen, role=role) as (snapshot, encoder):
+        name = None if isinstance(source, str) else source.name
         selection = select(snapshot, args.where, limits=limits_of(args), least=least, name=name)
-        check_size(len(selection), most)
-        if encoder is None and encodes:
-            from common.search.encoder import load_index_encoder
-
-            encoder = load_index_encoder(encoder_config(args), runtime, args.index, snapshot.settings)
+        added = None if isinstance(source, str) else snapshot.settings["id_column"]
         yield dataclasses.replace(shared(selection, runtime), added=added), encoder
 
 
-def check_size(count: int, most: int | None) -> None:
-    """Raise UserError when a matrix of similarities would be too large."""
-    if most is not None and count > most:
-        advice = "use pairs, or index and search"
-        problem = f"{count:,} texts, but the matrix holds {most:,} at most"
-        raise UserError(f"similarity: {problem}; {advice}")
+def index_encoder(args: argparse.Namespace, runtime: Runtime, snapshot: Snapshot) -> Encoder:
+    """Return the encoder of the index that --index names."""
+    from common.search.encoder import load_index_encoder
+
+    return load_index_encoder(encoder_config(args), runtime, args.index, snapshot.settings)
 
 
 # similarity: the cosine of every text with every other
@@ -117,15 +123,17 @@ def similarity(args: argparse.Namespace, screen: Screen) -> None:
 
     from common.search import display, mining
 
-    runtime = start(args)
-    opened = open_rows(args, runtime, screen, encodes=bool(args.query), most=LARGEST_MATRIX)
-    with opened as (selection, encoder):
+    runtime, source = start(args), read_source(args)
+    if not args.index:
+        check_matrix(len(source))  # before they are encoded
+    with open_rows(source, args, runtime, screen) as (selection, encoder):
+        check_matrix(len(selection))
         vectors = selection.vectors(slice(None)).astype(np.float64)
         matrix = vectors @ vectors.T  # (N, N)
         best = mining.best_pairs(selection, args.top_k, block=args.block)
         queries = []
         if args.query:
-            assert encoder is not None
+            encoder = encoder or index_encoder(args, runtime, selection.snapshot)
             # encoded like the texts, so that the same text has the cosine 1
             role = "document" if args.index else None
             embeddings = encoder.encode_normalized(args.query, role=role).astype(np.float64)
@@ -140,29 +148,35 @@ def similarity(args: argparse.Namespace, screen: Screen) -> None:
             display.save_figure(figure, args.figure, screen)
 
 
+def check_matrix(count: int) -> None:
+    """Raise UserError when a matrix of similarities would be too large."""
+    if count > LARGEST_MATRIX:
+        problem = f"{count:,} texts, but the matrix holds {LARGEST_MATRIX:,} at most"
+        raise UserError(f"similarity: {problem}; use pairs, or index and search")
+
+
 # index: texts -> embeddings on disk, block by block
 
 
 def index(args: argparse.Namespace, screen: Screen) -> None:
     """Build an index, or bring it up to date."""
-    from common.search.builder import settings_of
-    from common.search.encoder import load_encoder, load_index_encoder
+    from common.search import display
+    from common.search.builder import Builder, fill, read_vectors, settings_of
+    from common.search.encoder import chunk_size, load_encoder, load_index_encoder
+    from common.search.index import open_store
 
-    runtime = start(args)
-    config = encoder_config(args)
-    id_column, overlap, existing, text_columns = args.id_column, overlap_of(args), None, ()
-    if (Path(args.index) / MANIFEST).is_file():  # what no flag names stays as the index was made
-        manifest = read_manifest(Path(args.index))
+    runtime, folder, config = start(args), Path(args.index), encoder_config(args)
+    existing, text_columns = None, ()
+    if (folder / MANIFEST).is_file():
+        manifest = read_manifest(folder)
         existing = manifest["settings"]
         # where a column holds texts, digits are texts too
         text_columns = [name for name, kind in manifest["columns"].items() if kind == "string"]
-        id_column = id_column or existing["id_column"]
-        if overlap is None:
-            overlap = existing["chunk_overlap"]
+    options = flags.index_options(args, existing)
 
     @functools.cache
     def read() -> Collection:
-        return read_texts(args, id_column, as_text=text_columns)
+        return read_texts(args, options["id_column"], as_text=text_columns)
 
     if runtime.world_size == 1:  # mistakes in the texts are reported before the model is loaded
         read()
@@ -174,51 +188,30 @@ def index(args: argparse.Namespace, screen: Screen) -> None:
     if not runtime.is_main:
         encoder.run_worker()
         return
-    kept = args.store or (store_of(existing) if existing else None)
-    settings = settings_of(encoder, id_column=id_column, chunk_overlap=overlap, store=kept)
-    build(read, encoder, settings, args, screen)
-
-
-def build(
-    read: Callable[[], Collection],
-    encoder: Encoder,
-    settings: Settings,
-    args: argparse.Namespace,
-    screen: Screen,
-) -> None:
-    """Write the texts of a collection to the index, and let the other processes go."""
-    from common.search import display
-    from common.search.builder import Builder, fill, read_vectors
-    from common.search.encoder import chunk_size
-    from common.search.index import open_store
-
-    folder, started, builder = Path(args.index), time.perf_counter(), None
+    settings, started, builder = settings_of(encoder, **options), time.perf_counter(), None
     cli.exit_at_signals()
     try:
-        collection = read()
-        if settings["chunk_overlap"] is not None:
-            chunk_size(encoder, settings["chunk_overlap"])  # refuses one that is too large
-        with open_store(folder, settings=settings, wait=args.wait) as store:
-            check_settings(args.index, settings, store.snapshot.settings)
-            if store.snapshot.num_rows and settings["model"] != store.snapshot.settings["model"]:
-                store.record_model(settings["model"])  # the same one, which has moved
-            options, given = {"skip_bad": args.skip_bad}, None
-            if args.vectors:
-                given = read_vectors(args.vectors, collection, encoder, **options, say=screen.say)
-            builder = Builder(store, encoder, update=args.update, given=given, **options)
-            fill(builder, collection, block=args.block)
-            if args.prune:
-                builder.remove_unseen()
-            seconds = time.perf_counter() - started
-            display.show_build(screen, builder, collection, seconds=seconds)
-    except UserError:
-        encoder.stop_workers()
-        raise
-    except SystemExit as stopped:  # no stop_workers(): the others may be in the middle of a block
+        with encoder.workers():
+            collection = read()
+            if settings["chunk_overlap"] is not None:
+                chunk_size(encoder, settings["chunk_overlap"])  # refuses one that is too large
+            with open_store(folder, settings=settings, wait=args.wait) as store:
+                check_settings(args.index, settings, store.snapshot.settings)
+                if store.snapshot.num_rows and settings["model"] != store.snapshot.settings["model"]:
+                    store.record_model(settings["model"])  # the same one, which has moved
+                skip, given = {"skip_bad": args.skip_bad}, None
+                if args.vectors:
+                    given = read_vectors(args.vectors, collection, encoder, **skip, say=screen.say)
+                builder = Builder(store, encoder, update=args.update, given=given, **skip)
+                fill(builder, collection, block=args.block)
+                if args.prune:
+                    builder.remove_unseen()
+                seconds = time.perf_counter() - started
+                display.show_build(screen, builder, collection, seconds=seconds)
+    except SystemExit as stopped:
         done = builder.counts.committed if builder else 0
         message = f"stopped; {done:,} texts of this run are in {folder}; the same command continues"
         raise Interrupted(message, int(stopped.code or 0)) from None
-    encoder.stop_workers()
 
 
 def sync(args: argparse.Namespace, screen: Screen) -> None:
@@ -329,9 +322,9 @@ def search(args: argparse.Namespace, screen: Screen) -> None:
     if args.queries_file:
         read = functools.partial(read_queries, args.queries_file, args.encoding)
         queries = runtime.broadcast_from_main(read)
-    opened = open_rows(args, runtime, screen, encodes=True, least=0, role="document")
+    opened = open_rows(read_source(args), args, runtime, screen, least=0, role="document")
     with opened as (selection, encoder):
-        assert encoder is not None
+        encoder = encoder or index_encoder(args, runtime, selection.snapshot)
         ranker = Ranker(
             selection.snapshot,
             selection.mask,
@@ -383,7 +376,7 @@ def serve(args: argparse.Namespace, screen: Screen) -> None:
 
     listener = local_server.bind(args.port)  # before the libraries are loaded
     from common.search import page
-    from common.search.encoder import load_index_encoder, load_reranker
+    from common.search.encoder import load_reranker
     from common.search.index import open_snapshot
     from common.search.ranker import Ranker
     from common.search.searcher import Searcher
@@ -393,7 +386,7 @@ def serve(args: argparse.Namespace, screen: Screen) -> None:
     selection = select(open_snapshot(args.index), args.where, limits=limits_of(args))
     snapshot, words = selection.snapshot, Words(args.language)
     ranker = Ranker(snapshot, selection.mask, approximate=args.approximate, words=words)
-    encoder = load_index_encoder(encoder_config(args), runtime, args.index, snapshot.settings)
+    encoder = index_encoder(args, runtime, snapshot)
     reranker = load_reranker(args.rerank, runtime, cache_dir=args.cache_dir)
     searcher = Searcher(ranker, encoder, reranker=reranker, rerank_depth=args.rerank_depth)
     page.serve(page.ServedIndex(searcher, limits=limits_of(args), seed=args.seed), listener, screen)
@@ -407,7 +400,7 @@ def pairs(args: argparse.Namespace, screen: Screen) -> None:
     from common.search import display, mining
 
     runtime = start(args)
-    with open_rows(args, runtime, screen, least=2) as (selection, _):
+    with open_rows(read_source(args), args, runtime, screen, least=2) as (selection, _):
         best = mining.best_pairs(selection, args.top_k, block=args.block)
         display.show_pairs(screen, selection, best)
 
@@ -417,7 +410,7 @@ def duplicates(args: argparse.Namespace, screen: Screen) -> None:
     from common.search import display, mining
 
     runtime = start(args)
-    with open_rows(args, runtime, screen, least=2) as (selection, _):
+    with open_rows(read_source(args), args, runtime, screen, least=2) as (selection, _):
         similar = mining.similar_pairs(selection, args.threshold, block=args.block)
         with display.open_output(args.pairs_file if runtime.is_main else None) as file:
             groups, kept = display.collect_groups(selection, similar, file, keep=screen.as_json)
@@ -429,7 +422,7 @@ def dedupe(args: argparse.Namespace, screen: Screen) -> None:
     from common.search import display, mining
 
     runtime = start(args)
-    with open_rows(args, runtime, screen) as (selection, _):
+    with open_rows(read_source(args), args, runtime, screen) as (selection, _):
         if selection.documents is not None:
             problem = "it holds chunks, not whole texts"
             raise UserError(f"dedupe --index {args.index}: {problem}; name the texts themselves")
@@ -450,7 +443,7 @@ def cluster(args: argparse.Namespace, screen: Screen) -> None:
 
     runtime = start(args)
     stop = None if args.stop_words is None else stop_words(args.stop_words)
-    with open_rows(args, runtime, screen, least=2) as (selection, _):
+    with open_rows(read_source(args), args, runtime, screen, least=2) as (selection, _):
         labels = None
         if args.threshold is not None:  # it alone looks at all pairs, which the processes share
             options = {"min_size": args.min_size or 2, "block": args.block}
@@ -533,6 +526,7 @@ def evaluate(args: argparse.Namespace, screen: Screen) -> None:
     """
     from common.search import display, model_scores, relevance
     from common.search.encoder import load_encoder, load_reranker
+    from common.search.index import rows_with_ids
     from common.search.ranker import Ranker
     from common.search.searcher import Searcher
 
@@ -544,13 +538,11 @@ def evaluate(args: argparse.Namespace, screen: Screen) -> None:
         return
     task, source = read_task(args)
     reranker = load_reranker(args.rerank, runtime, cache_dir=args.cache_dir)
-    opened = relevance.open_documents(
-        task, source, encoder_config(args), runtime, block=args.block, say=screen.say
-    )
-    with opened as documents:
-        snapshot, allowed = documents.snapshot, documents.snapshot.is_live()
-        ranker = Ranker(snapshot, allowed, words=Words(args.language), say=screen.say)
-        searcher = Searcher(ranker, documents.encoder, rerank_depth=args.rerank_depth)
+    with open_source(source, args, runtime, screen) as (snapshot, encoder):
+        encoder = encoder or index_encoder(args, runtime, snapshot)
+        relevance.check_documents(task, lambda ids: rows_with_ids(snapshot, ids)[1], screen.say)
+        ranker = Ranker(snapshot, snapshot.is_live(), words=Words(args.language), say=screen.say)
+        searcher = Searcher(ranker, encoder, rerank_depth=args.rerank_depth)
         measures = relevance.measures_at(args.at)
         values = relevance.score_all(searcher, task, reranker=reranker, measures=measures)
         stores = relevance.score_stores(searcher, task, args.store, measures)
@@ -596,7 +588,7 @@ def compare_models(args: argparse.Namespace, screen: Screen) -> None:
                     screen.say(f"model    {config.model}: its scores are in {path}")
                 else:
                     encoder = load_encoder(config, runtime)
-                    model = score_model(encoder, fingerprint, args, runtime, screen)
+                    model = score_model(encoder, fingerprint, args, screen)
                     kept[fingerprint] = model
                     scores = [f"{name} {value:.3f}" for name, value in model.scores().items()]
                     screen.say(f"model    {config.model}: {', '.join(scores)}")
@@ -609,13 +601,13 @@ def compare_models(args: argparse.Namespace, screen: Screen) -> None:
                 display.show_models(screen, lines, model_scores.differences(done))
 
 
-def score_model(
-    encoder: Encoder, fingerprint: str, args: argparse.Namespace, runtime: Runtime, screen: Screen
-) -> ModelScores:
+def score_model(encoder: Encoder, fingerprint: str, args: argparse.Namespace, screen: Screen) -> ModelScores:
     """Return what a model comes to on the task of the flags."""
     import numpy as np
 
     from common.search import relevance
+    from common.search.builder import build_temporary
+    from common.search.index import rows_with_ids
     from common.search.model_scores import COSINE, HUMAN, ModelScores
     from common.search.ranker import Ranker
     from common.search.searcher import Searcher
@@ -627,11 +619,13 @@ def score_model(
         pairs = [str(row) for row in range(1, len(human) + 1)]
         return ModelScores(*own, None, pairs, {COSINE: cosines, HUMAN: human})
     task, source = read_task(args)
-    options = {"block": args.block, "say": screen.say, "encoder": encoder}
-    with relevance.open_documents(task, source, encoder_config(args), runtime, **options) as documents:
-        snapshot = documents.snapshot
+    assert not isinstance(source, str)  # compare-models has no --index
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        snapshot = build_temporary(source, encoder, folder, block=args.block, say=screen.say)
+        speed = snapshot.num_rows / (time.perf_counter() - started)  # texts a second
+        relevance.check_documents(task, lambda ids: rows_with_ids(snapshot, ids)[1], screen.say)
         searcher = Searcher(Ranker(snapshot, snapshot.is_live(), say=screen.say), encoder)
-        speed = snapshot.num_rows / documents.seconds if documents.seconds else None
         values = relevance.query_scores(task.judgements, relevance.find(searcher, task))
     arrays = {name: np.array(of_queries) for name, of_queries in values.items()}
     return ModelScores(*own, speed, list(task.judgements), arrays)

@@ -12,6 +12,7 @@ Weights are read from safetensors only. Code that comes with a model is never ru
 be those of sentence-transformers.
 """
 
+import contextlib
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -109,8 +110,8 @@ class Encoder:
         return np.divide(vectors, norms, out=np.full_like(vectors, np.nan), where=usable)
 
     def run_worker(self) -> None:
-        """Compute this process's share of all that the main process encodes, until it calls
-        stop_workers().
+        """Compute this process's share of all that the main process encodes, until the
+        block of workers() ends there.
         """
         # Ctrl-C reaches every process, but this one ends only when the main one has ended
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -118,8 +119,19 @@ class Encoder:
             texts, role = job
             self._encode(texts, role)
 
-    def stop_workers(self) -> None:
-        """Let the other processes of torchrun leave run_worker()."""
+    @contextlib.contextmanager
+    def workers(self) -> Iterator[None]:
+        """Let the other processes of torchrun leave run_worker() at the end of the block, also after
+        a mistake of the user; after a signal they may be in the middle of a batch.
+        """
+        try:
+            yield
+        except UserError:
+            self._stop_workers()
+            raise
+        self._stop_workers()
+
+    def _stop_workers(self) -> None:
         if self.runtime.world_size > 1 and self.runtime.is_main:
             self.runtime.broadcast_from_main(lambda: None)
 

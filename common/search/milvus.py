@@ -16,7 +16,6 @@ import json
 import logging
 import os
 import re
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -717,10 +716,8 @@ def run_index(args: argparse.Namespace, screen: Screen) -> None:
     runtime = search_flags.start(args)
     target, config = parse_target(args.index), search_flags.encoder_config(args)
     existing = runtime.broadcast_from_main(lambda: settings_there(target))
-    id_column, overlap = args.id_column, search_flags.overlap_of(args)
+    options = search_flags.index_options(args, existing)
     if existing:
-        id_column = id_column or existing["id_column"]
-        overlap = existing["chunk_overlap"] if overlap is None else overlap
         encoder = load_index_encoder(config, runtime, args.index, existing)
     else:
         encoder = load_encoder(config, runtime)
@@ -729,15 +726,14 @@ def run_index(args: argparse.Namespace, screen: Screen) -> None:
         encoder.run_worker()
         return
     cli.exit_at_signals()
+    id_column, overlap = options["id_column"], options["chunk_overlap"]
+    job = Job(id_column, overlap, args.update, args.skip_bad, args.block, shares)
     try:
-        job = Job(id_column, overlap, args.update, args.skip_bad, args.block, shares)
-        index_texts(target, search_flags.read_texts(args, id_column), encoder, screen, job)
+        with contextlib.nullcontext() if shares else encoder.workers():
+            index_texts(target, search_flags.read_texts(args, id_column), encoder, screen, job)
     except SystemExit as stopped:
         message = f"stopped; what was written is in {args.index}, and the same command continues"
         raise Interrupted(message, int(stopped.code or 0)) from None
-    finally:
-        if not shares and sys.exc_info()[0] in (None, UserError):
-            encoder.stop_workers()
 
 
 def run_delete(args: argparse.Namespace, screen: Screen) -> None:

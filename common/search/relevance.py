@@ -4,13 +4,10 @@ an encoder agrees with human scores of sentence pairs (Spearman's rank correlati
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import re
-import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,12 +17,10 @@ import pyarrow as pa
 
 from common import bundled, reading, sources
 from common.errors import UserError
-from common.runtime import Runtime
-from common.search.builder import build_temporary
-from common.search.encoder import Encoder, load_encoder, load_index_encoder
-from common.search.index import Snapshot, open_snapshot, rows_with_ids
+from common.search.encoder import Encoder
+from common.search.index import Snapshot
 from common.search.kernel import exact_scores
-from common.search.manifest import EncoderConfig, bytes_of_vector, store_of
+from common.search.manifest import bytes_of_vector, store_of
 from common.search.searcher import Searcher
 from common.search.segments import ID, TEXT
 from common.search.texts import Collection
@@ -76,15 +71,6 @@ class Task:
     name: str
     queries: dict[str, str]
     judgements: Judgements
-
-
-@dataclass(frozen=True)
-class Documents:
-    """What a task searches, its encoder, and the seconds that encoding took (0 for an index)."""
-
-    snapshot: Snapshot
-    encoder: Encoder
-    seconds: float
 
 
 def retrieval_scores(
@@ -250,33 +236,6 @@ def _read_judgements(file: str, queries: dict[str, str], encoding: str | None) -
             problem = f"{query!r} and {document!r} are judged above, with another relevance"
             raise UserError(f"{file}, line {number}: {problem}; remove one of the lines")
     return judgements
-
-
-@contextlib.contextmanager
-def open_documents(
-    task: Task,
-    source: Collection | str,
-    config: EncoderConfig,
-    runtime: Runtime,
-    *,
-    block: int,
-    say: Callable[[str], None],
-    encoder: Encoder | None = None,
-) -> Iterator[Documents]:
-    """Yield the documents of a task, which are texts or in an index of this name. Raises UserError
-    when none that is judged relevant is there.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        seconds = 0.0
-        if isinstance(source, str):
-            snapshot = open_snapshot(source)
-            encoder = load_index_encoder(config, runtime, source, snapshot.settings)
-        else:
-            encoder, started = encoder or load_encoder(config, runtime), time.perf_counter()
-            snapshot = build_temporary(source, encoder, folder, block=block, say=say)
-            seconds = time.perf_counter() - started
-        check_documents(task, lambda ids: rows_with_ids(snapshot, ids)[1], say)
-        yield Documents(snapshot, encoder, seconds)
 
 
 def check_documents(

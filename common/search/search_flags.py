@@ -11,7 +11,7 @@ import contextlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 from common import cli, sources
 from common.search.manifest import (
@@ -22,6 +22,8 @@ from common.search.manifest import (
     STORES,
     EncoderConfig,
     Limits,
+    Settings,
+    store_of,
 )
 from common.search.words import AUTO, LANGUAGES
 
@@ -33,6 +35,14 @@ PICTURES = (".png", ".pdf", ".svg", ".jpg")
 DEEPEST = 10_000  # rank at which a measure stops
 DEFAULT_OVERLAP = 32  # tokens that neighbouring chunks share
 EXPORTS = (".parquet", ".npy", ".faiss")
+
+
+class IndexOptions(TypedDict):
+    """Settings of an index that do not come from its encoder."""
+
+    id_column: str | None
+    chunk_overlap: int | None
+    store: str | None
 
 
 # The flags of each command ------------------------------------------------------------------------
@@ -461,6 +471,23 @@ def limits_of(args: argparse.Namespace) -> Limits:
 def overlap_of(args: argparse.Namespace) -> int | None:
     """Return how many tokens neighbouring chunks share, None where no flag asks for chunks."""
     return DEFAULT_OVERLAP if args.chunk and args.chunk_overlap is None else args.chunk_overlap
+
+
+def index_options(args: argparse.Namespace, existing: Settings | None) -> IndexOptions:
+    """Return what an index is made with besides its encoder: what no flag names stays as in the
+    settings of an existing one.
+    """
+    id_column, overlap, store = args.id_column, overlap_of(args), args.store
+    if existing:
+        id_column = id_column or existing["id_column"]
+        overlap = existing["chunk_overlap"] if overlap is None else overlap
+        store = store or store_of(existing)
+    return {"id_column": id_column, "chunk_overlap": overlap, "store": store}
+
+
+def read_source(args: argparse.Namespace) -> Collection | str:
+    """Return what a command looks at: the name of an index, or else texts."""
+    return args.index or read_texts(args)
 
 
 def read_queries(file: str, encoding: str | None) -> list[str]:
