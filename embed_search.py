@@ -103,8 +103,8 @@ def open_rows(
     with open_source(source, args, runtime, screen, role=role) as (snapshot, encoder):
         name = None if isinstance(source, str) else source.name
         selection = select(snapshot, args.where, limits=limits_of(args), least=least, name=name)
-        added = None if isinstance(source, str) else snapshot.settings["id_column"]
-        yield dataclasses.replace(shared(selection, runtime), added=added), encoder
+        ids = None if isinstance(source, str) else snapshot.settings["id_column"]
+        yield dataclasses.replace(shared(selection, runtime), generated_ids=ids), encoder
 
 
 def index_encoder(args: argparse.Namespace, runtime: Runtime, snapshot: Snapshot) -> Encoder:

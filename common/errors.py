@@ -9,6 +9,7 @@ from typing import ParamSpec, TypeVar
 P = ParamSpec("P")
 T = TypeVar("T")
 LONG_NAME = 60  # characters of a name in a list
+LONG_MESSAGE = 300  # characters of what a library says
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 
 
@@ -99,9 +100,9 @@ def first_repeated(names: Iterable[str]) -> str | None:
     return next((name for name in names if name in seen or seen.add(name)), None)
 
 
-def one_line(error: BaseException, limit: int = 300) -> str:
-    """Return the message of a library's exception as one line of at most `limit` characters."""
-    return shorten(str(error), limit) or type(error).__name__
+def one_line(error: BaseException) -> str:
+    """Return the message of a library's exception as one line, without the end of a long one."""
+    return shorten(str(error), LONG_MESSAGE) or type(error).__name__
 
 
 @contextlib.contextmanager

@@ -364,8 +364,8 @@ def deterministic(device: torch.device, *, wanted: bool, hint: str) -> Iterator[
         torch.use_deterministic_algorithms(False)
 
 
-def keep_large_blocks(threshold: int = 2**30) -> None:
-    """Keep glibc from returning freed blocks of up to `threshold` bytes to the system.
+def keep_large_blocks() -> None:
+    """Keep glibc from returning freed blocks of up to 1 GiB to the system.
 
     Every optimizer step allocates and frees the same large activations; returning them costs a
     page fault per 4 KiB in the next step, up to half of the time on a CPU. Other C libraries have
@@ -374,8 +374,8 @@ def keep_large_blocks(threshold: int = 2**30) -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # the numbers in glibc's malloc.h
-        mallopt(M_MMAP_THRESHOLD, threshold)
-        mallopt(M_TRIM_THRESHOLD, threshold)
+        mallopt(M_MMAP_THRESHOLD, 2**30)
+        mallopt(M_TRIM_THRESHOLD, 2**30)
 
 
 def give_back_memory() -> None:

@@ -453,7 +453,7 @@ def write_rows(selection: Selection, positions: np.ndarray, path: str, *, text_c
     whole or not at all, and return how many they are. The texts have the column that they came in.
     """
     snapshot = selection.snapshot
-    columns = {name: kind for name, kind in snapshot.columns.items() if name != selection.added}
+    columns = {name: kind for name, kind in snapshot.columns.items() if name != selection.generated_ids}
     text = unused_name(text_column.split(",")[-1].strip(), list(columns))
     schema = pa.schema([*columns.items(), (text, pa.large_string())])
     rows = selection.rows[positions]

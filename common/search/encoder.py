@@ -110,8 +110,8 @@ class Encoder:
         return np.divide(vectors, norms, out=np.full_like(vectors, np.nan), where=usable)
 
     def run_worker(self) -> None:
-        """Compute this process's share of all that the main process encodes, until the
-        block of workers() ends there.
+        """Be a worker under torchrun: compute this process's share of all that the main process
+        encodes, until its block of workers() ends.
         """
         # Ctrl-C reaches every process, but this one ends only when the main one has ended
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -162,9 +162,9 @@ class Encoder:
     def _in_threads(
         self, compute: Callable[[np.ndarray], torch.Tensor], batches: list[np.ndarray]
     ) -> Iterator[torch.Tensor]:
-        """Yield compute(batch) for each batch. On a CPU each batch has a thread of its own: threads
-        that share one product after the other wait for each other after each, and long where other
-        programs use the same cores.
+        """Yield compute(batch) for each batch. On a CPU each batch has a thread of its own, which is
+        faster than splitting each matrix product over all threads: these wait for each other after
+        each product, and long where other programs use the same cores.
         """
         threads = torch.get_num_threads()
         count = min(threads, len(batches)) if self.runtime.device.type == "cpu" else 1

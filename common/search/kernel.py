@@ -36,8 +36,8 @@ def exact_scores(vectors: np.ndarray, queries: np.ndarray) -> np.ndarray:
     """Return the float64 dot products (n) of vectors (n, width) with one query (width), or of each
     vector with a query of its own (n, width).
 
-    A matrix product would add up the terms of a row in an order that depends on the row's position,
-    so that the scores of equal rows could differ in the last digit.
+    A matrix product of BLAS adds up the terms of a row in an order that depends on the row's
+    position, so that the scores of equal rows could differ in the last digit.
     """
     return (vectors.astype(np.float64) * queries.astype(np.float64)).sum(-1)
 

@@ -319,14 +319,14 @@ class Writer:
                     self._add(numbers, table, collection)
                 bar.update(len(table))
 
-    def _plan(self, table: pa.Table) -> Plan:
+    def _plan(self, table: pa.Table) -> MilvusPlan:
         """Compare a block's rows with those that the collection has."""
         ids = ids_of(table, self.store.settings["id_column"])
         hashes = [value.hex() for value in hashes_of(table)]
         stored = self.store.stored([key_of(key, 0) for key in ids], [HASH, NUM_CHUNKS])
         known = [stored.get(key_of(key, 0)) for key in ids]
         is_other = [bool(row) and row[HASH] != own for row, own in zip(known, hashes)]
-        return Plan(
+        return MilvusPlan(
             ids,
             hashes,
             sizes=[row[NUM_CHUNKS] if row else 0 for row in known],
@@ -398,7 +398,7 @@ class Writer:
 
 
 @dataclass(frozen=True)
-class Plan:
+class MilvusPlan:
     """What to do with each row of a block; `sizes` are the chunks that each document has there."""
 
     ids: list[str]

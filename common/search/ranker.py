@@ -31,8 +31,7 @@ if TYPE_CHECKING:  # each is imported by the step that needs it
 FUSED = 100  # best rows of each ranking that are fused, or more if more are wanted
 RRF_K = 60  # of reciprocal rank fusion: Cormack, Clarke, Buettcher (SIGIR 2009)
 NO_WORDS = "no-words"  # a file that stands for BM25 data if no text has a word that BM25 counts
-# if --where leaves a smaller share of the rows, few of the best codes are among them, and exact
-# search skips much
+# with a --where that leaves a smaller share of the rows, exact search is faster
 SMALL_SHARE = 0.1
 # Of so many rows with the best codes, and at least so many for each row that is wanted, the exact
 # scores are computed: docs/benchmarks.md has what they find.

@@ -70,7 +70,7 @@ class Selection:
     snapshot: Snapshot
     rows: np.ndarray
     runtime: Runtime = dataclasses.field(default_factory=one_process)
-    added: str | None = None  # the column of numbers that texts without an index have as ids
+    generated_ids: str | None = None  # the name of the column of ids, where they are only numbers
 
     @functools.cached_property
     def documents(self) -> np.ndarray | None:
