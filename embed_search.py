@@ -31,14 +31,23 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from common import cli, sources
+from common import cli
 from common.errors import Interrupted, UserError
 from common.files import only_writer
 from common.search import search_checks as checks
 from common.search import search_flags as flags
 from common.search.manifest import MANIFEST, check_settings, read_manifest
 from common.search.screen import Screen
-from common.search.search_flags import encoder_config, limits_of, read_queries, read_source, read_texts, start
+from common.search.search_flags import (
+    encoder_config,
+    limits_of,
+    read_queries,
+    read_source,
+    read_task,
+    read_texts,
+    start,
+    task_fingerprint,
+)
 from common.search.words import AUTO, Words, stop_words
 
 # Each command imports its libraries itself, after the flags are checked: PyTorch takes seconds.
@@ -49,7 +58,6 @@ if TYPE_CHECKING:
     from common.search.encoder import Encoder
     from common.search.index import Snapshot
     from common.search.model_scores import ModelScores
-    from common.search.relevance import Task
     from common.search.selection import Selection
     from common.search.texts import Collection
 
@@ -555,19 +563,6 @@ def evaluate(args: argparse.Namespace, screen: Screen) -> None:
                     display.write_query_scores(searches, args.per_query, screen)
 
 
-def read_task(args: argparse.Namespace) -> tuple[Task, Collection | str]:
-    """Return what a search is scored on, and its documents: texts, or the name of an index. Without
-    files it is the bundled task.
-    """
-    from common.search import relevance
-    from common.search.texts import ANY_ID
-
-    if not args.queries:
-        return relevance.bundled_task()
-    task = relevance.read_task(args.queries, args.qrels, args.encoding)
-    return task, read_texts(args, args.id_column or ANY_ID) if args.texts else args.index
-
-
 def compare_models(args: argparse.Namespace, screen: Screen) -> None:
     """Evaluate several models: quality, texts/s, bytes per embedding; test what differs."""
     from common.search import display, model_scores
@@ -629,16 +624,6 @@ def score_model(encoder: Encoder, fingerprint: str, args: argparse.Namespace, sc
         values = relevance.query_scores(task.judgements, relevance.find(searcher, task))
     arrays = {name: np.array(of_queries) for name, of_queries in values.items()}
     return ModelScores(*own, speed, list(task.judgements), arrays)
-
-
-def task_fingerprint(encoder: Encoder, args: argparse.Namespace) -> str:
-    """Return what tells the scores of a model on a task from all others."""
-    from common.search import model_scores
-
-    files = [args.queries, args.qrels, args.sts, args.index, *sources.expanded(args.texts)]
-    names = "id_column sts_columns text_column columns delimiter quoting encoding skip_bad"
-    settings = {name: getattr(args, name) for name in names.split()}
-    return model_scores.fingerprint(encoder.identity(), files, settings)
 
 
 # project: an index for TensorBoard

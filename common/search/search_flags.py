@@ -29,6 +29,8 @@ from common.search.words import AUTO, LANGUAGES
 
 if TYPE_CHECKING:
     from common.runtime import Runtime
+    from common.search.encoder import Encoder
+    from common.search.relevance import Task
     from common.search.texts import Collection
 
 PICTURES = (".png", ".pdf", ".svg", ".jpg")
@@ -515,3 +517,26 @@ def read_texts(
         options=file_options(args),
         cache_dir=args.cache_dir,
     )
+
+
+def read_task(args: argparse.Namespace) -> tuple[Task, Collection | str]:
+    """Return what a search is scored on, and its documents: texts, or the name of an index. Without
+    files it is the bundled task.
+    """
+    from common.search import relevance
+    from common.search.texts import ANY_ID
+
+    if not args.queries:
+        return relevance.bundled_task()
+    task = relevance.read_task(args.queries, args.qrels, args.encoding)
+    return task, read_texts(args, args.id_column or ANY_ID) if args.texts else args.index
+
+
+def task_fingerprint(encoder: Encoder, args: argparse.Namespace) -> str:
+    """Return what tells the scores of a model on a task from all others."""
+    from common.search import model_scores
+
+    files = [args.queries, args.qrels, args.sts, args.index, *sources.expanded(args.texts)]
+    names = "id_column sts_columns text_column columns delimiter quoting encoding skip_bad"
+    settings = {name: getattr(args, name) for name in names.split()}
+    return model_scores.fingerprint(encoder.identity(), files, settings)
