@@ -429,8 +429,8 @@ def dedupe(args: argparse.Namespace, screen: Screen) -> None:
     """Write the texts without those that are nearly the same as another: one of each group stays."""
     from common.search import display, mining
 
-    runtime = start(args)
-    with open_rows(read_source(args), args, runtime, screen) as (selection, _):
+    runtime, source = start(args), read_source(args)
+    with open_rows(source, args, runtime, screen) as (selection, _):
         if selection.documents is not None:
             problem = "it holds chunks, not whole texts"
             raise UserError(f"dedupe --index {args.index}: {problem}; name the texts themselves")
@@ -440,7 +440,8 @@ def dedupe(args: argparse.Namespace, screen: Screen) -> None:
             if runtime.is_main:
                 kept = mining.one_of_each(selection, groups, args.keep)
                 path, text = args.output, args.text_column
-                count = display.write_rows(selection, kept, path, text_column=text)
+                order = () if isinstance(source, str) else source.rows.column_names
+                count = display.write_rows(selection, kept, path, text_column=text, order=order)
                 options = {"count": count, "threshold": args.threshold}
                 display.show_dedupe(screen, selection, groups, path, **options)
 

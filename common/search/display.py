@@ -10,7 +10,7 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -448,21 +448,25 @@ def show_dedupe(
     screen.document({"kept": count, "left_out": gone, "groups": num_groups, "file": path})
 
 
-def write_rows(selection: Selection, positions: np.ndarray, path: str, *, text_column: str) -> int:
+def write_rows(
+    selection: Selection, positions: np.ndarray, path: str, *, text_column: str, order: Sequence[str] = ()
+) -> int:
     """Write the texts at some positions with their columns to a new JSONL, CSV or Parquet file,
-    whole or not at all, and return how many they are. The texts have the column that they came in.
+    whole or not at all, and return how many they are. The texts have the column that they came in;
+    `order` is that of the columns in their source, where TEXT stands for it.
     """
     snapshot = selection.snapshot
     columns = {name: kind for name, kind in snapshot.columns.items() if name != selection.generated_ids}
     text = unused_name(text_column.split(",")[-1].strip(), list(columns))
-    schema = pa.schema([*columns.items(), (text, pa.large_string())])
+    kinds = {**columns, TEXT: pa.large_string()}
+    names = [name for name in dict.fromkeys([*order, *kinds]) if name in kinds]
+    schema = pa.schema([(text if name == TEXT else name, kinds[name]) for name in names])
     rows = selection.rows[positions]
 
     def blocks() -> Iterator[list[dict]]:
         for start in range(0, len(rows), ROWS_AT_ONCE):
-            entries = snapshot.take(rows[start : start + ROWS_AT_ONCE], [*columns, TEXT])
-            kept = [{name: entry[name] for name in columns} for entry in entries]
-            yield [{**row, text: entry[TEXT]} for row, entry in zip(kept, entries)]
+            entries = snapshot.take(rows[start : start + ROWS_AT_ONCE], names)
+            yield [dict(zip(schema.names, (entry[name] for name in names))) for entry in entries]
 
     with _whole_file(path, "--output") as new:
         _write_blocks(new, Path(path).suffix.lower(), schema, blocks())

@@ -135,6 +135,13 @@ def test_one_of_each_group_is_kept(keep, kept, kind, ok, tmp_path):
     assert [file.name for file in tmp_path.iterdir() if "out" in file.name] == [path.name]
 
 
+def test_dedupe_leaves_a_file_without_duplicates_as_it_is(ok, tmp_path):
+    lines = ["id,text,label", "7,the film was good,pos", "3,a grim story,neg"]
+    (tmp_path / "t.csv").write_text("\n".join(lines) + "\n")
+    ok("dedupe", tmp_path / "t.csv", "--threshold", 0.9999, "--output", tmp_path / "out.csv")
+    assert (tmp_path / "out.csv").read_text().splitlines() == lines
+
+
 def test_dedupe_of_an_index_writes_its_rows(ok, embed, made, tmp_path):
     found = ok(
         "dedupe", "--index", made / "ix", "--threshold", 0.9999, "--output", tmp_path / "out.csv", "--json"
