@@ -112,7 +112,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-# Statistics of resamples, which both wings need ---------------------------------------------------
+# Statistics of resamples, in training and in search ----------------------------------------------
 
 
 def means(weights: np.ndarray, values: np.ndarray) -> np.ndarray:

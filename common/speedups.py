@@ -1,4 +1,4 @@
-"""Faster twins of what models compute: the last layer for the first token alone, and on CPUs
+"""Fast versions of what models compute: the last layer for the first token alone, and on CPUs
 attention as matrix products and dropout with packed draws.
 
 Each is switched on by one line (`use_first_token(model)`, `use_fast_attention(model)`,

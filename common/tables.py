@@ -403,7 +403,7 @@ def is_well_formed(content: np.ndarray, quotes: np.ndarray, delimiter: str) -> b
 
 
 def read_fast(content: np.ndarray, dialect: Dialect) -> Iterator[pa.Table]:
-    """Yield the rows of `read_rows` in blocks, for a file that is well formed: the fast twin."""
+    """Yield the rows of `read_rows` in blocks, for a file that is well formed: the fast version."""
     keys = [str(number) for number in range(len(dialect.names))]
     types = dict.fromkeys(keys, pa.string())
     reader = pyarrow.csv.open_csv(

@@ -1,8 +1,8 @@
-"""The faster twin of the sampler in sampling.py, switched on where `make_sampler` is imported.
+"""The fast version of the sampler in sampling.py, switched on where `make_sampler` is imported.
 
 The exact draw takes a tenth of the time of the plain one, token for token: `generate` spends most
-of a draw on tokens that cannot win. The independent draw avoids a full sort. It is a twin in its
-distribution only: it draws from the same probabilities as the plain one, but other tokens.
+of a draw on tokens that cannot win. The independent draw avoids a full sort; it draws
+from the same probabilities as the plain one, but other tokens.
 
 Both look at the most likely tokens first, the candidates, and at the whole vocabulary only for the
 few rows where that could change the result. Shapes: logits (B, V) in fp32, after the filters that

@@ -9,7 +9,7 @@ Order of the filters: logit bias, repetition penalty, no repeated n-grams, banne
 length, presence and frequency penalty, choices or regex; then, only when sampling: top-n-sigma,
 temperature, top-k, top-p, min-p, typical, epsilon, eta, XTC.
 
-This is the plain version, and the oracle of the tests for its faster twin, fast_sampling.py.
+This is the plain version, and the oracle of the tests for its fast version, fast_sampling.py.
 """
 
 import hashlib

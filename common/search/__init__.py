@@ -1,1 +1,1 @@
-"""The wing of embed_search.py: make embeddings of texts, keep, search, compare and score them."""
+"""The package of embed_search.py: make embeddings of texts, keep, search, compare and score them."""
