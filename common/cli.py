@@ -25,7 +25,15 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
-from common.errors import Interrupted, UserError, printable, shorten
+from common.errors import (
+    SYSTEM_ADVICE,
+    Interrupted,
+    UserError,
+    fault_of_system,
+    first_repeated,
+    printable,
+    shorten,
+)
 
 # All processes of a job find the same mistake. Rank 0 reports it at once; when it has ended,
 # torchrun ends the others before they report it too.
@@ -41,49 +49,10 @@ LOST_PEER = (  # what gloo and NCCL say when another process has ended
     "Broken pipe",
     "NCCL communicator was aborted",
 )
-# What ends a process without being its fault, and what helps. Rust's and Arrow's messages hold the
-# number of the error: "(os error 28)", "[errno 28]".
-OS_ERROR = re.compile(r"\((?:os )?error (\d+)\)|\[errno (\d+)\]", re.IGNORECASE)
-MORE_DISK = "free some space, or name folders on another disk with --output-dir and --cache-dir"
-OTHER_PLACE = "change the permissions, or name folders elsewhere with --output-dir and --cache-dir"
-ADVICE = {
-    errno.ENOSPC: MORE_DISK,
-    errno.EDQUOT: MORE_DISK,
-    errno.EFBIG: "raise the limit of a file's size (ulimit -f)",
-    errno.EACCES: OTHER_PLACE,
-    errno.EPERM: OTHER_PLACE,
-    errno.EROFS: OTHER_PLACE,
-    errno.EMFILE: "raise the limit of open files (ulimit -n)",
-    errno.ENFILE: "close other programs",
-    errno.ENOMEM: "free memory, or raise its limit (ulimit -v)",
-    errno.EIO: "check the disk or the terminal",
-    errno.EAGAIN: "raise the limit of processes and threads (ulimit -u)",
-    errno.ENAMETOOLONG: "use a shorter name",
-    errno.ELOOP: "name the file itself, not a link",
-    errno.ENOTDIR: "name a folder",
-    errno.EISDIR: "name a file",
-}
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM)
-# Words of libraries whose errors have no number, and the number that they mean
-WORDS = {
-    "Not enough disk space": errno.ENOSPC,
-    "can't start new thread": errno.EAGAIN,
-    "can't allocate memory": errno.ENOMEM,
-    "not enough memory": errno.ENOMEM,
-    **{os.strerror(number): number for number in FULL},
-}
-# all that is left of oneDNN's status where it has no memory for a
-# kernel of its own (seen with bf16)
-ONEDNN_LACKS_MEMORY = "could not create a primitive"
 LONGEST_WAIT = 1e6  # seconds: poll() counts milliseconds in 32 bits
 FEW_PROCESSES = 4096  # a limit of processes below this is tried out before the libraries are loaded
-# address space in bytes that loading the libraries takes, most of it never used
-NEEDED_ADDRESSES = 3 << 30
+NEEDED_ADDRESSES = 3 << 30  # bytes that loading the libraries reserves, most of them never used
 TORCHRUN = "TORCHELASTIC_RUN_ID"  # set in every process that torchrun starts
-
-# The libraries' progress bars vanish when their work is done, as our own do:
-# read by tqdm when it is imported.
-os.environ.setdefault("TQDM_LEAVE", "")
 
 DELIMITERS = {"comma": ",", "tab": "\t", "\\t": "\t", "semicolon": ";", "pipe": "|", "space": " "}
 
@@ -160,64 +129,35 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
-def positive_int(text: str) -> int:
-    """Parse a whole number above 0 that 32 bits hold, as libraries want it."""
-    wanted = "a whole number above 0 and below 2**31"
-    return _number(text, int, lambda value: 1 <= value < 2**31, wanted)
+def _number_type(
+    convert: Callable[[str], Any], accept: Callable[[Any], bool], wanted: str
+) -> Callable[[str], Any]:
+    """Return a type of flags that takes the numbers that are accepted; `wanted` says which."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = convert(text)
+        except ValueError:
+            value = None
+        if value is None or not accept(value):  # NaN fails every comparison, so it is refused here too
+            raise argparse.ArgumentTypeError(f"{shorten(text, 60)!r} is not {wanted}")
+        return value
+
+    return parse
 
 
-def non_negative_int(text: str) -> int:
-    """Parse a whole number from 0 to 2**32 - 1, the largest seed of NumPy."""
-    wanted = "a whole number from 0 to 2**32 - 1"
-    return _number(text, int, lambda value: 0 <= value < 2**32, wanted)
-
-
-def positive_float(text: str) -> float:
-    """Parse a finite number above 0."""
-    return _number(text, float, lambda value: 0 < value < float("inf"), "a number above 0")
-
-
-def non_negative_float(text: str) -> float:
-    """Parse a finite number of at least 0."""
-    return _number(text, float, lambda value: 0 <= value < float("inf"), "a number of at least 0")
-
-
-def finite_float(text: str) -> float:
-    """Parse a finite number."""
-    return _number(text, float, lambda value: abs(value) < float("inf"), "a number")
-
-
-def duration(text: str) -> float:
-    """Parse a number of seconds to wait, which no clock of the system overflows."""
-    return _number(text, float, lambda value: 0 <= value <= LONGEST_WAIT, "a number from 0 to 1e6")
-
-
-def positive_duration(text: str) -> float:
-    """Parse a number of seconds or minutes above 0, which no clock of the system overflows."""
-    wanted = "a number above 0 and at most 1e6"
-    return _number(text, float, lambda value: 0 < value <= LONGEST_WAIT, wanted)
-
-
-def fraction(text: str) -> float:
-    """Parse a number from 0 up to, not including, 1."""
-    wanted = "a number from 0 up to, not including, 1"
-    return _number(text, float, lambda value: 0 <= value < 1, wanted)
-
-
-def probability(text: str) -> float:
-    """Parse a number above 0 and at most 1."""
-    return _number(text, float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
-
-
-def _number(text: str, convert: Callable[[str], Any], accept: Callable[[Any], bool], wanted: str) -> Any:
-    """Return the converted text if it is accepted, else report that it is not what is `wanted`."""
-    try:
-        value = convert(text)
-    except ValueError:
-        value = None
-    if value is None or not accept(value):  # NaN fails every comparison, so it is refused here too
-        raise argparse.ArgumentTypeError(f"{shorten(text, 60)!r} is not {wanted}")
-    return value
+# 32 bits hold the first, as libraries want it; the second ends with the largest seed of NumPy
+positive_int = _number_type(int, lambda n: 1 <= n < 2**31, "a whole number above 0 and below 2**31")
+non_negative_int = _number_type(int, lambda n: 0 <= n < 2**32, "a whole number from 0 to 2**32 - 1")
+finite_float = _number_type(float, lambda x: abs(x) < float("inf"), "a number")
+positive_float = _number_type(float, lambda x: 0 < x < float("inf"), "a number above 0")
+non_negative_float = _number_type(float, lambda x: 0 <= x < float("inf"), "a number of at least 0")
+fraction = _number_type(float, lambda x: 0 <= x < 1, "a number from 0 up to, not including, 1")
+probability = _number_type(float, lambda x: 0 < x <= 1, "a number above 0 and at most 1")
+penalty = _number_type(float, lambda x: -2 <= x <= 2, "a number from -2 to 2")  # as in OpenAI's API
+# seconds or minutes to wait, which no clock of the system overflows
+duration = _number_type(float, lambda x: 0 <= x <= LONGEST_WAIT, "a number from 0 to 1e6")
+positive_duration = _number_type(float, lambda x: 0 < x <= LONGEST_WAIT, "a number above 0 and at most 1e6")
 
 
 def port(text: str) -> int:
@@ -225,11 +165,6 @@ def port(text: str) -> int:
     if not text.isdecimal() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"{shorten(text, 60)!r} is not a number from 0 to 65535")
     return int(text)
-
-
-def penalty(text: str) -> float:
-    """Parse a number from -2 to 2, the range of OpenAI's API."""
-    return _number(text, float, lambda value: -2 <= value <= 2, "a number from -2 to 2")
 
 
 def name(text: str) -> str:
@@ -254,8 +189,7 @@ def folder(text: str) -> str:
 def file(text: str) -> str:
     """Parse the path of a file, or of a pipe, as the shell's <(command) makes one."""
     if os.path.isdir(text) or not os.path.exists(text):
-        shown = text or "the empty name"
-        raise argparse.ArgumentTypeError(f"{shown}: no such file; check the path")
+        raise argparse.ArgumentTypeError(f"{text or 'the empty name'}: no such file; check the path")
     return text
 
 
@@ -264,10 +198,9 @@ def columns(text: str) -> tuple[str, ...]:
     names = tuple(name.strip() for name in text.split(","))
     if not all(names):
         raise argparse.ArgumentTypeError(f"{text!r} has an empty name; write label,title,text")
-    twice = next((name for name in names if names.count(name) > 1), None)
+    twice = first_repeated(names)
     if twice is not None:
-        advice = "give each column its own name"
-        raise argparse.ArgumentTypeError(f"{text!r} has {twice!r} twice; {advice}")
+        raise argparse.ArgumentTypeError(f"{text!r} has {twice!r} twice; give each column its own name")
     return names
 
 
@@ -275,8 +208,7 @@ def delimiter(text: str) -> str:
     """Parse a delimiter: a character or its name, or several characters for lines of parts."""
     text = DELIMITERS.get(text, text)
     if not text or any(character in '\r\n"' or ord(character) > 0xFFFF for character in text):
-        known = ", ".join(DELIMITERS)
-        advice = f"give a character, or one of {known}"
+        advice = f"give a character, or one of {', '.join(DELIMITERS)}"
         raise argparse.ArgumentTypeError(f"{text!r} is no delimiter; {advice}")
     return text
 
@@ -504,17 +436,13 @@ def _open_streams() -> None:
     A closed one becomes the null device: else the next file that is opened would take its number,
     and what a library prints would go into that file.
     """
-    for descriptor in (0, 1, 2):
+    for descriptor, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
             os.fstat(descriptor)
         except OSError:
             os.dup2(os.open(os.devnull, os.O_RDWR), descriptor)
-    if sys.stdin is None:
-        sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
-    if sys.stdout is None:
-        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
-    if sys.stderr is None:
-        sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(descriptor, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):  # an ASCII terminal shows ? for an accent
         sys.stdout.reconfigure(errors="replace")
 
@@ -543,7 +471,7 @@ def _try_threads(count: int) -> None:
             threads[-1].start()
     except RuntimeError as error:
         problem = f"thread {len(threads)} of {count} can't be started"
-        raise UserError(f"{problem}; {ADVICE[errno.EAGAIN]}") from error
+        raise UserError(f"{problem}; {SYSTEM_ADVICE[errno.EAGAIN]}") from error
     finally:
         done.set()
 
@@ -607,36 +535,6 @@ def _endings(prog: str, *, debug: bool = False) -> Iterator[None]:
             _tell_torchrun(traceback.format_exc())
             raise
         _exit(f"{prog}: error: {reason}", 2)
-
-
-def lacks_memory(error: BaseException) -> bool:
-    """Return whether an exception stands for a lack of memory."""
-    fault = fault_of_system(error)
-    return fault is not None and fault.endswith(ADVICE[errno.ENOMEM])
-
-
-def fault_of_system(error: BaseException | None) -> str | None:
-    """Return what the system lacks, and what helps, if that caused an exception, else None: a full
-    disk, a missing permission, a limit, no memory.
-
-    Libraries wrap such errors, and those of Rust, Arrow and `datasets` have no errno: their words
-    are compared too.
-    """
-    seen: list[BaseException] = []
-    while error is not None and error not in seen:
-        seen.append(error)
-        number = error.errno if isinstance(error, OSError) else None
-        if number not in ADVICE and (match := OS_ERROR.search(str(error))):
-            number = int(match[1] or match[2])
-        if number not in ADVICE:
-            number = next((number for words, number in WORDS.items() if words in str(error)), None)
-        if isinstance(error, MemoryError) or str(error) == ONEDNN_LACKS_MEMORY:
-            number = errno.ENOMEM
-        if number in ADVICE:
-            named = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
-            return f"{named}{os.strerror(number)}; {ADVICE[number]}"
-        error = error.__cause__ or error.__context__
-    return None
 
 
 def _drop_stdout() -> None:

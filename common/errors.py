@@ -1,6 +1,10 @@
-"""The exceptions that end a script with one line, and how long texts are shortened to one line."""
+"""The exceptions that end a script with one line, what the system lacked when one was raised, and
+how long texts are shortened to one line.
+"""
 
 import contextlib
+import errno
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -11,6 +15,38 @@ T = TypeVar("T")
 LONG_NAME = 60  # characters of a name in a list
 LONG_MESSAGE = 300  # characters of what a library says
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
+# What ends a process without being its fault, and what helps. Rust's and Arrow's messages hold the
+# number of the error: "(os error 28)", "[errno 28]".
+OS_ERROR = re.compile(r"\((?:os )?error (\d+)\)|\[errno (\d+)\]", re.IGNORECASE)
+MORE_DISK = "free some space, or name folders on another disk with --output-dir and --cache-dir"
+OTHER_PLACE = "change the permissions, or name folders elsewhere with --output-dir and --cache-dir"
+SYSTEM_ADVICE = {
+    errno.ENOSPC: MORE_DISK,
+    errno.EDQUOT: MORE_DISK,
+    errno.EFBIG: "raise the limit of a file's size (ulimit -f)",
+    errno.EACCES: OTHER_PLACE,
+    errno.EPERM: OTHER_PLACE,
+    errno.EROFS: OTHER_PLACE,
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "close other programs",
+    errno.ENOMEM: "free memory, or raise its limit (ulimit -v)",
+    errno.EIO: "check the disk or the terminal",
+    errno.EAGAIN: "raise the limit of processes and threads (ulimit -u)",
+    errno.ENAMETOOLONG: "use a shorter name",
+    errno.ELOOP: "name the file itself, not a link",
+    errno.ENOTDIR: "name a folder",
+    errno.EISDIR: "name a file",
+}
+# Words of libraries whose errors have no number, and the number that they mean
+WORDS = {
+    "Not enough disk space": errno.ENOSPC,
+    "can't start new thread": errno.EAGAIN,
+    "can't allocate memory": errno.ENOMEM,
+    "not enough memory": errno.ENOMEM,
+    **{os.strerror(number): number for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM)},
+}
+# all that is left of oneDNN's status where it has no memory for a kernel (seen with bf16)
+ONEDNN_LACKS_MEMORY = "could not create a primitive"
 
 
 class UserError(Exception):
@@ -119,3 +155,33 @@ def reading(what: str, advice: str) -> Iterator[None]:
         raise
     except BaseException as error:  # a panic of a library in Rust is no Exception
         raise UserError(f"{what}: {one_line(error)}; {advice}") from error
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Return whether an exception stands for a lack of memory."""
+    fault = fault_of_system(error)
+    return fault is not None and fault.endswith(SYSTEM_ADVICE[errno.ENOMEM])
+
+
+def fault_of_system(error: BaseException | None) -> str | None:
+    """Return what the system lacks, and what helps, if that caused an exception, else None: a full
+    disk, a missing permission, a limit, no memory.
+
+    Libraries wrap such errors, and those of Rust, Arrow and `datasets` have no errno: their words
+    are compared too.
+    """
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        seen.append(error)
+        number = error.errno if isinstance(error, OSError) else None
+        if number not in SYSTEM_ADVICE and (match := OS_ERROR.search(str(error))):
+            number = int(match[1] or match[2])
+        if number not in SYSTEM_ADVICE:
+            number = next((number for words, number in WORDS.items() if words in str(error)), None)
+        if isinstance(error, MemoryError) or str(error) == ONEDNN_LACKS_MEMORY:
+            number = errno.ENOMEM
+        if number in SYSTEM_ADVICE:
+            named = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+            return f"{named}{os.strerror(number)}; {SYSTEM_ADVICE[number]}"
+        error = error.__cause__ or error.__context__
+    return None

@@ -27,8 +27,7 @@ import torch.distributed
 from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
-from common.cli import lacks_memory
-from common.errors import UserError, reading
+from common.errors import UserError, lacks_memory, reading
 from common.files import sha256
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -20,8 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.cli import fault_of_system
-from common.errors import UserError
+from common.errors import UserError, fault_of_system
 from common.generation import decoding
 from common.generation.completion import Completion, Run, logprobs
 from common.generation.decoding import Batch, Step

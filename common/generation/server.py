@@ -32,8 +32,7 @@ import jinja2.sandbox  # noqa: F401
 from aiohttp import web
 
 from common import local_server
-from common.cli import fault_of_system
-from common.errors import UserError, shorten
+from common.errors import UserError, fault_of_system, shorten
 from common.generation import language_model
 from common.generation.completion import REPLACEMENT, Completion, Prompt, Run, TextStream
 from common.generation.constraints import Constraints

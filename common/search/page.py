@@ -29,7 +29,7 @@ import numpy as np
 from aiohttp import web
 
 from common import cli, local_server, sources
-from common.errors import Interrupted, UserError, shorten
+from common.errors import Interrupted, UserError, fault_of_system, shorten
 from common.reading import evenly_spaced
 from common.search import mining
 from common.search.display import hit_documents
@@ -345,7 +345,7 @@ class Server:
                 named = f"{error.reason}: {request.method} {shorten(request.path, 60)}"
                 response = problem(error.status, named)
             except Exception as error:  # a bug or a lack ends this request, not the server
-                reason = cli.fault_of_system(error)
+                reason = fault_of_system(error)
                 if reason is None:
                     traceback.print_exc()
                 response = problem(500, reason or "a fault of the server; see what it wrote")
