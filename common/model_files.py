@@ -10,21 +10,14 @@ import json
 import math
 import os
 import re
-import resource
-import shutil
 import stat
-import subprocess
-import sys
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from common.errors import UserError, one_line, shorten
-from common.files import cache_home, make_once, seal, sha256, sync_file, write_manifest
+from common.errors import UserError, shorten
 
-PROJECT = Path(__file__).resolve().parent.parent
 TEMPLATES = "additional_chat_templates"  # a folder of files in Jinja, beside chat_template.jinja
 CONFIG, MODULES = "config.json", "modules.json"
 SENTENCE_CONFIG = "config_sentence_transformers.json"
@@ -39,11 +32,8 @@ PICKLE, PICKLED_LIST = "pytorch_model.bin", "pytorch_model.bin.index.json"
 PICKLED_FILES = (PICKLE, "pytorch_model-*.bin")
 PICKLED = ("*.bin", "*.pt", "*.pkl")
 # a LoRA adapter, as peft writes it
-ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_PICKLE = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "adapter_model.bin",
-)
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS, ADAPTER_PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 NOT_WEIGHTS = ("training_args.bin",)
 WITHOUT_WEIGHTS = ("Pooling", "Normalize", "Dropout")  # modules of sentence-transformers
 # the JSON files that are read here, and what each holds; tokenizer.json is left to `tokenizers`
@@ -112,7 +102,7 @@ def check(folder: Path, source: str) -> None:
     opened without a risk.
 
     Refused are: files that are missing, no files, unreadable or outside the folder; pickled
-    weights, but for those that `without_pickles` converts; adapters, which need a model from
+    weights, but for those that `common/pickled_weights.py` converts; adapters, which need a model from
     elsewhere; JSON that is broken or of another type; a config.json that asks for more parts than
     the weights have.
     """
@@ -122,14 +112,11 @@ def check(folder: Path, source: str) -> None:
             raise _refuse(source, f"the folder has no {CONFIG}", "name the folder of a saved model")
         if (templates := folder / TEMPLATES).is_dir():
             _check_files(templates, folder, source)
-        for part in (folder, *_module_folders(folder, source)):
+        for part in (folder, *module_folders(folder, source)):
             _check_files(part, folder, source)
             _check_part(part, source)
     except OSError as error:
-        raise UserError(
-            f"{source}: {error.filename or folder} can't be read: {error.strerror}; repair it or"
-            " name another model"
-        ) from error
+        raise _refuse(source, f"{error.filename or folder} can't be read: {error.strerror}") from error
 
 
 def check_adapter(folder: Path, source: str) -> None:
@@ -196,7 +183,7 @@ def _home(root: Path) -> Path:
     return resolved.parent.parent if resolved.parent.name == "snapshots" else resolved
 
 
-def _module_folders(folder: Path, source: str) -> list[Path]:
+def module_folders(folder: Path, source: str) -> list[Path]:
     """Return the folders that a sentence-transformers model names for its modules."""
     listed = folder / MODULES
     if not listed.exists():
@@ -305,14 +292,15 @@ def check_kind(folder: Path, wanted: str, source: str) -> None:
     if not (folder / MODULES).exists():
         config = read_json(folder / CONFIG, source)
         kinds = config.get("architectures") or []
-        if wanted == "SentenceTransformer" and _gives_one_score(config):
+        count = config.get("num_labels") if config.get("id2label") is None else len(config["id2label"])
+        gives_one_score = bool(kinds) and kinds[0].endswith(RANKING) and count == 1
+        if wanted == "SentenceTransformer" and gives_one_score:
             problem = f"it is a cross-encoder (a {kinds[0]} with one label) and makes no embeddings"
             raise _refuse(source, problem, "name a sentence encoder, and this one with --rerank")
         if wanted == "CrossEncoder" and kinds and not any(kind.endswith(RANKING) for kind in kinds):
             problem = f"it was never trained to rank (it was saved as {', '.join(kinds)})"
-            raise _refuse(
-                source, problem, "name a cross-encoder, such as cross-encoder/ms-marco-MiniLM-L6-v2"
-            )
+            advice = "name a cross-encoder, such as cross-encoder/ms-marco-MiniLM-L6-v2"
+            raise _refuse(source, problem, advice)
         return
     path = folder / SENTENCE_CONFIG
     saved = read_json(path, source).get("model_type") if path.exists() else None
@@ -333,14 +321,6 @@ def _kind_by_modules(folder: Path, source: str) -> str:
         if any(f".{package}." in name for name in types):
             return kind
     return "SentenceTransformer"
-
-
-def _gives_one_score(config: dict) -> bool:
-    """Return whether a configuration is that of a classifier with one label."""
-    kinds, labels = config.get("architectures"), config.get("id2label")
-    is_classifier = isinstance(kinds, list) and bool(kinds) and str(kinds[0]).endswith(RANKING)
-    count = len(labels) if isinstance(labels, dict) else config.get("num_labels")
-    return is_classifier and count == 1
 
 
 def read_json(path: Path, source: str) -> Any:
@@ -372,10 +352,14 @@ def check_config(config: dict, folder: Path, source: str) -> None:
     A library builds ten million layers one by one before it looks at the weights, and writes a
     table of as many class names as a config says.
     """
+    path, kinds = folder / CONFIG, config.get("architectures")
+    if kinds is not None and not (isinstance(kinds, list) and all(isinstance(k, str) for k in kinds)):
+        raise _refuse(source, f"{path}: architectures is no list of names")
+    for setting in ("id2label", "label2id"):
+        if not isinstance(config.get(setting), dict | NoneType):
+            raise _refuse(source, f"{path}: {setting} is no table of classes")
     shapes = weight_shapes(folder, source)
     longest = max((size for shape in shapes.values() for size in shape), default=0)
-    path = folder / CONFIG
-    _check_types(config, path, source)
     for name, value in _settings(config):
         most = None
         if name in LABELS:
@@ -395,17 +379,6 @@ def check_config(config: dict, folder: Path, source: str) -> None:
         is_number = PARTS.search(name) or name.endswith(("heads", "head"))
         if is_number and isinstance(value, int | float) and value < 0:
             raise _refuse(source, f"{path} asks for {name} {value}")
-
-
-def _check_types(config: dict, path: Path, source: str) -> None:
-    """Raise UserError when a setting that is read here is of another type than it must be."""
-    kinds = config.get("architectures")
-    are_names = isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)
-    if kinds is not None and not are_names:
-        raise _refuse(source, f"{path}: architectures is no list of names")
-    for setting in ("id2label", "label2id"):
-        if not isinstance(config.get(setting), dict | NoneType):
-            raise _refuse(source, f"{path}: {setting} is no table of classes")
 
 
 def _settings(value: Any) -> Iterator[tuple[str, Any]]:
@@ -432,9 +405,8 @@ def weight_shapes(folder: Path, source: str) -> Shapes:
             shapes |= _read_header(path)
         # an OverflowError is a size of Infinity, which Python's JSON knows
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            fault = "its header is broken, or the file was cut off"
-            problem = f"{path} can't be read as safetensors: {fault}"
-            raise _refuse(source, problem) from error
+            problem = "can't be read as safetensors: its header is broken, or the file was cut off"
+            raise _refuse(source, f"{path} {problem}") from error
     return shapes
 
 
@@ -494,82 +466,6 @@ def _read_header(path: Path) -> Shapes:
     return shapes
 
 
-# Pickled weights ----------------------------------------------------------------------------------
-
-# A pickle may make its reader run any code. torch.load(weights_only=True) makes tensors and plain
-# values, and refuses one that asks for more. It does so once, in a process of its own with limited
-# memory, and what it has read is kept as safetensors.
-CONVERT = "import sys; from common import model_files; sys.exit(model_files.convert(*sys.argv[1:]))"
-# the address space of that process: what PyTorch takes, so many times the file, and so much more
-TIMES_THE_FILE, MORE_BYTES = 4, 1 << 30
-
-
-def without_pickles(folder: Path, source: str, *, cache_dir: str | None) -> Path:
-    """Return a model's folder; for one whose weights, or those of a module, are only pickled, a
-    copy of it in the cache with safetensors in their place.
-
-    The copy is found by the SHA-256 of all files that it is made from. Raises UserError, beginning
-    with `source`, when torch's check refuses a pickle, and when the disk is too full.
-    """
-    parts = [folder, *_module_folders(folder, source)]
-    pickled = [path for part in parts for path in pickled_files(part, source)]
-    if not pickled:
-        return folder
-    others = [path for part in parts for path in sorted(part.iterdir()) if _is_copied(path)]
-    digests = {str(path.relative_to(folder)): sha256(path) for path in (*pickled, *others)}
-    copy = cache_home(cache_dir) / "converted" / seal(digests)
-
-    def make(scratch: Path) -> Path:
-        for path in others:
-            (scratch / path.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, scratch / path.relative_to(folder))
-        for path in pickled:
-            _convert_in_child(path, _converted_name(scratch / path.relative_to(folder)), source)
-        for part in parts:
-            _convert_list(part, scratch / part.relative_to(folder), source)
-        write_manifest(scratch)
-        return scratch
-
-    size = sum(path.stat().st_size for path in pickled)
-    make_once(
-        copy,
-        lambda scratch: make(_made(scratch / "model")),
-        source=source,
-        needed_bytes=2 * size,
-        note=_note(pickled[0], copy, source),
-    )
-    check(copy, source)
-    return copy
-
-
-def _note(pickled: Path, copy: Path, source: str) -> str:
-    return (
-        f"{source}: its weights are pickled ({pickled.name}); they are read once, by a reader that"
-        f" runs no code, and kept as safetensors in {copy}"
-    )
-
-
-def adapter_weights(folder: Path, source: str, *, cache_dir: str | None) -> Path:
-    """Return the file with the weights of a LoRA adapter; of one whose weights are pickled, a copy
-    in the cache as safetensors, found by the pickle's SHA-256.
-
-    Raises UserError, beginning with `source`, when torch's check refuses a pickle.
-    """
-    if (folder / ADAPTER_WEIGHTS).exists():
-        return folder / ADAPTER_WEIGHTS
-    pickled = folder / ADAPTER_PICKLE
-    copy = cache_home(cache_dir) / "converted" / seal({ADAPTER_PICKLE: sha256(pickled)})
-
-    def make(scratch: Path) -> Path:
-        made = _made(scratch / "adapter")
-        _convert_in_child(pickled, made / ADAPTER_WEIGHTS, source)
-        write_manifest(made)
-        return made
-
-    needed, note = 2 * pickled.stat().st_size, _note(pickled, copy, source)
-    return make_once(copy, make, source=source, needed_bytes=needed, note=note) / ADAPTER_WEIGHTS
-
-
 def parts_without_weights(folder: Path, source: str) -> list[str]:
     """Return the beginnings ("" or "2_Dense/") of the names of a model's parts that should have
     weights and have no safetensors.
@@ -583,104 +479,3 @@ def parts_without_weights(folder: Path, source: str) -> list[str]:
         for path, kind in parts
         if not kind.endswith(WITHOUT_WEIGHTS) and not any((folder / path).glob("*.safetensors"))
     ]
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir()
-    return folder
-
-
-def _is_copied(path: Path) -> bool:
-    """Return whether a library may read a file of a model beside its pickled weights."""
-    patterns = (*JSON_TYPES, *OTHER_FILES, "*.json", "*.txt")
-    is_pickled = fnmatch.fnmatch(path.name, "*.bin") or path.name == PICKLED_LIST
-    is_wanted = any(fnmatch.fnmatch(path.name, pattern) for pattern in patterns)
-    return is_wanted and not is_pickled and path.is_file()
-
-
-def _converted_name(path: Path) -> Path:
-    """Return the name of a file of weights as safetensors, as transformers looks for it."""
-    return path.with_name(path.stem.replace("pytorch_model", "model") + ".safetensors")
-
-
-def _convert_list(folder: Path, copy: Path, source: str) -> None:
-    """Write the list of a model's shards for the converted ones, if it has one."""
-    if (
-        (folder / PICKLE).exists()
-        or not (folder / PICKLED_LIST).exists()
-        or not pickled_files(folder, source)
-    ):
-        return
-    listed = read_json(folder / PICKLED_LIST, source)
-    files = {key: Path(name) for key, name in listed["weight_map"].items()}
-    weight_map = {key: _converted_name(file).name for key, file in files.items()}
-    metadata = listed.get("metadata") if isinstance(listed.get("metadata"), dict) else {}
-    content = {"metadata": metadata, "weight_map": weight_map}
-    (copy / SHARD_LIST).write_text(json.dumps(content), encoding="utf-8")
-
-
-def _convert_in_child(pickled: Path, target: Path, source: str) -> None:
-    """Write a file of safetensors for one that is pickled, in a process of its own. Raises
-    UserError with that process's reason.
-    """
-    command = [sys.executable, "-c", CONVERT, str(pickled.absolute()), str(target.absolute())]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        command, cwd=PROJECT, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
-    )
-    if done.returncode:
-        lines = done.stderr.splitlines() or [f"its reader ended with code {done.returncode}"]
-        advice = "use a version with safetensors, or another model"
-        raise UserError(f"{source}: {pickled.name} is refused: {shorten(lines[-1], 300)}; {advice}")
-    sync_file(target)
-
-
-def convert(pickled: str, target: str) -> str | None:
-    """Write the tensors of a pickled file as safetensors: what the process of `_convert_in_child`
-    does. Return why it can't, None if it could.
-    """
-    import torch
-    from safetensors.torch import save_file
-
-    most = TIMES_THE_FILE * os.path.getsize(pickled) + MORE_BYTES
-    _limit_memory(most)
-    try:
-        # mapped, a large file takes no memory of its own; the format before 2020 can't be
-        is_mapped = zipfile.is_zipfile(pickled)
-        tensors = torch.load(pickled, map_location="cpu", weights_only=True, mmap=is_mapped)
-        if not isinstance(tensors, dict) or not all(map(_is_tensor, tensors.items())):
-            return "it holds other things than tensors under their names"
-        # what several names share is written for each of them
-        plain = {
-            name: tensor.detach().clone(memory_format=torch.contiguous_format)
-            for name, tensor in tensors.items()
-        }
-        save_file(plain, target, {"format": "pt"})
-    except Exception as error:  # what a file from elsewhere can raise has no end
-        if asked := re.search(r"GLOBAL (\S+)", str(error)):
-            return f"torch's check stops at {shorten(asked[1], 80)}, which may run code"
-        if stopped := re.search(r"WeightsUnpickler error:\s+(.+)", str(error)):
-            return f"torch's check stops: {shorten(stopped[1], 200)}"
-        if isinstance(error, MemoryError) or "alloc" in str(error):
-            size = os.path.getsize(pickled)
-            return f"it takes more than {most >> 20:,} MiB to read its {size:,} bytes"
-        return f"not readable as a file of tensors: {one_line(error)}"
-    return None
-
-
-def _is_tensor(item: tuple[Any, Any]) -> bool:
-    import torch
-
-    name, tensor = item
-    is_dense = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
-    return isinstance(name, str) and is_dense
-
-
-def _limit_memory(more: int) -> None:
-    """Let this process have so many bytes more than it has now."""
-    if sys.platform != "linux":  # elsewhere the size is not known
-        return
-    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = size + more if hard == resource.RLIM_INFINITY else min(size + more, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))

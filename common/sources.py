@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from common import bundled, model_files
+from common import bundled, model_files, pickled_weights
 from common.errors import UserError, first_repeated, one_line, shorten
 
 GGUF_SUFFIX = ".gguf"
@@ -104,7 +104,7 @@ def find_folder(
             name = f"{organization}/{name}"
         folder = _download(name, kind=kind, flag=flag, cache_dir=cache_dir, revision=revision)
         model_files.check(folder, f"{flag} {name}")
-    return model_files.without_pickles(folder, f"{flag} {name}", cache_dir=cache_dir)
+    return pickled_weights.converted_model(folder, f"{flag} {name}", cache_dir=cache_dir)
 
 
 def check_model(name: str, *, kind: bundled.Kind, flag: str = "--model") -> None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from common import model_files, models, sources
+from common import model_files, models, pickled_weights, sources
 from common.errors import UserError, shorten
 from common.files import read_settings
 from common.generation import library
@@ -64,7 +64,7 @@ def find(name: str, *, cache_dir: str | None) -> Adapter:
     settings that are not known here.
     """
     folder = sources.find_adapter(name, cache_dir=cache_dir)
-    weights = model_files.adapter_weights(folder, f"--adapter {name}", cache_dir=cache_dir)
+    weights = pickled_weights.converted_adapter(folder, f"--adapter {name}", cache_dir=cache_dir)
     settings = read_settings(folder / model_files.ADAPTER_CONFIG)
     usual = peft.LoraConfig()
     for key, value in settings.items():

@@ -20,7 +20,7 @@ from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.util import misc
 from transformers import AutoModel, BertConfig, BertModel, RobertaConfig, RobertaModel
 
-from common import model_files, models, sources
+from common import model_files, models, pickled_weights, sources
 from common.errors import Interrupted, UserError
 from conftest import heavy, make_sentences
 from language_models import train_byte_bpe
@@ -211,11 +211,11 @@ def test_a_pickle_that_would_run_code_is_refused_before_it_does(folder, tmp_path
 
 def test_what_is_no_file_of_tensors_is_refused_with_the_reason(tmp_path, monkeypatch):
     """In this process: the limit of memory, which stays, is left out."""
-    monkeypatch.setattr(model_files, "_limit_memory", lambda more: None)
+    monkeypatch.setattr(pickled_weights, "_limit_memory", lambda more: None)
     path, target = tmp_path / "pytorch_model.bin", str(tmp_path / "model.safetensors")
     shared = torch.arange(6.0)
     torch.save({"a": shared, "b": shared, "c": shared.view(2, 3).T}, path)
-    assert model_files.convert(str(path), target) is None
+    assert pickled_weights.convert(str(path), target) is None
     assert torch.equal(load_file(target)["c"], shared.view(2, 3).T)
     for content, reason in [
         ([torch.ones(1)], "other things than tensors"),
@@ -224,11 +224,11 @@ def test_what_is_no_file_of_tensors_is_refused_with_the_reason(tmp_path, monkeyp
         ({"a": argparse.Namespace()}, "argparse.Namespace"),
     ]:
         torch.save(content, path)
-        assert reason in (model_files.convert(str(path), target) or ""), content
+        assert reason in (pickled_weights.convert(str(path), target) or ""), content
     path.write_bytes(b"")
-    assert "not readable as a file of tensors" in (model_files.convert(str(path), target) or "")
+    assert "not readable as a file of tensors" in (pickled_weights.convert(str(path), target) or "")
     path.write_bytes(pickle.dumps(Command("touch it-ran"), protocol=4))
-    assert "torch's check stops" in (model_files.convert(str(path), target) or "")
+    assert "torch's check stops" in (pickled_weights.convert(str(path), target) or "")
 
 
 @pytest.mark.slow
