@@ -4,6 +4,7 @@ import contextlib
 import copy
 import math
 import re
+import traceback
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +30,6 @@ POSITION_OPTIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 # A model may have this many numbers for each one in its files: packed weights hold 8 in one.
 # And so many more: a new head, tables that are computed.
 NUMBERS_PER_SAVED, MORE_NUMBERS = 8, 50_000_000
-NUM_NAMED = 3  # tensors that a message names
 
 # What matters of the library's warnings is checked and said here.
 transformers.utils.logging.set_verbosity_error()
@@ -49,7 +49,7 @@ def load(auto_class: Any, folder: Path, *, name: str, flag: str = "--model", **o
 
 
 def load_model(
-    auto_class: Any, folder: Path, *, name: str, config: PreTrainedConfig | None = None, **options: Any
+    auto_class: Any, folder: Path, *, name: str, config: PreTrainedConfig, dtype: torch.dtype
 ) -> tuple[Any, list[str]]:
     """Return a model in evaluation mode, and the names of the tensors that its files lack and that
     are therefore new: those of its head.
@@ -58,31 +58,23 @@ def load_model(
     number without a word; when a weight is not finite; when the configuration does not fit the
     weights.
     """
-    if config is None:
-        config = load(AutoConfig, folder, name=name)
-    check_size(auto_class, config, folder, name=name)
+    _check_size(auto_class, config, folder, name=name)
     model, report = load(
         auto_class,
         folder,
         name=name,
         config=config,
+        dtype=dtype,
         use_safetensors=True,
         ignore_mismatched_sizes=True,  # reported, and refused below unless it is the head
         output_loading_info=True,
-        **options,
     )
-    own_memory(model)
-    return model, check_weights(model, report, name=name)
-
-
-def own_memory(model: torch.nn.Module) -> None:
-    """Give each weight that is a part of a larger tensor memory of its own: the library cuts
-    what some models' files hold as one (the queries, keys and values of NomicBERT), and
-    safetensors can't write such parts.
-    """
+    # the library cuts what some models' files hold as one tensor (the queries, keys and values of
+    # NomicBERT), and safetensors can't write such parts: each gets memory of its own
     for parameter in model.parameters():
         if parameter.untyped_storage().nbytes() > parameter.nbytes:
             parameter.data = parameter.detach().clone(memory_format=torch.contiguous_format)
+    return model, _check_weights(model, report, source=f"--model {name}")
 
 
 def load_sentence_model(model_class: Any, folder: Path, *, name: str, flag: str = "--model") -> Any:
@@ -95,7 +87,7 @@ def load_sentence_model(model_class: Any, folder: Path, *, name: str, flag: str 
     model_files.check_kind(folder, model_class.__name__, f"{flag} {name}")
     if (folder / model_files.CONFIG).exists():
         config = load(AutoConfig, folder, name=name, flag=flag)
-        check_size(AutoModel, config, folder, name=name, flag=flag)
+        _check_size(AutoModel, config, folder, name=name, flag=flag)
     with load_errors(name, flag=flag, reader=model_class.__name__), _loading_reports() as reports:
         model = model_class(
             str(folder),
@@ -105,28 +97,21 @@ def load_sentence_model(model_class: Any, folder: Path, *, name: str, flag: str 
             model_kwargs={"use_safetensors": True, "dtype": torch.float32},
         )
     for part, report in reports:
-        new = check_weights(part, report, name=name, flag=flag)
-        lacking = [key for key in new if part.base_model is not part]
-        if lacking:
-            problem = f"it was never trained for this (no weights for {_names(lacking)})"
+        new = _check_weights(part, report, source=f"{flag} {name}")
+        if new and part.base_model is not part:
+            problem = f"it was never trained for this (no weights for {_names(new)})"
             raise UserError(f"{flag} {name}: {problem}; name another model")
-    _try_out_sentences(model, name=name, flag=flag)
-    return model
-
-
-def _try_out_sentences(model: Any, *, name: str, flag: str) -> None:
-    """Let a model of sentence-transformers read a word, because its modules look at their settings
-    only then. Raises UserError when they don't fit each other.
-    """
-    with load_errors(name, flag=flag, reader=type(model).__name__):
+    # its modules look at their settings only when they read something
+    with load_errors(name, flag=flag, reader=model_class.__name__):
         if hasattr(model, "predict"):  # a cross-encoder
             model.predict([("word", "word")], show_progress_bar=False)
-            return
+            return model
         width = model.encode("word", show_progress_bar=False).size
         said = model.get_embedding_dimension()
     if width != said:
         problem = f"its modules make vectors of {width} numbers, and their settings say {said}"
         raise UserError(f"{flag} {name}: {problem}; repair it or name another model")
+    return model
 
 
 @contextlib.contextmanager
@@ -150,7 +135,7 @@ def _loading_reports() -> Iterator[list[tuple[PreTrainedModel, dict]]]:
         PreTrainedModel.from_pretrained = usual
 
 
-def check_size(
+def _check_size(
     auto_class: Any, config: PreTrainedConfig, folder: Path, *, name: str, flag: str = "--model"
 ) -> None:
     """Raise UserError when a configuration describes a model far larger than the weights beside it,
@@ -173,7 +158,7 @@ def check_size(
         )
 
 
-def check_weights(model: PreTrainedModel, report: dict, *, name: str, flag: str = "--model") -> list[str]:
+def _check_weights(model: PreTrainedModel, report: dict, *, source: str) -> list[str]:
     """Return the tensors that are new in a loaded model, all of its head, given transformers'
     report of the loading.
 
@@ -183,27 +168,25 @@ def check_weights(model: PreTrainedModel, report: dict, *, name: str, flag: str 
     mismatched = report["mismatched_keys"]
     other_shapes = {key: (tuple(saved), tuple(wanted)) for key, saved, wanted in mismatched}
     new = {*report["missing_keys"], *other_shapes}
-    loaded = {_module(key) for key in model.state_dict() if key not in new}
+    loaded = {key.rpartition(".")[0] for key in model.state_dict() if key not in new}  # modules
     # a part of the head that is only half there is damaged, not new
-    lacking = sorted(key for key in new if not is_head(key, model) or _module(key) in loaded)
+    lacking = sorted(key for key in new if not is_head(key, model) or key.rpartition(".")[0] in loaded)
     if lacking:
         problem = f"its weights lack {_names(lacking)}"
         if lacking[0] in other_shapes:
             saved, wanted = other_shapes[lacking[0]]
             problem = f"{lacking[0]} has the shape {saved}, and {wanted} in config.json"
-        raise UserError(f"{flag} {name}: {problem}; copy the whole model, or name another")
+        raise UserError(f"{source}: {problem}; copy the whole model, or name another")
     if surplus := _surplus(model, report["unexpected_keys"]):
-        raise UserError(
-            f"{flag} {name}: its config.json describes fewer layers than the weights have:"
-            f" {_names(surplus)}; repair it or name another model"
-        )
+        problem = f"its config.json describes fewer layers than the weights have: {_names(surplus)}"
+        raise UserError(f"{source}: {problem}; repair it or name another model")
     for key, parameter in model.named_parameters():
         # the types of one byte are those of quantised weights
         if parameter.is_floating_point() and parameter.element_size() > 1 and parameter.numel():
             extremes = torch.stack(torch.aminmax(parameter.detach()))  # one pass, which keeps NaN
             if not extremes.isfinite().all():
                 kind = str(parameter.dtype).removeprefix("torch.")
-                raise UserError(f"{flag} {name}: {key} is not finite in {kind}; name another model")
+                raise UserError(f"{source}: {key} is not finite in {kind}; name another model")
     return sorted(new)
 
 
@@ -230,13 +213,9 @@ def _surplus(model: PreTrainedModel, unexpected: set[str]) -> list[str]:
     return sorted(key for key in unexpected if without_numbers(key) in known)
 
 
-def _module(key: str) -> str:
-    return key.rpartition(".")[0]
-
-
 def _names(keys: list[str]) -> str:
-    more = f" and {len(keys) - NUM_NAMED} more" if len(keys) > NUM_NAMED else ""
-    return ", ".join(keys[:NUM_NAMED]) + more
+    """Return the names of three tensors, and how many more there are."""
+    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
 
 
 def load_tokenizer(folder: Path, *, name: str, flag: str = "--model") -> PreTrainedTokenizerBase:
@@ -301,22 +280,18 @@ def load_errors(name: str, *, flag: str = "--model", reader: str = "a model") ->
     try:
         with warnings.catch_warnings(action="ignore"):  # nothing that the user can act on
             yield
-    except (UserError, Interrupted):
-        raise
     except BaseException as error:
         # the libraries in Rust end with a PanicException, which is no Exception
-        is_foreign = isinstance(error, Exception) or type(error).__name__ == "PanicException"
-        if not is_foreign or _is_ours(error):
+        ends_it = not isinstance(error, Exception) and type(error).__name__ != "PanicException"
+        if ends_it or isinstance(error, UserError | Interrupted) or _is_ours(error):
             raise
         raise UserError(f"{flag} {name}: {_reason(error, reader)}") from error
 
 
 def _is_ours(error: BaseException) -> bool:
     """Return whether the line that raised an exception is one of this project."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    path = Path(trace.tb_frame.f_code.co_filename) if trace is not None else Path()
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    path = Path(frame.f_code.co_filename)
     return path.is_relative_to(PROJECT) and "site-packages" not in path.parts
 
 
@@ -328,12 +303,10 @@ def _reason(error: BaseException, reader: str) -> str:
         )
     if "trust_remote_code" in str(error):
         return "it needs remote code, which is never run here; use a model that transformers supports"
-    if kind := re.search(
-        r"Unrecognized configuration class <class '(?:\w+\.)*(\w+?)(?:Config)?'>", str(error)
-    ):
+    unknown = r"Unrecognized configuration class <class '(?:\w+\.)*(\w+?)(?:Config)?'>"
+    if kind := re.search(unknown, str(error)):
         return f"this kind of model ({kind[1]}) can't do what the script does; name another model"
     # "'version'" says nothing without the KeyError
     is_plain = isinstance(error, OSError | ValueError | ImportError)
-    kind = "" if is_plain else f"{type(error).__name__}: "
-    reason = f"{kind}{one_line(error).rstrip('.')}"
+    reason = ("" if is_plain else f"{type(error).__name__}: ") + one_line(error).rstrip(".")
     return f"can't be read as {reader}: {reason}; repair its files or name another model"

@@ -879,7 +879,8 @@ def test_what_may_be_absent_is_not_missed(kind, auto_class, tmp_path):
     torch.manual_seed(0)
     made = auto_class.from_config(AutoConfig.for_model(kind, **SMALL, **ARCHITECTURES[kind]))
     made.save_pretrained(tmp_path)
-    model, new = models.load_model(AutoModelForSequenceClassification, tmp_path, name="x")
+    options = {"config": AutoConfig.from_pretrained(tmp_path), "dtype": torch.float32}
+    model, new = models.load_model(AutoModelForSequenceClassification, tmp_path, name="x", **options)
     assert all(models.is_head(key, model) for key in new)
     assert bool(new) == (auto_class is not AutoModelForSequenceClassification)
     own = next(
@@ -887,7 +888,7 @@ def test_what_may_be_absent_is_not_missed(kind, auto_class, tmp_path):
     )
     without(own)(tmp_path)
     with pytest.raises(UserError, match="lack"):
-        models.load_model(AutoModelForSequenceClassification, tmp_path, name="x")
+        models.load_model(AutoModelForSequenceClassification, tmp_path, name="x", **options)
 
 
 def test_a_folder_without_permission(tiny_model, sound):

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.util import misc
-from transformers import AutoModel, BertConfig, BertModel, RobertaConfig, RobertaModel
+from transformers import AutoConfig, AutoModel, BertConfig, BertModel, RobertaConfig, RobertaModel
 
 from common import model_files, models, pickled_weights, sources
 from common.errors import Interrupted, UserError
@@ -187,7 +187,8 @@ def test_pickled_weights_are_converted_once_and_said(make, folder, tmp_path, cap
     assert found.is_relative_to(tmp_path / "cache") and not list(found.rglob("*.bin"))
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and f"--model {folder}: " in said and str(found) in said, said
-    model, new = models.load_model(AutoModel, found, name="x")
+    config = AutoConfig.from_pretrained(found)
+    model, new = models.load_model(AutoModel, found, name="x", config=config, dtype=torch.float32)
     assert not new and all(torch.equal(weights[key], value) for key, value in model.state_dict().items())
     assert find(folder, cache_dir=str(tmp_path / "cache")) == found and capsys.readouterr().err == ""
     assert {path.name for path in folder.iterdir()} == before  # nothing is written there
