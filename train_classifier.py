@@ -28,8 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
-from common import cli, sources
-from common.errors import Fault, Interrupted, UserError
+from common import cli
+from common.errors import Fault, Interrupted, UserError, note
 from common.sources import FileOptions
 from common.training import predictions, study, training_flags
 from common.training.run import JOIN, PAIR, RunLocation, check_task, check_text_columns, finished_runs
@@ -742,11 +742,11 @@ def predict(args: argparse.Namespace, runtime: Runtime) -> None:
             unusable = f"{data.number_of_rows(len(faults))} can't be used"
             if args.output is None:
                 first = faults[0]
-                sources.note(f"{unusable}, the first is {first.source}, row {first.row}: {first.problem}")
+                note(f"{unusable}, the first is {first.source}, row {first.row}: {first.problem}")
             else:
                 path = predictions.bad_rows_file(Path(args.output))
                 predictions.write_bad_rows(path, faults)
-                sources.note(f"{unusable}: left out, see {path}")
+                note(f"{unusable}: left out, see {path}")
         if args.output is not None:
             write_predictions(saved, texts, bad, args, runtime)
             return

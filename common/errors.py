@@ -1,11 +1,12 @@
-"""The exceptions that end a script with one line, what the system lacked when one was raised, and
-how long texts are shortened to one line.
+"""Messages to the user: the exceptions that end a script with one line, what the system lacked when
+one was raised, notes on stderr, and how long texts are shortened to one line.
 """
 
 import contextlib
 import errno
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
@@ -139,6 +140,15 @@ def first_repeated(names: Iterable[str]) -> str | None:
 def one_line(error: BaseException) -> str:
     """Return the message of a library's exception as one line, without the end of a long one."""
     return shorten(str(error), LONG_MESSAGE) or type(error).__name__
+
+
+def note(message: str) -> None:
+    """Say on stderr, once in a job of several processes, what was found out about a source.
+
+    On stderr, because stdout may be another program's input.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -12,12 +12,10 @@ import codecs
 import contextlib
 import functools
 import gzip
-import json
 import lzma
 import os
 import re
 import select
-import shutil
 import sys
 import tempfile
 import zlib
@@ -27,9 +25,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, cast
 
 import numpy as np
 
-from common import bundled, sources
-from common.errors import Fault, UserError, first_repeated, listed, one_line, shorten
-from common.sources import DATA_SUFFIXES, FileOptions, note
+from common import bundled, hub, sources
+from common.errors import Fault, UserError, first_repeated, listed, note, one_line, shorten
+from common.sources import DATA_SUFFIXES, FileOptions
 
 if TYPE_CHECKING:
     import datasets
@@ -113,7 +111,7 @@ def read(
         return datasets.DatasetDict({"train": read_one(path)})
     if kind == "folder":
         return _read_folder(path, read_one, encoding=options.encoding, faults=faults)
-    splits = _read_hub(name, config, revision, cache_dir)
+    splits = hub.read_dataset(name, config, revision, cache_dir)
     return _as_splits({str(split): _with_fields(rows, as_text) for split, rows in splits.items()})
 
 
@@ -808,139 +806,3 @@ def _encoding_by_zeros(head: bytes) -> str | None:
         return None
     line_end = "\n".encode(encoding)
     return encoding if line_end in head or max(even, odd) > 0.6 else None
-
-
-# The Hub ------------------------------------------------------------------------------------------
-
-
-def _read_hub(
-    name: str, config: str | None, revision: str | None, cache_dir: str | None
-) -> datasets.DatasetDict:
-    import datasets
-
-    if name in datasets.packaged_modules._PACKAGED_DATASETS_MODULES:
-        # the library would read every file of this kind in the working directory
-        problem = "this is the name of a format, not of a data set"
-        advice = f"name a file or folder, or use {', '.join(bundled.DATASETS)}"
-        raise UserError(f"--dataset {name}: {problem}; {advice}")
-    # if not, cached data is still used, and anything else fails at once
-    reachable = sources.is_reachable()
-    with _hub_mistakes(name, revision), sources.downloads_in(cache_dir):
-        commit = _commit_of(name, revision, cache_dir, is_reachable=reachable)
-        splits = _load_undamaged(name, config, commit, cache_dir)
-    if not reachable:
-        if commit is not None and not _is_of_commit(splits, commit):
-            asked = "" if revision is None else f"--dataset-revision {revision} of "
-            raise UserError(
-                f"{asked}--dataset {name}: this is commit {commit}, which is not in the cache, and"
-                " the Hub can't be reached; name another revision"
-            )
-        sources.say_cached(f"--dataset {name}")
-    return splits
-
-
-@contextlib.contextmanager
-def _hub_mistakes(name: str, revision: str | None) -> Iterator[None]:
-    """Raise UserError for what the libraries raise in this block about a data set of the Hub."""
-    import httpx2
-    from datasets import data_files, exceptions
-    from huggingface_hub import errors
-
-    local, asked = ", ".join(bundled.DATASETS), f"--dataset {name}"
-    try:
-        yield
-    except errors.RevisionNotFoundError as error:
-        problem = f"{name} has no such commit, branch or tag on the Hub; check it there"
-        raise UserError(f"--dataset-revision {revision}: {problem}") from error
-    except (exceptions.DatasetNotFoundError, errors.HfHubHTTPError, errors.HFValidationError) as error:
-        problem = "neither a local file or folder nor a data set on the Hub"
-        reason = one_line(error).rstrip(".")
-        advice = f"check the name (a private one needs `hf auth login`), or use {local}"
-        raise UserError(f"{asked}: {problem} ({reason}); {advice}") from error
-    except (
-        data_files.EmptyDatasetError,
-        exceptions.DataFilesNotFoundError,
-        exceptions.DatasetGenerationError,
-    ) as error:
-        reason = one_line(error.__cause__ or error)
-        raise UserError(f"{asked}: it has no data files on the Hub that can be read: {reason}") from error
-    except (ConnectionError, httpx2.TransportError) as error:
-        problem = f"no such file or folder, and the Hub can't be reached ({one_line(error)})"
-        advice = f"without a network, use a local file or {local}"
-        raise UserError(f"{asked}: {problem}; {advice}") from error
-    except ValueError as error:
-        if "config" not in str(error).lower():  # not about the choice of a configuration: a bug
-            raise
-        raise UserError(f"{asked}: choose with --dataset-config: {one_line(error)}") from error
-    except RuntimeError as error:
-        if "script" not in str(error).lower():
-            raise
-        problem = "it needs remote code, which is never run here; use a Parquet version of it"
-        raise UserError(f"{asked}: {problem}") from error
-
-
-def _commit_of(name: str, revision: str | None, cache_dir: str | None, *, is_reachable: bool) -> str | None:
-    """Return the commit that is meant by a branch, a tag or the beginning of its number: as the Hub
-    says, or as it was when it was last asked; None if it never was.
-
-    Without the Hub the library would take whatever commit it has used last, so that one is made the
-    last. Raises UserError for a revision of which nothing is known.
-    """
-    import datasets
-    import huggingface_hub
-
-    if is_reachable:  # a small file, beside which the library keeps what the revision means
-        card = ["README.md"]
-        huggingface_hub.snapshot_download(
-            name, repo_type="dataset", revision=revision, cache_dir=cache_dir, allow_patterns=card
-        )
-    commit = sources.hub_commit(name, kind="dataset", revision=revision, cache_dir=cache_dir)
-    if commit is None and revision is not None:
-        raise UserError(
-            f"--dataset-revision {revision}: the Hub can't be reached, and the cache does not know"
-            f" this revision of {name}; name a whole commit, or leave it out"
-        )
-    if not is_reachable:
-        for folder in Path(cache_dir or datasets.config.HF_DATASETS_CACHE).glob(f"*/*/*/{commit}"):
-            os.utime(folder)
-    return commit
-
-
-def _is_of_commit(splits: datasets.DatasetDict, commit: str) -> bool:
-    """Tell whether a data set comes from a commit's folder in the library's cache."""
-    files = [Path(file["filename"]) for rows in splits.values() for file in rows.cache_files]
-    return all(file.parent.name == commit for file in files)
-
-
-def _load_undamaged(
-    name: str, config: str | None, revision: str | None, cache_dir: str | None
-) -> datasets.DatasetDict:
-    """Return a data set of the Hub; if the copy in the library's cache is damaged, made anew from
-    what was downloaded.
-    """
-    import datasets
-    import pyarrow as pa
-
-    damages = (pa.ArrowException, KeyError, TypeError, json.JSONDecodeError)
-    reason = ""
-    for mode in (None, "reuse_cache_if_exists"):
-        try:
-            splits = datasets.load_dataset(
-                name, config, revision=revision, cache_dir=cache_dir, download_mode=mode
-            )
-            for rows in splits.values():
-                # the library maps its files unchecked, and a wrong offset would end the process
-                rows.data.table.validate(full=True)
-            return splits
-        except damages as error:
-            reason = one_line(error)
-        folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE)
-        if mode is None:
-            note(f"--dataset {name}: its copy in the cache is damaged ({reason}); it is made anew")
-            for information in list(folder.rglob("dataset_info.json")):
-                try:
-                    json.loads(information.read_bytes())
-                except ValueError:  # the library reads it before it thinks of making anything anew
-                    shutil.rmtree(information.parent)
-    problem = f"its copy in {folder} is damaged ({reason})"
-    raise UserError(f"--dataset {name}: {problem}; remove it and try again")

@@ -5,22 +5,17 @@ The checks need nothing but the file system, and importing this file is quick: t
 them before they load PyTorch. The libraries that download are imported when they are needed.
 """
 
-import contextlib
-import errno
-import functools
 import glob
 import os
-import re
 import stat
-import sys
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from common import bundled, model_files, pickled_weights
-from common.errors import UserError, first_repeated, one_line, shorten
+from common import bundled, hub, model_files, pickled_weights
+from common.errors import UserError, first_repeated, shorten
 
 GGUF_SUFFIX = ".gguf"
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
@@ -34,12 +29,8 @@ INVISIBLE = ("Cc", "Cf")  # categories of Unicode
 BLANK = r"^[\s\p{Z}\p{Cc}\p{Cf}]*$"  # as Arrow writes it; see is_blank
 EVERY_COLUMN = "*"  # among columns that stay as they are written: all of them
 FASTTEXT_LABEL = "__label__"  # each line of fastText's files begins with it
-# Files of a Hub model that are downloaded: no ONNX, no code; pickles
-# only where there is nothing else.
+# files of a Hub model that are downloaded: no code; pickles only where there is nothing else
 FILES_READ = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-FILES_IGNORED = ["onnx/*", "openvino/*"]
-CONNECT_SECONDS = 5.0
-COMMIT = re.compile(r"[0-9a-f]{40}")  # the whole number of one
 # the models on the Hub that belong to no organization: sentence-transformers takes any other name
 # without one for that of a model of its own
 WITHOUT_ORGANIZATION = """
@@ -86,11 +77,10 @@ def find_folder(
     """Return the local folder of a model: a bundled name, a folder, or a Hub id, which is
     downloaded first; a language model can also be a GGUF file.
 
-    `kind` says which bundled models are meant, and `organization` whose model on the Hub is
-    meant by a name alone, such as all-MiniLM-L6-v2; `revision` is a commit, branch or tag
-    there. Weights that are only pickled are converted, and the folder is that of the
-    conversion. Raises UserError, naming `flag`, when there is no such model, it can't be
-    reached, or its pickled weights are refused.
+    `kind` says which bundled models are meant, and `organization` whose model on the Hub is meant
+    by a name alone, such as all-MiniLM-L6-v2; `revision` is a commit, branch or tag there. Of
+    weights that are only pickled it is the folder of their conversion. Raises UserError, naming
+    `flag`, when there is no such model, it can't be reached, or its pickled weights are refused.
     """
     check_model(name, kind=kind, flag=flag)
     if bundled.is_bundled(name):
@@ -102,7 +92,22 @@ def find_folder(
         is_short = "/" not in name and name.lower() not in WITHOUT_ORGANIZATION
         if organization is not None and is_short:
             name = f"{organization}/{name}"
-        folder = _download(name, kind=kind, flag=flag, cache_dir=cache_dir, revision=revision)
+
+        def pickled_only(folder: Path) -> list[str]:
+            model_files.check(folder, f"{flag} {name}")
+            parts = model_files.parts_without_weights(folder, f"{flag} {name}")
+            return [f"{part}{file}" for part in parts for file in model_files.PICKLED_FILES]
+
+        folder = hub.download(
+            name,
+            FILES_READ,
+            pickled_only,
+            flag=flag,
+            what="a model",
+            others=f"a local folder or {bundled.names(kind)}",
+            cache_dir=cache_dir,
+            revision=revision,
+        )
         model_files.check(folder, f"{flag} {name}")
     return pickled_weights.converted_model(folder, f"{flag} {name}", cache_dir=cache_dir)
 
@@ -158,84 +163,23 @@ def find_adapter(name: str, *, cache_dir: str | None) -> Path:
     check_adapter(name)
     if Path(name).exists():
         return Path(name)
-    reachable = is_reachable()
-    with _hub_errors(name, flag="--adapter", what="an adapter", revision=None, others="a local one"):
-        files = [model_files.ADAPTER_CONFIG, model_files.ADAPTER_WEIGHTS]
-        folder = _snapshot(name, files, reachable=reachable, cache_dir=cache_dir)
-        if not (folder / model_files.ADAPTER_WEIGHTS).exists() and reachable:
-            files = [model_files.ADAPTER_PICKLE]
-            folder = _snapshot(name, files, reachable=True, cache_dir=cache_dir)
-        model_files.check_adapter(folder, f"--adapter {name}")
-    if not reachable:
-        say_cached(f"--adapter {name}")
-    return folder
 
+    def pickled_only(folder: Path) -> list[str]:
+        has_weights = (folder / model_files.ADAPTER_WEIGHTS).exists()
+        return [] if has_weights else [model_files.ADAPTER_PICKLE]
 
-def _download(
-    name: str, *, kind: bundled.Kind, flag: str, cache_dir: str | None, revision: str | None
-) -> Path:
-    """Return the folder of a Hub model's files, downloaded or from the cache."""
-    reachable, others = is_reachable(), f"a local folder or {bundled.names(kind)}"
-    options = {"cache_dir": cache_dir, "revision": revision}
-    with _hub_errors(name, flag=flag, what="a model", revision=revision, others=others):
-        folder = _snapshot(name, FILES_READ, reachable=reachable, **options)
-        model_files.check(folder, f"{flag} {name}")
-        parts = model_files.parts_without_weights(folder, f"{flag} {name}")
-        if parts and reachable:
-            pickled = [f"{part}{file}" for part in parts for file in model_files.PICKLED_FILES]
-            folder = _snapshot(name, pickled, reachable=True, **options)
-    if not reachable:
-        say_cached(f"{flag} {name}")
-    return folder
-
-
-def _snapshot(
-    name: str, patterns: list[str], *, reachable: bool, cache_dir: str | None, revision: str | None = None
-) -> Path:
-    import huggingface_hub
-
-    folder = huggingface_hub.snapshot_download(
+    files = [model_files.ADAPTER_CONFIG, model_files.ADAPTER_WEIGHTS]
+    folder = hub.download(
         name,
-        revision=revision,
+        files,
+        pickled_only,
+        flag="--adapter",
+        what="an adapter",
+        others="a local one",
         cache_dir=cache_dir,
-        allow_patterns=patterns,
-        ignore_patterns=FILES_IGNORED,
-        local_files_only=not reachable,
     )
-    return Path(folder)
-
-
-@contextlib.contextmanager
-def _hub_errors(name: str, *, flag: str, what: str, revision: str | None, others: str) -> Iterator[None]:
-    """Turn what goes wrong with the Hub within the block into a UserError."""
-    import huggingface_hub.errors
-
-    try:
-        yield
-    except huggingface_hub.errors.LocalEntryNotFoundError as error:
-        if revision is not None:
-            raise UserError(
-                f"--revision {revision}: the Hub can't be reached, and the cache does not hold this"
-                f" revision of {name}; name a whole commit that it holds, or leave it out"
-            ) from error
-        raise UserError(
-            f"{flag} {name}: no such folder, and the Hub can't be reached; use {others}"
-        ) from error
-    except huggingface_hub.errors.RevisionNotFoundError as error:
-        problem = f"{name} has no such commit, branch or tag on the Hub"
-        raise UserError(f"--revision {revision}: {problem}; check it there") from error
-    except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.HFValidationError) as error:
-        raise UserError(
-            f"{flag} {name}: neither a local folder nor {what} on the Hub that you may read; check"
-            f" the name (a private one needs `hf auth login`), or use {others}"
-        ) from error
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):  # said by common.cli
-            raise
-        raise UserError(
-            f"{flag} {name}: can't be stored in the cache: {error.filename}: {error.strerror}; name"
-            " a folder with --cache-dir"
-        ) from error
+    model_files.check_adapter(folder, f"--adapter {name}")
+    return folder
 
 
 # Texts --------------------------------------------------------------------------------------------
@@ -413,89 +357,3 @@ def check_query(text: str, location: str) -> None:
         raise UserError(
             f"{location}: not UTF-8 (character {error.start + 1}); convert it to UTF-8 first"
         ) from error
-
-
-# The Hub ------------------------------------------------------------------------------------------
-
-
-def is_reachable() -> bool:
-    """Return whether the Hub (HF_ENDPOINT) answers; if it does not, switch the libraries to
-    offline mode.
-
-    Offline, they use cached files at once. Otherwise they retry each file with growing pauses and
-    a warning each: 23 seconds before a mistyped name is an error.
-    """
-    import datasets
-    import httpx2
-    import huggingface_hub
-    import huggingface_hub.constants
-
-    # warnings about missing dataset cards and retries are nothing that the user can act on
-    huggingface_hub.utils.logging.set_verbosity_error()
-    if not sys.stderr.isatty():  # the library's bars for downloads are meant for a terminal
-        huggingface_hub.utils.disable_progress_bars()
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        session, address = huggingface_hub.get_session(), huggingface_hub.constants.ENDPOINT
-        session.head(address, timeout=CONNECT_SECONDS)
-        return True
-    except (ImportError, ValueError) as error:  # of the client, before it asks anything
-        problem = f"the proxy that HTTPS_PROXY or ALL_PROXY names can't be used: {one_line(error)}"
-        advice = "unset it, or for one of SOCKS install socksio"
-        raise UserError(f"{problem}; {advice}") from error
-    except httpx2.TransportError:
-        huggingface_hub.constants.HF_HUB_OFFLINE = True
-        datasets.config.HF_HUB_OFFLINE = True
-        return False
-
-
-def hub_commit(
-    name: str, *, kind: Literal["model", "dataset"], revision: str | None, cache_dir: str | None
-) -> str | None:
-    """Return the whole number of the commit that a revision (None: the branch main) of a Hub's
-    model or data set was when the Hub was last asked; None for what does not come from there.
-    """
-    if bundled.is_bundled(name) or Path(name).exists():
-        return None
-    import huggingface_hub.constants
-    from huggingface_hub.file_download import repo_folder_name
-
-    cache = Path(cache_dir or huggingface_hub.constants.HF_HUB_CACHE)
-    folder = cache / repo_folder_name(repo_id=name, repo_type=kind)
-    reference = folder / "refs" / (revision or huggingface_hub.constants.DEFAULT_REVISION)
-    if reference.is_file():
-        return reference.read_text(encoding="utf-8").strip()
-    return revision if revision is not None and COMMIT.fullmatch(revision) else None
-
-
-@functools.cache  # once per name: the parts of a model are read one by one
-def say_cached(name: str) -> None:
-    """Say that a model or data set comes from the cache and was not compared with the Hub."""
-    note(f"{name}: using the cached copy; the Hub is offline (HF_HUB_OFFLINE) or can't be reached")
-
-
-def note(message: str) -> None:
-    """Say on stderr, once in a job of several processes, what was found out about a source.
-
-    On stderr, because stdout may be another program's input.
-    """
-    if os.environ.get("RANK", "0") == "0":
-        print(message, file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def downloads_in(cache_dir: str | None) -> Iterator[None]:
-    """Store the Hub's files in `cache_dir` within the block.
-
-    `datasets` honours its own `cache_dir` only for the files that it builds, not for those that it
-    downloads.
-    """
-    import huggingface_hub.constants
-
-    usual = huggingface_hub.constants.HF_HUB_CACHE
-    huggingface_hub.constants.HF_HUB_CACHE = cache_dir or usual
-    try:
-        yield
-    finally:
-        huggingface_hub.constants.HF_HUB_CACHE = usual

@@ -33,17 +33,9 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from common.errors import Fault, UserError, first_repeated, one_line, shorten
+from common.errors import Fault, UserError, first_repeated, note, one_line, shorten
 from common.reading import ROW, decode_utf8, temporary_file
-from common.sources import (
-    DATA_SUFFIXES,
-    EVERY_COLUMN,
-    FASTTEXT_LABEL,
-    JSON_SUFFIXES,
-    FileOptions,
-    note,
-    suffix,
-)
+from common.sources import DATA_SUFFIXES, EVERY_COLUMN, FASTTEXT_LABEL, JSON_SUFFIXES, FileOptions, suffix
 
 BLOCK_ROWS = 10_000
 MOST_RESTARTS = 20  # after quotation marks that are never closed

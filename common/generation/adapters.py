@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from common import model_files, models, pickled_weights, sources
+from common import errors, model_files, models, pickled_weights, sources
 from common.errors import UserError, shorten
 from common.files import read_settings
 from common.generation import library
@@ -176,4 +176,4 @@ def note(adapter: Adapter, language_model: LanguageModel) -> None:
         parts.append("those that it changes are in fp32, no longer as in the model's file")
     if name and name.rpartition("/")[2].lower() != given.rpartition("/")[2].lower():
         parts.append(f"it says that it was made for {shorten(name, 80)}")
-    sources.note(f"note: --adapter {adapter.name}: {'; '.join(parts)}")
+    errors.note(f"note: --adapter {adapter.name}: {'; '.join(parts)}")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import reading, sources
-from common.errors import UserError, listed, one_line
+from common.errors import UserError, listed, note, one_line
 from common.generation.language_model import LanguageModel, check_characters
 
 if TYPE_CHECKING:  # importing it takes a second
@@ -304,7 +304,7 @@ class ChatFormat:
         """Say where a system text goes, if the template takes none."""
         if not self.takes_system:
             where = "the system text goes before the first question, and an empty line follows"
-            sources.note(f"note: {self.template.name} takes no system message: {where}")
+            note(f"note: {self.template.name} takes no system message: {where}")
 
 
 def read_format(

@@ -24,7 +24,7 @@ from common.cli import (
     positive_int,
     probability,
 )
-from common.errors import UserError, shorten
+from common.errors import UserError, note, shorten
 from common.generation import output
 from common.sources import FileOptions
 
@@ -482,4 +482,4 @@ def take_model_defaults(args: argparse.Namespace, defaults: dict[str, Any], *, n
     settings = ", ".join(f"{key} {value}" for key, value in taken.items()) or "nothing"
     missing = f"; not taken: {', '.join(left_out)}" if left_out else ""
     kind = "drawn" if is_drawing(args) else "greedy"
-    sources.note(f"note: the generation_config.json of {name}: {settings} ({kind}){missing}")
+    note(f"note: the generation_config.json of {name}: {settings} ({kind}){missing}")

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from common import reading, sources, speedups
-from common.errors import UserError
+from common.errors import UserError, note
 from common.runtime import DTYPES, Runtime
 from common.search.manifest import EncoderConfig, Identity, Settings, check_settings
 from common.search.pooling import StaticEmbedding, Transformer
@@ -395,7 +395,7 @@ def load_encoder(config: EncoderConfig, runtime: Runtime) -> Encoder:
     prompts = {role: prompt for role, prompt in given.items() if prompt is not None}
     if flags := missing_prompts(name, model, prompts):
         problem = "it was trained with prompts that no file of it names"
-        sources.note(f"--model {name}: {problem}; give {flags}")
+        note(f"--model {name}: {problem}; give {flags}")
     _move(model, runtime, max_length)
     is_static = bool(model.modules) and isinstance(model.modules[0], StaticEmbedding)
     return Encoder(

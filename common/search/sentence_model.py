@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from common import bert, model_files, sources, speedups
-from common.errors import NotSupported, UserError, one_line
+from common.errors import NotSupported, UserError, note, one_line
 from common.files import read_json, read_settings, tensors_sha256
 from common.search.pooling import (
     OLDER_MODES,
@@ -88,7 +88,7 @@ def load_model(name: str, *, cache_dir: str | None) -> SentenceModel:
         model = load_with_library(folder, name)
     if not ((folder / "modules.json").is_file() or is_static(folder)):
         problem = "no sentence encoder (no modules.json)"
-        sources.note(f"--model {name}: {problem}: mean pooling, untrained for this")
+        note(f"--model {name}: {problem}: mean pooling, untrained for this")
     return model
 
 

@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from common import bundled, reading, sources
-from common.errors import UserError
+from common.errors import UserError, note
 from common.search.segments import RESERVED_COLUMNS, TEXT, number_array, text_array
 
 if TYPE_CHECKING:
@@ -364,7 +364,7 @@ def _options_of_stream(
         cells = next(csv.reader([head], delimiter=delimiter), [])
         if len(cells) > 1 and set(columns) & set(cells):
             names = ", ".join(cells)
-            sources.note(f"standard input: read as a table, because its first line names {names}")
+            note(f"standard input: read as a table, because its first line names {names}")
             return dataclasses.replace(options, delimiter=delimiter)
     return options
 
@@ -534,7 +534,7 @@ def _folder_rows(root: Path, encoding: str | None, bad: BadRows) -> Iterator[dic
         other = next(path for path in paths if path not in files)
         count = len(paths) - len(files)
         problem = f"{count:,} of its files are no .txt or .md and not read"
-        sources.note(f"{root}: {problem}, such as {other.name}")
+        note(f"{root}: {problem}, such as {other.name}")
     files = sorted(path.relative_to(root) for path in files)
     has_classes = all(len(file.parts) == 2 for file in files)  # a folder of class folders
     for row, file in enumerate(files):

@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common.errors import quoted
+from common.errors import note, quoted
 from common.files import replace_file, sha256
 from common.runtime import Runtime
-from common.sources import note
 from common.training.data import Splits
 
 if TYPE_CHECKING:

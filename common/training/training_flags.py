@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from common import bundled, cli, sources
+from common import bundled, cli, hub, sources
 from common.errors import UserError
 from common.sources import FileOptions
 from common.training import predictions, study
@@ -477,10 +477,8 @@ def commits_of(args: argparse.Namespace) -> dict[str, str]:
     branch may mean another one when the run is resumed.
     """
     commits = {
-        "revision": sources.hub_commit(
-            args.model, kind="model", revision=args.revision, cache_dir=args.cache_dir
-        ),
-        "dataset_revision": sources.hub_commit(
+        "revision": hub.commit_of(args.model, kind="model", revision=args.revision, cache_dir=args.cache_dir),
+        "dataset_revision": hub.commit_of(
             args.dataset, kind="dataset", revision=args.dataset_revision, cache_dir=args.cache_dir
         ),
     }

@@ -547,7 +547,7 @@ def test_a_name_that_the_hub_lacks(refused, tmp_path, monkeypatch):
     with HubServer(tmp_path / "hub") as server:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.endpoint)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-        monkeypatch.setattr("common.sources.is_reachable", lambda: True)
+        monkeypatch.setattr("common.hub.is_reachable", lambda: True)
         refused(
             "index",
             "HOME/good.csv",

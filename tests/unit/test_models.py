@@ -20,7 +20,7 @@ from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.util import misc
 from transformers import AutoConfig, AutoModel, BertConfig, BertModel, RobertaConfig, RobertaModel
 
-from common import model_files, models, pickled_weights, sources
+from common import hub, model_files, models, pickled_weights, sources
 from common.errors import Interrupted, UserError
 from conftest import heavy, make_sentences
 from language_models import train_byte_bpe
@@ -387,7 +387,7 @@ def test_a_model_of_the_hub_that_can_not_be_stored_is_one_line(monkeypatch):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/cache/x")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
-    monkeypatch.setattr(sources, "is_reachable", lambda: True)
+    monkeypatch.setattr(hub, "is_reachable", lambda: True)
     with pytest.raises(UserError, match="--model some/model: .*/cache/x: Permission denied; .*--cache-dir"):
         find("some/model")
 

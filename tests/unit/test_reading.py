@@ -28,7 +28,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common import reading
+from common import hub, reading
 from common.errors import UserError
 from common.sources import FileOptions
 
@@ -571,7 +571,7 @@ def test_a_damaged_copy_of_the_hub_is_made_anew_and_that_is_said(damage, tmp_pat
     """The library's cache, filled from a folder, which it treats as a data set of the Hub."""
     write(tmp_path / "repository" / "train.csv", TEXTS, LABELS)
     name, cache = str(tmp_path / "repository"), str(tmp_path / "cache")
-    expected = reading._load_undamaged(name, None, None, cache)["train"][:]
+    expected = hub._load_undamaged(name, None, None, cache)["train"][:]
     assert "is damaged" not in capsys.readouterr().err
     (table,) = (tmp_path / "cache").rglob("*.arrow")
     content = bytearray(table.read_bytes())
@@ -581,5 +581,5 @@ def test_a_damaged_copy_of_the_hub_is_made_anew_and_that_is_said(damage, tmp_pat
     if damage == "information":
         (information,) = (tmp_path / "cache").rglob("dataset_info.json")
         information.write_text("{")
-    assert reading._load_undamaged(name, None, None, cache)["train"][:] == expected
+    assert hub._load_undamaged(name, None, None, cache)["train"][:] == expected
     assert "is damaged" in capsys.readouterr().err
