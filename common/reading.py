@@ -21,7 +21,7 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import numpy as np
 
@@ -112,7 +112,9 @@ def read(
     if kind == "folder":
         return _read_folder(path, read_one, encoding=options.encoding, faults=faults)
     splits = hub.read_dataset(name, config, revision, cache_dir)
-    return _as_splits({str(split): _with_fields(rows, as_text) for split, rows in splits.items()})
+    for split, rows in splits.items():
+        splits[split] = _with_fields(rows, as_text)
+    return splits
 
 
 def full_name(name: str) -> str:
@@ -358,7 +360,10 @@ def check_texts(rows: datasets.Dataset, column: str, *, source: str) -> None:
     import pyarrow.compute as pc
 
     check_kind(rows, column, source=source)
-    for start, block in _blocks(rows, column):
+    start = 0
+    tables: Any = rows.select_columns([column]).with_format("arrow")
+    for table in tables.iter(batch_size=10_000):
+        block = table[column]
         check_characters(block, f"{source}, row", first=start + 1)
         blank = pc.match_substring_regex(block, sources.BLANK).fill_null(True)
         row = pc.index(blank, True).as_py()
@@ -370,6 +375,7 @@ def check_texts(rows: datasets.Dataset, column: str, *, source: str) -> None:
         if longest > LONGEST_TEXT:
             row = pc.index(pc.utf8_length(block), longest).as_py()
             check_length(block[row].as_py(), f"{source}, row {start + row + 1}")
+        start += len(block)
 
 
 def check_characters(column: pa.ChunkedArray, source: str, *, first: int) -> None:
@@ -416,15 +422,6 @@ def source_name(name: str) -> str:
     return "standard input" if name == "-" else name
 
 
-def _blocks(rows: datasets.Dataset, column: str) -> Iterator[tuple[int, pa.ChunkedArray]]:
-    """Yield a column in blocks of at most 10,000 rows, each with the number of rows before it."""
-    start = 0
-    tables: Any = rows.select_columns([column]).with_format("arrow")
-    for table in tables.iter(batch_size=10_000):
-        yield start, table[column]
-        start += len(table)
-
-
 # Folders ------------------------------------------------------------------------------------------
 
 
@@ -438,20 +435,21 @@ def _read_folder(
     """Return the splits of a folder, whose data files `read_one` reads; raise UserError where only
     a part of it would be read.
     """
-    entries = entries_of(root)
-    files = [path for path in entries if sources.suffix(path) in DATA_SUFFIXES and path.is_file()]
-    folders = [path for path in entries if path.is_dir()]
-    classes = [folder for folder in folders if texts_in(folder)]
-    splits = [folder for folder in folders if any(map(texts_in, _folders_in(folder)))]
+    import datasets
+
+    named_as_data = [path for path in entries_of(root) if sources.suffix(path) in DATA_SUFFIXES]
+    files = [path for path in named_as_data if path.is_file()]
+    classes = [folder for folder in _folders_in(root) if texts_in(folder)]
+    splits = [folder for folder in _folders_in(root) if any(map(texts_in, _folders_in(folder)))]
     if files and (classes or splits):
         raise UserError(
             f"--dataset {root}: it has both data files ({files[0].name}) and folders of texts"
             f" ({(splits or classes)[0].name}); name one of them"
         )
-    odd = [path for path in entries if sources.suffix(path) in DATA_SUFFIXES and not path.is_file()]
-    if files and odd:
+    odd = next((path for path in named_as_data if path not in files), None)
+    if files and odd is not None:
         advice = "move it, or name one of the files"
-        raise UserError(f"--dataset {root}: {odd[0].name} is no file; {advice}")
+        raise UserError(f"--dataset {root}: {odd.name} is no file; {advice}")
     if files:
         return _read_split_files(root, files, read_one)
     if splits:  # as in the IMDb archive: train/pos, train/neg, test/pos, test/neg
@@ -461,21 +459,14 @@ def _read_folder(
                 f"--dataset {root}: {lone.name} holds texts, and {splits[0].name} holds folders of"
                 " texts: are these classes or splits? Move one of them"
             )
-        parts = {path.name: _read_class_folders(path, encoding, faults) for path in splits}
-        return _as_splits(parts)
+        parts = datasets.DatasetDict()
+        for path in splits:
+            parts[path.name] = _read_class_folders(path, encoding, faults)
+        return parts
     if classes:
-        return _as_splits({"train": _read_class_folders(root, encoding, faults)})
-    known = ", ".join(DATA_SUFFIXES)
-    problem = f"it has neither class folders of .txt files nor data files ({known})"
+        return datasets.DatasetDict({"train": _read_class_folders(root, encoding, faults)})
+    problem = f"it has neither class folders of .txt files nor data files ({', '.join(DATA_SUFFIXES)})"
     raise UserError(f"--dataset {root}: {problem}; name a folder that has them")
-
-
-def _as_splits(parts: dict[str, datasets.Dataset]) -> datasets.DatasetDict:
-    import datasets
-
-    splits = datasets.DatasetDict()
-    splits.update(parts)
-    return splits
 
 
 def entries_of(folder: Path) -> list[Path]:
@@ -514,14 +505,21 @@ def _read_split_files(
     """Return the splits of a folder of data files, each of one file or of a complete set of
     shards.
     """
+    import datasets
+
+    from common import tables
+
     shards: dict[str, list[Path]] = {}
     for file in files:
         shards.setdefault(SHARD.sub("", _stem(file)), []).append(file)
     for split, parts in shards.items():
         _check_shards(root, split, parts)
-    return _as_splits(
-        {split: _below_each_other(list(map(read_one, parts))) for split, parts in shards.items()}
-    )
+    splits = datasets.DatasetDict()
+    for split, parts in shards.items():
+        rows = [read_one(part) for part in parts]
+        joined = tables.joined([part.data.table for part in rows])
+        splits[split] = rows[0] if len(rows) == 1 else _as_dataset(joined, "", [])
+    return splits
 
 
 def _stem(file: Path) -> str:
@@ -542,15 +540,6 @@ def _check_shards(root: Path, split: str, parts: list[Path]) -> None:
     if sorted(found) != [(number, total) for number in range(total)]:
         problem = f"{len(found)} of {total} parts of the split {split!r} are there"
         raise UserError(f"--dataset {root}: {problem}; add the rest")
-
-
-def _below_each_other(parts: list[datasets.Dataset]) -> datasets.Dataset:
-    from common import tables
-
-    if len(parts) == 1:
-        return parts[0]
-
-    return _as_dataset(tables.joined([part.data.table for part in parts]), "", [])
 
 
 def _read_class_folders(root: Path, encoding: str | None, faults: list[Fault] | None) -> datasets.Dataset:
@@ -699,26 +688,22 @@ def _decompress(file: BinaryIO, target: BinaryIO, compression: str, source: str)
     openers: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
     openers[".zst"] = _open_zstandard
     size = os.fstat(file.fileno()).st_size  # 0 for a pipe
-    most = max(ANY_SIZE, TIMES_ITS_SIZE * size) if size else STREAM_BYTES
+    most = min(max(ANY_SIZE, TIMES_ITS_SIZE * size) if size else STREAM_BYTES, STREAM_BYTES)
     try:
         with openers[compression](file) as content:
             while chunk := content.read(1 << 20):
                 target.write(chunk)
-                if target.tell() > min(most, STREAM_BYTES):
-                    _refuse_growth(source, size, min(most, STREAM_BYTES))
+                if target.tell() > most:  # to fill the disk may be its aim
+                    was = f"its {size:,} bytes" if size else "it"
+                    problem = f"decompressed, {was} became more than {most >> 20:,} MB"
+                    advice = "if that is right, decompress it yourself and name the plain file"
+                    raise UserError(f"{source}: {problem}; {advice}")
         target.flush()
     except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the disk's fault
         problem = f"not readable as {compression.removeprefix('.')}: {one_line(error)}"
         raise UserError(f"{source}: {problem}; correct the file") from error
-
-
-def _refuse_growth(source: str, size: int, most: int) -> NoReturn:
-    """Raise UserError for a compressed file that grows too large: to fill the disk may be its aim."""
-    was = f"its {size:,} bytes" if size else "it"
-    advice = "if that is right, decompress it yourself and name the plain file"
-    raise UserError(f"{source}: decompressed, {was} became more than {most >> 20:,} MB; {advice}")
 
 
 def _open_zstandard(file: BinaryIO) -> Any:
@@ -742,23 +727,19 @@ def _as_utf8(file: BinaryIO, source: str, encoding: str | None, folder: str | No
     if encoding is None or codecs.lookup(encoding).name == "utf-8":
         yield file
         return
-    decoder = codecs.getincrementaldecoder(encoding)()
-    line = 1
-    file.seek(0)
-    with temporary_file(folder) as target:
-        while True:
-            chunk = file.read(1 << 20)
-            try:
-                text = decoder.decode(chunk, final=not chunk)
-            except UnicodeDecodeError as error:
-                before = error.object[: error.start].decode(encoding, "ignore")
-                raise _not_encoded(
-                    f"{source}, line {line + before.count(chr(10))}", encoding, error
-                ) from error
-            line += text.count("\n")
-            target.write(text.encode())
-            if not chunk:
-                break
+    os.lseek(file.fileno(), 0, os.SEEK_SET)
+    with (
+        open(file.fileno(), encoding=encoding, newline="\n", closefd=False) as text,
+        temporary_file(folder) as target,
+    ):
+        lines = 0
+        try:
+            for line in text:
+                target.write(line.encode())
+                lines += 1
+        except UnicodeDecodeError as error:  # of a block of lines
+            lines += error.object[: error.start].decode(encoding, "ignore").count("\n")
+            raise _not_encoded(f"{source}, line {lines + 1}", encoding, error) from error
         target.flush()
         yield target
 
