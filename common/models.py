@@ -74,7 +74,7 @@ def load_model(
     for parameter in model.parameters():
         if parameter.untyped_storage().nbytes() > parameter.nbytes:
             parameter.data = parameter.detach().clone(memory_format=torch.contiguous_format)
-    return model, _check_weights(model, report, source=f"--model {name}")
+    return model, check_weights(model, report, source=f"--model {name}")
 
 
 def load_sentence_model(model_class: Any, folder: Path, *, name: str, flag: str = "--model") -> Any:
@@ -97,7 +97,7 @@ def load_sentence_model(model_class: Any, folder: Path, *, name: str, flag: str 
             model_kwargs={"use_safetensors": True, "dtype": torch.float32},
         )
     for part, report in reports:
-        new = _check_weights(part, report, source=f"{flag} {name}")
+        new = check_weights(part, report, source=f"{flag} {name}")
         if new and part.base_model is not part:
             problem = f"it was never trained for this (no weights for {_names(new)})"
             raise UserError(f"{flag} {name}: {problem}; name another model")
@@ -158,7 +158,7 @@ def _check_size(
         )
 
 
-def _check_weights(model: PreTrainedModel, report: dict, *, source: str) -> list[str]:
+def check_weights(model: PreTrainedModel, report: dict, *, source: str) -> list[str]:
     """Return the tensors that are new in a loaded model, all of its head, given transformers'
     report of the loading.
 
