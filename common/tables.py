@@ -11,18 +11,17 @@ with the number of each line. `read_fast` is Arrow's: ten times as fast, but it 
 plain one refuses. `is_well_formed` tells where both give the same rows.
 """
 
+import codecs
 import contextlib
 import csv
 import errno
 import io
 import itertools
 import json
-import lzma
 import mmap
 import os
 import re
 import sys
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -48,16 +47,12 @@ MANY_LINES = 20  # in one cell: more often a quotation mark that was never close
 # What libraries raise about a file that they can't read; other exceptions are bugs.
 FAULTS = (
     pa.ArrowException,
-    csv.Error,
-    EOFError,
-    lzma.LZMAError,
     MemoryError,
     NotImplementedError,
     OSError,
     OverflowError,
     RecursionError,
     UnicodeDecodeError,
-    zlib.error,
 )
 # A column of a table with a delimiter holds numbers if all of its cells are written in one of these
 # ways: 007 is a name. More digits than these would be lost.
@@ -170,7 +165,7 @@ def _on_disk(tables: Iterable[pa.Table], folder: str | None) -> list[pa.Table]:
             with pa.ipc.new_stream(file, table.schema) as writer:
                 writer.write_table(table)
         file.flush()
-        content = pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        content = pa.py_buffer(_mapped(file))
     return [pa.ipc.open_stream(content.slice(start)).read_all() for start in starts]
 
 
@@ -385,7 +380,7 @@ def is_well_formed(content: np.ndarray, quotes: np.ndarray, delimiter: str) -> b
     is_end[np.frombuffer(f"{delimiter}\r\n".encode(), np.uint8)] = True
     # a doubled mark closes and opens again
     is_doubled = closing[:-1] + 1 == opening[1:]
-    starts = opening == _start(content)
+    starts = opening == (3 if content[:3].tobytes() == codecs.BOM_UTF8 else 0)
     starts |= is_end[content[np.maximum(opening - 1, 0)]]
     starts[1:] |= is_doubled
     ends = closing == len(content) - 1
@@ -425,36 +420,29 @@ def _with_numbers(table: pa.Table, as_text: Sequence[str]) -> pa.Table:
     with nothing in it is missing.
     """
     columns = [
-        column if name in as_text or EVERY_COLUMN in as_text else _as_values(column)
+        column if name in as_text or EVERY_COLUMN in as_text else _as_numbers(column)
         for name, column in zip(table.column_names, table.columns)
     ]
     return pa.table(columns, names=table.column_names)
 
 
-def _as_values(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    column = _as_numbers(column)
-    if pa.types.is_string(column.type):
-        column = pc.if_else(pc.equal(column, ""), None, column)
-        if column.null_count == len(column):
-            return pa.chunked_array([pa.nulls(len(column))])
-    return column
-
-
 def _as_numbers(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    cells = pc.if_else(pc.equal(column, ""), None, column)
+    if cells.null_count == len(cells):
+        return pa.chunked_array([pa.nulls(len(cells))])
+    head = cells.slice(0, 100)
     for pattern, kind in ((WHOLE, pa.int64()), (DECIMAL, pa.float64()), (BOOLEAN, pa.bool_())):
         # most columns of texts are none of these in their first rows already
-        if _all_match(column.slice(0, 100), pattern) and _all_match(column, pattern):
-            numbers = pc.if_else(pc.equal(column, ""), None, column).cast(kind)
+        if _all_match(head, pattern) and _all_match(cells, pattern):
+            numbers = cells.cast(kind)
             is_finite = kind != pa.float64() or pc.all(pc.is_finite(numbers)).as_py()
-            return numbers if is_finite else column  # 1e400 would be infinite
-    return column
+            return numbers if is_finite else cells  # 1e400 would be infinite
+    return cells
 
 
-def _all_match(column: pa.ChunkedArray, pattern: str) -> bool:
-    """Return whether every cell matches, but for empty ones, and some cell is not empty."""
-    is_empty = pc.equal(column, "")
-    matches = pc.or_(is_empty, pc.match_substring_regex(column, pattern))
-    return bool(pc.all(matches).as_py()) and not pc.all(is_empty).as_py()
+def _all_match(cells: pa.ChunkedArray, pattern: str) -> bool:
+    """Return whether every cell that is not missing matches, and one is there."""
+    return cells.null_count < len(cells) and pc.all(pc.match_substring_regex(cells, pattern)).as_py()
 
 
 def _column_names(name: str, header: list[str]) -> list[str]:
@@ -656,13 +644,13 @@ def _objects(data: DataFile) -> Iterator[Row]:
             if not line.strip():
                 continue
             if is_first and line.lstrip()[0] == "[":
-                yield from _listed_objects(_text(file, newline=None).read(), data)
+                yield from _objects_in(_text(file, newline=None).read(), data)
                 return
             try:
                 row = decoder.decode(line)
             except ValueError as error:
                 if is_first:  # objects may be spread over several lines
-                    yield from _spread_objects(_text(file, newline=None).read(), data)
+                    yield from _objects_in(_text(file, newline=None).read(), data)
                     return
                 raise _not_json(name, number, error) from error
         if not isinstance(row, dict):
@@ -694,34 +682,25 @@ def _require_once(data: DataFile, location: str) -> Callable[[list[tuple[str, An
     return to_row
 
 
-def _listed_objects(text: str, data: DataFile) -> Iterator[Row]:
-    name = data.name
+def _objects_in(text: str, data: DataFile) -> Iterator[Row]:
+    """Yield the objects of a list, or those that follow each other in a text."""
+    hook, is_list = _require_once(data, data.name), text.lstrip().startswith("[")
+    advice = "the list must hold objects only" if is_list else "write a list of objects"
     try:
-        rows = json.loads(text, object_pairs_hook=_require_once(data, name))
+        rows = json.loads(text, object_pairs_hook=hook) if is_list else _values_in(text, hook)
+        for number, row in enumerate(rows, start=1):
+            if not isinstance(row, dict):
+                raise UserError(f"{data.name}, row {number}: not a JSON object; {advice}")
+            yield "row", number, row
     except json.JSONDecodeError as error:
-        raise _not_json(name, error.lineno, error) from error
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            advice = "the list must hold objects only"
-            raise UserError(f"{name}, row {number}: not a JSON object; {advice}")
-        yield "row", number, row
+        raise _not_json(data.name, error.lineno, error) from error
 
 
-def _spread_objects(text: str, data: DataFile) -> Iterator[Row]:
-    name = data.name
-    decode, position = json.JSONDecoder(object_pairs_hook=_require_once(data, name)).raw_decode, 0
-    white = re.compile(r"\s*")
-    for number in itertools.count(1):
-        position = white.match(text, position).end()  # pyrefly: ignore [missing-attribute]
-        if position == len(text):
-            return
-        try:
-            row, position = decode(text, position)
-        except json.JSONDecodeError as error:
-            raise _not_json(name, error.lineno, error) from error
-        if not isinstance(row, dict):
-            raise UserError(f"{name}, row {number}: not a JSON object; write a list of objects")
-        yield "row", number, row
+def _values_in(text: str, hook: Callable[[list[tuple[str, Any]]], dict]) -> Iterator[Any]:
+    decoder, ink, position = json.JSONDecoder(object_pairs_hook=hook), re.compile(r"\S"), 0
+    while start := ink.search(text, position):
+        value, position = decoder.raw_decode(text, start.start())
+        yield value
 
 
 def _not_json(name: str, line: int, error: ValueError) -> UserError:
@@ -736,28 +715,27 @@ def _blocks_of_objects(data: DataFile) -> Iterator[pa.Table]:
 
 
 def _block_of_objects(block: list[Row], data: DataFile) -> pa.Table:
+    """Return objects as a table. One with a value that its column can't hold is left out and noted,
+    or refused.
+    """
     while True:
         objects = [row for _, _, row in block]
         columns = dict.fromkeys(itertools.chain.from_iterable(objects))
-        table = {}
         for column in columns:
             if not _is_utf8(column):
                 unit, number, _ = next(row for row in block if column in row[2])
                 problem = f"the key {column!r} has a lone surrogate, which is no character"
                 raise UserError(f"{data.name}, {unit} {number}: {problem}; correct it")
-            values = [row.get(column) for row in objects]
-            try:
-                table[column] = _json_column(values, column, data)
-            except _BadValue as bad:
-                unit, number, row = block[bad.position]
-                if data.faults is None:
-                    raise UserError(f"{data.name}, {unit} {number}: {bad}; correct it") from bad
-                row.pop(ROW)
-                data.note(number, str(bad), json.dumps(row))
-                del block[bad.position]
-                break
-        else:
-            return pa.table(table)
+        try:
+            return pa.table(
+                {name: _json_column([row.get(name) for row in objects], name, data) for name in columns}
+            )
+        except _BadValue as bad:
+            unit, number, row = block.pop(bad.position)
+            if data.faults is None:
+                raise UserError(f"{data.name}, {unit} {number}: {bad}; correct it") from bad
+            row.pop(ROW)
+            data.note(number, str(bad), json.dumps(row))
 
 
 def _is_utf8(text: str) -> bool:
@@ -783,23 +761,17 @@ def _json_column(values: list, column: str, data: DataFile) -> pa.Array:
     text nor a whole number beside values that are.
     """
     try:
-        try:
-            return pa.array(values)
-        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
-            if column in data.as_text:
-                for position, value in enumerate(values):
-                    if value is not None and type(value) not in (str, int):
-                        problem = f"{column!r} holds a {type(value).__name__}, in other rows texts"
-                        raise _BadValue(position, problem) from None
-            return _as_text(values)
-    except UnicodeEncodeError:
+        return pa.array(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, UnicodeEncodeError):
         for position, value in enumerate(values):
-            try:
-                json.dumps(value, ensure_ascii=False).encode()
-            except UnicodeEncodeError as error:
+            if not _is_utf8(json.dumps(value, ensure_ascii=False)):
                 problem = "a lone surrogate (\\ud800 to \\udfff) is no character"
-                raise _BadValue(position, problem) from error
-        raise
+                raise _BadValue(position, problem) from None
+        for position, value in enumerate(values if column in data.as_text else ()):
+            if value is not None and type(value) not in (str, int):
+                problem = f"{column!r} holds a {type(value).__name__}, in other rows texts"
+                raise _BadValue(position, problem) from None
+        return _as_text(values)
 
 
 def read_parquet(data: DataFile) -> pa.Table:
@@ -839,11 +811,6 @@ def _head(file: BinaryIO) -> str:
     """Return the beginning of a file."""
     head = os.pread(file.fileno(), SAMPLE, 0)
     return head.decode("utf-8-sig", "replace")
-
-
-def _start(content: np.ndarray) -> int:
-    """Return where the text begins: after the byte order mark if there is one."""
-    return 3 if content[:3].tobytes() == b"\xef\xbb\xbf" else 0
 
 
 def _not_utf8(data: DataFile) -> UserError:
