@@ -24,7 +24,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -65,6 +65,8 @@ UNUSUAL = {
     pa.binary_view(): pa.large_binary(),
     pa.float16(): pa.float32(),
 }
+
+T = TypeVar("T")
 
 csv.field_size_limit(sys.maxsize)
 
@@ -554,32 +556,35 @@ def read_fasttext(data: DataFile) -> pa.Table:
 
 
 def _parsed_lines(data: DataFile, parse: Callable[[str], list[str]], columns: list[str]) -> pa.Table:
-    """Return the table of what `parse` makes of each line that is not blank. What it
-    raises names the line, or is noted.
+    """Return the table of the cells that `parse` makes of each line."""
+    lines = _parse_lines(data, parse)
+    if data.faults is None:
+        blocks = _blocks_of_rows((cells for _, cells in lines), columns)
+    else:
+        blocks = _blocks_of_rows(([*cells, str(number)] for number, cells in lines), [*columns, ROW])
+    return gather(blocks, data.folder)
+
+
+def _parse_lines(data: DataFile, parse: Callable[[str], T]) -> Iterator[tuple[int, T]]:
+    """Yield the number of each line that is not blank, and what `parse` makes of it. What it raises
+    names the line, or is noted.
     """
-
-    def rows() -> Iterator[list[str]]:
-        errors = "strict" if data.faults is None else "surrogateescape"
-        try:
-            for number, line in enumerate(_text(data.file, errors=errors), start=1):
-                line = line.rstrip("\r\n")
-                if not line.strip():
-                    continue
-                try:
-                    if not _is_utf8(line):
-                        raise UserError("not UTF-8")
-                    cells = parse(line)
-                except UserError as error:
-                    if data.faults is None:
-                        raise UserError(f"{data.name}, line {number}: {error}") from error
-                    data.note(number, str(error).partition(";")[0], line)
-                    continue
-                yield cells if data.faults is None else [*cells, str(number)]
-        except UnicodeDecodeError as error:
-            raise _not_utf8(data) from error
-
-    names = columns if data.faults is None else [*columns, ROW]
-    return gather(_blocks_of_rows(rows(), names), data.folder)
+    errors = "strict" if data.faults is None else "surrogateescape"
+    try:
+        for number, line in enumerate(_text(data.file, errors=errors), start=1):
+            line = line.rstrip("\r\n")
+            if not line.strip():
+                continue
+            try:
+                if not _is_utf8(line):
+                    raise UserError("not UTF-8")
+                yield number, parse(line)
+            except UserError as error:
+                if data.faults is None:
+                    raise UserError(f"{data.name}, line {number}: {error}") from error
+                data.note(number, str(error).partition(";")[0], line)
+    except UnicodeDecodeError as error:
+        raise _not_utf8(data) from error
 
 
 # JSON and Parquet ---------------------------------------------------------------------------------
@@ -610,22 +615,18 @@ def _sound_objects(data: DataFile) -> Iterator[Row]:
         for unit, number, row in _objects(data):
             yield unit, number, {**row, ROW: number}
         return
-    lines = _text(data.file, newline=None, errors="surrogateescape")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+
+    def parse(line: str) -> dict:
         try:
-            if not _is_utf8(line):
-                raise UserError("not UTF-8")
             row = json.loads(line, object_pairs_hook=_require_once(data, "the object"))
-            if not isinstance(row, dict):
-                raise UserError("not a JSON object")
-        except UserError as error:
-            data.note(number, str(error).partition(";")[0], line.rstrip("\n"))
-        except (ValueError, RecursionError):
-            data.note(number, "not readable as json", line.rstrip("\n"))
-        else:
-            yield "line", number, {**row, ROW: number}
+        except (ValueError, RecursionError) as error:
+            raise UserError("not readable as json") from error
+        if not isinstance(row, dict):
+            raise UserError("not a JSON object")
+        return row
+
+    for number, row in _parse_lines(data, parse):
+        yield "line", number, {**row, ROW: number}
 
 
 def _objects(data: DataFile) -> Iterator[Row]:
