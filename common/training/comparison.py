@@ -188,7 +188,7 @@ def shared_lines(runs: list[FinishedRun]) -> Iterator[str]:
         shared = len(run.rows.keys() & first.rows.keys())
         others = [row for key, row in run.rows.items() if key not in first.rows]
         relabelled = sum(row.text in texts for row in others)
-        also = f"; {relabelled:,} others have its text and another label" if relabelled else ""
+        also = f"; with another label: {relabelled:,} of its texts" if relabelled else ""
         tested = "; tested on these" if shared else "; nothing can be tested"
         of = f"{shared:,} of its {len(run.rows):,} test rows are among the {len(first.rows):,}"
         yield f"test rows: {run.name}: {of} of {first.name}{also}{tested}"
@@ -245,7 +245,8 @@ def compare(folders: list[Path], output_dir: str | None) -> None:
         print(f"\nagainst {first.name}, row by row:")
         print(tabulate(rows, headers, disable_numparse=True))
     keys = disagreements(runs)
-    _show_disagreements(runs, keys)
+    if any(run.rows.keys() & runs[0].rows.keys() for run in runs[1:]):
+        _show_disagreements(runs, keys)
     if output_dir is not None:
         _write(Path(output_dir), runs, tables, keys)
 
