@@ -2,7 +2,8 @@
 be used.
 
 The lines of a text file need no library: `datasets` and Arrow, which take a second to import, are
-imported by the functions that need them. `common/tables.py` reads the rows of a data file.
+imported by the functions that need them. `common/tables.py`, `common/delimited.py`
+and `common/json_rows.py` read the rows of a data file.
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ import numpy as np
 
 from common import bundled, hub, sources
 from common.errors import Fault, UserError, first_repeated, listed, note, one_line, shorten
-from common.sources import DATA_SUFFIXES, FileOptions
+from common.sources import DATA_SUFFIXES, JSON_SUFFIXES, FileOptions
 
 if TYPE_CHECKING:
     import datasets
     import pyarrow as pa
+
+    from common import tables
 
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})$")  # as in train-00000-of-00002.parquet
 TEXT_SUFFIXES = (".txt", ".md")  # of the files in folders of texts
@@ -156,13 +159,33 @@ def read_table(
     from common import tables
 
     data = tables.DataFile(file, name, options, tuple(as_text), cache_dir, faults)
-    rows = _as_dataset(tables.read(data), name, as_text)
+    rows = _as_dataset(_read_rows(data), name, as_text)
     if len(rows) == 0 and faults:
         problem = f"none of its rows can be read: {faults[0].problem}"
         raise UserError(f"{name}: {problem}; correct the file")
     if len(rows) == 0:
         raise UserError(f"{name}: the file has no rows; name one that has rows")
     return _with_fields(rows, as_text)
+
+
+def _read_rows(data: tables.DataFile) -> pa.Table:
+    """Return the table of a data file: read as its ending says, and without one as its options say
+    or its content shows.
+    """
+    from common import delimited, json_rows, tables
+
+    ending, options = sources.suffix(data.name), data.options
+    if ending == ".parquet":
+        return tables.read_parquet(data)
+    if ending in JSON_SUFFIXES:
+        return json_rows.read(data)
+    if options.delimiter is not None and (options.delimiter == " " or len(options.delimiter) > 1):
+        return delimited.read_split_lines(data, options.delimiter)
+    if ending in DATA_SUFFIXES or options.is_table:
+        return delimited.read(data)
+    if data.head().startswith(sources.FASTTEXT_LABEL):
+        return delimited.read_fasttext(data)
+    return json_rows.read(data)
 
 
 def _as_dataset(table: pa.Table, name: str, as_text: Sequence[str]) -> datasets.Dataset:
@@ -685,8 +708,7 @@ def _copy_stream(stream: BinaryIO, file: BinaryIO, source: str) -> None:
 
 
 def _decompress(file: BinaryIO, target: BinaryIO, compression: str, source: str) -> None:
-    openers: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-    openers[".zst"] = _open_zstandard
+    openers = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zstandard}
     size = os.fstat(file.fileno()).st_size  # 0 for a pipe
     most = min(max(ANY_SIZE, TIMES_ITS_SIZE * size) if size else STREAM_BYTES, STREAM_BYTES)
     try:
@@ -753,14 +775,12 @@ def refuse_utf16(head: bytes, source: str) -> None:
     """Raise UserError for the beginning of a file in UTF-16 or UTF-32: its mark, or zeros where
     these have them, which UTF-8 allows too.
     """
-    marks = {
-        codecs.BOM_UTF32_LE: "utf-32",
-        codecs.BOM_UTF32_BE: "utf-32",
-        codecs.BOM_UTF16_LE: "utf-16",
-        codecs.BOM_UTF16_BE: "utf-16",
-    }
-    encoding = next((name for mark, name in marks.items() if head.startswith(mark)), None)
-    encoding = encoding or _encoding_by_zeros(head)
+    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        encoding = "utf-32"
+    elif head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        encoding = "utf-16"
+    else:
+        encoding = _encoding_by_zeros(head)
     if encoding is not None:
         advice = f"convert it, or give --encoding {encoding}"
         raise UserError(f"{source}, line 1: not UTF-8 but {encoding.upper()}; {advice}")

@@ -38,7 +38,7 @@ from common.training.tracking import LossMeter
 # what the steps of a run load when they come to it: here once, instead of in each child
 LOADED_BY_STEPS = (
     "common.models",
-    "common.tables",
+    "common.delimited",
     "common.training.inspection",
     "common.training.metrics",
     "scipy.stats",

@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common import reading, tables
+from common import delimited, json_rows, reading, tables
 from common.errors import UserError
 from common.sources import FileOptions
 
@@ -536,7 +536,9 @@ def table_of(name: str, content: str, **options) -> dict:
     with tempfile.TemporaryFile() as file:
         file.write(content.encode())
         file.flush()
-        return tables.read(tables.DataFile(file, name, FileOptions(**options), AS_TEXT, None)).to_pydict()
+        return reading._read_rows(
+            tables.DataFile(file, name, FileOptions(**options), AS_TEXT, None)
+        ).to_pydict()
 
 
 def oracle(content: str, delimiter: str) -> list[list[str]] | None:
@@ -585,13 +587,13 @@ def test_both_readers_of_a_table_give_what_was_written(rows, delimiter, line_end
     with tempfile.TemporaryFile() as file:
         file.write(target.getvalue().encode())
         file.flush()
-        dialect = tables.Dialect(delimiter, True, ["text", "label"], has_header=True)
+        dialect = delimited.Dialect(delimiter, True, ["text", "label"], has_header=True)
         data = tables.DataFile(file, "t", FileOptions(), (), None)
-        assert list(tables.read_rows(data, dialect)) == rows
+        assert list(delimited.read_rows(data, dialect)) == rows
         content = np.frombuffer(target.getvalue().encode(), np.uint8)
         quotes = np.flatnonzero(content == ord('"'))
-        assert tables.is_well_formed(content, quotes, delimiter)
-        found = pa.concat_tables(tables.read_fast(content, dialect)).to_pylist()
+        assert delimited.is_well_formed(content, quotes, delimiter)
+        found = pa.concat_tables(delimited.read_fast(content, dialect)).to_pylist()
         assert [[row["text"], row["label"]] for row in found] == rows
 
 
@@ -688,13 +690,13 @@ def test_a_large_table_lies_on_the_disk_and_is_the_same(tmp_path, monkeypatch):
     ],
 )
 def test_blocks_of_different_types_become_one_column(first, second, expected, tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "BLOCK_OBJECTS", 1)
+    monkeypatch.setattr(json_rows, "BLOCK_OBJECTS", 1)
     lines = "".join(json.dumps({"text": "a", "m": value}) + "\n" for value in (first, second))
     assert read(tmp_path / "t.jsonl", lines)["m"] == expected
 
 
 def test_a_column_that_only_later_rows_have(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "BLOCK_OBJECTS", 1)
+    monkeypatch.setattr(json_rows, "BLOCK_OBJECTS", 1)
     assert read(tmp_path / "t.jsonl", '{"text": "a"}\n{"text": "b", "label": "x"}\n')["label"] == [None, "x"]
 
 
