@@ -762,6 +762,9 @@ def _as_utf8(file: BinaryIO, source: str, encoding: str | None, folder: str | No
         except UnicodeDecodeError as error:  # of a block of lines
             lines += error.object[: error.start].decode(encoding, "ignore").count("\n")
             raise _not_encoded(f"{source}, line {lines + 1}", encoding, error) from error
+        except UnicodeError as error:  # without the mark that the encoding wants
+            problem = f"not {encoding} ({one_line(error)})"
+            raise UserError(f"{source}: {problem}; name another --encoding") from error
         target.flush()
         yield target
 

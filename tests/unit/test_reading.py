@@ -382,6 +382,21 @@ def test_a_line_of_20_mb_is_no_text(name, content, tmp_path):
         reading.read_texts(str(tmp_path / name), column="text", cache_dir=None)
 
 
+@pytest.mark.parametrize(
+    "content, encoding, problem",
+    [
+        (b"one\ntwo\n" * 5_000 + b"sch\xf6n\n", "ascii", "line 10001: not ascii .byte 0xf6."),
+        (b"one\r\n\x81\n", "cp1252", "line 2: not cp1252 .byte 0x81."),
+        (b"one\ntwo\n", "utf-16", "not utf-16 .*BOM"),
+    ],
+)
+def test_a_wrong_encoding_is_one_line_with_its_place(content, encoding, problem, tmp_path):
+    (tmp_path / "t.txt").write_bytes(content)
+    options = FileOptions(encoding=encoding)
+    with pytest.raises(UserError, match=f"t.txt.*{problem}; name another --encoding"):
+        reading.read_texts(str(tmp_path / "t.txt"), column="text", cache_dir=None, options=options)
+
+
 # standard input: content, flags, the texts
 STREAMS = {
     "lines": ("one\ntwo\n", {}, ["one", "two"]),
