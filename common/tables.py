@@ -1,7 +1,7 @@
 """What every kind of data file becomes: blocks of rows, and of these one Arrow table.
 
 `common/delimited.py` and `common/json_rows.py` read the rows; Parquet files hold tables already. They
-get a file that `common/reading.py` has made plain: decompressed, and text in UTF-8. A reader that meets
+get a file that `common/plain_files.py` has made plain: decompressed, and text in UTF-8. A reader that meets
 something that it can't read raises UserError with the file, the line and what helps. Nothing is kept
 from one run to the next, so that a file that has changed is never taken for what it was.
 """
@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from common.errors import Fault, UserError, one_line
-from common.reading import decode_utf8, temporary_file
+from common.plain_files import decode_utf8, temporary_file
 from common.sources import FileOptions
 
 BLOCK_ROWS = 10_000

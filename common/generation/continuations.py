@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tabulate import tabulate
 
-from common import reading
+from common import plain_files, reading
 from common.errors import UserError, shorten
 from common.generation import decoding
 from common.generation.language_model import LanguageModel, check_characters, check_length
@@ -82,7 +82,7 @@ MEASURES = {
 def read_file(name: str, *, encoding: str | None) -> list[Question]:
     """Return the questions of a file, or of standard input ("-"); it raises as `read_questions`."""
     lines = reading.read_lines(name, encoding=encoding)
-    return read_questions(lines, reading.source_name(name))
+    return read_questions(lines, plain_files.source_name(name))
 
 
 def read_questions(lines: list[str], source: str) -> list[Question]:

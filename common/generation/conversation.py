@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from common import reading, sources
+from common import plain_files, reading, sources
 from common.cli import check_encoding
 from common.errors import UserError, outcome, shorten
 from common.files import replace_file
@@ -359,8 +359,8 @@ def read_prompts(
     stands in its place.
     """
     sources.check_texts(name, any_suffix=options.is_table)
-    source = reading.source_name(name)
-    with reading.open_plain(name, encoding=options.encoding, folder=cache_dir) as file:
+    source = plain_files.source_name(name)
+    with plain_files.open_plain(name, encoding=options.encoding, folder=cache_dir) as file:
         if options.is_table or not holds_prompts(file, name, column):
             unit = "row" if reading.is_table(file, name, options) else "line"
             reads = {"column": column, "cache_dir": cache_dir, "options": options}

@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from common import bundled, reading, sources
+from common import bundled, plain_files, reading, sources
 from common.errors import UserError, note
 from common.search.segments import RESERVED_COLUMNS, TEXT, number_array, text_array
 
@@ -154,7 +154,7 @@ def read(
     ]
     parts, tables = _read_parts(all_sources, bad)
     more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
-    shown = f"{reading.source_name(names[0])}{more}"
+    shown = f"{plain_files.source_name(names[0])}{more}"
     rows = tables[0] if len(tables) == 1 else _concat_tables(tables)
     columns = [column for column in rows.column_names if column != TEXT]
     if id_column == ANY_ID:
@@ -179,7 +179,7 @@ def _read_parts(all_sources: list[TextSource], bad: BadRows) -> tuple[tuple[Part
             own = BadRows(bad.skip)
             rows, unit = _read_rows(source, own)
             bad.reasons |= {first + row: reason for row, reason in own.reasons.items()}
-            parts.append(Part(first, reading.source_name(source.name), unit))
+            parts.append(Part(first, plain_files.source_name(source.name), unit))
             tables.append(rows)
             first += len(rows)
         fields = [field for rows in tables for field in rows.schema]
@@ -324,7 +324,7 @@ def _read_rows(source: TextSource, bad: BadRows) -> tuple[pa.Table, str]:
     if name and name != "-" and sources.kind_of_path(name) == "folder":
         return _gather(_folder_rows(Path(name), options.encoding, bad), source.cache_dir), "file"
     sources.check_texts(name, any_suffix=options.is_table)
-    with reading.open_plain(name, encoding=options.encoding, folder=source.cache_dir) as file:
+    with plain_files.open_plain(name, encoding=options.encoding, folder=source.cache_dir) as file:
         if name == "-":
             options = _options_of_stream(file, options, source.text_columns)
             source = dataclasses.replace(source, options=options)
@@ -357,7 +357,7 @@ def _options_of_stream(
     if options.is_table:
         return options
     file.seek(0)
-    line = file.readline(reading.SAMPLE).removeprefix(codecs.BOM_UTF8)
+    line = file.readline(plain_files.SAMPLE).removeprefix(codecs.BOM_UTF8)
     head = line.decode("utf-8", "replace").strip()
     file.seek(0)
     for delimiter in ",\t;|":
@@ -375,7 +375,7 @@ def _read_table(file: BinaryIO, source: TextSource) -> pa.Table:
     columns = list(dict.fromkeys([source.text_column, *source.text_columns, *ids]))
     # in JSON a text is one by its quotation marks
     codes = [] if source.is_json else [name for name in source.as_text if name not in columns]
-    shown_name = reading.source_name(source.name)
+    shown_name = plain_files.source_name(source.name)
     rows = reading.read_table(
         file, shown_name, as_text=[*columns, *codes], options=source.options, cache_dir=source.cache_dir
     )
@@ -457,7 +457,7 @@ def _first_fault(file: BinaryIO, source: TextSource) -> str | None:
     """Return what is wrong with the encoding of the first line of a CSV or JSON file that has a
     fault, None if no line has one.
     """
-    shown_name = reading.source_name(source.name)
+    shown_name = plain_files.source_name(source.name)
     file.seek(0)
     for number, line in enumerate(file, start=1):
         fault = _fault(line, f"{shown_name}, line {number}", is_json=source.is_json)
@@ -471,7 +471,7 @@ def _fault(line: bytes, location: str, *, is_json: bool) -> str | None:
     escape of a lone surrogate.
     """
     try:
-        reading.decode_utf8(line, location)
+        plain_files.decode_utf8(line, location)
     except UserError as error:
         return str(error)
     if is_json and SURROGATE_ESCAPE.search(line):
@@ -492,7 +492,7 @@ def _read_repaired(file: BinaryIO, source: TextSource, bad: BadRows) -> pa.Table
     mark = f"\ufffd{secrets.token_hex(8)}"
     is_json = source.is_json
     file.seek(0)
-    with reading.temporary_file(source.cache_dir) as repaired:
+    with plain_files.temporary_file(source.cache_dir) as repaired:
         for line in file:
             if _fault(line, source.name, is_json=is_json):
                 line = _mark_faults(line, mark, is_json=is_json)
@@ -518,7 +518,7 @@ def _mark_faults(line: bytes, mark: str, *, is_json: bool) -> bytes:
 
 def _line_rows(file: BinaryIO, name: str, bad: BadRows) -> Iterator[dict[str, str | None]]:
     """Yield a row for each line of a text file."""
-    source = reading.source_name(name)
+    source = plain_files.source_name(name)
     for row, content in enumerate(reading.raw_lines(file)):
         yield {TEXT: _decode(content, f"{source}, line {row + 1}", row, bad)}
 
@@ -560,7 +560,7 @@ def _files_below(root: Path) -> Iterator[Path]:
 
 def _decode(content: bytes, location: str, row: int, bad: BadRows) -> str | None:
     try:
-        return reading.decode_utf8(content, location)
+        return plain_files.decode_utf8(content, location)
     except UserError as error:
         bad.add(row, "the text is not UTF-8", error=str(error))
         return None

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
-from common import reading, sources
+from common import plain_files, reading, sources
 from common.errors import Fault, UserError
 from common.sources import FileOptions
 from common.training.faults import NOT_UTF8, text_problem
@@ -49,8 +49,8 @@ def open_texts(
     `kept` are the columns of a data file that stay beside the answers, None for all.
     """
     sources.check_texts(name, any_suffix=options.is_table)
-    with reading.open_plain(name, encoding=options.encoding, folder=cache_dir) as file:
-        texts = Texts(file, reading.source_name(name), config, faults)
+    with plain_files.open_plain(name, encoding=options.encoding, folder=cache_dir) as file:
+        texts = Texts(file, plain_files.source_name(name), config, faults)
         if reading.is_table(file, name, options):
             texts.read_table(kept, options, cache_dir)
         else:

@@ -28,7 +28,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common import hub, reading
+from common import hub, plain_files, reading
 from common.errors import UserError
 from common.sources import FileOptions
 
@@ -341,7 +341,7 @@ PLACES = {
     ids=["data", "texts", "lines"],
 )
 def test_what_is_no_file_is_refused_at_once(kind, read, tmp_path, monkeypatch):
-    monkeypatch.setattr(reading, "SECONDS_FOR_A_PIPE", 0.1)
+    monkeypatch.setattr(plain_files, "SECONDS_FOR_A_PIPE", 0.1)
     with pytest.raises(UserError) as caught:
         read(str(make_place(kind, tmp_path)))
     message = str(caught.value)
@@ -367,7 +367,7 @@ class Endless(io.RawIOBase):
 
 @pytest.mark.parametrize("limit, value", [("STREAM_LINES", 1_000_000), ("STREAM_BYTES", 3 << 20)])
 def test_a_stream_without_an_end_is_left(limit, value, monkeypatch):
-    monkeypatch.setattr(reading, limit, value)
+    monkeypatch.setattr(plain_files, limit, value)
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=Endless()))
     with pytest.raises(UserError, match="standard input: more than .* have come"):
         reading.read_texts("-", column="text", cache_dir=None)
@@ -439,7 +439,7 @@ def test_a_compressed_file_that_would_fill_the_disk_is_refused(tmp_path):
         pytest.raises(
             UserError, match=r"bomb\.csv\.zst: decompressed, its [0-9,]+ bytes .* 256 MB; .* plain"
         ),
-        reading.open_plain(str(bomb), folder=str(tmp_path)),
+        plain_files.open_plain(str(bomb), folder=str(tmp_path)),
     ):
         pass
     assert time.monotonic() - started < 20
@@ -473,7 +473,7 @@ def test_a_file_that_is_no_text_is_refused_by_what_it_is(name, write, kind, tmp_
     """Its bytes are not read as a table, whatever its name and the flags say."""
     path = tmp_path / name
     write(path, b"text,label\na good film,pos\n")
-    with pytest.raises(UserError, match=f"{name}: this is .*{kind}"), reading.open_plain(str(path)):
+    with pytest.raises(UserError, match=f"{name}: this is .*{kind}"), plain_files.open_plain(str(path)):
         pass
 
 
@@ -486,19 +486,19 @@ def test_the_column_of_row_numbers_is_not_shown():
     "ending, pack", [(".gz", gzip.compress), (".bz2", bz2.compress), (".xz", xz), (".zst", zstandard)]
 )
 def test_how_far_a_compressed_file_may_expand(ending, pack, tmp_path, monkeypatch):
-    monkeypatch.setattr(reading, "ANY_SIZE", 1 << 20)
+    monkeypatch.setattr(plain_files, "ANY_SIZE", 1 << 20)
     path = tmp_path / f"t.txt{ending}"
     for size, is_read in ((1 << 20, True), (2 << 20, False)):
         path.write_bytes(pack(b"text\n" * (size // 5)))
         try:
-            with reading.open_plain(str(path), folder=str(tmp_path)) as file:
+            with plain_files.open_plain(str(path), folder=str(tmp_path)) as file:
                 found = os.fstat(file.fileno()).st_size == size // 5 * 5
         except UserError as error:
             found = not str(error).startswith(f"{path}: decompressed, its ")
         assert found == is_read
     noise = os.urandom(1 << 20)  # which can't be compressed: its own size many times is much more
     path.write_bytes(pack(noise.hex().encode()))
-    with reading.open_plain(str(path), folder=str(tmp_path)) as file:
+    with plain_files.open_plain(str(path), folder=str(tmp_path)) as file:
         assert os.fstat(file.fileno()).st_size == 2 << 20
 
 
