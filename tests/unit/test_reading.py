@@ -387,7 +387,7 @@ def test_a_line_of_20_mb_is_no_text(name, content, tmp_path):
     [
         (b"one\ntwo\n" * 5_000 + b"sch\xf6n\n", "ascii", "line 10001: not ascii .byte 0xf6."),
         (b"one\r\n\x81\n", "cp1252", "line 2: not cp1252 .byte 0x81."),
-        (b"one\ntwo\n", "utf-16", "not utf-16 .*BOM"),
+        (b"one\ntwo\n", "utf-16", "not utf-16 .*BOM."),
     ],
 )
 def test_a_wrong_encoding_is_one_line_with_its_place(content, encoding, problem, tmp_path):

@@ -598,7 +598,7 @@ def test_both_readers_of_a_table_give_what_was_written(rows, delimiter, line_end
 
 
 def test_the_fast_reader_is_taken_for_what_csv_writers_write(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "read_rows", lambda *_: pytest.fail("the plain reader was taken"))
+    monkeypatch.setattr(delimited, "read_rows", lambda *_: pytest.fail("the plain reader was taken"))
     text = "".join(f'"a ""b"", {number}\nc",x\n' for number in range(30_000))
     assert len(read(tmp_path / "t.csv", "text,label\n" + text)["text"]) == 30_000
 
