@@ -129,7 +129,8 @@ def check_model(name: str, *, kind: bundled.Kind, flag: str = "--model") -> None
         raise UserError(f"{flag} {name}: can't be read: {reason}; check the path") from error
     if mode is not None and stat.S_ISDIR(mode):
         best = folder / "best"
-        if (best / model_files.CONFIG).is_file() and not any(folder.glob("*.safetensors")):
+        # os.path.isfile is False where a folder can't be entered; the check after it says so
+        if os.path.isfile(best / model_files.CONFIG) and not any(folder.glob("*.safetensors")):
             raise UserError(f"{flag} {name}: this is the folder of a run; its model is {best}")
         model_files.check(folder, f"{flag} {name}")
     elif mode is not None and kind == "language model" and folder.suffix == GGUF_SUFFIX:

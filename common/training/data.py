@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from common import reading
-from common.errors import Fault, UserError, listed, quoted
+from common.errors import Fault, UserError, listed, quoted, shorten
 from common.runtime import Runtime
 from common.sources import FileOptions
 from common.training.faults import (
@@ -479,7 +479,9 @@ def _check_counts(rows: datasets.Dataset, missing: list[str]) -> None:
     """Raise UserError unless each class has a row for each split that is to be cut, and for train."""
     names, least = task_of_rows(rows).names, len(missing) + 1
     counts = np.bincount(rows["label"][:], minlength=len(names))
-    few = [f"{quoted(name)} has {count}" for name, count in zip(names, counts) if 0 < count < least]
+    few = [
+        f"{quoted(shorten(name, 30))} has {count}" for name, count in zip(names, counts) if 0 < count < least
+    ]
     if not few:
         return
     splits = " and ".join(f"a {split}" for split in missing)

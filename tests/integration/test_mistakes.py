@@ -233,12 +233,12 @@ FILES = {  # name: (file's name, content, what the line must hold)
     "a label as long as a text": (
         "rows.csv",
         "text,label\n" + "a,x\n" * 20 + "b," + "long " * 200 + "\n",
-        ("validation split", "long lo...' has 1;"),
+        ("validation", "'long long", "' has 1, and 3"),
     ),
     "a class too small to cut": (
         "rows.csv",
         "text,label\n" + "a,x\n" * 20 + "b,rare\n",
-        ("validation split", "'rare' has 1", "add rows"),
+        ("validation", "'rare' has 1", "--drop-rare 3", "add rows"),
     ),
 }
 
