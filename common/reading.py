@@ -494,8 +494,9 @@ def _read_split_files(
     splits = datasets.DatasetDict()
     for split, parts in shards.items():
         rows = [read_one(part) for part in parts]
-        joined = tables.joined([part.data.table for part in rows])
-        splits[split] = rows[0] if len(rows) == 1 else _as_dataset(joined, "", [])
+        if len(rows) > 1:
+            rows = [_as_dataset(tables.joined([part.data.table for part in rows]), "", [])]
+        splits[split] = rows[0]
     return splits
 
 
