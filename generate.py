@@ -530,8 +530,10 @@ def encode_prompts(args: argparse.Namespace, given: list[GivenPrompt], run: Run)
     ]
     encodings = iter(encode_readable(args, readable, run))
     for number, item in enumerate(given):
-        ids, problem = [], ""
-        encoding = item if isinstance(item, UserError) else next(encodings)
+        if isinstance(item, UserError):  # with --skip-bad
+            prompts.append(Prompt(number, "", [], problem=str(item)))
+            continue
+        encoding, ids, problem = next(encodings), [], ""
         try:
             if isinstance(encoding, UserError):
                 raise encoding
@@ -541,9 +543,8 @@ def encode_prompts(args: argparse.Namespace, given: list[GivenPrompt], run: Run)
             if not args.skip_bad:
                 raise
             problem = str(error)
-        messages = item if isinstance(item, list) else None
-        text = messages[-1]["content"] if messages else str(item)
-        prompts.append(Prompt(number, "" if isinstance(item, UserError) else text, ids, messages, problem))
+        text, messages = (item, None) if isinstance(item, str) else (item[-1]["content"], item)
+        prompts.append(Prompt(number, text, ids, messages, problem))
     return prompts
 
 

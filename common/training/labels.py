@@ -82,56 +82,67 @@ def tidy_labels(
     splits: dict[str, datasets.Dataset], config: LabelConfig, trained: Sequence[str] | None = None
 ) -> tuple[dict[str, datasets.Dataset], dict[str, str | None]]:
     """Return the splits with the labels in their columns of strings written in one way, as
-    --clean-labels and --decimal ask for; and what was changed: label -> new label.
+    --clean-labels and --decimal ask for; and what was changed: label -> new label, None for none.
 
-    --clean-labels takes names that look the same for the most frequent of them in the first split,
-    or for that of a `trained` model, and the words of MISSING for no label. --decimal "," makes
-    numbers of 1,5.
+    Names that look the same become the most frequent of them in the first split, or that of a
+    `trained` model. Raises UserError for a cell that is not UTF-8.
     """
     if not config.clean_labels and config.decimal == ".":
         return splits, {}
     for split, rows in splits.items():
         for column in _string_columns(rows, config):
             reading.check_characters(rows.with_format("arrow")[column], f"split {split}, row", first=1)
-    usual: dict[str, str] = {}  # name as it is seen -> how it is written
+    usual = _usual_spellings(next(iter(splits.values())), config, trained)
     changes: dict[str, str | None] = {}
-    separator = config.label_separator
 
     def tidy(cell: str | None) -> str | None:
         if cell is None:
             return None
-        if separator is not None:
-            parts = [tidy_name(part) for part in cell.split(separator)]
-            return separator.join(part for part in parts if part is not None)
-        return tidy_name(cell)
+        parts = [cell] if config.label_separator is None else cell.split(config.label_separator)
+        tidied = {part: _tidy_name(part, config, usual) for part in parts}
+        changes.update((part, new) for part, new in tidied.items() if new != part)
+        kept = [new for part in parts if (new := tidied[part]) is not None]
+        # a cell with a separator may name no label
+        return config.label_separator.join(kept) if config.label_separator else next(iter(kept), None)
 
-    def tidy_name(name: str) -> str | None:
-        tidied: str | None = name.strip() if config.clean_labels else name
-        if config.decimal == "," and DECIMAL_COMMA.fullmatch(name.strip()):
-            tidied = name.strip().replace(",", ".")
-        elif config.clean_labels:
-            seen = seen_name(name)
-            tidied = None if seen in MISSING else usual.get(seen, tidied)
-        if tidied != name:
-            changes[name] = tidied
-        return tidied
-
-    names = Counter(trained or [])
-    for rows in () if trained or not config.clean_labels else list(splits.values())[:1]:
-        for cell in (cell for column in _string_columns(rows, config) for cell in rows[column][:] if cell):
-            names.update(part.strip() for part in (cell.split(separator) if separator else [cell]))
-    for name, _ in sorted(names.items(), key=lambda item: (-item[1], item[0])):
-        usual.setdefault(seen_name(name), name)
     tidied_splits = {}
     for split, rows in splits.items():
         changed: Any = rows
         for column in _string_columns(rows, config):
-            cells, place = [tidy(cell) for cell in rows[column][:]], rows.column_names
-            feature = rows.features[column]
+            cells, feature = [tidy(cell) for cell in rows[column][:]], rows.features[column]
             changed = changed.remove_columns(column).add_column(column, cells, feature=feature)
-            changed = changed.select_columns(place)
-        tidied_splits[split] = changed
+        tidied_splits[split] = changed.select_columns(rows.column_names)
     return tidied_splits, changes
+
+
+def _usual_spellings(
+    rows: datasets.Dataset, config: LabelConfig, trained: Sequence[str] | None
+) -> dict[str, str]:
+    """Return how each name is spelled most often, by the name as it is seen; of equally frequent
+    spellings the first in sorted order.
+    """
+    names = Counter(trained or ())
+    if trained is None:
+        for column in _string_columns(rows, config):
+            cells = [cell for cell in rows[column][:] if cell is not None]
+            parts = [cells] if config.label_separator is None else separated(cells, config.label_separator)
+            names.update(name.strip() for names_of_cell in parts for name in names_of_cell)
+    usual: dict[str, str] = {}
+    for name, _ in sorted(names.items(), key=lambda item: (-item[1], item[0])):
+        usual.setdefault(seen_name(name), name)
+    return usual
+
+
+def _tidy_name(name: str, config: LabelConfig, usual: dict[str, str]) -> str | None:
+    """Return a label as it is meant: a number with a decimal point, or a name in its usual spelling;
+    None where it stands for a missing one.
+    """
+    if config.decimal == "," and DECIMAL_COMMA.fullmatch(name.strip()):
+        return name.strip().replace(",", ".")
+    if not config.clean_labels:
+        return name
+    seen = seen_name(name)
+    return None if seen in MISSING else usual.get(seen, name.strip())
 
 
 def _string_columns(rows: datasets.Dataset, config: LabelConfig) -> list[str]:
