@@ -32,7 +32,7 @@ from common import cli
 from common.errors import Fault, Interrupted, UserError, note
 from common.sources import FileOptions
 from common.training import predictions, study, training_flags
-from common.training.run import JOIN, PAIR, RunLocation, check_task, check_text_columns, finished_runs
+from common.training.run import PAIR, RunLocation, check_task, check_text_columns, finished_runs
 from common.training.training_flags import (
     commits_of,
     needs_no_model,
@@ -81,7 +81,18 @@ from common.runtime import (
     start_runtime,
     stop_runtime,
 )
-from common.training import batching, checkpoint, classifier, data, model_card, report, tracking, unlabelled
+from common.training import (
+    batching,
+    checkpoint,
+    classifier,
+    data,
+    model_card,
+    report,
+    saved_model,
+    saved_settings,
+    tracking,
+    unlabelled,
+)
 from common.training.adaptation import adapt, merge_adapters
 from common.training.batching import BatchConfig, count_examples, model_inputs, pool_chunks, sync_gradients
 from common.training.checkpoint import TIME_IS_UP, Checkpoints, StopSignals, TrainingState
@@ -96,14 +107,13 @@ from common.training.evaluation import (
     predict_texts,
 )
 from common.training.labels import LabelConfig
+from common.training.saved_model import SavedModel
 from common.training.task import Scoring, Task, balanced_weights, sum_losses, task_of_rows
 from common.training.tokenization import TokenConfig, describe_marks, tokenize_splits
 
 if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from common.bert import BertClassifier
 
 
 # Configs ------------------------------------------------------------------------------------------
@@ -505,7 +515,7 @@ def score_and_keep(
         if runtime.is_main:
             plain, settings = merge_adapters(state.model), run.log.settings
             folder = run.log.folder / "best"
-            classifier.save(plain, state.tokenizer, folder, settings=settings, thresholds=thresholds)
+            saved_model.save(plain, state.tokenizer, folder, settings=settings, thresholds=thresholds)
     runtime.say(line)
 
 
@@ -569,18 +579,15 @@ def reload_best(loaded: Loaded, run: Run, runtime: Runtime) -> TextClassifier:
     """
     runtime.barrier()  # the main process has written them
     config, folder = loaded.config, run.log.folder / "best"
-    name = str(folder)
-    model, tokenizer, _ = classifier.load_saved(name, runtime, cache_dir=config.model.cache_dir)
-    best = TextClassifier(model, tokenizer, config.tokens, config.eval_batch_size)
+    saved = saved_model.load(str(folder), runtime)
+    best = TextClassifier(saved.model, saved.tokenizer, config.tokens, config.eval_batch_size)
     if config.calibrate:
         rows = loaded.tokenized["validation"]
         logits = predict_logits(best, rows, runtime, signals=run.signals)
         calibrate(logits, rows, folder, config.task, runtime)
-    trained = classifier.saved_settings(folder, name)  # with the temperature
-    thresholds = classifier.saved_thresholds(trained, config.task, name=name)
-    scoring = dataclasses.replace(config.scoring, threshold=thresholds)
-    temperature = classifier.saved_temperature(trained)
-    return dataclasses.replace(best, scoring=scoring, temperature=temperature)
+        saved = dataclasses.replace(saved, settings=saved_settings.read_settings(folder, str(folder)))
+    scoring = dataclasses.replace(config.scoring, threshold=saved.thresholds())
+    return dataclasses.replace(best, scoring=scoring, temperature=saved.settings.temperature)
 
 
 def calibrate(
@@ -592,7 +599,7 @@ def calibrate(
     truth = task.targets(rows["label"][:]).numpy()
     temperature = calibration.fit_temperature(logits.double().numpy(), truth, task.kind)
     if runtime.is_main:
-        classifier.save_temperature(folder, temperature)
+        saved_settings.save_temperature(folder, temperature)
     runtime.barrier()
     runtime.say(f"\ncalibrated on the validation split: logits are divided by {temperature:.4f}")
 
@@ -652,64 +659,50 @@ def fit_in(location: RunLocation, args: argparse.Namespace, clock: tracking.Cloc
 # A saved model ------------------------------------------------------------------------------------
 
 
-def saved_scoring(args: argparse.Namespace, trained: dict, task: Task) -> Scoring:
-    """Return how the answers of a saved model are scored: as its settings tell, where flags say
-    nothing else. Raises UserError for flags that have no meaning in its task.
+def saved_scoring(saved: SavedModel, args: argparse.Namespace) -> Scoring:
+    """Return how the answers of a saved model are scored: as in its training, unless flags say else.
+    Raises UserError for flags that have no meaning in its task.
     """
     if args.threshold == "auto":
         raise UserError("--threshold auto: training chose it, and saved it with the model; leave it out")
-    positive_class = args.positive_class or trained.get("positive_class")
+    positive_class = args.positive_class or saved.settings.positive_class
     of_training = {"best_metric": "loss", "label_smoothing": 0.0, "class_weights": "none"}
     given = {**vars(args), **of_training, "label_separator": None, "positive_class": positive_class}
-    check_task(task.kind, given, task.names)
-    limits = args.threshold
-    if limits is None:
-        limits = classifier.saved_thresholds(trained, task, name=args.model)
-    return Scoring(positive_class, limits)
+    check_task(saved.task.kind, given, saved.task.names)
+    return Scoring(positive_class, saved.thresholds() if args.threshold is None else args.threshold)
 
 
-def saved_texts(args: argparse.Namespace, trained: dict) -> TextConfig:
-    """Return which columns hold the texts for a saved model: as its settings tell, where flags say
-    nothing else.
-    """
-    texts = config_from_flags(TextConfig, args)
-    if texts.text_mode is None and trained.get("text_mode") in (PAIR, JOIN):
-        mode, join_with = trained["text_mode"], str(trained.get("join_with", " "))
-        texts = dataclasses.replace(texts, text_mode=mode, join_with=join_with)
+def saved_texts(saved: SavedModel, args: argparse.Namespace) -> TextConfig:
+    """Return which columns hold the texts for a saved model: as in its training, unless flags say else."""
+    texts, trained = config_from_flags(TextConfig, args), saved.settings
+    if texts.text_mode is None and trained.text_mode is not None:
+        texts = dataclasses.replace(texts, text_mode=trained.text_mode, join_with=trained.join_with)
         if len(texts.columns) == 1:
-            texts = dataclasses.replace(texts, text_column=str(trained.get("text_column")))
+            texts = dataclasses.replace(texts, text_column=trained.text_column)
     check_text_columns(texts.text_column, texts.text_mode)
     return texts
 
 
-def saved_classifier(
-    model: PreTrainedModel | BertClassifier,
-    tokenizer: batching.AnyTokenizer,
-    trained: dict,
-    args: argparse.Namespace,
-) -> TextClassifier:
-    """Return a saved model with the settings that were saved with it; flags override them."""
-    tokens = classifier.choose_saved_tokens(
-        model, tokenizer, trained, eval_max_length=args.eval_max_length, truncation=args.truncation
-    )
-    scoring = saved_scoring(args, trained, classifier.task_of_model(model))
-    temperature = classifier.saved_temperature(trained)
-    return TextClassifier(model, tokenizer, tokens, args.eval_batch_size, scoring, temperature)
+def saved_classifier(saved: SavedModel, args: argparse.Namespace) -> TextClassifier:
+    """Return a saved model that reads and answers as in its training, unless flags say else."""
+    tokens = saved.choose_tokens(eval_max_length=args.eval_max_length, truncation=args.truncation)
+    scoring, temperature = saved_scoring(saved, args), saved.settings.temperature
+    return TextClassifier(saved.model, saved.tokenizer, tokens, args.eval_batch_size, scoring, temperature)
 
 
 def evaluate_only(args: argparse.Namespace, runtime: Runtime) -> None:
     """Score a saved model on the test split, or on all rows of a data set that has none."""
-    model, tokenizer, trained = classifier.load_saved(
-        args.model, runtime, cache_dir=args.cache_dir, revision=args.revision
-    )
-    saved, task = saved_classifier(model, tokenizer, trained, args), classifier.task_of_model(model)
-    config = dataclasses.replace(data_config(args), texts=saved_texts(args, trained))
-    rows = data.load_rows_for_scoring(config, task, trained, runtime)
-    splits = tokenize_splits({"test": rows}, tokenizer, saved.tokens, runtime, cache_dir=args.cache_dir)
-    scores, logits = evaluate(saved, splits["test"], runtime)
-    thresholds, positive_class = report.thresholds_of(scores), saved.scoring.positive_class
-    answers = report.Predictions(splits["test"], logits, thresholds, positive_class)
-    report.show(scores, answers, saved.tokens.eval_max_length, runtime)
+    saved = saved_model.load(args.model, runtime, cache_dir=args.cache_dir, revision=args.revision)
+    model = saved_classifier(saved, args)
+    config = dataclasses.replace(data_config(args), texts=saved_texts(saved, args))
+    rows = data.load_rows_for_scoring(config, saved.task, saved.settings, runtime)
+    tokenizer = cast("PreTrainedTokenizerBase", model.tokenizer)  # load() has no other
+    splits = tokenize_splits({"test": rows}, tokenizer, model.tokens, runtime, cache_dir=args.cache_dir)
+    rows = splits["test"]
+    scores, logits = evaluate(model, rows, runtime)
+    thresholds, positive_class = report.thresholds_of(scores), model.scoring.positive_class
+    answers = report.Predictions(rows, logits, thresholds, positive_class)
+    report.show(scores, answers, model.tokens.eval_max_length, runtime)
 
 
 def kept_columns(args: argparse.Namespace) -> list[str] | None:
@@ -724,14 +717,12 @@ def predict(args: argparse.Namespace, runtime: Runtime) -> None:
     """Answer for each text, with its row, label, confidence and the score of every class: a JSON
     line on the screen, or a row of --output.
     """
-    model, tokenizer, trained = classifier.load_to_predict(
-        args.model, runtime, cache_dir=args.cache_dir, revision=args.revision
-    )
-    saved = saved_classifier(model, tokenizer, trained, args)
+    saved = saved_model.load_to_predict(args.model, runtime, cache_dir=args.cache_dir, revision=args.revision)
+    model = saved_classifier(saved, args)
     faults: list[Fault] | None = [] if args.skip_bad else None
     with unlabelled.open_texts(
         args.predict,
-        saved_texts(args, trained),
+        saved_texts(saved, args),
         kept=kept_columns(args),
         options=config_from_flags(FileOptions, args),
         cache_dir=args.cache_dir,
@@ -748,29 +739,29 @@ def predict(args: argparse.Namespace, runtime: Runtime) -> None:
                 predictions.write_bad_rows(path, faults)
                 note(f"{unusable}: left out, see {path}")
         if args.output is not None:
-            write_predictions(saved, texts, bad, args, runtime)
+            write_predictions(model, texts, bad, args, runtime)
             return
         for block in texts.blocks(PREDICT_BLOCK, without=bad):
-            answers = list(predict_texts(saved, block.texts, block.rows, runtime))
+            answers = list(predict_texts(model, block.texts, block.rows, runtime))
             for line in predictions.with_columns(block.columns, answers):
                 runtime.say(cli.json_line(line))
 
 
 def write_predictions(
-    saved: TextClassifier, texts: unlabelled.Texts, bad: set[int], args: argparse.Namespace, runtime: Runtime
+    model: TextClassifier, texts: unlabelled.Texts, bad: set[int], args: argparse.Namespace, runtime: Runtime
 ) -> None:
     """Write an answer for each text but the `bad` ones to --output; with --resume go on with a file
     that was begun, if whatever its answers depend on is the same.
     """
-    tokens, options = saved.tokens, config_from_flags(FileOptions, args)
+    tokens, options = model.tokens, config_from_flags(FileOptions, args)
     identity = {
         "text": texts.sha256(),
-        "model": tensors_sha256(saved.model.state_dict()),
-        "thresholds": str(saved.scoring.threshold),
-        "temperature": saved.temperature,
+        "model": tensors_sha256(model.model.state_dict()),
+        "thresholds": str(model.scoring.threshold),
+        "temperature": model.temperature,
         "--text-column": str(texts.config),
         "--keep-columns": texts.kept,
-        "--eval-batch-size": saved.batch_size,
+        "--eval-batch-size": model.batch_size,
         "precision or device": f"{runtime.precision} {runtime.device.type} {runtime.world_size}",
         "way to read texts": f"{tokens.eval_max_length} {tokens.truncation} {options}",
     }
@@ -782,7 +773,7 @@ def write_predictions(
             runtime.say(f"{args.output} is complete already")
             return
         for block in texts.blocks(PREDICT_BLOCK, without=bad, skipped=file.num_rows):
-            file.add(list(predict_texts(saved, block.texts, block.rows, runtime)), block.columns)
+            file.add(list(predict_texts(model, block.texts, block.rows, runtime)), block.columns)
         file.finish()
     runtime.say(f"{file.num_rows:,} predictions: {args.output}")
 

@@ -1,4 +1,4 @@
-"""A pretrained encoder as a classifier: load it, save it, load what was saved.
+"""A pretrained encoder with a head for a task, its tokenizer, and whether they belong together.
 
 transformers, which takes seconds to import, is imported by the functions that need it: a prediction
 by a model that common/bert.py knows does not.
@@ -6,34 +6,27 @@ by a model that common/bert.py knows does not.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import json
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
-from common import bert, model_files, sources, speedups
-from common.errors import NotSupported, UserError, shorten
-from common.files import replace_file, replace_folder
+from common import bert, sources
+from common.errors import UserError, shorten
 from common.runtime import Runtime
 from common.training.adaptation import dropout_options, head_modules
-from common.training.data import name_sha256
+from common.training.batching import AnyTokenizer
 from common.training.run import (
     DEFAULT_CHUNK_LENGTH,
     DEFAULT_MAX_LENGTH,
     DEFAULT_TRUNCATION,
     MULTI,
-    PAIR,
     REGRESSION,
     SINGLE,
-    TRUNCATIONS,
     Kind,
-    is_like,
 )
 from common.training.task import PROBLEM_TYPES, Task
 from common.training.tokenization import TokenConfig
@@ -41,24 +34,8 @@ from common.training.tokenization import TokenConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from common.tokenizer import Tokenizer
-
-SETTINGS_FILE = "training.json"  # beside the saved model: how it was trained
-OWN_SETTING = "dataset_sha256"  # is in each of ours
-# the settings of a run that a saved model remembers, so that it is used and scored in the same way
-REMEMBERED = (
-    "dataset_config",
-    "seed",
-    "split_seed",
-    "max_length",
-    "eval_max_length",
-    "truncation",
-    "text_column",
-    "text_mode",
-    "join_with",
-    "label_column",
-    "positive_class",
-)
+# transformers' own, and those of common/bert.py, which stand for them in predictions
+AnyModel: TypeAlias = "PreTrainedModel | bert.BertClassifier"
 UNLIMITED = 1_000_000  # tokenizers without a limit say 1e30
 # what a saved head may be for
 PROBLEMS = {
@@ -231,7 +208,7 @@ def saved_classes(config: PreTrainedConfig) -> list[str]:
     return [str(label) for _, label in sorted((config.id2label or {}).items())]
 
 
-def task_of_model(model: PreTrainedModel | bert.BertClassifier) -> Task:
+def task_of_model(model: AnyModel) -> Task:
     """Return the task of a model, with its names in the order of its logits."""
     if isinstance(model, bert.BertClassifier):
         kind = _kind_of(model.config.settings.get("problem_type"), model.classifier.out_features)
@@ -272,8 +249,8 @@ def reorder_head(model: PreTrainedModel, order: list[int]) -> bool:
 def choose_max_length(
     wanted: int | None,
     default: int,
-    model: PreTrainedModel | bert.BertClassifier,
-    tokenizer: PreTrainedTokenizerBase | Tokenizer,
+    model: AnyModel,
+    tokenizer: AnyTokenizer,
     *,
     flag: str,
     is_pair: bool = False,
@@ -293,7 +270,7 @@ def choose_max_length(
     return wanted
 
 
-def _positions(model: PreTrainedModel | bert.BertClassifier) -> int | None:
+def _positions(model: AnyModel) -> int | None:
     """Return the most tokens that a model takes at once, None if nothing limits it."""
     if isinstance(model, bert.BertClassifier):
         return model.config.num_positions - model.config.first_position
@@ -323,31 +300,14 @@ def choose_tokens(
     length = choose(max_length, default, flag="--max-length")
     eval_default = max_length or DEFAULT_MAX_LENGTH
     eval_length = choose(eval_max_length, eval_default, flag="--eval-max-length")
-    return TokenConfig(length, eval_length, truncation, hides_special=is_pair or _reads_ends(model))
+    return TokenConfig(length, eval_length, truncation, hides_special=is_pair or reads_ends(model))
 
 
-def _reads_ends(model: PreTrainedModel | bert.BertClassifier) -> bool:
+def reads_ends(model: AnyModel) -> bool:
     """Tell whether a model reads the one end token of each text, as BART and T5 do, and can't read
     a text that holds another.
     """
     return getattr(model.config, "is_encoder_decoder", False)
-
-
-def choose_saved_tokens(
-    model: PreTrainedModel | bert.BertClassifier,
-    tokenizer: PreTrainedTokenizerBase | Tokenizer,
-    trained: dict,
-    *,
-    eval_max_length: int | None,
-    truncation: str | None,
-) -> TokenConfig:
-    """Return how a saved model reads texts; None: as it was scored, which its settings tell."""
-    length = choose_max_length(
-        eval_max_length, tokenizer.model_max_length, model, tokenizer, flag="--eval-max-length"
-    )
-    truncation = truncation or trained.get("truncation", DEFAULT_TRUNCATION)
-    hides_special = trained.get("text_mode") == PAIR or _reads_ends(model)
-    return TokenConfig(length, length, truncation, hides_special)
 
 
 def mismatches(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -396,180 +356,3 @@ def require_match(
     with models.load_errors(name, reader=type(model).__name__), torch.no_grad():
         texts = [dict(tokenizer(text)) for text in ("word", "three more words")]
         model(**tokenizer.pad(texts, padding=True, return_tensors="pt").to(model.device))
-
-
-# Save, and load what was saved --------------------------------------------------------------------
-
-
-def save(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-    *,
-    settings: dict,
-    thresholds: list[float] | None = None,
-) -> None:
-    """Write model, tokenizer and `training.json`, with the labels' thresholds, as a plain Hugging Face
-    folder.
-
-    An older folder is replaced only by a complete one. Of the run's `settings` the model remembers
-    those that it takes to score it again, and of the data set, whose path is nobody else's
-    business, a SHA-256 of its name. The tokenizer remembers eval_max_length as its limit, so that
-    `pipeline(..., truncation=True)` truncates where the model was scored.
-    """
-    fresh = folder.with_name(folder.name + ".new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    tokenizer.model_max_length = settings["eval_max_length"]
-    model.save_pretrained(fresh)
-    tokenizer.save_pretrained(fresh)
-    remembered = {name: settings[name] for name in REMEMBERED}
-    remembered = {OWN_SETTING: name_sha256(settings["dataset"]), **remembered}
-    if thresholds is not None:
-        remembered["thresholds"] = thresholds
-    (fresh / SETTINGS_FILE).write_text(json.dumps(remembered, indent=2) + "\n", encoding="utf-8")
-    replace_folder(fresh, folder)
-
-
-def saved_settings(folder: Path, name: str) -> dict:
-    """Return the `training.json` in the folder of a model, {} if this script did not train it.
-
-    Raises UserError, naming the model, when it is damaged: it would be scored in another way than
-    before.
-    """
-    path = folder / SETTINGS_FILE
-    settings = model_files.read_json(path, f"--model {name}") if path.is_file() else {}
-    if OWN_SETTING not in settings:  # on the Hub, others may call a file of theirs so
-        return {}
-    split_seed, thresholds = settings.get("split_seed"), settings.get("thresholds", [])
-    is_known = {
-        "truncation": settings.get("truncation") in TRUNCATIONS,
-        "seed": _is_seed(settings.get("seed")),
-        "thresholds": isinstance(thresholds, list)
-        and all(is_like(value, 0.5) and 0 <= value <= 1 for value in thresholds),
-        "temperature": is_like(saved_temperature(settings), 1.0) and saved_temperature(settings) > 0,
-        "split_seed": split_seed is None or _is_seed(split_seed),
-    }
-    for setting, is_usable in is_known.items():
-        if not is_usable:
-            raise UserError(
-                f"--model {name}: {path} has no usable {setting} ({settings.get(setting)!r:.40});"
-                " copy it from the run once more"
-            )
-    return settings
-
-
-def _is_seed(value: object) -> bool:
-    return type(value) is int and 0 <= value < 2**32
-
-
-def save_temperature(folder: Path, temperature: float) -> None:
-    """Add a temperature to a saved model, and move its thresholds so that its answers stay the same.
-
-    Its settings become a new file: the old one may have a second name in a checkpoint.
-    """
-    from common.training.calibration import moved_thresholds
-
-    settings = saved_settings(folder, str(folder))
-    if settings.get("thresholds"):
-        settings["thresholds"] = moved_thresholds(settings["thresholds"], temperature)
-    settings["temperature"] = temperature
-    replace_file(folder / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
-
-
-def saved_temperature(trained: dict) -> float:
-    """Return by what the logits of a saved model are divided: 1 unless it was calibrated."""
-    return trained.get("temperature", 1.0)
-
-
-def saved_thresholds(trained: dict, task: Task, *, name: str) -> tuple[float, ...] | float:
-    """Return from which probability on a text has a label: a number for each, as they were chosen
-    in the training that left these settings, or 0.5 for a model that this script did not train.
-
-    Raises UserError, naming the model, when there are more or fewer numbers than labels.
-    """
-    thresholds = trained.get("thresholds")
-    if not thresholds or task.kind != MULTI:
-        return 0.5
-    if len(thresholds) != len(task.names):
-        raise UserError(
-            f"--model {name}: {SETTINGS_FILE} has {len(thresholds)} thresholds for"
-            f" {len(task.names)} labels; copy it from the run once more"
-        )
-    return tuple(thresholds)
-
-
-def load_saved(
-    name: str, runtime: Runtime, *, cache_dir: str | None, revision: str | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict]:
-    """Return a classifier with the head that it was saved with, on its device, its tokenizer, and its
-    `saved_settings`. Raises UserError when it was never trained to classify.
-    """
-    from transformers import AutoConfig, AutoModelForSequenceClassification
-
-    from common import models
-
-    folder = sources.find_folder(name, kind="encoder", cache_dir=cache_dir, revision=revision)
-    config = models.load(AutoConfig, folder, name=name)
-    model, new = models.load_model(
-        AutoModelForSequenceClassification, folder, name=name, config=config, dtype=torch.float32
-    )
-    if new:
-        raise UserError(
-            f"--model {name}: it was never trained to classify (no weights for {', '.join(new)});"
-            " name the folder runs/<name>/best of a finished run"
-        )
-    check_classes(config, name=name)
-    model = model.to(runtime.device)
-    speedups.use_fast_attention(model)
-    speedups.use_first_token(model)
-    tokenizer = models.load_tokenizer(folder, name=name)
-    ensure_padding_token(tokenizer, name=name)
-    pad_at_unread_end(model, tokenizer)
-    require_match(model, tokenizer, name=name)
-    return model, tokenizer, saved_settings(folder, name)
-
-
-def load_to_predict(
-    name: str, runtime: Runtime, *, cache_dir: str | None, revision: str | None = None
-) -> tuple[PreTrainedModel | bert.BertClassifier, PreTrainedTokenizerBase | Tokenizer, dict]:
-    """Return a saved classifier, its tokenizer and its settings as `load_saved` does, without
-    transformers where the project knows the model itself: it is ready in a fraction of the time.
-    """
-    from common.tokenizer import read_tokenizer
-
-    folder = sources.find_folder(name, kind="encoder", cache_dir=cache_dir, revision=revision)
-    with contextlib.suppress(NotSupported):
-        model, tokenizer = bert.load_classifier(folder), read_tokenizer(folder)
-        if tokenizer.pad_token is not None and _is_sound(model):
-            return model.to(runtime.device).eval(), tokenizer, saved_settings(folder, name)
-    return load_saved(name, runtime, cache_dir=cache_dir, revision=revision)
-
-
-def _is_sound(model: bert.BertClassifier) -> bool:
-    """Tell whether a model's outputs have names that nothing contradicts; else `load_saved` says why."""
-    settings = model.config.settings
-    numbers = {name: number for number, name in enumerate(model.class_names)}
-    return (
-        settings.get("problem_type") in (None, *PROBLEM_TYPES.values())
-        and len(numbers) == model.classifier.out_features
-        and (len(numbers) > 1 or task_of_model(model).kind != SINGLE)
-        and (settings.get("label2id") or numbers) == numbers
-        and all(bool(weights.isfinite().all()) for weights in model.parameters())
-    )
-
-
-def check_classes(config: PreTrainedConfig, *, name: str) -> None:
-    """Raise UserError unless a saved model names its classes, labels or numbers without contradiction."""
-    if saved_kind(config) == SINGLE and config.num_labels == 1:
-        raise UserError(
-            f"--model {name}: it has only one class, so it can't tell anything; name another model"
-        )
-    labels, numbers = config.id2label or {}, config.label2id or {}
-    if sorted(labels) != list(range(len(labels))) or len(set(labels.values())) < len(labels):
-        problem = "id2label is no list of different names"
-    elif numbers and numbers != {label: number for number, label in labels.items()}:
-        problem = "id2label and label2id contradict each other"
-    else:
-        return
-    advice = "repair it or name another model"
-    raise UserError(f"--model {name}: {problem} in its config.json; {advice}")

@@ -12,7 +12,6 @@ them.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -46,6 +45,7 @@ from common.training.labels import (
     without_decimals,
 )
 from common.training.run import JOIN, MULTI, REGRESSION, SINGLE
+from common.training.saved_settings import SavedSettings, name_sha256
 from common.training.task import DESCRIPTIONS, Task, task_of_rows
 
 if TYPE_CHECKING:
@@ -220,12 +220,12 @@ def _unlabelled(rows: datasets.Dataset, texts: TextConfig, faults: list[Fault] |
 
 
 def load_rows_for_scoring(
-    config: DataConfig, task: Task, trained: dict, runtime: Runtime
+    config: DataConfig, task: Task, trained: SavedSettings, runtime: Runtime
 ) -> datasets.Dataset:
     """Return the rows on which to score a saved model that was trained for `task`.
 
-    These are the test split, or all rows of a data set without one. `trained` holds the settings
-    that the model was saved with: if the data set is the one that it was trained on, the same test
+    These are the test split, or all rows of a data set without one. `trained` tells how
+    the model was trained: if the data set is the one that it was trained on, the same test
     split is cut again. Raises UserError when the seed would cut another one, most of whose rows the
     model was trained on.
     """
@@ -245,9 +245,10 @@ def load_rows_for_scoring(
         splits, _ = clean(splits, config.texts, config.labels, faults, task)
         runtime.say(f"skipped  {number_of_rows(len(faults))} that can't be used")
     splits = validate(splits, config.texts, config.labels, trained=task)
-    if "test" not in splits and name_sha256(config.dataset) == trained.get("dataset_sha256"):
-        flag = "--seed" if trained.get("split_seed") is None else "--split-seed"
-        seed = trained["seed"] if flag == "--seed" else trained["split_seed"]
+    if "test" not in splits and name_sha256(config.dataset) == trained.dataset_sha256:
+        seed, flag = trained.split_seed, "--split-seed"
+        if seed is None:
+            seed, flag = trained.seed, "--seed"
         if seed != config.seed:
             problem = f"the model was trained with {flag} {seed}, which cuts a different test split"
             raise UserError(f"{flag} {config.seed}: {problem}; use that seed")
@@ -287,14 +288,6 @@ def _read_split_files(config: DataConfig, faults: list[Fault] | None) -> Splits:
         for split, file in files.items()
         if file is not None
     }
-
-
-def name_sha256(name: str) -> str:
-    """Return the SHA-256 of a data set's full name, in hexadecimal.
-
-    It tells whether another name is the same without giving the name away.
-    """
-    return hashlib.sha256(reading.full_name(name).encode()).hexdigest()
 
 
 def choose_splits(source: datasets.DatasetDict, wanted: dict[str, str | None]) -> Splits:

@@ -16,7 +16,7 @@ from common.bert import BertClassifier
 from common.runtime import Runtime
 from common.training import batching
 from common.training.checkpoint import StopSignals
-from common.training.classifier import task_of_model
+from common.training.classifier import AnyModel, task_of_model
 from common.training.run import LOWER_IS_BETTER, MULTI, REGRESSION
 from common.training.task import Scoring, Task, task_of_rows
 from common.training.tokenization import TokenConfig, encode
@@ -24,7 +24,6 @@ from common.training.tracking import progress
 
 if TYPE_CHECKING:
     import datasets
-    from transformers import PreTrainedModel
 
 # texts held at a time: enough to sort by length, with little memory and early first answers
 PREDICT_BLOCK = 2048
@@ -34,7 +33,7 @@ PREDICT_BLOCK = 2048
 class TextClassifier:
     """A model with its tokenizer, how it reads texts, and how its logits are scored."""
 
-    model: PreTrainedModel | BertClassifier
+    model: AnyModel
     tokenizer: batching.AnyTokenizer
     tokens: TokenConfig
     batch_size: int  # the most chunks at a time
@@ -99,7 +98,7 @@ def predict_logits(
     return (sums / counts.unsqueeze(1)).cpu() / classifier.temperature
 
 
-def num_outputs(model: PreTrainedModel | BertClassifier) -> int:
+def num_outputs(model: AnyModel) -> int:
     """Return how many classes, labels or numbers a model answers with."""
     if isinstance(model, BertClassifier):  # our own, not transformers'
         return model.classifier.out_features
@@ -107,10 +106,7 @@ def num_outputs(model: PreTrainedModel | BertClassifier) -> int:
 
 
 def _logits_of_chunks(
-    model: PreTrainedModel | BertClassifier,
-    batch: dict[str, torch.Tensor],
-    picks: list[batching.Pick],
-    runtime: Runtime,
+    model: AnyModel, batch: dict[str, torch.Tensor], picks: list[batching.Pick], runtime: Runtime
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the row that each chunk of a batch belongs to (K), and its logits (K, C) in fp32."""
     numbers = torch.tensor([pick.row for pick in picks])  # (B)

@@ -47,7 +47,7 @@ from common.errors import UserError
 from common.generation import decoding, language_model
 from common.runtime import Runtime
 from common.search import encoder
-from common.training import classifier
+from common.training import classifier, saved_model
 from common.training.run import SINGLE
 from common.training.task import Task
 from conftest import heavy
@@ -123,8 +123,9 @@ def use(task: str, folder: str | Path) -> None:
             config = classifier.ModelConfig(name, None, None, None, None, None, 0, None, False, False)
             model, tokenizer = classifier.load_pretrained(config, Task(SINGLE, ("neg", "pos")), runtime)
         else:
-            model, tokenizer, trained = classifier.load_saved(name, runtime, cache_dir=None)
-            classifier.choose_saved_tokens(model, tokenizer, trained, eval_max_length=None, truncation=None)
+            saved = saved_model.load(name, runtime)
+            saved.choose_tokens(eval_max_length=None, truncation=None)
+            model, tokenizer = saved.model, saved.tokenizer
         classifier.require_match(model, tokenizer, name=name)
         model.eval()(**tokenizer("a good film", return_tensors="pt"))
 

@@ -1,0 +1,129 @@
+"""How a model was trained, in `training.json` beside it, as far as it takes to use it and to score it
+again.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import model_files, reading
+from common.errors import UserError
+from common.files import replace_file
+from common.training.run import DEFAULT_TRUNCATION, JOIN, PAIR, TRUNCATIONS, is_like
+
+SETTINGS_FILE = "training.json"
+OWN_SETTING = "dataset_sha256"  # is in each of ours
+# what the file holds of the settings of a run
+REMEMBERED = (
+    "dataset_config",
+    "seed",
+    "split_seed",
+    "max_length",
+    "eval_max_length",
+    "truncation",
+    "text_column",
+    "text_mode",
+    "join_with",
+    "label_column",
+    "positive_class",
+)
+
+
+@dataclass(frozen=True)
+class SavedSettings:
+    """How a model was trained; the defaults are for one that this script did not train."""
+
+    dataset_sha256: str | None = None  # of the data set's name
+    seed: int | None = None
+    split_seed: int | None = None
+    truncation: str = DEFAULT_TRUNCATION
+    text_mode: str | None = None
+    join_with: str = " "
+    text_column: str = ""  # where several are read, which text_mode tells
+    positive_class: str | None = None
+    thresholds: tuple[float, ...] = ()  # one per label
+    temperature: float = 1.0  # by which logits are divided; not 1 if the model was calibrated
+
+
+def write_settings(folder: Path, settings: dict, thresholds: list[float] | None) -> None:
+    """Write what is remembered of a run's settings, and the thresholds of labels, beside its model.
+
+    The path of the data set is nobody else's business: a SHA-256 of its name stands for it.
+    """
+    remembered = {name: settings[name] for name in REMEMBERED}
+    remembered = {OWN_SETTING: name_sha256(settings["dataset"]), **remembered}
+    if thresholds is not None:
+        remembered["thresholds"] = thresholds
+    (folder / SETTINGS_FILE).write_text(json.dumps(remembered, indent=2) + "\n", encoding="utf-8")
+
+
+def save_temperature(folder: Path, temperature: float) -> None:
+    """Add a temperature to a saved model, and move its thresholds so that its answers stay the same.
+
+    Its settings become a new file: the old one may have a second name in a checkpoint.
+    """
+    from common.training.calibration import moved_thresholds
+
+    settings = _read_json(folder, str(folder))
+    if settings.get("thresholds"):
+        settings["thresholds"] = moved_thresholds(settings["thresholds"], temperature)
+    settings["temperature"] = temperature
+    replace_file(folder / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
+
+
+def read_settings(folder: Path, name: str) -> SavedSettings:
+    """Return how the model in a folder was trained. Raises UserError, naming the model, when the file
+    is damaged: the model would be scored in another way than before.
+    """
+    settings = _read_json(folder, name)
+    is_combined = settings.get("text_mode") in (PAIR, JOIN)
+    return SavedSettings(
+        dataset_sha256=settings.get(OWN_SETTING),
+        seed=settings.get("seed"),
+        split_seed=settings.get("split_seed"),
+        truncation=settings.get("truncation", DEFAULT_TRUNCATION),
+        text_mode=settings["text_mode"] if is_combined else None,
+        join_with=str(settings.get("join_with", " ")),
+        text_column=str(settings.get("text_column", "")),
+        positive_class=settings.get("positive_class"),
+        thresholds=tuple(settings.get("thresholds", ())),
+        temperature=settings.get("temperature", 1.0),
+    )
+
+
+def _read_json(folder: Path, name: str) -> dict:
+    """Return what `training.json` holds, checked; {} if this script did not train the model."""
+    path = folder / SETTINGS_FILE
+    settings = model_files.read_json(path, f"--model {name}") if path.is_file() else {}
+    if OWN_SETTING not in settings:  # on the Hub, others may call a file of theirs so
+        return {}
+    split_seed, thresholds = settings.get("split_seed"), settings.get("thresholds", [])
+    temperature = settings.get("temperature", 1.0)
+    is_known = {
+        "truncation": settings.get("truncation") in TRUNCATIONS,
+        "seed": _is_seed(settings.get("seed")),
+        "thresholds": isinstance(thresholds, list)
+        and all(is_like(value, 0.5) and 0 <= value <= 1 for value in thresholds),
+        "temperature": is_like(temperature, 1.0) and temperature > 0,
+        "split_seed": split_seed is None or _is_seed(split_seed),
+    }
+    for setting, is_usable in is_known.items():
+        if not is_usable:
+            raise UserError(
+                f"--model {name}: {path} has no usable {setting} ({settings.get(setting)!r:.40});"
+                " copy it from the run once more"
+            )
+    return settings
+
+
+def _is_seed(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**32
+
+
+def name_sha256(name: str) -> str:
+    """Return the SHA-256 of a data set's full name, in hexadecimal.
+
+    It tells whether another name is the same without giving the name away.
+    """
+    return hashlib.sha256(reading.full_name(name).encode()).hexdigest()
