@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -173,13 +174,24 @@ def lacks_memory(error: BaseException) -> bool:
     return fault is not None and fault.endswith(SYSTEM_ADVICE[errno.ENOMEM])
 
 
+def missing_package(error: BaseException | None) -> str | None:
+    """Return that a package is not installed, and what helps, if that caused an exception, else None."""
+    name = error.name if isinstance(error, ModuleNotFoundError) else None
+    package = (name or "").partition(".")[0]
+    if not package or package in (*sys.stdlib_module_names, "common") or find_spec(package) is not None:
+        return None
+    return f"the package {package} is not installed; pip install -r requirements.txt installs all"
+
+
 def fault_of_system(error: BaseException | None) -> str | None:
     """Return what the system lacks, and what helps, if that caused an exception, else None: a full
-    disk, a missing permission, a limit, no memory.
+    disk, a missing permission, a limit, no memory, a package.
 
     Libraries wrap such errors, and those of Rust, Arrow and `datasets` have no errno: their words
     are compared too.
     """
+    if missing := missing_package(error):
+        return missing
     seen: list[BaseException] = []
     while error is not None and error not in seen:
         seen.append(error)

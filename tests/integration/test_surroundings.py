@@ -37,6 +37,24 @@ def in_shell(before: str, *command, after: str = "", cwd: Path = ROOT, **environ
     )
 
 
+# the value that a script finds in `sys`, and what it says
+ELSEWHERE = {"sys.platform = 'win32'": "WSL", "sys.version_info = (3, 10, 14)": "3.11"}
+
+
+@pytest.mark.parametrize("machine", ELSEWHERE)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_machine_that_the_scripts_do_not_run_on_is_one_line(script, machine):
+    start = f"import runpy, sys; {machine}; runpy.run_path({script!r}, run_name='__main__')"
+    done = in_shell("exec", "-c", start)
+    assert is_one_line(done, ELSEWHERE[machine])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_machine_without_the_packages_is_one_line(script):
+    done = in_shell("exec", "-S", script, *SCRIPTS[script])  # -S: Python without installed packages
+    assert is_one_line(done, "not installed", "pip install -r requirements.txt")
+
+
 def is_one_line(done, *parts: str) -> bool:
     lines = done.stderr.splitlines()
     return done.returncode == 2 and len(lines) == 1 and all(part in lines[0] for part in parts)

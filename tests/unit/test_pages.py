@@ -18,7 +18,7 @@ MAX_COLUMNS = 110
 PARSERS = {"train_classifier.py": train_classifier, "generate.py": generate, "embed_search.py": embed_search}
 OTHER_PROGRAMS = {"clang-format", "curl", "head", "pip", "ruff", "tensorboard"}
 # flags of other programs that the pages mention outside of commands
-FOREIGN_FLAGS = {"--nproc-per-node", "--max-restarts"}
+FOREIGN_FLAGS = {"--nproc-per-node", "--max-restarts", "--python-platform"}
 LINK = re.compile(r"\]\((?P<target>[^)\s]+)\)")
 INLINE_CODE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
@@ -151,7 +151,8 @@ def test_readme_has_the_commands_that_ci_runs():
     assert "pip install -r requirements.txt && python -m pytest" in lines
     assert "pip install -r requirements.txt && python train_classifier.py --epochs 3" in lines
     formats = "ruff format --check . && clang-format -n --Werror common/*/*.c"
-    checks = f"ruff check . && {formats} && pyrefly check"
+    types = "pyrefly check && pyrefly check --python-platform darwin"
+    checks = f"ruff check . && {formats} && {types}"
     assert any(checks in line for line in lines) and checks in (ROOT / ".ci" / "run").read_text()
 
 
