@@ -16,7 +16,7 @@ from documents import DOTS, PAGES, SCRIPTS, blocks, commands, script_calls, shor
 MAX_README_LINES = 250
 MAX_COLUMNS = 110
 PARSERS = {"train_classifier.py": train_classifier, "generate.py": generate, "embed_search.py": embed_search}
-OTHER_PROGRAMS = {"clang-format", "curl", "head", "pip", "ruff", "tensorboard"}
+OTHER_PROGRAMS = {"clang-format", "curl", "head", "pip", "pyrefly", "ruff", "tensorboard"}
 # flags of other programs that the pages mention outside of commands
 FOREIGN_FLAGS = {"--nproc-per-node", "--max-restarts", "--python-platform"}
 LINK = re.compile(r"\]\((?P<target>[^)\s]+)\)")
