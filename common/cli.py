@@ -14,7 +14,6 @@ import json
 import os
 import re
 import resource
-import shutil
 import signal
 import sys
 import threading
@@ -25,6 +24,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
+from common import terminal
 from common.errors import (
     SYSTEM_ADVICE,
     Interrupted,
@@ -309,7 +309,7 @@ def loading(line: str = LOADING) -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave)
     if sys.stderr.isatty() and is_rank_0():
-        room = shutil.get_terminal_size().columns - len(" ...") - 1  # in one line, to be erased
+        room = (terminal.width(sys.stderr) or 80) - len(" ...") - 1  # in one line, to be erased
         print(shorten(line, room) + " ...", end="", file=sys.stderr, flush=True)
 
 
@@ -342,8 +342,10 @@ def run_main(main: Callable[[argparse.Namespace], None], args: argparse.Namespac
 def run(
     parser: Parser, main: Callable[[argparse.Namespace], None], argv: Sequence[str] | None = None
 ) -> None:
-    """Parse `argv` (None: the process's own) and call `main`, with the endings of `run_main`."""
-    run_main(main, parse(parser, argv), prog=parser.prog)
+    """Parse `argv` (None: the process's own) and call `main`, which imports its libraries itself, with
+    the endings of `run_main`.
+    """
+    run_main(main, parse(parser, argv, then=lambda _: None), prog=parser.prog)
 
 
 # What surrounds a process -------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from common.search.index import Snapshot
 from common.search.manifest import PAIR_COLUMNS
 from common.search.screen import Screen
 from common.search.segments import CHUNK, ID, NUM_CHUNKS, RESERVED_COLUMNS, START, TEXT, unused_name
+from common.terminal import cut, room
 
 if TYPE_CHECKING:  # a command shows only what it has loaded itself
     from matplotlib.figure import Figure
@@ -39,7 +40,6 @@ if TYPE_CHECKING:  # a command shows only what it has loaded itself
 
 HIGH, MODERATE = 0.7, 0.4  # the tutorial's thresholds of similarity
 TEXT_WIDTH, CENTRAL_WIDTH = 76, 60  # columns of the screen for a text in a table
-CHARACTERS = 1_000  # of a text, looked at to cut it
 CELL_WIDTH = 24  # columns of the screen for a column of an index
 FIRST_NUMBERS = 10  # of an embedding, as the tutorial prints them
 SIGNIFICANT = 0.05
@@ -61,25 +61,6 @@ def ids_of(selection: Selection) -> list[str]:
     return [row[ID] for row in selection.snapshot.take(selection.rows, [ID])]
 
 
-def cut(text: str, columns: int, end: int | None = None) -> str:
-    """Return a text as one line of at most so many columns of a terminal, in which a character of
-    Chinese takes two and an accent none. A longer one ends with "...", after the characters that
-    fit, or after `end` columns.
-    """
-    import wcwidth
-
-    line = shorten(text, CHARACTERS)  # what no screen shows need not be measured
-    if wcwidth.width(line) <= columns:
-        return line
-    room, kept = columns - 3 if end is None else end, []
-    for character in wcwidth.iter_graphemes(line):
-        room -= wcwidth.width(character)
-        if room < 0:
-            break
-        kept.append(character)
-    return "".join(kept) + "..."
-
-
 def short_id(key: str) -> str:
     """Return the start of a long id, such as a hash of the text; --json has it whole."""
     return cut(key, 16, 10)
@@ -93,7 +74,7 @@ def texts_at(selection: Selection, positions: Iterable[int]) -> list[dict[str, s
 
 def label_of(row: dict[str, str], width: int = TEXT_WIDTH) -> str:
     """Return id and text in one line."""
-    return f"{short_id(row['id'])}: {cut(row['text'], width)}"
+    return f"{short_id(row['id'])}: {cut(row['text'], room(width))}"
 
 
 def show_similarity(
@@ -120,9 +101,10 @@ def show_similarity(
         lines, rows = [], []
         for name, text, score in zip(names, texts, scores.tolist()):
             lines.append({**text, "similarity": score, "level": level(score)})
-            rows.append([name, score, level(score), cut(text["text"], TEXT_WIDTH)])
+            rows.append([name, score, level(score), cut(text["text"], room(TEXT_WIDTH))])
         query_documents.append({"query": query, "similarities": lines})
-        screen.table(rows, ["", "similarity", "level", "text"], title=f"query: {query}")
+        headers = ["", "similarity", "level", "text"]
+        screen.table(rows, headers, title=f"query: {query}", texts=[3])
     screen.document(
         {
             "texts": texts,
@@ -149,7 +131,8 @@ def _show_pairs(screen: Screen, selection: Selection, pairs: list[Pair]) -> list
     for number, pair in enumerate(documents, start=1):
         both = f"{label_of(pair['first'])}\n{label_of(pair['second'])}"
         rows.append([number, pair["similarity"], both])
-    screen.table(rows, ["", "similarity", selection.unit], title="the most similar pairs")
+    headers = ["", "similarity", selection.unit]
+    screen.table(rows, headers, title="the most similar pairs", texts=[2])
     return documents
 
 
@@ -247,11 +230,11 @@ def show_hits(
         documents.append({"query": query, "hits": found})
         lines = []
         for rank, document in enumerate(found, start=hit_range.offset + 1):
-            text = cut(document["text"], TEXT_WIDTH)
+            text = cut(document["text"], room(TEXT_WIDTH))
             if chunk := document.get("chunk"):
                 text = f"[chunk {chunk['number']} of {chunk['of']}] {text}"
             lines.append([rank, document["score"], short_id(document["id"]), text])
-        screen.table(lines, ["", "score", "id", "text"], title=f"{heading}{query}")
+        screen.table(lines, ["", "score", "id", "text"], title=f"{heading}{query}", texts=[3])
     screen.document({"queries": documents})
 
 
@@ -299,10 +282,11 @@ def show_entries(
     lines = []
     for entry in entries:
         cells = ["" if entry[name] is None else cut(str(entry[name]), CELL_WIDTH) for name in names]
-        lines.append([short_id(entry[ID]), cut(entry[TEXT], CENTRAL_WIDTH), *cells])
+        lines.append([short_id(entry[ID]), cut(entry[TEXT], room(CENTRAL_WIDTH)), *cells])
     first = min(offset + 1, total)
     title = f"{index}: {first:,} to {offset + len(entries):,} of {total:,} texts"
-    screen.table(lines, ["id", "text", *(cut(name, CELL_WIDTH) for name in names)], title=title)
+    headers = ["id", "text", *(cut(name, CELL_WIDTH) for name in names)]
+    screen.table(lines, headers, title=title, texts=[1])
     texts = [
         {"id": entry[ID], "text": entry[TEXT], "columns": {name: entry[name] for name in names}}
         for entry in entries
@@ -320,7 +304,7 @@ def show_texts(screen: Screen, snapshot: Snapshot, documents: list[np.ndarray], 
         columns = {name: entries[0][name] for name in names}
         screen.say(f"id       {printable(entries[0][ID])}")
         for name, value in columns.items():
-            screen.say(f"{cut(name, 8):<8} {cut(str(value), TEXT_WIDTH)}")
+            screen.say(f"{cut(name, 8):<8} {cut(str(value), room(TEXT_WIDTH + 9) - 9)}")
         chunks = []
         for number, (entry, numbers) in enumerate(zip(entries, snapshot.vectors_of(rows)), start=1):
             chunk = {"text": entry[TEXT], "first_character": entry[START]}
@@ -425,8 +409,8 @@ def show_groups(
     lines = []
     for number, texts in enumerate(lists, start=1):
         for text in texts:
-            lines.append([number, short_id(text["id"]), cut(text["text"], TEXT_WIDTH)])
-    screen.table(lines, ["group", "id", "text"])
+            lines.append([number, short_id(text["id"]), cut(text["text"], room(TEXT_WIDTH))])
+    screen.table(lines, ["group", "id", "text"], texts=[2])
     screen.document(
         {
             "threshold": threshold,
@@ -536,7 +520,8 @@ def show_clusters(screen: Screen, selection: Selection, labels: np.ndarray, word
         )
     alone = [ids[position] for position in np.flatnonzero(labels == NO_CLUSTER)]
     title = f"{len(words):,} clusters, {len(alone):,} {selection.unit} in none"
-    screen.table(lines, ["cluster", selection.unit, "words", "nearest to its centre"], title=title)
+    headers = ["cluster", selection.unit, "words", "nearest to its centre"]
+    screen.table(lines, headers, title=title, folded=[2], texts=[3])
     screen.document({"clusters": documents, "in_none": list(dict.fromkeys(alone))})
 
 

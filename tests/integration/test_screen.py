@@ -6,7 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
+import wcwidth
 
+from conftest import quick
 from language_models import save_tiny_model
 from terminal import run_on_terminal
 
@@ -85,3 +87,48 @@ def test_index_leaves_whole_lines_and_no_bar(on_terminal, tiny_embedder, tmp_pat
     assert BAR.search(written)
     shown = "\n".join(lines).strip()
     assert re.match("texts +/", shown) and not BAR.search(shown.replace("texts/s on", ""))
+
+
+@pytest.fixture(scope="module")
+def texts_csv(tmp_path_factory) -> Path:
+    """Texts longer than a screen, one of them Chinese, with columns."""
+    texts = [f"The quick brown fox number {number} jumps over the lazy dog " * 3 for number in range(24)]
+    texts[1] = "敏捷的棕色狐狸跳过了懒狗" * 20
+    rows = [f"s{number},{text},{number * 10**6},a label" for number, text in enumerate(texts)]
+    path = tmp_path_factory.mktemp("texts") / "texts.csv"
+    path.write_text("id,text,price,label\n" + "\n".join(rows) + "\n")
+    return path
+
+
+SEARCHES = {  # name: (command, columns of the terminal)
+    "search": (["search", "TEXTS", "--query", "a fox"], 80),
+    "similarity": (["similarity", "TEXTS", "--query", "a fox"], 80),
+    "pairs": (["pairs", "TEXTS"], 120),
+    "duplicates": (["duplicates", "TEXTS", "--threshold", "0.5"], 80),
+    "cluster": (["cluster", "TEXTS", "--clusters", "auto"], 80),
+    "list": (["list", "--index", "INDEX"], 80),
+    "show": (["show", "s1", "s2", "--index", "INDEX", "--vector"], 80),
+}
+
+
+@pytest.mark.parametrize("command, columns", quick(SEARCHES, "search", "cluster", "show"))
+def test_what_a_search_shows_fits_the_terminal(
+    command, columns, texts_csv, tiny_embedder, cache_dir, forking, tmp_path
+):
+    compute = ["--model", tiny_embedder, "--device", "cpu", "--precision", "fp32", "--cache-dir", cache_dir]
+    if "INDEX" in command:
+        done = forking.call(
+            "embed_search.py", "index", texts_csv, "--index", tmp_path / "ix", "--id-column", "id", *compute
+        )
+        assert done.returncode == 0, done.stderr
+        compute = []
+    places = {"TEXTS": texts_csv, "INDEX": tmp_path / "ix"}
+    flags = [places.get(word, word) for word in command]
+    code, written, _ = run_on_terminal(forking, "embed_search.py", *flags, *compute, columns=columns)
+    assert code == 0, written
+    lines = re.sub(r".*\x1b\[K", "", written).replace("\r", "").split("\n")
+    widths = [
+        wcwidth.width(line) for line in lines if not any(str(place) in line for place in places.values())
+    ]
+    assert columns - 10 < max(widths) <= columns, written
+    assert written.count("loading PyTorch") <= 1, "it is said once"

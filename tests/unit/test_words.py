@@ -10,6 +10,7 @@ import wcwidth
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from common import terminal
 from common.errors import UserError
 from common.search import display
 from common.search.builder import Builder, fill, settings_of
@@ -145,17 +146,17 @@ def test_the_words_of_an_index_belong_to_a_language(tmp_path):
 @pytest.mark.parametrize("columns", [16, 60, 76])
 @given(text=st.text(max_size=200))
 def test_a_text_is_cut_by_the_columns_that_it_takes(columns, text):
-    shown = display.cut(text, columns)
+    shown = terminal.cut(text, columns)
     assert wcwidth.width(shown) <= columns and "\n" not in shown
     assert shown.removesuffix("...") in " ".join(text.split()) or "\ufffd" in shown
 
 
 def test_what_is_cut_still_shows_its_beginning():
     url = "https://example.org/" + "a" * 200
-    assert display.cut(url, 76) == url[:73] + "..."
-    assert display.cut("北京" * 100, 76) == "北京" * 18 + "..."
-    assert display.cut("e\u0301" * 76, 76) == "e\u0301" * 76
-    assert display.cut("北京" * 19, 76) == "北京" * 19
+    assert terminal.cut(url, 76) == url[:73] + "..."
+    assert terminal.cut("北京" * 100, 76) == "北京" * 18 + "..."
+    assert terminal.cut("e\u0301" * 76, 76) == "e\u0301" * 76
+    assert terminal.cut("北京" * 19, 76) == "北京" * 19
     assert display.short_id("標準化" * 9) == "標準化標準..."
 
 

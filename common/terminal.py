@@ -1,0 +1,196 @@
+"""What fits a terminal: its width, tables, lines of prose, the beginning of a long text.
+
+A file and a pipe have no width: there tables and lines are as long as they are.
+"""
+
+import os
+import re
+import sys
+import textwrap
+from collections.abc import Iterable, Sequence
+from typing import Any, TextIO
+
+from common.errors import shorten
+
+CHARACTERS = 1_000  # of a text, looked at to cut it
+LEAST_TEXT = 20  # columns that a table leaves a text
+GAP = 2  # columns between two columns of a table
+NUMBER, INTERVAL = re.compile(r"[+-]?\d[\d.,]*"), re.compile(r"\[[+-]?\d")
+HELD = "\ue000"  # a space at which no line breaks; a character of private use, as wide as a space
+LABEL = re.compile(r"\S*\s{2,}")  # before what a line says, as in "data     4 texts"
+
+
+def width(stream: TextIO | None = None) -> int | None:
+    """Return how many columns the terminal behind a stream, by default stdout, has now; None for a
+    file, a pipe, and a terminal that does not say.
+    """
+    stream = sys.stdout if stream is None else stream
+    return (os.get_terminal_size(stream.fileno()).columns or None) if stream.isatty() else None
+
+
+def room(columns: int) -> int:
+    """Return how much of a text a table gets: in a file so many columns; on a terminal as much as
+    `table` may find room for.
+    """
+    return width() or columns
+
+
+def cut(text: str, columns: int, end: int | None = None) -> str:
+    """Return a text as one line of at most so many columns of a terminal, in which a character of
+    Chinese takes two and an accent none. A longer one ends with "...", after the characters that
+    fit, or after `end` columns.
+    """
+    import wcwidth
+
+    line = shorten(text, CHARACTERS)  # what no screen shows need not be measured
+    if wcwidth.width(line) <= columns:
+        return line
+    left, kept = columns - 3 if end is None else end, []
+    for character in wcwidth.iter_graphemes(line):
+        left -= wcwidth.width(character)
+        if left < 0:
+            break
+        kept.append(character)
+    return "".join(kept) + "..."
+
+
+def prose(text: str, stream: TextIO | None = None) -> str:
+    """Return a text whose lines break at words where the terminal is narrower; what stands under a
+    label such as "data     " stays under it.
+    """
+    columns = width(stream)
+    return text if columns is None else "\n".join(_wrapped(line, columns) for line in text.split("\n"))
+
+
+def _wrapped(line: str, columns: int) -> str:
+    import wcwidth
+
+    if wcwidth.width(line) <= columns:
+        return line
+    match = LABEL.match(line)
+    label = match[0] if match and len(match[0]) < columns // 2 else ""
+    held = _held(line.removeprefix(label))
+    # a path stays whole, but Chinese has no spaces
+    is_wide = wcwidth.width(line) > len(line)
+    whole_words = {"break_long_words": is_wide, "break_on_hyphens": False}
+    indents = {"initial_indent": label, "subsequent_indent": " " * len(label)}
+    return "\n".join(wcwidth.wrap(held, columns, **indents, **whole_words)).replace(HELD, " ")
+
+
+def _held(line: str) -> str:
+    """Return a line in which a number is held to the word before it, and an interval together, as in
+    "accuracy 0.9167 [0.7500, 1.0000]".
+    """
+    first, *others = line.split(" ")
+    parts, before = [first], first
+    for word in others:
+        is_named = NUMBER.match(word) and not NUMBER.fullmatch(before) and not before.endswith((",", ";"))
+        is_interval = INTERVAL.match(word) or (INTERVAL.match(before) and before.endswith(","))
+        parts += [HELD if before and (is_named or is_interval) else " ", word]
+        before = word
+    return "".join(parts)
+
+
+# Tables -------------------------------------------------------------------------------------------
+
+
+def table(
+    rows: Iterable[Sequence[object]],
+    headers: Sequence[str],
+    *,
+    texts: Sequence[int] = (),
+    folded: Sequence[int] = (),
+    keys: int = 1,
+    style: str = "simple",
+    **options: Any,
+) -> str:
+    """Return a table; `options` are those of tabulate. On a terminal it fits the width: columns with
+    the numbers `texts` are cut and those with the numbers `folded` break into lines, down to
+    LEAST_TEXT, and headers break at their spaces. What still finds no room stands below, each part
+    with the first `keys` columns. Numbers and ids are never cut.
+    """
+    from tabulate import tabulate
+
+    rows, columns = [list(row) for row in rows], width()
+    whole = tabulate(rows, headers, tablefmt=style, **options)
+    if columns is None or style == "github" or _longest(whole) <= columns:
+        return whole
+    cells = _widths(rows, [""] * len(headers), options)
+    narrow = [_broken(header, wide) for header, wide in zip(headers, cells)]
+    natural = _widths(rows, narrow, options)
+    parts, flexible = [], (*texts, *folded)
+    for part in _parts(natural, flexible, keys, columns):
+        widths = _shared_out(part, natural, texts, folded, columns)
+        shown = [[_fitted(row[one], widths.get(one), fold=one in folded) for one in part] for row in rows]
+        headings = [narrow[one] for one in part]
+        parts.append(tabulate(shown, headings, tablefmt=style, **_options_of(part, options)))
+    return "\n\n".join(parts)
+
+
+def _longest(text: str) -> int:
+    import wcwidth
+
+    return max(wcwidth.width(line) for line in text.split("\n"))
+
+
+def _broken(header: str, wide: int) -> str:
+    """Return a header as lines that are no wider than the cells below it, if its words allow that."""
+    return "\n".join(textwrap.wrap(header, wide, break_long_words=False, break_on_hyphens=False))
+
+
+def _widths(rows: list[list], headers: Sequence[str], options: dict[str, Any]) -> list[int]:
+    """Return the width of each column: that of its line under the headers."""
+    from tabulate import tabulate
+
+    lines = tabulate(rows, headers, tablefmt="simple", **options).split("\n")
+    rule = next(line for line in lines if re.fullmatch("[- ]*-", line))
+    return [len(dashes) for dashes in rule.split()]
+
+
+def _parts(natural: list[int], flexible: Sequence[int], keys: int, columns: int) -> list[list[int]]:
+    """Return the columns of each part of a table; one with the key columns alone has no room for
+    more.
+    """
+    least = [min(wide, LEAST_TEXT) if one in flexible else wide for one, wide in enumerate(natural)]
+    first = list(range(keys))
+    parts = [list(first)]
+    for one in range(keys, len(least)):
+        if sum(least[other] + GAP for other in [*parts[-1], one]) - GAP > columns and parts[-1] != first:
+            parts.append(list(first))
+        parts[-1].append(one)
+    return parts
+
+
+def _shared_out(
+    part: list[int], natural: list[int], texts: Sequence[int], folded: Sequence[int], columns: int
+) -> dict[int, int]:
+    """Return the width of each column that can be narrower. The folded ones, which lose nothing, give
+    up as much as is needed, then the texts, the widest first.
+    """
+    widths = {one: natural[one] for one in part}
+    for group in (folded, texts):
+        own = [one for one in part if one in group]
+        while own and sum(widths.values()) + GAP * (len(part) - 1) > columns:
+            widest = max(own, key=lambda one: widths[one])
+            if widths[widest] <= LEAST_TEXT:
+                break
+            widths[widest] -= 1
+    return {one: wide for one, wide in widths.items() if one in (*texts, *folded)}
+
+
+def _fitted(cell: object, columns: int | None, *, fold: bool) -> object:
+    if columns is None:
+        return cell
+    fit = _wrapped if fold else cut
+    return "\n".join(fit(line, columns) for line in str(cell).split("\n"))
+
+
+def _options_of(part: list[int], options: dict[str, Any]) -> dict[str, Any]:
+    """Return tabulate's options for some of the columns."""
+    chosen = dict(options)
+    for name in ("floatfmt", "colalign"):  # one for each column, from the first on
+        if isinstance(value := options.get(name), list | tuple):
+            chosen[name] = [value[one] for one in part if one < len(value)]
+    if isinstance(numbers := options.get("disable_numparse"), list):
+        chosen["disable_numparse"] = [place for place, one in enumerate(part) if one in numbers]
+    return chosen
