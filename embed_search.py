@@ -25,6 +25,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import inspect
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -674,9 +675,10 @@ COMMANDS = {
 def make_parser() -> cli.Parser:
     """Return the parser of the whole command line; a command's docstring is its help."""
     parser = cli.Parser(prog="embed_search.py", description=__doc__, check=complete_and_check)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", prog=parser.prog)
     for name, (run, add_flags, _) in COMMANDS.items():
-        command = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
+        text = inspect.getdoc(run)
+        command = commands.add_parser(name, help=text, description=text)
         command.add_argument("--json", action="store_true", help="print JSON instead of tables")
         command.set_defaults(index=None, rerank=None)  # for commands that lack these flags
         add_flags(command)

@@ -6,6 +6,7 @@ A script reads its flags before it imports PyTorch and the other libraries, whic
 
 import argparse
 import contextlib
+import difflib
 import errno
 import functools
 import gc
@@ -64,14 +65,20 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser without abbreviated flags, which reports mistakes as UserError.
 
     `check` looks at all flags together, and at the files that they name; it raises UserError.
-    `complete` returns flags that hold where those that are given say nothing else.
+    `complete` returns flags that hold where those that are given say nothing else. `example` is a
+    flag with its value, for who writes a value alone.
     """
 
     def __init__(
-        self, *, check: Check | None = None, complete: Complete | None = None, **kwargs: Any
+        self,
+        *,
+        check: Check | None = None,
+        complete: Complete | None = None,
+        example: str | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
-        self.check, self.complete = check, complete
+        self.check, self.complete, self.example = check, complete, example
         # absent unless given: it is no setting of a run
         traces = "show where in the code a mistake was found"
         self.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=traces)
@@ -85,10 +92,27 @@ class Parser(argparse.ArgumentParser):
             self.error(f"argument {lost.removesuffix('=--')}: '--' is no value; name something")
         if self.complete is not None:
             given = [*self.complete(self, given), *given]
-        flags = super().parse_args(given, namespace)
+        flags = self._parse(given, namespace)
         if self.check is not None:
             self.check(flags)
         return flags
+
+    def _parse(self, given: Sequence[str], namespace: Any) -> argparse.Namespace:
+        flags, unknown = self.parse_known_args(given, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._advice(unknown[0], flags)}")
+        return flags
+
+    def _advice(self, unknown: str, flags: argparse.Namespace) -> str:
+        """Return what may have been meant by an argument that is not known, "" if nothing is near."""
+        if not unknown.startswith("-"):
+            return f"; a value follows its flag: {self.example}" if self.example else ""
+        known = set(self._option_string_actions)
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                known |= set(action.choices[flags.command]._option_string_actions)
+        near = difflib.get_close_matches(unknown.partition("=")[0], sorted(known), n=1, cutoff=0.75)
+        return f"; did you mean {near[0]}?" if near else ""
 
     def given(self, argv: Sequence[str]) -> dict[str, Any]:
         """Return the values of the flags in `argv`, without those that have only a default."""
@@ -96,7 +120,7 @@ class Parser(argparse.ArgumentParser):
         # a flag that may be repeated adds to a list
         once = [action for action in self._actions if not isinstance(action, argparse._AppendAction)]
         values = argparse.Namespace(**{action.dest: absent for action in once})
-        found = super().parse_args(argv, values)
+        found = self._parse(argv, values)
         return {name: value for name, value in vars(found).items() if value not in (absent, None)}
 
     def as_flags(self, values: Mapping[str, Any]) -> list[str]:
@@ -127,6 +151,12 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+    def add_usage(self, usage: Any, actions: Any, groups: Any, prefix: Any = None) -> None:
+        """Show what must be given alone: all other flags are listed below, each with its help."""
+        others = argparse.Action([], "flags", metavar="[flags]")
+        needed = [action for action in actions if action.required or not action.option_strings]
+        super().add_usage(usage, [others, *needed], (), prefix)
 
 
 def _number_type(

@@ -31,7 +31,8 @@ from common.sources import FileOptions
 
 def make_parser(description: str | None = None) -> cli.Parser:
     """Return the parser of all flags."""
-    parser = cli.Parser(prog="generate.py", description=description, check=check_flags)
+    example = '--prompt "Once upon a time"'
+    parser = cli.Parser(prog="generate.py", description=description, check=check_flags, example=example)
     cli.add_shared_flags(parser, model="bundled/SmolLM2-135M-Instruct")
     for add_flags in (
         add_model_flags,

@@ -50,7 +50,8 @@ NOT_SETTINGS = (*INSTEAD, *OF_PREDICTIONS, "resume", "resume_or_start", "seeds",
 def make_parser(description: str | None = None) -> cli.Parser:
     """Return the parser of all flags, with their defaults."""
     after = {"check": check_flags, "complete": flags_of_resumed_run}
-    parser = cli.Parser(prog="train_classifier.py", description=description, **after)
+    example = "--dataset reviews.csv"
+    parser = cli.Parser(prog="train_classifier.py", description=description, example=example, **after)
     cli.add_shared_flags(parser, model="bundled/all-MiniLM-L6-v2")
     revision = "commit, branch or tag of a Hub model, for its weights, configuration and tokenizer"
     parser.add_argument("--revision", type=cli.name, help=revision)

@@ -65,6 +65,38 @@ def test_flags_are_not_abbreviated():
 
 
 @pytest.mark.parametrize(
+    "script, words, advice",
+    [
+        ("train_classifier.py", ["--epoch", "3"], "--epoch 3; did you mean --epochs?"),
+        ("train_classifier.py", ["reviews.csv"], "reviews.csv; a value follows its flag: --dataset "),
+        ("generate.py", ["--promt=a b"], "--promt=a b; did you mean --prompt?"),
+        ("generate.py", ["Once", "upon"], "Once upon; a value follows its flag: --prompt "),
+        ("embed_search.py", ["search", "--index", "x", "--topk", "3", "q"], "--topk; did you mean --top-k?"),
+        ("embed_search.py", ["search", "--index", "x", "--zzz", "q"], "--zzz (--help lists the flags)"),
+    ],
+)
+def test_an_unknown_argument_names_what_was_meant(script, words, advice):
+    done = subprocess.run([sys.executable, script, *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    [line] = done.stderr.splitlines()
+    assert line.startswith(f"{script}: error: unrecognized arguments: {advice}")
+
+
+@pytest.mark.parametrize(
+    "words, usage",
+    [
+        (["generate.py"], "generate.py [flags]"),
+        (["embed_search.py"], "embed_search.py [flags] COMMAND ..."),
+        (["embed_search.py", "like"], "embed_search.py like --index DIR [flags] ID [ID ...]"),
+    ],
+)
+def test_help_begins_with_what_must_be_given(words, usage):
+    done = subprocess.run([sys.executable, *words, "--help"], cwd=ROOT, capture_output=True, text=True)
+    first, blank, description = done.stdout.splitlines()[:3]
+    assert first == f"usage: {usage}" and blank == "" and description[0].isupper()
+
+
+@pytest.mark.parametrize(
     "error, code, line",
     [
         (UserError("no such file"), 2, "script: error: no such file\n"),
