@@ -28,8 +28,9 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from common import bundled, cli
+from common.columns import kept_by_flags
 from common.errors import Interrupted, UserError, outcome
-from common.generation import generation_flags, output
+from common.generation import generation_flags, output, prompt_template
 from common.generation.generation_flags import (
     DEFAULT_WINDOW,
     DRAWING,
@@ -42,8 +43,7 @@ from common.generation.generation_flags import (
 if TYPE_CHECKING:
     from common.generation.chat import ChatFormat, Message
     from common.generation.conversation import Chat
-
-    GivenPrompt = str | list[Message] | UserError  # or why it can't be used
+    from common.generation.prompts import GivenPrompt
 
 
 def make_parser() -> cli.Parser:
@@ -524,14 +524,15 @@ def encode_prompts(args: argparse.Namespace, given: list[GivenPrompt], run: Run)
     """
     model, prompts = run.language_model, []
     readable = [
-        (item, f"prompt {number}")
-        for number, item in enumerate(given, start=1)
-        if not isinstance(item, UserError)
+        (prompt.content, f"prompt {number}")
+        for number, prompt in enumerate(given, start=1)
+        if not isinstance(prompt.content, UserError)
     ]
     encodings = iter(encode_readable(args, readable, run))
-    for number, item in enumerate(given):
+    for number, prompt in enumerate(given):
+        item, cells = prompt.content, prompt.cells
         if isinstance(item, UserError):  # with --skip-bad
-            prompts.append(Prompt(number, "", [], problem=str(item)))
+            prompts.append(Prompt(number, "", [], problem=str(item), cells=cells))
             continue
         encoding, ids, problem = next(encodings), [], ""
         try:
@@ -544,7 +545,7 @@ def encode_prompts(args: argparse.Namespace, given: list[GivenPrompt], run: Run)
                 raise
             problem = str(error)
         text, messages = (item, None) if isinstance(item, str) else (item[-1]["content"], item)
-        prompts.append(Prompt(number, text, ids, messages, problem))
+        prompts.append(Prompt(number, text, ids, messages, problem, cells))
     return prompts
 
 
@@ -569,15 +570,21 @@ def read_texts(args: argparse.Namespace) -> tuple[list[GivenPrompt], list[str] |
     """Return the texts or conversations of all prompts, with --skip-bad or why one can't be read, and
     their references, None without --references.
     """
-    given: list[GivenPrompt] = [*(args.prompt or [])]
-    if args.prompts_file is not None:
-        from common.generation import conversation
+    from common.generation import prompts
 
-        column, cache_dir, options = args.text_column, args.cache_dir, file_options(args)
-        given += conversation.read_prompts(
-            args.prompts_file, column=column, cache_dir=cache_dir, options=options, skip_bad=args.skip_bad
+    given = [prompts.GivenPrompt(text) for text in args.prompt or []]
+    if args.prompts_file is not None:
+        template = args.prompt_template
+        config = prompts.PromptConfig(
+            args.text_column,
+            None if template is None else prompt_template.parse(template),
+            kept_by_flags(args),
+            args.skip_bad,
+            file_options(args),
+            args.cache_dir,
         )
-    if not args.chat and any(isinstance(item, list) for item in given):
+        given += prompts.read(args.prompts_file, config)
+    if not args.chat and any(isinstance(prompt.content, list) for prompt in given):
         raise UserError(f"--prompts-file {args.prompts_file}: it holds messages; add --chat")
     if len(given) > 1 and (args.explain or args.compare):
         mode = "--explain" if args.explain else "--compare"

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from common import cli
+from common.columns import kept_by_flags
 from common.errors import Fault, Interrupted, UserError, note
 from common.sources import FileOptions
 from common.training import predictions, study, training_flags
@@ -705,14 +706,6 @@ def evaluate_only(args: argparse.Namespace, runtime: Runtime) -> None:
     report.show(scores, answers, model.tokens.eval_max_length, runtime)
 
 
-def kept_columns(args: argparse.Namespace) -> list[str] | None:
-    """Return the columns that predictions keep, None for all."""
-    if args.keep_columns == ("all",):
-        return None
-    ids = [] if args.id_column is None else [args.id_column]
-    return list(dict.fromkeys([*ids, *(args.keep_columns or ())]))
-
-
 def predict(args: argparse.Namespace, runtime: Runtime) -> None:
     """Answer for each text, with its row, label, confidence and the score of every class: a JSON
     line on the screen, or a row of --output.
@@ -723,7 +716,7 @@ def predict(args: argparse.Namespace, runtime: Runtime) -> None:
     with unlabelled.open_texts(
         args.predict,
         saved_texts(saved, args),
-        kept=kept_columns(args),
+        kept=kept_by_flags(args),
         options=config_from_flags(FileOptions, args),
         cache_dir=args.cache_dir,
         faults=faults,

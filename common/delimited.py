@@ -21,8 +21,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
+from common.columns import ROW
 from common.errors import UserError, first_repeated, note, one_line, shorten
-from common.reading import ROW
 from common.sources import EVERY_COLUMN, FASTTEXT_LABEL, suffix
 from common.tables import BLOCK_ROWS, DataFile, gather, is_utf8, parse_lines
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from common.columns import ROW
 from common.errors import UserError, first_repeated, one_line, shorten
-from common.reading import ROW
 from common.tables import DataFile, as_strings, explained, gather, is_utf8, parse_lines
 
 Row = tuple[str, int, dict]  # where it is: "line" or "row", and its number

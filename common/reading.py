@@ -11,14 +11,15 @@ import codecs
 import functools
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
 from common import bundled, hub, sources
-from common.errors import Fault, UserError, first_repeated, listed, note, shorten
+from common.columns import require_column
+from common.errors import Fault, UserError, first_repeated, note, shorten
 from common.plain_files import SAMPLE, decode_utf8, not_encoded, open_plain, refuse_utf16, source_name
 from common.sources import DATA_SUFFIXES, JSON_SUFFIXES, FileOptions
 
@@ -33,8 +34,6 @@ TEXT_SUFFIXES = (".txt", ".md")  # of the files in folders of texts
 UNLABELLED = ("unsup", "unlabeled", "unlabelled")  # no class: IMDb's texts without labels
 TEXT_KINDS = ("string", "large_string")
 LONGEST_TEXT = 10_000_000  # characters; more is no text but a file in a single line
-# the column with the number of each row in its file, where those that can't be used are collected
-ROW = "__row__"
 AS_FOUND = FileOptions()  # nothing but what name and content of a file show
 
 
@@ -316,6 +315,17 @@ def is_table(file: BinaryIO, name: str, options: FileOptions) -> bool:
     return re.match(rb'\s*(\[\s*)?\{\s*"', head) is not None
 
 
+def text_problem(text: str | None) -> str:
+    """Return what is wrong with a text, "" if nothing is."""
+    if text is None:
+        return "the text is missing"
+    if sources.is_blank(text):
+        return "the text is empty"
+    if len(text) > LONGEST_TEXT:
+        return f"the text has more than {LONGEST_TEXT:,} characters"
+    return ""
+
+
 def check_length(text: str, location: str) -> None:
     """Raise UserError, naming `location`, for a text that is too long to be one."""
     if len(text) > LONGEST_TEXT:
@@ -324,15 +334,6 @@ def check_length(text: str, location: str) -> None:
 
 
 # Checks -------------------------------------------------------------------------------------------
-
-
-def require_column(names: Iterable[str], column: str, *, source: str, flag: str) -> None:
-    """Raise UserError, naming `source` and the `flag` that names the column, unless `column` is
-    one of `names`.
-    """
-    if column not in (names := [name for name in names if name != ROW]):
-        problem = f"no column {column!r} among {listed(names)}"
-        raise UserError(f"{source}: {problem}; name the right one with {flag}")
 
 
 def check_texts(rows: datasets.Dataset, column: str, *, source: str) -> None:

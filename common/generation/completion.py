@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -124,6 +124,7 @@ class Prompt:
     ids: list[int]
     messages: list[Message] | None = None
     problem: str = ""
+    cells: dict[str, Any] = field(default_factory=dict)  # that stay beside its texts
 
 
 @dataclass

@@ -1,35 +1,30 @@
-"""Conversations: one that keeps its cache from turn to turn, the lines that are typed into it, and
-files of conversations.
+"""A conversation that keeps its cache from turn to turn, the lines that are typed into it, and the
+file that it is saved to.
 """
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
-from common import plain_files, reading, sources
+from common import reading
 from common.cli import check_encoding
-from common.errors import UserError, outcome, shorten
+from common.errors import UserError, shorten
 from common.files import replace_file
 from common.generation.chat import ChatFormat, Message, as_conversation, check_messages, is_begun
 from common.generation.completion import Completion, Prompt, Run
 from common.generation.decoding import Batch
 from common.generation.language_model import check_length
+from common.generation.prompts import parse_object
 from common.generation.sampling import batch_seed
-from common.sources import FileOptions
 
 if TYPE_CHECKING:
     from common.generation.decoding import Cache
-
-LINES_OF_JSON = (".jsonl", ".ndjson")
-PROMPT_KEYS = ("messages", "prompt")  # of which a line of prompts has one
-
 
 # A conversation with a cache ----------------------------------------------------------------------
 
@@ -323,7 +318,7 @@ def load(path: Path, chat: Chat, own_files: set[Path]) -> str | None:
     lines = [line for line in reading.read_lines(str(path)) if line.strip()]
     if len(lines) > 1:
         raise UserError(f"{name}: it has {len(lines):,} lines; name a file of one conversation")
-    row = _parse(lines[0] if lines else "", name)
+    row = parse_object(lines[0] if lines else "", name)
     messages = check_messages(row.get("messages"), name)
     ask = {"role": "user", "content": "?"}
     chat.format.encode([*messages, ask] if is_begun(messages) else messages)
@@ -331,67 +326,3 @@ def load(path: Path, chat: Chat, own_files: set[Path]) -> str | None:
     own_files.add(path.resolve())
     say(f"(loaded: {len(messages)} messages)")
     return None if is_begun(messages) else chat.take_back()
-
-
-def holds_prompts(file: BinaryIO, name: str, column: str) -> bool:
-    """Return whether an open file is of JSON lines with `messages` or `prompt`, as its first line
-    shows; a column of texts, if there is one, goes before these.
-    """
-    if name != "-" and sources.suffix(name) not in LINES_OF_JSON:
-        return False
-    file.seek(0)
-    head = file.readline(reading.LONGEST_TEXT)
-    file.seek(0)
-    with contextlib.suppress(ValueError, RecursionError):
-        row = json.loads(head)
-        has_prompts = isinstance(row, dict) and not row.keys().isdisjoint(PROMPT_KEYS)
-        return has_prompts and column not in row
-    return False
-
-
-def read_prompts(
-    name: str, *, column: str, cache_dir: str | None, options: FileOptions, skip_bad: bool = False
-) -> list[str | list[Message] | UserError]:
-    """Return the prompts of a file or of standard input ("-"): of JSON lines with `messages`
-    conversations, of all others the texts, as `reading.read_texts` finds them.
-
-    Raises UserError, naming the row or line, for one that can't be used; with `skip_bad` the error
-    stands in its place.
-    """
-    sources.check_texts(name, any_suffix=options.is_table)
-    source = plain_files.source_name(name)
-    with plain_files.open_plain(name, encoding=options.encoding, folder=cache_dir) as file:
-        if options.is_table or not holds_prompts(file, name, column):
-            unit = "row" if reading.is_table(file, name, options) else "line"
-            reads = {"column": column, "cache_dir": cache_dir, "options": options}
-            texts = reading.texts_of(file, name, allow_empty=skip_bad, **reads)
-            return [
-                UserError(f"{source}, {unit} {number}: the text is missing or empty")
-                if sources.is_blank(text)
-                else text
-                for number, text in enumerate(texts, start=1)
-            ]
-        places = [(line, f"{source}, line {n}") for n, line in enumerate(reading.lines_of(file, source), 1)]
-        return [outcome(_prompt, *place) if skip_bad else _prompt(*place) for place in places]
-
-
-def _prompt(line: str, place: str) -> str | list[Message]:
-    row = _parse(line, place)
-    given = [row[key] for key in PROMPT_KEYS if row.get(key) is not None]
-    if len(given) != 1:
-        raise UserError(f"{place}: a line has either messages or a prompt; correct it")
-    if row.get("messages") is not None:
-        return check_messages(given[0], place)
-    if not isinstance(given[0], str) or sources.is_blank(given[0]):
-        raise UserError(f"{place}: the prompt is no text, or empty; correct it")
-    return given[0]
-
-
-def _parse(line: str, place: str) -> dict:
-    """Return a line of JSON, an object. Raises UserError, naming its place, for anything else."""
-    row = None
-    with contextlib.suppress(ValueError, RecursionError):
-        row = json.loads(line)
-    if not isinstance(row, dict):
-        raise UserError(f'{place}: no object of JSON, such as {{"messages": [...]}}; correct it')
-    return row

@@ -24,8 +24,10 @@ from common.cli import (
     positive_int,
     probability,
 )
+from common.columns import add_kept_flags
 from common.errors import UserError, note, shorten
-from common.generation import output
+from common.generation import output, prompt_template
+from common.generation.prompt_template import FLAG as TEMPLATE
 from common.sources import FileOptions
 
 
@@ -67,6 +69,8 @@ def add_prompt_flags(parser: cli.Parser) -> None:
     help_text = "one prompt per line (-: standard input), or a data file"
     add("--prompts-file", metavar="FILE", help=help_text)
     add("--text-column", default="text", help="column of the prompts in a data file")
+    help_text = "makes the prompts of a data file, such as 'Summarise: {review}'; {{ is a brace"
+    add("--prompt-template", metavar="TEXT", type=unescape, help=help_text)
     help_text = (
         "leave out prompts that are empty, do not fit, or that the template refuses; the output says so"
     )
@@ -152,7 +156,8 @@ def add_end_flags(parser: cli.Parser) -> None:
 
 def add_output_flags(parser: cli.Parser) -> None:
     """Add the flags of the output."""
-    add = parser.add_argument_group("output").add_argument
+    group = parser.add_argument_group("output")
+    add = group.add_argument
     add("--num-samples", type=positive_int, default=1, help="texts per prompt")
     add("--batch-size", type=positive_int, default=8, help="prompts per batch")
     help_text = "show the first text of each batch as it grows (default: on a terminal)"
@@ -160,6 +165,7 @@ def add_output_flags(parser: cli.Parser) -> None:
     help_text = "write one JSON line per text instead of showing it"
     add("--output", metavar="FILE", type=cli.name, help=help_text)
     add("--resume", action="store_true", help="continue after the texts in the output file")
+    add_kept_flags(group, needs="--output", beside="the texts of a data file's prompts")
     help_text = "with --output: log-probabilities of each token and of the K most likely ones"
     add("--logprobs", type=non_negative_int, metavar="K", help=help_text)
     help_text = "ROUGE of the texts against these references: one per line, or a data file"
@@ -250,7 +256,7 @@ RECORDED = (  # with DRAWING, what a text depends on beside its prompt, the mode
     "xtc_threshold repetition_penalty presence_penalty frequency_penalty no_repeat_ngram_size"
     " logit_bias ban_words use_model_defaults sampler lookup num_beams length_penalty early_stopping"
     " choices regex max_new_tokens min_new_tokens stop end_token num_samples batch_size logprobs"
-    " weights plain_step chat system prefill chat_template"
+    " weights plain_step chat system prefill chat_template prompt_template"
 )
 DRAWING_FLAGS = tuple("--" + name.replace("_", "-") for name in DRAWING)
 NO_PROMPT = ("--serve", "--interactive", "--perplexity", "--score", "--score-continuations")
@@ -260,6 +266,7 @@ NO_SCORE += ("--perplexity", "--score-continuations")
 NO_TEXTS = ("--perplexity", "--score", "--score-continuations")
 CONSTRAINTS = ("--choices", "--regex")
 MAY_FORBID = ("--min-new-tokens", "--no-repeat-ngram-size", "--ban-words")
+KEPT = ("--id-column", "--keep-columns")
 TABLES = ("--prompts-file", "--references", "--score")  # flags whose file may be a table
 MODES = ("--check", *ONE_PROMPT, *NO_PROMPT)
 CHATS = ("--chat", "--interactive")
@@ -267,11 +274,10 @@ NEEDS = {  # a flag, and the flags of which it needs one
     **dict.fromkeys(("--system", "--prefill"), CHATS),
     **dict.fromkeys(("--chat-template", "--template-option"), (*CHATS, "--serve")),
     **dict.fromkeys(("--port", "--max-waiting", "--request-seconds"), ("--serve",)),
-    "--skip-bad": ("--prompts-file",),
+    **dict.fromkeys(("--skip-bad", "--prompt-template"), ("--prompts-file",)),
     "--window": ("--perplexity",),
     "--stride": ("--perplexity",),
-    "--resume": ("--output",),
-    "--logprobs": ("--output",),
+    **dict.fromkeys(("--resume", "--logprobs", *KEPT), ("--output",)),
     "--score": ("--references",),
     **dict.fromkeys(("--columns", "--delimiter", "--quoting"), TABLES),
     "--encoding": (*TABLES, "--perplexity", "--score-continuations"),
@@ -300,6 +306,8 @@ CONFLICTS = (  # flags that cannot be used together, and why; torchrun counts as
         ("--chat", "--lookup", "--sampler", *CONSTRAINTS),
         "each request says what it is, and is decoded as if alone",
     ),
+    *((flag, ("--prompt",), "it names columns, which a text has not") for flag in (*KEPT, TEMPLATE)),
+    (TEMPLATE, ("--text-column",), "the template names the columns"),
     ("--skip-bad", MODES, "this mode leaves out no prompts"),
     ("--use-model-defaults", NO_TEXTS, "no text is generated"),
     ("--adapter", ("--score",), "no model is loaded"),
@@ -346,6 +354,8 @@ def check_flags(args: argparse.Namespace) -> None:
         both = f"--num-samples {args.num_samples}: --num-beams {args.num_beams}"
         raise UserError(f"{both} has no more texts")
     check_given_texts(args)
+    if args.prompt_template is not None:
+        prompt_template.parse(args.prompt_template)
     if args.score is None:
         sources.check_model(args.model, kind="language model")
     if args.adapter is not None:
@@ -429,8 +439,8 @@ def check_given_texts(args: argparse.Namespace) -> None:
     for name in ("prompt", "stop", "end_token", "logit_bias", "ban_words", "choices"):
         for text in getattr(args, name) or []:
             cli.check_encoding(text, "--" + name.replace("_", "-"))
-    for name in ("system", "prefill", "regex"):
-        cli.check_encoding(getattr(args, name) or "", f"--{name}")
+    for name in ("system", "prefill", "regex", "prompt_template"):
+        cli.check_encoding(getattr(args, name) or "", "--" + name.replace("_", "-"))
 
 
 def given_flags(args: argparse.Namespace) -> dict[str, str]:

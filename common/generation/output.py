@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import stat
@@ -27,8 +28,10 @@ if TYPE_CHECKING:
 
 OTHER_KINDS = (".csv", ".tsv", ".parquet", ".xlsx")  # endings that promise another kind of file
 PROMPT_WIDTH = 60  # characters of a prompt in the line above its text
-# what must be the same for a run to continue after a line
-COMPARED = ("prompt_number", "sample", "prompt", "messages", "seed", "settings", "error")
+# what a run adds to a prompt; all else must be the same for a run to continue after a line
+GENERATED = ("text", "token_ids", "finish_reason", "batch_seed", "logprobs")
+ALWAYS = ("prompt_number", "sample", "prompt", "seed", "settings", *GENERATED[:-1])  # in each line
+OWN_FIELDS = (*ALWAYS, "messages", "error", "logprobs")
 
 
 # On the screen ------------------------------------------------------------------------------------
@@ -81,6 +84,7 @@ class Record:
             "prompt_number": row.prompt.number + 1,
             "sample": row.sample + 1,
             "prompt": row.prompt.text,
+            **row.prompt.cells,
             "text": row.text,
             "token_ids": row.token_ids,
             "finish_reason": row.finish_reason,
@@ -239,8 +243,8 @@ class OutputFile:
         """Raise UserError unless what follows the last line break is the beginning of a line."""
         start = b""
         if following is not None:
-            known = {name: following[name] for name in ("prompt_number", "sample", "prompt")}
-            start = _encode(known).removesuffix(b"}") + b', "text": "'
+            known = itertools.takewhile(lambda item: item[0] != "text", following.items())
+            start = _encode(dict(known)).removesuffix(b"}") + b', "text": "'
         if not start.startswith(rest) and not (start and rest.startswith(start)):
             raise UserError(
                 f"{self.path}: its last {len(rest):,} bytes are not of this script's output; remove"
@@ -274,13 +278,14 @@ def _check_line(encoded: bytes, expected: dict, *, name: str) -> dict:
         line = json.loads(encoded)
     except (ValueError, RecursionError):
         line = None
-    if not isinstance(line, dict) or line.keys() - {"logprobs"} != expected.keys():
+    if not isinstance(line, dict) or not line.keys() >= set(ALWAYS):
         problem = "not a line of this script's output"
         raise UserError(f"{name}: {problem}; remove it, or name another file with --output")
-    different = [key for key in COMPARED if line.get(key) != expected.get(key)]
-    if different:
-        difference = _describe_difference(different[0], line, expected)
-        raise UserError(f"{name}: its {difference}; --resume needs the same prompts and flags")
+    nothing = object()  # in the place of a field that is not there, which is not null
+    for key in dict.fromkeys([*expected, *line]):
+        if key not in GENERATED and line.get(key, nothing) != expected.get(key, nothing):
+            difference = _describe_difference(key, line, expected)
+            raise UserError(f"{name}: its {difference}; --resume needs the same prompts and flags")
     return line
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from common import bundled, reading, sources
+from common.columns import require_column
 from common.errors import UserError
 from common.search.encoder import Encoder
 from common.search.index import Snapshot
@@ -276,7 +277,7 @@ def sts_cosines(
     """
     rows = reading.read_file(Path(file), as_text=columns[:2], cache_dir=encoder.cache_dir)
     for column in columns:
-        reading.require_column(rows.column_names, column, source=file, flag="--sts-columns")
+        require_column(rows.column_names, column, source=file, flag="--sts-columns")
     for column in columns[:2]:
         reading.check_texts(rows, column, source=file)
     try:

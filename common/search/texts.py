@@ -26,6 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from common import bundled, plain_files, reading, sources
+from common.columns import require_column
 from common.errors import UserError, note
 from common.search.segments import RESERVED_COLUMNS, TEXT, number_array, text_array
 
@@ -161,7 +162,7 @@ def read(
         id_column = next((name for name in USUAL_IDS if name in columns), USUAL_IDS[0])
     collection = Collection(shown, rows, parts[0].unit, bad.reasons, id_column, parts)
     if id_column is not None:
-        reading.require_column(columns, id_column, source=collection.name, flag="--id-column")
+        require_column(columns, id_column, source=collection.name, flag="--id-column")
     _check_rows(collection, id_column, bad)
     if len(collection) == 0:
         raise UserError(f"{collection.name}: none of its texts can be used; name another source")
@@ -283,12 +284,8 @@ def _text_problems(block: pa.Table, good: np.ndarray) -> dict[int, str]:
     """Return row -> what is wrong with its text, for those of the rows that are `good`."""
     problems = {}
     for row, text in zip(good.tolist(), _values(block[TEXT], good)):
-        if text is None:
-            problems[row] = "the text is missing"
-        elif sources.is_blank(text):
-            problems[row] = "the text is empty"
-        elif len(text) > reading.LONGEST_TEXT:
-            problems[row] = f"the text has more than {reading.LONGEST_TEXT:,} characters"
+        if problem := reading.text_problem(text):
+            problems[row] = problem
     return problems
 
 
@@ -399,7 +396,7 @@ def _to_table(rows: datasets.Dataset, source: TextSource, shown_name: str) -> pa
     if source.text_column not in table.column_names:
         names = list(source.text_columns)
     for name in names:
-        reading.require_column(table.column_names, name, source=shown_name, flag="--text-column")
+        require_column(table.column_names, name, source=shown_name, flag="--text-column")
         reading.check_kind(rows, name, source=shown_name)
     text_column = names[-1]
     taken = next((name for name in table.column_names if name.lower() in RESERVED_COLUMNS), None)

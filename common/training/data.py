@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from common import reading
+from common.columns import ROW, require_column
 from common.errors import Fault, UserError, listed, quoted, shorten
 from common.runtime import Runtime
 from common.sources import FileOptions
@@ -210,7 +211,7 @@ def _unlabelled(rows: datasets.Dataset, texts: TextConfig, faults: list[Fault] |
     """Return the texts of a split without labels, and their numbers."""
     source = "split test"
     for column in texts.columns:
-        reading.require_column(rows.column_names, column, source=source, flag="--text-column")
+        require_column(rows.column_names, column, source=source, flag="--text-column")
     if faults is None:
         _check_texts(rows, texts, source)
     else:
@@ -446,8 +447,8 @@ def _with_labels(
 
 def _row_numbers(rows: datasets.Dataset) -> np.ndarray:
     """Return the number of each row (N): from 1, or as in its file where bad rows were left out."""
-    has_numbers = reading.ROW in rows.column_names
-    return np.asarray(rows[reading.ROW][:]) if has_numbers else np.arange(1, len(rows) + 1)
+    has_numbers = ROW in rows.column_names
+    return np.asarray(rows[ROW][:]) if has_numbers else np.arange(1, len(rows) + 1)
 
 
 def cut_missing_splits(splits: Splits, *, seed: int) -> tuple[Splits, list[str]]:

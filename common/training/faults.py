@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from common import reading
+from common.columns import ROW, require_column
 from common.errors import Fault, UserError, quoted, shorten
 from common.sources import is_blank
 from common.training.duplicates import duplicate_lines
@@ -88,7 +89,7 @@ def check_columns(splits: Splits, texts: TextConfig, labels: LabelConfig) -> Non
         source, known = f"split {split}", rows.column_names
         for flag, columns in (("--text-column", texts.columns), ("--label-column", labels.columns)):
             for column in columns:
-                reading.require_column(known, column, source=source, flag=flag)
+                require_column(known, column, source=source, flag=flag)
         if len(rows) == 0:
             raise UserError(f"split {split}: it has no rows; choose another with --{split}-split")
 
@@ -157,18 +158,7 @@ def _row_problem(cells: Sequence[bytes | None], texts: TextConfig) -> str:
         return NOT_UTF8
     if texts.text_mode == JOIN:
         parts = reading.join_cells([[part] for part in parts], texts.join_with)
-    return next(filter(None, map(text_problem, parts)), "")
-
-
-def text_problem(text: str | None) -> str:
-    """Return what is wrong with a text, "" if nothing is."""
-    if text is None:
-        return "the text is missing"
-    if is_blank(text):
-        return "the text is empty"
-    if len(text) > reading.LONGEST_TEXT:
-        return f"the text has more than {reading.LONGEST_TEXT:,} characters"
-    return ""
+    return next(filter(None, map(reading.text_problem, parts)), "")
 
 
 def _label_problems(rows: datasets.Dataset, kind: Kind, labels: LabelConfig) -> list[str]:
@@ -243,13 +233,13 @@ def leave_out(
     """Return the rows (N) without a problem; the others are added to the faults, with what is in
     their `columns`.
     """
-    has_numbers = reading.ROW in rows.column_names
-    table: Any = rows.select_columns([*columns, *([reading.ROW] if has_numbers else [])])
+    has_numbers = ROW in rows.column_names
+    table: Any = rows.select_columns([*columns, *([ROW] if has_numbers else [])])
     table = table.with_format("arrow")
     for number, problem in enumerate(problems):
         if problem:
             cells = table[number : number + 1]
-            row = cells[reading.ROW][0].as_py() if has_numbers else number + 1
+            row = cells[ROW][0].as_py() if has_numbers else number + 1
             content = " | ".join(_readable(cells[column][0]) for column in columns)
             faults.append(Fault(source, row, problem, content))
     good: Any = rows.select([number for number, problem in enumerate(problems) if not problem])

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from common.columns import names_beside
 from common.errors import Fault, UserError
 from common.files import named_in_errors, only_writer, read_json, replace_file, sync_folder
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 ENDINGS = (".jsonl", ".csv", ".parquet")
 OWN_COLUMNS = ("row", "label", "labels", "confidence", "scores")
-GIVEN = "given_"  # begins the name of a kept column that has the name of one of ours
 
 
 def partial(output: Path) -> Path:
@@ -81,7 +81,7 @@ def with_columns(columns: pa.Table | None, answers: list[dict]) -> list[dict]:
     """Return answers with the cells of the kept columns before them."""
     if columns is None or not columns.column_names:
         return answers
-    names = [GIVEN + name if name in OWN_COLUMNS else name for name in columns.column_names]
+    names = names_beside(columns.column_names, OWN_COLUMNS)
     rows = zip(*(column.to_pylist() for column in columns.columns))
     return [{"row": answer["row"], **dict(zip(names, row)), **answer} for row, answer in zip(rows, answers)]
 
@@ -242,11 +242,9 @@ def _arrow_block(answers: list[dict], columns: pa.Table | None) -> bytes:
         labels = pa.array(table["labels"].to_pylist(), pa.list_(pa.string()))
         table = table.set_column(table.column_names.index("labels"), "labels", labels)
     if columns is not None:
-        position = 1
-        for name in columns.column_names:
-            own = GIVEN + name if name in table.column_names else name
-            table = table.add_column(position, own, columns[name])
-            position += 1
+        names = names_beside(columns.column_names, table.column_names)
+        for position, (name, column) in enumerate(zip(names, columns.columns), start=1):
+            table = table.add_column(position, name, column)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)

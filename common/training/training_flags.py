@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from common import bundled, cli, hub, sources
+from common.columns import add_kept_flags
 from common.errors import UserError
 from common.sources import FileOptions
 from common.training import predictions, study
@@ -307,10 +308,7 @@ def add_other_work_flags(parser: cli.Parser) -> None:
     )
     help_text = "with --predict: a new .jsonl, .csv or .parquet; --resume goes on with one that was left"
     group.add_argument("--output", metavar="FILE", help=help_text)
-    help_text = "with --predict: a column that stays beside each answer"
-    group.add_argument("--id-column", metavar="NAME", help=help_text)
-    help_text = "with --predict: other columns that stay, such as author,date; all: every one"
-    group.add_argument("--keep-columns", type=cli.columns, metavar="NAMES", help=help_text)
+    add_kept_flags(group, needs="--predict", beside="each answer")
     help_text = "with --inspect: a second tokenizer on a sentence (bundled name, folder or Hub id)"
     group.add_argument("--compare-tokenizer", metavar="NAME", help=help_text)
 

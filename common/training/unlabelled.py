@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from common import plain_files, reading, sources
+from common.columns import ROW, find_kept, require_column
 from common.errors import Fault, UserError
 from common.sources import FileOptions
-from common.training.faults import NOT_UTF8, text_problem
+from common.training.faults import NOT_UTF8
 from common.training.run import JOIN
 
 if TYPE_CHECKING:
@@ -84,14 +85,9 @@ class Texts:
         )
         for column in columns:
             names = rows.column_names
-            reading.require_column(names, column, source=self.source, flag="--text-column")
+            require_column(names, column, source=self.source, flag="--text-column")
             reading.check_kind(rows, column, source=self.source)
-        if kept is None:
-            kept = [name for name in rows.column_names if name not in (*columns, reading.ROW)]
-        for name in kept:
-            names = rows.column_names
-            reading.require_column(names, name, source=self.source, flag="--keep-columns")
-        self.kept = list(kept)
+        self.kept = find_kept(kept, rows.column_names, others=columns, source=self.source)
         is_joined = self.config.text_mode == JOIN
         self.table = (self._joined(rows) if is_joined else rows).with_format("arrow")
 
@@ -122,7 +118,7 @@ class Texts:
         for number, text, cell in self._all():
             if number in bad:  # its row is a fault already, for the other text of a pair
                 continue
-            problem = text_problem(text) or self._other_problem(text or "", cell)
+            problem = reading.text_problem(text) or self._other_problem(text or "", cell)
             if not problem:
                 continue
             bad.add(number)
@@ -178,14 +174,14 @@ class Texts:
         while rows := list(itertools.islice(numbers, size)):
             part = self.table[rows[0] - 1 : rows[-1]]
             part = part.take([row - rows[0] for row in rows])
-            shown = part[reading.ROW].to_pylist() if reading.ROW in part.column_names else rows
+            shown = part[ROW].to_pylist() if ROW in part.column_names else rows
             cells = [part[column].to_pylist() for column in self.columns]
             texts = list(zip(*cells)) if self.is_pair else cells[0]
             yield TextBlock(shown, texts, part.select(self.kept))
 
     def _source_row(self, number: int) -> int:
-        if reading.ROW in self.table.column_names:
-            return self.table[number - 1 : number][reading.ROW][0].as_py()
+        if ROW in self.table.column_names:
+            return self.table[number - 1 : number][ROW][0].as_py()
         return number
 
     def _all(self) -> Iterator[tuple[int, str | None, bytes]]:

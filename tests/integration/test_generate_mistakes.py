@@ -131,6 +131,13 @@ FLAGS = {  # name: (flags, what the line must hold)
         ("--chat", "does not read 'thinking'", "--template-option"),
     ),
     "lines of JSON in a table": ([*P, "--output", "t.csv"], ("--output t.csv", "JSON", "t.jsonl")),
+    "an id of a text": ([*P, "--id-column", "id", "--output", "x.jsonl"], ("--id-column", "--prompt")),
+    "an id on the screen": (["--prompts-file", "x.csv", "--id-column", "id"], ("--id-column", "--output")),
+    "a template of a text": ([*P, "--prompt-template", "{text}"], ("--prompt-template", "--prompts-file")),
+    "a template without a column": (
+        ["--prompts-file", "x.csv", "--prompt-template", "Hi"],
+        ("--prompt-template 'Hi'", "no column", "{text}"),
+    ),
     "bad prompts without a file": ([*P, "--skip-bad"], ("--skip-bad", "--prompts-file")),
     "lookup with the model's settings": (
         [*P, "--lookup", 3, "--use-model-defaults"],

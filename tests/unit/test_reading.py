@@ -29,6 +29,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common import hub, plain_files, reading
+from common.columns import ROW, require_column
 from common.errors import UserError
 from common.sources import FileOptions
 
@@ -479,7 +480,7 @@ def test_a_file_that_is_no_text_is_refused_by_what_it_is(name, write, kind, tmp_
 
 def test_the_column_of_row_numbers_is_not_shown():
     with pytest.raises(UserError, match="no column 'text' among Review, sentiment; "):
-        reading.require_column(["Review", "sentiment", reading.ROW], "text", source="", flag="--text-column")
+        require_column(["Review", "sentiment", ROW], "text", source="", flag="--text-column")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,65 @@
+"""The columns of a table: those that flags name, and those that stay beside what a script writes.
+
+Importing it is quick: flags are checked before PyTorch is loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Collection, Iterable, Sequence
+
+from common import cli
+from common.errors import UserError, listed
+
+# the column with the number of each row in its file, where those that can't be used are collected
+ROW = "__row__"
+EVERY = ("all",)  # the value of --keep-columns for all columns
+GIVEN = "given_"  # begins the name of a kept column that has the name of one of ours
+
+
+def require_column(names: Iterable[str], column: str, *, source: str, flag: str) -> None:
+    """Raise UserError, naming `source` and the `flag` that names the column, unless `column` is
+    one of `names`.
+    """
+    if column not in (names := [name for name in names if name != ROW]):
+        problem = f"no column {column!r} among {listed(names)}"
+        raise UserError(f"{source}: {problem}; name the right one with {flag}")
+
+
+# Columns that stay --------------------------------------------------------------------------------
+
+
+def add_kept_flags(parser: argparse._ArgumentGroup, *, needs: str, beside: str) -> None:
+    """Add the flags of columns that stay; they `need` another flag."""
+    help_text = f"with {needs}: a column that stays beside {beside}"
+    parser.add_argument("--id-column", metavar="NAME", help=help_text)
+    help_text = f"with {needs}: other columns that stay, such as author,date; all: every one"
+    parser.add_argument("--keep-columns", type=cli.columns, metavar="NAMES", help=help_text)
+
+
+def kept_by_flags(args: argparse.Namespace) -> list[str] | None:
+    """Return the names of the columns that stay, None for all."""
+    if args.keep_columns == EVERY:
+        return None
+    ids = [] if args.id_column is None else [args.id_column]
+    return list(dict.fromkeys([*ids, *(args.keep_columns or ())]))
+
+
+def find_kept(
+    kept: Sequence[str] | None, names: Iterable[str], *, others: Collection[str], source: str
+) -> list[str]:
+    """Return the columns that stay among the `names` of a source; of all, those that are not `others`.
+
+    Raises UserError for one that is not there.
+    """
+    names = [name for name in names if name != ROW]
+    if kept is None:
+        return [name for name in names if name not in others]
+    for name in kept:
+        require_column(names, name, source=source, flag="--keep-columns")
+    return list(kept)
+
+
+def names_beside(kept: Iterable[str], own: Collection[str]) -> list[str]:
+    """Return the names under which columns stand beside our `own` ones."""
+    return [GIVEN + name if name in own else name for name in kept]

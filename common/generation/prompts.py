@@ -1,0 +1,242 @@
+"""Prompts from files: the lines of a text, the rows of a table, conversations in JSON lines."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from common import plain_files, reading, sources
+from common.cli import json_line
+from common.columns import ROW, find_kept, names_beside, require_column
+from common.errors import Fault, UserError, outcome
+from common.generation.chat import Message, check_messages
+from common.generation.output import OWN_FIELDS
+from common.generation.prompt_template import FLAG, PromptTemplate
+from common.sources import FileOptions
+
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow as pa
+
+LINES_OF_JSON = (".jsonl", ".ndjson")
+PROMPT_KEYS = ("messages", "prompt")  # of which a line of prompts has one
+BLOCK = 10_000  # rows whose cells are looked at together
+
+
+@dataclass(frozen=True)
+class GivenPrompt:
+    """A text, a conversation, or why there is none; and the cells that stay beside it."""
+
+    content: str | list[Message] | UserError
+    cells: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    """Where a file has its prompts, and what stays beside them."""
+
+    text_column: str
+    template: PromptTemplate | None  # makes the prompts, in the place of the text column
+    kept: list[str] | None  # columns; None: all
+    skip_bad: bool  # a prompt that can't be used is no end, but a reason in its place
+    options: FileOptions
+    cache_dir: str | None
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that prompts are made of."""
+        return [self.text_column] if self.template is None else self.template.columns
+
+
+def read(name: str, config: PromptConfig) -> list[GivenPrompt]:
+    """Return the prompts of a file or of standard input ("-").
+
+    Raises UserError, naming the row or line, for one that can't be used; with `skip_bad` the error
+    stands in its place.
+    """
+    options = config.options
+    sources.check_texts(name, any_suffix=options.is_table)
+    source = plain_files.source_name(name)
+    with plain_files.open_plain(name, encoding=options.encoding, folder=config.cache_dir) as file:
+        if not options.is_table and config.template is None and holds_prompts(file, name, config.text_column):
+            prompts = _read_json(file, source, config)
+        elif reading.is_table(file, name, options):
+            prompts = _read_table(file, source, config)
+        else:
+            prompts = _read_lines(file, source, config)
+    for prompt in prompts if not config.skip_bad else ():
+        if isinstance(prompt.content, UserError):
+            between = "," if ";" in str(prompt.content) else "; correct it,"
+            raise UserError(f"{prompt.content}{between} or leave it out with --skip-bad")
+    return prompts
+
+
+# Lines of text ------------------------------------------------------------------------------------
+
+
+def _read_lines(file: BinaryIO, source: str, config: PromptConfig) -> list[GivenPrompt]:
+    if config.template is not None or config.kept != []:
+        flag = FLAG if config.template is not None else "--id-column and --keep-columns"
+        raise UserError(f"{flag}: the lines of {source} have no columns; name a data file")
+
+    def read_line(line: bytes, place: str) -> str:
+        text = plain_files.decode_utf8(line, place)
+        if problem := reading.text_problem(text):
+            raise UserError(f"{place}: {problem}; remove the line")
+        return text
+
+    lines = enumerate(reading.raw_lines(file), start=1)
+    return [GivenPrompt(outcome(read_line, line, f"{source}, line {number}")) for number, line in lines]
+
+
+# Tables -------------------------------------------------------------------------------------------
+
+
+def _read_table(file: BinaryIO, source: str, config: PromptConfig) -> list[GivenPrompt]:
+    """Return a prompt for each row, those that could not be read among the others."""
+    faults: list[Fault] | None = [] if config.skip_bad else None
+    as_text = [*config.columns, *([sources.EVERY_COLUMN] if config.kept is None else config.kept)]
+    rows = reading.read_table(
+        file, source, as_text=as_text, options=config.options, cache_dir=config.cache_dir, faults=faults
+    )
+    for column in config.columns:
+        flag = "--text-column" if config.template is None else FLAG
+        require_column(rows.column_names, column, source=source, flag=flag)
+    if config.template is None:
+        reading.check_kind(rows, config.text_column, source=source)
+    others = config.columns if config.template is None else ()
+    kept = find_kept(config.kept, rows.column_names, others=others, source=source)
+    beside = names_beside(kept, OWN_FIELDS)
+    numbered = [
+        (
+            number,
+            GivenPrompt(
+                outcome(_prompt_of_row, row, config, f"{source}, row {number}"),
+                {name: _json_value(row[column]) for name, column in zip(beside, kept)},
+            ),
+        )
+        for number, row in _rows(rows, [*config.columns, *kept], source)
+    ]
+    for fault in faults or ():
+        error = UserError(f"{source}, row {fault.row}: {fault.problem}; correct the row")
+        numbered.append((fault.row, GivenPrompt(error, dict.fromkeys(beside))))
+    return [prompt for _, prompt in sorted(numbered, key=lambda pair: pair[0])]
+
+
+def _rows(rows: datasets.Dataset, columns: list[str], source: str) -> Iterator[tuple[int, dict]]:
+    """Yield the number of each row and its cells in some columns; a text that is not UTF-8, which
+    Arrow reads unchecked from Parquet, as bytes.
+    """
+    has_numbers, first = ROW in rows.column_names, 1
+    names = list(dict.fromkeys([*columns, ROW] if has_numbers else columns))
+    tables: Any = rows.select_columns(names).with_format("arrow")
+    for table in tables.iter(batch_size=BLOCK):
+        cells = [_cells(table[name], f"{source}, row", first) for name in names]
+        for number, row in enumerate(zip(*cells), start=first):
+            named = dict(zip(names, row))
+            yield named.get(ROW, number), named
+        first += len(table)
+
+
+def _cells(column: pa.ChunkedArray, source: str, first: int) -> list:
+    import pyarrow as pa
+
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        reading.check_characters(column, source, first=first)
+        return column.to_pylist()
+    cells = []
+    for cell in column.cast(pa.large_binary()).to_pylist():
+        with contextlib.suppress(UnicodeDecodeError):
+            cell = None if cell is None else cell.decode()
+        cells.append(cell)
+    return cells
+
+
+def _prompt_of_row(row: dict[str, Any], config: PromptConfig, place: str) -> str:
+    texts = {column: _text(row[column], column, place) for column in config.columns}
+    return texts[config.text_column] if config.template is None else config.template.fill(texts)
+
+
+def _text(cell: Any, column: str, place: str) -> str:
+    """Return what a prompt says of a cell: a text as it is, other values as JSON writes them.
+
+    Raises UserError for a cell that is missing, blank or no text in UTF-8.
+    """
+    if isinstance(cell, bytes):
+        raise UserError(f"{place}: not UTF-8; correct the row")
+    text = cell
+    if cell is not None and not isinstance(cell, str):
+        text = json.dumps(cell, ensure_ascii=False, default=str)
+    if problem := reading.text_problem(text):
+        problem = problem.replace("the text", f"the text in column {column!r}", 1)
+        raise UserError(f"{place}: {problem}; remove the row or fill it in")
+    return text
+
+
+def _json_value(cell: Any) -> Any:
+    """Return a cell as it comes back from a line of JSON, which is compared with --resume."""
+    return json.loads(json_line(cell))
+
+
+# Lines of JSON ------------------------------------------------------------------------------------
+
+
+def holds_prompts(file: BinaryIO, name: str, column: str) -> bool:
+    """Return whether an open file is of JSON lines with `messages` or `prompt`, as its first one
+    shows; a column of texts, if there is one, goes before these.
+    """
+    if name != "-" and sources.suffix(name) not in LINES_OF_JSON:
+        return False
+    file.seek(0)
+    lines = iter(lambda: file.readline(reading.LONGEST_TEXT), b"")
+    head = next((line for line in lines if line.strip()), b"")
+    file.seek(0)
+    with contextlib.suppress(ValueError, RecursionError):
+        row = json.loads(head)
+        has_prompts = isinstance(row, dict) and not row.keys().isdisjoint(PROMPT_KEYS)
+        return has_prompts and column not in row
+    return False
+
+
+def _read_json(file: BinaryIO, source: str, config: PromptConfig) -> list[GivenPrompt]:
+    def read_line(line: bytes, place: str) -> dict:
+        return parse_object(plain_files.decode_utf8(line, place), place)
+
+    lines = enumerate(reading.raw_lines(file), start=1)
+    numbered = [(line, f"{source}, line {number}") for number, line in lines if line.strip()]
+    rows = [(outcome(read_line, line, place), place) for line, place in numbered]
+    names = dict.fromkeys(key for row, _ in rows if isinstance(row, dict) for key in row)
+    kept = find_kept(config.kept, names, others=PROMPT_KEYS, source=source)
+    beside = names_beside(kept, OWN_FIELDS)
+    prompts = []
+    for row, place in rows:
+        if isinstance(row, UserError):
+            prompts.append(GivenPrompt(row, dict.fromkeys(beside)))
+            continue
+        cells = {name: _json_value(row.get(key)) for name, key in zip(beside, kept)}
+        prompts.append(GivenPrompt(outcome(_prompt_of_object, row, place), cells))
+    return prompts
+
+
+def _prompt_of_object(row: dict, place: str) -> str | list[Message]:
+    given = [row[key] for key in PROMPT_KEYS if row.get(key) is not None]
+    if len(given) != 1:
+        raise UserError(f"{place}: a line has either messages or a prompt; correct it")
+    if row.get("messages") is not None:
+        return check_messages(given[0], place)
+    if not isinstance(given[0], str) or sources.is_blank(given[0]):
+        raise UserError(f"{place}: the prompt is no text, or empty; correct it")
+    return given[0]
+
+
+def parse_object(line: str, place: str) -> dict:
+    """Return a line of JSON, an object. Raises UserError, naming its place, for anything else."""
+    row = None
+    with contextlib.suppress(ValueError, RecursionError):
+        row = json.loads(line)
+    if not isinstance(row, dict):
+        raise UserError(f'{place}: no object of JSON, such as {{"messages": [...]}}; correct it')
+    return row
