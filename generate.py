@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from common import bundled, cli
+from common import bundled, cli, terminal
 from common.columns import kept_by_flags
 from common.errors import Interrupted, UserError, outcome
 from common.generation import generation_flags, output, prompt_template
@@ -375,7 +375,7 @@ def score_continuations(args: argparse.Namespace) -> None:
         else:
             print(continuations.tables(questions, scored))
     if questions[0].answer is not None:
-        print(continuations.accuracy(questions, scored))
+        terminal.say(continuations.accuracy(questions, scored))
 
 
 def score_file(args: argparse.Namespace) -> None:

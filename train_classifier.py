@@ -737,7 +737,7 @@ def predict(args: argparse.Namespace, runtime: Runtime) -> None:
         for block in texts.blocks(PREDICT_BLOCK, without=bad):
             answers = list(predict_texts(model, block.texts, block.rows, runtime))
             for line in predictions.with_columns(block.columns, answers):
-                runtime.say(cli.json_line(line))
+                runtime.write(cli.json_line(line))
 
 
 def write_predictions(

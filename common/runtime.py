@@ -27,6 +27,7 @@ import torch.distributed
 from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
+from common import terminal
 from common.errors import UserError, lacks_memory, reading
 from common.files import sha256
 
@@ -69,9 +70,15 @@ class Runtime:
         return itertools.islice(pieces, self.rank, None, self.world_size)
 
     def say(self, *parts: object) -> None:
-        """Print on the main process only, above the progress bar if one is open."""
+        """Print on the main process only, above the progress bar if one is open, in lines that fit a
+        terminal.
+        """
+        self.write(terminal.prose(" ".join(map(str, parts))))
+
+    def write(self, line: str) -> None:
+        """Print a line so, as it is: for another program."""
         if self.is_main:
-            tqdm.write(" ".join(map(str, parts)), file=sys.stdout)
+            tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
 
     def autocast(self) -> torch.autocast:

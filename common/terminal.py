@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TextIO
 
 from common.errors import shorten
@@ -62,6 +62,11 @@ def prose(text: str, stream: TextIO | None = None) -> str:
     return text if columns is None else "\n".join(_wrapped(line, columns) for line in text.split("\n"))
 
 
+def say(text: str) -> None:
+    """Print lines that fit the terminal."""
+    print(prose(text), flush=True)
+
+
 def _wrapped(line: str, columns: int) -> str:
     import wcwidth
 
@@ -78,15 +83,16 @@ def _wrapped(line: str, columns: int) -> str:
 
 
 def _held(line: str) -> str:
-    """Return a line in which a number is held to the word before it, and an interval together, as in
-    "accuracy 0.9167 [0.7500, 1.0000]".
+    """Return a line in which a number is held to the word before it and to a "%" behind it, and an
+    interval together, as in "accuracy 0.9167 [0.7500, 1.0000]".
     """
     first, *others = line.split(" ")
     parts, before = [first], first
     for word in others:
         is_named = NUMBER.match(word) and not NUMBER.fullmatch(before) and not before.endswith((",", ";"))
         is_interval = INTERVAL.match(word) or (INTERVAL.match(before) and before.endswith(","))
-        parts += [HELD if before and (is_named or is_interval) else " ", word]
+        is_held = before and (is_named or is_interval or word.startswith("%"))
+        parts += [HELD if is_held else " ", word]
         before = word
     return "".join(parts)
 
@@ -116,14 +122,22 @@ def table(
     if columns is None or style == "github" or _longest(whole) <= columns:
         return whole
     cells = _widths(rows, [""] * len(headers), options)
-    narrow = [_broken(header, wide) for header, wide in zip(headers, cells)]
-    natural = _widths(rows, narrow, options)
-    parts, flexible = [], (*texts, *folded)
-    for part in _parts(natural, flexible, keys, columns):
-        widths = _shared_out(part, natural, texts, folded, columns)
-        shown = [[_fitted(row[one], widths.get(one), fold=one in folded) for one in part] for row in rows]
-        headings = [narrow[one] for one in part]
-        parts.append(tabulate(shown, headings, tablefmt=style, **_options_of(part, options)))
+    headers = [_broken(header, wide) for header, wide in zip(headers, cells)]
+    natural = _widths(rows, headers, options)
+    least = list(natural)
+    for one in (*texts, *folded):
+        least[one] = min(natural[one], LEAST_TEXT)
+    for one in folded:
+        least[one] = max(least[one], _longest_word(str(row[one]) for row in rows))
+    parts = []
+    for part in _parts(least, keys, columns):
+        widths = {one: natural[one] for one in part}
+        for group in (folded, texts):  # what is folded loses nothing
+            _narrow(widths, [one for one in part if one in group], least, columns)
+        fits = {one: _wrapped if one in folded else cut for one in part if widths[one] < natural[one]}
+        shown = [[_fitted(row[one], widths[one], fits.get(one)) for one in part] for row in rows]
+        own = [headers[one] for one in part]
+        parts.append(tabulate(shown, own, tablefmt=style, **_options_of(part, options)))
     return "\n\n".join(parts)
 
 
@@ -135,7 +149,8 @@ def _longest(text: str) -> int:
 
 def _broken(header: str, wide: int) -> str:
     """Return a header as lines that are no wider than the cells below it, if its words allow that."""
-    return "\n".join(textwrap.wrap(header, wide, break_long_words=False, break_on_hyphens=False))
+    lines = textwrap.wrap(_held(header), wide, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(lines).replace(HELD, " ")
 
 
 def _widths(rows: list[list], headers: Sequence[str], options: dict[str, Any]) -> list[int]:
@@ -147,42 +162,41 @@ def _widths(rows: list[list], headers: Sequence[str], options: dict[str, Any]) -
     return [len(dashes) for dashes in rule.split()]
 
 
-def _parts(natural: list[int], flexible: Sequence[int], keys: int, columns: int) -> list[list[int]]:
-    """Return the columns of each part of a table; one with the key columns alone has no room for
-    more.
+def _longest_word(cells: Iterable[str]) -> int:
+    import wcwidth
+
+    lines = [line for cell in cells for line in cell.split("\n")]
+    whole = [line for line in lines if wcwidth.width(line) == len(line)]  # the others break anywhere
+    return max((len(word) for line in whole for word in _held(line).split(" ")), default=0)
+
+
+def _parts(least: list[int], keys: int, columns: int) -> list[list[int]]:
+    """Return the columns of each part of a table, given how narrow each can be: the first `keys`
+    columns, and as many others as there is room for, one at least.
     """
-    least = [min(wide, LEAST_TEXT) if one in flexible else wide for one, wide in enumerate(natural)]
-    first = list(range(keys))
-    parts = [list(first)]
+    parts = [list(range(keys))]
     for one in range(keys, len(least)):
-        if sum(least[other] + GAP for other in [*parts[-1], one]) - GAP > columns and parts[-1] != first:
-            parts.append(list(first))
+        if _total(least[other] for other in [*parts[-1], one]) > columns and len(parts[-1]) > keys:
+            parts.append(list(range(keys)))
         parts[-1].append(one)
     return parts
 
 
-def _shared_out(
-    part: list[int], natural: list[int], texts: Sequence[int], folded: Sequence[int], columns: int
-) -> dict[int, int]:
-    """Return the width of each column that can be narrower. The folded ones, which lose nothing, give
-    up as much as is needed, then the texts, the widest first.
-    """
-    widths = {one: natural[one] for one in part}
-    for group in (folded, texts):
-        own = [one for one in part if one in group]
-        while own and sum(widths.values()) + GAP * (len(part) - 1) > columns:
-            widest = max(own, key=lambda one: widths[one])
-            if widths[widest] <= LEAST_TEXT:
-                break
-            widths[widest] -= 1
-    return {one: wide for one, wide in widths.items() if one in (*texts, *folded)}
+def _total(widths: Iterable[int]) -> int:
+    return sum(wide + GAP for wide in widths) - GAP
 
 
-def _fitted(cell: object, columns: int | None, *, fold: bool) -> object:
-    if columns is None:
-        return cell
-    fit = _wrapped if fold else cut
-    return "\n".join(fit(line, columns) for line in str(cell).split("\n"))
+def _narrow(widths: dict[int, int], group: list[int], least: list[int], columns: int) -> None:
+    """Take from the widths of a group of columns what is too much, from the widest first."""
+    while _total(widths.values()) > columns:
+        group = [one for one in group if widths[one] > least[one]]
+        if not group:
+            break
+        widths[max(group, key=lambda one: widths[one])] -= 1
+
+
+def _fitted(cell: object, columns: int, fit: Callable[[str, int], str] | None) -> object:
+    return cell if fit is None else "\n".join(fit(line, columns) for line in str(cell).split("\n"))
 
 
 def _options_of(part: list[int], options: dict[str, Any]) -> dict[str, Any]:

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tabulate import tabulate
 
-from common import plain_files, reading
+from common import plain_files, reading, terminal
 from common.errors import UserError, shorten
 from common.generation import decoding
 from common.generation.language_model import LanguageModel, check_characters, check_length
@@ -257,11 +256,11 @@ def table(number: int, question: Question, choices: list[Scored]) -> str:
             for measure, value in MEASURES.items()
         ]
         mark = "=" if place == question.answer else ""
-        rows.append([mark, shorten(repr(scored.text), SHOWN), scored.num_tokens, *values])
+        rows.append([mark, terminal.cut(repr(scored.text), terminal.room(SHOWN)), scored.num_tokens, *values])
     names = ["", "continuation", "tokens", *MEASURES]
-    head = f"--- prompt {number}: {shorten(question.prompt, SHOWN)}"
-    options = {"disable_numparse": True, "tablefmt": "plain", "stralign": "right"}
-    return f"{head}\n{tabulate(rows, names, **options)}"
+    head = f"--- prompt {number}: {terminal.cut(question.prompt, terminal.room(SHOWN + 16) - 16)}"
+    options = {"disable_numparse": True, "style": "plain", "stralign": "right"}
+    return f"{head}\n{terminal.table(rows, names, texts=[1], keys=2, **options)}"
 
 
 def accuracy(questions: list[Question], scored: list[list[Scored]]) -> str:

@@ -5,16 +5,14 @@ does, and greedy, top-k and top-p side by side.
 from __future__ import annotations
 
 import itertools
-import shutil
-import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tabulate import tabulate
 from torch import Tensor
 
+from common import terminal
 from common.generation import decoding, sampling
 from common.generation.completion import Completion, Options, Prompt, Run
 from common.generation.decoding import Batch, Step
@@ -327,7 +325,8 @@ def token_table(
     text = repr(tokenizer.decode([token]))
     head = f"token {number}: {text}, one of {num_kept:,} kept of {len(last):,}"
     names = ["", "candidate", *(stage.name for stage in stages)]
-    return f"{head}\n{tabulate(lines, names, disable_numparse=True, tablefmt='plain')}\n"
+    shown = terminal.table(lines, names, keys=2, style="plain", disable_numparse=True)
+    return f"{head}\n{shown}\n"
 
 
 def _candidates(first: Tensor, last: Tensor) -> list[int]:
@@ -373,21 +372,24 @@ def compared_settings(settings: Settings) -> dict[str, Settings]:
 
 def show_side_by_side(texts: dict[str, str]) -> None:
     """Print texts as columns under their names, over the whole width of the terminal."""
-    print(side_by_side(texts, shutil.get_terminal_size((120, 24)).columns))
+    print(side_by_side(texts, terminal.width() or 120))
 
 
 def side_by_side(texts: dict[str, str], width: int) -> str:
-    """Return texts as columns under their names, all together `width` characters wide.
+    """Return texts as columns under their names, all together `width` columns wide.
 
     What cannot be shown, such as a control character, becomes a space.
     """
+    import wcwidth
+
     column_width = max(20, (width - 2 * (len(texts) - 1)) // len(texts))
     columns = []
     for name, text in texts.items():
         lines = [name, "-" * column_width]
         for paragraph in text.strip("\n").split("\n"):
             printable = "".join(char if char.isprintable() else " " for char in paragraph)
-            lines += textwrap.wrap(printable, column_width) or [""]
+            lines += wcwidth.wrap(printable, column_width) or [""]
         columns.append(lines)
     rows = itertools.zip_longest(*columns, fillvalue="")
-    return "\n".join("  ".join(cell.ljust(column_width) for cell in row).rstrip() for row in rows)
+    padded = ([wcwidth.ljust(cell, column_width) for cell in row] for row in rows)
+    return "\n".join("  ".join(row).rstrip() for row in padded)

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tabulate import tabulate
 
+from common import terminal
 from common.errors import UserError, one_line, shorten
 from common.files import read_json
 from common.intervals import Interval, bootstrap, holm, mcnemar, p_value, percentiles
@@ -233,17 +233,17 @@ def compare(folders: list[Path], output_dir: str | None) -> None:
                 " runs of one task"
             )
     headers, rows = _score_table(runs)
-    print(tabulate(rows, headers, disable_numparse=True))
-    print("in brackets the 95 % interval of each score on its test split\n")
+    print(terminal.table(rows, headers, disable_numparse=True))
+    terminal.say("in brackets the 95 % interval of each score on its test split\n")
     for line in shared_lines(runs):
-        print(line)
+        terminal.say(line)
     tested = [difference for run in runs[1:] for difference in differences(first, run)]
     tables = [(headers, rows)]
     if tested:
         headers, rows = _difference_table(tested)
         tables.append((headers, rows))
-        print(f"\nagainst {first.name}, row by row:")
-        print(tabulate(rows, headers, disable_numparse=True))
+        terminal.say(f"\nagainst {first.name}, row by row:")
+        print(terminal.table(rows, headers, disable_numparse=True))
     keys = disagreements(runs)
     if any(run.rows.keys() & runs[0].rows.keys() for run in runs[1:]):
         _show_disagreements(runs, keys)
@@ -331,20 +331,20 @@ def _difference_table(tested: list[Difference]) -> tuple[list[str], list[list[st
 def _show_disagreements(runs: list[FinishedRun], keys: list[Key]) -> None:
     first = runs[0]
     if not keys:
-        print("\nthey disagree on no text")
+        terminal.say("\nthey disagree on no text")
         return
     shown = keys[:NUM_SHOWN]
     if first.kind == REGRESSION:
-        print(f"\nthe {len(shown)} texts on which they differ most:")
+        terminal.say(f"\nthe {len(shown)} texts on which they differ most:")
     else:
         shown = [keys[index * len(keys) // len(shown)] for index in range(len(shown))]
-        print(f"\nthey disagree on {len(keys):,} texts, of which {len(shown)} are shown:")
+        terminal.say(f"\nthey disagree on {len(keys):,} texts, of which {len(shown)} are shown:")
     rows = []
     for key in shown:
         said = [_said(run, key) for run in runs]
-        rows.append([shorten(key[0], TEXT_WIDTH), _joined(key[1]), *said])
+        rows.append([terminal.cut(key[0], terminal.room(TEXT_WIDTH)), _joined(key[1]), *said])
     names = [shorten(run.name, NAME_WIDTH) for run in runs]
-    print(tabulate(rows, ["text", "true", *names], disable_numparse=True))
+    print(terminal.table(rows, ["text", "true", *names], texts=[0], disable_numparse=True))
 
 
 def _joined(cells: tuple[str, ...]) -> str:
@@ -377,7 +377,7 @@ def _write(
     latex = "\n".join(latex_table(*table) for table in tables)
     (folder / FILES[3]).write_text(latex, encoding="utf-8")
     written = [str(folder / name) for name in FILES if (folder / name).exists()]
-    print(f"\ntables: {', '.join(written)}")
+    terminal.say(f"\ntables: {', '.join(written)}")
 
 
 def _csv_cells(row: Row | None) -> list[str]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common import reading
+from common import reading, terminal
 from common.columns import ROW, require_column
 from common.errors import Fault, UserError, quoted, shorten
 from common.sources import is_blank
@@ -256,8 +256,6 @@ def _readable(cell: Any) -> str:
 
 def fault_table(faults: Sequence[Fault]) -> str:
     """Return the kinds of faults as a table: how many rows, and the first of them."""
-    from tabulate import tabulate
-
     kinds: dict[tuple[str, str], list[Fault]] = {}
     for fault in faults:
         kinds.setdefault((fault.problem, fault.source), []).append(fault)
@@ -265,12 +263,12 @@ def fault_table(faults: Sequence[Fault]) -> str:
     for (problem, source), found in kinds.items():
         rows = ", ".join(str(fault.row) for fault in found[:SHOWN_ROWS])
         more = ", ..." if len(found) > SHOWN_ROWS else ""
-        example = shorten(found[0].content, 40)
+        example = terminal.cut(found[0].content, terminal.room(40))
         line = [shorten(problem, 60), shorten(source, 60), f"{len(found):,}", rows + more]
         lines.append([*line, example])
     headers = ["what is wrong", "where", "rows", "first rows", "the first holds"]
     sides = ("left", "left", "right", "left", "left")
-    return tabulate(lines, headers, disable_numparse=True, colalign=sides)
+    return terminal.table(lines, headers, folded=[0, 3], texts=[4], disable_numparse=True, colalign=sides)
 
 
 # Class names that look the same, and rare classes -------------------------------------------------

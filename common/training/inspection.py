@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from tabulate import tabulate
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common import models
 from common.errors import shorten
+from common.terminal import say, table
 from common.training import faults
 from common.training.batching import Pick, pad_batch
 from common.training.classifier import count_embeddings, mismatches
@@ -44,13 +44,13 @@ def show(
 ) -> None:
     """Print everything that --inspect promises, on standard output."""
     holds = models.max_positions(model) or "any number"
-    print(f"\nSPLITS\n{split_table(splits)}")
+    say(f"\nSPLITS\n{split_table(splits)}")
     _show_labels(task_of_rows(splits["train"]))
-    print(
+    say(
         f"\nLENGTHS in tokens, special tokens included; the model reads {tokens.max_length} at once"
         f" in training and {tokens.eval_max_length} in scoring, the model holds {holds}"
     )
-    print(length_table(tokenized))
+    say(length_table(tokenized))
     _show_tokenizer(tokenizer)
     _show_text(splits["train"][0], tokenized["train"][0], tokenizer)
     _show_batch(tokenized["train"], tokenizer, batch_size)
@@ -63,11 +63,11 @@ def show_faults(notes: DataNotes) -> None:
     """Print the rows that can't be used by kind, and what else is odd about the others."""
     if not notes.uncut and not notes.faults:
         return
-    print("\nROWS THAT CAN'T BE USED, numbered as in a spreadsheet (--skip-bad leaves them out)")
-    print(faults.fault_table(notes.faults) if notes.faults else "none")
+    say("\nROWS THAT CAN'T BE USED, numbered as in a spreadsheet (--skip-bad leaves them out)")
+    say(faults.fault_table(notes.faults) if notes.faults else "none")
     if notes.uncut:
-        print(f"\nROWS THAT CAN BE USED\n{split_table(notes.uncut)}")
-        print(f"\nWHAT ELSE IS TO BE KNOWN\n{faults.describe(notes.uncut)}")
+        say(f"\nROWS THAT CAN BE USED\n{split_table(notes.uncut)}")
+        say(f"\nWHAT ELSE IS TO BE KNOWN\n{faults.describe(notes.uncut)}")
 
 
 def split_table(splits: Splits) -> str:
@@ -89,7 +89,7 @@ def split_table(splits: Splits) -> str:
             ["(no label)", *(sum(not cell for cell in rows["label"][:]) for rows in splits.values())]
         )
     lines.append(["all", *(len(rows) for rows in splits.values())])
-    return tabulate(lines, [NOUNS[task.kind][0], *splits], disable_numparse=[0]) + note
+    return table(lines, [NOUNS[task.kind][0], *splits], disable_numparse=[0]) + note
 
 
 def _texts_of_each(cells: list, count: int) -> np.ndarray:
@@ -107,7 +107,7 @@ def number_table(splits: Splits, task: Task) -> str:
             measures = (values.min(), values.mean(), values.std(), values.max())
             lines.append([shorten(name, 60), split, len(values), *(f"{measure:.4g}" for measure in measures)])
     headers = ["number", "split", "texts", "least", "mean", "deviation", "most"]
-    return tabulate(lines, headers, stralign="right", disable_numparse=True, colalign=("left", "left"))
+    return table(lines, headers, keys=2, stralign="right", disable_numparse=True, colalign=("left", "left"))
 
 
 def length_table(tokenized: Splits) -> str:
@@ -120,7 +120,7 @@ def length_table(tokenized: Splits) -> str:
         lines.append([split, *percentiles, f"{texts_cut:.1%}", f"{tokens_cut:.1%}"])
     between = [f"{percentile} %" for percentile in PERCENTILES[1:-1]]
     headers = ["tokens", "min", *between, "max", "texts cut", "tokens cut"]
-    return tabulate(lines, headers, stralign="right", disable_numparse=[0])
+    return table(lines, headers, stralign="right", disable_numparse=[0])
 
 
 def show_comparison(
@@ -131,67 +131,67 @@ def show_comparison(
     `tokenizers` maps two names to tokenizers.
     """
     sentence = " ".join(text.split()[:max_words])
-    print(f"\nTWO TOKENIZERS on {sentence!r}")
+    say(f"\nTWO TOKENIZERS on {sentence!r}")
     ids = {name: tokenizer(sentence)["input_ids"] for name, tokenizer in tokenizers.items()}
     columns = []
     for name, tokenizer in tokenizers.items():
-        print(f"{name}: {type(tokenizer).__name__}, {len(tokenizer):,} tokens in its vocabulary")
+        say(f"{name}: {type(tokenizer).__name__}, {len(tokenizer):,} tokens in its vocabulary")
         columns += [tokenizer.convert_ids_to_tokens(ids[name]), ids[name]]
     cells = list(itertools.zip_longest(*columns, fillvalue=""))
     headers = [header for name in tokenizers for header in (name, "id")]
-    print(tabulate(cells, headers, disable_numparse=True))
+    say(table(cells, headers, disable_numparse=True))
     for name, tokenizer in tokenizers.items():
-        print(f"its own ids decoded by {name}:\n  {tokenizer.decode(ids[name])!r}")
+        say(f"its own ids decoded by {name}:\n  {tokenizer.decode(ids[name])!r}")
     for name, tokenizer in tokenizers.items():
         for other, numbers in ids.items():
             if other != name:
                 known = [number for number in numbers if number < len(tokenizer)]
                 lost = len(numbers) - len(known)
                 beyond = f" ({lost} of them beyond its vocabulary)" if lost else ""
-                print(f"the ids of {other} decoded by {name}{beyond}:\n  {tokenizer.decode(known)!r}")
+                say(f"the ids of {other} decoded by {name}{beyond}:\n  {tokenizer.decode(known)!r}")
 
 
 def _show_labels(task: Task) -> None:
-    print("\nLABELS as the model's config keeps them")
+    say("\nLABELS as the model's config keeps them")
     names = task.names[:MOST_CLASSES]
     rest = len(task.names) - len(names)
     more = f" and {rest:,} more" if rest else ""
-    print(f"id2label   {dict(enumerate(names))}{more}")
-    print(f"label2id   { {name: number for number, name in enumerate(names)} }{more}")
+    say(f"id2label   {dict(enumerate(names))}{more}")
+    say(f"label2id   { {name: number for number, name in enumerate(names)} }{more}")
 
 
 def _show_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    print(f"\nTOKENIZER {type(tokenizer).__name__}\nvocabulary  {len(tokenizer):,} tokens")
+    say(f"\nTOKENIZER {type(tokenizer).__name__}\nvocabulary  {len(tokenizer):,} tokens")
     for role, token in tokenizer.special_tokens_map.items():
         if isinstance(token, str):
-            print(f"{role:<11} {token!r} = id {tokenizer.convert_tokens_to_ids(token)}")
+            say(f"{role:<11} {token!r} = id {tokenizer.convert_tokens_to_ids(token)}")
 
 
 def _show_text(row: dict, tokenized: dict, tokenizer: PreTrainedTokenizerBase) -> None:
     ids = tokenized["input_ids"][0]
     shown = ids[:SHOWN_TOKENS]
-    print(
+    say(
         f"\nONE TEXT (row {row['row']}, {tokenized['num_tokens']} tokens, of which the model reads"
         f" {tokenized['num_read']}; the first {len(shown)} are shown)"
     )
-    print("text     " + repr(row["text"][:120]))
+    say("text     " + repr(row["text"][:120]))
     if "text_pair" in row:
-        print("pair     " + repr(row["text_pair"][:120]))
-    print("tokens   " + " ".join(tokenizer.convert_ids_to_tokens(shown)))
-    print("ids      " + " ".join(map(str, shown)))
-    print("decoded  " + repr(tokenizer.decode(shown)))
+        say("pair     " + repr(row["text_pair"][:120]))
+    say("tokens   " + " ".join(tokenizer.convert_ids_to_tokens(shown)))
+    say("ids      " + " ".join(map(str, shown)))
+    say("decoded  " + repr(tokenizer.decode(shown)))
 
 
 def _show_batch(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> None:
     count = min(batch_size, len(rows), 4)  # four rows show what padding does
     picks = [Pick(number, chunks=(0,)) for number in range(count)]
     batch = pad_batch(picks, rows, tokenizer)
-    print(f"\nONE PADDED BATCH of {count} (training uses {batch_size}), as the model gets it")
+    say(f"\nONE PADDED BATCH of {count} (training uses {batch_size}), as the model gets it")
     for name, value in batch.items():
-        print(f"{name:<15} {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}")
-    print(f"padding         {(batch['attention_mask'] == 0).float().mean().item():.1%} of the positions")
+        say(f"{name:<15} {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}")
+    say(f"padding         {(batch['attention_mask'] == 0).float().mean().item():.1%} of the positions")
     for row, mask in zip(batch["input_ids"], batch["attention_mask"]):
-        print(f"  {_ends(row, tokenizer)}   ({int(mask.sum())} tokens + {int((mask == 0).sum())} padding)")
+        say(f"  {_ends(row, tokenizer)}   ({int(mask.sum())} tokens + {int((mask == 0).sum())} padding)")
 
 
 def _ends(ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -200,11 +200,11 @@ def _ends(ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _show_match(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    print("\nTOKENIZER AND MODEL")
+    say("\nTOKENIZER AND MODEL")
     problems = mismatches(model, tokenizer)
     for problem in problems:
-        print(f"WARNING: {problem}")
+        say(f"WARNING: {problem}")
     if not problems:
         num_embeddings = count_embeddings(model)
         embeddings = f"{num_embeddings:,} embeddings" if num_embeddings else "no table of embeddings"
-        print(f"they belong together: {len(tokenizer):,} tokens, {embeddings}")
+        say(f"they belong together: {len(tokenizer):,} tokens, {embeddings}")

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tabulate import tabulate
 
 from common.errors import printable, shorten
 from common.intervals import Interval
 from common.runtime import Runtime
+from common.terminal import cut, room, table
 from common.training import batching
 from common.training.batching import BatchConfig
 from common.training.calibration import Bin, calibration_error, decisions, reliability
@@ -132,7 +132,7 @@ def epoch_table(epochs: list[dict], task: Task, best_metric: str, style: str = "
     ]
     headers = ["epoch", *columns.values(), "examples/s"]
     align = ("right",) * len(headers)
-    return tabulate(rows, headers, tablefmt=style, disable_numparse=True, colalign=align)
+    return table(rows, headers, style=style, disable_numparse=True, colalign=align)
 
 
 def epoch_line(epoch: dict, num_epochs: int, task: Task, best_metric: str) -> str:
@@ -205,15 +205,15 @@ def answer_table(scores: dict, task: Task, style: str = "simple") -> str:
         note = f"\n\nThese are the {WORST_CLASSES} of {len(rows):,} {plural} with the lowest F1."
         f1 = 1 + list(columns).index("F1")
         rows = sorted(rows, key=lambda row: row[f1])[:WORST_CLASSES]
-    table = tabulate(
+    shown = table(
         rows,
         [noun, *columns],
-        tablefmt=style,
+        style=style,
         floatfmt=("", *(form for _, form in columns.values())),
         missingval="-",  # undefined
         disable_numparse=[0],  # else the class 1.10 would read 1.1
     )
-    return table + note
+    return shown + note
 
 
 def show(scores: dict, predictions: Predictions, max_length: int, runtime: Runtime) -> None:
@@ -339,7 +339,8 @@ class Predictions:
             rows.append([*(_in_cell(cell, style) for cell in (words, *answers)), values[number].item()])
         noun = {SINGLE: "class", MULTI: "labels", REGRESSION: self.task.noun()}[kind]
         headers = ["text", f"predicted {noun}", f"true {noun}", last]
-        return tabulate(rows, headers, tablefmt=style, floatfmt=".3f", disable_numparse=[0, 1, 2])
+        options = {"floatfmt": ".3f", "disable_numparse": [0, 1, 2]}
+        return table(rows, headers, texts=[0], folded=[1, 2], style=style, **options)
 
     def _certainty(self) -> torch.Tensor:
         """Return the last number of each example (N): the confidence in a class, or in the least
@@ -370,10 +371,10 @@ class Predictions:
                 mean = measures[chosen].mean()
                 score = (mean.sqrt() if is_number else mean).item()
                 rows.append([label, int(chosen.sum()), f"{dropped:.1%}", score])
-        return tabulate(
+        return table(
             rows,
             ["tokens", "texts", "not read", SCORES[self.task.kind][HEADLINES[self.task.kind][0]]],
-            tablefmt=style,
+            style=style,
             floatfmt=".4f",
             colalign=("left", "right", "right", "right"),
             disable_numparse=[0, 2],
@@ -405,8 +406,9 @@ class Predictions:
 
 def _in_cell(text: str, style: str) -> str:
     """Return a text as one short line, in Markdown as it is written."""
-    line = shorten(text, SHOWN_CHARACTERS)
-    return _as_written(line) if style == "github" else line
+    if style == "github":
+        return _as_written(shorten(text, SHOWN_CHARACTERS))
+    return cut(text, room(SHOWN_CHARACTERS))
 
 
 def _as_written(line: str) -> str:
@@ -421,7 +423,7 @@ def setting_cell(value: object) -> str:
 
 def setting_table(rows: Iterable[tuple[str, str]], *headers: str) -> str:
     """Return a table of Markdown in which all is text, also 1e-4."""
-    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+    return table(rows, headers, style="github", disable_numparse=True)
 
 
 def score_sentence(scores: dict, predictions: Predictions) -> str:

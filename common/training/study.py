@@ -26,7 +26,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from common import cli
+from common import cli, terminal
 from common.errors import Interrupted, UserError, shorten
 from common.files import only_writer, read_json, replace_file
 from common.training.run import (
@@ -250,7 +250,7 @@ class Runner:
         waiting = []
         for run in self.study.runs:
             if is_finished(run.folder):
-                print(f"finished before: {run.describe()}", flush=True)
+                terminal.say(f"finished before: {run.describe()}")
             else:
                 waiting.append(run)
         with self._signals():
@@ -290,7 +290,7 @@ class Runner:
             flags = [*flags, f"--max-minutes={self._minutes_left()}"]
         number = self.study.runs.index(run) + 1
         which = f"run {number} of {len(self.study.runs)}"
-        print(f"\n{which}: {run.describe()}, in {run.folder}", flush=True)
+        terminal.say(f"\n{which}: {run.describe()}, in {run.folder}")
         with contextlib.ExitStack() as files:
             output = None
             if len(self.slots) > 1:  # their lines would mix
@@ -317,7 +317,7 @@ class Runner:
                 continue
             del self.running[slot]
             if len(self.slots) > 1:
-                print(f"ended: {run.describe()}, exit code {code}", flush=True)
+                terminal.say(f"ended: {run.describe()}, exit code {code}")
             if code == 0 or (self.received is not None and code in STOPPED):
                 continue
             name, where = run.describe(), "see above"
@@ -372,7 +372,7 @@ def run_study(study: Study, script: Path, *, device: str, max_minutes: float | N
         at_once = ", one after another"
         if len(slots) > 1:
             at_once = f", {len(slots)} at a time, one on each GPU"
-        print(f"study    {study.folder}: {len(study.runs)} runs{at_once}", flush=True)
+        terminal.say(f"study    {study.folder}: {len(study.runs)} runs{at_once}")
         runner = Runner(study, script, slots, max_minutes)
         runner.run_all()
         finished = [run for run in study.runs if is_finished(run.folder)]
@@ -430,22 +430,20 @@ def best_line(lines: list[Line], metric: str) -> Line:
 
 def show(study: Study, finished: list[Planned]) -> None:
     """Show a study's table, and write it as CSV and LaTeX, beside one line a run as CSV."""
-    from tabulate import tabulate
-
     results = [read_json(run.folder / RESULTS) for run in finished]
     lines = summarize(finished, results)
     best = best_line(lines, study.metric)
     headers, rows = _table(lines, study.metric, best)
-    print(f"\n{tabulate(rows, headers, disable_numparse=True)}\n")
+    print(f"\n{terminal.table(rows, headers, disable_numparse=True)}\n")
     interval = "the 95 % interval of the mean (Student's t)"
-    print(f"mean ± standard deviation over the seeds, and {interval}")
+    terminal.say(f"mean ± standard deviation over the seeds, and {interval}")
     if len(lines) > 1:
         setting = ", ".join(f"{name} {value}" for name, value in best.setting.items())
-        print(f"best setting by validation {study.metric}: {setting}")
+        terminal.say(f"best setting by validation {study.metric}: {setting}")
     if any(spread.interval is None for line in lines for spread in line.results.values()):
-        print("one seed has no spread: give several --seeds")
+        terminal.say("one seed has no spread: give several --seeds")
     _write_tables(study.folder, lines, finished, results, latex_table(headers, rows))
-    print(f"tables: {', '.join(str(study.folder / name) for name in TABLES)}")
+    terminal.say(f"tables: {', '.join(str(study.folder / name) for name in TABLES)}")
 
 
 def _table(lines: list[Line], metric: str, best: Line) -> tuple[list[str], list[list[str]]]:

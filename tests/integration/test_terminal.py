@@ -5,7 +5,9 @@ hold, line by line.
 import re
 
 import pytest
+import wcwidth
 
+from conftest import make_sentences, write_lines
 from terminal import run_on_terminal
 
 FLAGS = ["--epochs", 2, "--max-length", 24, "--batch-size", 4, "--lr", "3e-3", "--log-every", 3]
@@ -14,10 +16,16 @@ FIGURES = re.compile(r"(?<=, )[\d.]+ examples/s|^(time|memory|disk) .*|(?<= )\d+
 
 
 @pytest.fixture(scope="module")
-def flags(tiny_model, sentences_csv, tmp_path_factory):
-    """A cache of its own: with bars for reading and for tokenising, too."""
+def flags(tiny_model, tmp_path_factory):
+    """Texts so short that a file has them whole; a cache of its own: with bars for reading and for
+    tokenising, too.
+    """
     cache = tmp_path_factory.mktemp("cache")
-    return ["--model", tiny_model, "--dataset", sentences_csv, "--cache-dir", cache, *FLAGS]
+    rows = [
+        f"{number} {text[:50].strip()},{label}" for number, (text, label) in enumerate(make_sentences(120))
+    ]
+    write_lines(cache / "texts.csv", ["text,label", *rows])
+    return ["--model", tiny_model, "--dataset", cache / "texts.csv", "--cache-dir", cache, *FLAGS]
 
 
 def lines_of(text: str) -> list[str]:
@@ -44,6 +52,17 @@ def test_the_final_screen_of_a_run_is_what_a_file_would_hold(flags, forking, tmp
     assert lines_of("\n".join(screen)) == lines_of(done.stdout)
     for name in ("report.md", "predictions.csv", "metrics.jsonl", "config.json"):
         assert not re.search(r"[\r\x1b\b]|it/s|step/s", (tmp_path / "first" / name).read_text()), name
+
+
+def test_what_a_run_shows_fits_the_terminal(tiny_model, sentences_csv, forking, tmp_path):
+    """Scores, tables and all that is said before the first step; texts are longer than it is wide."""
+    flags = ["--model", tiny_model, "--dataset", sentences_csv, *FLAGS, "--output-dir", tmp_path / "run"]
+    code, written, _ = run_on_terminal(forking, "train_classifier.py", *flags, columns=80)
+    assert code == 0, written
+    lines = [re.sub(r".*[\r\x1b]", "", line.rstrip("\r")) for line in written.split("\n")]
+    shown = [line for line in lines if "/" not in line]  # a path has no place to break
+    assert max(map(wcwidth.width, shown)) == 80, written
+    assert any(re.search(r"\.\.\.  +(pos|neg)  ", line) for line in shown), "a text is cut for its answers"
 
 
 @pytest.mark.slow

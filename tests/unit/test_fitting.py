@@ -117,6 +117,8 @@ def test_a_line_breaks_at_words_and_a_number_stays_at_its_name(at_width, columns
     lines = terminal.prose(SCORES).split("\n")
     assert " ".join(lines) == SCORES and longest("\n".join(lines)) <= columns
     assert not any(line.startswith(("0", "1", "[")) for line in lines)
+    at_width(24)
+    assert terminal.prose("in brackets the interval 95 % wide").split("\n")[1] == "interval 95 % wide"
 
 
 def test_what_follows_a_label_stays_beside_it(at_width):
