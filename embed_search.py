@@ -327,11 +327,10 @@ def search(args: argparse.Namespace, screen: Screen) -> None:
     from common.search.searcher import HitRange, Searcher
 
     runtime = start(args)
-    queries = args.queries
-    if args.queries_file:
-        read = functools.partial(read_queries, args.queries_file, args.encoding)
-        queries = runtime.broadcast_from_main(read)
-    opened = open_rows(read_source(args), args, runtime, screen, least=0, role="document")
+    queries = flags.Queries(*runtime.broadcast_from_main(lambda: read_queries(args)))
+    source = read_source(args)
+    kept = flags.kept_of(args, source)
+    opened = open_rows(source, args, runtime, screen, least=0, role="document")
     with opened as (selection, encoder):
         encoder = encoder or index_encoder(args, runtime, selection.snapshot)
         ranker = Ranker(
@@ -345,12 +344,13 @@ def search(args: argparse.Namespace, screen: Screen) -> None:
         reranker = load_reranker(args.rerank, runtime, cache_dir=args.cache_dir)
         searcher = Searcher(ranker, encoder, reranker=reranker, rerank_depth=args.rerank_depth)
         hit_range = HitRange(args.top_k, args.offset, args.min_score)
-        if not queries:
-            display.answer_prompt(screen, searcher, hit_range)
+        if not queries.texts:
+            display.answer_prompt(screen, searcher, hit_range, kept=kept)
             return
+        display.say_bad_queries(screen, len(queries.bad), queries.why)
         num_cut = encoder.num_cut  # of the texts, which are told already
-        hits = searcher.search(queries, hit_range.depth)
-        display.show_hits(screen, searcher.snapshot, queries, hits, hit_range)
+        hits = queries.with_empty(searcher.search(queries.good, hit_range.depth))
+        display.show_hits(screen, searcher.snapshot, queries.texts, hits, hit_range, kept=kept)
         display.say_cut_queries(screen, encoder, encoder.num_cut - num_cut)
 
 
@@ -374,7 +374,8 @@ def like(args: argparse.Namespace, screen: Screen) -> None:
     hits = Searcher(Ranker(snapshot, allowed)).nearest(vector, hit_range.depth)
     unlike = f", unlike {', '.join(args.unlike)}" if args.unlike else ""
     title = f"like {', '.join(args.ids)}{unlike}"
-    display.show_hits(screen, snapshot, [title], [hits], hit_range, heading="")
+    options = {"kept": flags.kept_of(args, args.index), "heading": ""}
+    display.show_hits(screen, snapshot, [title], [hits], hit_range, **options)
 
 
 def serve(args: argparse.Namespace, screen: Screen) -> None:

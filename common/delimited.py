@@ -274,9 +274,10 @@ def _as_numbers(column: pa.ChunkedArray) -> pa.ChunkedArray:
     cells = pc.if_else(pc.equal(column, ""), None, column)
     if cells.null_count == len(cells):
         return pa.chunked_array([pa.nulls(len(cells))])
-    head = cells.slice(0, 100)
+    block = next(block for block in cells.chunks if block.null_count < len(block))
+    head = block.drop_null().slice(0, 100)
     for pattern, kind in ((WHOLE, pa.int64()), (DECIMAL, pa.float64()), (BOOLEAN, pa.bool_())):
-        # most columns of texts are none of these in their first rows already
+        # most columns of texts are none of these in their first cells already
         if _all_match(head, pattern) and _all_match(cells, pattern):
             numbers = cells.cast(kind)
             is_finite = kind != pa.float64() or pc.all(pc.is_finite(numbers)).as_py()
@@ -284,7 +285,7 @@ def _as_numbers(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return cells
 
 
-def _all_match(cells: pa.ChunkedArray, pattern: str) -> bool:
+def _all_match(cells: pa.ChunkedArray | pa.Array, pattern: str) -> bool:
     """Return whether every cell that is not missing matches, and one is there."""
     return cells.null_count < len(cells) and pc.all(pc.match_substring_regex(cells, pattern)).as_py()
 

@@ -221,21 +221,32 @@ def show_hits(
     answers: list[list[Hit]],
     hit_range: HitRange,
     *,
+    kept: Sequence[str] | None = None,
     heading: str = "query: ",
 ) -> None:
-    """Show the hits of each query within a range, best first."""
-    documents = []
+    """Show the hits of each query within a range, best first, with the columns that are `kept`; None:
+    with none on the screen and all in JSON.
+    """
+    documents, names = [], list(kept or ())
     for query, answer in zip(queries, answers):
-        found = hit_documents(snapshot, hit_range.select(answer))
+        found = hit_documents(snapshot, hit_range.select(answer), kept)
         documents.append({"query": query, "hits": found})
         lines = []
         for rank, document in enumerate(found, start=hit_range.offset + 1):
             text = cut(document["text"], room(TEXT_WIDTH))
             if chunk := document.get("chunk"):
                 text = f"[chunk {chunk['number']} of {chunk['of']}] {text}"
-            lines.append([rank, document["score"], short_id(document["id"]), text])
-        screen.table(lines, ["", "score", "id", "text"], title=f"{heading}{query}", texts=[3])
+            cells = _cells_of(document["columns"], names)
+            lines.append([rank, document["score"], short_id(document["id"]), text, *cells])
+        headers = ["", "score", "id", "text", *(cut(name, CELL_WIDTH) for name in names)]
+        screen.table(lines, headers, title=f"{heading}{query}", texts=[3])
     screen.document({"queries": documents})
+
+
+def say_bad_queries(screen: Screen, count: int, why: str) -> None:
+    """Say how many queries were left out, if any were, and why the first was."""
+    if count:
+        screen.say(f"queries  {count:,} skipped; the first: {why}")
 
 
 def say_cut_queries(screen: Screen, encoder: Encoder, count: int) -> None:
@@ -245,9 +256,15 @@ def say_cut_queries(screen: Screen, encoder: Encoder, count: int) -> None:
         screen.say(f"{count:,} queries are {longer}")
 
 
-def hit_documents(snapshot: Snapshot, hits: list[Hit]) -> list[dict]:
-    """Return hits as `--json` and the page have them."""
-    columns = [ID, TEXT, CHUNK, NUM_CHUNKS, START, *snapshot.manifest["columns"]]
+def _cells_of(row: dict, names: Sequence[str]) -> list[str]:
+    """Return some columns of a row as a table shows them."""
+    return ["" if row[name] is None else cut(str(row[name]), CELL_WIDTH) for name in names]
+
+
+def hit_documents(snapshot: Snapshot, hits: list[Hit], kept: Sequence[str] | None = None) -> list[dict]:
+    """Return hits as `--json` and the page have them, with the columns that are `kept`, None for all."""
+    names = snapshot.manifest["columns"] if kept is None else kept
+    columns = [ID, TEXT, CHUNK, NUM_CHUNKS, START, *names]
     rows = snapshot.take([hit.row for hit in hits], columns)
     return [_hit_document(row, hit) for row, hit in zip(rows, hits)]
 
@@ -281,8 +298,8 @@ def show_entries(
     """Show some of the `total` texts of an index, with the columns that are named."""
     lines = []
     for entry in entries:
-        cells = ["" if entry[name] is None else cut(str(entry[name]), CELL_WIDTH) for name in names]
-        lines.append([short_id(entry[ID]), cut(entry[TEXT], room(CENTRAL_WIDTH)), *cells])
+        text = cut(entry[TEXT], room(CENTRAL_WIDTH))
+        lines.append([short_id(entry[ID]), text, *_cells_of(entry, names)])
     first = min(offset + 1, total)
     title = f"{index}: {first:,} to {offset + len(entries):,} of {total:,} texts"
     headers = ["id", "text", *(cut(name, CELL_WIDTH) for name in names)]
@@ -320,7 +337,9 @@ def show_texts(screen: Screen, snapshot: Snapshot, documents: list[np.ndarray], 
     screen.document({"texts": found})
 
 
-def answer_prompt(screen: Screen, searcher: Searcher, hit_range: HitRange) -> None:
+def answer_prompt(
+    screen: Screen, searcher: Searcher, hit_range: HitRange, *, kept: Sequence[str] | None = None
+) -> None:
     """Answer queries from standard input until it ends or an empty line comes; with --json one
     document per query.
     """
@@ -338,7 +357,7 @@ def answer_prompt(screen: Screen, searcher: Searcher, hit_range: HitRange) -> No
         try:
             sources.check_query(query, f"query {number}")
             hits = searcher.search([query], hit_range.depth)
-            show_hits(screen, searcher.snapshot, [query], hits, hit_range)
+            show_hits(screen, searcher.snapshot, [query], hits, hit_range, kept=kept)
         except UserError as error:  # a mistake at a prompt is no reason to load everything again
             print(error, file=sys.stderr)
 

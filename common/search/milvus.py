@@ -750,17 +750,18 @@ def run_delete(args: argparse.Namespace, screen: Screen) -> None:
 def run_search(args: argparse.Namespace, screen: Screen) -> None:
     """Find the texts that are nearest to queries; without a query, ask for them."""
     runtime = search_flags.start(args)
-    queries = args.queries
-    if args.queries_file:
-        queries = search_flags.read_queries(args.queries_file, args.encoding)
+    queries = search_flags.read_queries(args)
+    with opened(args.index) as store:  # before the model is loaded
+        kept = search_flags.kept_columns(args, store.columns, f"--index {args.index}")
     with opened_searcher(args, runtime, hybrid=args.hybrid, where=args.where) as searcher:
         hit_range = HitRange(args.top_k, args.offset, args.min_score)
-        if queries:
-            hits = searcher.search(queries, hit_range.depth)
-            display.show_hits(screen, searcher.snapshot, queries, hits, hit_range)
+        if queries.texts:
+            display.say_bad_queries(screen, len(queries.bad), queries.why)
+            hits = queries.with_empty(searcher.search(queries.good, hit_range.depth))
+            display.show_hits(screen, searcher.snapshot, queries.texts, hits, hit_range, kept=kept)
             display.say_cut_queries(screen, searcher.encoder, searcher.encoder.num_cut)
         else:
-            display.answer_prompt(screen, searcher, hit_range)
+            display.answer_prompt(screen, searcher, hit_range, kept=kept)
 
 
 def run_evaluate(args: argparse.Namespace, screen: Screen) -> None:

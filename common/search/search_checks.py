@@ -27,7 +27,7 @@ from common.search.manifest import (
     read_manifest,
     store_of,
 )
-from common.search.search_flags import file_options, overlap_of
+from common.search.search_flags import file_options, kept_of, overlap_of
 from common.search.words import AUTO, LANGUAGES
 
 # what the processes of torchrun do together, and what a collection in Milvus can do
@@ -101,6 +101,7 @@ def check_search(args: argparse.Namespace) -> None:
     check_source(args, encodes=True)
     if args.index:
         check_has_rows(args.index)
+        kept_of(args, args.index)
 
 
 def check_like(args: argparse.Namespace) -> None:
@@ -109,6 +110,7 @@ def check_like(args: argparse.Namespace) -> None:
     if both is not None:
         raise UserError(f"--unlike {both}: it is liked too; name it once")
     check_existing(args)
+    kept_of(args, args.index)
 
 
 def check_serve(args: argparse.Namespace) -> None:

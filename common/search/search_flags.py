@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 from common import cli, sources
+from common.columns import EVERY, find_kept
+from common.errors import UserError, outcome
 from common.search.manifest import (
     DEFAULT_LIMITS,
     MILVUS,
@@ -23,6 +25,7 @@ from common.search.manifest import (
     EncoderConfig,
     Limits,
     Settings,
+    read_manifest,
     store_of,
 )
 from common.search.words import AUTO, LANGUAGES
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
     from common.runtime import Runtime
     from common.search.encoder import Encoder
     from common.search.relevance import Task
+    from common.search.searcher import Hit
     from common.search.texts import Collection
 
 PICTURES = (".png", ".pdf", ".svg", ".jpg")
@@ -271,6 +275,8 @@ def add_hit_flags(command: cli.Parser) -> None:
     flag("--top-k", type=cli.positive_int, default=5, help="texts to find")
     add_offset_flag(command)
     flag("--min-score", type=cli.finite_float, metavar="N", help="leave out what has a lower score")
+    kept = "columns to show beside each hit, such as author,date; all: every one (default: in --json alone)"
+    flag("--keep-columns", type=cli.columns, metavar="NAMES", help=kept)
 
 
 def add_model_flags(command: cli.Parser) -> None:
@@ -492,14 +498,77 @@ def read_source(args: argparse.Namespace) -> Collection | str:
     return args.index or read_texts(args)
 
 
-def read_queries(file: str, encoding: str | None) -> list[str]:
-    """Return the lines of a file; raise UserError, naming it, for one that can't be encoded."""
-    from common import reading
+def kept_columns(args: argparse.Namespace, names: Iterable[str], source: str) -> list[str] | None:
+    """Return the columns that stay beside a hit, None without the flag. Raises UserError for one
+    that is not among the `names` of the source.
+    """
+    if args.keep_columns is None:
+        return None
+    kept = None if args.keep_columns == EVERY else args.keep_columns
+    return find_kept(kept, names, others=(), source=source)
 
-    queries = reading.read_lines(file, encoding=encoding)
-    for number, query in enumerate(queries, start=1):
-        sources.check_query(query, f"{file}, line {number}")
-    return queries
+
+def kept_of(args: argparse.Namespace, source: Collection | str) -> list[str] | None:
+    """Return the same for an index of this name, or for texts."""
+    if isinstance(source, str):
+        return kept_columns(args, read_manifest(Path(source))["columns"], f"--index {source}")
+    from common.search.segments import RESERVED_COLUMNS
+
+    names = [name for name in source.rows.column_names if name not in RESERVED_COLUMNS]
+    return kept_columns(args, names, source.name)
+
+
+class Queries(NamedTuple):
+    """What is searched for. `bad`: the positions of those that can't be, which have no hits; `why`
+    the first can't.
+    """
+
+    texts: list[str]
+    bad: list[int]
+    why: str
+
+    @property
+    def good(self) -> list[str]:
+        return [text for position, text in enumerate(self.texts) if position not in self.bad]
+
+    def with_empty(self, hits: list[list[Hit]]) -> list[list[Hit]]:
+        """Return the hits of all from those of the good ones."""
+        found = iter(hits)
+        return [[] if position in self.bad else next(found) for position in range(len(self.texts))]
+
+
+def read_queries(args: argparse.Namespace) -> Queries:
+    """Return the queries of the command line, or the lines of their file. Raises UserError, naming
+    the line, for one that can't be searched for, unless --skip-bad leaves it out.
+    """
+    if not args.queries_file:
+        return Queries(args.queries, [], "")
+    from common import plain_files, reading
+
+    name = plain_files.source_name(args.queries_file)
+    texts: list[str] = []
+    bad: list[int] = []
+    why = ""
+    with plain_files.open_plain(args.queries_file, encoding=args.encoding) as file:
+        for position, line in enumerate(reading.raw_lines(file)):
+            text = outcome(_query_of, line, f"{name}, line {position + 1}")
+            if isinstance(text, UserError):
+                if not args.skip_bad:
+                    raise UserError(f"{text}, or skip it with --skip-bad") from text
+                bad.append(position)
+                why = why or str(text)
+            texts.append(line.decode(errors="replace") if isinstance(text, UserError) else text)
+    if len(bad) == len(texts):
+        raise UserError(f"{name}: none of its queries can be used; name another file")
+    return Queries(texts, bad, why)
+
+
+def _query_of(line: bytes, location: str) -> str:
+    from common.plain_files import decode_utf8
+
+    text = decode_utf8(line, location)
+    sources.check_query(text, location)
+    return text
 
 
 def read_texts(

@@ -182,8 +182,22 @@ def matching(snapshot: Snapshot, condition: str | None, limits: Limits = DEFAULT
         raise UserError(f"--where {condition!r}: {problem}; simplify it, or raise --where-megabytes")
     if kind == NO_CONDITION:
         advice = f"write a condition over {', '.join(columns)}, with texts in single quotes"
+        if b"VARCHAR" in answer or b"DOUBLE" in answer:
+            advice += _advice_on_numbers(snapshot, condition)
         raise UserError(f"--where {condition!r}: {answer.decode('utf-8')}; {advice}")
     return is_live & np.unpackbits(np.frombuffer(answer, np.uint8), count=len(is_live)).astype(bool)
+
+
+def _advice_on_numbers(snapshot: Snapshot, condition: str) -> str:
+    """Return how the first column of texts that a condition names is read as numbers."""
+    columns = snapshot.manifest["columns"]
+    used = (name for name in columns if name.lower() in condition.lower() and "string" in columns[name])
+    name = next(used, None)
+    if name is None:
+        return ""
+    quoted = name if name.isidentifier() else f'"{name}"'
+    number = f"CAST(replace({quoted}, ',', '.') AS DOUBLE) > 3"
+    return f"; {quoted} holds texts: if these are numbers, write {number}"
 
 
 def _ask_child(snapshot: Snapshot, condition: str, limits: Limits) -> tuple[bytes, bytes]:

@@ -218,6 +218,18 @@ FLAGS = {
     ),
     "empty query": (["search", "--index", "HOME/ix", " "], ("query 1", "empty")),
     "surrogate query": (["search", "--index", "HOME/ix", "a\udc80"], ("query 1", "not UTF-8")),
+    "no such column beside hits": (
+        ["search", "--index", "HOME/ix", "x", "--keep-columns", "label,price"],
+        ("--index HOME/ix", "no column 'price' among id, label", "--keep-columns"),
+    ),
+    "no such column beside what is liked": (
+        ["like", "s1", "--index", "HOME/ix", "--keep-columns", "price"],
+        ("no column 'price' among id, label", "--keep-columns"),
+    ),
+    "no such column of texts": (
+        ["search", "HOME/good.csv", "--query", "x", "--keep-columns", "price"],
+        ("HOME/good.csv", "no column 'price' among id, label", "--keep-columns"),
+    ),
     "no such file of queries": (
         ["search", "--index", "HOME/ix", "--queries", "HOME/nope"],
         ("HOME/nope", "can't be read"),
@@ -225,6 +237,10 @@ FLAGS = {
     "queries twice": (
         ["search", "--index", "HOME/ix", "x", "--queries", "HOME/nope"],
         ("--queries", "either"),
+    ),
+    "where compares texts with a number": (
+        ["search", "--index", "HOME/ix", "x", "--where", "label > 3"],
+        ("VARCHAR", "label holds texts", "CAST(replace(label, ',', '.') AS DOUBLE) > 3"),
     ),
     "where on no column": (
         ["search", "--index", "HOME/ix", "x", "--where", "year = 1"],
@@ -623,3 +639,30 @@ def test_a_limit_of_file_size_names_the_file_and_a_picture_stays_whole(
     if name == "map.png":
         assert path.read_text() == "the picture before"
         assert [file.name for file in tmp_path.iterdir() if file.is_file()] == [name]
+
+
+def test_a_query_that_is_left_out_has_no_hits(embed, refused, home, monkeypatch):
+    """One blank line, and one that is not UTF-8, end nothing with --skip-bad."""
+    content = b"good\n\nsch\xf6n\nbad\n"
+    flags = ["search", "--index", "HOME/ix", "--top-k", "2", "--queries"]
+    (home / "q.txt").write_bytes(content)
+    refused(*flags, "HOME/q.txt", parts=("q.txt, line 2", "empty", "--skip-bad"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
+    refused(*flags, "-", parts=("standard input, line 2", "empty", "--skip-bad"))
+    flags[2] = home / "ix"
+    code, stdout, stderr = embed(*flags, home / "q.txt", "--skip-bad", "--json")
+    found = json.loads(stdout)["queries"]
+    assert code == 0 and [bool(one["hits"]) for one in found] == [True, False, False, True]
+    assert "2 skipped" in stderr and "q.txt, line 2" in stderr
+    [alone] = json.loads(embed("search", *flags[1:-1], "bad", "--json")[1])["queries"]
+    assert [hit["id"] for hit in found[3]["hits"]] == [hit["id"] for hit in alone["hits"]]
+    (home / "q.txt").write_bytes(b"\n \n")
+    refused(
+        "search",
+        "--index",
+        "HOME/ix",
+        "--queries",
+        "HOME/q.txt",
+        "--skip-bad",
+        parts=("none of its queries",),
+    )

@@ -386,6 +386,31 @@ def test_fewer_clusters_than_asked_for_are_said(ok, tmp_path):
     assert "only 1 clusters, not 3" in shown
 
 
+def test_columns_stay_beside_hits(ok, embed, tmp_path):
+    """On the screen those that are named, as they are; in JSON those alone."""
+    path, folder = tmp_path / "t.csv", tmp_path / "ix"
+    path.write_text("id,text,price,label,note\na,a good film,1250000,pos,\nb,a bad film,2.5,neg,x\n")
+    ok("index", path, "--index", folder, "--id-column", "id")
+    flags, named = ("search", "--index", folder, "film"), ("--keep-columns", "price,note")
+    shown = embed(*flags, *named)[1].split("\n")
+    assert shown[2].split() == ["score", "id", "text", "price", "note"]
+    cells = {line.split()[2]: line.split()[6:] for line in shown[4:6]}
+    assert cells == {"a": ["1250000.0"], "b": ["2.5", "x"]}
+    [found] = ok(*flags, *named, "--json")["queries"]
+    assert {hit["id"]: hit["columns"] for hit in found["hits"]} == {
+        "a": {"price": 1250000.0, "note": None},
+        "b": {"price": 2.5, "note": "x"},
+    }
+    every = embed(*flags, "--keep-columns", "all")[1].split("\n")[2].split()
+    assert every == ["score", "id", "text", "id", "price", "label", "note"]
+    assert set(ok(*flags, "--json")["queries"][0]["hits"][0]["columns"]) == {"id", "price", "label", "note"}
+    assert "price" not in embed(*flags)[1]
+    liked = embed("like", "a", "--index", folder, *named)[1]
+    assert "price" in liked and "2.5" in liked
+    of_texts = embed("search", path, "--query", "film", *named)[1]
+    assert "1250000.0" in of_texts and "note" in of_texts
+
+
 def test_the_prompt_answers_line_by_line(ok, sentences, tmp_path, monkeypatch):
     ok("index", sentences, "--index", tmp_path / "ix", "--id-column", "id")
     monkeypatch.setattr(sys, "stdin", io.StringIO("good film\nbad film\n\n"))

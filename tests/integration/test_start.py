@@ -89,6 +89,7 @@ QUICK = [  # help and mistakes: (command, exit code)
     ([EMBED, "search", "--index", "ix", "x", "--top-k", "0"], 2),
     ([EMBED, "search", "--index", "ix", "x", "--queries", "texts.txt"], 2),
     ([EMBED, "search", "--index", "nowhere", "x"], 2),
+    ([EMBED, "search", "--index", "ix", "x", "--keep-columns", "nope"], 2),
     ([EMBED, "search", "--index", "damaged", "x"], 2),
     ([EMBED, "search", "--index", "ix", " "], 2),
     ([EMBED, "search", "--index", "ix", "x", "--model", "./nope"], 2),

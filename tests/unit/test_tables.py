@@ -740,6 +740,16 @@ def test_a_number_that_would_be_infinite_stays_text(tmp_path):
     assert read(tmp_path / "t.csv", "text,n\na,1e400\nb,2\n")["n"] == ["1e400", "2"]
 
 
+@pytest.mark.parametrize(
+    "written, value", [("7", 7), ("-2.5", -2.5), ("true", True), ("007", "007"), ("x", "x")]
+)
+def test_a_type_is_found_from_all_rows(written, value, tmp_path):
+    """Also where the first hundreds of cells are empty."""
+    rows = [f"a{number}," for number in range(300)]
+    found = read(tmp_path / "t.csv", "\n".join(["text,n", *rows, f"b,{written}"]) + "\n")["n"]
+    assert found == [None] * 300 + [value] and type(found[-1]) is type(value)
+
+
 def test_what_no_library_knows_is_left_out_and_said(tmp_path, capsys):
     odd = pa.array([[("k", 1)]], pa.map_(pa.string(), pa.int64()))
     found = read(tmp_path / "t.parquet", parquet(text=["a"], odd=odd))
