@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 from common import cli
 from common.columns import kept_by_flags
-from common.errors import Fault, Interrupted, UserError, note
+from common.errors import Fault, Interrupted, UserError, counted, note
 from common.sources import FileOptions
 from common.training import predictions, study, training_flags
 from common.training.run import PAIR, RunLocation, check_task, check_text_columns, finished_runs
@@ -639,8 +639,9 @@ def fit_in(location: RunLocation, args: argparse.Namespace, clock: tracking.Cloc
     if start is not None:
         checkpoints.restore(start, state)
     log = checkpoints.open_log(settings, state.model, start)
-    if args.skip_bad and runtime.is_main:
-        predictions.write_bad_rows(log.folder / "bad-rows.jsonl", loaded.notes.faults)
+    left_out = [*loaded.notes.faults, *loaded.notes.rare_rows]
+    if (args.skip_bad or left_out) and runtime.is_main:
+        predictions.write_bad_rows(log.folder / "bad-rows.jsonl", left_out)
     folder = location.folder
     advice = f"continue with --resume {folder}"
     if args.keep == 0:
@@ -723,7 +724,7 @@ def predict(args: argparse.Namespace, runtime: Runtime) -> None:
     ) as texts:
         bad = texts.check()
         if faults and runtime.is_main:
-            unusable = f"{data.number_of_rows(len(faults))} can't be used"
+            unusable = f"{counted(len(faults), 'row')} can't be used"
             if args.output is None:
                 first = faults[0]
                 note(f"{unusable}, the first is {first.source}, row {first.row}: {first.problem}")
@@ -768,7 +769,7 @@ def write_predictions(
         for block in texts.blocks(PREDICT_BLOCK, without=bad, skipped=file.num_rows):
             file.add(list(predict_texts(model, block.texts, block.rows, runtime)), block.columns)
         file.finish()
-    runtime.say(f"{file.num_rows:,} predictions: {args.output}")
+    runtime.say(f"{counted(file.num_rows, 'prediction')}: {args.output}")
 
 
 # What the flags ask for ---------------------------------------------------------------------------

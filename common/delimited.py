@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 
 from common.columns import ROW
-from common.errors import UserError, first_repeated, note, one_line, shorten
+from common.errors import UserError, counted, first_repeated, note, one_line, shorten
 from common.sources import EVERY_COLUMN, FASTTEXT_LABEL, suffix
 from common.tables import BLOCK_ROWS, DataFile, gather, is_utf8, parse_lines
 
@@ -204,11 +204,11 @@ def read_sound_rows(data: DataFile, dialect: Dialect) -> Iterator[list[str]]:
 def _ragged(name: str, line: int, row: list[str], dialect: Dialect) -> UserError:
     names = ", ".join(dialect.names[:10]) + (", ..." if len(dialect.names) > 10 else "")
     source = "header" if dialect.has_header else "--columns"
-    cells = "1 cell" if len(row) == 1 else f"{len(row)} cells"
     help = "correct the row"
     if dialect.quoted and len(row) > len(dialect.names):
         help = f"put a cell that holds {dialect.delimiter!r} into quotation marks"
-    problem = f"{cells}, but {len(dialect.names)} columns in the {source} ({names})"
+    columns = counted(len(dialect.names), "column")
+    problem = f"{counted(len(row), 'cell')}, but {columns} in the {source} ({names})"
     return UserError(f"{name}, line {line}: {problem}; {help}")
 
 

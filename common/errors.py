@@ -111,9 +111,11 @@ def shorten(text: str, width: int) -> str:
     return line if len(line) <= width else line[: width - 3] + "..."
 
 
-def quoted(text: str) -> str:
-    """Return a text in quotation marks, as Python writes it, without the end of a long one."""
-    return repr(text if len(text) <= LONG_NAME else text[: LONG_NAME - 3] + "...")
+def quoted(text: str, most: int = LONG_NAME) -> str:
+    """Return a text of at most `most` characters, as it is, in quotation marks as Python writes it; a
+    shortened one ends with "...".
+    """
+    return repr(text if len(text) <= most else text[: most - 3] + "...")
 
 
 def listed(names: Iterable[str], most: int = 20) -> str:
@@ -129,6 +131,11 @@ def listed(names: Iterable[str], most: int = 20) -> str:
     names = list(names)
     rest = f", ... ({len(names):,} in all)" if len(names) > most else ""
     return ", ".join(map(shown, names[:most])) + rest
+
+
+def counted(count: int, noun: str, plural: str | None = None) -> str:
+    """Return how many of something there are, such as "1 row" or "2,000 rows"."""
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
 
 
 def first_repeated(names: Iterable[str]) -> str | None:

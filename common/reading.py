@@ -336,7 +336,9 @@ def check_length(text: str, location: str) -> None:
 # Checks -------------------------------------------------------------------------------------------
 
 
-def check_texts(rows: datasets.Dataset, column: str, *, source: str) -> None:
+def check_texts(
+    rows: datasets.Dataset, column: str, *, source: str, advice: str = "remove the row or fill it in"
+) -> None:
     """Raise UserError, naming `source` and the row, unless a column holds texts and none is
     missing or blank.
     """
@@ -352,7 +354,7 @@ def check_texts(rows: datasets.Dataset, column: str, *, source: str) -> None:
         row = pc.index(blank, True).as_py()
         if row >= 0:
             state = "empty" if block[row].is_valid else "missing"
-            problem = f"the text in column {column!r} is {state}; remove the row or fill it in"
+            problem = f"the text in column {column!r} is {state}; {advice}"
             raise UserError(f"{source}, row {start + row + 1}: {problem}")
         longest = pc.max(pc.utf8_length(block)).as_py()
         if longest > LONGEST_TEXT:

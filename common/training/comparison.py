@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from common import terminal
-from common.errors import UserError, one_line, shorten
+from common.errors import UserError, counted, one_line, shorten
 from common.files import read_json
 from common.intervals import Interval, bootstrap, holm, mcnemar, p_value, percentiles
 from common.training.resampling import Answers, score_intervals
@@ -335,10 +335,11 @@ def _show_disagreements(runs: list[FinishedRun], keys: list[Key]) -> None:
         return
     shown = keys[:NUM_SHOWN]
     if first.kind == REGRESSION:
-        terminal.say(f"\nthe {len(shown)} texts on which they differ most:")
+        terminal.say("\nthe texts on which they differ most:")
     else:
         shown = [keys[index * len(keys) // len(shown)] for index in range(len(shown))]
-        terminal.say(f"\nthey disagree on {len(keys):,} texts, of which {len(shown)} are shown:")
+        some = f", of which {len(shown)} are shown" if len(shown) < len(keys) else ""
+        terminal.say(f"\nthey disagree on {counted(len(keys), 'text')}{some}:")
     rows = []
     for key in shown:
         said = [_said(run, key) for run in runs]

@@ -20,7 +20,7 @@ import numpy as np
 
 from common import reading
 from common.columns import ROW, require_column
-from common.errors import Fault, UserError, listed, quoted, shorten
+from common.errors import Fault, UserError, counted, listed, quoted
 from common.runtime import Runtime
 from common.sources import FileOptions
 from common.training.faults import (
@@ -28,11 +28,13 @@ from common.training.faults import (
     clean,
     has_labels,
     leave_out,
+    list_separator,
     near_equal_names,
     text_problems,
     without_rare,
 )
 from common.training.labels import (
+    ADVICE,
     WHOLE,
     Label,
     LabelConfig,
@@ -94,6 +96,7 @@ class DataConfig:
     seed: int
     cache_dir: str | None
     skip_bad: bool  # rows that can't be used are left out
+    inspect: bool  # splits that can't be cut are a finding, and no end
     drop_rare: int | None
     merge_rare: str | None
     files: FileOptions  # how data files are written
@@ -115,7 +118,9 @@ class DataNotes:
     uncut: Splits = field(default_factory=dict)  # before splits are cut and rare classes left out
     unused: list[str] = field(default_factory=list)  # splits of the source that nothing asks for
     rare: list[str] = field(default_factory=list)  # classes that are left out or merged
+    rare_rows: list[Fault] = field(default_factory=list)  # those of classes that are left out
     cut: list[str] = field(default_factory=list)  # splits that had to be cut from train
+    not_cut: str | None = None  # why they could not be, where --inspect goes on without them
     cleaned: dict[str, str | None] = field(default_factory=dict)  # label -> how it is read, None: as none
 
 
@@ -141,8 +146,13 @@ def load_splits(config: DataConfig, runtime: Runtime, notes: DataNotes | None = 
         splits, labels = clean(splits, config.texts, labels, faults)
     splits = notes.uncut = validate(splits, config.texts, labels)
     if config.drop_rare is not None or config.merge_rare is not None:
-        splits, notes.rare = without_rare(splits, config.drop_rare, config.merge_rare)
-    splits, notes.cut = cut_missing_splits(splits, seed=config.seed)
+        splits, notes.rare, notes.rare_rows = without_rare(splits, config.drop_rare, config.merge_rare)
+    try:
+        splits, notes.cut = cut_missing_splits(splits, seed=config.seed)
+    except UserError as error:
+        if not config.inspect:
+            raise
+        notes.not_cut = str(error)
     for split, rows in splits.items():
         size, flag = config.max_eval_samples, "--max-eval-samples"
         if split == "train":
@@ -170,30 +180,27 @@ def describe_splits(splits: Splits, config: DataConfig, notes: DataNotes) -> str
         ]
         about.append(f"labels that are read otherwise: {listed(read_as)}")
     if notes.faults:
-        about.append(f"{number_of_rows(len(notes.faults))} can't be used: left out")
+        about.append(f"{counted(len(notes.faults), 'row')} can't be used: left out")
     if notes.unlabelled is not None:
         about.append("the test split has no labels: it is predicted, and not scored")
     if notes.rare:
-        into = "left out" if config.merge_rare is None else f"one class {quoted(config.merge_rare)}"
+        into = f"left out with {counted(len(notes.rare_rows), 'row')}"
+        if config.merge_rare is not None:
+            into = f"one class {quoted(config.merge_rare)}"
         about.append(f"rare classes, {into}: {listed(notes.rare)}")
     if notes.cut:
         names = " and ".join(notes.cut)
         about.append(f"{names} cut from train: 10 % each, stratified, with seed {config.seed}")
     for split, count in count_shared_texts(splits).items():
         if count:
-            says_little = "also occur in train: their scores say little about new texts"
-            about.append(f"{count:,} of the {split} texts {says_little}")
+            says_little = "also in train: scores of such texts say little about new ones"
+            about.append(f"{counted(count, f'{split} text')} {says_little}")
     lines = [
         f"data     {config.dataset}: {sizes} texts, {task.counted()}",
         f"task     {task.kind}: {DESCRIPTIONS[task.kind]}{how}",
         *(f"         {line}" for line in about),
     ]
     return "\n".join(lines)
-
-
-def number_of_rows(count: int) -> str:
-    """Return a number of rows in words."""
-    return "1 row" if count == 1 else f"{count:,} rows"
 
 
 def _how_it_was_found(rows: datasets.Dataset, task: Task) -> str:
@@ -244,7 +251,7 @@ def load_rows_for_scoring(
         raise UserError(f"split test: {problem}; --predict answers for its texts")
     if faults is not None:
         splits, _ = clean(splits, config.texts, config.labels, faults, task)
-        runtime.say(f"skipped  {number_of_rows(len(faults))} that can't be used")
+        runtime.say(f"skipped  {counted(len(faults), 'row')} that can't be used")
     splits = validate(splits, config.texts, config.labels, trained=task)
     if "test" not in splits and name_sha256(config.dataset) == trained.dataset_sha256:
         seed, flag = trained.split_seed, "--split-seed"
@@ -257,7 +264,7 @@ def load_rows_for_scoring(
     split, size = "test" if "test" in splits else "train", config.max_eval_samples
     rows = sample(splits[split], size, seed=config.seed, flag="--max-eval-samples")
     name = config.test_file or config.dataset
-    runtime.say(f"data     {name}: {len(rows):,} texts of its {split} split")
+    runtime.say(f"data     {name}: {counted(len(rows), 'text')} of its {split} split")
     if split == "train":
         runtime.say("         the model may have been trained on some of them, which would raise its scores")
     return rows
@@ -378,7 +385,7 @@ def _in_order(values: list[Label], task: Task, labels: LabelConfig) -> list[Labe
         return values
     if len(values[0]) != len(task.names):
         raise UserError(
-            f"--label-column {labels.label_column}: {len(values[0])} numbers a row, and the model"
+            f"--label-column {labels.label_column}: {counted(len(values[0]), 'number')} a row, and the model"
             f" answers {len(task.names)}: {listed(task.names)}; name a column for each"
         )
     if sorted(labels.columns) != sorted(task.names):
@@ -414,13 +421,13 @@ def _check_texts(rows: datasets.Dataset, texts: TextConfig, source: str) -> None
     """
     if texts.text_mode != JOIN:
         for column in texts.columns:
-            reading.check_texts(rows, column, source=source)
+            reading.check_texts(rows, column, source=source, advice=ADVICE)
         return
     for column in texts.columns:
         reading.check_kind(rows, column, source=source)
         reading.check_characters(rows.with_format("arrow")[column], f"{source}, row", first=1)
     joined = _with_texts(rows, texts).rename_column("text", texts.text_column)
-    reading.check_texts(joined, texts.text_column, source=source)
+    reading.check_texts(joined, texts.text_column, source=source, advice=ADVICE)
 
 
 def _with_texts(rows: datasets.Dataset, texts: TextConfig) -> datasets.Dataset:
@@ -473,9 +480,7 @@ def _check_counts(rows: datasets.Dataset, missing: list[str]) -> None:
     """Raise UserError unless each class has a row for each split that is to be cut, and for train."""
     names, least = task_of_rows(rows).names, len(missing) + 1
     counts = np.bincount(rows["label"][:], minlength=len(names))
-    few = [
-        f"{quoted(shorten(name, 30))} has {count}" for name, count in zip(names, counts) if 0 < count < least
-    ]
+    few = [f"{quoted(name, 30)} has {count}" for name, count in zip(names, counts) if 0 < count < least]
     if not few:
         return
     splits = " and ".join(f"a {split}" for split in missing)
@@ -483,8 +488,12 @@ def _check_counts(rows: datasets.Dataset, missing: list[str]) -> None:
         f"leave such classes out with --drop-rare {least}, put them together with --merge-rare, add rows,"
         " or supply the splits, for example as a folder with train.csv, validation.csv and test.csv"
     )
+    if near_equal_names(names):
+        advice = f"make one class of several spellings with --clean-labels, {advice}"
     if 2 * len(few) > len(rows):
         advice = f"if the labels are numbers, add --task regression (--decimal , for 1,5); else {advice}"
+    elif (separator := list_separator(names)) is not None:
+        advice = f"if they are lists of labels, add --label-separator '{separator}'; else {advice}"
     problem = f"{splits} split can't be cut with every class in each: class {listed(few)}"
     raise UserError(f"{problem}, and {least} are needed; {advice}")
 
@@ -501,7 +510,7 @@ def stratified_cut(
     """
     from sklearn.model_selection import train_test_split
 
-    problem = f"can't cut {purpose} of {size} rows from {len(rows)}"
+    problem = f"can't cut {purpose} of {counted(size, 'row')} from {len(rows):,}"
     supply = "or supply the split, for example as a folder with train.csv, validation.csv and test.csv"
     if task_of_rows(rows).kind != SINGLE:
         if len(rows) < 2 * size:

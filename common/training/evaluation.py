@@ -158,11 +158,13 @@ def predict_texts(
 
 def answer(task: Task, scores: list[float], scoring: Scoring) -> dict:
     """Return what the scores (C) of a text say: `scores` by name, and before it the best `label`
-    with its `confidence`, or those `labels` whose probability reaches its threshold.
+    with its `confidence`, those `labels` whose probability reaches its threshold, or the only number
+    as `prediction`.
     """
     rounded = dict(zip(task.names, (round(score, 6) for score in scores)))
     if task.kind == REGRESSION:
-        return {"scores": rounded}
+        only = {"prediction": rounded[task.names[0]]} if len(scores) == 1 else {}
+        return {**only, "scores": rounded}
     if task.kind == MULTI:
         assert scoring.threshold != "auto"
         limits = np.broadcast_to(scoring.threshold, len(scores)).tolist()

@@ -15,13 +15,14 @@ import numpy as np
 
 from common import reading, terminal
 from common.columns import ROW, require_column
-from common.errors import Fault, UserError, quoted, shorten
+from common.errors import Fault, UserError, counted, listed, quoted, shorten
 from common.sources import is_blank
 from common.training.duplicates import duplicate_lines
 from common.training.labels import (
     DECIMAL,
     FLAGS,
     LISTS,
+    MISSING,
     WHOLE,
     LabelConfig,
     cells_as_names,
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 NOT_UTF8 = "not UTF-8"
 TYPICAL = 0.9  # share of the rows that tells what kind of labels a column has
 SHOWN_ROWS, SHOWN_GROUPS = 5, 10
+SURE_SEPARATORS = ";|"  # of labels in one cell: they are hardly ever part of a name
+SEPARATORS = SURE_SEPARATORS + ",/"
 RARE = 10  # texts of a class in training, below which it is said
 
 
@@ -72,7 +75,7 @@ def clean(
         columns = [*texts.columns, *labels.columns]
         cleaned[split] = leave_out(f"split {split}", rows, problems[split], columns, faults)
         if not len(cleaned[split]):
-            problem = f"none of its {len(rows):,} rows can be used"
+            problem = "it has no row that can be used"
             raise UserError(f"split {split}: {problem}; --inspect lists why")
     return cleaned, LabelConfig(labels.label_column, kind, labels.label_separator)
 
@@ -284,6 +287,21 @@ def near_equal_names(names: Sequence[str]) -> list[list[str]]:
     return [group for group in groups.values() if len(group) > 1]
 
 
+def list_separator(names: Sequence[str]) -> str | None:
+    """Return what parts the labels in class names that look like lists of them, such as `drama; crime`,
+    None if none does.
+
+    A comma or a slash can be part of a name. It parts labels if one of these is found a second time.
+    """
+    for separator in SEPARATORS:
+        lists = [parts for parts in separated(names, separator) if len(parts) > 1]
+        counts = Counter(part for parts in separated(names, separator) for part in set(parts))
+        is_repeated = any(counts[part] > 1 for parts in lists for part in parts)
+        if lists and (is_repeated or separator in SURE_SEPARATORS):
+            return separator
+    return None
+
+
 def describe(splits: Splits) -> str:
     """Return what else to know of labelled splits: alike texts, contradictions, rare classes."""
     task = task_of_rows(splits["train"])
@@ -291,6 +309,12 @@ def describe(splits: Splits) -> str:
     for names in near_equal_names(task.names):
         both = " and ".join(map(quoted, names))
         lines.append(f"nearly the same name: {both}; if one is meant, add --clean-labels, or correct it")
+    if task.kind == SINGLE and (separator := list_separator(task.names)) is not None:
+        lists = [name for name in task.names if separator in name]
+        advice = f"if each part is a label, add --label-separator '{separator}'"
+        lines.append(f"look like lists: {listed(map(quoted, lists), most=SHOWN_GROUPS)}; {advice}")
+    if missing := [name for name in task.names if seen_name(name) in MISSING]:
+        lines.append(f"may stand for a missing label: {listed(missing)}; --clean-labels takes it for one")
     lines += duplicate_lines(splits, task)
     lines += _rare_lines(splits["train"], task)
     return "\n".join(lines) or "nothing: no alike texts, no contradictions, no rare classes"
@@ -312,9 +336,11 @@ def _rare_lines(rows: datasets.Dataset, task: Task) -> list[str]:
     ]
 
 
-def without_rare(splits: Splits, least: int | None, name: str | None) -> tuple[Splits, list[str]]:
+def without_rare(
+    splits: Splits, least: int | None, name: str | None
+) -> tuple[Splits, list[str], list[Fault]]:
     """Return the splits without the classes that have fewer than `least` texts in training (None:
-    RARE), or with one class `name` in their place; and these classes.
+    RARE), or with one class `name` in their place; these classes; and the rows that are left out.
 
     Raises UserError for another task than one class of several, and when one class is left.
     """
@@ -328,22 +354,35 @@ def without_rare(splits: Splits, least: int | None, name: str | None) -> tuple[S
     few = [task.names[n] for n, count in enumerate(counts) if count < (least or RARE)]
     rare = [label for label in few if label != name]
     if not rare:
-        return splits, []
+        return splits, [], []
     names = [label for label in task.names if label not in rare]
     if name is not None and name not in names:
         names.append(name)
     if len(names) < 2:
-        problem = f"it leaves {len(names)} class"
+        problem = f"it leaves {counted(len(names), 'class', 'classes')}"
         raise UserError(f"{flag}: {problem}; a classifier needs two, so use less")
-    feature, result = datasets.ClassLabel(names=names), {}
+    feature, result, left_out = datasets.ClassLabel(names=names), {}, []
     for split, rows in splits.items():
         labels = [task.names[label] for label in rows["label"][:]]
         kept = [n for n, label in enumerate(labels) if name is not None or label not in rare]
         if not kept:
             raise UserError(f"{flag}: it leaves no row of split {split}; use less")
+        if name is None:
+            left_out += _rows_of_classes(split, rows, labels, rare)
         numbers = [names.index(name if labels[n] in rare else labels[n]) for n in kept]  # pyrefly: ignore
         order = rows.column_names
         some: Any = rows.select(kept)
         changed = some.remove_columns("label").add_column("label", numbers, feature=feature)
         result[split] = changed.select_columns(order)
-    return result, rare
+    return result, rare, left_out
+
+
+def _rows_of_classes(
+    split: str, rows: datasets.Dataset, labels: list[str], rare: list[str]
+) -> Iterator[Fault]:
+    """Yield the rows whose labels (N) are rare classes."""
+    for number in [number for number, label in enumerate(labels) if label in rare]:
+        row = rows[number]
+        cells = [row[column] for column in ("text", "text_pair") if column in row]
+        content = " | ".join([*cells, labels[number]])
+        yield Fault(f"split {split}", row["row"], "its class has too few texts in training", content)

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common import models
-from common.errors import shorten
+from common.errors import listed, shorten
 from common.terminal import say, table
 from common.training import faults
 from common.training.batching import Pick, pad_batch
@@ -67,7 +67,10 @@ def show_faults(notes: DataNotes) -> None:
     say(faults.fault_table(notes.faults) if notes.faults else "none")
     if notes.uncut:
         say(f"\nROWS THAT CAN BE USED\n{split_table(notes.uncut)}")
-        say(f"\nWHAT ELSE IS TO BE KNOWN\n{faults.describe(notes.uncut)}")
+        say("\nWHAT ELSE IS TO BE KNOWN")
+        if notes.not_cut is not None:
+            say(f"training would end here: {notes.not_cut}")
+        say(faults.describe(notes.uncut))
 
 
 def split_table(splits: Splits) -> str:
@@ -83,7 +86,7 @@ def split_table(splits: Splits) -> str:
     if len(names) > MOST_CLASSES:
         shown = np.argsort(sum(counts), kind="stable")[:WORST_CLASSES].tolist()
         note = f"\nThese are the {WORST_CLASSES} rarest of {task.counted()}."
-    lines = [[shorten(names[number], 60), *(count[number] for count in counts)] for number in shown]
+    lines = [[listed([names[number]]), *(count[number] for count in counts)] for number in shown]
     if task.kind == MULTI:
         lines.append(
             ["(no label)", *(sum(not cell for cell in rows["label"][:]) for rows in splits.values())]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from common import reading
-from common.errors import UserError, quoted
+from common.errors import UserError, counted, quoted
 from common.sources import INVISIBLE, is_blank
 from common.training.run import MULTI, REGRESSION, SINGLE, TASKS, Kind
 
@@ -35,6 +35,8 @@ NUMBER = re.compile(r"[+-]?\d{1,15}(\.\d{0,15})?(e[+-]?\d{1,2})?")
 DECIMAL_COMMA = re.compile(r"[+-]?\d*,\d+([eE][+-]?\d+)?")
 # what stands for a missing label in files of spreadsheets and of pandas, in small letters
 MISSING = ("", "nan", "na", "n/a", "#n/a", "null")  # "none" can be a class
+# for a row that lacks its text or its label
+ADVICE = "remove the row, fill it in, or leave such rows out with --skip-bad"
 # of a class: its name; of labels: the names of those that a text has; of numbers: all of them
 Label: TypeAlias = "Any"  # str | list[str] | list[float]
 
@@ -274,7 +276,7 @@ def read_classes(split: str, rows: datasets.Dataset, column: str) -> list[str]:
 
 def _missing(split: str, row: int, column: str) -> UserError:
     problem = f"the label in column {column!r} is missing"
-    return UserError(f"split {split}, row {row}: {problem}; remove the row or fill it in")
+    return UserError(f"split {split}, row {row}: {problem}; {ADVICE}")
 
 
 def read_numbers(split: str, rows: datasets.Dataset, columns: Sequence[str]) -> list[list[float]]:
@@ -290,8 +292,7 @@ def read_numbers(split: str, rows: datasets.Dataset, columns: Sequence[str]) -> 
         length = len(cells[0] or [])
         for row, cell in enumerate(cells, start=1):
             if cell is None or len(cell) != length or not cell:
-                size = "no" if not cell else f"{len(cell)}"
-                has = f"the list in column {column!r} has {size} numbers"
+                has = f"the list in column {column!r} has {counted(len(cell or []), 'number')}"
                 problem = f"{has}, that of row 1 {length}"
                 raise UserError(f"split {split}, row {row}: {problem}; correct or remove the row")
         rows_of_items = enumerate(cells, start=1)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from common.runtime import Runtime
 
 ENDINGS = (".jsonl", ".csv", ".parquet")
-OWN_COLUMNS = ("row", "label", "labels", "confidence", "scores")
+OWN_COLUMNS = ("row", "label", "labels", "confidence", "prediction", "scores")
 
 
 def partial(output: Path) -> Path:

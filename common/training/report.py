@@ -86,6 +86,8 @@ def token_lines(tokenized: Splits, tokens: TokenConfig, config: BatchConfig, run
     for use, split in (("training", "train"), ("scoring", "test")):
         length = tokens.length_of(split)
         num_tokens = np.asarray(tokenized[split]["num_tokens"][:])  # (N)
+        if split not in tokenized:  # --inspect, of data that no splits can be cut from
+            continue
         num_read = np.asarray(tokenized[split]["num_read"][:])  # (N)
         longer = (num_tokens > length).mean()
         if longer == 0:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from common.errors import UserError
+from common.errors import UserError, counted
 from common.files import replace_file
 from common.runtime import Runtime
 from common.training.run import CONFIG, RESULTS, UNFINISHED_CONFIG
@@ -225,7 +225,7 @@ def duration(seconds: float) -> str:
         return f"{max(5, 5 * round(seconds / 5))} seconds"
     minutes = round(seconds / 60)
     if minutes < 60:
-        return f"{minutes} minute{'s' if minutes > 1 else ''}"
+        return counted(minutes, "minute")
     hours, minutes = divmod(5 * round(minutes / 5), 60)
     return f"{hours} h {minutes} min" if minutes else f"{hours} h"
 

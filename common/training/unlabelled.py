@@ -16,6 +16,7 @@ from common.columns import ROW, find_kept, require_column
 from common.errors import Fault, UserError
 from common.sources import FileOptions
 from common.training.faults import NOT_UTF8
+from common.training.labels import ADVICE
 from common.training.run import JOIN
 
 if TYPE_CHECKING:
@@ -146,11 +147,12 @@ class Texts:
             return self.find_faults()
         if self.table is not None:
             for column in self.columns:
-                reading.check_texts(self.table.with_format(None), column, source=self.source)
+                reading.check_texts(self.table.with_format(None), column, source=self.source, advice=ADVICE)
             return set()
         for number, line in enumerate(reading.lines_of(self.file, self.source), start=1):
             if sources.is_blank(line):
-                raise UserError(f"{self.source}, line {number}: the text is empty; remove the line")
+                advice = "remove the line, or leave such lines out with --skip-bad"
+                raise UserError(f"{self.source}, line {number}: the text is empty; {advice}")
             reading.check_length(line, f"{self.source}, line {number}")
             if self.is_pair and split_pair(line) is None:
                 advice = "correct it, or name a data file and its --text-column"

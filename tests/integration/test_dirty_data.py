@@ -111,11 +111,42 @@ def test_inspect_names_texts_that_are_nearly_alike_across_splits(run, tmp_path):
         assert "  validation row 12 (neg), test row 12 (pos): " in rest  # alike but for capitals
 
 
-def test_inspect_ends_with_the_fault_that_leaves_too_little_after_it_has_listed_all(dirty, run):
-    """A class with one row can't be cut into three splits."""
+def test_inspect_shows_all_the_rest_where_no_split_can_be_cut(dirty, run, tmp_path):
+    """A class with one row can't be cut into three splits, nor can one text with numbers."""
     code, printed, said = run(dirty, "--inspect")
-    assert code == 2 and "ROWS THAT CAN'T BE USED" in printed and "'once'" in printed
-    assert said.count("\n") == 1 and "class" in said
+    assert code == 0 and "error" not in said
+    ends = next(line for line in printed.splitlines() if line.startswith("training would end here: "))
+    for part in ("'POS' has 1", "'once' has 1", "--drop-rare 3", "--merge-rare", "--clean-labels"):
+        assert part in ends
+    code, _, said = run(dirty, "--skip-bad", "--output-dir", tmp_path / "run")
+    assert code == 2 and ends.partition(": ")[2] in said, "it is what training says"
+    numbers = tmp_path / "numbers.csv"
+    numbers.write_text("text,label\na good film,1.5\n")
+    code, few, said = run(numbers, "--inspect", "--task", "regression")
+    assert code == 0, said
+    assert "training would end here: can't cut a validation split of 1 row from 1; add rows" in few
+    for screen in (printed, few):
+        for title in ("ROWS THAT CAN'T BE USED", "LENGTHS", "TOKENIZER", "ONE TEXT", "MODEL", "CONFIG"):
+            assert f"\n{title}" in screen
+        assert "they belong together" in screen
+
+
+def test_rows_of_rare_classes_are_counted_and_listed(dirty, run, tmp_path):
+    clean, output = tmp_path / "clean.csv", tmp_path / "run"
+    rare = ["something rare,once", "seldom seen,twice", "seldom heard,twice"]
+    lines = [*(f"{text},{label}" for text, label in make_sentences(60)), *rare]
+    clean.write_text("\n".join(["text,label", *lines]) + "\n")
+    code, printed, said = run(clean, "--drop-rare", 3, "--output-dir", output, *SHORT)
+    assert code == 0 and "rare classes, left out with 3 rows: once, twice" in printed, said
+    bad = [json.loads(line) for line in (output / "bad-rows.jsonl").read_text().splitlines()]
+    assert [row["content"] for row in bad] == [
+        "something rare | once",
+        *(f"{text} | twice" for text in ("seldom seen", "seldom heard")),
+    ]
+    assert [row["row"] for row in bad] == [61, 62, 63]
+    assert {row["problem"] for row in bad} == {"its class has too few texts in training"}
+    code, printed, said = run(clean, "--merge-rare", "other", "--output-dir", tmp_path / "merged", *SHORT)
+    assert code == 0 and not (tmp_path / "merged" / "bad-rows.jsonl").exists(), "nothing is left out"
 
 
 def test_skip_bad_trains_without_the_bad_rows_and_keeps_them(dirty, run, tmp_path):
@@ -126,8 +157,9 @@ def test_skip_bad_trains_without_the_bad_rows_and_keeps_them(dirty, run, tmp_pat
     code, printed, said = run(dirty, *flags, *SHORT)
     assert code == 0 and "7 rows can't be used: left out" in printed, said
     bad = [json.loads(line) for line in (output / "bad-rows.jsonl").read_text().splitlines()]
+    rare = [("its class has too few texts in training", row) for row in (70, 71)]
     assert sorted((row["problem"], row["row"]) for row in bad) == sorted(
-        (problem, row) for problem, rows in FAULTS.items() for row in rows
+        [*((problem, row) for problem, rows in FAULTS.items() for row in rows), *rare]
     )
     contents = {row["row"]: row["content"] for row in bad}
     assert contents[65] == "a film, with a comma,pos" and contents[66] == "caf\\xe9 was fine,pos"
@@ -274,8 +306,9 @@ def test_labels_of_a_spreadsheet_are_cleaned(run, tmp_path):
     assert json.loads(bad)["problem"] == "the label is missing"
     code, stdout, _ = run(path, "--evaluate-only", "--model", tmp_path / "run" / "best", *flags[:2])
     assert code == 0 and "texts of its test split" in stdout, "its classes are those of the cleaned labels"
-    code, _, stderr = run(path, "--inspect")
-    assert code == 2 and "'NaN' has 1" in stderr and "--drop-rare 3" in stderr
+    code, stdout, _ = run(path, "--inspect")
+    assert code == 0 and "'NaN' has 1" in stdout and "--drop-rare 3" in stdout
+    assert "may stand for a missing label: NaN; --clean-labels" in stdout
 
 
 def test_decimal_commas_are_the_numbers_that_they_mean(run, tmp_path):

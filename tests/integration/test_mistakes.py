@@ -208,7 +208,7 @@ FILES = {  # name: (file's name, content, what the line must hold)
     "lists of numbers of two lengths": (
         "rows.jsonl",
         '{"text": "a", "label": [1.5, 2.5]}\n{"text": "b", "label": [0.5]}\n',
-        ("split train, row 2", "'label'", "1 numbers", "row 1", "correct"),
+        ("split train, row 2", "'label'", "1 number,", "row 1", "correct"),
     ),
     "lists of lists": (
         "rows.jsonl",
@@ -618,7 +618,10 @@ def test_a_model_that_was_never_trained_to_classify(mode, refused, sentences_csv
 LINES = {  # name: (content or None for no file, what the line must hold)
     "no such file": (None, ("new.txt", "No such file", "name a text file")),
     "empty": (b"", ("new.txt", "is empty", "one text on each line")),
-    "an empty line": (b"good film\n\nbad film\n", ("new.txt, line 2", "is empty", "remove the line")),
+    "an empty line": (
+        b"good film\n\nbad film\n",
+        ("new.txt, line 2", "is empty", "remove the line", "--skip-bad"),
+    ),
     "not UTF-8": (b"good film\nsch\xf6n\n", ("new.txt, line 2", "0xf6", "convert")),
 }
 

@@ -18,9 +18,23 @@ import pytest
 
 import embed_search
 from common import cli
-from common.errors import UserError
+from common.errors import UserError, counted
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize(
+    "count, words, said",
+    [
+        (0, ("row",), "0 rows"),
+        (1, ("row",), "1 row"),
+        (2000, ("row",), "2,000 rows"),
+        (1, ("class", "classes"), "1 class"),
+        (2, ("class", "classes"), "2 classes"),
+    ],
+)
+def test_one_thing_is_not_several(count, words, said):
+    assert counted(count, *words) == said
 
 
 @pytest.mark.parametrize(

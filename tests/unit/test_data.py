@@ -159,6 +159,15 @@ def test_a_class_with_too_few_rows_to_cut_is_named(labels):
         data.cut_missing_splits(rows, seed=0)
 
 
+@pytest.mark.parametrize(
+    "added, advice", [(["A"], "spellings with --clean-labels"), (["a; b"], "add --label-separator ';'")]
+)
+def test_the_way_out_for_a_class_with_too_few_rows_is_that_of_its_labels(added, advice):
+    rows = data.validate(datasets.DatasetDict(train=make(["a"] * 9 + ["b"] * 9 + added)))
+    with pytest.raises(UserError, match=f"can't be cut .*{advice}.*--drop-rare 3"):
+        data.cut_missing_splits(rows, seed=0)
+
+
 def test_labels_that_may_be_numbers_are_said_to_be():
     rows = data.validate(datasets.DatasetDict(train=make([f"{number},5" for number in range(30)])))
     with pytest.raises(UserError, match="can't be cut .*add --task regression"):
@@ -400,7 +409,7 @@ def test_the_screen_says_which_splits_were_cut_and_how_many_texts_are_shared(tmp
     assert shared > 0
     assert "36 train, 4 validation, 4 test texts, 2 classes" in shown
     assert "validation cut from train: 10 % each, stratified, with seed 3" in shown
-    assert f"{shared} of the test texts also occur in train" in shown
+    assert f"{shared} test texts also in train" in shown
 
 
 def test_class_names_go_into_the_models_config(tiny_model):
@@ -609,6 +618,24 @@ def test_scores_are_no_classes(labels):
 )
 def test_class_names_that_look_the_same(names, groups):
     assert faults.near_equal_names(names) == groups
+
+
+@pytest.mark.parametrize(
+    "names, separator",
+    [
+        (["drama; Comedy", "horror"], ";"),
+        (["a|b", "c"], "|"),
+        (["drama, crime", "crime"], ","),
+        (["drama, crime", "crime, comedy"], ","),
+        (["action/crime", "action"], "/"),
+        (["London, UK", "Paris, France"], None),
+        (["input/output", "memory"], None),
+        (["a;", "b"], None),
+        (["good film", "bad film"], None),
+    ],
+)
+def test_class_names_that_look_like_lists(names, separator):
+    assert faults.list_separator(names) == separator
 
 
 def test_class_names_that_look_the_same_are_said(tmp_path, cache_dir, capsys):

@@ -110,7 +110,7 @@ def test_lists_of_classes_keep_the_names_that_the_data_set_gives_them():
         (
             {"label": [[1.5, 2.0], [1.0]]},
             {},
-            "split train, row 2: the list in column 'label' has 1 numbers, that of row 1 2",
+            "split train, row 2: the list in column 'label' has 1 number, that of row 1 2",
         ),
         ({"label": [["a"], None]}, {}, "split train, row 2: the label in column 'label' is missing"),
         ({"label": [[], []]}, {"task": MULTI}, "split train: no row has a label"),
@@ -156,7 +156,7 @@ def test_labels_that_do_not_fit_the_task_are_named_with_their_row(columns, flags
             Task(REGRESSION, ("x", "y")),
             {"label": ["1", "2"]},
             {},
-            "--label-column label: 1 numbers a row, and the model answers 2: x, y",
+            "--label-column label: 1 number a row, and the model answers 2: x, y",
         ),
     ],
 )
