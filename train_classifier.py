@@ -83,6 +83,7 @@ from common.runtime import (
     stop_runtime,
 )
 from common.training import (
+    baseline,
     batching,
     checkpoint,
     classifier,
@@ -542,12 +543,16 @@ def test(loaded: Loaded, state: TrainingState, run: Run, runtime: Runtime) -> No
     best = reload_best(loaded, run, runtime)
     scores, logits = evaluate(best, rows, runtime, signals=run.signals)
     thresholds, positive_class = report.thresholds_of(scores), config.scoring.positive_class
+    answer = baseline.commonest_answer(loaded.tokenized["train"])
+    if runtime.is_main:
+        saved_settings.save_baseline(folder / "best", answer)
     assert state.best is not None
     outcome = report.Outcome(
         settings=run.log.settings,
         history=state.history,
         best=state.best,
         scores=scores,
+        baseline=baseline.score_answer(answer, rows),
         predictions=report.Predictions(rows, logits, thresholds, positive_class),
         temperature=best.temperature,
         num_texts={split: len(loaded.tokenized[split]) for split in loaded.tokenized},
@@ -555,7 +560,7 @@ def test(loaded: Loaded, state: TrainingState, run: Run, runtime: Runtime) -> No
     )
     runtime.say(f"\n{report.epoch_table(state.history, config.task, config.best_metric)}")
     runtime.say(f"\nbest epoch {state.best['epoch']}, reloaded and scored on the test split:")
-    report.show(scores, outcome.predictions, config.tokens.eval_max_length, runtime)
+    report.show(scores, outcome.predictions, outcome.baseline, config.tokens.eval_max_length, runtime)
 
     answers, unlabelled_rows = [], loaded.notes.unlabelled
     if unlabelled_rows is not None:  # a test split of a competition
@@ -704,7 +709,9 @@ def evaluate_only(args: argparse.Namespace, runtime: Runtime) -> None:
     scores, logits = evaluate(model, rows, runtime)
     thresholds, positive_class = report.thresholds_of(scores), model.scoring.positive_class
     answers = report.Predictions(rows, logits, thresholds, positive_class)
-    report.show(scores, answers, model.tokens.eval_max_length, runtime)
+    known = saved.baseline()
+    always = None if known is None else baseline.score_answer(known, rows)
+    report.show(scores, answers, always, model.tokens.eval_max_length, runtime)
 
 
 def predict(args: argparse.Namespace, runtime: Runtime) -> None:

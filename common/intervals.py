@@ -71,12 +71,16 @@ def bootstrap(
 
 
 def percentiles(values: np.ndarray) -> Interval | None:
-    """Return the interval of bootstrapped values (R), None if most of them are undefined (NaN)."""
+    """Return the interval of bootstrapped values (R), None if most of them are undefined (NaN).
+
+    None too where it has no width, as where all answers are right: every resample of them is, and so
+    they don't tell how many of other texts would be wrong.
+    """
     defined = values[np.isfinite(values)]
     if len(defined) < len(values) / 2:
         return None
     low, high = np.quantile(defined, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return float(low), float(high)
+    return None if math.isclose(low, high, abs_tol=1e-12) else (float(low), float(high))
 
 
 # Differences --------------------------------------------------------------------------------------

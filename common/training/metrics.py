@@ -20,7 +20,13 @@ import torch
 import torch.nn.functional as F
 from scipy import stats
 from sklearn import metrics as sklearn_metrics
-from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, precision_recall_fscore_support
+from sklearn.metrics import (
+    accuracy_score,
+    confusion_matrix,
+    f1_score,
+    precision_recall_fscore_support,
+    r2_score,
+)
 
 from common.training.run import MULTI, SINGLE
 from common.training.task import Scoring, Task
@@ -225,7 +231,8 @@ def number_scores(outputs: torch.Tensor, targets: torch.Tensor) -> dict:
 
     `loss` is the mean squared error, `rmse` the root of that of each number, `mae` the mean
     absolute error; `pearson` and `spearman` are correlations, which are undefined (None) where all
-    outputs or all targets are equal.
+    outputs or all targets are equal; `r2` is the coefficient of determination, undefined where all
+    targets are equal.
     """
     answers, truth = outputs.numpy(), targets.numpy()
     errors = answers - truth
@@ -235,6 +242,7 @@ def number_scores(outputs: torch.Tensor, targets: torch.Tensor) -> dict:
         "mae": abs(errors).mean(axis=0).tolist(),
         "pearson": [_correlation(stats.pearsonr, *column) for column in columns],
         "spearman": [_correlation(stats.spearmanr, *column) for column in columns],
+        "r2": [_determination(*column) for column in columns],
     }
     defined = {name: [value for value in values if value is not None] for name, values in per_number.items()}
     return {
@@ -250,3 +258,7 @@ def _correlation(measure: Callable[..., Any], answers: np.ndarray, truth: np.nda
     with warnings.catch_warnings(action="ignore"):  # that numbers are nearly equal
         value = float(measure(answers, truth)[0])
     return value if np.isfinite(value) else None
+
+
+def _determination(answers: np.ndarray, truth: np.ndarray) -> float | None:
+    return float(r2_score(truth, answers)) if np.ptp(truth) > 0 else None

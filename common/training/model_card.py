@@ -6,13 +6,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from common.errors import shorten
+from common.errors import counted, shorten
 from common.training.data import Splits, texts_of
 from common.training.report import (
     MOST_CLASSES,
     SHOWN_CHARACTERS,
     Outcome,
     answer_table,
+    baseline_sentence,
     certainty_sentence,
     score_sentence,
     setting_cell,
@@ -107,9 +108,10 @@ print(classify({text}, {options}))
 
 ## Results
 
-On {len(predictions.labels):,} texts of the test split, {_novelty(splits)}:
+On {counted(len(predictions.labels), "text")} of the test split, {_novelty(splits)}:
 {score_sentence(scores, predictions)}
-{certainty_sentence(predictions)} The weights are those after epoch {outcome.best["epoch"]:g},
+{certainty_sentence(predictions)}
+{baseline_sentence(outcome.baseline, task)} The weights are those after epoch {outcome.best["epoch"]:g},
 the best by validation {SCORES[task.kind][settings["best_metric"]]}.
 
 {answer_table(scores, task, "github")}
@@ -118,7 +120,7 @@ the best by validation {SCORES[task.kind][settings["best_metric"]]}.
 
 ## Training
 
-{len(splits["train"]):,} texts for training, {len(splits["validation"]):,} for validation.
+{counted(len(splits["train"]), "text")} for training, {len(splits["validation"]):,} for validation.
 
 {setting_table([*shown.items(), *settings["versions"].items()], "setting", "value")}
 

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common.errors import printable, shorten
+from common.errors import counted, printable, shorten
 from common.intervals import Interval
 from common.runtime import Runtime
 from common.terminal import cut, room, table
 from common.training import batching
+from common.training.baseline import Baseline
 from common.training.batching import BatchConfig
 from common.training.calibration import Bin, calibration_error, decisions, reliability
 from common.training.data import Splits, texts_of
@@ -67,6 +68,7 @@ ANSWER_COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
         "MAE": ("mae", ".4f"),
         "Pearson": ("pearson", ".4f"),
         "Spearman": ("spearman", ".4f"),
+        "R2": ("r2", ".4f"),
     },
 }
 # the picture of all answers: its name in TensorBoard, its file, what it shows
@@ -84,10 +86,10 @@ def token_lines(tokenized: Splits, tokens: TokenConfig, config: BatchConfig, run
     """Return three lines on what truncation drops, and how much of a batch is padding."""
     lines = []
     for use, split in (("training", "train"), ("scoring", "test")):
-        length = tokens.length_of(split)
-        num_tokens = np.asarray(tokenized[split]["num_tokens"][:])  # (N)
         if split not in tokenized:  # --inspect, of data that no splits can be cut from
             continue
+        length = tokens.length_of(split)
+        num_tokens = np.asarray(tokenized[split]["num_tokens"][:])  # (N)
         num_read = np.asarray(tokenized[split]["num_read"][:])  # (N)
         longer = (num_tokens > length).mean()
         if longer == 0:
@@ -218,12 +220,18 @@ def answer_table(scores: dict, task: Task, style: str = "simple") -> str:
     return shown + note
 
 
-def show(scores: dict, predictions: Predictions, max_length: int, runtime: Runtime) -> None:
-    """Print scores, the tables of answers and lengths, and five right and five wrong answers."""
+def show(
+    scores: dict, predictions: Predictions, baseline: Baseline | None, max_length: int, runtime: Runtime
+) -> None:
+    """Print scores, those of a baseline where its answer is known, the tables of answers and lengths,
+    and five right and five wrong answers.
+    """
     task = predictions.task
     first, *others = score_lines(scores, predictions).splitlines()
-    about = certainty_line(predictions)
-    runtime.say("\n".join([f"{first} on {len(predictions.labels):,} texts", *others, about]) + "\n")
+    lines = [f"{first} on {counted(len(predictions.labels), 'text')}", *others, certainty_line(predictions)]
+    if baseline is not None:
+        lines.append(baseline.line(task))
+    runtime.say("\n".join(lines) + "\n")
     runtime.say(answer_table(scores, task))
     runtime.say(
         f"\nby length of the text; the model reads up to {max_length} tokens at once:\n"
@@ -435,7 +443,15 @@ def score_sentence(scores: dict, predictions: Predictions) -> str:
 
 def certainty_sentence(predictions: Predictions) -> str:
     """Return the line on certainty as a sentence of Markdown."""
-    line = certainty_line(predictions)
+    return _sentence(certainty_line(predictions))
+
+
+def baseline_sentence(baseline: Baseline, task: Task) -> str:
+    """Return the line on the baseline as a sentence of Markdown."""
+    return _sentence(_as_written(baseline.line(task)))
+
+
+def _sentence(line: str) -> str:
     return f"{line[0].upper()}{line[1:]}."
 
 
@@ -450,6 +466,7 @@ class Outcome:
     history: list[dict]  # the scores of each evaluation
     best: dict  # that of the best one
     scores: dict  # on the test split
+    baseline: Baseline  # there
     predictions: Predictions
     temperature: float  # by which logits are divided
     num_texts: dict[str, int]  # of each split
@@ -472,6 +489,7 @@ class Outcome:
             "peak_memory_bytes": self.peak_memory_bytes,
             **self._calibration(),
             "test_intervals": self.predictions.intervals,
+            "test_baseline": {"answer": self.baseline.answer, **self.baseline.scores},
         }
 
     def _calibration(self) -> dict[str, float]:
@@ -562,9 +580,10 @@ def _report_text(outcome: Outcome) -> str:
     return f"""# {setting_cell(settings["model"])} on {setting_cell(settings["dataset"])}
 
 Test {headline}
-({len(predictions.labels)} texts), with the weights of epoch {results["best_epoch"]:g},
+({counted(len(predictions.labels), "text")}), with the weights of epoch {results["best_epoch"]:g},
 the best by validation {SCORES[task.kind][best_metric]}. Seed {settings["seed"]}.
 {certainty_sentence(predictions)}
+{baseline_sentence(outcome.baseline, task)}
 {results["train_examples_per_second"]:.1f} training examples a second.
 
 ## Epochs

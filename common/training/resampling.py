@@ -59,7 +59,7 @@ class Answers:
 def score_intervals(answers: Answers) -> dict[str, Interval]:
     """Return the interval of each score: Wilson's for shares of texts, else that of a bootstrap.
 
-    A score that is undefined in most resamples has none.
+    A score that is undefined in most resamples, or the same in all, has none.
     """
     bootstrapped = bootstrap(answers.statistics(), len(answers))
     found = {name: percentiles(values) for name, values in bootstrapped.items()}
@@ -140,6 +140,7 @@ def number_statistics(answers: Answers) -> Statistics:
 
     def statistics(weights: np.ndarray) -> dict[str, np.ndarray]:
         squares = [means(weights, column**2) for column in errors.T]
+        r2 = [_determination(weights, *pair) for pair in zip(squares, truth.T)]
         columns = list(zip(predicted.T, truth.T))
         pearson = [correlations(weights, *pair) for pair in columns]
         ranked = [[ranks(weights, part) for part in pair] for pair in columns]
@@ -150,9 +151,19 @@ def number_statistics(answers: Answers) -> Statistics:
             "mae": means(weights, abs(errors).mean(axis=1)),
             "pearson": _mean_of_defined(pearson),
             "spearman": _mean_of_defined(spearman),
+            "r2": _mean_of_defined(r2),
         }
 
     return statistics
+
+
+def _determination(weights: np.ndarray, squares: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Return R2 (R) of mean squared errors (R) against true numbers (N), NaN where these are equal."""
+    centred = truth - truth.mean()  # for the sake of the digits
+    square = means(weights, centred**2)
+    variance = square - means(weights, centred) ** 2
+    varies = variance > 1e-12 * square
+    return 1 - np.divide(squares, variance, out=np.full(len(squares), np.nan), where=varies)
 
 
 def area_statistics(

@@ -52,7 +52,14 @@ SCORES: dict[str, dict[str, str]] = {
         "roc_auc": "ROC-AUC",
         "average_precision": "average precision",
     },
-    REGRESSION: {"rmse": "RMSE", "pearson": "Pearson", "spearman": "Spearman", "loss": "loss", "mae": "MAE"},
+    REGRESSION: {
+        "rmse": "RMSE",
+        "pearson": "Pearson",
+        "spearman": "Spearman",
+        "loss": "loss",
+        "mae": "MAE",
+        "r2": "R2",
+    },
 }
 LOWER_IS_BETTER = ("loss", "rmse", "mae")
 METRICS = tuple(dict.fromkeys(name for names in SCORES.values() for name in names))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from common import bert, sources, speedups
-from common.errors import NotSupported, UserError
+from common.errors import NotSupported, UserError, counted
 from common.files import replace_folder
 from common.runtime import Runtime
 from common.training.batching import AnyTokenizer
@@ -25,7 +25,8 @@ from common.training.classifier import (
     saved_kind,
     task_of_model,
 )
-from common.training.run import MULTI, PAIR, SINGLE
+from common.training.labels import Label
+from common.training.run import MULTI, PAIR, REGRESSION, SINGLE
 from common.training.saved_settings import SETTINGS_FILE, SavedSettings, read_settings, write_settings
 from common.training.task import PROBLEM_TYPES, Task
 from common.training.tokenization import TokenConfig
@@ -66,10 +67,27 @@ class SavedModel:
             return 0.5
         if len(thresholds) != len(labels):
             raise UserError(
-                f"--model {self.name}: {SETTINGS_FILE} has {len(thresholds)} thresholds for"
-                f" {len(labels)} labels; copy it from the run once more"
+                f"--model {self.name}: {SETTINGS_FILE} has {counted(len(thresholds), 'threshold')} for"
+                f" {counted(len(labels), 'label')}; copy it from the run once more"
             )
         return thresholds
+
+    def baseline(self) -> Label | None:
+        """Return the answer of a baseline, None where training left none. Raises UserError when it is
+        none of the model's.
+        """
+        answer, names = self.settings.baseline, self.task.names
+        if self.task.kind == REGRESSION:
+            is_known = isinstance(answer, list) and [type(number) for number in answer] == [float] * len(
+                names
+            )
+        else:
+            labels = answer if self.task.kind == MULTI else [answer]
+            is_known = isinstance(labels, list) and all(label in names for label in labels)
+        if answer is not None and not is_known:
+            problem = f"{SETTINGS_FILE} has a baseline that is no answer of the model"
+            raise UserError(f"--model {self.name}: {problem}; copy it from the run once more")
+        return answer
 
 
 # Save ---------------------------------------------------------------------------------------------

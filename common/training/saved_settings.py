@@ -2,6 +2,8 @@
 again.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 from dataclasses import dataclass
@@ -10,6 +12,7 @@ from pathlib import Path
 from common import model_files, reading
 from common.errors import UserError
 from common.files import replace_file
+from common.training.labels import Label
 from common.training.run import DEFAULT_TRUNCATION, JOIN, PAIR, TRUNCATIONS, is_like
 
 SETTINGS_FILE = "training.json"
@@ -44,6 +47,7 @@ class SavedSettings:
     positive_class: str | None = None
     thresholds: tuple[float, ...] = ()  # one per label
     temperature: float = 1.0  # by which logits are divided; not 1 if the model was calibrated
+    baseline: Label | None = None  # the answer of a baseline, such as the most frequent class
 
 
 def write_settings(folder: Path, settings: dict, thresholds: list[float] | None) -> None:
@@ -72,6 +76,12 @@ def save_temperature(folder: Path, temperature: float) -> None:
     replace_file(folder / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
 
 
+def save_baseline(folder: Path, answer: Label) -> None:
+    """Add the answer of a baseline to a saved model."""
+    settings = {**_read_json(folder, str(folder)), "baseline": answer}
+    replace_file(folder / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
+
+
 def read_settings(folder: Path, name: str) -> SavedSettings:
     """Return how the model in a folder was trained. Raises UserError, naming the model, when the file
     is damaged: the model would be scored in another way than before.
@@ -89,6 +99,7 @@ def read_settings(folder: Path, name: str) -> SavedSettings:
         positive_class=settings.get("positive_class"),
         thresholds=tuple(settings.get("thresholds", ())),
         temperature=settings.get("temperature", 1.0),
+        baseline=settings.get("baseline"),
     )
 
 

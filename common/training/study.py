@@ -27,7 +27,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from common import cli, terminal
-from common.errors import Interrupted, UserError, shorten
+from common.errors import Interrupted, UserError, counted, shorten
 from common.files import only_writer, read_json, replace_file
 from common.training.run import (
     CONFIG,
@@ -271,7 +271,7 @@ class Runner:
             raise Interrupted(f"stopped by {name}; {advice}", 128 + self.received)
         unfinished = [run for run in self.study.runs if not is_finished(run.folder)]
         if len(unfinished) > len(self.failed):
-            problem = f"the time is up, {len(unfinished)} runs are not finished"
+            problem = f"the time is up before the end of {counted(len(unfinished), 'run')}"
             raise Interrupted(f"{problem}; {advice}", 0)
 
     def _is_over(self) -> bool:
@@ -372,7 +372,7 @@ def run_study(study: Study, script: Path, *, device: str, max_minutes: float | N
         at_once = ", one after another"
         if len(slots) > 1:
             at_once = f", {len(slots)} at a time, one on each GPU"
-        terminal.say(f"study    {study.folder}: {len(study.runs)} runs{at_once}")
+        terminal.say(f"study    {study.folder}: {counted(len(study.runs), 'run')}{at_once}")
         runner = Runner(study, script, slots, max_minutes)
         runner.run_all()
         finished = [run for run in study.runs if is_finished(run.folder)]
@@ -470,7 +470,8 @@ def headline_scores(results: Sequence[Mapping[str, Any]]) -> list[str]:
         wanted = [f"test_{name}" for name in (*names, "loss")]
         if all(name in values for name in wanted for values in results):
             return wanted
-    return [name for name in results[0] if name.startswith("test_") and name != "test_intervals"]
+    numbers = [name for name, value in results[0].items() if isinstance(value, int | float)]
+    return [name for name in numbers if name.startswith("test_")]
 
 
 def _in_words(spread: Spread) -> str:

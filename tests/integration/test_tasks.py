@@ -204,10 +204,18 @@ def test_a_run_finds_its_task_and_leaves_scores_that_agree(case, finished):
         expected = {
             "rmse": sklearn_metrics.root_mean_squared_error(true, predicted),
             "mae": sklearn_metrics.mean_absolute_error(true, predicted),
+            "r2": sklearn_metrics.r2_score(true, predicted),
             "pearson": stats.pearsonr(true[:, 0], predicted[:, 0])[0],
             "spearman": stats.spearmanr(true[:, 0], predicted[:, 0])[0],
         }
     assert {name: results[name] for name in expected} == pytest.approx(expected, abs=1e-4)
+    answer = results["baseline"]["answer"]
+    always = [float(name in answer) for name in case.names] if case.kind == "multi" else answer
+    first = "subset_accuracy" if case.kind == "multi" else "rmse"
+    score = {"multi": sklearn_metrics.accuracy_score, "regression": sklearn_metrics.root_mean_squared_error}
+    same = np.broadcast_to(always, true.shape)
+    assert results["baseline"][first] == pytest.approx(score[case.kind](true, same), abs=1e-4)
+    assert run.said.count("\nbaseline, always ") == 1
     with open(run.data[1], newline="", encoding="utf-8") as file:
         source = list(csv.DictReader(file))
     for row, values in zip(run.rows, true):
@@ -267,6 +275,8 @@ def test_pipeline_answers_as_predict_and_the_run_do(case, finished, call_script)
         expected = {score["label"]: score["score"] for score in classify([text], truncation=True)[0]}
         if case.kind == "multi":
             assert answer["labels"] == [name for name in case.names if answer["scores"][name] >= 0.5]
+        else:
+            assert {"score": answer["prediction"]} == answer["scores"]
         if len(classify.tokenizer(text)["input_ids"]) > 32:
             continue  # the pipeline reads only its beginning
         num_short += 1
@@ -425,8 +435,9 @@ def test_evaluate_only_and_inspect_know_the_task(case, finished, call_script, ti
     done = call_script(
         "train_classifier.py", "--model", run.folder / "best", *names, "--evaluate-only", *common
     )
-    [line] = re.findall(r"^.* on 12 texts$", run.said, re.M)
-    assert line in done.stdout
+    for said in (r"^.* on 12 texts$", r"^baseline, always .*$"):
+        [line] = re.findall(said, run.said, re.M)
+        assert line in done.stdout
     done = call_script("train_classifier.py", "--model", tiny_model, *names, "--inspect", *common)
     shown = done.stdout[done.stdout.index("SPLITS") : done.stdout.index("LENGTHS")]
     assert done.stderr == "" and all(name in shown for name in case.names)
@@ -500,7 +511,8 @@ def require_same_outcome(run: Finished, other: Finished, *, exact: bool) -> None
         for path in (run, other)
     ]
     names = [name for name in scores[0] if name.startswith("test_") and "second" not in name]
-    names.remove("test_intervals")
+    names = [name for name in names if name not in ("test_intervals", "test_baseline")]
+    assert scores[0]["test_baseline"] == scores[1]["test_baseline"]
     assert len(names) > 8
     for name in names:
         # correlations of few numbers magnify their last digits

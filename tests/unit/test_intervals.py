@@ -133,6 +133,7 @@ def regression(generator) -> tuple[Answers, dict]:
             "rmse": np.mean([metrics.root_mean_squared_error(*pair) for pair in pairs]),
             "pearson": np.mean([stats.pearsonr(*pair).statistic for pair in pairs]),
             "spearman": np.mean([stats.spearmanr(*pair).statistic for pair in pairs]),
+            "r2": metrics.r2_score(true, said),
         }
 
     return answers, scores
@@ -175,6 +176,20 @@ def test_a_score_that_is_undefined_has_no_interval():
     """One class occurs in the truth: no curve; all numbers are equal: no correlation."""
     ones, half = np.ones(9, int), np.full((9, 2), 0.5)
     found = score_intervals(Answers("single", ones, ones, 2, half))
-    assert "roc_auc" not in found and found["macro_f1"] == (1.0, 1.0)
+    assert "roc_auc" not in found
     found = score_intervals(Answers("regression", half, np.arange(18.0).reshape(9, 2), 2))
     assert "pearson" not in found and "rmse" in found
+
+
+@pytest.mark.parametrize("kind", ["single", "multi"])
+def test_no_interval_is_without_width_where_all_answers_are_right(kind):
+    """Twelve right answers say that the accuracy is high, and not that it is 1."""
+    labels = np.arange(12) % 2
+    flags = np.stack([1 - labels, labels], axis=1)
+    truth = labels if kind == "single" else flags == 1
+    guesses = np.where(flags == 1, 0.9, 0.2)
+    found = score_intervals(Answers(kind, truth, truth, 2, guesses, np.linspace(0.1, 0.2, 12)))
+    share = "accuracy" if kind == "single" else "subset_accuracy"
+    assert found.keys() == {"loss", share, *(["micro_f1"] if kind == "single" else [])}
+    assert found[share] == pytest.approx(proportion_confint(12, 12, method="wilson"))
+    assert intervals.percentiles(np.full(1000, 0.1) + np.resize([0, 1e-17], 1000)) is None

@@ -291,9 +291,20 @@ def test_scores_of_numbers_equal_scipys_and_scikit_learns(seed, num_outputs, cou
         values = [function(answers[:, column], truth[:, column])[0] for column in varied]
         assert [value for value in scores["per_number"][name] if value is not None] == pytest.approx(values)
         assert not varied or scores[name] == pytest.approx(np.mean(values))
+    r2 = [sklearn_metrics.r2_score(truth[:, column], answers[:, column]) for column in varied]
+    assert [value for value in scores["per_number"]["r2"] if value is not None] == pytest.approx(r2)
+    assert not varied or scores["r2"] == pytest.approx(np.mean(r2))
     problem = type("Config", (), {"problem_type": "regression", "num_labels": num_outputs})
     loss = ForSequenceClassificationLoss(torch.tensor(truth), torch.tensor(answers), problem)
     assert scores["loss"] == pytest.approx(loss.item())
+
+
+def test_there_is_no_r2_of_one_number_or_equal_ones():
+    for count in (1, 3):
+        scores = compute_scores(
+            Task(REGRESSION, ("a",)), torch.zeros(count, 1), torch.ones(count, 1), Scoring()
+        )
+        assert "r2" not in scores and scores["per_number"]["r2"] == [None] and scores["rmse"] == 1.0
 
 
 def test_a_correlation_with_equal_numbers_is_left_out():
