@@ -28,9 +28,8 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from common import bundled, cli, terminal
-from common.columns import kept_by_flags
 from common.errors import Interrupted, UserError, outcome
-from common.generation import generation_flags, output, prompt_template
+from common.generation import generation_flags, output
 from common.generation.generation_flags import (
     DEFAULT_WINDOW,
     DRAWING,
@@ -38,12 +37,15 @@ from common.generation.generation_flags import (
     RECORDED,
     file_options,
     is_drawing,
+    prompt_config,
 )
+from common.generation.messages import as_conversation
+from common.generation.prompts import GivenPrompt, read_prompts
 
 if TYPE_CHECKING:
-    from common.generation.chat import ChatFormat, Message
+    from common.generation.chat import ChatFormat
     from common.generation.conversation import Chat
-    from common.generation.prompts import GivenPrompt
+    from common.generation.messages import Message
 
 
 def make_parser() -> cli.Parser:
@@ -558,9 +560,7 @@ def encode_readable(
     if run.chat is None:
         encode = functools.partial(language_model.encode_prompt, language_model=run.language_model)
         return [outcome(encode, str(text), name=name) for text, name in named]
-    from common.generation import chat
-
-    conversations = [chat.as_conversation(item, args.system) for item, _ in named]
+    conversations = [as_conversation(item, args.system) for item, _ in named]
     if any(messages[0]["role"] == "system" for messages in conversations):
         run.chat.note_system()
     return run.chat.try_to_encode(conversations, [name for _, name in named])
@@ -570,20 +570,9 @@ def read_texts(args: argparse.Namespace) -> tuple[list[GivenPrompt], list[str] |
     """Return the texts or conversations of all prompts, with --skip-bad or why one can't be read, and
     their references, None without --references.
     """
-    from common.generation import prompts
-
-    given = [prompts.GivenPrompt(text) for text in args.prompt or []]
+    given = [GivenPrompt(text) for text in args.prompt or []]
     if args.prompts_file is not None:
-        template = args.prompt_template
-        config = prompts.PromptConfig(
-            args.text_column,
-            None if template is None else prompt_template.parse(template),
-            kept_by_flags(args),
-            args.skip_bad,
-            file_options(args),
-            args.cache_dir,
-        )
-        given += prompts.read(args.prompts_file, config)
+        given += read_prompts(args.prompts_file, prompt_config(args))
     if not args.chat and any(isinstance(prompt.content, list) for prompt in given):
         raise UserError(f"--prompts-file {args.prompts_file}: it holds messages; add --chat")
     if len(given) > 1 and (args.explain or args.compare):

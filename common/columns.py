@@ -17,6 +17,11 @@ EVERY = ("all",)  # the value of --keep-columns for all columns
 GIVEN = "given_"  # begins the name of a kept column that has the name of one of ours
 
 
+def split_columns(text: str) -> list[str]:
+    """Return the columns that a flag names, separated by commas."""
+    return [name.strip() for name in text.split(",")]
+
+
 def require_column(names: Iterable[str], column: str, *, source: str, flag: str) -> None:
     """Raise UserError, naming `source` and the `flag` that names the column, unless `column` is
     one of `names`.

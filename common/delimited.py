@@ -8,44 +8,30 @@ each line. `read_fast` is Arrow's: ten times as fast, but it forgives what the p
 import codecs
 import contextlib
 import csv
-import io
 import itertools
 import re
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
+from common import dialects
 from common.columns import ROW
-from common.errors import UserError, counted, first_repeated, note, one_line, shorten
+from common.dialects import Dialect, read_cells
+from common.errors import UserError, counted, note, one_line, shorten
+from common.plain_files import DataFile
 from common.sources import EVERY_COLUMN, FASTTEXT_LABEL, suffix
-from common.tables import BLOCK_ROWS, DataFile, gather, is_utf8, parse_lines
+from common.tables import BLOCK_ROWS, gather, is_utf8, parse_lines
 
 MOST_RESTARTS = 20  # after quotation marks that are never closed
 BLOCK_BYTES = 4 << 20  # of a file that Arrow reads at once
-DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars", " ": "spaces"}
 MANY_LINES = 20  # in one cell: more often a quotation mark that was never closed than a text
 # A column of a table with a delimiter holds numbers if all of its cells are written in one of these
 # ways: 007 is a name. More digits than these would be lost.
 WHOLE, DECIMAL = r"^-?(0|[1-9]\d{0,17})$", r"^-?(0|[1-9]\d{0,14})(\.\d+)?([eE][+-]?\d{1,3})?$"
 BOOLEAN = "^(true|false|True|False|TRUE|FALSE)$"
-
-csv.field_size_limit(sys.maxsize)
-
-
-@dataclass(frozen=True)
-class Dialect:
-    """How a table with a delimiter is written."""
-
-    delimiter: str
-    quoted: bool  # whether a cell may stand in quotation marks
-    names: list[str]  # of the columns
-    has_header: bool
 
 
 def read(data: DataFile) -> pa.Table:
@@ -74,33 +60,15 @@ def read(data: DataFile) -> pa.Table:
 
 def find_dialect(data: DataFile) -> Dialect:
     """Return how a table is written: as the flags say, else as its beginning shows."""
-    options, head = data.options, data.head()
-    default = "\t" if suffix(data.name) == ".tsv" else ","
-    delimiter = options.delimiter
-    if delimiter is None:
-        delimiter = find_delimiter(head, default, columns=options.columns, as_text=data.as_text)
-        if delimiter != default and suffix(data.name):
-            cells = f"its cells are separated by {DELIMITERS[delimiter]}"
-            note(f"{data.name}: {cells} (--delimiter says otherwise)")
+    options, delimiter = data.options, dialects.choose_delimiter(data)
+    if options.delimiter is None and suffix(data.name) and delimiter != dialects.default_delimiter(data):
+        cells = f"its cells are separated by {dialects.DELIMITERS[delimiter]}"
+        note(f"{data.name}: {cells} (--delimiter says otherwise)")
     quoted = options.quoting == "csv"
     if options.quoting == "auto":
         quoted = delimiter != "\t" or is_quoted(data)
-    if options.columns is not None:
-        return Dialect(delimiter, quoted, list(options.columns), has_header=False)
-    names = _column_names(data.name, _first_row(head, delimiter, quoted=quoted))
-    return Dialect(delimiter, quoted, names, has_header=True)
-
-
-def find_delimiter(head: str, default: str, *, columns: Sequence[str] | None, as_text: Sequence[str]) -> str:
-    """Return the delimiter of a table from its beginning: the `default`, unless only another one
-    gives the columns that are wanted, or more than one.
-    """
-    candidates = [default, *(other for other in ",\t;|" if other != default)]
-    rows = {one: _first_row(head, one, quoted=one != "\t") for one in candidates}
-    if columns is not None:
-        return next((one for one in candidates if len(rows[one]) == len(columns)), default)
-    # the first of those with most of the wanted columns, then of those with more than one column
-    return max(candidates, key=lambda one: (len({*as_text} & {*rows[one]}), len(rows[one]) > 1))
+    names = dialects.find_names(data, delimiter, quoted=quoted)
+    return Dialect(delimiter, quoted, names, has_header=options.columns is None)
 
 
 def is_quoted(data: DataFile) -> bool:
@@ -123,19 +91,13 @@ def is_quoted(data: DataFile) -> bool:
     return len(widths) > 1 or not is_plain
 
 
-def _first_row(head: str, delimiter: str, *, quoted: bool) -> list[str]:
-    """Return the cells of the first line that is not blank, as far as they can be read."""
-    rows = _cells(io.StringIO(head, newline=""), delimiter, quoted=quoted, strict=False)
-    return next((row for row in rows if row), [])
-
-
 def read_rows(data: DataFile, dialect: Dialect) -> Iterator[list[str]]:
     """Yield the cells of each row, without the header and without blank lines: the plain reader.
 
     Raises UserError for a row that does not have as many cells as there are columns.
     """
     width, longest = len(dialect.names), (0, 0)  # lines of the longest row, and where it begins
-    rows = _cells(data.text(), dialect.delimiter, quoted=dialect.quoted)
+    rows = read_cells(data.text(), dialect.delimiter, quoted=dialect.quoted)
     is_header = dialect.has_header
     while True:
         first_line = rows.line_num + 1
@@ -173,7 +135,7 @@ def read_sound_rows(data: DataFile, dialect: Dialect) -> Iterator[list[str]]:
     width, number, skipped, is_header = len(dialect.names), 0, 0, dialect.has_header
     for _ in range(MOST_RESTARTS):
         lines = itertools.islice(data.text(errors="surrogateescape"), skipped, None)
-        rows = _cells(lines, dialect.delimiter, quoted=dialect.quoted)
+        rows = read_cells(lines, dialect.delimiter, quoted=dialect.quoted)
         while True:
             first_line = rows.line_num
             try:
@@ -290,15 +252,6 @@ def _all_match(cells: pa.ChunkedArray | pa.Array, pattern: str) -> bool:
     return cells.null_count < len(cells) and pc.all(pc.match_substring_regex(cells, pattern)).as_py()
 
 
-def _column_names(name: str, header: list[str]) -> list[str]:
-    # an empty name is that of the index which pandas writes beside a table
-    names = [column or f"Unnamed: {number}" for number, column in enumerate(header)]
-    twice = first_repeated(names)
-    if twice is not None:
-        raise UserError(f"{name}: two columns have the name {twice!r}; rename one of them")
-    return names
-
-
 def _line_spans(content: np.ndarray, quotes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return for each pair of quotation marks the number of lines before it, and of the line ends
     between the two.
@@ -339,12 +292,6 @@ def _positions(content: np.ndarray, byte: bytes) -> np.ndarray:
         for start in range(0, len(content), size)
     ]
     return np.concatenate(found)
-
-
-def _cells(lines: Iterable[str], delimiter: str, *, quoted: bool, strict: bool = True) -> Any:
-    """Return Python's reader of rows; `strict`: it refuses what is not well formed."""
-    quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
-    return csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=strict)
 
 
 # Lines that begin with their label ----------------------------------------------------------------

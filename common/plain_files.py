@@ -6,18 +6,22 @@ import bz2
 import codecs
 import contextlib
 import gzip
+import io
 import lzma
+import mmap
 import os
 import select
 import sys
 import tempfile
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from common import sources
-from common.errors import UserError, one_line
+from common.errors import Fault, UserError, one_line
+from common.sources import FileOptions
 
 STREAM_BYTES, STREAM_LINES = 4 << 30, 10_000_000  # of a stream; a longer one may have no end
 # what a compressed file may become: any size up to the first, and then so many times its own, which
@@ -38,6 +42,7 @@ BINARY_FILES = {
     b"7z\xbc\xaf\x27\x1c": ("a 7z archive", "unpack it"),
     b"SQLite format 3\x00": ("a SQLite database", SAVE_AS_CSV),
 }
+HEAD = 256 << 10  # bytes at the beginning of a file from which it is found out how it is written
 SAMPLE = 64 << 10  # bytes from which an encoding is found out
 
 
@@ -246,3 +251,48 @@ def decode_utf8(content: bytes, source: str) -> str:
         raise UserError(
             f"{source}: not UTF-8 (byte {byte}); convert it to UTF-8 first, or name its --encoding"
         ) from error
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A file that is to be read as a table, made plain, and what is known about it."""
+
+    file: BinaryIO  # text is UTF-8
+    name: str
+    options: FileOptions
+    as_text: tuple[str, ...]  # columns whose cells stay as they are written
+    folder: str | None  # of temporary files
+    # where rows that can't be read are noted; the others get the column ROW. None: the first ends
+    # the reading
+    faults: list[Fault] | None = None
+
+    def note(self, row: int, problem: str, content: str) -> None:
+        """Note a row that can't be read."""
+        assert self.faults is not None
+        readable = content.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        self.faults.append(Fault(self.name, row, problem, readable))
+
+    def head(self) -> str:
+        """Return the beginning of a text."""
+        return os.pread(self.file.fileno(), HEAD, 0).decode("utf-8-sig", "replace")
+
+    def text(self, newline: str | None = "", errors: str = "strict") -> io.TextIOWrapper:
+        """Return the text from its beginning; line ends stay as they are unless `newline` is None."""
+        number = self.file.fileno()
+        os.lseek(number, 0, os.SEEK_SET)
+        return open(number, encoding="utf-8-sig", newline=newline, errors=errors, closefd=False)
+
+    def mapped(self) -> mmap.mmap:
+        """Return the bytes of the file without reading them."""
+        return mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def not_utf8(self) -> UserError:
+        """Return what is wrong with a text that is no UTF-8, with the line."""
+        os.lseek(self.file.fileno(), 0, os.SEEK_SET)
+        with open(self.file.fileno(), "rb", closefd=False) as lines:
+            for number, line in enumerate(lines, start=1):
+                try:
+                    decode_utf8(line, f"{self.name}, line {number}")
+                except UserError as error:
+                    return error
+        raise AssertionError("every line is UTF-8")

@@ -8,31 +8,39 @@ imported by the functions that need them, as are the readers of data files: `com
 from __future__ import annotations
 
 import codecs
+import contextlib
 import functools
+import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-import numpy as np
-
-from common import bundled, hub, sources
+from common import bundled, dialects, hub, json_objects, sources
 from common.columns import require_column
 from common.errors import Fault, UserError, first_repeated, note, shorten
-from common.plain_files import SAMPLE, decode_utf8, not_encoded, open_plain, refuse_utf16, source_name
+from common.plain_files import (
+    SAMPLE,
+    DataFile,
+    decode_utf8,
+    not_encoded,
+    open_plain,
+    refuse_utf16,
+    source_name,
+)
 from common.sources import DATA_SUFFIXES, JSON_SUFFIXES, FileOptions
 
 if TYPE_CHECKING:
     import datasets
+    import numpy as np
     import pyarrow as pa
-
-    from common import tables
 
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})$")  # as in train-00000-of-00002.parquet
 TEXT_SUFFIXES = (".txt", ".md")  # of the files in folders of texts
 UNLABELLED = ("unsup", "unlabeled", "unlabelled")  # no class: IMDb's texts without labels
 TEXT_KINDS = ("string", "large_string")
+READ_AT_ONCE = 8 << 20  # bytes of JSON that are looked at before the libraries are loaded
 LONGEST_TEXT = 10_000_000  # characters; more is no text but a file in a single line
 AS_FOUND = FileOptions()  # nothing but what name and content of a file show
 
@@ -127,9 +135,7 @@ def read_table(
     faults: list[Fault] | None = None,
 ) -> datasets.Dataset:
     """Return the rows of a data file that is open and plain; messages call it `name`."""
-    from common import tables
-
-    data = tables.DataFile(file, name, options, tuple(as_text), cache_dir, faults)
+    data = DataFile(file, name, options, tuple(as_text), cache_dir, faults)
     rows = _as_dataset(_read_rows(data), name, as_text)
     if len(rows) == 0 and faults:
         problem = f"none of its rows can be read: {faults[0].problem}"
@@ -139,7 +145,7 @@ def read_table(
     return _with_fields(rows, as_text)
 
 
-def _read_rows(data: tables.DataFile) -> pa.Table:
+def _read_rows(data: DataFile) -> pa.Table:
     """Return the table of a data file: read as its ending says, and without one as its options say
     or its content shows.
     """
@@ -333,6 +339,84 @@ def check_length(text: str, location: str) -> None:
         raise UserError(f"{location}: {problem}; cut it up")
 
 
+# What a file's beginning shows -----------------------------------------------------------------
+
+
+def check_columns(
+    name: str, wanted: Mapping[str, str], *, as_text: Sequence[str], options: FileOptions, source: str = ""
+) -> None:
+    """Raise UserError for a file that is no text, and for a column that it lacks, as far as this shows
+    before any library is loaded: for local files, neither compressed nor in another encoding.
+
+    `wanted` are columns with the flags that name them, `as_text` those that will be read as texts;
+    messages call the file `source`.
+    """
+    with open_if_plain(name, options) as file:
+        if file is not None:
+            check_header(file, name, wanted, as_text=as_text, options=options, source=source)
+
+
+@contextlib.contextmanager
+def open_if_plain(name: str, options: FileOptions) -> Iterator[BinaryIO | None]:
+    """Yield a local file if it can be read as it is, else None. Raises UserError where it is no text."""
+    is_utf8 = options.encoding is None or codecs.lookup(options.encoding).name == "utf-8"
+    is_compressed = Path(name).suffix.lower() in sources.COMPRESSED_SUFFIXES
+    if name == "-" or is_compressed or not is_utf8 or sources.kind_of_path(name) != "file":
+        yield None
+        return
+    with open_plain(name) as file:
+        yield file
+
+
+def check_header(
+    file: BinaryIO,
+    name: str,
+    wanted: Mapping[str, str],
+    *,
+    as_text: Sequence[str],
+    options: FileOptions,
+    source: str = "",
+) -> None:
+    """Raise UserError for a column that an open file lacks, as `check_columns` does."""
+    if not wanted or not is_table(file, name, options):
+        return
+    names = _names_at_once(DataFile(file, name, options, tuple(as_text), None), wanted)
+    for column, flag in wanted.items() if names else ():
+        if column.partition(".")[0] not in names:  # "a.b" may be a field of column a
+            require_column(names, column, source=source or name, flag=flag)
+
+
+def _names_at_once(data: DataFile, wanted: Iterable[str]) -> list[str]:
+    """Return the names of a file's columns, or none where it takes a library to find them, or where
+    the reader will say what is wrong with it. Of JSON, those of the first rows that have all `wanted`.
+    """
+    ending, options = sources.suffix(data.name), data.options
+    if ending in JSON_SUFFIXES:
+        names: dict[str, None] = {}
+        if os.fstat(data.file.fileno()).st_size > READ_AT_ONCE:
+            return []
+        try:
+            for _, _, row in json_objects.read_objects(data):
+                names |= dict.fromkeys(row)
+                if names.keys() >= set(wanted):
+                    break
+        except (UserError, UnicodeDecodeError, RecursionError):
+            return []
+        return list(names)
+    if ending == ".parquet" or not (ending in DATA_SUFFIXES or options.is_table):
+        return []
+    if options.columns is not None:
+        return list(options.columns)
+    delimiter = dialects.choose_delimiter(data)
+    if delimiter == " " or len(delimiter) > 1:
+        return []
+    is_uncertain = delimiter == "\t" and options.quoting == "auto"  # only all of the file tells
+    quoted = options.quoting != "none" and not is_uncertain
+    header = dialects.find_names(data, delimiter, quoted=quoted)
+    is_uncertain = is_uncertain and any('"' in name for name in header)
+    return [] if is_uncertain or "\ufffd" in "".join(header) else header
+
+
 # Checks -------------------------------------------------------------------------------------------
 
 
@@ -398,6 +482,8 @@ def evenly_spaced(count: int, most: int) -> np.ndarray:
     """Return the indices (n) of a sample of at most `most` of `count` items, spread evenly; all if
     there are fewer.
     """
+    import numpy as np
+
     size = min(count, most)
     return np.arange(size) * count // max(size, 1)  # 1: no division by 0 for an empty sample
 

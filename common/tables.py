@@ -8,25 +8,20 @@ from one run to the next, so that a file that has changed is never taken for wha
 
 import contextlib
 import errno
-import io
 import itertools
 import json
 import mmap
-import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import BinaryIO, TypeVar
+from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from common.errors import Fault, UserError, one_line
-from common.plain_files import decode_utf8, temporary_file
-from common.sources import FileOptions
+from common.errors import UserError, one_line
+from common.plain_files import DataFile, temporary_file
 
 BLOCK_ROWS = 10_000
 IN_MEMORY = 64 << 20  # bytes of a table that stay in memory; a larger one lies in a temporary file
-HEAD = 256 << 10  # bytes at the beginning of a file from which it is found out how it is written
 # What libraries raise about a file that they can't read; other exceptions are bugs.
 FAULTS = (
     pa.ArrowException,
@@ -45,51 +40,6 @@ UNUSUAL = {
 }
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class DataFile:
-    """A file that is to be read as a table, made plain, and what is known about it."""
-
-    file: BinaryIO  # text is UTF-8
-    name: str
-    options: FileOptions
-    as_text: tuple[str, ...]  # columns whose cells stay as they are written
-    folder: str | None  # of temporary files
-    # where rows that can't be read are noted; the others get the column ROW. None: the first ends
-    # the reading
-    faults: list[Fault] | None = None
-
-    def note(self, row: int, problem: str, content: str) -> None:
-        """Note a row that can't be read."""
-        assert self.faults is not None
-        readable = content.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-        self.faults.append(Fault(self.name, row, problem, readable))
-
-    def head(self) -> str:
-        """Return the beginning of a text."""
-        return os.pread(self.file.fileno(), HEAD, 0).decode("utf-8-sig", "replace")
-
-    def text(self, newline: str | None = "", errors: str = "strict") -> io.TextIOWrapper:
-        """Return the text from its beginning; line ends stay as they are unless `newline` is None."""
-        number = self.file.fileno()
-        os.lseek(number, 0, os.SEEK_SET)
-        return open(number, encoding="utf-8-sig", newline=newline, errors=errors, closefd=False)
-
-    def mapped(self) -> mmap.mmap:
-        """Return the bytes of the file without reading them."""
-        return mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ)
-
-    def not_utf8(self) -> UserError:
-        """Return what is wrong with a text that is no UTF-8, with the line."""
-        os.lseek(self.file.fileno(), 0, os.SEEK_SET)
-        with open(self.file.fileno(), "rb", closefd=False) as lines:
-            for number, line in enumerate(lines, start=1):
-                try:
-                    decode_utf8(line, f"{self.name}, line {number}")
-                except UserError as error:
-                    return error
-        raise AssertionError("every line is UTF-8")
 
 
 @contextlib.contextmanager

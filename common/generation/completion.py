@@ -22,8 +22,9 @@ if TYPE_CHECKING:  # importing it takes a second
     from transformers import PreTrainedTokenizerBase
 
     from common.generation.beams import Beams
-    from common.generation.chat import ChatFormat, Message
+    from common.generation.chat import ChatFormat
     from common.generation.decoding import Cache
+    from common.generation.messages import Message
     from common.tokenizer import Tokenizer
 
 LOGPROB_BYTES = 300  # of an entry of --logprobs, until its batch is written

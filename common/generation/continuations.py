@@ -17,6 +17,7 @@ from common import plain_files, reading, terminal
 from common.errors import UserError, shorten
 from common.generation import decoding
 from common.generation.language_model import LanguageModel, check_characters, check_length
+from common.generation.messages import as_conversation
 from common.generation.scoring import start_token
 
 if TYPE_CHECKING:
@@ -154,11 +155,9 @@ def write_prompts(
     """
     if chat_format is None:
         return None
-    from common.generation import chat
-
     if system:
         chat_format.note_system()
-    conversations = [chat.as_conversation(question.prompt, system) for question in questions]
+    conversations = [as_conversation(question.prompt, system) for question in questions]
     names = [f"prompt {number}" for number in range(1, len(questions) + 1)]
     texts = []
     for text in chat_format.write(conversations, names):

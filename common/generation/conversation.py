@@ -16,10 +16,11 @@ from common import reading
 from common.cli import check_encoding
 from common.errors import UserError, shorten
 from common.files import replace_file
-from common.generation.chat import ChatFormat, Message, as_conversation, check_messages, is_begun
+from common.generation.chat import ChatFormat
 from common.generation.completion import Completion, Prompt, Run
 from common.generation.decoding import Batch
 from common.generation.language_model import check_length
+from common.generation.messages import Message, as_conversation, check_messages, is_begun
 from common.generation.prompts import parse_object
 from common.generation.sampling import batch_seed
 

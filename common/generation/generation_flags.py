@@ -12,7 +12,7 @@ import os
 import re
 from typing import Any
 
-from common import cli, sources
+from common import cli, reading, sources
 from common.cli import (
     finite_float,
     fraction,
@@ -24,10 +24,11 @@ from common.cli import (
     positive_int,
     probability,
 )
-from common.columns import add_kept_flags
+from common.columns import add_kept_flags, kept_by_flags
 from common.errors import UserError, note, shorten
-from common.generation import output, prompt_template
+from common.generation import output, prompt_template, prompts
 from common.generation.prompt_template import FLAG as TEMPLATE
+from common.generation.prompts import PromptConfig
 from common.sources import FileOptions
 
 
@@ -375,6 +376,38 @@ def check_flags(args: argparse.Namespace) -> None:
         check_template(args.chat_template)
     if args.output is not None:
         output.check_path(args.output, resume=args.resume)
+    check_files(args)
+
+
+def check_files(args: argparse.Namespace) -> None:
+    """Raise UserError for a file that is no text, and for a column that it lacks, as its beginning
+    shows.
+    """
+    options = file_options(args)
+    if args.prompts_file is not None:
+        prompts.check_columns(args.prompts_file, prompt_config(args))
+    for name, column, flag in (
+        (args.references, args.reference_column, "--reference-column"),
+        (args.score, args.text_column, "--text-column"),
+    ):
+        if name is not None:
+            reading.check_columns(name, {column: flag}, as_text=[column], options=options)
+    for name in (args.perplexity, args.score_continuations):
+        if name is not None:
+            reading.check_columns(name, {}, as_text=(), options=options)
+
+
+def prompt_config(args: argparse.Namespace) -> PromptConfig:
+    """Return where the flags say that a file has its prompts."""
+    template = args.prompt_template
+    return PromptConfig(
+        args.text_column,
+        None if template is None else prompt_template.parse(template),
+        kept_by_flags(args),
+        args.skip_bad,
+        file_options(args),
+        args.cache_dir,
+    )
 
 
 def check_ranges(args: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ from common import plain_files, reading, sources
 from common.cli import json_line
 from common.columns import ROW, find_kept, names_beside, require_column
 from common.errors import Fault, UserError, outcome
-from common.generation.chat import Message, check_messages
+from common.generation.messages import Message, check_messages
 from common.generation.output import OWN_FIELDS
 from common.generation.prompt_template import FLAG, PromptTemplate
 from common.sources import FileOptions
@@ -50,8 +50,13 @@ class PromptConfig:
         """The columns that prompts are made of."""
         return [self.text_column] if self.template is None else self.template.columns
 
+    @property
+    def as_text(self) -> list[str]:
+        """The columns that are read as they are written."""
+        return [*self.columns, *([sources.EVERY_COLUMN] if self.kept is None else self.kept)]
 
-def read(name: str, config: PromptConfig) -> list[GivenPrompt]:
+
+def read_prompts(name: str, config: PromptConfig) -> list[GivenPrompt]:
     """Return the prompts of a file or of standard input ("-").
 
     Raises UserError, naming the row or line, for one that can't be used; with `skip_bad` the error
@@ -61,7 +66,7 @@ def read(name: str, config: PromptConfig) -> list[GivenPrompt]:
     sources.check_texts(name, any_suffix=options.is_table)
     source = plain_files.source_name(name)
     with plain_files.open_plain(name, encoding=options.encoding, folder=config.cache_dir) as file:
-        if not options.is_table and config.template is None and holds_prompts(file, name, config.text_column):
+        if _holds_conversations(file, name, config):
             prompts = _read_json(file, source, config)
         elif reading.is_table(file, name, options):
             prompts = _read_table(file, source, config)
@@ -72,6 +77,15 @@ def read(name: str, config: PromptConfig) -> list[GivenPrompt]:
             between = "," if ";" in str(prompt.content) else "; correct it,"
             raise UserError(f"{prompt.content}{between} or leave it out with --skip-bad")
     return prompts
+
+
+def check_columns(name: str, config: PromptConfig) -> None:
+    """Raise UserError for a file that is no text or a column that it lacks, as its beginning shows."""
+    flag = "--text-column" if config.template is None else FLAG
+    wanted = dict.fromkeys(config.kept or (), "--keep-columns") | dict.fromkeys(config.columns, flag)
+    with reading.open_if_plain(name, config.options) as file:
+        if file is not None and not _holds_conversations(file, name, config):
+            reading.check_header(file, name, wanted, as_text=config.as_text, options=config.options)
 
 
 # Lines of text ------------------------------------------------------------------------------------
@@ -98,9 +112,9 @@ def _read_lines(file: BinaryIO, source: str, config: PromptConfig) -> list[Given
 def _read_table(file: BinaryIO, source: str, config: PromptConfig) -> list[GivenPrompt]:
     """Return a prompt for each row, those that could not be read among the others."""
     faults: list[Fault] | None = [] if config.skip_bad else None
-    as_text = [*config.columns, *([sources.EVERY_COLUMN] if config.kept is None else config.kept)]
+    options, cache_dir = config.options, config.cache_dir
     rows = reading.read_table(
-        file, source, as_text=as_text, options=config.options, cache_dir=config.cache_dir, faults=faults
+        file, source, as_text=config.as_text, options=options, cache_dir=cache_dir, faults=faults
     )
     for column in config.columns:
         flag = "--text-column" if config.template is None else FLAG
@@ -184,10 +198,12 @@ def _json_value(cell: Any) -> Any:
 # Lines of JSON ------------------------------------------------------------------------------------
 
 
-def holds_prompts(file: BinaryIO, name: str, column: str) -> bool:
+def _holds_conversations(file: BinaryIO, name: str, config: PromptConfig) -> bool:
     """Return whether an open file is of JSON lines with `messages` or `prompt`, as its first one
-    shows; a column of texts, if there is one, goes before these.
+    shows; a column of texts, if there is one, goes before these, and a template too.
     """
+    if config.options.is_table or config.template is not None:
+        return False
     if name != "-" and sources.suffix(name) not in LINES_OF_JSON:
         return False
     file.seek(0)
@@ -197,7 +213,7 @@ def holds_prompts(file: BinaryIO, name: str, column: str) -> bool:
     with contextlib.suppress(ValueError, RecursionError):
         row = json.loads(head)
         has_prompts = isinstance(row, dict) and not row.keys().isdisjoint(PROMPT_KEYS)
-        return has_prompts and column not in row
+        return has_prompts and config.text_column not in row
     return False
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 from common.errors import UserError, shorten
 from common.generation import language_model
-from common.generation.chat import Message, check_messages
 from common.generation.completion import Prompt, Run
 from common.generation.constraints import Constraints
 from common.generation.language_model import LanguageModel
+from common.generation.messages import Message, check_messages
 from common.generation.sampling import Constraint, Settings
 
 MOST_STOPS, MOST_LOGPROBS, MOST_PROMPTS = 16, 20, 64

@@ -11,7 +11,8 @@ import importlib.util
 import os
 from pathlib import Path
 
-from common import bundled, sources
+from common import bundled, reading, sources
+from common.columns import split_columns
 from common.errors import UserError, first_repeated
 from common.files import check_new
 from common.search.manifest import (
@@ -211,7 +212,12 @@ def check_texts(args: argparse.Namespace) -> None:
         if bundled.is_bundled(name):
             sources.check_data(name, flag="TEXTS")
         elif not Path(name).is_dir():
-            sources.check_texts(name, any_suffix=file_options(args).is_table)
+            options, column = file_options(args), args.text_column
+            sources.check_texts(name, any_suffix=options.is_table)
+            # "title,text" is the name of a column, or of two
+            wanted = {} if "," in column else {column: "--text-column"}
+            as_text = [column, *split_columns(column)]
+            reading.check_columns(name, wanted, as_text=as_text, options=options)
 
 
 def check_model(name: str | None, *, flag: str = "--model") -> None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from common import reading
-from common.columns import ROW, require_column
+from common.columns import ROW, require_column, split_columns
 from common.errors import Fault, UserError, counted, listed, quoted
 from common.runtime import Runtime
 from common.sources import FileOptions
@@ -43,7 +43,6 @@ from common.training.labels import (
     label_names,
     natural_order,
     read_labels,
-    split_columns,
     tidy_labels,
     without_decimals,
 )

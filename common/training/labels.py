@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from common import reading
+from common.columns import split_columns
 from common.errors import UserError, counted, quoted
 from common.sources import INVISIBLE, is_blank
 from common.training.run import MULTI, REGRESSION, SINGLE, TASKS, Kind
@@ -55,11 +56,6 @@ class LabelConfig:
     def columns(self) -> list[str]:
         """The columns of the labels."""
         return split_columns(self.label_column)
-
-
-def split_columns(text: str) -> list[str]:
-    """Return the columns that a flag names, separated by commas."""
-    return [name.strip() for name in text.split(",")]
 
 
 # Labels that are written in several ways ----------------------------------------------------------

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from common import bundled, cli, hub, sources
-from common.columns import add_kept_flags
+from common import bundled, cli, hub, reading, sources
+from common.columns import add_kept_flags, split_columns
 from common.errors import UserError
 from common.sources import FileOptions
 from common.training import predictions, study
@@ -350,10 +350,12 @@ def check_flags(args: argparse.Namespace) -> None:
         sources.check_model(args.compare_tokenizer, kind=kind, flag="--compare-tokenizer")
     if not args.evaluate_only and args.predict is None:  # else as the saved model was trained
         check_text_columns(args.text_column, args.text_mode)
-    is_table = FileOptions(columns=args.columns, delimiter=args.delimiter).is_table
+    is_table = file_options(args).is_table
     if args.predict is not None:  # an empty name is a mistake, not a wish to train
         sources.check_texts(args.predict, any_suffix=is_table)
         check_output_flags(args)
+        options = file_options(args)
+        reading.check_columns(args.predict, {}, as_text=(), options=options)
         return
     for flag in OF_PREDICTIONS:
         if getattr(args, flag) is not None:
@@ -364,6 +366,29 @@ def check_flags(args: argparse.Namespace) -> None:
         if args.task != "auto":  # else when the labels have told it
             check_task(args.task, vars(args))
         check_training_flags(args)
+    check_files(args)
+
+
+def check_files(args: argparse.Namespace) -> None:
+    """Raise UserError for a file of a split that is no text, and for a column of texts or labels that
+    it lacks, as its beginning shows; a test split may have no labels.
+    """
+    texts, labels = split_columns(args.text_column), split_columns(args.label_column)
+    both, options = [*texts, *labels], file_options(args)
+    files = {"train": args.dataset, "validation": args.validation_file, "test": args.test_file}
+    is_known = not (args.evaluate_only or args.train_split or args.test_split or args.validation_split)
+    for split, name in files.items():
+        if name is None or bundled.is_bundled(name):
+            continue
+        wanted = dict.fromkeys(texts, "--text-column") if is_known else {}
+        if is_known and split != "test":
+            wanted |= dict.fromkeys(labels, "--label-column")
+        reading.check_columns(name, wanted, as_text=both, options=options, source=f"split {split}")
+
+
+def file_options(args: argparse.Namespace) -> FileOptions:
+    """Return how the flags say that data files are written."""
+    return FileOptions(args.columns, args.delimiter, args.quoting, args.encoding)
 
 
 def check_hub_flags(args: argparse.Namespace) -> None:

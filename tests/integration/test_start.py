@@ -67,6 +67,13 @@ def home(embed, tmp_path_factory) -> Path:
     (home / "damaged").mkdir()
     (home / "damaged" / "manifest.json").write_text((home / "ix" / "manifest.json").read_text()[:-9])
     (home / "empty.txt").touch()
+    objects = [json.dumps(dict(zip(("id", "text", "label"), row.split(",")))) for row in rows]
+    write_lines(home / "texts.jsonl", objects)
+    write_lines(home / "list.json", [f"[{', '.join(objects)}]"])
+    write_lines(home / "texts.tsv", [row.replace(",", "\t") for row in ["id,text,label", *rows]])
+    write_lines(home / "other.csv", ["Review;label", "good;yes"])
+    for name in ("zip.txt", "zip.csv"):
+        (home / name).write_bytes(b"PK\x03\x04 and so on")
     for name in ("run-a", "run-b"):
         (home / name).mkdir()
         write_lines(home / name / "config.json", ['{"seed": 0}'])
@@ -79,6 +86,7 @@ def home(embed, tmp_path_factory) -> Path:
     return home
 
 
+TABLES = ("texts.csv", "texts.tsv", "texts.jsonl", "list.json")
 EMBED, GENERATE, TRAIN = "embed_search.py", "generate.py", "train_classifier.py"
 PROMPT = ("--prompt", "The quick")
 QUICK = [  # help and mistakes: (command, exit code)
@@ -134,6 +142,21 @@ QUICK = [  # help and mistakes: (command, exit code)
     ([GENERATE, *PROMPT, "--output", "texts.txt"], 2),
     ([GENERATE, *PROMPT, "--output", "texts.txt", "--resume"], 2),
     ([GENERATE, *PROMPT, "--output", "nowhere/new.jsonl"], 2),
+    *(([GENERATE, "--prompts-file", name, "--text-column", "no"], 2) for name in TABLES),
+    ([GENERATE, "--prompts-file", "texts.csv", "--prompt-template", "{no}"], 2),
+    ([GENERATE, "--prompts-file", "texts.csv", "--keep-columns", "id,no", "--output", "new.jsonl"], 2),
+    ([GENERATE, "--score", "texts.csv", "--references", "texts.csv", "--reference-column", "no"], 2),
+    *(
+        ([GENERATE, flag, "zip.txt"], 2)
+        for flag in ("--prompts-file", "--perplexity", "--score-continuations")
+    ),
+    *(([TRAIN, "--dataset", name, "--text-column", "no"], 2) for name in TABLES),
+    ([TRAIN, "--dataset", "texts.csv", "--label-column", "no"], 2),
+    ([TRAIN, "--train-file", "texts.csv", "--test-file", "other.csv"], 2),
+    ([TRAIN, "--dataset", "texts.csv", "--validation-file", "zip.csv", "--inspect"], 2),
+    ([TRAIN, "--predict", "zip.txt", "--model", "bundled/all-MiniLM-L6-v2"], 2),
+    *(([EMBED, "index", name, "--index", "new", "--text-column", "no"], 2) for name in TABLES),
+    ([EMBED, "pairs", "zip.txt"], 2),
     ([GENERATE, "--serve", "--port", "x"], 2),
     ([GENERATE, "--serve", *PROMPT], 2),
 ]

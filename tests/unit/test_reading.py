@@ -478,6 +478,71 @@ def test_a_file_that_is_no_text_is_refused_by_what_it_is(name, write, kind, tmp_
         pass
 
 
+ROWS = [{"text": "good", "id": 1}, {"text": "bad", "id": 2, "more": "x"}]
+# name of a file: (content, column, options, whether its beginning tells that the column is not there)
+HEADERS = {
+    "a.csv": (b"text,id\ngood,1\n", "no", {}, True),
+    "b.csv": (b"text,id\ngood,b\n", "id", {}, False),
+    "semicolons.csv": (b"text;id\ngood, and so on;1\n", "no", {}, True),
+    "mark.csv": (b"\xef\xbb\xbftext,id\ngood,1\n", "no", {}, True),
+    "quotes.csv": (b'\n"text, long","i""d"\r\ngood,1\r\n', "no", {}, True),
+    "lines.csv": (b'"te\nxt",id\ngood,1\n', "no", {}, True),
+    "index.csv": (b",text\n0,good\n", "no", {}, True),
+    "twice.csv": (b"text,text\ngood,1\n", "no", {}, True),
+    "latin.csv": ("Gr\xf6\xdfe,text\n1,good\n".encode("latin-1"), "Gr\xf6\xdfe", {}, False),
+    "coded.csv": ("Gr\xf6\xdfe,text\n1,good\n".encode("latin-1"), "no", {"encoding": "latin-1"}, False),
+    "field.csv": (b"a,text\n0,good\n", "a.b", {}, False),
+    "named.csv": (b"good,1\n", "no", {"columns": ("text", "id")}, True),
+    "pipes.csv": (b"text|id,x\ngood|1\n", "no", {"delimiter": "|"}, True),
+    "none.csv": (b'"text",id\ngood,1\n', "text", {"quoting": "none"}, True),
+    "words.csv": (b"text id\ngood 1\n", "no", {"delimiter": " "}, False),
+    "t.tsv": (b"text\tid\ngood\t1\n", "no", {}, True),
+    "q.tsv": (b'"text"\tid\n"good"\t1\n', "no", {}, False),
+    "rows.label": (b"DESC:manner How did it\n", "no", {"columns": ("l", "t"), "delimiter": ":"}, True),
+    "a.jsonl": ("\n".join(map(json.dumps, ROWS)).encode(), "no", {}, True),
+    "later.jsonl": ("\n".join(map(json.dumps, ROWS)).encode(), "more", {}, False),
+    "list.json": (json.dumps(ROWS).encode(), "no", {}, True),
+    "line.json": (json.dumps(ROWS).encode() + b"\n", "no", {}, True),
+    "wide.json": (json.dumps(ROWS[0], indent=1).encode(), "no", {}, True),
+    "field.jsonl": (b'{"a": {"c": "good"}}', "a.b", {}, False),
+    "broken.jsonl": (b'{"text": "good"}\n{"te', "no", {}, False),
+    "values.jsonl": (b"1\n", "no", {}, False),
+    "deep.json": (b"[" * 99999, "no", {}, False),
+    "zip.csv": (b"PK\x03\x04, and so on", "no", {}, True),
+    "wide.csv": ("text,id\ngood,1\n".encode("utf-16"), "no", {}, True),
+    "packed.csv.gz": (gzip.compress(b"text,id\ngood,1\n"), "no", {}, False),
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_the_beginning_of_a_file_tells_what_its_reader_would_tell(name, tmp_path, capsys):
+    """Oracle: the line of the reader itself, which reads all of the file. What is said at once says
+    nothing else on stderr, and nothing where the reader finds the column.
+    """
+    content, column, options, is_told = HEADERS[name]
+    path, written = tmp_path / name, FileOptions(**options)
+    path.write_bytes(content)
+    flags = {column: "--text-column"}
+    try:
+        reading.check_columns(str(path), flags, as_text=[column], options=written)
+        at_once = None
+    except UserError as error:
+        at_once = str(error)
+    assert (at_once is not None) == is_told and capsys.readouterr().err == ""
+    try:
+        reading.read_texts(str(path), column=column, cache_dir=None, options=written, allow_empty=True)
+        assert at_once is None
+    except UserError as error:
+        assert at_once in (None, str(error))
+
+
+def test_long_json_is_left_to_its_reader(tmp_path, monkeypatch):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(ROWS[0]))
+    monkeypatch.setattr(reading, "READ_AT_ONCE", 10)
+    reading.check_columns(str(path), {"no": "--text-column"}, as_text=["no"], options=FileOptions())
+
+
 def test_the_column_of_row_numbers_is_not_shown():
     with pytest.raises(UserError, match="no column 'text' among Review, sentiment; "):
         require_column(["Review", "sentiment", ROW], "text", source="", flag="--text-column")

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from common import delimited, json_rows, reading, tables
 from common.errors import UserError
+from common.plain_files import DataFile
 from common.sources import FileOptions
 
 AS_TEXT = ("text", "label", "id")
@@ -536,9 +537,7 @@ def table_of(name: str, content: str, **options) -> dict:
     with tempfile.TemporaryFile() as file:
         file.write(content.encode())
         file.flush()
-        return reading._read_rows(
-            tables.DataFile(file, name, FileOptions(**options), AS_TEXT, None)
-        ).to_pydict()
+        return reading._read_rows(DataFile(file, name, FileOptions(**options), AS_TEXT, None)).to_pydict()
 
 
 def oracle(content: str, delimiter: str) -> list[list[str]] | None:
@@ -588,7 +587,7 @@ def test_both_readers_of_a_table_give_what_was_written(rows, delimiter, line_end
         file.write(target.getvalue().encode())
         file.flush()
         dialect = delimited.Dialect(delimiter, True, ["text", "label"], has_header=True)
-        data = tables.DataFile(file, "t", FileOptions(), (), None)
+        data = DataFile(file, "t", FileOptions(), (), None)
         assert list(delimited.read_rows(data, dialect)) == rows
         content = np.frombuffer(target.getvalue().encode(), np.uint8)
         quotes = np.flatnonzero(content == ord('"'))
